@@ -1,0 +1,79 @@
+"""A benchmark result is a file a stranger could reproduce: machine, commit, command, protocol and metrics in one JSON."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """CPU model, cores, memory and GPU name of this machine, without host names or paths."""
+    model = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "")
+    try:
+        gpu = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:
+        gpu = ""
+    return {
+        "cpu": model or platform.processor(),
+        "cores": psutil.cpu_count(),
+        "ram_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpu": gpu or None,
+        "python": platform.python_version(),
+    }
+
+
+def _git(*args: str) -> str:
+    result = subprocess.run(["git", *args], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return result.stdout.strip()
+
+
+def write_record(
+    name: str,
+    *,
+    dataset: dict[str, Any],
+    config: dict[str, Any],
+    protocol: dict[str, Any],
+    metrics: dict[str, Any],
+    libraries: tuple[str, ...] = (),
+    folder: Path = RESULTS,
+) -> Path:
+    """Write ``folder/<date>-<name>.json`` and return its path.
+
+    Args:
+        name: Short slug of the benchmark, e.g. ``ann-100k``.
+        dataset: Name, sizes, fingerprint and whether it is real or simulated.
+        config: Every parameter that was chosen.
+        protocol: Warm-up, repetitions, clock, concurrency.
+        metrics: The figures.
+        libraries: Distributions whose versions matter; recorded.
+        folder: Where results live.
+    """
+    now = datetime.now(UTC)
+    versions = {lib: metadata.version(lib) for lib in libraries}
+    record = {
+        "name": name,
+        "date": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "commit": _git("rev-parse", "--short", "HEAD") or None,
+        "dirty": bool(_git("status", "--porcelain")),
+        "command": " ".join(["omni", *sys.argv[1:]]),
+        "machine": machine(),
+        "versions": versions,
+        "dataset": dataset,
+        "config": config,
+        "protocol": protocol,
+        "metrics": metrics,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{now:%Y-%m-%d}-{name}.json"
+    path.write_text(json.dumps(record, ensure_ascii=False, indent=2, default=str) + "\n", encoding="utf-8")
+    return path

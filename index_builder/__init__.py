@@ -1,0 +1,1 @@
+"""Vectors to releases: exact and approximate indexes, calibration, filters, the release format and the live log."""

@@ -1,0 +1,1 @@
+"""The wire contract: ``retrieval.proto`` and the modules generated from it."""

@@ -1,0 +1,139 @@
+"""Everything an operator can set about a server, checked when it is created."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from encoders.errors import ConfigError
+
+DAY_SECONDS = 86_400.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What one request may hold; more is INVALID_ARGUMENT. ``DescribeRelease`` reports these."""
+
+    max_k: int = 1000
+    """Results per search."""
+    max_batch: int = 1024
+    """Queries of a RetrieveBatch or Embed, entities of an Upsert, ids of a Delete."""
+    max_targets: int = 16
+    """Searches of a RetrieveMulti."""
+    max_query_bytes: int = 2048
+    """UTF-8 bytes of one query text (the tower reads at most 64 tokens of it)."""
+    max_message_bytes: int = 16 * 2**20
+    """Bytes of one gRPC message, either way."""
+    max_score_ids: int = 10_000
+    """Ids of a Score."""
+    max_filter_bytes: int = 4096
+    """UTF-8 bytes of a filter expression."""
+    max_exclude_ids: int = 10_000
+    """Ids to exclude per search."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if value < 1:
+                raise ConfigError(f"{item.name}: expected a positive number, but got {value}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeConfig:
+    """One server. Times end in their unit; a fraction is between 0 and 1."""
+
+    releases: Path
+    """The releases/ root that a build publishes to."""
+    host: str = "0.0.0.0"
+    port: int = 50051
+    """gRPC port; 0 picks a free one."""
+    metrics_port: int | None = 9464
+    """HTTP port for /metrics, /healthz and the page; 0 picks a free one, None switches HTTP off."""
+    workers: int = 1
+    """Processes that share the port and one copy of the index memory."""
+    limits: Limits = field(default_factory=Limits)
+
+    device: str = "auto"
+    """Where queries are encoded: auto (GPU when there is one), cuda, cpu."""
+    encoder_form: str = "auto"
+    """auto (int8 on CPU when the release has it), onnx-int8, onnx-fp32, torch."""
+    encoder_threads: int = 1
+    """Threads of one forward pass on CPU."""
+    batch_tokens: int = 2048
+    """A batch closes when its padded tokens reach this. Higher: more throughput; lower: shorter queue behind a long batch."""
+    batch_delay_ms: float = 0.0
+    """How long an idle encoder waits for company. 0: it starts at once, and batches form while it is busy."""
+
+    cache_bytes: int = 256 * 2**20
+    """Bound of the in-process query cache, bytes; about 180,000 queries at 256 dimensions. 0 switches the cache off."""
+    cache_ttl_seconds: float = 30 * DAY_SECONDS
+    redis_url: str | None = None
+    """Second cache tier shared by replicas, e.g. redis://host:6379/0."""
+    redis_timeout_ms: float = 15.0
+    """A slower Redis counts as a miss; after five misses in a row it is left alone for five seconds."""
+    redis_secret: str = ""
+    """Key of the digest that guards each value; share it among replicas so that nobody else can plant vectors."""
+    prewarm_queries: int = 5000
+    """Most frequent cached queries that are encoded again before a swap to a new space."""
+
+    max_in_flight: int = 256
+    """Requests inside one worker; one more is refused with RESOURCE_EXHAUSTED instead of waiting."""
+    max_encode_queue: int = 256
+    """Texts waiting for the encoder of one worker; more are refused."""
+    max_streams_per_connection: int = 256
+    """Concurrent calls a client may have open on one connection; the rest waits in the client, which costs the server nothing."""
+    inline_search_us: float = 200.0
+    """Searches expected to be shorter run on the event loop; longer ones go to a thread."""
+    search_threads: int = 2
+
+    poll_seconds: float = 0.25
+    """How often releases/CURRENT is looked at."""
+    live_poll_seconds: float = 0.2
+    """How often the live log is looked at; a write is visible in every worker within this and its fsync."""
+    keep_releases: int = 2
+    """Releases held in memory, the active one included: what can be pinned, and rolled back to at once."""
+    golden_min_recall: float = 0.0
+    """Lowest recall on the golden queries for a release to be taken; 0: the figure in its manifest less a margin."""
+    accept_writes: bool = True
+
+    shadow_fraction: float = 0.01
+    """Share of searches that are answered again exactly, off the hot path."""
+    shadow_cpu: float = 0.05
+    """Share of one core that shadow searches may use."""
+    impression_log: Path | None = None
+    """Folder for the impression log (JSON lines in the form of the log table). None: none is kept."""
+    log_query_text: bool = False
+    """Write query text to logs and impressions. Off by default: queries are personal."""
+    log_json: bool = False
+    """Log lines as JSON objects."""
+
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    """Certificate authority of clients; with it, only clients with a certificate get in (mutual TLS)."""
+    tokens: Path | None = None
+    """TOML file of tokens; see docs/serving.md. Without it every caller has every right."""
+    grace_seconds: float = 10.0
+    """How long SIGTERM waits for requests in flight."""
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, name: str, expected: str) -> None:
+            if not ok:
+                raise ConfigError(f"{name}: expected {expected}, but got {getattr(self, name)!r}.")
+
+        check(0 <= self.port < 65536, "port", "0 to 65535")
+        check(self.metrics_port is None or 0 <= self.metrics_port < 65536, "metrics_port", "0 to 65535")
+        check(self.workers >= 1, "workers", "at least 1")
+        check(self.device in ("auto", "cuda", "cpu"), "device", "auto, cuda or cpu")
+        check(self.encoder_form in ("auto", "onnx-int8", "onnx-fp32", "torch"), "encoder_form", "auto, onnx-int8, onnx-fp32 or torch")
+        check(self.keep_releases >= 1, "keep_releases", "at least 1")
+        for name in ("encoder_threads", "batch_tokens", "max_in_flight", "max_encode_queue", "search_threads", "max_streams_per_connection"):
+            check(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("batch_delay_ms", "cache_bytes", "prewarm_queries", "inline_search_us", "grace_seconds"):
+            check(getattr(self, name) >= 0, name, "0 or more")
+        for name in ("cache_ttl_seconds", "poll_seconds", "live_poll_seconds", "redis_timeout_ms"):
+            check(getattr(self, name) > 0, name, "more than 0")
+        for name in ("shadow_fraction", "shadow_cpu", "golden_min_recall"):
+            check(0 <= getattr(self, name) <= 1, name, "0 to 1")
+        check((self.tls_cert is None) == (self.tls_key is None), "tls_key", "tls_cert and tls_key together")
+        check(self.tls_client_ca is None or self.tls_cert is not None, "tls_client_ca", "tls_cert and tls_key beside it")

@@ -1,0 +1,224 @@
+"""The tables of the project: their columns, types, meaning and limits, in one place that reading, validation and docs share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+import polars as pl
+
+from encoders.errors import ConfigError
+
+ENTITY_TYPES = ("pin", "product", "query", "ad")
+
+ACTIONS = ("impression", "click", "long_click", "save", "add_to_cart", "checkout", "query_click")
+"""What a log row can say happened, weakest first."""
+
+MAX_ID_CHARACTERS = 1_024
+MAX_QUERY_CHARACTERS = 2_000
+MAX_TEXT_CHARACTERS = 100_000
+"""A text field longer than this is a broken export (a page pasted into a title), not a description."""
+
+EARLIEST_YEAR = 1995
+"""Timestamps before this year are unit mistakes (seconds read as milliseconds), not events."""
+
+
+class Kind(StrEnum):
+    """What the values of a column are; decides the dtype, the parsing and the checks."""
+
+    ID = "id"
+    TEXT = "text"
+    CHOICE = "choice"
+    TEXT_LIST = "list of text"
+    VECTOR = "vector"
+    INTEGER = "integer"
+    NUMBER = "number"
+    TIMESTAMP = "timestamp (UTC)"
+
+
+DTYPES: dict[Kind, pl.DataType] = {
+    Kind.ID: pl.String(),
+    Kind.TEXT: pl.String(),
+    Kind.CHOICE: pl.String(),
+    Kind.TEXT_LIST: pl.List(pl.String()),
+    Kind.VECTOR: pl.List(pl.Float32()),
+    Kind.INTEGER: pl.Int64(),
+    Kind.NUMBER: pl.Float64(),
+    Kind.TIMESTAMP: pl.Datetime("us", "UTC"),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Column:
+    """One column of a table."""
+
+    name: str
+    kind: Kind
+    doc: str
+    """What the value means, with its unit."""
+    required: bool = False
+    """The column must be there and no value may be null or blank."""
+    default: str | int | None = None
+    """Value that fills a column that is absent, and nulls; None: an absent column stays absent and nulls stay null."""
+    choices: tuple[str, ...] = ()
+    """Allowed values of a CHOICE column."""
+    minimum: float | None = None
+    """Smallest allowed value of a number."""
+    max_characters: int = MAX_TEXT_CHARACTERS
+    """Longest allowed text (each element of a list)."""
+
+    @property
+    def dtype(self) -> pl.DataType:
+        """The Polars type of the column once read."""
+        return DTYPES[self.kind]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableSchema:
+    """One table: its columns, its key, and whether unknown columns are kept as attributes."""
+
+    name: str
+    doc: str
+    columns: tuple[Column, ...]
+    key: tuple[str, ...] = ()
+    """Columns that together name a row; two rows with one key and different content are an error."""
+    open: bool = False
+    """Unknown columns are kept (attributes of the catalogue); elsewhere they are kept too, but never checked."""
+
+    def column(self, name: str) -> Column | None:
+        """The column called ``name``, or None."""
+        return next((c for c in self.columns if c.name == name), None)
+
+    def empty(self) -> pl.DataFrame:
+        """A table without rows that has every required and defaulted column, typed."""
+        return pl.DataFrame(schema={c.name: c.dtype for c in self.columns if c.required or c.default is not None})
+
+
+def _id(name: str, doc: str, required: bool = True) -> Column:
+    return Column(name=name, kind=Kind.ID, doc=doc, required=required, max_characters=MAX_ID_CHARACTERS)
+
+
+def _text(name: str, doc: str) -> Column:
+    return Column(name=name, kind=Kind.TEXT, doc=doc)
+
+
+def _query(required: bool = True) -> Column:
+    return Column(name="query", kind=Kind.TEXT, doc="What was typed.", required=required, max_characters=MAX_QUERY_CHARACTERS)
+
+
+_ENTITY_TYPE = Column(name="entity_type", kind=Kind.CHOICE, doc="Kind of entity.", required=True, choices=ENTITY_TYPES)
+_LANGUAGE = Column(name="language", kind=Kind.TEXT, doc="BCP 47 language of the query; empty: unknown.", default="", max_characters=64)
+_COUNTRY = Column(name="country", kind=Kind.TEXT, doc="ISO 3166 country of the searcher; empty: unknown.", default="", max_characters=64)
+_ACTION = Column(name="action", kind=Kind.CHOICE, doc="What the person did.", required=True, choices=ACTIONS)
+_COUNT = Column(name="count", kind=Kind.INTEGER, doc="How often.", default=1, minimum=0)
+
+CATALOGUE = TableSchema(
+    name="catalogue",
+    doc="What can be retrieved: pins, products, ads. Unknown columns are attributes (for filters and answers).",
+    key=("entity_type", "id"),
+    open=True,
+    columns=(
+        _id("id", "Unique within the entity type."),
+        _ENTITY_TYPE,
+        _text("title", "Title."),
+        _text("description", "Description."),
+        _text("caption", "Synthetic caption of the image."),
+        Column(name="board_titles", kind=Kind.TEXT_LIST, doc="Titles of the boards the entity was saved to, best first."),
+        Column(name="engaged_queries", kind=Kind.TEXT_LIST, doc="Queries that led to engagement, best first."),
+        _text("domain", "Domain of the link."),
+        _text("image", "Path or URL of the picture."),
+        _text("brand", "Brand."),
+        _text("category", "Product type or category."),
+        _text("color", "Colours."),
+        _text("material", "Materials."),
+        _text("pattern", "Patterns."),
+        _text("size", "Sizes."),
+        Column(name="pinsage", kind=Kind.VECTOR, doc="PinSage-like vector."),
+        Column(name="itemsage", kind=Kind.VECTOR, doc="ItemSage-like vector."),
+        Column(name="visual", kind=Kind.VECTOR, doc="Visual vector; a list of vectors where there are several images."),
+    ),
+)
+
+QUERIES = TableSchema(name="queries", doc="Distinct queries with their frequency.", columns=(_query(), _LANGUAGE, _COUNTRY, _COUNT))
+
+LOG = TableSchema(
+    name="log",
+    doc="One row per event of a search log.",
+    columns=(
+        Column(name="timestamp", kind=Kind.TIMESTAMP, doc="When it happened.", required=True),
+        _query(),
+        _LANGUAGE,
+        _COUNTRY,
+        Column(name="user_id", kind=Kind.ID, doc="Hashed id of the person; empty: unknown.", default="", max_characters=MAX_ID_CHARACTERS),
+        _ENTITY_TYPE,
+        _id("entity_id", "Id in the catalogue; for entity type query: the suggested query."),
+        _ACTION,
+        Column(name="dwell_seconds", kind=Kind.NUMBER, doc="Seconds spent after a click.", minimum=0),
+        Column(name="position", kind=Kind.INTEGER, doc="Rank in the results, from 1.", minimum=0),
+    ),
+)
+
+BOARDS = TableSchema(
+    name="boards",
+    doc="Which entity was saved to which board.",
+    columns=(
+        _id("board_id", "Board."),
+        Column(name="title", kind=Kind.TEXT, doc="Title of the board.", default=""),
+        _id("entity_id", "Entity saved to the board."),
+    ),
+)
+
+PAIRS = TableSchema(
+    name="pairs",
+    doc="Training and evaluation pairs.",
+    columns=(
+        _query(),
+        _LANGUAGE,
+        _COUNTRY,
+        _ENTITY_TYPE,
+        _id("entity_id", "The positive."),
+        Column(name="action", kind=Kind.TEXT, doc="The action (or the kind of annotation instead).", default="", max_characters=64),
+        _COUNT,
+        Column(name="timestamp", kind=Kind.TIMESTAMP, doc="Last event of the pair; null for annotations."),
+        Column(name="split", kind=Kind.CHOICE, doc="Part the pair belongs to.", default="train", choices=("train", "heldout")),
+    ),
+)
+
+JUDGEMENTS = TableSchema(
+    name="judgements",
+    doc="Graded relevance of an entity for a query.",
+    columns=(
+        _query(),
+        _id("entity_id", "The judged entity."),
+        Column(name="grade", kind=Kind.INTEGER, doc="0 irrelevant; higher is better.", required=True, minimum=0),
+        _COUNTRY,
+        Column(name="judge", kind=Kind.TEXT, doc="Who judged.", default="", max_characters=256),
+    ),
+)
+
+LABELS = TableSchema(
+    name="labels",
+    doc="Place of a query in a taxonomy.",
+    columns=(_query(), Column(name="path", kind=Kind.TEXT_LIST, doc="From the root down.", required=True)),
+)
+
+SCHEMAS: dict[str, TableSchema] = {s.name: s for s in (CATALOGUE, QUERIES, LOG, BOARDS, PAIRS, JUDGEMENTS, LABELS)}
+
+
+def schema(name: str) -> TableSchema:
+    """Look a table's schema up by name.
+
+    Raises:
+        ConfigError: There is no such table.
+    """
+    if name not in SCHEMAS:
+        raise ConfigError(f"unknown table {name!r}. Tables are: {', '.join(SCHEMAS)}.")
+    return SCHEMAS[name]
+
+
+def guess_table(columns: list[str]) -> str | None:
+    """Name the table whose required columns are all present, the one with most of them first; None if none fits."""
+    fits = {s.name: sum(c.required for c in s.columns) for s in SCHEMAS.values() if all(c.name in columns for c in s.columns if c.required)}
+    if "pairs" in fits and "split" in columns:
+        return "pairs"
+    return max(fits, key=lambda name: fits[name]) if fits else None

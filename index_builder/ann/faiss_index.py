@@ -1,0 +1,142 @@
+"""The faiss forms: HNSW and IVF on a CPU; on a GPU, CAGRA builds the graph and CPUs serve it as an HNSW."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from encoders.errors import MissingDependency
+from index_builder.ann.interface import AnnConfig, AnnIndex
+from index_builder.errors import IndexFormatError
+
+
+def faiss_library() -> Any:
+    """The faiss module.
+
+    Raises:
+        MissingDependency: Neither faiss-cpu nor a faiss-gpu build is installed.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise MissingDependency("faiss", "faiss", "The faiss index kinds") from error
+    return faiss
+
+
+def cagra_available() -> bool:
+    """Whether this faiss can build CAGRA graphs on a GPU of this machine."""
+    try:
+        faiss = faiss_library()
+    except MissingDependency:
+        return False
+    return hasattr(faiss, "GpuIndexCagra") and getattr(faiss, "get_num_gpus", lambda: 0)() > 0
+
+
+class _FaissIndex(AnnIndex):
+    """What the faiss forms share: files, search and checks."""
+
+    def __init__(self, index: Any, count: int, dimension: int, config: AnnConfig) -> None:
+        self.count, self.dimension, self.config = count, dimension, config
+        self._index = index
+        self._faiss = faiss_library()
+
+    @classmethod
+    def load(cls, prefix: Path, vectors: np.ndarray, config: AnnConfig) -> Self:
+        """Load ``<prefix>.faiss``, memory-mapped, so that processes share one copy."""
+        path = prefix.with_suffix(".faiss")
+        if not path.is_file():
+            raise IndexFormatError(f"expected a faiss index at {path.name}, but it is missing. Rebuild this release.")
+        faiss = faiss_library()
+        try:
+            index = faiss.read_index(str(path), getattr(faiss, "IO_FLAG_MMAP_IFC", 0))
+        except RuntimeError as error:
+            raise IndexFormatError(f"{path.name} is not a readable faiss index ({error}). Rebuild this release.") from error
+        if (index.ntotal, index.d) != vectors.shape:
+            raise IndexFormatError(f"{path.name} holds {(index.ntotal, index.d)}, but the vectors are {vectors.shape}. Rebuild this release.")
+        return cls(index, *vectors.shape, config)
+
+    def save(self, prefix: Path) -> list[Path]:
+        """Write ``<prefix>.faiss``."""
+        path = prefix.with_suffix(".faiss")
+        self._faiss.write_index(self._index, str(path))
+        return [path]
+
+    def _parameters(self, ef: int) -> Any:
+        raise NotImplementedError
+
+    def search(self, query: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
+        """Search one ``(1, D)`` query; nearest first."""
+        distances, rows = self._index.search(query, k, params=self._parameters(ef))
+        found = rows[0] >= 0
+        return rows[0][found], distances[0][found]
+
+
+class FaissHnswIndex(_FaissIndex):
+    """faiss HNSW over float16 vectors; with CAGRA on this machine the graph is built on the GPU in a fraction of the time."""
+
+    kind = "faiss"
+
+    @classmethod
+    def build(cls, vectors: np.ndarray, config: AnnConfig) -> Self:
+        """Build over ``vectors`` float32 ``(N, D)``; on a GPU through CAGRA."""
+        count, dimension = vectors.shape
+        faiss = faiss_library()
+        contiguous = np.ascontiguousarray(vectors)
+        if cagra_available() and count >= 10_000:
+            index = _build_with_cagra(faiss, contiguous, config)
+        else:
+            index = faiss.IndexHNSWSQ(dimension, faiss.ScalarQuantizer.QT_fp16, config.m)
+            index.hnsw.efConstruction = config.ef_construction
+            before = faiss.omp_get_max_threads()
+            faiss.omp_set_num_threads(config.threads)
+            try:
+                index.train(contiguous)
+                index.add(contiguous)
+            finally:
+                faiss.omp_set_num_threads(before)
+        return cls(index, count, dimension, config)
+
+    def _parameters(self, ef: int) -> Any:
+        return self._faiss.SearchParametersHNSW(efSearch=ef)
+
+
+def _build_with_cagra(faiss: Any, vectors: np.ndarray, config: AnnConfig) -> Any:
+    cagra_config = faiss.GpuIndexCagraConfig()
+    cagra_config.graph_degree = 2 * config.m
+    cagra_config.intermediate_graph_degree = 4 * config.m
+    gpu = faiss.GpuIndexCagra(faiss.StandardGpuResources(), vectors.shape[1], faiss.METRIC_L2, cagra_config)
+    gpu.train(vectors)
+    index = faiss.IndexHNSWCagra()
+    index.base_level_only = False
+    gpu.copyTo(index)
+    return index
+
+
+class FaissIvfIndex(_FaissIndex):
+    """faiss IVF over 8-bit scalar codes; ``ef`` is turned into a number of probed lists."""
+
+    kind = "faiss-ivf"
+
+    @classmethod
+    def build(cls, vectors: np.ndarray, config: AnnConfig) -> Self:
+        """Build over ``vectors`` float32 ``(N, D)`` with about 4*sqrt(N) lists."""
+        count, dimension = vectors.shape
+        faiss = faiss_library()
+        lists = max(1, min(int(4 * np.sqrt(count)), count // 39))
+        quantizer = faiss.IndexFlatL2(dimension)
+        index = faiss.IndexIVFScalarQuantizer(quantizer, dimension, lists, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_L2)
+        index.cp.seed = config.seed
+        contiguous = np.ascontiguousarray(vectors)
+        before = faiss.omp_get_max_threads()
+        faiss.omp_set_num_threads(config.threads)
+        try:
+            index.train(contiguous)
+            index.add(contiguous)
+        finally:
+            faiss.omp_set_num_threads(before)
+        return cls(index, count, dimension, config)
+
+    def _parameters(self, ef: int) -> Any:
+        return self._faiss.SearchParametersIVF(nprobe=max(1, min(ef // 4, self._index.nlist)))

@@ -1,0 +1,76 @@
+"""The HNSW index (hnswlib): runs on any CPU, the form every other one falls back to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+import hnswlib
+import numpy as np
+
+from index_builder.ann.interface import AnnConfig, AnnIndex
+from index_builder.errors import IndexFormatError
+
+_HEADER_BYTES = 96
+
+
+class HnswIndex(AnnIndex):
+    """hnswlib over float32 in squared Euclidean space, which orders unit vectors as the inner product does."""
+
+    kind = "hnsw"
+
+    def __init__(self, index: hnswlib.Index, count: int, dimension: int, config: AnnConfig) -> None:
+        self.count, self.dimension, self.config = count, dimension, config
+        self._index = index
+        self._ef = 0
+
+    @classmethod
+    def build(cls, vectors: np.ndarray, config: AnnConfig) -> Self:
+        """Build over ``vectors`` float32 ``(N, D)``."""
+        count, dimension = vectors.shape
+        index = hnswlib.Index("l2", dimension)
+        index.init_index(count, M=config.m, ef_construction=config.ef_construction, random_seed=config.seed)
+        for start in range(0, count, 65536):
+            block = np.ascontiguousarray(vectors[start : start + 65536])
+            index.add_items(block, np.arange(start, start + len(block)), num_threads=config.threads)
+        index.set_num_threads(1)
+        return cls(index, count, dimension, config)
+
+    @classmethod
+    def load(cls, prefix: Path, vectors: np.ndarray, config: AnnConfig) -> Self:
+        """Load ``<prefix>.hnsw``."""
+        path = prefix.with_suffix(".hnsw")
+        count, dimension = vectors.shape
+        if not path.is_file() or path.stat().st_size < _HEADER_BYTES:
+            raise IndexFormatError(f"expected an hnswlib index at {path.name}, but it is missing or truncated. Rebuild this release.")
+        index = hnswlib.Index("l2", dimension)
+        try:
+            index.load_index(str(path))
+        except RuntimeError as error:
+            raise IndexFormatError(f"{path.name} is not a readable hnswlib index ({error}). Rebuild this release.") from error
+        if index.get_current_count() != count:
+            raise IndexFormatError(f"{path.name} holds {index.get_current_count()} nodes, but the vectors hold {count} rows. Rebuild this release.")
+        index.set_num_threads(1)
+        return cls(index, count, dimension, config)
+
+    def save(self, prefix: Path) -> list[Path]:
+        """Write ``<prefix>.hnsw``."""
+        path = prefix.with_suffix(".hnsw")
+        self._index.save_index(str(path))
+        return [path]
+
+    def search(self, query: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
+        """Search one ``(1, D)`` query; nearest first."""
+        if ef != self._ef:
+            # hnswlib keeps ef in the index: two threads that want different ef may each see the other's for one call, which only moves recall a little.
+            self._index.set_ef(ef)
+            self._ef = ef
+        rows, distances = self._index.knn_query(query, k, num_threads=1)
+        return rows[0], distances[0]
+
+    def search_batch(self, queries: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
+        """Search ``(B, D)`` queries."""
+        self._index.set_ef(ef)
+        self._ef = ef
+        rows, distances = self._index.knn_query(queries, k, num_threads=1)
+        return rows.astype(np.int64), distances

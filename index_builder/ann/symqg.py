@@ -1,0 +1,78 @@
+"""The SymphonyQG index (rabitqlib): the fastest immutable base, a graph whose edges carry RaBitQ codes of their targets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from encoders.errors import ConfigError, MissingDependency
+from index_builder.ann.interface import AnnConfig, AnnIndex
+from index_builder.errors import IndexFormatError
+
+MIN_ROWS = 1_000
+"""Below this the builder has too few points for its partitions; ``exact`` is faster there anyway."""
+
+
+def _library() -> Any:
+    try:
+        import rabitqlib
+    except ImportError as error:
+        raise MissingDependency("rabitqlib", "symqg", "The symqg index") from error
+    return rabitqlib
+
+
+class SymqgIndex(AnnIndex):
+    """SymphonyQG (Gou et al., SIGMOD 2025) in squared Euclidean space, re-ranked inside by the raw or the 8-bit store.
+
+    Its inner-product mode reaches far lower recall at equal ``ef`` on unit vectors (0.80 against 0.95 at ef 60 on 100k text embeddings).
+    """
+
+    kind = "symqg"
+    cpu_features = ("avx2", "fma")
+
+    def __init__(self, index: Any, count: int, dimension: int, config: AnnConfig) -> None:
+        self.count, self.dimension, self.config = count, dimension, config
+        self._index = index
+        self._search = index.search
+
+    @classmethod
+    def build(cls, vectors: np.ndarray, config: AnnConfig) -> Self:
+        """Build over ``vectors`` float32 ``(N, D)``, N >= 1,000."""
+        count, dimension = vectors.shape
+        if count < MIN_ROWS:
+            raise ConfigError(f"index kind 'symqg' needs at least {MIN_ROWS:,} vectors, but got {count}. Use --index exact or auto.")
+        index = _library().SymqgIndex(dimension, config.degree, "l2", config.bits)
+        index.build(np.ascontiguousarray(vectors), max(config.ef_construction, config.degree), config.threads)
+        return cls(index, count, dimension, config)
+
+    @classmethod
+    def load(cls, prefix: Path, vectors: np.ndarray, config: AnnConfig) -> Self:
+        """Load ``<prefix>.symqg``."""
+        path = prefix.with_suffix(".symqg")
+        if not path.is_file():
+            raise IndexFormatError(f"expected a SymphonyQG index at {path.name}, but it is missing. Rebuild this release.")
+        try:
+            index = _library().SymqgIndex.load(str(path))
+        except (RuntimeError, ValueError, MemoryError) as error:
+            raise IndexFormatError(f"{path.name} is not a readable SymphonyQG index ({error}). Rebuild this release.") from error
+        if (index.num_points, index.dim) != vectors.shape:
+            raise IndexFormatError(f"{path.name} holds {(index.num_points, index.dim)}, but the vectors are {vectors.shape}. Rebuild this release.")
+        return cls(index, *vectors.shape, config)
+
+    def save(self, prefix: Path) -> list[Path]:
+        """Write ``<prefix>.symqg``."""
+        path = prefix.with_suffix(".symqg")
+        self._index.save(str(path))
+        return [path]
+
+    def search(self, query: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
+        """Search one ``(1, D)`` query; nearest first."""
+        rows, distances = self._search(query, k, ef)
+        return rows[0], distances[0]
+
+    def search_batch(self, queries: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
+        """Search ``(B, D)`` queries."""
+        rows, distances = self._search(queries, k, ef)
+        return rows.astype(np.int64), distances

@@ -1,0 +1,216 @@
+"""The entity tower: hash embeddings of n-grams per field, continuous features, an MLP, one unit vector per pin, product or ad.
+
+Paper section 4.2, formulas in `EntityEncoder`. Letters: N entities, F text fields, T tokens, C continuous features, H hashes, D dimension.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from encoders.entity_features import EntityBatch, EntityFeaturizer
+from encoders.errors import BundleError, ConfigError
+from encoders.ngrams import mix64
+
+HASHES = 2
+TOWER_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntityTowerConfig:
+    """Shape of an entity tower; saved beside its weights as ``config.json``."""
+
+    vocabulary_size: int
+    """Token ids, ``len(featurizer.vocabulary)``."""
+    fields: int
+    """Text fields F."""
+    continuous_width: int = 0
+    """Continuous features C, 0 for none."""
+    table_rows: int = 100_000
+    """Rows of the shared hash embedding table (paper: 100,000)."""
+    token_dimension: int = 256
+    """Width of a token vector."""
+    hidden: tuple[int, ...] = (1024, 1024)
+    """Widths of the hidden layers."""
+    dimension: int = 256
+    """Width of the entity vector D."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hidden", tuple(self.hidden))
+        for name in ("vocabulary_size", "fields", "table_rows", "token_dimension", "dimension"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"EntityTowerConfig.{name} ({getattr(self, name)}) must be at least 1")
+        if self.continuous_width < 0 or any(width < 1 for width in self.hidden):
+            raise ConfigError(
+                f"EntityTowerConfig: continuous_width ({self.continuous_width}) or hidden ({self.hidden}) is negative or zero"
+            )
+
+    @classmethod
+    def for_featurizer(cls, featurizer: EntityFeaturizer, **settings: Any) -> EntityTowerConfig:
+        """The configuration whose inputs are what this featuriser makes; ``settings`` are the other fields."""
+        return cls(
+            vocabulary_size=len(featurizer.vocabulary),
+            fields=len(featurizer.config.text_fields),
+            continuous_width=featurizer.config.continuous_width,
+            **settings,
+        )
+
+
+def hash_rows(vocabulary_size: int, table_rows: int) -> npt.NDArray[np.int32]:
+    """Table rows of every token id under the two hash functions: part of the model, pinned by golden values in the tests.
+
+    Args:
+        vocabulary_size: Number of token ids.
+        table_rows: Rows of the embedding table.
+
+    Returns:
+        (vocabulary_size, 2) int32 in ``[0, table_rows)``.
+    """
+    ids = np.arange(vocabulary_size, dtype=np.uint64)
+    columns = [mix64(ids * np.uint64(HASHES) + np.uint64(h) + np.uint64(0x9E3779B97F4A7C15)) % np.uint64(table_rows) for h in range(HASHES)]
+    return np.stack(columns, axis=1).astype(np.int32)
+
+
+class EntityEncoder(nn.Module):
+    """Entity tower.
+
+    ``token(i) = w[i, 0] * E[h0(i)] + w[i, 1] * E[h1(i)]``, with the signed weights ``w`` learned per token id;
+    ``field(f) = LayerNorm(sum of the field's tokens)`` with a scale of its own per field; an empty field adds nothing;
+    ``entity = normalise(MLP(concat(sum of fields, continuous)))``, each hidden layer Linear, ReLU, LayerNorm.
+
+    Attributes:
+        config: Shape.
+        featurizer: Makes this tower's inputs; saved and loaded with it. None for a tower used on ready batches only.
+    """
+
+    def __init__(self, config: EntityTowerConfig, featurizer: EntityFeaturizer | None = None) -> None:
+        super().__init__()
+        self.config, self.featurizer = config, featurizer
+        self.table = nn.Parameter(torch.empty(config.table_rows, config.token_dimension))
+        self.token_weights = nn.Parameter(torch.empty(config.vocabulary_size, HASHES))
+        self.field_scale = nn.Parameter(torch.ones(config.fields, config.token_dimension))
+        self.field_bias = nn.Parameter(torch.zeros(config.token_dimension))
+        layers: list[nn.Module] = []
+        width = config.token_dimension + config.continuous_width
+        for hidden in config.hidden:
+            layers += [nn.Linear(width, hidden), nn.ReLU(), nn.LayerNorm(hidden)]
+            width = hidden
+        self.mlp = nn.Sequential(*layers, nn.Linear(width, config.dimension))
+        self.rows: Tensor
+        rows = torch.from_numpy(hash_rows(config.vocabulary_size, config.table_rows))
+        self.register_buffer("rows", rows, persistent=False)  # (V, H) int32
+        nn.init.normal_(self.table, std=config.token_dimension**-0.5)
+        nn.init.normal_(self.token_weights)
+
+    def forward(self, features: EntityBatch) -> Tensor:
+        """Embed entities.
+
+        Args:
+            features: N entities; on the same device as the weights.
+
+        Returns:
+            (N, D) rows of unit length, in the dtype of the computation.
+        """
+        return functional.normalize(self.mlp(self._inputs(features)), dim=-1)
+
+    def _inputs(self, features: EntityBatch) -> Tensor:
+        """(N, token_dimension + C): what the MLP reads."""
+        fields = self.embed_fields(features)  # (N, F, token_dimension)
+        normed = functional.layer_norm(fields, fields.shape[-1:])
+        inputs = torch.einsum("nfd,fd->nd", normed, self.field_scale.to(normed.dtype)) + self.field_bias
+        if features.continuous is not None and self.config.continuous_width:
+            inputs = torch.cat((inputs, features.continuous.to(inputs.dtype)), dim=-1)
+        return inputs
+
+    def embed_fields(self, features: EntityBatch) -> Tensor:
+        """(N, F, token_dimension): per entity and field, the sum of its token vectors (zeros for an empty field)."""
+        ids = features.token_ids
+        rows = self.rows[ids].reshape(-1)  # (T * H,)
+        weights = functional.embedding(ids, self.token_weights).reshape(-1)  # (T * H,)
+        offsets = (features.offsets[:-1] * HASHES).to(rows.dtype)
+        bags = functional.embedding_bag(rows, self.table, offsets, mode="sum", per_sample_weights=weights)
+        return bags.view(len(features), features.fields, -1)
+
+    @torch.no_grad()
+    def encode(self, catalogue: pl.DataFrame, batch_size: int = 1024) -> npt.NDArray[np.float32]:
+        """Embed catalogue rows: featurise and run the tower in evaluation mode on its device.
+
+        Args:
+            catalogue: N rows with the featuriser's columns.
+            batch_size: Entities per pass.
+
+        Returns:
+            (N, D) float32, unit rows, in the order of the rows.
+
+        Raises:
+            ConfigError: The tower has no featuriser.
+        """
+        if self.featurizer is None:
+            raise ConfigError("this entity tower was made without a featuriser; pass one to EntityEncoder, or call it on an EntityBatch")
+        return self.encode_batch(self.featurizer(catalogue), batch_size)
+
+    @torch.no_grad()
+    def encode_batch(self, features: EntityBatch, batch_size: int = 1024) -> npt.NDArray[np.float32]:
+        """Embed ready features; (N, D) float32 unit rows. See ``encode``."""
+        was_training = self.training
+        self.eval()
+        vectors = np.empty((len(features), self.config.dimension), dtype=np.float32)
+        for start in range(0, len(features), batch_size):
+            part = features.slice(start, min(start + batch_size, len(features))).to(self.table.device)
+            vectors[start : start + batch_size] = functional.normalize(self(part).float(), dim=-1).cpu().numpy()
+        self.train(was_training)
+        return vectors
+
+    def save(self, folder: Path) -> None:
+        """Write ``model.safetensors`` (fp32), ``config.json`` and the featuriser's files into ``folder``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {name: value.detach().float().cpu().contiguous() for name, value in self.state_dict().items()}
+        safetensors.torch.save_file(weights, folder / "model.safetensors")
+        described = {"format_version": TOWER_FORMAT, **asdict(self.config)}
+        (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        if self.featurizer is not None:
+            self.featurizer.save(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> EntityEncoder:
+        """Read what ``save`` wrote; on the CPU, in evaluation mode.
+
+        Raises:
+            BundleError: A file is missing, damaged, of another format version, or the weights do not fit the configuration.
+        """
+        try:
+            described: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            version = described.pop("format_version", None)
+            weights = safetensors.torch.load_file(folder / "model.safetensors")
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            raise BundleError(f"{folder}: no readable entity tower ({error}); copy the whole entity_encoder folder again") from error
+        if version != TOWER_FORMAT:
+            raise BundleError(
+                f"{folder}: entity tower format {version!r}, but this code reads {TOWER_FORMAT}; use the release that wrote it"
+            )
+        featurizer = EntityFeaturizer.load(folder) if (folder / "features.json").exists() else None
+        try:
+            encoder = cls(EntityTowerConfig(**described), featurizer)
+            encoder.load_state_dict(weights)
+        except (RuntimeError, TypeError, ConfigError) as error:
+            raise BundleError(f"{folder}: weights and config.json do not belong together ({error})") from error
+        if featurizer is not None and len(featurizer.vocabulary) != encoder.config.vocabulary_size:
+            raise BundleError(
+                f"{folder}: the tower expects {encoder.config.vocabulary_size} token ids, but the vocabulary has {len(featurizer.vocabulary)}"
+            )
+        return encoder.eval()
+
+
+def create_entity_encoder(featurizer: EntityFeaturizer, **settings: Any) -> EntityEncoder:
+    """A new entity tower on this featuriser; ``settings`` are fields of ``EntityTowerConfig`` (``table_rows``, ``hidden``, ...)."""
+    return EntityEncoder(EntityTowerConfig.for_featurizer(featurizer, **settings), featurizer)

@@ -1,0 +1,62 @@
+"""Errors become gRPC status here and nowhere else; the most specific entry wins, and a test walks the whole tree."""
+
+from __future__ import annotations
+
+import grpc
+
+from encoders import errors as encoder_errors
+from encoders.errors import OmniError
+from index_builder import errors as index_errors
+from retrieval import errors
+
+STATUS: dict[type[OmniError], grpc.StatusCode] = {
+    OmniError: grpc.StatusCode.INTERNAL,
+    errors.ServingError: grpc.StatusCode.INTERNAL,
+    errors.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.UnknownEntityType: grpc.StatusCode.NOT_FOUND,
+    errors.UnknownRelease: grpc.StatusCode.NOT_FOUND,
+    errors.ReleaseNotLoaded: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.ReleaseRefused: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.NothingToRollBack: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.WritesDisabled: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
+    errors.NotReady: grpc.StatusCode.UNAVAILABLE,
+    errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
+    errors.EncoderFailed: grpc.StatusCode.INTERNAL,
+    errors.AddressInUse: grpc.StatusCode.UNAVAILABLE,
+    encoder_errors.DataError: grpc.StatusCode.INVALID_ARGUMENT,
+    encoder_errors.ConfigError: grpc.StatusCode.INVALID_ARGUMENT,
+    encoder_errors.InvalidVectors: grpc.StatusCode.INVALID_ARGUMENT,
+    encoder_errors.BundleError: grpc.StatusCode.FAILED_PRECONDITION,
+    encoder_errors.SpaceMismatch: grpc.StatusCode.FAILED_PRECONDITION,
+    encoder_errors.MissingDependency: grpc.StatusCode.FAILED_PRECONDITION,
+    encoder_errors.CheckpointError: grpc.StatusCode.FAILED_PRECONDITION,
+    encoder_errors.TrainingDiverged: grpc.StatusCode.FAILED_PRECONDITION,
+    index_errors.IndexBuilderError: grpc.StatusCode.FAILED_PRECONDITION,
+    index_errors.ReleaseError: grpc.StatusCode.FAILED_PRECONDITION,
+    index_errors.ReleaseNotFound: grpc.StatusCode.NOT_FOUND,
+    index_errors.PublisherBusy: grpc.StatusCode.UNAVAILABLE,
+    index_errors.DiskFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    index_errors.LiveLogError: grpc.StatusCode.UNAVAILABLE,
+}
+
+
+def code_for_class(cls: type[BaseException]) -> grpc.StatusCode:
+    """The status of an error class: that of its nearest ancestor in the table; INTERNAL outside the tree."""
+    for ancestor in cls.__mro__:
+        if ancestor in STATUS:
+            return STATUS[ancestor]
+    return grpc.StatusCode.INTERNAL
+
+
+def status_for(error: BaseException) -> tuple[grpc.StatusCode, str]:
+    """Code and message for a caller. Errors outside the tree say only their kind: their text may hold what callers must not see."""
+    if isinstance(error, OmniError):
+        return code_for_class(type(error)), str(error)
+    if isinstance(error, UnicodeError):
+        return grpc.StatusCode.INVALID_ARGUMENT, "the request holds text that is not valid Unicode."
+    if isinstance(error, MemoryError):
+        return grpc.StatusCode.RESOURCE_EXHAUSTED, "the server is out of memory. Try again later."
+    return grpc.StatusCode.INTERNAL, f"internal error ({type(error).__name__}). The server's log holds the details."

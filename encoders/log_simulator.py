@@ -102,8 +102,10 @@ class _World(NamedTuple):
     """``(P,)`` cumulative popularity of pairs (query popularity shared out by entity popularity)."""
     pair_query: Ints
     pair_entity: Ints
-    entity_first_pair: Ints
-    """``(E,)`` a pair of each entity, to find a related query."""
+    entity_pairs: Ints
+    """``(P,)`` pairs sorted by entity, to find a related query."""
+    entity_start: Ints
+    """``(E + 1,)`` where each entity's pairs start in ``entity_pairs``."""
     entity_ids: pl.Series
     entity_types: pl.Series
     entity_popularity: Floats
@@ -141,8 +143,6 @@ def _build_world(pairs: pl.DataFrame, config: SimulatorConfig) -> _World:
     language = coded["language"].rle_id().to_numpy()
     language_weight = np.bincount(language, weights=weight)
     names = coded["language"].unique(maintain_order=True).to_list()
-    first_pair = np.zeros(entities.height, np.int64)
-    first_pair[e[::-1]] = np.arange(len(e))[::-1]
     texts = queries["query"].to_list()
     messy = [f" {t}" for t in texts] + [f"{t}  " for t in texts] + [unicodedata.normalize("NFD", t) for t in texts]
     users = [hashlib.blake2b(f"{config.seed}:{n}".encode(), digest_size=8).hexdigest() for n in range(config.users)]
@@ -153,7 +153,8 @@ def _build_world(pairs: pl.DataFrame, config: SimulatorConfig) -> _World:
         popularity=popularity,
         pair_query=q,
         pair_entity=e,
-        entity_first_pair=first_pair,
+        entity_pairs=np.argsort(e, kind="stable"),
+        entity_start=np.concatenate([[0], np.cumsum(np.bincount(e))]).astype(np.int64),
         entity_ids=entities["entity_id"],
         entity_types=entities["entity_type"],
         entity_popularity=np.cumsum(by_entity),
@@ -180,7 +181,6 @@ def simulate_log(pairs: pl.DataFrame, config: SimulatorConfig) -> Iterator[pl.Da
     parts = max(1, round(config.rows / config.rows_per_file))
     span = config.days * DAY // parts
     origin = int(config.start.timestamp()) * MICROSECONDS
-    # Rows per search: its impressions plus about 0.9 actions; searches are drawn until the rows are there, so this only sets the batch.
     postponed: list[tuple[int, pl.DataFrame]] = []
     for part in range(parts):
         rng = np.random.default_rng([config.seed, 2, part])
@@ -262,8 +262,9 @@ def _search_events(world: _World, config: SimulatorConfig, searches: int, begin:
     action = np.where((seconds >= 10) & (rng.random(len(row)) < 0.8), ACTIONS.index("long_click"), ACTIONS.index("click"))
     # A click on a suggested query: another query that was annotated with the wanted entity.
     follows = np.flatnonzero(rng.random(n) < config.suggestion_clicks)
-    wanted_pair = np.minimum(world.entity_first_pair[world.pair_entity[pair[follows]]], len(world.pair_query) - 1)
-    suggested = world.pair_query[wanted_pair]
+    aim = world.pair_entity[pair[follows]]
+    start, stop = world.entity_start[aim], world.entity_start[aim + 1]
+    suggested = world.pair_query[world.entity_pairs[start + (rng.random(len(follows)) * (stop - start)).astype(np.int64)]]
     follows, suggested = follows[suggested != query[follows]], suggested[suggested != query[follows]]
 
     total_impressions = n * k

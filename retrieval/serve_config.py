@@ -104,6 +104,8 @@ class ServeConfig:
     """Folder for the impression log (JSON lines in the form of the log table). None: none is kept."""
     log_query_text: bool = False
     """Write query text to logs and impressions. Off by default: queries are personal."""
+    otlp_endpoint: str | None = None
+    """OpenTelemetry collector for traces, e.g. http://localhost:4317 (needs the extra `otel`)."""
     log_json: bool = False
     """Log lines as JSON objects."""
 

@@ -1,0 +1,131 @@
+"""Keeps an opened release current: a thread polls the live log of every entity type and hands new pictures to the indexes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Protocol
+
+from encoders.errors import OmniError
+from index_builder.errors import LiveLogError
+from index_builder.live_log import LiveLogReader
+from index_builder.live_segments import LiveState, LiveView
+from index_builder.release import Release
+
+POLL_SECONDS = 0.1
+_BATCH = 20_000
+
+
+class HasLiveRoot(Protocol):
+    """A store, as far as the follower cares."""
+
+    live_root: Path
+
+
+class LiveFollower:
+    """Follows the live log for one opened release.
+
+    ``catch_up`` replays everything behind the release's watermark and returns when it is visible: call it before the release takes traffic
+    (activation and rollback alike). ``start`` then polls in a daemon thread. When the log turns out to be damaged the last good picture stays,
+    ``error`` says why, and polling goes on.
+
+    Args:
+        store: Where ``live/`` lies.
+        release: The opened release; its indexes get ``set_live``.
+        poll_seconds: Time between polls; entries are visible after at most this time plus the time to apply them.
+    """
+
+    def __init__(self, store: HasLiveRoot, release: Release, *, poll_seconds: float = POLL_SECONDS) -> None:
+        self.release = release
+        self.error: OmniError | None = None
+        self._poll_seconds = poll_seconds
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._followed: dict[str, tuple[LiveLogReader, LiveState]] = {}
+        for entity_type, index in release.entities.items():
+            watermark = release.manifest.entities[entity_type].watermark
+            state = LiveState(
+                dimension=release.dimension, space_id=release.space_id, row_of=index.row_of, base_count=index.count, sequence=watermark
+            )
+            self._followed[entity_type] = (LiveLogReader(store.live_root, entity_type, after=watermark), state)
+
+    def poll(self) -> int:
+        """Read and apply what is new in every log; returns how many entries there were.
+
+        Raises:
+            LiveLogError: A log is damaged or was collected too far; the other logs were still applied.
+        """
+        count = 0
+        failure: LiveLogError | None = None
+        with self._lock:
+            for entity_type, (reader, state) in self._followed.items():
+                before = state.view
+                try:
+                    entries = reader.poll(_BATCH)
+                except LiveLogError as error:
+                    failure = error
+                    continue
+                if entries:
+                    count += len(entries)
+                    state.apply(entries)
+                if state.view is not before:  # new entries, or a segment finished merging
+                    self.release.entities[entity_type].set_live(state.view)
+        if failure is not None:
+            raise failure
+        return count
+
+    def catch_up(self) -> int:
+        """Apply everything written so far; returns how many entries that was. Raises as ``poll`` does."""
+        total = 0
+        while count := self.poll():
+            total += count
+        return total
+
+    def wait_for(self, entity_type: str, sequence: int, timeout_seconds: float = 5.0) -> bool:
+        """Wait until the entry with that sequence number is visible here; False when time ran out."""
+        deadline = time.monotonic() + timeout_seconds
+        while self._followed[entity_type][1].view.sequence < sequence:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.005)
+        return True
+
+    def view(self, entity_type: str) -> LiveView:
+        """The newest picture of one entity type."""
+        return self._followed[entity_type][1].view
+
+    def settle(self) -> None:
+        """Wait until no segment is being built and show the result (benchmarks and tests)."""
+        with self._lock:
+            for entity_type, (_, state) in self._followed.items():
+                state.wait()
+                self.release.entities[entity_type].set_live(state.view)
+
+    def start(self) -> LiveFollower:
+        """Catch up, then poll in a daemon thread. A damaged log does not raise here: see ``error``."""
+        try:
+            self.catch_up()
+        except LiveLogError as error:
+            self.error = error
+        self._thread = threading.Thread(target=self._run, name=f"live-{self.release.release_id[:12]}", daemon=True)
+        self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """Stop the thread and the segment builders."""
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(timeout=10.0)
+        for reader, state in self._followed.values():
+            reader.close()
+            state.close()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._poll_seconds):
+            try:
+                self.poll()
+                self.error = None
+            except OmniError as error:
+                self.error = error

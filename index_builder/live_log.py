@@ -1,0 +1,452 @@
+"""The live log: upserts and deletes between two builds. Durable before acknowledged, one writer at a time, any number of polling readers.
+
+Layout of ``<store>/live/<entity_type>/``: ``log-<first sequence>.bin`` (append-only records, a new file every 64 MiB), ``acknowledged`` (how far
+writes were promised: what is invalid before that point is corruption and refused, what is invalid after it is the torn tail of a crash and is
+cut off by the next writer) and ``writer.lock`` (an ``flock``; the kernel frees it when its holder dies).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from index_builder.durability import FileLock, disk_full_is_clear, fsync_folder, make_folder
+from index_builder.errors import LiveLogCorrupt, LiveLogError, LiveLogBusy
+from index_builder.live_records import FILE_HEADER, FILE_MAGIC, FILE_VERSION, LiveEntry, check_entry, decode_payload, encode_payload, frame, next_record
+
+DEFAULT_FILE_BYTES = 64 * 2**20
+_READ_BYTES = 8 * 2**20
+_ACKNOWLEDGED = struct.Struct("<8sQQQ")  # magic, first sequence of the file, end offset in it, last sequence
+_ACK_MAGIC = b"OMNIACK1"
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledged:
+    """How far writes were promised: file (by its first sequence number), offset behind the last promised record, its sequence number."""
+
+    file: int = 0
+    offset: int = 0
+    sequence: int = 0
+
+
+def log_files(folder: Path) -> list[tuple[int, Path]]:
+    """The log's files as ``(first sequence, path)``, in order."""
+    found = []
+    for path in folder.glob("log-*.bin"):
+        digits = path.stem[4:]
+        if digits.isdigit():
+            found.append((int(digits), path))
+    return sorted(found)
+
+
+def read_acknowledged(folder: Path) -> Acknowledged:
+    """Read how far writes were promised; zeros for a new log.
+
+    Raises:
+        LiveLogCorrupt: The file exists and does not check.
+    """
+    path = folder / "acknowledged"
+    for attempt in range(20):
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return Acknowledged()
+        if len(content) == _ACKNOWLEDGED.size + 8:
+            body, checksum = content[:-8], struct.unpack("<Q", content[-8:])[0]
+            magic, file, offset, sequence = _ACKNOWLEDGED.unpack(body)
+            if magic == _ACK_MAGIC and xxhash.xxh3_64_intdigest(body) == checksum:
+                return Acknowledged(file, offset, sequence)
+        if attempt < 19:
+            time.sleep(0.001)  # a write of these 40 bytes may be under way
+    raise LiveLogCorrupt(
+        f"{path}: expected {_ACKNOWLEDGED.size + 8} bytes with a valid checksum, but got {len(content)} bytes that do not check. "
+        "The log itself may be whole: remove this file to trust the log's own checksums, then run `omni release verify --live`."
+    )
+
+
+def _write_acknowledged(folder: Path, value: Acknowledged) -> None:
+    body = _ACKNOWLEDGED.pack(_ACK_MAGIC, value.file, value.offset, value.sequence)
+    descriptor = os.open(folder / "acknowledged", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        os.pwrite(descriptor, body + struct.pack("<Q", xxhash.xxh3_64_intdigest(body)), 0)
+    finally:
+        os.close(descriptor)
+
+
+def _check_header(content: bytes | memoryview, first: int, path: Path) -> bool:
+    """Whether a whole, valid file header stands at the start; False if it is still being written."""
+    if len(content) < FILE_HEADER.size:
+        return False
+    magic, version, _, found = FILE_HEADER.unpack_from(content)
+    if magic == FILE_MAGIC and version > FILE_VERSION:
+        raise LiveLogError(f"{path}: this engine reads live-log format {FILE_VERSION}, but the file is format {version}; install the engine that wrote it")
+    if magic != FILE_MAGIC or version != FILE_VERSION or found != first:
+        raise LiveLogCorrupt(f"{path}: the header of a live log starting at sequence {first} was expected, but got magic {bytes(magic)!r}, sequence {found}")
+    return True
+
+
+class LiveLogReader:
+    """Follows one entity type's log; every process that serves has its own.
+
+    Args:
+        live_root: ``<store>/live``.
+        entity_type: Which log.
+        after: Sequence number of the last entry already known; polling starts behind it.
+    """
+
+    def __init__(self, live_root: Path, entity_type: str, after: int = 0) -> None:
+        self.folder = live_root / entity_type
+        self.entity_type = entity_type
+        self.sequence = after
+        self._file: tuple[int, Path] | None = None
+        self._descriptor: int | None = None
+        self._offset = 0
+        self._next = 0  # sequence number of the record at _offset
+
+    def close(self) -> None:
+        """Close the open file."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __del__(self) -> None:
+        self.close()
+
+    def poll(self, limit: int = 1_000_000) -> list[LiveEntry]:
+        """Entries written since the last call, in order; empty when there is nothing new.
+
+        Args:
+            limit: At most about this many entries in one call.
+
+        Returns:
+            Entries with consecutive sequence numbers behind ``self.sequence``, which is advanced.
+
+        Raises:
+            LiveLogCorrupt: An acknowledged entry is missing or changed.
+            LiveLogError: Entries behind ``after`` were already collected, or a newer engine wrote the log.
+        """
+        promised = read_acknowledged(self.folder)  # read first: what it promises must be in the files that are read afterwards
+        entries: list[LiveEntry] = []
+        while len(entries) < limit and self._open():
+            grown = self._read_file(entries, limit)
+            if len(entries) >= limit:
+                break
+            following = self.folder / f"log-{self._next:020d}.bin"
+            if following != self._file_path() and following.exists() and not grown:
+                self.close()
+                self._file = None
+            elif not grown:
+                break
+        last = max(self._next - 1, 0)
+        if last < promised.sequence and len(entries) < limit:
+            raise LiveLogCorrupt(
+                f"live log of {self.entity_type!r}: entries up to {promised.sequence} were acknowledged, but the files hold valid entries only up to {last} "
+                f"({self._file_path().name if self._file else 'no file'}, byte {self._offset}). Restore the file from a replica or backup; "
+                "serving goes on with what was read before."
+            )
+        return entries
+
+    def _file_path(self) -> Path:
+        return self._file[1] if self._file else self.folder / "-"
+
+    def _open(self) -> bool:
+        if self._descriptor is not None:
+            return True
+        files = log_files(self.folder)
+        if not files:
+            return False
+        wanted = self._next or self.sequence + 1
+        usable = [file for file in files if file[0] <= wanted]
+        if not usable:
+            raise LiveLogError(
+                f"live log of {self.entity_type!r}: entries from {wanted} are needed, but the oldest kept is {files[0][0]}. "
+                "Serve a release whose watermark is newer, or rebuild."
+            )
+        self._file = usable[-1]
+        self._descriptor = os.open(self._file[1], os.O_RDONLY | os.O_CLOEXEC)
+        head = os.pread(self._descriptor, FILE_HEADER.size, 0)
+        if not _check_header(head, self._file[0], self._file[1]):
+            self.close()
+            return False
+        self._offset, self._next = FILE_HEADER.size, self._file[0]
+        return True
+
+    def _read_file(self, entries: list[LiveEntry], limit: int) -> bool:
+        """Append new entries of the open file; False when it held nothing new."""
+        assert self._descriptor is not None
+        want = _READ_BYTES
+        while True:
+            content = memoryview(os.pread(self._descriptor, want, self._offset))
+            position = 0
+            while len(entries) < limit and (found := next_record(content, position, self._next)) is not None:
+                payload, position = found
+                if self._next > self.sequence:
+                    entries.append(decode_payload(payload, self._next))
+                    self.sequence = self._next
+                self._next += 1
+            self._offset += position
+            if position:
+                return True
+            if len(content) < want or want > 4 * _READ_BYTES:
+                return False
+            want *= 2  # one record larger than the buffer
+
+
+class LiveLogWriter:
+    """Appends to one entity type's log. Safe to call from many threads and processes: they take turns, and a group shares one fsync.
+
+    Args:
+        live_root: ``<store>/live``; created when missing.
+        entity_type: Which log.
+        dimension: Length of the vectors.
+        file_bytes: A new file is begun when the last one is larger.
+        lock_timeout_seconds: How long to wait for another writing process.
+        before_sync: Called between write and fsync; for fault injection only.
+    """
+
+    def __init__(
+        self,
+        live_root: Path,
+        entity_type: str,
+        dimension: int,
+        *,
+        file_bytes: int = DEFAULT_FILE_BYTES,
+        lock_timeout_seconds: float = 30.0,
+        before_sync: Callable[[], None] | None = None,
+    ) -> None:
+        self.folder = live_root / entity_type
+        self.entity_type, self.dimension = entity_type, dimension
+        self._file_bytes, self._timeout, self._before_sync = file_bytes, lock_timeout_seconds, before_sync
+        make_folder(self.folder)
+        self._file: tuple[int, Path] | None = None
+        self._descriptor: int | None = None
+        self._end, self._sequence = 0, 0
+        self._queue: list[_Batch] = []
+        self._queue_lock, self._commit_lock = threading.Lock(), threading.Lock()
+        self._pending: list[LiveEntry] = []
+        lock = self._locked()
+        try:
+            self._catch_up()
+        finally:
+            lock.release()
+
+    @property
+    def sequence(self) -> int:
+        """Sequence number of the last entry that this writer knows."""
+        return self._sequence
+
+    def upsert(self, id: str, vector: np.ndarray, attributes: dict[str, Any] | None = None, *, space_id: str, source: dict[str, Any] | None = None) -> None:
+        """Queue an upsert; it is durable after ``sync``. Raises as ``write`` does."""
+        entry = LiveEntry(id=id, vector=vector, space_id=space_id, attributes=attributes or {}, source=source)
+        check_entry(entry, self.dimension)
+        self._pending.append(entry)
+
+    def delete(self, id: str) -> None:
+        """Queue a delete; it is durable after ``sync``."""
+        entry = LiveEntry(id=id)
+        check_entry(entry, self.dimension)
+        self._pending.append(entry)
+
+    def sync(self) -> int:
+        """Write what is queued and return its last sequence number once it is durable."""
+        pending, self._pending = self._pending, []
+        return self.write(pending)
+
+    def write(self, entries: Iterable[LiveEntry]) -> int:
+        """Append entries; returns when they are on disk (fsync), and only then may the caller acknowledge them.
+
+        Args:
+            entries: In order. All of them are checked before the first is written.
+
+        Returns:
+            Sequence number of the last one (of the whole log if ``entries`` is empty).
+
+        Raises:
+            LiveLogError: An id or space id is malformed.
+            LiveLogBusy: Another process kept the writer's lock.
+            InvalidVectors: A vector has NaN, Inf, a wrong shape, dtype or norm.
+            DiskFull: No room; nothing of this call stays in the log.
+            LiveLogCorrupt: What was acknowledged earlier does not check any more.
+        """
+        batch_entries = list(entries)
+        for entry in batch_entries:
+            check_entry(entry, self.dimension)
+        if not batch_entries:
+            return self._sequence
+        now = time.time_ns()
+        batch = _Batch([encode_payload(entry, entry.time_ns or now) for entry in batch_entries])
+        with self._queue_lock:
+            self._queue.append(batch)
+        with self._commit_lock:  # whoever gets it first writes for everyone who queued meanwhile
+            if batch.sequence == 0 and batch.error is None:
+                with self._queue_lock:
+                    group, self._queue = self._queue, []
+                self._commit(group)
+        if batch.error is not None:
+            raise batch.error
+        return batch.sequence
+
+    def close(self) -> None:
+        """Close the open file; what was written is durable already."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> LiveLogWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _locked(self) -> FileLock:
+        lock = FileLock(self.folder / "writer.lock")
+        if not lock.acquire(timeout_seconds=self._timeout):
+            raise LiveLogBusy(f"live log of {self.entity_type!r}: process {lock.holder()} has held the writer's lock for {self._timeout:.0f} s; stop it or try again")
+        return lock
+
+    def _commit(self, group: Sequence[_Batch]) -> None:
+        try:
+            lock = self._locked()
+            try:
+                self._catch_up()
+                if self._descriptor is None or self._end >= self._file_bytes:
+                    self._new_file()
+                assert self._descriptor is not None and self._file is not None
+                sequence, frames = self._sequence, []
+                lasts = []
+                for batch in group:
+                    for payload in batch.payloads:
+                        sequence += 1
+                        frames.append(frame(payload, sequence))
+                    lasts.append(sequence)
+                content = b"".join(frames)
+                try:
+                    with disk_full_is_clear("writing the live log", self.folder):
+                        _write_all(self._descriptor, content, self._end)
+                        if self._before_sync is not None:
+                            self._before_sync()
+                        os.fdatasync(self._descriptor)
+                except BaseException:
+                    os.ftruncate(self._descriptor, self._end)
+                    raise
+                self._end, self._sequence = self._end + len(content), sequence
+                _write_acknowledged(self.folder, Acknowledged(self._file[0], self._end, sequence))
+                for batch, last in zip(group, lasts):
+                    batch.sequence = last
+            finally:
+                lock.release()
+        except BaseException as error:
+            for batch in group:
+                batch.error = error
+
+    def _new_file(self) -> None:
+        self.close()
+        first = self._sequence + 1
+        path = self.folder / f"log-{first:020d}.bin"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        with disk_full_is_clear("starting a live-log file", self.folder):
+            os.ftruncate(descriptor, 0)
+            _write_all(descriptor, FILE_HEADER.pack(FILE_MAGIC, FILE_VERSION, 0, first), 0)
+            os.fdatasync(descriptor)
+        fsync_folder(self.folder)
+        self._file, self._descriptor, self._end = (first, path), descriptor, FILE_HEADER.size
+
+    def _catch_up(self) -> None:
+        """Find the end of the log: other processes may have written, or died while writing. Holds the writer's lock."""
+        promised = read_acknowledged(self.folder)
+        files = log_files(self.folder)
+        if not files:
+            if promised.sequence:
+                raise LiveLogCorrupt(f"live log of {self.entity_type!r}: {promised.sequence} entries were acknowledged, but its files are gone; restore them")
+            return
+        if self._file != files[-1] or self._descriptor is None:
+            self.close()
+            first, path = self._file = files[-1]
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            head = os.pread(self._descriptor, FILE_HEADER.size, 0)
+            if len(head) < FILE_HEADER.size and promised.file != first:  # died while starting the file: nothing in it was promised
+                os.close(self._descriptor)
+                self._descriptor = None
+                path.unlink()
+                fsync_folder(self.folder)
+                self._file = None
+                self._catch_up()
+                return
+            if not _check_header(head, first, path):
+                raise LiveLogCorrupt(f"{path}: the file is shorter than its header; restore it")
+            self._end, self._sequence = FILE_HEADER.size, first - 1
+        assert self._descriptor is not None
+        size = os.fstat(self._descriptor).st_size
+        while self._end < size:
+            content = memoryview(os.pread(self._descriptor, min(_READ_BYTES * 8, size - self._end), self._end))
+            position = 0
+            while (found := next_record(content, position, self._sequence + 1)) is not None:
+                position = found[1]
+                self._sequence += 1
+            self._end += position
+            if position == 0:
+                break
+        if self._sequence < promised.sequence:
+            raise LiveLogCorrupt(
+                f"live log of {self.entity_type!r}: entries up to {promised.sequence} were acknowledged, but {files[-1][1].name} is valid only up to entry "
+                f"{self._sequence} (byte {self._end}). Nothing was written or cut off; restore the file from a replica or backup."
+            )
+        if self._end < size:  # the torn tail of a writer that died before it promised anything
+            os.ftruncate(self._descriptor, self._end)
+            os.fdatasync(self._descriptor)
+
+
+class _Batch:
+    """The payloads of one ``write`` call, waiting for the group's fsync."""
+
+    __slots__ = ("error", "payloads", "sequence")
+
+    def __init__(self, payloads: list[bytes]) -> None:
+        self.payloads = payloads
+        self.sequence = 0
+        self.error: BaseException | None = None
+
+
+def _write_all(descriptor: int, content: bytes, offset: int) -> None:
+    view = memoryview(content)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        offset += written
+        view = view[written:]
+
+
+def last_sequence(live_root: Path, entity_type: str) -> int:
+    """Sequence number of the last acknowledged entry of a log; 0 when there is none."""
+    return read_acknowledged(live_root / entity_type).sequence
+
+
+def collect_files(live_root: Path, entity_type: str, watermark: int) -> list[Path]:
+    """Remove whole log files whose entries are all at or below ``watermark``; the newest file always stays.
+
+    Args:
+        live_root: ``<store>/live``.
+        entity_type: Which log.
+        watermark: The smallest watermark of all releases that are kept.
+
+    Returns:
+        Removed files.
+    """
+    folder = live_root / entity_type
+    files = log_files(folder)
+    removed = []
+    for (_, path), (following, _) in zip(files, files[1:]):
+        if following - 1 <= watermark:
+            path.unlink()
+            removed.append(path)
+    if removed:
+        fsync_folder(folder)
+    return removed

@@ -21,7 +21,7 @@ class Hit(NamedTuple):
 
     id: str
     score: float  # cosine with the query, -1 to 1
-    attributes: dict[str, Any] = {}  # only the ones asked for
+    attributes: dict[str, Any]  # only the ones asked for
 
 
 class Timings(NamedTuple):

@@ -6,7 +6,6 @@ ServingError
 │   ├── InvalidK              k outside 1..max_k
 │   ├── InvalidEmbedding      a ready vector of the wrong size, norm or with NaN
 │   └── RequestTooLarge       more texts, ids or bytes than the limits allow
-├── UnknownEntityType         the release has no such index                  NOT_FOUND
 ├── UnknownRelease            no such release in the store                   NOT_FOUND
 ├── ReleaseNotLoaded          a pinned release is not in memory              FAILED_PRECONDITION
 ├── ReleaseRefused            a release did not prove itself                 FAILED_PRECONDITION
@@ -59,14 +58,6 @@ class RequestTooLarge(InvalidRequest):
 
     def __init__(self, field: str, limit: int, got: int, unit: str = "") -> None:
         super().__init__(f"{field}: expected at most {limit}{unit}, but got {got}{unit}. Split the request, or raise the limit of the server.")
-
-
-class UnknownEntityType(ServingError):
-    """The release has no index for this entity type."""
-
-    def __init__(self, entity_type: str, known: Iterable[str]) -> None:
-        choices = ", ".join(sorted(known)) or "none"
-        super().__init__(f"entity_type: this release has {choices}, but got {entity_type[:64]!r}. Use one of these, or rebuild with that type.")
 
 
 class UnknownRelease(ServingError):

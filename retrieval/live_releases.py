@@ -1,0 +1,381 @@
+"""Releases in service: watch CURRENT, load beside the old one, prove, swap atomically, go back at once, refuse what is broken."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from encoders.errors import OmniError, SpaceMismatch
+from index_builder.errors import ReleaseNotFound
+from index_builder.live_follower import LiveFollower
+from index_builder.publishing import CURRENT_NAME, ReleaseStore
+from index_builder.release import Release
+from retrieval.batcher import Batcher
+from retrieval.cache import CachedEncoder, QueryCache, RedisTier, namespace
+from retrieval.errors import NothingToRollBack, NotReady, ReleaseNotLoaded, ReleaseRefused, UnknownRelease
+from retrieval.observability import Metrics
+from retrieval.query_encoding import QueryEncoding, open_query_encoding
+from retrieval.serve_config import ServeConfig
+
+log = logging.getLogger("omni.releases")
+
+RETRY_REFUSED_SECONDS = 30.0
+"""A refused release is tried again after this (its files may have been restored); at once when CURRENT changes."""
+MIN_PARITY_COSINE = 0.95
+"""Lowest mean cosine between golden queries as this server encodes them and as the trainer did."""
+PREWARM_CHUNK = 32
+
+
+class ServingRelease:
+    """One release with what is needed to answer from it: indexes, encoder, its part of the cache, live entries."""
+
+    def __init__(self, release: Release, encoding: QueryEncoding, follower: LiveFollower, cache: QueryCache, config: ServeConfig, redis: RedisTier | None) -> None:
+        self.release = release
+        self.release_id = release.release_id
+        self.space_id = release.space_id
+        self.dimension = release.dimension
+        self.entities = release.entities
+        self.form_id = encoding.form_id
+        self.encoding = encoding
+        self.follower = follower
+        self.in_flight = 0
+        self.executor = ThreadPoolExecutor(1, thread_name_prefix="encode")
+        self.batcher = Batcher(
+            encoding.encode,
+            self.executor,
+            release.dimension,
+            max_tokens=config.batch_tokens,
+            max_delay_seconds=config.batch_delay_ms / 1e3,
+            max_queue=config.max_encode_queue,
+        )
+        self.prefix = namespace(release.space_id, encoding.form_id)
+        self.encoder = CachedEncoder(cache, self.batcher, self.prefix, release.dimension, redis)
+
+    def close(self) -> None:
+        """Stop following the log and the encoder's thread; nobody may use this release any more."""
+        self.follower.stop()
+        self.executor.shutdown(wait=False)
+        self.release.close()
+
+
+def prove(release: Release, encoding: QueryEncoding, min_recall: float = 0.0) -> dict[str, float]:
+    """Replay the golden queries: the indexes must answer as recorded, and this server's encoder must agree with the trainer's vectors.
+
+    Args:
+        release: Opened, without live entries.
+        encoding: The runtime form that will serve.
+        min_recall: Lowest ANN recall per entity type; 0: the release's own figures decide (``Release.replay_golden``).
+
+    Returns:
+        Mean cosine of encoded golden queries with the stored vectors, by entity type that has golden texts.
+
+    Raises:
+        ReleaseRefused: Recall or parity is too low.
+        ReleaseCorrupt: An index answers worse than its manifest says.
+    """
+    if encoding.dimension != release.dimension:
+        raise ReleaseRefused(f"{release.release_id}: the indexes hold vectors of {release.dimension} dimensions, but its query encoder makes {encoding.dimension}.")
+    for entity_type, result in release.replay_golden().items():
+        if result.recall < min_recall:
+            raise ReleaseRefused(f"{release.release_id}/{entity_type}: expected golden recall of at least {min_recall:.3f}, but got {result.recall:.3f}.")
+    parity: dict[str, float] = {}
+    for entity_type in release.entities:
+        golden = release.golden(entity_type)
+        rows = [i for i, text in enumerate(golden.texts) if text][:64]
+        if not rows:
+            continue
+        made = encoding.encode([golden.texts[i] for i in rows])
+        parity[entity_type] = float(np.mean(np.sum(made * golden.vectors[rows], axis=1)))
+        if not parity[entity_type] >= MIN_PARITY_COSINE:
+            raise ReleaseRefused(
+                f"{release.release_id}/{entity_type}: expected golden queries encoded as {encoding.form_id} to agree with the trainer's vectors "
+                f"(mean cosine {MIN_PARITY_COSINE} or more), but got {parity[entity_type]:.4f}. Its encoder and indexes do not belong together: rebuild it."
+            )
+    return parity
+
+
+class LiveReleases:
+    """Which release answers. Lives on the event loop; loading happens in one low-priority thread.
+
+    Args:
+        config: The server's.
+        cache: Shared by all releases; keys hold the space and form.
+        metrics: Where swaps and refusals are counted.
+        redis: Second cache tier, by dimension.
+        preloaded: Releases that the parent process has opened already (workers share their memory).
+        watch: Follow ``releases/CURRENT``; workers leave that to their supervisor.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        cache: QueryCache,
+        metrics: Metrics,
+        *,
+        redis: Callable[[int], RedisTier | None] = lambda dimension: None,
+        preloaded: dict[str, Release] | None = None,
+        watch: bool = True,
+    ) -> None:
+        self.config = config
+        self.store = ReleaseStore(config.releases)
+        self.cache = cache
+        self.metrics = metrics
+        self.active: ServingRelease | None = None
+        self.loaded: OrderedDict[str, ServingRelease] = OrderedDict()
+        self.reason_not_ready = "no release has been loaded yet"
+        self.on_change: list[Callable[[ServingRelease], Awaitable[None]]] = []
+        self.load_seconds = 0.0
+        self._redis = redis
+        self._preloaded = preloaded or {}
+        self._watch = watch
+        self._lock = asyncio.Lock()
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="load", initializer=_lower_priority)
+        self._watcher: asyncio.Task[None] | None = None
+        self._retiring: set[asyncio.Task[None]] = set()
+        self._seen: tuple[int, int, int] | None = None
+        self._refused_at = 0.0
+        metrics.add_source(self._measurements)
+
+    # --- asking ----------------------------------------------------------------------------------------------------------------------------------
+
+    def resolve(self, release_id: str) -> ServingRelease:
+        """The active release, or the loaded one that a request pinned.
+
+        Raises:
+            NotReady: Nothing is loaded.
+            ReleaseNotLoaded: The pinned release is not in memory.
+        """
+        active = self.active
+        if active is None:
+            raise NotReady(f"no release is served yet: {self.reason_not_ready}")
+        if not release_id or release_id == active.release_id:
+            return active
+        pinned = self.loaded.get(release_id)
+        if pinned is None:
+            raise ReleaseNotLoaded(release_id, self.loaded)
+        return pinned
+
+    # --- changing --------------------------------------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Load the active release if there is one, then watch for changes. Never raises for a bad release: the server stays not ready."""
+        await self._look()
+        if self._watch:
+            self._watcher = asyncio.ensure_future(self._watch_forever())
+
+    async def stop(self) -> None:
+        """Stop watching and close every release."""
+        if self._watcher is not None:
+            self._watcher.cancel()
+            await asyncio.gather(self._watcher, return_exceptions=True)
+        for task in list(self._retiring):
+            task.cancel()
+        for serving in self.loaded.values():
+            serving.close()
+        self.loaded.clear()
+        self.active = None
+        self._loader.shutdown(wait=False, cancel_futures=True)
+
+    async def activate(self, release_id: str) -> tuple[str, str]:
+        """Load, prove, make active in the store, swap. Returns the new and the previous release id.
+
+        Raises:
+            UnknownRelease: The store has no such release.
+            OmniError: It was refused; the old one keeps serving and CURRENT stays as it was.
+        """
+        async with self._lock:
+            before = self.active.release_id if self.active else ""
+            serving = self.loaded.get(release_id) or await self._load_or_count(release_id)
+            await self._in_loader(lambda: self.store.activate(release_id, verify=False))
+            await self._swap(serving)
+            self._seen = self._current_stamp()
+            return release_id, before
+
+    async def rollback(self) -> tuple[str, str]:
+        """Go back to the release that was active before; at once if it is still in memory. Returns the new and the previous release id.
+
+        Raises:
+            NothingToRollBack: There is no earlier release.
+        """
+        async with self._lock:
+            before = self.active.release_id if self.active else ""
+            record = self.store.current_record()
+            target = next((old for old in record.history if self.store.path_of(old).is_dir()), None) if record else None
+            if target is None:
+                raise NothingToRollBack("there is no earlier release to roll back to: only one was ever active, or the earlier ones were collected.")
+            serving = self.loaded.get(target) or await self._load_or_count(target)
+            try:
+                await self._in_loader(lambda: self.store.rollback(verify=False))
+            except ReleaseNotFound as error:
+                raise NothingToRollBack(str(error)) from error
+            await self._swap(serving)
+            self._seen = self._current_stamp()
+            return serving.release_id, before
+
+    async def _in_loader(self, work: Callable[[], object]) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._loader, work)
+
+    async def _load_or_count(self, release_id: str) -> ServingRelease:
+        started = time.perf_counter()
+        try:
+            if release_id not in self._preloaded and not self.store.path_of(release_id).is_dir():
+                raise UnknownRelease(release_id)
+            serving = await asyncio.get_running_loop().run_in_executor(self._loader, self._load, release_id)
+        except OmniError as error:
+            self.metrics.count("omni_releases_refused", (type(error).__name__,))
+            log.error("release %s refused: %s", release_id, error)
+            raise
+        except Exception as error:  # a library tripped over a file in a way nobody foresaw: the old release must go on serving all the same
+            self.metrics.count("omni_releases_refused", (type(error).__name__,))
+            log.exception("release %s refused", release_id)
+            raise ReleaseRefused(f"{release_id}: could not be loaded: {type(error).__name__}: {error}") from error
+        self.load_seconds = time.perf_counter() - started
+        return serving
+
+    def _load(self, release_id: str) -> ServingRelease:
+        """Runs in the loader thread: open, verify, encode, prove, replay the live log."""
+        release = self._preloaded.pop(release_id, None) or self.store.open(release_id)
+        try:
+            active = self.active
+            if active is not None and active.space_id == release.space_id and active.dimension != release.dimension:
+                raise SpaceMismatch(active.space_id, release.space_id, f"{release_id}: same space id, but {release.dimension} dimensions")
+            encoding = open_query_encoding(
+                release.query_encoder_path,
+                release.forms_path,
+                device=self.config.device,
+                form=self.config.encoder_form,
+                threads=self.config.encoder_threads,
+            )
+            parity = prove(release, encoding, self.config.golden_min_recall)
+            follower = LiveFollower(self.store, release, poll_seconds=self.config.live_poll_seconds).start()
+        except BaseException:
+            release.close()
+            raise
+        agreement = ", ".join(f"{name} {value:.4f}" for name, value in parity.items()) or "no golden texts"
+        log.info("release %s proved itself: form %s, golden parity %s", release_id, encoding.form_id, agreement)
+        return ServingRelease(release, encoding, follower, self.cache, self.config, self._redis(release.dimension))
+
+    async def _swap(self, serving: ServingRelease) -> None:
+        """Make a loaded release the one that answers: one assignment, after its cache is warm."""
+        old = self.active
+        if old is serving:
+            return
+        if old is not None and old.prefix != serving.prefix:
+            await self._prewarm(old, serving)
+        self.loaded[serving.release_id] = serving
+        self.loaded.move_to_end(serving.release_id)
+        self.active = serving
+        self.metrics.count("omni_release_swaps")
+        log.info("serving release %s (space %s, form %s)", serving.release_id, serving.space_id[:16], serving.form_id)
+        for callback in self.on_change:
+            await callback(serving)
+        while len(self.loaded) > self.config.keep_releases:
+            _, oldest = self.loaded.popitem(last=False)
+            task = asyncio.ensure_future(self._retire(oldest))
+            self._retiring.add(task)
+            task.add_done_callback(self._retiring.discard)
+
+    async def _retire(self, serving: ServingRelease) -> None:
+        """Close a release once the last request on it has finished."""
+        await asyncio.sleep(0.05)
+        while serving.in_flight > 0:
+            await asyncio.sleep(0.05)
+        await asyncio.to_thread(serving.close)
+
+    async def _prewarm(self, old: ServingRelease, new: ServingRelease) -> None:
+        """Encode the most frequent cached queries with the new encoder, so that the hit rate does not collapse at the swap."""
+        texts = self.cache.frequent(old.prefix, self.config.prewarm_queries)
+        loop = asyncio.get_running_loop()
+        done = 0
+        for start in range(0, len(texts), PREWARM_CHUNK):
+            chunk = texts[start : start + PREWARM_CHUNK]
+            try:
+                vectors = await loop.run_in_executor(self._loader, new.encoding.encode, chunk)
+            except Exception as error:  # warming is a favour: it must never stop a swap
+                log.warning("prewarming stopped after %d queries: %s", done, error)
+                break
+            for text, vector in zip(reversed(chunk), vectors[::-1], strict=True):
+                self.cache.put(new.prefix + text, vector)
+            done += len(chunk)
+        self.metrics.count("omni_prewarmed_queries", (), done)
+        if done:
+            log.info("prewarmed %d queries for space %s", done, new.space_id[:16])
+
+    # --- watching --------------------------------------------------------------------------------------------------------------------------------
+
+    def _current_stamp(self) -> tuple[int, int, int] | None:
+        try:
+            stat = os.stat(Path(self.store.releases) / CURRENT_NAME)
+        except OSError:
+            return None
+        return stat.st_mtime_ns, stat.st_ino, stat.st_size
+
+    async def _watch_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self.config.poll_seconds)
+            try:
+                stamp = self._current_stamp()
+                if stamp != self._seen or (self._refused_at and time.monotonic() - self._refused_at > RETRY_REFUSED_SECONDS):
+                    await self._look()
+            except asyncio.CancelledError:
+                raise
+            except Exception:  # the watcher must outlive anything that a store can hold
+                log.exception("looking at %s failed", CURRENT_NAME)
+
+    async def _look(self) -> None:
+        """Take over what CURRENT names, if it can be served."""
+        async with self._lock:
+            self._seen = self._current_stamp()
+            self._refused_at = 0.0
+            try:
+                release_id = self.store.current()
+                if release_id is None:
+                    self.reason_not_ready = "no release is active in the store. Publish one with `omni rebuild`, or `omni release activate RELEASE_ID`"
+                    if self.active is None:
+                        log.warning("not ready: %s", self.reason_not_ready)
+                    return
+                if self.active is not None and self.active.release_id == release_id:
+                    return
+                await self._swap(self.loaded.get(release_id) or await self._load_or_count(release_id))
+            except OmniError as error:
+                self._refused_at = time.monotonic()
+                self.reason_not_ready = str(error)
+                serving = self.active.release_id if self.active else "nothing"
+                log.error("still serving %s: %s", serving, error)
+
+    def _measurements(self) -> list[tuple[str, tuple[str, ...], float]]:
+        active = self.active
+        rows: list[tuple[str, tuple[str, ...], float]] = [
+            ("omni_ready", (), float(active is not None)),
+            ("omni_release_load_seconds", (), self.load_seconds),
+        ]
+        if active is not None:
+            rows.append(("omni_release_info", (active.release_id, active.space_id, active.form_id), 1.0))
+            batcher = active.batcher
+            rows += [
+                ("omni_encode_batches", (), float(sum(s.batcher.batches for s in self.loaded.values()))),
+                ("omni_encode_texts", (), float(sum(s.batcher.texts for s in self.loaded.values()))),
+                ("omni_encode_dropped", (), float(sum(s.batcher.dropped for s in self.loaded.values()))),
+                ("omni_encode_waiting", (), float(batcher.waiting)),
+                ("omni_cache_shared", (), float(sum(s.encoder.shared for s in self.loaded.values()))),
+            ]
+            rows += [("omni_live_sequence", (name,), float(active.follower.view(name).sequence)) for name in active.entities]
+            rows.append(("omni_live_errors", ("any",), float(active.follower.error is not None)))
+        return rows
+
+
+def _lower_priority() -> None:
+    """Loading, hashing and proving must not take the core from requests; Linux gives each thread its own niceness."""
+    try:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+    except (OSError, AttributeError):
+        log.debug("the loader thread keeps its normal priority")

@@ -20,9 +20,8 @@ from torch.nn import functional
 
 from encoders.entity_features import EntityBatch, EntityFeaturizer
 from encoders.errors import BundleError, ConfigError
-from encoders.ngrams import mix64
+from encoders.hash_embedding import HASHES, hash_rows, sum_bags
 
-HASHES = 2
 TOWER_FORMAT = 1
 
 
@@ -64,21 +63,6 @@ class EntityTowerConfig:
             continuous_width=featurizer.config.continuous_width,
             **settings,
         )
-
-
-def hash_rows(vocabulary_size: int, table_rows: int) -> npt.NDArray[np.int32]:
-    """Table rows of every token id under the two hash functions: part of the model, pinned by golden values in the tests.
-
-    Args:
-        vocabulary_size: Number of token ids.
-        table_rows: Rows of the embedding table.
-
-    Returns:
-        (vocabulary_size, 2) int32 in ``[0, table_rows)``.
-    """
-    ids = np.arange(vocabulary_size, dtype=np.uint64)
-    columns = [mix64(ids * np.uint64(HASHES) + np.uint64(h) + np.uint64(0x9E3779B97F4A7C15)) % np.uint64(table_rows) for h in range(HASHES)]
-    return np.stack(columns, axis=1).astype(np.int32)
 
 
 class EntityEncoder(nn.Module):
@@ -125,21 +109,24 @@ class EntityEncoder(nn.Module):
 
     def _inputs(self, features: EntityBatch) -> Tensor:
         """(N, token_dimension + C): what the MLP reads."""
-        fields = self.embed_fields(features)  # (N, F, token_dimension)
-        normed = functional.layer_norm(fields, fields.shape[-1:])
-        inputs = torch.einsum("nfd,fd->nd", normed, self.field_scale.to(normed.dtype)) + self.field_bias
-        if features.continuous is not None and self.config.continuous_width:
-            inputs = torch.cat((inputs, features.continuous.to(inputs.dtype)), dim=-1)
-        return inputs
-
-    def embed_fields(self, features: EntityBatch) -> Tensor:
-        """(N, F, token_dimension): per entity and field, the sum of its token vectors (zeros for an empty field)."""
         ids = features.token_ids
         rows = self.rows[ids].reshape(-1)  # (T * H,)
         weights = functional.embedding(ids, self.token_weights).reshape(-1)  # (T * H,)
-        offsets = (features.offsets[:-1] * HASHES).to(rows.dtype)
-        bags = functional.embedding_bag(rows, self.table, offsets, mode="sum", per_sample_weights=weights)
-        return bags.view(len(features), features.fields, -1)
+        offsets = (features.offsets * HASHES).to(rows.dtype)  # (N * F + 1,)
+        if rows.is_cuda:
+            sums = sum_bags(self.table, rows, weights, offsets).view(len(features), features.fields, -1)
+            text = torch.einsum("nfd,fd->nd", functional.layer_norm(sums, sums.shape[-1:]), self.field_scale)
+        else:
+            # Most fields of most entities are empty and an empty field adds nothing: work on the others only.
+            present = torch.nonzero(offsets.diff()).squeeze(1)  # (P,) numbers of the bags that hold tokens
+            bags = torch.cat((offsets[present], offsets[-1:]))
+            sums = sum_bags(self.table, rows, weights, bags)  # (P, token_dimension)
+            scaled = functional.layer_norm(sums, sums.shape[-1:]) * self.field_scale[present % features.fields]
+            text = scaled.new_zeros(len(features), scaled.shape[1]).index_add(0, present // features.fields, scaled)
+        text = text + self.field_bias
+        if features.continuous is not None:
+            return torch.cat((text, features.continuous.to(text.dtype)), dim=-1)
+        return text
 
     @torch.no_grad()
     def encode(self, catalogue: pl.DataFrame, batch_size: int = 1024) -> npt.NDArray[np.float32]:
@@ -206,7 +193,8 @@ class EntityEncoder(nn.Module):
             raise BundleError(f"{folder}: weights and config.json do not belong together ({error})") from error
         if featurizer is not None and len(featurizer.vocabulary) != encoder.config.vocabulary_size:
             raise BundleError(
-                f"{folder}: the tower expects {encoder.config.vocabulary_size} token ids, but the vocabulary has {len(featurizer.vocabulary)}"
+                f"{folder}: the tower expects {encoder.config.vocabulary_size} token ids, but the vocabulary has "
+                f"{len(featurizer.vocabulary)}; copy the whole entity_encoder folder again"
             )
         return encoder.eval()
 

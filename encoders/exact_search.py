@@ -1,0 +1,106 @@
+"""Exact maximum inner product search in blocks: the ground truth that every index and every metric is measured against."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from encoders.errors import ConfigError, InvalidVectors
+
+SCORES_AT_ONCE = 1 << 24
+"""Scores held in memory at once (64 MiB of float32): queries are taken in chunks so that chunk x block stays below it."""
+
+
+def exact_top_k(
+    queries: np.ndarray,
+    corpus: np.ndarray,
+    k: int,
+    *,
+    block_rows: int = 65536,
+    mask: np.ndarray | None = None,
+    device: str = "cpu",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Find the ``k`` corpus rows with the highest inner product for each query.
+
+    The corpus is read in blocks, so it may be a memory map larger than memory, and may live on another device than the result.
+
+    Args:
+        queries: ``(B, D)`` float32. ``B`` may be 0.
+        corpus: ``(N, D)`` float32. ``N`` may be 0.
+        k: Results per query, at least 1.
+        block_rows: Corpus rows scored at once.
+        mask: bool ``(N,)`` or ``(B, N)``; only rows that are True may be returned.
+        device: Where products are taken, e.g. ``cuda``; always in float32.
+
+    Returns:
+        ``rows`` int64 ``(B, k)`` and ``scores`` float32 ``(B, k)``, best first, equal scores by ascending row. Where fewer than ``k`` rows
+        may be returned the tail holds row -1 with score -inf.
+
+    Raises:
+        InvalidVectors: Shapes do not fit each other.
+        ConfigError: ``k`` or ``block_rows`` is below 1.
+    """
+    if k < 1 or block_rows < 1:
+        raise ConfigError(f"k and block_rows must be at least 1, but got k={k}, block_rows={block_rows}.")
+    if queries.ndim != 2 or corpus.ndim != 2 or queries.shape[1] != corpus.shape[1]:
+        raise InvalidVectors(
+            f"expected queries (B, D) and corpus (N, D) with one D, got {queries.shape} and {corpus.shape}. Were both made by one bundle?"
+        )
+    if mask is not None and mask.shape not in ((len(corpus),), (len(queries), len(corpus))):
+        raise InvalidVectors(f"expected a mask of shape ({len(corpus)},) or ({len(queries)}, {len(corpus)}), but got {mask.shape}.")
+    rows = np.full((len(queries), k), -1, dtype=np.int64)
+    scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
+    chunk = max(1, SCORES_AT_ONCE // max(1, min(block_rows, len(corpus))))
+    for corpus_start in range(0, len(corpus), block_rows):
+        block = _tensor(corpus[corpus_start : corpus_start + block_rows], device)
+        for start in range(0, len(queries), chunk):
+            part = slice(start, start + chunk)
+            products = _tensor(queries[part], device) @ block.T  # (b, D) @ (D, n) -> (b, n)
+            if mask is not None:
+                allowed = (
+                    mask[..., corpus_start : corpus_start + block_rows]
+                    if mask.ndim == 1
+                    else mask[part, corpus_start : corpus_start + block_rows]
+                )
+                products.masked_fill_(~torch.from_numpy(np.array(allowed, dtype=bool)).to(device), -torch.inf)
+            block_rows_found, block_scores = top_k_of_scores(products, k)
+            block_rows_found[block_rows_found >= 0] += corpus_start
+            rows[part], scores[part] = _merge((rows[part], scores[part]), (block_rows_found, block_scores), k)
+    return rows, scores
+
+
+def top_k_of_scores(scores: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Columns and values of the ``k`` highest scores per row, best first, equal scores by ascending column.
+
+    Args:
+        scores: ``(b, n)`` float32; -inf marks a column that may not be returned.
+        k: At least 1; may exceed ``n``.
+
+    Returns:
+        int64 and float32 ``(b, min(k, n))``; -1 and -inf where a row runs out.
+    """
+    width = min(k, scores.shape[1])
+    values, columns = torch.topk(scores, width, dim=1)
+    if width < scores.shape[1]:
+        # topk may pick any of several columns that tie for the last place: only then is the row sorted in full.
+        tied = torch.nonzero((scores >= values[:, -1:]).sum(dim=1) > width).flatten()
+        for row in tied.tolist():
+            order = torch.sort(scores[row], descending=True, stable=True).indices[:width]
+            columns[row], values[row] = order, scores[row, order]
+    found, best = columns.cpu().numpy(), values.cpu().numpy()
+    order = np.lexsort((found, -best), axis=1)
+    found, best = np.take_along_axis(found, order, axis=1), np.take_along_axis(best, order, axis=1)
+    found[np.isneginf(best)] = -1
+    return found, best
+
+
+def _tensor(values: np.ndarray, device: str) -> torch.Tensor:
+    array = np.ascontiguousarray(values, dtype=np.float32)
+    return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device)
+
+
+def _merge(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
+    rows, scores = np.concatenate((first[0], second[0]), axis=1), np.concatenate((first[1], second[1]), axis=1)
+    last = np.where(rows < 0, np.iinfo(np.int64).max, rows)
+    order = np.lexsort((last, -scores), axis=1)[:, :k]
+    return np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)

@@ -35,7 +35,7 @@ from encoders.errors import MissingDependency
 from encoders.query_tower import QueryEncoder, pad
 from encoders.shipped_tower import fast_tokenizer, pack_tower
 
-LANGUAGES = frozenset("en de fr es it pt nl pl ru uk tr ar hi id ja ko zh".split())
+LANGUAGES = frozenset(["en", "de", "fr", "es", "it", "pt", "nl", "pl", "ru", "uk", "tr", "ar", "hi", "id", "ja", "ko", "zh"])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,7 +81,8 @@ class Teacher:
         """Token embeddings, float32 (N, 512)."""
         backend = self.model._model
         chunk = ids % len(backend.scale)
-        return backend.table[ids].astype(np.float32) * backend.scale[chunk, None] + backend.lo[chunk, None]
+        table: np.ndarray = backend.table[ids].astype(np.float32) * backend.scale[chunk, None] + backend.lo[chunk, None]
+        return table
 
     def sentences(self, texts: list[str]) -> np.ndarray:
         """Sentence vectors, float16 (N, 512)."""
@@ -275,7 +276,7 @@ def _run(
 
 
 @click.command()
-@click.option("--data", "data_dir", type=click.Path(path_type=Path, exists=True), envvar="OMNI_DATA", required=True, help="Folder that holds large/.")
+@click.option("--data", "data_dir", type=click.Path(path_type=Path, exists=True), envvar="OMNI_DATA", required=True, help="Holds large/.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the packed tower.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Keep the teacher's vectors here between runs.")
 @click.option("--steps", default=PretrainingConfig().steps, show_default=True, help="Optimiser steps of 512 pairs.")

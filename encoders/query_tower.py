@@ -1,4 +1,4 @@
-"""The query tower: text -> transformer -> [CLS] -> linear -> L2-normalised vector (paper section 4.1), saved as a Sentence-Transformers model."""
+"""The query tower: text -> transformer -> [CLS] -> linear -> unit vector (paper section 4.1), saved as a Sentence-Transformers model."""
 
 from __future__ import annotations
 
@@ -38,14 +38,16 @@ class QueryEncoder(nn.Module):
         max_tokens: Longer inputs are cut here.
     """
 
-    def __init__(self, transformer: nn.Module, tokenizer: PreTrainedTokenizerFast, dimension: int = 256, max_tokens: int = MAX_TOKENS) -> None:
+    def __init__(
+        self, transformer: nn.Module, tokenizer: PreTrainedTokenizerFast, dimension: int = 256, max_tokens: int = MAX_TOKENS
+    ) -> None:
         super().__init__()
         self.transformer = transformer
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
-        hidden = int(transformer.config.hidden_size)
+        config: Any = transformer.config
+        hidden = int(config.hidden_size)
         self.projection = nn.Linear(hidden, dimension)
-        # Queries cost what their tokens cost: no dropout noise at the small batch sizes of fine-tuning, no pooling head that is not used.
         nn.init.normal_(self.projection.weight, std=hidden**-0.5)
         nn.init.zeros_(self.projection.bias)
 
@@ -69,7 +71,9 @@ class QueryEncoder(nn.Module):
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Return token ids per text, [CLS] included, cut at ``max_tokens``."""
-        encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_tokens, return_attention_mask=False, return_token_type_ids=False)
+        encoded = self.tokenizer(
+            list(texts), truncation=True, max_length=self.max_tokens, return_attention_mask=False, return_token_type_ids=False
+        )
         ids: list[list[int]] = encoded["input_ids"]
         return ids
 
@@ -122,7 +126,9 @@ class QueryEncoder(nn.Module):
         """
         dense = folder / "2_Dense" / "model.safetensors"
         if not dense.is_file():
-            raise BundleError(f"{folder}: no query tower here (2_Dense/model.safetensors is missing). Expected the query_encoder/ folder of a bundle.")
+            raise BundleError(
+                f"{folder}: no query tower here (2_Dense/model.safetensors is missing). Expected the query_encoder/ folder of a bundle."
+            )
         try:
             max_tokens = int(json.loads((folder / "sentence_bert_config.json").read_text(encoding="utf-8"))["max_seq_length"])
             weights = load_file(dense)
@@ -146,6 +152,7 @@ def create_query_encoder(name_or_path: str = "tiny-multilingual", dimension: int
     Raises:
         ConfigError: The name is neither shipped, nor a folder, nor reachable on the hub.
     """
+    projection: dict[str, Tensor] | None
     torch_state = torch.random.get_rng_state()
     try:
         if name_or_path in SHIPPED_TOWERS:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,7 +27,12 @@ _TABLE = "transformer.embeddings.word_embeddings.weight"
 def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     """Wrap a ``tokenizers`` tokenizer whose special tokens are [PAD], [UNK] and [CLS]."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", model_max_length=64, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        model_max_length=64,
+        clean_up_tokenization_spaces=False,
     )
 
 
@@ -41,7 +47,8 @@ def pack_tower(folder: Path, transformer: nn.Module, tokenizer: PreTrainedTokeni
     packed["table.int8"] = (table / scale.float()).round().clamp(-127, 127).to(torch.int8)
     packed["table.scale"] = scale
     save_file(packed, folder / "weights.safetensors")
-    (folder / "config.json").write_text(transformer.config.to_json_string(), encoding="utf-8")
+    config: Any = transformer.config
+    (folder / "config.json").write_text(config.to_json_string(), encoding="utf-8")
     with gzip.GzipFile(folder / "tokenizer.json.gz", "wb", compresslevel=9, mtime=0) as file:
         file.write(tokenizer.backend_tokenizer.to_str().encode())
 

@@ -1,0 +1,525 @@
+"""Build a release: check the input, fold the live log in, index, calibrate, gate, prove, publish. Interrupted builds go on where they stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from hashlib import sha256
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from encoders.errors import BundleError, ConfigError, SpaceMismatch
+from index_builder.build_inputs import EntityInput, Folded, QuerySet, check_input, fingerprint, fold_live, read_live, refuse_foreign
+from index_builder.calibration import check_gate
+from index_builder.durability import disk_full_is_clear, write_durably
+from index_builder.entity_index import EntityIndex, IndexConfig
+from index_builder.errors import DiskFull, GateFailed, PublishError, ReleaseCorrupt
+from index_builder.golden import GOLDEN_K, GOLDEN_NAME, GoldenQueries, answer_exactly, perturbed_entities, recall_of, write_golden
+from index_builder.manifest import EntityManifest, FileRecord, Manifest, content_digest
+from index_builder.peak_memory import PeakMemory
+from index_builder.publishing import ReleaseStore, check_release_id
+from index_builder.release import BUNDLE_PARTS, read_manifest
+from index_builder.verification import record_files
+
+CALIBRATION_QUERIES = 2_000
+DEFAULT_DIMENSION = 256
+BYTES_PER_VECTOR_256 = {"symqg": 3600, "hnsw": 1500, "rabitq": 1200, "faiss-hnsw": 1500, "faiss-ivf": 1400, "exact": 300}
+"""Private bytes a vector of 256 dimensions needs at the peak of a build (ids and attributes included), measured by `omni bench build`, rounded up."""
+
+ParityGate = Callable[[Path, GoldenQueries], dict[str, dict[str, Any]]]
+"""(staged release folder, golden queries with texts) -> export form -> report with ``passed``; a form that fails stops the build."""
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RebuildConfig:
+    """How a release is built."""
+
+    index: IndexConfig = field(default_factory=IndexConfig)
+    """Kind and parameters of the indexes, the recall target of the gate, seed and threads."""
+    min_recall: float = 0.95
+    """The gate: the lower 95% bound of the measured ANN recall@10 must reach this at some ef, else nothing is published."""
+    calibration_queries: int = CALIBRATION_QUERIES
+    """Queries that calibrate, apart from the golden ones."""
+    golden_queries: int = 64
+    """Golden queries kept per entity type."""
+    deterministic: bool = False
+    """Same input and seed give the same bytes for every file but the manifest's ``measured`` part; the release id is derived from the content."""
+    seed: int = 0
+    """Of the choice of golden and calibration queries."""
+    max_memory_mib: int | None = None
+    """Private memory the build may use at its peak; None: no limit."""
+    release_id: str | None = None
+    """None: time and content (deterministic: content only)."""
+    activate: bool = True
+    """Make the release active once it is published."""
+    resume: bool = True
+    """Take over what an interrupted build of the same input left."""
+    fold_live: bool = True
+    """Put the live log's entries into the base."""
+    drop_foreign_live: bool = False
+    """Leave out live entries written under another space id (they cannot be searched with this bundle)."""
+    wait_seconds: float = 0.0
+    """How long to wait for another build in the same store."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.min_recall < 1.0:
+            raise ConfigError(f"RebuildConfig.min_recall must be between 0 and 1, but got {self.min_recall}.")
+        if not 1 <= self.golden_queries <= 10_000:
+            raise ConfigError(f"RebuildConfig.golden_queries must be between 1 and 10,000, but got {self.golden_queries}.")
+        if self.max_memory_mib is not None and self.max_memory_mib < 64:
+            raise ConfigError(f"RebuildConfig.max_memory_mib must be at least 64, but got {self.max_memory_mib}.")
+        if self.release_id is not None:
+            check_release_id(self.release_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """What a release takes from a model bundle."""
+
+    path: Path
+    space_id: str
+    dimension: int
+
+
+@dataclass(slots=True)
+class _Built:
+    entity: EntityManifest
+    measured: dict[str, Any]
+
+
+def read_bundle(path: Path) -> Bundle:
+    """Read ``space.json`` of a model bundle.
+
+    Raises:
+        BundleError: The folder is no bundle.
+    """
+    try:
+        values = json.loads((path / "space.json").read_text(encoding="utf-8"))
+        space_id = str(values["space_id"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{path} is not a model bundle: expected space.json with a space_id ({error}). Train one with `omni train`.") from error
+    dimension = values.get("dimension")
+    if dimension is None and (path / "config.json").is_file():
+        dimension = json.loads((path / "config.json").read_text(encoding="utf-8")).get("dimension")
+    if not (path / "query_encoder").is_dir():
+        raise BundleError(f"{path} is not a whole model bundle: expected a folder query_encoder/")
+    return Bundle(path, space_id, int(dimension or DEFAULT_DIMENSION))
+
+
+def plan_release(inputs: Mapping[str, EntityInput], bundle: Bundle, store: ReleaseStore, config: RebuildConfig) -> dict[str, Any]:
+    """What ``build_release`` would do; checks all it can without building.
+
+    Returns:
+        JSON: per entity type what is built, taken over or refused, and the memory and disk it needs.
+
+    Raises:
+        SpaceMismatch: Signals and bundle differ.
+        PublishError: A partial rebuild with a different bundle.
+        ConfigError: The memory limit cannot be kept.
+    """
+    if not inputs:
+        raise ConfigError("a rebuild needs at least one entity type, but got none. Give --catalogue, --signals or --from-active.")
+    parent = store.current()
+    carried = _carried(inputs, bundle, store, parent)
+    plan: dict[str, Any] = {"parent": parent, "space_id": bundle.space_id, "dimension": bundle.dimension, "build": {}, "carry": sorted(carried)}
+    for entity_type, entities in sorted(inputs.items()):
+        if entities.space_id != bundle.space_id:
+            raise SpaceMismatch(bundle.space_id, entities.space_id, f"signals of {entity_type!r}")
+        index = fit_memory(entity_type, len(entities.ids), bundle.dimension, config)
+        latest, watermark = read_live(store.live_root, entity_type, entities.base_watermark) if config.fold_live else ({}, entities.base_watermark)
+        plan["build"][entity_type] = {
+            "entities": len(entities.ids),
+            "live_upserts": sum(not e.is_delete for e in latest.values()),
+            "live_deletes": sum(e.is_delete for e in latest.values()),
+            "watermark": watermark,
+            "index": index.kind,
+            "peak_private_mib_estimate": round(estimate_mib(index.kind, len(entities.ids), bundle.dimension)),
+            "disk_mib_estimate": round(len(entities.ids) * bundle.dimension * 4 * 3.3 / 2**20),
+        }
+    return plan
+
+
+def estimate_mib(kind: str, count: int, dimension: int) -> float:
+    """Private memory a build needs at its peak, MiB, beyond the 300 of the interpreter and its libraries."""
+    per_vector = max(BYTES_PER_VECTOR_256.get(kind, BYTES_PER_VECTOR_256["symqg"]) * dimension / 256, 300)
+    return 300 + count * per_vector / 2**20
+
+
+def fit_memory(entity_type: str, count: int, dimension: int, config: RebuildConfig) -> IndexConfig:
+    """The index configuration, with ``auto`` narrowed to kinds that fit into the memory limit.
+
+    Raises:
+        ConfigError: The kind asked for (or every kind) needs more.
+    """
+    limit = config.max_memory_mib
+    if limit is None or estimate_mib(config.index.kind if config.index.kind != "auto" else "symqg", count, dimension) <= limit:
+        return config.index
+    if config.index.kind == "auto":
+        for kind in ("hnsw", "rabitq"):
+            if estimate_mib(kind, count, dimension) <= limit:
+                return replace(config.index, kind=kind)
+    leanest = estimate_mib("rabitq", count, dimension)
+    raise ConfigError(
+        f"{entity_type}: --max-memory is {limit:,} MiB, but a {config.index.kind} index of {count:,} x {dimension} needs about "
+        f"{estimate_mib(config.index.kind, count, dimension):,.0f} MiB at its peak. The leanest kind (--index rabitq) needs about {leanest:,.0f} MiB."
+    )
+
+
+def build_release(
+    inputs: Mapping[str, EntityInput],
+    bundle_path: Path,
+    store: ReleaseStore,
+    config: RebuildConfig | None = None,
+    queries: Mapping[str, QuerySet] | None = None,
+    *,
+    parity: ParityGate | None = None,
+    progress: Progress = lambda _: None,
+) -> str:
+    """Build, prove and publish one release.
+
+    Entity types of the active release that are not among ``inputs`` are taken over unchanged if they were made with the same bundle.
+
+    Args:
+        inputs: Embedded entities by type.
+        bundle_path: Model bundle; ``query_encoder/``, ``entity_encoder/`` and ``forms/`` are copied.
+        store: Where to publish.
+        config: How.
+        queries: Real queries by entity type (key ``"*"``: for all types without their own); without them perturbed entities stand in, labelled so.
+        parity: Checks the export forms against the trained tower.
+        progress: Called with one line per step.
+
+    Returns:
+        Id of the published release.
+
+    Raises:
+        SpaceMismatch: Vectors and bundle belong to different spaces.
+        InvalidVectors: A row must not enter an index.
+        DuplicateIds: An id occurs twice.
+        GateFailed: Recall, memory or parity misses its target; nothing was published.
+        PublisherBusy: Another build is running in this store.
+        DiskFull: No room; nothing was published.
+    """
+    config = config or RebuildConfig()
+    bundle = read_bundle(bundle_path)
+    if config.deterministic:
+        config = replace(config, index=replace(config.index, ann=replace(config.index.ann, threads=1), deterministic=True))
+    started = time.perf_counter()
+    timings: dict[str, float] = {}
+    with store.lock("build", config.wait_seconds):
+        plan_release(inputs, bundle, store, config)
+        parent = store.current()
+        carried = _carried(inputs, bundle, store, parent)
+        if set(inputs) & set(carried):
+            raise AssertionError("an entity type is either built or carried")
+        _check_disk(inputs, bundle, store)
+        key = _key(inputs, bundle, config, parent if carried else None, queries)
+        staging = store.staging(key)
+        if not config.resume:
+            shutil.rmtree(staging)
+            staging = store.staging(key)
+        content = staging / "content"
+        content.mkdir(exist_ok=True)
+        with PeakMemory() as peak, disk_full_is_clear("building the release", store.releases):
+            entities: dict[str, EntityManifest] = {}
+            measured: dict[str, Any] = {}
+            for entity_type in sorted(inputs):
+                built = _build_or_resume(entity_type, inputs[entity_type], bundle, store, config, queries, staging, progress)
+                entities[entity_type], measured[entity_type] = built.entity, built.measured
+            for entity_type in carried:
+                progress(f"{entity_type}: taken over from {parent}")
+                entities[entity_type] = _carry(entity_type, store, str(parent), content)
+            step = time.perf_counter()
+            _copy_bundle(bundle, content)
+            forms = _parity(content, entities, parity, progress)
+            timings["bundle and parity"] = round(time.perf_counter() - step, 3)
+            step = time.perf_counter()
+            files = record_files(content)
+            timings["checksums"] = round(time.perf_counter() - step, 3)
+        if config.max_memory_mib is not None and peak.private_mib > config.max_memory_mib:
+            raise GateFailed(
+                f"the build used {peak.private_mib:,.0f} MiB of private memory at its peak, more than --max-memory {config.max_memory_mib:,}. Nothing was published. "
+                "Choose a leaner kind (--index rabitq) or raise the limit."
+            )
+        timings["total"] = round(time.perf_counter() - started, 3)
+        manifest = Manifest(
+            release_id=config.release_id or _release_id(files, entities, config),
+            parent=parent,
+            code_version=_code_version(),
+            space_id=bundle.space_id,
+            dimension=bundle.dimension,
+            entities=dict(sorted(entities.items())),
+            files=files,
+            forms=forms,
+            deterministic=config.deterministic,
+            seed=config.seed,
+            measured={
+                "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
+                "seconds": timings,
+                "peak_private_mib": round(peak.private_mib, 1),
+                "peak_resident_mib": round(peak.resident_mib, 1),
+                "entities": measured,
+            },
+        )
+        release_id = store.publish(content, manifest, activate=config.activate, require_parent=bool(carried))
+        shutil.rmtree(staging, ignore_errors=True)
+        progress(f"published {release_id}{' and made it active' if config.activate else ''}")
+        return release_id
+
+
+# --- one entity type ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def _build_or_resume(
+    entity_type: str,
+    entities: EntityInput,
+    bundle: Bundle,
+    store: ReleaseStore,
+    config: RebuildConfig,
+    queries: Mapping[str, QuerySet] | None,
+    staging: Path,
+    progress: Progress,
+) -> _Built:
+    marker = staging / f"{entity_type}.done.json"
+    folder = staging / "content" / entity_type
+    latest, watermark = read_live(store.live_root, entity_type, entities.base_watermark) if config.fold_live else ({}, entities.base_watermark)
+    if marker.is_file() and folder.is_dir():
+        done = json.loads(marker.read_text())
+        if done["watermark"] == watermark and {k: asdict(v) for k, v in record_files(folder).items()} == done["files"]:
+            progress(f"{entity_type}: finished by an earlier run, taken over")
+            entity = EntityManifest(**{**done["entity"], "cpu_features": tuple(done["entity"]["cpu_features"])})
+            return _Built(entity, done["measured"])
+    marker.unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    built = _build_entity(entity_type, entities, latest, watermark, bundle, config, _queries_for(entity_type, queries), staging, folder, progress)
+    files = {name: asdict(record) for name, record in record_files(folder).items()}
+    write_durably(marker, json.dumps({"watermark": watermark, "files": files, "entity": asdict(built.entity), "measured": built.measured}).encode())
+    return built
+
+
+def _build_entity(
+    entity_type: str,
+    entities: EntityInput,
+    latest: dict[str, Any],
+    watermark: int,
+    bundle: Bundle,
+    config: RebuildConfig,
+    queries: QuerySet | None,
+    staging: Path,
+    folder: Path,
+    progress: Progress,
+) -> _Built:
+    seconds: dict[str, float] = {}
+
+    def lap(name: str, since: float) -> float:
+        now = time.perf_counter()
+        seconds[name] = round(now - since, 3)
+        return now
+
+    with PeakMemory() as peak:
+        clock = time.perf_counter()
+        input_file = staging / f"{entity_type}.input.f32"
+        entities, folded = fold_live(entities, latest, watermark, input_file)
+        if not config.drop_foreign_live:
+            refuse_foreign(entity_type, folded)
+        check_input(entity_type, entities, bundle.space_id, bundle.dimension)
+        clock = lap("check and fold", clock)
+        progress(f"{entity_type}: {len(entities.ids):,} entities checked" + _folded_text(folded))
+        golden_texts, golden_vectors, calibration, kind = _split_queries(entities, queries, config)
+        golden = answer_exactly(golden_texts, golden_vectors, entities.ids, entities.vectors, kind)
+        clock = lap("golden answers", clock)
+        index_config = fit_memory(entity_type, len(entities.ids), bundle.dimension, config)
+        index = EntityIndex.build(
+            entity_type, entities.ids, entities.vectors, entities.attributes, index_config, calibration_queries=calibration, calibration_source=kind
+        )
+        clock = lap("index and calibrate", clock)
+        if index.calibration is not None and index.count:
+            check_gate(index.calibration, config.min_recall, entity_type)
+        index.save(folder)
+        write_golden(golden, folder / GOLDEN_NAME)
+        description, curve = index.describe(), index.calibration
+        before = _replay(index, golden)
+        del index
+        clock = lap("save", clock)
+        # Loaded again as a server will: catches a library that saved less than it built (a full disk, a bug), before anything is published.
+        after = _replay(EntityIndex.load(folder), golden)
+        if after + 1e-9 < before:
+            raise ReleaseCorrupt(f"{entity_type}: golden recall is {before:.4f} in memory but {after:.4f} after loading what was saved; nothing was published")
+        lap("load and replay", clock)
+        input_file.unlink(missing_ok=True)
+    progress(f"{entity_type}: {description.get('kind')} index, golden recall@{GOLDEN_K} {after:.3f}, peak {peak.private_mib:,.0f} MiB, {sum(seconds.values()):.1f} s")
+    entity = EntityManifest(
+        count=len(entities.ids),
+        watermark=watermark,
+        index=description,
+        cpu_features=tuple(description.get("cpu_features", ())),
+        calibration=curve.as_dict(latencies=False) if curve is not None else None,
+        golden={"queries": len(golden), "k": GOLDEN_K, "kind": kind, "recall": round(after, 6)},
+        built_from=fingerprint(entities),
+    )
+    measured = {
+        "seconds": seconds,
+        "peak_private_mib": round(peak.private_mib, 1),
+        "peak_resident_mib": round(peak.resident_mib, 1),
+        "live": {"upserts": folded.upserts, "deletes": folded.deletes, "stale": folded.stale, "foreign": len(folded.foreign)},
+        "curve": curve.as_dict()["points"] if curve is not None else [],
+    }
+    return _Built(entity, measured)
+
+
+def _folded_text(folded: Folded) -> str:
+    if not (folded.upserts or folded.deletes or folded.stale or folded.foreign):
+        return ""
+    return f"; live log up to {folded.watermark}: {folded.upserts:,} upserts and {folded.deletes:,} deletes folded in, {folded.stale:,} stale, {len(folded.foreign):,} foreign"
+
+
+def _replay(index: EntityIndex, golden: GoldenQueries) -> float:
+    if not len(golden) or not index.count:
+        return 1.0
+    answers = [index.search(query, GOLDEN_K) for query in golden.vectors]
+    return float(recall_of(golden, [a.ids for a in answers], [a.scores for a in answers]).mean())
+
+
+def _queries_for(entity_type: str, queries: Mapping[str, QuerySet] | None) -> QuerySet | None:
+    return None if queries is None else queries.get(entity_type, queries.get("*"))
+
+
+def _split_queries(entities: EntityInput, queries: QuerySet | None, config: RebuildConfig) -> tuple[list[str], np.ndarray, np.ndarray, str]:
+    """Golden texts and vectors, calibration vectors, and where they come from; the two sets are disjoint."""
+    if queries is not None and len(queries.texts):
+        order = np.random.default_rng(config.seed).permutation(len(queries.texts))
+        golden = min(config.golden_queries, max(1, len(order) // 4))
+        first, rest = order[:golden], order[golden : golden + config.calibration_queries]
+        if len(rest) == 0:
+            rest = first
+        vectors = np.ascontiguousarray(queries.vectors, np.float32)
+        return [queries.texts[int(i)] for i in first], vectors[first], vectors[rest], "real queries"
+    if len(entities.ids) == 0:
+        empty = np.zeros((0, entities.vectors.shape[1]), np.float32)
+        return [], empty, empty, "perturbed entities"
+    golden_vectors = perturbed_entities(entities.vectors, config.golden_queries, config.seed)
+    calibration = perturbed_entities(entities.vectors, config.calibration_queries, config.seed + 1)
+    return [""] * len(golden_vectors), golden_vectors, calibration, "perturbed entities"
+
+
+# --- the rest of the release -------------------------------------------------------------------------------------------------------------------------
+
+
+def _carried(inputs: Mapping[str, EntityInput], bundle: Bundle, store: ReleaseStore, parent: str | None) -> list[str]:
+    """Entity types to take over from the active release."""
+    if parent is None:
+        return []
+    manifest = read_manifest(store.path_of(parent))
+    missing = sorted(set(manifest.entities) - set(inputs))
+    if missing and manifest.space_id != bundle.space_id:
+        raise PublishError(
+            f"the active release {parent} has {', '.join(sorted(manifest.entities))} under space {manifest.space_id[:16]}, but this rebuild brings only "
+            f"{', '.join(sorted(inputs))} under space {bundle.space_id[:16]}. One release has one space: rebuild {', '.join(missing)} with the new bundle as well."
+        )
+    return missing
+
+
+def _carry(entity_type: str, store: ReleaseStore, parent: str, content: Path) -> EntityManifest:
+    source = store.path_of(parent)
+    manifest = read_manifest(source)
+    target = content / entity_type
+    shutil.rmtree(target, ignore_errors=True)
+    for name in manifest.files:
+        if name.startswith(f"{entity_type}/"):
+            path = content / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(source / name, path)
+            except OSError:
+                shutil.copyfile(source / name, path)
+    entity = manifest.entities[entity_type]
+    found = record_files(target)
+    expected = {name[len(entity_type) + 1 :]: record for name, record in manifest.files.items() if name.startswith(f"{entity_type}/")}
+    if found != expected:
+        raise ReleaseCorrupt(f"{parent}/{entity_type}: the files to take over differ from their manifest; rebuild {entity_type} too, or roll back")
+    return replace(entity, carried_from=entity.carried_from or parent)
+
+
+def _copy_bundle(bundle: Bundle, content: Path) -> None:
+    for part in (*BUNDLE_PARTS, "space.json", "config.json"):
+        source, target = bundle.path / part, content / part
+        if source.is_dir():
+            shutil.rmtree(target, ignore_errors=True)
+            shutil.copytree(source, target)
+        elif source.is_file():
+            shutil.copyfile(source, target)
+
+
+def _parity(content: Path, entities: Mapping[str, EntityManifest], parity: ParityGate | None, progress: Progress) -> dict[str, dict[str, Any]]:
+    from index_builder.golden import read_golden
+
+    if parity is None:
+        return {}
+    texts: dict[str, np.ndarray] = {}
+    for entity_type, entity in entities.items():
+        if entity.golden.get("kind") == "real queries":
+            golden = read_golden(content / entity_type / GOLDEN_NAME)
+            texts.update((text, vector) for text, vector in zip(golden.texts, golden.vectors) if text)
+    if not texts:
+        return {}
+    some = GoldenQueries(list(texts), np.stack(list(texts.values())), [[] for _ in texts], [np.zeros(0, np.float32) for _ in texts], "real queries")
+    reports = parity(content, some)
+    for form, report in reports.items():
+        progress(f"form {form}: {'agrees with the trained tower' if report.get('passed') else 'DIFFERS from the trained tower'}")
+        if not report.get("passed"):
+            raise GateFailed(f"export form {form!r} does not agree with the trained tower: {json.dumps(report)}. Nothing was published; export again or remove the form.")
+    return reports
+
+
+def _key(inputs: Mapping[str, EntityInput], bundle: Bundle, config: RebuildConfig, parent: str | None, queries: Mapping[str, QuerySet] | None) -> str:
+    digest = sha256(f"{bundle.space_id} {config.index!r} {config.golden_queries} {config.calibration_queries} {config.min_recall} {config.deterministic} {config.seed} {config.max_memory_mib} {parent}".encode())
+    for entity_type in sorted(inputs):
+        digest.update(f"{entity_type} {fingerprint(inputs[entity_type])}".encode())
+        chosen = _queries_for(entity_type, queries)
+        if chosen is not None:
+            digest.update("\0".join(chosen.texts).encode())
+            digest.update(np.ascontiguousarray(chosen.vectors, np.float32).data)
+    return digest.hexdigest()[:16]
+
+
+def _release_id(files: Mapping[str, FileRecord], entities: Mapping[str, EntityManifest], config: RebuildConfig) -> str:
+    watermarks = json.dumps({name: entity.watermark for name, entity in sorted(entities.items())})
+    content = sha256((content_digest(files) + watermarks).encode()).hexdigest()[:12]
+    return f"content-{content}" if config.deterministic else f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%SZ}-{content}"
+
+
+def _check_disk(inputs: Mapping[str, EntityInput], bundle: Bundle, store: ReleaseStore) -> None:
+    need = sum(len(e.ids) for e in inputs.values()) * bundle.dimension * 4 * 1.2
+    free = shutil.disk_usage(store.releases).free
+    if need > free:
+        raise DiskFull(
+            f"the release needs at least {need / 2**20:,.0f} MiB, but only {free / 2**20:,.0f} MiB are free in {store.root}. "
+            "Nothing was written; free some space (omni release gc) or choose another --store."
+        )
+
+
+def _code_version() -> str:
+    try:
+        return metadata.version("omnisearchsage")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+__all__ = [
+    "Bundle",
+    "EntityInput",
+    "QuerySet",
+    "RebuildConfig",
+    "build_release",
+    "plan_release",
+    "read_bundle",
+]

@@ -101,7 +101,7 @@ def check_frame(
     """Check and convert a table as it was read to what its schema says.
 
     Args:
-        frame: Rows as read: texts, numbers, lists; any dtype a reader may give.
+        frame: Rows as read: texts, numbers, lists; any dtype a reader may give. A column ``__row`` gives their numbers in the file.
         schema: The table's schema.
         source: File name for messages.
         now: Time that "in the future" is measured from; None: the clock.
@@ -121,8 +121,9 @@ def check_frame(
             f"{source}: table {schema.name!r} needs the column(s) {', '.join(missing)}; found: {', '.join(frame.columns) or 'none'}. "
             f"Rename or add them (all columns: {', '.join(c.name for c in schema.columns)})."
         )
-    original = frame
-    frame = frame.with_row_index(ROW, offset=first_row)
+    if ROW not in frame.columns:
+        frame = frame.with_row_index(ROW, offset=first_row)
+    original = frame.drop(ROW)
     checker = _Checker(frame, report, examples)
     now = now or datetime.now(UTC)
     for column in schema.columns:

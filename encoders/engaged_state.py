@@ -1,0 +1,375 @@
+"""Engaged queries kept up to date slice by slice: a state on disk whose daily update costs in proportion to the day, not to the history.
+
+Layout: ``state.db`` (SQLite: totals per entity and query, how many events each person has behind each total, and which part files
+count) and ``events/<day>-<version>.parquet`` (the distinct events of a day, needed to drop them when they expire and to recognise
+repeats). People appear only as a keyed 64-bit hash; the key lives in the state. A merge is one transaction: it counts wholly or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Collection, Iterable
+from contextlib import closing
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import polars as pl
+
+from encoders.engaged_queries import ENGAGED_KEY, FEATURE_SCHEMA, EngagedQueriesConfig, counted_events
+from encoders.errors import ConfigError, DataError
+from encoders.tables import write_table
+
+FORMAT_VERSION = 1
+DAY_MICROSECONDS = 86_400_000_000
+
+SCHEMA = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+CREATE TABLE parts (day INTEGER NOT NULL, file TEXT PRIMARY KEY, events INTEGER NOT NULL);
+CREATE INDEX parts_by_day ON parts (day);
+CREATE TABLE totals (
+    id INTEGER PRIMARY KEY, entity_type TEXT NOT NULL, entity_id TEXT NOT NULL, query TEXT NOT NULL,
+    score INTEGER NOT NULL, users INTEGER NOT NULL,
+    UNIQUE (entity_type, entity_id, query)
+);
+CREATE INDEX totals_by_score ON totals (entity_type, entity_id, score DESC, users DESC, query);
+CREATE TABLE people (total INTEGER NOT NULL, person INTEGER NOT NULL, events INTEGER NOT NULL, PRIMARY KEY (total, person)) WITHOUT ROWID;
+CREATE TABLE deleted_people (person INTEGER PRIMARY KEY);
+CREATE TABLE deleted_queries (query TEXT PRIMARY KEY);
+CREATE TABLE versions (
+    version INTEGER PRIMARY KEY, what TEXT NOT NULL, until TEXT NOT NULL, added INTEGER NOT NULL, removed INTEGER NOT NULL, at TEXT NOT NULL
+);
+"""
+
+STORED = {
+    **{name: FEATURE_SCHEMA.get(name, pl.String()) for name in ENGAGED_KEY},
+    "timestamp": pl.Datetime("us", "UTC"),
+    "user_id": pl.Int64(),
+}
+"""Columns of a part file: an event, with the person's keyed hash for the user id."""
+
+
+class StateError(DataError):
+    """The state is missing, damaged, of another format version, or was made with other settings."""
+
+
+class Merge(NamedTuple):
+    """What one change of the state did."""
+
+    version: int
+    changed: pl.DataFrame
+    """New engaged queries (``FEATURE_SCHEMA``) of the entities that were touched."""
+    touched: pl.DataFrame
+    """``entity_type, entity_id`` of every entity whose totals changed; one without rows in ``changed`` has no engaged query now."""
+    counts: dict[str, int]
+    """Events ``given``, ``added``, ``repeated``, ``too_old`` on arrival, of ``deleted`` people or queries, and those that ``expired``."""
+
+
+class EngagedQueriesState:
+    """The engaged queries of a moving window, changed by :meth:`merge`, :meth:`delete_users` and :meth:`delete_queries`. One writer."""
+
+    def __init__(self, folder: Path, config: EngagedQueriesConfig) -> None:
+        """Open a state; :meth:`create` makes a new one.
+
+        Raises:
+            StateError: There is none, its format is unknown, or it was made with another window or other weights.
+        """
+        self.folder, self.config = folder, config
+        path = folder / "state.db"
+        if not path.is_file():
+            raise StateError(f"{folder}: expected an engaged-queries state (state.db), but there is none. Create one with --create.")
+        try:
+            self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
+            meta = dict(self._db.execute("SELECT name, value FROM meta"))
+        except sqlite3.DatabaseError as error:
+            raise StateError(f"{path}: not a readable state ({error}). Restore it from a copy, or build it again from the logs.") from error
+        if int(meta["format_version"]) != FORMAT_VERSION:
+            raise StateError(
+                f"{path}: format version {meta['format_version']}, this program reads {FORMAT_VERSION}. Build it again from the logs."
+            )
+        fixed = _fixed_settings(config)
+        if json.loads(meta["settings"]) != fixed:
+            self.close()
+            raise StateError(
+                f"{path}: was made with {meta['settings']}, asked for {json.dumps(fixed)}. Totals cannot be re-weighted: build a new state."
+            )
+        self._key = bytes.fromhex(meta["key"])
+        self._remove_orphans()
+
+    @classmethod
+    def create(cls, folder: Path, config: EngagedQueriesConfig) -> EngagedQueriesState:
+        """Make an empty state.
+
+        Raises:
+            StateError: There already is one.
+        """
+        path = folder / "state.db"
+        if path.exists():
+            raise StateError(f"{folder}: already holds a state. Open it, or name another folder.")
+        (folder / "events").mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(path, isolation_level=None)) as db:
+            db.executescript("PRAGMA journal_mode = WAL;" + SCHEMA)
+            meta = {
+                "format_version": str(FORMAT_VERSION),
+                "settings": json.dumps(_fixed_settings(config)),
+                "key": os.urandom(16).hex(),
+                "until": "",
+                "version": "0",
+            }
+            db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
+        return cls(folder, config)
+
+    def close(self) -> None:
+        """Release the files."""
+        self._db.close()
+
+    def __enter__(self) -> EngagedQueriesState:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def version(self) -> int:
+        """Number of changes so far."""
+        return int(self._meta("version"))
+
+    @property
+    def until(self) -> datetime | None:
+        """End of the window (exclusive, a midnight in UTC); None while the state is empty."""
+        text = self._meta("until")
+        return datetime.fromisoformat(text) if text else None
+
+    def merge(self, events: pl.DataFrame, *, until: datetime | None = None, what: str = "merge") -> Merge:
+        """Count one slice of events, of any days in any order, and drop what leaves the window.
+
+        Merging slices one by one, late and repeated ones included, gives what ``engaged_queries`` gives over all events at once.
+
+        Args:
+            events: Columns of ``events.EVENT_SCHEMA``; may be empty.
+            until: Move the end of the window to this midnight (UTC) or later; None: to the midnight after the last event.
+            what: Label for the list of versions.
+
+        Raises:
+            ConfigError: ``until`` is not a midnight in UTC.
+        """
+        if until is not None and until != _midnight_before(until):
+            raise ConfigError(f"until must be a midnight in UTC (the state counts whole days), got {until.isoformat()}")
+        counts = {"given": events.height}
+        counted = counted_events(events, self.config)
+        last = counted["timestamp"].max()
+        ends = [e for e in (self.until, until, _midnight_after(last) if isinstance(last, datetime) else None) if e is not None]
+        if not ends:
+            return Merge(self.version, pl.DataFrame(schema=FEATURE_SCHEMA), _no_entities(), {**counts, "added": 0})
+        end = max(ends)
+        start = end - timedelta(days=self.config.window_days)
+        in_window = counted.filter(pl.col("timestamp") >= start)
+        counts["too_old"] = counted.height - in_window.height
+        hashed = in_window.with_columns(self._people(in_window["user_id"]).alias("user_id"))
+        allowed = self._without_deleted(hashed)
+        counts["deleted"] = hashed.height - allowed.height
+        fresh = self._without_stored(allowed)
+        counts["repeated"] = allowed.height - fresh.height
+        expired = self._read(self._files("day < ?", (_day(start),)))
+        counts["added"], counts["expired"] = fresh.height, expired.height
+        gone = [name for name, _ in self._db.execute("SELECT file, day FROM parts WHERE day < ?", (_day(start),))]
+        return self._commit(fresh, expired, gone, self._write_parts(fresh), end, what, counts)
+
+    def delete_users(self, user_ids: Collection[str]) -> Merge:
+        """Forget people: their events stop counting, leave the disk, and are refused should they arrive again."""
+        people = self._people(pl.Series("user_id", list(user_ids), dtype=pl.String))
+        self._db.executemany("INSERT OR IGNORE INTO deleted_people VALUES (?)", ((p,) for p in people.to_list()))
+        return self._forget(pl.col("user_id").is_in(people.to_list()), "delete users")
+
+    def delete_queries(self, queries: Collection[str]) -> Merge:
+        """Forget query texts: they are no one's engaged query any more, leave the disk, and are refused should they arrive again."""
+        self._db.executemany("INSERT OR IGNORE INTO deleted_queries VALUES (?)", ((q,) for q in queries))
+        return self._forget(pl.col("query").is_in(list(queries)), "delete queries")
+
+    def features(self) -> pl.DataFrame:
+        """Engaged queries of every entity, as ``FEATURE_SCHEMA`` (reads the whole state)."""
+        entities = self._db.execute("SELECT DISTINCT entity_type, entity_id FROM totals ORDER BY entity_type, entity_id")
+        return self._features_of(entities.fetchall())
+
+    def versions(self) -> list[dict[str, object]]:
+        """Every change of the state, oldest first."""
+        names = ("version", "what", "until", "added", "removed", "at")
+        return [dict(zip(names, row, strict=True)) for row in self._db.execute(f"SELECT {', '.join(names)} FROM versions ORDER BY version")]
+
+    # -- reading -------------------------------------------------------------------------------------------------------------------
+
+    def _meta(self, name: str) -> str:
+        return str(self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()[0])
+
+    def _people(self, user_ids: pl.Series) -> pl.Series:
+        distinct = user_ids.unique()
+        keyed = [
+            int.from_bytes(hashlib.blake2b(u.encode(), digest_size=8, key=self._key).digest(), "little", signed=True)
+            for u in distinct.to_list()
+        ]
+        return user_ids.replace_strict(distinct, pl.Series(keyed, dtype=pl.Int64), return_dtype=pl.Int64)
+
+    def _without_deleted(self, events: pl.DataFrame) -> pl.DataFrame:
+        people = [row[0] for row in self._db.execute("SELECT person FROM deleted_people")]
+        queries = [row[0] for row in self._db.execute("SELECT query FROM deleted_queries")]
+        return events.filter(~pl.col("user_id").is_in(people) & ~pl.col("query").is_in(queries)) if people or queries else events
+
+    def _files(self, condition: str, values: tuple[int, ...]) -> list[Path]:
+        rows = self._db.execute(f"SELECT file FROM parts WHERE {condition} ORDER BY file", values)
+        return [self.folder / "events" / name for (name,) in rows]
+
+    def _read(self, files: list[Path]) -> pl.DataFrame:
+        if not files:
+            return pl.DataFrame(schema=STORED)
+        missing = [f.name for f in files if not f.is_file()]
+        if missing:
+            raise StateError(
+                f"{self.folder}: event file {missing[0]} is missing. Restore it from a copy, or build the state again from the logs."
+            )
+        return pl.read_parquet(files)
+
+    def _without_stored(self, events: pl.DataFrame) -> pl.DataFrame:
+        days = (events["timestamp"].to_physical() // DAY_MICROSECONDS).unique().to_list()
+        files = [f for day in days for f in self._files("day = ?", (day,))]
+        return events.join(self._read(files), on=ENGAGED_KEY, how="anti") if files else events
+
+    def _features_of(self, entities: Iterable[tuple[str, str]]) -> pl.DataFrame:
+        statement = (
+            "SELECT entity_type, entity_id, query, score, users FROM totals "
+            "WHERE entity_type = ? AND entity_id = ? AND users >= ? AND score > 0 ORDER BY score DESC, users DESC, query LIMIT ?"
+        )
+        limits = (self.config.min_users, self.config.top)
+        rows = [
+            (t, e, query, rank, score, users)
+            for entity in entities
+            for rank, (t, e, query, score, users) in enumerate(self._db.execute(statement, (*entity, *limits)), start=1)
+        ]
+        return pl.DataFrame(rows, schema=FEATURE_SCHEMA, orient="row")
+
+    # -- writing -------------------------------------------------------------------------------------------------------------------
+
+    def _write_parts(self, events: pl.DataFrame) -> list[tuple[int, str, int]]:
+        """Write the events of each day as a new file; the files count only once the transaction names them."""
+        parts = []
+        days = events.with_columns((pl.col("timestamp").to_physical() // DAY_MICROSECONDS).alias("day"))
+        for (day,), rows in days.partition_by("day", as_dict=True, include_key=False).items():
+            name = f"{datetime.fromtimestamp(day * 86_400, UTC):%Y-%m-%d}-{self.version + 1:08d}.parquet"
+            write_table(rows.select(list(STORED)).sort(ENGAGED_KEY), self.folder / "events" / name)
+            parts.append((int(day), name, rows.height))
+        return parts
+
+    def _forget(self, condition: pl.Expr, what: str) -> Merge:
+        forgotten, rewritten, gone = [], [], []
+        for file in self._files("1", ()):
+            events = self._read([file])
+            hit = events.filter(condition)
+            if hit.height:
+                forgotten.append(hit)
+                rewritten.append(events.filter(~condition))
+                gone.append(file.name)
+        removed = pl.concat(forgotten) if forgotten else pl.DataFrame(schema=STORED)
+        kept = pl.concat(rewritten) if rewritten else pl.DataFrame(schema=STORED)
+        end = self.until or datetime(1970, 1, 1, tzinfo=UTC)
+        counts = {"given": 0, "added": 0, "removed": removed.height}
+        result = self._commit(removed.clear(), removed, gone, self._write_parts(kept), end, what, counts)
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._db.execute("VACUUM")  # freed pages may still hold the texts
+        return result
+
+    def _commit(
+        self,
+        added: pl.DataFrame,
+        removed: pl.DataFrame,
+        gone: list[str],
+        parts: list[tuple[int, str, int]],
+        end: datetime,
+        what: str,
+        counts: dict[str, int],
+    ) -> Merge:
+        """Add and take away events in one transaction, then read the features of the entities they touched."""
+        score = self.config.score()
+        delta = (
+            pl.concat([added.with_columns(sign=pl.lit(1, pl.Int64)), removed.with_columns(sign=pl.lit(-1, pl.Int64))])
+            .group_by("entity_type", "entity_id", "query", "user_id")
+            .agg(pl.col("sign").sum(), (score * pl.col("sign")).sum().alias("score"))
+            .sort("entity_type", "entity_id", "query", "user_id")
+        )
+        version = self.version + 1
+        touched = delta.select("entity_type", "entity_id").unique(maintain_order=True)
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            self._apply(delta)
+            self._db.executemany("DELETE FROM parts WHERE file = ?", ((name,) for name in gone))
+            self._db.executemany("INSERT INTO parts VALUES (?, ?, ?)", parts)
+            self._db.execute("UPDATE meta SET value = ? WHERE name = 'until'", (end.isoformat(),))
+            self._db.execute("UPDATE meta SET value = ? WHERE name = 'version'", (str(version),))
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            row = (version, what, end.isoformat(), added.height, removed.height, now)
+            self._db.execute("INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?)", row)
+            self._db.execute("COMMIT")
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        for name in gone:
+            (self.folder / "events" / name).unlink(missing_ok=True)
+        return Merge(version, self._features_of(touched.iter_rows()), touched, counts)
+
+    def _apply(self, delta: pl.DataFrame) -> None:
+        if not delta.height:
+            return
+        db = self._db
+        pairs = delta.group_by("entity_type", "entity_id", "query", maintain_order=True).agg("user_id", "sign", pl.col("score").sum())
+        new: list[tuple[int, int, int]] = []
+        dead: list[tuple[int, int]] = []
+        changes: list[tuple[int, int, int]] = []
+        one_person = "SELECT events FROM people WHERE total = ? AND person = ?"
+        for entity_type, entity_id, query, people, signs, score in pairs.iter_rows():
+            key = (entity_type, entity_id, query)
+            found = db.execute("SELECT id FROM totals WHERE entity_type = ? AND entity_id = ? AND query = ?", key).fetchone()
+            total = int(found[0] if found else db.execute("INSERT INTO totals VALUES (NULL, ?, ?, ?, 0, 0)", key).lastrowid or 0)
+            users = 0
+            for person, sign in zip(people, signs, strict=True):
+                if sign == 0:
+                    continue
+                before = db.execute(one_person, (total, person)).fetchone() if found else None
+                after = (before[0] if before else 0) + sign
+                users += (after > 0) - (before is not None)
+                if after > 0:
+                    new.append((total, person, after))
+                else:
+                    dead.append((total, person))
+            changes.append((score, users, total))
+        db.executemany("INSERT OR REPLACE INTO people VALUES (?, ?, ?)", new)
+        db.executemany("DELETE FROM people WHERE total = ? AND person = ?", dead)
+        db.executemany("UPDATE totals SET score = score + ?, users = users + ? WHERE id = ?", changes)
+        db.executemany("DELETE FROM totals WHERE id = ? AND users = 0", ((total,) for _, users, total in changes if users < 0))
+
+    def _remove_orphans(self) -> None:
+        """Remove files that an interrupted merge left behind."""
+        counted = {name for (name,) in self._db.execute("SELECT file FROM parts")}
+        for file in (self.folder / "events").glob("*.parquet"):
+            if file.name not in counted:
+                file.unlink(missing_ok=True)
+
+
+def _fixed_settings(config: EngagedQueriesConfig) -> dict[str, object]:
+    return {"weights": dict(sorted(config.weights.items())), "window_days": config.window_days}
+
+
+def _midnight_before(moment: datetime) -> datetime:
+    return moment.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+
+
+def _midnight_after(moment: datetime) -> datetime:
+    return _midnight_before(moment) + timedelta(days=1)
+
+
+def _day(moment: datetime) -> int:
+    return int(moment.timestamp()) // 86_400
+
+
+def _no_entities() -> pl.DataFrame:
+    return pl.DataFrame(schema={"entity_type": pl.String(), "entity_id": pl.String()})

@@ -39,7 +39,9 @@ class GoldenQueries:
         return len(self.texts)
 
 
-def answer_exactly(texts: Sequence[str], queries: np.ndarray, ids: Sequence[str], vectors: np.ndarray, kind: str, k: int = GOLDEN_K) -> GoldenQueries:
+def answer_exactly(
+    texts: Sequence[str], queries: np.ndarray, ids: Sequence[str], vectors: np.ndarray, kind: str, k: int = GOLDEN_K
+) -> GoldenQueries:
     """Attach exact answers to golden queries.
 
     Args:
@@ -51,10 +53,16 @@ def answer_exactly(texts: Sequence[str], queries: np.ndarray, ids: Sequence[str]
         k: Answers kept per query (fewer when N is smaller).
     """
     if len(ids) == 0 or len(queries) == 0:
-        return GoldenQueries(list(texts), np.ascontiguousarray(queries, np.float32), [[] for _ in texts], [np.zeros(0, np.float32) for _ in texts], kind)
+        return GoldenQueries(
+            list(texts), np.ascontiguousarray(queries, np.float32), [[] for _ in texts], [np.zeros(0, np.float32) for _ in texts], kind
+        )
     rows, scores = exact_top_k(np.ascontiguousarray(queries, np.float32), vectors, min(k, len(ids)))
     return GoldenQueries(
-        list(texts), np.ascontiguousarray(queries, np.float32), [[ids[int(r)] for r in row] for row in rows], [np.asarray(s, np.float32) for s in scores], kind
+        list(texts),
+        np.ascontiguousarray(queries, np.float32),
+        [[ids[int(r)] for r in row] for row in rows],
+        [np.asarray(s, np.float32) for s in scores],
+        kind,
     )
 
 

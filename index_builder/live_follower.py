@@ -47,7 +47,7 @@ class LiveFollower:
         for entity_type, index in release.entities.items():
             watermark = release.manifest.entities[entity_type].watermark
             state = LiveState(
-                dimension=release.dimension, space_id=release.space_id, row_of=index.row_of, base_count=index.count, sequence=watermark
+                dimension=release.dimension, space_id=release.space_id, row_of=index.row_of, base_count=len(index.ids), sequence=watermark
             )
             self._followed[entity_type] = (LiveLogReader(store.live_root, entity_type, after=watermark), state)
 

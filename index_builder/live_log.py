@@ -21,7 +21,17 @@ import xxhash
 
 from index_builder.durability import FileLock, disk_full_is_clear, fsync_folder, make_folder
 from index_builder.errors import LiveLogCorrupt, LiveLogError, LiveLogBusy
-from index_builder.live_records import FILE_HEADER, FILE_MAGIC, FILE_VERSION, LiveEntry, check_entry, decode_payload, encode_payload, frame, next_record
+from index_builder.live_records import (
+    FILE_HEADER,
+    FILE_MAGIC,
+    FILE_VERSION,
+    LiveEntry,
+    check_entry,
+    decode_payload,
+    encode_payload,
+    frame,
+    next_record,
+)
 
 DEFAULT_FILE_BYTES = 64 * 2**20
 _READ_BYTES = 8 * 2**20
@@ -88,9 +98,13 @@ def _check_header(content: bytes | memoryview, first: int, path: Path) -> bool:
         return False
     magic, version, _, found = FILE_HEADER.unpack_from(content)
     if magic == FILE_MAGIC and version > FILE_VERSION:
-        raise LiveLogError(f"{path}: this engine reads live-log format {FILE_VERSION}, but the file is format {version}; install the engine that wrote it")
+        raise LiveLogError(
+            f"{path}: this engine reads live-log format {FILE_VERSION}, but the file is format {version}; install the engine that wrote it"
+        )
     if magic != FILE_MAGIC or version != FILE_VERSION or found != first:
-        raise LiveLogCorrupt(f"{path}: the header of a live log starting at sequence {first} was expected, but got magic {bytes(magic)!r}, sequence {found}")
+        raise LiveLogCorrupt(
+            f"{path}: the header of a live log starting at sequence {first} was expected, but got magic {bytes(magic)!r}, sequence {found}"
+        )
     return True
 
 
@@ -244,7 +258,9 @@ class LiveLogWriter:
         """Sequence number of the last entry that this writer knows."""
         return self._sequence
 
-    def upsert(self, id: str, vector: np.ndarray, attributes: dict[str, Any] | None = None, *, space_id: str, source: dict[str, Any] | None = None) -> None:
+    def upsert(
+        self, id: str, vector: np.ndarray, attributes: dict[str, Any] | None = None, *, space_id: str, source: dict[str, Any] | None = None
+    ) -> None:
         """Queue an upsert; it is durable after ``sync``. Raises as ``write`` does."""
         entry = LiveEntry(id=id, vector=vector, space_id=space_id, attributes=attributes or {}, source=source)
         check_entry(entry, self.dimension)
@@ -310,7 +326,9 @@ class LiveLogWriter:
     def _locked(self) -> FileLock:
         lock = FileLock(self.folder / "writer.lock")
         if not lock.acquire(timeout_seconds=self._timeout):
-            raise LiveLogBusy(f"live log of {self.entity_type!r}: process {lock.holder()} has held the writer's lock for {self._timeout:.0f} s; stop it or try again")
+            raise LiveLogBusy(
+                f"live log of {self.entity_type!r}: process {lock.holder()} has held the writer's lock for {self._timeout:.0f} s; stop it or try again"
+            )
         return lock
 
     def _commit(self, group: Sequence[_Batch]) -> None:
@@ -366,7 +384,9 @@ class LiveLogWriter:
         files = log_files(self.folder)
         if not files:
             if promised.sequence:
-                raise LiveLogCorrupt(f"live log of {self.entity_type!r}: {promised.sequence} entries were acknowledged, but its files are gone; restore them")
+                raise LiveLogCorrupt(
+                    f"live log of {self.entity_type!r}: {promised.sequence} entries were acknowledged, but its files are gone; restore them"
+                )
             return
         if self._file != files[-1] or self._descriptor is None:
             self.close()

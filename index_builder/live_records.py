@@ -69,12 +69,16 @@ def check_entry(entry: LiveEntry, dimension: int) -> None:
     except UnicodeEncodeError as error:
         raise LiveLogError(f"id {entry.id!r} cannot be written as UTF-8 ({error.reason}); send a valid Unicode string") from error
     if not 0 < len(encoded) <= 65535 or not unicodedata.is_normalized("NFC", entry.id):
-        raise LiveLogError(f"an id must be 1 to 65,535 bytes of NFC text, but got {len(encoded)} bytes: {entry.id[:60]!r}; normalise it with unicodedata.normalize('NFC', id)")
+        raise LiveLogError(
+            f"an id must be 1 to 65,535 bytes of NFC text, but got {len(encoded)} bytes: {entry.id[:60]!r}; normalise it with unicodedata.normalize('NFC', id)"
+        )
     if entry.vector is None:
         return
     vector = entry.vector
     if vector.shape != (dimension,) or vector.dtype != np.float32:
-        raise InvalidVectors(f"entity {entry.id!r}: expected float32 of shape ({dimension},), but got {vector.dtype} of shape {vector.shape}")
+        raise InvalidVectors(
+            f"entity {entry.id!r}: expected float32 of shape ({dimension},), but got {vector.dtype} of shape {vector.shape}"
+        )
     norm = float(np.linalg.norm(vector))
     if not np.isfinite(norm):
         raise InvalidVectors(f"entity {entry.id!r}: the vector holds NaN or Inf; embed the entity again")
@@ -107,11 +111,15 @@ def encode_payload(entry: LiveEntry, time_ns: int) -> bytes:
         text = json.dumps(extra, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode() if extra else b""
         space = bytes.fromhex(entry.space_id) if entry.space_id else _NO_SPACE
     except (TypeError, ValueError) as error:
-        raise LiveLogError(f"entity {entry.id!r}: attributes and source must be JSON values and the space id hexadecimal: {error}") from error
+        raise LiveLogError(
+            f"entity {entry.id!r}: attributes and source must be JSON values and the space id hexadecimal: {error}"
+        ) from error
     head = _PAYLOAD_HEADER.pack(DELETE if entry.is_delete else UPSERT, time_ns, space, len(identifier), len(vector) // 4, len(text))
     payload = b"".join((head, identifier, vector, text))
     if len(payload) > MAX_PAYLOAD_BYTES:
-        raise LiveLogError(f"entity {entry.id!r}: an entry may have at most {MAX_PAYLOAD_BYTES:,} bytes, but has {len(payload):,}; shorten its attributes")
+        raise LiveLogError(
+            f"entity {entry.id!r}: an entry may have at most {MAX_PAYLOAD_BYTES:,} bytes, but has {len(payload):,}; shorten its attributes"
+        )
     return payload
 
 

@@ -6,9 +6,9 @@ One thread applies entries (``LiveState.apply``) and publishes immutable picture
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import hnswlib
@@ -48,6 +48,10 @@ class LiveSegment:
 
     def __len__(self) -> int:
         return self.size
+
+    def holds(self, block: _Block) -> bool:
+        """Whether this is a picture of ``block``."""
+        return self._block is block
 
     @property
     def attributes(self) -> pl.DataFrame:
@@ -92,7 +96,9 @@ class LiveSegment:
         return (best if rows is None else rows[best]).astype(np.int64), scores[best].astype(np.float32, copy=False)
 
 
-def _search_graph(graph: hnswlib.Index, query: np.ndarray, wanted: int, usable: np.ndarray, inflation: float) -> tuple[np.ndarray, np.ndarray] | None:
+def _search_graph(
+    graph: hnswlib.Index, query: np.ndarray, wanted: int, usable: np.ndarray, inflation: float
+) -> tuple[np.ndarray, np.ndarray] | None:
     """Search wider until ``wanted`` usable rows survive; None when an exact scan is the better way."""
     size = len(usable)
     ask = min(size, int(wanted * inflation * 1.5) + 8)
@@ -139,7 +145,9 @@ class _Block:
         with self._frame_lock:
             if self._frame_rows < size:
                 fresh = attribute_frame(self.values[self._frame_rows : size])
-                self._frame = fresh if self._frame_rows == 0 else join_frames([self._frame, fresh], [self._frame_rows, size - self._frame_rows])
+                self._frame = (
+                    fresh if self._frame_rows == 0 else join_frames([self._frame, fresh], [self._frame_rows, size - self._frame_rows])
+                )
                 self._frame_rows = size
             return self._frame if self._frame_rows == size else self._frame.head(size)
 
@@ -186,7 +194,9 @@ def join_frames(frames: Sequence[pl.DataFrame], heights: Sequence[int]) -> pl.Da
         parts = [frame[name] if name in frame.columns else pl.Series(name, [None] * height) for frame, height in zip(frames, heights)]
         kinds = {part.dtype for part in parts if part.dtype != pl.Null}
         try:
-            columns.append(pl.concat([part.to_frame() for part in parts], how="vertical_relaxed")[name] if kinds else pl.Series(name, [None] * total))
+            columns.append(
+                pl.concat([part.to_frame() for part in parts], how="vertical_relaxed")[name] if kinds else pl.Series(name, [None] * total)
+            )
         except pl.exceptions.PolarsError:
             columns.append(pl.concat([part.cast(pl.String, strict=False).to_frame() for part in parts])[name])
     return pl.DataFrame(columns)
@@ -211,9 +221,18 @@ class LiveView:
     hidden_count: int = 0
     live_count: int = 0
     foreign_count: int = 0
+    places: Mapping[str, tuple[_Block, int]] = field(default_factory=dict, repr=False, compare=False)
+    """Where each id lives now, shared with the state and therefore possibly newer than this picture; ``find`` checks it against the picture."""
 
     def find(self, id: str) -> tuple[LiveSegment, int] | None:
-        """The segment and row where ``id`` is alive, or None (a linear search, for inspection)."""
+        """The segment and row where ``id`` is alive in this picture, or None."""
+        place = self.places.get(id)
+        if place is None:
+            return None
+        for segment in self.segments:
+            if segment.holds(place[0]) and place[1] < segment.size and segment.alive[place[1]]:
+                return segment, place[1]
+        # Replaced or moved by a merge since this picture was taken: rare, so a linear search is fine.
         for segment in self.segments:
             for row in np.flatnonzero(segment.alive):
                 if segment.ids[int(row)] == id:
@@ -328,7 +347,9 @@ class LiveState:
         for block in self._sealed:
             level = int(np.log(max(block.count, 1) / self._exact_limit + 1e-9) / np.log(MERGE_FACTOR) + 0.5)
             classes.setdefault(level, []).append(block)
-        due = next((blocks for blocks in classes.values() if len(blocks) >= MERGE_FACTOR and all(b.graph is not None for b in blocks)), None)
+        due = next(
+            (blocks for blocks in classes.values() if len(blocks) >= MERGE_FACTOR and all(b.graph is not None for b in blocks)), None
+        )
         if due is None:
             return
         self._merging = True
@@ -383,4 +404,5 @@ class LiveState:
             hidden_count=self._hidden_count,
             live_count=len(self._where),
             foreign_count=len(self._foreign),
+            places=self._where,
         )

@@ -27,7 +27,9 @@ class FileRecord:
 
     def __post_init__(self) -> None:
         if self.size_bytes < 0 or not _HEX64.fullmatch(self.sha256):
-            raise ReleaseCorrupt(f"a file record must hold a size and 64 hexadecimal digits, but got {self.size_bytes} and {self.sha256[:70]!r}")
+            raise ReleaseCorrupt(
+                f"a file record must hold a size and 64 hexadecimal digits, but got {self.size_bytes} and {self.sha256[:70]!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,7 +117,9 @@ class Manifest:
         blank = text[: found.start(1)] + _ZERO + text[found.end(1) :]
         digest = hashlib.sha256(blank.encode()).hexdigest()
         if digest != found.group(1):
-            raise ReleaseCorrupt(f"{where}: manifest.json should have checksum {found.group(1)[:16]}, but its text gives {digest[:16]}: it was changed after publishing")
+            raise ReleaseCorrupt(
+                f"{where}: manifest.json should have checksum {found.group(1)[:16]}, but its text gives {digest[:16]}: it was changed after publishing"
+            )
         try:
             values: Any = json.loads(text)
             version = values["format_version"]
@@ -127,7 +131,8 @@ class Manifest:
             del values["checksum"]
             values["files"] = {name: FileRecord(**record) for name, record in values["files"].items()}
             values["entities"] = {
-                name: EntityManifest(**{**entity, "cpu_features": tuple(entity["cpu_features"])}) for name, entity in values["entities"].items()
+                name: EntityManifest(**{**entity, "cpu_features": tuple(entity["cpu_features"])})
+                for name, entity in values["entities"].items()
             }
             return cls(**values)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

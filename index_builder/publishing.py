@@ -66,7 +66,9 @@ class Current:
                 return current
         except (ValueError, KeyError, TypeError):
             pass
-        raise ReleaseCorrupt(f"{where}: CURRENT was changed or cut ({len(content)} bytes). Name the release to serve again: omni release activate RELEASE_ID")
+        raise ReleaseCorrupt(
+            f"{where}: CURRENT was changed or cut ({len(content)} bytes). Name the release to serve again: omni release activate RELEASE_ID"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +92,9 @@ def check_release_id(release_id: str) -> str:
         ReleaseError: It holds other characters than letters, digits, ``.``, ``_`` and ``-``, or starts with a dot.
     """
     if not _ID.fullmatch(release_id):
-        raise ReleaseError(f"a release id has 1 to 128 letters, digits, '.', '_' or '-' and starts with a letter or digit, but got {release_id[:140]!r}")
+        raise ReleaseError(
+            f"a release id has 1 to 128 letters, digits, '.', '_' or '-' and starts with a letter or digit, but got {release_id[:140]!r}"
+        )
     return release_id
 
 
@@ -139,7 +143,9 @@ class ReleaseStore:
         """
         record = self.current_record()
         if record is None:
-            raise ReleaseNotFound(f"no release is active in {self.root}: publish one with `omni rebuild`, or choose one with `omni release activate`")
+            raise ReleaseNotFound(
+                f"no release is active in {self.root}: publish one with `omni rebuild`, or choose one with `omni release activate`"
+            )
         return self._open(record.release_id, record.manifest_sha256, verify)
 
     def _open(self, release_id: str, expected_sha256: str | None, verify: bool) -> Release:
@@ -180,7 +186,14 @@ class ReleaseStore:
             except ReleaseError as error:
                 result.append(
                     ReleaseSummary(
-                        release_id=release_id, active=release_id == active, created="", space_id="", parent=None, entities={}, size_bytes=0, error=str(error)
+                        release_id=release_id,
+                        active=release_id == active,
+                        created="",
+                        space_id="",
+                        parent=None,
+                        entities={},
+                        size_bytes=0,
+                        error=str(error),
                     )
                 )
                 continue
@@ -218,7 +231,9 @@ class ReleaseStore:
         make_folder(self._locks)
         lock = FileLock(self._locks / f"{name}.lock")
         if not lock.acquire(timeout_seconds=wait_seconds):
-            raise PublisherBusy(f"process {lock.holder()} is publishing into {self.root}; wait for it (or pass a longer --wait), nothing was changed")
+            raise PublisherBusy(
+                f"process {lock.holder()} is publishing into {self.root}; wait for it (or pass a longer --wait), nothing was changed"
+            )
         try:
             yield lock
         finally:
@@ -306,7 +321,9 @@ class ReleaseStore:
             record = self.current_record()
             history = [h for h in record.history if (self.path_of(h) / MANIFEST_NAME).is_file()] if record else []
             if record is None or not history:
-                raise ReleaseNotFound("there is no earlier release to roll back to: only one was ever active, or the earlier ones were collected")
+                raise ReleaseNotFound(
+                    "there is no earlier release to roll back to: only one was ever active, or the earlier ones were collected"
+                )
             target = history[0]
             if verify:
                 self.verify(target)

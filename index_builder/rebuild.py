@@ -106,7 +106,9 @@ def read_bundle(path: Path) -> Bundle:
         values = json.loads((path / "space.json").read_text(encoding="utf-8"))
         space_id = str(values["space_id"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"{path} is not a model bundle: expected space.json with a space_id ({error}). Train one with `omni train`.") from error
+        raise BundleError(
+            f"{path} is not a model bundle: expected space.json with a space_id ({error}). Train one with `omni train`."
+        ) from error
     dimension = values.get("dimension")
     if dimension is None and (path / "config.json").is_file():
         dimension = json.loads((path / "config.json").read_text(encoding="utf-8")).get("dimension")
@@ -130,12 +132,20 @@ def plan_release(inputs: Mapping[str, EntityInput], bundle: Bundle, store: Relea
         raise ConfigError("a rebuild needs at least one entity type, but got none. Give --catalogue, --signals or --from-active.")
     parent = store.current()
     carried = _carried(inputs, bundle, store, parent)
-    plan: dict[str, Any] = {"parent": parent, "space_id": bundle.space_id, "dimension": bundle.dimension, "build": {}, "carry": sorted(carried)}
+    plan: dict[str, Any] = {
+        "parent": parent,
+        "space_id": bundle.space_id,
+        "dimension": bundle.dimension,
+        "build": {},
+        "carry": sorted(carried),
+    }
     for entity_type, entities in sorted(inputs.items()):
         if entities.space_id != bundle.space_id:
             raise SpaceMismatch(bundle.space_id, entities.space_id, f"signals of {entity_type!r}")
         index = fit_memory(entity_type, len(entities.ids), bundle.dimension, config)
-        latest, watermark = read_live(store.live_root, entity_type, entities.base_watermark) if config.fold_live else ({}, entities.base_watermark)
+        latest, watermark = (
+            read_live(store.live_root, entity_type, entities.base_watermark) if config.fold_live else ({}, entities.base_watermark)
+        )
         plan["build"][entity_type] = {
             "entities": len(entities.ids),
             "live_upserts": sum(not e.is_delete for e in latest.values()),
@@ -290,7 +300,9 @@ def _build_or_resume(
 ) -> _Built:
     marker = staging / f"{entity_type}.done.json"
     folder = staging / "content" / entity_type
-    latest, watermark = read_live(store.live_root, entity_type, entities.base_watermark) if config.fold_live else ({}, entities.base_watermark)
+    latest, watermark = (
+        read_live(store.live_root, entity_type, entities.base_watermark) if config.fold_live else ({}, entities.base_watermark)
+    )
     if marker.is_file() and folder.is_dir():
         done = json.loads(marker.read_text())
         if done["watermark"] == watermark and {k: asdict(v) for k, v in record_files(folder).items()} == done["files"]:
@@ -300,9 +312,13 @@ def _build_or_resume(
     marker.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    built = _build_entity(entity_type, entities, latest, watermark, bundle, config, _queries_for(entity_type, queries), staging, folder, progress)
+    built = _build_entity(
+        entity_type, entities, latest, watermark, bundle, config, _queries_for(entity_type, queries), staging, folder, progress
+    )
     files = {name: asdict(record) for name, record in record_files(folder).items()}
-    write_durably(marker, json.dumps({"watermark": watermark, "files": files, "entity": asdict(built.entity), "measured": built.measured}).encode())
+    write_durably(
+        marker, json.dumps({"watermark": watermark, "files": files, "entity": asdict(built.entity), "measured": built.measured}).encode()
+    )
     return built
 
 
@@ -339,7 +355,13 @@ def _build_entity(
         clock = lap("golden answers", clock)
         index_config = fit_memory(entity_type, len(entities.ids), bundle.dimension, config)
         index = EntityIndex.build(
-            entity_type, entities.ids, entities.vectors, entities.attributes, index_config, calibration_queries=calibration, calibration_source=kind
+            entity_type,
+            entities.ids,
+            entities.vectors,
+            entities.attributes,
+            index_config,
+            calibration_queries=calibration,
+            calibration_source=kind,
         )
         clock = lap("index and calibrate", clock)
         if index.calibration is not None and index.count:
@@ -353,10 +375,14 @@ def _build_entity(
         # Loaded again as a server will: catches a library that saved less than it built (a full disk, a bug), before anything is published.
         after = _replay(EntityIndex.load(folder), golden)
         if after + 1e-9 < before:
-            raise ReleaseCorrupt(f"{entity_type}: golden recall is {before:.4f} in memory but {after:.4f} after loading what was saved; nothing was published")
+            raise ReleaseCorrupt(
+                f"{entity_type}: golden recall is {before:.4f} in memory but {after:.4f} after loading what was saved; nothing was published"
+            )
         lap("load and replay", clock)
         input_file.unlink(missing_ok=True)
-    progress(f"{entity_type}: {description.get('kind')} index, golden recall@{GOLDEN_K} {after:.3f}, peak {peak.private_mib:,.0f} MiB, {sum(seconds.values()):.1f} s")
+    progress(
+        f"{entity_type}: {description.get('kind')} index, golden recall@{GOLDEN_K} {after:.3f}, peak {peak.private_mib:,.0f} MiB, {sum(seconds.values()):.1f} s"
+    )
     entity = EntityManifest(
         count=len(entities.ids),
         watermark=watermark,
@@ -445,7 +471,9 @@ def _carry(entity_type: str, store: ReleaseStore, parent: str, content: Path) ->
     found = record_files(target)
     expected = {name[len(entity_type) + 1 :]: record for name, record in manifest.files.items() if name.startswith(f"{entity_type}/")}
     if found != expected:
-        raise ReleaseCorrupt(f"{parent}/{entity_type}: the files to take over differ from their manifest; rebuild {entity_type} too, or roll back")
+        raise ReleaseCorrupt(
+            f"{parent}/{entity_type}: the files to take over differ from their manifest; rebuild {entity_type} too, or roll back"
+        )
     return replace(entity, carried_from=entity.carried_from or parent)
 
 
@@ -459,7 +487,9 @@ def _copy_bundle(bundle: Bundle, content: Path) -> None:
             shutil.copyfile(source, target)
 
 
-def _parity(content: Path, entities: Mapping[str, EntityManifest], parity: ParityGate | None, progress: Progress) -> dict[str, dict[str, Any]]:
+def _parity(
+    content: Path, entities: Mapping[str, EntityManifest], parity: ParityGate | None, progress: Progress
+) -> dict[str, dict[str, Any]]:
     from index_builder.golden import read_golden
 
     if parity is None:
@@ -471,17 +501,25 @@ def _parity(content: Path, entities: Mapping[str, EntityManifest], parity: Parit
             texts.update((text, vector) for text, vector in zip(golden.texts, golden.vectors) if text)
     if not texts:
         return {}
-    some = GoldenQueries(list(texts), np.stack(list(texts.values())), [[] for _ in texts], [np.zeros(0, np.float32) for _ in texts], "real queries")
+    some = GoldenQueries(
+        list(texts), np.stack(list(texts.values())), [[] for _ in texts], [np.zeros(0, np.float32) for _ in texts], "real queries"
+    )
     reports = parity(content, some)
     for form, report in reports.items():
         progress(f"form {form}: {'agrees with the trained tower' if report.get('passed') else 'DIFFERS from the trained tower'}")
         if not report.get("passed"):
-            raise GateFailed(f"export form {form!r} does not agree with the trained tower: {json.dumps(report)}. Nothing was published; export again or remove the form.")
+            raise GateFailed(
+                f"export form {form!r} does not agree with the trained tower: {json.dumps(report)}. Nothing was published; export again or remove the form."
+            )
     return reports
 
 
-def _key(inputs: Mapping[str, EntityInput], bundle: Bundle, config: RebuildConfig, parent: str | None, queries: Mapping[str, QuerySet] | None) -> str:
-    digest = sha256(f"{bundle.space_id} {config.index!r} {config.golden_queries} {config.calibration_queries} {config.min_recall} {config.deterministic} {config.seed} {config.max_memory_mib} {parent}".encode())
+def _key(
+    inputs: Mapping[str, EntityInput], bundle: Bundle, config: RebuildConfig, parent: str | None, queries: Mapping[str, QuerySet] | None
+) -> str:
+    digest = sha256(
+        f"{bundle.space_id} {config.index!r} {config.golden_queries} {config.calibration_queries} {config.min_recall} {config.deterministic} {config.seed} {config.max_memory_mib} {parent}".encode()
+    )
     for entity_type in sorted(inputs):
         digest.update(f"{entity_type} {fingerprint(inputs[entity_type])}".encode())
         chosen = _queries_for(entity_type, queries)

@@ -45,12 +45,18 @@ def read_manifest(path: Path, expected_sha256: str | None = None) -> Manifest:
     try:
         content = (path / MANIFEST_NAME).read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ReleaseNotFound(f"no release at {path}: expected a folder with {MANIFEST_NAME}. `omni release list` shows what there is.") from error
+        raise ReleaseNotFound(
+            f"no release at {path}: expected a folder with {MANIFEST_NAME}. `omni release list` shows what there is."
+        ) from error
     except OSError as error:
-        raise ReleaseCorrupt(f"{path}/{MANIFEST_NAME}: the file cannot be read ({error.strerror}). Restore the release or roll back.") from error
+        raise ReleaseCorrupt(
+            f"{path}/{MANIFEST_NAME}: the file cannot be read ({error.strerror}). Restore the release or roll back."
+        ) from error
     manifest = Manifest.from_bytes(content, path.name)
     if manifest.release_id != path.name:
-        raise ReleaseCorrupt(f"{path}: the folder should hold release {path.name!r}, but its manifest belongs to {manifest.release_id!r}: it was swapped or renamed")
+        raise ReleaseCorrupt(
+            f"{path}: the folder should hold release {path.name!r}, but its manifest belongs to {manifest.release_id!r}: it was swapped or renamed"
+        )
     if expected_sha256 is not None and hashlib.sha256(content).hexdigest() != expected_sha256:
         raise ReleaseCorrupt(f"{path}: the manifest is not the one that was activated; restore the release or activate it again")
     return manifest
@@ -68,7 +74,15 @@ class Release:
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, path: Path | str, *, verify: bool = True, expected_sha256: str | None = None, threads: int | None = None, lease: FileLock | None = None) -> Release:
+    def open(
+        cls,
+        path: Path | str,
+        *,
+        verify: bool = True,
+        expected_sha256: str | None = None,
+        threads: int | None = None,
+        lease: FileLock | None = None,
+    ) -> Release:
         """Open a release folder.
 
         The order is fixed: the manifest's own checksum, format version and name, the CPU's features, names and sizes of all files, their SHA-256, and
@@ -97,7 +111,9 @@ class Release:
         for entity_type, entity in manifest.entities.items():
             index = EntityIndex.load(path / entity_type)
             if index.count != entity.count:
-                raise ReleaseCorrupt(f"{path.name}/{entity_type}: the manifest counts {entity.count:,} entities, but the index holds {index.count:,}")
+                raise ReleaseCorrupt(
+                    f"{path.name}/{entity_type}: the manifest counts {entity.count:,} entities, but the index holds {index.count:,}"
+                )
             entities[entity_type] = index
         return cls(path, manifest, entities, lease)
 

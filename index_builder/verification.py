@@ -72,14 +72,20 @@ def check_names_and_sizes(folder: Path, manifest: Manifest) -> None:
     found = set(_names(folder, ReleaseCorrupt))
     missing = sorted(set(manifest.files) - found)
     if missing:
-        raise ReleaseCorrupt(f"{where}: {len(missing)} of {len(manifest.files)} files are missing, first {missing[0]!r}. Restore the release or roll back.")
+        raise ReleaseCorrupt(
+            f"{where}: {len(missing)} of {len(manifest.files)} files are missing, first {missing[0]!r}. Restore the release or roll back."
+        )
     extra = sorted(found - set(manifest.files) - {MANIFEST_NAME})
     if extra:
-        raise ReleaseCorrupt(f"{where}: {len(extra)} files are not in the manifest, first {extra[0]!r}. A release is immutable: remove them or roll back.")
+        raise ReleaseCorrupt(
+            f"{where}: {len(extra)} files are not in the manifest, first {extra[0]!r}. A release is immutable: remove them or roll back."
+        )
     for name, record in manifest.files.items():
         size = (folder / name).stat().st_size
         if size != record.size_bytes:
-            raise ReleaseCorrupt(f"{where}/{name}: expected {record.size_bytes:,} bytes, but got {size:,}. Restore the release or roll back.")
+            raise ReleaseCorrupt(
+                f"{where}/{name}: expected {record.size_bytes:,} bytes, but got {size:,}. Restore the release or roll back."
+            )
 
 
 def check_contents(folder: Path, manifest: Manifest, threads: int | None = None) -> None:
@@ -97,7 +103,9 @@ def check_contents(folder: Path, manifest: Manifest, threads: int | None = None)
             digest = sha256_of(folder / name)
         except OSError as error:
             stop.set()
-            raise ReleaseCorrupt(f"{manifest.release_id}/{name}: the file cannot be read ({error.strerror}). Restore the release or roll back.") from error
+            raise ReleaseCorrupt(
+                f"{manifest.release_id}/{name}: the file cannot be read ({error.strerror}). Restore the release or roll back."
+            ) from error
         if digest != manifest.files[name].sha256:
             stop.set()
             raise ReleaseCorrupt(

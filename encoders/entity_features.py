@@ -232,13 +232,17 @@ class EntityFeaturizer:
         try:
             described: dict[str, Any] = json.loads((folder / "features.json").read_text(encoding="utf-8"))
             version = described.pop("format_version", None)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, AttributeError) as error:
             raise BundleError(f"{folder}: no readable features.json ({error}); copy the whole entity_encoder folder again") from error
         if version != FEATURES_FORMAT:
             raise BundleError(
                 f"{folder}: features format {version!r}, but this code reads {FEATURES_FORMAT}; use the release that wrote it"
             )
-        return cls(EntityFeatureConfig(**described), Vocabulary.load(folder))
+        try:
+            config = EntityFeatureConfig(**described)
+        except (TypeError, ConfigError) as error:
+            raise BundleError(f"{folder}: features.json is not what this code writes ({error}); use the release that wrote it") from error
+        return cls(config, Vocabulary.load(folder))
 
 
 def _texts(column: pl.Series) -> list[str]:

@@ -179,7 +179,7 @@ class EntityEncoder(nn.Module):
             described: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             version = described.pop("format_version", None)
             weights = safetensors.torch.load_file(folder / "model.safetensors")
-        except (OSError, ValueError, safetensors.SafetensorError) as error:
+        except (OSError, ValueError, AttributeError, safetensors.SafetensorError) as error:
             raise BundleError(f"{folder}: no readable entity tower ({error}); copy the whole entity_encoder folder again") from error
         if version != TOWER_FORMAT:
             raise BundleError(

@@ -256,8 +256,9 @@ def ngram_text(analysis: Analysis, kind: int, rows: Int64) -> list[str]:
     ]
 
 
-def batches_by_size(texts: Iterable[str], characters: int = _BATCH_CHARACTERS) -> Iterator[list[str]]:
-    """Cut a stream of texts into lists of about ``characters`` characters each, so that arrays stay in the processor's cache."""
+def batches_by_size(texts: Iterable[str], characters: int | None = None) -> Iterator[list[str]]:
+    """Cut a stream of texts into lists of about ``characters`` characters each, so that arrays stay small."""
+    characters = characters or _BATCH_CHARACTERS
     batch: list[str] = []
     held = 0
     for text in texts:
@@ -299,6 +300,10 @@ class NgramCounter:
                 self._waiting_rows[kind] += table.height
                 if self._waiting_rows[kind] >= max(self.config.max_tracked // 4, 1):
                     self._merge(kind)
+
+    def tracked_rows(self) -> int:
+        """Most rows held for one kind right now, merged and waiting; at most ``max_tracked`` and a quarter, and one batch."""
+        return max(tracked.height + waiting for tracked, waiting in zip(self._tracked, self._waiting_rows))
 
     def _merge(self, kind: int) -> None:
         if not self._waiting[kind]:
@@ -437,14 +442,18 @@ class Vocabulary:
             table = pl.read_parquet(folder / "vocabulary.parquet")
         except (OSError, ValueError, pl.exceptions.PolarsError) as error:
             raise BundleError(f"{folder}: no readable vocabulary ({error}); copy the whole entity_encoder folder again") from error
-        if described.get("format_version") != VOCABULARY_FORMAT:
+        version = described.get("format_version") if isinstance(described, dict) else None
+        if version != VOCABULARY_FORMAT:
             raise BundleError(
-                f"{folder}: vocabulary format {described.get('format_version')!r}, but this code reads {VOCABULARY_FORMAT}; "
+                f"{folder}: vocabulary format {version!r}, but this code reads {VOCABULARY_FORMAT}; "
                 "use the release of omnisearchsage that wrote it"
             )
         if table.columns != ["kind", "text", "count", "key"] or table.height != described.get("rows"):
             raise BundleError(f"{folder}: expected {described.get('rows')} vocabulary rows, but got {table.height}; the file was changed")
-        return cls(table, NgramConfig(**described["config"]), described["undercount"])
+        try:
+            return cls(table, NgramConfig(**described["config"]), described["undercount"])
+        except (KeyError, TypeError, ConfigError) as error:
+            raise BundleError(f"{folder}: vocabulary.json is not what this code writes ({error}); use the release that wrote it") from error
 
 
 def _build_table(keys: UInt64) -> tuple[UInt64, Int32, np.uint64]:

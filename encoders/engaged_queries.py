@@ -109,16 +109,14 @@ def attach_lists(catalogue: pl.DataFrame, features: pl.DataFrame, column: str, v
     """Put ranked features on the catalogue as one list column; entities without any get an empty list.
 
     Args:
-        catalogue: With ``entity_type`` and ``id``.
-        features: With ``entity_type``, ``entity_id``, ``rank`` and the text column ``value``; features of entities that are not in the
-            catalogue find no row and are left out.
+        catalogue: With ``id``, and ``entity_type`` where the features have it.
+        features: With ``entity_id``, ``rank``, the text column ``value`` and perhaps ``entity_type``; features of entities that are not
+            in the catalogue find no row and are left out.
         column: Name of the list column (``engaged_queries``, ``board_titles``); an existing one is replaced.
         value: Column of ``features`` to collect, best first.
     """
-    lists = (
-        features.sort("entity_type", "entity_id", "rank")
-        .group_by("entity_type", pl.col("entity_id").alias("id"), maintain_order=True)
-        .agg(pl.col(value).alias(column))
-    )
-    joined = catalogue.drop(column, strict=False).join(lists, on=["entity_type", "id"], how="left", maintain_order="left")
+    key = ["entity_type", "id"] if "entity_type" in features.columns else ["id"]
+    ordered = features.rename({"entity_id": "id"}).sort(*key, "rank")
+    lists = ordered.group_by(key, maintain_order=True).agg(pl.col(value).alias(column))
+    joined = catalogue.drop(column, strict=False).join(lists, on=key, how="left", maintain_order="left")
     return joined.with_columns(pl.col(column).fill_null([]))

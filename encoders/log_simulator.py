@@ -67,6 +67,8 @@ class SimulatorConfig:
     """Impressions per search."""
     searches_per_session: float = 1.8
     """Mean searches of one session, about a minute apart."""
+    board_rows: int | None = None
+    """Rows of the boards table; None: a tenth of ``rows``."""
     noise: float = 0.25
     """Share of results that have nothing to do with the query."""
     messy: float = 0.02
@@ -323,20 +325,25 @@ def _countries(world: _World) -> npt.NDArray[np.str_]:
 
 
 def simulate_boards(pairs: pl.DataFrame, config: SimulatorConfig) -> pl.DataFrame:
-    """Make a boards table: entities on boards titled with their annotated queries, or with bland titles.
+    """Make a boards table: people file entities under a query that was annotated with it, or under a bland title.
 
     Returns:
-        Table of the boards schema, about three boards per entity.
+        ``config.board_rows`` rows of the boards schema (some repeat an earlier one, as exports do).
     """
+    world = _build_world(pairs, config)
     rng = np.random.default_rng([config.seed, 3])
-    drawn = (
-        pairs.filter(pl.col("entity_type") != "query").select("query", "entity_id").unique(maintain_order=True).sort("entity_id", "query")
-    )
-    drawn = drawn.filter(pl.Series(rng.random(drawn.height) < 3 * drawn["entity_id"].n_unique() / max(1, drawn.height)))
-    bland = rng.random(drawn.height) < 0.2
-    titles = pl.when(pl.Series(bland)).then(pl.Series([BLAND_TITLES[i] for i in rng.integers(0, len(BLAND_TITLES), drawn.height)]))
-    return drawn.select(
-        pl.format("board:{}", pl.int_range(pl.len()) // 2).alias("board_id"), titles.otherwise(pl.col("query")).alias("title"), "entity_id"
+    n = config.board_rows if config.board_rows is not None else config.rows // 10
+    pair = _draw(world.popularity, rng.random(n) * world.popularity[-1])
+    user = (config.users * rng.random(n) ** 2).astype(np.int64)
+    bland = rng.random(n) < 0.2
+    number = np.where(bland, rng.integers(0, len(BLAND_TITLES), n), world.pair_query[pair] + len(BLAND_TITLES))
+    titles = pl.concat([pl.Series(list(BLAND_TITLES)), world.texts])
+    return pl.DataFrame(
+        {
+            "board_id": pl.select(pl.format("{}-{}", world.user_ids.gather(user), pl.Series(number))).to_series(),
+            "title": titles.gather(number),
+            "entity_id": world.entity_ids.gather(world.pair_entity[pair]),
+        }
     )
 
 

@@ -1,0 +1,39 @@
+"""Upserts and deletes on their way into the live log: one writer per entity type and process, all processes taking turns on the log's lock."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from index_builder.live_log import LiveLogWriter
+from index_builder.live_records import LiveEntry
+
+
+class LiveWrites:
+    """Writers of a store's live logs, opened when first used. Call from threads: a write returns when it is on disk.
+
+    Args:
+        live_root: ``<store>/live``.
+    """
+
+    def __init__(self, live_root: Path) -> None:
+        self._live_root = live_root
+        self._writers: dict[tuple[str, int], LiveLogWriter] = {}
+        self._lock = threading.Lock()
+
+    def write(self, entity_type: str, dimension: int, entries: Sequence[LiveEntry]) -> int:
+        """Append entries, all or none; returns the sequence number of the last one. Raises as ``LiveLogWriter.write`` does."""
+        with self._lock:
+            key = (entity_type, dimension)
+            writer = self._writers.get(key)
+            if writer is None:
+                writer = self._writers[key] = LiveLogWriter(self._live_root, entity_type, dimension)
+        return writer.write(entries)
+
+    def close(self) -> None:
+        """Close the files; what was written is durable already."""
+        with self._lock:
+            for writer in self._writers.values():
+                writer.close()
+            self._writers.clear()

@@ -1,0 +1,134 @@
+"""One search of one index for one request: options, inline or in a thread, re-ranking, attributes; no gRPC in here."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from index_builder.entity_index import EntityIndex, SearchResult
+from retrieval.diversity import POOL_FACTOR, rerank
+from retrieval.requests import Target
+
+Float32 = npt.NDArray[np.float32]
+
+INLINE_RERANK_K = 20
+
+
+class Found(NamedTuple):
+    """The answer to one search."""
+
+    ids: Sequence[str]
+    scores: Float32
+    result: SearchResult
+    search_ns: int
+    rerank_ns: int
+    plain: bool  # no re-ranking: the ids are the index's top k and may be compared with the exact ones
+
+
+def options_of(target: Target | Any) -> dict[str, Any]:
+    """Keyword arguments for ``EntityIndex.search`` that differ from its defaults."""
+    options: dict[str, Any] = {}
+    if target.filter:
+        options["filter"] = target.filter
+    if target.exclude_ids:
+        options["exclude_ids"] = tuple(target.exclude_ids)
+    if target.exact:
+        options["exact"] = True
+    if target.HasField("min_recall"):
+        options["min_recall"] = target.min_recall
+    if target.HasField("min_score"):
+        options["min_score"] = target.min_score
+    return options
+
+
+class Searcher:
+    """Runs searches where they disturb others least: short ones on the event loop, longer ones in threads.
+
+    Args:
+        inline_seconds: Searches expected to take less run on the event loop.
+        threads: For the others.
+    """
+
+    def __init__(self, inline_seconds: float, threads: int) -> None:
+        self.inline_seconds = inline_seconds
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="search")
+        self._expected: dict[tuple[Any, ...], float] = {}
+
+    async def search(self, index: EntityIndex, vector: Float32, target: Any) -> Found:
+        """Search for one target with checked fields. Raises as ``EntityIndex.search`` does."""
+        options = options_of(target)
+        diversity = target.diversity if target.HasField("diversity") else None
+        collapse = target.collapse_above if target.HasField("collapse_above") else None
+        k: int = target.k
+        if diversity is None and collapse is None:
+            result, search_ns = await self.timed(index, options, k, partial(index.search, vector, k, **options))
+            return Found(result.ids, result.scores, result, search_ns, 0, True)
+        pool = min(POOL_FACTOR * k, max(k, 1000))
+        result, search_ns = await self.timed(index, options, pool, partial(index.search, vector, pool, **options))
+        started = time.perf_counter_ns()
+        work = partial(_rerank, index, result, k, diversity, collapse)
+        if k <= INLINE_RERANK_K:
+            ids, scores = work()
+        else:
+            ids, scores = await asyncio.get_running_loop().run_in_executor(self.pool, work)
+        return Found(ids, scores, result, search_ns, time.perf_counter_ns() - started, False)
+
+    async def timed(self, index: EntityIndex, options: dict[str, Any], k: int, work: Callable[[], Any]) -> tuple[Any, int]:
+        """Run ``work`` inline or in a thread, by what such searches took before; returns its result and nanoseconds."""
+        key = (index, options.keys() >= {"exact"}, "filter" in options, "min_recall" in options, k.bit_length())
+        expected = self._expected.get(key)
+        if expected is None:
+            expected = 0.0 if not options and k <= 100 else 1.0
+        if expected <= self.inline_seconds:
+            started = time.perf_counter_ns()
+            result = work()
+            took = time.perf_counter_ns() - started
+        else:
+            result, took = await asyncio.get_running_loop().run_in_executor(self.pool, _timed, work)
+        seconds = took / 1e9
+        known = self._expected.get(key)
+        if known is None:
+            if len(self._expected) > 500:  # indexes of retired releases are keys, too: do not keep them alive
+                self._expected.clear()
+            self._expected[key] = seconds
+        else:
+            self._expected[key] = known + 0.05 * (seconds - known)
+        return result, took
+
+    async def in_thread(self, work: Callable[[], Any]) -> tuple[Any, int]:
+        """Run ``work`` in a thread; returns its result and nanoseconds."""
+        found: tuple[Any, int] = await asyncio.get_running_loop().run_in_executor(self.pool, _timed, work)
+        return found
+
+    def forget(self, indexes: Sequence[EntityIndex]) -> None:
+        """Forget what is known about these indexes."""
+        gone = set(map(id, indexes))
+        self._expected = {key: value for key, value in self._expected.items() if id(key[0]) not in gone}
+
+    def close(self) -> None:
+        """Stop the threads."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _timed(work: Callable[[], Any]) -> tuple[Any, int]:
+    started = time.perf_counter_ns()
+    result = work()
+    return result, time.perf_counter_ns() - started
+
+
+def _rerank(index: EntityIndex, result: SearchResult, k: int, diversity: float | None, collapse: float | None) -> tuple[list[str], Float32]:
+    held = [(i, vector) for i, id in enumerate(result.ids) if (vector := index.vector(id)) is not None]
+    if not held:
+        return [], np.zeros(0, dtype=np.float32)
+    positions = [i for i, _ in held]
+    vectors = np.stack([vector for _, vector in held])
+    scores = np.asarray(result.scores, dtype=np.float32)[positions]
+    rows = rerank(scores, vectors, k, diversity, collapse)
+    return [result.ids[positions[row]] for row in rows], scores[rows]

@@ -1,0 +1,265 @@
+"""A server that can be built without being started: gRPC, health, reflection, the metrics port, one event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from index_builder.release import Release
+from protos import retrieval_pb2 as pb
+from retrieval.cache import QueryCache, RedisTier
+from retrieval.errors import AddressInUse
+from retrieval.http_server import Handler, HttpServer, Request, Response
+from retrieval.impressions import ImpressionLog
+from retrieval.live_releases import LiveReleases, ServingRelease
+from retrieval.observability import Labels, Metrics, SharedSnapshots, Tracer, exposition
+from retrieval.security import Tokens, server_credentials
+from retrieval.serve_config import ServeConfig
+from retrieval.service import ADMIN, RETRIEVAL, RetrievalService
+
+log = logging.getLogger("omni.server")
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+SWITCH_INTERVAL_SECONDS = 0.0005
+"""How often Python threads may take turns; the default of 5 ms would make the event loop wait that long behind a loading thread."""
+
+
+def address_is_free(host: str, port: int) -> bool:
+    """Whether nobody listens there. With SO_REUSEPORT two servers would silently share a port and its callers, so this is asked first."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+@dataclass
+class Server:
+    """One worker's server, built and not yet started. ``port`` is known at once, also when 0 was asked for."""
+
+    config: ServeConfig
+    grpc_server: grpc.aio.Server
+    port: int
+    service: RetrievalService
+    releases: LiveReleases
+    metrics: Metrics
+    health: Any
+    http: HttpServer | None
+    redis: list[RedisTier]
+    snapshots: SharedSnapshots | None = None
+    metrics_port: int | None = None
+    _writer: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Listen, then load the active release; health says NOT_SERVING until it has proved itself. A server without a release waits for one."""
+        await self.grpc_server.start()
+        if self.http is not None:
+            assert self.config.metrics_port is not None
+            self.metrics_port = await self.http.start(self.config.host, self.config.metrics_port, reuse_port=self.config.workers > 1)
+        if self.snapshots is not None:
+            self._writer = asyncio.ensure_future(self._write_snapshots(self.snapshots))
+        await self.releases.start()
+
+    async def stop(self, grace_seconds: float | None = None) -> None:
+        """Drain: health turns NOT_SERVING, calls in flight get the grace period, new ones UNAVAILABLE."""
+        grace = self.config.grace_seconds if grace_seconds is None else grace_seconds
+        await self.health.enter_graceful_shutdown()
+        await self.grpc_server.stop(grace)
+        if self.http is not None:
+            await self.http.stop()
+        if self._writer is not None:
+            self._writer.cancel()
+        if self.snapshots is not None:
+            self.snapshots.remove()
+        self.service.close()
+        await self.releases.stop()
+        for tier in self.redis:
+            await tier.close()
+
+    async def _write_snapshots(self, snapshots: SharedSnapshots) -> None:
+        while True:
+            await asyncio.sleep(1.0)
+            try:
+                snapshots.write()
+            except OSError as error:
+                log.warning("metrics of this worker could not be shared: %s", error)
+
+
+async def create_server(
+    config: ServeConfig,
+    *,
+    preloaded: dict[str, Release] | None = None,
+    watch: bool = True,
+    change_release: Callable[[str], Awaitable[tuple[str, str]]] | None = None,
+    snapshots_folder: Any = None,
+    worker: int = 0,
+    reuse_port: bool = False,
+    tracer: Tracer | None = None,
+) -> Server:
+    """Build a server on the running event loop and bind its port.
+
+    Args:
+        config: Everything an operator can set; ``port=0`` picks a free port.
+        preloaded: Releases that the parent process opened.
+        watch: Follow ``releases/CURRENT``.
+        change_release: Carries out Activate ("" means Rollback) when a supervisor is in charge.
+        snapshots_folder: Where workers exchange their metrics; None: this is the only worker.
+        worker: Number of this worker.
+        reuse_port: Share the port with other workers.
+        tracer: For tests; otherwise made from ``config.otlp_endpoint``.
+
+    Raises:
+        AddressInUse: Another process listens on the port.
+        ConfigError: TLS files or tokens are unusable.
+    """
+    tokens = Tokens.load(config.tokens) if config.tokens is not None else None
+    credentials = None
+    if config.tls_cert is not None and config.tls_key is not None:
+        credentials = server_credentials(config.tls_cert, config.tls_key, config.tls_client_ca)
+    if config.port and not reuse_port and not address_is_free(config.host, config.port):
+        raise AddressInUse(f"{config.host}:{config.port}")
+    if config.metrics_port and not reuse_port and not address_is_free(config.host, config.metrics_port):
+        raise AddressInUse(f"{config.host}:{config.metrics_port}", "--metrics-port")
+
+    sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
+    metrics = Metrics()
+    cache = QueryCache(config.cache_bytes, config.cache_ttl_seconds)
+    tiers: dict[int, RedisTier] = {}
+
+    def redis_for(dimension: int) -> RedisTier | None:
+        if config.redis_url is None:
+            return None
+        if dimension not in tiers:
+            tier = RedisTier(config.redis_url, dimension, config.cache_ttl_seconds, config.redis_timeout_ms / 1e3, config.redis_secret)
+            tiers[dimension] = tier
+            redis_tiers.append(tier)
+        return tiers[dimension]
+
+    redis_tiers: list[RedisTier] = []
+    releases = LiveReleases(config, cache, metrics, redis=redis_for, preloaded=preloaded, watch=watch)
+    if config.otlp_endpoint is not None and tracer is None:
+        tracer = Tracer(config.otlp_endpoint)
+    service = RetrievalService(
+        config,
+        releases,
+        metrics,
+        tokens=tokens,
+        impressions=ImpressionLog(config.impression_log, worker) if config.impression_log is not None else None,
+        tracer=tracer,
+        change_release=change_release,
+    )
+    metrics.add_source(lambda: _cache_measurements(cache, redis_tiers))
+
+    options = [
+        ("grpc.max_receive_message_length", config.limits.max_message_bytes),
+        ("grpc.max_send_message_length", 4 * config.limits.max_message_bytes),
+        ("grpc.max_concurrent_streams", config.max_streams_per_connection),
+        ("grpc.so_reuseport", int(reuse_port)),
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.max_ping_strikes", 5),
+    ]
+    grpc_server = grpc.aio.server(options=options)
+    grpc_server.add_generic_rpc_handlers(service.generic_handlers())
+    health_service = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_service, grpc_server)
+    names = [pb.DESCRIPTOR.services_by_name[name].full_name for name in ("Retrieval", "Admin")]
+    reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], grpc_server)
+    address = f"[{config.host}]:{config.port}" if ":" in config.host else f"{config.host}:{config.port}"
+    try:
+        port = grpc_server.add_secure_port(address, credentials) if credentials is not None else grpc_server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise AddressInUse(address) from error
+    if port == 0:
+        raise AddressInUse(address)
+
+    for name in ("", RETRIEVAL, ADMIN):
+        await health_service.set(name, NOT_SERVING)
+
+    known: set[str] = set()
+
+    async def report_health(serving: ServingRelease) -> None:
+        for name in ("", RETRIEVAL, ADMIN, *serving.entities):
+            await health_service.set(name, SERVING)
+        for name in known - set(serving.entities):
+            await health_service.set(name, NOT_SERVING)
+        known.update(serving.entities)
+
+    releases.on_change.append(report_health)
+    snapshots = SharedSnapshots(snapshots_folder, metrics) if snapshots_folder is not None else None
+    http = HttpServer(_routes(service, metrics, snapshots)) if config.metrics_port is not None else None
+    return Server(config, grpc_server, port, service, releases, metrics, health_service, http, redis_tiers, snapshots)
+
+
+def _routes(service: RetrievalService, metrics: Metrics, snapshots: SharedSnapshots | None) -> dict[str, Handler]:
+    async def scrape(request: Request) -> Response:
+        return Response(exposition(snapshots.merged() if snapshots is not None else metrics.snapshot()), "text/plain; version=0.0.4; charset=utf-8")
+
+    async def healthz(request: Request) -> Response:
+        active = service.releases.active
+        if active is None or service.admission.draining:
+            return Response.of_json({"ready": False, "reason": service.releases.reason_not_ready}, 503)
+        return Response.of_json({"ready": True, "release_id": active.release_id, "space_id": active.space_id, "entity_types": sorted(active.entities)})
+
+    routes: dict[str, Handler] = {"/metrics": scrape, "/healthz": healthz}
+    try:
+        web_page = importlib.import_module("retrieval.web_page")
+    except ModuleNotFoundError as error:
+        if error.name != "retrieval.web_page":
+            raise
+    else:
+        routes.update(web_page.routes(service))
+    return routes
+
+
+def _cache_measurements(cache: QueryCache, tiers: list[RedisTier]) -> list[tuple[str, Labels, float]]:
+    rows: list[tuple[str, Labels, float]] = [
+        ("omni_cache_hits", (), float(cache.hits)),
+        ("omni_cache_misses", (), float(cache.misses)),
+        ("omni_cache_evictions", (), float(cache.evictions)),
+        ("omni_cache_entries", (), float(len(cache))),
+        ("omni_cache_bytes", (), float(cache.size_bytes)),
+        ("omni_process_rss_bytes", (), float(_resident_bytes())),
+    ]
+    if tiers:
+        for outcome, attribute in (("hit", "hits"), ("miss", "misses"), ("failure", "failures"), ("refused", "refused")):
+            rows.append(("omni_redis", (outcome,), float(sum(getattr(tier, attribute) for tier in tiers))))
+    return rows
+
+
+def _resident_bytes() -> int:
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+async def run_until_signalled(server: Server, ready: Callable[[Server], None]) -> None:
+    """Start, call ``ready``, serve until SIGTERM or SIGINT, drain."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await server.start()
+    ready(server)
+    await stop.wait()
+    log.info("draining, at most %.0f s", server.config.grace_seconds)
+    await server.stop()

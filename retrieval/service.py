@@ -1,0 +1,530 @@
+"""The calls of protos/retrieval.proto: admission, query vector, search, answer; every error leaves through one door."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+from google.protobuf.message import DecodeError, Message
+
+from encoders.errors import SpaceMismatch
+from index_builder.entity_index import EntityIndex
+from index_builder.errors import UnknownEntityType
+from index_builder.live_records import LiveEntry
+from protos import retrieval_pb2 as pb
+from retrieval.admission import Admission, check_deadline
+from retrieval.description import describe
+from retrieval.errors import EmptyQuery, InvalidRequest, Overloaded, WritesDisabled
+from retrieval.impressions import Impression, ImpressionLog
+from retrieval.live_releases import LiveReleases, ServingRelease
+from retrieval.live_writes import LiveWrites
+from retrieval.observability import Metrics, Tracer
+from retrieval.requests import (
+    checked_embedding,
+    checked_embeddings,
+    checked_id,
+    checked_query,
+    checked_target,
+    from_value,
+    one_of,
+    require_count,
+    to_value,
+)
+from retrieval.searching import Found, Searcher, options_of
+from retrieval.security import EVERYONE, Caller, Tokens
+from retrieval.serve_config import ServeConfig
+from retrieval.shadow_recall import Sample, ShadowRecall
+from retrieval.status import status_for
+
+Float32 = npt.NDArray[np.float32]
+log = logging.getLogger("omni.service")
+
+RETRIEVAL = "omnisearchsage.v1.Retrieval"
+ADMIN = "omnisearchsage.v1.Admin"
+
+Context = Any  # grpc.aio.ServicerContext; the web page passes a small stand-in
+
+
+class Query(NamedTuple):
+    """A query on its way to the index."""
+
+    vector: Float32  # (D,)
+    cached: bool
+    queue_ns: int
+    encode_ns: int
+    text: str
+
+
+class RetrievalService:
+    """All calls. One instance per worker; methods run on its event loop.
+
+    Args:
+        config: Limits, log settings.
+        releases: Which release answers.
+        metrics: Where calls are counted.
+        tokens: Known callers; None lets everyone do everything.
+        impressions: Log of what was shown, or None.
+        tracer: Writes spans, or None.
+        change_release: Carries out Activate and Rollback (a supervisor, when there are several workers); None: ``releases`` does.
+    """
+
+    def __init__(
+        self,
+        config: ServeConfig,
+        releases: LiveReleases,
+        metrics: Metrics,
+        *,
+        tokens: Tokens | None = None,
+        impressions: ImpressionLog | None = None,
+        tracer: Tracer | None = None,
+        change_release: Callable[[str], Awaitable[tuple[str, str]]] | None = None,
+    ) -> None:
+        self.config = config
+        self.limits = config.limits
+        self.releases = releases
+        self.metrics = metrics
+        self.tokens = tokens
+        self.impressions = impressions
+        self.tracer = tracer
+        self.change_release = change_release
+        self.admission = Admission(config.max_in_flight)
+        self.searcher = Searcher(config.inline_search_us / 1e6, config.search_threads)
+        self.shadow = ShadowRecall(config.shadow_fraction, config.shadow_cpu, metrics)
+        self.writes = LiveWrites(releases.store.live_root)
+        self._stages = {stage: metrics.histogram("omni_stage_seconds", (stage,)) for stage in ("queue", "encode", "search", "rerank")}
+        metrics.add_source(self._measurements)
+
+    def close(self) -> None:
+        """Stop threads and close files."""
+        self.shadow.close()
+        self.searcher.close()
+        self.writes.close()
+        if self.impressions is not None:
+            self.impressions.close()
+
+    # --- the door --------------------------------------------------------------------------------------------------------------------------------
+
+    def generic_handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
+        """Handlers to add to a ``grpc.aio`` server. Messages are parsed and serialised here, so that malformed bytes get a typed error."""
+        retrieval = {
+            "Retrieve": self.handler("Retrieve", pb.RetrieveRequest, self.retrieve),
+            "RetrieveMulti": self.handler("RetrieveMulti", pb.RetrieveMultiRequest, self.retrieve_multi, lambda r: len(r.targets)),
+            "RetrieveBatch": self.handler("RetrieveBatch", pb.RetrieveBatchRequest, self.retrieve_batch, lambda r: len(r.queries)),
+            "Embed": self.handler("Embed", pb.EmbedRequest, self.embed, lambda r: len(r.queries)),
+            "Score": self.handler("Score", pb.ScoreRequest, self.score),
+            "DescribeRelease": self.handler("DescribeRelease", pb.DescribeReleaseRequest, self.describe_release),
+        }
+        admin = {
+            "Activate": self.handler("Activate", pb.ActivateRequest, self.activate, admin=True),
+            "Rollback": self.handler("Rollback", pb.RollbackRequest, self.rollback, admin=True),
+            "Upsert": self.handler("Upsert", pb.UpsertRequest, self.upsert, lambda r: len(r.entities), admin=True),
+            "Delete": self.handler("Delete", pb.DeleteRequest, self.delete, lambda r: len(r.ids), admin=True),
+        }
+
+        def grpc_handlers(service: str, calls: dict[str, Any]) -> grpc.GenericRpcHandler:
+            return grpc.method_handlers_generic_handler(service, {name: grpc.unary_unary_rpc_method_handler(call) for name, call in calls.items()})
+
+        return grpc_handlers(RETRIEVAL, retrieval), grpc_handlers(ADMIN, admin)
+
+    def handler(
+        self,
+        method: str,
+        request_class: type[Message],
+        call: Callable[[Any, Context, Caller, int], Awaitable[Message]],
+        searches: Callable[[Any], int] | None = None,
+        admin: bool = False,
+    ) -> Callable[[bytes, Context], Awaitable[bytes]]:
+        """Wrap a call: rights, parsing, admission, timing, errors to status. ``searches`` tells how many places a request takes."""
+        parse = request_class.FromString
+        seconds = self.metrics.histogram("omni_request_seconds", (method,))
+        count, admission, ok = self.metrics.count, self.admission, (method, "OK")
+        perf_counter_ns = time.perf_counter_ns
+
+        async def handle(content: bytes, context: Context) -> bytes:
+            started = perf_counter_ns()
+            places = 0
+            try:
+                caller = EVERYONE
+                if self.tokens is not None:
+                    caller = self.tokens.caller(context.invocation_metadata())
+                if admin:
+                    caller.require_admin()
+                try:
+                    request = parse(content)
+                except DecodeError as error:
+                    raise InvalidRequest(f"{method}: the bytes are not a {request_class.DESCRIPTOR.name} message ({error}).") from error
+                wanted = 1 if searches is None else admission.cost_of(searches(request))
+                admission.enter(wanted)
+                places = wanted
+                response = await call(request, context, caller, started)
+                answer: bytes = response.SerializeToString()
+                count("omni_requests", ok)
+                return answer
+            except asyncio.CancelledError:
+                count("omni_requests", (method, "CANCELLED"))
+                raise
+            except Exception as error:  # the one door: whatever went wrong becomes a typed status
+                code, message = status_for(error)
+                count("omni_requests", (method, code.name))
+                if code is grpc.StatusCode.INTERNAL:
+                    log.exception("%s failed", method)
+                trailing = (("retry-after-ms", str(error.retry_after_ms)),) if isinstance(error, Overloaded) else ()
+                await context.abort(code, message, trailing)
+                raise AssertionError("abort raises") from error
+            finally:
+                took = (perf_counter_ns() - started) / 1e9
+                if places:
+                    admission.leave(places, took)
+                seconds.observe(took)
+
+        return handle
+
+    # --- questions -------------------------------------------------------------------------------------------------------------------------------
+
+    async def retrieve(self, request: pb.RetrieveRequest, context: Context, caller: Caller, started: int) -> pb.RetrieveResponse:
+        """One query, one entity type."""
+        serving = self.releases.resolve(request.release_id)
+        serving.in_flight += 1
+        try:
+            index = self._index(serving, request.entity_type, caller)
+            checked_target(request, self.limits)
+            query = await self._query(serving, request, context)
+            found = await self.searcher.search(index, query.vector, request)
+            result = found.result
+            response = pb.RetrieveResponse(
+                release_id=serving.release_id,
+                space_id=serving.space_id,
+                cache_hit=query.cached,
+                plan=result.plan,
+                ef=result.ef,
+                estimated_recall=result.estimated_recall,
+                selectivity=result.selectivity,
+                request_id=request.request_id,
+            )
+            add = response.hits.add
+            for id, score in zip(found.ids, found.scores.tolist()):
+                add(id=id, score=score)
+            if request.attributes:
+                self._add_attributes(response.hits, index, found.ids, request.attributes)
+            self._after_search(serving, index, request, query, found, request)
+            if self.impressions is not None:
+                response.request_id = self._log_impression(serving, request, request.entity_type, query.text, found.ids)
+            timings = response.timings
+            timings.search_ns = found.search_ns
+            if query.encode_ns:
+                timings.queue_ns, timings.encode_ns = query.queue_ns, query.encode_ns
+            if found.rerank_ns:
+                timings.rerank_ns = found.rerank_ns
+            timings.total_ns = time.perf_counter_ns() - started
+            if self.tracer is not None:
+                self._trace("Retrieve", timings, context, {"entity_type": request.entity_type, "k": request.k, "plan": result.plan})
+            return response
+        finally:
+            serving.in_flight -= 1
+
+    async def retrieve_multi(self, request: pb.RetrieveMultiRequest, context: Context, caller: Caller, started: int) -> pb.RetrieveMultiResponse:
+        """One query, several searches, one release."""
+        serving = self.releases.resolve(request.release_id)
+        serving.in_flight += 1
+        try:
+            require_count("targets", len(request.targets), self.limits.max_targets)
+            indexes = [self._index(serving, target.entity_type, caller) for target in request.targets]
+            for target in request.targets:
+                checked_target(target, self.limits)
+            query = await self._query(serving, request, context)
+            response = pb.RetrieveMultiResponse(
+                release_id=serving.release_id, space_id=serving.space_id, cache_hit=query.cached, request_id=request.request_id
+            )
+            for target, index in zip(request.targets, indexes, strict=True):
+                found = await self.searcher.search(index, query.vector, target)
+                answer = self._answer(response.answers.add(), index, target, query.cached, found)
+                answer.entity_type = target.entity_type
+                response.timings.search_ns += found.search_ns
+                response.timings.rerank_ns += found.rerank_ns
+                self._after_search(serving, index, target, query, found, request)
+                if self.impressions is not None:
+                    response.request_id = self._log_impression(serving, request, target.entity_type, query.text, found.ids, response.request_id)
+            self._finish(response.timings, query.queue_ns, query.encode_ns, started)
+            return response
+        finally:
+            serving.in_flight -= 1
+
+    async def retrieve_batch(self, request: pb.RetrieveBatchRequest, context: Context, caller: Caller, started: int) -> pb.RetrieveBatchResponse:
+        """Many queries, the same search for each, one release."""
+        serving = self.releases.resolve(request.release_id)
+        serving.in_flight += 1
+        try:
+            target = request.target
+            index = self._index(serving, target.entity_type, caller)
+            checked_target(target, self.limits)
+            if request.queries and request.embeddings:
+                raise InvalidRequest("queries: expected either texts or embeddings, but got both.")
+            queue_ns = encode_ns = 0
+            if request.embeddings:
+                vectors = checked_embeddings(request.embeddings, request.space_id, serving.dimension, serving.space_id, self.limits.max_batch)
+                cached, texts = [False] * len(vectors), [""] * len(vectors)
+            else:
+                vectors, cached, queue_ns, encode_ns, texts = await self._query_many(serving, request.queries, context)
+            response = pb.RetrieveBatchResponse(release_id=serving.release_id, space_id=serving.space_id, request_id=request.request_id)
+            found = await self._search_batch(index, vectors, target)
+            languages = request.language
+            for row, item in enumerate(found):
+                self._answer(response.answers.add(), index, target, cached[row], item)
+                response.timings.search_ns += item.search_ns
+                response.timings.rerank_ns += item.rerank_ns
+                if self.shadow.wants() and item.plain:
+                    self._shadow(index, vectors[row], target, item, languages)
+                if self.impressions is not None:
+                    response.request_id = self._log_impression(serving, request, target.entity_type, texts[row], item.ids, response.request_id)
+            if found:
+                self.metrics.count("omni_searches", (target.entity_type, found[0].result.plan), len(found))
+            self._finish(response.timings, queue_ns, encode_ns, started)
+            return response
+        finally:
+            serving.in_flight -= 1
+
+    async def embed(self, request: pb.EmbedRequest, context: Context, caller: Caller, started: int) -> pb.EmbedResponse:
+        """Texts to vectors."""
+        serving = self.releases.resolve(request.release_id)
+        serving.in_flight += 1
+        try:
+            vectors, cached, queue_ns, encode_ns, _ = await self._query_many(serving, request.queries, context)
+            response = pb.EmbedResponse(
+                embeddings=vectors.astype("<f4", copy=False).tobytes(),
+                dimension=serving.dimension,
+                release_id=serving.release_id,
+                space_id=serving.space_id,
+                form_id=serving.form_id,
+                cache_hits=cached,
+            )
+            self._finish(response.timings, queue_ns, encode_ns, started)
+            return response
+        finally:
+            serving.in_flight -= 1
+
+    async def score(self, request: pb.ScoreRequest, context: Context, caller: Caller, started: int) -> pb.ScoreResponse:
+        """Cosine of a query with given ids."""
+        serving = self.releases.resolve(request.release_id)
+        serving.in_flight += 1
+        try:
+            index = self._index(serving, request.entity_type, caller)
+            require_count("ids", len(request.ids), self.limits.max_score_ids)
+            query = await self._query(serving, request, context)
+            work = partial(_scores, index, list(request.ids), query.vector)
+            if len(request.ids) <= 50:
+                began = time.perf_counter_ns()
+                scores, search_ns = work(), time.perf_counter_ns() - began
+            else:
+                scores, search_ns = await self.searcher.in_thread(work)
+            response = pb.ScoreResponse(
+                scores=scores,
+                missing=int(np.count_nonzero(np.isnan(scores))),
+                release_id=serving.release_id,
+                space_id=serving.space_id,
+                cache_hit=query.cached,
+            )
+            response.timings.search_ns = search_ns
+            self._finish(response.timings, query.queue_ns, query.encode_ns, started)
+            return response
+        finally:
+            serving.in_flight -= 1
+
+    async def describe_release(
+        self, request: pb.DescribeReleaseRequest, context: Context, caller: Caller, started: int
+    ) -> pb.DescribeReleaseResponse:
+        """What is being served."""
+        serving = self.releases.resolve(request.release_id)
+        return describe(serving, self.releases.loaded, self.limits)
+
+    # --- changes ---------------------------------------------------------------------------------------------------------------------------------
+
+    async def activate(self, request: pb.ActivateRequest, context: Context, caller: Caller, started: int) -> pb.ActivateResponse:
+        """Serve another release."""
+        if not request.release_id:
+            raise InvalidRequest("release_id: expected the id of a published release, but got none. `omni release list` shows them.")
+        return await self._change(request.release_id, caller, started)
+
+    async def rollback(self, request: pb.RollbackRequest, context: Context, caller: Caller, started: int) -> pb.ActivateResponse:
+        """Serve the release that was active before."""
+        return await self._change("", caller, started)
+
+    async def _change(self, release_id: str, caller: Caller, started: int) -> pb.ActivateResponse:
+        if self.change_release is not None:
+            change = self.change_release(release_id)
+        elif release_id:
+            change = self.releases.activate(release_id)
+        else:
+            change = self.releases.rollback()
+        # A swap that has begun is carried through even if the caller goes away.
+        now, before = await asyncio.shield(asyncio.ensure_future(change))
+        log.info("%s: release %s -> %s", caller.name, before, now)
+        return pb.ActivateResponse(release_id=now, previous_release_id=before, total_ns=time.perf_counter_ns() - started)
+
+    async def upsert(self, request: pb.UpsertRequest, context: Context, caller: Caller, started: int) -> pb.WriteResponse:
+        """Insert or replace entities, all or none."""
+        serving = self._writable(request.entity_type)
+        require_count("entities", len(request.entities), self.limits.max_batch)
+        if not request.space_id:
+            raise InvalidRequest("space_id: expected the space id that made the embeddings, but got none.")
+        if request.space_id != serving.space_id:
+            raise SpaceMismatch(serving.space_id, request.space_id, "space_id")
+        entries = []
+        for row, entity in enumerate(request.entities):
+            vector = checked_embedding(entity.embedding, request.space_id, serving.dimension, serving.space_id, f"entities[{row}].embedding")
+            attributes = {name: from_value(value) for name, value in entity.attributes.items()}
+            entries.append(
+                LiveEntry(id=checked_id(entity.id, f"entities[{row}].id"), vector=vector.copy(), space_id=request.space_id, attributes=attributes)
+            )
+        return await self._write(serving, request.entity_type, entries)
+
+    async def delete(self, request: pb.DeleteRequest, context: Context, caller: Caller, started: int) -> pb.WriteResponse:
+        """Remove entities."""
+        serving = self._writable(request.entity_type)
+        require_count("ids", len(request.ids), self.limits.max_batch)
+        entries = [LiveEntry(id=checked_id(id, f"ids[{row}]")) for row, id in enumerate(request.ids)]
+        return await self._write(serving, request.entity_type, entries)
+
+    def _writable(self, entity_type: str) -> ServingRelease:
+        serving = self.releases.resolve("")
+        if entity_type not in serving.entities:
+            raise UnknownEntityType(entity_type[:64], list(serving.entities))
+        if not self.config.accept_writes:
+            raise WritesDisabled("this server takes no live writes (--read-only). Write to another one, or use `omni update`.")
+        return serving
+
+    async def _write(self, serving: ServingRelease, entity_type: str, entries: list[LiveEntry]) -> pb.WriteResponse:
+        write = asyncio.ensure_future(asyncio.to_thread(self.writes.write, entity_type, serving.dimension, entries))
+        return pb.WriteResponse(sequence=await asyncio.shield(write), applied=len(entries))
+
+    # --- shared parts ----------------------------------------------------------------------------------------------------------------------------
+
+    def _index(self, serving: ServingRelease, entity_type: str, caller: Caller) -> EntityIndex:
+        index = serving.entities.get(entity_type)
+        if index is None:
+            raise UnknownEntityType(entity_type[:64], list(serving.entities))
+        if caller.entity_types is not None:
+            caller.require_entity_types((entity_type,))
+        return index
+
+    async def _query(self, serving: ServingRelease, request: Any, context: Context) -> Query:
+        """The query vector of a request with ``query``, ``embedding`` and ``space_id``."""
+        if request.embedding:
+            one_of(request.query, request.embedding)
+            return Query(checked_embedding(request.embedding, request.space_id, serving.dimension, serving.space_id), False, 0, 0, "")
+        text = checked_query(request.query, self.limits)
+        vector = serving.encoder.peek(text)
+        if vector is not None:
+            return Query(vector, True, 0, 0, text)
+        self._check_time(serving, context)
+        looked = await serving.encoder.load(text)
+        return Query(looked.vector, looked.cached, looked.queue_ns, looked.encode_ns, text)
+
+    async def _query_many(self, serving: ServingRelease, queries: Sequence[str], context: Context) -> tuple[Float32, list[bool], int, int, list[str]]:
+        if not queries:
+            raise EmptyQuery("queries")
+        require_count("queries", len(queries), self.limits.max_batch)
+        texts = [checked_query(text, self.limits, f"queries[{row}]") for row, text in enumerate(queries)]
+        self._check_time(serving, context, needed=False)
+        return (*await serving.encoder.lookup_many(texts), texts)
+
+    def _check_time(self, serving: ServingRelease, context: Context, needed: bool = True) -> None:
+        """Refuse at once who cannot be answered in time, instead of encoding for nobody."""
+        remaining = context.time_remaining()
+        check_deadline(remaining)
+        if needed and remaining is not None:
+            wait = serving.batcher.expected_wait_seconds()
+            if wait > remaining and serving.batcher.waiting > 0:
+                raise Overloaded("query encoder (within your deadline)", serving.batcher.waiting, max(5, int(wait * 1e3)))
+
+    async def _search_batch(self, index: EntityIndex, vectors: Float32, target: pb.Target) -> list[Found]:
+        if target.HasField("diversity") or target.HasField("collapse_above"):
+            return [await self.searcher.search(index, vector, target) for vector in vectors]
+        results, took = await self.searcher.in_thread(partial(index.search_batch, vectors, target.k, **options_of(target)))
+        each = took // max(1, len(vectors))
+        return [Found(result.ids, result.scores, result, each, 0, True) for result in results]
+
+    def _answer(self, answer: pb.Answer, index: EntityIndex, target: pb.Target, cached: bool, found: Found) -> pb.Answer:
+        result = found.result
+        answer.plan, answer.ef, answer.search_ns, answer.cache_hit = result.plan, result.ef, found.search_ns, cached
+        if result.estimated_recall is not None:
+            answer.estimated_recall = result.estimated_recall
+        if result.selectivity is not None:
+            answer.selectivity = result.selectivity
+        add = answer.hits.add
+        for id, score in zip(found.ids, found.scores.tolist()):
+            add(id=id, score=score)
+        if target.attributes:
+            self._add_attributes(answer.hits, index, found.ids, target.attributes)
+        return answer
+
+    @staticmethod
+    def _add_attributes(hits: Any, index: EntityIndex, ids: Sequence[str], names: Sequence[str]) -> None:
+        wanted = list(index.attribute_table.schema) if "*" in names else list(names)
+        for hit, attributes in zip(hits, index.attributes(list(ids), wanted), strict=True):
+            for name, value in attributes.items():
+                if value is not None:
+                    hit.attributes[name].CopyFrom(to_value(value))
+
+    def _after_search(self, serving: ServingRelease, index: EntityIndex, target: Any, query: Query, found: Found, request: Any) -> None:
+        self.metrics.count("omni_searches", (target.entity_type, found.result.plan))
+        stages = self._stages
+        stages["search"].observe(found.search_ns / 1e9)
+        if query.encode_ns:
+            stages["queue"].observe(query.queue_ns / 1e9)
+            stages["encode"].observe(query.encode_ns / 1e9)
+        if found.rerank_ns:
+            stages["rerank"].observe(found.rerank_ns / 1e9)
+        if found.plain and self.shadow.wants():
+            self._shadow(index, query.vector, target, found, request.language)
+
+    def _shadow(self, index: EntityIndex, vector: Float32, target: Any, found: Found, language: str) -> None:
+        min_score = target.min_score if target.HasField("min_score") else None
+        selectivity = found.result.selectivity
+        self.shadow.offer(
+            Sample(index, vector, target.k, target.filter, tuple(target.exclude_ids), min_score, found.ids, found.scores, selectivity, language)
+        )
+
+    def _log_impression(self, serving: ServingRelease, request: Any, entity_type: str, text: str, ids: Sequence[str], request_id: str = "") -> str:
+        assert self.impressions is not None
+        request_id = request_id or request.request_id or uuid.uuid4().hex
+        shown = text if self.config.log_query_text else ""
+        self.impressions.add(Impression(request_id, serving.release_id, shown, request.language, request.country, entity_type, list(ids)))
+        return request_id
+
+    @staticmethod
+    def _finish(timings: pb.Timings, queue_ns: int, encode_ns: int, started: int) -> None:
+        timings.queue_ns, timings.encode_ns = queue_ns, encode_ns
+        timings.total_ns = time.perf_counter_ns() - started
+
+    def _trace(self, method: str, timings: pb.Timings, context: Context, attributes: dict[str, Any]) -> None:
+        assert self.tracer is not None
+        ended = time.time_ns()
+        stages = {"queue": timings.queue_ns, "encode": timings.encode_ns, "search": timings.search_ns, "rerank": timings.rerank_ns}
+        self.tracer.record(method, ended - timings.total_ns, ended, stages, attributes, context.invocation_metadata() or ())
+
+    def _measurements(self) -> list[tuple[str, tuple[str, ...], float]]:
+        rows: list[tuple[str, tuple[str, ...], float]] = [
+            ("omni_in_flight", (), float(self.admission.in_flight)),
+            ("omni_refused", (), float(self.admission.refused)),
+        ]
+        if self.impressions is not None:
+            rows.append(("omni_impressions_dropped", (), float(self.impressions.dropped)))
+        return rows
+
+
+def _scores(index: EntityIndex, ids: Sequence[str], vector: Float32) -> Float32:
+    """Cosine per id, NaN where the index has none; shape (N,) float32."""
+    out = np.full(len(ids), np.nan, dtype=np.float32)
+    for row, id in enumerate(ids):
+        held = index.vector(id)
+        if held is not None:
+            out[row] = np.dot(held, vector)
+    return out

@@ -1,0 +1,196 @@
+"""Always-on recall: a sample of live searches is answered again exactly, off the hot path, within a CPU budget."""
+
+from __future__ import annotations
+
+import logging
+import math
+import queue
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from index_builder.entity_index import EntityIndex
+from retrieval.observability import Labels, Metrics
+
+Float32 = npt.NDArray[np.float32]
+log = logging.getLogger("omni.shadow")
+
+WINDOW = 2000
+"""Samples per label that the estimate looks back on."""
+WINDOW_SECONDS = 900.0
+TIE = 1e-5
+"""A returned score this close to the k-th exact score counts as found."""
+
+
+class Sample(NamedTuple):
+    """One answered search."""
+
+    index: EntityIndex
+    vector: Float32
+    k: int
+    filter: str
+    exclude_ids: Sequence[str]
+    min_score: float | None
+    ids: Sequence[str]
+    scores: Float32
+    selectivity: float | None
+    language: str
+
+
+class Estimate(NamedTuple):
+    """ANN recall@k over a window of live searches with its 95% interval."""
+
+    recall: float
+    low: float
+    high: float
+    samples: int
+
+
+def recall_of_answer(ids: Sequence[str], scores: Float32, exact_ids: Sequence[str], exact_scores: Float32) -> float:
+    """Share of the exact top k that was returned; ties with the k-th score count as found; 1 if the exact answer is empty."""
+    if not exact_ids:
+        return 1.0
+    known = set(exact_ids)
+    threshold = float(exact_scores[-1]) - TIE
+    found = sum(1 for id, score in zip(ids, scores.tolist(), strict=False) if id in known or score >= threshold)
+    return min(1.0, found / len(exact_ids))
+
+
+def estimate(recalls: Sequence[float]) -> Estimate:
+    """Mean of per-query recalls with a 95% interval: Wilson's with the design effect of the observed variance, so that 1.0 on few samples is not certain.
+
+    Args:
+        recalls: One value in 0..1 per query.
+    """
+    count = len(recalls)
+    if count == 0:
+        return Estimate(math.nan, 0.0, 1.0, 0)
+    values = np.asarray(recalls)
+    mean = float(values.mean())
+    spread = float(values.var(ddof=1)) if count > 1 else 0.25
+    binomial = mean * (1 - mean)
+    # A query's k hits are correlated: n queries count as more than n coin flips only as far as their variance says so.
+    effective = count * (binomial / spread) if spread > 0 and binomial > 0 else float(count)
+    effective = max(1.0, effective)
+    z = 1.959964
+    centre = (mean + z * z / (2 * effective)) / (1 + z * z / effective)
+    half = z * math.sqrt(mean * (1 - mean) / effective + z * z / (4 * effective * effective)) / (1 + z * z / effective)
+    return Estimate(mean, max(0.0, centre - half), min(1.0, centre + half), count)
+
+
+def selectivity_bucket(selectivity: float | None) -> str:
+    """Coarse class of a filter: none, >50%, 10-50%, 1-10%, <1%."""
+    if selectivity is None:
+        return "none"
+    for bound, name in ((0.5, ">50%"), (0.1, "10-50%"), (0.01, "1-10%")):
+        if selectivity >= bound:
+            return name
+    return "<1%"
+
+
+class ShadowRecall:
+    """Replays sampled searches exactly in one thread that sleeps enough to stay within its share of a core.
+
+    Args:
+        fraction: Share of searches offered that are sampled.
+        cpu: Share of one core that replays may use.
+        metrics: Where estimates appear.
+        max_queue: Sampled searches that may wait; more are skipped.
+        languages: At most this many languages get their own label, later ones share ``other`` (a caller may send anything).
+    """
+
+    def __init__(self, fraction: float, cpu: float, metrics: Metrics, *, max_queue: int = 64, languages: int = 40, seed: int = 0) -> None:
+        self._fraction = fraction
+        self._cpu = max(cpu, 1e-3)
+        self._metrics = metrics
+        self._random = random.Random(seed).random
+        self._queue: queue.Queue[Sample | None] = queue.Queue(max_queue)
+        self._languages: set[str] = set()
+        self._max_languages = languages
+        self._windows: dict[Labels, deque[tuple[float, float]]] = {}
+        self._lock = threading.Lock()
+        self.skipped = 0
+        self.done = 0
+        self._thread: threading.Thread | None = None
+        if fraction > 0:
+            self._thread = threading.Thread(target=self._run, name="shadow-recall", daemon=True)
+            self._thread.start()
+            metrics.add_source(self._measurements)
+
+    def wants(self) -> bool:
+        """Draw: should this search be offered? Takes about 50 ns."""
+        return self._random() < self._fraction
+
+    def offer(self, sample: Sample) -> None:
+        """Queue a sample; skipped when the queue is full."""
+        try:
+            self._queue.put_nowait(sample)
+        except queue.Full:
+            self.skipped += 1
+
+    def close(self) -> None:
+        """Stop the thread."""
+        if self._thread is not None:
+            while True:
+                try:
+                    self._queue.put_nowait(None)
+                    break
+                except queue.Full:
+                    self._queue.get_nowait()
+            self._thread.join(timeout=5)
+
+    def estimates(self) -> dict[Labels, Estimate]:
+        """Estimate per (entity type, selectivity class, language) over the window."""
+        oldest = time.monotonic() - WINDOW_SECONDS
+        with self._lock:
+            windows = {labels: [recall for at, recall in window if at >= oldest] for labels, window in self._windows.items()}
+        return {labels: estimate(recalls) for labels, recalls in windows.items() if recalls}
+
+    def _run(self) -> None:
+        from retrieval.live_releases import _lower_priority
+
+        _lower_priority()
+        while (sample := self._queue.get()) is not None:
+            started = time.thread_time()
+            try:
+                self.replay(sample)
+            except Exception as error:  # a replay is a measurement: whatever goes wrong, serving must not notice
+                log.warning("a shadow search failed: %s: %s", type(error).__name__, error)
+            spent = time.thread_time() - started
+            time.sleep(min(60.0, spent * (1.0 / self._cpu - 1.0)))
+
+    def replay(self, sample: Sample) -> float:
+        """Answer one sample exactly and record its recall."""
+        options: dict[str, Any] = {"exact": True, "exclude_ids": sample.exclude_ids, "min_score": sample.min_score, "filter": sample.filter or None}
+        exact = sample.index.search(sample.vector, sample.k, **options)
+        recall = recall_of_answer(sample.ids, sample.scores, exact.ids, exact.scores)
+        labels = (sample.index.entity_type, selectivity_bucket(sample.selectivity), self._language(sample.language))
+        with self._lock:
+            window = self._windows.setdefault(labels, deque(maxlen=WINDOW))
+            window.append((time.monotonic(), recall))
+        self._metrics.count("omni_shadow_samples", labels)
+        self.done += 1
+        return recall
+
+    def _language(self, language: str) -> str:
+        name = language[:12].lower()
+        if name in self._languages:
+            return name
+        if len(self._languages) < self._max_languages and name.replace("-", "").isalnum():
+            self._languages.add(name)
+            return name
+        return "other" if name else "unknown"
+
+    def _measurements(self) -> list[tuple[str, Labels, float]]:
+        rows: list[tuple[str, Labels, float]] = [("omni_shadow_skipped", (), float(self.skipped))]
+        for labels, found in self.estimates().items():
+            rows.append(("omni_shadow_recall", labels, found.recall))
+            rows.append(("omni_shadow_recall_low", labels, found.low))
+            rows.append(("omni_shadow_recall_high", labels, found.high))
+        return rows

@@ -1,8 +1,8 @@
 """The typed Python client, synchronous and asyncio: ``RetrievalClient("host:50051").retrieve("blue whale", "pin", k=10)``.
 
 Both clients take the same arguments and return the same results. Every call has a deadline that includes its retries; calls that the
-server refused because it is full or not ready are repeated after a jittered wait that honours the server's hint; failures are the exceptions
-of ``retrieval/client_errors.py``. Importing this module loads no torch.
+server refused because it is full or not ready are repeated after a jittered wait that honours the server's hint; failures are the
+exceptions of ``retrieval/client_errors.py``. Importing this module loads no torch.
 """
 
 from __future__ import annotations

@@ -73,7 +73,8 @@ class ClientBase:
         self.config = config or ClientConfig()
         if self.config.token and not self.config.tls and not self.config.allow_plaintext_token and not target.startswith(LOOPBACK):
             raise ConfigError(
-                f"A token would travel to {target} unencrypted. Give ClientConfig a TlsConfig, or set allow_plaintext_token if the network is trusted."
+                f"A token would travel to {target} unencrypted. "
+                "Give ClientConfig a TlsConfig, or set allow_plaintext_token if the network is trusted."
             )
         self._metadata = (("authorization", f"Bearer {self.config.token}"),) if self.config.token else None
         self._budget = RetryBudget(self.config.retry)

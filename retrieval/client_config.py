@@ -61,7 +61,7 @@ class ClientConfig:
     tls: TlsConfig | None = None
     """None: no encryption."""
     keepalive_seconds: float = 60.0
-    """A silent connection with calls in flight is probed this often, so that a dead server is noticed before the deadline of a long call."""
+    """A silent connection with calls in flight is probed this often, so that a dead server is noticed before a long call's deadline."""
     keepalive_timeout_seconds: float = 10.0
     max_message_bytes: int = 64 * 2**20
     """Largest answer accepted."""

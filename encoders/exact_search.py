@@ -88,8 +88,8 @@ def top_k_of_scores(scores: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarra
             order = torch.sort(scores[row], descending=True, stable=True).indices[:width]
             columns[row], values[row] = order, scores[row, order]
     found, best = columns.cpu().numpy(), values.cpu().numpy()
-    order = np.lexsort((found, -best), axis=1)
-    found, best = np.take_along_axis(found, order, axis=1), np.take_along_axis(best, order, axis=1)
+    by_score = np.lexsort((found, -best), axis=1)
+    found, best = np.take_along_axis(found, by_score, axis=1), np.take_along_axis(best, by_score, axis=1)
     found[np.isneginf(best)] = -1
     return found, best
 

@@ -309,7 +309,7 @@ def split_by_query(queries: Iterable[str], *, heldout_share: float = 0.1, seed: 
     if not folded:
         return []
     positions = mix64(hash_texts(folded), seed).astype(np.float64) / 2.0**64
-    return np.where(positions < heldout_share, "heldout", "train").tolist()
+    return ["heldout" if position < heldout_share else "train" for position in positions.tolist()]
 
 
 def _read_json_lines(packed: bytes) -> pl.DataFrame:

@@ -1,0 +1,432 @@
+"""Rank every labelled pair exactly, against the whole catalogue or a random corpus, and sum the ranks up by slice.
+
+The rank of a pair (query q, entity e) against a corpus C is 1 + the number of entities in C, other than e and its near-duplicates, that
+score higher for q (or as high and stand earlier in the catalogue). With C the whole catalogue that is e's place in the result list; with
+a random C it is the protocol of the paper (5.1), where e itself need not be in C. Any near-duplicate of e counts as e, at its best score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+
+from encoders.errors import ConfigError, InvalidVectors, SchemaError
+from encoders.exact_search import top_k_of_scores
+from encoders.metrics import (
+    UNRANKED,
+    Interval,
+    PairedDifference,
+    QuerySums,
+    bootstrap_interval,
+    ndcg_at_k,
+    paired_difference,
+    recall_ceiling,
+    reciprocal_ranks,
+    sums_by_query,
+)
+from encoders.sample import Dataset, query_entities
+
+SCORES_AT_ONCE = 1 << 25
+"""Scores held at once (128 MiB of float32)."""
+
+POPULARITY_SHARES = (0.1, 0.5)
+"""Head: the top tenth of entities by train pairs; torso: the next four tenths; tail: the rest."""
+
+FEW_POSITIVES = 10
+
+ScoreRows = Callable[[int, int], torch.Tensor]
+"""``score(start, stop)``: fresh float32 scores ``(stop - start, N)`` of queries ``start..stop`` for all candidates; -inf: not returned."""
+
+
+@dataclass(frozen=True)
+class EvaluationTask:
+    """One entity type's held-out pairs and the candidates they are ranked against."""
+
+    entity_type: str
+    candidates: pl.DataFrame
+    """``(N,)`` catalogue rows that are scored: the corpus, and all positives."""
+    queries: list[str]
+    """``(Q,)`` distinct query strings."""
+    pairs: pl.DataFrame
+    """``(P,)`` rows ``query, language, country, kind, entity_id, ...`` plus ``query_index`` and ``target``."""
+    targets: pl.DataFrame
+    """``(T,)`` distinct (query_index, group): ``target, query_index, group, gain, positives``."""
+    members: tuple[np.ndarray, np.ndarray]
+    """(target, candidate row), sorted: the near-duplicates that answer each target."""
+    in_corpus: np.ndarray
+    """bool ``(N,)``: which candidates every pair is ranked against."""
+    corpus_description: str
+
+
+def build_task(
+    dataset: Dataset,
+    entity_type: str,
+    *,
+    pairs: pl.DataFrame | None = None,
+    split: str = "heldout",
+    corpus_size: int | None = None,
+    max_queries: int | None = None,
+    seed: int = 0,
+) -> EvaluationTask:
+    """Gather what evaluating one entity type needs.
+
+    Args:
+        dataset: Catalogue, pairs and near-duplicate groups.
+        entity_type: ``pin``, ``product``, ``ad``, or ``query`` (candidates are then the train-split query strings).
+        pairs: Use these instead of the data set's (e.g. derived related-query pairs, judgements with a ``grade``, or new logs).
+        split: Which split to evaluate.
+        corpus_size: Rank against this many random candidates; None: against all.
+        max_queries: Evaluate only this many random queries; None: all.
+        seed: Chooses corpus and queries.
+
+    Raises:
+        ConfigError: No pair of this type and split, or a corpus size below 1.
+        SchemaError: A pair names an entity that the catalogue does not hold.
+    """
+    if corpus_size is not None and corpus_size < 1:
+        raise ConfigError(f"the corpus needs at least 1 entity, but corpus_size is {corpus_size}.")
+    rng = np.random.default_rng(seed)
+    source = dataset.pairs if pairs is None else pairs
+    rows = source.filter((pl.col("entity_type") == entity_type) & (pl.col("split") == split))
+    rows = rows.unique(
+        [c for c in ("query", "language", "country", "entity_id", "kind") if c in rows.columns], keep="first", maintain_order=True
+    )
+    if rows.is_empty():
+        raise ConfigError(f"there are no {split!r} pairs of entity type {entity_type!r} to evaluate in data set {dataset.name!r}.")
+    if max_queries is not None:
+        distinct = rows["query"].unique(maintain_order=True)
+        if max_queries < len(distinct):
+            rows = rows.filter(pl.col("query").is_in(distinct.gather(np.sort(rng.permutation(len(distinct))[:max_queries])).implode()))
+    catalogue = query_entities(dataset.pairs, "train") if entity_type == "query" else dataset.of_type(entity_type)
+    group_of = [dataset.groups.get(id, id) for id in catalogue["id"].to_list()]
+    catalogue = catalogue.with_columns(pl.Series("__group", group_of, dtype=pl.String))
+    unknown = set(rows["entity_id"].to_list()).difference(catalogue["id"].to_list())
+    if unknown:
+        raise SchemaError(
+            f"{len(unknown):,} pairs' entities are not in the catalogue of type {entity_type!r}, e.g. {min(unknown)!r}. "
+            "Evaluate with the catalogue that the pairs were made from."
+        )
+    return _assemble(entity_type, catalogue, rows, corpus_size, rng)
+
+
+def _assemble(
+    entity_type: str, catalogue: pl.DataFrame, rows: pl.DataFrame, corpus_size: int | None, rng: np.random.Generator
+) -> EvaluationTask:
+    rows = rows.join(
+        catalogue.select(pl.col("id").alias("entity_id"), pl.col("__group").alias("group")), on="entity_id", maintain_order="left"
+    )
+    queries = rows["query"].unique(maintain_order=True)
+    rows = rows.with_columns(query_index=rows["query"].cast(pl.Enum(queries)).to_physical().cast(pl.Int64))
+    gain = pl.col("grade").cast(pl.Float64) if "grade" in rows.columns else pl.lit(1.0)
+    targets = rows.group_by("query_index", "group", maintain_order=True).agg(gain.max().alias("gain"))
+    targets = targets.with_row_index("target").with_columns(pl.col("target").cast(pl.Int64), positives=pl.len().over("query_index"))
+    rows = rows.join(targets.select("query_index", "group", "target", "positives"), on=["query_index", "group"], maintain_order="left")
+    size = catalogue.height
+    wanted = size if corpus_size is None else min(corpus_size, size)
+    in_corpus = np.zeros(size, dtype=bool)
+    in_corpus[rng.permutation(size)[:wanted]] = True
+    answers = catalogue["__group"].is_in(targets["group"].unique().implode()).to_numpy()
+    scored = in_corpus | answers
+    candidates, in_corpus = catalogue.filter(pl.Series(scored)), in_corpus[scored]
+    numbered = candidates.select(pl.col("__group").alias("group")).with_row_index("row").with_columns(pl.col("row").cast(pl.Int64))
+    members = targets.select("target", "group").join(numbered, on="group").sort("target", "row")
+    return EvaluationTask(
+        entity_type=entity_type,
+        candidates=candidates.drop("__group"),
+        queries=queries.to_list(),
+        pairs=rows,
+        targets=targets,
+        members=(members["target"].to_numpy(), members["row"].to_numpy()),
+        in_corpus=in_corpus,
+        corpus_description=f"all {size:,}" if wanted == size else f"{wanted:,} random of {size:,}",
+    )
+
+
+def vector_scores(queries: np.ndarray, candidates: np.ndarray, device: str = "cpu") -> ScoreRows:
+    """Inner products of two arrays as a scoring function.
+
+    Args:
+        queries: ``(Q, D)`` float32, unit rows.
+        candidates: ``(N, D)`` float32, unit rows.
+        device: Where to multiply, e.g. ``cuda``; in float32.
+
+    Raises:
+        InvalidVectors: Shapes do not fit, or a value is not finite.
+    """
+    if queries.ndim != 2 or candidates.ndim != 2 or queries.shape[1] != candidates.shape[1]:
+        raise InvalidVectors(f"expected queries (Q, D) and candidates (N, D) with one D, but got {queries.shape} and {candidates.shape}.")
+    for name, vectors in (("query", queries), ("candidate", candidates)):
+        bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if len(bad):
+            raise InvalidVectors(
+                f"expected finite vectors, but {name} row {bad[0]} holds NaN or infinity ({len(bad)} rows in all). Embed again."
+            )
+    left = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32)).to(device)
+    right = torch.from_numpy(np.ascontiguousarray(candidates, dtype=np.float32)).to(device).T
+    return lambda start, stop: left[start:stop] @ right
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The ranks that one system gave to one task's pairs."""
+
+    task: EvaluationTask
+    system: str
+    ranks: np.ndarray
+    """int64 ``(P,)``: rank of each pair; ``UNRANKED`` if not returned."""
+    list_ranks: np.ndarray
+    """int64 ``(T,)``: place of each target in the list of corpus and targets, near-duplicates counted once."""
+    run: tuple[np.ndarray, np.ndarray] | None = None
+    """Top candidates of each query, rows and scores ``(Q, depth)``, when asked for."""
+
+
+def rank_task(task: EvaluationTask, score: ScoreRows, system: str, *, run_depth: int = 0) -> Ranking:
+    """Rank all pairs of a task, exactly.
+
+    Args:
+        task: From ``build_task``.
+        score: Scores of queries ``start..stop`` of ``task.queries`` for ``task.candidates``.
+        system: Name of what is measured.
+        run_depth: Also keep this many best corpus entities per query.
+    """
+    count, width = len(task.queries), len(task.in_corpus)
+    owner = task.targets["query_index"].to_numpy()
+    order = np.argsort(owner, kind="stable")
+    member_target, member_row = task.members
+    above = np.zeros(len(owner), dtype=np.int64)
+    correction = np.zeros(len(owner), dtype=np.int64)
+    missing = np.zeros(len(owner), dtype=bool)
+    runs = []
+    outside = torch.from_numpy(~task.in_corpus)
+    chunk = max(1, SCORES_AT_ONCE // max(1, width))
+    first_member = np.searchsorted(member_target, np.arange(len(owner)))
+    for start in range(0, count, chunk):
+        scores = score(start, min(start + chunk, count))
+        mine = order[np.searchsorted(owner[order], start) : np.searchsorted(owner[order], start + chunk)]
+        picked = np.concatenate([np.arange(first, last) for first, last in _spans(first_member, len(member_target), mine)])
+        local = owner[member_target[picked]] - start
+        values = scores[torch.from_numpy(local).to(scores.device), torch.from_numpy(member_row[picked]).to(scores.device)].cpu().numpy()
+        if outside.any():
+            scores[:, outside.to(scores.device)] = -torch.inf
+        segments = np.flatnonzero(np.diff(member_target[picked], prepend=-1))
+        best = np.maximum.reduceat(values, segments)
+        # Members are sorted by row, so the first that reaches the maximum has the lowest row.
+        winners = np.flatnonzero(values == np.repeat(best, np.diff(segments, append=len(values))))
+        keep = np.diff(member_target[picked][winners], prepend=-1) != 0
+        best_row = member_row[picked][winners[keep]]
+        above[mine] = _count_above(scores, owner[mine] - start, best, best_row)
+        missing[mine] = np.isneginf(best)
+        correction[mine] = _list_correction(task, owner[mine], best, best_row, member_target[picked], member_row[picked], values)
+        if run_depth:
+            runs.append(top_k_of_scores(scores, run_depth))
+    ranks = np.where(missing, UNRANKED, above + 1)
+    list_ranks = np.where(missing, UNRANKED, above + 1 + correction)
+    run = None if not runs else (np.concatenate([r for r, _ in runs]), np.concatenate([s for _, s in runs]))
+    return Ranking(task, system, ranks[task.pairs["target"].to_numpy()], list_ranks, run)
+
+
+def _spans(first_member: np.ndarray, total: int, targets: np.ndarray) -> Iterable[tuple[int, int]]:
+    ends = np.append(first_member[1:], total)
+    return zip(first_member[targets].tolist(), ends[targets].tolist(), strict=True)
+
+
+def _count_above(scores: torch.Tensor, rows: np.ndarray, best: np.ndarray, best_row: np.ndarray) -> np.ndarray:
+    """How many columns of each target's score row beat it: a higher score, or the same score in an earlier column."""
+    counts = np.empty(len(rows), dtype=np.int64)
+    batch = max(1, SCORES_AT_ONCE // max(1, scores.shape[1]))
+    for start in range(0, len(rows), batch):
+        part = slice(start, start + batch)
+        mine = scores[torch.from_numpy(rows[part]).to(scores.device)]
+        limit = torch.from_numpy(best[part]).to(scores.device)[:, None]
+        higher, at_least = (mine > limit).sum(dim=1), (mine >= limit).sum(dim=1)
+        for i in torch.nonzero(at_least - higher > 0).flatten().tolist():
+            before = int(best_row[start + i])
+            higher[i] += (mine[i, :before] == limit[i]).sum()
+        counts[part] = higher.cpu().numpy()
+    return counts
+
+
+def _list_correction(
+    task: EvaluationTask,
+    owners: np.ndarray,
+    best: np.ndarray,
+    best_row: np.ndarray,
+    member_target: np.ndarray,
+    member_row: np.ndarray,
+    values: np.ndarray,
+) -> np.ndarray:
+    """Replace, in each target's count, the query's other answers that stand in the corpus by one entry per other target."""
+    if len(member_row) == len(best) and bool(task.in_corpus[member_row].all()):
+        return np.zeros(len(best), dtype=np.int64)
+    correction = np.zeros(len(best), dtype=np.int64)
+    owner_of_member = task.targets["query_index"].to_numpy()[member_target]
+    bounds = np.flatnonzero(np.diff(owners, prepend=-1))
+    for start, stop in zip(bounds, np.append(bounds[1:], len(owners)), strict=True):
+        low, high = np.searchsorted(owner_of_member, [owners[start], owners[start] + 1])
+        inside = np.flatnonzero(task.in_corpus[member_row[low:high]]) + low
+        for i in range(start, stop):
+            others = (best[start:stop] > best[i]) | ((best[start:stop] == best[i]) & (best_row[start:stop] < best_row[i]))
+            counted = (values[inside] > best[i]) | ((values[inside] == best[i]) & (member_row[inside] < best_row[i]))
+            correction[i] = int(others.sum()) - int(counted.sum())
+    return correction
+
+
+@dataclass(frozen=True)
+class SliceMetrics:
+    """The figures of one system on some of a task's pairs."""
+
+    pairs: int
+    queries: int
+    recall: dict[int, Interval]
+    """Labelled Recall@k over pairs, by k."""
+    ceiling: dict[int, float]
+    """The highest Recall@k that any ranking could reach on these pairs."""
+    query_recall: float
+    """Labelled Recall@10 averaged over queries instead of pairs."""
+    mrr: Interval
+    ndcg: float
+    """Mean nDCG@10 over queries (of all their targets)."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        recalls = {
+            f"recall@{k}": {"value": r.value, "low": r.low, "high": r.high, "ceiling": self.ceiling[k]} for k, r in self.recall.items()
+        }
+        mrr = {"value": self.mrr.value, "low": self.mrr.low, "high": self.mrr.high}
+        return {
+            "pairs": self.pairs,
+            "queries": self.queries,
+            **recalls,
+            "recall@10_by_query": self.query_recall,
+            "mrr": mrr,
+            "ndcg@10": self.ndcg,
+        }
+
+
+def slice_metrics(
+    ranking: Ranking, keep: np.ndarray | None = None, *, ks: Sequence[int] = (1, 10, 100), resamples: int = 1000, seed: int = 0
+) -> SliceMetrics:
+    """Sum the ranks of a task up, over all pairs or those with ``keep`` True.
+
+    Args:
+        ranking: From ``rank_task``.
+        keep: bool ``(P,)``.
+        ks: Depths.
+        resamples: Bootstrap resamples.
+        seed: Seed of the bootstrap.
+    """
+    task = ranking.task
+    keep = np.ones(task.pairs.height, dtype=bool) if keep is None else keep
+    query_index, ranks = task.pairs["query_index"].to_numpy()[keep], ranking.ranks[keep]
+    target, count = task.pairs["target"].to_numpy()[keep], len(task.queries)
+    places = target_takes_place(task)[target]
+    recall = {k: bootstrap_interval(sums_by_query(query_index, ranks <= k, count), resamples=resamples, seed=seed) for k in ks}
+    ceiling = {k: recall_ceiling(query_index, target, places, k, count).value for k in ks}
+    ten = sums_by_query(query_index, ranks <= 10, count)
+    seen = ten.counts > 0
+    ndcg = ndcg_at_k(task.targets["query_index"].to_numpy(), ranking.list_ranks, task.targets["gain"].to_numpy(), 10, count)[seen]
+    return SliceMetrics(
+        pairs=int(keep.sum()),
+        queries=int(seen.sum()),
+        recall=recall,
+        ceiling=ceiling,
+        query_recall=float((ten.hits[seen] / ten.counts[seen]).mean()) if seen.any() else float("nan"),
+        mrr=bootstrap_interval(sums_by_query(query_index, reciprocal_ranks(ranks), count), resamples=resamples, seed=seed),
+        ndcg=float(np.nanmean(ndcg)) if np.isfinite(ndcg).any() else float("nan"),
+    )
+
+
+def target_takes_place(task: EvaluationTask) -> np.ndarray:
+    """Whether all answers of a target stand in the corpus, so that it takes a place in the lists of its query's others: bool ``(T,)``."""
+    member_target, member_row = task.members
+    free = np.zeros(task.targets.height, dtype=bool)
+    free[member_target[~task.in_corpus[member_row]]] = True
+    return ~free
+
+
+def pair_slices(task: EvaluationTask, train_pairs: pl.DataFrame) -> dict[str, pl.Series]:
+    """The slices each pair belongs to.
+
+    Args:
+        task: From ``build_task``.
+        train_pairs: Train-split pairs: their number per entity makes head, torso and tail.
+
+    Returns:
+        Slice name -> label of each pair ``(P,)``: ``language``, ``english``, ``country`` (if any is known), ``action``,
+        ``popularity`` (head/torso/tail), ``text`` (whether title, description or caption is there), ``engaged`` (whether it has
+        engaged queries), ``positives`` (few: 10 or fewer answers to the query), ``source`` (of the entity, if known).
+    """
+    pairs, candidates = task.pairs, task.candidates
+    counts = train_pairs.filter(pl.col("entity_type") == task.entity_type).group_by("entity_id").agg(pl.len().alias("train"))
+    ranked = (
+        candidates.select(pl.col("id").alias("entity_id"))
+        .join(counts, on="entity_id", how="left")
+        .with_columns(pl.col("train").fill_null(0))
+    )
+    ranked = ranked.sort(["train", "entity_id"], descending=[True, False]).with_row_index("place")
+    share = pl.col("place") / max(1, ranked.height)
+    head, torso = POPULARITY_SHARES
+    ranked = ranked.with_columns(
+        popularity=pl.when(share < head).then(pl.lit("head")).when(share < torso).then(pl.lit("torso")).otherwise(pl.lit("tail"))
+    )
+    text = [pl.col(c).fill_null("").str.strip_chars() != "" for c in ("title", "description", "caption") if c in candidates.columns]
+    has_text = pl.any_horizontal(text) if text else pl.lit(False)
+    has_queries = pl.col("engaged_queries").list.len() > 0 if "engaged_queries" in candidates.columns else pl.lit(False)
+    about = candidates.select(
+        pl.col("id").alias("entity_id"),
+        pl.when(has_text).then(pl.lit("present")).otherwise(pl.lit("absent")).alias("text"),
+        pl.when(has_queries).then(pl.lit("yes")).otherwise(pl.lit("no")).alias("engaged"),
+        *([pl.col("source").cast(pl.String)] if "source" in candidates.columns else []),
+    )
+    joined = pairs.select("entity_id").join(ranked.select("entity_id", "popularity"), on="entity_id", how="left", maintain_order="left")
+    joined = joined.join(about, on="entity_id", how="left", maintain_order="left")
+    labels = {
+        "language": pairs["language"],
+        "english": pairs.select(
+            pl.when(pl.col("language").str.split("-").list.first() == "en").then(pl.lit("en")).otherwise(pl.lit("not en"))
+        ).to_series(),
+        "action": pairs["kind" if "kind" in pairs.columns else "action"],
+        "positives": pairs.select(pl.when(pl.col("positives") <= FEW_POSITIVES).then(pl.lit("few")).otherwise(pl.lit("many"))).to_series(),
+        **{name: joined[name] for name in joined.columns if name != "entity_id"},
+    }
+    if "country" in pairs.columns and (pairs["country"] != "").any():
+        labels["country"] = pairs["country"]
+    labels["action, few positives"] = pl.Series([f"{a}, {p}" for a, p in zip(labels["action"], labels["positives"], strict=True)])
+    return labels
+
+
+def metrics_by_slice(
+    ranking: Ranking, slices: dict[str, pl.Series], *, ks: Sequence[int] = (10,), resamples: int = 300
+) -> dict[str, dict[str, SliceMetrics]]:
+    """``{slice: {label: metrics}}``, labels with most pairs first."""
+    result: dict[str, dict[str, SliceMetrics]] = {}
+    for name, labels in slices.items():
+        frequent = labels.value_counts().sort(["count", labels.name], descending=[True, False])[labels.name].to_list()
+        result[name] = {str(label): slice_metrics(ranking, (labels == label).to_numpy(), ks=ks, resamples=resamples) for label in frequent}
+    return result
+
+
+def compare(
+    first: Ranking, second: Ranking, keep: np.ndarray | None = None, *, k: int = 10, resamples: int = 2000, seed: int = 0
+) -> PairedDifference:
+    """Labelled Recall@k of ``first`` minus ``second`` on the same pairs, with a paired bootstrap over queries.
+
+    Raises:
+        ConfigError: The two rank different tasks.
+    """
+    if first.task.entity_type != second.task.entity_type or not first.task.pairs.select("query", "entity_id").equals(
+        second.task.pairs.select("query", "entity_id")
+    ):
+        raise ConfigError("a comparison needs two systems on the same task, but their pairs differ. Rank both with one EvaluationTask.")
+    index = first.task.pairs["query_index"].to_numpy()
+    keep = np.ones(len(index), dtype=bool) if keep is None else keep
+
+    def sums(ranking: Ranking) -> QuerySums:
+        return sums_by_query(index[keep], ranking.ranks[keep] <= k, len(first.task.queries))
+
+    return paired_difference(sums(first), sums(second), resamples=resamples, seed=seed)

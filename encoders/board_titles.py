@@ -5,7 +5,8 @@ and keeps ten. Its formula is not published; ours, for a title t on entity e wit
 
     score = mean over w of log2(p(w) / s(w, e)) - log2(1 + n(t, e))
 
-``p(w)``: share of all entities on a board with that word; ``s(w, e)``: share of e's boards with it; ``n(t, e)``: e's boards called t. Words that are common on this entity and rare elsewhere make the score low; so does a title that many boards share.
+``p(w)``: share of all entities on a board with that word; ``s(w, e)``: share of e's boards with it; ``n(t, e)``: e's boards called t.
+Words that are common on this entity and rare elsewhere make the score low; so does a title that many of its boards bear.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import polars as pl
 from encoders.errors import ConfigError
 from encoders.text import fold
 
-WORD = r"[\p{L}\p{M}\p{N}]+"
+NOT_WORD = r"[^\p{L}\p{M}\p{N}]+"
 ADDRESS = r"://|www\.|\S@\S"
 
 FEATURE_SCHEMA: dict[str, pl.DataType] = {
@@ -92,22 +93,23 @@ def board_titles(boards: pl.DataFrame, config: BoardTitlesConfig, prevalence: Pr
     """
     prevalence = prevalence or word_prevalence(boards, config)
     titles = _read_titles(boards["title"].unique(), config)
-    rows = boards.select("entity_id", "board_id", "title").unique(["entity_id", "board_id"], keep="any").join(titles, on="title")
-    if not rows.height:
+    # A board that comes with two titles (it was renamed) keeps the first in alphabetical order.
+    filed = boards.group_by("entity_id", "board_id").agg(pl.col("title").min())
+    all_boards = filed.group_by("entity_id").agg(pl.len().alias("all_boards"))
+    forms = filed.group_by("entity_id", "title").agg(pl.len().alias("uses")).join(titles, on="title")
+    if not forms.height:
         return pl.DataFrame(schema=FEATURE_SCHEMA)
-    rows = rows.join(boards.group_by("entity_id").agg(pl.col("board_id").n_unique().alias("all_boards")), on="entity_id")
-    forms = rows.group_by("entity_id", "key", "title").agg(pl.len().alias("uses"))
     best = (
         forms.sort("uses", "title", descending=[True, False])
         .group_by("entity_id", "key")
-        .agg(pl.col("title").first(), pl.col("uses").sum().cast(pl.Int64).alias("boards"))
-        .join(titles, on="title")
+        .agg(pl.col("title").first(), pl.col("uses").sum().cast(pl.Int64).alias("boards"), pl.col("words").first())
     )
     on_entity = (
-        rows.select("entity_id", "all_boards", "words")
+        forms.select("entity_id", "uses", "words")
         .explode("words")
         .group_by("entity_id", "words")
-        .agg(pl.len().alias("with_word"), pl.col("all_boards").first())
+        .agg(pl.col("uses").sum().alias("with_word"))
+        .join(all_boards, on="entity_id")
     )
     share = pl.col("entities") / prevalence.entities
     # Whole thousandths, so that sums do not depend on the order in which words come.
@@ -144,5 +146,6 @@ def _read_titles(titles: pl.Series, config: BoardTitlesConfig) -> pl.DataFrame:
         plausible & ~title.str.contains(ADDRESS) & title.str.contains(r"\p{L}")
     )
     folded = pl.Series("words", [fold(t) for t in clean["title"].to_list()], dtype=pl.String)
-    words = folded.str.extract_all(WORD).list.unique().list.sort()
-    return clean.with_columns(words, words.list.join(" ").alias("key")).filter(pl.col("words").list.len() > 0)
+    spaced = folded.str.replace_all(NOT_WORD, " ").to_list()
+    words = pl.Series("words", [sorted(set(text.split())) for text in spaced], dtype=pl.List(pl.String))
+    return clean.with_columns(words, words.list.join(" ").alias("key"))

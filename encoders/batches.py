@@ -1,0 +1,475 @@
+"""Tables to training batches: pairs of several datasets by share, shared random negatives, and everything derived from seed and step alone.
+
+Notable: texts become integers once (queries are tokenised, entities featurised, frequencies counted) and a batch is a few numpy selections;
+nothing remembers the previous step, so a run resumed at any step sees the same batches to the bit, on any number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import torch
+from torch import Tensor
+
+from encoders.console import say
+from encoders.count_min_sketch import CountMinSketch, combine_keys, hash_texts, mix64
+from encoders.entity_features import _vectors as column_vectors
+from encoders.errors import ConfigError, DataError, SchemaError
+from encoders.text import fold, normalize_query
+from encoders.train_config import PAPER_SHARES, VECTOR_PREFIX, DatasetConfig, LossConfig, TrainConfig
+
+Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+
+VALIDATION_BUCKETS = 1_000_000
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run learns from.
+
+    Attributes:
+        catalogue: Entities of all types (DESIGN section 4, table catalogue).
+        pairs: ``query``, ``entity_type``, ``entity_id``; optional ``count`` (1), ``action``, ``language``, ``split`` (``train``).
+            Rows whose split is neither ``train`` nor the validation split are not looked at. Related-query pairs have entity type
+            ``query``, and ``entity_id`` is the text of the candidate query (no catalogue row needed).
+    """
+
+    catalogue: pl.DataFrame
+    pairs: pl.DataFrame
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """One (dataset, candidate tower): whose vectors are candidates, and how often each candidate is met."""
+
+    name: str
+    candidate: str
+    pair_log_q: Float32
+    """``log(C(q, p) / C(q))`` of each pair of the dataset, ``(P,)``."""
+    in_batch_frequency: Float32
+    """``C(e) / N`` of each pair's candidate among the positives, ``(P,)``."""
+    random_frequency: Float32
+    """``C(e) / N`` of each member of the pool, ``(pool,)``."""
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """The training pairs of one dataset as integers."""
+
+    config: DatasetConfig
+    queries: Int64
+    """Query number of each pair, ``(P,)``."""
+    candidates: Int64
+    """Catalogue row, or query number for related queries, ``(P,)``."""
+    weights: Float32
+    """How often each pair is drawn, relative, ``(P,)``; all equal: every pair once per epoch."""
+    folds: Int64
+    """Cross-fit fold of each pair's query, ``(P,)``."""
+    pool: Int64
+    """Candidates random negatives are drawn from: every catalogue row of the entity type, or every query, ``(pool,)``."""
+    tasks: tuple[TaskData, ...]
+
+    @property
+    def is_related_queries(self) -> bool:
+        """Whether both sides are queries."""
+        return self.config.entity_type == "query"
+
+
+@dataclass(frozen=True)
+class DatasetBatch:
+    """One step's pairs and negatives of one dataset, over all processes."""
+
+    pairs: Int64
+    """Pair numbers, ``(G,)``."""
+    negatives: Int64
+    """Places in the pool, ``(R,)``."""
+    negative_folds: Int64
+    """Cross-fit view each negative is seen in, ``(R,)``."""
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Everything the loop reads; made once by ``prepare``."""
+
+    texts: list[str]
+    """Distinct normalised query texts; a query number is a place here."""
+    catalogue: pl.DataFrame
+    """The catalogue as given."""
+    catalogue_views: list[pl.DataFrame]
+    """The catalogue per cross-fit fold, without the held-back queries and those of the fold; one view when cross-fitting is off."""
+    pair_sets: list[PairSet]
+    validation: dict[str, tuple[Int64, Int64]]
+    """Per entity type: query numbers and catalogue rows (query numbers for type query) of the held-back pairs."""
+    validation_pools: dict[str, Int64]
+    pairs_per_step: list[int]
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    """Frozen vector columns, ``(catalogue rows, D)`` unit rows; zeros where absent."""
+
+    @property
+    def pairs_total(self) -> int:
+        """Training pairs of all datasets."""
+        return sum(len(pair_set.queries) for pair_set in self.pair_sets)
+
+
+def prepare(data: TrainingData, config: TrainConfig, processes: int = 1) -> PreparedData:
+    """Check the tables and turn them into integers.
+
+    Args:
+        data: Catalogue and pairs.
+        config: The run.
+        processes: Batches are cut into this many equal parts.
+
+    Raises:
+        SchemaError: A column is missing.
+        DataError: A query is blank, a dataset has no pairs, or a frozen vector column is unusable.
+        ConfigError: The batch is too small for the datasets, or a vector column has another width than the model.
+    """
+    _require(data.catalogue, ("id", "entity_type"), "catalogue")
+    _require(data.pairs, ("query", "entity_type", "entity_id"), "pairs")
+    pairs = _with_defaults(data.pairs, config.validation.split)
+    blank = pairs.with_row_index("row").filter(pl.col("query") == "")
+    if blank.height:
+        raise DataError(f"{blank.height} pairs have a query of only white space (first: row {blank['row'][0]}). Drop these rows.")
+    pairs = _hold_back(pairs, config)
+    texts = pl.concat((pairs["query"], pairs.filter(pl.col("entity_type") == "query")["entity_id"])).unique(maintain_order=True)
+    numbers = pl.DataFrame({"text": texts, "number": np.arange(len(texts), dtype=np.int64)})
+    pairs = _number(pairs, numbers, data.catalogue)
+    train = pairs.filter(pl.col("split") == "train")
+    datasets = config.datasets or _default_datasets(train)
+    folds = _fold_of(texts, config)
+    vectors = {
+        name: _frozen_vectors(data.catalogue, name, config.model.dimension)
+        for name in sorted({c.removeprefix(VECTOR_PREFIX) for d in datasets for c in d.candidates if c.startswith(VECTOR_PREFIX)})
+    }
+    pools = {
+        entity_type: np.arange(len(texts))
+        if entity_type == "query"
+        else np.flatnonzero((data.catalogue["entity_type"] == entity_type).to_numpy())
+        for entity_type in sorted({d.entity_type for d in datasets})
+    }
+    pair_sets = [_pair_set(dataset, train, pools[dataset.entity_type], folds, vectors, config) for dataset in datasets]
+    validation = pairs.filter(pl.col("split") == "validation")
+    return PreparedData(
+        texts=texts.to_list(),
+        catalogue=data.catalogue,
+        catalogue_views=_views(data.catalogue, validation["query"].unique(), config),
+        pair_sets=pair_sets,
+        validation=_validation_pairs(validation, config),
+        validation_pools=pools,
+        pairs_per_step=split_by_share([d.share for d in datasets], config.batch.pairs, processes),
+        vectors=vectors,
+    )
+
+
+def _require(frame: pl.DataFrame, columns: Sequence[str], table: str) -> None:
+    missing = [name for name in columns if name not in frame.columns]
+    if missing:
+        raise SchemaError(f"table {table}: missing column(s) {', '.join(missing)}; it has {', '.join(frame.columns)}. Rename or add them.")
+    if frame.is_empty():
+        raise DataError(f"table {table} has no rows; there is nothing to train on.")
+
+
+def _with_defaults(pairs: pl.DataFrame, validation_split: str) -> pl.DataFrame:
+    defaults = {"count": pl.lit(1), "action": pl.lit(""), "split": pl.lit("train")}
+    pairs = pairs.with_columns(expr.alias(name) for name, expr in defaults.items() if name not in pairs.columns)
+    collapsed = pl.col("query").fill_null("").str.replace_all(r"\s+", " ").str.strip_chars()
+    return (
+        pairs.select("query", "entity_type", "entity_id", "action", pl.col("count").cast(pl.Float64), "split")
+        .filter(pl.col("split").is_in(["train", validation_split]))
+        .with_columns(
+            collapsed,
+            pl.when(pl.col("split") == validation_split).then(pl.lit("validation")).otherwise(pl.lit("train")).alias("split"),
+            pl.when(pl.col("entity_type") == "query")
+            .then(pl.col("entity_id").str.replace_all(r"\s+", " ").str.strip_chars())
+            .otherwise(pl.col("entity_id"))
+            .alias("entity_id"),
+        )
+    )
+
+
+def text_bucket(texts: pl.Series, seed: int, buckets: int) -> Int64:
+    """A stable bucket of each text's folded form, int64 ``(N,)`` in ``[0, buckets)``: texts that fold alike share one."""
+    return (mix64(hash_texts(fold(normalize_query(text)) for text in texts.to_list()), seed) % np.uint64(buckets)).astype(np.int64)
+
+
+def _hold_back(pairs: pl.DataFrame, config: TrainConfig) -> pl.DataFrame:
+    """Move ``fraction`` of the distinct train queries to the validation split when no pair is in it."""
+    if not config.validation.fraction or (pairs["split"] == "validation").any():
+        return pairs
+    queries = pairs["query"].unique(maintain_order=True)
+    held = queries.filter(
+        pl.Series(text_bucket(queries, config.seed + 101, VALIDATION_BUCKETS) < config.validation.fraction * VALIDATION_BUCKETS)
+    )
+    is_held = pl.col("query").is_in(held.implode())
+    return pairs.with_columns(pl.when(is_held).then(pl.lit("validation")).otherwise(pl.col("split")).alias("split"))
+
+
+def _number(pairs: pl.DataFrame, numbers: pl.DataFrame, catalogue: pl.DataFrame) -> pl.DataFrame:
+    """Add ``query_number`` and ``candidate`` (catalogue row or query number); leave out pairs whose entity is not in the catalogue."""
+    rows = catalogue.select(pl.col("entity_type").cast(pl.String), entity_id=pl.col("id"), row=pl.int_range(pl.len(), dtype=pl.Int64))
+    if rows.select("entity_type", "entity_id").is_duplicated().any():
+        doubled = rows.filter(rows.select("entity_type", "entity_id").is_duplicated())["entity_id"][0]
+        raise DataError(
+            f"the catalogue holds {doubled!r} twice under one entity type; ids must be unique. `omni data validate` lists them."
+        )
+    pairs = pairs.with_columns(pl.col("entity_type").cast(pl.String)).join(
+        rows, on=["entity_type", "entity_id"], how="left", maintain_order="left"
+    )
+    pairs = pairs.join(numbers.rename({"text": "query", "number": "query_number"}), on="query", how="left", maintain_order="left")
+    pairs = pairs.join(
+        numbers.rename({"text": "entity_id", "number": "candidate_number"}), on="entity_id", how="left", maintain_order="left"
+    )
+    is_query = pl.col("entity_type") == "query"
+    pairs = pairs.with_columns(pl.when(is_query).then(pl.col("candidate_number")).otherwise(pl.col("row")).alias("candidate"))
+    lost = pairs.filter(pl.col("candidate").is_null())
+    if lost.height == pairs.height:
+        raise DataError(
+            f"none of the {pairs.height} pairs names an entity of the catalogue (first: {lost['entity_type'][0]} {lost['entity_id'][0]!r})."
+        )
+    if lost.height:
+        say(f"{lost.height:,} of {pairs.height:,} pairs name entities that the catalogue lacks (first: {lost['entity_id'][0]!r}); left out")
+    return pairs.filter(pl.col("candidate").is_not_null())
+
+
+def _default_datasets(train: pl.DataFrame) -> tuple[DatasetConfig, ...]:
+    present = train["entity_type"].unique().to_list()
+    return tuple(DatasetConfig(name=name) for name in sorted(present, key=lambda n: (-PAPER_SHARES.get(n, 1.0), n)))
+
+
+def _fold_of(texts: pl.Series, config: TrainConfig) -> Int64:
+    if not config.batch.cross_fit:
+        return np.zeros(len(texts), dtype=np.int64)
+    return text_bucket(texts, config.seed + 202, config.batch.cross_fit)
+
+
+def _views(catalogue: pl.DataFrame, held_back: pl.Series, config: TrainConfig) -> list[pl.DataFrame]:
+    """The catalogue as pairs of each fold see it: engaged queries of the fold, and those held back for validation, are left out."""
+    name, folds = "engaged_queries", config.batch.cross_fit
+    if name not in catalogue.columns or not isinstance(catalogue[name].dtype, pl.List) or (not folds and held_back.is_empty()):
+        return [catalogue]
+    long = catalogue.select(row=pl.int_range(pl.len(), dtype=pl.Int64), text=pl.col(name)).explode("text").drop_nulls("text")
+    distinct = long["text"].unique(maintain_order=True)
+    hidden = set(text_bucket(held_back, 0, 1 << 62).tolist())
+    marks = pl.DataFrame(
+        {
+            "text": distinct,
+            "held": [key in hidden for key in text_bucket(distinct, 0, 1 << 62).tolist()],
+            "fold": text_bucket(distinct, config.seed + 202, max(folds, 1)),
+        }
+    )
+    long = long.join(marks, on="text", how="left", maintain_order="left").filter(~pl.col("held"))
+    views = []
+    for f in range(max(folds, 1)):
+        kept = long.filter(pl.col("fold") != f) if folds else long
+        lists = kept.group_by("row", maintain_order=True).agg(pl.col("text").alias(name))
+        rows = catalogue.drop(name).with_columns(row=pl.int_range(pl.len(), dtype=pl.Int64))
+        views.append(rows.join(lists, on="row", how="left", maintain_order="left").drop("row").select(catalogue.columns))
+    return views
+
+
+def _pair_set(
+    dataset: DatasetConfig, train: pl.DataFrame, pool: Int64, folds: Int64, vectors: dict[str, Tensor], config: TrainConfig
+) -> PairSet:
+    rows = train.filter(pl.col("entity_type") == dataset.entity_type)
+    if dataset.actions:
+        rows = rows.filter(pl.col("action").is_in(dataset.actions))
+    if dataset.entity_type == "query":
+        rows = rows.filter(pl.col("query_number") != pl.col("candidate"))
+    if rows.is_empty():
+        actions = f" with action {' or '.join(dataset.actions)}" if dataset.actions else ""
+        types = ", ".join(sorted(train["entity_type"].unique().to_list()))
+        raise DataError(
+            f"dataset {dataset.name!r} is empty: no training pair of entity type {dataset.entity_type!r}{actions}; "
+            f"the pairs have {types}. Remove the dataset or add pairs."
+        )
+    by_count = config.batch.weighting == "count"
+    counts = rows["count"].to_numpy().astype(np.float64)
+    if by_count and not (np.isfinite(counts).all() and counts.min() >= 0 and counts.sum() > 0):
+        raise DataError(f"dataset {dataset.name!r}: weighting by count needs counts of 0 or more that are not all 0.")
+    weights = counts if by_count else np.ones(len(counts))
+    queries, candidates = rows["query_number"].to_numpy(), rows["candidate"].to_numpy()
+    tasks = []
+    for candidate in dataset.candidates:
+        present = np.ones(len(rows), dtype=bool)
+        members = np.ones(len(pool), dtype=bool)
+        if candidate.startswith(VECTOR_PREFIX):
+            has = vectors[candidate.removeprefix(VECTOR_PREFIX)].abs().sum(dim=1).numpy() > 0
+            present, members = has[candidates], has[pool]
+            if not present.any():
+                raise DataError(f"dataset {dataset.name!r}: no positive has a vector in column {candidate.removeprefix(VECTOR_PREFIX)!r}.")
+        tasks.append(_task(f"{dataset.name}/{candidate}", candidate, queries, candidates, weights * present, pool, members, config.loss))
+    return PairSet(
+        config=dataset,
+        queries=queries,
+        candidates=candidates,
+        weights=weights.astype(np.float32),
+        folds=folds[queries],
+        pool=pool,
+        tasks=tuple(tasks),
+    )
+
+
+def _task(
+    name: str,
+    candidate: str,
+    queries: Int64,
+    candidates: Int64,
+    weights: npt.NDArray[np.float64],
+    pool: Int64,
+    members: npt.NDArray[np.bool_],
+    loss: LossConfig,
+) -> TaskData:
+    """Count with three sketches: the conditional of positives given the query, the in-batch and the random distribution."""
+    sketches = [CountMinSketch(loss.sketch_width, loss.sketch_depth, seed) for seed in range(4)]
+    pair_counts, query_counts, in_batch, random = sketches
+    query_keys, candidate_keys = queries.astype(np.uint64), candidates.astype(np.uint64)
+    pair_keys = combine_keys(query_keys, candidate_keys)
+    whole = np.rint(weights).astype(np.int64)
+    pair_counts.add(pair_keys, whole)
+    query_counts.add(query_keys, whole)
+    in_batch.add(candidate_keys, whole)
+    pool_keys = pool.astype(np.uint64)
+    random.add(pool_keys[members])
+    conditional = np.log(np.maximum(pair_counts.count(pair_keys), 1) / np.maximum(query_counts.count(query_keys), 1))
+    return TaskData(
+        name=name,
+        candidate=candidate,
+        pair_log_q=np.minimum(conditional, 0).astype(np.float32),
+        in_batch_frequency=(np.maximum(in_batch.count(candidate_keys), 1) / max(in_batch.total, 1)).astype(np.float32),
+        random_frequency=(np.maximum(random.count(pool_keys), 1) / max(random.total, 1)).astype(np.float32),
+    )
+
+
+def _frozen_vectors(catalogue: pl.DataFrame, name: str, dimension: int) -> Tensor:
+    """A vector column as unit rows ``(N, D)``; null is a row of zeros, several vectors their mean."""
+    if name not in catalogue.columns:
+        raise SchemaError(f"compatibility column {name!r} is not in the catalogue; it has {', '.join(catalogue.columns)}.")
+    present = catalogue[name].drop_nulls()
+    first = present[0] if len(present) else []
+    width = len(first[0]) if len(first) and isinstance(first[0], list | pl.Series) else len(first)
+    if width != dimension:
+        raise ConfigError(
+            f"compatibility column {name!r} holds vectors of {width} numbers, but model.dimension is {dimension}: "
+            "a query is compared with the frozen vector itself, so both must agree."
+        )
+    return torch.nn.functional.normalize(torch.from_numpy(column_vectors(catalogue, name, width)), dim=1)
+
+
+def _validation_pairs(validation: pl.DataFrame, config: TrainConfig) -> dict[str, tuple[Int64, Int64]]:
+    chosen: dict[str, tuple[Int64, Int64]] = {}
+    for entity_type in sorted(validation["entity_type"].unique().to_list()):
+        rows = validation.filter(pl.col("entity_type") == entity_type)
+        order = np.random.default_rng((config.seed, 303)).permutation(rows.height)[: config.validation.pairs]
+        chosen[entity_type] = rows["query_number"].to_numpy()[order], rows["candidate"].to_numpy()[order]
+    return chosen
+
+
+def split_by_share(shares: Sequence[float], pairs: int, multiple: int = 1) -> list[int]:
+    """Pairs per dataset: proportional to ``shares``, each a positive multiple of ``multiple``, together at most ``pairs``.
+
+    Raises:
+        ConfigError: ``pairs`` cannot give every dataset ``multiple`` pairs.
+    """
+    units = pairs // multiple
+    if units < len(shares):
+        raise ConfigError(
+            f"batch.pairs ({pairs}) is too small for {len(shares)} datasets on {multiple} process(es): give at least {len(shares) * multiple}."
+        )
+    wanted = np.asarray(shares, dtype=np.float64) / sum(shares) * units
+    given = np.maximum(np.floor(wanted).astype(int), 1)
+    while given.sum() < units:
+        given[int(np.argmax(wanted - given))] += 1
+    while given.sum() > units:
+        given[int(np.argmax(np.where(given > 1, given - wanted, -np.inf)))] -= 1
+    return [int(g) * multiple for g in given]
+
+
+@lru_cache(maxsize=32)
+def _permutation(seed: int, dataset: int, epoch: int, size: int) -> Int64:
+    return np.random.default_rng((seed, 1, dataset, epoch)).permutation(size)
+
+
+class BatchPlan:
+    """Which pairs and negatives each step sees: a pure function of seed and step, the same on every process.
+
+    Args:
+        prepared: From ``prepare``.
+        config: The run.
+        processes: Parts each batch is cut into.
+    """
+
+    def __init__(self, prepared: PreparedData, config: TrainConfig, processes: int = 1) -> None:
+        self._prepared, self._config, self._processes = prepared, config, processes
+        self._cumulative = [np.cumsum(s.weights, dtype=np.float64) for s in prepared.pair_sets] if config.batch.weighting == "count" else []
+
+    def negatives_per_step(self, dataset: int) -> int:
+        """Random negatives of a dataset per step: the wanted ratio, at most the pool, a multiple of the processes."""
+        pair_set, pairs = self._prepared.pair_sets[dataset], self._prepared.pairs_per_step[dataset]
+        loss = self._config.loss
+        ratio = loss.random_query_negatives if pair_set.is_related_queries else loss.random_negatives
+        wanted = min(round(ratio * pairs), len(pair_set.pool))
+        return wanted // self._processes * self._processes
+
+    def step(self, step: int) -> list[DatasetBatch]:
+        """The batch of one step, per dataset, of all processes together."""
+        return [self._dataset(step, dataset) for dataset in range(len(self._prepared.pair_sets))]
+
+    def _dataset(self, step: int, dataset: int) -> DatasetBatch:
+        seed, pair_set = self._config.seed, self._prepared.pair_sets[dataset]
+        rng = np.random.default_rng((seed, 2, dataset, step))
+        size, wanted = len(pair_set.queries), self._prepared.pairs_per_step[dataset]
+        if self._cumulative:
+            cumulative = self._cumulative[dataset]
+            pairs = np.minimum(np.searchsorted(cumulative, rng.random(wanted) * cumulative[-1], side="right"), size - 1)
+        else:
+            places = np.arange(step * wanted, (step + 1) * wanted)
+            epochs = places // size
+            pairs = np.empty(wanted, dtype=np.int64)
+            for epoch in np.unique(epochs).tolist():
+                chosen = epochs == epoch
+                pairs[chosen] = _permutation(seed, dataset, epoch, size)[places[chosen] % size]
+        count = self.negatives_per_step(dataset)
+        pool = len(pair_set.pool)
+        negatives = np.arange(pool) if count == pool else rng.choice(pool, count, replace=False)
+        folds = rng.integers(0, len(self._prepared.catalogue_views), count)
+        return DatasetBatch(pairs=pairs, negatives=negatives, negative_folds=folds)
+
+
+def process_slice(size: int, rank: int, processes: int) -> slice:
+    """The part of ``size`` rows that process ``rank`` works on; parts are equal because sizes are multiples."""
+    share = size // processes
+    return slice(rank * share, (rank + 1) * share)
+
+
+class TokenisedTexts:
+    """Token ids of many texts, ragged and flat, so that a padded batch is two numpy selections.
+
+    Args:
+        sequences: Token ids of each text, special tokens included.
+        pad_id: Id that fills the end of shorter rows.
+    """
+
+    def __init__(self, sequences: Sequence[Sequence[int]], pad_id: int) -> None:
+        self.lengths = np.fromiter((len(s) for s in sequences), dtype=np.int64, count=len(sequences))
+        self.offsets = np.concatenate((np.zeros(1, np.int64), np.cumsum(self.lengths)))
+        self.ids = np.fromiter((i for s in sequences for i in s), dtype=np.int64, count=int(self.offsets[-1]))
+        self.pad_id = pad_id
+
+    def padded(self, rows: Int64) -> tuple[Tensor, Tensor]:
+        """``input_ids`` and ``attention_mask`` of some texts, int64 ``(len(rows), longest)`` each."""
+        lengths = self.lengths[rows]
+        columns = np.arange(int(lengths.max()))
+        inside = columns[None, :] < lengths[:, None]
+        places = np.where(inside, self.offsets[rows][:, None] + columns, 0)
+        return torch.from_numpy(np.where(inside, self.ids[places], self.pad_id)), torch.from_numpy(inside.astype(np.int64))
+
+    def by_length(self, rows: Int64, chunk: int) -> list[Int64]:
+        """Cut ``rows`` into chunks of similar length (ties by place), so that little padding is computed."""
+        order = np.argsort(self.lengths[rows], kind="stable")
+        return [rows[order[start : start + chunk]] for start in range(0, len(rows), chunk)]

@@ -1,0 +1,411 @@
+"""Train the query and entity towers together: flags, data, model, optimiser, loop, save, in the order they happen.
+
+Notable: each distinct query and entity of a batch is encoded once, for all tasks; padding is avoided by encoding queries in order of length;
+the batch follows from seed and step alone, so a resumed run equals an uninterrupted one to the bit (CPU); with torchrun every process takes
+a slice of the same batch, and vectors are gathered with gradients.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor, nn
+
+from encoders.batches import BatchPlan, DatasetBatch, PreparedData, TokenisedTexts, TrainingData, prepare
+from encoders.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from encoders.console import say
+from encoders.entity_features import EntityBatch, EntityFeaturizer, concatenate
+from encoders.entity_tower import EntityEncoder, create_entity_encoder
+from encoders.errors import CheckpointError, ConfigError, MissingDependency, TrainingDiverged
+from encoders.gathering import average_gradients, broadcast_parameters, process_rank, world_size
+from encoders.losses import initial_log_scale
+from encoders.optimisers import create_optimiser, parameter_groups, schedule, set_learning_rates
+from encoders.query_tower import QueryEncoder, create_query_encoder
+from encoders.train_config import ENTITY, TrainConfig, to_table
+from encoders.train_steps import UNIFIED, StepReport, TrainInputs, loss_and_gradients
+from encoders.training_validation import validation_recall
+
+_MAY_CHANGE = ("log_every", "checkpoint_every", "tensorboard", "max_seconds")
+"""Config keys a resumed run may change without becoming another run."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run made."""
+
+    query_encoder: QueryEncoder
+    entity_encoders: dict[str, EntityEncoder]
+    """By entity type; with unified towers every type holds the same object."""
+    featurizer: EntityFeaturizer
+    metrics: dict[str, float]
+    """Last loss, and validation labelled Recall@10 per entity type (``validation/recall@10/pin``) where there is validation."""
+    pairs_per_second: float
+    """Training pairs per second of step time, validation and checkpoints not counted."""
+    steps: int
+    """Optimiser steps taken in all, those before a resume included."""
+    config: TrainConfig
+    history: list[dict[str, float]] = field(default_factory=list)
+    """One entry per log line or validation since the start or the resume."""
+
+
+class Towers(nn.Module):
+    """All that is learned: the query tower, the entity tower(s) and one log scale per task."""
+
+    def __init__(self, query_encoder: QueryEncoder, entity_encoders: Mapping[str, EntityEncoder], tasks: int, temperature: float) -> None:
+        super().__init__()
+        self.query = query_encoder
+        self.entities = nn.ModuleDict(dict(entity_encoders))
+        self.log_scales = nn.Parameter(torch.full((tasks,), initial_log_scale(temperature)))
+
+
+def train(
+    config: TrainConfig,
+    data: TrainingData,
+    *,
+    output: Path | None = None,
+    resume: bool = True,
+    query_encoder: QueryEncoder | None = None,
+    initial: TrainResult | None = None,
+    quiet: bool = False,
+) -> TrainResult:
+    """Train the towers on pairs.
+
+    Args:
+        config: The run.
+        data: Catalogue and pairs.
+        output: Folder for checkpoints, TensorBoard events and a diverged batch; None: nothing is written.
+        resume: Continue from the last checkpoint in ``output`` when there is one. False: an output folder with checkpoints is refused.
+        query_encoder: Start from this query tower (changed in place) instead of ``config.model.query_encoder``.
+        initial: Start from the towers and featuriser of an earlier run; what the new catalogue adds must fit its features.
+        quiet: Print no lines per step.
+
+    Returns:
+        The trained towers, in evaluation mode, on the CPU.
+
+    Raises:
+        SchemaError, DataError, ConfigError: The tables or the config cannot be trained on.
+        CheckpointError: ``output`` holds a damaged checkpoint or another run's.
+        TrainingDiverged: The loss became NaN or infinite; the batch was saved, and no checkpoint was touched.
+    """
+    # ------------------------------------------------------------------------------------------------------------------ device
+    processes, rank = world_size(), process_rank()
+    device = choose_device(config.device)
+    talk = say if rank == 0 and not quiet else _silent
+    torch.manual_seed(config.seed)
+
+    # -------------------------------------------------------------------------------------------------------------------- data
+    started = time.perf_counter()
+    prepared = prepare(data, config, processes)
+    if query_encoder is None:
+        query_encoder = initial.query_encoder if initial else create_query_encoder(config.model.query_encoder, config.model.dimension)
+    if query_encoder.dimension != config.model.dimension:
+        raise ConfigError(
+            f"the query tower gives {query_encoder.dimension} numbers, but model.dimension is {config.model.dimension}; make them agree."
+        )
+    featurizer = initial.featurizer if initial else EntityFeaturizer.fit(prepared.catalogue_views, config.features)
+    features = concatenate([featurizer(view) for view in prepared.catalogue_views]).to(device)
+    tokens = TokenisedTexts(query_encoder.tokenize(prepared.texts), int(query_encoder.tokenizer.pad_token_id or 0))
+    inputs = TrainInputs(prepared, tokens, features, {name: v.to(device) for name, v in prepared.vectors.items()}, device, config)
+    plan = BatchPlan(prepared, config, processes)
+    steps = config.steps or max(1, math.ceil(config.epochs * prepared.pairs_total / sum(prepared.pairs_per_step)))
+
+    # ------------------------------------------------------------------------------------------------------------------- model
+    towers = Towers(query_encoder, _entity_towers(prepared, featurizer, config, initial), inputs.task_count, config.loss.temperature).to(
+        device
+    )
+    broadcast_parameters(towers)
+    optimiser = create_optimiser(
+        parameter_groups(towers.query, towers.entities.values(), [towers.log_scales], config.optimiser), config.optimiser
+    )
+    _announce(talk, prepared, plan, featurizer, towers, steps, device, time.perf_counter() - started)
+
+    # ------------------------------------------------------------------------------------------------------------------ resume
+    run = run_fingerprint(config, prepared, features)
+    checkpoints = output / "checkpoints" if output else None
+    loop = _LoopState()
+    if checkpoints and (found := list_checkpoints(checkpoints)):
+        if not resume:
+            raise CheckpointError(
+                f"{checkpoints} already holds a run (at {found[-1].name}). Resume it, or train into an empty output folder."
+            )
+        state, _ = load_checkpoint(found[-1], run)
+        towers.load_state_dict(state["towers"])
+        optimiser.load_state_dict(state["optimiser"])
+        loop = _LoopState(**state["loop"])
+        talk(f"resumed from {found[-1].name}")
+    writer = _tensorboard(output, config) if rank == 0 else None
+
+    # -------------------------------------------------------------------------------------------------------------------- loop
+    towers.train()
+    parameters = [p for p in towers.parameters() if p.requires_grad]
+    history: list[dict[str, float]] = []
+    step_seconds, pairs_seen, begun = 0.0, 0, time.perf_counter()
+    stopped = loop.step >= steps
+    while not stopped:
+        step = loop.step
+        tick = time.perf_counter()
+        torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + rank)
+        elapsed = (tick - begun) / config.max_seconds if config.max_seconds else None
+        set_learning_rates(optimiser, schedule(step, steps, config.optimiser, elapsed))
+        logs = (step + 1) % config.log_every == 0 or step == 0
+        batch = plan.step(step)
+        report = loss_and_gradients(towers, inputs, batch, measure=logs)
+        average_gradients(parameters)
+        loss = float(report.loss)
+        if not math.isfinite(loss):
+            _save_diverged(output, step, loss, batch, prepared, report)
+        if config.optimiser.clip_norm:
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimiser.clip_norm)
+            if not bool(torch.isfinite(norm)):
+                _save_diverged(output, step, float(norm), batch, prepared, report)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - tick
+        step_seconds, pairs_seen, loop.step = step_seconds + seconds, pairs_seen + sum(prepared.pairs_per_step), step + 1
+        spent = (time.perf_counter() - begun) / config.max_seconds if config.max_seconds else 0.0
+        stopped = loop.step >= steps or spent >= 1.0
+
+        if logs or stopped:
+            entry = _log_step(talk, writer, report, loop.step, steps, seconds, pairs_seen, step_seconds, spent, begun)
+            history.append(entry)
+        if prepared.validation and (stopped or (config.validation.every_steps and loop.step % config.validation.every_steps == 0)):
+            recalls = validation_recall(towers, inputs)
+            history.append({"step": loop.step, **recalls})
+            _show(talk, writer, recalls, loop.step)
+            stopped = loop.keep_score(recalls, towers, checkpoints if rank == 0 else None, config.validation.patience, talk) or stopped
+        due = config.checkpoint_every and loop.step % config.checkpoint_every == 0
+        if checkpoints and rank == 0 and (due or stopped):
+            state = {"towers": towers.state_dict(), "optimiser": optimiser.state_dict(), "loop": loop.plain()}
+            save_checkpoint(checkpoints, loop.step, state, {"run": run, "config": to_table(config), "metrics": loop.metrics})
+    # -------------------------------------------------------------------------------------------------------------------- save
+    loop.restore_best(towers, checkpoints)
+    if writer is not None:
+        writer.close()
+    towers.eval().cpu()
+    last = next((entry["loss"] for entry in reversed(history) if "loss" in entry), math.nan)
+    return TrainResult(
+        query_encoder=towers.query,
+        entity_encoders=_by_type(towers, data.catalogue),
+        featurizer=featurizer,
+        metrics={"loss": last, **loop.metrics},
+        pairs_per_second=pairs_seen / step_seconds if step_seconds else 0.0,
+        steps=loop.step,
+        config=config,
+        history=history,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- parts
+def choose_device(name: str) -> torch.device:
+    """The device a config names; ``auto`` takes CUDA (this process's local rank) when there is one.
+
+    Raises:
+        ConfigError: The device is unknown or not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be 'auto', 'cpu' or 'cuda', but got {name!r}.")
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("device is 'cuda', but torch sees no CUDA device. Use device = 'auto' or 'cpu'.")
+        torch.cuda.set_device(process_rank() % torch.cuda.device_count())
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def run_fingerprint(config: TrainConfig, prepared: PreparedData, features: EntityBatch) -> str:
+    """SHA-256 of what decides a run's course: the config (but for logging and saving), the pairs and the featurised catalogue."""
+    table = {key: value for key, value in to_table(config).items() if key not in _MAY_CHANGE}
+    digest = hashlib.sha256(json.dumps(table, sort_keys=True, default=str).encode())
+    for pair_set in prepared.pair_sets:
+        for array in (pair_set.queries, pair_set.candidates, pair_set.weights, pair_set.folds):
+            digest.update(np.ascontiguousarray(array))
+    digest.update("\n".join(prepared.texts).encode("utf-8", "surrogatepass"))
+    digest.update("\n".join(prepared.catalogue["id"].to_list()).encode("utf-8", "surrogatepass"))
+    digest.update(features.token_ids.cpu().numpy())
+    if features.continuous is not None:
+        digest.update(features.continuous.cpu().numpy())
+    return digest.hexdigest()
+
+
+def _entity_towers(
+    prepared: PreparedData, featurizer: EntityFeaturizer, config: TrainConfig, initial: TrainResult | None
+) -> dict[str, EntityEncoder]:
+    types = sorted({s.config.entity_type for s in prepared.pair_sets if ENTITY in s.config.candidates})
+    shape = {**to_table(config.entity_tower), "dimension": config.model.dimension}
+    if config.model.entity_towers == UNIFIED:
+        known = next(iter(initial.entity_encoders.values())) if initial and initial.entity_encoders else None
+        return {UNIFIED: known or create_entity_encoder(featurizer, **shape)} if types else {}
+    known_types = initial.entity_encoders if initial else {}
+    return {name: known_types.get(name) or create_entity_encoder(featurizer, **shape) for name in types}
+
+
+def _by_type(towers: Towers, catalogue: pl.DataFrame) -> dict[str, EntityEncoder]:
+    if UNIFIED in towers.entities:
+        return {str(name): towers.entities[UNIFIED] for name in sorted(catalogue["entity_type"].unique().to_list())}  # type: ignore[misc]
+    return dict(towers.entities.items())  # type: ignore[arg-type]
+
+
+@dataclass
+class _LoopState:
+    """What the loop remembers between steps, beyond towers and optimiser."""
+
+    step: int = 0
+    best: float = -1.0
+    best_step: int = 0
+    without_gain: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    _memory: dict[str, Tensor] | None = None
+
+    def plain(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "best": self.best,
+            "best_step": self.best_step,
+            "without_gain": self.without_gain,
+            "metrics": self.metrics,
+        }
+
+    def keep_score(self, recalls: dict[str, float], towers: Towers, checkpoints: Path | None, patience: int, talk: Any) -> bool:
+        """Note a validation; True when patience has run out. With patience the best towers are kept."""
+        score = recalls.get("validation/recall@10", 0.0)
+        if not patience:
+            self.metrics = recalls
+            return False
+        if score > self.best:
+            self.best, self.best_step, self.without_gain, self.metrics = score, self.step, 0, recalls
+            weights = {name: value.detach().cpu().clone() for name, value in towers.state_dict().items()}
+            if checkpoints:
+                save_checkpoint(checkpoints, self.step, {"towers": weights}, {"metrics": recalls}, name="best")
+            else:
+                self._memory = weights
+            return False
+        self.without_gain += 1
+        if self.without_gain >= patience:
+            talk(f"early stop: {patience} validations without a better mean Recall@10 than {self.best:.4f} at step {self.best_step}")
+            return True
+        return False
+
+    def restore_best(self, towers: Towers, checkpoints: Path | None) -> None:
+        """Put the best towers back when validation chose some."""
+        if self.best_step in (0, self.step):
+            return
+        if self._memory is not None:
+            towers.load_state_dict(self._memory)
+        elif checkpoints:
+            towers.load_state_dict(load_checkpoint(checkpoints / "best")[0]["towers"])
+
+
+def _silent(message: str) -> None:
+    """Say nothing."""
+
+
+def _tensorboard(output: Path | None, config: TrainConfig) -> Any:
+    if not config.tensorboard:
+        return None
+    if output is None:
+        raise ConfigError("tensorboard = true needs an output folder (--output).")
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingDependency("tensorboard", "dev", "tensorboard = true") from error
+    return SummaryWriter(str(output / "tensorboard"))
+
+
+def _announce(
+    talk: Any,
+    prepared: PreparedData,
+    plan: BatchPlan,
+    featurizer: EntityFeaturizer,
+    towers: Towers,
+    steps: int,
+    device: torch.device,
+    seconds: float,
+) -> None:
+    """The run in a few lines: data, batch, model."""
+    talk(
+        f"{prepared.pairs_total:,} pairs, {len(prepared.texts):,} queries, {len(prepared.catalogue):,} entities, {len(featurizer.vocabulary):,} n-grams ({seconds:.1f}s)"
+    )
+    for i, (pair_set, pairs) in enumerate(zip(prepared.pair_sets, prepared.pairs_per_step, strict=True)):
+        passes = steps * pairs / len(pair_set.queries)
+        tasks = ", ".join(task.candidate for task in pair_set.tasks)
+        negatives = plan.negatives_per_step(i)
+        whole = " (all there are)" if negatives == len(pair_set.pool) else ""
+        talk(
+            f"  {pair_set.config.name}: {len(pair_set.queries):,} pairs, {pairs} a step, {negatives:,} random negatives{whole}, {passes:.1f} passes; candidates: {tasks}"
+        )
+    count = sum(p.numel() for p in towers.parameters() if p.requires_grad)
+    talk(f"{steps:,} steps, {count / 1e6:.1f}M parameters in training, {device.type}, {world_size()} process(es)")
+
+
+def _log_step(
+    talk: Any, writer: Any, report: StepReport, step: int, steps: int, seconds: float, pairs: int, busy: float, spent: float, begun: float
+) -> dict[str, float]:
+    recall = sum(report.batch_recall.values()) / len(report.batch_recall) if report.batch_recall else math.nan
+    rate = pairs / busy
+    done = max(step / steps, spent)
+    elapsed = time.perf_counter() - begun
+    left = elapsed / max(done, 1e-9) * (1 - min(done, 1.0)) if spent else busy / max(pairs, 1) * (pairs / max(step, 1)) * (steps - step)
+    width = len(str(steps))
+    talk(
+        f"step {step:0{width}d}/{steps} ({100 * min(done, 1):.1f}%) | loss {float(report.loss):.4f} | batch-recall@10 {recall:.3f} | "
+        f"{1000 * seconds:.0f}ms | {rate:,.0f} pairs/s | {elapsed / 60:.1f}m | eta {left / 60:.1f}m"
+    )
+    losses = {f"loss/{name}": float(value) for name, value in report.task_losses.items()}
+    if writer is not None:
+        scalars = {"loss": float(report.loss), "batch_recall@10": recall, "pairs_per_second": rate, **losses}
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, step)
+    return {"step": step, "loss": float(report.loss), "batch_recall@10": recall, "seconds": elapsed, **losses}
+
+
+def _show(talk: Any, writer: Any, recalls: dict[str, float], step: int) -> None:
+    parts = " | ".join(f"{name.rsplit('/', 1)[-1]} {value:.4f}" for name, value in recalls.items() if name.count("/") > 1)
+    talk(f"validation labelled Recall@10 at step {step}: {parts}")
+    if writer is not None:
+        for name, value in recalls.items():
+            writer.add_scalar(name, value, step)
+
+
+def _save_diverged(
+    output: Path | None, step: int, loss: float, batch: list[DatasetBatch], prepared: PreparedData, report: StepReport
+) -> NoReturn:
+    """Save the batch that broke the run as JSON, then raise TrainingDiverged."""
+    folder = output if output else Path(tempfile.mkdtemp(prefix="omni-diverged-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"diverged-step-{step:08d}.json"
+    content: dict[str, Any] = {
+        "step": step,
+        "loss": str(loss),
+        "task_losses": {name: str(float(v)) for name, v in report.task_losses.items()},
+        "datasets": {},
+    }
+    ids = prepared.catalogue["id"]
+    for pair_set, part in zip(prepared.pair_sets, batch, strict=True):
+        related = pair_set.is_related_queries
+
+        def name(rows: Any, related: bool = related) -> list[str]:
+            return [prepared.texts[row] for row in rows.tolist()] if related else ids.gather(rows).to_list()
+
+        content["datasets"][pair_set.config.name] = {
+            "queries": [prepared.texts[row] for row in pair_set.queries[part.pairs].tolist()],
+            "positives": name(pair_set.candidates[part.pairs]),
+            "negatives": name(pair_set.pool[part.negatives]),
+        }
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    raise TrainingDiverged(
+        f"the loss of step {step} is {loss}; training stopped and the batch was saved to {path}. Earlier checkpoints are untouched. "
+        "Lower optimiser.learning_rate or raise optimiser.warmup_steps, and look for broken vectors in the batch."
+    )

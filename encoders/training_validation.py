@@ -1,0 +1,76 @@
+"""Labelled Recall@10 of held-back pairs while training: exact, against every entity of the type."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from encoders.train_config import ENTITY, VECTOR_PREFIX
+from encoders.train_steps import TowersLike, TrainInputs
+
+QUERY_POOL = 20_000
+"""Related-query validation searches at most so many queries (those of the pairs, then the first others): each costs a transformer pass."""
+_BLOCK = 1024
+
+
+@torch.no_grad()
+def validation_recall(towers: TowersLike, inputs: TrainInputs, k: int = 10) -> dict[str, float]:
+    """Does the annotated candidate of each held-back pair rank in the top ``k``?
+
+    Entities are seen with their engaged queries but for the held-back ones (cross-fit view 0 when cross-fitting, so a fold is missing).
+
+    Returns:
+        ``validation/recall@{k}/<entity type>`` per type with held-back pairs and a learned candidate, and ``validation/recall@{k}``, their mean.
+    """
+    towers.query.eval()
+    towers.entities.eval()
+    recalls: dict[str, float] = {}
+    learned = {pair_set.config.entity_type: pair_set.config.candidates for pair_set in inputs.prepared.pair_sets}
+    for entity_type, (queries, candidates) in inputs.prepared.validation.items():
+        if entity_type not in learned or not len(queries):
+            continue
+        pool = inputs.prepared.validation_pools[entity_type]
+        if entity_type == "query":
+            pool = np.unique(np.concatenate((candidates, pool[: max(QUERY_POOL - len(candidates), 0)])))
+            vectors = _queries(towers, inputs, pool)
+        elif ENTITY in learned[entity_type]:
+            tower = towers.entities[inputs.tower_of(entity_type)]
+            blocks = [pool[start : start + 4096] for start in range(0, len(pool), 4096)]
+            vectors = torch.cat([F.normalize(tower(inputs.features.select(rows)).float(), dim=-1) for rows in blocks])
+        else:
+            vectors = inputs.vectors[learned[entity_type][0].removeprefix(VECTOR_PREFIX)][torch.from_numpy(pool).to(inputs.device)]
+        places = torch.from_numpy(np.searchsorted(pool, candidates)).to(inputs.device)
+        own = torch.from_numpy(queries) if entity_type == "query" else None
+        recalls[f"validation/recall@{k}/{entity_type}"] = _recall(_queries(towers, inputs, queries), vectors, places, own, pool, k)
+    if recalls:
+        recalls[f"validation/recall@{k}"] = float(np.mean(list(recalls.values())))
+    towers.query.train()
+    towers.entities.train()
+    return recalls
+
+
+def _queries(towers: TowersLike, inputs: TrainInputs, rows: np.ndarray) -> Tensor:
+    out: Tensor | None = None
+    distinct, inverse = np.unique(rows, return_inverse=True)
+    for chunk in inputs.tokens.by_length(distinct, 256):
+        ids, mask = inputs.tokens.padded(chunk)
+        vectors = towers.query(ids.to(inputs.device), mask.to(inputs.device)).float()
+        out = vectors.new_empty((len(distinct), vectors.shape[1])) if out is None else out
+        out[torch.from_numpy(np.searchsorted(distinct, chunk)).to(inputs.device)] = vectors
+    assert out is not None, "there is at least one query"
+    return out[torch.from_numpy(inverse).to(inputs.device)]
+
+
+def _recall(queries: Tensor, candidates: Tensor, places: Tensor, own: Tensor | None, pool: np.ndarray, k: int) -> float:
+    hits = 0
+    pool_numbers = torch.from_numpy(pool)
+    for start in range(0, len(queries), _BLOCK):
+        block = slice(start, start + _BLOCK)
+        scores = queries[block] @ candidates.T  # (B, N)
+        if own is not None:  # a query must not find itself
+            scores = scores.masked_fill((own[block][:, None] == pool_numbers[None, :]).to(scores.device), -2.0)
+        positive = scores.gather(1, places[block][:, None])
+        hits += int(((scores > positive).sum(dim=1) < k).sum())
+    return hits / len(queries)

@@ -50,7 +50,8 @@ class DimensionMismatch(InvalidQuery):
     def __init__(self, expected: int, got: object) -> None:
         self.expected, self.got = expected, got
         super().__init__(
-            f"a query must be one float32 vector of dimension {expected}, but got {got}. Was it encoded by the encoder that the release names?"
+            f"a query must be one float32 vector of dimension {expected}, but got {got}. "
+            "Was it encoded by the encoder that the release names?"
         )
 
 

@@ -79,7 +79,10 @@ def choose_kind(count: int, *, lean: bool = False, deterministic: bool = False, 
     if missing:
         return Choice("hnsw", f"this CPU lacks {', '.join(missing)}, which {kind} needs; hnsw runs anywhere")
     if deterministic and not lean:
-        return Choice("hnsw", "a deterministic build was asked for, and symqg draws a random rotation that cannot be seeded; hnsw gives the same bytes")
+        return Choice(
+            "hnsw",
+            "a deterministic build was asked for, and symqg draws a random rotation that cannot be seeded; hnsw gives the same bytes",
+        )
     if lean:
         return Choice("rabitq", "the lean profile was asked for: 8 bits a dimension, no float32 in memory")
     return Choice("symqg", f"{count:,} vectors: the fastest immutable base on this CPU; live entries and tombstones are kept beside it")
@@ -113,4 +116,15 @@ def _kind(kind: str) -> type[AnnIndex]:
     return KINDS[kind]
 
 
-__all__ = ["EXACT_BELOW", "KINDS", "MIN_ROWS", "Choice", "build_index", "choose_kind", "cpu_features", "load_index", "missing_features", "require_cpu"]
+__all__ = [
+    "EXACT_BELOW",
+    "KINDS",
+    "MIN_ROWS",
+    "Choice",
+    "build_index",
+    "choose_kind",
+    "cpu_features",
+    "load_index",
+    "missing_features",
+    "require_cpu",
+]

@@ -37,6 +37,8 @@ def cagra_available() -> bool:
 class _FaissIndex(AnnIndex):
     """What the faiss forms share: files, search and checks."""
 
+    true_distances = False
+
     def __init__(self, index: Any, count: int, dimension: int, config: AnnConfig) -> None:
         self.count, self.dimension, self.config = count, dimension, config
         self._index = index
@@ -54,7 +56,9 @@ class _FaissIndex(AnnIndex):
         except RuntimeError as error:
             raise IndexFormatError(f"{path.name} is not a readable faiss index ({error}). Rebuild this release.") from error
         if (index.ntotal, index.d) != vectors.shape:
-            raise IndexFormatError(f"{path.name} holds {(index.ntotal, index.d)}, but the vectors are {vectors.shape}. Rebuild this release.")
+            raise IndexFormatError(
+                f"{path.name} holds {(index.ntotal, index.d)}, but the vectors are {vectors.shape}. Rebuild this release."
+            )
         return cls(index, *vectors.shape, config)
 
     def save(self, prefix: Path) -> list[Path]:

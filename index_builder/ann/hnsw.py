@@ -49,7 +49,9 @@ class HnswIndex(AnnIndex):
         except RuntimeError as error:
             raise IndexFormatError(f"{path.name} is not a readable hnswlib index ({error}). Rebuild this release.") from error
         if index.get_current_count() != count:
-            raise IndexFormatError(f"{path.name} holds {index.get_current_count()} nodes, but the vectors hold {count} rows. Rebuild this release.")
+            raise IndexFormatError(
+                f"{path.name} holds {index.get_current_count()} nodes, but the vectors hold {count} rows. Rebuild this release."
+            )
         index.set_num_threads(1)
         return cls(index, count, dimension, config)
 
@@ -62,7 +64,7 @@ class HnswIndex(AnnIndex):
     def search(self, query: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
         """Search one ``(1, D)`` query; nearest first."""
         if ef != self._ef:
-            # hnswlib keeps ef in the index: two threads that want different ef may each see the other's for one call, which only moves recall a little.
+            # hnswlib keeps ef in the index: a thread may see another's ef for one call, which only moves recall a little.
             self._index.set_ef(ef)
             self._ef = ef
         rows, distances = self._index.knn_query(query, k, num_threads=1)

@@ -48,8 +48,8 @@ class AnnConfig:
 class AnnIndex(ABC):
     """Rows of unit vectors, searchable by inner product.
 
-    An index knows rows ``0..count-1`` only; ids, attributes, tombstones and live entries belong to ``EntityIndex``. After ``build`` or ``load``
-    it is immutable and safe to search from many threads at once.
+    An index knows rows ``0..count-1`` only; ids, attributes, tombstones and live entries belong to ``EntityIndex``. After ``build`` or
+    ``load`` it is immutable and safe to search from many threads at once.
     """
 
     kind: ClassVar[str]
@@ -57,6 +57,8 @@ class AnnIndex(ABC):
     """Names from /proc/cpuinfo without which the index cannot be searched."""
     exact: ClassVar[bool] = False
     """Whether every answer is the exact top k whatever ``ef`` is."""
+    true_distances: bool = True
+    """Whether ``search`` returns float32 distances of the vectors themselves, not estimates from codes."""
 
     count: int
     dimension: int
@@ -90,8 +92,8 @@ class AnnIndex(ABC):
             ef: Size of the search's candidate list, at least ``k``. Higher: better recall, slower.
 
         Returns:
-            Rows (an unsigned or signed integer array, at most ``k`` long) and **squared Euclidean distances** float32, nearest first. On unit vectors
-            the inner product is ``1 - distance / 2``.
+            Rows (an integer array, at most ``k`` long) and **squared Euclidean distances** float32, nearest first. On unit vectors the inner
+            product is ``1 - distance / 2``.
         """
 
     def search_batch(self, queries: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:

@@ -25,6 +25,7 @@ class RabitqIndex(AnnIndex):
 
     kind = "rabitq"
     cpu_features = ("avx2", "fma")
+    true_distances = False
 
     def __init__(self, index: Any, count: int, dimension: int, config: AnnConfig) -> None:
         self.count, self.dimension, self.config = count, dimension, config
@@ -70,7 +71,9 @@ class RabitqIndex(AnnIndex):
         except (RuntimeError, ValueError, MemoryError) as error:
             raise IndexFormatError(f"{path.name} is not a readable RaBitQ HNSW index ({error}). Rebuild this release.") from error
         if (index.num_points, index.dim) != vectors.shape:
-            raise IndexFormatError(f"{path.name} holds {(index.num_points, index.dim)}, but the vectors are {vectors.shape}. Rebuild this release.")
+            raise IndexFormatError(
+                f"{path.name} holds {(index.num_points, index.dim)}, but the vectors are {vectors.shape}. Rebuild this release."
+            )
         return cls(index, *vectors.shape, config)
 
     def save(self, prefix: Path) -> list[Path]:

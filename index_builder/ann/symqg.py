@@ -36,6 +36,7 @@ class SymqgIndex(AnnIndex):
         self.count, self.dimension, self.config = count, dimension, config
         self._index = index
         self._search = index.search
+        self.true_distances = config.bits == 0
 
     @classmethod
     def build(cls, vectors: np.ndarray, config: AnnConfig) -> Self:
@@ -58,7 +59,9 @@ class SymqgIndex(AnnIndex):
         except (RuntimeError, ValueError, MemoryError) as error:
             raise IndexFormatError(f"{path.name} is not a readable SymphonyQG index ({error}). Rebuild this release.") from error
         if (index.num_points, index.dim) != vectors.shape:
-            raise IndexFormatError(f"{path.name} holds {(index.num_points, index.dim)}, but the vectors are {vectors.shape}. Rebuild this release.")
+            raise IndexFormatError(
+                f"{path.name} holds {(index.num_points, index.dim)}, but the vectors are {vectors.shape}. Rebuild this release."
+            )
         return cls(index, *vectors.shape, config)
 
     def save(self, prefix: Path) -> list[Path]:

@@ -1,0 +1,164 @@
+"""Real vectors for index benchmarks: WordLlama (256-d, PyPI) over the distinct texts of the `large` data set, embedded once and cached."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import unicodedata
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from encoders.console import stage
+from encoders.errors import ConfigError, MissingDependency
+
+HELD_OUT_QUERIES = 3_000
+"""Queries reported on, and as many again for calibration: both held out of the corpus."""
+EAST_ASIAN = ("ja", "ko", "zh")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VectorSet:
+    """A corpus and two disjoint sets of held-out queries of one distribution.
+
+    Attributes:
+        name: What it is, for tables and records.
+        corpus: float32 ``(N, 256)``, unit rows.
+        queries: float32 ``(Q, 256)``, reported on.
+        calibration: float32 ``(C, 256)``, for choosing settings only.
+        rows: int64 ``(N,)``, the row of each corpus vector among all texts (stable across sizes).
+    """
+
+    name: str
+    corpus: np.ndarray
+    queries: np.ndarray
+    calibration: np.ndarray
+    rows: np.ndarray
+
+    def describe(self) -> dict[str, object]:
+        """Facts for a benchmark record."""
+        return {
+            "name": self.name,
+            "vectors": len(self.corpus),
+            "dimension": int(self.corpus.shape[1]),
+            "queries": len(self.queries),
+            "calibration_queries": len(self.calibration),
+            "source": "WordLlama 256-d over the distinct folded texts of `large` (real texts: annotations and translations, not clicks)",
+            "real": True,
+        }
+
+
+def _fold(text: str) -> str:
+    return unicodedata.normalize("NFKC", text).casefold().strip()
+
+
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    texts: list[str]
+    languages: list[str]
+    kinds: list[str]
+    dev: np.ndarray
+
+
+def _read_texts(folder: Path) -> _Texts:
+    seen: dict[str, tuple[str, str, bool]] = {}
+    for name, is_dev in (("pairs_dev", True), ("pairs_train", False)):
+        with gzip.open(folder / f"{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
+            for line in lines:
+                language, query, _, kind = json.loads(line)
+                seen.setdefault(_fold(query), (language, kind, is_dev))
+    with gzip.open(folder / "entities.jsonl.gz", "rt", encoding="utf-8") as lines:
+        for line in lines:
+            entity = json.loads(line)
+            for field in ("title", "description"):
+                if entity.get(field):
+                    seen.setdefault(_fold(entity[field]), ("en", field, False))
+    seen.pop("", None)
+    texts = list(seen)
+    return _Texts(texts, [seen[t][0] for t in texts], [seen[t][1] for t in texts], np.array([seen[t][2] for t in texts]))
+
+
+def _embed(texts: list[str]) -> np.ndarray:
+    try:
+        import wordllama
+    except ImportError as error:
+        raise MissingDependency("wordllama", "bench", "The index benchmark") from error
+    model = wordllama.WordLlama.load(cache_dir=os.path.dirname(wordllama.__file__), disable_download=True)
+    vectors = np.asarray(model.embed(texts, norm=False), dtype=np.float32)
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    norms[norms < 1e-6] = 1.0
+    return np.ascontiguousarray(vectors / norms)
+
+
+def default_cache() -> Path:
+    """Where embedded vectors are kept between runs: ``$XDG_CACHE_HOME/omnisearchsage``."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "omnisearchsage"
+
+
+def _load_all(data_dir: Path, cache: Path) -> tuple[_Texts, np.ndarray]:
+    folder = data_dir / "large" if (data_dir / "large").is_dir() else data_dir
+    if not (folder / "pairs_train.jsonl.gz").is_file():
+        raise ConfigError(
+            f"expected pairs_train.jsonl.gz in {folder}, but it is not there. Point --data (or OMNI_DATA) at the folder that holds large/."
+        )
+    texts = _read_texts(folder)
+    path = cache / f"wordllama-256-{len(texts.texts)}.npy"
+    if not path.is_file():
+        with stage(f"embed {len(texts.texts):,} texts with WordLlama"):
+            vectors = _embed(texts.texts)
+            cache.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(".tmp.npy")
+            np.save(partial, vectors)
+            partial.rename(path)
+    return texts, np.load(path, mmap_mode="r")
+
+
+def load_vectors(data_dir: Path, *, size: int, distribution: str = "in", cache: Path | None = None, seed: int = 0) -> VectorSet:
+    """A corpus of about ``size`` vectors with held-out queries.
+
+    Args:
+        data_dir: Folder holding ``large/``.
+        size: Corpus size wanted; fewer when the distribution has fewer texts.
+        distribution: ``in``: query strings of the dev split over all other texts. ``out``: queries in languages the corpus does not hold:
+            up to 100k, short queries that are not English over an English corpus; above, East Asian queries over a corpus without them.
+        cache: Where embedded vectors are kept.
+        seed: Chooses the sample.
+
+    Raises:
+        ConfigError: The data are not there, or the distribution is unknown.
+        MissingDependency: wordllama is not installed.
+    """
+    texts, vectors = _load_all(data_dir, cache or default_cache())
+    rng = np.random.default_rng(seed)
+    usable = np.abs(np.linalg.norm(vectors, axis=1) - 1) < 1e-3
+    languages = np.array(texts.languages)
+    if distribution == "in":
+        candidates = np.flatnonzero(usable & texts.dev)
+        corpus_ok = usable
+        name = f"in-distribution-{size // 1000}k"
+    elif distribution == "out" and size <= 100_000:
+        short = np.array([len(t.split()) <= 3 and kind != "title" for t, kind in zip(texts.texts, texts.kinds, strict=True)])
+        candidates = np.flatnonzero(usable & texts.dev & short & (languages != "en"))
+        corpus_ok = usable & (languages == "en")
+        name = f"out-of-distribution-{size // 1000}k"
+    elif distribution == "out":
+        foreign = np.array([language.split("-")[0] in EAST_ASIAN for language in texts.languages])
+        candidates = np.flatnonzero(usable & texts.dev & foreign)
+        corpus_ok = usable & ~foreign
+        name = f"out-of-distribution-{size // 1000}k"
+    else:
+        raise ConfigError(f"distribution must be 'in' or 'out', but got {distribution!r}.")
+    held_out = rng.permutation(candidates)[: 2 * HELD_OUT_QUERIES]
+    half = len(held_out) // 2
+    corpus_ok = corpus_ok.copy()
+    corpus_ok[held_out] = False
+    rows = rng.permutation(np.flatnonzero(corpus_ok))[:size]
+    return VectorSet(
+        name=name,
+        corpus=np.ascontiguousarray(vectors[np.sort(rows)]),
+        queries=np.ascontiguousarray(vectors[held_out[:half]]),
+        calibration=np.ascontiguousarray(vectors[held_out[half:]]),
+        rows=np.sort(rows),
+    )

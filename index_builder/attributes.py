@@ -1,0 +1,268 @@
+"""Columnar attributes of one entity type: typed columns with sorted row orders, so that a filter's leaf is a slice of known size."""
+
+from __future__ import annotations
+
+import math
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+
+from index_builder.errors import BadAttribute
+
+FieldType = Literal["int", "float", "bool", "string", "list<int>", "list<float>", "list<string>"]
+Slices = list[tuple[int, int]]
+
+_NAME = re.compile(r"[^\W\d]\w*", re.UNICODE)
+_NULL_INT = np.iinfo(np.int64).min
+
+
+@dataclass(slots=True)
+class Column:
+    """Sortable keys of one attribute, one per value, with the row of each value.
+
+    A string's key is its place in the sorted dictionary. Missing values have a key below every other (-1, or the lowest int64) or NaN, and
+    are not in ``order``.
+
+    Attributes:
+        type: What the attribute holds.
+        keys: ``(N,)`` keys by row; for lists ``(V,)`` keys of all values.
+        order: uint32 rows in the order of their keys, missing ones left out.
+        ranked: ``keys`` in the same order.
+        dictionary: Sorted distinct strings, for string types.
+        present: bool ``(N,)`` for list types: whether the row has a list at all.
+    """
+
+    type: FieldType
+    keys: np.ndarray
+    order: np.ndarray
+    ranked: np.ndarray
+    dictionary: list[str] | None = None
+    present: np.ndarray | None = None
+
+    @property
+    def is_list(self) -> bool:
+        """Whether a row holds many values."""
+        return self.type.startswith("list")
+
+    def slices(self, op: str, value: int | float | str | bool) -> Slices:
+        """Ranges of ``order`` whose values satisfy ``value_of_row op value``; disjoint, ascending, without empty ones."""
+        low, high = self._bounds(value)
+        size = len(self.ranked)
+        ranges = {
+            "==": [(low, high)],
+            "!=": [(0, low), (high, size)],
+            "<": [(0, low)],
+            "<=": [(0, high)],
+            ">": [(high, size)],
+            ">=": [(low, size)],
+        }[op]
+        return [(a, b) for a, b in ranges if a < b]
+
+    def slices_in(self, values: Sequence[Any], *, negated: bool) -> Slices:
+        """Ranges of ``order`` whose values are (not) among ``values``."""
+        hits = sorted({pair for value in values for pair in self.slices("==", value)})
+        if not negated:
+            return hits
+        result, start = [], 0
+        for a, b in hits:
+            if start < a:
+                result.append((start, a))
+            start = b
+        if start < len(self.ranked):
+            result.append((start, len(self.ranked)))
+        return result
+
+    def _bounds(self, value: int | float | str | bool) -> tuple[int, int]:
+        """Insertion points left and right of ``value`` among the ranked keys."""
+        if self.dictionary is not None:
+            assert isinstance(value, str), "bound filters compare strings with strings"
+            left, right = bisect_left(self.dictionary, value), bisect_right(self.dictionary, value)
+            ranked = self.ranked
+            return int(ranked.searchsorted(np.int32(left), "left")), int(ranked.searchsorted(np.int32(right), "left"))
+        if self.ranked.dtype.kind == "f":
+            try:
+                key = self.ranked.dtype.type(float(value))
+            except OverflowError:
+                key = self.ranked.dtype.type(math.inf if value > 0 else -math.inf)  # type: ignore[operator]
+            return int(self.ranked.searchsorted(key, "left")), int(self.ranked.searchsorted(key, "right"))
+        number = float(value) if isinstance(value, float) else int(value)
+        if isinstance(number, float) and not math.isfinite(number):
+            at = len(self.ranked) if number > 0 else 0
+            return at, at
+        lower, upper = math.ceil(number), math.floor(number)  # equal for whole numbers; else nothing equals the value
+        return self._first_at_least(lower), self._first_at_least(upper + 1)
+
+    def _first_at_least(self, key: int) -> int:
+        info = np.iinfo(self.ranked.dtype)
+        if key <= info.min:
+            return 0
+        if key > info.max:
+            return len(self.ranked)
+        return int(self.ranked.searchsorted(self.ranked.dtype.type(key), "left"))
+
+
+def _sorted_column(type_: FieldType, keys: np.ndarray, valid: np.ndarray | None, dictionary: list[str] | None = None) -> Column:
+    rows = np.arange(len(keys), dtype=np.uint32) if valid is None else np.flatnonzero(valid).astype(np.uint32)
+    order = rows[np.argsort(keys[rows], kind="stable")]
+    return Column(type_, keys, order, keys[order], dictionary)
+
+
+def _type_of(name: str, dtype: pl.DataType) -> FieldType:
+    if dtype.is_integer():
+        return "int"
+    if dtype.is_float():
+        return "float"
+    if dtype == pl.Boolean:
+        return "bool"
+    if dtype == pl.String or isinstance(dtype, pl.Categorical | pl.Enum | pl.Null) or dtype.is_temporal():
+        return "string"
+    if isinstance(dtype, pl.List | pl.Array):
+        inner = _type_of(name, dtype.inner)  # type: ignore[arg-type]
+        if inner in ("int", "float", "string"):
+            return f"list<{inner}>"  # type: ignore[return-value]
+    raise BadAttribute(
+        f"column {name!r} of type {dtype} cannot be an attribute: expected numbers, booleans, strings, dates or flat lists of them. "
+        "Leave the column out, or flatten it."
+    )
+
+
+_POLARS: dict[str, Any] = {"int": pl.Int64, "float": pl.Float64, "bool": pl.Boolean, "string": pl.String}
+
+
+def _normalise(name: str, series: pl.Series) -> pl.Series:
+    """Dates become ISO 8601 strings, which sort by time; integers int64; categories strings."""
+    type_ = _type_of(name, series.dtype)
+    inner = series.dtype.inner if isinstance(series.dtype, pl.List | pl.Array) else series.dtype
+    if isinstance(series.dtype, pl.Array):
+        series = series.arr.to_list()
+    base = type_[5:-1] if type_.startswith("list") else type_
+    if base == "float" and inner == pl.Float32:
+        return series
+    target = _POLARS[base]
+    if inner == target:
+        return series
+    try:
+        if inner.is_temporal():  # type: ignore[union-attr]
+            return series.list.eval(pl.element().dt.to_string("iso")) if type_.startswith("list") else series.dt.to_string("iso")
+        return series.cast(pl.List(target) if type_.startswith("list") else target)
+    except pl.exceptions.PolarsError as error:
+        raise BadAttribute(f"column {name!r} of type {series.dtype} does not fit an attribute of type {type_}: {error}") from error
+
+
+def _keys_of(type_: str, series: pl.Series) -> tuple[np.ndarray, np.ndarray | None, list[str] | None]:
+    """Keys, validity (None when all are valid) and dictionary of a flat series."""
+    valid = None if series.null_count() == 0 else series.is_not_null().to_numpy()
+    if type_ == "string":
+        words = series.drop_nulls().unique().sort()
+        dictionary = words.to_list()
+        codes = (
+            series.cast(pl.Enum(words)).to_physical().cast(pl.Int32).fill_null(-1)
+            if dictionary
+            else pl.Series([-1] * len(series), dtype=pl.Int32)
+        )
+        return codes.to_numpy().astype(np.int32), valid, dictionary
+    if type_ == "bool":
+        return series.cast(pl.Int8).fill_null(-1).to_numpy().astype(np.int8), valid, None
+    if type_ == "int":
+        return series.fill_null(_NULL_INT).to_numpy().astype(np.int64), valid, None
+    keys = series.fill_null(math.nan).to_numpy().copy()
+    missing = np.isnan(keys)
+    return keys, (~missing if missing.any() else None), None
+
+
+class AttributeTable:
+    """Attributes of ``count`` rows; columns are prepared for filtering when a filter first names them, or by ``warm``."""
+
+    def __init__(self, frame: pl.DataFrame) -> None:
+        for name in frame.columns:
+            if not _NAME.fullmatch(name):
+                raise BadAttribute(
+                    f"column {name!r} cannot be an attribute: a name starts with a letter or _ and holds letters, digits and _. Rename it."
+                )
+        self.frame = frame.with_columns([_normalise(name, frame[name]).alias(name) for name in frame.columns])
+        self.count = len(frame)
+        self.schema: dict[str, FieldType] = {name: _type_of(name, dtype) for name, dtype in self.frame.schema.items()}
+        self._columns: dict[str, Column] = {}
+
+    @classmethod
+    def from_frame(cls, frame: pl.DataFrame, *, like: AttributeTable | None = None) -> AttributeTable:
+        """A table of ``frame``; with ``like``, of that table's columns and types: missing columns and impossible values become null."""
+        if like is not None:
+            length = len(frame)
+            columns = [
+                (frame[name].cast(dtype, strict=False) if name in frame.columns else pl.Series(name, [None] * length, dtype=dtype)).alias(
+                    name
+                )
+                for name, dtype in like.frame.schema.items()
+            ]
+            frame = pl.DataFrame(columns) if columns else pl.DataFrame()
+            table = cls(frame)
+            table.count = length
+            return table
+        return cls(frame)
+
+    @classmethod
+    def empty(cls, count: int) -> AttributeTable:
+        """A table of ``count`` rows without any attribute."""
+        table = cls(pl.DataFrame())
+        table.count = count
+        return table
+
+    def column(self, name: str) -> Column:
+        """The column prepared for filtering; ``name`` must be in ``schema``."""
+        column = self._columns.get(name)
+        if column is None:
+            column = self._columns[name] = self._prepare(name)
+        return column
+
+    def _prepare(self, name: str) -> Column:
+        type_, series = self.schema[name], self.frame[name]
+        if not type_.startswith("list"):
+            keys, valid, dictionary = _keys_of(type_, series)
+            return _sorted_column(type_, keys, valid, dictionary)
+        exploded = (
+            pl.DataFrame({"row": pl.Series(range(self.count), dtype=pl.UInt32), "value": series}).explode("value").drop_nulls().unique()
+        )
+        exploded = exploded.sort("value", "row")
+        keys, _, dictionary = _keys_of(type_[5:-1], exploded["value"])
+        return Column(type_, keys, exploded["row"].to_numpy().copy(), keys, dictionary, series.is_not_null().to_numpy())
+
+    def warm(self, names: Sequence[str] | None = None) -> None:
+        """Prepare the named columns now (all by default), so that forked workers share them."""
+        for name in self.schema if names is None else names:
+            self.column(name)
+
+    def values(self, rows: Sequence[int] | np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
+        """Attribute values of rows, in order; unknown names are absent from the result."""
+        known = [name for name in names if name in self.schema]
+        if not known:
+            return [{} for _ in rows]
+        if len(rows) == 0:
+            return []
+        picked: list[dict[str, Any]] = self.frame.select(known)[np.asarray(rows, dtype=np.int64)].to_dicts()
+        return picked
+
+    def save(self, path: Path) -> None:
+        """Write the attributes as Parquet."""
+        self.frame.write_parquet(path, compression="zstd", statistics=False)
+
+    @classmethod
+    def load(cls, path: Path, count: int) -> AttributeTable:
+        """Read what ``save`` wrote; ``count`` is the number of rows of the index."""
+        table = cls(pl.read_parquet(path, memory_map=False))
+        if table.schema and table.count != count:
+            raise BadAttribute(f"{path.name} holds {table.count} rows, but the index holds {count}. Rebuild this release.")
+        table.count = count
+        return table
+
+    def rows_of(self, mapping: Mapping[str, Any]) -> pl.DataFrame:
+        """One row with this table's columns from a mapping; unknown keys are dropped, missing ones null."""
+        return pl.DataFrame(
+            {name: pl.Series(name, [mapping.get(name)], dtype=dtype, strict=False) for name, dtype in self.frame.schema.items()}
+        )

@@ -1,0 +1,256 @@
+"""Calibration: ANN recall@k against exact search over real queries, the ef -> recall and latency curve with intervals, and the gate on it."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from encoders.errors import ConfigError
+from encoders.exact_search import exact_top_k
+from index_builder.errors import GateFailed
+
+TARGETS = (0.90, 0.95, 0.99)
+MIN_QUERIES = 2_000
+EF_GRID = (10, 14, 20, 28, 40, 56, 80, 112, 160, 224, 320, 448, 640, 896, 1280, 1792, 2560)
+STOP_RECALL = 0.9995
+TIE = 1e-5
+"""Inner products closer than this are ties: either entity is a right answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """One setting of ``ef``: mean ANN recall@k with its 95% interval over queries, and the time of one call.
+
+    Attributes:
+        ef: Candidate-list size.
+        recall: Mean share of the exact top k returned.
+        low: Lower end of the interval.
+        high: Upper end.
+        latency_us: Median time of one search on one thread, microseconds (kept apart from the rest: it differs from run to run).
+        latency_p95_us: 95th percentile.
+    """
+
+    ef: int
+    recall: float
+    low: float
+    high: float
+    latency_us: float | None = None
+    latency_p95_us: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """What was measured on one index.
+
+    Attributes:
+        queries: How many queries the curve rests on.
+        source: ``real queries`` or ``perturbed entities``: never read one as the other.
+        k: Depth of the recall.
+        points: By ascending ef.
+        deep_k: A second depth, for requests with larger k.
+        deep_points: The same at ``deep_k``; may be empty.
+        exact_latency_us: Median time of an exact scan, microseconds.
+    """
+
+    queries: int
+    source: str
+    k: int
+    points: tuple[CurvePoint, ...]
+    deep_k: int = 0
+    deep_points: tuple[CurvePoint, ...] = ()
+    exact_latency_us: float | None = None
+
+    def ef_for(self, target: float, k: int | None = None) -> int | None:
+        """The smallest measured or interpolated ef whose recall's lower bound reaches ``target`` at depth ``k``; None if none does."""
+        k = self.k if k is None else k
+        base = _ef_for(self.points, target)
+        if base is None:
+            return None
+        if k <= self.k:
+            return base
+        deep = _ef_for(self.deep_points, target) if self.deep_points else None
+        if deep is None:
+            return max(k, int(np.ceil(base + 2.0 * (k - self.k))))
+        share = (k - self.k) / (self.deep_k - self.k)  # also extrapolates beyond deep_k
+        return max(k, base, int(np.ceil(base + share * (deep - base))))
+
+    def recall_at(self, ef: int, k: int | None = None) -> float | None:
+        """Expected recall at ``ef`` and depth ``k``, interpolated; None where nothing was measured."""
+        k = self.k if k is None else k
+        shallow = _recall_at(self.points, ef)
+        if shallow is None or k <= self.k or not self.deep_points:
+            return shallow
+        deep = _recall_at(self.deep_points, ef)
+        assert deep is not None, "deep points are not empty"
+        share = min(1.0, (k - self.k) / (self.deep_k - self.k))
+        return shallow + share * (min(deep, shallow) - shallow)
+
+    def settings(self) -> dict[str, int | None]:
+        """ef for each target recall."""
+        return {f"{target:.2f}": self.ef_for(target) for target in TARGETS}
+
+    def as_dict(self, *, latencies: bool = True) -> dict[str, Any]:
+        """JSON for the manifest; without ``latencies`` the same build always gives the same values."""
+
+        def rows(points: Sequence[CurvePoint]) -> list[dict[str, Any]]:
+            keep = ("ef", "recall", "low", "high") + (("latency_us", "latency_p95_us") if latencies else ())
+            return [{name: value for name, value in asdict(p).items() if name in keep} for p in points]
+
+        result: dict[str, Any] = {"queries": self.queries, "source": self.source, "k": self.k, "settings": self.settings()}
+        result |= {"points": rows(self.points), "deep_k": self.deep_k, "deep_points": rows(self.deep_points)}
+        return result | ({"exact_latency_us": self.exact_latency_us} if latencies else {})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Calibration:
+        """Read what ``as_dict`` wrote."""
+        return cls(
+            queries=values["queries"],
+            source=values["source"],
+            k=values["k"],
+            points=tuple(CurvePoint(**p) for p in values["points"]),
+            deep_k=values.get("deep_k", 0),
+            deep_points=tuple(CurvePoint(**p) for p in values.get("deep_points", ())),
+            exact_latency_us=values.get("exact_latency_us"),
+        )
+
+
+def _ef_for(points: Sequence[CurvePoint], target: float) -> int | None:
+    for i, point in enumerate(points):
+        if point.low >= target:
+            if i == 0:
+                return point.ef
+            before = points[i - 1]
+            share = (target - before.low) / max(point.low - before.low, 1e-9)
+            return min(point.ef, int(np.ceil(before.ef + share * (point.ef - before.ef))))
+    return None
+
+
+def _recall_at(points: Sequence[CurvePoint], ef: int) -> float | None:
+    if not points:
+        return None
+    at = bisect_left([p.ef for p in points], ef)
+    if at == len(points):
+        return points[-1].recall
+    if at == 0 or points[at].ef == ef:
+        return points[at].recall
+    before, after = points[at - 1], points[at]
+    return before.recall + (ef - before.ef) / (after.ef - before.ef) * (after.recall - before.recall)
+
+
+def recall_per_query(found: Sequence[np.ndarray], queries: np.ndarray, vectors: np.ndarray, exact_scores: np.ndarray) -> np.ndarray:
+    """ANN recall@k of each query: the share of the exact top k found, ties counted as found.
+
+    Args:
+        found: Rows returned per query, without repetition.
+        queries: float32 ``(Q, D)``.
+        vectors: float32 ``(N, D)``; scores are recomputed from them, never taken from the index.
+        exact_scores: float32 ``(Q, k)`` of the exact top k, best first.
+    """
+    k = exact_scores.shape[1]
+    result = np.empty(len(queries))
+    for i, rows in enumerate(found):
+        scores = vectors[np.asarray(rows[:k], dtype=np.int64)] @ queries[i]  # (k, D) @ (D,) -> (k,)
+        result[i] = np.count_nonzero(scores >= exact_scores[i, -1] - TIE) / k
+    return result
+
+
+def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
+    """Mean and its 95% interval over queries.
+
+    The normal interval of the mean, but never narrower below than Wilson's for that many queries all of which succeeded, so that a perfect
+    sample does not claim certainty.
+    """
+    n = len(values)
+    mean = float(np.mean(values))
+    half = 1.96 * float(np.std(values, ddof=1)) / np.sqrt(n) if n > 1 else 1.0
+    low = min(mean - half, 1.0 - 1.96**2 / (n + 1.96**2)) if half == 0.0 else mean - half
+    return mean, max(0.0, float(low)), min(1.0, mean + float(half))
+
+
+def calibrate(
+    search: Callable[[np.ndarray, int, int], np.ndarray],
+    vectors: np.ndarray,
+    queries: np.ndarray,
+    *,
+    source: str,
+    k: int = 10,
+    deep_k: int = 100,
+    ef_grid: Sequence[int] = EF_GRID,
+    deep_queries: int = 500,
+) -> Calibration:
+    """Measure an index.
+
+    Args:
+        search: ``(query (1, D), k, ef) -> rows``, the call that is measured and timed.
+        vectors: float32 ``(N, D)``, what the rows are rows of.
+        queries: float32 ``(Q, D)``; not those whose recall is reported elsewhere.
+        source: ``real queries`` or ``perturbed entities``.
+        k: Depth, cut to N.
+        deep_k: Second depth, measured on the first ``deep_queries`` queries where N is larger than it.
+        ef_grid: Settings tried, ascending, until recall passes 0.9995.
+        deep_queries: How many queries the second depth rests on.
+    """
+    if len(queries) == 0:
+        raise ConfigError("calibration needs at least one query, but got none. Give golden queries, or let perturbed entities stand in.")
+    k = min(k, len(vectors))
+    _, scores = exact_top_k(queries, vectors, k)
+    start = time.perf_counter_ns()
+    for i in range(min(20, len(queries))):
+        _ = vectors @ queries[i]
+    exact_latency = (time.perf_counter_ns() - start) / 1000 / min(20, len(queries))
+    points = _curve(search, vectors, queries, scores, k, ef_grid)
+    deep: tuple[CurvePoint, ...] = ()
+    if len(vectors) > 2 * deep_k > 2 * k:
+        some = queries[:deep_queries]
+        _, deep_scores = exact_top_k(some, vectors, deep_k)
+        deep = _curve(search, vectors, some, deep_scores, deep_k, [ef for ef in ef_grid if ef >= deep_k])
+    return Calibration(len(queries), source, k, points, deep_k if deep else 0, deep, round(exact_latency, 1))
+
+
+def _curve(
+    search: Callable[[np.ndarray, int, int], np.ndarray],
+    vectors: np.ndarray,
+    queries: np.ndarray,
+    scores: np.ndarray,
+    k: int,
+    ef_grid: Sequence[int],
+) -> tuple[CurvePoint, ...]:
+    points = []
+    for ef in [ef for ef in ef_grid if ef >= k] or [k]:
+        found, times = [], np.empty(len(queries))
+        for i in range(len(queries)):
+            start = time.perf_counter_ns()
+            found.append(search(queries[i : i + 1], k, ef))
+            times[i] = time.perf_counter_ns() - start
+        mean, low, high = mean_interval(recall_per_query(found, queries, vectors, scores))
+        median, p95 = (round(float(t) / 1000, 1) for t in np.percentile(times, (50, 95)))
+        points.append(CurvePoint(ef, round(mean, 5), round(low, 5), round(high, 5), median, p95))
+        if low >= STOP_RECALL:
+            break
+    return tuple(points)
+
+
+def check_gate(calibration: Calibration, target: float, what: str) -> None:
+    """Refuse an index whose lower 95% bound misses ``target`` at every ef that was tried.
+
+    Raises:
+        GateFailed: With the best recall seen and what to raise.
+    """
+    if calibration.ef_for(target) is not None:
+        return
+    best = max(calibration.points, key=lambda p: p.low)
+    few = (
+        f" The interval rests on {calibration.queries:,} queries: more queries narrow it."
+        if best.recall >= target or calibration.queries < MIN_QUERIES
+        else ""
+    )
+    raise GateFailed(
+        f"{what}: ANN recall@{calibration.k} = {best.recall:.4f} (95% interval {best.low:.4f}-{best.high:.4f}, {calibration.source}) at ef {best.ef}, "
+        f"and its lower bound is below the target {target:.2f}; nothing was published. "
+        f"Raise --ef-construction (400), --m (32) or --degree (64), or choose --index hnsw.{few}"
+    )

@@ -1,0 +1,136 @@
+"""What may enter an index: vectors are checked row by row, and exact duplicates share one node."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from encoders.errors import InvalidVectors
+from index_builder.errors import IndexFormatError
+
+NORM_TOLERANCE = 1e-3
+_BLOCK = 65_536
+
+
+def check_vectors(vectors: np.ndarray, ids: Sequence[str] | None = None, dimension: int | None = None) -> np.ndarray:
+    """Check that ``vectors`` may enter an index; returns them C-contiguous.
+
+    Args:
+        vectors: Expected float32 ``(N, D)`` with finite unit rows.
+        ids: For messages.
+        dimension: D, if it is known.
+
+    Raises:
+        InvalidVectors: Wrong dtype or shape, or a row with NaN, Inf, zero or another norm than 1; names the first bad row.
+    """
+    if not isinstance(vectors, np.ndarray) or vectors.dtype != np.float32:
+        got = getattr(vectors, "dtype", type(vectors).__name__)
+        raise InvalidVectors(f"expected vectors of dtype float32, but got {got}. Convert them with .astype(np.float32).")
+    if vectors.ndim != 2 or vectors.shape[1] == 0 or (dimension is not None and vectors.shape[1] != dimension):
+        raise InvalidVectors(f"expected vectors of shape (N, {dimension or 'D'}), but got {vectors.shape}. Were they made by this bundle?")
+    if ids is not None and len(ids) != len(vectors):
+        raise InvalidVectors(f"expected one vector per id, but got {len(ids)} ids and {len(vectors)} vectors.")
+    for start in range(0, len(vectors), _BLOCK):
+        block = vectors[start : start + _BLOCK]
+        norms = np.sqrt(np.einsum("nd,nd->n", block, block))
+        bad = np.flatnonzero(~(np.abs(norms - 1) <= NORM_TOLERANCE))
+        if len(bad):
+            row = start + int(bad[0])
+            name = f" (id {ids[row]!r})" if ids is not None else ""
+            values = block[bad[0]]
+            if not np.isfinite(values).all():
+                what, fix = "holds NaN or Inf", "Remove it, or find what the encoder was given"
+            elif not values.any():
+                what, fix = "is all zeros", "Remove it: nothing can be near it"
+            else:
+                what, fix = f"has norm {float(norms[bad[0]]):.4f}, not 1", "Divide each vector by its norm"
+            raise InvalidVectors(f"row {row}{name}: the vector {what}. {fix}.")
+    return np.ascontiguousarray(vectors)
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Distinct vectors and which rows share them.
+
+    Attributes:
+        vectors: float32 ``(U, D)``, distinct, in order of first appearance.
+        node_of_row: uint32 ``(N,)``, or None when every row has its own vector (then node and row are the same number).
+        row_starts: uint32 ``(U + 1,)``: the rows of node ``n`` are ``rows_by_node[row_starts[n]:row_starts[n + 1]]``; None likewise.
+        rows_by_node: uint32 ``(N,)``; None likewise.
+    """
+
+    vectors: np.ndarray
+    node_of_row: np.ndarray | None = None
+    row_starts: np.ndarray | None = None
+    rows_by_node: np.ndarray | None = None
+
+    @property
+    def rows(self) -> int:
+        """Number of rows, duplicates included."""
+        return len(self.vectors) if self.node_of_row is None else len(self.node_of_row)
+
+    @classmethod
+    def build(cls, vectors: np.ndarray) -> Corpus:
+        """Find exact duplicates among checked vectors ``(N, D)``."""
+        first, inverse = _distinct(vectors)
+        if len(first) == len(vectors):
+            return cls(vectors)
+        starts = np.zeros(len(first) + 1, dtype=np.uint32)
+        starts[1:] = np.cumsum(np.bincount(inverse, minlength=len(first)))
+        return cls(
+            np.ascontiguousarray(vectors[first]), inverse.astype(np.uint32), starts, np.argsort(inverse, kind="stable").astype(np.uint32)
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write ``vectors.npy`` and, with duplicates, ``vectors.nodes.npy``."""
+        np.save(folder / "vectors.npy", self.vectors)
+        if self.node_of_row is not None:
+            np.save(folder / "vectors.nodes.npy", self.node_of_row)
+
+    @classmethod
+    def load(cls, folder: Path) -> Corpus:
+        """Map what ``save`` wrote.
+
+        Raises:
+            IndexFormatError: A file is missing or no such array.
+        """
+        try:
+            vectors = np.load(folder / "vectors.npy", mmap_mode="r")
+            path = folder / "vectors.nodes.npy"
+            nodes = np.load(path) if path.is_file() else None
+        except (OSError, ValueError) as error:
+            raise IndexFormatError(f"the vectors of {folder.name!r} cannot be read ({error}). Rebuild this release.") from error
+        if vectors.ndim != 2 or vectors.dtype != np.float32:
+            raise IndexFormatError(
+                f"the vectors of {folder.name!r} are {vectors.dtype} {vectors.shape}, not float32 (N, D). Rebuild this release."
+            )
+        if nodes is None:
+            return cls(vectors)
+        if len(nodes) and int(nodes.max()) >= len(vectors):
+            raise IndexFormatError(f"the nodes of {folder.name!r} point past its vectors. Rebuild this release.")
+        starts = np.zeros(len(vectors) + 1, dtype=np.uint32)
+        starts[1:] = np.cumsum(np.bincount(nodes, minlength=len(vectors)))
+        return cls(vectors, nodes, starts, np.argsort(nodes, kind="stable").astype(np.uint32))
+
+
+def _distinct(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row of the first copy of each distinct vector, ascending, and the number of the distinct vector of each row."""
+    count, dimension = vectors.shape
+    weights = np.random.default_rng(0).integers(1, 2**63, size=dimension, dtype=np.uint64) | np.uint64(1)
+    keys = np.empty(count, dtype=np.uint64)
+    for start in range(0, count, _BLOCK):
+        bits = (vectors[start : start + _BLOCK] + np.float32(0)).view(np.uint32)  # adding 0 makes -0.0 and 0.0 one value
+        keys[start : start + _BLOCK] = (bits.astype(np.uint64) * weights).sum(axis=1)
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    if len(first) < count:
+        twins = np.flatnonzero(first[inverse] != np.arange(count))
+        if not np.array_equal(vectors[twins], vectors[first[inverse[twins]]]):  # a hash collision, about 1 in 10^7 builds of a million
+            rows = np.ascontiguousarray(vectors + np.float32(0)).view(np.dtype((np.void, 4 * dimension))).ravel()
+            _, first, inverse = np.unique(rows, return_index=True, return_inverse=True)
+    order = np.argsort(first, kind="stable")
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return first[order], rank[inverse]

@@ -1,0 +1,452 @@
+"""One entity type's searchable index: a base ANN index, attributes, hidden rows and live entries behind one ``search``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+from encoders.errors import ConfigError
+from index_builder.ann import AnnConfig, AnnIndex, build_index, choose_kind, load_index
+from index_builder.ann.choice import KINDS
+from index_builder.attributes import AttributeTable
+from index_builder.base_search import BaseHits, BaseSearch
+from index_builder.calibration import Calibration, CurvePoint, calibrate
+from index_builder.corpus import Corpus, check_vectors
+from index_builder.errors import DimensionMismatch, IndexFormatError, InvalidQuery
+from index_builder.filters import BoundFilter, Selection, parse_filter
+from index_builder.graph_check import unreachable_nodes
+from index_builder.id_table import IdTable
+from index_builder.selection_cache import SelectionCache
+
+if TYPE_CHECKING:
+    from index_builder.live_segments import LiveView
+
+INDEX_FILE = "index.json"
+INDEX_FORMAT = 1
+MAX_K = 10_000
+DEFAULT_RECALL = 0.95
+_UNCALIBRATED_EF = 120
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IndexConfig:
+    """How one entity type is indexed."""
+
+    kind: str = "auto"
+    """``auto`` or one of hnsw, symqg, rabitq, lean, exact, faiss, faiss-ivf."""
+    ann: AnnConfig = field(default_factory=AnnConfig)
+    """Parameters of the graph."""
+    lean: bool = False
+    """Whether ``auto`` should prefer little memory (at most 0.6 kB private a vector) over speed."""
+    deterministic: bool = False
+    """The same input and seed give the same bytes; builds on one thread."""
+    default_recall: float = DEFAULT_RECALL
+    """ANN recall@10 that searches aim at when they do not say."""
+
+    def __post_init__(self) -> None:
+        if self.kind != "auto" and self.kind not in KINDS:
+            raise ConfigError(f"index kind must be one of auto, {', '.join(KINDS)}, but got {self.kind!r}.")
+        if not 0.5 <= self.default_recall < 1.0:
+            raise ConfigError(f"default_recall must be at least 0.5 and below 1, but got {self.default_recall}.")
+        if self.deterministic and self.ann.threads != 1:
+            raise ConfigError(
+                f"a deterministic build uses one thread, but got threads={self.ann.threads}. Set threads to 1 or build in fast mode."
+            )
+        if self.deterministic and self.kind == "symqg":
+            raise ConfigError(
+                "index kind 'symqg' draws a random rotation that cannot be seeded. Use auto, hnsw or lean for a deterministic build."
+            )
+
+
+@dataclass(slots=True)
+class SearchResult:
+    """Answers of one search, best first.
+
+    Attributes:
+        ids: Entity ids; fewer than k only when fewer entities match.
+        scores: float32, their inner products with the query.
+        plan: ``graph``, ``exact``, ``scan`` (all matching rows), ``filtered-graph``, ``graph-grow`` or ``empty``.
+        ef: Candidate-list size of the graph search; 0 where no graph was walked.
+        estimated_recall: Expected ANN recall at k; 1.0 where the plan is exact, None where the index was never calibrated.
+        selectivity: Share of base rows that pass the filter; None without a filter.
+    """
+
+    ids: list[str]
+    scores: np.ndarray
+    plan: str
+    ef: int
+    estimated_recall: float | None
+    selectivity: float | None
+
+
+class EntityIndex:
+    """An immutable base plus a reference to live entries, swapped whole by ``set_live``; searches take no lock."""
+
+    def __init__(
+        self,
+        entity_type: str,
+        ids: IdTable,
+        corpus: Corpus,
+        ann: AnnIndex,
+        attributes: AttributeTable,
+        facts: dict[str, Any],
+        calibration: Calibration | None,
+        default_recall: float = DEFAULT_RECALL,
+    ) -> None:
+        self.entity_type = entity_type
+        self.ids = ids
+        self.corpus = corpus
+        self.ann = ann
+        self.attribute_table = attributes
+        self.calibration = calibration
+        self.default_recall = default_recall
+        self._facts = facts
+        self._live: LiveView | None = None
+        self._base = BaseSearch(corpus, ann, ids)
+        self._selections = SelectionCache(attributes)
+        self._settings: dict[int, tuple[int, float | None]] = {}
+        self._shape_1, self._shape_2 = (self.dimension,), (1, self.dimension)
+
+    # ---- build, save, load -------------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def build(
+        cls,
+        entity_type: str,
+        ids: Sequence[str],
+        vectors: np.ndarray,
+        attributes: pl.DataFrame | None = None,
+        config: IndexConfig | None = None,
+        *,
+        calibration_queries: np.ndarray | None = None,
+        calibration_source: str = "real queries",
+    ) -> EntityIndex:
+        """Check, deduplicate, build and (given queries) calibrate.
+
+        Args:
+            entity_type: ``pin``, ``product``, ``query`` or ``ad``.
+            ids: One per row, unique, non-empty, NFC.
+            vectors: float32 ``(N, D)``, finite unit rows.
+            attributes: One row per id, or None.
+            config: How to build; ``auto`` by default.
+            calibration_queries: float32 ``(Q, D)``; at least 2,000 for a tight interval. None: not calibrated.
+            calibration_source: ``real queries`` or ``perturbed entities``.
+
+        Raises:
+            IndexBuildError: A bad or repeated id, or an impossible attribute; names the row.
+            InvalidVectors: A row that may not enter an index.
+            UnsupportedCpu: This CPU cannot run the kind asked for.
+        """
+        config = config or IndexConfig()
+        vectors = check_vectors(vectors, ids)
+        table = IdTable.build(ids)
+        attribute_table = AttributeTable.empty(len(table)) if attributes is None or not attributes.columns else AttributeTable(attributes)
+        if attribute_table.count != len(table):
+            raise ConfigError(f"expected one row of attributes per id, but got {attribute_table.count} rows and {len(table)} ids.")
+        corpus = Corpus.build(vectors)
+        kind, why = config.kind, "asked for"
+        if len(corpus.vectors) == 0:
+            kind, why = "exact", "there are no vectors"
+        elif kind == "auto":
+            choice = choose_kind(len(corpus.vectors), lean=config.lean, deterministic=config.deterministic)
+            kind, why = choice.kind, choice.why
+        ann = build_index(kind, corpus.vectors, config.ann)
+        facts = {
+            "kind": kind,
+            "parameters": config.ann.as_dict(),
+            "why": why,
+            "cpu_features": list(KINDS[kind].cpu_features),
+            "rows": len(table),
+            "nodes": len(corpus.vectors),
+            "duplicates": len(table) - len(corpus.vectors),
+            "unreachable": unreachable_nodes(ann),
+            "dimension": int(vectors.shape[1]),
+            "attributes": dict(attribute_table.schema),
+        }
+        index = cls(entity_type, table, corpus, ann, attribute_table, facts, None, config.default_recall)
+        if calibration_queries is not None and len(table):
+            index.calibrate(calibration_queries, calibration_source)
+        return index
+
+    def calibrate(self, queries: np.ndarray, source: str) -> Calibration:
+        """Measure recall and latency over ``queries`` float32 ``(Q, D)`` and keep the result."""
+        queries = check_vectors(np.ascontiguousarray(queries), None, self.dimension)
+        if self.ann.exact:
+            self.calibration = Calibration(len(queries), source, min(10, len(self.corpus.vectors)), (CurvePoint(10, 1.0, 1.0, 1.0),))
+        else:
+            self.calibration = calibrate(lambda q, k, ef: self.ann.search(q, k, ef)[0], self.corpus.vectors, queries, source=source)
+        self._settings.clear()
+        return self.calibration
+
+    def save(self, folder: Path) -> None:
+        """Write ``index.*``, ``ids.*``, ``vectors.*`` and ``attributes.parquet``; the same index gives the same bytes."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.corpus.save(folder)
+        self.ids.save(folder)
+        self.ann.save(folder / "index")
+        self.attribute_table.save(folder / "attributes.parquet")
+        meta = {
+            "format": INDEX_FORMAT,
+            "entity_type": self.entity_type,
+            "default_recall": self.default_recall,
+            "facts": self._facts,
+            "calibration": self.calibration.as_dict(latencies=False) if self.calibration else None,
+        }
+        (folder / INDEX_FILE).write_text(json.dumps(meta, ensure_ascii=False, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> EntityIndex:
+        """Open what ``save`` wrote; the caller has checked sizes and checksums. Vectors and ids are memory-mapped.
+
+        Raises:
+            IndexFormatError: Files are missing, damaged or of another format version.
+            UnsupportedCpu: This CPU cannot run the index.
+        """
+        try:
+            meta = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+            version, facts = meta["format"], meta["facts"]
+            kind, config = facts["kind"], AnnConfig(**facts["parameters"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise IndexFormatError(f"{folder.name}/{INDEX_FILE} cannot be read ({error!r}). Rebuild this release.") from error
+        if version != INDEX_FORMAT:
+            raise IndexFormatError(
+                f"{folder.name}/{INDEX_FILE} has format {version}, but this version reads {INDEX_FORMAT}. Upgrade, or rebuild."
+            )
+        corpus, ids = Corpus.load(folder), IdTable.load(folder)
+        if corpus.rows != len(ids):
+            raise IndexFormatError(f"{folder.name} holds {len(ids)} ids and {corpus.rows} vectors. Rebuild this release.")
+        try:
+            attributes = AttributeTable.load(folder / "attributes.parquet", len(ids))
+        except (OSError, pl.exceptions.PolarsError) as error:
+            raise IndexFormatError(f"{folder.name}/attributes.parquet cannot be read ({error}). Rebuild this release.") from error
+        ann = load_index(kind, folder / "index", corpus.vectors, config)
+        calibration = Calibration.from_dict(meta["calibration"]) if meta["calibration"] else None
+        return cls(meta["entity_type"], ids, corpus, ann, attributes, facts, calibration, meta["default_recall"])
+
+    # ---- facts -------------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def count(self) -> int:
+        """Rows of the base that are not hidden, plus living live entries."""
+        live = self._live
+        return len(self.ids) if live is None else len(self.ids) - live.hidden_count + live.live_count
+
+    @property
+    def dimension(self) -> int:
+        """D."""
+        return int(self.corpus.vectors.shape[1])
+
+    @property
+    def kind(self) -> str:
+        """Kind of the base index."""
+        return self.ann.kind
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for the manifest, without times."""
+        return dict(self._facts)
+
+    def row_of(self, id_: str) -> int | None:
+        """Base row of an id (whether hidden or not), or None."""
+        return self.ids.row_of(id_)
+
+    def base_vectors(self) -> np.ndarray:
+        """float32 ``(N, D)``, one row per base id (a copy only when duplicates share nodes)."""
+        corpus = self.corpus
+        return corpus.vectors if corpus.node_of_row is None else np.asarray(corpus.vectors[corpus.node_of_row])
+
+    def vector(self, id_: str) -> np.ndarray | None:
+        """The current vector of an id, live entries first; None if it does not exist or was deleted."""
+        live = self._live
+        if live is not None:
+            place = _find_live(live, id_)
+            if place is not None:
+                return np.asarray(place[0].vectors[place[1]])
+        row = self.ids.row_of(id_)
+        if row is None or (live is not None and live.hidden_rows is not None and live.hidden_rows[row]):
+            return None
+        corpus = self.corpus
+        return np.asarray(corpus.vectors[row if corpus.node_of_row is None else corpus.node_of_row[row]])
+
+    def attributes(self, ids: Sequence[str], names: Sequence[str]) -> list[dict[str, Any]]:
+        """Attribute values of ids, in order; an unknown id or attribute gives nothing."""
+        live = self._live
+        result: list[dict[str, Any]] = [{} for _ in ids]
+        base: list[tuple[int, int]] = []
+        for i, id_ in enumerate(ids):
+            place = _find_live(live, id_) if live is not None else None
+            if place is not None:
+                frame = place[0].attributes
+                known = [name for name in names if name in frame.columns]
+                result[i] = frame.select(known).row(place[1], named=True) if known else {}
+                continue
+            row = self.ids.row_of(id_)
+            if row is not None:
+                base.append((i, row))
+        for (i, _), values in zip(base, self.attribute_table.values([row for _, row in base], names)):
+            result[i] = values
+        return result
+
+    def set_live(self, view: LiveView | None) -> None:
+        """Replace the live entries; searches that began before keep the old ones."""
+        self._live = view
+
+    # ---- search ------------------------------------------------------------------------------------------------------------------------
+
+    def search(
+        self,
+        query: np.ndarray,
+        k: int = 10,
+        *,
+        ef: int | None = None,
+        min_recall: float | None = None,
+        filter: str | None = None,
+        exclude_ids: Collection[str] = (),
+        min_score: float | None = None,
+        exact: bool = False,
+    ) -> SearchResult:
+        """The k best entities for one query.
+
+        Args:
+            query: float32 ``(D,)`` or ``(1, D)``, unit norm.
+            k: 1 to 10,000; fewer come back only when fewer entities match.
+            ef: Candidate-list size; chosen from the calibrated curve when not given.
+            min_recall: Expected ANN recall to reach; an exact scan where the curve does not reach it.
+            filter: An expression over attributes, see ``index_builder.filters``.
+            exclude_ids: Never return these.
+            min_score: Return only scores at or above it.
+            exact: Scan everything.
+
+        Raises:
+            InvalidQuery: k, ef or min_recall out of range, or a query with NaN or another norm than 1.
+            DimensionMismatch: Another dimension or dtype.
+            FilterError: The filter does not parse or does not fit the attributes.
+        """
+        query = self._checked(query, k)
+        chosen = self._settings.get(k) if ef is None and min_recall is None else None
+        if chosen is None:
+            chosen = self._choose(k, ef, min_recall)
+        ef_search, expected = chosen
+        if ef_search == 0:
+            exact = True
+        live = self._live
+        if live is None and filter is None and not exclude_ids and not exact:
+            hits = self._base.nearest(query, k, ef_search)
+            selectivity = None
+        else:
+            hits, selectivity = self._general(query, k, ef_search, filter, exclude_ids, exact, live)
+        if min_score is not None:
+            keep = int(np.count_nonzero(hits.scores >= min_score))
+            hits = BaseHits(hits.ids[:keep], hits.scores[:keep], hits.plan, hits.ef, hits.exact)
+        return SearchResult(hits.ids, hits.scores, hits.plan, hits.ef, 1.0 if hits.exact else expected, selectivity)
+
+    def search_batch(self, queries: np.ndarray, k: int = 10, **options: Any) -> list[SearchResult]:
+        """``search`` for each row of ``queries`` float32 ``(B, D)``; a graph gains next to nothing from larger batches."""
+        if queries.ndim != 2:
+            raise DimensionMismatch(self.dimension, f"a batch of shape {queries.shape}")
+        return [self.search(queries[i], k, **options) for i in range(len(queries))]
+
+    def _checked(self, query: np.ndarray, k: int) -> np.ndarray:
+        shape = getattr(query, "shape", None)
+        if shape == self._shape_1:
+            flat, query = query, query.reshape(1, -1)
+        elif shape == self._shape_2:
+            flat = query[0]
+        else:
+            raise DimensionMismatch(self.dimension, f"shape {shape}" if shape is not None else type(query).__name__)
+        if query.dtype != np.float32:
+            raise DimensionMismatch(self.dimension, f"dtype {query.dtype}")
+        norm2 = flat.dot(flat)
+        if not 0.99 < norm2 < 1.01:
+            what = "NaN or Inf" if not np.isfinite(norm2) else f"norm {float(norm2) ** 0.5:.4f}"
+            raise InvalidQuery(f"a query must be a finite vector of norm 1, but got {what}. Normalise it, or check what was encoded.")
+        if not 1 <= k <= MAX_K:
+            raise InvalidQuery(f"k must be between 1 and {MAX_K:,}, but got {k}.")
+        return query if query.flags.c_contiguous else np.ascontiguousarray(query)
+
+    def _choose(self, k: int, ef: int | None, min_recall: float | None) -> tuple[int, float | None]:
+        """ef (0: exact) and the expected recall."""
+        if ef is not None and ef < 1:
+            raise InvalidQuery(f"ef must be at least 1, but got {ef}.")
+        if min_recall is not None and not 0.0 < min_recall <= 1.0:
+            raise InvalidQuery(f"min_recall must be above 0 and at most 1, but got {min_recall}.")
+        nodes = len(self.corpus.vectors)
+        if self.ann.exact or 2 * k >= nodes or min_recall == 1.0:
+            return 0, 1.0
+        calibration = self.calibration
+        if ef is not None:
+            ef = max(ef, k)
+            return ef, calibration.recall_at(ef, k) if calibration else None
+        target = self.default_recall if min_recall is None else min_recall
+        if calibration is None:
+            if min_recall is not None:
+                return 0, 1.0
+            chosen: tuple[int, float | None] = (max(_UNCALIBRATED_EF, 2 * k), None)
+        else:
+            reached = calibration.ef_for(target, k)
+            if reached is None:
+                if min_recall is not None:
+                    return 0, 1.0
+                reached = max(calibration.points[-1].ef, 2 * k)
+            chosen = (max(reached, k), calibration.recall_at(max(reached, k), k))
+        if min_recall is None:
+            self._settings[k] = chosen
+        return chosen
+
+    def _general(
+        self, query: np.ndarray, k: int, ef: int, expression: str | None, exclude_ids: Collection[str], exact: bool, live: LiveView | None
+    ) -> tuple[BaseHits, float | None]:
+        """Any mix of filter, excluded ids, hidden rows, live entries and the exact plan."""
+        selection = selectivity = None
+        if expression is not None:
+            selection = self._selections.get(expression)
+            selectivity = selection.count / max(1, len(self.ids))
+        excluded = [row for row in map(self.ids.row_of, exclude_ids) if row is not None] if exclude_ids else []
+        hidden = live.hidden_rows if live is not None and live.hidden_count else None
+        hidden_count = live.hidden_count if live is not None else 0
+        hits = self._base.search(query, k, ef, selection, hidden, hidden_count, excluded, exact)
+        if live is None or not live.live_count:
+            return hits, selectivity
+        return self._merge(query, k, hits, live, expression, set(exclude_ids)), selectivity
+
+    def _merge(self, query: np.ndarray, k: int, hits: BaseHits, live: LiveView, expression: str | None, excluded: set[str]) -> BaseHits:
+        """Merge base hits with the best of each live segment; live ids are hidden in the base, so that none comes twice."""
+        all_ids, all_scores = list(hits.ids), [hits.scores]
+        for segment in live.segments:
+            mask = None
+            if expression is not None:
+                mask = self._live_selection(segment, expression).as_mask()
+            rows, scores = segment.search(query, k + len(excluded), mask)
+            ids = [segment.ids[int(row)] for row in rows]
+            if excluded:
+                keep = [i for i, id_ in enumerate(ids) if id_ not in excluded][:k]
+                ids, scores = [ids[i] for i in keep], scores[keep]
+            all_ids += ids
+            all_scores.append(scores)
+        scores = np.concatenate(all_scores)
+        best = np.argsort(-scores, kind="stable")[:k]
+        plan = hits.plan if hits.plan != "empty" else "live"
+        return BaseHits([all_ids[i] for i in best.tolist()], scores[best].astype(np.float32, copy=False), plan, hits.ef, hits.exact)
+
+    def _live_selection(self, segment: Any, expression: str) -> Selection:
+        table = AttributeTable.from_frame(segment.attributes, like=self.attribute_table)
+        table.count = len(segment.ids)
+        return BoundFilter(parse_filter(expression), table).select()
+
+
+def _find_live(live: LiveView, id_: str) -> tuple[Any, int] | None:
+    """The segment and row where an id is alive, or None."""
+    find = getattr(live, "find", None)
+    if find is not None:
+        found: tuple[Any, int] | None = find(id_)
+        return found
+    for segment in live.segments:
+        for row, other in enumerate(segment.ids):
+            if other == id_ and segment.alive[row]:
+                return segment, row
+    return None

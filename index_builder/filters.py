@@ -1,0 +1,448 @@
+"""Filter expressions: a safe parser for a typed subset of Milvus's boolean grammar, and their evaluation to rows.
+
+    expression := and_part ("or" and_part)*
+    and_part   := factor ("and" factor)*
+    factor     := "not" factor | "(" expression ")" | "array_contains" "(" field "," literal ")" | comparison
+    comparison := field op literal | literal op field | field ["not"] "in" "[" literal ("," literal)* "]"
+    op         := "==" | "!=" | "<" | "<=" | ">" | ">="
+
+A missing value satisfies no comparison, nor its negation (SQL's three-valued logic): ``not`` is pushed down to the comparisons, where it
+turns one into its opposite, so that only "true" ever has to be computed.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from index_builder.attributes import AttributeTable, Column, Slices
+from index_builder.errors import FilterError
+
+MAX_CHARACTERS = 20_000
+MAX_DEPTH = 50
+Value = int | float | str | bool
+
+_OPPOSITE = {"==": "!=", "!=": "==", "<": ">=", ">=": "<", ">": "<=", "<=": ">"}
+_MIRRORED = {"==": "==", "!=": "!=", "<": ">", ">": "<", "<=": ">=", ">=": "<="}
+_TOKEN = re.compile(
+    r"""\s*(?:
+    (?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?![\w.])
+  | (?P<name>[^\W\d]\w*)
+  | (?P<string>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')
+  | (?P<op>==|!=|<=|>=|<|>|&&|\|\||!|\(|\)|\[|\]|,)
+)""",
+    re.VERBOSE | re.DOTALL,
+)
+_ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", '"': '"', "'": "'", "/": "/"}
+
+
+class Token(NamedTuple):
+    """One word of an expression: its kind (number, string, bool, name, op, end), value and offset."""
+
+    kind: str
+    value: Value
+    at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """``field op value``, ``field in values`` or ``array_contains(field, value)``; ``at`` is the field's offset."""
+
+    field: str
+    op: str
+    values: tuple[Value, ...]
+    at: int
+    value_at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Both:
+    """Every part holds."""
+
+    parts: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Either:
+    """At least one part holds."""
+
+    parts: tuple[Node, ...]
+
+
+Node = Leaf | Both | Either
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """A parsed expression in negation normal form."""
+
+    expression: str
+    root: Node
+
+
+def _unquote(text: str, expression: str, at: int) -> str:
+    def replace(match: re.Match[str]) -> str:
+        code = match.group(1)
+        if code[0] == "u":
+            return chr(int(code[1:], 16))
+        if code not in _ESCAPES:
+            raise FilterError(f"unknown escape \\{code}; known are \\n \\t \\r \\\\ \\\" \\' \\uXXXX.", expression, at + match.start() + 1)
+        return _ESCAPES[code]
+
+    return re.sub(r"\\(u[0-9a-fA-F]{4}|.)", replace, text[1:-1], flags=re.DOTALL)
+
+
+def _tokens(expression: str) -> list[Token]:
+    tokens: list[Token] = []
+    position = 0
+    stripped = len(expression.rstrip())
+    while position < stripped:
+        match = _TOKEN.match(expression, position)
+        if match is None:
+            at = position + len(expression[position:]) - len(expression[position:].lstrip())
+            what = (
+                "this string has no closing quote." if expression[at] in "\"'" else f"unexpected {expression[at : at + 10].split()[0]!r}."
+            )
+            raise FilterError(what, expression, at)
+        kind = str(match.lastgroup)
+        text, at = match.group(kind), match.start(kind)
+        position = match.end()
+        if kind == "number":
+            whole = re.fullmatch(r"[-+]?\d+", text) is not None
+            tokens.append(Token("number", int(text) if whole else float(text), at))
+        elif kind == "string":
+            tokens.append(Token("string", _unquote(text, expression, at), at))
+        elif kind == "name":
+            word = text.lower()
+            if word in ("true", "false"):
+                tokens.append(Token("bool", word == "true", at))
+            elif word in ("and", "or", "not", "in"):
+                tokens.append(Token("op", word, at))
+            else:
+                tokens.append(Token("name", text, at))
+        else:
+            tokens.append(Token("op", {"&&": "and", "||": "or", "!": "not"}.get(text, text), at))
+    tokens.append(Token("end", "end of the filter", len(expression)))
+    return tokens
+
+
+class _Parser:
+    """Recursive descent over the tokens, with a bound on depth; ``negated`` is carried down so that no ``not`` remains in the result."""
+
+    def __init__(self, expression: str) -> None:
+        self.expression = expression
+        self.tokens = _tokens(expression)
+        self.next = 0
+
+    def error(self, message: str, token: Token) -> FilterError:
+        return FilterError(message, self.expression, token.at)
+
+    def peek(self) -> Token:
+        return self.tokens[self.next]
+
+    def take(self) -> Token:
+        token = self.tokens[self.next]
+        self.next += 1
+        return token
+
+    def accept(self, word: str) -> bool:
+        token = self.peek()
+        if token.kind == "op" and token.value == word:
+            self.next += 1
+            return True
+        return False
+
+    def expect(self, word: str) -> None:
+        if not self.accept(word):
+            raise self.error(f"expected {word!r}, but got {self.peek().value!r}.", self.peek())
+
+    def whole(self) -> Node:
+        node = self.either(False, 0)
+        if self.peek().kind != "end":
+            raise self.error(f"expected 'and', 'or' or the end, but got {self.peek().value!r}.", self.peek())
+        return node
+
+    def either(self, negated: bool, depth: int) -> Node:
+        if depth > MAX_DEPTH:
+            raise self.error(f"more than {MAX_DEPTH} nested parentheses or negations.", self.peek())
+        parts = [self.both(negated, depth)]
+        while self.accept("or"):
+            parts.append(self.both(negated, depth))
+        if len(parts) == 1:
+            return parts[0]
+        return Both(tuple(parts)) if negated else Either(tuple(parts))
+
+    def both(self, negated: bool, depth: int) -> Node:
+        parts = [self.factor(negated, depth)]
+        while self.accept("and"):
+            parts.append(self.factor(negated, depth))
+        if len(parts) == 1:
+            return parts[0]
+        return Either(tuple(parts)) if negated else Both(tuple(parts))
+
+    def factor(self, negated: bool, depth: int) -> Node:
+        if depth > MAX_DEPTH:
+            raise self.error(f"more than {MAX_DEPTH} nested parentheses or negations.", self.peek())
+        if self.accept("not"):
+            return self.factor(not negated, depth + 1)
+        if self.accept("("):
+            node = self.either(negated, depth + 1)
+            self.expect(")")
+            return node
+        return self.comparison(negated)
+
+    def comparison(self, negated: bool) -> Node:
+        token = self.take()
+        if token.kind == "name" and str(token.value).lower() == "array_contains" and self.accept("("):
+            field = self.field()
+            self.expect(",")
+            value = self.literal()
+            self.expect(")")
+            return Leaf(str(field.value), "not contains" if negated else "contains", (value.value,), field.at, value.at)
+        if token.kind in ("number", "string", "bool"):
+            op = self.operator()
+            field = self.field()
+            return self.leaf(field, _MIRRORED[str(op.value)], token, negated)
+        if token.kind != "name":
+            raise self.error(f"expected an attribute, a value, 'not' or '(', but got {token.value!r}.", token)
+        if self.accept("in"):
+            return self.membership(token, negated)
+        if self.accept("not"):
+            self.expect("in")
+            return self.membership(token, not negated)
+        op = self.operator()
+        return self.leaf(token, str(op.value), self.literal(), negated)
+
+    def leaf(self, field: Token, op: str, value: Token, negated: bool) -> Leaf:
+        return Leaf(str(field.value), _OPPOSITE[op] if negated else op, (value.value,), field.at, value.at)
+
+    def membership(self, field: Token, negated: bool) -> Leaf:
+        at = self.peek().at
+        self.expect("[")
+        values: list[Value] = []
+        if not self.accept("]"):
+            values.append(self.literal().value)
+            while self.accept(","):
+                values.append(self.literal().value)
+            self.expect("]")
+        return Leaf(str(field.value), "not in" if negated else "in", tuple(values), field.at, at)
+
+    def operator(self) -> Token:
+        token = self.take()
+        if token.kind != "op" or token.value not in _OPPOSITE:
+            raise self.error(f"expected one of == != < <= > >= in, but got {token.value!r}.", token)
+        return token
+
+    def field(self) -> Token:
+        token = self.take()
+        if token.kind != "name":
+            raise self.error(f"expected an attribute name, but got {token.value!r}.", token)
+        return token
+
+    def literal(self) -> Token:
+        token = self.take()
+        if token.kind not in ("number", "string", "bool"):
+            raise self.error(f"expected a number, a string in quotes, true or false, but got {token.value!r}.", token)
+        return token
+
+
+@functools.lru_cache(maxsize=1024)
+def parse_filter(expression: str) -> Filter:
+    """Parse a filter; no name in it is looked up or called.
+
+    Raises:
+        FilterError: It does not parse; knows the position.
+    """
+    if not expression.strip():
+        raise FilterError("the filter is empty; leave it out to search everything.", expression, 0)
+    if len(expression) > MAX_CHARACTERS:
+        raise FilterError(f"the filter has {len(expression):,} characters, more than {MAX_CHARACTERS:,}.", expression, MAX_CHARACTERS)
+    return Filter(expression, _Parser(expression).whole())
+
+
+@dataclass(slots=True)
+class Selection:
+    """The rows a filter selects: a mask, the row numbers, or both.
+
+    Attributes:
+        count: Matching rows.
+        mask: bool ``(N,)`` or None.
+        rows: uint32 ``(count,)`` in no particular order, without repetitions, or None.
+    """
+
+    count: int
+    total: int
+    mask: np.ndarray | None = None
+    rows: np.ndarray | None = None
+
+    def as_mask(self) -> np.ndarray:
+        """The mask, made from the rows if need be."""
+        if self.mask is None:
+            mask = np.zeros(self.total, dtype=np.bool_)
+            mask[self.rows] = True
+            self.mask = mask
+        return self.mask
+
+    def as_rows(self) -> np.ndarray:
+        """The row numbers, made from the mask if need be."""
+        if self.rows is None:
+            assert self.mask is not None, "a selection has a mask or rows"
+            self.rows = np.flatnonzero(self.mask).astype(np.uint32)
+        return self.rows
+
+
+@dataclass(slots=True)
+class _Piece:
+    """A leaf bound to its column: ranges of the sorted order and how many rows they hold."""
+
+    column: Column
+    slices: Slices
+    count: int
+    negated_list: bool
+
+    def rows(self) -> np.ndarray:
+        if self.negated_list:
+            return np.flatnonzero(self.mask()).astype(np.uint32)
+        parts = [self.column.order[a:b] for a, b in self.slices]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, dtype=np.uint32)
+
+    def mask(self) -> np.ndarray:
+        column = self.column
+        if column.present is not None:
+            hit = np.zeros(len(column.present), dtype=np.bool_)
+            for a, b in self.slices:
+                hit[column.order[a:b]] = True
+            return column.present & ~hit if self.negated_list else hit
+        if len(self.slices) > 4 or self.count * 16 < len(column.keys):
+            hit = np.zeros(len(column.keys), dtype=np.bool_)
+            for a, b in self.slices:
+                hit[column.order[a:b]] = True
+            return hit
+        return self._compare(column.keys)
+
+    def test(self, rows: np.ndarray) -> np.ndarray:
+        if self.column.present is not None or len(self.slices) > 4:
+            hit: np.ndarray = self.mask()[rows]
+            return hit
+        return self._compare(self.column.keys[rows])
+
+    def _compare(self, keys: np.ndarray) -> np.ndarray:
+        ranked, size = self.column.ranked, len(self.column.ranked)
+        complete = size == len(self.column.keys)  # no missing values: an end of the order needs no comparison
+        hit: Any = None
+        for a, b in self.slices:
+            if complete and a == 0 and b == size:
+                return np.ones(len(keys), dtype=np.bool_)
+            if complete and b == size:
+                part = keys >= ranked[a]
+            elif a == 0 and complete:
+                part = keys <= ranked[b - 1]
+            elif ranked[a] == ranked[b - 1]:
+                part = keys == ranked[a]
+            else:
+                part = (keys >= ranked[a]) & (keys <= ranked[b - 1])
+            hit = part if hit is None else hit | part
+        result: np.ndarray = np.zeros(len(keys), dtype=np.bool_) if hit is None else hit
+        return result
+
+
+class BoundFilter:
+    """A filter tied to a table: types are checked, sizes of the leaves known, rows computed on demand."""
+
+    def __init__(self, parsed: Filter, table: AttributeTable) -> None:
+        self._expression, self._table = parsed.expression, table
+        self._pieces: dict[Leaf, _Piece] = {}
+        self._root = parsed.root
+        self._bind(parsed.root)
+
+    def _bind(self, node: Node) -> None:
+        if isinstance(node, Leaf):
+            if node not in self._pieces:
+                self._pieces[node] = self._piece(node)
+            return
+        for part in node.parts:
+            self._bind(part)
+
+    def _piece(self, leaf: Leaf) -> _Piece:
+        schema = self._table.schema
+        if leaf.field not in schema:
+            known = ", ".join(sorted(schema)) or "none"
+            raise FilterError(f"unknown attribute {leaf.field!r}; this index has {known}.", self._expression, leaf.at)
+        type_ = schema[leaf.field]
+        contains = leaf.op in ("contains", "not contains")
+        if contains != type_.startswith("list"):
+            hint = f"compare it with array_contains({leaf.field}, ...)." if not contains else "array_contains needs a list."
+            raise FilterError(f"attribute {leaf.field!r} is of type {type_}: {hint}", self._expression, leaf.at)
+        inner = type_[5:-1] if contains else type_
+        for value in leaf.values:
+            kind = "bool" if isinstance(value, bool) else "string" if isinstance(value, str) else "number"
+            wanted = {"int": "number", "float": "number"}.get(inner, inner)
+            if kind != wanted:
+                raise FilterError(
+                    f"attribute {leaf.field!r} is of type {type_}, but {value!r} is a {kind}.", self._expression, leaf.value_at
+                )
+        if inner == "bool" and leaf.op not in ("==", "!=", "in", "not in"):
+            raise FilterError(f"attribute {leaf.field!r} is of type bool: only == and != compare it.", self._expression, leaf.at)
+        column = self._table.column(leaf.field)
+        if contains:
+            slices = column.slices("==", leaf.values[0])
+            found = sum(b - a for a, b in slices)
+            negated = leaf.op == "not contains"
+            assert column.present is not None, "a list column knows which rows have a list"
+            return _Piece(column, slices, int(column.present.sum()) - found if negated else found, negated)
+        if leaf.op in ("in", "not in"):
+            slices = column.slices_in(leaf.values, negated=leaf.op == "not in")
+        else:
+            slices = column.slices(leaf.op, leaf.values[0])
+        return _Piece(column, slices, sum(b - a for a, b in slices), False)
+
+    def estimate(self) -> float:
+        """Estimated share of rows selected, from exact leaf sizes and independence between them; within [0, 1]."""
+        return self._estimate(self._root)
+
+    def _estimate(self, node: Node) -> float:
+        if isinstance(node, Leaf):
+            return self._pieces[node].count / max(1, self._table.count)
+        shares = [self._estimate(part) for part in node.parts]
+        if isinstance(node, Both):
+            return float(np.prod(shares))
+        return 1.0 - float(np.prod([1.0 - s for s in shares]))
+
+    def select(self) -> Selection:
+        """Evaluate: by rows where a leaf is strict, else by masks."""
+        return self._select(self._root)
+
+    def _select(self, node: Node) -> Selection:
+        total = self._table.count
+        if isinstance(node, Leaf):
+            piece = self._pieces[node]
+            if piece.count * 8 <= total and not piece.negated_list:
+                return Selection(piece.count, total, rows=piece.rows())
+            return Selection(piece.count, total, mask=piece.mask())
+        if isinstance(node, Both):
+            first, *rest = sorted(node.parts, key=self._estimate)
+            selection = self._select(first)
+            if selection.rows is not None:
+                rows = selection.rows
+                for part in rest:
+                    rows = rows[self._test(part, rows)]
+                return Selection(len(rows), total, rows=rows)
+            mask = selection.as_mask()
+            for part in rest:
+                mask = mask & self._select(part).as_mask()
+            return Selection(int(np.count_nonzero(mask)), total, mask=mask)
+        mask = self._select(node.parts[0]).as_mask()
+        for part in node.parts[1:]:
+            mask = mask | self._select(part).as_mask()
+        return Selection(int(np.count_nonzero(mask)), total, mask=mask)
+
+    def _test(self, node: Node, rows: np.ndarray) -> np.ndarray:
+        if isinstance(node, Leaf):
+            return self._pieces[node].test(rows)
+        results = [self._test(part, rows) for part in node.parts]
+        hit: np.ndarray = np.logical_and.reduce(results) if isinstance(node, Both) else np.logical_or.reduce(results)
+        return hit

@@ -359,7 +359,12 @@ class RedisTier:
         if self._failures >= self._max_failures:
             self._failures = 0
             self._resting_until = self._clock() + self._rest_seconds
-            log.warning("redis left alone for %.0f s after %d failures in a row; last: %s", self._rest_seconds, self._max_failures, type(error).__name__)
+            log.warning(
+                "redis left alone for %.0f s after %d failures in a row; last: %s",
+                self._rest_seconds,
+                self._max_failures,
+                type(error).__name__,
+            )
 
     @staticmethod
     def _name(key: str) -> bytes:

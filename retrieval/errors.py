@@ -39,7 +39,9 @@ class EmptyQuery(InvalidRequest):
     """Neither text nor a vector came, or only white space."""
 
     def __init__(self, where: str = "query") -> None:
-        super().__init__(f"{where}: expected text with at least one visible character, but got an empty one. Send a query, or an embedding.")
+        super().__init__(
+            f"{where}: expected text with at least one visible character, but got an empty one. Send a query, or an embedding."
+        )
 
 
 class InvalidK(InvalidRequest):
@@ -57,7 +59,9 @@ class RequestTooLarge(InvalidRequest):
     """The request holds more than a limit allows."""
 
     def __init__(self, field: str, limit: int, got: int, unit: str = "") -> None:
-        super().__init__(f"{field}: expected at most {limit}{unit}, but got {got}{unit}. Split the request, or raise the limit of the server.")
+        super().__init__(
+            f"{field}: expected at most {limit}{unit}, but got {got}{unit}. Split the request, or raise the limit of the server."
+        )
 
 
 class UnknownRelease(ServingError):
@@ -122,4 +126,6 @@ class AddressInUse(ServingError):
     """Another process listens on the wanted address."""
 
     def __init__(self, address: str, flag: str = "--port") -> None:
-        super().__init__(f"cannot listen on {address}: another process already does. Stop it, or choose another with {flag} (0 picks a free one).")
+        super().__init__(
+            f"cannot listen on {address}: another process already does. Stop it, or choose another with {flag} (0 picks a free one)."
+        )

@@ -38,7 +38,15 @@ PREWARM_CHUNK = 32
 class ServingRelease:
     """One release with what is needed to answer from it: indexes, encoder, its part of the cache, live entries."""
 
-    def __init__(self, release: Release, encoding: QueryEncoding, follower: LiveFollower, cache: QueryCache, config: ServeConfig, redis: RedisTier | None) -> None:
+    def __init__(
+        self,
+        release: Release,
+        encoding: QueryEncoding,
+        follower: LiveFollower,
+        cache: QueryCache,
+        config: ServeConfig,
+        redis: RedisTier | None,
+    ) -> None:
         self.release = release
         self.release_id = release.release_id
         self.space_id = release.space_id
@@ -83,10 +91,14 @@ def prove(release: Release, encoding: QueryEncoding, min_recall: float = 0.0) ->
         ReleaseCorrupt: An index answers worse than its manifest says.
     """
     if encoding.dimension != release.dimension:
-        raise ReleaseRefused(f"{release.release_id}: the indexes hold vectors of {release.dimension} dimensions, but its query encoder makes {encoding.dimension}.")
+        raise ReleaseRefused(
+            f"{release.release_id}: the indexes hold vectors of {release.dimension} dimensions, but its query encoder makes {encoding.dimension}."
+        )
     for entity_type, result in release.replay_golden().items():
         if result.recall < min_recall:
-            raise ReleaseRefused(f"{release.release_id}/{entity_type}: expected golden recall of at least {min_recall:.3f}, but got {result.recall:.3f}.")
+            raise ReleaseRefused(
+                f"{release.release_id}/{entity_type}: expected golden recall of at least {min_recall:.3f}, but got {result.recall:.3f}."
+            )
     parity: dict[str, float] = {}
     for entity_type in release.entities:
         golden = release.golden(entity_type)
@@ -145,7 +157,7 @@ class LiveReleases:
         self._refused_at = 0.0
         metrics.add_source(self._measurements)
 
-    # --- asking ----------------------------------------------------------------------------------------------------------------------------------
+    # --- asking ---
 
     def resolve(self, release_id: str) -> ServingRelease:
         """The active release, or the loaded one that a request pinned.
@@ -164,7 +176,7 @@ class LiveReleases:
             raise ReleaseNotLoaded(release_id, self.loaded)
         return pinned
 
-    # --- changing --------------------------------------------------------------------------------------------------------------------------------
+    # --- changing ---
 
     async def start(self) -> None:
         """Load the active release if there is one, then watch for changes. Never raises for a bad release: the server stays not ready."""
@@ -211,7 +223,9 @@ class LiveReleases:
             record = self.store.current_record()
             target = next((old for old in record.history if self.store.path_of(old).is_dir()), None) if record else None
             if target is None:
-                raise NothingToRollBack("there is no earlier release to roll back to: only one was ever active, or the earlier ones were collected.")
+                raise NothingToRollBack(
+                    "there is no earlier release to roll back to: only one was ever active, or the earlier ones were collected."
+                )
             serving = self.loaded.get(target) or await self._load_or_count(target)
             try:
                 await self._in_loader(lambda: self.store.rollback(verify=False))
@@ -310,7 +324,7 @@ class LiveReleases:
         if done:
             log.info("prewarmed %d queries for space %s", done, new.space_id[:16])
 
-    # --- watching --------------------------------------------------------------------------------------------------------------------------------
+    # --- watching ---
 
     def _current_stamp(self) -> tuple[int, int, int] | None:
         try:
@@ -339,7 +353,9 @@ class LiveReleases:
             try:
                 release_id = self.store.current()
                 if release_id is None:
-                    self.reason_not_ready = "no release is active in the store. Publish one with `omni rebuild`, or `omni release activate RELEASE_ID`"
+                    self.reason_not_ready = (
+                        "no release is active in the store. Publish one with `omni rebuild`, or `omni release activate RELEASE_ID`"
+                    )
                     if self.active is None:
                         log.warning("not ready: %s", self.reason_not_ready)
                     return

@@ -38,7 +38,11 @@ CATALOGUE: dict[str, tuple[str, str, Labels]] = {
     "omni_cache_evictions": ("counter", "Entries that left the cache.", ()),
     "omni_cache_entries": ("gauge", "Entries in the cache.", ()),
     "omni_cache_bytes": ("gauge", "Estimated bytes in the cache.", ()),
-    "omni_redis": ("counter", "Redis look-ups by outcome: hit, miss, failure, refused (the value was not what its key says).", ("outcome",)),
+    "omni_redis": (
+        "counter",
+        "Redis look-ups by outcome: hit, miss, failure, refused (the value was not what its key says).",
+        ("outcome",),
+    ),
     "omni_encode_batches": ("counter", "Batches run by the query tower.", ()),
     "omni_encode_texts": ("counter", "Texts encoded.", ()),
     "omni_encode_dropped": ("counter", "Texts dropped from the queue because their caller had gone.", ()),
@@ -283,7 +287,13 @@ class Tracer:
         self._tracer = (provider or trace.get_tracer_provider()).get_tracer("omnisearchsage.retrieval")
 
     def record(
-        self, method: str, started_ns: int, ended_ns: int, stages: Mapping[str, int], attributes: Mapping[str, Any], metadata: Iterable[tuple[str, Any]]
+        self,
+        method: str,
+        started_ns: int,
+        ended_ns: int,
+        stages: Mapping[str, int],
+        attributes: Mapping[str, Any],
+        metadata: Iterable[tuple[str, Any]],
     ) -> None:
         """Write the spans of one finished call.
 

@@ -150,7 +150,9 @@ class OnnxQueryEncoding:
         self._types = {item.name: np.int32 if "int32" in item.type else np.int64 for item in self._session.get_inputs()}
         missing = {"input_ids", "attention_mask"} - set(self._types)
         if missing:
-            raise BundleError(f"{model.name}: expected inputs input_ids and attention_mask, but {sorted(missing)} is missing. Export it again.")
+            raise BundleError(
+                f"{model.name}: expected inputs input_ids and attention_mask, but {sorted(missing)} is missing. Export it again."
+            )
         self._output = self._session.get_outputs()[0].name
         self._tokenizer = QueryTokenizer(folder)
         self.form_id = form_id
@@ -294,11 +296,15 @@ def choose_form(device: str, form: str, forms_path: Path, has_gpu: bool) -> str:
     if form == "auto":
         return "onnx-int8" if (forms_path / FORM_FILES["onnx-int8"]).is_file() else "torch-fp32"
     if not (forms_path / FORM_FILES[form]).is_file():
-        raise ConfigError(f"--encoder-form {form}: the release has no forms/{FORM_FILES[form]}. Export it (omni export), or use --encoder-form auto.")
+        raise ConfigError(
+            f"--encoder-form {form}: the release has no forms/{FORM_FILES[form]}. Export it (omni export), or use --encoder-form auto."
+        )
     return form
 
 
-def open_query_encoding(query_encoder_path: Path, forms_path: Path, *, device: str = "auto", form: str = "auto", threads: int = 1) -> QueryEncoding:
+def open_query_encoding(
+    query_encoder_path: Path, forms_path: Path, *, device: str = "auto", form: str = "auto", threads: int = 1
+) -> QueryEncoding:
     """Load the query tower of a release in the fastest form available.
 
     Args:

@@ -81,11 +81,15 @@ def checked_embedding(content: bytes, space_id: str, dimension: int, served_spac
     return checked_embeddings(content, space_id, dimension, served_space, 1, field)[0]
 
 
-def checked_embeddings(content: bytes, space_id: str, dimension: int, served_space: str, max_rows: int, field: str = "embeddings") -> Float32:
+def checked_embeddings(
+    content: bytes, space_id: str, dimension: int, served_space: str, max_rows: int, field: str = "embeddings"
+) -> Float32:
     """Read ready vectors, shape (B, D) float32; raises as ``checked_embedding``, and ``RequestTooLarge`` above ``max_rows``."""
     row_bytes = 4 * dimension
     if len(content) % row_bytes or not content:
-        raise InvalidEmbedding(f"{field}: expected little-endian float32 of {dimension} dimensions, {row_bytes} bytes a vector, but got {len(content)} bytes.")
+        raise InvalidEmbedding(
+            f"{field}: expected little-endian float32 of {dimension} dimensions, {row_bytes} bytes a vector, but got {len(content)} bytes."
+        )
     rows = len(content) // row_bytes
     if rows > max_rows:
         if max_rows == 1:
@@ -101,7 +105,9 @@ def checked_embeddings(content: bytes, space_id: str, dimension: int, served_spa
         if not math.isfinite(norm):
             raise InvalidEmbedding(f"{field}: vector {row} holds NaN or infinity.")
         if abs(norm - 1.0) > NORM_TOLERANCE:
-            raise InvalidEmbedding(f"{field}: expected vectors of length 1 (within {NORM_TOLERANCE:g}), but vector {row} has length {norm:.6g}. Divide it by its length.")
+            raise InvalidEmbedding(
+                f"{field}: expected vectors of length 1 (within {NORM_TOLERANCE:g}), but vector {row} has length {norm:.6g}. Divide it by its length."
+            )
     return vectors.astype(np.float32, copy=False)
 
 

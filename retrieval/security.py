@@ -89,7 +89,9 @@ class Tokens:
             types = entry.get("entity_types")
             by_digest[digest] = Caller(name, None if types is None else frozenset(types), bool(entry.get("admin", False)))
         if not by_digest:
-            raise ConfigError(f"tokens: {path.name} holds no [[token]]; with an empty file nobody could call. Add one, or leave --tokens out.")
+            raise ConfigError(
+                f"tokens: {path.name} holds no [[token]]; with an empty file nobody could call. Add one, or leave --tokens out."
+            )
         return cls(by_digest)
 
     def caller(self, metadata: Sequence[tuple[str, str | bytes]] | None) -> Caller:

@@ -129,7 +129,14 @@ class ServeConfig:
         check(self.device in ("auto", "cuda", "cpu"), "device", "auto, cuda or cpu")
         check(self.encoder_form in ("auto", "onnx-int8", "onnx-fp32", "torch"), "encoder_form", "auto, onnx-int8, onnx-fp32 or torch")
         check(self.keep_releases >= 1, "keep_releases", "at least 1")
-        for name in ("encoder_threads", "batch_tokens", "max_in_flight", "max_encode_queue", "search_threads", "max_streams_per_connection"):
+        for name in (
+            "encoder_threads",
+            "batch_tokens",
+            "max_in_flight",
+            "max_encode_queue",
+            "search_threads",
+            "max_streams_per_connection",
+        ):
             check(getattr(self, name) >= 1, name, "at least 1")
         for name in ("batch_delay_ms", "cache_bytes", "prewarm_queries", "inline_search_us", "grace_seconds"):
             check(getattr(self, name) >= 0, name, "0 or more")

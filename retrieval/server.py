@@ -210,13 +210,17 @@ async def create_server(
 
 def _routes(service: RetrievalService, metrics: Metrics, snapshots: SharedSnapshots | None) -> dict[str, Handler]:
     async def scrape(request: Request) -> Response:
-        return Response(exposition(snapshots.merged() if snapshots is not None else metrics.snapshot()), "text/plain; version=0.0.4; charset=utf-8")
+        return Response(
+            exposition(snapshots.merged() if snapshots is not None else metrics.snapshot()), "text/plain; version=0.0.4; charset=utf-8"
+        )
 
     async def healthz(request: Request) -> Response:
         active = service.releases.active
         if active is None or service.admission.draining:
             return Response.of_json({"ready": False, "reason": service.releases.reason_not_ready}, 503)
-        return Response.of_json({"ready": True, "release_id": active.release_id, "space_id": active.space_id, "entity_types": sorted(active.entities)})
+        return Response.of_json(
+            {"ready": True, "release_id": active.release_id, "space_id": active.space_id, "entity_types": sorted(active.entities)}
+        )
 
     routes: dict[str, Handler] = {"/metrics": scrape, "/healthz": healthz}
     try:

@@ -110,7 +110,7 @@ class RetrievalService:
         if self.impressions is not None:
             self.impressions.close()
 
-    # --- the door --------------------------------------------------------------------------------------------------------------------------------
+    # --- the door ---
 
     def generic_handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
         """Handlers to add to a ``grpc.aio`` server. Messages are parsed and serialised here, so that malformed bytes get a typed error."""
@@ -130,7 +130,9 @@ class RetrievalService:
         }
 
         def grpc_handlers(service: str, calls: dict[str, Any]) -> grpc.GenericRpcHandler:
-            return grpc.method_handlers_generic_handler(service, {name: grpc.unary_unary_rpc_method_handler(call) for name, call in calls.items()})
+            return grpc.method_handlers_generic_handler(
+                service, {name: grpc.unary_unary_rpc_method_handler(call) for name, call in calls.items()}
+            )
 
         return grpc_handlers(RETRIEVAL, retrieval), grpc_handlers(ADMIN, admin)
 
@@ -187,7 +189,7 @@ class RetrievalService:
 
         return handle
 
-    # --- questions -------------------------------------------------------------------------------------------------------------------------------
+    # --- questions ---
 
     async def retrieve(self, request: pb.RetrieveRequest, context: Context, caller: Caller, started: int) -> pb.RetrieveResponse:
         """One query, one entity type."""
@@ -230,7 +232,9 @@ class RetrievalService:
         finally:
             serving.in_flight -= 1
 
-    async def retrieve_multi(self, request: pb.RetrieveMultiRequest, context: Context, caller: Caller, started: int) -> pb.RetrieveMultiResponse:
+    async def retrieve_multi(
+        self, request: pb.RetrieveMultiRequest, context: Context, caller: Caller, started: int
+    ) -> pb.RetrieveMultiResponse:
         """One query, several searches, one release."""
         serving = self.releases.resolve(request.release_id)
         serving.in_flight += 1
@@ -251,13 +255,17 @@ class RetrievalService:
                 response.timings.rerank_ns += found.rerank_ns
                 self._after_search(serving, index, target, query, found, request)
                 if self.impressions is not None:
-                    response.request_id = self._log_impression(serving, request, target.entity_type, query.text, found.ids, response.request_id)
+                    response.request_id = self._log_impression(
+                        serving, request, target.entity_type, query.text, found.ids, response.request_id
+                    )
             self._finish(response.timings, query.queue_ns, query.encode_ns, started)
             return response
         finally:
             serving.in_flight -= 1
 
-    async def retrieve_batch(self, request: pb.RetrieveBatchRequest, context: Context, caller: Caller, started: int) -> pb.RetrieveBatchResponse:
+    async def retrieve_batch(
+        self, request: pb.RetrieveBatchRequest, context: Context, caller: Caller, started: int
+    ) -> pb.RetrieveBatchResponse:
         """Many queries, the same search for each, one release."""
         serving = self.releases.resolve(request.release_id)
         serving.in_flight += 1
@@ -269,7 +277,9 @@ class RetrievalService:
                 raise InvalidRequest("queries: expected either texts or embeddings, but got both.")
             queue_ns = encode_ns = 0
             if request.embeddings:
-                vectors = checked_embeddings(request.embeddings, request.space_id, serving.dimension, serving.space_id, self.limits.max_batch)
+                vectors = checked_embeddings(
+                    request.embeddings, request.space_id, serving.dimension, serving.space_id, self.limits.max_batch
+                )
                 cached, texts = [False] * len(vectors), [""] * len(vectors)
             else:
                 vectors, cached, queue_ns, encode_ns, texts = await self._query_many(serving, request.queries, context)
@@ -283,7 +293,9 @@ class RetrievalService:
                 if self.shadow.wants() and item.plain:
                     self._shadow(index, vectors[row], target, item, languages)
                 if self.impressions is not None:
-                    response.request_id = self._log_impression(serving, request, target.entity_type, texts[row], item.ids, response.request_id)
+                    response.request_id = self._log_impression(
+                        serving, request, target.entity_type, texts[row], item.ids, response.request_id
+                    )
             if found:
                 self.metrics.count("omni_searches", (target.entity_type, found[0].result.plan), len(found))
             self._finish(response.timings, queue_ns, encode_ns, started)
@@ -344,7 +356,7 @@ class RetrievalService:
         serving = self.releases.resolve(request.release_id)
         return describe(serving, self.releases.loaded, self.limits)
 
-    # --- changes ---------------------------------------------------------------------------------------------------------------------------------
+    # --- changes ---
 
     async def activate(self, request: pb.ActivateRequest, context: Context, caller: Caller, started: int) -> pb.ActivateResponse:
         """Serve another release."""
@@ -378,10 +390,14 @@ class RetrievalService:
             raise SpaceMismatch(serving.space_id, request.space_id, "space_id")
         entries = []
         for row, entity in enumerate(request.entities):
-            vector = checked_embedding(entity.embedding, request.space_id, serving.dimension, serving.space_id, f"entities[{row}].embedding")
+            vector = checked_embedding(
+                entity.embedding, request.space_id, serving.dimension, serving.space_id, f"entities[{row}].embedding"
+            )
             attributes = {name: from_value(value) for name, value in entity.attributes.items()}
             entries.append(
-                LiveEntry(id=checked_id(entity.id, f"entities[{row}].id"), vector=vector.copy(), space_id=request.space_id, attributes=attributes)
+                LiveEntry(
+                    id=checked_id(entity.id, f"entities[{row}].id"), vector=vector.copy(), space_id=request.space_id, attributes=attributes
+                )
             )
         return await self._write(serving, request.entity_type, entries)
 
@@ -404,7 +420,7 @@ class RetrievalService:
         write = asyncio.ensure_future(asyncio.to_thread(self.writes.write, entity_type, serving.dimension, entries))
         return pb.WriteResponse(sequence=await asyncio.shield(write), applied=len(entries))
 
-    # --- shared parts ----------------------------------------------------------------------------------------------------------------------------
+    # --- shared parts ---
 
     def _index(self, serving: ServingRelease, entity_type: str, caller: Caller) -> EntityIndex:
         index = serving.entities.get(entity_type)
@@ -427,7 +443,9 @@ class RetrievalService:
         looked = await serving.encoder.load(text)
         return Query(looked.vector, looked.cached, looked.queue_ns, looked.encode_ns, text)
 
-    async def _query_many(self, serving: ServingRelease, queries: Sequence[str], context: Context) -> tuple[Float32, list[bool], int, int, list[str]]:
+    async def _query_many(
+        self, serving: ServingRelease, queries: Sequence[str], context: Context
+    ) -> tuple[Float32, list[bool], int, int, list[str]]:
         if not queries:
             raise EmptyQuery("queries")
         require_count("queries", len(queries), self.limits.max_batch)
@@ -489,10 +507,14 @@ class RetrievalService:
         min_score = target.min_score if target.HasField("min_score") else None
         selectivity = found.result.selectivity
         self.shadow.offer(
-            Sample(index, vector, target.k, target.filter, tuple(target.exclude_ids), min_score, found.ids, found.scores, selectivity, language)
+            Sample(
+                index, vector, target.k, target.filter, tuple(target.exclude_ids), min_score, found.ids, found.scores, selectivity, language
+            )
         )
 
-    def _log_impression(self, serving: ServingRelease, request: Any, entity_type: str, text: str, ids: Sequence[str], request_id: str = "") -> str:
+    def _log_impression(
+        self, serving: ServingRelease, request: Any, entity_type: str, text: str, ids: Sequence[str], request_id: str = ""
+    ) -> str:
         assert self.impressions is not None
         request_id = request_id or request.request_id or uuid.uuid4().hex
         shown = text if self.config.log_query_text else ""

@@ -167,7 +167,12 @@ class ShadowRecall:
 
     def replay(self, sample: Sample) -> float:
         """Answer one sample exactly and record its recall."""
-        options: dict[str, Any] = {"exact": True, "exclude_ids": sample.exclude_ids, "min_score": sample.min_score, "filter": sample.filter or None}
+        options: dict[str, Any] = {
+            "exact": True,
+            "exclude_ids": sample.exclude_ids,
+            "min_score": sample.min_score,
+            "filter": sample.filter or None,
+        }
         exact = sample.index.search(sample.vector, sample.k, **options)
         recall = recall_of_answer(sample.ids, sample.scores, exact.ids, exact.scores)
         labels = (sample.index.entity_type, selectivity_bucket(sample.selectivity), self._language(sample.language))

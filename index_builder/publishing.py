@@ -102,7 +102,8 @@ class ReleaseStore:
     """The folder ``root`` with ``releases/`` and ``live/`` inside. Any number of processes may use one store at the same time."""
 
     def __init__(self, root: Path | str) -> None:
-        self.root = Path(root)
+        root = Path(root)
+        self.root = root.parent if root.name == "releases" else root  # naming the inner folder means the same store
         self.releases = self.root / "releases"
         self.live_root = self.root / "live"
         self._locks = self.releases / ".locks"

@@ -1,0 +1,259 @@
+"""``omni release``: list, show, verify, diff, activate, roll back and collect releases."""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from encoders.console import handle_errors, json_option, print_json, print_table, say
+from index_builder.errors import LiveLogError, ReleaseError, ReleaseNotFound
+from index_builder.live_log import LiveLogReader, log_files
+from index_builder.publishing import ReleaseStore
+from index_builder.store_option import open_store, store_option
+
+
+def _named_or_current(store: ReleaseStore, release_id: str | None) -> str:
+    found = release_id or store.current()
+    if found is None:
+        raise ReleaseNotFound(f"no release is active in {store.root}; name one (omni release list) or publish one (omni rebuild)")
+    return found
+
+
+@click.group()
+def group() -> None:
+    """List, show, verify, diff, activate, roll back and collect releases.
+
+    Example: omni release list --store store
+    """
+
+
+@group.command("list")
+@store_option
+@json_option
+@handle_errors
+def list_command(store_path: Path, as_json: bool) -> None:
+    """List the releases of a store, oldest first; the active one is marked.
+
+    Example: omni release list --store store
+    """
+    summaries = open_store(store_path).list()
+    if as_json:
+        print_json([asdict(summary) for summary in summaries])
+        return
+    rows = [
+        (
+            "*" if s.active else "",
+            s.release_id,
+            ", ".join(f"{name} {count:,}" for name, count in s.entities.items()) or s.error,
+            s.space_id[:12],
+            round(s.size_bytes / 2**20, 1),
+            s.created,
+            s.parent or "",
+        )
+        for s in summaries
+    ]
+    print_table(f"releases in {store_path}", ("", "release", "entities", "space", "MiB", "created", "parent"), rows)
+
+
+@group.command("show")
+@click.argument("release_id", required=False)
+@store_option
+@json_option
+@handle_errors
+def show_command(release_id: str | None, store_path: Path, as_json: bool) -> None:
+    """Show one release (default: the active one): disk and memory per entity type, graph degrees, norms, measured recall.
+
+    Example: omni release show --store store
+    """
+    from index_builder.release_diff import describe_release
+
+    store = open_store(store_path)
+    described = describe_release(store, _named_or_current(store, release_id))
+    if as_json:
+        print_json(described)
+        return
+    say(
+        f"{described['release_id']}{' (active)' if described['active'] else ''}: space {described['space_id'][:16]}, {described['dimension']} dimensions, "
+        f"{described['disk_bytes'] / 2**20:,.1f} MiB on disk, {described['loaded_private_mib']:,.0f} MiB private once loaded, parent {described['parent'] or 'none'}"
+    )
+    rows = []
+    for name, e in described["entities"].items():
+        degrees = e["degrees"]
+        rows.append(
+            (
+                name,
+                e["count"],
+                e["index"].get("kind"),
+                round(e["disk_bytes"] / 2**20, 1),
+                e["build_peak_private_mib"],
+                e["golden"].get("recall"),
+                str(e["settings"] or "exact"),
+                f"mean {degrees['mean']}, max {degrees['max']}" if degrees else "-",
+                f"{e['norms']['min']:.4f}-{e['norms']['max']:.4f}",
+                e["watermark"],
+            )
+        )
+    print_table(
+        "entities",
+        ("type", "count", "index", "disk MiB", "build peak MiB", "golden recall@10", "ef for recall", "degrees", "norms", "watermark"),
+        rows,
+    )
+    if described["forms"]:
+        rows = [(form, r.get("texts"), r.get("cosine_min"), r.get("overlap_at_10"), r.get("passed")) for form, r in described["forms"].items()]
+        print_table("export forms against the trained tower", ("form", "texts", "smallest cosine", "overlap@10", "passed"), rows)
+
+
+@group.command("verify")
+@click.argument("release_id", required=False)
+@store_option
+@click.option("--all", "verify_all", is_flag=True, help="Every release of the store.")
+@click.option("--live", is_flag=True, help="Also read the whole live log and check every record.")
+@json_option
+@handle_errors
+def verify_command(release_id: str | None, store_path: Path, verify_all: bool, live: bool, as_json: bool) -> None:
+    """Check every byte of a release (default: the active one) against its manifest. Exits 1 when anything differs.
+
+    Example: omni release verify --all --live --store store
+    """
+    store = open_store(store_path)
+    ids = store.ids() if verify_all else [_named_or_current(store, release_id)]
+    results: list[dict[str, Any]] = []
+    for name in ids:
+        start = time.perf_counter()
+        try:
+            manifest = store.verify(name)
+            entry = {"what": name, "ok": True, "files": len(manifest.files), "bytes": manifest.total_bytes(), "error": None}
+        except ReleaseError as error:
+            entry = {"what": name, "ok": False, "files": None, "bytes": None, "error": str(error)}
+        results.append({**entry, "seconds": round(time.perf_counter() - start, 3)})
+    if live:
+        results += [_verify_log(store, folder) for folder in sorted(store.live_root.iterdir() if store.live_root.is_dir() else []) if folder.is_dir()]
+    if as_json:
+        print_json(results)
+    else:
+        rows = [(r["what"], "ok" if r["ok"] else "DAMAGED", r["files"], r["bytes"], r["seconds"], r["error"] or "") for r in results]
+        print_table("verified", ("what", "result", "files", "bytes", "seconds", "error"), rows)
+    if not all(r["ok"] for r in results):
+        sys.exit(1)
+
+
+def _verify_log(store: ReleaseStore, folder: Path) -> dict[str, Any]:
+    start = time.perf_counter()
+    files = log_files(folder)
+    count, message = 0, None
+    try:
+        reader = LiveLogReader(store.live_root, folder.name, after=files[0][0] - 1 if files else 0)
+        while batch := reader.poll(20_000):
+            count += len(batch)
+    except LiveLogError as error:
+        message = str(error)
+    size = sum(path.stat().st_size for _, path in files)
+    return {
+        "what": f"live/{folder.name} ({count:,} entries)",
+        "ok": message is None,
+        "files": len(files),
+        "bytes": size,
+        "error": message,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+
+
+@group.command("diff")
+@click.argument("before", required=False)
+@click.argument("after", required=False)
+@store_option
+@json_option
+@handle_errors
+def diff_command(before: str | None, after: str | None, store_path: Path, as_json: bool) -> None:
+    """Compare release BEFORE (default: the active one) with AFTER (default: the newest): overlap@10, drift of scores and norms, entities added and removed.
+
+    Example: omni release diff --store store
+    """
+    from index_builder.release_diff import diff_releases
+
+    store = open_store(store_path)
+    first = _named_or_current(store, before)
+    second = after or store.ids()[-1]
+    result = diff_releases(store, first, second)
+    if as_json:
+        print_json(result)
+        return
+    rows = []
+    for name, e in result["entities"].items():
+        if "only_in" in e:
+            rows.append((name, e["count"], None, None, None, None, None, f"only {e['only_in']}"))
+            continue
+        golden = e["golden"]
+        rows.append(
+            (
+                name,
+                e["count"]["after"],
+                e["added"]["count"],
+                e["removed"]["count"],
+                e.get("moved", {}).get("changed"),
+                golden["overlap_at_10"],
+                golden.get("score_drift_mean"),
+                f"{e['kind']['before']} -> {e['kind']['after']}",
+            )
+        )
+    say(f"{first} -> {second}: {'same space' if result['same_space'] else 'DIFFERENT SPACE: every vector and cached query is new'}")
+    print_table("differences", ("type", "count", "added", "removed", "moved (of 2,000)", "overlap@10", "score drift", "index"), rows)
+
+
+@group.command("activate")
+@click.argument("release_id")
+@store_option
+@json_option
+@handle_errors
+def activate_command(release_id: str, store_path: Path, as_json: bool) -> None:
+    """Make a release the active one, after checking every byte. Running servers switch to it without a failed call.
+
+    Example: omni release activate 2026-01-14T09-30-12Z-ab12cd34ef56 --store store
+    """
+    before = open_store(store_path).activate(release_id)
+    _say_active(release_id, before, as_json)
+
+
+@group.command("rollback")
+@store_option
+@json_option
+@handle_errors
+def rollback_command(store_path: Path, as_json: bool) -> None:
+    """Go back to the release that was active before; later live writes are replayed over it.
+
+    Example: omni release rollback --store store
+    """
+    store = open_store(store_path)
+    before = store.current()
+    _say_active(store.rollback(), before, as_json)
+
+
+def _say_active(release_id: str, before: str | None, as_json: bool) -> None:
+    if as_json:
+        print_json({"active": release_id, "before": before})
+    else:
+        click.echo(f"active: {release_id} (before: {before or 'none'})")
+
+
+@group.command("gc")
+@store_option
+@click.option("--keep", type=int, default=3, show_default=True, help="Newest releases that stay, besides the active one, its predecessor and open ones.")
+@click.option("--drop-folded-log", is_flag=True, help="Also remove live-log files that every kept release contains. Only when rebuilds use --from-active.")
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@json_option
+@handle_errors
+def gc_command(store_path: Path, keep: int, drop_folded_log: bool, dry_run: bool, as_json: bool) -> None:
+    """Remove old releases and what interrupted builds left. Releases that any process has open stay.
+
+    Example: omni release gc --keep 3 --store store
+    """
+    removed = open_store(store_path).gc(keep, dry_run=dry_run, drop_folded_log=drop_folded_log)
+    if as_json:
+        print_json({"removed": removed, "dry_run": dry_run})
+    else:
+        click.echo(f"{'would remove' if dry_run else 'removed'} {len(removed)} releases{': ' + ', '.join(removed) if removed else ''}")

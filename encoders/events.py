@@ -139,14 +139,18 @@ def log_rows(path: Path | str) -> int:
 
 
 def _raw_batches(file: Path, encoding: str, batch_rows: int) -> Iterator[pl.DataFrame]:
+    rows = log_rows(file) if file.suffix == ".parquet" else batch_rows
+    for start in range(0, max(rows, 1), batch_rows):
+        yield raw_batch(file, encoding, start, batch_rows)
+
+
+def raw_batch(file: Path, encoding: str, start: int, rows: int) -> pl.DataFrame:
+    """Rows ``start`` to ``start + rows`` of a Parquet log without its impressions, or a whole file of another format, with ``__row``."""
     if file.suffix != ".parquet":
-        yield read_raw(file, encoding).with_row_index("__row", offset=1)
-        return
-    total = log_rows(file)
-    for start in range(0, max(total, 1), batch_rows):
-        part = pl.scan_parquet(file).slice(start, batch_rows).with_row_index("__row", offset=start + 1)
-        names = part.collect_schema().names()
-        if "action" in names:
-            part = part.filter((pl.col("action").cast(pl.String) != "impression").fill_null(True))
-        wanted = [n for n in ("__row", *(c.name for c in LOG.columns if c.name != "position")) if n in names]
-        yield part.select(wanted).collect()
+        return read_raw(file, encoding).with_row_index("__row", offset=1)
+    part = pl.scan_parquet(file).slice(start, rows).with_row_index("__row", offset=start + 1)
+    names = part.collect_schema().names()
+    if "action" in names:
+        part = part.filter((pl.col("action").cast(pl.String) != "impression").fill_null(True))
+    wanted = [n for n in ("__row", *(c.name for c in LOG.columns if c.name != "position")) if n in names]
+    return part.select(wanted).collect()

@@ -95,7 +95,14 @@ class Pairs(NamedTuple):
     """Events and pairs by what happened to them; counters of disjoint sets of entities add up."""
 
 
-def build_pairs(events: pl.DataFrame, config: PairsConfig, split: TimeSplit, known: pl.DataFrame | None = None) -> Pairs:
+def build_pairs(
+    events: pl.DataFrame,
+    config: PairsConfig,
+    split: TimeSplit,
+    *,
+    known: pl.DataFrame | None = None,
+    features: pl.DataFrame | None = None,
+) -> Pairs:
     """Turn engaged events into pairs with counts.
 
     Every step works within one entity, so calls on disjoint sets of entities give, together, what one call on all of them gives.
@@ -105,6 +112,8 @@ def build_pairs(events: pl.DataFrame, config: PairsConfig, split: TimeSplit, kno
         config: Actions, caps, seed.
         split: The time windows (see ``PairsConfig.split_at``).
         known: ``entity_type`` and ``entity_id`` of the catalogue; events of other entities are left out and counted. None: all are known.
+        features: Engaged-query features (``entity_type, entity_id, query``) that training will see; held-out pairs among them are dropped
+            and counted. None: none are dropped for this reason.
 
     Returns:
         One row per query, language, country, entity and action within a split: ``count`` events, the last at ``timestamp``.
@@ -135,6 +144,8 @@ def build_pairs(events: pl.DataFrame, config: PairsConfig, split: TimeSplit, kno
     pairs = events.group_by([*PAIR_KEY, "split"]).agg(pl.len().cast(pl.Int64).alias("count"), pl.col("timestamp").max())
     if not config.keep_seen:
         pairs = _drop_seen(pairs, counts)
+    if features is not None:
+        pairs = drop_visible(pairs, features, counts)
     pairs = _cap(pairs, config, counts)
     counts["pairs"] = pairs.height
     return Pairs(pairs.select(PAIR_COLUMNS).sort([*PAIR_KEY[3:], *PAIR_KEY[:3], "split"]), counts)
@@ -165,6 +176,13 @@ def _drop_seen(pairs: pl.DataFrame, counts: Counter[str]) -> pl.DataFrame:
     unseen = heldout.with_columns(folded).join(train, on=["folded", "entity_type", "entity_id"], how="anti").drop("folded")
     counts["dropped: heldout pairs seen in training"] = heldout.height - unseen.height
     return pl.concat([pairs.filter(pl.col("split") == "train"), unseen])
+
+
+def drop_visible(pairs: pl.DataFrame, features: pl.DataFrame, counts: Counter[str]) -> pl.DataFrame:
+    """Drop the held-out pairs whose query is an engaged-query feature of the entity, and count them."""
+    leaking = find_leaks(pairs, features).through_features.select([*PAIR_KEY, "split"])
+    counts["dropped: heldout pairs visible in an engaged-query feature"] = leaking.height
+    return pairs.join(leaking, on=[*PAIR_KEY, "split"], how="anti", nulls_equal=True)
 
 
 def _cap(pairs: pl.DataFrame, config: PairsConfig, counts: Counter[str]) -> pl.DataFrame:

@@ -61,6 +61,8 @@ class EvaluationTask:
     in_corpus: np.ndarray
     """bool ``(N,)``: which candidates every pair is ranked against."""
     corpus_description: str
+    own_row: np.ndarray | None = None
+    """Int64 ``(Q,)``, for related queries: the candidate that is the query itself (-1: none); it is never an answer."""
 
 
 def build_task(
@@ -102,7 +104,7 @@ def build_task(
         distinct = rows["query"].unique(maintain_order=True)
         if max_queries < len(distinct):
             rows = rows.filter(pl.col("query").is_in(distinct.gather(np.sort(rng.permutation(len(distinct))[:max_queries])).implode()))
-    catalogue = query_entities(dataset.pairs, "train") if entity_type == "query" else dataset.of_type(entity_type)
+    catalogue = _query_candidates(dataset.pairs, rows) if entity_type == "query" else dataset.of_type(entity_type)
     group_of = [dataset.groups.get(id, id) for id in catalogue["id"].to_list()]
     catalogue = catalogue.with_columns(pl.Series("__group", group_of, dtype=pl.String))
     unknown = set(rows["entity_id"].to_list()).difference(catalogue["id"].to_list())
@@ -112,6 +114,13 @@ def build_task(
             "Evaluate with the catalogue that the pairs were made from."
         )
     return _assemble(entity_type, catalogue, rows, corpus_size, rng)
+
+
+def _query_candidates(pairs: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
+    """Train-split query strings as candidates, and the answers that are not among them."""
+    known = query_entities(pairs, "train")
+    more = rows.select(pl.col("entity_id").unique(maintain_order=True).alias("id")).filter(~pl.col("id").is_in(known["id"].implode()))
+    return pl.concat([known, more.with_columns(entity_type=pl.lit("query"), title=pl.col("id"))], how="diagonal")
 
 
 def _assemble(
@@ -135,6 +144,10 @@ def _assemble(
     candidates, in_corpus = catalogue.filter(pl.Series(scored)), in_corpus[scored]
     numbered = candidates.select(pl.col("__group").alias("group")).with_row_index("row").with_columns(pl.col("row").cast(pl.Int64))
     members = targets.select("target", "group").join(numbered, on="group").sort("target", "row")
+    own = None
+    if entity_type == "query":
+        row_of = {id: row for row, id in enumerate(candidates["id"].to_list())}
+        own = np.array([row_of.get(query, -1) for query in queries.to_list()], dtype=np.int64)
     return EvaluationTask(
         entity_type=entity_type,
         candidates=candidates.drop("__group"),
@@ -144,6 +157,7 @@ def _assemble(
         members=(members["target"].to_numpy(), members["row"].to_numpy()),
         in_corpus=in_corpus,
         corpus_description=f"all {size:,}" if wanted == size else f"{wanted:,} random of {size:,}",
+        own_row=own,
     )
 
 
@@ -207,6 +221,10 @@ def rank_task(task: EvaluationTask, score: ScoreRows, system: str, *, run_depth:
     first_member = np.searchsorted(member_target, np.arange(len(owner)))
     for start in range(0, count, chunk):
         scores = score(start, min(start + chunk, count))
+        if task.own_row is not None:
+            selves = torch.from_numpy(task.own_row[start : start + chunk])
+            found = torch.nonzero(selves >= 0).flatten()
+            scores[found.to(scores.device), selves[found].to(scores.device)] = -torch.inf
         mine = order[np.searchsorted(owner[order], start) : np.searchsorted(owner[order], start + chunk)]
         picked = np.concatenate([np.arange(first, last) for first, last in _spans(first_member, len(member_target), mine)])
         local = owner[member_target[picked]] - start

@@ -19,6 +19,7 @@ from scipy.sparse import csr_matrix
 
 from encoders.count_min_sketch import hash_texts, mix64
 from encoders.errors import ConfigError, SchemaError
+from encoders.tables import read_table
 
 DEFAULT_ENGAGED_QUERIES = 20
 """Engaged queries kept per entity (paper: top ones by weighted engagement; the number is ours)."""
@@ -28,6 +29,8 @@ TEXT_COLUMNS = ("title", "description", "caption", "board_titles", "engaged_quer
 
 RELATED_BLOCK = 4096
 """Queries whose partners are found at once; bounds the memory of the product."""
+
+ANNOTATIONS = "real: human annotations and translations standing in for engagement, not clicks"
 
 LARGE_FILES = ("entities.jsonl.gz", "pairs_train.jsonl.gz", "pairs_dev.jsonl.gz")
 
@@ -45,6 +48,8 @@ class Dataset:
     groups: dict[str, str] = field(default_factory=dict)
     """Entity id -> name of its set of near-duplicates; any member counts as a correct answer. An id without a line stands alone."""
     name: str = "sample"
+    label: str = ""
+    """What the pairs are, for every table that shows them."""
 
     def of_type(self, entity_type: str) -> pl.DataFrame:
         """The catalogue rows of one entity type, in order."""
@@ -117,10 +122,38 @@ def load_large(folder: Path, *, engaged_queries: int = DEFAULT_ENGAGED_QUERIES, 
     return _assemble("large", entities, pairs, {}, groups, engaged_queries)
 
 
+def load_tables(folder: Path, *, engaged_queries: int = DEFAULT_ENGAGED_QUERIES) -> Dataset:
+    """Your own data: the tables ``catalogue`` and ``pairs`` of a folder, each a file or a folder of part files in any format we read.
+
+    A catalogue without ``engaged_queries`` gets them from the train-split pairs.
+
+    Raises:
+        ConfigError: A table is missing.
+        SchemaError: A column is missing or of the wrong type.
+        RowError: A row breaks a rule of its table.
+    """
+    tables = {}
+    for table in ("catalogue", "pairs"):
+        found = sorted(path for path in folder.glob(f"{table}*") if path.is_dir() or path.name.split(".")[0] == table)
+        if not found:
+            raise ConfigError(
+                f"expected a table {table!r} in {folder} (e.g. {table}.parquet), but found none. `omni data import` makes it."
+            )
+        tables[table] = read_table(found[0], table)
+    catalogue, pairs = tables["catalogue"], tables["pairs"]
+    pairs = pairs.with_columns(kind=pl.col("action")) if "kind" not in pairs.columns else pairs
+    if "engaged_queries" not in catalogue.columns:
+        catalogue = with_engaged_queries(catalogue, pairs, engaged_queries)
+    return Dataset(catalogue, pairs, name=folder.name, label="your data")
+
+
 def load_dataset(data_dir: Path | None, *, engaged_queries: int = DEFAULT_ENGAGED_QUERIES) -> Dataset:
-    """The larger data set when ``data_dir`` is given, else the sample in the package."""
+    """The sample in the package when ``data_dir`` is None; else the larger data set or your own tables, whichever the folder holds."""
     if data_dir is None:
         return load_sample(engaged_queries=engaged_queries, pictures=False)
+    large = data_dir / "large" if (data_dir / "large").is_dir() else data_dir
+    if not (large / LARGE_FILES[0]).is_file() and any(data_dir.glob("catalogue*")):
+        return load_tables(data_dir, engaged_queries=engaged_queries)
     return load_large(data_dir, engaged_queries=engaged_queries)
 
 
@@ -143,7 +176,7 @@ def _assemble(
         pl.lit(None, dtype=pl.Datetime("us", "UTC")).alias("timestamp"),
         "split",
     )
-    return Dataset(with_engaged_queries(entities, pairs, cap), pairs, pictures, groups, name)
+    return Dataset(with_engaged_queries(entities, pairs, cap), pairs, pictures, groups, name, ANNOTATIONS)
 
 
 def with_engaged_queries(catalogue: pl.DataFrame, pairs: pl.DataFrame, cap: int = DEFAULT_ENGAGED_QUERIES) -> pl.DataFrame:

@@ -1,0 +1,318 @@
+"""Evaluate several systems on the same tasks and write what came out: tables, JSON, a plot, and files for other evaluation tools."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import polars as pl
+
+from encoders.baselines import Baseline
+from encoders.console import print_table, say
+from encoders.errors import ConfigError
+from encoders.evaluation import (
+    EvaluationTask,
+    Ranking,
+    ScoreRows,
+    SliceMetrics,
+    build_task,
+    compare,
+    metrics_by_slice,
+    pair_slices,
+    rank_task,
+    slice_metrics,
+    vector_scores,
+)
+from encoders.metrics import PairedDifference
+from encoders.sample import Dataset, related_query_pairs
+
+RUN_DEPTH = 100
+SHOWN_LABELS = 20
+"""Labels of a slice that a table shows (most pairs first); JSON holds all."""
+
+
+class Embeds(Protocol):
+    """The part of a model bundle that evaluation needs."""
+
+    def embed_queries(self, texts: Sequence[str]) -> np.ndarray:
+        """Float32 ``(B, D)``, unit rows."""
+        ...
+
+    def embed_entities(self, catalogue: pl.DataFrame) -> np.ndarray:
+        """Float32 ``(N, D)``, unit rows."""
+        ...
+
+
+def bundle_system(bundle: Embeds, device: str = "cpu") -> Baseline:
+    """A trained bundle as a system to evaluate: inner products of its query and entity vectors, exact, in float32 on ``device``."""
+
+    def score(task: EvaluationTask, dataset: Dataset) -> ScoreRows:
+        return vector_scores(bundle.embed_queries(task.queries), bundle.embed_entities(task.candidates), device)
+
+    return score
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """One entity type: every system's ranking and figures."""
+
+    task: EvaluationTask
+    rankings: dict[str, Ranking]
+    overall: dict[str, SliceMetrics]
+    slices: dict[str, dict[str, dict[str, SliceMetrics]]]
+    """System -> slice -> label -> figures."""
+    labels: dict[str, pl.Series]
+    """Slice -> label of each pair."""
+
+    def compare(self, first: str, second: str, keep: np.ndarray | None = None) -> PairedDifference:
+        """Labelled Recall@10 of one system minus another's, paired."""
+        return compare(self.rankings[first], self.rankings[second], keep)
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """All tasks of one evaluation."""
+
+    dataset: str
+    label: str
+    split: str
+    tasks: dict[str, TaskReport]
+
+    def as_dict(self, pairs_of_systems: Iterable[tuple[str, str]] = ()) -> dict[str, Any]:
+        """Plain values for JSON; ``pairs_of_systems``: comparisons to include."""
+        wanted = list(pairs_of_systems)
+        tasks = {}
+        for name, report in self.tasks.items():
+            tasks[name] = {
+                "corpus": report.task.corpus_description,
+                "candidates": report.task.candidates.height,
+                "systems": {
+                    system: {
+                        "all": metrics.as_dict(),
+                        "slices": {s: {label: m.as_dict() for label, m in labels.items()} for s, labels in report.slices[system].items()},
+                    }
+                    for system, metrics in report.overall.items()
+                },
+                "comparisons": {f"{a} - {b}": comparison_dict(report.compare(a, b)) for a, b in wanted},
+            }
+        result: dict[str, Any] = _finite(
+            {"dataset": self.dataset, "label": self.label, "split": self.split, "metric": METRIC, "tasks": tasks}
+        )
+        return result
+
+
+METRIC = (
+    "labelled recall: share of pairs (query, annotated entity) whose entity ranks in the top k; exact search; 95% bootstrap over queries"
+)
+
+
+def comparison_dict(result: PairedDifference) -> dict[str, Any]:
+    """Plain values of a paired comparison."""
+    value, low, high = result.difference
+    return {"recall@10 difference": value, "low": low, "high": high, "p": result.p_value, "wins": result.wins, "losses": result.losses}
+
+
+def _finite(value: Any) -> Any:
+    """The same value with NaN replaced by None, for strict JSON."""
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def evaluate_systems(
+    dataset: Dataset,
+    systems: Mapping[str, Baseline],
+    *,
+    entity_types: Sequence[str] | None = None,
+    split: str = "heldout",
+    corpus_size: int | None = None,
+    max_queries: int | None = None,
+    slices: Sequence[str] | None = None,
+    judgements: pl.DataFrame | None = None,
+    runs: bool = False,
+    resamples: int = 1000,
+    seed: int = 0,
+    progress: Callable[[str], None] = say,
+) -> EvaluationReport:
+    """Rank every held-out pair under every system and sum up.
+
+    Args:
+        dataset: Catalogue and pairs.
+        systems: Name -> system (``bundle_system``, ``make_baseline``, or any function of the same form).
+        entity_types: Types to evaluate; None: those of the catalogue. ``query`` evaluates derived related-query pairs, or the data's own.
+        split: Which split.
+        corpus_size: Rank against this many random candidates per type; None: all.
+        max_queries: Random queries per type; None: all.
+        slices: Slices to report; None: all that ``pair_slices`` makes; empty: none.
+        judgements: Evaluate these graded judgements (``query, entity_id, grade``) instead of pairs.
+        runs: Keep ranked lists, for ``save_runs``.
+        resamples: Bootstrap resamples of the overall figures; slices take a third.
+        seed: Chooses corpus, queries and resamples.
+        progress: Called with one line per system and type.
+
+    Raises:
+        ConfigError: No system, no pairs, or an impossible setting.
+    """
+    if not systems:
+        raise ConfigError("there is no system to evaluate. Give a model bundle, or baselines such as --baselines bm25,random.")
+    train = dataset.split("train")
+    tasks = {}
+    for entity_type in entity_types if entity_types is not None else dataset.entity_types:
+        pairs = None
+        if judgements is not None:
+            pairs = pairs_of_judgements(dataset, judgements, split)
+        elif entity_type == "query" and dataset.pairs.filter(pl.col("entity_type") == "query").is_empty():
+            pairs = related_query_pairs(dataset.pairs)
+        task = build_task(dataset, entity_type, pairs=pairs, split=split, corpus_size=corpus_size, max_queries=max_queries, seed=seed)
+        labels = pair_slices(task, train)
+        labels = labels if slices is None else {name: labels[name] for name in slices if name in labels}
+        rankings, overall, sliced = {}, {}, {}
+        for name, system in systems.items():
+            ranking = rank_task(task, system(task, dataset), name, run_depth=RUN_DEPTH if runs else 0)
+            rankings[name], overall[name] = ranking, slice_metrics(ranking, resamples=resamples, seed=seed)
+            sliced[name] = metrics_by_slice(ranking, labels, resamples=max(100, resamples // 3))
+            recall = overall[name].recall[10]
+            progress(f"{entity_type:8} {name:20} Recall@10 {recall.value:.3f} [{recall.low:.3f}, {recall.high:.3f}]")
+        tasks[entity_type] = TaskReport(task, rankings, overall, sliced, labels)
+    return EvaluationReport(dataset.name, dataset.label, split, tasks)
+
+
+def pairs_of_judgements(dataset: Dataset, judgements: pl.DataFrame, split: str) -> pl.DataFrame:
+    """Graded judgements in the form of the pairs table; grade 0 rows are left out (they ask nothing of a ranking).
+
+    Raises:
+        ConfigError: No judged entity is in the catalogue.
+    """
+    types = dataset.catalogue.select(pl.col("id").alias("entity_id"), "entity_type")
+    rows = judgements.filter(pl.col("grade") > 0).join(types, on="entity_id", how="inner", maintain_order="left")
+    if rows.is_empty():
+        raise ConfigError("no judged entity with a grade above 0 is in the catalogue. Do the ids of the judgements match the catalogue's?")
+    absent = [name for name in ("language", "country") if name not in rows.columns]
+    filled = rows.with_columns(**{name: pl.lit("") for name in absent}, split=pl.lit(split), count=pl.lit(1))
+    return filled.with_columns(kind=pl.format("grade {}", "grade"), action=pl.format("grade {}", "grade"))
+
+
+def print_report(report: EvaluationReport, comparisons: Iterable[tuple[str, str]] = (), shown_slices: Sequence[str] = ()) -> None:
+    """Print the tables of a report to stdout: all systems per type, the slices asked for, the comparisons."""
+    for entity_type, task in report.tasks.items():
+        title = f"{entity_type}: {report.split} pairs of {report.dataset!r} ({report.label}), against {task.task.corpus_description}"
+        columns = ["system", "pairs", "R@1", "R@10", "95%", "ceiling@10", "of ceiling", "R@100", "MRR", "nDCG@10", "R@10 by query"]
+        print_table(title, columns, [[name, *overall_row(metrics)] for name, metrics in task.overall.items()])
+        for name in shown_slices:
+            if name in task.labels:
+                print_table(f"{entity_type}: labelled Recall@10 by {name}", *_slice_table(task, name))
+    rows = []
+    for first, second in comparisons:
+        for entity_type, task in report.tasks.items():
+            (value, low, high), p, wins, losses = task.compare(first, second)
+            rows.append([entity_type, f"{first} - {second}", f"{value:+.3f}", f"[{low:+.3f}, {high:+.3f}]", f"{p:.4f}", wins, losses])
+    if rows:
+        columns = ["type", "labelled Recall@10", "difference", "95%", "p", "queries won", "queries lost"]
+        print_table("Paired comparison on the same pairs (bootstrap over queries)", columns, rows)
+
+
+def overall_row(metrics: SliceMetrics) -> list[object]:
+    """The figures of one system as table cells, pairs first."""
+    ten, ceiling = metrics.recall[10], metrics.ceiling[10]
+    share = ten.value / ceiling if ceiling else None
+    interval = f"[{ten.low:.3f}, {ten.high:.3f}]"
+    recalls = metrics.recall[1].value, ten.value, interval, ceiling, share, metrics.recall[100].value
+    return [metrics.pairs, *recalls, metrics.mrr.value, metrics.ndcg, metrics.query_recall]
+
+
+def _slice_table(task: TaskReport, name: str) -> tuple[list[str], list[list[object]]]:
+    systems = list(task.overall)
+    first = task.slices[systems[0]][name]
+    rows: list[list[object]] = []
+    for label, metrics in list(first.items())[:SHOWN_LABELS]:
+        cells = [task.slices[system][name][label].recall[10] for system in systems]
+        rows.append([label, metrics.pairs, *(f"{c.value:.3f} [{c.low:.3f}, {c.high:.3f}]" for c in cells), metrics.ceiling[10]])
+    return [name, "pairs", *systems, "ceiling"], rows
+
+
+def plot_report(report: EvaluationReport, path: Path) -> None:
+    """Draw labelled Recall@10 with intervals and ceilings, one panel per entity type and one per type's languages, to an image file."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(report.tasks)
+    with_languages = [name for name in names if "language" in report.tasks[name].labels]
+    figure, axes = plt.subplots(
+        2 if with_languages else 1, len(names), figsize=(4.6 * len(names), 8 if with_languages else 4), squeeze=False
+    )
+    for column, name in enumerate(names):
+        task, axis = report.tasks[name], axes[0][column]
+        for row, (system, metrics) in enumerate(task.overall.items()):
+            value, low, high = metrics.recall[10]
+            axis.barh(row, value, color=f"C{row}", xerr=[[max(0.0, value - low)], [max(0.0, high - value)]] if math.isfinite(low) else None)
+            axis.annotate(f" {value:.3f}", (0.0, row), va="center", color="white" if value > 0.15 else "black")
+        axis.axvline(next(iter(task.overall.values())).ceiling[10], linestyle="--", color="grey", label="ceiling")
+        axis.set(yticks=range(len(task.overall)), yticklabels=list(task.overall), xlim=(0, 1), title=name, xlabel="labelled Recall@10")
+        axis.invert_yaxis()
+        axis.legend(loc="lower right")
+        if name in with_languages:
+            for row, system in enumerate(task.overall):
+                points = list(task.slices[system]["language"].items())[:SHOWN_LABELS]
+                axes[1][column].plot([m.recall[10].value for _, m in points], range(len(points)), "o", color=f"C{row}", label=system)
+                axes[1][column].set(yticks=range(len(points)), yticklabels=[f"{label} ({m.pairs:,})" for label, m in points], xlim=(0, 1))
+            axes[1][column].invert_yaxis()
+            axes[1][column].grid(axis="x", alpha=0.3)
+    figure.suptitle(f"{report.split} pairs of {report.dataset} ({report.label})", fontsize=9)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def save_runs(report: EvaluationReport, folder: Path) -> list[Path]:
+    """Write TREC files for ``ir_measures`` and the like: per entity type ``queries.tsv``, ``qrels.txt`` and one ``run-SYSTEM.txt`` each.
+
+    TREC files are split at white space, so query ids are row numbers (``queries.tsv`` names them) and white space and ``%`` in entity ids
+    are percent-encoded. Near-duplicates are one document, named by their group, at its best place.
+
+    Raises:
+        ConfigError: The report was made without ranked lists, or against a random corpus (each pair then has a list of its own).
+    """
+    written = []
+    for entity_type, report_of_type in report.tasks.items():
+        task = report_of_type.task
+        if not task.in_corpus.all():
+            raise ConfigError("runs are ranked lists over the whole catalogue, but a random corpus was asked for. Leave --corpus-size out.")
+        root = folder / entity_type
+        root.mkdir(parents=True, exist_ok=True)
+        lines = (f"q{i}\t{' '.join(query.split())}\n" for i, query in enumerate(task.queries))
+        (root / "queries.tsv").write_text("".join(lines), encoding="utf-8")
+        group_of_row = task.candidates["id"].to_list()
+        groups, (target, row) = task.targets["group"].to_list(), task.members
+        for t, r in zip(target.tolist(), row.tolist(), strict=True):
+            group_of_row[r] = groups[t]
+        names = [_trec_name(name) for name in group_of_row]
+        rows = task.targets.select("query_index", "group", "gain").iter_rows()
+        (root / "qrels.txt").write_text("".join(f"q{q} 0 {_trec_name(g)} {int(gain)}\n" for q, g, gain in rows), encoding="utf-8")
+        written += [root / "queries.tsv", root / "qrels.txt"]
+        for system, ranking in report_of_type.rankings.items():
+            if ranking.run is None:
+                raise ConfigError("the evaluation kept no ranked lists. Evaluate with runs=True.")
+            path = root / f"run-{re.sub(r'[^A-Za-z0-9_.-]+', '_', system)}.txt"
+            with path.open("w", encoding="utf-8") as file:
+                for i, (rows_found, scores) in enumerate(zip(*ranking.run, strict=True)):
+                    seen: dict[str, float] = {}
+                    for r, score in zip(rows_found.tolist(), scores.tolist(), strict=True):
+                        if r >= 0:
+                            seen.setdefault(names[r], score)
+                    file.writelines(
+                        f"q{i} Q0 {name} {place} {score:.8g} {_trec_name(system)}\n" for place, (name, score) in enumerate(seen.items(), 1)
+                    )
+            written.append(path)
+    return written
+
+
+def _trec_name(text: str) -> str:
+    return re.sub(r"[\s%]", lambda match: "".join(f"%{byte:02X}" for byte in match.group().encode("utf-8")), text)

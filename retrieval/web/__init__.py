@@ -1,0 +1,1 @@
+"""Files of the search page: plain HTML, CSS and JavaScript, no build step."""

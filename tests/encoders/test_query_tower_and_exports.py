@@ -1,0 +1,101 @@
+"""The query tower is a Sentence-Transformers model, its exports agree with it, and a bundle is whole or refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from encoders.bundle import load_bundle, save_bundle
+from encoders.errors import BundleError, ConfigError
+from encoders.exports import export_forms, onnx_encode
+from encoders.query_tower import QueryEncoder, create_query_encoder
+from encoders.sample import load_sample
+
+
+@pytest.fixture(scope="module")
+def tower() -> QueryEncoder:
+    return create_query_encoder("tiny-multilingual").eval()
+
+
+@pytest.fixture(scope="module")
+def queries() -> list[str]:
+    return load_sample(pictures=False).split("train")["query"].unique(maintain_order=True).gather_every(200).to_list()
+
+
+def test_vectors_are_unit_rows_in_input_order(tower: QueryEncoder, queries: list[str]) -> None:
+    together = tower.encode(queries[:50], batch_size=7)
+    alone = np.concatenate([tower.encode([text]) for text in queries[:50]])
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_white_space_and_case_do_not_change_a_query(tower: QueryEncoder) -> None:
+    a, b = tower.encode(["  Red\u00a0 HEART\n", "red heart"])
+    np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_empty_and_very_long_texts_encode(tower: QueryEncoder) -> None:
+    vectors = tower.encode(["", "word " * 5000, "\U0001f600" * 300])
+    assert np.isfinite(vectors).all()
+
+
+def test_sentence_transformers_gives_the_same_vectors(tower: QueryEncoder, queries: list[str], tmp_path: Path) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    tower.save(tmp_path)
+    model = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu")
+    np.testing.assert_allclose(model.encode(queries[:64]), tower.encode(queries[:64]), atol=1e-5)
+
+
+def test_save_and_load_give_the_same_vectors(tower: QueryEncoder, queries: list[str], tmp_path: Path) -> None:
+    tower.save(tmp_path)
+    np.testing.assert_allclose(QueryEncoder.load(tmp_path).encode(queries[:20]), tower.encode(queries[:20]), atol=1e-6)
+
+
+def test_missing_tower_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="2_Dense"):
+        QueryEncoder.load(tmp_path)
+
+
+def test_unknown_tower_name_lists_the_shipped_ones() -> None:
+    with pytest.raises(ConfigError, match="tiny-multilingual"):
+        create_query_encoder("./no-such-folder")
+
+
+def test_from_scratch_keeps_shape_but_not_weights(tower: QueryEncoder) -> None:
+    fresh = create_query_encoder("tiny-multilingual", pretrained=False)
+    mine, theirs = dict(tower.named_parameters()), dict(fresh.named_parameters())
+    assert mine.keys() == theirs.keys()
+    name = "transformer.embeddings.word_embeddings.weight"
+    assert not np.allclose(mine[name].detach().numpy(), theirs[name].detach().numpy())
+
+
+def test_exported_forms_stay_within_tolerance(tower: QueryEncoder, queries: list[str], tmp_path: Path) -> None:
+    reports = {report.form_id: report for report in export_forms(tower, tmp_path, queries)}
+    assert reports["onnx-fp32"].cosine_min >= 0.999
+    assert reports["onnx-int8"].cosine_min >= 0.99
+    assert reports["onnx-int8"].overlap_at_10 >= 0.95
+    assert reports["onnx-int8"].bytes < reports["onnx-fp32"].bytes / 2
+    assert set(json.loads((tmp_path / "forms.json").read_text())) == {"onnx-fp32", "onnx-int8"}
+    assert not list(tmp_path.glob(".export-*"))
+    encode = onnx_encode(tmp_path / "query_encoder.int8.onnx")
+    long = tower.tokenize(["word " * 100])
+    assert np.isfinite(encode(long)).all()
+
+
+def test_a_changed_bundle_file_is_refused(tower: QueryEncoder, tmp_path: Path) -> None:
+    from encoders.entity_features import EntityFeaturizer
+    from encoders.entity_tower import create_entity_encoder
+
+    catalogue = load_sample(pictures=False).catalogue
+    entity = create_entity_encoder(EntityFeaturizer.fit(catalogue), table_rows=100, hidden=(32,))
+    bundle = save_bundle(tmp_path / "model", tower, {"pin": entity, "product": entity, "ad": entity})
+    assert len(bundle.space_id) == 64
+    vectors = bundle.embed_entities(catalogue.head(30))
+    np.testing.assert_allclose(load_bundle(tmp_path / "model").embed_entities(catalogue.head(30)), vectors, atol=1e-6)
+    weights = tmp_path / "model" / "query_encoder" / "2_Dense" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    with pytest.raises(BundleError, match="space id"):
+        load_bundle(tmp_path / "model")

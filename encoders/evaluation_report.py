@@ -249,7 +249,7 @@ def plot_report(report: EvaluationReport, path: Path) -> None:
     )
     for column, name in enumerate(names):
         task, axis = report.tasks[name], axes[0][column]
-        for row, (system, metrics) in enumerate(task.overall.items()):
+        for row, metrics in enumerate(task.overall.values()):
             value, low, high = metrics.recall[10]
             axis.barh(row, value, color=f"C{row}", xerr=[[max(0.0, value - low)], [max(0.0, high - value)]] if math.isfinite(low) else None)
             axis.annotate(f" {value:.3f}", (0.0, row), va="center", color="white" if value > 0.15 else "black")

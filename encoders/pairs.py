@@ -241,7 +241,7 @@ def refuse_leaks(leaks: Leaks, heldout_rows: int) -> None:
         (
             leaks.through_features,
             "an engaged-query feature",
-            "Build the features from events before the training end (omni enrich queries --until), or drop these pairs (--drop-leaks).",
+            "Use features from events before the training end (omni pairs writes them), or drop these pairs (--drop-leaks).",
         ),
     ):
         if leaking.height:

@@ -69,7 +69,7 @@ def process_events(events: pl.DataFrame, config: PipelineConfig, split: TimeSpli
     features = engaged_queries(events, config.engaged, split.train_end)
     if known is not None:
         features = features.join(known.select("entity_type", "entity_id").unique(), on=["entity_type", "entity_id"], how="semi")
-    pairs = build_pairs(events, config.pairs, split, known=known, features=features)
+    pairs = build_pairs(events, config.pairs, split, known=known, features=None if config.pairs.keep_seen else features)
     if not config.pairs.keep_seen:
         refuse_leaks(find_leaks(pairs.frame, features), int((pairs.frame["split"] == "heldout").sum()))
     return Partition(features, pairs.frame, pairs.counts)

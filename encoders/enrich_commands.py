@@ -1,0 +1,148 @@
+"""``omni enrich``: add board titles, engaged queries and captions to a catalogue."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import polars as pl
+
+from encoders.console import handle_errors, json_option, print_json, print_table, stage
+from encoders.errors import ConfigError
+
+catalogue_option = click.option("--catalogue", required=True, type=click.Path(exists=True, path_type=Path), help="Catalogue table.")
+out_option = click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Enriched catalogue to write (.parquet, .jsonl, ...)."
+)
+encoding_option = click.option("--encoding", default="utf-8", show_default=True, help="Encoding of text files.")
+
+
+@click.group()
+def group() -> None:
+    """Board titles, engaged queries and captions: the text features that lift recall most (paper tables 3 and 4).
+
+    Example: omni enrich boards --catalogue catalogue.parquet --boards boards.csv --out enriched.parquet
+    """
+
+
+@group.command()
+@catalogue_option
+@click.option("--boards", required=True, type=click.Path(exists=True, path_type=Path), help="Boards table: board_id, title, entity_id.")
+@out_option
+@click.option("--top", default=10, show_default=True, help="Most titles per entity.")
+@click.option(
+    "--max-word-prevalence", default=0.1, show_default=True, help="A title whose words all are on more entities than this is noise."
+)
+@encoding_option
+@json_option
+@handle_errors
+def boards(catalogue: Path, boards: Path, out: Path, top: int, max_word_prevalence: float, encoding: str, as_json: bool) -> None:
+    """Put each entity's best board titles on the catalogue (column board_titles).
+
+    Titles are ranked by how specific their words are to the entity and by how many boards bear them; noise and repetition drop.
+
+    Example: omni enrich boards --catalogue catalogue.parquet --boards boards.csv --out enriched.parquet
+    """
+    from encoders.board_titles import BoardTitlesConfig, board_titles
+    from encoders.engaged_queries import attach_lists
+    from encoders.tables import read_table, write_table
+
+    config = BoardTitlesConfig(top=top, max_word_prevalence=max_word_prevalence)
+    with stage("board titles"):
+        rows = read_table(catalogue, "catalogue", encoding=encoding)
+        filed = read_table(boards, "boards", encoding=encoding)
+        titles = board_titles(filed, config)
+        write_table(attach_lists(rows, titles, "board_titles", "title"), out)
+    summary = {
+        "entities": rows.height,
+        "entities with titles": rows.join(titles.select(id="entity_id").unique(), on="id", how="semi").height,
+        "titles": titles.height,
+        "board rows": filed.height,
+        "entities on boards but not in the catalogue": filed.select(id="entity_id").unique().join(rows, on="id", how="anti").height,
+    }
+    _report(summary, as_json)
+
+
+@group.command()
+@click.option("--state", required=True, type=click.Path(path_type=Path), help="Folder of the state; --create makes it.")
+@click.option("--create", is_flag=True, help="Make a new, empty state.")
+@click.option("--log", "log_path", type=click.Path(exists=True, path_type=Path), help="New slice of the log: any days, any order.")
+@click.option("--until", help="Move the end of the window to this UTC midnight or later. Default: the midnight after the last event.")
+@click.option("--catalogue", type=click.Path(exists=True, path_type=Path), help="Catalogue to enrich; needs --out.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="With --catalogue: the enriched catalogue. Without: the features of touched entities."
+)
+@click.option("--delete-users", type=click.Path(exists=True, path_type=Path), help="File with a user id per line: forget these people.")
+@click.option("--delete-queries", type=click.Path(exists=True, path_type=Path), help="File with a query per line: never show these.")
+@click.option("--top", default=20, show_default=True, help="Most queries per entity.")
+@click.option("--window-days", default=730, show_default=True, help="Older events no longer count. Fixed once the state is made.")
+@click.option("--min-users", default=3, show_default=True, help="Different people needed before a query becomes a feature.")
+@click.option("--weight", "weights", multiple=True, help="Weight of an action, e.g. --weight save=5. Fixed once the state is made.")
+@click.option("--min-dwell", default=10.0, show_default=True, help="Seconds that make a click a long click.")
+@click.option("--drop-bad-rows", is_flag=True, help="Leave bad rows out and count them, instead of failing.")
+@encoding_option
+@json_option
+@handle_errors
+def queries(
+    state: Path, create: bool, log_path: Path | None, catalogue: Path | None, out: Path | None, as_json: bool, **flags: Any
+) -> None:
+    """Keep each entity's engaged queries current: merge a new slice of the log into the state, at the cost of the slice.
+
+    Merging day by day gives what counting the whole window at once gives. Late and repeated events are recognised, events older than
+    the window drop out. People and queries can be forgotten. One line per change is kept (version, what, counts).
+
+    Example: omni enrich queries --state state --create --log sim/log --catalogue catalogue.parquet --out enriched.parquet
+    """
+    from encoders.engaged_queries import EngagedQueriesConfig, attach_lists
+    from encoders.engaged_state import EngagedQueriesState
+    from encoders.events import EVENT_SCHEMA, EngagementRules, read_events
+    from encoders.pairs import parse_day
+    from encoders.pairs_command import parse_assignments
+    from encoders.tables import OnBadRows, read_table, write_table
+
+    if catalogue and not out:
+        raise ConfigError("--catalogue needs --out for the enriched catalogue")
+    defaults = EngagedQueriesConfig()
+    config = EngagedQueriesConfig(
+        weights={**defaults.weights, **parse_assignments(flags["weights"], "--weight")},
+        top=flags["top"],
+        window_days=flags["window_days"],
+        min_users=flags["min_users"],
+    )
+    merges = []
+    open_state = EngagedQueriesState.create if flags["create"] else EngagedQueriesState
+    with open_state(state, config) as current, stage("engaged queries"):
+        if flags["delete_users"]:
+            merges.append(current.delete_users(_lines(flags["delete_users"])))
+        if flags["delete_queries"]:
+            merges.append(current.delete_queries(_lines(flags["delete_queries"])))
+        if log_path or flags["until"]:
+            until = parse_day(flags["until"]) if flags["until"] else None
+            rules = EngagementRules(min_dwell_seconds=flags["min_dwell"])
+            on_bad_rows: OnBadRows = "drop" if flags["drop_bad_rows"] else "raise"
+            batches = read_events(log_path, rules, on_bad_rows=on_bad_rows, encoding=flags["encoding"]) if log_path else iter(())
+            frames = [batch.frame for batch in batches]
+            events = pl.concat(frames) if frames else pl.DataFrame(schema=EVENT_SCHEMA)
+            merges.append(current.merge(events, until=until, what=str(log_path.name) if log_path else "move the window"))
+        if catalogue and out:
+            rows = read_table(catalogue, "catalogue", encoding=flags["encoding"])
+            write_table(attach_lists(rows, current.features(), "engaged_queries", "query"), out)
+        elif out:
+            write_table(pl.concat([m.changed for m in merges]) if merges else current.features(), out)
+        summary: dict[str, Any] = {"version": current.version, "until": current.until and current.until.isoformat()}
+        for merge in merges:
+            summary |= {f"events {name}": number for name, number in merge.counts.items()}
+            summary["entities touched"] = summary.get("entities touched", 0) + merge.touched.height
+    _report(summary, as_json)
+
+
+def _lines(path: Path) -> list[str]:
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+
+
+def _report(summary: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(summary)
+    else:
+        print_table("", ["", "value"], summary.items())

@@ -1,20 +1,25 @@
-"""Public data sets as tables of this project: one module per source, each with ``read(folder) -> {table name: frame}``."""
+"""Public data sets as tables of this project: one module per source, each read by a function ``folder -> {table name: frame}``."""
 
 from __future__ import annotations
 
 import importlib
 from pathlib import Path
 
+import polars as pl
+
 from encoders.errors import ConfigError, DataError
 from encoders.schemas import schema
 from encoders.table_checks import Checked, check_frame
 
 ADAPTERS: dict[str, tuple[str, str]] = {
-    "unsplash": ("encoders.adapters.unsplash", "Unsplash Lite or Full: photos, keywords, collections as boards, downloads as a log"),
-    "esci": ("encoders.adapters.esci", "Amazon ESCI: products and graded judgements for us, es, jp"),
-    "wands": ("encoders.adapters.wands", "Wayfair WANDS: products and graded judgements, English"),
-    "small": ("encoders.adapters.offline_sets", "Emoji and icons with human annotations in 17 languages"),
-    "large": ("encoders.adapters.offline_sets", "Museum art, emoji, clip art, icons, apps with human annotations in 190 languages"),
+    "unsplash": ("encoders.adapters.unsplash:read", "Unsplash Lite or Full: photos, keywords, collections as boards, downloads as a log"),
+    "esci": ("encoders.adapters.esci:read", "Amazon ESCI: products and graded judgements for us, es, jp"),
+    "wands": ("encoders.adapters.wands:read", "Wayfair WANDS: products and graded judgements, English"),
+    "small": ("encoders.adapters.offline_sets:read_small", "Emoji and icons with human annotations in 17 languages"),
+    "large": (
+        "encoders.adapters.offline_sets:read_large",
+        "Museum art, emoji, clip art, icons, apps; human annotations in 190 languages",
+    ),
 }
 
 
@@ -34,8 +39,9 @@ def import_tables(name: str, path: Path) -> dict[str, Checked]:
     """
     if name not in ADAPTERS:
         raise ConfigError(f"unknown data set {name!r}. Known: {', '.join(ADAPTERS)}. For your own files see docs/your_own_data.md.")
-    module = importlib.import_module(ADAPTERS[name][0])
-    return {table: check_frame(frame, schema(table), f"{name} {table}") for table, frame in module.read(path).items()}
+    module, function = ADAPTERS[name][0].split(":")
+    tables: dict[str, pl.DataFrame] = getattr(importlib.import_module(module), function)(path)
+    return {table: check_frame(frame, schema(table), f"{name} {table}") for table, frame in tables.items()}
 
 
 def find_parts(folder: Path, stem: str, suffixes: tuple[str, ...]) -> list[Path]:

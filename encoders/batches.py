@@ -18,7 +18,7 @@ from torch import Tensor
 
 from encoders.console import say
 from encoders.count_min_sketch import CountMinSketch, combine_keys, hash_texts, mix64
-from encoders.entity_features import _vectors as column_vectors
+from encoders.entity_features import row_vectors as column_vectors
 from encoders.errors import ConfigError, DataError, SchemaError
 from encoders.text import fold, normalize_query
 from encoders.train_config import PAPER_SHARES, VECTOR_PREFIX, DatasetConfig, LossConfig, TrainConfig

@@ -17,7 +17,8 @@ ServingError
 ├── Unauthenticated           no token, or a wrong one                       UNAUTHENTICATED
 ├── PermissionDenied          the token may not do this                      PERMISSION_DENIED
 ├── EncoderFailed             the query tower raised or made a bad vector    INTERNAL
-└── AddressInUse              another process listens on the port            (command line only)
+├── AddressInUse              another process listens on the port            (command line only)
+└── ServerDied                the server started by the demo ended           (command line only)
 """
 
 from __future__ import annotations
@@ -129,3 +130,7 @@ class AddressInUse(ServingError):
         super().__init__(
             f"cannot listen on {address}: another process already does. Stop it, or choose another with {flag} (0 picks a free one)."
         )
+
+
+class ServerDied(ServingError):
+    """The server process that was started here ended by itself or was killed."""

@@ -1,0 +1,39 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Python 3.11+, a C++ compiler and make are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+.PHONY: demo test check protos bench setup clean
+
+# The environment: rebuilt when what it is made from changes. torch comes first and alone, so that no other package pulls a CUDA build.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed, but this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12 " )'
+	@command -v c++ >/dev/null || { echo "A C++ compiler is needed (hnswlib compiles on install). Debian: apt-get install g++"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.ready ## install everything into .venv
+
+demo: setup ## train, evaluate, build, serve and query the sample data
+	$(BIN)/omni demo
+
+test: setup ## all tests; those that need a program that is not installed skip and say so
+	$(BIN)/python -m pytest
+
+check: setup ## formatting, lint, types, docstrings, fresh generated code
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	PYTHON=$(abspath $(BIN))/python scripts/generate_protos.sh --check
+
+protos: setup ## generate the protobuf modules
+	PYTHON=$(abspath $(BIN))/python scripts/generate_protos.sh
+
+bench: setup ## the two quick benchmarks; `omni bench --help` lists all
+	$(BIN)/omni bench recall
+	$(BIN)/omni bench latency
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -40,7 +40,9 @@ def scratch_folder(store: ReleaseStore) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def from_signals(signals: SignalStore, entity_types: Sequence[str], catalogue: pl.DataFrame | None, scratch: Path) -> dict[str, EntityInput]:
+def from_signals(
+    signals: SignalStore, entity_types: Sequence[str], catalogue: pl.DataFrame | None, scratch: Path
+) -> dict[str, EntityInput]:
     """Stream embeddings out of a signal store: only one part and the ids are in memory at a time.
 
     Args:
@@ -69,7 +71,9 @@ def from_signals(signals: SignalStore, entity_types: Sequence[str], catalogue: p
                 stamps = pq.read_table(part_path, columns=["updated_at"])["updated_at"].cast(pa.timestamp("ns", "UTC")).cast(pa.int64())
                 times.append(stamps.combine_chunks().to_numpy(zero_copy_only=False))
         if len(ids) != described["rows"]:
-            raise DataError(f"signals.json of {entity_type!r} promises {described['rows']} rows, but the parts hold {len(ids)}; embed again")
+            raise DataError(
+                f"signals.json of {entity_type!r} promises {described['rows']} rows, but the parts hold {len(ids)}; embed again"
+            )
         shape = (len(ids), int(described["dimension"]))
         vectors = np.memmap(path, np.float32, "r", shape=shape) if ids else np.zeros(shape, np.float32)
         inputs[entity_type] = EntityInput(
@@ -91,7 +95,9 @@ def from_release(store: ReleaseStore, entity_types: Sequence[str]) -> tuple[dict
     """
     current = store.current()
     if current is None:
-        raise ReleaseNotFound(f"no release is active in {store.root}, so there is nothing to rebuild from; give --bundle and --catalogue or --signals")
+        raise ReleaseNotFound(
+            f"no release is active in {store.root}, so there is nothing to rebuild from; give --bundle and --catalogue or --signals"
+        )
     release = store.open_current()
     inputs = {}
     for entity_type in entity_types or sorted(release.entities):
@@ -114,12 +120,16 @@ def attributes_for(catalogue: pl.DataFrame | None, entity_type: str, ids: Sequen
     if catalogue is None:
         return None
     rows = catalogue.filter(pl.col("entity_type") == entity_type) if "entity_type" in catalogue.columns else catalogue
-    drop = [name for name, dtype in rows.schema.items() if name in _VECTOR_COLUMNS or _nested(dtype) or rows[name].null_count() == rows.height]
+    drop = [
+        name for name, dtype in rows.schema.items() if name in _VECTOR_COLUMNS or _nested(dtype) or rows[name].null_count() == rows.height
+    ]
     return align_attributes(rows, ids, drop)
 
 
 def _nested(dtype: pl.DataType) -> bool:
-    return isinstance(dtype, pl.Struct | pl.Object | pl.Binary) or (isinstance(dtype, pl.List | pl.Array) and isinstance(dtype.inner, pl.List | pl.Array | pl.Struct))
+    return isinstance(dtype, pl.Struct | pl.Object | pl.Binary) or (
+        isinstance(dtype, pl.List | pl.Array) and isinstance(dtype.inner, pl.List | pl.Array | pl.Struct)
+    )
 
 
 def read_query_texts(path: Path, limit: int, seed: int) -> list[str]:

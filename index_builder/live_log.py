@@ -20,7 +20,7 @@ import numpy as np
 import xxhash
 
 from index_builder.durability import FileLock, disk_full_is_clear, fsync_folder, make_folder
-from index_builder.errors import LiveLogCorrupt, LiveLogError, LiveLogBusy
+from index_builder.errors import LiveLogBusy, LiveLogCorrupt, LiveLogError
 from index_builder.live_records import (
     FILE_HEADER,
     FILE_MAGIC,

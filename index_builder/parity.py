@@ -36,5 +36,7 @@ def check_forms(content: Path, golden: GoldenQueries) -> dict[str, dict[str, Any
     for form, file in FORM_FILES.items():
         if (content / "forms" / file).is_file():
             report = asdict(measure_parity(tower, content / "forms", form, golden.texts))
-            reports[form] = {name: value for name, value in report.items() if not name.endswith("_ms")} | {"passed": report["within_tolerance"]}
+            reports[form] = {name: value for name, value in report.items() if not name.endswith("_ms")} | {
+                "passed": report["within_tolerance"]
+            }
     return reports

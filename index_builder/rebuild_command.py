@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from encoders.console import handle_errors, json_option, peak_memory_mib, print_json, print_table, say, stage
-from encoders.errors import ConfigError
+from encoders.errors import BundleError, ConfigError
 from encoders.schemas import ENTITY_TYPES
 from index_builder.ann import AnnConfig
 from index_builder.ann.choice import KINDS
@@ -44,24 +44,54 @@ def parse_memory(text: str | None) -> int | None:
 
 @click.command()
 @store_option
-@click.option("--bundle", type=click.Path(path_type=Path, file_okay=False), help="Model bundle (towers, space id). With --from-active: not needed.")
-@click.option("--catalogue", type=click.Path(path_type=Path, exists=True), help="Catalogue table: embedded with the bundle; its columns become attributes.")
-@click.option("--signals", type=click.Path(path_type=Path, file_okay=False), help="Signal store with ready embeddings, as `omni embed` writes it.")
+@click.option(
+    "--bundle", type=click.Path(path_type=Path, file_okay=False), help="Model bundle (towers, space id). With --from-active: not needed."
+)
+@click.option(
+    "--catalogue",
+    type=click.Path(path_type=Path, exists=True),
+    help="Catalogue table: embedded with the bundle; its columns become attributes.",
+)
+@click.option(
+    "--signals", type=click.Path(path_type=Path, file_okay=False), help="Signal store with ready embeddings, as `omni embed` writes it."
+)
 @click.option("--from-active", is_flag=True, help="Take vectors and attributes from the active release and fold the live log into them.")
-@click.option("--entity-type", "entity_types", multiple=True, type=click.Choice(ENTITY_TYPES), help="Only these; the others are taken over. Repeatable.")
-@click.option("--queries", type=click.Path(path_type=Path, exists=True), help="Real queries (.txt, or a table with a column query) to calibrate and prove the release with.")
-@click.option("--index", "kind", type=click.Choice(["auto", *KINDS]), default="auto", show_default=True, help="Kind of index; auto says why.")
+@click.option(
+    "--entity-type",
+    "entity_types",
+    multiple=True,
+    type=click.Choice(ENTITY_TYPES),
+    help="Only these; the others are taken over. Repeatable.",
+)
+@click.option(
+    "--queries",
+    type=click.Path(path_type=Path, exists=True),
+    help="Real queries (.txt, or a table with a column query) to calibrate and prove the release with.",
+)
+@click.option(
+    "--index", "kind", type=click.Choice(["auto", *KINDS]), default="auto", show_default=True, help="Kind of index; auto says why."
+)
 @click.option("--lean", is_flag=True, help="Let auto prefer little memory over speed.")
 @click.option("--m", type=int, default=16, show_default=True, help="HNSW links per node: more is better recall and more memory.")
-@click.option("--ef-construction", type=int, default=200, show_default=True, help="Candidates while inserting: more is better recall and a slower build.")
+@click.option(
+    "--ef-construction",
+    type=int,
+    default=200,
+    show_default=True,
+    help="Candidates while inserting: more is better recall and a slower build.",
+)
 @click.option("--degree", type=int, default=32, show_default=True, help="SymphonyQG out-degree, a multiple of 32.")
 @click.option("--bits", type=int, default=0, show_default=True, help="0: re-rank with float32; 8: with 8 bits a dimension (symqg, rabitq).")
 @click.option("--threads", type=int, default=0, help="Build threads; 0: all cores (fast mode). Deterministic mode uses one.")
 @click.option("--deterministic", is_flag=True, help="Same input and seed give the same bytes; one thread.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of every random choice.")
 @click.option("--min-recall", type=float, default=0.95, show_default=True, help="Gate: lower 95% bound of the measured ANN recall@10.")
-@click.option("--golden", type=int, default=64, show_default=True, help="Golden queries kept per entity type, replayed before a server is READY.")
-@click.option("--max-memory", help="Private memory at the peak, e.g. 4G: kinds that do not fit are not chosen, and the measured peak is gated.")
+@click.option(
+    "--golden", type=int, default=64, show_default=True, help="Golden queries kept per entity type, replayed before a server is READY."
+)
+@click.option(
+    "--max-memory", help="Private memory at the peak, e.g. 4G: kinds that do not fit are not chosen, and the measured peak is gated."
+)
 @click.option("--release-id", help="Default: time and content; in deterministic mode content only.")
 @click.option("--no-activate", is_flag=True, help="Publish without making it the active release.")
 @click.option("--no-resume", is_flag=True, help="Start over instead of taking over what an interrupted run left.")
@@ -90,10 +120,20 @@ def command(store_path: Path, as_json: bool, dry_run: bool, **options: Any) -> N
                 return
             columns = ("entity type", "entities", "live upserts", "live deletes", "index", "peak MiB (est.)", "disk MiB (est.)")
             rows = [
-                (name, p["entities"], p["live_upserts"], p["live_deletes"], p["index"], p["peak_private_mib_estimate"], p["disk_mib_estimate"])
+                (
+                    name,
+                    p["entities"],
+                    p["live_upserts"],
+                    p["live_deletes"],
+                    p["index"],
+                    p["peak_private_mib_estimate"],
+                    p["disk_mib_estimate"],
+                )
                 for name, p in plan["build"].items()
             ]
-            print_table(f"would build over {plan['parent'] or 'an empty store'}; taken over: {', '.join(plan['carry']) or 'nothing'}", columns, rows)
+            print_table(
+                f"would build over {plan['parent'] or 'an empty store'}; taken over: {', '.join(plan['carry']) or 'nothing'}", columns, rows
+            )
             return
         release_id = build_release(inputs, bundle_path, store, config, queries, parity=_parity_gate(bundle_path), progress=say)
     _report(store, release_id, as_json)
@@ -104,9 +144,22 @@ def _config(options: dict[str, Any]) -> RebuildConfig:
 
     deterministic = bool(options["deterministic"])
     threads = 1 if deterministic else (options["threads"] or os.cpu_count() or 1)
-    ann = AnnConfig(m=options["m"], degree=options["degree"], ef_construction=options["ef_construction"], bits=options["bits"], threads=threads, seed=options["seed"] + 100)
+    ann = AnnConfig(
+        m=options["m"],
+        degree=options["degree"],
+        ef_construction=options["ef_construction"],
+        bits=options["bits"],
+        threads=threads,
+        seed=options["seed"] + 100,
+    )
     return RebuildConfig(
-        index=IndexConfig(kind=options["kind"], ann=ann, lean=options["lean"], deterministic=deterministic, default_recall=min(options["min_recall"], 0.999)),
+        index=IndexConfig(
+            kind=options["kind"],
+            ann=ann,
+            lean=options["lean"],
+            deterministic=deterministic,
+            default_recall=min(options["min_recall"], 0.999),
+        ),
         min_recall=options["min_recall"],
         golden_queries=options["golden"],
         deterministic=deterministic,
@@ -135,6 +188,7 @@ def _gather(
     else:
         if bundle_path is None or not (options["catalogue"] or options["signals"]):
             raise ConfigError("name a source: --bundle with --catalogue or --signals, or --from-active")
+        _check_bundle(bundle_path)
         catalogue = _catalogue(options["catalogue"], entity_types)
         signal_root = options["signals"]
         if signal_root is None:
@@ -142,8 +196,10 @@ def _gather(
 
             assert catalogue is not None
             signal_root = store.root / "signals" / read_space_id(bundle_path)[:16]
+            if dry_run:
+                return _unembedded(catalogue, bundle_path), bundle_path, None
             with stage("embed the catalogue"):
-                _embed(bundle_path, catalogue, signal_root, dry_run)
+                _embed(bundle_path, catalogue, signal_root)
             entity_types = entity_types or tuple(sorted(catalogue["entity_type"].unique().to_list()))
         from encoders.signal_store import SignalStore
 
@@ -152,6 +208,19 @@ def _gather(
     if not dry_run:
         _embed_foreign_live(store, bundle_path, inputs, config)
     return inputs, bundle_path, _queries(options["queries"], bundle_path, config)
+
+
+def _check_bundle(bundle_path: Path) -> None:
+    """Refuse a bundle whose files no longer make its space id."""
+    from encoders.bundle import compute_space_id
+
+    bundle = read_bundle(bundle_path)
+    found = compute_space_id(bundle_path)
+    if found != bundle.space_id:
+        raise BundleError(
+            f"{bundle_path}: the towers' files make space id {found[:16]}, but space.json says {bundle.space_id[:16]}. "
+            "A file was changed or cut short after saving: copy the bundle again."
+        )
 
 
 def _catalogue(path: Path | None, entity_types: tuple[str, ...]) -> pl.DataFrame | None:
@@ -163,12 +232,27 @@ def _catalogue(path: Path | None, entity_types: tuple[str, ...]) -> pl.DataFrame
     return catalogue.filter(pl.col("entity_type").is_in(entity_types)) if entity_types else catalogue
 
 
-def _embed(bundle_path: Path, catalogue: pl.DataFrame, signal_root: Path, dry_run: bool) -> None:
+def _embed(bundle_path: Path, catalogue: pl.DataFrame, signal_root: Path) -> None:
     """Embed the rows whose inputs changed since the signal store was written."""
+    from encoders.bundle import load_bundle
     from encoders.embedding import embed_catalogue
+    from encoders.signal_store import SignalStore
 
-    if not dry_run:
-        embed_catalogue(bundle_path, catalogue, signal_root)
+    report = embed_catalogue(load_bundle(bundle_path), [catalogue], SignalStore(signal_root))
+    for name, entity in report.entity_types.items():
+        say(f"{name}: {entity.embedded:,} embedded, {entity.unchanged + entity.resumed:,} taken over")
+
+
+def _unembedded(catalogue: pl.DataFrame, bundle_path: Path) -> dict[str, EntityInput]:
+    """What a dry run plans with: the ids, and zero vectors that take no memory."""
+    bundle = read_bundle(bundle_path)
+    nothing = np.zeros((1, bundle.dimension), np.float32)
+    return {
+        str(name): EntityInput(
+            ids=rows["id"].to_list(), vectors=np.broadcast_to(nothing, (rows.height, bundle.dimension)), space_id=bundle.space_id
+        )
+        for (name,), rows in catalogue.group_by("entity_type", maintain_order=True)
+    }
 
 
 def _queries(path: Path | None, bundle_path: Path, config: RebuildConfig) -> dict[str, QuerySet] | None:
@@ -193,7 +277,10 @@ def _embed_foreign_live(store: ReleaseStore, bundle_path: Path, inputs: dict[str
         if foreign:
             from encoders.bundle import load_bundle
 
-            with stage(f"embed {len(foreign):,} live {entity_type} entities with the new bundle"), LiveLogWriter(store.live_root, entity_type, bundle.dimension) as writer:
+            with (
+                stage(f"embed {len(foreign):,} live {entity_type} entities with the new bundle"),
+                LiveLogWriter(store.live_root, entity_type, bundle.dimension) as writer,
+            ):
                 writer.write(embed_again(foreign, load_bundle(bundle_path)))
 
 
@@ -213,7 +300,13 @@ def _report(store: ReleaseStore, release_id: str, as_json: bool) -> None:
                 "active": store.current() == release_id,
                 "space_id": manifest.space_id,
                 "entities": {
-                    name: {"count": e.count, "watermark": e.watermark, "kind": e.index.get("kind"), "golden": e.golden, "carried_from": e.carried_from}
+                    name: {
+                        "count": e.count,
+                        "watermark": e.watermark,
+                        "kind": e.index.get("kind"),
+                        "golden": e.golden,
+                        "carried_from": e.carried_from,
+                    }
                     for name, e in manifest.entities.items()
                 },
                 "bytes": manifest.total_bytes(),

@@ -104,7 +104,9 @@ def show_command(release_id: str | None, store_path: Path, as_json: bool) -> Non
         rows,
     )
     if described["forms"]:
-        rows = [(form, r.get("texts"), r.get("cosine_min"), r.get("overlap_at_10"), r.get("passed")) for form, r in described["forms"].items()]
+        rows = [
+            (form, r.get("texts"), r.get("cosine_min"), r.get("overlap_at_10"), r.get("passed")) for form, r in described["forms"].items()
+        ]
         print_table("export forms against the trained tower", ("form", "texts", "smallest cosine", "overlap@10", "passed"), rows)
 
 
@@ -132,7 +134,11 @@ def verify_command(release_id: str | None, store_path: Path, verify_all: bool, l
             entry = {"what": name, "ok": False, "files": None, "bytes": None, "error": str(error)}
         results.append({**entry, "seconds": round(time.perf_counter() - start, 3)})
     if live:
-        results += [_verify_log(store, folder) for folder in sorted(store.live_root.iterdir() if store.live_root.is_dir() else []) if folder.is_dir()]
+        results += [
+            _verify_log(store, folder)
+            for folder in sorted(store.live_root.iterdir() if store.live_root.is_dir() else [])
+            if folder.is_dir()
+        ]
     if as_json:
         print_json(results)
     else:
@@ -242,8 +248,18 @@ def _say_active(release_id: str, before: str | None, as_json: bool) -> None:
 
 @group.command("gc")
 @store_option
-@click.option("--keep", type=int, default=3, show_default=True, help="Newest releases that stay, besides the active one, its predecessor and open ones.")
-@click.option("--drop-folded-log", is_flag=True, help="Also remove live-log files that every kept release contains. Only when rebuilds use --from-active.")
+@click.option(
+    "--keep",
+    type=int,
+    default=3,
+    show_default=True,
+    help="Newest releases that stay, besides the active one, its predecessor and open ones.",
+)
+@click.option(
+    "--drop-folded-log",
+    is_flag=True,
+    help="Also remove live-log files that every kept release contains. Only when rebuilds use --from-active.",
+)
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 @json_option
 @handle_errors

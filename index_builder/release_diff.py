@@ -63,7 +63,11 @@ def _diff_entity(name: str, before: Release, after: Release, same_space: bool) -
         kept = sorted(old_ids & new_ids)
         some = [kept[int(i)] for i in np.linspace(0, len(kept) - 1, min(2000, len(kept)))] if kept else []
         cosines = [float(a @ b) for a, b in ((old.vector(i), new.vector(i)) for i in some) if a is not None and b is not None]
-        result["moved"] = {"sampled": len(cosines), "changed": sum(c < 0.9999 for c in cosines), "cosine_mean": round(float(np.mean(cosines)), 5) if cosines else None}
+        result["moved"] = {
+            "sampled": len(cosines),
+            "changed": sum(c < 0.9999 for c in cosines),
+            "cosine_mean": round(float(np.mean(cosines)), 5) if cosines else None,
+        }
     return result
 
 
@@ -71,7 +75,9 @@ def _ids(index: EntityIndex) -> set[str]:
     return set(index.ids.take(np.arange(len(index.ids))))
 
 
-def _golden_drift(old: EntityIndex, new: EntityIndex, old_golden: GoldenQueries, new_golden: GoldenQueries, same_space: bool) -> dict[str, Any]:
+def _golden_drift(
+    old: EntityIndex, new: EntityIndex, old_golden: GoldenQueries, new_golden: GoldenQueries, same_space: bool
+) -> dict[str, Any]:
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
     by_text = {text: row for row, text in enumerate(new_golden.texts) if text}
     for row, text in enumerate(old_golden.texts):
@@ -167,4 +173,9 @@ def degree_histogram(index: EntityIndex) -> dict[str, Any] | None:
     own = np.arange(len(links), dtype=links.dtype)[:, None]
     degrees = np.count_nonzero(links != own, axis=1)
     counts, edges = np.histogram(degrees, bins=min(10, max(1, int(links.shape[1]))), range=(0, int(links.shape[1])))
-    return {"mean": round(float(degrees.mean()), 2), "max": int(degrees.max()), "counts": counts.tolist(), "edges": [round(float(e), 1) for e in edges]}
+    return {
+        "mean": round(float(degrees.mean()), 2),
+        "max": int(degrees.max()),
+        "counts": counts.tolist(),
+        "edges": [round(float(e), 1) for e in edges],
+    }

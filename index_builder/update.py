@@ -66,7 +66,7 @@ def read_changes(path: Path, manifest: Manifest) -> Changes:
     """Read and check a whole file of changes before anything is written.
 
     Columns are those of the catalogue, plus ``op`` (``upsert``, the default, or ``delete``) and optionally ``embedding`` (a unit vector of the
-    active release's space; without it the row is embedded).
+    active release's space; without it the row is embedded). Where several rows name one entity, the last one counts.
 
     Args:
         path: A table file or a folder of them.
@@ -80,8 +80,15 @@ def read_changes(path: Path, manifest: Manifest) -> Changes:
     raw = pl.concat([read_raw(file) for file in table_files(path)], how="diagonal_relaxed")
     for name in ("id", "entity_type"):
         if name not in raw.columns:
-            raise SchemaError(f"{path}: expected columns id, entity_type (and op, title, ...), but {name!r} is missing; got {', '.join(raw.columns[:12])}")
-    operations = raw["op"].fill_null("upsert").cast(pl.String).str.strip_chars().str.to_lowercase() if "op" in raw.columns else pl.Series(["upsert"] * raw.height)
+            raise SchemaError(
+                f"{path}: expected columns id, entity_type (and op, title, ...), but {name!r} is missing; got {', '.join(raw.columns[:12])}"
+            )
+    raw = raw.unique(["entity_type", "id"], keep="last", maintain_order=True)  # the last row about an entity wins, as it would one by one
+    operations = (
+        raw["op"].fill_null("upsert").cast(pl.String).str.strip_chars().str.to_lowercase()
+        if "op" in raw.columns
+        else pl.Series(["upsert"] * raw.height)
+    )
     bad = (~operations.is_in(["upsert", "delete", ""])).arg_true()
     if len(bad):
         raise RowError(f"{path}, row {bad[0] + 1}: op must be 'upsert' or 'delete', but got {operations[bad[0]]!r}")
@@ -90,7 +97,9 @@ def read_changes(path: Path, manifest: Manifest) -> Changes:
     deletes: dict[str, list[str]] = {}
     for row, (identifier, entity_type) in enumerate(rest.filter(is_delete).select("id", "entity_type").iter_rows()):
         if identifier is None or entity_type not in ENTITY_TYPES:
-            raise RowError(f"{path}: delete {row + 1} needs an id and an entity_type among {', '.join(ENTITY_TYPES)}, but got {identifier!r}, {entity_type!r}")
+            raise RowError(
+                f"{path}: delete {row + 1} needs an id and an entity_type among {', '.join(ENTITY_TYPES)}, but got {identifier!r}, {entity_type!r}"
+            )
         check_entry(LiveEntry(id=str(identifier)), manifest.dimension)
         deletes.setdefault(entity_type, []).append(str(identifier))
     checked = check_frame(rest.filter(~is_delete), schema("catalogue"), path.name)
@@ -112,7 +121,13 @@ def _ready(frame: pl.DataFrame, manifest: Manifest) -> dict[str, list[LiveEntry]
     plain = frame.drop("embedding")
     for row, vector in zip(plain.iter_rows(named=True), vectors):
         values = json.loads(vector) if isinstance(vector, str) else vector
-        entry = LiveEntry(id=row["id"], vector=np.asarray(values, np.float32), space_id=manifest.space_id, attributes=attributes_of(row), source=source_of(row))
+        entry = LiveEntry(
+            id=row["id"],
+            vector=np.asarray(values, np.float32),
+            space_id=manifest.space_id,
+            attributes=attributes_of(row),
+            source=source_of(row),
+        )
         check_entry(entry, manifest.dimension)
         ready.setdefault(row["entity_type"], []).append(entry)
     return ready
@@ -142,7 +157,9 @@ def _json_value(value: Any) -> Any:
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
-def apply_changes(changes: Changes, store: ReleaseStore, bundle: Embedder | None, *, progress: Callable[[int], None] = lambda _: None) -> dict[str, int]:
+def apply_changes(
+    changes: Changes, store: ReleaseStore, bundle: Embedder | None, *, progress: Callable[[int], None] = lambda _: None
+) -> dict[str, int]:
     """Write changes to the live log; each batch is durable before the next is embedded. Running it again does no harm.
 
     Args:
@@ -209,5 +226,6 @@ def embed_again(entries: list[LiveEntry], bundle: Embedder) -> list[LiveEntry]:
     times = {entry.id: entry.time_ns for entry in entries}
     fresh = embed_rows(checked.frame, bundle)
     return [
-        LiveEntry(id=e.id, vector=e.vector, space_id=e.space_id, attributes=e.attributes, source=e.source, time_ns=times[e.id]) for e in fresh
+        LiveEntry(id=e.id, vector=e.vector, space_id=e.space_id, attributes=e.attributes, source=e.source, time_ns=times[e.id])
+        for e in fresh
     ]

@@ -51,4 +51,8 @@ def command(changes: Path, store_path: Path, dry_run: bool, as_json: bool) -> No
         print_json({"release_id": current, "dry_run": dry_run, "changes": counts, "last_sequence": last, "seconds": round(seconds, 3)})
         return
     rows = [(entity_type, c["upserts"], c["deletes"], last.get(entity_type)) for entity_type, c in counts.items()]
-    print_table(f"{'would be ' if dry_run else ''}written to the live log of {store.root}", ("entity type", "upserts", "deletes", "last sequence"), rows)
+    print_table(
+        f"{'would be ' if dry_run else ''}written to the live log of {store.root}",
+        ("entity type", "upserts", "deletes", "last sequence"),
+        rows,
+    )

@@ -166,7 +166,7 @@ class EntityFeaturizer:
             columns |= set(part.columns)
             for name in config.text_fields:
                 if name in part.columns:
-                    counter.add(_texts(part[name]))
+                    counter.add(row_texts(part[name]))
         if not columns & set(config.text_fields):
             raise SchemaError(
                 f"the catalogue has none of the text fields {list(config.text_fields)}; it has {sorted(columns)}. Rename or configure"
@@ -202,7 +202,7 @@ class EntityFeaturizer:
             if name not in catalogue.columns:
                 per_field.append((np.empty(0, np.int32), np.zeros(rows + 1, np.int64)))
                 continue
-            ids, offsets = self.vocabulary.tokenize(_texts(catalogue[name]))
+            ids, offsets = self.vocabulary.tokenize(row_texts(catalogue[name]))
             lengths[:, i] = np.diff(offsets)
             per_field.append((ids, offsets))
         offsets = np.zeros(rows * len(names) + 1, dtype=np.int64)
@@ -212,7 +212,7 @@ class EntityFeaturizer:
             if len(ids):
                 shift = offsets[i : -1 : len(names)] - own[:-1]  # (N,) from a place in the field's ids to its place among all
                 token_ids[np.arange(len(ids)) + np.repeat(shift, lengths[:, i])] = ids
-        continuous = [_vectors(catalogue, name, width) for name, width in self.config.continuous.items()]
+        continuous = [row_vectors(catalogue, name, width) for name, width in self.config.continuous.items()]
         joined = torch.from_numpy(np.concatenate(continuous, axis=1)) if continuous else None
         return EntityBatch(torch.from_numpy(token_ids), torch.from_numpy(offsets), joined, len(names))
 
@@ -245,7 +245,7 @@ class EntityFeaturizer:
         return cls(config, Vocabulary.load(folder))
 
 
-def _texts(column: pl.Series) -> list[str]:
+def row_texts(column: pl.Series) -> list[str]:
     """A text or list-of-text column as one string per row; list items on lines of their own, null as empty."""
     if isinstance(column.dtype, pl.List | pl.Array):
         column = column.cast(pl.List(pl.String)).list.join("\n", ignore_nulls=True)
@@ -254,7 +254,7 @@ def _texts(column: pl.Series) -> list[str]:
     return column.cast(pl.String).fill_null("").to_list()
 
 
-def _vectors(catalogue: pl.DataFrame, name: str, width: int) -> npt.NDArray[np.float32]:
+def row_vectors(catalogue: pl.DataFrame, name: str, width: int) -> npt.NDArray[np.float32]:
     """(N, width) float32 of one vector column; null, absent and empty are zeros, several vectors their mean."""
     vectors = np.zeros((catalogue.height, width), dtype=np.float32)
     if name not in catalogue.columns or catalogue[name].dtype == pl.Null:

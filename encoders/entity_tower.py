@@ -5,6 +5,7 @@ Paper section 4.2, formulas in `EntityEncoder`. Letters: N entities, F text fiel
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -158,6 +159,10 @@ class EntityEncoder(nn.Module):
         self.train(was_training)
         return vectors
 
+    def for_inference(self, dtype: torch.dtype = torch.float32) -> InferenceTower:
+        """This tower's weights arranged for inference on their device; see ``InferenceTower``."""
+        return InferenceTower(self, dtype)
+
     def save(self, folder: Path) -> None:
         """Write ``model.safetensors`` (fp32), ``config.json`` and the featuriser's files into ``folder``."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -197,6 +202,24 @@ class EntityEncoder(nn.Module):
                 f"{len(featurizer.vocabulary)}; copy the whole entity_encoder folder again"
             )
         return encoder.eval()
+
+
+class InferenceTower:
+    """An entity tower's forward pass with its big layers in another precision; sums, LayerNorms and normalisation stay in float32.
+
+    Args:
+        encoder: The tower; its table and token weights are shared, not copied.
+        dtype: float32, or bfloat16 (cosine to float32 at least 0.999).
+    """
+
+    def __init__(self, encoder: EntityEncoder, dtype: torch.dtype) -> None:
+        self._encoder, self._dtype = encoder, dtype
+        self._mlp = encoder.mlp if dtype == torch.float32 else copy.deepcopy(encoder.mlp).to(dtype)
+
+    @torch.inference_mode()
+    def __call__(self, features: EntityBatch) -> Tensor:
+        """Embed N entities; (N, D) float32 unit rows on the tower's device."""
+        return functional.normalize(self._mlp(self._encoder._inputs(features).to(self._dtype)).float(), dim=-1)
 
 
 def create_entity_encoder(featurizer: EntityFeaturizer, **settings: Any) -> EntityEncoder:

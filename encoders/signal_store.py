@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ class Signals:
     """The one space of all vectors."""
     content_hashes: list[str]
     """Hash of each row's inputs, ``""`` where the writer gave none."""
+    updated_at: npt.NDArray[np.datetime64] = field(default_factory=lambda: np.empty(0, "datetime64[us]"))
+    """(N,) UTC times at which the vectors were computed; empty where unknown."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -118,6 +120,7 @@ class SignalStore:
         vectors = np.empty((described["rows"], described["dimension"]), dtype=np.float32)
         ids: list[str] = []
         hashes: list[str] = []
+        stamps = np.empty(described["rows"], "datetime64[us]")
         for part in described["parts"]:
             held = read_part(self.root / entity_type / part["file"])
             if held.space_id != described["space_id"]:
@@ -125,12 +128,13 @@ class SignalStore:
             if len(held) != part["rows"] or held.vectors.shape[1] != vectors.shape[1] or len(ids) + len(held) > len(vectors):
                 raise DataError(f"{part['file']} of {entity_type!r} holds other rows than signals.json says; embed again")
             vectors[len(ids) : len(ids) + len(held)] = held.vectors
+            stamps[len(ids) : len(ids) + len(held)] = held.updated_at
             ids += held.ids
             hashes += held.content_hashes
         if len(ids) != len(vectors):
             raise DataError(f"signals.json of {entity_type!r} promises {len(vectors)} rows, but the parts hold {len(ids)}; embed again")
         check_vectors(vectors, ids)
-        return Signals(ids, vectors, described["space_id"], hashes)
+        return Signals(ids, vectors, described["space_id"], hashes, stamps)
 
     def write(
         self,
@@ -171,12 +175,14 @@ class SignalWriter:
     be read through ``staged`` and kept by adding nothing in their place (``keep``).
     """
 
-    def __init__(self, store: SignalStore, entity_type: str, space_id: str, dimension: int, *, resume: bool = True) -> None:
+    def __init__(
+        self, store: SignalStore, entity_type: str, space_id: str, dimension: int, *, resume: bool = True, form_id: str = ""
+    ) -> None:
         self.folder = store.root / entity_type
         self.staging = self.folder / STAGING
-        self.space_id, self.dimension = space_id, dimension
+        self.space_id, self.dimension, self.form_id = space_id, dimension, form_id
         self._parts: list[dict[str, Any]] = []
-        self._ids: list[str] = []
+        self._ids: set[str] = set()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / ".lock").open("w")
         try:
@@ -193,7 +199,7 @@ class SignalWriter:
         return self.staging / f"part-{number:05d}.parquet"
 
     def add(
-        self, ids: Sequence[str], vectors: Float32, content_hashes: Sequence[str], updated_at: Sequence[datetime] | None = None
+        self, ids: Sequence[str], vectors: Float32, content_hashes: Sequence[str], updated_at: npt.NDArray[np.datetime64] | None = None
     ) -> None:
         """Write the next part durably.
 
@@ -201,40 +207,45 @@ class SignalWriter:
             ids: N ids.
             vectors: (N, D) float32 unit rows.
             content_hashes: N hashes.
-            updated_at: N UTC times at which the vectors were computed; None: now.
+            updated_at: (N,) datetime64[us], UTC, when the vectors were computed; None: now.
 
         Raises:
             InvalidVectors: See ``check_vectors``.
-            DataError: The lengths differ.
+            DataError: The lengths differ, or an id was added before.
         """
         check_vectors(vectors, ids, self.dimension)
         if len(content_hashes) != len(ids) or (updated_at is not None and len(updated_at) != len(ids)):
             raise DataError(f"{len(ids)} ids need as many content hashes and times, but got {len(content_hashes)}; pass one per row")
-        stamps = updated_at if updated_at is not None else [datetime.now(UTC)] * len(ids)
-        path = self.staged(len(self._parts))
-        _write_part(path, ids, vectors, self.space_id, content_hashes, stamps)
-        self._note(list(ids))
+        self._check_ids(ids)
+        stamps = updated_at if updated_at is not None else np.full(len(ids), np.datetime64("now", "us"))
+        _write_part(self.staged(len(self._parts)), ids, vectors, self.space_id, content_hashes, stamps)
+        self._note(ids)
 
     def keep(self, ids: Sequence[str]) -> None:
-        """Take over the staged part at the next place, which the caller has found to hold exactly ``ids`` under this space id."""
-        self._note(list(ids))
-
-    def _note(self, ids: list[str]) -> None:
-        self._parts.append({"rows": len(ids)})
-        self._ids += ids
-
-    def publish(self) -> None:
-        """Make the parts the published ones, all at once; the earlier parts are deleted afterwards.
+        """Take over the staged part at the next place, which the caller has found to hold exactly ``ids`` under this space id.
 
         Raises:
-            DataError: An id was added twice; nothing is published.
+            DataError: An id was added before.
         """
-        if len(set(self._ids)) != len(self._ids):
-            seen: set[str] = set()
-            doubled = next(i for i in self._ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
-            raise DataError(
-                f"id {doubled!r} occurs twice among the signals of {self.folder.name!r}; ids must be distinct. Nothing was published"
-            )
+        self._check_ids(ids)
+        self._note(ids)
+
+    def _check_ids(self, ids: Sequence[str]) -> None:
+        distinct = set(ids)
+        if len(distinct) == len(ids) and self._ids.isdisjoint(distinct):
+            return
+        seen = set(self._ids)
+        doubled = next(i for i in ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
+        raise DataError(
+            f"id {doubled!r} occurs twice among the signals of {self.folder.name!r}; ids must be distinct. Nothing was published"
+        )
+
+    def _note(self, ids: Sequence[str]) -> None:
+        self._parts.append({"rows": len(ids)})
+        self._ids.update(ids)
+
+    def publish(self) -> None:
+        """Make the parts the published ones, all at once; the earlier parts are deleted afterwards."""
         run = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
         parts = [{"file": f"part-{run}-{number:05d}.parquet", **part} for number, part in enumerate(self._parts)]
         for number, part in enumerate(parts):
@@ -243,6 +254,7 @@ class SignalWriter:
             "format_version": STORE_FORMAT,
             "entity_type": self.folder.name,
             "space_id": self.space_id,
+            "form_id": self.form_id,
             "dimension": self.dimension,
             "rows": len(self._ids),
             "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -274,7 +286,7 @@ def read_part(path: Path) -> Signals:
         DataError: The file is missing, damaged, lacks a column, or mixes spaces.
     """
     try:
-        table = pq.read_table(path, columns=["id", "embedding", "space_id", "content_hash"])
+        table = pq.read_table(path, columns=["id", "embedding", "space_id", "content_hash", "updated_at"])
         lists = table["embedding"].combine_chunks()
         lists = lists if isinstance(lists, pa.FixedSizeListArray) else lists.chunk(0)
         vectors = lists.flatten().to_numpy(zero_copy_only=False).reshape(len(table), lists.type.list_size)
@@ -285,7 +297,8 @@ def read_part(path: Path) -> Signals:
         raise DataError(
             f"{path}: expected float32 vectors of one space id, but got {vectors.dtype} and {len(spaces)} space ids; embed again"
         )
-    return Signals(table["id"].to_pylist(), np.ascontiguousarray(vectors), spaces[0], table["content_hash"].to_pylist())
+    stamps = table["updated_at"].cast(pa.int64()).to_numpy().astype("datetime64[us]")
+    return Signals(table["id"].to_pylist(), np.ascontiguousarray(vectors), spaces[0], table["content_hash"].to_pylist(), stamps)
 
 
 def iterate_parts(paths: Sequence[Path]) -> Iterator[Signals]:
@@ -294,7 +307,9 @@ def iterate_parts(paths: Sequence[Path]) -> Iterator[Signals]:
         yield read_part(path)
 
 
-def _write_part(path: Path, ids: Sequence[str], vectors: Float32, space_id: str, hashes: Sequence[str], stamps: Sequence[datetime]) -> None:
+def _write_part(
+    path: Path, ids: Sequence[str], vectors: Float32, space_id: str, hashes: Sequence[str], stamps: npt.NDArray[np.datetime64]
+) -> None:
     flat = pa.array(np.ascontiguousarray(vectors).reshape(-1))
     table = pa.table(
         {
@@ -302,7 +317,7 @@ def _write_part(path: Path, ids: Sequence[str], vectors: Float32, space_id: str,
             "embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
             "space_id": pa.array([space_id], pa.string()).take(pa.array(np.zeros(len(ids), np.int32))),
             "content_hash": pa.array(list(hashes), pa.string()),
-            "updated_at": pa.array(list(stamps), pa.timestamp("us", "UTC")),
+            "updated_at": pa.array(stamps.astype("datetime64[us]").astype(np.int64), pa.int64()).cast(pa.timestamp("us", "UTC")),
         }
     )
     partial = path.with_suffix(".partial")

@@ -29,7 +29,8 @@ class EntityInput:
         vectors: float32 ``(N, D)``, unit rows; a ``numpy.memmap`` keeps memory bounded.
         space_id: Space of the vectors.
         attributes: ``N`` rows aligned with ``ids`` (no ``id`` column), or None.
-        updated_at_ns: int64 ``(N,)`` when each vector was made, nanoseconds since 1970, or None if unknown. A live write that is older than the row loses.
+        updated_at_ns: int64 ``(N,)`` when each vector was made, nanoseconds since 1970, or None if unknown. A live write that is older
+            than the row loses.
         base_watermark: Live-log sequence already inside (for vectors taken from a release).
     """
 
@@ -181,7 +182,7 @@ def _fold_attributes(frame: pl.DataFrame | None, keep: np.ndarray, fresh: list[L
         return base
     columns = []
     for name in dict.fromkeys([*base.columns, *added.columns]):
-        dtype = base.schema.get(name, added.schema.get(name))
+        dtype = base.schema[name] if name in base.columns else added.schema[name]
         parts = []
         for part, height in ((base, base.height), (added, len(fresh))):
             series = part[name] if name in part.columns else pl.Series(name, [None] * height)
@@ -191,7 +192,7 @@ def _fold_attributes(frame: pl.DataFrame | None, keep: np.ndarray, fresh: list[L
 
 
 def fingerprint(entities: EntityInput) -> str:
-    """SHA-256 over ids, vectors, attributes and space of an input: equal inputs have equal fingerprints, so an interrupted build can go on."""
+    """SHA-256 over ids, vectors, attributes and space of an input: by it an interrupted build knows its own work again."""
     digest = hashlib.sha256(entities.space_id.encode())
     digest.update("\0".join(entities.ids).encode())
     for start in range(0, len(entities.vectors), _BLOCK_ROWS):
@@ -223,6 +224,7 @@ def refuse_foreign(entity_type: str, folded: Folded) -> None:
     """
     if folded.foreign:
         raise LiveLogError(
-            f"{entity_type}: {len(folded.foreign)} live entities (first {folded.foreign[0]!r}) were written under another space id and cannot enter this index. "
+            f"{entity_type}: {len(folded.foreign)} live entities (first {folded.foreign[0]!r}) were written under another "
+            "space id and cannot enter this index. "
             "Write them again with the new bundle (omni update), put them into the catalogue, or pass --drop-foreign-live."
         )

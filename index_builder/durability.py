@@ -1,4 +1,4 @@
-"""Files that survive a crash: fsync of files and folders, atomic replacement, locks that die with their holder, and a clear word when the disk is full."""
+"""Files that survive a crash: fsync, atomic replacement, locks that die with their holder, a clear word when the disk is full."""
 
 from __future__ import annotations
 

@@ -88,7 +88,8 @@ def explain_id(
         named = {name: values.get(name) for name in index.attribute_table.schema if name in (expression or "")}
         reason = f"the filter excludes it: {named or 'it has none of the attributes'} does not satisfy {expression!r}"
     elif effective is not None and effective > k:
-        reason = f"exact search ranks it {effective}, below the top {k}: its score is {score:.4f}, the last answer's {float(answer.scores[-1]):.4f}"
+        last = f"{float(answer.scores[-1]):.4f}" if len(answer.scores) else "none"
+        reason = f"exact search ranks it {effective}, below the top {k}: its score is {score:.4f}, the last answer's {last}"
     else:
         reason = f"the graph missed it: exact search ranks it {effective}; ask for a higher min_recall (plan {answer.plan}, ef {answer.ef})"
     return Verdict(identifier, state, reason, score, rank, filtered_rank, returned)
@@ -157,7 +158,8 @@ def recall_waterfall(
 ) -> Waterfall:
     """Labelled Recall@k after every step, and to which step each lost pair was lost.
 
-    The chain of oracles: exact search over fresh vectors at full dimension (what the encoder can do), the same at the served dimension, exact search over
+    The chain of oracles: exact search over fresh vectors at full dimension (what the encoder can do), the same at the served dimension,
+    exact search over
     what is served, live entries included (staleness), the served index walked as wide as it goes (quantisation: what a wide walk cannot
     find), the index as it is served (graph), and with the filter. A pair that is not found in the end counts for the step behind the last
     one that still found it.
@@ -167,7 +169,8 @@ def recall_waterfall(
         queries: float32 ``(P, D)``, one row per pair, in the served dimension.
         targets: The labelled entity of each pair.
         k: Depth.
-        fresh: Ids and vectors ``(N, F)``, F >= D, as the encoder would embed the catalogue today; None: what is served stands in, and the first
+        fresh: Ids and vectors ``(N, F)``, F >= D, as the encoder would embed the catalogue today; None: what is served stands in, and
+            the first
             three steps are one.
         full_queries: ``(P, F)`` for ``fresh``; None: ``queries``.
         expressions: Filter of each pair's query, or None.

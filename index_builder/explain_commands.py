@@ -99,7 +99,8 @@ def query_command(
     titles = [row.get("title") for row in index.attributes(served.ids, ["title"])] if title else [None] * len(served.ids)
     rows = [(n + 1, i, round(float(s), 4), ranks.get(i), t) for n, (i, s, t) in enumerate(zip(served.ids, served.scores, titles))]
     say(
-        f"release {release.release_id}, plan {served.plan}, ef {served.ef}, estimated recall {served.estimated_recall}, selectivity {served.selectivity}"
+        f"release {release.release_id}, plan {served.plan}, ef {served.ef}, estimated recall {served.estimated_recall}, "
+        f"selectivity {served.selectivity}"
     )
     print_table(f"answers of {text or like_id!r}", ("rank", "id", "score", "exact rank", "title"), rows)
     for verdict in verdicts:
@@ -143,15 +144,17 @@ def misses_command(
     plot_path: Path | None,
     as_json: bool,
 ) -> None:
-    """Recall-loss waterfall: of the labelled pairs that are not found, how many are lost to the encoder, the dimension cut, staleness, quantisation,
-    the graph and the filter. Each step is compared with its exact oracle. Without --pairs the sample data's held-out pairs are used.
+    """Show to which step each labelled pair that is not found was lost.
+
+    The steps are the encoder, the dimension cut, staleness, quantisation, the graph and the filter; each is compared with its exact
+    oracle. Without --pairs the sample data's held-out pairs are used.
 
     Example: omni explain misses --store store --limit 500 --plot waterfall.png
     """
     from encoders.query_tower import QueryEncoder
 
     pairs = _pairs(pairs_path, data_dir, split)
-    release, follower = _open(store_path, release_id)
+    release, _ = _open(store_path, release_id)
     tower = QueryEncoder.load(release.query_encoder_path)
     waterfalls, curves = [], {}
     for entity_type, index in release.entities.items():

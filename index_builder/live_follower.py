@@ -27,7 +27,8 @@ class LiveFollower:
     """Follows the live log for one opened release.
 
     ``catch_up`` replays everything behind the release's watermark and returns when it is visible: call it before the release takes traffic
-    (activation and rollback alike). ``start`` then polls in a daemon thread. When the log turns out to be damaged the last good picture stays,
+    (activation and rollback alike). ``start`` then polls in a daemon thread. When the log turns out to be damaged the last good picture
+    stays,
     ``error`` says why, and polling goes on.
 
     Args:

@@ -1,7 +1,9 @@
 """The live log: upserts and deletes between two builds. Durable before acknowledged, one writer at a time, any number of polling readers.
 
-Layout of ``<store>/live/<entity_type>/``: ``log-<first sequence>.bin`` (append-only records, a new file every 64 MiB), ``acknowledged`` (how far
-writes were promised: what is invalid before that point is corruption and refused, what is invalid after it is the torn tail of a crash and is
+Layout of ``<store>/live/<entity_type>/``: ``log-<first sequence>.bin`` (append-only records, a new file every 64 MiB), ``acknowledged``
+(how far
+writes were promised: what is invalid before that point is corruption and refused, what is invalid after it is the torn tail of a crash
+and is
 cut off by the next writer) and ``writer.lock`` (an ``flock``; the kernel frees it when its holder dies).
 """
 
@@ -13,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +166,8 @@ class LiveLogReader:
         last = max(self._next - 1, 0)
         if last < promised.sequence and len(entries) < limit:
             raise LiveLogCorrupt(
-                f"live log of {self.entity_type!r}: entries up to {promised.sequence} were acknowledged, but the files hold valid entries only up to {last} "
+                f"live log of {self.entity_type!r}: entries up to {promised.sequence} were acknowledged, but the files hold "
+                f"valid entries only up to {last} "
                 f"({self._file_path().name if self._file else 'no file'}, byte {self._offset}). Restore the file from a replica or backup; "
                 "serving goes on with what was read before."
             )
@@ -327,7 +331,8 @@ class LiveLogWriter:
         lock = FileLock(self.folder / "writer.lock")
         if not lock.acquire(timeout_seconds=self._timeout):
             raise LiveLogBusy(
-                f"live log of {self.entity_type!r}: process {lock.holder()} has held the writer's lock for {self._timeout:.0f} s; stop it or try again"
+                f"live log of {self.entity_type!r}: process {lock.holder()} has held the writer's lock for "
+                f"{self._timeout:.0f} s; stop it or try again"
             )
         return lock
 
@@ -417,7 +422,8 @@ class LiveLogWriter:
                 break
         if self._sequence < promised.sequence:
             raise LiveLogCorrupt(
-                f"live log of {self.entity_type!r}: entries up to {promised.sequence} were acknowledged, but {files[-1][1].name} is valid only up to entry "
+                f"live log of {self.entity_type!r}: entries up to {promised.sequence} were acknowledged, but "
+                f"{files[-1][1].name} is valid only up to entry "
                 f"{self._sequence} (byte {self._end}). Nothing was written or cut off; restore the file from a replica or backup."
             )
         if self._end < size:  # the torn tail of a writer that died before it promised anything
@@ -463,7 +469,7 @@ def collect_files(live_root: Path, entity_type: str, watermark: int) -> list[Pat
     folder = live_root / entity_type
     files = log_files(folder)
     removed = []
-    for (_, path), (following, _) in zip(files, files[1:]):
+    for (_, path), (following, _) in pairwise(files):
         if following - 1 <= watermark:
             path.unlink()
             removed.append(path)

@@ -1,4 +1,4 @@
-"""The bytes of the live log: one entry per record, each with its length, sequence number and checksum, so that a reader trusts nothing else."""
+"""The bytes of the live log: one entry per record, each with its length, sequence number and checksum."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ def check_entry(entry: LiveEntry, dimension: int) -> None:
         raise LiveLogError(f"id {entry.id!r} cannot be written as UTF-8 ({error.reason}); send a valid Unicode string") from error
     if not 0 < len(encoded) <= 65535 or not unicodedata.is_normalized("NFC", entry.id):
         raise LiveLogError(
-            f"an id must be 1 to 65,535 bytes of NFC text, but got {len(encoded)} bytes: {entry.id[:60]!r}; normalise it with unicodedata.normalize('NFC', id)"
+            f"an id must be 1 to 65,535 bytes of NFC text, but got {len(encoded)} bytes: {entry.id[:60]!r}; normalise it "
+            "with unicodedata.normalize('NFC', id)"
         )
     if entry.vector is None:
         return
@@ -151,7 +152,7 @@ def decode_payload(payload: memoryview, sequence: int) -> LiveEntry:
 
 
 def next_record(content: memoryview, offset: int, sequence: int) -> tuple[memoryview, int] | None:
-    """The payload of the record at ``offset`` and the offset after it; None if no whole, valid record of that sequence number stands there."""
+    """The payload of the record at ``offset`` and the offset after it; None if no whole, valid record of that number stands there."""
     body = offset + RECORD_HEADER.size
     if body > len(content):
         return None

@@ -222,7 +222,7 @@ class LiveView:
     live_count: int = 0
     foreign_count: int = 0
     places: Mapping[str, tuple[_Block, int]] = field(default_factory=dict, repr=False, compare=False)
-    """Where each id lives now, shared with the state and therefore possibly newer than this picture; ``find`` checks it against the picture."""
+    """Where each id lives now; shared with the state, so possibly newer than this picture: ``find`` checks it."""
 
     def find(self, id: str) -> tuple[LiveSegment, int] | None:
         """The segment and row where ``id`` is alive in this picture, or None."""

@@ -1,4 +1,4 @@
-"""The manifest of a release: what is inside, under which space id, and the size and SHA-256 of every file; itself checksummed to the last byte."""
+"""The manifest of a release: what is inside, under which space id, size and SHA-256 of every file; itself checksummed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,8 @@ class EntityManifest:
         index: What ``EntityIndex.describe`` said: kind, parameters, why, CPU features.
         cpu_features: Flags (as in ``/proc/cpuinfo``) without which the index cannot be searched.
         calibration: ANN recall@10 with its interval and the ef curve (no times); None for exact indexes of tiny corpora.
-        golden: Number, kind (``real queries`` or ``perturbed entities``) and ``k`` of the golden queries, and the recall that the build measured on them.
+        golden: Number, kind (``real queries`` or ``perturbed entities``) and ``k`` of the golden queries, and the recall that the build
+            measured on them.
         built_from: Fingerprint of the vectors, ids and attributes that went in.
         carried_from: Release that this entity type was taken over from unchanged, else None.
     """
@@ -118,7 +119,8 @@ class Manifest:
         digest = hashlib.sha256(blank.encode()).hexdigest()
         if digest != found.group(1):
             raise ReleaseCorrupt(
-                f"{where}: manifest.json should have checksum {found.group(1)[:16]}, but its text gives {digest[:16]}: it was changed after publishing"
+                f"{where}: manifest.json should have checksum {found.group(1)[:16]}, but its text gives {digest[:16]}: it "
+                "was changed after publishing"
             )
         try:
             values: Any = json.loads(text)

@@ -1,7 +1,9 @@
 """The store of releases: stage, publish, activate, roll back, collect. Each step is all or nothing, whenever the process dies.
 
-Layout of ``<store>/releases/``: one folder per release; ``CURRENT`` (JSON: the active release, the SHA-256 of its manifest, and the releases active
-before it), replaced by one rename; ``.locks/`` (flocks: ``publish``, ``build``, one per open release); ``.staging-*`` (unfinished builds, resumable);
+Layout of ``<store>/releases/``: one folder per release; ``CURRENT`` (JSON: the active release, the SHA-256 of its manifest, and the
+releases active
+before it), replaced by one rename; ``.locks/`` (flocks: ``publish``, ``build``, one per open release); ``.staging-*`` (unfinished
+builds, resumable);
 ``.trash-*`` (releases being removed).
 """
 
@@ -12,7 +14,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -108,7 +110,7 @@ class ReleaseStore:
         self.live_root = self.root / "live"
         self._locks = self.releases / ".locks"
 
-    # --- reading ---------------------------------------------------------------------------------------------------------------------------------
+    # --- reading --------------------------------------------------------------------------------------------------------------------------
 
     def path_of(self, release_id: str) -> Path:
         """Folder of a release, whether it exists or not."""
@@ -220,7 +222,7 @@ class ReleaseStore:
         check_contents(path, manifest)
         return manifest
 
-    # --- writing ---------------------------------------------------------------------------------------------------------------------------------
+    # --- writing --------------------------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def lock(self, name: str, wait_seconds: float = 0.0) -> Iterator[FileLock]:
@@ -249,7 +251,8 @@ class ReleaseStore:
     def publish(self, staging: Path, manifest: Manifest, *, activate: bool = True, require_parent: bool = False) -> str:
         """Move a complete staging folder into place under its release id.
 
-        Everything is made durable first; one rename makes it visible; one rename of ``CURRENT`` makes it active. Publishing content that is already there
+        Everything is made durable first; one rename makes it visible; one rename of ``CURRENT`` makes it active. Publishing content that
+        is already there
         under the same id is a no-op.
 
         Args:
@@ -272,7 +275,8 @@ class ReleaseStore:
             active = self.current()
             if require_parent and active != manifest.parent:
                 raise PublishError(
-                    f"this partial rebuild took indexes over from {manifest.parent}, but {active} became active meanwhile. Nothing was published; run it again."
+                    f"this partial rebuild took indexes over from {manifest.parent}, but {active} became active meanwhile. "
+                    "Nothing was published; run it again."
                 )
             if target.exists():
                 if read_manifest(target).files != manifest.files:
@@ -350,7 +354,7 @@ class ReleaseStore:
             self.releases / CURRENT_NAME, Current(release_id=release_id, manifest_sha256=digest, activated=now, history=history).to_bytes()
         )
 
-    def gc(self, keep: int = 3, *, dry_run: bool = False, drop_folded_log: bool = False) -> list[str]:
+    def gc(self, keep: int = 3, *, dry_run: bool = False, drop_folded_log: bool = False) -> Sequence[str]:
         """Remove old releases, unfinished builds and half-removed folders.
 
         Kept are the active release, the one ``rollback`` goes to, the newest ``keep``, and every release that some process has open.
@@ -358,7 +362,8 @@ class ReleaseStore:
         Args:
             keep: How many of the newest releases stay, at least 1.
             dry_run: Only say what would go.
-            drop_folded_log: Also remove live-log files whose entries every kept release already contains. Do so only when rebuilds start from the
+            drop_folded_log: Also remove live-log files whose entries every kept release already contains. Do so only when rebuilds start
+                from the
                 active release or from sources that hold those changes too.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Build a release: check the input, fold the live log in, index, calibrate, gate, prove, publish. Interrupted builds go on where they stopped."""
+"""Build a release: check, fold the live log in, index, calibrate, gate, prove, publish; interrupted builds go on where they stopped."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from importlib import metadata
@@ -16,172 +16,28 @@ from typing import Any
 
 import numpy as np
 
-from encoders.errors import BundleError, ConfigError, SpaceMismatch
 from index_builder.build_inputs import EntityInput, Folded, QuerySet, check_input, fingerprint, fold_live, read_live, refuse_foreign
+from index_builder.build_plan import Bundle, RebuildConfig, carried_types, fit_memory, plan_release, read_bundle
 from index_builder.calibration import check_gate
 from index_builder.durability import disk_full_is_clear, write_durably
-from index_builder.entity_index import EntityIndex, IndexConfig
-from index_builder.errors import DiskFull, GateFailed, PublishError, ReleaseCorrupt
+from index_builder.entity_index import EntityIndex
+from index_builder.errors import DiskFull, GateFailed, ReleaseCorrupt
 from index_builder.golden import GOLDEN_K, GOLDEN_NAME, GoldenQueries, answer_exactly, perturbed_entities, recall_of, write_golden
 from index_builder.manifest import EntityManifest, FileRecord, Manifest, content_digest
 from index_builder.peak_memory import PeakMemory
-from index_builder.publishing import ReleaseStore, check_release_id
+from index_builder.publishing import ReleaseStore
 from index_builder.release import BUNDLE_PARTS, read_manifest
 from index_builder.verification import record_files
-
-CALIBRATION_QUERIES = 2_000
-DEFAULT_DIMENSION = 256
-BYTES_PER_VECTOR_256 = {"symqg": 3600, "hnsw": 1500, "rabitq": 1200, "faiss-hnsw": 1500, "faiss-ivf": 1400, "exact": 300}
-"""Private bytes a vector of 256 dimensions needs at the peak of a build (ids and attributes included), measured by `omni bench build`, rounded up."""
 
 ParityGate = Callable[[Path, GoldenQueries], dict[str, dict[str, Any]]]
 """(staged release folder, golden queries with texts) -> export form -> report with ``passed``; a form that fails stops the build."""
 Progress = Callable[[str], None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RebuildConfig:
-    """How a release is built."""
-
-    index: IndexConfig = field(default_factory=IndexConfig)
-    """Kind and parameters of the indexes, the recall target of the gate, seed and threads."""
-    min_recall: float = 0.95
-    """The gate: the lower 95% bound of the measured ANN recall@10 must reach this at some ef, else nothing is published."""
-    calibration_queries: int = CALIBRATION_QUERIES
-    """Queries that calibrate, apart from the golden ones."""
-    golden_queries: int = 64
-    """Golden queries kept per entity type."""
-    deterministic: bool = False
-    """Same input and seed give the same bytes for every file but the manifest's ``measured`` part; the release id is derived from the content."""
-    seed: int = 0
-    """Of the choice of golden and calibration queries."""
-    max_memory_mib: int | None = None
-    """Private memory the build may use at its peak; None: no limit."""
-    release_id: str | None = None
-    """None: time and content (deterministic: content only)."""
-    activate: bool = True
-    """Make the release active once it is published."""
-    resume: bool = True
-    """Take over what an interrupted build of the same input left."""
-    fold_live: bool = True
-    """Put the live log's entries into the base."""
-    drop_foreign_live: bool = False
-    """Leave out live entries written under another space id (they cannot be searched with this bundle)."""
-    wait_seconds: float = 0.0
-    """How long to wait for another build in the same store."""
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.min_recall < 1.0:
-            raise ConfigError(f"RebuildConfig.min_recall must be between 0 and 1, but got {self.min_recall}.")
-        if not 1 <= self.golden_queries <= 10_000:
-            raise ConfigError(f"RebuildConfig.golden_queries must be between 1 and 10,000, but got {self.golden_queries}.")
-        if self.max_memory_mib is not None and self.max_memory_mib < 64:
-            raise ConfigError(f"RebuildConfig.max_memory_mib must be at least 64, but got {self.max_memory_mib}.")
-        if self.release_id is not None:
-            check_release_id(self.release_id)
-
-
-@dataclass(frozen=True, slots=True)
-class Bundle:
-    """What a release takes from a model bundle."""
-
-    path: Path
-    space_id: str
-    dimension: int
-
-
 @dataclass(slots=True)
 class _Built:
     entity: EntityManifest
     measured: dict[str, Any]
-
-
-def read_bundle(path: Path) -> Bundle:
-    """Read ``space.json`` of a model bundle.
-
-    Raises:
-        BundleError: The folder is no bundle.
-    """
-    try:
-        values = json.loads((path / "space.json").read_text(encoding="utf-8"))
-        space_id = str(values["space_id"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BundleError(
-            f"{path} is not a model bundle: expected space.json with a space_id ({error}). Train one with `omni train`."
-        ) from error
-    dimension = values.get("dimension")
-    if dimension is None and (path / "config.json").is_file():
-        dimension = json.loads((path / "config.json").read_text(encoding="utf-8")).get("dimension")
-    if not (path / "query_encoder").is_dir():
-        raise BundleError(f"{path} is not a whole model bundle: expected a folder query_encoder/")
-    return Bundle(path, space_id, int(dimension or DEFAULT_DIMENSION))
-
-
-def plan_release(inputs: Mapping[str, EntityInput], bundle: Bundle, store: ReleaseStore, config: RebuildConfig) -> dict[str, Any]:
-    """What ``build_release`` would do; checks all it can without building.
-
-    Returns:
-        JSON: per entity type what is built, taken over or refused, and the memory and disk it needs.
-
-    Raises:
-        SpaceMismatch: Signals and bundle differ.
-        PublishError: A partial rebuild with a different bundle.
-        ConfigError: The memory limit cannot be kept.
-    """
-    if not inputs:
-        raise ConfigError("a rebuild needs at least one entity type, but got none. Give --catalogue, --signals or --from-active.")
-    parent = store.current()
-    carried = _carried(inputs, bundle, store, parent)
-    plan: dict[str, Any] = {
-        "parent": parent,
-        "space_id": bundle.space_id,
-        "dimension": bundle.dimension,
-        "build": {},
-        "carry": sorted(carried),
-    }
-    for entity_type, entities in sorted(inputs.items()):
-        if entities.space_id != bundle.space_id:
-            raise SpaceMismatch(bundle.space_id, entities.space_id, f"signals of {entity_type!r}")
-        index = fit_memory(entity_type, len(entities.ids), bundle.dimension, config)
-        latest, watermark = (
-            read_live(store.live_root, entity_type, entities.base_watermark) if config.fold_live else ({}, entities.base_watermark)
-        )
-        plan["build"][entity_type] = {
-            "entities": len(entities.ids),
-            "live_upserts": sum(not e.is_delete for e in latest.values()),
-            "live_deletes": sum(e.is_delete for e in latest.values()),
-            "watermark": watermark,
-            "index": index.kind,
-            "peak_private_mib_estimate": round(estimate_mib(index.kind, len(entities.ids), bundle.dimension)),
-            "disk_mib_estimate": round(len(entities.ids) * bundle.dimension * 4 * 3.3 / 2**20),
-        }
-    return plan
-
-
-def estimate_mib(kind: str, count: int, dimension: int) -> float:
-    """Private memory a build needs at its peak, MiB, beyond the 300 of the interpreter and its libraries."""
-    per_vector = max(BYTES_PER_VECTOR_256.get(kind, BYTES_PER_VECTOR_256["symqg"]) * dimension / 256, 300)
-    return 300 + count * per_vector / 2**20
-
-
-def fit_memory(entity_type: str, count: int, dimension: int, config: RebuildConfig) -> IndexConfig:
-    """The index configuration, with ``auto`` narrowed to kinds that fit into the memory limit.
-
-    Raises:
-        ConfigError: The kind asked for (or every kind) needs more.
-    """
-    limit = config.max_memory_mib
-    if limit is None or estimate_mib(config.index.kind if config.index.kind != "auto" else "symqg", count, dimension) <= limit:
-        return config.index
-    if config.index.kind == "auto":
-        for kind in ("hnsw", "rabitq"):
-            if estimate_mib(kind, count, dimension) <= limit:
-                return replace(config.index, kind=kind)
-    leanest = estimate_mib("rabitq", count, dimension)
-    raise ConfigError(
-        f"{entity_type}: --max-memory is {limit:,} MiB, but a {config.index.kind} index of {count:,} x {dimension} needs about "
-        f"{estimate_mib(config.index.kind, count, dimension):,.0f} MiB at its peak. The leanest kind (--index rabitq) needs about {leanest:,.0f} MiB."
-    )
 
 
 def build_release(
@@ -203,7 +59,8 @@ def build_release(
         bundle_path: Model bundle; ``query_encoder/``, ``entity_encoder/`` and ``forms/`` are copied.
         store: Where to publish.
         config: How.
-        queries: Real queries by entity type (key ``"*"``: for all types without their own); without them perturbed entities stand in, labelled so.
+        queries: Real queries by entity type (key ``"*"``: for all types without their own); without them perturbed entities stand in,
+            labelled so.
         parity: Checks the export forms against the trained tower.
         progress: Called with one line per step.
 
@@ -227,7 +84,7 @@ def build_release(
     with store.lock("build", config.wait_seconds):
         plan_release(inputs, bundle, store, config)
         parent = store.current()
-        carried = _carried(inputs, bundle, store, parent)
+        carried = carried_types(inputs, bundle, store, parent)
         if set(inputs) & set(carried):
             raise AssertionError("an entity type is either built or carried")
         _check_disk(inputs, bundle, store)
@@ -256,7 +113,8 @@ def build_release(
             timings["checksums"] = round(time.perf_counter() - step, 3)
         if config.max_memory_mib is not None and peak.private_mib > config.max_memory_mib:
             raise GateFailed(
-                f"the build used {peak.private_mib:,.0f} MiB of private memory at its peak, more than --max-memory {config.max_memory_mib:,}. Nothing was published. "
+                f"the build used {peak.private_mib:,.0f} MiB of private memory at its peak, more than --max-memory "
+                f"{config.max_memory_mib:,}. Nothing was published. "
                 "Choose a leaner kind (--index rabitq) or raise the limit."
             )
         timings["total"] = round(time.perf_counter() - started, 3)
@@ -285,7 +143,7 @@ def build_release(
         return release_id
 
 
-# --- one entity type ---------------------------------------------------------------------------------------------------------------------------------
+# --- one entity type ----------------------------------------------------------------------------------------------------------------------
 
 
 def _build_or_resume(
@@ -376,12 +234,14 @@ def _build_entity(
         after = _replay(EntityIndex.load(folder), golden)
         if after + 1e-9 < before:
             raise ReleaseCorrupt(
-                f"{entity_type}: golden recall is {before:.4f} in memory but {after:.4f} after loading what was saved; nothing was published"
+                f"{entity_type}: golden recall is {before:.4f} in memory but {after:.4f} after loading what was saved; "
+                "nothing was published"
             )
         lap("load and replay", clock)
         input_file.unlink(missing_ok=True)
     progress(
-        f"{entity_type}: {description.get('kind')} index, golden recall@{GOLDEN_K} {after:.3f}, peak {peak.private_mib:,.0f} MiB, {sum(seconds.values()):.1f} s"
+        f"{entity_type}: {description.get('kind')} index, golden recall@{GOLDEN_K} {after:.3f}, peak {peak.private_mib:,.0f} "
+        f"MiB, {sum(seconds.values()):.1f} s"
     )
     entity = EntityManifest(
         count=len(entities.ids),
@@ -405,7 +265,10 @@ def _build_entity(
 def _folded_text(folded: Folded) -> str:
     if not (folded.upserts or folded.deletes or folded.stale or folded.foreign):
         return ""
-    return f"; live log up to {folded.watermark}: {folded.upserts:,} upserts and {folded.deletes:,} deletes folded in, {folded.stale:,} stale, {len(folded.foreign):,} foreign"
+    return (
+        f"; live log up to {folded.watermark}: {folded.upserts:,} upserts and {folded.deletes:,} deletes folded in, "
+        f"{folded.stale:,} stale, {len(folded.foreign):,} foreign"
+    )
 
 
 def _replay(index: EntityIndex, golden: GoldenQueries) -> float:
@@ -437,21 +300,7 @@ def _split_queries(entities: EntityInput, queries: QuerySet | None, config: Rebu
     return [""] * len(golden_vectors), golden_vectors, calibration, "perturbed entities"
 
 
-# --- the rest of the release -------------------------------------------------------------------------------------------------------------------------
-
-
-def _carried(inputs: Mapping[str, EntityInput], bundle: Bundle, store: ReleaseStore, parent: str | None) -> list[str]:
-    """Entity types to take over from the active release."""
-    if parent is None:
-        return []
-    manifest = read_manifest(store.path_of(parent))
-    missing = sorted(set(manifest.entities) - set(inputs))
-    if missing and manifest.space_id != bundle.space_id:
-        raise PublishError(
-            f"the active release {parent} has {', '.join(sorted(manifest.entities))} under space {manifest.space_id[:16]}, but this rebuild brings only "
-            f"{', '.join(sorted(inputs))} under space {bundle.space_id[:16]}. One release has one space: rebuild {', '.join(missing)} with the new bundle as well."
-        )
-    return missing
+# --- the rest of the release --------------------------------------------------------------------------------------------------------------
 
 
 def _carry(entity_type: str, store: ReleaseStore, parent: str, content: Path) -> EntityManifest:
@@ -509,7 +358,8 @@ def _parity(
         progress(f"form {form}: {'agrees with the trained tower' if report.get('passed') else 'DIFFERS from the trained tower'}")
         if not report.get("passed"):
             raise GateFailed(
-                f"export form {form!r} does not agree with the trained tower: {json.dumps(report)}. Nothing was published; export again or remove the form."
+                f"export form {form!r} does not agree with the trained tower: {json.dumps(report)}. Nothing was published; "
+                "export again or remove the form."
             )
     return reports
 
@@ -518,7 +368,8 @@ def _key(
     inputs: Mapping[str, EntityInput], bundle: Bundle, config: RebuildConfig, parent: str | None, queries: Mapping[str, QuerySet] | None
 ) -> str:
     digest = sha256(
-        f"{bundle.space_id} {config.index!r} {config.golden_queries} {config.calibration_queries} {config.min_recall} {config.deterministic} {config.seed} {config.max_memory_mib} {parent}".encode()
+        f"{bundle.space_id} {config.index!r} {config.golden_queries} {config.calibration_queries} {config.min_recall} "
+        f"{config.deterministic} {config.seed} {config.max_memory_mib} {parent}".encode()
     )
     for entity_type in sorted(inputs):
         digest.update(f"{entity_type} {fingerprint(inputs[entity_type])}".encode())

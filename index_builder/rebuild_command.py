@@ -16,11 +16,12 @@ from encoders.schemas import ENTITY_TYPES
 from index_builder.ann import AnnConfig
 from index_builder.ann.choice import KINDS
 from index_builder.build_inputs import EntityInput, QuerySet, read_live
+from index_builder.build_plan import CALIBRATION_QUERIES, RebuildConfig, plan_release, read_bundle
 from index_builder.build_sources import from_release, from_signals, read_query_texts, scratch_folder
 from index_builder.entity_index import IndexConfig
 from index_builder.live_log import LiveLogWriter
 from index_builder.publishing import ReleaseStore
-from index_builder.rebuild import CALIBRATION_QUERIES, RebuildConfig, build_release, plan_release, read_bundle
+from index_builder.rebuild import build_release
 from index_builder.release import read_manifest
 from index_builder.store_option import open_store, store_option
 from index_builder.update import embed_again
@@ -104,8 +105,10 @@ def parse_memory(text: str | None) -> int | None:
 def command(store_path: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
     """Embed, build, calibrate, gate and publish a release. What is active stays active until the new one is whole and proven.
 
-    Give one source: --bundle with --catalogue (rows are embedded; unchanged rows are not embedded again), --bundle with --signals (add --catalogue for
-    attributes), or --from-active (fold the live log in). An interrupted run goes on where it stopped when it is started again with the same input.
+    Give one source: --bundle with --catalogue (rows are embedded; unchanged rows are not embedded again), --bundle with --signals (add
+    --catalogue for
+    attributes), or --from-active (fold the live log in). An interrupted run goes on where it stopped when it is started again with the
+    same input.
 
     Example: omni rebuild --store store --bundle bundle --catalogue catalogue.jsonl --queries queries.txt
     """

@@ -55,7 +55,8 @@ def read_manifest(path: Path, expected_sha256: str | None = None) -> Manifest:
     manifest = Manifest.from_bytes(content, path.name)
     if manifest.release_id != path.name:
         raise ReleaseCorrupt(
-            f"{path}: the folder should hold release {path.name!r}, but its manifest belongs to {manifest.release_id!r}: it was swapped or renamed"
+            f"{path}: the folder should hold release {path.name!r}, but its manifest belongs to {manifest.release_id!r}: it "
+            "was swapped or renamed"
         )
     if expected_sha256 is not None and hashlib.sha256(content).hexdigest() != expected_sha256:
         raise ReleaseCorrupt(f"{path}: the manifest is not the one that was activated; restore the release or activate it again")
@@ -85,7 +86,8 @@ class Release:
     ) -> Release:
         """Open a release folder.
 
-        The order is fixed: the manifest's own checksum, format version and name, the CPU's features, names and sizes of all files, their SHA-256, and
+        The order is fixed: the manifest's own checksum, format version and name, the CPU's features, names and sizes of all files, their
+        SHA-256, and
         only then do libraries parse them.
 
         Args:
@@ -189,7 +191,8 @@ class Release:
             results[entity_type] = ReplayResult(len(answers), recall, expected)
             if recall < expected - REPLAY_SLACK:
                 raise ReleaseCorrupt(
-                    f"{self.release_id}/{entity_type}: golden queries should answer with ANN recall@{k} of {expected:.3f}, but gave {recall:.3f} on {len(answers)} queries. "
+                    f"{self.release_id}/{entity_type}: golden queries should answer with ANN recall@{k} of {expected:.3f}, "
+                    f"but gave {recall:.3f} on {len(answers)} queries. "
                     "The release is not fit to serve on this machine: roll back, or rebuild it here."
                 )
         return results

@@ -78,8 +78,10 @@ def show_command(release_id: str | None, store_path: Path, as_json: bool) -> Non
         print_json(described)
         return
     say(
-        f"{described['release_id']}{' (active)' if described['active'] else ''}: space {described['space_id'][:16]}, {described['dimension']} dimensions, "
-        f"{described['disk_bytes'] / 2**20:,.1f} MiB on disk, {described['loaded_private_mib']:,.0f} MiB private once loaded, parent {described['parent'] or 'none'}"
+        f"{described['release_id']}{' (active)' if described['active'] else ''}: space {described['space_id'][:16]}, "
+        f"{described['dimension']} dimensions, "
+        f"{described['disk_bytes'] / 2**20:,.1f} MiB on disk, {described['loaded_private_mib']:,.0f} MiB private once "
+        f"loaded, parent {described['parent'] or 'none'}"
     )
     rows = []
     for name, e in described["entities"].items():
@@ -107,7 +109,7 @@ def show_command(release_id: str | None, store_path: Path, as_json: bool) -> Non
         rows = [
             (form, r.get("texts"), r.get("cosine_min"), r.get("overlap_at_10"), r.get("passed")) for form, r in described["forms"].items()
         ]
-        print_table("export forms against the trained tower", ("form", "texts", "smallest cosine", "overlap@10", "passed"), rows)
+        print_table("export forms against the trained tower", ("form", "texts", "smallest cosine", "overlap@10", "passed"), form_rows)
 
 
 @group.command("verify")
@@ -176,7 +178,9 @@ def _verify_log(store: ReleaseStore, folder: Path) -> dict[str, Any]:
 @json_option
 @handle_errors
 def diff_command(before: str | None, after: str | None, store_path: Path, as_json: bool) -> None:
-    """Compare release BEFORE (default: the active one) with AFTER (default: the newest): overlap@10, drift of scores and norms, entities added and removed.
+    """Compare release BEFORE (default: the active one) with AFTER (default: the newest).
+
+    Shown are overlap@10 of the golden queries, drift of scores and norms, and entities added, removed and moved.
 
     Example: omni release diff --store store
     """

@@ -25,7 +25,8 @@ def diff_releases(store: ReleaseStore, before_id: str, after_id: str) -> dict[st
 
     Returns:
         JSON: whether the space is the same, and per entity type the counts, ids added and removed, overlap@10 of golden queries, drift of
-        scores and norms. Golden queries with equal texts are compared through their own vectors; where the space is the same, the older release's
+        scores and norms. Golden queries with equal texts are compared through their own vectors; where the space is the same, the older
+        release's
         golden vectors are put to both.
 
     Raises:

@@ -65,7 +65,8 @@ class Changes:
 def read_changes(path: Path, manifest: Manifest) -> Changes:
     """Read and check a whole file of changes before anything is written.
 
-    Columns are those of the catalogue, plus ``op`` (``upsert``, the default, or ``delete``) and optionally ``embedding`` (a unit vector of the
+    Columns are those of the catalogue, plus ``op`` (``upsert``, the default, or ``delete``) and optionally ``embedding`` (a unit vector
+    of the
     active release's space; without it the row is embedded). Where several rows name one entity, the last one counts.
 
     Args:
@@ -98,7 +99,8 @@ def read_changes(path: Path, manifest: Manifest) -> Changes:
     for row, (identifier, entity_type) in enumerate(rest.filter(is_delete).select("id", "entity_type").iter_rows()):
         if identifier is None or entity_type not in ENTITY_TYPES:
             raise RowError(
-                f"{path}: delete {row + 1} needs an id and an entity_type among {', '.join(ENTITY_TYPES)}, but got {identifier!r}, {entity_type!r}"
+                f"{path}: delete {row + 1} needs an id and an entity_type among {', '.join(ENTITY_TYPES)}, but got "
+                f"{identifier!r}, {entity_type!r}"
             )
         check_entry(LiveEntry(id=str(identifier)), manifest.dimension)
         deletes.setdefault(entity_type, []).append(str(identifier))

@@ -77,7 +77,7 @@ class IdTable(Sequence[str]):
         """
         try:
             blob = np.memmap(folder / _FILES[0], dtype=np.uint8, mode="r")
-            offsets, hashes, rows = (np.load(folder / name, mmap_mode="r") for name in _FILES[1:])
+            offsets, hashes, rows = (np.asarray(np.load(folder / name, mmap_mode="r")) for name in _FILES[1:])
         except (OSError, ValueError) as error:
             raise IndexFormatError(f"the id files of {folder.name!r} cannot be read ({error}). Rebuild this release.") from error
         if not (len(offsets) - 1 == len(hashes) == len(rows)) or int(offsets[-1]) > len(blob):

@@ -87,19 +87,17 @@ class Searcher:
         if expected is None:
             expected = 0.0 if not options and k <= 100 else 1.0
         if expected <= self.inline_seconds:
-            started = time.perf_counter_ns()
-            result = work()
-            took = time.perf_counter_ns() - started
+            result, took = _timed(work)
         else:
             result, took = await asyncio.get_running_loop().run_in_executor(self.pool, _timed, work)
-        seconds = took / 1e9
         known = self._expected.get(key)
         if known is None:
             if len(self._expected) > 500:  # indexes of retired releases are keys, too: do not keep them alive
                 self._expected.clear()
-            self._expected[key] = seconds
-        else:
-            self._expected[key] = known + 0.05 * (seconds - known)
+            self._expected[key] = took / 1e9
+        else:  # falls fast and rises slowly: what a busy machine adds to the wall says little about the next search
+            error = took / 1e9 - known
+            self._expected[key] = known + (0.25 * error if error < 0 else 0.01 * min(error, 4 * known))
         return result, took
 
     async def in_thread(self, work: Callable[[], Any]) -> tuple[Any, int]:

@@ -106,7 +106,7 @@ def show_command(release_id: str | None, store_path: Path, as_json: bool) -> Non
         rows,
     )
     if described["forms"]:
-        rows = [
+        form_rows = [
             (form, r.get("texts"), r.get("cosine_min"), r.get("overlap_at_10"), r.get("passed")) for form, r in described["forms"].items()
         ]
         print_table("export forms against the trained tower", ("form", "texts", "smallest cosine", "overlap@10", "passed"), form_rows)

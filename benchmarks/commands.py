@@ -9,6 +9,9 @@ import click
 BENCHES: dict[str, tuple[str, str]] = {
     "recall": ("benchmarks.recall:command", "Labelled Recall@10 of a bundle and the baselines, by entity type and language."),
     "downstream": ("benchmarks.downstream:command", "Frozen query vectors on hierarchical classification, against fastText (paper 5.4)."),
+    "durability": ("benchmarks.durability:command", "kill -9 at random moments; damaged files: nothing lost, nothing accepted."),
+    "build": ("benchmarks.build:command", "Release builds: time, peak memory, determinism, loading against sha256sum."),
+    "update": ("benchmarks.update:command", "Live upserts and deletes: recall, latency, visibility, sustained rate."),
 }
 """Name -> (module:attribute of a click command, one line of help)."""
 

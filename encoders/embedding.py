@@ -280,9 +280,11 @@ class _TypeRun:
         else:
             vectors, stamps, found = self.known.find(ids, hashes, self.writer.dimension)
             new = np.flatnonzero(~found)
-            if isinstance(self.embedder, QueryEncoder):
+            if not len(new):
+                pass
+            elif isinstance(self.embedder, QueryEncoder):
                 vectors[new] = self.embedder.encode([query_texts[row] for row in new])
-            elif len(new):
+            else:
                 self.embedder.without_features = 0
                 vectors[new] = self.embedder(rows[new])
                 self.report.without_features += self.embedder.without_features

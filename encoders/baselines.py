@@ -242,6 +242,8 @@ def sentence_transformer(name_or_path: str) -> Encode:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise MissingDependency("sentence-transformers", "baselines", "A Sentence-Transformers baseline") from error
+    if name_or_path.startswith((".", "/")) and not Path(name_or_path).is_dir():
+        raise ConfigError(f"expected a Sentence-Transformers model in the folder {name_or_path!r}, but there is no such folder.")
     try:
         model = SentenceTransformer(name_or_path)
     except Exception as error:

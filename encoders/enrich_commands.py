@@ -137,6 +137,75 @@ def queries(
     _report(summary, as_json)
 
 
+@group.command()
+@catalogue_option
+@click.option("--images", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder of the image paths.")
+@click.option("--state", required=True, type=click.Path(path_type=Path), help="Folder that remembers which images are captioned.")
+@out_option
+@click.option("--model", default="Salesforce/blip-image-captioning-base", show_default=True, help="BLIP model: name or local folder.")
+@click.option("--batch-size", default=16, show_default=True, help="Images per forward pass.")
+@click.option("--beams", default=3, show_default=True, help="Beam search width.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
+@encoding_option
+@json_option
+@handle_errors
+def captions(catalogue: Path, images: Path, state: Path, out: Path, encoding: str, as_json: bool, **settings: Any) -> None:
+    """Write a caption for every image that is new or changed (column caption), and report their quality.
+
+    Stopping loses at most one batch: run the command again to go on. Images that fail are named in the state and tried again.
+
+    Example: omni enrich captions --catalogue catalogue.parquet --images images --state captions --out captioned.parquet
+    """
+    from encoders.caption_quality import quality_report
+    from encoders.captions import BlipCaptioner, CaptionConfig, attach_captions, caption_catalogue
+    from encoders.tables import read_table, write_table
+
+    config = CaptionConfig(**settings)
+    rows = read_table(catalogue, "catalogue", encoding=encoding)
+    with stage("captions"):
+        run = caption_catalogue(rows, state, BlipCaptioner(config), config, images)
+        captioned = attach_captions(rows, state)
+        write_table(captioned, out)
+    _report(run._asdict() | quality_report(captioned), as_json)
+
+
+@group.command("caption-sheet")
+@catalogue_option
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Sheet to write (.csv).")
+@click.option("--items", default=200, show_default=True, help="Captions to judge.")
+@click.option("--judge", "judges", multiple=True, default=("a", "b"), show_default=True, help="Name of a judge; repeat for more.")
+@click.option("--seed", default=0, show_default=True, help="Draws and orders the items.")
+@handle_errors
+def caption_sheet(catalogue: Path, out: Path, items: int, judges: tuple[str, ...], seed: int) -> None:
+    """Write a sheet on which people grade captions: good, usable or wrong.
+
+    Example: omni enrich caption-sheet --catalogue captioned.parquet --out sheet.csv --judge ann --judge bo
+    """
+    from encoders.caption_quality import GRADES, judgement_sheet
+    from encoders.tables import read_table, write_table
+
+    sheet = judgement_sheet(read_table(catalogue, "catalogue"), items=items, judges=judges, seed=seed)
+    write_table(sheet, out)
+    click.echo(
+        f"{out}: {sheet.height} rows; fill in the column grade with one of {', '.join(GRADES)}, then: omni enrich caption-agreement {out}"
+    )
+
+
+@group.command("caption-agreement")
+@click.argument("sheets", nargs=-1, required=True, type=click.Path(exists=True, path_type=Path))
+@json_option
+@handle_errors
+def caption_agreement(sheets: tuple[Path, ...], as_json: bool) -> None:
+    """Read graded sheets back: how good the captions are, and how far the judges agree (Krippendorff's alpha).
+
+    Example: omni enrich caption-agreement sheet.csv
+    """
+    from encoders.caption_quality import agreement, read_grades
+    from encoders.tables import read_raw
+
+    _report(agreement(read_grades(pl.concat([read_raw(s) for s in sheets], how="diagonal_relaxed"))), as_json)
+
+
 def _lines(path: Path) -> list[str]:
     return [line for line in path.read_text(encoding="utf-8").splitlines() if line]
 

@@ -201,8 +201,12 @@ class EntityIndex:
         (folder / INDEX_FILE).write_text(json.dumps(meta, ensure_ascii=False, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path) -> EntityIndex:
+    def load(cls, folder: Path, *, graph: AnnIndex | None = None) -> EntityIndex:
         """Open what ``save`` wrote; the caller has checked sizes and checksums. Vectors and ids are memory-mapped.
+
+        Args:
+            folder: One entity type of a release.
+            graph: The ANN index of this very folder if it is in memory already (``load_graph``, before a fork); None: loaded.
 
         Raises:
             IndexFormatError: Files are missing, damaged or of another format version.
@@ -225,9 +229,20 @@ class EntityIndex:
             attributes = AttributeTable.load(folder / "attributes.parquet", len(ids))
         except (OSError, pl.exceptions.PolarsError) as error:
             raise IndexFormatError(f"{folder.name}/attributes.parquet cannot be read ({error}). Rebuild this release.") from error
-        ann = load_index(kind, folder / "index", corpus.vectors, config)
+        ann = graph if graph is not None else load_index(kind, folder / "index", corpus.vectors, config)
         calibration = Calibration.from_dict(meta["calibration"]) if meta["calibration"] else None
         return cls(meta["entity_type"], ids, corpus, ann, attributes, facts, calibration, meta["default_recall"])
+
+    @staticmethod
+    def load_graph(folder: Path) -> AnnIndex:
+        """The ANN index of a checked folder and nothing else. Starts no threads, so a process may fork afterwards and share its memory; attributes
+        (polars) cannot be read before a fork. Raises as ``load``."""
+        try:
+            facts = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["facts"]
+            kind, config = facts["kind"], AnnConfig(**facts["parameters"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise IndexFormatError(f"{folder.name}/{INDEX_FILE} cannot be read ({error!r}). Rebuild this release.") from error
+        return load_index(kind, folder / "index", Corpus.load(folder).vectors, config)
 
     # ---- facts -------------------------------------------------------------------------------------------------------------------------
 

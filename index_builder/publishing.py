@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from index_builder.ann import AnnIndex
 from index_builder.durability import FileLock, disk_full_is_clear, fsync_folder, fsync_tree, make_folder, write_durably
 from index_builder.errors import PublisherBusy, PublishError, ReleaseCorrupt, ReleaseError, ReleaseNotFound
 from index_builder.live_log import collect_files
@@ -133,9 +134,9 @@ class ReleaseStore:
         record = self.current_record()
         return record.release_id if record else None
 
-    def open(self, release_id: str, *, verify: bool = True) -> Release:
+    def open(self, release_id: str, *, verify: bool = True, graphs: Mapping[str, AnnIndex] | None = None) -> Release:
         """Open a release; while it is open, ``gc`` in any process leaves it alone. Raises as ``Release.open`` does."""
-        return self._open(release_id, None, verify)
+        return self._open(release_id, None, verify, graphs)
 
     def open_current(self, *, verify: bool = True) -> Release:
         """Open the active release.
@@ -151,7 +152,9 @@ class ReleaseStore:
             )
         return self._open(record.release_id, record.manifest_sha256, verify)
 
-    def _open(self, release_id: str, expected_sha256: str | None, verify: bool) -> Release:
+    def _open(
+        self, release_id: str, expected_sha256: str | None, verify: bool, graphs: Mapping[str, AnnIndex] | None = None
+    ) -> Release:
         path = self.path_of(release_id)
         lease: FileLock | None = None
         if path.is_dir() and os.access(self.releases, os.W_OK):
@@ -160,7 +163,7 @@ class ReleaseStore:
             if not lease.acquire(shared=True, timeout_seconds=5.0):
                 raise PublisherBusy(f"release {release_id} is being removed by another process; choose another one")
         try:
-            return Release.open(path, verify=verify, expected_sha256=expected_sha256, lease=lease)
+            return Release.open(path, verify=verify, expected_sha256=expected_sha256, lease=lease, graphs=graphs)
         except BaseException:
             if lease is not None:
                 lease.release()

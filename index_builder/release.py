@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from index_builder.ann import AnnIndex
 from index_builder.durability import FileLock
 from index_builder.entity_index import EntityIndex
 from index_builder.errors import ReleaseCorrupt, ReleaseNotFound, UnknownEntityType
@@ -83,6 +85,7 @@ class Release:
         expected_sha256: str | None = None,
         threads: int | None = None,
         lease: FileLock | None = None,
+        graphs: Mapping[str, AnnIndex] | None = None,
     ) -> Release:
         """Open a release folder.
 
@@ -95,6 +98,7 @@ class Release:
             verify: False skips the SHA-256 of the files (sizes are always compared): only for folders this very process has just written.
             expected_sha256: SHA-256 of the manifest that ``CURRENT`` names.
             threads: For hashing; None: one per core, at most 8.
+            graphs: ANN indexes by entity type that a parent process loaded from this release (``EntityIndex.load_graph``).
             lease: A shared lock that keeps ``gc`` away while the release is open; released by ``close``.
 
         Raises:
@@ -111,7 +115,7 @@ class Release:
             check_contents(path, manifest, threads)
         entities = {}
         for entity_type, entity in manifest.entities.items():
-            index = EntityIndex.load(path / entity_type)
+            index = EntityIndex.load(path / entity_type, graph=(graphs or {}).get(entity_type))
             if index.count != entity.count:
                 raise ReleaseCorrupt(
                     f"{path.name}/{entity_type}: the manifest counts {entity.count:,} entities, but the index holds {index.count:,}"

@@ -12,6 +12,8 @@ BENCHES: dict[str, tuple[str, str]] = {
     "durability": ("benchmarks.durability:command", "kill -9 at random moments; damaged files: nothing lost, nothing accepted."),
     "build": ("benchmarks.build:command", "Release builds: time, peak memory, determinism, loading against sha256sum."),
     "update": ("benchmarks.update:command", "Live upserts and deletes: recall, latency, visibility, sustained rate."),
+    "pipeline": ("benchmarks.pipeline:command", "Simulated logs to pairs and features: time, memory, growth, daily update."),
+    "enrichment": ("benchmarks.enrichment:command", "Text features one by one and captions with noise: tables 3 and 4 in shape."),
 }
 """Name -> (module:attribute of a click command, one line of help)."""
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from encoders.batches import BatchPlan, DatasetBatch, PreparedData, TokenisedTexts, TrainingData, prepare
 from encoders.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from encoders.console import say
-from encoders.entity_features import EntityBatch, EntityFeaturizer, concatenate
+from encoders.entity_features import EntityFeaturizer, concatenate
 from encoders.entity_tower import EntityEncoder, create_entity_encoder
 from encoders.errors import CheckpointError, ConfigError, MissingDependency, TrainingDiverged
 from encoders.gathering import average_gradients, broadcast_parameters, process_rank, world_size
@@ -106,24 +106,15 @@ def train(
 
     # -------------------------------------------------------------------------------------------------------------------- data
     started = time.perf_counter()
-    prepared = prepare(data, config, processes)
     if query_encoder is None:
         query_encoder = initial.query_encoder if initial else create_query_encoder(config.model.query_encoder, config.model.dimension)
-    if query_encoder.dimension != config.model.dimension:
-        raise ConfigError(
-            f"the query tower gives {query_encoder.dimension} numbers, but model.dimension is {config.model.dimension}; make them agree."
-        )
-    featurizer = initial.featurizer if initial else EntityFeaturizer.fit(prepared.catalogue_views, config.features)
-    features = concatenate([featurizer(view) for view in prepared.catalogue_views]).to(device)
-    tokens = TokenisedTexts(query_encoder.tokenize(prepared.texts), int(query_encoder.tokenizer.pad_token_id or 0))
-    inputs = TrainInputs(prepared, tokens, features, {name: v.to(device) for name, v in prepared.vectors.items()}, device, config)
+    inputs, featurizer = build_inputs(data, config, query_encoder, device, processes, initial.featurizer if initial else None)
+    prepared = inputs.prepared
     plan = BatchPlan(prepared, config, processes)
     steps = config.steps or max(1, math.ceil(config.epochs * prepared.pairs_total / sum(prepared.pairs_per_step)))
 
     # ------------------------------------------------------------------------------------------------------------------- model
-    towers = Towers(query_encoder, _entity_towers(prepared, featurizer, config, initial), inputs.task_count, config.loss.temperature).to(
-        device
-    )
+    towers = build_towers(query_encoder, featurizer, inputs, initial.entity_encoders if initial else None)
     broadcast_parameters(towers)
     optimiser = create_optimiser(
         parameter_groups(towers.query, towers.entities.values(), [towers.log_scales], config.optimiser), config.optimiser
@@ -131,7 +122,7 @@ def train(
     _announce(talk, prepared, plan, featurizer, towers, steps, device, time.perf_counter() - started)
 
     # ------------------------------------------------------------------------------------------------------------------ resume
-    run = run_fingerprint(config, prepared, features)
+    run = run_fingerprint(inputs)
     checkpoints = output / "checkpoints" if output else None
     loop = _LoopState()
     if checkpoints and (found := list_checkpoints(checkpoints)):
@@ -225,9 +216,47 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cpu")
 
 
-def run_fingerprint(config: TrainConfig, prepared: PreparedData, features: EntityBatch) -> str:
+def build_inputs(
+    data: TrainingData,
+    config: TrainConfig,
+    query_encoder: QueryEncoder,
+    device: torch.device,
+    processes: int = 1,
+    featurizer: EntityFeaturizer | None = None,
+) -> tuple[TrainInputs, EntityFeaturizer]:
+    """Tables to integers and tensors, and the featuriser fitted on the catalogue (or the one given).
+
+    Raises:
+        SchemaError, DataError, ConfigError: The tables or the config cannot be trained on.
+    """
+    if query_encoder.dimension != config.model.dimension:
+        raise ConfigError(f"the query tower gives {query_encoder.dimension} numbers, but model.dimension is {config.model.dimension}.")
+    prepared = prepare(data, config, processes)
+    featurizer = featurizer or EntityFeaturizer.fit(prepared.catalogue_views, config.features)
+    features = concatenate([featurizer(view) for view in prepared.catalogue_views]).to(device)
+    tokens = TokenisedTexts(query_encoder.tokenize(prepared.texts), int(query_encoder.tokenizer.pad_token_id or 0))
+    vectors = {name: value.to(device) for name, value in prepared.vectors.items()}
+    return TrainInputs(prepared, tokens, features, vectors, device, config), featurizer
+
+
+def build_towers(
+    query_encoder: QueryEncoder, featurizer: EntityFeaturizer, inputs: TrainInputs, known: Mapping[str, EntityEncoder] | None = None
+) -> Towers:
+    """All that is learned, on the inputs' device; ``known`` entity towers (by entity type) go on, the others are new."""
+    config, known = inputs.config, known or {}
+    types = sorted({s.config.entity_type for s in inputs.prepared.pair_sets if ENTITY in s.config.candidates})
+    shape = {**to_table(config.entity_tower), "dimension": config.model.dimension}
+    entity_encoders: dict[str, EntityEncoder] = {}
+    for key in dict.fromkeys(inputs.tower_of(name) for name in types):
+        old = next(iter(known.values()), None) if key == UNIFIED else known.get(key)
+        entity_encoders[key] = old or create_entity_encoder(featurizer, **shape)
+    return Towers(query_encoder, entity_encoders, inputs.task_count, config.loss.temperature).to(inputs.device)
+
+
+def run_fingerprint(inputs: TrainInputs) -> str:
     """SHA-256 of what decides a run's course: the config (but for logging and saving), the pairs and the featurised catalogue."""
-    table = {key: value for key, value in to_table(config).items() if key not in _MAY_CHANGE}
+    prepared, features = inputs.prepared, inputs.features
+    table = {key: value for key, value in to_table(inputs.config).items() if key not in _MAY_CHANGE}
     digest = hashlib.sha256(json.dumps(table, sort_keys=True, default=str).encode())
     for pair_set in prepared.pair_sets:
         for array in (pair_set.queries, pair_set.candidates, pair_set.weights, pair_set.folds):
@@ -235,21 +264,10 @@ def run_fingerprint(config: TrainConfig, prepared: PreparedData, features: Entit
     digest.update("\n".join(prepared.texts).encode("utf-8", "surrogatepass"))
     digest.update("\n".join(prepared.catalogue["id"].to_list()).encode("utf-8", "surrogatepass"))
     digest.update(features.token_ids.cpu().numpy())
-    if features.continuous is not None:
-        digest.update(features.continuous.cpu().numpy())
+    for tensor in (features.continuous, *inputs.vectors.values()):
+        if tensor is not None:
+            digest.update(tensor.cpu().numpy())
     return digest.hexdigest()
-
-
-def _entity_towers(
-    prepared: PreparedData, featurizer: EntityFeaturizer, config: TrainConfig, initial: TrainResult | None
-) -> dict[str, EntityEncoder]:
-    types = sorted({s.config.entity_type for s in prepared.pair_sets if ENTITY in s.config.candidates})
-    shape = {**to_table(config.entity_tower), "dimension": config.model.dimension}
-    if config.model.entity_towers == UNIFIED:
-        known = next(iter(initial.entity_encoders.values())) if initial and initial.entity_encoders else None
-        return {UNIFIED: known or create_entity_encoder(featurizer, **shape)} if types else {}
-    known_types = initial.entity_encoders if initial else {}
-    return {name: known_types.get(name) or create_entity_encoder(featurizer, **shape) for name in types}
 
 
 def _by_type(towers: Towers, catalogue: pl.DataFrame) -> dict[str, EntityEncoder]:

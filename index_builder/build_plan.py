@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from encoders.errors import BundleError, ConfigError, SpaceMismatch
+from index_builder.ann.symqg import MIN_ROWS
 from index_builder.build_inputs import EntityInput, read_live
 from index_builder.entity_index import IndexConfig
 from index_builder.errors import PublishError
@@ -146,6 +147,8 @@ def fit_memory(entity_type: str, count: int, dimension: int, config: RebuildConf
     Raises:
         ConfigError: The kind asked for (or every kind) needs more.
     """
+    if config.index.kind == "symqg" and count < 2 * MIN_ROWS:
+        return replace(config.index, kind="auto")  # too few for that graph: auto scans them, which is as fast
     limit = config.max_memory_mib
     if limit is None or estimate_mib(config.index.kind if config.index.kind != "auto" else "symqg", count, dimension) <= limit:
         return config.index

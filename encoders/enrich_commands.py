@@ -111,7 +111,7 @@ def queries(
         min_users=flags["min_users"],
     )
     merges = []
-    open_state = EngagedQueriesState.create if flags["create"] else EngagedQueriesState
+    open_state = EngagedQueriesState.create if create else EngagedQueriesState
     with open_state(state, config) as current, stage("engaged queries"):
         if flags["delete_users"]:
             merges.append(current.delete_users(_lines(flags["delete_users"])))

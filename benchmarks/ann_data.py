@@ -56,13 +56,14 @@ def _fold(text: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Texts:
-    texts: list[str]
-    languages: list[str]
-    kinds: list[str]
+    """What is known of each distinct text, row by row."""
+
+    languages: np.ndarray
     dev: np.ndarray
+    short: np.ndarray
 
 
-def _read_texts(folder: Path) -> _Texts:
+def _read_texts(folder: Path) -> tuple[list[str], _Texts]:
     seen: dict[str, tuple[str, str, bool]] = {}
     for name, is_dev in (("pairs_dev", True), ("pairs_train", False)):
         with gzip.open(folder / f"{name}.jsonl.gz", "rt", encoding="utf-8") as lines:
@@ -77,7 +78,9 @@ def _read_texts(folder: Path) -> _Texts:
                     seen.setdefault(_fold(entity[field]), ("en", field, False))
     seen.pop("", None)
     texts = list(seen)
-    return _Texts(texts, [seen[t][0] for t in texts], [seen[t][1] for t in texts], np.array([seen[t][2] for t in texts]))
+    languages = np.array([seen[t][0] for t in texts])
+    short = np.array([len(t.split()) <= 3 and seen[t][1] != "title" for t in texts])
+    return texts, _Texts(languages, np.array([seen[t][2] for t in texts]), short)
 
 
 def _embed(texts: list[str]) -> np.ndarray:
@@ -103,16 +106,18 @@ def _load_all(data_dir: Path, cache: Path) -> tuple[_Texts, np.ndarray]:
         raise ConfigError(
             f"expected pairs_train.jsonl.gz in {folder}, but it is not there. Point --data (or OMNI_DATA) at the folder that holds large/."
         )
-    texts = _read_texts(folder)
-    path = cache / f"wordllama-256-{len(texts.texts)}.npy"
-    if not path.is_file():
-        with stage(f"embed {len(texts.texts):,} texts with WordLlama"):
-            vectors = _embed(texts.texts)
+    facts_path, vectors_path = cache / "wordllama-256-facts.npz", cache / "wordllama-256.npy"
+    if not (facts_path.is_file() and vectors_path.is_file()):
+        texts, facts = _read_texts(folder)
+        with stage(f"embed {len(texts):,} texts with WordLlama"):
             cache.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(".tmp.npy")
-            np.save(partial, vectors)
-            partial.rename(path)
-    return texts, np.load(path, mmap_mode="r")
+            partial = vectors_path.with_suffix(".tmp.npy")
+            np.save(partial, _embed(texts))
+            partial.rename(vectors_path)
+            np.savez(facts_path, languages=facts.languages, dev=facts.dev, short=facts.short)
+    with np.load(facts_path) as stored:
+        facts = _Texts(stored["languages"], stored["dev"], stored["short"])
+    return facts, np.load(vectors_path, mmap_mode="r")
 
 
 def load_vectors(data_dir: Path, *, size: int, distribution: str = "in", cache: Path | None = None, seed: int = 0) -> VectorSet:
@@ -130,22 +135,23 @@ def load_vectors(data_dir: Path, *, size: int, distribution: str = "in", cache: 
         ConfigError: The data are not there, or the distribution is unknown.
         MissingDependency: wordllama is not installed.
     """
-    texts, vectors = _load_all(data_dir, cache or default_cache())
+    facts, vectors = _load_all(data_dir, cache or default_cache())
     rng = np.random.default_rng(seed)
-    usable = np.abs(np.linalg.norm(vectors, axis=1) - 1) < 1e-3
-    languages = np.array(texts.languages)
+    usable = np.concatenate(
+        [np.abs(np.linalg.norm(vectors[s : s + 65536], axis=1) - 1) < 1e-3 for s in range(0, len(vectors), 65536)]
+    )  # texts without a known token have no vector
+    english = facts.languages == "en"
     if distribution == "in":
-        candidates = np.flatnonzero(usable & texts.dev)
+        candidates = np.flatnonzero(usable & facts.dev)
         corpus_ok = usable
         name = f"in-distribution-{size // 1000}k"
     elif distribution == "out" and size <= 100_000:
-        short = np.array([len(t.split()) <= 3 and kind != "title" for t, kind in zip(texts.texts, texts.kinds, strict=True)])
-        candidates = np.flatnonzero(usable & texts.dev & short & (languages != "en"))
-        corpus_ok = usable & (languages == "en")
+        candidates = np.flatnonzero(usable & facts.dev & facts.short & ~english)
+        corpus_ok = usable & english
         name = f"out-of-distribution-{size // 1000}k"
     elif distribution == "out":
-        foreign = np.array([language.split("-")[0] in EAST_ASIAN for language in texts.languages])
-        candidates = np.flatnonzero(usable & texts.dev & foreign)
+        foreign = np.isin([language.split("-")[0] for language in facts.languages.tolist()], EAST_ASIAN)
+        candidates = np.flatnonzero(usable & facts.dev & foreign)
         corpus_ok = usable & ~foreign
         name = f"out-of-distribution-{size // 1000}k"
     else:

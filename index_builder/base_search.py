@@ -1,118 +1,190 @@
-"""Plans over the immutable base: the bare graph, a graph that grows until k rows survive, a scan of the matching rows, an exact scan."""
+"""Plans over the immutable base: the bare graph, a walk that respects the filter, a growing graph search, a scan of the matching rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from index_builder.ann.exact import top_rows
 from index_builder.ann.interface import AnnIndex
+from index_builder.codes import CodeStore, make_engine
 from index_builder.corpus import Corpus
 from index_builder.filters import Selection
 from index_builder.id_table import IdTable
 
 SCAN_ROWS = 4_000
-"""Up to this many matching rows are scored one by one: exact, and faster than any graph."""
+"""Up to this many matching rows are scored one by one in float32: faster than a graph, and it cannot lose recall to a filter."""
+CODE_SCAN_ROWS = 12_000
+"""The same where 8-bit codes are there (about 10 ns a row)."""
 SCAN_SHARE = 0.02
-"""Up to this share of the corpus likewise, however many rows that is."""
+"""Up to this share of the corpus likewise: among so few rows a graph of all rows falls apart."""
+SCAN_RECALL = 0.999
+"""Expected recall of a scan that ranks by 8-bit codes and scores the best four times k in float32."""
+GROW_SHARE = 0.25
+"""Filters that pass at least this share are tried on the plain graph first; only when too few of its hits survive (the filter and the query
+disagree) does the walk with the wide setting follow."""
+_SEEDS = 32
 _NO_SCORES = np.empty(0, dtype=np.float32)
 
 
 class BaseHits(NamedTuple):
-    """Ids and inner products, best first, and how they were found."""
+    """Ids and inner products, best first, and how they were found.
+
+    ``recall`` is 1.0 where the answer is exact, the plan's own estimate where it has one, and None where the calibrated curve speaks.
+    """
 
     ids: list[str]
     scores: np.ndarray
     plan: str
     ef: int
-    exact: bool
+    recall: float | None
 
 
 class BaseSearch:
     """Searches over the base rows of one entity type."""
 
-    def __init__(self, corpus: Corpus, ann: AnnIndex, ids: IdTable) -> None:
+    def __init__(self, corpus: Corpus, ann: AnnIndex, ids: IdTable, store: CodeStore | None = None) -> None:
         self._corpus, self._ann, self._ids = corpus, ann, ids
         self._vectors = corpus.vectors
         self._nodes = len(corpus.vectors)
         self._ann_search = ann.search
-        self._take = ids.take
         self._rescore = not ann.true_distances
+        self._engine = make_engine(corpus, ids, store)
+        self._walks = self._engine is not None and store is not None and store.graph is not None
+        self._walk_is_ann = self._walks and ann.kind == "lean"
+        self._scans_codes = self._engine is not None and store is not None
+
+    @property
+    def walks(self) -> bool:
+        """Whether filtered walks are possible: the extension is there and so is a graph."""
+        return bool(self._walks)
+
+    # ---- no filter ---------------------------------------------------------------------------------------------------------------------
 
     def nearest(self, query: np.ndarray, k: int, ef: int) -> BaseHits:
         """The plain graph search: no filter, nothing hidden; ``query`` ``(1, D)``."""
-        nodes, distances = self._ann_search(query, k, ef)
-        if self._rescore:
-            nodes, scores = self._exact_order(query, nodes)
+        engine = self._engine
+        if engine is None:
+            rows, scores = self._graph_rows(query, k, ef)
+            return BaseHits(self._ids.take(rows[:k]), scores[:k], "graph", ef, None)
+        out = np.empty(k, dtype=np.float32)
+        if self._walk_is_ann:
+            ids = engine.walk(query, k, ef, None, out, None, None)
         else:
-            scores = 1.0 - 0.5 * distances
-        if self._corpus.node_of_row is not None:
-            rows, scores = self._rows_of(nodes, scores, k)
-            return BaseHits(self._take(rows), scores, "graph", ef, False)
-        return BaseHits(self._take(nodes), scores, "graph", ef, False)
+            nodes, distances = self._ann_search(query, k, ef)
+            if self._rescore:
+                nodes, distances = self._true_order(query, nodes)
+            ids = engine.finish(nodes, distances, k, out, None, None)
+        return BaseHits(ids, out if len(ids) == k else out[: len(ids)], "graph", ef, None)
 
     def nearest_batch(self, queries: np.ndarray, k: int, ef: int) -> list[BaseHits]:
-        """``nearest`` for each row of ``queries`` ``(B, D)`` in one call of the graph library; same answers, half the time per query."""
-        nodes, distances = self._ann.search_batch(queries, k, ef)
-        if self._rescore or bool((nodes < 0).any()):
+        """``nearest`` for each row of ``queries`` ``(B, D)`` in one call of the graph library; the same answers."""
+        if self._engine is None or self._rescore or self._walk_is_ann:
             return [self.nearest(queries[i : i + 1], k, ef) for i in range(len(queries))]
-        scores = 1.0 - 0.5 * distances
-        if self._corpus.node_of_row is not None:
-            found = [self._rows_of(nodes[i], scores[i], k) for i in range(len(queries))]
-            return [BaseHits(self._take(rows), row_scores, "graph", ef, False) for rows, row_scores in found]
-        ids, width = self._take(nodes.reshape(-1)), nodes.shape[1]
-        return [BaseHits(ids[i * width : (i + 1) * width], scores[i], "graph", ef, False) for i in range(len(queries))]
+        nodes, distances = self._ann.search_batch(queries, k, ef)
+        hits = []
+        for i in range(len(queries)):
+            out = np.empty(k, dtype=np.float32)
+            found = nodes[i] if nodes[i, -1] >= 0 else nodes[i][nodes[i] >= 0]
+            ids = self._engine.finish(found, distances[i, : len(found)], k, out, None, None)
+            hits.append(BaseHits(ids, out[: len(ids)], "graph", ef, None))
+        return hits
+
+    # ---- any mix -----------------------------------------------------------------------------------------------------------------------
 
     def search(
         self,
         query: np.ndarray,
         k: int,
         ef: int,
+        walk_efs: tuple[int, int],
         selection: Selection | None,
         hidden: np.ndarray | None,
         hidden_count: int,
-        excluded: Sequence[int],
         exact: bool,
     ) -> BaseHits:
-        """Search with any mix of filter, hidden rows and excluded rows.
+        """Search under a filter and with hidden rows.
 
         Args:
             query: float32 ``(1, D)``.
             k: Wanted.
-            ef: Candidate-list size that the target recall needs without a filter; 0 means exact.
+            ef: Candidate-list size that the target recall needs without a filter.
+            walk_efs: The same for the filtered walk under strict filters, and under loose ones that disagree with the query.
             selection: Rows the filter passes, or None for all.
-            hidden: bool ``(N,)`` rows deleted or replaced, or None.
+            hidden: bool ``(N,)`` rows never to return, or None.
             hidden_count: How many of them.
-            excluded: Rows never to return.
-            exact: Score everything that is allowed.
+            exact: Score everything that is allowed in float32.
         """
         total = self._corpus.rows
         matching = total if selection is None else selection.count
-        if matching == 0 or total == 0:
-            return BaseHits([], _NO_SCORES, "empty", 0, True)
-        strict = selection is not None and matching <= max(SCAN_ROWS, SCAN_SHARE * total)
-        if exact or ef == 0 or strict:
-            return self._scan(query, k, selection, hidden, excluded, "scan" if selection is not None and not exact else "exact")
-        return self._grow(query, k, ef, selection, hidden, hidden_count, excluded)
+        if matching == 0 or hidden_count >= total:
+            return BaseHits([], _NO_SCORES, "empty", 0, 1.0)
+        if exact:
+            return self._exact(query, k, selection, hidden)
+        if selection is not None:
+            scan_rows = CODE_SCAN_ROWS if self._scans_codes else SCAN_ROWS
+            if matching <= max(scan_rows, SCAN_SHARE * total) or 2 * k >= matching:
+                return self._scan(query, k, selection, hidden)
+            if self._walks:
+                if matching >= GROW_SHARE * total:
+                    hits = self._grow(query, k, ef, selection, hidden, hidden_count, attempts=1)
+                    if len(hits.ids) == k:
+                        return hits
+                hits = self._walk(query, k, walk_efs[matching >= GROW_SHARE * total], selection, hidden)
+                return hits if len(hits.ids) == k else self._scan(query, k, selection, hidden)
+        hits = self._grow(query, k, ef, selection, hidden, hidden_count)
+        if len(hits.ids) == k:
+            return hits
+        return self._exact(query, k, selection, hidden) if selection is None else self._scan(query, k, selection, hidden)
 
-    def _scan(
-        self, query: np.ndarray, k: int, selection: Selection | None, hidden: np.ndarray | None, excluded: Sequence[int], plan: str
-    ) -> BaseHits:
-        """Score every allowed row."""
-        rows = np.arange(self._corpus.rows) if selection is None else selection.as_rows()
+    def _exact(self, query: np.ndarray, k: int, selection: Selection | None, hidden: np.ndarray | None) -> BaseHits:
+        """Score every allowed row in float32."""
+        rows = None if selection is None else selection.as_rows()
         if hidden is not None:
-            rows = rows[~hidden[rows]]
-        if excluded:
-            rows = rows[~np.isin(rows, excluded)]
+            rows = np.flatnonzero(~hidden) if rows is None else rows[~hidden[rows]]
+        plan = "exact" if selection is None else "scan"
+        if rows is None:
+            scores = self._vectors @ query[0]  # (U, D) @ (D,) -> (U,)
+            if self._corpus.node_of_row is not None:
+                scores = scores[self._corpus.node_of_row]
+            best = top_rows(scores, min(k, len(scores)))
+            return BaseHits(self._ids.take(best), scores[best], plan, 0, 1.0)
         if len(rows) == 0:
-            return BaseHits([], _NO_SCORES, "empty", 0, True)
+            return BaseHits([], _NO_SCORES, "empty", 0, 1.0)
+        rows = np.sort(rows)
         nodes = rows if self._corpus.node_of_row is None else self._corpus.node_of_row[rows]
-        vectors = self._vectors if len(nodes) == self._nodes and selection is None else self._vectors[nodes]
-        scores = vectors @ query[0]  # (M, D) @ (D,) -> (M,)
+        scores = self._vectors[nodes] @ query[0]  # (M, D) @ (D,) -> (M,)
         best = top_rows(scores, min(k, len(rows)))
-        return BaseHits(self._take(rows[best]), scores[best], plan, 0, True)
+        return BaseHits(self._ids.take(rows[best]), scores[best], plan, 0, 1.0)
+
+    def _scan(self, query: np.ndarray, k: int, selection: Selection, hidden: np.ndarray | None) -> BaseHits:
+        """Score the matching rows one by one: by 8-bit codes and then float32 where the extension is there, else in float32."""
+        if self._engine is None:
+            return self._exact(query, k, selection, hidden)
+        out = np.empty(k, dtype=np.float32)
+        ids = self._engine.scan(query, k, selection.as_rows(), out, hidden)
+        recall = SCAN_RECALL if self._scans_codes and selection.count > 8 * k + 64 else 1.0
+        return BaseHits(ids, out[: len(ids)], "scan" if ids else "empty", 0, recall)
+
+    def _walk(self, query: np.ndarray, k: int, ef: int, selection: Selection, hidden: np.ndarray | None) -> BaseHits:
+        """Walk the graph scoring matching nodes only, looking through the others, from a few matching nodes."""
+        out = np.empty(k, dtype=np.float32)
+        ids = self._engine.walk(query, k, ef, self._seeds(selection), out, selection.as_mask(), hidden)
+        return BaseHits(ids, out[: len(ids)], "filtered-graph", ef, None)
+
+    def walk_scores(self, query: np.ndarray, k: int, ef: int, mask: np.ndarray) -> np.ndarray:
+        """Inner products the filtered walk finds under ``mask`` bool ``(N,)``; for calibration."""
+        return self._walk(query, k, ef, Selection(int(np.count_nonzero(mask)), len(mask), mask=mask), None).scores
+
+    def _seeds(self, selection: Selection) -> np.ndarray:
+        """Matching nodes spread over the corpus, kept with the selection."""
+        if selection.seeds is None:
+            rows = selection.as_rows()
+            rows = rows[np.linspace(0, len(rows) - 1, min(_SEEDS, len(rows))).astype(np.int64)]
+            nodes = rows if self._corpus.node_of_row is None else self._corpus.node_of_row[rows]
+            selection.seeds = np.ascontiguousarray(nodes, dtype=np.uint32)
+        return selection.seeds
 
     def _grow(
         self,
@@ -122,50 +194,55 @@ class BaseSearch:
         selection: Selection | None,
         hidden: np.ndarray | None,
         hidden_count: int,
-        excluded: Sequence[int],
+        attempts: int = 8,
     ) -> BaseHits:
-        """Ask the graph for more until k rows survive, then hand over to the scan when that costs more."""
+        """Ask the plain graph for more until k rows survive; fewer come back when that would cost more than scoring everything."""
         total = self._corpus.rows
-        share = (1.0 if selection is None else selection.count / total) * (1.0 - hidden_count / total)
-        fetch = int(1.3 * (k + len(excluded)) / max(share, 1e-6)) + 4 if share < 1.0 or excluded else k
-        ef_now = int(ef * max(1.0, min(1.0 / max(share, 1e-6), fetch / k)))
-        allowed = None if selection is None else selection.as_mask()
-        limit = max(20 * ef, 4_000)
-        while fetch <= min(limit, self._nodes):
-            nodes, distances = self._ann_search(query, fetch, max(ef_now, fetch))
-            if self._rescore:
-                nodes, node_scores = self._exact_order(query, nodes)
+        share = max(1e-6, (1.0 if selection is None else selection.count / total) * (1.0 - hidden_count / total))
+        plan = "graph" if selection is None else "graph-grow"
+        mask = None if selection is None else selection.as_mask()
+        fetch = k if share == 1.0 else int(1.5 * k / share) + 4
+        wide = int(ef / share) + 1 if share < 1.0 else ef
+        for _ in range(attempts):
+            if fetch > min(max(20 * ef, 4_000), self._nodes):
+                break
+            wide = max(wide, fetch)
+            if self._engine is None:
+                rows, scores = self._graph_rows(query, fetch, wide)
+                keep = np.ones(len(rows), dtype=np.bool_) if mask is None else mask[rows]
+                if hidden is not None:
+                    keep &= ~hidden[rows]
+                survivors = np.flatnonzero(keep)[:k]
+                ids, out = self._ids.take(rows[survivors]), scores[survivors]
             else:
-                node_scores = 1.0 - 0.5 * distances
-            rows, scores = self._rows_of(nodes, node_scores, None)
-            keep = np.ones(len(rows), dtype=np.bool_) if allowed is None else allowed[rows]
-            if hidden is not None:
-                keep &= ~hidden[rows]
-            if excluded:
-                keep &= ~np.isin(rows, excluded)
-            survivors = np.flatnonzero(keep)[:k]
-            if len(survivors) >= k:
-                plan = "graph" if selection is None else "graph-grow"
-                return BaseHits(self._take(rows[survivors]), scores[survivors], plan, max(ef_now, fetch), False)
-            fetch *= 4
-            ef_now *= 4
-        return self._scan(query, k, selection, hidden, excluded, "scan" if selection is not None else "exact")
+                nodes, distances = self._ann_search(query, fetch, wide)
+                if self._rescore:
+                    nodes, distances = self._true_order(query, nodes)
+                out = np.empty(k, dtype=np.float32)
+                ids = self._engine.finish(nodes, distances, k, out, mask, hidden)
+            if len(ids) == k:
+                return BaseHits(ids, out, plan, wide, None)
+            fetch, wide = fetch * 4, wide * 4
+        return BaseHits([], _NO_SCORES, plan, wide, None)
 
-    def _exact_order(self, query: np.ndarray, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Nodes re-ordered by their true inner products, for kinds whose distances are estimates."""
-        scores = self._vectors[nodes] @ query[0]
-        order = np.argsort(-scores, kind="stable")
-        return nodes[order], scores[order]
+    # ---- shared ------------------------------------------------------------------------------------------------------------------------
 
-    def _rows_of(self, nodes: np.ndarray, scores: np.ndarray, k: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of nodes with their scores, in order; at most k."""
+    def _graph_rows(self, query: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and inner products of the plain graph search, duplicates included."""
+        nodes, distances = self._ann_search(query, min(k, self._nodes), ef)
+        if self._rescore:
+            nodes, distances = self._true_order(query, nodes)
+        scores = 1.0 - 0.5 * distances
         corpus = self._corpus
         if corpus.row_starts is None or corpus.rows_by_node is None:
-            return nodes[:k], scores[:k]
+            return nodes, scores
         starts = corpus.row_starts[nodes].astype(np.int64)
         sizes = corpus.row_starts[nodes + 1].astype(np.int64) - starts
-        if len(sizes) == 0 or int(sizes.max()) == 1:  # none of these nodes is shared: the usual case, and the hot one
-            return corpus.rows_by_node[starts[:k]], scores[:k]
-        spread = np.repeat(np.arange(len(nodes)), sizes)[:k]
-        within = np.arange(int(sizes.sum()))[: len(spread)] - np.repeat(np.cumsum(sizes) - sizes, sizes)[: len(spread)]
-        return corpus.rows_by_node[starts[spread] + within], scores[spread]
+        within = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        return corpus.rows_by_node[np.repeat(starts, sizes) + within], np.repeat(scores, sizes)
+
+    def _true_order(self, query: np.ndarray, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Nodes re-ordered by their true distances, for kinds whose own are estimates."""
+        scores = self._vectors[nodes] @ query[0]
+        order = np.argsort(-scores, kind="stable")
+        return nodes[order], 2.0 - 2.0 * scores[order]

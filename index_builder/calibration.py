@@ -1,4 +1,4 @@
-"""Calibration: ANN recall@k against exact search over real queries, the ef -> recall and latency curve with intervals, and the gate on it."""
+"""Calibration: ANN recall@k against exact search over real queries, the ef -> recall and latency curve, and the gate on it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from index_builder.errors import GateFailed
 TARGETS = (0.90, 0.95, 0.99)
 MIN_QUERIES = 2_000
 EF_GRID = (10, 14, 20, 28, 40, 56, 80, 112, 160, 224, 320, 448, 640, 896, 1280, 1792, 2560)
+WALK_GRID = (16, 32, 64, 96, 128, 192, 256, 384, 512)
+STRICT_SHARES, LOOSE_SHARES = (0.05, 0.15), (0.3, 0.5)
 STOP_RECALL = 0.9995
 TIE = 1e-5
 """Inner products closer than this are ties: either entity is a right answer."""
@@ -55,6 +57,8 @@ class Calibration:
         deep_k: A second depth, for requests with larger k.
         deep_points: The same at ``deep_k``; may be empty.
         exact_latency_us: Median time of an exact scan, microseconds.
+        walk_points: The filtered walk's curve under strict filters that disagree with the query (5% and 15%, the worse at each ef).
+        loose_walk_points: The same under loose ones (30% and 50%).
     """
 
     queries: int
@@ -64,6 +68,16 @@ class Calibration:
     deep_k: int = 0
     deep_points: tuple[CurvePoint, ...] = ()
     exact_latency_us: float | None = None
+    walk_points: tuple[CurvePoint, ...] = ()
+    loose_walk_points: tuple[CurvePoint, ...] = ()
+
+    def walk_efs(self, target: float) -> tuple[int, int]:
+        """Settings of the filtered walk for a mean recall of ``target`` under strict and loose filters; the largest measured if need be."""
+
+        def reached(points: tuple[CurvePoint, ...]) -> int:
+            return next((p.ef for p in points if p.recall >= target), points[-1].ef if points else 256)
+
+        return reached(self.walk_points), reached(self.loose_walk_points)
 
     def ef_for(self, target: float, k: int | None = None) -> int | None:
         """The smallest measured or interpolated ef whose recall's lower bound reaches ``target`` at depth ``k``; None if none does."""
@@ -91,7 +105,7 @@ class Calibration:
         return shallow + share * (min(deep, shallow) - shallow)
 
     def settings(self) -> dict[str, int | None]:
-        """ef for each target recall."""
+        """Ef for each target recall."""
         return {f"{target:.2f}": self.ef_for(target) for target in TARGETS}
 
     def as_dict(self, *, latencies: bool = True) -> dict[str, Any]:
@@ -103,6 +117,7 @@ class Calibration:
 
         result: dict[str, Any] = {"queries": self.queries, "source": self.source, "k": self.k, "settings": self.settings()}
         result |= {"points": rows(self.points), "deep_k": self.deep_k, "deep_points": rows(self.deep_points)}
+        result |= {"walk_points": rows(self.walk_points), "loose_walk_points": rows(self.loose_walk_points)}
         return result | ({"exact_latency_us": self.exact_latency_us} if latencies else {})
 
     @classmethod
@@ -116,6 +131,8 @@ class Calibration:
             deep_k=values.get("deep_k", 0),
             deep_points=tuple(CurvePoint(**p) for p in values.get("deep_points", ())),
             exact_latency_us=values.get("exact_latency_us"),
+            walk_points=tuple(CurvePoint(**p) for p in values.get("walk_points", ())),
+            loose_walk_points=tuple(CurvePoint(**p) for p in values.get("loose_walk_points", ())),
         )
 
 
@@ -235,6 +252,62 @@ def _curve(
     return tuple(points)
 
 
+def calibrate_walk(
+    walk: Callable[[np.ndarray, int, int, np.ndarray], np.ndarray],
+    vectors: np.ndarray,
+    queries: np.ndarray,
+    *,
+    shares: Sequence[float],
+    k: int = 10,
+    sample: int = 200,
+    ef_grid: Sequence[int] = WALK_GRID,
+) -> tuple[CurvePoint, ...]:
+    """Measure the filtered walk under filters that disagree with the query, the hardest kind.
+
+    Rows are ranked along the corpus' first principal direction, and each query may only see the end of the ranking away from it.
+
+    Args:
+        walk: ``(query (1, D), k, ef, mask (N,)) -> inner products``, best first.
+        vectors: float32 ``(N, D)``, one row per row of the mask.
+        queries: float32 ``(Q, D)``; the first ``sample`` are used.
+        shares: Selectivities; the worst of them counts at each ef.
+        k: Depth.
+        sample: Queries used.
+        ef_grid: Settings tried, ascending.
+    """
+    queries, count = queries[:sample], len(vectors)
+    some = np.asarray(vectors[:: max(1, count // 2_000)])
+    direction = np.linalg.svd(some - some.mean(axis=0), full_matrices=False)[2][0]
+    along = vectors @ direction
+    order, above = np.argsort(along), queries @ direction > np.median(along)
+    curves = []
+    for share in shares:
+        size = int(share * count)
+        if size < 10 * k:
+            continue
+        ends = (np.sort(order[-size:]), np.sort(order[:size]))  # for queries below the median, and above
+        masks, exact = [], np.empty((len(queries), k), dtype=np.float32)
+        for end, rows in enumerate(ends):
+            mask = np.zeros(count, dtype=np.bool_)
+            mask[rows] = True
+            masks.append(mask)
+            mine = np.flatnonzero(above == bool(end))
+            if len(mine):
+                exact[mine] = exact_top_k(np.ascontiguousarray(queries[mine]), np.ascontiguousarray(vectors[rows]), k)[1]
+        curve = []
+        for ef in ef_grid:
+            start = time.perf_counter_ns()
+            answers = [walk(queries[i : i + 1], k, ef, masks[int(above[i])]) for i in range(len(queries))]
+            elapsed = (time.perf_counter_ns() - start) / 1000 / len(queries)
+            recalls = np.array([np.count_nonzero(a >= s[-1] - TIE) / k for a, s in zip(answers, exact)])
+            mean, low, high = mean_interval(recalls)
+            curve.append(CurvePoint(ef, round(mean, 5), round(low, 5), round(high, 5), round(elapsed, 1)))
+            if low >= STOP_RECALL:
+                break
+        curves.append(curve)
+    return tuple(min(points, key=lambda p: p.low) for points in zip(*curves))
+
+
 def check_gate(calibration: Calibration, target: float, what: str) -> None:
     """Refuse an index whose lower 95% bound misses ``target`` at every ef that was tried.
 
@@ -250,7 +323,8 @@ def check_gate(calibration: Calibration, target: float, what: str) -> None:
         else ""
     )
     raise GateFailed(
-        f"{what}: ANN recall@{calibration.k} = {best.recall:.4f} (95% interval {best.low:.4f}-{best.high:.4f}, {calibration.source}) at ef {best.ef}, "
+        f"{what}: ANN recall@{calibration.k} = {best.recall:.4f} (95% interval {best.low:.4f}-{best.high:.4f}, {calibration.source}) "
+        f"at ef {best.ef}, "
         f"and its lower bound is below the target {target:.2f}; nothing was published. "
         f"Raise --ef-construction (400), --m (32) or --degree (64), or choose --index hnsw.{few}"
     )

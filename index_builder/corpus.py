@@ -98,7 +98,7 @@ class Corpus:
             IndexFormatError: A file is missing or no such array.
         """
         try:
-            vectors = np.load(folder / "vectors.npy", mmap_mode="r")
+            vectors = np.asarray(np.load(folder / "vectors.npy", mmap_mode="r"))  # a plain view of the map: memmap indexing is slow
             path = folder / "vectors.nodes.npy"
             nodes = np.load(path) if path.is_file() else None
         except (OSError, ValueError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,11 @@ import polars as pl
 from encoders.errors import ConfigError
 from index_builder.ann import AnnConfig, AnnIndex, build_index, choose_kind, load_index
 from index_builder.ann.choice import KINDS
+from index_builder.ann.lean import LeanIndex
 from index_builder.attributes import AttributeTable
 from index_builder.base_search import BaseHits, BaseSearch
-from index_builder.calibration import Calibration, CurvePoint, calibrate
+from index_builder.calibration import LOOSE_SHARES, STRICT_SHARES, Calibration, CurvePoint, calibrate, calibrate_walk
+from index_builder.codes import CodeStore
 from index_builder.corpus import Corpus, check_vectors
 from index_builder.errors import DimensionMismatch, IndexFormatError, InvalidQuery
 from index_builder.filters import BoundFilter, Selection, parse_filter
@@ -98,6 +100,7 @@ class EntityIndex:
         facts: dict[str, Any],
         calibration: Calibration | None,
         default_recall: float = DEFAULT_RECALL,
+        store: CodeStore | None = None,
     ) -> None:
         self.entity_type = entity_type
         self.ids = ids
@@ -108,7 +111,8 @@ class EntityIndex:
         self.default_recall = default_recall
         self._facts = facts
         self._live: LiveView | None = None
-        self._base = BaseSearch(corpus, ann, ids)
+        self._store = store
+        self._base = BaseSearch(corpus, ann, ids, store)
         self._selections = SelectionCache(attributes)
         self._settings: dict[int, tuple[int, float | None]] = {}
         self._shape_1, self._shape_2 = (self.dimension,), (1, self.dimension)
@@ -157,6 +161,7 @@ class EntityIndex:
             choice = choose_kind(len(corpus.vectors), lean=config.lean, deterministic=config.deterministic)
             kind, why = choice.kind, choice.why
         ann = build_index(kind, corpus.vectors, config.ann)
+        links = ann.neighbours()
         facts = {
             "kind": kind,
             "parameters": config.ann.as_dict(),
@@ -165,22 +170,32 @@ class EntityIndex:
             "rows": len(table),
             "nodes": len(corpus.vectors),
             "duplicates": len(table) - len(corpus.vectors),
-            "unreachable": unreachable_nodes(ann),
+            "unreachable": 0 if ann.exact else None if links is None else unreachable_nodes(links),
             "dimension": int(vectors.shape[1]),
             "attributes": dict(attribute_table.schema),
+            "filtered_walks": ann.kind == "lean" or bool(attribute_table.schema and links is not None),
         }
-        index = cls(entity_type, table, corpus, ann, attribute_table, facts, None, config.default_recall)
+        store = ann.store if isinstance(ann, LeanIndex) else None
+        if store is None and attribute_table.schema and links is not None:
+            store = CodeStore.build(corpus.vectors, links)
+        index = cls(entity_type, table, corpus, ann, attribute_table, facts, None, config.default_recall, store)
         if calibration_queries is not None and len(table):
             index.calibrate(calibration_queries, calibration_source)
         return index
 
     def calibrate(self, queries: np.ndarray, source: str) -> Calibration:
-        """Measure recall and latency over ``queries`` float32 ``(Q, D)`` and keep the result."""
+        """Measure recall and latency over ``queries`` float32 ``(Q, D)``, plain and under filters, and keep the result."""
         queries = check_vectors(np.ascontiguousarray(queries), None, self.dimension)
+        vectors = self.corpus.vectors
         if self.ann.exact:
-            self.calibration = Calibration(len(queries), source, min(10, len(self.corpus.vectors)), (CurvePoint(10, 1.0, 1.0, 1.0),))
+            self.calibration = Calibration(len(queries), source, min(10, len(vectors)), (CurvePoint(10, 1.0, 1.0, 1.0),))
         else:
-            self.calibration = calibrate(lambda q, k, ef: self.ann.search(q, k, ef)[0], self.corpus.vectors, queries, source=source)
+            self.calibration = calibrate(lambda q, k, ef: self.ann.search(q, k, ef)[0], vectors, queries, source=source)
+            if self._base.walks:
+                rows, walk = self.base_vectors(), self._base.walk_scores
+                strict = calibrate_walk(walk, rows, queries, shares=STRICT_SHARES)
+                loose = calibrate_walk(walk, rows, queries, shares=LOOSE_SHARES)
+                self.calibration = replace(self.calibration, walk_points=strict, loose_walk_points=loose)
         self._settings.clear()
         return self.calibration
 
@@ -190,6 +205,8 @@ class EntityIndex:
         self.corpus.save(folder)
         self.ids.save(folder)
         self.ann.save(folder / "index")
+        if self._store is not None:
+            self._store.save(folder)
         self.attribute_table.save(folder / "attributes.parquet")
         meta = {
             "format": INDEX_FORMAT,
@@ -231,12 +248,14 @@ class EntityIndex:
             raise IndexFormatError(f"{folder.name}/attributes.parquet cannot be read ({error}). Rebuild this release.") from error
         ann = graph if graph is not None else load_index(kind, folder / "index", corpus.vectors, config)
         calibration = Calibration.from_dict(meta["calibration"]) if meta["calibration"] else None
-        return cls(meta["entity_type"], ids, corpus, ann, attributes, facts, calibration, meta["default_recall"])
+        store = ann.store if isinstance(ann, LeanIndex) else CodeStore.load(folder, corpus.vectors) if facts["filtered_walks"] else None
+        return cls(meta["entity_type"], ids, corpus, ann, attributes, facts, calibration, meta["default_recall"], store)
 
     @staticmethod
     def load_graph(folder: Path) -> AnnIndex:
         """The ANN index of a checked folder and nothing else. Starts no threads, so a process may fork afterwards and share its memory; attributes
-        (polars) cannot be read before a fork. Raises as ``load``."""
+        (polars) cannot be read before a fork. Raises as ``load``.
+        """
         try:
             facts = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["facts"]
             kind, config = facts["kind"], AnnConfig(**facts["parameters"])
@@ -357,11 +376,12 @@ class EntityIndex:
             hits, selectivity = self._general(query, k, ef_search, filter, exclude_ids, exact, live)
         if min_score is not None:
             keep = int(np.count_nonzero(hits.scores >= min_score))
-            hits = BaseHits(hits.ids[:keep], hits.scores[:keep], hits.plan, hits.ef, hits.exact)
-        return SearchResult(hits.ids, hits.scores, hits.plan, hits.ef, 1.0 if hits.exact else expected, selectivity)
+            hits = hits._replace(ids=hits.ids[:keep], scores=hits.scores[:keep])
+        recall = hits.recall
+        return SearchResult(hits.ids, hits.scores, hits.plan, hits.ef, expected if recall is None else recall, selectivity)
 
     def search_batch(self, queries: np.ndarray, k: int = 10, **options: Any) -> list[SearchResult]:
-        """``search`` for each row of ``queries`` float32 ``(B, D)``; plain searches of a graph share one call of its library and most of the rest."""
+        """``search`` for each row of ``queries`` float32 ``(B, D)``; plain searches of a graph share one call of its library."""
         if queries.ndim != 2:
             raise DimensionMismatch(self.dimension, f"a batch of shape {queries.shape}")
         if len(queries) == 0:
@@ -394,7 +414,7 @@ class EntityIndex:
         return query if query.flags.c_contiguous else np.ascontiguousarray(query)
 
     def _choose(self, k: int, ef: int | None, min_recall: float | None) -> tuple[int, float | None]:
-        """ef (0: exact) and the expected recall."""
+        """Ef (0: exact) and the expected recall."""
         if ef is not None and ef < 1:
             raise InvalidQuery(f"ef must be at least 1, but got {ef}.")
         if min_recall is not None and not 0.0 < min_recall <= 1.0:
@@ -430,13 +450,31 @@ class EntityIndex:
         if expression is not None:
             selection = self._selections.get(expression)
             selectivity = selection.count / max(1, len(self.ids))
+        hidden, hidden_count = (live.hidden_rows, live.hidden_count) if live is not None and live.hidden_count else (None, 0)
         excluded = [row for row in map(self.ids.row_of, exclude_ids) if row is not None] if exclude_ids else []
-        hidden = live.hidden_rows if live is not None and live.hidden_count else None
-        hidden_count = live.hidden_count if live is not None else 0
-        hits = self._base.search(query, k, ef, selection, hidden, hidden_count, excluded, exact)
-        if live is None or not live.live_count:
-            return hits, selectivity
-        return self._merge(query, k, hits, live, expression, set(exclude_ids)), selectivity
+        if len(excluded) > 2 * k + 100:  # many: cheaper to hide them than to fetch past them
+            hidden = np.zeros(len(self.ids), dtype=np.bool_) if hidden is None else hidden.copy()
+            hidden[excluded] = True
+            hidden_count, excluded = int(np.count_nonzero(hidden)), []
+        walk_efs = self._walk_efs(k, ef) if selection is not None else (ef, ef)
+        hits = self._base.search(query, k + len(excluded), ef, walk_efs, selection, hidden, hidden_count, exact)
+        banned = set(exclude_ids)
+        if excluded:
+            keep = [i for i, id_ in enumerate(hits.ids) if id_ not in banned][:k]
+            hits = hits._replace(ids=[hits.ids[i] for i in keep], scores=hits.scores[keep])
+        if live is not None and live.live_count:
+            hits = self._merge(query, k, hits, live, expression, banned)
+        return hits, selectivity
+
+    def _walk_efs(self, k: int, ef: int) -> tuple[int, int]:
+        """Candidate-list sizes of the filtered walk that aim at the recall ``ef`` has without a filter."""
+        calibration = self.calibration
+        if calibration is None or not calibration.walk_points:
+            return max(k + 32, 2 * ef), max(k + 32, 4 * ef)
+        expected = calibration.recall_at(ef, calibration.k)
+        strict, loose = calibration.walk_efs(self.default_recall if expected is None else expected)
+        wider = max(1.0, k / calibration.k) ** 0.5
+        return max(k + 16, int(strict * wider)), max(k + 16, int(loose * wider))
 
     def _merge(self, query: np.ndarray, k: int, hits: BaseHits, live: LiveView, expression: str | None, excluded: set[str]) -> BaseHits:
         """Merge base hits with the best of each live segment; live ids are hidden in the base, so that none comes twice."""
@@ -455,7 +493,7 @@ class EntityIndex:
         scores = np.concatenate(all_scores)
         best = np.argsort(-scores, kind="stable")[:k]
         plan = hits.plan if hits.plan != "empty" else "live"
-        return BaseHits([all_ids[i] for i in best.tolist()], scores[best].astype(np.float32, copy=False), plan, hits.ef, hits.exact)
+        return BaseHits([all_ids[i] for i in best.tolist()], scores[best].astype(np.float32, copy=False), plan, hits.ef, hits.recall)
 
     def _live_selection(self, segment: Any, expression: str) -> Selection:
         table = AttributeTable.from_frame(segment.attributes, like=self.attribute_table)

@@ -272,12 +272,14 @@ class Selection:
         count: Matching rows.
         mask: bool ``(N,)`` or None.
         rows: uint32 ``(count,)`` in no particular order, without repetitions, or None.
+        seeds: A few nodes among them, kept by the search that chose them.
     """
 
     count: int
     total: int
     mask: np.ndarray | None = None
     rows: np.ndarray | None = None
+    seeds: np.ndarray | None = None
 
     def as_mask(self) -> np.ndarray:
         """The mask, made from the rows if need be."""

@@ -6,14 +6,13 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from scipy.sparse.csgraph import connected_components
 
-from index_builder.ann.interface import AnnIndex
 
+def unreachable_nodes(links: np.ndarray) -> int:
+    """Nodes outside the largest strongly connected part of the base layer that no path from it reaches.
 
-def unreachable_nodes(ann: AnnIndex) -> int | None:
-    """Nodes outside the largest strongly connected part of the base layer that no edge from it reaches; None where the graph is not visible."""
-    links = ann.neighbours()
-    if links is None:
-        return 0 if ann.exact else None
+    Args:
+        links: uint32 ``(N, degree)`` out-links.
+    """
     count, degree = links.shape
     graph = csr_matrix(
         (np.ones(links.size, dtype=np.bool_), links.ravel().astype(np.int64), np.arange(0, links.size + 1, degree)), shape=(count, count)

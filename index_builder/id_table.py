@@ -58,7 +58,8 @@ class IdTable(Sequence[str]):
             first, second = int(rows[at]), int(rows[at + 1])
             if encoded[first] == encoded[second]:
                 raise DuplicateIds(
-                    f"row {second}: id {encoded[second].decode()!r} was already given by row {first}. Keep one row per id (the newest) and build again."
+                    f"row {second}: id {encoded[second].decode()!r} was already given by row {first}. "
+                    "Keep one row per id (the newest) and build again."
                 )
         return cls(np.frombuffer(b"".join(encoded) or b"\0", dtype=np.uint8), offsets, ordered, rows)
 

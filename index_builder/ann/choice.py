@@ -14,12 +14,13 @@ from index_builder.ann.exact import ExactIndex
 from index_builder.ann.faiss_index import FaissHnswIndex, FaissIvfIndex
 from index_builder.ann.hnsw import HnswIndex
 from index_builder.ann.interface import AnnConfig, AnnIndex
+from index_builder.ann.lean import LeanIndex
 from index_builder.ann.rabitq import RabitqIndex
 from index_builder.ann.symqg import MIN_ROWS, SymqgIndex
 from index_builder.errors import UnsupportedCpu
 
 KINDS: dict[str, type[AnnIndex]] = {
-    cls.kind: cls for cls in (HnswIndex, SymqgIndex, RabitqIndex, ExactIndex, FaissHnswIndex, FaissIvfIndex)
+    cls.kind: cls for cls in (HnswIndex, SymqgIndex, RabitqIndex, LeanIndex, ExactIndex, FaissHnswIndex, FaissIvfIndex)
 }
 EXACT_BELOW = 2_000
 """Corpora smaller than this are scanned: one matrix-vector product is as fast as a graph there and always right."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Self
 
 import hnswlib
 import numpy as np
 
+from index_builder.ann.graph_files import read_hnsw_links
 from index_builder.ann.interface import AnnConfig, AnnIndex
 from index_builder.errors import IndexFormatError
 
@@ -76,3 +78,10 @@ class HnswIndex(AnnIndex):
         self._ef = ef
         rows, distances = self._index.knn_query(queries, k, num_threads=1)
         return rows.astype(np.int64), distances
+
+    def neighbours(self) -> np.ndarray | None:
+        """The base-layer out-links, read from the saved file."""
+        with tempfile.TemporaryDirectory(prefix="omni-") as folder:
+            path = Path(folder) / "links.hnsw"
+            self._index.save_index(str(path))
+            return read_hnsw_links(path, self.count)

@@ -27,8 +27,12 @@ class AnnConfig:
     threads: int = 1
     """Build threads. One thread gives the same bytes for the same input and seed; more are faster and not reproducible."""
     seed: int = 100
+    reproducible: bool = False
+    """Whether builders that cannot be seeded must be avoided."""
 
     def __post_init__(self) -> None:
+        if self.reproducible and self.threads != 1:
+            raise ConfigError(f"a reproducible build uses one thread, but got threads={self.threads}.")
         if self.m < 2 or self.m > 256:
             raise ConfigError(f"AnnConfig.m must be between 2 and 256, but got {self.m}.")
         if self.degree < 32 or self.degree % 32:
@@ -92,8 +96,8 @@ class AnnIndex(ABC):
             ef: Size of the search's candidate list, at least ``k``. Higher: better recall, slower.
 
         Returns:
-            Rows (an integer array, at most ``k`` long) and **squared Euclidean distances** float32, nearest first. On unit vectors the inner
-            product is ``1 - distance / 2``.
+            Rows (an integer array, at most ``k`` long) and **squared Euclidean distances** float32, nearest first. On unit vectors the
+            inner product is ``1 - distance / 2``.
         """
 
     def search_batch(self, queries: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import tempfile
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from encoders.errors import ConfigError, MissingDependency
+from index_builder.ann.graph_files import read_symqg_links
 from index_builder.ann.interface import AnnConfig, AnnIndex
 from index_builder.errors import IndexFormatError
 
@@ -23,6 +26,11 @@ def _library() -> Any:
     return rabitqlib
 
 
+def symqg_available() -> bool:
+    """Whether rabitqlib is installed."""
+    return importlib.util.find_spec("rabitqlib") is not None
+
+
 class SymqgIndex(AnnIndex):
     """SymphonyQG (Gou et al., SIGMOD 2025) in squared Euclidean space, re-ranked inside by the raw or the 8-bit store.
 
@@ -32,8 +40,10 @@ class SymqgIndex(AnnIndex):
     kind = "symqg"
     cpu_features = ("avx2", "fma")
 
-    def __init__(self, index: Any, count: int, dimension: int, config: AnnConfig) -> None:
-        self.count, self.dimension, self.config = count, dimension, config
+    def __init__(self, index: Any, vectors: np.ndarray, config: AnnConfig) -> None:
+        self.count, self.dimension = vectors.shape
+        self.config = config
+        self._vectors = vectors
         self._index = index
         self._search = index.search
         self.true_distances = config.bits == 0
@@ -46,7 +56,7 @@ class SymqgIndex(AnnIndex):
             raise ConfigError(f"index kind 'symqg' needs at least {MIN_ROWS:,} vectors, but got {count}. Use --index exact or auto.")
         index = _library().SymqgIndex(dimension, config.degree, "l2", config.bits)
         index.build(np.ascontiguousarray(vectors), max(config.ef_construction, config.degree), config.threads)
-        return cls(index, count, dimension, config)
+        return cls(index, vectors, config)
 
     @classmethod
     def load(cls, prefix: Path, vectors: np.ndarray, config: AnnConfig) -> Self:
@@ -62,7 +72,7 @@ class SymqgIndex(AnnIndex):
             raise IndexFormatError(
                 f"{path.name} holds {(index.num_points, index.dim)}, but the vectors are {vectors.shape}. Rebuild this release."
             )
-        return cls(index, *vectors.shape, config)
+        return cls(index, vectors, config)
 
     def save(self, prefix: Path) -> list[Path]:
         """Write ``<prefix>.symqg``."""
@@ -79,3 +89,12 @@ class SymqgIndex(AnnIndex):
         """Search ``(B, D)`` queries."""
         rows, distances = self._search(queries, k, ef)
         return rows.astype(np.int64), distances
+
+    def neighbours(self) -> np.ndarray | None:
+        """The out-links, read from the saved file; None for the 8-bit store, whose layout is another."""
+        if self.config.bits:
+            return None
+        with tempfile.TemporaryDirectory(prefix="omni-") as folder:
+            path = Path(folder) / "links.symqg"
+            self._index.save(str(path))
+            return read_symqg_links(path, self._vectors, self.config.degree)

@@ -1,0 +1,263 @@
+"""``omni bench enrichment``: what each text feature adds, and when captions help or hurt: tables 3 and 4 of the paper in shape.
+
+Real text, no clicks: pins are emoji pictures, pairs are human keywords and translations standing in for engagement. Continuous features are
+thumbnails of the pictures. For table 3 a share of titles is hidden and given back as the caption; noise replaces captions by those of other
+pins. Every (setting, seed) is one training whose result is one small file, so an interrupted benchmark goes on where it was.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import polars as pl
+
+from benchmarks.record import write_record
+from encoders.captions import decode_image
+from encoders.console import handle_errors, json_option, print_json, print_table, say, stage
+from encoders.sample import Dataset, load_sample
+
+LABEL = "REAL text: human keywords and translations of emoji, standing in for engagement; not clicks"
+FIELDS = {"text": ("title", "category"), "boards": ("board_titles",), "engaged": ("engaged_queries",), "caption": ("caption",)}
+THUMBNAIL = 16
+"""Pictures become 16 x 16 RGB thumbnails: 768 numbers."""
+
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}
+"""Student's t for a 95% interval of the mean, by number of seeds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """One row of a table."""
+
+    table: str
+    name: str
+    features: tuple[str, ...]
+    """Of ``visual`` and the keys of ``FIELDS``."""
+    hidden_titles: float = 0.0
+    """Share of pins whose title is taken away."""
+    caption_noise: float | None = None
+    """Share of captions taken from another pin; None: no captions."""
+
+    @property
+    def key(self) -> str:
+        """What the training depends on: settings of two tables with one key share their runs."""
+        noise = "none" if self.caption_noise is None else f"{self.caption_noise:.2f}"
+        return f"{'+'.join(sorted(self.features))}-hidden{self.hidden_titles:.2f}-noise{noise}"
+
+
+ALL = ("visual", "text", "boards", "engaged")
+STEPS = ("continuous", "+ text", "+ board titles", "+ engaged queries")
+TABLE_4 = tuple(
+    [Setting(table="4", name=name, features=ALL[: n + 1]) for n, name in enumerate(STEPS)]
+    + [Setting(table="4 alone", name=f"{name} alone", features=(name,)) for name in ALL[1:]]
+    + [Setting(table="4 left out", name=f"without {name}", features=tuple(f for f in ALL if f != name)) for name in ALL]
+)
+TABLE_3 = (
+    Setting(table="3", name="titles hidden, no captions", features=("text", "boards", "engaged"), hidden_titles=0.5),
+    *(
+        Setting(
+            table="3",
+            name=f"captions, {noise:.0%} wrong",
+            features=("text", "caption", "boards", "engaged"),
+            hidden_titles=0.5,
+            caption_noise=noise,
+        )
+        for noise in (0.0, 0.1, 0.3, 0.5)
+    ),
+)
+
+
+@click.command()
+@click.option("--work", required=True, type=click.Path(path_type=Path), help="Folder for one small result file per training; kept, reused.")
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(2), help="Trainings per setting.")
+@click.option("--steps", default=120, show_default=True, help="Optimiser steps per training.")
+@click.option("--batch-pairs", default=384, show_default=True, help="Pairs per step.")
+@click.option("--train-pairs", default=40_000, show_default=True, help="Training pairs drawn (the same for every setting).")
+@click.option("--max-queries", default=2_000, show_default=True, help="Held-out queries evaluated.")
+@click.option("--max-minutes", default=0.0, help="Start no training after this long; the tables then hold what is there. 0: no limit.")
+@click.option("--table", "tables", multiple=True, type=click.Choice(["3", "4"]), help="Only this table; repeat. Default: both.")
+@json_option
+@handle_errors
+def command(work: Path, seeds: int, tables: tuple[str, ...], max_minutes: float, as_json: bool, **sizes: int) -> None:
+    """Train with text features one by one, each alone, each left out; and with titles hidden and captions given back with noise.
+
+    Labelled Recall@10 of held-out keywords against all pins, mean and 95% interval over seeds, and by language.
+
+    Example: omni bench enrichment --work enrichment --seeds 3
+    """
+    settings = [s for s in (*TABLE_4, *TABLE_3) if not tables or s.table[0] in tables]
+    work.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    dataset: Dataset | None = None
+    for seed in range(seeds):
+        for setting in {s.key: s for s in settings}.values():
+            path = work / f"{setting.key}-{'-'.join(str(v) for v in sizes.values())}-seed{seed}.json"
+            if path.is_file() or (max_minutes and time.monotonic() - started > 60 * max_minutes):
+                continue
+            dataset = dataset or load_pins()
+            with stage(f"{setting.name}, seed {seed}"):
+                result = train_and_evaluate(dataset, setting, seed, sizes)
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(result), encoding="utf-8")
+            partial.replace(path)
+    rows = summarise(settings, work, seeds, sizes)
+    missing = sum(row["seeds"] < seeds for row in rows)
+    if not as_json:
+        _print(rows)
+        if missing:
+            say(f"{missing} of {len(rows)} settings lack some of their {seeds} seeds: run the command again with the same --work to go on")
+    metrics = {"rows": rows, "caption_noise_threshold": noise_threshold(rows), "complete": not missing}
+    path = write_record(
+        "enrichment",
+        dataset={"name": "sample, pins", "simulated": False, "note": LABEL},
+        config={"seeds": seeds, **sizes, "hidden_titles": 0.5, "continuous": f"{THUMBNAIL}x{THUMBNAIL} RGB thumbnails"},
+        protocol={"metric": "labelled Recall@10 over held-out pairs, exact, against all pins", "interval": "95%, Student's t over seeds"},
+        metrics=metrics,
+        libraries=("torch", "polars"),
+    )
+    if as_json:
+        print_json(metrics | {"record": str(path)})
+    else:
+        click.echo(path)
+
+
+def load_pins() -> Dataset:
+    """The pins of the sample with thumbnails in the column ``visual``."""
+    sample = load_sample()
+    pins = sample.of_type("pin")
+    vectors = [_thumbnail(sample.pictures[i]) if i in sample.pictures else [0.0] * (3 * THUMBNAIL**2) for i in pins["id"].to_list()]
+    pins = pins.with_columns(pl.Series("visual", vectors, dtype=pl.List(pl.Float32)))
+    return Dataset(pins, sample.pairs.filter(pl.col("entity_type") == "pin"), {}, sample.groups, "sample, pins")
+
+
+def _thumbnail(svg: str) -> list[float]:
+    image = decode_image(svg.encode(), 4 * THUMBNAIL).resize((THUMBNAIL, THUMBNAIL))
+    values: list[float] = (np.asarray(image, dtype=np.float32).ravel() / 127.5 - 1).tolist()
+    return values
+
+
+def apply_setting(catalogue: pl.DataFrame, setting: Setting, seed: int) -> pl.DataFrame:
+    """Hide titles, give them back as captions and spoil captions; adds the column ``title_hidden``. The same seed hides the same titles."""
+    rng = np.random.default_rng([seed, 7])
+    n = catalogue.height
+    hidden = rng.permutation(n) < round(setting.hidden_titles * n)
+    wrong = rng.permutation(n) < round((setting.caption_noise or 0.0) * n)
+    titles = catalogue["title"].to_numpy()
+    captions = np.where(wrong, titles[(np.arange(n) + 1 + rng.integers(0, n - 1, n)) % n], titles)
+    with_captions = setting.caption_noise is not None
+    return catalogue.with_columns(
+        pl.Series("title", np.where(hidden, "", titles), dtype=pl.String),
+        pl.Series("caption", np.where(hidden & with_captions, captions, ""), dtype=pl.String),
+        pl.Series("title_hidden", hidden),
+    )
+
+
+def train_and_evaluate(dataset: Dataset, setting: Setting, seed: int, sizes: dict[str, int]) -> dict[str, Any]:
+    """One training with the setting's features, evaluated on held-out pairs."""
+    from encoders.batches import TrainingData
+    from encoders.entity_features import EntityFeatureConfig
+    from encoders.evaluation import build_task, rank_task, vector_scores
+    from encoders.train_config import BatchConfig, EntityTowerSettings, LossConfig, OptimiserConfig, TrainConfig, ValidationConfig
+    from encoders.training import train
+
+    catalogue = apply_setting(dataset.catalogue, setting, seed)
+    fields = tuple(f for name in setting.features if name in FIELDS for f in FIELDS[name]) or ("size",)  # a column that is always empty
+    config = TrainConfig(
+        steps=sizes["steps"],
+        seed=seed,
+        device="cpu",
+        features=EntityFeatureConfig(text_fields=fields, continuous={"visual": 3 * THUMBNAIL**2} if "visual" in setting.features else {}),
+        entity_tower=EntityTowerSettings(table_rows=20_000, token_dimension=128, hidden=(512,)),
+        batch=BatchConfig(pairs=sizes["batch_pairs"], cross_fit=4 if "engaged" in setting.features else 0),
+        loss=LossConfig(sketch_width=1 << 16),
+        optimiser=OptimiserConfig(warmup_steps=sizes["steps"] // 6),
+        validation=ValidationConfig(fraction=0.0),
+    )
+    train_pairs = dataset.split("train")
+    drawn = train_pairs.sample(min(sizes["train_pairs"], train_pairs.height), seed=11)
+    result = train(config, TrainingData(catalogue, drawn), quiet=True)
+    spoiled = Dataset(catalogue, dataset.pairs, {}, dataset.groups, dataset.name)
+    task = build_task(spoiled, "pin", max_queries=sizes["max_queries"], seed=5)
+    encoder = result.entity_encoders["pin"]
+    vectors = encoder.encode(task.candidates)
+    ranking = rank_task(task, vector_scores(result.query_encoder.encode(task.queries), vectors), setting.name)
+    hits = ranking.ranks <= 10
+    hidden = task.pairs.join(catalogue.select(entity_id="id", hidden="title_hidden"), on="entity_id", how="left", maintain_order="left")[
+        "hidden"
+    ]
+    frame = task.pairs.select("language").with_columns(pl.Series("hit", hits), hidden.alias("hidden"))
+    by_language = frame.group_by("language").agg(pl.col("hit").mean(), pl.len()).sort("len", "language", descending=[True, False])
+    return {
+        "recall@10": float(hits.mean()),
+        "recall@10_hidden": float(hits[hidden.to_numpy()].mean()) if hidden.any() else None,
+        "pairs": len(hits),
+        "languages": {language: hit for language, hit, _ in by_language.iter_rows()},
+        "last_loss": result.metrics.get("loss"),
+    }
+
+
+def summarise(settings: Sequence[Setting], work: Path, seeds: int, sizes: dict[str, int]) -> list[dict[str, Any]]:
+    """Mean and interval of every setting over the seeds that are there."""
+    rows = []
+    for setting in settings:
+        paths = [work / f"{setting.key}-{'-'.join(str(v) for v in sizes.values())}-seed{seed}.json" for seed in range(seeds)]
+        results = [json.loads(p.read_text(encoding="utf-8")) for p in paths if p.is_file()]
+        metric = "recall@10_hidden" if setting.table == "3" else "recall@10"
+        values = [r[metric] for r in results]
+        languages = sorted({name for r in results for name in r["languages"]})
+        rows.append(
+            {
+                "table": setting.table,
+                "setting": setting.name,
+                "caption_noise": setting.caption_noise,
+                "metric": metric,
+                "seeds": len(values),
+                "mean": float(np.mean(values)) if values else None,
+                "interval": interval(values),
+                "values": values,
+                "languages": {
+                    name: float(np.mean([r["languages"][name] for r in results if name in r["languages"]])) for name in languages
+                },
+            }
+        )
+    return rows
+
+
+def interval(values: Sequence[float]) -> float | None:
+    """Half the width of the 95% interval of the mean, or None for fewer than two values."""
+    n = len(values)
+    if n < 2:
+        return None
+    return float(T_95.get(n, 2.0) * np.std(values, ddof=1) / np.sqrt(n))
+
+
+def noise_threshold(rows: Sequence[dict[str, Any]]) -> float | None:
+    """The share of wrong captions at which recall falls to that without captions (linear between settings); None: not within 0..50%."""
+    base = next((r["mean"] for r in rows if r["table"] == "3" and r["caption_noise"] is None), None)
+    points = [
+        (r["caption_noise"], r["mean"]) for r in rows if r["table"] == "3" and r["caption_noise"] is not None and r["mean"] is not None
+    ]
+    if base is None:
+        return None
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if y0 >= base > y1:
+            return float(x0 + (x1 - x0) * (y0 - base) / (y0 - y1))
+    return 0.0 if points and points[0][1] < base else None
+
+
+def _print(rows: Sequence[dict[str, Any]]) -> None:
+    for table in dict.fromkeys(row["table"] for row in rows):
+        chosen = [row for row in rows if row["table"] == table]
+        shown = sorted({name for row in chosen for name in row["languages"]})[:8]
+        cells = [
+            [row["setting"], row["seeds"], row["mean"], row["interval"], *(row["languages"].get(name) for name in shown)] for row in chosen
+        ]
+        print_table(f"Table {table}: {chosen[0]['metric']}. {LABEL}", ["setting", "seeds", "mean", "+-", *shown], cells)

@@ -35,7 +35,7 @@ def test_entity_texts_join_what_is_there():
     catalogue = pl.DataFrame(
         {"title": ["t", None], "category": ["c", ""], "board_titles": [["x", "y"], []], "engaged_queries": [[], ["q"]]}
     )
-    assert entity_texts(catalogue) == ["t, c, x, y", "q"]
+    assert entity_texts(catalogue) == ["t. c. x. y", "q"]
     assert entity_texts(pl.DataFrame({"id": ["a"]})) == [""]
 
 

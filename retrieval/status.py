@@ -25,6 +25,7 @@ STATUS: dict[type[OmniError], grpc.StatusCode] = {
     errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     errors.EncoderFailed: grpc.StatusCode.INTERNAL,
     errors.AddressInUse: grpc.StatusCode.UNAVAILABLE,
+    errors.ServerDied: grpc.StatusCode.UNAVAILABLE,
     encoder_errors.DataError: grpc.StatusCode.INVALID_ARGUMENT,
     encoder_errors.ConfigError: grpc.StatusCode.INVALID_ARGUMENT,
     encoder_errors.InvalidVectors: grpc.StatusCode.INVALID_ARGUMENT,

@@ -1,0 +1,138 @@
+import asyncio
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from retrieval.batcher import LENGTH_BUCKETS, Batcher, bucket_of, estimated_tokens
+from retrieval.errors import EncoderFailed, Overloaded
+
+DIMENSION = 4
+
+
+class Tower:
+    """Encodes in a thread, one batch at a time, as long as the gate is open."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.batches: list[list[str]] = []
+        self.bad: set[str] = set()
+        self.nan: set[str] = set()
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        self.gate.wait(10)
+        self.batches.append(list(texts))
+        if self.bad & set(texts):
+            raise RuntimeError("cannot encode this")
+        out = np.zeros((len(texts), DIMENSION), dtype=np.float32)
+        for row, text in enumerate(texts):
+            out[row, len(text) % DIMENSION] = np.nan if text in self.nan else 1.0
+        return out
+
+
+@pytest.fixture
+def tower() -> Tower:
+    return Tower()
+
+
+@pytest.fixture
+def executor():
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
+
+
+async def until(condition) -> None:
+    for _ in range(500):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("did not happen")
+
+
+async def test_texts_that_wait_together_are_encoded_together_by_length(tower: Tower, executor) -> None:
+    batcher = Batcher(tower, executor, DIMENSION)
+    tower.gate.clear()
+    first = asyncio.ensure_future(batcher.submit("first"))
+    await until(lambda: not batcher.waiting)
+    long = "long " * 30
+    others = [asyncio.ensure_future(batcher.submit(text)) for text in ("a", "b", long, "c")]
+    await until(lambda: batcher.waiting == 4)
+    tower.gate.set()
+    answers = await asyncio.gather(first, *others)
+    assert tower.batches == [["first"], ["a", "b", "c"], [long]]
+    for text, answer in zip(["first", "a", "b", long, "c"], answers, strict=True):
+        assert answer.vector[len(text) % DIMENSION] == 1.0
+        assert answer.queue_ns >= 0 and answer.encode_ns > 0
+
+
+async def test_a_batch_closes_at_its_token_budget(tower: Tower, executor) -> None:
+    batcher = Batcher(tower, executor, DIMENSION, max_tokens=32)
+    tower.gate.clear()
+    tasks = [asyncio.ensure_future(batcher.submit("x")) for _ in range(11)]
+    await until(lambda: batcher.waiting >= 7)
+    tower.gate.set()
+    await asyncio.gather(*tasks)
+    assert max(map(len, tower.batches)) == 32 // LENGTH_BUCKETS[0]
+    assert sum(map(len, tower.batches)) == 11
+
+
+async def test_an_idle_encoder_waits_for_company_when_told_to(tower: Tower, executor) -> None:
+    batcher = Batcher(tower, executor, DIMENSION, max_delay_seconds=0.2)
+    tasks = [asyncio.ensure_future(batcher.submit("x"))]
+    await asyncio.sleep(0.01)
+    tasks.append(asyncio.ensure_future(batcher.submit("y")))
+    await asyncio.gather(*tasks)
+    assert tower.batches == [["x", "y"]]
+
+
+async def test_work_of_callers_who_have_gone_is_never_encoded(tower: Tower, executor) -> None:
+    batcher = Batcher(tower, executor, DIMENSION)
+    tower.gate.clear()
+    first = asyncio.ensure_future(batcher.submit("first"))
+    await until(lambda: not batcher.waiting)
+    gone, stays = asyncio.ensure_future(batcher.submit("gone")), asyncio.ensure_future(batcher.submit("stays"))
+    await asyncio.sleep(0)
+    gone.cancel()
+    tower.gate.set()
+    await asyncio.gather(first, stays)
+    assert ["stays"] in tower.batches and not any("gone" in batch for batch in tower.batches)
+    assert batcher.dropped == 1
+
+
+async def test_a_full_queue_refuses_with_a_hint_and_makes_room_for_those_who_left(tower: Tower, executor) -> None:
+    batcher = Batcher(tower, executor, DIMENSION, max_queue=2)
+    tower.gate.clear()
+    running = asyncio.ensure_future(batcher.submit("running"))
+    await until(lambda: not batcher.waiting)
+    waiting = [asyncio.ensure_future(batcher.submit(text)) for text in "ab"]
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded, match="all 2 places") as refused:
+        await batcher.submit("c")
+    assert refused.value.retry_after_ms >= 5
+    waiting[0].cancel()
+    await asyncio.sleep(0)
+    late = asyncio.ensure_future(batcher.submit("d"))
+    await asyncio.sleep(0)
+    tower.gate.set()
+    await asyncio.gather(running, waiting[1], late)
+
+
+async def test_one_bad_text_does_not_fail_its_neighbours(tower: Tower, executor) -> None:
+    batcher = Batcher(tower, executor, DIMENSION)
+    tower.bad, tower.nan = {"bad"}, {"nan"}
+    tower.gate.clear()
+    tasks = [asyncio.ensure_future(batcher.submit(text)) for text in ("a", "bad", "nan", "b")]
+    await asyncio.sleep(0.01)
+    tower.gate.set()
+    a, bad, nan, b = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(bad, EncoderFailed) and isinstance(nan, EncoderFailed)
+    assert not isinstance(a, BaseException) and not isinstance(b, BaseException)
+    assert not isinstance(await batcher.submit("again"), BaseException), "the runner lives on"
+
+
+def test_token_estimates_stay_within_the_towers_limit() -> None:
+    assert estimated_tokens("") == 3 and estimated_tokens("x" * 10_000) == 64
+    assert [bucket_of(n) for n in (1, 8, 9, 33, 64, 500)] == [8, 8, 16, 64, 64, 64]

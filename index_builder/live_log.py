@@ -99,12 +99,12 @@ def _check_header(content: bytes | memoryview, first: int, path: Path) -> bool:
     """Whether a whole, valid file header stands at the start; False if it is still being written."""
     if len(content) < FILE_HEADER.size:
         return False
-    magic, version, _, found = FILE_HEADER.unpack_from(content)
+    magic, version, reserved, found = FILE_HEADER.unpack_from(content)
     if magic == FILE_MAGIC and version > FILE_VERSION:
         raise LiveLogError(
             f"{path}: this engine reads live-log format {FILE_VERSION}, but the file is format {version}; install the engine that wrote it"
         )
-    if magic != FILE_MAGIC or version != FILE_VERSION or found != first:
+    if magic != FILE_MAGIC or version != FILE_VERSION or reserved or found != first:
         raise LiveLogCorrupt(
             f"{path}: the header of a live log starting at sequence {first} was expected, but got magic {bytes(magic)!r}, sequence {found}"
         )

@@ -104,7 +104,10 @@ def _search_graph(
     ask = min(size, int(wanted * inflation * 1.5) + 8)
     while ask <= min(size, 2048):
         graph.set_ef(max(_EF, 2 * ask))
-        rows, distances = graph.knn_query(query.reshape(1, -1), k=ask, num_threads=1)
+        try:
+            rows, distances = graph.knn_query(query.reshape(1, -1), k=ask, num_threads=1)
+        except RuntimeError:  # fewer than ``ask`` nodes can be reached from the entry point
+            return None
         keep = usable[rows[0]]
         if int(np.count_nonzero(keep)) >= wanted:
             kept = rows[0][keep][:wanted].astype(np.int64)

@@ -101,6 +101,16 @@ def check_release_id(release_id: str) -> str:
     return release_id
 
 
+def _age(path: Path) -> tuple[str, int, str]:
+    """Sort key of a release folder: when it was built; of a damaged one, when its manifest was written."""
+    written = (path / MANIFEST_NAME).stat().st_mtime_ns
+    try:
+        created = str(read_manifest(path).measured.get("created", ""))
+    except ReleaseError:
+        created = ""
+    return created or datetime.fromtimestamp(written / 1e9, UTC).isoformat(timespec="milliseconds"), written, path.name
+
+
 class ReleaseStore:
     """The folder ``root`` with ``releases/`` and ``live/`` inside. Any number of processes may use one store at the same time."""
 
@@ -152,9 +162,7 @@ class ReleaseStore:
             )
         return self._open(record.release_id, record.manifest_sha256, verify)
 
-    def _open(
-        self, release_id: str, expected_sha256: str | None, verify: bool, graphs: Mapping[str, AnnIndex] | None = None
-    ) -> Release:
+    def _open(self, release_id: str, expected_sha256: str | None, verify: bool, graphs: Mapping[str, AnnIndex] | None = None) -> Release:
         path = self.path_of(release_id)
         lease: FileLock | None = None
         if path.is_dir() and os.access(self.releases, os.W_OK):
@@ -177,7 +185,7 @@ class ReleaseStore:
         if not self.releases.is_dir():
             return []
         folders = [p for p in self.releases.iterdir() if not p.name.startswith(".") and (p / MANIFEST_NAME).is_file()]
-        return [p.name for p in sorted(folders, key=lambda p: ((p / MANIFEST_NAME).stat().st_mtime_ns, p.name))]
+        return [p.name for p in sorted(folders, key=_age)]
 
     def list(self) -> list[ReleaseSummary]:
         """All releases, oldest first; a damaged one is listed with its error."""

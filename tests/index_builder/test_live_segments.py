@@ -1,0 +1,224 @@
+"""Live entries over a base: always what a plain dictionary would answer, whatever the order of writes, seals and merges."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from release_makers import SPACE, D, make_bundle, make_input, quick, unit_vectors
+
+from index_builder.errors import LiveLogCorrupt
+from index_builder.live_follower import LiveFollower
+from index_builder.live_log import LiveLogWriter, log_files
+from index_builder.live_records import LiveEntry
+from index_builder.live_segments import LiveState, attribute_frame, join_frames
+from index_builder.publishing import ReleaseStore
+from index_builder.rebuild import build_release
+from index_builder.release import Release
+
+BASE = 40
+VECTORS = unit_vectors(400, 3)
+
+
+def make_state(limit: int = 8, background: bool = False) -> LiveState:
+    def row_of(identifier: str) -> int | None:
+        return int(identifier[1:]) if int(identifier[1:]) < BASE else None
+
+    return LiveState(dimension=D, space_id=SPACE, row_of=row_of, base_count=BASE, exact_limit=limit, background=background)
+
+
+def entry(number: int, which: int, sequence: int, delete: bool = False) -> LiveEntry:
+    if delete:
+        return LiveEntry(id=f"e{number}", sequence=sequence)
+    return LiveEntry(id=f"e{number}", vector=VECTORS[which], space_id=SPACE, attributes={"w": which}, sequence=sequence)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    writes=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 399), st.booleans()), max_size=120), limit=st.sampled_from([4, 8, 1000])
+)
+def test_live_entries_equal_a_dictionary(writes: list[tuple[int, int, bool]], limit: int) -> None:
+    state, model, touched = make_state(limit), {}, set()
+    for sequence, (number, which, delete) in enumerate(writes, 1):
+        state.apply([entry(number, which, sequence, delete)])
+        touched.add(number)
+        model.pop(number, None)
+        if not delete:
+            model[number] = which
+    view = state.view
+    assert view.live_count == len(model)
+    hidden = set() if view.hidden_rows is None else set(np.flatnonzero(view.hidden_rows).tolist())
+    assert hidden == {n for n in touched if n < BASE}
+    assert view.hidden_count == len(hidden)
+    alive = {segment.ids[int(r)]: segment.vectors[int(r)] for segment in view.segments for r in np.flatnonzero(segment.alive)}
+    assert sum(segment.alive_count for segment in view.segments) == len(model)
+    assert set(alive) == {f"e{n}" for n in model}
+    for number, which in model.items():
+        np.testing.assert_array_equal(alive[f"e{number}"], VECTORS[which])
+        found = view.find(f"e{number}")
+        assert found is not None
+        segment, row = found
+        assert segment.attributes.row(row, named=True)["w"] == which
+    assert view.find("e999") is None
+
+
+def test_search_in_segments_is_exact_in_the_tail_and_close_in_graphs() -> None:
+    state = make_state(limit=100)
+    state.apply([entry(1000 + n, n, n + 1) for n in range(400)])
+    query = unit_vectors(1, 77)[0]
+    best: list[tuple[float, str]] = []
+    for segment in state.view.segments:
+        rows, scores = segment.search(query, 10)
+        assert np.all(np.diff(scores) <= 0)
+        np.testing.assert_allclose(scores, segment.vectors[rows] @ query, atol=1e-5)
+        best += [(float(s), segment.ids[int(r)]) for r, s in zip(rows, scores)]
+    got = [identifier for _, identifier in sorted(best, reverse=True)[:10]]
+    want = [f"e{1000 + n}" for n in np.argsort(-(VECTORS @ query))[:10]]
+    assert len(set(got) & set(want)) >= 9
+
+
+def test_masks_and_the_dead_are_left_out_of_segment_answers() -> None:
+    state = make_state(limit=3000)
+    state.apply([entry(100 + n, n, n + 1) for n in range(300)])
+    state.apply([entry(100 + n, 0, 301 + n, delete=True) for n in range(150)])
+    (segment,) = state.view.segments
+    mask = np.zeros(len(segment), bool)
+    mask[140:160] = True
+    rows, _ = segment.search(unit_vectors(1, 5)[0], 50, mask)
+    assert sorted(rows.tolist()) == list(range(150, 160))
+    assert len(segment.search(unit_vectors(1, 5)[0], 1000)[0]) == 150
+    assert len(segment.search(unit_vectors(1, 5)[0], 10, np.zeros(len(segment), bool))[0]) == 0
+
+
+def test_segments_are_merged_so_that_their_number_stays_small() -> None:
+    state = make_state(limit=10)
+    for n in range(400):
+        state.apply([entry(1000 + n, n, n + 1)])
+    assert len(state.view.segments) <= 8
+    assert state.view.live_count == 400
+
+
+def test_writes_during_a_background_merge_are_not_lost() -> None:
+    state = make_state(limit=20, background=True)
+    for n in range(300):
+        state.apply([entry(1000 + n % 90, n, n + 1)])
+    state.wait()
+    alive = {segment.ids[int(r)]: segment.vectors[int(r)] for segment in state.view.segments for r in np.flatnonzero(segment.alive)}
+    assert len(alive) == 90
+    for n in range(90):
+        last = max(m for m in range(300) if m % 90 == n)
+        np.testing.assert_array_equal(alive[f"e{1000 + n}"], VECTORS[last])
+    state.close()
+
+
+def test_entries_of_another_space_are_counted_and_the_base_keeps_answering() -> None:
+    state = make_state()
+    view = state.apply([LiveEntry(id="e3", vector=VECTORS[0], space_id="cd" * 32, sequence=1)])
+    assert (view.live_count, view.hidden_count, view.foreign_count, view.sequence) == (0, 0, 1, 1)
+    view = state.apply([entry(3, 1, 2)])
+    assert (view.live_count, view.hidden_count, view.foreign_count) == (1, 1, 0)
+
+
+def test_an_old_picture_stays_what_it_was() -> None:
+    state = make_state()
+    old = state.apply([entry(5, 1, 1)])
+    state.apply([entry(5, 2, 2), entry(6, 0, 3, delete=True)])
+    assert old.live_count == 1
+    assert old.hidden_rows is not None
+    assert np.flatnonzero(old.hidden_rows).tolist() == [5]
+    (segment,) = old.segments
+    np.testing.assert_array_equal(segment.vectors[np.flatnonzero(segment.alive)[0]], VECTORS[1])
+
+
+def test_attributes_of_any_mix_of_types_become_a_table() -> None:
+    frame = attribute_frame([{"a": 1}, {"a": "x", "b": [1]}, {}, {"b": ["y"]}])
+    assert frame.height == 4
+    joined = join_frames([frame, pl.DataFrame(), attribute_frame([{"c": 1.5}])], [4, 2, 1])
+    assert joined.height == 7
+    assert joined["c"].to_list() == [None] * 6 + [1.5]
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ReleaseStore:
+    store = ReleaseStore(tmp_path / "store")
+    bundle = make_bundle(tmp_path / "bundle")
+    build_release({"pin": make_input("pin", 200), "ad": make_input("ad", 20)}, bundle, store, quick())
+    return store
+
+
+def test_every_reader_sees_a_write_within_a_second_and_replacing_an_id_gives_one_answer(store: ReleaseStore) -> None:
+    releases = [store.open_current() for _ in range(3)]
+    followers = [LiveFollower(store, release).start() for release in releases]
+    query = unit_vectors(200, 0)[11]
+    with LiveLogWriter(store.live_root, "pin", D) as writer:
+        writer.upsert("new", query, {"colour": "green", "number": 7}, space_id=SPACE)
+        writer.upsert("pin-11", -query, {"colour": "red"}, space_id=SPACE)
+        writer.delete("pin-12")
+        last = writer.sync()
+    started = time.monotonic()
+    for follower in followers:
+        assert follower.wait_for("pin", last, timeout_seconds=1.0)
+    assert time.monotonic() - started < 1.0
+    for release in releases:
+        index = release.entity("pin")
+        assert index.search(query, 5).ids[0] == "new"
+        everything = index.search(query, 300).ids
+        assert len(everything) == len(set(everything)) == 200
+        assert everything[-1] == "pin-11"
+        assert "pin-12" not in everything
+        assert index.search(query, 10, filter="colour == 'green'").ids == ["new"]
+        assert index.vector("pin-12") is None
+        assert index.attributes(["new"], ["colour", "number"]) == [{"colour": "green", "number": 7}]
+    for follower in followers:
+        follower.stop()
+
+
+def test_activation_and_rollback_replay_what_was_written_later(store: ReleaseStore, tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    first = store.current()
+    vector = unit_vectors(1, 99)[0]
+    with LiveLogWriter(store.live_root, "pin", D) as writer:
+        writer.write([LiveEntry(id="early", vector=vector, space_id=SPACE), LiveEntry(id="pin-3")])
+        second = build_release({"pin": make_input("pin", 200), "ad": make_input("ad", 20)}, bundle, store, quick())
+        writer.write([LiveEntry(id="late", vector=vector, space_id=SPACE)])
+
+    def answers() -> list[str]:
+        with store.open_current() as release:
+            LiveFollower(store, release).catch_up()
+            return release.entity("pin").search(vector, 250).ids
+
+    assert store.current() == second
+    with store.open(second) as release:
+        assert release.manifest.entities["pin"].watermark == 2
+        assert release.entity("pin").count == 200
+        assert "early" in release.entity("pin").search(vector, 3).ids
+    after = answers()
+    assert set(after[:2]) == {"early", "late"}
+    assert "pin-3" not in after
+    assert store.rollback() == first
+    assert set(answers()) == set(after)
+
+
+def test_a_damaged_log_keeps_the_last_good_picture_and_says_so(store: ReleaseStore) -> None:
+    release = store.open_current()
+    writer = LiveLogWriter(store.live_root, "pin", D)
+    writer.write([LiveEntry(id="good", vector=unit_vectors(1, 1)[0], space_id=SPACE)])
+    follower = LiveFollower(store, release, poll_seconds=0.02).start()
+    path = log_files(store.live_root / "pin")[0][1]
+    size = path.stat().st_size
+    writer.write([LiveEntry(id="bad", vector=unit_vectors(1, 2)[0], space_id=SPACE)])
+    time.sleep(0.3)
+    writer.write([LiveEntry(id="worse", vector=unit_vectors(1, 3)[0], space_id=SPACE)])
+    follower.stop()
+    content = bytearray(path.read_bytes())
+    content[size + 40] ^= 1
+    path.write_bytes(bytes(content))
+    fresh = Release.open(release.path)
+    checked = LiveFollower(store, fresh).start()
+    assert isinstance(checked.error, LiveLogCorrupt)
+    assert fresh.entity("pin").search(unit_vectors(1, 1)[0], 1).ids == ["good"] or fresh.entity("pin").count == 200
+    assert fresh.entity("ad").count == 20
+    checked.stop()

@@ -269,7 +269,8 @@ def _views(catalogue: pl.DataFrame, held_back: pl.Series, config: TrainConfig) -
         kept = long.filter(pl.col("fold") != f) if folds else long
         lists = kept.group_by("row", maintain_order=True).agg(pl.col("text").alias(name))
         rows = catalogue.drop(name).with_columns(row=pl.int_range(pl.len(), dtype=pl.Int64))
-        views.append(rows.join(lists, on="row", how="left", maintain_order="left").drop("row").select(catalogue.columns))
+        joined = rows.join(lists, on="row", how="left", maintain_order="left").with_columns(pl.col(name).fill_null([]))
+        views.append(joined.select(catalogue.columns))
     return views
 
 
@@ -379,7 +380,7 @@ def split_by_share(shares: Sequence[float], pairs: int, multiple: int = 1) -> li
     units = pairs // multiple
     if units < len(shares):
         raise ConfigError(
-            f"batch.pairs ({pairs}) is too small for {len(shares)} datasets on {multiple} process(es): give at least {len(shares) * multiple}."
+            f"batch.pairs ({pairs}) is too small for {len(shares)} datasets on {multiple} process(es): needs {len(shares) * multiple}."
         )
     wanted = np.asarray(shares, dtype=np.float64) / sum(shares) * units
     given = np.maximum(np.floor(wanted).astype(int), 1)

@@ -42,7 +42,7 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], meta: Map
         step: Optimiser steps done.
         state: Tensors and plain values (``torch.save``).
         meta: What explains the checkpoint: config, run fingerprint, metrics. Goes to ``meta.json`` with format, step and checksum.
-        name: Folder name instead of the step's, e.g. ``best``; such a checkpoint replaces its predecessor and is not counted among the kept.
+        name: Folder name instead of the step's, e.g. ``best``; it replaces its predecessor and is not counted among the kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob("*.partial"):

@@ -81,7 +81,7 @@ class CountMinSketch:
 
     def count(self, keys: np.ndarray) -> np.ndarray:
         """Estimated counts, int64 ``(N,)``: the true count or more, 0 or more for a key never added."""
-        estimate = self.table[0][self._columns(keys, 0)]
+        estimate: np.ndarray = self.table[0][self._columns(keys, 0)]
         for row in range(1, self.depth):
             estimate = np.minimum(estimate, self.table[row][self._columns(keys, row)])
         return estimate

@@ -1,4 +1,4 @@
-"""TOML tables to frozen dataclasses: every unknown key, wrong type and impossible value is reported at once, with the nearest known name."""
+"""TOML tables to frozen dataclasses: all unknown keys, wrong types and impossible values are told at once, with the nearest known name."""
 
 from __future__ import annotations
 
@@ -68,17 +68,21 @@ def _build(cls: type[T], table: Mapping[str, Any], prefix: str, problems: list[s
         if key not in fields:
             problems.append(f"unknown key {name!r}{nearest(key, fields)}; known here: {', '.join(fields)}")
             continue
-        values[key] = _convert(hints[key], raw, name, problems)
-    for name, f in fields.items():
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and name not in table:
-            problems.append(f"missing key '{prefix}{name}'")
-    if len(problems) > before:
+        seen = len(problems)
+        value = _convert(hints[key], raw, name, problems)
+        if len(problems) == seen:
+            values[key] = value
+    missing = [f.name for f in fields.values() if f.default is f.default_factory is dataclasses.MISSING and f.name not in table]
+    problems.extend(f"missing key '{prefix}{name}'" for name in missing)
+    required = {f.name for f in fields.values() if f.default is f.default_factory is dataclasses.MISSING}
+    if not required <= values.keys():
         return None
-    try:
-        return cls(**values)
+    try:  # also when a key was wrong: the good values may break rules of their own, and all mistakes are told at once
+        built = cls(**values)
     except ConfigError as error:
         problems.extend(f"{prefix}{line}" if prefix else line for line in str(error).splitlines())
         return None
+    return built if len(problems) == before else None
 
 
 def _convert(hint: Any, raw: Any, name: str, problems: list[str]) -> Any:

@@ -58,7 +58,7 @@ class DatasetConfig:
             (not unknown, f"candidates must be 'entity', 'query' or 'vector:COLUMN', but got {hints}"),
             (
                 not wrong_side,
-                f"candidates {wrong_side} cannot embed a {entity_type!r}: related queries need 'query', entities 'entity' or 'vector:COLUMN'",
+                f"candidates {wrong_side} cannot embed a {entity_type!r}: related queries need 'query', entities 'entity' or 'vector:COL'",
             ),
             (len(set(candidates)) == len(candidates), f"candidates must differ, but got {list(candidates)}"),
         )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 
 from encoders.batches import DatasetBatch, PairSet, PreparedData, TaskData, TokenisedTexts, process_slice
 from encoders.entity_features import EntityBatch
+from encoders.entity_tower import EntityEncoder
 from encoders.gathering import gather_with_gradient, process_rank, world_size
 from encoders.gradient_cache import Encoding
-from encoders.losses import Negatives, in_batch_mask, random_mask, scale_of, task_loss
+from encoders.losses import Negatives, in_batch_mask, initial_log_scale, random_mask, scale_of, task_loss
+from encoders.query_tower import QueryEncoder
 from encoders.train_config import ENTITY, QUERY, VECTOR_PREFIX, TrainConfig
 
 Int64 = npt.NDArray[np.int64]
@@ -25,12 +28,14 @@ UNIFIED = "unified"
 """Key of the one entity tower that serves all entity types."""
 
 
-class TowersLike(Protocol):
-    """What a step trains: the query tower, entity towers by key, one log scale per task."""
+class Towers(nn.Module):
+    """All that is learned: the query tower, entity towers by key and one log scale per task."""
 
-    query: nn.Module
-    entities: nn.ModuleDict
-    log_scales: nn.Parameter
+    def __init__(self, query_encoder: QueryEncoder, entity_encoders: Mapping[str, EntityEncoder], tasks: int, temperature: float) -> None:
+        super().__init__()
+        self.query = query_encoder
+        self.entities = nn.ModuleDict(dict(entity_encoders))
+        self.log_scales = nn.Parameter(torch.full((tasks,), initial_log_scale(temperature)))
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,10 @@ class _Pool:
         self._distinct = np.empty(0, dtype=np.int64)
         self.encoding: Encoding[Int64] | None = None
 
+    @property
+    def is_wanted(self) -> bool:
+        return bool(self._wanted)
+
     def want(self, rows: Int64) -> Int64:
         self._wanted.append(rows)
         return rows
@@ -117,7 +126,7 @@ class _Pool:
         return vectors.index_select(0, torch.from_numpy(places).to(vectors.device))
 
 
-def loss_and_gradients(towers: TowersLike, inputs: TrainInputs, batch: list[DatasetBatch], *, measure: bool = False) -> StepReport:
+def loss_and_gradients(towers: Towers, inputs: TrainInputs, batch: list[DatasetBatch], *, measure: bool = False) -> StepReport:
     """Forward and backward pass of one step on this process's slice of the batch.
 
     Args:
@@ -147,7 +156,7 @@ def loss_and_gradients(towers: TowersLike, inputs: TrainInputs, batch: list[Data
         wanted.append(_Rows(q, positives, negatives))
 
     encodings = [_encode_queries(towers.query, inputs, queries)]
-    encodings += [_encode_entities(towers.entities[key], inputs, pool) for key, pool in entities.items() if pool._wanted]
+    encodings += [_encode_entities(towers.entities[key], inputs, pool) for key, pool in entities.items() if pool.is_wanted]
     report = StepReport(
         torch.zeros((), device=inputs.device), queries=len(encodings[0].vectors), entities=sum(len(e.vectors) for e in encodings[1:])
     )
@@ -158,26 +167,14 @@ def loss_and_gradients(towers: TowersLike, inputs: TrainInputs, batch: list[Data
         masks = _masks(pair_set, part, rank, processes, inputs.device)
         query_vectors = queries.vectors(need.queries)
         for task in pair_set.tasks:
-            pool = queries if task.candidate == QUERY else entities.get(inputs.tower_of(pair_set.config.entity_type))
             if task.candidate.startswith(VECTOR_PREFIX):
                 frozen = inputs.vectors[task.candidate.removeprefix(VECTOR_PREFIX)]
-                positives, negatives = (frozen[torch.from_numpy(r % rows).to(frozen.device)] for r in (need.positives, need.negatives))
+                vectors = [frozen[torch.from_numpy(r % rows).to(frozen.device)] for r in (need.positives, need.negatives)]
             else:
-                assert pool is not None, "a task with a learned candidate has its tower"
-                positives, negatives = pool.vectors(need.positives), pool.vectors(need.negatives)
-            loss = _task(
-                task,
-                pair_set,
-                part,
-                masks,
-                query_vectors,
-                positives,
-                negatives,
-                scale_of(towers.log_scales[index]),
-                inputs,
-                report,
-                measure,
-            )
+                source = queries if task.candidate == QUERY else entities[inputs.tower_of(pair_set.config.entity_type)]
+                vectors = [source.vectors(need.positives), source.vectors(need.negatives)]
+            scale = scale_of(towers.log_scales[index])
+            loss = _task(task, pair_set, part, masks, query_vectors, vectors[0], vectors[1], scale, inputs, report, measure)
             total = total + loss
             index += 1
     if torch.isfinite(total):
@@ -255,10 +252,9 @@ def _task(
     config = inputs.config.loss
     log_q_in_batch = log_q_random = log_q_positive = None
     if config.log_q:
-        on_device = lambda values: torch.from_numpy(values).to(device)  # noqa: E731
-        log_q_in_batch = torch.log(on_device(task.in_batch_frequency[part.pairs]) * max(len(part.pairs) - 1, 1))
-        log_q_random = torch.log(on_device(task.random_frequency[part.negatives]) * max(len(part.negatives), 1))
-        log_q_positive = on_device(task.pair_log_q[part.pairs[mine]])
+        log_q_in_batch = _log_q(task.in_batch_frequency[part.pairs], len(part.pairs) - 1, device)
+        log_q_random = _log_q(task.random_frequency[part.negatives], len(part.negatives), device)
+        log_q_positive = torch.from_numpy(task.pair_log_q[part.pairs[mine]]).to(device)
     result = task_loss(
         queries,
         positives,
@@ -273,6 +269,11 @@ def _task(
     if measure:
         report.batch_recall[task.name] = _batch_recall(queries, positives, all_positives, all_negatives, in_batch, random)
     return result.total
+
+
+def _log_q(frequency: npt.NDArray[np.float32], negatives: int, device: torch.device) -> Tensor:
+    """``log(n * C(e) / N)`` from ``C(e) / N``; see ``losses.negative_log_q``."""
+    return torch.log(torch.from_numpy(frequency).to(device) * max(negatives, 1))
 
 
 @torch.no_grad()

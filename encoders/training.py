@@ -1,8 +1,8 @@
 """Train the query and entity towers together: flags, data, model, optimiser, loop, save, in the order they happen.
 
-Notable: each distinct query and entity of a batch is encoded once, for all tasks; padding is avoided by encoding queries in order of length;
-the batch follows from seed and step alone, so a resumed run equals an uninterrupted one to the bit (CPU); with torchrun every process takes
-a slice of the same batch, and vectors are gathered with gradients.
+Notable: each distinct query and entity of a batch is encoded once, for all tasks; queries are encoded in order of length, so little is
+padding; the batch follows from seed and step alone, so a resumed run equals an uninterrupted one to the bit (CPU); with torchrun every
+process takes a slice of the same batch, and vectors are gathered with gradients.
 """
 
 from __future__ import annotations
@@ -10,30 +10,28 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import numpy as np
 import polars as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from encoders.batches import BatchPlan, DatasetBatch, PreparedData, TokenisedTexts, TrainingData, prepare
+from encoders.batches import BatchPlan, TokenisedTexts, TrainingData, prepare
 from encoders.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from encoders.console import say
 from encoders.entity_features import EntityFeaturizer, concatenate
 from encoders.entity_tower import EntityEncoder, create_entity_encoder
-from encoders.errors import CheckpointError, ConfigError, MissingDependency, TrainingDiverged
+from encoders.errors import CheckpointError, ConfigError
 from encoders.gathering import average_gradients, broadcast_parameters, process_rank, world_size
-from encoders.losses import initial_log_scale
 from encoders.optimisers import create_optimiser, parameter_groups, schedule, set_learning_rates
 from encoders.query_tower import QueryEncoder, create_query_encoder
 from encoders.train_config import ENTITY, TrainConfig, to_table
-from encoders.train_steps import UNIFIED, StepReport, TrainInputs, loss_and_gradients
+from encoders.train_progress import announce, log_step, open_tensorboard, show_recalls, silent, stop_diverged
+from encoders.train_steps import UNIFIED, Towers, TrainInputs, loss_and_gradients
 from encoders.training_validation import validation_recall
 
 _MAY_CHANGE = ("log_every", "checkpoint_every", "tensorboard", "max_seconds")
@@ -57,16 +55,6 @@ class TrainResult:
     config: TrainConfig
     history: list[dict[str, float]] = field(default_factory=list)
     """One entry per log line or validation since the start or the resume."""
-
-
-class Towers(nn.Module):
-    """All that is learned: the query tower, the entity tower(s) and one log scale per task."""
-
-    def __init__(self, query_encoder: QueryEncoder, entity_encoders: Mapping[str, EntityEncoder], tasks: int, temperature: float) -> None:
-        super().__init__()
-        self.query = query_encoder
-        self.entities = nn.ModuleDict(dict(entity_encoders))
-        self.log_scales = nn.Parameter(torch.full((tasks,), initial_log_scale(temperature)))
 
 
 def train(
@@ -101,7 +89,7 @@ def train(
     # ------------------------------------------------------------------------------------------------------------------ device
     processes, rank = world_size(), process_rank()
     device = choose_device(config.device)
-    talk = say if rank == 0 and not quiet else _silent
+    talk = say if rank == 0 and not quiet else silent
     torch.manual_seed(config.seed)
 
     # -------------------------------------------------------------------------------------------------------------------- data
@@ -119,7 +107,7 @@ def train(
     optimiser = create_optimiser(
         parameter_groups(towers.query, towers.entities.values(), [towers.log_scales], config.optimiser), config.optimiser
     )
-    _announce(talk, prepared, plan, featurizer, towers, steps, device, time.perf_counter() - started)
+    announce(talk, prepared, plan, featurizer, towers, steps, device, time.perf_counter() - started)
 
     # ------------------------------------------------------------------------------------------------------------------ resume
     run = run_fingerprint(inputs)
@@ -135,7 +123,7 @@ def train(
         optimiser.load_state_dict(state["optimiser"])
         loop = _LoopState(**state["loop"])
         talk(f"resumed from {found[-1].name}")
-    writer = _tensorboard(output, config) if rank == 0 else None
+    writer = open_tensorboard(output, config) if rank == 0 else None
 
     # -------------------------------------------------------------------------------------------------------------------- loop
     towers.train()
@@ -155,11 +143,11 @@ def train(
         average_gradients(parameters)
         loss = float(report.loss)
         if not math.isfinite(loss):
-            _save_diverged(output, step, loss, batch, prepared, report)
+            stop_diverged(output, step, loss, batch, prepared, report)
         if config.optimiser.clip_norm:
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimiser.clip_norm)
             if not bool(torch.isfinite(norm)):
-                _save_diverged(output, step, float(norm), batch, prepared, report)
+                stop_diverged(output, step, float(norm), batch, prepared, report)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - tick
@@ -168,12 +156,12 @@ def train(
         stopped = loop.step >= steps or spent >= 1.0
 
         if logs or stopped:
-            entry = _log_step(talk, writer, report, loop.step, steps, seconds, pairs_seen, step_seconds, spent, begun)
+            entry = log_step(talk, writer, report, loop.step, steps, seconds, pairs_seen, step_seconds, spent, begun)
             history.append(entry)
         if prepared.validation and (stopped or (config.validation.every_steps and loop.step % config.validation.every_steps == 0)):
             recalls = validation_recall(towers, inputs)
             history.append({"step": loop.step, **recalls})
-            _show(talk, writer, recalls, loop.step)
+            show_recalls(talk, writer, recalls, loop.step)
             stopped = loop.keep_score(recalls, towers, checkpoints if rank == 0 else None, config.validation.patience, talk) or stopped
         due = config.checkpoint_every and loop.step % config.checkpoint_every == 0
         if checkpoints and rank == 0 and (due or stopped):
@@ -260,13 +248,13 @@ def run_fingerprint(inputs: TrainInputs) -> str:
     digest = hashlib.sha256(json.dumps(table, sort_keys=True, default=str).encode())
     for pair_set in prepared.pair_sets:
         for array in (pair_set.queries, pair_set.candidates, pair_set.weights, pair_set.folds):
-            digest.update(np.ascontiguousarray(array))
+            digest.update(array.tobytes())
     digest.update("\n".join(prepared.texts).encode("utf-8", "surrogatepass"))
     digest.update("\n".join(prepared.catalogue["id"].to_list()).encode("utf-8", "surrogatepass"))
-    digest.update(features.token_ids.cpu().numpy())
+    digest.update(features.token_ids.cpu().numpy().tobytes())
     for tensor in (features.continuous, *inputs.vectors.values()):
         if tensor is not None:
-            digest.update(tensor.cpu().numpy())
+            digest.update(tensor.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -324,106 +312,3 @@ class _LoopState:
             towers.load_state_dict(self._memory)
         elif checkpoints:
             towers.load_state_dict(load_checkpoint(checkpoints / "best")[0]["towers"])
-
-
-def _silent(message: str) -> None:
-    """Say nothing."""
-
-
-def _tensorboard(output: Path | None, config: TrainConfig) -> Any:
-    if not config.tensorboard:
-        return None
-    if output is None:
-        raise ConfigError("tensorboard = true needs an output folder (--output).")
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MissingDependency("tensorboard", "dev", "tensorboard = true") from error
-    return SummaryWriter(str(output / "tensorboard"))
-
-
-def _announce(
-    talk: Any,
-    prepared: PreparedData,
-    plan: BatchPlan,
-    featurizer: EntityFeaturizer,
-    towers: Towers,
-    steps: int,
-    device: torch.device,
-    seconds: float,
-) -> None:
-    """The run in a few lines: data, batch, model."""
-    talk(
-        f"{prepared.pairs_total:,} pairs, {len(prepared.texts):,} queries, {len(prepared.catalogue):,} entities, {len(featurizer.vocabulary):,} n-grams ({seconds:.1f}s)"
-    )
-    for i, (pair_set, pairs) in enumerate(zip(prepared.pair_sets, prepared.pairs_per_step, strict=True)):
-        passes = steps * pairs / len(pair_set.queries)
-        tasks = ", ".join(task.candidate for task in pair_set.tasks)
-        negatives = plan.negatives_per_step(i)
-        whole = " (all there are)" if negatives == len(pair_set.pool) else ""
-        talk(
-            f"  {pair_set.config.name}: {len(pair_set.queries):,} pairs, {pairs} a step, {negatives:,} random negatives{whole}, {passes:.1f} passes; candidates: {tasks}"
-        )
-    count = sum(p.numel() for p in towers.parameters() if p.requires_grad)
-    talk(f"{steps:,} steps, {count / 1e6:.1f}M parameters in training, {device.type}, {world_size()} process(es)")
-
-
-def _log_step(
-    talk: Any, writer: Any, report: StepReport, step: int, steps: int, seconds: float, pairs: int, busy: float, spent: float, begun: float
-) -> dict[str, float]:
-    recall = sum(report.batch_recall.values()) / len(report.batch_recall) if report.batch_recall else math.nan
-    rate = pairs / busy
-    done = max(step / steps, spent)
-    elapsed = time.perf_counter() - begun
-    left = elapsed / max(done, 1e-9) * (1 - min(done, 1.0)) if spent else busy / max(pairs, 1) * (pairs / max(step, 1)) * (steps - step)
-    width = len(str(steps))
-    talk(
-        f"step {step:0{width}d}/{steps} ({100 * min(done, 1):.1f}%) | loss {float(report.loss):.4f} | batch-recall@10 {recall:.3f} | "
-        f"{1000 * seconds:.0f}ms | {rate:,.0f} pairs/s | {elapsed / 60:.1f}m | eta {left / 60:.1f}m"
-    )
-    losses = {f"loss/{name}": float(value) for name, value in report.task_losses.items()}
-    if writer is not None:
-        scalars = {"loss": float(report.loss), "batch_recall@10": recall, "pairs_per_second": rate, **losses}
-        for name, value in scalars.items():
-            writer.add_scalar(name, value, step)
-    return {"step": step, "loss": float(report.loss), "batch_recall@10": recall, "seconds": elapsed, **losses}
-
-
-def _show(talk: Any, writer: Any, recalls: dict[str, float], step: int) -> None:
-    parts = " | ".join(f"{name.rsplit('/', 1)[-1]} {value:.4f}" for name, value in recalls.items() if name.count("/") > 1)
-    talk(f"validation labelled Recall@10 at step {step}: {parts}")
-    if writer is not None:
-        for name, value in recalls.items():
-            writer.add_scalar(name, value, step)
-
-
-def _save_diverged(
-    output: Path | None, step: int, loss: float, batch: list[DatasetBatch], prepared: PreparedData, report: StepReport
-) -> NoReturn:
-    """Save the batch that broke the run as JSON, then raise TrainingDiverged."""
-    folder = output if output else Path(tempfile.mkdtemp(prefix="omni-diverged-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"diverged-step-{step:08d}.json"
-    content: dict[str, Any] = {
-        "step": step,
-        "loss": str(loss),
-        "task_losses": {name: str(float(v)) for name, v in report.task_losses.items()},
-        "datasets": {},
-    }
-    ids = prepared.catalogue["id"]
-    for pair_set, part in zip(prepared.pair_sets, batch, strict=True):
-        related = pair_set.is_related_queries
-
-        def name(rows: Any, related: bool = related) -> list[str]:
-            return [prepared.texts[row] for row in rows.tolist()] if related else ids.gather(rows).to_list()
-
-        content["datasets"][pair_set.config.name] = {
-            "queries": [prepared.texts[row] for row in pair_set.queries[part.pairs].tolist()],
-            "positives": name(pair_set.candidates[part.pairs]),
-            "negatives": name(pair_set.pool[part.negatives]),
-        }
-    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
-    raise TrainingDiverged(
-        f"the loss of step {step} is {loss}; training stopped and the batch was saved to {path}. Earlier checkpoints are untouched. "
-        "Lower optimiser.learning_rate or raise optimiser.warmup_steps, and look for broken vectors in the batch."
-    )

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encoders.train_config import ENTITY, VECTOR_PREFIX
-from encoders.train_steps import TowersLike, TrainInputs
+from encoders.train_steps import Towers, TrainInputs
 
 QUERY_POOL = 20_000
 """Related-query validation searches at most so many queries (those of the pairs, then the first others): each costs a transformer pass."""
@@ -16,13 +16,13 @@ _BLOCK = 1024
 
 
 @torch.no_grad()
-def validation_recall(towers: TowersLike, inputs: TrainInputs, k: int = 10) -> dict[str, float]:
+def validation_recall(towers: Towers, inputs: TrainInputs, k: int = 10) -> dict[str, float]:
     """Does the annotated candidate of each held-back pair rank in the top ``k``?
 
     Entities are seen with their engaged queries but for the held-back ones (cross-fit view 0 when cross-fitting, so a fold is missing).
 
     Returns:
-        ``validation/recall@{k}/<entity type>`` per type with held-back pairs and a learned candidate, and ``validation/recall@{k}``, their mean.
+        ``validation/recall@{k}/<entity type>`` per type with held-back pairs, and ``validation/recall@{k}``, their mean.
     """
     towers.query.eval()
     towers.entities.eval()
@@ -51,7 +51,7 @@ def validation_recall(towers: TowersLike, inputs: TrainInputs, k: int = 10) -> d
     return recalls
 
 
-def _queries(towers: TowersLike, inputs: TrainInputs, rows: np.ndarray) -> Tensor:
+def _queries(towers: Towers, inputs: TrainInputs, rows: np.ndarray) -> Tensor:
     out: Tensor | None = None
     distinct, inverse = np.unique(rows, return_inverse=True)
     for chunk in inputs.tokens.by_length(distinct, 256):

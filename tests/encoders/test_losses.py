@@ -236,7 +236,7 @@ def test_corrected_softmax_is_unbiased_in_a_skewed_catalogue_and_the_uncorrected
 
 
 def test_training_with_the_correction_learns_the_true_scores_and_without_it_punishes_popular_items() -> None:
-    """One query, items clicked equally often given exposure, in-batch negatives three times as popular at the head: only logQ keeps them level."""
+    """All items are relevant equally often, but four are ten times as often negatives: only logQ keeps their scores level."""
     generator = np.random.default_rng(1)
     items, drawn = 12, 64
     counts = torch.tensor([30] * 4 + [3] * 8)

@@ -1,0 +1,143 @@
+"""`omni train`: a TOML config and tables to a model bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from encoders.console import data_option, handle_errors, json_option, print_json, print_table, say
+from encoders.errors import ConfigError
+
+_START = """\
+# A training run; every key with its default: docs/training.md. Tables left out have their defaults.
+steps = 2000
+precision = "bf16"
+
+[data]                     # empty: the sample data in the package
+catalogue = []             # e.g. ["catalogue.parquet"]; relative to this file
+pairs = []                 # e.g. ["pairs.parquet"]
+
+[model]
+query_encoder = "tiny-multilingual"
+entity_towers = "unified"
+
+[[datasets]]               # one table per source of pairs
+name = "pin"
+share = 8
+# candidates = ["entity", "vector:pinsage"]    # a second task whose candidate is the frozen vector
+
+[[datasets]]
+name = "product"
+share = 4
+
+[[datasets]]
+name = "query"             # related queries: entity_id is the candidate query's text
+share = 2
+
+[batch]
+pairs = 1024
+cross_fit = 4
+
+[optimiser]
+learning_rate = 2e-3
+query_learning_rate = 5e-4
+token_embedding_learning_rate = 5e-4
+warmup_steps = 100
+
+[validation]
+every_steps = 200
+patience = 5
+"""
+
+
+@click.command(name="train")
+@click.argument("config_path", metavar="CONFIG.toml", required=False, type=click.Path(path_type=Path, dir_okay=False))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of the run: checkpoints, TensorBoard events, the bundle in OUT/model.",
+)
+@click.option("--steps", type=click.IntRange(1), help="Optimiser steps instead of the config's.")
+@click.option("--seed", type=int, help="Seed instead of the config's.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Device instead of the config's.")
+@click.option("--tensorboard", is_flag=True, help="Write TensorBoard events to OUT/tensorboard.")
+@click.option(
+    "--resume/--no-resume",
+    default=True,
+    show_default=True,
+    help="Go on from the last checkpoint in OUT, or refuse a folder that holds one.",
+)
+@click.option("--print-config", is_flag=True, help="Print a config to start from, and do nothing else.")
+@data_option
+@json_option
+@handle_errors
+def command(
+    config_path: Path | None,
+    out: Path | None,
+    steps: int | None,
+    seed: int | None,
+    device: str | None,
+    tensorboard: bool,
+    resume: bool,
+    print_config: bool,
+    data_dir: Path | None,
+    as_json: bool,
+) -> None:
+    """Train the query and entity towers, and save them as one bundle in OUT/model.
+
+    A run killed at any moment goes on from its last checkpoint when the same command is given again. Config or data changed meanwhile:
+    refused, nothing overwritten. On many GPUs: torchrun --nproc-per-node 8 -m encoders.train_command CONFIG.toml --out OUT
+
+    Example: omni train --print-config > run.toml && omni train run.toml --out runs/first
+    """
+    if print_config:
+        click.echo(_START, nl=False)
+        return
+    if config_path is None or out is None:
+        raise ConfigError("expected CONFIG.toml and --out. `omni train --print-config > run.toml` writes a config to start from.")
+    from encoders.train_config import load_train_config, to_table
+
+    config = load_train_config(config_path)
+    changes: dict[str, Any] = {"steps": steps, "seed": seed, "device": device, "tensorboard": tensorboard or None}
+    config = dataclasses.replace(config, **{key: value for key, value in changes.items() if value is not None})
+    from encoders.gathering import process_rank
+    from encoders.training import train
+    from encoders.training_data import load_training_data
+
+    if out.is_file():
+        raise ConfigError(f"--out {out} is a file; give a folder.")
+    _join_group(config.device)
+    data = load_training_data(config, data_dir)
+    result = train(config, data, output=out, resume=resume)
+    if process_rank() != 0:
+        return
+    from encoders.bundle import save_bundle
+
+    bundle = save_bundle(out / "model", result.query_encoder, result.entity_encoders, training=to_table(config), metrics=result.metrics)
+    if as_json:
+        facts = {"bundle": str(bundle.path), "space_id": bundle.space_id, "steps": result.steps}
+        print_json({**facts, "pairs_per_second": round(result.pairs_per_second, 1), "metrics": result.metrics})
+        return
+    print_table(f"{bundle.path}  space {bundle.space_id[:16]}", ["metric", "value"], sorted(result.metrics.items()))
+    say(f"{result.steps:,} steps, {result.pairs_per_second:,.0f} pairs/s. Next: omni evaluate {bundle.path}")
+
+
+def _join_group(device: str) -> None:
+    """Under torchrun, join its process group: NCCL on CUDA, gloo on CPU."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    import torch
+    import torch.distributed as dist
+
+    uses_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if uses_cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if uses_cuda else "gloo")
+
+
+if __name__ == "__main__":
+    command()

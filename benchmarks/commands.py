@@ -7,7 +7,10 @@ import importlib
 import click
 
 BENCHES: dict[str, tuple[str, str]] = {
+    "ann": ("benchmarks.ann:command", "Queries/s at equal ANN recall: our call, the libraries under it, the best peers."),
+    "filter": ("benchmarks.filter:command", "Filtered search at every selectivity, with and against the query, next to qdrant-edge."),
     "recall": ("benchmarks.recall:command", "Labelled Recall@10 of a bundle and the baselines, by entity type and language."),
+    "encode": ("benchmarks.encode:command", "Catalogue rows to vectors: tokeniser, text only, full width, fp32 and bf16."),
     "downstream": ("benchmarks.downstream:command", "Frozen query vectors on hierarchical classification, against fastText (paper 5.4)."),
     "durability": ("benchmarks.durability:command", "kill -9 at random moments; damaged files: nothing lost, nothing accepted."),
     "build": ("benchmarks.build:command", "Release builds: time, peak memory, determinism, loading against sha256sum."),

@@ -1,0 +1,160 @@
+"""``omni bench ann``: queries/s at equal ANN recall@10 of our call, the libraries under it and the best peers, side by side on one core."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import psutil
+
+from benchmarks.ann_data import VectorSet, load_vectors
+from benchmarks.ann_engines import ENGINES, Engine, installed
+from benchmarks.record import RESULTS, write_record
+from encoders.console import data_option, handle_errors, json_option, print_json, print_table, say, stage
+from encoders.errors import ConfigError, OmniError
+from encoders.exact_search import exact_top_k
+from index_builder.calibration import recall_per_query
+
+BASELINE = "hnswlib f32"
+LEVELS = (0.95, 0.98)
+
+
+def _rss_mb() -> float:
+    memory = psutil.Process().memory_full_info()
+    return float(memory.uss) / 1e6
+
+
+def sweep(engine: Engine, vectors: VectorSet, scores: np.ndarray, queries: int) -> list[tuple[int, float, float]]:
+    """``(ef, recall@10, CPU microseconds a query)`` over the engine's grid until recall passes 0.99."""
+    points = []
+    sample = vectors.queries[:queries]
+    rows = [sample[i : i + 1] for i in range(len(sample))]
+    for ef in engine.grid:
+        start = time.process_time_ns()
+        answers = [engine.search(query, ef) for query in rows]
+        microseconds = (time.process_time_ns() - start) / 1000 / len(rows)
+        recall = float(recall_per_query([engine.rows(a) for a in answers], sample, vectors.corpus, scores[: len(rows)]).mean())
+        points.append((ef, recall, microseconds))
+        if recall > 0.99:
+            break
+    return points
+
+
+def at_recall(points: list[tuple[int, float, float]], level: float) -> float | None:
+    """CPU microseconds a query at a recall, interpolated between the two settings around it; None if no setting reaches it."""
+    for i, (_, recall, microseconds) in enumerate(points):
+        if recall >= level:
+            if i == 0:
+                return microseconds
+            _, before, cheaper = points[i - 1]
+            share = (level - before) / max(recall - before, 1e-9)
+            return cheaper + share * (microseconds - cheaper)
+    return None
+
+
+def measure(names: list[str], vectors: VectorSet, queries: int, repeats: int) -> list[dict[str, Any]]:
+    """Build every engine, then sweep them in turn, ``repeats`` times each, hnswlib before and after each one."""
+    _, scores = exact_top_k(vectors.queries[:queries], vectors.corpus, 10)
+    results: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="omni-bench-") as folder:
+        baseline: Engine | None = None
+        for name in names:
+            before, cpu = _rss_mb(), time.process_time()
+            try:
+                with stage(f"{vectors.name}: build {name}"):
+                    engine = ENGINES[name][0](vectors.corpus, Path(folder) / name.replace(" ", "-"))
+            except (OmniError, RuntimeError, ValueError, ImportError, TypeError, AttributeError) as error:
+                say(f"{name}: {error}")
+                results.append({"engine": name, "failed": str(error)[:200]})
+                continue
+            built = time.process_time() - cpu
+            baseline = baseline or engine
+            curves, references = [], []
+            for _ in range(repeats):
+                references.append(sweep(baseline, vectors, scores, queries))
+                curves.append(sweep(engine, vectors, scores, queries) if engine is not baseline else references[-1])
+            row: dict[str, Any] = {"engine": name, "build_cpu_s": round(built, 1), "private_mb": round(_rss_mb() - before, 1), "points": curves}
+            for level in LEVELS:
+                mine = [t for t in (at_recall(c, level) for c in curves) if t]
+                theirs = [t for t in (at_recall(c, level) for c in references) if t]
+                row[f"us@{level}"] = round(float(np.median(mine)), 1) if mine else None
+                row[f"qps@{level}"] = round(1e6 / float(np.median(mine))) if mine else None
+                row[f"x_hnswlib@{level}"] = round(float(np.median(theirs) / np.median(mine)), 2) if mine and theirs else None
+            row["max_recall"] = round(max(p[1] for c in curves for p in c), 4)
+            results.append(row)
+            say(f"  {name}: {row['us@0.95']} us at 0.95, {row['x_hnswlib@0.95']}x")
+            if engine is not baseline:
+                del engine
+    return results
+
+
+def _overhead(results: list[dict[str, Any]]) -> dict[str, float]:
+    """Microseconds our call adds to the bare one at equal ef, the median over settings and repeats."""
+    by_name = {r["engine"]: r for r in results if "points" in r}
+    added = {}
+    for mine, theirs in (("ours auto", "bare symqg"), ("ours lean", "bare lean"), ("ours hnsw", BASELINE)):
+        if mine in by_name and theirs in by_name:
+            pairs = [(a[2] - b[2]) for c, d in zip(by_name[mine]["points"], by_name[theirs]["points"]) for a, b in zip(c, d) if a[0] == b[0]]
+            added[f"{mine} - {theirs}"] = round(float(np.median(pairs)), 1)
+    return added
+
+
+@click.command()
+@data_option
+@click.option("--sizes", default="100000", show_default=True, help="Corpus sizes, separated by commas (10000 to 800000).")
+@click.option("--distributions", default="in,out", show_default=True, help="in: held-out query strings. out: queries in languages the corpus lacks.")
+@click.option("--engines", default="", help=f"Names separated by commas; all installed ones by default. Known: {', '.join(ENGINES)}.")
+@click.option("--queries", default=2000, show_default=True, help="Queries reported on.")
+@click.option("--repeats", default=3, show_default=True, help="Sweeps of every engine.")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=RESULTS, help="Folder for the record.")
+@json_option
+@handle_errors
+def command(
+    data_dir: Path | None, sizes: str, distributions: str, engines: str, queries: int, repeats: int, out: Path, as_json: bool
+) -> None:
+    """Queries/s at ANN recall@10 of 0.95 and 0.98, one query a call, one thread, CPU time.
+
+    Vectors are WordLlama embeddings of the real texts of the `large` data set (pip install wordllama==0.4.0.post1). Times are CPU time of
+    the process, so that a busy machine does not count; hnswlib float32 (M=16, ef_construction=200) is swept before each engine.
+
+    Example:
+
+        omni bench ann --data data --sizes 100000,800000 --engines "hnswlib f32,ours auto,bare symqg,zvec int8"
+    """
+    if data_dir is None:
+        raise ConfigError("omni bench ann needs the folder that holds large/: give --data or set OMNI_DATA.")
+    names = [n.strip() for n in engines.split(",") if n.strip()] or [n for n in ENGINES if installed(n)]
+    unknown = [n for n in names if n not in ENGINES]
+    if unknown:
+        raise ConfigError(f"unknown engines {unknown}; known are {', '.join(ENGINES)}.")
+    names = [BASELINE, *[n for n in names if n != BASELINE]]
+    everything = {}
+    for size in [int(s) for s in sizes.split(",")]:
+        for distribution in distributions.split(","):
+            vectors = load_vectors(data_dir, size=size, distribution=distribution.strip())
+            results = measure(names, vectors, queries, repeats)
+            everything[vectors.name] = {"dataset": vectors.describe(), "results": results, "added_us": _overhead(results)}
+            libraries = tuple(str(ENGINES[n][1]) for n in names if ENGINES[n][1])
+            write_record(
+                f"ann-{vectors.name}",
+                dataset=vectors.describe(),
+                config={"engines": names, "m": 16, "ef_construction": 200, "degree": 32, "k": 10},
+                protocol={"queries": queries, "repeats": repeats, "clock": "process CPU time", "threads": 1, "batch": 1},
+                metrics={"results": results, "added_us": everything[vectors.name]["added_us"]},
+                libraries=tuple(dict.fromkeys(libraries)),
+                folder=out,
+            )
+            if not as_json:
+                columns = ("qps@0.95", "qps@0.98", "x_hnswlib@0.95", "x_hnswlib@0.98", "max_recall", "build_cpu_s", "private_mb")
+                print_table(
+                    f"{vectors.name}: {len(vectors.corpus):,} real text vectors x {vectors.corpus.shape[1]}, {queries:,} queries",
+                    ("engine", *columns),
+                    [[r["engine"], *[r.get(c, r.get("failed") if c == "qps@0.95" else None) for c in columns]] for r in results],
+                )
+                say(f"microseconds our call adds: {everything[vectors.name]['added_us']}")
+    if as_json:
+        print_json(everything)

@@ -1,0 +1,246 @@
+"""Every engine of the index benchmarks behind one call: ours, the bare libraries under it, and the best peers from PyPI."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hnswlib
+import numpy as np
+
+from index_builder.ann import AnnConfig, build_index
+from index_builder.entity_index import EntityIndex, IndexConfig
+
+M, EF_CONSTRUCTION, DEGREE = 16, 200, 32
+Searcher = Callable[[np.ndarray, int], Any]
+"""``(query (1, D), ef) -> answer`` of ten neighbours; ``Engine.rows`` turns the answer into row numbers outside the timed loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A built engine.
+
+    Attributes:
+        search: The timed call.
+        rows: Row numbers of one answer, not timed.
+        grid: Values of ``ef`` worth trying.
+    """
+
+    search: Searcher
+    rows: Callable[[Any], np.ndarray]
+    grid: tuple[int, ...] = (10, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+
+
+def _row_of_id(result: Any) -> np.ndarray:
+    return np.array([int(id_) for id_ in result.ids])
+
+
+def ours(kind: str) -> Callable[[np.ndarray, Path], Engine]:
+    """Our own call on an index of ``kind``, saved and loaded as a release would: ids mapped, query checked, live entries looked at."""
+
+    def build(corpus: np.ndarray, folder: Path) -> Engine:
+        config = IndexConfig(kind="auto" if kind in ("auto", "auto-lean") else kind, lean=kind == "auto-lean")
+        EntityIndex.build("pin", [str(i) for i in range(len(corpus))], corpus, None, config).save(folder / kind)
+        index = EntityIndex.load(folder / kind)
+        return Engine(lambda query, ef: index.search(query, 10, ef=ef), _row_of_id)
+
+    return build
+
+
+def bare(kind: str) -> Callable[[np.ndarray, Path], Engine]:
+    """The implementation under our call, called directly."""
+
+    def build(corpus: np.ndarray, folder: Path) -> Engine:
+        index = build_index(kind, corpus, AnnConfig(m=M, ef_construction=EF_CONSTRUCTION, degree=DEGREE))
+        return Engine(lambda query, ef: index.search(query, 10, ef)[0], lambda rows: rows)
+
+    return build
+
+
+def bare_hnswlib(corpus: np.ndarray, folder: Path) -> Engine:
+    """hnswlib float32 with M=16 and ef_construction=200: the 1.0x of every table."""
+    index = hnswlib.Index("ip", corpus.shape[1])
+    index.init_index(len(corpus), M=M, ef_construction=EF_CONSTRUCTION)
+    index.add_items(corpus, num_threads=1)
+    index.set_num_threads(1)
+
+    def search(query: np.ndarray, ef: int) -> np.ndarray:
+        index.set_ef(ef)
+        rows: np.ndarray = index.knn_query(query, 10, num_threads=1)[0][0]
+        return rows
+
+    return Engine(search, lambda rows: rows)
+
+
+def bare_symqg(corpus: np.ndarray, folder: Path) -> Engine:
+    """rabitqlib's SymphonyQG, raw store, called directly."""
+    import rabitqlib
+
+    index = rabitqlib.SymqgIndex(corpus.shape[1], DEGREE, "l2", 0)
+    index.build(corpus, EF_CONSTRUCTION, 1)
+    return Engine(lambda query, ef: index.search(query, 10, ef), lambda answer: answer[0][0])
+
+
+def faiss_hnsw(corpus: np.ndarray, folder: Path) -> Engine:
+    """faiss HNSW over float16."""
+    import faiss
+
+    faiss.omp_set_num_threads(1)
+    index = faiss.IndexHNSWSQ(corpus.shape[1], faiss.ScalarQuantizer.QT_fp16, M, faiss.METRIC_INNER_PRODUCT)
+    index.hnsw.efConstruction = EF_CONSTRUCTION
+    index.train(corpus)
+    index.add(corpus)
+    settings = {ef: faiss.SearchParametersHNSW(efSearch=ef) for ef in range(1, 2049)}
+    return Engine(lambda query, ef: index.search(query, 10, params=settings[ef])[1][0], lambda rows: rows)
+
+
+def usearch_f16(corpus: np.ndarray, folder: Path) -> Engine:
+    """usearch float16."""
+    from usearch.index import Index
+
+    index = Index(ndim=corpus.shape[1], metric="ip", dtype="f16", connectivity=M, expansion_add=EF_CONSTRUCTION)
+    index.add(np.arange(len(corpus)), corpus, threads=1)
+
+    def search(query: np.ndarray, ef: int) -> Any:
+        index.expansion_search = ef
+        return index.search(query[0], 10, threads=1)
+
+    return Engine(search, lambda matches: np.asarray(matches.keys, dtype=np.int64))
+
+
+def svs_f16(corpus: np.ndarray, folder: Path) -> Engine:
+    """Intel SVS Vamana over float16 (LVQ and LeanVec refuse other vendors' CPUs)."""
+    import svs
+
+    parameters = svs.VamanaBuildParameters(alpha=0.95, graph_max_degree=DEGREE, window_size=EF_CONSTRUCTION)
+    index = svs.Vamana.build(parameters, corpus.astype(np.float16), svs.DistanceType.MIP, num_threads=1)
+
+    def search(query: np.ndarray, ef: int) -> np.ndarray:
+        index.search_window_size = ef
+        rows: np.ndarray = index.search(query, 10)[0][0]
+        return rows
+
+    return Engine(search, lambda rows: rows.astype(np.int64))
+
+
+def scann_tree(corpus: np.ndarray, folder: Path) -> Engine:
+    """ScaNN: partitions, asymmetric hashing of two dimensions a block, exact re-ordering; ``ef`` is the number of candidates re-ordered."""
+    import scann
+
+    leaves = max(10, int(3 * np.sqrt(len(corpus))))
+    builder = scann.scann_ops_pybind.builder(corpus, 10, "dot_product").tree(leaves, leaves // 10, training_sample_size=min(len(corpus), 250_000))
+    index = builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(100).build()
+
+    def search(query: np.ndarray, ef: int) -> np.ndarray:
+        rows: np.ndarray = index.search(query[0], final_num_neighbors=10, pre_reorder_num_neighbors=ef, leaves_to_search=max(1, ef // 2))[0]
+        return rows
+
+    return Engine(search, lambda rows: rows.astype(np.int64))
+
+
+def zvec_collection(corpus: np.ndarray, folder: Path, values: dict[str, np.ndarray] | None = None) -> Any:
+    """A read-only zvec collection with int8 HNSW and an inverted index over each integer column."""
+    import zvec
+
+    path = str(folder / "zvec")
+    hnsw = zvec.HnswIndexParam(
+        metric_type=zvec.MetricType.IP, m=M, ef_construction=EF_CONSTRUCTION, quantize_type=zvec.QuantizeType.INT8, use_contiguous_memory=True
+    )
+    fields = [
+        zvec.FieldSchema(name, zvec.DataType.INT64, index_param=zvec.InvertIndexParam(enable_range_optimization=True)) for name in values or {}
+    ]
+    vector = zvec.VectorSchema("v", zvec.DataType.VECTOR_FP32, corpus.shape[1], index_param=hnsw)
+    collection = zvec.create_and_open(path, zvec.CollectionSchema("bench", fields=fields or None, vectors=vector))
+    for start in range(0, len(corpus), 1_000):
+        docs = [
+            zvec.Doc(id=str(i), vectors={"v": corpus[i]}, fields={name: int(column[i]) for name, column in (values or {}).items()})
+            for i in range(start, min(start + 1_000, len(corpus)))
+        ]
+        collection.insert(docs)
+    collection.optimize(zvec.OptimizeOption(concurrency=1))
+    collection.flush()
+    collection.close()
+    return zvec.open(path, zvec.CollectionOption(read_only=True))
+
+
+def zvec_int8(corpus: np.ndarray, folder: Path) -> Engine:
+    """zvec HNSW int8 through its read-only ids call."""
+    import zvec
+
+    collection = zvec_collection(corpus, folder)
+
+    def search(query: np.ndarray, ef: int) -> np.ndarray:
+        rows: np.ndarray = collection.query_internal_ids(zvec.Query("v", vector=query[0], param=zvec.HnswQueryParam(ef=ef)), topk=10)
+        return rows
+
+    def rows(answer: np.ndarray) -> np.ndarray:
+        return np.array([int(key) for key in collection.resolve_internal_ids(answer[answer >= 0])])
+
+    return Engine(search, rows)
+
+
+def qdrant_shard(corpus: np.ndarray, folder: Path, values: dict[str, np.ndarray] | None = None) -> Any:
+    """A qdrant-edge shard with int8 codes in memory, HNSW, and an integer index over each column."""
+    import qdrant_edge as qdrant
+
+    path = folder / "qdrant"
+    path.mkdir(parents=True)
+    hnsw = qdrant.HnswIndexConfig(M, EF_CONSTRUCTION, 10_000, max_indexing_threads=1)
+    int8 = qdrant.ScalarQuantizationConfig(qdrant.ScalarType.Int8, quantile=0.99, always_ram=True)
+    vectors = qdrant.EdgeVectorParams(corpus.shape[1], qdrant.Distance.Dot, hnsw_config=hnsw, quantization_config=int8)
+    optimizers = qdrant.EdgeOptimizersConfig(default_segment_number=1, indexing_threshold=1_000, max_segment_size=10_000_000)
+    shard = qdrant.EdgeShard.create(str(path), qdrant.EdgeConfig(vectors=vectors, optimizers=optimizers, max_search_threads=1))
+    for name in values or {}:
+        shard.update(qdrant.UpdateOperation.create_field_index(name, qdrant.PayloadSchemaType.Integer))
+    for start in range(0, len(corpus), 1_000):
+        points = [
+            qdrant.Point(i, corpus[i].tolist(), {name: int(column[i]) for name, column in (values or {}).items()} or None)
+            for i in range(start, min(start + 1_000, len(corpus)))
+        ]
+        shard.update(qdrant.UpdateOperation.upsert_points(points))
+    shard.optimize()
+    return shard
+
+
+def qdrant_int8(corpus: np.ndarray, folder: Path) -> Engine:
+    """qdrant-edge HNSW over int8 codes, re-scored by the original vectors."""
+    import qdrant_edge as qdrant
+
+    shard = qdrant_shard(corpus, folder)
+
+    def search(query: np.ndarray, ef: int) -> Any:
+        request = qdrant.SearchRequest(qdrant.Query.Nearest(query[0].tolist()), 10, params=qdrant.SearchParams(hnsw_ef=ef))
+        return shard.search(request)
+
+    return Engine(search, lambda points: np.array([p.id for p in points]))
+
+
+ENGINES: dict[str, tuple[Callable[[np.ndarray, Path], Engine], str | None]] = {
+    "hnswlib f32": (bare_hnswlib, "hnswlib"),
+    "ours auto": (ours("auto"), None),
+    "ours lean": (ours("lean"), None),
+    "ours hnsw": (ours("hnsw"), None),
+    "ours rabitq": (ours("rabitq"), None),
+    "ours faiss": (ours("faiss"), "faiss-cpu"),
+    "bare symqg": (bare_symqg, "rabitqlib"),
+    "bare lean": (bare("lean"), None),
+    "zvec int8": (zvec_int8, "zvec"),
+    "qdrant-edge int8": (qdrant_int8, "qdrant-edge-py"),
+    "svs f16": (svs_f16, "scalable-vs"),
+    "scann": (scann_tree, "scann"),
+    "faiss hnsw f16": (faiss_hnsw, "faiss-cpu"),
+    "usearch f16": (usearch_f16, "usearch"),
+}
+"""Name -> (builder, the distribution it needs besides ours)."""
+
+
+def installed(name: str) -> bool:
+    """Whether the engine's distribution is installed."""
+    distribution = ENGINES[name][1]
+    try:
+        return distribution is None or bool(importlib.metadata.version(distribution))
+    except importlib.metadata.PackageNotFoundError:
+        return False

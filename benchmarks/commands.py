@@ -7,6 +7,7 @@ import importlib
 import click
 
 BENCHES: dict[str, tuple[str, str]] = {
+    "train": ("benchmarks.train:command", "Training pairs/s and quality against Sentence-Transformers, side by side."),
     "ann": ("benchmarks.ann:command", "Queries/s at equal ANN recall: our call, the libraries under it, the best peers."),
     "filter": ("benchmarks.filter:command", "Filtered search at every selectivity, with and against the query, next to qdrant-edge."),
     "recall": ("benchmarks.recall:command", "Labelled Recall@10 of a bundle and the baselines, by entity type and language."),

@@ -90,12 +90,12 @@ def test_damaged_file_is_named(tmp_path, broken: bytes | None) -> None:
 
 
 def test_bad_shapes_and_counts_are_refused() -> None:
-    with pytest.raises(ConfigError, match="power of two, but got 100. Try 128"):
+    with pytest.raises(ConfigError, match=r"power of two, but got 100\. Try 128"):
         CountMinSketch(100)
     with pytest.raises(ConfigError, match="at least 1"):
         CountMinSketch(8, 0)
     sketch = CountMinSketch(8)
-    with pytest.raises(ConfigError, match="negative.*-1"):
+    with pytest.raises(ConfigError, match=r"negative.*-1"):
         sketch.add(hash_texts(["a"]), np.array([-1]))
     with pytest.raises(ConfigError, match="as many counts"):
         sketch.add(hash_texts(["a"]), np.array([1, 2]))

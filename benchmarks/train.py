@@ -1,0 +1,276 @@
+"""Training throughput and quality against Sentence-Transformers: the same backbone, pairs, batch, precision and machine, in one run.
+
+Both train with in-batch negatives for the speed figures that are compared (ours also with the paper's random negatives, correction and
+Matryoshka prefixes, as ours always does by default). Sentence-Transformers embeds an entity's text with the query tower's backbone, since
+that is what MultipleNegativesRankingLoss trains; ours has the entity tower for it. Query-query pairs go through the transformer on both
+sides in both systems. Repetitions alternate, so that a busy machine slows both.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import polars as pl
+import torch
+
+from benchmarks.record import RESULTS, write_record
+from encoders.batches import TrainingData
+from encoders.console import data_option, handle_errors, json_option, print_json, print_table, say, stage
+from encoders.errors import MissingDependency
+from encoders.query_tower import QueryEncoder, create_query_encoder
+from encoders.sample import Dataset, load_dataset, related_query_pairs
+from encoders.train_config import train_config
+from encoders.training import TrainResult, train
+
+_ENTITY_TEXT = ("title", "category", "board_titles", "engaged_queries")
+_OURS_FULL = {"random_negatives": 1.0, "random_query_negatives": 1.0}
+_OURS_PLAIN = {"random_negatives": 0.0, "random_query_negatives": 0.0, "log_q": False, "matryoshka": {}}
+
+
+def _config(kind: str, variant: str, batch: int, steps: int, precision: str, seconds: float = 0.0) -> Any:
+    datasets = [{"name": "query"}] if kind == "query-query" else [{"name": "pin"}, {"name": "product"}, {"name": "ad"}]
+    return train_config(
+        {
+            "steps": steps,
+            "max_seconds": seconds,
+            "precision": precision,
+            "log_every": 1_000_000,
+            "checkpoint_every": 0,
+            "datasets": datasets,
+            "entity_tower": {"table_rows": 30_000, "hidden": [512]},
+            "batch": {"pairs": batch, "cross_fit": 4 if seconds else 0},
+            "loss": _OURS_PLAIN if variant == "plain" else _OURS_FULL,
+            "optimiser": {"query_learning_rate": 5e-4, "token_embedding_learning_rate": 5e-4, "warmup_steps": 20},
+            "validation": {"fraction": 0.0},
+        }
+    )
+
+
+def entity_texts(catalogue: pl.DataFrame) -> dict[str, str]:
+    """What a text-only model reads of each entity: title, category, boards and engaged queries, joined."""
+    names = [name for name in _ENTITY_TEXT if name in catalogue.columns]
+    joined = [
+        pl.col(n).list.join(", ", ignore_nulls=True) if isinstance(catalogue[n].dtype, pl.List) else pl.col(n).cast(pl.String)
+        for n in names
+    ]
+    frame = catalogue.select("id", pl.concat_str([e.fill_null("") for e in joined], separator=". ").alias("text"))
+    return dict(zip(frame["id"].to_list(), frame["text"].to_list(), strict=True))
+
+
+class SentenceTransformersRun:
+    """Training with the library's own trainer and MultipleNegativesRankingLoss, from the same weights."""
+
+    def __init__(self, start: Path, pairs: pl.DataFrame, texts: dict[str, str], batch: int, precision: str) -> None:
+        try:
+            from datasets import Dataset as HubDataset
+        except ImportError as error:
+            raise MissingDependency("datasets", "baselines", "Training with Sentence-Transformers") from error
+        from sentence_transformers import SentenceTransformer
+
+        self._batch, self._bf16 = batch, precision == "bf16"
+        self.model = SentenceTransformer(str(start), device="cuda" if torch.cuda.is_available() else "cpu")
+        answers = [texts.get(id, id) for id in pairs["entity_id"].to_list()]
+        self._data = HubDataset.from_dict({"anchor": pairs["query"].to_list(), "positive": answers})
+
+    def train(self, steps: int, *, max_seconds: float = 0.0, learning_rate: float = 5e-4, seed: int = 0) -> float:
+        """Train and return pairs per second of the trainer's step time."""
+        from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+        from sentence_transformers.losses import MultipleNegativesRankingLoss
+        from transformers import TrainerCallback
+
+        class Clock(TrainerCallback):  # type: ignore[misc]
+            started, ended = 0.0, 0.0
+
+            def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+                Clock.started = time.perf_counter()
+
+            def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+                Clock.ended = time.perf_counter()
+                if max_seconds and Clock.ended - Clock.started > max_seconds:
+                    control.should_training_stop = True
+                return control
+
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = SentenceTransformerTrainingArguments(
+                output_dir=folder,
+                max_steps=steps,
+                per_device_train_batch_size=self._batch,
+                learning_rate=learning_rate,
+                warmup_steps=min(20, steps // 2),
+                lr_scheduler_type="cosine",
+                bf16=self._bf16,
+                use_cpu=not torch.cuda.is_available(),
+                report_to=[],
+                save_strategy="no",
+                logging_strategy="no",
+                disable_tqdm=True,
+                seed=seed,
+                optim="adamw_torch_fused",
+            )
+            loss = MultipleNegativesRankingLoss(self.model)
+            clock = Clock()
+            trainer = SentenceTransformerTrainer(model=self.model, args=arguments, train_dataset=self._data, loss=loss, callbacks=[clock])
+            trainer.train()
+            done = int(trainer.state.global_step)
+        return done * self._batch / (Clock.ended - Clock.started)
+
+
+def recall_at_10(
+    dataset: Dataset, embed_queries: Callable[[list[str]], np.ndarray], embed_entities: Callable[[pl.DataFrame], np.ndarray]
+) -> dict[str, float]:
+    """Labelled Recall@10 on held-out pairs, exact, among all entities of the type."""
+    from encoders.exact_search import exact_top_k
+
+    recalls = {}
+    for entity_type in dataset.entity_types:
+        pairs = dataset.split("heldout").filter(pl.col("entity_type") == entity_type)
+        catalogue = dataset.of_type(entity_type)
+        place = {id: row for row, id in enumerate(catalogue["id"].to_list())}
+        queries = pairs["query"].unique(maintain_order=True).to_list()
+        rows, _ = exact_top_k(embed_queries(queries), embed_entities(catalogue), 10)
+        found = dict(zip(queries, map(set, rows.tolist()), strict=True))
+        hits = [place[id] in found[query] for query, id in zip(pairs["query"].to_list(), pairs["entity_id"].to_list(), strict=True)]
+        recalls[entity_type] = float(np.mean(hits))
+    return recalls
+
+
+@click.command(name="train")
+@click.option("--batch", default=256, show_default=True, help="Pairs per step, in both systems.")
+@click.option("--steps", default=20, show_default=True, help="Steps per repetition (the first repetition warms up and is not counted).")
+@click.option("--repetitions", default=3, show_default=True, help="Counted repetitions of each system, alternating.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
+@click.option("--threads", default=0, show_default=True, help="CPU threads; 0: torch's default.")
+@click.option("--quality-seconds", default=0.0, show_default=True, help="Also train both this long and compare labelled Recall@10; 0: no.")
+@click.option("--record/--no-record", default=True, show_default=True, help="Write the JSON record.")
+@data_option
+@json_option
+@handle_errors
+def command(
+    batch: int,
+    steps: int,
+    repetitions: int,
+    precision: str,
+    threads: int,
+    quality_seconds: float,
+    record: bool,
+    data_dir: Path | None,
+    as_json: bool,
+) -> None:
+    """Pairs per second against Sentence-Transformers with MultipleNegativesRankingLoss; optionally Recall@10 at equal wall time.
+
+    Real annotation pairs (not clicks). Targets: 1.5 times its speed for query-entity and 1.2 times for query-query training.
+
+    Example: omni bench train --quality-seconds 120
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    dataset = load_dataset(data_dir)
+    entity_pairs = dataset.split("train")
+    related = related_query_pairs(dataset.pairs).filter(pl.col("split") == "train")
+    texts = entity_texts(dataset.catalogue)
+    rows, metrics = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        start = Path(folder) / "start"
+        create_query_encoder().save(start)
+        for kind, pairs, target in (("query-entity", entity_pairs, 1.5), ("query-query", related, 1.2)):
+            data = TrainingData(dataset.catalogue, pairs)
+            peer = SentenceTransformersRun(start, pairs, texts, batch, precision)
+            systems: dict[str, Callable[[], float]] = {
+                "sentence-transformers": lambda peer=peer: peer.train(steps),  # type: ignore[misc]
+                "ours, in-batch negatives": lambda d=data, k=kind: _ours(d, k, "plain", batch, steps, precision, start).pairs_per_second,  # type: ignore[misc]
+                "ours, the paper's loss": lambda d=data, k=kind: _ours(d, k, "full", batch, steps, precision, start).pairs_per_second,  # type: ignore[misc]
+            }
+            rates: dict[str, list[float]] = {name: [] for name in systems}
+            for repetition in range(repetitions + 1):
+                for name, run in systems.items():
+                    rate = run()
+                    if repetition:
+                        rates[name].append(rate)
+                    say(f"{kind} | {name} | {rate:,.0f} pairs/s{'' if repetition else ' (warm-up)'}")
+            base = statistics.median(rates["sentence-transformers"])
+            for name, values in rates.items():
+                ratio = statistics.median(values) / base
+                met = None if name == "sentence-transformers" else ("yes" if ratio >= target else "no")
+                rows.append((kind, name, round(statistics.median(values)), round(min(values)), round(max(values)), ratio, target, met))
+                metrics[f"{kind} | {name}"] = {"pairs_per_second": values, "ratio_of_medians": ratio, "target": target}
+        quality = _quality(dataset, entity_pairs, texts, start, batch, precision, quality_seconds) if quality_seconds else {}
+    metrics["recall_at_10_at_equal_wall_time"] = quality
+    settings = {
+        "batch": batch,
+        "steps": steps,
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "quality_seconds": quality_seconds,
+    }
+    path = None
+    if record:
+        path = write_record(
+            f"train-{precision}-{batch}",
+            dataset={
+                "name": dataset.name,
+                "pairs": entity_pairs.height,
+                "related_pairs": related.height,
+                "real": True,
+                "note": "annotations, not clicks",
+            },
+            config=settings,
+            protocol={
+                "warmup_repetitions": 1,
+                "repetitions": repetitions,
+                "order": "alternating",
+                "clock": "perf_counter",
+                "statistic": "median",
+            },
+            metrics=metrics,
+            libraries=("torch", "transformers", "sentence-transformers"),
+            folder=RESULTS,
+        )
+    if as_json:
+        print_json({"record": str(path) if path else None, **metrics})
+        return
+    print_table("Training speed, real annotation pairs", ["pairs", "system", "pairs/s", "min", "max", "ratio", "target", "met"], rows)
+    if quality:
+        types = dataset.entity_types
+        table = [(name, *(found[t] for t in types)) for name, found in quality.items()]
+        print_table(f"Labelled Recall@10 on held-out pairs after {quality_seconds:.0f}s of training each", ["system", *types], table)
+    if path:
+        say(f"wrote {path}")
+
+
+def _ours(
+    data: TrainingData, kind: str, variant: str, batch: int, steps: int, precision: str, start: Path, seconds: float = 0.0
+) -> TrainResult:
+    config = _config(kind, variant, batch, steps, precision, seconds)
+    return train(config, data, query_encoder=QueryEncoder.load(start), quiet=True)
+
+
+def _quality(
+    dataset: Dataset, pairs: pl.DataFrame, texts: dict[str, str], start: Path, batch: int, precision: str, seconds: float
+) -> dict[str, dict[str, float]]:
+    """Both train from the same weights for the same time, each with the cosine schedule over the steps that fit."""
+    peer = SentenceTransformersRun(start, pairs, texts, batch, precision)
+    with stage("Sentence-Transformers: measure its speed"):
+        rate = peer.train(8)
+    peer = SentenceTransformersRun(start, pairs, texts, batch, precision)
+    with stage("Sentence-Transformers: train"):
+        peer.train(max(int(rate * seconds / batch), 1), max_seconds=seconds * 1.1)
+    with stage("ours: train"):
+        result = _ours(TrainingData(dataset.catalogue, pairs), "query-entity", "full", batch, 1_000_000, precision, start, seconds)
+
+    def encode(values: list[str]) -> np.ndarray:
+        return np.asarray(peer.model.encode(values, batch_size=128, show_progress_bar=False, normalize_embeddings=True), dtype=np.float32)
+
+    def ours_entities(catalogue: pl.DataFrame) -> np.ndarray:
+        return result.entity_encoders[catalogue["entity_type"][0]].encode(catalogue)
+
+    return {
+        "sentence-transformers": recall_at_10(dataset, encode, lambda catalogue: encode([texts[id] for id in catalogue["id"].to_list()])),
+        "ours, the paper's loss": recall_at_10(dataset, result.query_encoder.encode, ours_entities),
+    }

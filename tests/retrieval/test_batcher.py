@@ -18,11 +18,13 @@ class Tower:
     def __init__(self) -> None:
         self.gate = threading.Event()
         self.gate.set()
+        self.entered = 0
         self.batches: list[list[str]] = []
         self.bad: set[str] = set()
         self.nan: set[str] = set()
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        self.entered += 1
         self.gate.wait(10)
         self.batches.append(list(texts))
         if self.bad & set(texts):
@@ -56,7 +58,7 @@ async def test_texts_that_wait_together_are_encoded_together_by_length(tower: To
     batcher = Batcher(tower, executor, DIMENSION)
     tower.gate.clear()
     first = asyncio.ensure_future(batcher.submit("first"))
-    await until(lambda: not batcher.waiting)
+    await until(lambda: tower.entered == 1)
     long = "long " * 30
     others = [asyncio.ensure_future(batcher.submit(text)) for text in ("a", "b", long, "c")]
     await until(lambda: batcher.waiting == 4)
@@ -92,7 +94,7 @@ async def test_work_of_callers_who_have_gone_is_never_encoded(tower: Tower, exec
     batcher = Batcher(tower, executor, DIMENSION)
     tower.gate.clear()
     first = asyncio.ensure_future(batcher.submit("first"))
-    await until(lambda: not batcher.waiting)
+    await until(lambda: tower.entered == 1)
     gone, stays = asyncio.ensure_future(batcher.submit("gone")), asyncio.ensure_future(batcher.submit("stays"))
     await asyncio.sleep(0)
     gone.cancel()
@@ -106,7 +108,7 @@ async def test_a_full_queue_refuses_with_a_hint_and_makes_room_for_those_who_lef
     batcher = Batcher(tower, executor, DIMENSION, max_queue=2)
     tower.gate.clear()
     running = asyncio.ensure_future(batcher.submit("running"))
-    await until(lambda: not batcher.waiting)
+    await until(lambda: tower.entered == 1)
     waiting = [asyncio.ensure_future(batcher.submit(text)) for text in "ab"]
     await asyncio.sleep(0)
     with pytest.raises(Overloaded, match="all 2 places") as refused:

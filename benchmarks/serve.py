@@ -1,0 +1,301 @@
+"""``omni bench serve``: our service beside a real Milvus and beside a bare gRPC echo, on the same vectors and cores, in one run."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import click
+import numpy as np
+
+from benchmarks import milvus_peer
+from benchmarks.load import Load, Outcome, client_load, stub_load
+from benchmarks.peer_servers import Process, echo_server, milvus_is_installed, milvus_server, omni_server
+from benchmarks.record import write_record
+from benchmarks.serving_release import ServingRelease, serving_release
+from encoders.console import data_option, fail, handle_errors, json_option, print_json, print_table, say, stage
+from encoders.errors import OmniError
+from protos import retrieval_pb2 as pb
+from retrieval.client import ClientConfig, RetrievalClient
+
+RETRIEVE = "/omnisearchsage.v1.Retrieval/Retrieve"
+BATCH = "/omnisearchsage.v1.Retrieval/RetrieveBatch"
+MIN_RECALLS = (None, 0.95, 0.96, 0.97, 0.98, 0.99)
+BATCH_SIZE = 64
+WORDS = ("red", "blue", "old", "new", "small", "large", "silver", "wooden", "glass", "paper")
+THINGS = ("cat", "dog", "lamp", "door", "cake", "train", "tree", "boat", "bird", "horse")
+TEXTS = [f"{a} {b} {c}" for a in WORDS for b in THINGS for c in THINGS]
+
+
+class BenchFailed(OmniError):
+    """A figure could not be taken."""
+
+
+def vector_requests(release: ServingRelease, k: int, min_recall: float | None) -> list[bytes]:
+    """One ready-embedding ``RetrieveRequest`` per held-out query, serialised."""
+    return [
+        pb.RetrieveRequest(
+            embedding=query.astype("<f4").tobytes(), space_id=release.space_id, entity_type="pin", k=k, min_recall=min_recall
+        ).SerializeToString()
+        for query in np.asarray(release.vectors.queries)
+    ]
+
+
+def recall_setting(address: str, release: ServingRelease, k: int, wanted: float) -> tuple[float | None, float]:
+    """The laxest ``min_recall`` whose ANN recall, measured through the service, is at least ``wanted``."""
+    queries = np.asarray(release.vectors.queries)[:1000]
+    recall = 0.0
+    with RetrievalClient(address, ClientConfig(deadline_seconds=60)) as client:
+        for setting in MIN_RECALLS:
+            found = [
+                client.retrieve(embedding=query, space_id=release.space_id, entity_type="pin", k=k, min_recall=setting).ids
+                for query in queries
+            ]
+            recall = milvus_peer.mean_recall(found, release.truth[: len(queries)])
+            say(f"ours, min_recall={setting}: ANN recall@{k} {recall:.4f}")
+            if recall >= wanted:
+                return setting, recall
+    raise BenchFailed(f"the service reaches ANN recall@{k} {recall:.3f}, but {wanted} was asked for. Build the index with a higher ef.")
+
+
+def start_our_client(
+    address: str, queries_path: Path, space_id: str, k: int, min_recall: float | None
+) -> tuple[Callable[[int], Any], Callable[[], None]]:
+    """Inside a load process: our own synchronous client, one search per call."""
+    client = RetrievalClient(address, ClientConfig(deadline_seconds=60))
+    rows = list(np.load(queries_path))
+
+    def ask(i: int) -> Any:
+        return client.retrieve(embedding=rows[i % len(rows)], space_id=space_id, entity_type="pin", k=k, min_recall=min_recall)
+
+    ask(0)
+    return ask, client.close
+
+
+def best_of(rounds: Sequence[Outcome]) -> dict[str, Any]:
+    """Median over rounds of rate and percentiles; errors summed."""
+    rows = [outcome.summary() for outcome in rounds]
+    merged: dict[str, Any] = {
+        name: median(float(row[name]) for row in rows) for name in ("requests_per_second", "p50_ms", "p95_ms", "p99_ms")
+    }
+    return {**merged, "errors": sum(int(row["errors"]) for row in rows), "rounds": rows}
+
+
+def compare(
+    runs: dict[str, Callable[[Load], Outcome]], concurrencies: Sequence[int], rounds: int, seconds: float
+) -> dict[str, dict[int, dict[str, Any]]]:
+    """Run every side at every concurrency, sides taking turns within a round so that noise of the machine hits both."""
+    outcomes: dict[str, dict[int, list[Outcome]]] = {side: {c: [] for c in concurrencies} for side in runs}
+    for concurrency in concurrencies:
+        for number in range(rounds):
+            order = list(runs) if number % 2 == 0 else list(runs)[::-1]
+            for side in order:
+                outcome = runs[side](Load(concurrency=concurrency, seconds=seconds))
+                if not len(outcome.latencies_ms):
+                    raise BenchFailed(f"{side} answered nothing at concurrency {concurrency}: {outcome.errors}")
+                outcomes[side][concurrency].append(outcome)
+                say(f"{side}, concurrency {concurrency}: {outcome.summary()}")
+    return {side: {c: best_of(found) for c, found in by.items()} for side, by in outcomes.items()}
+
+
+def verdict(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """Ratio at each side's best concurrency, and whether p50 and p99 are lower at 1 and 16."""
+    best = {name: max(side.items(), key=lambda item: item[1]["requests_per_second"]) for name, side in (("ours", ours), ("theirs", theirs))}
+    lower = {
+        f"{percentile} at {c}": ours[c][percentile] < theirs[c][percentile]
+        for c in (1, 16)
+        if c in ours and c in theirs
+        for percentile in ("p50_ms", "p99_ms")
+    }
+    return {
+        "ratio_at_best": round(best["ours"][1]["requests_per_second"] / best["theirs"][1]["requests_per_second"], 2),
+        "best_concurrency": {name: concurrency for name, (concurrency, _) in best.items()},
+        "lower": lower,
+    }
+
+
+def against_milvus(
+    ours: Process, release: ServingRelease, k: int, wanted: float, concurrencies: Sequence[int], rounds: int, seconds: float
+) -> dict[str, Any]:
+    """Ready embeddings, thin stubs and own clients, ours and Milvus in turns."""
+    setting, our_recall = recall_setting(ours.address, release, k, wanted)
+    queries = np.ascontiguousarray(release.vectors.queries, dtype=np.float32)
+    with milvus_server() as milvus, tempfile.TemporaryDirectory() as folder:
+        with stage(f"fill Milvus with {len(release.vectors.corpus):,} vectors"):
+            milvus_peer.fill(milvus.address, np.asarray(release.vectors.corpus))
+        ef, their_recall = milvus_peer.cheapest_ef(milvus.address, queries[:1000], release.truth[:1000], wanted)
+        ef = max(ef, k)
+        raw = milvus_peer.raw_requests(milvus.address, queries[:500], k, ef)
+        path = Path(folder) / "queries.npy"
+        np.save(path, queries)
+        thin: dict[str, Callable[[Load], Outcome]] = {
+            "ours": partial(stub_load, ours.address, RETRIEVE, vector_requests(release, k, setting)),
+            "milvus": partial(stub_load, milvus.address, milvus_peer.SEARCH_METHOD, raw),
+        }
+        own: dict[str, Callable[[Load], Outcome]] = {
+            "ours": partial(client_load, partial(start_our_client, ours.address, path, release.space_id, k, setting)),
+            "milvus": partial(client_load, partial(milvus_peer.start_client, milvus.address, path, k, ef)),
+        }
+        found: dict[str, Any] = {
+            "recall": {"ours": our_recall, "milvus": their_recall},
+            "settings": {"ours_min_recall": setting, "milvus_ef": ef, "milvus_index": {"type": "HNSW", **milvus_peer.INDEX}},
+            "memory_mib": {"ours": round(ours.memory_mib()), "milvus": round(milvus.memory_mib())},
+        }
+        for name, runs in (("thin_stubs", thin), ("own_clients", own)):
+            with stage(f"ours and Milvus in turns, {name}"):
+                figures = compare(runs, concurrencies, rounds, seconds)
+            found[name] = {**figures, **verdict(figures["ours"], figures["milvus"])}
+        return found
+
+
+def against_echo(ours: Process, k: int, rounds: int, seconds: float) -> dict[str, Any]:
+    """Cached ``Retrieve`` beside a bare echo of the same messages, per CPU-second of the server; and ``RetrieveBatch`` of 64."""
+    requests = [pb.RetrieveRequest(query=text, entity_type="pin", k=k).SerializeToString() for text in TEXTS]
+    batches = [
+        pb.RetrieveBatchRequest(queries=TEXTS[i : i + BATCH_SIZE], target=pb.Target(entity_type="pin", k=k)).SerializeToString()
+        for i in range(0, len(TEXTS) - BATCH_SIZE, BATCH_SIZE)
+    ]
+    with RetrievalClient(ours.address, ClientConfig(deadline_seconds=60)) as client:
+        for text in TEXTS:
+            answer = client.retrieve(text, "pin", k)
+        response = pb.RetrieveResponse(
+            release_id=answer.release_id, space_id=answer.space_id, cache_hit=True, plan=answer.plan, ef=answer.ef
+        )
+        response.hits.extend(pb.Hit(id=hit.id, score=hit.score) for hit in answer.hits)
+        response.timings.total_ns = 300_000
+    sides: dict[str, Callable[[], tuple[float, float]]] = {}
+    with echo_server(response.ByteSize()) as echo:
+
+        def measure(process: Process, method: str, payloads: list[bytes], concurrency: int, per_call: int) -> tuple[float, float]:
+            before = process.cpu_seconds()
+            load = Load(concurrency=concurrency, seconds=seconds, warmup_seconds=0.0)
+            outcome = stub_load(process.address, method, payloads, load)
+            if outcome.errors:
+                raise BenchFailed(f"{method}: {outcome.errors}")
+            count = len(outcome.latencies_ms) * per_call
+            return count / outcome.seconds, count / (process.cpu_seconds() - before)
+
+        sides["echo"] = partial(measure, echo, RETRIEVE, requests, 16, 1)
+        sides["cached_retrieve"] = partial(measure, ours, RETRIEVE, requests, 16, 1)
+        sides["cached_batch_of_64"] = partial(measure, ours, BATCH, batches, 2, BATCH_SIZE)
+        figures: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
+        for number in range(rounds):
+            for side in list(sides) if number % 2 == 0 else list(sides)[::-1]:
+                figures[side].append(sides[side]())
+                say(f"{side}: {figures[side][-1][0]:.0f} queries/s, {figures[side][-1][1]:.0f} per server CPU second")
+    result: dict[str, Any] = {
+        side: {"queries_per_second": median(a for a, _ in rows), "per_server_cpu_second": median(b for _, b in rows), "rounds": rows}
+        for side, rows in figures.items()
+    }
+    result["request_bytes"], result["response_bytes"] = len(requests[0]), response.ByteSize()
+    result["cached_share_of_echo_per_core"] = result["cached_retrieve"]["per_server_cpu_second"] / result["echo"]["per_server_cpu_second"]
+    result["batch_over_single_per_core"] = (
+        result["cached_batch_of_64"]["per_server_cpu_second"] / result["cached_retrieve"]["per_server_cpu_second"]
+    )
+    result["batch_over_single_wall"] = result["cached_batch_of_64"]["queries_per_second"] / result["cached_retrieve"]["queries_per_second"]
+    return result
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@data_option
+@click.option("--size", default=100_000, show_default=True, help="Vectors in the index.")
+@click.option("--kind", default="symqg", show_default=True, help="Our index kind.")
+@click.option("-k", default=10, show_default=True, help="Results per query.")
+@click.option(
+    "--recall", "wanted", default=0.95, show_default=True, help="ANN recall@k that each side must reach, at its cheapest setting."
+)
+@click.option(
+    "--concurrency", "concurrencies", multiple=True, type=int, default=(1, 4, 16, 32), show_default=True, help="Calls in flight; repeat."
+)
+@click.option("--rounds", default=3, show_default=True, help="Rounds per figure; sides take turns; the median counts.")
+@click.option("--seconds", default=4.0, show_default=True, help="Length of one measurement.")
+@click.option("--workers", default=1, show_default=True, help="Processes of our server.")
+@click.option(
+    "--peer", "peers", multiple=True, type=click.Choice(["milvus", "echo"]), default=("milvus", "echo"), show_default=True, help="Repeat."
+)
+@click.option("--bundle", type=click.Path(path_type=Path, exists=True), help="Model bundle for text queries; default: a tiny random tower.")
+@json_option
+@handle_errors
+def command(
+    data_dir: Path | None,
+    size: int,
+    kind: str,
+    k: int,
+    wanted: float,
+    concurrencies: tuple[int, ...],
+    rounds: int,
+    seconds: float,
+    workers: int,
+    peers: tuple[str, ...],
+    bundle: Path | None,
+    as_json: bool,
+) -> None:
+    """Requests per second and latency of our service beside Milvus and a bare gRPC echo.
+
+    Same vectors, k, recall, cores and run; clients share the cores with the servers. The Milvus part needs the packages
+    milvus and pymilvus.
+
+    Example: omni bench serve --data data --rounds 3
+    """
+    if data_dir is None:
+        fail("omni bench serve needs --data (or OMNI_DATA): the folder that holds large/.", 2)
+    if "milvus" in peers and not milvus_is_installed():
+        fail("the Milvus part needs: pip install milvus pymilvus (or choose --peer echo)", 2)
+    release = serving_release(data_dir, size=size, kind=kind, k=k, bundle=bundle)
+    flags = ["--workers", str(workers), "--metrics-port", "-1"]
+    metrics: dict[str, Any] = {}
+    with omni_server(release.store, flags) as ours:
+        if "echo" in peers:
+            metrics["echo"] = against_echo(ours, k, rounds, seconds)
+        if "milvus" in peers:
+            metrics["milvus"] = against_milvus(ours, release, k, wanted, concurrencies, rounds, seconds)
+    path = write_record(
+        "serve",
+        dataset=release.vectors.describe(),
+        config={"kind": kind, "k": k, "workers": workers, "ann_recall": wanted, "build": release.build},
+        protocol={
+            "rounds": rounds,
+            "seconds": seconds,
+            "clock": "perf_counter",
+            "turns": "sides alternate within a round; medians over rounds",
+            "cores": "servers and client processes share all cores of the machine",
+        },
+        metrics=metrics,
+        libraries=("grpcio", "hnswlib", "numpy", *(("milvus", "pymilvus") if "milvus" in peers else ())),
+    )
+    if as_json:
+        print_json(metrics)
+        return
+    _print(metrics, release)
+    say(f"record: {path.name}")
+
+
+def _print(metrics: dict[str, Any], release: ServingRelease) -> None:
+    real = f"{len(release.vectors.corpus):,} real text vectors"
+    if "milvus" in metrics:
+        found = metrics["milvus"]
+        for name in ("thin_stubs", "own_clients"):
+            rows = [
+                [side, c, f["requests_per_second"], f["p50_ms"], f["p95_ms"], f["p99_ms"], f["errors"]]
+                for side in ("ours", "milvus")
+                for c, f in found[name][side].items()
+            ]
+            recall = f"ANN recall ours {found['recall']['ours']:.3f}, Milvus {found['recall']['milvus']:.3f}"
+            title = f"Ready embeddings, {name.replace('_', ' ')}; {real}; {recall}"
+            print_table(title, ["side", "concurrency", "requests/s", "p50 ms", "p95 ms", "p99 ms", "errors"], rows)
+            say(f"best against best: {found[name]['ratio_at_best']:.2f}x; lower: {found[name]['lower']}")
+    if "echo" in metrics:
+        found = metrics["echo"]
+        rows = [
+            [side, found[side]["queries_per_second"], found[side]["per_server_cpu_second"]]
+            for side in ("echo", "cached_retrieve", "cached_batch_of_64")
+        ]
+        print_table(f"Cached text over {real}, beside a bare gRPC echo", ["side", "queries/s", "queries per server CPU second"], rows)
+        say(
+            f"cached Retrieve reaches {found['cached_share_of_echo_per_core']:.0%} of the echo per core; "
+            f"a batch of 64 answers {found['batch_over_single_per_core']:.1f}x as many queries per core"
+        )

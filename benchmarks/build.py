@@ -1,0 +1,150 @@
+"""Release builds on real vectors: stage times, peak memory, identical bytes when built twice, and loading against ``sha256sum``."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from benchmarks.ann_data import VectorSet, load_vectors
+from benchmarks.record import write_record
+from encoders.console import data_option, handle_errors, json_option, print_json, print_table, say
+from encoders.errors import ConfigError
+from index_builder.ann import AnnConfig
+from index_builder.build_inputs import EntityInput, QuerySet
+from index_builder.build_plan import RebuildConfig
+from index_builder.entity_index import IndexConfig
+from index_builder.publishing import ReleaseStore
+from index_builder.rebuild import build_release
+from index_builder.release import read_manifest
+
+SPACE = "b0" * 32
+
+
+def bundle_folder(folder: Path, dimension: int) -> Path:
+    """A folder with the shape of a model bundle; the vectors come from a public model, so there is no tower to ship."""
+    for part in ("query_encoder", "entity_encoder"):
+        (folder / part).mkdir(parents=True)
+        (folder / part / "README.txt").write_text("vectors of this benchmark are WordLlama's\n")
+    (folder / "space.json").write_text(json.dumps({"space_id": SPACE, "dimension": dimension}))
+    return folder
+
+
+def build_once(
+    store: ReleaseStore, bundle: Path, vectors: VectorSet, *, kind: str, threads: int, deterministic: bool = False, rows: int | None = None
+) -> str:
+    """Build and publish one release of one entity type over (the first ``rows`` of) the corpus, calibrated on its held-out queries."""
+    corpus = vectors.corpus if rows is None else vectors.corpus[:rows]
+    inputs = {"pin": EntityInput(ids=[f"text-{i}" for i in range(len(corpus))], vectors=corpus, space_id=SPACE)}
+    queries = {"*": QuerySet([f"query {i}" for i in range(len(vectors.calibration))], vectors.calibration)}
+    index = IndexConfig(kind=kind, ann=AnnConfig(threads=threads))
+    config = RebuildConfig(index=index, deterministic=deterministic, min_recall=0.9)
+    return build_release(inputs, bundle, store, config, queries, progress=say)
+
+
+def time_sha256sum(folder: Path) -> float:
+    """Seconds that ``sha256sum`` takes over all files of a folder."""
+    files = sorted(str(path) for path in folder.rglob("*") if path.is_file())
+    start = time.perf_counter()
+    subprocess.run(["sha256sum", *files], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def time_loading(store: ReleaseStore) -> float:
+    """Seconds from the folder to proven: verified, opened, golden queries replayed."""
+    start = time.perf_counter()
+    with store.open_current() as release:
+        release.replay_golden()
+    return time.perf_counter() - start
+
+
+@click.command()
+@data_option
+@click.option("--size", type=int, default=100_000, show_default=True, help="Vectors of the corpus (256-d).")
+@click.option("--index", "kind", default="auto", show_default=True, help="Kind of index.")
+@click.option("--threads", type=int, default=0, help="Build threads; 0: all cores.")
+@click.option("--deterministic-size", type=int, default=20_000, show_default=True, help="Vectors of the two deterministic builds; 0: skip.")
+@click.option("--repeats", type=int, default=3, show_default=True, help="Loading and sha256sum, in turn.")
+@click.option("--no-record", is_flag=True, help="Print only; write no record.")
+@json_option
+@handle_errors
+def command(
+    data_dir: Path | None, size: int, kind: str, threads: int, deterministic_size: int, repeats: int, no_record: bool, as_json: bool
+) -> None:
+    """Build a release of real vectors; load it; build a smaller one twice and compare every byte.
+
+    Example: omni bench build --data data --size 100000
+    """
+    if data_dir is None:
+        raise ConfigError("this benchmark needs --data (or OMNI_DATA): a folder that holds large/")
+    vectors = load_vectors(data_dir, size=size)
+    threads = threads or os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        bundle = bundle_folder(root / "bundle", int(vectors.corpus.shape[1]))
+        store = ReleaseStore(root / "store")
+        start = time.perf_counter()
+        release_id = build_once(store, bundle, vectors, kind=kind, threads=threads)
+        total = time.perf_counter() - start
+        manifest = read_manifest(store.path_of(release_id))
+        shas, loads = [], []
+        for _ in range(repeats):
+            shas.append(time_sha256sum(store.path_of(release_id)))
+            loads.append(time_loading(store))
+        metrics: dict[str, Any] = {
+            "vectors": len(vectors.corpus),
+            "kind": manifest.entities["pin"].index["kind"],
+            "build_seconds": round(total, 2),
+            "stages": manifest.measured["entities"]["pin"]["seconds"],
+            "peak_private_mib": manifest.measured["peak_private_mib"],
+            "disk_mib": round(manifest.total_bytes() / 2**20, 1),
+            "golden_recall_at_10": manifest.entities["pin"].golden["recall"],
+            "sha256sum_seconds": round(statistics.median(shas), 3),
+            "loading_seconds": round(statistics.median(loads), 3),
+            "loading_limit_seconds": round(1.5 * statistics.median(shas) + 2.0, 3),
+        }
+        if deterministic_size:
+            metrics["deterministic"] = build_twice(root, bundle, vectors, min(deterministic_size, len(vectors.corpus)))
+    if not no_record:
+        write_record(
+            f"build-{len(vectors.corpus) // 1000}k",
+            dataset=vectors.describe(),
+            config={"index": kind, "threads": threads, "deterministic_size": deterministic_size},
+            protocol={"loading": "sizes, SHA-256 of every file, open, replay 64 golden queries; page cache warm", "repeats": repeats},
+            metrics=metrics,
+            libraries=("hnswlib", "rabitqlib", "numpy", "polars"),
+        )
+    if as_json:
+        print_json(metrics)
+        return
+    print_table("release build (real texts, WordLlama vectors)", ("what", "value"), [(name, str(value)) for name, value in metrics.items()])
+
+
+def build_twice(root: Path, bundle: Path, vectors: VectorSet, rows: int) -> dict[str, Any]:
+    """Two deterministic builds of the same input in two stores: which files differ."""
+    manifests = []
+    for name in ("first", "second"):
+        store = ReleaseStore(root / name)
+        manifests.append(
+            read_manifest(store.path_of(build_once(store, bundle, vectors, kind="auto", threads=1, deterministic=True, rows=rows)))
+        )
+    one, two = manifests
+    differ = sorted(name for name in {*one.files, *two.files} if one.files.get(name) != two.files.get(name))
+    return {
+        "vectors": rows,
+        "kind": one.entities["pin"].index["kind"],
+        "files": len(one.files),
+        "files_that_differ": differ,
+        "manifests_equal_but_for_measured": replace(one, measured={}) == replace(two, measured={}),
+        "same_release_id": one.release_id == two.release_id,
+        "seconds": [round(float(np.sum(list(m.measured["entities"]["pin"]["seconds"].values()))), 2) for m in manifests],
+    }

@@ -204,6 +204,8 @@ def _numbers(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
     numbers = values.cast(pl.Float64, strict=False)
     checker.flag(present & numbers.is_null(), values, column.name, "must be a number", "Write it as digits with a point.")
     checker.flag(present & ~numbers.is_finite(), values, column.name, "must be finite", "Leave it empty where it is unknown.")
+    if column.required:
+        checker.flag(~present, values, column.name, "a value is required", "Fill it in, or drop the row.")
     if column.minimum is not None:
         rule = f"must be at least {column.minimum:g}"
         checker.flag(numbers < column.minimum, values, column.name, rule, "Correct it, or drop the row.")

@@ -21,6 +21,8 @@ BENCHES: dict[str, tuple[str, str]] = {
     "serve": ("benchmarks.serve:command", "Our service beside a real Milvus and a bare gRPC echo, same vectors and cores."),
     "latency": ("benchmarks.latency:command", "Percentiles of a running server with and without the cache, per stage."),
     "fuzz": ("benchmarks.fuzz:command", "Malformed requests by the hundred thousand: no crash, no hang, typed errors only."),
+    "cache": ("benchmarks.cache:command", "Query cache on simulated Zipf traffic: TTL x size, ages, encoder changes, the paper's scale."),
+    "faults": ("benchmarks.faults:command", "Swaps under load, 4x overload, kill -9, hostile Redis: no lost, mixed or failed answer."),
     "diversity": ("benchmarks.diversity:command", "MMR: intra-list similarity against labelled Recall@10 as lambda moves, one plot."),
 }
 """Name -> (module:attribute of a click command, one line of help)."""

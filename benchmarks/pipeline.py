@@ -75,7 +75,15 @@ def command(
     if not as_json:
         columns = ["rows", "events", "seconds", "median_seconds", "cpu_seconds", "peak_gib", "seconds_per_million", "partitions", "pairs"]
         print_table(f"Pipeline, {threads} threads: {LABEL}", columns, ([run[c] for c in columns] for run in runs))
-        columns = ["history_days", "history_events", "day_events", "seconds", "entities_touched"]
+        columns = [
+            "history_days",
+            "history_events",
+            "changed_events",
+            "seconds",
+            "cpu_seconds",
+            "cpu_ms_per_changed_event",
+            "entities_touched",
+        ]
         print_table(f"Daily update (median of 5 days): {LABEL}", columns, ([day[c] for c in columns] for day in days))
     path = write_record(
         "pipeline",
@@ -149,20 +157,24 @@ def _daily_costs(folder: Path, day_rows: int, data_dir: Path | None, histories: 
             past = events.filter(pl.col("timestamp").is_between(begin, first, closed="left"))
             with stage(f"load {history} days of history ({past.height:,} events)"):
                 current.merge(past)
-            seconds, touched = [], []
+            seconds, cpu, touched = [], [], []
             for day in range(5):
                 today = first + timedelta(days=day)
                 rows = events.filter(pl.col("timestamp").is_between(today, today + timedelta(days=1), closed="left"))
-                clock = time.perf_counter()
+                clock, used = time.perf_counter(), time.process_time()
                 merge = current.merge(rows)
                 seconds.append(time.perf_counter() - clock)
+                cpu.append(time.process_time() - used)
                 touched.append(merge.touched.height)
             results.append(
                 {
                     "history_days": history,
                     "history_events": past.height,
                     "day_events": rows.height,
+                    "changed_events": merge.counts["added"] + merge.counts["expired"],
                     "seconds": sorted(seconds)[2],
+                    "cpu_seconds": sorted(cpu)[2],
+                    "cpu_ms_per_changed_event": 1000 * sorted(cpu)[2] / max(1, merge.counts["added"] + merge.counts["expired"]),
                     "entities_touched": sorted(touched)[2],
                     "expired_events": merge.counts.get("expired", 0),
                 }

@@ -252,7 +252,7 @@ def _draw_svg(content: bytes, pixels: int) -> bytes:
     try:
         import resvg_py
     except ImportError as error:
-        raise MissingDependency("resvg-py", "dev", "drawing SVG pictures") from error
+        raise MissingDependency("resvg-py", "captions", "drawing SVG pictures") from error
     try:
         return bytes(resvg_py.svg_to_bytes(svg_string=content.decode("utf-8"), width=pixels))
     except Exception as error:  # the renderer raises plain ValueErrors and worse

@@ -175,7 +175,8 @@ def command(
     entity_pairs = dataset.split("train")
     related = related_query_pairs(dataset.pairs).filter(pl.col("split") == "train")
     texts = entity_texts(dataset.catalogue)
-    rows, metrics = [], {}
+    rows: list[tuple[object, ...]] = []
+    metrics: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder) / "start"
         create_query_encoder().save(start)

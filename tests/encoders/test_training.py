@@ -32,6 +32,9 @@ def run(data: TrainingData | None = None, **changes) -> TrainResult:
     return train(small_config(**changes), data or world(), quiet=True, **options)
 
 
+FAST = {"learning_rate": 0.02, "query_learning_rate": 0.02, "token_embedding_learning_rate": 0.02}
+
+
 def weights(result: TrainResult) -> dict[str, torch.Tensor]:
     towers = {"query": result.query_encoder, **result.entity_encoders}
     return {f"{tower}.{name}": value for tower, module in towers.items() for name, value in module.state_dict().items()}
@@ -45,10 +48,10 @@ def assert_equal(first: TrainResult, second: TrainResult) -> None:
 
 
 def test_training_finds_the_right_entity_for_queries_it_never_saw() -> None:
-    result = run(steps=120, validation={"fraction": 0.15}, batch={"cross_fit": 2})
+    result = run(steps=80, validation={"fraction": 0.15}, batch={"cross_fit": 2}, optimiser=FAST)
     assert result.history[0]["loss"] > 2 * result.metrics["loss"]
     chance = 10 / 48
-    assert result.metrics["validation/recall@10/pin"] > 2 * chance
+    assert result.metrics["validation/recall@10/pin"] > 3 * chance
     assert result.metrics["validation/recall@10/query"] > 0.3  # of 180 queries
     assert result.pairs_per_second > 0
     assert result.steps == 120
@@ -82,12 +85,12 @@ def test_gradient_cache_trains_the_same_towers() -> None:
 def test_compatibility_tasks_pull_queries_towards_the_frozen_vectors() -> None:
     data = world(vectors=True)
     task = {"name": "pin", "candidates": ["entity", "vector:pinsage"]}
-    result = run(data, steps=150, datasets=[task])
-    frozen = torch.nn.functional.normalize(torch.tensor(data.catalogue.filter(pl.col("pinsage").is_not_null())["pinsage"].to_list()), dim=1)
-    owners = data.catalogue.filter(pl.col("pinsage").is_not_null())["title"].to_list()
-    queries = torch.from_numpy(result.query_encoder.encode(owners))
+    result = run(data, steps=60, datasets=[task], optimiser=FAST)
+    pins = data.catalogue.filter((pl.col("entity_type") == "pin") & pl.col("pinsage").is_not_null())
+    frozen = torch.nn.functional.normalize(torch.tensor(pins["pinsage"].to_list()), dim=1)
+    queries = torch.from_numpy(result.query_encoder.encode(pins["title"].to_list()))
     ranks = (queries @ frozen.T > (queries * frozen).sum(dim=1, keepdim=True)).sum(dim=1)
-    assert (ranks < 5).float().mean() > 0.6
+    assert (ranks < 5).float().mean() > 0.8  # of 40
     assert {"loss/pin/entity", "loss/pin/vector:pinsage"} <= result.history[0].keys()
 
 
@@ -212,7 +215,7 @@ def files(tmp_path: Path) -> Path:
     data.catalogue.write_parquet(tmp_path / "catalogue.parquet")
     data.pairs.write_parquet(tmp_path / "pairs.parquet")
     tiny_query_encoder().save(tmp_path / "tower")
-    table = to_table(dataclasses.replace(small_config(steps=400, checkpoint_every=5), datasets=()))
+    table = to_table(dataclasses.replace(small_config(steps=120, checkpoint_every=5), datasets=()))
     table["data"] = {"catalogue": ["catalogue.parquet"], "pairs": ["pairs.parquet"]}
     table["model"]["query_encoder"] = str(tmp_path / "tower")
     (tmp_path / "run.toml").write_text(as_toml({key: value for key, value in table.items() if key != "features"}))
@@ -237,7 +240,7 @@ def test_omni_train_survives_kill_9_and_ends_with_a_bundle(files: Path) -> None:
     """A real process is killed in the middle; the same command goes on from its checkpoint and ends as if nothing had happened."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     arguments = [sys.executable, "-m", "encoders.train_command", str(files / "run.toml"), "--out", str(files / "out")]
-    process = subprocess.Popen([*arguments, "--steps", "400"], env=environment, stderr=subprocess.PIPE)
+    process = subprocess.Popen([*arguments, "--steps", "120"], env=environment, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 200
     while len(list_checkpoints(files / "out" / "checkpoints")) < 2:
         assert process.poll() is None, process.stderr.read().decode()  # type: ignore[union-attr]
@@ -246,10 +249,10 @@ def test_omni_train_survives_kill_9_and_ends_with_a_bundle(files: Path) -> None:
     process.send_signal(signal.SIGKILL)
     process.communicate()
     reached = list_checkpoints(files / "out" / "checkpoints")[-1].name
-    resumed = CliRunner().invoke(command, [str(files / "run.toml"), "--out", str(files / "out"), "--steps", "400", "--json"])
+    resumed = CliRunner().invoke(command, [str(files / "run.toml"), "--out", str(files / "out"), "--steps", "120", "--json"])
     assert resumed.exit_code == 0, resumed.output
     assert f"resumed from {reached}" in resumed.stderr
-    whole = CliRunner().invoke(command, [str(files / "run.toml"), "--out", str(files / "whole"), "--steps", "400", "--json"])
+    whole = CliRunner().invoke(command, [str(files / "run.toml"), "--out", str(files / "whole"), "--steps", "120", "--json"])
     assert json.loads(resumed.stdout)["space_id"] == json.loads(whole.stdout)["space_id"] == load_bundle(files / "out" / "model").space_id
 
 

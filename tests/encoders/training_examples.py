@@ -21,9 +21,10 @@ DIMENSION = 16
 
 
 def world(vectors: bool = False) -> TrainingData:
-    """48 pins and 30 products; each has three queries; queries of one thing are related."""
+    """48 pins and 30 products with three queries each; queries of one thing are related; a frozen vector sums the meanings of two words."""
     rows, pairs = [], []
     generator = np.random.default_rng(0)
+    meaning = {word: generator.normal(size=DIMENSION) for word in (*COLOURS, *PINS, *PRODUCTS)}
     for entity_type, things in (("pin", PINS), ("product", PRODUCTS)):
         for colour, thing in product(COLOURS, things):
             queries = [f"{colour} {thing}", f"{thing} in {colour}", f"{thing}  {colour} ideas"]
@@ -35,7 +36,7 @@ def world(vectors: bool = False) -> TrainingData:
                 "engaged_queries": queries[:2],
             }
             if vectors:
-                row["pinsage"] = generator.normal(size=DIMENSION).tolist() if colour != "pink" else None
+                row["pinsage"] = (meaning[colour] + meaning[thing]).tolist() if colour != "pink" else None
             rows.append(row)
             pairs += [(query, entity_type, entity_id, count, "save") for count, query in enumerate(queries, start=1)]
             pairs.append((queries[0], "query", queries[1], 1, "query_click"))

@@ -36,7 +36,7 @@ SECONDS_BETWEEN_LINES = 5.0
     "--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True, help="auto: bf16 on a GPU, else fp32."
 )
 @click.option("--threads", type=click.IntRange(0), default=0, help="CPU worker threads; 0: as many as PyTorch uses.")
-@click.option("--batch-rows", type=click.IntRange(1), default=1_024, show_default=True, help="Entities per pass through the tower.")
+@click.option("--batch-rows", type=click.IntRange(1), default=512, show_default=True, help="Entities per pass through the tower.")
 @click.option("--part-rows", type=click.IntRange(1), default=32_768, show_default=True, help="Rows per file, and the most a kill can cost.")
 @json_option
 @handle_errors

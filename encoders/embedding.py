@@ -42,7 +42,7 @@ class EmbedConfig:
     """``fp32`` or ``bf16`` (cosine to fp32 at least 0.999); auto: bf16 on a GPU, fp32 on a CPU."""
     threads: int = 0
     """CPU worker threads; 0: as many as PyTorch uses."""
-    batch_rows: int = 1_024
+    batch_rows: int = 512
     """Entities per pass through the tower."""
     part_rows: int = 32_768
     """Rows per file of the store, and the most that a kill can cost."""
@@ -197,7 +197,7 @@ class EntityEmbedder:
             with torch.inference_mode():
                 vectors[start : start + len(features)] = self.tower(features.to(self.device)).cpu().numpy()
 
-        if self.device.type != "cpu" or threads == 1 or len(starts) < 2:
+        if self.device.type != "cpu" or len(starts) < 2:
             for start in starts:
                 embed(start)
             return vectors

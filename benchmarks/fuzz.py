@@ -341,6 +341,5 @@ def command(count: int, seed: int, raw_share: float, concurrency: int, as_json: 
         say(f"{tally.raw_connections:,} raw connections, {tally.canaries} canaries, slowest {tally.slowest_seconds:.2f} s, memory {memory}")
         say(f"record: {path.name}")
     if tally.faults:
-        fail(
-            f"{len(tally.faults)} faults, the first: {tally.faults[0]['method']} {tally.faults[0]['code']} {tally.faults[0]['details'][:200]}"
-        )
+        first = tally.faults[0]
+        fail(f"{len(tally.faults)} faults, the first: {first['method']} {first['code']} {first['details'][:200]}")

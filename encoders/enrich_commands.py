@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import polars as pl
 
 from encoders.console import handle_errors, json_option, print_json, print_table, stage
 from encoders.errors import ConfigError
+
+if TYPE_CHECKING:
+    from encoders.engaged_state import Merge
 
 catalogue_option = click.option("--catalogue", required=True, type=click.Path(exists=True, path_type=Path), help="Catalogue table.")
 out_option = click.option(
@@ -122,17 +125,19 @@ def queries(
             rules = EngagementRules(min_dwell_seconds=flags["min_dwell"])
             on_bad_rows: OnBadRows = "drop" if flags["drop_bad_rows"] else "raise"
             batches = read_events(log_path, rules, on_bad_rows=on_bad_rows, encoding=flags["encoding"]) if log_path else iter(())
-            frames = [batch.frame for batch in batches]
-            events = pl.concat(frames) if frames else pl.DataFrame(schema=EVENT_SCHEMA)
-            merges.append(current.merge(events, until=until, what=str(log_path.name) if log_path else "move the window"))
+            # Batch by batch: memory stays bounded however long the history, and a stopped load can simply be run again.
+            merges += [current.merge(batch.frame, what=log_path.name if log_path else "") for batch in batches]
+            if until is not None:
+                merges.append(current.merge(pl.DataFrame(schema=EVENT_SCHEMA), until=until, what="move the window"))
         if catalogue and out:
             rows = read_table(catalogue, "catalogue", encoding=flags["encoding"])
             write_table(attach_lists(rows, current.features(), "engaged_queries", "query"), out)
         elif out:
-            write_table(pl.concat([m.changed for m in merges]) if merges else current.features(), out)
+            write_table(_last_features(merges) if merges else current.features(), out)
         summary: dict[str, Any] = {"version": current.version, "until": current.until and current.until.isoformat()}
         for merge in merges:
-            summary |= {f"events {name}": number for name, number in merge.counts.items()}
+            for name, number in merge.counts.items():
+                summary[f"events {name}"] = summary.get(f"events {name}", 0) + number
             summary["entities touched"] = summary.get("entities touched", 0) + merge.touched.height
     _report(summary, as_json)
 
@@ -204,6 +209,15 @@ def caption_agreement(sheets: tuple[Path, ...], as_json: bool) -> None:
     from encoders.tables import read_raw
 
     _report(agreement(read_grades(pl.concat([read_raw(s) for s in sheets], how="diagonal_relaxed"))), as_json)
+
+
+def _last_features(merges: list[Merge]) -> pl.DataFrame:
+    """The features of every touched entity after the last merge that touched it."""
+    key = ["entity_type", "entity_id"]
+    touched = pl.concat([m.touched.with_columns(pl.lit(n).alias("merge")) for n, m in enumerate(merges)])
+    last = touched.group_by(key).agg(pl.col("merge").max())
+    changed = pl.concat([m.changed.with_columns(pl.lit(n).alias("merge")) for n, m in enumerate(merges)])
+    return changed.join(last, on=[*key, "merge"], how="semi").drop("merge").sort(*key, "rank")
 
 
 def _lines(path: Path) -> list[str]:

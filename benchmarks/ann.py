@@ -77,7 +77,8 @@ def measure(names: list[str], vectors: VectorSet, queries: int, repeats: int) ->
             for _ in range(repeats):
                 references.append(sweep(baseline, vectors, scores, queries))
                 curves.append(sweep(engine, vectors, scores, queries) if engine is not baseline else references[-1])
-            row: dict[str, Any] = {"engine": name, "build_cpu_s": round(built, 1), "private_mb": round(_rss_mb() - before, 1), "points": curves}
+            memory = round(_rss_mb() - before, 1)
+            row: dict[str, Any] = {"engine": name, "build_cpu_s": round(built, 1), "private_mb": memory, "points": curves}
             for level in LEVELS:
                 mine = [t for t in (at_recall(c, level) for c in curves) if t]
                 theirs = [t for t in (at_recall(c, level) for c in references) if t]
@@ -98,7 +99,8 @@ def _overhead(results: list[dict[str, Any]]) -> dict[str, float]:
     added = {}
     for mine, theirs in (("ours auto", "bare symqg"), ("ours lean", "bare lean"), ("ours hnsw", BASELINE)):
         if mine in by_name and theirs in by_name:
-            pairs = [(a[2] - b[2]) for c, d in zip(by_name[mine]["points"], by_name[theirs]["points"]) for a, b in zip(c, d) if a[0] == b[0]]
+            both = zip(by_name[mine]["points"], by_name[theirs]["points"])
+            pairs = [a[2] - b[2] for c, d in both for a, b in zip(c, d) if a[0] == b[0]]
             added[f"{mine} - {theirs}"] = round(float(np.median(pairs)), 1)
     return added
 
@@ -106,7 +108,7 @@ def _overhead(results: list[dict[str, Any]]) -> dict[str, float]:
 @click.command()
 @data_option
 @click.option("--sizes", default="100000", show_default=True, help="Corpus sizes, separated by commas (10000 to 800000).")
-@click.option("--distributions", default="in,out", show_default=True, help="in: held-out query strings. out: queries in languages the corpus lacks.")
+@click.option("--distributions", default="in,out", show_default=True, help="in: held-out strings. out: languages the corpus lacks.")
 @click.option("--engines", default="", help=f"Names separated by commas; all installed ones by default. Known: {', '.join(ENGINES)}.")
 @click.option("--queries", default=2000, show_default=True, help="Queries reported on.")
 @click.option("--repeats", default=3, show_default=True, help="Sweeps of every engine.")
@@ -122,7 +124,6 @@ def command(
     the process, so that a busy machine does not count; hnswlib float32 (M=16, ef_construction=200) is swept before each engine.
 
     Example:
-
         omni bench ann --data data --sizes 100000,800000 --engines "hnswlib f32,ours auto,bare symqg,zvec int8"
     """
     if data_dir is None:

@@ -61,7 +61,7 @@ def bare(kind: str) -> Callable[[np.ndarray, Path], Engine]:
 
 
 def bare_hnswlib(corpus: np.ndarray, folder: Path) -> Engine:
-    """hnswlib float32 with M=16 and ef_construction=200: the 1.0x of every table."""
+    """Hnswlib float32 with M=16 and ef_construction=200: the 1.0x of every table."""
     index = hnswlib.Index("ip", corpus.shape[1])
     index.init_index(len(corpus), M=M, ef_construction=EF_CONSTRUCTION)
     index.add_items(corpus, num_threads=1)
@@ -76,7 +76,7 @@ def bare_hnswlib(corpus: np.ndarray, folder: Path) -> Engine:
 
 
 def bare_symqg(corpus: np.ndarray, folder: Path) -> Engine:
-    """rabitqlib's SymphonyQG, raw store, called directly."""
+    """Rabitqlib's SymphonyQG, raw store, called directly."""
     import rabitqlib
 
     index = rabitqlib.SymqgIndex(corpus.shape[1], DEGREE, "l2", 0)
@@ -85,7 +85,7 @@ def bare_symqg(corpus: np.ndarray, folder: Path) -> Engine:
 
 
 def faiss_hnsw(corpus: np.ndarray, folder: Path) -> Engine:
-    """faiss HNSW over float16."""
+    """Faiss HNSW over float16."""
     import faiss
 
     faiss.omp_set_num_threads(1)
@@ -98,7 +98,7 @@ def faiss_hnsw(corpus: np.ndarray, folder: Path) -> Engine:
 
 
 def usearch_f16(corpus: np.ndarray, folder: Path) -> Engine:
-    """usearch float16."""
+    """Usearch float16."""
     from usearch.index import Index
 
     index = Index(ndim=corpus.shape[1], metric="ip", dtype="f16", connectivity=M, expansion_add=EF_CONSTRUCTION)
@@ -131,7 +131,8 @@ def scann_tree(corpus: np.ndarray, folder: Path) -> Engine:
     import scann
 
     leaves = max(10, int(3 * np.sqrt(len(corpus))))
-    builder = scann.scann_ops_pybind.builder(corpus, 10, "dot_product").tree(leaves, leaves // 10, training_sample_size=min(len(corpus), 250_000))
+    sample = min(len(corpus), 250_000)
+    builder = scann.scann_ops_pybind.builder(corpus, 10, "dot_product").tree(leaves, leaves // 10, training_sample_size=sample)
     index = builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(100).build()
 
     def search(query: np.ndarray, ef: int) -> np.ndarray:
@@ -146,12 +147,10 @@ def zvec_collection(corpus: np.ndarray, folder: Path, values: dict[str, np.ndarr
     import zvec
 
     path = str(folder / "zvec")
-    hnsw = zvec.HnswIndexParam(
-        metric_type=zvec.MetricType.IP, m=M, ef_construction=EF_CONSTRUCTION, quantize_type=zvec.QuantizeType.INT8, use_contiguous_memory=True
-    )
-    fields = [
-        zvec.FieldSchema(name, zvec.DataType.INT64, index_param=zvec.InvertIndexParam(enable_range_optimization=True)) for name in values or {}
-    ]
+    int8, metric = zvec.QuantizeType.INT8, zvec.MetricType.IP
+    hnsw = zvec.HnswIndexParam(metric_type=metric, m=M, ef_construction=EF_CONSTRUCTION, quantize_type=int8, use_contiguous_memory=True)
+    ranges = zvec.InvertIndexParam(enable_range_optimization=True)
+    fields = [zvec.FieldSchema(name, zvec.DataType.INT64, index_param=ranges) for name in values or {}]
     vector = zvec.VectorSchema("v", zvec.DataType.VECTOR_FP32, corpus.shape[1], index_param=hnsw)
     collection = zvec.create_and_open(path, zvec.CollectionSchema("bench", fields=fields or None, vectors=vector))
     for start in range(0, len(corpus), 1_000):
@@ -167,7 +166,7 @@ def zvec_collection(corpus: np.ndarray, folder: Path, values: dict[str, np.ndarr
 
 
 def zvec_int8(corpus: np.ndarray, folder: Path) -> Engine:
-    """zvec HNSW int8 through its read-only ids call."""
+    """Zvec HNSW int8 through its read-only ids call."""
     import zvec
 
     collection = zvec_collection(corpus, folder)
@@ -210,9 +209,12 @@ def qdrant_int8(corpus: np.ndarray, folder: Path) -> Engine:
     import qdrant_edge as qdrant
 
     shard = qdrant_shard(corpus, folder)
+    rescore = qdrant.QuantizationSearchParams(rescore=True)
 
     def search(query: np.ndarray, ef: int) -> Any:
-        request = qdrant.SearchRequest(qdrant.Query.Nearest(query[0].tolist()), 10, params=qdrant.SearchParams(hnsw_ef=ef))
+        request = qdrant.SearchRequest(
+            qdrant.Query.Nearest(query[0].tolist()), 10, params=qdrant.SearchParams(hnsw_ef=ef, quantization=rescore)
+        )
         return shard.search(request)
 
     return Engine(search, lambda points: np.array([p.id for p in points]))

@@ -330,6 +330,10 @@ class EntityIndex:
         """Replace the live entries; searches that began before keep the old ones."""
         self._live = view
 
+    def forget_filters(self) -> None:
+        """Drop cached filter results (benchmarks measure each filter afresh)."""
+        self._selections = SelectionCache(self.attribute_table)
+
     # ---- search ------------------------------------------------------------------------------------------------------------------------
 
     def search(

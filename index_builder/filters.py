@@ -352,14 +352,28 @@ class _Piece:
         return result
 
 
+def _intersect(first: Slices, second: Slices) -> Slices:
+    """Ranges in both of two ascending lists of disjoint ranges."""
+    result, i, j = [], 0, 0
+    while i < len(first) and j < len(second):
+        low, high = max(first[i][0], second[j][0]), min(first[i][1], second[j][1])
+        if low < high:
+            result.append((low, high))
+        if first[i][1] <= second[j][1]:
+            i += 1
+        else:
+            j += 1
+    return result
+
+
 class BoundFilter:
     """A filter tied to a table: types are checked, sizes of the leaves known, rows computed on demand."""
 
     def __init__(self, parsed: Filter, table: AttributeTable) -> None:
         self._expression, self._table = parsed.expression, table
         self._pieces: dict[Leaf, _Piece] = {}
-        self._root = parsed.root
         self._bind(parsed.root)
+        self._root = self._merged(parsed.root)
 
     def _bind(self, node: Node) -> None:
         if isinstance(node, Leaf):
@@ -368,6 +382,32 @@ class BoundFilter:
             return
         for part in node.parts:
             self._bind(part)
+
+    def _merged(self, node: Node) -> Node:
+        """The same tree where comparisons of one field joined by ``and`` (a range) are one leaf, whose size is known exactly."""
+        if isinstance(node, Leaf):
+            return node
+        parts = [self._merged(part) for part in node.parts]
+        if isinstance(node, Both):
+            by_field: dict[str, list[Leaf]] = {}
+            rest: list[Node] = []
+            for part in parts:
+                if isinstance(part, Leaf) and not self._pieces[part].column.is_list:
+                    by_field.setdefault(part.field, []).append(part)
+                else:
+                    rest.append(part)
+            for leaves in by_field.values():
+                first = leaves[0]
+                if len(leaves) > 1:
+                    slices = self._pieces[first].slices
+                    for leaf in leaves[1:]:
+                        slices = _intersect(slices, self._pieces[leaf].slices)
+                    first = Leaf(first.field, "and", tuple(f"{leaf.op} {leaf.values}" for leaf in leaves), first.at, first.value_at)
+                    column = self._pieces[leaves[0]].column
+                    self._pieces[first] = _Piece(column, slices, sum(b - a for a, b in slices), False)
+                rest.append(first)
+            return rest[0] if len(rest) == 1 else Both(tuple(rest))
+        return Either(tuple(parts))
 
     def _piece(self, leaf: Leaf) -> _Piece:
         schema = self._table.schema

@@ -63,8 +63,10 @@ class PretrainingConfig:
     """Weight of (1 - cosine to USE) beside the softmax loss."""
     source_shares: tuple[tuple[str, float], ...] = (("emoji", 0.55), ("ic", 0.25), ("other", 0.20))
     """Shares of the pairs drawn from emoji, Iconclass and icons with openclipart."""
-    entity_steps: int = 1600
+    entity_steps: int = 1000
     """Steps of stage two."""
+    entity_schedule_steps: int = 1600
+    """The cosine of stage two runs over this many: the last, slow part is left to the training that follows on the user's data."""
     queries_per_step: int = 768
     """Queries per step of stage two."""
     entity_learning_rate: float = 5e-4
@@ -308,7 +310,9 @@ class EntityPairs:
 
     def draw(self, count: int, random_entities: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return text rows (B,), entity rows (B,) and candidate entities (C,), those of the batch first."""
-        picked = np.concatenate([self.rng.choice(group, round(count * share)) for group, share in zip(self.groups, self.shares, strict=True)])
+        picked = np.concatenate(
+            [self.rng.choice(group, round(count * share)) for group, share in zip(self.groups, self.shares, strict=True)]
+        )
         texts = np.array([self.rng.choice(self.entities[entity]) for entity in picked])
         strangers = [self.rng.choice(group, round(random_entities * share)) for group, share in zip(self.groups, self.shares, strict=True)]
         return texts, picked, np.unique(np.concatenate([picked, *strangers]))
@@ -349,7 +353,7 @@ def _refine(
     warmup = 60
 
     def schedule(step: int) -> float:
-        return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / config.entity_steps)))
+        return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / config.entity_schedule_steps)))
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     started, seen, running = time.perf_counter(), 0, np.zeros(2)
@@ -407,7 +411,7 @@ def _states(tower: QueryEncoder, encoded: list[np.ndarray]) -> np.ndarray:
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the packed tower.")
 @click.option("--cache", type=click.Path(path_type=Path), help="Keep the teacher's vectors here between runs.")
 @click.option("--steps", default=PretrainingConfig().steps, show_default=True, help="Optimiser steps of 512 pairs.")
-@click.option("--stage-one", type=click.Path(path_type=Path, exists=True), help="Packed tower of a finished stage one: run stage two only.")
+@click.option("--stage-one", type=click.Path(path_type=Path, exists=True), help="Packed tower of stage one: run stage two only.")
 @handle_errors
 def command(data_dir: Path, out: Path, cache: Path | None, steps: int, stage_one: Path | None) -> None:
     """Make the shipped query tower again.

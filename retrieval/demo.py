@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from encoders.sample import Dataset, load_sample, query_entities, related_query_
 
 RECIPES = Path(__file__).parent.parent / "encoders" / "recipes"
 BASELINES = ("bm25", "bm25-trigrams", "random")
-ENGAGED_QUERIES = 150
+ENGAGED_QUERIES = 50
 """Train queries per entity that become the feature ``engaged_queries``."""
 QUICK_QUERY_ENTITIES = 5_000
 QUICK_EVALUATION_QUERIES = 1_000
@@ -187,8 +188,10 @@ def serve_and_ask(demo: Demo, dataset: Dataset, keep_serving: bool, *, show: boo
     from retrieval.client import RetrievalClient
     from retrieval.demo_server import DemoServer
 
-    with DemoServer(demo.store) as server, RetrievalClient(server.address) as client:
+    with ExitStack() as running:
         with stage("start the server and wait until it has proved itself", demo.timings):
+            server = running.enter_context(DemoServer(demo.store))
+            client = running.enter_context(RetrievalClient(server.address))
             server.wait_until_ready(client)
         try:
             with stage("ask", demo.timings):
@@ -204,9 +207,8 @@ def serve_and_ask(demo: Demo, dataset: Dataset, keep_serving: bool, *, show: boo
             columns = ["one client, one request at a time", "requests", "p50 ms", "p95 ms", "p99 ms"]
             print_table("Latency over gRPC on this machine (real held-out queries, k = 10, pins)", columns, rows)
         if keep_serving:
-            say(
-                f"serving on {server.address}; look at {server.page} or run: omni query 'Regenbogen' --server {server.address}   (Ctrl-C ends it)"
-            )
+            say(f"serving on {server.address}; look at {server.page}   (Ctrl-C ends it)")
+            say(f"ask it: omni query 'Regenbogen' --server {server.address}")
             _wait(server.check)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -89,7 +90,13 @@ def command(
         "pipeline",
         dataset={"name": "simulated log", "simulated": True, "note": LABEL, "rows": list(sizes)},
         config={"results_per_search": results_per_search, "threads": threads, "day_rows": day_rows},
-        protocol={"repeats": repeats, "clock": "perf_counter, process_time", "processes": "a fresh one per run", "memory": "ru_maxrss"},
+        protocol={
+            "repeats": repeats,
+            "clock": "perf_counter; cpu_seconds: process_time over all threads, which other work on the machine does not stretch",
+            "processes": "a fresh one per run",
+            "memory": "ru_maxrss",
+            "load_average": os.getloadavg(),
+        },
         metrics=metrics,
         libraries=("polars", "pyarrow"),
     )

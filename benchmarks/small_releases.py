@@ -62,9 +62,9 @@ def tiny_query_encoder(seed: int, dimension: int = 32, layers: int = 1, width: i
     return encoder.eval()
 
 
-def write_small_bundle(folder: Path, seed: int, dimension: int = 32) -> QueryEncoder:
+def write_small_bundle(folder: Path, seed: int, dimension: int = 32, *, layers: int = 1, width: int = 32) -> QueryEncoder:
     """Write a bundle with nothing but a tiny query tower; its space id is the hash of its weights."""
-    encoder = tiny_query_encoder(seed, dimension)
+    encoder = tiny_query_encoder(seed, dimension, layers, width)
     encoder.save(folder / "query_encoder")
     (folder / "entity_encoder").mkdir(exist_ok=True)
     digest = hashlib.sha256()

@@ -56,6 +56,15 @@ def gather_with_gradient(vectors: Tensor) -> Tensor:
     return gathered
 
 
+def all_processes(condition: bool, device: torch.device) -> bool:
+    """Whether a condition holds on every process; every process gets the same answer."""
+    if world_size() == 1:
+        return condition
+    agreed = torch.tensor(int(condition), device=device)
+    dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+    return bool(agreed.item())
+
+
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replace each parameter's gradient by its mean over the processes; a missing gradient counts as zero.
 

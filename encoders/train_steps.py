@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from encoders.batches import DatasetBatch, PairSet, PreparedData, TaskData, TokenisedTexts, process_slice
 from encoders.entity_features import EntityBatch
 from encoders.entity_tower import EntityEncoder
-from encoders.gathering import gather_with_gradient, process_rank, world_size
+from encoders.gathering import all_processes, gather_with_gradient, process_rank, world_size
 from encoders.gradient_cache import Encoding
 from encoders.losses import Negatives, in_batch_mask, initial_log_scale, random_mask, scale_of, task_loss
 from encoders.query_tower import QueryEncoder
@@ -177,11 +177,13 @@ def loss_and_gradients(towers: Towers, inputs: TrainInputs, batch: list[DatasetB
             loss = _task(task, pair_set, part, masks, query_vectors, vectors[0], vectors[1], scale, inputs, report, measure)
             total = total + loss
             index += 1
-    if torch.isfinite(total):
+    if all_processes(bool(torch.isfinite(total)), inputs.device):  # all or none: a process that skipped would leave the others waiting
         total.backward()  # type: ignore[no-untyped-call]
         for encoding in encodings:
             encoding.backward()
-    report.loss = total.detach()
+        report.loss = total.detach()
+    else:
+        report.loss = torch.full_like(total.detach(), float("nan"))
     return report
 
 

@@ -88,6 +88,8 @@ def train(
     """
     # ------------------------------------------------------------------------------------------------------------------ device
     processes, rank = world_size(), process_rank()
+    if processes > 1 and config.max_seconds:
+        raise ConfigError("max_seconds needs a single process: clocks of several would disagree about the schedule. Set steps instead.")
     device = choose_device(config.device)
     talk = say if rank == 0 and not quiet else silent
     torch.manual_seed(config.seed)
@@ -130,7 +132,8 @@ def train(
     parameters = [p for p in towers.parameters() if p.requires_grad]
     history: list[dict[str, float]] = []
     step_seconds, pairs_seen, begun = 0.0, 0, time.perf_counter()
-    stopped = loop.step >= steps
+    patience = config.validation.patience
+    stopped = loop.step >= steps or bool(patience and loop.without_gain >= patience)
     while not stopped:
         step = loop.step
         tick = time.perf_counter()
@@ -162,7 +165,7 @@ def train(
             recalls = validation_recall(towers, inputs)
             history.append({"step": loop.step, **recalls})
             show_recalls(talk, writer, recalls, loop.step)
-            stopped = loop.keep_score(recalls, towers, checkpoints if rank == 0 else None, config.validation.patience, talk) or stopped
+            stopped = loop.keep_score(recalls, towers, checkpoints if rank == 0 else None, patience, talk) or stopped
         due = config.checkpoint_every and loop.step % config.checkpoint_every == 0
         if checkpoints and rank == 0 and (due or stopped):
             state = {"towers": towers.state_dict(), "optimiser": optimiser.state_dict(), "loop": loop.plain()}

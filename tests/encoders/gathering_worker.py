@@ -9,7 +9,7 @@ import torch.distributed as dist
 from training_examples import small_config, tiny_query_encoder, world
 
 from encoders.batches import BatchPlan
-from encoders.gathering import average_gradients, broadcast_parameters, gather_with_gradient, process_rank, world_size
+from encoders.gathering import all_processes, average_gradients, broadcast_parameters, gather_with_gradient, process_rank, world_size
 from encoders.train_steps import loss_and_gradients
 from encoders.training import build_inputs, build_towers
 
@@ -42,7 +42,8 @@ def main(rank: int, processes: int, folder: Path) -> None:
     simple = torch.full((2, 3), float(rank + 1), requires_grad=True)
     gathered = gather_with_gradient(simple)
     (gathered * torch.arange(len(gathered))[:, None] * (rank + 1)).sum().backward()
-    result: dict[str, Any] = {"gathered": gathered.detach(), "simple": simple.grad}
+    agreed = [all_processes(condition, torch.device("cpu")) for condition in (True, rank == 0, False)]
+    result: dict[str, Any] = {"gathered": gathered.detach(), "simple": simple.grad, "agreed": agreed}
     result |= {mode: step_results(rank, mode == "cached") for mode in ("plain", "cached")}
     torch.save(result, folder / f"{rank}.pt")
     dist.destroy_process_group()

@@ -42,3 +42,4 @@ def test_two_processes_give_the_loss_and_gradient_of_one_with_the_union_batch(tm
     assert two[0]["gathered"][:, 0].tolist() == [1.0, 1.0, 2.0, 2.0]
     assert two[0]["simple"][:, 0].tolist() == [0.0, 1.0 * (1 + 2)]
     assert two[1]["simple"][:, 0].tolist() == [2.0 * (1 + 2), 3.0 * (1 + 2)]
+    assert two[0]["agreed"] == two[1]["agreed"] == [True, False, False]

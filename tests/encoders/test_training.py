@@ -135,6 +135,9 @@ def test_patience_stops_early_and_gives_the_best_towers_back(tmp_path: Path) -> 
     scores = [entry["validation/recall@10"] for entry in in_memory.history if "validation/recall@10" in entry]
     assert in_memory.metrics["validation/recall@10"] == max(scores)
     assert_equal(in_memory, on_disk)
+    again = run(steps=200, output=tmp_path, **options)  # a run that stopped early stays stopped
+    assert again.steps == on_disk.steps
+    assert_equal(again, on_disk)
 
 
 def test_a_run_goes_on_from_another_runs_towers() -> None:

@@ -14,6 +14,8 @@ from index_builder.live_segments import LiveState, LiveView
 from index_builder.release import Release
 
 POLL_SECONDS = 0.1
+IDLE_SECONDS = 2.0
+"""Without writes for this long, all live segments of an entity type are merged into one."""
 _BATCH = 20_000
 
 
@@ -44,6 +46,7 @@ class LiveFollower:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
+        self._last_write: dict[str, float] = {}
         self._followed: dict[str, tuple[LiveLogReader, LiveState]] = {}
         for entity_type, index in release.entities.items():
             watermark = release.manifest.entities[entity_type].watermark
@@ -59,6 +62,7 @@ class LiveFollower:
             LiveLogError: A log is damaged or was collected too far; the other logs were still applied.
         """
         count = 0
+        now = time.monotonic()
         failure: LiveLogError | None = None
         with self._lock:
             for entity_type, (reader, state) in self._followed.items():
@@ -71,6 +75,9 @@ class LiveFollower:
                 if entries:
                     count += len(entries)
                     state.apply(entries)
+                    self._last_write[entity_type] = now
+                elif now - self._last_write.get(entity_type, now) > IDLE_SECONDS:
+                    state.compact()
                 if state.view is not before:  # new entries, or a segment finished merging
                     self.release.entities[entity_type].set_live(state.view)
         if failure is not None:
@@ -101,6 +108,8 @@ class LiveFollower:
         """Wait until no segment is being built and show the result (benchmarks and tests)."""
         with self._lock:
             for entity_type, (_, state) in self._followed.items():
+                state.wait()
+                state.compact()
                 state.wait()
                 self.release.entities[entity_type].set_live(state.view)
 

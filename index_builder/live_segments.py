@@ -1,4 +1,4 @@
-"""Live entries made searchable: an exact tail of up to a few thousand, small HNSW segments built behind it, and tombstones over the base.
+"""Live entries made searchable: an exact tail of up to a few thousand, small graph segments built behind it, and tombstones over the base.
 
 One thread applies entries (``LiveState.apply``) and publishes immutable pictures (``LiveView``); searches never lock.
 """
@@ -11,17 +11,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import hnswlib
 import numpy as np
 import polars as pl
 
+from encoders.errors import ConfigError
+from index_builder.ann import AnnConfig, AnnIndex, build_index
+from index_builder.ann.choice import missing_features
+from index_builder.ann.symqg import MIN_ROWS
 from index_builder.live_records import LiveEntry
 
-EXACT_LIMIT = 4096
-"""Entries scanned exactly before they are sealed into a segment with a graph."""
+EXACT_LIMIT = 1024
+"""Entries scanned exactly before they are sealed into a segment with a graph: scanning 2,000 x 256 takes as long as searching 100,000."""
 MERGE_FACTOR = 4
 """Segments of about one size that are merged into one; keeps their number logarithmic."""
-_M, _EF_CONSTRUCTION, _EF = 16, 100, 96
+_EF = 64
+_SEGMENT = AnnConfig(m=16, ef_construction=100)
 _EXACT_SHARE = 0.2
 """Below this share of searchable rows the matching rows are scanned exactly instead of walking the graph."""
 
@@ -71,51 +75,69 @@ class LiveSegment:
             mask is narrow.
         """
         query = query.reshape(-1)
-        graph = self._block.graph
-        usable = self.alive if mask is None else self.alive & mask
-        matching = self.alive_count if mask is None else int(np.count_nonzero(usable))
+        if mask is None:
+            usable, matching = self.alive, self.alive_count
+        else:
+            usable = self.alive & mask
+            matching = int(np.count_nonzero(usable))
         if matching == 0 or k <= 0:
             return np.zeros(0, np.int64), np.zeros(0, np.float32)
-        wanted = min(k, matching)
-        if graph is not None and matching > _EXACT_SHARE * self.size and matching > EXACT_LIMIT // 4:
-            found = _search_graph(graph, query, wanted, usable, self.size / matching)
+        graph = self._block.graph
+        if graph is not None and matching > _EXACT_SHARE * self.size and matching > EXACT_LIMIT // 2:
+            found = _search_graph(graph, query, min(k, matching), usable, self.size / matching)
             if found is not None:
                 return found
         if matching == self.size:
-            rows = None
             scores = self.vectors @ query
-        else:
-            rows = np.flatnonzero(usable)
-            scores = self.vectors[rows] @ query if matching < self.size // 2 else (self.vectors @ query)[rows]
-        if wanted < len(scores):
-            best = np.argpartition(-scores, wanted - 1)[:wanted]
-            best.sort()
-            best = best[np.argsort(-scores[best], kind="stable")]
-        else:
-            best = np.argsort(-scores, kind="stable")
-        return (best if rows is None else rows[best]).astype(np.int64), scores[best].astype(np.float32, copy=False)
+            best = _best(scores, k)
+            return best, scores[best]
+        rows = np.flatnonzero(usable)
+        scores = self.vectors[rows] @ query if matching < self.size // 2 else (self.vectors @ query)[rows]
+        best = _best(scores, k)
+        return rows[best], scores[best]
+
+
+def _best(scores: np.ndarray, k: int) -> np.ndarray:
+    """Places of the ``k`` highest of ``scores``, best first, ties by place."""
+    size = len(scores)
+    if size <= k:
+        return (-scores).argsort(kind="stable")
+    top = scores.argpartition(size - k)[size - k :]
+    top.sort()
+    return np.asarray(top[(-scores[top]).argsort(kind="stable")])
 
 
 def _search_graph(
-    graph: hnswlib.Index, query: np.ndarray, wanted: int, usable: np.ndarray, inflation: float
+    graph: AnnIndex, query: np.ndarray, wanted: int, usable: np.ndarray, inflation: float
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Search wider until ``wanted`` usable rows survive; None when an exact scan is the better way."""
     size = len(usable)
-    ask = min(size, int(wanted * inflation * 1.5) + 8)
+    ask = min(size, wanted if inflation == 1.0 else int(wanted * inflation * 1.5) + 8)
     while ask <= min(size, 2048):
-        graph.set_ef(max(_EF, 2 * ask))
         try:
-            rows, distances = graph.knn_query(query.reshape(1, -1), k=ask, num_threads=1)
+            rows, distances = graph.search(query.reshape(1, -1), ask, max(_EF, 2 * ask))
         except RuntimeError:  # fewer than ``ask`` nodes can be reached from the entry point
             return None
-        keep = usable[rows[0]]
+        rows = rows.astype(np.int64)
+        keep = usable[rows]
+        if inflation == 1.0 and len(rows) == wanted:
+            return rows, 1.0 - distances / 2
         if int(np.count_nonzero(keep)) >= wanted:
-            kept = rows[0][keep][:wanted].astype(np.int64)
-            return kept, (1.0 - distances[0][keep][:wanted]).astype(np.float32)
+            return rows[keep][:wanted], (1.0 - distances[keep][:wanted] / 2).astype(np.float32)
         if ask == size:
             return None
         ask = min(size, ask * 4)
     return None
+
+
+def _build_graph(vectors: np.ndarray) -> AnnIndex:
+    """The fastest small graph this machine can search: SymphonyQG where it runs, else HNSW."""
+    if len(vectors) >= MIN_ROWS and not missing_features("symqg"):
+        try:
+            return build_index("symqg", vectors, _SEGMENT)
+        except (ConfigError, ImportError, ValueError):  # not installed, too few rows, or a dimension it does not know
+            pass
+    return build_index("hnsw", vectors, _SEGMENT)
 
 
 class _Block:
@@ -126,7 +148,7 @@ class _Block:
         self.vectors = np.zeros((capacity, dimension), np.float32)
         self.values: list[dict[str, Any]] = []
         self.alive = np.zeros(capacity, bool)
-        self.graph: hnswlib.Index | None = None
+        self.graph: AnnIndex | None = None
         self._frame = pl.DataFrame()
         self._frame_rows = 0
         self._frame_lock = threading.Lock()
@@ -155,12 +177,7 @@ class _Block:
             return self._frame if self._frame_rows == size else self._frame.head(size)
 
     def build_graph(self) -> None:
-        size = self.count
-        graph = hnswlib.Index("ip", self.vectors.shape[1])
-        graph.init_index(size, M=_M, ef_construction=_EF_CONSTRUCTION, random_seed=1)
-        graph.add_items(self.vectors[:size], np.arange(size), num_threads=1)
-        graph.set_num_threads(1)
-        self.graph = graph
+        self.graph = _build_graph(self.vectors[: self.count])
 
 
 def attribute_frame(values: Sequence[dict[str, Any]]) -> pl.DataFrame:
@@ -301,6 +318,30 @@ class LiveState:
         """Stop building segments."""
         if self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def compact(self) -> bool:
+        """Start merging everything but a short tail into one segment; call it when no writes come, since each segment costs every search.
+
+        Returns:
+            Whether a merge was started; False when it would change nothing or one is running.
+        """
+        with self._lock:
+            blocks = list(self._sealed)
+            if self._tail.count > self._exact_limit // 4:
+                blocks.append(self._tail)
+            dead = any(np.count_nonzero(b.alive[: b.count]) < 0.8 * b.count for b in blocks)
+            if self._merging or not blocks or (len(blocks) == 1 and blocks[0].graph is not None and not dead):
+                return False
+            if blocks[-1] is self._tail:
+                self._sealed.append(self._tail)
+                self._tail = _Block(self._exact_limit, self._dimension)
+            self._merging = True
+            if self._executor is None:
+                self._install(blocks, self._merged(blocks))
+                self._view = self._picture()
+            else:
+                self._executor.submit(self._merge, blocks)
+            return True
 
     def wait(self) -> None:
         """Block until no segment is being built (tests and tools)."""

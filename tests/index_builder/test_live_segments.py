@@ -101,6 +101,22 @@ def test_segments_are_merged_so_that_their_number_stays_small() -> None:
     assert state.view.live_count == 400
 
 
+def test_compacting_leaves_one_segment_and_the_same_answers() -> None:
+    state = make_state(limit=40)
+    for n in range(300):
+        state.apply([entry(1000 + n % 220, n, n + 1)])
+    assert len(state.view.segments) > 1
+    assert state.compact()
+    (segment,) = state.view.segments
+    assert segment.alive_count == len(segment) == state.view.live_count == 220
+    assert not state.compact()
+    found = state.view.find("e1000")
+    assert found is not None
+    np.testing.assert_array_equal(found[0].vectors[found[1]], VECTORS[220])
+    state.apply([entry(1000, 5, 301)])
+    assert state.view.live_count == 220
+
+
 def test_writes_during_a_background_merge_are_not_lost() -> None:
     state = make_state(limit=20, background=True)
     for n in range(300):

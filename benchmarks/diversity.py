@@ -124,9 +124,7 @@ def command(store: Path, entity_type: str, count: int, k: int, seed: int, as_jso
         index = release.entity(entity_type)
         texts, relevant = labelled_queries(entity_type, set(index.ids), count, seed)
         if not texts:
-            fail(
-                f"expected the sample's {entity_type} entities in the release, but none of the labelled ones is there. Build it with `omni demo`."
-            )
+            fail(f"expected the sample's {entity_type} entities in the release, but none is there. Build it with `omni demo`.")
         with stage(f"encode {len(texts):,} queries"):
             vectors = QueryEncoder.load(release.query_encoder_path).encode(texts)
         points = curve(pools_of(index, vectors, k), relevant, k)

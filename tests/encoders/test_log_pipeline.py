@@ -153,6 +153,7 @@ def cluster() -> Iterator[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_ray_cluster_of_two_nodes_gives_the_local_result_row_for_row(
     cluster: str, local: tuple[Path, dict], simulation: Path, tmp_path: Path
 ) -> None:

@@ -153,7 +153,7 @@ def test_a_row_embedded_after_a_live_write_wins(bundle: Path, store: ReleaseStor
 def test_live_entries_of_another_space_stop_the_build_unless_dropped(bundle: Path, store: ReleaseStore) -> None:
     with LiveLogWriter(store.live_root, "pin", D) as writer:
         writer.write([LiveEntry(id="alien", vector=unit_vectors(1, 0)[0], space_id=OTHER)])
-    with pytest.raises(LiveLogError, match="alien.*--drop-foreign-live"):
+    with pytest.raises(LiveLogError, match=r"alien.*--drop-foreign-live"):
         build_release({"pin": make_input("pin", 10)}, bundle, store, quick())
     build_release({"pin": make_input("pin", 10)}, bundle, store, quick(drop_foreign_live=True))
     assert store.open_current().entity("pin").vector("alien") is None
@@ -288,7 +288,7 @@ def test_real_queries_are_split_into_golden_and_calibration(bundle: Path, store:
 
 def test_a_form_that_differs_from_the_tower_stops_the_build(bundle: Path, store: ReleaseStore) -> None:
     queries = {"*": QuerySet([f"query {i}" for i in range(100)], unit_vectors(100, 12))}
-    with pytest.raises(GateFailed, match="onnx-int8.*export again"):
+    with pytest.raises(GateFailed, match=r"onnx-int8.*export again"):
         build_release(
             {"pin": make_input("pin", 30)},
             bundle,

@@ -214,7 +214,7 @@ def test_explain_says_why_an_id_was_not_returned(store: ReleaseStore) -> None:
     )
     assert json.loads(result.stdout)["why"][0]["state"] == "tombstoned"
     assert json.loads(result.stdout)["answers"][0]["id"] in ("pin-3", "live")
-    assert run(explain_commands.group, "query", *options).exit_code == 2
+    assert run(explain_commands.group, "query", "--store", store.root, "--entity-type", "pin").exit_code == 2
 
 
 def test_the_waterfall_attributes_every_loss_to_its_step(store: ReleaseStore) -> None:

@@ -117,7 +117,7 @@ def test_any_damage_is_refused_by_a_typed_error_and_the_other_releases_still_ope
 def test_files_swapped_between_releases_are_refused(store: ReleaseStore) -> None:
     one, other = store.path_of("r1"), store.path_of("r3")
     shutil.copyfile(one / "pin" / "index.hnsw", other / "pin" / "index.hnsw")
-    with pytest.raises(ReleaseCorrupt, match="index.hnsw"):
+    with pytest.raises(ReleaseCorrupt, match=r"index.hnsw"):
         store.open_current()
     shutil.rmtree(other)
     shutil.copytree(one, other)  # a whole release under another's name

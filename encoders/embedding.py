@@ -1,6 +1,6 @@
 """Batch embedding: a stream of catalogue rows becomes the signal store; unchanged rows are not embedded again, a killed run resumes.
 
-Notable: on a CPU each worker thread takes rows through tokenising, features and tower by itself, on one core; that keeps every core
+Notable: each worker thread takes rows through tokenising, features and tower by itself, on one core; that keeps every core
 busy where parallel kernels would wait for the tokeniser.
 """
 
@@ -168,7 +168,7 @@ class EntityEmbedder:
         self.config = config
         self.device = config.resolved_device()
         self.dimension = encoder.config.dimension
-        self.without_features = 0
+        self.without_features = 0  # among the rows of the last call
         tower = copy.deepcopy(encoder) if self.device.type != "cpu" else encoder
         self.tower = tower.to(self.device).eval().for_inference(torch.bfloat16 if config.form_id() == "torch-bf16" else torch.float32)
 
@@ -188,22 +188,20 @@ class EntityEmbedder:
         starts = range(0, catalogue.height, self.config.batch_rows)
         threads = self.config.threads or torch.get_num_threads()
 
-        def embed(start: int) -> None:
+        def embed(start: int) -> int:
             features = self.featurizer(catalogue[start : start + self.config.batch_rows])
             blank = features.offsets[:: features.fields].diff() == 0
             if features.continuous is not None:
                 blank &= ~features.continuous.any(dim=1)
-            self.without_features += int(blank.sum())
             with torch.inference_mode():
                 vectors[start : start + len(features)] = self.tower(features.to(self.device)).cpu().numpy()
+            return int(blank.sum())
 
-        if self.device.type != "cpu" or len(starts) < 2:
-            for start in starts:
-                embed(start)
+        if len(starts) < 2:
+            self.without_features = sum(map(embed, starts))
             return vectors
         with one_kernel_thread_each(threads) as pool:
-            for _ in pool.map(embed, starts):
-                pass
+            self.without_features = sum(pool.map(embed, starts))
         return vectors
 
 
@@ -285,7 +283,6 @@ class _TypeRun:
             elif isinstance(self.embedder, QueryEncoder):
                 vectors[new] = self.embedder.encode([query_texts[row] for row in new])
             else:
-                self.embedder.without_features = 0
                 vectors[new] = self.embedder(rows[new])
                 self.report.without_features += self.embedder.without_features
             self.report.embedded += len(new)

@@ -289,4 +289,5 @@ def row_vectors(catalogue: pl.DataFrame, name: str, width: int) -> npt.NDArray[n
 
 
 def _where(catalogue: pl.DataFrame, row: int) -> str:
-    return f"row {row} (id {catalogue['id'][int(row)]!r})" if "id" in catalogue.columns else f"row {row}"
+    """The entity's id; a row number only where there is none, since rows may be part of a longer stream."""
+    return f"entity {catalogue['id'][int(row)]!r}" if "id" in catalogue.columns else f"row {row}"

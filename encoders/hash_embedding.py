@@ -1,4 +1,4 @@
-"""Hash embeddings summed per bag: two table rows per token id, signed learned weights, and a backward pass that CPUs do quickly.
+"""Hash embeddings summed per bag: two table rows per token id, signed learned weights, and their gradients.
 
 Paper section 4.2.1: ``token(i) = w[i, 0] * E[h0(i)] + w[i, 1] * E[h1(i)]``.
 Letters: V token ids, R table rows, d width, B bags, M rows read.

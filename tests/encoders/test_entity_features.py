@@ -114,14 +114,14 @@ def test_fixed_width_and_integer_vectors_are_read():
 @pytest.mark.parametrize(
     ("column", "message"),
     [
-        ([[1.0, 2.0], [1.0], None], "row 1 \\(id 'p1'\\): a must hold 2 numbers, but holds 1"),
-        ([[1.0, 2.0], [1.0, float("nan")], None], "row 1 \\(id 'p1'\\): a holds NaN"),
-        ([None, None, [float("inf"), 1.0]], "row 2 \\(id 'p2'\\): a holds NaN, Inf"),
-        ([None, [1.0, None], None], "row 1 \\(id 'p1'\\): a holds NaN, Inf or null"),
-        ([None, [[1.0, 2.0], [1.0]], None], "row 1 \\(id 'p1'\\): a must hold 2 numbers, but holds 1"),
+        ([[1.0, 2.0], [1.0], None], "entity 'p1': a must hold 2 numbers, but holds 1"),
+        ([[1.0, 2.0], [1.0, float("nan")], None], "entity 'p1': a holds NaN"),
+        ([None, None, [float("inf"), 1.0]], "entity 'p2': a holds NaN, Inf"),
+        ([None, [1.0, None], None], "entity 'p1': a holds NaN, Inf or null"),
+        ([None, [[1.0, 2.0], [1.0]], None], "entity 'p1': a must hold 2 numbers, but holds 1"),
     ],
 )
-def test_bad_vectors_name_row_and_id(column, message):
+def test_bad_vectors_name_the_entity(column, message):
     with pytest.raises(RowError, match=message):
         continuous(a=column)
 

@@ -1,4 +1,4 @@
-"""What the query cache does to the encoder: time to live, size, encoder changes; simulated Zipf traffic on a virtual clock, and the paper's scale by formula."""
+"""What the query cache spares the encoder: simulated Zipf traffic on a virtual clock, and the paper's scale by formula."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def command(requests: int, out: Path, as_json: bool) -> None:
     \b
     Example:
         omni bench cache --requests 100000
-    """
+    """  # noqa: D301
     traffic = Traffic(requests=requests, distinct=max(1000, requests // 7))
     study: list[dict[str, Any]] = []
     with stage("time to live x size"):
@@ -154,7 +154,12 @@ def command(requests: int, out: Path, as_json: bool) -> None:
         changes = {str(n): encoder_change(traffic, entries, n) for n in (0, traffic.distinct // 100, traffic.distinct // 10)}
         steady = simulate(traffic, 30.0, entries).hit_rate
     scale = [
-        {"distinct": distinct, "exponent": s, "ttl_days": ttl, "behind_per_s": misses_per_second(PAPER_FRONT, distinct, s, ttl * DAY_SECONDS)}
+        {
+            "distinct": distinct,
+            "exponent": s,
+            "ttl_days": ttl,
+            "behind_per_s": misses_per_second(PAPER_FRONT, distinct, s, ttl * DAY_SECONDS),
+        }
         for distinct in (1e8, 1e9)
         for s in (0.9, 1.0, 1.1)
         for ttl in (7.0, 30.0, 90.0)
@@ -173,7 +178,7 @@ def command(requests: int, out: Path, as_json: bool) -> None:
         print_json({"record": str(record), **metrics})
         return
     print_table(
-        f"SIMULATED Zipf(1.0) traffic, {requests:,} requests over {traffic.days:.0f} virtual days, {traffic.distinct:,} distinct + 1% asked once",
+        f"SIMULATED Zipf(1.0) traffic, {requests:,} in {traffic.days:.0f} virtual days, {traffic.distinct:,} distinct + 1% asked once",
         ["TTL days", "cache entries", "hit rate", "encodes per 1000", "mean age days", "p99 age days"],
         [[r["ttl_days"], r["entries"], r["hit_rate"], r["encodes_per_1000"], r["mean_age_days"], r["p99_age_days"]] for r in study],
     )
@@ -183,7 +188,7 @@ def command(requests: int, out: Path, as_json: bool) -> None:
         [[int(n), *rates[:5]] for n, rates in changes.items()],
     )
     print_table(
-        f"BY FORMULA, {PAPER_FRONT:,.0f} requests/s in front, unbounded cache: encodes/s behind (the paper reports about {PAPER_BEHIND:.0f})",
+        f"BY FORMULA, {PAPER_FRONT:,.0f}/s in front, unbounded cache: encodes/s behind (paper: about {PAPER_BEHIND:.0f})",
         ["distinct queries", "Zipf exponent", "TTL 7 d", "TTL 30 d", "TTL 90 d"],
         [
             [f"{d:.0e}", s, *(round(r["behind_per_s"]) for r in scale if r["distinct"] == d and r["exponent"] == s)]

@@ -34,7 +34,7 @@ COUNTS = {"pin": 2000, "product": 500}
 
 
 def prepare_store(root: Path) -> tuple[ReleaseStore, Any]:
-    """Two releases of one space (a1, a2) and one of another (b1); every id starts with its release's name. Returns the store and encoder a."""
+    """Two releases of one space (a1, a2) and one of another (b1); every id starts with its release's name. Returns the store, encoder a."""
     store = ReleaseStore(root / "store")
     first = None
     for space, seed in (("a", 1), ("b", 2)):
@@ -73,7 +73,7 @@ class ServerProcess:
             self.process.wait()
 
     def kill(self) -> None:
-        """kill -9."""
+        """End it with kill -9."""
         self.process.kill()
         self.process.wait()
 
@@ -280,7 +280,7 @@ async def hostile_redis(kind: str, store: Path) -> dict[str, Any]:
 
 
 async def kill_nine(store: ReleaseStore, encoder: Any, space_id: str, rounds: int) -> dict[str, Any]:
-    """kill -9 the server at random moments of upserts and swaps; what was acknowledged must be there afterwards, and every answer whole."""
+    """Kill -9 the server at random moments of upserts and swaps; what was acknowledged must be there afterwards, and every answer whole."""
     acknowledged: set[str] = set()
     vectors = encoder.encode(entity_texts(64, seed=21))
     number = restarts = broken = 0
@@ -354,7 +354,7 @@ def command(swaps: int, rate: float, overload_seconds: float, kills: int, redis:
     \b
     Example:
         omni bench faults --swaps 20 --overload-seconds 10 --kills 5
-    """
+    """  # noqa: D301
     metrics: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         with stage("releases"):

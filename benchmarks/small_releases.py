@@ -1,4 +1,4 @@
-"""Small releases made in seconds, for fault injection and tests: a tiny random query tower, and entities whose vectors are the tower's own."""
+"""Small releases made in seconds, for fault injection and tests: a tiny random query tower and entities embedded by it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,14 @@ from index_builder.entity_index import IndexConfig
 from index_builder.publishing import ReleaseStore
 from index_builder.rebuild import RebuildConfig, build_release
 
-WORDS = (
-    "red blue green small large old new wooden silver golden paper glass stone river mountain garden kitchen winter summer autumn spring night "
-    "morning cat dog bird fish horse whale tree flower apple bread cake soup coffee lamp chair table door window house boat train bicycle"
-).split()
+# fmt: off
+WORDS = [
+    "red", "blue", "green", "small", "large", "old", "new", "wooden", "silver", "golden", "paper", "glass", "stone", "river",
+    "mountain", "garden", "kitchen", "winter", "summer", "autumn", "spring", "night", "morning", "cat", "dog", "bird", "fish",
+    "horse", "whale", "tree", "flower", "apple", "bread", "cake", "soup", "coffee", "lamp", "chair", "table", "door", "window",
+    "house", "boat", "train", "bicycle",
+]
+# fmt: on
 
 
 def tiny_query_encoder(seed: int, dimension: int = 32, layers: int = 1, width: int = 32) -> QueryEncoder:

@@ -1,4 +1,4 @@
-"""Texts that arrive together are encoded together: batches by token budget and delay, within length buckets, without those whose caller has gone."""
+"""Texts that arrive together are encoded together: batches by token budget and delay, within length buckets."""
 
 from __future__ import annotations
 
@@ -49,8 +49,9 @@ class _Waiting:
 class Batcher:
     """Feeds one encoder from one event loop.
 
-    A batch is closed when its padded tokens reach ``max_tokens``, or when the encoder is free and the oldest text has waited ``max_delay_seconds``.
-    With a delay of 0 an idle encoder starts at once and batches form by themselves while it is busy, which costs no latency when traffic is low.
+    A batch is closed when its padded tokens reach ``max_tokens``, or when the encoder is free and the oldest text has waited
+    ``max_delay_seconds``.
+    With a delay of 0 an idle encoder starts at once and batches form while it is busy: no latency is lost when traffic is low.
     The oldest waiting text decides which length bucket goes next, so nothing starves.
 
     Args:

@@ -100,7 +100,7 @@ class QueryCache:
 
     def _live_items(self) -> list[tuple[str, _Entry]]:
         self._entries.expire()
-        mapping: dict[str, _Entry] = self._entries._Cache__data  # the public items() would count as uses and reorder the LRU
+        mapping: dict[str, _Entry] = getattr(self._entries, "_Cache__data")  # noqa: B009 (items() would count as uses and reorder the LRU)
         return list(mapping.items())
 
 
@@ -144,7 +144,7 @@ class _Flight:
 
 
 class CachedEncoder:
-    """Cache in front of a batcher, for one encoder. Concurrent misses of one text are encoded once; when every caller has gone the work is dropped."""
+    """Cache in front of one encoder's batcher. A text that many miss is encoded once; when all have gone the work is dropped."""
 
     def __init__(self, cache: QueryCache, encoder: Encoder, prefix: str, dimension: int, redis: RedisTier | None = None) -> None:
         self.cache = cache
@@ -236,9 +236,9 @@ def _retrieve_exception(task: asyncio.Task[Looked]) -> None:
 class RedisTier:
     """Second cache tier shared by replicas. Every failure is a miss: slow, dead, full of rubbish, or lying.
 
-    A value is ``digest(16) + float16 vector``; the digest is BLAKE2b over key and vector, keyed with the replicas' shared secret. So a value under
-    the wrong key, a changed one, or (with a secret) a planted one is refused and counted. After ``max_failures`` failures in a row the tier
-    is left alone for ``rest_seconds``.
+    A value is ``digest(16) + float16 vector``; the digest is BLAKE2b over key and vector, keyed with the replicas' secret. So a value
+    under the wrong key, a changed one, or (with a secret) a planted one is refused and counted. After ``max_failures`` failures
+    in a row the tier is left alone for ``rest_seconds``.
 
     Args:
         url: ``redis://host:port/db``.

@@ -93,7 +93,8 @@ def prove(release: Release, encoding: QueryEncoding, min_recall: float = 0.0) ->
     """
     if encoding.dimension != release.dimension:
         raise ReleaseRefused(
-            f"{release.release_id}: the indexes hold vectors of {release.dimension} dimensions, but its query encoder makes {encoding.dimension}."
+            f"{release.release_id}: the indexes hold vectors of {release.dimension} dimensions, "
+            f"but its query encoder makes {encoding.dimension}. Its parts do not belong together: rebuild it."
         )
     for entity_type, result in release.replay_golden().items():
         if result.recall < min_recall:
@@ -110,8 +111,9 @@ def prove(release: Release, encoding: QueryEncoding, min_recall: float = 0.0) ->
         parity[entity_type] = float(np.mean(np.sum(made * golden.vectors[rows], axis=1)))
         if not parity[entity_type] >= MIN_PARITY_COSINE:
             raise ReleaseRefused(
-                f"{release.release_id}/{entity_type}: expected golden queries encoded as {encoding.form_id} to agree with the trainer's vectors "
-                f"(mean cosine {MIN_PARITY_COSINE} or more), but got {parity[entity_type]:.4f}. Its encoder and indexes do not belong together: rebuild it."
+                f"{release.release_id}/{entity_type}: expected golden queries encoded as {encoding.form_id} to agree with the trainer's "
+                f"vectors (mean cosine {MIN_PARITY_COSINE} or more), but got {parity[entity_type]:.4f}. "
+                "Its encoder and indexes do not belong together: rebuild it."
             )
     return parity
 

@@ -1,4 +1,4 @@
-"""Upserts and deletes on their way into the live log: one writer per entity type and process, all processes taking turns on the log's lock."""
+"""Upserts and deletes on their way into the live log: one writer per entity type and process; processes take turns on the log's lock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What operators see: Prometheus metrics that cost well under a microsecond per event, structured logs without query text, traces per stage."""
+"""What operators see: Prometheus metrics at under a microsecond per event, structured logs without query text, traces per stage."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from encoders.errors import MissingDependency
 
 log = logging.getLogger("omni")
 
-SECONDS_BOUNDS = tuple(round(base * 10.0**power, 7) for power in range(-5, 1) for base in (1.0, 1.8, 3.2, 5.6)) + (10.0, 30.0)
+SECONDS_BOUNDS = (*(round(base * 10.0**power, 7) for power in range(-5, 1) for base in (1.0, 1.8, 3.2, 5.6)), 10.0, 30.0)
 """Upper bounds of the latency histograms, 10 microseconds to 30 seconds, four per decade."""
 
 Labels = tuple[str, ...]
@@ -193,7 +193,7 @@ def exposition(snapshot: Snapshot) -> bytes:
 
 
 class SharedSnapshots:
-    """Snapshots of all workers of one server, exchanged as small files in a private folder, so that any worker can answer a scrape for all."""
+    """Snapshots of all workers of a server, exchanged as small files in a private folder, so that any worker answers a scrape for all."""
 
     def __init__(self, folder: Path, metrics: Metrics) -> None:
         self._folder = folder

@@ -78,7 +78,8 @@ def checked_embedding(content: bytes, space_id: str, dimension: int, served_spac
         InvalidRequest: No space id came with it.
         SpaceMismatch: Made under another space id than the release's.
     """
-    return checked_embeddings(content, space_id, dimension, served_space, 1, field)[0]
+    vector: Float32 = checked_embeddings(content, space_id, dimension, served_space, 1, field)[0]
+    return vector
 
 
 def checked_embeddings(
@@ -106,7 +107,8 @@ def checked_embeddings(
             raise InvalidEmbedding(f"{field}: vector {row} holds NaN or infinity.")
         if abs(norm - 1.0) > NORM_TOLERANCE:
             raise InvalidEmbedding(
-                f"{field}: expected vectors of length 1 (within {NORM_TOLERANCE:g}), but vector {row} has length {norm:.6g}. Divide it by its length."
+                f"{field}: expected vectors of length 1 (within {NORM_TOLERANCE:g}), but vector {row} has length {norm:.6g}. "
+                "Divide it by its length."
             )
     return vectors.astype(np.float32, copy=False)
 

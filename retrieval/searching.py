@@ -14,7 +14,6 @@ import numpy.typing as npt
 
 from index_builder.entity_index import EntityIndex, SearchResult
 from retrieval.diversity import POOL_FACTOR, rerank
-from retrieval.requests import Target
 
 Float32 = npt.NDArray[np.float32]
 
@@ -32,7 +31,7 @@ class Found(NamedTuple):
     plain: bool  # no re-ranking: the ids are the index's top k and may be compared with the exact ones
 
 
-def options_of(target: Target | Any) -> dict[str, Any]:
+def options_of(target: Any) -> dict[str, Any]:
     """Keyword arguments for ``EntityIndex.search`` that differ from its defaults."""
     options: dict[str, Any] = {}
     if target.filter:

@@ -148,7 +148,7 @@ def command(**flags: Any) -> None:
         omni serve --store store --port 50051
         grpcurl -plaintext -d '{"query": "blue whale", "entity_type": "pin", "k": 5}' \\
             localhost:50051 omnisearchsage.v1.Retrieval/Retrieve
-    """
+    """  # noqa: D301
     as_json = bool(flags.pop("as_json"))
     config = config_from_flags(flags)
     configure_logging(config.log_json)

@@ -80,7 +80,7 @@ class ServeConfig:
     """Requests inside one worker; one more is refused with RESOURCE_EXHAUSTED instead of waiting."""
     max_encode_queue: int = 256
     """Texts waiting for the encoder of one worker; more are refused."""
-    max_streams_per_connection: int = 256
+    max_streams_per_connection: int = 1000
     """Concurrent calls a client may have open on one connection; the rest waits in the client, which costs the server nothing."""
     inline_search_us: float = 200.0
     """Searches expected to be shorter run on the event loop; longer ones go to a thread."""

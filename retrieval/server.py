@@ -83,7 +83,7 @@ class Server:
             raise AddressInUse(address)
 
     async def start(self) -> None:
-        """Listen, then load the active release; health says NOT_SERVING until it has proved itself. A server without a release waits for one."""
+        """Listen, then load the active release; health says NOT_SERVING until it has proved itself. Without a release, wait for one."""
         await self.listen()
         await self.releases.start()
 
@@ -143,7 +143,7 @@ async def create_server(
         change_release: Carries out Activate ("" means Rollback) when a supervisor is in charge.
         snapshots_folder: Where workers exchange their metrics; None: this is the only worker.
         worker: Number of this worker.
-        reuse_port: Share the port with other workers; it is then bound by ``listen``, because the kernel gives a bound worker connections at once.
+        reuse_port: Share the port with other workers; ``listen`` then binds it, as the kernel gives a bound worker connections at once.
         tracer: For tests; otherwise made from ``config.otlp_endpoint``.
 
     Raises:
@@ -218,7 +218,8 @@ async def create_server(
     releases.on_change.append(report_health)
     snapshots = SharedSnapshots(snapshots_folder, metrics) if snapshots_folder is not None else None
     http = HttpServer(_routes(service, metrics, snapshots)) if config.metrics_port is not None else None
-    server = Server(config, grpc_server, 0, service, releases, metrics, health_service, http, redis_tiers, snapshots, credentials=credentials)
+    server = Server(config, grpc_server, 0, service, releases, metrics, health_service, http, redis_tiers, snapshots)
+    server.credentials = credentials
     if not reuse_port:
         server.bind()
     return server

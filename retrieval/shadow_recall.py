@@ -31,7 +31,7 @@ TIE = 1e-5
 class Sample(NamedTuple):
     """One answered search."""
 
-    index: EntityIndex
+    entity_index: EntityIndex
     vector: Float32
     k: int
     filter: str
@@ -63,7 +63,7 @@ def recall_of_answer(ids: Sequence[str], scores: Float32, exact_ids: Sequence[st
 
 
 def estimate(recalls: Sequence[float]) -> Estimate:
-    """Mean of per-query recalls with a 95% interval: Wilson's with the design effect of the observed variance, so that 1.0 on few samples is not certain.
+    """Mean of per-query recalls with Wilson's 95% interval, widened by the observed variance; 1.0 on few samples is not certain.
 
     Args:
         recalls: One value in 0..1 per query.
@@ -173,9 +173,9 @@ class ShadowRecall:
             "min_score": sample.min_score,
             "filter": sample.filter or None,
         }
-        exact = sample.index.search(sample.vector, sample.k, **options)
+        exact = sample.entity_index.search(sample.vector, sample.k, **options)
         recall = recall_of_answer(sample.ids, sample.scores, exact.ids, exact.scores)
-        labels = (sample.index.entity_type, selectivity_bucket(sample.selectivity), self._language(sample.language))
+        labels = (sample.entity_index.entity_type, selectivity_bucket(sample.selectivity), self._language(sample.language))
         with self._lock:
             window = self._windows.setdefault(labels, deque(maxlen=WINDOW))
             window.append((time.monotonic(), recall))

@@ -1,4 +1,4 @@
-"""Several processes on one port: a supervisor loads each release's graphs once, forks workers that share that memory, and replaces them by generations.
+"""Several processes on one port: a supervisor loads each release's graphs once and forks generations of workers that share that memory.
 
 The supervisor starts no threads and no gRPC, because neither survives a fork; each worker reads attributes (polars) and its encoder itself.
 A new release means a new generation: its workers load, prove themselves, take over the frequent cached queries and listen; only then do the
@@ -8,6 +8,7 @@ workers before stop accepting and finish what they have. A release that any new 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import importlib
 import json
@@ -202,10 +203,8 @@ class Supervisor:
                 self._fork(self.release_id, [])
 
     def _close_control(self, worker: Worker) -> None:
-        try:
+        with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(worker.control)
-        except (KeyError, ValueError):
-            pass
         worker.control.close()
 
     # --- releases ---
@@ -222,7 +221,7 @@ class Supervisor:
         record = self.store.current_record()
         target = next((old for old in record.history if self.store.path_of(old).is_dir()), None) if record else None
         if target is None:
-            raise NothingToRollBack("there is no earlier release to roll back to: only one was ever active, or the earlier ones were collected.")
+            raise NothingToRollBack("there is no earlier release to roll back to: only one was ever active, or the others were collected.")
         self._change_generation(target, retire=False)
         try:
             self.store.rollback(verify=False)
@@ -321,10 +320,8 @@ class Supervisor:
             self._pump(0.05)
 
     def _kill(self, worker: Worker, number: signal.Signals) -> None:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(worker.pid, number)
-        except ProcessLookupError:
-            pass
 
     def _shut_down(self) -> None:
         self._stopping = True

@@ -42,7 +42,14 @@ def store(published: Path, tmp_path: Path) -> ReleaseStore:
 
 async def start(store: ReleaseStore, **settings) -> tuple[Server, rpc.RetrievalStub, rpc.AdminStub, grpc.aio.Channel]:
     config = ServeConfig(
-        releases=store.root, host="127.0.0.1", port=0, metrics_port=None, poll_seconds=0.05, encoder_form="torch", shadow_fraction=0, **settings
+        releases=store.root,
+        host="127.0.0.1",
+        port=0,
+        metrics_port=None,
+        poll_seconds=0.05,
+        encoder_form="torch",
+        shadow_fraction=0,
+        **settings,
     )
     server = await create_server(config)
     await server.start()
@@ -145,7 +152,9 @@ def swap_the_encoder(folder: Path) -> None:
     (folder / "manifest.json").write_bytes(manifest.to_bytes())
 
 
-@pytest.mark.parametrize("damage", [damage_vectors, cut_a_file, remove_a_file, edit_the_manifest, swap_the_encoder], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "damage", [damage_vectors, cut_a_file, remove_a_file, edit_the_manifest, swap_the_encoder], ids=lambda f: f.__name__
+)
 async def test_a_broken_release_is_refused_and_the_old_one_keeps_serving(store: ReleaseStore, damage) -> None:
     server, stub, admin, channel = await start(store)
     damage(store.path_of("a2"))

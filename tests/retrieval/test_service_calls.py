@@ -69,7 +69,11 @@ def test_batch_and_multi_answer_as_single_calls_do(stub: rpc.RetrievalStub) -> N
     batch = stub.RetrieveBatch(pb.RetrieveBatchRequest(queries=queries, target=pb.Target(entity_type="product", k=4)))
     assert [[h.id for h in a.hits] for a in batch.answers] == [[h.id for h in s.hits] for s in single]
     assert all(a.cache_hit for a in batch.answers)
-    targets = [pb.Target(entity_type="product", k=4), pb.Target(entity_type="ad", k=2), pb.Target(entity_type="pin", k=3, filter="price < 5")]
+    targets = [
+        pb.Target(entity_type="product", k=4),
+        pb.Target(entity_type="ad", k=2),
+        pb.Target(entity_type="pin", k=3, filter="price < 5"),
+    ]
     multi = stub.RetrieveMulti(pb.RetrieveMultiRequest(query="red cat", targets=targets))
     assert [a.entity_type for a in multi.answers] == ["product", "ad", "pin"] and [len(a.hits) for a in multi.answers] == [4, 2, 3]
     assert [h.id for h in multi.answers[0].hits] == [h.id for h in single[0].hits]
@@ -101,7 +105,9 @@ def test_exact_filter_exclude_score_floor_and_variety(stub: rpc.RetrievalStub) -
     top = [h.id for h in exact.hits]
     without = stub.Retrieve(pb.RetrieveRequest(query="red cat", entity_type="pin", k=10, exact=True, exclude_ids=top[:3]))
     assert [h.id for h in without.hits][:7] == top[3:]
-    cheap = stub.Retrieve(pb.RetrieveRequest(query="red cat", entity_type="pin", k=1000, filter="price < 3 and sale == true", attributes=["*"]))
+    cheap = stub.Retrieve(
+        pb.RetrieveRequest(query="red cat", entity_type="pin", k=1000, filter="price < 3 and sale == true", attributes=["*"])
+    )
     assert cheap.hits and all(h.attributes["price"].double_value < 3 and h.attributes["sale"].bool_value for h in cheap.hits)
     assert len(cheap.hits) == sum(i % 50 < 3 and i % 3 == 0 for i in range(300)), "fewer than k match: all that match come back"
     floor = exact.hits[4].score
@@ -152,7 +158,12 @@ def test_bad_requests_get_typed_errors_that_say_what_to_do(stub: rpc.RetrievalSt
 def test_the_other_calls_refuse_what_makes_no_sense(running: Running, stub: rpc.RetrievalStub, channel: grpc.Channel) -> None:
     admin = rpc.AdminStub(channel)
     fails(stub.RetrieveBatch, pb.RetrieveBatchRequest(target=pb.Target(entity_type="pin", k=1)), Code.INVALID_ARGUMENT, "queries")
-    fails(stub.RetrieveBatch, pb.RetrieveBatchRequest(queries=["a"] * 1025, target=pb.Target(entity_type="pin", k=1)), Code.INVALID_ARGUMENT, "1024")
+    fails(
+        stub.RetrieveBatch,
+        pb.RetrieveBatchRequest(queries=["a"] * 1025, target=pb.Target(entity_type="pin", k=1)),
+        Code.INVALID_ARGUMENT,
+        "1024",
+    )
     fails(stub.RetrieveMulti, pb.RetrieveMultiRequest(query="a"), Code.INVALID_ARGUMENT, "targets")
     fails(stub.Embed, pb.EmbedRequest(queries=["a", ""]), Code.INVALID_ARGUMENT, "queries[1]")
     fails(stub.Score, pb.ScoreRequest(query="a", entity_type="pin"), Code.INVALID_ARGUMENT, "ids")
@@ -167,7 +178,11 @@ def test_the_other_calls_refuse_what_makes_no_sense(running: Running, stub: rpc.
     fails(admin.Upsert, pb.UpsertRequest(entity_type="pin", space_id="f" * 64, entities=[good]), Code.FAILED_PRECONDITION, "space")
     fails(admin.Upsert, pb.UpsertRequest(entity_type="pin", space_id=space), Code.INVALID_ARGUMENT, "entities")
     nan = np.full(32, np.nan, dtype=np.float32).tobytes()
-    for bad in (pb.Entity(id="", embedding=vector.tobytes()), pb.Entity(id="x", embedding=nan), pb.Entity(id="x", embedding=(vector * 2).tobytes())):
+    for bad in (
+        pb.Entity(id="", embedding=vector.tobytes()),
+        pb.Entity(id="x", embedding=nan),
+        pb.Entity(id="x", embedding=(vector * 2).tobytes()),
+    ):
         fails(admin.Upsert, pb.UpsertRequest(entity_type="pin", space_id=space, entities=[good, bad]), Code.INVALID_ARGUMENT, "entities[1]")
     assert stub.Score(pb.ScoreRequest(query="x", entity_type="pin", ids=["u"])).missing == 1, "a refused upsert leaves nothing behind"
 
@@ -175,7 +190,9 @@ def test_the_other_calls_refuse_what_makes_no_sense(running: Running, stub: rpc.
 def test_upserts_and_deletes_become_visible(running: Running, stub: rpc.RetrievalStub, channel: grpc.Channel) -> None:
     admin = rpc.AdminStub(channel)
     vector = running.encoder.encode(["purple dragon"])[0]
-    entity = pb.Entity(id="dragon", embedding=vector.tobytes(), attributes={"price": pb.Value(double_value=1.5), "title": pb.Value(string_value="D")})
+    entity = pb.Entity(
+        id="dragon", embedding=vector.tobytes(), attributes={"price": pb.Value(double_value=1.5), "title": pb.Value(string_value="D")}
+    )
     written = admin.Upsert(pb.UpsertRequest(entity_type="ad", space_id=running.space_id, entities=[entity]))
     assert written.sequence >= 1 and written.applied == 1
     serving_release = running.server.releases.resolve("")
@@ -209,7 +226,9 @@ def test_malformed_bytes_get_typed_errors_and_the_server_lives(running: Running,
         pb.RetrieveBatchRequest(queries=["a"], target=pb.Target(entity_type="pin", k=3)).SerializeToString(),
         pb.UpsertRequest(entity_type="pin", space_id="x", entities=[pb.Entity(id="a")]).SerializeToString(),
     ]
-    methods = [("Retrieval", m) for m in ("Retrieve", "RetrieveMulti", "RetrieveBatch", "Embed", "Score", "DescribeRelease")] + [("Admin", "Upsert")]
+    methods = [("Retrieval", m) for m in ("Retrieve", "RetrieveMulti", "RetrieveBatch", "Embed", "Score", "DescribeRelease")] + [
+        ("Admin", "Upsert")
+    ]
     seen = set()
     for _ in range(600):
         service, method = rng.choice(methods)
@@ -251,13 +270,17 @@ def test_shadow_recall_agrees_with_exact_search(running: Running, stub: rpc.Retr
         stub.Retrieve(pb.RetrieveRequest(query=word, entity_type="product", k=10, language="en"))
     shadow = running.server.service.shadow
     until = time.monotonic() + 20
-    while time.monotonic() < until and not any(labels[0] == "product" and found.samples >= 30 for labels, found in shadow.estimates().items()):
+    while time.monotonic() < until and not any(
+        labels[0] == "product" and found.samples >= 30 for labels, found in shadow.estimates().items()
+    ):
         time.sleep(0.05)
     found = next(value for labels, value in shadow.estimates().items() if labels == ("product", "none", "en"))
     assert found.samples >= 30 and found.low <= found.recall <= found.high and found.recall > 0.9
 
 
-def test_impressions_hold_ids_and_positions_but_no_query_text(running: Running, stub: rpc.RetrievalStub, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_impressions_hold_ids_and_positions_but_no_query_text(
+    running: Running, stub: rpc.RetrievalStub, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     import time
 
     answer = stub.Retrieve(pb.RetrieveRequest(query="secret words", entity_type="pin", k=3, language="fr", country="FR"))

@@ -47,7 +47,9 @@ def slow_mmr(scores: np.ndarray, vectors: np.ndarray, k: int, trade_off: float) 
     chosen = [int(np.argmax(scores))]
     while len(chosen) < min(k, len(scores)):
         rest = [i for i in range(len(scores)) if i not in chosen]
-        chosen.append(max(rest, key=lambda i: trade_off * scores[i] - (1 - trade_off) * max(float(vectors[i] @ vectors[j]) for j in chosen)))
+        chosen.append(
+            max(rest, key=lambda i: trade_off * scores[i] - (1 - trade_off) * max(float(vectors[i] @ vectors[j]) for j in chosen))
+        )
     return chosen
 
 
@@ -98,7 +100,8 @@ def test_admission_counts_places_refuses_with_a_hint_and_forgets_nothing() -> No
 
 
 @pytest.mark.parametrize(
-    "settings_", [{"port": 70_000}, {"workers": 0}, {"shadow_fraction": 1.5}, {"device": "tpu"}, {"tls_cert": Path("x")}, {"cache_ttl_seconds": 0}]
+    "settings_",
+    [{"port": 70_000}, {"workers": 0}, {"shadow_fraction": 1.5}, {"device": "tpu"}, {"tls_cert": Path("x")}, {"cache_ttl_seconds": 0}],
 )
 def test_impossible_settings_are_refused_by_name(settings_: dict) -> None:
     with pytest.raises(ConfigError, match="expected"):
@@ -152,7 +155,8 @@ def test_an_embedding_of_another_space_is_refused() -> None:
 
 
 attribute = st.recursive(
-    st.one_of(st.text(max_size=5), st.booleans(), st.integers(-(2**63), 2**63 - 1), st.floats(allow_nan=False)), lambda v: st.lists(v, max_size=3)
+    st.one_of(st.text(max_size=5), st.booleans(), st.integers(-(2**63), 2**63 - 1), st.floats(allow_nan=False)),
+    lambda v: st.lists(v, max_size=3),
 )
 
 
@@ -175,7 +179,13 @@ def test_tokens_hold_rights_and_nothing_else_gets_in(tmp_path: Path) -> None:
     for metadata in ([], [("authorization", "Bearer wrong")], [("authorization", "Basic web-secret")], [("authorization", digest)]):
         with pytest.raises(Unauthenticated):
             tokens.caller(metadata)
-    for content in ("", "[[token]]\nname='a'", "[[token]]\nname='a'\nsha256='00'", "not toml", f"[[token]]\nname='a'\nsha256='{digest}'\nadmn=true"):
+    for content in (
+        "",
+        "[[token]]\nname='a'",
+        "[[token]]\nname='a'\nsha256='00'",
+        "not toml",
+        f"[[token]]\nname='a'\nsha256='{digest}'\nadmn=true",
+    ):
         (tmp_path / "bad.toml").write_text(content)
         with pytest.raises(ConfigError):
             Tokens.load(tmp_path / "bad.toml")

@@ -12,7 +12,11 @@ def subclasses(cls: type) -> list[type]:
     return [cls] + [found for child in cls.__subclasses__() for found in subclasses(child)]
 
 
-TREE = [cls for cls in subclasses(OmniError) if cls.__module__ in (m.__name__ for m in (encoders.errors, index_builder.errors, retrieval.errors))]
+TREE = [
+    cls
+    for cls in subclasses(OmniError)
+    if cls.__module__ in (m.__name__ for m in (encoders.errors, index_builder.errors, retrieval.errors))
+]
 EXPECTED_INTERNAL = {"OmniError", "ServingError", "EncoderFailed"}
 
 

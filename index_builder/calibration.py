@@ -143,7 +143,7 @@ def _ef_for(points: Sequence[CurvePoint], target: float) -> int | None:
                 return point.ef
             before = points[i - 1]
             share = (target - before.low) / max(point.low - before.low, 1e-9)
-            return min(point.ef, int(np.ceil(before.ef + share * (point.ef - before.ef))))
+            return min(point.ef, int(np.ceil(before.ef + share * (point.ef - before.ef) - 1e-6)))
     return None
 
 

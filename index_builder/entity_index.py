@@ -160,11 +160,12 @@ class EntityIndex:
         elif kind == "auto":
             choice = choose_kind(len(corpus.vectors), lean=config.lean, deterministic=config.deterministic)
             kind, why = choice.kind, choice.why
-        ann = build_index(kind, corpus.vectors, config.ann)
+        parameters = replace(config.ann, reproducible=config.ann.reproducible or config.deterministic)
+        ann = build_index(kind, corpus.vectors, parameters)
         links = ann.neighbours()
         facts = {
             "kind": kind,
-            "parameters": config.ann.as_dict(),
+            "parameters": parameters.as_dict(),
             "why": why,
             "cpu_features": list(KINDS[kind].cpu_features),
             "rows": len(table),
@@ -253,8 +254,10 @@ class EntityIndex:
 
     @staticmethod
     def load_graph(folder: Path) -> AnnIndex:
-        """The ANN index of a checked folder and nothing else. Starts no threads, so a process may fork afterwards and share its memory; attributes
-        (polars) cannot be read before a fork. Raises as ``load``.
+        """The ANN index of a checked folder and nothing else.
+
+        Starts no threads, so a process may fork afterwards and share its memory; attributes (polars) cannot be read before a fork. Raises as
+        ``load``.
         """
         try:
             facts = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["facts"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +15,9 @@ from index_builder.ann.hnsw import HnswIndex
 from index_builder.ann.interface import AnnConfig, AnnIndex
 from index_builder.ann.lean import LeanIndex
 from index_builder.ann.rabitq import RabitqIndex
-from index_builder.ann.symqg import MIN_ROWS, SymqgIndex
+from index_builder.ann.symqg import MIN_ROWS, SymqgIndex, symqg_available
 from index_builder.errors import UnsupportedCpu
+from index_builder.native import Engine
 
 KINDS: dict[str, type[AnnIndex]] = {
     cls.kind: cls for cls in (HnswIndex, SymqgIndex, RabitqIndex, LeanIndex, ExactIndex, FaissHnswIndex, FaissIvfIndex)
@@ -73,19 +73,23 @@ def choose_kind(count: int, *, lean: bool = False, deterministic: bool = False, 
     """
     if count < EXACT_BELOW:
         return Choice("exact", f"{count:,} vectors are fewer than {EXACT_BELOW:,}: an exact scan is as fast as a graph and never wrong")
-    if importlib.util.find_spec("rabitqlib") is None:
+    if lean and Engine is not None:
+        return Choice(
+            "lean", "the lean profile was asked for: one byte a dimension and 32 links in memory, float32 only in the mapped file"
+        )
+    if not symqg_available():
         return Choice("hnsw", "rabitqlib is not installed, so symqg and rabitq are not available; hnsw runs anywhere")
     kind = "rabitq" if lean else "symqg"
     missing = missing_features(kind, features)
     if missing:
         return Choice("hnsw", f"this CPU lacks {', '.join(missing)}, which {kind} needs; hnsw runs anywhere")
-    if deterministic and not lean:
-        return Choice(
-            "hnsw",
-            "a deterministic build was asked for, and symqg draws a random rotation that cannot be seeded; hnsw gives the same bytes",
-        )
     if lean:
-        return Choice("rabitq", "the lean profile was asked for: 8 bits a dimension, no float32 in memory")
+        return Choice(
+            "rabitq",
+            "the lean profile was asked for and the extension of 'lean' was not compiled: 8 bits a dimension, no float32 in memory",
+        )
+    if deterministic:
+        return Choice("hnsw", "a deterministic build was asked for, and symqg draws a random rotation that cannot be seeded")
     return Choice("symqg", f"{count:,} vectors: the fastest immutable base on this CPU; live entries and tombstones are kept beside it")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import Self
 
@@ -37,7 +38,8 @@ class LeanIndex(AnnIndex):
     def build(cls, vectors: np.ndarray, config: AnnConfig) -> Self:
         """Build over ``vectors`` float32 ``(N, D)``."""
         vectors = np.ascontiguousarray(vectors)
-        builder = SymqgIndex if symqg_available() and len(vectors) >= MIN_ROWS and not config.reproducible else HnswIndex
+        seedless = symqg_available() and len(vectors) >= MIN_ROWS and platform.machine() == "x86_64"
+        builder: type[AnnIndex] = SymqgIndex if seedless and not config.reproducible else HnswIndex
         graph = builder.build(vectors, config).neighbours()
         if graph is None:
             graph = HnswIndex.build(vectors, config).neighbours()

@@ -1,0 +1,113 @@
+"""One contract for every index implementation, with exact search as the reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from real_vectors import text_vectors
+
+from encoders.errors import ConfigError
+from encoders.exact_search import exact_top_k
+from index_builder.ann import KINDS, AnnConfig, build_index, choose_kind, load_index, missing_features, require_cpu
+from index_builder.ann.symqg import MIN_ROWS
+from index_builder.calibration import recall_per_query
+from index_builder.errors import IndexFormatError, UnsupportedCpu
+from index_builder.native import Engine
+
+N = 3_000
+CONFIG = AnnConfig(m=12, ef_construction=100)
+
+
+def _skip_unless_possible(kind: str) -> None:
+    if kind.startswith("faiss"):
+        pytest.importorskip("faiss")
+    if kind in ("symqg", "rabitq"):
+        pytest.importorskip("rabitqlib")
+    if kind == "lean" and Engine is None:
+        pytest.skip("the extension was not compiled")
+    if missing_features(kind):
+        pytest.skip(f"this CPU lacks {missing_features(kind)}")
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_every_kind_finds_what_exact_search_finds_and_survives_saving(kind: str, tmp_path: Path) -> None:
+    _skip_unless_possible(kind)
+    vectors, queries = text_vectors(N + 100)[:N], text_vectors(N + 100)[N:]
+    _, exact_scores = exact_top_k(queries, vectors, 10)
+    built = build_index(kind, vectors, CONFIG)
+    built.save(tmp_path / "index")
+    loaded = load_index(kind, tmp_path / "index", vectors, CONFIG)
+    found = []
+    for i in range(len(queries)):
+        rows, distances = loaded.search(queries[i : i + 1], 10, 200)
+        same_rows, _ = built.search(queries[i : i + 1], 10, 200)
+        assert rows.tolist() == same_rows.tolist()
+        assert len(set(rows.tolist())) == len(rows) <= 10
+        assert (np.diff(distances) >= -1e-5).all()
+        if loaded.true_distances:
+            np.testing.assert_allclose(1 - distances / 2, vectors[rows.astype(np.int64)] @ queries[i], atol=1e-4)
+        found.append(rows)
+    recall = recall_per_query(found, queries, vectors, exact_scores).mean()
+    assert recall >= (1.0 if built.exact else 0.9 if kind in ("rabitq", "faiss-ivf") else 0.95), f"recall@10 = {recall:.3f}"
+    batch_rows, _ = loaded.search_batch(queries[:5], 10, 200)
+    assert [row.tolist() for row in batch_rows] == [f.tolist() for f in found[:5]]
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "symqg", "lean"])
+def test_links_of_a_graph_point_at_near_nodes(kind: str) -> None:
+    _skip_unless_possible(kind)
+    vectors = text_vectors(N)
+    links = build_index(kind, vectors, CONFIG).neighbours()
+    assert links is not None and links.dtype == np.uint32 and int(links.max()) < N
+    linked = np.einsum("nd,nkd->nk", vectors[:200], vectors[links[:200]]).mean()
+    anywhere = (vectors[:200] @ vectors.T).mean()
+    assert linked > anywhere + 0.1
+
+
+@pytest.mark.parametrize("kind", ["hnsw", "symqg", "rabitq", "lean", "faiss"])
+def test_a_missing_or_truncated_file_is_a_typed_error(kind: str, tmp_path: Path) -> None:
+    _skip_unless_possible(kind)
+    vectors = text_vectors(N)[:1_200]
+    with pytest.raises(IndexFormatError):
+        load_index(kind, tmp_path / "index", vectors, CONFIG)
+    build_index(kind, vectors, CONFIG).save(tmp_path / "index")
+    with pytest.raises(IndexFormatError):
+        load_index(kind, tmp_path / "index", vectors[:-1], CONFIG)
+
+
+def test_builds_on_one_thread_of_reproducible_kinds_give_the_same_bytes(tmp_path: Path) -> None:
+    vectors = text_vectors(N)[:1_200]
+    for name in ("a", "b"):
+        build_index("hnsw", vectors, CONFIG).save(tmp_path / name)
+    assert (tmp_path / "a.hnsw").read_bytes() == (tmp_path / "b.hnsw").read_bytes()
+
+
+def test_auto_says_why_and_respects_size_cpu_and_determinism() -> None:
+    modern = frozenset({"avx2", "fma"})
+    assert choose_kind(500, features=modern).kind == "exact"
+    assert choose_kind(100_000, features=frozenset()).kind == "hnsw"
+    assert "avx2" in choose_kind(100_000, features=frozenset()).why
+    assert choose_kind(100_000, features=modern, deterministic=True).kind == "hnsw"
+    pytest.importorskip("rabitqlib")
+    assert choose_kind(100_000, features=modern).kind == "symqg"
+
+
+def test_a_cpu_without_the_features_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedCpu, match="avx2"):
+        require_cpu("symqg", frozenset({"sse4_2"}))
+    require_cpu("hnsw", frozenset())
+
+
+def test_impossible_configurations_are_refused() -> None:
+    with pytest.raises(ConfigError, match="multiple of 32"):
+        AnnConfig(degree=48)
+    with pytest.raises(ConfigError, match="at least m"):
+        AnnConfig(m=64, ef_construction=10)
+    with pytest.raises(ConfigError, match="must be one of"):
+        build_index("annoy", text_vectors(N)[:10], CONFIG)
+    pytest.importorskip("rabitqlib")
+    if not missing_features("symqg"):
+        with pytest.raises(ConfigError, match=f"{MIN_ROWS:,}"):
+            build_index("symqg", text_vectors(N)[:100], CONFIG)

@@ -200,7 +200,7 @@ def kill_rounds(root: Path, rounds: int, seed: int) -> dict[str, Any]:
             failures.append(f"round {number} ({what} killed after {after:.3f} s): {outcome['error']}")
             say(failures[-1])
         else:
-            writes = outcome["writes"]
+            writes = int(outcome["writes"])
         if number % 10 == 9:
             store.gc(keep=2)
     return {

@@ -1,0 +1,106 @@
+"""Several real processes on one port: swap by generations, rollback, a killed worker, live writes seen by all, shared metrics."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from benchmarks.small_releases import small_release, write_small_bundle
+from index_builder.publishing import ReleaseStore
+from protos import retrieval_pb2 as pb
+from protos import retrieval_pb2_grpc as rpc
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ReleaseStore:
+    root = tmp_path_factory.mktemp("workers")
+    store = ReleaseStore(root / "store")
+    for number in (1, 2):
+        encoder = write_small_bundle(root / f"b{number}", number)
+        small_release(store, root / f"b{number}", encoder, release_id=f"r{number}", counts={"pin": 80}, activate=number == 1)
+    return store
+
+
+@pytest.fixture
+def server(store: ReleaseStore) -> Iterator[tuple[subprocess.Popen, dict]]:
+    flags = ["--host", "127.0.0.1", "--port", "0", "--metrics-port", "0", "--workers", "2", "--json", "--shadow-fraction", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "retrieval.cli", "serve", "--store", str(store.root), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    yield process, json.loads(process.stdout.readline())
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    assert not children(process.pid)
+
+
+def children(pid: int) -> list[int]:
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in path.read_text().split()] if path.exists() else []
+
+
+def fresh(info: dict) -> grpc.Channel:
+    """A connection of its own, so that the kernel may give it to any worker."""
+    return grpc.insecure_channel(f"127.0.0.1:{info['port']}", options=[("grpc.use_local_subchannel_pool", 1)])
+
+
+def ask(info: dict, **fields) -> pb.RetrieveResponse:
+    with fresh(info) as channel:
+        request = pb.RetrieveRequest(**{"query": "red cat", "entity_type": "pin", "k": 3, **fields})
+        return rpc.RetrievalStub(channel).Retrieve(request, timeout=60, wait_for_ready=True)
+
+
+def until(condition, seconds: float = 60.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "did not happen in time"
+        time.sleep(0.1)
+
+
+def test_generations_of_workers(server: tuple[subprocess.Popen, dict]) -> None:
+    process, info = server
+    assert info["release_id"] == "r1" and info["workers"] == 2 and len(children(process.pid)) == 2
+    first = ask(info)
+    assert first.release_id == "r1"
+
+    with fresh(info) as channel:
+        vector = rpc.RetrievalStub(channel).Embed(pb.EmbedRequest(queries=["night boat"])).embeddings
+        entity = pb.Entity(id="live-1", embedding=vector)
+        rpc.AdminStub(channel).Upsert(pb.UpsertRequest(entity_type="pin", space_id=first.space_id, entities=[entity]))
+    time.sleep(1.0)
+    assert all(ask(info, query="night boat", k=1).hits[0].id == "live-1" for _ in range(8)), "every worker shows it within a second"
+
+    before = set(children(process.pid))
+    with fresh(info) as channel:
+        changed = rpc.AdminStub(channel).Activate(pb.ActivateRequest(release_id="r2"), timeout=120)
+    assert (changed.release_id, changed.previous_release_id) == ("r2", "r1")
+    until(lambda: len(children(process.pid)) == 2 and not before & set(children(process.pid)))
+    assert {ask(info).release_id for _ in range(6)} == {"r2"}
+    with fresh(info) as channel:
+        assert rpc.AdminStub(channel).Rollback(pb.RollbackRequest(), timeout=120).release_id == "r1"
+    until(lambda: len(children(process.pid)) == 2)
+    assert ask(info, query="night boat", k=1).hits[0].id == "live-1", "the live log is replayed after a rollback"
+
+    with fresh(info) as channel, pytest.raises(grpc.RpcError) as missing:
+        rpc.AdminStub(channel).Activate(pb.ActivateRequest(release_id="nope"), timeout=120)
+    assert missing.value.code() is grpc.StatusCode.NOT_FOUND
+
+    victim = children(process.pid)[0]
+    os.kill(victim, signal.SIGKILL)
+    until(lambda: len(children(process.pid)) == 2 and victim not in children(process.pid))
+    assert ask(info).release_id == "r1"
+
+    scraped = urllib.request.urlopen(f"http://127.0.0.1:{info['metrics_port']}/metrics").read().decode()
+    assert 'omni_release_info{form_id="torch-fp32",release_id="r1"' in scraped

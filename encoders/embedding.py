@@ -150,6 +150,8 @@ def columns_read(bundle: ModelBundle) -> set[str]:
     for encoder in bundle.entity_encoders.values():
         if encoder.featurizer is not None:
             columns |= {*encoder.featurizer.config.text_fields, *encoder.featurizer.config.continuous}
+            if encoder.featurizer.config.text_embedding:
+                columns |= {"engaged_queries"}
     return columns
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from encoders.errors import BundleError, ConfigError, RowError, SchemaError
 from encoders.ngrams import NgramConfig, NgramCounter, Vocabulary
+from encoders.text_embedding import text_embedding, tower_fingerprint
 
 TEXT_FIELDS = (
     "title",
@@ -47,9 +48,22 @@ class EntityFeatureConfig:
     """Vector columns and their widths, concatenated in this order, e.g. ``{"visual": 1024, "pinsage": 256}``."""
     ngrams: NgramConfig = field(default_factory=NgramConfig)
     """Vocabulary sizes."""
+    text_embedding: str = ""
+    """A query tower (shipped name or folder) whose frozen vector of title and engaged queries is one more continuous feature, the last;
+    empty: none. Costs a transformer pass per distinct text."""
+    text_embedding_fingerprint: str = ""
+    """SHA-256 of that tower; filled in, and checked on load."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "text_fields", tuple(self.text_fields))
+        if self.text_embedding:
+            found = tower_fingerprint(self.text_embedding)
+            if self.text_embedding_fingerprint not in ("", found):
+                raise ConfigError(
+                    f"the text embedding {self.text_embedding!r} has fingerprint {found[:16]}, but these features were made with "
+                    f"{self.text_embedding_fingerprint[:16]}; use the version of omnisearchsage that made them, or train again"
+                )
+            object.__setattr__(self, "text_embedding_fingerprint", found)
         object.__setattr__(self, "continuous", dict(self.continuous))
         if isinstance(self.ngrams, Mapping):
             object.__setattr__(self, "ngrams", NgramConfig(**self.ngrams))
@@ -67,7 +81,12 @@ class EntityFeatureConfig:
     @property
     def continuous_width(self) -> int:
         """Total width of the continuous features."""
-        return sum(self.continuous.values())
+        return sum(self.continuous.values()) + self.text_embedding_width
+
+    @property
+    def text_embedding_width(self) -> int:
+        """Width of the text embedding, 0 for none."""
+        return text_embedding(self.text_embedding).dimension if self.text_embedding else 0
 
 
 @dataclass(frozen=True)
@@ -213,6 +232,8 @@ class EntityFeaturizer:
                 shift = offsets[i : -1 : len(names)] - own[:-1]  # (N,) from a place in the field's ids to its place among all
                 token_ids[np.arange(len(ids)) + np.repeat(shift, lengths[:, i])] = ids
         continuous = [row_vectors(catalogue, name, width) for name, width in self.config.continuous.items()]
+        if self.config.text_embedding:
+            continuous.append(text_embedding(self.config.text_embedding)(catalogue))
         joined = torch.from_numpy(np.concatenate(continuous, axis=1)) if continuous else None
         return EntityBatch(torch.from_numpy(token_ids), torch.from_numpy(offsets), joined, len(names))
 

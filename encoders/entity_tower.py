@@ -24,6 +24,8 @@ from encoders.errors import BundleError, ConfigError
 from encoders.hash_embedding import HASHES, hash_rows, sum_bags
 
 TOWER_FORMAT = 1
+RESIDUAL_START = 0.03
+"""Scale of the MLP's last weights when a residual carries the vector at the start."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +46,19 @@ class EntityTowerConfig:
     """Widths of the hidden layers."""
     dimension: int = 256
     """Width of the entity vector D."""
+    residual_width: int = 0
+    """The last so many continuous features (0 or D) are added to the MLP's output: an entity starts at its text embedding."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden", tuple(self.hidden))
         for name in ("vocabulary_size", "fields", "table_rows", "token_dimension", "dimension"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"EntityTowerConfig.{name} ({getattr(self, name)}) must be at least 1")
+        if self.residual_width not in (0, self.dimension) or self.residual_width > self.continuous_width:
+            raise ConfigError(
+                f"EntityTowerConfig.residual_width ({self.residual_width}) must be 0 or the dimension ({self.dimension}), "
+                f"and no more than continuous_width ({self.continuous_width})"
+            )
         if self.continuous_width < 0 or any(width < 1 for width in self.hidden):
             raise ConfigError(
                 f"EntityTowerConfig: continuous_width ({self.continuous_width}) or hidden ({self.hidden}) is negative or zero"
@@ -62,8 +71,22 @@ class EntityTowerConfig:
             vocabulary_size=len(featurizer.vocabulary),
             fields=len(featurizer.config.text_fields),
             continuous_width=featurizer.config.continuous_width,
+            residual_width=featurizer.config.text_embedding_width,
             **settings,
         )
+
+
+class _WithResidual(nn.Sequential):
+    """The MLP, plus the last inputs as they are."""
+
+    def __init__(self, layers: list[nn.Module], width: int) -> None:
+        super().__init__(*layers)
+        self.width = width
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(N, inputs) -> (N, D)."""
+        output: Tensor = super().forward(inputs)
+        return output + inputs[:, -self.width :]
 
 
 class EntityEncoder(nn.Module):
@@ -90,12 +113,17 @@ class EntityEncoder(nn.Module):
         for hidden in config.hidden:
             layers += [nn.Linear(width, hidden), nn.ReLU(), nn.LayerNorm(hidden)]
             width = hidden
-        self.mlp = nn.Sequential(*layers, nn.Linear(width, config.dimension))
+        last = nn.Linear(width, config.dimension)
+        layers.append(last)
+        self.mlp = _WithResidual(layers, config.residual_width) if config.residual_width else nn.Sequential(*layers)
         self.rows: Tensor
         rows = torch.from_numpy(hash_rows(config.vocabulary_size, config.table_rows))
         self.register_buffer("rows", rows, persistent=False)  # (V, H) int32
         nn.init.normal_(self.table, std=config.token_dimension**-0.5)
         nn.init.normal_(self.token_weights)
+        if config.residual_width:  # start close to the text embedding
+            with torch.no_grad():
+                last.weight.mul_(RESIDUAL_START)
 
     def forward(self, features: EntityBatch) -> Tensor:
         """Embed entities.

@@ -252,9 +252,8 @@ def _show_answers(answers: Sequence[dict[str, Any]]) -> None:
 
 def _show_summary(demo: Demo) -> None:
     print_table("Stages", ["stage", "seconds"], [[name, seconds] for name, seconds in demo.timings.items()])
-    say(
-        f"{demo.summary['total_seconds']:.0f} s in all, peak memory {demo.summary['peak_memory_mib']:,} MiB, release {demo.summary['release_id']}"
-    )
+    seconds, memory = demo.summary["total_seconds"], demo.summary["peak_memory_mib"]
+    say(f"{seconds:.0f} s in all, peak memory {memory:,} MiB, release {demo.summary['release_id']}")
     say(f"Keep it running:     omni serve --store {demo.store}     then: omni query 'arc-en-ciel' --type pin, or open the page it prints")
     say("Bring your own data: docs/your_own_data.md   (omni data validate, omni pairs, omni train, omni rebuild, omni serve)")
 

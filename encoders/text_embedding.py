@@ -1,0 +1,96 @@
+"""A pre-existing embedding for entities that have none: a frozen query tower's view of an entity's title and engaged queries.
+
+It stands where the paper has PinSage and ItemSage: a continuous feature made before training. Unlike those it costs a transformer
+pass per distinct text; vectors are kept per process, so a text that many entities share is embedded once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from encoders.query_tower import QueryEncoder, create_query_encoder
+from encoders.shipped_tower import SHIPPED_TOWERS
+from encoders.text import normalize_query
+
+TITLE_WEIGHT = 0.5
+"""Weight of the title beside the mean of the engaged queries."""
+
+
+class TextEmbedding:
+    """``unit(unit(mean of the engaged queries' vectors) + 0.5 * the title's vector)`` under a frozen query tower.
+
+    Args:
+        tower: A shipped tower's name, a folder, or a Hugging Face name.
+    """
+
+    def __init__(self, tower: str) -> None:
+        self.encoder: QueryEncoder = create_query_encoder(tower).eval()
+        self._known: dict[str, npt.NDArray[np.float16]] = {}
+        self._lock = threading.Lock()  # tokenizers are not safe under threads
+
+    @property
+    def dimension(self) -> int:
+        """D."""
+        return self.encoder.dimension
+
+    def __call__(self, catalogue: pl.DataFrame) -> npt.NDArray[np.float32]:
+        """Embed rows by their ``title`` and ``engaged_queries`` (absent or empty: left out; both: zeros).
+
+        Returns:
+            float32 (N, D), unit rows or zeros.
+        """
+        rows = catalogue.height
+        titles = catalogue["title"].cast(pl.String).fill_null("").to_list() if "title" in catalogue.columns else [""] * rows
+        queries = _lists(catalogue, "engaged_queries")
+        owner = np.repeat(np.arange(rows), [len(texts) for texts in queries])
+        flat = [text for texts in queries for text in texts]
+        vectors = self._vectors([*titles, *flat])
+        engaged = np.zeros((rows, self.dimension), np.float32)
+        np.add.at(engaged, owner, vectors[rows:])
+        return _unit(_unit(engaged) + TITLE_WEIGHT * vectors[:rows])
+
+    def _vectors(self, texts: list[str]) -> npt.NDArray[np.float32]:
+        texts = [normalize_query(text) for text in texts]
+        with self._lock:
+            fresh = [text for text in dict.fromkeys(texts) if text and text not in self._known]
+            if fresh:
+                self._known.update(zip(fresh, self.encoder.encode(fresh).astype(np.float16), strict=True))
+            self._known.setdefault("", np.zeros(self.dimension, np.float16))
+            return np.stack([self._known[text] for text in texts]).astype(np.float32)
+
+
+@lru_cache(maxsize=4)
+def text_embedding(tower: str) -> TextEmbedding:
+    """The one text embedding of this process for a tower."""
+    return TextEmbedding(tower)
+
+
+@lru_cache(maxsize=4)
+def tower_fingerprint(tower: str) -> str:
+    """SHA-256 (64 hex digits) over a tower's files; empty for one that is neither shipped nor a folder."""
+    folder = SHIPPED_TOWERS.get(tower, Path(tower))
+    digest = hashlib.sha256()
+    files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
+    for file in files:
+        digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest() if files else ""
+
+
+def _lists(catalogue: pl.DataFrame, name: str) -> list[list[str]]:
+    if name not in catalogue.columns or not isinstance(catalogue[name].dtype, pl.List):
+        return [[] for _ in range(catalogue.height)]
+    return [[text for text in texts or [] if text] for texts in catalogue[name].to_list()]
+
+
+def _unit(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Rows scaled to unit length; zeros stay zeros."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    scaled: npt.NDArray[np.float32] = vectors / np.maximum(norms, 1e-6)
+    return scaled

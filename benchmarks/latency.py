@@ -153,7 +153,7 @@ def command(
     if as_json:
         print_json(metrics)
         return
-    for concurrency, by_type in metrics.items():
+    for width, by_type in metrics.items():
         rows = [
             [entity_type, cache, name, f["p50"], f["p95"], f["p99"]]
             for entity_type, caches in by_type.items()
@@ -162,7 +162,7 @@ def command(
             if name != "queries" and f["p99"] > 0
         ]
         print_table(
-            f"Milliseconds at concurrency {concurrency}; {source}; tower {release.form_id}",
+            f"Milliseconds at concurrency {width}; {source}; tower {release.form_id}",
             ["type", "vector", "stage", "p50", "p95", "p99"],
             rows,
         )

@@ -256,8 +256,8 @@ class EntityIndex:
     def load_graph(folder: Path) -> AnnIndex:
         """The ANN index of a checked folder and nothing else.
 
-        Starts no threads, so a process may fork afterwards and share its memory; attributes (polars) cannot be read before a fork. Raises as
-        ``load``.
+        Starts no threads, so a process may fork afterwards and share its memory; attributes (polars) cannot be read before a fork. Raises
+        as ``load``.
         """
         try:
             facts = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["facts"]
@@ -319,7 +319,7 @@ class EntityIndex:
             place = _find_live(live, id_) if live is not None else None
             if place is not None:
                 frame = place[0].attributes
-                known = [name for name in names if name in frame.columns]
+                known = [name for name in dict.fromkeys(names) if name in frame.columns]  # a name asked for twice is one column
                 result[i] = frame.select(known).row(place[1], named=True) if known else {}
                 continue
             row = self.ids.row_of(id_)

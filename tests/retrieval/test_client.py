@@ -333,6 +333,8 @@ def test_a_written_entity_is_found_and_a_deleted_one_is_not(running: Running) ->
             written = await client.upsert("ad", [entity], space_id=running.space_id)
             assert written.applied == 1
             await _until(lambda: client.retrieve("golden whale", "ad", 1), lambda r: r.ids == ["new-1"])
+            twice = await client.retrieve("golden whale", "ad", 1, attributes=["title", "title", "nothing"])
+            assert twice.hits[0].attributes == {"title": "new"}, "found by the fuzzer: a name asked for twice made live entities fail"
             await client.delete("ad", ["new-1"])
             await _until(lambda: client.retrieve("golden whale", "ad", 1), lambda r: r.ids != ["new-1"])
             with pytest.raises(Precondition):

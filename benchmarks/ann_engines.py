@@ -12,6 +12,7 @@ import hnswlib
 import numpy as np
 
 from index_builder.ann import AnnConfig, build_index
+from index_builder.ann.faiss_index import faiss_library
 from index_builder.entity_index import EntityIndex, IndexConfig
 
 M, EF_CONSTRUCTION, DEGREE = 16, 200, 32
@@ -86,8 +87,7 @@ def bare_symqg(corpus: np.ndarray, folder: Path) -> Engine:
 
 def faiss_hnsw(corpus: np.ndarray, folder: Path) -> Engine:
     """Faiss HNSW over float16."""
-    import faiss
-
+    faiss = faiss_library()
     faiss.omp_set_num_threads(1)
     index = faiss.IndexHNSWSQ(corpus.shape[1], faiss.ScalarQuantizer.QT_fp16, M, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = EF_CONSTRUCTION
@@ -101,7 +101,7 @@ def usearch_f16(corpus: np.ndarray, folder: Path) -> Engine:
     """Usearch float16."""
     from usearch.index import Index
 
-    index = Index(ndim=corpus.shape[1], metric="ip", dtype="f16", connectivity=M, expansion_add=EF_CONSTRUCTION)
+    index: Any = Index(ndim=corpus.shape[1], metric="ip", dtype="f16", connectivity=M, expansion_add=EF_CONSTRUCTION)
     index.add(np.arange(len(corpus)), corpus, threads=1)
 
     def search(query: np.ndarray, ef: int) -> Any:

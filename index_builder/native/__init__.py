@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 try:
-    from index_builder.native import _engine
+    _engine: Any = importlib.import_module("index_builder.native._engine")
 except ImportError:  # no compiler where this was installed
-    _engine = None  # type: ignore[assignment]
+    _engine = None
 
 Engine: Any = getattr(_engine, "Engine", None)
 SIMD: str = getattr(_engine, "simd", "none")

@@ -50,6 +50,8 @@ class TrainResult:
     """Last loss, and validation labelled Recall@10 per entity type (``validation/recall@10/pin``) where there is validation."""
     pairs_per_second: float
     """Training pairs per second of step time, validation and checkpoints not counted."""
+    pairs_per_cpu_second: float
+    """The same by processor time, all threads: what a busy machine does not distort."""
     steps: int
     """Optimiser steps taken in all, those before a resume included."""
     config: TrainConfig
@@ -131,12 +133,12 @@ def train(
     towers.train()
     parameters = [p for p in towers.parameters() if p.requires_grad]
     history: list[dict[str, float]] = []
-    step_seconds, pairs_seen, begun = 0.0, 0, time.perf_counter()
+    step_seconds, cpu_seconds, pairs_seen, begun = 0.0, 0.0, 0, time.perf_counter()
     patience = config.validation.patience
     stopped = loop.step >= steps or bool(patience and loop.without_gain >= patience)
     while not stopped:
         step = loop.step
-        tick = time.perf_counter()
+        tick, cpu_tick = time.perf_counter(), time.process_time()
         torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + rank)
         elapsed = (tick - begun) / config.max_seconds if config.max_seconds else None
         set_learning_rates(optimiser, schedule(step, steps, config.optimiser, elapsed))
@@ -154,6 +156,7 @@ def train(
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - tick
+        cpu_seconds += time.process_time() - cpu_tick
         step_seconds, pairs_seen, loop.step = step_seconds + seconds, pairs_seen + sum(prepared.pairs_per_step), step + 1
         spent = (time.perf_counter() - begun) / config.max_seconds if config.max_seconds else 0.0
         stopped = loop.step >= steps or spent >= 1.0
@@ -182,6 +185,7 @@ def train(
         featurizer=featurizer,
         metrics={"loss": last, **loop.metrics},
         pairs_per_second=pairs_seen / step_seconds if step_seconds else 0.0,
+        pairs_per_cpu_second=pairs_seen / cpu_seconds if cpu_seconds else 0.0,
         steps=loop.step,
         config=config,
         history=history,

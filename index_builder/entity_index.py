@@ -249,7 +249,7 @@ class EntityIndex:
             raise IndexFormatError(f"{folder.name}/attributes.parquet cannot be read ({error}). Rebuild this release.") from error
         ann = graph if graph is not None else load_index(kind, folder / "index", corpus.vectors, config)
         calibration = Calibration.from_dict(meta["calibration"]) if meta["calibration"] else None
-        store = ann.store if isinstance(ann, LeanIndex) else CodeStore.load(folder, corpus.vectors) if facts["filtered_walks"] else None
+        store = ann.store if isinstance(ann, LeanIndex) else CodeStore.load(folder, corpus.vectors) if facts.get("filtered_walks") else None
         return cls(meta["entity_type"], ids, corpus, ann, attributes, facts, calibration, meta["default_recall"], store)
 
     @staticmethod

@@ -315,3 +315,16 @@ def test_a_forked_process_answers_from_the_shared_index(index: EntityIndex) -> N
     assert ours.poll(30)
     assert ours.recv() == index.search(query, 10).ids
     process.join(10)
+
+
+def test_without_the_compiled_part_the_answers_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from index_builder import codes
+
+    corpus, queries = _corpus()
+    config = IndexConfig(kind="hnsw", ann=CONFIG)
+    compiled = EntityIndex.build("pin", IDS, corpus, FRAME, config)
+    monkeypatch.setattr(codes, "Engine", None)
+    plain = EntityIndex.build("pin", IDS, corpus, FRAME, config)
+    for expression in (None, "rank < 40", "rank < 2800"):
+        for query in queries[:10]:
+            assert compiled.search(query, 10, filter=expression).ids == plain.search(query, 10, filter=expression).ids

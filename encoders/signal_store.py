@@ -15,7 +15,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -299,12 +299,6 @@ def read_part(path: Path) -> Signals:
         )
     stamps = table["updated_at"].cast(pa.int64()).to_numpy().astype("datetime64[us]")
     return Signals(table["id"].to_pylist(), np.ascontiguousarray(vectors), spaces[0], table["content_hash"].to_pylist(), stamps)
-
-
-def iterate_parts(paths: Sequence[Path]) -> Iterator[Signals]:
-    """Read parts one after the other; see ``read_part``."""
-    for path in paths:
-        yield read_part(path)
 
 
 def _write_part(

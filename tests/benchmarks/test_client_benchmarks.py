@@ -64,7 +64,9 @@ def test_a_blocking_client_is_driven_by_threads_and_its_failures_are_counted() -
 
 def test_the_verdict_compares_each_side_at_its_best() -> None:
     def side(*rows: tuple[int, float, float, float]) -> dict[int, dict[str, float]]:
-        return {c: {"requests_per_second": rps, "p50_ms": p50, "p99_ms": p99} for c, rps, p50, p99 in rows}
+        return {
+            c: {"requests_per_second": rps, "per_server_cpu_second": 2 * rps, "p50_ms": p50, "p99_ms": p99} for c, rps, p50, p99 in rows
+        }
 
     found = verdict(side((1, 500, 1, 3), (16, 4000, 4, 9)), side((1, 300, 2, 2), (16, 700, 20, 40), (32, 800, 30, 60)))
     assert found["ratio_at_best"] == 5.0

@@ -59,7 +59,7 @@ class ModelBundle:
         return self.query_encoder.encode(texts, batch_size)
 
     def embed_entities(self, catalogue: pl.DataFrame, batch_size: int = 1024) -> np.ndarray:
-        """Embed catalogue rows (``entity_type`` chooses the tower; ``query`` entities go through the query tower by ``title``).
+        """Embed catalogue rows (``entity_type`` chooses the tower; a ``query`` goes through the query tower by its ``title``, or else its id).
 
         Returns:
             float32 (N, D), unit rows, in the order of the rows.
@@ -73,7 +73,7 @@ class ModelBundle:
             rows = np.flatnonzero((types == entity_type).to_numpy())
             part = catalogue[rows]
             if entity_type == "query":
-                out[rows] = self.embed_queries(part["title"].to_list())
+                out[rows] = self.embed_queries(part["title"].fill_null(part["id"]).to_list())
             elif entity_type in self.entity_encoders:
                 out[rows] = self.entity_encoders[entity_type].encode(part, batch_size)
             else:

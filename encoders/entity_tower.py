@@ -124,6 +124,7 @@ class EntityEncoder(nn.Module):
         if config.residual_width:  # start close to the text embedding
             with torch.no_grad():
                 last.weight.mul_(RESIDUAL_START)
+                last.bias.zero_()
 
     def forward(self, features: EntityBatch) -> Tensor:
         """Embed entities.

@@ -71,6 +71,8 @@ class QueryEncoder(nn.Module):
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Return token ids per text, [CLS] included, cut at ``max_tokens``."""
+        if not texts:
+            return []
         encoded = self.tokenizer(
             list(texts), truncation=True, max_length=self.max_tokens, return_attention_mask=False, return_token_type_ids=False
         )

@@ -35,6 +35,10 @@ def test_white_space_and_case_do_not_change_a_query(tower: QueryEncoder) -> None
     np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+def test_no_texts_give_no_rows(tower: QueryEncoder) -> None:
+    assert tower.encode([]).shape == (0, 256)
+
+
 def test_empty_and_very_long_texts_encode(tower: QueryEncoder) -> None:
     vectors = tower.encode(["", "word " * 5000, "\U0001f600" * 300])
     assert np.isfinite(vectors).all()

@@ -1,0 +1,58 @@
+"""The text embedding is the frozen tower's view of title and engaged queries, and the entity tower starts at it."""
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from encoders.entity_features import EntityFeatureConfig, EntityFeaturizer
+from encoders.entity_tower import EntityEncoder, EntityTowerConfig, create_entity_encoder
+from encoders.errors import BundleError, ConfigError
+from encoders.text_embedding import TITLE_WEIGHT, text_embedding
+
+CATALOGUE = pl.DataFrame(
+    {
+        "id": ["a", "b", "c", "d"],
+        "entity_type": ["pin"] * 4,
+        "title": ["red heart", None, "red heart", ""],
+        "engaged_queries": [["love", "coeur"], ["love"], [], []],
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def encoder() -> EntityEncoder:
+    featurizer = EntityFeaturizer.fit(CATALOGUE, EntityFeatureConfig(text_embedding="tiny-multilingual"))
+    torch.manual_seed(0)
+    return create_entity_encoder(featurizer, table_rows=50, hidden=(16,))
+
+
+def test_the_formula() -> None:
+    vectors = text_embedding("tiny-multilingual")(CATALOGUE)
+    title, love, coeur = text_embedding("tiny-multilingual").encoder.encode(["red heart", "love", "coeur"])
+    mean = (love + coeur) / np.linalg.norm(love + coeur)
+    expected = mean + TITLE_WEIGHT * title
+    np.testing.assert_allclose(vectors[0], expected / np.linalg.norm(expected), atol=2e-3)
+    np.testing.assert_allclose(vectors[1], love, atol=2e-3)
+    np.testing.assert_allclose(vectors[2], title, atol=2e-3)
+    assert not vectors[3].any()
+
+
+def test_the_tower_starts_near_the_text_embedding(encoder: EntityEncoder) -> None:
+    vectors = encoder.encode(CATALOGUE.head(3))
+    assert np.einsum("nd,nd->n", vectors, text_embedding("tiny-multilingual")(CATALOGUE.head(3))).min() > 0.9
+
+
+def test_features_of_another_tower_are_refused_on_load(encoder: EntityEncoder, tmp_path) -> None:
+    encoder.save(tmp_path)
+    np.testing.assert_allclose(EntityEncoder.load(tmp_path).encode(CATALOGUE), encoder.encode(CATALOGUE), atol=1e-6)
+    features = tmp_path / "features.json"
+    fingerprint = encoder.featurizer.config.text_embedding_fingerprint
+    features.write_text(features.read_text().replace(fingerprint, "0" * 64))
+    with pytest.raises(BundleError, match="fingerprint"):
+        EntityEncoder.load(tmp_path)
+
+
+def test_a_residual_of_another_width_is_refused() -> None:
+    with pytest.raises(ConfigError, match="residual_width"):
+        EntityTowerConfig(vocabulary_size=1, fields=1, continuous_width=256, residual_width=100)

@@ -59,7 +59,7 @@ class ModelBundle:
         return self.query_encoder.encode(texts, batch_size)
 
     def embed_entities(self, catalogue: pl.DataFrame, batch_size: int = 1024) -> np.ndarray:
-        """Embed catalogue rows (``entity_type`` chooses the tower; a ``query`` goes through the query tower by its ``title``, or else its id).
+        """Embed catalogue rows (``entity_type`` chooses the tower; a query goes through the query tower by its title, or else its id).
 
         Returns:
             float32 (N, D), unit rows, in the order of the rows.

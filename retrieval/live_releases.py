@@ -158,6 +158,7 @@ class LiveReleases:
         self._retiring: set[asyncio.Task[None]] = set()
         self._seen: tuple[int, int, int] | None = None
         self._refused_at = 0.0
+        self._retired = [0.0, 0.0, 0.0, 0.0]  # batches, texts, dropped, shared of releases that have left: counters never go down
         metrics.add_source(self._measurements)
 
     # --- asking ---
@@ -337,6 +338,7 @@ class LiveReleases:
             await callback(serving)
         while len(self.loaded) > self.config.keep_releases:
             _, oldest = self.loaded.popitem(last=False)
+            self._retired = [total + count for total, count in zip(self._retired, _work_of(oldest), strict=True)]
             task = asyncio.ensure_future(self._retire(oldest))
             self._retiring.add(task)
             task.add_done_callback(self._retiring.discard)
@@ -421,17 +423,18 @@ class LiveReleases:
         ]
         if active is not None:
             rows.append(("omni_release_info", (active.release_id, active.space_id, active.form_id), 1.0))
-            batcher = active.batcher
-            rows += [
-                ("omni_encode_batches", (), float(sum(s.batcher.batches for s in self.loaded.values()))),
-                ("omni_encode_texts", (), float(sum(s.batcher.texts for s in self.loaded.values()))),
-                ("omni_encode_dropped", (), float(sum(s.batcher.dropped for s in self.loaded.values()))),
-                ("omni_encode_waiting", (), float(batcher.waiting)),
-                ("omni_cache_shared", (), float(sum(s.encoder.shared for s in self.loaded.values()))),
-            ]
+            work = [sum(column) for column in zip(self._retired, *map(_work_of, self.loaded.values()), strict=True)]
+            names = ("omni_encode_batches", "omni_encode_texts", "omni_encode_dropped", "omni_cache_shared")
+            rows += [(name, (), float(value)) for name, value in zip(names, work, strict=True)]
+            rows.append(("omni_encode_waiting", (), float(active.batcher.waiting)))
             rows += [("omni_live_sequence", (name,), float(active.follower.view(name).sequence)) for name in active.entities]
             rows.append(("omni_live_errors", ("any",), float(active.follower.error is not None)))
         return rows
+
+
+def _work_of(serving: ServingRelease) -> tuple[int, int, int, int]:
+    """Batches, texts, dropped texts and shared misses of one release so far."""
+    return serving.batcher.batches, serving.batcher.texts, serving.batcher.dropped, serving.encoder.shared
 
 
 def _lower_priority() -> None:

@@ -188,7 +188,8 @@ def loss_and_gradients(towers: Towers, inputs: TrainInputs, batch: list[DatasetB
 
 
 def _encode_queries(tower: nn.Module, inputs: TrainInputs, pool: _Pool) -> Encoding[Int64]:
-    chunks = inputs.tokens.by_length(pool.distinct(), inputs.config.batch.query_chunk)
+    size = inputs.config.batch.query_chunk or (64 if inputs.device.type == "cpu" else 1024)
+    chunks = inputs.tokens.by_length(pool.distinct(), size)
 
     def encode(rows: Int64) -> Tensor:
         ids, mask = inputs.tokens.padded(rows)

@@ -114,7 +114,7 @@ class EntityIndex:
         self._store = store
         self._base = BaseSearch(corpus, ann, ids, store)
         self._selections = SelectionCache(attributes)
-        self._settings: dict[int, tuple[int, float | None]] = {}
+        self._settings: dict[tuple[int, int | None, float | None], tuple[int, float | None]] = {}
         self._shape_1, self._shape_2 = (self.dimension,), (1, self.dimension)
 
     # ---- build, save, load -------------------------------------------------------------------------------------------------------------
@@ -369,9 +369,12 @@ class EntityIndex:
             FilterError: The filter does not parse or does not fit the attributes.
         """
         query = self._checked(query, k)
-        chosen = self._settings.get(k) if ef is None and min_recall is None else None
+        chosen = self._settings.get((k, ef, min_recall))
         if chosen is None:
             chosen = self._choose(k, ef, min_recall)
+            if len(self._settings) > 1_000:
+                self._settings.clear()
+            self._settings[k, ef, min_recall] = chosen
         ef_search, expected = chosen
         if ef_search == 0:
             exact = True
@@ -394,7 +397,7 @@ class EntityIndex:
         if len(queries) == 0:
             return []
         plain = not options and self._live is None
-        ef, expected = self._settings.get(k) or self._choose(k, None, None) if plain else (0, None)
+        ef, expected = self._settings.get((k, None, None)) or self._choose(k, None, None) if plain else (0, None)
         if not plain or ef == 0:
             return [self.search(queries[i], k, **options) for i in range(len(queries))]
         for query in queries:
@@ -445,8 +448,6 @@ class EntityIndex:
                     return 0, 1.0
                 reached = max(calibration.points[-1].ef, 2 * k)
             chosen = (max(reached, k), calibration.recall_at(max(reached, k), k))
-        if min_recall is None:
-            self._settings[k] = chosen
         return chosen
 
     def _general(

@@ -139,7 +139,7 @@ def evaluate(demo: Demo, dataset: Dataset, *, show: bool) -> None:
         report = evaluate_systems(
             dataset,
             systems,
-            slices=["language", "English", "kind"],
+            slices=["english", "language", "kind"],
             max_queries=QUICK_EVALUATION_QUERIES if demo.quick else None,
             resamples=300,
         )
@@ -147,7 +147,7 @@ def evaluate(demo: Demo, dataset: Dataset, *, show: bool) -> None:
     demo.summary["recall"] = report.as_dict(comparisons)
     (demo.bundle / "metrics.json").write_text(json.dumps(demo.summary["recall"], indent=2) + "\n", encoding="utf-8")
     if show:
-        print_report(report, comparisons, ["language"])
+        print_report(report, comparisons, ["english", "language"])
 
 
 def publish(demo: Demo, dataset: Dataset) -> None:

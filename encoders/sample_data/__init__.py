@@ -1,0 +1,1 @@
+"""The sample data: entities, pairs and pictures as gzipped JSON lines, with their licences."""

@@ -416,7 +416,7 @@ def add_devanagari(tower: QueryEncoder, by_entity: dict[str, list[str]], pieces:
     described["model"]["vocab"] = vocabulary[:first] + [[piece, score] for piece, score in found]
     new = QueryEncoder(tower.transformer, fast_tokenizer(Tokenizer.from_str(json.dumps(described))), tower.dimension)
     new.projection.load_state_dict(tower.projection.state_dict())
-    table = new.transformer.embeddings.word_embeddings.weight.detach()  # type: ignore[union-attr]
+    table = new.transformer.embeddings.word_embeddings.weight.detach()  # type: ignore[union-attr, operator]
     sums, counts = torch.zeros(len(found), table.shape[1]), torch.zeros(len(found), 1)
     for texts in by_entity.values():
         hindi = [text for text in texts if is_devanagari(text)]
@@ -440,7 +440,7 @@ def _states(tower: QueryEncoder, encoded: list[np.ndarray]) -> np.ndarray:
     """[CLS] states, float32 (N, width)."""
     parts = []
     for start in range(0, len(encoded), 500):
-        ids, mask = pad(encoded[start : start + 500], 0)
+        ids, mask = pad([row.tolist() for row in encoded[start : start + 500]], 0)
         parts.append(tower.transformer(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0].numpy())
     return np.concatenate(parts)
 

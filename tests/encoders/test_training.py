@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -239,7 +240,16 @@ def as_toml(table: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def test_omni_train_survives_kill_9_and_ends_with_a_bundle(files: Path) -> None:
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """Sums depend on how many threads share them: equal bits need equal thread counts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_omni_train_survives_kill_9_and_ends_with_a_bundle(files: Path, one_torch_thread: None) -> None:
     """A real process is killed in the middle; the same command goes on from its checkpoint and ends as if nothing had happened."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     arguments = [sys.executable, "-m", "encoders.train_command", str(files / "run.toml"), "--out", str(files / "out")]

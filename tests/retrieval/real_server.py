@@ -39,7 +39,9 @@ def serving(folder: Path, counts: dict[str, int] | None = None, **settings: Any)
     loops: list[asyncio.AbstractEventLoop] = []
 
     async def main() -> None:
-        config = ServeConfig(releases=store.root, host="127.0.0.1", port=0, metrics_port=0, encoder_form="torch", grace_seconds=1.0, **settings)
+        config = ServeConfig(
+            releases=store.root, host="127.0.0.1", port=0, metrics_port=0, encoder_form="torch", grace_seconds=1.0, **settings
+        )
         server = await create_server(config)
         stop.append(asyncio.Event())
         loops.append(asyncio.get_running_loop())

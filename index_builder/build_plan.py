@@ -19,7 +19,10 @@ from index_builder.release import read_manifest
 CALIBRATION_QUERIES = 2_000
 DEFAULT_DIMENSION = 256
 BYTES_PER_VECTOR_256 = {"symqg": 3600, "hnsw": 1500, "rabitq": 1200, "faiss-hnsw": 1500, "faiss-ivf": 1400, "exact": 300}
-"""Private bytes a 256-d vector needs at the peak of a build, id and attributes included: estimated from each kind's layout, rounded up; the measured peak goes into the manifest."""
+"""Private bytes a 256-d vector needs at the peak of a build, id and attributes included: estimated from each kind's layout, rounded up.
+
+The measured peak of each build goes into its manifest.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -243,6 +243,8 @@ async def test_overload_is_refused_early_with_a_hint_and_callers_who_leave_cost_
     calls = [asyncio.ensure_future(stub.Retrieve(ask(f"query number {i}"), timeout=30)) for i in range(12)]
     answers = await asyncio.wait_for(asyncio.gather(gone, return_exceptions=True), 10)
     assert answers[0].code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    # The client knows first. Once the server knows too, the first call and the three others that fit the queue of four are left.
+    await until(lambda: server.service.admission.in_flight <= 4)
     gate.set()
     results = await asyncio.gather(first, *calls, return_exceptions=True)
     refused = [r for r in results if isinstance(r, grpc.RpcError)]

@@ -40,6 +40,11 @@ def _git(*args: str) -> str:
     return result.stdout.strip()
 
 
+def _portable(argument: str) -> str:
+    """An argument without the folders of this machine: an absolute path keeps its last part only."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
+
+
 def write_record(
     name: str,
     *,
@@ -68,7 +73,7 @@ def write_record(
         "date": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": _git("rev-parse", "--short", "HEAD") or None,
         "dirty": bool(_git("status", "--porcelain")),
-        "command": " ".join(["omni", *sys.argv[1:]]),
+        "command": " ".join(["omni", *map(_portable, sys.argv[1:])]),
         "machine": machine(),
         "versions": versions,
         "dataset": dataset,

@@ -31,9 +31,12 @@ check: setup ## formatting, lint, types, docstrings, fresh generated code
 protos: setup ## generate the protobuf modules
 	PYTHON=$(abspath $(BIN))/python scripts/generate_protos.sh
 
-bench: setup ## the two quick benchmarks; `omni bench --help` lists all
-	$(BIN)/omni bench recall
-	$(BIN)/omni bench latency
+demo/model: | setup
+	$(BIN)/omni demo
+
+bench: demo/model ## the two quick benchmarks, on the demo's model and release; `omni bench --help` lists all
+	$(BIN)/omni bench recall demo/model --engaged-queries 50
+	$(BIN)/omni bench latency --store demo/store
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache

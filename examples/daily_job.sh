@@ -7,6 +7,7 @@ set -euo pipefail
 day=${DAY:-$(date -u -d yesterday +%F)}
 
 omni data validate "$DATA/logs/$day.parquet" --table log
-omni enrich queries --state "$DATA/engaged_queries" --log "$DATA/logs/$day.parquet" --catalogue "$DATA/catalogue.parquet" --out "$DATA/enriched.parquet"
+create=(); [ -d "$DATA/engaged_queries" ] || create=(--create)  # the first day makes the state
+omni enrich queries --state "$DATA/engaged_queries" "${create[@]}" --log "$DATA/logs/$day.parquet" --catalogue "$DATA/catalogue.parquet" --out "$DATA/enriched.parquet"
 omni rebuild --store "$STORE" --bundle "$BUNDLE" --catalogue "$DATA/enriched.parquet" --queries "$DATA/frequent_queries.txt"
 omni release gc --store "$STORE" --keep 7

@@ -252,10 +252,10 @@ class DataConfig:
 class TrainConfig:
     """One training run. ``load_train_config`` reads it from TOML."""
 
-    steps: int = 1000
-    """Optimiser steps (paper: 150,000); 0: as many as ``epochs`` says."""
+    steps: int = 0
+    """Optimiser steps (paper: 150,000); 0: as many as ``epochs`` says, or 1,000 when that is 0 too."""
     epochs: float = 0.0
-    """With ``steps = 0``: as many steps as pass this often over all pairs (datasets with a small share pass less often)."""
+    """In the place of ``steps``: as many as pass this often over all pairs (datasets with a small share pass less often)."""
     max_seconds: float = 0.0
     """Stop, with the learning rate schedule completed, after this much time in the loop; 0: no limit. Not reproducible to the bit."""
     seed: int = 0
@@ -284,10 +284,13 @@ class TrainConfig:
     validation: ValidationConfig = field(default_factory=ValidationConfig)
 
     def __post_init__(self) -> None:
+        if not self.steps and not self.epochs:
+            object.__setattr__(self, "steps", 1000)
         names = [dataset.name for dataset in self.datasets]
         _check(
             (self.steps >= 0, f"steps must not be negative, but got {self.steps}"),
-            (self.steps > 0 or self.epochs > 0, "one of steps and epochs must be above 0"),
+            (self.epochs >= 0, f"epochs must not be negative, but got {self.epochs}"),
+            (not (self.steps and self.epochs), f"give steps or epochs, not both: got steps = {self.steps} and epochs = {self.epochs}"),
             (self.max_seconds >= 0, f"max_seconds must not be negative, but got {self.max_seconds}"),
             (
                 self.precision in ("fp32", "bf16"),

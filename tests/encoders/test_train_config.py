@@ -42,7 +42,8 @@ def test_values_are_checked_when_every_key_is_known() -> None:
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"steps": 0}, "one of steps and epochs"),
+        ({"steps": 10, "epochs": 2.0}, "give steps or epochs, not both"),
+        ({"epochs": -1.0}, "epochs must not be negative, but got -1.0"),
         ({"batch": {"pairs": 0}}, "batch.pairs must be at least 1, but got 0"),
         ({"batch": {"cross_fit": 1}}, "at least 2 folds, but got 1"),
         ({"optimiser": {"name": "lmab"}}, "'lmab' (did you mean 'lamb'?)"),
@@ -61,6 +62,10 @@ def test_impossible_values_are_named(table: dict, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         train_config(table)
     assert message in str(caught.value)
+
+
+def test_epochs_decide_when_no_steps_are_given() -> None:
+    assert (train_config({"epochs": 2.0}).steps, train_config({}).steps) == (0, 1000)
 
 
 def test_defaults_are_the_papers_where_a_laptop_can_follow() -> None:

@@ -1,8 +1,9 @@
 """``omni bench enrichment``: what each text feature adds, and when captions help or hurt: tables 3 and 4 of the paper in shape.
 
 Real text, no clicks: pins are emoji pictures, pairs are human keywords and translations standing in for engagement. Continuous features are
-thumbnails of the pictures. For table 3 a share of titles is hidden and given back as the caption; noise replaces captions by those of other
-pins. Every (setting, seed) is one training whose result is one small file, so an interrupted benchmark goes on where it was.
+thumbnails of the pictures. Half of the pins have lost their title and got it back as the caption; noise replaces captions by those of other
+pins. Table 3 counts the pins without a title, as
+the paper does. Every (setting, seed) is one training whose result is one small file, so an interrupted benchmark goes on where it was.
 """
 
 from __future__ import annotations
@@ -25,10 +26,17 @@ from encoders.console import handle_errors, json_option, print_json, print_table
 from encoders.sample import Dataset, load_sample
 
 LABEL = "REAL text: human keywords and translations of emoji, standing in for engagement; not clicks"
-FIELDS = {"text": ("title", "category"), "boards": ("board_titles",), "engaged": ("engaged_queries",), "caption": ("caption",)}
+FIELDS = {"titles": "title", "captions": "caption", "board titles": "board_titles", "engaged queries": "engaged_queries"}
+"""Text feature -> its catalogue column."""
+
+CONTINUOUS = "continuous"
 THUMBNAIL = 16
 """Pictures become 16 x 16 RGB thumbnails: 768 numbers."""
 
+HIDDEN_TITLES = 0.5
+"""Share of pins whose title is taken away; their caption is that title, or with caption noise another pin's."""
+
+NOISES = (0.0, 0.1, 0.3, 0.5)
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}
 """Student's t for a 95% interval of the mean, by number of seeds."""
 
@@ -40,46 +48,44 @@ class Setting:
     table: str
     name: str
     features: tuple[str, ...]
-    """Of ``visual`` and the keys of ``FIELDS``."""
-    hidden_titles: float = 0.0
-    """Share of pins whose title is taken away."""
-    caption_noise: float | None = None
-    """Share of captions taken from another pin; None: no captions."""
+    """Of ``CONTINUOUS`` and the keys of ``FIELDS``."""
+    caption_noise: float = 0.0
+    """Share of captions taken from another pin."""
 
     @property
     def key(self) -> str:
-        """What the training depends on: settings of two tables with one key share their runs."""
-        noise = "none" if self.caption_noise is None else f"{self.caption_noise:.2f}"
-        return f"{'+'.join(sorted(self.features))}-hidden{self.hidden_titles:.2f}-noise{noise}"
+        """What the training depends on: rows of several tables with one key share their runs."""
+        noise = f"-noise{self.caption_noise:.2f}" if "captions" in self.features else ""
+        return "+".join(sorted(name.replace(" ", "_") for name in self.features)) + noise
 
 
-ALL = ("visual", "text", "boards", "engaged")
-STEPS = ("continuous", "+ text", "+ board titles", "+ engaged queries")
-TABLE_4 = tuple(
-    [Setting(table="4", name=name, features=ALL[: n + 1]) for n, name in enumerate(STEPS)]
-    + [Setting(table="4 alone", name=f"{name} alone", features=(name,)) for name in ALL[1:]]
-    + [Setting(table="4 left out", name=f"without {name}", features=tuple(f for f in ALL if f != name)) for name in ALL]
+ALL = (CONTINUOUS, *FIELDS)
+TABLE_4 = (
+    *(Setting(table="4", name=("+ " if n else "") + name, features=ALL[: n + 1]) for n, name in enumerate(ALL)),
+    *(Setting(table="4 alone", name=f"{name} alone", features=(name,)) for name in ALL),
+    *(Setting(table="4 left out", name=f"without {name}", features=tuple(f for f in ALL if f != name)) for name in ALL),
 )
+
+
+def caption_rows(table: str, others: tuple[str, ...]) -> tuple[Setting, ...]:
+    """No captions beside the features ``others``, then captions at each noise level."""
+    with_captions = tuple(name for name in ALL if name in (*others, "captions"))
+    noisy = (Setting(table=table, name=f"captions, {n:.0%} wrong", features=with_captions, caption_noise=n) for n in NOISES)
+    return (Setting(table=table, name="no captions", features=others), *noisy)
+
+
 TABLE_3 = (
-    Setting(table="3", name="titles hidden, no captions", features=("text", "boards", "engaged"), hidden_titles=0.5),
-    *(
-        Setting(
-            table="3",
-            name=f"captions, {noise:.0%} wrong",
-            features=("text", "caption", "boards", "engaged"),
-            hidden_titles=0.5,
-            caption_noise=noise,
-        )
-        for noise in (0.0, 0.1, 0.3, 0.5)
-    ),
+    *caption_rows("3", tuple(name for name in ALL if name != "captions")),
+    *caption_rows("3 new pins", (CONTINUOUS, "titles")),
 )
+"""With all features, as in the paper; and for pins that nobody has saved or clicked yet, which have neither boards nor engaged queries."""
 
 
 @click.command()
 @click.option("--work", required=True, type=click.Path(path_type=Path), help="Folder for one small result file per training; kept, reused.")
 @click.option("--seeds", default=3, show_default=True, type=click.IntRange(2), help="Trainings per setting.")
-@click.option("--steps", default=120, show_default=True, help="Optimiser steps per training.")
-@click.option("--batch-pairs", default=384, show_default=True, help="Pairs per step.")
+@click.option("--steps", default=100, show_default=True, help="Optimiser steps per training.")
+@click.option("--batch-pairs", default=320, show_default=True, help="Pairs per step.")
 @click.option("--train-pairs", default=40_000, show_default=True, help="Training pairs drawn (the same for every setting).")
 @click.option("--max-queries", default=2_000, show_default=True, help="Held-out queries evaluated.")
 @click.option("--max-minutes", default=0.0, help="Start no training after this long; the tables then hold what is there. 0: no limit.")
@@ -114,11 +120,12 @@ def command(work: Path, seeds: int, tables: tuple[str, ...], max_minutes: float,
         _print(rows)
         if missing:
             say(f"{missing} of {len(rows)} settings lack some of their {seeds} seeds: run the command again with the same --work to go on")
-    metrics = {"rows": rows, "caption_noise_threshold": noise_threshold(rows), "complete": not missing}
+    thresholds = {table: noise_threshold(rows, table) for table in dict.fromkeys(s.table for s in settings) if table.startswith("3")}
+    metrics = {"rows": rows, "caption_noise_threshold": thresholds, "complete": not missing}
     path = write_record(
         "enrichment",
         dataset={"name": "sample, pins", "simulated": False, "note": LABEL},
-        config={"seeds": seeds, **sizes, "hidden_titles": 0.5, "continuous": f"{THUMBNAIL}x{THUMBNAIL} RGB thumbnails"},
+        config={"seeds": seeds, **sizes, "hidden_titles": HIDDEN_TITLES, "continuous": f"{THUMBNAIL}x{THUMBNAIL} RGB thumbnails"},
         protocol={"metric": "labelled Recall@10 over held-out pairs, exact, against all pins", "interval": "95%, Student's t over seeds"},
         metrics=metrics,
         libraries=("torch", "polars"),
@@ -148,14 +155,13 @@ def apply_setting(catalogue: pl.DataFrame, setting: Setting, seed: int) -> pl.Da
     """Hide titles, give them back as captions and spoil captions; adds the column ``title_hidden``. The same seed hides the same titles."""
     rng = np.random.default_rng([seed, 7])
     n = catalogue.height
-    hidden = rng.permutation(n) < round(setting.hidden_titles * n)
-    wrong = rng.permutation(n) < round((setting.caption_noise or 0.0) * n)
+    hidden = rng.permutation(n) < round(HIDDEN_TITLES * n)
+    wrong = rng.permutation(n) < round(setting.caption_noise * n)
     titles = catalogue["title"].to_numpy()
     captions = np.where(wrong, titles[(np.arange(n) + 1 + rng.integers(0, n - 1, n)) % n], titles)
-    with_captions = setting.caption_noise is not None
     return catalogue.with_columns(
         pl.Series("title", np.where(hidden, "", titles), dtype=pl.String),
-        pl.Series("caption", np.where(hidden & with_captions, captions, ""), dtype=pl.String),
+        pl.Series("caption", np.where(hidden, captions, ""), dtype=pl.String),
         pl.Series("title_hidden", hidden),
     )
 
@@ -169,15 +175,15 @@ def train_and_evaluate(dataset: Dataset, setting: Setting, seed: int, sizes: dic
     from encoders.training import train
 
     catalogue = apply_setting(dataset.catalogue, setting, seed)
-    fields = tuple(f for name in setting.features if name in FIELDS for f in FIELDS[name]) or ("size",)  # a column that is always empty
+    fields = tuple(FIELDS[name] for name in setting.features if name in FIELDS) or ("entity_type",)  # the same word for every pin
     config = TrainConfig(
         steps=sizes["steps"],
         seed=seed,
         device="cpu",
-        features=EntityFeatureConfig(text_fields=fields, continuous={"visual": 3 * THUMBNAIL**2} if "visual" in setting.features else {}),
+        features=EntityFeatureConfig(text_fields=fields, continuous={"visual": 3 * THUMBNAIL**2} if CONTINUOUS in setting.features else {}),
         entity_tower=EntityTowerSettings(table_rows=20_000, token_dimension=128, hidden=(512,)),
-        batch=BatchConfig(pairs=sizes["batch_pairs"], cross_fit=4 if "engaged" in setting.features else 0),
-        loss=LossConfig(sketch_width=1 << 16),
+        batch=BatchConfig(pairs=sizes["batch_pairs"], cross_fit=4 if "engaged queries" in setting.features else 0),
+        loss=LossConfig(sketch_width=1 << 16, random_negatives=1.0),
         optimiser=OptimiserConfig(warmup_steps=sizes["steps"] // 6),
         validation=ValidationConfig(fraction=0.0),
     )
@@ -189,46 +195,47 @@ def train_and_evaluate(dataset: Dataset, setting: Setting, seed: int, sizes: dic
     encoder = result.entity_encoders["pin"]
     vectors = encoder.encode(task.candidates)
     ranking = rank_task(task, vector_scores(result.query_encoder.encode(task.queries), vectors), setting.name)
-    hits = ranking.ranks <= 10
-    hidden = task.pairs.join(catalogue.select(entity_id="id", hidden="title_hidden"), on="entity_id", how="left", maintain_order="left")[
-        "hidden"
-    ]
-    frame = task.pairs.select("language").with_columns(pl.Series("hit", hits), hidden.alias("hidden"))
-    by_language = frame.group_by("language").agg(pl.col("hit").mean(), pl.len()).sort("len", "language", descending=[True, False])
-    return {
-        "recall@10": float(hits.mean()),
-        "recall@10_hidden": float(hits[hidden.to_numpy()].mean()) if hidden.any() else None,
-        "pairs": len(hits),
-        "languages": {language: hit for language, hit, _ in by_language.iter_rows()},
-        "last_loss": result.metrics.get("loss"),
-    }
+    hidden = catalogue.select(entity_id="id", hidden="title_hidden")
+    frame = task.pairs.select("entity_id", "language", "kind").join(hidden, on="entity_id", how="left", maintain_order="left")
+    frame = frame.with_columns(pl.Series("hit", ranking.ranks <= 10))
+    return {"all": shares(frame), "hidden": shares(frame.filter("hidden")), "last_loss": result.metrics.get("loss")}
+
+
+def shares(frame: pl.DataFrame) -> dict[str, Any]:
+    """Recall of pairs (``language, kind, hit``), and by language and kind of query."""
+    parts = {name: frame.group_by(name).agg(pl.col("hit").mean()).sort(name).rows() for name in ("language", "kind")}
+    return {"recall@10": frame["hit"].mean(), "pairs": frame.height, **{name: dict(rows) for name, rows in parts.items()}}
 
 
 def summarise(settings: Sequence[Setting], work: Path, seeds: int, sizes: dict[str, int]) -> list[dict[str, Any]]:
-    """Mean and interval of every setting over the seeds that are there."""
+    """Mean and interval of every setting over the seeds that are there; table 3 over the pins whose title is hidden."""
     rows = []
     for setting in settings:
         paths = [work / f"{setting.key}-{'-'.join(str(v) for v in sizes.values())}-seed{seed}.json" for seed in range(seeds)]
-        results = [json.loads(p.read_text(encoding="utf-8")) for p in paths if p.is_file()]
-        metric = "recall@10_hidden" if setting.table == "3" else "recall@10"
-        values = [r[metric] for r in results]
-        languages = sorted({name for r in results for name in r["languages"]})
+        pins = "hidden" if setting.table.startswith("3") else "all"
+        results = [json.loads(p.read_text(encoding="utf-8"))[pins] for p in paths if p.is_file()]
+        values = [r["recall@10"] for r in results]
         rows.append(
             {
                 "table": setting.table,
                 "setting": setting.name,
-                "caption_noise": setting.caption_noise,
-                "metric": metric,
+                "caption_noise": setting.caption_noise if "captions" in setting.features else None,
+                "pins": pins,
                 "seeds": len(values),
                 "mean": float(np.mean(values)) if values else None,
                 "interval": interval(values),
                 "values": values,
-                "languages": {
-                    name: float(np.mean([r["languages"][name] for r in results if name in r["languages"]])) for name in languages
-                },
+                "languages": _means([r["language"] for r in results]),
+                "kinds": _means([r["kind"] for r in results]),
             }
         )
     return rows
+
+
+def _means(parts: Sequence[dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    """Name -> mean and interval over the seeds."""
+    values = {name: [part[name] for part in parts if name in part] for name in sorted({name for part in parts for name in part})}
+    return {name: {"mean": float(np.mean(of)), "interval": interval(of)} for name, of in values.items()}
 
 
 def interval(values: Sequence[float]) -> float | None:
@@ -239,18 +246,17 @@ def interval(values: Sequence[float]) -> float | None:
     return float(T_95.get(n, 2.0) * np.std(values, ddof=1) / np.sqrt(n))
 
 
-def noise_threshold(rows: Sequence[dict[str, Any]]) -> float | None:
+def noise_threshold(rows: Sequence[dict[str, Any]], table: str) -> float | None:
     """The share of wrong captions at which recall falls to that without captions (linear between settings); None: not within 0..50%."""
-    base = next((r["mean"] for r in rows if r["table"] == "3" and r["caption_noise"] is None), None)
-    points = [
-        (r["caption_noise"], r["mean"]) for r in rows if r["table"] == "3" and r["caption_noise"] is not None and r["mean"] is not None
-    ]
-    if base is None:
+    chosen = [row for row in rows if row["table"] == table and row["mean"] is not None]
+    base = next((row["mean"] for row in chosen if row["caption_noise"] is None), None)
+    points = [(row["caption_noise"], row["mean"]) for row in chosen if row["caption_noise"] is not None]
+    if base is None or not points:
         return None
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if y0 >= base > y1:
             return float(x0 + (x1 - x0) * (y0 - base) / (y0 - y1))
-    return 0.0 if points and points[0][1] < base else None
+    return 0.0 if points[0][1] < base else None
 
 
 def _print(rows: Sequence[dict[str, Any]]) -> None:
@@ -258,6 +264,8 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
         chosen = [row for row in rows if row["table"] == table]
         shown = sorted({name for row in chosen for name in row["languages"]})[:8]
         cells = [
-            [row["setting"], row["seeds"], row["mean"], row["interval"], *(row["languages"].get(name) for name in shown)] for row in chosen
+            [row["setting"], row["seeds"], row["mean"], row["interval"], *(row["languages"].get(name, {}).get("mean") for name in shown)]
+            for row in chosen
         ]
-        print_table(f"Table {table}: {chosen[0]['metric']}. {LABEL}", ["setting", "seeds", "mean", "+-", *shown], cells)
+        pins = "pins without a title" if chosen[0]["pins"] == "hidden" else "all pins"
+        print_table(f"Table {table}: Recall@10, {pins}. {LABEL}", ["setting", "seeds", "mean", "+-", *shown], cells)

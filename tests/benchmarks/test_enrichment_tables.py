@@ -8,13 +8,23 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from benchmarks.enrichment import TABLE_3, TABLE_4, Setting, apply_setting, interval, noise_threshold, summarise
+from benchmarks.enrichment import (
+    TABLE_3,
+    TABLE_4,
+    Setting,
+    apply_setting,
+    interval,
+    load_pins,
+    noise_threshold,
+    summarise,
+    train_and_evaluate,
+)
 
 CATALOGUE = pl.DataFrame({"id": [str(i) for i in range(100)], "title": [f"title {i}" for i in range(100)]})
 
 
-def setting_of(noise: float | None, hidden: float = 0.5) -> Setting:
-    return Setting(table="3", name="x", features=("text", "caption"), hidden_titles=hidden, caption_noise=noise)
+def setting_of(noise: float) -> Setting:
+    return Setting(table="3", name="x", features=("titles", "captions"), caption_noise=noise)
 
 
 def test_hidden_titles_come_back_as_captions() -> None:
@@ -23,21 +33,18 @@ def test_hidden_titles_come_back_as_captions() -> None:
     assert hidden.height == 50
     assert (hidden["title"] == "").all()
     assert hidden["caption"].to_list() == [f"title {i}" for i in hidden["id"].to_list()]
-    assert (rows.filter(~pl.col("title_hidden"))["caption"] == "").all()
+    kept = rows.filter(~pl.col("title_hidden"))
+    assert kept["title"].to_list() == [f"title {i}" for i in kept["id"].to_list()]
+    assert (kept["caption"] == "").all()
 
 
-def test_noise_gives_captions_of_other_pins_and_hides_the_same_titles() -> None:
-    clean, noisy = (apply_setting(CATALOGUE, setting_of(n, hidden=1.0), seed=1) for n in (0.0, 0.3))
-    assert (clean["caption"] != noisy["caption"]).sum() == 30
-    assert set(noisy["caption"]) <= set(CATALOGUE["title"])
-    assert clean["title_hidden"].equals(noisy["title_hidden"])
-
-
-def test_without_captions_and_without_hiding_nothing_changes() -> None:
-    rows = apply_setting(CATALOGUE, TABLE_4[3], seed=1)
-    assert rows["title"].equals(CATALOGUE["title"])
-    assert (rows["caption"] == "").all()
-    assert (apply_setting(CATALOGUE, TABLE_3[0], seed=1)["caption"] == "").all()
+def test_noise_gives_captions_of_other_pins_more_with_more_and_hides_the_same_titles() -> None:
+    clean, some, half = (apply_setting(CATALOGUE, setting_of(n), seed=1) for n in (0.0, 0.3, 0.5))
+    spoiled = [set(rows.filter(rows["caption"] != clean["caption"])["id"]) for rows in (some, half)]
+    assert 0 < len(spoiled[0]) < len(spoiled[1])
+    assert spoiled[0] < spoiled[1]
+    assert set(half["caption"]) <= {*CATALOGUE["title"], ""}
+    assert clean["title_hidden"].equals(half["title_hidden"])
 
 
 def test_intervals_are_student_s() -> None:
@@ -49,23 +56,33 @@ def test_intervals_are_student_s() -> None:
     ("means", "expected"), [([0.6, 0.55, 0.45, 0.4], 0.2), ([0.6, 0.59, 0.58, 0.57], None), ([0.4, 0.3, 0.2, 0.1], 0.0)]
 )
 def test_the_threshold_is_where_recall_falls_to_that_without_captions(means: list[float], expected: float | None) -> None:
-    rows = [{"table": "3", "caption_noise": None, "mean": 0.5}]
+    rows: list[dict[str, object]] = [{"table": "3", "caption_noise": None, "mean": 0.5}, {"table": "4", "caption_noise": 0.0, "mean": 0.1}]
     rows += [{"table": "3", "caption_noise": n, "mean": m} for n, m in zip((0.0, 0.1, 0.3, 0.5), means, strict=True)]
-    found = noise_threshold(rows)
+    found = noise_threshold(rows, "3")
     assert found == (pytest.approx(expected) if expected is not None else None)
 
 
 def test_what_is_missing_is_shown_as_missing(tmp_path: Path) -> None:
     sizes = {"steps": 1, "batch_pairs": 2}
     for seed, value in ((0, 0.4), (2, 0.6)):
-        result = {"recall@10": value, "recall@10_hidden": None, "languages": {"en": value}}
-        (tmp_path / f"{TABLE_4[0].key}-1-2-seed{seed}.json").write_text(json.dumps(result))
+        result = {"recall@10": value, "language": {"en": value}, "kind": {"name": value}}
+        hidden = result | {"recall@10": 0.1}
+        (tmp_path / f"{TABLE_4[0].key}-1-2-seed{seed}.json").write_text(json.dumps({"all": result, "hidden": hidden}))
     rows = summarise(TABLE_4, tmp_path, 3, sizes)
-    assert (rows[0]["seeds"], rows[0]["mean"], rows[0]["languages"]) == (2, 0.5, {"en": 0.5})
-    assert all(row["mean"] is None and row["seeds"] == 0 for row in rows[1:])
+    assert (rows[0]["seeds"], rows[0]["mean"], rows[0]["languages"]["en"]["mean"]) == (2, 0.5, 0.5)
+    assert all(row["mean"] is None and row["seeds"] == 0 for row in rows[1:] if row["setting"] != "continuous alone")
 
 
-def test_tables_share_no_key_by_accident() -> None:
-    keys = [s.key for s in TABLE_3]
-    assert len(set(keys)) == len(keys)
-    assert len({s.key for s in TABLE_4}) == 10
+def test_rows_share_a_training_only_when_they_are_the_same_setting() -> None:
+    settings = (*TABLE_4, *TABLE_3)
+    same = {s.key: (frozenset(s.features), s.caption_noise if "captions" in s.features else None) for s in settings}
+    assert all(same[s.key] == (frozenset(s.features), s.caption_noise if "captions" in s.features else None) for s in settings)
+    assert len(same) == len(set(same.values())) == 19
+
+
+@pytest.mark.parametrize("setting", [TABLE_4[0], TABLE_4[4]], ids=lambda s: s.name)
+def test_one_training_gives_recall_of_all_pins_and_of_those_without_a_title(setting: Setting) -> None:
+    result = train_and_evaluate(load_pins(), setting, 0, {"steps": 1, "batch_pairs": 32, "train_pairs": 500, "max_queries": 50})
+    assert 0 < result["hidden"]["pairs"] < result["all"]["pairs"]
+    assert 0 <= result["all"]["recall@10"] <= 1
+    assert "en" in result["all"]["language"]

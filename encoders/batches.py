@@ -470,6 +470,13 @@ class TokenisedTexts:
         places = np.where(inside, self.offsets[rows][:, None] + columns, 0)
         return torch.from_numpy(np.where(inside, self.ids[places], self.pad_id)), torch.from_numpy(inside.astype(np.int64))
 
+    def tokens_of(self, rows: Int64) -> Int64:
+        """The token ids of some texts one after another, int64 ``(sum of their lengths,)``."""
+        lengths = self.lengths[rows]
+        within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        tokens: Int64 = self.ids[np.repeat(self.offsets[rows], lengths) + within]
+        return tokens
+
     def by_length(self, rows: Int64, chunk: int) -> list[Int64]:
         """Cut ``rows`` into chunks of similar length (ties by place), so that little padding is computed."""
         order = np.argsort(self.lengths[rows], kind="stable")

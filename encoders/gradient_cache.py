@@ -35,13 +35,16 @@ class Encoding(Generic[C]):
         encode: Tower forward of one chunk: ``chunk -> (rows, D)``. Deterministic but for torch's generators.
         chunks: At least one.
         cached: True: gradient caching. False: keep the graph of every chunk (faster, memory of the whole batch).
+        after_backward: Called at the end of ``backward``, when every chunk has its gradient.
 
     Attributes:
         vectors: ``(sum of rows, D)``, in the order of the chunks. Use it in the loss, call ``loss.backward()``, then ``backward()`` here.
     """
 
-    def __init__(self, encode: Callable[[C], Tensor], chunks: Sequence[C], *, cached: bool) -> None:
-        self._encode, self._chunks, self._cached = encode, chunks, cached
+    def __init__(
+        self, encode: Callable[[C], Tensor], chunks: Sequence[C], *, cached: bool, after_backward: Callable[[], None] | None = None
+    ) -> None:
+        self._encode, self._chunks, self._cached, self._after_backward = encode, chunks, cached, after_backward
         self._states: list[_RandomState] = []
         parts: list[Tensor] = []
         if cached and torch.is_grad_enabled():
@@ -56,15 +59,19 @@ class Encoding(Generic[C]):
             self.vectors = torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def backward(self) -> None:
-        """After ``loss.backward()``: replay each chunk and add its gradient to the parameters. Without caching there is nothing to do."""
-        if not self._cached or self.vectors.grad is None:
-            return
+        """After ``loss.backward()``: replay each chunk and add its gradient to the parameters; without caching nothing is replayed."""
+        if self._cached and self.vectors.grad is not None:
+            self._replay(self.vectors.grad)
+        if self._after_backward is not None:
+            self._after_backward()
+
+    def _replay(self, gradients: Tensor) -> None:
         after = _RandomState()
         start = 0
         for chunk, state in zip(self._chunks, self._states, strict=True):
             state.restore()
             vectors = self._encode(chunk)
-            gradient = self.vectors.grad[start : start + len(vectors)]
+            gradient = gradients[start : start + len(vectors)]
             if vectors.requires_grad:
                 torch.autograd.backward(vectors, gradient)
             start += len(vectors)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from encoders.batches import DatasetBatch, PairSet, PreparedData, TaskData, TokenisedTexts, process_slice
+from encoders.cls_state import takes_token_vectors
 from encoders.entity_features import EntityBatch
 from encoders.entity_tower import EntityEncoder
 from encoders.gathering import all_processes, gather_with_gradient, process_rank, world_size
@@ -187,16 +188,46 @@ def loss_and_gradients(towers: Towers, inputs: TrainInputs, batch: list[DatasetB
     return report
 
 
-def _encode_queries(tower: nn.Module, inputs: TrainInputs, pool: _Pool) -> Encoding[Int64]:
+class _TokenRows:
+    """The token embeddings of one step's queries, looked up once: the table gets one dense gradient, and not one per chunk.
+
+    Attributes:
+        vectors: ``(U, H)``, a leaf whose gradient all chunks add to.
+    """
+
+    def __init__(self, table: nn.Embedding, tokens: TokenisedTexts, rows: Int64) -> None:
+        wanted = np.union1d(tokens.tokens_of(rows), [tokens.pad_id])
+        self._place = np.zeros(table.num_embeddings, np.int64)
+        self._place[wanted] = np.arange(len(wanted))
+        self._rows = F.embedding(torch.from_numpy(wanted).to(table.weight.device), table.weight)
+        self.vectors = self._rows.detach().requires_grad_(self._rows.requires_grad)
+
+    def places(self, ids: Tensor) -> Tensor:
+        """Where the vectors of token ids ``(B, T)`` stand."""
+        return torch.from_numpy(self._place[ids.numpy()])
+
+    def backward(self) -> None:
+        """Hand the gradient that has gathered on ``vectors`` to the table."""
+        if self.vectors.grad is not None:
+            torch.autograd.backward(self._rows, self.vectors.grad)
+
+
+def _encode_queries(tower: QueryEncoder, inputs: TrainInputs, pool: _Pool) -> Encoding[Int64]:
     size = inputs.config.batch.query_chunk or (64 if inputs.device.type == "cpu" else 1024)
-    chunks = inputs.tokens.by_length(pool.distinct(), size)
+    distinct = pool.distinct()
+    chunks = inputs.tokens.by_length(distinct, size)
+    looked_up = None
+    if takes_token_vectors(tower.transformer):
+        looked_up = _TokenRows(tower.transformer.get_input_embeddings(), inputs.tokens, distinct)  # type: ignore[operator]
 
     def encode(rows: Int64) -> Tensor:
         ids, mask = inputs.tokens.padded(rows)
+        ids = looked_up.places(ids) if looked_up else ids
+        ids, mask = ids.to(inputs.device, non_blocking=True), mask.to(inputs.device, non_blocking=True)
         with inputs.autocast():
-            return F.normalize(tower(ids.to(inputs.device, non_blocking=True), mask.to(inputs.device, non_blocking=True)).float(), dim=-1)
+            return F.normalize(tower(ids, mask, looked_up.vectors if looked_up else None).float(), dim=-1)
 
-    encoding = Encoding(encode, chunks, cached=inputs.config.batch.gradient_cache)
+    encoding = Encoding(encode, chunks, cached=inputs.config.batch.gradient_cache, after_backward=looked_up.backward if looked_up else None)
     pool.encoded(encoding, chunks)
     return encoding
 

@@ -78,6 +78,16 @@ class QueryCache:
         self.hits += 1
         return entry.vector
 
+    def find(self, key: str) -> Float32 | None:
+        """As ``get``, but a miss is not counted: the caller will ask again."""
+        try:
+            entry = self._entries[key]
+        except KeyError:
+            return None
+        entry.hits += 1
+        self.hits += 1
+        return entry.vector
+
     def put(self, key: str, vector: Float32) -> None:
         """Keep a vector; an entry larger than the whole cache is not kept."""
         if self.max_bytes <= 0:
@@ -158,6 +168,10 @@ class CachedEncoder:
     def peek(self, text: str) -> Float32 | None:
         """The vector if it is in this process, without waiting. ``text`` is normalised."""
         return self.cache.get(self.prefix + text)
+
+    def find(self, text: str) -> Float32 | None:
+        """As ``peek``, but a miss is not counted."""
+        return self.cache.find(self.prefix + text)
 
     async def load(self, text: str) -> Looked:
         """The vector after a miss of ``peek``: joins an encode under way, asks Redis, or encodes.

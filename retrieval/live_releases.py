@@ -54,6 +54,7 @@ class ServingRelease:
         self.dimension = release.dimension
         self.entities = release.entities
         self.form_id = encoding.form_id
+        self.limits = config.limits
         self.encoding = encoding
         self.follower = follower
         self.in_flight = 0

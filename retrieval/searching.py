@@ -79,9 +79,29 @@ class Searcher:
             ids, scores = await asyncio.get_running_loop().run_in_executor(self.pool, work)
         return Found(ids, scores, result, search_ns, time.perf_counter_ns() - started, False)
 
+    @staticmethod
+    def plain_key(index: EntityIndex, k: int, min_recall: bool) -> tuple[Any, ...]:
+        """What searches of this shape without other options are remembered by."""
+        return index, False, False, min_recall, k.bit_length()
+
+    def is_short(self, key: tuple[Any, ...]) -> bool:
+        """Whether searches like this one are known to be short enough for the event loop."""
+        return self._expected.get(key, 1.0) <= self.inline_seconds
+
+    def learn(self, key: tuple[Any, ...], seconds: float) -> None:
+        """Remember what a search took: falls fast and rises slowly, as what a busy machine adds says little about the next search."""
+        known = self._expected.get(key)
+        if known is None:
+            if len(self._expected) > 500:  # indexes of retired releases are keys, too: do not keep them alive
+                self._expected.clear()
+            self._expected[key] = seconds
+        else:
+            error = seconds - known
+            self._expected[key] = known + (0.25 * error if error < 0 else 0.01 * min(error, 4 * known))
+
     async def timed(self, index: EntityIndex, options: dict[str, Any], k: int, work: Callable[[], Any]) -> tuple[Any, int]:
         """Run ``work`` inline or in a thread, by what such searches took before; returns its result and nanoseconds."""
-        key = (index, options.keys() >= {"exact"}, "filter" in options, "min_recall" in options, k.bit_length())
+        key = (index, "exact" in options, "filter" in options, "min_recall" in options, k.bit_length())
         expected = self._expected.get(key)
         if expected is None:
             expected = 0.0 if not options and k <= 100 else 1.0
@@ -89,14 +109,7 @@ class Searcher:
             result, took = _timed(work)
         else:
             result, took = await asyncio.get_running_loop().run_in_executor(self.pool, _timed, work)
-        known = self._expected.get(key)
-        if known is None:
-            if len(self._expected) > 500:  # indexes of retired releases are keys, too: do not keep them alive
-                self._expected.clear()
-            self._expected[key] = took / 1e9
-        else:  # falls fast and rises slowly: what a busy machine adds to the wall says little about the next search
-            error = took / 1e9 - known
-            self._expected[key] = known + (0.25 * error if error < 0 else 0.01 * min(error, 4 * known))
+        self.learn(key, took / 1e9)
         return result, took
 
     async def in_thread(self, work: Callable[[], Any]) -> tuple[Any, int]:
@@ -129,3 +142,13 @@ def _rerank(index: EntityIndex, result: SearchResult, k: int, diversity: float |
     scores = np.asarray(result.scores, dtype=np.float32)[positions]
     rows = rerank(scores, vectors, k, diversity, collapse)
     return [result.ids[positions[row]] for row in rows], scores[rows]
+
+
+def scores_of(index: EntityIndex, ids: Sequence[str], vector: Float32) -> Float32:
+    """Cosine per id, NaN where the index has none; shape (N,) float32."""
+    out = np.full(len(ids), np.nan, dtype=np.float32)
+    for row, id in enumerate(ids):
+        held = index.vector(id)
+        if held is not None:
+            out[row] = np.dot(held, vector)
+    return out

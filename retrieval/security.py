@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ssl
 import tomllib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -112,6 +113,26 @@ class Tokens:
                         return caller
                 break
         raise Unauthenticated()
+
+
+def tls_context(cert: Path, key: Path, client_ca: Path | None) -> ssl.SSLContext:
+    """TLS from PEM files for our own transport; with ``client_ca`` only clients holding a certificate of that authority get in.
+
+    Raises:
+        ConfigError: A file cannot be read, is not PEM, or key and certificate do not belong together.
+    """
+    server_credentials(cert, key, client_ca)  # the same files, the same messages about them
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(["h2"])
+    try:
+        context.load_cert_chain(cert, key)
+        if client_ca is not None:
+            context.load_verify_locations(client_ca)
+            context.verify_mode = ssl.CERT_REQUIRED
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"--tls-cert, --tls-key, --tls-client-ca: these files cannot be used together: {error}") from error
+    return context
 
 
 def server_credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.ServerCredentials:

@@ -43,6 +43,13 @@ LIMITS = Limits()
     show_default=True,
     help="Processes sharing the port and one copy of the index memory. One per core that should serve.",
 )
+@click.option(
+    "--transport",
+    type=click.Choice(["http2", "grpcio"]),
+    default=DEFAULTS.transport,
+    show_default=True,
+    help="What speaks gRPC: this project's HTTP/2 server, or grpcio's (the same answers, several times the cost per call).",
+)
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True, help="Where queries are encoded.")
 @click.option(
     "--encoder-form",

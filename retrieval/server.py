@@ -16,17 +16,18 @@ from typing import Any
 import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from index_builder.ann import AnnIndex
 from protos import retrieval_pb2 as pb
 from retrieval.cache import QueryCache, RedisTier
 from retrieval.errors import AddressInUse
+from retrieval.http2.server import Http2Server
 from retrieval.http_server import Handler, HttpServer, Request, Response
 from retrieval.impressions import ImpressionLog
 from retrieval.live_releases import LiveReleases, ServingRelease
 from retrieval.observability import Labels, Metrics, SharedSnapshots, Tracer, exposition
-from retrieval.security import Tokens, server_credentials
+from retrieval.security import Tokens, server_credentials, tls_context
 from retrieval.serve_config import ServeConfig
 from retrieval.service import ADMIN, RETRIEVAL, RetrievalService
 
@@ -55,7 +56,7 @@ class Server:
     """One worker's server, built and not yet started. ``port`` is known at once, also when 0 was asked for."""
 
     config: ServeConfig
-    grpc_server: grpc.aio.Server
+    grpc_server: grpc.aio.Server | Http2Server
     port: int
     service: RetrievalService
     releases: LiveReleases
@@ -65,7 +66,7 @@ class Server:
     redis: list[RedisTier]
     snapshots: SharedSnapshots | None = None
     metrics_port: int | None = None
-    credentials: grpc.ServerCredentials | None = None
+    credentials: Any = None
     _writer: asyncio.Task[None] | None = None
 
     def bind(self) -> None:
@@ -73,11 +74,13 @@ class Server:
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
         address = f"{host}:{self.config.port}"
         try:
-            if self.credentials is not None:
+            if isinstance(self.grpc_server, Http2Server):
+                self.port = self.grpc_server.add_port(address, self.credentials)
+            elif self.credentials is not None:
                 self.port = self.grpc_server.add_secure_port(address, self.credentials)
             else:
                 self.port = self.grpc_server.add_insecure_port(address)
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
             raise AddressInUse(address) from error
         if self.port == 0:
             raise AddressInUse(address)
@@ -132,6 +135,7 @@ async def create_server(
     snapshots_folder: Any = None,
     worker: int = 0,
     reuse_port: bool = False,
+    listener: socket.socket | None = None,
     tracer: Tracer | None = None,
 ) -> Server:
     """Build a server on the running event loop and bind its port.
@@ -144,6 +148,7 @@ async def create_server(
         snapshots_folder: Where workers exchange their metrics; None: this is the only worker.
         worker: Number of this worker.
         reuse_port: Share the port with other workers; ``listen`` then binds it, as the kernel gives a bound worker connections at once.
+        listener: A listening socket that all workers share; the http2 transport accepts from it.
         tracer: For tests; otherwise made from ``config.otlp_endpoint``.
 
     Raises:
@@ -151,9 +156,10 @@ async def create_server(
         ConfigError: TLS files or tokens are unusable.
     """
     tokens = Tokens.load(config.tokens) if config.tokens is not None else None
-    credentials = None
+    credentials: Any = None
     if config.tls_cert is not None and config.tls_key is not None:
-        credentials = server_credentials(config.tls_cert, config.tls_key, config.tls_client_ca)
+        make = tls_context if config.transport == "http2" else server_credentials
+        credentials = make(config.tls_cert, config.tls_key, config.tls_client_ca)
     if config.port and not reuse_port and not address_is_free(config.host, config.port):
         raise AddressInUse(f"{config.host}:{config.port}")
     if config.metrics_port and not reuse_port and not address_is_free(config.host, config.metrics_port):
@@ -188,21 +194,13 @@ async def create_server(
     )
     metrics.add_source(lambda: _cache_measurements(cache, redis_tiers))
 
-    options = [
-        ("grpc.max_receive_message_length", config.limits.max_message_bytes),
-        ("grpc.max_send_message_length", 4 * config.limits.max_message_bytes),
-        ("grpc.max_concurrent_streams", config.max_streams_per_connection),
-        ("grpc.so_reuseport", int(reuse_port)),
-        ("grpc.keepalive_time_ms", 60_000),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-        ("grpc.http2.max_ping_strikes", 5),
-    ]
-    grpc_server = grpc.aio.server(options=options)
+    grpc_server = _transport(config, reuse_port, listener)
     grpc_server.add_generic_rpc_handlers(service.generic_handlers())
     health_service = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_service, grpc_server)
     names = [pb.DESCRIPTOR.services_by_name[name].full_name for name in ("Retrieval", "Admin")]
-    reflection.enable_server_reflection([*names, health.SERVICE_NAME, reflection.SERVICE_NAME], grpc_server)
+    reflected = [*names, health.SERVICE_NAME, reflection.SERVICE_NAME]
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(reflected), grpc_server)
     for name in ("", RETRIEVAL, ADMIN):
         await health_service.set(name, NOT_SERVING)
 
@@ -220,9 +218,35 @@ async def create_server(
     http = HttpServer(_routes(service, metrics, snapshots)) if config.metrics_port is not None else None
     server = Server(config, grpc_server, 0, service, releases, metrics, health_service, http, redis_tiers, snapshots)
     server.credentials = credentials
-    if not reuse_port:
+    if listener is not None:
+        assert isinstance(grpc_server, Http2Server), "only this transport shares a listener"
+        server.port = int(listener.getsockname()[1])
+        if credentials is not None:
+            grpc_server.secure(credentials)
+    elif not reuse_port:
         server.bind()
     return server
+
+
+def _transport(config: ServeConfig, reuse_port: bool, listener: socket.socket | None) -> grpc.aio.Server | Http2Server:
+    limits = config.limits
+    if config.transport == "http2":
+        return Http2Server(
+            max_receive_bytes=limits.max_message_bytes,
+            max_send_bytes=4 * limits.max_message_bytes,
+            max_streams=config.max_streams_per_connection,
+            listener=listener,
+        )
+    options = [
+        ("grpc.max_receive_message_length", limits.max_message_bytes),
+        ("grpc.max_send_message_length", 4 * limits.max_message_bytes),
+        ("grpc.max_concurrent_streams", config.max_streams_per_connection),
+        ("grpc.so_reuseport", int(reuse_port)),
+        ("grpc.keepalive_time_ms", 60_000),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.http2.max_ping_strikes", 5),
+    ]
+    return grpc.aio.server(options=options)
 
 
 def _routes(service: RetrievalService, metrics: Metrics, snapshots: SharedSnapshots | None) -> dict[str, Handler]:

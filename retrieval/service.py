@@ -15,30 +15,28 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import DecodeError, Message
 
-from encoders.errors import SpaceMismatch
 from index_builder.entity_index import EntityIndex
 from index_builder.errors import UnknownEntityType
-from index_builder.live_records import LiveEntry
 from protos import retrieval_pb2 as pb
 from retrieval.admission import Admission, check_deadline
+from retrieval.changes import Changes
 from retrieval.description import describe
-from retrieval.errors import EmptyQuery, InvalidRequest, Overloaded, WritesDisabled
+from retrieval.errors import EmptyQuery, InvalidRequest, Overloaded
+from retrieval.http2.calls import Call
 from retrieval.impressions import Impression, ImpressionLog
 from retrieval.live_releases import LiveReleases, ServingRelease
-from retrieval.live_writes import LiveWrites
 from retrieval.observability import Metrics, Tracer
+from retrieval.ready_answers import ReadyAnswers
 from retrieval.requests import (
     checked_embedding,
     checked_embeddings,
-    checked_id,
     checked_query,
     checked_target,
-    from_value,
     one_of,
     require_count,
     to_value,
 )
-from retrieval.searching import Found, Searcher, options_of
+from retrieval.searching import Found, Searcher, options_of, scores_of
 from retrieval.security import EVERYONE, Caller, Tokens
 from retrieval.serve_config import ServeConfig
 from retrieval.shadow_recall import Sample, ShadowRecall
@@ -94,11 +92,10 @@ class RetrievalService:
         self.tokens = tokens
         self.impressions = impressions
         self.tracer = tracer
-        self.change_release = change_release
         self.admission = Admission(config.max_in_flight)
         self.searcher = Searcher(config.inline_search_us / 1e6, config.search_threads)
         self.shadow = ShadowRecall(config.shadow_fraction, config.shadow_cpu, metrics)
-        self.writes = LiveWrites(releases.store.live_root)
+        self.changes = Changes(config, releases, change_release)
         self._stages = {stage: metrics.histogram("omni_stage_seconds", (stage,)) for stage in ("queue", "encode", "search", "rerank")}
         metrics.add_source(self._measurements)
 
@@ -106,7 +103,7 @@ class RetrievalService:
         """Stop threads and close files."""
         self.shadow.close()
         self.searcher.close()
-        self.writes.close()
+        self.changes.close()
         if self.impressions is not None:
             self.impressions.close()
 
@@ -115,7 +112,7 @@ class RetrievalService:
     def generic_handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
         """Handlers to add to a ``grpc.aio`` server. Messages are parsed and serialised here, so that malformed bytes get a typed error."""
         retrieval = {
-            "Retrieve": self.handler("Retrieve", pb.RetrieveRequest, self.retrieve),
+            "Retrieve": self.handler("Retrieve", pb.RetrieveRequest, self.retrieve, now=ReadyAnswers(self)),
             "RetrieveMulti": self.handler("RetrieveMulti", pb.RetrieveMultiRequest, self.retrieve_multi, lambda r: len(r.targets)),
             "RetrieveBatch": self.handler("RetrieveBatch", pb.RetrieveBatchRequest, self.retrieve_batch, lambda r: len(r.queries)),
             "Embed": self.handler("Embed", pb.EmbedRequest, self.embed, lambda r: len(r.queries)),
@@ -123,10 +120,10 @@ class RetrievalService:
             "DescribeRelease": self.handler("DescribeRelease", pb.DescribeReleaseRequest, self.describe_release),
         }
         admin = {
-            "Activate": self.handler("Activate", pb.ActivateRequest, self.activate, admin=True),
-            "Rollback": self.handler("Rollback", pb.RollbackRequest, self.rollback, admin=True),
-            "Upsert": self.handler("Upsert", pb.UpsertRequest, self.upsert, lambda r: len(r.entities), admin=True),
-            "Delete": self.handler("Delete", pb.DeleteRequest, self.delete, lambda r: len(r.ids), admin=True),
+            "Activate": self.handler("Activate", pb.ActivateRequest, self.changes.activate, admin=True),
+            "Rollback": self.handler("Rollback", pb.RollbackRequest, self.changes.rollback, admin=True),
+            "Upsert": self.handler("Upsert", pb.UpsertRequest, self.changes.upsert, lambda r: len(r.entities), admin=True),
+            "Delete": self.handler("Delete", pb.DeleteRequest, self.changes.delete, lambda r: len(r.ids), admin=True),
         }
 
         def grpc_handlers(service: str, calls: dict[str, Any]) -> grpc.GenericRpcHandler:
@@ -143,8 +140,18 @@ class RetrievalService:
         call: Callable[[Any, Context, Caller, int], Awaitable[Message]],
         searches: Callable[[Any], int] | None = None,
         admin: bool = False,
+        now: Callable[[bytes, Context], bytes | None] | None = None,
     ) -> Callable[[bytes, Context], Awaitable[bytes]]:
-        """Wrap a call: rights, parsing, admission, timing, errors to status. ``searches`` tells how many places a request takes."""
+        """Wrap a call: rights, parsing, admission, timing, errors to status.
+
+        Args:
+            method: RPC name.
+            request_class: What the bytes hold.
+            call: Answers a request.
+            searches: How many places a request takes; None: one.
+            admin: Whether the call needs the admin right.
+            now: Asked first; answers what needs no waiting. A transport that finds it as attribute ``now`` may call it itself.
+        """
         parse = request_class.FromString
         seconds = self.metrics.histogram("omni_request_seconds", (method,))
         count, admission, ok = self.metrics.count, self.admission, (method, "OK")
@@ -152,6 +159,10 @@ class RetrievalService:
 
         async def handle(content: bytes, context: Context) -> bytes:
             started = perf_counter_ns()
+            if now is not None and not isinstance(context, Call):
+                ready = now(content, context)
+                if ready is not None:
+                    return ready
             places = 0
             try:
                 caller = EVERYONE
@@ -187,6 +198,7 @@ class RetrievalService:
                     admission.leave(places, took)
                 seconds.observe(took)
 
+        handle.now = now  # type: ignore[attr-defined]
         return handle
 
     # --- questions ---
@@ -285,13 +297,12 @@ class RetrievalService:
                 vectors, cached, queue_ns, encode_ns, texts = await self._query_many(serving, request.queries, context)
             response = pb.RetrieveBatchResponse(release_id=serving.release_id, space_id=serving.space_id, request_id=request.request_id)
             found = await self._search_batch(index, vectors, target)
-            languages = request.language
             for row, item in enumerate(found):
                 self._answer(response.answers.add(), index, target, cached[row], item)
                 response.timings.search_ns += item.search_ns
                 response.timings.rerank_ns += item.rerank_ns
                 if self.shadow.wants() and item.plain:
-                    self._shadow(index, vectors[row], target, item, languages)
+                    self.offer_shadow(index, vectors[row], target, item.ids, item.scores, item.result.selectivity, request.language)
                 if self.impressions is not None:
                     response.request_id = self._log_impression(
                         serving, request, target.entity_type, texts[row], item.ids, response.request_id
@@ -330,7 +341,7 @@ class RetrievalService:
             index = self._index(serving, request.entity_type, caller)
             require_count("ids", len(request.ids), self.limits.max_score_ids)
             query = await self._query(serving, request, context)
-            work = partial(_scores, index, list(request.ids), query.vector)
+            work = partial(scores_of, index, list(request.ids), query.vector)
             if len(request.ids) <= 50:
                 began = time.perf_counter_ns()
                 scores, search_ns = work(), time.perf_counter_ns() - began
@@ -355,70 +366,6 @@ class RetrievalService:
         """What is being served."""
         serving = self.releases.resolve(request.release_id)
         return describe(serving, self.releases.loaded, self.limits)
-
-    # --- changes ---
-
-    async def activate(self, request: pb.ActivateRequest, context: Context, caller: Caller, started: int) -> pb.ActivateResponse:
-        """Serve another release."""
-        if not request.release_id:
-            raise InvalidRequest("release_id: expected the id of a published release, but got none. `omni release list` shows them.")
-        return await self._change(request.release_id, caller, started)
-
-    async def rollback(self, request: pb.RollbackRequest, context: Context, caller: Caller, started: int) -> pb.ActivateResponse:
-        """Serve the release that was active before."""
-        return await self._change("", caller, started)
-
-    async def _change(self, release_id: str, caller: Caller, started: int) -> pb.ActivateResponse:
-        if self.change_release is not None:
-            change = self.change_release(release_id)
-        elif release_id:
-            change = self.releases.activate(release_id)
-        else:
-            change = self.releases.rollback()
-        # A swap that has begun is carried through even if the caller goes away.
-        now, before = await asyncio.shield(asyncio.ensure_future(change))
-        log.info("%s: release %s -> %s", caller.name, before, now)
-        return pb.ActivateResponse(release_id=now, previous_release_id=before, total_ns=time.perf_counter_ns() - started)
-
-    async def upsert(self, request: pb.UpsertRequest, context: Context, caller: Caller, started: int) -> pb.WriteResponse:
-        """Insert or replace entities, all or none."""
-        serving = self._writable(request.entity_type)
-        require_count("entities", len(request.entities), self.limits.max_batch)
-        if not request.space_id:
-            raise InvalidRequest("space_id: expected the space id that made the embeddings, but got none.")
-        if request.space_id != serving.space_id:
-            raise SpaceMismatch(serving.space_id, request.space_id, "space_id")
-        entries = []
-        for row, entity in enumerate(request.entities):
-            vector = checked_embedding(
-                entity.embedding, request.space_id, serving.dimension, serving.space_id, f"entities[{row}].embedding"
-            )
-            attributes = {name: from_value(value) for name, value in entity.attributes.items()}
-            entries.append(
-                LiveEntry(
-                    id=checked_id(entity.id, f"entities[{row}].id"), vector=vector.copy(), space_id=request.space_id, attributes=attributes
-                )
-            )
-        return await self._write(serving, request.entity_type, entries)
-
-    async def delete(self, request: pb.DeleteRequest, context: Context, caller: Caller, started: int) -> pb.WriteResponse:
-        """Remove entities."""
-        serving = self._writable(request.entity_type)
-        require_count("ids", len(request.ids), self.limits.max_batch)
-        entries = [LiveEntry(id=checked_id(id, f"ids[{row}]")) for row, id in enumerate(request.ids)]
-        return await self._write(serving, request.entity_type, entries)
-
-    def _writable(self, entity_type: str) -> ServingRelease:
-        serving = self.releases.resolve("")
-        if entity_type not in serving.entities:
-            raise UnknownEntityType(entity_type[:64], list(serving.entities))
-        if not self.config.accept_writes:
-            raise WritesDisabled("this server takes no live writes (--read-only). Write to another one, or use `omni update`.")
-        return serving
-
-    async def _write(self, serving: ServingRelease, entity_type: str, entries: list[LiveEntry]) -> pb.WriteResponse:
-        write = asyncio.ensure_future(asyncio.to_thread(self.writes.write, entity_type, serving.dimension, entries))
-        return pb.WriteResponse(sequence=await asyncio.shield(write), applied=len(entries))
 
     # --- shared parts ---
 
@@ -501,16 +448,22 @@ class RetrievalService:
         if found.rerank_ns:
             stages["rerank"].observe(found.rerank_ns / 1e9)
         if found.plain and self.shadow.wants():
-            self._shadow(index, query.vector, target, found, request.language)
+            self.offer_shadow(index, query.vector, target, found.ids, found.scores, found.result.selectivity, request.language)
 
-    def _shadow(self, index: EntityIndex, vector: Float32, target: Any, found: Found, language: str) -> None:
+    def offer_shadow(
+        self,
+        index: EntityIndex,
+        vector: Float32,
+        target: Any,
+        ids: Sequence[str],
+        scores: Float32,
+        selectivity: float | None,
+        language: str,
+    ) -> None:
+        """Hand one answered search to the shadow recall."""
         min_score = target.min_score if target.HasField("min_score") else None
-        selectivity = found.result.selectivity
-        self.shadow.offer(
-            Sample(
-                index, vector, target.k, target.filter, tuple(target.exclude_ids), min_score, found.ids, found.scores, selectivity, language
-            )
-        )
+        excluded = tuple(target.exclude_ids)
+        self.shadow.offer(Sample(index, vector, target.k, target.filter, excluded, min_score, ids, scores, selectivity, language))
 
     def _log_impression(
         self, serving: ServingRelease, request: Any, entity_type: str, text: str, ids: Sequence[str], request_id: str = ""
@@ -540,13 +493,3 @@ class RetrievalService:
         if self.impressions is not None:
             rows.append(("omni_impressions_dropped", (), float(self.impressions.dropped)))
         return rows
-
-
-def _scores(index: EntityIndex, ids: Sequence[str], vector: Float32) -> Float32:
-    """Cosine per id, NaN where the index has none; shape (N,) float32."""
-    out = np.full(len(ids), np.nan, dtype=np.float32)
-    for row, id in enumerate(ids):
-        held = index.vector(id)
-        if held is not None:
-            out[row] = np.dot(held, vector)
-    return out

@@ -3,6 +3,9 @@
 The supervisor starts no threads and no gRPC, because neither survives a fork; each worker reads attributes (polars) and its encoder itself.
 A new release means a new generation: its workers load, prove themselves, take over the frequent cached queries and listen; only then do the
 workers before stop accepting and finish what they have. A release that any new worker refuses never gets a request.
+
+All workers of all generations accept from one listening socket that the supervisor holds open, so that no connection is lost when a
+generation ends (with the grpcio transport each worker has its own socket on the port, and what waits in a closed one is reset).
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from index_builder.entity_index import EntityIndex
 from index_builder.errors import ReleaseNotFound
 from index_builder.publishing import CURRENT_NAME, ReleaseStore
 from retrieval.errors import AddressInUse, NothingToRollBack, ReleaseRefused, UnknownRelease
+from retrieval.http2.server import BACKLOG
 from retrieval.query_encoding import choose_form
 from retrieval.serve_config import ServeConfig
 from retrieval.server import Server, address_is_free, create_server
@@ -72,9 +76,12 @@ class Supervisor:
         self.store = ReleaseStore(config.releases)
         self._announce = announce
         self._reserved: list[socket.socket] = []
+        self._listener: socket.socket | None = None
         port = self._reserve(config.host, config.port, "--port")
         metrics_port = None if config.metrics_port is None else self._reserve(config.host, config.metrics_port, "--metrics-port")
         self.config = replace(config, port=port, metrics_port=metrics_port)
+        if config.transport == "http2":
+            self._listener = self._reserved[0]
         self.workers: dict[int, Worker] = {}
         self.release_id = ""
         self.reason = "no release is active in the store. Publish one with `omni rebuild`"
@@ -104,6 +111,8 @@ class Supervisor:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         try:
+            if self._listener is not None:
+                self._listener.listen(BACKLOG)
             self._follow_store()
             if not self.workers:
                 self._fork_generation("", [])
@@ -295,7 +304,9 @@ class Supervisor:
                 for worker in self.workers.values():
                     worker.control.close()
                 self._selector.close()
-                code = _worker_main(self.config, theirs, self._numbers, release_id, dict(self._graphs), handed_over, self._folder)
+                code = _worker_main(
+                    self.config, theirs, self._numbers, release_id, dict(self._graphs), handed_over, self._folder, self._listener
+                )
             except BaseException:
                 log.exception("a worker failed")
             finally:
@@ -325,6 +336,8 @@ class Supervisor:
 
     def _shut_down(self) -> None:
         self._stopping = True
+        for held in self._reserved:
+            held.close()
         for worker in self.workers.values():
             self._kill(worker, signal.SIGTERM)
         until = time.monotonic() + self.config.grace_seconds + 5.0
@@ -366,6 +379,7 @@ def _worker_main(
     graphs: dict[str, Graphs],
     handed_over: list[Path],
     folder: Path,
+    listening: socket.socket | None,
 ) -> int:
     """The life of one worker, in the child; returns its exit code."""
     run: Callable[[Any], Any] = asyncio.run
@@ -375,7 +389,7 @@ def _worker_main(
         run = uvloop.run
     except ImportError:
         log.info("uvloop is not installed; using asyncio's own loop")
-    code: int = run(_worker(config, control, number, release_id, graphs, handed_over, folder))
+    code: int = run(_worker(config, control, number, release_id, graphs, handed_over, folder, listening))
     return code
 
 
@@ -387,6 +401,7 @@ async def _worker(
     graphs: dict[str, Graphs],
     handed_over: list[Path],
     folder: Path,
+    listening: socket.socket | None,
 ) -> int:
     reader, writer = await asyncio.open_connection(sock=control)
     changes: list[asyncio.Future[dict[str, Any]]] = []
@@ -410,7 +425,14 @@ async def _worker(
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     server: Server = await create_server(
-        config, graphs=graphs, watch=False, change_release=change_release, snapshots_folder=folder, worker=number, reuse_port=True
+        config,
+        graphs=graphs,
+        watch=False,
+        change_release=change_release,
+        snapshots_folder=folder,
+        worker=number,
+        reuse_port=True,
+        listener=listening,
     )
 
     async def listen_to_supervisor() -> None:

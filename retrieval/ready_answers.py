@@ -1,0 +1,150 @@
+"""``Retrieve`` without waiting: what is plain, cached (or a ready vector) and quick to search is answered in one function call.
+
+Everything else (filters, encoding, re-ranking, impressions, traces, mistakes, overload) returns None and takes the general path in
+``service.py``, which gives the same answers; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from encoders.errors import OmniError
+from protos import retrieval_pb2 as pb
+from retrieval.requests import NORM_TOLERANCE, checked_query
+from retrieval.security import EVERYONE
+
+if TYPE_CHECKING:
+    from retrieval.live_releases import ServingRelease
+    from retrieval.service import RetrievalService
+
+MAX_K = 100
+"""More results are worth a thread."""
+LOW, HIGH = (1 - NORM_TOLERANCE) ** 2, (1 + NORM_TOLERANCE) ** 2
+
+_parse = pb.RetrieveRequest.FromString
+_now = time.perf_counter_ns
+
+
+class ReadyAnswers:
+    """Callable with request bytes and call; returns response bytes, or None where the general path must go. Never raises."""
+
+    def __init__(self, service: RetrievalService) -> None:
+        self.service = service
+        self.releases = service.releases
+        self.admission = service.admission
+        self.searcher = service.searcher
+        self.shadow = service.shadow
+        self._count = service.metrics.count
+        self._request_seconds = service.metrics.histogram("omni_request_seconds", ("Retrieve",))
+        self._search_seconds = service.metrics.histogram("omni_stage_seconds", ("search",))
+        self._tails: dict[tuple[Any, ...], bytes] = {}
+        self._always_general = service.impressions is not None or service.tracer is not None
+
+    def __call__(self, content: bytes, context: Any) -> bytes | None:
+        """Answer, or decline."""
+        started = _now()
+        serving = self.releases.active
+        admission = self.admission
+        if serving is None or self._always_general or admission.draining or admission.in_flight >= admission.limit:
+            return None
+        try:
+            request = _parse(content)
+            index = serving.entities.get(request.entity_type)
+            k = request.k
+            if index is None or not 0 < k <= MAX_K or not _plain(request) or request.release_id not in ("", serving.release_id):
+                return None
+            if self.service.tokens is not None:
+                caller = self.service.tokens.caller(context.invocation_metadata())
+                if caller is not EVERYONE:
+                    caller.require_entity_types((request.entity_type,))
+            remaining = context.time_remaining()
+            if remaining is not None and remaining <= 0:
+                return None
+            min_recall = request.min_recall if request.HasField("min_recall") else None
+            if min_recall is not None and not 0 < min_recall <= 1:
+                return None
+            key = self.searcher.plain_key(index, k, min_recall is not None)
+            if not self.searcher.is_short(key):
+                return None
+            vector = _ready_vector(request, serving)
+            cached = vector is None
+            if vector is None:
+                vector = self._cached_vector(request, serving)
+                if vector is None:
+                    return None
+            searching = _now()
+            result = index.search(vector, k) if min_recall is None else index.search(vector, k, min_recall=min_recall)
+            search_ns = _now() - searching
+        except (OmniError, DecodeError, ValueError):
+            return None
+        self.searcher.learn(key, search_ns / 1e9)
+        response = pb.RetrieveResponse(request_id=request.request_id)
+        add = response.hits.add
+        for id, score in zip(result.ids, result.scores.tolist()):
+            add(id=id, score=score)
+        timings = response.timings
+        timings.search_ns = search_ns
+        timings.total_ns = total_ns = _now() - started
+        answer: bytes = response.SerializeToString() + self._tail(serving, cached, result.plan, result.ef, result.estimated_recall)
+        self._count("omni_searches", (request.entity_type, result.plan))
+        self._count("omni_requests", ("Retrieve", "OK"))
+        self._search_seconds.observe(search_ns / 1e9)
+        self._request_seconds.observe(total_ns / 1e9)
+        admission.accepted += 1
+        if self.shadow.wants():
+            self.service.offer_shadow(index, vector, request, result.ids, result.scores, None, request.language)
+        return answer
+
+    @staticmethod
+    def _cached_vector(request: pb.RetrieveRequest, serving: ServingRelease) -> np.ndarray | None:
+        """Keys of the cache are normalised texts, so a text that is a key needs no normalising."""
+        encoder = serving.encoder
+        text = request.query
+        vector = encoder.find(text)
+        if vector is None:
+            normal = checked_query(text, serving.limits)
+            vector = encoder.find(normal) if normal != text else None
+        return vector
+
+    def _tail(self, serving: ServingRelease, cached: bool, plan: str, ef: int, recall: float | None) -> bytes:
+        """The fields that repeat from answer to answer, serialised once; parts of a message may simply follow each other."""
+        key = (serving.release_id, serving.space_id, cached, plan, ef, recall)
+        tail = self._tails.get(key)
+        if tail is None:
+            if len(self._tails) > 1000:
+                self._tails.clear()
+            tail = self._tails[key] = pb.RetrieveResponse(
+                release_id=serving.release_id, space_id=serving.space_id, cache_hit=cached, plan=plan, ef=ef, estimated_recall=recall
+            ).SerializeToString()
+        return tail
+
+
+def _plain(request: pb.RetrieveRequest) -> bool:
+    """No filter, no exclusions, no score floor, no re-ranking, no attributes, not exact."""
+    has = request.HasField
+    return not (
+        request.filter
+        or request.exact
+        or request.exclude_ids
+        or request.attributes
+        or has("min_score")
+        or has("diversity")
+        or has("collapse_above")
+    )
+
+
+def _ready_vector(request: pb.RetrieveRequest, serving: ServingRelease) -> np.ndarray | None:
+    """The request's own vector, shape (D,) float32; None if it holds a text; raises ``ValueError`` for what is not plain."""
+    embedding = request.embedding
+    if not embedding:
+        return None
+    if request.query or request.space_id != serving.space_id or len(embedding) != 4 * serving.dimension:
+        raise ValueError("not plain")
+    vector = np.frombuffer(embedding, dtype="<f4")
+    if not LOW <= vector.dot(vector) <= HIGH:
+        raise ValueError("not of unit length")
+    return vector

@@ -24,6 +24,9 @@ SECONDS_BOUNDS = (*(round(base * 10.0**power, 7) for power in range(-5, 1) for b
 
 Labels = tuple[str, ...]
 
+STAGES = ("queue", "encode", "search", "rerank")
+"""Of a call, in the order in which they run; the names of the fields ``*_ns`` of ``Timings``."""
+
 CATALOGUE: dict[str, tuple[str, str, Labels]] = {
     "omni_requests": ("counter", "Finished calls by method and gRPC code.", ("method", "code")),
     "omni_request_seconds": ("histogram", "Time inside the server per call.", ("method",)),
@@ -273,6 +276,7 @@ class Tracer:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         self._trace = trace
+        self._owned: Any = None
         self._propagator = TraceContextTextMapPropagator()
         if provider is None and endpoint is not None:
             try:
@@ -284,7 +288,26 @@ class Tracer:
                 raise MissingDependency("opentelemetry-exporter-otlp-proto-grpc", "otel", "tracing (--otlp)") from error
             provider = TracerProvider(resource=Resource.create({"service.name": service_name}))
             provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+            self._owned = provider
         self._tracer = (provider or trace.get_tracer_provider()).get_tracer("omnisearchsage.retrieval")
+
+    def close(self) -> None:
+        """Send what waits to the collector, where this object made the connection to it."""
+        if self._owned is not None:
+            self._owned.shutdown()
+
+    def record_call(self, method: str, request: Any, response: Any, took_ns: int, metadata: Iterable[tuple[str, Any]]) -> None:
+        """Spans of a call that has just been answered: one for the call and one per stage that its answer reports; never query text."""
+        ended = time.time_ns()
+        timings = getattr(response, "timings", None)
+        stages = {stage: int(getattr(timings, f"{stage}_ns")) for stage in STAGES} if timings is not None else {}
+        attributes = {
+            name: value
+            for held, names in ((request, ("entity_type", "k")), (response, ("release_id", "plan", "cache_hit")))
+            for name in names
+            if (value := getattr(held, name, "")) != ""
+        }
+        self.record(method, ended - took_ns, ended, stages, attributes, metadata)
 
     def record(
         self,

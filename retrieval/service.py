@@ -25,7 +25,7 @@ from retrieval.errors import EmptyQuery, InvalidRequest, Overloaded
 from retrieval.http2.calls import Call
 from retrieval.impressions import Impression, ImpressionLog
 from retrieval.live_releases import LiveReleases, ServingRelease
-from retrieval.observability import Metrics, Tracer
+from retrieval.observability import STAGES, Metrics, Tracer
 from retrieval.ready_answers import ReadyAnswers
 from retrieval.requests import (
     checked_embedding,
@@ -96,7 +96,7 @@ class RetrievalService:
         self.searcher = Searcher(config.inline_search_us / 1e6, config.search_threads)
         self.shadow = ShadowRecall(config.shadow_fraction, config.shadow_cpu, metrics)
         self.changes = Changes(config, releases, change_release)
-        self._stages = {stage: metrics.histogram("omni_stage_seconds", (stage,)) for stage in ("queue", "encode", "search", "rerank")}
+        self._stages = {stage: metrics.histogram("omni_stage_seconds", (stage,)) for stage in STAGES}
         metrics.add_source(self._measurements)
 
     def close(self) -> None:
@@ -104,6 +104,8 @@ class RetrievalService:
         self.shadow.close()
         self.searcher.close()
         self.changes.close()
+        if self.tracer is not None:
+            self.tracer.close()
         if self.impressions is not None:
             self.impressions.close()
 
@@ -179,6 +181,8 @@ class RetrievalService:
                 places = wanted
                 response = await call(request, context, caller, started)
                 answer: bytes = response.SerializeToString()
+                if self.tracer is not None:
+                    self.tracer.record_call(method, request, response, perf_counter_ns() - started, context.invocation_metadata() or ())
                 count("omni_requests", ok)
                 return answer
             except asyncio.CancelledError:
@@ -238,8 +242,6 @@ class RetrievalService:
             if found.rerank_ns:
                 timings.rerank_ns = found.rerank_ns
             timings.total_ns = time.perf_counter_ns() - started
-            if self.tracer is not None:
-                self._trace("Retrieve", timings, context, {"entity_type": request.entity_type, "k": request.k, "plan": result.plan})
             return response
         finally:
             serving.in_flight -= 1
@@ -478,12 +480,6 @@ class RetrievalService:
     def _finish(timings: pb.Timings, queue_ns: int, encode_ns: int, started: int) -> None:
         timings.queue_ns, timings.encode_ns = queue_ns, encode_ns
         timings.total_ns = time.perf_counter_ns() - started
-
-    def _trace(self, method: str, timings: pb.Timings, context: Context, attributes: dict[str, Any]) -> None:
-        assert self.tracer is not None
-        ended = time.time_ns()
-        stages = {"queue": timings.queue_ns, "encode": timings.encode_ns, "search": timings.search_ns, "rerank": timings.rerank_ns}
-        self.tracer.record(method, ended - timings.total_ns, ended, stages, attributes, context.invocation_metadata() or ())
 
     def _measurements(self) -> list[tuple[str, tuple[str, ...], float]]:
         rows: list[tuple[str, tuple[str, ...], float]] = [

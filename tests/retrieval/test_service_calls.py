@@ -23,10 +23,11 @@ from protos import retrieval_pb2_grpc as rpc
 Code = grpc.StatusCode
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+@pytest.fixture(scope="module", params=["http2", "grpcio"])
+def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("service")
-    with serving(folder, impression_log=folder / "impressions", shadow_fraction=1.0, shadow_cpu=1.0) as found:
+    settings = {"transport": request.param, "shadow_fraction": 1.0, "shadow_cpu": 1.0}
+    with serving(folder, impression_log=folder / "impressions", **settings) as found:
         yield found
 
 

@@ -1,0 +1,136 @@
+"""The short way of Retrieve against the general one: the same answers, and it declines whatever it may not answer."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from real_server import Running, serving
+
+from benchmarks.small_releases import entity_texts
+from protos import retrieval_pb2 as pb
+from protos import retrieval_pb2_grpc as rpc
+from retrieval.ready_answers import ReadyAnswers
+
+TEXTS = entity_texts(30)
+
+
+class Caller:
+    """A context without deadline and metadata."""
+
+    def time_remaining(self) -> float | None:
+        return None
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    async def abort(self, code: grpc.StatusCode, details: str = "", trailing: Any = ()) -> None:
+        raise RuntimeError(code)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with serving(tmp_path_factory.mktemp("ready"), shadow_fraction=0.0) as found:
+        with grpc.insecure_channel(found.address) as channel:
+            for text in TEXTS:
+                rpc.RetrievalStub(channel).Retrieve(pb.RetrieveRequest(query=text, entity_type="pin", k=3))
+        yield found
+
+
+def both_ways(running: Running, request: pb.RetrieveRequest) -> tuple[pb.RetrieveResponse | None, pb.RetrieveResponse]:
+    """What the short way and the general way answer; both run on the server's loop."""
+    import asyncio
+
+    service = running.server.service
+    ready = ReadyAnswers(service)
+
+    async def ask() -> tuple[pb.RetrieveResponse | None, pb.RetrieveResponse]:
+        service.searcher.learn(
+            service.searcher.plain_key(service.releases.active.entities["pin"], request.k, request.HasField("min_recall")), 1e-5
+        )
+        content = request.SerializeToString()
+        short = ready(content, Caller())
+        general = await service.handler("Retrieve", pb.RetrieveRequest, service.retrieve)(content, Caller())
+        return pb.RetrieveResponse.FromString(short) if short is not None else None, pb.RetrieveResponse.FromString(general)
+
+    return asyncio.run_coroutine_threadsafe(ask(), running.loop).result(30)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(TEXTS),
+    st.integers(1, 64),
+    st.sampled_from([None, 0.5, 0.95, 1.0]),
+    st.sampled_from(["", "r-1"]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_it_answers_as_the_general_way_does(
+    running: Running, text: str, k: int, min_recall: float | None, request_id: str, pinned: bool, ready_vector: bool
+) -> None:
+    request = pb.RetrieveRequest(entity_type="pin", k=k, request_id=request_id, min_recall=min_recall)
+    if pinned:
+        request.release_id = running.release_id
+    if ready_vector:
+        request.embedding, request.space_id = running.encoder.encode([text])[0].astype("<f4").tobytes(), running.space_id
+    else:
+        request.query = f"  {text}\t"  # not yet normalised
+    short, general = both_ways(running, request)
+    assert short is not None
+    for answer in (short, general):
+        assert answer.timings.total_ns > 0
+        answer.ClearField("timings")
+    assert short == general
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"filter": "price < 5"},
+        {"exclude_ids": ["pin-1"]},
+        {"min_score": 0.1},
+        {"diversity": 0.5},
+        {"collapse_above": 0.9},
+        {"exact": True},
+        {"attributes": ["title"]},
+        {"k": 101},
+        {"query": "never asked before"},
+    ],
+)
+def test_what_is_not_plain_is_left_to_the_general_way(running: Running, fields: dict) -> None:
+    short, general = both_ways(running, pb.RetrieveRequest(**{"query": TEXTS[0], "entity_type": "pin", "k": 3, **fields}))
+    assert short is None and general.hits
+
+
+def test_it_never_raises_and_never_answers_a_mistake(running: Running) -> None:
+    ready = ReadyAnswers(running.server.service)
+    good = running.encoder.encode(["red cat"])[0].astype("<f4")
+    for request in (
+        pb.RetrieveRequest(),
+        pb.RetrieveRequest(query=TEXTS[0], entity_type="video", k=3),
+        pb.RetrieveRequest(query=TEXTS[0], entity_type="pin", k=0),
+        pb.RetrieveRequest(query=TEXTS[0], entity_type="pin", k=-1),
+        pb.RetrieveRequest(query=TEXTS[0], entity_type="pin", k=3, min_recall=2.0),
+        pb.RetrieveRequest(query=TEXTS[0], entity_type="pin", k=3, release_id="other"),
+        pb.RetrieveRequest(query=TEXTS[0], embedding=good.tobytes(), space_id=running.space_id, entity_type="pin", k=3),
+        pb.RetrieveRequest(embedding=good.tobytes(), space_id="other", entity_type="pin", k=3),
+        pb.RetrieveRequest(embedding=(good * 2).tobytes(), space_id=running.space_id, entity_type="pin", k=3),
+        pb.RetrieveRequest(embedding=np.full_like(good, np.nan).tobytes(), space_id=running.space_id, entity_type="pin", k=3),
+    ):
+        assert ready(request.SerializeToString(), Caller()) is None
+    assert ready(b"\xff\xff\xff", Caller()) is None
+
+
+def test_plain_cached_calls_take_the_short_way(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The general way is broken on purpose once the search is known to be short; nobody notices."""
+    service = running.server.service
+    with grpc.insecure_channel(running.address) as channel:
+        stub = rpc.RetrievalStub(channel)
+        for _ in range(20):
+            assert stub.Retrieve(pb.RetrieveRequest(query=TEXTS[0], entity_type="pin", k=3)).cache_hit
+        monkeypatch.setattr(service, "_query", None)
+        answers = [stub.Retrieve(pb.RetrieveRequest(query=TEXTS[0], entity_type="pin", k=3)) for _ in range(20)]
+    assert all(answer.cache_hit for answer in answers) and service.admission.in_flight == 0

@@ -1,8 +1,9 @@
 """Engaged queries kept up to date slice by slice: a state on disk whose daily update costs in proportion to the day, not to the history.
 
 Layout: ``state.db`` (SQLite: totals per entity and query, how many events each person has behind each total, and which part files
-count) and ``events/<day>-<version>.parquet`` (the distinct events of a day, needed to drop them when they expire and to recognise
-repeats). People appear only as a keyed 64-bit hash; the key lives in the state. A merge is one transaction: it counts wholly or not at all.
+count; all of an entity lies together, so that a day's change touches few pages however long the history) and
+``events/<day>-<version>.parquet`` (the distinct events of a day, needed to drop them when they expire and to recognise repeats). People
+appear only as a keyed 64-bit hash; the key lives in the state. A merge is one transaction: it counts wholly or not at all.
 """
 
 from __future__ import annotations
@@ -23,20 +24,22 @@ from encoders.engaged_queries import ENGAGED_KEY, FEATURE_SCHEMA, EngagedQueries
 from encoders.errors import ConfigError, DataError
 from encoders.tables import write_table
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DAY_MICROSECONDS = 86_400_000_000
 
 SCHEMA = """
 CREATE TABLE meta (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE parts (day INTEGER NOT NULL, file TEXT PRIMARY KEY, events INTEGER NOT NULL);
 CREATE INDEX parts_by_day ON parts (day);
+CREATE TABLE entities (entity INTEGER PRIMARY KEY, entity_type TEXT NOT NULL, entity_id TEXT NOT NULL, UNIQUE (entity_type, entity_id));
 CREATE TABLE totals (
-    id INTEGER PRIMARY KEY, entity_type TEXT NOT NULL, entity_id TEXT NOT NULL, query TEXT NOT NULL,
-    score INTEGER NOT NULL, users INTEGER NOT NULL,
-    UNIQUE (entity_type, entity_id, query)
-);
-CREATE INDEX totals_by_score ON totals (entity_type, entity_id, score DESC, users DESC, query);
-CREATE TABLE people (total INTEGER NOT NULL, person INTEGER NOT NULL, events INTEGER NOT NULL, PRIMARY KEY (total, person)) WITHOUT ROWID;
+    entity INTEGER NOT NULL, query TEXT NOT NULL, id INTEGER NOT NULL, score INTEGER NOT NULL, users INTEGER NOT NULL,
+    PRIMARY KEY (entity, query)
+) WITHOUT ROWID;
+CREATE TABLE people (
+    entity INTEGER NOT NULL, total INTEGER NOT NULL, person INTEGER NOT NULL, events INTEGER NOT NULL,
+    PRIMARY KEY (entity, total, person)
+) WITHOUT ROWID;
 CREATE TABLE deleted_people (person INTEGER PRIMARY KEY);
 CREATE TABLE deleted_queries (query TEXT PRIMARY KEY);
 CREATE TABLE versions (
@@ -63,7 +66,8 @@ class Merge(NamedTuple):
     changed: pl.DataFrame
     """New engaged queries (``FEATURE_SCHEMA``) of the entities that were touched."""
     touched: pl.DataFrame
-    """``entity_type, entity_id`` of every entity whose totals changed; one without rows in ``changed`` has no engaged query now."""
+    """``entity_type, entity_id`` of every entity whose engaged queries may have changed (totals below ``min_users`` before and after cannot
+    change them); one without rows in ``changed`` has no engaged query now."""
     counts: dict[str, int]
     """Events ``given``, ``added``, ``repeated``, ``too_old`` on arrival, of ``deleted`` people or queries, and those that ``expired``."""
 
@@ -83,6 +87,7 @@ class EngagedQueriesState:
             raise StateError(f"{folder}: expected an engaged-queries state (state.db), but there is none. Create one with --create.")
         try:
             self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
+            self._db.execute("PRAGMA cache_size = -65536")  # 64 MiB of pages
             meta = dict(self._db.execute("SELECT name, value FROM meta"))
         except sqlite3.DatabaseError as error:
             raise StateError(f"{path}: not a readable state ({error}). Restore it from a copy, or build it again from the logs.") from error
@@ -98,6 +103,7 @@ class EngagedQueriesState:
             )
         self._key = bytes.fromhex(meta["key"])
         self._remove_orphans()
+        self._index_features(meta["feature_users"])
 
     @classmethod
     def create(cls, folder: Path, config: EngagedQueriesConfig) -> EngagedQueriesState:
@@ -118,6 +124,8 @@ class EngagedQueriesState:
                 "key": os.urandom(16).hex(),
                 "until": "",
                 "version": "0",
+                "next_total": "1",
+                "feature_users": "",
             }
             db.executemany("INSERT INTO meta VALUES (?, ?)", meta.items())
         return cls(folder, config)
@@ -191,7 +199,7 @@ class EngagedQueriesState:
 
     def features(self) -> pl.DataFrame:
         """Engaged queries of every entity, as ``FEATURE_SCHEMA`` (reads the whole state)."""
-        entities = self._db.execute("SELECT DISTINCT entity_type, entity_id FROM totals ORDER BY entity_type, entity_id")
+        entities = self._db.execute("SELECT entity, entity_type, entity_id FROM entities ORDER BY entity_type, entity_id")
         return self._features_of(entities.fetchall())
 
     def versions(self) -> list[dict[str, object]]:
@@ -238,18 +246,36 @@ class EngagedQueriesState:
         files = [f for day in days for f in self._files("day = ?", (day,))]
         return events.join(self._read(files), on=ENGAGED_KEY, how="anti") if files else events
 
-    def _features_of(self, entities: Iterable[tuple[str, str]]) -> pl.DataFrame:
+    def _features_of(self, entities: Iterable[tuple[int, str, str]]) -> pl.DataFrame:
         statement = (
-            "SELECT entity_type, entity_id, query, score, users FROM totals "
-            "WHERE entity_type = ? AND entity_id = ? AND users >= ? AND score > 0 ORDER BY score DESC, users DESC, query LIMIT ?"
+            f"SELECT query, score, users FROM totals INDEXED BY best WHERE entity = ? AND users >= {self.config.min_users:d} AND score > 0 "
+            "ORDER BY score DESC, users DESC, query LIMIT ?"
         )
-        limits = (self.config.min_users, self.config.top)
-        rows = [
-            (t, e, query, rank, score, users)
-            for entity in entities
-            for rank, (t, e, query, score, users) in enumerate(self._db.execute(statement, (*entity, *limits)), start=1)
-        ]
-        return pl.DataFrame(rows, schema=FEATURE_SCHEMA, orient="row")
+        columns: list[list[object]] = [[] for _ in FEATURE_SCHEMA]
+        for entity, entity_type, entity_id in entities:
+            found = self._db.execute(statement, (entity, self.config.top)).fetchall()
+            n = len(found)
+            if n:
+                queries, scores, users = zip(*found, strict=True)
+                for column, values in zip(
+                    columns, ([entity_type] * n, [entity_id] * n, queries, range(1, n + 1), scores, users), strict=True
+                ):
+                    column.extend(values)
+        return pl.DataFrame(dict(zip(FEATURE_SCHEMA, columns, strict=True)), schema=FEATURE_SCHEMA)
+
+    def _index_features(self, indexed_users: str) -> None:
+        """Index the totals of at least ``min_users`` people, best first: entities with many rare queries cost no more than others.
+
+        Another ``min_users`` than last time reads all totals once.
+        """
+        wanted = f"{self.config.min_users:d}"
+        if indexed_users == wanted:
+            return
+        self._db.executescript(
+            "BEGIN IMMEDIATE; DROP INDEX IF EXISTS best; "
+            f"CREATE INDEX best ON totals (entity, score DESC, users DESC, query) WHERE users >= {wanted}; "
+            f"UPDATE meta SET value = '{wanted}' WHERE name = 'feature_users'; COMMIT;"
+        )
 
     # -- writing -------------------------------------------------------------------------------------------------------------------
 
@@ -297,13 +323,11 @@ class EngagedQueriesState:
             pl.concat([added.with_columns(sign=pl.lit(1, pl.Int64)), removed.with_columns(sign=pl.lit(-1, pl.Int64))])
             .group_by("entity_type", "entity_id", "query", "user_id")
             .agg(pl.col("sign").sum(), (score * pl.col("sign")).sum().alias("score"))
-            .sort("entity_type", "entity_id", "query", "user_id")
         )
         version, window_end = self.version + 1, end.isoformat() if end else ""
-        touched = delta.select("entity_type", "entity_id").unique(maintain_order=True)
         self._db.execute("BEGIN IMMEDIATE")
         try:
-            self._apply(delta)
+            touched = self._apply(delta)
             self._db.executemany("DELETE FROM parts WHERE file = ?", ((name,) for name in gone))
             self._db.executemany("INSERT INTO parts VALUES (?, ?, ?)", parts)
             self._db.execute("UPDATE meta SET value = ? WHERE name = 'until'", (window_end,))
@@ -317,37 +341,64 @@ class EngagedQueriesState:
             raise
         for name in gone:
             (self.folder / "events" / name).unlink(missing_ok=True)
-        return Merge(version, self._features_of(touched.iter_rows()), touched, counts)
+        names = pl.DataFrame([row[1:] for row in touched], schema=_no_entities().schema, orient="row")
+        return Merge(version, self._features_of(touched), names, counts)
 
-    def _apply(self, delta: pl.DataFrame) -> None:
-        if not delta.height:
-            return
+    def _apply(self, delta: pl.DataFrame) -> list[tuple[int, str, str]]:
+        """Change totals and people by ``delta``; returns number, type and id of the entities whose features may have changed, sorted."""
         db = self._db
-        pairs = delta.group_by("entity_type", "entity_id", "query", maintain_order=True).agg("user_id", "sign", pl.col("score").sum())
-        new: list[tuple[int, int, int]] = []
-        dead: list[tuple[int, int]] = []
-        changes: list[tuple[int, int, int]] = []
-        one_person = "SELECT events FROM people WHERE total = ? AND person = ?"
-        for entity_type, entity_id, query, people, signs, score in pairs.iter_rows():
-            key = (entity_type, entity_id, query)
-            found = db.execute("SELECT id FROM totals WHERE entity_type = ? AND entity_id = ? AND query = ?", key).fetchone()
-            total = int(found[0] if found else db.execute("INSERT INTO totals VALUES (NULL, ?, ?, ?, 0, 0)", key).lastrowid or 0)
-            users = 0
+        names = delta.select("entity_type", "entity_id").unique().sort("entity_type", "entity_id")
+        numbers = [self._number(*name) for name in names.iter_rows()]
+        pairs = (
+            delta.join(names.with_columns(pl.Series("entity", numbers, dtype=pl.Int64)), on=["entity_type", "entity_id"])
+            .sort("entity", "query", "user_id")  # as stored
+            .group_by("entity", "query", maintain_order=True)
+            .agg("user_id", "sign", pl.col("score").sum())
+        )
+        next_total = int(self._meta("next_total"))
+        kept_people: list[tuple[int, int, int, int]] = []
+        dead_people: list[tuple[int, int, int]] = []
+        kept_totals: list[tuple[int, str, int, int, int]] = []
+        dead_totals: list[tuple[int, str]] = []
+        visible: set[int] = set()
+        find_total = "SELECT id, score, users FROM totals WHERE entity = ? AND query = ?"
+        find_person = "SELECT events FROM people WHERE entity = ? AND total = ? AND person = ?"
+        for entity, query, people, signs, score in pairs.iter_rows():
+            found = db.execute(find_total, (entity, query)).fetchone()
+            total, old_score, old_users = found or (next_total, 0, 0)
+            next_total += found is None
+            users = old_users
             for person, sign in zip(people, signs, strict=True):
                 if sign == 0:
                     continue
-                before = db.execute(one_person, (total, person)).fetchone() if found else None
+                before = db.execute(find_person, (entity, total, person)).fetchone() if found else None
                 after = (before[0] if before else 0) + sign
                 users += (after > 0) - (before is not None)
                 if after > 0:
-                    new.append((total, person, after))
+                    kept_people.append((entity, total, person, after))
                 else:
-                    dead.append((total, person))
-            changes.append((score, users, total))
-        db.executemany("INSERT OR REPLACE INTO people VALUES (?, ?, ?)", new)
-        db.executemany("DELETE FROM people WHERE total = ? AND person = ?", dead)
-        db.executemany("UPDATE totals SET score = score + ?, users = users + ? WHERE id = ?", changes)
-        db.executemany("DELETE FROM totals WHERE id = ? AND users = 0", ((total,) for _, users, total in changes if users < 0))
+                    dead_people.append((entity, total, person))
+            if users:
+                kept_totals.append((entity, query, total, old_score + score, users))
+            else:
+                dead_totals.append((entity, query))
+            if max(users, old_users) >= self.config.min_users:
+                visible.add(entity)
+        db.executemany("INSERT OR REPLACE INTO people VALUES (?, ?, ?, ?)", kept_people)
+        db.executemany("DELETE FROM people WHERE entity = ? AND total = ? AND person = ?", dead_people)
+        upsert = "ON CONFLICT (entity, query) DO UPDATE SET score = excluded.score, users = excluded.users"
+        db.executemany(f"INSERT INTO totals VALUES (?, ?, ?, ?, ?) {upsert}", kept_totals)
+        db.executemany("DELETE FROM totals WHERE entity = ? AND query = ?", dead_totals)
+        emptied = "DELETE FROM entities WHERE entity = ?1 AND NOT EXISTS (SELECT 1 FROM totals WHERE entity = ?1)"
+        db.executemany(emptied, sorted({(entity,) for entity, _ in dead_totals}))
+        db.execute("UPDATE meta SET value = ? WHERE name = 'next_total'", (str(next_total),))
+        return [(n, *name) for n, name in zip(numbers, names.iter_rows(), strict=True) if n in visible]
+
+    def _number(self, entity_type: str, entity_id: str) -> int:
+        find = "SELECT entity FROM entities WHERE entity_type = ? AND entity_id = ?"
+        found = self._db.execute(find, (entity_type, entity_id)).fetchone()
+        add = "INSERT INTO entities (entity_type, entity_id) VALUES (?, ?)"
+        return int(found[0] if found else self._db.execute(add, (entity_type, entity_id)).lastrowid or 0)
 
     def _remove_orphans(self) -> None:
         """Remove files that an interrupted merge left behind."""

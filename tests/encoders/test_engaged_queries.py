@@ -72,14 +72,18 @@ def test_merging_slices_in_any_order_equals_counting_the_window_at_once(slices: 
     gone_users: list[str] = []
     gone_queries: list[str] = []
     with tempfile.TemporaryDirectory() as folder, EngagedQueriesState.create(Path(folder) / "s", config) as state:
+        served = state.features()
         for part in slices:
-            state.merge(events_of(*part))
+            merges = [state.merge(events_of(*part))]
             if data.draw(st.integers(0, 4)) == 0:
                 gone_users.append("u1")
-                state.delete_users(["u1"])
+                merges.append(state.delete_users(["u1"]))
             if data.draw(st.integers(0, 4)) == 0:
                 gone_queries.append("cat")
-                state.delete_queries(["cat"])
+                merges.append(state.delete_queries(["cat"]))
+            for merge in merges:  # what a consumer has that replaces the touched entities by the changed rows
+                served = pl.concat([served.join(merge.touched, on=["entity_type", "entity_id"], how="anti"), merge.changed])
+            assert served.sort("entity_type", "entity_id", "rank").rows() == state.features().rows()
         until = state.until
         if until is None:
             assert everything.height == 0
@@ -102,6 +106,23 @@ def test_a_merge_returns_the_new_features_of_what_it_touched(tmp_path: Path) -> 
         assert gone.touched["entity_id"].to_list() == ["p", "q"]
         assert gone.changed["query"].to_list() == ["c"]
         assert [v["version"] for v in state.versions()] == [1, 2, 3]
+
+
+def test_rare_queries_below_the_threshold_touch_no_features_until_they_reach_it(tmp_path: Path) -> None:
+    with EngagedQueriesState.create(tmp_path / "s", config_of(min_users=2)) as state:
+        assert state.merge(events_of((1, "a", "u1", "pin", "p", "save"))).touched.height == 0
+        assert state.merge(events_of((2, "a", "u2", "pin", "p", "save"))).changed["query"].to_list() == ["a"]
+        gone = state.merge(pl.DataFrame(schema=EVENT_SCHEMA), until=START + 22 * DAY)
+        assert (gone.touched.rows(), gone.changed.height) == ([("pin", "p")], 0)
+
+
+def test_another_threshold_for_people_shows_other_features_of_the_same_totals(tmp_path: Path) -> None:
+    with EngagedQueriesState.create(tmp_path / "s", config_of(min_users=1)) as state:
+        state.merge(events_of(*((1, q, u, "pin", "p", "save") for q, u in (("a", "u1"), ("a", "u2"), ("b", "u1")))))
+        assert state.features()["query"].to_list() == ["a", "b"]
+    for min_users, expected in ((2, ["a"]), (1, ["a", "b"])):
+        with EngagedQueriesState(tmp_path / "s", config_of(min_users=min_users)) as state:
+            assert state.features()["query"].to_list() == expected
 
 
 def test_repeated_late_and_expired_events_are_told_apart(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 import grpc
+import hpack
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
@@ -24,6 +25,7 @@ from benchmarks.peer_servers import Process, omni_server
 from benchmarks.record import write_record
 from encoders.console import fail, handle_errors, json_option, print_json, print_table, say, stage
 from protos import retrieval_pb2 as pb
+from retrieval.http2 import wire
 
 TYPED = frozenset(
     {
@@ -205,8 +207,29 @@ class Generator:
             lambda: b"\x16\x03\x01" + rng.randbytes(200),
             lambda: preface[: rng.randrange(len(preface))],
             lambda: preface + b"".join(frame() for _ in range(rng.randrange(1, 20))),
+            lambda: self.damage(preface + self.calls()),
+            lambda: preface + self.calls() + b"".join(frame() for _ in range(rng.randrange(4))),
         )
         return rng.choice(kinds)()
+
+    def calls(self) -> bytes:
+        """Some whole calls as a client would send them on a fresh connection, their header and data frames shuffled now and then."""
+        rng, encoder = self.rng, hpack.Encoder()
+        frames: list[bytes] = []
+        for number in range(rng.randrange(1, 6)):
+            path, content = self.request()
+            fields = [(":method", "POST"), (":scheme", "http"), (":path", path), ("content-type", "application/grpc"), ("te", "trailers")]
+            if rng.random() < 0.3:
+                fields.append(("grpc-timeout", rng.choice(("1n", "0S", "99999999H", "x", "10m"))))
+            body = bytes((rng.random() < 0.1,)) + len(content).to_bytes(4, "big") + content
+            frames.append(wire.frame(wire.HEADERS, wire.END_HEADERS, 2 * number + 1, encoder.encode(fields)))
+            frames += [
+                wire.frame(wire.DATA, wire.END_STREAM if at + 16_384 >= len(body) else 0, 2 * number + 1, body[at : at + 16_384])
+                for at in range(0, len(body), 16_384)
+            ]
+        if rng.random() < 0.3:
+            rng.shuffle(frames)
+        return b"".join(frames)
 
 
 @dataclass(slots=True)
@@ -300,7 +323,7 @@ def run(count: int, seed: int, raw_share: float, concurrency: int, folder: Path)
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--count", default=100_000, show_default=True, help="Requests to send.")
 @click.option("--seed", default=0, show_default=True, help="Same seed, same requests (their order varies with timing).")
-@click.option("--raw-share", default=0.03, show_default=True, help="Share sent as raw bytes on bare connections.")
+@click.option("--raw-share", default=0.1, show_default=True, help="Share sent as raw bytes on bare connections.")
 @click.option("--concurrency", default=32, show_default=True, help="Requests in flight.")
 @json_option
 @handle_errors

@@ -75,7 +75,7 @@ def stub_load(address: str, method: str, payloads: Sequence[bytes], load: Load, 
         load: How hard.
         metadata: Sent with each call.
     """
-    return _run(partial(_stub_process, address, method, list(payloads), tuple(metadata)), load)
+    return run_processes(partial(_stub_process, address, method, list(payloads), tuple(metadata)), load)
 
 
 def client_load(start: Start, load: Load) -> Outcome:
@@ -85,10 +85,11 @@ def client_load(start: Start, load: Load) -> Outcome:
         start: Picklable; makes the client inside the process.
         load: How hard.
     """
-    return _run(partial(_thread_process, start), load)
+    return run_processes(partial(_thread_process, start), load)
 
 
-def _run(process: Callable[..., None], load: Load) -> Outcome:
+def run_processes(process: Callable[..., None], load: Load) -> Outcome:
+    """Run ``process(part, number, ready, queue)`` in as many processes as ``load`` says and merge what they put into the queue."""
     processes = min(load.processes, load.concurrency)
     context = multiprocessing.get_context("spawn")
     queue: Any = context.Queue()
@@ -119,23 +120,28 @@ def _run(process: Callable[..., None], load: Load) -> Outcome:
 
 
 @dataclass(slots=True)
-class _Recorder:
+class Recorder:
+    """What one client process saw, kept cheaply while it runs."""
+
     begin: float
     latencies: list[float] = field(default_factory=list)
     errors: dict[str, int] = field(default_factory=dict)
     last: float = 0.0
 
     def answered(self, due: float) -> None:
+        """A call that was due at ``due`` has its answer."""
         now = time.perf_counter()
         if due >= self.begin:
             self.latencies.append(now - due)
             self.last = max(self.last, now)
 
     def failed(self, error: BaseException) -> None:
+        """A call failed."""
         name = error.code().name if isinstance(error, grpc.RpcError) else type(error).__name__
         self.errors[name] = self.errors.get(name, 0) + 1
 
     def outcome(self) -> Outcome:
+        """Everything so far."""
         return Outcome(np.array(self.latencies) * 1e3, self.errors, max(0.0, self.last - self.begin))
 
 
@@ -148,7 +154,7 @@ def _stub_process(address: str, method: str, payloads: list[bytes], metadata: An
             await channel.channel_ready()
             await asyncio.to_thread(ready.wait, 120)
             begin = time.perf_counter()
-            recorder = _Recorder(begin + load.warmup_seconds)
+            recorder = Recorder(begin + load.warmup_seconds)
             end = recorder.begin + load.seconds
             step, first, total = 7919, number * 104729, len(payloads)  # primes: processes do not walk in step
 
@@ -200,10 +206,10 @@ def _thread_process(start: Start, load: Load, number: int, ready: Any, queue: An
     ask, close = start()
     ready.wait(120)
     begin = time.perf_counter()
-    recorders = [_Recorder(begin + load.warmup_seconds) for _ in range(load.concurrency)]
+    recorders = [Recorder(begin + load.warmup_seconds) for _ in range(load.concurrency)]
     end = begin + load.warmup_seconds + load.seconds
 
-    def lane(recorder: _Recorder, i: int) -> None:
+    def lane(recorder: Recorder, i: int) -> None:
         while (due := time.perf_counter()) < end:
             try:
                 ask(number * 104729 + i)
@@ -218,7 +224,7 @@ def _thread_process(start: Start, load: Load, number: int, ready: Any, queue: An
     for thread in threads:
         thread.join()
     close()
-    together = _Recorder(begin + load.warmup_seconds)
+    together = Recorder(begin + load.warmup_seconds)
     for recorder in recorders:
         together.latencies += recorder.latencies
         together.last = max(together.last, recorder.last)

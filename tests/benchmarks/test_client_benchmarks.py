@@ -3,6 +3,7 @@
 import asyncio
 import time
 from functools import partial
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -10,12 +11,16 @@ import pytest
 from google.protobuf.message import DecodeError
 
 from benchmarks.diversity import curve, intra_list_similarity
+from benchmarks.frames_load import frame_load
 from benchmarks.fuzz import SERVICES, Generator, Tally, fuzz
 from benchmarks.latency import Sample, per_stage
 from benchmarks.load import Load, client_load, stub_load
 from benchmarks.milvus_peer import mean_recall
-from benchmarks.peer_servers import Process, echo_server
+from benchmarks.peer_servers import Process, echo_server, omni_server
 from benchmarks.serve import verdict
+from benchmarks.small_releases import small_release, write_small_bundle
+from index_builder.publishing import ReleaseStore
+from protos import retrieval_pb2 as pb
 from retrieval.client_results import RetrieveResult, Timings
 
 
@@ -39,6 +44,21 @@ def test_the_closed_loop_keeps_its_concurrency_and_the_open_loop_counts_the_wait
         assert echo.cpu_seconds() > 0
         paced = stub_load(echo.address, "/any/Method", [b"x"], Load(concurrency=8, seconds=1.0, warmup_seconds=0.0, processes=1, rate=40))
         assert len(paced.latencies_ms) == 40
+
+
+@pytest.mark.parametrize("concurrency", [1, 7])
+def test_prepared_frames_are_answered_by_grpcio_and_by_us_and_failures_are_counted(concurrency: int, tmp_path: Path) -> None:
+    load = Load(concurrency=concurrency, seconds=0.5, warmup_seconds=0.0, processes=2)
+    with echo_server(70_000) as echo:
+        outcome = frame_load(echo.address, "/any/Method", [b"x", b"y" * 40_000], load)
+        assert len(outcome.latencies_ms) > 10 and not outcome.errors
+    store, encoder = ReleaseStore(tmp_path / "store"), write_small_bundle(tmp_path / "bundle", 1)
+    small_release(store, tmp_path / "bundle", encoder)
+    with omni_server(store.root, ["--encoder-form", "torch", "--metrics-port", "-1"]) as ours:
+        good, bad = (pb.RetrieveRequest(query="red cat", entity_type=name, k=3).SerializeToString() for name in ("pin", "video"))
+        outcome = frame_load(ours.address, "/omnisearchsage.v1.Retrieval/Retrieve", [good, bad], load)
+        assert len(outcome.latencies_ms) > 10
+        assert outcome.errors.keys() == {"grpc-status 5"}, "NOT_FOUND"
 
 
 def slow_client(seconds: float):  # type: ignore[no-untyped-def]

@@ -6,6 +6,7 @@ space.json        the space id, and older spaces declared compatible with their 
 query_encoder/    a valid Sentence-Transformers model
 entity_encoder/   one tower for all entity types, or one folder per entity type
 forms/            exports (ONNX) of the query tower; not part of the space
+compatibility/    adapters from this space to older ones (encoders/compatibility.py); not part of the space
 metrics.json      evaluation figures; not part of the space
 README.md         model card
 ```
@@ -32,6 +33,8 @@ from encoders.query_tower import QueryEncoder
 
 FORMAT_VERSION = 1
 _TOWERS = ("query_encoder", "entity_encoder")
+QUERY_UPGRADE = "query_upgrade"
+"""Key of ``space.json`` where the query tower is a newer bundle's; its ``files_id`` then stands for the files instead of the space id."""
 
 
 @dataclass
@@ -141,13 +144,7 @@ def load_bundle(path: Path) -> ModelBundle:
             f"{path}: bundle format {config.get('format_version')!r}, but this version reads {FORMAT_VERSION}. "
             "Train again, or load it with the version of omnisearchsage that wrote it."
         )
-    space = _read_json(path / "space.json")
-    found = compute_space_id(path)
-    if found != space.get("space_id"):
-        raise BundleError(
-            f"{path}: the towers' files make space id {found[:16]}, but space.json says {str(space.get('space_id'))[:16]}. "
-            "A file was changed or cut short after saving: copy the bundle again."
-        )
+    space_id = check_space_id(path)
     query_encoder = QueryEncoder.load(path / "query_encoder")
     root = path / "entity_encoder"
     types: list[str] = config["entity_types"]
@@ -156,12 +153,43 @@ def load_bundle(path: Path) -> ModelBundle:
         towers = dict.fromkeys(types, tower)
     else:
         towers = {entity_type: EntityEncoder.load(root / entity_type) for entity_type in types}
-    return ModelBundle(path, found, int(config["dimension"]), config, query_encoder, towers)
+    return ModelBundle(path, space_id, int(config["dimension"]), config, query_encoder, towers)
+
+
+def read_space(path: Path) -> dict[str, Any]:
+    """``space.json`` of a bundle, or of a release's copy of its files.
+
+    Raises:
+        BundleError: Missing, unreadable, or without ``space_id``.
+    """
+    space = _read_json(path / "space.json")
+    if not isinstance(space.get("space_id"), str):
+        raise BundleError(f"{path}/space.json: expected a space_id, but there is none. Copy the bundle again.")
+    return space
 
 
 def read_space_id(path: Path) -> str:
     """The space id a bundle (or a release's copy of its files) declares, without loading any weights."""
-    return str(_read_json(path / "space.json")["space_id"])
+    return str(read_space(path)["space_id"])
+
+
+def check_space_id(path: Path) -> str:
+    """The space id of a bundle whose files are as they were saved.
+
+    Raises:
+        BundleError: A tower's file was changed, is missing or was added.
+    """
+    space = read_space(path)
+    found, expected = compute_space_id(path), space["space_id"]
+    upgrade = space.get(QUERY_UPGRADE)
+    if isinstance(upgrade, dict):
+        expected = str(upgrade.get("files_id"))
+    if found != expected:
+        raise BundleError(
+            f"{path}: the towers' files make space id {found[:16]}, but space.json says {expected[:16]}. "
+            "A file was changed or cut short after saving: copy the bundle again."
+        )
+    return str(space["space_id"])
 
 
 def compute_space_id(path: Path) -> str:

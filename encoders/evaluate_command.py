@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from encoders.baselines import BASELINES, Baseline, default_cache, make_baseline
-from encoders.bundle import load_bundle
+from encoders.bundle import load_bundle, read_space
 from encoders.console import data_option, handle_errors, json_option, print_json, say
-from encoders.errors import ConfigError
+from encoders.errors import BundleError, ConfigError
 from encoders.evaluation_report import bundle_system, evaluate_systems, plot_report, print_report, save_runs
-from encoders.sample import load_dataset
+from encoders.sample import Dataset, load_dataset
 from encoders.schemas import ENTITY_TYPES
 from encoders.tables import read_table
+
+if TYPE_CHECKING:
+    from encoders.compatibility_report import SpacesReport
 
 
 @click.command()
 @click.argument("bundle", required=False, type=click.Path(path_type=Path, file_okay=False))
 @click.option("--against", type=click.Path(path_type=Path, file_okay=False), help="Second bundle, compared pair by pair with the first.")
+@click.option(
+    "--against-index",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Older bundle: how well BUNDLE's query tower searches vectors that this one made, as it is and through a learned adapter.",
+)
+@click.option("--adapter", default="full", show_default=True, help="With --against-index: full, none, or the rank of a low-rank one.")
+@click.option("--declare", "declares", is_flag=True, help="With --against-index: write the measured compatibility into BUNDLE.")
+@click.option(
+    "--max-loss",
+    type=click.FloatRange(0, 1),
+    default=0.1,
+    show_default=True,
+    help="With --declare: largest part of the old tower's labelled Recall@10 that may be lost on any type.",
+)
 @click.option(
     "--baselines", default="", help=f"Comma-separated: {', '.join(BASELINES)}, or st:NAME_OR_PATH (a Sentence-Transformers model)."
 )
@@ -46,6 +64,10 @@ from encoders.tables import read_table
 def command(
     bundle: Path | None,
     against: Path | None,
+    against_index: Path | None,
+    adapter: str,
+    declares: bool,
+    max_loss: float,
     baselines: str,
     entity_types: tuple[str, ...],
     split: str,
@@ -66,7 +88,9 @@ def command(
 
     Labelled Recall@10 asks whether the annotated entity ranks in the top 10; a query with 40 correct entities cannot have more than a
     quarter of them there, so the ceiling stands beside it. Without BUNDLE only the baselines are measured. With --against, both bundles
-    are compared on the same pairs. `--entity-type query` measures related queries.
+    are compared on the same pairs. With --against-index, BUNDLE's query tower searches the older bundle's entity vectors (an upgrade
+    without embedding again); --declare writes the result into BUNDLE, and `omni rebuild --query-tower BUNDLE` then serves it.
+    `--entity-type query` measures related queries.
 
     Example: omni evaluate runs/model --baselines bm25,bm25-trigrams --slice language
     """
@@ -74,6 +98,19 @@ def command(
         raise ConfigError("--against compares two bundles, but only one was given. Usage: omni evaluate BUNDLE --against BUNDLE2")
     if save_run and corpus_size:
         raise ConfigError("--save-run writes ranked lists over the whole catalogue: leave --corpus-size out.")
+    if declares and not against_index:
+        raise ConfigError("--declare writes down what --against-index measured. Usage: omni evaluate NEW --against-index OLD --declare")
+    if against_index:
+        if bundle is None or against or baselines or judgements or save_run or plot:
+            raise ConfigError(
+                "--against-index takes one BUNDLE, and none of --against, --baselines, --judgements, --save-run and --plot. "
+                "Usage: omni evaluate NEW --against-index OLD"
+            )
+        sizes = {"corpus_size": corpus_size, "max_queries": max_queries, "resamples": resamples, "split": split}
+        dataset = load_dataset(data_dir, engaged_queries=engaged_queries)
+        spaces = _compare_spaces(bundle, against_index, dataset, adapter, entity_types, seed, sizes)
+        _show_spaces(spaces, bundle, against_index, max_loss if declares else None, slices, as_json)
+        return
     systems: dict[str, Baseline] = {}
     names = []
     for path in [path for path in (bundle, against) if path]:
@@ -105,3 +142,43 @@ def command(
         print_json(report.as_dict(comparisons))
     else:
         print_report(report, comparisons, slices)
+
+
+def _compare_spaces(
+    bundle: Path, old: Path, dataset: Dataset, adapter: str, entity_types: tuple[str, ...], seed: int, options: dict[str, Any]
+) -> SpacesReport:
+    from encoders.compatibility_report import compare_spaces
+
+    if adapter not in ("full", "none") and not adapter.isdecimal():
+        raise ConfigError(f"--adapter must be 'full', 'none' or a rank such as 32, but got {adapter!r}.")
+    rank = int(adapter) if adapter.isdecimal() else 0
+    if adapter.isdecimal() and rank == 0:
+        raise ConfigError("--adapter 0: an adapter of rank 0 maps everything to nothing. Use full, none or a rank of at least 1.")
+    wanted = entity_types or None
+    return compare_spaces(
+        load_bundle(bundle), load_bundle(old), dataset, adapter=adapter != "none", rank=rank, entity_types=wanted, seed=seed, **options
+    )
+
+
+def _show_spaces(spaces: SpacesReport, bundle: Path, old: Path, max_loss: float | None, slices: tuple[str, ...], as_json: bool) -> None:
+    """Declare if asked and allowed (``max_loss`` is then a number), and print."""
+    from encoders.compatibility import declare
+
+    worst, loss = spaces.worst_loss()
+    if not as_json:
+        print_report(spaces.evaluation, spaces.comparisons, slices)
+    if max_loss is not None:
+        if not loss <= max_loss:
+            raise BundleError(
+                f"not declared: {spaces.way!r} loses {loss:.1%} of the old tower's labelled Recall@10 on {worst}, more than --max-loss "
+                f"{max_loss:g}. Train with the old vectors as a compatibility task (docs/training.md), or embed the index again."
+            )
+        space = read_space(old)
+        declare(bundle, str(space["space_id"]), int(space["dimension"]), spaces.adapter, spaces.measured, spaces.learned)
+    if as_json:
+        about = {"way": spaces.way, "worst_type": worst, "worst_loss": loss, "declared": max_loss is not None, "adapter": spaces.learned}
+        print_json({**about, "measured": spaces.measured, **spaces.evaluation.as_dict(spaces.comparisons)})
+        return
+    say(f"{spaces.way}: largest loss of labelled Recall@10 {loss:.1%}, on {worst}")
+    if max_loss is not None:
+        say(f"declared in {bundle / 'space.json'}. Next: omni rebuild --store STORE --query-tower {bundle}")

@@ -74,6 +74,8 @@ class Bundle:
     path: Path
     space_id: str
     dimension: int
+    query_upgrade: dict[str, Any] | None = None
+    """Set where the query tower is a newer bundle's: see ``Manifest``."""
 
 
 def read_bundle(path: Path) -> Bundle:
@@ -94,7 +96,7 @@ def read_bundle(path: Path) -> Bundle:
         dimension = json.loads((path / "config.json").read_text(encoding="utf-8")).get("dimension")
     if not (path / "query_encoder").is_dir():
         raise BundleError(f"{path} is not a whole model bundle: expected a folder query_encoder/")
-    return Bundle(path, space_id, int(dimension or DEFAULT_DIMENSION))
+    return Bundle(path, space_id, int(dimension or DEFAULT_DIMENSION), values.get("query_upgrade"))
 
 
 def plan_release(inputs: Mapping[str, EntityInput], bundle: Bundle, store: ReleaseStore, config: RebuildConfig) -> dict[str, Any]:
@@ -173,6 +175,11 @@ def carried_types(inputs: Mapping[str, EntityInput], bundle: Bundle, store: Rele
         return []
     manifest = read_manifest(store.path_of(parent))
     missing = sorted(set(manifest.entities) - set(inputs))
+    if missing and manifest.query_upgrade != bundle.query_upgrade:
+        raise PublishError(
+            f"the active release {parent} is searched with another query tower than {bundle.path.name}'s (omni rebuild --query-tower), and "
+            f"{', '.join(missing)} would be taken over proven with that one. Rebuild {', '.join(missing)} too, or use --from-active."
+        )
     if missing and manifest.space_id != bundle.space_id:
         raise PublishError(
             f"the active release {parent} has {', '.join(sorted(manifest.entities))} under space {manifest.space_id[:16]}, "

@@ -73,6 +73,8 @@ class Manifest:
         forms: Export form -> parity report against the trained tower.
         deterministic: Whether the build promises identical bytes for identical input.
         seed: Seed of the build.
+        query_upgrade: Where the query tower is a newer bundle's than the vectors' (``index_builder.query_upgrade``): that bundle's
+            ``space_id``, its ``adapter`` or None, the ``measured`` recall, and ``files_id``, which names the vectors that this tower makes.
         measured: The only part that depends on the run: times, latencies, peak memory.
         format_version: Version of the layout.
     """
@@ -87,6 +89,7 @@ class Manifest:
     forms: dict[str, dict[str, Any]] = field(default_factory=dict)
     deterministic: bool = False
     seed: int = 0
+    query_upgrade: dict[str, Any] | None = None
     measured: dict[str, Any] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 

@@ -129,6 +129,7 @@ def build_release(
             forms=forms,
             deterministic=config.deterministic,
             seed=config.seed,
+            query_upgrade=bundle.query_upgrade,
             measured={
                 "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
                 "seconds": timings,

@@ -58,6 +58,11 @@ def parse_memory(text: str | None) -> int | None:
 )
 @click.option("--from-active", is_flag=True, help="Take vectors and attributes from the active release and fold the live log into them.")
 @click.option(
+    "--query-tower",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Keep the active release's indexes and search them with this bundle's query tower, which declares itself compatible.",
+)
+@click.option(
     "--entity-type",
     "entity_types",
     multiple=True,
@@ -110,10 +115,16 @@ def command(store_path: Path, as_json: bool, dry_run: bool, **options: Any) -> N
     attributes), or --from-active (fold the live log in). An interrupted run goes on where it stopped when it is started again with the
     same input.
 
+    With --query-tower nothing is embedded and no graph is built: a newer bundle's query tower takes over the indexes that are active, if
+    `omni evaluate NEW --against-index OLD --declare` has measured and declared that it may. --dry-run shows the measured recall.
+
     Example: omni rebuild --store store --bundle bundle --catalogue catalogue.jsonl --queries queries.txt
     """
     store = open_store(store_path)
     config = _config(options)
+    if options["query_tower"]:
+        _upgrade_query_tower(store, options, config, dry_run, as_json)
+        return
     with scratch_folder(store) as scratch:
         inputs, bundle_path, queries = _gather(store, options, config, scratch, dry_run)
         if dry_run:
@@ -140,6 +151,45 @@ def command(store_path: Path, as_json: bool, dry_run: bool, **options: Any) -> N
             return
         release_id = build_release(inputs, bundle_path, store, config, queries, parity=_parity_gate(bundle_path), progress=say)
     _report(store, release_id, as_json)
+
+
+def _upgrade_query_tower(store: ReleaseStore, options: dict[str, Any], config: RebuildConfig, dry_run: bool, as_json: bool) -> None:
+    """``--query-tower``: show what was declared, then publish unless this is a dry run."""
+    from encoders.compatibility import load_adapter, require_declaration
+    from index_builder.query_upgrade import upgrade_query_tower
+
+    bundle: Path = options["query_tower"]
+    others = [name for name in ("bundle", "catalogue", "signals", "from_active", "entity_types") if options[name]]
+    if others:
+        raise ConfigError(
+            f"--query-tower keeps everything of the active release but its query tower: leave --{others[0].replace('_', '-')} out. "
+            "Usage: omni rebuild --store STORE --query-tower NEW --queries FILE"
+        )
+    current = store.current()
+    if current is None:
+        raise ConfigError(f"no release is active in {store.root}, so there are no indexes to keep. Build one with --bundle first.")
+    declaration = require_declaration(bundle, read_manifest(store.path_of(current)).space_id, current)
+    load_adapter(bundle, declaration)
+    if dry_run and as_json:
+        print_json({"dry_run": True, "parent": current, "space_id": declaration.space_id, "measured": declaration.measured})
+        return
+    if not as_json:
+        ways = ("recall@10", "low", "high", "overlap@10_with_old")
+        rows = [
+            (entity_type, way, *(figures.get(column) for column in ways))
+            for entity_type, found in declaration.measured.items()
+            for way, figures in found.items()
+            if isinstance(figures, dict)
+        ]
+        title = (
+            f"measured when {bundle.name} was declared compatible with space {declaration.space_id[:16]} (labelled Recall@10, exact search)"
+        )
+        print_table(title, ("entity type", "way", "Recall@10", "95% low", "high", "top 10 shared with the old tower"), rows)
+    if dry_run:
+        return
+    path: Path | None = options["queries"]
+    texts = read_query_texts(path, config.golden_queries + config.calibration_queries, config.seed) if path else []
+    _report(store, upgrade_query_tower(store, bundle, texts, config, say).release_id, as_json)
 
 
 def _config(options: dict[str, Any]) -> RebuildConfig:

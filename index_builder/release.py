@@ -134,6 +134,18 @@ class Release:
         return self.manifest.space_id
 
     @property
+    def query_space_id(self) -> str:
+        """Space of the bundle that the query tower comes from: ``space_id``, unless a newer tower searches these indexes."""
+        upgrade = self.manifest.query_upgrade
+        return self.space_id if upgrade is None else str(upgrade["space_id"])
+
+    @property
+    def query_vectors_id(self) -> str:
+        """Names the query vectors this release makes; vectors cached under one name are never answered under another."""
+        upgrade = self.manifest.query_upgrade
+        return self.space_id if upgrade is None else str(upgrade["files_id"])
+
+    @property
     def dimension(self) -> int:
         """Length of the vectors."""
         return self.manifest.dimension

@@ -77,8 +77,11 @@ def show_command(release_id: str | None, store_path: Path, as_json: bool) -> Non
     if as_json:
         print_json(described)
         return
+    upgrade = described["query_upgrade"]
+    tower = f", query tower of space {upgrade['space_id'][:16]}" if upgrade else ""
     say(
-        f"{described['release_id']}{' (active)' if described['active'] else ''}: space {described['space_id'][:16]}, "
+        f"{described['release_id']}{' (active)' if described['active'] else ''}: space {described['space_id'][:16]}"
+        f"{tower}, "
         f"{described['dimension']} dimensions, "
         f"{described['disk_bytes'] / 2**20:,.1f} MiB on disk, {described['loaded_private_mib']:,.0f} MiB private once "
         f"loaded, parent {described['parent'] or 'none'}"

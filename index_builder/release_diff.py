@@ -150,6 +150,7 @@ def describe_release(store: ReleaseStore, release_id: str) -> dict[str, Any]:
             "active": store.current() == release_id,
             "parent": manifest.parent,
             "space_id": manifest.space_id,
+            "query_upgrade": manifest.query_upgrade,
             "dimension": manifest.dimension,
             "format_version": manifest.format_version,
             "code_version": manifest.code_version,

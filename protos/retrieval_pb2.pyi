@@ -45,7 +45,7 @@ class RetrieveRequest(_message.Message):
     def __init__(self, query: _Optional[str] = ..., entity_type: _Optional[str] = ..., k: _Optional[int] = ..., filter: _Optional[str] = ..., exclude_ids: _Optional[_Iterable[str]] = ..., min_score: _Optional[float] = ..., language: _Optional[str] = ..., country: _Optional[str] = ..., min_recall: _Optional[float] = ..., release_id: _Optional[str] = ..., embedding: _Optional[bytes] = ..., space_id: _Optional[str] = ..., diversity: _Optional[float] = ..., collapse_above: _Optional[float] = ..., exact: _Optional[bool] = ..., attributes: _Optional[_Iterable[str]] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class RetrieveResponse(_message.Message):
-    __slots__ = ("hits", "release_id", "space_id", "cache_hit", "plan", "ef", "estimated_recall", "selectivity", "timings", "request_id")
+    __slots__ = ("hits", "release_id", "space_id", "cache_hit", "plan", "ef", "estimated_recall", "selectivity", "timings", "request_id", "query_space_id")
     HITS_FIELD_NUMBER: _ClassVar[int]
     RELEASE_ID_FIELD_NUMBER: _ClassVar[int]
     SPACE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -56,6 +56,7 @@ class RetrieveResponse(_message.Message):
     SELECTIVITY_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    QUERY_SPACE_ID_FIELD_NUMBER: _ClassVar[int]
     hits: _containers.RepeatedCompositeFieldContainer[Hit]
     release_id: str
     space_id: str
@@ -66,7 +67,8 @@ class RetrieveResponse(_message.Message):
     selectivity: float
     timings: Timings
     request_id: str
-    def __init__(self, hits: _Optional[_Iterable[_Union[Hit, _Mapping]]] = ..., release_id: _Optional[str] = ..., space_id: _Optional[str] = ..., cache_hit: _Optional[bool] = ..., plan: _Optional[str] = ..., ef: _Optional[int] = ..., estimated_recall: _Optional[float] = ..., selectivity: _Optional[float] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
+    query_space_id: str
+    def __init__(self, hits: _Optional[_Iterable[_Union[Hit, _Mapping]]] = ..., release_id: _Optional[str] = ..., space_id: _Optional[str] = ..., cache_hit: _Optional[bool] = ..., plan: _Optional[str] = ..., ef: _Optional[int] = ..., estimated_recall: _Optional[float] = ..., selectivity: _Optional[float] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., request_id: _Optional[str] = ..., query_space_id: _Optional[str] = ...) -> None: ...
 
 class Hit(_message.Message):
     __slots__ = ("id", "score", "attributes")
@@ -184,20 +186,22 @@ class RetrieveMultiRequest(_message.Message):
     def __init__(self, query: _Optional[str] = ..., embedding: _Optional[bytes] = ..., space_id: _Optional[str] = ..., targets: _Optional[_Iterable[_Union[Target, _Mapping]]] = ..., release_id: _Optional[str] = ..., language: _Optional[str] = ..., country: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class RetrieveMultiResponse(_message.Message):
-    __slots__ = ("answers", "release_id", "space_id", "cache_hit", "timings", "request_id")
+    __slots__ = ("answers", "release_id", "space_id", "cache_hit", "timings", "request_id", "query_space_id")
     ANSWERS_FIELD_NUMBER: _ClassVar[int]
     RELEASE_ID_FIELD_NUMBER: _ClassVar[int]
     SPACE_ID_FIELD_NUMBER: _ClassVar[int]
     CACHE_HIT_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    QUERY_SPACE_ID_FIELD_NUMBER: _ClassVar[int]
     answers: _containers.RepeatedCompositeFieldContainer[Answer]
     release_id: str
     space_id: str
     cache_hit: bool
     timings: Timings
     request_id: str
-    def __init__(self, answers: _Optional[_Iterable[_Union[Answer, _Mapping]]] = ..., release_id: _Optional[str] = ..., space_id: _Optional[str] = ..., cache_hit: _Optional[bool] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
+    query_space_id: str
+    def __init__(self, answers: _Optional[_Iterable[_Union[Answer, _Mapping]]] = ..., release_id: _Optional[str] = ..., space_id: _Optional[str] = ..., cache_hit: _Optional[bool] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., request_id: _Optional[str] = ..., query_space_id: _Optional[str] = ...) -> None: ...
 
 class RetrieveBatchRequest(_message.Message):
     __slots__ = ("queries", "embeddings", "space_id", "target", "release_id", "language", "country", "request_id")
@@ -220,18 +224,20 @@ class RetrieveBatchRequest(_message.Message):
     def __init__(self, queries: _Optional[_Iterable[str]] = ..., embeddings: _Optional[bytes] = ..., space_id: _Optional[str] = ..., target: _Optional[_Union[Target, _Mapping]] = ..., release_id: _Optional[str] = ..., language: _Optional[str] = ..., country: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class RetrieveBatchResponse(_message.Message):
-    __slots__ = ("answers", "release_id", "space_id", "timings", "request_id")
+    __slots__ = ("answers", "release_id", "space_id", "timings", "request_id", "query_space_id")
     ANSWERS_FIELD_NUMBER: _ClassVar[int]
     RELEASE_ID_FIELD_NUMBER: _ClassVar[int]
     SPACE_ID_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    QUERY_SPACE_ID_FIELD_NUMBER: _ClassVar[int]
     answers: _containers.RepeatedCompositeFieldContainer[Answer]
     release_id: str
     space_id: str
     timings: Timings
     request_id: str
-    def __init__(self, answers: _Optional[_Iterable[_Union[Answer, _Mapping]]] = ..., release_id: _Optional[str] = ..., space_id: _Optional[str] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
+    query_space_id: str
+    def __init__(self, answers: _Optional[_Iterable[_Union[Answer, _Mapping]]] = ..., release_id: _Optional[str] = ..., space_id: _Optional[str] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., request_id: _Optional[str] = ..., query_space_id: _Optional[str] = ...) -> None: ...
 
 class EmbedRequest(_message.Message):
     __slots__ = ("queries", "release_id")
@@ -242,7 +248,7 @@ class EmbedRequest(_message.Message):
     def __init__(self, queries: _Optional[_Iterable[str]] = ..., release_id: _Optional[str] = ...) -> None: ...
 
 class EmbedResponse(_message.Message):
-    __slots__ = ("embeddings", "dimension", "release_id", "space_id", "form_id", "cache_hits", "timings")
+    __slots__ = ("embeddings", "dimension", "release_id", "space_id", "form_id", "cache_hits", "timings", "query_space_id")
     EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
     DIMENSION_FIELD_NUMBER: _ClassVar[int]
     RELEASE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -250,6 +256,7 @@ class EmbedResponse(_message.Message):
     FORM_ID_FIELD_NUMBER: _ClassVar[int]
     CACHE_HITS_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    QUERY_SPACE_ID_FIELD_NUMBER: _ClassVar[int]
     embeddings: bytes
     dimension: int
     release_id: str
@@ -257,7 +264,8 @@ class EmbedResponse(_message.Message):
     form_id: str
     cache_hits: _containers.RepeatedScalarFieldContainer[bool]
     timings: Timings
-    def __init__(self, embeddings: _Optional[bytes] = ..., dimension: _Optional[int] = ..., release_id: _Optional[str] = ..., space_id: _Optional[str] = ..., form_id: _Optional[str] = ..., cache_hits: _Optional[_Iterable[bool]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
+    query_space_id: str
+    def __init__(self, embeddings: _Optional[bytes] = ..., dimension: _Optional[int] = ..., release_id: _Optional[str] = ..., space_id: _Optional[str] = ..., form_id: _Optional[str] = ..., cache_hits: _Optional[_Iterable[bool]] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., query_space_id: _Optional[str] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
     __slots__ = ("query", "embedding", "space_id", "entity_type", "ids", "release_id")
@@ -276,20 +284,22 @@ class ScoreRequest(_message.Message):
     def __init__(self, query: _Optional[str] = ..., embedding: _Optional[bytes] = ..., space_id: _Optional[str] = ..., entity_type: _Optional[str] = ..., ids: _Optional[_Iterable[str]] = ..., release_id: _Optional[str] = ...) -> None: ...
 
 class ScoreResponse(_message.Message):
-    __slots__ = ("scores", "missing", "release_id", "space_id", "cache_hit", "timings")
+    __slots__ = ("scores", "missing", "release_id", "space_id", "cache_hit", "timings", "query_space_id")
     SCORES_FIELD_NUMBER: _ClassVar[int]
     MISSING_FIELD_NUMBER: _ClassVar[int]
     RELEASE_ID_FIELD_NUMBER: _ClassVar[int]
     SPACE_ID_FIELD_NUMBER: _ClassVar[int]
     CACHE_HIT_FIELD_NUMBER: _ClassVar[int]
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
+    QUERY_SPACE_ID_FIELD_NUMBER: _ClassVar[int]
     scores: _containers.RepeatedScalarFieldContainer[float]
     missing: int
     release_id: str
     space_id: str
     cache_hit: bool
     timings: Timings
-    def __init__(self, scores: _Optional[_Iterable[float]] = ..., missing: _Optional[int] = ..., release_id: _Optional[str] = ..., space_id: _Optional[str] = ..., cache_hit: _Optional[bool] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ...) -> None: ...
+    query_space_id: str
+    def __init__(self, scores: _Optional[_Iterable[float]] = ..., missing: _Optional[int] = ..., release_id: _Optional[str] = ..., space_id: _Optional[str] = ..., cache_hit: _Optional[bool] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., query_space_id: _Optional[str] = ...) -> None: ...
 
 class DescribeReleaseRequest(_message.Message):
     __slots__ = ("release_id",)
@@ -298,7 +308,7 @@ class DescribeReleaseRequest(_message.Message):
     def __init__(self, release_id: _Optional[str] = ...) -> None: ...
 
 class DescribeReleaseResponse(_message.Message):
-    __slots__ = ("release_id", "parent_release_id", "created", "space_id", "form_id", "dimension", "entities", "limits", "loaded_release_ids", "server_version", "manifest_json")
+    __slots__ = ("release_id", "parent_release_id", "created", "space_id", "form_id", "dimension", "entities", "limits", "loaded_release_ids", "server_version", "manifest_json", "query_space_id")
     RELEASE_ID_FIELD_NUMBER: _ClassVar[int]
     PARENT_RELEASE_ID_FIELD_NUMBER: _ClassVar[int]
     CREATED_FIELD_NUMBER: _ClassVar[int]
@@ -310,6 +320,7 @@ class DescribeReleaseResponse(_message.Message):
     LOADED_RELEASE_IDS_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     MANIFEST_JSON_FIELD_NUMBER: _ClassVar[int]
+    QUERY_SPACE_ID_FIELD_NUMBER: _ClassVar[int]
     release_id: str
     parent_release_id: str
     created: str
@@ -321,7 +332,8 @@ class DescribeReleaseResponse(_message.Message):
     loaded_release_ids: _containers.RepeatedScalarFieldContainer[str]
     server_version: str
     manifest_json: str
-    def __init__(self, release_id: _Optional[str] = ..., parent_release_id: _Optional[str] = ..., created: _Optional[str] = ..., space_id: _Optional[str] = ..., form_id: _Optional[str] = ..., dimension: _Optional[int] = ..., entities: _Optional[_Iterable[_Union[EntityDescription, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., loaded_release_ids: _Optional[_Iterable[str]] = ..., server_version: _Optional[str] = ..., manifest_json: _Optional[str] = ...) -> None: ...
+    query_space_id: str
+    def __init__(self, release_id: _Optional[str] = ..., parent_release_id: _Optional[str] = ..., created: _Optional[str] = ..., space_id: _Optional[str] = ..., form_id: _Optional[str] = ..., dimension: _Optional[int] = ..., entities: _Optional[_Iterable[_Union[EntityDescription, _Mapping]]] = ..., limits: _Optional[_Union[Limits, _Mapping]] = ..., loaded_release_ids: _Optional[_Iterable[str]] = ..., server_version: _Optional[str] = ..., manifest_json: _Optional[str] = ..., query_space_id: _Optional[str] = ...) -> None: ...
 
 class EntityDescription(_message.Message):
     __slots__ = ("entity_type", "count", "index_kind", "ann_recall_at_10", "ann_recall_low", "ann_recall_high", "live_sequence", "attributes")

@@ -48,6 +48,8 @@ class RetrieveResult:
     selectivity: float | None
     timings: Timings
     request_id: str
+    query_space_id: str = ""
+    """Space of the query tower's bundle where it differs from ``space_id``; empty: the same."""
 
     @property
     def ids(self) -> list[str]:
@@ -151,6 +153,8 @@ class ReleaseDescription:
     loaded_release_ids: list[str]
     server_version: str
     manifest_json: str
+    query_space_id: str = ""
+    """As in ``RetrieveResult``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,6 +291,7 @@ def retrieve_result(response: pb.RetrieveResponse) -> RetrieveResult:
         _optional(response, "selectivity"),
         _timings(response.timings),
         response.request_id,
+        response.query_space_id,
     )
 
 
@@ -357,6 +362,7 @@ def release_description(response: pb.DescribeReleaseResponse) -> ReleaseDescript
         list(response.loaded_release_ids),
         response.server_version,
         response.manifest_json,
+        response.query_space_id,
     )
 
 

@@ -71,6 +71,7 @@ def describe(serving: ServingRelease, loaded: Iterable[str], limits: Limits) -> 
         parent_release_id=manifest.parent or "",
         created=str(manifest.measured.get("created", "")),
         space_id=serving.space_id,
+        query_space_id=serving.query_space_id,
         form_id=serving.form_id,
         dimension=serving.dimension,
         entities=[describe_entity(serving, entity_type) for entity_type in serving.entities],

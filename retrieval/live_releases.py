@@ -51,6 +51,8 @@ class ServingRelease:
         self.release = release
         self.release_id = release.release_id
         self.space_id = release.space_id
+        self.query_space_id = "" if release.query_space_id == release.space_id else release.query_space_id
+        """Empty: the query tower is of the vectors' own space."""
         self.dimension = release.dimension
         self.entities = release.entities
         self.form_id = encoding.form_id
@@ -67,7 +69,7 @@ class ServingRelease:
             max_delay_seconds=config.batch_delay_ms / 1e3,
             max_queue=config.max_encode_queue,
         )
-        self.prefix = namespace(release.space_id, encoding.form_id)
+        self.prefix = namespace(release.query_vectors_id, encoding.form_id)
         self.encoder = CachedEncoder(cache, self.batcher, self.prefix, release.dimension, redis)
 
     def close(self) -> None:

@@ -118,7 +118,13 @@ class ReadyAnswers:
             if len(self._tails) > 1000:
                 self._tails.clear()
             tail = self._tails[key] = pb.RetrieveResponse(
-                release_id=serving.release_id, space_id=serving.space_id, cache_hit=cached, plan=plan, ef=ef, estimated_recall=recall
+                release_id=serving.release_id,
+                space_id=serving.space_id,
+                query_space_id=serving.query_space_id,
+                cache_hit=cached,
+                plan=plan,
+                ef=ef,
+                estimated_recall=recall,
             ).SerializeToString()
         return tail
 

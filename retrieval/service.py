@@ -220,6 +220,7 @@ class RetrievalService:
             response = pb.RetrieveResponse(
                 release_id=serving.release_id,
                 space_id=serving.space_id,
+                query_space_id=serving.query_space_id,
                 cache_hit=query.cached,
                 plan=result.plan,
                 ef=result.ef,
@@ -259,7 +260,11 @@ class RetrievalService:
                 checked_target(target, self.limits)
             query = await self._query(serving, request, context)
             response = pb.RetrieveMultiResponse(
-                release_id=serving.release_id, space_id=serving.space_id, cache_hit=query.cached, request_id=request.request_id
+                release_id=serving.release_id,
+                space_id=serving.space_id,
+                query_space_id=serving.query_space_id,
+                cache_hit=query.cached,
+                request_id=request.request_id,
             )
             for target, index in zip(request.targets, indexes, strict=True):
                 found = await self.searcher.search(index, query.vector, target)
@@ -297,7 +302,12 @@ class RetrievalService:
                 cached, texts = [False] * len(vectors), [""] * len(vectors)
             else:
                 vectors, cached, queue_ns, encode_ns, texts = await self._query_many(serving, request.queries, context)
-            response = pb.RetrieveBatchResponse(release_id=serving.release_id, space_id=serving.space_id, request_id=request.request_id)
+            response = pb.RetrieveBatchResponse(
+                release_id=serving.release_id,
+                space_id=serving.space_id,
+                query_space_id=serving.query_space_id,
+                request_id=request.request_id,
+            )
             found = await self._search_batch(index, vectors, target)
             for row, item in enumerate(found):
                 self._answer(response.answers.add(), index, target, cached[row], item)
@@ -327,6 +337,7 @@ class RetrievalService:
                 dimension=serving.dimension,
                 release_id=serving.release_id,
                 space_id=serving.space_id,
+                query_space_id=serving.query_space_id,
                 form_id=serving.form_id,
                 cache_hits=cached,
             )
@@ -354,6 +365,7 @@ class RetrievalService:
                 missing=int(np.count_nonzero(np.isnan(scores))),
                 release_id=serving.release_id,
                 space_id=serving.space_id,
+                query_space_id=serving.query_space_id,
                 cache_hit=query.cached,
             )
             response.timings.search_ns = search_ns

@@ -18,6 +18,7 @@ BENCHES: dict[str, tuple[str, str]] = {
     "update": ("benchmarks.update:command", "Live upserts and deletes: recall, latency, visibility, sustained rate."),
     "pipeline": ("benchmarks.pipeline:command", "Simulated logs to pairs and features: time, memory, growth, daily update."),
     "enrichment": ("benchmarks.enrichment:command", "Text features one by one and captions with noise: tables 3 and 4 in shape."),
+    "tables": ("benchmarks.tables:command", "Tables 2, 5 and 6 in shape, design questions with a figure each, several seeds."),
     "serve": ("benchmarks.serve:command", "Our service beside a real Milvus and a bare gRPC echo, same vectors and cores."),
     "latency": ("benchmarks.latency:command", "Percentiles of a running server with and without the cache, per stage."),
     "fuzz": ("benchmarks.fuzz:command", "Malformed requests by the hundred thousand: no crash, no hang, typed errors only."),

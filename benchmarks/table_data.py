@@ -1,0 +1,82 @@
+"""The sample with stand-ins for PinSage, ItemSage and visual vectors: multilingual USE of the entity's text, thumbnails of its picture.
+
+Both are made once per work folder. USE gives 512 numbers and the towers 256, and a compatibility task compares them directly, so USE
+vectors are projected to their 256 strongest directions (no centring: inner products stay).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from encoders.baselines import entity_texts, unit_rows, use_encoder
+from encoders.captions import decode_image
+from encoders.console import stage
+from encoders.sample import Dataset, load_sample, related_query_pairs
+
+Float32 = npt.NDArray[np.float32]
+
+FROZEN, VISUAL = "frozen", "visual"
+FROZEN_WIDTH = 256
+FROZEN_FIELDS = ("title", "category", "board_titles")
+"""What USE reads: text about the entity, never its queries."""
+THUMBNAIL = 8
+VISUAL_WIDTH = 3 * THUMBNAIL**2
+
+
+@dataclass(frozen=True)
+class TableData:
+    """What every training and evaluation of the tables reads."""
+
+    dataset: Dataset
+    """The sample; its catalogue has the columns ``frozen`` (256) and ``visual`` (192), its pairs also the derived related queries."""
+    projection: Float32
+    """``(512, 256)``: USE to the frozen space."""
+
+
+def load_table_data(work: Path) -> TableData:
+    """The sample with vectors, which are made on the first call and kept in ``work/vectors.npz``."""
+    sample = load_sample()
+    path = work / "vectors.npz"
+    if not path.is_file():
+        _make_vectors(sample, path)
+    with np.load(path) as arrays:
+        frozen, visual, projection = arrays["frozen"], arrays["visual"], arrays["projection"]
+    pairs = pl.concat((sample.pairs, related_query_pairs(sample.pairs)), how="diagonal_relaxed")
+    catalogue = sample.catalogue.with_columns(vector_column(FROZEN, frozen), vector_column(VISUAL, visual))
+    return TableData(Dataset(catalogue, pairs, {}, sample.groups, "sample"), projection)
+
+
+def vector_column(name: str, vectors: Float32) -> pl.Series:
+    """``(N, D)`` as a list column."""
+    return pl.Series(name, vectors.astype(np.float32), dtype=pl.Array(pl.Float32, vectors.shape[1])).cast(pl.List(pl.Float32))
+
+
+def _make_vectors(sample: Dataset, path: Path) -> None:
+    with stage("multilingual USE of titles, categories and boards; thumbnails of pictures"):
+        vectors = unit_rows(use_encoder()(entity_texts(sample.catalogue, FROZEN_FIELDS)))  # (N, 512)
+        projection = np.linalg.svd(vectors, full_matrices=False)[2][:FROZEN_WIDTH].T.astype(np.float32)  # (512, 256)
+        # Numbers of about 1, like those of the n-gram part of the tower; a compatibility task normalises them.
+        frozen = unit_rows(vectors @ projection) * np.float32(FROZEN_WIDTH**0.5)
+        blank = np.zeros(VISUAL_WIDTH, np.float32)
+        ids = sample.catalogue["id"].to_list()
+        visual = np.stack([_thumbnail(sample.pictures[i]) if i in sample.pictures else blank for i in ids])
+    partial = path.with_suffix(".partial.npz")
+    np.savez(partial, frozen=frozen, visual=visual, projection=projection)
+    partial.replace(path)
+
+
+def _thumbnail(svg: str) -> Float32:
+    image = decode_image(svg.encode(), 4 * THUMBNAIL).resize((THUMBNAIL, THUMBNAIL))
+    thumbnail: Float32 = np.asarray(image, dtype=np.float32).ravel() / np.float32(127.5) - 1
+    return thumbnail
+
+
+def use_queries(texts: list[str], projection: Float32) -> Float32:
+    """Queries under USE in the frozen space, unit rows ``(Q, 256)``: the zero-shot reference."""
+    vectors: Float32 = unit_rows(unit_rows(use_encoder()(texts)) @ projection).astype(np.float32)
+    return vectors

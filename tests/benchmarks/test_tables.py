@@ -1,0 +1,185 @@
+"""The paper-table benchmark's own arithmetic: shares, what each line shows, differences seed by seed, what is missing, a tiny whole run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+
+from benchmarks.seed_study import result_path
+from benchmarks.table_figures import draw
+from benchmarks.table_settings import LINES, MIX, NEW_TYPE, OMNI, SEPARATE, SINGLE, SMALL_PRODUCT_PAIRS, TABLES, VOLUME, Line, Training
+from benchmarks.table_trainings import Study, fixed, going_on, run, train_settings, training_data
+from benchmarks.tables import figure, jobs, summarise
+from encoders.batches import split_by_share
+from encoders.query_tower import create_query_encoder
+from encoders.sample import Dataset, with_engaged_queries
+
+SIZES = {"steps": 2, "batch_pairs": 32, "max_queries": 20}
+
+
+def per_dataset(training: Training, whole: int = 320) -> dict[str, int]:
+    """Pairs a step of each dataset."""
+    configs = training.dataset_configs()
+    pairs = split_by_share([config.share for config in configs], training.batch_pairs(whole))
+    return dict(zip((config.name for config in configs), pairs, strict=True))
+
+
+def test_a_task_alone_sees_as_many_pairs_a_step_as_in_the_mix() -> None:
+    mix = per_dataset(MIX)
+    assert mix == {"pin": 160, "product": 80, "query": 40, "ad": 40}
+    for name, single in SINGLE.items():
+        assert per_dataset(single) == {name: mix[name]}
+
+
+def test_changing_the_share_of_products_leaves_the_others_alone() -> None:
+    mix = per_dataset(MIX)
+    for share, products in ((0.05, 1), (1.0, 20), (4.0, 80)):
+        assert per_dataset(VOLUME[share]) == mix | {"product": products}
+
+
+def test_every_key_names_one_training_and_every_table_has_lines() -> None:
+    trainings = {line.training for line in LINES}
+    assert len({training.key for training in trainings}) == len(trainings)
+    assert len({(line.table, line.setting) for line in LINES}) == len(LINES)
+    for line in LINES:
+        assert not line.baseline or any((other.table, other.setting) == (line.table, line.baseline) for other in LINES)
+    assert set(TABLES) == {"2", "5", "6", "rows", "volume", "new-type", "versions", "prefixes", "logq"}
+
+
+def result(pin: float) -> dict[str, Any]:
+    """A result file of one training."""
+    whole = {
+        "recall": pin,
+        "languages": {"en": pin, "de": pin / 2},
+        "prefixes": {"64": pin / 4},
+        "popularity": {"tail": pin / 8},
+    }
+    return {"": {"recall": {"pin/entity": whole}, "gradients": {"pin": {"query tower": 10 * pin}}}}
+
+
+def test_figures_of_prefixes_and_parts() -> None:
+    assert [figure(result(0.8), "", f"pin/entity{part}") for part in ("", "/64", "/tail")] == [0.8, 0.2, 0.1]
+
+
+def test_means_and_differences_are_taken_over_the_seeds_that_are_there(tmp_path: Path) -> None:
+    lines = (
+        Line(table="5", setting="mix", training=MIX, metrics=("pin/entity",)),
+        Line(table="5", setting="separate", training=SEPARATE, metrics=("pin/entity",), baseline="mix"),
+        Line(table="5", setting="absent", training=OMNI, metrics=("pin/entity",), baseline="mix"),
+    )
+    for training, values in ((MIX, {0: 0.4, 1: 0.5, 2: 0.6}), (SEPARATE, {0: 0.3, 2: 0.5})):
+        for seed, value in values.items():
+            result_path(tmp_path, training.key, SIZES, seed).write_text(json.dumps(result(value)))
+    mix, separate, absent = summarise(lines, tmp_path, 3, SIZES)
+    assert (mix["seeds"], mix["mean"], mix["languages"]) == (3, pytest.approx(0.5), {"en": pytest.approx(0.5), "de": pytest.approx(0.25)})
+    assert mix["gradients"] == {"pin": {"query tower": pytest.approx(5.0)}}
+    assert (separate["seeds"], separate["difference"]) == (2, pytest.approx(-0.1))
+    assert separate["difference_interval"] == pytest.approx(0.0, abs=1e-9)
+    assert (absent["seeds"], absent["mean"], absent["difference"]) == (0, None, None)
+
+
+def test_jobs_go_seed_by_seed_and_name_each_training_once(tmp_path: Path) -> None:
+    names = [job.name for job in jobs(LINES, tmp_path, 2, SIZES)]
+    assert names[0] == "use, seed 0"
+    assert "use, seed 1" not in names
+    assert len(set(names)) == len(names)
+    seeds = [int(name[-1]) for name in names]
+    assert seeds == sorted(seeds)
+
+
+def test_a_picture_per_design_question_with_figures(tmp_path: Path) -> None:
+    rows = [
+        {"table": table, "setting": "one", "metric": metric, "mean": 0.5, "interval": None, "seeds": 1}
+        for table, metric in (("2", "pin/entity"), ("rows", "pin/entity"), ("prefixes", "pin/entity/64"), ("logq", "pin/entity/tail"))
+    ]
+    rows.append({"table": "versions", "setting": "none yet", "metric": "pin/version 1", "mean": None, "interval": None, "seeds": 0})
+    paths = draw(rows, tmp_path, "x")
+    assert [path.name for path in paths] == ["x-rows.png", "x-prefixes.png", "x-logq.png"]
+    assert all(path.stat().st_size > 1000 for path in paths)
+
+
+def test_products_at_a_small_volume_know_no_query_of_the_pairs_left_out(tables: Dataset) -> None:
+    data = training_data(tables, Training(key="x", product_pairs=2))
+    kept = data.pairs.filter(pl.col("entity_type") == "product")
+    assert kept.height == 2
+    assert data.catalogue["id"].equals(tables.catalogue["id"])
+    products = data.catalogue.filter(pl.col("entity_type") == "product")
+    assert set(products["engaged_queries"].explode().drop_nulls()) == set(kept["query"])
+    pins = pl.col("entity_type") == "pin"
+    assert data.catalogue.filter(pins)["engaged_queries"].equals(tables.catalogue.filter(pins)["engaged_queries"])
+    assert SMALL_PRODUCT_PAIRS == 195
+
+
+def test_a_fixed_projection_encodes_the_same_and_has_nothing_to_learn() -> None:
+    encoder = create_query_encoder()
+    before = encoder.encode(["red shoes"])
+    held = fixed(encoder)
+    np.testing.assert_allclose(held.encode(["red shoes"]), before, atol=1e-6)
+    assert not list(held.projection.parameters())
+
+
+def test_going_on_is_shorter_and_gentler() -> None:
+    config = train_settings(MIX, SIZES | {"steps": 90}, 0)
+    later = going_on(config, frozen_queries=True)
+    assert (later.steps, later.optimiser.query_learning_rate, later.optimiser.token_embedding_learning_rate) == (30, 0.0, 0.0)
+    assert later.optimiser.learning_rate == config.optimiser.learning_rate / 4
+
+
+@pytest.fixture(scope="module")
+def tables() -> Dataset:
+    """A catalogue of three types with vectors, and pairs of both splits."""
+    rng = np.random.default_rng(0)
+    words = ["red", "blue", "green", "cat", "dog", "shoe", "lamp", "tree", "car", "boat", "moon", "star"]
+    rows: list[dict[str, Any]] = []
+    pairs: list[dict[str, Any]] = []
+    for kind in ("pin", "product", "ad"):
+        for i, word in enumerate(words):
+            rows.append({"id": f"{kind}-{i}", "entity_type": kind, "title": f"{word} {kind}", "category": word, "board_titles": [word]})
+            pairs += [
+                {"query": f"{word} {suffix}", "language": "en", "entity_type": kind, "entity_id": f"{kind}-{i}", "kind": "keyword"}
+                | {"split": "heldout" if suffix == "thing" else "train", "count": 1}
+                for suffix in ("picture", "art", "thing")
+            ]
+    catalogue = pl.DataFrame(rows).with_columns(
+        pl.Series("frozen", rng.normal(size=(len(rows), 256)).tolist(), dtype=pl.List(pl.Float32)),
+        pl.Series("visual", rng.normal(size=(len(rows), 192)).tolist(), dtype=pl.List(pl.Float32)),
+    )
+    frame = pl.DataFrame(pairs)
+    related: list[dict[str, Any]] = [
+        {"query": f"{word} picture", "language": "en", "entity_type": "query", "entity_id": f"{word} art", "kind": "derived_shared"}
+        | {"split": split, "count": 1}
+        for word in words
+        for split in ("train", "heldout")
+    ]
+    return Dataset(with_engaged_queries(catalogue, frame), pl.concat((frame, pl.DataFrame(related).select(frame.columns))))
+
+
+def study(tables: Dataset, work: Path) -> Study:
+    from benchmarks.table_data import TableData
+
+    return Study(TableData(tables, np.eye(512, 256, dtype=np.float32)), SIZES, work)
+
+
+@pytest.mark.slow
+def test_every_kind_of_training_gives_the_figures_its_lines_ask_for(tables: Dataset, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    trainings = {line.training.key: line.training for line in LINES if line.training.kind != "reference"}
+    for key in ("mix", "separate", "searchsage", "omni", "single-ad", "single-query", "rows-token", "new-type", "versions"):
+        found = run(study(tables, tmp_path), trainings[key], 0)
+        json.dumps(found)
+        for line in LINES:
+            if line.training.key == key and line.table != "logq":
+                assert all(0 <= figure(found, line.variant, metric) <= 1 for metric in line.metrics), line
+
+
+@pytest.mark.slow
+def test_a_tower_of_its_own_leaves_the_other_types_exactly_as_they_were(tables: Dataset, tmp_path: Path) -> None:
+    found = run(study(tables, tmp_path), NEW_TYPE, 0)
+    for metric in ("pin/entity", "product/entity", "query/query"):
+        assert found["own tower"]["recall"][metric] == found["before"]["recall"][metric]

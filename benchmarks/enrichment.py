@@ -8,9 +8,8 @@ the paper does. Every (setting, seed) is one training whose result is one small 
 
 from __future__ import annotations
 
+import functools
 import itertools
-import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,9 @@ import numpy as np
 import polars as pl
 
 from benchmarks.record import write_record
+from benchmarks.seed_study import Job, interval, read_results, result_path, run_missing
 from encoders.captions import decode_image
-from encoders.console import handle_errors, json_option, print_json, print_table, say, stage
+from encoders.console import handle_errors, json_option, print_json, print_table, say
 from encoders.sample import Dataset, load_sample
 
 LABEL = "REAL text: human keywords and translations of emoji, standing in for engagement; not clicks"
@@ -37,8 +37,6 @@ HIDDEN_TITLES = 0.5
 """Share of pins whose title is taken away; their caption is that title, or with caption noise another pin's."""
 
 NOISES = (0.0, 0.1, 0.3, 0.5)
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}
-"""Student's t for a 95% interval of the mean, by number of seeds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,19 +99,13 @@ def command(work: Path, seeds: int, tables: tuple[str, ...], max_minutes: float,
     """
     settings = [s for s in (*TABLE_4, *TABLE_3) if not tables or s.table[0] in tables]
     work.mkdir(parents=True, exist_ok=True)
-    started = time.monotonic()
-    dataset: Dataset | None = None
-    for seed in range(seeds):
-        for setting in {s.key: s for s in settings}.values():
-            path = work / f"{setting.key}-{'-'.join(str(v) for v in sizes.values())}-seed{seed}.json"
-            if path.is_file() or (max_minutes and time.monotonic() - started > 60 * max_minutes):
-                continue
-            dataset = dataset or load_pins()
-            with stage(f"{setting.name}, seed {seed}"):
-                result = train_and_evaluate(dataset, setting, seed, sizes)
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(result), encoding="utf-8")
-            partial.replace(path)
+    pins = functools.cache(load_pins)
+
+    def job(setting: Setting, seed: int) -> Job:
+        path = result_path(work, setting.key, sizes, seed)
+        return Job(path, f"{setting.name}, seed {seed}", lambda: train_and_evaluate(pins(), setting, seed, sizes))
+
+    run_missing((job(setting, seed) for seed in range(seeds) for setting in {s.key: s for s in settings}.values()), max_minutes)
     rows = summarise(settings, work, seeds, sizes)
     missing = sum(row["seeds"] < seeds for row in rows)
     if not as_json:
@@ -211,9 +203,8 @@ def summarise(settings: Sequence[Setting], work: Path, seeds: int, sizes: dict[s
     """Mean and interval of every setting over the seeds that are there; table 3 over the pins whose title is hidden."""
     rows = []
     for setting in settings:
-        paths = [work / f"{setting.key}-{'-'.join(str(v) for v in sizes.values())}-seed{seed}.json" for seed in range(seeds)]
         pins = "hidden" if setting.table.startswith("3") else "all"
-        results = [json.loads(p.read_text(encoding="utf-8"))[pins] for p in paths if p.is_file()]
+        results = [result[pins] for result in read_results(work, setting.key, sizes, seeds).values()]
         values = [r["recall@10"] for r in results]
         rows.append(
             {
@@ -236,14 +227,6 @@ def _means(parts: Sequence[dict[str, float]]) -> dict[str, dict[str, float | Non
     """Name -> mean and interval over the seeds."""
     values = {name: [part[name] for part in parts if name in part] for name in sorted({name for part in parts for name in part})}
     return {name: {"mean": float(np.mean(of)), "interval": interval(of)} for name, of in values.items()}
-
-
-def interval(values: Sequence[float]) -> float | None:
-    """Half the width of the 95% interval of the mean, or None for fewer than two values."""
-    n = len(values)
-    if n < 2:
-        return None
-    return float(T_95.get(n, 2.0) * np.std(values, ddof=1) / np.sqrt(n))
 
 
 def noise_threshold(rows: Sequence[dict[str, Any]], table: str) -> float | None:

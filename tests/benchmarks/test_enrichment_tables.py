@@ -13,7 +13,6 @@ from benchmarks.enrichment import (
     TABLE_4,
     Setting,
     apply_setting,
-    interval,
     load_pins,
     noise_threshold,
     summarise,
@@ -45,11 +44,6 @@ def test_noise_gives_captions_of_other_pins_more_with_more_and_hides_the_same_ti
     assert spoiled[0] < spoiled[1]
     assert set(half["caption"]) <= {*CATALOGUE["title"], ""}
     assert clean["title_hidden"].equals(half["title_hidden"])
-
-
-def test_intervals_are_student_s() -> None:
-    assert interval([0.5]) is None
-    assert interval([0.4, 0.5, 0.6]) == pytest.approx(4.303 * 0.1 / 3**0.5)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,12 @@ CATALOGUE: dict[str, tuple[str, str, Labels]] = {
     "omni_shadow_recall": ("gauge", "ANN recall@k of live searches over the last window.", ("entity_type", "selectivity", "language")),
     "omni_shadow_recall_low": ("gauge", "Lower end of the 95% interval.", ("entity_type", "selectivity", "language")),
     "omni_shadow_recall_high": ("gauge", "Upper end of the 95% interval.", ("entity_type", "selectivity", "language")),
+    "omni_shadow_recall_minute": ("gauge", "The same over the last minute.", ("entity_type", "selectivity", "language")),
+    "omni_shadow_recall_minute_high": (
+        "gauge",
+        "Upper end of its 95% interval: alert when it is below the target.",
+        ("entity_type", "selectivity", "language"),
+    ),
     "omni_shadow_skipped": ("counter", "Sampled searches not replayed: budget spent or queue full.", ()),
     "omni_impressions_dropped": ("counter", "Impressions lost because the log could not keep up.", ()),
     "omni_process_rss_bytes": ("gauge", "Resident memory.", ()),
@@ -129,7 +135,7 @@ class Metrics:
         return out
 
 
-AVERAGED = frozenset({"omni_shadow_recall", "omni_shadow_recall_low", "omni_shadow_recall_high"})
+AVERAGED = frozenset(f"omni_shadow_recall{end}" for end in ("", "_low", "_high", "_minute", "_minute_high"))
 MAXIMUM = frozenset({"omni_ready", "omni_release_info", "omni_release_load_seconds"})
 MINIMUM = frozenset({"omni_live_sequence"})
 

@@ -213,7 +213,10 @@ async def create_server(
             await health_service.set(name, NOT_SERVING)
         known.update(serving.entities)
 
-    releases.on_change.append(report_health)
+    async def measure_anew(serving: ServingRelease) -> None:
+        service.shadow.forget()
+
+    releases.on_change += [report_health, measure_anew]
     snapshots = SharedSnapshots(snapshots_folder, metrics) if snapshots_folder is not None else None
     http = HttpServer(_routes(service, metrics, snapshots)) if config.metrics_port is not None else None
     server = Server(config, grpc_server, 0, service, releases, metrics, health_service, http, redis_tiers, snapshots)

@@ -24,6 +24,8 @@ log = logging.getLogger("omni.shadow")
 WINDOW = 2000
 """Samples per label that the estimate looks back on."""
 WINDOW_SECONDS = 900.0
+MINUTE_SECONDS = 60.0
+"""The short window: what has just broken must not hide behind a quarter of an hour of good answers."""
 TIE = 1e-5
 """A returned score this close to the k-th exact score counts as found."""
 
@@ -145,9 +147,14 @@ class ShadowRecall:
                     self._queue.get_nowait()
             self._thread.join(timeout=5)
 
-    def estimates(self) -> dict[Labels, Estimate]:
-        """Estimate per (entity type, selectivity class, language) over the window."""
-        oldest = time.monotonic() - WINDOW_SECONDS
+    def forget(self) -> None:
+        """Begin anew: another release is served now, and samples of the old one say nothing about it."""
+        with self._lock:
+            self._windows.clear()
+
+    def estimates(self, seconds: float = WINDOW_SECONDS) -> dict[Labels, Estimate]:
+        """Estimate per (entity type, selectivity class, language) over the last ``seconds``."""
+        oldest = time.monotonic() - seconds
         with self._lock:
             windows = {labels: [recall for at, recall in window if at >= oldest] for labels, window in self._windows.items()}
         return {labels: estimate(recalls) for labels, recalls in windows.items() if recalls}
@@ -198,4 +205,7 @@ class ShadowRecall:
             rows.append(("omni_shadow_recall", labels, found.recall))
             rows.append(("omni_shadow_recall_low", labels, found.low))
             rows.append(("omni_shadow_recall_high", labels, found.high))
+        for labels, found in self.estimates(MINUTE_SECONDS).items():
+            rows.append(("omni_shadow_recall_minute", labels, found.recall))
+            rows.append(("omni_shadow_recall_minute_high", labels, found.high))
         return rows

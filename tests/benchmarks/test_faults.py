@@ -1,0 +1,87 @@
+"""Parts of ``omni bench faults`` at a small size: real servers, hurt for a moment; what must hold is the behaviour, not the speed."""
+
+import asyncio
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.fault_load import swaps_under_load
+from benchmarks.fault_servers import ServerProcess, prepare_store
+from benchmarks.fault_storms import clock_jump, damaged_index, full_disk, hostile_redis
+from benchmarks.faults import merged
+from benchmarks.small_releases import small_release, write_small_bundle
+from index_builder.publishing import ReleaseStore
+
+
+@pytest.mark.slow
+def test_a_full_disk_refuses_writes_and_nothing_else(tmp_path: Path) -> None:
+    encoder = write_small_bundle(tmp_path / "bundle", 1)
+    space_id = json.loads((tmp_path / "bundle" / "space.json").read_text())["space_id"]
+    found = asyncio.run(full_disk(encoder, tmp_path / "bundle", space_id))
+    if "skipped" in found:
+        pytest.skip(found["skipped"])
+    assert found["publish_on_full_disk"] == "DiskFull"
+    assert found["writes"]["full"].get("RESOURCE_EXHAUSTED", 0) > 0 and found["writes"]["room again"] == {"OK": 5}
+    assert found["answers_while_full"] > 0 and not found["failed_reads"] and found["lost"] == 0
+    assert found["release_after_room"] == "d3"
+
+
+@pytest.mark.slow
+def test_a_clock_that_jumps_disturbs_nothing(tmp_path: Path) -> None:
+    store, encoder = prepare_store(tmp_path)
+    space_id = json.loads((tmp_path / "a" / "space.json").read_text())["space_id"]
+    found = asyncio.run(clock_jump(store.root, encoder, space_id))
+    if "skipped" in found:
+        pytest.skip(found["skipped"])
+    assert all(jump["write"] == "OK" and jump["swapped"] for jump in found["jumps"].values()) and len(found["jumps"]) == 4
+    assert all(jump["cached_before_and_after"] for jump in list(found["jumps"].values())[1:]), "age is measured by a clock that never jumps"
+    assert found["answers"] > 0 and not found["failed_reads"] and found["lost"] == 0
+
+
+@pytest.mark.slow
+def test_shadow_recall_agrees_with_the_offline_figure_and_notices_a_damaged_index(tmp_path: Path) -> None:
+    store = ReleaseStore(tmp_path / "store")
+    encoder = write_small_bundle(tmp_path / "bundle", 5)
+    small_release(store, tmp_path / "bundle", encoder, release_id="good", counts={"pin": 4000}, kind="hnsw")
+    flags = ("--shadow-fraction", "0.3", "--shadow-cpu", "0.5")
+    found = asyncio.run(damaged_index(store, encoder, "good", 100.0, 5.0, flags))
+    assert found["offline_within_interval"], found
+    assert found["noticed_after_seconds"] is not None and found["recall_when_noticed"] < found["alert_below"], found
+    assert found["failed"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_swaps_under_load_fail_and_mix_nothing(tmp_path: Path, workers: str) -> None:
+    store, _ = prepare_store(tmp_path)
+    server = ServerProcess(store.root, "--workers", workers, "--shadow-fraction", "0")
+    try:
+        found = asyncio.run(swaps_under_load(server.address, 4, 6, 60.0))
+    finally:
+        server.stop()
+    assert found["failed"] == 0 and found["mixed"] == 0 and found["answers"] > 50, found
+    assert found["to_another_encoder"] >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["slow", "dead", "lying"])
+def test_a_hostile_redis_fails_nothing(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("redis")
+    store, _ = prepare_store(tmp_path)
+    assert asyncio.run(hostile_redis(kind, store.root))["failed"] == 0
+
+
+def test_runs_of_parts_are_merged() -> None:
+    first = {"seeds": [0], "kills": 50, "acknowledged_writes": 100, "lost_or_mixed": 0, "restarted_ready": 50}
+    other = {**first, "seeds": [1], "acknowledged_writes": 90}
+    assert merged({}, "kills", first) == first
+    assert merged({"kills": first}, "kills", other) == {
+        "seeds": [0, 1],
+        "kills": 100,
+        "acknowledged_writes": 190,
+        "lost_or_mixed": 0,
+        "restarted_ready": 100,
+    }
+    assert merged({"kills": first}, "kills", first) == first, "the same seed again replaces"
+    assert merged({"clock": {"answers": 1}}, "clock", {"answers": 2}) == {"answers": 2}

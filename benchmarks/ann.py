@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import tempfile
+import json
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
-import psutil
 
-from benchmarks.ann_data import VectorSet, load_vectors
+from benchmarks.ann_data import VectorSet, default_cache, load_vectors
 from benchmarks.ann_engines import ENGINES, Engine, installed
 from benchmarks.record import RESULTS, write_record
 from encoders.console import data_option, handle_errors, json_option, print_json, print_table, say, stage
@@ -23,12 +25,18 @@ BASELINE = "hnswlib f32"
 LEVELS = (0.95, 0.98)
 
 
-def _rss_mb() -> float:
-    memory = psutil.Process().memory_full_info()
-    return float(memory.uss) / 1e6
+Curve = list[tuple[int, float, float]]
+"""``(ef, recall@10, CPU microseconds a query)``."""
 
 
-def sweep(engine: Engine, vectors: VectorSet, scores: np.ndarray, queries: int) -> list[tuple[int, float, float]]:
+def _memory_mb() -> dict[str, float]:
+    """Memory of this process: its own, and what it reads from mapped files, which other processes share."""
+    text = Path("/proc/self/smaps_rollup").read_text()
+    kb = {line.split(":")[0]: int(line.split()[1]) for line in text.splitlines()[1:]}
+    return {"private_mb": kb["Anonymous"] / 1e3, "mapped_mb": (kb["Rss"] - kb["Anonymous"]) / 1e3}
+
+
+def sweep(engine: Engine, vectors: VectorSet, scores: np.ndarray, queries: int) -> Curve:
     """``(ef, recall@10, CPU microseconds a query)`` over the engine's grid until recall passes 0.99."""
     points = []
     sample = vectors.queries[:queries]
@@ -44,7 +52,7 @@ def sweep(engine: Engine, vectors: VectorSet, scores: np.ndarray, queries: int) 
     return points
 
 
-def at_recall(points: list[tuple[int, float, float]], level: float) -> float | None:
+def at_recall(points: Curve, level: float) -> float | None:
     """CPU microseconds a query at a recall, interpolated between the two settings around it; None if no setting reaches it."""
     for i, (_, recall, microseconds) in enumerate(points):
         if recall >= level:
@@ -56,41 +64,91 @@ def at_recall(points: list[tuple[int, float, float]], level: float) -> float | N
     return None
 
 
-def measure(names: list[str], vectors: VectorSet, queries: int, repeats: int) -> list[dict[str, Any]]:
-    """Build every engine, then sweep them in turn, ``repeats`` times each, hnswlib before and after each one."""
+def built(name: str, vectors: VectorSet, built_folder: Path) -> dict[str, float]:
+    """Build an engine in a process of its own, unless its files are there already, and load it in another.
+
+    Returns:
+        ``build_cpu_s``, and of the process that loaded it and answered 200 queries: ``private_mb`` and ``mapped_mb`` more than before.
+
+    Raises:
+        ConfigError: A process failed; with the end of what it said.
+    """
+    folder = built_folder / vectors.name / name.replace(" ", "-")
+    facts = folder / "build.json"
+    known: dict[str, float] = json.loads(facts.read_text()) if facts.is_file() else {}
+    if "private_mb" in known:
+        return known
+    if not known:
+        shutil.rmtree(folder, ignore_errors=True)  # left by a build that did not end
+        folder.mkdir(parents=True)
+    np.save(folder / "corpus.npy", vectors.corpus)
+    np.save(folder / "queries.npy", vectors.queries[:200])
+    for step in ("build_here", "load_here")[bool(known) :]:
+        code = f"import sys; from benchmarks.ann import {step}; {step}(*sys.argv[1:])"
+        done = subprocess.run([sys.executable, "-c", code, name, str(folder)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ConfigError(f"{name}: {step} failed: {done.stderr.strip()[-300:]}")
+    (folder / "corpus.npy").unlink()
+    known = json.loads(facts.read_text())
+    return known
+
+
+def build_here(name: str, folder: str) -> None:
+    """Build one engine over ``corpus.npy`` of its folder and note the CPU seconds; what a process of ``built`` does."""
+    corpus = np.load(Path(folder) / "corpus.npy")
+    start = time.process_time()
+    ENGINES[name][0](corpus, Path(folder))
+    (Path(folder) / "build.json").write_text(json.dumps({"build_cpu_s": round(time.process_time() - start, 1)}))
+
+
+def load_here(name: str, folder: str) -> None:
+    """Load one engine, answer some queries and note the memory that took; what a process of ``built`` does."""
+    corpus, queries = np.load(Path(folder) / "corpus.npy", mmap_mode="r"), np.load(Path(folder) / "queries.npy")
+    facts = Path(folder) / "build.json"
+    before = _memory_mb()
+    engine = ENGINES[name][0](corpus, Path(folder))
+    for i in range(len(queries)):
+        engine.search(queries[i : i + 1], 64)
+    memory = {key: round(value - before[key], 1) for key, value in _memory_mb().items()}
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | memory))
+
+
+def measure(names: list[str], vectors: VectorSet, queries: int, repeats: int, built_folder: Path) -> list[dict[str, Any]]:
+    """Build every engine, load it, then sweep them in turn, ``repeats`` times each, hnswlib before each one."""
     _, scores = exact_top_k(vectors.queries[:queries], vectors.corpus, 10)
     results: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="omni-bench-") as folder:
-        baseline: Engine | None = None
-        for name in names:
-            before, cpu = _rss_mb(), time.process_time()
-            try:
-                with stage(f"{vectors.name}: build {name}"):
-                    engine = ENGINES[name][0](vectors.corpus, Path(folder) / name.replace(" ", "-"))
-            except (OmniError, RuntimeError, ValueError, ImportError, TypeError, AttributeError) as error:
-                say(f"{name}: {error}")
-                results.append({"engine": name, "failed": str(error)[:200]})
-                continue
-            built = time.process_time() - cpu
-            baseline = baseline or engine
-            curves, references = [], []
-            for _ in range(repeats):
-                references.append(sweep(baseline, vectors, scores, queries))
-                curves.append(sweep(engine, vectors, scores, queries) if engine is not baseline else references[-1])
-            memory = round(_rss_mb() - before, 1)
-            row: dict[str, Any] = {"engine": name, "build_cpu_s": round(built, 1), "private_mb": memory, "points": curves}
-            for level in LEVELS:
-                mine = [t for t in (at_recall(c, level) for c in curves) if t]
-                theirs = [t for t in (at_recall(c, level) for c in references) if t]
-                row[f"us@{level}"] = round(float(np.median(mine)), 1) if mine else None
-                row[f"qps@{level}"] = round(1e6 / float(np.median(mine))) if mine else None
-                row[f"x_hnswlib@{level}"] = round(float(np.median(theirs) / np.median(mine)), 2) if mine and theirs else None
-            row["max_recall"] = round(max(p[1] for c in curves for p in c), 4)
-            results.append(row)
-            say(f"  {name}: {row['us@0.95']} us at 0.95, {row['x_hnswlib@0.95']}x")
-            if engine is not baseline:
-                del engine
+    baseline: Engine | None = None
+    for name in names:
+        try:
+            with stage(f"{vectors.name}: build {name}"):
+                facts = built(name, vectors, built_folder)
+            with stage(f"{vectors.name}: load {name}"):
+                engine = ENGINES[name][0](vectors.corpus, built_folder / vectors.name / name.replace(" ", "-"))
+        except (OmniError, RuntimeError, ValueError, ImportError, TypeError, AttributeError) as error:
+            say(f"{name}: {error}")
+            results.append({"engine": name, "failed": str(error)[:200]})
+            continue
+        baseline = baseline or engine
+        curves, references = [], []
+        for _ in range(repeats):
+            references.append(sweep(baseline, vectors, scores, queries))
+            curves.append(sweep(engine, vectors, scores, queries) if engine is not baseline else references[-1])
+        results.append(_row(name, curves, references) | facts)
+        say(f"  {name}: {results[-1]['us@0.95']} us at 0.95, {results[-1]['x_hnswlib@0.95']}x")
     return results
+
+
+def _row(name: str, curves: list[Curve], references: list[Curve]) -> dict[str, Any]:
+    """Times at each recall, medians over the sweeps, next to hnswlib's in the same minutes."""
+    row: dict[str, Any] = {"engine": name, "points": curves}
+    for level in LEVELS:
+        mine = [t for t in (at_recall(c, level) for c in curves) if t]
+        theirs = [t for t in (at_recall(c, level) for c in references) if t]
+        row[f"us@{level}"] = round(float(np.median(mine)), 1) if mine else None
+        row[f"qps@{level}"] = round(1e6 / float(np.median(mine))) if mine else None
+        row[f"x_hnswlib@{level}"] = round(float(np.median(theirs) / np.median(mine)), 2) if mine and theirs else None
+    row["max_recall"] = round(max(p[1] for c in curves for p in c), 4)
+    return row
 
 
 def _overhead(results: list[dict[str, Any]]) -> dict[str, float]:
@@ -112,11 +170,25 @@ def _overhead(results: list[dict[str, Any]]) -> dict[str, float]:
 @click.option("--engines", default="", help=f"Names separated by commas; all installed ones by default. Known: {', '.join(ENGINES)}.")
 @click.option("--queries", default=2000, show_default=True, help="Queries reported on.")
 @click.option("--repeats", default=3, show_default=True, help="Sweeps of every engine.")
+@click.option(
+    "--built",
+    "built_folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where built engines are kept, so that a second run only loads them; in the cache folder by default.",
+)
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=RESULTS, help="Folder for the record.")
 @json_option
 @handle_errors
 def command(
-    data_dir: Path | None, sizes: str, distributions: str, engines: str, queries: int, repeats: int, out: Path, as_json: bool
+    data_dir: Path | None,
+    sizes: str,
+    distributions: str,
+    engines: str,
+    queries: int,
+    repeats: int,
+    built_folder: Path | None,
+    out: Path,
+    as_json: bool,
 ) -> None:
     """Queries/s at ANN recall@10 of 0.95 and 0.98, one query a call, one thread, CPU time.
 
@@ -137,7 +209,7 @@ def command(
     for size in [int(s) for s in sizes.split(",")]:
         for distribution in distributions.split(","):
             vectors = load_vectors(data_dir, size=size, distribution=distribution.strip())
-            results = measure(names, vectors, queries, repeats)
+            results = measure(names, vectors, queries, repeats, built_folder or default_cache() / "ann")
             everything[vectors.name] = {"dataset": vectors.describe(), "results": results, "added_us": _overhead(results)}
             libraries = tuple(str(ENGINES[n][1]) for n in names if ENGINES[n][1])
             write_record(
@@ -150,7 +222,16 @@ def command(
                 folder=out,
             )
             if not as_json:
-                columns = ("qps@0.95", "qps@0.98", "x_hnswlib@0.95", "x_hnswlib@0.98", "max_recall", "build_cpu_s", "private_mb")
+                columns = (
+                    "qps@0.95",
+                    "qps@0.98",
+                    "x_hnswlib@0.95",
+                    "x_hnswlib@0.98",
+                    "max_recall",
+                    "build_cpu_s",
+                    "private_mb",
+                    "mapped_mb",
+                )
                 print_table(
                     f"{vectors.name}: {len(vectors.corpus):,} real text vectors x {vectors.corpus.shape[1]}, {queries:,} queries",
                     ("engine", *columns),

@@ -11,7 +11,7 @@ from typing import Any
 import hnswlib
 import numpy as np
 
-from index_builder.ann import AnnConfig, build_index
+from index_builder.ann import AnnConfig, build_index, load_index
 from index_builder.ann.faiss_index import faiss_library
 from index_builder.entity_index import EntityIndex, IndexConfig
 
@@ -43,9 +43,9 @@ def ours(kind: str) -> Callable[[np.ndarray, Path], Engine]:
     """Our own call on an index of ``kind``, saved and loaded as a release would: ids mapped, query checked, live entries looked at."""
 
     def build(corpus: np.ndarray, folder: Path) -> Engine:
-        config = IndexConfig(kind="auto" if kind in ("auto", "auto-lean") else kind, lean=kind == "auto-lean")
-        EntityIndex.build("pin", [str(i) for i in range(len(corpus))], corpus, None, config).save(folder / kind)
-        index = EntityIndex.load(folder / kind)
+        if not (folder / "index.json").is_file():
+            EntityIndex.build("pin", [str(i) for i in range(len(corpus))], corpus, None, IndexConfig(kind=kind)).save(folder)
+        index = EntityIndex.load(folder)
         return Engine(lambda query, ef: index.search(query, 10, ef=ef), _row_of_id)
 
     return build
@@ -55,7 +55,11 @@ def bare(kind: str) -> Callable[[np.ndarray, Path], Engine]:
     """The implementation under our call, called directly."""
 
     def build(corpus: np.ndarray, folder: Path) -> Engine:
-        index = build_index(kind, corpus, AnnConfig(m=M, ef_construction=EF_CONSTRUCTION, degree=DEGREE))
+        config = AnnConfig(m=M, ef_construction=EF_CONSTRUCTION, degree=DEGREE)
+        if not (folder / "built").is_file():
+            build_index(kind, corpus, config).save(folder / "index")
+            (folder / "built").touch()
+        index = load_index(kind, folder / "index", corpus, config)
         return Engine(lambda query, ef: index.search(query, 10, ef)[0], lambda rows: rows)
 
     return build
@@ -63,9 +67,13 @@ def bare(kind: str) -> Callable[[np.ndarray, Path], Engine]:
 
 def bare_hnswlib(corpus: np.ndarray, folder: Path) -> Engine:
     """Hnswlib float32 with M=16 and ef_construction=200: the 1.0x of every table."""
-    index = hnswlib.Index("ip", corpus.shape[1])
-    index.init_index(len(corpus), M=M, ef_construction=EF_CONSTRUCTION)
-    index.add_items(corpus, num_threads=1)
+    index, path = hnswlib.Index("ip", corpus.shape[1]), folder / "index.hnswlib"
+    if not path.is_file():
+        index.init_index(len(corpus), M=M, ef_construction=EF_CONSTRUCTION)
+        index.add_items(corpus, num_threads=1)
+        index.save_index(str(path))
+        index = hnswlib.Index("ip", corpus.shape[1])
+    index.load_index(str(path))
     index.set_num_threads(1)
 
     def search(query: np.ndarray, ef: int) -> np.ndarray:
@@ -80,8 +88,12 @@ def bare_symqg(corpus: np.ndarray, folder: Path) -> Engine:
     """Rabitqlib's SymphonyQG, raw store, called directly."""
     import rabitqlib
 
-    index = rabitqlib.SymqgIndex(corpus.shape[1], DEGREE, "l2", 0)
-    index.build(corpus, EF_CONSTRUCTION, 1)
+    path = folder / "index.symqg"
+    if not path.is_file():
+        index = rabitqlib.SymqgIndex(corpus.shape[1], DEGREE, "l2", 0)
+        index.build(corpus, EF_CONSTRUCTION, 1)
+        index.save(str(path))
+    index = rabitqlib.SymqgIndex.load(str(path))
     return Engine(lambda query, ef: index.search(query, 10, ef), lambda answer: answer[0][0])
 
 
@@ -89,10 +101,14 @@ def faiss_hnsw(corpus: np.ndarray, folder: Path) -> Engine:
     """Faiss HNSW over float16."""
     faiss = faiss_library()
     faiss.omp_set_num_threads(1)
-    index = faiss.IndexHNSWSQ(corpus.shape[1], faiss.ScalarQuantizer.QT_fp16, M, faiss.METRIC_INNER_PRODUCT)
-    index.hnsw.efConstruction = EF_CONSTRUCTION
-    index.train(corpus)
-    index.add(corpus)
+    path = folder / "index.faiss"
+    if not path.is_file():
+        index = faiss.IndexHNSWSQ(corpus.shape[1], faiss.ScalarQuantizer.QT_fp16, M, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction = EF_CONSTRUCTION
+        index.train(corpus)
+        index.add(corpus)
+        faiss.write_index(index, str(path))
+    index = faiss.read_index(str(path))
     settings = {ef: faiss.SearchParametersHNSW(efSearch=ef) for ef in range(1, 2049)}
     return Engine(lambda query, ef: index.search(query, 10, params=settings[ef])[1][0], lambda rows: rows)
 
@@ -102,7 +118,11 @@ def usearch_f16(corpus: np.ndarray, folder: Path) -> Engine:
     from usearch.index import Index
 
     index: Any = Index(ndim=corpus.shape[1], metric="ip", dtype="f16", connectivity=M, expansion_add=EF_CONSTRUCTION)
-    index.add(np.arange(len(corpus)), corpus, threads=1)
+    path = folder / "index.usearch"
+    if not path.is_file():
+        index.add(np.arange(len(corpus)), corpus, threads=1)
+        index.save(str(path))
+    index.load(str(path))
 
     def search(query: np.ndarray, ef: int) -> Any:
         index.expansion_search = ef
@@ -147,6 +167,8 @@ def zvec_collection(corpus: np.ndarray, folder: Path, values: dict[str, np.ndarr
     import zvec
 
     path = str(folder / "zvec")
+    if (folder / "zvec.built").is_file():
+        return zvec.open(path, zvec.CollectionOption(read_only=True))
     int8, metric = zvec.QuantizeType.INT8, zvec.MetricType.IP
     hnsw = zvec.HnswIndexParam(metric_type=metric, m=M, ef_construction=EF_CONSTRUCTION, quantize_type=int8, use_contiguous_memory=True)
     ranges = zvec.InvertIndexParam(enable_range_optimization=True)
@@ -162,6 +184,7 @@ def zvec_collection(corpus: np.ndarray, folder: Path, values: dict[str, np.ndarr
     collection.optimize(zvec.OptimizeOption(concurrency=1))
     collection.flush()
     collection.close()
+    (folder / "zvec.built").touch()
     return zvec.open(path, zvec.CollectionOption(read_only=True))
 
 
@@ -186,6 +209,8 @@ def qdrant_shard(corpus: np.ndarray, folder: Path, values: dict[str, np.ndarray]
     import qdrant_edge as qdrant
 
     path = folder / "qdrant"
+    if (folder / "qdrant.built").is_file():
+        return qdrant.EdgeShard.load(str(path))
     path.mkdir(parents=True)
     hnsw = qdrant.HnswIndexConfig(M, EF_CONSTRUCTION, 10_000, max_indexing_threads=1)
     int8 = qdrant.ScalarQuantizationConfig(qdrant.ScalarType.Int8, quantile=0.99, always_ram=True)
@@ -201,6 +226,7 @@ def qdrant_shard(corpus: np.ndarray, folder: Path, values: dict[str, np.ndarray]
         ]
         shard.update(qdrant.UpdateOperation.upsert_points(points))
     shard.optimize()
+    (folder / "qdrant.built").touch()
     return shard
 
 

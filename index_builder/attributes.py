@@ -36,6 +36,7 @@ class Column:
         ranked: ``keys`` in the same order.
         dictionary: Sorted distinct strings, for string types.
         present: bool ``(N,)`` for list types: whether the row has a list at all.
+        places: uint32 ``(N,)``, where each row stands in ``order`` (the highest number: nowhere); made when a mask is first wanted.
     """
 
     type: FieldType
@@ -44,11 +45,21 @@ class Column:
     ranked: np.ndarray
     dictionary: list[str] | None = None
     present: np.ndarray | None = None
+    places: np.ndarray | None = None
 
     @property
     def is_list(self) -> bool:
         """Whether a row holds many values."""
         return self.type.startswith("list")
+
+    def mask(self, low: int, high: int) -> np.ndarray:
+        """Rows whose place in ``order`` is in ``[low, high)``, bool ``(N,)``; not for lists."""
+        if self.places is None:
+            places = np.full(len(self.keys), np.iinfo(np.uint32).max, dtype=np.uint32)
+            places[self.order] = np.arange(len(self.order), dtype=np.uint32)
+            self.places = places
+        result: np.ndarray = (self.places - np.uint32(low)) < np.uint32(high - low)  # below `low` wraps around to large numbers
+        return result
 
     def slices(self, op: str, value: int | float | str | bool) -> Slices:
         """Ranges of ``order`` whose values satisfy ``value_of_row op value``; disjoint, ascending, without empty ones."""
@@ -63,6 +74,17 @@ class Column:
             ">=": [(low, size)],
         }[op]
         return [(a, b) for a, b in ranges if a < b]
+
+    def between(self, op: str, value: int | float) -> tuple[int, int]:
+        """The range of ``order`` whose numbers satisfy ``number op value``, for every ``op`` but ``!=``; may be empty or upside down."""
+        low = 0 if op[0] == "<" else self._count_below(value, inclusive=op == ">")
+        high = len(self.ranked) if op[0] == ">" else self._count_below(value, inclusive=op != "<")
+        return low, high
+
+    def _count_below(self, value: int | float, *, inclusive: bool) -> int:
+        if self.ranked.dtype == np.int64 and type(value) is int and -(2**62) < value < 2**62:
+            return int(self.ranked.searchsorted(value + inclusive))
+        return self._bounds(value)[inclusive]
 
     def slices_in(self, values: Sequence[Any], *, negated: bool) -> Slices:
         """Ranges of ``order`` whose values are (not) among ``values``."""
@@ -236,7 +258,9 @@ class AttributeTable:
     def warm(self, names: Sequence[str] | None = None) -> None:
         """Prepare the named columns now (all by default), so that forked workers share them."""
         for name in self.schema if names is None else names:
-            self.column(name)
+            column = self.column(name)
+            if not column.is_list:
+                column.mask(0, 0)
 
     def values(self, rows: Sequence[int] | np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
         """Attribute values of rows, in order; unknown names are absent from the result."""

@@ -1,4 +1,4 @@
-"""Plans over the immutable base: the bare graph, a walk that respects the filter, a growing graph search, a scan of the matching rows."""
+"""Plans over the immutable base: the bare graph, a growing graph search, a scan of the matching rows, a scan of all rows' sketches."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from index_builder.filters import Selection
 from index_builder.id_table import IdTable
 
 SCAN_ROWS = 4_000
-"""Up to this many matching rows are scored one by one in float32: faster than a graph, and it cannot lose recall to a filter."""
+"""Without sketches, up to this many matching rows are scored one by one in float32 before the graph is tried."""
 CODE_SCAN_ROWS = 12_000
-"""The same where 8-bit codes are there (about 10 ns a row)."""
-SCAN_SHARE = 0.02
-"""Up to this share of the corpus likewise: among so few rows a graph of all rows falls apart."""
+"""The same where 8-bit codes are there."""
+SCAN_COST = 20
+"""One matching row scored by its 8-bit code, wherever it lies, takes the time of this many sketches read in order (20 ns and 1 ns)."""
 SCAN_RECALL = 0.999
 """Expected recall of a scan that ranks by 8-bit codes and scores the best four times k in float32."""
 GROW_SHARE = 0.25
-"""Filters that pass at least this share are tried on the plain graph first; only when too few of its hits survive (the filter and the query
-disagree) does the walk with the wide setting follow."""
-_SEEDS = 32
+"""Filters that pass at least this share are tried on the plain graph first; a scan follows when too few of its hits survive, as where the
+filter and the query disagree."""
 _NO_SCORES = np.empty(0, dtype=np.float32)
 
 
@@ -51,14 +50,14 @@ class BaseSearch:
         self._ann_search = ann.search
         self._rescore = not ann.true_distances
         self._engine = make_engine(corpus, ids, store)
-        self._walks = self._engine is not None and store is not None and store.graph is not None
-        self._walk_is_ann = self._walks and ann.kind == "lean"
+        self._walk_is_ann = self._engine is not None and ann.kind == "lean"
         self._scans_codes = self._engine is not None and store is not None
+        self._sketches = self._engine is not None and store is not None and store.sketch is not None
 
     @property
-    def walks(self) -> bool:
-        """Whether filtered walks are possible: the extension is there and so is a graph."""
-        return bool(self._walks)
+    def sketches(self) -> bool:
+        """Whether sketches can be scanned: the extension is there and so are they."""
+        return self._sketches
 
     # ---- no filter ---------------------------------------------------------------------------------------------------------------------
 
@@ -70,7 +69,7 @@ class BaseSearch:
             return BaseHits(self._ids.take(rows[:k]), scores[:k], "graph", ef, None)
         out = np.empty(k, dtype=np.float32)
         if self._walk_is_ann:
-            ids = engine.walk(query, k, ef, None, out, None, None)
+            ids = engine.walk(query, k, ef, out)
         else:
             nodes, distances = self._ann_search(query, k, ef)
             if self._rescore:
@@ -98,7 +97,7 @@ class BaseSearch:
         query: np.ndarray,
         k: int,
         ef: int,
-        walk_efs: tuple[int, int],
+        wanted: int,
         selection: Selection | None,
         hidden: np.ndarray | None,
         hidden_count: int,
@@ -110,7 +109,7 @@ class BaseSearch:
             query: float32 ``(1, D)``.
             k: Wanted.
             ef: Candidate-list size that the target recall needs without a filter.
-            walk_efs: The same for the filtered walk under strict filters, and under loose ones that disagree with the query.
+            wanted: How many of the best sketches to look at more closely for it, under a filter that disagrees with the query.
             selection: Rows the filter passes, or None for all.
             hidden: bool ``(N,)`` rows never to return, or None.
             hidden_count: How many of them.
@@ -123,16 +122,15 @@ class BaseSearch:
         if exact:
             return self._exact(query, k, selection, hidden)
         if selection is not None:
-            scan_rows = CODE_SCAN_ROWS if self._scans_codes else SCAN_ROWS
-            if matching <= max(scan_rows, SCAN_SHARE * total) or 2 * k >= matching:
+            scan_rows = wanted + self._nodes // SCAN_COST if self._sketches else CODE_SCAN_ROWS if self._scans_codes else SCAN_ROWS
+            if matching <= scan_rows or 2 * k >= matching:
                 return self._scan(query, k, selection, hidden)
-            if self._walks:
+            if self._sketches:
                 if matching >= GROW_SHARE * total:
                     hits = self._grow(query, k, ef, selection, hidden, hidden_count, attempts=1)
                     if len(hits.ids) == k:
                         return hits
-                hits = self._walk(query, k, walk_efs[matching >= GROW_SHARE * total], selection, hidden)
-                return hits if len(hits.ids) == k else self._scan(query, k, selection, hidden)
+                return self._sketch(query, k, wanted, selection, hidden)
         hits = self._grow(query, k, ef, selection, hidden, hidden_count)
         if len(hits.ids) == k:
             return hits
@@ -167,24 +165,15 @@ class BaseSearch:
         recall = SCAN_RECALL if self._scans_codes and selection.count > 8 * k + 64 else 1.0
         return BaseHits(ids, out[: len(ids)], "scan" if ids else "empty", 0, recall)
 
-    def _walk(self, query: np.ndarray, k: int, ef: int, selection: Selection, hidden: np.ndarray | None) -> BaseHits:
-        """Walk the graph scoring matching nodes only, looking through the others, from a few matching nodes."""
+    def _sketch(self, query: np.ndarray, k: int, wanted: int, selection: Selection, hidden: np.ndarray | None) -> BaseHits:
+        """Score all rows by their sketches, the best ``wanted`` that match by 8-bit codes, and the best of those in float32."""
         out = np.empty(k, dtype=np.float32)
-        ids = self._engine.walk(query, k, ef, self._seeds(selection), out, selection.as_mask(), hidden)
-        return BaseHits(ids, out[: len(ids)], "filtered-graph", ef, None)
+        ids = self._engine.sketch(query, k, wanted, out, selection.as_mask(), hidden)
+        return BaseHits(ids, out[: len(ids)], "sketch" if ids else "empty", 0, None)
 
-    def walk_scores(self, query: np.ndarray, k: int, ef: int, mask: np.ndarray) -> np.ndarray:
-        """Inner products the filtered walk finds under ``mask`` bool ``(N,)``; for calibration."""
-        return self._walk(query, k, ef, Selection(int(np.count_nonzero(mask)), len(mask), mask=mask), None).scores
-
-    def _seeds(self, selection: Selection) -> np.ndarray:
-        """Matching nodes spread over the corpus, kept with the selection."""
-        if selection.seeds is None:
-            rows = selection.as_rows()
-            rows = rows[np.linspace(0, len(rows) - 1, min(_SEEDS, len(rows))).astype(np.int64)]
-            nodes = rows if self._corpus.node_of_row is None else self._corpus.node_of_row[rows]
-            selection.seeds = np.ascontiguousarray(nodes, dtype=np.uint32)
-        return selection.seeds
+    def sketch_scores(self, query: np.ndarray, k: int, wanted: int, mask: np.ndarray) -> np.ndarray:
+        """Inner products the scan of sketches finds under ``mask`` bool ``(N,)``; for calibration."""
+        return self._sketch(query, k, wanted, Selection(len(mask), len(mask), mask=mask), None).scores
 
     def _grow(
         self,

@@ -17,8 +17,8 @@ from index_builder.errors import GateFailed
 TARGETS = (0.90, 0.95, 0.99)
 MIN_QUERIES = 2_000
 EF_GRID = (10, 14, 20, 28, 40, 56, 80, 112, 160, 224, 320, 448, 640, 896, 1280, 1792, 2560)
-WALK_GRID = (16, 32, 64, 96, 128, 192, 256, 384, 512)
-STRICT_SHARES, LOOSE_SHARES = (0.05, 0.15), (0.3, 0.5)
+SKETCH_GRID = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+SKETCH_SHARES = (0.1, 0.3)
 STOP_RECALL = 0.9995
 TIE = 1e-5
 """Inner products closer than this are ties: either entity is a right answer."""
@@ -57,8 +57,8 @@ class Calibration:
         deep_k: A second depth, for requests with larger k.
         deep_points: The same at ``deep_k``; may be empty.
         exact_latency_us: Median time of an exact scan, microseconds.
-        walk_points: The filtered walk's curve under strict filters that disagree with the query (5% and 15%, the worse at each ef).
-        loose_walk_points: The same under loose ones (30% and 50%).
+        sketch_points: Recall of the scan of sketches under filters that disagree with the query (10% and 30%, the worse at each point);
+            ``ef`` is how many of the best sketches are looked at more closely.
     """
 
     queries: int
@@ -68,16 +68,12 @@ class Calibration:
     deep_k: int = 0
     deep_points: tuple[CurvePoint, ...] = ()
     exact_latency_us: float | None = None
-    walk_points: tuple[CurvePoint, ...] = ()
-    loose_walk_points: tuple[CurvePoint, ...] = ()
+    sketch_points: tuple[CurvePoint, ...] = ()
 
-    def walk_efs(self, target: float) -> tuple[int, int]:
-        """Settings of the filtered walk for a mean recall of ``target`` under strict and loose filters; the largest measured if need be."""
-
-        def reached(points: tuple[CurvePoint, ...]) -> int:
-            return next((p.ef for p in points if p.recall >= target), points[-1].ef if points else 256)
-
-        return reached(self.walk_points), reached(self.loose_walk_points)
+    def sketches_for(self, target: float) -> int | None:
+        """How many sketches to look at for a recall whose lower bound is ``target``; the most measured if need be, None if nothing was."""
+        points = self.sketch_points
+        return _ef_for(points, target) or (points[-1].ef if points else None)
 
     def ef_for(self, target: float, k: int | None = None) -> int | None:
         """The smallest measured or interpolated ef whose recall's lower bound reaches ``target`` at depth ``k``; None if none does."""
@@ -117,7 +113,7 @@ class Calibration:
 
         result: dict[str, Any] = {"queries": self.queries, "source": self.source, "k": self.k, "settings": self.settings()}
         result |= {"points": rows(self.points), "deep_k": self.deep_k, "deep_points": rows(self.deep_points)}
-        result |= {"walk_points": rows(self.walk_points), "loose_walk_points": rows(self.loose_walk_points)}
+        result |= {"sketch_points": rows(self.sketch_points)}
         return result | ({"exact_latency_us": self.exact_latency_us} if latencies else {})
 
     @classmethod
@@ -131,8 +127,7 @@ class Calibration:
             deep_k=values.get("deep_k", 0),
             deep_points=tuple(CurvePoint(**p) for p in values.get("deep_points", ())),
             exact_latency_us=values.get("exact_latency_us"),
-            walk_points=tuple(CurvePoint(**p) for p in values.get("walk_points", ())),
-            loose_walk_points=tuple(CurvePoint(**p) for p in values.get("loose_walk_points", ())),
+            sketch_points=tuple(CurvePoint(**p) for p in values.get("sketch_points", ())),
         )
 
 
@@ -252,28 +247,28 @@ def _curve(
     return tuple(points)
 
 
-def calibrate_walk(
-    walk: Callable[[np.ndarray, int, int, np.ndarray], np.ndarray],
+def calibrate_sketches(
+    scan: Callable[[np.ndarray, int, int, np.ndarray], np.ndarray],
     vectors: np.ndarray,
     queries: np.ndarray,
     *,
-    shares: Sequence[float],
+    shares: Sequence[float] = SKETCH_SHARES,
     k: int = 10,
     sample: int = 200,
-    ef_grid: Sequence[int] = WALK_GRID,
+    grid: Sequence[int] = SKETCH_GRID,
 ) -> tuple[CurvePoint, ...]:
-    """Measure the filtered walk under filters that disagree with the query, the hardest kind.
+    """Measure the scan of sketches under filters that disagree with the query, the hardest kind.
 
     Rows are ranked along the corpus' first principal direction, and each query may only see the end of the ranking away from it.
 
     Args:
-        walk: ``(query (1, D), k, ef, mask (N,)) -> inner products``, best first.
+        scan: ``(query (1, D), k, wanted, mask (N,)) -> inner products``, best first.
         vectors: float32 ``(N, D)``, one row per row of the mask.
         queries: float32 ``(Q, D)``; the first ``sample`` are used.
         shares: Selectivities; the worst of them counts at each ef.
         k: Depth.
         sample: Queries used.
-        ef_grid: Settings tried, ascending.
+        grid: How many sketches are looked at more closely, ascending.
     """
     queries, count = queries[:sample], len(vectors)
     some = np.asarray(vectors[:: max(1, count // 2_000)])
@@ -295,14 +290,14 @@ def calibrate_walk(
             if len(mine):
                 exact[mine] = exact_top_k(np.ascontiguousarray(queries[mine]), np.ascontiguousarray(vectors[rows]), k)[1]
         curve = []
-        for ef in ef_grid:
+        for wanted in grid:
             start = time.perf_counter_ns()
-            answers = [walk(queries[i : i + 1], k, ef, masks[int(above[i])]) for i in range(len(queries))]
+            answers = [scan(queries[i : i + 1], k, wanted, masks[int(above[i])]) for i in range(len(queries))]
             elapsed = (time.perf_counter_ns() - start) / 1000 / len(queries)
             recalls = np.array([np.count_nonzero(a >= s[-1] - TIE) / k for a, s in zip(answers, exact)])
             mean, low, high = mean_interval(recalls)
-            curve.append(CurvePoint(ef, round(mean, 5), round(low, 5), round(high, 5), round(elapsed, 1)))
-            if low >= STOP_RECALL:
+            curve.append(CurvePoint(wanted, round(mean, 5), round(low, 5), round(high, 5), round(elapsed, 1)))
+            if low >= max(TARGETS) or wanted >= size:
                 break
         curves.append(curve)
     return tuple(min(points, key=lambda p: p.low) for points in zip(*curves))

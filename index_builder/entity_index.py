@@ -17,7 +17,7 @@ from index_builder.ann.choice import KINDS
 from index_builder.ann.lean import LeanIndex
 from index_builder.attributes import AttributeTable
 from index_builder.base_search import BaseHits, BaseSearch
-from index_builder.calibration import LOOSE_SHARES, STRICT_SHARES, Calibration, CurvePoint, calibrate, calibrate_walk
+from index_builder.calibration import Calibration, CurvePoint, calibrate, calibrate_sketches
 from index_builder.codes import CodeStore
 from index_builder.corpus import Corpus, check_vectors
 from index_builder.errors import DimensionMismatch, IndexFormatError, InvalidQuery
@@ -34,6 +34,7 @@ INDEX_FORMAT = 1
 MAX_K = 10_000
 DEFAULT_RECALL = 0.95
 _UNCALIBRATED_EF = 120
+_UNCALIBRATED_SKETCHES = 1_024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +74,7 @@ class SearchResult:
     Attributes:
         ids: Entity ids; fewer than k only when fewer entities match.
         scores: float32, their inner products with the query.
-        plan: ``graph``, ``exact``, ``scan`` (all matching rows), ``filtered-graph``, ``graph-grow`` or ``empty``.
+        plan: ``graph``, ``exact``, ``scan`` (all matching rows), ``sketch`` (all rows' sketches), ``graph-grow`` or ``empty``.
         ef: Candidate-list size of the graph search; 0 where no graph was walked.
         estimated_recall: Expected ANN recall at k; 1.0 where the plan is exact, None where the index was never calibrated.
         selectivity: Share of base rows that pass the filter; None without a filter.
@@ -174,11 +175,11 @@ class EntityIndex:
             "unreachable": 0 if ann.exact else None if links is None else unreachable_nodes(links),
             "dimension": int(vectors.shape[1]),
             "attributes": dict(attribute_table.schema),
-            "filtered_walks": ann.kind == "lean" or bool(attribute_table.schema and links is not None),
+            "codes": ann.kind == "lean" or bool(attribute_table.schema and not ann.exact),
         }
         store = ann.store if isinstance(ann, LeanIndex) else None
-        if store is None and attribute_table.schema and links is not None:
-            store = CodeStore.build(corpus.vectors, links)
+        if attribute_table.schema and not ann.exact:
+            store = CodeStore.build(corpus.vectors, store.graph if store else None, sketches=True)
         index = cls(entity_type, table, corpus, ann, attribute_table, facts, None, config.default_recall, store)
         if calibration_queries is not None and len(table):
             index.calibrate(calibration_queries, calibration_source)
@@ -192,11 +193,9 @@ class EntityIndex:
             self.calibration = Calibration(len(queries), source, min(10, len(vectors)), (CurvePoint(10, 1.0, 1.0, 1.0),))
         else:
             self.calibration = calibrate(lambda q, k, ef: self.ann.search(q, k, ef)[0], vectors, queries, source=source)
-            if self._base.walks:
-                rows, walk = self.base_vectors(), self._base.walk_scores
-                strict = calibrate_walk(walk, rows, queries, shares=STRICT_SHARES)
-                loose = calibrate_walk(walk, rows, queries, shares=LOOSE_SHARES)
-                self.calibration = replace(self.calibration, walk_points=strict, loose_walk_points=loose)
+            if self._base.sketches:
+                points = calibrate_sketches(self._base.sketch_scores, self.base_vectors(), queries)
+                self.calibration = replace(self.calibration, sketch_points=points)
         self._settings.clear()
         return self.calibration
 
@@ -249,7 +248,13 @@ class EntityIndex:
             raise IndexFormatError(f"{folder.name}/attributes.parquet cannot be read ({error}). Rebuild this release.") from error
         ann = graph if graph is not None else load_index(kind, folder / "index", corpus.vectors, config)
         calibration = Calibration.from_dict(meta["calibration"]) if meta["calibration"] else None
-        store = ann.store if isinstance(ann, LeanIndex) else CodeStore.load(folder, corpus.vectors) if facts.get("filtered_walks") else None
+        store = (
+            ann.store
+            if isinstance(ann, LeanIndex)
+            else CodeStore.load(folder, corpus.vectors)
+            if facts.get("codes", facts.get("filtered_walks"))
+            else None
+        )
         return cls(meta["entity_type"], ids, corpus, ann, attributes, facts, calibration, meta["default_recall"], store)
 
     @staticmethod
@@ -301,7 +306,7 @@ class EntityIndex:
         """The current vector of an id, live entries first; None if it does not exist or was deleted."""
         live = self._live
         if live is not None:
-            place = _find_live(live, id_)
+            place = live.find(id_)
             if place is not None:
                 return np.asarray(place[0].vectors[place[1]])
         row = self.ids.row_of(id_)
@@ -316,7 +321,7 @@ class EntityIndex:
         result: list[dict[str, Any]] = [{} for _ in ids]
         base: list[tuple[int, int]] = []
         for i, id_ in enumerate(ids):
-            place = _find_live(live, id_) if live is not None else None
+            place = live.find(id_) if live is not None else None
             if place is not None:
                 frame = place[0].attributes
                 known = [name for name in dict.fromkeys(names) if name in frame.columns]  # a name asked for twice is one column
@@ -382,6 +387,9 @@ class EntityIndex:
         if live is None and filter is None and not exclude_ids and not exact:
             hits = self._base.nearest(query, k, ef_search)
             selectivity = None
+        elif live is not None and filter is None and not exclude_ids and not exact:
+            hits = self._base.search(query, k, ef_search, 0, None, live.hidden_rows, live.hidden_count, False)
+            hits, selectivity = self._merge(query, k, hits, live), None
         else:
             hits, selectivity = self._general(query, k, ef_search, filter, exclude_ids, exact, live)
         if min_score is not None:
@@ -464,59 +472,50 @@ class EntityIndex:
             hidden = np.zeros(len(self.ids), dtype=np.bool_) if hidden is None else hidden.copy()
             hidden[excluded] = True
             hidden_count, excluded = int(np.count_nonzero(hidden)), []
-        walk_efs = self._walk_efs(k, ef) if selection is not None else (ef, ef)
-        hits = self._base.search(query, k + len(excluded), ef, walk_efs, selection, hidden, hidden_count, exact)
+        wanted = self._wanted_sketches(k, ef) if selection is not None else 0
+        hits = self._base.search(query, k + len(excluded), ef, wanted, selection, hidden, hidden_count, exact)
         banned = set(exclude_ids)
         if excluded:
             keep = [i for i, id_ in enumerate(hits.ids) if id_ not in banned][:k]
             hits = hits._replace(ids=[hits.ids[i] for i in keep], scores=hits.scores[keep])
         if live is not None and live.live_count:
-            hits = self._merge(query, k, hits, live, expression, banned)
+            hits = self._merge(query, k, hits, live, expression, exclude_ids, exact)
         return hits, selectivity
 
-    def _walk_efs(self, k: int, ef: int) -> tuple[int, int]:
-        """Candidate-list sizes of the filtered walk that aim at the recall ``ef`` has without a filter."""
+    def _wanted_sketches(self, k: int, ef: int) -> int:
+        """How many sketches a filtered search looks at more closely to reach the recall that ``ef`` has without a filter."""
         calibration = self.calibration
-        if calibration is None or not calibration.walk_points:
-            return max(k + 32, 2 * ef), max(k + 32, 4 * ef)
-        expected = calibration.recall_at(ef, calibration.k)
-        strict, loose = calibration.walk_efs(self.default_recall if expected is None else expected)
-        wider = max(1.0, k / calibration.k) ** 0.5
-        return max(k + 16, int(strict * wider)), max(k + 16, int(loose * wider))
+        expected = None if calibration is None else calibration.recall_at(ef, calibration.k)
+        reached = None if calibration is None else calibration.sketches_for(self.default_recall if expected is None else expected)
+        if calibration is None or reached is None:
+            return max(_UNCALIBRATED_SKETCHES, len(self.corpus.vectors) // 32, 64 * k)
+        return int(reached * max(1.0, k / calibration.k))
 
-    def _merge(self, query: np.ndarray, k: int, hits: BaseHits, live: LiveView, expression: str | None, excluded: set[str]) -> BaseHits:
+    def _merge(
+        self,
+        query: np.ndarray,
+        k: int,
+        hits: BaseHits,
+        live: LiveView,
+        expression: str | None = None,
+        excluded: Collection[str] = (),
+        exact: bool = False,
+    ) -> BaseHits:
         """Merge base hits with the best of each live segment; live ids are hidden in the base, so that none comes twice."""
-        all_ids, all_scores = list(hits.ids), [hits.scores]
+        ids, scores = hits.ids, hits.scores
+        gone = [place for place in map(live.find, excluded) if place is not None] if excluded else ()
         for segment in live.segments:
-            mask = None
-            if expression is not None:
-                mask = self._live_selection(segment, expression).as_mask()
-            rows, scores = segment.search(query, k + len(excluded), mask)
-            ids = [segment.ids[int(row)] for row in rows]
-            if excluded:
-                keep = [i for i, id_ in enumerate(ids) if id_ not in excluded][:k]
-                ids, scores = [ids[i] for i in keep], scores[keep]
-            all_ids += ids
-            all_scores.append(scores)
-        scores = np.concatenate(all_scores)
-        best = np.argsort(-scores, kind="stable")[:k]
-        plan = hits.plan if hits.plan != "empty" else "live"
-        return BaseHits([all_ids[i] for i in best.tolist()], scores[best].astype(np.float32, copy=False), plan, hits.ef, hits.recall)
+            mask = None if expression is None else self._live_selection(segment, expression).as_mask()
+            dead = [row for other, row in gone if other is segment] if gone else ()
+            if dead:
+                mask = np.ones(len(segment), np.bool_) if mask is None else mask.copy()
+                mask[dead] = False
+            ids, scores = segment.merge(query, k, ids, scores, mask, exact)
+        if ids is hits.ids:
+            return hits
+        return BaseHits(ids, scores, hits.plan if hits.plan != "empty" else "live", hits.ef, hits.recall)
 
     def _live_selection(self, segment: Any, expression: str) -> Selection:
         table = AttributeTable.from_frame(segment.attributes, like=self.attribute_table)
         table.count = len(segment.ids)
         return BoundFilter(parse_filter(expression), table).select()
-
-
-def _find_live(live: LiveView, id_: str) -> tuple[Any, int] | None:
-    """The segment and row where an id is alive, or None."""
-    find = getattr(live, "find", None)
-    if find is not None:
-        found: tuple[Any, int] | None = find(id_)
-        return found
-    for segment in live.segments:
-        for row, other in enumerate(segment.ids):
-            if other == id_ and segment.alive[row]:
-                return segment, row
-    return None

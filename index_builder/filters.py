@@ -272,14 +272,12 @@ class Selection:
         count: Matching rows.
         mask: bool ``(N,)`` or None.
         rows: uint32 ``(count,)`` in no particular order, without repetitions, or None.
-        seeds: A few nodes among them, kept by the search that chose them.
     """
 
     count: int
     total: int
     mask: np.ndarray | None = None
     rows: np.ndarray | None = None
-    seeds: np.ndarray | None = None
 
     def as_mask(self) -> np.ndarray:
         """The mask, made from the rows if need be."""
@@ -306,6 +304,11 @@ class _Piece:
     count: int
     negated_list: bool
 
+    def select(self, total: int) -> Selection:
+        if self.count * 8 <= total and not self.negated_list:
+            return Selection(self.count, total, rows=self.rows())
+        return Selection(self.count, total, mask=self.mask())
+
     def rows(self) -> np.ndarray:
         if self.negated_list:
             return np.flatnonzero(self.mask()).astype(np.uint32)
@@ -324,6 +327,8 @@ class _Piece:
             for a, b in self.slices:
                 hit[column.order[a:b]] = True
             return hit
+        if len(self.slices) == 1:
+            return column.mask(*self.slices[0])
         return self._compare(column.keys)
 
     def test(self, rows: np.ndarray) -> np.ndarray:
@@ -350,6 +355,11 @@ class _Piece:
             hit = part if hit is None else hit | part
         result: np.ndarray = np.zeros(len(keys), dtype=np.bool_) if hit is None else hit
         return result
+
+
+def select_slices(column: Column, slices: Slices) -> Selection:
+    """The rows of a column that is not a list at ``slices`` of its order."""
+    return _Piece(column, slices, sum(b - a for a, b in slices), False).select(len(column.keys))
 
 
 def _intersect(first: Slices, second: Slices) -> Slices:
@@ -461,10 +471,7 @@ class BoundFilter:
     def _select(self, node: Node) -> Selection:
         total = self._table.count
         if isinstance(node, Leaf):
-            piece = self._pieces[node]
-            if piece.count * 8 <= total and not piece.negated_list:
-                return Selection(piece.count, total, rows=piece.rows())
-            return Selection(piece.count, total, mask=piece.mask())
+            return self._pieces[node].select(total)
         if isinstance(node, Both):
             first, *rest = sorted(node.parts, key=self._estimate)
             selection = self._select(first)

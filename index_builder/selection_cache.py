@@ -1,13 +1,19 @@
-"""Recently used filters and the rows they select, so that a repeated filter costs a dictionary look-up."""
+"""Recently used filters and the rows they select: a repeated filter costs a look-up, one of a known shape with other numbers no parsing."""
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 
-from index_builder.attributes import AttributeTable
-from index_builder.filters import BoundFilter, Selection, parse_filter
+from index_builder.attributes import AttributeTable, Column
+from index_builder.errors import FilterError
+from index_builder.filters import Both, BoundFilter, Leaf, Selection, parse_filter, select_slices
 
 MAX_BYTES = 64 * 2**20
+_MAX_SHAPES = 1_000
+_NUMBER = re.compile(r"(?<![\w.])([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?![\w.])")
+_RangeOfColumn = tuple[Column, tuple[tuple[str, int], ...]]
+"""A column and its comparisons, all of which must hold: operator, and the place of the literal among those of the text."""
 
 
 class SelectionCache:
@@ -16,6 +22,7 @@ class SelectionCache:
     def __init__(self, table: AttributeTable, max_bytes: int = MAX_BYTES) -> None:
         self._table = table
         self._entries: OrderedDict[str, Selection] = OrderedDict()
+        self._shapes: dict[str, _RangeOfColumn | None] = {}
         self._max_entries = max(4, max_bytes // max(1, 5 * table.count + 64))
 
     def get(self, expression: str) -> Selection:
@@ -27,7 +34,9 @@ class SelectionCache:
         found = self._entries.get(expression)
         if found is not None:
             return found
-        selection = BoundFilter(parse_filter(expression), self._table).select()
+        selection = self._range(expression)
+        if selection is None:
+            selection = BoundFilter(parse_filter(expression), self._table).select()
         self._entries[expression] = selection
         while len(self._entries) > self._max_entries:
             try:
@@ -35,3 +44,44 @@ class SelectionCache:
             except KeyError:
                 break
         return selection
+
+    def _range(self, expression: str) -> Selection | None:
+        """The rows of an expression that compares one column with numbers, by the shape it shares with others; None for any other."""
+        if '"' in expression or "'" in expression:
+            return None
+        texts = _NUMBER.split(expression)  # text, number, text, ...
+        shape = "\0".join(texts[::2])
+        known = self._shapes.get(shape)
+        if known is None:
+            if shape in self._shapes:
+                return None
+            if len(self._shapes) >= _MAX_SHAPES:
+                self._shapes.clear()
+            known = self._shapes[shape] = self._understood(texts)
+            if known is None:
+                return None
+        column, comparisons = known
+        low, high = 0, len(column.ranked)
+        for op, place in comparisons:
+            text = texts[2 * place + 1]
+            first, last = column.between(op, float(text) if "." in text or "e" in text or "E" in text else int(text))
+            low, high = max(low, first), min(high, last)
+        return select_slices(column, [(low, high)] if low < high else [])
+
+    def _understood(self, texts: list[str]) -> _RangeOfColumn | None:
+        """The meaning of a shape: its literals are replaced by their places, and what is parsed says where each belongs."""
+        template = "".join(text if i % 2 == 0 else str(i // 2) for i, text in enumerate(texts))
+        try:
+            root = parse_filter(template).root
+            BoundFilter(parse_filter(template), self._table)
+        except FilterError:
+            return None  # the full parser says what is wrong, and where in the text as it was given
+        leaves = root.parts if isinstance(root, Both) else (root,)
+        comparisons = []
+        for leaf in leaves:
+            if not isinstance(leaf, Leaf) or leaf.op not in ("==", "<", "<=", ">", ">=") or leaf.field != getattr(leaves[0], "field", None):
+                return None
+            if isinstance(leaf.values[0], bool):
+                return None
+            comparisons.append((leaf.op, int(leaf.values[0])))
+        return self._table.column(leaf.field), tuple(comparisons)

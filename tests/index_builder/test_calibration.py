@@ -37,7 +37,7 @@ def test_larger_k_needs_a_larger_ef() -> None:
 
 
 def test_json_round_trip_and_no_times_without_latencies() -> None:
-    timed = Calibration(5, "perturbed entities", 10, (CurvePoint(10, 0.9, 0.8, 1.0, 12.5, 20.0),), walk_points=CURVE)
+    timed = Calibration(5, "perturbed entities", 10, (CurvePoint(10, 0.9, 0.8, 1.0, 12.5, 20.0),), sketch_points=CURVE)
     assert Calibration.from_dict(timed.as_dict()) == timed
     assert "latency" not in str(timed.as_dict(latencies=False))
 

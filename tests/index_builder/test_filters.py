@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from index_builder.attributes import AttributeTable
 from index_builder.errors import BadAttribute, FilterError
 from index_builder.filters import BoundFilter, parse_filter
+from index_builder.selection_cache import SelectionCache
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -161,3 +162,25 @@ def test_a_missing_column_and_an_impossible_one() -> None:
 def test_dates_sort_as_time() -> None:
     table = AttributeTable(pl.DataFrame({"day": ["2024-02-01", "2023-12-31"]}).with_columns(pl.col("day").str.to_date()))
     assert BoundFilter(parse_filter("day >= '2024-01-01'"), table).select().as_rows().tolist() == [0]
+
+
+CACHE = SelectionCache(TABLE)
+
+
+@settings(max_examples=300, deadline=None)
+@given(_combine(_leaf()) | _leaf())
+def test_filters_of_one_shape_share_their_parsing_and_nothing_else(pair: tuple[str, Any]) -> None:
+    text, tree = pair
+    expected = [_slow(tree, row) is True for row in ROWS]
+    for expression in (text, f" {text}", text):
+        selection = CACHE.get(expression)
+        assert selection.as_mask().tolist() == expected and selection.count == sum(expected)
+        assert sorted(selection.as_rows().tolist()) == [i for i, hit in enumerate(expected) if hit]
+
+
+def test_an_error_in_a_shape_seen_before_has_the_position_in_its_own_text() -> None:
+    for text, at in (("price >= 1 and nothing <= 2", 15), ("price >= 1111 and nothing <= 2", 18), ("price >= 1..2", 9)):
+        for _ in range(2):
+            with pytest.raises(FilterError) as caught:
+                CACHE.get(text)
+            assert caught.value.position == at

@@ -1,0 +1,308 @@
+// The searches of one entity type over borrowed arrays; no Python but for making the ids of an answer.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "shared.h"
+#include "sketch.h"
+
+namespace {
+
+struct Hit {
+  float score;
+  uint32_t row;
+};
+inline bool better(const Hit& a, const Hit& b) { return a.score > b.score || (a.score == b.score && a.row < b.row); }
+
+struct Candidate {
+  int32_t score;
+  uint32_t node;
+  bool expanded;
+};
+
+struct Scratch {
+  std::vector<uint16_t> seen;
+  uint16_t epoch = 0;
+  std::vector<int8_t> query;
+  std::vector<Candidate> pool;
+  std::vector<uint32_t> fresh;
+  std::vector<uint8_t> table;
+  std::vector<Hit> hits;
+  void begin(size_t nodes) {
+    if (seen.size() < nodes) {
+      seen.assign(nodes, 0);
+      epoch = 0;
+    }
+    if (++epoch == 0) {
+      std::fill(seen.begin(), seen.end(), uint16_t(0));
+      epoch = 1;
+    }
+  }
+};
+thread_local Scratch scratch;
+
+struct Core {
+  Array vectors, codes, graph, sketch, factors, nodes, starts, rows, blob, offsets;
+  size_t node_count = 0, row_count = 0, dimension = 0, stride = 0, degree = 0;
+  uint32_t entry = 0;
+
+  const float* vector(uint32_t node) const { return vectors.as<float>() + size_t(node) * dimension; }
+  const uint8_t* code(uint32_t node) const { return codes.as<uint8_t>() + size_t(node) * stride; }
+  uint32_t node_of(uint32_t row) const { return nodes.held ? nodes.as<uint32_t>()[row] : row; }
+
+  // Whether any row of the node may be answered.
+  bool allowed(uint32_t node, const uint8_t* mask, const uint8_t* hidden) const {
+    if (!starts.held) return (mask == nullptr || mask[node]) && (hidden == nullptr || !hidden[node]);
+    const uint32_t* first = starts.as<uint32_t>();
+    for (uint32_t i = first[node]; i < first[node + 1]; i++) {
+      uint32_t row = rows.as<uint32_t>()[i];
+      if ((mask == nullptr || mask[row]) && (hidden == nullptr || !hidden[row])) return true;
+    }
+    return false;
+  }
+
+  // A bit for each of 32 bytes that is not zero.
+  static uint32_t nonzero_bits(const uint8_t* bytes) {
+    uint32_t bits = 0;
+    for (size_t i = 0; i < 4; i++) {
+      uint64_t eight;
+      std::memcpy(&eight, bytes + 8 * i, 8);
+      bits |= uint32_t((eight * 0x0102040810204080ull) >> 56) << (8 * i);  // masks hold 0 or 1
+    }
+    return bits;
+  }
+
+  void prefetch_code(uint32_t node) const {
+    const uint8_t* at = code(node);
+    for (size_t i = 0; i < stride; i += 64) __builtin_prefetch(at + i);
+  }
+
+  // The query as signed bytes; the codes' offset of 128 adds the same amount to every inner product, so order is kept.
+  void quantise(const float* query, std::vector<int8_t>& out) const {
+    float largest = 1e-12f;
+    for (size_t i = 0; i < dimension; i++) largest = std::max(largest, std::fabs(query[i]));
+    float scale = 127.0f / largest;
+    out.assign(stride, 0);
+    for (size_t i = 0; i < dimension; i++) out[i] = int8_t(std::lrintf(query[i] * scale));
+  }
+
+  // Best-first walk over the 8-bit codes; afterwards the pool holds the best nodes, best first.
+  void walk(const float* query, size_t ef, Scratch& s) const {
+    s.begin(node_count);
+    quantise(query, s.query);
+    s.pool.clear();
+    s.pool.reserve(ef + 1);
+    const uint32_t* links = graph.as<uint32_t>();
+    const int8_t* q = s.query.data();
+    size_t lowest = 0;
+    auto offer = [&](uint32_t node) {
+      int32_t score = code_dot(code(node), q, stride);
+      if (s.pool.size() == ef) {
+        if (score <= s.pool.back().score) return;
+        s.pool.pop_back();
+      }
+      auto at = std::upper_bound(s.pool.begin(), s.pool.end(), score, [](int32_t value, const Candidate& c) { return value > c.score; });
+      size_t position = size_t(at - s.pool.begin());
+      s.pool.insert(at, Candidate{score, node, false});
+      lowest = std::min(lowest, position);
+    };
+    s.seen[entry] = s.epoch;
+    offer(entry);
+    size_t at = 0;
+    while (at < s.pool.size()) {
+      if (s.pool[at].expanded) {
+        at++;
+        continue;
+      }
+      s.pool[at].expanded = true;
+      const uint32_t* out = links + size_t(s.pool[at].node) * degree;
+      s.fresh.clear();
+      for (size_t i = 0; i < degree; i++) {
+        uint32_t node = out[i];
+        if (s.seen[node] == s.epoch) continue;
+        s.seen[node] = s.epoch;
+        prefetch_code(node);
+        s.fresh.push_back(node);
+      }
+      lowest = at + 1;
+      for (uint32_t node : s.fresh) offer(node);
+      at = std::min(at + 1, lowest);
+    }
+  }
+
+  // Keeps the best `count` of more hits, unordered, and returns the score of the last of them.
+  static float best_hits(size_t count, std::vector<Hit>& hits) {
+    std::nth_element(hits.begin(), hits.begin() + long(count - 1), hits.end(), [](const Hit& a, const Hit& b) { return a.score > b.score; });
+    hits.resize(count);
+    return hits.back().score;
+  }
+
+  // The nodes of every `every`-th block that may be answered and are estimated above the threshold; about the best `wanted` where they are more.
+  void sketch_pass(float step, float low, float threshold, size_t every, size_t wanted, const uint8_t* mask, const uint8_t* hidden, Scratch& s) const {
+    const uint8_t* bits = sketch.as<uint8_t>();
+    const float* scales = factors.as<float>();
+    const bool simple = !starts.held;
+    float scores[block_rows];
+    s.hits.clear();
+    for (size_t first = 0; first < node_count; first += every * block_rows) {
+      const size_t count = std::min(block_rows, node_count - first);
+      uint32_t may = count == block_rows ? ~0u : (1u << count) - 1;
+      if (simple && count == block_rows) {
+        if (mask != nullptr) may = nonzero_bits(mask + first);
+        if (hidden != nullptr) may &= ~nonzero_bits(hidden + first);
+        if (may == 0) continue;
+      }
+      uint32_t above = may & sketch_block(bits + first * stride / 8, s.table.data(), stride / 4, scales + first, step, low, threshold, scores);
+      for (; above != 0; above &= above - 1) {
+        const uint32_t j = uint32_t(__builtin_ctz(above)), node = uint32_t(first) + j;
+        if ((!simple || count < block_rows) && !allowed(node, mask, hidden)) continue;
+        s.hits.push_back(Hit{scores[j], node});
+      }
+      if (s.hits.size() >= 2 * wanted) threshold = best_hits(wanted, s.hits);
+    }
+  }
+
+  // Every row's sketch, then the 8-bit codes of the best `wanted` that may be answered; afterwards the pool holds the best of those, unordered.
+  void sketch_scan(const float* query, size_t k, size_t wanted, const uint8_t* mask, const uint8_t* hidden, Scratch& s) const {
+    const size_t nibbles = stride / 4;
+    const float most = std::min(255.0f, 65535.0f / float(nibbles));  // so that sums fit 16 bits
+    s.table.assign(nibbles * 16, 0);
+    float widest = 1e-12f, low = 0.0f;
+    for (size_t i = 0; i < dimension; i += 4) {
+      float width = 0.0f;
+      for (size_t j = i; j < std::min(i + 4, dimension); j++) width += std::fabs(query[j]);
+      widest = std::max(widest, 2.0f * width);
+      low -= width;
+    }
+    const float step = widest / most;
+    for (size_t g = 0; 4 * g < dimension; g++)
+      for (size_t nibble = 0; nibble < 16; nibble++) {
+        float value = 0.0f;  // above the lowest sum that these signs can have
+        for (size_t j = 0; j < 4 && 4 * g + j < dimension; j++) {
+          float part = query[4 * g + j];
+          value += std::fabs(part) + (nibble >> j & 1 ? part : -part);
+        }
+        s.table[g * 16 + nibble] = uint8_t(std::lrintf(value / step));
+      }
+    // A threshold from every 16th block, so that one pass keeps little more than is wanted; where it was too high all is read again without one.
+    constexpr size_t sampled = 16;
+    const float none = -std::numeric_limits<float>::infinity();
+    sketch_pass(step, low, none, sampled, node_count, mask, hidden, s);
+    const size_t rank = wanted / sampled + wanted / (4 * sampled) + 4;
+    float threshold = s.hits.size() > rank ? best_hits(rank, s.hits) : none;
+    sketch_pass(step, low, threshold, 1, wanted, mask, hidden, s);
+    if (threshold != none && s.hits.size() < wanted / 2 + k) sketch_pass(step, low, none, 1, wanted, mask, hidden, s);
+    if (s.hits.size() > wanted) best_hits(wanted, s.hits);
+    quantise(query, s.query);
+    s.pool.clear();
+    constexpr size_t ahead = 12;
+    for (size_t i = 0; i < s.hits.size(); i++) {
+      if (i + ahead < s.hits.size()) prefetch_code(s.hits[i + ahead].row);
+      s.pool.push_back(Candidate{code_dot(code(s.hits[i].row), s.query.data(), stride), s.hits[i].row, false});
+    }
+    const size_t keep = std::max(4 * k, k + 32);
+    if (s.pool.size() > keep) {
+      std::nth_element(s.pool.begin(), s.pool.begin() + long(keep), s.pool.end(), [](const Candidate& a, const Candidate& b) { return a.score > b.score; });
+      s.pool.resize(keep);
+    }
+  }
+
+  // The pool's first `most` nodes scored in float32, as rows that may be answered, best first.
+  void refine(const float* query, size_t k, size_t most, const uint8_t* mask, const uint8_t* hidden, Scratch& s) const {
+    size_t keep = std::min(s.pool.size(), most);
+    for (size_t i = 0; i < keep; i++)
+      for (size_t j = 0; j < dimension; j += 16) __builtin_prefetch(vector(s.pool[i].node) + j);
+    s.hits.clear();
+    for (size_t i = 0; i < s.pool.size() && (i < keep || s.hits.size() < k); i++)
+      add_rows(s.pool[i].node, float_dot(vector(s.pool[i].node), query, dimension), mask, hidden, s.hits);
+    finish(k, s.hits);
+  }
+
+  void add_rows(uint32_t node, float score, const uint8_t* mask, const uint8_t* hidden, std::vector<Hit>& hits) const {
+    if (!starts.held) {
+      if ((mask == nullptr || mask[node]) && (hidden == nullptr || !hidden[node])) hits.push_back(Hit{score, node});
+      return;
+    }
+    const uint32_t* first = starts.as<uint32_t>();
+    for (uint32_t i = first[node]; i < first[node + 1]; i++) {
+      uint32_t row = rows.as<uint32_t>()[i];
+      if ((mask == nullptr || mask[row]) && (hidden == nullptr || !hidden[row])) hits.push_back(Hit{score, row});
+    }
+  }
+
+  static void finish(size_t k, std::vector<Hit>& hits) {
+    if (hits.size() > k) {
+      std::nth_element(hits.begin(), hits.begin() + long(k), hits.end(), better);
+      hits.resize(k);
+    }
+    std::sort(hits.begin(), hits.end(), better);
+  }
+
+  // Score the given rows: 8-bit codes first where they are many, then the best in float32.
+  void scan(const float* query, size_t k, const uint32_t* chosen, size_t count, const uint8_t* hidden, Scratch& s) const {
+    s.hits.clear();
+    size_t keep = std::max(4 * k, k + 32);
+    if (!codes.held || count <= 2 * keep) {
+      for (size_t i = 0; i < count; i++) {
+        uint32_t row = chosen[i];
+        if (hidden != nullptr && hidden[row]) continue;
+        s.hits.push_back(Hit{float_dot(vector(node_of(row)), query, dimension), row});
+      }
+      finish(k, s.hits);
+      return;
+    }
+    quantise(query, s.query);
+    const int8_t* q = s.query.data();
+    auto worse = [](const Candidate& a, const Candidate& b) { return a.score > b.score || (a.score == b.score && a.node < b.node); };
+    std::vector<Candidate>& heap = s.pool;  // a heap with the worst kept candidate on top; `node` holds a row here
+    heap.clear();
+    constexpr size_t ahead = 12;
+    for (size_t i = 0; i < count; i++) {
+      if (i + ahead < count) prefetch_code(node_of(chosen[i + ahead]));
+      uint32_t row = chosen[i];
+      if (hidden != nullptr && hidden[row]) continue;
+      int32_t score = code_dot(code(node_of(row)), q, stride);
+      if (heap.size() < keep) {
+        heap.push_back(Candidate{score, row, false});
+        std::push_heap(heap.begin(), heap.end(), worse);
+      } else if (score > heap.front().score) {
+        std::pop_heap(heap.begin(), heap.end(), worse);
+        heap.back() = Candidate{score, row, false};
+        std::push_heap(heap.begin(), heap.end(), worse);
+      }
+    }
+    for (const Candidate& c : heap)
+      for (size_t j = 0; j < dimension; j += 16) __builtin_prefetch(vector(node_of(c.node)) + j);
+    for (const Candidate& c : heap) s.hits.push_back(Hit{float_dot(vector(node_of(c.node)), query, dimension), c.node});
+    finish(k, s.hits);
+  }
+
+  PyObject* id_of(uint32_t row) const {
+    const uint64_t* at = offsets.as<uint64_t>();
+    return PyUnicode_DecodeUTF8(blob.as<char>() + at[row], Py_ssize_t(at[row + 1] - at[row]), nullptr);
+  }
+
+  PyObject* answer(const std::vector<Hit>& hits, float* scores) const {
+    PyObject* list = PyList_New(Py_ssize_t(hits.size()));
+    if (list == nullptr) return nullptr;
+    for (const Hit& hit : hits) __builtin_prefetch(offsets.as<uint64_t>() + hit.row);
+    for (const Hit& hit : hits) __builtin_prefetch(blob.as<char>() + offsets.as<uint64_t>()[hit.row]);
+    for (size_t i = 0; i < hits.size(); i++) {
+      PyObject* id = id_of(hits[i].row);
+      if (id == nullptr) {
+        Py_DECREF(list);
+        return nullptr;
+      }
+      PyList_SET_ITEM(list, Py_ssize_t(i), id);
+      scores[i] = hits[i].score;
+    }
+    return list;
+  }
+};
+
+}  // namespace

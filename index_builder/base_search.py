@@ -191,7 +191,11 @@ class BaseSearch:
         plan = "graph" if selection is None else "graph-grow"
         mask = None if selection is None else selection.as_mask()
         fetch = k if share == 1.0 else int(1.5 * k / share) + 4
-        wide = int(ef / share) + 1 if share < 1.0 else ef
+        wide = ef
+        if (
+            share < 1.0
+        ):  # hidden rows lie everywhere: the k best of the others are the k / share best of all, and ef grows as for a larger k
+            wide = int(ef / (share if selection is not None else share**0.5)) + 1
         for _ in range(attempts):
             if fetch > min(max(20 * ef, 4_000), self._nodes):
                 break

@@ -13,9 +13,9 @@ import polars as pl
 from encoders.errors import InvalidVectors, SpaceMismatch
 from index_builder.corpus import check_vectors
 from index_builder.errors import DuplicateIds, LiveLogError
+from index_builder.live_blocks import attribute_frame
 from index_builder.live_log import LiveLogReader, log_files
 from index_builder.live_records import LiveEntry
-from index_builder.live_segments import attribute_frame
 
 _BLOCK_ROWS = 65_536
 

@@ -1,4 +1,4 @@
-"""Live entries made searchable: an exact tail of up to a few thousand, small graph segments built behind it, and tombstones over the base.
+"""Live entries made searchable: scanned up to a few thousand, small graph segments built behind them, and tombstones over the base.
 
 One thread applies entries (``LiveState.apply``) and publishes immutable pictures (``LiveView``); searches never lock.
 """
@@ -9,25 +9,31 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import polars as pl
 
-from encoders.errors import ConfigError
-from index_builder.ann import AnnConfig, AnnIndex, build_index
-from index_builder.ann.choice import missing_features
-from index_builder.ann.symqg import MIN_ROWS
+from index_builder.ann import AnnIndex
+from index_builder.live_blocks import Block
 from index_builder.live_records import LiveEntry
+from index_builder.native import live_scan
 
-EXACT_LIMIT = 1024
-"""Entries scanned exactly before they are sealed into a segment with a graph: scanning 2,000 x 256 takes as long as searching 100,000."""
+EXACT_LIMIT = 4096 if live_scan is not None else 1024
+"""Entries of a segment that is scanned; larger ones get a graph, as do sealed ones where the compiled scan was not built.
+
+Scanning 2,000 x 256 in float32 takes as long as searching a graph of 100,000; by one bit a dimension it takes a seventh of that.
+"""
 MERGE_FACTOR = 4
 """Segments of about one size that are merged into one; keeps their number logarithmic."""
-_EF = 64
-_SEGMENT = AnnConfig(m=16, ef_construction=100)
+_EF = 32
+"""Candidate-list size of segment graphs: of the top k few are live, so the best few of a segment are what must be found."""
+_NO_ROWS, _NO_SCORES = np.zeros(0, np.int64), np.zeros(0, np.float32)
 _EXACT_SHARE = 0.2
 """Below this share of searchable rows the matching rows are scanned exactly instead of walking the graph."""
+
+
+Answer = tuple[list[str], np.ndarray]
+"""Ids and float32 scores, best first."""
 
 
 class LiveSegment:
@@ -42,7 +48,7 @@ class LiveSegment:
 
     __slots__ = ("_block", "alive", "alive_count", "ids", "size", "vectors")
 
-    def __init__(self, block: _Block, size: int, alive: np.ndarray) -> None:
+    def __init__(self, block: Block, size: int, alive: np.ndarray) -> None:
         self._block = block
         self.size = size
         self.ids: Sequence[str] = block.ids
@@ -53,7 +59,7 @@ class LiveSegment:
     def __len__(self) -> int:
         return self.size
 
-    def holds(self, block: _Block) -> bool:
+    def holds(self, block: Block) -> bool:
         """Whether this is a picture of ``block``."""
         return self._block is block
 
@@ -62,33 +68,66 @@ class LiveSegment:
         """Attributes of the rows, ``n`` rows; columns that no entry set are missing. Built when first asked for."""
         return self._block.attributes(self.size)
 
-    def search(self, query: np.ndarray, k: int, mask: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def merge(
+        self, query: np.ndarray, k: int, ids: list[str], scores: np.ndarray, mask: np.ndarray | None = None, exact: bool = False
+    ) -> Answer:
+        """The best ``k`` of an answer and of the living rows.
+
+        Args:
+            query: float32 ``(1, D)``, unit norm.
+            k: Wanted.
+            ids: At most ``k`` ids, best first, none of them alive here.
+            scores: float32, their inner products with the query.
+            mask: bool ``(n,)``; only rows where it is True. None: all.
+            exact: Score every row in float32.
+
+        Returns:
+            Ids and float32 scores, best first; the very arguments where no row is good enough.
+        """
+        block = self._block
+        if block.bits is not None and not exact:
+            usable = self.alive if mask is None else self.alive & mask
+            out = np.empty(k, np.float32)
+            merged = live_scan.merge(query, k, block.vectors, block.bits, block.facts, usable, block.ids, ids, scores, out)
+            return (ids, scores) if merged is ids else (merged, out[: len(merged)])
+        rows, found = self.search(query, k, mask, float(scores[-1]) if len(ids) == k else -np.inf, exact)
+        if len(rows) == 0:
+            return ids, scores
+        both = np.concatenate([scores, found])
+        best = (-both).argsort(kind="stable")[:k]
+        return [ids[i] if i < len(ids) else block.ids[rows[i - len(ids)]] for i in best.tolist()], both[best]
+
+    def search(
+        self, query: np.ndarray, k: int, mask: np.ndarray | None = None, floor: float = -np.inf, exact: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The best living rows for one query.
 
         Args:
             query: float32 ``(D,)`` or ``(1, D)``, unit norm.
             k: At most this many.
             mask: bool ``(n,)``; only rows where it is True. None: all.
+            floor: If no row scores above it, none need be returned.
+            exact: Walk no graph.
 
         Returns:
-            Rows int64 and inner products float32, best first, ties by row. Exact in the tail; in sealed segments approximate unless the
-            mask is narrow.
+            Rows int64 and inner products float32, best first, ties by row. Exact in the tail; in large segments approximate unless the mask
+            is narrow.
         """
-        query = query.reshape(-1)
         if mask is None:
             usable, matching = self.alive, self.alive_count
         else:
             usable = self.alive & mask
             matching = int(np.count_nonzero(usable))
         if matching == 0 or k <= 0:
-            return np.zeros(0, np.int64), np.zeros(0, np.float32)
+            return _NO_ROWS, _NO_SCORES
         graph = self._block.graph
-        if graph is not None and matching > _EXACT_SHARE * self.size and matching > EXACT_LIMIT // 2:
-            found = _search_graph(graph, query, min(k, matching), usable, self.size / matching)
+        if graph is not None and not exact and matching > _EXACT_SHARE * self.size and matching > EXACT_LIMIT // 2:
+            found = _search_graph(graph, query.reshape(1, -1), min(k, matching), usable, self.size / matching, floor)
             if found is not None:
                 return found
+        query = query.reshape(-1)
         if matching == self.size:
-            scores = self.vectors @ query
+            scores = self.vectors @ query  # (n, D) @ (D,) -> (n,)
             best = _best(scores, k)
             return best, scores[best]
         rows = np.flatnonzero(usable)
@@ -108,118 +147,28 @@ def _best(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def _search_graph(
-    graph: AnnIndex, query: np.ndarray, wanted: int, usable: np.ndarray, inflation: float
+    graph: AnnIndex, query: np.ndarray, wanted: int, usable: np.ndarray, inflation: float, floor: float
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Search wider until ``wanted`` usable rows survive; None when an exact scan is the better way."""
+    """Search ``(1, D)`` wider until ``wanted`` usable rows survive; None when an exact scan is the better way, no rows below ``floor``."""
     size = len(usable)
     ask = min(size, wanted if inflation == 1.0 else int(wanted * inflation * 1.5) + 8)
     while ask <= min(size, 2048):
         try:
-            rows, distances = graph.search(query.reshape(1, -1), ask, max(_EF, 2 * ask))
+            rows, distances = graph.search(query, ask, max(_EF, 2 * ask))
         except RuntimeError:  # fewer than ``ask`` nodes can be reached from the entry point
             return None
+        if 1.0 - 0.5 * float(distances[0]) <= floor:
+            return _NO_ROWS, _NO_SCORES
         rows = rows.astype(np.int64)
-        keep = usable[rows]
         if inflation == 1.0 and len(rows) == wanted:
             return rows, 1.0 - distances / 2
+        keep = usable[rows]
         if int(np.count_nonzero(keep)) >= wanted:
             return rows[keep][:wanted], (1.0 - distances[keep][:wanted] / 2).astype(np.float32)
         if ask == size:
             return None
         ask = min(size, ask * 4)
     return None
-
-
-def _build_graph(vectors: np.ndarray) -> AnnIndex:
-    """The fastest small graph this machine can search: SymphonyQG where it runs, else HNSW."""
-    if len(vectors) >= MIN_ROWS and not missing_features("symqg"):
-        try:
-            return build_index("symqg", vectors, _SEGMENT)
-        except (ConfigError, ImportError, ValueError):  # not installed, too few rows, or a dimension it does not know
-            pass
-    return build_index("hnsw", vectors, _SEGMENT)
-
-
-class _Block:
-    """Storage shared by the pictures of one segment: rows are only ever appended, so a picture of ``n`` rows stays true."""
-
-    def __init__(self, capacity: int, dimension: int) -> None:
-        self.ids: list[str] = []
-        self.vectors = np.zeros((capacity, dimension), np.float32)
-        self.values: list[dict[str, Any]] = []
-        self.alive = np.zeros(capacity, bool)
-        self.graph: AnnIndex | None = None
-        self._frame = pl.DataFrame()
-        self._frame_rows = 0
-        self._frame_lock = threading.Lock()
-
-    @property
-    def count(self) -> int:
-        return len(self.ids)
-
-    def append(self, entry: LiveEntry) -> int:
-        assert entry.vector is not None
-        row = len(self.ids)
-        self.vectors[row] = entry.vector
-        self.values.append(entry.attributes)
-        self.alive[row] = True
-        self.ids.append(entry.id)
-        return row
-
-    def attributes(self, size: int) -> pl.DataFrame:
-        with self._frame_lock:
-            if self._frame_rows < size:
-                fresh = attribute_frame(self.values[self._frame_rows : size])
-                self._frame = (
-                    fresh if self._frame_rows == 0 else join_frames([self._frame, fresh], [self._frame_rows, size - self._frame_rows])
-                )
-                self._frame_rows = size
-            return self._frame if self._frame_rows == size else self._frame.head(size)
-
-    def build_graph(self) -> None:
-        self.graph = _build_graph(self.vectors[: self.count])
-
-
-def attribute_frame(values: Sequence[dict[str, Any]]) -> pl.DataFrame:
-    """Attribute dictionaries as a table with as many rows; a column whose values do not fit one type becomes text.
-
-    Args:
-        values: One dictionary per row.
-    """
-    names = list(dict.fromkeys(name for row in values for name in row))
-    columns = {}
-    for name in names:
-        cells = [row.get(name) for row in values]
-        try:
-            columns[name] = pl.Series(name, cells, strict=True)
-        except (TypeError, pl.exceptions.PolarsError, OverflowError):
-            try:
-                columns[name] = pl.Series(name, cells, strict=False)
-            except (TypeError, pl.exceptions.PolarsError, OverflowError):
-                columns[name] = pl.Series(name, [None if cell is None else str(cell) for cell in cells])
-    return pl.DataFrame(columns) if columns else pl.DataFrame({"": [None] * len(values)}).select()
-
-
-def join_frames(frames: Sequence[pl.DataFrame], heights: Sequence[int]) -> pl.DataFrame:
-    """Stack attribute tables with different columns; missing cells are null, clashing types become text.
-
-    Args:
-        frames: Tables, some possibly without any column (and therefore without a height of their own).
-        heights: Rows of each.
-    """
-    total = sum(heights)
-    names = list(dict.fromkeys(name for frame in frames for name in frame.columns))
-    columns = []
-    for name in names:
-        parts = [frame[name] if name in frame.columns else pl.Series(name, [None] * height) for frame, height in zip(frames, heights)]
-        kinds = {part.dtype for part in parts if part.dtype != pl.Null}
-        try:
-            columns.append(
-                pl.concat([part.to_frame() for part in parts], how="vertical_relaxed")[name] if kinds else pl.Series(name, [None] * total)
-            )
-        except pl.exceptions.PolarsError:
-            columns.append(pl.concat([part.cast(pl.String, strict=False).to_frame() for part in parts])[name])
-    return pl.DataFrame(columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +190,7 @@ class LiveView:
     hidden_count: int = 0
     live_count: int = 0
     foreign_count: int = 0
-    places: Mapping[str, tuple[_Block, int]] = field(default_factory=dict, repr=False, compare=False)
+    places: Mapping[str, tuple[Block, int]] = field(default_factory=dict, repr=False, compare=False)
     """Where each id lives now; shared with the state, so possibly newer than this picture: ``find`` checks it."""
 
     def find(self, id: str) -> tuple[LiveSegment, int] | None:
@@ -269,7 +218,8 @@ class LiveState:
         row_of: Base row of an id, or None.
         base_count: Rows of the base.
         sequence: The base's watermark.
-        exact_limit: Entries in the exact tail before it is sealed.
+        exact_limit: Entries in the tail before it is sealed; segments up to this size are scanned.
+        scans: Whether the compiled scan is used where it was built.
         background: False builds graphs at once (tests, batch tools).
     """
 
@@ -283,13 +233,15 @@ class LiveState:
         sequence: int = 0,
         exact_limit: int = EXACT_LIMIT,
         background: bool = True,
+        scans: bool = True,
     ) -> None:
         self._dimension, self._space_id, self._row_of = dimension, space_id, row_of
         self._exact_limit = exact_limit
+        self._scans = scans and live_scan is not None
         self._sequence = sequence
-        self._tail = _Block(exact_limit, dimension)
-        self._sealed: list[_Block] = []
-        self._where: dict[str, tuple[_Block, int]] = {}
+        self._tail = self._new_block(exact_limit)
+        self._sealed: list[Block] = []
+        self._where: dict[str, tuple[Block, int]] = {}
         self._hidden = np.zeros(base_count, bool)
         self._hidden_count = 0
         self._foreign: set[str] = set()
@@ -330,11 +282,11 @@ class LiveState:
             if self._tail.count > self._exact_limit // 4:
                 blocks.append(self._tail)
             dead = any(np.count_nonzero(b.alive[: b.count]) < 0.8 * b.count for b in blocks)
-            if self._merging or not blocks or (len(blocks) == 1 and blocks[0].graph is not None and not dead):
+            if self._merging or not blocks or (len(blocks) == 1 and blocks[0].ready and not dead):
                 return False
             if blocks[-1] is self._tail:
                 self._sealed.append(self._tail)
-                self._tail = _Block(self._exact_limit, self._dimension)
+                self._tail = self._new_block(self._exact_limit)
             self._merging = True
             if self._executor is None:
                 self._install(blocks, self._merged(blocks))
@@ -350,6 +302,9 @@ class LiveState:
                 self._executor.submit(lambda: None).result()
         with self._lock:
             self._view = self._picture()
+
+    def _new_block(self, capacity: int) -> Block:
+        return Block(capacity, self._dimension, scanned=self._scans and capacity <= self._exact_limit)
 
     def _apply(self, entry: LiveEntry) -> None:
         if entry.vector is not None and entry.space_id != self._space_id:
@@ -370,7 +325,7 @@ class LiveState:
         self._where[entry.id] = (self._tail, self._tail.append(entry))
 
     def _seal(self) -> None:
-        block, self._tail = self._tail, _Block(self._exact_limit, self._dimension)
+        block, self._tail = self._tail, self._new_block(self._exact_limit)
         self._sealed.append(block)
         if self._executor is None:
             block.build_graph()
@@ -378,7 +333,7 @@ class LiveState:
         else:
             self._executor.submit(self._build, block)
 
-    def _build(self, block: _Block) -> None:
+    def _build(self, block: Block) -> None:
         block.build_graph()
         with self._lock:
             self._merge_if_due()
@@ -387,13 +342,11 @@ class LiveState:
         """With the lock held: start merging when enough segments of one size class wait."""
         if self._merging:
             return
-        classes: dict[int, list[_Block]] = {}
+        classes: dict[int, list[Block]] = {}
         for block in self._sealed:
             level = int(np.log(max(block.count, 1) / self._exact_limit + 1e-9) / np.log(MERGE_FACTOR) + 0.5)
             classes.setdefault(level, []).append(block)
-        due = next(
-            (blocks for blocks in classes.values() if len(blocks) >= MERGE_FACTOR and all(b.graph is not None for b in blocks)), None
-        )
+        due = next((blocks for blocks in classes.values() if len(blocks) >= MERGE_FACTOR and all(b.ready for b in blocks)), None)
         if due is None:
             return
         self._merging = True
@@ -402,16 +355,16 @@ class LiveState:
         else:
             self._executor.submit(self._merge, due)
 
-    def _merge(self, blocks: list[_Block]) -> Future[None] | None:
+    def _merge(self, blocks: list[Block]) -> Future[None] | None:
         merged = self._merged(blocks)
         with self._lock:
             self._install(blocks, merged)
             self._view = self._picture()
         return None
 
-    def _merged(self, blocks: list[_Block]) -> _Block:
+    def _merged(self, blocks: list[Block]) -> Block:
         parts = [(block, np.flatnonzero(block.alive[: block.count])) for block in blocks]
-        merged = _Block(max(sum(len(rows) for _, rows in parts), 1), self._dimension)
+        merged = self._new_block(max(sum(len(rows) for _, rows in parts), 1))
         for block, rows in parts:
             start = len(merged.ids)
             merged.vectors[start : start + len(rows)] = block.vectors[rows]
@@ -419,10 +372,11 @@ class LiveState:
             merged.values.extend(block.values[int(r)] for r in rows)
         merged.alive[: merged.count] = True
         if merged.count:
+            merged.encode()
             merged.build_graph()
         return merged
 
-    def _install(self, blocks: list[_Block], merged: _Block) -> None:
+    def _install(self, blocks: list[Block], merged: Block) -> None:
         """With the lock held: put ``merged`` in the place of ``blocks``; ids replaced or deleted while it was built are dead in it."""
         gone = set(map(id, blocks))
         for row, identifier in enumerate(merged.ids):
@@ -439,6 +393,8 @@ class LiveState:
 
     def _picture(self) -> LiveView:
         blocks = [block for block in [*self._sealed, self._tail] if block.count]
+        for block in blocks:
+            block.encode()
         segments = tuple(LiveSegment(block, block.count, block.alive[: block.count].copy()) for block in blocks)
         segments = tuple(segment for segment in segments if segment.alive_count)
         return LiveView(

@@ -1,4 +1,4 @@
-"""The compiled part: 8-bit scans and filter-aware graph walks; without it everything works, only filters are slower."""
+"""The compiled parts of filtered search and of live entries; without them everything works, only slower."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ try:
     _engine: Any = importlib.import_module("index_builder.native._engine")
 except ImportError:  # no compiler where this was installed
     _engine = None
+try:
+    live_scan: Any = importlib.import_module("index_builder.native._live")
+    """``encode`` and ``merge`` of ``live.cpp``; None where the extension was not built."""
+except ImportError:
+    live_scan = None
 
 Engine: Any = getattr(_engine, "Engine", None)
 SIMD: str = getattr(_engine, "simd", "none")

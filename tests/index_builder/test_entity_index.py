@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from real_vectors import text_vectors
+from real_vectors import islands, text_vectors
 
 from encoders.errors import ConfigError, InvalidVectors
 from index_builder import base_search
@@ -311,3 +311,13 @@ def test_without_the_compiled_part_the_answers_are_the_same(monkeypatch: pytest.
     for expression in (None, "rank < 40", "rank < 2800"):
         for query in queries[:10]:
             assert compiled.search(query, 10, filter=expression).ids == plain.search(query, 10, filter=expression).ids
+
+
+def test_a_graph_that_does_not_lead_to_k_nodes_still_gives_k_answers() -> None:
+    vectors = islands()
+    ids = [str(i) for i in range(len(vectors))]
+    config = IndexConfig(kind="hnsw", ann=AnnConfig(m=2, ef_construction=2))
+    index = EntityIndex.build("pin", ids, vectors, None, config, calibration_queries=vectors[:50])
+    for query in vectors[::100]:
+        assert len(index.search(query, 100, ef=100).ids) == 100
+        assert [len(r.ids) for r in index.search_batch(query[None], 100)] == [100]

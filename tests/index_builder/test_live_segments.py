@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from release_makers import SPACE, D, make_bundle, make_input, quick, unit_vectors
 
 from index_builder.errors import LiveLogCorrupt
+from index_builder.live_blocks import attribute_frame, join_frames
 from index_builder.live_follower import LiveFollower
 from index_builder.live_log import LiveLogWriter, log_files
 from index_builder.live_records import LiveEntry
-from index_builder.live_segments import LiveState, attribute_frame, join_frames
+from index_builder.live_segments import LiveState
 from index_builder.publishing import ReleaseStore
 from index_builder.rebuild import build_release
 from index_builder.release import Release

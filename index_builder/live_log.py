@@ -244,7 +244,8 @@ class LiveLogWriter:
         self.folder = live_root / entity_type
         self.entity_type, self.dimension = entity_type, dimension
         self._file_bytes, self._timeout, self._before_sync = file_bytes, lock_timeout_seconds, before_sync
-        make_folder(self.folder)
+        with disk_full_is_clear("opening the live log", live_root):
+            make_folder(self.folder)
         self._file: tuple[int, Path] | None = None
         self._descriptor: int | None = None
         self._end, self._sequence = 0, 0
@@ -358,11 +359,11 @@ class LiveLogWriter:
                         if self._before_sync is not None:
                             self._before_sync()
                         os.fdatasync(self._descriptor)
+                        _write_acknowledged(self.folder, Acknowledged(self._file[0], self._end + len(content), sequence))
                 except BaseException:
                     os.ftruncate(self._descriptor, self._end)
                     raise
                 self._end, self._sequence = self._end + len(content), sequence
-                _write_acknowledged(self.folder, Acknowledged(self._file[0], self._end, sequence))
                 for batch, last in zip(group, lasts):
                     batch.sequence = last
             finally:
@@ -375,11 +376,15 @@ class LiveLogWriter:
         self.close()
         first = self._sequence + 1
         path = self.folder / f"log-{first:020d}.bin"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         with disk_full_is_clear("starting a live-log file", self.folder):
-            os.ftruncate(descriptor, 0)
-            _write_all(descriptor, FILE_HEADER.pack(FILE_MAGIC, FILE_VERSION, 0, first), 0)
-            os.fdatasync(descriptor)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                os.ftruncate(descriptor, 0)
+                _write_all(descriptor, FILE_HEADER.pack(FILE_MAGIC, FILE_VERSION, 0, first), 0)
+                os.fdatasync(descriptor)
+            except BaseException:
+                os.close(descriptor)
+                raise
         fsync_folder(self.folder)
         self._file, self._descriptor, self._end = (first, path), descriptor, FILE_HEADER.size
 

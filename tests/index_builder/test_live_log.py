@@ -214,6 +214,45 @@ def test_the_file_size_limit_of_the_system_is_a_full_disk(tmp_path: Path) -> Non
     assert [e.id for e in read_all(tmp_path)] == ["a"]
 
 
+def test_a_disk_that_was_full_leaves_no_lock_behind(tmp_path: Path) -> None:
+    """The first write to a full disk used to keep the writer's lock: it could not note its process id, and everyone after it waited."""
+    child = os.fork()
+    if child == 0:
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        refused = 0
+        for limit in (0, 16, 30):  # nothing can be written; the lock's note; the note and a part of the file's header
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+            try:
+                LiveLogWriter(tmp_path, "pin", D, lock_timeout_seconds=0.2).write([upsert("lost")])
+            except DiskFull:
+                refused += 1
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        sequence = LiveLogWriter(tmp_path, "pin", D, lock_timeout_seconds=0.2).write([upsert("a")])
+        os._exit(0 if (refused, sequence) == (3, 1) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert [e.id for e in read_all(tmp_path)] == ["a"]
+
+
+def test_an_entry_whose_acknowledgement_finds_no_room_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from index_builder import live_log
+
+    writer = LiveLogWriter(tmp_path, "pin", D)
+    writer.write([upsert("a")])
+
+    def full(folder: Path, value: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(live_log, "_write_acknowledged", full)
+        with pytest.raises(DiskFull, match="full"):
+            writer.write([upsert("b")])
+    assert writer.write([upsert("c")]) == 2
+    assert [e.id for e in read_all(tmp_path)] == ["a", "c"]
+
+
 def test_a_lock_held_by_another_process_is_named(tmp_path: Path) -> None:
     LiveLogWriter(tmp_path, "pin", D)
     from index_builder.durability import FileLock

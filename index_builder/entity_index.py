@@ -159,7 +159,7 @@ class EntityIndex:
         if len(corpus.vectors) == 0:
             kind, why = "exact", "there are no vectors"
         elif kind == "auto":
-            choice = choose_kind(len(corpus.vectors), lean=config.lean, deterministic=config.deterministic)
+            choice = choose_kind(len(corpus.vectors), dimension=int(vectors.shape[1]), lean=config.lean, deterministic=config.deterministic)
             kind, why = choice.kind, choice.why
         parameters = replace(config.ann, reproducible=config.ann.reproducible or config.deterministic)
         ann = build_index(kind, corpus.vectors, parameters)
@@ -387,6 +387,8 @@ class EntityIndex:
         if live is None and filter is None and not exclude_ids and not exact:
             hits = self._base.nearest(query, k, ef_search)
             selectivity = None
+            if len(hits.ids) < k:  # the graph leads to fewer: look wider, at last everywhere
+                hits = self._base.search(query, k, ef_search, 0, None, None, 0, False)
         elif live is not None and filter is None and not exclude_ids and not exact:
             hits = self._base.search(query, k, ef_search, 0, None, live.hidden_rows, live.hidden_count, False)
             hits, selectivity = self._merge(query, k, hits, live), None
@@ -411,6 +413,9 @@ class EntityIndex:
         for query in queries:
             self._checked(query, k)
         found = self._base.nearest_batch(np.ascontiguousarray(queries), k, ef)
+        for i, hits in enumerate(found):
+            if len(hits.ids) < k:
+                found[i] = self._base.search(queries[i : i + 1], k, ef, 0, None, None, 0, False)
         return [SearchResult(hits.ids, hits.scores, hits.plan, hits.ef, expected, None) for hits in found]
 
     def _checked(self, query: np.ndarray, k: int) -> np.ndarray:

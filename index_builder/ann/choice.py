@@ -15,7 +15,7 @@ from index_builder.ann.hnsw import HnswIndex
 from index_builder.ann.interface import AnnConfig, AnnIndex
 from index_builder.ann.lean import LeanIndex
 from index_builder.ann.rabitq import RabitqIndex
-from index_builder.ann.symqg import MIN_ROWS, SymqgIndex, symqg_available
+from index_builder.ann.symqg import MAX_DIMENSION, MIN_DIMENSION, MIN_ROWS, SymqgIndex, symqg_available
 from index_builder.errors import UnsupportedCpu
 from index_builder.native import Engine
 
@@ -62,11 +62,14 @@ def require_cpu(kind: str, features: frozenset[str] | None = None) -> None:
         raise UnsupportedCpu(kind, missing)
 
 
-def choose_kind(count: int, *, lean: bool = False, deterministic: bool = False, features: frozenset[str] | None = None) -> Choice:
+def choose_kind(
+    count: int, *, dimension: int = 256, lean: bool = False, deterministic: bool = False, features: frozenset[str] | None = None
+) -> Choice:
     """What ``--index auto`` builds.
 
     Args:
         count: Distinct vectors of the corpus.
+        dimension: Their width.
         lean: Prefer at most 0.6 kB of private memory a vector over speed.
         deterministic: The same input must give the same bytes.
         features: CPU features to plan for; this machine's by default.
@@ -88,6 +91,8 @@ def choose_kind(count: int, *, lean: bool = False, deterministic: bool = False, 
             "rabitq",
             "the lean profile was asked for and the extension of 'lean' was not compiled: 8 bits a dimension, no float32 in memory",
         )
+    if not MIN_DIMENSION <= dimension <= MAX_DIMENSION:
+        return Choice("hnsw", f"symqg needs {MIN_DIMENSION} to {MAX_DIMENSION:,} dimensions, and the vectors have {dimension}")
     if deterministic:
         return Choice("hnsw", "a deterministic build was asked for, and symqg draws a random rotation that cannot be seeded")
     return Choice("symqg", f"{count:,} vectors: the fastest immutable base on this CPU; live entries and tombstones are kept beside it")

@@ -64,19 +64,29 @@ class HnswIndex(AnnIndex):
         return [path]
 
     def search(self, query: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
-        """Search one ``(1, D)`` query; nearest first."""
+        """Search one ``(1, D)`` query; nearest first. Fewer than ``k`` come back where the graph does not lead to more."""
         if ef != self._ef:
             # hnswlib keeps ef in the index: a thread may see another's ef for one call, which only moves recall a little.
             self._index.set_ef(ef)
             self._ef = ef
-        rows, distances = self._index.knn_query(query, k, num_threads=1)
-        return rows[0], distances[0]
+        wanted = k
+        while True:
+            try:
+                rows, distances = self._index.knn_query(query, wanted, num_threads=1)
+                return rows[0], distances[0]
+            except RuntimeError:  # fewer than `wanted` nodes can be reached: hnswlib returns all or nothing
+                if wanted == 1:
+                    return np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.float32)
+                wanted = wanted * 3 // 4
 
     def search_batch(self, queries: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
         """Search ``(B, D)`` queries."""
         self._index.set_ef(ef)
         self._ef = ef
-        rows, distances = self._index.knn_query(queries, k, num_threads=1)
+        try:
+            rows, distances = self._index.knn_query(queries, k, num_threads=1)
+        except RuntimeError:
+            return super().search_batch(queries, k, ef)
         return rows.astype(np.int64), distances
 
     def neighbours(self) -> np.ndarray | None:

@@ -11,7 +11,7 @@ import numpy as np
 from encoders.errors import MissingDependency
 from index_builder.ann.hnsw import HnswIndex
 from index_builder.ann.interface import AnnConfig, AnnIndex
-from index_builder.ann.symqg import MIN_ROWS, SymqgIndex, symqg_available
+from index_builder.ann.symqg import MAX_DIMENSION, MIN_DIMENSION, MIN_ROWS, SymqgIndex, symqg_available
 from index_builder.codes import CodeStore, make_engine
 from index_builder.corpus import Corpus
 from index_builder.errors import IndexFormatError
@@ -38,7 +38,8 @@ class LeanIndex(AnnIndex):
     def build(cls, vectors: np.ndarray, config: AnnConfig) -> Self:
         """Build over ``vectors`` float32 ``(N, D)``."""
         vectors = np.ascontiguousarray(vectors)
-        seedless = symqg_available() and len(vectors) >= MIN_ROWS and platform.machine() == "x86_64"
+        fits = len(vectors) >= MIN_ROWS and MIN_DIMENSION <= vectors.shape[1] <= MAX_DIMENSION
+        seedless = symqg_available() and fits and platform.machine() == "x86_64"
         builder: type[AnnIndex] = SymqgIndex if seedless and not config.reproducible else HnswIndex
         graph = builder.build(vectors, config).neighbours()
         if graph is None:

@@ -17,6 +17,9 @@ from index_builder.errors import IndexFormatError
 MIN_ROWS = 1_000
 """Below this the builder has too few points for its partitions; ``exact`` is faster there anyway."""
 
+MIN_DIMENSION, MAX_DIMENSION = 64, 4_095
+"""Widths that the library's rotation knows."""
+
 
 def _library() -> Any:
     try:
@@ -54,6 +57,11 @@ class SymqgIndex(AnnIndex):
         count, dimension = vectors.shape
         if count < MIN_ROWS:
             raise ConfigError(f"index kind 'symqg' needs at least {MIN_ROWS:,} vectors, but got {count}. Use --index exact or auto.")
+        if not MIN_DIMENSION <= dimension <= MAX_DIMENSION:
+            raise ConfigError(
+                f"index kind 'symqg' needs vectors of {MIN_DIMENSION} to {MAX_DIMENSION:,} dimensions, but got {dimension}. "
+                "Use --index hnsw or auto."
+            )
         index = _library().SymqgIndex(dimension, config.degree, "l2", config.bits)
         index.build(np.ascontiguousarray(vectors), max(config.ef_construction, config.degree), config.threads)
         return cls(index, vectors, config)

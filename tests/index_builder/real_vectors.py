@@ -25,3 +25,10 @@ def text_vectors(count: int, dimension: int = 64) -> np.ndarray:
     vectors = np.unique(vectors, axis=0)[:count]
     assert len(vectors) == count
     return np.ascontiguousarray(vectors[np.random.default_rng(1).permutation(count)])
+
+
+def islands(count: int = 1_600, dimension: int = 64) -> np.ndarray:
+    """Unit vectors float32 ``(count, dimension)`` in 40 tight groups, which a poor graph does not connect."""
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((40, dimension))[np.arange(count) * 40 // count] + 0.01 * rng.standard_normal((count, dimension))
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)

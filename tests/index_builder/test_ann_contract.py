@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from real_vectors import text_vectors
+from real_vectors import islands, text_vectors
 
 from encoders.errors import ConfigError
 from encoders.exact_search import exact_top_k
@@ -111,3 +111,29 @@ def test_impossible_configurations_are_refused() -> None:
     if not missing_features("symqg"):
         with pytest.raises(ConfigError, match=f"{MIN_ROWS:,}"):
             build_index("symqg", text_vectors(N)[:100], CONFIG)
+
+
+@pytest.mark.parametrize("dimension", [32, 48])
+def test_dimensions_that_symqg_cannot_turn_are_left_to_another_kind(dimension: int) -> None:
+    """The library raises a bare ValueError below 64 dimensions; auto used to pass it on."""
+    pytest.importorskip("rabitqlib")
+    choice = choose_kind(100_000, dimension=dimension, features=frozenset({"avx2", "fma"}))
+    assert choice.kind == "hnsw" and f"the vectors have {dimension}" in choice.why
+    vectors = np.ascontiguousarray(text_vectors(N)[:1_200, :dimension])
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    if not missing_features("symqg"):
+        with pytest.raises(ConfigError, match=f"64 to 4,095 dimensions, but got {dimension}.*--index hnsw"):
+            build_index("symqg", vectors, CONFIG)
+    if Engine is not None:
+        assert len(build_index("lean", vectors, CONFIG).search(vectors[:1], 10, 50)[0]) == 10
+
+
+def test_a_badly_connected_graph_returns_what_it_reaches() -> None:
+    """hnswlib answers all or nothing: a graph that leads to fewer than k nodes used to raise RuntimeError in the middle of calibration."""
+    vectors = islands()
+    index = build_index("hnsw", vectors, AnnConfig(m=2, ef_construction=2))
+    found = [index.search(vectors[i : i + 1], 100, 100)[0] for i in range(0, 1_600, 40)]
+    assert min(len(rows) for rows in found) < 100
+    assert all(len(set(rows.tolist())) == len(rows) > 0 for rows in found)
+    rows, _ = index.search_batch(vectors[::40], 100, 100)
+    assert [row[row >= 0].tolist() for row in rows] == [f.tolist() for f in found]

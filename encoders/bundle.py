@@ -147,13 +147,24 @@ def load_bundle(path: Path) -> ModelBundle:
     space_id = check_space_id(path)
     query_encoder = QueryEncoder.load(path / "query_encoder")
     root = path / "entity_encoder"
-    types: list[str] = config["entity_types"]
-    if config["unified_entity_tower"]:
+    dimension, types, unified = _shape(path / "config.json", config)
+    if unified:
         tower = EntityEncoder.load(root)
         towers = dict.fromkeys(types, tower)
     else:
         towers = {entity_type: EntityEncoder.load(root / entity_type) for entity_type in types}
-    return ModelBundle(path, space_id, int(config["dimension"]), config, query_encoder, towers)
+    return ModelBundle(path, space_id, dimension, config, query_encoder, towers)
+
+
+def _shape(path: Path, config: Mapping[str, Any]) -> tuple[int, list[str], bool]:
+    """Dimension, entity types and whether one tower serves them all."""
+    dimension, types, unified = (config.get(name) for name in ("dimension", "entity_types", "unified_entity_tower"))
+    if not isinstance(dimension, int) or not isinstance(types, list) or not isinstance(unified, bool):
+        raise BundleError(
+            f"{path}: expected 'dimension' (a number), 'entity_types' (a list) and 'unified_entity_tower' (true or false), but got "
+            f"{dimension!r}, {types!r} and {unified!r}. Copy the bundle again."
+        )
+    return dimension, types, unified
 
 
 def read_space(path: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -72,22 +71,24 @@ def log_step(
     talk: Talk, writer: Any, report: StepReport, step: int, steps: int, seconds: float, pairs: int, busy: float, spent: float, begun: float
 ) -> dict[str, float]:
     """Print and record one step; returns its figures. ``spent`` is the part of the time limit that is over, 0 without a limit."""
-    recall = sum(report.batch_recall.values()) / len(report.batch_recall) if report.batch_recall else math.nan
+    recalls = list(report.batch_recall.values())  # empty on a last step that the clock chose: it was not measured
+    measured = {"batch_recall@10": sum(recalls) / len(recalls)} if recalls else {}
     rate = pairs / busy
     done = max(step / steps, spent)
     elapsed = time.perf_counter() - begun
     left = elapsed / max(done, 1e-9) * (1 - min(done, 1.0)) if spent else busy / max(pairs, 1) * (pairs / max(step, 1)) * (steps - step)
     width = len(str(steps))
     talk(
-        f"step {step:0{width}d}/{steps} ({100 * min(done, 1):.1f}%) | loss {float(report.loss):.4f} | batch-recall@10 {recall:.3f} | "
+        f"step {step:0{width}d}/{steps} ({100 * min(done, 1):.1f}%) | loss {float(report.loss):.4f} | "
+        f"{''.join(f'batch-recall@10 {recall:.3f} | ' for recall in measured.values())}"
         f"{1000 * seconds:.0f}ms | {rate:,.0f} pairs/s | {elapsed / 60:.1f}m | eta {left / 60:.1f}m"
     )
     losses = {f"loss/{name}": float(value) for name, value in report.task_losses.items()}
     if writer is not None:
-        scalars = {"loss": float(report.loss), "batch_recall@10": recall, "pairs_per_second": rate, **losses}
+        scalars = {"loss": float(report.loss), **measured, "pairs_per_second": rate, **losses}
         for name, value in scalars.items():
             writer.add_scalar(name, value, step)
-    return {"step": step, "loss": float(report.loss), "batch_recall@10": recall, "seconds": elapsed, **losses}
+    return {"step": step, "loss": float(report.loss), **measured, "seconds": elapsed, **losses}
 
 
 def show_recalls(talk: Talk, writer: Any, recalls: dict[str, float], step: int) -> None:

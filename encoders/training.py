@@ -142,7 +142,7 @@ def train(
         torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + rank)
         elapsed = (tick - begun) / config.max_seconds if config.max_seconds else None
         set_learning_rates(optimiser, schedule(step, steps, config.optimiser, elapsed))
-        logs = (step + 1) % config.log_every == 0 or step == 0
+        logs = (step + 1) % config.log_every == 0 or step in (0, steps - 1)
         batch = plan.step(step)
         report = loss_and_gradients(towers, inputs, batch, measure=logs)
         average_gradients(parameters)

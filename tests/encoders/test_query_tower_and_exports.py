@@ -103,3 +103,16 @@ def test_a_changed_bundle_file_is_refused(tower: QueryEncoder, tmp_path: Path) -
     weights.write_bytes(bytes(data))
     with pytest.raises(BundleError, match="space id"):
         load_bundle(tmp_path / "model")
+
+
+@pytest.mark.parametrize("change", [{"dimension": None}, {"entity_types": 3}, {"unified_entity_tower": None}, {"format_version": "1"}])
+def test_a_config_of_another_shape_is_named(tower: QueryEncoder, tmp_path: Path, change: dict[str, object]) -> None:
+    from encoders.entity_features import EntityFeaturizer
+    from encoders.entity_tower import create_entity_encoder
+
+    entity = create_entity_encoder(EntityFeaturizer.fit(load_sample(pictures=False).catalogue.head(50)), table_rows=10, hidden=(8,))
+    path = save_bundle(tmp_path / "model", tower, {"pin": entity}).path / "config.json"
+    config = {name: value for name, value in (json.loads(path.read_text()) | change).items() if value is not None}
+    path.write_text(json.dumps(config))
+    with pytest.raises(BundleError, match=r"config\.json|bundle format"):
+        load_bundle(tmp_path / "model")

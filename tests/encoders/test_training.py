@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -31,6 +32,12 @@ def run(data: TrainingData | None = None, **changes) -> TrainResult:
     options = {name: changes.pop(name) for name in ("output", "resume", "query_encoder", "initial") if name in changes}
     options.setdefault("query_encoder", tiny_query_encoder())
     return train(small_config(**changes), data or world(), quiet=True, **options)
+
+
+def test_every_figure_of_a_log_line_was_measured() -> None:
+    for changes in ({"steps": 3}, {"steps": 100_000, "max_seconds": 0.05}):
+        history = run(log_every=1000, **changes).history
+        assert all(math.isfinite(value) for entry in history for value in entry.values())
 
 
 FAST = {"learning_rate": 0.02, "query_learning_rate": 0.02, "token_embedding_learning_rate": 0.02}

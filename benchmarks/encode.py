@@ -1,4 +1,4 @@
-"""`omni bench encode`: how fast catalogue rows become vectors, tokenising included, and the hash embedding against PyTorch's own."""
+"""`omni bench encode`: how fast catalogue rows become vectors, the hash embedding against PyTorch's own, and one query at a time."""
 
 from __future__ import annotations
 
@@ -22,13 +22,19 @@ from encoders.console import data_option, handle_errors, json_option, peak_memor
 from encoders.embedding import EmbedConfig, EntityEmbedder, content_hashes
 from encoders.entity_features import EntityFeatureConfig, EntityFeaturizer
 from encoders.entity_tower import EntityEncoder, create_entity_encoder
+from encoders.exports import export_forms, onnx_encode
 from encoders.hash_embedding import sum_bags
+from encoders.query_tower import QueryEncoder, create_query_encoder, pad
 from encoders.sample import load_dataset
 
 WORDS_PER_TEXT = 30
 VECTORS = {"visual": 1024, "pinsage": 256, "itemsage": 256}
 TARGETS = {"tokenise": 15_000, "text only": 10_000, "full width": 6_000}
 """Entities per second asked for: tokenising on one core, embedding on two."""
+QUERY_TOKENS = 16
+"""Longest query, in tokens, of the one-at-a-time figures."""
+INT8_TARGET = 0.5
+"""Largest p50 of the int8 form asked for, relative to eager torch fp32."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,57 @@ def measure_streaming(tower: EntityEncoder, rows: pl.DataFrame, threads: int) ->
         return timed(run, rows.height, 3).as_dict()
 
 
+def measure_queries(tower: QueryEncoder, texts: list[str], rounds: int) -> dict[str, Any]:
+    """Milliseconds of one query of at most 16 tokens at batch 1 on one thread, tokenising excluded: torch fp32 and both exported forms.
+
+    They take turns on every query, so that whatever else the machine does falls on all of them. ``transformers-fp32`` is the same tower
+    through the library's own forward pass, which computes every token's last state.
+    """
+    tower.eval()
+    token_ids = [ids for ids in tower.tokenize(texts) if len(ids) <= QUERY_TOKENS][:rounds]
+
+    @torch.inference_mode()
+    def eager(ids: list[list[int]]) -> np.ndarray:
+        vectors: np.ndarray = tower(*pad(ids, int(tower.tokenizer.pad_token_id))).numpy()
+        return vectors
+
+    @torch.inference_mode()
+    def library(ids: list[list[int]]) -> np.ndarray:
+        rows, mask = pad(ids, int(tower.tokenizer.pad_token_id))
+        state = tower.transformer(input_ids=rows, attention_mask=mask).last_hidden_state[:, 0]
+        vectors: np.ndarray = functional.normalize(tower.projection(state), dim=-1).numpy()
+        return vectors
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with TemporaryDirectory() as folder:
+            reports = {report.form_id: report for report in export_forms(tower, Path(folder), texts[:2000])}
+            forms = {name: onnx_encode(Path(folder) / report.file) for name, report in reports.items()}
+            systems: dict[str, Callable[[list[list[int]]], np.ndarray]] = {"transformers-fp32": library, "torch-fp32": eager, **forms}
+            times: dict[str, list[int]] = {name: [] for name in systems}
+            for turn in range(2):  # the first turn warms up
+                for ids in token_ids:
+                    for name, encode in systems.items():
+                        start = time.perf_counter_ns()
+                        encode([ids])
+                        if turn:
+                            times[name].append(time.perf_counter_ns() - start)
+    finally:
+        torch.set_num_threads(before)
+    base = float(np.median(times["torch-fp32"]))
+    return {
+        name: {
+            "p50_ms": round(float(np.median(taken)) / 1e6, 4),
+            "p99_ms": round(float(np.percentile(taken, 99)) / 1e6, 4),
+            "p50_relative_to_torch": round(float(np.median(taken)) / base, 4),
+            "queries": len(taken),
+            "least_cosine": round(reports[name].cosine_min, 5) if name in reports else 1.0,
+        }
+        for name, taken in times.items()
+    }
+
+
 @click.command(name="encode")
 @click.option("--rows", type=click.IntRange(1024), default=4_096, show_default=True, help="Entities per run.")
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Runs per figure, after one to warm up; medians.")
@@ -141,6 +198,7 @@ def measure_streaming(tower: EntityEncoder, rows: pl.DataFrame, threads: int) ->
 def command(rows: int, repeats: int, threads: int, data_dir: Path | None, as_json: bool) -> None:
     """Measure entity embedding: tokeniser alone, text only, full width (1,536 continuous features), fp32 and bf16, tokenising included.
 
+    Then the shipped query tower, one real query at a time: torch fp32 and its ONNX forms, in turn, on one thread.
     The towers have the paper's size (100,000 x 256 table, MLP 1024-1024-256) and random weights: speed does not depend on them. Beside the
     rows per second of the clock stand the rows per second of processor time, which other work on the machine disturbs less.
 
@@ -160,6 +218,8 @@ def command(rows: int, repeats: int, threads: int, data_dir: Path | None, as_jso
     hash_embedding = measure_hash_embedding(towers["text only"], frame, repeats)
     streaming = measure_streaming(towers["full width"], frame, threads)
 
+    queries = measure_queries(create_query_encoder(), data.split("heldout")["query"].unique(maintain_order=True).to_list(), 1_000)
+
     figures = {"tokenise": tokenise, **measured, "full width from Parquet, checked, hashed, cpu bf16": streaming}
     path = write_record(
         "encode",
@@ -178,13 +238,14 @@ def command(rows: int, repeats: int, threads: int, data_dir: Path | None, as_jso
         protocol={"warm_up": 1, "repeats": repeats, "clock": "perf_counter and process_time", "load_average_1m": os.getloadavg()[0]},
         metrics={
             "figures": figures,
+            "query_at_batch_1": queries,
             "hash_embedding_forward_backward_1024_rows": hash_embedding,
             "peak_memory_mib": round(peak_memory_mib(), 1),
         },
-        libraries=("torch", "numpy", "polars"),
+        libraries=("torch", "numpy", "polars", "onnxruntime"),
     )
     if as_json:
-        print_json({"record": str(path), "figures": figures, "hash_embedding": hash_embedding})
+        print_json({"record": str(path), "figures": figures, "query_at_batch_1": queries, "hash_embedding": hash_embedding})
         return
     table = [
         (
@@ -199,4 +260,13 @@ def command(rows: int, repeats: int, threads: int, data_dir: Path | None, as_jso
     load = f"{threads} threads, load {os.getloadavg()[0]:.1f}"
     title = f"Entities per second (simulated rows of {data.name} words, {ngrams:.0f} n-grams each); {load}"
     print_table(title, ["what", "rows/s (clock)", "rows/s per core", "least cosine to fp32", "asked for (2 cores; tokenise: 1)"], table)
+    rows_of_queries = [
+        (name, f["p50_ms"], f["p99_ms"], f["p50_relative_to_torch"], f["least_cosine"], INT8_TARGET if name == "onnx-int8" else None)
+        for name, f in queries.items()
+    ]
+    print_table(
+        f"One real query at a time, at most {QUERY_TOKENS} tokens, one thread, tokenising excluded",
+        ["form", "p50 ms", "p99 ms", "p50 of torch's", "least cosine", "asked for"],
+        rows_of_queries,
+    )
     say(f"hash embedding, forward and backward: {hash_embedding}; record {path}")

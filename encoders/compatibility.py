@@ -95,7 +95,7 @@ def load_adapter(bundle: Path, declaration: Declaration) -> SpaceAdapter | None:
         if dimension != declaration.dimension:
             raise BundleError(
                 f"{bundle}: vectors of {dimension} numbers cannot search vectors of {declaration.dimension} without an adapter. "
-                "Declare the compatibility again with --adapter full."
+                "Declare the compatibility again with an adapter."
             )
         return None
     path = bundle / FOLDER / declaration.adapter["file"]

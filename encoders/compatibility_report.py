@@ -59,13 +59,14 @@ class SpacesReport:
 
     evaluation: EvaluationReport
     adapter: SpaceAdapter | None
+    """What a declaration would hold; None: query vectors search as they are."""
     learned: dict[str, Any]
-    """How the adapter was learned; empty without one."""
+    """How the adapter was learned; empty where none was."""
     measured: dict[str, Any]
     """By entity type: labelled Recall@10 of every way with its interval, the paired difference to the old tower, and the share of the old
     tower's exact top 10 that the way returns too."""
     way: str
-    """The way that a declaration would stand for: through the adapter when there is one."""
+    """The way that a declaration would stand for."""
 
     @property
     def comparisons(self) -> list[tuple[str, str]]:
@@ -88,7 +89,7 @@ def compare_spaces(
     old: ModelBundle,
     dataset: Dataset,
     *,
-    adapter: bool = True,
+    adapter: str = "auto",
     rank: int = 0,
     entity_types: Sequence[str] | None = None,
     seed: int = 0,
@@ -100,7 +101,8 @@ def compare_spaces(
         new: The bundle whose query tower is to search.
         old: The bundle that embedded the index.
         dataset: Train pairs to learn from, held-out pairs to measure on.
-        adapter: Learn one and measure it too.
+        adapter: ``never``; ``always``: learn one, and a declaration goes through it; ``auto``: learn one, and a declaration goes through it
+            if train queries that it did not learn from find more with it than without.
         rank: Its rank; 0: full.
         entity_types: Types to measure; None: all of the catalogue.
         seed: Of every choice.
@@ -111,12 +113,12 @@ def compare_spaces(
     """
     if new.space_id == old.space_id:
         raise ConfigError(f"both bundles have space {new.space_id[:16]}: an index of one is an index of the other. Nothing to measure.")
-    if not adapter and new.dimension != old.dimension:
+    if adapter == "never" and new.dimension != old.dimension:
         raise ConfigError(
             f"vectors of {new.dimension} numbers cannot search vectors of {old.dimension} as they are: leave --adapter none out, so that "
             "an adapter is learned."
         )
-    fitted, learned = learn_adapter(new, old, dataset, rank=rank, seed=seed) if adapter else (None, {})
+    fitted, learned = learn_adapter(new, old, dataset, rank=rank, seed=seed) if adapter != "never" else (None, {})
     index = _OldIndex(old)
     ways = {OLD: CrossSpace(old.embed_queries, index)}
     if new.dimension == old.dimension:
@@ -139,7 +141,10 @@ def compare_spaces(
             if name in rows:
                 found[name]["overlap@10_with_old"] = _overlap(rows[name], rows[OLD])
         measured[entity_type] = {**found, "pairs": next(iter(task.overall.values())).pairs}
-    return SpacesReport(report, fitted, learned, measured, ADAPTED if fitted is not None else PLAIN)
+    with_it, without = learned.get("held_back_recall@10", 0.0), learned.get("held_back_recall@10_without", -1.0)
+    if fitted is None or (adapter == "auto" and with_it <= without):
+        return SpacesReport(report, None, learned, measured, PLAIN)
+    return SpacesReport(report, fitted, learned, measured, ADAPTED)
 
 
 def learn_adapter(
@@ -199,6 +204,9 @@ def learn_adapter(
         "old_query_share": share,
         "held_back_recall@10": round(trial[share, ridge], 6),
     }
+    if new.dimension == old.dimension:
+        plain = _hits(_top_10(source[held], entities), np.flatnonzero(held), of_query, of_entity)
+        learned["held_back_recall@10_without"] = round(plain, 6)
     return fitted, learned
 
 

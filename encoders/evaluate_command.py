@@ -28,7 +28,12 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path, file_okay=False),
     help="Older bundle: how well BUNDLE's query tower searches vectors that this one made, as it is and through a learned adapter.",
 )
-@click.option("--adapter", default="full", show_default=True, help="With --against-index: full, none, or the rank of a low-rank one.")
+@click.option(
+    "--adapter",
+    default="auto",
+    show_default=True,
+    help="With --against-index: auto (full, if train queries held back find more with it), full, none, or the rank of a low-rank one.",
+)
 @click.option("--declare", "declares", is_flag=True, help="With --against-index: write the measured compatibility into BUNDLE.")
 @click.option(
     "--max-loss",
@@ -149,15 +154,14 @@ def _compare_spaces(
 ) -> SpacesReport:
     from encoders.compatibility_report import compare_spaces
 
-    if adapter not in ("full", "none") and not adapter.isdecimal():
-        raise ConfigError(f"--adapter must be 'full', 'none' or a rank such as 32, but got {adapter!r}.")
+    if adapter not in ("auto", "full", "none") and not adapter.isdecimal():
+        raise ConfigError(f"--adapter must be 'auto', 'full', 'none' or a rank such as 32, but got {adapter!r}.")
     rank = int(adapter) if adapter.isdecimal() else 0
     if adapter.isdecimal() and rank == 0:
         raise ConfigError("--adapter 0: an adapter of rank 0 maps everything to nothing. Use full, none or a rank of at least 1.")
     wanted = entity_types or None
-    return compare_spaces(
-        load_bundle(bundle), load_bundle(old), dataset, adapter=adapter != "none", rank=rank, entity_types=wanted, seed=seed, **options
-    )
+    use = {"auto": "auto", "none": "never"}.get(adapter, "always")
+    return compare_spaces(load_bundle(bundle), load_bundle(old), dataset, adapter=use, rank=rank, entity_types=wanted, seed=seed, **options)
 
 
 def _show_spaces(spaces: SpacesReport, bundle: Path, old: Path, max_loss: float | None, slices: tuple[str, ...], as_json: bool) -> None:
@@ -165,6 +169,7 @@ def _show_spaces(spaces: SpacesReport, bundle: Path, old: Path, max_loss: float 
     from encoders.compatibility import declare
 
     worst, loss = spaces.worst_loss()
+    learned = spaces.learned if spaces.adapter is not None else {}
     if not as_json:
         print_report(spaces.evaluation, spaces.comparisons, slices)
     if max_loss is not None:
@@ -174,7 +179,7 @@ def _show_spaces(spaces: SpacesReport, bundle: Path, old: Path, max_loss: float 
                 f"{max_loss:g}. Train with the old vectors as a compatibility task (docs/training.md), or embed the index again."
             )
         space = read_space(old)
-        declare(bundle, str(space["space_id"]), int(space["dimension"]), spaces.adapter, spaces.measured, spaces.learned)
+        declare(bundle, str(space["space_id"]), int(space["dimension"]), spaces.adapter, spaces.measured, learned)
     if as_json:
         about = {"way": spaces.way, "worst_type": worst, "worst_loss": loss, "declared": max_loss is not None, "adapter": spaces.learned}
         print_json({**about, "measured": spaces.measured, **spaces.evaluation.as_dict(spaces.comparisons)})

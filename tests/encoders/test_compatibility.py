@@ -153,6 +153,17 @@ def test_a_learned_adapter_restores_the_recall_that_a_turned_space_loses(bundles
     assert REEMBEDDED in found and set(spaces.learned) >= {"train_queries", "ridge", "held_back_recall@10"}
 
 
+def test_an_adapter_that_gains_nothing_is_not_declared(bundles: tuple[Path, Path], tmp_path: Path) -> None:
+    old = load_bundle(bundles[0])
+    twin = ModelBundle(tmp_path, "c" * 64, DIMENSION, {}, old.query_encoder, old.entity_encoders)
+    options = {"entity_types": ["pin"], "resamples": 100, "rank": 1}  # too narrow to be of use
+    auto = compare_spaces(twin, old, dataset(), **options)
+    assert auto.learned["held_back_recall@10"] <= auto.learned["held_back_recall@10_without"]
+    assert auto.adapter is None and auto.way == PLAIN and auto.worst_loss()[1] == 0.0
+    assert ADAPTED in auto.measured["pin"]  # shown all the same
+    assert compare_spaces(twin, old, dataset(), adapter="always", **options).way == ADAPTED
+
+
 def test_held_out_pairs_teach_the_adapter_nothing(bundles: tuple[Path, Path]) -> None:
     old, new = map(load_bundle, bundles)
     data = dataset()
@@ -170,7 +181,7 @@ def test_one_space_and_unequal_widths_are_refused(bundles: tuple[Path, Path], tm
     narrow = SpaceAdapter(rotation()[:8]).fold(old.query_encoder)
     other = ModelBundle(tmp_path, "c" * 64, 8, {}, narrow, old.entity_encoders)
     with pytest.raises(ConfigError, match="leave --adapter none out"):
-        compare_spaces(other, old, dataset(), adapter=False)
+        compare_spaces(other, old, dataset(), adapter="never")
 
 
 # --- declaring ----------------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from datetime import datetime, timedelta
 import polars as pl
 
 from encoders.errors import ConfigError
+from encoders.sample import fold_query
 from encoders.schemas import ACTIONS
 
 FEATURE_SCHEMA: dict[str, pl.DataType] = {
@@ -73,7 +74,7 @@ def engaged_queries(
         config: Weights, sizes and the privacy threshold.
         until: End of the window (exclusive): its start is ``config.window_days`` earlier.
         deleted_users: People who asked to be forgotten; their events do not count.
-        deleted_queries: Queries that must not appear.
+        deleted_queries: Queries that must not appear, however they are spelt (case, width, white space).
 
     Returns:
         Columns of ``FEATURE_SCHEMA``, sorted by entity and rank. Ranked by score, then users (both descending), then query.
@@ -83,11 +84,16 @@ def engaged_queries(
     if deleted_users:
         kept = kept.filter(~pl.col("user_id").is_in(list(deleted_users)))
     if deleted_queries:
-        kept = kept.filter(~pl.col("query").is_in(list(deleted_queries)))
+        kept = kept.filter(~fold_query(pl.col("query")).is_in(folded(deleted_queries)))
     totals = kept.group_by("entity_type", "entity_id", "query").agg(
         config.score().sum().alias("score"), pl.col("user_id").n_unique().cast(pl.Int64).alias("users")
     )
     return best_queries(totals, config)
+
+
+def folded(queries: Collection[str]) -> list[str]:
+    """The forms under which ``fold_query`` counts these queries as one."""
+    return pl.select(fold_query(pl.lit(pl.Series(list(queries), dtype=pl.String)))).to_series().to_list()
 
 
 def counted_events(events: pl.DataFrame, config: EngagedQueriesConfig) -> pl.DataFrame:

@@ -20,8 +20,9 @@ from typing import NamedTuple
 
 import polars as pl
 
-from encoders.engaged_queries import ENGAGED_KEY, FEATURE_SCHEMA, EngagedQueriesConfig, counted_events
+from encoders.engaged_queries import ENGAGED_KEY, FEATURE_SCHEMA, EngagedQueriesConfig, counted_events, folded
 from encoders.errors import ConfigError, DataError
+from encoders.sample import fold_query
 from encoders.tables import write_table
 
 FORMAT_VERSION = 2
@@ -188,14 +189,14 @@ class EngagedQueriesState:
 
     def delete_users(self, user_ids: Collection[str]) -> Merge:
         """Forget people: their events stop counting, leave the disk, and are refused should they arrive again."""
-        people = self._people(pl.Series("user_id", list(user_ids), dtype=pl.String))
+        people = self._people(pl.Series("user_id", list(user_ids), dtype=pl.String).str.normalize("NFC"))  # as logs are read
         self._db.executemany("INSERT OR IGNORE INTO deleted_people VALUES (?)", ((p,) for p in people.to_list()))
         return self._forget(pl.col("user_id").is_in(people.to_list()), "delete users")
 
     def delete_queries(self, queries: Collection[str]) -> Merge:
-        """Forget query texts: they are no one's engaged query any more, leave the disk, and are refused should they arrive again."""
-        self._db.executemany("INSERT OR IGNORE INTO deleted_queries VALUES (?)", ((q,) for q in queries))
-        return self._forget(pl.col("query").is_in(list(queries)), "delete queries")
+        """Forget query texts, however spelt (``fold_query``): they stop counting, leave the disk, and are refused from then on."""
+        self._db.executemany("INSERT OR IGNORE INTO deleted_queries VALUES (?)", ((q,) for q in folded(queries)))
+        return self._forget(fold_query(pl.col("query")).is_in(folded(queries)), "delete queries")
 
     def features(self) -> pl.DataFrame:
         """Engaged queries of every entity, as ``FEATURE_SCHEMA`` (reads the whole state)."""
@@ -225,7 +226,9 @@ class EngagedQueriesState:
     def _without_deleted(self, events: pl.DataFrame) -> pl.DataFrame:
         people = [row[0] for row in self._db.execute("SELECT person FROM deleted_people")]
         queries = [row[0] for row in self._db.execute("SELECT query FROM deleted_queries")]
-        return events.filter(~pl.col("user_id").is_in(people) & ~pl.col("query").is_in(queries)) if people or queries else events
+        if people:
+            events = events.filter(~pl.col("user_id").is_in(people))
+        return events.filter(~fold_query(pl.col("query")).is_in(queries)) if queries else events
 
     def _files(self, condition: str, values: tuple[int, ...]) -> list[Path]:
         rows = self._db.execute(f"SELECT file FROM parts WHERE {condition} ORDER BY file", values)

@@ -74,7 +74,9 @@ def boards(catalogue: Path, boards: Path, out: Path, top: int, max_word_prevalen
 @click.option("--until", help="Move the end of the window to this UTC midnight or later. Default: the midnight after the last event.")
 @click.option("--catalogue", type=click.Path(exists=True, path_type=Path), help="Catalogue to enrich; needs --out.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="With --catalogue: the enriched catalogue. Without: the features of touched entities."
+    "--out",
+    type=click.Path(path_type=Path),
+    help="With --catalogue: the enriched catalogue. Without: features of touched entities; one row with no query where none is left.",
 )
 @click.option("--delete-users", type=click.Path(exists=True, path_type=Path), help="File with a user id per line: forget these people.")
 @click.option("--delete-queries", type=click.Path(exists=True, path_type=Path), help="File with a query per line: never show these.")
@@ -212,12 +214,14 @@ def caption_agreement(sheets: tuple[Path, ...], as_json: bool) -> None:
 
 
 def _last_features(merges: list[Merge]) -> pl.DataFrame:
-    """The features of every touched entity after the last merge that touched it."""
+    """The features of every touched entity after the last merge that touched it; one row without a query where none is left."""
     key = ["entity_type", "entity_id"]
     touched = pl.concat([m.touched.with_columns(pl.lit(n).alias("merge")) for n, m in enumerate(merges)])
     last = touched.group_by(key).agg(pl.col("merge").max())
     changed = pl.concat([m.changed.with_columns(pl.lit(n).alias("merge")) for n, m in enumerate(merges)])
-    return changed.join(last, on=[*key, "merge"], how="semi").drop("merge").sort(*key, "rank")
+    features = changed.join(last, on=[*key, "merge"], how="semi").drop("merge")
+    emptied = last.select(key).join(features, on=key, how="anti")
+    return pl.concat([features, emptied], how="diagonal").sort(*key, "rank")
 
 
 def _lines(path: Path) -> list[str]:

@@ -6,6 +6,7 @@ clicks, and nothing is simulated. A query string is held out as a whole, so held
 
 from __future__ import annotations
 
+import ast
 import gzip
 import json
 from collections.abc import Iterable
@@ -115,6 +116,8 @@ def load_large(folder: Path, *, engaged_queries: int = DEFAULT_ENGAGED_QUERIES, 
             _read_array_lines(folder / "pairs_dev.jsonl.gz").with_columns(split=pl.lit("heldout")),
         ]
     )
+    if "advertiser" in entities.columns:
+        entities = entities.with_columns(pl.col("advertiser").map_elements(_one_name, return_dtype=pl.String))
     groups = {id: "emoji:" + id.rsplit(":", 1)[1] for id in entities["id"].to_list() if id.startswith("emoji:")}
     entities = entities.with_columns(
         character=pl.Series([_character(groups[id]) if id in groups else None for id in entities["id"].to_list()], dtype=pl.String)
@@ -155,6 +158,17 @@ def load_dataset(data_dir: Path | None, *, engaged_queries: int = DEFAULT_ENGAGE
     if not (large / LARGE_FILES[0]).is_file() and any(data_dir.glob("catalogue*")):
         return load_tables(data_dir, engaged_queries=engaged_queries)
     return load_large(data_dir, engaged_queries=engaged_queries)
+
+
+def _one_name(name: str) -> str:
+    """An advertiser's name; some come as the text of a dict from locale to name: the untranslated one (``C``), else English, else any."""
+    if not name.startswith("{"):
+        return name
+    try:
+        names = ast.literal_eval(name)
+    except (ValueError, SyntaxError):
+        return name
+    return str(names.get("C") or names.get("en") or names.get("en_GB") or names.get("en-GB") or next(iter(names.values()), ""))
 
 
 def _assemble(

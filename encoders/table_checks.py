@@ -123,7 +123,7 @@ def check_frame(
         )
     if ROW not in frame.columns:
         frame = frame.with_row_index(ROW, offset=first_row)
-    original = frame.drop(ROW)
+    original = frame
     checker = _Checker(frame, report, examples)
     now = now or datetime.now(UTC)
     for column in schema.columns:
@@ -135,17 +135,19 @@ def check_frame(
         nul = frame[name].str.contains("\0", literal=True)
         checker.flag(nul, frame[name], name, "text holds a NUL byte", "Remove the NUL bytes.")
     if checker.bad:
-        keep = ~frame[ROW].is_in(list(checker.bad))
-        frame, rejected = frame.filter(keep), original.filter(~keep)
-        rejected = rejected.with_columns(
-            pl.Series("row", sorted(checker.bad), dtype=pl.Int64), pl.Series("problem", [checker.bad[r] for r in sorted(checker.bad)])
-        )
-    else:
-        rejected = original.clear().with_columns(pl.lit(None, dtype=pl.Int64).alias("row"), pl.lit(None, dtype=pl.String).alias("problem"))
-    frame, twice = _merge_identical(frame, schema, checker)
+        frame = frame.filter(~pl.col(ROW).is_in(list(checker.bad)))
+    frame, clashing = _merge_identical(frame, schema, checker)
     report.rows_kept = frame.height
-    if twice.height:
-        rejected = pl.concat([rejected, twice.drop(ROW)], how="diagonal_relaxed")
+    # Ids that clash are found last; they come after the rows that break a rule by themselves.
+    reasons = pl.DataFrame(
+        {
+            ROW: [*sorted(checker.bad), *clashing],
+            "problem": [checker.bad[r] for r in sorted(checker.bad)] + [clashing[r] for r in clashing],
+        },
+        schema={ROW: original[ROW].dtype, "problem": pl.String},
+    )
+    rejected = reasons.join(original, on=ROW, how="left", maintain_order="left")
+    rejected = rejected.select(*(n for n in original.columns if n != ROW), pl.col(ROW).cast(pl.Int64).alias("row"), "problem")
     return Checked(frame.drop(ROW), rejected, report)
 
 
@@ -214,16 +216,18 @@ def _numbers(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
         # 64-bit counts above 2**53 do not survive a float: take the integer cast where the input is already an integer.
         exact = values if values.dtype.is_integer() else numbers.round(0)
         whole = exact.cast(pl.Int64, strict=False)
+        beyond = numbers.is_finite() & whole.is_null()
+        checker.flag(beyond, values, column.name, "must fit into 64 bits", "Correct it, or drop the row.")
         return whole.fill_null(int(column.default)) if column.default is not None else whole
     return numbers
 
 
 def _text_lists(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
     if values.dtype == pl.Null:
-        return values.cast(column.dtype)
+        values = values.cast(column.dtype)
     if values.dtype == pl.String:
         values = pl.Series(values.name, [_split_cell(cell) for cell in values.to_list()], dtype=pl.List(pl.String))
-    if not isinstance(values.dtype, pl.List):
+    if not isinstance(values.dtype, pl.List) or values.dtype.inner.is_nested():
         raise SchemaError(
             f"{checker.report.source}: column {column.name!r} should hold lists of text (in CSV: JSON, or parts separated by '|'), "
             f"but holds {values.dtype}."
@@ -254,7 +258,7 @@ def _split_cell(cell: str | None) -> list[str] | None:
 
 def _vectors(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
     if values.dtype == pl.String:
-        values = pl.Series(values.name, [json.loads(c) if c and c.lstrip().startswith("[") else None for c in values.to_list()])
+        values = _vector_cells(values, column, checker)
     if values.dtype == pl.Null:
         return values.cast(column.dtype)
     if isinstance(values.dtype, pl.Array):
@@ -274,6 +278,30 @@ def _vectors(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
     return vectors
 
 
+def _vector_cells(cells: pl.Series, column: Column, checker: _Checker) -> pl.Series:
+    """Vectors from text cells: JSON lists of numbers, or in all rows lists of such lists (several images)."""
+    parsed = [_json_or_none(cell) for cell in cells.to_list()]
+    several = [isinstance(v, list) and bool(v) and all(map(_is_vector, v)) for v in parsed]
+    nested = any(several) and not any(map(_is_vector, parsed))
+    good = several if nested else [_is_vector(v) for v in parsed]
+    broken = pl.Series([not ok and bool(cell and cell.strip()) for ok, cell in zip(good, cells.to_list(), strict=True)], dtype=pl.Boolean)
+    rule = "vector must be a JSON list of numbers"
+    checker.flag(broken, cells, column.name, rule, "For example [0.1, 0.2]; leave it empty where there is none.")
+    dtype = pl.List(pl.List(pl.Float32)) if nested else pl.List(pl.Float32)
+    return pl.Series(cells.name, [v if ok else None for v, ok in zip(parsed, good, strict=True)], dtype=dtype, strict=False)
+
+
+def _json_or_none(cell: str | None) -> Any:
+    try:
+        return json.loads(cell or "null")
+    except ValueError:
+        return None
+
+
+def _is_vector(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(x, int | float) and not isinstance(x, bool) for x in value)
+
+
 def parse_timestamps(values: pl.Series, column: Column, checker: _Checker, now: datetime) -> pl.Series:
     """Read timestamps given as datetimes, dates, ISO 8601 texts, or seconds/ms/us/ns since 1970; times without a zone are UTC.
 
@@ -289,7 +317,8 @@ def parse_timestamps(values: pl.Series, column: Column, checker: _Checker, now: 
     future = parsed > now + FUTURE_TOLERANCE
     checker.flag(future, values, column.name, f"timestamp in the future (it is {now:%Y-%m-%d})", fix)
     if column.required:
-        checker.flag(values.is_null(), values, column.name, "a value is required", "Fill it in, or drop the row.")
+        blank = values.is_null() if values.dtype != pl.String else values.is_null() | (values.str.strip_chars() == "")
+        checker.flag(blank, values, column.name, "a value is required", "Fill it in, or drop the row.")
     return parsed
 
 
@@ -316,16 +345,16 @@ def _parse_any_timestamp(values: pl.Series, column: Column, checker: _Checker) -
     lookup = pl.DataFrame({"t": uniques, "m": pl.Series(moments, dtype=target)})
     parsed = pl.DataFrame({"t": text}).join(lookup, on="t", how="left", maintain_order="left")["m"]
     rule = "must be an ISO 8601 time or an epoch number"
-    checker.flag(text.is_not_null() & parsed.is_null(), values, column.name, rule, "For example 2026-01-31T23:59:59Z.")
+    checker.flag((text != "") & parsed.is_null(), values, column.name, rule, "For example 2026-01-31T23:59:59Z.")
     return parsed
 
 
 def _from_iso(text: str) -> datetime | None:
     try:
         moment = datetime.fromisoformat(text.replace(" UTC", "+00:00"))
-    except ValueError:
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except (ValueError, OverflowError):  # overflow: the first or last day of the calendar in another zone
         return None
-    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 
 
 def _from_epoch(numbers: pl.Series, values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
@@ -343,30 +372,29 @@ def _from_epoch(numbers: pl.Series, values: pl.Series, column: Column, checker: 
     fix = "Bring all rows to one unit; which one a row has cannot be guessed."
     checker.flag(mixed, values, column.name, f"timestamp is not in {names[main]} as most of the column is", fix)
     scale = 0.001 if names[main] == "ns" else float(EPOCH_UNITS[main][2])
-    microseconds = (numbers * scale).round(0)
+    microseconds = (numbers * scale).round(0).cast(pl.Int64, strict=False)
+    lost = numbers.is_not_null() & microseconds.is_null() & ~mixed
+    checker.flag(lost, values, column.name, "timestamp is out of range", fix)
     checker.report.notes.append(f"{column.name!r} read as {names[main]} since 1970-01-01 UTC")
-    return microseconds.set(mixed, None).cast(pl.Int64, strict=False).cast(pl.Datetime("us", "UTC"))
+    return microseconds.set(mixed, None).cast(pl.Datetime("us", "UTC"))
 
 
-def _merge_identical(frame: pl.DataFrame, schema: TableSchema, checker: _Checker) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Merge rows that repeat a key with the same content; reject rows that repeat a key with different content."""
+def _merge_identical(frame: pl.DataFrame, schema: TableSchema, checker: _Checker) -> tuple[pl.DataFrame, dict[int, str]]:
+    """Merge rows that repeat a key with the same content; take out rows that repeat a key with different content: row -> problem."""
     if not schema.key or frame.height == 0:
-        return frame, frame.clear()
+        return frame, {}
     repeated = frame.select(pl.struct(schema.key).is_duplicated()).to_series()
     if not repeated.any():
-        return frame, frame.clear()
+        return frame, {}
     groups = frame.filter(repeated)
     content = [c for c in frame.columns if c != ROW]
-    texts = groups.select(pl.col(ROW), pl.struct(content).map_elements(lambda row: repr(row), return_dtype=pl.String).alias("content"))
+    texts = groups.select(pl.struct(content).map_elements(lambda row: repr(row), return_dtype=pl.String).alias("content"))
     groups = groups.with_columns(texts["content"].alias("__content"))
     versions = pl.col("__content").n_unique().over(schema.key)
     clash = groups.filter(versions > 1)
     same = groups.filter((versions == 1) & ~pl.struct(schema.key).is_first_distinct())
     if same.height:
         checker.report.notes.append(f"{same.height:,} row(s) repeat an earlier row exactly and were merged into it")
-    rejected = clash.drop("__content").with_columns(
-        pl.col(ROW).cast(pl.Int64).alias("row"), pl.lit(f"{schema.key[-1]}: id repeats with different content").alias("problem")
-    )
     if clash.height:
         rule = "id repeats with different content"
         checker.report.rules_broken[rule] = clash.height
@@ -374,7 +402,8 @@ def _merge_identical(frame: pl.DataFrame, schema: TableSchema, checker: _Checker
             fix = "Keep one version of each id (which one is right cannot be guessed)."
             checker.report.problems.append(Problem(row[ROW], schema.key[-1], _shown(row[schema.key[-1]]), rule, fix))
     dropped = pl.concat([same[ROW], clash[ROW]])
-    return frame.filter(~pl.col(ROW).is_in(dropped.implode())), rejected
+    problem = f"{schema.key[-1]}: id repeats with different content"
+    return frame.filter(~pl.col(ROW).is_in(dropped.implode())), dict.fromkeys(clash[ROW].to_list(), problem)
 
 
 def _shown(value: Any) -> str:

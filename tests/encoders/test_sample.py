@@ -139,7 +139,14 @@ def write_large(folder):
     entities = [
         {"id": "emoji:fluent:1f480", "entity_type": "pin", "title": "skull", "source": "emoji/fluent", "boards": ["faces"]},
         {"id": "emoji:noto:1f480", "entity_type": "pin", "title": "skull", "source": "emoji/noto"},
-        {"id": "ad:x", "entity_type": "ad", "title": "X", "source": "appstream", "description": "a tool"},
+        {
+            "id": "ad:x",
+            "entity_type": "ad",
+            "title": "X",
+            "source": "appstream",
+            "description": "a tool",
+            "advertiser": "{'de': 'Das Projekt', 'C': 'The Project'}",
+        },
     ]
     rows = {"train": [["en", "skull", "emoji:fluent:1f480", "name"]], "dev": [["de", "Schädel", "emoji:fluent:1f480", "name"]]}
     with gzip.open(folder / "entities.jsonl.gz", "wt") as file:
@@ -157,7 +164,7 @@ def test_large_groups_one_emoji_by_several_artists(tmp_path):
     assert large.groups == {"emoji:fluent:1f480": "emoji:1f480", "emoji:noto:1f480": "emoji:1f480"}
     assert large.catalogue["character"].to_list() == ["💀", "💀", None]
     assert large.pairs.select("query", "split").rows() == [("skull", "train"), ("Schädel", "heldout")]
-    assert load_large(tmp_path, sources=["appstream"]).catalogue["id"].to_list() == ["ad:x"]
+    assert load_large(tmp_path, sources=["appstream"]).catalogue.select("id", "advertiser").rows() == [("ad:x", "The Project")]
 
 
 def test_own_tables_are_read_and_missing_ones_named(tmp_path):

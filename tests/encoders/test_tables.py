@@ -73,6 +73,9 @@ def test_bad_catalogue_rows_name_file_row_column_and_value(tmp_path: Path, rows:
         ("17,q,pin,a,click,1,u", "timestamp before 1995"),
         ("1700000000,  ,pin,a,click,1,u", "a value is required"),
         (",q,pin,a,click,1,u", "a value is required"),
+        ('" ",q,pin,a,click,1,u', "a value is required"),
+        ("1e40,q,pin,a,click,1,u", "timestamp is not in s"),
+        ("nan,q,pin,a,click,1,u", "timestamp"),
     ],
 )
 def test_bad_log_rows_are_refused_or_counted(tmp_path: Path, row: str, rule: str) -> None:
@@ -221,6 +224,45 @@ def test_vectors_with_nan_or_another_width_are_refused() -> None:
     assert check_frame(frame, CATALOGUE, "x").frame["id"].to_list() == ["a", "c"]
 
 
+@pytest.mark.parametrize("count", [2.0**70, "99999999999999999999", float("inf")])
+def test_counts_beyond_64_bits_are_refused(count: float | str) -> None:
+    frame = pl.DataFrame({"query": ["q"], "entity_id": ["a"], "grade": [count]})
+    checked = check_frame(frame, SCHEMAS["judgements"], "x")
+    assert (checked.frame.height, checked.rejected.height) == (0, 1)
+
+
+@pytest.mark.parametrize("cell", ["[1,2", '[1,"a"]', "[[1],[2]]", "1 2", "{}"])
+def test_vector_cells_that_are_no_list_of_numbers_are_refused_and_named(cell: str) -> None:
+    frame = pl.DataFrame({"id": list("abc"), "entity_type": "pin", "pinsage": ["[1,2]", cell, ""]})
+    checked = check_frame(frame, CATALOGUE, "x")
+    assert checked.frame.select("id", "pinsage").rows() == [("a", [1.0, 2.0]), ("c", None)]
+    assert "row 2, column 'pinsage'" in checked.report.problems[0].describe("x")
+
+
+def test_cells_may_hold_the_vectors_of_several_images() -> None:
+    frame = pl.DataFrame({"id": ["a", "b"], "entity_type": "pin", "visual": ["[[1,2],[3,4]]", ""]})
+    assert check_frame(frame, CATALOGUE, "x").frame["visual"].to_list() == [[[1.0, 2.0], [3.0, 4.0]], None]
+
+
+def test_lists_where_texts_belong_are_refused_and_required_lists_may_not_be_null() -> None:
+    with pytest.raises(SchemaError, match="board_titles"):
+        check_frame(pl.DataFrame({"id": ["a"], "entity_type": "pin", "board_titles": [[["x"]]]}), CATALOGUE, "x")
+    assert check_frame(pl.DataFrame({"query": ["q"], "path": [None]}), SCHEMAS["labels"], "x").frame.height == 0
+
+
+def test_times_at_the_end_of_the_calendar_are_refused() -> None:
+    for stamp in ("9999-12-31T23:59:59-10:00", "0001-01-01T00:00:00+05:00"):
+        frame = pl.DataFrame({"timestamp": [stamp], "query": "q", "entity_type": "pin", "entity_id": "a", "action": "save"})
+        assert check_frame(frame, LOG, "x", now=NOW).rejected.height == 1
+
+
+def test_clashing_ids_are_rejected_beside_other_bad_rows_as_they_came_in() -> None:
+    frame = pl.DataFrame({"id": ["a", "a", "b"], "entity_type": ["pin", "pin", "shoe"], "board_titles": ["x|y", "z", "w"]})
+    checked = check_frame(frame, CATALOGUE, "x")
+    assert checked.frame.height == 0
+    assert sorted(checked.rejected.select("row", "id", "board_titles").rows()) == [(1, "a", "x|y"), (2, "a", "z"), (3, "b", "w")]
+
+
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=8).filter(lambda t: t.strip())
 
 
@@ -235,6 +277,27 @@ def test_every_row_is_kept_merged_or_rejected(rows: list[tuple[str, str, str | N
     again = check_frame(checked.frame, CATALOGUE, "x")
     assert again.frame.equals(checked.frame)
     assert not again.report.rules_broken
+
+
+ODD_NUMBERS = ("nan", "-inf", "1e30", "1e400", "99999999999999999999", "-1", "1.5", "1735689600", "1735689600000", "1735689600e9")
+ODD_TEXTS = ("", " ", "\0", "{}", "a|b", "e\u0301", "x" * 2001, "pin", "2025-01-01", "9999-12-31T23:59:59-10:00")
+ODD_LISTS = ("[1,2", '[1,"a"]', "[[1],[2]]", "[null]")
+odd_cells = st.sampled_from([*ODD_NUMBERS, *ODD_TEXTS, *ODD_LISTS, None])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(sorted(SCHEMAS)), st.data())
+def test_whatever_stands_in_the_cells_rows_are_good_or_rejected(name: str, data: st.DataObject) -> None:
+    """No cell crashes the checks, and no required value is missing in what they let through."""
+    wanted = SCHEMAS[name]
+    usual = {"choice": "pin", "integer": "1", "number": "1.5", "timestamp (UTC)": "1735689600", "vector": "[1,2]"}
+    n = data.draw(st.integers(1, 4))
+    cells = {c.name: data.draw(st.lists(st.just(usual.get(c.kind, "a")) | odd_cells, min_size=n, max_size=n)) for c in wanted.columns}
+    checked = check_frame(pl.DataFrame(cells, schema=dict.fromkeys(cells, pl.String)), wanted, "x", now=NOW)
+    merged = sum(int(note.split()[0]) for note in checked.report.notes if "merged" in note)
+    assert checked.frame.height + checked.rejected.height + merged == n
+    assert sum(checked.frame[c.name].null_count() for c in wanted.columns if c.required) == 0
+    assert {c.name for c in wanted.columns} <= set(checked.frame.columns)
 
 
 def test_schemas_know_their_tables() -> None:

@@ -15,6 +15,8 @@ import numpy as np
 
 from benchmarks.ann_data import VectorSet, default_cache, load_vectors
 from benchmarks.ann_engines import ENGINES, Engine, installed
+from benchmarks.ann_plot import draw_costs
+from benchmarks.ann_prefix import PREFIX_ENGINES
 from benchmarks.record import RESULTS, write_record
 from encoders.console import data_option, handle_errors, json_option, print_json, print_table, say, stage
 from encoders.errors import ConfigError, OmniError
@@ -22,6 +24,7 @@ from encoders.exact_search import exact_top_k
 from index_builder.calibration import recall_per_query
 
 BASELINE = "hnswlib f32"
+ALL_ENGINES = ENGINES | PREFIX_ENGINES
 LEVELS = (0.95, 0.98)
 
 
@@ -97,7 +100,7 @@ def build_here(name: str, folder: str) -> None:
     """Build one engine over ``corpus.npy`` of its folder and note the CPU seconds; what a process of ``built`` does."""
     corpus = np.load(Path(folder) / "corpus.npy")
     start = time.process_time()
-    ENGINES[name][0](corpus, Path(folder))
+    ALL_ENGINES[name][0](corpus, Path(folder))
     (Path(folder) / "build.json").write_text(json.dumps({"build_cpu_s": round(time.process_time() - start, 1)}))
 
 
@@ -106,7 +109,7 @@ def load_here(name: str, folder: str) -> None:
     corpus, queries = np.load(Path(folder) / "corpus.npy", mmap_mode="r"), np.load(Path(folder) / "queries.npy")
     facts = Path(folder) / "build.json"
     before = _memory_mb()
-    engine = ENGINES[name][0](corpus, Path(folder))
+    engine = ALL_ENGINES[name][0](corpus, Path(folder))
     for i in range(len(queries)):
         engine.search(queries[i : i + 1], 64)
     memory = {key: round(value - before[key], 1) for key, value in _memory_mb().items()}
@@ -123,7 +126,7 @@ def measure(names: list[str], vectors: VectorSet, queries: int, repeats: int, bu
             with stage(f"{vectors.name}: build {name}"):
                 facts = built(name, vectors, built_folder)
             with stage(f"{vectors.name}: load {name}"):
-                engine = ENGINES[name][0](vectors.corpus, built_folder / vectors.name / name.replace(" ", "-"))
+                engine = ALL_ENGINES[name][0](vectors.corpus, built_folder / vectors.name / name.replace(" ", "-"))
         except (OmniError, RuntimeError, ValueError, ImportError, TypeError, AttributeError) as error:
             say(f"{name}: {error}")
             results.append({"engine": name, "failed": str(error)[:200]})
@@ -167,7 +170,8 @@ def _overhead(results: list[dict[str, Any]]) -> dict[str, float]:
 @data_option
 @click.option("--sizes", default="100000", show_default=True, help="Corpus sizes, separated by commas (10000 to 800000).")
 @click.option("--distributions", default="in,out", show_default=True, help="in: held-out strings. out: languages the corpus lacks.")
-@click.option("--engines", default="", help=f"Names separated by commas; all installed ones by default. Known: {', '.join(ENGINES)}.")
+@click.option("--engines", default="", help=f"Names separated by commas; all installed ones by default. Known: {', '.join(ALL_ENGINES)}.")
+@click.option("--vectors", "tower", help="A model bundle, or tiny-multilingual: its query tower makes the vectors instead of WordLlama.")
 @click.option("--queries", default=2000, show_default=True, help="Queries reported on.")
 @click.option("--repeats", default=3, show_default=True, help="Sweeps of every engine.")
 @click.option(
@@ -184,6 +188,7 @@ def command(
     sizes: str,
     distributions: str,
     engines: str,
+    tower: str | None,
     queries: int,
     repeats: int,
     built_folder: Path | None,
@@ -193,7 +198,8 @@ def command(
     """Queries/s at ANN recall@10 of 0.95 and 0.98, one query a call, one thread, CPU time.
 
     Vectors are WordLlama embeddings of the real texts of the `large` data set (pip install wordllama==0.4.0.post1). Times are CPU time of
-    the process, so that a busy machine does not count; hnswlib float32 (M=16, ef_construction=200) is swept before each engine.
+    the process; hnswlib float32 (M=16, ef_construction=200) is swept before each engine. Memory is that of a process of its own which loads
+    the engine and answers 200 queries. Records of several sizes in the same folder make the picture ann-cost.png.
 
     Example:
         omni bench ann --data data --sizes 100000,800000 --engines "hnswlib f32,ours auto,bare symqg,zvec int8"
@@ -201,17 +207,17 @@ def command(
     if data_dir is None:
         raise ConfigError("omni bench ann needs the folder that holds large/: give --data or set OMNI_DATA.")
     names = [n.strip() for n in engines.split(",") if n.strip()] or [n for n in ENGINES if installed(n)]
-    unknown = [n for n in names if n not in ENGINES]
+    unknown = [n for n in names if n not in ALL_ENGINES]
     if unknown:
-        raise ConfigError(f"unknown engines {unknown}; known are {', '.join(ENGINES)}.")
+        raise ConfigError(f"unknown engines {unknown}; known are {', '.join(ALL_ENGINES)}.")
     names = [BASELINE, *[n for n in names if n != BASELINE]]
     everything = {}
     for size in [int(s) for s in sizes.split(",")]:
         for distribution in distributions.split(","):
-            vectors = load_vectors(data_dir, size=size, distribution=distribution.strip())
+            vectors = load_vectors(data_dir, size=size, distribution=distribution.strip(), tower=tower)
             results = measure(names, vectors, queries, repeats, built_folder or default_cache() / "ann")
             everything[vectors.name] = {"dataset": vectors.describe(), "results": results, "added_us": _overhead(results)}
-            libraries = tuple(str(ENGINES[n][1]) for n in names if ENGINES[n][1])
+            libraries = tuple(str(ALL_ENGINES[n][1]) for n in names if ALL_ENGINES[n][1])
             write_record(
                 f"ann-{vectors.name}",
                 dataset=vectors.describe(),
@@ -238,5 +244,8 @@ def command(
                     [[r["engine"], *[r.get(c, r.get("failed") if c == "qps@0.95" else None) for c in columns]] for r in results],
                 )
                 say(f"microseconds our call adds: {everything[vectors.name]['added_us']}")
+    picture = draw_costs(out)
+    if picture is not None:
+        say(f"cost by corpus size: {picture.name}")
     if as_json:
         print_json(everything)

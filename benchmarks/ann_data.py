@@ -1,4 +1,4 @@
-"""Real vectors for index benchmarks: WordLlama (256-d, PyPI) over the distinct texts of the `large` data set, embedded once and cached."""
+"""Real vectors for index benchmarks: WordLlama (256-d, PyPI) or a query tower over the distinct texts of the `large` data set, cached."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ class VectorSet:
         queries: float32 ``(Q, 256)``, reported on.
         calibration: float32 ``(C, 256)``, for choosing settings only.
         rows: int64 ``(N,)``, the row of each corpus vector among all texts (stable across sizes).
+        source: What made the vectors.
     """
 
     name: str
@@ -36,6 +37,7 @@ class VectorSet:
     queries: np.ndarray
     calibration: np.ndarray
     rows: np.ndarray
+    source: str = "WordLlama"
 
     def describe(self) -> dict[str, object]:
         """Facts for a benchmark record."""
@@ -45,7 +47,7 @@ class VectorSet:
             "dimension": int(self.corpus.shape[1]),
             "queries": len(self.queries),
             "calibration_queries": len(self.calibration),
-            "source": "WordLlama 256-d over the distinct folded texts of `large` (real texts: annotations and translations, not clicks)",
+            "source": f"{self.source} over the distinct folded texts of `large` (real texts: annotations and translations, not clicks)",
             "real": True,
         }
 
@@ -83,7 +85,13 @@ def _read_texts(folder: Path) -> tuple[list[str], _Texts]:
     return texts, _Texts(languages, np.array([seen[t][2] for t in texts]), short)
 
 
-def _embed(texts: list[str]) -> np.ndarray:
+def _embed(texts: list[str], tower: str | None) -> np.ndarray:
+    if tower is not None:
+        from encoders.query_tower import QueryEncoder, create_query_encoder
+
+        folder = Path(tower) / "query_encoder"
+        encoder = QueryEncoder.load(folder) if folder.is_dir() else create_query_encoder(tower)
+        return np.ascontiguousarray(encoder.encode(texts, 512), dtype=np.float32)
     try:
         import wordllama
     except ImportError as error:
@@ -100,19 +108,20 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "omnisearchsage"
 
 
-def _load_all(data_dir: Path, cache: Path) -> tuple[_Texts, np.ndarray]:
+def _load_all(data_dir: Path, cache: Path, tower: str | None) -> tuple[_Texts, np.ndarray]:
     folder = data_dir / "large" if (data_dir / "large").is_dir() else data_dir
     if not (folder / "pairs_train.jsonl.gz").is_file():
         raise ConfigError(
             f"expected pairs_train.jsonl.gz in {folder}, but it is not there. Point --data (or OMNI_DATA) at the folder that holds large/."
         )
-    facts_path, vectors_path = cache / "wordllama-256-facts.npz", cache / "wordllama-256.npy"
+    facts_path = cache / "wordllama-256-facts.npz"
+    vectors_path = cache / ("wordllama-256.npy" if tower is None else f"tower-{_tower_name(tower)}.npy")
     if not (facts_path.is_file() and vectors_path.is_file()):
         texts, facts = _read_texts(folder)
-        with stage(f"embed {len(texts):,} texts with WordLlama"):
+        with stage(f"embed {len(texts):,} texts with {tower or 'WordLlama'}"):
             cache.mkdir(parents=True, exist_ok=True)
             partial = vectors_path.with_suffix(".tmp.npy")
-            np.save(partial, _embed(texts))
+            np.save(partial, _embed(texts, tower))
             partial.rename(vectors_path)
             np.savez(facts_path, languages=facts.languages, dev=facts.dev, short=facts.short)
     with np.load(facts_path) as stored:
@@ -120,7 +129,18 @@ def _load_all(data_dir: Path, cache: Path) -> tuple[_Texts, np.ndarray]:
     return facts, np.load(vectors_path, mmap_mode="r")
 
 
-def load_vectors(data_dir: Path, *, size: int, distribution: str = "in", cache: Path | None = None, seed: int = 0) -> VectorSet:
+def _tower_name(tower: str) -> str:
+    """A bundle by its space id, a shipped tower by its name."""
+    if not Path(tower).is_dir():
+        return tower
+    from encoders.bundle import read_space_id
+
+    return read_space_id(Path(tower))[:12]
+
+
+def load_vectors(
+    data_dir: Path, *, size: int, distribution: str = "in", cache: Path | None = None, seed: int = 0, tower: str | None = None
+) -> VectorSet:
     """A corpus of about ``size`` vectors with held-out queries.
 
     Args:
@@ -130,12 +150,13 @@ def load_vectors(data_dir: Path, *, size: int, distribution: str = "in", cache: 
             up to 100k, short queries that are not English over an English corpus; above, East Asian queries over a corpus without them.
         cache: Where embedded vectors are kept.
         seed: Chooses the sample.
+        tower: A model bundle or a shipped tower whose query tower embeds the texts; None: WordLlama.
 
     Raises:
         ConfigError: The data are not there, or the distribution is unknown.
         MissingDependency: wordllama is not installed.
     """
-    facts, vectors = _load_all(data_dir, cache or default_cache())
+    facts, vectors = _load_all(data_dir, cache or default_cache(), tower)
     rng = np.random.default_rng(seed)
     usable = np.concatenate(
         [np.abs(np.linalg.norm(vectors[s : s + 65536], axis=1) - 1) < 1e-3 for s in range(0, len(vectors), 65536)]
@@ -161,8 +182,10 @@ def load_vectors(data_dir: Path, *, size: int, distribution: str = "in", cache: 
     corpus_ok = corpus_ok.copy()
     corpus_ok[held_out] = False
     rows = rng.permutation(np.flatnonzero(corpus_ok))[:size]
+    source = f"WordLlama {vectors.shape[1]}-d" if tower is None else f"the query tower of {_tower_name(tower)}, {vectors.shape[1]}-d,"
     return VectorSet(
-        name=name,
+        name=name if tower is None else f"tower-{_tower_name(tower)}-{name}",
+        source=source,
         corpus=np.ascontiguousarray(vectors[np.sort(rows)]),
         queries=np.ascontiguousarray(vectors[held_out[:half]]),
         calibration=np.ascontiguousarray(vectors[held_out[half:]]),

@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 from index_builder.attributes import AttributeTable, Column
 from index_builder.errors import FilterError
-from index_builder.filters import Both, BoundFilter, Leaf, Selection, parse_filter, select_slices
+from index_builder.filters import Both, BoundFilter, Either, Leaf, Selection, parse_filter, select_slices
 
 MAX_BYTES = 64 * 2**20
 _MAX_SHAPES = 1_000
@@ -76,12 +76,10 @@ class SelectionCache:
             BoundFilter(parse_filter(template), self._table)
         except FilterError:
             return None  # the full parser says what is wrong, and where in the text as it was given
-        leaves = root.parts if isinstance(root, Both) else (root,)
-        comparisons = []
-        for leaf in leaves:
-            if not isinstance(leaf, Leaf) or leaf.op not in ("==", "<", "<=", ">", ">=") or leaf.field != getattr(leaves[0], "field", None):
-                return None
-            if isinstance(leaf.values[0], bool):
-                return None
-            comparisons.append((leaf.op, int(leaf.values[0])))
-        return self._table.column(leaf.field), tuple(comparisons)
+        leaves = [part for part in (root.parts if isinstance(root, Both) else (root,)) if isinstance(part, Leaf)]
+        numbers = [leaf for leaf in leaves if leaf.op in ("==", "<", "<=", ">", ">=") and not isinstance(leaf.values[0], bool)]
+        if isinstance(root, Either) or len(numbers) != (len(root.parts) if isinstance(root, Both) else 1):
+            return None
+        if len({leaf.field for leaf in numbers}) != 1:
+            return None
+        return self._table.column(numbers[0].field), tuple((leaf.op, int(leaf.values[0])) for leaf in numbers)

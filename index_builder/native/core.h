@@ -142,25 +142,36 @@ struct Core {
     return hits.back().score;
   }
 
+  // Whether each node of a whole block has one row and these follow one another, as almost everywhere; then the first of them.
+  bool consecutive_rows(size_t first, size_t& row) const {
+    if (!starts.held) return true;
+    const uint32_t* from = starts.as<uint32_t>() + first;
+    if (from[block_rows] - from[0] != block_rows) return false;
+    const uint32_t* list = rows.as<uint32_t>() + from[0];
+    row = list[0];
+    return list[block_rows - 1] - list[0] == block_rows - 1;  // nodes stand in the order of their first rows
+  }
+
   // The nodes of every `every`-th block that may be answered and are estimated above the threshold; about the best `wanted` where they are more.
   void sketch_pass(float step, float low, float threshold, size_t every, size_t wanted, const uint8_t* mask, const uint8_t* hidden, Scratch& s) const {
     const uint8_t* bits = sketch.as<uint8_t>();
     const float* scales = factors.as<float>();
-    const bool simple = !starts.held;
     float scores[block_rows];
     s.hits.clear();
     for (size_t first = 0; first < node_count; first += every * block_rows) {
       const size_t count = std::min(block_rows, node_count - first);
       uint32_t may = count == block_rows ? ~0u : (1u << count) - 1;
-      if (simple && count == block_rows) {
-        if (mask != nullptr) may = nonzero_bits(mask + first);
-        if (hidden != nullptr) may &= ~nonzero_bits(hidden + first);
+      size_t row = first;
+      const bool direct = count == block_rows && consecutive_rows(first, row);
+      if (direct) {
+        if (mask != nullptr) may = nonzero_bits(mask + row);
+        if (hidden != nullptr) may &= ~nonzero_bits(hidden + row);
         if (may == 0) continue;
       }
       uint32_t above = may & sketch_block(bits + first * stride / 8, s.table.data(), stride / 4, scales + first, step, low, threshold, scores);
       for (; above != 0; above &= above - 1) {
         const uint32_t j = uint32_t(__builtin_ctz(above)), node = uint32_t(first) + j;
-        if ((!simple || count < block_rows) && !allowed(node, mask, hidden)) continue;
+        if (!direct && !allowed(node, mask, hidden)) continue;
         s.hits.push_back(Hit{scores[j], node});
       }
       if (s.hits.size() >= 2 * wanted) threshold = best_hits(wanted, s.hits);

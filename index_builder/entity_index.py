@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,47 +24,18 @@ from index_builder.errors import DimensionMismatch, IndexFormatError, InvalidQue
 from index_builder.filters import BoundFilter, Selection, parse_filter
 from index_builder.graph_check import unreachable_nodes
 from index_builder.id_table import IdTable
+from index_builder.index_config import DEFAULT_RECALL, IndexConfig
+from index_builder.search_settings import SearchSettings
 from index_builder.selection_cache import SelectionCache
 
 if TYPE_CHECKING:
     from index_builder.live_segments import LiveView
 
+__all__ = ["INDEX_FILE", "INDEX_FORMAT", "MAX_K", "EntityIndex", "IndexConfig", "SearchResult"]
+
 INDEX_FILE = "index.json"
 INDEX_FORMAT = 1
 MAX_K = 10_000
-DEFAULT_RECALL = 0.95
-_UNCALIBRATED_EF = 120
-_UNCALIBRATED_SKETCHES = 1_024
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class IndexConfig:
-    """How one entity type is indexed."""
-
-    kind: str = "auto"
-    """``auto`` or one of hnsw, symqg, rabitq, lean, exact, faiss, faiss-ivf."""
-    ann: AnnConfig = field(default_factory=AnnConfig)
-    """Parameters of the graph."""
-    lean: bool = False
-    """Whether ``auto`` should prefer little memory (at most 0.6 kB private a vector) over speed."""
-    deterministic: bool = False
-    """The same input and seed give the same bytes; builds on one thread."""
-    default_recall: float = DEFAULT_RECALL
-    """ANN recall@10 that searches aim at when they do not say."""
-
-    def __post_init__(self) -> None:
-        if self.kind != "auto" and self.kind not in KINDS:
-            raise ConfigError(f"index kind must be one of auto, {', '.join(KINDS)}, but got {self.kind!r}.")
-        if not 0.5 <= self.default_recall < 1.0:
-            raise ConfigError(f"default_recall must be at least 0.5 and below 1, but got {self.default_recall}.")
-        if self.deterministic and self.ann.threads != 1:
-            raise ConfigError(
-                f"a deterministic build uses one thread, but got threads={self.ann.threads}. Set threads to 1 or build in fast mode."
-            )
-        if self.deterministic and self.kind == "symqg":
-            raise ConfigError(
-                "index kind 'symqg' draws a random rotation that cannot be seeded. Use auto, hnsw or lean for a deterministic build."
-            )
 
 
 @dataclass(slots=True)
@@ -115,7 +86,7 @@ class EntityIndex:
         self._store = store
         self._base = BaseSearch(corpus, ann, ids, store)
         self._selections = SelectionCache(attributes)
-        self._settings: dict[tuple[int, int | None, float | None], tuple[int, float | None]] = {}
+        self._settings = SearchSettings(calibration, default_recall, len(corpus.vectors), ann.exact)
         self._shape_1, self._shape_2 = (self.dimension,), (1, self.dimension)
 
     # ---- build, save, load -------------------------------------------------------------------------------------------------------------
@@ -196,7 +167,7 @@ class EntityIndex:
             if self._base.sketches:
                 points = calibrate_sketches(self._base.sketch_scores, self.base_vectors(), queries)
                 self.calibration = replace(self.calibration, sketch_points=points)
-        self._settings.clear()
+        self._settings = SearchSettings(self.calibration, self.default_recall, len(vectors), self.ann.exact)
         return self.calibration
 
     def save(self, folder: Path) -> None:
@@ -374,13 +345,7 @@ class EntityIndex:
             FilterError: The filter does not parse or does not fit the attributes.
         """
         query = self._checked(query, k)
-        chosen = self._settings.get((k, ef, min_recall))
-        if chosen is None:
-            chosen = self._choose(k, ef, min_recall)
-            if len(self._settings) > 1_000:
-                self._settings.clear()
-            self._settings[k, ef, min_recall] = chosen
-        ef_search, expected = chosen
+        ef_search, expected = self._settings.choose(k, ef, min_recall)
         if ef_search == 0:
             exact = True
         live = self._live
@@ -407,7 +372,7 @@ class EntityIndex:
         if len(queries) == 0:
             return []
         plain = not options and self._live is None
-        ef, expected = self._settings.get((k, None, None)) or self._choose(k, None, None) if plain else (0, None)
+        ef, expected = self._settings.choose(k, None, None) if plain else (0, None)
         if not plain or ef == 0:
             return [self.search(queries[i], k, **options) for i in range(len(queries))]
         for query in queries:
@@ -436,33 +401,6 @@ class EntityIndex:
             raise InvalidQuery(f"k must be between 1 and {MAX_K:,}, but got {k}.")
         return query if query.flags.c_contiguous else np.ascontiguousarray(query)
 
-    def _choose(self, k: int, ef: int | None, min_recall: float | None) -> tuple[int, float | None]:
-        """Ef (0: exact) and the expected recall."""
-        if ef is not None and ef < 1:
-            raise InvalidQuery(f"ef must be at least 1, but got {ef}.")
-        if min_recall is not None and not 0.0 < min_recall <= 1.0:
-            raise InvalidQuery(f"min_recall must be above 0 and at most 1, but got {min_recall}.")
-        nodes = len(self.corpus.vectors)
-        if self.ann.exact or 2 * k >= nodes or min_recall == 1.0:
-            return 0, 1.0
-        calibration = self.calibration
-        if ef is not None:
-            ef = max(ef, k)
-            return ef, calibration.recall_at(ef, k) if calibration else None
-        target = self.default_recall if min_recall is None else min_recall
-        if calibration is None:
-            if min_recall is not None:
-                return 0, 1.0
-            chosen: tuple[int, float | None] = (max(_UNCALIBRATED_EF, 2 * k), None)
-        else:
-            reached = calibration.ef_for(target, k)
-            if reached is None:
-                if min_recall is not None:
-                    return 0, 1.0
-                reached = max(calibration.points[-1].ef, 2 * k)
-            chosen = (max(reached, k), calibration.recall_at(max(reached, k), k))
-        return chosen
-
     def _general(
         self, query: np.ndarray, k: int, ef: int, expression: str | None, exclude_ids: Collection[str], exact: bool, live: LiveView | None
     ) -> tuple[BaseHits, float | None]:
@@ -477,7 +415,7 @@ class EntityIndex:
             hidden = np.zeros(len(self.ids), dtype=np.bool_) if hidden is None else hidden.copy()
             hidden[excluded] = True
             hidden_count, excluded = int(np.count_nonzero(hidden)), []
-        wanted = self._wanted_sketches(k, ef) if selection is not None else 0
+        wanted = self._settings.sketches(k, ef) if selection is not None else 0
         hits = self._base.search(query, k + len(excluded), ef, wanted, selection, hidden, hidden_count, exact)
         banned = set(exclude_ids)
         if excluded:
@@ -486,15 +424,6 @@ class EntityIndex:
         if live is not None and live.live_count:
             hits = self._merge(query, k, hits, live, expression, exclude_ids, exact)
         return hits, selectivity
-
-    def _wanted_sketches(self, k: int, ef: int) -> int:
-        """How many sketches a filtered search looks at more closely to reach the recall that ``ef`` has without a filter."""
-        calibration = self.calibration
-        expected = None if calibration is None else calibration.recall_at(ef, calibration.k)
-        reached = None if calibration is None else calibration.sketches_for(self.default_recall if expected is None else expected)
-        if calibration is None or reached is None:
-            return max(_UNCALIBRATED_SKETCHES, len(self.corpus.vectors) // 32, 64 * k)
-        return int(reached * max(1.0, k / calibration.k))
 
     def _merge(
         self,

@@ -1,0 +1,41 @@
+"""How one entity type is indexed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from encoders.errors import ConfigError
+from index_builder.ann import AnnConfig
+from index_builder.ann.choice import KINDS
+
+DEFAULT_RECALL = 0.95
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class IndexConfig:
+    """How one entity type is indexed."""
+
+    kind: str = "auto"
+    """``auto`` or one of hnsw, symqg, rabitq, lean, exact, faiss, faiss-ivf."""
+    ann: AnnConfig = field(default_factory=AnnConfig)
+    """Parameters of the graph."""
+    lean: bool = False
+    """Whether ``auto`` should prefer little memory (at most 0.6 kB private a vector) over speed."""
+    deterministic: bool = False
+    """The same input and seed give the same bytes; builds on one thread."""
+    default_recall: float = DEFAULT_RECALL
+    """ANN recall@10 that searches aim at when they do not say."""
+
+    def __post_init__(self) -> None:
+        if self.kind != "auto" and self.kind not in KINDS:
+            raise ConfigError(f"index kind must be one of auto, {', '.join(KINDS)}, but got {self.kind!r}.")
+        if not 0.5 <= self.default_recall < 1.0:
+            raise ConfigError(f"default_recall must be at least 0.5 and below 1, but got {self.default_recall}.")
+        if self.deterministic and self.ann.threads != 1:
+            raise ConfigError(
+                f"a deterministic build uses one thread, but got threads={self.ann.threads}. Set threads to 1 or build in fast mode."
+            )
+        if self.deterministic and self.kind == "symqg":
+            raise ConfigError(
+                "index kind 'symqg' draws a random rotation that cannot be seeded. Use auto, hnsw or lean for a deterministic build."
+            )

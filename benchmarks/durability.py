@@ -291,7 +291,9 @@ def corruption_rounds(root: Path, rounds: int, seed: int) -> dict[str, Any]:
             assert current is not None
             paths = [*sorted(p for p in store.path_of(current).rglob("*") if p.is_file()), store.releases / CURRENT_NAME]
         # Bytes behind the acknowledged end of a log are a torn tail, which is tolerated, so nothing is appended to logs here.
-        done, undo = damage(paths, rng, ("truncate", "flip", "swap") if live else ("truncate", "flip", "swap", "append", "remove"))
+        done, undo = damage(
+            paths, rng, ("truncate", "flip", "swap", "remove") if live else ("truncate", "flip", "swap", "append", "remove")
+        )
         try:
             name = _refused(store, live)
         except Exception as error:

@@ -192,9 +192,7 @@ class BaseSearch:
         mask = None if selection is None else selection.as_mask()
         fetch = k if share == 1.0 else int(1.5 * k / share) + 4
         wide = ef
-        if (
-            share < 1.0
-        ):  # hidden rows lie everywhere: the k best of the others are the k / share best of all, and ef grows as for a larger k
+        if share < 1.0:  # the k best that are not hidden are the k / share best of all: ef grows as it does for a larger k
             wide = int(ef / (share if selection is not None else share**0.5)) + 1
         for _ in range(attempts):
             if fetch > min(max(20 * ef, 4_000), self._nodes):

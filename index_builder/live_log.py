@@ -10,20 +10,26 @@ cut off by the next writer) and ``writer.lock`` (an ``flock``; the kernel frees 
 from __future__ import annotations
 
 import os
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
 from index_builder.durability import FileLock, disk_full_is_clear, fsync_folder, make_folder
 from index_builder.errors import LiveLogBusy, LiveLogCorrupt, LiveLogError
+from index_builder.live_files import (
+    ACKNOWLEDGED_NAME,
+    Acknowledged,
+    begin_acknowledged,
+    check_header,
+    log_files,
+    read_acknowledged,
+    write_acknowledged,
+)
 from index_builder.live_records import (
     FILE_HEADER,
     FILE_MAGIC,
@@ -38,77 +44,6 @@ from index_builder.live_records import (
 
 DEFAULT_FILE_BYTES = 64 * 2**20
 _READ_BYTES = 8 * 2**20
-_ACKNOWLEDGED = struct.Struct("<8sQQQ")  # magic, first sequence of the file, end offset in it, last sequence
-_ACK_MAGIC = b"OMNIACK1"
-
-
-@dataclass(frozen=True, slots=True)
-class Acknowledged:
-    """How far writes were promised: file (by its first sequence number), offset behind the last promised record, its sequence number."""
-
-    file: int = 0
-    offset: int = 0
-    sequence: int = 0
-
-
-def log_files(folder: Path) -> list[tuple[int, Path]]:
-    """The log's files as ``(first sequence, path)``, in order."""
-    found = []
-    for path in folder.glob("log-*.bin"):
-        digits = path.stem[4:]
-        if digits.isdigit():
-            found.append((int(digits), path))
-    return sorted(found)
-
-
-def read_acknowledged(folder: Path) -> Acknowledged:
-    """Read how far writes were promised; zeros for a new log.
-
-    Raises:
-        LiveLogCorrupt: The file exists and does not check.
-    """
-    path = folder / "acknowledged"
-    for attempt in range(20):
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            return Acknowledged()
-        if len(content) == _ACKNOWLEDGED.size + 8:
-            body, checksum = content[:-8], struct.unpack("<Q", content[-8:])[0]
-            magic, file, offset, sequence = _ACKNOWLEDGED.unpack(body)
-            if magic == _ACK_MAGIC and xxhash.xxh3_64_intdigest(body) == checksum:
-                return Acknowledged(file, offset, sequence)
-        if attempt < 19:
-            time.sleep(0.001)  # a write of these 40 bytes may be under way
-    raise LiveLogCorrupt(
-        f"{path}: expected {_ACKNOWLEDGED.size + 8} bytes with a valid checksum, but got {len(content)} bytes that do not check. "
-        "The log itself may be whole: remove this file to trust the log's own checksums, then run `omni release verify --live`."
-    )
-
-
-def _write_acknowledged(folder: Path, value: Acknowledged) -> None:
-    body = _ACKNOWLEDGED.pack(_ACK_MAGIC, value.file, value.offset, value.sequence)
-    descriptor = os.open(folder / "acknowledged", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        os.pwrite(descriptor, body + struct.pack("<Q", xxhash.xxh3_64_intdigest(body)), 0)
-    finally:
-        os.close(descriptor)
-
-
-def _check_header(content: bytes | memoryview, first: int, path: Path) -> bool:
-    """Whether a whole, valid file header stands at the start; False if it is still being written."""
-    if len(content) < FILE_HEADER.size:
-        return False
-    magic, version, reserved, found = FILE_HEADER.unpack_from(content)
-    if magic == FILE_MAGIC and version > FILE_VERSION:
-        raise LiveLogError(
-            f"{path}: this engine reads live-log format {FILE_VERSION}, but the file is format {version}; install the engine that wrote it"
-        )
-    if magic != FILE_MAGIC or version != FILE_VERSION or reserved or found != first:
-        raise LiveLogCorrupt(
-            f"{path}: the header of a live log starting at sequence {first} was expected, but got magic {bytes(magic)!r}, sequence {found}"
-        )
-    return True
 
 
 class LiveLogReader:
@@ -151,7 +86,10 @@ class LiveLogReader:
             LiveLogCorrupt: An acknowledged entry is missing or changed.
             LiveLogError: Entries behind ``after`` were already collected, or a newer engine wrote the log.
         """
-        promised = read_acknowledged(self.folder)  # read first: what it promises must be in the files that are read afterwards
+        return self.read(limit, read_acknowledged(self.folder))  # read first: what it promises must be in the files read afterwards
+
+    def read(self, limit: int, promised: Acknowledged) -> list[LiveEntry]:
+        """``poll`` with a promise that was read before."""
         entries: list[LiveEntry] = []
         while len(entries) < limit and self._open():
             grown = self._read_file(entries, limit)
@@ -171,7 +109,18 @@ class LiveLogReader:
                 f"({self._file_path().name if self._file else 'no file'}, byte {self._offset}). Restore the file from a replica or backup; "
                 "serving goes on with what was read before."
             )
+        if self._file is not None and last < self.sequence and len(entries) < limit:
+            raise LiveLogCorrupt(
+                f"live log of {self.entity_type!r}: entries up to {self.sequence} are in the release, but the log ends at {last}: it was "
+                "removed and begun again, or belongs to another store. Restore it; to go on with this one, rebuild from the sources into "
+                "a new store and apply its changes there."
+            )
         return entries
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """First sequence number of the file being read, and the offset behind the last entry."""
+        return (self._file[0] if self._file else 0), self._offset
 
     def _file_path(self) -> Path:
         return self._file[1] if self._file else self.folder / "-"
@@ -192,7 +141,7 @@ class LiveLogReader:
         self._file = usable[-1]
         self._descriptor = os.open(self._file[1], os.O_RDONLY | os.O_CLOEXEC)
         head = os.pread(self._descriptor, FILE_HEADER.size, 0)
-        if not _check_header(head, self._file[0], self._file[1]):
+        if not check_header(head, self._file[0], self._file[1]):
             self.close()
             return False
         self._offset, self._next = FILE_HEADER.size, self._file[0]
@@ -359,7 +308,7 @@ class LiveLogWriter:
                         if self._before_sync is not None:
                             self._before_sync()
                         os.fdatasync(self._descriptor)
-                        _write_acknowledged(self.folder, Acknowledged(self._file[0], self._end + len(content), sequence))
+                        write_acknowledged(self.folder, Acknowledged(self._file[0], self._end + len(content), sequence))
                 except BaseException:
                     os.ftruncate(self._descriptor, self._end)
                     raise
@@ -376,6 +325,8 @@ class LiveLogWriter:
         self.close()
         first = self._sequence + 1
         path = self.folder / f"log-{first:020d}.bin"
+        if not (self.folder / ACKNOWLEDGED_NAME).exists():
+            begin_acknowledged(self.folder, Acknowledged())
         with disk_full_is_clear("starting a live-log file", self.folder):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
@@ -411,7 +362,7 @@ class LiveLogWriter:
                 self._file = None
                 self._catch_up()
                 return
-            if not _check_header(head, first, path):
+            if not check_header(head, first, path):
                 raise LiveLogCorrupt(f"{path}: the file is shorter than its header; restore it")
             self._end, self._sequence = FILE_HEADER.size, first - 1
         assert self._descriptor is not None
@@ -458,6 +409,38 @@ def _write_all(descriptor: int, content: bytes, offset: int) -> None:
 def last_sequence(live_root: Path, entity_type: str) -> int:
     """Sequence number of the last acknowledged entry of a log; 0 when there is none."""
     return read_acknowledged(live_root / entity_type).sequence
+
+
+def trust_log(live_root: Path, entity_type: str) -> int:
+    """Take what a log's own checksums prove as all that was ever promised: the way out when ``acknowledged`` was lost or damaged.
+
+    Returns:
+        Sequence number of the last entry.
+
+    Raises:
+        LiveLogCorrupt: A file in the middle is missing or damaged.
+        LiveLogBusy: A writer holds the log.
+    """
+    folder = live_root / entity_type
+    lock = FileLock(folder / "writer.lock")
+    if not lock.acquire(timeout_seconds=5.0):
+        raise LiveLogBusy(f"live log of {entity_type!r}: process {lock.holder()} holds the writer's lock; stop it or try again")
+    try:
+        files = log_files(folder)
+        reader = LiveLogReader(live_root, entity_type, after=files[0][0] - 1 if files else 0)
+        while reader.read(100_000, Acknowledged()):
+            pass
+        file, offset = reader.position
+        reader.close()
+        if files and file != files[-1][0]:
+            raise LiveLogCorrupt(
+                f"live log of {entity_type!r}: valid entries end at {reader.sequence}, before {files[-1][1].name}: there is a hole. "
+                "Restore what is missing, or move the files behind the hole away to give up what they hold."
+            )
+        begin_acknowledged(folder, Acknowledged(file, offset, reader.sequence))
+        return reader.sequence
+    finally:
+        lock.release()
 
 
 def collect_files(live_root: Path, entity_type: str, watermark: int) -> list[Path]:

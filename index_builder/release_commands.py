@@ -12,7 +12,9 @@ import click
 
 from encoders.console import handle_errors, json_option, print_json, print_table, say
 from index_builder.errors import LiveLogError, ReleaseError, ReleaseNotFound
-from index_builder.live_log import LiveLogReader, log_files
+from index_builder.live_files import log_files
+from index_builder.live_log import LiveLogReader
+from index_builder.live_log import trust_log as trust_checksums
 from index_builder.publishing import ReleaseStore
 from index_builder.store_option import open_store, store_option
 
@@ -120,9 +122,14 @@ def show_command(release_id: str | None, store_path: Path, as_json: bool) -> Non
 @store_option
 @click.option("--all", "verify_all", is_flag=True, help="Every release of the store.")
 @click.option("--live", is_flag=True, help="Also read the whole live log and check every record.")
+@click.option(
+    "--trust-log",
+    is_flag=True,
+    help="First take what the live log's own checksums prove as all that was written: after `acknowledged` was lost or damaged.",
+)
 @json_option
 @handle_errors
-def verify_command(release_id: str | None, store_path: Path, verify_all: bool, live: bool, as_json: bool) -> None:
+def verify_command(release_id: str | None, store_path: Path, verify_all: bool, live: bool, trust_log: bool, as_json: bool) -> None:
     """Check every byte of a release (default: the active one) against its manifest. Exits 1 when anything differs.
 
     Example: omni release verify --all --live --store store
@@ -138,12 +145,12 @@ def verify_command(release_id: str | None, store_path: Path, verify_all: bool, l
         except ReleaseError as error:
             entry = {"what": name, "ok": False, "files": None, "bytes": None, "error": str(error)}
         results.append({**entry, "seconds": round(time.perf_counter() - start, 3)})
-    if live:
-        results += [
-            _verify_log(store, folder)
-            for folder in sorted(store.live_root.iterdir() if store.live_root.is_dir() else [])
-            if folder.is_dir()
-        ]
+    if live or trust_log:
+        for folder in sorted(store.live_root.iterdir() if store.live_root.is_dir() else []):
+            if folder.is_dir():
+                if trust_log:
+                    trust_checksums(store.live_root, folder.name)
+                results.append(_verify_log(store, folder))
     if as_json:
         print_json(results)
     else:

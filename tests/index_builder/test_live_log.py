@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from encoders.errors import InvalidVectors
 from index_builder.errors import DiskFull, LiveLogBusy, LiveLogCorrupt, LiveLogError
-from index_builder.live_log import LiveLogReader, LiveLogWriter, collect_files, last_sequence, log_files
+from index_builder.live_files import log_files
+from index_builder.live_log import LiveLogReader, LiveLogWriter, collect_files, last_sequence, trust_log
 from index_builder.live_records import LiveEntry
 
 D = 8
@@ -246,7 +247,7 @@ def test_an_entry_whose_acknowledgement_finds_no_room_does_not_stay(tmp_path: Pa
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(live_log, "_write_acknowledged", full)
+        patched.setattr(live_log, "write_acknowledged", full)
         with pytest.raises(DiskFull, match="full"):
             writer.write([upsert("b")])
     assert writer.write([upsert("c")]) == 2
@@ -272,10 +273,12 @@ def test_a_killed_writer_loses_nothing_it_acknowledged(tmp_path: Path) -> None:
         while True:
             os.write(writing, f"{writer.write([upsert('x', 1), upsert('y', 2)])}\n".encode())
     os.close(writing)
-    time.sleep(0.2)
+    lines = os.fdopen(reading)
+    first = lines.readline()  # it writes now, however busy the machine
+    time.sleep(0.1)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    acknowledged = [int(line) for line in os.fdopen(reading).read().split("\n")[:-1]]
+    acknowledged = [int(line) for line in (first + lines.read()).split("\n")[:-1]]
     assert acknowledged
     assert len(read_all(tmp_path)) >= acknowledged[-1]
     assert last_sequence(tmp_path, "pin") >= acknowledged[-1]
@@ -293,3 +296,44 @@ def test_collecting_keeps_what_is_not_folded_and_a_reader_behind_it_is_told(tmp_
     with pytest.raises(LiveLogError, match="oldest kept"):
         read_all(tmp_path, after=0)
     assert writer.write([upsert("more")]) == 21
+
+
+def test_removing_the_promise_is_refused_until_the_log_is_trusted_as_it_is(tmp_path: Path) -> None:
+    """Without it a log that lost its end looks whole; removing it used to be accepted silently."""
+    LiveLogWriter(tmp_path, "pin", D).write([upsert("a"), upsert("b")])
+    (tmp_path / "pin" / "acknowledged").unlink()
+    for use in (lambda: read_all(tmp_path), lambda: LiveLogWriter(tmp_path, "pin", D), lambda: last_sequence(tmp_path, "pin")):
+        with pytest.raises(LiveLogCorrupt, match="--trust-log"):
+            use()
+    assert trust_log(tmp_path, "pin") == 2
+    assert [e.id for e in read_all(tmp_path)] == ["a", "b"]
+    assert LiveLogWriter(tmp_path, "pin", D).write([upsert("c")]) == 3
+
+
+def test_a_log_with_a_hole_cannot_be_trusted(tmp_path: Path) -> None:
+    with LiveLogWriter(tmp_path, "pin", D, file_bytes=100) as writer:
+        for n in range(6):
+            writer.write([upsert(f"e{n}", n)])
+    log_files(tmp_path / "pin")[1][1].unlink()
+    (tmp_path / "pin" / "acknowledged").unlink()
+    with pytest.raises(LiveLogCorrupt, match="hole"):
+        trust_log(tmp_path, "pin")
+
+
+def test_a_writer_killed_before_its_first_promise_leaves_a_usable_log(tmp_path: Path) -> None:
+    def dies() -> None:
+        os._exit(9)
+
+    child = os.fork()
+    if child == 0:
+        LiveLogWriter(tmp_path, "pin", D, before_sync=dies).write([upsert("a")])
+    os.waitpid(child, 0)
+    assert last_sequence(tmp_path, "pin") == 0
+    assert LiveLogWriter(tmp_path, "pin", D).write([upsert("b")]) in (1, 2)
+
+
+def test_a_log_begun_again_behind_a_release_is_noticed(tmp_path: Path) -> None:
+    """Someone removed ``live/``: entries numbered from 1 again would be taken for ones that the release already holds."""
+    LiveLogWriter(tmp_path, "pin", D).write([upsert("a")])
+    with pytest.raises(LiveLogCorrupt, match="up to 7"):
+        read_all(tmp_path, after=7)

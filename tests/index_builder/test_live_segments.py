@@ -12,8 +12,9 @@ from release_makers import SPACE, D, make_bundle, make_input, quick, unit_vector
 
 from index_builder.errors import LiveLogCorrupt
 from index_builder.live_blocks import attribute_frame, join_frames
+from index_builder.live_files import log_files
 from index_builder.live_follower import LiveFollower
-from index_builder.live_log import LiveLogWriter, log_files
+from index_builder.live_log import LiveLogWriter
 from index_builder.live_records import LiveEntry
 from index_builder.live_segments import LiveState
 from index_builder.publishing import ReleaseStore

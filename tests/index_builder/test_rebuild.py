@@ -226,13 +226,13 @@ def test_kill_minus_nine_in_a_rebuild_leaves_the_active_release_whole(bundle: Pa
 def test_memory_limits_choose_leaner_kinds_or_refuse_with_figures(bundle: Path, store: ReleaseStore) -> None:
     assert estimate_mib("symqg", 10**6, 256) > estimate_mib("hnsw", 10**6, 256) > estimate_mib("rabitq", 10**6, 256)
     inputs = {"pin": make_input("pin", 2500)}
-    plan = plan_release(inputs, read_bundle(bundle), store, quick("auto", max_memory_mib=302))
+    plan = plan_release(inputs, read_bundle(bundle), store, quick("auto", max_memory_mib=432))
     assert plan["build"]["pin"]["index"] in ("hnsw", "rabitq")
     with pytest.raises(ConfigError, match="leanest kind"):
         plan_release(inputs, read_bundle(bundle), store, quick("symqg", max_memory_mib=70))
     waste: list[np.ndarray] = []
     with pytest.raises(GateFailed, match="private memory at its peak"):
-        build_release(inputs, bundle, store, quick("hnsw", max_memory_mib=350), progress=lambda _: waste.append(np.ones(25_000_000)))
+        build_release(inputs, bundle, store, quick("hnsw", max_memory_mib=450), progress=lambda _: waste.append(np.ones(30_000_000)))
     assert store.current() is None
 
 

@@ -1,0 +1,110 @@
+"""Files of the live log: their names and headers, and how far writes were promised."""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from index_builder.durability import write_durably
+from index_builder.errors import LiveLogCorrupt, LiveLogError
+from index_builder.live_records import FILE_HEADER, FILE_MAGIC, FILE_VERSION
+
+_ACKNOWLEDGED = struct.Struct("<8sQQQ")  # magic, first sequence of the file, end offset in it, last sequence
+_ACK_MAGIC = b"OMNIACK1"
+ACKNOWLEDGED_NAME = "acknowledged"
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledged:
+    """How far writes were promised: file (by its first sequence number), offset behind the last promised record, its sequence number."""
+
+    file: int = 0
+    offset: int = 0
+    sequence: int = 0
+
+
+def log_files(folder: Path) -> list[tuple[int, Path]]:
+    """The log's files as ``(first sequence, path)``, in order."""
+    found = []
+    for path in folder.glob("log-*.bin"):
+        digits = path.stem[4:]
+        if digits.isdigit():
+            found.append((int(digits), path))
+    return sorted(found)
+
+
+def read_acknowledged(folder: Path) -> Acknowledged:
+    """Read how far writes were promised; zeros for a new log.
+
+    Raises:
+        LiveLogCorrupt: The file does not check, or is gone while the log's files are there.
+    """
+    path = folder / ACKNOWLEDGED_NAME
+    for attempt in range(20):
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            if not log_files(folder):
+                return Acknowledged()
+            if path.exists():  # the log was begun this moment: the promise comes first
+                continue
+            raise LiveLogCorrupt(
+                f"{path}: the file is missing, so nothing tells whether the log lost its end. Restore it from a replica or backup; or take "
+                "what the log's own checksums prove as all that was written: omni release verify --live --trust-log"
+            ) from None
+        if len(content) == _ACKNOWLEDGED.size + 8:
+            body, checksum = content[:-8], struct.unpack("<Q", content[-8:])[0]
+            magic, file, offset, sequence = _ACKNOWLEDGED.unpack(body)
+            if magic == _ACK_MAGIC and xxhash.xxh3_64_intdigest(body) == checksum:
+                return Acknowledged(file, offset, sequence)
+        if attempt < 19:
+            time.sleep(0.001)  # a write of these 40 bytes may be under way
+    raise LiveLogCorrupt(
+        f"{path}: expected {_ACKNOWLEDGED.size + 8} bytes with a valid checksum, but got {len(content)} bytes that do not check. "
+        "The log itself may be whole: to take what its own checksums prove as all that was written, run "
+        "`omni release verify --live --trust-log`."
+    )
+
+
+def _content(value: Acknowledged) -> bytes:
+    body = _ACKNOWLEDGED.pack(_ACK_MAGIC, value.file, value.offset, value.sequence)
+    return body + struct.pack("<Q", xxhash.xxh3_64_intdigest(body))
+
+
+def begin_acknowledged(folder: Path, value: Acknowledged) -> None:
+    """Put the file there durably, whole or not at all; before the first file of a log, so that a log without it is known to be damaged.
+
+    Raises:
+        DiskFull: No room.
+    """
+    write_durably(folder / ACKNOWLEDGED_NAME, _content(value))
+
+
+def write_acknowledged(folder: Path, value: Acknowledged) -> None:
+    """Promise more. Not synced: losing power may lose promises, which then guard less, but never the entries they are about."""
+    descriptor = os.open(folder / ACKNOWLEDGED_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        os.pwrite(descriptor, _content(value), 0)
+    finally:
+        os.close(descriptor)
+
+
+def check_header(content: bytes | memoryview, first: int, path: Path) -> bool:
+    """Whether a whole, valid file header stands at the start; False if it is still being written."""
+    if len(content) < FILE_HEADER.size:
+        return False
+    magic, version, reserved, found = FILE_HEADER.unpack_from(content)
+    if magic == FILE_MAGIC and version > FILE_VERSION:
+        raise LiveLogError(
+            f"{path}: this engine reads live-log format {FILE_VERSION}, but the file is format {version}; install the engine that wrote it"
+        )
+    if magic != FILE_MAGIC or version != FILE_VERSION or reserved or found != first:
+        raise LiveLogCorrupt(
+            f"{path}: the header of a live log starting at sequence {first} was expected, but got magic {bytes(magic)!r}, sequence {found}"
+        )
+    return True

@@ -31,6 +31,8 @@ MAX_BUFFERED_BYTES = 64 * 2**20
 """Request bytes, and answer bytes that wait for a window, on one connection; more and it is told to calm down."""
 NOISE_ALLOWANCE = 10_000
 """Control frames beyond ten per answered call that a peer may send: pings, resets and settings are cheap to send and not to serve."""
+LINGER_SECONDS = 2.0
+"""How long a leaving server waits for a client to take notice; clients of grpc take a round trip."""
 KEPT_HEADS = 512
 MAX_QUEUED_MESSAGES = 1000
 
@@ -550,7 +552,7 @@ class Connection(asyncio.Protocol):
         self._out.append(frame(wire.GOAWAY, 0, 0, struct.pack(">LL", wire.MAX_WINDOW, wire.NO_ERROR)))
         self._out.append(frame(wire.PING, 0, 0, b"goodbye!"))
         self._flush()
-        self.server.loop.call_later(1.0, self._say_goodbye)
+        self.server.loop.call_later(LINGER_SECONDS, self._say_goodbye)
 
     def _say_goodbye(self) -> None:
         if self.draining or self.closed:
@@ -563,8 +565,9 @@ class Connection(asyncio.Protocol):
             self._leave()
 
     def _leave(self) -> None:
+        """All calls are answered: the client closes. Closing first, with frames of it unread, would reset the connection under its eyes."""
         self._flush()
-        self.server.loop.call_soon(self.close)
+        self.server.loop.call_later(LINGER_SECONDS, self.close)
 
     def ping(self) -> None:
         """Ask whether the peer is still there."""

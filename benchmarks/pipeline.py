@@ -36,14 +36,36 @@ print(json.dumps({"seconds": wall, "cpu_seconds": cpu, "peak_gib": peak, **count
 """Run in a process of its own, so that the peak of memory is the pipeline's and nothing is warm."""
 
 
+MEASURED_DAYS = 6
+DAILY_CASES = (
+    (30, 1, 1000, 1),
+    (180, 1, 1000, 1),
+    (730, 1, 1000, 1),
+    (730, 4, 1000, 1),
+    (730, 12, 1000, 1),
+    (730, 1, 730, 1),
+    (730, 1, 1000, 3),
+)
+"""Days of history, how many times as dense it is as the new days, window in days, days merged at once."""
+
+
 @click.command()
 @click.option("--rows", "sizes", multiple=True, type=int, default=(1_000_000, 10_000_000), show_default=True, help="Log sizes; repeat.")
 @click.option("--repeats", default=3, show_default=True, help="Runs per size; the fastest and the median are recorded.")
 @click.option("--results-per-search", default=4, show_default=True, help="Impressions per search: 4 makes a fifth of the rows engagements.")
-@click.option("--daily/--no-daily", default=True, show_default=True, help="Measure the daily update after short and long histories.")
+@click.option(
+    "--measure",
+    "parts",
+    multiple=True,
+    type=click.Choice(["log", "daily"]),
+    default=("log", "daily"),
+    show_default=True,
+    help="The log pipeline (record pipeline), the daily update after short and long histories (record pipeline-daily); repeat.",
+)
 @click.option("--day-rows", default=5_000, show_default=True, help="Log rows of a day in the daily measurement.")
 @click.option("--threads", default=2, show_default=True, help="Cores used.")
 @click.option("--work", type=click.Path(path_type=Path), help="Folder for the simulated logs (kept and reused). Default: a temporary one.")
+@click.option("--simulate-only", is_flag=True, help="Only make the logs in --work; a later call measures.")
 @data_option
 @json_option
 @handle_errors
@@ -51,10 +73,11 @@ def command(
     sizes: tuple[int, ...],
     repeats: int,
     results_per_search: int,
-    daily: bool,
+    parts: tuple[str, ...],
     day_rows: int,
     threads: int,
     work: Path | None,
+    simulate_only: bool,
     data_dir: Path | None,
     as_json: bool,
 ) -> None:
@@ -66,44 +89,54 @@ def command(
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = work or Path(temporary)
+        sizes = sizes if simulate_only or "log" in parts else ()
+        sources = {rows: _simulated(folder / f"log-{rows}-{results_per_search}", rows, results_per_search, data_dir) for rows in sizes}
+        if simulate_only:
+            return
         runs = []
-        for rows in sizes:
-            source = _simulated(folder / f"log-{rows}-{results_per_search}", rows, results_per_search, data_dir)
+        for rows, source in sources.items():
             with stage(f"pipeline over {rows:,} rows, {repeats} runs"):
                 runs.append(_measure(source, folder / "out", rows, repeats, threads))
-        days = _daily_costs(folder, day_rows, data_dir) if daily else []
-    metrics = {"pipeline": runs, "daily_update": days}
-    if not as_json:
+        days = _daily_costs(folder, day_rows, data_dir) if "daily" in parts else []
+    metrics: dict[str, list[dict[str, Any]]] = {}
+    records = []
+    if runs:
+        metrics["pipeline"] = runs
         columns = ["rows", "events", "seconds", "median_seconds", "cpu_seconds", "peak_gib", "seconds_per_million", "partitions", "pairs"]
-        print_table(f"Pipeline, {threads} threads: {LABEL}", columns, ([run[c] for c in columns] for run in runs))
-        columns = [
-            "history_days",
-            "history_events",
-            "changed_events",
-            "seconds",
-            "cpu_seconds",
-            "cpu_ms_per_changed_event",
-            "entities_touched",
-        ]
-        print_table(f"Daily update (median of 5 days): {LABEL}", columns, ([day[c] for c in columns] for day in days))
-    path = write_record(
-        "pipeline",
-        dataset={"name": "simulated log", "simulated": True, "note": LABEL, "rows": list(sizes)},
-        config={"results_per_search": results_per_search, "threads": threads, "day_rows": day_rows},
-        protocol={
-            "repeats": repeats,
-            "clock": "perf_counter; cpu_seconds: process_time over all threads, which other work on the machine does not stretch",
-            "processes": "a fresh one per run",
-            "memory": "ru_maxrss",
-            "load_average": os.getloadavg(),
-        },
-        metrics=metrics,
+        _show(as_json, f"Pipeline, {threads} threads: {LABEL}", columns, runs)
+        config = {"results_per_search": results_per_search, "threads": threads}
+        records.append(
+            _record("pipeline", "pipeline", runs, config, {"repeats": repeats, "processes": "a fresh one per run", "memory": "ru_maxrss"})
+        )
+    if days:
+        metrics["daily_update"] = days
+        columns = ["case", "history_events", "changed_events", "seconds", "cpu_seconds", "cpu_us_per_changed_event", "feature_rows"]
+        _show(as_json, f"Daily update (mean of {MEASURED_DAYS} days): {LABEL}", columns, days)
+        records.append(
+            _record("pipeline-daily", "daily_update", days, {"day_rows": day_rows}, {"figures": f"mean over {MEASURED_DAYS} days"})
+        )
+    if as_json:
+        print_json(metrics | {"records": [str(r) for r in records]})
+    else:
+        for record in records:
+            click.echo(record)
+
+
+def _show(as_json: bool, title: str, columns: list[str], rows: list[dict[str, Any]]) -> None:
+    if not as_json:
+        print_table(title, columns, ([row[c] for c in columns] for row in rows))
+
+
+def _record(name: str, what: str, rows: list[dict[str, Any]], config: dict[str, Any], protocol: dict[str, Any]) -> Path:
+    clock = "perf_counter; cpu_seconds: process_time over all threads, which other work on the machine does not stretch"
+    return write_record(
+        name,
+        dataset={"name": "simulated log", "simulated": True, "note": LABEL},
+        config=config,
+        protocol={"clock": clock, "load_average": os.getloadavg(), **protocol},
+        metrics={what: rows},
         libraries=("polars", "pyarrow"),
     )
-    if as_json:
-        print_json(metrics | {"record": str(path)})
-    else:
-        click.echo(path)
 
 
 def _simulated(folder: Path, rows: int, results_per_search: int, data_dir: Path | None) -> Path:
@@ -137,15 +170,13 @@ def _measure(source: Path, out: Path, rows: int, repeats: int, threads: int) -> 
     }
 
 
-def _daily_costs(folder: Path, day_rows: int, data_dir: Path | None, histories: tuple[int, ...] = (30, 180, 730)) -> list[dict[str, Any]]:
-    """Seconds to merge one day into states with histories of different length; the window is two years, so the longest also drops days."""
-    from encoders.engaged_queries import EngagedQueriesConfig
-    from encoders.engaged_state import EngagedQueriesState
+def _daily_costs(folder: Path, day_rows: int, data_dir: Path | None) -> list[dict[str, Any]]:
+    """Cost of merging the same days into states of different length and density, with a day expiring, and of longer slices."""
     from encoders.events import EngagementRules, engaged_events
     from encoders.log_simulator import SimulatorConfig, simulate_log
     from encoders.sample import load_dataset
 
-    longest = max(histories) + 5
+    longest = 730 + MEASURED_DAYS
     start = datetime(2023, 1, 1, tzinfo=UTC)
     config = SimulatorConfig(
         rows=day_rows * longest, days=longest, start=start, rows_per_file=day_rows * 30, users=day_rows * 5, late=0.0, duplicates=0.0
@@ -153,37 +184,55 @@ def _daily_costs(folder: Path, day_rows: int, data_dir: Path | None, histories: 
     with stage(f"simulate {longest} days of {day_rows:,} rows"):
         pairs = load_dataset(data_dir, engaged_queries=0).pairs
         events = pl.concat([engaged_events(part, EngagementRules()).frame for part in simulate_log(pairs, config)])
+    first = start + timedelta(days=730)
     results = []
-    for history in histories:
-        # The measured days are the same for every history: the last five. Shorter histories start later.
-        begin, first = start + timedelta(days=longest - 5 - history), start + timedelta(days=longest - 5)
-        with (
-            tempfile.TemporaryDirectory(dir=folder) as state,
-            EngagedQueriesState.create(Path(state) / "state", EngagedQueriesConfig(window_days=730)) as current,
-        ):
-            past = events.filter(pl.col("timestamp").is_between(begin, first, closed="left"))
-            with stage(f"load {history} days of history ({past.height:,} events)"):
-                current.merge(past)
-            seconds, cpu, touched = [], [], []
-            for day in range(5):
-                today = first + timedelta(days=day)
-                rows = events.filter(pl.col("timestamp").is_between(today, today + timedelta(days=1), closed="left"))
-                clock, used = time.perf_counter(), time.process_time()
-                merge = current.merge(rows)
-                seconds.append(time.perf_counter() - clock)
-                cpu.append(time.process_time() - used)
-                touched.append(merge.touched.height)
-            results.append(
-                {
-                    "history_days": history,
-                    "history_events": past.height,
-                    "day_events": rows.height,
-                    "changed_events": merge.counts["added"] + merge.counts["expired"],
-                    "seconds": sorted(seconds)[2],
-                    "cpu_seconds": sorted(cpu)[2],
-                    "cpu_ms_per_changed_event": 1000 * sorted(cpu)[2] / max(1, merge.counts["added"] + merge.counts["expired"]),
-                    "entities_touched": sorted(touched)[2],
-                    "expired_events": merge.counts.get("expired", 0),
-                }
-            )
+    for days, copies, window, slice_days in DAILY_CASES:
+        past = _thickened(events.filter(pl.col("timestamp").is_between(first - timedelta(days=days), first, closed="left")), copies)
+        case = f"{days} days" + (f", {copies} times as dense" if copies > 1 else "") + (", a day expires" if window == days else "")
+        case += f", merged {slice_days} days at once" if slice_days > 1 else ""
+        new = events.filter(pl.col("timestamp") >= first)
+        slices = [
+            new.filter(pl.col("timestamp").is_between(first + timedelta(days=d), first + timedelta(days=d + slice_days), closed="left"))
+            for d in range(0, MEASURED_DAYS, slice_days)
+        ]
+        with tempfile.TemporaryDirectory(dir=folder) as state, stage(f"daily update: {case} ({past.height:,} events)"):
+            results.append({"case": case, "history_events": past.height} | _merge_cost(Path(state) / "state", past, slices, window))
     return results
+
+
+def _thickened(past: pl.DataFrame, copies: int) -> pl.DataFrame:
+    """The events, and copies by other people at other times whose queries are shuffled: a denser history of as many days."""
+    others = [
+        past.with_columns(
+            pl.col("timestamp").dt.offset_by(f"-{n}s"),
+            pl.col("user_id") + f"-{n}",
+            pl.col("query").sample(fraction=1.0, shuffle=True, seed=n),
+        )
+        for n in range(1, copies)
+    ]
+    return pl.concat([past, *others])
+
+
+def _merge_cost(folder: Path, past: pl.DataFrame, slices: list[pl.DataFrame], window_days: int) -> dict[str, Any]:
+    """Load a history, then merge slices: means per slice and per changed event."""
+    from encoders.engaged_queries import EngagedQueriesConfig
+    from encoders.engaged_state import EngagedQueriesState
+
+    with EngagedQueriesState.create(folder, EngagedQueriesConfig(window_days=window_days)) as state:
+        state.merge(past)
+        seconds, cpu, changed, feature_rows = 0.0, 0.0, 0, 0
+        for part in slices:
+            clock, used = time.perf_counter(), time.process_time()
+            merge = state.merge(part)
+            seconds += time.perf_counter() - clock
+            cpu += time.process_time() - used
+            changed += merge.counts["added"] + merge.counts["expired"]
+            feature_rows += merge.changed.height
+    n = len(slices)
+    return {
+        "changed_events": changed / n,
+        "seconds": seconds / n,
+        "cpu_seconds": cpu / n,
+        "cpu_us_per_changed_event": 1e6 * cpu / max(1, changed),
+        "feature_rows": feature_rows / n,
+    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -143,7 +142,6 @@ def test_the_simulate_command_labels_its_log(tmp_path: Path) -> None:
 def cluster() -> Iterator[str]:
     """Two nodes of one core each, as Ray's own tests start them."""
     pytest.importorskip("ray")
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "180")  # machines with other work start nodes slowly
     import ray
     from ray.cluster_utils import Cluster
 

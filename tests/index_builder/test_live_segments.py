@@ -240,3 +240,43 @@ def test_a_damaged_log_keeps_the_last_good_picture_and_says_so(store: ReleaseSto
     assert fresh.entity("pin").search(unit_vectors(1, 1)[0], 1).ids == ["good"] or fresh.entity("pin").count == 200
     assert fresh.entity("ad").count == 20
     checked.stop()
+
+
+@pytest.mark.parametrize("dimension", [8, 64, 100, 256, 300])
+@pytest.mark.parametrize("scans", [True, False])
+def test_merging_keeps_the_best_of_both_with_true_scores(dimension: int, scans: bool) -> None:
+    """The compiled scan and numpy give what sorting everything gives, with dead rows, masks, and k above what there is."""
+    rng = np.random.default_rng(dimension)
+    vectors = rng.standard_normal((1043, dimension)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    live, base, queries = vectors[:1000], vectors[1000:1040], vectors[1040:]
+    state = LiveState(dimension=dimension, space_id=SPACE, row_of=lambda _: None, base_count=0, background=False, scans=scans)
+    state.apply([LiveEntry(id=f"e{n}", vector=live[n], space_id=SPACE) for n in range(1000)])
+    (segment,) = state.apply([LiveEntry(id=f"e{n}") for n in range(0, 1000, 7)]).segments
+    mask = rng.random(1000) < 0.5
+    names = [f"b{n}" for n in range(40)] + [f"e{n}" for n in range(1000)]
+    missed = 0
+    for query in queries:
+        for k, use in ((1, None), (10, None), (10, mask), (40, mask), (2000, None)):
+            order = np.argsort(-(base @ query))[:k]
+            ids, scores = segment.merge(query[None], k, [f"b{n}" for n in order], (base @ query)[order], use)
+            allowed = np.concatenate([np.ones(40, bool), segment.alive if use is None else segment.alive & use])
+            allowed[np.setdiff1d(np.arange(40), order)] = False
+            truth = np.concatenate([base, live]) @ query
+            want = np.flatnonzero(allowed)[np.argsort(-truth[allowed], kind="stable")][:k]
+            assert len(ids) == len(set(ids)) == len(want)
+            np.testing.assert_allclose(scores, [truth[names.index(i)] for i in ids], atol=1e-5)
+            assert np.all(np.diff(scores) <= 1e-6)
+            assert all(allowed[names.index(i)] for i in ids)
+            missed += len({names[int(w)] for w in want} - set(ids))
+    assert missed <= 2  # a row at the edge of the answer is overlooked with probability 0.006
+
+
+def test_a_merge_that_changes_nothing_returns_the_very_answer() -> None:
+    state = make_state()
+    (segment,) = state.apply([entry(1000, 0, 1)]).segments
+    ids, scores = ["a", "b"], np.array([0.99, 0.98], np.float32)
+    query = np.ascontiguousarray(-VECTORS[:1])
+    merged, found = segment.merge(query, 2, ids, scores)
+    assert merged is ids
+    assert found is scores

@@ -16,6 +16,7 @@ class SearchSettings:
     def __init__(self, calibration: Calibration | None, default_recall: float, nodes: int, exact: bool) -> None:
         self._calibration, self._default_recall, self._nodes, self._exact = calibration, default_recall, nodes, exact
         self._known: dict[tuple[int, int | None, float | None], tuple[int, float | None]] = {}
+        self._sketches: dict[tuple[int, int], int] = {}
 
     def choose(self, k: int, ef: int | None, min_recall: float | None) -> tuple[int, float | None]:
         """Ef (0: scan exactly) and the expected recall; raises ``InvalidQuery`` for an ef or a recall out of range."""
@@ -29,6 +30,14 @@ class SearchSettings:
 
     def sketches(self, k: int, ef: int) -> int:
         """How many sketches a filtered search looks at more closely to reach the recall that ``ef`` has without a filter."""
+        known = self._sketches.get((k, ef))
+        if known is None:
+            if len(self._sketches) > _REMEMBERED:
+                self._sketches.clear()
+            known = self._sketches[k, ef] = self._enough_sketches(k, ef)
+        return known
+
+    def _enough_sketches(self, k: int, ef: int) -> int:
         calibration = self._calibration
         expected = None if calibration is None else calibration.recall_at(ef, calibration.k)
         reached = None if calibration is None else calibration.sketches_for(self._default_recall if expected is None else expected)

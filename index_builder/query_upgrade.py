@@ -30,6 +30,7 @@ from index_builder.errors import GateFailed, ReleaseNotFound
 from index_builder.golden import GOLDEN_NAME, GoldenQueries, answer_exactly, read_golden, recall_of, write_golden
 from index_builder.manifest import EntityManifest, Manifest, content_digest
 from index_builder.parity import check_forms
+from index_builder.peak_memory import PeakMemory
 from index_builder.publishing import ReleaseStore
 from index_builder.release import Release
 from index_builder.verification import record_files
@@ -100,7 +101,7 @@ def _stage(
     progress: Callable[[str], None],
     started: float,
 ) -> tuple[Manifest, Declaration]:
-    with disk_full_is_clear("building the release", content):
+    with PeakMemory() as peak, disk_full_is_clear("building the release", content):
         declaration = write_upgraded_bundle(release.path, bundle, content)
         tower = QueryEncoder.load(content / "query_encoder")
         wanted = [form for form, file in FORM_FILES.items() if (bundle / "forms" / file).is_file()]
@@ -137,7 +138,8 @@ def _stage(
             measured={
                 "created": created.isoformat(timespec="milliseconds"),
                 "seconds": {"total": round(time.perf_counter() - started, 3)},
-                "peak_private_mib": 0.0,
+                "peak_private_mib": round(peak.private_mib, 1),
+                "peak_resident_mib": round(peak.resident_mib, 1),
             },
         ),
         declaration,

@@ -90,6 +90,7 @@ def test_an_upgraded_release_shares_the_indexes_and_answers_as_before(root: Path
     assert manifest.space_id == space_of(root / "old") and manifest.parent == "first"
     assert manifest.query_upgrade is not None and manifest.query_upgrade["space_id"] == space_of(root / "new")
     assert manifest.entities["pin"].carried_from == "first"
+    assert manifest.measured["peak_private_mib"] > 0
     tower = QueryEncoder.load(root / "new" / "query_encoder")
     with store.open("first") as old, store.open_current() as new:
         new.replay_golden()

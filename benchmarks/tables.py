@@ -93,7 +93,8 @@ def command(work: Path, seeds: int, tables: tuple[str, ...], max_minutes: float,
     if as_json:
         print_json(metrics | {"record": str(path)})
     else:
-        say("plots: " + ", ".join(figure.name for figure in figures))
+        if figures:
+            say("plots: " + ", ".join(figure.name for figure in figures))
         click.echo(path)
 
 

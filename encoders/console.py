@@ -88,14 +88,17 @@ def track(items: Iterable[T], title: str, total: int | None = None) -> Iterator[
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table to stdout; numbers are right-aligned, floats get three decimals, None a dash."""
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table()
     materialised = [list(row) for row in rows]
     for i, name in enumerate(columns):
         numeric = bool(materialised) and all(isinstance(row[i], int | float | None) for row in materialised)
         table.add_column(name, justify="right" if numeric else "left")
     for row in materialised:
         table.add_row(*(f"{v:.3f}" if isinstance(v, float) else "-" if v is None else str(v) for v in row))
-    Console(highlight=False, width=None if stdout.is_terminal else 160).print(table)
+    console = Console(highlight=False, width=None if stdout.is_terminal else 160)
+    if title:
+        console.print(title, style="bold", markup=False, soft_wrap=True)  # a title of the table would wrap at the table's width
+    console.print(table)
 
 
 def print_json(value: Any) -> None:

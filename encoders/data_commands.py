@@ -170,6 +170,8 @@ def _guess(path: Path, encoding: str) -> str:
     from encoders.tables import read_raw, table_files
 
     columns = read_raw(table_files(path)[0], encoding).columns
+    if not columns:
+        raise DataError(f"{path}: the file is empty: it has no header. Was the export cut short?")
     guess = guess_table(columns)
     if guess is None:
         raise DataError(f"{path}: the columns {', '.join(columns)} fit no table. Say which one it is with --table, or rename the columns.")

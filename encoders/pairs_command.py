@@ -66,8 +66,8 @@ def command(log_path: Path, out: Path, boards: Path | None, catalogue: Path | No
     from encoders.board_titles import BoardTitlesConfig
     from encoders.engaged_queries import EngagedQueriesConfig
     from encoders.events import EngagementRules
-    from encoders.pairs import LeakError, PairsConfig, parse_day
-    from encoders.pipeline import PipelineConfig, run_pipeline
+    from encoders.pairs import LeakError, PairsConfig, pairs_table, parse_day
+    from encoders.pipeline import PipelineConfig, run_pipeline, write_summary
     from encoders.tables import read_table
 
     config = PipelineConfig(
@@ -102,25 +102,34 @@ def command(log_path: Path, out: Path, boards: Path | None, catalogue: Path | No
         else:
             summary = run_pipeline(log_path, out, config, **options)
         try:
-            check_pairs(out, flags["engaged"], flags["drop_leaks"], flags["keep_seen"])
+            dropped = check_pairs(out, flags["engaged"], flags["drop_leaks"], flags["keep_seen"])
         except LeakError:
             shutil.rmtree(out)  # a folder that is there has passed the check
             raise
+        if dropped:
+            summary["counts"].update({f"dropped: heldout pairs visible through {flags['engaged']}": dropped})
+            summary["counts"]["pairs"] -= dropped
+            summary["table_1"] = pairs_table(pl.read_parquet(out / "pairs" / "*.parquet")).to_dicts()
         if rows is not None:
             _write_catalogue(rows, out, summary)
+        write_summary(summary, out)
     if as_json:
         print_json(summary)
         return
     print_table(
         "Table 1: pairs", ["source", "split", "actions", "pairs", "events", "queries", "entities"], (r.values() for r in summary["table_1"])
     )
-    print_table("Where events and pairs went", ["", "number"], summary["counts"].items())
+    bad = {f"bad rows left out: {rule}": rows for rule, rows in summary["bad_rows_dropped"].items()}
+    print_table("Where events and pairs went", ["", "number"], (bad | summary["counts"]).items())
     if not summary["counts"].get("pairs"):
         say("no pairs came out: see the counts above for where the events went")
 
 
-def check_pairs(out: Path, engaged: Path | None, drop_leaks: bool, keep_seen: bool) -> None:
+def check_pairs(out: Path, engaged: Path | None, drop_leaks: bool, keep_seen: bool) -> int:
     """Check the written pairs for leaks, part by part, against each other and against features from elsewhere.
+
+    Returns:
+        Held-out pairs that ``drop_leaks`` took out.
 
     Raises:
         LeakError: There is a leak (through ``engaged``: unless ``drop_leaks``, which rewrites the part without it).
@@ -130,18 +139,22 @@ def check_pairs(out: Path, engaged: Path | None, drop_leaks: bool, keep_seen: bo
     from encoders.pairs import drop_visible, find_leaks, refuse_leaks
     from encoders.tables import read_raw, table_files, write_table
 
+    dropped = 0
     features = pl.concat([read_raw(f) for f in table_files(engaged)]) if engaged else None
     for part in sorted((out / "pairs").glob("part-*.parquet")):
         pairs = pl.read_parquet(part)
         if features is not None and drop_leaks:
             counts: Counter[str] = Counter()
             pairs = drop_visible(pairs, features, counts)
-            say(f"{part.name}: {sum(counts.values()):,} held-out pairs were visible through {engaged} and were dropped")
+            dropped += sum(counts.values())
             write_table(pairs, part)
         leaks = find_leaks(pairs, features)
         if keep_seen:
             leaks = leaks._replace(through_pairs=leaks.through_pairs.clear())
         refuse_leaks(leaks, int((pairs["split"] == "heldout").sum()))
+    if dropped:
+        say(f"{dropped:,} held-out pairs were visible through {engaged} and were dropped")
+    return dropped
 
 
 def _write_catalogue(rows: pl.DataFrame, out: Path, summary: dict[str, Any]) -> None:

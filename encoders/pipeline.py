@@ -232,8 +232,13 @@ def finish_output(
         "partitions": partitions,
         "table_1": pairs_table(pairs.collect()).to_dicts(),
     }
-    (work / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_summary(summary, work)
     if out.exists():
         shutil.rmtree(out)
     work.rename(out)
     return summary
+
+
+def write_summary(summary: dict[str, Any], folder: Path) -> None:
+    """Write ``folder/summary.json``."""
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -224,6 +224,7 @@ def test_the_command_writes_pairs_features_and_a_summary(log_file: Path, tmp_pat
     assert result.exit_code == 0, result.output
     summary = json.loads(result.stdout)
     assert summary["counts"]["catalogue entities without any pair"] == 1
+    assert json.loads((tmp_path / "o" / "summary.json").read_text()) == summary
     enriched = pl.read_parquet(tmp_path / "o" / "catalogue.parquet")
     assert enriched["engaged_queries"].list.len().to_list()[1] == 0
     assert enriched["engaged_queries"].list.len().to_list()[0] > 0
@@ -242,3 +243,17 @@ def test_the_command_fails_on_a_leak_and_leaves_nothing_behind(log_file: Path, t
     assert "visible through an engaged-query feature" in result.stderr
     assert not (tmp_path / "o").exists()
     assert CliRunner().invoke(command, [*arguments, "--drop-leaks"]).exit_code == 0
+    summary = json.loads((tmp_path / "o" / "summary.json").read_text())
+    assert summary["counts"][f"dropped: heldout pairs visible through {tmp_path / 'f.parquet'}"] == 1
+    pairs = pl.read_parquet(tmp_path / "o" / "pairs" / "*.parquet")
+    assert pairs.height == summary["counts"]["pairs"] == sum(row["pairs"] for row in summary["table_1"])
+
+
+def test_the_command_says_how_many_bad_rows_it_left_out(tmp_path: Path) -> None:
+    rows = "timestamp,query,entity_type,entity_id,action\n1700000000,q,pin,a,save\n1700000001,q,shoe,a,save\n"
+    (tmp_path / "log.csv").write_text(rows)
+    arguments = ["--log", str(tmp_path / "log.csv"), "--out", str(tmp_path / "o"), "--heldout-days", "0"]
+    assert CliRunner().invoke(command, arguments).exit_code == 1
+    result = CliRunner().invoke(command, [*arguments, "--drop-bad-rows"])
+    assert result.exit_code == 0, result.output
+    assert "bad rows left out" in result.stdout

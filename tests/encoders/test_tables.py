@@ -340,6 +340,7 @@ def test_the_data_commands_tell_the_truth_in_their_exit_code(tmp_path: Path) -> 
     assert json.loads(result.stdout)["rows_kept"] == 1
     assert json.loads((tmp_path / "r.jsonl").read_text())["problem"].startswith("entity_type")
     assert run(group, ["validate", str(put(tmp_path, "odd.csv", "a,b\n1,2\n"))]).exit_code == 1
+    assert "is empty" in run(group, ["validate", str(put(tmp_path, "nothing.csv", ""))]).stderr
     result = run(group, ["describe", str(good), "--json", "--plots", str(tmp_path / "plots")])
     assert result.exit_code == 0
     assert all(Path(p).stat().st_size > 1000 for p in json.loads(result.stdout)["plots"])

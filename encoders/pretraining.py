@@ -31,11 +31,12 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from transformers import DistilBertConfig, DistilBertModel
 
 from encoders.console import handle_errors, say, stage
+from encoders.devanagari import add_devanagari
 from encoders.errors import MissingDependency
 from encoders.query_tower import QueryEncoder, pad
 from encoders.shipped_tower import fast_tokenizer, pack_tower, unpack_tower
@@ -397,42 +398,6 @@ def _refine(
                 f"step {step + 1:05d}/{config.entity_steps} | softmax {running[0] / fade:.3f} | distance {running[1] / fade:.3f}"
                 f" | {rate:,.0f} pairs/s | {left:.1f} min left"
             )
-
-
-def add_devanagari(tower: QueryEncoder, by_entity: dict[str, list[str]], pieces: int = 1300) -> QueryEncoder:
-    """Replace the last ``pieces`` vocabulary entries by Devanagari pieces that start at their entities' English token embeddings."""
-
-    def is_devanagari(text: str) -> bool:
-        return any("\u0900" <= character <= "\u097f" for character in text)
-
-    trainer = trainers.UnigramTrainer(vocab_size=pieces * 2, unk_token="[UNK]", special_tokens=["[UNK]"], show_progress=False)
-    counted = Tokenizer(models.Unigram())
-    counted.normalizer, counted.pre_tokenizer = tower.tokenizer.backend_tokenizer.normalizer, pre_tokenizers.Metaspace()
-    counted.train_from_iterator([text for texts in by_entity.values() for text in texts if is_devanagari(text)], trainer)
-    found = [(piece, score) for piece, score in json.loads(counted.to_str())["model"]["vocab"] if is_devanagari(piece)][:pieces]
-    described = json.loads(tower.tokenizer.backend_tokenizer.to_str())
-    vocabulary = described["model"]["vocab"]
-    first = len(vocabulary) - len(found)
-    described["model"]["vocab"] = vocabulary[:first] + [[piece, score] for piece, score in found]
-    new = QueryEncoder(tower.transformer, fast_tokenizer(Tokenizer.from_str(json.dumps(described))), tower.dimension)
-    new.projection.load_state_dict(tower.projection.state_dict())
-    table = new.transformer.embeddings.word_embeddings.weight.detach()  # type: ignore[union-attr, operator]
-    sums, counts = torch.zeros(len(found), table.shape[1]), torch.zeros(len(found), 1)
-    for texts in by_entity.values():
-        hindi = [text for text in texts if is_devanagari(text)]
-        english = [text for text in texts if text.isascii()][:20]
-        if not hindi or not english:
-            continue
-        meaning = table[torch.tensor([token for ids in new.tokenize(english) for token in ids[1:]])].mean(dim=0)
-        for token in (token for ids in new.tokenize(hindi) for token in ids if token >= first):
-            sums[token - first] += meaning
-            counts[token - first] += 1
-    means = sums / counts.clamp_min(1)
-    means -= means[counts[:, 0] > 0].mean(dim=0)
-    means *= table[3:first].norm(dim=1).mean() / means.norm(dim=1, keepdim=True).clamp_min(1e-6)
-    with torch.no_grad():
-        table[first:] = means
-    return new
 
 
 @torch.inference_mode()

@@ -14,8 +14,13 @@ import numpy as np
 import torch
 
 from encoders.console import handle_errors, say, stage
+from encoders.devanagari import add_devanagari
 from encoders.query_tower import QueryEncoder
+from encoders.sample import load_sample
 from encoders.universal_sentence_encoder import load_universal_sentence_encoder
+
+PRINCIPAL_TEXTS = 20_000
+"""Train queries that decide the 256 directions kept."""
 
 
 def create_query_tower(texts: Sequence[str], dimension: int = 256) -> QueryEncoder:
@@ -41,12 +46,13 @@ def command(out: Path) -> None:
 
     Example: python -m encoders.use_query_tower --out use_tower
     """
-    from encoders.sample import load_sample
-
     pairs = load_sample(pictures=False).split("train")
     texts = pairs["query"].unique(maintain_order=True)
-    with stage(f"turn {len(texts):,} queries to their principal directions"):
-        tower = create_query_tower(texts.sample(min(20_000, len(texts)), seed=1).to_list())
+    with stage(f"turn {min(PRINCIPAL_TEXTS, len(texts)):,} queries to their principal directions"):
+        tower = create_query_tower(texts.sample(min(PRINCIPAL_TEXTS, len(texts)), seed=1).to_list())
+    with stage("add Devanagari"):
+        by_entity = pairs.group_by("entity_id", maintain_order=True).agg("query")
+        tower = add_devanagari(tower, dict(by_entity.iter_rows()))
     tower.save(out)
     say(f'{out}: saved; use it with query_encoder = "{out}"')
 

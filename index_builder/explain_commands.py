@@ -146,8 +146,8 @@ def misses_command(
 ) -> None:
     """Show to which step each labelled pair that is not found was lost.
 
-    The steps are the encoder, the dimension cut, staleness, quantisation, the graph and the filter; each is compared with its exact
-    oracle. Without --pairs the sample data's held-out pairs are used.
+    The steps are the labels (queries with more labelled entities than answers), the encoder, the dimension cut, staleness, quantisation,
+    the graph and the filter; each is compared with its exact oracle. Without --pairs the sample data's held-out pairs are used.
 
     Example: omni explain misses --store store --limit 500 --plot waterfall.png
     """
@@ -161,6 +161,7 @@ def misses_command(
         rows = pairs.filter(pl.col("entity_type") == entity_type)
         if not rows.height:
             continue
+        rows = rows.with_columns(pl.col("entity_id").n_unique().over("query").alias("positives"))
         rows = rows.sample(min(limit, rows.height), seed=0, shuffle=True)
         say(f"{entity_type}: {rows.height:,} labelled pairs over {index.count:,} entities")
         texts = rows["query"].to_list()
@@ -171,7 +172,15 @@ def misses_command(
         own = rows["filter"].to_list() if "filter" in rows.columns else None
         expressions = own or ([expression] * len(texts) if expression else None)
         waterfalls.append(
-            recall_waterfall(index, queries, targets, k=k, fresh=_fresh(signals, entity_type, release), expressions=expressions)
+            recall_waterfall(
+                index,
+                queries,
+                targets,
+                k=k,
+                fresh=_fresh(signals, entity_type, release),
+                expressions=expressions,
+                positives=rows["positives"].to_list(),
+            )
         )
         curves[entity_type] = dimension_curve(index, queries, targets, k, (16, 32, 64, 128, 256, 512))
     release.close()
@@ -241,14 +250,17 @@ def plot_waterfalls(waterfalls: list[Waterfall], path: Path) -> None:
         before = 1.0
         for position, step in enumerate(STEPS):
             after = w.recall[step]
-            axis.bar(position, abs(before - after), bottom=min(before, after), color="#c44" if after <= before else "#4a4", width=0.7)
+            colour = "#999" if step == "labels" else "#c44" if after <= before else "#4a4"
+            axis.bar(position, abs(before - after), bottom=min(before, after), color=colour, width=0.7)
+            note = f"{after - before:+.3f}" if w.measured[step] else "not in play"
+            axis.text(position, max(before, after) + 0.01, note, ha="center", va="bottom", rotation=90, fontsize=7)
             axis.plot([position - 0.35, position + 1.35], [after, after], color="#888", linewidth=0.8)
             before = after
         axis.bar(len(STEPS), before, color="#357", width=0.7)
         axis.text(len(STEPS), before + 0.01, f"{before:.3f}", ha="center", fontsize=8)
         axis.set_xticks(range(len(STEPS) + 1), [*STEPS, "found"], rotation=45, ha="right", fontsize=8)
         axis.set_title(f"{w.entity_type}: {w.pairs:,} labelled pairs", fontsize=10)
-        axis.set_ylim(0, 1.05)
+        axis.set_ylim(0, 1.2)
     axes[0][0].set_ylabel(f"labelled Recall@{waterfalls[0].k}")
     figure.tight_layout()
     figure.savefig(path, dpi=150)

@@ -230,8 +230,19 @@ def test_the_waterfall_attributes_every_loss_to_its_step(store: ReleaseStore) ->
         fresh = ([f"pin-{i}" for i in range(200)], vectors)
         expressions = [None, None, "colour == 'red'", None]
         waterfall = recall_waterfall(index, queries, targets, k=5, fresh=fresh, expressions=expressions)
-        assert waterfall.lost_to == {"encoder": 1, "dimension cut": 0, "staleness": 1, "quantisation": 0, "graph": 0, "filter": 1}
-        assert list(waterfall.recall.values()) == [1.0, 0.75, 0.75, 0.5, 0.5, 0.5, 0.25]
+        assert waterfall.lost_to == {
+            "labels": 0,
+            "encoder": 1,
+            "dimension cut": 0,
+            "staleness": 1,
+            "quantisation": 0,
+            "graph": 0,
+            "filter": 1,
+        }
+        crowded = recall_waterfall(index, queries, targets, k=5, fresh=fresh, expressions=expressions, positives=[10, 10, 1, 1])
+        assert crowded.recall["labels"] == 0.75
+        assert (crowded.lost_to["labels"], crowded.lost_to["encoder"]) == (1, 0)
+        assert list(waterfall.recall.values()) == [1.0, 1.0, 0.75, 0.75, 0.5, 0.5, 0.5, 0.25]
         wide = np.concatenate([np.full((200, 64), 0.0, np.float32), np.eye(200, dtype=np.float32)[:, :200]], axis=1)
         wide[:, :64] = 0.01 * vectors[::-1]
         wide /= np.linalg.norm(wide, axis=1, keepdims=True)

@@ -38,7 +38,7 @@ HIDDEN_TITLES = 0.5
 
 NOISES = (0.0, 0.1, 0.3, 0.5)
 WORSE = (0.75, 1.0)
-"""Further noise for pins that captions help most, to see where they stop to."""
+"""Further noise where captions help most, to see where they stop to. At 1.0 all that they can do is to tell pins apart."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,12 +51,19 @@ class Setting:
     """Of ``CONTINUOUS`` and the keys of ``FIELDS``."""
     caption_noise: float = 0.0
     """Share of captions taken from another pin."""
+    new_pins: bool = False
+    """Half of the pins without a title are unknown to training (no pairs, no negatives), and only they count."""
 
     @property
     def key(self) -> str:
         """What the training depends on: rows of several tables with one key share their runs."""
         noise = f"-noise{self.caption_noise:.2f}" if "captions" in self.features else ""
-        return "+".join(sorted(name.replace(" ", "_") for name in self.features)) + noise
+        return "+".join(sorted(name.replace(" ", "_") for name in self.features)) + noise + ("-new" if self.new_pins else "")
+
+    @property
+    def pins(self) -> str:
+        """The pins that count: a key of a training's result."""
+        return ("new" if self.new_pins else "hidden") if self.table.startswith("3") else "all"
 
 
 ALL = (CONTINUOUS, *FIELDS)
@@ -67,18 +74,21 @@ TABLE_4 = (
 )
 
 
-def caption_rows(table: str, others: tuple[str, ...], noises: tuple[float, ...] = NOISES) -> tuple[Setting, ...]:
+def caption_rows(
+    table: str, others: tuple[str, ...], noises: tuple[float, ...] = NOISES + WORSE, *, new_pins: bool = False
+) -> tuple[Setting, ...]:
     """No captions beside the features ``others``, then captions at each noise level."""
-    with_captions = tuple(name for name in ALL if name in (*others, "captions"))
-    noisy = (Setting(table=table, name=f"captions, {n:.0%} wrong", features=with_captions, caption_noise=n) for n in noises)
-    return (Setting(table=table, name="no captions", features=others), *noisy)
+    both = tuple(name for name in ALL if name in (*others, "captions"))
+    noisy = (Setting(table=table, name=f"captions, {n:.0%} wrong", features=both, caption_noise=n, new_pins=new_pins) for n in noises)
+    return (Setting(table=table, name="no captions", features=others, new_pins=new_pins), *noisy)
 
 
 TABLE_3 = (
-    *caption_rows("3", tuple(name for name in ALL if name != "captions")),
-    *caption_rows("3 new pins", (CONTINUOUS, "titles"), NOISES + WORSE),
+    *caption_rows("3", tuple(name for name in ALL if name != "captions"), NOISES),
+    *caption_rows("3 without boards and queries", (CONTINUOUS, "titles")),
+    *caption_rows("3 new pins", (CONTINUOUS, "titles"), new_pins=True),
 )
-"""With all features, as in the paper; and for pins that nobody has saved or clicked yet, which have neither boards nor engaged queries."""
+"""With all features, as in the paper; without what engagement brings, for pins that training saw and for pins that it did not."""
 
 
 @click.command()
@@ -150,10 +160,14 @@ def _thumbnail(svg: str) -> list[float]:
 
 
 def apply_setting(catalogue: pl.DataFrame, setting: Setting, seed: int) -> pl.DataFrame:
-    """Hide titles, give them back as captions and spoil captions; adds the column ``title_hidden``. The same seed hides the same titles."""
+    """Hide titles, give them back as captions and spoil captions; adds the columns ``title_hidden`` and ``new``.
+
+    The same seed hides the same titles.
+    """
     rng = np.random.default_rng([seed, 7])
     n = catalogue.height
-    hidden = rng.permutation(n) < round(HIDDEN_TITLES * n)
+    places = rng.permutation(n)
+    hidden = places < round(HIDDEN_TITLES * n)
     wrong = rng.permutation(n) < round(setting.caption_noise * n)
     titles = catalogue["title"].to_numpy()
     captions = np.where(wrong, titles[(np.arange(n) + 1 + rng.integers(0, n - 1, n)) % n], titles)
@@ -161,6 +175,7 @@ def apply_setting(catalogue: pl.DataFrame, setting: Setting, seed: int) -> pl.Da
         pl.Series("title", np.where(hidden, "", titles), dtype=pl.String),
         pl.Series("caption", np.where(hidden, captions, ""), dtype=pl.String),
         pl.Series("title_hidden", hidden),
+        pl.Series("new", places < round(HIDDEN_TITLES * n / 2)),
     )
 
 
@@ -185,18 +200,25 @@ def train_and_evaluate(dataset: Dataset, setting: Setting, seed: int, sizes: dic
         optimiser=OptimiserConfig(warmup_steps=sizes["steps"] // 6),
         validation=ValidationConfig(fraction=0.0),
     )
-    train_pairs = dataset.split("train")
+    new = catalogue.filter("new").select(entity_id="id")
+    known = catalogue.filter(~pl.col("new")) if setting.new_pins else catalogue
+    train_pairs = dataset.split("train").join(new, on="entity_id", how="anti") if setting.new_pins else dataset.split("train")
     drawn = train_pairs.sample(min(sizes["train_pairs"], train_pairs.height), seed=11)
-    result = train(config, TrainingData(catalogue, drawn), quiet=True)
+    result = train(config, TrainingData(known, drawn), quiet=True)
     spoiled = Dataset(catalogue, dataset.pairs, {}, dataset.groups, dataset.name)
     task = build_task(spoiled, "pin", max_queries=sizes["max_queries"], seed=5)
     encoder = result.entity_encoders["pin"]
     vectors = encoder.encode(task.candidates)
     ranking = rank_task(task, vector_scores(result.query_encoder.encode(task.queries), vectors), setting.name)
-    hidden = catalogue.select(entity_id="id", hidden="title_hidden")
+    hidden = catalogue.select("new", entity_id="id", hidden="title_hidden")
     frame = task.pairs.select("entity_id", "language", "kind").join(hidden, on="entity_id", how="left", maintain_order="left")
     frame = frame.with_columns(pl.Series("hit", ranking.ranks <= 10))
-    return {"all": shares(frame), "hidden": shares(frame.filter("hidden")), "last_loss": result.metrics.get("loss")}
+    return {
+        "all": shares(frame),
+        "hidden": shares(frame.filter("hidden")),
+        "new": shares(frame.filter("new")),
+        "last_loss": result.metrics.get("loss"),
+    }
 
 
 def shares(frame: pl.DataFrame) -> dict[str, Any]:
@@ -209,7 +231,7 @@ def summarise(settings: Sequence[Setting], work: Path, seeds: int, sizes: dict[s
     """Mean and interval of every setting over the seeds that are there; table 3 over the pins whose title is hidden."""
     rows: list[dict[str, Any]] = []
     for setting in settings:
-        pins = "hidden" if setting.table.startswith("3") else "all"
+        pins = setting.pins
         by_seed = {seed: result[pins] for seed, result in read_results(work, setting.key, sizes, seeds).items()}
         present, results = list(by_seed), list(by_seed.values())
         values = [r["recall@10"] for r in results]
@@ -280,5 +302,5 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
             ]
             for row in chosen
         ]
-        pins = "pins without a title" if chosen[0]["pins"] == "hidden" else "all pins"
+        pins = {"all": "all pins", "hidden": "pins without a title", "new": "pins without a title or a training pair"}[chosen[0]["pins"]]
         print_table(f"Table {table}: Recall@10, {pins}. {LABEL}", ["setting", "seeds", "mean", "+-", "gain", "+-", *shown], cells)

@@ -25,6 +25,9 @@ import psutil
 from benchmarks.ann_data import default_cache
 from encoders.errors import MissingDependency, OmniError
 
+ETCD_PORT = 2379
+"""Where the etcd inside Milvus listens, always."""
+
 
 class ServerDidNotStart(OmniError):
     """A server process ended or stayed silent; the message holds its last output."""
@@ -119,6 +122,11 @@ def milvus_server(*, timeout_seconds: float = 240) -> Iterator[Process]:
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # its etcd has one fixed port: one server at a time
+        with socket.socket() as etcd:
+            if etcd.connect_ex(("127.0.0.1", ETCD_PORT)) == 0:
+                raise ServerDidNotStart(
+                    f"Milvus needs 127.0.0.1:{ETCD_PORT} for its etcd, but something listens there: stop it (a Milvus left behind?)."
+                )
         for name in ("data", "logs"):
             shutil.rmtree(folder / name, ignore_errors=True)
         port = free_port()

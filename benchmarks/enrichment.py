@@ -279,11 +279,15 @@ def _means(parts: Sequence[dict[str, float]]) -> dict[str, dict[str, float | Non
 
 
 def noise_threshold(rows: Sequence[dict[str, Any]], table: str) -> float | None:
-    """Share of wrong captions at which recall falls to that without captions (linear between settings); None: at no level tried."""
+    """Share of wrong captions at which recall falls to that without captions (linear between settings).
+
+    None: at no level tried, or right captions make no difference beyond their interval.
+    """
     chosen = [row for row in rows if row["table"] == table and row["mean"] is not None]
     base = next((row["mean"] for row in chosen if row["caption_noise"] is None), None)
     points = [(row["caption_noise"], row["mean"]) for row in chosen if row["caption_noise"] is not None]
-    if base is None or not points:
+    clean = next((row for row in chosen if row["caption_noise"] == 0), None)
+    if base is None or clean is None or abs(clean["gain"]) <= (clean["gain_interval"] or 0.0):
         return None
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
         if y0 >= base > y1:

@@ -53,9 +53,12 @@ def test_noise_gives_captions_of_other_pins_more_with_more_and_hides_the_same_ti
 )
 def test_the_threshold_is_where_recall_falls_to_that_without_captions(means: list[float], expected: float | None) -> None:
     rows: list[dict[str, object]] = [{"table": "3", "caption_noise": None, "mean": 0.5}, {"table": "4", "caption_noise": 0.0, "mean": 0.1}]
-    rows += [{"table": "3", "caption_noise": n, "mean": m} for n, m in zip((0.0, 0.1, 0.3, 0.5), means, strict=True)]
-    found = noise_threshold(rows, "3")
-    assert found == (pytest.approx(expected) if expected is not None else None)
+    noises = (0.0, 0.1, 0.3, 0.5)
+    rows += [
+        {"table": "3", "caption_noise": n, "mean": m, "gain": m - 0.5, "gain_interval": 0.01} for n, m in zip(noises, means, strict=True)
+    ]
+    assert noise_threshold(rows, "3") == (pytest.approx(expected) if expected is not None else None)
+    assert noise_threshold([row | {"gain_interval": 0.3} for row in rows], "3") is None
 
 
 def test_what_is_missing_is_shown_as_missing(tmp_path: Path) -> None:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from retrieval.errors import DeadlinePassed, NotReady, Overloaded
+from retrieval.http2.wire import Refusal, refusal
+from retrieval.status import status_for
+
+KEPT_REFUSALS = 1000
 
 
 class Admission:
@@ -51,6 +57,47 @@ class Admission:
     def retry_after_ms(self) -> int:
         """Milliseconds after which about half of those inside now will have left; 5 to 5000."""
         return int(min(5000.0, max(5.0, self._service_ms)))
+
+
+class Refusals:
+    """The refusals of one method: encoded once per hint, counted, handed to the transport as they are.
+
+    Args:
+        method: RPC name.
+        admission: Who is inside.
+        count: Counts one event under labels.
+    """
+
+    def __init__(self, method: str, admission: Admission, count: Callable[[str, tuple[str, ...]], None]) -> None:
+        self._admission = admission
+        self._count = count
+        self._labels = (method, "RESOURCE_EXHAUSTED")
+        self._made: dict[tuple[str, int, int], Refusal] = {}
+
+    def at_the_door(self) -> Refusal | None:
+        """The refusal of a call whose message has not come yet, when not one place is free; None lets it in."""
+        admission = self._admission
+        if admission.in_flight < admission.limit or admission.draining:
+            return None
+        admission.refused += 1
+        return self.of("server", admission.limit, admission.retry_after_ms())
+
+    def of(self, what: str, limit: int, retry_after_ms: int) -> Refusal:
+        """Count and return the refusal that ``Overloaded`` with these values would become."""
+        self._count("omni_requests", self._labels)
+        key = what, limit, retry_after_ms
+        made = self._made.get(key)
+        if made is None:
+            if len(self._made) >= KEPT_REFUSALS:
+                self._made.clear()
+            error = Overloaded(what, limit, retry_after_ms)
+            made = self._made[key] = refusal(*status_for(error), retry_trailer(error))
+        return made
+
+
+def retry_trailer(error: BaseException) -> tuple[tuple[str, str], ...]:
+    """Trailing metadata of an error: when to come again, if it says so."""
+    return (("retry-after-ms", str(error.retry_after_ms)),) if isinstance(error, Overloaded) else ()
 
 
 def check_deadline(remaining_seconds: float | None) -> None:

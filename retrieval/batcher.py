@@ -82,6 +82,9 @@ class Batcher:
         self._queue: deque[_Waiting] = deque()
         self._runner: asyncio.Task[None] | None = None
         self._text_seconds = 0.005  # exponential average of encode time per text
+        self._running = 0  # texts inside the encoder
+        self._running_since = 0.0
+        self._abandoned = False  # a caller of a waiting text has gone
         self.batches = 0
         self.texts = 0
         self.dropped = 0
@@ -93,8 +96,28 @@ class Batcher:
         return len(self._queue)
 
     def expected_wait_seconds(self) -> float:
-        """How long a text that arrives now will probably wait."""
-        return self._text_seconds * (len(self._queue) + 1)
+        """How long a text that arrives now will probably take: what is in the encoder, what waits, and itself."""
+        left = self._text_seconds * self._running
+        if left:
+            left = max(0.0, left - (time.perf_counter() - self._running_since))
+        return left + self._text_seconds * (len(self._queue) + 1)
+
+    def full(self) -> tuple[str, int, int] | None:
+        """If no text can be taken in: what is full, how many places it has, ms until it is worth trying; else None."""
+        if len(self._queue) >= self._max_queue:
+            if self._abandoned:
+                self._drop_abandoned()
+            if len(self._queue) >= self._max_queue:
+                return "query encoder", self._max_queue, max(5, int(self.expected_wait_seconds() * 500))
+        return None
+
+    def late(self, remaining_seconds: float | None) -> tuple[str, int, int] | None:
+        """As ``full``, if a text that arrives now would probably not be encoded in this time. An idle encoder refuses nothing."""
+        if remaining_seconds is not None and (self._queue or self._running):
+            wait = self.expected_wait_seconds()
+            if wait > remaining_seconds:
+                return "query encoder (within your deadline)", len(self._queue) + self._running, max(5, int(wait * 1e3))
+        return None
 
     async def submit(self, text: str) -> Encoded:
         """Encode one normalised text; cancelling the call takes it out of the queue.
@@ -103,17 +126,21 @@ class Batcher:
             Overloaded: The queue is full.
             EncoderFailed: The encoder raised, or made a vector with NaN, a wrong size or a wrong norm.
         """
-        if len(self._queue) >= self._max_queue:
-            self._drop_abandoned()
-            if len(self._queue) >= self._max_queue:
-                raise Overloaded("query encoder", self._max_queue, max(5, int(self.expected_wait_seconds() * 500)))
+        full = self.full()
+        if full is not None:
+            raise Overloaded(*full)
         future: asyncio.Future[Encoded] = asyncio.get_running_loop().create_future()
         self._queue.append(_Waiting(text, bucket_of(estimated_tokens(text)), future))
         if self._runner is None:
             self._runner = asyncio.ensure_future(self._run())
-        return await future
+        try:
+            return await future
+        except asyncio.CancelledError:
+            self._abandoned = True
+            raise
 
     def _drop_abandoned(self) -> None:
+        self._abandoned = False
         alive = [item for item in self._queue if not item.future.done()]
         self.dropped += len(self._queue) - len(alive)
         self._queue = deque(alive)
@@ -140,8 +167,10 @@ class Batcher:
                 batch = self._close_batch()
                 if batch:
                     await self._encode_batch(batch)
+                    self._running = 0
         finally:
             self._runner = None
+            self._running = 0
             if self._queue and not asyncio.get_running_loop().is_closed():
                 self._runner = asyncio.ensure_future(self._run())
 
@@ -153,6 +182,7 @@ class Batcher:
 
     async def _encode_batch(self, batch: list[_Waiting]) -> None:
         started = time.perf_counter_ns()
+        self._running, self._running_since = len(batch), started / 1e9
         try:
             vectors = await self._run_encoder([item.text for item in batch])
         except Exception as error:  # whatever the encoder raised must reach the callers, not kill the runner

@@ -173,6 +173,14 @@ class CachedEncoder:
         """As ``peek``, but a miss is not counted."""
         return self.cache.find(self.prefix + text)
 
+    def must_encode(self, text: str) -> bool:
+        """Whether the vector of a missed text can only come from the encoder: nobody waits for it, no second tier may know it."""
+        return self.redis is None and text not in self._flights
+
+    def joins(self, text: str) -> bool:
+        """Whether ``load`` would join an encode that is under way."""
+        return text in self._flights
+
     async def load(self, text: str) -> Looked:
         """The vector after a miss of ``peek``: joins an encode under way, asks Redis, or encodes.
 

@@ -1,6 +1,7 @@
 """``Retrieve`` without waiting: what is plain, cached (or a ready vector) and quick to search is answered in one function call.
 
-Everything else (filters, encoding, re-ranking, impressions, traces, mistakes, overload) returns None and takes the general path in
+What would find the server or the encoder's queue full, or its deadline passed before its turn, is refused as quickly. Everything
+else (filters, encoding, re-ranking, impressions, traces, mistakes) returns None and takes the general path in
 ``service.py``, which gives the same answers; a test compares the two.
 """
 
@@ -14,6 +15,8 @@ from google.protobuf.message import DecodeError
 
 from encoders.errors import OmniError
 from protos import retrieval_pb2 as pb
+from retrieval.admission import Refusals
+from retrieval.http2.wire import Refusal
 from retrieval.requests import NORM_TOLERANCE, checked_query
 from retrieval.security import EVERYONE
 
@@ -30,9 +33,10 @@ _now = time.perf_counter_ns
 
 
 class ReadyAnswers:
-    """Callable with request bytes and call; returns response bytes, or None where the general path must go. Never raises."""
+    """Callable with request bytes and call; returns response bytes, a refusal, or None where the general path must go. Never raises."""
 
     def __init__(self, service: RetrievalService) -> None:
+        self.refusals = Refusals("Retrieve", service.admission, service.metrics.count)
         self.service = service
         self.releases = service.releases
         self.admission = service.admission
@@ -44,13 +48,15 @@ class ReadyAnswers:
         self._tails: dict[tuple[Any, ...], bytes] = {}
         self._always_general = service.impressions is not None or service.tracer is not None
 
-    def __call__(self, content: bytes, context: Any) -> bytes | None:
-        """Answer, or decline."""
+    def __call__(self, content: bytes, context: Any) -> bytes | Refusal | None:
+        """Answer, refuse, or decline."""
         started = _now()
         serving = self.releases.active
         admission = self.admission
-        if serving is None or self._always_general or admission.draining or admission.in_flight >= admission.limit:
+        if serving is None or self._always_general or admission.draining:
             return None
+        if admission.in_flight >= admission.limit:
+            return self.refusals.at_the_door()
         try:
             request = _parse(content)
             index = serving.entities.get(request.entity_type)
@@ -67,15 +73,15 @@ class ReadyAnswers:
             min_recall = request.min_recall if request.HasField("min_recall") else None
             if min_recall is not None and not 0 < min_recall <= 1:
                 return None
-            key = self.searcher.plain_key(index, k, min_recall is not None)
-            if not self.searcher.is_short(key):
-                return None
             vector = _ready_vector(request, serving)
             cached = vector is None
             if vector is None:
-                vector = self._cached_vector(request, serving)
+                vector, text = self._cached_vector(request, serving)
                 if vector is None:
-                    return None
+                    return self._hopeless(text, serving, remaining)
+            key = self.searcher.plain_key(index, k, min_recall is not None)
+            if not self.searcher.is_short(key):
+                return None
             searching = _now()
             result = index.search(vector, k) if min_recall is None else index.search(vector, k, min_recall=min_recall)
             search_ns = _now() - searching
@@ -100,15 +106,23 @@ class ReadyAnswers:
         return answer
 
     @staticmethod
-    def _cached_vector(request: pb.RetrieveRequest, serving: ServingRelease) -> np.ndarray | None:
-        """Keys of the cache are normalised texts, so a text that is a key needs no normalising."""
+    def _cached_vector(request: pb.RetrieveRequest, serving: ServingRelease) -> tuple[np.ndarray | None, str]:
+        """The vector and the text it belongs to. Keys of the cache are normalised texts: a text that is a key needs no normalising."""
         encoder = serving.encoder
         text = request.query
         vector = encoder.find(text)
         if vector is None:
             normal = checked_query(text, serving.limits)
-            vector = encoder.find(normal) if normal != text else None
-        return vector
+            if normal != text:
+                return encoder.find(normal), normal
+        return vector, text
+
+    def _hopeless(self, text: str, serving: ServingRelease, remaining: float | None) -> Refusal | None:
+        """The refusal of a text that must be encoded and would not be, or too late; None if there is hope."""
+        if not serving.encoder.must_encode(text):
+            return None
+        why = serving.batcher.full() or serving.batcher.late(remaining)
+        return None if why is None else self.refusals.of(*why)
 
     def _tail(self, serving: ServingRelease, cached: bool, plan: str, ef: int, recall: float | None) -> bytes:
         """The fields that repeat from answer to answer, serialised once; parts of a message may simply follow each other."""

@@ -18,11 +18,12 @@ from google.protobuf.message import DecodeError, Message
 from index_builder.entity_index import EntityIndex
 from index_builder.errors import UnknownEntityType
 from protos import retrieval_pb2 as pb
-from retrieval.admission import Admission, check_deadline
+from retrieval.admission import Admission, Refusals, check_deadline, retry_trailer
 from retrieval.changes import Changes
 from retrieval.description import describe
 from retrieval.errors import EmptyQuery, InvalidRequest, Overloaded
 from retrieval.http2.calls import Call
+from retrieval.http2.wire import Refusal
 from retrieval.impressions import Impression, ImpressionLog
 from retrieval.live_releases import LiveReleases, ServingRelease
 from retrieval.observability import STAGES, Metrics, Tracer
@@ -93,6 +94,7 @@ class RetrievalService:
         self.impressions = impressions
         self.tracer = tracer
         self.admission = Admission(config.max_in_flight)
+        self.control = Admission(config.max_in_flight)  # admin calls and descriptions have places of their own
         self.searcher = Searcher(config.inline_search_us / 1e6, config.search_threads)
         self.shadow = ShadowRecall(config.shadow_fraction, config.shadow_cpu, metrics)
         self.changes = Changes(config, releases, change_release)
@@ -119,7 +121,7 @@ class RetrievalService:
             "RetrieveBatch": self.handler("RetrieveBatch", pb.RetrieveBatchRequest, self.retrieve_batch, lambda r: len(r.queries)),
             "Embed": self.handler("Embed", pb.EmbedRequest, self.embed, lambda r: len(r.queries)),
             "Score": self.handler("Score", pb.ScoreRequest, self.score),
-            "DescribeRelease": self.handler("DescribeRelease", pb.DescribeReleaseRequest, self.describe_release),
+            "DescribeRelease": self.handler("DescribeRelease", pb.DescribeReleaseRequest, self.describe_release, control=True),
         }
         admin = {
             "Activate": self.handler("Activate", pb.ActivateRequest, self.changes.activate, admin=True),
@@ -142,7 +144,8 @@ class RetrievalService:
         call: Callable[[Any, Context, Caller, int], Awaitable[Message]],
         searches: Callable[[Any], int] | None = None,
         admin: bool = False,
-        now: Callable[[bytes, Context], bytes | None] | None = None,
+        control: bool = False,
+        now: Callable[[bytes, Context], bytes | Refusal | None] | None = None,
     ) -> Callable[[bytes, Context], Awaitable[bytes]]:
         """Wrap a call: rights, parsing, admission, timing, errors to status.
 
@@ -152,18 +155,24 @@ class RetrievalService:
             call: Answers a request.
             searches: How many places a request takes; None: one.
             admin: Whether the call needs the admin right.
-            now: Asked first; answers what needs no waiting. A transport that finds it as attribute ``now`` may call it itself.
+            control: Whether the call is about the server: admitted, as admin calls are, however many questions are inside.
+            now: Asked first; answers or refuses what needs no waiting. A transport that finds it as attribute ``now`` may call it itself,
+                and may ask the attribute ``door`` before the message has come.
         """
         parse = request_class.FromString
         seconds = self.metrics.histogram("omni_request_seconds", (method,))
-        count, admission, ok = self.metrics.count, self.admission, (method, "OK")
+        count, ok = self.metrics.count, (method, "OK")
+        apart = admin or control
+        admission = self.control if apart else self.admission
         perf_counter_ns = time.perf_counter_ns
 
         async def handle(content: bytes, context: Context) -> bytes:
             started = perf_counter_ns()
             if now is not None and not isinstance(context, Call):
                 ready = now(content, context)
-                if ready is not None:
+                if isinstance(ready, Refusal):
+                    await context.abort(ready.code, ready.message, ready.trailing)
+                elif ready is not None:
                     return ready
             places = 0
             try:
@@ -193,8 +202,7 @@ class RetrievalService:
                 count("omni_requests", (method, code.name))
                 if code is grpc.StatusCode.INTERNAL:
                     log.exception("%s failed", method)
-                trailing = (("retry-after-ms", str(error.retry_after_ms)),) if isinstance(error, Overloaded) else ()
-                await context.abort(code, message, trailing)
+                await context.abort(code, message, retry_trailer(error))
                 raise AssertionError("abort raises") from error
             finally:
                 took = (perf_counter_ns() - started) / 1e9
@@ -203,6 +211,7 @@ class RetrievalService:
                 seconds.observe(took)
 
         handle.now = now  # type: ignore[attr-defined]
+        handle.door = None if apart else Refusals(method, admission, count).at_the_door  # type: ignore[attr-defined]
         return handle
 
     # --- questions ---
@@ -400,7 +409,7 @@ class RetrievalService:
         vector = serving.encoder.peek(text)
         if vector is not None:
             return Query(vector, True, 0, 0, text)
-        self._check_time(serving, context)
+        self._check_time(serving, context, needed=not serving.encoder.joins(text))
         looked = await serving.encoder.load(text)
         return Query(looked.vector, looked.cached, looked.queue_ns, looked.encode_ns, text)
 
@@ -418,10 +427,10 @@ class RetrievalService:
         """Refuse at once who cannot be answered in time, instead of encoding for nobody."""
         remaining = context.time_remaining()
         check_deadline(remaining)
-        if needed and remaining is not None:
-            wait = serving.batcher.expected_wait_seconds()
-            if wait > remaining and serving.batcher.waiting > 0:
-                raise Overloaded("query encoder (within your deadline)", serving.batcher.waiting, max(5, int(wait * 1e3)))
+        if needed:
+            late = serving.batcher.late(remaining)
+            if late is not None:
+                raise Overloaded(*late)
 
     async def _search_batch(self, index: EntityIndex, vectors: Float32, target: pb.Target) -> list[Found]:
         if target.HasField("diversity") or target.HasField("collapse_above"):
@@ -496,7 +505,7 @@ class RetrievalService:
     def _measurements(self) -> list[tuple[str, tuple[str, ...], float]]:
         rows: list[tuple[str, tuple[str, ...], float]] = [
             ("omni_in_flight", (), float(self.admission.in_flight)),
-            ("omni_refused", (), float(self.admission.refused)),
+            ("omni_refused", (), float(self.admission.refused + self.control.refused)),
         ]
         if self.impressions is not None:
             rows.append(("omni_impressions_dropped", (), float(self.impressions.dropped)))

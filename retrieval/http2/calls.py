@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import grpc
 
-from retrieval.http2.wire import Metadata, metadata_of, timeout_seconds
+from retrieval.http2.wire import Metadata, Refusal, metadata_of, timeout_seconds
 
 if TYPE_CHECKING:
     from retrieval.http2.connection import Connection
@@ -30,14 +30,16 @@ class Method(NamedTuple):
     """One RPC.
 
     Attributes:
-        now: Answers at once from request bytes and call, or returns None and leaves the call to ``later``; never raises.
+        now: Answers or refuses at once from request bytes and call, or returns None and leaves the call to ``later``; never raises.
         later: Unary calls: request bytes and call to response bytes.
         stream: Streaming calls: takes the call, reads ``call.messages()``, writes with ``call.write``.
+        door: Asked when a call's headers are here and its message is not: refuses it, or returns None and lets it in; never raises.
     """
 
-    now: Callable[[bytes, Call], bytes | None] | None = None
+    now: Callable[[bytes, Call], bytes | Refusal | None] | None = None
     later: Callable[[bytes, Call], Awaitable[bytes]] | None = None
     stream: Callable[[Call], Awaitable[None]] | None = None
+    door: Callable[[], Refusal | None] | None = None
 
 
 class Details(NamedTuple):
@@ -112,7 +114,7 @@ def _adapt(handler: Any) -> Method:
     if not handler.request_streaming and not handler.response_streaming:
         behaviour = handler.unary_unary
         if handler.request_deserializer is None and handler.response_serializer is None:
-            return Method(getattr(behaviour, "now", None), behaviour)
+            return Method(getattr(behaviour, "now", None), behaviour, None, getattr(behaviour, "door", None))
 
         async def later(content: bytes, call: Call) -> bytes:
             return pack(await behaviour(_parsed(parse, content), call))

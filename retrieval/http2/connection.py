@@ -57,6 +57,7 @@ class Connection(asyncio.Protocol):
         self.greeted = False
         self._reader = wire.HeaderReader()
         self._heads: dict[int, tuple[Any, Head]] = {}
+        self._turned_away: set[int] = set()  # refused before their message had come
         self._block: tuple[int, int, bytearray] | None = None  # stream, flags, headers that CONTINUATION goes on with
         self._out: list[bytes] = []
         self._answers = 0
@@ -215,7 +216,7 @@ class Connection(asyncio.Protocol):
             raise WireError(wire.PROTOCOL_ERROR, f"stream {stream} is not a client's")
         if stream <= self.last_stream:
             call = self.calls.get(stream)
-            if call is not None and flags & wire.END_STREAM:  # trailers of a request: there is nothing in them for us
+            if (call is not None or stream in self._turned_away) and flags & wire.END_STREAM:  # trailers of a request: nothing for us
                 self._on_data(stream, wire.END_STREAM, b"")
             return
         if self.draining:
@@ -229,10 +230,17 @@ class Connection(asyncio.Protocol):
             if len(self._heads) >= KEPT_HEADS:
                 self._heads.clear()
             self._heads[id(headers)] = headers, head
-        call = Call(self, stream, head)
-        if len(self.calls) >= self.server.max_streams:
+        if len(self.calls) + len(self._turned_away) >= self.server.max_streams:
             self._reset(stream, wire.REFUSED_STREAM)
             return
+        door = head.method.door
+        if door is not None and (refusal := door()) is not None:
+            if not flags & wire.END_STREAM:
+                self._turned_away.add(stream)
+            self._served += 1
+            self._send_refusal(stream, refusal)
+            return
+        call = Call(self, stream, head)
         self.calls[stream] = call
         if head.refusal is not None:
             self._refuse(call, head.refusal)
@@ -252,7 +260,11 @@ class Connection(asyncio.Protocol):
             payload = _unpadded(payload)
         call = self.calls.get(stream)
         if call is None or call.ended:
-            if (stream > self.last_stream and not self.draining) or stream == 0:
+            if stream in self._turned_away:
+                self._turned_away.discard(stream)
+                if not flags & wire.END_STREAM:
+                    self._reset(stream, wire.NO_ERROR)  # send no more of it
+            elif (stream > self.last_stream and not self.draining) or stream == 0:
                 raise WireError(wire.PROTOCOL_ERROR, f"DATA on stream {stream}, which is not open")
             return
         method = call.head.method
@@ -266,7 +278,11 @@ class Connection(asyncio.Protocol):
                     if method.now is not None:
                         answer = method.now(message, call)
                         if answer is not None:
-                            self._answer(call, answer)
+                            if type(answer) is wire.Refusal:
+                                self._send_refusal(stream, answer)
+                                self._close_call(call)
+                            else:
+                                self._answer(call, answer)  # type: ignore[arg-type]
                             return
                     assert method.later is not None, "a unary method"
                     self._start(call, method.later(message, call))
@@ -447,6 +463,13 @@ class Connection(asyncio.Protocol):
         self._out.append(frame(wire.HEADERS, wire.END_HEADERS | wire.END_STREAM, call.stream, self._updated(block)))
         self._close_call(call)
 
+    def _send_refusal(self, stream: int, refusal: wire.Refusal) -> None:
+        """The answer to a call that is not let in; it leaves with the others of this read."""
+        if self._size_update:
+            self._out.append(frame(wire.HEADERS, wire.END_HEADERS | wire.END_STREAM, stream, self._updated(refusal.block)))
+        else:
+            self._out.append(refusal.start + stream.to_bytes(4, "big") + refusal.block)
+
     def _close_call(self, call: Call) -> None:
         self._served += 1
         self.calls.pop(call.stream, None)
@@ -476,6 +499,7 @@ class Connection(asyncio.Protocol):
             raise WireError(wire.FRAME_SIZE_ERROR, "RST_STREAM")
         if stream == 0 or (stream > self.last_stream and not self.draining):
             raise WireError(wire.PROTOCOL_ERROR, "RST_STREAM of a stream that was never opened")
+        self._turned_away.discard(stream)
         call = self.calls.get(stream)
         if call is not None:
             call.drop()

@@ -7,6 +7,7 @@ import binascii
 import re
 import struct
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import grpc
 import hpack
@@ -92,6 +93,8 @@ OK_START = FRAME.pack(0, len(OK_BLOCK), HEADERS, END_HEADERS | END_STREAM, 0)[:5
 
 def percent_encoded(message: str) -> bytes:
     """A status message as gRPC sends it; at most 1,000 characters."""
+    if message.isascii() and message.isprintable() and "%" not in message:
+        return message[:1000].encode()
     return b"".join(
         bytes((byte,)) if 0x20 <= byte <= 0x7E and byte != 0x25 else b"%%%02X" % byte for byte in message[:1000].encode("utf-8", "replace")
     )
@@ -107,6 +110,29 @@ def status_block(code: grpc.StatusCode, message: str, trailing: Iterable[tuple[s
             value = base64.b64encode(value).rstrip(b"=").decode() if key.endswith("-bin") else value.decode("latin-1")
         block += literal(key.encode(), value.encode("latin-1", "replace"))
     return block
+
+
+class Refusal(NamedTuple):
+    """The whole answer to a call that is not taken in, ready to send but for the stream's number.
+
+    Attributes:
+        start: The first five bytes of the HEADERS frame: length, type, flags.
+        block: Response headers and status in one.
+        code: What ``block`` says, for other transports; ``message`` and ``trailing`` too.
+    """
+
+    start: bytes
+    block: bytes
+    code: grpc.StatusCode
+    message: str
+    trailing: tuple[tuple[str, str | bytes], ...]
+
+
+def refusal(code: grpc.StatusCode, message: str, trailing: Sequence[tuple[str, str | bytes]] = ()) -> Refusal:
+    """Encode an answer that is nothing but a status."""
+    block = RESPONSE_BLOCK + status_block(code, message, trailing)
+    start = FRAME.pack(0, len(block), HEADERS, END_HEADERS | END_STREAM, 0)[:5]
+    return Refusal(start, block, code, message, tuple(trailing))
 
 
 def timeout_seconds(text: str) -> float | None:

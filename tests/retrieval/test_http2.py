@@ -22,12 +22,14 @@ from retrieval.http2.server import Http2Server
 
 Code = grpc.StatusCode
 MAX_RECEIVE = 6 * 2**20
+FULL = wire.refusal(Code.RESOURCE_EXHAUSTED, "100% full", (("retry-after-ms", "9"),))
 
 
 @dataclass
 class Behaviour:
     cancelled: int = 0
     seen: list = field(default_factory=list)
+    closed: bool = False
 
     def handlers(self) -> grpc.GenericRpcHandler:
         async def echo(content: bytes, context) -> bytes:
@@ -35,7 +37,16 @@ class Behaviour:
             self.seen.append(context.invocation_metadata())
             return content
 
-        echo.now = lambda content, context: content if content[:3] == b"now" else None  # type: ignore[attr-defined]
+        def now(content: bytes, context) -> bytes | wire.Refusal | None:
+            return FULL if content[:4] == b"full" else content if content[:3] == b"now" else None
+
+        echo.now = now  # type: ignore[attr-defined]
+
+        async def guarded(content: bytes, context) -> bytes:
+            self.seen.append(content)
+            return content
+
+        guarded.door = lambda: FULL if self.closed else None  # type: ignore[attr-defined]
 
         async def slow(content: bytes, context) -> bytes:
             try:
@@ -63,6 +74,7 @@ class Behaviour:
         unary = grpc.unary_unary_rpc_method_handler
         calls = {
             "Echo": unary(echo),
+            "Guarded": unary(guarded),
             "Slow": unary(slow),
             "Fail": unary(fail),
             "Crash": unary(crash),
@@ -322,6 +334,55 @@ def test_a_peer_that_breaks_the_protocol_is_told_and_let_go(running: Running, se
     with running.connect() as connection:
         connection.sendall(sent)
         assert goaway(frames(connection, lambda found: False)) == code
+
+
+@pytest.fixture
+def closed(running: Running) -> Iterator[None]:
+    running.behaviour.closed = True
+    yield
+    running.behaviour.closed = False
+
+
+@pytest.mark.parametrize(("path", "content"), [("/t.T/Guarded", b"x"), ("/t.T/Guarded", b"x" * 3_000_000), ("/t.T/Echo", b"full")])
+def test_a_refused_call_of_grpcio_has_its_status_and_hint(running: Running, channel: grpc.Channel, closed: None, path, content) -> None:
+    running.behaviour.seen.clear()
+    for _ in range(3):
+        error = fails(channel.unary_unary(path), content, Code.RESOURCE_EXHAUSTED)
+        assert error.details() == "100% full" and ("retry-after-ms", "9") in error.trailing_metadata()
+    assert not running.behaviour.seen, "its message reached nobody"
+    assert channel.unary_unary("/t.T/Echo")(b"others", timeout=20) == b"others"
+
+
+GUARDED = [(name, "/t.T/Guarded" if name == ":path" else value) for name, value in FIELDS]
+
+
+def test_a_refusal_does_not_wait_for_the_message_and_forgets_it_when_it_comes(running: Running, closed: None) -> None:
+    with running.connect() as connection:
+        block = hpack.Encoder().encode(GUARDED)
+        connection.sendall(HELLO + b"".join(wire.frame(wire.HEADERS, wire.END_HEADERS, stream, block) for stream in (1, 3, 5)))
+        found = frames(connection, ended(1, 3, 5))
+        fields = dict(hpack.Decoder().decode(next(payload for kind, _, s, payload in found if s == 3)))
+        assert (fields[":status"], fields["grpc-status"], fields["retry-after-ms"]) == ("200", "8", "9")
+        connection.sendall(wire.frame(wire.DATA, 0, 1, bytes(1000)) + wire.frame(wire.DATA, wire.END_STREAM, 3, bytes(1000)))
+        connection.sendall(wire.frame(wire.RST_STREAM, 0, 5, bytes(4)) + wire.frame(wire.DATA, 0, 1, bytes(1000)) + request(7, b"now"))
+        late = frames(connection, ended(7))
+        assert body(late, 7) == b"now"
+        resets = [stream for kind, _, stream, _ in late if kind == wire.RST_STREAM]
+        assert resets == [1], "who goes on sending is told to stop, once"
+        inside = next(iter(running.server.connections))
+        assert not inside._turned_away and not inside.calls
+
+
+def test_refused_streams_that_stay_open_count_as_open(closed: None) -> None:
+    small = Running(max_streams=4)
+    small.behaviour.closed = True
+    with small.connect() as connection:
+        block = hpack.Encoder().encode(GUARDED)
+        connection.sendall(HELLO + b"".join(wire.frame(wire.HEADERS, wire.END_HEADERS, stream, block) for stream in range(1, 13, 2)))
+        found = frames(connection, lambda found: sum(kind == wire.RST_STREAM for kind, _, _, _ in found) == 2)
+        assert [stream for kind, _, stream, _ in found if kind == wire.HEADERS] == [1, 3, 5, 7]
+        assert [stream for kind, _, stream, _ in found if kind == wire.RST_STREAM] == [9, 11]
+    small.stop(0.5)
 
 
 def test_floods_of_cheap_frames_end_the_connection(running: Running) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.small_releases import small_release, write_small_bundle
 from index_builder.publishing import ReleaseStore
@@ -256,6 +257,75 @@ async def test_overload_is_refused_early_with_a_hint_and_callers_who_leave_cost_
     assert whole(await stub.Retrieve(ask("afterwards")))
     await channel.close()
     await server.stop(0)
+
+
+@pytest.mark.parametrize("transport", ["http2", "grpcio"])
+async def test_a_full_server_refuses_questions_and_not_those_who_run_it(store: ReleaseStore, transport: str) -> None:
+    server, stub, admin, channel = await start(store, max_in_flight=4, transport=transport)
+    service = server.service
+    try:
+        await stub.Retrieve(ask("red cat"))
+        service.admission.enter(4)  # as four requests inside would
+        error = await refused(stub.Retrieve(ask("red cat"), timeout=30))
+        assert error.details().startswith("server: all 4 places are taken")
+        assert int(dict(error.trailing_metadata())["retry-after-ms"]) >= 5
+        target = pb.Target(entity_type="pin", k=3)
+        await refused(stub.RetrieveBatch(pb.RetrieveBatchRequest(queries=["red cat"], target=target), timeout=30))
+        await refused(stub.RetrieveMulti(pb.RetrieveMultiRequest(query="red cat", targets=[target]), timeout=30))
+        await refused(stub.Embed(pb.EmbedRequest(queries=["red cat"]), timeout=30))
+        assert (await stub.DescribeRelease(pb.DescribeReleaseRequest())).release_id == "a1"
+        assert (await admin.Activate(pb.ActivateRequest(release_id="a2"), timeout=30)).release_id == "a2"
+        health = health_pb2_grpc.HealthStub(channel)
+        assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
+        assert service.admission.refused == 4 and server.metrics.value("omni_refused") == 4
+        assert server.metrics.value("omni_requests", ("Retrieve", "RESOURCE_EXHAUSTED")) == 1
+        assert server.metrics.value("omni_requests", ("Embed", "RESOURCE_EXHAUSTED")) == 1
+        service.admission.leave(4, 0.1)
+        assert whole(await stub.Retrieve(ask("red cat"))), "it takes questions again at once"
+    finally:
+        await channel.close()
+        await server.stop(0)
+
+
+@pytest.mark.parametrize("transport", ["http2", "grpcio"])
+async def test_a_full_encoder_refuses_what_must_be_encoded_or_would_be_late_and_answers_the_rest(
+    store: ReleaseStore, transport: str
+) -> None:
+    import threading
+
+    server, stub, _, channel = await start(store, max_encode_queue=2, transport=transport)
+    batcher = server.releases.resolve("").batcher
+    gate, encode = threading.Event(), batcher._encode
+    for _ in range(2):
+        await stub.Retrieve(ask("red cat"))
+    batcher._encode = lambda texts: gate.wait(20) and encode(texts)
+    batcher._text_seconds = 5.0
+    try:
+        inside = [asyncio.ensure_future(stub.Retrieve(ask("in the encoder"), timeout=30))]
+        await until(lambda: server.service.admission.in_flight == 1 and not batcher.waiting)
+        error = await refused(stub.Retrieve(ask("no hope in a second"), timeout=1.0))
+        assert error.details().startswith("query encoder (within your deadline)")
+        inside += [asyncio.ensure_future(stub.Retrieve(ask(f"waits {i}"), timeout=30)) for i in range(2)]
+        await until(lambda: batcher.waiting == 2)
+        error = await refused(stub.Retrieve(ask("one more"), timeout=30))
+        assert error.details().startswith("query encoder: all 2 places") and "retry-after-ms" in dict(error.trailing_metadata())
+        inside.append(asyncio.ensure_future(stub.Retrieve(ask(" waits 1 "), timeout=30)))  # joins the one that waits
+        assert whole(await stub.Retrieve(ask("red cat"), timeout=30)), "what is cached needs no encoder"
+        assert server.metrics.value("omni_requests", ("Retrieve", "RESOURCE_EXHAUSTED")) == 2
+        await until(lambda: server.service.admission.in_flight == 4)
+        gate.set()
+        assert all(whole(answer) for answer in await asyncio.gather(*inside))
+    finally:
+        gate.set()
+        await channel.close()
+        await server.stop(0)
+
+
+async def refused(call) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED, caught.value
+    return caught.value
 
 
 async def test_stopping_lets_calls_in_flight_finish(store: ReleaseStore) -> None:

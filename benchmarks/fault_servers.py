@@ -40,9 +40,10 @@ def prepare_store(root: Path) -> tuple[ReleaseStore, Any]:
 
 
 class ServerProcess:
-    """``omni serve`` as a child process."""
+    """``omni serve`` as a child process, on ``cores`` if they are given."""
 
-    def __init__(self, store: Path, *flags: str, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, store: Path, *flags: str, environment: Mapping[str, str] | None = None, cores: set[int] | None = None) -> None:
+        self.cores = cores or os.sched_getaffinity(0)
         arguments = ["serve", "--store", str(store), "--host", "127.0.0.1", "--port", "0", "--metrics-port", "0", "--json", *flags]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "retrieval.cli", *arguments],
@@ -50,6 +51,7 @@ class ServerProcess:
             stderr=subprocess.DEVNULL,
             text=True,
             env={**os.environ, **(environment or {})},
+            preexec_fn=lambda: os.sched_setaffinity(0, self.cores),
         )
         atexit.register(self._end)  # a part that fails leaves no server behind
         assert self.process.stdout is not None, "stdout is a pipe"
@@ -65,6 +67,11 @@ class ServerProcess:
     def rss_mib(self) -> float:
         """Resident memory, MiB."""
         return float(psutil.Process(self.process.pid).memory_info().rss) / 2**20
+
+    def cpu_seconds(self) -> float:
+        """CPU time so far, all threads."""
+        times = psutil.Process(self.process.pid).cpu_times()
+        return float(times.user + times.system)
 
     def _end(self) -> None:
         if self.process.poll() is None:

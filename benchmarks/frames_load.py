@@ -49,8 +49,7 @@ class FrameClient(asyncio.Protocol):
         self.recorder: Recorder | None = None
         self.end = 0.0
 
-    @staticmethod
-    def fields(method: str, authority: str) -> list[tuple[str, str]]:
+    def fields(self, method: str, authority: str) -> list[tuple[str, str]]:
         """Headers of every call."""
         return [
             (":method", "POST"),
@@ -81,8 +80,12 @@ class FrameClient(asyncio.Protocol):
             self._ask()
         self._flush()
 
+    def body(self, number: int) -> bytes:
+        """One message with its prefix."""
+        return self._bodies[number % len(self._bodies)]
+
     def _ask(self) -> None:
-        body = self._bodies[self._next % len(self._bodies)]
+        body = self.body(self._next)
         if len(body) > self._window or len(body) > self._peer_stream_window:
             self._ready.append(None)
             return

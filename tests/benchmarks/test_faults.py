@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import fault_overload
 from benchmarks.fault_load import swaps_under_load
 from benchmarks.fault_servers import ServerProcess, prepare_store
 from benchmarks.fault_storms import clock_jump, damaged_index, full_disk, hostile_redis
@@ -62,6 +63,27 @@ def test_swaps_under_load_fail_and_mix_nothing(tmp_path: Path, workers: str) -> 
         server.stop()
     assert found["failed"] == 0 and found["mixed"] == 0 and found["answers"] > 50, found
     assert found["to_another_encoder"] >= 2
+
+
+@pytest.mark.slow
+def test_a_flood_is_refused_and_what_is_let_in_is_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fault_overload, "PEAK_SECONDS", 1.0)
+    store = ReleaseStore(tmp_path / "store")
+    encoder = write_small_bundle(tmp_path / "bundle", 3, layers=6, width=256)
+    small_release(store, tmp_path / "bundle", encoder, counts={"pin": 300})
+    server_cores, client_cores = fault_overload.split_cores()
+    flags = ("--shadow-fraction", "0", "--max-in-flight", "70", "--max-encode-queue", "64")
+    server = ServerProcess(store.root, *flags, cores=server_cores)
+    try:
+        found = fault_overload.overload(server, 2.0, 5.0, client_cores)
+        refused = [float(line.split()[-1]) for line in server.metrics().splitlines() if line.startswith("omni_refused_total")]
+    finally:
+        server.stop()
+    outcomes = found["overload"]["outcomes"]
+    assert outcomes["OK"] > 0 and outcomes["RESOURCE_EXHAUSTED"] > 0 and set(outcomes) <= {"OK", "RESOURCE_EXHAUSTED"}, found
+    assert found["overload"]["late"] == 0 and found["recovered"]["outcomes"]["OK"] > 0
+    assert refused and refused[0] > 0, "refusals at the door are counted"
+    assert len(found["rss_mib_during"]) >= 2 and found["cores"]["client"] == sorted(client_cores)
 
 
 @pytest.mark.slow

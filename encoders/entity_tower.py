@@ -48,6 +48,8 @@ class EntityTowerConfig:
     """Width of the entity vector D."""
     residual_width: int = 0
     """The last so many continuous features (0 or D) are added to the MLP's output: an entity starts at its text embedding."""
+    dropout: float = 0.0
+    """Share of the last hidden layer dropped in training."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden", tuple(self.hidden))
@@ -59,6 +61,8 @@ class EntityTowerConfig:
                 f"EntityTowerConfig.residual_width ({self.residual_width}) must be 0 or the dimension ({self.dimension}), "
                 f"and no more than continuous_width ({self.continuous_width})"
             )
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"EntityTowerConfig.dropout ({self.dropout}) must lie in [0, 1)")
         if self.continuous_width < 0 or any(width < 1 for width in self.hidden):
             raise ConfigError(
                 f"EntityTowerConfig: continuous_width ({self.continuous_width}) or hidden ({self.hidden}) is negative or zero"
@@ -114,7 +118,7 @@ class EntityEncoder(nn.Module):
             layers += [nn.Linear(width, hidden), nn.ReLU(), nn.LayerNorm(hidden)]
             width = hidden
         last = nn.Linear(width, config.dimension)
-        layers.append(last)
+        layers += [nn.Dropout(config.dropout), last] if config.dropout else [last]
         self.mlp = _WithResidual(layers, config.residual_width) if config.residual_width else nn.Sequential(*layers)
         self.rows: Tensor
         rows = torch.from_numpy(hash_rows(config.vocabulary_size, config.table_rows))

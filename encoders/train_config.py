@@ -95,9 +95,12 @@ class EntityTowerSettings:
     """Width of a token vector."""
     hidden: tuple[int, ...] = (1024, 1024)
     """Widths of the hidden layers."""
+    dropout: float = 0.0
+    """Share of the last hidden layer dropped in training: for types with few pairs, whose entities are soon known by heart."""
 
     def __post_init__(self) -> None:
         _check(
+            (0 <= self.dropout < 1, f"dropout must lie in [0, 1), but got {self.dropout}"),
             (self.table_rows >= 1, f"table_rows must be at least 1, but got {self.table_rows}"),
             (self.token_dimension >= 1, f"token_dimension must be at least 1, but got {self.token_dimension}"),
             (all(width >= 1 for width in self.hidden), f"hidden widths must be at least 1, but got {self.hidden}"),
@@ -225,9 +228,17 @@ class ValidationConfig:
     """Validate every so many steps; 0: only at the end."""
     patience: int = 0
     """Stop after this many validations without a better mean Recall@10; 0: never."""
+    residual_scales: tuple[float, ...] = ()
+    """At the end, what each type's entity tower adds to its text embedding is scaled by the one of these that validates best (0: nothing is
+    added, 1: as trained). For types with few pairs, whose entities are soon known by heart. Needs ``features.text_embedding``."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "residual_scales", tuple(float(scale) for scale in self.residual_scales))
         _check(
+            (
+                all(0 <= scale <= 1 for scale in self.residual_scales),
+                f"residual_scales must lie in [0, 1], but got {self.residual_scales}",
+            ),
             (0 <= self.fraction < 1, f"fraction must lie in [0, 1), but got {self.fraction}"),
             (self.pairs >= 1, f"pairs must be at least 1, but got {self.pairs}"),
             (self.every_steps >= 0, f"every_steps must not be negative, but got {self.every_steps}"),
@@ -299,6 +310,10 @@ class TrainConfig:
             (self.log_every >= 1, f"log_every must be at least 1, but got {self.log_every}"),
             (self.checkpoint_every >= 0, f"checkpoint_every must not be negative, but got {self.checkpoint_every}"),
             (len(set(names)) == len(names), f"dataset names must differ, but got {names}"),
+            (
+                not self.validation.residual_scales or bool(self.features.text_embedding),
+                "validation.residual_scales needs features.text_embedding: there is nothing else to scale towards",
+            ),
         )
 
 

@@ -29,6 +29,7 @@ from encoders.errors import CheckpointError, ConfigError
 from encoders.gathering import average_gradients, broadcast_parameters, process_rank, world_size
 from encoders.optimisers import create_optimiser, parameter_groups, schedule, set_learning_rates
 from encoders.query_tower import QueryEncoder, create_query_encoder
+from encoders.residual_scale import choose_residual_scales, scaled_towers
 from encoders.train_config import ENTITY, TrainConfig, to_table
 from encoders.train_progress import announce, log_step, open_tensorboard, show_recalls, silent, stop_diverged
 from encoders.train_steps import UNIFIED, Towers, TrainInputs, loss_and_gradients
@@ -175,13 +176,17 @@ def train(
             save_checkpoint(checkpoints, loop.step, state, {"run": run, "config": to_table(config), "metrics": loop.metrics})
     # -------------------------------------------------------------------------------------------------------------------- save
     loop.restore_best(towers, checkpoints)
+    scales: dict[str, float] = {}
+    if config.validation.residual_scales and prepared.validation:
+        scales, recalls = choose_residual_scales(towers, inputs, talk)
+        loop.metrics = {**loop.metrics, **recalls, **{f"residual_scale/{name}": scale for name, scale in scales.items()}}
     if writer is not None:
         writer.close()
     towers.eval().cpu()
     last = next((entry["loss"] for entry in reversed(history) if "loss" in entry), math.nan)
     return TrainResult(
         query_encoder=towers.query,
-        entity_encoders=_by_type(towers, data.catalogue),
+        entity_encoders=scaled_towers(_by_type(towers, data.catalogue), scales),
         featurizer=featurizer,
         metrics={"loss": last, **loop.metrics},
         pairs_per_second=pairs_seen / step_seconds if step_seconds else 0.0,
@@ -252,6 +257,7 @@ def run_fingerprint(inputs: TrainInputs) -> str:
     """SHA-256 of what decides a run's course: the config (but for logging and saving), the pairs and the featurised catalogue."""
     prepared, features = inputs.prepared, inputs.features
     table = {key: value for key, value in to_table(inputs.config).items() if key not in _MAY_CHANGE}
+    table["validation"] = {key: value for key, value in table["validation"].items() if key != "residual_scales"}  # these act at the end
     digest = hashlib.sha256(json.dumps(table, sort_keys=True, default=str).encode())
     for pair_set in prepared.pair_sets:
         for array in (pair_set.queries, pair_set.candidates, pair_set.weights, pair_set.folds):

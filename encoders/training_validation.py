@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -16,10 +18,16 @@ _BLOCK = 1024
 
 
 @torch.no_grad()
-def validation_recall(towers: Towers, inputs: TrainInputs, k: int = 10) -> dict[str, float]:
+def validation_recall(towers: Towers, inputs: TrainInputs, k: int = 10, *, entity_types: Collection[str] | None = None) -> dict[str, float]:
     """Does the annotated candidate of each held-back pair rank in the top ``k``?
 
     Entities are seen with their engaged queries but for the held-back ones (cross-fit view 0 when cross-fitting, so a fold is missing).
+
+    Args:
+        towers: What is learned.
+        inputs: What they read.
+        k: Depth.
+        entity_types: Only these; None: all with held-back pairs.
 
     Returns:
         ``validation/recall@{k}/<entity type>`` per type with held-back pairs, and ``validation/recall@{k}``, their mean.
@@ -29,7 +37,7 @@ def validation_recall(towers: Towers, inputs: TrainInputs, k: int = 10) -> dict[
     recalls: dict[str, float] = {}
     learned = {pair_set.config.entity_type: pair_set.config.candidates for pair_set in inputs.prepared.pair_sets}
     for entity_type, (queries, candidates) in inputs.prepared.validation.items():
-        if entity_type not in learned or not len(queries):
+        if entity_type not in learned or not len(queries) or (entity_types is not None and entity_type not in entity_types):
             continue
         pool = inputs.prepared.validation_pools[entity_type]
         if entity_type == "query":

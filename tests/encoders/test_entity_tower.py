@@ -156,7 +156,7 @@ def test_another_vocabulary_is_refused(tmp_path):
         EntityEncoder.load(tmp_path)
 
 
-@pytest.mark.parametrize("bad", [{"table_rows": 0}, {"dimension": -1}, {"hidden": (0,)}, {"continuous_width": -1}])
+@pytest.mark.parametrize("bad", [{"table_rows": 0}, {"dimension": -1}, {"hidden": (0,)}, {"continuous_width": -1}, {"dropout": 1.0}])
 def test_bad_settings_are_refused(bad):
     with pytest.raises(ConfigError):
         EntityTowerConfig(**({"vocabulary_size": 5, "fields": 1} | bad))
@@ -168,3 +168,14 @@ def test_gpu_equals_cpu():
     encoder = tower()
     on_cpu = encoder.encode(CATALOGUE)
     np.testing.assert_allclose(encoder.cuda().encode(CATALOGUE), on_cpu, atol=1e-5)
+
+
+def test_dropout_drops_hidden_units_in_training_only(tmp_path):
+    encoder, features = tower(dropout=0.5), FEATURIZER(CATALOGUE)
+    plain = tower()
+    plain.mlp[-1].load_state_dict(encoder.mlp[-1].state_dict())
+    with torch.no_grad():
+        assert not torch.equal(encoder.train()(features), encoder(features))
+        assert torch.equal(encoder.eval()(features), plain.eval()(features))
+    encoder.save(tmp_path)
+    assert torch.equal(EntityEncoder.load(tmp_path)(features), encoder(features))

@@ -44,7 +44,7 @@ def world(vectors: bool = False) -> TrainingData:
     return TrainingData(pl.DataFrame(rows), pl.DataFrame(pairs, schema=columns, orient="row"))
 
 
-def tiny_query_encoder(seed: int = 0) -> QueryEncoder:
+def tiny_query_encoder(seed: int = 0, dimension: int = DIMENSION) -> QueryEncoder:
     """One layer, 16 wide, over the words of the world."""
     torch.manual_seed(seed)
     words = (
@@ -64,7 +64,7 @@ def tiny_query_encoder(seed: int = 0) -> QueryEncoder:
     names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
     shape = DistilBertConfig(vocab_size=len(fast), dim=16, hidden_dim=32, n_layers=1, n_heads=2, dropout=0.1, attention_dropout=0.1)
-    return QueryEncoder(DistilBertModel(shape), fast, DIMENSION)
+    return QueryEncoder(DistilBertModel(shape), fast, dimension)
 
 
 def small_config(**changes: object) -> TrainConfig:

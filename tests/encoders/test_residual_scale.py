@@ -1,0 +1,67 @@
+"""What a tower adds to its text embedding is scaled per entity type by what held-back queries say, after training."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from training_examples import small_config, tiny_query_encoder, world
+
+from encoders.errors import ConfigError
+from encoders.residual_scale import scaled_towers
+from encoders.text_embedding import text_embedding
+from encoders.training import TrainResult, train
+
+SCALES = [1.0, 0.0, 0.5]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("scales")
+    tiny_query_encoder(1, 256).save(path / "frozen")
+    return path
+
+
+def run(folder: Path, scales: list[float]) -> TrainResult:
+    """The same run each time: trained once, then only its end is done again with other scales."""
+    features = {"text_embedding": str(folder / "frozen")}
+    validation = {"fraction": 0.25, "residual_scales": scales}
+    config = small_config(steps=25, model={"dimension": 256}, features=features, validation=validation)
+    return train(config, world(), output=folder / "run", query_encoder=tiny_query_encoder(0, 256), quiet=True)
+
+
+def test_each_type_gets_the_scale_that_validates_best(folder: Path) -> None:
+    chosen, trained = run(folder, SCALES), run(folder, [])
+    assert "residual_scale/pin" not in trained.metrics
+    alone = {scale: run(folder, [scale]).metrics for scale in SCALES}
+    for name in ("pin", "product"):
+        key = f"validation/recall@10/{name}"
+        best = max(metrics[key] for metrics in alone.values())
+        assert chosen.metrics[key] == best
+        scale = min(s for s, metrics in alone.items() if metrics[key] == best)
+        assert chosen.metrics[f"residual_scale/{name}"] == scale
+        assert torch.equal(chosen.entity_encoders[name].mlp[-1].weight, trained.entity_encoders[name].mlp[-1].weight * scale)
+        assert torch.equal(chosen.entity_encoders[name].table, trained.entity_encoders[name].table)
+    assert alone[1.0]["validation/recall@10/pin"] == trained.metrics["validation/recall@10/pin"]
+
+
+def test_scale_zero_is_the_text_embedding(folder: Path) -> None:
+    rows = world().catalogue.head(5)
+    vectors = run(folder, [0.0]).entity_encoders["pin"].encode(rows)
+    np.testing.assert_allclose(vectors, text_embedding(str(folder / "frozen"))(rows), atol=2e-3)
+
+
+def test_types_with_one_tower_and_one_scale_share_it(folder: Path) -> None:
+    towers = run(folder, []).entity_encoders
+    towers["ad"] = towers["pin"]
+    scaled = scaled_towers(towers, {"pin": 0.5, "product": 0.5})
+    assert scaled["pin"] is scaled["product"] is not towers["pin"]
+    assert scaled["ad"] is towers["pin"]
+
+
+@pytest.mark.parametrize(
+    ("validation", "features"), [({"residual_scales": [1.5]}, {"text_embedding": "tiny-multilingual"}), ({"residual_scales": [0.5]}, {})]
+)
+def test_scales_that_mean_nothing_are_refused(validation: dict, features: dict) -> None:
+    with pytest.raises(ConfigError, match="residual_scales"):
+        small_config(validation=validation, features=features)

@@ -1,4 +1,4 @@
-"""Things that go wrong around a server: kill -9, a full disk, a clock that jumps, a Redis that is slow, dead or lying, a damaged index."""
+"""Things that go wrong around a server: a full disk, a clock that jumps, a Redis that is slow, dead or lying, a damaged index."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ import grpc
 import grpc.aio
 import numpy as np
 
-from benchmarks.fault_servers import ServerProcess, connected, hash_of, percentiles
+from benchmarks.fault_servers import ServerProcess, connected, percentiles
 from benchmarks.small_releases import entity_texts, small_release
-from encoders.console import say
 from encoders.errors import OmniError
 from index_builder.publishing import ReleaseStore
 from protos import retrieval_pb2 as pb
@@ -62,62 +61,6 @@ async def hostile_redis(kind: str, store: Path) -> dict[str, Any]:
     if listener is not None:
         listener.close()
     return {"redis": kind, "requests": 200, "failed": failed, **percentiles(latencies)}
-
-
-async def kill_nine(store: ReleaseStore, encoder: Any, space_id: str, rounds: int, seed: int = 0) -> dict[str, Any]:
-    """Kill -9 the server at random moments of upserts and swaps; what was acknowledged must be there afterwards, and every answer whole."""
-    acknowledged: set[str] = set()
-    vectors = encoder.encode(entity_texts(64, seed=21))
-    number = restarts = broken = 0
-    rng = random.Random(seed)
-    server = await asyncio.to_thread(ServerProcess, store.root, "--shadow-fraction", "0")
-    for round_ in range(rounds):
-        until = time.monotonic() + rng.uniform(0.02, 0.6)
-        async with connected(server.address) as (stub, admin):
-
-            async def writes(admin: rpc.AdminStub = admin, until: float = until) -> None:
-                nonlocal number
-                while time.monotonic() < until:
-                    ids = [f"live-{number + i}" for i in range(4)]
-                    number += 4
-                    entities = [pb.Entity(id=id, embedding=vectors[hash_of(id) % 64].tobytes()) for id in ids]
-                    try:
-                        await admin.Upsert(pb.UpsertRequest(entity_type="pin", space_id=space_id, entities=entities), timeout=5)
-                        acknowledged.update(ids)
-                    except grpc.RpcError:
-                        return
-
-            async def swaps(admin: rpc.AdminStub = admin, until: float = until) -> None:
-                step = 0
-                while time.monotonic() < until:
-                    step += 1
-                    try:
-                        await admin.Activate(pb.ActivateRequest(release_id="a2" if step % 2 else "a1"), timeout=5)
-                    except grpc.RpcError:
-                        return
-
-            tasks = [asyncio.ensure_future(writes()), asyncio.ensure_future(swaps())]
-            await asyncio.sleep(max(0.0, until - time.monotonic()))
-            server.kill()
-            await asyncio.gather(*tasks)
-        server = await asyncio.to_thread(ServerProcess, store.root, "--shadow-fraction", "0")
-        restarts += server.info.get("release_id") in ("a1", "a2")
-        async with connected(server.address) as (stub, _):
-            wanted = sorted(acknowledged)
-            for start in range(0, len(wanted), 5000):
-                chunk = wanted[start : start + 5000]
-                broken += (await stub.Score(pb.ScoreRequest(query="red cat", entity_type="pin", ids=chunk), timeout=60)).missing
-            answer = await stub.Retrieve(pb.RetrieveRequest(query="red cat", entity_type="pin", k=20), timeout=60)
-            broken += any(not hit.id.startswith((answer.release_id + ":", "live-")) for hit in answer.hits)
-        say(f"kill {round_ + 1}/{rounds}: {len(acknowledged)} acknowledged, {broken} lost")
-    await asyncio.to_thread(server.stop)
-    return {
-        "seeds": [seed],
-        "kills": rounds,
-        "acknowledged_writes": len(acknowledged),
-        "lost_or_mixed": broken,
-        "restarted_ready": restarts,
-    }
 
 
 @contextlib.asynccontextmanager

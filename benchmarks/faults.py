@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import tempfile
+from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import click
 
+from benchmarks.fault_kills import kill_nine
 from benchmarks.fault_load import swaps_under_load
 from benchmarks.fault_overload import overload, split_cores
 from benchmarks.fault_servers import COUNTS, ServerProcess, prepare_store
-from benchmarks.fault_storms import clock_jump, damaged_index, full_disk, hostile_redis, kill_nine
+from benchmarks.fault_storms import clock_jump, damaged_index, full_disk, hostile_redis
 from benchmarks.record import RESULTS, write_record
 from benchmarks.small_releases import small_release, write_small_bundle
 from encoders.console import handle_errors, json_option, print_json, print_table, stage
@@ -52,7 +54,7 @@ def run_part(part: str, root: Path, settings: dict[str, Any]) -> Any:
         finally:
             server.stop()
     if part == "kills":
-        return asyncio.run(kill_nine(store, encoder, space_id, settings["kills"], settings["seed"]))
+        return asyncio.run(kill_nine(store, root / "a", encoder, space_id, settings["kills"], settings["seed"]))
     if part == "disk":
         return asyncio.run(full_disk(encoder, root / "a", space_id))
     if part == "clock":
@@ -66,7 +68,9 @@ def merged(earlier: dict[str, Any], part: str, found: Any) -> Any:
     before = earlier.get(part)
     if part != "kills" or before is None or found["seeds"][0] in before["seeds"]:
         return found
-    return {key: before[key] + found[key] for key in found}
+    if before.keys() != found.keys():  # a record of another form
+        return found
+    return {key: dict(Counter(before[key]) + Counter(found[key])) if key == "killed" else before[key] + found[key] for key in found}
 
 
 @click.command("faults")
@@ -74,7 +78,7 @@ def merged(earlier: dict[str, Any], part: str, found: Any) -> Any:
 @click.option("--swaps", default=100, show_default=True, help="Release swaps under load, two thirds of them to another encoder.")
 @click.option("--rate", default=150.0, show_default=True, help="Requests/s during the swaps.")
 @click.option("--overload-seconds", default=60.0, show_default=True, help="Length of the 4x overload.")
-@click.option("--kills", default=50, show_default=True, help="kill -9 rounds; runs with different seeds add up in the record.")
+@click.option("--kills", default=200, show_default=True, help="How many kill -9; runs with different seeds add up in the record.")
 @click.option("--seed", default=0, show_default=True, help="Chooses the moments of the kills.")
 @click.option("--shadow-seconds", default=90.0, show_default=True, help="How long shadow recall watches the healthy index first.")
 @click.option("--shadow-entities", default=SHADOW_ENTITIES, show_default=True, help="Entities of the index that is damaged.")

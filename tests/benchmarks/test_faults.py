@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import fault_overload
+from benchmarks import fault_kills, fault_overload
 from benchmarks.fault_load import swaps_under_load
 from benchmarks.fault_servers import ServerProcess, prepare_store
 from benchmarks.fault_storms import clock_jump, damaged_index, full_disk, hostile_redis
@@ -66,6 +66,20 @@ def test_swaps_under_load_fail_and_mix_nothing(tmp_path: Path, workers: str) -> 
 
 
 @pytest.mark.slow
+def test_kills_of_server_and_publisher_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fault_kills, "ROUNDS_PER_STORE", 3)
+    store, encoder = prepare_store(tmp_path)
+    space_id = json.loads((tmp_path / "a" / "space.json").read_text())["space_id"]
+    found = asyncio.run(fault_kills.kill_nine(store, tmp_path / "a", encoder, space_id, 8))
+    assert found["lost_or_mixed"] == 0 and found["ready_after_the_kill"] == found["rounds"] >= 5, found
+    assert found["kills"] == sum(found["killed"].values()) >= 8 and found["killed"]["server, during upserts and swaps"] >= 2
+    assert any(what.startswith("publisher") for what in found["killed"]) and found["acknowledged_writes"] > 0
+    assert sorted(path.name for path in (tmp_path / "store" / "releases").glob("[ab]?")) == ["a1", "a2", "b1"], (
+        "the prepared one is as it was"
+    )
+
+
+@pytest.mark.slow
 def test_a_flood_is_refused_and_what_is_let_in_is_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fault_overload, "PEAK_SECONDS", 1.0)
     store = ReleaseStore(tmp_path / "store")
@@ -95,15 +109,16 @@ def test_a_hostile_redis_fails_nothing(tmp_path: Path, kind: str) -> None:
 
 
 def test_runs_of_parts_are_merged() -> None:
-    first = {"seeds": [0], "kills": 50, "acknowledged_writes": 100, "lost_or_mixed": 0, "restarted_ready": 50}
-    other = {**first, "seeds": [1], "acknowledged_writes": 90}
+    first = {"seeds": [0], "kills": 50, "killed": {"server": 50}, "acknowledged_writes": 100, "lost_or_mixed": 0}
+    other = {**first, "seeds": [1], "acknowledged_writes": 90, "killed": {"server": 30, "publisher": 20}}
     assert merged({}, "kills", first) == first
     assert merged({"kills": first}, "kills", other) == {
         "seeds": [0, 1],
         "kills": 100,
+        "killed": {"server": 80, "publisher": 20},
         "acknowledged_writes": 190,
         "lost_or_mixed": 0,
-        "restarted_ready": 100,
     }
     assert merged({"kills": first}, "kills", first) == first, "the same seed again replaces"
+    assert merged({"kills": {"seeds": [7], "kills": 9}}, "kills", first) == first, "a record of another form is not added to"
     assert merged({"clock": {"answers": 1}}, "clock", {"answers": 2}) == {"answers": 2}

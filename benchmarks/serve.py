@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -227,6 +229,43 @@ def against_echo(ours: Process, grpcio: Process, k: int, rounds: int, seconds: f
     return result
 
 
+def more_workers(
+    release: ServingRelease, k: int, workers: int, concurrencies: Sequence[int], rounds: int, seconds: float
+) -> dict[str, Any]:
+    """One worker and several in turns: ready embeddings and cached texts, prepared frames, one connection per client process.
+
+    Args:
+        release: What is asked.
+        k: Results per query.
+        workers: Of the second server; at least as many connections are opened, so that every worker can have one.
+        concurrencies: Calls in flight.
+        rounds: Rounds per figure.
+        seconds: Length of one measurement.
+    """
+    texts = [pb.RetrieveRequest(query=text, entity_type="pin", k=k).SerializeToString() for text in TEXTS]
+    found: dict[str, Any] = {"workers": workers, "client_processes": max(2, workers)}
+    with (
+        omni_server(release.store, ["--workers", "1", "--metrics-port", "-1"]) as one,
+        omni_server(release.store, ["--workers", str(workers), "--metrics-port", "-1"]) as several,
+    ):
+        servers = {"one": one, "several": several}
+        for name, payloads in (("ready_embeddings", vector_requests(release, k, None)), ("cached_texts", texts)):
+
+            def run(process: Process, load: Load, payloads: list[bytes] = payloads) -> Outcome:
+                return frame_load(process.address, RETRIEVE, payloads, replace(load, processes=found["client_processes"]))
+
+            for process in servers.values():  # each worker fills its cache and learns how short its searches are
+                run(process, Load(concurrency=8 * workers, seconds=2.0))
+            with stage(f"1 and {workers} workers in turns, {name}"):
+                figures = compare(
+                    {side: partial(run, process) for side, process in servers.items()}, servers, concurrencies, rounds, seconds
+                )
+            best = {side: max(float(f["requests_per_second"]) for f in by.values()) for side, by in figures.items()}
+            found[name] = {**figures, "ratio_at_best": round(best["several"] / best["one"], 2)}
+        found["memory_mib"] = {side: round(process.memory_mib()) for side, process in servers.items()}
+    return found
+
+
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @data_option
 @click.option("--size", default=100_000, show_default=True, help="Vectors in the index.")
@@ -242,8 +281,15 @@ def against_echo(ours: Process, grpcio: Process, k: int, rounds: int, seconds: f
 @click.option("--seconds", default=4.0, show_default=True, help="Length of one measurement.")
 @click.option("--workers", default=1, show_default=True, help="Processes of our server.")
 @click.option(
-    "--peer", "peers", multiple=True, type=click.Choice(["milvus", "echo"]), default=("milvus", "echo"), show_default=True, help="Repeat."
+    "--peer",
+    "peers",
+    multiple=True,
+    type=click.Choice(["milvus", "echo", "workers"]),
+    default=("milvus", "echo"),
+    show_default=True,
+    help="Repeat. workers: our own server with one worker beside one with --more-workers.",
 )
+@click.option("--more-workers", "more_workers_count", default=2, show_default=True, help="Workers of the second server of --peer workers.")
 @click.option("--bundle", type=click.Path(path_type=Path, exists=True), help="Model bundle for text queries; default: a tiny random tower.")
 @json_option
 @handle_errors
@@ -258,6 +304,7 @@ def command(
     seconds: float,
     workers: int,
     peers: tuple[str, ...],
+    more_workers_count: int,
     bundle: Path | None,
     as_json: bool,
 ) -> None:
@@ -266,7 +313,7 @@ def command(
     Same vectors, k, recall, cores and run; clients share the cores with the servers. The Milvus part needs the packages
     milvus and pymilvus.
 
-    Example: omni bench serve --data data --rounds 3
+    Example: omni bench serve --data data --rounds 3; omni bench serve --data data --peer workers
     """
     if data_dir is None:
         fail("omni bench serve needs --data (or OMNI_DATA): the folder that holds large/.", 2)
@@ -275,14 +322,18 @@ def command(
     release = serving_release(data_dir, size=size, kind=kind, k=k, bundle=bundle)
     flags = ["--workers", str(workers), "--metrics-port", "-1"]
     metrics: dict[str, Any] = {}
-    with omni_server(release.store, flags) as ours:
+    if "workers" in peers:
+        metrics["workers"] = more_workers(release, k, more_workers_count, concurrencies, rounds, seconds)
+    with omni_server(release.store, flags) if {"echo", "milvus"} & set(peers) else nullcontext() as ours:
         if "echo" in peers:
+            assert ours is not None, "started for it"
             with omni_server(release.store, ["--transport", "grpcio", "--metrics-port", "-1"]) as grpcio:
                 metrics["echo"] = against_echo(ours, grpcio, k, rounds, seconds)
         if "milvus" in peers:
+            assert ours is not None, "started for it"
             metrics["milvus"] = against_milvus(ours, release, k, wanted, concurrencies, rounds, seconds)
     path = write_record(
-        "serve",
+        "serve-workers" if peers == ("workers",) else "serve",
         dataset=release.vectors.describe(),
         config={"kind": kind, "k": k, "workers": workers, "ann_recall": wanted, "build": release.build},
         protocol={
@@ -304,6 +355,25 @@ def command(
 
 def _print(metrics: dict[str, Any], release: ServingRelease) -> None:
     real = f"{len(release.vectors.corpus):,} real text vectors"
+    if "workers" in metrics:
+        found = metrics["workers"]
+        for name in ("ready_embeddings", "cached_texts"):
+            rows = [
+                [
+                    1 if side == "one" else found["workers"],
+                    c,
+                    f["requests_per_second"],
+                    f["per_server_cpu_second"],
+                    f["p50_ms"],
+                    f["p99_ms"],
+                ]
+                for side in ("one", "several")
+                for c, f in found[name][side].items()
+            ]
+            title = f"{name.replace('_', ' ').capitalize()}, {real}; the client shares the cores"
+            print_table(title, ["workers", "concurrency", "requests/s", "per server CPU s", "p50 ms", "p99 ms"], rows)
+            say(f"{found['workers']} workers answer {found[name]['ratio_at_best']:.2f}x as many")
+        say(f"memory (PSS, MiB): {found['memory_mib']}")
     if "milvus" in metrics:
         found = metrics["milvus"]
         for name in ("prepared_frames", "thin_stubs", "own_clients"):

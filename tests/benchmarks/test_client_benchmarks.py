@@ -1,9 +1,11 @@
 """The client benchmarks' own arithmetic and processes: what they would report must be true."""
 
 import asyncio
+import json
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import grpc
 import numpy as np
@@ -17,7 +19,7 @@ from benchmarks.latency import Sample, per_stage
 from benchmarks.load import Load, client_load, stub_load
 from benchmarks.milvus_peer import mean_recall
 from benchmarks.peer_servers import Process, echo_server, omni_server
-from benchmarks.serve import verdict
+from benchmarks.serve import more_workers, verdict
 from benchmarks.small_releases import small_release, write_small_bundle
 from index_builder.publishing import ReleaseStore
 from protos import retrieval_pb2 as pb
@@ -59,6 +61,18 @@ def test_prepared_frames_are_answered_by_grpcio_and_by_us_and_failures_are_count
         outcome = frame_load(ours.address, "/omnisearchsage.v1.Retrieval/Retrieve", [good, bad], load)
         assert len(outcome.latencies_ms) > 10
         assert outcome.errors.keys() == {"grpc-status 5"}, "NOT_FOUND"
+
+
+@pytest.mark.slow
+def test_one_worker_and_two_are_asked_the_same(tmp_path: Path) -> None:
+    store, encoder = ReleaseStore(tmp_path / "store"), write_small_bundle(tmp_path / "bundle", 1)
+    small_release(store, tmp_path / "bundle", encoder, counts={"pin": 300})
+    space_id = json.loads((tmp_path / "bundle" / "space.json").read_text())["space_id"]
+    release = SimpleNamespace(store=store.root, space_id=space_id, vectors=SimpleNamespace(queries=encoder.encode(["red cat", "old boat"])))
+    found = more_workers(release, 3, 2, (4,), 1, 0.5)
+    for name in ("ready_embeddings", "cached_texts"):
+        assert found[name]["ratio_at_best"] > 0
+        assert all(found[name][side][4]["errors"] == 0 and found[name][side][4]["requests_per_second"] > 0 for side in ("one", "several"))
 
 
 def slow_client(seconds: float):  # type: ignore[no-untyped-def]

@@ -19,6 +19,7 @@ from index_builder.entity_index import EntityIndex
 from index_builder.errors import UnknownEntityType
 from protos import retrieval_pb2 as pb
 from retrieval.admission import Admission, Refusals, check_deadline, retry_trailer
+from retrieval.answers import add_attributes, fill_answer
 from retrieval.changes import Changes
 from retrieval.description import describe
 from retrieval.errors import EmptyQuery, InvalidRequest, Overloaded
@@ -35,7 +36,6 @@ from retrieval.requests import (
     checked_target,
     one_of,
     require_count,
-    to_value,
 )
 from retrieval.searching import Found, Searcher, options_of, scores_of
 from retrieval.security import EVERYONE, Caller, Tokens
@@ -241,7 +241,7 @@ class RetrievalService:
             for id, score in zip(found.ids, found.scores.tolist()):
                 add(id=id, score=score)
             if request.attributes:
-                self._add_attributes(response.hits, index, found.ids, request.attributes)
+                add_attributes(response.hits, index, found.ids, request.attributes)
             self._after_search(serving, index, request, query, found, request)
             if self.impressions is not None:
                 response.request_id = self._log_impression(serving, request, request.entity_type, query.text, found.ids)
@@ -277,7 +277,7 @@ class RetrievalService:
             )
             for target, index in zip(request.targets, indexes, strict=True):
                 found = await self.searcher.search(index, query.vector, target)
-                answer = self._answer(response.answers.add(), index, target, query.cached, found)
+                answer = fill_answer(response.answers.add(), index, target, query.cached, found)
                 answer.entity_type = target.entity_type
                 response.timings.search_ns += found.search_ns
                 response.timings.rerank_ns += found.rerank_ns
@@ -319,7 +319,7 @@ class RetrievalService:
             )
             found = await self._search_batch(index, vectors, target)
             for row, item in enumerate(found):
-                self._answer(response.answers.add(), index, target, cached[row], item)
+                fill_answer(response.answers.add(), index, target, cached[row], item)
                 response.timings.search_ns += item.search_ns
                 response.timings.rerank_ns += item.rerank_ns
                 if self.shadow.wants() and item.plain:
@@ -438,28 +438,6 @@ class RetrievalService:
         results, took = await self.searcher.in_thread(partial(index.search_batch, vectors, target.k, **options_of(target)))
         each = took // max(1, len(vectors))
         return [Found(result.ids, result.scores, result, each, 0, True) for result in results]
-
-    def _answer(self, answer: pb.Answer, index: EntityIndex, target: pb.Target, cached: bool, found: Found) -> pb.Answer:
-        result = found.result
-        answer.plan, answer.ef, answer.search_ns, answer.cache_hit = result.plan, result.ef, found.search_ns, cached
-        if result.estimated_recall is not None:
-            answer.estimated_recall = result.estimated_recall
-        if result.selectivity is not None:
-            answer.selectivity = result.selectivity
-        add = answer.hits.add
-        for id, score in zip(found.ids, found.scores.tolist()):
-            add(id=id, score=score)
-        if target.attributes:
-            self._add_attributes(answer.hits, index, found.ids, target.attributes)
-        return answer
-
-    @staticmethod
-    def _add_attributes(hits: Any, index: EntityIndex, ids: Sequence[str], names: Sequence[str]) -> None:
-        wanted = list(index.attribute_table.schema) if "*" in names else list(names)
-        for hit, attributes in zip(hits, index.attributes(list(ids), wanted), strict=True):
-            for name, value in attributes.items():
-                if value is not None:
-                    hit.attributes[name].CopyFrom(to_value(value))
 
     def _after_search(self, serving: ServingRelease, index: EntityIndex, target: Any, query: Query, found: Found, request: Any) -> None:
         self.metrics.count("omni_searches", (target.entity_type, found.result.plan))

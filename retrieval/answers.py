@@ -1,0 +1,36 @@
+"""What was found as the messages of protos/retrieval.proto."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from index_builder.entity_index import EntityIndex
+from protos import retrieval_pb2 as pb
+from retrieval.requests import to_value
+from retrieval.searching import Found
+
+
+def fill_answer(answer: pb.Answer, index: EntityIndex, target: pb.Target, cached: bool, found: Found) -> pb.Answer:
+    """Write one search's results and how they were found into ``answer``; returns it."""
+    result = found.result
+    answer.plan, answer.ef, answer.search_ns, answer.cache_hit = result.plan, result.ef, found.search_ns, cached
+    if result.estimated_recall is not None:
+        answer.estimated_recall = result.estimated_recall
+    if result.selectivity is not None:
+        answer.selectivity = result.selectivity
+    add = answer.hits.add
+    for id, score in zip(found.ids, found.scores.tolist()):
+        add(id=id, score=score)
+    if target.attributes:
+        add_attributes(answer.hits, index, found.ids, target.attributes)
+    return answer
+
+
+def add_attributes(hits: Any, index: EntityIndex, ids: Sequence[str], names: Sequence[str]) -> None:
+    """Give each hit the attributes that were asked for; ``*`` stands for all, missing values stay out."""
+    wanted = list(index.attribute_table.schema) if "*" in names else list(names)
+    for hit, attributes in zip(hits, index.attributes(list(ids), wanted), strict=True):
+        for name, value in attributes.items():
+            if value is not None:
+                hit.attributes[name].CopyFrom(to_value(value))

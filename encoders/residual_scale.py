@@ -8,38 +8,58 @@ fine-tuned weights of WiSE-FT (Wortsman et al., CVPR 2022) for the one layer tha
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
 from encoders.entity_tower import EntityEncoder
 from encoders.train_progress import Talk
 from encoders.train_steps import Towers, TrainInputs
-from encoders.training_validation import validation_recall
+from encoders.training_validation import validation_hits
 
 
 def choose_residual_scales(towers: Towers, inputs: TrainInputs, talk: Talk) -> tuple[dict[str, float], dict[str, float]]:
-    """The scale of ``config.validation.residual_scales`` with the best validation Recall@10, for each entity type with held-back pairs.
+    """The scale of ``config.validation.residual_scales`` for each entity type with held-back pairs, by ``smallest_within_error``.
 
     Returns:
-        Entity type -> scale (the smaller of two equally good ones), and the validation recalls under these scales. The towers are left
-        as they were.
+        Entity type -> scale, and the validation Recall@10 under these scales. The towers are left as they were.
     """
-    types = [name for name in inputs.prepared.validation if name != "query"]
+    pairs = {name: queries for name, (queries, _) in inputs.prepared.validation.items() if name != "query"}
     last = [_last_layer(tower) for tower in towers.entities.values() if isinstance(tower, EntityEncoder)]
     learned = [(layer.weight.detach().clone(), layer.bias.detach().clone()) for layer in last]
-    scales, best = dict.fromkeys(types, 1.0), dict.fromkeys(types, -1.0)
-    for scale in sorted(inputs.config.validation.residual_scales):
+    hits: dict[str, dict[float, npt.NDArray[np.bool_]]] = {name: {} for name in pairs}
+    for scale in sorted(set(inputs.config.validation.residual_scales)):
         for layer, (weight, bias) in zip(last, learned, strict=True):
             _set(layer, weight * scale, bias * scale)
-        recalls = validation_recall(towers, inputs, entity_types=types)
-        talk(f"residual scale {scale:g} | " + " | ".join(f"{name} recall@10 {recalls[_key(name)]:.4f}" for name in types))
-        for name in types:
-            if recalls[_key(name)] > best[name]:
-                scales[name], best[name] = scale, recalls[_key(name)]
+        found = validation_hits(towers, inputs, entity_types=pairs)
+        talk(f"residual scale {scale:g} | " + " | ".join(f"{name} recall@10 {hit.mean():.4f}" for name, hit in found.items()))
+        for name, hit in found.items():
+            hits[name][scale] = hit
     for layer, (weight, bias) in zip(last, learned, strict=True):
         _set(layer, weight, bias)
-    return scales, {_key(name): best[name] for name in types}
+    scales = {name: smallest_within_error(by_scale, pairs[name]) for name, by_scale in hits.items() if by_scale}
+    return scales, {f"validation/recall@10/{name}": float(hits[name][scale].mean()) for name, scale in scales.items()}
+
+
+def smallest_within_error(hits: Mapping[float, npt.NDArray[np.bool_]], queries: npt.NDArray[np.integer]) -> float:
+    """The smallest scale whose recall is less than one standard error below the best one's (Breiman's rule, on paired differences).
+
+    With few held-back pairs that is close to the text embedding, which needs no proof; with many the best scale wins.
+
+    Args:
+        hits: Scale -> bool ``(P,)``, the same pairs under each.
+        queries: ``(P,)``, equal for pairs of one query, which are not independent.
+    """
+    best = max(sorted(hits), key=lambda scale: hits[scale].mean())
+    _, query = np.unique(queries, return_inverse=True)
+    for scale in sorted(hits):
+        lost = np.bincount(query, weights=hits[best].astype(np.float64) - hits[scale])  # (Q,)
+        if lost.sum() <= np.sqrt(np.square(lost).sum()):  # the error of the sum if there were no difference
+            return scale
+    return best
 
 
 def scaled_towers(encoders: dict[str, EntityEncoder], scales: dict[str, float]) -> dict[str, EntityEncoder]:
@@ -65,7 +85,3 @@ def _set(layer: nn.Linear, weight: torch.Tensor, bias: torch.Tensor) -> None:
     with torch.no_grad():
         layer.weight.copy_(weight)
         layer.bias.copy_(bias)
-
-
-def _key(entity_type: str) -> str:
-    return f"validation/recall@10/{entity_type}"

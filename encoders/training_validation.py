@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,8 +18,20 @@ QUERY_POOL = 20_000
 _BLOCK = 1024
 
 
-@torch.no_grad()
 def validation_recall(towers: Towers, inputs: TrainInputs, k: int = 10, *, entity_types: Collection[str] | None = None) -> dict[str, float]:
+    """Share of the held-back pairs whose annotated candidate ranks in the top ``k``.
+
+    Returns:
+        ``validation/recall@{k}/<entity type>`` per type with held-back pairs, and ``validation/recall@{k}``, their mean.
+    """
+    recalls = {f"validation/recall@{k}/{name}": float(hits.mean()) for name, hits in validation_hits(towers, inputs, k).items()}
+    return {**recalls, f"validation/recall@{k}": float(np.mean(list(recalls.values())))} if recalls else {}
+
+
+@torch.no_grad()
+def validation_hits(
+    towers: Towers, inputs: TrainInputs, k: int = 10, entity_types: Collection[str] | None = None
+) -> dict[str, npt.NDArray[np.bool_]]:
     """Does the annotated candidate of each held-back pair rank in the top ``k``?
 
     Entities are seen with their engaged queries but for the held-back ones (cross-fit view 0 when cross-fitting, so a fold is missing).
@@ -30,11 +43,11 @@ def validation_recall(towers: Towers, inputs: TrainInputs, k: int = 10, *, entit
         entity_types: Only these; None: all with held-back pairs.
 
     Returns:
-        ``validation/recall@{k}/<entity type>`` per type with held-back pairs, and ``validation/recall@{k}``, their mean.
+        Entity type -> bool ``(P,)``, in the order of ``inputs.prepared.validation``.
     """
     towers.query.eval()
     towers.entities.eval()
-    recalls: dict[str, float] = {}
+    found: dict[str, npt.NDArray[np.bool_]] = {}
     learned = {pair_set.config.entity_type: pair_set.config.candidates for pair_set in inputs.prepared.pair_sets}
     for entity_type, (queries, candidates) in inputs.prepared.validation.items():
         if entity_type not in learned or not len(queries) or (entity_types is not None and entity_type not in entity_types):
@@ -51,12 +64,10 @@ def validation_recall(towers: Towers, inputs: TrainInputs, k: int = 10, *, entit
             vectors = inputs.vectors[learned[entity_type][0].removeprefix(VECTOR_PREFIX)][torch.from_numpy(pool).to(inputs.device)]
         places = torch.from_numpy(np.searchsorted(pool, candidates)).to(inputs.device)
         own = torch.from_numpy(queries) if entity_type == "query" else None
-        recalls[f"validation/recall@{k}/{entity_type}"] = _recall(_queries(towers, inputs, queries), vectors, places, own, pool, k)
-    if recalls:
-        recalls[f"validation/recall@{k}"] = float(np.mean(list(recalls.values())))
+        found[entity_type] = _hits(_queries(towers, inputs, queries), vectors, places, own, pool, k)
     towers.query.train()
     towers.entities.train()
-    return recalls
+    return found
 
 
 def _queries(towers: Towers, inputs: TrainInputs, rows: np.ndarray) -> Tensor:
@@ -71,8 +82,8 @@ def _queries(towers: Towers, inputs: TrainInputs, rows: np.ndarray) -> Tensor:
     return out[torch.from_numpy(inverse).to(inputs.device)]
 
 
-def _recall(queries: Tensor, candidates: Tensor, places: Tensor, own: Tensor | None, pool: np.ndarray, k: int) -> float:
-    hits = 0
+def _hits(queries: Tensor, candidates: Tensor, places: Tensor, own: Tensor | None, pool: np.ndarray, k: int) -> npt.NDArray[np.bool_]:
+    hits = []
     pool_numbers = torch.from_numpy(pool)
     for start in range(0, len(queries), _BLOCK):
         block = slice(start, start + _BLOCK)
@@ -80,5 +91,5 @@ def _recall(queries: Tensor, candidates: Tensor, places: Tensor, own: Tensor | N
         if own is not None:  # a query must not find itself
             scores = scores.masked_fill((own[block][:, None] == pool_numbers[None, :]).to(scores.device), -2.0)
         positive = scores.gather(1, places[block][:, None])
-        hits += int(((scores > positive).sum(dim=1) < k).sum())
-    return hits / len(queries)
+        hits.append(((scores > positive).sum(dim=1) < k).cpu().numpy())
+    return np.concatenate(hits)

@@ -17,6 +17,7 @@ import grpc
 
 from retrieval.http2 import wire
 from retrieval.http2.calls import Aborted, Call, Head, take_messages
+from retrieval.http2.control import ControlFrames
 from retrieval.http2.wire import WireError, frame
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ _pack_data = wire.FRAME_AND_PREFIX.pack
 _TOO_LARGE = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-class Connection(asyncio.Protocol):
+class Connection(ControlFrames):
     """The server's end of one connection."""
 
     def __init__(self, server: Http2Server) -> None:
@@ -70,16 +71,7 @@ class Connection(asyncio.Protocol):
         self._noise = 0
         self._served = 0
         self._farewell: Callable[[], None] | None = None
-        self._control: dict[int, Callable[[int, int, bytes], None]] = {
-            wire.PRIORITY: self._on_priority,
-            wire.RST_STREAM: self._on_reset,
-            wire.SETTINGS: self._on_settings,
-            wire.PUSH_PROMISE: self._on_push,
-            wire.PING: self._on_ping,
-            wire.GOAWAY: self._on_goaway,
-            wire.WINDOW_UPDATE: self._on_window_update,
-            wire.CONTINUATION: self._on_continuation,
-        }
+        self._control = {**self.control_frames(), wire.CONTINUATION: self._on_continuation}
 
     # --- the transport ---
 
@@ -478,93 +470,6 @@ class Connection(asyncio.Protocol):
         self._buffered -= call.held
         if self.draining and not self.calls:
             self._leave()
-
-    def _reset(self, stream: int, code: int) -> None:
-        self._out.append(frame(wire.RST_STREAM, 0, stream, code.to_bytes(4, "big")))
-
-    # --- control frames ---
-
-    def _on_priority(self, stream: int, flags: int, payload: bytes) -> None:
-        if len(payload) != 5:
-            raise WireError(wire.FRAME_SIZE_ERROR, "PRIORITY")
-
-    def _on_push(self, stream: int, flags: int, payload: bytes) -> None:
-        raise WireError(wire.PROTOCOL_ERROR, "a client cannot push")
-
-    def _on_goaway(self, stream: int, flags: int, payload: bytes) -> None:
-        """The client opens no more streams; it closes the connection itself."""
-
-    def _on_reset(self, stream: int, flags: int, payload: bytes) -> None:
-        if len(payload) != 4:
-            raise WireError(wire.FRAME_SIZE_ERROR, "RST_STREAM")
-        if stream == 0 or (stream > self.last_stream and not self.draining):
-            raise WireError(wire.PROTOCOL_ERROR, "RST_STREAM of a stream that was never opened")
-        self._turned_away.discard(stream)
-        call = self.calls.get(stream)
-        if call is not None:
-            call.drop()
-            call.task = call.timer = None
-            self._close_call(call)
-            self._served -= 1
-
-    def _on_ping(self, stream: int, flags: int, payload: bytes) -> None:
-        if len(payload) != 8 or stream:
-            raise WireError(wire.FRAME_SIZE_ERROR, "PING")
-        if not flags & wire.ACK:
-            self._out.append(frame(wire.PING, wire.ACK, 0, payload))
-        elif self._farewell is not None:
-            farewell, self._farewell = self._farewell, None
-            farewell()
-
-    def _on_settings(self, stream: int, flags: int, payload: bytes) -> None:
-        if len(payload) % 6 or stream or (flags & wire.ACK and payload):
-            raise WireError(wire.FRAME_SIZE_ERROR, "SETTINGS")
-        if flags & wire.ACK:
-            return
-        for key, value in struct.iter_unpack(">HL", payload):
-            if key == wire.INITIAL_WINDOW_SIZE:
-                if value > wire.MAX_WINDOW:
-                    raise WireError(wire.FLOW_CONTROL_ERROR, "INITIAL_WINDOW_SIZE")
-                self._peer_window = value
-            elif key == wire.MAX_FRAME_SIZE:
-                if not wire.DEFAULT_FRAME_BYTES <= value < 2**24:
-                    raise WireError(wire.PROTOCOL_ERROR, "MAX_FRAME_SIZE")
-                self._peer_frame = value
-            elif key == wire.HEADER_TABLE_SIZE and value < 4096:
-                self._size_update = b"\x20"
-        self._out.append(frame(wire.SETTINGS, wire.ACK, 0))
-        self._pump_all()
-
-    def _on_window_update(self, stream: int, flags: int, payload: bytes) -> None:
-        if len(payload) != 4:
-            raise WireError(wire.FRAME_SIZE_ERROR, "WINDOW_UPDATE")
-        increment = int.from_bytes(payload, "big") & wire.MAX_WINDOW
-        if stream == 0:
-            self._window += increment
-            if not increment or self._window > wire.MAX_WINDOW:
-                raise WireError(wire.FLOW_CONTROL_ERROR if increment else wire.PROTOCOL_ERROR, "WINDOW_UPDATE")
-            self._noise -= 1  # part of reading our answers
-            self._pump_all()
-            return
-        call = self.calls.get(stream)
-        if call is None:
-            if stream > self.last_stream and not self.draining:
-                raise WireError(wire.PROTOCOL_ERROR, "WINDOW_UPDATE of a stream that was never opened")
-            return
-        call.window += increment
-        if not increment or self._peer_window + call.window > wire.MAX_WINDOW:
-            self._reset(stream, wire.FLOW_CONTROL_ERROR if increment else wire.PROTOCOL_ERROR)
-            call.drop()
-            call.task = call.timer = None
-            self._close_call(call)
-            return
-        if call.pending:
-            self._pump(call)
-
-    def _pump_all(self) -> None:
-        if self._buffered:
-            for call in [call for call in self.calls.values() if call.pending]:
-                self._pump(call)
 
     # --- leaving ---
 

@@ -107,7 +107,9 @@ def load_large(folder: Path, *, engaged_queries: int = DEFAULT_ENGAGED_QUERIES, 
         raise ConfigError(
             f"expected {', '.join(missing)} in {folder}, but they are not there. Point --data (or OMNI_DATA) at the folder with large/."
         )
-    entities = _read_json_lines((folder / "entities.jsonl.gz").read_bytes())
+    entities = _read_json_lines((folder / "entities.jsonl.gz").read_bytes()).unique(
+        "id", keep="first", maintain_order=True
+    )  # one row is there twice
     if sources is not None:
         entities = entities.filter(pl.any_horizontal([pl.col("source").str.starts_with(source) for source in sources]))
     pairs = pl.concat(

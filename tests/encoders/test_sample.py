@@ -148,6 +148,7 @@ def write_large(folder):
             "advertiser": "{'de': 'Das Projekt', 'C': 'The Project'}",
         },
     ]
+    entities.append(entities[-1])  # the real file has one of these
     rows = {"train": [["en", "skull", "emoji:fluent:1f480", "name"]], "dev": [["de", "Schädel", "emoji:fluent:1f480", "name"]]}
     with gzip.open(folder / "entities.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(entity) + "\n" for entity in entities)

@@ -15,12 +15,15 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from encoders.console import track
 from encoders.query_tower import QueryEncoder, create_query_encoder
 from encoders.shipped_tower import SHIPPED_TOWERS
 from encoders.text import normalize_query
 
 TITLE_WEIGHT = 0.5
 """Weight of the title beside the mean of the engaged queries."""
+_PART = 8192
+"""Texts embedded between two steps of the progress bar; more than that have one."""
 
 
 class TextEmbedding:
@@ -60,8 +63,9 @@ class TextEmbedding:
         texts = [normalize_query(text) for text in texts]
         with self._lock:
             fresh = [text for text in dict.fromkeys(texts) if text and text not in self._known]
-            if fresh:
-                self._known.update(zip(fresh, self.encoder.encode(fresh).astype(np.float16), strict=True))
+            parts = [fresh[start : start + _PART] for start in range(0, len(fresh), _PART)]
+            for part in parts if len(parts) < 2 else track(parts, f"embed {len(fresh):,} texts with the frozen tower"):
+                self._known.update(zip(part, self.encoder.encode(part).astype(np.float16), strict=True))
             self._known.setdefault("", np.zeros(self.dimension, np.float16))
             return np.stack([self._known[text] for text in texts]).astype(np.float32)
 

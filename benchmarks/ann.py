@@ -76,7 +76,7 @@ def built(name: str, vectors: VectorSet, built_folder: Path) -> dict[str, float]
     Raises:
         ConfigError: A process failed; with the end of what it said.
     """
-    folder = built_folder / vectors.name / name.replace(" ", "-")
+    folder = _kept(name, vectors, built_folder)
     facts = folder / "build.json"
     known: dict[str, float] = json.loads(facts.read_text()) if facts.is_file() else {}
     if "private_mb" in known:
@@ -86,6 +86,7 @@ def built(name: str, vectors: VectorSet, built_folder: Path) -> dict[str, float]
         folder.mkdir(parents=True)
     np.save(folder / "corpus.npy", vectors.corpus)
     np.save(folder / "queries.npy", vectors.queries[:200])
+    np.save(folder / "calibration.npy", vectors.calibration[:1_000])  # disjoint from the queries reported on
     for step in ("build_here", "load_here")[bool(known) :]:
         code = f"import sys; from benchmarks.ann import {step}; {step}(*sys.argv[1:])"
         done = subprocess.run([sys.executable, "-c", code, name, str(folder)], capture_output=True, text=True, check=False)
@@ -94,6 +95,12 @@ def built(name: str, vectors: VectorSet, built_folder: Path) -> dict[str, float]
     (folder / "corpus.npy").unlink()
     known = json.loads(facts.read_text())
     return known
+
+
+def _kept(name: str, vectors: VectorSet, built_folder: Path) -> Path:
+    """Where an engine's files are kept; ``auto`` of before it was calibrated was another engine."""
+    chosen = "-calibrated" if name == "ours auto" else ""
+    return built_folder / vectors.name / (name.replace(" ", "-") + chosen)
 
 
 def build_here(name: str, folder: str) -> None:
@@ -126,7 +133,7 @@ def measure(names: list[str], vectors: VectorSet, queries: int, repeats: int, bu
             with stage(f"{vectors.name}: build {name}"):
                 facts = built(name, vectors, built_folder)
             with stage(f"{vectors.name}: load {name}"):
-                engine = ALL_ENGINES[name][0](vectors.corpus, built_folder / vectors.name / name.replace(" ", "-"))
+                engine = ALL_ENGINES[name][0](vectors.corpus, _kept(name, vectors, built_folder))
         except (OmniError, RuntimeError, ValueError, ImportError, TypeError, AttributeError) as error:
             say(f"{name}: {error}")
             results.append({"engine": name, "failed": str(error)[:200]})
@@ -158,7 +165,13 @@ def _overhead(results: list[dict[str, Any]]) -> dict[str, float]:
     """Microseconds our call adds to the bare one at equal ef, the median over settings and repeats."""
     by_name = {r["engine"]: r for r in results if "points" in r}
     added = {}
-    for mine, theirs in (("ours auto", "bare symqg"), ("ours lean", "bare lean"), ("ours hnsw", BASELINE)):
+    for mine, theirs in (
+        ("ours auto", "bare swift"),
+        ("ours auto", "bare symqg"),
+        ("ours symqg", "bare symqg"),
+        ("ours lean", "bare lean"),
+        ("ours hnsw", BASELINE),
+    ):
         if mine in by_name and theirs in by_name:
             both = zip(by_name[mine]["points"], by_name[theirs]["points"])
             pairs = [a[2] - b[2] for c, d in both for a, b in zip(c, d) if a[0] == b[0]]

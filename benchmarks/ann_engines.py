@@ -32,7 +32,7 @@ class Engine:
 
     search: Searcher
     rows: Callable[[Any], np.ndarray]
-    grid: tuple[int, ...] = (10, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+    grid: tuple[int, ...] = (10, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 
 
 def _row_of_id(result: Any) -> np.ndarray:
@@ -44,7 +44,10 @@ def ours(kind: str) -> Callable[[np.ndarray, Path], Engine]:
 
     def build(corpus: np.ndarray, folder: Path) -> Engine:
         if not (folder / "index.json").is_file():
-            EntityIndex.build("pin", [str(i) for i in range(len(corpus))], corpus, None, IndexConfig(kind=kind)).save(folder)
+            known = folder / "calibration.npy"
+            queries = np.load(known) if kind == "auto" and known.is_file() else None
+            ids = [str(i) for i in range(len(corpus))]
+            EntityIndex.build("pin", ids, corpus, None, IndexConfig(kind=kind), calibration_queries=queries).save(folder)
         index = EntityIndex.load(folder)
         return Engine(lambda query, ef: index.search(query, 10, ef=ef), _row_of_id)
 
@@ -250,10 +253,12 @@ ENGINES: dict[str, tuple[Callable[[np.ndarray, Path], Engine], str | None]] = {
     "hnswlib f32": (bare_hnswlib, "hnswlib"),
     "ours auto": (ours("auto"), None),
     "ours lean": (ours("lean"), None),
+    "ours symqg": (ours("symqg"), None),
     "ours hnsw": (ours("hnsw"), None),
     "ours rabitq": (ours("rabitq"), None),
     "ours faiss": (ours("faiss"), "faiss-cpu"),
     "bare symqg": (bare_symqg, "rabitqlib"),
+    "bare swift": (bare("swift"), None),
     "bare lean": (bare("lean"), None),
     "zvec int8": (zvec_int8, "zvec"),
     "qdrant-edge int8": (qdrant_int8, "qdrant-edge-py"),

@@ -8,6 +8,7 @@ import numpy as np
 
 from index_builder.ann.exact import top_rows
 from index_builder.ann.interface import AnnIndex
+from index_builder.ann.lean import LeanIndex
 from index_builder.codes import CodeStore, make_engine
 from index_builder.corpus import Corpus
 from index_builder.filters import Selection
@@ -50,7 +51,7 @@ class BaseSearch:
         self._ann_search = ann.search
         self._rescore = not ann.true_distances
         self._engine = make_engine(corpus, ids, store)
-        self._walk_is_ann = self._engine is not None and ann.kind == "lean"
+        self._walk_is_ann = self._engine is not None and isinstance(ann, LeanIndex)
         self._scans_codes = self._engine is not None and store is not None
         self._sketches = self._engine is not None and store is not None and store.sketch is not None
 

@@ -20,11 +20,21 @@ CALIBRATION_QUERIES = 2_000
 DEFAULT_DIMENSION = 256
 FIXED_MIB = 430
 """Private memory of a build that does not grow with the corpus: interpreter, libraries, blocks of exact scores."""
-BYTES_PER_VECTOR_256 = {"symqg": 4400, "hnsw": 3100, "rabitq": 2100, "lean": 2400, "faiss-hnsw": 3100, "faiss-ivf": 2800, "exact": 1300}
+BYTES_PER_VECTOR_256 = {
+    "auto": 6000,
+    "symqg": 4400,
+    "swift": 4400,
+    "hnsw": 3100,
+    "rabitq": 2100,
+    "lean": 2400,
+    "faiss-hnsw": 3100,
+    "faiss-ivf": 2800,
+    "exact": 1300,
+}
 """Private bytes a 256-d vector needs at the peak of a build, a copy of the distinct vectors included.
 
 Measured for symqg (100,000 and 800,000 vectors), hnsw (30,000 and 100,000), rabitq and lean (100,000), rounded up; the others follow from
-their layout. The measured peak of each build goes into its manifest.
+their layout. ``auto`` holds both searches of one graph while it times them. The measured peak of each build goes into its manifest.
 """
 
 
@@ -158,7 +168,7 @@ def fit_memory(entity_type: str, count: int, dimension: int, config: RebuildConf
     if config.index.kind == "symqg" and count < 2 * MIN_ROWS:
         return replace(config.index, kind="auto")  # too few for that graph: auto scans them, which is as fast
     limit = config.max_memory_mib
-    if limit is None or estimate_mib(config.index.kind if config.index.kind != "auto" else "symqg", count, dimension) <= limit:
+    if limit is None or estimate_mib(config.index.kind, count, dimension) <= limit:
         return config.index
     if config.index.kind == "auto":
         for kind in ("hnsw", "rabitq"):

@@ -247,6 +247,31 @@ def _curve(
     return tuple(points)
 
 
+def latency_at_recall(
+    search: Callable[[np.ndarray, int, int], np.ndarray],
+    vectors: np.ndarray,
+    queries: np.ndarray,
+    scores: np.ndarray,
+    target: float,
+    ef_grid: Sequence[int] = EF_GRID,
+) -> float | None:
+    """Median microseconds of one search at a mean recall of ``target``, interpolated over ``ef``; None where no setting reaches it.
+
+    Args: as ``calibrate``; ``scores`` float32 ``(Q, k)`` of the exact top k.
+    """
+    before: CurvePoint | None = None
+    for ef in ef_grid:
+        (point,) = _curve(search, vectors, queries, scores, scores.shape[1], [ef])
+        now = float(point.latency_us or 0.0)
+        if point.recall >= target:
+            if before is None:
+                return now
+            share = (target - before.recall) / max(point.recall - before.recall, 1e-9)
+            return float(before.latency_us or 0.0) + share * (now - float(before.latency_us or 0.0))
+        before = point
+    return None
+
+
 def calibrate_sketches(
     scan: Callable[[np.ndarray, int, int, np.ndarray], np.ndarray],
     vectors: np.ndarray,

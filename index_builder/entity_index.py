@@ -15,6 +15,7 @@ from encoders.errors import ConfigError
 from index_builder.ann import AnnConfig, AnnIndex, build_index, choose_kind, load_index
 from index_builder.ann.choice import KINDS
 from index_builder.ann.lean import LeanIndex
+from index_builder.ann_race import RACE_QUERIES, faster_of_graph
 from index_builder.attributes import AttributeTable
 from index_builder.base_search import BaseHits, BaseSearch
 from index_builder.calibration import Calibration, CurvePoint, calibrate, calibrate_sketches
@@ -126,7 +127,7 @@ class EntityIndex:
         if attribute_table.count != len(table):
             raise ConfigError(f"expected one row of attributes per id, but got {attribute_table.count} rows and {len(table)} ids.")
         corpus = Corpus.build(vectors)
-        kind, why = config.kind, "asked for"
+        kind, why, choice = config.kind, "asked for", None
         if len(corpus.vectors) == 0:
             kind, why = "exact", "there are no vectors"
         elif kind == "auto":
@@ -134,6 +135,10 @@ class EntityIndex:
             kind, why = choice.kind, choice.why
         parameters = replace(config.ann, reproducible=config.ann.reproducible or config.deterministic)
         ann = build_index(kind, corpus.vectors, parameters)
+        if config.kind == "auto" and choice is not None and choice.rival and calibration_queries is not None:
+            queries = check_vectors(np.ascontiguousarray(calibration_queries[:RACE_QUERIES]), None, int(vectors.shape[1]))
+            ann, why = faster_of_graph(ann, corpus.vectors, queries, config.default_recall, parameters)
+            kind = ann.kind
         links = ann.neighbours()
         facts = {
             "kind": kind,
@@ -146,11 +151,11 @@ class EntityIndex:
             "unreachable": 0 if ann.exact else None if links is None else unreachable_nodes(links),
             "dimension": int(vectors.shape[1]),
             "attributes": dict(attribute_table.schema),
-            "codes": ann.kind == "lean" or bool(attribute_table.schema and not ann.exact),
+            "codes": isinstance(ann, LeanIndex) or bool(attribute_table.schema and not ann.exact),
         }
         store = ann.store if isinstance(ann, LeanIndex) else None
         if attribute_table.schema and not ann.exact:
-            store = CodeStore.build(corpus.vectors, store.graph if store else None, sketches=True)
+            store = store.with_sketches(corpus.vectors) if store else CodeStore.build(corpus.vectors, None, sketches=True)
         index = cls(entity_type, table, corpus, ann, attribute_table, facts, None, config.default_recall, store)
         if calibration_queries is not None and len(table):
             index.calibrate(calibration_queries, calibration_source)

@@ -16,7 +16,7 @@ class IndexConfig:
     """How one entity type is indexed."""
 
     kind: str = "auto"
-    """``auto`` or one of hnsw, symqg, rabitq, lean, exact, faiss, faiss-ivf."""
+    """``auto`` or one of hnsw, swift, symqg, rabitq, lean, exact, faiss, faiss-ivf."""
     ann: AnnConfig = field(default_factory=AnnConfig)
     """Parameters of the graph."""
     lean: bool = False

@@ -15,12 +15,13 @@ from index_builder.ann.hnsw import HnswIndex
 from index_builder.ann.interface import AnnConfig, AnnIndex
 from index_builder.ann.lean import LeanIndex
 from index_builder.ann.rabitq import RabitqIndex
+from index_builder.ann.swift import SwiftIndex
 from index_builder.ann.symqg import MAX_DIMENSION, MIN_DIMENSION, MIN_ROWS, SymqgIndex, symqg_available
 from index_builder.errors import UnsupportedCpu
 from index_builder.native import Engine
 
 KINDS: dict[str, type[AnnIndex]] = {
-    cls.kind: cls for cls in (HnswIndex, SymqgIndex, RabitqIndex, LeanIndex, ExactIndex, FaissHnswIndex, FaissIvfIndex)
+    cls.kind: cls for cls in (HnswIndex, SymqgIndex, RabitqIndex, LeanIndex, SwiftIndex, ExactIndex, FaissHnswIndex, FaissIvfIndex)
 }
 EXACT_BELOW = 2_000
 """Corpora smaller than this are scanned: one matrix-vector product is as fast as a graph there and always right."""
@@ -28,10 +29,17 @@ EXACT_BELOW = 2_000
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A kind of index and the reason it was chosen."""
+    """A kind of index and the reason it was chosen.
+
+    Attributes:
+        kind: What to build.
+        why: For people.
+        rival: A kind over the same graph that is faster for some corpora and queries; calibration queries decide.
+    """
 
     kind: str
     why: str
+    rival: str | None = None
 
 
 @functools.cache
@@ -95,7 +103,8 @@ def choose_kind(
         return Choice("hnsw", f"symqg needs {MIN_DIMENSION} to {MAX_DIMENSION:,} dimensions, and the vectors have {dimension}")
     if deterministic:
         return Choice("hnsw", "a deterministic build was asked for, and symqg draws a random rotation that cannot be seeded")
-    return Choice("symqg", f"{count:,} vectors: the fastest immutable base on this CPU; live entries and tombstones are kept beside it")
+    why = f"{count:,} vectors: the fastest immutable base on this CPU; live entries and tombstones are kept beside it"
+    return Choice("symqg", why, None if Engine is None else "swift")
 
 
 def build_index(kind: str, vectors: np.ndarray, config: AnnConfig) -> AnnIndex:

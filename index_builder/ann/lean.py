@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import platform
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 
 from encoders.errors import MissingDependency
 from index_builder.ann.hnsw import HnswIndex
 from index_builder.ann.interface import AnnConfig, AnnIndex
-from index_builder.ann.symqg import MAX_DIMENSION, MIN_DIMENSION, MIN_ROWS, SymqgIndex, symqg_available
+from index_builder.ann.symqg import MIN_ROWS, SymqgIndex, symqg_builds
 from index_builder.codes import CodeStore, make_engine
 from index_builder.corpus import Corpus
 from index_builder.errors import IndexFormatError
@@ -25,6 +24,8 @@ class LeanIndex(AnnIndex):
     """
 
     kind = "lean"
+    sketched: ClassVar[bool] = False
+    """Whether links carry sketches of where they lead."""
 
     def __init__(self, vectors: np.ndarray, store: CodeStore, config: AnnConfig) -> None:
         self.count, self.dimension = vectors.shape
@@ -38,27 +39,35 @@ class LeanIndex(AnnIndex):
     def build(cls, vectors: np.ndarray, config: AnnConfig) -> Self:
         """Build over ``vectors`` float32 ``(N, D)``."""
         vectors = np.ascontiguousarray(vectors)
-        fits = len(vectors) >= MIN_ROWS and MIN_DIMENSION <= vectors.shape[1] <= MAX_DIMENSION
-        seedless = symqg_available() and fits and platform.machine() == "x86_64"
+        seedless = len(vectors) >= MIN_ROWS and symqg_builds(vectors.shape[1])
         builder: type[AnnIndex] = SymqgIndex if seedless and not config.reproducible else HnswIndex
         graph = builder.build(vectors, config).neighbours()
         if graph is None:
             graph = HnswIndex.build(vectors, config).neighbours()
         assert graph is not None, "hnswlib's own file must be readable"
-        return cls(vectors, CodeStore.build(vectors, graph), config)
+        return cls.over(vectors, graph, config)
+
+    @classmethod
+    def over(cls, vectors: np.ndarray, graph: np.ndarray, config: AnnConfig) -> Self:
+        """Search ``vectors`` float32 ``(N, D)`` along a graph that is there already: out-links uint32 ``(N, degree)``."""
+        return cls(vectors, CodeStore.build(vectors, graph, sketched_links=cls.sketched), config)
 
     @classmethod
     def load(cls, prefix: Path, vectors: np.ndarray, config: AnnConfig) -> Self:
-        """Map ``<folder>/index.codes.npy`` and ``index.graph.npy``."""
+        """Load ``<folder>/index.codes.npy`` and the graph beside it."""
         store = CodeStore.load(prefix.parent, vectors)
-        if store.graph is None:
-            raise IndexFormatError(f"{prefix.name}.graph.npy is missing. Rebuild this release.")
+        if (store.links if cls.sketched else store.graph) is None:
+            raise IndexFormatError(f"{prefix.name}.{cls._graph_file()}.npy is missing. Rebuild this release.")
         return cls(vectors, store, config)
 
     def save(self, prefix: Path) -> list[Path]:
-        """Write ``<folder>/index.codes.npy`` and ``index.graph.npy``."""
+        """Write ``<folder>/index.codes.npy`` and the graph, which is ``index.graph.npy`` or ``index.links.npy``."""
         self.store.save(prefix.parent)
-        return [prefix.parent / "index.codes.npy", prefix.parent / "index.graph.npy"]
+        return [prefix.parent / "index.codes.npy", prefix.parent / f"index.{self._graph_file()}.npy"]
+
+    @classmethod
+    def _graph_file(cls) -> str:
+        return "links" if cls.sketched else "graph"
 
     def search(self, query: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
         """Search one ``(1, D)`` query; nearest first."""
@@ -68,4 +77,4 @@ class LeanIndex(AnnIndex):
 
     def neighbours(self) -> np.ndarray | None:
         """The out-links."""
-        return self.store.graph
+        return self.store.neighbours()

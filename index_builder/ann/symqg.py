@@ -13,6 +13,7 @@ from encoders.errors import ConfigError, MissingDependency
 from index_builder.ann.graph_files import read_symqg_links
 from index_builder.ann.interface import AnnConfig, AnnIndex
 from index_builder.errors import IndexFormatError
+from index_builder.native import SIMD
 
 MIN_ROWS = 1_000
 """Below this the builder has too few points for its partitions; ``exact`` is faster there anyway."""
@@ -32,6 +33,11 @@ def _library() -> Any:
 def symqg_available() -> bool:
     """Whether rabitqlib is installed."""
     return importlib.util.find_spec("rabitqlib") is not None
+
+
+def symqg_builds(dimension: int) -> bool:
+    """Whether rabitqlib is installed, runs on this CPU and knows vectors of that width."""
+    return symqg_available() and SIMD.startswith("avx") and MIN_DIMENSION <= dimension <= MAX_DIMENSION
 
 
 class SymqgIndex(AnnIndex):

@@ -16,5 +16,7 @@ except ImportError:
     live_scan = None
 
 Engine: Any = getattr(_engine, "Engine", None)
+link_records: Any = getattr(_engine, "link_records", None)
+"""``link_records(vectors, dimension, graph, scale, out)``: see ``links.h``; None where the extension was not built."""
 SIMD: str = getattr(_engine, "simd", "none")
 """Instruction set chosen for this CPU: ``avx512vnni``, ``avx2``, ``plain``, or ``none`` where the extension was not built."""

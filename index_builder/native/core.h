@@ -8,6 +8,7 @@
 #include <limits>
 #include <vector>
 
+#include "links.h"
 #include "shared.h"
 #include "sketch.h"
 
@@ -19,11 +20,13 @@ struct Hit {
 };
 inline bool better(const Hit& a, const Hit& b) { return a.score > b.score || (a.score == b.score && a.row < b.row); }
 
+// `node` also holds whether a walk has followed its links; the insertions of a walk move half the bytes of a struct with a flag.
 struct Candidate {
+  static constexpr uint32_t followed = 1u << 31;
   int32_t score;
   uint32_t node;
-  bool expanded;
 };
+constexpr size_t most_nodes = Candidate::followed;
 
 struct Scratch {
   std::vector<uint16_t> seen;
@@ -47,8 +50,9 @@ struct Scratch {
 thread_local Scratch scratch;
 
 struct Core {
-  Array vectors, codes, graph, sketch, factors, nodes, starts, rows, blob, offsets;
+  Array vectors, codes, graph, links, sketch, factors, nodes, starts, rows, blob, offsets;
   size_t node_count = 0, row_count = 0, dimension = 0, stride = 0, degree = 0;
+  LinkLayout layout;
   uint32_t entry = 0;
 
   const float* vector(uint32_t node) const { return vectors.as<float>() + size_t(node) * dimension; }
@@ -77,62 +81,112 @@ struct Core {
     return bits;
   }
 
-  void prefetch_code(uint32_t node) const {
-    const uint8_t* at = code(node);
-    for (size_t i = 0; i < stride; i += 64) __builtin_prefetch(at + i);
+  // Inlined by force: to the compiler a function that only prefetches does nothing, and its calls may go.
+  __attribute__((always_inline)) static void prefetch(const uint8_t* at, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
+  }
+  __attribute__((always_inline)) void prefetch_code(uint32_t node) const { prefetch(code(node), stride); }
+  bool walks() const { return graph.held || links.held; }
+  const uint8_t* out_links(uint32_t node) const {
+    return links.held ? links.as<uint8_t>() + size_t(node) * layout.bytes() : graph.as<uint8_t>() + size_t(node) * degree * 4;
+  }
+  __attribute__((always_inline)) void prefetch_links(uint32_t node) const { prefetch(out_links(node), links.held ? layout.bytes() : degree * 4); }
+
+  // What a component of the query becomes as a signed byte is multiplied by this.
+  float query_scale(const float* query) const {
+    float largest = 1e-12f;
+    for (size_t i = 0; i < dimension; i++) largest = std::max(largest, std::fabs(query[i]));
+    return 127.0f / largest;
   }
 
   // The query as signed bytes; the codes' offset of 128 adds the same amount to every inner product, so order is kept.
   void quantise(const float* query, std::vector<int8_t>& out) const {
-    float largest = 1e-12f;
-    for (size_t i = 0; i < dimension; i++) largest = std::max(largest, std::fabs(query[i]));
-    float scale = 127.0f / largest;
+    const float scale = query_scale(query);
     out.assign(stride, 0);
-    for (size_t i = 0; i < dimension; i++) out[i] = int8_t(std::lrintf(query[i] * scale));
+    for (size_t i = 0; i < dimension; i++) out[i] = int8_t(int32_t(query[i] * scale + std::copysign(0.5f, query[i])));
+  }
+
+  // Unseen nodes that this one links to: all, or where links carry sketches those estimated above `above`, relative to this node's own score. A node
+  // passed over may come again through another link, with another estimate.
+  size_t follow(uint32_t node, float above, const SketchTable& table, Scratch& s) const {
+    const uint8_t* record = out_links(node);
+    const uint32_t* out = reinterpret_cast<const uint32_t*>(record);
+    uint16_t* seen = s.seen.data();
+    uint32_t* fresh = s.fresh.data();
+    const uint16_t epoch = s.epoch;
+    size_t count = 0;
+    auto take = [&](uint32_t target) {
+      if (seen[target] == epoch) return;
+      seen[target] = epoch;
+      prefetch_code(target);
+      fresh[count++] = target;
+    };
+    if (!links.held) {
+      for (size_t i = 0; i < degree; i++) take(out[i]);
+      return count;
+    }
+    float scores[block_rows];
+    const float* scales = reinterpret_cast<const float*>(record + layout.factors_at());
+    for (size_t i = 0; i < degree; i += block_rows) {
+      const uint8_t* bits = record + layout.bits_at() + i * stride / 8;
+      uint32_t promising = sketch_block(bits, s.table.data(), stride / 4, scales + i, table.step, table.low, above, scores);
+      for (; promising != 0; promising &= promising - 1) take(out[i + size_t(__builtin_ctz(promising))]);
+    }
+    return count;
   }
 
   // Best-first walk over the 8-bit codes; afterwards the pool holds the best nodes, best first.
   void walk(const float* query, size_t ef, Scratch& s) const {
     s.begin(node_count);
+    s.fresh.resize(degree);
     quantise(query, s.query);
-    s.pool.clear();
-    s.pool.reserve(ef + 1);
-    const uint32_t* links = graph.as<uint32_t>();
+    SketchTable table;
+    if (links.held) table = sketch_table(query, dimension, stride, query_scale(query), s.table);
+    s.pool.resize(ef + 1);
+    Candidate* pool = s.pool.data();
     const int8_t* q = s.query.data();
-    size_t lowest = 0;
+    size_t size = 0, at = 0, lowest = 0;
     auto offer = [&](uint32_t node) {
-      int32_t score = code_dot(code(node), q, stride);
-      if (s.pool.size() == ef) {
-        if (score <= s.pool.back().score) return;
-        s.pool.pop_back();
+      const int32_t score = code_dot(code(node), q, stride);
+      if (size == ef) {
+        if (score <= pool[size - 1].score) return;
+        size--;
       }
-      auto at = std::upper_bound(s.pool.begin(), s.pool.end(), score, [](int32_t value, const Candidate& c) { return value > c.score; });
-      size_t position = size_t(at - s.pool.begin());
-      s.pool.insert(at, Candidate{score, node, false});
+      size_t position = 0;
+      for (size_t rest = size; rest > 0;) {  // the first candidate that is worse, without a branch to guess wrong
+        const size_t half = rest / 2;
+        const bool after = pool[position + half].score >= score;
+        position = after ? position + half + 1 : position;
+        rest = after ? rest - half - 1 : half;
+      }
+      std::memmove(pool + position + 1, pool + position, (size - position) * sizeof(Candidate));
+      pool[position] = Candidate{score, node};
+      size++;
       lowest = std::min(lowest, position);
+      if (position <= at + 1) prefetch_links(node);
     };
     s.seen[entry] = s.epoch;
     offer(entry);
-    size_t at = 0;
-    while (at < s.pool.size()) {
-      if (s.pool[at].expanded) {
+    while (at < size) {
+      const Candidate from = pool[at];
+      if (from.node & Candidate::followed) {
         at++;
         continue;
       }
-      s.pool[at].expanded = true;
-      const uint32_t* out = links + size_t(s.pool[at].node) * degree;
-      s.fresh.clear();
-      for (size_t i = 0; i < degree; i++) {
-        uint32_t node = out[i];
-        if (s.seen[node] == s.epoch) continue;
-        s.seen[node] = s.epoch;
-        prefetch_code(node);
-        s.fresh.push_back(node);
-      }
+      pool[at].node |= Candidate::followed;
+      const float above = size == ef ? float(pool[size - 1].score - from.score) : -std::numeric_limits<float>::infinity();
+      const size_t fresh = follow(from.node, above, table, s);
+      for (size_t i = at + 1; i < std::min(size, at + 3); i++)
+        if (!(pool[i].node & Candidate::followed)) {
+          prefetch_links(pool[i].node);
+          break;
+        }
       lowest = at + 1;
-      for (uint32_t node : s.fresh) offer(node);
+      for (size_t i = 0; i < fresh; i++) offer(s.fresh[i]);
       at = std::min(at + 1, lowest);
     }
+    s.pool.resize(size);
+    for (Candidate& c : s.pool) c.node &= ~Candidate::followed;
   }
 
   // Keeps the best `count` of more hits, unordered, and returns the score of the last of them.
@@ -180,26 +234,7 @@ struct Core {
 
   // Every row's sketch, then the 8-bit codes of the best `wanted` that may be answered; afterwards the pool holds the best of those, unordered.
   void sketch_scan(const float* query, size_t k, size_t wanted, const uint8_t* mask, const uint8_t* hidden, Scratch& s) const {
-    const size_t nibbles = stride / 4;
-    const float most = std::min(255.0f, 65535.0f / float(nibbles));  // so that sums fit 16 bits
-    s.table.assign(nibbles * 16, 0);
-    float widest = 1e-12f, low = 0.0f;
-    for (size_t i = 0; i < dimension; i += 4) {
-      float width = 0.0f;
-      for (size_t j = i; j < std::min(i + 4, dimension); j++) width += std::fabs(query[j]);
-      widest = std::max(widest, 2.0f * width);
-      low -= width;
-    }
-    const float step = widest / most;
-    for (size_t g = 0; 4 * g < dimension; g++)
-      for (size_t nibble = 0; nibble < 16; nibble++) {
-        float value = 0.0f;  // above the lowest sum that these signs can have
-        for (size_t j = 0; j < 4 && 4 * g + j < dimension; j++) {
-          float part = query[4 * g + j];
-          value += std::fabs(part) + (nibble >> j & 1 ? part : -part);
-        }
-        s.table[g * 16 + nibble] = uint8_t(std::lrintf(value / step));
-      }
+    const auto [step, low] = sketch_table(query, dimension, stride, 1.0f, s.table);
     // A threshold from every 16th block, so that one pass keeps little more than is wanted; where it was too high all is read again without one.
     constexpr size_t sampled = 16;
     const float none = -std::numeric_limits<float>::infinity();
@@ -214,7 +249,7 @@ struct Core {
     constexpr size_t ahead = 12;
     for (size_t i = 0; i < s.hits.size(); i++) {
       if (i + ahead < s.hits.size()) prefetch_code(s.hits[i + ahead].row);
-      s.pool.push_back(Candidate{code_dot(code(s.hits[i].row), s.query.data(), stride), s.hits[i].row, false});
+      s.pool.push_back(Candidate{code_dot(code(s.hits[i].row), s.query.data(), stride), s.hits[i].row});
     }
     const size_t keep = std::max(4 * k, k + 32);
     if (s.pool.size() > keep) {
@@ -279,11 +314,11 @@ struct Core {
       if (hidden != nullptr && hidden[row]) continue;
       int32_t score = code_dot(code(node_of(row)), q, stride);
       if (heap.size() < keep) {
-        heap.push_back(Candidate{score, row, false});
+        heap.push_back(Candidate{score, row});
         std::push_heap(heap.begin(), heap.end(), worse);
       } else if (score > heap.front().score) {
         std::pop_heap(heap.begin(), heap.end(), worse);
-        heap.back() = Candidate{score, row, false};
+        heap.back() = Candidate{score, row};
         std::push_heap(heap.begin(), heap.end(), worse);
       }
     }

@@ -20,12 +20,12 @@ void engine_dealloc(PyObject* self) {
 }
 
 PyObject* engine_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
-  static const char* names[] = {"vectors", "dimension", "blob", "offsets", "codes", "graph", "entry", "node_of_row", "row_starts", "rows_by_node", "sketch", "factors", nullptr};
-  PyObject *vectors, *blob, *offsets, *codes = Py_None, *graph = Py_None, *nodes = Py_None, *starts = Py_None, *rows = Py_None, *sketch = Py_None, *factors = Py_None;
+  static const char* names[] = {"vectors", "dimension", "blob", "offsets", "codes", "graph", "entry", "node_of_row", "row_starts", "rows_by_node", "sketch", "factors", "links", nullptr};
+  PyObject *vectors, *blob, *offsets, *codes = Py_None, *graph = Py_None, *nodes = Py_None, *starts = Py_None, *rows = Py_None, *sketch = Py_None, *factors = Py_None, *links = Py_None;
   Py_ssize_t dimension;
   unsigned int entry = 0;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OnOO|OOIOOOOO", const_cast<char**>(names), &vectors, &dimension, &blob, &offsets, &codes, &graph, &entry,
-                                   &nodes, &starts, &rows, &sketch, &factors))
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OnOO|OOIOOOOOO", const_cast<char**>(names), &vectors, &dimension, &blob, &offsets, &codes, &graph, &entry,
+                                   &nodes, &starts, &rows, &sketch, &factors, &links))
     return nullptr;
   auto* self = reinterpret_cast<EngineObject*>(type->tp_alloc(type, 0));
   if (self == nullptr) return nullptr;
@@ -38,7 +38,7 @@ PyObject* engine_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
   if (!core->vectors.take(vectors, "vectors") || !core->blob.take(blob, "blob") || !core->offsets.take(offsets, "offsets") ||
       !core->codes.take(codes, "codes") || !core->graph.take(graph, "graph") || !core->nodes.take(nodes, "node_of_row") ||
       !core->starts.take(starts, "row_starts") || !core->rows.take(rows, "rows_by_node") || !core->sketch.take(sketch, "sketch") ||
-      !core->factors.take(factors, "factors"))
+      !core->factors.take(factors, "factors") || !core->links.take(links, "links"))
     return refuse(nullptr);
   if (dimension < 1 || core->vectors.bytes() % (size_t(dimension) * 4)) return refuse("vectors do not have that dimension");
   core->dimension = size_t(dimension);
@@ -58,13 +58,19 @@ PyObject* engine_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
     if (!core->codes.held || core->sketch.bytes() != blocks * core->stride * 4 || core->factors.bytes() != blocks * block_rows * 4)
       return refuse("sketches do not fit the vectors");
   }
-  if (core->graph.held) {
-    if (!core->codes.held || core->node_count == 0 || core->graph.bytes() % (core->node_count * 4)) return refuse("the graph does not fit the vectors");
-    core->degree = core->graph.bytes() / (core->node_count * 4);
+  if (core->walks()) {
+    const Array& held = core->links.held ? core->links : core->graph;
+    const size_t unit = core->links.held ? block_rows * (8 + core->stride / 8) : 4;
+    if (!core->codes.held || core->node_count == 0 || core->node_count >= most_nodes || held.bytes() == 0 || held.bytes() % (core->node_count * unit))
+      return refuse("the graph does not fit the vectors");
+    core->degree = held.bytes() / (core->node_count * unit) * (core->links.held ? block_rows : 1);
+    core->layout = LinkLayout{core->degree, core->stride};
     if (entry >= core->node_count) return refuse("the entry is not a node");
-    const uint32_t* links = core->graph.as<uint32_t>();
-    for (size_t i = 0; i < core->node_count * core->degree; i++)
-      if (links[i] >= core->node_count) return refuse("a link points past the nodes");
+    for (size_t node = 0; node < core->node_count; node++) {
+      const uint32_t* out = reinterpret_cast<const uint32_t*>(core->out_links(uint32_t(node)));
+      for (size_t i = 0; i < core->degree; i++)
+        if (out[i] >= core->node_count) return refuse("a link points past the nodes");
+    }
   }
   return reinterpret_cast<PyObject*>(self);
 }
@@ -154,7 +160,7 @@ PyObject* engine_walk(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   Request r;
   size_t ef = 0;
   if (count != 4) return PyErr_SetString(PyExc_TypeError, "walk takes 4 arguments"), nullptr;
-  if (!core.graph.held) return PyErr_SetString(PyExc_ValueError, "this engine has no graph"), nullptr;
+  if (!core.walks()) return PyErr_SetString(PyExc_ValueError, "this engine has no graph"), nullptr;
   if (!request(core, r, args[0], args[1], args[3]) || !positive(args[2], ef)) return nullptr;
   Scratch& s = scratch;
   Py_BEGIN_ALLOW_THREADS
@@ -186,7 +192,7 @@ PyObject* engine_nearest(PyObject* self, PyObject* const* args, Py_ssize_t count
   Request r;
   size_t ef = 0;
   if (count != 5) return PyErr_SetString(PyExc_TypeError, "nearest takes 5 arguments"), nullptr;
-  if (!core.graph.held) return PyErr_SetString(PyExc_ValueError, "this engine has no graph"), nullptr;
+  if (!core.walks()) return PyErr_SetString(PyExc_ValueError, "this engine has no graph"), nullptr;
   if (!request(core, r, args[0], args[1], args[4]) || !positive(args[2], ef) || !r.list.take(args[3], "out_nodes", true)) return nullptr;
   if (r.list.bytes() < r.k * 4) return PyErr_SetString(PyExc_ValueError, "no room for the nodes"), nullptr;
   Scratch& s = scratch;
@@ -206,6 +212,31 @@ PyObject* engine_nearest(PyObject* self, PyObject* const* args, Py_ssize_t count
   return PyLong_FromSize_t(s.hits.size());
 }
 
+// link_records(vectors, dimension, graph, scale, out): the records of all links, into zeros.
+PyObject* link_records(PyObject*, PyObject* args) {
+  PyObject *vectors_object, *graph_object, *out_object;
+  Py_ssize_t dimension;
+  double scale;
+  Array vectors, graph, out;
+  if (!PyArg_ParseTuple(args, "OnOdO", &vectors_object, &dimension, &graph_object, &scale, &out_object)) return nullptr;
+  if (!vectors.take(vectors_object, "vectors") || !graph.take(graph_object, "graph") || !out.take(out_object, "out", true)) return nullptr;
+  const size_t width = size_t(dimension), count = dimension > 0 ? vectors.bytes() / (4 * width) : 0;
+  const LinkLayout layout{count ? graph.bytes() / (4 * count) : 0, (width + 63) / 64 * 64};
+  if (count == 0 || layout.degree % block_rows || out.bytes() != count * layout.bytes() || graph.bytes() != count * layout.degree * 4)
+    return PyErr_SetString(PyExc_ValueError, "vectors, graph and out do not fit each other"), nullptr;
+  const uint32_t* links = graph.as<uint32_t>();
+  for (size_t i = 0; i < count * layout.degree; i++)
+    if (links[i] >= count) return PyErr_SetString(PyExc_ValueError, "a link points past the nodes"), nullptr;
+  Py_BEGIN_ALLOW_THREADS
+  for (size_t node = 0; node < count; node++)
+    write_links(layout, vectors.as<float>(), width, uint32_t(node), links + node * layout.degree, float(scale),
+                static_cast<uint8_t*>(out.view.buf) + node * layout.bytes());
+  Py_END_ALLOW_THREADS
+  Py_RETURN_NONE;
+}
+
+PyMethodDef module_methods[] = {{"link_records", link_records, METH_VARARGS, "link_records(vectors, dimension, graph, scale, out)"}, {nullptr, nullptr, 0, nullptr}};
+
 PyMethodDef engine_methods[] = {
     {"finish", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(engine_finish)), METH_FASTCALL, "finish(nodes, distances, k, out, mask, hidden) -> ids"},
     {"scan", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(engine_scan)), METH_FASTCALL, "scan(query, k, rows, out, hidden) -> ids"},
@@ -215,7 +246,7 @@ PyMethodDef engine_methods[] = {
     {nullptr, nullptr, 0, nullptr}};
 
 PyTypeObject engine_type{};
-PyModuleDef module = {PyModuleDef_HEAD_INIT, "_engine", "8-bit scans, filter-aware graph walks and id mapping.", -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, "_engine", "8-bit scans, filter-aware graph walks and id mapping.", -1, module_methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 
@@ -226,7 +257,7 @@ PyMODINIT_FUNC PyInit__engine() {
   engine_type.tp_name = "index_builder.native._engine.Engine";
   engine_type.tp_basicsize = sizeof(EngineObject);
   engine_type.tp_flags = Py_TPFLAGS_DEFAULT;
-  engine_type.tp_doc = "Engine(vectors, dimension, blob, offsets, codes, graph, entry, node_of_row, row_starts, rows_by_node, sketch, factors)";
+  engine_type.tp_doc = "Engine(vectors, dimension, blob, offsets, codes, graph, entry, node_of_row, row_starts, rows_by_node, sketch, factors, links)";
   engine_type.tp_new = engine_new;
   engine_type.tp_dealloc = engine_dealloc;
   engine_type.tp_methods = engine_methods;

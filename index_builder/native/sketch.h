@@ -4,11 +4,48 @@
 // (low) and of row j + 16 (high). The query becomes a table of 16 bytes a nibble, and a shuffle looks up all rows of a block at once (FastScan).
 #pragma once
 
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
 #include "shared.h"
 
 namespace {
 
 constexpr size_t block_rows = 32;
+
+// How sums of table entries become inner products: step * sum + low.
+struct SketchTable {
+  float step = 0.0f, low = 0.0f;
+};
+
+// Fills 16 bytes for each nibble of the stride: the inner product of `scale` times four components of the query with each choice of signs.
+inline SketchTable sketch_table(const float* query, size_t dimension, size_t stride, float scale, std::vector<uint8_t>& table) {
+  const size_t nibbles = stride / 4;
+  const float most = std::min(255.0f, 65535.0f / float(nibbles));  // so that sums fit 16 bits
+  table.assign(nibbles * 16, 0);
+  float widest = 1e-12f, low = 0.0f;
+  for (size_t i = 0; i < dimension; i += 4) {
+    float width = 0.0f;
+    for (size_t j = i; j < std::min(i + 4, dimension); j++) width += std::fabs(query[j]);
+    widest = std::max(widest, 2.0f * width);
+    low -= width;
+  }
+  const float steps = most / widest;
+  for (size_t g = 0; 4 * g < dimension; g++) {
+    float value[16] = {0.5f};  // for rounding; the lowest sum that these signs can have is 0
+    for (size_t j = 0; j < 4; j++) {
+      const float part = 4 * g + j < dimension ? query[4 * g + j] * steps : 0.0f;
+      if (part < 0.0f) value[0] -= 2.0f * part;
+    }
+    for (size_t j = 0; j < 4; j++) {
+      const float part = 4 * g + j < dimension ? query[4 * g + j] * steps : 0.0f;
+      for (size_t i = 0; i < size_t(1) << j; i++) value[(size_t(1) << j) + i] = value[i] + 2.0f * part;
+    }
+    for (size_t i = 0; i < 16; i++) table[g * 16 + i] = uint8_t(std::min(255, std::max(0, int32_t(value[i]))));
+  }
+  return {scale * widest / most, scale * low};
+}
 
 // Writes the 32 scores of a block, score = factor * (step * sum of table entries + low), and returns a bit for each that is above the threshold.
 using SketchBlock = uint32_t (*)(const uint8_t* bits, const uint8_t* table, size_t nibbles, const float* factors, float step, float low, float threshold,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ def _skip_unless_possible(kind: str) -> None:
         pytest.importorskip("faiss")
     if kind in ("symqg", "rabitq"):
         pytest.importorskip("rabitqlib")
-    if kind == "lean" and Engine is None:
+    if kind in ("lean", "swift") and Engine is None:
         pytest.skip("the extension was not compiled")
     if missing_features(kind):
         pytest.skip(f"this CPU lacks {missing_features(kind)}")
@@ -55,7 +56,7 @@ def test_every_kind_finds_what_exact_search_finds_and_survives_saving(kind: str,
     assert [row.tolist() for row in batch_rows] == [f.tolist() for f in found[:5]]
 
 
-@pytest.mark.parametrize("kind", ["hnsw", "symqg", "lean"])
+@pytest.mark.parametrize("kind", ["hnsw", "symqg", "lean", "swift"])
 def test_links_of_a_graph_point_at_near_nodes(kind: str) -> None:
     _skip_unless_possible(kind)
     vectors = text_vectors(N)
@@ -66,7 +67,7 @@ def test_links_of_a_graph_point_at_near_nodes(kind: str) -> None:
     assert linked > anywhere + 0.1
 
 
-@pytest.mark.parametrize("kind", ["hnsw", "symqg", "rabitq", "lean", "faiss"])
+@pytest.mark.parametrize("kind", ["hnsw", "symqg", "rabitq", "lean", "swift", "faiss"])
 def test_a_missing_or_truncated_file_is_a_typed_error(kind: str, tmp_path: Path) -> None:
     _skip_unless_possible(kind)
     vectors = text_vectors(N)[:1_200]
@@ -82,6 +83,46 @@ def test_builds_on_one_thread_of_reproducible_kinds_give_the_same_bytes(tmp_path
     for name in ("a", "b"):
         build_index("hnsw", vectors, CONFIG).save(tmp_path / name)
     assert (tmp_path / "a.hnsw").read_bytes() == (tmp_path / "b.hnsw").read_bytes()
+    if Engine is not None:
+        for name in ("a", "b"):
+            (tmp_path / name).mkdir()
+            build_index("swift", vectors, replace(CONFIG, reproducible=True)).save(tmp_path / name / "index")
+        for file in ("index.codes.npy", "index.links.npy"):
+            assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+@pytest.mark.parametrize(("dimension", "m"), [(7, 16), (100, 6), (256, 20)])
+def test_links_with_sketches_lead_where_plain_links_lead(dimension: int, m: int, tmp_path: Path) -> None:
+    """Degrees that are no multiple of 32 and odd widths are padded; the same graph gives the same neighbours, and nearly the same hits."""
+    if Engine is None:
+        pytest.skip("the extension was not compiled")
+    vectors = np.ascontiguousarray(text_vectors(N, 256)[:1_500, :dimension])
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    config = AnnConfig(m=m, ef_construction=60, reproducible=True)
+    swift, lean = build_index("swift", vectors, config), build_index("lean", vectors, config)
+    links, plain = swift.neighbours(), lean.neighbours()
+    assert links is not None and plain is not None and links.shape[1] % 32 == 0
+    np.testing.assert_array_equal(links[:, : plain.shape[1]], plain)
+    assert (links[:, plain.shape[1] :] == np.arange(1_500)[:, None]).all()
+    same = [len(np.intersect1d(swift.search(v[None], 10, 80)[0], lean.search(v[None], 10, 80)[0])) for v in vectors[:200]]
+    assert np.mean(same) >= 9.5
+
+
+def test_links_that_point_outside_or_do_not_fit_are_refused(tmp_path: Path) -> None:
+    if Engine is None:
+        pytest.skip("the extension was not compiled")
+    vectors = text_vectors(N)[:1_200]
+    index = build_index("swift", vectors, CONFIG)
+    index.save(tmp_path / "index")
+    links = np.load(tmp_path / "index.links.npy")
+    for bad, message in ((links[:, :-1], "multiple of"), (links[:-1], "links of")):
+        np.save(tmp_path / "index.links.npy", bad)
+        with pytest.raises(IndexFormatError, match=message):
+            load_index("swift", tmp_path / "index", vectors, CONFIG)
+    links[17, :4] = 255
+    np.save(tmp_path / "index.links.npy", links)
+    with pytest.raises(IndexFormatError, match="past the nodes"):
+        load_index("swift", tmp_path / "index", vectors, CONFIG)
 
 
 def test_auto_says_why_and_respects_size_cpu_and_determinism() -> None:
@@ -91,7 +132,16 @@ def test_auto_says_why_and_respects_size_cpu_and_determinism() -> None:
     assert "avx2" in choose_kind(100_000, features=frozenset()).why
     assert choose_kind(100_000, features=modern, deterministic=True).kind == "hnsw"
     pytest.importorskip("rabitqlib")
-    assert choose_kind(100_000, features=modern).kind == "symqg"
+    choice = choose_kind(100_000, features=modern)
+    assert (choice.kind, choice.rival) == ("symqg", None if Engine is None else "swift")
+
+
+def test_auto_without_the_extension_takes_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rabitqlib")
+    monkeypatch.setattr("index_builder.ann.choice.Engine", None)
+    modern = frozenset({"avx2", "fma"})
+    choice = choose_kind(100_000, features=modern)
+    assert (choice.kind, choice.rival) == ("symqg", None)
 
 
 def test_a_cpu_without_the_features_is_refused_by_name() -> None:

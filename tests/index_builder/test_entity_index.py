@@ -32,7 +32,7 @@ FRAME = pl.DataFrame(
     }
 )
 IDS = [f"pin:{i}" for i in range(N)]
-KINDS = [k for k in ("symqg", "lean", "hnsw") if not missing_features(k) and (k == "hnsw" or Engine is not None or k == "symqg")]
+KINDS = [k for k in ("symqg", "swift", "lean", "hnsw") if not missing_features(k) and (k == "hnsw" or Engine is not None or k == "symqg")]
 CONFIG = AnnConfig(m=12, ef_construction=100)
 
 
@@ -321,3 +321,21 @@ def test_a_graph_that_does_not_lead_to_k_nodes_still_gives_k_answers() -> None:
     for query in vectors[::100]:
         assert len(index.search(query, 100, ef=100).ids) == 100
         assert [len(r.ids) for r in index.search_batch(query[None], 100)] == [100]
+
+
+def test_calibration_queries_decide_between_the_two_searches_of_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rabitqlib")
+    if Engine is None or missing_features("symqg"):
+        pytest.skip("only one of them can run here")
+    vectors = text_vectors(3_000)
+    ids, queries = [str(i) for i in range(2_900)], vectors[2_900:]
+    for winner, loser in (("swift", "symqg"), ("symqg", "swift")):
+        times = iter((20.0, 10.0) if winner == "swift" else (10.0, None))
+        monkeypatch.setattr("index_builder.ann_race.latency_at_recall", lambda *_, left=times: next(left))
+        index = EntityIndex.build("pin", ids, vectors[:2_900], None, IndexConfig(ann=CONFIG), calibration_queries=queries)
+        index.save(tmp_path / winner)
+        loaded = EntityIndex.load(tmp_path / winner)
+        assert loaded.kind == index.kind == winner and loaded.describe()["kind"] == winner
+        assert f"{winner} 10 us" in loaded.describe()["why"] and loser in loaded.describe()["why"]
+        assert loaded.search(queries[0], 10).ids == index.search(queries[0], 10).ids
+    assert not list((tmp_path / "symqg").glob("index.links.npy"))

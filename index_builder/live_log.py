@@ -110,11 +110,7 @@ class LiveLogReader:
                 "serving goes on with what was read before."
             )
         if self._file is not None and last < self.sequence and len(entries) < limit:
-            raise LiveLogCorrupt(
-                f"live log of {self.entity_type!r}: entries up to {self.sequence} are in the release, but the log ends at {last}: it was "
-                "removed and begun again, or belongs to another store. Restore it; to go on with this one, rebuild from the sources into "
-                "a new store and apply its changes there."
-            )
+            raise LiveLogCorrupt(_ends_early(self.entity_type, self.sequence, last))
         return entries
 
     @property
@@ -176,6 +172,7 @@ class LiveLogWriter:
         entity_type: Which log.
         dimension: Length of the vectors.
         file_bytes: A new file is begun when the last one is larger.
+        after: Watermark of the active release: a log that is not there begins behind it, one that ends before it is refused.
         lock_timeout_seconds: How long to wait for another writing process.
         before_sync: Called between write and fsync; for fault injection only.
     """
@@ -187,14 +184,14 @@ class LiveLogWriter:
         dimension: int,
         *,
         file_bytes: int = DEFAULT_FILE_BYTES,
+        after: int = 0,
         lock_timeout_seconds: float = 30.0,
         before_sync: Callable[[], None] | None = None,
     ) -> None:
         self.folder = live_root / entity_type
+        self.after = after
         self.entity_type, self.dimension = entity_type, dimension
         self._file_bytes, self._timeout, self._before_sync = file_bytes, lock_timeout_seconds, before_sync
-        with disk_full_is_clear("opening the live log", live_root):
-            make_folder(self.folder)
         self._file: tuple[int, Path] | None = None
         self._descriptor: int | None = None
         self._end, self._sequence = 0, 0
@@ -278,6 +275,8 @@ class LiveLogWriter:
         self.close()
 
     def _locked(self) -> FileLock:
+        with disk_full_is_clear("opening the live log", self.folder.parent):
+            make_folder(self.folder)  # somebody may have removed it
         lock = FileLock(self.folder / "writer.lock")
         if not lock.acquire(timeout_seconds=self._timeout):
             raise LiveLogBusy(
@@ -344,10 +343,13 @@ class LiveLogWriter:
         promised = read_acknowledged(self.folder)
         files = log_files(self.folder)
         if not files:
-            if promised.sequence:
+            self.close()  # of a file that was removed
+            self._file = None
+            if (lost := max(promised.sequence, self._sequence)) > self.after:
                 raise LiveLogCorrupt(
-                    f"live log of {self.entity_type!r}: {promised.sequence} entries were acknowledged, but its files are gone; restore them"
+                    f"live log of {self.entity_type!r}: entries up to {lost} were acknowledged, but its files are gone; restore them"
                 )
+            self._sequence = self.after
             return
         if self._file != files[-1] or self._descriptor is None:
             self.close()
@@ -382,9 +384,19 @@ class LiveLogWriter:
                 f"{files[-1][1].name} is valid only up to entry "
                 f"{self._sequence} (byte {self._end}). Nothing was written or cut off; restore the file from a replica or backup."
             )
+        if self._sequence < self.after:
+            raise LiveLogCorrupt(_ends_early(self.entity_type, self.after, self._sequence))
         if self._end < size:  # the torn tail of a writer that died before it promised anything
             os.ftruncate(self._descriptor, self._end)
             os.fdatasync(self._descriptor)
+
+
+def _ends_early(entity_type: str, watermark: int, last: int) -> str:
+    return (
+        f"live log of {entity_type!r}: entries up to {watermark} are in the release, but the log ends at {last}: it was removed and begun "
+        "again, or belongs to another store. Restore it; to go on with this one, rebuild from the sources into a new store and apply its "
+        "changes there."
+    )
 
 
 class _Batch:

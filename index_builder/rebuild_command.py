@@ -332,7 +332,7 @@ def _embed_foreign_live(store: ReleaseStore, bundle_path: Path, inputs: dict[str
 
             with (
                 stage(f"embed {len(foreign):,} live {entity_type} entities with the new bundle"),
-                LiveLogWriter(store.live_root, entity_type, bundle.dimension) as writer,
+                LiveLogWriter(store.live_root, entity_type, bundle.dimension, after=entities.base_watermark) as writer,
             ):
                 writer.write(embed_again(foreign, load_bundle(bundle_path)))
 

@@ -183,7 +183,9 @@ def apply_changes(
         for entity_type, entries in _batches(changes, bundle):
             writer = writers.get(entity_type)
             if writer is None:
-                writer = writers[entity_type] = LiveLogWriter(store.live_root, entity_type, manifest.dimension)
+                writer = writers[entity_type] = LiveLogWriter(
+                    store.live_root, entity_type, manifest.dimension, after=manifest.entities[entity_type].watermark
+                )
             last[entity_type] = writer.write(entries)
             done += len(entries)
             progress(done)

@@ -105,5 +105,6 @@ class Changes:
         return serving
 
     async def _write(self, serving: ServingRelease, entity_type: str, entries: list[LiveEntry]) -> pb.WriteResponse:
-        write = asyncio.ensure_future(asyncio.to_thread(self.writes.write, entity_type, serving.dimension, entries))
+        after = serving.release.manifest.entities[entity_type].watermark
+        write = asyncio.ensure_future(asyncio.to_thread(self.writes.write, entity_type, serving.dimension, entries, after=after))
         return pb.WriteResponse(sequence=await asyncio.shield(write), applied=len(entries))

@@ -22,13 +22,17 @@ class LiveWrites:
         self._writers: dict[tuple[str, int], LiveLogWriter] = {}
         self._lock = threading.Lock()
 
-    def write(self, entity_type: str, dimension: int, entries: Sequence[LiveEntry]) -> int:
-        """Append entries, all or none; returns the sequence number of the last one. Raises as ``LiveLogWriter.write`` does."""
+    def write(self, entity_type: str, dimension: int, entries: Sequence[LiveEntry], *, after: int = 0) -> int:
+        """Append entries, all or none; returns the sequence number of the last one. Raises as ``LiveLogWriter.write`` does.
+
+        ``after`` is the watermark of the active release for this type.
+        """
         with self._lock:
             key = (entity_type, dimension)
             writer = self._writers.get(key)
             if writer is None:
-                writer = self._writers[key] = LiveLogWriter(self._live_root, entity_type, dimension)
+                writer = self._writers[key] = LiveLogWriter(self._live_root, entity_type, dimension, after=after)
+            writer.after = after
         return writer.write(entries)
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from index_builder.ann.lean import LeanIndex
 from index_builder.ann.rabitq import RabitqIndex
 from index_builder.ann.swift import SwiftIndex
 from index_builder.ann.symqg import MAX_DIMENSION, MIN_DIMENSION, MIN_ROWS, SymqgIndex, symqg_available
-from index_builder.errors import UnsupportedCpu
+from index_builder.errors import IndexFormatError, UnsupportedCpu
 from index_builder.native import Engine
 
 KINDS: dict[str, type[AnnIndex]] = {
@@ -123,8 +123,13 @@ def load_index(kind: str, prefix: Path, vectors: np.ndarray, config: AnnConfig) 
 
     Raises:
         UnsupportedCpu: This CPU cannot run it.
-        IndexFormatError: Files are missing or damaged.
+        IndexFormatError: Files are missing or damaged, or this version does not know the kind.
     """
+    if kind not in KINDS:
+        raise IndexFormatError(
+            f"index kind {kind!r} is unknown to this version, which reads {', '.join(KINDS)}. "
+            "Open the release with the version of omnisearchsage that wrote it, or rebuild it with this one."
+        )
     require_cpu(kind)
     return _kind(kind).load(prefix, vectors, config)
 

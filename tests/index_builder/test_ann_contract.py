@@ -187,3 +187,8 @@ def test_a_badly_connected_graph_returns_what_it_reaches() -> None:
     assert all(len(set(rows.tolist())) == len(rows) > 0 for rows in found)
     rows, _ = index.search_batch(vectors[::40], 100, 100)
     assert [row[row >= 0].tolist() for row in rows] == [f.tolist() for f in found]
+
+
+def test_a_kind_of_a_newer_version_is_named_with_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(IndexFormatError, match=r"'quantum' is unknown to this version.*version of omnisearchsage that wrote it"):
+        load_index("quantum", tmp_path / "index", np.eye(4, dtype=np.float32), AnnConfig())

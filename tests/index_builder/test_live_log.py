@@ -1,6 +1,7 @@
 """The live log: what is acknowledged survives, what is torn is cut off, what is damaged is refused."""
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -337,3 +338,29 @@ def test_a_log_begun_again_behind_a_release_is_noticed(tmp_path: Path) -> None:
     LiveLogWriter(tmp_path, "pin", D).write([upsert("a")])
     with pytest.raises(LiveLogCorrupt, match="up to 7"):
         read_all(tmp_path, after=7)
+
+
+def test_a_log_that_was_removed_begins_behind_the_release(tmp_path: Path) -> None:
+    """Its first write used to get sequence 1, was acknowledged, and then no reader behind the release's watermark took it."""
+    LiveLogWriter(tmp_path, "pin", D).write([upsert("a"), upsert("b")])
+    shutil.rmtree(tmp_path / "pin")
+    assert LiveLogWriter(tmp_path, "pin", D, after=2).write([upsert("c")]) == 3
+    assert [e.id for e in LiveLogReader(tmp_path, "pin", after=2).poll()] == ["c"]
+    assert LiveLogWriter(tmp_path, "pin", D, after=2).write([upsert("d")]) == 4
+
+
+def test_a_log_removed_under_a_writer_takes_no_write_that_would_be_lost(tmp_path: Path) -> None:
+    writer = LiveLogWriter(tmp_path, "pin", D)
+    writer.write([upsert("a"), upsert("b")])
+    shutil.rmtree(tmp_path / "pin")
+    with pytest.raises(LiveLogCorrupt, match="entries up to 2 were acknowledged"):
+        writer.write([upsert("c")])
+    writer.after = 2  # a release holds both
+    assert writer.write([upsert("c")]) == 3
+    assert [e.id for e in LiveLogReader(tmp_path, "pin", after=2).poll()] == ["c"]
+
+
+def test_a_log_that_ends_before_the_release_takes_no_writes(tmp_path: Path) -> None:
+    LiveLogWriter(tmp_path, "pin", D).write([upsert("a")])
+    with pytest.raises(LiveLogCorrupt, match="entries up to 7 are in the release, but the log ends at 1"):
+        LiveLogWriter(tmp_path, "pin", D, after=7)

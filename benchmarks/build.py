@@ -6,6 +6,7 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -42,15 +43,48 @@ def bundle_folder(folder: Path, dimension: int) -> Path:
 
 
 def build_once(
-    store: ReleaseStore, bundle: Path, vectors: VectorSet, *, kind: str, threads: int, deterministic: bool = False, rows: int | None = None
+    store: ReleaseStore,
+    bundle: Path,
+    corpus: np.ndarray,
+    calibration: np.ndarray,
+    *,
+    kind: str,
+    threads: int,
+    deterministic: bool = False,
+    max_memory_mib: int | None = None,
 ) -> str:
-    """Build and publish one release of one entity type over (the first ``rows`` of) the corpus, calibrated on its held-out queries."""
-    corpus = vectors.corpus if rows is None else vectors.corpus[:rows]
+    """Build and publish one release of one entity type over the corpus, calibrated on its held-out queries."""
     inputs = {"pin": EntityInput(ids=[f"text-{i}" for i in range(len(corpus))], vectors=corpus, space_id=SPACE)}
-    queries = {"*": QuerySet([f"query {i}" for i in range(len(vectors.calibration))], vectors.calibration)}
+    queries = {"*": QuerySet([f"query {i}" for i in range(len(calibration))], calibration)}
     index = IndexConfig(kind=kind, ann=AnnConfig(threads=threads))
-    config = RebuildConfig(index=index, deterministic=deterministic, min_recall=0.9)
+    config = RebuildConfig(index=index, deterministic=deterministic, min_recall=0.9, max_memory_mib=max_memory_mib)
     return build_release(inputs, bundle, store, config, queries, progress=say)
+
+
+def build_apart(root: Path, vectors: VectorSet, kind: str, threads: int, max_memory_mib: int | None) -> None:
+    """``build_once`` in a process of its own over memory-mapped vectors, so that the peak in the manifest is the build's alone.
+
+    Raises:
+        ConfigError: The process failed; with the end of what it said.
+    """
+    np.save(root / "corpus.npy", vectors.corpus)
+    np.save(root / "calibration.npy", vectors.calibration)
+    code = "import sys; from benchmarks.build import build_here; build_here(*sys.argv[1:])"
+    arguments = [str(root), kind, str(threads), str(max_memory_mib or 0)]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True, check=False)
+    (root / "corpus.npy").unlink()
+    if done.returncode:
+        raise ConfigError(f"the build failed: {done.stderr.strip()[-500:]}")
+
+
+def build_here(root: str, kind: str, threads: str, max_memory_mib: str) -> None:
+    """What the process of ``build_apart`` does."""
+    folder = Path(root)
+    corpus, calibration = np.load(folder / "corpus.npy", mmap_mode="r"), np.load(folder / "calibration.npy")
+    limit = int(max_memory_mib) or None
+    build_once(
+        ReleaseStore(folder / "store"), folder / "bundle", corpus, calibration, kind=kind, threads=int(threads), max_memory_mib=limit
+    )
 
 
 @contextmanager
@@ -85,6 +119,7 @@ def time_loading(store: ReleaseStore) -> float:
 @click.option("--size", type=int, default=100_000, show_default=True, help="Vectors of the corpus (256-d).")
 @click.option("--index", "kind", default="auto", show_default=True, help="Kind of index.")
 @click.option("--threads", type=int, default=0, help="Build threads; 0: all cores.")
+@click.option("--max-memory", "max_memory_mib", type=int, help="Limit of the build's private memory, MiB; auto picks a kind that fits.")
 @click.option("--deterministic-size", type=int, default=20_000, show_default=True, help="Vectors of the two deterministic builds; 0: skip.")
 @click.option("--repeats", type=int, default=3, show_default=True, help="Loading and sha256sum, in turn.")
 @click.option(
@@ -101,6 +136,7 @@ def command(
     size: int,
     kind: str,
     threads: int,
+    max_memory_mib: int | None,
     deterministic_size: int,
     repeats: int,
     kept: Path | None,
@@ -120,7 +156,9 @@ def command(
         store = ReleaseStore(root / "store")
         release_id = store.current()
         if release_id is None or read_manifest(store.path_of(release_id)).entities["pin"].count != len(vectors.corpus):
-            release_id = build_once(store, bundle, vectors, kind=kind, threads=threads)
+            build_apart(root, vectors, kind, threads, max_memory_mib)
+            release_id = store.current()
+            assert release_id is not None, "the build activates its release"
         manifest = read_manifest(store.path_of(release_id))
         shas, loads = [], []
         for _ in range(repeats):
@@ -132,6 +170,7 @@ def command(
             "built": manifest.measured["created"],
             "build_seconds": round(manifest.measured["seconds"]["total"], 2),
             "stages": manifest.measured["entities"]["pin"]["seconds"],
+            "max_memory_mib": max_memory_mib,
             "peak_private_mib": manifest.measured["peak_private_mib"],
             "peak_private_mib_estimate": round(
                 estimate_mib(manifest.entities["pin"].index["kind"], len(vectors.corpus), int(vectors.corpus.shape[1]))
@@ -146,9 +185,9 @@ def command(
             metrics["deterministic"] = build_twice(root, bundle, vectors, min(deterministic_size, len(vectors.corpus)))
     if not no_record:
         write_record(
-            f"build-{len(vectors.corpus) // 1000}k",
+            f"build-{len(vectors.corpus) // 1000}k" + ("-limited" if max_memory_mib else ""),
             dataset=vectors.describe(),
-            config={"index": kind, "threads": threads, "deterministic_size": deterministic_size},
+            config={"index": kind, "threads": threads, "max_memory_mib": max_memory_mib, "deterministic_size": deterministic_size},
             protocol={"loading": "sizes, SHA-256 of every file, open, replay 64 golden queries; page cache warm", "repeats": repeats},
             metrics=metrics,
             libraries=("hnswlib", "rabitqlib", "numpy", "polars"),
@@ -165,7 +204,11 @@ def build_twice(root: Path, bundle: Path, vectors: VectorSet, rows: int) -> dict
     for name in ("first", "second"):
         store = ReleaseStore(root / name)
         manifests.append(
-            read_manifest(store.path_of(build_once(store, bundle, vectors, kind="auto", threads=1, deterministic=True, rows=rows)))
+            read_manifest(
+                store.path_of(
+                    build_once(store, bundle, vectors.corpus[:rows], vectors.calibration, kind="auto", threads=1, deterministic=True)
+                )
+            )
         )
     one, two = manifests
     differ = sorted(name for name in {*one.files, *two.files} if one.files.get(name) != two.files.get(name))

@@ -180,7 +180,7 @@ def command(
         root = Path(folder)
         bundle = bundle_folder(root / "bundle", int(base.corpus.shape[1]))
         store = ReleaseStore(root / "store")
-        build_once(store, bundle, base, kind=kind, threads=2)
+        build_once(store, bundle, base.corpus, base.calibration, kind=kind, threads=2)
         for share in (0.02, 0.10):
             truth = Truth({f"text-{i}": base.corpus[i] for i in range(base_rows)})
             release = store.open(store.ids()[0])

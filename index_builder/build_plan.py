@@ -176,7 +176,7 @@ def fit_memory(entity_type: str, count: int, dimension: int, config: RebuildConf
                 return replace(config.index, kind=kind)
     leanest = estimate_mib("rabitq", count, dimension)
     raise ConfigError(
-        f"{entity_type}: --max-memory is {limit:,} MiB, but a {config.index.kind} index of {count:,} x {dimension} needs about "
+        f"{entity_type}: --max-memory is {limit:,} MiB, but index kind {config.index.kind} of {count:,} x {dimension} needs about "
         f"{estimate_mib(config.index.kind, count, dimension):,.0f} MiB at its peak. The leanest kind (--index rabitq) needs "
         f"about {leanest:,.0f} MiB."
     )

@@ -143,7 +143,9 @@ def measure(names: list[str], vectors: VectorSet, queries: int, repeats: int, bu
         for _ in range(repeats):
             references.append(sweep(baseline, vectors, scores, queries))
             curves.append(sweep(engine, vectors, scores, queries) if engine is not baseline else references[-1])
-        results.append(_row(name, curves, references) | facts)
+        kept = _kept(name, vectors, built_folder) / "index.json"
+        chosen = {"kind": json.loads(kept.read_text())["facts"]["kind"]} if kept.is_file() else {}
+        results.append(_row(name, curves, references) | chosen | facts)
         say(f"  {name}: {results[-1]['us@0.95']} us at 0.95, {results[-1]['x_hnswlib@0.95']}x")
     return results
 
@@ -165,13 +167,8 @@ def _overhead(results: list[dict[str, Any]]) -> dict[str, float]:
     """Microseconds our call adds to the bare one at equal ef, the median over settings and repeats."""
     by_name = {r["engine"]: r for r in results if "points" in r}
     added = {}
-    for mine, theirs in (
-        ("ours auto", "bare swift"),
-        ("ours auto", "bare symqg"),
-        ("ours symqg", "bare symqg"),
-        ("ours lean", "bare lean"),
-        ("ours hnsw", BASELINE),
-    ):
+    pairs_of_names = [(name, f"bare {row['kind']}") for name, row in by_name.items() if "kind" in row] + [("ours hnsw", BASELINE)]
+    for mine, theirs in pairs_of_names:
         if mine in by_name and theirs in by_name:
             both = zip(by_name[mine]["points"], by_name[theirs]["points"])
             pairs = [a[2] - b[2] for c, d in both for a, b in zip(c, d) if a[0] == b[0]]

@@ -18,7 +18,7 @@ QUERY_POOL = 20_000
 _BLOCK = 1024
 
 
-def validation_recall(towers: Towers, inputs: TrainInputs, k: int = 10, *, entity_types: Collection[str] | None = None) -> dict[str, float]:
+def validation_recall(towers: Towers, inputs: TrainInputs, k: int = 10) -> dict[str, float]:
     """Share of the held-back pairs whose annotated candidate ranks in the top ``k``.
 
     Returns:

@@ -68,7 +68,9 @@ class PairSet:
     candidates: Int64
     """Catalogue row, or query number for related queries, ``(P,)``."""
     weights: Float32
-    """How often each pair is drawn, relative, ``(P,)``; all equal: every pair once per epoch."""
+    """How often each pair is drawn, relative, ``(P,)``."""
+    weighted: bool
+    """Whether pairs are drawn by ``weights``; otherwise every pair once per epoch."""
     folds: Int64
     """Cross-fit fold of each pair's query, ``(P,)``."""
     pool: Int64
@@ -132,7 +134,8 @@ def prepare(data: TrainingData, config: TrainConfig, processes: int = 1) -> Prep
     """
     _require(data.catalogue, ("id", "entity_type"), "catalogue")
     _require(data.pairs, ("query", "entity_type", "entity_id"), "pairs")
-    pairs = _with_defaults(data.pairs, config.validation.split)
+    balances = sorted({d.balance_by for d in config.datasets if d.balance_by in data.pairs.columns})
+    pairs = _with_defaults(data.pairs, config.validation.split, balances)
     blank = pairs.with_row_index("row").filter(pl.col("query") == "")
     if blank.height:
         raise DataError(f"{blank.height} pairs have a query of only white space (first: row {blank['row'][0]}). Drop these rows.")
@@ -153,7 +156,7 @@ def prepare(data: TrainingData, config: TrainConfig, processes: int = 1) -> Prep
         else np.flatnonzero((data.catalogue["entity_type"] == entity_type).to_numpy())
         for entity_type in sorted({d.entity_type for d in datasets})
     }
-    pair_sets = [_pair_set(dataset, train, pools[dataset.entity_type], folds, vectors, config) for dataset in datasets]
+    pair_sets = [_pair_set(dataset, train, data.catalogue, pools[dataset.entity_type], folds, vectors, config) for dataset in datasets]
     validation = pairs.filter(pl.col("split") == "validation")
     return PreparedData(
         texts=texts.to_list(),
@@ -175,12 +178,20 @@ def _require(frame: pl.DataFrame, columns: Sequence[str], table: str) -> None:
         raise DataError(f"table {table} has no rows; there is nothing to train on.")
 
 
-def _with_defaults(pairs: pl.DataFrame, validation_split: str) -> pl.DataFrame:
+def _with_defaults(pairs: pl.DataFrame, validation_split: str, balances: Sequence[str]) -> pl.DataFrame:
     defaults = {"count": pl.lit(1), "action": pl.lit(""), "split": pl.lit("train")}
     pairs = pairs.with_columns(expr.alias(name) for name, expr in defaults.items() if name not in pairs.columns)
     collapsed = pl.col("query").fill_null("").str.replace_all(r"\s+", " ").str.strip_chars()
     return (
-        pairs.select("query", "entity_type", "entity_id", "action", pl.col("count").cast(pl.Float64), "split")
+        pairs.select(
+            "query",
+            "entity_type",
+            "entity_id",
+            "action",
+            pl.col("count").cast(pl.Float64),
+            "split",
+            *(pl.col(name).cast(pl.String).alias(_balance_column(name)) for name in balances),
+        )
         .filter(pl.col("split").is_in(["train", validation_split]))
         .with_columns(
             collapsed,
@@ -191,6 +202,11 @@ def _with_defaults(pairs: pl.DataFrame, validation_split: str) -> pl.DataFrame:
             .alias("entity_id"),
         )
     )
+
+
+def _balance_column(name: str) -> str:
+    """Where a pairs column to balance by is kept while the pairs are prepared: apart from the columns that are rewritten on the way."""
+    return f"balance:{name}"
 
 
 def text_bucket(texts: pl.Series, seed: int, buckets: int) -> Int64:
@@ -274,8 +290,38 @@ def _views(catalogue: pl.DataFrame, held_back: pl.Series, config: TrainConfig) -
     return views
 
 
+def balance_weights(values: pl.Series, exponent: float) -> npt.NDArray[np.float64]:
+    """Weights that draw value v, of which there are n(v) rows, in proportion to ``n(v) ** exponent``; mean 1, float64 ``(N,)``.
+
+    The sampling of languages in multilingual pretraining (Conneau and Lample, 2019, section 3.1), for any column; null is a value too.
+    """
+    sizes = pl.DataFrame({"value": values}).select(pl.len().over("value").cast(pl.Float64))["len"].to_numpy()
+    weights = sizes ** (exponent - 1.0)
+    scaled: npt.NDArray[np.float64] = weights / weights.mean()
+    return scaled
+
+
+def _balance_values(dataset: DatasetConfig, rows: pl.DataFrame, catalogue: pl.DataFrame) -> pl.Series:
+    """The value each pair of a dataset is balanced by: of the pair itself, else of its entity."""
+    name = dataset.balance_by
+    if _balance_column(name) in rows.columns:
+        return rows[_balance_column(name)]
+    if name in catalogue.columns and dataset.entity_type != "query":
+        return catalogue[name].gather(rows["candidate"])
+    where = "the pairs" if dataset.entity_type == "query" else f"the pairs or the catalogue (it has {', '.join(catalogue.columns)})"
+    raise SchemaError(
+        f"dataset {dataset.name!r}: balance_by names {name!r}, which is no column of {where}. Name one of them, or leave it out."
+    )
+
+
 def _pair_set(
-    dataset: DatasetConfig, train: pl.DataFrame, pool: Int64, folds: Int64, vectors: dict[str, Tensor], config: TrainConfig
+    dataset: DatasetConfig,
+    train: pl.DataFrame,
+    catalogue: pl.DataFrame,
+    pool: Int64,
+    folds: Int64,
+    vectors: dict[str, Tensor],
+    config: TrainConfig,
 ) -> PairSet:
     rows = train.filter(pl.col("entity_type") == dataset.entity_type)
     if dataset.actions:
@@ -294,6 +340,8 @@ def _pair_set(
     if by_count and not (np.isfinite(counts).all() and counts.min() >= 0 and counts.sum() > 0):
         raise DataError(f"dataset {dataset.name!r}: weighting by count needs counts of 0 or more that are not all 0.")
     weights = counts if by_count else np.ones(len(counts))
+    if dataset.balance_by:
+        weights = weights * balance_weights(_balance_values(dataset, rows, catalogue), dataset.balance_exponent)
     queries, candidates = rows["query_number"].to_numpy(), rows["candidate"].to_numpy()
     tasks = []
     for candidate in dataset.candidates:
@@ -310,10 +358,19 @@ def _pair_set(
         queries=queries,
         candidates=candidates,
         weights=weights.astype(np.float32),
+        weighted=by_count or bool(dataset.balance_by),
         folds=folds[queries],
         pool=pool,
         tasks=tuple(tasks),
     )
+
+
+def whole_counts(weights: npt.NDArray[np.float64]) -> Int64:
+    """Weights as the whole numbers a sketch counts: as they are when whole, else in thousandths of their mean, 1 or more where positive."""
+    whole = np.rint(weights)
+    if not np.array_equal(whole, weights):
+        whole = np.maximum(np.rint(weights * (1000 / weights[weights > 0].mean())), weights > 0)
+    return whole.astype(np.int64)
 
 
 def _task(
@@ -331,7 +388,7 @@ def _task(
     pair_counts, query_counts, in_batch, random = sketches
     query_keys, candidate_keys = queries.astype(np.uint64), candidates.astype(np.uint64)
     pair_keys = combine_keys(query_keys, candidate_keys)
-    whole = np.rint(weights).astype(np.int64)
+    whole = whole_counts(weights)
     pair_counts.add(pair_keys, whole)
     query_counts.add(query_keys, whole)
     in_batch.add(candidate_keys, whole)
@@ -407,7 +464,7 @@ class BatchPlan:
 
     def __init__(self, prepared: PreparedData, config: TrainConfig, processes: int = 1) -> None:
         self._prepared, self._config, self._processes = prepared, config, processes
-        self._cumulative = [np.cumsum(s.weights, dtype=np.float64) for s in prepared.pair_sets] if config.batch.weighting == "count" else []
+        self._cumulative = [np.cumsum(s.weights, dtype=np.float64) if s.weighted else None for s in prepared.pair_sets]
 
     def negatives_per_step(self, dataset: int) -> int:
         """Random negatives of a dataset per step: the wanted ratio, at most the pool, a multiple of the processes."""
@@ -425,8 +482,8 @@ class BatchPlan:
         seed, pair_set = self._config.seed, self._prepared.pair_sets[dataset]
         rng = np.random.default_rng((seed, 2, dataset, step))
         size, wanted = len(pair_set.queries), self._prepared.pairs_per_step[dataset]
-        if self._cumulative:
-            cumulative = self._cumulative[dataset]
+        cumulative = self._cumulative[dataset]
+        if cumulative is not None:
             pairs = np.minimum(np.searchsorted(cumulative, rng.random(wanted) * cumulative[-1], side="right"), size - 1)
         else:
             places = np.arange(step * wanted, (step + 1) * wanted)

@@ -37,6 +37,11 @@ class DatasetConfig:
     """Keep pairs with one of these actions (e.g. add_to_cart, checkout for product-offsite); empty: all."""
     share: float = 0.0
     """Part of each batch, relative to the other datasets; 0: the paper's for this name, or 1."""
+    balance_by: str = ""
+    """A column of the pairs or the catalogue (e.g. ``language``, ``source``): pairs are drawn so that rare values of it are met more often
+    than they occur. Empty: every pair once per epoch."""
+    balance_exponent: float = 0.5
+    """A value of ``balance_by`` with n pairs is drawn in proportion to n to this power: 1 as it occurs, 0 all values equally often."""
     candidates: tuple[str, ...] = ()
     """Towers on the candidate side: ``entity``, ``query`` (related queries) or ``vector:COLUMN`` (compatibility with a frozen embedding).
     Empty: ``query`` for related queries, else ``entity``."""
@@ -55,6 +60,7 @@ class DatasetConfig:
         _check(
             (self.name != "", "name must not be empty"),
             (self.share > 0, f"share must be above 0, but got {self.share}"),
+            (0 <= self.balance_exponent <= 1, f"balance_exponent must lie in [0, 1], but got {self.balance_exponent}"),
             (not unknown, f"candidates must be 'entity', 'query' or 'vector:COLUMN', but got {hints}"),
             (
                 not wrong_side,

@@ -5,7 +5,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_examples import DIMENSION, small_config, world
 
-from encoders.batches import BatchPlan, TokenisedTexts, TrainingData, prepare, process_slice, split_by_share
+from encoders.batches import (
+    BatchPlan,
+    TokenisedTexts,
+    TrainingData,
+    balance_weights,
+    prepare,
+    process_slice,
+    split_by_share,
+    whole_counts,
+)
 from encoders.errors import ConfigError, DataError, SchemaError
 
 few = settings(max_examples=40, deadline=None)
@@ -83,6 +92,59 @@ def test_counts_weigh_the_draw_when_asked() -> None:
     drawn = np.concatenate([plan.step(step)[0].pairs for step in range(200)])
     share_of_threes = (weights[drawn] == 3).mean()
     assert share_of_threes == pytest.approx(3 / (1 + 2 + 3), abs=0.03)
+
+
+@few
+@given(st.lists(st.sampled_from(["a", "b", "c", None]), min_size=1, max_size=60), st.floats(0, 1))
+def test_balance_draws_a_value_by_its_number_of_pairs_to_the_exponent(values: list[str | None], exponent: float) -> None:
+    weights = balance_weights(pl.Series(values, dtype=pl.String), exponent)
+    assert weights.mean() == pytest.approx(1)
+    total = sum(values.count(v) ** exponent for v in set(values))
+    for value in set(values):
+        drawn = sum(w for w, v in zip(weights, values, strict=True) if v == value) / weights.sum()
+        assert drawn == pytest.approx(values.count(value) ** exponent / total)
+
+
+@few
+@given(st.lists(st.floats(0, 50), min_size=1, max_size=30).filter(lambda w: max(w) > 1e-3))
+def test_sketches_count_weights_in_proportion(weights: list[float]) -> None:
+    given_weights = np.array(weights)
+    counts = whole_counts(given_weights)
+    assert ((counts > 0) == (given_weights > 0)).all() or np.array_equal(np.rint(given_weights), given_weights)
+    expected = given_weights / given_weights.sum()
+    np.testing.assert_allclose(counts / counts.sum(), expected, atol=0.001 * len(weights) / max((given_weights > 0).sum(), 1))
+    assert whole_counts(np.array([0.0, 2.0, 3.0])).tolist() == [0, 2, 3]
+
+
+@pytest.mark.parametrize("side", ["pairs", "catalogue"])
+def test_a_balanced_dataset_meets_rare_values_more_often_and_corrects_for_it(side: str) -> None:
+    """One pin of 48 pins is of another source: as they occur 1 of 48 pairs, balanced to the full 1 of 2; its logQ frequency says so."""
+    data = world()
+    rare = "pin-red-chair"
+    source = pl.when(pl.col("entity_id" if side == "pairs" else "id") == rare).then(pl.lit("clip art")).otherwise(pl.lit("emoji"))
+    data = (
+        TrainingData(data.catalogue, data.pairs.with_columns(source=source))
+        if side == "pairs"
+        else TrainingData(data.catalogue.with_columns(source=source), data.pairs)
+    )
+    row = data.catalogue["id"].to_list().index(rare)
+    for exponent, share in ((1.0, 1 / 48), (0.0, 1 / 2)):
+        config = small_config(datasets=[{"name": "pin", "balance_by": "source", "balance_exponent": exponent}], batch={"pairs": 64})
+        prepared = prepare(data, config)
+        pair_set = prepared.pair_sets[0]
+        plan = BatchPlan(prepared, config)
+        drawn = np.concatenate([plan.step(step)[0].pairs for step in range(100)])
+        is_rare = pair_set.candidates == row
+        assert is_rare[drawn].mean() == pytest.approx(share, abs=0.02)
+        np.testing.assert_allclose(pair_set.tasks[0].in_batch_frequency[is_rare], share, rtol=0.01)
+
+
+def test_balance_by_names_a_column_that_is_there() -> None:
+    config = small_config(datasets=[{"name": "pin", "balance_by": "sauce"}])
+    with pytest.raises(SchemaError, match=r"dataset 'pin': balance_by names 'sauce', which is no column of the pairs or the catalogue"):
+        prepare(world(), config)
+    with pytest.raises(ConfigError, match=r"balance_exponent must lie in \[0, 1\], but got 2"):
+        small_config(datasets=[{"name": "pin", "balance_exponent": 2.0}])
 
 
 def test_frequencies_follow_the_pairs() -> None:

@@ -35,7 +35,7 @@ struct Scratch {
   std::vector<Candidate> pool;
   std::vector<uint32_t> fresh;
   std::vector<uint8_t> table;
-  std::vector<Hit> hits;
+  std::vector<Hit> hits, best;
   void begin(size_t nodes) {
     if (seen.size() < nodes) {
       seen.assign(nodes, 0);
@@ -260,13 +260,30 @@ struct Core {
 
   // The pool's first `most` nodes scored in float32, as rows that may be answered, best first.
   void refine(const float* query, size_t k, size_t most, const uint8_t* mask, const uint8_t* hidden, Scratch& s) const {
-    size_t keep = std::min(s.pool.size(), most);
+    score_nodes(query, most, s);
+    size_t keep = s.hits.size();
+    if (mask == nullptr && hidden == nullptr) {  // every node has a row to answer with: only those of the best k nodes are looked up
+      finish(k, s.hits);
+      if (!starts.held) return;
+      keep = s.hits.size();
+    }
+    s.best.swap(s.hits);
+    s.hits.clear();
+    if (starts.held)
+      for (const Hit& hit : s.best) __builtin_prefetch(starts.as<uint32_t>() + hit.row);
+    for (const Hit& hit : s.best) add_rows(hit.row, hit.score, mask, hidden, s.hits);
+    for (size_t i = keep; i < s.pool.size() && s.hits.size() < k; i++)
+      add_rows(s.pool[i].node, float_dot(vector(s.pool[i].node), query, dimension), mask, hidden, s.hits);
+    finish(k, s.hits);
+  }
+
+  // The pool's first `most` nodes scored in float32, in its order; `row` holds the node.
+  void score_nodes(const float* query, size_t most, Scratch& s) const {
+    const size_t keep = std::min(s.pool.size(), most);
     for (size_t i = 0; i < keep; i++)
       for (size_t j = 0; j < dimension; j += 16) __builtin_prefetch(vector(s.pool[i].node) + j);
     s.hits.clear();
-    for (size_t i = 0; i < s.pool.size() && (i < keep || s.hits.size() < k); i++)
-      add_rows(s.pool[i].node, float_dot(vector(s.pool[i].node), query, dimension), mask, hidden, s.hits);
-    finish(k, s.hits);
+    for (size_t i = 0; i < keep; i++) s.hits.push_back(Hit{float_dot(vector(s.pool[i].node), query, dimension), s.pool[i].node});
   }
 
   void add_rows(uint32_t node, float score, const uint8_t* mask, const uint8_t* hidden, std::vector<Hit>& hits) const {

@@ -198,11 +198,7 @@ PyObject* engine_nearest(PyObject* self, PyObject* const* args, Py_ssize_t count
   Scratch& s = scratch;
   Py_BEGIN_ALLOW_THREADS
   core.walk(r.query.as<float>(), std::max(ef, r.k), s);
-  size_t keep = std::min(s.pool.size(), std::max(2 * r.k, r.k + 16));
-  for (size_t i = 0; i < keep; i++)
-    for (size_t j = 0; j < core.dimension; j += 16) __builtin_prefetch(core.vector(s.pool[i].node) + j);
-  s.hits.clear();
-  for (size_t i = 0; i < keep; i++) s.hits.push_back(Hit{float_dot(core.vector(s.pool[i].node), r.query.as<float>(), core.dimension), s.pool[i].node});
+  core.score_nodes(r.query.as<float>(), std::max(2 * r.k, r.k + 16), s);
   Core::finish(r.k, s.hits);
   Py_END_ALLOW_THREADS
   for (size_t i = 0; i < s.hits.size(); i++) {

@@ -80,8 +80,12 @@ class BaseSearch:
 
     def nearest_batch(self, queries: np.ndarray, k: int, ef: int) -> list[BaseHits]:
         """``nearest`` for each row of ``queries`` ``(B, D)`` in one call of the graph library; the same answers."""
-        if self._engine is None or self._rescore or self._walk_is_ann:
+        if self._engine is None or self._rescore:
             return [self.nearest(queries[i : i + 1], k, ef) for i in range(len(queries))]
+        if self._walk_is_ann:
+            scores = np.empty((len(queries), k), dtype=np.float32)
+            lists = self._engine.walk_batch(queries, k, ef, scores)
+            return [BaseHits(ids, scores[i, : len(ids)], "graph", ef, None) for i, ids in enumerate(lists)]
         nodes, distances = self._ann.search_batch(queries, k, ef)
         hits = []
         for i in range(len(queries)):

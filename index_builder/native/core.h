@@ -28,6 +28,7 @@ struct Candidate {
 };
 constexpr size_t most_nodes = Candidate::followed;
 
+// What one search keeps while it runs; several searches that take turns have one each.
 struct Scratch {
   std::vector<uint16_t> seen;
   uint16_t epoch = 0;
@@ -36,6 +37,9 @@ struct Scratch {
   std::vector<uint32_t> fresh;
   std::vector<uint8_t> table;
   std::vector<Hit> hits, best;
+  // A walk between two steps: its candidates are the first `size` of the pool, those before `at` are followed, and `found` fresh nodes wait to be offered.
+  size_t ef = 0, size = 0, at = 0, found = 0;
+  SketchTable sketches;
   void begin(size_t nodes) {
     if (seen.size() < nodes) {
       seen.assign(nodes, 0);
@@ -48,6 +52,9 @@ struct Scratch {
   }
 };
 thread_local Scratch scratch;
+
+constexpr size_t turns = 4;  // walks of a batch that take turns: one waits for memory while the others compute
+thread_local Scratch turn_scratch[turns];
 
 struct Core {
   Array vectors, codes, graph, links, sketch, factors, nodes, starts, rows, blob, offsets;
@@ -137,19 +144,68 @@ struct Core {
 
   // Best-first walk over the 8-bit codes; afterwards the pool holds the best nodes, best first.
   void walk(const float* query, size_t ef, Scratch& s) const {
+    begin_walk(query, ef, s);
+    do {
+      offer_fresh<true>(s);
+    } while (follow_next<true>(s));
+    end_walk(s);
+  }
+
+  // The walks of several queries, taking turns; `done(i, scratch)` is called at the end of each. The same answers as `walk` gives.
+  template <class Done>
+  void walk_many(const float* queries, size_t count, size_t ef, Done done) const {
+    constexpr size_t idle = ~size_t(0);
+    size_t of[turns], next = 0, left = count;
+    bool offers[turns];
+    auto start = [&](size_t turn) {
+      of[turn] = next < count ? next++ : idle;
+      offers[turn] = true;
+      if (of[turn] != idle) begin_walk(queries + of[turn] * dimension, ef, turn_scratch[turn]);
+    };
+    for (size_t turn = 0; turn < turns; turn++) start(turn);
+    while (left > 0)
+      for (size_t turn = 0; turn < turns; turn++) {
+        if (of[turn] == idle) continue;
+        Scratch& s = turn_scratch[turn];
+        if (offers[turn]) {
+          offer_fresh<false>(s);
+          offers[turn] = false;
+        } else if (follow_next<false>(s)) {
+          offers[turn] = true;
+        } else {
+          end_walk(s);
+          done(of[turn], s);
+          left--;
+          start(turn);
+        }
+      }
+  }
+
+  void begin_walk(const float* query, size_t ef, Scratch& s) const {
     s.begin(node_count);
     s.fresh.resize(degree);
     quantise(query, s.query);
-    SketchTable table;
-    if (links.held) table = sketch_table(query, dimension, stride, query_scale(query), s.table);
+    if (links.held) s.sketches = sketch_table(query, dimension, stride, query_scale(query), s.table);
     s.pool.resize(ef + 1);
+    s.ef = ef;
+    s.size = s.at = 0;
+    s.seen[entry] = s.epoch;
+    s.fresh[0] = entry;
+    s.found = 1;
+  }
+
+  // Takes what the last step found among the candidates. `alone`: nothing else runs meanwhile, so links are fetched that may be wanted soon.
+  template <bool alone>
+  void offer_fresh(Scratch& s) const {
     Candidate* pool = s.pool.data();
     const int8_t* q = s.query.data();
-    size_t size = 0, at = 0, lowest = 0;
-    auto offer = [&](uint32_t node) {
+    const size_t ef = s.ef, at = s.at;
+    size_t size = s.size, lowest = at;
+    for (size_t i = 0; i < s.found; i++) {
+      const uint32_t node = s.fresh[i];
       const int32_t score = code_dot(code(node), q, stride);
       if (size == ef) {
-        if (score <= pool[size - 1].score) return;
+        if (score <= pool[size - 1].score) continue;
         size--;
       }
       size_t position = 0;
@@ -163,29 +219,38 @@ struct Core {
       pool[position] = Candidate{score, node};
       size++;
       lowest = std::min(lowest, position);
-      if (position <= at + 1) prefetch_links(node);
-    };
-    s.seen[entry] = s.epoch;
-    offer(entry);
-    while (at < size) {
-      const Candidate from = pool[at];
-      if (from.node & Candidate::followed) {
-        at++;
-        continue;
-      }
-      pool[at].node |= Candidate::followed;
-      const float above = size == ef ? float(pool[size - 1].score - from.score) : -std::numeric_limits<float>::infinity();
-      const size_t fresh = follow(from.node, above, table, s);
-      for (size_t i = at + 1; i < std::min(size, at + 3); i++)
-        if (!(pool[i].node & Candidate::followed)) {
-          prefetch_links(pool[i].node);
-          break;
-        }
-      lowest = at + 1;
-      for (size_t i = 0; i < fresh; i++) offer(s.fresh[i]);
-      at = std::min(at + 1, lowest);
+      if (alone && position <= at) prefetch_links(node);
     }
-    s.pool.resize(size);
+    s.size = size;
+    s.at = lowest;
+    skip_followed(s);
+    if (!alone && s.at < size) prefetch_links(pool[s.at].node);
+  }
+
+  // Follows the links of the best candidate that was not followed yet; false where there is none.
+  template <bool alone>
+  bool follow_next(Scratch& s) const {
+    if (s.at == s.size) return false;
+    Candidate* pool = s.pool.data();
+    const Candidate from = pool[s.at];
+    pool[s.at].node |= Candidate::followed;
+    const float above = s.size == s.ef ? float(pool[s.size - 1].score - from.score) : -std::numeric_limits<float>::infinity();
+    s.found = follow(from.node, above, s.sketches, s);
+    s.at++;
+    for (size_t i = s.at; alone && i < std::min(s.size, s.at + 2); i++)
+      if (!(pool[i].node & Candidate::followed)) {
+        prefetch_links(pool[i].node);
+        break;
+      }
+    return true;
+  }
+
+  static void skip_followed(Scratch& s) {
+    while (s.at < s.size && s.pool[s.at].node & Candidate::followed) s.at++;
+  }
+
+  static void end_walk(Scratch& s) {
+    s.pool.resize(s.size);
     for (Candidate& c : s.pool) c.node &= ~Candidate::followed;
   }
 

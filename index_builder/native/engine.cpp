@@ -170,6 +170,34 @@ PyObject* engine_walk(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   return core.answer(s.hits, static_cast<float*>(r.out.view.buf));
 }
 
+// walk_batch(queries, k, ef, out) -> a list of ids for each query: the graph walks of several queries, taking turns.
+PyObject* engine_walk_batch(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  const Core& core = *reinterpret_cast<EngineObject*>(self)->core;
+  Request r;
+  size_t ef = 0;
+  if (count != 4) return PyErr_SetString(PyExc_TypeError, "walk_batch takes 4 arguments"), nullptr;
+  if (!core.walks()) return PyErr_SetString(PyExc_ValueError, "this engine has no graph"), nullptr;
+  if (!r.query.take(args[0], "queries") || !positive(args[1], r.k) || !positive(args[2], ef) || !r.out.take(args[3], "out", true)) return nullptr;
+  const size_t queries = r.query.bytes() / (core.dimension * 4);
+  if (r.query.bytes() != queries * core.dimension * 4 || r.out.bytes() < queries * r.k * 4)
+    return PyErr_SetString(PyExc_ValueError, "the queries or the room for scores have the wrong size"), nullptr;
+  std::vector<std::vector<Hit>> found(queries);
+  const float* first = r.query.as<float>();
+  Py_BEGIN_ALLOW_THREADS
+  core.walk_many(first, queries, std::max(ef, r.k), [&](size_t i, Scratch& s) {
+    core.refine(first + i * core.dimension, r.k, std::max(2 * r.k, r.k + 16), nullptr, nullptr, s);
+    found[i] = s.hits;
+  });
+  Py_END_ALLOW_THREADS
+  PyObject* lists = PyList_New(Py_ssize_t(queries));
+  for (size_t i = 0; lists != nullptr && i < queries; i++) {
+    PyObject* ids = core.answer(found[i], static_cast<float*>(r.out.view.buf) + i * r.k);
+    if (ids == nullptr) Py_CLEAR(lists);
+    else PyList_SET_ITEM(lists, Py_ssize_t(i), ids);
+  }
+  return lists;
+}
+
 // sketch(query, k, wanted, out, mask, hidden) -> ids: all rows by sketches, the best `wanted` allowed ones by codes, the best of those in float32.
 PyObject* engine_sketch(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   const Core& core = *reinterpret_cast<EngineObject*>(self)->core;
@@ -237,6 +265,7 @@ PyMethodDef engine_methods[] = {
     {"finish", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(engine_finish)), METH_FASTCALL, "finish(nodes, distances, k, out, mask, hidden) -> ids"},
     {"scan", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(engine_scan)), METH_FASTCALL, "scan(query, k, rows, out, hidden) -> ids"},
     {"walk", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(engine_walk)), METH_FASTCALL, "walk(query, k, ef, out) -> ids"},
+    {"walk_batch", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(engine_walk_batch)), METH_FASTCALL, "walk_batch(queries, k, ef, out) -> ids of each"},
     {"sketch", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(engine_sketch)), METH_FASTCALL, "sketch(query, k, wanted, out, mask, hidden) -> ids"},
     {"nearest", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(engine_nearest)), METH_FASTCALL, "nearest(query, k, ef, out_nodes, out_distances) -> count"},
     {nullptr, nullptr, 0, nullptr}};

@@ -183,6 +183,21 @@ def test_min_recall_chooses_ef_or_an_exact_scan(index: EntityIndex) -> None:
     assert [r.ids for r in batch] == [index.search(q, 10).ids for q in queries[:3]]
 
 
+@pytest.mark.parametrize("size", [0, 1, 3, 4, 5, 64, 150])
+def test_a_batch_is_answered_as_its_queries_are_one_by_one(index: EntityIndex, size: int) -> None:
+    """Walks of a batch take turns; the ten entities with one vector must not disturb them."""
+    corpus, queries = _corpus()
+    asked = np.concatenate([corpus[100:102], queries])[:size]
+    for k in (1, 10, 25):
+        for one, of_batch in zip([index.search(q, k) for q in asked], index.search_batch(asked, k), strict=True):
+            assert one.ids == of_batch.ids and (one.plan, one.ef, one.estimated_recall) == (
+                of_batch.plan,
+                of_batch.ef,
+                of_batch.estimated_recall,
+            )
+            np.testing.assert_array_equal(one.scores, of_batch.scores)
+
+
 def test_requests_that_can_never_succeed(index: EntityIndex) -> None:
     _, queries = _corpus()
     query = queries[0]

@@ -1,4 +1,4 @@
-"""The sample with stand-ins for PinSage, ItemSage and visual vectors: multilingual USE of the entity's text, thumbnails of its picture.
+"""A data set with stand-ins for PinSage, ItemSage and visual vectors: multilingual USE of the entity's text, thumbnails of its picture.
 
 Both are made once per work folder. USE gives 512 numbers and the towers 256, and a compatibility task compares them directly, so USE
 vectors are projected to their 256 strongest directions (no centring: inner products stay).
@@ -6,6 +6,7 @@ vectors are projected to their 256 strongest directions (no centring: inner prod
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import polars as pl
 from encoders.baselines import entity_texts, unit_rows, use_encoder
 from encoders.captions import decode_image
 from encoders.console import stage
-from encoders.sample import Dataset, load_sample, related_query_pairs
+from encoders.sample import Dataset, load_dataset, load_sample, related_query_pairs
 
 Float32 = npt.NDArray[np.float32]
 
@@ -33,22 +34,29 @@ class TableData:
     """What every training and evaluation of the tables reads."""
 
     dataset: Dataset
-    """The sample; its catalogue has the columns ``frozen`` (256) and ``visual`` (192), its pairs also the derived related queries."""
+    """Its catalogue has the columns ``frozen`` (256) and, where there are pictures, ``visual`` (192)."""
     projection: Float32
     """``(512, 256)``: USE to the frozen space."""
 
+    @property
+    def continuous(self) -> Mapping[str, int]:
+        """Vector columns that the entity tower reads, with their widths."""
+        widths = {FROZEN: FROZEN_WIDTH, VISUAL: VISUAL_WIDTH}
+        return {name: width for name, width in widths.items() if name in self.dataset.catalogue.columns}
 
-def load_table_data(work: Path) -> TableData:
-    """The sample with vectors, which are made on the first call and kept in ``work/vectors.npz``."""
-    sample = load_sample()
+
+def load_table_data(work: Path, data_dir: Path | None = None) -> TableData:
+    """The sample, or the larger data (without pictures) below ``data_dir``, with vectors made once and kept in ``work/vectors.npz``."""
+    source = load_sample() if data_dir is None else load_dataset(data_dir)
     path = work / "vectors.npz"
     if not path.is_file():
-        _make_vectors(sample, path)
+        _make_vectors(source, path)
     with np.load(path) as arrays:
-        frozen, visual, projection = arrays["frozen"], arrays["visual"], arrays["projection"]
-    pairs = pl.concat((sample.pairs, related_query_pairs(sample.pairs)), how="diagonal_relaxed")
-    catalogue = sample.catalogue.with_columns(vector_column(FROZEN, frozen), vector_column(VISUAL, visual))
-    return TableData(Dataset(catalogue, pairs, {}, sample.groups, "sample"), projection)
+        vectors = {name: arrays[name] for name in (FROZEN, VISUAL) if name in arrays}
+        projection = arrays["projection"]
+    pairs = pl.concat((source.pairs, related_query_pairs(source.pairs)), how="diagonal_relaxed")
+    catalogue = source.catalogue.with_columns(vector_column(name, column) for name, column in vectors.items())
+    return TableData(Dataset(catalogue, pairs, {}, source.groups, source.name), projection)
 
 
 def vector_column(name: str, vectors: Float32) -> pl.Series:
@@ -56,17 +64,19 @@ def vector_column(name: str, vectors: Float32) -> pl.Series:
     return pl.Series(name, vectors.astype(np.float32), dtype=pl.Array(pl.Float32, vectors.shape[1])).cast(pl.List(pl.Float32))
 
 
-def _make_vectors(sample: Dataset, path: Path) -> None:
+def _make_vectors(source: Dataset, path: Path) -> None:
     with stage("multilingual USE of titles, categories and boards; thumbnails of pictures"):
-        vectors = unit_rows(use_encoder()(entity_texts(sample.catalogue, FROZEN_FIELDS)))  # (N, 512)
+        vectors = unit_rows(use_encoder()(entity_texts(source.catalogue, FROZEN_FIELDS)))  # (N, 512)
         projection = np.linalg.svd(vectors, full_matrices=False)[2][:FROZEN_WIDTH].T.astype(np.float32)  # (512, 256)
         # Numbers of about 1, like those of the n-gram part of the tower; a compatibility task normalises them.
         frozen = unit_rows(vectors @ projection) * np.float32(FROZEN_WIDTH**0.5)
-        blank = np.zeros(VISUAL_WIDTH, np.float32)
-        ids = sample.catalogue["id"].to_list()
-        visual = np.stack([_thumbnail(sample.pictures[i]) if i in sample.pictures else blank for i in ids])
+        arrays = {FROZEN: frozen, "projection": projection}
+        if source.pictures:
+            blank = np.zeros(VISUAL_WIDTH, np.float32)
+            ids = source.catalogue["id"].to_list()
+            arrays[VISUAL] = np.stack([_thumbnail(source.pictures[i]) if i in source.pictures else blank for i in ids])
     partial = path.with_suffix(".partial.npz")
-    np.savez(partial, frozen=frozen, visual=visual, projection=projection)
+    np.savez(partial, allow_pickle=False, **arrays)
     partial.replace(path)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from benchmarks.table_data import FROZEN, FROZEN_WIDTH, VISUAL, VISUAL_WIDTH, Float32, TableData, use_queries, vector_column
+from benchmarks.table_data import FROZEN, FROZEN_WIDTH, Float32, TableData, use_queries, vector_column
 from benchmarks.table_settings import ONE_ROW_PER_TOKEN, PREFIXES, TYPES, VERSION_NAMES, Training
 from encoders.baselines import unit_rows
 from encoders.batches import BatchPlan, TrainingData
@@ -93,7 +93,7 @@ def run(study: Study, training: Training, seed: int) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------------------------ kinds
 def _plain(study: Study, training: Training, seed: int) -> dict[str, Any]:
     data = training_data(study.data.dataset, training)
-    config = train_settings(training, study.sizes, seed)
+    config = train_settings(training, study, seed)
     initial = _one_row_per_token(data, config) if training.table_rows == ONE_ROW_PER_TOKEN else None
     result = train(config, data, initial=initial, quiet=True)
     learns_entities = ENTITY in training.towers
@@ -116,7 +116,7 @@ def _new_type(study: Study, training: Training, seed: int) -> dict[str, Any]:
     """Train without ads, then go on in three ways."""
     catalogue, pairs = study.data.dataset.catalogue, study.data.dataset.split("train")
     before = pl.col("entity_type") != "ad"
-    result = train(train_settings(training, study.sizes, seed), TrainingData(catalogue.filter(before), pairs.filter(before)), quiet=True)
+    result = train(train_settings(training, study, seed), TrainingData(catalogue.filter(before), pairs.filter(before)), quiet=True)
     tower = result.entity_encoders["pin"]
     everything = dict.fromkeys(TYPES, tower)
     out = {"before": {"recall": evaluate(study, catalogue, result.query_encoder, everything, [], queries=True), **_facts(result)}}
@@ -126,7 +126,7 @@ def _new_type(study: Study, training: Training, seed: int) -> dict[str, Any]:
         start = copy.deepcopy(result)
         if own:
             start = replace(start, query_encoder=fixed(start.query_encoder), entity_encoders={"ad": start.entity_encoders["pin"]})
-        config = going_on(train_settings(setting, study.sizes, seed), frozen_queries=own)
+        config = going_on(train_settings(setting, study, seed), frozen_queries=own)
         after = train(config, TrainingData(catalogue, pairs), initial=start, quiet=True)
         encoders = everything | after.entity_encoders if own else dict.fromkeys(TYPES, after.entity_encoders["ad"])
         out[variant] = {"recall": evaluate(study, catalogue, after.query_encoder, encoders, [], queries=True), **_facts(after)}
@@ -143,7 +143,7 @@ def _versions(study: Study, training: Training, seed: int) -> dict[str, Any]:
     for number, name in enumerate(VERSION_NAMES[:3]):
         setting = replace(training, towers=(VECTOR_PREFIX + name,))
         config = replace(
-            train_settings(setting, study.sizes, seed),
+            train_settings(setting, study, seed),
             features=EntityFeatureConfig(text_fields=("title",)),
             batch=_batch(setting, study, 0),
         )
@@ -172,7 +172,7 @@ def frozen_versions(study: Study, training: Training) -> dict[str, Float32]:
         result: TrainResult | None = None
         vectors = {}
         for number, (name, part) in enumerate(zip(VERSION_NAMES, parts, strict=True)):
-            config = train_settings(training, study.sizes, 1000 + number)
+            config = train_settings(training, study, 1000 + number)
             goes_on = number in (1, 2)
             with stage(f"frozen vectors, {name}"):
                 config = going_on(config) if goes_on else config
@@ -200,14 +200,15 @@ def training_data(dataset: Dataset, training: Training) -> TrainingData:
     return TrainingData(pl.concat((others, few)).sort("row").drop("row"), pairs)
 
 
-def train_settings(training: Training, sizes: Mapping[str, int], seed: int) -> TrainConfig:
+def train_settings(training: Training, study: Study, seed: int) -> TrainConfig:
     """The run of a training at the study's sizes."""
+    sizes = study.sizes
     return TrainConfig(
         steps=sizes["steps"],
         seed=seed,
         device="cpu",
         model=ModelConfig(dimension=FROZEN_WIDTH, entity_towers=training.entity_towers),
-        features=EntityFeatureConfig(text_fields=TEXT_FIELDS, continuous={FROZEN: FROZEN_WIDTH, VISUAL: VISUAL_WIDTH}),
+        features=EntityFeatureConfig(text_fields=TEXT_FIELDS, continuous=study.data.continuous),
         entity_tower=EntityTowerSettings(table_rows=training.table_rows or 1, **HASHING),  # type: ignore[arg-type]
         datasets=training.dataset_configs(),
         loss=LossConfig(

@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.record import RESULTS, write_record
 from benchmarks.seed_study import Job, interval, read_results, result_path, run_missing
 from benchmarks.table_settings import LINES, TABLES, Line, Training
-from encoders.console import handle_errors, json_option, print_json, print_table, say
+from encoders.console import data_option, handle_errors, json_option, print_json, print_table, say
 
 if TYPE_CHECKING:
     from benchmarks.table_trainings import Study
@@ -43,6 +43,7 @@ STAND_INS = {
 
 
 @click.command()
+@data_option
 @click.option(
     "--work", required=True, type=click.Path(path_type=Path), help="Folder for vectors and one small result file per training; kept."
 )
@@ -55,16 +56,22 @@ STAND_INS = {
 @click.option("--no-record", is_flag=True, help="Train and print only.")
 @json_option
 @handle_errors
-def command(work: Path, seeds: int, tables: tuple[str, ...], max_minutes: float, no_record: bool, as_json: bool, **sizes: int) -> None:
-    """Train short runs on the sample and compare: learned towers with frozen vectors, one task with many, and design choices.
+def command(
+    data_dir: Path | None, work: Path, seeds: int, tables: tuple[str, ...], max_minutes: float, no_record: bool, as_json: bool, **sizes: int
+) -> None:
+    """Train short runs and compare: learned towers with frozen vectors, one task with many, and design choices.
 
     Labelled Recall@10 of held-out queries, mean and 95% interval over seeds, and by language. About half a minute a training on one core.
 
     Example: omni bench tables --work tables --seeds 3
     """
+    name = "sample"
+    if data_dir is not None:
+        name = "large" if (data_dir / "large").is_dir() else data_dir.name
+        work = work / name
     lines = [line for line in LINES if not tables or line.table in tables]
     work.mkdir(parents=True, exist_ok=True)
-    run_missing(jobs(lines, work, seeds, sizes), max_minutes)
+    run_missing(jobs(lines, work, seeds, sizes, data_dir), max_minutes)
     rows = summarise(lines, work, seeds, sizes)
     missing = sum(row["seeds"] < row["seeds_wanted"] for row in rows)
     if not as_json:
@@ -77,8 +84,8 @@ def command(work: Path, seeds: int, tables: tuple[str, ...], max_minutes: float,
             print_json(metrics)
         return
     path = write_record(
-        "tables",
-        dataset={"name": "sample", "simulated": False, "note": LABEL, "stand_ins": STAND_INS},
+        "tables" if data_dir is None else f"tables-{name}",
+        dataset={"name": name, "simulated": False, "note": LABEL, "stand_ins": STAND_INS},
         config={"seeds": seeds, **sizes},
         protocol={
             "metric": "labelled Recall@10 over held-out pairs, exact; entities against all of their type, related queries against 10,000",
@@ -98,7 +105,7 @@ def command(work: Path, seeds: int, tables: tuple[str, ...], max_minutes: float,
         click.echo(path)
 
 
-def jobs(lines: Sequence[Line], work: Path, seeds: int, sizes: dict[str, int]) -> list[Job]:
+def jobs(lines: Sequence[Line], work: Path, seeds: int, sizes: dict[str, int], data_dir: Path | None = None) -> list[Job]:
     """Every training of these lines once per seed, seed by seed, so that an early stop leaves whole tables with fewer seeds."""
     study: list[Study] = []
 
@@ -108,7 +115,7 @@ def jobs(lines: Sequence[Line], work: Path, seeds: int, sizes: dict[str, int]) -
             from benchmarks.table_trainings import Study, run
 
             if not study:
-                study.append(Study(load_table_data(work), sizes, work))
+                study.append(Study(load_table_data(work, data_dir), sizes, work))
             return run(study[0], training, seed)
 
         return Job(result_path(work, training.key, sizes, seed), f"{training.key}, seed {seed}", run)

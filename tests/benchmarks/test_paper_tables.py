@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,11 +125,17 @@ def test_a_fixed_projection_encodes_the_same_and_has_nothing_to_learn() -> None:
     assert not list(held.projection.parameters())
 
 
-def test_going_on_is_shorter_and_gentler() -> None:
-    config = train_settings(MIX, SIZES | {"steps": 90}, 0)
+def test_going_on_is_shorter_and_gentler(tables: Dataset, tmp_path: Path) -> None:
+    config = train_settings(MIX, replace(study(tables, tmp_path), sizes=SIZES | {"steps": 90}), 0)
     later = going_on(config, frozen_queries=True)
     assert (later.steps, later.optimiser.query_learning_rate, later.optimiser.token_embedding_learning_rate) == (30, 0.0, 0.0)
     assert later.optimiser.learning_rate == config.optimiser.learning_rate / 4
+
+
+def test_without_pictures_the_towers_read_one_vector_less(tables: Dataset, tmp_path: Path) -> None:
+    blind = replace(tables, catalogue=tables.catalogue.drop("visual"))
+    assert train_settings(MIX, study(tables, tmp_path), 0).features.continuous == {"frozen": 256, "visual": 192}
+    assert train_settings(MIX, study(blind, tmp_path), 0).features.continuous == {"frozen": 256}
 
 
 @pytest.fixture(scope="module")

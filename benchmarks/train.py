@@ -24,6 +24,8 @@ from benchmarks.record import RESULTS, write_record
 from encoders.batches import TrainingData
 from encoders.console import data_option, handle_errors, json_option, print_json, print_table, say, stage
 from encoders.errors import ConfigError, MissingDependency
+from encoders.evaluation import Ranking, build_task, compare, rank_task, vector_scores
+from encoders.evaluation_report import comparison_dict
 from encoders.query_tower import QueryEncoder, create_query_encoder
 from encoders.sample import Dataset, load_dataset, related_query_pairs
 from encoders.train_config import train_config
@@ -140,23 +142,15 @@ class SentenceTransformersRun:
         return Speed(pairs / (Clock.ended - Clock.started), pairs / (Clock.cpu_ended - Clock.cpu_started))
 
 
-def recall_at_10(
-    dataset: Dataset, embed_queries: Callable[[list[str]], np.ndarray], embed_entities: Callable[[pl.DataFrame], np.ndarray]
-) -> dict[str, float]:
-    """Labelled Recall@10 on held-out pairs, exact, among all entities of the type."""
-    from encoders.exact_search import exact_top_k
-
-    recalls = {}
+def rankings(
+    dataset: Dataset, system: str, embed_queries: Callable[[list[str]], np.ndarray], embed_entities: Callable[[pl.DataFrame], np.ndarray]
+) -> dict[str, Ranking]:
+    """Rank the held-out pairs of each entity type, exactly, among all entities of the type."""
+    ranked = {}
     for entity_type in dataset.entity_types:
-        pairs = dataset.split("heldout").filter(pl.col("entity_type") == entity_type)
-        catalogue = dataset.of_type(entity_type)
-        place = {id: row for row, id in enumerate(catalogue["id"].to_list())}
-        queries = pairs["query"].unique(maintain_order=True).to_list()
-        rows, _ = exact_top_k(embed_queries(queries), embed_entities(catalogue), 10)
-        found = dict(zip(queries, map(set, rows.tolist()), strict=True))
-        hits = [place[id] in found[query] for query, id in zip(pairs["query"].to_list(), pairs["entity_id"].to_list(), strict=True)]
-        recalls[entity_type] = float(np.mean(hits))
-    return recalls
+        task = build_task(dataset, entity_type)
+        ranked[entity_type] = rank_task(task, vector_scores(embed_queries(task.queries), embed_entities(task.candidates)), system)
+    return ranked
 
 
 @click.command(name="train")
@@ -266,10 +260,16 @@ def command(
     )
     if quality:
         types = dataset.entity_types
-        table = [(name, *(found[t] for t in types)) for name, found in quality.items()]
+        table = [(name, *(_cell(found[t]) for t in types)) for name, found in quality.items()]
         print_table(f"Labelled Recall@10 on held-out pairs after {quality_seconds:.0f}s of training each", ["system", *types], table)
     if path:
         say(f"wrote {path}")
+
+
+def _cell(found: float | dict[str, Any]) -> str:
+    if isinstance(found, float):
+        return f"{found:.3f}"
+    return f"{found['recall@10 difference']:+.3f} [{found['low']:+.3f}, {found['high']:+.3f}]"
 
 
 def _median(speeds: list[Speed]) -> Speed:
@@ -290,7 +290,7 @@ def _ours(
 
 def _quality(
     dataset: Dataset, pairs: pl.DataFrame, texts: dict[str, str], start: Path, batch: int, precision: str, seconds: float
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Both train from the same weights for the same time, each with the cosine schedule over the steps that fit.
 
     Ours pays for its set-up out of that time (counting n-grams, tokenising, embedding the entities' texts with the frozen tower) and for
@@ -318,7 +318,14 @@ def _quality(
     def ours_entities(catalogue: pl.DataFrame) -> np.ndarray:
         return result.entity_encoders[catalogue["entity_type"][0]].encode(catalogue)
 
-    return {
-        "sentence-transformers": recall_at_10(dataset, encode, lambda catalogue: encode([texts[id] for id in catalogue["id"].to_list()])),
-        "ours, the recipe": recall_at_10(dataset, result.query_encoder.encode, ours_entities),
+    theirs, ours = "sentence-transformers", "ours, the recipe"
+    ranked = {
+        theirs: rankings(dataset, theirs, encode, lambda catalogue: encode([texts[id] for id in catalogue["id"].to_list()])),
+        ours: rankings(dataset, ours, result.query_encoder.encode, ours_entities),
     }
+    recalls: dict[str, dict[str, Any]] = {
+        name: {entity_type: float((ranking.ranks <= 10).mean()) for entity_type, ranking in by_type.items()}
+        for name, by_type in ranked.items()
+    }
+    differences = {t: comparison_dict(compare(ranked[ours][t], ranked[theirs][t])) for t in dataset.entity_types}
+    return recalls | {"ours - theirs, paired by query": differences}

@@ -135,6 +135,7 @@ def prepare(data: TrainingData, config: TrainConfig, processes: int = 1) -> Prep
     _require(data.catalogue, ("id", "entity_type"), "catalogue")
     _require(data.pairs, ("query", "entity_type", "entity_id"), "pairs")
     balances = sorted({d.balance_by for d in config.datasets if d.balance_by in data.pairs.columns})
+    _require_plain(data.pairs, balances, "pairs")
     pairs = _with_defaults(data.pairs, config.validation.split, balances)
     blank = pairs.with_row_index("row").filter(pl.col("query") == "")
     if blank.height:
@@ -290,15 +291,25 @@ def _views(catalogue: pl.DataFrame, held_back: pl.Series, config: TrainConfig) -
     return views
 
 
-def balance_weights(values: pl.Series, exponent: float) -> npt.NDArray[np.float64]:
-    """Weights that draw value v, of which there are n(v) rows, in proportion to ``n(v) ** exponent``; mean 1, float64 ``(N,)``.
+def balance_weights(values: pl.Series, weights: npt.NDArray[np.float64], exponent: float) -> npt.NDArray[np.float64]:
+    """Weights that draw value v, whose rows weigh n(v) together, in proportion to ``n(v) ** exponent``; mean 1, float64 ``(N,)``.
 
     The sampling of languages in multilingual pretraining (Conneau and Lample, 2019, section 3.1), for any column; null is a value too.
     """
-    sizes = pl.DataFrame({"value": values}).select(pl.len().over("value").cast(pl.Float64))["len"].to_numpy()
-    weights = sizes ** (exponent - 1.0)
-    scaled: npt.NDArray[np.float64] = weights / weights.mean()
+    totals = pl.DataFrame({"value": values, "weight": weights}).select(pl.col("weight").sum().over("value"))["weight"].to_numpy()
+    drawn = totals > 0
+    balanced = np.zeros(len(weights))
+    balanced[drawn] = weights[drawn] * totals[drawn] ** (exponent - 1.0)
+    scaled: npt.NDArray[np.float64] = balanced / balanced.mean()
     return scaled
+
+
+def _require_plain(frame: pl.DataFrame, columns: Sequence[str], table: str) -> None:
+    nested = [name for name in columns if frame.schema[name].is_nested()]
+    if nested:
+        raise SchemaError(
+            f"balance_by names {nested[0]!r}, but that column of the {table} holds {frame.schema[nested[0]]}: one value a row is needed."
+        )
 
 
 def _balance_values(dataset: DatasetConfig, rows: pl.DataFrame, catalogue: pl.DataFrame) -> pl.Series:
@@ -307,6 +318,7 @@ def _balance_values(dataset: DatasetConfig, rows: pl.DataFrame, catalogue: pl.Da
     if _balance_column(name) in rows.columns:
         return rows[_balance_column(name)]
     if name in catalogue.columns and dataset.entity_type != "query":
+        _require_plain(catalogue, (name,), "catalogue")
         return catalogue[name].gather(rows["candidate"])
     where = "the pairs" if dataset.entity_type == "query" else f"the pairs or the catalogue (it has {', '.join(catalogue.columns)})"
     raise SchemaError(
@@ -341,7 +353,7 @@ def _pair_set(
         raise DataError(f"dataset {dataset.name!r}: weighting by count needs counts of 0 or more that are not all 0.")
     weights = counts if by_count else np.ones(len(counts))
     if dataset.balance_by:
-        weights = weights * balance_weights(_balance_values(dataset, rows, catalogue), dataset.balance_exponent)
+        weights = balance_weights(_balance_values(dataset, rows, catalogue), weights, dataset.balance_exponent)
     queries, candidates = rows["query_number"].to_numpy(), rows["candidate"].to_numpy()
     tasks = []
     for candidate in dataset.candidates:
@@ -366,10 +378,11 @@ def _pair_set(
 
 
 def whole_counts(weights: npt.NDArray[np.float64]) -> Int64:
-    """Weights as the whole numbers a sketch counts: as they are when whole, else in thousandths of their mean, 1 or more where positive."""
+    """Weights as the whole numbers a sketch counts: as they are when whole, else scaled so that the least is 100, or their sum 2^52."""
     whole = np.rint(weights)
     if not np.array_equal(whole, weights):
-        whole = np.maximum(np.rint(weights * (1000 / weights[weights > 0].mean())), weights > 0)
+        scale = 100 / max(weights[weights > 0].min(), 100 * weights.sum() / 2.0**52)
+        whole = np.maximum(np.rint(weights * scale), weights > 0)
     return whole.astype(np.int64)
 
 

@@ -167,7 +167,7 @@ class BaseSearch:
             return self._exact(query, k, selection, hidden)
         out = np.empty(k, dtype=np.float32)
         ids = self._engine.scan(query, k, selection.as_rows(), out, hidden)
-        recall = SCAN_RECALL if self._scans_codes and selection.count > 8 * k + 64 else 1.0
+        recall = SCAN_RECALL if self._scans_codes and selection.count > 2 * max(4 * k, k + 32) else 1.0  # as Core::scan decides
         return BaseHits(ids, out[: len(ids)], "scan" if ids else "empty", 0, recall)
 
     def _sketch(self, query: np.ndarray, k: int, wanted: int, selection: Selection, hidden: np.ndarray | None) -> BaseHits:

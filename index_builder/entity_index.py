@@ -127,13 +127,15 @@ class EntityIndex:
         if attribute_table.count != len(table):
             raise ConfigError(f"expected one row of attributes per id, but got {attribute_table.count} rows and {len(table)} ids.")
         corpus = Corpus.build(vectors)
+        parameters = replace(config.ann, reproducible=config.ann.reproducible or config.deterministic)
         kind, why, choice = config.kind, "asked for", None
         if len(corpus.vectors) == 0:
             kind, why = "exact", "there are no vectors"
         elif kind == "auto":
-            choice = choose_kind(len(corpus.vectors), dimension=int(vectors.shape[1]), lean=config.lean, deterministic=config.deterministic)
+            choice = choose_kind(
+                len(corpus.vectors), dimension=int(vectors.shape[1]), lean=config.lean, deterministic=parameters.reproducible
+            )
             kind, why = choice.kind, choice.why
-        parameters = replace(config.ann, reproducible=config.ann.reproducible or config.deterministic)
         ann = build_index(kind, corpus.vectors, parameters)
         if config.kind == "auto" and choice is not None and choice.rival and calibration_queries is not None:
             queries = check_vectors(np.ascontiguousarray(calibration_queries[:RACE_QUERIES]), None, int(vectors.shape[1]))
@@ -376,17 +378,18 @@ class EntityIndex:
             raise DimensionMismatch(self.dimension, f"a batch of shape {queries.shape}")
         if len(queries) == 0:
             return []
+        queries = np.ascontiguousarray(queries)
         plain = not options and self._live is None
         ef, expected = self._settings.choose(k, None, None) if plain else (0, None)
         if not plain or ef == 0:
             return [self.search(queries[i], k, **options) for i in range(len(queries))]
         for query in queries:
             self._checked(query, k)
-        found = self._base.nearest_batch(np.ascontiguousarray(queries), k, ef)
+        found = self._base.nearest_batch(queries, k, ef)
         for i, hits in enumerate(found):
             if len(hits.ids) < k:
                 found[i] = self._base.search(queries[i : i + 1], k, ef, 0, None, None, 0, False)
-        return [SearchResult(hits.ids, hits.scores, hits.plan, hits.ef, expected, None) for hits in found]
+        return [SearchResult(h.ids, h.scores, h.plan, h.ef, expected if h.recall is None else h.recall, None) for h in found]
 
     def _checked(self, query: np.ndarray, k: int) -> np.ndarray:
         shape = getattr(query, "shape", None)
@@ -442,14 +445,21 @@ class EntityIndex:
     ) -> BaseHits:
         """Merge base hits with the best of each live segment; live ids are hidden in the base, so that none comes twice."""
         ids, scores = hits.ids, hits.scores
-        gone = [place for place in map(live.find, excluded) if place is not None] if excluded else ()
-        for segment in live.segments:
-            mask = None if expression is None else self._live_selection(segment, expression).as_mask()
-            dead = [row for other, row in gone if other is segment] if gone else ()
-            if dead:
-                mask = np.ones(len(segment), np.bool_) if mask is None else mask.copy()
-                mask[dead] = False
-            ids, scores = segment.merge(query, k, ids, scores, mask, exact)
+        gone = [place for place in map(live.find, excluded) if place is not None] if excluded else []
+        while True:
+            for segment in live.segments:
+                mask = None if expression is None else self._live_selection(segment, expression).as_mask()
+                dead = [row for other, row in gone if other is segment] if gone else ()
+                if dead:
+                    mask = np.ones(len(segment), np.bool_) if mask is None else mask.copy()
+                    mask[dead] = False
+                ids, scores = segment.merge(query, k, ids, scores, mask, exact)
+            leaked = set(excluded).intersection(ids) if excluded else ()
+            if not leaked:
+                break
+            # Deleted by a writer while this search goes on, and so not found above: hide them, too, and merge again.
+            gone += [place for place in map(live.search_for, leaked) if place is not None]
+            ids, scores = hits.ids, hits.scores
         if ids is hits.ids:
             return hits
         return BaseHits(ids, scores, hits.plan if hits.plan != "empty" else "live", hits.ef, hits.recall)

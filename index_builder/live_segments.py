@@ -202,6 +202,10 @@ class LiveView:
             if segment.holds(place[0]) and place[1] < segment.size and segment.alive[place[1]]:
                 return segment, place[1]
         # Replaced or moved by a merge since this picture was taken: rare, so a linear search is fine.
+        return self.search_for(id)
+
+    def search_for(self, id: str) -> tuple[LiveSegment, int] | None:
+        """``find`` by looking at every living entry: right also for an id that is being deleted after this picture was taken."""
         for segment in self.segments:
             for row in np.flatnonzero(segment.alive):
                 if segment.ids[int(row)] == id:
@@ -311,7 +315,8 @@ class LiveState:
             self._foreign.add(entry.id)
             return
         self._foreign.discard(entry.id)
-        before = self._where.pop(entry.id, None)
+        # What replaces an entry overwrites its place below: a search that holds the old picture must not miss the id meanwhile.
+        before = self._where.pop(entry.id, None) if entry.vector is None else self._where.get(entry.id)
         if before is not None:
             before[0].alive[before[1]] = False
         row = self._row_of(entry.id)

@@ -66,6 +66,20 @@ struct Core {
   const uint8_t* code(uint32_t node) const { return codes.as<uint8_t>() + size_t(node) * stride; }
   uint32_t node_of(uint32_t row) const { return nodes.held ? nodes.as<uint32_t>()[row] : row; }
 
+  // Whether the three arrays that map rows and nodes are all there or all absent, of the right sizes, and point nowhere else.
+  bool rows_fit_nodes() const {
+    if (nodes.held != starts.held || starts.held != rows.held) return false;
+    if (!nodes.held) return true;
+    if (starts.bytes() != (node_count + 1) * 4 || rows.bytes() != row_count * 4) return false;
+    const uint32_t *node = nodes.as<uint32_t>(), *first = starts.as<uint32_t>(), *row = rows.as<uint32_t>();
+    if (first[node_count] != row_count) return false;
+    for (size_t i = 0; i < node_count; i++)
+      if (first[i] > first[i + 1]) return false;
+    for (size_t i = 0; i < row_count; i++)
+      if (node[i] >= node_count || row[i] >= row_count) return false;
+    return true;
+  }
+
   // Whether any row of the node may be answered.
   bool allowed(uint32_t node, const uint8_t* mask, const uint8_t* hidden) const {
     if (!starts.held) return (mask == nullptr || mask[node]) && (hidden == nullptr || !hidden[node]);
@@ -182,6 +196,7 @@ struct Core {
   }
 
   void begin_walk(const float* query, size_t ef, Scratch& s) const {
+    ef = std::min(ef, node_count);
     s.begin(node_count);
     s.fresh.resize(degree);
     quantise(query, s.query);
@@ -413,6 +428,15 @@ struct Core {
   PyObject* id_of(uint32_t row) const {
     const uint64_t* at = offsets.as<uint64_t>();
     return PyUnicode_DecodeUTF8(blob.as<char>() + at[row], Py_ssize_t(at[row + 1] - at[row]), nullptr);
+  }
+
+  // The scratch's hits as ids. They are set aside meanwhile: making a list may collect garbage, and a finaliser may search.
+  PyObject* answer(Scratch& s, float* scores) const {
+    std::vector<Hit> hits;
+    hits.swap(s.hits);
+    PyObject* ids = answer(hits, scores);
+    hits.swap(s.hits);
+    return ids;
   }
 
   PyObject* answer(const std::vector<Hit>& hits, float* scores) const {

@@ -9,6 +9,8 @@
 
 namespace {
 
+constexpr Py_ssize_t most_dimensions = 1 << 20;  // sizes in bytes stay far from overflowing
+
 struct EngineObject {
   PyObject_HEAD
   Core* core;
@@ -40,7 +42,7 @@ PyObject* engine_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
       !core->starts.take(starts, "row_starts") || !core->rows.take(rows, "rows_by_node") || !core->sketch.take(sketch, "sketch") ||
       !core->factors.take(factors, "factors") || !core->links.take(links, "links"))
     return refuse(nullptr);
-  if (dimension < 1 || core->vectors.bytes() % (size_t(dimension) * 4)) return refuse("vectors do not have that dimension");
+  if (dimension < 1 || dimension > most_dimensions || core->vectors.bytes() % (size_t(dimension) * 4)) return refuse("vectors do not have that dimension");
   core->dimension = size_t(dimension);
   core->node_count = core->vectors.bytes() / (core->dimension * 4);
   core->row_count = core->nodes.held ? core->nodes.bytes() / 4 : core->node_count;
@@ -50,8 +52,7 @@ PyObject* engine_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
   if (core->offsets.as<uint64_t>()[core->row_count] > core->blob.bytes()) return refuse("offsets point past the ids");
   for (size_t i = 0; i < core->row_count; i++)
     if (core->offsets.as<uint64_t>()[i] > core->offsets.as<uint64_t>()[i + 1]) return refuse("offsets of ids are not ascending");
-  if (core->nodes.held && (core->starts.bytes() != (core->node_count + 1) * 4 || core->rows.bytes() != core->row_count * 4))
-    return refuse("row_starts or rows_by_node do not fit");
+  if (!core->rows_fit_nodes()) return refuse("node_of_row, row_starts and rows_by_node do not fit each other");
   if (core->codes.held && core->codes.bytes() != core->node_count * core->stride) return refuse("codes do not fit the vectors");
   if (core->sketch.held) {
     const size_t blocks = (core->node_count + block_rows - 1) / block_rows;
@@ -102,7 +103,7 @@ bool masks(const Core& core, Request& r, PyObject* mask, PyObject* hidden) {
 
 bool request(const Core& core, Request& r, PyObject* query, PyObject* k, PyObject* out) {
   if (!r.query.take(query, "query") || !r.out.take(out, "out", true) || !positive(k, r.k)) return false;
-  if (r.query.bytes() != core.dimension * 4 || r.out.bytes() < r.k * 4) {
+  if (r.query.bytes() != core.dimension * 4 || r.out.bytes() / 4 < r.k) {
     PyErr_SetString(PyExc_ValueError, "the query or the room for scores has the wrong size");
     return false;
   }
@@ -119,19 +120,21 @@ PyObject* engine_finish(PyObject* self, PyObject* const* args, Py_ssize_t count)
     return nullptr;
   size_t n = r.distances.bytes() / 4;
   size_t width = n ? r.list.bytes() / n : 4;
-  if (r.out.bytes() < r.k * 4 || r.list.bytes() != n * width || (width != 4 && width != 8))
+  if (r.out.bytes() / 4 < r.k || r.list.bytes() != n * width || (width != 4 && width != 8))
     return PyErr_SetString(PyExc_ValueError, "nodes, distances or out have the wrong size"), nullptr;
-  std::vector<Hit>& hits = scratch.hits;
-  hits.clear();
+  Scratch& s = scratch;
   auto node_at = [&](size_t i) { return width == 4 ? uint64_t(r.list.as<uint32_t>()[i]) : r.list.as<uint64_t>()[i]; };
-  for (size_t i = 0; core.starts.held && i < std::min(n, r.k); i++) __builtin_prefetch(core.starts.as<uint32_t>() + node_at(i));
-  for (size_t i = 0; i < n && hits.size() < r.k; i++) {
-    uint64_t node = node_at(i);
-    if (node >= core.node_count) return PyErr_SetString(PyExc_ValueError, "a node is out of range"), nullptr;
-    core.add_rows(uint32_t(node), 1.0f - 0.5f * r.distances.as<float>()[i], r.mask.as<uint8_t>(), r.hidden.as<uint8_t>(), hits);
-  }
-  if (hits.size() > r.k) hits.resize(r.k);
-  return core.answer(hits, static_cast<float*>(r.out.view.buf));
+  for (size_t i = 0; i < n; i++)
+    if (node_at(i) >= core.node_count) return PyErr_SetString(PyExc_ValueError, "a node is out of range"), nullptr;
+  const bool done = guarded([&] {
+    s.hits.clear();
+    for (size_t i = 0; core.starts.held && i < std::min(n, r.k); i++) __builtin_prefetch(core.starts.as<uint32_t>() + node_at(i));
+    for (size_t i = 0; i < n && s.hits.size() < r.k; i++)
+      core.add_rows(uint32_t(node_at(i)), 1.0f - 0.5f * r.distances.as<float>()[i], r.mask.as<uint8_t>(), r.hidden.as<uint8_t>(), s.hits);
+    if (s.hits.size() > r.k) s.hits.resize(r.k);
+  });
+  if (!done) return PyErr_NoMemory();
+  return core.answer(s, static_cast<float*>(r.out.view.buf));
 }
 
 // scan(query, k, rows, out, hidden) -> ids: the best of the given rows.
@@ -144,14 +147,15 @@ PyObject* engine_scan(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   size_t n = r.list.bytes() / 4;
   bool in_range = true;
   Scratch& s = scratch;
-  Py_BEGIN_ALLOW_THREADS
-  uint32_t largest = 0;
-  for (size_t i = 0; i < n; i++) largest = std::max(largest, chosen[i]);
-  in_range = n == 0 || largest < core.row_count;
-  if (in_range) core.scan(r.query.as<float>(), r.k, chosen, n, r.hidden.as<uint8_t>(), s);
-  Py_END_ALLOW_THREADS
+  const bool done = unlocked([&] {
+    uint32_t largest = 0;
+    for (size_t i = 0; i < n; i++) largest = std::max(largest, chosen[i]);
+    in_range = n == 0 || largest < core.row_count;
+    if (in_range) core.scan(r.query.as<float>(), r.k, chosen, n, r.hidden.as<uint8_t>(), s);
+  });
+  if (!done) return nullptr;
   if (!in_range) return PyErr_SetString(PyExc_ValueError, "a row is out of range"), nullptr;
-  return core.answer(s.hits, static_cast<float*>(r.out.view.buf));
+  return core.answer(s, static_cast<float*>(r.out.view.buf));
 }
 
 // walk(query, k, ef, out) -> ids: the graph walk over codes.
@@ -163,11 +167,12 @@ PyObject* engine_walk(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   if (!core.walks()) return PyErr_SetString(PyExc_ValueError, "this engine has no graph"), nullptr;
   if (!request(core, r, args[0], args[1], args[3]) || !positive(args[2], ef)) return nullptr;
   Scratch& s = scratch;
-  Py_BEGIN_ALLOW_THREADS
-  core.walk(r.query.as<float>(), std::max(ef, r.k), s);
-  core.refine(r.query.as<float>(), r.k, std::max(2 * r.k, r.k + 16), nullptr, nullptr, s);
-  Py_END_ALLOW_THREADS
-  return core.answer(s.hits, static_cast<float*>(r.out.view.buf));
+  const bool done = unlocked([&] {
+    core.walk(r.query.as<float>(), std::max(ef, r.k), s);
+    core.refine(r.query.as<float>(), r.k, std::max(2 * r.k, r.k + 16), nullptr, nullptr, s);
+  });
+  if (!done) return nullptr;
+  return core.answer(s, static_cast<float*>(r.out.view.buf));
 }
 
 // walk_batch(queries, k, ef, out) -> a list of ids for each query: the graph walks of several queries, taking turns.
@@ -179,16 +184,18 @@ PyObject* engine_walk_batch(PyObject* self, PyObject* const* args, Py_ssize_t co
   if (!core.walks()) return PyErr_SetString(PyExc_ValueError, "this engine has no graph"), nullptr;
   if (!r.query.take(args[0], "queries") || !positive(args[1], r.k) || !positive(args[2], ef) || !r.out.take(args[3], "out", true)) return nullptr;
   const size_t queries = r.query.bytes() / (core.dimension * 4);
-  if (r.query.bytes() != queries * core.dimension * 4 || r.out.bytes() < queries * r.k * 4)
+  if (r.query.bytes() != queries * core.dimension * 4 || (queries > 0 && r.out.bytes() / 4 / queries < r.k))
     return PyErr_SetString(PyExc_ValueError, "the queries or the room for scores have the wrong size"), nullptr;
-  std::vector<std::vector<Hit>> found(queries);
+  std::vector<std::vector<Hit>> found;
   const float* first = r.query.as<float>();
-  Py_BEGIN_ALLOW_THREADS
-  core.walk_many(first, queries, std::max(ef, r.k), [&](size_t i, Scratch& s) {
-    core.refine(first + i * core.dimension, r.k, std::max(2 * r.k, r.k + 16), nullptr, nullptr, s);
-    found[i] = s.hits;
+  const bool done = unlocked([&] {
+    found.resize(queries);
+    core.walk_many(first, queries, std::max(ef, r.k), [&](size_t i, Scratch& s) {
+      core.refine(first + i * core.dimension, r.k, std::max(2 * r.k, r.k + 16), nullptr, nullptr, s);
+      found[i] = s.hits;
+    });
   });
-  Py_END_ALLOW_THREADS
+  if (!done) return nullptr;
   PyObject* lists = PyList_New(Py_ssize_t(queries));
   for (size_t i = 0; lists != nullptr && i < queries; i++) {
     PyObject* ids = core.answer(found[i], static_cast<float*>(r.out.view.buf) + i * r.k);
@@ -207,11 +214,12 @@ PyObject* engine_sketch(PyObject* self, PyObject* const* args, Py_ssize_t count)
   if (!core.sketch.held) return PyErr_SetString(PyExc_ValueError, "this engine has no sketches"), nullptr;
   if (!request(core, r, args[0], args[1], args[3]) || !positive(args[2], wanted) || !masks(core, r, args[4], args[5])) return nullptr;
   Scratch& s = scratch;
-  Py_BEGIN_ALLOW_THREADS
-  core.sketch_scan(r.query.as<float>(), r.k, std::max(wanted, 4 * r.k), r.mask.as<uint8_t>(), r.hidden.as<uint8_t>(), s);
-  core.refine(r.query.as<float>(), r.k, s.pool.size(), r.mask.as<uint8_t>(), r.hidden.as<uint8_t>(), s);
-  Py_END_ALLOW_THREADS
-  return core.answer(s.hits, static_cast<float*>(r.out.view.buf));
+  const bool done = unlocked([&] {
+    core.sketch_scan(r.query.as<float>(), r.k, std::max(wanted, 4 * r.k), r.mask.as<uint8_t>(), r.hidden.as<uint8_t>(), s);
+    core.refine(r.query.as<float>(), r.k, s.pool.size(), r.mask.as<uint8_t>(), r.hidden.as<uint8_t>(), s);
+  });
+  if (!done) return nullptr;
+  return core.answer(s, static_cast<float*>(r.out.view.buf));
 }
 
 // nearest(query, k, ef, out_nodes, out_distances) -> count: the unfiltered walk in nodes, for use as an AnnIndex.
@@ -222,13 +230,14 @@ PyObject* engine_nearest(PyObject* self, PyObject* const* args, Py_ssize_t count
   if (count != 5) return PyErr_SetString(PyExc_TypeError, "nearest takes 5 arguments"), nullptr;
   if (!core.walks()) return PyErr_SetString(PyExc_ValueError, "this engine has no graph"), nullptr;
   if (!request(core, r, args[0], args[1], args[4]) || !positive(args[2], ef) || !r.list.take(args[3], "out_nodes", true)) return nullptr;
-  if (r.list.bytes() < r.k * 4) return PyErr_SetString(PyExc_ValueError, "no room for the nodes"), nullptr;
+  if (r.list.bytes() / 4 < r.k || r.out.bytes() / 4 < r.k) return PyErr_SetString(PyExc_ValueError, "no room for the nodes"), nullptr;
   Scratch& s = scratch;
-  Py_BEGIN_ALLOW_THREADS
-  core.walk(r.query.as<float>(), std::max(ef, r.k), s);
-  core.score_nodes(r.query.as<float>(), std::max(2 * r.k, r.k + 16), s);
-  Core::finish(r.k, s.hits);
-  Py_END_ALLOW_THREADS
+  const bool done = unlocked([&] {
+    core.walk(r.query.as<float>(), std::max(ef, r.k), s);
+    core.score_nodes(r.query.as<float>(), std::max(2 * r.k, r.k + 16), s);
+    Core::finish(r.k, s.hits);
+  });
+  if (!done) return nullptr;
   for (size_t i = 0; i < s.hits.size(); i++) {
     static_cast<uint32_t*>(r.list.view.buf)[i] = s.hits[i].row;
     static_cast<float*>(r.out.view.buf)[i] = 2.0f - 2.0f * s.hits[i].score;
@@ -244,6 +253,7 @@ PyObject* link_records(PyObject*, PyObject* args) {
   Array vectors, graph, out;
   if (!PyArg_ParseTuple(args, "OnOdO", &vectors_object, &dimension, &graph_object, &scale, &out_object)) return nullptr;
   if (!vectors.take(vectors_object, "vectors") || !graph.take(graph_object, "graph") || !out.take(out_object, "out", true)) return nullptr;
+  if (dimension > most_dimensions) return PyErr_SetString(PyExc_ValueError, "vectors cannot be that wide"), nullptr;
   const size_t width = size_t(dimension), count = dimension > 0 ? vectors.bytes() / (4 * width) : 0;
   const LinkLayout layout{count ? graph.bytes() / (4 * count) : 0, (width + 63) / 64 * 64};
   if (count == 0 || layout.degree % block_rows || out.bytes() != count * layout.bytes() || graph.bytes() != count * layout.degree * 4)

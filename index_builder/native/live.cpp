@@ -150,7 +150,7 @@ struct Rows {
     dimension = dimension_;
     words = padded(dimension) / 64;
     capacity = facts.bytes() / 12;
-    if (dimension == 0 || !bits.held || !facts.held || facts.bytes() % (12 * kBlock) || bits.bytes() != capacity * words * 8 || used > capacity ||
+    if (dimension == 0 || dimension > (size_t(1) << 20) || !bits.held || !facts.held || facts.bytes() % (12 * kBlock) || bits.bytes() != capacity * words * 8 || used > capacity ||
         vectors.bytes() < used * dimension * 4) {
       PyErr_SetString(PyExc_ValueError, "vectors, bits and facts do not fit each other");
       return false;
@@ -297,23 +297,29 @@ PyObject* live_merge(PyObject*, PyObject* const* args, Py_ssize_t count) {
   if (!rows.take(args[2], args[3], args[4], query.bytes() / 4, alive.bytes(), false)) return nullptr;
   if (!PyList_Check(live_ids) || !PyList_Check(ids)) return PyErr_SetString(PyExc_TypeError, "ids must be lists"), nullptr;
   const size_t given = size_t(PyList_GET_SIZE(ids));
-  if (k < 1 || given > size_t(k) || scores.bytes() != given * 4 || out.bytes() < size_t(k) * 4 || size_t(PyList_GET_SIZE(live_ids)) < alive.bytes())
+  if (k < 1 || given > size_t(k) || scores.bytes() != given * 4 || out.bytes() / 4 < size_t(k) || size_t(PyList_GET_SIZE(live_ids)) < alive.bytes())
     return PyErr_SetString(PyExc_ValueError, "k, ids, scores or out have the wrong size"), nullptr;
   Scratch& s = scratch;
-  s.found.clear();
-  for (size_t i = 0; i < given; i++) s.found.push_back(Found{scores.as<float>()[i], -1 - int64_t(i)});
-  scan(rows, query.as<float>(), size_t(k), alive.bytes(), alive.as<uint8_t>(), s);
+  const bool done = guarded([&] {
+    s.found.clear();
+    for (size_t i = 0; i < given; i++) s.found.push_back(Found{scores.as<float>()[i], -1 - int64_t(i)});
+    scan(rows, query.as<float>(), size_t(k), alive.bytes(), alive.as<uint8_t>(), s);
+  });
+  if (!done) return PyErr_NoMemory();
   if (std::all_of(s.found.begin(), s.found.end(), [](const Found& f) { return f.place < 0; })) return Py_INCREF(ids), ids;
-  std::sort(s.found.begin(), s.found.end(), before);
-  PyObject* answer = PyList_New(Py_ssize_t(s.found.size()));
+  std::vector<Found> found;
+  found.swap(s.found);  // set aside: making a list may collect garbage, and a finaliser may search
+  std::sort(found.begin(), found.end(), before);
+  PyObject* answer = PyList_New(Py_ssize_t(found.size()));
   if (answer == nullptr) return nullptr;
-  for (size_t i = 0; i < s.found.size(); i++) {
-    const Found& f = s.found[i];
+  for (size_t i = 0; i < found.size(); i++) {
+    const Found& f = found[i];
     PyObject* id = f.place < 0 ? PyList_GET_ITEM(ids, -1 - f.place) : PyList_GET_ITEM(live_ids, f.place);
     Py_INCREF(id);
     PyList_SET_ITEM(answer, Py_ssize_t(i), id);
     static_cast<float*>(out.view.buf)[i] = f.score;
   }
+  found.swap(s.found);
   return answer;
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define OMNI_X86 1
@@ -125,5 +126,29 @@ struct Array {
     if (held) PyBuffer_Release(&view);
   }
 };
+
+// ---- errors ----------------------------------------------------------------------------------------------------------------------------
+
+// Whether `work` came to its end. What it throws (memory is short) must not reach the interpreter, which would end the process.
+template <class Work>
+bool guarded(Work work) {
+  try {
+    work();
+    return true;
+  } catch (const std::exception&) {
+    return false;
+  }
+}
+
+// The same without the interpreter's lock; on failure a MemoryError is set.
+template <class Work>
+bool unlocked(Work work) {
+  bool done;
+  Py_BEGIN_ALLOW_THREADS
+  done = guarded(work);
+  Py_END_ALLOW_THREADS
+  if (!done) PyErr_NoMemory();
+  return done;
+}
 
 }  // namespace

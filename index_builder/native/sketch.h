@@ -22,7 +22,7 @@ struct SketchTable {
 // Fills 16 bytes for each nibble of the stride: the inner product of `scale` times four components of the query with each choice of signs.
 inline SketchTable sketch_table(const float* query, size_t dimension, size_t stride, float scale, std::vector<uint8_t>& table) {
   const size_t nibbles = stride / 4;
-  const float most = std::min(255.0f, 65535.0f / float(nibbles));  // so that sums fit 16 bits
+  const float most = std::min(255.0f, std::floor(65535.0f / float(nibbles)) - 1);  // so that sums fit 16 bits, rounded up as each entry may be
   table.assign(nibbles * 16, 0);
   float widest = 1e-12f, low = 0.0f;
   for (size_t i = 0; i < dimension; i += 4) {

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from release_makers import SPACE, D, make_bundle, make_input, quick, unit_vectors
 
+from index_builder.entity_index import EntityIndex
 from index_builder.errors import LiveLogCorrupt
 from index_builder.live_blocks import attribute_frame, join_frames
 from index_builder.live_files import log_files
@@ -280,3 +281,20 @@ def test_a_merge_that_changes_nothing_returns_the_very_answer() -> None:
     merged, found = segment.merge(query, 2, ids, scores)
     assert merged is ids
     assert found is scores
+
+
+def test_an_id_left_out_stays_out_while_a_writer_deletes_or_replaces_it() -> None:
+    """A search holds the picture in which the id lives; the writer has begun, and the next picture is not there yet."""
+    base = VECTORS[:BASE]
+    index = EntityIndex.build("pin", [f"e{i}" for i in range(BASE)], base)
+    state = LiveState(dimension=D, space_id=SPACE, row_of=index.row_of, base_count=BASE, background=False)
+    state.apply([entry(50, 300, 1), entry(51, 301, 2)])
+    index.set_live(state.view)
+    query = VECTORS[300]
+    assert index.search(query, 3).ids[0] == "e50"
+    state._apply(entry(50, 0, 3, delete=True))
+    assert "e50" not in index.search(query, 3, exclude_ids=["e50", "e7"]).ids
+    state._apply(entry(51, 302, 4))
+    assert index.vector("e51") is not None
+    assert not {"e50", "e51"} & set(index.search(VECTORS[301], 10, exclude_ids=["e50", "e51"]).ids)
+    assert len(index.search(VECTORS[301], 10, exclude_ids=["e50", "e51"]).ids) == 10

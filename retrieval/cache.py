@@ -28,7 +28,7 @@ def namespace(space_id: str, form_id: str) -> str:
     return f"{space_id[:32]}/{form_id}/"
 
 
-class _Entry:
+class Entry:
     """A cached vector and how often it was asked for."""
 
     __slots__ = ("hits", "vector")
@@ -52,7 +52,7 @@ class QueryCache:
         self.hits = 0
         self.misses = 0
         self.insertions = 0
-        self._entries: TTLCache[str, _Entry] = TTLCache(max(1, max_bytes), ttl_seconds, timer=clock, getsizeof=_entry_bytes)
+        self._entries: TTLCache[str, Entry] = TTLCache(max(1, max_bytes), ttl_seconds, timer=clock, getsizeof=_entry_bytes)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -78,15 +78,18 @@ class QueryCache:
         self.hits += 1
         return entry.vector
 
-    def find(self, key: str) -> Float32 | None:
-        """As ``get``, but a miss is not counted: the caller will ask again."""
+    def find(self, key: str) -> Entry | None:
+        """As ``get``, but nothing is counted: the caller may ask again, and says ``used`` if it need not."""
         try:
-            entry = self._entries[key]
+            entry: Entry = self._entries[key]
         except KeyError:
             return None
+        return entry
+
+    def used(self, entry: Entry) -> None:
+        """Count what ``find`` found as a hit."""
         entry.hits += 1
         self.hits += 1
-        return entry.vector
 
     def put(self, key: str, vector: Float32) -> None:
         """Keep a vector; an entry larger than the whole cache is not kept."""
@@ -95,7 +98,7 @@ class QueryCache:
         held = np.array(vector, dtype=np.float32)
         held.flags.writeable = False
         try:
-            self._entries[key] = _Entry(held)
+            self._entries[key] = Entry(held)
         except ValueError:  # larger than the cache
             return
         self.insertions += 1
@@ -108,13 +111,13 @@ class QueryCache:
             entry.hits = (entry.hits + 1) // 2
         return [key[len(prefix) :] for _, key in best]
 
-    def _live_items(self) -> list[tuple[str, _Entry]]:
+    def _live_items(self) -> list[tuple[str, Entry]]:
         self._entries.expire()
-        mapping: dict[str, _Entry] = getattr(self._entries, "_Cache__data")  # noqa: B009 (items() would count as uses and reorder the LRU)
+        mapping: dict[str, Entry] = getattr(self._entries, "_Cache__data")  # noqa: B009 (items() would count as uses and reorder the LRU)
         return list(mapping.items())
 
 
-def _entry_bytes(entry: _Entry) -> int:
+def _entry_bytes(entry: Entry) -> int:
     return int(entry.vector.nbytes) + ENTRY_OVERHEAD_BYTES
 
 
@@ -169,8 +172,8 @@ class CachedEncoder:
         """The vector if it is in this process, without waiting. ``text`` is normalised."""
         return self.cache.get(self.prefix + text)
 
-    def find(self, text: str) -> Float32 | None:
-        """As ``peek``, but a miss is not counted."""
+    def find(self, text: str) -> Entry | None:
+        """As ``peek``, but nothing is counted until ``cache.used`` is told."""
         return self.cache.find(self.prefix + text)
 
     def must_encode(self, text: str) -> bool:

@@ -11,9 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from google.protobuf.message import DecodeError
 
-from encoders.errors import OmniError
 from protos import retrieval_pb2 as pb
 from retrieval.admission import Refusals
 from retrieval.http2.wire import Refusal
@@ -21,6 +19,7 @@ from retrieval.requests import NORM_TOLERANCE, checked_query
 from retrieval.security import EVERYONE
 
 if TYPE_CHECKING:
+    from retrieval.cache import Entry
     from retrieval.live_releases import ServingRelease
     from retrieval.service import RetrievalService
 
@@ -42,6 +41,7 @@ class ReadyAnswers:
         self.admission = service.admission
         self.searcher = service.searcher
         self.shadow = service.shadow
+        self._max_k = min(MAX_K, service.limits.max_k)
         self._count = service.metrics.count
         self._request_seconds = service.metrics.histogram("omni_request_seconds", ("Retrieve",))
         self._search_seconds = service.metrics.histogram("omni_stage_seconds", ("search",))
@@ -61,7 +61,7 @@ class ReadyAnswers:
             request = _parse(content)
             index = serving.entities.get(request.entity_type)
             k = request.k
-            if index is None or not 0 < k <= MAX_K or not _plain(request) or request.release_id not in ("", serving.release_id):
+            if index is None or not 0 < k <= self._max_k or not _plain(request) or request.release_id not in ("", serving.release_id):
                 return None
             if self.service.tokens is not None:
                 caller = self.service.tokens.caller(context.invocation_metadata())
@@ -74,28 +74,32 @@ class ReadyAnswers:
             if min_recall is not None and not 0 < min_recall <= 1:
                 return None
             vector = _ready_vector(request, serving)
-            cached = vector is None
+            entry = None
             if vector is None:
-                vector, text = self._cached_vector(request, serving)
-                if vector is None:
+                entry, text = self._cached(request, serving)
+                if entry is None:
                     return self._hopeless(text, serving, remaining)
+                vector = entry.vector
             key = self.searcher.plain_key(index, k, min_recall is not None)
             if not self.searcher.is_short(key):
                 return None
             searching = _now()
             result = index.search(vector, k) if min_recall is None else index.search(vector, k, min_recall=min_recall)
             search_ns = _now() - searching
-        except (OmniError, DecodeError, ValueError):
+            self.searcher.learn(key, search_ns / 1e9)
+            response = pb.RetrieveResponse(request_id=request.request_id)
+            add = response.hits.add
+            for id, score in zip(result.ids, result.scores.tolist()):
+                add(id=id, score=score)
+            timings = response.timings
+            timings.search_ns = search_ns
+            timings.total_ns = total_ns = _now() - started
+            tail = self._tail(serving, entry is not None, result.plan, result.ef, result.estimated_recall)
+            answer: bytes = response.SerializeToString() + tail
+        except Exception:  # the general way meets the same mistake, or memory that is short for all, and has the words for it
             return None
-        self.searcher.learn(key, search_ns / 1e9)
-        response = pb.RetrieveResponse(request_id=request.request_id)
-        add = response.hits.add
-        for id, score in zip(result.ids, result.scores.tolist()):
-            add(id=id, score=score)
-        timings = response.timings
-        timings.search_ns = search_ns
-        timings.total_ns = total_ns = _now() - started
-        answer: bytes = response.SerializeToString() + self._tail(serving, cached, result.plan, result.ef, result.estimated_recall)
+        if entry is not None:
+            serving.encoder.cache.used(entry)
         self._count("omni_searches", (request.entity_type, result.plan))
         self._count("omni_requests", ("Retrieve", "OK"))
         self._search_seconds.observe(search_ns / 1e9)
@@ -106,16 +110,16 @@ class ReadyAnswers:
         return answer
 
     @staticmethod
-    def _cached_vector(request: pb.RetrieveRequest, serving: ServingRelease) -> tuple[np.ndarray | None, str]:
-        """The vector and the text it belongs to. Keys of the cache are normalised texts: a text that is a key needs no normalising."""
+    def _cached(request: pb.RetrieveRequest, serving: ServingRelease) -> tuple[Entry | None, str]:
+        """What is cached, and the text it belongs to. Keys of the cache are normalised texts: a text that is a key needs no normalising."""
         encoder = serving.encoder
         text = request.query
-        vector = encoder.find(text)
-        if vector is None:
+        entry = encoder.find(text)
+        if entry is None:
             normal = checked_query(text, serving.limits)
             if normal != text:
                 return encoder.find(normal), normal
-        return vector, text
+        return entry, text
 
     def _hopeless(self, text: str, serving: ServingRelease, remaining: float | None) -> Refusal | None:
         """The refusal of a text that must be encoded and would not be, or too late; None if there is hope."""

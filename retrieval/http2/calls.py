@@ -32,14 +32,16 @@ class Method(NamedTuple):
     Attributes:
         now: Answers or refuses at once from request bytes and call, or returns None and leaves the call to ``later``; never raises.
         later: Unary calls: request bytes and call to response bytes.
-        stream: Streaming calls: takes the call, reads ``call.messages()``, writes with ``call.write``.
+        stream: Streaming calls: takes the call, reads ``call.messages()`` or ``call.message``, writes with ``call.write``.
         door: Asked when a call's headers are here and its message is not: refuses it, or returns None and lets it in; never raises.
+        many: Whether ``stream`` reads messages while they come; otherwise it begins, as ``later`` does, when the one message is here.
     """
 
     now: Callable[[bytes, Call], bytes | Refusal | None] | None = None
     later: Callable[[bytes, Call], Awaitable[bytes]] | None = None
     stream: Callable[[Call], Awaitable[None]] | None = None
     door: Callable[[], Refusal | None] | None = None
+    many: bool = False
 
 
 class Details(NamedTuple):
@@ -130,8 +132,8 @@ def _adapt(handler: Any) -> Method:
         if handler.request_streaming:
             behaviour, request = handler.stream_stream or handler.stream_unary, requests(call)
         else:
-            behaviour = handler.unary_stream
-            request = await anext(requests(call))
+            assert call.message is not None, "a call of one message begins with it"
+            behaviour, request = handler.unary_stream, _parsed(parse, call.message)
         answers = behaviour(request, call)
         if hasattr(answers, "__aiter__"):
             async for answer in answers:
@@ -141,7 +143,7 @@ def _adapt(handler: Any) -> Method:
             if last is not None:
                 await call.write(last)
 
-    return Method(None, None, stream)
+    return Method(stream=stream, many=handler.request_streaming)
 
 
 def _parsed(parse: Callable[[bytes], Any], content: bytes) -> Any:
@@ -167,6 +169,7 @@ class Call:
             "pack",
             "pending",
             "queue",
+            "queued",
             "responding",
             "stream",
         ),
@@ -179,16 +182,17 @@ class Call:
         self.head = head
         self.ends = None if head.timeout is None else time.monotonic() + head.timeout
         self.body: bytes | bytearray = b""  # of a message that is not whole yet
-        self.message: bytes | None = None  # whole, but the client has not ended the stream
+        self.message: bytes | None = None  # whole; kept and counted until the answer is here, as the method holds it
         self.ended = False  # the client has sent all
         self.task: asyncio.Task[Any] | None = None
         self.timer: asyncio.TimerHandle | None = None
         self.window = 0  # what this stream may send beyond (or short of) the peer's initial window
         self.pending: bytes | bytearray = b""  # waits for the peer's window
-        self.held = 0  # bytes in body and pending that the connection has counted
+        self.held = 0  # bytes in body, message, queue and pending that the connection has counted
         self.responding = False  # response headers are out
         self.finishing = False  # all is in pending; trailers follow it
         self.queue: asyncio.Queue[bytes | None] | None = None
+        self.queued = 0  # bytes in queue
         self.pack: Callable[[Any], bytes] | None = None
 
     def time_remaining(self) -> float | None:
@@ -209,8 +213,9 @@ class Call:
 
     async def messages(self) -> AsyncIterator[bytes]:
         """The messages of a streaming request."""
-        assert self.queue is not None, "only streaming calls have a queue"
+        assert self.queue is not None, "only calls of many messages have a queue"
         while (content := await self.queue.get()) is not None:
+            self.connection.took(self, len(content))
             yield content
 
     def drop(self) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import struct
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ import grpc
 
 from retrieval.http2 import wire
 from retrieval.http2.calls import Aborted, Call, Head, take_messages
-from retrieval.http2.control import ControlFrames
+from retrieval.http2.leaving import Leaving
 from retrieval.http2.wire import WireError, frame
 
 if TYPE_CHECKING:
@@ -29,11 +30,9 @@ ANSWERS_PER_WRITE = 8
 RECEIVE_WINDOW = 64 * 2**20
 STREAM_WINDOW = 1 * 2**20
 MAX_BUFFERED_BYTES = 64 * 2**20
-"""Request bytes, and answer bytes that wait for a window, on one connection; more and it is told to calm down."""
+"""Bytes of requests that are not answered, and of answers that wait for a window, on one connection; more and calls are refused."""
 NOISE_ALLOWANCE = 10_000
 """Control frames beyond ten per answered call that a peer may send: pings, resets and settings are cheap to send and not to serve."""
-LINGER_SECONDS = 2.0
-"""How long a leaving server waits for a client to take notice; clients of grpc take a round trip."""
 KEPT_HEADS = 512
 MAX_QUEUED_MESSAGES = 1000
 
@@ -42,13 +41,14 @@ _pack_data = wire.FRAME_AND_PREFIX.pack
 _TOO_LARGE = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
-class Connection(ControlFrames):
+class Connection(Leaving):
     """The server's end of one connection."""
 
     def __init__(self, server: Http2Server) -> None:
         self.server = server
         self.calls: dict[int, Call] = {}
         self.last_stream = 0
+        self._clocked = 0  # the last stream whose deadline is watched, if it has one
         self.draining = False
         self.closed = False
         self.heard = time.monotonic()
@@ -62,7 +62,8 @@ class Connection(ControlFrames):
         self._block: tuple[int, int, bytearray] | None = None  # stream, flags, headers that CONTINUATION goes on with
         self._out: list[bytes] = []
         self._answers = 0
-        self._window = wire.DEFAULT_WINDOW
+        self._window = self._granted = wire.DEFAULT_WINDOW  # now, and after the last update
+        self._starved: OrderedDict[int, Call] = OrderedDict()  # answers that wait for the connection's window, not for their stream's
         self._peer_window = wire.DEFAULT_WINDOW
         self._peer_frame = wire.DEFAULT_FRAME_BYTES
         self._size_update = b""
@@ -147,8 +148,14 @@ class Connection(ControlFrames):
                 if self.closed:
                     return
             self._rest = bytes(data[at:])
+            if self.calls and self.last_stream > self._clocked:
+                self._start_clocks()
         except WireError as error:
             self._fail(error)
+            return
+        except Exception:
+            log.exception("a connection ends: reading what came failed")
+            self._fail(WireError(wire.INTERNAL_ERROR, "internal error"))
             return
         if self._out:
             self._flush()
@@ -236,14 +243,15 @@ class Connection(ControlFrames):
         self.calls[stream] = call
         if head.refusal is not None:
             self._refuse(call, head.refusal)
-        elif head.method.stream is not None:
+        elif head.method.many:
+            assert head.method.stream is not None, "it reads them"
             call.queue = asyncio.Queue()
             self._start(call, head.method.stream(call))
         if flags & wire.END_STREAM and stream in self.calls:
             self._on_data(stream, wire.END_STREAM, b"")
 
     def _on_data(self, stream: int, flags: int, payload: bytes) -> None:
-        size = len(payload)
+        size = len(payload)  # padding included: what the peer's windows paid
         self._unacknowledged += size
         if self._unacknowledged > RECEIVE_WINDOW // 2:
             self._out.append(wire.window_update(0, self._unacknowledged))
@@ -263,7 +271,7 @@ class Connection(ControlFrames):
         if flags & wire.END_STREAM:
             call.ended = True
             if (
-                size >= 5 and payload[0] == 0 and not call.body and call.message is None and call.queue is None
+                len(payload) >= 5 and payload[0] == 0 and not call.body and call.message is None and method.stream is None
             ):  # one whole plain message: nearly always
                 message = payload[5:]
                 if len(message) == int.from_bytes(payload[1:5], "big") <= self.server.max_receive_bytes:
@@ -279,45 +287,74 @@ class Connection(ControlFrames):
                     assert method.later is not None, "a unary method"
                     self._start(call, method.later(message, call))
                     return
-        elif not size:
+        elif not payload:
             self._noise += 1
-        self._gather(call, payload)
+        self._gather(call, payload, size)
 
-    def _gather(self, call: Call, payload: bytes) -> None:
-        """A message in several frames, a compressed one, or a stream of them."""
+    def _gather(self, call: Call, payload: bytes, size: int) -> None:
+        """A message in several frames, a compressed one, or a stream of them; ``size`` bytes came for it."""
         call.body = body = bytearray(call.body) if not isinstance(call.body, bytearray) else call.body
         body += payload
         try:
-            messages = take_messages(body, call.head.compression, self.server.max_receive_bytes)
-            self._hold(call, len(body) + len(call.pending))
-            if call.queue is not None:
-                for message in messages:
-                    call.queue.put_nowait(message)
-                if call.queue.qsize() > MAX_QUEUED_MESSAGES:
-                    raise Aborted(_TOO_LARGE, "too many messages wait on this stream.")
-                if call.ended:
-                    call.queue.put_nowait(None)
-            else:
-                for message in messages:
-                    if call.message is not None:
-                        raise Aborted(grpc.StatusCode.INVALID_ARGUMENT, "expected one message, but got several.")
-                    call.message = message
-                if call.ended:
-                    if call.message is None or body:
-                        raise Aborted(grpc.StatusCode.INVALID_ARGUMENT, "expected one whole message, but the stream ended before its end.")
-                    assert call.head.method.later is not None, "a unary method"
-                    self._start(call, call.head.method.later(call.message, call))
+            self._keep(call, take_messages(body, call.head.compression, self.server.max_receive_bytes))
+            self._hold(call)
+            if call.ended:
+                self._all_here(call)
         except Aborted as error:
             self._finish_with(call, error)
             return
-        if payload and not call.ended:
-            self._out.append(wire.window_update(call.stream, len(payload)))
+        if size and not call.ended:
+            self._out.append(wire.window_update(call.stream, size))
+
+    @staticmethod
+    def _keep(call: Call, messages: list[bytes]) -> None:
+        """Queue the messages of a call of many; of another there may be one."""
+        for message in messages:
+            if call.queue is not None:
+                call.queue.put_nowait(message)
+                call.queued += len(message)
+            elif call.message is None:
+                call.message = message
+            else:
+                raise Aborted(grpc.StatusCode.INVALID_ARGUMENT, "expected one message, but got several.")
+        if call.queue is not None and call.queue.qsize() > MAX_QUEUED_MESSAGES:
+            raise Aborted(_TOO_LARGE, "too many messages wait on this stream.")
+
+    def _all_here(self, call: Call) -> None:
+        """The client has sent all: a call of one message begins."""
+        method = call.head.method
+        if call.queue is not None:
+            call.queue.put_nowait(None)
+        elif call.message is None or call.body:
+            raise Aborted(grpc.StatusCode.INVALID_ARGUMENT, "expected one whole message, but the stream ended before its end.")
+        elif method.stream is not None:
+            self._start(call, method.stream(call))
+        else:
+            assert method.later is not None, "a unary method"
+            self._start(call, method.later(call.message, call))
+
+    def took(self, call: Call, size: int) -> None:
+        """A method took a message off its call's queue: what it makes of it is its own affair."""
+        call.queued -= size
+        if self.calls.get(call.stream) is call:
+            self._count(call)
 
     def _start(self, call: Call, work: Any) -> None:
         call.task = task = self.server.loop.create_task(work)
+        self._start_clock(call)
+        task.add_done_callback(lambda done: self._finished(call, done))
+
+    def _start_clock(self, call: Call) -> None:
         if call.ends is not None and call.timer is None:
             call.timer = self.server.loop.call_later(max(0.0, call.ends - time.monotonic()), self._expire, call)
-        task.add_done_callback(lambda done: self._finished(call, done))
+
+    def _start_clocks(self) -> None:
+        """Of calls that this read opened and did not answer, as most are: a deadline does not wait for a message."""
+        for call in reversed(self.calls.values()):
+            if call.stream <= self._clocked:
+                break
+            self._start_clock(call)
+        self._clocked = self.last_stream
 
     def _expire(self, call: Call) -> None:
         call.timer = None
@@ -333,7 +370,7 @@ class Connection(ControlFrames):
         if self.closed or self.calls.get(call.stream) is not call:
             return
         if error is None:
-            if call.queue is None:
+            if call.head.method.stream is None:
                 self._answer(call, task.result())
             else:
                 self._end_stream(call)
@@ -351,6 +388,7 @@ class Connection(ControlFrames):
         size = len(message) + 5
         stream = call.stream
         if size > self._window or size > self._peer_window + call.window or size > self._peer_frame or self._size_update:
+            call.message = None
             try:
                 self.send_message(call, message)
             except Aborted as error:
@@ -388,15 +426,20 @@ class Connection(ControlFrames):
         self._respond(call)
         call.pending = bytearray(call.pending) if not isinstance(call.pending, bytearray) else call.pending
         call.pending += b"\x00" + len(message).to_bytes(4, "big") + message
-        self._hold(call, len(call.body) + len(call.pending))
+        self._hold(call)
         self._pump(call)
-        if call.queue is not None:
+        if call.head.method.stream is not None:
             self._flush()
 
-    def _hold(self, call: Call, held: int) -> None:
+    def _count(self, call: Call) -> None:
         """Account for the bytes that a call makes this connection keep."""
+        held = len(call.body) + len(call.message or b"") + call.queued + len(call.pending)
         self._buffered += held - call.held
         call.held = held
+
+    def _hold(self, call: Call) -> None:
+        """Count, and end the call that is too much."""
+        self._count(call)
         if self._buffered > MAX_BUFFERED_BYTES:
             raise Aborted(_TOO_LARGE, "this connection holds too many unfinished requests and unread answers.")
 
@@ -409,21 +452,6 @@ class Connection(ControlFrames):
         """A header block; the first after the peer made its table smaller says that ours is empty."""
         update, self._size_update = self._size_update, b""
         return update + block
-
-    def _pump(self, call: Call) -> None:
-        pending = call.pending
-        while pending and isinstance(pending, bytearray):
-            room = min(self._window, self._peer_window + call.window, self._peer_frame, len(pending))
-            if room <= 0:
-                return
-            self._out.append(frame(wire.DATA, 0, call.stream, bytes(pending[:room])))
-            del pending[:room]
-            self._window -= room
-            call.window -= room
-            call.held -= room
-            self._buffered -= room
-        if call.finishing:
-            self._send_ok(call)
 
     def _end_stream(self, call: Call) -> None:
         call.task = None
@@ -467,42 +495,11 @@ class Connection(ControlFrames):
         self.calls.pop(call.stream, None)
         if call.timer is not None or call.task is not None:
             call.drop()
-        self._buffered -= call.held
+        if call.held:
+            self._buffered -= call.held
+            self._starved.pop(call.stream, None)
         if self.draining and not self.calls:
             self._leave()
-
-    # --- leaving ---
-
-    def drain(self) -> None:
-        """Tell the client to go elsewhere, without losing a call: announce, wait for a round trip, name the last stream, finish, close."""
-        if self.closed or self.draining or self._farewell is not None:
-            return
-        self._farewell = self._say_goodbye
-        self._out.append(frame(wire.GOAWAY, 0, 0, struct.pack(">LL", wire.MAX_WINDOW, wire.NO_ERROR)))
-        self._out.append(frame(wire.PING, 0, 0, b"goodbye!"))
-        self._flush()
-        self.server.loop.call_later(LINGER_SECONDS, self._say_goodbye)
-
-    def _say_goodbye(self) -> None:
-        if self.draining or self.closed:
-            return
-        self.draining = True
-        self._farewell = None
-        self._out.append(frame(wire.GOAWAY, 0, 0, struct.pack(">LL", self.last_stream, wire.NO_ERROR)))
-        self._flush()
-        if not self.calls:
-            self._leave()
-
-    def _leave(self) -> None:
-        """All calls are answered: the client closes. Closing first, with frames of it unread, would reset the connection under its eyes."""
-        self._flush()
-        self.server.loop.call_later(LINGER_SECONDS, self.close)
-
-    def ping(self) -> None:
-        """Ask whether the peer is still there."""
-        self.pinged = True
-        self._out.append(frame(wire.PING, 0, 0, b"there??\n"))
-        self._flush()
 
 
 def _unpadded(payload: bytes) -> bytes:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from collections import OrderedDict
 from collections.abc import Callable
 
 from retrieval.http2 import wire
 from retrieval.http2.calls import Call
 from retrieval.http2.wire import WireError, frame
+
+CALLS_PER_NOISE = 10
+"""Calls that a frame of settings may set going at the price of one more control frame."""
 
 
 class ControlFrames(asyncio.Protocol):
@@ -19,6 +23,8 @@ class ControlFrames(asyncio.Protocol):
     draining: bool
     _out: list[bytes]
     _window: int
+    _granted: int
+    _starved: OrderedDict[int, Call]
     _peer_window: int
     _peer_frame: int
     _size_update: bytes
@@ -40,8 +46,8 @@ class ControlFrames(asyncio.Protocol):
             wire.WINDOW_UPDATE: self._on_window_update,
         }
 
-    def _pump(self, call: Call) -> None:
-        """Send what the windows allow of an answer that waits."""
+    def _send_ok(self, call: Call) -> None:
+        """End a call whose whole answer has left."""
         raise NotImplementedError
 
     def _close_call(self, call: Call) -> None:
@@ -88,6 +94,7 @@ class ControlFrames(asyncio.Protocol):
             raise WireError(wire.FRAME_SIZE_ERROR, "SETTINGS")
         if flags & wire.ACK:
             return
+        before = self._peer_window
         for key, value in struct.iter_unpack(">HL", payload):
             if key == wire.INITIAL_WINDOW_SIZE:
                 if value > wire.MAX_WINDOW:
@@ -100,18 +107,22 @@ class ControlFrames(asyncio.Protocol):
             elif key == wire.HEADER_TABLE_SIZE and value < 4096:
                 self._size_update = b"\x20"
         self._out.append(frame(wire.SETTINGS, wire.ACK, 0))
-        self._pump_all()
+        if self._peer_window > before and self._buffered:
+            self._pump_all()
 
     def _on_window_update(self, stream: int, flags: int, payload: bytes) -> None:
         if len(payload) != 4:
             raise WireError(wire.FRAME_SIZE_ERROR, "WINDOW_UPDATE")
         increment = int.from_bytes(payload, "big") & wire.MAX_WINDOW
         if stream == 0:
+            if self._window < self._granted:  # answers left since the last one: it is part of reading them
+                self._noise -= 1
             self._window += increment
             if not increment or self._window > wire.MAX_WINDOW:
                 raise WireError(wire.FLOW_CONTROL_ERROR if increment else wire.PROTOCOL_ERROR, "WINDOW_UPDATE")
-            self._noise -= 1  # part of reading our answers
-            self._pump_all()
+            self._granted = self._window
+            while self._starved and self._window > 0:
+                self._pump(self._starved.popitem(last=False)[1])
             return
         call = self.calls.get(stream)
         if call is None:
@@ -128,7 +139,27 @@ class ControlFrames(asyncio.Protocol):
         if call.pending:
             self._pump(call)
 
+    def _pump(self, call: Call) -> None:
+        """Send what the windows allow of an answer that waits; note it down if it is the connection's that ends it."""
+        pending = call.pending
+        while pending and isinstance(pending, bytearray):
+            room = min(self._window, self._peer_window + call.window, self._peer_frame, len(pending))
+            if room <= 0:
+                if self._window <= 0 < self._peer_window + call.window:
+                    self._starved[call.stream] = call
+                return
+            self._out.append(frame(wire.DATA, 0, call.stream, bytes(pending[:room])))
+            del pending[:room]
+            self._window -= room
+            call.window -= room
+            call.held -= room
+            self._buffered -= room
+        if call.finishing:
+            self._send_ok(call)
+
     def _pump_all(self) -> None:
-        if self._buffered:
-            for call in [call for call in self.calls.values() if call.pending]:
-                self._pump(call)
+        """After a larger window for every call. One frame makes this much work, so it counts for more than one."""
+        waiting = [call for call in self.calls.values() if call.pending]
+        self._noise += len(waiting) // CALLS_PER_NOISE
+        for call in waiting:
+            self._pump(call)

@@ -1,117 +1,20 @@
 """The HTTP/2 transport against grpcio's clients and against bytes that no client of grpcio would send."""
 
-import asyncio
 import contextlib
-import socket
-import struct
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 import grpc
 import hpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from raw_http2 import FIELDS, HELLO, MAX_RECEIVE, Code, Running, body, ended, frames, goaway, open_channel, request
 
 from retrieval.http2 import wire
 from retrieval.http2.connection import NOISE_ALLOWANCE
-from retrieval.http2.server import Http2Server
-
-Code = grpc.StatusCode
-MAX_RECEIVE = 6 * 2**20
-FULL = wire.refusal(Code.RESOURCE_EXHAUSTED, "100% full", (("retry-after-ms", "9"),))
-
-
-@dataclass
-class Behaviour:
-    cancelled: int = 0
-    seen: list = field(default_factory=list)
-    closed: bool = False
-
-    def handlers(self) -> grpc.GenericRpcHandler:
-        async def echo(content: bytes, context) -> bytes:
-            await asyncio.sleep(0)
-            self.seen.append(context.invocation_metadata())
-            return content
-
-        def now(content: bytes, context) -> bytes | wire.Refusal | None:
-            return FULL if content[:4] == b"full" else content if content[:3] == b"now" else None
-
-        echo.now = now  # type: ignore[attr-defined]
-
-        async def guarded(content: bytes, context) -> bytes:
-            self.seen.append(content)
-            return content
-
-        guarded.door = lambda: FULL if self.closed else None  # type: ignore[attr-defined]
-
-        async def slow(content: bytes, context) -> bytes:
-            try:
-                await asyncio.sleep(float(content))
-            except asyncio.CancelledError:
-                self.cancelled += 1
-                raise
-            return b"late"
-
-        async def fail(content: bytes, context) -> bytes:
-            await context.abort(Code.FAILED_PRECONDITION, content.decode(), (("retry-after-ms", "7"), ("x-bin", b"\x00\xff")))
-            raise AssertionError
-
-        async def crash(content: bytes, context) -> bytes:
-            raise RuntimeError("secret")
-
-        async def count(request: bytes, context):
-            for i in range(int(request)):
-                yield str(i).encode()
-
-        async def chat(requests, context):
-            async for request in requests:
-                yield request * 2
-
-        unary = grpc.unary_unary_rpc_method_handler
-        calls = {
-            "Echo": unary(echo),
-            "Guarded": unary(guarded),
-            "Slow": unary(slow),
-            "Fail": unary(fail),
-            "Crash": unary(crash),
-            "Count": grpc.unary_stream_rpc_method_handler(count),
-            "Chat": grpc.stream_stream_rpc_method_handler(chat),
-        }
-        return grpc.method_handlers_generic_handler("t.T", calls)
-
-
-class Running:
-    """A server in a thread."""
-
-    def __init__(self, port: int = 0, max_streams: int = 100) -> None:
-        self.behaviour = Behaviour()
-        self.loop = asyncio.new_event_loop()
-        started = threading.Event()
-
-        async def main() -> None:
-            self.server = Http2Server(max_receive_bytes=MAX_RECEIVE, max_send_bytes=MAX_RECEIVE, max_streams=max_streams)
-            self.server.add_generic_rpc_handlers((self.behaviour.handlers(),))
-            self.port = self.server.add_port(f"127.0.0.1:{port}")
-            await self.server.start()
-            started.set()
-            await self.server.wait_for_termination()
-
-        self.thread = threading.Thread(target=self.loop.run_until_complete, args=(main(),), daemon=True)
-        self.thread.start()
-        assert started.wait(10)
-
-    def stop(self, grace: float) -> None:
-        asyncio.run_coroutine_threadsafe(self.server.stop(grace), self.loop).result(30)
-        self.thread.join(10)
-
-    def connect(self) -> socket.socket:
-        found = socket.create_connection(("127.0.0.1", self.port), timeout=10)
-        found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return found
 
 
 @pytest.fixture(scope="module")
@@ -125,11 +28,6 @@ def running() -> Iterator[Running]:
 def channel(running: Running) -> Iterator[grpc.Channel]:
     with open_channel(running) as found:
         yield found
-
-
-def open_channel(running: Running, **options) -> grpc.Channel:
-    limits = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
-    return grpc.insecure_channel(f"127.0.0.1:{running.port}", options=[*limits, *options.items()])
 
 
 def fails(call, content, code: grpc.StatusCode, **options) -> grpc.RpcError:
@@ -214,41 +112,6 @@ def test_a_server_that_leaves_fails_no_call() -> None:
 
 # --- bytes ---
 
-FIELDS = [(":method", "POST"), (":scheme", "http"), (":path", "/t.T/Echo"), ("content-type", "application/grpc"), ("te", "trailers")]
-HELLO = wire.PREFACE + wire.settings({})
-
-
-def request(stream: int, content: bytes, fields=FIELDS, encoder: hpack.Encoder | None = None) -> bytes:
-    block = (encoder or hpack.Encoder()).encode(fields)
-    body = b"\x00" + len(content).to_bytes(4, "big") + content
-    return wire.frame(wire.HEADERS, wire.END_HEADERS, stream, block) + wire.frame(wire.DATA, wire.END_STREAM, stream, body)
-
-
-def frames(connection: socket.socket, enough) -> list[tuple[int, int, int, bytes]]:
-    """Read until ``enough(frames)`` or the server closes."""
-    found: list[tuple[int, int, int, bytes]] = []
-    rest = b""
-    while not enough(found):
-        piece = connection.recv(65536)
-        if not piece:
-            break
-        rest += piece
-        while len(rest) >= 9:
-            length = int.from_bytes(rest[:3], "big")
-            if len(rest) < 9 + length:
-                break
-            found.append((rest[3], rest[4], int.from_bytes(rest[5:9], "big"), rest[9 : 9 + length]))
-            rest = rest[9 + length :]
-    return found
-
-
-def ended(*streams: int):
-    return lambda found: {s for kind, flags, s, _ in found if kind == wire.HEADERS and flags & wire.END_STREAM} >= set(streams)
-
-
-def body(found, stream: int) -> bytes:
-    return b"".join(payload for kind, _, s, payload in found if kind == wire.DATA and s == stream)[5:]
-
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 400), max_size=12), st.sampled_from([b"now", b"later"]))
@@ -304,10 +167,6 @@ def test_a_smaller_header_table_is_acknowledged_in_the_next_block(running: Runni
         if kind == wire.HEADERS:
             decoder.decode(payload)
     assert body(found, 1) == b"now"
-
-
-def goaway(found) -> int | None:
-    return next((struct.unpack(">LL", payload[:8])[1] for kind, _, _, payload in found if kind == wire.GOAWAY), None)
 
 
 @pytest.mark.parametrize(

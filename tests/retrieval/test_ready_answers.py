@@ -1,6 +1,8 @@
 """The short way of Retrieve against the general one: the same answers, and it declines whatever it may not answer."""
 
+import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -11,9 +13,11 @@ from hypothesis import strategies as st
 from real_server import Running, serving
 
 from benchmarks.small_releases import entity_texts
+from index_builder.entity_index import EntityIndex
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
 from retrieval.ready_answers import ReadyAnswers
+from retrieval.serve_config import Limits
 
 TEXTS = entity_texts(30)
 
@@ -134,3 +138,59 @@ def test_plain_cached_calls_take_the_short_way(running: Running, monkeypatch: py
         monkeypatch.setattr(service, "_query", None)
         answers = [stub.Retrieve(pb.RetrieveRequest(query=TEXTS[0], entity_type="pin", k=3)) for _ in range(20)]
     assert all(answer.cache_hit for answer in answers) and service.admission.in_flight == 0
+
+
+def test_the_operators_limit_of_k_holds_on_the_short_way(tmp_path: Path) -> None:
+    """A search of 40 teaches the searcher what one of 60 costs; that does not let it in."""
+    with serving(tmp_path, shadow_fraction=0.0, limits=Limits(max_k=50)) as small, grpc.insecure_channel(small.address) as channel:
+        stub = rpc.RetrievalStub(channel)
+        for _ in range(3):
+            assert len(stub.Retrieve(pb.RetrieveRequest(query="red cat", entity_type="pin", k=40)).hits) == 40
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Retrieve(pb.RetrieveRequest(query="red cat", entity_type="pin", k=60))
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize(("error", "code"), [(MemoryError, grpc.StatusCode.RESOURCE_EXHAUSTED), (RuntimeError, grpc.StatusCode.INTERNAL)])
+def test_an_error_of_the_index_fails_its_own_call_and_no_other(
+    running: Running, monkeypatch: pytest.MonkeyPatch, error: type[Exception], code: grpc.StatusCode
+) -> None:
+    service = running.server.service
+    search = EntityIndex.search
+
+    def failing(self: EntityIndex, vector: np.ndarray, k: int, **options: Any) -> Any:
+        if k == 7:
+            raise error("broken")
+        return search(self, vector, k, **options)
+
+    monkeypatch.setattr(EntityIndex, "search", failing)
+    service.searcher.learn(service.searcher.plain_key(service.releases.active.entities["pin"], 7, False), 1e-5)
+    content = pb.RetrieveRequest(query=TEXTS[0], entity_type="pin", k=7)
+    assert ReadyAnswers(service)(content.SerializeToString(), Caller()) is None
+    with grpc.insecure_channel(running.address) as channel:
+        stub = rpc.RetrievalStub(channel)
+        waiting = stub.Retrieve.future(pb.RetrieveRequest(query=f"not asked before {error.__name__}", entity_type="pin", k=3), timeout=20)
+        with pytest.raises(grpc.RpcError) as caught:
+            stub.Retrieve(content, timeout=20)
+        assert caught.value.code() is code
+        assert len(waiting.result().hits) == 3
+
+
+def fails(*args: Any, **options: Any) -> Any:
+    raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize("way", ["short", "too long for the event loop", "the short search fails"])
+def test_one_request_is_one_hit_of_the_cache(running: Running, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    service = running.server.service
+    cache, index = service.releases.active.encoder.cache, service.releases.active.entities["pin"]
+    service.searcher.learn(service.searcher.plain_key(index, 3, False), 1e-5)
+    if way == "too long for the event loop":
+        monkeypatch.setattr(service.searcher, "is_short", lambda key: False)
+    elif way == "the short search fails":
+        monkeypatch.setattr(EntityIndex, "search", fails)
+    before = cache.hits, cache.misses
+    with grpc.insecure_channel(running.address) as channel, contextlib.suppress(grpc.RpcError):
+        answer = rpc.RetrievalStub(channel).Retrieve(pb.RetrieveRequest(query=f" {TEXTS[0]} ", entity_type="pin", k=3))
+        assert answer.cache_hit
+    assert (cache.hits - before[0], cache.misses - before[1]) == (1, 0)

@@ -219,6 +219,13 @@ def test_health_overall_and_per_entity_type_and_reflection(channel: grpc.Channel
     assert {service.name for service in described.service} == {"Retrieval", "Admin"}
 
 
+def test_health_can_be_watched_on_both_transports(channel: grpc.Channel) -> None:
+    """The one method of ours that streams answers to a single message."""
+    watching = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service="pin"), timeout=20)
+    assert next(watching).status == health_pb2.HealthCheckResponse.SERVING
+    watching.cancel()
+
+
 def test_malformed_bytes_get_typed_errors_and_the_server_lives(running: Running, channel: grpc.Channel, stub: rpc.RetrievalStub) -> None:
     rng = random.Random(0)
     allowed = {Code.INVALID_ARGUMENT, Code.NOT_FOUND, Code.FAILED_PRECONDITION, Code.RESOURCE_EXHAUSTED, Code.OK}

@@ -31,6 +31,7 @@ MIN_RECALLS = (None, 0.95, 0.96, 0.97, 0.98, 0.99)
 BATCH_SIZE = 64
 WORDS = ("red", "blue", "old", "new", "small", "large", "silver", "wooden", "glass", "paper")
 THINGS = ("cat", "dog", "lamp", "door", "cake", "train", "tree", "boat", "bird", "horse")
+DEFAULT_KIND = "symqg"
 TEXTS = [f"{a} {b} {c}" for a in WORDS for b in THINGS for c in THINGS]
 
 
@@ -269,7 +270,7 @@ def more_workers(
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @data_option
 @click.option("--size", default=100_000, show_default=True, help="Vectors in the index.")
-@click.option("--kind", default="symqg", show_default=True, help="Our index kind.")
+@click.option("--kind", default=DEFAULT_KIND, show_default=True, help="Our index kind.")
 @click.option("-k", default=10, show_default=True, help="Results per query.")
 @click.option(
     "--recall", "wanted", default=0.95, show_default=True, help="ANN recall@k that each side must reach, at its cheapest setting."
@@ -333,7 +334,7 @@ def command(
             assert ours is not None, "started for it"
             metrics["milvus"] = against_milvus(ours, release, k, wanted, concurrencies, rounds, seconds)
     path = write_record(
-        "serve-workers" if peers == ("workers",) else "serve",
+        ("serve-workers" if peers == ("workers",) else "serve") + ("" if kind == DEFAULT_KIND else f"-{kind}"),
         dataset=release.vectors.describe(),
         config={"kind": kind, "k": k, "workers": workers, "ann_recall": wanted, "build": release.build},
         protocol={

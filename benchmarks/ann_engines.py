@@ -138,8 +138,14 @@ def svs_f16(corpus: np.ndarray, folder: Path) -> Engine:
     """Intel SVS Vamana over float16 (LVQ and LeanVec refuse other vendors' CPUs)."""
     import svs
 
-    parameters = svs.VamanaBuildParameters(alpha=0.95, graph_max_degree=DEGREE, window_size=EF_CONSTRUCTION)
-    index = svs.Vamana.build(parameters, corpus.astype(np.float16), svs.DistanceType.MIP, num_threads=1)
+    parts = [folder / part for part in ("config", "graph", "data")]
+    if not (folder / "built").is_file():
+        parameters = svs.VamanaBuildParameters(alpha=0.95, graph_max_degree=DEGREE, window_size=EF_CONSTRUCTION)
+        svs.Vamana.build(parameters, corpus.astype(np.float16), svs.DistanceType.MIP, num_threads=1).save(*map(str, parts))
+        (folder / "built").touch()
+    config, graph, data = map(str, parts)
+    stored = svs.VectorDataLoader(data, svs.DataType.float16, dims=corpus.shape[1])
+    index = svs.Vamana(config, svs.GraphLoader(graph), stored, svs.DistanceType.MIP, num_threads=1)
 
     def search(query: np.ndarray, ef: int) -> np.ndarray:
         index.search_window_size = ef
@@ -153,10 +159,15 @@ def scann_tree(corpus: np.ndarray, folder: Path) -> Engine:
     """ScaNN: partitions, asymmetric hashing of two dimensions a block, exact re-ordering; ``ef`` is the number of candidates re-ordered."""
     import scann
 
-    leaves = max(10, int(3 * np.sqrt(len(corpus))))
-    sample = min(len(corpus), 250_000)
-    builder = scann.scann_ops_pybind.builder(corpus, 10, "dot_product").tree(leaves, leaves // 10, training_sample_size=sample)
-    index = builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(100).build()
+    path = folder / "scann"
+    if not (folder / "built").is_file():
+        leaves = max(10, int(3 * np.sqrt(len(corpus))))
+        sample = min(len(corpus), 250_000)
+        builder = scann.scann_ops_pybind.builder(corpus, 10, "dot_product").tree(leaves, leaves // 10, training_sample_size=sample)
+        path.mkdir(parents=True, exist_ok=True)
+        builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(100).build().serialize(str(path))
+        (folder / "built").touch()
+    index = scann.scann_ops_pybind.load_searcher(str(path))
 
     def search(query: np.ndarray, ef: int) -> np.ndarray:
         rows: np.ndarray = index.search(query[0], final_num_neighbors=10, pre_reorder_num_neighbors=ef, leaves_to_search=max(1, ef // 2))[0]

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from encoders.baselines import entity_texts, unit_rows, use_encoder
+from encoders.baselines import unit_rows, use_encoder
 from encoders.captions import decode_image
 from encoders.console import stage
+from encoders.entity_texts import entity_texts
 from encoders.sample import Dataset, load_dataset, load_sample, related_query_pairs
 
 Float32 = npt.NDArray[np.float32]

@@ -19,6 +19,7 @@ import numpy as np
 import polars as pl
 import torch
 
+from encoders.entity_texts import entity_texts
 from encoders.errors import ConfigError, MissingDependency
 from encoders.evaluation import EvaluationTask, ScoreRows, vector_scores
 from encoders.exact_search import exact_top_k
@@ -80,23 +81,6 @@ def make_baseline(name: str, *, cache: Path | None = None, threads: int = 1) -> 
     raise ConfigError(
         f"unknown baseline {name!r}. Choose from {', '.join(BASELINES)}, or st:NAME_OR_PATH for a Sentence-Transformers model."
     )
-
-
-def entity_texts(
-    catalogue: pl.DataFrame, fields: Sequence[str] = ("title", "description", "category", "board_titles", "engaged_queries")
-) -> list[str]:
-    """One text per catalogue row: its fields joined by full stops; lists are joined too, and what is missing is left out."""
-    parts = []
-    for name in fields:
-        if name in catalogue.columns:
-            column = pl.col(name)
-            parts.append(column.list.join(". ").alias(name) if catalogue[name].dtype == pl.List else column.cast(pl.String).alias(name))
-    if not parts:
-        return [""] * catalogue.height
-    joined = (
-        catalogue.select(parts).with_columns(pl.all().replace("", None)).select(pl.concat_str(pl.all(), separator=". ", ignore_nulls=True))
-    )
-    return joined.to_series().fill_null("").to_list()
 
 
 def words_of(text: str) -> list[str]:

@@ -122,7 +122,7 @@ def content_hashes(catalogue: pl.DataFrame, config: EntityFeatureConfig) -> list
     Returns:
         N hashes.
     """
-    columns = [(name.encode(), row_texts(catalogue[name])) for name in sorted(config.text_fields) if name in catalogue.columns]
+    columns = [(name.encode(), row_texts(catalogue[name])) for name in sorted(config.text_columns) if name in catalogue.columns]
     vectors = [
         (name.encode(), row_vectors(catalogue, name, width))
         for name, width in sorted(config.continuous.items())
@@ -149,9 +149,7 @@ def columns_read(bundle: ModelBundle) -> set[str]:
     columns = {"title"}  # the text of query entities
     for encoder in bundle.entity_encoders.values():
         if encoder.featurizer is not None:
-            columns |= {*encoder.featurizer.config.text_fields, *encoder.featurizer.config.continuous}
-            if encoder.featurizer.config.text_embedding:
-                columns |= {"engaged_queries"}
+            columns |= encoder.featurizer.config.text_columns | encoder.featurizer.config.continuous.keys()
     return columns
 
 

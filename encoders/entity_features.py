@@ -19,7 +19,7 @@ from torch import Tensor
 
 from encoders.errors import BundleError, ConfigError, RowError, SchemaError
 from encoders.ngrams import NgramConfig, NgramCounter, Vocabulary
-from encoders.text_embedding import text_embedding, tower_fingerprint
+from encoders.text_embedding import TEXT_EMBEDDING_FIELDS, WHOLE_TEXT_FIELDS, text_embedding, tower_fingerprint
 
 TEXT_FIELDS = (
     "title",
@@ -51,6 +51,9 @@ class EntityFeatureConfig:
     text_embedding: str = ""
     """A query tower (shipped name or folder) whose frozen vector of title and engaged queries is one more continuous feature, the last;
     empty: none. Costs a transformer pass per distinct text."""
+    whole_text_weight: float = 0.0
+    """Weight in the text embedding of title, description, category and boards read as one text, beside 1 for the engaged queries and 0.5
+    for the title."""
     text_embedding_fingerprint: str = ""
     """SHA-256 of that tower; filled in, and checked on load."""
 
@@ -64,6 +67,9 @@ class EntityFeatureConfig:
                     f"{self.text_embedding_fingerprint[:16]}; use the version of omnisearchsage that made them, or train again"
                 )
             object.__setattr__(self, "text_embedding_fingerprint", found)
+        weight = self.whole_text_weight
+        if not (0 <= weight <= 100 and (self.text_embedding or not weight)):
+            raise ConfigError(f"EntityFeatureConfig.whole_text_weight ({weight}) must lie in [0, 100], above 0 only with a text_embedding")
         object.__setattr__(self, "continuous", dict(self.continuous))
         if isinstance(self.ngrams, Mapping):
             object.__setattr__(self, "ngrams", NgramConfig(**self.ngrams))
@@ -77,6 +83,13 @@ class EntityFeatureConfig:
         for name, width in self.continuous.items():
             if not isinstance(width, int) or width < 1:
                 raise ConfigError(f"EntityFeatureConfig.continuous[{name!r}] ({width!r}) must be a whole number of at least 1")
+
+    @property
+    def text_columns(self) -> frozenset[str]:
+        """Every text column that a vector depends on: the fields with n-grams, and those only the text embedding reads."""
+        embedded = TEXT_EMBEDDING_FIELDS if self.text_embedding else ()
+        whole = WHOLE_TEXT_FIELDS if self.whole_text_weight else ()
+        return frozenset((*self.text_fields, *embedded, *whole))
 
     @property
     def continuous_width(self) -> int:
@@ -233,7 +246,7 @@ class EntityFeaturizer:
                 token_ids[np.arange(len(ids)) + np.repeat(shift, lengths[:, i])] = ids
         continuous = [row_vectors(catalogue, name, width) for name, width in self.config.continuous.items()]
         if self.config.text_embedding:
-            continuous.append(text_embedding(self.config.text_embedding)(catalogue))
+            continuous.append(text_embedding(self.config.text_embedding)(catalogue, self.config.whole_text_weight))
         joined = torch.from_numpy(np.concatenate(continuous, axis=1)) if continuous else None
         return EntityBatch(torch.from_numpy(token_ids), torch.from_numpy(offsets), joined, len(names))
 

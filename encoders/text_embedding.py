@@ -1,4 +1,4 @@
-"""A pre-existing embedding for entities that have none: a frozen query tower's view of an entity's title and engaged queries.
+"""A pre-existing embedding for entities that have none: a frozen query tower's view of an entity's texts and engaged queries.
 
 It stands where the paper has PinSage and ItemSage: a continuous feature made before training. Unlike those it costs a transformer
 pass per distinct text; vectors are kept per process, so a text that many entities share is embedded once.
@@ -16,18 +16,26 @@ import numpy.typing as npt
 import polars as pl
 
 from encoders.console import track
+from encoders.entity_texts import entity_texts
 from encoders.query_tower import QueryEncoder, create_query_encoder
 from encoders.shipped_tower import SHIPPED_TOWERS
 from encoders.text import normalize_query
 
 TITLE_WEIGHT = 0.5
 """Weight of the title beside the mean of the engaged queries."""
+TEXT_EMBEDDING_FIELDS = ("title", "engaged_queries")
+"""Fields that are always read."""
+WHOLE_TEXT_FIELDS = ("title", "description", "category", "board_titles")
+"""Fields that are read together as one text."""
 _PART = 8192
 """Texts embedded between two steps of the progress bar; more than that have one."""
 
 
 class TextEmbedding:
-    """``unit(unit(mean of the engaged queries' vectors) + 0.5 * the title's vector)`` under a frozen query tower.
+    """``unit(unit(mean of the engaged queries' vectors) + 0.5 * title + w * whole text)`` under a frozen query tower.
+
+    The whole text is title, description, category and boards in one sentence-like string: read together they tell more than apart, most of
+    all where an entity has few engaged queries.
 
     Args:
         tower: A shipped tower's name, a folder, or a Hugging Face name.
@@ -43,8 +51,12 @@ class TextEmbedding:
         """D."""
         return self.encoder.dimension
 
-    def __call__(self, catalogue: pl.DataFrame) -> npt.NDArray[np.float32]:
-        """Embed rows by their ``title`` and ``engaged_queries`` (absent or empty: left out; both: zeros).
+    def __call__(self, catalogue: pl.DataFrame, whole_text_weight: float = 0.0) -> npt.NDArray[np.float32]:
+        """Embed rows by their texts (absent or empty: left out; all: zeros).
+
+        Args:
+            catalogue: N rows with ``title``, ``engaged_queries`` and, for the whole text, ``WHOLE_TEXT_FIELDS``.
+            whole_text_weight: ``w``; 0 leaves the whole text out.
 
         Returns:
             float32 (N, D), unit rows or zeros.
@@ -54,10 +66,14 @@ class TextEmbedding:
         queries = _lists(catalogue, "engaged_queries")
         owner = np.repeat(np.arange(rows), [len(texts) for texts in queries])
         flat = [text for texts in queries for text in texts]
-        vectors = self._vectors([*titles, *flat])
+        whole = entity_texts(catalogue, WHOLE_TEXT_FIELDS) if whole_text_weight else []
+        vectors = self._vectors([*titles, *flat, *whole])
         engaged = np.zeros((rows, self.dimension), np.float32)
-        np.add.at(engaged, owner, vectors[rows:])
-        return _unit(_unit(engaged) + TITLE_WEIGHT * vectors[:rows])
+        np.add.at(engaged, owner, vectors[rows : rows + len(flat)])
+        mixed = _unit(engaged) + TITLE_WEIGHT * vectors[:rows]
+        if whole:
+            mixed += whole_text_weight * vectors[rows + len(flat) :]
+        return _unit(mixed)
 
     def _vectors(self, texts: list[str]) -> npt.NDArray[np.float32]:
         texts = [normalize_query(text) for text in texts]

@@ -6,7 +6,8 @@ import numpy as np
 import polars as pl
 import pytest
 
-from encoders.baselines import Bm25, NeighbouringQueries, ZeroShot, cached, entity_texts, make_baseline, trigrams_of, words_of
+from encoders.baselines import Bm25, NeighbouringQueries, ZeroShot, cached, make_baseline, trigrams_of, words_of
+from encoders.entity_texts import entity_texts
 from encoders.errors import ConfigError
 from encoders.evaluation import build_task, rank_task, slice_metrics
 from encoders.sample import Dataset, load_sample

@@ -5,6 +5,7 @@ import polars as pl
 import pytest
 import torch
 
+from encoders.embedding import content_hashes
 from encoders.entity_features import EntityFeatureConfig, EntityFeaturizer
 from encoders.entity_tower import EntityEncoder, EntityTowerConfig, create_entity_encoder
 from encoders.errors import BundleError, ConfigError
@@ -36,6 +37,33 @@ def test_the_formula() -> None:
     np.testing.assert_allclose(vectors[1], love, atol=2e-3)
     np.testing.assert_allclose(vectors[2], title, atol=2e-3)
     assert not vectors[3].any()
+
+
+def test_the_whole_text_is_read_as_one() -> None:
+    rows = CATALOGUE.with_columns(category=pl.Series(["love and hate", "", None, ""]), board_titles=pl.Series([["symbols"], [], None, []]))
+    vectors = text_embedding("tiny-multilingual")(rows, 2.0)
+    encode = text_embedding("tiny-multilingual").encoder.encode
+    plain = text_embedding("tiny-multilingual")(rows)
+    title, love, coeur, whole = encode(["red heart", "love", "coeur", "red heart. love and hate. symbols"])
+    mean = (love + coeur) / np.linalg.norm(love + coeur)
+    expected = mean + TITLE_WEIGHT * title + 2 * whole
+    np.testing.assert_allclose(vectors[0], expected / np.linalg.norm(expected), atol=2e-3)
+    np.testing.assert_allclose(vectors[1:], plain[1:], atol=2e-3)  # nothing beside a title or a query: nothing changes
+
+
+def test_what_the_whole_text_reads_is_read_and_hashed() -> None:
+    config = EntityFeatureConfig(text_fields=("title",), text_embedding="tiny-multilingual", whole_text_weight=1.0)
+    assert config.text_columns == {"title", "engaged_queries", "description", "category", "board_titles"}
+    changed = CATALOGUE.with_columns(category=pl.lit("art"))
+    assert content_hashes(CATALOGUE, config)[0] != content_hashes(changed, config)[0]
+    plain = EntityFeatureConfig(text_fields=("title",), text_embedding="tiny-multilingual")
+    assert content_hashes(CATALOGUE, plain) == content_hashes(changed, plain)
+
+
+@pytest.mark.parametrize("settings", [{"whole_text_weight": 1.0}, {"text_embedding": "tiny-multilingual", "whole_text_weight": -1.0}])
+def test_a_weight_without_a_text_embedding_or_below_zero_is_refused(settings: dict) -> None:
+    with pytest.raises(ConfigError, match="whole_text_weight"):
+        EntityFeatureConfig(**settings)
 
 
 def test_the_tower_starts_near_the_text_embedding(encoder: EntityEncoder) -> None:

@@ -76,6 +76,7 @@ class EntityIndex:
         store: CodeStore | None = None,
     ) -> None:
         self.entity_type = entity_type
+        self.token = object()  # stands for this index where holding the index itself would keep a retired release in memory
         self.ids = ids
         self.corpus = corpus
         self.ann = ann

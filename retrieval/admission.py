@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 from retrieval.errors import DeadlinePassed, NotReady, Overloaded
@@ -9,6 +10,9 @@ from retrieval.http2.wire import Refusal, refusal
 from retrieval.status import status_for
 
 KEPT_REFUSALS = 1000
+LONGEST_PAUSE_MS = 10.0
+PAUSES_PER_PLACE = 16
+"""A full server reads each connection this often in the time that a request is inside: few places are free by then, and none for long."""
 
 
 class Admission:
@@ -18,11 +22,12 @@ class Admission:
     requests cannot hide behind a small number.
     """
 
-    __slots__ = ("_service_ms", "accepted", "draining", "in_flight", "limit", "peak", "refused", "requests")
+    __slots__ = ("_service_ms", "accepted", "coming", "draining", "in_flight", "limit", "peak", "refused", "requests")
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.in_flight = 0
+        self.coming = 0
         self.requests = 0
         self.peak = 0
         self.accepted = 0
@@ -33,6 +38,20 @@ class Admission:
     def cost_of(self, searches: int) -> int:
         """Places that a request with this many searches takes: all it holds, but never more than half of the limit."""
         return max(1, min(searches, self.limit // 2))
+
+    @property
+    def full(self) -> bool:
+        """Whether no place is free, once those who are coming have theirs."""
+        return self.in_flight + self.coming >= self.limit
+
+    def announce(self) -> None:
+        """Hold a place for a request that has passed the door and will ``enter`` in the event loop's next turn."""
+        if not self.coming:
+            asyncio.get_running_loop().call_soon(self._all_enter)
+        self.coming += 1
+
+    def _all_enter(self) -> None:
+        self.coming = 0
 
     def enter(self, places: int = 1) -> None:
         """Take places, or raise ``Overloaded`` with a hint, or ``NotReady`` while draining. Pair with ``leave``."""
@@ -54,6 +73,11 @@ class Admission:
         self.requests -= 1
         self._service_ms += 0.02 * (seconds * 1e3 - self._service_ms)
 
+    def pause_ms(self) -> float:
+        """Milliseconds for which a full server may leave its callers unread; 0 when it is too fast for that to pay."""
+        pause = min(LONGEST_PAUSE_MS, self._service_ms / PAUSES_PER_PLACE)
+        return float(int(pause))
+
     def retry_after_ms(self) -> int:
         """Milliseconds after which about half of those inside now will have left; 5 to 5000."""
         return int(min(5000.0, max(5.0, self._service_ms)))
@@ -72,26 +96,26 @@ class Refusals:
         self._admission = admission
         self._count = count
         self._labels = (method, "RESOURCE_EXHAUSTED")
-        self._made: dict[tuple[str, int, int], Refusal] = {}
+        self._made: dict[tuple[str, int, int, float], Refusal] = {}
 
     def at_the_door(self) -> Refusal | None:
         """The refusal of a call whose message has not come yet, when not one place is free; None lets it in."""
         admission = self._admission
-        if admission.in_flight < admission.limit or admission.draining:
+        if not admission.full or admission.draining:
             return None
         admission.refused += 1
-        return self.of("server", admission.limit, admission.retry_after_ms())
+        return self.of("server", admission.limit, admission.retry_after_ms(), admission.pause_ms())
 
-    def of(self, what: str, limit: int, retry_after_ms: int) -> Refusal:
+    def of(self, what: str, limit: int, retry_after_ms: int, pause_ms: float = 0.0) -> Refusal:
         """Count and return the refusal that ``Overloaded`` with these values would become."""
         self._count("omni_requests", self._labels)
-        key = what, limit, retry_after_ms
+        key = what, limit, retry_after_ms, pause_ms
         made = self._made.get(key)
         if made is None:
             if len(self._made) >= KEPT_REFUSALS:
                 self._made.clear()
             error = Overloaded(what, limit, retry_after_ms)
-            made = self._made[key] = refusal(*status_for(error), retry_trailer(error))
+            made = self._made[key] = refusal(*status_for(error), retry_trailer(error), pause_ms / 1e3)
         return made
 
 

@@ -49,14 +49,20 @@ class ReadyAnswers:
         self._always_general = service.impressions is not None or service.tracer is not None
 
     def __call__(self, content: bytes, context: Any) -> bytes | Refusal | None:
-        """Answer, refuse, or decline."""
+        """Answer, refuse, or decline: then the call takes its place in the event loop's next turn."""
+        if self.admission.full and not self.admission.draining:
+            return self.refusals.at_the_door()
+        answer = self._answer(content, context)
+        if answer is None:
+            self.admission.announce()
+        return answer
+
+    def _answer(self, content: bytes, context: Any) -> bytes | Refusal | None:
         started = _now()
         serving = self.releases.active
         admission = self.admission
         if serving is None or self._always_general or admission.draining:
             return None
-        if admission.in_flight >= admission.limit:
-            return self.refusals.at_the_door()
         try:
             request = _parse(content)
             index = serving.entities.get(request.entity_type)

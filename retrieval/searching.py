@@ -82,7 +82,7 @@ class Searcher:
     @staticmethod
     def plain_key(index: EntityIndex, k: int, min_recall: bool) -> tuple[Any, ...]:
         """What searches of this shape without other options are remembered by."""
-        return index, False, False, min_recall, k.bit_length()
+        return index.token, False, False, min_recall, k.bit_length()
 
     def is_short(self, key: tuple[Any, ...]) -> bool:
         """Whether searches like this one are known to be short enough for the event loop."""
@@ -92,7 +92,7 @@ class Searcher:
         """Remember what a search took: falls fast and rises slowly, as what a busy machine adds says little about the next search."""
         known = self._expected.get(key)
         if known is None:
-            if len(self._expected) > 500:  # indexes of retired releases are keys, too: do not keep them alive
+            if len(self._expected) > 500:  # most of them of retired releases
                 self._expected.clear()
             self._expected[key] = seconds
         else:
@@ -101,7 +101,7 @@ class Searcher:
 
     async def timed(self, index: EntityIndex, options: dict[str, Any], k: int, work: Callable[[], Any]) -> tuple[Any, int]:
         """Run ``work`` inline or in a thread, by what such searches took before; returns its result and nanoseconds."""
-        key = (index, "exact" in options, "filter" in options, "min_recall" in options, k.bit_length())
+        key = (index.token, "exact" in options, "filter" in options, "min_recall" in options, k.bit_length())
         expected = self._expected.get(key)
         if expected is None:
             expected = 0.0 if not options and k <= 100 else 1.0
@@ -116,11 +116,6 @@ class Searcher:
         """Run ``work`` in a thread; returns its result and nanoseconds."""
         found: tuple[Any, int] = await asyncio.get_running_loop().run_in_executor(self.pool, _timed, work)
         return found
-
-    def forget(self, indexes: Sequence[EntityIndex]) -> None:
-        """Forget what is known about these indexes."""
-        gone = set(map(id, indexes))
-        self._expected = {key: value for key, value in self._expected.items() if id(key[0]) not in gone}
 
     def close(self) -> None:
         """Stop the threads."""

@@ -199,6 +199,7 @@ def announce(info: dict[str, Any], as_json: bool) -> None:
 
 
 async def _serve(config: ServeConfig, as_json: bool) -> None:
+    from retrieval.garbage import set_start_up_apart
     from retrieval.server import Server, create_server, run_until_signalled
 
     def ready(server: Server) -> None:
@@ -213,4 +214,6 @@ async def _serve(config: ServeConfig, as_json: bool) -> None:
         }
         announce(info, as_json)
 
-    await run_until_signalled(await create_server(config), ready)
+    server = await create_server(config)
+    set_start_up_apart(server.releases)
+    await run_until_signalled(server, ready)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import logging
@@ -35,6 +36,7 @@ from index_builder.entity_index import EntityIndex
 from index_builder.errors import ReleaseNotFound
 from index_builder.publishing import CURRENT_NAME, ReleaseStore
 from retrieval.errors import AddressInUse, NothingToRollBack, ReleaseRefused, UnknownRelease
+from retrieval.garbage import set_start_up_apart
 from retrieval.http2.server import BACKLOG
 from retrieval.query_encoding import choose_form
 from retrieval.serve_config import ServeConfig
@@ -108,6 +110,7 @@ class Supervisor:
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT."""
+        gc.freeze()  # a collection would write to every object, and take the workers' shared pages apart
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         try:
@@ -434,6 +437,8 @@ async def _worker(
         reuse_port=True,
         listener=listening,
     )
+
+    set_start_up_apart(server.releases)
 
     async def listen_to_supervisor() -> None:
         while line := await reader.readline():

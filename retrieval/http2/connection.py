@@ -71,6 +71,8 @@ class Connection(Leaving):
         self._buffered = 0
         self._noise = 0
         self._served = 0
+        self._pause = 0.0  # seconds, asked for by a refusal in this read
+        self._resting = self._unread = False  # the two reasons to read nothing: the server is full; the peer does not read
         self._farewell: Callable[[], None] | None = None
         self._control = {**self.control_frames(), wire.CONTINUATION: self._on_continuation}
 
@@ -99,12 +101,28 @@ class Connection(Leaving):
 
     def pause_writing(self) -> None:
         """The peer does not read: listen to it no more until it does."""
+        self._unread = True
         if self._transport is not None:
             self._transport.pause_reading()
 
     def resume_writing(self) -> None:
         """It reads again."""
-        if self._transport is not None and not self.closed:
+        self._unread = False
+        self._listen()
+
+    def rest(self) -> None:
+        """The server is full: let the peer's next calls gather."""
+        self._resting = True
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def listen_again(self) -> None:
+        """Hear what they are."""
+        self._resting = False
+        self._listen()
+
+    def _listen(self) -> None:
+        if self._transport is not None and not (self.closed or self._resting or self._unread):
             self._transport.resume_reading()
 
     def data_received(self, data: bytes) -> None:
@@ -159,6 +177,9 @@ class Connection(Leaving):
             return
         if self._out:
             self._flush()
+        if self._pause and not self._resting:
+            pause, self._pause = self._pause, 0.0
+            self.server.pacer.rest(self, pause)
 
     def _flush(self) -> None:
         out, self._out, self._answers = self._out, [], 0
@@ -485,6 +506,7 @@ class Connection(Leaving):
 
     def _send_refusal(self, stream: int, refusal: wire.Refusal) -> None:
         """The answer to a call that is not let in; it leaves with the others of this read."""
+        self._pause = refusal.pause_seconds
         if self._size_update:
             self._out.append(frame(wire.HEADERS, wire.END_HEADERS | wire.END_STREAM, stream, self._updated(refusal.block)))
         else:

@@ -14,6 +14,7 @@ import grpc
 
 from retrieval.http2.calls import Methods
 from retrieval.http2.connection import Connection
+from retrieval.http2.pacing import Pacer
 
 log = logging.getLogger("omni.http2")
 
@@ -44,6 +45,7 @@ class Http2Server:
         self.loop = asyncio.get_running_loop()
         self.connections: set[Connection] = set()
         self.methods = Methods()
+        self.pacer = Pacer(self.loop)
         self.now = time.monotonic
         self._shared = listener is not None
         self._listeners: list[tuple[socket.socket, ssl.SSLContext | None]] = [] if listener is None else [(listener, None)]

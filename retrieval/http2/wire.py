@@ -119,6 +119,7 @@ class Refusal(NamedTuple):
         start: The first five bytes of the HEADERS frame: length, type, flags.
         block: Response headers and status in one.
         code: What ``block`` says, for other transports; ``message`` and ``trailing`` too.
+        pause_seconds: How long the transport may read nothing from this connection afterwards; calls wait meanwhile.
     """
 
     start: bytes
@@ -126,13 +127,14 @@ class Refusal(NamedTuple):
     code: grpc.StatusCode
     message: str
     trailing: tuple[tuple[str, str | bytes], ...]
+    pause_seconds: float = 0.0
 
 
-def refusal(code: grpc.StatusCode, message: str, trailing: Sequence[tuple[str, str | bytes]] = ()) -> Refusal:
+def refusal(code: grpc.StatusCode, message: str, trailing: Sequence[tuple[str, str | bytes]] = (), pause_seconds: float = 0.0) -> Refusal:
     """Encode an answer that is nothing but a status."""
     block = RESPONSE_BLOCK + status_block(code, message, trailing)
     start = FRAME.pack(0, len(block), HEADERS, END_HEADERS | END_STREAM, 0)[:5]
-    return Refusal(start, block, code, message, tuple(trailing))
+    return Refusal(start, block, code, message, tuple(trailing), pause_seconds)
 
 
 def timeout_seconds(text: str) -> float | None:

@@ -22,6 +22,8 @@ class Behaviour:
     cancelled: int = 0
     seen: list = field(default_factory=list)
     closed: bool = False
+    pause: float = 0.0
+    """Seconds that a refusal at the door asks the transport to rest."""
     gate: asyncio.Event = field(default_factory=asyncio.Event)
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -41,7 +43,7 @@ class Behaviour:
             self.seen.append(content)
             return content
 
-        guarded.door = lambda: FULL if self.closed else None  # type: ignore[attr-defined]
+        guarded.door = lambda: FULL._replace(pause_seconds=self.pause) if self.closed else None  # type: ignore[attr-defined]
 
         async def slow(content: bytes, context) -> bytes:
             try:

@@ -1,9 +1,11 @@
 """Releases that come, go, break and come back while a real server answers."""
 
 import asyncio
+import gc
 import hashlib
 import json
 import shutil
+import weakref
 from pathlib import Path
 
 import grpc
@@ -16,6 +18,7 @@ from index_builder.publishing import ReleaseStore
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
 from retrieval.errors import AddressInUse
+from retrieval.garbage import set_start_up_apart
 from retrieval.serve_config import ServeConfig
 from retrieval.server import Server, create_server
 
@@ -350,3 +353,39 @@ async def test_stopping_lets_calls_in_flight_finish(store: ReleaseStore) -> None
 def test_the_manifest_of_the_fixture_is_real(published: Path) -> None:
     manifest = json.loads((published / "releases" / "a1" / "manifest.json").read_text())
     assert manifest["entities"]["pin"]["count"] == 60
+
+
+async def test_a_retired_release_is_freed_without_the_collector(store: ReleaseStore) -> None:
+    """What start-up made is set apart from garbage collection, the first release with it: nothing may hold it in a ring."""
+    gc.collect()
+    gc.disable()
+    try:
+        config = ServeConfig(releases=store.root, host="127.0.0.1", port=0, metrics_port=None, poll_seconds=0.05, shadow_fraction=0)
+        server = await create_server(config)
+        set_start_up_apart(server.releases)
+        await server.start()
+        assert gc.get_freeze_count() > 10_000
+        channel = grpc.aio.insecure_channel(f"127.0.0.1:{server.port}")
+        stub = rpc.RetrievalStub(channel)
+        for text in ("red cat", "a text nobody asked before"):
+            assert whole(await stub.Retrieve(ask(text)))
+        first = server.releases.active
+        pins = first.entities["pin"]
+        held = {
+            "serving release": weakref.ref(first),
+            "pins": weakref.ref(pins),
+            "graph": weakref.ref(pins.ann),
+            "encoder": weakref.ref(first.encoding),
+        }
+        del first, pins
+        for release_id in ("a2", "b1"):
+            store.activate(release_id)
+            await until(lambda wanted=release_id: server.releases.active and server.releases.active.release_id == wanted)
+            assert whole(await stub.Retrieve(ask()))
+        await until(lambda: not server.releases._retiring)
+        assert not [name for name, reference in held.items() if reference() is not None]
+        await channel.close()
+        await server.stop(0)
+    finally:
+        gc.unfreeze()
+        gc.enable()

@@ -1,5 +1,6 @@
 """The short way of Retrieve against the general one: the same answers, and it declines whatever it may not answer."""
 
+import asyncio
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,10 +45,17 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield found
 
 
+def asked(ready: ReadyAnswers, content: bytes) -> Any:
+    """What the short way says, on a loop of its own."""
+
+    async def ask() -> Any:
+        return ready(content, Caller())
+
+    return asyncio.run(ask())
+
+
 def both_ways(running: Running, request: pb.RetrieveRequest) -> tuple[pb.RetrieveResponse | None, pb.RetrieveResponse]:
     """What the short way and the general way answer; both run on the server's loop."""
-    import asyncio
-
     service = running.server.service
     ready = ReadyAnswers(service)
 
@@ -124,8 +132,8 @@ def test_it_never_raises_and_never_answers_a_mistake(running: Running) -> None:
         pb.RetrieveRequest(embedding=(good * 2).tobytes(), space_id=running.space_id, entity_type="pin", k=3),
         pb.RetrieveRequest(embedding=np.full_like(good, np.nan).tobytes(), space_id=running.space_id, entity_type="pin", k=3),
     ):
-        assert ready(request.SerializeToString(), Caller()) is None
-    assert ready(b"\xff\xff\xff", Caller()) is None
+        assert asked(ready, request.SerializeToString()) is None
+    assert asked(ready, b"\xff\xff\xff") is None
 
 
 def test_plain_cached_calls_take_the_short_way(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +174,7 @@ def test_an_error_of_the_index_fails_its_own_call_and_no_other(
     monkeypatch.setattr(EntityIndex, "search", failing)
     service.searcher.learn(service.searcher.plain_key(service.releases.active.entities["pin"], 7, False), 1e-5)
     content = pb.RetrieveRequest(query=TEXTS[0], entity_type="pin", k=7)
-    assert ReadyAnswers(service)(content.SerializeToString(), Caller()) is None
+    assert asked(ReadyAnswers(service), content.SerializeToString()) is None
     with grpc.insecure_channel(running.address) as channel:
         stub = rpc.RetrievalStub(channel)
         waiting = stub.Retrieve.future(pb.RetrieveRequest(query=f"not asked before {error.__name__}", entity_type="pin", k=3), timeout=20)

@@ -1,5 +1,6 @@
 """Small parts of the server: re-ranking, admission, settings, tokens, request checks, shadow recall's arithmetic."""
 
+import asyncio
 import hashlib
 import math
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from encoders.errors import ConfigError, SpaceMismatch
 from protos import retrieval_pb2 as pb
-from retrieval.admission import Admission, check_deadline
+from retrieval.admission import Admission, Refusals, check_deadline
 from retrieval.diversity import collapse_near_duplicates, maximal_marginal_relevance, rerank
 from retrieval.errors import (
     DeadlinePassed,
@@ -76,6 +77,30 @@ def test_collapsing_keeps_the_better_of_each_pair() -> None:
     assert collapse_near_duplicates(doubled, 0.999) == list(range(0, 40, 2))
     assert collapse_near_duplicates(vectors, 1.0) == list(range(20))
     assert rerank(scores[:0], vectors[:0], 5, 0.5, 0.5) == []
+
+
+def test_those_who_come_in_one_read_hold_their_places_before_they_enter() -> None:
+    async def read() -> None:
+        admission = Admission(3)
+        refusals = Refusals("Retrieve", admission, lambda name, labels: None)
+        admission.enter()
+        for _ in range(2):
+            assert refusals.at_the_door() is None
+            admission.announce()
+        assert refusals.at_the_door() is not None, "the third place is for one who is on the way"
+        await asyncio.sleep(0)
+        assert refusals.at_the_door() is None, "who did not enter in the next turn holds nothing"
+
+    asyncio.run(read())
+
+
+def test_a_pause_is_short_beside_the_time_inside() -> None:
+    admission = Admission(1)
+    for milliseconds, pause in ((0.5, 0.0), (100.0, 6.0), (5000.0, 10.0)):
+        for _ in range(1000):
+            admission.enter()
+            admission.leave(1, milliseconds / 1e3)
+        assert admission.pause_ms() == pause
 
 
 def test_admission_counts_places_refuses_with_a_hint_and_forgets_nothing() -> None:

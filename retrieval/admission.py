@@ -10,8 +10,8 @@ from retrieval.http2.wire import Refusal, refusal
 from retrieval.status import status_for
 
 KEPT_REFUSALS = 1000
-LONGEST_PAUSE_MS = 10.0
-PAUSES_PER_PLACE = 16
+LONGEST_PAUSE_MS = 20.0
+PAUSES_PER_PLACE = 8
 """A full server reads each connection this often in the time that a request is inside: few places are free by then, and none for long."""
 
 

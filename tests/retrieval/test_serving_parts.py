@@ -96,7 +96,7 @@ def test_those_who_come_in_one_read_hold_their_places_before_they_enter() -> Non
 
 def test_a_pause_is_short_beside_the_time_inside() -> None:
     admission = Admission(1)
-    for milliseconds, pause in ((0.5, 0.0), (100.0, 6.0), (5000.0, 10.0)):
+    for milliseconds, pause in ((0.5, 0.0), (100.0, 12.0), (5000.0, 20.0)):
         for _ in range(1000):
             admission.enter()
             admission.leave(1, milliseconds / 1e3)

@@ -27,6 +27,8 @@ TEXT_EMBEDDING_FIELDS = ("title", "engaged_queries")
 """Fields that are always read."""
 WHOLE_TEXT_FIELDS = ("title", "description", "category", "board_titles")
 """Fields that are read together as one text."""
+KEPT_TEXTS = 1_000_000
+"""Texts whose vectors are kept from call to call, about 0.7 GiB; beyond that only those of the call at hand stay."""
 _PART = 8192
 """Texts embedded between two steps of the progress bar; more than that have one."""
 
@@ -79,6 +81,8 @@ class TextEmbedding:
         texts = [normalize_query(text) for text in texts]
         with self._lock:
             fresh = [text for text in dict.fromkeys(texts) if text and text not in self._known]
+            if len(self._known) + len(fresh) > KEPT_TEXTS:
+                self._known = {text: self._known[text] for text in set(texts) & self._known.keys()}
             parts = [fresh[start : start + _PART] for start in range(0, len(fresh), _PART)]
             for part in parts if len(parts) < 2 else track(parts, f"embed {len(fresh):,} texts with the frozen tower"):
                 self._known.update(zip(part, self.encoder.encode(part).astype(np.float16), strict=True))

@@ -9,7 +9,7 @@ from encoders.embedding import content_hashes
 from encoders.entity_features import EntityFeatureConfig, EntityFeaturizer
 from encoders.entity_tower import EntityEncoder, EntityTowerConfig, create_entity_encoder
 from encoders.errors import BundleError, ConfigError
-from encoders.text_embedding import TITLE_WEIGHT, text_embedding
+from encoders.text_embedding import TITLE_WEIGHT, TextEmbedding, text_embedding
 
 CATALOGUE = pl.DataFrame(
     {
@@ -49,6 +49,18 @@ def test_the_whole_text_is_read_as_one() -> None:
     expected = mean + TITLE_WEIGHT * title + 2 * whole
     np.testing.assert_allclose(vectors[0], expected / np.linalg.norm(expected), atol=2e-3)
     np.testing.assert_allclose(vectors[1:], plain[1:], atol=2e-3)  # nothing beside a title or a query: nothing changes
+
+
+def test_no_more_texts_are_kept_than_the_bound_and_those_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("encoders.text_embedding.KEPT_TEXTS", 3)
+    embedding = TextEmbedding("tiny-multilingual")
+    before = embedding(CATALOGUE)
+    assert set(embedding._known) == {"red heart", "love", "coeur", ""}
+    np.testing.assert_array_equal(embedding(CATALOGUE.head(1)), before[:1])
+    other = pl.DataFrame({"title": ["blue", "love"]})
+    np.testing.assert_array_equal(embedding(other)[1], before[1])
+    assert set(embedding._known) == {"love", "blue", ""}
+    np.testing.assert_array_equal(embedding(CATALOGUE), before)
 
 
 def test_what_the_whole_text_reads_is_read_and_hashed() -> None:

@@ -216,15 +216,29 @@ def text_bucket(texts: pl.Series, seed: int, buckets: int) -> Int64:
 
 
 def _hold_back(pairs: pl.DataFrame, config: TrainConfig) -> pl.DataFrame:
-    """Move ``fraction`` of the distinct train queries to the validation split when no pair is in it."""
-    if not config.validation.fraction or (pairs["split"] == "validation").any():
-        return pairs
-    queries = pairs["query"].unique(maintain_order=True)
-    held = queries.filter(
-        pl.Series(text_bucket(queries, config.seed + 101, VALIDATION_BUCKETS) < config.validation.fraction * VALIDATION_BUCKETS)
+    """Move ``fraction`` of the distinct train queries to the validation split when no pair is in it.
+
+    Both sides of a related-query pair are read by the query tower: train pairs whose related query is a validation query are left out.
+    """
+    if config.validation.fraction and not (pairs["split"] == "validation").any():
+        queries = pairs["query"].unique(maintain_order=True)
+        buckets = text_bucket(queries, config.seed + 101, VALIDATION_BUCKETS)
+        held = queries.filter(pl.Series(buckets < config.validation.fraction * VALIDATION_BUCKETS))
+        is_held = pl.col("query").is_in(held.implode())
+        pairs = pairs.with_columns(pl.when(is_held).then(pl.lit("validation")).otherwise(pl.col("split")).alias("split"))
+    validation = pairs.filter(pl.col("split") == "validation")["query"].unique()
+    shown = (
+        (pl.col("split") == "train") & (pl.col("entity_type") == "query") & _folded("entity_id").is_in(_fold_texts(validation).implode())
     )
-    is_held = pl.col("query").is_in(held.implode())
-    return pairs.with_columns(pl.when(is_held).then(pl.lit("validation")).otherwise(pl.col("split")).alias("split"))
+    return pairs.filter(~shown)
+
+
+def _folded(name: str) -> pl.Expr:
+    return pl.col(name).map_batches(_fold_texts, return_dtype=pl.String)
+
+
+def _fold_texts(texts: pl.Series) -> pl.Series:
+    return pl.Series([fold(normalize_query(text)) for text in texts.to_list()], dtype=pl.String)
 
 
 def _number(pairs: pl.DataFrame, numbers: pl.DataFrame, catalogue: pl.DataFrame) -> pl.DataFrame:

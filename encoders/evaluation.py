@@ -421,11 +421,12 @@ def pair_slices(task: EvaluationTask, train_pairs: pl.DataFrame) -> dict[str, pl
 def metrics_by_slice(
     ranking: Ranking, slices: dict[str, pl.Series], *, ks: Sequence[int] = (10,), resamples: int = 300
 ) -> dict[str, dict[str, SliceMetrics]]:
-    """``{slice: {label: metrics}}``, labels with most pairs first."""
+    """``{slice: {label: metrics}}``, labels with most pairs first; pairs without a label are ``unknown``."""
     result: dict[str, dict[str, SliceMetrics]] = {}
-    for name, labels in slices.items():
+    for name, given in slices.items():
+        labels = given.cast(pl.String).fill_null("unknown")
         frequent = labels.value_counts().sort(["count", labels.name], descending=[True, False])[labels.name].to_list()
-        result[name] = {str(label): slice_metrics(ranking, (labels == label).to_numpy(), ks=ks, resamples=resamples) for label in frequent}
+        result[name] = {label: slice_metrics(ranking, (labels == label).to_numpy(), ks=ks, resamples=resamples) for label in frequent}
     return result
 
 

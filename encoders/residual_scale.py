@@ -20,6 +20,9 @@ from encoders.train_progress import Talk
 from encoders.train_steps import Towers, TrainInputs
 from encoders.training_validation import validation_hits
 
+SMALLEST_SCALE = 1e-3
+"""What scale 0 stands for: an entity without title and engaged queries has no text embedding, and a zero vector would be left of it."""
+
 
 def choose_residual_scales(towers: Towers, inputs: TrainInputs, talk: Talk) -> tuple[dict[str, float], dict[str, float]]:
     """The scale of ``config.validation.residual_scales`` for each entity type with held-back pairs, by ``smallest_within_error``.
@@ -33,13 +36,13 @@ def choose_residual_scales(towers: Towers, inputs: TrainInputs, talk: Talk) -> t
     hits: dict[str, dict[float, npt.NDArray[np.bool_]]] = {name: {} for name in pairs}
     for scale in sorted(set(inputs.config.validation.residual_scales)):
         for layer, (weight, bias) in zip(last, learned, strict=True):
-            _set(layer, weight * scale, bias * scale)
+            _scale(layer, weight, bias, scale)
         found = validation_hits(towers, inputs, entity_types=pairs)
         talk(f"residual scale {scale:g} | " + " | ".join(f"{name} recall@10 {hit.mean():.4f}" for name, hit in found.items()))
         for name, hit in found.items():
             hits[name][scale] = hit
     for layer, (weight, bias) in zip(last, learned, strict=True):
-        _set(layer, weight, bias)
+        _scale(layer, weight, bias, 1.0)
     scales = {name: smallest_within_error(by_scale, pairs[name]) for name, by_scale in hits.items() if by_scale}
     return scales, {f"validation/recall@10/{name}": float(hits[name][scale].mean()) for name, scale in scales.items()}
 
@@ -71,7 +74,7 @@ def scaled_towers(encoders: dict[str, EntityEncoder], scales: dict[str, float]) 
             made[key] = tower if key[1] == 1.0 else copy.deepcopy(tower)
             if made[key] is not tower:
                 layer = _last_layer(made[key])
-                _set(layer, layer.weight.detach() * key[1], layer.bias.detach() * key[1])
+                _scale(layer, layer.weight.detach(), layer.bias.detach(), key[1])
     return {name: made[id(tower), scales.get(name, 1.0)] for name, tower in encoders.items()}
 
 
@@ -81,7 +84,7 @@ def _last_layer(tower: EntityEncoder) -> nn.Linear:
     return layer
 
 
-def _set(layer: nn.Linear, weight: torch.Tensor, bias: torch.Tensor) -> None:
+def _scale(layer: nn.Linear, weight: torch.Tensor, bias: torch.Tensor, scale: float) -> None:
     with torch.no_grad():
-        layer.weight.copy_(weight)
-        layer.bias.copy_(bias)
+        layer.weight.copy_(weight * max(scale, SMALLEST_SCALE))
+        layer.bias.copy_(bias * max(scale, SMALLEST_SCALE))

@@ -23,7 +23,7 @@ from torch import Tensor
 from encoders.batches import BatchPlan, TokenisedTexts, TrainingData, prepare
 from encoders.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from encoders.console import say
-from encoders.entity_features import EntityFeaturizer, concatenate
+from encoders.entity_features import EntityFeaturizer, concatenate, row_texts
 from encoders.entity_tower import EntityEncoder, create_entity_encoder
 from encoders.errors import CheckpointError, ConfigError
 from encoders.gathering import average_gradients, broadcast_parameters, process_rank, world_size
@@ -136,12 +136,13 @@ def train(
     history: list[dict[str, float]] = []
     step_seconds, cpu_seconds, pairs_seen, begun = 0.0, 0.0, 0, time.perf_counter()
     patience = config.validation.patience
-    stopped = loop.step >= steps or bool(patience and loop.without_gain >= patience)
+    earlier = loop.seconds  # spent before this call
+    stopped = loop.step >= steps or bool(patience and loop.without_gain >= patience) or 0 < config.max_seconds <= loop.seconds
     while not stopped:
         step = loop.step
         tick, cpu_tick = time.perf_counter(), time.process_time()
         torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + rank)
-        elapsed = (tick - begun) / config.max_seconds if config.max_seconds else None
+        elapsed = (earlier + tick - begun) / config.max_seconds if config.max_seconds else None
         set_learning_rates(optimiser, schedule(step, steps, config.optimiser, elapsed))
         logs = (step + 1) % config.log_every == 0 or step in (0, steps - 1)
         batch = plan.step(step)
@@ -159,7 +160,8 @@ def train(
         seconds = time.perf_counter() - tick
         cpu_seconds += time.process_time() - cpu_tick
         step_seconds, pairs_seen, loop.step = step_seconds + seconds, pairs_seen + sum(prepared.pairs_per_step), step + 1
-        spent = (time.perf_counter() - begun) / config.max_seconds if config.max_seconds else 0.0
+        loop.seconds = earlier + time.perf_counter() - begun
+        spent = loop.seconds / config.max_seconds if config.max_seconds else 0.0
         stopped = loop.step >= steps or spent >= 1.0
 
         if logs or stopped:
@@ -254,18 +256,27 @@ def build_towers(
 
 
 def run_fingerprint(inputs: TrainInputs) -> str:
-    """SHA-256 of what decides a run's course: the config (but for logging and saving), the pairs and the featurised catalogue."""
-    prepared, features = inputs.prepared, inputs.features
+    """SHA-256 of what decides a run's course: the config (but for logging and saving), the pairs, and all that the towers read.
+
+    Vectors that a frozen tower makes of texts are not hashed, their texts are: the last bits of the former depend on the number of threads.
+    """
+    prepared, features, read = inputs.prepared, inputs.features, inputs.config.features
     table = {key: value for key, value in to_table(inputs.config).items() if key not in _MAY_CHANGE}
     table["validation"] = {key: value for key, value in table["validation"].items() if key != "residual_scales"}  # these act at the end
     digest = hashlib.sha256(json.dumps(table, sort_keys=True, default=str).encode())
     for pair_set in prepared.pair_sets:
-        for array in (pair_set.queries, pair_set.candidates, pair_set.weights, pair_set.folds):
+        for array in (pair_set.queries, pair_set.candidates, pair_set.weights, pair_set.folds, pair_set.pool):
             digest.update(array.tobytes())
-    digest.update("\n".join(prepared.texts).encode("utf-8", "surrogatepass"))
-    digest.update("\n".join(prepared.catalogue["id"].to_list()).encode("utf-8", "surrogatepass"))
-    digest.update(features.token_ids.cpu().numpy().tobytes())
-    for tensor in (features.continuous, *inputs.vectors.values()):
+    for name, (queries, candidates) in sorted(prepared.validation.items()):
+        digest.update(name.encode() + queries.tobytes() + candidates.tobytes())
+    texts = [prepared.texts, prepared.catalogue["id"].to_list(), prepared.catalogue["entity_type"].cast(pl.String).to_list()]
+    for view in prepared.catalogue_views:
+        texts += [[name, *row_texts(view[name])] for name in sorted(read.text_columns) if name in view.columns]
+    for part in texts:
+        digest.update("\x1e".join(part).encode("utf-8", "surrogatepass"))
+    continuous = features.continuous
+    given = None if continuous is None else continuous[:, : continuous.shape[1] - read.text_embedding_width]
+    for tensor in (features.token_ids, features.offsets, given, *inputs.vectors.values()):
         if tensor is not None:
             digest.update(tensor.cpu().numpy().tobytes())
     return digest.hexdigest()
@@ -285,6 +296,8 @@ class _LoopState:
     best: float = -1.0
     best_step: int = 0
     without_gain: int = 0
+    seconds: float = 0.0
+    """Spent in the loop, earlier calls included: what ``max_seconds`` bounds."""
     metrics: dict[str, float] = field(default_factory=dict)
     _memory: dict[str, Tensor] | None = None
 
@@ -294,6 +307,7 @@ class _LoopState:
             "best": self.best,
             "best_step": self.best_step,
             "without_gain": self.without_gain,
+            "seconds": self.seconds,
             "metrics": self.metrics,
         }
 

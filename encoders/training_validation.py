@@ -83,13 +83,17 @@ def _queries(towers: Towers, inputs: TrainInputs, rows: np.ndarray) -> Tensor:
 
 
 def _hits(queries: Tensor, candidates: Tensor, places: Tensor, own: Tensor | None, pool: np.ndarray, k: int) -> npt.NDArray[np.bool_]:
+    """Bool ``(P,)``: fewer than ``k`` candidates score higher, or as high in an earlier row, as in ``encoders.evaluation``."""
     hits = []
     pool_numbers = torch.from_numpy(pool)
+    columns = torch.arange(len(candidates), device=candidates.device)
     for start in range(0, len(queries), _BLOCK):
         block = slice(start, start + _BLOCK)
         scores = queries[block] @ candidates.T  # (B, N)
         if own is not None:  # a query must not find itself
             scores = scores.masked_fill((own[block][:, None] == pool_numbers[None, :]).to(scores.device), -2.0)
-        positive = scores.gather(1, places[block][:, None])
-        hits.append(((scores > positive).sum(dim=1) < k).cpu().numpy())
+        place = places[block][:, None]
+        positive = scores.gather(1, place)
+        before = (scores > positive) | ((scores == positive) & (columns < place))
+        hits.append((before.sum(dim=1) < k).cpu().numpy())
     return np.concatenate(hits)

@@ -209,6 +209,23 @@ def test_held_back_queries_are_in_no_training_pair_and_no_entity_text() -> None:
     assert not held & set(prepared.catalogue_views[0]["engaged_queries"].explode().drop_nulls().to_list())
 
 
+@pytest.mark.parametrize("own_split", [False, True])
+def test_a_held_back_query_is_nobodys_related_query(own_split: bool) -> None:
+    """Both sides of a related-query pair are read by the query tower."""
+    data = world()
+    queries = data.pairs["query"].unique(maintain_order=True).to_list()
+    related = pl.DataFrame({"query": queries[:-1], "entity_type": "query", "entity_id": [text.upper() for text in queries[1:]]})
+    pairs = pl.concat([data.pairs, related], how="diagonal_relaxed")
+    if own_split:
+        held_here = pl.col("query").is_in(queries[::5])
+        pairs = pairs.with_columns(split=pl.when(held_here).then(pl.lit("validation")).otherwise(pl.lit("train")))
+    prepared = prepare(TrainingData(data.catalogue, pairs), small_config(validation={"fraction": 0.2}))
+    held = {prepared.texts[q].lower() for rows, _ in prepared.validation.values() for q in rows}
+    sets = [pair_set for pair_set in prepared.pair_sets if pair_set.is_related_queries]
+    shown = {prepared.texts[q].lower() for pair_set in sets for q in pair_set.candidates}
+    assert len(held) > 10 and len(shown) > 10 and not held & shown
+
+
 def test_a_split_of_the_users_validates_instead() -> None:
     data = world()
     split = pl.Series("split", ["validation" if i % 10 == 0 else "heldout" if i % 10 == 1 else "train" for i in range(data.pairs.height)])

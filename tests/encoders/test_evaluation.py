@@ -175,3 +175,12 @@ def test_chunks_do_not_change_the_ranks(monkeypatch):
     np.testing.assert_array_equal(whole.ranks, parts.ranks)
     np.testing.assert_array_equal(whole.list_ranks, parts.list_ranks)
     np.testing.assert_array_equal(whole.run[0], parts.run[0])
+
+
+def test_pairs_without_a_label_are_a_slice_of_their_own() -> None:
+    pairs = pl.DataFrame({"query": ["a", "b", "c"], "entity_type": ["pin"] * 3, "entity_id": ["x", "y", "z"], "split": ["heldout"] * 3})
+    catalogue = pl.DataFrame({"id": ["x", "y", "z"], "entity_type": ["pin"] * 3, "title": ["x", "y", "z"]})
+    task = build_task(Dataset(catalogue, pairs.with_columns(language=pl.lit(""), country=pl.lit(""), kind=pl.lit(""))), "pin")
+    ranking = rank_task(task, vector_scores(np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32)), "x")
+    found = metrics_by_slice(ranking, {"source": pl.Series("source", ["s", None, "s"])}, resamples=10)
+    assert {label: metrics.pairs for label, metrics in found["source"].items()} == {"s": 2, "unknown": 1}

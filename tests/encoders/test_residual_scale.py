@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
 from training_examples import small_config, tiny_query_encoder, world
 
 from encoders.errors import ConfigError
-from encoders.residual_scale import scaled_towers, smallest_within_error
+from encoders.residual_scale import SMALLEST_SCALE, scaled_towers, smallest_within_error
 from encoders.text_embedding import text_embedding
 from encoders.training import TrainResult, train
 
@@ -37,7 +38,9 @@ def test_each_type_gets_a_scale_and_what_was_trained_stays(folder: Path) -> None
     for name in ("pin", "product"):
         key, scale = f"validation/recall@10/{name}", chosen.metrics[f"residual_scale/{name}"]
         assert chosen.metrics[key] == alone[scale][key]
-        assert torch.equal(chosen.entity_encoders[name].mlp[-1].weight, trained.entity_encoders[name].mlp[-1].weight * scale)
+        assert torch.equal(
+            chosen.entity_encoders[name].mlp[-1].weight, trained.entity_encoders[name].mlp[-1].weight * max(scale, SMALLEST_SCALE)
+        )
         assert torch.equal(chosen.entity_encoders[name].table, trained.entity_encoders[name].table)
         assert alone[1.0][key] == trained.metrics[key]
 
@@ -56,6 +59,12 @@ def test_scale_zero_is_the_text_embedding(folder: Path) -> None:
     rows = world().catalogue.head(5)
     vectors = run(folder, [0.0]).entity_encoders["pin"].encode(rows)
     np.testing.assert_allclose(vectors, text_embedding(str(folder / "frozen"))(rows), atol=2e-3)
+
+
+def test_at_scale_zero_an_entity_without_title_and_queries_still_has_a_unit_vector(folder: Path) -> None:
+    rows = world().catalogue.head(2).with_columns(title=pl.lit(""), engaged_queries=pl.lit([], dtype=pl.List(pl.String)))
+    vectors = run(folder, [0.0]).entity_encoders["pin"].encode(rows)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, atol=1e-5)
 
 
 def test_types_with_one_tower_and_one_scale_share_it(folder: Path) -> None:

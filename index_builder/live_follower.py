@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-from encoders.errors import OmniError
 from index_builder.errors import LiveLogError
 from index_builder.live_log import LiveLogReader
 from index_builder.live_segments import LiveState, LiveView
@@ -41,12 +40,13 @@ class LiveFollower:
 
     def __init__(self, store: HasLiveRoot, release: Release, *, poll_seconds: float = POLL_SECONDS) -> None:
         self.release = release
-        self.error: OmniError | None = None
+        self.error: Exception | None = None
         self._poll_seconds = poll_seconds
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
         self._last_write: dict[str, float] = {}
+        self._shown: dict[str, LiveView] = {}
         self._followed: dict[str, tuple[LiveLogReader, LiveState]] = {}
         for entity_type, index in release.entities.items():
             watermark = release.manifest.entities[entity_type].watermark
@@ -60,16 +60,16 @@ class LiveFollower:
 
         Raises:
             LiveLogError: A log is damaged or was collected too far; the other logs were still applied.
+            OSError: A log could not be read just now; the other logs were still applied.
         """
         count = 0
         now = time.monotonic()
-        failure: LiveLogError | None = None
+        failure: LiveLogError | OSError | None = None
         with self._lock:
             for entity_type, (reader, state) in self._followed.items():
-                before = state.view
                 try:
                     entries = reader.poll(_BATCH)
-                except LiveLogError as error:
+                except (LiveLogError, OSError) as error:
                     failure = error
                     continue
                 if entries:
@@ -78,11 +78,16 @@ class LiveFollower:
                     self._last_write[entity_type] = now
                 elif now - self._last_write.get(entity_type, now) > IDLE_SECONDS:
                     state.compact()
-                if state.view is not before:  # new entries, or a segment finished merging
-                    self.release.entities[entity_type].set_live(state.view)
+                if state.view is not self._shown.get(entity_type):  # new entries, or a segment finished merging since it was shown
+                    self._show(entity_type, state)
         if failure is not None:
             raise failure
         return count
+
+    def _show(self, entity_type: str, state: LiveState) -> None:
+        view = state.view  # a merge may replace it at any moment: show and remember the same one
+        self.release.entities[entity_type].set_live(view)
+        self._shown[entity_type] = view
 
     def catch_up(self) -> int:
         """Apply everything written so far; returns how many entries that was. Raises as ``poll`` does."""
@@ -111,7 +116,7 @@ class LiveFollower:
                 state.wait()
                 state.compact()
                 state.wait()
-                self.release.entities[entity_type].set_live(state.view)
+                self._show(entity_type, state)
 
     def start(self) -> LiveFollower:
         """Catch up, then poll in a daemon thread. A damaged log does not raise here: see ``error``."""
@@ -137,5 +142,5 @@ class LiveFollower:
             try:
                 self.poll()
                 self.error = None
-            except OmniError as error:
+            except Exception as error:  # no file descriptors, a disk that does not answer: what passes must not end the following
                 self.error = error

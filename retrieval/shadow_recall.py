@@ -112,7 +112,8 @@ class ShadowRecall:
         self._cpu = max(cpu, 1e-3)
         self._metrics = metrics
         self._random = random.Random(seed).random
-        self._queue: queue.Queue[Sample | None] = queue.Queue(max_queue)
+        self._queue: queue.Queue[tuple[int, Sample] | None] = queue.Queue(max_queue)
+        self._generation = 0  # of the release that is served
         self._languages: set[str] = set()
         self._max_languages = languages
         self._windows: dict[Labels, deque[tuple[float, float]]] = {}
@@ -132,7 +133,7 @@ class ShadowRecall:
     def offer(self, sample: Sample) -> None:
         """Queue a sample; skipped when the queue is full."""
         try:
-            self._queue.put_nowait(sample)
+            self._queue.put_nowait((self._generation, sample))
         except queue.Full:
             self.skipped += 1
 
@@ -150,12 +151,17 @@ class ShadowRecall:
     def forget(self) -> None:
         """Begin anew: another release is served now, and samples of the old one say nothing about it."""
         with self._lock:
+            self._generation += 1
             self._windows.clear()
 
     def estimates(self, seconds: float = WINDOW_SECONDS) -> dict[Labels, Estimate]:
         """Estimate per (entity type, selectivity class, language) over the last ``seconds``."""
-        oldest = time.monotonic() - seconds
+        now = time.monotonic()
+        oldest = now - seconds
         with self._lock:
+            gone = [labels for labels, window in self._windows.items() if window[-1][0] < now - WINDOW_SECONDS]
+            for labels in gone:
+                del self._windows[labels]
             windows = {labels: [recall for at, recall in window if at >= oldest] for labels, window in self._windows.items()}
         return {labels: estimate(recalls) for labels, recalls in windows.items() if recalls}
 
@@ -163,17 +169,20 @@ class ShadowRecall:
         from retrieval.live_releases import _lower_priority
 
         _lower_priority()
-        while (sample := self._queue.get()) is not None:
+        while (queued := self._queue.get()) is not None:
             started = time.thread_time()
             try:
-                self.replay(sample)
+                self.replay(queued[1], queued[0])
             except Exception as error:  # a replay is a measurement: whatever goes wrong, serving must not notice
                 log.warning("a shadow search failed: %s: %s", type(error).__name__, error)
+            del queued  # it holds the index, which must not outlive its release while this thread waits for the next sample
             spent = time.thread_time() - started
             time.sleep(min(60.0, spent * (1.0 / self._cpu - 1.0)))
 
-    def replay(self, sample: Sample) -> float:
-        """Answer one sample exactly and record its recall."""
+    def replay(self, sample: Sample, generation: int | None = None) -> float | None:
+        """Answer one sample exactly and record its recall; None if it is of a release that is served no more."""
+        if generation not in (None, self._generation):
+            return None
         options: dict[str, Any] = {
             "exact": True,
             "exclude_ids": sample.exclude_ids,
@@ -183,9 +192,14 @@ class ShadowRecall:
         exact = sample.entity_index.search(sample.vector, sample.k, **options)
         recall = recall_of_answer(sample.ids, sample.scores, exact.ids, exact.scores)
         labels = (sample.entity_index.entity_type, selectivity_bucket(sample.selectivity), self._language(sample.language))
+        now = time.monotonic()
         with self._lock:
+            if generation not in (None, self._generation):
+                return None
             window = self._windows.setdefault(labels, deque(maxlen=WINDOW))
-            window.append((time.monotonic(), recall))
+            while window and window[0][0] < now - WINDOW_SECONDS:
+                window.popleft()
+            window.append((now, recall))
         self._metrics.count("omni_shadow_samples", labels)
         self.done += 1
         return recall

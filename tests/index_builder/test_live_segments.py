@@ -1,5 +1,6 @@
 """Live entries over a base: always what a plain dictionary would answer, whatever the order of writes, seals and merges."""
 
+import errno
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from index_builder.errors import LiveLogCorrupt
 from index_builder.live_blocks import attribute_frame, join_frames
 from index_builder.live_files import log_files
 from index_builder.live_follower import LiveFollower
-from index_builder.live_log import LiveLogWriter
+from index_builder.live_log import LiveLogReader, LiveLogWriter
 from index_builder.live_records import LiveEntry
 from index_builder.live_segments import LiveState
 from index_builder.publishing import ReleaseStore
@@ -298,3 +299,41 @@ def test_an_id_left_out_stays_out_while_a_writer_deletes_or_replaces_it() -> Non
     assert index.vector("e51") is not None
     assert not {"e50", "e51"} & set(index.search(VECTORS[301], 10, exclude_ids=["e50", "e51"]).ids)
     assert len(index.search(VECTORS[301], 10, exclude_ids=["e50", "e51"]).ids) == 10
+
+
+def test_a_merge_that_ends_between_two_polls_is_shown(store: ReleaseStore) -> None:
+    release = store.open_current()
+    follower = LiveFollower(store, release)
+    with LiveLogWriter(store.live_root, "pin", D) as writer:
+        for part in range(3):
+            writer.write([LiveEntry(id=f"new-{part}-{i}", vector=unit_vectors(1, 10 * part + i)[0], space_id=SPACE) for i in range(5)])
+            follower.catch_up()
+    state = follower._followed["pin"][1]
+    before = state.view
+    state.compact()
+    state.wait()
+    assert state.view is not before
+    follower.poll()
+    assert release.entity("pin")._live is state.view
+    follower.stop()
+
+
+def test_a_moment_without_file_descriptors_does_not_end_the_following(store: ReleaseStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = store.open_current()
+    follower = LiveFollower(store, release, poll_seconds=0.02).start()
+    poll = LiveLogReader.poll
+
+    def out_of_descriptors(self: LiveLogReader, limit: int) -> list[LiveEntry]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(LiveLogReader, "poll", out_of_descriptors)
+    until = time.monotonic() + 10
+    while follower.error is None and time.monotonic() < until:
+        time.sleep(0.01)
+    assert isinstance(follower.error, OSError), "it is said"
+    monkeypatch.setattr(LiveLogReader, "poll", poll)
+    with LiveLogWriter(store.live_root, "pin", D) as writer:
+        writer.upsert("new", unit_vectors(1, 5)[0], space_id=SPACE)
+        last = writer.sync()
+    assert follower.wait_for("pin", last, timeout_seconds=10) and follower.error is None
+    follower.stop()

@@ -369,16 +369,16 @@ def _pair_set(
     if dataset.balance_by:
         weights = balance_weights(_balance_values(dataset, rows, catalogue), weights, dataset.balance_exponent)
     queries, candidates = rows["query_number"].to_numpy(), rows["candidate"].to_numpy()
+    counted = whole_counts(weights)
     tasks = []
     for candidate in dataset.candidates:
         present = np.ones(len(rows), dtype=bool)
-        members = np.ones(len(pool), dtype=bool)
         if candidate.startswith(VECTOR_PREFIX):
             has = vectors[candidate.removeprefix(VECTOR_PREFIX)].abs().sum(dim=1).numpy() > 0
-            present, members = has[candidates], has[pool]
+            present = has[candidates]
             if not present.any():
                 raise DataError(f"dataset {dataset.name!r}: no positive has a vector in column {candidate.removeprefix(VECTOR_PREFIX)!r}.")
-        tasks.append(_task(f"{dataset.name}/{candidate}", candidate, queries, candidates, weights * present, pool, members, config.loss))
+        tasks.append(_task(f"{dataset.name}/{candidate}", candidate, queries, candidates, counted, present, pool, config.loss))
     return PairSet(
         config=dataset,
         queries=queries,
@@ -405,29 +405,29 @@ def _task(
     candidate: str,
     queries: Int64,
     candidates: Int64,
-    weights: npt.NDArray[np.float64],
+    counted: Int64,
+    present: npt.NDArray[np.bool_],
     pool: Int64,
-    members: npt.NDArray[np.bool_],
     loss: LossConfig,
 ) -> TaskData:
-    """Count with three sketches: the conditional of positives given the query, the in-batch and the random distribution."""
-    sketches = [CountMinSketch(loss.sketch_width, loss.sketch_depth, seed) for seed in range(4)]
-    pair_counts, query_counts, in_batch, random = sketches
+    """Count with sketches: the conditional of positives given the query, and the in-batch distribution; the random one is uniform.
+
+    Candidates without a vector are drawn like the others and then left out, so the share of one that has a vector is of all draws.
+    """
+    pair_counts, query_counts, in_batch = (CountMinSketch(loss.sketch_width, loss.sketch_depth, seed) for seed in range(3))
     query_keys, candidate_keys = queries.astype(np.uint64), candidates.astype(np.uint64)
     pair_keys = combine_keys(query_keys, candidate_keys)
-    whole = whole_counts(weights)
+    whole = counted * present
     pair_counts.add(pair_keys, whole)
     query_counts.add(query_keys, whole)
     in_batch.add(candidate_keys, whole)
-    pool_keys = pool.astype(np.uint64)
-    random.add(pool_keys[members])
     conditional = np.log(np.maximum(pair_counts.count(pair_keys), 1) / np.maximum(query_counts.count(query_keys), 1))
     return TaskData(
         name=name,
         candidate=candidate,
         pair_log_q=np.minimum(conditional, 0).astype(np.float32),
-        in_batch_frequency=(np.maximum(in_batch.count(candidate_keys), 1) / max(in_batch.total, 1)).astype(np.float32),
-        random_frequency=(np.maximum(random.count(pool_keys), 1) / max(random.total, 1)).astype(np.float32),
+        in_batch_frequency=(np.maximum(in_batch.count(candidate_keys), 1) / max(counted.sum(), 1)).astype(np.float32),
+        random_frequency=np.full(len(pool), 1 / len(pool), np.float32),
     )
 
 

@@ -175,6 +175,18 @@ def test_frequencies_follow_the_pairs() -> None:
     np.testing.assert_allclose(task.random_frequency, [1 / 3] * 3)
 
 
+def test_frequencies_are_shares_of_all_draws_also_where_some_candidates_have_no_vector() -> None:
+    """They are drawn like the others, and then left out."""
+    pairs = pl.DataFrame({"query": ["a", "a", "b", "c"], "entity_type": ["pin"] * 4, "entity_id": ["x", "y", "x", "x"]})
+    catalogue = pl.DataFrame(
+        {"id": ["x", "y", "z"], "entity_type": ["pin"] * 3, "title": ["x", "y", "z"], "old": [[1.0] * DIMENSION, None, None]}
+    )
+    config = small_config(batch={"pairs": 4}, datasets=[{"name": "pin", "candidates": ["vector:old"]}])
+    task = prepare(TrainingData(catalogue, pairs), config).pair_sets[0].tasks[0]
+    np.testing.assert_allclose(task.in_batch_frequency[[0, 2, 3]], 0.75)
+    np.testing.assert_allclose(task.random_frequency, [1 / 3] * 3)
+
+
 def test_related_queries_need_no_catalogue_rows_and_never_answer_themselves() -> None:
     data = world()
     loop = pl.DataFrame({"query": ["red chair"], "entity_type": ["query"], "entity_id": ["red  chair"], "count": [1], "action": [""]})

@@ -56,7 +56,8 @@ def command(
 
     BUNDLE is the folder that `omni train` wrote. Each entity type of the catalogue becomes the folder OUT/<type> with Parquet parts (id,
     embedding, space_id, content_hash, updated_at). The new parts replace the old ones when all rows are done: until then readers see the
-    old ones, and after a kill the same command goes on where it stopped. Rows whose content did not change are not embedded again.
+    old ones, and after a kill the same command goes on where it stopped. Rows whose content did not change are not embedded again, unless
+    they were made in another --precision.
 
     Example: omni embed model --catalogue catalogue.parquet --out signals
     """
@@ -77,6 +78,8 @@ def command(
     for name, one in report.entity_types.items():
         if one.missing_columns:
             say(f"note: the catalogue of {name!r} lacks {', '.join(one.missing_columns)}; these fields were read as empty")
+        if one.other_form:
+            say(f"note: {one.other_form:,} {name} rows were embedded again, because the store held them in another form (precision)")
         if one.without_features:
             say(f"warning: {one.without_features:,} {name} rows have no known n-gram and no vector; they share one meaningless embedding")
     if as_json:

@@ -23,7 +23,7 @@ import xxhash
 from encoders.bundle import ModelBundle
 from encoders.entity_features import EntityFeatureConfig, row_texts, row_vectors
 from encoders.entity_tower import EntityEncoder
-from encoders.errors import ConfigError, DataError
+from encoders.errors import ConfigError, DataError, SchemaError
 from encoders.query_tower import QueryEncoder
 from encoders.signal_reuse import KnownSignals
 from encoders.signal_store import SignalStore, SignalWriter, read_part
@@ -88,6 +88,8 @@ class TypeReport:
     """Rows taken over from the published store because id, content and space are the same."""
     resumed: int = 0
     """Rows taken over from parts that an earlier, unfinished run had staged."""
+    other_form: int = 0
+    """Embedded rows that were there with the same content, published or staged, but made in another form (fp32, bf16)."""
     without_features: int = 0
     """Embedded rows with no known n-gram and no vector: they all share one meaningless vector."""
     missing_columns: list[str] = field(default_factory=list)
@@ -139,7 +141,7 @@ def content_hashes(catalogue: pl.DataFrame, config: EntityFeatureConfig) -> list
         for name, values in vectors:
             vector = values[row]
             if vector.any():
-                state.update(b"%b\x1e" % name + vector.astype("<f4").tobytes())
+                state.update(b"%b\x1e" % name + (vector + np.float32(0)).astype("<f4").tobytes())  # + 0: one zero, as a mean has it
         hashes.append(state.hexdigest())
     return hashes
 
@@ -230,9 +232,9 @@ class _TypeRun:
         else:
             known = ", ".join([*bundle.entity_encoders, "query"])
             raise DataError(f"{bundle.path}: no tower for entity type {entity_type!r}; this bundle embeds {known}. Train with pairs of it")
-        self.known = KnownSignals.open(store, entity_type, bundle.space_id)
         on_gpu = config.resolved_device().type == "cuda"
         form_id = ("torch-bf16" if on_gpu else "torch-fp32") if entity_type == "query" else config.form_id()  # as QueryEncoder.encode does
+        self.known = KnownSignals.open(store, entity_type, bundle.space_id, form_id)
         self.writer = SignalWriter(store, entity_type, bundle.space_id, bundle.dimension, form_id=form_id)
         self.space_id = bundle.space_id
         self._waiting: list[pl.DataFrame] = []
@@ -241,7 +243,11 @@ class _TypeRun:
         self._queries_seen: set[str] = set()
 
     def add(self, rows: pl.DataFrame) -> None:
-        """Take rows; write every part that is full."""
+        """Take rows; write every part that is full.
+
+        Raises:
+            SchemaError: A column is of one type here and of an incompatible one in the rows before.
+        """
         if isinstance(self.embedder, QueryEncoder):
             rows = self._distinct_queries(rows)
         elif not self.report.rows and not self._waiting:
@@ -249,14 +255,14 @@ class _TypeRun:
         self._waiting.append(rows)
         self._waiting_rows += rows.height
         while self._waiting_rows >= self.config.part_rows:
-            waiting = pl.concat(self._waiting, how="diagonal_relaxed")
+            waiting = _joined(self._waiting)
             self._write(waiting[: self.config.part_rows])
             self._waiting, self._waiting_rows = [waiting[self.config.part_rows :]], self._waiting_rows - self.config.part_rows
 
     def finish(self) -> None:
         """Write the last part."""
         if self._waiting_rows:
-            self._write(pl.concat(self._waiting, how="diagonal_relaxed"))
+            self._write(_joined(self._waiting))
 
     def _distinct_queries(self, rows: pl.DataFrame) -> pl.DataFrame:
         """A query may stand in several rows (one per country); it is one entity."""
@@ -272,7 +278,8 @@ class _TypeRun:
             query_hashes(query_texts) if isinstance(self.embedder, QueryEncoder) else content_hashes(rows, self.embedder.featurizer.config)
         )
         self.report.rows += len(ids)
-        if self._is_staged(ids, hashes):
+        staged_form = self._staged_form(ids, hashes)
+        if staged_form == self.writer.form_id:
             self.report.resumed += len(ids)
             self.writer.keep(ids)
         else:
@@ -286,19 +293,52 @@ class _TypeRun:
                 vectors[new] = self.embedder(rows[new])
                 self.report.without_features += self.embedder.without_features
             self.report.embedded += len(new)
+            self.report.other_form += self.known.in_other_form if staged_form is None else len(new)
             self.report.unchanged += len(ids) - len(new)
             self.writer.add(ids, vectors, hashes, stamps)
         self._part += 1
 
-    def _is_staged(self, ids: list[str], hashes: list[str]) -> bool:
+    def _staged_form(self, ids: list[str], hashes: list[str]) -> str | None:
+        """The form in which an earlier run staged exactly these rows as this part; "" if it left no mark, None if it staged other rows."""
         path = self.writer.staged(self._part)
         if not path.exists():
-            return False
+            return None
         try:
             staged = read_part(path)
         except DataError:
-            return False
-        return staged.space_id == self.space_id and staged.ids == ids and staged.content_hashes == hashes
+            return None
+        same = staged.space_id == self.space_id and staged.ids == ids and staged.content_hashes == hashes
+        return staged.form_id if same else None
+
+
+def _joined(frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
+    """Frames below each other; a vector column that holds one vector a row in some and several in others holds several.
+
+    Raises:
+        SchemaError: A column's types cannot be brought together.
+    """
+    several = {name for frame in frames for name, dtype in frame.schema.items() if isinstance(getattr(dtype, "inner", None), pl.List)}
+    aligned = [
+        frame.with_columns(_as_several(frame[name]) for name in frame.columns if name in several and _is_one_vector(frame.schema[name]))
+        for frame in frames
+    ]
+    try:
+        return pl.concat(aligned, how="diagonal_relaxed")
+    except pl.exceptions.PolarsError as error:
+        reason = str(error).splitlines()[0]
+        raise SchemaError(f"a column changes its type from one file or chunk to the next ({reason}); give it one type in all") from error
+
+
+def _is_one_vector(dtype: pl.DataType) -> bool:
+    inner = getattr(dtype, "inner", None)
+    return inner is not None and (inner.is_numeric() or inner == pl.Null)
+
+
+def _as_several(vectors: pl.Series) -> pl.Series:
+    """Each vector as a list of one."""
+    lists = vectors.cast(pl.List(vectors.dtype.inner))  # type: ignore[attr-defined]
+    rows = pl.DataFrame({"row": np.arange(len(lists)), "vector": lists})
+    return rows.group_by("row", maintain_order=True).agg("vector")["vector"].alias(vectors.name)
 
 
 def embed_catalogue(
@@ -314,7 +354,8 @@ def embed_catalogue(
         bundle: The towers.
         chunks: Checked rows with ``id``, ``entity_type`` and what the towers read; types may be mixed. Query entities are embedded by
             the query tower from ``title`` (or their id).
-        store: Where to write. Rows whose id and content hash it already holds under this space id are taken over.
+        store: Where to write. Rows whose id and content hash it already holds under this space id, made in
+            the form of this run, are taken over.
         config: Device, precision, sizes.
         progress: Called after every chunk with the entity type and its report so far.
 
@@ -323,6 +364,7 @@ def embed_catalogue(
 
     Raises:
         DataError: An id occurs twice, or the bundle has no tower for a type.
+        SchemaError: A column's type changes along the stream beyond what can be brought together.
         RowError: A row holds an impossible vector. In either case the store keeps what it had; finished parts wait for the next run.
     """
     config = config or EmbedConfig()

@@ -6,6 +6,8 @@ Layout of ``<root>/<entity_type>/``::
     part-<run>-00000.parquet   id, embedding fixed_size_list<float>[D], space_id, content_hash, updated_at
     _staging/               parts of a run that is not finished; a later run takes them over
 
+Each part's schema metadata names the runtime form that made its vectors (``form_id``); vectors of two forms never stand in one run's parts.
+
 Any Parquet reader opens the parts. A reader of ours trusts only what ``signals.json`` names, so a killed run changes nothing.
 """
 
@@ -31,6 +33,7 @@ from encoders.errors import DataError, InvalidVectors, SpaceMismatch
 Float32 = npt.NDArray[np.float32]
 STORE_FORMAT = 1
 STAGING = "_staging"
+_FORM_MARK = b"form_id"
 NORM_TOLERANCE = 1e-3
 
 
@@ -48,6 +51,8 @@ class Signals:
     """Hash of each row's inputs, ``""`` where the writer gave none."""
     updated_at: npt.NDArray[np.datetime64] = field(default_factory=lambda: np.empty(0, "datetime64[us]"))
     """(N,) UTC times at which the vectors were computed; empty where unknown."""
+    form_id: str = ""
+    """Runtime form that made the vectors (``torch-fp32``, ...), as a part file states it; ``""`` where it states none."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -218,11 +223,11 @@ class SignalWriter:
             raise DataError(f"{len(ids)} ids need as many content hashes and times, but got {len(content_hashes)}; pass one per row")
         self._check_ids(ids)
         stamps = updated_at if updated_at is not None else np.full(len(ids), np.datetime64("now", "us"))
-        _write_part(self.staged(len(self._parts)), ids, vectors, self.space_id, content_hashes, stamps)
+        _write_part(self.staged(len(self._parts)), ids, vectors, self.space_id, content_hashes, stamps, self.form_id)
         self._note(ids)
 
     def keep(self, ids: Sequence[str]) -> None:
-        """Take over the staged part at the next place, which the caller has found to hold exactly ``ids`` under this space id.
+        """Take over the staged part at the next place, which the caller has found to hold exactly ``ids`` under this space id and form.
 
         Raises:
             DataError: An id was added before.
@@ -298,11 +303,24 @@ def read_part(path: Path) -> Signals:
             f"{path}: expected float32 vectors of one space id, but got {vectors.dtype} and {len(spaces)} space ids; embed again"
         )
     stamps = table["updated_at"].cast(pa.int64()).to_numpy().astype("datetime64[us]")
-    return Signals(table["id"].to_pylist(), np.ascontiguousarray(vectors), spaces[0], table["content_hash"].to_pylist(), stamps)
+    hashes = table["content_hash"].to_pylist()
+    return Signals(table["id"].to_pylist(), np.ascontiguousarray(vectors), spaces[0], hashes, stamps, part_form(table.schema))
+
+
+def part_form(part: pa.Schema) -> str:
+    """The runtime form that a part's schema states; ``""`` if it states none, as parts written before forms were marked."""
+    mark: bytes = (part.metadata or {}).get(_FORM_MARK, b"")
+    return mark.decode("utf-8", "replace")
 
 
 def _write_part(
-    path: Path, ids: Sequence[str], vectors: Float32, space_id: str, hashes: Sequence[str], stamps: npt.NDArray[np.datetime64]
+    path: Path,
+    ids: Sequence[str],
+    vectors: Float32,
+    space_id: str,
+    hashes: Sequence[str],
+    stamps: npt.NDArray[np.datetime64],
+    form_id: str,
 ) -> None:
     flat = pa.array(np.ascontiguousarray(vectors).reshape(-1))
     table = pa.table(
@@ -314,6 +332,8 @@ def _write_part(
             "updated_at": pa.array(stamps.astype("datetime64[us]").astype(np.int64), pa.int64()).cast(pa.timestamp("us", "UTC")),
         }
     )
+    if form_id:
+        table = table.replace_schema_metadata({_FORM_MARK: form_id.encode()})
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
         pq.write_table(table, file, compression="none", use_dictionary=["space_id", "updated_at"], write_statistics=["id"])

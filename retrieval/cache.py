@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from cachetools import TTLCache
 
-from encoders.errors import MissingDependency
+from encoders.errors import ConfigError, MissingDependency
 
 Float32 = npt.NDArray[np.float32]
 log = logging.getLogger("omni.cache")
@@ -157,15 +157,35 @@ class _Flight:
 
 
 class CachedEncoder:
-    """Cache in front of one encoder's batcher. A text that many miss is encoded once; when all have gone the work is dropped."""
+    """Cache in front of one encoder's batcher. A text that many miss is encoded once; when all have gone the work is dropped.
 
-    def __init__(self, cache: QueryCache, encoder: Encoder, prefix: str, dimension: int, redis: RedisTier | None = None) -> None:
+    Args:
+        cache: Shared by all encoders.
+        encoder: Makes the vectors of one encoder.
+        prefix: Of that encoder's keys in the cache.
+        dimension: Length of the vectors.
+        redis: Second tier.
+        max_queue: Places in the encoder's queue: a long list of texts enters it in parts.
+    """
+
+    def __init__(
+        self,
+        cache: QueryCache,
+        encoder: Encoder,
+        prefix: str,
+        dimension: int,
+        redis: RedisTier | None = None,
+        *,
+        max_queue: int = 256,
+    ) -> None:
         self.cache = cache
         self.encoder = encoder
         self.prefix = prefix
         self.dimension = dimension
         self.redis = redis
+        self.max_queue = max_queue
         self.shared = 0
+        self._in_parts = 0  # texts that lookup_many has started
         self._flights: dict[str, _Flight] = {}
 
     def peek(self, text: str) -> Float32 | None:
@@ -214,30 +234,53 @@ class CachedEncoder:
         return Looked(vector, True, 0, 0) if vector is not None else await self.load(text)
 
     async def lookup_many(self, texts: Sequence[str]) -> tuple[Float32, list[bool], int, int]:
-        """Vectors of many texts: ``(B, D)`` float32, cached flags, longest queue and encode times in ns."""
+        """Vectors of many texts: ``(B, D)`` float32, cached flags, longest queue and encode times in ns.
+
+        Missed texts are started in parts that leave room in the encoder's queue. What a finished part has encoded stays cached, even if a
+        later part fails.
+
+        Raises:
+            Overloaded: The encoder's queue is full of the work of others.
+            EncoderFailed: The encoder raised or made a bad vector.
+        """
         out = np.empty((len(texts), self.dimension), dtype=np.float32)
         cached = [True] * len(texts)
-        missing: list[int] = []
+        rows: dict[str, list[int]] = {}  # of missed texts
         for row, text in enumerate(texts):
             vector = self.peek(text)
             if vector is None:
-                missing.append(row)
+                rows.setdefault(text, []).append(row)
             else:
                 out[row] = vector
         queue_ns = encode_ns = 0
-        if missing:
-            tasks = [asyncio.ensure_future(self.load(texts[row])) for row in missing]
-            try:
-                found = await asyncio.gather(*tasks)
-            except BaseException:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.gather(*tasks, return_exceptions=True)
-                raise
-            for row, looked in zip(missing, found, strict=True):
-                out[row], cached[row] = looked.vector, looked.cached
+        missing = list(rows)
+        while missing:
+            size = max(1, (self.max_queue - self._in_parts) // 2)
+            part, missing = missing[:size], missing[size:]
+            for text, looked in zip(part, await self._load_part(part), strict=True):
+                for row in rows[text]:
+                    out[row], cached[row] = looked.vector, looked.cached
                 queue_ns, encode_ns = max(queue_ns, looked.queue_ns), max(encode_ns, looked.encode_ns)
         return out, cached, queue_ns, encode_ns
+
+    async def _load_part(self, texts: Sequence[str]) -> list[Looked]:
+        """Load these texts at the same time. If one fails or the caller leaves, nobody waits for the others any more."""
+        tasks = [asyncio.ensure_future(self._load_anew(text)) for text in texts]
+        self._in_parts += len(texts)
+        try:
+            return await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+        finally:
+            self._in_parts -= len(texts)
+
+    async def _load_anew(self, text: str) -> Looked:
+        """As ``load``, unless somebody else's encode has ended since the text was missed."""
+        entry = self.find(text)
+        return Looked(entry.vector, True, 0, 0) if entry is not None else await self.load(text)
 
     async def _fetch(self, text: str) -> Looked:
         key = self.prefix + text
@@ -271,6 +314,10 @@ class RedisTier:
         ttl_seconds: Time to live that is given to Redis.
         timeout_seconds: Longest wait for one answer.
         secret: Key of the digest.
+
+    Raises:
+        ConfigError: The address is not one of a Redis server.
+        MissingDependency: The redis package is not installed.
     """
 
     MAX_PENDING = 1000
@@ -292,13 +339,17 @@ class RedisTier:
             from redis.backoff import NoBackoff
         except ImportError as error:
             raise MissingDependency("redis", "redis", "the shared cache tier (--redis)") from error
-        self._client: Any = Redis.from_url(
-            url,
-            socket_timeout=max(0.5, timeout_seconds),
-            socket_connect_timeout=max(0.5, timeout_seconds),
-            max_connections=64,
-            retry=Retry(NoBackoff(), 0),
-        )
+        try:
+            self._client: Any = Redis.from_url(
+                url,
+                socket_timeout=max(0.5, timeout_seconds),
+                socket_connect_timeout=max(0.5, timeout_seconds),
+                max_connections=64,
+                retry=Retry(NoBackoff(), 0),
+            )
+        except ValueError as error:
+            shown = url.rpartition("@")[2]  # without the password
+            raise ConfigError(f"--redis: expected an address like redis://host:6379/0, but got {shown!r}.") from error
         self.dimension = dimension
         self.ttl_ms = int(ttl_seconds * 1e3)
         self.timeout_seconds = timeout_seconds

@@ -8,8 +8,9 @@ import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,8 @@ RETRY_REFUSED_SECONDS = 30.0
 """A refused release is tried again after this (its files may have been restored); at once when CURRENT changes."""
 MIN_PARITY_COSINE = 0.95
 """Lowest mean cosine between golden queries as this server encodes them and as the trainer did."""
-PREWARM_CHUNK = 32
+PREWARM_CHUNK = 8
+"""Texts encoded at a time: a live text of a pinned release waits behind one such part at most."""
 
 
 class ServingRelease:
@@ -70,7 +72,7 @@ class ServingRelease:
             max_queue=config.max_encode_queue,
         )
         self.prefix = namespace(release.query_vectors_id, encoding.form_id)
-        self.encoder = CachedEncoder(cache, self.batcher, self.prefix, release.dimension, redis)
+        self.encoder = CachedEncoder(cache, self.batcher, self.prefix, release.dimension, redis, max_queue=config.max_encode_queue)
 
     def close(self) -> None:
         """Stop following the log and the encoder's thread; nobody may use this release any more."""
@@ -201,8 +203,7 @@ class LiveReleases:
         Raises:
             OmniError: The release was refused.
         """
-        async with self._lock:
-            serving = await self._load_or_count(release_id)
+        async with self._lock, self._ready(release_id) as serving:
             await self._take_over(serving, handed_over)
             await self._swap(serving)
 
@@ -252,10 +253,9 @@ class LiveReleases:
         """
         async with self._lock:
             before = self.active.release_id if self.active else ""
-            serving = self.loaded.get(release_id) or await self._load_or_count(release_id)
-            await self._in_loader(lambda: self.store.activate(release_id, verify=False))
-            await self._swap(serving)
-            self._seen = self._current_stamp()
+            async with self._ready(release_id) as serving:
+                await self._in_loader(lambda: self.store.activate(release_id, verify=False))
+                await self._swap(serving)
             return release_id, before
 
     async def rollback(self) -> tuple[str, str]:
@@ -272,24 +272,41 @@ class LiveReleases:
                 raise NothingToRollBack(
                     "there is no earlier release to roll back to: only one was ever active, or the earlier ones were collected."
                 )
-            serving = self.loaded.get(target) or await self._load_or_count(target)
-            try:
-                await self._in_loader(lambda: self.store.rollback(verify=False))
-            except ReleaseNotFound as error:
-                raise NothingToRollBack(str(error)) from error
-            await self._swap(serving)
-            self._seen = self._current_stamp()
-            return serving.release_id, before
+            async with self._ready(target) as serving:
+                try:
+                    await self._in_loader(lambda: self.store.rollback(verify=False))
+                except ReleaseNotFound as error:
+                    raise NothingToRollBack(str(error)) from error
+                await self._swap(serving)
+            return target, before
 
     async def _in_loader(self, work: Callable[[], object]) -> None:
         await asyncio.get_running_loop().run_in_executor(self._loader, work)
+
+    @asynccontextmanager
+    async def _ready(self, release_id: str) -> AsyncIterator[ServingRelease]:
+        """A release in memory, loaded if need be. If the block fails before that release is among the loaded, it is closed again."""
+        serving = self.loaded.get(release_id) or await self._load_or_count(release_id)
+        try:
+            yield serving
+        except BaseException:
+            if self.loaded.get(release_id) is not serving:
+                await asyncio.to_thread(serving.close)
+            raise
 
     async def _load_or_count(self, release_id: str) -> ServingRelease:
         started = time.perf_counter()
         try:
             if not self.store.path_of(release_id).is_dir():
                 raise UnknownRelease(release_id)
-            serving = await asyncio.get_running_loop().run_in_executor(self._loader, self._load, release_id)
+            loading = self._loader.submit(self._load, release_id)
+            try:
+                serving = await asyncio.wrap_future(loading)
+            except asyncio.CancelledError:  # the thread goes on: nobody will take what it makes
+                loading.add_done_callback(_close_loaded)
+                raise
+            finally:
+                del loading  # it holds a failure, whose frames would hold it: a ring, and the release in it
         except OmniError as error:
             self.metrics.count("omni_releases_refused", (type(error).__name__,))
             log.error("release %s refused: %s", release_id, error)
@@ -305,7 +322,8 @@ class LiveReleases:
         """Runs in the loader thread: open, verify, encode, prove, replay the live log."""
         graphs = self._graphs.get(release_id)
         release = self.store.open(release_id, verify=graphs is None, graphs=graphs)
-        try:
+        with ExitStack() as undo:
+            undo.callback(release.close)
             active = self.active
             if active is not None and active.space_id == release.space_id and active.dimension != release.dimension:
                 raise SpaceMismatch(active.space_id, release.space_id, f"{release_id}: same space id, but {release.dimension} dimensions")
@@ -317,13 +335,14 @@ class LiveReleases:
                 threads=self.config.encoder_threads,
             )
             parity = prove(release, encoding, self.config.golden_min_recall)
-            follower = LiveFollower(self.store, release, poll_seconds=self.config.live_poll_seconds).start()
-        except BaseException:
-            release.close()
-            raise
+            redis = self._redis(release.dimension)
+            follower = LiveFollower(self.store, release, poll_seconds=self.config.live_poll_seconds)
+            undo.callback(follower.stop)
+            serving = ServingRelease(release, encoding, follower.start(), self.cache, self.config, redis)
+            undo.pop_all()
         agreement = ", ".join(f"{name} {value:.4f}" for name, value in parity.items()) or "no golden texts"
         log.info("release %s proved itself: form %s, golden parity %s", release_id, encoding.form_id, agreement)
-        return ServingRelease(release, encoding, follower, self.cache, self.config, self._redis(release.dimension))
+        return serving
 
     async def _swap(self, serving: ServingRelease) -> None:
         """Make a loaded release the one that answers: one assignment, after its cache is warm."""
@@ -347,23 +366,35 @@ class LiveReleases:
             task.add_done_callback(self._retiring.discard)
 
     async def _retire(self, serving: ServingRelease) -> None:
-        """Close a release once the last request on it has finished."""
+        """Close a release once the last request on it has finished.
+
+        The last reference dies in the closing thread: giving back the mapped pages of a large release takes a tenth of a second.
+        """
         await asyncio.sleep(0.05)
         while serving.in_flight > 0:
             await asyncio.sleep(0.05)
-        await asyncio.to_thread(serving.close)
+        last = [serving]
+        del serving
+        await asyncio.to_thread(_close_last, last)
 
     async def _prewarm(self, old: ServingRelease, new: ServingRelease) -> None:
         """Encode the most frequent cached queries with the new encoder, so that the hit rate does not collapse at the swap."""
         await self._encode_into_cache(new, self.cache.frequent(old.prefix, self.config.prewarm_queries))
 
     async def _encode_into_cache(self, new: ServingRelease, texts: Sequence[str]) -> None:
+        """Encode those texts that are not cached yet.
+
+        An encoder is used by one thread at a time: a release that may be asked already encodes in its own thread. Nobody else can use
+        one that was just loaded, so that the loader's thread, with its low priority, may.
+        """
         loop = asyncio.get_running_loop()
+        executor = new.executor if self.loaded.get(new.release_id) is new else self._loader
+        texts = [text for text in texts if self.cache.find(new.prefix + text) is None]
         done = 0
         for start in range(0, len(texts), PREWARM_CHUNK):
             chunk = texts[start : start + PREWARM_CHUNK]
             try:
-                vectors = await loop.run_in_executor(self._loader, new.encoding.encode, chunk)
+                vectors = await loop.run_in_executor(executor, new.encoding.encode, chunk)
             except Exception as error:  # warming is a favour: it must never stop a swap
                 log.warning("prewarming stopped after %d queries: %s", done, error)
                 break
@@ -411,12 +442,15 @@ class LiveReleases:
                     return
                 if self.active is not None and self.active.release_id == release_id:
                     return
-                await self._swap(self.loaded.get(release_id) or await self._load_or_count(release_id))
+                async with self._ready(release_id) as serving:
+                    await self._swap(serving)
             except OmniError as error:
                 self._refused_at = time.monotonic()
                 self.reason_not_ready = str(error)
-                serving = self.active.release_id if self.active else "nothing"
-                log.error("still serving %s: %s", serving, error)
+                log.error("still serving %s: %s", self.active.release_id if self.active else "nothing", error)
+            except BaseException:  # not looked at after all, e.g. no file descriptors: the next poll tries again
+                self._seen = None
+                raise
 
     def _measurements(self) -> list[tuple[str, tuple[str, ...], float]]:
         active = self.active
@@ -438,6 +472,17 @@ class LiveReleases:
 def _work_of(serving: ServingRelease) -> tuple[int, int, int, int]:
     """Batches, texts, dropped texts and shared misses of one release so far."""
     return serving.batcher.batches, serving.batcher.texts, serving.batcher.dropped, serving.encoder.shared
+
+
+def _close_last(last: list[ServingRelease]) -> None:
+    """Close a release whose only reference is in this list, and drop it in this thread."""
+    last.pop().close()
+
+
+def _close_loaded(loading: Future[ServingRelease]) -> None:
+    """Close what was loaded for a caller who has gone."""
+    if not loading.cancelled() and loading.exception() is None:
+        loading.result().close()
 
 
 def _lower_priority() -> None:

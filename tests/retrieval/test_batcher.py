@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from retrieval.batcher import LENGTH_BUCKETS, Batcher, bucket_of, estimated_tokens
+from retrieval.cache import CachedEncoder, QueryCache
 from retrieval.errors import EncoderFailed, Overloaded
 
 DIMENSION = 4
@@ -133,6 +134,66 @@ async def test_one_bad_text_does_not_fail_its_neighbours(tower: Tower, executor)
     assert isinstance(bad, EncoderFailed) and isinstance(nan, EncoderFailed)
     assert not isinstance(a, BaseException) and not isinstance(b, BaseException)
     assert not isinstance(await batcher.submit("again"), BaseException), "the runner lives on"
+
+
+def cached_encoder(tower: Tower, executor, **settings: int) -> tuple[CachedEncoder, Batcher]:
+    batcher = Batcher(tower, executor, DIMENSION, max_queue=8, **settings)
+    return CachedEncoder(QueryCache(1_000_000, 1e6), batcher, "s/", DIMENSION, max_queue=8), batcher
+
+
+async def test_a_list_longer_than_the_queue_is_encoded_in_parts_that_leave_room_for_others(tower: Tower, executor) -> None:
+    encoder, batcher = cached_encoder(tower, executor)
+    lists = [[f"{name} {i}" for i in range(20)] + ["a 0", "shared"] for name in "abc"]
+    tower.gate.clear()
+    many = [asyncio.ensure_future(encoder.lookup_many(texts)) for texts in lists]
+    await until(lambda: tower.entered == 1)
+    assert batcher.full() is None
+    single = asyncio.ensure_future(encoder.lookup("from another caller"))
+    await asyncio.sleep(0.01)
+    tower.gate.set()
+    for texts, (vectors, cached, _, encode_ns) in zip(lists, await asyncio.gather(*many), strict=True):
+        assert [int(row.argmax()) for row in vectors] == [len(text) % DIMENSION for text in texts]
+        assert not any(cached[1:20]) and encode_ns > 0
+    assert not (await single).cached
+    encoded = [text for batch in tower.batches for text in batch]
+    assert len(encoded) == len(set(encoded)) == 62, "each distinct text once"
+    assert all((await encoder.lookup_many(lists[0]))[1])
+
+
+async def test_a_list_is_refused_by_the_work_of_others_and_keeps_what_it_has_encoded(tower: Tower, executor) -> None:
+    encoder, batcher = cached_encoder(tower, executor, max_tokens=8)  # one text at a time
+    texts = [f"text {i}" for i in range(20)]
+    others: list[asyncio.Future] = []
+    tower.gate.clear()
+    many = asyncio.ensure_future(encoder.lookup_many(texts))
+    await until(lambda: tower.entered == 1 and batcher.waiting == 3)
+    tower.gate.set()
+    while not many.done():  # as soon as there is a place, somebody else takes it
+        others += [asyncio.ensure_future(batcher.submit("other")) for _ in range(8 - batcher.waiting)]
+        await asyncio.sleep(0)
+    with pytest.raises(Overloaded, match="all 8 places"):
+        await many
+    await asyncio.gather(*others, return_exceptions=True)
+    assert [text for text in texts if encoder.find(text) is not None] == texts[:4]
+    _, cached, _, _ = await encoder.lookup_many(texts)
+    assert cached == [True] * 4 + [False] * 16
+
+
+async def test_a_caller_who_leaves_a_list_takes_only_its_own_waits_along(tower: Tower, executor) -> None:
+    encoder, batcher = cached_encoder(tower, executor)
+    tower.gate.clear()
+    running = asyncio.ensure_future(encoder.lookup("running"))
+    await until(lambda: tower.entered == 1)
+    stays = asyncio.ensure_future(encoder.lookup("text 1"))
+    leaves = asyncio.ensure_future(encoder.lookup_many([f"text {i}" for i in range(20)]))
+    await until(lambda: batcher.waiting == 4)
+    leaves.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaves
+    tower.gate.set()
+    await asyncio.gather(running, stays)
+    assert tower.batches == [["running"], ["text 1"]]
+    assert len((await encoder.lookup_many([f"text {i}" for i in range(20)]))[1]) == 20, "its places are free again"
 
 
 def test_token_estimates_stay_within_the_towers_limit() -> None:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from benchmarks.record import RESULTS, write_record
 from encoders.console import handle_errors, json_option, print_json, print_table, stage
-from retrieval.cache import ENTRY_OVERHEAD_BYTES, QueryCache
+from retrieval.cache import QueryCache, entry_bytes
 from retrieval.serve_config import DAY_SECONDS
 
 Float64 = npt.NDArray[np.float64]
@@ -57,11 +57,14 @@ def zipf_ranks(traffic: Traffic) -> npt.NDArray[np.int64]:
     return ranks
 
 
+_ENTRY_BYTES = entry_bytes("q" * 12, 4 * DIMENSION)
+"""Of the keys used here, which have about twelve letters."""
+
+
 def simulate(traffic: Traffic, ttl_days: float, entries: int) -> Outcome:
     """Drive the server's own ``QueryCache`` on a virtual clock."""
     now = 0.0
-    entry_bytes = 4 * DIMENSION + ENTRY_OVERHEAD_BYTES
-    cache = QueryCache(entries * entry_bytes, ttl_days * DAY_SECONDS, lambda: now)
+    cache = QueryCache(entries * _ENTRY_BYTES, ttl_days * DAY_SECONDS, lambda: now)
     vector = np.zeros(DIMENSION, dtype=np.float32)
     step = traffic.days * DAY_SECONDS / traffic.requests
     written: dict[int, float] = {}
@@ -105,7 +108,7 @@ def encoder_change(traffic: Traffic, entries: int, prewarm: int, windows: int = 
         windows: How many windows to report.
     """
     now = 0.0
-    cache = QueryCache(entries * (4 * DIMENSION + ENTRY_OVERHEAD_BYTES), 30 * DAY_SECONDS, lambda: now)
+    cache = QueryCache(entries * _ENTRY_BYTES, 30 * DAY_SECONDS, lambda: now)
     vector = np.zeros(DIMENSION, dtype=np.float32)
     step = traffic.days * DAY_SECONDS / traffic.requests
     ranks = zipf_ranks(traffic).tolist()

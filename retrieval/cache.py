@@ -6,8 +6,10 @@ import asyncio
 import hashlib
 import heapq
 import logging
+import sys
 import time
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -20,7 +22,7 @@ Float32 = npt.NDArray[np.float32]
 log = logging.getLogger("omni.cache")
 
 ENTRY_OVERHEAD_BYTES = 480
-"""Python objects of one entry beside the vector and the text: key, links, array header (measured with tracemalloc, rounded up)."""
+"""Python objects of one entry beside the vector and the text: links, array header (measured with tracemalloc, rounded up)."""
 
 
 def namespace(space_id: str, form_id: str) -> str:
@@ -29,13 +31,14 @@ def namespace(space_id: str, form_id: str) -> str:
 
 
 class Entry:
-    """A cached vector and how often it was asked for."""
+    """A cached vector, how often it was asked for, and the bytes that it and its key take."""
 
-    __slots__ = ("hits", "vector")
+    __slots__ = ("hits", "size", "vector")
 
-    def __init__(self, vector: Float32) -> None:
+    def __init__(self, vector: Float32, size: int) -> None:
         self.vector = vector
         self.hits = 1
+        self.size = size
 
 
 class QueryCache:
@@ -52,7 +55,7 @@ class QueryCache:
         self.hits = 0
         self.misses = 0
         self.insertions = 0
-        self._entries: TTLCache[str, Entry] = TTLCache(max(1, max_bytes), ttl_seconds, timer=clock, getsizeof=_entry_bytes)
+        self._entries: TTLCache[str, Entry] = TTLCache(max(1, max_bytes), ttl_seconds, timer=clock, getsizeof=attrgetter("size"))
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -98,7 +101,7 @@ class QueryCache:
         held = np.array(vector, dtype=np.float32)
         held.flags.writeable = False
         try:
-            self._entries[key] = Entry(held)
+            self._entries[key] = Entry(held, entry_bytes(key, held.nbytes))
         except ValueError:  # larger than the cache
             return
         self.insertions += 1
@@ -117,8 +120,9 @@ class QueryCache:
         return list(mapping.items())
 
 
-def _entry_bytes(entry: Entry) -> int:
-    return int(entry.vector.nbytes) + ENTRY_OVERHEAD_BYTES
+def entry_bytes(key: str, vector_bytes: int) -> int:
+    """What an entry takes of the cache's bound."""
+    return vector_bytes + sys.getsizeof(key) + ENTRY_OVERHEAD_BYTES
 
 
 class Looked(NamedTuple):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval.cache import CachedEncoder, Encoded, QueryCache, RedisTier, namespace
+from retrieval.cache import CachedEncoder, Encoded, QueryCache, RedisTier, entry_bytes, namespace
 from retrieval.errors import Overloaded
 
 DIMENSION = 8
@@ -45,6 +45,14 @@ class SlowEncoder:
         if self.error is not None:
             raise self.error
         return Encoded(unit(len(text)), 1, 2)
+
+
+def test_long_texts_count() -> None:
+    cache = QueryCache(100_000, 100.0, Clock())
+    for i in range(200):
+        cache.put(f"{i} " + "x" * 9_000, unit(i))
+        assert cache.size_bytes <= 100_000
+    assert len(cache) == 100_000 // entry_bytes("199 " + "x" * 9_000, unit(0).nbytes) == 10
 
 
 def test_entries_expire_by_age_and_the_byte_bound_holds() -> None:

@@ -338,19 +338,21 @@ class RedisTier:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         try:
-            from redis.asyncio import Redis
+            from redis.asyncio import BlockingConnectionPool, Redis
             from redis.asyncio.retry import Retry
             from redis.backoff import NoBackoff
         except ImportError as error:
             raise MissingDependency("redis", "redis", "the shared cache tier (--redis)") from error
         try:
-            self._client: Any = Redis.from_url(
+            pool = BlockingConnectionPool.from_url(  # a list of texts asks for more keys at once than there are connections
                 url,
+                max_connections=64,
+                timeout=timeout_seconds,
                 socket_timeout=max(0.5, timeout_seconds),
                 socket_connect_timeout=max(0.5, timeout_seconds),
-                max_connections=64,
                 retry=Retry(NoBackoff(), 0),
             )
+            self._client: Any = Redis.from_pool(pool)
         except ValueError as error:
             shown = url.rpartition("@")[2]  # without the password
             raise ConfigError(f"--redis: expected an address like redis://host:6379/0, but got {shown!r}.") from error

@@ -104,6 +104,7 @@ class Server:
     async def stop(self, grace_seconds: float | None = None) -> None:
         """Drain: health turns NOT_SERVING, calls in flight get the grace period, new ones UNAVAILABLE."""
         grace = self.config.grace_seconds if grace_seconds is None else grace_seconds
+        self.service.leaving = True
         await self.health.enter_graceful_shutdown()
         await self.grpc_server.stop(grace)
         if self.http is not None:
@@ -260,8 +261,9 @@ def _routes(service: RetrievalService, metrics: Metrics, snapshots: SharedSnapsh
 
     async def healthz(request: Request) -> Response:
         active = service.releases.active
-        if active is None or service.admission.draining:
-            return Response.of_json({"ready": False, "reason": service.releases.reason_not_ready}, 503)
+        if active is None or service.leaving:
+            reason = "draining" if service.leaving else service.releases.reason_not_ready
+            return Response.of_json({"ready": False, "reason": reason}, 503)
         return Response.of_json(
             {"ready": True, "release_id": active.release_id, "space_id": active.space_id, "entity_types": sorted(active.entities)}
         )

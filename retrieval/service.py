@@ -93,6 +93,7 @@ class RetrievalService:
         self.tokens = tokens
         self.impressions = impressions
         self.tracer = tracer
+        self.leaving = False  # draining: health says so, and calls that still come are answered
         self.admission = Admission(config.max_in_flight)
         self.control = Admission(config.max_in_flight)  # admin calls and descriptions have places of their own
         self.searcher = Searcher(config.inline_search_us / 1e6, config.search_threads)

@@ -2,7 +2,8 @@
 
 The supervisor starts no threads and no gRPC, because neither survives a fork; each worker reads attributes (polars) and its encoder itself.
 A new release means a new generation: its workers load, prove themselves, take over the frequent cached queries and listen; only then do the
-workers before stop accepting and finish what they have. A release that any new worker refuses never gets a request.
+workers before stop accepting and finish what they have. When any of this fails, the new workers go and the old ones serve on: no error of a
+change ends the server. Changes are queued and carried out one at a time by the run loop. A worker that dies is replaced.
 
 All workers of all generations accept from one listening socket that the supervisor holds open, so that no connection is lost when a
 generation ends (with the grpcio transport each worker has its own socket on the port, and what waits in a closed one is reset).
@@ -19,12 +20,13 @@ import json
 import logging
 import os
 import selectors
+import shutil
 import signal
 import socket
 import sys
 import tempfile
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,11 +35,12 @@ from typing import Any
 from encoders.errors import OmniError
 from index_builder.ann import AnnIndex
 from index_builder.entity_index import EntityIndex
-from index_builder.errors import ReleaseNotFound
+from index_builder.errors import DiskFull, PublisherBusy, ReleaseNotFound
 from index_builder.publishing import CURRENT_NAME, ReleaseStore
-from retrieval.errors import AddressInUse, NothingToRollBack, ReleaseRefused, UnknownRelease
+from retrieval.errors import AddressInUse, NothingToRollBack, NotReady, ReleaseRefused, UnknownRelease
 from retrieval.garbage import set_start_up_apart
 from retrieval.http2.server import BACKLOG
+from retrieval.live_releases import RETRY_REFUSED_SECONDS
 from retrieval.query_encoding import choose_form
 from retrieval.serve_config import ServeConfig
 from retrieval.server import Server, address_is_free, create_server
@@ -46,7 +49,9 @@ log = logging.getLogger("omni.workers")
 
 READY_SECONDS = 300.0
 """How long a worker may take from fork to listening."""
-RESTART_PAUSE_SECONDS = 0.5
+RESTART_SECONDS = 1.0
+"""Pause before a dead worker is replaced; it doubles with every further death, up to ``MAX_RESTART_SECONDS``."""
+MAX_RESTART_SECONDS = 30.0
 PR_SET_PDEATHSIG = 1
 
 Graphs = dict[str, AnnIndex]
@@ -63,6 +68,8 @@ class Worker:
     ready: bool = False
     error: str = ""
     dumped: bool = False
+    leaving: bool = False
+    """We told it to end; nobody replaces it."""
     buffer: bytearray = field(default_factory=bytearray)
 
 
@@ -93,7 +100,10 @@ class Supervisor:
         self._stopping = False
         self._numbers = 0
         self._seen: tuple[int, int] | None = None
-        self._draining: set[int] = set()
+        self._refused_at = 0.0
+        self._changes: deque[tuple[Worker, str]] = deque()
+        self._restart_at = 0.0
+        self._restart_pause = RESTART_SECONDS
 
     def _reserve(self, host: str, port: int, flag: str) -> int:
         """Bind without listening, so that the port stays ours between two generations."""
@@ -117,9 +127,8 @@ class Supervisor:
             if self._listener is not None:
                 self._listener.listen(BACKLOG)
             self._follow_store()
-            if not self.workers:
-                self._fork_generation("", [])
-                self._wait_ready(list(self.workers.values()))
+            self._keep_up()  # nothing to serve yet: workers that say so
+            self._wait_ready(self._serving())
             self._announce(
                 {
                     "host": self.config.host,
@@ -133,7 +142,10 @@ class Supervisor:
             while not self._stopping:
                 self._pump(self.config.poll_seconds)
                 self._reap()
-                if self._stamp() != self._seen:
+                self._keep_up()
+                while self._changes and not self._stopping:
+                    self._carry_out(*self._changes.popleft())
+                if self._stamp() != self._seen or (self._refused_at and time.monotonic() - self._refused_at > RETRY_REFUSED_SECONDS):
                     self._follow_store()
         finally:
             self._shut_down()
@@ -149,29 +161,59 @@ class Supervisor:
         return stat.st_mtime_ns, stat.st_ino
 
     def _follow_store(self) -> None:
+        """Take over what CURRENT names; what is refused is tried again later, and at once when CURRENT changes."""
         self._seen = self._stamp()
+        self._refused_at = 0.0
         try:
             release_id = self.store.current()
             if release_id is not None and release_id != self.release_id:
                 self._change_generation(release_id)
-        except OmniError as error:
-            self.reason = str(error)
-            log.error("still serving %s: %s", self.release_id or "nothing", error)
+        except Exception as error:  # whatever a store can hold: healthy workers go on
+            self._refused_at = time.monotonic()
+            self.reason = _told(error)
+            log.error("still serving %s: %s", self.release_id or "nothing", self.reason, exc_info=not isinstance(error, OmniError))
+        self._retire_all_but(self.release_id)
+
+    def _carry_out(self, worker: Worker, wanted: str) -> None:
+        """One Activate, or Rollback if ``wanted`` is empty; the worker that asked gets exactly one reply, in the order it asked."""
+        if self.workers.get(worker.pid) is not worker:
+            log.warning("a change to %s is dropped: the worker that asked for it has died", wanted or "the release before")
+            return
+        before = self.release_id
+        try:
+            now = self._activate(wanted) if wanted else self._rollback()
+            reply = {"type": "changed", "now": now, "before": before, "error": "", "kind": ""}
+        except Exception as error:
+            reply = {"type": "changed", "now": "", "before": before, "error": _told(error), "kind": type(error).__name__}
+            log.error("still serving %s: %s", before or "nothing", reply["error"], exc_info=not isinstance(error, OmniError))
+        self._send(worker, reply)
+        self._retire_all_but(self.release_id)
 
     def _pump(self, timeout: float) -> None:
+        """Read what workers say. Only notes it: nothing is changed from in here."""
         for key, _ in self._selector.select(timeout):
-            worker: Worker = key.data
-            try:
-                content = worker.control.recv(65536)
-            except OSError:
-                content = b""
-            if not content:
+            self._read(key.data)
+
+    def _read(self, worker: Worker) -> bool:
+        """Handle what has come from one worker; False when there is no more for now."""
+        try:
+            content = worker.control.recv(65536)
+        except BlockingIOError:
+            return False
+        except OSError:
+            content = b""
+        if not content:
+            with contextlib.suppress(KeyError, ValueError):
                 self._selector.unregister(worker.control)
-                continue
-            worker.buffer += content
-            while (end := worker.buffer.find(b"\n")) >= 0:
-                line, worker.buffer = bytes(worker.buffer[:end]), worker.buffer[end + 1 :]
+            return False
+        worker.buffer += content
+        while (end := worker.buffer.find(b"\n")) >= 0:
+            line, worker.buffer = bytes(worker.buffer[:end]), worker.buffer[end + 1 :]
+            try:
                 self._handle(worker, json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:
+                log.error("worker %d sent what is no message: %s", worker.pid, error)
+        return True
 
     def _handle(self, worker: Worker, message: dict[str, Any]) -> None:
         kind = message["type"]
@@ -180,14 +222,7 @@ class Supervisor:
         elif kind == "dumped":
             worker.dumped = True
         elif kind == "change":
-            before = self.release_id
-            try:
-                now = self._activate(message["release_id"]) if message["release_id"] else self._rollback()
-                reply = {"type": "changed", "now": now, "before": before, "error": "", "kind": ""}
-            except OmniError as error:
-                reply = {"type": "changed", "now": "", "before": before, "error": str(error), "kind": type(error).__name__}
-            self._send(worker, reply)
-            self._retire_all_but(self.release_id)
+            self._changes.append((worker, message["release_id"]))
 
     @staticmethod
     def _send(worker: Worker, message: dict[str, Any]) -> None:
@@ -204,29 +239,60 @@ class Supervisor:
                 return
             if pid == 0:
                 return
-            worker = self.workers.pop(pid, None)
-            self._draining.discard(pid)
+            worker = self.workers.get(pid)
             if worker is None:
                 continue
+            while self._read(worker):  # its last words may say why
+                pass
+            del self.workers[pid]
             self._close_control(worker)
-            if not self._stopping and worker.release_id == self.release_id and worker.ready and not worker.error:
-                log.error("worker %d ended with status %d; starting another", pid, os.waitstatus_to_exitcode(status))
-                time.sleep(RESTART_PAUSE_SECONDS)
-                self._fork(self.release_id, [])
+            if not self._stopping and not worker.leaving and worker.release_id == self.release_id:
+                self._back_off()
+                log.error(
+                    "worker %d ended with status %d%s; another starts in %.1f s",
+                    pid,
+                    os.waitstatus_to_exitcode(status),
+                    f" ({worker.error})" if worker.error else "",
+                    max(0.0, self._restart_at - time.monotonic()),
+                )
 
     def _close_control(self, worker: Worker) -> None:
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(worker.control)
         worker.control.close()
 
+    def _serving(self) -> list[Worker]:
+        """The workers of the current release, ready or not."""
+        return [worker for worker in self.workers.values() if worker.release_id == self.release_id and not worker.leaving]
+
+    def _keep_up(self) -> None:
+        """Fork what the current generation lacks; in a crash loop ever more rarely."""
+        missing = self.config.workers - len(self._serving())
+        if missing <= 0 or self._stopping or time.monotonic() < self._restart_at:
+            return
+        try:
+            for _ in range(missing):
+                self._fork(self.release_id, [])
+        except Exception as error:
+            self._back_off()
+            log.error("a worker could not be started, trying again later: %s", _told(error))
+
+    def _back_off(self) -> None:
+        """Decide when the next worker is forked."""
+        now = time.monotonic()
+        if now < self._restart_at:
+            return  # deaths at the same time count once
+        if now - self._restart_at > 2 * MAX_RESTART_SECONDS:  # all was well for a while
+            self._restart_pause = RESTART_SECONDS
+        self._restart_at = now + self._restart_pause
+        self._restart_pause = min(2 * self._restart_pause, MAX_RESTART_SECONDS)
+
     # --- releases ---
 
     def _activate(self, release_id: str) -> str:
         if not self.store.path_of(release_id).is_dir():
             raise UnknownRelease(release_id)
-        self._change_generation(release_id, retire=False)
-        self.store.activate(release_id, verify=False)
-        self._seen = self._stamp()
+        self._change_generation(release_id, lambda: self.store.activate(release_id, verify=False))
         return release_id
 
     def _rollback(self) -> str:
@@ -234,50 +300,83 @@ class Supervisor:
         target = next((old for old in record.history if self.store.path_of(old).is_dir()), None) if record else None
         if target is None:
             raise NothingToRollBack("there is no earlier release to roll back to: only one was ever active, or the others were collected.")
-        self._change_generation(target, retire=False)
-        try:
-            self.store.rollback(verify=False)
-        except ReleaseNotFound as error:
-            raise NothingToRollBack(str(error)) from error
-        self._seen = self._stamp()
+
+        def commit() -> None:
+            try:
+                now = self.store.rollback(verify=False)
+            except ReleaseNotFound as error:
+                raise NothingToRollBack(str(error)) from error
+            if now != target:
+                raise ReleaseRefused(f"another process changed CURRENT meanwhile: the rollback went to {now}, which is loaded next.")
+
+        self._change_generation(target, commit)
         return target
 
-    def _change_generation(self, release_id: str, retire: bool = True) -> None:
-        """Load, fork, wait until every new worker listens; on any failure the old generation goes on alone."""
+    def _change_generation(self, release_id: str, commit: Callable[[], object] = lambda: None) -> None:
+        """Load, fork, wait until every new worker listens, then write to the store; the caller retires the old generation.
+
+        Args:
+            release_id: What to serve.
+            commit: Makes it the active release of the store. The run loop sees the changed CURRENT, and finds it served already.
+
+        Raises:
+            Exception: Something of this failed. The new workers are gone or going, and the old generation serves on alone.
+        """
         if release_id == self.release_id:
+            commit()
             return
         started = time.perf_counter()
-        if release_id not in self._graphs:
-            manifest = self.store.verify(release_id)
-            path = self.store.path_of(release_id)
-            self._graphs[release_id] = {entity_type: EntityIndex.load_graph(path / entity_type) for entity_type in manifest.entities}
-            if choose_form("cpu", self.config.encoder_form, path / "forms", has_gpu=False) == "torch-fp32":
-                importlib.import_module("encoders.query_tower")  # once here instead of seconds in every worker; importing starts no threads
-        self._graphs.move_to_end(release_id)
-        fresh = self._fork_generation(release_id, self._dump_caches())
-        self._wait_ready(fresh)
-        failed = [worker for worker in fresh if not worker.ready or worker.error]
-        if failed:
-            for worker in fresh:
-                self._kill(worker, signal.SIGKILL)
+        fresh: list[Worker] = []
+        try:
+            self._load_graphs(release_id)
+            handed_over = self._dump_caches()
+            for _ in range(self.config.workers):
+                fresh.append(self._fork(release_id, handed_over))
+            self._wait_ready(fresh)
+            failed = [worker for worker in fresh if not worker.ready or worker.error]
+            if failed and self._stopping:
+                raise NotReady("the server is shutting down.")
+            if failed:
+                raise ReleaseRefused(failed[0].error or f"{release_id}: a worker did not get ready within {READY_SECONDS:.0f} s.")
+            commit()
+        except BaseException:
+            for worker in fresh:  # who is ready has calls already, and finishes them
+                self._dismiss(worker, signal.SIGTERM if worker.ready and not worker.error else signal.SIGKILL)
             self._graphs.pop(release_id, None)
-            raise ReleaseRefused(failed[0].error or f"{release_id}: a worker did not get ready within {READY_SECONDS:.0f} s.")
+            raise
+        finally:
+            for path in self._folder.glob("*.npz"):
+                with contextlib.suppress(OSError):
+                    path.unlink()
         self.release_id = release_id
+        self._restart_at, self._restart_pause = 0.0, RESTART_SECONDS
         log.info("%d workers serve release %s after %.1f s", len(fresh), release_id, time.perf_counter() - started)
         while len(self._graphs) > self.config.keep_releases:
             self._graphs.popitem(last=False)
-        if retire:
-            self._retire_all_but(release_id)
+
+    def _load_graphs(self, release_id: str) -> None:
+        """Have the graphs of a release in memory; nothing is kept of one that cannot be served."""
+        if release_id not in self._graphs:
+            manifest = self.store.verify(release_id)
+            path = self.store.path_of(release_id)
+            graphs = {entity_type: EntityIndex.load_graph(path / entity_type) for entity_type in manifest.entities}
+            if choose_form("cpu", self.config.encoder_form, path / "forms", has_gpu=False) == "torch-fp32":
+                importlib.import_module("encoders.query_tower")  # once here instead of seconds in every worker; importing starts no threads
+            self._graphs[release_id] = graphs
+        self._graphs.move_to_end(release_id)
 
     def _retire_all_but(self, release_id: str) -> None:
         for worker in list(self.workers.values()):
-            if worker.release_id != release_id and worker.pid not in self._draining:
-                self._draining.add(worker.pid)
-                self._kill(worker, signal.SIGTERM)
+            if worker.release_id != release_id and not worker.leaving:
+                self._dismiss(worker, signal.SIGTERM)
+
+    def _dismiss(self, worker: Worker, number: signal.Signals) -> None:
+        worker.leaving = True
+        self._kill(worker, number)
 
     def _dump_caches(self) -> list[Path]:
         """Ask the serving workers for their frequent queries; who does not answer within three seconds is left out."""
-        asked = [worker for worker in self.workers.values() if worker.ready and worker.release_id == self.release_id and self.release_id]
+        asked = [worker for worker in self._serving() if worker.ready and self.release_id]
         paths = {worker.pid: self._folder / f"cache-{worker.pid}-{time.monotonic_ns()}.npz" for worker in asked}
         for worker in asked:
             worker.dumped = False
@@ -285,20 +384,25 @@ class Supervisor:
         until = time.monotonic() + 3.0
         while time.monotonic() < until and not all(worker.dumped for worker in asked):
             self._pump(0.05)
-        return [paths[worker.pid] for worker in asked if worker.dumped]
+        return [path for path in paths.values() if path.exists()]
 
     # --- processes ---
 
-    def _fork_generation(self, release_id: str, handed_over: list[Path]) -> list[Worker]:
-        return [self._fork(release_id, handed_over) for _ in range(self.config.workers)]
-
     def _fork(self, release_id: str, handed_over: list[Path]) -> Worker:
+        """Start one worker. Raises ``OSError`` when the system has no room for it."""
         ours, theirs = socket.socketpair()
+        ours.setblocking(False)
         self._numbers += 1
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
         parent = os.getpid()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except BaseException:
+            ours.close()
+            theirs.close()
+            raise
         if pid == 0:
             code = 1
             try:
@@ -324,18 +428,22 @@ class Supervisor:
     def _wait_ready(self, fresh: list[Worker]) -> None:
         until = time.monotonic() + READY_SECONDS
         while time.monotonic() < until and not self._stopping:
+            gone = [worker for worker in fresh if not _alive(worker.pid)]  # before reading: a dead worker's last words are then all here
+            self._pump(0.05)
             if all(worker.ready for worker in fresh) or any(worker.error for worker in fresh):
                 return
-            if any(not _alive(worker.pid) for worker in fresh):
-                for worker in fresh:
-                    if not worker.ready and not worker.error:
-                        worker.error = f"{worker.release_id}: a worker died while it was loading the release."
-                return
-            self._pump(0.05)
+            for worker in gone:
+                if not worker.ready:
+                    worker.error = f"{worker.release_id}: a worker died while it was loading the release."
+                    return
+            if self.release_id:  # the workers that serve meanwhile may die too
+                self._reap()
+                self._keep_up()
 
     def _kill(self, worker: Worker, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(worker.pid, number)
+        if self.workers.get(worker.pid) is worker:  # once collected, its number may belong to somebody else
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker.pid, number)
 
     def _shut_down(self) -> None:
         self._stopping = True
@@ -349,9 +457,12 @@ class Supervisor:
             time.sleep(0.02)
         for worker in self.workers.values():
             self._kill(worker, signal.SIGKILL)
-        for path in self._folder.glob("*"):
-            path.unlink(missing_ok=True)
-        self._folder.rmdir()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _told(error: Exception) -> str:
+    """What a caller and the log read of an error."""
+    return str(error) if isinstance(error, OmniError) else f"the release could not be taken into service: {type(error).__name__}: {error}"
 
 
 def _alive(pid: int) -> bool:
@@ -407,7 +518,8 @@ async def _worker(
     listening: socket.socket | None,
 ) -> int:
     reader, writer = await asyncio.open_connection(sock=control)
-    changes: list[asyncio.Future[dict[str, Any]]] = []
+    changes: deque[asyncio.Future[dict[str, Any]]] = deque()
+    """Waiting for their reply, in the order in which the supervisor answers them."""
 
     def send(message: dict[str, Any]) -> None:
         writer.write(json.dumps(message).encode() + b"\n")
@@ -418,10 +530,10 @@ async def _worker(
         send({"type": "change", "release_id": wanted})
         reply = await future
         if reply["error"]:
-            kinds: dict[str, type[OmniError]] = {"UnknownRelease": UnknownRelease, "NothingToRollBack": NothingToRollBack}
             if reply["kind"] == "UnknownRelease":
                 raise UnknownRelease(wanted)
-            raise kinds.get(reply["kind"], ReleaseRefused)(reply["error"])
+            kinds: tuple[type[OmniError], ...] = (NothingToRollBack, NotReady, PublisherBusy, DiskFull, ReleaseNotFound)
+            raise next((kind for kind in kinds if kind.__name__ == reply["kind"]), ReleaseRefused)(reply["error"])
         return str(reply["now"]), str(reply["before"])
 
     stop = asyncio.Event()
@@ -441,16 +553,21 @@ async def _worker(
     set_start_up_apart(server.releases)
 
     async def listen_to_supervisor() -> None:
-        while line := await reader.readline():
-            message = json.loads(line)
-            if message["type"] == "changed" and changes:
-                future = changes.pop(0)
+        try:
+            while line := await reader.readline():
+                message = json.loads(line)
+                if message["type"] == "changed" and changes:
+                    future = changes.popleft()
+                    if not future.done():
+                        future.set_result(message)
+                elif message["type"] == "dump":
+                    _write_cache(server, Path(message["path"]))
+                    send({"type": "dumped"})
+        finally:  # no reply can come any more
+            stop.set()
+            for future in changes:
                 if not future.done():
-                    future.set_result(message)
-            elif message["type"] == "dump":
-                server.releases.hand_over(Path(message["path"]))
-                send({"type": "dumped"})
-        stop.set()
+                    future.set_exception(NotReady("the server is shutting down; ask again what it serves."))
 
     listener = asyncio.ensure_future(listen_to_supervisor())
     try:
@@ -463,8 +580,10 @@ async def _worker(
             stopping.cancel()
             await loading
         await server.listen()
-    except OmniError as error:
-        send({"type": "ready", "error": str(error)})
+    except Exception as error:
+        if not isinstance(error, OmniError):
+            log.exception("release %s refused", release_id)
+        send({"type": "ready", "error": _told(error)})
         await writer.drain()
         return 1
     send({"type": "ready", "error": ""})
@@ -472,6 +591,18 @@ async def _worker(
     await server.stop()
     listener.cancel()
     return 0
+
+
+def _write_cache(server: Server, path: Path) -> None:
+    """Hand the frequent queries over: the whole file appears, or (a full disk, say) none, and the next generation starts without."""
+    part = path.with_name(f"part-{path.name}")
+    try:
+        server.releases.hand_over(part)
+        part.replace(path)
+    except Exception as error:
+        log.warning("the cache is not handed over: %s: %s", type(error).__name__, error)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def serve_with_workers(config: ServeConfig, announce: Callable[[dict[str, Any]], None]) -> None:

@@ -20,7 +20,7 @@ from protos import retrieval_pb2_grpc as rpc
 from retrieval.errors import AddressInUse
 from retrieval.garbage import set_start_up_apart
 from retrieval.serve_config import ServeConfig
-from retrieval.server import Server, create_server
+from retrieval.server import Server, _routes, create_server
 
 COUNTS = {"pin": 60}
 
@@ -389,3 +389,15 @@ async def test_a_retired_release_is_freed_without_the_collector(store: ReleaseSt
     finally:
         gc.unfreeze()
         gc.enable()
+
+
+async def test_health_over_http_says_that_a_server_is_leaving(store: ReleaseStore) -> None:
+    server, _, _, channel = await start(store)
+    health = _routes(server.service, server.metrics, None)["/healthz"]
+    assert (await health(None)).status == 200  # type: ignore[arg-type]
+    server.service.leaving = True
+    answer = await health(None)  # type: ignore[arg-type]
+    assert answer.status == 503 and b"draining" in answer.body
+    await channel.close()
+    await server.stop(0)
+    assert server.service.leaving

@@ -1,6 +1,9 @@
 import asyncio
+import shutil
 import socket
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -189,6 +192,25 @@ async def test_a_slow_or_lying_redis_is_a_miss_and_never_an_error(answer: bytes 
     assert not looked.cached and tier.hits == 0
     await tier.close()
     server.close()
+
+
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="needs redis-server")
+async def test_more_keys_at_once_than_connections_are_no_failure(tmp_path: Path) -> None:
+    socket_path = tmp_path / "redis.sock"
+    command = ["redis-server", "--port", "0", "--unixsocket", str(socket_path), "--save", "", "--dir", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        for _ in range(500):
+            if socket_path.exists():
+                break
+            await asyncio.sleep(0.01)
+        tier = RedisTier(f"unix://{socket_path}", DIMENSION, 100.0, 5.0)
+        assert await asyncio.gather(*(tier.get(f"k{i}") for i in range(300))) == [None] * 300
+        assert (tier.misses, tier.failures) == (300, 0) and not tier.resting
+        await tier.close()
+    finally:
+        process.kill()
+        process.wait()
 
 
 async def test_a_dead_redis_is_left_alone_after_some_failures() -> None:

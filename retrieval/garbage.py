@@ -1,4 +1,4 @@
-"""Full garbage collections visit every object of every library: 0.2 to 0.4 s, every few thousand new texts, in which nothing is answered.
+"""Full garbage collections visit every object of every library, hundreds of thousands, and nothing is answered meanwhile.
 
 What start-up has made stays for good, so it is set apart (``gc.freeze``) and no longer visited. A release that is dropped later is freed by
 its reference counts, not by the collector: a test holds it to that.

@@ -1,6 +1,6 @@
 """A full server listens in turns: while it refuses calls it reads each connection every few milliseconds instead of at every packet.
 
-A refusal costs less than a read does, so calls are refused by the handful: what the server saves goes to the calls it has accepted.
+Calls are then refused by the handful, and what the reads would have cost goes to the calls that were accepted.
 """
 
 from __future__ import annotations

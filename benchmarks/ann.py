@@ -17,6 +17,7 @@ from benchmarks.ann_data import VectorSet, default_cache, load_vectors
 from benchmarks.ann_engines import ENGINES, Engine, installed
 from benchmarks.ann_plot import draw_costs
 from benchmarks.ann_prefix import PREFIX_ENGINES
+from benchmarks.one_thread import one_blas_thread
 from benchmarks.record import RESULTS, write_record
 from encoders.console import data_option, handle_errors, json_option, print_json, print_table, say, stage
 from encoders.errors import ConfigError, OmniError
@@ -141,8 +142,9 @@ def measure(names: list[str], vectors: VectorSet, queries: int, repeats: int, bu
         baseline = baseline or engine
         curves, references = [], []
         for _ in range(repeats):
-            references.append(sweep(baseline, vectors, scores, queries))
-            curves.append(sweep(engine, vectors, scores, queries) if engine is not baseline else references[-1])
+            with one_blas_thread():
+                references.append(sweep(baseline, vectors, scores, queries))
+                curves.append(sweep(engine, vectors, scores, queries) if engine is not baseline else references[-1])
         kept = _kept(name, vectors, built_folder) / "index.json"
         chosen = {"kind": json.loads(kept.read_text())["facts"]["kind"]} if kept.is_file() else {}
         results.append(_row(name, curves, references) | chosen | facts)

@@ -14,6 +14,7 @@ import polars as pl
 
 from benchmarks.ann_data import VectorSet, load_vectors
 from benchmarks.ann_engines import qdrant_shard
+from benchmarks.one_thread import one_blas_thread
 from benchmarks.record import RESULTS, write_record
 from encoders.console import data_option, handle_errors, json_option, print_json, print_table, say, stage
 from encoders.errors import ConfigError
@@ -175,7 +176,8 @@ def command(data_dir: Path | None, size: int, queries: int, repeats: int, peer: 
     if data_dir is None:
         raise ConfigError("omni bench filter needs the folder that holds large/: give --data or set OMNI_DATA.")
     vectors = load_vectors(data_dir, size=size)
-    results = measure(vectors, queries, repeats, peer)
+    with one_blas_thread():
+        results = measure(vectors, queries, repeats, peer)
     write_record(
         f"filter-{vectors.name}",
         dataset=vectors.describe() | {"attributes": "simulated: a random number, and the rank along the first principal direction"},

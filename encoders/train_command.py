@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +112,14 @@ def command(
 
     if out.is_file():
         raise ConfigError(f"--out {out} is a file; give a folder.")
-    _join_group(config.device)
-    data = load_training_data(config, data_dir)
-    result = train(config, data, output=out, resume=resume)
-    if process_rank() != 0:
-        return
-    from encoders.bundle import save_bundle
+    with _process_group(config.device):
+        data = load_training_data(config, data_dir)
+        result = train(config, data, output=out, resume=resume)
+        if process_rank() != 0:
+            return
+        from encoders.bundle import save_bundle
 
-    bundle = save_bundle(out / "model", result.query_encoder, result.entity_encoders, training=to_table(config), metrics=result.metrics)
+        bundle = save_bundle(out / "model", result.query_encoder, result.entity_encoders, training=to_table(config), metrics=result.metrics)
     if as_json:
         facts = {"bundle": str(bundle.path), "space_id": bundle.space_id, "steps": result.steps}
         print_json({**facts, "pairs_per_second": round(result.pairs_per_second, 1), "metrics": result.metrics})
@@ -126,9 +128,14 @@ def command(
     say(f"{result.steps:,} steps, {result.pairs_per_second:,.0f} pairs/s. Next: omni evaluate {bundle.path}")
 
 
-def _join_group(device: str) -> None:
-    """Under torchrun, join its process group: NCCL on CUDA, gloo on CPU."""
+@contextmanager
+def _process_group(device: str) -> Iterator[None]:
+    """Under torchrun, join its process group, NCCL on CUDA and gloo on CPU, and leave it together.
+
+    A process that ends inside its group leaves gloo's threads to the interpreter's end, which now and then aborts on them.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
         return
     import torch
     import torch.distributed as dist
@@ -137,6 +144,9 @@ def _join_group(device: str) -> None:
     if uses_cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl" if uses_cuda else "gloo")
+    yield
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

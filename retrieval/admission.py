@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from retrieval.errors import DeadlinePassed, NotReady, Overloaded
+from retrieval.errors import DeadlinePassed, Overloaded
 from retrieval.http2.wire import Refusal, refusal
 from retrieval.status import status_for
 
@@ -22,7 +22,7 @@ class Admission:
     requests cannot hide behind a small number.
     """
 
-    __slots__ = ("_service_ms", "accepted", "coming", "draining", "in_flight", "limit", "peak", "refused", "requests")
+    __slots__ = ("_service_ms", "accepted", "coming", "in_flight", "limit", "peak", "refused", "requests")
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -32,7 +32,6 @@ class Admission:
         self.peak = 0
         self.accepted = 0
         self.refused = 0
-        self.draining = False
         self._service_ms = 1.0  # exponential average of time inside per place
 
     def cost_of(self, searches: int) -> int:
@@ -54,9 +53,7 @@ class Admission:
         self.coming = 0
 
     def enter(self, places: int = 1) -> None:
-        """Take places, or raise ``Overloaded`` with a hint, or ``NotReady`` while draining. Pair with ``leave``."""
-        if self.draining:
-            raise NotReady("the server is shutting down; connect to another replica.")
+        """Take places, or raise ``Overloaded`` with a hint. Pair with ``leave``."""
         inside = self.in_flight + places
         if inside > self.limit:
             self.refused += 1
@@ -101,7 +98,7 @@ class Refusals:
     def at_the_door(self) -> Refusal | None:
         """The refusal of a call whose message has not come yet, when not one place is free; None lets it in."""
         admission = self._admission
-        if not admission.full or admission.draining:
+        if not admission.full:
             return None
         admission.refused += 1
         return self.of("server", admission.limit, admission.retry_after_ms(), admission.pause_ms())

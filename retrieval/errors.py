@@ -13,7 +13,7 @@ ServingError
 ├── WritesDisabled            this server takes no live writes               FAILED_PRECONDITION
 ├── Overloaded                a queue is full                                RESOURCE_EXHAUSTED
 ├── DeadlinePassed            the caller's deadline passed                   DEADLINE_EXCEEDED
-├── NotReady                  no release yet, or draining                    UNAVAILABLE
+├── NotReady                  no release yet, or shutting down               UNAVAILABLE
 ├── Unauthenticated           no token, or a wrong one                       UNAUTHENTICATED
 ├── PermissionDenied          the token may not do this                      PERMISSION_DENIED
 ├── EncoderFailed             the query tower raised or made a bad vector    INTERNAL
@@ -105,7 +105,7 @@ class DeadlinePassed(ServingError):
 
 
 class NotReady(ServingError):
-    """No release is loaded yet, or the server is draining."""
+    """No release is loaded yet, or the server is shutting down."""
 
 
 class Unauthenticated(ServingError):

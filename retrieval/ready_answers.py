@@ -50,7 +50,7 @@ class ReadyAnswers:
 
     def __call__(self, content: bytes, context: Any) -> bytes | Refusal | None:
         """Answer, refuse, or decline: then the call takes its place in the event loop's next turn."""
-        if self.admission.full and not self.admission.draining:
+        if self.admission.full:
             return self.refusals.at_the_door()
         answer = self._answer(content, context)
         if answer is None:
@@ -61,7 +61,7 @@ class ReadyAnswers:
         started = _now()
         serving = self.releases.active
         admission = self.admission
-        if serving is None or self._always_general or admission.draining:
+        if serving is None or self._always_general:
             return None
         try:
             request = _parse(content)

@@ -11,39 +11,34 @@ generation ends (with the grpcio transport each worker has its own socket on the
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import ctypes
 import gc
 import importlib
-import json
 import logging
 import os
-import selectors
 import shutil
 import signal
 import socket
-import sys
 import tempfile
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from encoders.errors import OmniError
-from index_builder.ann import AnnIndex
 from index_builder.entity_index import EntityIndex
-from index_builder.errors import DiskFull, PublisherBusy, ReleaseNotFound
+from index_builder.errors import ReleaseNotFound
 from index_builder.publishing import CURRENT_NAME, ReleaseStore
 from retrieval.errors import AddressInUse, NothingToRollBack, NotReady, ReleaseRefused, UnknownRelease
-from retrieval.garbage import set_start_up_apart
 from retrieval.http2.server import BACKLOG
 from retrieval.live_releases import RETRY_REFUSED_SECONDS
 from retrieval.query_encoding import choose_form
 from retrieval.serve_config import ServeConfig
-from retrieval.server import Server, address_is_free, create_server
+from retrieval.server import address_is_free
+from retrieval.worker_fleet import Fleet, Worker
+from retrieval.worker_process import Graphs, run_worker, told
 
 log = logging.getLogger("omni.workers")
 
@@ -52,25 +47,6 @@ READY_SECONDS = 300.0
 RESTART_SECONDS = 1.0
 """Pause before a dead worker is replaced; it doubles with every further death, up to ``MAX_RESTART_SECONDS``."""
 MAX_RESTART_SECONDS = 30.0
-PR_SET_PDEATHSIG = 1
-
-Graphs = dict[str, AnnIndex]
-
-
-@dataclass(slots=True)
-class Worker:
-    """One child process."""
-
-    pid: int
-    number: int
-    control: socket.socket
-    release_id: str
-    ready: bool = False
-    error: str = ""
-    dumped: bool = False
-    leaving: bool = False
-    """We told it to end; nobody replaces it."""
-    buffer: bytearray = field(default_factory=bytearray)
 
 
 class Supervisor:
@@ -91,17 +67,14 @@ class Supervisor:
         self.config = replace(config, port=port, metrics_port=metrics_port)
         if config.transport == "http2":
             self._listener = self._reserved[0]
-        self.workers: dict[int, Worker] = {}
+        self.fleet = Fleet(self._run_worker)
         self.release_id = ""
         self.reason = "no release is active in the store. Publish one with `omni rebuild`"
         self._graphs: OrderedDict[str, Graphs] = OrderedDict()
         self._folder = Path(tempfile.mkdtemp(prefix="omni-serve-"))
-        self._selector = selectors.DefaultSelector()
         self._stopping = False
-        self._numbers = 0
         self._seen: tuple[int, int] | None = None
         self._refused_at = 0.0
-        self._changes: deque[tuple[Worker, str]] = deque()
         self._restart_at = 0.0
         self._restart_pause = RESTART_SECONDS
 
@@ -116,6 +89,9 @@ class Supervisor:
         self._reserved.append(held)
         return int(held.getsockname()[1])
 
+    def _run_worker(self, control: socket.socket, number: int, release_id: str, handed_over: list[Path]) -> int:
+        return run_worker(self.config, control, number, release_id, dict(self._graphs), handed_over, self._folder, self._listener)
+
     # --- the loop ---
 
     def run(self) -> None:
@@ -128,7 +104,7 @@ class Supervisor:
                 self._listener.listen(BACKLOG)
             self._follow_store()
             self._keep_up()  # nothing to serve yet: workers that say so
-            self._wait_ready(self._serving())
+            self._wait_ready(self.fleet.of(self.release_id))
             self._announce(
                 {
                     "host": self.config.host,
@@ -140,11 +116,11 @@ class Supervisor:
                 }
             )
             while not self._stopping:
-                self._pump(self.config.poll_seconds)
+                self.fleet.listen(self.config.poll_seconds)
                 self._reap()
                 self._keep_up()
-                while self._changes and not self._stopping:
-                    self._carry_out(*self._changes.popleft())
+                while self.fleet.changes and not self._stopping:
+                    self._carry_out(*self.fleet.changes.popleft())
                 if self._stamp() != self._seen or (self._refused_at and time.monotonic() - self._refused_at > RETRY_REFUSED_SECONDS):
                     self._follow_store()
         finally:
@@ -170,13 +146,13 @@ class Supervisor:
                 self._change_generation(release_id)
         except Exception as error:  # whatever a store can hold: healthy workers go on
             self._refused_at = time.monotonic()
-            self.reason = _told(error)
+            self.reason = told(error)
             log.error("still serving %s: %s", self.release_id or "nothing", self.reason, exc_info=not isinstance(error, OmniError))
         self._retire_all_but(self.release_id)
 
     def _carry_out(self, worker: Worker, wanted: str) -> None:
         """One Activate, or Rollback if ``wanted`` is empty; the worker that asked gets exactly one reply, in the order it asked."""
-        if self.workers.get(worker.pid) is not worker:
+        if worker not in self.fleet:
             log.warning("a change to %s is dropped: the worker that asked for it has died", wanted or "the release before")
             return
         before = self.release_id
@@ -184,98 +160,35 @@ class Supervisor:
             now = self._activate(wanted) if wanted else self._rollback()
             reply = {"type": "changed", "now": now, "before": before, "error": "", "kind": ""}
         except Exception as error:
-            reply = {"type": "changed", "now": "", "before": before, "error": _told(error), "kind": type(error).__name__}
+            reply = {"type": "changed", "now": "", "before": before, "error": told(error), "kind": type(error).__name__}
             log.error("still serving %s: %s", before or "nothing", reply["error"], exc_info=not isinstance(error, OmniError))
-        self._send(worker, reply)
+        self.fleet.send(worker, reply)
         self._retire_all_but(self.release_id)
 
-    def _pump(self, timeout: float) -> None:
-        """Read what workers say. Only notes it: nothing is changed from in here."""
-        for key, _ in self._selector.select(timeout):
-            self._read(key.data)
-
-    def _read(self, worker: Worker) -> bool:
-        """Handle what has come from one worker; False when there is no more for now."""
-        try:
-            content = worker.control.recv(65536)
-        except BlockingIOError:
-            return False
-        except OSError:
-            content = b""
-        if not content:
-            with contextlib.suppress(KeyError, ValueError):
-                self._selector.unregister(worker.control)
-            return False
-        worker.buffer += content
-        while (end := worker.buffer.find(b"\n")) >= 0:
-            line, worker.buffer = bytes(worker.buffer[:end]), worker.buffer[end + 1 :]
-            try:
-                self._handle(worker, json.loads(line))
-            except (ValueError, KeyError, TypeError) as error:
-                log.error("worker %d sent what is no message: %s", worker.pid, error)
-        return True
-
-    def _handle(self, worker: Worker, message: dict[str, Any]) -> None:
-        kind = message["type"]
-        if kind == "ready":
-            worker.ready, worker.error = True, message["error"]
-        elif kind == "dumped":
-            worker.dumped = True
-        elif kind == "change":
-            self._changes.append((worker, message["release_id"]))
-
-    @staticmethod
-    def _send(worker: Worker, message: dict[str, Any]) -> None:
-        try:
-            worker.control.sendall(json.dumps(message).encode() + b"\n")
-        except OSError:
-            log.warning("worker %d does not listen to its supervisor", worker.pid)
-
     def _reap(self) -> None:
-        while True:
-            try:
-                pid, status = os.waitpid(-1, os.WNOHANG)
-            except ChildProcessError:
-                return
-            if pid == 0:
-                return
-            worker = self.workers.get(pid)
-            if worker is None:
-                continue
-            while self._read(worker):  # its last words may say why
-                pass
-            del self.workers[pid]
-            self._close_control(worker)
+        """Collect who has ended; a worker of the current release was not meant to."""
+        for worker, code in self.fleet.collect():
             if not self._stopping and not worker.leaving and worker.release_id == self.release_id:
                 self._back_off()
                 log.error(
                     "worker %d ended with status %d%s; another starts in %.1f s",
-                    pid,
-                    os.waitstatus_to_exitcode(status),
+                    worker.pid,
+                    code,
                     f" ({worker.error})" if worker.error else "",
                     max(0.0, self._restart_at - time.monotonic()),
                 )
 
-    def _close_control(self, worker: Worker) -> None:
-        with contextlib.suppress(KeyError, ValueError):
-            self._selector.unregister(worker.control)
-        worker.control.close()
-
-    def _serving(self) -> list[Worker]:
-        """The workers of the current release, ready or not."""
-        return [worker for worker in self.workers.values() if worker.release_id == self.release_id and not worker.leaving]
-
     def _keep_up(self) -> None:
         """Fork what the current generation lacks; in a crash loop ever more rarely."""
-        missing = self.config.workers - len(self._serving())
+        missing = self.config.workers - len(self.fleet.of(self.release_id))
         if missing <= 0 or self._stopping or time.monotonic() < self._restart_at:
             return
         try:
             for _ in range(missing):
-                self._fork(self.release_id, [])
+                self.fleet.fork(self.release_id, [])
         except Exception as error:
             self._back_off()
-            log.error("a worker could not be started, trying again later: %s", _told(error))
+            log.error("a worker could not be started, trying again later: %s", told(error))
 
     def _back_off(self) -> None:
         """Decide when the next worker is forked."""
@@ -331,7 +244,7 @@ class Supervisor:
             self._load_graphs(release_id)
             handed_over = self._dump_caches()
             for _ in range(self.config.workers):
-                fresh.append(self._fork(release_id, handed_over))
+                fresh.append(self.fleet.fork(release_id, handed_over))
             self._wait_ready(fresh)
             failed = [worker for worker in fresh if not worker.ready or worker.error]
             if failed and self._stopping:
@@ -341,7 +254,7 @@ class Supervisor:
             commit()
         except BaseException:
             for worker in fresh:  # who is ready has calls already, and finishes them
-                self._dismiss(worker, signal.SIGTERM if worker.ready and not worker.error else signal.SIGKILL)
+                self.fleet.dismiss(worker, signal.SIGTERM if worker.ready and not worker.error else signal.SIGKILL)
             self._graphs.pop(release_id, None)
             raise
         finally:
@@ -366,70 +279,27 @@ class Supervisor:
         self._graphs.move_to_end(release_id)
 
     def _retire_all_but(self, release_id: str) -> None:
-        for worker in list(self.workers.values()):
+        for worker in list(self.fleet.workers.values()):
             if worker.release_id != release_id and not worker.leaving:
-                self._dismiss(worker, signal.SIGTERM)
-
-    def _dismiss(self, worker: Worker, number: signal.Signals) -> None:
-        worker.leaving = True
-        self._kill(worker, number)
+                self.fleet.dismiss(worker)
 
     def _dump_caches(self) -> list[Path]:
         """Ask the serving workers for their frequent queries; who does not answer within three seconds is left out."""
-        asked = [worker for worker in self._serving() if worker.ready and self.release_id]
+        asked = [worker for worker in self.fleet.of(self.release_id) if worker.ready and self.release_id]
         paths = {worker.pid: self._folder / f"cache-{worker.pid}-{time.monotonic_ns()}.npz" for worker in asked}
         for worker in asked:
             worker.dumped = False
-            self._send(worker, {"type": "dump", "path": str(paths[worker.pid])})
+            self.fleet.send(worker, {"type": "dump", "path": str(paths[worker.pid])})
         until = time.monotonic() + 3.0
         while time.monotonic() < until and not all(worker.dumped for worker in asked):
-            self._pump(0.05)
+            self.fleet.listen(0.05)
         return [path for path in paths.values() if path.exists()]
-
-    # --- processes ---
-
-    def _fork(self, release_id: str, handed_over: list[Path]) -> Worker:
-        """Start one worker. Raises ``OSError`` when the system has no room for it."""
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        self._numbers += 1
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):
-                stream.flush()
-        parent = os.getpid()
-        try:
-            pid = os.fork()
-        except BaseException:
-            ours.close()
-            theirs.close()
-            raise
-        if pid == 0:
-            code = 1
-            try:
-                _die_with_parent(parent)
-                ours.close()
-                for worker in self.workers.values():
-                    worker.control.close()
-                self._selector.close()
-                code = _worker_main(
-                    self.config, theirs, self._numbers, release_id, dict(self._graphs), handed_over, self._folder, self._listener
-                )
-            except BaseException:
-                log.exception("a worker failed")
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        theirs.close()
-        worker = Worker(pid, self._numbers, ours, release_id)
-        self.workers[pid] = worker
-        self._selector.register(ours, selectors.EVENT_READ, worker)
-        return worker
 
     def _wait_ready(self, fresh: list[Worker]) -> None:
         until = time.monotonic() + READY_SECONDS
         while time.monotonic() < until and not self._stopping:
-            gone = [worker for worker in fresh if not _alive(worker.pid)]  # before reading: a dead worker's last words are then all here
-            self._pump(0.05)
+            gone = [worker for worker in fresh if not worker.is_running()]  # before reading: a dead worker's last words are then all here
+            self.fleet.listen(0.05)
             if all(worker.ready for worker in fresh) or any(worker.error for worker in fresh):
                 return
             for worker in gone:
@@ -440,169 +310,12 @@ class Supervisor:
                 self._reap()
                 self._keep_up()
 
-    def _kill(self, worker: Worker, number: signal.Signals) -> None:
-        if self.workers.get(worker.pid) is worker:  # once collected, its number may belong to somebody else
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(worker.pid, number)
-
     def _shut_down(self) -> None:
         self._stopping = True
         for held in self._reserved:
             held.close()
-        for worker in self.workers.values():
-            self._kill(worker, signal.SIGTERM)
-        until = time.monotonic() + self.config.grace_seconds + 5.0
-        while self.workers and time.monotonic() < until:
-            self._reap()
-            time.sleep(0.02)
-        for worker in self.workers.values():
-            self._kill(worker, signal.SIGKILL)
+        self.fleet.end(self.config.grace_seconds + 5.0)
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _told(error: Exception) -> str:
-    """What a caller and the log read of an error."""
-    return str(error) if isinstance(error, OmniError) else f"the release could not be taken into service: {type(error).__name__}: {error}"
-
-
-def _alive(pid: int) -> bool:
-    """Whether a child is still running; does not collect it."""
-    try:
-        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
-    except ChildProcessError:
-        return False
-
-
-def _die_with_parent(parent: int) -> None:
-    """Ask the kernel for SIGTERM when the supervisor dies, even by kill -9."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    except (OSError, AttributeError):
-        log.warning("workers will outlive a killed supervisor on this system")
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def _worker_main(
-    config: ServeConfig,
-    control: socket.socket,
-    number: int,
-    release_id: str,
-    graphs: dict[str, Graphs],
-    handed_over: list[Path],
-    folder: Path,
-    listening: socket.socket | None,
-) -> int:
-    """The life of one worker, in the child; returns its exit code."""
-    run: Callable[[Any], Any] = asyncio.run
-    try:
-        import uvloop
-
-        run = uvloop.run
-    except ImportError:
-        log.info("uvloop is not installed; using asyncio's own loop")
-    code: int = run(_worker(config, control, number, release_id, graphs, handed_over, folder, listening))
-    return code
-
-
-async def _worker(
-    config: ServeConfig,
-    control: socket.socket,
-    number: int,
-    release_id: str,
-    graphs: dict[str, Graphs],
-    handed_over: list[Path],
-    folder: Path,
-    listening: socket.socket | None,
-) -> int:
-    reader, writer = await asyncio.open_connection(sock=control)
-    changes: deque[asyncio.Future[dict[str, Any]]] = deque()
-    """Waiting for their reply, in the order in which the supervisor answers them."""
-
-    def send(message: dict[str, Any]) -> None:
-        writer.write(json.dumps(message).encode() + b"\n")
-
-    async def change_release(wanted: str) -> tuple[str, str]:
-        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        changes.append(future)
-        send({"type": "change", "release_id": wanted})
-        reply = await future
-        if reply["error"]:
-            if reply["kind"] == "UnknownRelease":
-                raise UnknownRelease(wanted)
-            kinds: tuple[type[OmniError], ...] = (NothingToRollBack, NotReady, PublisherBusy, DiskFull, ReleaseNotFound)
-            raise next((kind for kind in kinds if kind.__name__ == reply["kind"]), ReleaseRefused)(reply["error"])
-        return str(reply["now"]), str(reply["before"])
-
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, stop.set)
-    server: Server = await create_server(
-        config,
-        graphs=graphs,
-        watch=False,
-        change_release=change_release,
-        snapshots_folder=folder,
-        worker=number,
-        reuse_port=True,
-        listener=listening,
-    )
-
-    set_start_up_apart(server.releases)
-
-    async def listen_to_supervisor() -> None:
-        try:
-            while line := await reader.readline():
-                message = json.loads(line)
-                if message["type"] == "changed" and changes:
-                    future = changes.popleft()
-                    if not future.done():
-                        future.set_result(message)
-                elif message["type"] == "dump":
-                    _write_cache(server, Path(message["path"]))
-                    send({"type": "dumped"})
-        finally:  # no reply can come any more
-            stop.set()
-            for future in changes:
-                if not future.done():
-                    future.set_exception(NotReady("the server is shutting down; ask again what it serves."))
-
-    listener = asyncio.ensure_future(listen_to_supervisor())
-    try:
-        if release_id:
-            loading = asyncio.ensure_future(server.releases.adopt(release_id, handed_over))
-            stopping = asyncio.ensure_future(stop.wait())
-            await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
-            if stop.is_set():  # told to end while still loading: nobody depends on this worker yet
-                return 0
-            stopping.cancel()
-            await loading
-        await server.listen()
-    except Exception as error:
-        if not isinstance(error, OmniError):
-            log.exception("release %s refused", release_id)
-        send({"type": "ready", "error": _told(error)})
-        await writer.drain()
-        return 1
-    send({"type": "ready", "error": ""})
-    await stop.wait()
-    await server.stop()
-    listener.cancel()
-    return 0
-
-
-def _write_cache(server: Server, path: Path) -> None:
-    """Hand the frequent queries over: the whole file appears, or (a full disk, say) none, and the next generation starts without."""
-    part = path.with_name(f"part-{path.name}")
-    try:
-        server.releases.hand_over(part)
-        part.replace(path)
-    except Exception as error:
-        log.warning("the cache is not handed over: %s: %s", type(error).__name__, error)
-        with contextlib.suppress(OSError):
-            part.unlink()
 
 
 def serve_with_workers(config: ServeConfig, announce: Callable[[dict[str, Any]], None]) -> None:

@@ -20,7 +20,6 @@ from retrieval.errors import (
     InvalidEmbedding,
     InvalidK,
     InvalidRequest,
-    NotReady,
     Overloaded,
     PermissionDenied,
     RequestTooLarge,
@@ -112,9 +111,6 @@ def test_admission_counts_places_refuses_with_a_hint_and_forgets_nothing() -> No
         admission.enter(1)
     admission.leave(5, 0.2)
     admission.enter(1)
-    admission.draining = True
-    with pytest.raises(NotReady):
-        admission.enter(1)
     admission.leave(1, 0.1)
     admission.leave(5, 0.1)
     assert admission.in_flight == 0 and admission.refused == 1 and admission.peak == 10

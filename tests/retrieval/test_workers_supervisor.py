@@ -25,6 +25,7 @@ from index_builder.errors import PublisherBusy
 from index_builder.publishing import ReleaseStore
 from retrieval import workers
 from retrieval.serve_config import ServeConfig
+from retrieval.worker_process import write_cache
 
 
 def test_a_release_that_does_not_fit_into_memory_is_refused(tmp_path: Path) -> None:
@@ -85,10 +86,10 @@ def test_a_cache_that_cannot_be_written_is_left_out(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     server: Any = SimpleNamespace(releases=SimpleNamespace(hand_over=full))
-    workers._write_cache(server, tmp_path / "cache-1.npz")
+    write_cache(server, tmp_path / "cache-1.npz")
     assert not list(tmp_path.iterdir())
     server.releases.hand_over = lambda path: path.write_bytes(b"whole")
-    workers._write_cache(server, tmp_path / "cache-1.npz")
+    write_cache(server, tmp_path / "cache-1.npz")
     assert [path.name for path in tmp_path.iterdir()] == ["cache-1.npz"]
 
 
@@ -121,7 +122,7 @@ class Stage:
         ReleaseStore.verify = lambda self, release_id: SimpleNamespace(entities={"pin": None})  # type: ignore[assignment, return-value]
         workers.EntityIndex.load_graph = staticmethod(lambda path: None)  # type: ignore[assignment]
         workers.choose_form = lambda *args, **kwargs: "onnx-int8"
-        workers._worker_main = self.stand_in  # type: ignore[assignment]
+        workers.run_worker = self.stand_in  # type: ignore[assignment]
         workers.RESTART_SECONDS = 0.2
         self.store = ReleaseStore(folder / "store")
         self.store.activate("r1")
@@ -183,14 +184,14 @@ class Stage:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def alive(self) -> list[int]:
-        return [pid for pid in list(self.supervisor.workers) if workers._alive(pid)]
+        return [worker.pid for worker in list(self.supervisor.fleet.workers.values()) if worker.is_running()]
 
     def state(self) -> list[Any]:
         return [self.supervisor.release_id, len(self.alive())]
 
     def ask(self, *wanted: str) -> None:
         """Have a serving worker ask for changes, and wait for the replies."""
-        number = next(worker.number for worker in self.supervisor.workers.values() if not worker.leaving)
+        number = next(worker.number for worker in self.supervisor.fleet.workers.values() if not worker.leaving)
         expected = len(self.replies()) + len(wanted)
         path = self.folder / f"order-{number}"
         path.with_suffix(".part").write_text(json.dumps(wanted))
@@ -198,7 +199,7 @@ class Stage:
         until(lambda: len(self.replies()) == expected)
 
     def settle(self, release_id: str, count: int = 2) -> None:
-        until(lambda: self.state() == [release_id, count] and all(worker.ready for worker in self.supervisor.workers.values()))
+        until(lambda: self.state() == [release_id, count] and all(worker.ready for worker in self.supervisor.fleet.workers.values()))
 
     def run(self, script: Callable[["Stage"], None]) -> None:
         def beside() -> None:
@@ -291,16 +292,16 @@ def first_refused(stage: Stage) -> None:
 
 def twice(stage: Stage) -> None:
     counts = [0]
-    fork_one = stage.supervisor._fork
+    fork_one = stage.supervisor.fleet.fork
 
     def counting(*args: Any) -> Any:
         worker = fork_one(*args)
-        counts.append(sum(not worker.leaving for worker in stage.supervisor.workers.values()))
+        counts.append(sum(not worker.leaving for worker in stage.supervisor.fleet.workers.values()))
         return worker
 
-    stage.supervisor._fork = counting  # type: ignore[method-assign]
+    stage.supervisor.fleet.fork = counting  # type: ignore[method-assign]
     stage.flag("slow")
-    number = max(worker.number for worker in stage.supervisor.workers.values())
+    number = max(worker.number for worker in stage.supervisor.fleet.workers.values())
     (stage.folder / f"order-{number}").write_text(json.dumps(["r2"]))
     until(lambda: len(stage.alive()) == 4)
     stage.ask("r3")
@@ -312,14 +313,14 @@ def twice(stage: Stage) -> None:
 def back(stage: Stage) -> None:
     stage.flag("slow-end")
     stage.ask("r2")
-    leaving = [worker.pid for worker in stage.supervisor.workers.values() if worker.leaving]
+    leaving = [worker.pid for worker in stage.supervisor.fleet.workers.values() if worker.leaving]
     stage.ask("")
     stage.flag("slow-end", False)
-    for pid in [*leaving, *(worker.pid for worker in stage.supervisor.workers.values() if worker.leaving)]:
+    for pid in [*leaving, *(worker.pid for worker in stage.supervisor.fleet.workers.values() if worker.leaving)]:
         os.kill(pid, signal.SIGKILL)
     stage.settle("r1")
     time.sleep(0.6)
-    stage.found["forks"] = stage.supervisor._numbers
+    stage.found["forks"] = stage.supervisor.fleet.forks
 
 
 def leftovers(stage: Stage) -> None:

@@ -1,0 +1,204 @@
+"""The processes of a supervisor: forked, heard, told and collected. What they serve, and when one is replaced, is decided elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("omni.workers")
+
+PR_SET_PDEATHSIG = 1
+
+Run = Callable[[socket.socket, int, str, list[Path]], int]
+"""The life of a worker, in the child: its control socket, its number, its release and the caches handed over; returns the exit code."""
+
+
+@dataclass(slots=True)
+class Worker:
+    """One child process."""
+
+    pid: int
+    number: int
+    control: socket.socket
+    release_id: str
+    ready: bool = False
+    error: str = ""
+    dumped: bool = False
+    leaving: bool = False
+    """We told it to end; nobody replaces it."""
+    buffer: bytearray = field(default_factory=bytearray)
+
+    def is_running(self) -> bool:
+        """Whether the process has not ended; does not collect it."""
+        try:
+            return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        except ChildProcessError:
+            return False
+
+
+class Fleet:
+    """All children of one process, of every generation; everything runs in the caller's single thread.
+
+    Attributes:
+        workers: By process number, until they are collected.
+        changes: What workers asked for and nobody has carried out: who, and the release ("" for the one before).
+        forks: How many were ever started.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.workers: dict[int, Worker] = {}
+        self.changes: deque[tuple[Worker, str]] = deque()
+        self.forks = 0
+        self._selector = selectors.DefaultSelector()
+
+    def __contains__(self, worker: Worker) -> bool:
+        return self.workers.get(worker.pid) is worker
+
+    def of(self, release_id: str) -> list[Worker]:
+        """The workers of a release that were not told to end, ready or not."""
+        return [worker for worker in self.workers.values() if worker.release_id == release_id and not worker.leaving]
+
+    def fork(self, release_id: str, handed_over: list[Path]) -> Worker:
+        """Start one worker. Raises ``OSError`` when the system has no room for it."""
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        self.forks += 1
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        parent = os.getpid()
+        try:
+            pid = os.fork()
+        except BaseException:
+            ours.close()
+            theirs.close()
+            raise
+        if pid == 0:
+            code = 1
+            try:
+                _die_with_parent(parent)
+                ours.close()
+                for worker in self.workers.values():
+                    worker.control.close()
+                self._selector.close()
+                code = self._run(theirs, self.forks, release_id, handed_over)
+            except BaseException:
+                log.exception("a worker failed")
+            finally:
+                sys.stderr.flush()
+                os._exit(code)
+        theirs.close()
+        worker = Worker(pid, self.forks, ours, release_id)
+        self.workers[pid] = worker
+        self._selector.register(ours, selectors.EVENT_READ, worker)
+        return worker
+
+    def listen(self, timeout: float) -> None:
+        """Read what workers say, for at most ``timeout`` seconds if nobody speaks. Only notes it: nothing is changed from in here."""
+        for key, _ in self._selector.select(timeout):
+            self._read(key.data)
+
+    def send(self, worker: Worker, message: dict[str, Any]) -> None:
+        """Tell a worker something; one that does not listen is logged."""
+        try:
+            worker.control.sendall(json.dumps(message).encode() + b"\n")
+        except OSError:
+            log.warning("worker %d does not listen to its supervisor", worker.pid)
+
+    def collect(self) -> list[tuple[Worker, int]]:
+        """Those who have ended since the last call, with their exit codes, once all they said is read."""
+        ended: list[tuple[Worker, int]] = []
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return ended
+            if pid == 0:
+                return ended
+            worker = self.workers.get(pid)
+            if worker is None:
+                continue
+            while self._read(worker):  # its last words may say why
+                pass
+            del self.workers[pid]
+            self._forget(worker)
+            worker.control.close()
+            ended.append((worker, os.waitstatus_to_exitcode(status)))
+
+    def dismiss(self, worker: Worker, number: signal.Signals = signal.SIGTERM) -> None:
+        """Have a worker end; it is neither counted nor replaced from now on."""
+        worker.leaving = True
+        if worker in self:  # once collected, its process number may belong to somebody else
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker.pid, number)
+
+    def end(self, seconds: float) -> None:
+        """Dismiss all, and kill who is still there after ``seconds``."""
+        for worker in self.workers.values():
+            self.dismiss(worker)
+        until = time.monotonic() + seconds
+        while self.workers and time.monotonic() < until:
+            self.collect()
+            time.sleep(0.02)
+        for worker in self.workers.values():
+            self.dismiss(worker, signal.SIGKILL)
+
+    def _read(self, worker: Worker) -> bool:
+        """Handle what has come from one worker; False when there is no more for now."""
+        try:
+            content = worker.control.recv(65536)
+        except BlockingIOError:
+            return False
+        except OSError:
+            content = b""
+        if not content:
+            self._forget(worker)
+            return False
+        worker.buffer += content
+        while (end := worker.buffer.find(b"\n")) >= 0:
+            line, worker.buffer = bytes(worker.buffer[:end]), worker.buffer[end + 1 :]
+            try:
+                self._note(worker, json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:
+                log.error("worker %d sent what is no message: %s", worker.pid, error)
+        return True
+
+    def _note(self, worker: Worker, message: dict[str, Any]) -> None:
+        kind = message["type"]
+        if kind == "ready":
+            worker.ready, worker.error = True, message["error"]
+        elif kind == "dumped":
+            worker.dumped = True
+        elif kind == "change":
+            self.changes.append((worker, message["release_id"]))
+
+    def _forget(self, worker: Worker) -> None:
+        """Wait for no more words of a worker."""
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(worker.control)
+
+
+def _die_with_parent(parent: int) -> None:
+    """Ask the kernel for SIGTERM when the supervisor dies, even by kill -9."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    except (OSError, AttributeError):
+        log.warning("workers will outlive a killed supervisor on this system")
+    if os.getppid() != parent:
+        os._exit(1)

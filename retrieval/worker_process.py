@@ -1,0 +1,152 @@
+"""One worker, in its own process: loads its release over the graphs it inherited, serves, and talks with its supervisor over a socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import socket
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from encoders.errors import OmniError
+from index_builder.ann import AnnIndex
+from index_builder.errors import DiskFull, PublisherBusy, ReleaseNotFound
+from retrieval.errors import NothingToRollBack, NotReady, ReleaseRefused, UnknownRelease
+from retrieval.garbage import set_start_up_apart
+from retrieval.serve_config import ServeConfig
+from retrieval.server import Server, create_server
+
+log = logging.getLogger("omni.workers")
+
+Graphs = dict[str, AnnIndex]
+"""Per entity type, what a supervisor loads once for all its workers."""
+
+
+def told(error: Exception) -> str:
+    """What a caller and the log read of an error."""
+    return str(error) if isinstance(error, OmniError) else f"the release could not be taken into service: {type(error).__name__}: {error}"
+
+
+def run_worker(
+    config: ServeConfig,
+    control: socket.socket,
+    number: int,
+    release_id: str,
+    graphs: dict[str, Graphs],
+    handed_over: list[Path],
+    folder: Path,
+    listening: socket.socket | None,
+) -> int:
+    """The life of one worker, in the child; returns its exit code."""
+    run: Callable[[Any], Any] = asyncio.run
+    try:
+        import uvloop
+
+        run = uvloop.run
+    except ImportError:
+        log.info("uvloop is not installed; using asyncio's own loop")
+    code: int = run(_serve(config, control, number, release_id, graphs, handed_over, folder, listening))
+    return code
+
+
+async def _serve(
+    config: ServeConfig,
+    control: socket.socket,
+    number: int,
+    release_id: str,
+    graphs: dict[str, Graphs],
+    handed_over: list[Path],
+    folder: Path,
+    listening: socket.socket | None,
+) -> int:
+    reader, writer = await asyncio.open_connection(sock=control)
+    changes: deque[asyncio.Future[dict[str, Any]]] = deque()
+    """Waiting for their reply, in the order in which the supervisor answers them."""
+
+    def send(message: dict[str, Any]) -> None:
+        writer.write(json.dumps(message).encode() + b"\n")
+
+    async def change_release(wanted: str) -> tuple[str, str]:
+        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        changes.append(future)
+        send({"type": "change", "release_id": wanted})
+        reply = await future
+        if reply["error"]:
+            if reply["kind"] == "UnknownRelease":
+                raise UnknownRelease(wanted)
+            kinds: tuple[type[OmniError], ...] = (NothingToRollBack, NotReady, PublisherBusy, DiskFull, ReleaseNotFound)
+            raise next((kind for kind in kinds if kind.__name__ == reply["kind"]), ReleaseRefused)(reply["error"])
+        return str(reply["now"]), str(reply["before"])
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    server: Server = await create_server(
+        config,
+        graphs=graphs,
+        watch=False,
+        change_release=change_release,
+        snapshots_folder=folder,
+        worker=number,
+        reuse_port=True,
+        listener=listening,
+    )
+
+    set_start_up_apart(server.releases)
+
+    async def listen_to_supervisor() -> None:
+        try:
+            while line := await reader.readline():
+                message = json.loads(line)
+                if message["type"] == "changed" and changes:
+                    future = changes.popleft()
+                    if not future.done():
+                        future.set_result(message)
+                elif message["type"] == "dump":
+                    write_cache(server, Path(message["path"]))
+                    send({"type": "dumped"})
+        finally:  # no reply can come any more
+            stop.set()
+            for future in changes:
+                if not future.done():
+                    future.set_exception(NotReady("the server is shutting down; ask again what it serves."))
+
+    listener = asyncio.ensure_future(listen_to_supervisor())
+    try:
+        if release_id:
+            loading = asyncio.ensure_future(server.releases.adopt(release_id, handed_over))
+            stopping = asyncio.ensure_future(stop.wait())
+            await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if stop.is_set():  # told to end while still loading: nobody depends on this worker yet
+                return 0
+            stopping.cancel()
+            await loading
+        await server.listen()
+    except Exception as error:
+        if not isinstance(error, OmniError):
+            log.exception("release %s refused", release_id)
+        send({"type": "ready", "error": told(error)})
+        await writer.drain()
+        return 1
+    send({"type": "ready", "error": ""})
+    await stop.wait()
+    await server.stop()
+    listener.cancel()
+    return 0
+
+
+def write_cache(server: Server, path: Path) -> None:
+    """Hand the frequent queries over: the whole file appears, or (a full disk, say) none, and the next generation starts without."""
+    part = path.with_name(f"part-{path.name}")
+    try:
+        server.releases.hand_over(part)
+        part.replace(path)
+    except Exception as error:
+        log.warning("the cache is not handed over: %s: %s", type(error).__name__, error)
+        with contextlib.suppress(OSError):
+            part.unlink()

@@ -330,8 +330,11 @@ def _carry(entity_type: str, store: ReleaseStore, parent: str, content: Path) ->
 def _copy_bundle(bundle: Bundle, content: Path) -> None:
     for part in (*BUNDLE_PARTS, "space.json", "config.json"):
         source, target = bundle.path / part, content / part
+        if target.is_dir():  # of an interrupted build; what the bundle no longer holds must not be published ungated
+            shutil.rmtree(target)
+        else:
+            target.unlink(missing_ok=True)
         if source.is_dir():
-            shutil.rmtree(target, ignore_errors=True)
             shutil.copytree(source, target)
         elif source.is_file():
             shutil.copyfile(source, target)

@@ -302,6 +302,22 @@ def test_a_form_that_differs_from_the_tower_stops_the_build(bundle: Path, store:
     assert read_manifest(store.path_of(store.current() or "")).forms["onnx-int8"]["passed"]
 
 
+def test_a_form_removed_after_it_failed_the_gate_is_not_published_by_the_resumed_build(bundle: Path, store: ReleaseStore) -> None:
+    """The interrupted build had copied the form; with the bundle's forms gone nothing is gated, so nothing of them may stay."""
+    queries = {"*": QuerySet([f"query {i}" for i in range(100)], unit_vectors(100, 12))}
+    entities = {"pin": make_input("pin", 30)}
+    (bundle / "forms").mkdir()
+    (bundle / "forms" / "onnx-int8.onnx").write_bytes(b"differs from the tower")
+    (bundle / "config.json").write_text("{}")
+    with pytest.raises(GateFailed, match="remove the form"):
+        build_release(entities, bundle, store, quick(), queries, parity=lambda *_: {"onnx-int8": {"passed": False}})
+    (bundle / "forms" / "onnx-int8.onnx").unlink()
+    (bundle / "forms").rmdir()
+    (bundle / "config.json").unlink()
+    manifest = read_manifest(store.path_of(build_release(entities, bundle, store, quick(), queries)))
+    assert not [name for name in manifest.files if name.startswith("forms/") or name == "config.json"]
+
+
 def test_query_files_give_distinct_texts(tmp_path: Path) -> None:
     (tmp_path / "q.txt").write_text("a\n\nb \na\n")
     assert sorted(read_query_texts(tmp_path / "q.txt", 10, 0)) == ["a", "b"]

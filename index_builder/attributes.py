@@ -19,6 +19,7 @@ FieldType = Literal["int", "float", "bool", "string", "list<int>", "list<float>"
 Slices = list[tuple[int, int]]
 
 _NAME = re.compile(r"[^\W\d]\w*", re.UNICODE)
+_BAD_NAME = "cannot be an attribute: a name starts with a letter or _ and holds letters, digits and _. Rename it."
 _NULL_INT = np.iinfo(np.int64).min
 
 
@@ -171,10 +172,22 @@ def _normalise(name: str, series: pl.Series) -> pl.Series:
         return series
     try:
         if inner.is_temporal():  # type: ignore[union-attr]
-            return series.list.eval(pl.element().dt.to_string("iso")) if type_.startswith("list") else series.dt.to_string("iso")
+            return (
+                series.list.eval(_iso(pl.element(), inner))
+                if type_.startswith("list")
+                else series.to_frame().select(_iso(pl.col(name), inner))[name]
+            )
         return series.cast(pl.List(target) if type_.startswith("list") else target)
     except pl.exceptions.PolarsError as error:
         raise BadAttribute(f"column {name!r} of type {series.dtype} does not fit an attribute of type {type_}: {error}") from error
+
+
+def _iso(expression: pl.Expr, dtype: Any) -> pl.Expr:
+    """Times as Python's ``isoformat`` writes them, which is what live updates send."""
+    if isinstance(dtype, pl.Datetime):
+        zone = "%:z" if dtype.time_zone else ""
+        return expression.dt.cast_time_unit("us").dt.to_string(f"%Y-%m-%dT%H:%M:%S%.6f{zone}").str.replace(r"\.000000", "")
+    return expression.dt.to_string("iso")
 
 
 def _keys_of(type_: str, series: pl.Series) -> tuple[np.ndarray, np.ndarray | None, list[str] | None]:
@@ -198,36 +211,119 @@ def _keys_of(type_: str, series: pl.Series) -> tuple[np.ndarray, np.ndarray | No
     return keys, (~missing if missing.any() else None), None
 
 
+def fitted(series: pl.Series, dtype: pl.DataType) -> pl.Series:
+    """The values of ``series`` as ``dtype``; those that it cannot hold are null. Fractions stay: floats in the place of integers."""
+    if series.dtype == dtype:
+        return series
+    if _is_whole(dtype) and _has_fractions(series):
+        dtype = pl.List(pl.Float64) if isinstance(dtype, pl.List) else pl.Float64()
+    try:
+        return series.cast(dtype, strict=False)
+    except pl.exceptions.PolarsError:  # lists for scalars, or the other way round
+        return pl.Series(series.name, [None] * len(series), dtype=dtype)
+
+
+def _is_whole(dtype: pl.DataType) -> bool:
+    return (dtype.inner if isinstance(dtype, pl.List) else dtype) == pl.Int64
+
+
+def _has_fractions(series: pl.Series) -> bool:
+    numbers = series.explode() if isinstance(series.dtype, pl.List) else series
+    return numbers.dtype.is_float() and bool((numbers != numbers.floor()).any())
+
+
+def check_attributes(values: Mapping[str, Any], schema: Mapping[str, str], where: str) -> None:
+    """See that attributes of one entity can be filtered and built into a release.
+
+    Args:
+        values: JSON values by name; None is a missing value.
+        schema: What the index holds (``AttributeTable.schema``); numbers of either kind fit each other. Other names may have any flat type.
+        where: Begins the message.
+
+    Raises:
+        BadAttribute: A name, a nested or mixed list, NaN or infinity, or a type that does not fit.
+    """
+    for name, value in values.items():
+        if not is_attribute_name(name):
+            raise BadAttribute(f"{where}: attribute {name!r} {_BAD_NAME}")
+        if value is None:
+            continue
+        kind = _kind_of(value)
+        if kind is None:
+            raise BadAttribute(
+                f"{where}: attribute {name!r} must be a finite number, a text, true or false, or a flat list of numbers or of texts, "
+                f"but is {_shown(value)}."
+            )
+        wanted = schema.get(name)
+        if wanted is not None and not _fits(kind, wanted):
+            raise BadAttribute(f"{where}: attribute {name!r} is {wanted} in the release, but got {_shown(value)}, which is {kind}.")
+
+
+def is_attribute_name(name: str) -> bool:
+    """Whether filters can name it."""
+    return _NAME.fullmatch(name) is not None
+
+
+def can_be_attribute(series: pl.Series) -> bool:
+    """Whether a column has a name and a type that an ``AttributeTable`` takes."""
+    try:
+        return is_attribute_name(series.name) and bool(_type_of(series.name, series.dtype))
+    except BadAttribute:
+        return False
+
+
+def _kind_of(value: Any) -> str | None:
+    """The type of a JSON value in the words of ``FieldType``; None if no column holds it."""
+    if isinstance(value, bool):
+        return "bool"
+    if isinstance(value, int):
+        return "int" if -(2**63) < value < 2**63 else None
+    if isinstance(value, float):
+        return "float" if math.isfinite(value) else None
+    if isinstance(value, str):
+        return "string"
+    if not isinstance(value, list | tuple):
+        return None
+    kinds = {_kind_of(item) for item in value}
+    if kinds == {"int", "float"}:
+        kinds = {"float"}
+    kind = kinds.pop() if len(kinds) == 1 else None if kinds else ""
+    return f"list<{kind}>" if kind in ("int", "float", "string", "") else None
+
+
+def _fits(kind: str, wanted: str) -> bool:
+    if kind == "list<>":
+        return wanted.startswith("list")
+    return kind.replace("float", "int") == wanted.replace("float", "int")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 class AttributeTable:
     """Attributes of ``count`` rows; columns are prepared for filtering when a filter first names them, or by ``warm``."""
 
     def __init__(self, frame: pl.DataFrame) -> None:
         for name in frame.columns:
-            if not _NAME.fullmatch(name):
-                raise BadAttribute(
-                    f"column {name!r} cannot be an attribute: a name starts with a letter or _ and holds letters, digits and _. Rename it."
-                )
+            if not is_attribute_name(name):
+                raise BadAttribute(f"column {name!r} {_BAD_NAME}")
         self.frame = frame.with_columns([_normalise(name, frame[name]).alias(name) for name in frame.columns])
         self.count = len(frame)
         self.schema: dict[str, FieldType] = {name: _type_of(name, dtype) for name, dtype in self.frame.schema.items()}
         self._columns: dict[str, Column] = {}
 
     @classmethod
-    def from_frame(cls, frame: pl.DataFrame, *, like: AttributeTable | None = None) -> AttributeTable:
-        """A table of ``frame``; with ``like``, of that table's columns and types: missing columns and impossible values become null."""
-        if like is not None:
-            length = len(frame)
-            columns = [
-                (frame[name].cast(dtype, strict=False) if name in frame.columns else pl.Series(name, [None] * length, dtype=dtype)).alias(
-                    name
-                )
-                for name, dtype in like.frame.schema.items()
-            ]
-            frame = pl.DataFrame(columns) if columns else pl.DataFrame()
-            table = cls(frame)
-            table.count = length
-            return table
-        return cls(frame)
+    def aligned(cls, frame: pl.DataFrame, like: AttributeTable, count: int) -> AttributeTable:
+        """The first ``count`` rows of ``frame`` with the columns and types of ``like``: missing columns and impossible values are null."""
+        columns = [
+            fitted(frame[name].head(count), dtype) if name in frame.columns else pl.Series(name, [None] * count, dtype=dtype)
+            for name, dtype in like.frame.schema.items()
+        ]
+        table = cls(pl.DataFrame(columns))
+        table.count = count
+        return table
 
     @classmethod
     def empty(cls, count: int) -> AttributeTable:

@@ -11,6 +11,7 @@ import numpy as np
 import polars as pl
 
 from encoders.errors import InvalidVectors, SpaceMismatch
+from index_builder.attributes import can_be_attribute, fitted
 from index_builder.corpus import check_vectors
 from index_builder.errors import DuplicateIds, LiveLogError
 from index_builder.live_blocks import attribute_frame
@@ -171,8 +172,12 @@ def fold_live(entities: EntityInput, latest: dict[str, LiveEntry], watermark: in
 
 
 def _fold_attributes(frame: pl.DataFrame | None, keep: np.ndarray, fresh: list[LiveEntry]) -> pl.DataFrame | None:
-    """Rows of ``frame`` that stay, then those of the fresh entries, cast to the types the base already has (what does not fit is null)."""
+    """Rows of ``frame`` that stay, then those of the fresh entries, cast to the types the base already has (what does not fit is null).
+
+    What no column can hold is left out: a log may have entries of before writes were checked, or checked against another release.
+    """
     added = attribute_frame([entry.attributes for entry in fresh]) if fresh else pl.DataFrame()
+    added = added.select(series.name for series in added if can_be_attribute(series))
     if frame is None or not frame.width:
         if not added.width:
             return frame
@@ -187,8 +192,8 @@ def _fold_attributes(frame: pl.DataFrame | None, keep: np.ndarray, fresh: list[L
         parts = []
         for part, height in ((base, base.height), (added, len(fresh))):
             series = part[name] if name in part.columns else pl.Series(name, [None] * height)
-            parts.append(series if series.dtype == dtype else series.cast(dtype, strict=False))
-        columns.append(pl.concat([parts[0].to_frame(), parts[1].to_frame()])[name])
+            parts.append(fitted(series, dtype))
+        columns.append(pl.concat([part.to_frame() for part in parts], how="vertical_relaxed")[name])
     return pl.DataFrame(columns)
 
 

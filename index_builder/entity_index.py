@@ -466,6 +466,5 @@ class EntityIndex:
         return BaseHits(ids, scores, hits.plan if hits.plan != "empty" else "live", hits.ef, hits.recall)
 
     def _live_selection(self, segment: Any, expression: str) -> Selection:
-        table = AttributeTable.from_frame(segment.attributes, like=self.attribute_table)
-        table.count = len(segment.ids)
+        table = AttributeTable.aligned(segment.attributes, self.attribute_table, len(segment))
         return BoundFilter(parse_filter(expression), table).select()

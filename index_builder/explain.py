@@ -104,22 +104,16 @@ def _visible(index: EntityIndex, live: LiveView | None, query: np.ndarray, expre
     for segment in live.segments if live is not None else ():
         scores.append(segment.vectors[segment.alive] @ query)
         if expression is not None:
-            table = AttributeTable.from_frame(_with_height(segment.attributes, len(segment)), like=index.attribute_table)
+            table = AttributeTable.aligned(segment.attributes, index.attribute_table, len(segment))
             masks.append(BoundFilter(parse_filter(expression), table).select().as_mask()[segment.alive])
     return np.concatenate(scores), np.concatenate(masks) if masks else None
-
-
-def _with_height(frame: Any, height: int) -> Any:
-    import polars as pl
-
-    return frame if frame.width else pl.DataFrame({"_": [None] * height})
 
 
 def _passes(index: EntityIndex, live: LiveView | None, identifier: str, expression: str) -> bool:
     place = live.find(identifier) if live is not None else None
     if place is not None:
         segment, row = place
-        table = AttributeTable.from_frame(_with_height(segment.attributes, len(segment)), like=index.attribute_table)
+        table = AttributeTable.aligned(segment.attributes, index.attribute_table, len(segment))
         return bool(BoundFilter(parse_filter(expression), table).select().as_mask()[row])
     row_in_base = index.row_of(identifier)
     return row_in_base is not None and bool(BoundFilter(parse_filter(expression), index.attribute_table).select().as_mask()[row_in_base])

@@ -138,5 +138,11 @@ def join_frames(frames: Sequence[pl.DataFrame], heights: Sequence[int]) -> pl.Da
                 pl.concat([part.to_frame() for part in parts], how="vertical_relaxed")[name] if kinds else pl.Series(name, [None] * total)
             )
         except pl.exceptions.PolarsError:
-            columns.append(pl.concat([part.cast(pl.String, strict=False).to_frame() for part in parts])[name])
+            columns.append(pl.concat([_as_text(part).to_frame() for part in parts])[name])
     return pl.DataFrame(columns)
+
+
+def _as_text(series: pl.Series) -> pl.Series:
+    if isinstance(series.dtype, pl.List):
+        return pl.Series(series.name, [None if cell is None else str(cell) for cell in series.to_list()], dtype=pl.String)
+    return series.cast(pl.String, strict=False)

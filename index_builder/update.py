@@ -13,8 +13,9 @@ import polars as pl
 
 from encoders.errors import RowError, SchemaError
 from encoders.schemas import ENTITY_TYPES, Kind, schema
-from encoders.table_checks import check_frame
+from encoders.table_checks import ROW, check_frame
 from encoders.tables import raise_problems, read_raw, table_files
+from index_builder.attributes import check_attributes
 from index_builder.errors import UnknownEntityType
 from index_builder.live_log import LiveLogWriter
 from index_builder.live_records import LiveEntry, check_entry
@@ -76,9 +77,10 @@ def read_changes(path: Path, manifest: Manifest) -> Changes:
     Raises:
         DataError: The file cannot be read, or a row is not what the catalogue schema says; names row, column and fix.
         UnknownEntityType: The release has no index of a type.
+        BadAttribute: A value does not fit the release's attribute.
         InvalidVectors: A row's own embedding must not enter an index.
     """
-    raw = pl.concat([read_raw(file) for file in table_files(path)], how="diagonal_relaxed")
+    raw = pl.concat([read_raw(file).with_row_index(ROW, offset=1) for file in table_files(path)], how="diagonal_relaxed")
     for name in ("id", "entity_type"):
         if name not in raw.columns:
             raise SchemaError(
@@ -92,21 +94,25 @@ def read_changes(path: Path, manifest: Manifest) -> Changes:
     )
     bad = (~operations.is_in(["upsert", "delete", ""])).arg_true()
     if len(bad):
-        raise RowError(f"{path}, row {bad[0] + 1}: op must be 'upsert' or 'delete', but got {operations[bad[0]]!r}")
+        raise RowError(f"{path}, row {raw[ROW][int(bad[0])]}: op must be 'upsert' or 'delete', but got {operations[bad[0]]!r}")
     is_delete = operations == "delete"
     rest = raw.drop("op", strict=False)
     deletes: dict[str, list[str]] = {}
-    for row, (identifier, entity_type) in enumerate(rest.filter(is_delete).select("id", "entity_type").iter_rows()):
+    for row, identifier, entity_type in rest.filter(is_delete).select(ROW, "id", "entity_type").iter_rows():
         if identifier is None or entity_type not in ENTITY_TYPES:
             raise RowError(
-                f"{path}: delete {row + 1} needs an id and an entity_type among {', '.join(ENTITY_TYPES)}, but got "
+                f"{path}, row {row}: a delete needs an id and an entity_type among {', '.join(ENTITY_TYPES)}, but got "
                 f"{identifier!r}, {entity_type!r}"
             )
         check_entry(LiveEntry(id=str(identifier)), manifest.dimension)
         deletes.setdefault(entity_type, []).append(str(identifier))
     checked = check_frame(rest.filter(~is_delete), schema("catalogue"), path.name)
     raise_problems(checked.report)
-    frame, ready = checked.frame, {}
+    frame, ready = _parsed(checked.frame, manifest), {}
+    for row in frame.drop("embedding", strict=False).iter_rows(named=True):
+        entity = manifest.entities.get(row["entity_type"])
+        if entity is not None:
+            check_attributes(attributes_of(row), entity.index.get("attributes", {}), f"{path.name}, {row['entity_type']} {row['id']!r}")
     if "embedding" in frame.columns:
         has = frame["embedding"].is_not_null()
         ready = _ready(frame.filter(has), manifest)
@@ -115,6 +121,25 @@ def read_changes(path: Path, manifest: Manifest) -> Changes:
     for entity_type in {*deletes, *ready, *(frame["entity_type"].unique().to_list() if frame.height else [])} - known:
         raise UnknownEntityType(entity_type, sorted(known))
     return Changes(frame, ready, deletes)
+
+
+def _parsed(frame: pl.DataFrame, manifest: Manifest) -> pl.DataFrame:
+    """Texts of columns that are numbers or booleans in the release become such, where all of them can: CSV knows no types."""
+    for name in (n for n in frame.columns if frame[n].dtype == pl.String and n not in {"id", "entity_type"}):
+        wanted = {entity.index.get("attributes", {}).get(name) for entity in manifest.entities.values()} - {None}
+        if len(wanted) != 1 or not wanted & {"int", "float", "bool"}:
+            continue
+        texts = frame[name].str.strip_chars()
+        texts = texts.set(texts == "", None)
+        if wanted == {"bool"}:
+            values = texts.str.to_lowercase().replace_strict({"true": True, "false": False}, default=None, return_dtype=pl.Boolean)
+        else:
+            numbers = texts.cast(pl.Float64, strict=False)
+            whole = texts.cast(pl.Int64, strict=False)
+            values = whole if whole.null_count() == numbers.null_count() else numbers
+        if values.null_count() == texts.null_count():
+            frame = frame.with_columns(values.alias(name))
+    return frame
 
 
 def _ready(frame: pl.DataFrame, manifest: Manifest) -> dict[str, list[LiveEntry]]:
@@ -137,7 +162,7 @@ def _ready(frame: pl.DataFrame, manifest: Manifest) -> dict[str, list[LiveEntry]
 
 def source_of(row: dict[str, Any]) -> dict[str, Any]:
     """The catalogue row as JSON values, so that another bundle can embed it again; empty cells are left out."""
-    return {name: _json_value(value) for name, value in row.items() if value is not None}
+    return {name: _json_value(value) for name, value in row.items() if not _missing(value)}
 
 
 def attributes_of(row: dict[str, Any]) -> dict[str, Any]:
@@ -145,8 +170,15 @@ def attributes_of(row: dict[str, Any]) -> dict[str, Any]:
     return {
         name: _json_value(value)
         for name, value in row.items()
-        if value is not None and name not in {"id", "entity_type", *_VECTOR_COLUMNS} and not isinstance(value, dict) and not _nested(value)
+        if not _missing(value)
+        and name not in {"id", "entity_type", *_VECTOR_COLUMNS}
+        and not isinstance(value, dict)
+        and not _nested(value)
     }
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and value != value)  # NaN is how pandas says that a number is missing
 
 
 def _nested(value: Any) -> bool:

@@ -9,7 +9,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from encoders.errors import SpaceMismatch
-from index_builder.errors import UnknownEntityType
+from index_builder.attributes import check_attributes
+from index_builder.errors import BadAttribute, UnknownEntityType
 from index_builder.live_records import LiveEntry
 from protos import retrieval_pb2 as pb
 from retrieval.errors import InvalidRequest, WritesDisabled
@@ -76,12 +77,17 @@ class Changes:
             raise InvalidRequest("space_id: expected the space id that made the embeddings, but got none.")
         if request.space_id != serving.space_id:
             raise SpaceMismatch(serving.space_id, request.space_id, "space_id")
+        known_types = serving.entities[request.entity_type].attribute_table.schema
         entries = []
         for row, entity in enumerate(request.entities):
             vector = checked_embedding(
                 entity.embedding, request.space_id, serving.dimension, serving.space_id, f"entities[{row}].embedding"
             )
             attributes = {name: from_value(value) for name, value in entity.attributes.items()}
+            try:
+                check_attributes(attributes, known_types, f"entities[{row}]")
+            except BadAttribute as error:
+                raise InvalidRequest(str(error)) from error
             entries.append(
                 LiveEntry(
                     id=checked_id(entity.id, f"entities[{row}].id"), vector=vector.copy(), space_id=request.space_id, attributes=attributes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -149,7 +150,7 @@ def test_any_text_parses_or_is_refused_with_a_position(text: str) -> None:
 
 
 def test_a_missing_column_and_an_impossible_one() -> None:
-    like = AttributeTable.from_frame(pl.DataFrame({"price": [5]}), like=TABLE)
+    like = AttributeTable.aligned(pl.DataFrame({"price": [5]}), TABLE, 1)
     assert like.schema == TABLE.schema
     assert BoundFilter(parse_filter("price == 5"), like).select().count == 1
     assert BoundFilter(parse_filter("country != 'us'"), like).select().count == 0
@@ -162,6 +163,17 @@ def test_a_missing_column_and_an_impossible_one() -> None:
 def test_dates_sort_as_time() -> None:
     table = AttributeTable(pl.DataFrame({"day": ["2024-02-01", "2023-12-31"]}).with_columns(pl.col("day").str.to_date()))
     assert BoundFilter(parse_filter("day >= '2024-01-01'"), table).select().as_rows().tolist() == [0]
+
+
+def test_times_read_as_live_updates_write_them() -> None:
+    times = [datetime(2024, 5, 1, 12), datetime(2024, 5, 1, 15, 0, 0, 500), datetime(2023, 1, 1)]
+    table = AttributeTable(
+        pl.DataFrame({"made": times, "seen": [[time] for time in times], "zone": [time.replace(tzinfo=UTC) for time in times]})
+    )
+    assert table.frame["made"].to_list() == [time.isoformat() for time in times]
+    assert table.frame["seen"].to_list() == [[time.isoformat()] for time in times]
+    assert table.frame["zone"].to_list() == [time.replace(tzinfo=UTC).isoformat() for time in times]
+    assert BoundFilter(parse_filter("made >= '2024-05-01T12:00:00'"), table).select().as_rows().tolist() == [0, 1]
 
 
 CACHE = SelectionCache(TABLE)

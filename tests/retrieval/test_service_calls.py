@@ -183,6 +183,9 @@ def test_the_other_calls_refuse_what_makes_no_sense(running: Running, stub: rpc.
         pb.Entity(id="", embedding=vector.tobytes()),
         pb.Entity(id="x", embedding=nan),
         pb.Entity(id="x", embedding=(vector * 2).tobytes()),
+        pb.Entity(id="x", embedding=vector.tobytes(), attributes={"price": pb.Value(string_value="cheap")}),
+        pb.Entity(id="x", embedding=vector.tobytes(), attributes={"price": pb.Value(double_value=float("nan"))}),
+        pb.Entity(id="x", embedding=vector.tobytes(), attributes={"two words": pb.Value(int_value=1)}),
     ):
         fails(admin.Upsert, pb.UpsertRequest(entity_type="pin", space_id=space, entities=[good, bad]), Code.INVALID_ARGUMENT, "entities[1]")
     assert stub.Score(pb.ScoreRequest(query="x", entity_type="pin", ids=["u"])).missing == 1, "a refused upsert leaves nothing behind"

@@ -187,16 +187,43 @@ class ReleaseStore:
         folders = [p for p in self.releases.iterdir() if not p.name.startswith(".") and (p / MANIFEST_NAME).is_file()]
         return [p.name for p in sorted(folders, key=_age)]
 
-    def list(self) -> list[ReleaseSummary]:
-        """All releases, oldest first; a damaged one is listed with its error."""
+    def damaged_ids(self) -> list[str]:
+        """Ids that ``ids`` does not see, by name: folders that lost their manifest, and an active release that is gone."""
+        folders = self.releases.iterdir() if self.releases.is_dir() else ()
+        found = {p.name for p in folders if _ID.fullmatch(p.name) and not (p / MANIFEST_NAME).is_file() and p.is_dir()}
+        active = self._readable_current()
+        if active is not None and not (self.path_of(active) / MANIFEST_NAME).is_file():
+            found.add(active)
+        return sorted(found)
+
+    def earlier(self) -> list[str]:
+        """Releases that were active before the current one and still exist, the most recent first; ``rollback`` goes to the first.
+
+        Raises:
+            ReleaseCorrupt: ``CURRENT`` was damaged.
+        """
+        record = self.current_record()
+        return [h for h in record.history if (self.path_of(h) / MANIFEST_NAME).is_file()] if record else []
+
+    def _readable_current(self) -> str | None:
         try:
-            active = self.current()
+            return self.current()
         except ReleaseCorrupt:
-            active = None
+            return None
+
+    def _manifest(self, release_id: str) -> Manifest:
+        path = self.path_of(release_id)
+        if path.is_dir() and not (path / MANIFEST_NAME).exists():
+            raise ReleaseCorrupt(f"{path}: {MANIFEST_NAME} is missing. Restore it from a copy, or remove the folder")
+        return read_manifest(path)
+
+    def list(self) -> list[ReleaseSummary]:
+        """All releases, oldest first; a damaged one is listed with its error, those of ``damaged_ids`` last."""
+        active = self._readable_current()
         result = []
-        for release_id in self.ids():
+        for release_id in (*self.ids(), *self.damaged_ids()):
             try:
-                manifest = read_manifest(self.releases / release_id)
+                manifest = self._manifest(release_id)
             except ReleaseError as error:
                 result.append(
                     ReleaseSummary(
@@ -227,7 +254,7 @@ class ReleaseStore:
     def verify(self, release_id: str) -> Manifest:
         """Check one release to the last byte without loading it. Raises as ``Release.open`` does."""
         path = self.path_of(release_id)
-        manifest = read_manifest(path)
+        manifest = self._manifest(release_id)
         check_cpu(manifest)
         check_names_and_sizes(path, manifest)
         check_contents(path, manifest)
@@ -334,9 +361,8 @@ class ReleaseStore:
             ReleaseNotFound: There is nothing to go back to, or it was collected.
         """
         with self.lock("publish", wait_seconds=60.0):
-            record = self.current_record()
-            history = [h for h in record.history if (self.path_of(h) / MANIFEST_NAME).is_file()] if record else []
-            if record is None or not history:
+            history = self.earlier()
+            if not history:
                 raise ReleaseNotFound(
                     "there is no earlier release to roll back to: only one was ever active, or the earlier ones were collected"
                 )
@@ -368,7 +394,8 @@ class ReleaseStore:
     def gc(self, keep: int = 3, *, dry_run: bool = False, drop_folded_log: bool = False) -> Sequence[str]:
         """Remove old releases, unfinished builds and half-removed folders.
 
-        Kept are the active release, the one ``rollback`` goes to, the newest ``keep``, and every release that some process has open.
+        Kept are the active release, the one ``rollback`` goes to, the newest ``keep``, every release that some process has open, and
+        folders without a manifest, which may be releases that someone is copying in.
 
         Args:
             keep: How many of the newest releases stay, at least 1.
@@ -391,6 +418,8 @@ class ReleaseStore:
             record = self.current_record()
             ids = self.ids()
             stay = set(ids[-keep:])
+            if not dry_run:
+                self._empty_trash()  # first: a release may have the id of one that a killed gc had moved away
             if record is not None:
                 stay.add(record.release_id)
                 stay.update([h for h in record.history if h in ids][:1])
@@ -416,9 +445,11 @@ class ReleaseStore:
                     self._drop_folded_log()
         return removed
 
-    def _remove_leftovers(self) -> None:
+    def _empty_trash(self) -> None:
         for path in self.releases.glob(".trash-*"):
             shutil.rmtree(path)
+
+    def _remove_leftovers(self) -> None:
         for path in self.releases.glob(f".{CURRENT_NAME}.*.tmp"):
             path.unlink(missing_ok=True)
         build = FileLock(self._locks / "build.lock")

@@ -11,11 +11,11 @@ from typing import Any
 import click
 
 from encoders.console import handle_errors, json_option, print_json, print_table, say
-from index_builder.errors import LiveLogError, ReleaseError, ReleaseNotFound
+from index_builder.errors import LiveLogError, ReleaseCorrupt, ReleaseError, ReleaseNotFound
 from index_builder.live_files import log_files
 from index_builder.live_log import LiveLogReader
 from index_builder.live_log import trust_log as trust_checksums
-from index_builder.publishing import ReleaseStore
+from index_builder.publishing import CURRENT_NAME, ReleaseStore
 from index_builder.store_option import open_store, store_option
 
 
@@ -51,7 +51,7 @@ def list_command(store_path: Path, as_json: bool) -> None:
         (
             "*" if s.active else "",
             s.release_id,
-            ", ".join(f"{name} {count:,}" for name, count in s.entities.items()) or s.error,
+            f"DAMAGED: {s.error}" if s.error else ", ".join(f"{name} {count:,}" for name, count in s.entities.items()),
             s.space_id[:12],
             round(s.size_bytes / 2**20, 1),
             s.created,
@@ -120,7 +120,7 @@ def show_command(release_id: str | None, store_path: Path, as_json: bool) -> Non
 @group.command("verify")
 @click.argument("release_id", required=False)
 @store_option
-@click.option("--all", "verify_all", is_flag=True, help="Every release of the store.")
+@click.option("--all", "verify_all", is_flag=True, help="Every release of the store, and which one is active.")
 @click.option("--live", is_flag=True, help="Also read the whole live log and check every record.")
 @click.option(
     "--trust-log",
@@ -135,8 +135,15 @@ def verify_command(release_id: str | None, store_path: Path, verify_all: bool, l
     Example: omni release verify --all --live --store store
     """
     store = open_store(store_path)
-    ids = store.ids() if verify_all else [_named_or_current(store, release_id)]
     results: list[dict[str, Any]] = []
+    if verify_all:
+        ids = [*store.ids(), *store.damaged_ids()]
+        try:
+            store.current()
+        except ReleaseCorrupt as error:
+            results.append({"what": CURRENT_NAME, "ok": False, "files": None, "bytes": None, "error": str(error), "seconds": 0.0})
+    else:
+        ids = [_named_or_current(store, release_id)]
     for name in ids:
         start = time.perf_counter()
         try:
@@ -190,6 +197,7 @@ def _verify_log(store: ReleaseStore, folder: Path) -> dict[str, Any]:
 def diff_command(before: str | None, after: str | None, store_path: Path, as_json: bool) -> None:
     """Compare release BEFORE (default: the active one) with AFTER (default: the newest).
 
+    Without arguments, when the newest is active already: the release that was active before it with the active one.
     Shown are overlap@10 of the golden queries, drift of scores and norms, and entities added, removed and moved.
 
     Example: omni release diff --store store
@@ -197,8 +205,7 @@ def diff_command(before: str | None, after: str | None, store_path: Path, as_jso
     from index_builder.release_diff import diff_releases
 
     store = open_store(store_path)
-    first = _named_or_current(store, before)
-    second = after or store.ids()[-1]
+    first, second, which = _compared(store, before, after)
     result = diff_releases(store, first, second)
     if as_json:
         print_json(result)
@@ -221,8 +228,27 @@ def diff_command(before: str | None, after: str | None, store_path: Path, as_jso
                 f"{e['kind']['before']} -> {e['kind']['after']}",
             )
         )
-    say(f"{first} -> {second}: {'same space' if result['same_space'] else 'DIFFERENT SPACE: every vector and cached query is new'}")
+    say(f"{first} -> {second}{which}: {'same space' if result['same_space'] else 'DIFFERENT SPACE: every vector and cached query is new'}")
     print_table("differences", ("type", "count", "added", "removed", "moved (of 2,000)", "overlap@10", "score drift", "index"), rows)
+
+
+def _compared(store: ReleaseStore, before: str | None, after: str | None) -> tuple[str, str, str]:
+    """Which releases ``diff`` compares, and what to say about the choice."""
+    first = _named_or_current(store, before)
+    if after is not None:
+        return first, after, ""
+    ids = store.ids()
+    if before is not None and ids:
+        return first, ids[-1], ""
+    if ids and ids[-1] != first:
+        return first, ids[-1], " (the active release and the newest)"
+    earlier = store.earlier()
+    if not earlier:
+        raise ReleaseNotFound(
+            f"nothing to compare {first} with: there is no newer release, and none of those active before it is left. "
+            "Name two (omni release list)"
+        )
+    return earlier[0], first, " (the release active before, and the active one, which is the newest)"
 
 
 @group.command("activate")

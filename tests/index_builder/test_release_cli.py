@@ -1,6 +1,7 @@
 """The commands on releases: results on stdout, errors in one line, exit codes that tell the truth."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,50 @@ def test_a_damaged_release_makes_verify_exit_1_and_the_error_is_one_line(store: 
     assert result.exit_code == 1
     assert result.stdout == ""
     assert store.current() == "r1"
+
+
+def test_verify_all_and_list_see_releases_that_lost_their_manifest(store: ReleaseStore) -> None:
+    at = ("--store", store.root)
+    (store.path_of("r1") / "manifest.json").unlink()
+    result = run(release_commands.group, "verify", "--all", *at, "--json")
+    assert result.exit_code == 1
+    assert {r["what"]: r["ok"] for r in json.loads(result.stdout)} == {"r0": True, "r1": False}
+    assert "DAMAGED" in run(release_commands.group, "verify", "--all", *at).stdout
+    listed = run(release_commands.group, "list", *at)
+    assert (listed.exit_code, "DAMAGED" in listed.stdout) == (0, True)
+    assert [(s["release_id"], s["active"]) for s in json.loads(run(release_commands.group, "list", *at, "--json").stdout)] == [
+        ("r0", False),
+        ("r1", True),
+    ]
+    assert json.loads(run(release_commands.group, "gc", "--keep", "1", *at, "--json").stdout)["removed"] == []
+    shutil.rmtree(store.path_of("r1"))
+    assert run(release_commands.group, "verify", "--all", *at).exit_code == 1  # the active release is gone
+    store.activate("r0")
+    assert run(release_commands.group, "verify", "--all", *at).exit_code == 0
+
+
+def test_verify_all_reports_a_damaged_current_beside_the_releases(store: ReleaseStore) -> None:
+    (store.releases / "CURRENT").write_bytes(b"{}")
+    result = run(release_commands.group, "verify", "--all", "--store", store.root, "--json")
+    assert result.exit_code == 1
+    assert {r["what"]: r["ok"] for r in json.loads(result.stdout)} == {"r0": True, "r1": True, "CURRENT": False}
+
+
+def test_diff_without_arguments_compares_the_active_release_with_the_one_before(store: ReleaseStore) -> None:
+    """Right after a rebuild the newest release is the active one; it was compared with itself."""
+    at = ("--store", store.root)
+    diff = json.loads(run(release_commands.group, "diff", *at, "--json").stdout)
+    assert (diff["before"], diff["after"]) == ("r0", "r1")
+    said = run(release_commands.group, "diff", *at)
+    assert "r0 -> r1" in said.output and "active before" in said.output
+    store.activate("r0")
+    diff = json.loads(run(release_commands.group, "diff", *at, "--json").stdout)
+    assert (diff["before"], diff["after"]) == ("r0", "r1")  # the newest is not active: what activating it would change
+    shutil.rmtree(store.path_of("r1"))
+    store.activate("r0")
+    result = run(release_commands.group, "diff", *at)
+    assert result.exit_code == 1
+    assert "nothing to compare" in result.output
 
 
 @pytest.mark.parametrize("arguments", [("show",), ("verify",), ("rollback",), ("activate", "nope")])

@@ -244,6 +244,29 @@ def test_gc_removes_what_dead_builds_left_but_not_a_running_build(store: Release
     assert not (store.releases / ".trash-old").exists()
 
 
+def test_gc_goes_on_where_a_killed_one_stopped_even_when_the_id_was_published_again(store: ReleaseStore) -> None:
+    """A deterministic rebuild gives an id again; the folder that the killed gc had moved away stood in the way of every later one."""
+    shutil.copytree(store.path_of("r1"), store.releases / ".trash-r1")
+    assert list(store.gc(keep=1, dry_run=True)) == ["r1"]
+    assert (store.releases / ".trash-r1").exists()
+    assert list(store.gc(keep=1)) == ["r1"]
+    assert not list(store.releases.glob(".trash-*"))
+    assert store.ids() == ["r2", "r3"]
+
+
+def test_a_release_without_its_manifest_is_listed_as_damaged(store: ReleaseStore) -> None:
+    """It was invisible: the active release could not be opened, and nothing said so."""
+    (store.path_of("r1") / MANIFEST_NAME).unlink()
+    (store.path_of("r3") / MANIFEST_NAME).unlink()
+    listed = {s.release_id: s for s in store.list()}
+    assert {name for name, s in listed.items() if s.error} == {"r1", "r3"}
+    assert listed["r3"].active
+    assert MANIFEST_NAME in str(listed["r3"].error)
+    shutil.rmtree(store.path_of("r3"))
+    assert store.damaged_ids() == ["r1", "r3"]
+    assert store.ids() == ["r2"]
+
+
 def _hold(store: ReleaseStore, ready: object, done: object) -> None:
     with store.lock("build"):
         ready.set()

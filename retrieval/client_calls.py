@@ -14,9 +14,22 @@ from encoders.errors import ConfigError
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as pb_grpc
 from retrieval import client_results as results
-from retrieval.client_config import LOOPBACK, ClientConfig
-from retrieval.client_errors import Unavailable, error_from
+from retrieval.client_config import ClientConfig, is_this_machine
+from retrieval.client_errors import CallError, InvalidRequest, Overloaded, Unavailable, error_from
 from retrieval.client_retries import RetryBudget, wait_before_retry
+
+_REQUEST = "The request is larger than the server takes. Split it."
+_ANSWER = "The answer is larger than the server sends. Ask for fewer queries, results or attributes at a time."
+TOO_LARGE = {
+    "CLIENT: Sent message larger": "The request is larger than ClientConfig.max_message_bytes. Split it, or raise that.",
+    "CLIENT: Received message larger": "The answer is larger than ClientConfig.max_message_bytes. "
+    "Ask for fewer queries, results or attributes at a time, or raise that.",
+    "SERVER: Received message larger": _REQUEST,
+    "a message may have": _REQUEST,
+    "SERVER: Sent message larger": _ANSWER,
+    "the answer has": _ANSWER,
+}
+"""Words of gRPC and of our server about a message beyond a limit -> what was too large, and what to do."""
 
 
 def retrieve_request(
@@ -71,7 +84,7 @@ class ClientBase:
     def __init__(self, target: str, config: ClientConfig | None) -> None:
         self.target = target
         self.config = config or ClientConfig()
-        if self.config.token and not self.config.tls and not self.config.allow_plaintext_token and not target.startswith(LOOPBACK):
+        if self.config.token and not self.config.tls and not self.config.allow_plaintext_token and not is_this_machine(target):
             raise ConfigError(
                 f"A token would travel to {target} unencrypted. "
                 "Give ClientConfig a TlsConfig, or set allow_plaintext_token if the network is trusted."
@@ -91,8 +104,19 @@ class ClientBase:
         """Return the wait before the next try, or raise the typed error."""
         wait = wait_before_retry(error, attempt, seconds_left, self.config.retry, self._budget, self._rng) if retry else None
         if wait is None:
-            raise error_from(error, method=method, target=self.target, attempts=attempt) from error
+            raise failure(error, method, self.target, attempt) from error
         return wait
+
+
+def failure(error: grpc.RpcError, method: str, target: str, attempts: int) -> CallError:
+    """The typed error of a call that is not repeated; without a hint, RESOURCE_EXHAUSTED does not mean that the server is full."""
+    made = error_from(error, method=method, target=target, attempts=attempts)
+    if not isinstance(made, Overloaded) or made.retry_after_seconds is not None:
+        return made
+    for words, advice in TOO_LARGE.items():
+        if words in made.details:
+            return InvalidRequest(made.code, f"{made.details.rstrip('.')}. {advice}", method=method, target=target, attempts=attempts)
+    return CallError(made.code, made.details, method=method, target=target, attempts=attempts)
 
 
 def serving(response: health_pb2.HealthCheckResponse) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,20 @@ import grpc
 from encoders.errors import ConfigError
 from retrieval.client_retries import RetryPolicy
 
-LOOPBACK = ("localhost", "127.", "[::1]", "unix:")
+_HOST = re.compile(r"\[([^][]+)\](?::\w+)?|([^:]+)(?::\w+)?")
+"""``[host]`` or ``host``, with or without a port."""
+
+
+def is_this_machine(target: str) -> bool:
+    """Whether a gRPC address is a Unix socket, ``localhost`` or a loopback address."""
+    if target.startswith("unix:"):
+        return True
+    match = _HOST.fullmatch(target)
+    host = target if match is None else match[1] or match[2]
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,7 +71,8 @@ class ClientConfig:
     """Time for one call with all its retries; each method takes ``deadline_seconds`` to override it."""
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     token: str | None = field(default=None, repr=False)
-    """Sent as ``authorization: Bearer ...``. Refused without TLS unless the server is on this machine or ``allow_plaintext_token``."""
+    """Sent as ``authorization: Bearer ...``. Refused without TLS unless the address is this machine's (``localhost``, loopback,
+    ``unix:``) or ``allow_plaintext_token``."""
     allow_plaintext_token: bool = False
     tls: TlsConfig | None = None
     """None: no encryption."""

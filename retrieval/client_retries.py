@@ -11,12 +11,12 @@ import grpc
 from encoders.errors import ConfigError
 from retrieval.client_errors import retry_after_seconds
 
-RETRYABLE = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED})
+UNAVAILABLE, FULL = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RetryPolicy:
-    """How often and how patiently a call is repeated after UNAVAILABLE or RESOURCE_EXHAUSTED."""
+    """How often and how patiently a call is repeated after UNAVAILABLE, or after RESOURCE_EXHAUSTED with the hint of a full server."""
 
     max_attempts: int = 4
     """Tries in all, the first one included. 1: never retry."""
@@ -74,13 +74,15 @@ def wait_before_retry(
     """Decide whether the failed try number ``attempt`` (from 1) is repeated.
 
     Returns:
-        Seconds to wait (at least the server's hint), or None: the status is not retryable, the tries or the budget are used up, or the
-        deadline would pass during the wait.
+        Seconds to wait (at least the server's hint), or None: the call would fail again, the tries or the budget are used up, or the
+        deadline would pass during the wait. A full server always sends a hint; RESOURCE_EXHAUSTED without one is, for example, a
+        message beyond a limit.
     """
-    if error.code() not in RETRYABLE:
+    hint = retry_after_seconds(error.trailing_metadata())
+    if error.code() is not UNAVAILABLE and (error.code() is not FULL or hint is None):
         return None
     if not budget.failure() or attempt >= policy.max_attempts:
         return None
     bound = min(policy.max_backoff_seconds, policy.first_backoff_seconds * 2 ** (attempt - 1))
-    wait = (retry_after_seconds(error.trailing_metadata()) or 0.0) + rng.uniform(0, bound)
+    wait = (hint or 0.0) + rng.uniform(0, bound)
     return wait if wait < seconds_left else None

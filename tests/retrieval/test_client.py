@@ -97,12 +97,21 @@ def both(address: str, config: ClientConfig, ask: Callable[[Any], Any]) -> list[
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["sync", "async"])
-@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED])
-def test_a_refused_call_is_repeated_until_it_is_answered(which: int, code: grpc.StatusCode) -> None:
-    with scripted(fails(code), fails(code)) as (address, server):
+@pytest.mark.parametrize(("code", "hint"), [(grpc.StatusCode.UNAVAILABLE, None), (grpc.StatusCode.RESOURCE_EXHAUSTED, 1)])
+def test_a_refused_call_is_repeated_until_it_is_answered(which: int, code: grpc.StatusCode, hint: int | None) -> None:
+    with scripted(fails(code, retry_after_ms=hint), fails(code, retry_after_ms=hint)) as (address, server):
         result = both(address, ClientConfig(retry=FAST, deadline_seconds=10), lambda c: c.retrieve("x"))[which]()
         assert result.ids == ["a"]
         assert server.calls == 3
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["sync", "async"])
+def test_without_a_hint_the_server_is_not_full_and_the_call_is_not_repeated(which: int) -> None:
+    with scripted(fails(grpc.StatusCode.RESOURCE_EXHAUSTED, "the disk is full. Free some space.")) as (address, server):
+        with pytest.raises(CallError, match=r"the disk is full\. Free some space") as caught:
+            both(address, ClientConfig(retry=FAST, deadline_seconds=10), lambda c: c.retrieve("x"))[which]()
+        assert not isinstance(caught.value, Overloaded)
+        assert caught.value.attempts == server.calls == 1
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["sync", "async"])
@@ -134,7 +143,7 @@ def test_the_number_of_tries_is_bounded_and_told(which: int) -> None:
 @pytest.mark.parametrize("code", sorted(set(grpc.StatusCode) - {grpc.StatusCode.OK}, key=lambda c: c.name), ids=lambda c: c.name)
 def test_every_status_becomes_its_exception(code: grpc.StatusCode) -> None:
     with (
-        scripted(fails(code, "why")) as (address, _),
+        scripted(fails(code, "why", retry_after_ms=5)) as (address, _),
         RetrievalClient(address, ClientConfig(retry=RetryPolicy(max_attempts=1))) as client,
     ):
         with pytest.raises(BY_CODE.get(code, client_errors.ServerFault)) as caught:
@@ -175,9 +184,37 @@ def test_the_token_is_sent_but_not_in_the_clear_over_a_network() -> None:
     with scripted() as (address, server), RetrievalClient(address, ClientConfig(token="secret")) as client:
         client.retrieve("x")
         assert server.metadata[0]["authorization"] == "Bearer secret"
-    with pytest.raises(ConfigError, match="unencrypted"):
-        RetrievalClient("search.example:50051", ClientConfig(token="secret"))
     assert "secret" not in repr(ClientConfig(token="secret"))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "search.example:50051",
+        "localhost.evil.example:50051",
+        "localhost-prod.example:443",
+        "127.evil.example:50051",
+        "127.0.0.1.evil.example",
+        "[::1].evil.example:50051",
+        "[::1",
+        "[2001:db8::1]:50051",
+        "localhost:50051:evil.example",
+        "10.0.0.1:50051",
+        "unix.evil.example:50051",
+        "",
+    ],
+)
+def test_a_token_does_not_travel_in_the_clear_to_a_name_that_only_begins_like_this_machine(target: str) -> None:
+    with pytest.raises(ConfigError, match="unencrypted"):
+        RetrievalClient(target, ClientConfig(token="secret"))
+    RetrievalClient(target, ClientConfig(token="secret", allow_plaintext_token=True)).close()
+
+
+@pytest.mark.parametrize(
+    "target", ["localhost:50051", "localhost", "127.0.0.1:50051", "127.8.8.8:50051", "[::1]:50051", "[::1]", "::1", "unix:/run/omni.sock"]
+)
+def test_a_token_may_travel_in_the_clear_inside_this_machine(target: str) -> None:
+    RetrievalClient(target, ClientConfig(token="secret")).close()
 
 
 def test_impossible_configurations_are_refused() -> None:

@@ -6,9 +6,10 @@ import hashlib
 import hmac
 import ssl
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -87,8 +88,7 @@ class Tokens:
                 raise ConfigError(f"{where}: expected name and sha256 (64 hexadecimal digits): {error}") from error
             if len(digest) != 32:
                 raise ConfigError(f"{where}: sha256 should have 64 hexadecimal digits, but has {2 * len(digest)}.")
-            types = entry.get("entity_types")
-            by_digest[digest] = Caller(name, None if types is None else frozenset(types), bool(entry.get("admin", False)))
+            by_digest[digest] = _caller(f"{where} ({name!r})", name, entry)
         if not by_digest:
             raise ConfigError(
                 f"tokens: {path.name} holds no [[token]]; with an empty file nobody could call. Add one, or leave --tokens out."
@@ -113,6 +113,21 @@ class Tokens:
                         return caller
                 break
         raise Unauthenticated()
+
+
+def _caller(where: str, name: str, entry: Mapping[str, Any]) -> Caller:
+    """The rights of an entry of the token file; a value of the wrong kind gives none, but raises ``ConfigError``."""
+    types, admin = entry.get("entity_types"), entry.get("admin", False)
+    if not isinstance(admin, bool):
+        raise ConfigError(
+            f"{where}: admin: expected true or false, but got {admin!r}. Write admin = true or admin = false, without quotes."
+        )
+    if types is not None and not (isinstance(types, list) and all(isinstance(item, str) for item in types)):
+        raise ConfigError(
+            f"{where}: entity_types: expected a list of strings, but got {types!r}. "
+            'Write entity_types = ["pin", "product"], or leave it out for all.'
+        )
+    return Caller(name, None if types is None else frozenset(types), admin)
 
 
 def tls_context(cert: Path, key: Path, client_ca: Path | None) -> ssl.SSLContext:

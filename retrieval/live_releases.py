@@ -17,13 +17,13 @@ import numpy as np
 
 from encoders.errors import OmniError, SpaceMismatch
 from index_builder.ann import AnnIndex
-from index_builder.errors import ReleaseNotFound
+from index_builder.errors import ReleaseError, ReleaseNotFound
 from index_builder.live_follower import LiveFollower
-from index_builder.publishing import CURRENT_NAME, ReleaseStore
+from index_builder.publishing import CURRENT_NAME, ReleaseStore, check_release_id
 from index_builder.release import Release
 from retrieval.batcher import Batcher
 from retrieval.cache import CachedEncoder, QueryCache, RedisTier, namespace
-from retrieval.errors import NothingToRollBack, NotReady, ReleaseNotLoaded, ReleaseRefused, UnknownRelease
+from retrieval.errors import InvalidRequest, NothingToRollBack, NotReady, ReleaseNotLoaded, ReleaseRefused, UnknownRelease
 from retrieval.observability import Metrics
 from retrieval.query_encoding import QueryEncoding, open_query_encoding
 from retrieval.serve_config import ServeConfig
@@ -248,9 +248,14 @@ class LiveReleases:
         """Load, prove, make active in the store, swap. Returns the new and the previous release id.
 
         Raises:
+            InvalidRequest: No release can have this id.
             UnknownRelease: The store has no such release.
             OmniError: It was refused; the old one keeps serving and CURRENT stays as it was.
         """
+        try:
+            check_release_id(release_id)
+        except ReleaseError as error:
+            raise InvalidRequest(f"release_id: {error}") from error
         async with self._lock:
             before = self.active.release_id if self.active else ""
             async with self._ready(release_id) as serving:
@@ -309,11 +314,11 @@ class LiveReleases:
                 del loading  # it holds a failure, whose frames would hold it: a ring, and the release in it
         except OmniError as error:
             self.metrics.count("omni_releases_refused", (type(error).__name__,))
-            log.error("release %s refused: %s", release_id, error)
+            log.error("release %r refused: %s", release_id, error)
             raise
         except Exception as error:  # a library tripped over a file in a way nobody foresaw: the old release must go on serving all the same
             self.metrics.count("omni_releases_refused", (type(error).__name__,))
-            log.exception("release %s refused", release_id)
+            log.exception("release %r refused", release_id)
             raise ReleaseRefused(f"{release_id}: could not be loaded: {type(error).__name__}: {error}") from error
         self.load_seconds = time.perf_counter() - started
         return serving

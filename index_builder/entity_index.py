@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -313,6 +314,11 @@ class EntityIndex:
             result[i] = values
         return result
 
+    @property
+    def live(self) -> LiveView | None:
+        """The live entries that a search sees now."""
+        return self._live
+
     def set_live(self, view: LiveView | None) -> None:
         """Replace the live entries; searches that began before keep the old ones."""
         self._live = view
@@ -334,6 +340,7 @@ class EntityIndex:
         exclude_ids: Collection[str] = (),
         min_score: float | None = None,
         exact: bool = False,
+        live: LiveView | EllipsisType | None = ...,
     ) -> SearchResult:
         """The k best entities for one query.
 
@@ -346,6 +353,7 @@ class EntityIndex:
             exclude_ids: Never return these.
             min_score: Return only scores at or above it.
             exact: Scan everything.
+            live: Live entries of another moment (``self.live`` then) instead of those of now.
 
         Raises:
             InvalidQuery: k, ef or min_recall out of range, or a query with NaN or another norm than 1.
@@ -356,7 +364,8 @@ class EntityIndex:
         ef_search, expected = self._settings.choose(k, ef, min_recall)
         if ef_search == 0:
             exact = True
-        live = self._live
+        if live is ...:
+            live = self._live
         if live is None and filter is None and not exclude_ids and not exact:
             hits = self._base.nearest(query, k, ef_search)
             selectivity = None

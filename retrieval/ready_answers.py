@@ -86,7 +86,7 @@ class ReadyAnswers:
                 if entry is None:
                     return self._hopeless(text, serving, remaining)
                 vector = entry.vector
-            key = self.searcher.plain_key(index, k, min_recall is not None)
+            key = self.searcher.plain_key(index, k, min_recall)
             if not self.searcher.is_short(key):
                 return None
             searching = _now()
@@ -112,7 +112,7 @@ class ReadyAnswers:
         self._request_seconds.observe(total_ns / 1e9)
         admission.accepted += 1
         if self.shadow.wants():
-            self.service.offer_shadow(index, vector, request, result.ids, result.scores, None, request.language)
+            self.service.offer_shadow(serving, index, vector, request, result.ids, result.scores, None, request.language)
         return answer
 
     @staticmethod

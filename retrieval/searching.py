@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,6 +19,8 @@ from retrieval.diversity import POOL_FACTOR, rerank
 Float32 = npt.NDArray[np.float32]
 
 INLINE_RERANK_K = 20
+KEPT_TIMES = 2000
+"""Kinds of searches whose times are remembered; beyond that all are learned anew."""
 
 
 class Found(NamedTuple):
@@ -31,13 +34,18 @@ class Found(NamedTuple):
     plain: bool  # no re-ranking: the ids are the index's top k and may be compared with the exact ones
 
 
+def as_stored(id: str) -> str:
+    """An id as indexes and logs hold it: in Unicode form NFC."""
+    return id if id.isascii() else unicodedata.normalize("NFC", id)
+
+
 def options_of(target: Any) -> dict[str, Any]:
     """Keyword arguments for ``EntityIndex.search`` that differ from its defaults."""
     options: dict[str, Any] = {}
     if target.filter:
         options["filter"] = target.filter
     if target.exclude_ids:
-        options["exclude_ids"] = tuple(target.exclude_ids)
+        options["exclude_ids"] = tuple(map(as_stored, target.exclude_ids))
     if target.exact:
         options["exact"] = True
     if target.HasField("min_recall"):
@@ -80,9 +88,17 @@ class Searcher:
         return Found(ids, scores, result, search_ns, time.perf_counter_ns() - started, False)
 
     @staticmethod
-    def plain_key(index: EntityIndex, k: int, min_recall: bool) -> tuple[Any, ...]:
+    def plain_key(index: EntityIndex, k: int, min_recall: float | None) -> tuple[Any, ...]:
         """What searches of this shape without other options are remembered by."""
-        return index.token, False, False, min_recall, k.bit_length()
+        return index.token, k.bit_length(), min_recall
+
+    @staticmethod
+    def _key(index: EntityIndex, k: int, options: dict[str, Any]) -> tuple[Any, ...]:
+        """What a search is remembered by: everything that makes one search slow beside another that looks like it."""
+        plain = index.token, k.bit_length(), options.get("min_recall")
+        if not options:
+            return plain
+        return (*plain, "exact" in options, hash(options.get("filter")), len(options.get("exclude_ids", ())).bit_length())
 
     def is_short(self, key: tuple[Any, ...]) -> bool:
         """Whether searches like this one are known to be short enough for the event loop."""
@@ -92,7 +108,7 @@ class Searcher:
         """Remember what a search took: falls fast and rises slowly, as what a busy machine adds says little about the next search."""
         known = self._expected.get(key)
         if known is None:
-            if len(self._expected) > 500:  # most of them of retired releases
+            if len(self._expected) >= KEPT_TIMES:
                 self._expected.clear()
             self._expected[key] = seconds
         else:
@@ -101,7 +117,7 @@ class Searcher:
 
     async def timed(self, index: EntityIndex, options: dict[str, Any], k: int, work: Callable[[], Any]) -> tuple[Any, int]:
         """Run ``work`` inline or in a thread, by what such searches took before; returns its result and nanoseconds."""
-        key = (index.token, "exact" in options, "filter" in options, "min_recall" in options, k.bit_length())
+        key = self._key(index, k, options)
         expected = self._expected.get(key)
         if expected is None:
             expected = 0.0 if not options and k <= 100 else 1.0
@@ -143,7 +159,7 @@ def scores_of(index: EntityIndex, ids: Sequence[str], vector: Float32) -> Float3
     """Cosine per id, NaN where the index has none; shape (N,) float32."""
     out = np.full(len(ids), np.nan, dtype=np.float32)
     for row, id in enumerate(ids):
-        held = index.vector(id)
+        held = index.vector(as_stored(id))
         if held is not None:
             out[row] = np.dot(held, vector)
     return out

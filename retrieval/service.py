@@ -37,7 +37,7 @@ from retrieval.requests import (
     one_of,
     require_count,
 )
-from retrieval.searching import Found, Searcher, options_of, scores_of
+from retrieval.searching import Found, Searcher, as_stored, options_of, scores_of
 from retrieval.security import EVERYONE, Caller, Tokens
 from retrieval.serve_config import ServeConfig
 from retrieval.shadow_recall import Sample, ShadowRecall
@@ -48,6 +48,8 @@ log = logging.getLogger("omni.service")
 
 RETRIEVAL = "omnisearchsage.v1.Retrieval"
 ADMIN = "omnisearchsage.v1.Admin"
+HITS_AT_ONCE = 2000
+"""Hits of a batch that are written into its answer before other calls have their turn."""
 
 Context = Any  # grpc.aio.ServicerContext; the web page passes a small stand-in
 
@@ -119,7 +121,7 @@ class RetrievalService:
         retrieval = {
             "Retrieve": self.handler("Retrieve", pb.RetrieveRequest, self.retrieve, now=ReadyAnswers(self)),
             "RetrieveMulti": self.handler("RetrieveMulti", pb.RetrieveMultiRequest, self.retrieve_multi, lambda r: len(r.targets)),
-            "RetrieveBatch": self.handler("RetrieveBatch", pb.RetrieveBatchRequest, self.retrieve_batch, lambda r: len(r.queries)),
+            "RetrieveBatch": self.handler("RetrieveBatch", pb.RetrieveBatchRequest, self.retrieve_batch, self._rows_of),
             "Embed": self.handler("Embed", pb.EmbedRequest, self.embed, lambda r: len(r.queries)),
             "Score": self.handler("Score", pb.ScoreRequest, self.score),
             "DescribeRelease": self.handler("DescribeRelease", pb.DescribeReleaseRequest, self.describe_release, control=True),
@@ -195,8 +197,9 @@ class RetrievalService:
                     self.tracer.record_call(method, request, response, perf_counter_ns() - started, context.invocation_metadata() or ())
                 count("omni_requests", ok)
                 return answer
-            except asyncio.CancelledError:
-                count("omni_requests", (method, "CANCELLED"))
+            except asyncio.CancelledError:  # by the caller, or by the transport because the caller's time is over
+                remaining = context.time_remaining()
+                count("omni_requests", (method, "CANCELLED" if remaining is None or remaining > 0 else "DEADLINE_EXCEEDED"))
                 raise
             except Exception as error:  # the one door: whatever went wrong becomes a typed status
                 code, message = status_for(error)
@@ -225,6 +228,7 @@ class RetrievalService:
             index = self._index(serving, request.entity_type, caller)
             checked_target(request, self.limits)
             query = await self._query(serving, request, context)
+            self._observe_query(query)
             found = await self.searcher.search(index, query.vector, request)
             result = found.result
             response = pb.RetrieveResponse(
@@ -276,6 +280,7 @@ class RetrievalService:
                 cache_hit=query.cached,
                 request_id=request.request_id,
             )
+            self._observe_query(query)
             for target, index in zip(request.targets, indexes, strict=True):
                 found = await self.searcher.search(index, query.vector, target)
                 answer = fill_answer(response.answers.add(), index, target, query.cached, found)
@@ -318,13 +323,20 @@ class RetrievalService:
                 query_space_id=serving.query_space_id,
                 request_id=request.request_id,
             )
-            found = await self._search_batch(index, vectors, target)
+            found = await self._search_batch(index, vectors, target, context)
+            hits = 0
             for row, item in enumerate(found):
+                hits += len(item.ids)
+                if hits > HITS_AT_ONCE:  # others have their turn
+                    hits = 0
+                    await asyncio.sleep(0)
                 fill_answer(response.answers.add(), index, target, cached[row], item)
                 response.timings.search_ns += item.search_ns
                 response.timings.rerank_ns += item.rerank_ns
-                if self.shadow.wants() and item.plain:
-                    self.offer_shadow(index, vectors[row], target, item.ids, item.scores, item.result.selectivity, request.language)
+                if item.plain and self.shadow.wants():
+                    self.offer_shadow(
+                        serving, index, vectors[row], target, item.ids, item.scores, item.result.selectivity, request.language
+                    )
                 if self.impressions is not None:
                     response.request_id = self._log_impression(
                         serving, request, target.entity_type, texts[row], item.ids, response.request_id
@@ -433,27 +445,40 @@ class RetrievalService:
             if late is not None:
                 raise Overloaded(*late)
 
-    async def _search_batch(self, index: EntityIndex, vectors: Float32, target: pb.Target) -> list[Found]:
+    def _rows_of(self, request: pb.RetrieveBatchRequest) -> int:
+        """How many searches a batch holds."""
+        active = self.releases.active
+        return len(request.queries) or (len(request.embeddings) // (4 * active.dimension) if active is not None else 0)
+
+    async def _search_batch(self, index: EntityIndex, vectors: Float32, target: pb.Target, context: Context) -> list[Found]:
         if target.HasField("diversity") or target.HasField("collapse_above"):
-            return [await self.searcher.search(index, vector, target) for vector in vectors]
+            found = []
+            for vector in vectors:
+                check_deadline(context.time_remaining())
+                found.append(await self.searcher.search(index, vector, target))
+                await asyncio.sleep(0)  # others have their turn
+            return found
         results, took = await self.searcher.in_thread(partial(index.search_batch, vectors, target.k, **options_of(target)))
         each = took // max(1, len(vectors))
         return [Found(result.ids, result.scores, result, each, 0, True) for result in results]
+
+    def _observe_query(self, query: Query) -> None:
+        if query.encode_ns:
+            self._stages["queue"].observe(query.queue_ns / 1e9)
+            self._stages["encode"].observe(query.encode_ns / 1e9)
 
     def _after_search(self, serving: ServingRelease, index: EntityIndex, target: Any, query: Query, found: Found, request: Any) -> None:
         self.metrics.count("omni_searches", (target.entity_type, found.result.plan))
         stages = self._stages
         stages["search"].observe(found.search_ns / 1e9)
-        if query.encode_ns:
-            stages["queue"].observe(query.queue_ns / 1e9)
-            stages["encode"].observe(query.encode_ns / 1e9)
         if found.rerank_ns:
             stages["rerank"].observe(found.rerank_ns / 1e9)
         if found.plain and self.shadow.wants():
-            self.offer_shadow(index, query.vector, target, found.ids, found.scores, found.result.selectivity, request.language)
+            self.offer_shadow(serving, index, query.vector, target, found.ids, found.scores, found.result.selectivity, request.language)
 
     def offer_shadow(
         self,
+        serving: ServingRelease,
         index: EntityIndex,
         vector: Float32,
         target: Any,
@@ -462,10 +487,14 @@ class RetrievalService:
         selectivity: float | None,
         language: str,
     ) -> None:
-        """Hand one answered search to the shadow recall."""
+        """Hand one answered search to the shadow recall, unless it was exact or pinned to a release that others are not served from."""
+        if target.exact or serving is not self.releases.active:
+            return
         min_score = target.min_score if target.HasField("min_score") else None
-        excluded = tuple(target.exclude_ids)
-        self.shadow.offer(Sample(index, vector, target.k, target.filter, excluded, min_score, ids, scores, selectivity, language))
+        excluded = tuple(map(as_stored, target.exclude_ids))
+        self.shadow.offer(
+            Sample(index, index.live, vector, target.k, target.filter, excluded, min_score, ids, scores, selectivity, language)
+        )
 
     def _log_impression(
         self, serving: ServingRelease, request: Any, entity_type: str, text: str, ids: Sequence[str], request_id: str = ""

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from index_builder.entity_index import EntityIndex
+from index_builder.live_segments import LiveView
 from retrieval.observability import Labels, Metrics
 
 Float32 = npt.NDArray[np.float32]
@@ -31,9 +32,10 @@ TIE = 1e-5
 
 
 class Sample(NamedTuple):
-    """One answered search."""
+    """One answered search, and the live entries that it saw."""
 
     entity_index: EntityIndex
+    live: LiveView | None
     vector: Float32
     k: int
     filter: str
@@ -188,6 +190,7 @@ class ShadowRecall:
             "exclude_ids": sample.exclude_ids,
             "min_score": sample.min_score,
             "filter": sample.filter or None,
+            "live": sample.live,  # what was written since is no fault of the answer
         }
         exact = sample.entity_index.search(sample.vector, sample.k, **options)
         recall = recall_of_answer(sample.ids, sample.scores, exact.ids, exact.scores)

@@ -61,7 +61,10 @@ def both_ways(running: Running, request: pb.RetrieveRequest) -> tuple[pb.Retriev
 
     async def ask() -> tuple[pb.RetrieveResponse | None, pb.RetrieveResponse]:
         service.searcher.learn(
-            service.searcher.plain_key(service.releases.active.entities["pin"], request.k, request.HasField("min_recall")), 1e-5
+            service.searcher.plain_key(
+                service.releases.active.entities["pin"], request.k, request.min_recall if request.HasField("min_recall") else None
+            ),
+            1e-5,
         )
         content = request.SerializeToString()
         short = ready(content, Caller())
@@ -172,7 +175,7 @@ def test_an_error_of_the_index_fails_its_own_call_and_no_other(
         return search(self, vector, k, **options)
 
     monkeypatch.setattr(EntityIndex, "search", failing)
-    service.searcher.learn(service.searcher.plain_key(service.releases.active.entities["pin"], 7, False), 1e-5)
+    service.searcher.learn(service.searcher.plain_key(service.releases.active.entities["pin"], 7, None), 1e-5)
     content = pb.RetrieveRequest(query=TEXTS[0], entity_type="pin", k=7)
     assert asked(ReadyAnswers(service), content.SerializeToString()) is None
     with grpc.insecure_channel(running.address) as channel:
@@ -192,7 +195,7 @@ def fails(*args: Any, **options: Any) -> Any:
 def test_one_request_is_one_hit_of_the_cache(running: Running, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     service = running.server.service
     cache, index = service.releases.active.encoder.cache, service.releases.active.entities["pin"]
-    service.searcher.learn(service.searcher.plain_key(index, 3, False), 1e-5)
+    service.searcher.learn(service.searcher.plain_key(index, 3, None), 1e-5)
     if way == "too long for the event loop":
         monkeypatch.setattr(service.searcher, "is_short", lambda key: False)
     elif way == "the short search fails":

@@ -170,7 +170,7 @@ def test_the_other_calls_refuse_what_makes_no_sense(running: Running, stub: rpc.
     fails(stub.Score, pb.ScoreRequest(query="a", entity_type="pin"), Code.INVALID_ARGUMENT, "ids")
     fails(admin.Activate, pb.ActivateRequest(), Code.INVALID_ARGUMENT, "release_id")
     fails(admin.Activate, pb.ActivateRequest(release_id="nope"), Code.NOT_FOUND, "nope")
-    fails(admin.Activate, pb.ActivateRequest(release_id="../../etc"), Code.FAILED_PRECONDITION, "release id")
+    fails(admin.Activate, pb.ActivateRequest(release_id="../../etc"), Code.INVALID_ARGUMENT, "release id")
     fails(admin.Rollback, pb.RollbackRequest(), Code.FAILED_PRECONDITION, "no earlier release")
     vector = running.encoder.encode(["x"])[0]
     good = pb.Entity(id="u", embedding=vector.tobytes())

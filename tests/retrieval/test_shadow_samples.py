@@ -21,6 +21,7 @@ class Index:
 def sample(index: Index) -> Sample:
     return Sample(
         entity_index=index,  # type: ignore[arg-type]
+        live=None,
         vector=np.ones(4, np.float32),
         k=1,
         filter="",

@@ -32,8 +32,8 @@ STREAM_WINDOW = 1 * 2**20
 MAX_BUFFERED_BYTES = 64 * 2**20
 """Bytes of requests that are not answered, and of answers that wait for a window, on one connection; more and calls are refused."""
 NOISE_ALLOWANCE = 10_000
-"""Control frames beyond ten per answered call that a peer may send: pings, resets and settings are cheap to send and not to serve."""
-KEPT_HEADS = 512
+"""Control frames beyond ten per answered call that a peer may send: pings, resets and settings are cheap to send and not to serve. Window
+updates that go with reading answers are not counted."""
 MAX_QUEUED_MESSAGES = 1000
 
 _unpack = wire.FRAME.unpack_from
@@ -56,13 +56,14 @@ class Connection(Leaving):
         self._transport: asyncio.Transport | None = None
         self._rest = b""
         self.greeted = False
-        self._reader = wire.HeaderReader()
-        self._heads: dict[int, tuple[Any, Head]] = {}
+        self._reader = wire.HeaderReader(server.methods.head)
         self._turned_away: set[int] = set()  # refused before their message had come
         self._block: tuple[int, int, bytearray] | None = None  # stream, flags, headers that CONTINUATION goes on with
         self._out: list[bytes] = []
         self._answers = 0
         self._window = self._granted = wire.DEFAULT_WINDOW  # now, and after the last update
+        self._opened = wire.DEFAULT_WINDOW  # by all updates together: what is not in the window now was sent
+        self._excused = 0
         self._starved: OrderedDict[int, Call] = OrderedDict()  # answers that wait for the connection's window, not for their stream's
         self._peer_window = wire.DEFAULT_WINDOW
         self._peer_frame = wire.DEFAULT_FRAME_BYTES
@@ -231,7 +232,7 @@ class Connection(Leaving):
             self._open(stream, first_flags, bytes(block))
 
     def _open(self, stream: int, flags: int, block: bytes) -> None:
-        headers = self._reader.read(block)
+        head: Head = self._reader.read(block)
         if not stream & 1:
             raise WireError(wire.PROTOCOL_ERROR, f"stream {stream} is not a client's")
         if stream <= self.last_stream:
@@ -242,14 +243,6 @@ class Connection(Leaving):
         if self.draining:
             return  # beyond the last stream that GOAWAY named: the client sends it to another server
         self.last_stream = stream
-        known = self._heads.get(id(headers))
-        if known is not None and known[0] is headers:
-            head = known[1]
-        else:
-            head = self.server.methods.head(headers)
-            if len(self._heads) >= KEPT_HEADS:
-                self._heads.clear()
-            self._heads[id(headers)] = headers, head
         if len(self.calls) + len(self._turned_away) >= self.server.max_streams:
             self._reset(stream, wire.REFUSED_STREAM)
             return

@@ -13,6 +13,8 @@ from retrieval.http2.wire import WireError, frame
 
 CALLS_PER_NOISE = 10
 """Calls that a frame of settings may set going at the price of one more control frame."""
+SENT_BYTES_PER_UPDATE = 1024
+"""Bytes of answers that excuse one window update: readers send one per frame or per half window, whether or not the stream still lives."""
 
 
 class ControlFrames(asyncio.Protocol):
@@ -24,6 +26,8 @@ class ControlFrames(asyncio.Protocol):
     _out: list[bytes]
     _window: int
     _granted: int
+    _opened: int
+    _excused: int
     _starved: OrderedDict[int, Call]
     _peer_window: int
     _peer_frame: int
@@ -117,7 +121,10 @@ class ControlFrames(asyncio.Protocol):
         if stream == 0:
             if self._window < self._granted:  # answers left since the last one: it is part of reading them
                 self._noise -= 1
+            else:
+                self._excuse()
             self._window += increment
+            self._opened += increment
             if not increment or self._window > wire.MAX_WINDOW:
                 raise WireError(wire.FLOW_CONTROL_ERROR if increment else wire.PROTOCOL_ERROR, "WINDOW_UPDATE")
             self._granted = self._window
@@ -128,6 +135,7 @@ class ControlFrames(asyncio.Protocol):
         if call is None:
             if stream > self.last_stream and not self.draining:
                 raise WireError(wire.PROTOCOL_ERROR, "WINDOW_UPDATE of a stream that was never opened")
+            self._excuse()
             return
         call.window += increment
         if not increment or self._peer_window + call.window > wire.MAX_WINDOW:
@@ -136,8 +144,15 @@ class ControlFrames(asyncio.Protocol):
             call.task = call.timer = None
             self._close_call(call)
             return
+        self._excuse()
         if call.pending:
             self._pump(call)
+
+    def _excuse(self) -> None:
+        """A window update is part of reading answers, and no noise, as far as the bytes go that have left on this connection."""
+        if self._excused * SENT_BYTES_PER_UPDATE < self._opened - self._window:
+            self._excused += 1
+            self._noise -= 1
 
     def _pump(self, call: Call) -> None:
         """Send what the windows allow of an answer that waits; note it down if it is the connection's that ends it."""

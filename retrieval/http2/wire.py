@@ -6,8 +6,8 @@ import base64
 import binascii
 import re
 import struct
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import grpc
 import hpack
@@ -29,7 +29,12 @@ DEFAULT_WINDOW = 65_535
 DEFAULT_FRAME_BYTES = 16_384
 MAX_WINDOW = 2**31 - 1
 MAX_HEADER_BYTES = 16_384
-KEPT_BLOCKS = 512
+KEPT_BYTES = 64 * 2**10
+"""What a connection remembers of header blocks may weigh this much."""
+KEPT_BLOCK_BYTES = KEPT_BYTES // 4
+"""One that weighs more is decoded each time. A call's token, which Node sends whole with every call, must fit: to decode it takes 1 ms."""
+HEADER_WEIGHT = 200
+"""Bytes that one remembered header takes beyond its characters; a block takes about two such weights."""
 
 FRAME = struct.Struct(">BHBBL")
 """Length (high byte, low two), type, flags, stream."""
@@ -148,14 +153,19 @@ class HeaderReader:
 
     Clients send the same few blocks over and over: after the first call of a kind a block is a row of table indexes, and
     decoding it is one look-up.
+
+    Args:
+        understand: Makes of names and values, in order, what ``read`` returns and remembers; it should weigh no more than they do.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, understand: Callable[[tuple[tuple[bytes, bytes], ...]], Any] = tuple) -> None:
         self._decoder = hpack.Decoder(max_header_list_size=MAX_HEADER_BYTES)
-        self._known: dict[bytes, tuple[tuple[bytes, bytes], ...]] = {}
+        self._understand = understand
+        self._known: dict[bytes, Any] = {}
+        self._weight = 0
 
-    def read(self, block: bytes) -> tuple[tuple[bytes, bytes], ...]:
-        """Names and values, in order. The same tuple object comes back for a block that is known.
+    def read(self, block: bytes) -> Any:
+        """Names and values, in order, or what was made of them. The same object comes back for a block that is known.
 
         Raises:
             WireError: The block cannot be decoded; the connection's header table is lost with it.
@@ -170,13 +180,29 @@ class HeaderReader:
         except (hpack.HPACKError, IndexError, ValueError) as error:
             raise WireError(COMPRESSION_ERROR, f"a header block cannot be decoded: {error}") from error
         after = (next(iter(table.dynamic_entries), None), table.maxsize)
+        found = self._understand(headers)
         if before[0] is not after[0] or before[1] != after[1]:
-            self._known.clear()
+            self._forget()
         else:
-            if len(self._known) >= KEPT_BLOCKS:
-                self._known.clear()
-            self._known[block] = headers
-        return headers
+            self._remember(block, found, weight_of(block, headers))
+        return found
+
+    def _remember(self, block: bytes, found: Any, weight: int) -> None:
+        if weight > KEPT_BLOCK_BYTES:
+            return
+        if self._weight + weight > KEPT_BYTES:
+            self._forget()
+        self._known[block] = found
+        self._weight += weight
+
+    def _forget(self) -> None:
+        self._known.clear()
+        self._weight = 0
+
+
+def weight_of(block: bytes, headers: Sequence[tuple[bytes, bytes]]) -> int:
+    """About how many bytes a header block, and what is made of it, take in memory."""
+    return len(block) + sum(len(name) + len(value) for name, value in headers) + HEADER_WEIGHT * (len(headers) + 2)
 
 
 def metadata_of(headers: Sequence[tuple[bytes, bytes]]) -> Metadata:

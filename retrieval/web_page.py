@@ -16,12 +16,15 @@ from google.protobuf.message import Message
 from protos import retrieval_pb2 as pb
 from retrieval.client_results import Hit, RetrieveResult, release_description, retrieve_result
 from retrieval.http_server import Handler, Request, Response
+from retrieval.live_releases import ServingRelease
 from retrieval.service import RetrievalService
 
 DEADLINE_SECONDS = 10.0
 MAX_PAGE_K = 200
 PICTURE_ATTRIBUTE = "picture"
 IMAGE_ATTRIBUTE = "image"
+SAMPLE_MARKS = {"pin": "pin:1f480", "product": "product:circle-caret-up", "ad": "ad:brand-firefox"}
+"""An id of the sample data per entity type: a release that holds it shows the sample's pictures, no other reads them (160 MB)."""
 HTTP_STATUS = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
     grpc.StatusCode.UNAUTHENTICATED: 401,
@@ -75,12 +78,14 @@ class Page:
 
     Args:
         service: Answers the questions.
-        pictures: Id -> SVG, for entities whose release holds no ``picture`` attribute; None: the sample data's, read at the first need.
+        pictures: Id -> SVG, for entities whose release holds no ``picture`` attribute; None: the sample data's, read at the first need
+            of a release made from it.
     """
 
     def __init__(self, service: RetrievalService, pictures: Mapping[str, str] | None = None) -> None:
         self._service = service
         self._pictures = pictures
+        self._sample: Mapping[str, str] | None = None
         self._reading = asyncio.Lock()
         self._retrieve: Call = service.handler("Retrieve", pb.RetrieveRequest, service.retrieve)
         self._describe: Call = service.handler("DescribeRelease", pb.DescribeReleaseRequest, service.describe_release)
@@ -116,7 +121,9 @@ class Page:
         try:
             k = min(MAX_PAGE_K, int(request.query.get("k", "24")))
         except ValueError:
-            return Response.of_json({"error": "k: expected a whole number."}, 400)
+            k = 0
+        if k < 1:
+            return Response.of_json({"error": f"k: expected a whole number, 1 to {MAX_PAGE_K}."}, 400)
         wanted = pb.RetrieveRequest(
             query=request.query.get("q", ""),
             entity_type=request.query.get("type", "pin"),
@@ -129,6 +136,7 @@ class Page:
         shown = graph
         if exact:
             wanted.exact = True
+            wanted.release_id = graph.release_id  # a swap in between must not compare two releases
             shown = retrieve_result(pb.RetrieveResponse.FromString(await self._ask(self._retrieve, wanted, request)))
         page = _result_json(shown, wanted.entity_type)
         page["cache_hit"] = graph.cache_hit
@@ -154,11 +162,19 @@ class Page:
             held = active.entities[entity_type].attributes([id_], [PICTURE_ATTRIBUTE])[0].get(PICTURE_ATTRIBUTE)
             if isinstance(held, str) and held.lstrip().startswith("<svg"):
                 return held
-        if self._pictures is None:
-            async with self._reading:
-                if self._pictures is None:
-                    self._pictures = await asyncio.to_thread(_sample_pictures)
-        return self._pictures.get(id_)
+        if self._pictures is not None:
+            return self._pictures.get(id_)
+        if active is None or not _is_of_the_sample(active, entity_type):
+            return None
+        async with self._reading:
+            if self._sample is None:
+                self._sample = await asyncio.to_thread(_sample_pictures)
+        return self._sample.get(id_)
+
+
+def _is_of_the_sample(serving: ServingRelease, entity_type: str) -> bool:
+    mark = SAMPLE_MARKS.get(entity_type)
+    return mark is not None and entity_type in serving.entities and serving.entities[entity_type].row_of(mark) is not None
 
 
 def _sample_pictures() -> Mapping[str, str]:

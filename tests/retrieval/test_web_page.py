@@ -1,5 +1,6 @@
 """The page in a real headless Chromium, and its JSON over real HTTP, against the real service."""
 
+import asyncio
 import json
 import shutil
 import urllib.error
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 from real_server import Running, serving
 
+from benchmarks.small_releases import small_release
+from retrieval import web_page
 from retrieval.http_server import Request
 from retrieval.web_page import Page, guarded
 
@@ -77,7 +80,16 @@ def test_the_json_says_what_the_service_says(running: Running) -> None:
 
 @pytest.mark.parametrize(
     ("query", "status"),
-    [("q=", 400), ("q=x&type=video", 404), ("q=x&k=0", 400), ("q=x&k=many", 400), ("q=x&filter=price+%3C", 400), ("q=%00%20", 400)],
+    [
+        ("q=", 400),
+        ("q=x&type=video", 404),
+        ("q=x&k=0", 400),
+        ("q=x&k=-5", 400),
+        ("q=x&k=-99999999999", 400),
+        ("q=x&k=many", 400),
+        ("q=x&filter=price+%3C", 400),
+        ("q=%00%20", 400),
+    ],
 )
 def test_mistakes_get_their_http_status_and_a_message(running: Running, query: str, status: int) -> None:
     got, body, _ = fetch(f"{running.http}/api/search?{query}")
@@ -101,6 +113,61 @@ async def test_pictures_come_from_the_release_or_the_sample_and_cannot_run_scrip
     assert "sandbox" in response.headers["Content-Security-Policy"]
     assert (await answer(Request("GET", "/", {}, {}, b"", "pin/../../etc/passwd"))).status == 404
     assert fetch(running.http + "/api/picture/pin/nobody")[0] == 404
+
+
+async def test_the_samples_pictures_are_read_only_where_its_entities_are_served(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One question for a picture once cost every server the memory of the whole sample, for good."""
+    reads: list[str] = []
+    monkeypatch.setattr(web_page, "_sample_pictures", lambda: reads.append("sample") or {"pin-1": "<svg>one</svg>"})
+    answer = guarded(Page(running.server.service).picture)
+
+    async def status(tail: str) -> int:
+        return (await answer(Request("GET", "/", {}, {}, b"", tail))).status
+
+    assert [await status(tail) for tail in ("x/y", "pin/pin-1", "pin/pin:1f480", "video/pin-1", "", "pin")] == [404] * 6
+    assert reads == []
+    monkeypatch.setattr(web_page, "SAMPLE_MARKS", {"pin": "pin-0", "ad": "ad:brand-firefox"})
+    assert [await status(tail) for tail in ("pin/pin-1", "pin/pin-2", "ad/pin-1", "product/pin-1", "pin/pin-1")] == [
+        200,
+        404,
+        404,
+        404,
+        200,
+    ]
+    assert reads == ["sample"]
+
+
+def test_the_marks_of_the_sample_are_its_own() -> None:
+    from encoders.sample import load_sample
+
+    sample = load_sample(engaged_queries=0)
+    rows = sample.catalogue.filter(sample.catalogue["id"].is_in(list(web_page.SAMPLE_MARKS.values())))
+    assert dict(zip(rows["entity_type"], rows["id"], strict=True)) == web_page.SAMPLE_MARKS
+    assert set(web_page.SAMPLE_MARKS) == set(sample.entity_types)
+    assert set(web_page.SAMPLE_MARKS.values()) <= set(sample.pictures)
+
+
+def test_exact_compares_within_one_release_though_another_is_activated_meanwhile(tmp_path: Path) -> None:
+    with serving(tmp_path, {"pin": 300}) as running:
+        bundle = tmp_path / "bundle"
+        second = small_release(running.store, bundle, running.encoder, counts={"pin": 300}, id_prefix="second-", activate=False)
+        page = Page(running.server.service)
+        ask, asked = page._ask, []
+
+        async def ask_and_swap(*arguments: Any) -> bytes:
+            answer = await ask(*arguments)
+            asked.append(arguments)
+            if len(asked) == 1:
+                await running.server.releases.activate(second)
+            return answer
+
+        page._ask = ask_and_swap  # type: ignore[method-assign]
+        search = page.search(Request("GET", "/api/search", {"q": "red cat", "exact": "1", "k": "10"}, {}, b""))
+        shown = json.loads(asyncio.run_coroutine_threadsafe(search, running.loop).result(60).body)
+        assert running.server.releases.active.release_id == second
+        assert shown["release_id"] == running.release_id
+        assert (len(asked), shown["graph"]["of"]) == (2, 10)
+        assert shown["graph"]["found"] > 5, "0 when the graph of one release is held against the entities of another"
 
 
 def test_a_token_is_wanted_where_tokens_are_configured(tmp_path: Path) -> None:

@@ -470,7 +470,7 @@ class LiveReleases:
             rows += [(name, (), float(value)) for name, value in zip(names, work, strict=True)]
             rows.append(("omni_encode_waiting", (), float(active.batcher.waiting)))
             rows += [("omni_live_sequence", (name,), float(active.follower.view(name).sequence)) for name in active.entities]
-            rows.append(("omni_live_errors", ("any",), float(active.follower.error is not None)))
+            rows.append(("omni_live_failing", (), float(active.follower.error is not None)))
         return rows
 
 

@@ -56,7 +56,7 @@ CATALOGUE: dict[str, tuple[str, str, Labels]] = {
     "omni_release_load_seconds": ("gauge", "Load, verify and prove of the last release.", ()),
     "omni_prewarmed_queries": ("counter", "Cached queries encoded again before a swap to a new space.", ()),
     "omni_live_sequence": ("gauge", "Last live-log entry visible.", ("entity_type",)),
-    "omni_live_errors": ("counter", "Polls of the live log that failed.", ("entity_type",)),
+    "omni_live_failing": ("gauge", "1 while the live log cannot be read.", ()),
     "omni_shadow_samples": ("counter", "Live searches answered again exactly.", ("entity_type", "selectivity", "language")),
     "omni_shadow_recall": ("gauge", "ANN recall@k of live searches over the last window.", ("entity_type", "selectivity", "language")),
     "omni_shadow_recall_low": ("gauge", "Lower end of the 95% interval.", ("entity_type", "selectivity", "language")),

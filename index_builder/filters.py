@@ -24,19 +24,23 @@ from index_builder.errors import FilterError
 
 MAX_CHARACTERS = 20_000
 MAX_DEPTH = 50
+MAX_DIGITS = 400
+"""Of an integer: more than any number an attribute can hold, far fewer than the 4,300 that Python refuses to convert."""
 Value = int | float | str | bool
 
 _OPPOSITE = {"==": "!=", "!=": "==", "<": ">=", ">=": "<", ">": "<=", "<=": ">"}
 _MIRRORED = {"==": "==", "!=": "!=", "<": ">", ">": "<", "<=": ">=", ">=": "<="}
 _TOKEN = re.compile(
     r"""\s*(?:
-    (?P<number>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?![\w.])
+    (?P<number>[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?)(?![\w.])
   | (?P<name>[^\W\d]\w*)
   | (?P<string>"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*')
   | (?P<op>==|!=|<=|>=|<|>|&&|\|\||!|\(|\)|\[|\]|,)
 )""",
     re.VERBOSE | re.DOTALL,
 )
+_ESCAPE = re.compile(r"\\(u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|.)", re.DOTALL)
+_LOWEST_INT = np.iinfo(np.int64).min  # also the key of a missing integer
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", '"': '"', "'": "'", "/": "/"}
 
 
@@ -86,14 +90,21 @@ class Filter:
 
 def _unquote(text: str, expression: str, at: int) -> str:
     def replace(match: re.Match[str]) -> str:
-        code = match.group(1)
-        if code[0] == "u":
-            return chr(int(code[1:], 16))
+        code, place = match.group(1), at + match.start() + 1
+        if len(code) > 5:  # a surrogate pair, as JSON writes a character beyond U+FFFF
+            return chr(0x10000 + ((int(code[1:5], 16) & 0x3FF) << 10) + (int(code[7:], 16) & 0x3FF))
+        if len(code) == 5:
+            number = int(code[1:], 16)
+            if 0xD800 <= number <= 0xDFFF:
+                raise FilterError(f"\\{code} is half of a surrogate pair; write both halves, or the character.", expression, place)
+            return chr(number)
+        if code == "u":
+            raise FilterError("\\u needs four hexadecimal digits.", expression, place)
         if code not in _ESCAPES:
-            raise FilterError(f"unknown escape \\{code}; known are \\n \\t \\r \\\\ \\\" \\' \\uXXXX.", expression, at + match.start() + 1)
+            raise FilterError(f"unknown escape \\{code}; known are \\n \\t \\r \\\\ \\\" \\' \\uXXXX.", expression, place)
         return _ESCAPES[code]
 
-    return re.sub(r"\\(u[0-9a-fA-F]{4}|.)", replace, text[1:-1], flags=re.DOTALL)
+    return _ESCAPE.sub(replace, text[1:-1])
 
 
 def _tokens(expression: str) -> list[Token]:
@@ -113,6 +124,9 @@ def _tokens(expression: str) -> list[Token]:
         position = match.end()
         if kind == "number":
             whole = re.fullmatch(r"[-+]?\d+", text) is not None
+            digits = len(text.lstrip("+-"))
+            if whole and digits > MAX_DIGITS:
+                raise FilterError(f"an integer of {digits:,} digits, more than {MAX_DIGITS}.", expression, at)
             tokens.append(Token("number", int(text) if whole else float(text), at))
         elif kind == "string":
             tokens.append(Token("string", _unquote(text, expression, at), at))
@@ -322,7 +336,7 @@ class _Piece:
             for a, b in self.slices:
                 hit[column.order[a:b]] = True
             return column.present & ~hit if self.negated_list else hit
-        if len(self.slices) > 4 or self.count * 16 < len(column.keys):
+        if len(self.slices) > 4 or self.count * 16 < len(column.keys) or self._looks_missing():
             hit = np.zeros(len(column.keys), dtype=np.bool_)
             for a, b in self.slices:
                 hit[column.order[a:b]] = True
@@ -332,10 +346,17 @@ class _Piece:
         return self._compare(column.keys)
 
     def test(self, rows: np.ndarray) -> np.ndarray:
-        if self.column.present is not None or len(self.slices) > 4:
+        if self.column.present is not None or len(self.slices) > 4 or self._looks_missing():
             hit: np.ndarray = self.mask()[rows]
             return hit
         return self._compare(self.column.keys[rows])
+
+    def _looks_missing(self) -> bool:
+        """Whether rows without a value have the key of a row that is selected: comparing keys would select them, too."""
+        if not self.slices or self.slices[0][0] > 0:
+            return False
+        ranked = self.column.ranked
+        return len(ranked) < len(self.column.keys) and bool(ranked[0] == _LOWEST_INT)
 
     def _compare(self, keys: np.ndarray) -> np.ndarray:
         ranked, size = self.column.ranked, len(self.column.ranked)

@@ -3,27 +3,39 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections import OrderedDict
 
 from index_builder.attributes import AttributeTable, Column
 from index_builder.errors import FilterError
-from index_builder.filters import Both, BoundFilter, Either, Leaf, Selection, parse_filter, select_slices
+from index_builder.filters import MAX_DIGITS, Both, BoundFilter, Either, Leaf, Selection, parse_filter, select_slices
 
 MAX_BYTES = 64 * 2**20
 _MAX_SHAPES = 1_000
-_NUMBER = re.compile(r"(?<![\w.])([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)(?![\w.])")
+_MAX_SHAPED = MAX_DIGITS
+"""Characters of the longest text whose shape is looked at: no number in it can be too long, and a thousand shapes stay small."""
+_ENTRY_BYTES = 512
+"""What an entry takes beside its rows and its text: the objects around them and its place in the dictionary, rounded up."""
+_MIN_ENTRIES = 4
+_NUMBER = re.compile(r"(?<![\w.])([-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?)(?![\w.])")
 _RangeOfColumn = tuple[Column, tuple[tuple[str, int], ...]]
 """A column and its comparisons, all of which must hold: operator, and the place of the literal among those of the text."""
 
 
 class SelectionCache:
-    """Least recently used selections of one table, bounded in bytes. Safe in threads: each step on the dictionary is atomic in CPython."""
+    """The selections of one table that were made last, bounded in bytes.
+
+    Safe in threads: a look-up is one atomic step on the dictionary in CPython, and changes take a lock.
+    """
 
     def __init__(self, table: AttributeTable, max_bytes: int = MAX_BYTES) -> None:
         self._table = table
         self._entries: OrderedDict[str, Selection] = OrderedDict()
         self._shapes: dict[str, _RangeOfColumn | None] = {}
-        self._max_entries = max(4, max_bytes // max(1, 5 * table.count + 64))
+        self._max_bytes = max_bytes
+        self._entry_bytes = 5 * table.count + _ENTRY_BYTES  # at most: a mask and all row numbers; the text comes on top
+        self._bytes = 0
+        self._lock = threading.Lock()
 
     def get(self, expression: str) -> Selection:
         """The rows ``expression`` selects.
@@ -37,17 +49,18 @@ class SelectionCache:
         selection = self._range(expression)
         if selection is None:
             selection = BoundFilter(parse_filter(expression), self._table).select()
-        self._entries[expression] = selection
-        while len(self._entries) > self._max_entries:
-            try:
-                self._entries.popitem(last=False)
-            except KeyError:
-                break
+        with self._lock:
+            if expression not in self._entries:
+                self._entries[expression] = selection
+                self._bytes += self._entry_bytes + 4 * len(expression)  # Python keeps a character in at most four bytes
+                while self._bytes > self._max_bytes and len(self._entries) > _MIN_ENTRIES:
+                    oldest, _ = self._entries.popitem(last=False)
+                    self._bytes -= self._entry_bytes + 4 * len(oldest)
         return selection
 
     def _range(self, expression: str) -> Selection | None:
         """The rows of an expression that compares one column with numbers, by the shape it shares with others; None for any other."""
-        if '"' in expression or "'" in expression:
+        if len(expression) > _MAX_SHAPED or '"' in expression or "'" in expression:
             return None
         texts = _NUMBER.split(expression)  # text, number, text, ...
         shape = "\0".join(texts[::2])

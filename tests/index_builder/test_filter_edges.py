@@ -1,0 +1,124 @@
+"""Filters at their edges: surrogate pairs, numbers of thousands of digits, the lowest integer, texts of 20,000 characters."""
+
+import json
+import sys
+import time
+
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from index_builder.attributes import AttributeTable
+from index_builder.errors import FilterError
+from index_builder.filters import MAX_DIGITS, BoundFilter, parse_filter
+from index_builder.selection_cache import SelectionCache
+
+LOWEST = -(2**63)
+TABLE = AttributeTable(pl.DataFrame({"x": [LOWEST, None, 3, *range(5, 45)], "face": ["😀", "\\ud83d", *["é"] * 41]}))
+
+
+def rows(expression: str, table: AttributeTable = TABLE) -> list[int]:
+    """What the cache and the parser alone select, which must be the same."""
+    selection = SelectionCache(table).get(expression)
+    alone = BoundFilter(parse_filter(expression), table).select()
+    assert sorted(selection.as_rows().tolist()) == sorted(alone.as_rows().tolist())
+    return sorted(alone.as_rows().tolist())
+
+
+def error_of(expression: str) -> FilterError:
+    with pytest.raises(FilterError) as caught:
+        SelectionCache(TABLE).get(expression)
+    return caught.value
+
+
+def test_a_string_as_json_escapes_it_means_the_same() -> None:
+    """json.dumps writes an emoji as two surrogates; they became two characters that no value holds."""
+    assert rows("face == " + json.dumps("😀")) == rows('face == "😀"') == [0]
+    assert rows('face == "\\uD83D\\uDE00"') == [0]
+    assert rows('face == "\\\\ud83d"') == [1]  # an escaped backslash, then letters
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=8))
+def test_any_string_as_json_escapes_it_finds_its_row(text: str) -> None:
+    table = AttributeTable(pl.DataFrame({"s": [text, text + "x"]}))
+    assert BoundFilter(parse_filter("s == " + json.dumps(text)), table).select().as_rows().tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("expression", "position", "words"),
+    [
+        ('face == "a\\ud83d"', 10, "half of a surrogate pair"),
+        ('face == "a\\ude00\\ud83d"', 10, "half of a surrogate pair"),
+        ('face == "\\ud83d\\ud83d\\ude00"', 9, "half of a surrogate pair"),
+        ('face == "ab\\u12"', 11, "four hexadecimal digits"),
+    ],
+)
+def test_half_a_character_is_refused_where_it_stands(expression: str, position: int, words: str) -> None:
+    error = error_of(expression)
+    assert error.position == position
+    assert words in str(error)
+
+
+@pytest.mark.parametrize("template", ["x > {}", "x >= 1 and x <= {}", "x in [1, {}]", "x > -{}", 'face == "a" or x > {}'])
+@pytest.mark.parametrize("digits", [MAX_DIGITS + 1, 5_000])
+def test_integers_of_thousands_of_digits_are_refused_where_they_stand(template: str, digits: int) -> None:
+    """Python converts no text of more than 4,300 digits: a ValueError, which the caller saw as an internal error."""
+    error = error_of(template.format("9" * digits))
+    assert error.position == template.index("{") - ("-{" in template)
+    assert f"{digits:,} digits" in str(error)
+
+
+def test_integers_of_hundreds_of_digits_compare() -> None:
+    assert rows("x >= 3 and x < " + "9" * MAX_DIGITS) == list(range(2, 43))
+    assert rows("x > -" + "9" * MAX_DIGITS) == [0, *range(2, 43)]
+    assert rows("x < 6." + "0" * 5_000) == [0, 2, 3]
+
+
+@pytest.mark.parametrize("expression", ["x > " + "1" * 19_000 + "a", "x > 1." + "1" * 19_000 + "a", "x > " + "1" * 200_000 + "a"])
+def test_a_long_number_that_is_none_is_refused_in_linear_time(expression: str) -> None:
+    """The pattern of a number tried every split of its digits in two: 20 s for one filter."""
+    start = time.process_time()
+    error_of(expression)
+    assert time.process_time() - start < 1.0
+
+
+@pytest.mark.parametrize(
+    ("expression", "want"),
+    [
+        ('face != "zz" and x <= 4', [0, 2]),
+        (f"x == {LOWEST} and face in ['😀', '\\\\ud83d']", [0]),
+        ('face == "é" and x != 3', list(range(3, 43))),
+        ("face in ['😀', '\\\\ud83d'] and not x == 7", [0]),
+        ("x != 20", [0, *range(2, 18), *range(19, 43)]),
+        ("x in [5] or x < 4", [0, 2, 3]),
+        ("x != 20 and x != 30", [0, *range(2, 18), *range(19, 28), *range(29, 43)]),
+    ],
+)
+def test_missing_values_are_not_the_lowest_integer(expression: str, want: list[int]) -> None:
+    """Missing integers are kept as -2**63; where a row really has that value, rows without any matched, too."""
+    assert rows(expression) == want
+
+
+def test_the_texts_of_filters_count_against_the_memory_of_the_cache() -> None:
+    table = AttributeTable(pl.DataFrame({"s": ["a"] * 100}))
+    cache = SelectionCache(table, max_bytes=2**20)
+    for i in range(200):
+        assert cache.get(f's == "{i:019000d}"').count == 0
+        assert cache.get(f's != "{i}" and {"not " * 40}s == "a"').count == 100
+    assert sum(map(sys.getsizeof, cache._entries)) < 2**20
+    kept = len(cache._entries)
+    assert kept > 4
+    last = next(reversed(cache._entries))
+    assert cache.get(last) is cache.get(last)
+    for i in range(400):
+        cache.get(f's == "{i}"')
+    assert len(cache._entries) > 200  # long ones gone, their room is free again
+
+
+def test_long_shapes_are_not_kept() -> None:
+    cache = SelectionCache(TABLE)
+    for i in range(50):
+        cache.get(" " * (10_000 + i) + "x > 7")
+    assert sum(map(len, cache._shapes)) < 50_000

@@ -264,7 +264,7 @@ class _Parser:
         return token
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=256)
 def parse_filter(expression: str) -> Filter:
     """Parse a filter; no name in it is looked up or called.
 

@@ -76,6 +76,16 @@ def _content(value: Acknowledged) -> bytes:
     return body + struct.pack("<Q", xxhash.xxh3_64_intdigest(body))
 
 
+def still_named(path: Path, descriptor: int, end: int) -> bool:
+    """Whether ``path`` names the open file and it reaches ``end``; False after a restore, be it by rename or in place.
+
+    Raises:
+        FileNotFoundError: Nothing has that name.
+    """
+    named = os.stat(path)
+    return os.path.samestat(named, os.fstat(descriptor)) and named.st_size >= end
+
+
 def begin_acknowledged(folder: Path, value: Acknowledged) -> None:
     """Put the file there durably, whole or not at all; before the first file of a log, so that a log without it is known to be damaged.
 

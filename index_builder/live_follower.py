@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from index_builder.errors import LiveLogError
-from index_builder.live_log import LiveLogReader
+from index_builder.live_log import LiveLogReader, adopt_tail
 from index_builder.live_segments import LiveState, LiveView
 from index_builder.release import Release
 
@@ -41,6 +41,7 @@ class LiveFollower:
     def __init__(self, store: HasLiveRoot, release: Release, *, poll_seconds: float = POLL_SECONDS) -> None:
         self.release = release
         self.error: Exception | None = None
+        self._live_root = store.live_root
         self._poll_seconds = poll_seconds
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -91,6 +92,8 @@ class LiveFollower:
 
     def catch_up(self) -> int:
         """Apply everything written so far; returns how many entries that was. Raises as ``poll`` does."""
+        for entity_type in self._followed:
+            adopt_tail(self._live_root, entity_type)
         total = 0
         while count := self.poll():
             total += count

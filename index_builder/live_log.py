@@ -1,15 +1,17 @@
 """The live log: upserts and deletes between two builds. Durable before acknowledged, one writer at a time, any number of polling readers.
 
-Layout of ``<store>/live/<entity_type>/``: ``log-<first sequence>.bin`` (append-only records, a new file every 64 MiB), ``acknowledged``
-(how far
-writes were promised: what is invalid before that point is corruption and refused, what is invalid after it is the torn tail of a crash
-and is
-cut off by the next writer) and ``writer.lock`` (an ``flock``; the kernel frees it when its holder dies).
+Layout of ``<store>/live/<entity_type>/``:
+
+- ``log-<first sequence>.bin``: append-only records, a new file every 64 MiB.
+- ``acknowledged``: how far writes were promised. What is invalid before that point is corruption and refused. Readers stop there: behind
+  it lies a write under way, which may still fail, or what a crash left; the next writer promises what is whole of it and cuts off the rest.
+- ``writer.lock``: an ``flock``; the kernel frees it when its holder dies.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from index_builder.durability import FileLock, disk_full_is_clear, fsync_folder, make_folder
-from index_builder.errors import LiveLogBusy, LiveLogCorrupt, LiveLogError
+from index_builder.errors import DiskFull, LiveLogBusy, LiveLogCorrupt, LiveLogError
 from index_builder.live_files import (
     ACKNOWLEDGED_NAME,
     Acknowledged,
@@ -28,6 +30,7 @@ from index_builder.live_files import (
     check_header,
     log_files,
     read_acknowledged,
+    still_named,
     write_acknowledged,
 )
 from index_builder.live_records import (
@@ -43,6 +46,8 @@ from index_builder.live_records import (
 )
 
 DEFAULT_FILE_BYTES = 64 * 2**20
+ADOPT_SECONDS = 5.0
+"""How long ``adopt_tail`` waits for a writer."""
 _READ_BYTES = 8 * 2**20
 
 
@@ -59,6 +64,7 @@ class LiveLogReader:
         self.folder = live_root / entity_type
         self.entity_type = entity_type
         self.sequence = after
+        self._after = after
         self._file: tuple[int, Path] | None = None
         self._descriptor: int | None = None
         self._offset = 0
@@ -74,7 +80,9 @@ class LiveLogReader:
         self.close()
 
     def poll(self, limit: int = 1_000_000) -> list[LiveEntry]:
-        """Entries written since the last call, in order; empty when there is nothing new.
+        """Entries acknowledged since the last call, in order; empty when there is nothing new.
+
+        What lies before a damage is returned; it is the next call that raises, and each one after it until the damage is put right.
 
         Args:
             limit: At most about this many entries in one call.
@@ -88,13 +96,23 @@ class LiveLogReader:
         """
         return self.read(limit, read_acknowledged(self.folder))  # read first: what it promises must be in the files read afterwards
 
-    def read(self, limit: int, promised: Acknowledged) -> list[LiveEntry]:
-        """``poll`` with a promise that was read before."""
+    def read(self, limit: int, promised: Acknowledged | None) -> list[LiveEntry]:
+        """``poll`` with a promise that was read before; None reads whatever checks."""
         entries: list[LiveEntry] = []
-        while len(entries) < limit and self._open():
-            grown = self._read_file(entries, limit)
+        try:
+            self._collect(entries, limit, promised)
+        except Exception:
+            if not entries:  # they count as delivered: the caller gets them first, and what is wrong is found again by the next call
+                raise
+        return entries
+
+    def _collect(self, entries: list[LiveEntry], limit: int, promised: Acknowledged | None) -> None:
+        # Behind the promise lie writes that may still fail. What is in the release already is only checked, promised or not.
+        last_readable = sys.maxsize if promised is None else max(promised.sequence, self.sequence)
+        while self._open():
+            grown = self._read_file(entries, limit, last_readable)
             if len(entries) >= limit:
-                break
+                return
             following = self.folder / f"log-{self._next:020d}.bin"
             if following != self._file_path() and following.exists() and not grown:
                 self.close()
@@ -102,16 +120,16 @@ class LiveLogReader:
             elif not grown:
                 break
         last = max(self._next - 1, 0)
-        if last < promised.sequence and len(entries) < limit:
+        if promised is not None and last < promised.sequence:
             raise LiveLogCorrupt(
                 f"live log of {self.entity_type!r}: entries up to {promised.sequence} were acknowledged, but the files hold "
                 f"valid entries only up to {last} "
                 f"({self._file_path().name if self._file else 'no file'}, byte {self._offset}). Restore the file from a replica or backup; "
                 "serving goes on with what was read before."
             )
-        if self._file is not None and last < self.sequence and len(entries) < limit:
-            raise LiveLogCorrupt(_ends_early(self.entity_type, self.sequence, last))
-        return entries
+        if self._file is not None and last < self.sequence:
+            was_read = self.sequence > self._after
+            raise LiveLogCorrupt((_was_cut if was_read else _ends_early)(self.entity_type, self.sequence, last))
 
     @property
     def position(self) -> tuple[int, int]:
@@ -123,7 +141,9 @@ class LiveLogReader:
 
     def _open(self) -> bool:
         if self._descriptor is not None:
-            return True
+            if self._is_current():
+                return True
+            self.close()
         files = log_files(self.folder)
         if not files:
             return False
@@ -134,34 +154,49 @@ class LiveLogReader:
                 f"live log of {self.entity_type!r}: entries from {wanted} are needed, but the oldest kept is {files[0][0]}. "
                 "Serve a release whose watermark is newer, or rebuild."
             )
-        self._file = usable[-1]
-        self._descriptor = os.open(self._file[1], os.O_RDONLY | os.O_CLOEXEC)
-        head = os.pread(self._descriptor, FILE_HEADER.size, 0)
-        if not check_header(head, self._file[0], self._file[1]):
-            self.close()
-            return False
-        self._offset, self._next = FILE_HEADER.size, self._file[0]
-        return True
+        first, path = self._file = usable[-1]
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        whole = False
+        try:
+            whole = check_header(os.pread(descriptor, FILE_HEADER.size, 0), first, path)
+        finally:
+            if not whole:
+                os.close(descriptor)
+        if whole:
+            self._descriptor, self._offset, self._next = descriptor, FILE_HEADER.size, first
+        return whole
 
-    def _read_file(self, entries: list[LiveEntry], limit: int) -> bool:
+    def _is_current(self) -> bool:
+        """Whether the open file is the one to go on in."""
+        assert self._descriptor is not None and self._file is not None
+        try:
+            return still_named(self._file[1], self._descriptor, self._offset)
+        except FileNotFoundError:  # collected, since every release holds its entries: what is open is read to its end
+            return True
+
+    def _read_file(self, entries: list[LiveEntry], limit: int, last_readable: int) -> bool:
         """Append new entries of the open file; False when it held nothing new."""
         assert self._descriptor is not None
         want = _READ_BYTES
-        while True:
+        while self._next <= last_readable:
             content = memoryview(os.pread(self._descriptor, want, self._offset))
             position = 0
-            while len(entries) < limit and (found := next_record(content, position, self._next)) is not None:
+            start = self._offset
+            while (
+                len(entries) < limit and self._next <= last_readable and (found := next_record(content, position, self._next)) is not None
+            ):
                 payload, position = found
                 if self._next > self.sequence:
                     entries.append(decode_payload(payload, self._next))
                     self.sequence = self._next
                 self._next += 1
-            self._offset += position
+                self._offset = start + position
             if position:
                 return True
             if len(content) < want or want > 4 * _READ_BYTES:
                 return False
             want *= 2  # one record larger than the buffer
+        return False
 
 
 class LiveLogWriter:
@@ -351,23 +386,39 @@ class LiveLogWriter:
                 )
             self._sequence = self.after
             return
-        if self._file != files[-1] or self._descriptor is None:
+        known = self._sequence
+        try:
+            if self._file != files[-1] or self._descriptor is None or not still_named(files[-1][1], self._descriptor, self._end):
+                first, path = files[-1]
+                if not self._reopen(first, path, promised):  # died while starting the file: nothing in it was promised
+                    path.unlink()
+                    fsync_folder(self.folder)
+                    self._catch_up()
+                    return
+            self._find_end(files[-1][1], promised, known)
+        except BaseException:  # the next call begins at the start of the file, which may have been restored, and knows what it has to hold
             self.close()
-            first, path = self._file = files[-1]
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            head = os.pread(self._descriptor, FILE_HEADER.size, 0)
-            if len(head) < FILE_HEADER.size and promised.file != first:  # died while starting the file: nothing in it was promised
-                os.close(self._descriptor)
-                self._descriptor = None
-                path.unlink()
-                fsync_folder(self.folder)
-                self._file = None
-                self._catch_up()
-                return
-            if not check_header(head, first, path):
-                raise LiveLogCorrupt(f"{path}: the file is shorter than its header; restore it")
-            self._end, self._sequence = FILE_HEADER.size, first - 1
-        assert self._descriptor is not None
+            self._sequence = known
+            raise
+
+    def _reopen(self, first: int, path: Path, promised: Acknowledged) -> bool:
+        """Open a file at its start; False, with none open, if its header was not finished and nothing in it was promised."""
+        self.close()
+        self._file = (first, path)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        head = os.pread(self._descriptor, FILE_HEADER.size, 0)
+        if len(head) < FILE_HEADER.size and promised.file != first:
+            self.close()
+            self._file = None
+            return False
+        if not check_header(head, first, path):
+            raise LiveLogCorrupt(f"{path}: the file is shorter than its header; restore it")
+        self._end, self._sequence = FILE_HEADER.size, first - 1
+        return True
+
+    def _find_end(self, path: Path, promised: Acknowledged, known: int) -> None:
+        """Go to the end of the open file's valid entries, promise those that are not, and cut off what is behind them."""
+        assert self._descriptor is not None and self._file is not None
         size = os.fstat(self._descriptor).st_size
         while self._end < size:
             content = memoryview(os.pread(self._descriptor, min(_READ_BYTES * 8, size - self._end), self._end))
@@ -381,14 +432,20 @@ class LiveLogWriter:
         if self._sequence < promised.sequence:
             raise LiveLogCorrupt(
                 f"live log of {self.entity_type!r}: entries up to {promised.sequence} were acknowledged, but "
-                f"{files[-1][1].name} is valid only up to entry "
+                f"{path.name} is valid only up to entry "
                 f"{self._sequence} (byte {self._end}). Nothing was written or cut off; restore the file from a replica or backup."
             )
         if self._sequence < self.after:
             raise LiveLogCorrupt(_ends_early(self.entity_type, self.after, self._sequence))
+        if self._sequence < known:
+            raise LiveLogCorrupt(_was_cut(self.entity_type, known, self._sequence))
         if self._end < size:  # the torn tail of a writer that died before it promised anything
             os.ftruncate(self._descriptor, self._end)
             os.fdatasync(self._descriptor)
+        if self._sequence > promised.sequence and self._end > FILE_HEADER.size:  # whole entries of that writer, or its promise was lost
+            os.fdatasync(self._descriptor)
+            with disk_full_is_clear("promising the end of the live log", self.folder):
+                write_acknowledged(self.folder, Acknowledged(self._file[0], self._end, self._sequence))
 
 
 def _ends_early(entity_type: str, watermark: int, last: int) -> str:
@@ -396,6 +453,13 @@ def _ends_early(entity_type: str, watermark: int, last: int) -> str:
         f"live log of {entity_type!r}: entries up to {watermark} are in the release, but the log ends at {last}: it was removed and begun "
         "again, or belongs to another store. Restore it; to go on with this one, rebuild from the sources into a new store and apply its "
         "changes there."
+    )
+
+
+def _was_cut(entity_type: str, known: int, last: int) -> str:
+    return (
+        f"live log of {entity_type!r}: entries up to {known} were acknowledged and seen here, but the log now ends at {last}: it was put "
+        "back without its end. Put it back whole; to give up what is missing, restart the servers: those that run have read it."
     )
 
 
@@ -423,6 +487,25 @@ def last_sequence(live_root: Path, entity_type: str) -> int:
     return read_acknowledged(live_root / entity_type).sequence
 
 
+def adopt_tail(live_root: Path, entity_type: str) -> None:
+    """Promise what a crash left whole behind the last promise, as the next writer would; costs a glance where there is nothing.
+
+    A power failure may lose promises of durable writes, so whoever begins to read a log should not wait for the next write to see them.
+    Nothing is done where that is impossible: for a damaged log (which reading it reports), or one that only others may write.
+    """
+    folder = live_root / entity_type
+    try:
+        files = log_files(folder)
+        if not files:
+            return
+        promised = read_acknowledged(folder)
+        if promised.file == files[-1][0] and promised.offset == files[-1][1].stat().st_size:
+            return
+        LiveLogWriter(live_root, entity_type, 0, lock_timeout_seconds=ADOPT_SECONDS).close()
+    except (LiveLogError, DiskFull, OSError):  # a writer that holds the lock for so long has adopted it itself
+        return
+
+
 def trust_log(live_root: Path, entity_type: str) -> int:
     """Take what a log's own checksums prove as all that was ever promised: the way out when ``acknowledged`` was lost or damaged.
 
@@ -440,7 +523,7 @@ def trust_log(live_root: Path, entity_type: str) -> int:
     try:
         files = log_files(folder)
         reader = LiveLogReader(live_root, entity_type, after=files[0][0] - 1 if files else 0)
-        while reader.read(100_000, Acknowledged()):
+        while reader.read(100_000, None):
             pass
         file, offset = reader.position
         reader.close()

@@ -32,7 +32,10 @@ def upsert(identifier: str, seed: int = 0, **attributes: object) -> LiveEntry:
 
 
 def read_all(root: Path, after: int = 0) -> list[LiveEntry]:
-    return LiveLogReader(root, "pin", after=after).poll()
+    reader, entries = LiveLogReader(root, "pin", after=after), []
+    while more := reader.poll():
+        entries += more
+    return entries
 
 
 ids = (

@@ -1,0 +1,283 @@
+"""Readers show what was acknowledged and nothing else; a damaged log that was put back as its message asks is read and written again."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from index_builder import live_log
+from index_builder.entity_index import EntityIndex
+from index_builder.errors import DiskFull, LiveLogCorrupt
+from index_builder.live_files import log_files
+from index_builder.live_follower import LiveFollower
+from index_builder.live_log import LiveLogReader, LiveLogWriter, last_sequence
+from index_builder.live_records import LiveEntry
+
+D = 8
+SPACE = "ab" * 32
+
+
+def vectors(count: int, seed: int) -> np.ndarray:
+    found = np.random.default_rng(seed).standard_normal((count, D)).astype(np.float32)
+    return np.ascontiguousarray(found / np.linalg.norm(found, axis=1, keepdims=True))
+
+
+def upsert(identifier: str) -> LiveEntry:
+    return LiveEntry(id=identifier, vector=vectors(1, 1)[0], space_id=SPACE)
+
+
+def ids(reader: LiveLogReader) -> list[str]:
+    return [entry.id for entry in reader.poll()]
+
+
+def all_ids(root: Path, after: int = 0) -> list[str]:
+    reader, found = LiveLogReader(root, "pin", after=after), []
+    while more := ids(reader):
+        found += more
+    return found
+
+
+def follower(root: Path) -> LiveFollower:
+    index = EntityIndex.build("pin", [f"p{i}" for i in range(5)], vectors(5, 2))
+    manifest = SimpleNamespace(entities={"pin": SimpleNamespace(watermark=0)})
+    release: Any = SimpleNamespace(entities={"pin": index}, manifest=manifest, dimension=D, space_id=SPACE, release_id="r")
+    return LiveFollower(SimpleNamespace(live_root=root), release)
+
+
+def dies() -> None:
+    os._exit(9)
+
+
+def killed_before_its_fsync(root: Path, *identifiers: str) -> None:
+    """Leave whole records behind what was promised."""
+    child = os.fork()
+    if child == 0:
+        LiveLogWriter(root, "pin", D, before_sync=dies).write([upsert(i) for i in identifiers])
+    os.waitpid(child, 0)
+
+
+def damage(path: Path, share: float = 0.6) -> bytes:
+    """Flip a bit and return what was there before."""
+    good = path.read_bytes()
+    bad = bytearray(good)
+    bad[int(len(good) * share)] ^= 1
+    path.write_bytes(bytes(bad))
+    return good
+
+
+def put_back_in_place(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def put_back_by_rename(path: Path, content: bytes) -> None:
+    temporary = path.with_suffix(".restored")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+RESTORES = pytest.mark.parametrize("restore", [put_back_in_place, put_back_by_rename])
+
+
+def test_a_write_that_fails_is_never_shown_and_the_next_ones_are(tmp_path: Path) -> None:
+    """A poll between write and fsync used to show the entry; then its number was given to another write, which that reader never saw."""
+    reader, seen = LiveLogReader(tmp_path, "pin"), list[str]()
+
+    def full() -> None:
+        seen.extend(ids(reader))
+        raise OSError(28, "No space left on device")
+
+    writer = LiveLogWriter(tmp_path, "pin", D)
+    writer.write([upsert("a")])
+    assert ids(reader) == ["a"]
+    writer._before_sync = full
+    with pytest.raises(DiskFull):
+        writer.write([upsert("a much longer name that is refused")])
+    writer._before_sync = None
+    assert seen == []
+    for name in ("c", "d"):
+        writer.write([upsert(name)])
+        assert ids(reader) == [name]
+
+
+def test_an_entry_is_not_shown_before_it_is_durable_and_at_once_after(tmp_path: Path) -> None:
+    reader, seen = LiveLogReader(tmp_path, "pin"), list[str]()
+    writer = LiveLogWriter(tmp_path, "pin", D, file_bytes=100, before_sync=lambda: seen.extend(ids(reader)))
+    for n in range(5):  # each in a file of its own
+        writer.write([upsert(f"e{n}")])
+        assert seen == []
+        assert ids(reader) == [f"e{n}"]
+
+
+def test_what_a_killed_writer_left_whole_is_promised_by_the_next_one(tmp_path: Path) -> None:
+    LiveLogWriter(tmp_path, "pin", D).write([upsert("a")])
+    killed_before_its_fsync(tmp_path, "b", "c")
+    assert all_ids(tmp_path) == ["a"]
+    LiveLogWriter(tmp_path, "pin", D)
+    assert last_sequence(tmp_path, "pin") == 3
+    assert all_ids(tmp_path) == ["a", "b", "c"]
+
+
+def test_a_follower_that_opens_a_log_shows_what_a_crash_left_whole(tmp_path: Path) -> None:
+    """Losing power may lose promises of durable writes: they must not wait for the next write to be seen again."""
+    LiveLogWriter(tmp_path, "pin", D).write([upsert("a")])
+    killed_before_its_fsync(tmp_path, "b", "c")
+    opened = follower(tmp_path)
+    assert opened.catch_up() == 3
+    assert opened.view("pin").live_count == 3
+    opened.stop()
+
+
+def test_a_follower_opens_a_log_that_it_may_only_read_or_that_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from index_builder.durability import FileLock
+
+    LiveLogWriter(tmp_path, "pin", D).write([upsert("a")])
+    killed_before_its_fsync(tmp_path, "b")
+    lock = FileLock(tmp_path / "pin" / "writer.lock")
+    assert lock.acquire()
+    monkeypatch.setattr(live_log, "ADOPT_SECONDS", 0.01)
+    opened = follower(tmp_path)
+    assert opened.catch_up() == 1
+    lock.release()
+
+    def refused(*_: object, **__: object) -> bool:
+        raise PermissionError(13, "Read-only file system")
+
+    monkeypatch.setattr(FileLock, "acquire", refused)
+    assert opened.catch_up() == 0
+    opened.stop()
+
+
+@RESTORES
+def test_a_follower_shows_what_lies_before_the_damage_and_goes_on_when_it_is_put_right(
+    tmp_path: Path, restore: Callable[[Path, bytes], None]
+) -> None:
+    """The entries before the damage used to be taken and thrown away: they were missing even after the log had been put back."""
+    writer = LiveLogWriter(tmp_path, "pin", D)
+    for n in range(10):
+        writer.write([upsert(f"e{n}")])
+    path = log_files(tmp_path / "pin")[0][1]
+    good = damage(path)
+    opened = follower(tmp_path)
+    before = opened.poll()
+    assert 0 < before < 10
+    with pytest.raises(LiveLogCorrupt, match="up to 10 were acknowledged"):
+        opened.poll()
+    assert opened.view("pin").live_count == before
+    restore(path, good)
+    assert opened.poll() == 10 - before
+    assert opened.view("pin").live_count == 10
+    opened.stop()
+
+
+@RESTORES
+def test_entries_before_a_file_that_cannot_be_opened_are_not_lost(tmp_path: Path, restore: Callable[[Path, bytes], None]) -> None:
+    with LiveLogWriter(tmp_path, "pin", D, file_bytes=300) as writer:
+        for n in range(9):
+            writer.write([upsert(f"e{n}")])
+    (_, _), (first, path), *_ = log_files(tmp_path / "pin")
+    good = path.read_bytes()
+    path.write_bytes(b"?" * len(good))
+    reader = LiveLogReader(tmp_path, "pin")
+    assert len(ids(reader)) == first - 1
+    for _ in range(2):
+        with pytest.raises(LiveLogCorrupt, match="header"):
+            reader.poll()
+    restore(path, good)
+    assert ids(reader) == [f"e{n}" for n in range(first - 1, 9)]
+
+
+def test_entries_before_a_moment_without_file_descriptors_are_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with LiveLogWriter(tmp_path, "pin", D, file_bytes=100) as writer:
+        for n in range(3):
+            writer.write([upsert(f"e{n}")])
+    second, plain = log_files(tmp_path / "pin")[1][1], os.open
+
+    def out_of_descriptors(path: Any, *arguments: Any) -> int:
+        if path == second:
+            raise OSError(24, "Too many open files")
+        return plain(path, *arguments)
+
+    reader = LiveLogReader(tmp_path, "pin")
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", out_of_descriptors)
+        assert ids(reader) == ["e0"]
+        with pytest.raises(OSError, match="Too many"):
+            reader.poll()
+    assert ids(reader) == ["e1", "e2"]
+
+
+@RESTORES
+def test_writers_and_readers_go_on_in_the_file_that_was_put_back(tmp_path: Path, restore: Callable[[Path, bytes], None]) -> None:
+    """They used to stay in the file they had open: after a restore by rename, writes were acknowledged into a file without a name."""
+    writer, reader = LiveLogWriter(tmp_path, "pin", D), LiveLogReader(tmp_path, "pin")
+    for n in range(5):
+        writer.write([upsert(f"e{n}")])
+    assert len(ids(reader)) == 5
+    path = log_files(tmp_path / "pin")[0][1]
+    restore(path, path.read_bytes())
+    assert ids(reader) == []
+    assert writer.write([upsert("new")]) == 6
+    assert ids(reader) == ["new"]
+    assert all_ids(tmp_path) == [f"e{n}" for n in range(5)] + ["new"]
+    writer.close()
+    assert LiveLogWriter(tmp_path, "pin", D).sequence == 6
+
+
+@RESTORES
+@pytest.mark.parametrize("promise_too", [False, True])
+def test_a_log_put_back_without_its_end_takes_no_write_until_it_is_whole(
+    tmp_path: Path, restore: Callable[[Path, bytes], None], promise_too: bool
+) -> None:
+    """What was acknowledged since the copy was made is gone: the same numbers again would never be seen by those who read the old ones."""
+    writer, reader = LiveLogWriter(tmp_path, "pin", D), LiveLogReader(tmp_path, "pin")
+    path, promise = tmp_path / "pin" / "log-00000000000000000001.bin", tmp_path / "pin" / "acknowledged"
+    writer.write([upsert("a")])
+    old, old_promise = path.read_bytes(), promise.read_bytes()
+    writer.write([upsert("b")])
+    assert ids(reader) == ["a", "b"]
+    whole, whole_promise = path.read_bytes(), promise.read_bytes()
+    restore(path, old)
+    if promise_too:
+        restore(promise, old_promise)
+    for _ in range(2):
+        with pytest.raises(LiveLogCorrupt, match="up to 2 were acknowledged"):
+            writer.write([upsert("c")])
+        with pytest.raises(LiveLogCorrupt, match="up to 2"):
+            reader.poll()
+    assert path.read_bytes() == old
+    restore(path, whole)
+    restore(promise, whole_promise)
+    assert ids(reader) == []
+    assert writer.write([upsert("c")]) == 3
+    assert ids(reader) == ["c"]
+
+
+def test_a_writer_goes_on_after_the_damage_it_refused_is_put_right(tmp_path: Path) -> None:
+    first, second = LiveLogWriter(tmp_path, "pin", D), LiveLogWriter(tmp_path, "pin", D)
+    first.write([upsert("a"), upsert("b")])
+    path = log_files(tmp_path / "pin")[0][1]
+    good = damage(path, 0.1)  # the header
+    with pytest.raises(LiveLogCorrupt):
+        second.write([upsert("c")])
+    with pytest.raises(LiveLogCorrupt):
+        second.write([upsert("c")])
+    put_back_in_place(path, good)
+    assert second.write([upsert("c")]) == 3
+    assert all_ids(tmp_path) == ["a", "b", "c"]
+
+
+def test_a_folder_put_back_as_a_copy_is_followed(tmp_path: Path) -> None:
+    writer, reader = LiveLogWriter(tmp_path, "pin", D, file_bytes=300), LiveLogReader(tmp_path, "pin")
+    for n in range(7):
+        writer.write([upsert(f"e{n}")])
+    assert len(ids(reader)) == 7
+    shutil.copytree(tmp_path / "pin", tmp_path / "copy")
+    shutil.rmtree(tmp_path / "pin")
+    os.replace(tmp_path / "copy", tmp_path / "pin")
+    assert writer.write([upsert("new")]) == 8
+    assert ids(reader) == ["new"]

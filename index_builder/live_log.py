@@ -297,6 +297,45 @@ class LiveLogWriter:
             raise batch.error
         return batch.sequence
 
+    def write_unless_changed(self, entries: Iterable[LiveEntry], since: int) -> int:
+        """Append those entries about whose id nobody has written behind sequence ``since``, as ``write`` does.
+
+        That is looked up under the writer's lock, so that what is made from an older entry never undoes a newer one.
+
+        Args:
+            entries: In order, with different ids.
+            since: Sequence number of the last entry that the caller knew when it made them.
+
+        Returns:
+            How many were written.
+
+        Raises:
+            LiveLogError: As ``write``, or what lies behind ``since`` was collected already.
+        """
+        candidates = list(entries)
+        for entry in candidates:
+            check_entry(entry, self.dimension)
+        now = time.time_ns()
+        payloads = {entry.id: encode_payload(entry, entry.time_ns or now) for entry in candidates}
+        batch = _Batch([])
+        reader = LiveLogReader(self.folder.parent, self.entity_type, after=since)
+
+        def drop_changed() -> None:
+            while newer := reader.poll(50_000):
+                for entry in newer:
+                    payloads.pop(entry.id, None)
+            batch.payloads = list(payloads.values())
+
+        try:
+            drop_changed()  # most of it before others have to wait
+            with self._commit_lock:
+                self._commit([batch], drop_changed)
+        finally:
+            reader.close()
+        if batch.error is not None:
+            raise batch.error
+        return len(batch.payloads)
+
     def close(self) -> None:
         """Close the open file; what was written is durable already."""
         if self._descriptor is not None:
@@ -320,11 +359,15 @@ class LiveLogWriter:
             )
         return lock
 
-    def _commit(self, group: Sequence[_Batch]) -> None:
+    def _commit(self, group: Sequence[_Batch], prepare: Callable[[], None] = lambda: None) -> None:
+        """Write a group of batches; ``prepare`` is called when the log's end is known and nobody else can write."""
         try:
             lock = self._locked()
             try:
                 self._catch_up()
+                prepare()
+                if not any(batch.payloads for batch in group):
+                    return
                 if self._descriptor is None or self._end >= self._file_bytes:
                     self._new_file()
                 assert self._descriptor is not None and self._file is not None

@@ -26,6 +26,8 @@ from index_builder.release import read_manifest
 from index_builder.store_option import open_store, store_option
 from index_builder.update import embed_again
 
+_EMBED_ROUNDS = 8
+"""Each round embeds what was written during the one before, so they get shorter."""
 _SIZES = {"": 1 / 2**20, "k": 1 / 1024, "m": 1, "g": 1024, "t": 1024**2}
 
 
@@ -320,21 +322,26 @@ def _queries(path: Path | None, bundle_path: Path, config: RebuildConfig) -> dic
 
 
 def _embed_foreign_live(store: ReleaseStore, bundle_path: Path, inputs: dict[str, EntityInput], config: RebuildConfig) -> None:
-    """Write live entities of another space again under this bundle's space, where they carry their catalogue row."""
+    """Write live entities of another space again under this bundle's space, where they carry their catalogue row.
+
+    That takes minutes, and writes go on: an entity written meanwhile keeps its newer entry, which is embedded in the next round.
+    """
     if not config.fold_live:
         return
     bundle = read_bundle(bundle_path)
     for entity_type, entities in inputs.items():
-        latest, _ = read_live(store.live_root, entity_type, entities.base_watermark)
-        foreign = [e for e in latest.values() if not e.is_delete and e.space_id != bundle.space_id and e.source]
-        if foreign:
+        for _ in range(_EMBED_ROUNDS):
+            latest, known = read_live(store.live_root, entity_type, entities.base_watermark)
+            foreign = [e for e in latest.values() if not e.is_delete and e.space_id != bundle.space_id and e.source]
+            if not foreign:
+                break
             from encoders.bundle import load_bundle
 
             with (
                 stage(f"embed {len(foreign):,} live {entity_type} entities with the new bundle"),
                 LiveLogWriter(store.live_root, entity_type, bundle.dimension, after=entities.base_watermark) as writer,
             ):
-                writer.write(embed_again(foreign, load_bundle(bundle_path)))
+                writer.write_unless_changed(embed_again(foreign, load_bundle(bundle_path)), since=known)
 
 
 def _parity_gate(bundle_path: Path) -> Any:

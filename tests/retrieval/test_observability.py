@@ -3,14 +3,13 @@
 import asyncio
 import json
 import logging
-from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from retrieval.errors import AddressInUse
 from retrieval.http_server import HttpServer, Request, Response
-from retrieval.observability import CATALOGUE, JsonFormatter, Metrics, SharedSnapshots, Tracer, exposition, merge_snapshots
+from retrieval.observability import CATALOGUE, JsonFormatter, Metrics, Tracer, exposition, merge_snapshots
 
 
 def sample(metrics: Metrics) -> dict:
@@ -40,17 +39,6 @@ def test_workers_are_merged_as_their_meaning_demands() -> None:
     assert sum(merged["omni_request_seconds"]["Retrieve"][:-1]) == 2
     assert merged["omni_live_sequence"] == {"pin": 5.0}, "the slowest worker counts"
     assert merged["omni_ready"] == {"": 1.0}
-
-
-def test_files_of_dead_workers_are_ignored(tmp_path: Path) -> None:
-    metrics = Metrics()
-    metrics.count("omni_requests", ("Retrieve", "OK"))
-    (tmp_path / "999999999.json").write_text(json.dumps(metrics.snapshot()))
-    (tmp_path / "1.json").write_text("half a fi")
-    shared = SharedSnapshots(tmp_path, metrics)
-    shared.write()
-    assert shared.merged()["omni_requests"] == {"Retrieve\x1fOK": 1}
-    shared.remove()
 
 
 def test_json_log_lines_carry_extra_fields() -> None:

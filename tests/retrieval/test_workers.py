@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -62,6 +63,12 @@ def ask(info: dict, **fields) -> pb.RetrieveResponse:
         return rpc.RetrievalStub(channel).Retrieve(request, timeout=60, wait_for_ready=True)
 
 
+def answered(info: dict) -> float:
+    """Retrieves that the metrics count; never less than before, or Prometheus takes it for a restart and counts all of them again."""
+    scraped = urllib.request.urlopen(f"http://127.0.0.1:{info['metrics_port']}/metrics").read().decode()
+    return float(re.search(r'omni_requests_total\{code="OK",method="Retrieve"\} (\S+)', scraped)[1])
+
+
 def until(condition, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
@@ -82,12 +89,14 @@ def test_generations_of_workers(server: tuple[subprocess.Popen, dict]) -> None:
     time.sleep(1.0)
     assert all(ask(info, query="night boat", k=1).hits[0].id == "live-1" for _ in range(8)), "every worker shows it within a second"
 
-    before = set(children(process.pid))
+    before, counted = set(children(process.pid)), answered(info)
+    assert counted > 0
     with fresh(info) as channel:
         changed = rpc.AdminStub(channel).Activate(pb.ActivateRequest(release_id="r2"), timeout=120)
     assert (changed.release_id, changed.previous_release_id) == ("r2", "r1")
     until(lambda: len(children(process.pid)) == 2 and not before & set(children(process.pid)))
     assert {ask(info).release_id for _ in range(6)} == {"r2"}
+    assert answered(info) >= counted, "what the generation before has counted stays"
     with fresh(info) as channel:
         assert rpc.AdminStub(channel).Rollback(pb.RollbackRequest(), timeout=120).release_id == "r1"
     until(lambda: len(children(process.pid)) == 2)
@@ -97,10 +106,12 @@ def test_generations_of_workers(server: tuple[subprocess.Popen, dict]) -> None:
         rpc.AdminStub(channel).Activate(pb.ActivateRequest(release_id="nope"), timeout=120)
     assert missing.value.code() is grpc.StatusCode.NOT_FOUND
 
-    victim = children(process.pid)[0]
-    os.kill(victim, signal.SIGKILL)
-    until(lambda: len(children(process.pid)) == 2 and victim not in children(process.pid))
-    assert ask(info).release_id == "r1"
+    for victim in children(process.pid):
+        counted = answered(info)
+        os.kill(victim, signal.SIGKILL)
+        until(lambda victim=victim: len(children(process.pid)) == 2 and victim not in children(process.pid))
+        assert ask(info).release_id == "r1"
+        assert answered(info) >= counted, "what a killed worker has counted stays"
 
     scraped = urllib.request.urlopen(f"http://127.0.0.1:{info['metrics_port']}/metrics").read().decode()
     assert 'omni_release_info{form_id="torch-fp32",release_id="r1"' in scraped

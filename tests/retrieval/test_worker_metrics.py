@@ -23,7 +23,7 @@ def worker(folder: Path, calls: int, in_flight: float = 3.0) -> tuple[Metrics, S
     for _ in range(calls):
         metrics.histogram("omni_request_seconds", ("Retrieve",)).observe(0.1)
     metrics.add_source(
-        lambda: [("omni_in_flight", (), in_flight), ("omni_live_sequence", ("pin",), float(calls)), ("omni_live_errors", ("any",), 1.0)]
+        lambda: [("omni_in_flight", (), in_flight), ("omni_live_sequence", ("pin",), float(calls)), ("omni_live_failing", (), 1.0)]
     )
     return metrics, SharedSnapshots(folder, metrics)
 
@@ -56,7 +56,7 @@ def test_counts_of_a_killed_worker_stay_and_its_gauges_go(tmp_path: Path) -> Non
     merged = shared.merged()
     assert merged["omni_in_flight"] == {"": 3.0}
     assert merged["omni_live_sequence"] == {"pin": 2.0}
-    assert merged["omni_live_errors"] == {"any": 1.0}
+    assert merged["omni_live_failing"] == {"": 1.0}
     killed(tmp_path, 10)
     assert counted(shared) == (17, 17)
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from encoders.console import data_option, handle_errors, json_option, print_json, print_table, say
-from encoders.errors import ConfigError
+from encoders.errors import BundleError, ConfigError
+
+if TYPE_CHECKING:
+    from encoders.bundle import ModelBundle
+    from encoders.training import TrainResult
 
 _START = """\
 # A training run; every key with its default: docs/training.md. Tables left out have their defaults.
@@ -101,7 +106,7 @@ def command(
         return
     if config_path is None or out is None:
         raise ConfigError("expected CONFIG.toml and --out. `omni train --print-config > run.toml` writes a config to start from.")
-    from encoders.train_config import load_train_config, to_table
+    from encoders.train_config import load_train_config
 
     config = load_train_config(config_path)
     changes: dict[str, Any] = {"steps": steps, "seed": seed, "device": device, "tensorboard": tensorboard or None}
@@ -117,15 +122,32 @@ def command(
         result = train(config, data, output=out, resume=resume)
         if process_rank() != 0:
             return
-        from encoders.bundle import save_bundle
-
-        bundle = save_bundle(out / "model", result.query_encoder, result.entity_encoders, training=to_table(config), metrics=result.metrics)
+        bundle = _save(out / "model", result)
     if as_json:
         facts = {"bundle": str(bundle.path), "space_id": bundle.space_id, "steps": result.steps}
         print_json({**facts, "pairs_per_second": round(result.pairs_per_second, 1), "metrics": result.metrics})
         return
     print_table(f"{bundle.path}  space {bundle.space_id[:16]}", ["metric", "value"], sorted(result.metrics.items()))
     say(f"{result.steps:,} steps, {result.pairs_per_second:,.0f} pairs/s. Next: omni evaluate {bundle.path}")
+
+
+def _save(path: Path, result: TrainResult) -> ModelBundle:
+    """Write the run's bundle; one of the same space that is there already is kept, with its exported forms and declarations."""
+    from encoders.bundle import load_bundle, save_bundle
+    from encoders.train_config import to_table
+
+    def write(folder: Path) -> ModelBundle:
+        return save_bundle(folder, result.query_encoder, result.entity_encoders, training=to_table(result.config), metrics=result.metrics)
+
+    try:
+        known = load_bundle(path)
+    except BundleError:  # none, or one that is not whole
+        return write(path)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-again-", dir=path.parent) as folder:
+        same = write(Path(folder) / path.name).space_id == known.space_id
+    if same:
+        say(f"{path} holds this run's bundle already; kept as it is")
+    return known if same else write(path)
 
 
 @contextmanager

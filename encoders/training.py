@@ -48,7 +48,8 @@ class TrainResult:
     """By entity type; with unified towers every type holds the same object."""
     featurizer: EntityFeaturizer
     metrics: dict[str, float]
-    """Last loss, and validation labelled Recall@10 per entity type (``validation/recall@10/pin``) where there is validation."""
+    """Last loss, and validation labelled Recall@10 per entity type (``validation/recall@10/pin``) where there is validation. A finished run
+    whose checkpoint was written before losses were kept there has no ``loss``."""
     pairs_per_second: float
     """Training pairs per second of step time, validation and checkpoints not counted."""
     pairs_per_cpu_second: float
@@ -148,7 +149,7 @@ def train(
         batch = plan.step(step)
         report = loss_and_gradients(towers, inputs, batch, measure=logs)
         average_gradients(parameters)
-        loss = float(report.loss)
+        loss = loop.loss = float(report.loss)
         if not math.isfinite(loss):
             stop_diverged(output, step, loss, batch, prepared, report)
         if config.optimiser.clip_norm:
@@ -185,12 +186,12 @@ def train(
     if writer is not None:
         writer.close()
     towers.eval().cpu()
-    last = next((entry["loss"] for entry in reversed(history) if "loss" in entry), math.nan)
+    last = {} if loop.loss is None else {"loss": loop.loss}
     return TrainResult(
         query_encoder=towers.query,
         entity_encoders=scaled_towers(_by_type(towers, data.catalogue), scales),
         featurizer=featurizer,
-        metrics={"loss": last, **loop.metrics},
+        metrics={**last, **loop.metrics},
         pairs_per_second=pairs_seen / step_seconds if step_seconds else 0.0,
         pairs_per_cpu_second=pairs_seen / cpu_seconds if cpu_seconds else 0.0,
         steps=loop.step,
@@ -298,6 +299,8 @@ class _LoopState:
     without_gain: int = 0
     seconds: float = 0.0
     """Spent in the loop, earlier calls included: what ``max_seconds`` bounds."""
+    loss: float | None = None
+    """Of the last step; None before the first."""
     metrics: dict[str, float] = field(default_factory=dict)
     _memory: dict[str, Tensor] | None = None
 
@@ -308,6 +311,7 @@ class _LoopState:
             "best_step": self.best_step,
             "without_gain": self.without_gain,
             "seconds": self.seconds,
+            "loss": self.loss,
             "metrics": self.metrics,
         }
 

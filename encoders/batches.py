@@ -6,7 +6,7 @@ nothing remembers the previous step, so a run resumed at any step sees the same 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -21,7 +21,7 @@ from encoders.count_min_sketch import CountMinSketch, combine_keys, hash_texts, 
 from encoders.entity_features import row_vectors as column_vectors
 from encoders.errors import ConfigError, DataError, SchemaError
 from encoders.text import fold, normalize_query
-from encoders.train_config import PAPER_SHARES, VECTOR_PREFIX, DatasetConfig, LossConfig, TrainConfig
+from encoders.train_config import ENTITY, PAPER_SHARES, VECTOR_PREFIX, DatasetConfig, LossConfig, TrainConfig
 
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
@@ -112,6 +112,8 @@ class PreparedData:
     pairs_per_step: list[int]
     vectors: dict[str, Tensor] = field(default_factory=dict)
     """Frozen vector columns, ``(catalogue rows, D)`` unit rows; zeros where absent."""
+    notes: tuple[str, ...] = ()
+    """What the start of a run says: types of pairs that no dataset trains, and optional datasets that have no pairs."""
 
     @property
     def pairs_total(self) -> int:
@@ -129,7 +131,8 @@ def prepare(data: TrainingData, config: TrainConfig, processes: int = 1) -> Prep
 
     Raises:
         SchemaError: A column is missing.
-        DataError: A query is blank, a dataset has no pairs, or a frozen vector column is unusable.
+        DataError: A query is blank, there are no train pairs, most name no entity of the catalogue, a dataset that is not optional has no
+            pairs, or a frozen vector column is unusable.
         ConfigError: The batch is too small for the datasets, or a vector column has another width than the model.
     """
     _require(data.catalogue, ("id", "entity_type"), "catalogue")
@@ -141,11 +144,12 @@ def prepare(data: TrainingData, config: TrainConfig, processes: int = 1) -> Prep
     if blank.height:
         raise DataError(f"{blank.height} pairs have a query of only white space (first: row {blank['row'][0]}). Drop these rows.")
     pairs = _hold_back(pairs, config)
+    _require_train_pairs(data.pairs, pairs, config)
     texts = pl.concat((pairs["query"], pairs.filter(pl.col("entity_type") == "query")["entity_id"])).unique(maintain_order=True)
     numbers = pl.DataFrame({"text": texts, "number": np.arange(len(texts), dtype=np.int64)})
-    pairs = _number(pairs, numbers, data.catalogue)
+    pairs = _number(pairs, numbers, data.catalogue, {dataset.entity_type for dataset in config.datasets})
     train = pairs.filter(pl.col("split") == "train")
-    datasets = config.datasets or _default_datasets(train)
+    datasets, notes = _choose_datasets(train, config)
     folds = _fold_of(texts, config)
     vectors = {
         name: _frozen_vectors(data.catalogue, name, config.model.dimension)
@@ -168,6 +172,37 @@ def prepare(data: TrainingData, config: TrainConfig, processes: int = 1) -> Prep
         validation_pools=pools,
         pairs_per_step=split_by_share([d.share for d in datasets], config.batch.pairs, processes),
         vectors=vectors,
+        notes=notes,
+    )
+
+
+def require_entity_tower(prepared: PreparedData) -> None:
+    """Refuse what trains a query tower alone: a model bundle holds both.
+
+    Raises:
+        ConfigError: No dataset has candidates that the entity tower embeds.
+    """
+    tasks = {pair_set.config.name: ", ".join(pair_set.config.candidates) for pair_set in prepared.pair_sets}
+    if not any(ENTITY in pair_set.config.candidates for pair_set in prepared.pair_sets):
+        found = "; ".join(f"{name}: {candidates}" for name, candidates in tasks.items())
+        raise ConfigError(
+            f"no dataset trains an entity tower, and a bundle needs one (candidates of {found}). Add a dataset of an entity type "
+            'to the config, e.g. [[datasets]] name = "pin", or candidates = ["entity"] to one that is there, and such pairs to the data.'
+        )
+
+
+def _require_train_pairs(given: pl.DataFrame, pairs: pl.DataFrame, config: TrainConfig) -> None:
+    if (pairs["split"] == "train").any():
+        return
+    if "split" not in given.columns or (given["split"] == "train").any():
+        raise DataError(
+            f"no train pairs: validation.fraction = {config.validation.fraction} holds back every query. Lower it, or add pairs."
+        )
+    splits = given["split"].value_counts(sort=True)
+    found = ", ".join(f"{count:,} {split}" for split, count in splits.iter_rows())
+    raise DataError(
+        f"no train pairs: all {given.height:,} are held out (by split: {found}). Make the pairs again with a smaller --heldout-days or "
+        "--gap-days, or a later --train-end, of `omni pairs`, or from more days of logs."
     )
 
 
@@ -241,8 +276,11 @@ def _fold_texts(texts: pl.Series) -> pl.Series:
     return pl.Series([fold(normalize_query(text)) for text in texts.to_list()], dtype=pl.String)
 
 
-def _number(pairs: pl.DataFrame, numbers: pl.DataFrame, catalogue: pl.DataFrame) -> pl.DataFrame:
-    """Add ``query_number`` and ``candidate`` (catalogue row or query number); leave out pairs whose entity is not in the catalogue."""
+def _number(pairs: pl.DataFrame, numbers: pl.DataFrame, catalogue: pl.DataFrame, trained: Collection[str]) -> pl.DataFrame:
+    """Add ``query_number`` and ``candidate`` (catalogue row or query number); leave out pairs whose entity is not in the catalogue.
+
+    When that is more than half of the pairs of the entity types in ``trained`` (empty: of all), it is a mistake in the ids: an error.
+    """
     rows = catalogue.select(pl.col("entity_type").cast(pl.String), entity_id=pl.col("id"), row=pl.int_range(pl.len(), dtype=pl.Int64))
     if rows.select("entity_type", "entity_id").is_duplicated().any():
         doubled = rows.filter(rows.select("entity_type", "entity_id").is_duplicated())["entity_id"][0]
@@ -263,9 +301,56 @@ def _number(pairs: pl.DataFrame, numbers: pl.DataFrame, catalogue: pl.DataFrame)
         raise DataError(
             f"none of the {pairs.height} pairs names an entity of the catalogue (first: {lost['entity_type'][0]} {lost['entity_id'][0]!r})."
         )
+    _refuse_most_lost(pairs, catalogue, trained)
     if lost.height:
         say(f"{lost.height:,} of {pairs.height:,} pairs name entities that the catalogue lacks (first: {lost['entity_id'][0]!r}); left out")
     return pairs.filter(pl.col("candidate").is_not_null())
+
+
+def _refuse_most_lost(pairs: pl.DataFrame, catalogue: pl.DataFrame, trained: Collection[str]) -> None:
+    entities = pairs.filter(pl.col("entity_type") != "query")
+    if trained:
+        entities = entities.filter(pl.col("entity_type").is_in(list(trained)))
+    lost = entities.filter(pl.col("candidate").is_null())
+    if 2 * lost.height <= entities.height:
+        return
+    first = lost["entity_type"][0]
+    same_type = catalogue.filter(pl.col("entity_type").cast(pl.String) == first)
+    examples = (lost.filter(pl.col("entity_type") == first)["entity_id"], same_type["id"])
+    wanted, there = (", ".join(map(repr, ids.unique(maintain_order=True).head(3).to_list())) or "none" for ids in examples)
+    raise DataError(
+        f"{lost.height:,} of {entities.height:,} entity pairs name entities that the catalogue lacks. Of type {first!r} the pairs have "
+        f"{wanted}; the catalogue has {there}. Write the ids alike in both tables, or name only the types to train under [[datasets]]."
+    )
+
+
+def _choose_datasets(train: pl.DataFrame, config: TrainConfig) -> tuple[tuple[DatasetConfig, ...], tuple[str, ...]]:
+    """The datasets to train, and what to say about those and about pairs that are left out."""
+    counts = dict(train.group_by("entity_type").len().sort("entity_type").iter_rows())
+    if not config.datasets:
+        if not counts:
+            raise DataError("no train pair is left: none names an entity of the catalogue. Write the ids alike in both tables.")
+        return _default_datasets(train), ()
+    datasets = tuple(d for d in config.datasets if not d.optional or not _rows_of(d, train).is_empty())
+    if not datasets:
+        names, types = ", ".join(d.name for d in config.datasets), ", ".join(counts) or "none"
+        raise DataError(f"no dataset has train pairs: the config names {names}; the pairs have {types}. Name one of these, or add pairs.")
+    notes = [f"dataset {d.name!r} has no train pairs; left out" for d in config.datasets if d not in datasets]
+    unused = {name: count for name, count in counts.items() if name not in {d.entity_type for d in config.datasets}}
+    if unused:
+        told = ", ".join(f"{count:,} {name}" for name, count in unused.items())
+        notes.append(f"not trained on: {told} pairs, which no [[datasets]] of the config takes")
+    return datasets, tuple(notes)
+
+
+def _rows_of(dataset: DatasetConfig, train: pl.DataFrame) -> pl.DataFrame:
+    """The train pairs of a dataset; a query that is its own related query teaches nothing."""
+    rows = train.filter(pl.col("entity_type") == dataset.entity_type)
+    if dataset.actions:
+        rows = rows.filter(pl.col("action").is_in(dataset.actions))
+    if dataset.entity_type == "query":
+        rows = rows.filter(pl.col("query_number") != pl.col("candidate"))
+    return rows
 
 
 def _default_datasets(train: pl.DataFrame) -> tuple[DatasetConfig, ...]:
@@ -349,17 +434,13 @@ def _pair_set(
     vectors: dict[str, Tensor],
     config: TrainConfig,
 ) -> PairSet:
-    rows = train.filter(pl.col("entity_type") == dataset.entity_type)
-    if dataset.actions:
-        rows = rows.filter(pl.col("action").is_in(dataset.actions))
-    if dataset.entity_type == "query":
-        rows = rows.filter(pl.col("query_number") != pl.col("candidate"))
+    rows = _rows_of(dataset, train)
     if rows.is_empty():
         actions = f" with action {' or '.join(dataset.actions)}" if dataset.actions else ""
         types = ", ".join(sorted(train["entity_type"].unique().to_list()))
         raise DataError(
             f"dataset {dataset.name!r} is empty: no training pair of entity type {dataset.entity_type!r}{actions}; "
-            f"the pairs have {types}. Remove the dataset or add pairs."
+            f"the pairs have {types}. Remove the dataset, say optional = true in it, or add pairs."
         )
     by_count = config.batch.weighting == "count"
     counts = rows["count"].to_numpy().astype(np.float64)

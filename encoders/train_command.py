@@ -32,18 +32,26 @@ pairs = []                 # e.g. ["pairs.parquet"]
 query_encoder = "tiny-multilingual"
 entity_towers = "unified"
 
-[[datasets]]               # one table per source of pairs
+[[datasets]]               # one table per source of pairs; share: its part of a batch, relative to the others
 name = "pin"
 share = 8
+optional = true            # left out, with a note, when the data holds no such pairs; without this line that is an error
 # candidates = ["entity", "vector:pinsage"]    # a second task whose candidate is the frozen vector
 
 [[datasets]]
 name = "product"
 share = 4
+optional = true
+
+[[datasets]]
+name = "ad"
+share = 2
+optional = true
 
 [[datasets]]
 name = "query"             # related queries: entity_id is the candidate query's text
 share = 2
+optional = true
 
 [batch]
 pairs = 1024
@@ -119,7 +127,7 @@ def command(
         raise ConfigError(f"--out {out} is a file; give a folder.")
     with _process_group(config.device):
         data = load_training_data(config, data_dir)
-        result = train(config, data, output=out, resume=resume)
+        result = train(config, data, output=out, resume=resume, for_bundle=True)
         if process_rank() != 0:
             return
         bundle = _save(out / "model", result)

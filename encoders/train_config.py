@@ -45,6 +45,8 @@ class DatasetConfig:
     candidates: tuple[str, ...] = ()
     """Towers on the candidate side: ``entity``, ``query`` (related queries) or ``vector:COLUMN`` (compatibility with a frozen embedding).
     Empty: ``query`` for related queries, else ``entity``."""
+    optional: bool = False
+    """Leave the dataset out, with a note, when the data holds no train pair of it; otherwise that stops the run."""
 
     def __post_init__(self) -> None:
         entity_type = self.entity_type or self.name

@@ -20,7 +20,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from encoders.batches import BatchPlan, TokenisedTexts, TrainingData, prepare
+from encoders.batches import BatchPlan, TokenisedTexts, TrainingData, prepare, require_entity_tower
 from encoders.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from encoders.console import say
 from encoders.entity_features import EntityFeaturizer, concatenate, row_texts
@@ -70,6 +70,7 @@ def train(
     query_encoder: QueryEncoder | None = None,
     initial: TrainResult | None = None,
     quiet: bool = False,
+    for_bundle: bool = False,
 ) -> TrainResult:
     """Train the towers on pairs.
 
@@ -81,6 +82,7 @@ def train(
         query_encoder: Start from this query tower (changed in place) instead of ``config.model.query_encoder``.
         initial: Start from the towers and featuriser of an earlier run; what the new catalogue adds must fit its features.
         quiet: Print no lines per step.
+        for_bundle: Refuse, before the first step, a run that would make no entity tower.
 
     Returns:
         The trained towers, in evaluation mode, on the CPU.
@@ -104,6 +106,10 @@ def train(
         query_encoder = initial.query_encoder if initial else create_query_encoder(config.model.query_encoder, config.model.dimension)
     inputs, featurizer = build_inputs(data, config, query_encoder, device, processes, initial.featurizer if initial else None)
     prepared = inputs.prepared
+    if for_bundle:
+        require_entity_tower(prepared)
+    for note in prepared.notes:
+        talk(note)
     plan = BatchPlan(prepared, config, processes)
     steps = config.steps or max(1, math.ceil(config.epochs * prepared.pairs_total / sum(prepared.pairs_per_step)))
 
@@ -263,6 +269,7 @@ def run_fingerprint(inputs: TrainInputs) -> str:
     """
     prepared, features, read = inputs.prepared, inputs.features, inputs.config.features
     table = {key: value for key, value in to_table(inputs.config).items() if key not in _MAY_CHANGE}
+    table["datasets"] = [{key: value for key, value in d.items() if key != "optional"} for d in table["datasets"]]  # their pairs are hashed
     table["validation"] = {key: value for key, value in table["validation"].items() if key != "residual_scales"}  # these act at the end
     digest = hashlib.sha256(json.dumps(table, sort_keys=True, default=str).encode())
     for pair_set in prepared.pair_sets:

@@ -107,3 +107,84 @@ def test_a_damaged_bundle_is_written_again(folder: Path) -> None:
     (folder / "out" / "model" / "config.json").unlink()
     assert omni_train(folder).exit_code == 0
     assert load_bundle(folder / "out" / "model").space_id == space_id
+
+
+def test_pairs_without_a_train_split_are_refused_with_the_way_out(folder: Path) -> None:
+    give_pairs(folder, world().pairs.with_columns(split=pl.lit("heldout")))
+    result = omni_train(folder)
+    assert result.exit_code == 1, result.output
+    assert "no train pairs" in result.stderr and "all 312 are held out" in result.stderr
+    for way in ("--heldout-days", "--gap-days", "--train-end"):
+        assert way in result.stderr
+
+
+def test_a_single_query_cannot_be_held_back_and_trained_on(folder: Path) -> None:
+    give_pairs(folder, world().pairs.head(1))
+    config = folder / "run.toml"
+    config.write_text(config.read_text().replace("fraction = 0.1", "fraction = 0.999999"))
+    result = omni_train(folder)
+    assert result.exit_code == 1, result.output
+    assert "no train pairs" in result.stderr and "validation.fraction" in result.stderr
+
+
+def test_a_run_that_would_make_no_entity_tower_is_refused_before_its_first_step(folder: Path) -> None:
+    add_datasets(folder, ["query"])
+    result = omni_train(folder)
+    assert result.exit_code == 2, result.output
+    assert "no dataset trains an entity tower" in result.stderr and "query: query" in result.stderr
+    assert not (folder / "out").exists()
+
+
+def test_ids_that_lost_their_prefix_stop_the_run_with_examples_of_both_sides(folder: Path) -> None:
+    lost = pl.when(pl.col("entity_type") == "query").then("entity_id").otherwise(pl.col("entity_id").str.replace("^(pin|product)-", ""))
+    give_pairs(folder, world().pairs.with_columns(lost.alias("entity_id")))
+    result = omni_train(folder)
+    assert result.exit_code == 1, result.output
+    assert "234 of 234 entity pairs" in result.stderr
+    assert "'red-chair'" in result.stderr and "'pin-red-chair'" in result.stderr
+    assert not (folder / "out").exists()
+
+
+def test_pairs_of_types_that_no_dataset_trains_need_no_catalogue(folder: Path) -> None:
+    data = world()
+    data.catalogue.filter(pl.col("entity_type") == "product").write_parquet(folder / "catalogue.parquet")
+    add_datasets(folder, ["product"])
+    assert omni_train(folder).exit_code == 0
+
+
+def test_types_that_no_dataset_trains_are_told(folder: Path) -> None:
+    add_datasets(folder, ["pin"])
+    result = omni_train(folder)
+    assert result.exit_code == 0, result.stderr
+    assert "not trained on: " in result.stderr and " product, " in result.stderr and " query pairs" in result.stderr
+    told = next(line for line in result.stderr.splitlines() if "not trained on" in line)
+    assert "[[datasets]]" in told
+
+
+def test_an_optional_dataset_without_pairs_is_left_out(folder: Path) -> None:
+    add_datasets(folder, ["pin", "ad"], "optional = true")
+    result = omni_train(folder)
+    assert result.exit_code == 0, result.stderr
+    assert "dataset 'ad' has no train pairs" in result.stderr
+
+
+def test_a_dataset_without_pairs_that_is_not_optional_stops_the_run(folder: Path) -> None:
+    add_datasets(folder, ["pin", "ad"])
+    result = omni_train(folder)
+    assert result.exit_code == 1
+    assert "dataset 'ad' is empty" in result.stderr and "optional = true" in result.stderr
+
+
+def test_when_no_optional_dataset_has_pairs_the_run_stops(folder: Path) -> None:
+    add_datasets(folder, ["ad", "video"], "optional = true")
+    result = omni_train(folder)
+    assert result.exit_code == 1, result.output
+    assert "no dataset has train pairs" in result.stderr and "pin" in result.stderr
+
+
+def test_the_printed_config_trains_every_type_that_is_there(folder: Path) -> None:
+    import tomllib
+
+    started = tomllib.loads(CliRunner().invoke(command, ["--print-config"]).stdout)["datasets"]
+    assert {dataset["name"] for dataset in started} == {"pin", "product", "ad", "query"}
+    assert all(dataset["optional"] for dataset in started)

@@ -121,4 +121,4 @@ def test_the_config_that_the_command_prints_is_valid(tmp_path: Path) -> None:
 
     printed = CliRunner().invoke(command, ["--print-config"])
     (tmp_path / "run.toml").write_text(printed.output)
-    assert [d.name for d in load_train_config(tmp_path / "run.toml").datasets] == ["pin", "product", "query"]
+    assert [d.name for d in load_train_config(tmp_path / "run.toml").datasets] == ["pin", "product", "ad", "query"]

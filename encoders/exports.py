@@ -234,12 +234,15 @@ def _parity(form: str, path: Path, token_ids: Sequence[Sequence[int]], expected:
 
 
 def _overlap_at_10(expected: np.ndarray, got: np.ndarray) -> float:
-    """Share of each text's ten nearest other texts that stays when the text alone is encoded by the other form."""
+    """Share of each text's ten nearest other texts that stays when the text alone is encoded by the other form.
+
+    Among fewer texts it is the share of all others; a text that is alone has none to lose, and counts as 1.
+    """
     nearest = []
     for queries in (expected, got):
         rows, _ = exact_top_k(queries, expected, min(11, len(expected)))
         nearest.append([[row for row in found.tolist() if row != own][:10] for own, found in enumerate(rows)])
-    return float(np.mean([len(set(a) & set(b)) / max(1, len(a)) for a, b in zip(*nearest, strict=True)]))
+    return float(np.mean([len(set(a) & set(b)) / len(a) if a else 1.0 for a, b in zip(*nearest, strict=True)]))
 
 
 def onnx_encode(path: Path, threads: int = 1) -> Encode:

@@ -8,7 +8,7 @@ import pytest
 
 from encoders.bundle import load_bundle, save_bundle
 from encoders.errors import BundleError, ConfigError
-from encoders.exports import export_forms, onnx_encode
+from encoders.exports import export_forms, measure_parity, onnx_encode
 from encoders.query_tower import QueryEncoder, create_query_encoder
 from encoders.sample import load_sample
 
@@ -85,6 +85,9 @@ def test_exported_forms_stay_within_tolerance(tower: QueryEncoder, queries: list
     encode = onnx_encode(tmp_path / "query_encoder.int8.onnx")
     long = tower.tokenize(["word " * 100])
     assert np.isfinite(encode(long)).all()
+    for few in (1, 2, 3):  # the golden queries of a small rebuild: one text has no other text that could go missing
+        report = measure_parity(tower, tmp_path, "onnx-fp32", queries[:few])
+        assert (report.texts, report.overlap_at_10, report.within_tolerance) == (few, 1.0, True)
 
 
 def test_a_changed_bundle_file_is_refused(tower: QueryEncoder, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import polars as pl
 from encoders.console import data_option, handle_errors, json_option, print_json, print_table, say
 from encoders.errors import ConfigError, DataError
 from encoders.schemas import ENTITY_TYPES
+from index_builder.entity_index import EntityIndex
 from index_builder.errors import InvalidQuery
 from index_builder.explain import STEPS, Waterfall, dimension_curve, explain_id, recall_waterfall
 from index_builder.live_follower import LiveFollower
@@ -147,7 +148,7 @@ def misses_command(
     """Show to which step each labelled pair that is not found was lost.
 
     The steps are the labels (queries with more labelled entities than answers), the encoder, the dimension cut, staleness, quantisation,
-    the graph and the filter; each is compared with its exact oracle. Without --pairs the sample data's held-out pairs are used.
+    the graph and the filter; each is compared with its exact oracle. Without --pairs and --data the sample data's held-out pairs are used.
 
     Example: omni explain misses --store store --limit 500 --plot waterfall.png
     """
@@ -155,6 +156,7 @@ def misses_command(
 
     pairs = _pairs(pairs_path, data_dir, split)
     release, _ = _open(store_path, release_id)
+    _require_held(pairs, release, _source(pairs_path, data_dir, split))
     tower = QueryEncoder.load(release.query_encoder_path)
     waterfalls, curves = [], {}
     for entity_type, index in release.entities.items():
@@ -184,8 +186,6 @@ def misses_command(
         )
         curves[entity_type] = dimension_curve(index, queries, targets, k, (16, 32, 64, 128, 256, 512))
     release.close()
-    if not waterfalls:
-        raise DataError(f"none of the {pairs.height:,} pairs belongs to an entity type of the release ({', '.join(release.entities)})")
     if plot_path is not None:
         plot_waterfalls(waterfalls, plot_path)
     if as_json:
@@ -202,10 +202,51 @@ def _pairs(path: Path | None, data_dir: Path | None, split: str) -> pl.DataFrame
         missing = {"query", "entity_type", "entity_id"} - set(frame.columns)
         if missing:
             raise DataError(f"{path}: expected columns query, entity_type, entity_id, but {', '.join(sorted(missing))} is missing")
+        frame = frame.with_columns(pl.col("entity_id").cast(pl.String))
         return frame.filter(pl.col("split") == split) if "split" in frame.columns else frame
     from encoders.sample import load_dataset
 
     return load_dataset(data_dir).split(split)
+
+
+def _source(path: Path | None, data_dir: Path | None, split: str) -> str:
+    """Where ``_pairs`` read, for messages."""
+    if path is not None:
+        return str(path)
+    return f"{data_dir or 'the sample data in the package'} (split {split!r})"
+
+
+def _require_held(pairs: pl.DataFrame, release: Release, source: str) -> None:
+    """Refuse pairs of which none labels an entity of the release; note the types where most do not. Live entries count as held.
+
+    Raises:
+        DataError: The pairs belong to another catalogue.
+    """
+    held, notes = 0, []
+    for entity_type, index in release.entities.items():
+        targets = pairs.filter(pl.col("entity_type") == entity_type)["entity_id"].fill_null("")
+        unknown = [id for id in targets.unique(maintain_order=True) if index.row_of(id) is None and index.vector(id) is None]
+        lost = int(targets.is_in(unknown).sum())
+        held += len(targets) - lost
+        if lost > len(targets) / 2:
+            notes.append(
+                f"note: {entity_type}: {lost:,} of {len(targets):,} pairs label entities that release {release.release_id} does not hold, "
+                f"e.g. {unknown[0]!r}: no step could find them, whichever they are counted for"
+            )
+    if not held:
+        named = f", e.g. {pairs['entity_id'][0]!r}" if pairs.height else ""
+        raise DataError(
+            f"none of the {pairs.height:,} pairs of {source} labels an entity of release {release.release_id}{named}. "
+            f"It holds {', '.join(_shown(index) for index in release.entities.values())}. Name pairs of that catalogue: "
+            "--pairs FILE (query, entity_type, entity_id), or --data FOLDER with its tables catalogue and pairs"
+        )
+    for note in notes:
+        say(note)
+
+
+def _shown(index: EntityIndex) -> str:
+    first = index.ids.take(np.arange(min(1, len(index.ids))))
+    return f"{index.entity_type} {index.count:,}" + (f" (e.g. {first[0]!r})" if first else "")
 
 
 def _fresh(signals: Path | None, entity_type: str, release: Release) -> tuple[list[str], np.ndarray] | None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
-from encoders.console import handle_errors, json_option, print_json, print_table, say
+from encoders.console import handle_errors, json_option, print_json, print_table, say, stdout
 from index_builder.errors import LiveLogError, ReleaseCorrupt, ReleaseError, ReleaseNotFound
 from index_builder.live_files import log_files
 from index_builder.live_log import LiveLogReader
 from index_builder.live_log import trust_log as trust_checksums
-from index_builder.publishing import CURRENT_NAME, ReleaseStore
+from index_builder.publishing import CURRENT_NAME, ReleaseStore, ReleaseSummary
 from index_builder.store_option import open_store, store_option
 
 
@@ -47,19 +51,23 @@ def list_command(store_path: Path, as_json: bool) -> None:
     if as_json:
         print_json([asdict(summary) for summary in summaries])
         return
-    rows = [
-        (
-            "*" if s.active else "",
-            s.release_id,
-            f"DAMAGED: {s.error}" if s.error else ", ".join(f"{name} {count:,}" for name, count in s.entities.items()),
-            s.space_id[:12],
-            round(s.size_bytes / 2**20, 1),
-            s.created,
-            s.parent or "",
-        )
-        for s in summaries
-    ]
-    print_table(f"releases in {store_path}", ("", "release", "entities", "space", "MiB", "created", "parent"), rows)
+    console = Console(highlight=False, width=None if stdout.is_terminal else 160)
+    console.print(f"releases in {store_path}", style="bold", markup=False, soft_wrap=True)
+    console.print(_list_table(summaries), crop=False)
+
+
+def _list_table(summaries: Sequence[ReleaseSummary]) -> Table:
+    """One row per release, its id whole on one line however narrow the terminal is: `omni release activate` takes nothing less."""
+    table = Table()
+    table.add_column("", no_wrap=True, min_width=1)
+    table.add_column("release", no_wrap=True, min_width=max((len(s.release_id) for s in summaries), default=0))
+    for name in ("entities", "space", "MiB", "created", "parent"):
+        table.add_column(name, justify="right" if name == "MiB" else "left", overflow="fold")
+    for s in summaries:
+        held = f"DAMAGED: {s.error}" if s.error else ", ".join(f"{name} {count:,}" for name, count in s.entities.items())
+        cells = ("*" if s.active else "", s.release_id, held, s.space_id[:12], f"{s.size_bytes / 2**20:,.1f}", s.created, s.parent or "")
+        table.add_row(*(escape(cell) for cell in cells))
+    return table
 
 
 @group.command("show")

@@ -129,7 +129,7 @@ async def _serve(
         await server.listen()
     except Exception as error:
         if not isinstance(error, OmniError):
-            log.exception("release %s refused", release_id)
+            log.exception("release %r refused", release_id)
         send({"type": "ready", "error": told(error)})
         await writer.drain()
         return 1

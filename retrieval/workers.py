@@ -153,7 +153,9 @@ class Supervisor:
     def _carry_out(self, worker: Worker, wanted: str) -> None:
         """One Activate, or Rollback if ``wanted`` is empty; the worker that asked gets exactly one reply, in the order it asked."""
         if worker not in self.fleet:
-            log.warning("a change to %s is dropped: the worker that asked for it has died", wanted or "the release before")
+            log.warning(
+                "a change to %s is dropped: the worker that asked for it has died", repr(wanted) if wanted else "the release before"
+            )
             return
         before = self.release_id
         try:

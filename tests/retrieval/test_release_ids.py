@@ -1,18 +1,25 @@
 """Release ids from callers: what can be none is their mistake, and none of them writes lines into the log."""
 
 import logging
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import grpc
 import pytest
 
+from protos import retrieval_pb2 as pb
 from retrieval.cache import QueryCache
+from retrieval.changes import Changes
 from retrieval.errors import InvalidRequest, UnknownRelease
 from retrieval.live_releases import LiveReleases
 from retrieval.observability import Metrics
+from retrieval.security import Caller
 from retrieval.serve_config import ServeConfig
 from retrieval.status import status_for
+from retrieval.workers import Supervisor
 
 FORGED = "x\n2026-01-01 00:00:00,000 INFO omni.service: anonymous: release good -> FORGED"
 
@@ -51,3 +58,33 @@ async def test_a_release_that_is_not_there_is_refused_in_one_line(tmp_path: Path
         await releases.activate("r7")
     assert len(lines) == 1 and lines[0].startswith("release 'r7' refused: ")
     await releases.stop()
+
+
+@pytest.mark.parametrize("release_id", [FORGED, "../escape", "a" * 129])
+async def test_with_several_workers_it_does_not_reach_the_supervisor(tmp_path: Path, release_id: str) -> None:
+    """It came back FAILED_PRECONDITION there, and INVALID_ARGUMENT from a server of one worker."""
+    asked: list[str] = []
+
+    async def supervisor(wanted: str) -> tuple[str, str]:
+        asked.append(wanted)
+        return wanted, ""
+
+    releases = releases_of(tmp_path)
+    changes = Changes(releases.config, releases, supervisor)
+    caller = Caller("anonymous", True)
+    with pytest.raises(InvalidRequest, match="release_id: a release id has 1 to 128 letters") as refused:
+        await changes.activate(pb.ActivateRequest(release_id=release_id), None, caller, 0)
+    assert status_for(refused.value)[0] is grpc.StatusCode.INVALID_ARGUMENT and not asked
+    await changes.activate(pb.ActivateRequest(release_id="r7"), None, caller, 0)
+    assert asked == ["r7"]
+    changes.close()
+    await releases.stop()
+
+
+def test_a_dropped_change_is_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    supervisor: Any = SimpleNamespace(fleet=deque())
+    Supervisor._carry_out(supervisor, SimpleNamespace(), FORGED)  # type: ignore[arg-type]
+    Supervisor._carry_out(supervisor, SimpleNamespace(), "")  # type: ignore[arg-type]
+    forged, back = (record.getMessage() for record in caplog.records)
+    assert "\n" not in forged and "FORGED" in forged
+    assert "the release before" in back

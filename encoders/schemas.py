@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from enum import StrEnum
 
 import polars as pl
@@ -180,7 +182,13 @@ PAIRS = TableSchema(
         Column(name="action", kind=Kind.TEXT, doc="The action (or the kind of annotation instead).", default="", max_characters=64),
         _COUNT,
         Column(name="timestamp", kind=Kind.TIMESTAMP, doc="Last event of the pair; null for annotations."),
-        Column(name="split", kind=Kind.CHOICE, doc="Part the pair belongs to.", default="train", choices=("train", "heldout")),
+        Column(
+            name="split",
+            kind=Kind.CHOICE,
+            doc="Part the pair belongs to.",
+            default="train",
+            choices=("train", "heldout", "validation"),
+        ),
     ),
 )
 
@@ -216,9 +224,47 @@ def schema(name: str) -> TableSchema:
     return SCHEMAS[name]
 
 
+OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    "timestamp": ("ts", "time", "date", "datetime", "created_at", "event_time", "event_timestamp"),
+    "action": ("event", "event_type", "event_name", "interaction"),
+    "user_id": ("uid", "user", "member_id", "visitor_id"),
+    "query": ("q", "search", "search_term", "search_query"),
+    "entity_id": ("item_id", "doc_id", "document_id"),
+    "dwell_seconds": ("dwell", "dwell_time", "dwell_s"),
+    "position": ("rank",),
+    "language": ("lang", "locale"),
+}
+"""What other systems call our columns."""
+
+
+def lookalikes(columns: Sequence[str], table: TableSchema) -> dict[str, str]:
+    """Column of a file -> the column of ``table`` that it may be: spelt nearly like it or named so elsewhere, and absent from the file."""
+    absent = [c.name for c in table.columns if c.name not in columns]
+    found = {}
+    for column in columns:
+        folded = column.strip().lower()
+        near = [name for name in absent if folded in OTHER_NAMES.get(name, ())] or get_close_matches(folded, absent, n=1, cutoff=0.8)
+        if near and table.column(column) is None:
+            found[column] = near[0]
+    return found
+
+
+def renames(near: Mapping[str, str], wanted: Sequence[str]) -> str:
+    """``Rename 'ts' to 'timestamp', 'event' to 'action'``: what ``lookalikes`` found for the wanted columns; empty if nothing."""
+    found = ", ".join(f"{name!r} to {known!r}" for name, known in near.items() if known in wanted)
+    return f"Rename {found}" if found else ""
+
+
+def could_be_log(columns: Sequence[str]) -> bool:
+    """Whether a file that is complete as pairs may be a log instead: it says when or what happened, and has no split or count."""
+    events = {name for known in ("timestamp", "action") for name in (known, *OTHER_NAMES[known])}
+    return not {"split", "count"} & set(columns) and any(column.strip().lower() in events for column in columns)
+
+
 def guess_table(columns: list[str]) -> str | None:
-    """Name the table whose required columns are all present, the one with most of them first; None if none fits."""
+    """Name the table whose required columns are all present, the one with most of them first; None if none fits or pairs may be a log."""
     fits = {s.name: sum(c.required for c in s.columns) for s in SCHEMAS.values() if all(c.name in columns for c in s.columns if c.required)}
     if "pairs" in fits and "split" in columns:
         return "pairs"
-    return max(fits, key=lambda name: fits[name]) if fits else None
+    best = max(fits, key=lambda name: fits[name]) if fits else None
+    return None if best == "pairs" and could_be_log(columns) else best

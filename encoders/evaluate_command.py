@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from encoders.evaluation_report import bundle_system, evaluate_systems, plot_rep
 from encoders.sample import Dataset, load_dataset
 from encoders.schemas import ENTITY_TYPES
 from encoders.tables import read_table
+from encoders.training_data import trained_tables
 
 if TYPE_CHECKING:
     from encoders.compatibility_report import SpacesReport
@@ -113,8 +115,10 @@ def command(
             )
         sizes = {"corpus_size": corpus_size, "max_queries": max_queries, "resamples": resamples, "split": split}
         dataset = load_dataset(data_dir, engaged_queries=engaged_queries)
-        spaces = _compare_spaces(bundle, against_index, dataset, adapter, entity_types, seed, sizes)
-        _show_spaces(spaces, bundle, against_index, max_loss if declares else None, slices, as_json)
+        types = entity_types or (tuple(dataset.entity_types) if declares else ())  # what is declared was measured on every type
+        spaces = _compare_spaces(bundle, against_index, dataset, adapter, types, seed, sizes)
+        _note_other_data([bundle], data_dir)
+        _show_spaces(spaces, bundle, against_index, max_loss if declares else None, slices, as_json, _source(split, data_dir))
         return
     systems: dict[str, Baseline] = {}
     names = []
@@ -125,6 +129,7 @@ def command(
     for baseline in [part.strip() for part in baselines.split(",") if part.strip()]:
         systems[baseline] = make_baseline(baseline, cache=default_cache())
     dataset = load_dataset(data_dir, engaged_queries=engaged_queries)
+    _note_other_data([path for path in (bundle, against) if path], data_dir)
     report = evaluate_systems(
         dataset,
         systems,
@@ -146,7 +151,24 @@ def command(
     if as_json:
         print_json(report.as_dict(comparisons))
     else:
-        print_report(report, comparisons, slices)
+        print_report(report, comparisons, slices, _source(split, data_dir, judgements))
+
+
+def _source(split: str, data_dir: Path | None, judgements: Path | None = None) -> str:
+    """What is evaluated, for the titles of tables."""
+    data = "the sample data in the package" if data_dir is None else str(data_dir)
+    return f"{split} pairs of {data}" if judgements is None else f"judgements of {judgements}, entities of {data}"
+
+
+def _note_other_data(bundles: Sequence[Path], data_dir: Path | None) -> None:
+    """Say when the sample is evaluated for want of --data, and a bundle was trained on tables of its own."""
+    for path in bundles if data_dir is None else ():
+        tables = trained_tables(path)
+        if tables:
+            say(
+                f"note: {path} was trained on {', '.join(tables)}, but the sample data in the package is evaluated. "
+                "Give --data FOLDER, a folder with your tables catalogue.* and pairs.*"
+            )
 
 
 def _compare_spaces(
@@ -164,14 +186,16 @@ def _compare_spaces(
     return compare_spaces(load_bundle(bundle), load_bundle(old), dataset, adapter=use, rank=rank, entity_types=wanted, seed=seed, **options)
 
 
-def _show_spaces(spaces: SpacesReport, bundle: Path, old: Path, max_loss: float | None, slices: tuple[str, ...], as_json: bool) -> None:
+def _show_spaces(
+    spaces: SpacesReport, bundle: Path, old: Path, max_loss: float | None, slices: tuple[str, ...], as_json: bool, source: str
+) -> None:
     """Declare if asked and allowed (``max_loss`` is then a number), and print."""
     from encoders.compatibility import declare
 
     worst, loss = spaces.worst_loss()
     learned = spaces.learned if spaces.adapter is not None else {}
     if not as_json:
-        print_report(spaces.evaluation, spaces.comparisons, slices)
+        print_report(spaces.evaluation, spaces.comparisons, slices, source)
     if max_loss is not None:
         if not loss <= max_loss:
             raise BundleError(

@@ -144,7 +144,8 @@ def evaluate_systems(
     Args:
         dataset: Catalogue and pairs.
         systems: Name -> system (``bundle_system``, ``make_baseline``, or any function of the same form).
-        entity_types: Types to evaluate; None: those of the catalogue. ``query`` evaluates derived related-query pairs, or the data's own.
+        entity_types: Types to evaluate, each of which must have pairs; None: those of the catalogue that have pairs, and a line about the
+            others. ``query`` evaluates derived related-query pairs, or the data's own.
         split: Which split.
         corpus_size: Rank against this many random candidates per type; None: all.
         max_queries: Random queries per type; None: all.
@@ -161,12 +162,11 @@ def evaluate_systems(
     if not systems:
         raise ConfigError("there is no system to evaluate. Give a model bundle, or baselines such as --baselines bm25,random.")
     train = dataset.split("train")
+    judged = None if judgements is None else pairs_of_judgements(dataset, judgements, split)
     tasks = {}
-    for entity_type in entity_types if entity_types is not None else dataset.entity_types:
-        pairs = None
-        if judgements is not None:
-            pairs = pairs_of_judgements(dataset, judgements, split)
-        elif entity_type == "query" and dataset.pairs.filter(pl.col("entity_type") == "query").is_empty():
+    for entity_type in entity_types if entity_types is not None else _types_with_pairs(dataset, judged, split, progress):
+        pairs = judged
+        if judged is None and entity_type == "query" and dataset.pairs.filter(pl.col("entity_type") == "query").is_empty():
             pairs = related_query_pairs(dataset.pairs)
         task = build_task(dataset, entity_type, pairs=pairs, split=split, corpus_size=corpus_size, max_queries=max_queries, seed=seed)
         labels = pair_slices(task, train)
@@ -180,6 +180,21 @@ def evaluate_systems(
             progress(f"{entity_type:8} {name:20} Recall@10 {recall.value:.3f} [{recall.low:.3f}, {recall.high:.3f}]")
         tasks[entity_type] = TaskReport(task, rankings, overall, sliced, labels)
     return EvaluationReport(dataset.name, dataset.label, split, tasks)
+
+
+def _types_with_pairs(dataset: Dataset, judged: pl.DataFrame | None, split: str, progress: Callable[[str], None]) -> list[str]:
+    """The catalogue's types that there is something to evaluate of; a line about each of the others."""
+    pairs = dataset.pairs if judged is None else judged
+    what = f"{split!r} pairs" if judged is None else "judgements with a grade above 0"
+    present = set(pairs.filter(pl.col("split") == split)["entity_type"].to_list())
+    found = [name for name in dataset.entity_types if name in present]
+    if not found:
+        splits = ", ".join(sorted(pairs["split"].drop_nulls().unique().to_list())) or "none"
+        raise ConfigError(f"there are no {what} to evaluate in data set {dataset.name!r}; it has {splits}. Choose with --split.")
+    for name in dataset.entity_types:
+        if name not in present:
+            progress(f"{name}: no {what}; not evaluated")
+    return found
 
 
 def pairs_of_judgements(dataset: Dataset, judgements: pl.DataFrame, split: str) -> pl.DataFrame:
@@ -197,10 +212,20 @@ def pairs_of_judgements(dataset: Dataset, judgements: pl.DataFrame, split: str) 
     return filled.with_columns(kind=pl.format("grade {}", "grade"), action=pl.format("grade {}", "grade"))
 
 
-def print_report(report: EvaluationReport, comparisons: Iterable[tuple[str, str]] = (), shown_slices: Sequence[str] = ()) -> None:
-    """Print the tables of a report to stdout: all systems per type, the slices asked for, the comparisons."""
+def print_report(
+    report: EvaluationReport, comparisons: Iterable[tuple[str, str]] = (), shown_slices: Sequence[str] = (), source: str = ""
+) -> None:
+    """Print the tables of a report to stdout: all systems per type, the slices asked for, the comparisons.
+
+    Args:
+        report: From ``evaluate_systems``.
+        comparisons: Pairs of systems to compare.
+        shown_slices: Slices to print a table of.
+        source: What was evaluated, for the titles; empty: the split and name of the data set.
+    """
+    source = source or f"{report.split} pairs of {report.dataset!r}"
     for entity_type, task in report.tasks.items():
-        title = f"{entity_type}: {report.split} pairs of {report.dataset!r} ({report.label}), against {task.task.corpus_description}"
+        title = f"{entity_type}: {source} ({report.label}), against {task.task.corpus_description}"
         columns = ["system", "pairs", "R@1", "R@10", "95%", "ceiling@10", "of ceiling", "R@100", "MRR", "nDCG@10", "R@10 by query"]
         print_table(title, columns, [[name, *overall_row(metrics)] for name, metrics in task.overall.items()])
         for name in shown_slices:

@@ -121,7 +121,7 @@ def command(
     config = dataclasses.replace(config, **{key: value for key, value in changes.items() if value is not None})
     from encoders.gathering import process_rank
     from encoders.training import train
-    from encoders.training_data import load_training_data
+    from encoders.training_data import evaluate_command_for, load_training_data
 
     if out.is_file():
         raise ConfigError(f"--out {out} is a file; give a folder.")
@@ -136,7 +136,7 @@ def command(
         print_json({**facts, "pairs_per_second": round(result.pairs_per_second, 1), "metrics": result.metrics})
         return
     print_table(f"{bundle.path}  space {bundle.space_id[:16]}", ["metric", "value"], sorted(result.metrics.items()))
-    say(f"{result.steps:,} steps, {result.pairs_per_second:,.0f} pairs/s. Next: omni evaluate {bundle.path}")
+    say(f"{result.steps:,} steps, {result.pairs_per_second:,.0f} pairs/s. Next: {evaluate_command_for(bundle.path, config, data_dir)}")
 
 
 def _save(path: Path, result: TrainResult) -> ModelBundle:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -11,7 +14,7 @@ from encoders.console import say
 from encoders.errors import ConfigError
 from encoders.sample import load_dataset, related_query_pairs
 from encoders.tables import read_table
-from encoders.train_config import TrainConfig
+from encoders.train_config import DataConfig, TrainConfig
 
 
 def load_training_data(config: TrainConfig, data_dir: Path | None = None) -> TrainingData:
@@ -42,3 +45,37 @@ def load_training_data(config: TrainConfig, data_dir: Path | None = None) -> Tra
         say(f"derived {related.height:,} related-query pairs from queries that share entities")
         pairs = pl.concat((pairs, related), how="diagonal_relaxed")
     return TrainingData(catalogue, pairs)
+
+
+def evaluate_command_for(bundle: Path, config: TrainConfig, data_dir: Path | None) -> str:
+    """The `omni evaluate` that measures a bundle on the data of its own run."""
+    evaluate = f"omni evaluate {shlex.quote(str(bundle))}"
+    if not config.data.catalogue:
+        return evaluate if data_dir is None else f"{evaluate} --data {shlex.quote(str(data_dir))}"
+    folder = _folder_of(config.data)
+    if folder is None:
+        return f"{evaluate} --data FOLDER, a folder that holds your tables as catalogue.* and pairs.*"
+    return f"{evaluate} --data {shlex.quote(str(folder))}"
+
+
+def _folder_of(files: DataConfig) -> Path | None:
+    """The folder whose ``catalogue.*`` and ``pairs.*`` (or folders of part files) are all that a run read; None: there is none."""
+    if len(files.catalogue) != 1 or len(files.pairs) != 1:
+        return None
+    catalogue, pairs = files.catalogue[0], files.pairs[0]
+    folder = catalogue.parent
+    found = tuple(_table_in(folder, name) for name in ("catalogue", "pairs"))
+    return folder if found == (catalogue, pairs) else None
+
+
+def _table_in(folder: Path, table: str) -> Path | None:
+    """The file or folder that ``encoders.sample.load_tables`` reads as a table."""
+    named = (path for path in folder.glob(f"{table}*") if path.is_dir() or path.name.split(".")[0] == table)
+    return min(named, default=None)
+
+
+def trained_tables(bundle: Path) -> list[str]:
+    """The tables that a bundle's training config names; empty: the sample or the larger data, or nothing is recorded."""
+    config: dict[str, Any] = json.loads((bundle / "config.json").read_text(encoding="utf-8"))
+    data = config.get("training", {}).get("data", {})
+    return [*data.get("catalogue", []), *data.get("pairs", [])]

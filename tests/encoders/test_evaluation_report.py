@@ -161,3 +161,45 @@ def test_bad_usage_is_one_clear_line(arguments, code, message, monkeypatch):
     assert result.exit_code == code
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def with_products_of(split):
+    """The pins of ``dataset``, and two products whose only pairs are of ``split``."""
+    data = dataset()
+    products = pl.DataFrame({"id": ["p 1", "p 2"], "entity_type": "product", "title": ["lamp", "chair"]})
+    pairs = data.pairs.head(1).with_columns(entity_type=pl.lit("product"), entity_id=pl.lit("p 1"), split=pl.lit(split))
+    return Dataset(pl.concat((data.catalogue, products)), pl.concat((data.pairs, pairs)))
+
+
+def test_a_type_without_pairs_is_told_and_the_others_are_evaluated():
+    lines = []
+    report = evaluate_systems(with_products_of("train"), {"m": bundle_system(SpellingModel())}, progress=lines.append)
+    assert list(report.tasks) == ["pin"]
+    assert any("product" in line and "no 'heldout' pairs" in line for line in lines)
+    with pytest.raises(ConfigError, match="no 'heldout' pairs of entity type 'product'"):
+        evaluate_systems(with_products_of("train"), {"m": bundle_system(SpellingModel())}, entity_types=["pin", "product"], progress=quiet)
+    with pytest.raises(ConfigError, match=r"no 'test' pairs.*has heldout, train"):
+        evaluate_systems(with_products_of("train"), {"m": bundle_system(SpellingModel())}, split="test", progress=quiet)
+
+
+def test_judgements_of_one_type_are_evaluated_without_the_others():
+    data, lines = with_products_of("heldout"), []
+    judgements = dataset().pairs.select("query", "country", "entity_id", "grade")
+    report = evaluate_systems(data, {"m": bundle_system(SpellingModel())}, judgements=judgements, progress=lines.append)
+    assert list(report.tasks) == ["pin"]
+    assert any("product" in line and "judgements" in line for line in lines)
+
+
+def test_the_title_names_the_data_that_was_evaluated(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMNI_DATA", raising=False)
+    data = dataset()
+    write_table(data.catalogue, tmp_path / "catalogue.parquet")
+    write_table(data.pairs.drop("kind", "grade").with_columns(action=pl.lit("save")), tmp_path / "pairs.csv")
+    judged = data.pairs.select("query", "country", "entity_id", "grade")
+    write_table(judged, tmp_path / "judged.csv")
+    own = CliRunner().invoke(command, ["--data", str(tmp_path), "--baselines", "random"])
+    assert f"pin: heldout pairs of {tmp_path} (your data)" in own.stdout
+    graded = CliRunner().invoke(command, ["--data", str(tmp_path), "--baselines", "random", "--judgements", str(tmp_path / "judged.csv")])
+    assert f"pin: judgements of {tmp_path / 'judged.csv'}, entities of {tmp_path} (your data)" in graded.stdout
+    sample = CliRunner().invoke(command, ["--baselines", "random", "--entity-type", "ad", "--resamples", "100"])
+    assert "ad: heldout pairs of the sample data in the package (" in sample.stdout

@@ -188,3 +188,48 @@ def test_the_printed_config_trains_every_type_that_is_there(folder: Path) -> Non
     started = tomllib.loads(CliRunner().invoke(command, ["--print-config"]).stdout)["datasets"]
     assert {dataset["name"] for dataset in started} == {"pin", "product", "ad", "query"}
     assert all(dataset["optional"] for dataset in started)
+
+
+def held_out_world() -> pl.DataFrame:
+    every_fifth = pl.int_range(pl.len()) % 5 == 0
+    split = pl.when(every_fifth).then(pl.lit("heldout")).otherwise(pl.lit("train"))
+    return world().pairs.with_columns(split=split, language=pl.lit("en"), country=pl.lit("US"))
+
+
+def test_the_next_command_evaluates_the_data_that_was_trained_on(folder: Path) -> None:
+    (folder / "catalogue_of_last_year.csv").write_text("id")
+    give_pairs(folder, held_out_world())
+    result = omni_train(folder)
+    assert result.exit_code == 0, result.stderr
+    assert f"Next: omni evaluate {folder}/out/model --data {folder}\n" in result.stderr
+    evaluated = CliRunner().invoke(evaluate, [f"{folder}/out/model", "--data", str(folder), "--resamples", "100"])
+    assert evaluated.exit_code == 0, evaluated.stderr
+    assert f"heldout pairs of {folder} (your data)" in evaluated.stdout
+    assert "was trained on" not in evaluated.stderr
+
+
+def test_evaluating_the_sample_with_a_bundle_of_other_data_is_told(folder: Path) -> None:
+    give_pairs(folder, held_out_world())
+    assert omni_train(folder).exit_code == 0
+    arguments = [f"{folder}/out/model", "--entity-type", "product", "--max-queries", "5", "--resamples", "100"]
+    result = CliRunner().invoke(evaluate, arguments)
+    assert result.exit_code == 0, result.stderr
+    assert f"was trained on {folder}/catalogue.parquet, {folder}/pairs.parquet" in result.stderr
+    assert "--data" in result.stderr
+
+
+def test_tables_that_no_data_folder_holds_are_not_named_as_one(folder: Path) -> None:
+    (folder / "catalogue.parquet").rename(folder / "things.parquet")
+    (folder / "run.toml").write_text((folder / "run.toml").read_text().replace("catalogue.parquet", "things.parquet"))
+    result = omni_train(folder)
+    assert result.exit_code == 0, result.stderr
+    assert "--data FOLDER" in result.stderr and "catalogue.* and pairs.*" in result.stderr
+
+
+def test_the_split_that_the_config_calls_validation_can_be_given(folder: Path) -> None:
+    pairs = held_out_world().with_columns(split=pl.col("split").str.replace("heldout", "validation"))
+    pairs.write_csv(folder / "pairs.csv")
+    (folder / "run.toml").write_text((folder / "run.toml").read_text().replace("pairs.parquet", "pairs.csv"))
+    result = omni_train(folder, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert "validation/recall@10" in json.loads(result.stdout)["metrics"]

@@ -31,7 +31,14 @@ def parse_assignments(values: tuple[str, ...], option: str) -> dict[str, int]:
 
 
 @click.command()
-@click.option("--log", "log_path", required=True, type=click.Path(exists=True, path_type=Path), help="Log file or folder of part files.")
+@click.option(
+    "--log",
+    "logs",
+    required=True,
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="Log file or folder of part files. Repeatable: all together are one log.",
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make: pairs/, engaged_queries/, summary.json.")
 @click.option("--boards", type=click.Path(exists=True, path_type=Path), help="Boards table; adds board_titles/.")
 @click.option("--catalogue", type=click.Path(exists=True, path_type=Path), help="Keep only entities in it; writes it enriched, too.")
@@ -53,7 +60,7 @@ def parse_assignments(values: tuple[str, ...], option: str) -> dict[str, int]:
 @click.option("--overwrite", is_flag=True, help="Replace --out if it is there.")
 @json_option
 @handle_errors
-def command(log_path: Path, out: Path, boards: Path | None, catalogue: Path | None, as_json: bool, **flags: Any) -> None:
+def command(logs: tuple[Path, ...], out: Path, boards: Path | None, catalogue: Path | None, as_json: bool, **flags: Any) -> None:
     """Turn a log into training and held-out pairs (paper 4.1).
 
     Actions by entity type: pins save and long click; products and ads also add to cart and checkout; queries clicks on suggestions.
@@ -89,6 +96,7 @@ def command(log_path: Path, out: Path, boards: Path | None, catalogue: Path | No
     rows = read_table(catalogue, "catalogue", encoding=config.encoding) if catalogue else None
     known = rows.select("entity_type", pl.col("id").alias("entity_id")) if rows is not None else None
     options: dict[str, Any] = {
+        "log": logs[0] if len(logs) == 1 else logs,
         "boards": boards,
         "known": known,
         "partitions": flags["partitions"],
@@ -98,9 +106,9 @@ def command(log_path: Path, out: Path, boards: Path | None, catalogue: Path | No
         if flags["ray_address"]:
             from encoders.ray_pipeline import run_ray_pipeline
 
-            summary = run_ray_pipeline(log_path, out, config, address=flags["ray_address"], **options)
+            summary = run_ray_pipeline(out=out, config=config, address=flags["ray_address"], **options)
         else:
-            summary = run_pipeline(log_path, out, config, **options)
+            summary = run_pipeline(out=out, config=config, **options)
         try:
             dropped = check_pairs(out, flags["engaged"], flags["drop_leaks"], flags["keep_seen"])
         except LeakError:

@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 from click.testing import CliRunner
 
+from encoders import pairs_command
 from encoders.data_commands import group
 from encoders.errors import ConfigError, DataError, RowError
 from encoders.log_simulator import SimulatorConfig, simulate_boards, simulate_log, write_simulation
@@ -169,3 +170,14 @@ def test_a_ray_cluster_of_two_nodes_gives_the_local_result_row_for_row(
         assert read(out, name).equals(read(tmp_path / "out", name)), name
     assert remote["counts"] == summary["counts"]
     assert remote["windows"] == summary["windows"]
+
+
+def test_every_log_named_is_read(local: tuple[Path, dict], simulation: Path, tmp_path: Path) -> None:
+    arguments = ["--out", str(tmp_path / "out"), "--boards", str(simulation / "boards.parquet")]
+    for part in sorted((simulation / "log").iterdir()):
+        arguments += ["--log", str(part)]
+    assert arguments.count("--log") > 1
+    result = CliRunner().invoke(pairs_command.command, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    for name in NAMES:
+        assert read(tmp_path / "out", name).equals(read(local[0], name)), name

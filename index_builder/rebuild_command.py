@@ -53,7 +53,8 @@ def parse_memory(text: str | None) -> int | None:
 @click.option(
     "--catalogue",
     type=click.Path(path_type=Path, exists=True),
-    help="Catalogue table: embedded with the bundle; its columns become attributes.",
+    multiple=True,
+    help="Catalogue file or folder: embedded with the bundle; its columns become attributes. Repeatable: all together are one table.",
 )
 @click.option(
     "--signals", type=click.Path(path_type=Path, file_okay=False), help="Signal store with ready embeddings, as `omni embed` writes it."
@@ -278,12 +279,14 @@ def _check_bundle(bundle_path: Path) -> None:
         )
 
 
-def _catalogue(path: Path | None, entity_types: tuple[str, ...]) -> pl.DataFrame | None:
-    if path is None:
+def _catalogue(paths: tuple[Path, ...], entity_types: tuple[str, ...]) -> pl.DataFrame | None:
+    if not paths:
         return None
-    from encoders.tables import read_table
+    from encoders.tables import check_table
 
-    catalogue = read_table(path, "catalogue")
+    catalogue, _, report = check_table(paths[0] if len(paths) == 1 else paths, "catalogue")
+    for note in report.notes:
+        say(f"note: {note}")
     return catalogue.filter(pl.col("entity_type").is_in(entity_types)) if entity_types else catalogue
 
 
@@ -296,6 +299,14 @@ def _embed(bundle_path: Path, catalogue: pl.DataFrame, signal_root: Path) -> Non
     report = embed_catalogue(load_bundle(bundle_path), [catalogue], SignalStore(signal_root))
     for name, entity in report.entity_types.items():
         say(f"{name}: {entity.embedded:,} embedded, {entity.unchanged + entity.resumed:,} taken over")
+        if entity.missing_columns:
+            say(f"note: the catalogue of {name!r} lacks {', '.join(entity.missing_columns)}; these fields were read as empty")
+        if entity.other_form:
+            say(f"note: {entity.other_form:,} {name} rows were embedded again, because the store held them in another form (precision)")
+        if entity.without_features:
+            say(
+                f"warning: {entity.without_features:,} {name} rows have no known n-gram and no vector; they share one meaningless embedding"
+            )
 
 
 def _unembedded(catalogue: pl.DataFrame, bundle_path: Path) -> dict[str, EntityInput]:

@@ -1,0 +1,72 @@
+"""Rebuilding from catalogue files: all that are named count, and what the tower cannot read is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import polars as pl
+import pytest
+from click.testing import CliRunner, Result
+
+from benchmarks.small_releases import tiny_query_encoder
+from encoders import embed_command
+from encoders.bundle import ModelBundle, save_bundle
+from encoders.entity_features import EntityFeatureConfig, EntityFeaturizer
+from encoders.entity_tower import create_entity_encoder
+from index_builder import rebuild_command
+from index_builder.publishing import ReleaseStore
+from index_builder.release import read_manifest
+
+ROWS = [f"p{i},pin,red barn number {i},{i}.50" for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
+    rows = pl.DataFrame({"id": ["a"], "entity_type": ["pin"], "title": ["red barn number 1 2 3"]})
+    featurizer = EntityFeaturizer.fit(rows, EntityFeatureConfig(text_fields=("title", "description")))
+    tower = create_entity_encoder(featurizer, table_rows=64, token_dimension=32, hidden=(48,), dimension=16)
+    return save_bundle(tmp_path_factory.mktemp("bundle") / "model", tiny_query_encoder(0, dimension=16), {"pin": tower})
+
+
+def write(path: Path, rows: list[str], header: str = "id,entity_type,title,price") -> Path:
+    path.write_text("\n".join([header, *rows]) + "\n", encoding="utf-8")
+    return path
+
+
+def rebuild(folder: Path, bundle: ModelBundle, *catalogues: Path) -> Result:
+    arguments = ["--store", folder / "store", "--bundle", bundle.path, "--index", "hnsw", "--threads", 1, "--min-recall", 0.5, "--json"]
+    for catalogue in catalogues:
+        arguments += ["--catalogue", catalogue]
+    return CliRunner().invoke(rebuild_command.command, [str(a) for a in arguments])
+
+
+def test_every_catalogue_named_is_built_and_its_numbers_can_be_compared(tmp_path: Path, bundle: ModelBundle) -> None:
+    done = rebuild(tmp_path, bundle, write(tmp_path / "a.csv", ROWS[:25]), write(tmp_path / "b.csv", ROWS[25:]))
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["entities"]["pin"]["count"] == 40
+    store = ReleaseStore(tmp_path / "store")
+    manifest = read_manifest(store.path_of(str(store.current())))
+    assert manifest.entities["pin"].index["attributes"]["price"] == "float"
+
+
+def test_catalogues_that_name_an_id_twice_are_refused(tmp_path: Path, bundle: ModelBundle) -> None:
+    done = rebuild(tmp_path, bundle, write(tmp_path / "a.csv", ROWS), write(tmp_path / "b.csv", ["p3,pin,another,1"]))
+    assert done.exit_code == 1
+    assert "a.csv, b.csv" in done.stderr and "'p3'" in done.stderr
+
+
+def test_a_number_column_with_one_word_in_it_is_named(tmp_path: Path, bundle: ModelBundle) -> None:
+    done = rebuild(tmp_path, bundle, write(tmp_path / "a.csv", [*ROWS, "p99,pin,red,n/a"]))
+    assert done.exit_code == 0, done.output
+    assert "note: column 'price' stays text: 40 of 41 cells are numbers, but not a.csv, row 41: 'n/a'" in done.stderr
+
+
+def test_rebuild_says_what_embed_says_about_text_the_tower_cannot_read(tmp_path: Path, bundle: ModelBundle) -> None:
+    catalogue = write(tmp_path / "a.csv", ROWS, "id,entity_type,name,price")
+    arguments = [str(bundle.path), "--catalogue", str(catalogue), "--out", str(tmp_path / "signals")]
+    embedded = CliRunner().invoke(embed_command.command, arguments)
+    said = [line for line in embedded.stderr.splitlines() if line.startswith(("note: ", "warning: "))]
+    assert ["lacks title, description" in said[0], "40 pin rows" in said[1]] == [True, True]
+    done = rebuild(tmp_path, bundle, catalogue)
+    assert [line for line in done.stderr.splitlines() if line in said] == said

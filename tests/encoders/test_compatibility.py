@@ -324,6 +324,21 @@ def test_the_command_measures_declares_and_keeps_to_its_limit(pair: tuple[Path, 
     assert load_file(new / FOLDER / declaration.adapter["file"])["matrix"].shape == (DIMENSION, DIMENSION)
 
 
+def test_a_type_without_held_out_pairs_is_measured_around_but_not_declared_over(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    old, new = pair
+    tables = write_tables(tmp_path / "tables")
+    of_pins_alone = (pl.col("entity_type") == "pin") | (pl.col("split") == "train")
+    dataset().pairs.filter(of_pins_alone).write_parquet(tables / "pairs.parquet")
+    arguments = [str(new), "--against-index", str(old), "--data", str(tables), "--resamples", "100", "--json"]
+    measured = CliRunner().invoke(command, arguments)
+    assert measured.exit_code == 0 and list(json.loads(measured.stdout)["measured"]) == ["pin"]
+    assert "product: no 'heldout' pairs; not evaluated" in measured.stderr
+    refused = CliRunner().invoke(command, [*arguments, "--declare"])
+    assert refused.exit_code == 2 and "entity type 'product'" in refused.stderr and not read_declarations(new)
+    declared = CliRunner().invoke(command, [*arguments, "--declare", "--entity-type", "pin"])
+    assert declared.exit_code == 0 and list(read_declarations(new)[0].measured) == ["pin"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
 
 import polars as pl
 import pytest
 from click.testing import CliRunner
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from encoders.data_commands import group
@@ -57,6 +58,8 @@ def test_a_cell_that_would_not_come_back_as_it_was_keeps_its_text(tmp_path: Path
     assert found["x"].to_list() == [cell, cell]
 
 
+@example([9_007_199_254_740_993])
+@example([9_007_199_254_740_993, 0.5])
 @given(
     st.lists(st.one_of(st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.from_regex(r"[0-9.eE+-]{1,12}", fullmatch=True)))
 )
@@ -68,7 +71,7 @@ def test_no_number_is_changed(tmp_path_factory: pytest.TempPathFactory, values: 
     if frame["x"].dtype == pl.String:
         assert frame["x"].to_list() == cells
     else:
-        assert [float(cell) for cell in cells] == frame["x"].to_list()
+        assert [Decimal(cell) for cell in cells] == [Decimal(repr(value)) for value in frame["x"].to_list()]
 
 
 def test_a_column_that_mostly_fits_stays_text_and_the_first_misfit_is_named(tmp_path: Path) -> None:

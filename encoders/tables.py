@@ -180,8 +180,9 @@ class _CellsSeen:
         """Count the values of a file that has types: whole numbers also fit a column of floats."""
         count = len(values) - values.null_count()
         self.filled += count
+        too_large = values.dtype.is_integer() and not values.is_between(-_LARGEST_EXACT, _LARGEST_EXACT).all()
         for dtype in _TYPES:
-            if _same_or_wider(values.dtype, dtype):
+            if _same_or_wider(values.dtype, dtype) and not (too_large and dtype == pl.Float64):
                 self.fitting[dtype] += count
 
     def dtype(self) -> pl.DataType | None:
@@ -221,8 +222,9 @@ def _filled(cells: pl.Series) -> pl.Series:
 
 def _fitting(texts: pl.Series) -> dict[pl.DataType, pl.Series]:
     """For each type, which texts (null: none) it holds so that the same value would be printed again."""
-    whole = texts.str.contains(_WHOLE) & texts.cast(pl.Int64, strict=False).is_not_null()
-    small = whole & (texts.cast(pl.Float64, strict=False).abs() <= _LARGEST_EXACT)
+    numbers = texts.cast(pl.Int64, strict=False)
+    whole = texts.str.contains(_WHOLE) & numbers.is_not_null()
+    small = whole & numbers.is_between(-_LARGEST_EXACT, _LARGEST_EXACT)
     fits: dict[pl.DataType, pl.Series] = {
         pl.Int64(): whole,
         pl.Float64(): small | _exact_decimals(texts),

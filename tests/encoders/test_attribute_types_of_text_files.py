@@ -111,6 +111,12 @@ def test_a_file_with_types_beside_a_text_file_has_a_say(tmp_path: Path, typed: l
     assert read_table(tmp_path, "catalogue")["x"].dtype == dtype
 
 
+def test_large_whole_numbers_of_another_file_are_not_rounded(tmp_path: Path) -> None:
+    catalogue(tmp_path, ["0.5"])
+    write_table(pl.DataFrame({"id": ["q"], "entity_type": ["pin"], "x": [2**53 + 1]}), tmp_path / "d.parquet")
+    assert read_table(tmp_path, "catalogue")["x"].to_list() == ["0.5", "9007199254740993"]
+
+
 def test_several_paths_are_one_table(tmp_path: Path) -> None:
     first, second = catalogue(tmp_path, ["1"], "a.csv"), catalogue(tmp_path, ["2.5"], "b.csv", first=1)
     both = check_table([first, second], "catalogue")

@@ -49,7 +49,8 @@ def test_exact_repeats_are_left_out_as_read_table_does(tmp_path, suffix, chunk_r
 
     rows = pl.DataFrame([pin(f"e{i % 10}", title=f"red {i % 10}", price=i % 10) for i in range(23)])
     path = write_table(rows, tmp_path / f"c.{suffix}")
-    assert streamed(path, chunk_rows=chunk_rows).equals(read_table(path, "catalogue"))
+    price = pl.col("price").cast(pl.Int64)  # CSV: a stream has not seen all cells of a column, so an attribute is text in it
+    assert streamed(path, chunk_rows=chunk_rows).with_columns(price).equals(read_table(path, "catalogue"))
 
 
 def test_repeats_across_files_are_left_out_and_the_store_can_be_written(bundle, tmp_path):

@@ -30,6 +30,9 @@ REPORT = "forms.json"
 BATCH_SIZES = (1, 8, 64)
 """Parity is measured at each of these batch sizes; texts of all lengths meet in a batch, so padding is covered."""
 
+FEWEST_TEXTS = 100
+"""Parity on fewer texts says too little to write a form."""
+
 _QUANTISED: tuple[tuple[str, ...], ...] = (("MatMul", "Gemm"), ("MatMul",), ())
 """Operators whose products become int8, tried in turn until the form is inside its tolerance: Gemm is the last linear layer (and every
 layer of the Universal Sentence Encoder behind its pooling); with none, the token table alone is int8."""
@@ -84,8 +87,8 @@ def export_forms(tower: QueryEncoder, folder: Path, texts: Sequence[str], forms:
         BundleError: A form misses its tolerance; it is not written.
         ValueError: Fewer than 100 texts.
     """
-    if len(texts) < 100:
-        raise ValueError(f"parity needs at least 100 texts, but got {len(texts)}")
+    if len(texts) < FEWEST_TEXTS:
+        raise ValueError(f"parity needs at least {FEWEST_TEXTS} texts, but got {len(texts)}")
     folder.mkdir(parents=True, exist_ok=True)
     token_ids = tower.tokenize(texts)
     expected = tower.encode(texts)

@@ -166,13 +166,19 @@ def simulate_logs(out: Path, data_dir: Path | None, as_json: bool, start: str, *
 
 
 def _guess(path: Path, encoding: str) -> str:
-    from encoders.schemas import guess_table
+    from encoders.schemas import LOG, could_be_log, guess_table, lookalikes, renames
     from encoders.tables import read_raw, table_files
 
     columns = read_raw(table_files(path)[0], encoding).columns
     if not columns:
         raise DataError(f"{path}: the file is empty: it has no header. Was the export cut short?")
     guess = guess_table(columns)
+    if guess is None and {"query", "entity_type", "entity_id"} <= set(columns) and could_be_log(columns):
+        lacks = [c.name for c in LOG.columns if c.required and c.name not in columns]
+        raise DataError(
+            f"{path}: the columns {', '.join(columns)} may be a log or pairs. A log needs {', '.join(lacks)} too"
+            f"{renames(lookalikes(columns, LOG), lacks)}: say --table log once they are there, or --table pairs if it is pairs."
+        )
     if guess is None:
         raise DataError(f"{path}: the columns {', '.join(columns)} fit no table. Say which one it is with --table, or rename the columns.")
     return guess

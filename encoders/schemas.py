@@ -246,13 +246,14 @@ def lookalikes(columns: Sequence[str], table: TableSchema) -> dict[str, str]:
         near = [name for name in absent if folded in OTHER_NAMES.get(name, ())] or get_close_matches(folded, absent, n=1, cutoff=0.8)
         if near and table.column(column) is None:
             found[column] = near[0]
+            absent.remove(near[0])
     return found
 
 
 def renames(near: Mapping[str, str], wanted: Sequence[str]) -> str:
-    """``Rename 'ts' to 'timestamp', 'event' to 'action'``: what ``lookalikes`` found for the wanted columns; empty if nothing."""
+    """`` (rename 'ts' to 'timestamp', 'event' to 'action')``: what ``lookalikes`` found for the wanted columns; empty if nothing."""
     found = ", ".join(f"{name!r} to {known!r}" for name, known in near.items() if known in wanted)
-    return f"Rename {found}" if found else ""
+    return f" (rename {found})" if found else ""
 
 
 def could_be_log(columns: Sequence[str]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import polars as pl
 
 from encoders.errors import SchemaError
-from encoders.schemas import EARLIEST_YEAR, Column, Kind, TableSchema
+from encoders.schemas import EARLIEST_YEAR, Column, Kind, TableSchema, lookalikes, renames
 
 FUTURE_TOLERANCE = timedelta(days=1)
 """Clocks and time zones differ; an event further ahead than this is wrong."""
@@ -115,12 +115,14 @@ def check_frame(
         SchemaError: A required column is missing, or a column cannot be of its type at all.
     """
     report = TableReport(source, schema.name, rows_read=frame.height)
+    near = lookalikes(frame.columns, schema)
     missing = [c.name for c in schema.columns if c.required and c.name not in frame.columns]
     if missing:
         raise SchemaError(
             f"{source}: table {schema.name!r} needs the column(s) {', '.join(missing)}; found: {', '.join(frame.columns) or 'none'}. "
-            f"Rename or add them (all columns: {', '.join(c.name for c in schema.columns)})."
+            f"Rename or add them{renames(near, missing)}; all columns: {', '.join(c.name for c in schema.columns)}."
         )
+    report.notes += [f"column {name!r} is not read as {known!r}; rename it if it is meant to be" for name, known in near.items()]
     if ROW not in frame.columns:
         frame = frame.with_row_index(ROW, offset=first_row)
     original = frame

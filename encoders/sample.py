@@ -99,13 +99,18 @@ def load_large(folder: Path, *, engaged_queries: int = DEFAULT_ENGAGED_QUERIES, 
         sources: Keep only entities whose ``source`` starts with one of these, e.g. ``("emoji", "icons")``.
 
     Raises:
-        ConfigError: The files are not there.
+        ConfigError: The folder or its files are not there.
     """
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{folder}: no such folder. Point --data (or OMNI_DATA) at a folder with your tables catalogue and pairs, or with large/."
+        )
     folder = folder / "large" if (folder / "large").is_dir() else folder
     missing = [name for name in LARGE_FILES if not (folder / name).is_file()]
     if missing:
         raise ConfigError(
-            f"expected {', '.join(missing)} in {folder}, but they are not there. Point --data (or OMNI_DATA) at the folder with large/."
+            f"expected {', '.join(missing)} in {folder}, but they are not there. Point --data (or OMNI_DATA) at the folder with large/, "
+            "or at one with your tables catalogue and pairs (`omni pairs` writes both)."
         )
     entities = _read_json_lines((folder / "entities.jsonl.gz").read_bytes()).unique(
         "id", keep="first", maintain_order=True
@@ -141,9 +146,7 @@ def load_tables(folder: Path, *, engaged_queries: int = DEFAULT_ENGAGED_QUERIES)
     for table in ("catalogue", "pairs"):
         found = sorted(path for path in folder.glob(f"{table}*") if path.is_dir() or path.name.split(".")[0] == table)
         if not found:
-            raise ConfigError(
-                f"expected a table {table!r} in {folder} (e.g. {table}.parquet), but found none. `omni data import` makes it."
-            )
+            raise ConfigError(f"expected a table {table!r} in {folder} (e.g. {table}.parquet), but found none. `omni pairs` makes it.")
         tables[table] = read_table(found[0], table)
     catalogue, pairs = tables["catalogue"], tables["pairs"]
     pairs = pairs.with_columns(kind=pl.col("action")) if "kind" not in pairs.columns else pairs

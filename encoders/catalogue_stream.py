@@ -22,7 +22,7 @@ import xxhash
 from encoders.errors import DataError, RowError, SchemaError
 from encoders.schemas import DTYPES, Kind, schema
 from encoders.table_checks import Problem, check_frame
-from encoders.tables import raise_problems, read_raw, records_to_frame, table_files
+from encoders.tables import AttributeTypes, is_delimited, raise_problems, read_raw, records_to_frame, table_files
 
 UInt64 = npt.NDArray[np.uint64]
 Bool = npt.NDArray[np.bool_]
@@ -35,9 +35,10 @@ def stream_catalogue(
 ) -> Iterator[pl.DataFrame]:
     """Yield the checked rows of catalogue or query files in order.
 
-    Parquet and JSON Lines (also ``.gz``) are streamed; other formats are read whole, file by file. A table of queries (column ``query``,
-    no ``id``) yields query entities whose id and title are the query. A row of a catalogue that repeats an earlier one exactly, in any of
-    the files, is left out, as ``read_table`` leaves it out; of Parquet only the columns wanted are read, and so compared.
+    Parquet and JSON Lines (also ``.gz``) are streamed; other formats are read whole, file by file, CSV twice: its attributes become what
+    ``read_table`` makes of them (except ``columns``, which a tower reads), and all CSV files decide what that is. A table of queries
+    (column ``query``, no ``id``) yields query entities whose id and title are the query. A row of a catalogue that repeats an earlier one
+    exactly, in any of the files, is left out, as ``read_table`` leaves it out; of Parquet only the columns wanted are read, and so compared.
 
     Args:
         paths: Files, or folders of them.
@@ -55,15 +56,19 @@ def stream_catalogue(
     """
     seen = _RowsSeen()
     shapes: dict[str, tuple[str, str]] = {}
-    for path in paths:
-        for file in table_files(path):
-            first_row = 1
-            for raw in _raw_chunks(file, columns, chunk_rows):
-                rows = _checked(raw, file.name, entity_type, first_row, columns, seen)
-                _check_shapes(rows, f"{file.name} (rows from {first_row:,})", shapes)
-                first_row += raw.height
-                if rows.height:
-                    yield rows
+    files = table_files(paths)
+    attributes = AttributeTypes(schema("catalogue"))
+    for file in filter(is_delimited, files):
+        attributes.look_at(read_raw(file), file)
+    for file in files:
+        first_row = 1
+        for raw in _raw_chunks(file, columns, chunk_rows):
+            rows = _checked(raw, file.name, entity_type, first_row, columns, seen)
+            rows = attributes.typed(rows, file, columns or ())
+            _check_shapes(rows, f"{file.name} (rows from {first_row:,})", shapes)
+            first_row += raw.height
+            if rows.height:
+                yield rows
 
 
 def count_rows(paths: Sequence[Path]) -> int | None:

@@ -8,7 +8,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -75,7 +75,7 @@ def check_table(
     """
     wanted = schema(table)
     files = table_files(path)
-    attributes = _AttributeTypes(wanted)
+    attributes = AttributeTypes(wanted)
     parts = []
     for file in files:
         raw = read_raw(file, encoding)
@@ -126,7 +126,7 @@ def _source_name(path: TableSource) -> str:
     return Path(path).name if isinstance(path, str | Path) else ", ".join(one.name for one in path)
 
 
-class _AttributeTypes:
+class AttributeTypes:
     """Decides over all files of an open table what the cells of its unknown columns are."""
 
     def __init__(self, wanted: TableSchema) -> None:
@@ -137,16 +137,16 @@ class _AttributeTypes:
         """Count which types hold the cells of a file, as it was read."""
         for name in self._unknown(frame):
             seen = self._seen.setdefault(name, _CellsSeen())
-            if _is_delimited(file):
+            if is_delimited(file):
                 seen.add_texts(frame[name], file.name)
             else:
                 seen.add_typed(frame[name])
 
-    def typed(self, frame: pl.DataFrame, file: Path) -> pl.DataFrame:
-        """The checked rows of a file, with their texts as what all files agree on."""
-        if not _is_delimited(file):
+    def typed(self, frame: pl.DataFrame, file: Path, texts: Collection[str] = ()) -> pl.DataFrame:
+        """The checked rows of a file, with their texts as what all files agree on, but for the columns ``texts``."""
+        if not is_delimited(file):
             return frame
-        chosen = {name: self._seen[name].dtype() for name in self._unknown(frame)}
+        chosen = {name: self._seen[name].dtype() for name in self._unknown(frame) if name not in texts}
         return frame.with_columns(_read_cells(frame[name], dtype) for name, dtype in chosen.items() if dtype is not None)
 
     def notes(self) -> list[str]:
@@ -340,7 +340,8 @@ def _json_cell(values: pl.Series | None) -> str | None:
     return None if values is None else json.dumps(values.to_list(), ensure_ascii=False)
 
 
-def _is_delimited(path: Path) -> bool:
+def is_delimited(path: Path) -> bool:
+    """Whether a file's cells are texts: CSV, TSV."""
     return _suffix(path) in (".csv", ".tsv")
 
 

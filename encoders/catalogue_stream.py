@@ -38,7 +38,7 @@ def stream_catalogue(
     Parquet and JSON Lines (also ``.gz``) are streamed; other formats are read whole, file by file, CSV twice: its attributes become what
     ``read_table`` makes of them (except ``columns``, which a tower reads), and all CSV files decide what that is. A table of queries
     (column ``query``, no ``id``) yields query entities whose id and title are the query. A row of a catalogue that repeats an earlier one
-    exactly, in any of the files, is left out, as ``read_table`` leaves it out; of Parquet only the columns wanted are read, and so compared.
+    exactly, in any of the files, is left out, as ``read_table`` does; of Parquet only the columns wanted are read, and so compared.
 
     Args:
         paths: Files, or folders of them.

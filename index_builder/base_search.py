@@ -62,30 +62,35 @@ class BaseSearch:
 
     # ---- no filter ---------------------------------------------------------------------------------------------------------------------
 
-    def nearest(self, query: np.ndarray, k: int, ef: int) -> BaseHits:
-        """The plain graph search: no filter, nothing hidden; ``query`` ``(1, D)``."""
+    def nearest(self, query: np.ndarray, k: int, ef: int, hidden: np.ndarray | None, hidden_count: int) -> BaseHits:
+        """The plain graph search, no filter; arguments as for ``search``. Fewer than k where the graph leads to fewer."""
         engine = self._engine
+        if self._walk_is_ann and 2 * hidden_count <= self._corpus.rows:
+            wide, most = self._walk_sizes(k, ef, hidden_count)
+            out = np.empty(k, dtype=np.float32)
+            ids = engine.walk(query, k, wide, out, most, hidden)
+            return BaseHits(ids, out if len(ids) == k else out[: len(ids)], "graph", wide, None)
+        if hidden is not None:
+            return self._grow(query, k, ef, None, hidden, hidden_count)
         if engine is None:
             rows, scores = self._graph_rows(query, k, ef)
             return BaseHits(self._ids.take(rows[:k]), scores[:k], "graph", ef, None)
         out = np.empty(k, dtype=np.float32)
-        if self._walk_is_ann:
-            ids = engine.walk(query, k, ef, out)
-        else:
-            nodes, distances = self._ann_search(query, k, ef)
-            if self._rescore:
-                nodes, distances = self._true_order(query, nodes)
-            ids = engine.finish(nodes, distances, k, out, None, None)
+        nodes, distances = self._ann_search(query, k, ef)
+        if self._rescore:
+            nodes, distances = self._true_order(query, nodes)
+        ids = engine.finish(nodes, distances, k, out, None, None)
         return BaseHits(ids, out if len(ids) == k else out[: len(ids)], "graph", ef, None)
 
-    def nearest_batch(self, queries: np.ndarray, k: int, ef: int) -> list[BaseHits]:
-        """``nearest`` for each row of ``queries`` ``(B, D)`` in one call of the graph library; the same answers."""
-        if self._engine is None or self._rescore:
-            return [self.nearest(queries[i : i + 1], k, ef) for i in range(len(queries))]
-        if self._walk_is_ann:
+    def nearest_batch(self, queries: np.ndarray, k: int, ef: int, hidden: np.ndarray | None, hidden_count: int) -> list[BaseHits]:
+        """``nearest`` for each row of ``queries`` ``(B, D)``, in one call of the graph library where it can be; the same answers."""
+        if self._walk_is_ann and 2 * hidden_count <= self._corpus.rows:
+            wide, most = self._walk_sizes(k, ef, hidden_count)
             scores = np.empty((len(queries), k), dtype=np.float32)
-            lists = self._engine.walk_batch(queries, k, ef, scores)
-            return [BaseHits(ids, scores[i, : len(ids)], "graph", ef, None) for i, ids in enumerate(lists)]
+            lists = self._engine.walk_batch(queries, k, wide, scores, most, hidden)
+            return [BaseHits(ids, scores[i, : len(ids)], "graph", wide, None) for i, ids in enumerate(lists)]
+        if hidden is not None or self._engine is None or self._rescore:
+            return [self.nearest(queries[i : i + 1], k, ef, hidden, hidden_count) for i in range(len(queries))]
         nodes, distances = self._ann.search_batch(queries, k, ef)
         hits = []
         for i in range(len(queries)):
@@ -191,16 +196,14 @@ class BaseSearch:
         attempts: int = 8,
     ) -> BaseHits:
         """Ask the plain graph for more until k rows survive; fewer come back when that would cost more than scoring everything."""
-        total = self._corpus.rows
-        share = max(1e-6, (1.0 if selection is None else selection.count / total) * (1.0 - hidden_count / total))
         plan = "graph" if selection is None else "graph-grow"
         mask = None if selection is None else selection.as_mask()
+        total = self._corpus.rows
+        share = max(1e-6, (1.0 if selection is None else selection.count / total) * (1.0 - hidden_count / total))
         fetch = k if share == 1.0 else int(1.5 * k / share) + 4
-        wide = ef
-        if share < 1.0:  # the k best that are not hidden are the k / share best of all: ef grows as it does for a larger k
-            wide = int(ef / (share if selection is not None else share**0.5)) + 1
+        wide = ef if share == 1.0 else int(ef / (share if selection is not None else share**0.5)) + 1  # see _walk_sizes
         for _ in range(attempts):
-            if fetch > min(max(20 * ef, 4_000), self._nodes):
+            if fetch > min(max(20 * ef, 4_000), self._nodes):  # scoring everything costs less
                 break
             wide = max(wide, fetch)
             if self._engine is None:
@@ -220,6 +223,19 @@ class BaseSearch:
                 return BaseHits(ids, out, plan, wide, None)
             fetch, wide = fetch * 4, wide * 4
         return BaseHits([], _NO_SCORES, plan, wide, None)
+
+    def _walk_sizes(self, k: int, ef: int, hidden_count: int) -> tuple[int, int]:
+        """The ef of a walk past hidden rows, and how many of the nodes it finds are scored in float32.
+
+        The k best that are not hidden are the k / share best of all, so that ef grows as it does for a larger k. Where so many of the best
+        nodes are hidden that fewer than k are left, a wider search is due: what follows them is found with less recall.
+        """
+        most = max(2 * k, k + 16)
+        if hidden_count == 0:
+            return ef, most
+        share = 1.0 - hidden_count / self._corpus.rows
+        most = int(most / share)
+        return max(round(ef / share**0.5), most), most
 
     # ---- shared ------------------------------------------------------------------------------------------------------------------------
 

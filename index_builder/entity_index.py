@@ -366,14 +366,8 @@ class EntityIndex:
             exact = True
         if live is ...:
             live = self._live
-        if live is None and filter is None and not exclude_ids and not exact:
-            hits = self._base.nearest(query, k, ef_search)
-            selectivity = None
-            if len(hits.ids) < k:  # the graph leads to fewer: look wider, at last everywhere
-                hits = self._base.search(query, k, ef_search, 0, None, None, 0, False)
-        elif live is not None and filter is None and not exclude_ids and not exact:
-            hits = self._base.search(query, k, ef_search, 0, None, live.hidden_rows, live.hidden_count, False)
-            hits, selectivity = self._merge(query, k, hits, live), None
+        if filter is None and not exclude_ids and not exact:
+            hits, selectivity = self._plain(query, k, ef_search, live), None
         else:
             hits, selectivity = self._general(query, k, ef_search, filter, exclude_ids, exact, live)
         if min_score is not None:
@@ -389,16 +383,15 @@ class EntityIndex:
         if len(queries) == 0:
             return []
         queries = np.ascontiguousarray(queries)
-        plain = not options and self._live is None
-        ef, expected = self._settings.choose(k, None, None) if plain else (0, None)
-        if not plain or ef == 0:
+        ef, expected = (0, None) if options else self._settings.choose(k, None, None)
+        if ef == 0:
             return [self.search(queries[i], k, **options) for i in range(len(queries))]
         for query in queries:
             self._checked(query, k)
-        found = self._base.nearest_batch(queries, k, ef)
-        for i, hits in enumerate(found):
-            if len(hits.ids) < k:
-                found[i] = self._base.search(queries[i : i + 1], k, ef, 0, None, None, 0, False)
+        live = self._live
+        hidden, hidden_count = (None, 0) if live is None else (live.hidden_rows, live.hidden_count)
+        found = self._base.nearest_batch(queries, k, ef, hidden, hidden_count)
+        found = [self._plain(queries[i : i + 1], k, ef, live, hits) for i, hits in enumerate(found)]
         return [SearchResult(h.ids, h.scores, h.plan, h.ef, expected if h.recall is None else h.recall, None) for h in found]
 
     def _checked(self, query: np.ndarray, k: int) -> np.ndarray:
@@ -418,6 +411,20 @@ class EntityIndex:
         if not 1 <= k <= MAX_K:
             raise InvalidQuery(f"k must be between 1 and {MAX_K:,}, but got {k}.")
         return query if query.flags.c_contiguous else np.ascontiguousarray(query)
+
+    def _plain(self, query: np.ndarray, k: int, ef: int, live: LiveView | None, hits: BaseHits | None = None) -> BaseHits:
+        """No filter and nothing excluded; ``hits``: what the base's graph answers, where it is known."""
+        hidden, hidden_count = (None, 0) if live is None else (live.hidden_rows, live.hidden_count)
+        if hits is None:
+            hits = self._base.nearest(query, k, ef, hidden, hidden_count)
+        if len(hits.ids) < k:  # the graph leads to fewer: look wider, at last everywhere
+            hits = self._base.search(query, k, ef, 0, None, hidden, hidden_count, False)
+        if live is None:
+            return hits
+        ids, scores = hits.ids, hits.scores
+        for segment in live.segments:
+            ids, scores = segment.merge(query, k, ids, scores)
+        return hits if ids is hits.ids else BaseHits(ids, scores, hits.plan if hits.plan != "empty" else "live", hits.ef, hits.recall)
 
     def _general(
         self, query: np.ndarray, k: int, ef: int, expression: str | None, exclude_ids: Collection[str], exact: bool, live: LiveView | None

@@ -338,22 +338,18 @@ struct Core {
     }
   }
 
-  // The pool's first `most` nodes scored in float32, as rows that may be answered, best first.
+  // Those of the pool's first `most` nodes that may be answered, scored in float32, as rows, best first.
   void refine(const float* query, size_t k, size_t most, const uint8_t* mask, const uint8_t* hidden, Scratch& s) const {
+    if (s.pool.size() > most) s.pool.resize(most);
+    if (mask != nullptr || hidden != nullptr)
+      s.pool.erase(std::remove_if(s.pool.begin(), s.pool.end(), [&](const Candidate& c) { return !allowed(c.node, mask, hidden); }), s.pool.end());
     score_nodes(query, most, s);
-    size_t keep = s.hits.size();
-    if (mask == nullptr && hidden == nullptr) {  // every node has a row to answer with: only those of the best k nodes are looked up
-      finish(k, s.hits);
-      if (!starts.held) return;
-      keep = s.hits.size();
-    }
+    finish(k, s.hits);  // every node left has a row to answer with: only those of the best k nodes are looked up
+    if (!starts.held) return;
     s.best.swap(s.hits);
     s.hits.clear();
-    if (starts.held)
-      for (const Hit& hit : s.best) __builtin_prefetch(starts.as<uint32_t>() + hit.row);
+    for (const Hit& hit : s.best) __builtin_prefetch(starts.as<uint32_t>() + hit.row);
     for (const Hit& hit : s.best) add_rows(hit.row, hit.score, mask, hidden, s.hits);
-    for (size_t i = keep; i < s.pool.size() && s.hits.size() < k; i++)
-      add_rows(s.pool[i].node, float_dot(vector(s.pool[i].node), query, dimension), mask, hidden, s.hits);
     finish(k, s.hits);
   }
 

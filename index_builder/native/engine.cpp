@@ -158,31 +158,34 @@ PyObject* engine_scan(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   return core.answer(s, static_cast<float*>(r.out.view.buf));
 }
 
-// walk(query, k, ef, out) -> ids: the graph walk over codes.
+// walk(query, k, ef, out, most, hidden) -> ids: the graph walk over codes; its best `most` nodes are scored in float32, hidden ones left out.
 PyObject* engine_walk(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   const Core& core = *reinterpret_cast<EngineObject*>(self)->core;
   Request r;
-  size_t ef = 0;
-  if (count != 4) return PyErr_SetString(PyExc_TypeError, "walk takes 4 arguments"), nullptr;
+  size_t ef = 0, most = 0;
+  if (count != 6) return PyErr_SetString(PyExc_TypeError, "walk takes 6 arguments"), nullptr;
   if (!core.walks()) return PyErr_SetString(PyExc_ValueError, "this engine has no graph"), nullptr;
-  if (!request(core, r, args[0], args[1], args[3]) || !positive(args[2], ef)) return nullptr;
+  if (!request(core, r, args[0], args[1], args[3]) || !positive(args[2], ef) || !positive(args[4], most) || !masks(core, r, nullptr, args[5]))
+    return nullptr;
   Scratch& s = scratch;
   const bool done = unlocked([&] {
     core.walk(r.query.as<float>(), std::max(ef, r.k), s);
-    core.refine(r.query.as<float>(), r.k, std::max(2 * r.k, r.k + 16), nullptr, nullptr, s);
+    core.refine(r.query.as<float>(), r.k, most, nullptr, r.hidden.as<uint8_t>(), s);
   });
   if (!done) return nullptr;
   return core.answer(s, static_cast<float*>(r.out.view.buf));
 }
 
-// walk_batch(queries, k, ef, out) -> a list of ids for each query: the graph walks of several queries, taking turns.
+// walk_batch(queries, k, ef, out, most, hidden) -> a list of ids for each query: the graph walks of several queries, taking turns.
 PyObject* engine_walk_batch(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   const Core& core = *reinterpret_cast<EngineObject*>(self)->core;
   Request r;
-  size_t ef = 0;
-  if (count != 4) return PyErr_SetString(PyExc_TypeError, "walk_batch takes 4 arguments"), nullptr;
+  size_t ef = 0, most = 0;
+  if (count != 6) return PyErr_SetString(PyExc_TypeError, "walk_batch takes 6 arguments"), nullptr;
   if (!core.walks()) return PyErr_SetString(PyExc_ValueError, "this engine has no graph"), nullptr;
-  if (!r.query.take(args[0], "queries") || !positive(args[1], r.k) || !positive(args[2], ef) || !r.out.take(args[3], "out", true)) return nullptr;
+  if (!r.query.take(args[0], "queries") || !positive(args[1], r.k) || !positive(args[2], ef) || !r.out.take(args[3], "out", true) ||
+      !positive(args[4], most) || !masks(core, r, nullptr, args[5]))
+    return nullptr;
   const size_t queries = r.query.bytes() / (core.dimension * 4);
   if (r.query.bytes() != queries * core.dimension * 4 || (queries > 0 && r.out.bytes() / 4 / queries < r.k))
     return PyErr_SetString(PyExc_ValueError, "the queries or the room for scores have the wrong size"), nullptr;
@@ -191,7 +194,7 @@ PyObject* engine_walk_batch(PyObject* self, PyObject* const* args, Py_ssize_t co
   const bool done = unlocked([&] {
     found.resize(queries);
     core.walk_many(first, queries, std::max(ef, r.k), [&](size_t i, Scratch& s) {
-      core.refine(first + i * core.dimension, r.k, std::max(2 * r.k, r.k + 16), nullptr, nullptr, s);
+      core.refine(first + i * core.dimension, r.k, most, nullptr, r.hidden.as<uint8_t>(), s);
       found[i] = s.hits;
     });
   });
@@ -274,8 +277,8 @@ PyMethodDef module_methods[] = {{"link_records", link_records, METH_VARARGS, "li
 PyMethodDef engine_methods[] = {
     {"finish", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(engine_finish)), METH_FASTCALL, "finish(nodes, distances, k, out, mask, hidden) -> ids"},
     {"scan", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(engine_scan)), METH_FASTCALL, "scan(query, k, rows, out, hidden) -> ids"},
-    {"walk", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(engine_walk)), METH_FASTCALL, "walk(query, k, ef, out) -> ids"},
-    {"walk_batch", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(engine_walk_batch)), METH_FASTCALL, "walk_batch(queries, k, ef, out) -> ids of each"},
+    {"walk", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(engine_walk)), METH_FASTCALL, "walk(query, k, ef, out, most, hidden) -> ids"},
+    {"walk_batch", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(engine_walk_batch)), METH_FASTCALL, "walk_batch(queries, k, ef, out, most, hidden) -> ids of each"},
     {"sketch", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(engine_sketch)), METH_FASTCALL, "sketch(query, k, wanted, out, mask, hidden) -> ids"},
     {"nearest", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(engine_nearest)), METH_FASTCALL, "nearest(query, k, ef, out_nodes, out_distances) -> count"},
     {nullptr, nullptr, 0, nullptr}};

@@ -52,8 +52,8 @@ struct Rotation {
     float* x = out.data();
     for (size_t round = 0; round < 2; round++) {
       const float* flip = signs.data() + round * size;
-      for (size_t i = 0; i < size; i++) x[i] *= flip[i];
-      for (size_t half = 1; half < size; half *= 2)
+      for (size_t i = 0; i < size; i += 4) flip_and_mix_four(x + i, flip + i);
+      for (size_t half = 4; half < size; half *= 2)
         for (size_t i = 0; i < size; i += 2 * half)
           for (size_t j = i; j < i + half; j++) {
             float a = x[j], b = x[j + half];
@@ -61,6 +61,15 @@ struct Rotation {
             x[j + half] = a - b;
           }
     }
+  }
+  // The signs and the two narrowest levels of the transform.
+  static void flip_and_mix_four(float* x, const float* flip) {
+    const float a = x[0] * flip[0], b = x[1] * flip[1], c = x[2] * flip[2], d = x[3] * flip[3];
+    const float ab = a + b, a_b = a - b, cd = c + d, c_d = c - d;
+    x[0] = ab + cd;
+    x[1] = a_b + c_d;
+    x[2] = ab - cd;
+    x[3] = a_b - c_d;
   }
 };
 
@@ -80,56 +89,68 @@ struct Levels {
   float step, lowest, total;  // total: sum of the components
 };
 
-// The highest inner product that each of 8 rows may have; returns which are above the floor. bits: words x 8.
-using Above = uint32_t (*)(const uint64_t* bits, const Levels& query, Facts facts, float floor, float* most);
+// The highest inner product that each row of some blocks may have, and for each block which of its 8 rows are above the floor. bits: words x 8 a block.
+// Whole scans in one call, so that the sums of one block need not wait for those of the one before.
+using Estimate = void (*)(const uint64_t* bits, const Levels& query, Facts facts, size_t blocks, float floor, float* most, uint8_t* above);
 
-#define OMNI_ABOVE_BODY                                                                                                                   \
-  uint32_t above = 0;                                                                                                                     \
-  for (size_t row = 0; row < kBlock; row++) {                                                                                             \
-    int32_t sum = 0;                                                                                                                      \
-    for (size_t w = 0; w < query.words; w++)                                                                                              \
-      for (size_t p = 0; p < kPlanes; p++)                                                                                                \
-        sum += int32_t(__builtin_popcountll(bits[w * kBlock + row] & query.planes[w * kPlanes + p])) << p;                                \
-    most[row] = facts.factor[row] * (2 * query.step * float(sum) + 2 * query.lowest * facts.set_bits[row] - query.total) + facts.margin[row]; \
-    above |= uint32_t(most[row] > floor) << row;                                                                                          \
-  }                                                                                                                                       \
-  return above;
+#define OMNI_ESTIMATE_BODY                                                                                                                    \
+  for (size_t block = 0; block < blocks; block++, bits += query.words * kBlock) {                                                             \
+    uint32_t bit = 0;                                                                                                                         \
+    for (size_t lane = 0; lane < kBlock; lane++) {                                                                                            \
+      const size_t row = block * kBlock + lane;                                                                                               \
+      int32_t sum = 0;                                                                                                                        \
+      for (size_t w = 0; w < query.words; w++)                                                                                                \
+        for (size_t p = 0; p < kPlanes; p++)                                                                                                  \
+          sum += int32_t(__builtin_popcountll(bits[w * kBlock + lane] & query.planes[w * kPlanes + p])) << p;                                 \
+      most[row] = facts.factor[row] * (2 * query.step * float(sum) + 2 * query.lowest * facts.set_bits[row] - query.total) + facts.margin[row]; \
+      bit |= uint32_t(most[row] > floor) << lane;                                                                                             \
+    }                                                                                                                                         \
+    above[block] = uint8_t(bit);                                                                                                              \
+  }
 
-uint32_t above_plain(const uint64_t* bits, const Levels& query, Facts facts, float floor, float* most) { OMNI_ABOVE_BODY }
+void estimate_plain(const uint64_t* bits, const Levels& query, Facts facts, size_t blocks, float floor, float* most, uint8_t* above) { OMNI_ESTIMATE_BODY }
 
 #ifdef OMNI_X86
-__attribute__((target("popcnt"))) uint32_t above_popcnt(const uint64_t* bits, const Levels& query, Facts facts, float floor, float* most) {
-  OMNI_ABOVE_BODY
+__attribute__((target("popcnt"))) void estimate_popcnt(const uint64_t* bits, const Levels& query, Facts facts, size_t blocks, float floor, float* most,
+                                                       uint8_t* above) {
+  OMNI_ESTIMATE_BODY
 }
 
-__attribute__((target("avx512f,avx512dq,avx512vl,avx512vpopcntdq,fma"))) uint32_t above_avx512(const uint64_t* bits, const Levels& query, Facts facts,
-                                                                                               float floor, float* most) {
+__attribute__((target("avx512f,avx512dq,avx512vl,avx512vpopcntdq,fma"))) void estimate_avx512(const uint64_t* bits, const Levels& query, Facts facts,
+                                                                                              size_t blocks, float floor, float* most, uint8_t* above) {
   static_assert(kPlanes == 3 && kBlock == 8, "one sum a plane, one lane a row");
-  __m512i s0 = _mm512_setzero_si512(), s1 = s0, s2 = s0;
-  for (size_t w = 0; w < query.words; w++) {
-    const __m512i rows = _mm512_loadu_si512(bits + w * kBlock);
-    const uint64_t* plane = query.planes + w * kPlanes;
-    s0 = _mm512_add_epi64(s0, _mm512_popcnt_epi64(_mm512_and_si512(rows, _mm512_set1_epi64(int64_t(plane[0])))));
-    s1 = _mm512_add_epi64(s1, _mm512_popcnt_epi64(_mm512_and_si512(rows, _mm512_set1_epi64(int64_t(plane[1])))));
-    s2 = _mm512_add_epi64(s2, _mm512_popcnt_epi64(_mm512_and_si512(rows, _mm512_set1_epi64(int64_t(plane[2])))));
+  const size_t words = query.words;
+  const uint64_t* planes = query.planes;
+  const __m256 twice_lowest = _mm256_set1_ps(2 * query.lowest), twice_step = _mm256_set1_ps(2 * query.step), total = _mm256_set1_ps(query.total);
+  const __m256 least = _mm256_set1_ps(floor);
+  for (size_t block = 0; block < blocks; block++, bits += words * kBlock) {
+    __m512i s0 = _mm512_setzero_si512(), s1 = s0, s2 = s0;
+    for (size_t w = 0; w < words; w++) {
+      const __m512i rows = _mm512_loadu_si512(bits + w * kBlock);
+      const uint64_t* plane = planes + w * kPlanes;
+      s0 = _mm512_add_epi64(s0, _mm512_popcnt_epi64(_mm512_and_si512(rows, _mm512_set1_epi64(int64_t(plane[0])))));
+      s1 = _mm512_add_epi64(s1, _mm512_popcnt_epi64(_mm512_and_si512(rows, _mm512_set1_epi64(int64_t(plane[1])))));
+      s2 = _mm512_add_epi64(s2, _mm512_popcnt_epi64(_mm512_and_si512(rows, _mm512_set1_epi64(int64_t(plane[2])))));
+    }
+    const size_t row = block * kBlock;
+    const __m512i sums = _mm512_add_epi64(s0, _mm512_slli_epi64(_mm512_add_epi64(s1, _mm512_slli_epi64(s2, 1)), 1));
+    const __m256 set = _mm256_fmsub_ps(twice_lowest, _mm256_loadu_ps(facts.set_bits + row), total);
+    const __m256 product = _mm256_fmadd_ps(twice_step, _mm512_cvtepi64_ps(sums), set);
+    const __m256 highest = _mm256_fmadd_ps(_mm256_loadu_ps(facts.factor + row), product, _mm256_loadu_ps(facts.margin + row));
+    _mm256_storeu_ps(most + row, highest);
+    above[block] = uint8_t(_mm256_cmp_ps_mask(highest, least, _CMP_GT_OQ));
   }
-  const __m512i sums = _mm512_add_epi64(s0, _mm512_slli_epi64(_mm512_add_epi64(s1, _mm512_slli_epi64(s2, 1)), 1));
-  const __m256 set = _mm256_fmsub_ps(_mm256_set1_ps(2 * query.lowest), _mm256_loadu_ps(facts.set_bits), _mm256_set1_ps(query.total));
-  const __m256 product = _mm256_fmadd_ps(_mm256_set1_ps(2 * query.step), _mm512_cvtepi64_ps(sums), set);
-  const __m256 highest = _mm256_fmadd_ps(_mm256_loadu_ps(facts.factor), product, _mm256_loadu_ps(facts.margin));
-  _mm256_storeu_ps(most, highest);
-  return _mm256_cmp_ps_mask(highest, _mm256_set1_ps(floor), _CMP_GT_OQ);
 }
 #endif
 
-Above above = above_plain;
+Estimate estimate = estimate_plain;
 
 void choose_estimates() {
 #ifdef OMNI_X86
-  if (__builtin_cpu_supports("popcnt")) above = above_popcnt;
+  if (__builtin_cpu_supports("popcnt")) estimate = estimate_popcnt;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("fma"))
-    above = above_avx512;
+    estimate = estimate_avx512;
 #endif
 }
 
@@ -172,8 +193,9 @@ inline bool before(const Found& a, const Found& b) {  // better first; among equ
 struct Scratch {
   Rotation rotation;
   std::vector<float> rotated;
-  std::vector<uint8_t> levels;
+  std::vector<uint8_t> levels, above;
   std::vector<uint64_t> planes;
+  std::vector<float> most;
   std::vector<Found> candidates, found;
 };
 thread_local Scratch scratch;
@@ -231,7 +253,9 @@ Levels quantise(Scratch& s, size_t words) {
   query.step = std::max((*std::max_element(highest, highest + lanes) - query.lowest) / float((1 << kPlanes) - 1), 1e-12f);
   const float scale = 1 / query.step, offset = 0.5f - query.lowest * scale;
   s.levels.resize(words * 64);
-  for (size_t i = 0; i < words * 64; i++) s.levels[i] = uint8_t(int32_t(s.rotated[i] * scale + offset));
+  uint8_t* __restrict levels_out = s.levels.data();
+  const float* __restrict rotated = s.rotated.data();
+  for (size_t i = 0; i < words * 64; i++) levels_out[i] = uint8_t(int32_t(rotated[i] * scale + offset));
   s.planes.resize(words * kPlanes);
   for (size_t w = 0; w < words; w++)
     for (size_t p = 0; p < kPlanes; p++) {
@@ -259,17 +283,18 @@ void scan(const Rows& rows, const float* query, size_t k, size_t used, const uin
   std::vector<Found>& found = s.found;  // a heap with the worst on top
   std::make_heap(found.begin(), found.end(), before);
   float floor = found.size() == k ? found.front().score : -std::numeric_limits<float>::infinity();
-  const uint64_t* bits = rows.bits.as<uint64_t>();
+  const size_t blocks = (used + kBlock - 1) / kBlock;
+  s.most.resize(blocks * kBlock);
+  s.above.resize(blocks);
+  estimate(rows.bits.as<uint64_t>(), levels, rows.facts_at(0), blocks, floor, s.most.data(), s.above.data());
   s.candidates.clear();
-  for (size_t start = 0; start < used; start += kBlock) {
-    float most[kBlock];
-    if (above(bits + start * rows.words, levels, rows.facts_at(start), floor, most) == 0) continue;
-    for (size_t i = 0; i < kBlock && start + i < used; i++) {
-      if (most[i] <= floor || !alive[start + i]) continue;
-      for (size_t j = 0; j < rows.dimension; j += 16) __builtin_prefetch(rows.vector(start + i) + j);
-      s.candidates.push_back(Found{most[i], int64_t(start + i)});
+  for (size_t block = 0; block < blocks; block++)
+    for (uint32_t above = s.above[block]; above != 0; above &= above - 1) {
+      const size_t row = block * kBlock + size_t(__builtin_ctz(above));
+      if (row >= used || !alive[row]) continue;
+      for (size_t j = 0; j < rows.dimension; j += 16) __builtin_prefetch(rows.vector(row) + j);
+      s.candidates.push_back(Found{s.most[row], int64_t(row)});
     }
-  }
   for (const Found& candidate : s.candidates) {
     if (candidate.score <= floor) continue;
     const float score = float_dot(rows.vector(size_t(candidate.place)), query, rows.dimension);

@@ -35,7 +35,7 @@ def engine(vectors: np.ndarray) -> object:
 
 def test_a_candidate_list_longer_than_the_corpus_is_the_corpus(engine: object, vectors: np.ndarray) -> None:
     few, many = np.empty(10, np.float32), np.empty(10, np.float32)
-    assert engine.walk(vectors[:1], 10, 10**13, many) == engine.walk(vectors[:1], 10, N, few)  # type: ignore[attr-defined]
+    assert engine.walk(vectors[:1], 10, 10**13, many, 26, None) == engine.walk(vectors[:1], 10, N, few, 26, None)  # type: ignore[attr-defined]
     np.testing.assert_array_equal(few, many)
 
 
@@ -43,8 +43,8 @@ def test_sizes_whose_bytes_overflow_are_refused(engine: object, vectors: np.ndar
     nodes, out = np.arange(100, dtype=np.uint32), np.zeros(1, np.float32)
     calls = {
         "finish": lambda: engine.finish(nodes, np.zeros(100, np.float32), HUGE, out, None, None),  # type: ignore[attr-defined]
-        "walk": lambda: engine.walk(vectors[:1], HUGE, 10, out),  # type: ignore[attr-defined]
-        "walk_batch": lambda: engine.walk_batch(vectors[:4].copy(), 2**60, 10, out),  # type: ignore[attr-defined]
+        "walk": lambda: engine.walk(vectors[:1], HUGE, 10, out, 26, None),  # type: ignore[attr-defined]
+        "walk_batch": lambda: engine.walk_batch(vectors[:4].copy(), 2**60, 10, out, 26, None),  # type: ignore[attr-defined]
         "nearest": lambda: engine.nearest(vectors[:1], HUGE, 10, nodes.copy(), out),  # type: ignore[attr-defined]
         "scan": lambda: engine.scan(vectors[:1], HUGE, nodes, out, None),  # type: ignore[attr-defined]
         "dimension": lambda: Engine(vectors, HUGE, np.zeros(1, np.uint8), np.zeros(N + 1, np.uint64)),
@@ -52,7 +52,7 @@ def test_sizes_whose_bytes_overflow_are_refused(engine: object, vectors: np.ndar
     for name, call in calls.items():
         with pytest.raises(ValueError, match=r"size|room|dimension"):
             call()
-        assert engine.walk(vectors[:1], 1, 10, out) != [], name  # type: ignore[attr-defined]
+        assert engine.walk(vectors[:1], 1, 10, out, 26, None) != [], name  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("damage", ["starts only", "node", "row", "descending"])
@@ -76,15 +76,15 @@ def test_a_finaliser_that_searches_while_an_answer_is_made_does_not_change_it(en
             self.me = self
 
         def __del__(self) -> None:
-            engine.walk(vectors[:1], 150, 150, np.empty(150, np.float32))  # type: ignore[attr-defined]
+            engine.walk(vectors[:1], 150, 150, np.empty(150, np.float32), 300, None)  # type: ignore[attr-defined]
 
-    wanted = engine.walk(vectors[5:6], 3, 150, np.empty(3, np.float32))  # type: ignore[attr-defined]
+    wanted = engine.walk(vectors[5:6], 3, 150, np.empty(3, np.float32), 19, None)  # type: ignore[attr-defined]
     thresholds = gc.get_threshold()
     gc.set_threshold(1)
     try:
         for _ in range(300):
             SearchesWhenCollected()
-            assert engine.walk(vectors[5:6], 3, 150, np.empty(3, np.float32)) == wanted  # type: ignore[attr-defined]
+            assert engine.walk(vectors[5:6], 3, 150, np.empty(3, np.float32), 19, None) == wanted  # type: ignore[attr-defined]
     finally:
         gc.set_threshold(*thresholds)
 

@@ -183,19 +183,43 @@ def test_min_recall_chooses_ef_or_an_exact_scan(index: EntityIndex) -> None:
     assert [r.ids for r in batch] == [index.search(q, 10).ids for q in queries[:3]]
 
 
+@pytest.mark.parametrize("gone", [None, 0.0, 0.04, 0.6, 1.0])
 @pytest.mark.parametrize("size", [0, 1, 3, 4, 5, 64, 150])
-def test_a_batch_is_answered_as_its_queries_are_one_by_one(index: EntityIndex, size: int) -> None:
-    """Walks of a batch take turns; the ten entities with one vector must not disturb them."""
+def test_a_batch_is_answered_as_its_queries_are_one_by_one(index: EntityIndex, size: int, gone: float | None) -> None:
+    """Walks of a batch take turns; neither the ten entities with one vector nor hidden rows and live entries disturb them."""
     corpus, queries = _corpus()
     asked = np.concatenate([corpus[100:102], queries])[:size]
-    for k in (1, 10, 25):
-        for one, of_batch in zip([index.search(q, k) for q in asked], index.search_batch(asked, k), strict=True):
-            assert one.ids == of_batch.ids and (one.plan, one.ef, one.estimated_recall) == (
-                of_batch.plan,
-                of_batch.ef,
-                of_batch.estimated_recall,
-            )
-            np.testing.assert_array_equal(one.scores, of_batch.scores)
+    index.set_live(None if gone is None else _live_view(queries[:4], np.random.default_rng(1).random(N) < gone, scans=True))
+    try:
+        for k in (1, 10, 25):
+            for one, of_batch in zip([index.search(q, k) for q in asked], index.search_batch(asked, k), strict=True):
+                assert one.ids == of_batch.ids and (one.plan, one.ef, one.estimated_recall) == (
+                    of_batch.plan,
+                    of_batch.ef,
+                    of_batch.estimated_recall,
+                )
+                np.testing.assert_array_equal(one.scores, of_batch.scores)
+    finally:
+        index.set_live(None)
+
+
+def test_recall_holds_where_the_best_rows_of_each_query_are_hidden(index: EntityIndex) -> None:
+    """Deleting a whole neighbourhood leaves the graph's best candidates hidden; what lies behind them must be found."""
+    corpus, queries = _corpus()
+    hits = total = 0
+    for near in (5, 20, 200):
+        for query in queries[:60]:
+            hidden = np.zeros(N, np.bool_)
+            hidden[np.argsort(-(corpus @ query))[:near]] = True
+            index.set_live(LiveView(sequence=1, hidden_rows=hidden, hidden_count=near))
+            try:
+                result, truth = index.search(query, 10), index.search(query, 10, exact=True)
+            finally:
+                index.set_live(None)
+            assert len(result.ids) == 10 and not hidden[[int(i.split(":")[1]) for i in result.ids]].any()
+            hits += int(np.count_nonzero(result.scores >= truth.scores[-1] - 1e-5))
+            total += 10
+    assert hits / total >= 0.9, hits / total
 
 
 def test_requests_that_can_never_succeed(index: EntityIndex) -> None:

@@ -215,7 +215,7 @@ def command(
     metrics = {"states": rows, "sustained": rate_result}
     if not no_record:
         write_record(
-            f"update-{base_rows // 1000}k",
+            f"update-{base_rows // 1000}k" + ("" if kind == "auto" else f"-{kind}"),
             dataset={**base.describe(), "replacements": "vectors of other real texts, not in the base"},
             config={"index": kind, "queries": query_count, "rate": rate, "seconds": seconds},
             protocol={

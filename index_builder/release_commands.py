@@ -205,8 +205,9 @@ def _verify_log(store: ReleaseStore, folder: Path) -> dict[str, Any]:
 def diff_command(before: str | None, after: str | None, store_path: Path, as_json: bool) -> None:
     """Compare release BEFORE (default: the active one) with AFTER (default: the newest).
 
-    Without arguments, when the newest is active already: the release that was active before it with the active one.
-    Shown are overlap@10 of the golden queries, drift of scores and norms, and entities added, removed and moved.
+    The newest alone is compared with the active one; when it is active already, the release that was active before
+    it with the active one, also without arguments. Shown are overlap@10 of the golden queries, drift of scores and
+    norms, and entities added, removed and moved.
 
     Example: omni release diff --store store
     """
@@ -246,10 +247,11 @@ def _compared(store: ReleaseStore, before: str | None, after: str | None) -> tup
     if after is not None:
         return first, after, ""
     ids = store.ids()
-    if before is not None and ids:
-        return first, ids[-1], ""
     if ids and ids[-1] != first:
-        return first, ids[-1], " (the active release and the newest)"
+        return first, ids[-1], "" if before else " (the active release and the newest)"
+    active = store.current()
+    if active is not None and active != first:
+        return active, first, " (the active release, and the newest)"
     earlier = store.earlier()
     if not earlier:
         raise ReleaseNotFound(

@@ -119,6 +119,30 @@ def test_diff_without_arguments_compares_the_active_release_with_the_one_before(
     assert "nothing to compare" in result.output
 
 
+def test_diff_of_the_newest_release_compares_it_with_the_active_one_or_the_one_before(store: ReleaseStore) -> None:
+    """`diff NEWEST` compared NEWEST with itself: nothing added, nothing removed, whatever it held."""
+    at = ("--store", store.root)
+
+    def compared(*named: str) -> tuple[str, str]:
+        diff = json.loads(run(release_commands.group, "diff", *named, *at, "--json").stdout)
+        return diff["before"], diff["after"]
+
+    assert compared("r1") == ("r0", "r1")  # it is active: with the one active before
+    store.activate("r0")
+    assert compared("r1") == ("r0", "r1")  # it is not: with the active one
+    assert "(the active release, and the newest)" in run(release_commands.group, "diff", "r1", *at).output
+    assert compared("r0") == ("r0", "r1")
+    shutil.rmtree(store.path_of("r1"))
+    store.activate("r0")
+    result = run(release_commands.group, "diff", "r0", *at)
+    assert result.exit_code == 1
+    assert "nothing to compare r0 with" in result.output
+    (store.releases / "CURRENT").unlink()
+    result = run(release_commands.group, "diff", "r0", *at)
+    assert result.exit_code == 1
+    assert "nothing to compare r0 with" in result.output
+
+
 @pytest.mark.parametrize("arguments", [("show",), ("verify",), ("rollback",), ("activate", "nope")])
 def test_an_empty_store_is_told_with_the_next_step(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     result = run(release_commands.group, *arguments, "--store", tmp_path / "empty")

@@ -18,7 +18,7 @@ from index_builder.errors import InvalidQuery
 from index_builder.explain import STEPS, Waterfall, dimension_curve, explain_id, recall_waterfall
 from index_builder.live_follower import LiveFollower
 from index_builder.release import Release
-from index_builder.store_option import open_store, store_option
+from index_builder.store_option import full_release_id, open_store, store_option
 
 
 @click.group()
@@ -31,7 +31,7 @@ def group() -> None:
 
 def _open(store_path: Path, release_id: str | None) -> tuple[Release, LiveFollower]:
     store = open_store(store_path)
-    release = store.open(release_id) if release_id else store.open_current()
+    release = store.open(full_release_id(store, release_id)) if release_id else store.open_current()
     follower = LiveFollower(store, release)
     follower.catch_up()
     return release, follower

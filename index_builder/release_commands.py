@@ -20,11 +20,11 @@ from index_builder.live_files import log_files
 from index_builder.live_log import LiveLogReader
 from index_builder.live_log import trust_log as trust_checksums
 from index_builder.publishing import CURRENT_NAME, ReleaseStore, ReleaseSummary
-from index_builder.store_option import open_store, store_option
+from index_builder.store_option import full_release_id, open_store, store_option
 
 
 def _named_or_current(store: ReleaseStore, release_id: str | None) -> str:
-    found = release_id or store.current()
+    found = full_release_id(store, release_id) if release_id else store.current()
     if found is None:
         raise ReleaseNotFound(f"no release is active in {store.root}; name one (omni release list) or publish one (omni rebuild)")
     return found
@@ -32,7 +32,7 @@ def _named_or_current(store: ReleaseStore, release_id: str | None) -> str:
 
 @click.group()
 def group() -> None:
-    """List, show, verify, diff, activate, roll back and collect releases.
+    """List, show, verify, diff, activate, roll back and collect releases. The start of an id is enough where only one begins so.
 
     Example: omni release list --store store
     """
@@ -57,7 +57,7 @@ def list_command(store_path: Path, as_json: bool) -> None:
 
 
 def _list_table(summaries: Sequence[ReleaseSummary]) -> Table:
-    """One row per release, its id whole on one line however narrow the terminal is: `omni release activate` takes nothing less."""
+    """One row per release, its id whole on one line however narrow the terminal is: calls of the service take nothing less."""
     table = Table()
     table.add_column("", no_wrap=True, min_width=1)
     table.add_column("release", no_wrap=True, min_width=max((len(s.release_id) for s in summaries), default=0))
@@ -245,7 +245,7 @@ def _compared(store: ReleaseStore, before: str | None, after: str | None) -> tup
     """Which releases ``diff`` compares, and what to say about the choice."""
     first = _named_or_current(store, before)
     if after is not None:
-        return first, after, ""
+        return first, full_release_id(store, after), ""
     ids = store.ids()
     if ids and ids[-1] != first:
         return first, ids[-1], "" if before else " (the active release and the newest)"
@@ -271,8 +271,9 @@ def activate_command(release_id: str, store_path: Path, as_json: bool) -> None:
 
     Example: omni release activate 2026-01-14T09-30-12Z-ab12cd34ef56 --store store
     """
-    before = open_store(store_path).activate(release_id)
-    _say_active(release_id, before, as_json)
+    store = open_store(store_path)
+    release_id = full_release_id(store, release_id)
+    _say_active(release_id, store.activate(release_id), as_json)
 
 
 @group.command("rollback")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,31 @@ def test_diff_of_the_newest_release_compares_it_with_the_active_one_or_the_one_b
     result = run(release_commands.group, "diff", "r0", *at)
     assert result.exit_code == 1
     assert "nothing to compare r0 with" in result.output
+
+
+def test_a_release_may_be_named_by_the_start_of_its_id(store: ReleaseStore) -> None:
+    at = ("--store", store.root)
+    for old, new in (("r0", "2026-01-14T09-30-12Z-ab12"), ("r1", "2026-01-15T09-30-12Z-cd34")):
+        path = store.path_of(old) / "manifest.json"
+        manifest = replace(read_manifest(path.parent), release_id=new)
+        path.write_bytes(manifest.to_bytes())
+        path.parent.rename(store.path_of(new))
+    first, second = store.ids()
+    assert json.loads(run(release_commands.group, "activate", "2026-01-14", *at, "--json").stdout)["active"] == first
+    assert store.current() == first
+    assert json.loads(run(release_commands.group, "show", "2026-01-15", *at, "--json").stdout)["release_id"] == second
+    assert json.loads(run(release_commands.group, "verify", "2026-01-15", *at, "--json").stdout)[0]["what"] == second
+    diff = json.loads(run(release_commands.group, "diff", "2026-01-14", "2026-01-15", *at, "--json").stdout)
+    assert (diff["before"], diff["after"]) == (first, second)
+    options = ("--entity-type", "pin", "--like", "pin-3", "--release", "2026-01-15", "--json")
+    assert json.loads(run(explain_commands.group, "query", *at, *options).stdout)["release_id"] == second
+    result = run(release_commands.group, "activate", "2026", *at)
+    assert (result.exit_code, store.current()) == (1, first)
+    assert f"2 releases begin with '2026': {first}, {second}" in " ".join(result.output.split())
+    assert run(release_commands.group, "activate", "26", *at).exit_code == 1
+    shutil.copytree(store.path_of(second), store.releases / "2026")
+    result = run(release_commands.group, "verify", "2026", *at, "--json")
+    assert json.loads(result.stdout)[0]["what"] == "2026", "a whole id is that release, whatever else begins so"
 
 
 @pytest.mark.parametrize("arguments", [("show",), ("verify",), ("rollback",), ("activate", "nope")])

@@ -1,4 +1,4 @@
-"""``omni release list`` shows ids whole: `omni release activate` takes nothing less."""
+"""``omni release list`` shows ids whole: calls of the service take nothing less."""
 
 from pathlib import Path
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,13 @@ from encoders.errors import ConfigError
 if TYPE_CHECKING:
     from encoders.engaged_state import Merge
 
-catalogue_option = click.option("--catalogue", required=True, type=click.Path(exists=True, path_type=Path), help="Catalogue table.")
+catalogue_option = click.option(
+    "--catalogue",
+    required=True,
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="Catalogue table. Repeatable: all together are one catalogue.",
+)
 out_option = click.option(
     "--out", required=True, type=click.Path(path_type=Path), help="Enriched catalogue to write (.parquet, .jsonl, ...)."
 )
@@ -31,7 +38,13 @@ def group() -> None:
 
 @group.command()
 @catalogue_option
-@click.option("--boards", required=True, type=click.Path(exists=True, path_type=Path), help="Boards table: board_id, title, entity_id.")
+@click.option(
+    "--boards",
+    required=True,
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="Boards table: board_id, title, entity_id. Repeatable.",
+)
 @out_option
 @click.option("--top", default=10, show_default=True, help="Most titles per entity.")
 @click.option(
@@ -40,7 +53,9 @@ def group() -> None:
 @encoding_option
 @json_option
 @handle_errors
-def boards(catalogue: Path, boards: Path, out: Path, top: int, max_word_prevalence: float, encoding: str, as_json: bool) -> None:
+def boards(
+    catalogue: tuple[Path, ...], boards: tuple[Path, ...], out: Path, top: int, max_word_prevalence: float, encoding: str, as_json: bool
+) -> None:
     """Put each entity's best board titles on the catalogue (column board_titles).
 
     Titles are ranked by how specific their words are to the entity and by how many boards bear them; noise and repetition drop.
@@ -70,16 +85,34 @@ def boards(catalogue: Path, boards: Path, out: Path, top: int, max_word_prevalen
 @group.command()
 @click.option("--state", required=True, type=click.Path(path_type=Path), help="Folder of the state; --create makes it.")
 @click.option("--create", is_flag=True, help="Make a new, empty state.")
-@click.option("--log", "log_path", type=click.Path(exists=True, path_type=Path), help="New slice of the log: any days, any order.")
+@click.option(
+    "--log",
+    "logs",
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="New slice of the log: any days, any order. Repeatable.",
+)
 @click.option("--until", help="Move the end of the window to this UTC midnight or later. Default: the midnight after the last event.")
-@click.option("--catalogue", type=click.Path(exists=True, path_type=Path), help="Catalogue to enrich; needs --out.")
+@click.option(
+    "--catalogue", multiple=True, type=click.Path(exists=True, path_type=Path), help="Catalogue to enrich; needs --out. Repeatable."
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     help="With --catalogue: the enriched catalogue. Without: features of touched entities; one row with no query where none is left.",
 )
-@click.option("--delete-users", type=click.Path(exists=True, path_type=Path), help="File with a user id per line: forget these people.")
-@click.option("--delete-queries", type=click.Path(exists=True, path_type=Path), help="File with a query per line: never show these.")
+@click.option(
+    "--delete-users",
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="File with a user id per line: forget these people. Repeatable.",
+)
+@click.option(
+    "--delete-queries",
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="File with a query per line: never show these. Repeatable.",
+)
 @click.option("--top", default=20, show_default=True, help="Most queries per entity.")
 @click.option("--window-days", default=730, show_default=True, help="Older events no longer count. Fixed once the state is made.")
 @click.option("--min-users", default=3, show_default=True, help="Different people needed before a query becomes a feature.")
@@ -90,7 +123,7 @@ def boards(catalogue: Path, boards: Path, out: Path, top: int, max_word_prevalen
 @json_option
 @handle_errors
 def queries(
-    state: Path, create: bool, log_path: Path | None, catalogue: Path | None, out: Path | None, as_json: bool, **flags: Any
+    state: Path, create: bool, logs: tuple[Path, ...], catalogue: tuple[Path, ...], out: Path | None, as_json: bool, **flags: Any
 ) -> None:
     """Keep each entity's engaged queries current: merge a new slice of the log into the state, at the cost of the slice.
 
@@ -122,13 +155,14 @@ def queries(
             merges.append(current.delete_users(_lines(flags["delete_users"])))
         if flags["delete_queries"]:
             merges.append(current.delete_queries(_lines(flags["delete_queries"])))
-        if log_path or flags["until"]:
+        if logs or flags["until"]:
             until = parse_day(flags["until"]) if flags["until"] else None
             rules = EngagementRules(min_dwell_seconds=flags["min_dwell"])
             on_bad_rows: OnBadRows = "drop" if flags["drop_bad_rows"] else "raise"
-            batches = read_events(log_path, rules, on_bad_rows=on_bad_rows, encoding=flags["encoding"]) if log_path else iter(())
             # Batch by batch: memory stays bounded however long the history, and a stopped load can simply be run again.
-            merges += [current.merge(batch.frame, what=log_path.name if log_path else "") for batch in batches]
+            for log in logs:
+                batches = read_events(log, rules, on_bad_rows=on_bad_rows, encoding=flags["encoding"])
+                merges += [current.merge(batch.frame, what=log.name) for batch in batches]
             if until is not None:
                 merges.append(current.merge(pl.DataFrame(schema=EVENT_SCHEMA), until=until, what="move the window"))
         if catalogue and out:
@@ -156,7 +190,7 @@ def queries(
 @encoding_option
 @json_option
 @handle_errors
-def captions(catalogue: Path, images: Path, state: Path, out: Path, encoding: str, as_json: bool, **settings: Any) -> None:
+def captions(catalogue: tuple[Path, ...], images: Path, state: Path, out: Path, encoding: str, as_json: bool, **settings: Any) -> None:
     """Write a caption for every image that is new or changed (column caption), and report their quality.
 
     Stopping loses at most one batch: run the command again to go on. Images that fail are named in the state and tried again.
@@ -183,7 +217,7 @@ def captions(catalogue: Path, images: Path, state: Path, out: Path, encoding: st
 @click.option("--judge", "judges", multiple=True, default=("a", "b"), show_default=True, help="Name of a judge; repeat for more.")
 @click.option("--seed", default=0, show_default=True, help="Draws and orders the items.")
 @handle_errors
-def caption_sheet(catalogue: Path, out: Path, items: int, judges: tuple[str, ...], seed: int) -> None:
+def caption_sheet(catalogue: tuple[Path, ...], out: Path, items: int, judges: tuple[str, ...], seed: int) -> None:
     """Write a sheet on which people grade captions: good, usable or wrong.
 
     Example: omni enrich caption-sheet --catalogue captioned.parquet --out sheet.csv --judge ann --judge bo
@@ -224,8 +258,8 @@ def _last_features(merges: list[Merge]) -> pl.DataFrame:
     return pl.concat([features, emptied], how="diagonal").sort(*key, "rank")
 
 
-def _lines(path: Path) -> list[str]:
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line]
+def _lines(paths: Sequence[Path]) -> list[str]:
+    return [line for path in paths for line in path.read_text(encoding="utf-8").splitlines() if line]
 
 
 def _report(summary: dict[str, Any], as_json: bool) -> None:

@@ -13,7 +13,7 @@ import polars as pl
 from encoders.errors import ConfigError
 from encoders.schemas import LOG
 from encoders.table_checks import TableReport, check_frame
-from encoders.tables import OnBadRows, raise_problems, read_raw, table_files
+from encoders.tables import OnBadRows, TableSource, raise_problems, read_raw, table_files
 from encoders.text import normalize_query
 
 EVENT_SCHEMA: dict[str, pl.DataType] = {
@@ -105,7 +105,7 @@ def merge_duplicates(events: pl.DataFrame) -> pl.DataFrame:
 
 
 def read_events(
-    path: Path | str,
+    path: TableSource,
     rules: EngagementRules,
     *,
     on_bad_rows: OnBadRows = "raise",
@@ -113,7 +113,7 @@ def read_events(
     now: datetime | None = None,
     batch_rows: int = BATCH_ROWS,
 ) -> Iterator[Events]:
-    """Read a log file or folder batch by batch; Parquet files of any size pass in bounded memory.
+    """Read a log batch by batch; Parquet files of any size pass in bounded memory.
 
     Yields:
         Events of at most ``batch_rows`` log rows each (a whole file for formats other than Parquet).
@@ -130,7 +130,7 @@ def read_events(
             yield events
 
 
-def log_rows(path: Path | str) -> int:
+def log_rows(path: TableSource) -> int:
     """Rows of a log, from Parquet footers; files of other formats count as one row per 80 bytes."""
     files = table_files(path)
     parquet = [f for f in files if f.suffix == ".parquet"]

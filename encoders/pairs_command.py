@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,13 @@ def parse_assignments(values: tuple[str, ...], option: str) -> dict[str, int]:
     help="Log file or folder of part files. Repeatable: all together are one log.",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make: pairs/, engaged_queries/, summary.json.")
-@click.option("--boards", type=click.Path(exists=True, path_type=Path), help="Boards table; adds board_titles/.")
-@click.option("--catalogue", type=click.Path(exists=True, path_type=Path), help="Keep only entities in it; writes it enriched, too.")
+@click.option("--boards", multiple=True, type=click.Path(exists=True, path_type=Path), help="Boards table; adds board_titles/. Repeatable.")
+@click.option(
+    "--catalogue",
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="Keep only entities in it; writes it enriched, too. Repeatable: all together are one catalogue.",
+)
 @click.option("--train-end", help="Training events are before this UTC date. Default: held-out days and gap before the log's end.")
 @click.option("--train-days", default=365, show_default=True, help="Length of the training window.")
 @click.option("--gap-days", default=15, show_default=True, help="Days dropped between training and held-out events.")
@@ -49,7 +55,12 @@ def parse_assignments(values: tuple[str, ...], option: str) -> dict[str, int]:
 @click.option("--min-dwell", default=10.0, show_default=True, help="Seconds that make a click a long click.")
 @click.option("--cap", "caps", multiple=True, help="Most queries per entity, e.g. --cap pin=50. Default: pin 50, the others 200.")
 @click.option("--min-users", default=3, show_default=True, help="People behind a query before it becomes an engaged-query feature.")
-@click.option("--engaged", type=click.Path(exists=True, path_type=Path), help="Engaged-query features to check for leaks as well.")
+@click.option(
+    "--engaged",
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="Engaged-query features to check for leaks as well. Repeatable.",
+)
 @click.option("--drop-leaks", is_flag=True, help="Drop held-out pairs that --engaged shows, instead of failing.")
 @click.option("--keep-seen", is_flag=True, help="Keep held-out pairs that also are training pairs: they measure memory.")
 @click.option("--seed", default=0, show_default=True, help="Chooses the pairs that survive a cap.")
@@ -60,7 +71,7 @@ def parse_assignments(values: tuple[str, ...], option: str) -> dict[str, int]:
 @click.option("--overwrite", is_flag=True, help="Replace --out if it is there.")
 @json_option
 @handle_errors
-def command(logs: tuple[Path, ...], out: Path, boards: Path | None, catalogue: Path | None, as_json: bool, **flags: Any) -> None:
+def command(logs: tuple[Path, ...], out: Path, boards: tuple[Path, ...], catalogue: tuple[Path, ...], as_json: bool, **flags: Any) -> None:
     """Turn a log into training and held-out pairs (paper 4.1).
 
     Actions by entity type: pins save and long click; products and ads also add to cart and checkout; queries clicks on suggestions.
@@ -96,8 +107,8 @@ def command(logs: tuple[Path, ...], out: Path, boards: Path | None, catalogue: P
     rows = read_table(catalogue, "catalogue", encoding=config.encoding) if catalogue else None
     known = rows.select("entity_type", pl.col("id").alias("entity_id")) if rows is not None else None
     options: dict[str, Any] = {
-        "log": logs[0] if len(logs) == 1 else logs,
-        "boards": boards,
+        "log": logs,
+        "boards": boards or None,
         "known": known,
         "partitions": flags["partitions"],
         "overwrite": flags["overwrite"],
@@ -115,7 +126,7 @@ def command(logs: tuple[Path, ...], out: Path, boards: Path | None, catalogue: P
             shutil.rmtree(out)  # a folder that is there has passed the check
             raise
         if dropped:
-            summary["counts"].update({f"dropped: heldout pairs visible through {flags['engaged']}": dropped})
+            summary["counts"].update({f"dropped: heldout pairs visible through {_names(flags['engaged'])}": dropped})
             summary["counts"]["pairs"] -= dropped
             summary["table_1"] = pairs_table(pl.read_parquet(out / "pairs" / "*.parquet")).to_dicts()
         if rows is not None:
@@ -133,7 +144,7 @@ def command(logs: tuple[Path, ...], out: Path, boards: Path | None, catalogue: P
         say("no pairs came out: see the counts above for where the events went")
 
 
-def check_pairs(out: Path, engaged: Path | None, drop_leaks: bool, keep_seen: bool) -> int:
+def check_pairs(out: Path, engaged: Sequence[Path], drop_leaks: bool, keep_seen: bool) -> int:
     """Check the written pairs for leaks, part by part, against each other and against features from elsewhere.
 
     Returns:
@@ -148,7 +159,7 @@ def check_pairs(out: Path, engaged: Path | None, drop_leaks: bool, keep_seen: bo
     from encoders.tables import read_raw, table_files, write_table
 
     dropped = 0
-    features = pl.concat([read_raw(f) for f in table_files(engaged)]) if engaged else None
+    features = pl.concat([read_raw(f) for f in table_files(engaged)], how="diagonal_relaxed") if engaged else None
     for part in sorted((out / "pairs").glob("part-*.parquet")):
         pairs = pl.read_parquet(part)
         if features is not None and drop_leaks:
@@ -161,8 +172,12 @@ def check_pairs(out: Path, engaged: Path | None, drop_leaks: bool, keep_seen: bo
             leaks = leaks._replace(through_pairs=leaks.through_pairs.clear())
         refuse_leaks(leaks, int((pairs["split"] == "heldout").sum()))
     if dropped:
-        say(f"{dropped:,} held-out pairs were visible through {engaged} and were dropped")
+        say(f"{dropped:,} held-out pairs were visible through {_names(engaged)} and were dropped")
     return dropped
+
+
+def _names(paths: Sequence[Path]) -> str:
+    return ", ".join(map(str, paths))
 
 
 def _write_catalogue(rows: pl.DataFrame, out: Path, summary: dict[str, Any]) -> None:

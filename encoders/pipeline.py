@@ -25,7 +25,7 @@ from encoders.events import BATCH_ROWS, EVENT_SCHEMA, EngagementRules, log_rows,
 from encoders.pairs import PairsConfig, TimeSplit, build_pairs, find_leaks, pairs_table, refuse_leaks
 from encoders.schemas import BOARDS
 from encoders.table_checks import TableReport, check_frame
-from encoders.tables import OnBadRows, raise_problems, read_raw, table_files, write_table
+from encoders.tables import OnBadRows, TableSource, raise_problems, read_raw, table_files, write_table
 
 PARTITION_ROWS = 15_000_000
 """Log rows per partition; the events of one partition are in memory at a time."""
@@ -81,11 +81,11 @@ def partition_of(partitions: int) -> pl.Expr:
 
 
 def run_pipeline(
-    log: Path | str,
+    log: TableSource,
     out: Path,
     config: PipelineConfig,
     *,
-    boards: Path | str | None = None,
+    boards: TableSource | None = None,
     known: pl.DataFrame | None = None,
     partitions: int | None = None,
     overwrite: bool = False,
@@ -94,10 +94,10 @@ def run_pipeline(
     """Turn a log (and boards) into ``out/pairs``, ``out/engaged_queries``, ``out/board_titles`` and ``out/summary.json``.
 
     Args:
-        log: Log file or folder.
+        log: Log file or folder, or several that are one log together.
         out: Folder to make; it appears when everything in it is complete.
         config: Settings.
-        boards: Boards file or folder; None: no board titles.
+        boards: Boards file, folder or several; None: no board titles.
         known: ``entity_type, entity_id`` of the catalogue; None: every entity of the log is known.
         partitions: Hash partitions; None: one per ``PARTITION_ROWS`` log rows.
         overwrite: Replace ``out`` if it is there.
@@ -163,7 +163,7 @@ class Spill:
                 shutil.rmtree(self.folder / f"{number:05d}", ignore_errors=True)
 
 
-def read_boards(path: Path | str, config: PipelineConfig, batch_rows: int = BATCH_ROWS) -> Iterator[tuple[pl.DataFrame, TableReport]]:
+def read_boards(path: TableSource, config: PipelineConfig, batch_rows: int = BATCH_ROWS) -> Iterator[tuple[pl.DataFrame, TableReport]]:
     """Read and check a boards table batch by batch: ``board_id, title, entity_id``.
 
     Raises:
@@ -181,7 +181,7 @@ def read_boards(path: Path | str, config: PipelineConfig, batch_rows: int = BATC
             yield checked.frame.select("board_id", "title", "entity_id"), checked.report
 
 
-def write_board_titles(boards: Path | str, work: Path, config: PipelineConfig, partitions: int) -> int:
+def write_board_titles(boards: TableSource, work: Path, config: PipelineConfig, partitions: int) -> int:
     """Write ``work/board_titles``; two passes over the partitions: words of all entities first, then the titles of each. Returns rows."""
     schema: dict[str, pl.DataType] = {"board_id": pl.String(), "title": pl.String(), "entity_id": pl.String()}
     spill = Spill(work / "spill-boards", partitions)

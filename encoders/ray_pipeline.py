@@ -30,7 +30,7 @@ from encoders.pipeline import (
     process_events,
     read_boards,
 )
-from encoders.tables import raise_problems, table_files, write_table
+from encoders.tables import TableSource, raise_problems, table_files, write_table
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -39,12 +39,12 @@ LABEL = "partition"
 
 
 def run_ray_pipeline(
-    log: Path | str,
+    log: TableSource,
     out: Path,
     config: PipelineConfig,
     *,
     address: str,
-    boards: Path | str | None = None,
+    boards: TableSource | None = None,
     known: pl.DataFrame | None = None,
     partitions: int | None = None,
     overwrite: bool = False,
@@ -125,7 +125,7 @@ def connect(address: str) -> Any:
     return ray
 
 
-def _reading_tasks(log: Path | str, batch_rows: int) -> list[dict[str, Any]]:
+def _reading_tasks(log: TableSource, batch_rows: int) -> list[dict[str, Any]]:
     tasks = []
     for file in table_files(log):
         rows = log_rows(file) if file.suffix == ".parquet" else 1
@@ -153,7 +153,7 @@ def _reports(batch: pa.Table) -> pa.Table:
     return _table(_frame(batch.select(["report"])).drop_nulls())
 
 
-def _ray_board_titles(ray: Any, boards: Path | str, work: Path, config: PipelineConfig, partitions: int) -> int:
+def _ray_board_titles(ray: Any, boards: TableSource, work: Path, config: PipelineConfig, partitions: int) -> int:
     frames = [frame.with_columns(partition_of(partitions).alias(LABEL)) for frame, _ in read_boards(boards, config)]
     data = ray.data.from_arrow([_table(frame) for frame in frames]).materialize()
     grouped = data.groupby(LABEL, num_partitions=partitions)

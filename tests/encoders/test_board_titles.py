@@ -118,3 +118,15 @@ def test_the_command_enriches_a_catalogue_and_counts_strangers(tmp_path: Path) -
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["entities on boards but not in the catalogue"] == 1
     assert pl.read_ndjson(tmp_path / "o.jsonl")["board_titles"].to_list() == [["red shoes"], []]
+
+
+def test_the_command_reads_every_table_that_is_named(tmp_path: Path) -> None:
+    """All but the last --catalogue and --boards were dropped without a word."""
+    arguments = ["boards", "--out", str(tmp_path / "o.jsonl"), "--max-word-prevalence", "1.0", "--json"]
+    for name in ("p", "q"):
+        write_table(boards_of((name, f"{name} shoes", 2)), tmp_path / f"{name}.csv")
+        write_table(pl.DataFrame({"id": [name], "entity_type": "pin"}), tmp_path / f"{name}.jsonl")
+        arguments += ["--catalogue", str(tmp_path / f"{name}.jsonl"), "--boards", str(tmp_path / f"{name}.csv")]
+    result = CliRunner().invoke(group, arguments)
+    assert result.exit_code == 0, result.output
+    assert pl.read_ndjson(tmp_path / "o.jsonl")["board_titles"].to_list() == [["p shoes"], ["q shoes"]]

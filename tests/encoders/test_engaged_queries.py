@@ -242,3 +242,30 @@ def test_the_command_merges_days_and_forgets(tmp_path: Path) -> None:
     assert json.loads(third.stdout)["events removed"] == 6
     assert pl.read_parquet(tmp_path / "changed.parquet").rows() == [("pin", "p", None, None, None, None)]  # so that others drop it, too
     assert run(group, [*state, "--catalogue", str(tmp_path / "c.jsonl")]).exit_code == 2
+
+
+def test_the_command_reads_every_file_that_is_named(tmp_path: Path) -> None:
+    """All but the last --log, --catalogue, --delete-users and --delete-queries were dropped without a word: forgotten people stayed."""
+    for day in (1, 2):
+        events = events_of(*((day, f"red cat {day}", f"u{n}", "pin", f"p{day}", "save") for n in range(5)))
+        write_table(events.drop("language", "country"), tmp_path / f"{day}.parquet")
+        write_table(pl.DataFrame({"id": [f"p{day}"], "entity_type": "pin"}), tmp_path / f"c{day}.jsonl")
+        (tmp_path / f"user{day}.txt").write_text(f"u{day}\n")
+        (tmp_path / f"query{day}.txt").write_text(f"Red Cat {day}\n")
+
+    def run(*arguments: str, **repeated: str) -> dict:
+        each = [part for option, name in repeated.items() for n in (1, 2) for part in (option_name(option), str(tmp_path / name.format(n)))]
+        result = CliRunner().invoke(group, ["queries", "--state", str(tmp_path / "s"), "--json", *arguments, *each])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    def option_name(parameter: str) -> str:
+        return "--" + parameter.replace("_", "-")
+
+    out = tmp_path / "o.jsonl"
+    assert run("--create", "--out", str(out), log="{}.parquet", catalogue="c{}.jsonl")["events added"] == 10
+    assert pl.read_ndjson(out)["engaged_queries"].to_list() == [["red cat 1"], ["red cat 2"]]
+    with EngagedQueriesState(tmp_path / "s", config_of(window_days=730)) as state:
+        assert [line["what"] for line in state.versions()][-2:] == ["1.parquet", "2.parquet"]
+    assert run(delete_users="user{}.txt")["events removed"] == 4
+    assert run(delete_queries="query{}.txt")["events removed"] == 6

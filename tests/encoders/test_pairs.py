@@ -234,6 +234,28 @@ def test_the_command_writes_pairs_features_and_a_summary(log_file: Path, tmp_pat
     assert CliRunner().invoke(command, [*arguments, "--overwrite"]).exit_code == 0
 
 
+def test_every_table_named_is_read(log_file: Path, tmp_path: Path) -> None:
+    """All but the last --catalogue, --boards and --engaged were dropped without a word, and with them the events of their entities."""
+    boards = pl.DataFrame({"board_id": ["b1", "b2"], "title": ["red shoes", "blue hats"], "entity_id": ["p1", "p2"]})
+    seen = pl.DataFrame({"entity_type": "pin", "entity_id": ["p9", "p1"], "query": ["Q0", "nobody asked"]})
+    arguments = ["--log", str(log_file), "--out", str(tmp_path / "o"), "--drop-leaks", "--json"]
+    for row, name in enumerate(["p1", "p2", "p9"]):
+        write_table(pl.DataFrame({"id": [name], "entity_type": "pin", "title": [name]}), tmp_path / f"c{row}.csv")
+        arguments += ["--catalogue", str(tmp_path / f"c{row}.csv")]
+    for row in (0, 1):
+        write_table(boards[row : row + 1], tmp_path / f"b{row}.csv")
+        write_table(seen[row : row + 1], tmp_path / f"e{row}.csv")
+        arguments += ["--boards", str(tmp_path / f"b{row}.csv"), "--engaged", str(tmp_path / f"e{row}.csv")]
+    result = CliRunner().invoke(command, [*arguments, "--min-users", "1"])
+    assert result.exit_code == 0, result.output
+    catalogue = pl.read_parquet(tmp_path / "o" / "catalogue.parquet").sort("id")
+    assert catalogue["id"].to_list() == ["p1", "p2", "p9"]
+    assert set(pl.read_parquet(tmp_path / "o" / "board_titles" / "*.parquet")["entity_id"]) == {"p1", "p2"}
+    assert set(pl.read_parquet(tmp_path / "o" / "pairs" / "*.parquet")["entity_id"]) == {"p1", "p2"}
+    through = f"{tmp_path / 'e0.csv'}, {tmp_path / 'e1.csv'}"
+    assert json.loads(result.stdout)["counts"][f"dropped: heldout pairs visible through {through}"] == 1
+
+
 def test_the_command_fails_on_a_leak_and_leaves_nothing_behind(log_file: Path, tmp_path: Path) -> None:
     features = pl.DataFrame({"entity_type": ["pin"], "entity_id": ["p9"], "query": ["Q0"]})
     write_table(features, tmp_path / "f.parquet")

@@ -10,9 +10,8 @@ from typing import Any
 
 from encoders.errors import SpaceMismatch
 from index_builder.attributes import check_attributes
-from index_builder.errors import BadAttribute, ReleaseError, UnknownEntityType
+from index_builder.errors import BadAttribute, UnknownEntityType
 from index_builder.live_records import LiveEntry
-from index_builder.publishing import check_release_id
 from protos import retrieval_pb2 as pb
 from retrieval.errors import InvalidRequest, WritesDisabled
 from retrieval.live_releases import LiveReleases, ServingRelease
@@ -52,10 +51,7 @@ class Changes:
         """Serve another release."""
         if not request.release_id:
             raise InvalidRequest("release_id: expected the id of a published release, but got none. `omni release list` shows them.")
-        try:
-            check_release_id(request.release_id)  # here, because a supervisor is not asked for what no release can be called
-        except ReleaseError as error:
-            raise InvalidRequest(f"release_id: {error}") from error
+        self.releases.check_published(request.release_id)  # here, because a supervisor is not asked for what there is not
         return await self._change(request.release_id, caller, started)
 
     async def rollback(self, request: pb.RollbackRequest, context: Context, caller: Caller, started: int) -> pb.ActivateResponse:

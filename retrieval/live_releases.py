@@ -19,7 +19,7 @@ from encoders.errors import OmniError, SpaceMismatch
 from index_builder.ann import AnnIndex
 from index_builder.errors import ReleaseError, ReleaseNotFound
 from index_builder.live_follower import LiveFollower
-from index_builder.publishing import CURRENT_NAME, ReleaseStore, check_release_id
+from index_builder.publishing import CURRENT_NAME, ReleaseStore
 from index_builder.release import Release
 from retrieval.batcher import Batcher
 from retrieval.cache import CachedEncoder, QueryCache, RedisTier, namespace
@@ -185,6 +185,20 @@ class LiveReleases:
             raise ReleaseNotLoaded(release_id, self.loaded)
         return pinned
 
+    def check_published(self, release_id: str) -> None:
+        """Refuse an id that a caller got wrong, before anybody tries to load it: no release is at fault then.
+
+        Raises:
+            InvalidRequest: No release can have this id.
+            UnknownRelease: The store has no such release.
+        """
+        try:
+            path = self.store.path_of(release_id)
+        except ReleaseError as error:
+            raise InvalidRequest(f"release_id: {error}") from error
+        if not path.is_dir():
+            raise UnknownRelease(release_id)
+
     # --- changing ---
 
     async def start(self) -> None:
@@ -252,10 +266,7 @@ class LiveReleases:
             UnknownRelease: The store has no such release.
             OmniError: It was refused; the old one keeps serving and CURRENT stays as it was.
         """
-        try:
-            check_release_id(release_id)
-        except ReleaseError as error:
-            raise InvalidRequest(f"release_id: {error}") from error
+        self.check_published(release_id)
         async with self._lock:
             before = self.active.release_id if self.active else ""
             async with self._ready(release_id) as serving:

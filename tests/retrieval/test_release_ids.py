@@ -1,6 +1,7 @@
 """Release ids from callers: what can be none is their mistake, and none of them writes lines into the log."""
 
 import logging
+import shutil
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,11 +53,26 @@ async def test_an_id_that_can_be_none_is_the_callers_mistake(tmp_path: Path, lin
     await releases.stop()
 
 
-async def test_a_release_that_is_not_there_is_refused_in_one_line(tmp_path: Path, lines: list[str]) -> None:
+async def test_a_release_that_is_not_there_is_the_callers_mistake(tmp_path: Path, lines: list[str]) -> None:
+    """It counted as a refused release, so that a mistyped id set off the alert on damaged ones."""
     releases = releases_of(tmp_path)
-    with pytest.raises(UnknownRelease):
+    with pytest.raises(UnknownRelease) as refused:
         await releases.activate("r7")
-    assert len(lines) == 1 and lines[0].startswith("release 'r7' refused: ")
+    assert status_for(refused.value)[0] is grpc.StatusCode.NOT_FOUND
+    assert "omni_releases_refused" not in releases.metrics.snapshot() and not lines
+    await releases.stop()
+
+
+async def test_an_active_release_that_is_not_there_is_refused_in_one_line(tmp_path: Path, lines: list[str]) -> None:
+    """Here the store is at fault, and somebody has to look after it."""
+    (tmp_path / "releases" / "r7").mkdir(parents=True)
+    (tmp_path / "releases" / "r7" / "manifest.json").write_text("{}")
+    releases = releases_of(tmp_path)
+    releases.store._set_current("r7")
+    shutil.rmtree(tmp_path / "releases" / "r7")
+    await releases.start()
+    assert releases.metrics.value("omni_releases_refused", ("UnknownRelease",)) == 1
+    assert len([line for line in lines if line.startswith("release 'r7' refused: ")]) == 1
     await releases.stop()
 
 
@@ -69,6 +85,7 @@ async def test_with_several_workers_it_does_not_reach_the_supervisor(tmp_path: P
         asked.append(wanted)
         return wanted, ""
 
+    (tmp_path / "releases" / "r7").mkdir(parents=True)
     releases = releases_of(tmp_path)
     changes = Changes(releases.config, releases, supervisor)
     caller = Caller("anonymous", True)
@@ -76,6 +93,9 @@ async def test_with_several_workers_it_does_not_reach_the_supervisor(tmp_path: P
         await changes.activate(pb.ActivateRequest(release_id=release_id), None, caller, 0)
     assert status_for(refused.value)[0] is grpc.StatusCode.INVALID_ARGUMENT and not asked
     await changes.activate(pb.ActivateRequest(release_id="r7"), None, caller, 0)
+    assert asked == ["r7"]
+    with pytest.raises(UnknownRelease):
+        await changes.activate(pb.ActivateRequest(release_id="r8"), None, caller, 0)
     assert asked == ["r7"]
     changes.close()
     await releases.stop()

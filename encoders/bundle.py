@@ -57,6 +57,10 @@ class ModelBundle:
     query_encoder: QueryEncoder
     entity_encoders: dict[str, EntityEncoder] = field(default_factory=dict)
 
+    def embeds(self, entity_type: str) -> bool:
+        """Whether there is a tower for this entity type."""
+        return entity_type == "query" or entity_type in self.entity_encoders
+
     def embed_queries(self, texts: Sequence[str], batch_size: int = 256) -> np.ndarray:
         """Embed query texts; float32 (B, D), unit rows."""
         return self.query_encoder.encode(texts, batch_size)

@@ -18,7 +18,7 @@ from encoders.batches import text_bucket
 from encoders.bundle import ModelBundle
 from encoders.console import say
 from encoders.errors import ConfigError
-from encoders.evaluation_report import EvaluationReport, bundle_system, comparison_dict, evaluate_systems
+from encoders.evaluation_report import EvaluationReport, bundle_system, comparison_dict, evaluate_systems, types_without_tower
 from encoders.exact_search import exact_top_k
 from encoders.sample import Dataset
 from encoders.space_adapter import SpaceAdapter, fit_adapter
@@ -104,7 +104,7 @@ def compare_spaces(
         adapter: ``never``; ``always``: learn one, and a declaration goes through it; ``auto``: learn one, and a declaration goes through it
             if train queries that it did not learn from find more with it than without.
         rank: Its rank; 0: full.
-        entity_types: Types to measure; None: all of the catalogue.
+        entity_types: Types to measure; None: all of the catalogue that both bundles embed.
         seed: Of every choice.
         options: Further ones of ``evaluate_systems``: ``split``, ``corpus_size``, ``max_queries``, ``resamples``, ``slices``.
 
@@ -127,7 +127,8 @@ def compare_spaces(
         ways[ADAPTED] = CrossSpace(lambda texts: fitted.apply(new.embed_queries(texts)), index)
     systems = {name: bundle_system(way) for name, way in ways.items()}
     systems[REEMBEDDED] = bundle_system(new)
-    report = evaluate_systems(dataset, systems, entity_types=entity_types, seed=seed, **options)
+    lacking = types_without_tower((old, new), dataset.entity_types)
+    report = evaluate_systems(dataset, systems, entity_types=entity_types, without_tower=lacking, seed=seed, **options)
     measured: dict[str, Any] = {}
     for entity_type, task in report.tasks.items():
         found: dict[str, Any] = {}
@@ -166,9 +167,10 @@ def learn_adapter(
     Raises:
         ConfigError: There are no train pairs.
     """
+    embedded = [name for name in dataset.entity_types if name != "query" and old.embeds(name)]
     pairs = (
         dataset.split("train")
-        .filter(pl.col("entity_type") != "query")
+        .filter(pl.col("entity_type").is_in(embedded))
         .select("query", "entity_type", "entity_id")
         .unique(maintain_order=True)
     )
@@ -179,7 +181,8 @@ def learn_adapter(
     pairs = pairs.filter(pl.col("query").is_in(texts.implode()))
     say(f"learning the adapter from {len(texts):,} train queries and {pairs.height:,} pairs")
     source, old_queries = new.embed_queries(texts.to_list()), old.embed_queries(texts.to_list())
-    known = dataset.catalogue.filter(pl.col("id").is_in(pairs["entity_id"].unique().implode()))
+    paired = pl.col("id").is_in(pairs["entity_id"].unique().implode())
+    known = dataset.catalogue.filter(paired & pl.col("entity_type").is_in(embedded))
     entities = old.embed_entities(known)
     place = known.select("entity_type", entity_id=pl.col("id"), row=pl.int_range(pl.len(), dtype=pl.Int64))
     number = pl.DataFrame({"query": texts, "number": np.arange(len(texts))})

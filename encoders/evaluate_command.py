@@ -12,7 +12,7 @@ from encoders.baselines import BASELINES, Baseline, default_cache, make_baseline
 from encoders.bundle import load_bundle, read_space
 from encoders.console import data_option, handle_errors, json_option, print_json, say
 from encoders.errors import BundleError, ConfigError
-from encoders.evaluation_report import bundle_system, evaluate_systems, plot_report, print_report, save_runs
+from encoders.evaluation_report import bundle_system, evaluate_systems, plot_report, print_report, save_runs, types_without_tower
 from encoders.sample import Dataset, load_dataset
 from encoders.schemas import ENTITY_TYPES
 from encoders.tables import read_table
@@ -115,17 +115,16 @@ def command(
             )
         sizes = {"corpus_size": corpus_size, "max_queries": max_queries, "resamples": resamples, "split": split}
         dataset = load_dataset(data_dir, engaged_queries=engaged_queries)
-        types = entity_types or (tuple(dataset.entity_types) if declares else ())  # what is declared was measured on every type
-        spaces = _compare_spaces(bundle, against_index, dataset, adapter, types, seed, sizes)
+        spaces = _compare_spaces(bundle, against_index, dataset, adapter, entity_types, declares, seed, sizes)
         _note_other_data([bundle], data_dir)
         _show_spaces(spaces, bundle, against_index, max_loss if declares else None, slices, as_json, _source(split, data_dir))
         return
     systems: dict[str, Baseline] = {}
-    names = []
+    bundles = {}
     for path in [path for path in (bundle, against) if path]:
         name = path.name if path.name not in systems else str(path)
-        systems[name] = bundle_system(load_bundle(path), device)
-        names.append(name)
+        bundles[name] = load_bundle(path)
+        systems[name] = bundle_system(bundles[name], device)
     for baseline in [part.strip() for part in baselines.split(",") if part.strip()]:
         systems[baseline] = make_baseline(baseline, cache=default_cache())
     dataset = load_dataset(data_dir, engaged_queries=engaged_queries)
@@ -134,6 +133,7 @@ def command(
         dataset,
         systems,
         entity_types=entity_types or None,
+        without_tower=types_without_tower(bundles.values(), dataset.entity_types),
         split=split,
         corpus_size=corpus_size,
         max_queries=max_queries,
@@ -142,7 +142,8 @@ def command(
         resamples=resamples,
         seed=seed,
     )
-    comparisons = [(names[0], other) for other in systems if other != names[0]] if names else []
+    first = next(iter(bundles), None)
+    comparisons = [(first, other) for other in systems if other != first] if first else []
     if save_run:
         say(f"wrote {len(save_runs(report, save_run))} files to {save_run}")
     if plot:
@@ -172,7 +173,14 @@ def _note_other_data(bundles: Sequence[Path], data_dir: Path | None) -> None:
 
 
 def _compare_spaces(
-    bundle: Path, old: Path, dataset: Dataset, adapter: str, entity_types: tuple[str, ...], seed: int, options: dict[str, Any]
+    bundle: Path,
+    old: Path,
+    dataset: Dataset,
+    adapter: str,
+    entity_types: tuple[str, ...],
+    declares: bool,
+    seed: int,
+    options: dict[str, Any],
 ) -> SpacesReport:
     from encoders.compatibility_report import compare_spaces
 
@@ -181,9 +189,14 @@ def _compare_spaces(
     rank = int(adapter) if adapter.isdecimal() else 0
     if adapter.isdecimal() and rank == 0:
         raise ConfigError("--adapter 0: an adapter of rank 0 maps everything to nothing. Use full, none or a rank of at least 1.")
+    new_bundle, old_bundle = load_bundle(bundle), load_bundle(old)
+    if declares and not entity_types:  # what is declared was measured on every type that an index can hold
+        for name, why in types_without_tower([old_bundle], dataset.entity_types).items():
+            say(f"{name}: {why}; not evaluated")
+        entity_types = tuple(name for name in dataset.entity_types if old_bundle.embeds(name))
     wanted = entity_types or None
     use = {"auto": "auto", "none": "never"}.get(adapter, "always")
-    return compare_spaces(load_bundle(bundle), load_bundle(old), dataset, adapter=use, rank=rank, entity_types=wanted, seed=seed, **options)
+    return compare_spaces(new_bundle, old_bundle, dataset, adapter=use, rank=rank, entity_types=wanted, seed=seed, **options)
 
 
 def _show_spaces(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 
 from encoders.baselines import Baseline
+from encoders.bundle import ModelBundle
 from encoders.console import print_table, say
 from encoders.errors import ConfigError
 from encoders.evaluation import (
@@ -57,6 +58,14 @@ def bundle_system(bundle: Embeds, device: str = "cpu") -> Baseline:
     return score
 
 
+def types_without_tower(bundles: Iterable[ModelBundle], entity_types: Sequence[str]) -> dict[str, str]:
+    """The entity types that one of the bundles cannot embed, and why, for ``evaluate_systems``."""
+    found: dict[str, str] = {}
+    for bundle in bundles:
+        found |= {name: f"no tower in {bundle.path}" for name in entity_types if not bundle.embeds(name)}
+    return found
+
+
 @dataclass(frozen=True)
 class TaskReport:
     """One entity type: every system's ranking and figures."""
@@ -82,6 +91,8 @@ class EvaluationReport:
     label: str
     split: str
     tasks: dict[str, TaskReport]
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Entity type of the catalogue -> why it was not evaluated."""
 
     def as_dict(self, pairs_of_systems: Iterable[tuple[str, str]] = ()) -> dict[str, Any]:
         """Plain values for JSON; ``pairs_of_systems``: comparisons to include."""
@@ -101,7 +112,14 @@ class EvaluationReport:
                 "comparisons": {f"{a} - {b}": comparison_dict(report.compare(a, b)) for a, b in wanted},
             }
         result: dict[str, Any] = _finite(
-            {"dataset": self.dataset, "label": self.label, "split": self.split, "metric": METRIC, "tasks": tasks}
+            {
+                "dataset": self.dataset,
+                "label": self.label,
+                "split": self.split,
+                "metric": METRIC,
+                "tasks": tasks,
+                "not_evaluated": self.left_out,
+            }
         )
         return result
 
@@ -129,6 +147,7 @@ def evaluate_systems(
     systems: Mapping[str, Baseline],
     *,
     entity_types: Sequence[str] | None = None,
+    without_tower: Mapping[str, str] | None = None,
     split: str = "heldout",
     corpus_size: int | None = None,
     max_queries: int | None = None,
@@ -144,8 +163,9 @@ def evaluate_systems(
     Args:
         dataset: Catalogue and pairs.
         systems: Name -> system (``bundle_system``, ``make_baseline``, or any function of the same form).
-        entity_types: Types to evaluate, each of which must have pairs; None: those of the catalogue that have pairs, and a line about the
-            others. ``query`` evaluates derived related-query pairs, or the data's own.
+        entity_types: Types to evaluate, each of which must have pairs and towers; None: those of the catalogue that have, and a line about
+            the others. ``query`` evaluates derived related-query pairs, or the data's own.
+        without_tower: From ``types_without_tower``: what a system cannot embed.
         split: Which split.
         corpus_size: Rank against this many random candidates per type; None: all.
         max_queries: Random queries per type; None: all.
@@ -157,14 +177,22 @@ def evaluate_systems(
         progress: Called with one line per system and type.
 
     Raises:
-        ConfigError: No system, no pairs, or an impossible setting.
+        ConfigError: No system, no pairs, no tower for a type that was asked for, or an impossible setting.
     """
     if not systems:
         raise ConfigError("there is no system to evaluate. Give a model bundle, or baselines such as --baselines bm25,random.")
     train = dataset.split("train")
     judged = None if judgements is None else pairs_of_judgements(dataset, judgements, split)
+    without_tower = without_tower or {}
+    left_out = _types_left_out(dataset, judged, split, without_tower) if entity_types is None else {}
+    for name, why in left_out.items():
+        progress(f"{name}: {why}; not evaluated")
+    wanted = entity_types if entity_types is not None else [name for name in dataset.entity_types if name not in left_out]
+    missing = [f"{name}: {without_tower[name]}" for name in wanted if name in without_tower]
+    if missing:
+        raise ConfigError(f"{'; '.join(missing)}. Choose other types with --entity-type, or train with pairs of these.")
     tasks = {}
-    for entity_type in entity_types if entity_types is not None else _types_with_pairs(dataset, judged, split, progress):
+    for entity_type in wanted:
         pairs = judged
         if judged is None and entity_type == "query" and dataset.pairs.filter(pl.col("entity_type") == "query").is_empty():
             pairs = related_query_pairs(dataset.pairs)
@@ -179,22 +207,23 @@ def evaluate_systems(
             recall = overall[name].recall[10]
             progress(f"{entity_type:8} {name:20} Recall@10 {recall.value:.3f} [{recall.low:.3f}, {recall.high:.3f}]")
         tasks[entity_type] = TaskReport(task, rankings, overall, sliced, labels)
-    return EvaluationReport(dataset.name, dataset.label, split, tasks)
+    return EvaluationReport(dataset.name, dataset.label, split, tasks, left_out)
 
 
-def _types_with_pairs(dataset: Dataset, judged: pl.DataFrame | None, split: str, progress: Callable[[str], None]) -> list[str]:
-    """The catalogue's types that there is something to evaluate of; a line about each of the others."""
+def _types_left_out(dataset: Dataset, judged: pl.DataFrame | None, split: str, without_tower: Mapping[str, str]) -> dict[str, str]:
+    """The catalogue's types that cannot be evaluated, and why; an error if all are."""
     pairs = dataset.pairs if judged is None else judged
     what = f"{split!r} pairs" if judged is None else "judgements with a grade above 0"
     present = set(pairs.filter(pl.col("split") == split)["entity_type"].to_list())
-    found = [name for name in dataset.entity_types if name in present]
-    if not found:
+    if not present.intersection(dataset.entity_types):
         splits = ", ".join(sorted(pairs["split"].drop_nulls().unique().to_list())) or "none"
         raise ConfigError(f"there are no {what} to evaluate in data set {dataset.name!r}; it has {splits}. Choose with --split.")
-    for name in dataset.entity_types:
-        if name not in present:
-            progress(f"{name}: no {what}; not evaluated")
-    return found
+    left_out = {name: f"no {what}" for name in dataset.entity_types if name not in present}
+    left_out |= {name: why for name, why in without_tower.items() if name in present}
+    if set(dataset.entity_types) <= left_out.keys():
+        reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
+        raise ConfigError(f"there is nothing to evaluate in data set {dataset.name!r} ({reasons}). Train with pairs of these types.")
+    return left_out
 
 
 def pairs_of_judgements(dataset: Dataset, judgements: pl.DataFrame, split: str) -> pl.DataFrame:

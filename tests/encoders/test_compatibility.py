@@ -339,6 +339,28 @@ def test_a_type_without_held_out_pairs_is_measured_around_but_not_declared_over(
     assert declared.exit_code == 0 and list(read_declarations(new)[0].measured) == ["pin"]
 
 
+def keep_tower_of_pins(bundle: Path) -> None:
+    loaded = load_bundle(bundle)
+    save_bundle(bundle, loaded.query_encoder, {"pin": loaded.entity_encoders["pin"]})
+
+
+def test_types_without_a_tower_are_measured_around(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """An index holds only what the older bundle embeds; what the newer one cannot embed any more is not declared unless it is left out."""
+    old, new = pair
+    tables = write_tables(tmp_path / "tables")
+    arguments = [str(new), "--against-index", str(old), "--data", str(tables), "--resamples", "100", "--json"]
+    keep_tower_of_pins(new)
+    measured = CliRunner().invoke(command, arguments)
+    assert measured.exit_code == 0 and list(json.loads(measured.stdout)["measured"]) == ["pin"], measured.output
+    assert f"product: no tower in {new}; not evaluated" in measured.stderr
+    refused = CliRunner().invoke(command, [*arguments, "--declare"])
+    assert refused.exit_code == 2 and f"product: no tower in {new}" in refused.stderr and not read_declarations(new)
+    keep_tower_of_pins(old)
+    declared = CliRunner().invoke(command, [*arguments, "--declare"])
+    assert declared.exit_code == 0 and list(read_declarations(new)[0].measured) == ["pin"], declared.output
+    assert f"product: no tower in {old}; not evaluated" in declared.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

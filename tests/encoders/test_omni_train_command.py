@@ -218,6 +218,29 @@ def test_evaluating_the_sample_with_a_bundle_of_other_data_is_told(folder: Path)
     assert "--data" in result.stderr
 
 
+def test_types_without_a_tower_are_left_out_and_told(folder: Path) -> None:
+    """One type of the data that no tower was trained for failed the whole evaluation."""
+    give_pairs(folder, held_out_world())
+    config = folder / "run.toml"
+    config.write_text(config.read_text().replace("[entity_tower]", 'entity_towers = "separate"\n\n[entity_tower]'))
+    add_datasets(folder, ["pin"])
+    assert omni_train(folder).exit_code == 0
+    model = f"{folder}/out/model"
+    arguments = [model, "--data", str(folder), "--resamples", "100", "--json"]
+    result = CliRunner().invoke(evaluate, [*arguments, "--baselines", "random"])
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert list(report["tasks"]) == ["pin"] and set(report["tasks"]["pin"]["systems"]) == {"model", "random"}
+    assert report["not_evaluated"] == {"product": f"no tower in {model}"}
+    assert f"product: no tower in {model}; not evaluated" in result.stderr
+    refused = CliRunner().invoke(evaluate, [*arguments, "--entity-type", "pin", "--entity-type", "product"])
+    assert refused.exit_code == 2 and f"product: no tower in {model}" in refused.stderr and "Recall@10" not in refused.stderr
+    data = world()
+    data.catalogue.filter(pl.col("entity_type") == "product").write_parquet(folder / "catalogue.parquet")
+    nothing = CliRunner().invoke(evaluate, arguments)
+    assert nothing.exit_code == 2 and f"product: no tower in {model}" in nothing.stderr
+
+
 def test_tables_that_no_data_folder_holds_are_not_named_as_one(folder: Path) -> None:
     (folder / "catalogue.parquet").rename(folder / "things.parquet")
     (folder / "run.toml").write_text((folder / "run.toml").read_text().replace("catalogue.parquet", "things.parquet"))

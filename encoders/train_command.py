@@ -132,11 +132,13 @@ def command(
             return
         bundle = _save(out / "model", result)
     if as_json:
+        speed = round(result.pairs_per_second, 1) if result.pairs_per_second else None
         facts = {"bundle": str(bundle.path), "space_id": bundle.space_id, "steps": result.steps}
-        print_json({**facts, "pairs_per_second": round(result.pairs_per_second, 1), "metrics": result.metrics})
+        print_json({**facts, "pairs_per_second": speed, "metrics": result.metrics})
         return
     print_table(f"{bundle.path}  space {bundle.space_id[:16]}", ["metric", "value"], sorted(result.metrics.items()))
-    say(f"{result.steps:,} steps, {result.pairs_per_second:,.0f} pairs/s. Next: {evaluate_command_for(bundle.path, config, data_dir)}")
+    done = f"{result.pairs_per_second:,.0f} pairs/s" if result.pairs_per_second else "all of them trained before"
+    say(f"{result.steps:,} steps, {done}. Next: {evaluate_command_for(bundle.path, config, data_dir)}")
 
 
 def _save(path: Path, result: TrainResult) -> ModelBundle:

@@ -51,7 +51,7 @@ class TrainResult:
     """Last loss, and validation labelled Recall@10 per entity type (``validation/recall@10/pin``) where there is validation. A finished run
     whose checkpoint was written before losses were kept there has no ``loss``."""
     pairs_per_second: float
-    """Training pairs per second of step time, validation and checkpoints not counted."""
+    """Training pairs per second of step time since the start or the resume, validation and checkpoints not counted; 0: no step was left."""
     pairs_per_cpu_second: float
     """The same by processor time, all threads: what a busy machine does not distort."""
     steps: int

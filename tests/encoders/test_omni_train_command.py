@@ -87,8 +87,10 @@ def test_repeating_a_finished_run_changes_nothing(folder: Path) -> None:
     assert contents(folder / "out") == before
     assert "kept" in again.stderr
     assert "nan" not in again.stdout
+    assert "pairs/s" in first.stderr and "pairs/s" not in again.stderr and "2 steps, all of them trained before" in again.stderr
     told = omni_train(folder, "--json")
     assert json.loads(told.stdout)["metrics"] == json.loads(first.stdout)["metrics"]
+    assert json.loads(first.stdout)["pairs_per_second"] > 0 and json.loads(told.stdout)["pairs_per_second"] is None
 
 
 def test_a_bundle_of_another_space_is_replaced(folder: Path) -> None:

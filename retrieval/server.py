@@ -17,6 +17,7 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+from threadpoolctl import threadpool_limits
 
 from index_builder.ann import AnnIndex
 from protos import retrieval_pb2 as pb
@@ -167,6 +168,8 @@ async def create_server(
         raise AddressInUse(f"{config.host}:{config.metrics_port}", "--metrics-port")
 
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
+    # BLAS workers spin for a while after each product: shadow recall, which scans exactly, took three times its share of a core with them.
+    threadpool_limits(1, user_api="blas")
     metrics = Metrics()
     cache = QueryCache(config.cache_bytes, config.cache_ttl_seconds)
     tiers: dict[int, RedisTier] = {}

@@ -3,9 +3,12 @@
 import gc
 import time
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+from real_server import serving
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from retrieval.observability import Metrics
 from retrieval.shadow_recall import WINDOW_SECONDS, Sample, ShadowRecall
@@ -73,3 +76,11 @@ def test_what_is_older_than_the_window_is_forgotten(monkeypatch) -> None:
     assert len(window) == 1
     monkeypatch.setattr("retrieval.shadow_recall.time.monotonic", lambda: now + 2 * WINDOW_SECONDS)
     assert not shadow.estimates() and not shadow._windows
+
+
+def test_a_server_keeps_blas_to_one_thread_so_that_exact_scans_stay_within_their_share_of_a_core(tmp_path: Path) -> None:
+    with threadpool_limits(2, user_api="blas"):
+        pass  # whoever set the number before controls it no longer
+    with serving(tmp_path):
+        threads = [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas" and "numpy" in pool["filepath"]]
+        assert threads == [1]

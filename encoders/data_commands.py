@@ -106,10 +106,12 @@ def describe(path: Path, table: str | None, encoding: str, plots: Path | None, d
     """
     from encoders.describe import describe_table, plot_table
     from encoders.schemas import schema
-    from encoders.tables import check_table
+    from encoders.tables import check_table, raise_problems
 
     name = table or _guess(path, encoding)
-    frame = check_table(path, name, on_bad_rows="drop" if drop_bad_rows else "raise", encoding=encoding).frame
+    frame, _, report = check_table(path, name, on_bad_rows="drop", encoding=encoding)
+    if not drop_bad_rows:
+        raise_problems(report, droppable=True)
     found = describe_table(frame, schema(name))
     files = plot_table(frame, found, plots) if plots else []
     if as_json:

@@ -118,7 +118,7 @@ def boards(
 @click.option("--min-users", default=3, show_default=True, help="Different people needed before a query becomes a feature.")
 @click.option("--weight", "weights", multiple=True, help="Weight of an action, e.g. --weight save=5. Fixed once the state is made.")
 @click.option("--min-dwell", default=10.0, show_default=True, help="Seconds that make a click a long click.")
-@click.option("--drop-bad-rows", is_flag=True, help="Leave bad rows out and count them, instead of failing.")
+@click.option("--drop-bad-rows", is_flag=True, help="Leave bad rows of the log out and count them, instead of failing.")
 @encoding_option
 @json_option
 @handle_errors

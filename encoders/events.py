@@ -126,7 +126,7 @@ def read_events(
         for raw in _raw_batches(file, encoding, batch_rows):
             events = engaged_events(raw, rules, file.name, now=now)
             if on_bad_rows == "raise":
-                raise_problems(events.report)
+                raise_problems(events.report, droppable=True)
             yield events
 
 

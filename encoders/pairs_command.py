@@ -65,7 +65,7 @@ def parse_assignments(values: tuple[str, ...], option: str) -> dict[str, int]:
 @click.option("--keep-seen", is_flag=True, help="Keep held-out pairs that also are training pairs: they measure memory.")
 @click.option("--seed", default=0, show_default=True, help="Chooses the pairs that survive a cap.")
 @click.option("--encoding", default="utf-8", show_default=True, help="Encoding of text files.")
-@click.option("--drop-bad-rows", is_flag=True, help="Leave bad rows out and count them, instead of failing.")
+@click.option("--drop-bad-rows", is_flag=True, help="Leave bad rows of log and boards out and count them, instead of failing.")
 @click.option("--partitions", type=click.IntRange(min=1), help="Hash partitions. Default: one per 15 million log rows.")
 @click.option("--ray", "ray_address", help="Run on this Ray cluster (host:port or auto), or start one here (local).")
 @click.option("--overwrite", is_flag=True, help="Replace --out if it is there.")

@@ -177,7 +177,7 @@ def read_boards(path: TableSource, config: PipelineConfig, batch_rows: int = BAT
             raw = read_raw(file, config.encoding) if whole else pl.scan_parquet(file).slice(start, batch_rows).collect()
             checked = check_frame(raw, BOARDS, file.name, first_row=start + 1)
             if config.on_bad_rows == "raise":
-                raise_problems(checked.report)
+                raise_problems(checked.report, droppable=True)
             yield checked.frame.select("board_id", "title", "entity_id"), checked.report
 
 

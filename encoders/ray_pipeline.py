@@ -140,7 +140,7 @@ def _read_task(batch: pa.Table, config: PipelineConfig, partitions: int, now: da
         raw = raw_batch(Path(task["file"]), config.encoding, task["start"], task["rows"])
         events = engaged_events(raw, config.rules, Path(task["file"]).name, now=now)
         if config.on_bad_rows == "raise":
-            raise_problems(events.report)
+            raise_problems(events.report, droppable=True)
         marked = events.frame.with_columns(partition_of(partitions).alias(LABEL), pl.lit(None, pl.String).alias("report"))
         report = pl.DataFrame(
             {LABEL: [0], "report": [json.dumps(events.report.rules_broken)]}, schema={LABEL: pl.Int32, "report": pl.String}

@@ -89,8 +89,12 @@ def check_table(
     return checked
 
 
-def raise_problems(report: TableReport) -> None:
+def raise_problems(report: TableReport, *, droppable: bool = False) -> None:
     """Raise the first problems of a report as one error.
+
+    Args:
+        report: Of the table.
+        droppable: Whether the commands that come here have the option ``--drop-bad-rows`` for this table.
 
     Raises:
         RowError: The report has problems.
@@ -99,8 +103,9 @@ def raise_problems(report: TableReport) -> None:
         return
     lines = [problem.describe(report.source) for problem in report.problems[:5]]
     total = sum(report.rules_broken.values())
-    more = f"\n({total:,} values break a rule; see omni data validate, or use --drop-bad-rows)" if total > len(lines) else ""
-    raise RowError("\n".join(lines) + more)
+    if total > len(lines):
+        lines.append(f"({total:,} values break a rule; see omni data validate{', or use --drop-bad-rows' if droppable else ''})")
+    raise RowError("\n".join(lines))
 
 
 def table_files(path: TableSource) -> list[Path]:

@@ -8,12 +8,14 @@ import unicodedata
 from datetime import UTC, datetime
 from pathlib import Path
 
+import click
 import polars as pl
 import pytest
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from encoders import enrich_commands, pairs_command
 from encoders.data_commands import group
 from encoders.describe import describe_table, spread
 from encoders.errors import ConfigError, DataError, RowError, SchemaError
@@ -345,3 +347,26 @@ def test_the_data_commands_tell_the_truth_in_their_exit_code(tmp_path: Path) -> 
     assert result.exit_code == 0
     assert all(Path(p).stat().st_size > 1000 for p in json.loads(result.stdout)["plots"])
     assert run(group, ["import", "nonsense", str(tmp_path), "--out", str(tmp_path / "o")]).exit_code == 2
+
+
+def test_the_way_to_drop_bad_rows_is_named_where_there_is_one(tmp_path: Path) -> None:
+    """Every command named --drop-bad-rows, also those that refuse the option."""
+    catalogue = put(tmp_path, "c.csv", "id,entity_type\n" + "".join(f"{n},shoe\n" for n in range(6)))
+    log = put(tmp_path, "log.csv", LOG_HEADER + "".join(f"1700000000,q,shoe,{n},save,1,u\n" for n in range(6)))
+    boards = put(tmp_path, "b.csv", "board_id,title,entity_id\n" + ",t,p\n" * 6)
+    good = put(tmp_path, "good.csv", LOG_HEADER + "1700000000,q,pin,p,save,1,u\n")
+    new = str(tmp_path / "new")
+    with_option: list[tuple[click.Command, list[object]]] = [
+        (group, ["describe", catalogue]),
+        (pairs_command.command, ["--log", log, "--out", new]),
+        (pairs_command.command, ["--log", good, "--boards", boards, "--out", new]),
+        (enrich_commands.group, ["queries", "--state", new, "--create", "--log", log]),
+    ]
+    without: list[tuple[click.Command, list[object]]] = [
+        (pairs_command.command, ["--log", good, "--catalogue", catalogue, "--out", new]),
+        (enrich_commands.group, ["boards", "--catalogue", catalogue, "--boards", boards, "--out", new]),
+    ]
+    for command, arguments in (*with_option, *without):
+        result = CliRunner().invoke(command, [str(argument) for argument in arguments])
+        assert result.exit_code == 1 and "(6 values break a rule; see omni data validate" in result.stderr, result.output
+        assert ("--drop-bad-rows" in result.stderr) == ((command, arguments) in with_option), arguments

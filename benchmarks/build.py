@@ -24,7 +24,7 @@ from encoders.console import data_option, handle_errors, json_option, print_json
 from encoders.errors import ConfigError
 from index_builder.ann import AnnConfig
 from index_builder.build_inputs import EntityInput, QuerySet
-from index_builder.build_plan import RebuildConfig, estimate_mib
+from index_builder.build_plan import RebuildConfig, estimate_mib, fit_memory
 from index_builder.entity_index import IndexConfig
 from index_builder.publishing import ReleaseStore
 from index_builder.rebuild import build_release
@@ -151,8 +151,11 @@ def command(
         raise ConfigError("this benchmark needs --data (or OMNI_DATA): a folder that holds large/")
     vectors = load_vectors(data_dir, size=size)
     threads = threads or os.cpu_count() or 1
+    asked = RebuildConfig(index=IndexConfig(kind=kind), max_memory_mib=max_memory_mib)
+    dimension = int(vectors.corpus.shape[1])
+    expected_mib = estimate_mib(fit_memory("pin", len(vectors.corpus), dimension, asked).kind, len(vectors.corpus), dimension)
     with working_folder(kept) as root:
-        bundle = bundle_folder(root / "bundle", int(vectors.corpus.shape[1]))
+        bundle = bundle_folder(root / "bundle", dimension)
         store = ReleaseStore(root / "store")
         release_id = store.current()
         if release_id is None or read_manifest(store.path_of(release_id)).entities["pin"].count != len(vectors.corpus):
@@ -172,9 +175,7 @@ def command(
             "stages": manifest.measured["entities"]["pin"]["seconds"],
             "max_memory_mib": max_memory_mib,
             "peak_private_mib": manifest.measured["peak_private_mib"],
-            "peak_private_mib_estimate": round(
-                estimate_mib(manifest.entities["pin"].index["kind"], len(vectors.corpus), int(vectors.corpus.shape[1]))
-            ),
+            "peak_private_mib_estimate": round(expected_mib),
             "disk_mib": round(manifest.total_bytes() / 2**20, 1),
             "golden_recall_at_10": manifest.entities["pin"].golden["recall"],
             "sha256sum_seconds": round(statistics.median(shas), 3),

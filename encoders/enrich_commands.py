@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,7 +149,7 @@ def queries(
         window_days=flags["window_days"],
         min_users=flags["min_users"],
     )
-    merges = []
+    merges, bad = [], Counter[str]()
     open_state = EngagedQueriesState.create if create else EngagedQueriesState
     with open_state(state, config) as current, stage("engaged queries"):
         if flags["delete_users"]:
@@ -161,8 +162,9 @@ def queries(
             on_bad_rows: OnBadRows = "drop" if flags["drop_bad_rows"] else "raise"
             # Batch by batch: memory stays bounded however long the history, and a stopped load can simply be run again.
             for log in logs:
-                batches = read_events(log, rules, on_bad_rows=on_bad_rows, encoding=flags["encoding"])
-                merges += [current.merge(batch.frame, what=log.name) for batch in batches]
+                for batch in read_events(log, rules, on_bad_rows=on_bad_rows, encoding=flags["encoding"]):
+                    bad.update(batch.report.rules_broken)
+                    merges.append(current.merge(batch.frame, what=log.name))
             if until is not None:
                 merges.append(current.merge(pl.DataFrame(schema=EVENT_SCHEMA), until=until, what="move the window"))
         if catalogue and out:
@@ -175,6 +177,7 @@ def queries(
             for name, number in merge.counts.items():
                 summary[f"events {name}"] = summary.get(f"events {name}", 0) + number
             summary["entities touched"] = summary.get("entities touched", 0) + merge.touched.height
+        summary |= {f"bad rows left out: {rule}": rows for rule, rows in bad.items()}
     _report(summary, as_json)
 
 

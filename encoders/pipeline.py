@@ -24,7 +24,7 @@ from encoders.errors import ConfigError
 from encoders.events import BATCH_ROWS, EVENT_SCHEMA, EngagementRules, log_rows, read_events
 from encoders.pairs import PairsConfig, TimeSplit, build_pairs, find_leaks, pairs_table, refuse_leaks
 from encoders.schemas import BOARDS
-from encoders.table_checks import TableReport, check_frame
+from encoders.table_checks import check_frame
 from encoders.tables import OnBadRows, TableSource, raise_problems, read_raw, table_files, write_table
 
 PARTITION_ROWS = 15_000_000
@@ -127,7 +127,7 @@ def run_pipeline(
         counts.update(done.counts)
         write_table(done.engaged, work / "engaged_queries" / part_name(number))
         write_table(done.pairs, work / "pairs" / part_name(number))
-    titles = write_board_titles(boards, work, config, partitions) if boards is not None else 0
+    titles = write_board_titles(boards, work, config, partitions, bad) if boards is not None else 0
     return finish_output(work, out, config, split, counts, bad, partitions, titles)
 
 
@@ -163,8 +163,8 @@ class Spill:
                 shutil.rmtree(self.folder / f"{number:05d}", ignore_errors=True)
 
 
-def read_boards(path: TableSource, config: PipelineConfig, batch_rows: int = BATCH_ROWS) -> Iterator[tuple[pl.DataFrame, TableReport]]:
-    """Read and check a boards table batch by batch: ``board_id, title, entity_id``.
+def read_boards(path: TableSource, config: PipelineConfig, bad: Counter[str], batch_rows: int = BATCH_ROWS) -> Iterator[pl.DataFrame]:
+    """Read and check a boards table batch by batch: ``board_id, title, entity_id``; bad rows that are left out are counted in ``bad``.
 
     Raises:
         DataError: The table is missing or unreadable.
@@ -178,14 +178,15 @@ def read_boards(path: TableSource, config: PipelineConfig, batch_rows: int = BAT
             checked = check_frame(raw, BOARDS, file.name, first_row=start + 1)
             if config.on_bad_rows == "raise":
                 raise_problems(checked.report, droppable=True)
-            yield checked.frame.select("board_id", "title", "entity_id"), checked.report
+            bad.update({f"boards: {rule}": rows for rule, rows in checked.report.rules_broken.items()})
+            yield checked.frame.select("board_id", "title", "entity_id")
 
 
-def write_board_titles(boards: TableSource, work: Path, config: PipelineConfig, partitions: int) -> int:
+def write_board_titles(boards: TableSource, work: Path, config: PipelineConfig, partitions: int, bad: Counter[str]) -> int:
     """Write ``work/board_titles``; two passes over the partitions: words of all entities first, then the titles of each. Returns rows."""
     schema: dict[str, pl.DataType] = {"board_id": pl.String(), "title": pl.String(), "entity_id": pl.String()}
     spill = Spill(work / "spill-boards", partitions)
-    for frame, _ in read_boards(boards, config):
+    for frame in read_boards(boards, config, bad):
         spill.add(frame)
     parts: list[Prevalence] = [word_prevalence(frame, config.boards) for _, frame in spill.drain(schema, keep=True)]
     everywhere = add_prevalence(parts)

@@ -96,7 +96,7 @@ def run_ray_pipeline(
     counts: Counter[str] = Counter()
     for row in events.groupby(LABEL, num_partitions=partitions).map_groups(process, batch_format="pyarrow").iter_rows():
         counts.update(_unpack(row, work))
-    titles = _ray_board_titles(ray, boards, work, config, partitions) if boards is not None else 0
+    titles = _ray_board_titles(ray, boards, work, config, partitions, bad) if boards is not None else 0
     return finish_output(work, out, config, split, counts, bad, partitions, titles)
 
 
@@ -153,8 +153,8 @@ def _reports(batch: pa.Table) -> pa.Table:
     return _table(_frame(batch.select(["report"])).drop_nulls())
 
 
-def _ray_board_titles(ray: Any, boards: TableSource, work: Path, config: PipelineConfig, partitions: int) -> int:
-    frames = [frame.with_columns(partition_of(partitions).alias(LABEL)) for frame, _ in read_boards(boards, config)]
+def _ray_board_titles(ray: Any, boards: TableSource, work: Path, config: PipelineConfig, partitions: int, bad: Counter[str]) -> int:
+    frames = [frame.with_columns(partition_of(partitions).alias(LABEL)) for frame in read_boards(boards, config, bad)]
     data = ray.data.from_arrow([_table(frame) for frame in frames]).materialize()
     grouped = data.groupby(LABEL, num_partitions=partitions)
 

@@ -269,3 +269,13 @@ def test_the_command_reads_every_file_that_is_named(tmp_path: Path) -> None:
         assert [line["what"] for line in state.versions()][-2:] == ["1.parquet", "2.parquet"]
     assert run(delete_users="user{}.txt")["events removed"] == 4
     assert run(delete_queries="query{}.txt")["events removed"] == 6
+
+
+def test_the_command_counts_the_bad_rows_it_left_out(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("timestamp,query,entity_type,entity_id,action\n1700000000,q,pin,a,save\n1700000001,q,shoe,a,save\n")
+    arguments = ["queries", "--state", str(tmp_path / "s"), "--create", "--log", str(tmp_path / "log.csv"), "--drop-bad-rows", "--json"]
+    result = CliRunner().invoke(group, arguments)
+    assert result.exit_code == 0, result.output
+    counts = json.loads(result.stdout)
+    assert counts["events added"] == 1
+    assert counts["bad rows left out: must be one of pin, product, query, ad"] == 1

@@ -271,6 +271,14 @@ def test_the_command_fails_on_a_leak_and_leaves_nothing_behind(log_file: Path, t
     assert pairs.height == summary["counts"]["pairs"] == sum(row["pairs"] for row in summary["table_1"])
 
 
+def test_bad_rows_of_boards_are_counted_as_well(log_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "b.csv").write_text("board_id,title,entity_id\n1,red shoes,p1\n,blue hats,p2\n")
+    arguments = ["--log", str(log_file), "--boards", str(tmp_path / "b.csv"), "--out", str(tmp_path / "o"), "--drop-bad-rows", "--json"]
+    result = CliRunner().invoke(command, arguments)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["bad_rows_dropped"] == {"boards: a value is required": 1}
+
+
 def test_the_command_says_how_many_bad_rows_it_left_out(tmp_path: Path) -> None:
     rows = "timestamp,query,entity_type,entity_id,action\n1700000000,q,pin,a,save\n1700000001,q,shoe,a,save\n"
     (tmp_path / "log.csv").write_text(rows)

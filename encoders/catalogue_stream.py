@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from encoders.cell_texts import cell_texts
 from encoders.errors import DataError, RowError, SchemaError
 from encoders.schemas import DTYPES, Kind, schema
 from encoders.table_checks import Problem, check_frame
@@ -36,7 +37,8 @@ def stream_catalogue(
     """Yield the checked rows of catalogue or query files in order.
 
     Parquet and JSON Lines (also ``.gz``) are streamed; other formats are read whole, file by file, CSV twice: its attributes become what
-    ``read_table`` makes of them (except ``columns``, which a tower reads), and all CSV files decide what that is. A table of queries
+    ``read_table`` makes of them, and all CSV files decide what that is. Those of ``columns``, which a tower reads, come as text where
+    they are single numbers or truth values: one file may hold 38 where the next one holds 38.5 or XL. A table of queries
     (column ``query``, no ``id``) yields query entities whose id and title are the query. A row of a catalogue that repeats an earlier one
     exactly, in any of the files, is left out, as ``read_table`` does; of Parquet only the columns wanted are read, and so compared.
 
@@ -64,7 +66,7 @@ def stream_catalogue(
         first_row = 1
         for raw in _raw_chunks(file, columns, chunk_rows):
             rows = _checked(raw, file.name, entity_type, first_row, columns, seen)
-            rows = attributes.typed(rows, file, columns or ())
+            rows = _numbers_as_texts(attributes.typed(rows, file), columns or ())
             _check_shapes(rows, f"{file.name} (rows from {first_row:,})", shapes)
             first_row += raw.height
             if rows.height:
@@ -80,6 +82,12 @@ def count_rows(paths: Sequence[Path]) -> int | None:
         return sum(int(pq.read_metadata(file).num_rows) for file in files)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"not a readable Parquet file ({error}). Is the file complete?") from error
+
+
+def _numbers_as_texts(rows: pl.DataFrame, columns: Collection[str]) -> pl.DataFrame:
+    attributes = [name for name in columns if name in rows.columns and schema("catalogue").column(name) is None]
+    single = [name for name in attributes if rows.schema[name].is_numeric() or rows.schema[name] == pl.Boolean]
+    return rows.with_columns(cell_texts(rows[name]) for name in single)
 
 
 def _checked(
@@ -105,7 +113,7 @@ def _checked(
 
 def _clash(row: dict[str, Any], raw: pl.DataFrame, source: str, first_row: int) -> RowError:
     """The error for a row whose id stood in an earlier chunk with other content."""
-    same = (raw["id"].cast(pl.String).str.normalize("NFC") == row["id"]) & (raw["entity_type"].cast(pl.String) == row["entity_type"])
+    same = (cell_texts(raw["id"]).str.normalize("NFC") == row["id"]) & (raw["entity_type"].cast(pl.String) == row["entity_type"])
     rule = "id repeats an earlier one with different content"
     fix = "Keep one version of each id (which one is right cannot be guessed)."
     return RowError(Problem(first_row + (same.arg_max() or 0), "id", repr(row["id"]), rule, fix).describe(source))

@@ -17,6 +17,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
+from encoders.cell_texts import cell_texts
 from encoders.errors import BundleError, ConfigError, RowError, SchemaError
 from encoders.ngrams import NgramConfig, NgramCounter, Vocabulary
 from encoders.text_embedding import TEXT_EMBEDDING_FIELDS, WHOLE_TEXT_FIELDS, text_embedding, tower_fingerprint
@@ -282,10 +283,10 @@ class EntityFeaturizer:
 def row_texts(column: pl.Series) -> list[str]:
     """A text or list-of-text column as one string per row; list items on lines of their own, null as empty."""
     if isinstance(column.dtype, pl.List | pl.Array):
-        column = column.cast(pl.List(pl.String)).list.join("\n", ignore_nulls=True)
+        column = cell_texts(column).list.join("\n", ignore_nulls=True)
     elif isinstance(column.dtype, pl.Struct | pl.Object | pl.Binary):
         raise SchemaError(f"text field {column.name!r} must be text or a list of texts, but is {column.dtype}; convert it")
-    return column.cast(pl.String).fill_null("").to_list()
+    return cell_texts(column).fill_null("").to_list()
 
 
 def row_vectors(catalogue: pl.DataFrame, name: str, width: int) -> npt.NDArray[np.float32]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
+from encoders.cell_texts import cell_texts
 from encoders.errors import SchemaError
 from encoders.schemas import EARLIEST_YEAR, Column, Kind, TableSchema, lookalikes, renames
 
@@ -172,7 +173,7 @@ def _texts(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
         raise SchemaError(
             f"{checker.report.source}: column {column.name!r} should hold text, but holds {values.dtype}. Export it as one text per row."
         )
-    text = values.cast(pl.String)
+    text = cell_texts(values)
     fix_nul = "Remove the NUL bytes; the file was probably exported with a wrong encoding."
     checker.flag(text.str.contains("\0", literal=True), text, column.name, "text holds a NUL byte", fix_nul)
     # len_bytes is free; only rows that may be too long are counted in characters.
@@ -234,7 +235,7 @@ def _text_lists(values: pl.Series, column: Column, checker: _Checker) -> pl.Seri
             f"{checker.report.source}: column {column.name!r} should hold lists of text (in CSV: JSON, or parts separated by '|'), "
             f"but holds {values.dtype}."
         )
-    texts = values.cast(pl.List(pl.String))
+    texts = cell_texts(values)
     nul = texts.list.eval(pl.element().str.contains("\0", literal=True)).list.any()
     checker.flag(nul, texts, column.name, "text holds a NUL byte", "Remove the NUL bytes.")
     longest = texts.list.eval(pl.element().str.len_chars()).list.max()

@@ -8,7 +8,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
@@ -147,11 +147,11 @@ class AttributeTypes:
             else:
                 seen.add_typed(frame[name])
 
-    def typed(self, frame: pl.DataFrame, file: Path, texts: Collection[str] = ()) -> pl.DataFrame:
-        """The checked rows of a file, with their texts as what all files agree on, but for the columns ``texts``."""
+    def typed(self, frame: pl.DataFrame, file: Path) -> pl.DataFrame:
+        """The checked rows of a file, with their texts as what all files agree on."""
         if not is_delimited(file):
             return frame
-        chosen = {name: self._seen[name].dtype() for name in self._unknown(frame) if name not in texts}
+        chosen = {name: self._seen[name].dtype() for name in self._unknown(frame)}
         return frame.with_columns(_read_cells(frame[name], dtype) for name, dtype in chosen.items() if dtype is not None)
 
     def notes(self) -> list[str]:

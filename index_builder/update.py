@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import polars as pl
 
+from encoders.cell_texts import cell_texts
 from encoders.errors import RowError, SchemaError
 from encoders.schemas import ENTITY_TYPES, Kind, schema
 from encoders.table_checks import ROW, check_frame
@@ -98,14 +99,15 @@ def read_changes(path: Path, manifest: Manifest) -> Changes:
     is_delete = operations == "delete"
     rest = raw.drop("op", strict=False)
     deletes: dict[str, list[str]] = {}
-    for row, identifier, entity_type in rest.filter(is_delete).select(ROW, "id", "entity_type").iter_rows():
+    removed = rest.filter(is_delete)
+    for row, identifier, entity_type in zip(removed[ROW], cell_texts(removed["id"]), removed["entity_type"]):
         if identifier is None or entity_type not in ENTITY_TYPES:
             raise RowError(
                 f"{path}, row {row}: a delete needs an id and an entity_type among {', '.join(ENTITY_TYPES)}, but got "
                 f"{identifier!r}, {entity_type!r}"
             )
-        check_entry(LiveEntry(id=str(identifier)), manifest.dimension)
-        deletes.setdefault(entity_type, []).append(str(identifier))
+        check_entry(LiveEntry(id=identifier), manifest.dimension)
+        deletes.setdefault(entity_type, []).append(identifier)
     checked = check_frame(rest.filter(~is_delete), schema("catalogue"), path.name)
     raise_problems(checked.report)
     frame, ready = _parsed(checked.frame, manifest), {}

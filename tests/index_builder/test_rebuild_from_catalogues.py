@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 from click.testing import CliRunner, Result
@@ -14,9 +15,11 @@ from encoders import embed_command
 from encoders.bundle import ModelBundle, save_bundle
 from encoders.entity_features import EntityFeatureConfig, EntityFeaturizer
 from encoders.entity_tower import create_entity_encoder
+from encoders.signal_store import SignalStore
 from index_builder import rebuild_command
 from index_builder.publishing import ReleaseStore
 from index_builder.release import read_manifest
+from index_builder.update import read_changes
 
 ROWS = [f"p{i},pin,red barn number {i},{i}.50" for i in range(40)]
 
@@ -70,3 +73,45 @@ def test_rebuild_says_what_embed_says_about_text_the_tower_cannot_read(tmp_path:
     assert ["lacks title, description" in said[0], "40 pin rows" in said[1]] == [True, True]
     done = rebuild(tmp_path, bundle, catalogue)
     assert [line for line in done.stderr.splitlines() if line in said] == said
+
+
+WEIGHTS = [38, 38.5, 39.0, 1e30, 0.0000002, None, 40]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_rebuild_and_embed_read_the_same_text_of_a_number(tmp_path: Path, suffix: str) -> None:
+    """`omni embed` read 38 as "38", `omni rebuild` as "38.0" where another row held 38.5: one row, two vectors of one space."""
+    records = [{"id": f"p{i}", "entity_type": "pin", "title": f"red barn {i}", "weight": w, "size": w} for i, w in enumerate(WEIGHTS * 6)]
+    path = tmp_path / f"a.{suffix}"
+    if suffix == "csv":
+        cells = ["38", "38.50", "39.0", "1.0e+30", "2.0e-7", "", "40"] * 6
+        rows = [f"p{i},pin,red barn {i},{cell},{cell}" for i, cell in enumerate(cells)]
+        write(path, rows, "id,entity_type,title,weight,size")
+    elif suffix == "jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    else:
+        pl.DataFrame(records, infer_schema_length=None).write_parquet(path)
+    featurizer = EntityFeaturizer.fit(
+        pl.DataFrame(records, infer_schema_length=None), EntityFeatureConfig(text_fields=("title", "weight", "size"))
+    )
+    tower = create_entity_encoder(featurizer, table_rows=64, token_dimension=32, hidden=(48,), dimension=16)
+    bundle = save_bundle(tmp_path / "model", tiny_query_encoder(0, dimension=16), {"pin": tower})
+    arguments = [str(bundle.path), "--catalogue", str(path), "--out", str(tmp_path / "signals")]
+    assert CliRunner().invoke(embed_command.command, arguments).exit_code == 0
+    done = rebuild(tmp_path, bundle, path)
+    assert done.exit_code == 0, done.output
+    embedded = SignalStore(tmp_path / "signals").read("pin")
+    (rebuilt_folder,) = (tmp_path / "store" / "signals").iterdir()
+    rebuilt = SignalStore(rebuilt_folder).read("pin")
+    assert (rebuilt.ids, rebuilt.content_hashes) == (embedded.ids, embedded.content_hashes)
+    np.testing.assert_allclose(rebuilt.vectors, embedded.vectors, atol=1e-6)
+
+
+@pytest.mark.parametrize("ids", [[1, 2], [1.0, 2.0], ["1", "2"]])
+def test_an_id_that_came_as_a_number_is_upserted_and_deleted_under_one_name(tmp_path: Path, bundle: ModelBundle, ids: list[object]) -> None:
+    assert rebuild(tmp_path, bundle, write(tmp_path / "a.csv", ROWS)).exit_code == 0
+    store = ReleaseStore(tmp_path / "store")
+    rows = pl.DataFrame({"id": ids, "entity_type": ["pin", "pin"], "title": ["red", "blue"], "op": ["upsert", "delete"]})
+    rows.write_parquet(tmp_path / "changes.parquet")
+    changes = read_changes(tmp_path / "changes.parquet", read_manifest(store.path_of(str(store.current()))))
+    assert (changes.upserts["id"].to_list(), changes.deletes) == (["1"], {"pin": ["2"]})

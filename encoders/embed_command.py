@@ -75,13 +75,8 @@ def command(
     say(f"space {towers.space_id[:16]}  form {config.form_id()}  device {config.resolved_device()}  rows {total if total else 'unknown'}")
     chunks = stream_catalogue(catalogues, columns=columns_read(towers), entity_type=entity_type, chunk_rows=min(part_rows, 8_192))
     report = embed_catalogue(towers, chunks, SignalStore(out), config, _progress_lines(total))
-    for name, one in report.entity_types.items():
-        if one.missing_columns:
-            say(f"note: the catalogue of {name!r} lacks {', '.join(one.missing_columns)}; these fields were read as empty")
-        if one.other_form:
-            say(f"note: {one.other_form:,} {name} rows were embedded again, because the store held them in another form (precision)")
-        if one.without_features:
-            say(f"warning: {one.without_features:,} {name} rows have no known n-gram and no vector; they share one meaningless embedding")
+    for line in report.notes():
+        say(line)
     if as_json:
         print_json(report.as_dict() | {"peak_memory_mib": round(peak_memory_mib(), 1)})
         return

@@ -111,6 +111,20 @@ class EmbedReport:
         embedded = sum(report.embedded for report in self.entity_types.values())
         return asdict(self) | {"embedded_per_second": round(embedded / self.seconds, 1) if self.seconds else None}
 
+    def notes(self) -> list[str]:
+        """What whoever ran this should know: what the towers could not read, and what was made again for another form."""
+        lines = []
+        for name, one in self.entity_types.items():
+            if one.missing_columns:
+                lines.append(f"note: the catalogue of {name!r} lacks {', '.join(one.missing_columns)}; these fields were read as empty")
+            if one.other_form:
+                again = f"{one.other_form:,} {name} rows were embedded again"
+                lines.append(f"note: {again}, because the store held them in another form (precision)")
+            if one.without_features:
+                blank = f"{one.without_features:,} {name} rows have no known n-gram and no vector"
+                lines.append(f"warning: {blank}; they share one meaningless embedding")
+        return lines
+
 
 def content_hashes(catalogue: pl.DataFrame, config: EntityFeatureConfig) -> list[str]:
     """Hash of everything in a row that its tower reads, 32 hex digits (XXH3-128).

@@ -299,14 +299,8 @@ def _embed(bundle_path: Path, catalogue: pl.DataFrame, signal_root: Path) -> Non
     report = embed_catalogue(load_bundle(bundle_path), [catalogue], SignalStore(signal_root))
     for name, entity in report.entity_types.items():
         say(f"{name}: {entity.embedded:,} embedded, {entity.unchanged + entity.resumed:,} taken over")
-        if entity.missing_columns:
-            say(f"note: the catalogue of {name!r} lacks {', '.join(entity.missing_columns)}; these fields were read as empty")
-        if entity.other_form:
-            say(f"note: {entity.other_form:,} {name} rows were embedded again, because the store held them in another form (precision)")
-        if entity.without_features:
-            say(
-                f"warning: {entity.without_features:,} {name} rows have no known n-gram and no vector; they share one meaningless embedding"
-            )
+    for line in report.notes():
+        say(line)
 
 
 def _unembedded(catalogue: pl.DataFrame, bundle_path: Path) -> dict[str, EntityInput]:

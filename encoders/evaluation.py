@@ -34,6 +34,7 @@ from encoders.sample import Dataset, query_entities
 SCORES_AT_ONCE = 1 << 25
 """Scores held at once (128 MiB of float32)."""
 
+POPULARITY = pl.Enum(["head", "torso", "tail"])
 POPULARITY_SHARES = (0.1, 0.5)
 """Head: the top tenth of entities by train pairs; torso: the next four tenths; tail: the rest."""
 
@@ -375,9 +376,9 @@ def pair_slices(task: EvaluationTask, train_pairs: pl.DataFrame) -> dict[str, pl
         train_pairs: Train-split pairs: their number per entity makes head, torso and tail.
 
     Returns:
-        Slice name -> label of each pair ``(P,)``: ``language``, ``english``, ``country`` (if any is known), ``action``,
-        ``popularity`` (head/torso/tail), ``text`` (whether title, description or caption is there), ``engaged`` (whether it has
-        engaged queries), ``positives`` (few: 10 or fewer answers to the query), ``source`` (of the entity, if known).
+        Slice name -> label of each pair ``(P,)``, an ``Enum`` where labels have an order: ``language``, ``english``, ``country`` (if any
+        is known), ``action``, ``popularity`` (head/torso/tail), ``text`` (whether title, description or caption is there), ``engaged``
+        (whether it has engaged queries), ``positives`` (few: 10 or fewer answers to the query), ``source`` (of the entity, if known).
     """
     pairs, candidates = task.pairs, task.candidates
     counts = train_pairs.filter(pl.col("entity_type") == task.entity_type).group_by("entity_id").agg(pl.len().alias("train"))
@@ -389,9 +390,8 @@ def pair_slices(task: EvaluationTask, train_pairs: pl.DataFrame) -> dict[str, pl
     ranked = ranked.sort(["train", "entity_id"], descending=[True, False]).with_row_index("place")
     share = pl.col("place") / max(1, ranked.height)
     head, torso = POPULARITY_SHARES
-    ranked = ranked.with_columns(
-        popularity=pl.when(share < head).then(pl.lit("head")).when(share < torso).then(pl.lit("torso")).otherwise(pl.lit("tail"))
-    )
+    popularity = pl.when(share < head).then(pl.lit("head")).when(share < torso).then(pl.lit("torso")).otherwise(pl.lit("tail"))
+    ranked = ranked.with_columns(popularity=popularity.cast(POPULARITY))
     text = [pl.col(c).fill_null("").str.strip_chars() != "" for c in ("title", "description", "caption") if c in candidates.columns]
     has_text = pl.any_horizontal(text) if text else pl.lit(False)
     has_queries = pl.col("engaged_queries").list.len() > 0 if "engaged_queries" in candidates.columns else pl.lit(False)
@@ -421,12 +421,15 @@ def pair_slices(task: EvaluationTask, train_pairs: pl.DataFrame) -> dict[str, pl
 def metrics_by_slice(
     ranking: Ranking, slices: dict[str, pl.Series], *, ks: Sequence[int] = (10,), resamples: int = 300
 ) -> dict[str, dict[str, SliceMetrics]]:
-    """``{slice: {label: metrics}}``, labels with most pairs first; pairs without a label are ``unknown``."""
+    """``{slice: {label: metrics}}``, labels in the order of their ``Enum``, else most pairs first; pairs without one are ``unknown``."""
     result: dict[str, dict[str, SliceMetrics]] = {}
     for name, given in slices.items():
         labels = given.cast(pl.String).fill_null("unknown")
-        frequent = labels.value_counts().sort(["count", labels.name], descending=[True, False])[labels.name].to_list()
-        result[name] = {label: slice_metrics(ranking, (labels == label).to_numpy(), ks=ks, resamples=resamples) for label in frequent}
+        listed = labels.value_counts().sort(["count", labels.name], descending=[True, False])[labels.name].to_list()
+        if isinstance(given.dtype, pl.Enum):
+            order = given.dtype.categories.to_list()
+            listed.sort(key=lambda label: order.index(label) if label in order else len(order))
+        result[name] = {label: slice_metrics(ranking, (labels == label).to_numpy(), ks=ks, resamples=resamples) for label in listed}
     return result
 
 

@@ -143,12 +143,22 @@ def test_slices_partition_the_pairs_and_comparison_is_paired():
         assert sum(m.pairs for m in labels.values()) == 120
     result = metrics_by_slice(two, slices)
     assert result["english"]["en"].recall[10].value == 1.0
-    assert set(result["popularity"]) == {"head", "torso", "tail"}
+    assert list(result["popularity"]) == ["head", "torso", "tail"]
     assert compare(two, one).difference.low > 0
     french = (slices["language"] == "fr").to_numpy()
     assert compare(two, one, french).difference.value == 0
     with pytest.raises(ConfigError, match="same task"):
         compare(two, rank_task(build_task(dataset, "pin", max_queries=10), lambda a, b: torch.zeros(b - a, 40), "x"))
+
+
+def test_labels_that_have_an_order_keep_it() -> None:
+    """Popularity was listed by pairs, and by the alphabet where those are equal: head, tail, torso."""
+    dataset = make_dataset([("a", 0), ("b", 1), ("c", 8), ("d", 8)], entities=10)
+    task = build_task(dataset, "pin")
+    ranking = rank_task(task, lambda a, b: torch.zeros(b - a, 10), "x")
+    slices = pair_slices(task, dataset.pairs.filter(pl.col("entity_id") != "e8"))
+    assert {label: m.pairs for label, m in metrics_by_slice(ranking, slices)["popularity"].items()} == {"head": 1, "torso": 1, "tail": 2}
+    assert list(metrics_by_slice(ranking, slices)["popularity"]) == ["head", "torso", "tail"]
 
 
 def test_bad_input_is_named():

@@ -234,8 +234,7 @@ class BaseSearch:
         if hidden_count == 0:
             return ef, most
         share = 1.0 - hidden_count / self._corpus.rows
-        most = int(most / share)
-        return max(round(ef / share**0.5), most), most
+        return max(round(ef / share**0.5), int(1.1 * k / share) + 4), int(most / share)
 
     # ---- shared ------------------------------------------------------------------------------------------------------------------------
 

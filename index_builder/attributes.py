@@ -7,6 +7,7 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -223,6 +224,70 @@ def fitted(series: pl.Series, dtype: pl.DataType) -> pl.Series:
         return pl.Series(series.name, [None] * len(series), dtype=dtype)
 
 
+def fitted_column(frame: pl.DataFrame, name: str, dtype: pl.DataType, count: int) -> pl.Series:
+    """The first ``count`` rows of a column made by ``json_columns`` as ``dtype``: missing columns and impossible values are null."""
+    if name not in frame.columns:
+        return pl.Series(name, [None] * count, dtype=dtype)
+    parts = [fitted(frame[part].head(count), dtype).alias(part) for part in frame.columns if part.startswith(name + _OF_ONE_TYPE)]
+    if parts:
+        return pl.DataFrame(parts).select(pl.coalesce(pl.all()).alias(name))[name]
+    return fitted(frame[name].head(count), dtype)
+
+
+_OF_ONE_TYPE = "\0"
+"""Behind a name of several types: a column that holds those values which are of one. No attribute can be called so."""
+_JSON_TYPES = {int: "int", float: "float", bool: "bool", str: "string"}
+
+
+def json_columns(name: str, cells: Sequence[Any]) -> list[pl.Series]:
+    """JSON values as a column of the type that they have in common.
+
+    Where they have none, or none that an attribute can have: a column of Python objects, and for ``fitted_column`` one more for each type.
+    """
+    column = _of_common_type(name, cells)
+    if column is not None:
+        return [column]
+    kinds = [(type(cell), frozenset(map(type, cell)) if isinstance(cell, list) else None) for cell in cells]
+    parts: list[pl.Series] = []
+    for kind in dict.fromkeys(kinds):
+        part = _of_common_type(f"{name}{_OF_ONE_TYPE}{len(parts)}", [cell if found == kind else None for cell, found in zip(cells, kinds)])
+        if part is not None:
+            parts.append(part)
+    return [pl.Series(name, cells, dtype=pl.Object), *parts]
+
+
+def is_of_one_type(name: str) -> bool:
+    """Whether a column of ``json_columns`` only repeats, for ``fitted_column``, what another one holds."""
+    return _OF_ONE_TYPE in name
+
+
+def _of_common_type(name: str, cells: Sequence[Any]) -> pl.Series | None:
+    types = set(map(type, cells)) - {type(None)}
+    in_lists = types == {list}
+    if in_lists:
+        types = set(map(type, chain.from_iterable(cell for cell in cells if cell is not None))) - {type(None)}
+    kinds = {_JSON_TYPES.get(found, "") for found in types}
+    kind = "float" if kinds == {"int", "float"} else kinds.pop() if len(kinds) == 1 else "" if kinds else "nothing"
+    if not kind or (in_lists and kind == "bool"):
+        return None
+    leaf = _POLARS.get(kind, pl.Null)
+    try:
+        return pl.Series(name, cells, dtype=pl.List(leaf) if in_lists else leaf)
+    except (OverflowError, pl.exceptions.PolarsError):  # a number that needs more than 64 bits
+        return None
+
+
+def of_one_type(series: pl.Series) -> pl.Series:
+    """A column of ``json_columns`` without what no attribute can hold; what is left of several types becomes text."""
+    if series.dtype != pl.Object:
+        return series
+    cells = [cell if cell is not None and _kind_of(cell) is not None else None for cell in series.to_list()]
+    column = _of_common_type(series.name, cells)
+    if column is None:
+        return pl.Series(series.name, [None if cell is None else str(cell) for cell in cells], dtype=pl.String)
+    return series if column.dtype == pl.Null else column
+
+
 def _is_whole(dtype: pl.DataType) -> bool:
     return (dtype.inner if isinstance(dtype, pl.List) else dtype) == pl.Int64
 
@@ -317,10 +382,7 @@ class AttributeTable:
     @classmethod
     def aligned(cls, frame: pl.DataFrame, like: AttributeTable, count: int) -> AttributeTable:
         """The first ``count`` rows of ``frame`` with the columns and types of ``like``: missing columns and impossible values are null."""
-        columns = [
-            fitted(frame[name].head(count), dtype) if name in frame.columns else pl.Series(name, [None] * count, dtype=dtype)
-            for name, dtype in like.frame.schema.items()
-        ]
+        columns = [fitted_column(frame, name, dtype, count) for name, dtype in like.frame.schema.items()]
         table = cls(pl.DataFrame(columns))
         table.count = count
         return table

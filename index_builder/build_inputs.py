@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from encoders.errors import InvalidVectors, SpaceMismatch
-from index_builder.attributes import can_be_attribute, fitted
+from index_builder.attributes import can_be_attribute, fitted_column, is_of_one_type, of_one_type
 from index_builder.corpus import check_vectors
 from index_builder.errors import DuplicateIds, LiveLogError
 from index_builder.live_blocks import attribute_frame
@@ -177,24 +177,16 @@ def _fold_attributes(frame: pl.DataFrame | None, keep: np.ndarray, fresh: list[L
     What no column can hold is left out: a log may have entries of before writes were checked, or checked against another release.
     """
     added = attribute_frame([entry.attributes for entry in fresh]) if fresh else pl.DataFrame()
-    added = added.select(series.name for series in added if can_be_attribute(series))
-    if frame is None or not frame.width:
-        if not added.width:
-            return frame
-        base = pl.DataFrame({name: pl.Series([None] * int(keep.sum()), dtype=added.schema[name]) for name in added.columns})
-    else:
-        base = frame.filter(pl.Series(keep))
-    if not fresh:
-        return base
-    columns = []
-    for name in dict.fromkeys([*base.columns, *added.columns]):
-        dtype = base.schema[name] if name in base.columns else added.schema[name]
-        parts = []
-        for part, height in ((base, base.height), (added, len(fresh))):
-            series = part[name] if name in part.columns else pl.Series(name, [None] * height)
-            parts.append(fitted(series, dtype))
-        columns.append(pl.concat([part.to_frame() for part in parts], how="vertical_relaxed")[name])
-    return pl.DataFrame(columns)
+    known = frame.columns if frame is not None else []
+    new = [of_one_type(series) for series in added if series.name not in known and not is_of_one_type(series.name)]
+    new = [series for series in new if can_be_attribute(series)]
+    if not known and not new:
+        return frame
+    height = int(keep.sum())
+    base = frame.filter(pl.Series(keep)) if frame is not None and known else pl.DataFrame()
+    parts = [(base[name], fitted_column(added, name, base.schema[name], len(fresh))) for name in known]
+    parts += [(pl.Series(series.name, [None] * height, dtype=series.dtype), series) for series in new]
+    return pl.DataFrame([pl.concat([old.to_frame(), live.to_frame()], how="vertical_relaxed").to_series() for old, live in parts])
 
 
 def fingerprint(entities: EntityInput) -> str:

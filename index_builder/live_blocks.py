@@ -13,6 +13,7 @@ from encoders.errors import ConfigError
 from index_builder.ann import AnnConfig, AnnIndex, build_index
 from index_builder.ann.choice import missing_features
 from index_builder.ann.symqg import MIN_ROWS
+from index_builder.attributes import is_of_one_type, json_columns
 from index_builder.live_records import LiveEntry
 from index_builder.native import live_scan
 
@@ -101,48 +102,39 @@ class Block:
 
 
 def attribute_frame(values: Sequence[dict[str, Any]]) -> pl.DataFrame:
-    """Attribute dictionaries as a table with as many rows; a column whose values do not fit one type becomes text.
+    """Attribute dictionaries as a table with as many rows, whose columns are those of ``json_columns``.
 
     Args:
         values: One dictionary per row.
     """
     names = list(dict.fromkeys(name for row in values for name in row))
-    columns = {}
-    for name in names:
-        cells = [row.get(name) for row in values]
-        try:
-            columns[name] = pl.Series(name, cells, strict=True)
-        except (TypeError, pl.exceptions.PolarsError, OverflowError):
-            try:
-                columns[name] = pl.Series(name, cells, strict=False)
-            except (TypeError, pl.exceptions.PolarsError, OverflowError):
-                columns[name] = pl.Series(name, [None if cell is None else str(cell) for cell in cells])
+    columns = [column for name in names for column in json_columns(name, [row.get(name) for row in values])]
     return pl.DataFrame(columns) if columns else pl.DataFrame({"": [None] * len(values)}).select()
 
 
 def join_frames(frames: Sequence[pl.DataFrame], heights: Sequence[int]) -> pl.DataFrame:
-    """Stack attribute tables with different columns; missing cells are null, clashing types become text.
+    """Stack tables of ``attribute_frame`` with different columns; missing cells are null.
 
     Args:
         frames: Tables, some possibly without any column (and therefore without a height of their own).
         heights: Rows of each.
     """
-    total = sum(heights)
-    names = list(dict.fromkeys(name for frame in frames for name in frame.columns))
+    names = list(dict.fromkeys(name for frame in frames for name in frame.columns if not is_of_one_type(name)))
     columns = []
     for name in names:
         parts = [frame[name] if name in frame.columns else pl.Series(name, [None] * height) for frame, height in zip(frames, heights)]
-        kinds = {part.dtype for part in parts if part.dtype != pl.Null}
-        try:
-            columns.append(
-                pl.concat([part.to_frame() for part in parts], how="vertical_relaxed")[name] if kinds else pl.Series(name, [None] * total)
-            )
-        except pl.exceptions.PolarsError:
-            columns.append(pl.concat([_as_text(part).to_frame() for part in parts])[name])
+        if _are_alike([part.dtype for part in parts]):
+            columns.append(pl.concat([part.to_frame() for part in parts], how="vertical_relaxed")[name])
+        else:
+            columns += json_columns(name, [cell for part in parts for cell in part.to_list()])
     return pl.DataFrame(columns)
 
 
-def _as_text(series: pl.Series) -> pl.Series:
-    if isinstance(series.dtype, pl.List):
-        return pl.Series(series.name, [None if cell is None else str(cell) for cell in series.to_list()], dtype=pl.String)
-    return series.cast(pl.String, strict=False)
+def _are_alike(dtypes: Sequence[pl.DataType]) -> bool:
+    """Whether values of these types fit one column as they are: equal types, numbers, and lists of these."""
+    known = [dtype for dtype in dtypes if dtype != pl.Null]
+    if pl.Object in known:
+        return False
+    if any(isinstance(dtype, pl.List) for dtype in known):
+        return all(isinstance(dtype, pl.List) for dtype in known) and _are_alike([dtype.inner for dtype in known])  # type: ignore[attr-defined]
+    return len(set(known)) <= 1 or all(dtype.is_numeric() for dtype in known)

@@ -1,5 +1,6 @@
 """Attributes of live entries: what no column can hold is refused at the door, and where it is in a log already it harms nobody else."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from index_builder.attributes import check_attributes
 from index_builder.build_inputs import EntityInput, fold_live
 from index_builder.entity_index import EntityIndex, IndexConfig
 from index_builder.errors import BadAttribute
+from index_builder.live_blocks import attribute_frame
 from index_builder.live_records import LiveEntry
 from index_builder.live_segments import LiveState
 from index_builder.publishing import ReleaseStore
@@ -63,6 +65,36 @@ def test_an_entry_that_clashes_with_the_schema_harms_no_other(tmp_path: Path, ba
     assert found(index, other) == {"good"}
     folded = fold(tmp_path, entry("bad", 1, bad))
     assert folded.height == COUNT + 1 and folded[name][-1] is None and folded.schema == FRAME.schema
+
+
+GOOD = {"brand": "x", "price": 3, "tags": ["a"], "sold": True}
+BY_GOOD = {"tags": 'array_contains(tags, "a")', "sold": "sold == true", "brand": 'brand == "x"', "price": "price == 3"}
+
+
+@pytest.mark.parametrize("bad", CLASHES)
+@pytest.mark.parametrize("steps", [[("bad", "good")], [("good", "bad")], [("bad",), ("good",)], [("good",), ("bad",)]])
+def test_an_entry_that_clashes_does_not_hide_those_of_its_block_that_fit(
+    tmp_path: Path, bad: dict[str, Any], steps: list[tuple[str, ...]]
+) -> None:
+    """A column of both became text as a whole: no filter on it found the good ones, and the next rebuild lost their values for good."""
+    index, (name,) = make_index(), bad
+    state = make_state(index)
+    entries = {"bad": entry("bad", 1, bad), "good": entry("good", 2, GOOD)}
+    for sequence, names in enumerate(steps):
+        state.apply([dataclasses.replace(entries[which], sequence=10 * sequence + i + 1) for i, which in enumerate(names)])
+        index.set_live(state.view)
+        assert (set(names) & found(index, BY_GOOD[name])) == (set(names) & {"good"})
+    assert found(index, BY_GOOD[name]) == {"good"}
+    assert index.attributes(["bad", "good"], [name]) == [bad, {name: GOOD[name]}], "answers show what was written"
+    folded, _ = fold_live(BASE, entries, 2, tmp_path / "folded")
+    assert folded.attributes is not None and folded.attributes.schema == FRAME.schema
+    assert dict(zip(folded.ids, folded.attributes[name].to_list()))["good"] == GOOD[name]
+    assert dict(zip(folded.ids, folded.attributes[name].to_list()))["bad"] is None
+
+
+def test_lists_of_whole_numbers_beside_lists_of_fractions_keep_these() -> None:
+    """The first list decided for all: 2.5 became 2, in filters, answers and rebuilds."""
+    assert attribute_frame([{"n": [1]}, {"n": [2.5, 3]}, {"n": []}])["n"].to_list() == [[1.0], [2.5, 3.0], []]
 
 
 @pytest.mark.parametrize("unknown", [{"a b": 1}, {"flags": [True]}, {"deep": [[1]]}])
@@ -176,3 +208,9 @@ def test_rows_are_named_by_their_place_in_the_file(store: ReleaseStore, tmp_path
     assert "row 5" in update(store, path)[1]
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"id": "u", "entity_type": "pinn", "op": "delete"}]))
     assert "row 5" in update(store, path)[1]
+
+
+def test_a_new_attribute_of_several_types_is_text_in_the_next_release(tmp_path: Path) -> None:
+    entries = {f"n{i}": entry(f"n{i}", i + 1, {"new": value}) for i, value in enumerate([1, "m", [2], [[3]], None])}
+    folded, _ = fold_live(BASE, entries, 5, tmp_path / "folded")
+    assert folded.attributes is not None and folded.attributes["new"].to_list()[-5:] == ["1", "m", "[2]", None, None]

@@ -103,8 +103,10 @@ class PreparedData:
     """Distinct normalised query texts; a query number is a place here."""
     catalogue: pl.DataFrame
     """The catalogue as given."""
+    visible_catalogue: pl.DataFrame
+    """The catalogue without the held-back queries: what n-grams are counted in."""
     catalogue_views: list[pl.DataFrame]
-    """The catalogue per cross-fit fold, without the held-back queries and those of the fold; one view when cross-fitting is off."""
+    """The visible catalogue per cross-fit fold, without the queries of the fold; one view when cross-fitting is off."""
     pair_sets: list[PairSet]
     validation: dict[str, tuple[Int64, Int64]]
     """Per entity type: query numbers and catalogue rows (query numbers for type query) of the held-back pairs."""
@@ -163,10 +165,12 @@ def prepare(data: TrainingData, config: TrainConfig, processes: int = 1) -> Prep
     }
     pair_sets = [_pair_set(dataset, train, data.catalogue, pools[dataset.entity_type], folds, vectors, config) for dataset in datasets]
     validation = pairs.filter(pl.col("split") == "validation")
+    visible = _without_held_back(data.catalogue, validation["query"].unique())
     return PreparedData(
         texts=texts.to_list(),
         catalogue=data.catalogue,
-        catalogue_views=_views(data.catalogue, validation["query"].unique(), config),
+        visible_catalogue=visible,
+        catalogue_views=_views(visible, config),
         pair_sets=pair_sets,
         validation=_validation_pairs(validation, config),
         validation_pools=pools,
@@ -364,30 +368,45 @@ def _fold_of(texts: pl.Series, config: TrainConfig) -> Int64:
     return text_bucket(texts, config.seed + 202, config.batch.cross_fit)
 
 
-def _views(catalogue: pl.DataFrame, held_back: pl.Series, config: TrainConfig) -> list[pl.DataFrame]:
-    """The catalogue as pairs of each fold see it: engaged queries of the fold, and those held back for validation, are left out."""
-    name, folds = "engaged_queries", config.batch.cross_fit
-    if name not in catalogue.columns or not isinstance(catalogue[name].dtype, pl.List) or (not folds and held_back.is_empty()):
-        return [catalogue]
-    long = catalogue.select(row=pl.int_range(pl.len(), dtype=pl.Int64), text=pl.col(name)).explode("text").drop_nulls("text")
+def _without_held_back(catalogue: pl.DataFrame, held_back: pl.Series) -> pl.DataFrame:
+    """The catalogue without the engaged queries that are held back for validation."""
+    if held_back.is_empty() or not _has_engaged_queries(catalogue):
+        return catalogue
+    long = _engaged_queries(catalogue)
     distinct = long["text"].unique(maintain_order=True)
     hidden = set(text_bucket(held_back, 0, 1 << 62).tolist())
-    marks = pl.DataFrame(
-        {
-            "text": distinct,
-            "held": [key in hidden for key in text_bucket(distinct, 0, 1 << 62).tolist()],
-            "fold": text_bucket(distinct, config.seed + 202, max(folds, 1)),
-        }
-    )
-    long = long.join(marks, on="text", how="left", maintain_order="left").filter(~pl.col("held"))
-    views = []
-    for f in range(max(folds, 1)):
-        kept = long.filter(pl.col("fold") != f) if folds else long
-        lists = kept.group_by("row", maintain_order=True).agg(pl.col("text").alias(name))
-        rows = catalogue.drop(name).with_columns(row=pl.int_range(pl.len(), dtype=pl.Int64))
-        joined = rows.join(lists, on="row", how="left", maintain_order="left").with_columns(pl.col(name).fill_null([]))
-        views.append(joined.select(catalogue.columns))
-    return views
+    held = distinct.filter(pl.Series([key in hidden for key in text_bucket(distinct, 0, 1 << 62).tolist()], dtype=pl.Boolean))
+    return _with_engaged_queries(catalogue, long.filter(~pl.col("text").is_in(held.implode())))
+
+
+def _views(visible: pl.DataFrame, config: TrainConfig) -> list[pl.DataFrame]:
+    """The catalogue as pairs of each fold see it: without the engaged queries of the fold."""
+    folds = config.batch.cross_fit
+    if not folds or not _has_engaged_queries(visible):
+        return [visible]
+    long = _engaged_queries(visible)
+    distinct = long["text"].unique(maintain_order=True)
+    fold = pl.DataFrame({"text": distinct, "fold": _fold_of(distinct, config)})
+    long = long.join(fold, on="text", how="left", maintain_order="left")
+    return [_with_engaged_queries(visible, long.filter(pl.col("fold") != f)) for f in range(folds)]
+
+
+def _has_engaged_queries(catalogue: pl.DataFrame) -> bool:
+    return "engaged_queries" in catalogue.columns and isinstance(catalogue["engaged_queries"].dtype, pl.List)
+
+
+def _engaged_queries(catalogue: pl.DataFrame) -> pl.DataFrame:
+    """One row per engaged query: ``row`` of the catalogue and ``text``."""
+    rows = pl.int_range(pl.len(), dtype=pl.Int64)
+    return catalogue.select(row=rows, text=pl.col("engaged_queries")).explode("text").drop_nulls("text")
+
+
+def _with_engaged_queries(catalogue: pl.DataFrame, kept: pl.DataFrame) -> pl.DataFrame:
+    """The catalogue with these rows of ``_engaged_queries`` as its lists."""
+    lists = kept.group_by("row", maintain_order=True).agg(pl.col("text").alias("engaged_queries"))
+    rows = catalogue.drop("engaged_queries").with_columns(row=pl.int_range(pl.len(), dtype=pl.Int64))
+    joined = rows.join(lists, on="row", how="left", maintain_order="left").with_columns(pl.col("engaged_queries").fill_null([]))
+    return joined.select(catalogue.columns)
 
 
 def balance_weights(values: pl.Series, weights: npt.NDArray[np.float64], exponent: float) -> npt.NDArray[np.float64]:

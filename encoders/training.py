@@ -241,7 +241,7 @@ def build_inputs(
     if query_encoder.dimension != config.model.dimension:
         raise ConfigError(f"the query tower gives {query_encoder.dimension} numbers, but model.dimension is {config.model.dimension}.")
     prepared = prepare(data, config, processes)
-    featurizer = featurizer or EntityFeaturizer.fit(prepared.catalogue_views, config.features)
+    featurizer = featurizer or EntityFeaturizer.fit(prepared.visible_catalogue, config.features)
     features = concatenate([featurizer(view) for view in prepared.catalogue_views]).to(device)
     tokens = TokenisedTexts(query_encoder.tokenize(prepared.texts), int(query_encoder.tokenizer.pad_token_id or 0))
     vectors = {name: value.to(device) for name, value in prepared.vectors.items()}

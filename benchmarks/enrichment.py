@@ -181,11 +181,11 @@ def apply_setting(catalogue: pl.DataFrame, setting: Setting, seed: int) -> pl.Da
 
 def train_and_evaluate(dataset: Dataset, setting: Setting, seed: int, sizes: dict[str, int]) -> dict[str, Any]:
     """One training with the setting's features, evaluated on held-out pairs."""
-    from encoders.batches import TrainingData
     from encoders.entity_features import EntityFeatureConfig
     from encoders.evaluation import build_task, rank_task, vector_scores
     from encoders.train_config import BatchConfig, EntityTowerSettings, LossConfig, OptimiserConfig, TrainConfig, ValidationConfig
     from encoders.training import train
+    from encoders.training_data import TrainingData
 
     catalogue = apply_setting(dataset.catalogue, setting, seed)
     fields = tuple(FIELDS[name] for name in setting.features if name in FIELDS) or ("entity_type",)  # the same word for every pin

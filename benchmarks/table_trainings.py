@@ -16,7 +16,7 @@ import torch
 from benchmarks.table_data import FROZEN, FROZEN_WIDTH, Float32, TableData, use_queries, vector_column
 from benchmarks.table_settings import ONE_ROW_PER_TOKEN, PREFIXES, TYPES, VERSION_NAMES, Training
 from encoders.baselines import unit_rows
-from encoders.batches import BatchPlan, TrainingData
+from encoders.batches import BatchPlan
 from encoders.console import stage
 from encoders.entity_features import TEXT_FIELDS, EntityFeatureConfig, row_vectors
 from encoders.entity_tower import EntityEncoder, create_entity_encoder
@@ -37,6 +37,7 @@ from encoders.train_config import (
 )
 from encoders.train_steps import UNIFIED, Towers, loss_and_gradients
 from encoders.training import TrainResult, build_inputs, train
+from encoders.training_data import TrainingData
 
 QUERY_CORPUS = 10_000
 """Related queries are ranked against so many random train queries; entities against all of their type."""

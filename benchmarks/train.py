@@ -21,7 +21,6 @@ import polars as pl
 import torch
 
 from benchmarks.record import RESULTS, write_record
-from encoders.batches import TrainingData
 from encoders.console import data_option, handle_errors, json_option, print_json, print_table, say, stage
 from encoders.errors import ConfigError, MissingDependency
 from encoders.evaluation import Ranking, build_task, compare, rank_task, vector_scores
@@ -30,6 +29,7 @@ from encoders.query_tower import QueryEncoder, create_query_encoder
 from encoders.sample import Dataset, load_dataset, related_query_pairs
 from encoders.train_config import train_config
 from encoders.training import TrainResult, train
+from encoders.training_data import TrainingData
 
 SPEED_PAIRS = 20_000
 """Pairs the speed figures draw their batches from; set-up (tokenising, vocabulary) is outside the timing of both systems."""

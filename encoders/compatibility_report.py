@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from encoders.batches import text_bucket
 from encoders.bundle import ModelBundle
 from encoders.console import say
 from encoders.errors import ConfigError
@@ -22,6 +21,7 @@ from encoders.evaluation_report import EvaluationReport, bundle_system, comparis
 from encoders.exact_search import exact_top_k
 from encoders.sample import Dataset
 from encoders.space_adapter import SpaceAdapter, fit_adapter
+from encoders.text_buckets import text_bucket
 
 Float32 = npt.NDArray[np.float32]
 

@@ -11,10 +11,11 @@ from typing import Any, NoReturn
 
 import torch
 
-from encoders.batches import BatchPlan, DatasetBatch, PreparedData
+from encoders.batches import BatchPlan, DatasetBatch
 from encoders.entity_features import EntityFeaturizer
 from encoders.errors import ConfigError, MissingDependency, TrainingDiverged
 from encoders.gathering import world_size
+from encoders.prepared_data import PreparedData
 from encoders.train_config import TrainConfig
 from encoders.train_steps import StepReport, Towers
 

@@ -13,14 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encoders.batches import DatasetBatch, PairSet, PreparedData, TaskData, TokenisedTexts, process_slice
+from encoders.batches import DatasetBatch, process_slice
 from encoders.cls_state import takes_token_vectors
 from encoders.entity_features import EntityBatch
 from encoders.entity_tower import EntityEncoder
 from encoders.gathering import all_processes, gather_with_gradient, process_rank, world_size
 from encoders.gradient_cache import Encoding
 from encoders.losses import Negatives, in_batch_mask, initial_log_scale, random_mask, scale_of, task_loss
+from encoders.pair_sets import PairSet, TaskData
+from encoders.prepared_data import PreparedData
 from encoders.query_tower import QueryEncoder
+from encoders.tokenised_texts import TokenisedTexts
 from encoders.train_config import ENTITY, QUERY, VECTOR_PREFIX, TrainConfig
 
 Int64 = npt.NDArray[np.int64]

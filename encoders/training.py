@@ -20,7 +20,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from encoders.batches import BatchPlan, TokenisedTexts, TrainingData, prepare, require_entity_tower
+from encoders.batches import BatchPlan
 from encoders.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from encoders.console import say
 from encoders.entity_features import EntityFeaturizer, concatenate, row_texts
@@ -28,11 +28,14 @@ from encoders.entity_tower import EntityEncoder, create_entity_encoder
 from encoders.errors import CheckpointError, ConfigError
 from encoders.gathering import average_gradients, broadcast_parameters, process_rank, world_size
 from encoders.optimisers import create_optimiser, parameter_groups, schedule, set_learning_rates
+from encoders.prepared_data import prepare, require_entity_tower
 from encoders.query_tower import QueryEncoder, create_query_encoder
 from encoders.residual_scale import choose_residual_scales, scaled_towers
+from encoders.tokenised_texts import TokenisedTexts
 from encoders.train_config import ENTITY, TrainConfig, to_table
 from encoders.train_progress import announce, log_step, open_tensorboard, show_recalls, silent, stop_diverged
 from encoders.train_steps import UNIFIED, Towers, TrainInputs, loss_and_gradients
+from encoders.training_data import TrainingData
 from encoders.training_validation import validation_recall
 
 _MAY_CHANGE = ("log_every", "checkpoint_every", "tensorboard", "max_seconds")

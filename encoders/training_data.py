@@ -1,20 +1,35 @@
-"""Where a training run's tables come from: the files a config names, the larger data set, or the sample in the package."""
+"""The tables of a training run, and where they come from: the files a config names, the larger data set, or the sample in the package."""
 
 from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 
-from encoders.batches import TrainingData
 from encoders.console import say
 from encoders.errors import ConfigError
 from encoders.sample import load_dataset, related_query_pairs
 from encoders.tables import read_table
 from encoders.train_config import DataConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run learns from.
+
+    Attributes:
+        catalogue: Entities of all types (DESIGN section 4, table catalogue).
+        pairs: ``query``, ``entity_type``, ``entity_id``; optional ``count`` (1), ``action``, ``language``, ``split`` (``train``).
+            Rows whose split is neither ``train`` nor the validation split are not looked at. Related-query pairs have entity type
+            ``query``, and ``entity_id`` is the text of the candidate query (no catalogue row needed).
+    """
+
+    catalogue: pl.DataFrame
+    pairs: pl.DataFrame
 
 
 def load_training_data(config: TrainConfig, data_dir: Path | None = None) -> TrainingData:

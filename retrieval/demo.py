@@ -92,13 +92,13 @@ def command(out: Path, quick: bool, from_scratch: bool, keep_serving: bool, as_j
 
 def train_towers(demo: Demo, dataset: Dataset) -> None:
     """Train both towers on all four tasks and save the bundle with its ONNX forms."""
-    from encoders.batches import TrainingData
     from encoders.bundle import save_bundle
     from encoders.exports import export_forms
     from encoders.query_tower import create_query_encoder
     from encoders.toml_config import to_table
     from encoders.train_config import load_train_config
     from encoders.training import train
+    from encoders.training_data import TrainingData
 
     config = load_train_config(RECIPES / ("sample_quick.toml" if demo.quick else "sample.toml"))
     with stage("derive related-query pairs", demo.timings):

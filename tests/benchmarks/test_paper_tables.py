@@ -17,7 +17,7 @@ from benchmarks.table_figures import draw
 from benchmarks.table_settings import LINES, MIX, NEW_TYPE, OMNI, SEPARATE, SINGLE, SMALL_PRODUCT_PAIRS, TABLES, VOLUME, Line, Training
 from benchmarks.table_trainings import Study, fixed, going_on, run, train_settings, training_data
 from benchmarks.tables import figure, jobs, summarise
-from encoders.batches import split_by_share
+from encoders.prepared_data import split_by_share
 from encoders.query_tower import create_query_encoder
 from encoders.sample import Dataset, with_engaged_queries
 

@@ -19,7 +19,6 @@ import torch
 from click.testing import CliRunner
 from training_examples import small_config, tiny_query_encoder, world
 
-from encoders.batches import TrainingData
 from encoders.bundle import load_bundle
 from encoders.checkpoints import list_checkpoints
 from encoders.errors import CheckpointError, ConfigError, TrainingDiverged
@@ -28,6 +27,7 @@ from encoders.text_embedding import TextEmbedding
 from encoders.train_command import command
 from encoders.train_config import OptimiserConfig, to_table
 from encoders.training import TrainResult, build_inputs, run_fingerprint, train
+from encoders.training_data import TrainingData
 
 
 def run(data: TrainingData | None = None, **changes) -> TrainResult:

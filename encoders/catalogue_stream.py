@@ -19,11 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 
+from encoders.attribute_types import AttributeTypes
 from encoders.cell_texts import cell_texts
 from encoders.errors import DataError, RowError, SchemaError
 from encoders.schemas import DTYPES, Kind, schema
 from encoders.table_checks import Problem, check_frame
-from encoders.tables import AttributeTypes, is_delimited, raise_problems, read_raw, records_to_frame, table_files
+from encoders.tables import is_delimited, raise_problems, read_raw, records_to_frame, table_files
 
 UInt64 = npt.NDArray[np.uint64]
 Bool = npt.NDArray[np.bool_]
@@ -61,12 +62,13 @@ def stream_catalogue(
     files = table_files(paths)
     attributes = AttributeTypes(schema("catalogue"))
     for file in filter(is_delimited, files):
-        attributes.look_at(read_raw(file), file)
+        attributes.add_texts(read_raw(file), file.name)
     for file in files:
         first_row = 1
         for raw in _raw_chunks(file, columns, chunk_rows):
             rows = _checked(raw, file.name, entity_type, first_row, columns, seen)
-            rows = _numbers_as_texts(attributes.typed(rows, file), columns or ())
+            rows = attributes.typed(rows) if is_delimited(file) else rows
+            rows = _numbers_as_texts(rows, columns or ())
             _check_shapes(rows, f"{file.name} (rows from {first_row:,})", shapes)
             first_row += raw.height
             if rows.height:

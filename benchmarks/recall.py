@@ -12,7 +12,7 @@ import polars as pl
 from benchmarks.record import RESULTS, write_record
 from encoders.baselines import BASELINES, Baseline, default_cache, make_baseline
 from encoders.console import data_option, handle_errors, json_option, print_json, say, stage
-from encoders.evaluation_report import bundle_system, evaluate_systems, plot_report, print_report
+from encoders.evaluation_report import bundle_system, evaluate_systems, plot_report, print_report, types_without_tower
 from encoders.sample import Dataset, load_dataset
 from encoders.schemas import ENTITY_TYPES
 
@@ -60,7 +60,7 @@ def command(
     """
     timings: dict[str, float] = {}
     systems: dict[str, Baseline] = {}
-    space_id = None
+    space_id = loaded = None
     if bundle:
         from encoders.bundle import load_bundle
 
@@ -75,6 +75,7 @@ def command(
             dataset,
             systems,
             entity_types=entity_types or None,
+            without_tower=types_without_tower([loaded] if loaded else [], dataset.entity_types),
             max_queries=max_queries,
             corpus_size=corpus_size,
             slices=tuple(dict.fromkeys((*RECORDED_SLICES, *slices))),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import time
@@ -96,12 +97,27 @@ def begin_acknowledged(folder: Path, value: Acknowledged) -> None:
 
 
 def write_acknowledged(folder: Path, value: Acknowledged) -> None:
-    """Promise more. Not synced: losing power may lose promises, which then guard less, but never the entries they are about."""
+    """Promise more. Not synced: losing power may lose promises, which then guard less, but never the entries they are about.
+
+    Raises:
+        OSError: The promise is the old one, the new one, or torn.
+    """
     descriptor = os.open(folder / ACKNOWLEDGED_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
-        os.pwrite(descriptor, _content(value), 0)
+        write_all(descriptor, _content(value), 0)
     finally:
         os.close(descriptor)
+
+
+def write_all(descriptor: int, content: bytes, offset: int) -> None:
+    """Write all of ``content`` at ``offset``, however little the system takes at a time."""
+    view = memoryview(content)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        if written == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        offset += written
+        view = view[written:]
 
 
 def check_header(content: bytes | memoryview, first: int, path: Path) -> bool:

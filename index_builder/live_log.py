@@ -14,10 +14,11 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,11 +33,13 @@ from index_builder.live_files import (
     read_acknowledged,
     still_named,
     write_acknowledged,
+    write_all,
 )
 from index_builder.live_records import (
     FILE_HEADER,
     FILE_MAGIC,
     FILE_VERSION,
+    RECORD_HEADER,
     LiveEntry,
     check_entry,
     decode_payload,
@@ -230,6 +233,8 @@ class LiveLogWriter:
         self._file: tuple[int, Path] | None = None
         self._descriptor: int | None = None
         self._end, self._sequence = 0, 0
+        self._promised = Acknowledged()
+        self._failed: _Failed | None = None
         self._queue: list[_Batch] = []
         self._queue_lock, self._commit_lock = threading.Lock(), threading.Lock()
         self._pending: list[LiveEntry] = []
@@ -292,6 +297,8 @@ class LiveLogWriter:
             if batch.sequence == 0 and batch.error is None:
                 with self._queue_lock:
                     group, self._queue = self._queue, []
+                if batch not in group:  # whoever took it was interrupted before writing anything
+                    group.append(batch)
                 self._commit(group)
         if batch.error is not None:
             raise batch.error
@@ -366,37 +373,79 @@ class LiveLogWriter:
             try:
                 self._catch_up()
                 prepare()
-                if not any(batch.payloads for batch in group):
-                    return
-                if self._descriptor is None or self._end >= self._file_bytes:
-                    self._new_file()
-                assert self._descriptor is not None and self._file is not None
-                sequence, frames = self._sequence, []
-                lasts = []
-                for batch in group:
-                    for payload in batch.payloads:
-                        sequence += 1
-                        frames.append(frame(payload, sequence))
-                    lasts.append(sequence)
-                content = b"".join(frames)
-                try:
-                    with disk_full_is_clear("writing the live log", self.folder):
-                        _write_all(self._descriptor, content, self._end)
-                        if self._before_sync is not None:
-                            self._before_sync()
-                        os.fdatasync(self._descriptor)
-                        write_acknowledged(self.folder, Acknowledged(self._file[0], self._end + len(content), sequence))
-                except BaseException:
-                    os.ftruncate(self._descriptor, self._end)
-                    raise
-                self._end, self._sequence = self._end + len(content), sequence
-                for batch, last in zip(group, lasts):
-                    batch.sequence = last
+                if any(batch.payloads for batch in group):
+                    self._append(group)
             finally:
                 lock.release()
         except BaseException as error:
             for batch in group:
                 batch.error = error
+
+    def _append(self, group: Sequence[_Batch]) -> None:
+        """Write a group behind the log's end, make it durable and promise it. What fails before the promise stands is taken back."""
+        if self._descriptor is None or self._end >= self._file_bytes:
+            self._new_file()
+        assert self._descriptor is not None and self._file is not None
+        sequence, frames = self._sequence, []
+        lasts = []
+        for batch in group:
+            for payload in batch.payloads:
+                sequence += 1
+                frames.append(frame(payload, sequence))
+            lasts.append(sequence)
+        content = b"".join(frames)
+        promise = Acknowledged(self._file[0], self._end + len(content), sequence)
+        with self._all_or_nothing(self._end, promise), disk_full_is_clear("writing the live log", self.folder):
+            write_all(self._descriptor, content, self._end)
+            if self._before_sync is not None:
+                self._before_sync()
+            os.fdatasync(self._descriptor)
+            write_acknowledged(self.folder, promise)
+        self._end, self._sequence = promise.offset, promise.sequence
+        for batch, last in zip(group, lasts):
+            batch.sequence = last
+
+    @contextmanager
+    def _all_or_nothing(self, end: int, promise: Acknowledged) -> Iterator[None]:
+        """What fails in here has happened where ``promise`` stands all the same; else nothing of it stays behind ``end``."""
+        assert self._file is not None
+        try:
+            yield
+        except BaseException as error:
+            self._failed = _Failed(self._file, end, self._promised, promise)
+            stands = False
+            with suppress(OSError, LiveLogError):
+                stands = self._settle()
+            if not (stands and isinstance(error, OSError | DiskFull)):
+                raise
+        self._promised = promise
+
+    def _settle(self) -> bool:
+        """Decide a write that failed: it counts if its promise stands, else nothing may stay of it. Holds the writer's lock.
+
+        A disk that fails may refuse this, too. The next write begins with it, so that what was refused is not found whole and promised.
+
+        Returns:
+            Whether the promise of that write stands.
+
+        Raises:
+            OSError: Not yet.
+            LiveLogCorrupt: ``acknowledged`` is gone.
+        """
+        failed = self._failed
+        if failed is None:
+            return False
+        try:
+            promised = read_acknowledged(self.folder)
+        except LiveLogCorrupt:
+            if not (self.folder / ACKNOWLEDGED_NAME).exists():
+                raise
+            promised = failed.before  # torn by the write that failed
+            write_acknowledged(self.folder, promised)
+        if promised == failed.before:  # else nobody may cut off what stands behind it: it was promised, by this writer or the next
+            _cut(failed.file[1], failed.end)
+        self._failed = None
+        return promised == failed.promise
 
     def _new_file(self) -> None:
         self.close()
@@ -408,17 +457,19 @@ class LiveLogWriter:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
                 os.ftruncate(descriptor, 0)
-                _write_all(descriptor, FILE_HEADER.pack(FILE_MAGIC, FILE_VERSION, 0, first), 0)
+                write_all(descriptor, FILE_HEADER.pack(FILE_MAGIC, FILE_VERSION, 0, first), 0)
                 os.fdatasync(descriptor)
+                fsync_folder(self.folder)
             except BaseException:
                 os.close(descriptor)
                 raise
-        fsync_folder(self.folder)
         self._file, self._descriptor, self._end = (first, path), descriptor, FILE_HEADER.size
 
     def _catch_up(self) -> None:
         """Find the end of the log: other processes may have written, or died while writing. Holds the writer's lock."""
-        promised = read_acknowledged(self.folder)
+        with disk_full_is_clear("taking back a write that failed", self.folder):
+            self._settle()
+        promised = self._promised = read_acknowledged(self.folder)
         files = log_files(self.folder)
         if not files:
             self.close()  # of a file that was removed
@@ -485,10 +536,19 @@ class LiveLogWriter:
         if self._end < size:  # the torn tail of a writer that died before it promised anything
             os.ftruncate(self._descriptor, self._end)
             os.fdatasync(self._descriptor)
-        if self._sequence > promised.sequence and self._end > FILE_HEADER.size:  # whole entries of that writer, or its promise was lost
+        is_begun = promised.file == self._file[0]
+        is_promised = self._sequence <= promised.sequence or self._end == FILE_HEADER.size
+        if is_begun and is_promised:
+            return
+        with disk_full_is_clear("making the end of the live log durable", self.folder):
+            _write_again(self._descriptor, promised.offset if is_begun else 0, self._end)
             os.fdatasync(self._descriptor)
-            with disk_full_is_clear("promising the end of the live log", self.folder):
-                write_acknowledged(self.folder, Acknowledged(self._file[0], self._end, self._sequence))
+            if not is_begun:
+                fsync_folder(self.folder)
+        if not is_promised:  # whole entries of a writer that died, or its promise was lost
+            promise = Acknowledged(self._file[0], self._end, self._sequence)
+            with self._all_or_nothing(self._end, promise), disk_full_is_clear("promising the end of the live log", self.folder):
+                write_acknowledged(self.folder, promise)
 
 
 def _ends_early(entity_type: str, watermark: int, last: int) -> str:
@@ -506,6 +566,38 @@ def _was_cut(entity_type: str, known: int, last: int) -> str:
     )
 
 
+class _Failed(NamedTuple):
+    """A write about which nothing is decided: where it began, what was promised before, and what it was to promise."""
+
+    file: tuple[int, Path]
+    end: int
+    before: Acknowledged
+    promise: Acknowledged
+
+
+def _cut(path: Path, end: int) -> None:
+    """Leave nothing of a file behind ``end``, durably. Where the disk refuses, at least no record begins there for whoever reads on."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        try:
+            os.ftruncate(descriptor, end)
+        except OSError:
+            os.pwrite(descriptor, bytes(RECORD_HEADER.size), end)
+            raise
+        os.fdatasync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_again(descriptor: int, start: int, end: int) -> None:
+    """Write what stands there once more: after an fsync that failed, the next one says nothing of pages that never reached the disk."""
+    for offset in range(start, end, _READ_BYTES):
+        write_all(descriptor, os.pread(descriptor, min(_READ_BYTES, end - offset), offset), offset)
+
+
 class _Batch:
     """The payloads of one ``write`` call, waiting for the group's fsync."""
 
@@ -515,14 +607,6 @@ class _Batch:
         self.payloads = payloads
         self.sequence = 0
         self.error: BaseException | None = None
-
-
-def _write_all(descriptor: int, content: bytes, offset: int) -> None:
-    view = memoryview(content)
-    while view:
-        written = os.pwrite(descriptor, view, offset)
-        offset += written
-        view = view[written:]
 
 
 def last_sequence(live_root: Path, entity_type: str) -> int:

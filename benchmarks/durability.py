@@ -28,7 +28,8 @@ from index_builder.build_inputs import EntityInput
 from index_builder.build_plan import RebuildConfig
 from index_builder.entity_index import IndexConfig
 from index_builder.live_follower import LiveFollower
-from index_builder.live_log import LiveLogReader, LiveLogWriter
+from index_builder.live_log_reader import LiveLogReader
+from index_builder.live_log_writer import LiveLogWriter
 from index_builder.live_records import LiveEntry
 from index_builder.manifest import MANIFEST_NAME
 from index_builder.publishing import CURRENT_NAME, ReleaseStore

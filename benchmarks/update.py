@@ -24,7 +24,7 @@ from index_builder.build_plan import RebuildConfig
 from index_builder.build_sources import from_release
 from index_builder.entity_index import EntityIndex, IndexConfig
 from index_builder.live_follower import LiveFollower
-from index_builder.live_log import LiveLogWriter
+from index_builder.live_log_writer import LiveLogWriter
 from index_builder.live_records import LiveEntry
 from index_builder.publishing import ReleaseStore
 from index_builder.rebuild import build_release

@@ -16,7 +16,7 @@ from index_builder.corpus import check_vectors
 from index_builder.errors import DuplicateIds, LiveLogError
 from index_builder.live_blocks import attribute_frame
 from index_builder.live_files import log_files
-from index_builder.live_log import LiveLogReader
+from index_builder.live_log_reader import LiveLogReader
 from index_builder.live_records import LiveEntry
 
 _BLOCK_ROWS = 65_536

@@ -1,4 +1,12 @@
-"""Files of the live log: their names and headers, and how far writes were promised."""
+"""Files of the live log: their names and headers, and how far writes were promised.
+
+Layout of ``<store>/live/<entity_type>/``:
+
+- ``log-<first sequence>.bin``: append-only records, a new file every 64 MiB.
+- ``acknowledged``: how far writes were promised. What is invalid before that point is corruption and refused. Readers stop there: behind
+  it lies a write under way, which may still fail, or what a crash left; the next writer promises what is whole of it and cuts off the rest.
+- ``writer.lock``: an ``flock``; the kernel frees it when its holder dies.
+"""
 
 from __future__ import annotations
 
@@ -134,3 +142,20 @@ def check_header(content: bytes | memoryview, first: int, path: Path) -> bool:
             f"{path}: the header of a live log starting at sequence {first} was expected, but got magic {bytes(magic)!r}, sequence {found}"
         )
     return True
+
+
+def ends_early(entity_type: str, watermark: int, last: int) -> str:
+    """The message about a log that ends before the watermark of the release over which it is read or written."""
+    return (
+        f"live log of {entity_type!r}: entries up to {watermark} are in the release, but the log ends at {last}: it was removed and begun "
+        "again, or belongs to another store. Restore it; to go on with this one, rebuild from the sources into a new store and apply its "
+        "changes there."
+    )
+
+
+def was_cut(entity_type: str, known: int, last: int) -> str:
+    """The message about a log that lost entries which this process knows."""
+    return (
+        f"live log of {entity_type!r}: entries up to {known} were acknowledged and seen here, but the log now ends at {last}: it was put "
+        "back without its end. Put it back whole; to give up what is missing, restart the servers: those that run have read it."
+    )

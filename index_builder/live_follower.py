@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Protocol
 
 from index_builder.errors import LiveLogError
-from index_builder.live_log import LiveLogReader, adopt_tail
+from index_builder.live_log_reader import LiveLogReader
+from index_builder.live_log_upkeep import adopt_tail
 from index_builder.live_segments import LiveState, LiveView
 from index_builder.release import Release
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from index_builder.ann import AnnIndex
 from index_builder.durability import FileLock, disk_full_is_clear, fsync_folder, fsync_tree, make_folder, write_durably
 from index_builder.errors import PublisherBusy, PublishError, ReleaseCorrupt, ReleaseError, ReleaseNotFound
-from index_builder.live_log import collect_files
+from index_builder.live_log_upkeep import collect_files
 from index_builder.manifest import MANIFEST_NAME, Manifest
 from index_builder.release import Release, read_manifest
 from index_builder.verification import check_contents, check_cpu, check_names_and_sizes

@@ -19,7 +19,7 @@ from index_builder.build_inputs import EntityInput, QuerySet, read_live
 from index_builder.build_plan import CALIBRATION_QUERIES, RebuildConfig, plan_release, read_bundle
 from index_builder.build_sources import from_release, from_signals, read_query_texts, scratch_folder
 from index_builder.entity_index import IndexConfig
-from index_builder.live_log import LiveLogWriter
+from index_builder.live_log_writer import LiveLogWriter
 from index_builder.publishing import ReleaseStore
 from index_builder.rebuild import build_release
 from index_builder.release import read_manifest

@@ -17,8 +17,8 @@ from rich.table import Table
 from encoders.console import handle_errors, json_option, print_json, print_table, say, stdout
 from index_builder.errors import LiveLogError, ReleaseCorrupt, ReleaseError, ReleaseNotFound
 from index_builder.live_files import log_files
-from index_builder.live_log import LiveLogReader
-from index_builder.live_log import trust_log as trust_checksums
+from index_builder.live_log_reader import LiveLogReader
+from index_builder.live_log_upkeep import trust_log as trust_checksums
 from index_builder.publishing import CURRENT_NAME, ReleaseStore, ReleaseSummary
 from index_builder.store_option import full_release_id, open_store, store_option
 

@@ -18,7 +18,7 @@ from encoders.table_checks import ROW, check_frame
 from encoders.tables import raise_problems, read_raw, table_files
 from index_builder.attributes import check_attributes
 from index_builder.errors import UnknownEntityType
-from index_builder.live_log import LiveLogWriter
+from index_builder.live_log_writer import LiveLogWriter
 from index_builder.live_records import LiveEntry, check_entry
 from index_builder.manifest import Manifest
 from index_builder.publishing import ReleaseStore

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from index_builder.live_log import LiveLogWriter
+from index_builder.live_log_writer import LiveLogWriter
 from index_builder.live_records import LiveEntry
 
 

@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 
 from encoders.errors import InvalidVectors
 from index_builder.errors import DiskFull, LiveLogBusy, LiveLogCorrupt, LiveLogError
-from index_builder.live_files import log_files
-from index_builder.live_log import LiveLogReader, LiveLogWriter, collect_files, last_sequence, trust_log
+from index_builder.live_files import log_files, read_acknowledged
+from index_builder.live_log_reader import LiveLogReader
+from index_builder.live_log_upkeep import collect_files, trust_log
+from index_builder.live_log_writer import LiveLogWriter
 from index_builder.live_records import LiveEntry
 
 D = 8
@@ -242,7 +244,7 @@ def test_a_disk_that_was_full_leaves_no_lock_behind(tmp_path: Path) -> None:
 
 
 def test_an_entry_whose_acknowledgement_finds_no_room_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from index_builder import live_log
+    from index_builder import live_log_end
 
     writer = LiveLogWriter(tmp_path, "pin", D)
     writer.write([upsert("a")])
@@ -251,7 +253,7 @@ def test_an_entry_whose_acknowledgement_finds_no_room_does_not_stay(tmp_path: Pa
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(live_log, "write_acknowledged", full)
+        patched.setattr(live_log_end, "write_acknowledged", full)
         with pytest.raises(DiskFull, match="full"):
             writer.write([upsert("b")])
     assert writer.write([upsert("c")]) == 2
@@ -285,7 +287,7 @@ def test_a_killed_writer_loses_nothing_it_acknowledged(tmp_path: Path) -> None:
     acknowledged = [int(line) for line in (first + lines.read()).split("\n")[:-1]]
     assert acknowledged
     assert len(read_all(tmp_path)) >= acknowledged[-1]
-    assert last_sequence(tmp_path, "pin") >= acknowledged[-1]
+    assert read_acknowledged(tmp_path / "pin").sequence >= acknowledged[-1]
     assert LiveLogWriter(tmp_path, "pin", D).write([upsert("z")]) > acknowledged[-1]
 
 
@@ -306,7 +308,7 @@ def test_removing_the_promise_is_refused_until_the_log_is_trusted_as_it_is(tmp_p
     """Without it a log that lost its end looks whole; removing it used to be accepted silently."""
     LiveLogWriter(tmp_path, "pin", D).write([upsert("a"), upsert("b")])
     (tmp_path / "pin" / "acknowledged").unlink()
-    for use in (lambda: read_all(tmp_path), lambda: LiveLogWriter(tmp_path, "pin", D), lambda: last_sequence(tmp_path, "pin")):
+    for use in (lambda: read_all(tmp_path), lambda: LiveLogWriter(tmp_path, "pin", D), lambda: read_acknowledged(tmp_path / "pin")):
         with pytest.raises(LiveLogCorrupt, match="--trust-log"):
             use()
     assert trust_log(tmp_path, "pin") == 2
@@ -332,7 +334,7 @@ def test_a_writer_killed_before_its_first_promise_leaves_a_usable_log(tmp_path: 
     if child == 0:
         LiveLogWriter(tmp_path, "pin", D, before_sync=dies).write([upsert("a")])
     os.waitpid(child, 0)
-    assert last_sequence(tmp_path, "pin") == 0
+    assert read_acknowledged(tmp_path / "pin").sequence == 0
     assert LiveLogWriter(tmp_path, "pin", D).write([upsert("b")]) in (1, 2)
 
 

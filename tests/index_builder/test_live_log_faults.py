@@ -17,7 +17,9 @@ import pytest
 
 from index_builder.errors import DiskFull, LiveLogCorrupt
 from index_builder.live_files import log_files, read_acknowledged
-from index_builder.live_log import LiveLogReader, LiveLogWriter, trust_log
+from index_builder.live_log_reader import LiveLogReader
+from index_builder.live_log_upkeep import trust_log
+from index_builder.live_log_writer import LiveLogWriter
 from index_builder.live_records import LiveEntry
 
 D = 8

@@ -16,7 +16,8 @@ from index_builder.errors import LiveLogCorrupt
 from index_builder.live_blocks import attribute_frame, join_frames
 from index_builder.live_files import log_files
 from index_builder.live_follower import LiveFollower
-from index_builder.live_log import LiveLogReader, LiveLogWriter
+from index_builder.live_log_reader import LiveLogReader
+from index_builder.live_log_writer import LiveLogWriter
 from index_builder.live_records import LiveEntry
 from index_builder.live_segments import LiveState
 from index_builder.publishing import ReleaseStore

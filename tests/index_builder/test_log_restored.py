@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from index_builder import live_log
+from index_builder import live_log_upkeep
 from index_builder.entity_index import EntityIndex
 from index_builder.errors import DiskFull, LiveLogCorrupt
-from index_builder.live_files import log_files
+from index_builder.live_files import log_files, read_acknowledged
 from index_builder.live_follower import LiveFollower
-from index_builder.live_log import LiveLogReader, LiveLogWriter, last_sequence
+from index_builder.live_log_reader import LiveLogReader
+from index_builder.live_log_writer import LiveLogWriter
 from index_builder.live_records import LiveEntry
 
 D = 8
@@ -94,10 +95,10 @@ def test_a_write_that_fails_is_never_shown_and_the_next_ones_are(tmp_path: Path)
     writer = LiveLogWriter(tmp_path, "pin", D)
     writer.write([upsert("a")])
     assert ids(reader) == ["a"]
-    writer._before_sync = full
+    writer._end._before_sync = full
     with pytest.raises(DiskFull):
         writer.write([upsert("a much longer name that is refused")])
-    writer._before_sync = None
+    writer._end._before_sync = None
     assert seen == []
     for name in ("c", "d"):
         writer.write([upsert(name)])
@@ -118,7 +119,7 @@ def test_what_a_killed_writer_left_whole_is_promised_by_the_next_one(tmp_path: P
     killed_before_its_fsync(tmp_path, "b", "c")
     assert all_ids(tmp_path) == ["a"]
     LiveLogWriter(tmp_path, "pin", D)
-    assert last_sequence(tmp_path, "pin") == 3
+    assert read_acknowledged(tmp_path / "pin").sequence == 3
     assert all_ids(tmp_path) == ["a", "b", "c"]
 
 
@@ -139,7 +140,7 @@ def test_a_follower_opens_a_log_that_it_may_only_read_or_that_is_being_written(t
     killed_before_its_fsync(tmp_path, "b")
     lock = FileLock(tmp_path / "pin" / "writer.lock")
     assert lock.acquire()
-    monkeypatch.setattr(live_log, "ADOPT_SECONDS", 0.01)
+    monkeypatch.setattr(live_log_upkeep, "ADOPT_SECONDS", 0.01)
     opened = follower(tmp_path)
     assert opened.catch_up() == 1
     lock.release()

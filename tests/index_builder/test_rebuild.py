@@ -17,7 +17,7 @@ from index_builder.build_inputs import QuerySet
 from index_builder.build_plan import estimate_mib, plan_release, read_bundle
 from index_builder.build_sources import from_release, from_signals, read_query_texts, scratch_folder
 from index_builder.errors import DiskFull, DuplicateIds, GateFailed, LiveLogError, PublishError
-from index_builder.live_log import LiveLogWriter
+from index_builder.live_log_writer import LiveLogWriter
 from index_builder.live_records import LiveEntry
 from index_builder.publishing import ReleaseStore
 from index_builder.rebuild import build_release

@@ -10,7 +10,8 @@ from release_makers import SPACE, D, make_bundle, make_input, quick, unit_vector
 
 import encoders.bundle
 from index_builder.build_inputs import read_live
-from index_builder.live_log import LiveLogReader, LiveLogWriter
+from index_builder.live_log_reader import LiveLogReader
+from index_builder.live_log_writer import LiveLogWriter
 from index_builder.live_records import LiveEntry
 from index_builder.publishing import ReleaseStore
 from index_builder.rebuild import build_release

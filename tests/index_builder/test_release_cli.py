@@ -17,7 +17,8 @@ from index_builder import explain_commands, rebuild_command, release_commands, u
 from index_builder.errors import UnknownEntityType
 from index_builder.explain import explain_id, recall_waterfall
 from index_builder.live_follower import LiveFollower
-from index_builder.live_log import LiveLogReader, LiveLogWriter
+from index_builder.live_log_reader import LiveLogReader
+from index_builder.live_log_writer import LiveLogWriter
 from index_builder.live_records import LiveEntry
 from index_builder.publishing import ReleaseStore
 from index_builder.rebuild import build_release

@@ -90,7 +90,7 @@ class Fleet:
         if pid == 0:
             code = 1
             try:
-                _die_with_parent(parent)
+                die_with_parent(parent)
                 ours.close()
                 for worker in self.workers.values():
                     worker.control.close()
@@ -192,7 +192,7 @@ class Fleet:
             self._selector.unregister(worker.control)
 
 
-def _die_with_parent(parent: int) -> None:
+def die_with_parent(parent: int) -> None:
     """Ask the kernel for SIGTERM when the supervisor dies, even by kill -9."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,9 +1,10 @@
 """Several processes on one port: a supervisor loads each release's graphs once and forks generations of workers that share that memory.
 
 The supervisor starts no threads and no gRPC, because neither survives a fork; each worker reads attributes (polars) and its encoder itself.
-A new release means a new generation: its workers load, prove themselves, take over the frequent cached queries and listen; only then do the
-workers before stop accepting and finish what they have. When any of this fails, the new workers go and the old ones serve on: no error of a
-change ends the server. Changes are queued and carried out one at a time by the run loop. A worker that dies is replaced.
+A new release means a new generation. A process of its own checks every byte of the release; then the new workers load, prove themselves,
+take over the frequent cached queries and listen; only then do the workers before stop accepting and finish what they have. When any of this
+fails, the new workers go and the old ones serve on: no error of a change ends the server. Changes are queued and carried out one at a time
+by the run loop. A worker that dies is replaced.
 
 All workers of all generations accept from one listening socket that the supervisor holds open, so that no connection is lost when a
 generation ends (with the grpcio transport each worker has its own socket on the port, and what waits in a closed one is reset).
@@ -31,10 +32,12 @@ from encoders.errors import OmniError
 from index_builder.entity_index import EntityIndex
 from index_builder.errors import ReleaseNotFound
 from index_builder.publishing import CURRENT_NAME, ReleaseStore
+from index_builder.release import read_manifest
 from retrieval.errors import AddressInUse, NothingToRollBack, NotReady, ReleaseRefused, UnknownRelease
 from retrieval.http2.server import BACKLOG
 from retrieval.live_releases import RETRY_REFUSED_SECONDS
 from retrieval.query_encoding import choose_form
+from retrieval.release_check import ReleaseCheck
 from retrieval.serve_config import ServeConfig
 from retrieval.server import address_is_free
 from retrieval.worker_fleet import Fleet, Worker
@@ -272,13 +275,32 @@ class Supervisor:
     def _load_graphs(self, release_id: str) -> None:
         """Have the graphs of a release in memory; nothing is kept of one that cannot be served."""
         if release_id not in self._graphs:
-            manifest = self.store.verify(release_id)
+            self._verify(release_id)
             path = self.store.path_of(release_id)
-            graphs = {entity_type: EntityIndex.load_graph(path / entity_type) for entity_type in manifest.entities}
+            graphs = {entity_type: EntityIndex.load_graph(path / entity_type) for entity_type in read_manifest(path).entities}
             if choose_form("cpu", self.config.encoder_form, path / "forms", has_gpu=False) == "torch-fp32":
                 importlib.import_module("encoders.query_tower")  # once here instead of seconds in every worker; importing starts no threads
             self._graphs[release_id] = graphs
         self._graphs.move_to_end(release_id)
+
+    def _verify(self, release_id: str) -> None:
+        """Have every byte of a release checked by another process, and look after the workers meanwhile."""
+        check = ReleaseCheck(release_id, lambda: self.store.verify(release_id))
+        try:
+            while not check.is_done(0.02):
+                if self._stopping:
+                    raise NotReady("the server is shutting down.")
+                self._look_after_workers()
+            check.result()
+        finally:
+            check.close()
+
+    def _look_after_workers(self) -> None:
+        """What a change does while it waits: those who serve meanwhile may speak, or die."""
+        self.fleet.listen(0.0)
+        if self.release_id:
+            self._reap()
+            self._keep_up()
 
     def _retire_all_but(self, release_id: str) -> None:
         for worker in list(self.fleet.workers.values()):
@@ -308,9 +330,7 @@ class Supervisor:
                 if not worker.ready:
                     worker.error = f"{worker.release_id}: a worker died while it was loading the release."
                     return
-            if self.release_id:  # the workers that serve meanwhile may die too
-                self._reap()
-                self._keep_up()
+            self._look_after_workers()
 
     def _shut_down(self) -> None:
         self._stopping = True

@@ -21,7 +21,7 @@ import pytest
 
 from encoders.errors import ConfigError
 from index_builder import publishing
-from index_builder.errors import PublisherBusy
+from index_builder.errors import PublisherBusy, ReleaseCorrupt
 from index_builder.publishing import ReleaseStore
 from retrieval import workers
 from retrieval.serve_config import ServeConfig
@@ -80,6 +80,24 @@ def test_nothing_is_left_of_refused_releases_and_hand_overs(tmp_path: Path) -> N
     assert found["files"] == [] and found["handed_over"] == 2 and found["end"] == ["r3", 2]
 
 
+def test_a_dead_worker_is_replaced_while_a_large_release_is_verified(tmp_path: Path) -> None:
+    """Its files were hashed in the run loop: nobody replaced a worker meanwhile."""
+    found = play("verifying", tmp_path)
+    assert found["meanwhile"] == ["r1", 2] and found["replaced"]
+    assert found["replies"] == [["r2", "r2", ""]] and found["end"] == ["r2", 2]
+
+
+def test_what_verifying_finds_is_told_and_its_process_may_die(tmp_path: Path) -> None:
+    found = play("damaged", tmp_path)
+    assert found["replies"] == [["r2", "", "ReleaseRefused"], ["r3", "", "ReleaseRefused"]]
+    assert found["same_workers"] and found["end"] == ["r1", 2]
+    assert "r2: checksum differs" in found["told"] and "r3: the process that verified it has died" in found["told"]
+
+
+def test_a_server_that_is_told_to_end_does_not_wait_for_verifying(tmp_path: Path) -> None:
+    assert play("ending", tmp_path)["end"] == ["r1", 2]
+
+
 def test_a_cache_that_cannot_be_written_is_left_out(tmp_path: Path) -> None:
     def full(path: Path) -> None:
         path.write_bytes(b"half")
@@ -119,7 +137,8 @@ class Stage:
             (folder / "store" / "releases" / release_id).mkdir(parents=True)
             (folder / "store" / "releases" / release_id / "manifest.json").write_text("{}")
         publishing.read_manifest = lambda path: None  # type: ignore[assignment, return-value]
-        ReleaseStore.verify = lambda self, release_id: SimpleNamespace(entities={"pin": None})  # type: ignore[assignment, return-value]
+        ReleaseStore.verify = self.verify  # type: ignore[assignment, method-assign]
+        workers.read_manifest = lambda path: SimpleNamespace(entities={"pin": None})  # type: ignore[assignment, return-value]
         workers.EntityIndex.load_graph = staticmethod(lambda path: None)  # type: ignore[assignment]
         workers.choose_form = lambda *args, **kwargs: "onnx-int8"
         workers.run_worker = self.stand_in  # type: ignore[assignment]
@@ -175,6 +194,15 @@ class Stage:
                     with (self.folder / "replies").open("a") as replies:
                         replies.write(json.dumps([asked.pop(0), message["now"], message["kind"]]) + "\n")
         return 0
+
+    def verify(self, release_id: str) -> None:
+        """Reads for as long as it is told to, then finds what it is told to find."""
+        while (self.folder / "reading").exists():
+            time.sleep(0.01)
+        if (self.folder / f"damaged-{release_id}").exists():
+            raise ReleaseCorrupt(f"{release_id}: checksum differs")
+        if (self.folder / f"deadly-{release_id}").exists():
+            os._exit(137)
 
     def flag(self, name: str, on: bool = True) -> None:
         (self.folder / name).touch() if on else (self.folder / name).unlink()
@@ -260,7 +288,7 @@ def fork(stage: Stage) -> None:
 
     def second_fails() -> int:
         forks.append(1)
-        return works() if len(forks) == 1 else raising(BlockingIOError(errno.EAGAIN, "no more processes"))()
+        return works() if len(forks) <= 2 else raising(BlockingIOError(errno.EAGAIN, "no more processes"))()
 
     os.fork = second_fails
     stage.ask("r2")
@@ -308,6 +336,39 @@ def twice(stage: Stage) -> None:
     until(lambda: len(stage.replies()) == 2)
     stage.settle("r3")
     stage.found["most"] = max(counts)
+
+
+def verifying(stage: Stage) -> None:
+    before = stage.alive()
+    stage.flag("reading")
+    number = max(worker.number for worker in stage.supervisor.fleet.workers.values())
+    (stage.folder / f"order-{number}").write_text(json.dumps(["r2"]))
+    time.sleep(0.2)
+    os.kill(next(worker.pid for worker in list(stage.supervisor.fleet.workers.values()) if worker.number != number), signal.SIGKILL)
+    until(lambda: stage.alive() != before)
+    stage.settle("r1")
+    stage.found.update(meanwhile=stage.state(), replaced=stage.alive() != before)
+    stage.flag("reading", False)
+    until(lambda: stage.replies())
+    stage.settle("r2")
+
+
+def damaged(stage: Stage) -> None:
+    told: list[str] = []
+    workers.log.addFilter(lambda record: told.append(record.getMessage()) or True)  # type: ignore[func-returns-value]
+    before = stage.alive()
+    stage.flag("damaged-r2")
+    stage.flag("deadly-r3")
+    stage.ask("r2", "r3")
+    stage.settle("r1")
+    stage.found.update(same_workers=stage.alive() == before, told="; ".join(told))
+
+
+def ending(stage: Stage) -> None:
+    stage.flag("reading")
+    number = max(worker.number for worker in stage.supervisor.fleet.workers.values())
+    (stage.folder / f"order-{number}").write_text(json.dumps(["r2"]))
+    time.sleep(0.2)
 
 
 def back(stage: Stage) -> None:

@@ -11,6 +11,7 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -128,30 +129,32 @@ class Server:
                 log.warning("metrics of this worker could not be shared: %s", error)
 
 
-async def create_server(
-    config: ServeConfig,
-    *,
-    graphs: Mapping[str, Mapping[str, AnnIndex]] | None = None,
-    watch: bool = True,
-    change_release: Callable[[str], Awaitable[tuple[str, str]]] | None = None,
-    snapshots_folder: Any = None,
-    worker: int = 0,
-    reuse_port: bool = False,
-    listener: socket.socket | None = None,
-    tracer: Tracer | None = None,
-) -> Server:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Crew:
+    """What makes a server one of the workers on one port; a supervisor follows ``releases/CURRENT`` for them.
+
+    Attributes:
+        number: Of this worker.
+        graphs: By release id, graphs that the supervisor verified and loaded.
+        change_release: Has the supervisor carry out Activate ("" means Rollback).
+        snapshots_folder: Where the workers exchange their metrics.
+        listener: A listening socket that all workers share; the http2 transport accepts from it. None: each binds the port in ``listen``,
+            and not before, as the kernel gives a bound worker connections at once.
+    """
+
+    number: int
+    graphs: Mapping[str, Mapping[str, AnnIndex]]
+    change_release: Callable[[str], Awaitable[tuple[str, str]]]
+    snapshots_folder: Path
+    listener: socket.socket | None
+
+
+async def create_server(config: ServeConfig, *, crew: Crew | None = None) -> Server:
     """Build a server on the running event loop and bind its port.
 
     Args:
         config: Everything an operator can set; ``port=0`` picks a free port.
-        graphs: By release id, graphs that the parent process verified and loaded.
-        watch: Follow ``releases/CURRENT``.
-        change_release: Carries out Activate ("" means Rollback) when a supervisor is in charge.
-        snapshots_folder: Where workers exchange their metrics; None: this is the only worker.
-        worker: Number of this worker.
-        reuse_port: Share the port with other workers; ``listen`` then binds it, as the kernel gives a bound worker connections at once.
-        listener: A listening socket that all workers share; the http2 transport accepts from it.
-        tracer: For tests; otherwise made from ``config.otlp_endpoint``.
+        crew: What it shares with other workers; None: it is alone.
 
     Raises:
         AddressInUse: Another process listens on the port.
@@ -162,9 +165,9 @@ async def create_server(
     if config.tls_cert is not None and config.tls_key is not None:
         make = tls_context if config.transport == "http2" else server_credentials
         credentials = make(config.tls_cert, config.tls_key, config.tls_client_ca)
-    if config.port and not reuse_port and not address_is_free(config.host, config.port):
+    if config.port and crew is None and not address_is_free(config.host, config.port):
         raise AddressInUse(f"{config.host}:{config.port}")
-    if config.metrics_port and not reuse_port and not address_is_free(config.host, config.metrics_port):
+    if config.metrics_port and crew is None and not address_is_free(config.host, config.metrics_port):
         raise AddressInUse(f"{config.host}:{config.metrics_port}", "--metrics-port")
 
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
@@ -184,21 +187,19 @@ async def create_server(
         return tiers[dimension]
 
     redis_tiers: list[RedisTier] = []
-    releases = LiveReleases(config, cache, metrics, redis=redis_for, graphs=graphs, watch=watch)
-    if config.otlp_endpoint is not None and tracer is None:
-        tracer = Tracer(config.otlp_endpoint)
+    releases = LiveReleases(config, cache, metrics, redis=redis_for, graphs=crew.graphs if crew else None, watch=crew is None)
     service = RetrievalService(
         config,
         releases,
         metrics,
         tokens=tokens,
-        impressions=ImpressionLog(config.impression_log, worker) if config.impression_log is not None else None,
-        tracer=tracer,
-        change_release=change_release,
+        impressions=ImpressionLog(config.impression_log, crew.number if crew else 0) if config.impression_log is not None else None,
+        tracer=Tracer(config.otlp_endpoint) if config.otlp_endpoint is not None else None,
+        change_release=crew.change_release if crew else None,
     )
     metrics.add_source(lambda: _cache_measurements(cache, redis_tiers))
 
-    grpc_server = _transport(config, reuse_port, listener)
+    grpc_server = _transport(config, crew is not None, crew.listener if crew else None)
     grpc_server.add_generic_rpc_handlers(service.generic_handlers())
     health_service = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_service, grpc_server)
@@ -221,16 +222,16 @@ async def create_server(
         service.shadow.forget()
 
     releases.on_change += [report_health, measure_anew]
-    snapshots = SharedSnapshots(snapshots_folder, metrics) if snapshots_folder is not None else None
+    snapshots = SharedSnapshots(crew.snapshots_folder, metrics) if crew else None
     http = HttpServer(_routes(service, metrics, snapshots)) if config.metrics_port is not None else None
     server = Server(config, grpc_server, 0, service, releases, metrics, health_service, http, redis_tiers, snapshots)
     server.credentials = credentials
-    if listener is not None:
+    if crew is not None and crew.listener is not None:
         assert isinstance(grpc_server, Http2Server), "only this transport shares a listener"
-        server.port = int(listener.getsockname()[1])
+        server.port = int(crew.listener.getsockname()[1])
         if credentials is not None:
             grpc_server.secure(credentials)
-    elif not reuse_port:
+    elif crew is None:
         server.bind()
     return server
 

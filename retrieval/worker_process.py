@@ -10,6 +10,7 @@ import signal
 import socket
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from index_builder.errors import DiskFull, PublisherBusy, ReleaseNotFound
 from retrieval.errors import NothingToRollBack, NotReady, ReleaseRefused, UnknownRelease
 from retrieval.garbage import set_start_up_apart
 from retrieval.serve_config import ServeConfig
-from retrieval.server import Server, create_server
+from retrieval.server import Crew, Server, create_server
 
 log = logging.getLogger("omni.workers")
 
@@ -32,17 +33,31 @@ def told(error: Exception) -> str:
     return str(error) if isinstance(error, OmniError) else f"the release could not be taken into service: {type(error).__name__}: {error}"
 
 
-def run_worker(
-    config: ServeConfig,
-    control: socket.socket,
-    number: int,
-    release_id: str,
-    graphs: dict[str, Graphs],
-    handed_over: list[Path],
-    folder: Path,
-    listening: socket.socket | None,
-) -> int:
-    """The life of one worker, in the child; returns its exit code."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """What a supervisor gives a new worker.
+
+    Attributes:
+        config: The server's, with its ports fixed.
+        number: Of this worker, counted over all generations.
+        release_id: What to serve; empty: nothing yet.
+        graphs: By release id, what the supervisor has verified and loaded for all its workers.
+        handed_over: Files with the frequent queries of the generation before.
+        folder: Where the workers exchange their metrics.
+        listener: The socket from which all workers accept; None: each has its own on the port (grpcio).
+    """
+
+    config: ServeConfig
+    number: int
+    release_id: str
+    graphs: dict[str, Graphs]
+    handed_over: list[Path]
+    folder: Path
+    listener: socket.socket | None
+
+
+def run_worker(control: socket.socket, given: Assignment) -> int:
+    """The life of one worker, in the child, which talks with its supervisor over ``control``; returns its exit code."""
     run: Callable[[Any], Any] = asyncio.run
     try:
         import uvloop
@@ -50,20 +65,11 @@ def run_worker(
         run = uvloop.run
     except ImportError:
         log.info("uvloop is not installed; using asyncio's own loop")
-    code: int = run(_serve(config, control, number, release_id, graphs, handed_over, folder, listening))
+    code: int = run(_serve(control, given))
     return code
 
 
-async def _serve(
-    config: ServeConfig,
-    control: socket.socket,
-    number: int,
-    release_id: str,
-    graphs: dict[str, Graphs],
-    handed_over: list[Path],
-    folder: Path,
-    listening: socket.socket | None,
-) -> int:
+async def _serve(control: socket.socket, given: Assignment) -> int:
     reader, writer = await asyncio.open_connection(sock=control)
     changes: deque[asyncio.Future[dict[str, Any]]] = deque()
     """Waiting for their reply, in the order in which the supervisor answers them."""
@@ -87,14 +93,14 @@ async def _serve(
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     server: Server = await create_server(
-        config,
-        graphs=graphs,
-        watch=False,
-        change_release=change_release,
-        snapshots_folder=folder,
-        worker=number,
-        reuse_port=True,
-        listener=listening,
+        given.config,
+        crew=Crew(
+            number=given.number,
+            graphs=given.graphs,
+            change_release=change_release,
+            snapshots_folder=given.folder,
+            listener=given.listener,
+        ),
     )
 
     set_start_up_apart(server.releases)
@@ -118,8 +124,8 @@ async def _serve(
 
     listener = asyncio.ensure_future(listen_to_supervisor())
     try:
-        if release_id:
-            loading = asyncio.ensure_future(server.releases.adopt(release_id, handed_over))
+        if given.release_id:
+            loading = asyncio.ensure_future(server.releases.adopt(given.release_id, given.handed_over))
             stopping = asyncio.ensure_future(stop.wait())
             await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
             if stop.is_set():  # told to end while still loading: nobody depends on this worker yet
@@ -129,7 +135,7 @@ async def _serve(
         await server.listen()
     except Exception as error:
         if not isinstance(error, OmniError):
-            log.exception("release %r refused", release_id)
+            log.exception("release %r refused", given.release_id)
         send({"type": "ready", "error": told(error)})
         await writer.drain()
         return 1

@@ -41,7 +41,7 @@ from retrieval.release_check import ReleaseCheck
 from retrieval.serve_config import ServeConfig
 from retrieval.server import address_is_free
 from retrieval.worker_fleet import Fleet, Worker
-from retrieval.worker_process import Graphs, run_worker, told
+from retrieval.worker_process import Assignment, Graphs, run_worker, told
 
 log = logging.getLogger("omni.workers")
 
@@ -93,7 +93,16 @@ class Supervisor:
         return int(held.getsockname()[1])
 
     def _run_worker(self, control: socket.socket, number: int, release_id: str, handed_over: list[Path]) -> int:
-        return run_worker(self.config, control, number, release_id, dict(self._graphs), handed_over, self._folder, self._listener)
+        given = Assignment(
+            config=self.config,
+            number=number,
+            release_id=release_id,
+            graphs=dict(self._graphs),
+            handed_over=handed_over,
+            folder=self._folder,
+            listener=self._listener,
+        )
+        return run_worker(control, given)
 
     # --- the loop ---
 

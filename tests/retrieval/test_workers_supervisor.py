@@ -25,7 +25,7 @@ from index_builder.errors import PublisherBusy, ReleaseCorrupt
 from index_builder.publishing import ReleaseStore
 from retrieval import workers
 from retrieval.serve_config import ServeConfig
-from retrieval.worker_process import write_cache
+from retrieval.worker_process import Assignment, write_cache
 
 
 def test_a_release_that_does_not_fit_into_memory_is_refused(tmp_path: Path) -> None:
@@ -150,7 +150,7 @@ class Stage:
         config = ServeConfig(releases=self.store.root, host="127.0.0.1", port=0, metrics_port=None, workers=2, poll_seconds=0.02)
         self.supervisor = workers.Supervisor(config, lambda info: self.announced.extend([info["release_id"], info["reason"]]))
 
-    def stand_in(self, config: Any, control: Any, number: int, release_id: str, graphs: Any, handed_over: list[Path], *rest: Any) -> int:
+    def stand_in(self, control: Any, given: Assignment) -> int:
         """What a worker does as far as its supervisor can see; every worker asks for the changes that the script names for it."""
         leaving: list[int] = []
         signal.signal(signal.SIGTERM, lambda number, _: leaving.append(number))
@@ -162,16 +162,16 @@ class Stage:
             with (self.folder / "deaths").open("a") as deaths:
                 deaths.write(".")
             os._exit(137)
-        refused = bool(release_id) and refusing.exists()
+        refused = bool(given.release_id) and refusing.exists()
         say = lambda **message: control.sendall(json.dumps(message).encode() + b"\n")  # noqa: E731
         say(type="ready", error="golden recall too low" if refused else "")
         if refused:
             return 1
-        (self.folder / "handed_over").write_text(str(sum(path.exists() for path in handed_over)))
+        (self.folder / "handed_over").write_text(str(sum(path.exists() for path in given.handed_over)))
         asked: list[str] = []
         buffer = b""
         while asked or not leaving or (self.folder / "slow-end").exists():
-            order = self.folder / f"order-{number}"
+            order = self.folder / f"order-{given.number}"
             if order.exists():
                 wanted = json.loads(order.read_text())
                 order.unlink()

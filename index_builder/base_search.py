@@ -71,7 +71,7 @@ class BaseSearch:
             ids = engine.walk(query, k, wide, out, most, hidden)
             return BaseHits(ids, out if len(ids) == k else out[: len(ids)], "graph", wide, None)
         if hidden is not None:
-            return self._grow(query, k, ef, None, hidden, hidden_count)
+            return self.search(query, k, ef, 0, None, hidden, hidden_count, False)
         if engine is None:
             rows, scores = self._graph_rows(query, k, ef)
             return BaseHits(self._ids.take(rows[:k]), scores[:k], "graph", ef, None)

@@ -417,14 +417,14 @@ class EntityIndex:
         hidden, hidden_count = (None, 0) if live is None else (live.hidden_rows, live.hidden_count)
         if hits is None:
             hits = self._base.nearest(query, k, ef, hidden, hidden_count)
-        if len(hits.ids) < k:  # the graph leads to fewer: look wider, at last everywhere
+        if len(hits.ids) < k and hits.recall is None:  # the graph leads to fewer: look wider, at last everywhere
             hits = self._base.search(query, k, ef, 0, None, hidden, hidden_count, False)
         if live is None:
             return hits
         ids, scores = hits.ids, hits.scores
         for segment in live.segments:
             ids, scores = segment.merge(query, k, ids, scores)
-        return hits if ids is hits.ids else BaseHits(ids, scores, hits.plan if hits.plan != "empty" else "live", hits.ef, hits.recall)
+        return _with_live(hits, ids, scores)
 
     def _general(
         self, query: np.ndarray, k: int, ef: int, expression: str | None, exclude_ids: Collection[str], exact: bool, live: LiveView | None
@@ -477,10 +477,15 @@ class EntityIndex:
             # Deleted by a writer while this search goes on, and so not found above: hide them, too, and merge again.
             gone += [place for place in map(live.search_for, leaked) if place is not None]
             ids, scores = hits.ids, hits.scores
-        if ids is hits.ids:
-            return hits
-        return BaseHits(ids, scores, hits.plan if hits.plan != "empty" else "live", hits.ef, hits.recall)
+        return _with_live(hits, ids, scores)
 
     def _live_selection(self, segment: Any, expression: str) -> Selection:
         table = AttributeTable.aligned(segment.attributes, self.attribute_table, len(segment))
         return BoundFilter(parse_filter(expression), table).select()
+
+
+def _with_live(hits: BaseHits, ids: list[str], scores: np.ndarray) -> BaseHits:
+    """The base's answer with what live segments made of its ids and scores."""
+    if ids is hits.ids:
+        return hits
+    return BaseHits(ids, scores, hits.plan if hits.plan != "empty" else "live", hits.ef, hits.recall)

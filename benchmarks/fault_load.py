@@ -15,9 +15,14 @@ from benchmarks.small_releases import entity_texts
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
 
+SWAPS_A_BURST = 10
+"""Swaps that follow each other; as long a calm follows each burst, so that both see the machine as it is then."""
+
 
 async def swaps_under_load(address: str, swaps: int, clients: int, rate: float) -> dict[str, Any]:
-    """Activate a1, b1, a2, b1, ... while clients ask; every answer must name one release and hold only its ids.
+    """Activate a1, b1, a2, b1, ... in bursts while clients ask; every answer must name one release and hold only its ids.
+
+    "During" are the calls that a swap overlaps, from the order to activate until its answer; "calm" are those of the pauses between bursts.
 
     Args:
         address: Of the server.
@@ -31,6 +36,7 @@ async def swaps_under_load(address: str, swaps: int, clients: int, rate: float) 
     failures: list[str] = []
     mixed = answers = 0
     swapping = False
+    pausing = False
     stop = False
 
     async def client(stub: rpc.RetrievalStub, seed: int) -> None:
@@ -45,14 +51,18 @@ async def swaps_under_load(address: str, swaps: int, clients: int, rate: float) 
             except grpc.RpcError as error:
                 failures.append(f"{error.code().name}: {error.details()}")
             took = time.perf_counter() - started
-            (during if began_swapping or swapping else calm).append(took)
+            if began_swapping or swapping:
+                during.append(took)
+            elif pausing:
+                calm.append(took)
             await asyncio.sleep(max(0.0, clients / rate - took))
 
     async with connected(address) as (stub, admin):
         tasks = [asyncio.ensure_future(client(stub, seed)) for seed in range(clients)]
-        await asyncio.sleep(5.0)
+        await asyncio.sleep(3.0)
         order = ["a2", "b1", "a1", "a2", "b1", "a1"]
         encoder_changes, current = 0, "a1"
+        burst = time.perf_counter()
         for number in range(swaps):
             wanted = order[number % len(order)]
             swapping = True
@@ -61,7 +71,11 @@ async def swaps_under_load(address: str, swaps: int, clients: int, rate: float) 
             encoder_changes += wanted[0] != current[0]
             current = wanted
             await asyncio.sleep(0.05)
-        await asyncio.sleep(2.0)
+            if (number + 1) % SWAPS_A_BURST == 0 or number + 1 == swaps:
+                await asyncio.sleep(0.25)  # the release that leaves is closed
+                pausing = True
+                await asyncio.sleep(time.perf_counter() - burst)
+                pausing, burst = False, time.perf_counter()
         stop = True
         await asyncio.gather(*tasks)
     return {
@@ -71,7 +85,7 @@ async def swaps_under_load(address: str, swaps: int, clients: int, rate: float) 
         "failed": len(failures),
         "failures": sorted(set(failures))[:5],
         "mixed": mixed,
-        "calm": percentiles(calm),
-        "during": percentiles(during),
+        "calm": {"answers": len(calm), **percentiles(calm)},
+        "during": {"answers": len(during), **percentiles(during)},
         "p99_ratio": round(percentiles(during)["p99_ms"] / max(1e-9, percentiles(calm)["p99_ms"]), 2),
     }

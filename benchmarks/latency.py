@@ -62,7 +62,7 @@ def ask_all(client: RetrievalClient, queries: Sequence[str], entity_type: str, k
 
 
 def measure(client: RetrievalClient, queries: Sequence[str], entity_types: Sequence[str], k: int, concurrency: int) -> dict[str, Any]:
-    """Each entity type gets its own queries: asked once (encoded), then again (from the cache)."""
+    """Each entity type gets its own queries: asked once (encoded), for one more result (cached, searched anew), and once more (kept)."""
     found: dict[str, Any] = {}
     share = len(queries) // len(entity_types)
     for number, entity_type in enumerate(entity_types):
@@ -70,8 +70,11 @@ def measure(client: RetrievalClient, queries: Sequence[str], entity_types: Seque
         ask_all(client, mine[: share // 10], entity_type, k, concurrency, "warm up")
         mine = mine[share // 10 :]
         samples = ask_all(client, mine, entity_type, k, concurrency, f"{entity_type}: encoded")
-        samples += ask_all(client, mine, entity_type, k, concurrency, f"{entity_type}: cached")
-        by_cache = {name: [s for s in samples if s.result.cache_hit == hit] for name, hit in (("encoded", False), ("cached", True))}
+        samples += ask_all(client, mine, entity_type, k + 1, concurrency, f"{entity_type}: cached")
+        samples += ask_all(client, mine, entity_type, k, concurrency, f"{entity_type}: kept")
+        by_cache: dict[str, list[Sample]] = {"encoded": [], "cached": [], "kept": []}
+        for sample in samples:
+            by_cache["kept" if sample.result.answer_cached else "cached" if sample.result.cache_hit else "encoded"].append(sample)
         found[entity_type] = {name: {"queries": len(part), **per_stage(part)} for name, part in by_cache.items() if part}
     return found
 
@@ -112,7 +115,8 @@ def command(
 ) -> None:
     """Latency percentiles with and without the query cache, per stage.
 
-    Every query is asked twice: the first answer needs the encoder, the second comes from the cache (the server says which it was).
+    Every query is asked three times: the first answer needs the encoder, the second (k + 1 results) finds its vector in the cache and is
+    searched, the third was kept as a whole. The server says which it was.
 
     Example: omni bench latency --store demo/store
     """

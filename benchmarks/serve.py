@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -177,27 +177,42 @@ def against_milvus(
         return found
 
 
-def against_echo(ours: Process, grpcio: Process, k: int, rounds: int, seconds: float) -> dict[str, Any]:
+SERVERS = {
+    "": ("http2", "0"),
+    "grpcio_": ("grpcio", "0"),
+    "kept_": ("http2", "64"),
+    "grpcio_kept_": ("grpcio", "64"),
+}
+"""Transport and ``--answer-cache-mib`` of the servers beside the echo: each query searched, or its answer kept."""
+
+
+def against_echo(release: ServingRelease, k: int, rounds: int, seconds: float, workers: int) -> dict[str, Any]:
     """Cached ``Retrieve`` beside a bare echo of the same messages, per CPU-second of the server; and ``RetrieveBatch`` of 64.
 
-    ``ours`` has the default transport, ``grpcio`` the echo's.
+    Four servers: our transport and the echo's, each searching for every query, and each keeping answers.
     """
     requests = [pb.RetrieveRequest(query=text, entity_type="pin", k=k).SerializeToString() for text in TEXTS]
     batches = [
         pb.RetrieveBatchRequest(queries=TEXTS[i : i + BATCH_SIZE], target=pb.Target(entity_type="pin", k=k)).SerializeToString()
         for i in range(0, len(TEXTS) - BATCH_SIZE, BATCH_SIZE)
     ]
-    for process in (grpcio, ours):
-        with RetrievalClient(process.address, ClientConfig(deadline_seconds=60)) as client:
-            for text in TEXTS * 2:  # twice: the second is cached, and makes the server know how short its searches are
-                answer = client.retrieve(text, "pin", k)
+    sides: dict[str, Callable[[], tuple[float, float]]] = {}
+    with ExitStack() as stack:
+        processes: dict[str, Process] = {}
+        for prefix, (transport, kept) in SERVERS.items():
+            flags = ["--transport", transport, "--answer-cache-mib", kept, "--workers", str(workers), "--metrics-port", "-1"]
+            process = processes[prefix] = stack.enter_context(omni_server(release.store, flags))
+            with RetrievalClient(process.address, ClientConfig(deadline_seconds=60)) as client:
+                for text in TEXTS * 2:  # twice: the second is cached, and makes the server know how short its searches are
+                    answer = client.retrieve(text, "pin", k)
+                if workers == 1 and answer.answer_cached != (kept != "0"):
+                    raise BenchFailed(f"--answer-cache-mib {kept}: the second answer says answer_cached={answer.answer_cached}")
         response = pb.RetrieveResponse(
             release_id=answer.release_id, space_id=answer.space_id, cache_hit=True, plan=answer.plan, ef=answer.ef
         )
         response.hits.extend(pb.Hit(id=hit.id, score=hit.score) for hit in answer.hits)
         response.timings.total_ns = 300_000
-    sides: dict[str, Callable[[], tuple[float, float]]] = {}
-    with echo_server(response.ByteSize()) as echo:
+        echo = stack.enter_context(echo_server(response.ByteSize()))
 
         def measure(process: Process, method: str, payloads: list[bytes], concurrency: int, per_call: int) -> tuple[float, float]:
             before = process.cpu_seconds()
@@ -209,7 +224,7 @@ def against_echo(ours: Process, grpcio: Process, k: int, rounds: int, seconds: f
             return count / outcome.seconds, count / (process.cpu_seconds() - before)
 
         sides["echo"] = partial(measure, echo, RETRIEVE, requests, 16, 1)
-        for prefix, process in (("", ours), ("grpcio_", grpcio)):
+        for prefix, process in processes.items():
             sides[f"{prefix}cached_retrieve"] = partial(measure, process, RETRIEVE, requests, 16, 1)
             sides[f"{prefix}cached_batch_of_64"] = partial(measure, process, BATCH, batches, 2, BATCH_SIZE)
         figures: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
@@ -222,7 +237,7 @@ def against_echo(ours: Process, grpcio: Process, k: int, rounds: int, seconds: f
         for side, rows in figures.items()
     }
     result["request_bytes"], result["response_bytes"] = len(requests[0]), response.ByteSize()
-    for prefix in ("", "grpcio_"):
+    for prefix in SERVERS:
         single, batch = result[f"{prefix}cached_retrieve"], result[f"{prefix}cached_batch_of_64"]
         result[f"{prefix}cached_share_of_echo_per_core"] = single["per_server_cpu_second"] / result["echo"]["per_server_cpu_second"]
         result[f"{prefix}batch_over_single_per_core"] = batch["per_server_cpu_second"] / single["per_server_cpu_second"]
@@ -245,9 +260,10 @@ def more_workers(
     """
     texts = [pb.RetrieveRequest(query=text, entity_type="pin", k=k).SerializeToString() for text in TEXTS]
     found: dict[str, Any] = {"workers": workers, "client_processes": max(2, workers)}
+    searching = ["--answer-cache-mib", "0", "--metrics-port", "-1"]
     with (
-        omni_server(release.store, ["--workers", "1", "--metrics-port", "-1"]) as one,
-        omni_server(release.store, ["--workers", str(workers), "--metrics-port", "-1"]) as several,
+        omni_server(release.store, ["--workers", "1", *searching]) as one,
+        omni_server(release.store, ["--workers", str(workers), *searching]) as several,
     ):
         servers = {"one": one, "several": several}
         for name, payloads in (("ready_embeddings", vector_requests(release, k, None)), ("cached_texts", texts)):
@@ -321,17 +337,13 @@ def command(
     if "milvus" in peers and not milvus_is_installed():
         fail("the Milvus part needs: pip install milvus pymilvus (or choose --peer echo)", 2)
     release = serving_release(data_dir, size=size, kind=kind, k=k, bundle=bundle)
-    flags = ["--workers", str(workers), "--metrics-port", "-1"]
     metrics: dict[str, Any] = {}
     if "workers" in peers:
         metrics["workers"] = more_workers(release, k, more_workers_count, concurrencies, rounds, seconds)
-    with omni_server(release.store, flags) if {"echo", "milvus"} & set(peers) else nullcontext() as ours:
-        if "echo" in peers:
-            assert ours is not None, "started for it"
-            with omni_server(release.store, ["--transport", "grpcio", "--metrics-port", "-1"]) as grpcio:
-                metrics["echo"] = against_echo(ours, grpcio, k, rounds, seconds)
-        if "milvus" in peers:
-            assert ours is not None, "started for it"
+    if "echo" in peers:
+        metrics["echo"] = against_echo(release, k, rounds, seconds, workers)
+    if "milvus" in peers:
+        with omni_server(release.store, ["--workers", str(workers), "--metrics-port", "-1"]) as ours:
             metrics["milvus"] = against_milvus(ours, release, k, wanted, concurrencies, rounds, seconds)
     path = write_record(
         ("serve-workers" if peers == ("workers",) else "serve") + ("" if kind == DEFAULT_KIND else f"-{kind}"),
@@ -398,8 +410,7 @@ def _print(metrics: dict[str, Any], release: ServingRelease) -> None:
             if isinstance(found[side], dict)
         ]
         print_table(f"Cached text over {real}, beside a bare gRPC echo", ["side", "queries/s", "queries per server CPU second"], rows)
-        for name, prefix in (("our transport", ""), ("the echo's transport (grpcio)", "grpcio_")):
-            say(
-                f"{name}: cached Retrieve reaches {found[f'{prefix}cached_share_of_echo_per_core']:.0%} of the echo per core; "
-                f"a batch of 64 answers {found[f'{prefix}batch_over_single_per_core']:.1f}x as many queries per core"
-            )
+        for prefix, (transport, kept) in SERVERS.items():
+            share, batch = found[f"{prefix}cached_share_of_echo_per_core"], found[f"{prefix}batch_over_single_per_core"]
+            searched = "every query searched" if kept == "0" else "answers kept"
+            say(f"{transport}, {searched}: Retrieve {share:.0%} of the echo per core; a batch of 64 answers {batch:.1f}x as many queries")

@@ -78,6 +78,7 @@ class EntityIndex:
     ) -> None:
         self.entity_type = entity_type
         self.token = object()  # stands for this index where holding the index itself would keep a retired release in memory
+        self.edition = object()  # stands for this index with the live entries of now: while it is the same, answers are the same
         self.ids = ids
         self.corpus = corpus
         self.ann = ann
@@ -321,7 +322,9 @@ class EntityIndex:
 
     def set_live(self, view: LiveView | None) -> None:
         """Replace the live entries; searches that began before keep the old ones."""
-        self._live = view
+        if view is not self._live:
+            self._live = view
+            self.edition = object()  # after the entries: who reads this edition searches these entries, or later ones
 
     def forget_filters(self) -> None:
         """Drop cached filter results (benchmarks measure each filter afresh)."""

@@ -45,7 +45,7 @@ class RetrieveRequest(_message.Message):
     def __init__(self, query: _Optional[str] = ..., entity_type: _Optional[str] = ..., k: _Optional[int] = ..., filter: _Optional[str] = ..., exclude_ids: _Optional[_Iterable[str]] = ..., min_score: _Optional[float] = ..., language: _Optional[str] = ..., country: _Optional[str] = ..., min_recall: _Optional[float] = ..., release_id: _Optional[str] = ..., embedding: _Optional[bytes] = ..., space_id: _Optional[str] = ..., diversity: _Optional[float] = ..., collapse_above: _Optional[float] = ..., exact: _Optional[bool] = ..., attributes: _Optional[_Iterable[str]] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class RetrieveResponse(_message.Message):
-    __slots__ = ("hits", "release_id", "space_id", "cache_hit", "plan", "ef", "estimated_recall", "selectivity", "timings", "request_id", "query_space_id")
+    __slots__ = ("hits", "release_id", "space_id", "cache_hit", "plan", "ef", "estimated_recall", "selectivity", "timings", "request_id", "query_space_id", "answer_cached")
     HITS_FIELD_NUMBER: _ClassVar[int]
     RELEASE_ID_FIELD_NUMBER: _ClassVar[int]
     SPACE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -57,6 +57,7 @@ class RetrieveResponse(_message.Message):
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     QUERY_SPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_CACHED_FIELD_NUMBER: _ClassVar[int]
     hits: _containers.RepeatedCompositeFieldContainer[Hit]
     release_id: str
     space_id: str
@@ -68,7 +69,8 @@ class RetrieveResponse(_message.Message):
     timings: Timings
     request_id: str
     query_space_id: str
-    def __init__(self, hits: _Optional[_Iterable[_Union[Hit, _Mapping]]] = ..., release_id: _Optional[str] = ..., space_id: _Optional[str] = ..., cache_hit: _Optional[bool] = ..., plan: _Optional[str] = ..., ef: _Optional[int] = ..., estimated_recall: _Optional[float] = ..., selectivity: _Optional[float] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., request_id: _Optional[str] = ..., query_space_id: _Optional[str] = ...) -> None: ...
+    answer_cached: bool
+    def __init__(self, hits: _Optional[_Iterable[_Union[Hit, _Mapping]]] = ..., release_id: _Optional[str] = ..., space_id: _Optional[str] = ..., cache_hit: _Optional[bool] = ..., plan: _Optional[str] = ..., ef: _Optional[int] = ..., estimated_recall: _Optional[float] = ..., selectivity: _Optional[float] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., request_id: _Optional[str] = ..., query_space_id: _Optional[str] = ..., answer_cached: _Optional[bool] = ...) -> None: ...
 
 class Hit(_message.Message):
     __slots__ = ("id", "score", "attributes")
@@ -146,7 +148,7 @@ class Target(_message.Message):
     def __init__(self, entity_type: _Optional[str] = ..., k: _Optional[int] = ..., filter: _Optional[str] = ..., exclude_ids: _Optional[_Iterable[str]] = ..., min_score: _Optional[float] = ..., min_recall: _Optional[float] = ..., diversity: _Optional[float] = ..., collapse_above: _Optional[float] = ..., exact: _Optional[bool] = ..., attributes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Answer(_message.Message):
-    __slots__ = ("hits", "entity_type", "cache_hit", "plan", "ef", "estimated_recall", "selectivity", "search_ns")
+    __slots__ = ("hits", "entity_type", "cache_hit", "plan", "ef", "estimated_recall", "selectivity", "search_ns", "answer_cached")
     HITS_FIELD_NUMBER: _ClassVar[int]
     ENTITY_TYPE_FIELD_NUMBER: _ClassVar[int]
     CACHE_HIT_FIELD_NUMBER: _ClassVar[int]
@@ -155,6 +157,7 @@ class Answer(_message.Message):
     ESTIMATED_RECALL_FIELD_NUMBER: _ClassVar[int]
     SELECTIVITY_FIELD_NUMBER: _ClassVar[int]
     SEARCH_NS_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_CACHED_FIELD_NUMBER: _ClassVar[int]
     hits: _containers.RepeatedCompositeFieldContainer[Hit]
     entity_type: str
     cache_hit: bool
@@ -163,7 +166,8 @@ class Answer(_message.Message):
     estimated_recall: float
     selectivity: float
     search_ns: int
-    def __init__(self, hits: _Optional[_Iterable[_Union[Hit, _Mapping]]] = ..., entity_type: _Optional[str] = ..., cache_hit: _Optional[bool] = ..., plan: _Optional[str] = ..., ef: _Optional[int] = ..., estimated_recall: _Optional[float] = ..., selectivity: _Optional[float] = ..., search_ns: _Optional[int] = ...) -> None: ...
+    answer_cached: bool
+    def __init__(self, hits: _Optional[_Iterable[_Union[Hit, _Mapping]]] = ..., entity_type: _Optional[str] = ..., cache_hit: _Optional[bool] = ..., plan: _Optional[str] = ..., ef: _Optional[int] = ..., estimated_recall: _Optional[float] = ..., selectivity: _Optional[float] = ..., search_ns: _Optional[int] = ..., answer_cached: _Optional[bool] = ...) -> None: ...
 
 class RetrieveMultiRequest(_message.Message):
     __slots__ = ("query", "embedding", "space_id", "targets", "release_id", "language", "country", "request_id")

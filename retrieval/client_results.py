@@ -50,6 +50,8 @@ class RetrieveResult:
     request_id: str
     query_space_id: str = ""
     """Space of the query tower's bundle where it differs from ``space_id``; empty: the same."""
+    answer_cached: bool = False
+    """The hits were kept from an earlier search of the same text and fields."""
 
     @property
     def ids(self) -> list[str]:
@@ -69,6 +71,8 @@ class Answer:
     estimated_recall: float | None
     selectivity: float | None
     search_ns: int
+    answer_cached: bool = False
+    """As in ``RetrieveResult``."""
 
     @property
     def ids(self) -> list[str]:
@@ -292,6 +296,7 @@ def retrieve_result(response: pb.RetrieveResponse) -> RetrieveResult:
         _timings(response.timings),
         response.request_id,
         response.query_space_id,
+        response.answer_cached,
     )
 
 
@@ -305,6 +310,7 @@ def _answer(answer: pb.Answer) -> Answer:
         _optional(answer, "estimated_recall"),
         _optional(answer, "selectivity"),
         answer.search_ns,
+        answer.answer_cached,
     )
 
 

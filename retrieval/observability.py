@@ -42,6 +42,10 @@ CATALOGUE: dict[str, tuple[str, str, Labels]] = {
     "omni_cache_evictions": ("counter", "Entries that left the cache.", ()),
     "omni_cache_entries": ("gauge", "Entries in the cache.", ()),
     "omni_cache_bytes": ("gauge", "Estimated bytes in the cache.", ()),
+    "omni_answers_kept_hits": ("counter", "Answers that an earlier search of the same text and target had found.", ()),
+    "omni_answers_kept_misses": ("counter", "Answers that could have been kept and were searched for.", ()),
+    "omni_answers_kept": ("gauge", "Answers kept.", ()),
+    "omni_answers_kept_bytes": ("gauge", "Estimated bytes of kept answers.", ()),
     "omni_redis": (
         "counter",
         "Redis look-ups by outcome: hit, miss, failure, refused (the value was not what its key says).",

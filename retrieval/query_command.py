@@ -45,7 +45,7 @@ def summary(result: RetrieveResult) -> str:
     timings = result.timings
     recall = "" if result.estimated_recall is None else f", expected recall {result.estimated_recall:.3f}"
     share = "" if result.selectivity is None else f", filter passes {result.selectivity:.1%}"
-    encode = "cached" if result.cache_hit else f"encode {timings.encode_ns / 1e6:.2f} ms"
+    encode = "answer cached" if result.answer_cached else "cached" if result.cache_hit else f"encode {timings.encode_ns / 1e6:.2f} ms"
     plan = f"{result.plan}, ef {result.ef}" if result.ef else result.plan
     where = f"{encode}, search {timings.search_ns / 1e6:.2f} ms, server {timings.total_ns / 1e6:.2f} ms"
     return f"{where} · {plan}{recall}{share} · release {result.release_id}"

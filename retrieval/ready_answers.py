@@ -1,7 +1,7 @@
-"""``Retrieve`` without waiting: what is plain, cached (or a ready vector) and quick to search is answered in one function call.
+"""``Retrieve`` without waiting: what is kept, or plain, cached (or a ready vector) and quick to search, is answered in one function call.
 
 What would find the server or the encoder's queue full, or its deadline passed before its turn, is refused as quickly. Everything
-else (filters, encoding, re-ranking, impressions, traces, mistakes) returns None and takes the general path in
+else (new filters, encoding, re-ranking, impressions, traces, mistakes) returns None and takes the general path in
 ``service.py``, which gives the same answers; a test compares the two.
 """
 
@@ -14,11 +14,13 @@ import numpy as np
 
 from protos import retrieval_pb2 as pb
 from retrieval.admission import Refusals
+from retrieval.answer_cache import KeptAnswer, Key, Shape, hits_on_the_wire, shape_of
 from retrieval.http2.wire import Refusal
 from retrieval.requests import NORM_TOLERANCE, checked_query
 from retrieval.security import EVERYONE
 
 if TYPE_CHECKING:
+    from index_builder.entity_index import EntityIndex, SearchResult
     from retrieval.cache import Entry
     from retrieval.live_releases import ServingRelease
     from retrieval.service import RetrievalService
@@ -40,8 +42,9 @@ class ReadyAnswers:
         self.releases = service.releases
         self.admission = service.admission
         self.searcher = service.searcher
+        self.answers = service.answers
         self.shadow = service.shadow
-        self._max_k = min(MAX_K, service.limits.max_k)
+        self._max_k = service.limits.max_k
         self._count = service.metrics.count
         self._request_seconds = service.metrics.histogram("omni_request_seconds", ("Retrieve",))
         self._search_seconds = service.metrics.histogram("omni_stage_seconds", ("search",))
@@ -66,8 +69,8 @@ class ReadyAnswers:
         try:
             request = _parse(content)
             index = serving.entities.get(request.entity_type)
-            k = request.k
-            if index is None or not 0 < k <= self._max_k or not _plain(request) or request.release_id not in ("", serving.release_id):
+            shape = shape_of(request)
+            if index is None or shape is None or not 0 < shape.k <= self._max_k or request.release_id not in ("", serving.release_id):
                 return None
             if self.service.tokens is not None:
                 caller = self.service.tokens.caller(context.invocation_metadata())
@@ -76,44 +79,59 @@ class ReadyAnswers:
             remaining = context.time_remaining()
             if remaining is not None and remaining <= 0:
                 return None
-            min_recall = request.min_recall if request.HasField("min_recall") else None
-            if min_recall is not None and not 0 < min_recall <= 1:
-                return None
             vector = _ready_vector(request, serving)
-            entry = None
+            entry = kept = key = None
             if vector is None:
                 entry, text = self._cached(request, serving)
                 if entry is None:
                     return self._hopeless(text, serving, remaining)
                 vector = entry.vector
-            key = self.searcher.plain_key(index, k, min_recall)
-            if not self.searcher.is_short(key):
-                return None
-            searching = _now()
-            result = index.search(vector, k) if min_recall is None else index.search(vector, k, min_recall=min_recall)
-            search_ns = _now() - searching
-            self.searcher.learn(key, search_ns / 1e9)
+                key = Key(index.edition, shape, text)
+                kept = self.answers.find(key)
+            how: SearchResult | KeptAnswer
+            if kept is not None:
+                how, hits, search_ns = kept, kept.hits, 0
+            else:
+                found = self._search(index, vector, shape)
+                if found is None:
+                    return None
+                how, search_ns = found
+                hits = hits_on_the_wire(how.ids, how.scores)
+                if key is not None:
+                    self.answers.keep(key, how, hits)
             response = pb.RetrieveResponse(request_id=request.request_id)
-            add = response.hits.add
-            for id, score in zip(result.ids, result.scores.tolist()):
-                add(id=id, score=score)
             timings = response.timings
             timings.search_ns = search_ns
             timings.total_ns = total_ns = _now() - started
-            tail = self._tail(serving, entry is not None, result.plan, result.ef, result.estimated_recall)
-            answer: bytes = response.SerializeToString() + tail
+            answer: bytes = hits + response.SerializeToString() + self._tail(serving, entry is not None, how)
         except Exception:  # the general way meets the same mistake, or memory that is short for all, and has the words for it
             return None
         if entry is not None:
             serving.encoder.cache.used(entry)
-        self._count("omni_searches", (request.entity_type, result.plan))
+        if kept is None:
+            self._count("omni_searches", (request.entity_type, how.plan))
+            self._search_seconds.observe(search_ns / 1e9)
         self._count("omni_requests", ("Retrieve", "OK"))
-        self._search_seconds.observe(search_ns / 1e9)
         self._request_seconds.observe(total_ns / 1e9)
         admission.accepted += 1
         if self.shadow.wants():
-            self.service.offer_shadow(serving, index, vector, request, result.ids, result.scores, None, request.language)
+            shown = how.result() if isinstance(how, KeptAnswer) else how
+            self.service.offer_shadow(serving, index, vector, request, shown.ids, shown.scores, shown.selectivity, request.language)
         return answer
+
+    def _search(self, index: EntityIndex, vector: np.ndarray, shape: Shape) -> tuple[SearchResult, int] | None:
+        """Search what is plain and known to be short; returns what was found and the nanoseconds, or None."""
+        k, min_recall, expression, min_score = shape
+        if k > MAX_K or expression or min_score is not None or (min_recall is not None and not 0 < min_recall <= 1):
+            return None
+        key = self.searcher.plain_key(index, k, min_recall)
+        if not self.searcher.is_short(key):
+            return None
+        searching = _now()
+        result = index.search(vector, k) if min_recall is None else index.search(vector, k, min_recall=min_recall)
+        search_ns = _now() - searching
+        self.searcher.learn(key, search_ns / 1e9)
+        return result, search_ns
 
     @staticmethod
     def _cached(request: pb.RetrieveRequest, serving: ServingRelease) -> tuple[Entry | None, str]:
@@ -134,9 +152,10 @@ class ReadyAnswers:
         why = serving.batcher.full() or serving.batcher.late(remaining)
         return None if why is None else self.refusals.of(*why)
 
-    def _tail(self, serving: ServingRelease, cached: bool, plan: str, ef: int, recall: float | None) -> bytes:
+    def _tail(self, serving: ServingRelease, cached: bool, how: SearchResult | KeptAnswer) -> bytes:
         """The fields that repeat from answer to answer, serialised once; parts of a message may simply follow each other."""
-        key = (serving.release_id, serving.space_id, cached, plan, ef, recall)
+        kept = isinstance(how, KeptAnswer)
+        key = (serving.release_id, serving.space_id, cached, kept, how.plan, how.ef, how.estimated_recall, how.selectivity)
         tail = self._tails.get(key)
         if tail is None:
             if len(self._tails) > 1000:
@@ -146,25 +165,13 @@ class ReadyAnswers:
                 space_id=serving.space_id,
                 query_space_id=serving.query_space_id,
                 cache_hit=cached,
-                plan=plan,
-                ef=ef,
-                estimated_recall=recall,
+                plan=how.plan,
+                ef=how.ef,
+                estimated_recall=how.estimated_recall,
+                selectivity=how.selectivity,
+                answer_cached=kept,
             ).SerializeToString()
         return tail
-
-
-def _plain(request: pb.RetrieveRequest) -> bool:
-    """No filter, no exclusions, no score floor, no re-ranking, no attributes, not exact."""
-    has = request.HasField
-    return not (
-        request.filter
-        or request.exact
-        or request.exclude_ids
-        or request.attributes
-        or has("min_score")
-        or has("diversity")
-        or has("collapse_above")
-    )
 
 
 def _ready_vector(request: pb.RetrieveRequest, serving: ServingRelease) -> np.ndarray | None:

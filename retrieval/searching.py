@@ -32,6 +32,7 @@ class Found(NamedTuple):
     search_ns: int
     rerank_ns: int
     plain: bool  # no re-ranking: the ids are the index's top k and may be compared with the exact ones
+    kept: bool = False  # by an earlier search
 
 
 def as_stored(id: str) -> str:

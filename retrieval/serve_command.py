@@ -82,6 +82,12 @@ LIMITS = Limits()
     show_default=True,
     help="Age at which a cached query vector is dropped.",
 )
+@click.option(
+    "--answer-cache-mib",
+    default=DEFAULTS.answer_cache_bytes // 2**20,
+    show_default=True,
+    help="Bound of the answers that each worker keeps for texts that come again; 0 switches it off: every call is searched.",
+)
 @click.option("--redis", "redis_url", default=None, help="Second cache tier shared by replicas, e.g. redis://host:6379/0 (extra `redis`).")
 @click.option(
     "--redis-secret",
@@ -181,6 +187,7 @@ def config_from_flags(flags: dict[str, Any]) -> ServeConfig:
         limits=limits,
         metrics_port=None if metrics_port < 0 else metrics_port,
         cache_bytes=flags.pop("cache_mib") * 2**20,
+        answer_cache_bytes=flags.pop("answer_cache_mib") * 2**20,
         cache_ttl_seconds=flags.pop("cache_ttl_days") * DAY_SECONDS,
         accept_writes=not flags.pop("read_only"),
         **flags,

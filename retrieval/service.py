@@ -19,7 +19,8 @@ from index_builder.entity_index import EntityIndex
 from index_builder.errors import UnknownEntityType
 from protos import retrieval_pb2 as pb
 from retrieval.admission import Admission, Refusals, check_deadline, retry_trailer
-from retrieval.answers import add_attributes, fill_answer
+from retrieval.answer_cache import AnswerCache, Key, ids_and_scores, key_of, shape_of
+from retrieval.answers import add_attributes, fill_answer, fill_kept
 from retrieval.changes import Changes
 from retrieval.description import describe
 from retrieval.errors import EmptyQuery, InvalidRequest, Overloaded
@@ -99,6 +100,7 @@ class RetrievalService:
         self.admission = Admission(config.max_in_flight)
         self.control = Admission(config.max_in_flight)  # admin calls and descriptions have places of their own
         self.searcher = Searcher(config.inline_search_us / 1e6, config.search_threads)
+        self.answers = AnswerCache(config.answer_cache_bytes)
         self.shadow = ShadowRecall(config.shadow_fraction, config.shadow_cpu, metrics)
         self.changes = Changes(config, releases, change_release)
         self._stages = {stage: metrics.histogram("omni_stage_seconds", (stage,)) for stage in STAGES}
@@ -229,7 +231,7 @@ class RetrievalService:
             checked_target(request, self.limits)
             query = await self._query(serving, request, context)
             self._observe_query(query)
-            found = await self.searcher.search(index, query.vector, request)
+            found = await self._search(index, query, request)
             result = found.result
             response = pb.RetrieveResponse(
                 release_id=serving.release_id,
@@ -241,6 +243,7 @@ class RetrievalService:
                 estimated_recall=result.estimated_recall,
                 selectivity=result.selectivity,
                 request_id=request.request_id,
+                answer_cached=found.kept,
             )
             add = response.hits.add
             for id, score in zip(found.ids, found.scores.tolist()):
@@ -282,7 +285,7 @@ class RetrievalService:
             )
             self._observe_query(query)
             for target, index in zip(request.targets, indexes, strict=True):
-                found = await self.searcher.search(index, query.vector, target)
+                found = await self._search(index, query, target)
                 answer = fill_answer(response.answers.add(), index, target, query.cached, found)
                 answer.entity_type = target.entity_type
                 response.timings.search_ns += found.search_ns
@@ -323,26 +326,39 @@ class RetrievalService:
                 query_space_id=serving.query_space_id,
                 request_id=request.request_id,
             )
-            found = await self._search_batch(index, vectors, target, context)
+            shape, edition, find = shape_of(target), index.edition, self.answers.find
+            keys = [Key(edition, shape, text) if shape is not None and text else None for text in texts]
+            kept = [None if key is None else find(key) for key in keys]
+            searched = [row for row, known in enumerate(kept) if known is None]
+            rows = vectors if len(searched) == len(kept) else vectors[searched]
+            found = dict(zip(searched, await self._search_batch(index, rows, target, context), strict=True))
             hits = 0
-            for row, item in enumerate(found):
-                hits += len(item.ids)
+            for row, known in enumerate(kept):
+                answer = response.answers.add()
+                if known is not None:
+                    fill_kept(answer, known, cached[row])
+                    plain, selectivity = True, known.selectivity
+                else:
+                    item = found[row]
+                    fill_answer(answer, index, target, cached[row], item)
+                    plain, selectivity, key = item.plain, item.result.selectivity, keys[row]
+                    if key is not None:
+                        self.answers.keep(key, item.result)
+                    response.timings.search_ns += item.search_ns
+                    response.timings.rerank_ns += item.rerank_ns
+                if plain and self.shadow.wants():
+                    ids, scores = ids_and_scores(answer.hits)
+                    self.offer_shadow(serving, index, vectors[row], target, ids, scores, selectivity, request.language)
+                if self.impressions is not None:
+                    response.request_id = self._log_impression(
+                        serving, request, target.entity_type, texts[row], [hit.id for hit in answer.hits], response.request_id
+                    )
+                hits += len(answer.hits)
                 if hits > HITS_AT_ONCE:  # others have their turn
                     hits = 0
                     await asyncio.sleep(0)
-                fill_answer(response.answers.add(), index, target, cached[row], item)
-                response.timings.search_ns += item.search_ns
-                response.timings.rerank_ns += item.rerank_ns
-                if item.plain and self.shadow.wants():
-                    self.offer_shadow(
-                        serving, index, vectors[row], target, item.ids, item.scores, item.result.selectivity, request.language
-                    )
-                if self.impressions is not None:
-                    response.request_id = self._log_impression(
-                        serving, request, target.entity_type, texts[row], item.ids, response.request_id
-                    )
-            if found:
-                self.metrics.count("omni_searches", (target.entity_type, found[0].result.plan), len(found))
+            if searched:
+                self.metrics.count("omni_searches", (target.entity_type, found[searched[0]].result.plan), len(searched))
             self._finish(response.timings, queue_ns, encode_ns, started)
             return response
         finally:
@@ -426,15 +442,45 @@ class RetrievalService:
         looked = await serving.encoder.load(text)
         return Query(looked.vector, looked.cached, looked.queue_ns, looked.encode_ns, text)
 
+    async def _search(self, index: EntityIndex, query: Query, target: Any) -> Found:
+        """One search, or what an earlier one found."""
+        key = key_of(index, target, query.text)
+        known = None if key is None else self.answers.find(key)
+        if known is not None:
+            result = known.result()
+            return Found(result.ids, result.scores, result, 0, 0, True, kept=True)
+        found = await self.searcher.search(index, query.vector, target)
+        if key is not None:
+            self.answers.keep(key, found.result)
+        return found
+
     async def _query_many(
         self, serving: ServingRelease, queries: Sequence[str], context: Context
     ) -> tuple[Float32, list[bool], int, int, list[str]]:
         if not queries:
             raise EmptyQuery("queries")
         require_count("queries", len(queries), self.limits.max_batch)
-        texts = [checked_query(text, self.limits, f"queries[{row}]") for row, text in enumerate(queries)]
+        encoder, texts = serving.encoder, list(queries)
+        vectors: Float32 = np.empty((len(texts), serving.dimension), dtype=np.float32)
+        missing = []
+        for row, text in enumerate(texts):  # keys of the cache are normalised texts: a text that is a key needs no normalising
+            entry = encoder.find(text)
+            if entry is None:
+                normal = texts[row] = checked_query(text, self.limits, f"queries[{row}]")
+                entry = encoder.find(normal) if normal != text else None
+            if entry is None:
+                missing.append(row)
+            else:
+                encoder.cache.used(entry)
+                vectors[row] = entry.vector
         self._check_time(serving, context, needed=False)
-        return (*await serving.encoder.lookup_many(texts), texts)
+        cached, queue_ns, encode_ns = [True] * len(texts), 0, 0
+        if missing:
+            looked, hits, queue_ns, encode_ns = await encoder.lookup_many([texts[row] for row in missing])
+            vectors[missing] = looked
+            for row, hit in zip(missing, hits, strict=True):
+                cached[row] = hit
+        return vectors, cached, queue_ns, encode_ns, texts
 
     def _check_time(self, serving: ServingRelease, context: Context, needed: bool = True) -> None:
         """Refuse at once who cannot be answered in time, instead of encoding for nobody."""
@@ -451,6 +497,8 @@ class RetrievalService:
         return len(request.queries) or (len(request.embeddings) // (4 * active.dimension) if active is not None else 0)
 
     async def _search_batch(self, index: EntityIndex, vectors: Float32, target: pb.Target, context: Context) -> list[Found]:
+        if not len(vectors):
+            return []
         if target.HasField("diversity") or target.HasField("collapse_above"):
             found = []
             for vector in vectors:
@@ -468,9 +516,10 @@ class RetrievalService:
             self._stages["encode"].observe(query.encode_ns / 1e9)
 
     def _after_search(self, serving: ServingRelease, index: EntityIndex, target: Any, query: Query, found: Found, request: Any) -> None:
-        self.metrics.count("omni_searches", (target.entity_type, found.result.plan))
         stages = self._stages
-        stages["search"].observe(found.search_ns / 1e9)
+        if not found.kept:
+            self.metrics.count("omni_searches", (target.entity_type, found.result.plan))
+            stages["search"].observe(found.search_ns / 1e9)
         if found.rerank_ns:
             stages["rerank"].observe(found.rerank_ns / 1e9)
         if found.plain and self.shadow.wants():
@@ -514,6 +563,10 @@ class RetrievalService:
         rows: list[tuple[str, tuple[str, ...], float]] = [
             ("omni_in_flight", (), float(self.admission.in_flight)),
             ("omni_refused", (), float(self.admission.refused + self.control.refused)),
+            ("omni_answers_kept_hits", (), float(self.answers.hits)),
+            ("omni_answers_kept_misses", (), float(self.answers.misses)),
+            ("omni_answers_kept", (), float(len(self.answers))),
+            ("omni_answers_kept_bytes", (), float(self.answers.size_bytes)),
         ]
         if self.impressions is not None:
             rows.append(("omni_impressions_dropped", (), float(self.impressions.dropped)))

@@ -17,6 +17,7 @@ from benchmarks.small_releases import entity_texts
 from index_builder.entity_index import EntityIndex
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
+from retrieval.answer_cache import AnswerCache
 from retrieval.ready_answers import ReadyAnswers
 from retrieval.serve_config import Limits
 
@@ -54,12 +55,15 @@ def asked(ready: ReadyAnswers, content: bytes) -> Any:
     return asyncio.run(ask())
 
 
-def both_ways(running: Running, request: pb.RetrieveRequest) -> tuple[pb.RetrieveResponse | None, pb.RetrieveResponse]:
-    """What the short way and the general way answer; both run on the server's loop."""
+def both_ways(running: Running, request: pb.RetrieveRequest, kept: bool = False) -> tuple[pb.RetrieveResponse | None, pb.RetrieveResponse]:
+    """What the short way and the general way answer; both run on the server's loop, and both search unless answers may be kept."""
     service = running.server.service
+    answers = service.answers
     ready = ReadyAnswers(service)
 
     async def ask() -> tuple[pb.RetrieveResponse | None, pb.RetrieveResponse]:
+        if not kept:
+            service.answers = ready.answers = AnswerCache(0)
         service.searcher.learn(
             service.searcher.plain_key(
                 service.releases.active.entities["pin"], request.k, request.min_recall if request.HasField("min_recall") else None
@@ -71,7 +75,10 @@ def both_ways(running: Running, request: pb.RetrieveRequest) -> tuple[pb.Retriev
         general = await service.handler("Retrieve", pb.RetrieveRequest, service.retrieve)(content, Caller())
         return pb.RetrieveResponse.FromString(short) if short is not None else None, pb.RetrieveResponse.FromString(general)
 
-    return asyncio.run_coroutine_threadsafe(ask(), running.loop).result(30)
+    try:
+        return asyncio.run_coroutine_threadsafe(ask(), running.loop).result(30)
+    finally:
+        service.answers = answers
 
 
 @settings(max_examples=40, deadline=None)
@@ -82,9 +89,10 @@ def both_ways(running: Running, request: pb.RetrieveRequest) -> tuple[pb.Retriev
     st.sampled_from(["", "r-1"]),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
 )
 def test_it_answers_as_the_general_way_does(
-    running: Running, text: str, k: int, min_recall: float | None, request_id: str, pinned: bool, ready_vector: bool
+    running: Running, text: str, k: int, min_recall: float | None, request_id: str, pinned: bool, ready_vector: bool, kept: bool
 ) -> None:
     request = pb.RetrieveRequest(entity_type="pin", k=k, request_id=request_id, min_recall=min_recall)
     if pinned:
@@ -93,8 +101,10 @@ def test_it_answers_as_the_general_way_does(
         request.embedding, request.space_id = running.encoder.encode([text])[0].astype("<f4").tobytes(), running.space_id
     else:
         request.query = f"  {text}\t"  # not yet normalised
-    short, general = both_ways(running, request)
-    assert short is not None
+    if kept:
+        both_ways(running, request, kept)
+    short, general = both_ways(running, request, kept)
+    assert short is not None and short.answer_cached == (kept and not ready_vector)
     for answer in (short, general):
         assert answer.timings.total_ns > 0
         answer.ClearField("timings")

@@ -118,7 +118,7 @@ def test_one_query_is_encoded_once_whatever_its_targets(running: Running, stub: 
 
 def test_ids_are_compared_as_they_are_stored(running: Running, stub: rpc.RetrievalStub) -> None:
     spelled = unicodedata.normalize("NFD", "café")
-    vector = running.encoder.encode(["green river"])[0].tobytes()
+    vector = running.encoder.encode(["a river that no other entity is about"])[0].tobytes()
     with grpc.insecure_channel(running.address) as channel:
         entity = pb.Entity(id=spelled, embedding=vector)
         written = rpc.AdminStub(channel).Upsert(pb.UpsertRequest(entity_type="ad", space_id=running.space_id, entities=[entity]))

@@ -200,6 +200,31 @@ def test_a_live_write_is_seen_by_answers_that_were_kept(running: Running, stub: 
     assert after.answer_cached and hits(after) == hits(before)
 
 
+def test_any_order_of_writes_and_questions_gives_what_a_search_gives(
+    running: Running, stub: rpc.RetrievalStub, channel: grpc.Channel
+) -> None:
+    """Upserts, deletes and questions in random order; each text's answer, kept or not, beside a search for its vector right after it."""
+    admin, rng = rpc.AdminStub(channel), np.random.default_rng(7)
+    texts = [f"{text} in the rain" for text in TEXTS[:4]]
+    packed = stub.Embed(pb.EmbedRequest(queries=texts)).embeddings
+    vectors = [packed[i : i + len(packed) // 4] for i in range(0, len(packed), len(packed) // 4)]
+    follower, kept = running.server.releases.resolve("").follower, 0
+    for _ in range(120):
+        which, action = int(rng.integers(4)), rng.random()
+        if action < 0.2:
+            entity = pb.Entity(id=f"rain-{rng.integers(6)}", embedding=vectors[which])
+            written = admin.Upsert(pb.UpsertRequest(entity_type="product", space_id=running.space_id, entities=[entity]))
+            assert follower.wait_for("product", written.sequence)
+        elif action < 0.3:
+            written = admin.Delete(pb.DeleteRequest(entity_type="product", ids=[f"rain-{rng.integers(6)}", f"product-{rng.integers(120)}"]))
+            assert follower.wait_for("product", written.sequence)
+        answer = stub.Retrieve(pb.RetrieveRequest(query=texts[which], entity_type="product", k=8))
+        ready = pb.RetrieveRequest(embedding=vectors[which], space_id=running.space_id, entity_type="product", k=8)
+        assert hits(answer) == hits(stub.Retrieve(ready))
+        kept += answer.answer_cached
+    assert 20 < kept < 110
+
+
 def test_metrics_count_kept_answers(running: Running, stub: rpc.RetrievalStub) -> None:
     answers = running.server.service.answers
     before = answers.hits, answers.misses

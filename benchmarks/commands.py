@@ -19,6 +19,7 @@ BENCHES: dict[str, tuple[str, str]] = {
     "pipeline": ("benchmarks.pipeline:command", "Simulated logs to pairs and features: time, memory, growth, daily update."),
     "enrichment": ("benchmarks.enrichment:command", "Text features one by one and captions with noise: tables 3 and 4 in shape."),
     "tables": ("benchmarks.tables:command", "Tables 2, 5 and 6 in shape, design questions with a figure each, several seeds."),
+    "text": ("benchmarks.text_embedding:command", "Weights of an entity's texts in its frozen text embedding, on train queries alone."),
     "serve": ("benchmarks.serve:command", "Our service beside a real Milvus and a bare gRPC echo, same vectors and cores."),
     "latency": ("benchmarks.latency:command", "Percentiles of a running server with and without the cache, per stage."),
     "fuzz": ("benchmarks.fuzz:command", "Malformed requests by the hundred thousand: no crash, no hang, typed errors only."),

@@ -55,6 +55,8 @@ class EntityFeatureConfig:
     whole_text_weight: float = 0.0
     """Weight in the text embedding of title, description, category and boards read as one text, beside 1 for the engaged queries and 0.5
     for the title."""
+    whole_text_queries: int = 0
+    """Engaged queries that stand in that text as well, the first so many."""
     text_embedding_fingerprint: str = ""
     """SHA-256 of that tower; filled in, and checked on load."""
 
@@ -71,6 +73,10 @@ class EntityFeatureConfig:
         weight = self.whole_text_weight
         if not (0 <= weight <= 100 and (self.text_embedding or not weight)):
             raise ConfigError(f"EntityFeatureConfig.whole_text_weight ({weight}) must lie in [0, 100], above 0 only with a text_embedding")
+        if self.whole_text_queries < 0 or (self.whole_text_queries and not weight):
+            raise ConfigError(
+                f"EntityFeatureConfig.whole_text_queries ({self.whole_text_queries}) must be at least 0, and 0 without whole_text_weight"
+            )
         object.__setattr__(self, "continuous", dict(self.continuous))
         if isinstance(self.ngrams, Mapping):
             object.__setattr__(self, "ngrams", NgramConfig(**self.ngrams))
@@ -247,7 +253,8 @@ class EntityFeaturizer:
                 token_ids[np.arange(len(ids)) + np.repeat(shift, lengths[:, i])] = ids
         continuous = [row_vectors(catalogue, name, width) for name, width in self.config.continuous.items()]
         if self.config.text_embedding:
-            continuous.append(text_embedding(self.config.text_embedding)(catalogue, self.config.whole_text_weight))
+            embed = text_embedding(self.config.text_embedding)
+            continuous.append(embed(catalogue, self.config.whole_text_weight, self.config.whole_text_queries))
         joined = torch.from_numpy(np.concatenate(continuous, axis=1)) if continuous else None
         return EntityBatch(torch.from_numpy(token_ids), torch.from_numpy(offsets), joined, len(names))
 

@@ -26,9 +26,10 @@ TITLE_WEIGHT = 0.5
 TEXT_EMBEDDING_FIELDS = ("title", "engaged_queries")
 """Fields that are always read."""
 WHOLE_TEXT_FIELDS = ("title", "description", "category", "board_titles")
-"""Fields that are read together as one text."""
+"""Fields that are read together as one text, then the first engaged queries if some are asked for."""
 KEPT_TEXTS = 1_000_000
 """Texts whose vectors are kept from call to call, about 0.7 GiB; beyond that only those of the call at hand stay."""
+_ENGAGED = {"engaged_queries": pl.List(pl.String)}
 _PART = 8192
 """Texts embedded between two steps of the progress bar; more than that have one."""
 
@@ -36,8 +37,8 @@ _PART = 8192
 class TextEmbedding:
     """``unit(unit(mean of the engaged queries' vectors) + 0.5 * title + w * whole text)`` under a frozen query tower.
 
-    The whole text is title, description, category and boards in one sentence-like string: read together they tell more than apart, most of
-    all where an entity has few engaged queries.
+    The whole text is title, description, category, boards and the first engaged queries in one sentence-like string: read together they
+    tell more than apart, most of all where an entity has few engaged queries.
 
     Args:
         tower: A shipped tower's name, a folder, or a Hugging Face name.
@@ -53,12 +54,13 @@ class TextEmbedding:
         """D."""
         return self.encoder.dimension
 
-    def __call__(self, catalogue: pl.DataFrame, whole_text_weight: float = 0.0) -> npt.NDArray[np.float32]:
+    def __call__(self, catalogue: pl.DataFrame, whole_text_weight: float = 0.0, whole_text_queries: int = 0) -> npt.NDArray[np.float32]:
         """Embed rows by their texts (absent or empty: left out; all: zeros).
 
         Args:
             catalogue: N rows with ``title``, ``engaged_queries`` and, for the whole text, ``WHOLE_TEXT_FIELDS``.
             whole_text_weight: ``w``; 0 leaves the whole text out.
+            whole_text_queries: Engaged queries that the whole text holds, at most; the tower reads no more than 64 tokens of it.
 
         Returns:
             float32 (N, D), unit rows or zeros.
@@ -68,7 +70,11 @@ class TextEmbedding:
         queries = _lists(catalogue, "engaged_queries")
         owner = np.repeat(np.arange(rows), [len(texts) for texts in queries])
         flat = [text for texts in queries for text in texts]
-        whole = entity_texts(catalogue, WHOLE_TEXT_FIELDS) if whole_text_weight else []
+        whole: list[str] = []
+        if whole_text_weight:
+            first = pl.DataFrame({"engaged_queries": [texts[:whole_text_queries] for texts in queries]}, schema=_ENGAGED)
+            read = catalogue.select(name for name in WHOLE_TEXT_FIELDS if name in catalogue.columns)
+            whole = entity_texts(pl.concat([read, first], how="horizontal"), (*WHOLE_TEXT_FIELDS, "engaged_queries"))
         vectors = self._vectors([*titles, *flat, *whole])
         engaged = np.zeros((rows, self.dimension), np.float32)
         np.add.at(engaged, owner, vectors[rows : rows + len(flat)])

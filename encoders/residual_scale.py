@@ -8,7 +8,8 @@ fine-tuned weights of WiSE-FT (Wortsman et al., CVPR 2022) for the one layer tha
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -31,20 +32,29 @@ def choose_residual_scales(towers: Towers, inputs: TrainInputs, talk: Talk) -> t
         Entity type -> scale, and the validation Recall@10 under these scales. The towers are left as they were.
     """
     pairs = {name: queries for name, (queries, _) in inputs.prepared.validation.items() if name != "query"}
-    last = [_last_layer(tower) for tower in towers.entities.values() if isinstance(tower, EntityEncoder)]
-    learned = [(layer.weight.detach().clone(), layer.bias.detach().clone()) for layer in last]
     hits: dict[str, dict[float, npt.NDArray[np.bool_]]] = {name: {} for name in pairs}
     for scale in sorted(set(inputs.config.validation.residual_scales)):
-        for layer, (weight, bias) in zip(last, learned, strict=True):
-            _scale(layer, weight, bias, scale)
-        found = validation_hits(towers, inputs, entity_types=pairs)
+        with residuals_scaled(towers, scale):
+            found = validation_hits(towers, inputs, entity_types=pairs)
         talk(f"residual scale {scale:g} | " + " | ".join(f"{name} recall@10 {hit.mean():.4f}" for name, hit in found.items()))
         for name, hit in found.items():
             hits[name][scale] = hit
-    for layer, (weight, bias) in zip(last, learned, strict=True):
-        _scale(layer, weight, bias, 1.0)
     scales = {name: smallest_within_error(by_scale, pairs[name]) for name, by_scale in hits.items() if by_scale}
     return scales, {f"validation/recall@10/{name}": float(hits[name][scale].mean()) for name, scale in scales.items()}
+
+
+@contextmanager
+def residuals_scaled(towers: Towers, scale: float) -> Iterator[None]:
+    """Inside the block all entity towers add ``scale`` times what they learned; afterwards they are as they were."""
+    last = [_last_layer(tower) for tower in towers.entities.values() if isinstance(tower, EntityEncoder)]
+    learned = [(layer.weight.detach().clone(), layer.bias.detach().clone()) for layer in last]
+    for layer, (weight, bias) in zip(last, learned, strict=True):
+        _scale(layer, weight, bias, scale)
+    try:
+        yield
+    finally:
+        for layer, (weight, bias) in zip(last, learned, strict=True):
+            _scale(layer, weight, bias, 1.0)
 
 
 def smallest_within_error(hits: Mapping[float, npt.NDArray[np.bool_]], queries: npt.NDArray[np.integer]) -> float:

@@ -239,10 +239,15 @@ class ValidationConfig:
     residual_scales: tuple[float, ...] = ()
     """At the end, what each type's entity tower adds to its text embedding is scaled by the one of these that validates best (0: nothing is
     added, 1: as trained). For types with few pairs, whose entities are soon known by heart. Needs ``features.text_embedding``."""
+    query_scales: tuple[float, ...] = ()
+    """At the end, the query tower keeps this much of its way from where it started (0: nothing, 1: as trained): the smallest of these that
+    no entity type's held-back pairs notice. For towers that start from a pretrained one and its projection."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "residual_scales", tuple(float(scale) for scale in self.residual_scales))
+        object.__setattr__(self, "query_scales", tuple(float(scale) for scale in self.query_scales))
         _check(
+            (all(0 <= scale <= 1 for scale in self.query_scales), f"query_scales must lie in [0, 1], but got {self.query_scales}"),
             (
                 all(0 <= scale <= 1 for scale in self.residual_scales),
                 f"residual_scales must lie in [0, 1], but got {self.residual_scales}",

@@ -29,6 +29,7 @@ from encoders.errors import CheckpointError, ConfigError
 from encoders.gathering import average_gradients, broadcast_parameters, process_rank, world_size
 from encoders.optimisers import create_optimiser, parameter_groups, schedule, set_learning_rates
 from encoders.prepared_data import prepare, require_entity_tower
+from encoders.query_scale import choose_query_scale, learned_parameters
 from encoders.query_tower import QueryEncoder, create_query_encoder
 from encoders.residual_scale import choose_residual_scales, scaled_towers
 from encoders.tokenised_texts import TokenisedTexts
@@ -40,6 +41,8 @@ from encoders.training_validation import validation_recall
 
 _MAY_CHANGE = ("log_every", "checkpoint_every", "tensorboard", "max_seconds")
 """Config keys a resumed run may change without becoming another run."""
+_AT_THE_END = ("residual_scales", "query_scales")
+"""Keys of ``validation`` that act after the last step: a finished run may be ended again with others."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ def train(
     optimiser = create_optimiser(
         parameter_groups(towers.query, towers.entities.values(), [towers.log_scales], config.optimiser), config.optimiser
     )
+    start = learned_parameters(towers.query) if config.validation.query_scales else {}
     announce(talk, prepared, plan, featurizer, towers, steps, device, time.perf_counter() - started)
 
     # ------------------------------------------------------------------------------------------------------------------ resume
@@ -192,6 +196,9 @@ def train(
     if config.validation.residual_scales and prepared.validation:
         scales, recalls = choose_residual_scales(towers, inputs, talk)
         loop.metrics = {**loop.metrics, **recalls, **{f"residual_scale/{name}": scale for name, scale in scales.items()}}
+    if config.validation.query_scales and prepared.validation:
+        kept, recalls = choose_query_scale(towers, inputs, start, scales, talk)
+        loop.metrics = {**loop.metrics, **recalls, "query_scale": kept}
     if writer is not None:
         writer.close()
     towers.eval().cpu()
@@ -273,7 +280,7 @@ def run_fingerprint(inputs: TrainInputs) -> str:
     prepared, features, read = inputs.prepared, inputs.features, inputs.config.features
     table = {key: value for key, value in to_table(inputs.config).items() if key not in _MAY_CHANGE}
     table["datasets"] = [{key: value for key, value in d.items() if key != "optional"} for d in table["datasets"]]  # their pairs are hashed
-    table["validation"] = {key: value for key, value in table["validation"].items() if key != "residual_scales"}  # these act at the end
+    table["validation"] = {key: value for key, value in table["validation"].items() if key not in _AT_THE_END}
     digest = hashlib.sha256(json.dumps(table, sort_keys=True, default=str).encode())
     for pair_set in prepared.pair_sets:
         for array in (pair_set.queries, pair_set.candidates, pair_set.weights, pair_set.folds, pair_set.pool):

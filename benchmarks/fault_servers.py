@@ -19,23 +19,30 @@ import grpc.aio
 import numpy as np
 import psutil
 
-from benchmarks.small_releases import small_release, write_small_bundle
+from benchmarks.small_releases import entity_texts, small_release, write_small_bundle
+from encoders.exports import FEWEST_TEXTS, export_forms
 from index_builder.publishing import ReleaseStore
 from protos import retrieval_pb2_grpc as rpc
 
 COUNTS = {"pin": 2000, "product": 500}
+DIMENSION = 64
 
 
 def prepare_store(root: Path) -> tuple[ReleaseStore, Any]:
-    """Two releases of one space (a1, a2) and one of another (b1); every id starts with its release's name. Returns the store, encoder a."""
+    """Two releases of one space (a1, a2) and one of another (b1); every id starts with its release's name. Returns the store, encoder a.
+
+    They are what `omni rebuild` makes for a server without a GPU: the tower's int8 form, and the index kind that it mostly chooses.
+    """
     store = ReleaseStore(root / "store")
     first = None
     for space, seed in (("a", 1), ("b", 2)):
-        encoder = write_small_bundle(root / space, seed)
+        encoder = write_small_bundle(root / space, seed, DIMENSION)
+        export_forms(encoder, root / space / "forms", entity_texts(FEWEST_TEXTS, seed=13), ("onnx-int8",))
         first = first or encoder
         for number in (1, 2) if space == "a" else (1,):
             name = f"{space}{number}"
-            small_release(store, root / space, encoder, release_id=name, counts=COUNTS, id_prefix=f"{name}:", activate=name == "a1")
+            active, prefix = name == "a1", f"{name}:"
+            small_release(store, root / space, encoder, release_id=name, counts=COUNTS, id_prefix=prefix, activate=active, kind="symqg")
     return store, first
 
 

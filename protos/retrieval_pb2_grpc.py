@@ -86,7 +86,7 @@ class RetrievalServicer:
         raise NotImplementedError('Method not implemented!')
 
     def RetrieveBatch(self, request, context):
-        """Many queries against one entity type, answered from one release; about an order of magnitude cheaper per query than Retrieve.
+        """Many queries against one entity type, answered from one release: one call for all, and one search of those whose answers are not cached.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -22,7 +22,7 @@ from index_builder.live_follower import LiveFollower
 from index_builder.publishing import CURRENT_NAME, ReleaseStore
 from index_builder.release import Release
 from retrieval.batcher import Batcher
-from retrieval.cache import CachedEncoder, QueryCache, RedisTier, namespace
+from retrieval.cache import CachedEncoder, Entry, QueryCache, RedisTier, most_frequent, namespace
 from retrieval.errors import InvalidRequest, NothingToRollBack, NotReady, ReleaseNotLoaded, ReleaseRefused, UnknownRelease
 from retrieval.observability import Metrics
 from retrieval.query_encoding import QueryEncoding, open_query_encoding
@@ -221,13 +221,11 @@ class LiveReleases:
             await self._take_over(serving, handed_over)
             await self._swap(serving)
 
-    def hand_over(self, path: Path) -> None:
-        """Write the most frequent cached queries with their vectors for the workers that will follow."""
-        active = self.active
-        texts = self.cache.frequent(active.prefix, self.config.prewarm_queries) if active is not None else []
-        held = [(text, vector) for text in texts if active is not None and (vector := self.cache.get(active.prefix + text)) is not None]
-        vectors = np.stack([vector for _, vector in held]) if held else np.zeros((0, 1), dtype=np.float32)
-        np.savez(path, prefix=active.prefix if active else "", texts=np.array([text for text, _ in held], dtype=np.str_), vectors=vectors)
+    async def hand_over(self, path: Path) -> None:
+        """Write the most frequent cached queries with their vectors for the workers that will follow; the event loop goes on meanwhile."""
+        prefix = self.active.prefix if self.active is not None else ""
+        items = self.cache.items() if prefix else []
+        await asyncio.to_thread(_write_frequent, path, prefix, items, self.config.prewarm_queries)
 
     async def _take_over(self, serving: ServingRelease, paths: Sequence[Path]) -> None:
         wanted: dict[str, None] = {}
@@ -395,7 +393,9 @@ class LiveReleases:
 
     async def _prewarm(self, old: ServingRelease, new: ServingRelease) -> None:
         """Encode the most frequent cached queries with the new encoder, so that the hit rate does not collapse at the swap."""
-        await self._encode_into_cache(new, self.cache.frequent(old.prefix, self.config.prewarm_queries))
+        loop, count = asyncio.get_running_loop(), self.config.prewarm_queries
+        best = await loop.run_in_executor(self._loader, most_frequent, self.cache.items(), old.prefix, count)
+        await self._encode_into_cache(new, [text for text, _ in best])
 
     async def _encode_into_cache(self, new: ServingRelease, texts: Sequence[str]) -> None:
         """Encode those texts that are not cached yet.
@@ -483,6 +483,12 @@ class LiveReleases:
             rows += [("omni_live_sequence", (name,), float(active.follower.view(name).sequence)) for name in active.entities]
             rows.append(("omni_live_failing", (), float(active.follower.error is not None)))
         return rows
+
+
+def _write_frequent(path: Path, prefix: str, items: Sequence[tuple[str, Entry]], count: int) -> None:
+    held = most_frequent(items, prefix, count)
+    vectors = np.stack([entry.vector for _, entry in held]) if held else np.zeros((0, 1), dtype=np.float32)
+    np.savez(path, prefix=prefix, texts=np.array([text for text, _ in held], dtype=np.str_), vectors=vectors)
 
 
 def _work_of(serving: ServingRelease) -> tuple[int, int, int, int]:

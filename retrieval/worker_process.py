@@ -114,7 +114,7 @@ async def _serve(control: socket.socket, given: Assignment) -> int:
                     if not future.done():
                         future.set_result(message)
                 elif message["type"] == "dump":
-                    write_cache(server, Path(message["path"]))
+                    await write_cache(server, Path(message["path"]))
                     send({"type": "dumped"})
         finally:  # no reply can come any more
             stop.set()
@@ -146,11 +146,11 @@ async def _serve(control: socket.socket, given: Assignment) -> int:
     return 0
 
 
-def write_cache(server: Server, path: Path) -> None:
+async def write_cache(server: Server, path: Path) -> None:
     """Hand the frequent queries over: the whole file appears, or (a full disk, say) none, and the next generation starts without."""
     part = path.with_name(f"part-{path.name}")
     try:
-        server.releases.hand_over(part)
+        await server.releases.hand_over(part)
         part.replace(path)
     except Exception as error:
         log.warning("the cache is not handed over: %s: %s", type(error).__name__, error)

@@ -3,6 +3,7 @@
 Each scenario runs in a process of its own (``python test_workers_supervisor.py NAME FOLDER``): pytest has threads, and must not be forked.
 """
 
+import asyncio
 import errno
 import json
 import logging
@@ -99,15 +100,19 @@ def test_a_server_that_is_told_to_end_does_not_wait_for_verifying(tmp_path: Path
 
 
 def test_a_cache_that_cannot_be_written_is_left_out(tmp_path: Path) -> None:
-    def full(path: Path) -> None:
+    async def full(path: Path) -> None:
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     server: Any = SimpleNamespace(releases=SimpleNamespace(hand_over=full))
-    write_cache(server, tmp_path / "cache-1.npz")
+    asyncio.run(write_cache(server, tmp_path / "cache-1.npz"))
     assert not list(tmp_path.iterdir())
-    server.releases.hand_over = lambda path: path.write_bytes(b"whole")
-    write_cache(server, tmp_path / "cache-1.npz")
+
+    async def whole(path: Path) -> None:
+        path.write_bytes(b"whole")
+
+    server.releases.hand_over = whole
+    asyncio.run(write_cache(server, tmp_path / "cache-1.npz"))
     assert [path.name for path in tmp_path.iterdir()] == ["cache-1.npz"]
 
 

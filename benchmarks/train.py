@@ -46,7 +46,7 @@ def _config(kind: str, variant: str, batch: int, steps: int, precision: str, sec
     if variant == "recipe":  # as in the shipped recipes: a frozen vector of an entity's texts beside its n-grams
         datasets = [{"name": name, "share": share} for name, share in _QUALITY_SHARES.items()]
         features = {"text_embedding": "tiny-multilingual"}
-        validation = {"fraction": 0.03, "pairs": 4000, "residual_scales": [0, 0.25, 0.5, 0.75, 1]}
+        validation = {"fraction": 0.03, "pairs": 4000, "query_scales": [0.5, 0.75, 1], "residual_scales": [0, 0.25, 0.5, 0.75, 1]}
     return train_config(
         {
             "steps": steps,

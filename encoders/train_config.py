@@ -287,7 +287,7 @@ class TrainConfig:
     device: str = "auto"
     """``auto`` (CUDA if there is one), ``cpu``, ``cuda``."""
     precision: str = "fp32"
-    """``fp32`` or ``bf16`` (autocast; also on CPU). Losses are always fp32."""
+    """``fp32`` or ``bf16`` (autocast; on a CPU only where it has instructions for it, else fp32). Losses are always fp32."""
     log_every: int = 20
     """A line and TensorBoard scalars every so many steps."""
     checkpoint_every: int = 500

@@ -21,6 +21,7 @@ from encoders.gathering import all_processes, gather_with_gradient, process_rank
 from encoders.gradient_cache import Encoding
 from encoders.losses import Negatives, in_batch_mask, initial_log_scale, random_mask, scale_of, task_loss
 from encoders.pair_sets import PairSet, TaskData
+from encoders.precision import computes_bf16
 from encoders.prepared_data import PreparedData
 from encoders.query_tower import QueryEncoder
 from encoders.tokenised_texts import TokenisedTexts
@@ -65,8 +66,10 @@ class TrainInputs:
         return [task.name for pair_set in self.prepared.pair_sets for task in pair_set.tasks]
 
     def autocast(self) -> AbstractContextManager[object]:
-        """bf16 autocast when the config asks for it."""
-        return torch.autocast(self.device.type, torch.bfloat16) if self.config.precision == "bf16" else nullcontext()
+        """bf16 autocast when the config asks for it and the device computes in it."""
+        if self.config.precision == "bf16" and computes_bf16(self.device.type):
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
 
     def tower_of(self, entity_type: str) -> str:
         """Key of the entity tower for a type."""

@@ -28,6 +28,7 @@ from encoders.entity_tower import EntityEncoder, create_entity_encoder
 from encoders.errors import CheckpointError, ConfigError
 from encoders.gathering import average_gradients, broadcast_parameters, process_rank, world_size
 from encoders.optimisers import create_optimiser, parameter_groups, schedule, set_learning_rates
+from encoders.precision import computes_bf16
 from encoders.prepared_data import prepare, require_entity_tower
 from encoders.query_scale import choose_query_scale, learned_parameters
 from encoders.query_tower import QueryEncoder, create_query_encoder
@@ -104,6 +105,8 @@ def train(
         raise ConfigError("max_seconds needs a single process: clocks of several would disagree about the schedule. Set steps instead.")
     device = choose_device(config.device)
     talk = say if rank == 0 and not quiet else silent
+    if config.precision == "bf16" and not computes_bf16(device.type):
+        talk("note: this processor has no instructions for bf16 and would imitate them, many times slower than fp32: training in fp32")
     torch.manual_seed(config.seed)
 
     # -------------------------------------------------------------------------------------------------------------------- data

@@ -64,6 +64,16 @@ def test_a_text_finds_its_own_entity_and_the_answer_says_what_was_done(running: 
     assert list(first.hits) == list(second.hits)
 
 
+def test_an_attribute_that_is_named_twice_comes_once(stub: rpc.RetrievalStub) -> None:
+    """Found by the fuzzer: polars refused the column that was asked for twice, and the caller was told INTERNAL."""
+    fields = {"entity_type": "pin", "k": 2, "attributes": ["title", "price", "title", "no such", "no such"]}
+    target = pb.Target(**fields)
+    single = stub.Retrieve(pb.RetrieveRequest(query="red cat", **fields))
+    batch = stub.RetrieveBatch(pb.RetrieveBatchRequest(queries=["red cat"], target=target))
+    for answer in (single, *batch.answers):
+        assert [set(hit.attributes) for hit in answer.hits] == [{"title", "price"}] * 2
+
+
 def test_batch_and_multi_answer_as_single_calls_do(stub: rpc.RetrievalStub) -> None:
     queries = ["red cat", "blue whale", "silver lamp", "red cat"]
     single = [stub.Retrieve(pb.RetrieveRequest(query=q, entity_type="product", k=4)) for q in queries]

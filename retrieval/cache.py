@@ -120,7 +120,7 @@ class QueryCache:
 def most_frequent(items: Sequence[tuple[str, Entry]], prefix: str, count: int) -> list[tuple[str, Entry]]:
     """Texts under ``prefix`` with their entries, most often asked for first, at most ``count``; then halves the counts of all.
 
-    A full cache has 180,000 items, which takes a tenth of a second: not for the event loop. A use that is counted meanwhile may get lost.
+    A full cache has 180,000 items, which takes some 0.2 s: not for the event loop. A use that is counted meanwhile may get lost.
     """
     best = heapq.nlargest(count, ((entry.hits, key, entry) for key, entry in items if key.startswith(prefix)), key=lambda item: item[:2])
     for _, entry in items:

@@ -297,15 +297,15 @@ class EntityIndex:
         return np.asarray(corpus.vectors[row if corpus.node_of_row is None else corpus.node_of_row[row]])
 
     def attributes(self, ids: Sequence[str], names: Sequence[str]) -> list[dict[str, Any]]:
-        """Attribute values of ids, in order; an unknown id or attribute gives nothing."""
-        live = self._live
+        """Attribute values of ids, in order; an unknown id or attribute gives nothing, and a name asked for twice comes once."""
+        live, names = self._live, list(dict.fromkeys(names))
         result: list[dict[str, Any]] = [{} for _ in ids]
         base: list[tuple[int, int]] = []
         for i, id_ in enumerate(ids):
             place = live.find(id_) if live is not None else None
             if place is not None:
                 frame = place[0].attributes
-                known = [name for name in dict.fromkeys(names) if name in frame.columns]  # a name asked for twice is one column
+                known = [name for name in names if name in frame.columns]
                 result[i] = frame.select(known).row(place[1], named=True) if known else {}
                 continue
             row = self.ids.row_of(id_)

@@ -45,7 +45,7 @@ def _how_kept(plan: str, ef: int, recall: float | None, selectivity: float | Non
 
 def add_attributes(hits: Any, index: EntityIndex, ids: Sequence[str], names: Sequence[str]) -> None:
     """Give each hit the attributes that were asked for; ``*`` stands for all, missing values stay out."""
-    wanted = list(index.attribute_table.schema) if "*" in names else list(dict.fromkeys(names))
+    wanted = list(index.attribute_table.schema) if "*" in names else list(names)
     for hit, attributes in zip(hits, index.attributes(list(ids), wanted), strict=True):
         for name, value in attributes.items():
             if value is not None:

@@ -7,25 +7,43 @@ import importlib
 import click
 
 BENCHES: dict[str, tuple[str, str]] = {
-    "train": ("benchmarks.train:command", "Training pairs/s and quality against Sentence-Transformers, side by side."),
-    "ann": ("benchmarks.ann:command", "Queries/s at equal ANN recall: our call, the libraries under it, the best peers."),
-    "filter": ("benchmarks.filter:command", "Filtered search at every selectivity, with and against the query, next to qdrant-edge."),
-    "recall": ("benchmarks.recall:command", "Labelled Recall@10 of a bundle and the baselines, by entity type and language."),
-    "encode": ("benchmarks.encode:command", "Catalogue rows to vectors: tokeniser, text only, full width, fp32 and bf16."),
-    "downstream": ("benchmarks.downstream:command", "Frozen query vectors on hierarchical classification, against fastText (paper 5.4)."),
-    "durability": ("benchmarks.durability:command", "kill -9 at random moments; damaged files: nothing lost, nothing accepted."),
-    "build": ("benchmarks.build:command", "Release builds: time, peak memory, determinism, loading against sha256sum."),
-    "update": ("benchmarks.update:command", "Live upserts and deletes: recall, latency, visibility, sustained rate."),
-    "pipeline": ("benchmarks.pipeline:command", "Simulated logs to pairs and features: time, memory, growth, daily update."),
-    "enrichment": ("benchmarks.enrichment:command", "Text features one by one and captions with noise: tables 3 and 4 in shape."),
-    "tables": ("benchmarks.tables:command", "Tables 2, 5 and 6 in shape, design questions with a figure each, several seeds."),
-    "text": ("benchmarks.text_embedding:command", "Weights of an entity's texts in its frozen text embedding, on train queries alone."),
-    "serve": ("benchmarks.serve:command", "Our service beside a real Milvus and a bare gRPC echo, same vectors and cores."),
-    "latency": ("benchmarks.latency:command", "Percentiles of a running server with and without the cache, per stage."),
-    "fuzz": ("benchmarks.fuzz:command", "Malformed requests by the hundred thousand: no crash, no hang, typed errors only."),
-    "cache": ("benchmarks.cache:command", "Query cache on simulated Zipf traffic: TTL x size, ages, encoder changes, the paper's scale."),
-    "faults": ("benchmarks.faults:command", "Swaps under load, 4x overload, kill -9, hostile Redis: no lost, mixed or failed answer."),
-    "diversity": ("benchmarks.diversity:command", "MMR: intra-list similarity against labelled Recall@10 as lambda moves, one plot."),
+    "train": ("benchmarks.throughput.train:command", "Training pairs/s and quality against Sentence-Transformers, side by side."),
+    "ann": ("benchmarks.index.ann:command", "Queries/s at equal ANN recall: our call, the libraries under it, the best peers."),
+    "filter": ("benchmarks.index.filter:command", "Filtered search at every selectivity, with and against the query, next to qdrant-edge."),
+    "recall": ("benchmarks.quality.recall:command", "Labelled Recall@10 of a bundle and the baselines, by entity type and language."),
+    "encode": ("benchmarks.throughput.encode:command", "Catalogue rows to vectors: tokeniser, text only, full width, fp32 and bf16."),
+    "downstream": (
+        "benchmarks.quality.downstream:command",
+        "Frozen query vectors on hierarchical classification, against fastText (paper 5.4).",
+    ),
+    "durability": ("benchmarks.faults.durability:command", "kill -9 at random moments; damaged files: nothing lost, nothing accepted."),
+    "build": ("benchmarks.index.build:command", "Release builds: time, peak memory, determinism, loading against sha256sum."),
+    "update": ("benchmarks.index.update:command", "Live upserts and deletes: recall, latency, visibility, sustained rate."),
+    "pipeline": ("benchmarks.throughput.pipeline:command", "Simulated logs to pairs and features: time, memory, growth, daily update."),
+    "enrichment": (
+        "benchmarks.paper_tables.enrichment:command",
+        "Text features one by one and captions with noise: tables 3 and 4 in shape.",
+    ),
+    "tables": ("benchmarks.paper_tables.tables:command", "Tables 2, 5 and 6 in shape, design questions with a figure each, several seeds."),
+    "text": (
+        "benchmarks.quality.text_embedding:command",
+        "Weights of an entity's texts in its frozen text embedding, on train queries alone.",
+    ),
+    "serve": ("benchmarks.serving.serve:command", "Our service beside a real Milvus and a bare gRPC echo, same vectors and cores."),
+    "latency": ("benchmarks.serving.latency:command", "Percentiles of a running server with and without the cache, per stage."),
+    "fuzz": ("benchmarks.faults.fuzz:command", "Malformed requests by the hundred thousand: no crash, no hang, typed errors only."),
+    "cache": (
+        "benchmarks.serving.cache:command",
+        "Query cache on simulated Zipf traffic: TTL x size, ages, encoder changes, the paper's scale.",
+    ),
+    "faults": (
+        "benchmarks.faults.faults:command",
+        "Swaps under load, 4x overload, kill -9, hostile Redis: no lost, mixed or failed answer.",
+    ),
+    "diversity": (
+        "benchmarks.quality.diversity:command",
+        "MMR: intra-list similarity against labelled Recall@10 as lambda moves, one plot.",
+    ),
 }
 """Name -> (module:attribute of a click command, one line of help)."""
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from benchmarks.cache import Traffic, encoder_change, misses_per_second, simulate, zipf_ranks
+from benchmarks.serving.cache import Traffic, encoder_change, misses_per_second, simulate, zipf_ranks
 
 SMALL = Traffic(requests=20_000, distinct=2_000, fresh_share=0.0, days=30.0)
 

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from google.protobuf.message import DecodeError
 
-from benchmarks.diversity import curve, intra_list_similarity
-from benchmarks.frames_load import frame_load
-from benchmarks.fuzz import SERVICES, Generator, Tally, fuzz
-from benchmarks.latency import Sample, per_stage
-from benchmarks.load import Load, client_load, stub_load
-from benchmarks.milvus_peer import mean_recall
-from benchmarks.peer_servers import Process, echo_server, omni_server
-from benchmarks.serve import more_workers, verdict
+from benchmarks.faults.fuzz import SERVICES, Generator, Tally, fuzz
+from benchmarks.quality.diversity import curve, intra_list_similarity
+from benchmarks.serving.frames_load import frame_load
+from benchmarks.serving.latency import Sample, per_stage
+from benchmarks.serving.load import Load, client_load, stub_load
+from benchmarks.serving.milvus_peer import mean_recall
+from benchmarks.serving.peer_servers import Process, echo_server, omni_server
+from benchmarks.serving.serve import more_workers, verdict
 from benchmarks.small_releases import small_release, write_small_bundle
 from index_builder.publishing import ReleaseStore
 from protos import retrieval_pb2 as pb

@@ -8,7 +8,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from benchmarks.enrichment import (
+from benchmarks.paper_tables.enrichment import (
     TABLE_3,
     TABLE_4,
     Setting,

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import fault_kills, fault_overload
-from benchmarks.fault_load import swaps_under_load
-from benchmarks.fault_servers import ServerProcess, prepare_store
-from benchmarks.fault_storms import clock_jump, damaged_index, full_disk, hostile_redis
-from benchmarks.faults import merged
+from benchmarks.faults import kills as fault_kills
+from benchmarks.faults import overload as fault_overload
+from benchmarks.faults.faults import merged
+from benchmarks.faults.servers import ServerProcess, prepare_store
+from benchmarks.faults.storms import clock_jump, damaged_index, full_disk, hostile_redis
+from benchmarks.faults.swaps import swaps_under_load
 from benchmarks.small_releases import small_release, write_small_bundle
 from index_builder.publishing import ReleaseStore
 

@@ -12,11 +12,23 @@ import polars as pl
 import pytest
 import torch
 
-from benchmarks.seed_study import result_path
-from benchmarks.table_figures import draw
-from benchmarks.table_settings import LINES, MIX, NEW_TYPE, OMNI, SEPARATE, SINGLE, SMALL_PRODUCT_PAIRS, TABLES, VOLUME, Line, Training
-from benchmarks.table_trainings import Study, fixed, going_on, run, train_settings, training_data
-from benchmarks.tables import figure, jobs, summarise
+from benchmarks.paper_tables.figures import draw
+from benchmarks.paper_tables.seed_study import result_path
+from benchmarks.paper_tables.settings import (
+    LINES,
+    MIX,
+    NEW_TYPE,
+    OMNI,
+    SEPARATE,
+    SINGLE,
+    SMALL_PRODUCT_PAIRS,
+    TABLES,
+    VOLUME,
+    Line,
+    Training,
+)
+from benchmarks.paper_tables.tables import figure, jobs, summarise
+from benchmarks.paper_tables.trainings import Study, fixed, going_on, run, train_settings, training_data
 from encoders.prepared_data import split_by_share
 from encoders.query_tower import create_query_encoder
 from encoders.sample import Dataset, with_engaged_queries
@@ -168,7 +180,7 @@ def tables() -> Dataset:
 
 
 def study(tables: Dataset, work: Path) -> Study:
-    from benchmarks.table_data import TableData
+    from benchmarks.paper_tables.data import TableData
 
     return Study(TableData(tables, np.eye(512, 256, dtype=np.float32)), SIZES, work)
 

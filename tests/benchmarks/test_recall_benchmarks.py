@@ -34,7 +34,7 @@ def test_recall_is_recorded_with_its_data_and_protocol(own_tables, tmp_path):
 
 def test_downstream_compares_frozen_vectors_with_fasttext(tmp_path, monkeypatch):
     pytest.importorskip("fasttext")
-    monkeypatch.setattr("benchmarks.downstream._encoders", lambda bundle, names: {"letters": letters})
+    monkeypatch.setattr("benchmarks.quality.downstream._encoders", lambda bundle, names: {"letters": letters})
     folder = tmp_path / "large"
     folder.mkdir()
     classes = {"ic:25D3": "stone", "ic:11H1": "saint", "ic:46A": "law"}

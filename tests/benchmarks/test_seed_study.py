@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.seed_study import Job, interval, read_results, result_path, run_missing
+from benchmarks.paper_tables.seed_study import Job, interval, read_results, result_path, run_missing
 
 SIZES = {"steps": 3, "batch_pairs": 8}
 

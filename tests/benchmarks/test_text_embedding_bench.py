@@ -4,7 +4,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from benchmarks.text_embedding import cross_validate, engaged_in_other_folds, hits_at_10
+from benchmarks.quality.text_embedding import cross_validate, engaged_in_other_folds, hits_at_10
 from encoders.text_embedding import text_embedding
 
 ENTITIES = pl.DataFrame({"id": ["a", "b", "c"], "title": ["red heart", "blue sky", None], "engaged_queries": [["old"], [], []]})

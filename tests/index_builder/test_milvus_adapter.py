@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.peer_servers import milvus_is_installed, milvus_server
+from benchmarks.serving.peer_servers import milvus_is_installed, milvus_server
 from benchmarks.small_releases import small_release, write_small_bundle
 from encoders.errors import InvalidVectors, SpaceMismatch
 from index_builder.errors import GateFailed, ReleaseError, ReleaseNotFound

@@ -21,8 +21,8 @@ import hpack
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
-from benchmarks.peer_servers import Process, omni_server
 from benchmarks.record import write_record
+from benchmarks.serving.peer_servers import Process, omni_server
 from encoders.console import fail, handle_errors, json_option, print_json, print_table, say, stage
 from protos import retrieval_pb2 as pb
 from retrieval.http2 import wire

@@ -23,7 +23,7 @@ from typing import Any
 import grpc
 import numpy as np
 
-from benchmarks.fault_servers import connected, hash_of
+from benchmarks.faults.servers import connected, hash_of
 from benchmarks.small_releases import WORDS, entity_texts
 from encoders.console import say
 from index_builder.build_inputs import EntityInput, QuerySet

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import hnswlib
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from index_builder.ann import AnnConfig, build_index, load_index
 from index_builder.ann.faiss_index import faiss_library
@@ -288,3 +290,9 @@ def installed(name: str) -> bool:
         return distribution is None or bool(importlib.metadata.version(distribution))
     except importlib.metadata.PackageNotFoundError:
         return False
+
+
+def one_blas_thread() -> AbstractContextManager[object]:
+    """Keep BLAS and OpenMP of this process to one thread inside a ``with`` block."""
+    limits: AbstractContextManager[object] = threadpool_limits(limits=1)
+    return limits

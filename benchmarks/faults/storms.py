@@ -21,7 +21,7 @@ import grpc
 import grpc.aio
 import numpy as np
 
-from benchmarks.fault_servers import ServerProcess, connected, percentiles
+from benchmarks.faults.servers import ServerProcess, connected, percentiles
 from benchmarks.small_releases import entity_texts, small_release
 from encoders.errors import OmniError
 from index_builder.publishing import ReleaseStore

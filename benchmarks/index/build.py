@@ -18,7 +18,7 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.ann_data import VectorSet, load_vectors
+from benchmarks.index.vectors import VectorSet, load_vectors
 from benchmarks.record import write_record
 from encoders.console import data_option, handle_errors, json_option, print_json, print_table, say
 from encoders.errors import ConfigError
@@ -69,7 +69,7 @@ def build_apart(root: Path, vectors: VectorSet, kind: str, threads: int, max_mem
     """
     np.save(root / "corpus.npy", vectors.corpus)
     np.save(root / "calibration.npy", vectors.calibration)
-    code = "import sys; from benchmarks.build import build_here; build_here(*sys.argv[1:])"
+    code = "import sys; from benchmarks.index.build import build_here; build_here(*sys.argv[1:])"
     arguments = [str(root), kind, str(threads), str(max_memory_mib or 0)]
     done = subprocess.run([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True, check=False)
     (root / "corpus.npy").unlink()

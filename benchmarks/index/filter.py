@@ -12,9 +12,8 @@ import click
 import numpy as np
 import polars as pl
 
-from benchmarks.ann_data import VectorSet, load_vectors
-from benchmarks.ann_engines import qdrant_shard
-from benchmarks.one_thread import one_blas_thread
+from benchmarks.index.engines import one_blas_thread, qdrant_shard
+from benchmarks.index.vectors import VectorSet, load_vectors
 from benchmarks.record import RESULTS, write_record
 from encoders.console import data_option, handle_errors, json_option, print_json, print_table, say, stage
 from encoders.errors import ConfigError

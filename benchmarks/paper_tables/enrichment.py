@@ -19,8 +19,8 @@ import click
 import numpy as np
 import polars as pl
 
+from benchmarks.paper_tables.seed_study import Job, interval, read_results, result_path, run_missing
 from benchmarks.record import write_record
-from benchmarks.seed_study import Job, interval, read_results, result_path, run_missing
 from encoders.captions import decode_image
 from encoders.console import handle_errors, json_option, print_json, print_table, say
 from encoders.sample import Dataset, load_sample

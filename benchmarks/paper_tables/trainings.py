@@ -13,8 +13,8 @@ import numpy as np
 import polars as pl
 import torch
 
-from benchmarks.table_data import FROZEN, FROZEN_WIDTH, Float32, TableData, use_queries, vector_column
-from benchmarks.table_settings import ONE_ROW_PER_TOKEN, PREFIXES, TYPES, VERSION_NAMES, Training
+from benchmarks.paper_tables.data import FROZEN, FROZEN_WIDTH, Float32, TableData, use_queries, vector_column
+from benchmarks.paper_tables.settings import ONE_ROW_PER_TOKEN, PREFIXES, TYPES, VERSION_NAMES, Training
 from encoders.baselines import unit_rows
 from encoders.batches import BatchPlan
 from encoders.console import stage

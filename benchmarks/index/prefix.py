@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.ann_engines import DEGREE, EF_CONSTRUCTION, Engine
+from benchmarks.index.engines import DEGREE, EF_CONSTRUCTION, Engine
 from index_builder.ann import AnnConfig, build_index, load_index
 from index_builder.codes import make_engine
 from index_builder.corpus import Corpus

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.table_settings import VERSION_NAMES
+from benchmarks.paper_tables.settings import VERSION_NAMES
 
 Rows = Sequence[dict[str, Any]]
 NAMES = {"pin/entity": "pins", "product/entity": "products", "ad/entity": "ads", "query/query": "related queries"}

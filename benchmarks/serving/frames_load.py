@@ -14,7 +14,7 @@ from typing import Any
 
 import hpack
 
-from benchmarks.load import Load, Outcome, Recorder, run_processes
+from benchmarks.serving.load import Load, Outcome, Recorder, run_processes
 from retrieval.http2 import wire
 
 WINDOW = 2**30
@@ -165,7 +165,7 @@ class FrameClient(asyncio.Protocol):
 
 
 def frame_load(address: str, method: str, payloads: list[bytes], load: Load) -> Outcome:
-    """Drive one method as ``benchmarks.load.stub_load`` does, closed loop, with prepared frames instead of gRPC stubs."""
+    """Drive one method as ``benchmarks.serving.load.stub_load`` does, closed loop, with prepared frames instead of gRPC stubs."""
     return run_processes(partial(_frame_process, address, method, payloads), load)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from benchmarks.table_data import FROZEN
+from benchmarks.paper_tables.data import FROZEN
 from encoders.losses import MATRYOSHKA_WEIGHTS
 from encoders.train_config import ENTITY, QUERY, VECTOR_PREFIX, DatasetConfig
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 
-from benchmarks.peer_servers import omni_server
 from benchmarks.record import write_record
+from benchmarks.serving.peer_servers import omni_server
 from encoders.console import fail, handle_errors, json_option, print_json, print_table, say, stage, track
 from retrieval.client import ClientConfig, RetrievalClient
 from retrieval.client_results import RetrieveResult

@@ -155,7 +155,7 @@ def _measure(source: Path, out: Path, rows: int, repeats: int, threads: int) -> 
     results = []
     for _ in range(repeats):
         arguments = [sys.executable, "-c", MEASURED_RUN, str(source / "log"), str(source / "boards.parquet"), str(out)]
-        environment = {"POLARS_MAX_THREADS": str(threads), "PATH": "", "PYTHONPATH": str(Path(__file__).parents[1])}
+        environment = {"POLARS_MAX_THREADS": str(threads), "PATH": "", "PYTHONPATH": str(Path(__file__).parents[2])}
         done = subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment)
         results.append(json.loads(done.stdout))
     fastest = min(results, key=lambda r: r["seconds"])

@@ -14,8 +14,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.fault_servers import ServerProcess, percentiles
-from benchmarks.frames_load import FrameClient
+from benchmarks.faults.servers import ServerProcess, percentiles
+from benchmarks.serving.frames_load import FrameClient
 from benchmarks.small_releases import entity_texts
 from protos import retrieval_pb2 as pb
 from retrieval.http2 import wire

@@ -12,11 +12,11 @@ from typing import Any
 
 import click
 
-from benchmarks.fault_kills import kill_nine
-from benchmarks.fault_load import swaps_under_load
-from benchmarks.fault_overload import overload, split_cores
-from benchmarks.fault_servers import COUNTS, ServerProcess, prepare_store
-from benchmarks.fault_storms import clock_jump, damaged_index, full_disk, hostile_redis
+from benchmarks.faults.kills import kill_nine
+from benchmarks.faults.overload import overload, split_cores
+from benchmarks.faults.servers import COUNTS, ServerProcess, prepare_store
+from benchmarks.faults.storms import clock_jump, damaged_index, full_disk, hostile_redis
+from benchmarks.faults.swaps import swaps_under_load
 from benchmarks.record import RESULTS, write_record
 from benchmarks.small_releases import small_release, write_small_bundle
 from encoders.console import handle_errors, json_option, print_json, print_table, stage

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.ann_data import default_cache
+from benchmarks.index.vectors import default_cache
 from encoders.errors import MissingDependency, OmniError
 
 ETCD_PORT = 2379
@@ -99,7 +99,7 @@ def omni_server(store: Path, flags: Sequence[str] = (), *, timeout_seconds: floa
 @contextmanager
 def echo_server(response_bytes: int) -> Iterator[Process]:
     """Run the bare ``grpc.aio`` + uvloop server that answers every call with ``response_bytes`` bytes: the limit of the stack."""
-    with _started([sys.executable, "-m", "benchmarks.peer_servers", str(response_bytes)]) as (process, log):
+    with _started([sys.executable, "-m", "benchmarks.serving.peer_servers", str(response_bytes)]) as (process, log):
         yield Process(f"127.0.0.1:{json.loads(_first_line(process, log, 60))['port']}", process.pid)
 
 

@@ -13,11 +13,10 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.ann_data import VectorSet, default_cache, load_vectors
-from benchmarks.ann_engines import ENGINES, Engine, installed
-from benchmarks.ann_plot import draw_costs
-from benchmarks.ann_prefix import PREFIX_ENGINES
-from benchmarks.one_thread import one_blas_thread
+from benchmarks.index.engines import ENGINES, Engine, installed, one_blas_thread
+from benchmarks.index.plot import draw_costs
+from benchmarks.index.prefix import PREFIX_ENGINES
+from benchmarks.index.vectors import VectorSet, default_cache, load_vectors
 from benchmarks.record import RESULTS, write_record
 from encoders.console import data_option, handle_errors, json_option, print_json, print_table, say, stage
 from encoders.errors import ConfigError, OmniError
@@ -89,7 +88,7 @@ def built(name: str, vectors: VectorSet, built_folder: Path) -> dict[str, float]
     np.save(folder / "queries.npy", vectors.queries[:200])
     np.save(folder / "calibration.npy", vectors.calibration[:1_000])  # disjoint from the queries reported on
     for step in ("build_here", "load_here")[bool(known) :]:
-        code = f"import sys; from benchmarks.ann import {step}; {step}(*sys.argv[1:])"
+        code = f"import sys; from benchmarks.index.ann import {step}; {step}(*sys.argv[1:])"
         done = subprocess.run([sys.executable, "-c", code, name, str(folder)], capture_output=True, text=True, check=False)
         if done.returncode:
             raise ConfigError(f"{name}: {step} failed: {done.stderr.strip()[-300:]}")

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
-from benchmarks.fault_servers import connected, percentiles
+from benchmarks.faults.servers import connected, percentiles
 from benchmarks.small_releases import entity_texts
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc

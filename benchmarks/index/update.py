@@ -12,8 +12,8 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.ann_data import load_vectors
-from benchmarks.build import SPACE, build_once, bundle_folder
+from benchmarks.index.build import SPACE, build_once, bundle_folder
+from benchmarks.index.vectors import load_vectors
 from benchmarks.record import write_record
 from encoders.console import data_option, handle_errors, json_option, print_json, print_table, say
 from encoders.errors import ConfigError

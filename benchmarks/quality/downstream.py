@@ -9,7 +9,7 @@ import click
 import numpy as np
 import polars as pl
 
-from benchmarks.recall import describe_dataset
+from benchmarks.quality.recall import describe_dataset
 from benchmarks.record import RESULTS, write_record
 from encoders.baselines import cached, default_cache, sentence_transformer, use_encoder
 from encoders.console import data_option, handle_errors, json_option, print_json, print_table, say, stage

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.ann_data import VectorSet, default_cache, load_vectors
+from benchmarks.index.vectors import VectorSet, default_cache, load_vectors
 from encoders.console import say, stage
 from encoders.exact_search import exact_top_k
 from index_builder.build_inputs import EntityInput, QuerySet

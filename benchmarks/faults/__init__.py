@@ -1,0 +1,1 @@
+"""Faults under load: swaps, kills, overload, storms, malformed requests, damaged files."""

@@ -1,0 +1,1 @@
+"""Benchmarks of ANN search, filters, builds and live updates."""

@@ -1,0 +1,1 @@
+"""Training, encoding and log pipeline throughput."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-
 import click
+
+from encoders.commands.lazy_group import LazyGroup
 
 BENCHES: dict[str, tuple[str, str]] = {
     "train": ("benchmarks.throughput.train:command", "Training pairs/s and quality against Sentence-Transformers, side by side."),
@@ -48,28 +48,7 @@ BENCHES: dict[str, tuple[str, str]] = {
 """Name -> (module:attribute of a click command, one line of help)."""
 
 
-class LazyBenchGroup(click.Group):
-    """A click group that knows each benchmark's one-line help without importing its module."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return benchmark names in the order of the table."""
-        return list(BENCHES)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import and return one benchmark, or None if the name is unknown."""
-        if cmd_name not in BENCHES:
-            return None
-        module, attribute = BENCHES[cmd_name][0].split(":")
-        command: click.Command = getattr(importlib.import_module(module), attribute)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """List benchmarks with their one-line help."""
-        with formatter.section("Benchmarks"):
-            formatter.write_dl([(name, help_text) for name, (_, help_text) in BENCHES.items()])
-
-
-@click.command(cls=LazyBenchGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=LazyGroup, table=BENCHES, context_settings={"help_option_names": ["-h", "--help"]})
 def group() -> None:
     """Run a benchmark: each prints a table and writes one JSON record with machine, commit, command and figures.
 

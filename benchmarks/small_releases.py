@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
 
-from encoders.query_tower import QueryEncoder
+from encoders.towers.query_tower import QueryEncoder
 from index_builder.build_inputs import EntityInput, QuerySet
 from index_builder.entity_index import IndexConfig
 from index_builder.publishing import ReleaseStore

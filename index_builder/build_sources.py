@@ -14,9 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from encoders.errors import DataError, SpaceMismatch
-from encoders.schemas import Kind, schema
-from encoders.signal_store import SignalStore, read_part
-from encoders.tables import read_raw, table_files
+from encoders.inference.signal_store import SignalStore, read_part
+from encoders.tables.files import read_raw, table_files
+from encoders.tables.schemas import Kind, schema
 from index_builder.build_inputs import EntityInput, align_attributes
 from index_builder.errors import ReleaseNotFound, UnknownEntityType
 from index_builder.publishing import ReleaseStore

@@ -10,9 +10,9 @@ import click
 import numpy as np
 import polars as pl
 
-from encoders.console import data_option, handle_errors, json_option, print_json, print_table, say
+from encoders.commands.console import data_option, handle_errors, json_option, print_json, print_table, say
 from encoders.errors import ConfigError, DataError
-from encoders.schemas import ENTITY_TYPES
+from encoders.tables.schemas import ENTITY_TYPES
 from index_builder.entity_index import EntityIndex
 from index_builder.errors import InvalidQuery
 from index_builder.explain import STEPS, Waterfall, dimension_curve, explain_id, recall_waterfall
@@ -73,7 +73,7 @@ def query_command(
             raise InvalidQuery(f"{like_id!r} is not in the {entity_type} index; choose an id that is (omni explain query --text ...)")
         query = np.ascontiguousarray(vector, np.float32)
     else:
-        from encoders.query_tower import QueryEncoder
+        from encoders.towers.query_tower import QueryEncoder
 
         query = np.asarray(QueryEncoder.load(release.query_encoder_path).encode([text or ""])[0], np.float32)
     served = index.search(query, k, filter=expression)
@@ -152,7 +152,7 @@ def misses_command(
 
     Example: omni explain misses --store store --limit 500 --plot waterfall.png
     """
-    from encoders.query_tower import QueryEncoder
+    from encoders.towers.query_tower import QueryEncoder
 
     pairs = _pairs(pairs_path, data_dir, split)
     release, _ = _open(store_path, release_id)
@@ -196,7 +196,7 @@ def misses_command(
 
 def _pairs(path: Path | None, data_dir: Path | None, split: str) -> pl.DataFrame:
     if path is not None:
-        from encoders.tables import read_raw, table_files
+        from encoders.tables.files import read_raw, table_files
 
         frame = pl.concat([read_raw(file) for file in table_files(path)], how="diagonal_relaxed")
         missing = {"query", "entity_type", "entity_id"} - set(frame.columns)
@@ -204,7 +204,7 @@ def _pairs(path: Path | None, data_dir: Path | None, split: str) -> pl.DataFrame
             raise DataError(f"{path}: expected columns query, entity_type, entity_id, but {', '.join(sorted(missing))} is missing")
         frame = frame.with_columns(pl.col("entity_id").cast(pl.String))
         return frame.filter(pl.col("split") == split) if "split" in frame.columns else frame
-    from encoders.sample import load_dataset
+    from encoders.datasets.dataset import load_dataset
 
     return load_dataset(data_dir).split(split)
 
@@ -253,7 +253,7 @@ def _fresh(signals: Path | None, entity_type: str, release: Release) -> tuple[li
     if signals is None:
         return None
     from encoders.errors import SpaceMismatch
-    from encoders.signal_store import SignalStore
+    from encoders.inference.signal_store import SignalStore
 
     found = SignalStore(signals).read(entity_type)
     if found.space_id != release.space_id:

@@ -24,8 +24,8 @@ def check_forms(content: Path, golden: GoldenQueries) -> dict[str, dict[str, Any
     Returns:
         Form id -> report without times; ``passed`` says whether the form may be served.
     """
-    from encoders.exports import FORM_FILES, measure_parity
-    from encoders.query_tower import QueryEncoder
+    from encoders.inference.onnx_forms import FORM_FILES, measure_parity
+    from encoders.towers.query_tower import QueryEncoder
 
     tower = QueryEncoder.load(content / "query_encoder")
     vectors = np.asarray(tower.encode(golden.texts), np.float32)

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from encoders.compatibility import Declaration, write_upgraded_bundle
+from encoders.compatibility.declaration import Declaration, write_upgraded_bundle
 from encoders.errors import ConfigError
-from encoders.exports import FORM_FILES, export_forms
-from encoders.query_tower import QueryEncoder
+from encoders.inference.onnx_forms import FORM_FILES, export_forms
+from encoders.towers.query_tower import QueryEncoder
 from index_builder.build_plan import RebuildConfig, read_bundle
 from index_builder.calibration import check_gate
 from index_builder.durability import disk_full_is_clear

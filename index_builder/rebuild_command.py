@@ -10,9 +10,9 @@ import click
 import numpy as np
 import polars as pl
 
-from encoders.console import handle_errors, json_option, peak_memory_mib, print_json, print_table, say, stage
+from encoders.commands.console import handle_errors, json_option, peak_memory_mib, print_json, print_table, say, stage
 from encoders.errors import BundleError, ConfigError
-from encoders.schemas import ENTITY_TYPES
+from encoders.tables.schemas import ENTITY_TYPES
 from index_builder.ann import AnnConfig
 from index_builder.ann.choice import KINDS
 from index_builder.build_inputs import EntityInput, QuerySet, read_live
@@ -158,7 +158,7 @@ def command(store_path: Path, as_json: bool, dry_run: bool, **options: Any) -> N
 
 def _upgrade_query_tower(store: ReleaseStore, options: dict[str, Any], config: RebuildConfig, dry_run: bool, as_json: bool) -> None:
     """``--query-tower``: show what was declared, then publish unless this is a dry run."""
-    from encoders.compatibility import load_adapter, require_declaration
+    from encoders.compatibility.declaration import load_adapter, require_declaration
     from index_builder.query_upgrade import upgrade_query_tower
 
     bundle: Path = options["query_tower"]
@@ -248,7 +248,7 @@ def _gather(
         catalogue = _catalogue(options["catalogue"], entity_types)
         signal_root = options["signals"]
         if signal_root is None:
-            from encoders.bundle import read_space_id
+            from encoders.towers.bundle import read_space_id
 
             assert catalogue is not None
             signal_root = store.root / "signals" / read_space_id(bundle_path)[:16]
@@ -257,7 +257,7 @@ def _gather(
             with stage("embed the catalogue"):
                 _embed(bundle_path, catalogue, signal_root)
             entity_types = entity_types or tuple(sorted(catalogue["entity_type"].unique().to_list()))
-        from encoders.signal_store import SignalStore
+        from encoders.inference.signal_store import SignalStore
 
         with stage("read the signals"):
             inputs = from_signals(SignalStore(signal_root), entity_types, catalogue, scratch)
@@ -268,7 +268,7 @@ def _gather(
 
 def _check_bundle(bundle_path: Path) -> None:
     """Refuse a bundle whose files no longer make its space id."""
-    from encoders.bundle import compute_space_id
+    from encoders.towers.bundle import compute_space_id
 
     bundle = read_bundle(bundle_path)
     found = compute_space_id(bundle_path)
@@ -282,7 +282,7 @@ def _check_bundle(bundle_path: Path) -> None:
 def _catalogue(paths: tuple[Path, ...], entity_types: tuple[str, ...]) -> pl.DataFrame | None:
     if not paths:
         return None
-    from encoders.tables import check_table
+    from encoders.tables.files import check_table
 
     catalogue, _, report = check_table(paths[0] if len(paths) == 1 else paths, "catalogue")
     for note in report.notes:
@@ -292,9 +292,9 @@ def _catalogue(paths: tuple[Path, ...], entity_types: tuple[str, ...]) -> pl.Dat
 
 def _embed(bundle_path: Path, catalogue: pl.DataFrame, signal_root: Path) -> None:
     """Embed the rows whose inputs changed since the signal store was written."""
-    from encoders.bundle import load_bundle
-    from encoders.embedding import embed_catalogue
-    from encoders.signal_store import SignalStore
+    from encoders.inference.batch_embedding import embed_catalogue
+    from encoders.inference.signal_store import SignalStore
+    from encoders.towers.bundle import load_bundle
 
     report = embed_catalogue(load_bundle(bundle_path), [catalogue], SignalStore(signal_root))
     for name, entity in report.entity_types.items():
@@ -318,7 +318,7 @@ def _unembedded(catalogue: pl.DataFrame, bundle_path: Path) -> dict[str, EntityI
 def _queries(path: Path | None, bundle_path: Path, config: RebuildConfig) -> dict[str, QuerySet] | None:
     if path is None:
         return None
-    from encoders.bundle import load_bundle
+    from encoders.towers.bundle import load_bundle
 
     with stage("embed the queries"):
         texts = read_query_texts(path, config.golden_queries + max(CALIBRATION_QUERIES, config.calibration_queries), config.seed)
@@ -340,7 +340,7 @@ def _embed_foreign_live(store: ReleaseStore, bundle_path: Path, inputs: dict[str
             foreign = [e for e in latest.values() if not e.is_delete and e.space_id != bundle.space_id and e.source]
             if not foreign:
                 break
-            from encoders.bundle import load_bundle
+            from encoders.towers.bundle import load_bundle
 
             with (
                 stage(f"embed {len(foreign):,} live {entity_type} entities with the new bundle"),

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from encoders.console import handle_errors, json_option, print_json, print_table, say, stdout
+from encoders.commands.console import handle_errors, json_option, print_json, print_table, say, stdout
 from index_builder.errors import LiveLogError, ReleaseCorrupt, ReleaseError, ReleaseNotFound
 from index_builder.live_files import log_files
 from index_builder.live_log_reader import LiveLogReader

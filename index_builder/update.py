@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import numpy as np
 import polars as pl
 
-from encoders.cell_texts import cell_texts
 from encoders.errors import RowError, SchemaError
-from encoders.schemas import ENTITY_TYPES, Kind, schema
-from encoders.table_checks import ROW, check_frame
-from encoders.tables import raise_problems, read_raw, table_files
+from encoders.tables.cells import cell_texts
+from encoders.tables.checks import ROW, check_frame
+from encoders.tables.files import raise_problems, read_raw, table_files
+from encoders.tables.schemas import ENTITY_TYPES, Kind, schema
 from index_builder.attributes import check_attributes
 from index_builder.errors import UnknownEntityType
 from index_builder.live_log_writer import LiveLogWriter
@@ -29,7 +29,7 @@ _VECTOR_COLUMNS = frozenset(column.name for column in schema("catalogue").column
 
 
 class Embedder(Protocol):
-    """What ``encoders.bundle.ModelBundle`` offers here."""
+    """What ``encoders.towers.bundle.ModelBundle`` offers here."""
 
     space_id: str
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from encoders.console import handle_errors, json_option, print_json, print_table, say
+from encoders.commands.console import handle_errors, json_option, print_json, print_table, say
 from index_builder.errors import ReleaseNotFound
 from index_builder.release import read_manifest
 from index_builder.store_option import open_store, store_option
@@ -42,7 +42,7 @@ def command(changes: Path, store_path: Path, dry_run: bool, as_json: bool) -> No
     if not dry_run and counts:
         bundle = None
         if checked.upserts.height:
-            from encoders.bundle import load_bundle
+            from encoders.towers.bundle import load_bundle
 
             say(f"embedding {checked.upserts.height:,} rows with release {current}")
             bundle = load_bundle(store.path_of(current))

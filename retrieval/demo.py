@@ -16,9 +16,10 @@ import click
 import numpy as np
 import polars as pl
 
-from encoders.console import handle_errors, json_option, peak_memory_mib, print_json, print_table, say, stage, stdout
+from encoders.commands.console import handle_errors, json_option, peak_memory_mib, print_json, print_table, say, stage, stdout
+from encoders.datasets.dataset import Dataset, load_sample
+from encoders.datasets.related_queries import query_entities, related_query_pairs
 from encoders.errors import OmniError
-from encoders.sample import Dataset, load_sample, query_entities, related_query_pairs
 
 RECIPES = Path(__file__).parent.parent / "encoders" / "recipes"
 BASELINES = ("bm25", "bm25-trigrams", "random")
@@ -92,13 +93,13 @@ def command(out: Path, quick: bool, from_scratch: bool, keep_serving: bool, as_j
 
 def train_towers(demo: Demo, dataset: Dataset) -> None:
     """Train both towers on all four tasks and save the bundle with its ONNX forms."""
-    from encoders.bundle import save_bundle
-    from encoders.exports import export_forms
-    from encoders.query_tower import create_query_encoder
-    from encoders.toml_config import to_table
-    from encoders.train_config import load_train_config
-    from encoders.training import train
-    from encoders.training_data import TrainingData
+    from encoders.config.toml_config import to_table
+    from encoders.config.train_config import load_train_config
+    from encoders.inference.onnx_forms import export_forms
+    from encoders.towers.bundle import save_bundle
+    from encoders.towers.query_tower import create_query_encoder
+    from encoders.training.data.source_tables import TrainingData
+    from encoders.training.loop import train
 
     config = load_train_config(RECIPES / ("sample_quick.toml" if demo.quick else "sample.toml"))
     with stage("derive related-query pairs", demo.timings):
@@ -123,16 +124,17 @@ def train_towers(demo: Demo, dataset: Dataset) -> None:
 
 
 def _query_tower(bundle: Path) -> Any:
-    from encoders.query_tower import QueryEncoder
+    from encoders.towers.query_tower import QueryEncoder
 
     return QueryEncoder.load(bundle / "query_encoder")
 
 
 def evaluate(demo: Demo, dataset: Dataset, *, show: bool) -> None:
     """Labelled Recall@10 on held-out pairs beside ceiling, chance and BM25; per entity type and language."""
-    from encoders.baselines import make_baseline
-    from encoders.bundle import load_bundle
-    from encoders.evaluation_report import bundle_system, evaluate_systems, print_report
+    from encoders.commands.report_output import print_report
+    from encoders.evaluation.baselines import make_baseline
+    from encoders.evaluation.report import bundle_system, evaluate_systems
+    from encoders.towers.bundle import load_bundle
 
     systems = {"towers": bundle_system(load_bundle(demo.bundle))}
     if demo.from_scratch:
@@ -157,9 +159,9 @@ def evaluate(demo: Demo, dataset: Dataset, *, show: bool) -> None:
 
 def publish(demo: Demo, dataset: Dataset) -> None:
     """Embed every entity and the train queries, build and prove one index per type, publish the release and make it active."""
-    from encoders.bundle import load_bundle
-    from encoders.embedding import embed_catalogue
-    from encoders.signal_store import SignalStore
+    from encoders.inference.batch_embedding import embed_catalogue
+    from encoders.inference.signal_store import SignalStore
+    from encoders.towers.bundle import load_bundle
     from index_builder.ann import AnnConfig
     from index_builder.build_inputs import QuerySet
     from index_builder.build_sources import from_signals, scratch_folder

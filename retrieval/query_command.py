@@ -10,7 +10,7 @@ from typing import Any
 import click
 import numpy as np
 
-from encoders.console import fail, handle_errors, json_option, print_json, print_table, say
+from encoders.commands.console import fail, handle_errors, json_option, print_json, print_table, say
 from retrieval.client import ClientConfig, RetrievalClient, TlsConfig
 from retrieval.client_results import Hit, RetrieveResult
 

@@ -180,7 +180,7 @@ class TorchQueryEncoding:
     def __init__(self, folder: Path, threads: int = 1) -> None:
         import torch
 
-        from encoders.query_tower import QueryEncoder
+        from encoders.towers.query_tower import QueryEncoder
 
         torch.set_num_threads(threads)
         self._torch = torch
@@ -209,7 +209,7 @@ class CudaQueryEncoding:
     def __init__(self, folder: Path, device: str = "cuda", warm: Sequence[int] = (1, 8, 64)) -> None:
         import torch
 
-        from encoders.query_tower import QueryEncoder
+        from encoders.towers.query_tower import QueryEncoder
 
         self._torch = torch
         self._device = torch.device(device)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from encoders.errors import DataError, SpaceMismatch
-from encoders.text import normalize_id, normalize_query
+from encoders.text.normal_forms import normalize_id, normalize_query
 from protos import retrieval_pb2 as pb
 from retrieval.errors import EmptyQuery, InvalidEmbedding, InvalidK, InvalidRequest, RequestTooLarge
 from retrieval.serve_config import Limits

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from encoders.console import handle_errors, json_option, say
+from encoders.commands.console import handle_errors, json_option, say
 from retrieval.observability import configure_logging
 from retrieval.serve_config import DAY_SECONDS, Limits, ServeConfig
 

@@ -288,7 +288,9 @@ class Supervisor:
             path = self.store.path_of(release_id)
             graphs = {entity_type: EntityIndex.load_graph(path / entity_type) for entity_type in read_manifest(path).entities}
             if choose_form("cpu", self.config.encoder_form, path / "forms", has_gpu=False) == "torch-fp32":
-                importlib.import_module("encoders.query_tower")  # once here instead of seconds in every worker; importing starts no threads
+                importlib.import_module(
+                    "encoders.towers.query_tower"
+                )  # once here instead of seconds in every worker; importing starts no threads
             self._graphs[release_id] = graphs
         self._graphs.move_to_end(release_id)
 

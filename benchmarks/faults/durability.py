@@ -21,7 +21,7 @@ import click
 import numpy as np
 
 from benchmarks.record import write_record
-from encoders.console import fail, handle_errors, json_option, print_json, print_table, say, track
+from encoders.commands.console import fail, handle_errors, json_option, print_json, print_table, say, track
 from encoders.errors import OmniError
 from index_builder.ann import AnnConfig
 from index_builder.build_inputs import EntityInput

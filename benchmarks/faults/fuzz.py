@@ -23,7 +23,7 @@ from google.protobuf.message import Message
 
 from benchmarks.record import write_record
 from benchmarks.serving.peer_servers import Process, omni_server
-from encoders.console import fail, handle_errors, json_option, print_json, print_table, say, stage
+from encoders.commands.console import fail, handle_errors, json_option, print_json, print_table, say, stage
 from protos import retrieval_pb2 as pb
 from retrieval.http2 import wire
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks.faults.servers import connected, hash_of
 from benchmarks.small_releases import WORDS, entity_texts
-from encoders.console import say
+from encoders.commands.console import say
 from index_builder.build_inputs import EntityInput, QuerySet
 from index_builder.entity_index import IndexConfig
 from index_builder.manifest import MANIFEST_NAME
@@ -35,7 +35,7 @@ from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
 
 IMPORTED = (
-    *("retrieval.cli", "retrieval.serve_command", "retrieval.server", "encoders.query_tower", "index_builder.rebuild"),
+    *("retrieval.cli", "retrieval.serve_command", "retrieval.server", "encoders.towers.query_tower", "index_builder.rebuild"),
     *("uvloop", "pandas", "pyarrow.compute", "pyarrow.parquet", __name__),
 )
 ROUNDS_PER_STORE = 15

@@ -20,7 +20,7 @@ import numpy as np
 import psutil
 
 from benchmarks.small_releases import entity_texts, small_release, write_small_bundle
-from encoders.exports import FEWEST_TEXTS, export_forms
+from encoders.inference.onnx_forms import FEWEST_TEXTS, export_forms
 from index_builder.publishing import ReleaseStore
 from protos import retrieval_pb2_grpc as rpc
 

@@ -18,7 +18,7 @@ from benchmarks.index.plot import draw_costs
 from benchmarks.index.prefix import PREFIX_ENGINES
 from benchmarks.index.vectors import VectorSet, default_cache, load_vectors
 from benchmarks.record import RESULTS, write_record
-from encoders.console import data_option, handle_errors, json_option, print_json, print_table, say, stage
+from encoders.commands.console import data_option, handle_errors, json_option, print_json, print_table, say, stage
 from encoders.errors import ConfigError, OmniError
 from encoders.exact_search import exact_top_k
 from index_builder.calibration import recall_per_query

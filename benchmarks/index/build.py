@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.index.vectors import VectorSet, load_vectors
 from benchmarks.record import write_record
-from encoders.console import data_option, handle_errors, json_option, print_json, print_table, say
+from encoders.commands.console import data_option, handle_errors, json_option, print_json, print_table, say
 from encoders.errors import ConfigError
 from index_builder.ann import AnnConfig
 from index_builder.build_inputs import EntityInput, QuerySet

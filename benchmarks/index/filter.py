@@ -15,7 +15,7 @@ import polars as pl
 from benchmarks.index.engines import one_blas_thread, qdrant_shard
 from benchmarks.index.vectors import VectorSet, load_vectors
 from benchmarks.record import RESULTS, write_record
-from encoders.console import data_option, handle_errors, json_option, print_json, print_table, say, stage
+from encoders.commands.console import data_option, handle_errors, json_option, print_json, print_table, say, stage
 from encoders.errors import ConfigError
 from encoders.exact_search import exact_top_k
 from index_builder.calibration import TIE

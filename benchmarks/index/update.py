@@ -15,7 +15,7 @@ import numpy as np
 from benchmarks.index.build import SPACE, build_once, bundle_folder
 from benchmarks.index.vectors import load_vectors
 from benchmarks.record import write_record
-from encoders.console import data_option, handle_errors, json_option, print_json, print_table, say
+from encoders.commands.console import data_option, handle_errors, json_option, print_json, print_table, say
 from encoders.errors import ConfigError
 from encoders.exact_search import exact_top_k
 from index_builder.ann import AnnConfig

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from encoders.console import stage
+from encoders.commands.console import stage
 from encoders.errors import ConfigError, MissingDependency
 
 HELD_OUT_QUERIES = 3_000
@@ -87,7 +87,7 @@ def _read_texts(folder: Path) -> tuple[list[str], _Texts]:
 
 def _embed(texts: list[str], tower: str | None) -> np.ndarray:
     if tower is not None:
-        from encoders.query_tower import QueryEncoder, create_query_encoder
+        from encoders.towers.query_tower import QueryEncoder, create_query_encoder
 
         folder = Path(tower) / "query_encoder"
         encoder = QueryEncoder.load(folder) if folder.is_dir() else create_query_encoder(tower)
@@ -133,7 +133,7 @@ def _tower_name(tower: str) -> str:
     """A bundle by its space id, a shipped tower by its name."""
     if not Path(tower).is_dir():
         return tower
-    from encoders.bundle import read_space_id
+    from encoders.towers.bundle import read_space_id
 
     return read_space_id(Path(tower))[:12]
 

@@ -14,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from encoders.baselines import unit_rows, use_encoder
-from encoders.captions import decode_image
-from encoders.console import stage
-from encoders.entity_texts import entity_texts
-from encoders.sample import Dataset, load_dataset, load_sample, related_query_pairs
+from encoders.commands.console import stage
+from encoders.datasets.dataset import Dataset, load_dataset, load_sample
+from encoders.datasets.related_queries import related_query_pairs
+from encoders.enrichment.captions import decode_image
+from encoders.evaluation.baselines import unit_rows, use_encoder
+from encoders.text.entity_texts import entity_texts
 
 Float32 = npt.NDArray[np.float32]
 

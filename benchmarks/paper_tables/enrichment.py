@@ -21,9 +21,9 @@ import polars as pl
 
 from benchmarks.paper_tables.seed_study import Job, interval, read_results, result_path, run_missing
 from benchmarks.record import write_record
-from encoders.captions import decode_image
-from encoders.console import handle_errors, json_option, print_json, print_table, say
-from encoders.sample import Dataset, load_sample
+from encoders.commands.console import handle_errors, json_option, print_json, print_table, say
+from encoders.datasets.dataset import Dataset, load_sample
+from encoders.enrichment.captions import decode_image
 
 LABEL = "REAL text: human keywords and translations of emoji, standing in for engagement; not clicks"
 FIELDS = {"titles": "title", "captions": "caption", "board titles": "board_titles", "engaged queries": "engaged_queries"}
@@ -181,11 +181,11 @@ def apply_setting(catalogue: pl.DataFrame, setting: Setting, seed: int) -> pl.Da
 
 def train_and_evaluate(dataset: Dataset, setting: Setting, seed: int, sizes: dict[str, int]) -> dict[str, Any]:
     """One training with the setting's features, evaluated on held-out pairs."""
-    from encoders.entity_features import EntityFeatureConfig
-    from encoders.evaluation import build_task, rank_task, vector_scores
-    from encoders.train_config import BatchConfig, EntityTowerSettings, LossConfig, OptimiserConfig, TrainConfig, ValidationConfig
-    from encoders.training import train
-    from encoders.training_data import TrainingData
+    from encoders.config.train_config import BatchConfig, EntityTowerSettings, LossConfig, OptimiserConfig, TrainConfig, ValidationConfig
+    from encoders.evaluation.ranking import build_task, rank_task, vector_scores
+    from encoders.towers.entity_features import EntityFeatureConfig
+    from encoders.training.data.source_tables import TrainingData
+    from encoders.training.loop import train
 
     catalogue = apply_setting(dataset.catalogue, setting, seed)
     fields = tuple(FIELDS[name] for name in setting.features if name in FIELDS) or ("entity_type",)  # the same word for every pin

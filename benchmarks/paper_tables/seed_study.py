@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from encoders.console import stage
+from encoders.commands.console import stage
 
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}
 """Student's t for a 95% interval of the mean, by number of seeds."""

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.paper_tables.data import FROZEN
-from encoders.losses import MATRYOSHKA_WEIGHTS
-from encoders.train_config import ENTITY, QUERY, VECTOR_PREFIX, DatasetConfig
+from encoders.config.train_config import ENTITY, MATRYOSHKA_WEIGHTS, QUERY, VECTOR_PREFIX, DatasetConfig
 
 SHARES = {"pin": 8.0, "product": 4.0, "query": 2.0, "ad": 2.0}
 """The paper's mix with ads in the place of product-offsite: parts of 16 of the whole batch."""

@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.paper_tables.seed_study import Job, interval, read_results, result_path, run_missing
 from benchmarks.paper_tables.settings import LINES, TABLES, Line, Training
 from benchmarks.record import RESULTS, write_record
-from encoders.console import data_option, handle_errors, json_option, print_json, print_table, say
+from encoders.commands.console import data_option, handle_errors, json_option, print_json, print_table, say
 
 if TYPE_CHECKING:
     from benchmarks.paper_tables.trainings import Study

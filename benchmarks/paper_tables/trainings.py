@@ -15,15 +15,8 @@ import torch
 
 from benchmarks.paper_tables.data import FROZEN, FROZEN_WIDTH, Float32, TableData, use_queries, vector_column
 from benchmarks.paper_tables.settings import ONE_ROW_PER_TOKEN, PREFIXES, TYPES, VERSION_NAMES, Training
-from encoders.baselines import unit_rows
-from encoders.batches import BatchPlan
-from encoders.console import stage
-from encoders.entity_features import TEXT_FIELDS, EntityFeatureConfig, row_vectors
-from encoders.entity_tower import EntityEncoder, create_entity_encoder
-from encoders.evaluation import EvaluationTask, build_task, pair_slices, rank_task, vector_scores
-from encoders.query_tower import QueryEncoder, create_query_encoder
-from encoders.sample import Dataset, with_engaged_queries
-from encoders.train_config import (
+from encoders.commands.console import stage
+from encoders.config.train_config import (
     ENTITY,
     VECTOR_PREFIX,
     BatchConfig,
@@ -35,9 +28,18 @@ from encoders.train_config import (
     ValidationConfig,
     to_table,
 )
-from encoders.train_steps import UNIFIED, Towers, loss_and_gradients
-from encoders.training import TrainResult, build_inputs, train
-from encoders.training_data import TrainingData
+from encoders.datasets.dataset import Dataset, with_engaged_queries
+from encoders.evaluation.baselines import unit_rows
+from encoders.evaluation.ranking import EvaluationTask, build_task, rank_task, vector_scores
+from encoders.evaluation.slices import pair_slices
+from encoders.towers.entity_features import TEXT_FIELDS, EntityFeatureConfig, row_vectors
+from encoders.towers.entity_tower import EntityEncoder, create_entity_encoder
+from encoders.towers.query_tower import QueryEncoder, create_query_encoder
+from encoders.training.data.batches import BatchPlan
+from encoders.training.data.source_tables import TrainingData
+from encoders.training.inputs import UNIFIED, Towers, build_inputs
+from encoders.training.loop import TrainResult, train
+from encoders.training.step import loss_and_gradients
 
 QUERY_CORPUS = 10_000
 """Related queries are ranked against so many random train queries; entities against all of their type."""

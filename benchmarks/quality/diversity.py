@@ -9,7 +9,7 @@ import click
 import numpy as np
 
 from benchmarks.record import RESULTS, write_record
-from encoders.console import fail, handle_errors, json_option, print_json, print_table, say, stage, track
+from encoders.commands.console import fail, handle_errors, json_option, print_json, print_table, say, stage, track
 from index_builder.entity_index import EntityIndex
 from index_builder.publishing import ReleaseStore
 from retrieval.diversity import POOL_FACTOR, rerank
@@ -62,7 +62,7 @@ def curve(pools: Sequence[tuple[list[str], np.ndarray, np.ndarray]], relevant: S
 
 def labelled_queries(entity_type: str, known: set[str], count: int, seed: int) -> tuple[list[str], list[set[str]]]:
     """Held-out queries of the sample data with the annotated entities that are in the index."""
-    from encoders.sample import load_sample
+    from encoders.datasets.dataset import load_sample
 
     pairs = load_sample(engaged_queries=0, pictures=False).pairs
     chosen = pairs.filter((pairs["split"] == "heldout") & (pairs["entity_type"] == entity_type))
@@ -118,7 +118,7 @@ def command(store: Path, entity_type: str, count: int, k: int, seed: int, as_jso
 
     Example: omni bench diversity --store demo/store
     """
-    from encoders.query_tower import QueryEncoder
+    from encoders.towers.query_tower import QueryEncoder
 
     with ReleaseStore(store).open_current() as release:
         index = release.entity(entity_type)

@@ -11,9 +11,11 @@ import polars as pl
 
 from benchmarks.quality.recall import describe_dataset
 from benchmarks.record import RESULTS, write_record
-from encoders.baselines import cached, default_cache, sentence_transformer, use_encoder
-from encoders.console import data_option, handle_errors, json_option, print_json, print_table, say, stage
-from encoders.downstream import (
+from encoders.commands.console import data_option, handle_errors, json_option, print_json, print_table, say, stage
+from encoders.datasets.dataset import load_large
+from encoders.errors import ConfigError
+from encoders.evaluation.baselines import cached, default_cache, sentence_transformer, use_encoder
+from encoders.evaluation.downstream import (
     LEVELS,
     FastTextConfig,
     HierarchicalScores,
@@ -24,8 +26,6 @@ from encoders.downstream import (
     predict_leaves,
     train_fasttext,
 )
-from encoders.errors import ConfigError
-from encoders.sample import load_large
 
 Encode = Callable[[Sequence[str]], np.ndarray]
 
@@ -102,12 +102,12 @@ def command(
 def _encoders(bundle: Path | None, names: Sequence[str]) -> dict[str, Encode]:
     found: dict[str, Encode] = {}
     if bundle:
-        from encoders.bundle import load_bundle
+        from encoders.towers.bundle import load_bundle
 
         found[bundle.name] = load_bundle(bundle).embed_queries
     for name in names or (() if bundle else ("tiny",)):
         if name == "tiny":
-            from encoders.query_tower import create_query_encoder
+            from encoders.towers.query_tower import create_query_encoder
 
             found["shipped query tower"] = create_query_encoder().encode
         elif name == "use":

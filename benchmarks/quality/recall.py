@@ -10,11 +10,12 @@ import click
 import polars as pl
 
 from benchmarks.record import RESULTS, write_record
-from encoders.baselines import BASELINES, Baseline, default_cache, make_baseline
-from encoders.console import data_option, handle_errors, json_option, print_json, say, stage
-from encoders.evaluation_report import bundle_system, evaluate_systems, plot_report, print_report, types_without_tower
-from encoders.sample import Dataset, load_dataset
-from encoders.schemas import ENTITY_TYPES
+from encoders.commands.console import data_option, handle_errors, json_option, print_json, say, stage
+from encoders.commands.report_output import plot_report, print_report
+from encoders.datasets.dataset import Dataset, load_dataset
+from encoders.evaluation.baselines import BASELINES, Baseline, default_cache, make_baseline
+from encoders.evaluation.report import bundle_system, evaluate_systems, types_without_tower
+from encoders.tables.schemas import ENTITY_TYPES
 
 DEFAULT_BASELINES = "random,bm25,bm25-trigrams,use-title,use"
 RECORDED_SLICES = ("english", "language", "action", "action, few positives", "popularity", "source")
@@ -62,7 +63,7 @@ def command(
     systems: dict[str, Baseline] = {}
     space_id = loaded = None
     if bundle:
-        from encoders.bundle import load_bundle
+        from encoders.towers.bundle import load_bundle
 
         loaded = load_bundle(bundle)
         systems[bundle.name], space_id = bundle_system(loaded), loaded.space_id

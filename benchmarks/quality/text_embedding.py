@@ -16,11 +16,11 @@ import numpy.typing as npt
 import polars as pl
 
 from benchmarks.record import write_record
-from encoders.console import handle_errors, json_option, print_json, print_table, say, stage
-from encoders.sample import load_sample
-from encoders.text import normalize_query
-from encoders.text_buckets import text_bucket
-from encoders.text_embedding import TextEmbedding
+from encoders.commands.console import handle_errors, json_option, print_json, print_table, say, stage
+from encoders.datasets.dataset import load_sample
+from encoders.text.hashing import text_bucket
+from encoders.text.normal_forms import normalize_query
+from encoders.towers.text_embedding import TextEmbedding
 
 ENGAGED = 50
 """Engaged queries of an entity, as the recipes read them."""
@@ -100,7 +100,7 @@ def command(
 
     Real annotation pairs of the sample (not clicks); held-out pairs are not read.
 
-    Example: python -m encoders.use_query_tower --out use_tower; omni bench text --tower use_tower
+    Example: python -m encoders.pretraining.use_query_tower --out use_tower; omni bench text --tower use_tower
     """
     dataset = load_sample(engaged_queries=0, pictures=False)
     train = dataset.split("train")

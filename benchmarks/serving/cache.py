@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.record import RESULTS, write_record
-from encoders.console import handle_errors, json_option, print_json, print_table, stage
+from encoders.commands.console import handle_errors, json_option, print_json, print_table, stage
 from retrieval.cache import QueryCache, entry_bytes
 from retrieval.serve_config import DAY_SECONDS
 

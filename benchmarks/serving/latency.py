@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.record import write_record
 from benchmarks.serving.peer_servers import omni_server
-from encoders.console import fail, handle_errors, json_option, print_json, print_table, say, stage, track
+from encoders.commands.console import fail, handle_errors, json_option, print_json, print_table, say, stage, track
 from retrieval.client import ClientConfig, RetrievalClient
 from retrieval.client_results import RetrieveResult
 
@@ -81,7 +81,7 @@ def measure(client: RetrievalClient, queries: Sequence[str], entity_types: Seque
 
 def sample_queries(count: int, seed: int = 0) -> list[str]:
     """Distinct held-out queries of the sample data, in random order: real words in 17 languages (annotations, not clicks)."""
-    from encoders.sample import load_sample
+    from encoders.datasets.dataset import load_sample
 
     pairs = load_sample(engaged_queries=0, pictures=False).pairs
     texts = sorted(set(pairs.filter(pairs["split"] == "heldout")["query"].to_list()))

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from encoders.console import say, track
+from encoders.commands.console import say, track
 from encoders.errors import MissingDependency, OmniError
 
 COLLECTION = "bench"

@@ -20,7 +20,7 @@ from benchmarks.serving.frames_load import frame_load
 from benchmarks.serving.load import Load, Outcome, client_load, stub_load
 from benchmarks.serving.peer_servers import Process, echo_server, milvus_is_installed, milvus_server, omni_server
 from benchmarks.serving.serving_release import ServingRelease, serving_release
-from encoders.console import data_option, fail, handle_errors, json_option, print_json, print_table, say, stage
+from encoders.commands.console import data_option, fail, handle_errors, json_option, print_json, print_table, say, stage
 from encoders.errors import OmniError
 from protos import retrieval_pb2 as pb
 from retrieval.client import ClientConfig, RetrievalClient

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.index.vectors import VectorSet, default_cache, load_vectors
-from encoders.console import say, stage
+from encoders.commands.console import say, stage
 from encoders.exact_search import exact_top_k
 from index_builder.build_inputs import EntityInput, QuerySet
 from index_builder.entity_index import IndexConfig

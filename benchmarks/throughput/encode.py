@@ -17,15 +17,15 @@ import torch
 from torch.nn import functional
 
 from benchmarks.record import write_record
-from encoders.catalogue_stream import stream_catalogue
-from encoders.console import data_option, handle_errors, json_option, peak_memory_mib, print_json, print_table, say
-from encoders.embedding import EmbedConfig, EntityEmbedder, content_hashes
-from encoders.entity_features import EntityFeatureConfig, EntityFeaturizer
-from encoders.entity_tower import EntityEncoder, create_entity_encoder
-from encoders.exports import export_forms, onnx_encode
-from encoders.hash_embedding import sum_bags
-from encoders.query_tower import QueryEncoder, create_query_encoder, pad
-from encoders.sample import load_dataset
+from encoders.commands.console import data_option, handle_errors, json_option, peak_memory_mib, print_json, print_table, say
+from encoders.datasets.dataset import load_dataset
+from encoders.inference.batch_embedding import EmbedConfig, EntityEmbedder, content_hashes
+from encoders.inference.onnx_forms import export_forms, onnx_encode
+from encoders.tables.stream import stream_catalogue
+from encoders.towers.entity_features import EntityFeatureConfig, EntityFeaturizer
+from encoders.towers.entity_tower import EntityEncoder, create_entity_encoder
+from encoders.towers.hash_embedding import sum_bags
+from encoders.towers.query_tower import QueryEncoder, create_query_encoder, pad
 
 WORDS_PER_TEXT = 30
 VECTORS = {"visual": 1024, "pinsage": 256, "itemsage": 256}

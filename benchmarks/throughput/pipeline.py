@@ -16,7 +16,7 @@ import click
 import polars as pl
 
 from benchmarks.record import write_record
-from encoders.console import data_option, handle_errors, json_option, print_json, print_table, stage
+from encoders.commands.console import data_option, handle_errors, json_option, print_json, print_table, stage
 
 LABEL = "SIMULATED log (omni data simulate-logs over annotation pairs): scale only, no quality claim"
 
@@ -141,8 +141,8 @@ def _record(name: str, what: str, rows: list[dict[str, Any]], config: dict[str, 
 
 def _simulated(folder: Path, rows: int, results_per_search: int, data_dir: Path | None) -> Path:
     """Simulate a log once; a folder that is complete is used again."""
-    from encoders.log_simulator import SimulatorConfig, write_simulation
-    from encoders.sample import load_dataset
+    from encoders.datasets.dataset import load_dataset
+    from encoders.logs.simulator import SimulatorConfig, write_simulation
 
     if not (folder / "simulation.json").is_file():
         with stage(f"simulate {rows:,} rows"):
@@ -172,9 +172,9 @@ def _measure(source: Path, out: Path, rows: int, repeats: int, threads: int) -> 
 
 def _daily_costs(folder: Path, day_rows: int, data_dir: Path | None) -> list[dict[str, Any]]:
     """Cost of merging the same days into states of different length and density, with a day expiring, and of longer slices."""
-    from encoders.events import EngagementRules, engaged_events
-    from encoders.log_simulator import SimulatorConfig, simulate_log
-    from encoders.sample import load_dataset
+    from encoders.datasets.dataset import load_dataset
+    from encoders.logs.events import EngagementRules, engaged_events
+    from encoders.logs.simulator import SimulatorConfig, simulate_log
 
     longest = 730 + MEASURED_DAYS
     start = datetime(2023, 1, 1, tzinfo=UTC)
@@ -215,8 +215,8 @@ def _thickened(past: pl.DataFrame, copies: int) -> pl.DataFrame:
 
 def _merge_cost(folder: Path, past: pl.DataFrame, slices: list[pl.DataFrame], window_days: int) -> dict[str, Any]:
     """Load a history, then merge slices: means per slice and per changed event."""
-    from encoders.engaged_queries import EngagedQueriesConfig
-    from encoders.engaged_state import EngagedQueriesState
+    from encoders.enrichment.engaged_queries import EngagedQueriesConfig
+    from encoders.enrichment.engaged_state import EngagedQueriesState
 
     with EngagedQueriesState.create(folder, EngagedQueriesConfig(window_days=window_days)) as state:
         state.merge(past)

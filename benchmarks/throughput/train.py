@@ -21,15 +21,17 @@ import polars as pl
 import torch
 
 from benchmarks.record import RESULTS, write_record
-from encoders.console import data_option, handle_errors, json_option, print_json, print_table, say, stage
+from encoders.commands.console import data_option, handle_errors, json_option, print_json, print_table, say, stage
+from encoders.config.train_config import train_config
+from encoders.datasets.dataset import Dataset, load_dataset
+from encoders.datasets.related_queries import related_query_pairs
 from encoders.errors import ConfigError, MissingDependency
-from encoders.evaluation import Ranking, build_task, compare, rank_task, vector_scores
-from encoders.evaluation_report import comparison_dict
-from encoders.query_tower import QueryEncoder, create_query_encoder
-from encoders.sample import Dataset, load_dataset, related_query_pairs
-from encoders.train_config import train_config
-from encoders.training import TrainResult, train
-from encoders.training_data import TrainingData
+from encoders.evaluation.ranking import Ranking, build_task, rank_task, vector_scores
+from encoders.evaluation.report import comparison_dict
+from encoders.evaluation.slices import compare
+from encoders.towers.query_tower import QueryEncoder, create_query_encoder
+from encoders.training.data.source_tables import TrainingData
+from encoders.training.loop import TrainResult, train
 
 SPEED_PAIRS = 20_000
 """Pairs the speed figures draw their batches from; set-up (tokenising, vocabulary) is outside the timing of both systems."""

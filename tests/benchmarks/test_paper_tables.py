@@ -29,9 +29,9 @@ from benchmarks.paper_tables.settings import (
 )
 from benchmarks.paper_tables.tables import figure, jobs, summarise
 from benchmarks.paper_tables.trainings import Study, fixed, going_on, run, train_settings, training_data
-from encoders.prepared_data import split_by_share
-from encoders.query_tower import create_query_encoder
-from encoders.sample import Dataset, with_engaged_queries
+from encoders.datasets.dataset import Dataset, with_engaged_queries
+from encoders.towers.query_tower import create_query_encoder
+from encoders.training.data.prepare import split_by_share
 
 SIZES = {"steps": 2, "batch_pairs": 32, "max_queries": 20}
 

@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.commands import BENCHES, group
-from encoders.tables import write_table
+from encoders.tables.files import write_table
 
 
 @pytest.fixture

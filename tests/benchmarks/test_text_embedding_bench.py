@@ -5,7 +5,7 @@ import polars as pl
 import pytest
 
 from benchmarks.quality.text_embedding import cross_validate, engaged_in_other_folds, hits_at_10
-from encoders.text_embedding import text_embedding
+from encoders.towers.text_embedding import text_embedding
 
 ENTITIES = pl.DataFrame({"id": ["a", "b", "c"], "title": ["red heart", "blue sky", None], "engaged_queries": [["old"], [], []]})
 PAIRS = pl.DataFrame(

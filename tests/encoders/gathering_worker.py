@@ -8,10 +8,17 @@ import torch
 import torch.distributed as dist
 from training_examples import small_config, tiny_query_encoder, world
 
-from encoders.batches import BatchPlan
-from encoders.gathering import all_processes, average_gradients, broadcast_parameters, gather_with_gradient, process_rank, world_size
-from encoders.train_steps import loss_and_gradients
-from encoders.training import build_inputs, build_towers
+from encoders.training.data.batches import BatchPlan
+from encoders.training.distributed import (
+    all_processes,
+    average_gradients,
+    broadcast_parameters,
+    gather_with_gradient,
+    process_rank,
+    world_size,
+)
+from encoders.training.inputs import build_inputs, build_towers
+from encoders.training.step import loss_and_gradients
 
 DATASETS = [{"name": "pin", "candidates": ["entity", "vector:pinsage"]}, {"name": "product"}, {"name": "query"}]
 

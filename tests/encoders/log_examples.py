@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import polars as pl
 from hypothesis import strategies as st
 
-from encoders.events import EVENT_SCHEMA
+from encoders.logs.events import EVENT_SCHEMA
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 

@@ -10,8 +10,8 @@ import polars as pl
 import pytest
 from click.testing import CliRunner
 
-from encoders.adapters import ADAPTERS, import_tables
-from encoders.data_commands import group
+from encoders.commands.data import group
+from encoders.datasets.importers import ADAPTERS, import_tables
 from encoders.errors import ConfigError, DataError, SchemaError
 
 

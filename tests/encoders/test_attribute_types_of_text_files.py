@@ -11,8 +11,8 @@ from click.testing import CliRunner
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from encoders.data_commands import group
-from encoders.tables import check_table, read_table, write_table
+from encoders.commands.data import group
+from encoders.tables.files import check_table, read_table, write_table
 
 
 def catalogue(folder: Path, cells: list[str], name: str = "c.csv", *, first: int = 0) -> Path:

@@ -6,11 +6,12 @@ import numpy as np
 import polars as pl
 import pytest
 
-from encoders.baselines import Bm25, NeighbouringQueries, ZeroShot, cached, make_baseline, trigrams_of, words_of
-from encoders.entity_texts import entity_texts
+from encoders.datasets.dataset import Dataset, load_sample
 from encoders.errors import ConfigError
-from encoders.evaluation import build_task, rank_task, slice_metrics
-from encoders.sample import Dataset, load_sample
+from encoders.evaluation.baselines import Bm25, NeighbouringQueries, ZeroShot, cached, make_baseline, trigrams_of, words_of
+from encoders.evaluation.ranking import build_task, rank_task
+from encoders.evaluation.slices import slice_metrics
+from encoders.text.entity_texts import entity_texts
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_examples import DIMENSION, small_config, world
 
-from encoders.balancing import balance_weights
-from encoders.batches import BatchPlan, process_slice
 from encoders.errors import ConfigError, DataError, SchemaError
-from encoders.pair_sets import whole_counts
-from encoders.prepared_data import prepare, split_by_share
-from encoders.tokenised_texts import TokenisedTexts
-from encoders.training_data import TrainingData
+from encoders.training.data.balancing import balance_weights
+from encoders.training.data.batches import BatchPlan, process_slice
+from encoders.training.data.prepare import prepare, split_by_share
+from encoders.training.data.sampling import whole_counts
+from encoders.training.data.source_tables import TrainingData
+from encoders.training.data.tokenised_texts import TokenisedTexts
 
 few = settings(max_examples=40, deadline=None)
 

@@ -11,10 +11,10 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encoders.board_titles import BoardTitlesConfig, add_prevalence, board_titles, word_prevalence
-from encoders.enrich_commands import group
+from encoders.commands.enrich import group
+from encoders.enrichment.board_titles import BoardTitlesConfig, add_prevalence, board_titles, word_prevalence
 from encoders.errors import ConfigError
-from encoders.tables import write_table
+from encoders.tables.files import write_table
 
 LENIENT = BoardTitlesConfig(max_word_prevalence=1.0)
 

@@ -11,8 +11,9 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from encoders.caption_quality import agreement, judgement_sheet, quality_report, read_grades
-from encoders.captions import (
+from encoders.commands.enrich import group
+from encoders.enrichment.caption_quality import agreement, judgement_sheet, quality_report, read_grades
+from encoders.enrichment.captions import (
     CAPTIONS_FILE,
     BlipCaptioner,
     CaptionConfig,
@@ -22,7 +23,6 @@ from encoders.captions import (
     read_captions,
     read_image_bytes,
 )
-from encoders.enrich_commands import group
 from encoders.errors import BundleError, DataError
 
 WORDS = [

@@ -8,14 +8,14 @@ import pytest
 import torch
 from training_examples import tiny_query_encoder
 
-from encoders.bundle import ModelBundle
-from encoders.catalogue_stream import _hash_words, _row_hashes, _RowsSeen, stream_catalogue
-from encoders.embedding import EmbedConfig, embed_catalogue
-from encoders.entity_features import EntityFeatureConfig, EntityFeaturizer
-from encoders.entity_tower import create_entity_encoder
 from encoders.errors import RowError, SchemaError
-from encoders.signal_store import SignalStore
-from encoders.tables import read_table
+from encoders.inference.batch_embedding import EmbedConfig, embed_catalogue
+from encoders.inference.signal_store import SignalStore
+from encoders.tables.files import read_table
+from encoders.tables.stream import _hash_words, _row_hashes, _RowsSeen, stream_catalogue
+from encoders.towers.bundle import ModelBundle
+from encoders.towers.entity_features import EntityFeatureConfig, EntityFeaturizer
+from encoders.towers.entity_tower import create_entity_encoder
 
 VECTOR = [0.1, -0.2, 0.3]
 SEEN = pl.DataFrame({"id": ["a"], "entity_type": ["pin"], "title": ["x y red"], "visual": [VECTOR]})
@@ -45,7 +45,7 @@ def streamed(*paths, chunk_rows: int, columns=None) -> pl.DataFrame:
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet", "csv"])
 @pytest.mark.parametrize("chunk_rows", [1, 2, 5, 100])
 def test_exact_repeats_are_left_out_as_read_table_does(tmp_path, suffix, chunk_rows):
-    from encoders.tables import write_table
+    from encoders.tables.files import write_table
 
     rows = pl.DataFrame([pin(f"e{i % 10}", title=f"red {i % 10}", price=i % 10) for i in range(23)])
     path = write_table(rows, tmp_path / f"c.{suffix}")
@@ -140,7 +140,7 @@ def test_text_is_the_same_where_the_fast_reader_gives_up(tmp_path):
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
 def test_one_vector_a_row_and_several_may_meet(bundle, tmp_path, order, suffix):
-    from encoders.tables import write_table
+    from encoders.tables.files import write_table
 
     shapes = [[VECTOR, None, [-0.0, 0.5, 1.0]], [[VECTOR], None, [VECTOR, VECTOR]]]
     paths, alone = [], {}

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from encoders.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from encoders.errors import CheckpointError
+from encoders.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 
 
 def save(folder: Path, step: int, run: str = "r") -> Path:

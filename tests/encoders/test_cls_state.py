@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, XLMRobertaConfig, XLMRobertaModel
 
-from encoders.cls_state import cls_state, takes_token_vectors
+from encoders.towers.cls_state import cls_state, takes_token_vectors
 
 LENGTHS = [7, 1, 4, 7]
 

@@ -10,15 +10,15 @@ from click.testing import CliRunner
 from safetensors.numpy import load_file, save_file
 from training_examples import DIMENSION, small_config, tiny_query_encoder, world
 
-from encoders.bundle import ModelBundle, load_bundle, read_space, read_space_id, save_bundle
-from encoders.compatibility import FOLDER, declare, load_adapter, read_declarations, require_declaration, write_upgraded_bundle
-from encoders.compatibility_report import ADAPTED, OLD, PLAIN, REEMBEDDED, compare_spaces
+from encoders.commands.evaluate import command
+from encoders.compatibility.adapter import SpaceAdapter, fit_adapter
+from encoders.compatibility.declaration import FOLDER, declare, load_adapter, read_declarations, require_declaration, write_upgraded_bundle
+from encoders.compatibility.report import ADAPTED, OLD, PLAIN, REEMBEDDED, compare_spaces
+from encoders.datasets.dataset import Dataset
 from encoders.errors import BundleError, ConfigError, InvalidVectors, SpaceMismatch
-from encoders.evaluate_command import command
-from encoders.query_tower import QueryEncoder
-from encoders.sample import Dataset
-from encoders.space_adapter import SpaceAdapter, fit_adapter
-from encoders.training import train
+from encoders.towers.bundle import ModelBundle, load_bundle, read_space, read_space_id, save_bundle
+from encoders.towers.query_tower import QueryEncoder
+from encoders.training.loop import train
 
 
 def rotation(width: int = DIMENSION, seed: int = 3) -> np.ndarray:
@@ -168,7 +168,7 @@ def test_held_out_pairs_teach_the_adapter_nothing(bundles: tuple[Path, Path]) ->
     old, new = map(load_bundle, bundles)
     data = dataset()
     without = Dataset(data.catalogue, data.pairs.filter(pl.col("split") == "train"), name="world")
-    from encoders.compatibility_report import learn_adapter
+    from encoders.compatibility.report import learn_adapter
 
     first, second = learn_adapter(new, old, data)[0], learn_adapter(new, old, without)[0]
     np.testing.assert_array_equal(first.matrix, second.matrix)

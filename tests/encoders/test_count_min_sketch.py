@@ -3,8 +3,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encoders.count_min_sketch import CountMinSketch, combine_keys, hash_texts, mix64
 from encoders.errors import CheckpointError, ConfigError
+from encoders.text.hashing import combine_keys, hash_texts, mix64
+from encoders.training.data.count_min_sketch import CountMinSketch
 
 GOLDEN_KEYS = [12768359716712122028, 3244421341483603138, 4371156471240351089]
 few = settings(max_examples=30, deadline=None)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from encoders.datasets.dataset import load_dataset
 from encoders.errors import ConfigError
-from encoders.sample import load_dataset
 
 
 def put(folder: Path, name: str, text: str) -> Path:

@@ -4,7 +4,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from encoders.downstream import (
+from encoders.datasets.dataset import Dataset
+from encoders.errors import ConfigError, InvalidVectors
+from encoders.evaluation.downstream import (
     FastTextConfig,
     class_path,
     fit_linear_head,
@@ -15,8 +17,6 @@ from encoders.downstream import (
     predict_leaves,
     train_fasttext,
 )
-from encoders.errors import ConfigError, InvalidVectors
-from encoders.sample import Dataset
 
 
 @pytest.mark.parametrize(

@@ -16,14 +16,14 @@ import torch
 from click.testing import CliRunner
 from training_examples import tiny_query_encoder
 
-from encoders.bundle import ModelBundle, load_bundle, save_bundle
-from encoders.catalogue_stream import count_rows, stream_catalogue
-from encoders.embed_command import command
-from encoders.embedding import EmbedConfig, EntityEmbedder, content_hashes, embed_catalogue, query_hashes
-from encoders.entity_features import EntityFeatureConfig, EntityFeaturizer
-from encoders.entity_tower import create_entity_encoder
+from encoders.commands.embed import command
 from encoders.errors import ConfigError, DataError, RowError, SchemaError
-from encoders.signal_store import SignalStore
+from encoders.inference.batch_embedding import EmbedConfig, EntityEmbedder, content_hashes, embed_catalogue, query_hashes
+from encoders.inference.signal_store import SignalStore
+from encoders.tables.stream import count_rows, stream_catalogue
+from encoders.towers.bundle import ModelBundle, load_bundle, save_bundle
+from encoders.towers.entity_features import EntityFeatureConfig, EntityFeaturizer
+from encoders.towers.entity_tower import create_entity_encoder
 
 WORDS = ["red", "blue", "shoes", "lake", "sky", "赤い", "靴", "rote", "Schuhe", "ad"]
 
@@ -229,7 +229,7 @@ def test_content_hashes_change_with_what_the_tower_reads_and_only_with_that():
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "jsonl.gz", "csv"])
 def test_catalogues_stream_in_every_format(tmp_path, suffix):
-    from encoders.tables import write_table
+    from encoders.tables.files import write_table
 
     path = write_table(CATALOGUE.select("id", "entity_type", "title", "board_titles", "price"), tmp_path / f"catalogue.{suffix}")
     parts = list(stream_catalogue([path], columns={"title", "board_titles"}, chunk_rows=25))

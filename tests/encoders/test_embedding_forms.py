@@ -10,12 +10,12 @@ import torch
 from click.testing import CliRunner
 from training_examples import tiny_query_encoder
 
-from encoders.bundle import ModelBundle, save_bundle
-from encoders.embed_command import command
-from encoders.embedding import EmbedConfig, TypeReport, embed_catalogue
-from encoders.entity_features import EntityFeatureConfig, EntityFeaturizer
-from encoders.entity_tower import create_entity_encoder
-from encoders.signal_store import SignalStore
+from encoders.commands.embed import command
+from encoders.inference.batch_embedding import EmbedConfig, TypeReport, embed_catalogue
+from encoders.inference.signal_store import SignalStore
+from encoders.towers.bundle import ModelBundle, save_bundle
+from encoders.towers.entity_features import EntityFeatureConfig, EntityFeaturizer
+from encoders.towers.entity_tower import create_entity_encoder
 
 CATALOGUE = pl.DataFrame({"id": [f"e{i}" for i in range(24)], "entity_type": "pin", "title": [f"red {i} blue {i % 5}" for i in range(24)]})
 

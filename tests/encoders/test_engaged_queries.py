@@ -15,12 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from log_examples import START, event_rows, events_of
 
-from encoders.engaged_queries import EngagedQueriesConfig, attach_lists, engaged_queries
-from encoders.engaged_state import EngagedQueriesState, StateError
-from encoders.enrich_commands import group
+from encoders.commands.enrich import group
+from encoders.enrichment.engaged_queries import EngagedQueriesConfig, attach_lists, engaged_queries
+from encoders.enrichment.engaged_state import EngagedQueriesState, StateError
 from encoders.errors import ConfigError
-from encoders.events import EVENT_SCHEMA
-from encoders.tables import write_table
+from encoders.logs.events import EVENT_SCHEMA
+from encoders.tables.files import write_table
 
 DAY = timedelta(days=1)
 END = START + 50 * DAY

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encoders.entity_features import EntityBatch, EntityFeatureConfig, EntityFeaturizer, concatenate
 from encoders.errors import BundleError, ConfigError, DataError, RowError, SchemaError
+from encoders.towers.entity_features import EntityBatch, EntityFeatureConfig, EntityFeaturizer, concatenate
 
 
 def catalogue(**columns) -> pl.DataFrame:

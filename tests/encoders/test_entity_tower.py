@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from encoders.entity_features import EntityFeatureConfig, EntityFeaturizer
-from encoders.entity_tower import EntityEncoder, EntityTowerConfig, create_entity_encoder
 from encoders.errors import BundleError, ConfigError
+from encoders.towers.entity_features import EntityFeatureConfig, EntityFeaturizer
+from encoders.towers.entity_tower import EntityEncoder, EntityTowerConfig, create_entity_encoder
 
 CATALOGUE = pl.DataFrame(
     {

@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from encoders.datasets.dataset import Dataset
 from encoders.errors import ConfigError, InvalidVectors, SchemaError
-from encoders.evaluation import build_task, compare, metrics_by_slice, pair_slices, rank_task, slice_metrics, vector_scores
-from encoders.metrics import UNRANKED
-from encoders.sample import Dataset
+from encoders.evaluation.metrics import UNRANKED
+from encoders.evaluation.ranking import build_task, rank_task, vector_scores
+from encoders.evaluation.slices import compare, metrics_by_slice, pair_slices, slice_metrics
 
 
 def make_dataset(positives, entities=12, groups=None, **columns):
@@ -180,7 +181,7 @@ def test_chunks_do_not_change_the_ranks(monkeypatch):
     task = build_task(make_dataset([(f"q{i % 30}", int(rng.integers(50))) for i in range(90)], entities=50), "pin")
     scores = vector_scores(rng.integers(-1, 2, (30, 4)).astype(np.float32), rng.integers(-1, 2, (50, 4)).astype(np.float32))
     whole = rank_task(task, scores, "x", run_depth=7)
-    monkeypatch.setattr("encoders.evaluation.SCORES_AT_ONCE", 120)
+    monkeypatch.setattr("encoders.evaluation.ranking.SCORES_AT_ONCE", 120)
     parts = rank_task(task, scores, "x", run_depth=7)
     np.testing.assert_array_equal(whole.ranks, parts.ranks)
     np.testing.assert_array_equal(whole.list_ranks, parts.list_ranks)

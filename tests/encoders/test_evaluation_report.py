@@ -8,11 +8,12 @@ import polars as pl
 import pytest
 from click.testing import CliRunner
 
+from encoders.commands.evaluate import command
+from encoders.commands.report_output import plot_report
+from encoders.datasets.dataset import Dataset, load_sample
 from encoders.errors import ConfigError
-from encoders.evaluate_command import command
-from encoders.evaluation_report import bundle_system, evaluate_systems, plot_report, save_runs
-from encoders.sample import Dataset, load_sample
-from encoders.tables import write_table
+from encoders.evaluation.report import bundle_system, evaluate_systems, save_runs
+from encoders.tables.files import write_table
 
 
 class SpellingModel:

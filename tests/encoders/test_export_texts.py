@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 from click.testing import CliRunner, Result
 
-from encoders import export_command
+from encoders.commands import export as export_command
 from encoders.errors import ConfigError
 
 PAIRED = "query,entity_type,entity_id,split\n"

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from encoders.gradient_cache import Encoding
+from encoders.training.gradient_cache import Encoding
 
 
 def tower(dropout: float) -> nn.Sequential:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from encoders.hash_embedding import hash_rows, sum_bags
+from encoders.towers.hash_embedding import hash_rows, sum_bags
 
 
 def test_hash_rows_are_pinned():

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from encoders.data_commands import group
-from encoders.schemas import PAIRS, guess_table, lookalikes, schema
+from encoders.commands.data import group
+from encoders.tables.schemas import PAIRS, guess_table, lookalikes, schema
 
 LOG = "ts,query,entity_type,entity_id,event,uid,dwell\n1735689600,red barn,pin,p1,click,u1,3\n"
 

@@ -12,15 +12,15 @@ import polars as pl
 import pytest
 from click.testing import CliRunner
 
-from encoders import pairs_command
-from encoders.data_commands import group
+from encoders.commands import pairs as pairs_command
+from encoders.commands.data import group
 from encoders.errors import ConfigError, DataError, RowError
-from encoders.log_simulator import SimulatorConfig, simulate_boards, simulate_log, write_simulation
-from encoders.pairs import PairsConfig, find_leaks
-from encoders.pipeline import PipelineConfig, run_pipeline
-from encoders.schemas import BOARDS, LOG
-from encoders.table_checks import check_frame
-from encoders.tables import write_table
+from encoders.logs.pairs import PairsConfig, find_leaks
+from encoders.logs.pipeline import PipelineConfig, run_pipeline
+from encoders.logs.simulator import SimulatorConfig, simulate_boards, simulate_log, write_simulation
+from encoders.tables.checks import check_frame
+from encoders.tables.files import write_table
+from encoders.tables.schemas import BOARDS, LOG
 
 CONFIG = SimulatorConfig(rows=12_000, days=120, rows_per_file=4_000, users=300, duplicates=0.05, late=0.05, seed=4)
 NAMES = ("pairs", "engaged_queries", "board_titles")
@@ -158,7 +158,7 @@ def cluster() -> Iterator[str]:
 def test_a_ray_cluster_of_two_nodes_gives_the_local_result_row_for_row(
     cluster: str, local: tuple[Path, dict], simulation: Path, tmp_path: Path
 ) -> None:
-    from encoders.ray_pipeline import run_ray_pipeline
+    from encoders.logs.ray_pipeline import run_ray_pipeline
 
     out, summary = local
     boards = simulation / "boards.parquet"

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from encoders.config.train_config import MATRYOSHKA_WEIGHTS
 from encoders.errors import ConfigError
-from encoders.losses import (
+from encoders.training.losses import (
     MASKED,
-    MATRYOSHKA_WEIGHTS,
     Negatives,
     in_batch_mask,
     initial_log_scale,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encoders.metrics import (
+from encoders.evaluation.metrics import (
     UNRANKED,
     QuerySums,
     bootstrap_interval,

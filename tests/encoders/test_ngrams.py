@@ -11,10 +11,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from encoders import ngrams
 from encoders.errors import BundleError, ConfigError, DataError
-from encoders.ngrams import KINDS, NgramConfig, NgramCounter, Vocabulary, analyse, batches_by_size, character_class, ngram_text
-from encoders.text import fold
+from encoders.text import ngrams
+from encoders.text.ngrams import KINDS, analyse, batches_by_size, character_class, ngram_text
+from encoders.text.normal_forms import fold
+from encoders.text.vocabulary import NgramConfig, NgramCounter, Vocabulary
 
 SPACED, JOINS, ALONE, DROPPED = 0, 1, 2, 3
 

@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner, Result
 from training_examples import DIMENSION, tiny_query_encoder, world
 
-from encoders.bundle import load_bundle
-from encoders.evaluate_command import command as evaluate
-from encoders.train_command import command
+from encoders.commands.evaluate import command as evaluate
+from encoders.commands.train import command
+from encoders.towers.bundle import load_bundle
 
 CONFIG = f"""
 steps = 2

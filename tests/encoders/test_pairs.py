@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from log_examples import START, event_rows, events_of
 
+from encoders.commands.pairs import command
 from encoders.errors import ConfigError, RowError
-from encoders.events import EVENT_SCHEMA, EngagementRules, engaged_events, merge_duplicates, read_events
-from encoders.pairs import LeakError, PairsConfig, TimeSplit, build_pairs, find_leaks, pairs_table, parse_day, refuse_leaks
-from encoders.pairs_command import command
-from encoders.tables import write_table
+from encoders.logs.events import EVENT_SCHEMA, EngagementRules, engaged_events, merge_duplicates, read_events
+from encoders.logs.pairs import LeakError, PairsConfig, TimeSplit, build_pairs, find_leaks, pairs_table, parse_day, refuse_leaks
+from encoders.tables.files import write_table
 
 DAY = timedelta(days=1)
 SPLIT = TimeSplit(START, START + 20 * DAY, START + 25 * DAY, START + 40 * DAY)

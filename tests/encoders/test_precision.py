@@ -6,9 +6,10 @@ import pytest
 import torch
 from training_examples import small_config, tiny_query_encoder, world
 
-from encoders import train_steps, training
-from encoders.precision import computes_bf16
-from encoders.training import TrainResult, train
+from encoders.training import loop as training
+from encoders.training import step as train_steps
+from encoders.training.device import computes_bf16
+from encoders.training.loop import TrainResult, train
 
 
 @pytest.mark.parametrize(

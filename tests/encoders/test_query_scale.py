@@ -7,8 +7,8 @@ import torch
 from training_examples import small_config, tiny_query_encoder, world
 
 from encoders.errors import ConfigError
-from encoders.query_scale import interpolate, learned_parameters
-from encoders.training import TrainResult, train
+from encoders.training.loop import TrainResult, train
+from encoders.training.weight_interpolation import interpolate, learned_parameters
 
 
 def run(folder: Path, query_scales: list[float], residual_scales: tuple[float, ...] = ()) -> TrainResult:

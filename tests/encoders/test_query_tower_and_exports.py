@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from encoders.bundle import load_bundle, save_bundle
+from encoders.datasets.dataset import load_sample
 from encoders.errors import BundleError, ConfigError
-from encoders.exports import export_forms, measure_parity, onnx_encode
-from encoders.query_tower import QueryEncoder, create_query_encoder
-from encoders.sample import load_sample
+from encoders.inference.onnx_forms import export_forms, measure_parity, onnx_encode
+from encoders.towers.bundle import load_bundle, save_bundle
+from encoders.towers.query_tower import QueryEncoder, create_query_encoder
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +91,8 @@ def test_exported_forms_stay_within_tolerance(tower: QueryEncoder, queries: list
 
 
 def test_a_changed_bundle_file_is_refused(tower: QueryEncoder, tmp_path: Path) -> None:
-    from encoders.entity_features import EntityFeaturizer
-    from encoders.entity_tower import create_entity_encoder
+    from encoders.towers.entity_features import EntityFeaturizer
+    from encoders.towers.entity_tower import create_entity_encoder
 
     catalogue = load_sample(pictures=False).catalogue
     entity = create_entity_encoder(EntityFeaturizer.fit(catalogue), table_rows=100, hidden=(32,))
@@ -110,8 +110,8 @@ def test_a_changed_bundle_file_is_refused(tower: QueryEncoder, tmp_path: Path) -
 
 @pytest.mark.parametrize("change", [{"dimension": None}, {"entity_types": 3}, {"unified_entity_tower": None}, {"format_version": "1"}])
 def test_a_config_of_another_shape_is_named(tower: QueryEncoder, tmp_path: Path, change: dict[str, object]) -> None:
-    from encoders.entity_features import EntityFeaturizer
-    from encoders.entity_tower import create_entity_encoder
+    from encoders.towers.entity_features import EntityFeaturizer
+    from encoders.towers.entity_tower import create_entity_encoder
 
     entity = create_entity_encoder(EntityFeaturizer.fit(load_sample(pictures=False).catalogue.head(50)), table_rows=10, hidden=(8,))
     path = save_bundle(tmp_path / "model", tower, {"pin": entity}).path / "config.json"

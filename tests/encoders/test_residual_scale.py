@@ -9,9 +9,9 @@ import torch
 from training_examples import small_config, tiny_query_encoder, world
 
 from encoders.errors import ConfigError
-from encoders.residual_scale import SMALLEST_SCALE, scaled_towers, smallest_within_error
-from encoders.text_embedding import text_embedding
-from encoders.training import TrainResult, train
+from encoders.towers.text_embedding import text_embedding
+from encoders.training.loop import TrainResult, train
+from encoders.training.weight_interpolation import SMALLEST_SCALE, scaled_towers, smallest_within_error
 
 SCALES = [1.0, 0.0, 0.5]
 

@@ -8,18 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from encoders.datasets.dataset import load_dataset, load_large, load_sample, split_by_query, with_engaged_queries
+from encoders.datasets.related_queries import query_entities, related_query_pairs
 from encoders.errors import ConfigError
-from encoders.sample import (
-    fold_query,
-    load_dataset,
-    load_large,
-    load_sample,
-    query_entities,
-    related_query_pairs,
-    split_by_query,
-    with_engaged_queries,
-)
-from encoders.tables import write_table
+from encoders.tables.files import write_table
+from encoders.text.normal_forms import fold_query
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import polars as pl
 import pytest
 
 from encoders.errors import DataError, InvalidVectors, SpaceMismatch
-from encoders.signal_reuse import KnownSignals
-from encoders.signal_store import SignalStore, SignalWriter, check_vectors
+from encoders.inference.signal_reuse import KnownSignals
+from encoders.inference.signal_store import SignalStore, SignalWriter, check_vectors
 
 SPACE, OTHER_SPACE = "a" * 64, "b" * 64
 

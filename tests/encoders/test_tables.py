@@ -15,13 +15,14 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encoders import enrich_commands, pairs_command
-from encoders.data_commands import group
-from encoders.describe import describe_table, spread
+from encoders.commands import enrich as enrich_commands
+from encoders.commands import pairs as pairs_command
+from encoders.commands.data import group
 from encoders.errors import ConfigError, DataError, RowError, SchemaError
-from encoders.schemas import CATALOGUE, LOG, SCHEMAS, guess_table, schema
-from encoders.table_checks import check_frame
-from encoders.tables import check_table, read_table, write_table
+from encoders.tables.checks import check_frame
+from encoders.tables.files import check_table, read_table, write_table
+from encoders.tables.profile import describe_table, spread
+from encoders.tables.schemas import CATALOGUE, LOG, SCHEMAS, guess_table, schema
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 LOG_HEADER = "timestamp,query,entity_type,entity_id,action,dwell_seconds,user_id\n"

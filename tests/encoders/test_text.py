@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from encoders.errors import DataError
-from encoders.text import fold, normalize_id, normalize_query
+from encoders.text.normal_forms import fold, normalize_id, normalize_query
 
 
 def test_ids_are_nfc():

@@ -5,11 +5,11 @@ import polars as pl
 import pytest
 import torch
 
-from encoders.embedding import content_hashes
-from encoders.entity_features import EntityFeatureConfig, EntityFeaturizer
-from encoders.entity_tower import EntityEncoder, EntityTowerConfig, create_entity_encoder
 from encoders.errors import BundleError, ConfigError
-from encoders.text_embedding import TITLE_WEIGHT, TextEmbedding, text_embedding
+from encoders.inference.batch_embedding import content_hashes
+from encoders.towers.entity_features import EntityFeatureConfig, EntityFeaturizer
+from encoders.towers.entity_tower import EntityEncoder, EntityTowerConfig, create_entity_encoder
+from encoders.towers.text_embedding import TITLE_WEIGHT, TextEmbedding, text_embedding
 
 CATALOGUE = pl.DataFrame(
     {
@@ -66,7 +66,7 @@ def test_the_whole_text_may_hold_the_first_engaged_queries() -> None:
 
 
 def test_no_more_texts_are_kept_than_the_bound_and_those_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("encoders.text_embedding.KEPT_TEXTS", 3)
+    monkeypatch.setattr("encoders.towers.text_embedding.KEPT_TEXTS", 3)
     embedding = TextEmbedding("tiny-multilingual")
     before = embedding(CATALOGUE)
     assert set(embedding._known) == {"red heart", "love", "coeur", ""}

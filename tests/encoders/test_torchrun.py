@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from training_examples import DIMENSION, tiny_query_encoder, world
 
-from encoders.bundle import load_bundle
-from encoders.checkpoints import list_checkpoints
+from encoders.towers.bundle import load_bundle
+from encoders.training.checkpoints import list_checkpoints
 
 CONFIG = f"""
 steps = 6
@@ -61,7 +61,7 @@ def config(tmp_path: Path) -> Path:
 
 
 def torchrun(config: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "encoders.train_command"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "encoders.commands.train"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     return subprocess.run([*launch, str(config), "--out", str(out), *more], env=environment, capture_output=True, text=True, timeout=280)
 

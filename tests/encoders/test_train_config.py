@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from encoders.config.train_config import DatasetConfig, TrainConfig, load_train_config, to_table, train_config
 from encoders.errors import ConfigError
-from encoders.train_config import DatasetConfig, TrainConfig, load_train_config, to_table, train_config
 
 RECIPES = Path(__file__).parents[2] / "encoders" / "recipes"
 
@@ -117,7 +117,7 @@ def test_data_paths_count_from_the_configs_folder(tmp_path: Path) -> None:
 def test_the_config_that_the_command_prints_is_valid(tmp_path: Path) -> None:
     from click.testing import CliRunner
 
-    from encoders.train_command import command
+    from encoders.commands.train import command
 
     printed = CliRunner().invoke(command, ["--print-config"])
     (tmp_path / "run.toml").write_text(printed.output)

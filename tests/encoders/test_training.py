@@ -19,15 +19,16 @@ import torch
 from click.testing import CliRunner
 from training_examples import small_config, tiny_query_encoder, world
 
-from encoders.bundle import load_bundle
-from encoders.checkpoints import list_checkpoints
+from encoders.commands.train import command
+from encoders.config.train_config import OptimiserConfig, to_table
 from encoders.errors import CheckpointError, ConfigError, TrainingDiverged
-from encoders.optimisers import schedule
-from encoders.text_embedding import TextEmbedding
-from encoders.train_command import command
-from encoders.train_config import OptimiserConfig, to_table
-from encoders.training import TrainResult, build_inputs, run_fingerprint, train
-from encoders.training_data import TrainingData
+from encoders.towers.bundle import load_bundle
+from encoders.towers.text_embedding import TextEmbedding
+from encoders.training.checkpoints import list_checkpoints
+from encoders.training.data.source_tables import TrainingData
+from encoders.training.inputs import build_inputs, run_fingerprint
+from encoders.training.loop import TrainResult, train
+from encoders.training.optimisers import schedule
 
 
 def run(data: TrainingData | None = None, **changes) -> TrainResult:
@@ -335,7 +336,7 @@ def one_torch_thread() -> Iterator[None]:
 def test_omni_train_survives_kill_9_and_ends_with_a_bundle(files: Path, one_torch_thread: None) -> None:
     """A real process is killed in the middle; the same command goes on from its checkpoint and ends as if nothing had happened."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    arguments = [sys.executable, "-m", "encoders.train_command", str(files / "run.toml"), "--out", str(files / "out")]
+    arguments = [sys.executable, "-m", "encoders.commands.train", str(files / "run.toml"), "--out", str(files / "out")]
     process = subprocess.Popen([*arguments, "--steps", "120"], env=environment, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 200
     while len(list_checkpoints(files / "out" / "checkpoints")) < 2:

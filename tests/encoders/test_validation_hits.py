@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from encoders.training_validation import _hits
+from encoders.training.validation import _hits
 
 
 def test_candidates_that_tie_are_not_all_hits() -> None:

@@ -10,9 +10,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
 
-from encoders.query_tower import QueryEncoder
-from encoders.train_config import TrainConfig, train_config
-from encoders.training_data import TrainingData
+from encoders.config.train_config import TrainConfig, train_config
+from encoders.towers.query_tower import QueryEncoder
+from encoders.training.data.source_tables import TrainingData
 
 COLOURS = ("red", "blue", "green", "black", "white", "pink")
 PINS = ("chair", "lamp", "sofa", "vase", "rug", "desk", "bed", "shelf")

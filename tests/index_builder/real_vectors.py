@@ -6,7 +6,7 @@ import functools
 
 import numpy as np
 
-from encoders.sample import load_sample
+from encoders.datasets.dataset import load_sample
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 from release_makers import make_bundle, make_input, quick, unit_vectors
 
-from encoders.query_tower import QueryEncoder
+from encoders.towers.query_tower import QueryEncoder
 from index_builder import explain_commands
 from index_builder.publishing import ReleaseStore
 from index_builder.rebuild import build_release

@@ -12,7 +12,7 @@ import pytest
 from release_makers import SPACE, D, make_bundle, make_input, quick, unit_vectors
 
 from encoders.errors import BundleError, ConfigError, InvalidVectors, OmniError, SpaceMismatch
-from encoders.signal_store import SignalStore
+from encoders.inference.signal_store import SignalStore
 from index_builder.build_inputs import QuerySet
 from index_builder.build_plan import estimate_mib, plan_release, read_bundle
 from index_builder.build_sources import from_release, from_signals, read_query_texts, scratch_folder

@@ -11,11 +11,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from benchmarks.small_releases import tiny_query_encoder
-from encoders import embed_command
-from encoders.bundle import ModelBundle, save_bundle
-from encoders.entity_features import EntityFeatureConfig, EntityFeaturizer
-from encoders.entity_tower import create_entity_encoder
-from encoders.signal_store import SignalStore
+from encoders.commands import embed as embed_command
+from encoders.inference.signal_store import SignalStore
+from encoders.towers.bundle import ModelBundle, save_bundle
+from encoders.towers.entity_features import EntityFeatureConfig, EntityFeaturizer
+from encoders.towers.entity_tower import create_entity_encoder
 from index_builder import rebuild_command
 from index_builder.publishing import ReleaseStore
 from index_builder.release import read_manifest

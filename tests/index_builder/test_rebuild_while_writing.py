@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 from release_makers import SPACE, D, make_bundle, make_input, quick, unit_vectors
 
-import encoders.bundle
+import encoders.towers.bundle
 from index_builder.build_inputs import read_live
 from index_builder.live_log_reader import LiveLogReader
 from index_builder.live_log_writer import LiveLogWriter
@@ -55,7 +55,7 @@ def rebuilt(store: ReleaseStore, meanwhile: list[LiveEntry], monkeypatch: pytest
             writer.write(meanwhile)
 
     slow = SlowBundle(write)
-    monkeypatch.setattr(encoders.bundle, "load_bundle", lambda _: slow)
+    monkeypatch.setattr(encoders.towers.bundle, "load_bundle", lambda _: slow)
     bundle, inputs = make_bundle(store.root / "new", NEW), {"pin": make_input("pin", 60, space=NEW)}
     _embed_foreign_live(store, bundle, inputs, quick("exact"))
     return slow, build_release(inputs, bundle, store, quick("exact"))

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from release_makers import SPACE, make_bundle, make_input, quick, unit_vectors
 
 from encoders.errors import InvalidVectors, OmniError, RowError
-from encoders.signal_store import SignalStore
+from encoders.inference.signal_store import SignalStore
 from index_builder import explain_commands, rebuild_command, release_commands, update_command
 from index_builder.errors import UnknownEntityType
 from index_builder.explain import explain_id, recall_waterfall
@@ -178,7 +178,7 @@ def test_an_empty_store_is_told_with_the_next_step(tmp_path: Path, arguments: tu
 
 
 def test_rebuild_from_signals_with_a_plan_first(tmp_path: Path) -> None:
-    from encoders.bundle import compute_space_id
+    from encoders.towers.bundle import compute_space_id
 
     bundle = make_bundle(tmp_path / "bundle")
     space = compute_space_id(bundle)

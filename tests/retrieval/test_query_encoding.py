@@ -61,8 +61,8 @@ def test_padding_to_a_bucket_keeps_the_order_and_one_shape_per_bucket(folder: Pa
 
 
 def test_an_exported_form_agrees_and_the_int8_file_is_taken_where_the_release_has_it(folder: Path, tmp_path: Path) -> None:
-    from encoders.exports import export_forms
-    from encoders.query_tower import QueryEncoder
+    from encoders.inference.onnx_forms import export_forms
+    from encoders.towers.query_tower import QueryEncoder
 
     forms = tmp_path / "forms"
     export_forms(QueryEncoder.load(folder), forms, entity_texts(120), ["onnx-fp32"])

@@ -13,11 +13,11 @@ import pytest
 from click.testing import CliRunner
 
 from benchmarks.small_releases import WORDS, entity_texts, small_release, write_small_bundle
-from encoders.bundle import compute_space_id
-from encoders.compatibility import FOLDER, declare
+from encoders.compatibility.adapter import SpaceAdapter
+from encoders.compatibility.declaration import FOLDER, declare
 from encoders.errors import BundleError, ConfigError, SpaceMismatch
-from encoders.query_tower import QueryEncoder
-from encoders.space_adapter import SpaceAdapter
+from encoders.towers.bundle import compute_space_id
+from encoders.towers.query_tower import QueryEncoder
 from index_builder.build_plan import RebuildConfig
 from index_builder.build_sources import from_release
 from index_builder.errors import GateFailed, PublishError, ReleaseNotFound

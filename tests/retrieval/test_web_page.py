@@ -138,7 +138,7 @@ async def test_the_samples_pictures_are_read_only_where_its_entities_are_served(
 
 
 def test_the_marks_of_the_sample_are_its_own() -> None:
-    from encoders.sample import load_sample
+    from encoders.datasets.dataset import load_sample
 
     sample = load_sample(engaged_queries=0)
     rows = sample.catalogue.filter(sample.catalogue["id"].is_in(list(web_page.SAMPLE_MARKS.values())))

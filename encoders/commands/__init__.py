@@ -1,0 +1,1 @@
+"""The commands ``omni data|enrich|pairs|train|evaluate|embed|export`` and what they print."""

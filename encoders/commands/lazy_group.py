@@ -1,0 +1,40 @@
+"""A click group that imports a command's module when the command is called: ``--help`` stays fast and imports no torch."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+import click
+
+
+class LazyGroup(click.Group):
+    """A click group over a table of commands, each with its one-line help."""
+
+    def __init__(self, table: Mapping[str, tuple[str, str]], **settings: Any) -> None:
+        """Make a group.
+
+        Args:
+            table: Name -> (``module:attribute`` of a click command, one line of help), in the order of the help text.
+            settings: What ``click.Group`` takes.
+        """
+        super().__init__(**settings)
+        self.table = table
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return command names in the order of the table."""
+        return list(self.table)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return one command, or None if the name is unknown."""
+        if cmd_name not in self.table:
+            return None
+        module, attribute = self.table[cmd_name][0].split(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List commands with their one-line help."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, help_text) for name, (_, help_text) in self.table.items()])

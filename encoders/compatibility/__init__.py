@@ -1,0 +1,1 @@
+"""Searching one space with vectors of another: declaration, adapter and measurement."""

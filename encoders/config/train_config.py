@@ -1,0 +1,383 @@
+"""Everything a training run can be told, as frozen dataclasses read from TOML; checked on creation and saved beside what it made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from encoders.config.toml_config import build_config, nearest, read_toml, to_table
+from encoders.errors import ConfigError
+from encoders.towers.entity_features import EntityFeatureConfig
+
+DEFAULT_DEPTH = 2
+
+
+DEFAULT_WIDTH = 1 << 20
+"""Counters per row. The released trainer uses 2 x 2^26; 2 x 2^20 (16 MiB) over-counts by less than 0.1% of a million items."""
+
+INITIAL_TEMPERATURE = 0.07
+
+
+MATRYOSHKA_WEIGHTS: dict[int, float] = {16: 0.05, 32: 0.05, 64: 0.05, 128: 0.05}
+"""Weight of the loss on each prefix of the vectors; the full vector always has weight 1."""
+
+
+ENTITY, QUERY, VECTOR_PREFIX = "entity", "query", "vector:"
+PAPER_SHARES = {"pin": 8.0, "product": 4.0, "query": 2.0, "product-offsite": 2.0, "ad": 2.0}
+"""Shares of a batch (paper: pin : product : related query : product-offsite = 8 : 4 : 2 : 2; the one of ads is ours)."""
+
+
+def _check(*rules: tuple[bool, str]) -> None:
+    """Raise one ConfigError with the message of every rule that does not hold."""
+    broken = [message for holds, message in rules if not holds]
+    if broken:
+        raise ConfigError("\n".join(broken))
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """One source of pairs and the candidate towers it trains: each (dataset, candidate) is a task with a loss of its own."""
+
+    name: str
+    """Name of the dataset, e.g. ``pin``; names its tasks in logs."""
+    entity_type: str = ""
+    """Pairs of this entity type; empty: the same as ``name``. ``query`` means related queries: ``entity_id`` is the candidate's text."""
+    actions: tuple[str, ...] = ()
+    """Keep pairs with one of these actions (e.g. add_to_cart, checkout for product-offsite); empty: all."""
+    share: float = 0.0
+    """Part of each batch, relative to the other datasets; 0: the paper's for this name, or 1."""
+    balance_by: str = ""
+    """A column of the pairs or the catalogue (e.g. ``language``, ``source``): pairs are drawn so that rare values of it are met more often
+    than they occur. Empty: every pair once per epoch."""
+    balance_exponent: float = 0.5
+    """A value of ``balance_by`` with n pairs is drawn in proportion to n to this power: 1 as it occurs, 0 all values equally often."""
+    candidates: tuple[str, ...] = ()
+    """Towers on the candidate side: ``entity``, ``query`` (related queries) or ``vector:COLUMN`` (compatibility with a frozen embedding).
+    Empty: ``query`` for related queries, else ``entity``."""
+    optional: bool = False
+    """Leave the dataset out, with a note, when the data holds no train pair of it; otherwise that stops the run."""
+
+    def __post_init__(self) -> None:
+        entity_type = self.entity_type or self.name
+        candidates = self.candidates or ((QUERY,) if entity_type == "query" else (ENTITY,))
+        share = self.share or PAPER_SHARES.get(self.name, 1.0)
+        object.__setattr__(self, "entity_type", entity_type)
+        object.__setattr__(self, "candidates", candidates)
+        object.__setattr__(self, "share", share)
+        unknown = [c for c in candidates if c not in (ENTITY, QUERY) and not c.startswith(VECTOR_PREFIX)]
+        hints = ", ".join(f"{c!r}{nearest(c, (ENTITY, QUERY, VECTOR_PREFIX))}" for c in unknown)
+        queries = entity_type == "query"
+        wrong_side = [c for c in candidates if c not in unknown and (c == QUERY) != queries]
+        _check(
+            (self.name != "", "name must not be empty"),
+            (self.share > 0, f"share must be above 0, but got {self.share}"),
+            (0 <= self.balance_exponent <= 1, f"balance_exponent must lie in [0, 1], but got {self.balance_exponent}"),
+            (not unknown, f"candidates must be 'entity', 'query' or 'vector:COLUMN', but got {hints}"),
+            (
+                not wrong_side,
+                f"candidates {wrong_side} cannot embed a {entity_type!r}: related queries need 'query', entities 'entity' or 'vector:COL'",
+            ),
+            (len(set(candidates)) == len(candidates), f"candidates must differ, but got {list(candidates)}"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The towers."""
+
+    query_encoder: str = "tiny-multilingual"
+    """Pretrained query tower: the shipped one, a folder, or a Hugging Face name such as ``distilbert-base-multilingual-cased``."""
+    dimension: int = 256
+    """Width of all embeddings."""
+    entity_towers: str = "unified"
+    """``unified``: one entity tower for pins, products and ads (paper); ``separate``: one per entity type."""
+
+    def __post_init__(self) -> None:
+        _check(
+            (self.dimension >= 2, f"dimension must be at least 2, but got {self.dimension}"),
+            (
+                self.entity_towers in ("unified", "separate"),
+                f"entity_towers must be 'unified' or 'separate', but got {self.entity_towers!r}",
+            ),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntityTowerSettings:
+    """Shape of the entity tower; what it reads is ``features``."""
+
+    table_rows: int = 100_000
+    """Rows of the hash embedding table (paper: 100,000)."""
+    token_dimension: int = 256
+    """Width of a token vector."""
+    hidden: tuple[int, ...] = (1024, 1024)
+    """Widths of the hidden layers."""
+    dropout: float = 0.0
+    """Share of the last hidden layer dropped in training: for types with few pairs, whose entities are soon known by heart."""
+
+    def __post_init__(self) -> None:
+        _check(
+            (0 <= self.dropout < 1, f"dropout must lie in [0, 1), but got {self.dropout}"),
+            (self.table_rows >= 1, f"table_rows must be at least 1, but got {self.table_rows}"),
+            (self.token_dimension >= 1, f"token_dimension must be at least 1, but got {self.token_dimension}"),
+            (all(width >= 1 for width in self.hidden), f"hidden widths must be at least 1, but got {self.hidden}"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """DESIGN section 7: two sampled softmax terms per task."""
+
+    temperature: float = INITIAL_TEMPERATURE
+    """Where the learned temperature starts."""
+    random_negatives: float = 4.0
+    """Uniform random catalogue negatives per positive, drawn without repeats; 0 leaves the term out. Never more than the catalogue holds:
+    then every entity is a negative once, and the term is the full softmax."""
+    random_query_negatives: float = 4.0
+    """The same for related-query tasks, whose negatives cost a transformer pass each."""
+    log_q: bool = True
+    """Correct every logit for how often it is sampled."""
+    matryoshka: Mapping[int, float] = field(default_factory=lambda: dict(MATRYOSHKA_WEIGHTS))
+    """Prefix length -> weight of the loss on that prefix."""
+    sketch_width: int = DEFAULT_WIDTH
+    """Counters per row of each count-min sketch, a power of two (released trainer: 2^26)."""
+    sketch_depth: int = DEFAULT_DEPTH
+    """Rows of each sketch."""
+
+    def __post_init__(self) -> None:
+        _check(
+            (self.temperature > 0, f"temperature must be above 0, but got {self.temperature}"),
+            (self.random_negatives >= 0, f"random_negatives must not be negative, but got {self.random_negatives}"),
+            (self.random_query_negatives >= 0, f"random_query_negatives must not be negative, but got {self.random_query_negatives}"),
+            (
+                all(d >= 1 and w >= 0 for d, w in self.matryoshka.items()),
+                f"matryoshka needs prefixes >= 1 and weights >= 0, but got {self.matryoshka}",
+            ),
+            (
+                self.sketch_width > 0 and self.sketch_width & (self.sketch_width - 1) == 0,
+                f"sketch_width must be a power of two, but got {self.sketch_width}",
+            ),
+            (self.sketch_depth >= 1, f"sketch_depth must be at least 1, but got {self.sketch_depth}"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """What one optimiser step sees."""
+
+    pairs: int = 1024
+    """Pairs of all datasets together, over all processes (paper: 10,240)."""
+    weighting: str = "uniform"
+    """``uniform``: every pair once per epoch; ``count``: drawn in proportion to the pairs' ``count``."""
+    gradient_cache: bool = False
+    """Encode in chunks twice instead of keeping activations of the whole batch: memory of one chunk, same gradients."""
+    query_chunk: int = 0
+    """Queries encoded together, sorted by length first so that little padding is computed; 0: 64 on a CPU, 1024 on a GPU."""
+    entity_chunk: int = 4096
+    """Entities encoded together."""
+    cross_fit: int = 0
+    """Above 1: train queries are dealt into this many folds, and a pair of fold f sees its entity without the engaged queries of fold f.
+    Without it the answer stands in the entity's text, which no query met after training enjoys. 0: off."""
+
+    def __post_init__(self) -> None:
+        _check(
+            (self.pairs >= 1, f"pairs must be at least 1, but got {self.pairs}"),
+            (self.weighting in ("uniform", "count"), f"weighting must be 'uniform' or 'count', but got {self.weighting!r}"),
+            (self.query_chunk >= 0, f"query_chunk must not be negative, but got {self.query_chunk}"),
+            (self.entity_chunk >= 1, f"entity_chunk must be at least 1, but got {self.entity_chunk}"),
+            (self.cross_fit == 0 or self.cross_fit >= 2, f"cross_fit must be 0 (off) or at least 2 folds, but got {self.cross_fit}"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimiserConfig:
+    """How parameters move. The learning rates are for the peak of the schedule."""
+
+    name: str = "adamw"
+    """``adamw`` (fused) or ``lamb`` (paper; from the package pytorch_optimizer)."""
+    learning_rate: float = 2e-3
+    """Entity tower, temperatures and the query tower's projection (paper: 10^-2.7, i.e. about 2e-3, with LAMB)."""
+    query_learning_rate: float = 3e-4
+    """The pretrained query tower; 0 freezes it."""
+    token_embedding_learning_rate: float = 3e-4
+    """The query tower's token embeddings; 0 freezes them."""
+    weight_decay: float = 0.01
+    """On matrices; embeddings, biases, norms and temperatures have none."""
+    beta1: float = 0.9
+    """Decay of the gradient's mean."""
+    beta2: float = 0.98
+    """Decay of the gradient's square."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0: never."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up (paper: 750)."""
+    final_fraction: float = 0.02
+    """Learning rate at the end of the cosine, relative to the peak."""
+
+    def __post_init__(self) -> None:
+        rates = (self.learning_rate, self.query_learning_rate, self.token_embedding_learning_rate)
+        _check(
+            (
+                self.name in ("adamw", "lamb"),
+                f"name must be 'adamw' or 'lamb', but got {self.name!r}{nearest(self.name, ('adamw', 'lamb'))}",
+            ),
+            (self.learning_rate > 0, f"learning_rate must be above 0, but got {self.learning_rate}"),
+            (min(rates) >= 0, f"learning rates must not be negative, but got {rates}"),
+            (self.weight_decay >= 0, f"weight_decay must not be negative, but got {self.weight_decay}"),
+            (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, f"betas must lie in [0, 1), but got {(self.beta1, self.beta2)}"),
+            (self.clip_norm >= 0, f"clip_norm must not be negative, but got {self.clip_norm}"),
+            (self.warmup_steps >= 0, f"warmup_steps must not be negative, but got {self.warmup_steps}"),
+            (0 <= self.final_fraction <= 1, f"final_fraction must lie in [0, 1], but got {self.final_fraction}"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """Labelled Recall@10 of held-back training pairs, for early stopping. Never the test pairs."""
+
+    split: str = "validation"
+    """Pairs with this ``split`` validate. When there are none, ``fraction`` of the train queries is held back."""
+    fraction: float = 0.01
+    """Part of the distinct train queries held back (whole queries); 0: no validation."""
+    pairs: int = 2000
+    """At most so many pairs per entity type."""
+    every_steps: int = 0
+    """Validate every so many steps; 0: only at the end."""
+    patience: int = 0
+    """Stop after this many validations without a better mean Recall@10; 0: never."""
+    residual_scales: tuple[float, ...] = ()
+    """At the end, what each type's entity tower adds to its text embedding is scaled by the one of these that validates best (0: nothing is
+    added, 1: as trained). For types with few pairs, whose entities are soon known by heart. Needs ``features.text_embedding``."""
+    query_scales: tuple[float, ...] = ()
+    """At the end, the query tower keeps this much of its way from where it started (0: nothing, 1: as trained): the smallest of these that
+    no entity type's held-back pairs notice. For towers that start from a pretrained one and its projection."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "residual_scales", tuple(float(scale) for scale in self.residual_scales))
+        object.__setattr__(self, "query_scales", tuple(float(scale) for scale in self.query_scales))
+        _check(
+            (all(0 <= scale <= 1 for scale in self.query_scales), f"query_scales must lie in [0, 1], but got {self.query_scales}"),
+            (
+                all(0 <= scale <= 1 for scale in self.residual_scales),
+                f"residual_scales must lie in [0, 1], but got {self.residual_scales}",
+            ),
+            (0 <= self.fraction < 1, f"fraction must lie in [0, 1), but got {self.fraction}"),
+            (self.pairs >= 1, f"pairs must be at least 1, but got {self.pairs}"),
+            (self.every_steps >= 0, f"every_steps must not be negative, but got {self.every_steps}"),
+            (self.patience >= 0, f"patience must not be negative, but got {self.patience}"),
+            (not (self.patience and not self.every_steps), "patience needs every_steps above 0: there is nothing to be patient about"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the tables are; empty paths mean the sample data in the package."""
+
+    catalogue: tuple[Path, ...] = ()
+    """Catalogue tables (Parquet, CSV, JSONL), one or more."""
+    pairs: tuple[Path, ...] = ()
+    """Pairs tables."""
+    related_queries: bool = True
+    """Derive related-query pairs from the pairs when the tables hold none and a dataset asks for them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run. ``load_train_config`` reads it from TOML."""
+
+    steps: int = 0
+    """Optimiser steps (paper: 150,000); 0: as many as ``epochs`` says, or 1,000 when that is 0 too."""
+    epochs: float = 0.0
+    """In the place of ``steps``: as many as pass this often over all pairs (datasets with a small share pass less often)."""
+    max_seconds: float = 0.0
+    """Stop, with the learning rate schedule completed, after this much time in the loop; 0: no limit. Not reproducible to the bit."""
+    seed: int = 0
+    """Everything random follows from it and the step."""
+    device: str = "auto"
+    """``auto`` (CUDA if there is one), ``cpu``, ``cuda``."""
+    precision: str = "fp32"
+    """``fp32`` or ``bf16`` (autocast; on a CPU only where it has instructions for it, else fp32). Losses are always fp32."""
+    log_every: int = 20
+    """A line and TensorBoard scalars every so many steps."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; 0: only at the end. Needs an output folder."""
+    tensorboard: bool = False
+    """Write TensorBoard events beside the checkpoints (package tensorboard)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    features: EntityFeatureConfig = field(default_factory=EntityFeatureConfig)
+    """Which catalogue columns the entity tower reads, and the size of its vocabulary."""
+    entity_tower: EntityTowerSettings = field(default_factory=EntityTowerSettings)
+    """Shape of the entity tower."""
+    datasets: tuple[DatasetConfig, ...] = ()
+    """Empty: one per entity type found in the pairs."""
+    loss: LossConfig = field(default_factory=LossConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+    def __post_init__(self) -> None:
+        if not self.steps and not self.epochs:
+            object.__setattr__(self, "steps", 1000)
+        names = [dataset.name for dataset in self.datasets]
+        _check(
+            (self.steps >= 0, f"steps must not be negative, but got {self.steps}"),
+            (self.epochs >= 0, f"epochs must not be negative, but got {self.epochs}"),
+            (not (self.steps and self.epochs), f"give steps or epochs, not both: got steps = {self.steps} and epochs = {self.epochs}"),
+            (self.max_seconds >= 0, f"max_seconds must not be negative, but got {self.max_seconds}"),
+            (
+                self.precision in ("fp32", "bf16"),
+                f"precision must be 'fp32' or 'bf16', but got {self.precision!r}{nearest(self.precision, ('fp32', 'bf16'))}",
+            ),
+            (self.log_every >= 1, f"log_every must be at least 1, but got {self.log_every}"),
+            (self.checkpoint_every >= 0, f"checkpoint_every must not be negative, but got {self.checkpoint_every}"),
+            (len(set(names)) == len(names), f"dataset names must differ, but got {names}"),
+            (
+                not self.validation.residual_scales or bool(self.features.text_embedding),
+                "validation.residual_scales needs features.text_embedding: there is nothing else to scale towards",
+            ),
+        )
+
+
+def train_config(table: Mapping[str, Any], where: str = "config") -> TrainConfig:
+    """A config from plain tables.
+
+    Raises:
+        ConfigError: All mistakes at once, one per line.
+    """
+    return build_config(TrainConfig, table, where)
+
+
+def load_train_config(path: Path) -> TrainConfig:
+    """Read a TOML config; relative data paths count from the config's folder.
+
+    Raises:
+        ConfigError: The file is missing or not TOML, or all its mistakes at once, one per line.
+    """
+    table = read_toml(path)
+    data = table.get("data")
+    if isinstance(data, dict):
+        for key in ("catalogue", "pairs"):
+            if isinstance(data.get(key), list):
+                data[key] = [str(path.parent / item) if isinstance(item, str) else item for item in data[key]]
+    return train_config(table, str(path))
+
+
+__all__ = [
+    "ENTITY",
+    "QUERY",
+    "VECTOR_PREFIX",
+    "BatchConfig",
+    "DataConfig",
+    "DatasetConfig",
+    "LossConfig",
+    "ModelConfig",
+    "OptimiserConfig",
+    "TrainConfig",
+    "ValidationConfig",
+    "load_train_config",
+    "to_table",
+    "train_config",
+]

@@ -1,0 +1,1 @@
+"""Which tables a run uses: the dataset, loaders, importers of public data, related queries."""

@@ -1,0 +1,1 @@
+"""Entity texts from elsewhere: board titles, engaged queries and captions."""

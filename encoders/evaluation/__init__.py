@@ -1,0 +1,1 @@
+"""Exact ranking, metrics, slices, baselines and the evaluation report."""

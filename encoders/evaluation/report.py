@@ -1,0 +1,276 @@
+"""Evaluate several systems on the same tasks and write what came out: tables, JSON, a plot, and files for other evaluation tools."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import polars as pl
+
+from encoders.commands.console import say
+from encoders.datasets.dataset import Dataset
+from encoders.datasets.related_queries import related_query_pairs
+from encoders.errors import ConfigError
+from encoders.evaluation.baselines import Baseline
+from encoders.evaluation.metrics import PairedDifference
+from encoders.evaluation.ranking import EvaluationTask, Ranking, ScoreRows, build_task, rank_task, vector_scores
+from encoders.evaluation.slices import SliceMetrics, compare, metrics_by_slice, pair_slices, slice_metrics
+from encoders.towers.bundle import ModelBundle
+
+RUN_DEPTH = 100
+
+
+class Embeds(Protocol):
+    """The part of a model bundle that evaluation needs."""
+
+    def embed_queries(self, texts: Sequence[str]) -> np.ndarray:
+        """Float32 ``(B, D)``, unit rows."""
+        ...
+
+    def embed_entities(self, catalogue: pl.DataFrame) -> np.ndarray:
+        """Float32 ``(N, D)``, unit rows."""
+        ...
+
+
+def bundle_system(bundle: Embeds, device: str = "cpu") -> Baseline:
+    """A trained bundle as a system to evaluate: inner products of its query and entity vectors, exact, in float32 on ``device``."""
+
+    def score(task: EvaluationTask, dataset: Dataset) -> ScoreRows:
+        return vector_scores(bundle.embed_queries(task.queries), bundle.embed_entities(task.candidates), device)
+
+    return score
+
+
+def types_without_tower(bundles: Iterable[ModelBundle], entity_types: Sequence[str]) -> dict[str, str]:
+    """The entity types that one of the bundles cannot embed, and why, for ``evaluate_systems``."""
+    found: dict[str, str] = {}
+    for bundle in bundles:
+        found |= {name: f"no tower in {bundle.path}" for name in entity_types if not bundle.embeds(name)}
+    return found
+
+
+@dataclass(frozen=True)
+class TaskReport:
+    """One entity type: every system's ranking and figures."""
+
+    task: EvaluationTask
+    rankings: dict[str, Ranking]
+    overall: dict[str, SliceMetrics]
+    slices: dict[str, dict[str, dict[str, SliceMetrics]]]
+    """System -> slice -> label -> figures."""
+    labels: dict[str, pl.Series]
+    """Slice -> label of each pair."""
+
+    def compare(self, first: str, second: str, keep: np.ndarray | None = None) -> PairedDifference:
+        """Labelled Recall@10 of one system minus another's, paired."""
+        return compare(self.rankings[first], self.rankings[second], keep)
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """All tasks of one evaluation."""
+
+    dataset: str
+    label: str
+    split: str
+    tasks: dict[str, TaskReport]
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Entity type of the catalogue -> why it was not evaluated."""
+
+    def as_dict(self, pairs_of_systems: Iterable[tuple[str, str]] = ()) -> dict[str, Any]:
+        """Plain values for JSON; ``pairs_of_systems``: comparisons to include."""
+        wanted = list(pairs_of_systems)
+        tasks = {}
+        for name, report in self.tasks.items():
+            tasks[name] = {
+                "corpus": report.task.corpus_description,
+                "candidates": report.task.candidates.height,
+                "systems": {
+                    system: {
+                        "all": metrics.as_dict(),
+                        "slices": {s: {label: m.as_dict() for label, m in labels.items()} for s, labels in report.slices[system].items()},
+                    }
+                    for system, metrics in report.overall.items()
+                },
+                "comparisons": {f"{a} - {b}": comparison_dict(report.compare(a, b)) for a, b in wanted},
+            }
+        result: dict[str, Any] = _finite(
+            {
+                "dataset": self.dataset,
+                "label": self.label,
+                "split": self.split,
+                "metric": METRIC,
+                "tasks": tasks,
+                "not_evaluated": self.left_out,
+            }
+        )
+        return result
+
+
+METRIC = (
+    "labelled recall: share of pairs (query, annotated entity) whose entity ranks in the top k; exact search; 95% bootstrap over queries"
+)
+
+
+def comparison_dict(result: PairedDifference) -> dict[str, Any]:
+    """Plain values of a paired comparison."""
+    value, low, high = result.difference
+    return {"recall@10 difference": value, "low": low, "high": high, "p": result.p_value, "wins": result.wins, "losses": result.losses}
+
+
+def _finite(value: Any) -> Any:
+    """The same value with NaN replaced by None, for strict JSON."""
+    if isinstance(value, dict):
+        return {key: _finite(v) for key, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def evaluate_systems(
+    dataset: Dataset,
+    systems: Mapping[str, Baseline],
+    *,
+    entity_types: Sequence[str] | None = None,
+    without_tower: Mapping[str, str] | None = None,
+    split: str = "heldout",
+    corpus_size: int | None = None,
+    max_queries: int | None = None,
+    slices: Sequence[str] | None = None,
+    judgements: pl.DataFrame | None = None,
+    runs: bool = False,
+    resamples: int = 1000,
+    seed: int = 0,
+    progress: Callable[[str], None] = say,
+) -> EvaluationReport:
+    """Rank every held-out pair under every system and sum up.
+
+    Args:
+        dataset: Catalogue and pairs.
+        systems: Name -> system (``bundle_system``, ``make_baseline``, or any function of the same form).
+        entity_types: Types to evaluate, each of which must have pairs and towers; None: those of the catalogue that have, and a line about
+            the others. ``query`` evaluates derived related-query pairs, or the data's own.
+        without_tower: From ``types_without_tower``: what a system cannot embed.
+        split: Which split.
+        corpus_size: Rank against this many random candidates per type; None: all.
+        max_queries: Random queries per type; None: all.
+        slices: Slices to report; None: all that ``pair_slices`` makes; empty: none.
+        judgements: Evaluate these graded judgements (``query, entity_id, grade``) instead of pairs.
+        runs: Keep ranked lists, for ``save_runs``.
+        resamples: Bootstrap resamples of the overall figures; slices take a third.
+        seed: Chooses corpus, queries and resamples.
+        progress: Called with one line per system and type.
+
+    Raises:
+        ConfigError: No system, no pairs, no tower for a type that was asked for, or an impossible setting.
+    """
+    if not systems:
+        raise ConfigError("there is no system to evaluate. Give a model bundle, or baselines such as --baselines bm25,random.")
+    train = dataset.split("train")
+    judged = None if judgements is None else pairs_of_judgements(dataset, judgements, split)
+    without_tower = without_tower or {}
+    left_out = _types_left_out(dataset, judged, split, without_tower) if entity_types is None else {}
+    for name, why in left_out.items():
+        progress(f"{name}: {why}; not evaluated")
+    wanted = entity_types if entity_types is not None else [name for name in dataset.entity_types if name not in left_out]
+    missing = [f"{name}: {without_tower[name]}" for name in wanted if name in without_tower]
+    if missing:
+        raise ConfigError(f"{'; '.join(missing)}. Choose other types with --entity-type, or train with pairs of these.")
+    tasks = {}
+    for entity_type in wanted:
+        pairs = judged
+        if judged is None and entity_type == "query" and dataset.pairs.filter(pl.col("entity_type") == "query").is_empty():
+            pairs = related_query_pairs(dataset.pairs)
+        task = build_task(dataset, entity_type, pairs=pairs, split=split, corpus_size=corpus_size, max_queries=max_queries, seed=seed)
+        labels = pair_slices(task, train)
+        labels = labels if slices is None else {name: labels[name] for name in slices if name in labels}
+        rankings, overall, sliced = {}, {}, {}
+        for name, system in systems.items():
+            ranking = rank_task(task, system(task, dataset), name, run_depth=RUN_DEPTH if runs else 0)
+            rankings[name], overall[name] = ranking, slice_metrics(ranking, resamples=resamples, seed=seed)
+            sliced[name] = metrics_by_slice(ranking, labels, resamples=max(100, resamples // 3))
+            recall = overall[name].recall[10]
+            progress(f"{entity_type:8} {name:20} Recall@10 {recall.value:.3f} [{recall.low:.3f}, {recall.high:.3f}]")
+        tasks[entity_type] = TaskReport(task, rankings, overall, sliced, labels)
+    return EvaluationReport(dataset.name, dataset.label, split, tasks, left_out)
+
+
+def _types_left_out(dataset: Dataset, judged: pl.DataFrame | None, split: str, without_tower: Mapping[str, str]) -> dict[str, str]:
+    """The catalogue's types that cannot be evaluated, and why; an error if all are."""
+    pairs = dataset.pairs if judged is None else judged
+    what = f"{split!r} pairs" if judged is None else "judgements with a grade above 0"
+    present = set(pairs.filter(pl.col("split") == split)["entity_type"].to_list())
+    if not present.intersection(dataset.entity_types):
+        splits = ", ".join(sorted(pairs["split"].drop_nulls().unique().to_list())) or "none"
+        raise ConfigError(f"there are no {what} to evaluate in data set {dataset.name!r}; it has {splits}. Choose with --split.")
+    left_out = {name: f"no {what}" for name in dataset.entity_types if name not in present}
+    left_out |= {name: why for name, why in without_tower.items() if name in present}
+    if set(dataset.entity_types) <= left_out.keys():
+        reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
+        raise ConfigError(f"there is nothing to evaluate in data set {dataset.name!r} ({reasons}). Train with pairs of these types.")
+    return left_out
+
+
+def pairs_of_judgements(dataset: Dataset, judgements: pl.DataFrame, split: str) -> pl.DataFrame:
+    """Graded judgements in the form of the pairs table; grade 0 rows are left out (they ask nothing of a ranking).
+
+    Raises:
+        ConfigError: No judged entity is in the catalogue.
+    """
+    types = dataset.catalogue.select(pl.col("id").alias("entity_id"), "entity_type")
+    rows = judgements.filter(pl.col("grade") > 0).join(types, on="entity_id", how="inner", maintain_order="left")
+    if rows.is_empty():
+        raise ConfigError("no judged entity with a grade above 0 is in the catalogue. Do the ids of the judgements match the catalogue's?")
+    absent = [name for name in ("language", "country") if name not in rows.columns]
+    filled = rows.with_columns(**{name: pl.lit("") for name in absent}, split=pl.lit(split), count=pl.lit(1))
+    return filled.with_columns(kind=pl.format("grade {}", "grade"), action=pl.format("grade {}", "grade"))
+
+
+def save_runs(report: EvaluationReport, folder: Path) -> list[Path]:
+    """Write TREC files for ``ir_measures`` and the like: per entity type ``queries.tsv``, ``qrels.txt`` and one ``run-SYSTEM.txt`` each.
+
+    TREC files are split at white space, so query ids are row numbers (``queries.tsv`` names them) and white space and ``%`` in entity ids
+    are percent-encoded. Near-duplicates are one document, named by their group, at its best place.
+
+    Raises:
+        ConfigError: The report was made without ranked lists, or against a random corpus (each pair then has a list of its own).
+    """
+    written = []
+    for entity_type, report_of_type in report.tasks.items():
+        task = report_of_type.task
+        if not task.in_corpus.all():
+            raise ConfigError("runs are ranked lists over the whole catalogue, but a random corpus was asked for. Leave --corpus-size out.")
+        root = folder / entity_type
+        root.mkdir(parents=True, exist_ok=True)
+        lines = (f"q{i}\t{' '.join(query.split())}\n" for i, query in enumerate(task.queries))
+        (root / "queries.tsv").write_text("".join(lines), encoding="utf-8")
+        group_of_row = task.candidates["id"].to_list()
+        groups, (target, row) = task.targets["group"].to_list(), task.members
+        for t, r in zip(target.tolist(), row.tolist(), strict=True):
+            group_of_row[r] = groups[t]
+        names = [_trec_name(name) for name in group_of_row]
+        rows = task.targets.select("query_index", "group", "gain").iter_rows()
+        (root / "qrels.txt").write_text("".join(f"q{q} 0 {_trec_name(g)} {int(gain)}\n" for q, g, gain in rows), encoding="utf-8")
+        written += [root / "queries.tsv", root / "qrels.txt"]
+        for system, ranking in report_of_type.rankings.items():
+            if ranking.run is None:
+                raise ConfigError("the evaluation kept no ranked lists. Evaluate with runs=True.")
+            path = root / f"run-{re.sub(r'[^A-Za-z0-9_.-]+', '_', system)}.txt"
+            with path.open("w", encoding="utf-8") as file:
+                for i, (rows_found, scores) in enumerate(zip(*ranking.run, strict=True)):
+                    seen: dict[str, float] = {}
+                    for r, score in zip(rows_found.tolist(), scores.tolist(), strict=True):
+                        if r >= 0:
+                            seen.setdefault(names[r], score)
+                    file.writelines(
+                        f"q{i} Q0 {name} {place} {score:.8g} {_trec_name(system)}\n" for place, (name, score) in enumerate(seen.items(), 1)
+                    )
+            written.append(path)
+    return written
+
+
+def _trec_name(text: str) -> str:
+    return re.sub(r"[\s%]", lambda match: "".join(f"%{byte:02X}" for byte in match.group().encode("utf-8")), text)

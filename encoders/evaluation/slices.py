@@ -1,0 +1,192 @@
+"""Metrics by slice (language, popularity, few positives) with intervals, and paired comparisons."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from encoders.errors import ConfigError
+from encoders.evaluation.metrics import (
+    Interval,
+    PairedDifference,
+    QuerySums,
+    bootstrap_interval,
+    ndcg_at_k,
+    paired_difference,
+    recall_ceiling,
+    reciprocal_ranks,
+    sums_by_query,
+)
+from encoders.evaluation.ranking import EvaluationTask, Ranking
+
+POPULARITY = pl.Enum(["head", "torso", "tail"])
+
+
+POPULARITY_SHARES = (0.1, 0.5)
+"""Head: the top tenth of entities by train pairs; torso: the next four tenths; tail: the rest."""
+
+
+FEW_POSITIVES = 10
+
+
+@dataclass(frozen=True)
+class SliceMetrics:
+    """The figures of one system on some of a task's pairs."""
+
+    pairs: int
+    queries: int
+    recall: dict[int, Interval]
+    """Labelled Recall@k over pairs, by k."""
+    ceiling: dict[int, float]
+    """The highest Recall@k that any ranking could reach on these pairs."""
+    query_recall: float
+    """Labelled Recall@10 averaged over queries instead of pairs."""
+    mrr: Interval
+    ndcg: float
+    """Mean nDCG@10 over queries (of all their targets)."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        recalls = {
+            f"recall@{k}": {"value": r.value, "low": r.low, "high": r.high, "ceiling": self.ceiling[k]} for k, r in self.recall.items()
+        }
+        mrr = {"value": self.mrr.value, "low": self.mrr.low, "high": self.mrr.high}
+        return {
+            "pairs": self.pairs,
+            "queries": self.queries,
+            **recalls,
+            "recall@10_by_query": self.query_recall,
+            "mrr": mrr,
+            "ndcg@10": self.ndcg,
+        }
+
+
+def slice_metrics(
+    ranking: Ranking, keep: np.ndarray | None = None, *, ks: Sequence[int] = (1, 10, 100), resamples: int = 1000, seed: int = 0
+) -> SliceMetrics:
+    """Sum the ranks of a task up, over all pairs or those with ``keep`` True.
+
+    Args:
+        ranking: From ``rank_task``.
+        keep: bool ``(P,)``.
+        ks: Depths.
+        resamples: Bootstrap resamples.
+        seed: Seed of the bootstrap.
+    """
+    task = ranking.task
+    keep = np.ones(task.pairs.height, dtype=bool) if keep is None else keep
+    query_index, ranks = task.pairs["query_index"].to_numpy()[keep], ranking.ranks[keep]
+    target, count = task.pairs["target"].to_numpy()[keep], len(task.queries)
+    places = target_takes_place(task)[target]
+    recall = {k: bootstrap_interval(sums_by_query(query_index, ranks <= k, count), resamples=resamples, seed=seed) for k in ks}
+    ceiling = {k: recall_ceiling(query_index, target, places, k, count).value for k in ks}
+    ten = sums_by_query(query_index, ranks <= 10, count)
+    seen = ten.counts > 0
+    ndcg = ndcg_at_k(task.targets["query_index"].to_numpy(), ranking.list_ranks, task.targets["gain"].to_numpy(), 10, count)[seen]
+    return SliceMetrics(
+        pairs=int(keep.sum()),
+        queries=int(seen.sum()),
+        recall=recall,
+        ceiling=ceiling,
+        query_recall=float((ten.hits[seen] / ten.counts[seen]).mean()) if seen.any() else float("nan"),
+        mrr=bootstrap_interval(sums_by_query(query_index, reciprocal_ranks(ranks), count), resamples=resamples, seed=seed),
+        ndcg=float(np.nanmean(ndcg)) if np.isfinite(ndcg).any() else float("nan"),
+    )
+
+
+def target_takes_place(task: EvaluationTask) -> np.ndarray:
+    """Whether all answers of a target stand in the corpus, so that it takes a place in the lists of its query's others: bool ``(T,)``."""
+    member_target, member_row = task.members
+    free = np.zeros(task.targets.height, dtype=bool)
+    free[member_target[~task.in_corpus[member_row]]] = True
+    return ~free
+
+
+def pair_slices(task: EvaluationTask, train_pairs: pl.DataFrame) -> dict[str, pl.Series]:
+    """The slices each pair belongs to.
+
+    Args:
+        task: From ``build_task``.
+        train_pairs: Train-split pairs: their number per entity makes head, torso and tail.
+
+    Returns:
+        Slice name -> label of each pair ``(P,)``, an ``Enum`` where labels have an order: ``language``, ``english``, ``country`` (if any
+        is known), ``action``, ``popularity`` (head/torso/tail), ``text`` (whether title, description or caption is there), ``engaged``
+        (whether it has engaged queries), ``positives`` (few: 10 or fewer answers to the query), ``source`` (of the entity, if known).
+    """
+    pairs, candidates = task.pairs, task.candidates
+    counts = train_pairs.filter(pl.col("entity_type") == task.entity_type).group_by("entity_id").agg(pl.len().alias("train"))
+    ranked = (
+        candidates.select(pl.col("id").alias("entity_id"))
+        .join(counts, on="entity_id", how="left")
+        .with_columns(pl.col("train").fill_null(0))
+    )
+    ranked = ranked.sort(["train", "entity_id"], descending=[True, False]).with_row_index("place")
+    share = pl.col("place") / max(1, ranked.height)
+    head, torso = POPULARITY_SHARES
+    popularity = pl.when(share < head).then(pl.lit("head")).when(share < torso).then(pl.lit("torso")).otherwise(pl.lit("tail"))
+    ranked = ranked.with_columns(popularity=popularity.cast(POPULARITY))
+    text = [pl.col(c).fill_null("").str.strip_chars() != "" for c in ("title", "description", "caption") if c in candidates.columns]
+    has_text = pl.any_horizontal(text) if text else pl.lit(False)
+    has_queries = pl.col("engaged_queries").list.len() > 0 if "engaged_queries" in candidates.columns else pl.lit(False)
+    about = candidates.select(
+        pl.col("id").alias("entity_id"),
+        pl.when(has_text).then(pl.lit("present")).otherwise(pl.lit("absent")).alias("text"),
+        pl.when(has_queries).then(pl.lit("yes")).otherwise(pl.lit("no")).alias("engaged"),
+        *([pl.col("source").cast(pl.String)] if "source" in candidates.columns else []),
+    )
+    joined = pairs.select("entity_id").join(ranked.select("entity_id", "popularity"), on="entity_id", how="left", maintain_order="left")
+    joined = joined.join(about, on="entity_id", how="left", maintain_order="left")
+    labels = {
+        "language": pairs["language"],
+        "english": pairs.select(
+            pl.when(pl.col("language").str.split("-").list.first() == "en").then(pl.lit("en")).otherwise(pl.lit("not en"))
+        ).to_series(),
+        "action": pairs["kind" if "kind" in pairs.columns else "action"],
+        "positives": pairs.select(pl.when(pl.col("positives") <= FEW_POSITIVES).then(pl.lit("few")).otherwise(pl.lit("many"))).to_series(),
+        **{name: joined[name] for name in joined.columns if name != "entity_id"},
+    }
+    if "country" in pairs.columns and (pairs["country"] != "").any():
+        labels["country"] = pairs["country"]
+    labels["action, few positives"] = pl.Series([f"{a}, {p}" for a, p in zip(labels["action"], labels["positives"], strict=True)])
+    return labels
+
+
+def metrics_by_slice(
+    ranking: Ranking, slices: dict[str, pl.Series], *, ks: Sequence[int] = (10,), resamples: int = 300
+) -> dict[str, dict[str, SliceMetrics]]:
+    """``{slice: {label: metrics}}``, labels in the order of their ``Enum``, else most pairs first; pairs without one are ``unknown``."""
+    result: dict[str, dict[str, SliceMetrics]] = {}
+    for name, given in slices.items():
+        labels = given.cast(pl.String).fill_null("unknown")
+        listed = labels.value_counts().sort(["count", labels.name], descending=[True, False])[labels.name].to_list()
+        if isinstance(given.dtype, pl.Enum):
+            order = given.dtype.categories.to_list()
+            listed.sort(key=lambda label: order.index(label) if label in order else len(order))
+        result[name] = {label: slice_metrics(ranking, (labels == label).to_numpy(), ks=ks, resamples=resamples) for label in listed}
+    return result
+
+
+def compare(
+    first: Ranking, second: Ranking, keep: np.ndarray | None = None, *, k: int = 10, resamples: int = 2000, seed: int = 0
+) -> PairedDifference:
+    """Labelled Recall@k of ``first`` minus ``second`` on the same pairs, with a paired bootstrap over queries.
+
+    Raises:
+        ConfigError: The two rank different tasks.
+    """
+    if first.task.entity_type != second.task.entity_type or not first.task.pairs.select("query", "entity_id").equals(
+        second.task.pairs.select("query", "entity_id")
+    ):
+        raise ConfigError("a comparison needs two systems on the same task, but their pairs differ. Rank both with one EvaluationTask.")
+    index = first.task.pairs["query_index"].to_numpy()
+    keep = np.ones(len(index), dtype=bool) if keep is None else keep
+
+    def sums(ranking: Ranking) -> QuerySums:
+        return sums_by_query(index[keep], ranking.ranks[keep] <= k, len(first.task.queries))
+
+    return paired_difference(sums(first), sums(second), resamples=resamples, seed=seed)

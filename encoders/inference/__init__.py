@@ -1,0 +1,1 @@
+"""Trained towers at work: batch embedding, the signal store and ONNX forms."""

@@ -1,0 +1,1 @@
+"""Logs to training pairs, here or on Ray, and a simulator of logs."""

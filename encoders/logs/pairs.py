@@ -1,0 +1,282 @@
+"""Training and evaluation pairs from engaged events: actions, popularity caps, counts, a split in time, a check for leaks (paper 4.1)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import NamedTuple
+
+import polars as pl
+
+from encoders.errors import ConfigError, DataError
+from encoders.logs.events import merge_duplicates
+from encoders.tables.schemas import ACTIONS, ENTITY_TYPES
+from encoders.text.hashing import combine_keys, hash_texts, mix64
+from encoders.text.normal_forms import fold_query
+
+PAIR_KEY = ["query", "language", "country", "entity_type", "entity_id", "action"]
+PAIR_COLUMNS = [*PAIR_KEY, "count", "timestamp", "split"]
+
+PAPER_ACTIONS: dict[str, tuple[str, ...]] = {
+    "pin": ("save", "long_click"),
+    "product": ("save", "long_click", "add_to_cart", "checkout"),
+    "ad": ("save", "long_click", "add_to_cart", "checkout"),
+    "query": ("query_click",),
+}
+"""Actions that make a pair a positive, by entity type."""
+
+
+class LeakError(DataError):
+    """An evaluation pair can be seen by the model during training; the message names some."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairsConfig:
+    """How events become pairs."""
+
+    actions: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: dict(PAPER_ACTIONS))
+    """Actions that count, by entity type."""
+    caps: Mapping[str, int] = field(default_factory=lambda: {"pin": 50, "product": 200, "ad": 200, "query": 200})
+    """Most distinct queries one entity may have in one split; which ones survive is uniformly random."""
+    train_end: datetime | None = None
+    """Training events are before this time; None: ``heldout_days`` plus ``gap_days`` before the end of the log."""
+    train_days: int = 365
+    """Length of the training window."""
+    gap_days: int = 15
+    """Days between the training and the held-out window; their events are dropped."""
+    heldout_days: int = 30
+    """Length of the held-out window; 0: everything up to the end of the log is training data."""
+    keep_seen: bool = False
+    """Keep held-out pairs whose query and entity also are a training pair (they measure memory, not retrieval)."""
+    seed: int = 0
+    """Chooses the pairs that survive a cap."""
+
+    def __post_init__(self) -> None:
+        for entity_type, names in self.actions.items():
+            if entity_type not in ENTITY_TYPES or not set(names) <= set(ACTIONS) - {"impression"}:
+                raise ConfigError(
+                    f"PairsConfig.actions: expected entity types {', '.join(ENTITY_TYPES)} and actions {', '.join(ACTIONS[1:])}, "
+                    f"got {entity_type!r}: {', '.join(names)}"
+                )
+        for entity_type, cap in self.caps.items():
+            if entity_type not in ENTITY_TYPES or cap < 1:
+                raise ConfigError(f"PairsConfig.caps: expected an entity type and a cap of at least 1, got {entity_type!r}: {cap}")
+        if self.train_days < 1 or self.gap_days < 0 or self.heldout_days < 0:
+            raise ConfigError("PairsConfig: train_days must be at least 1, gap_days and heldout_days at least 0")
+        if self.train_end is not None and self.train_end.tzinfo is None:
+            raise ConfigError("PairsConfig.train_end needs a time zone, for example datetime(2026, 1, 1, tzinfo=UTC)")
+
+    def split_at(self, last_event: datetime) -> TimeSplit:
+        """The windows for a log whose last event is at ``last_event``."""
+        held = timedelta(days=self.heldout_days)
+        gap = timedelta(days=self.gap_days if self.heldout_days else 0)
+        after = last_event + timedelta(microseconds=1)
+        end = self.train_end or after - held - gap
+        return TimeSplit(end - timedelta(days=self.train_days), end, end + gap, end + gap + held)
+
+
+class TimeSplit(NamedTuple):
+    """Half-open windows ``[train_start, train_end)`` and ``[heldout_start, heldout_end)``."""
+
+    train_start: datetime
+    train_end: datetime
+    heldout_start: datetime
+    heldout_end: datetime
+
+
+class Pairs(NamedTuple):
+    """Pairs of some entities, and where every event went."""
+
+    frame: pl.DataFrame
+    """``PAIR_COLUMNS``, sorted."""
+    counts: Counter[str]
+    """Events and pairs by what happened to them; counters of disjoint sets of entities add up."""
+
+
+def build_pairs(
+    events: pl.DataFrame,
+    config: PairsConfig,
+    split: TimeSplit,
+    *,
+    known: pl.DataFrame | None = None,
+    features: pl.DataFrame | None = None,
+) -> Pairs:
+    """Turn engaged events into pairs with counts.
+
+    Every step works within one entity, so calls on disjoint sets of entities give, together, what one call on all of them gives.
+
+    Args:
+        events: Columns of ``events.EVENT_SCHEMA``; repeated rows are one event. All events of an entity must be in one call.
+        config: Actions, caps, seed.
+        split: The time windows (see ``PairsConfig.split_at``).
+        known: ``entity_type`` and ``entity_id`` of the catalogue; events of other entities are left out and counted. None: all are known.
+        features: Engaged-query features (``entity_type, entity_id, query``) that training will see; held-out pairs among them are dropped
+            and counted. None: none are dropped for this reason.
+
+    Returns:
+        One row per query, language, country, entity and action within a split: ``count`` events, the last at ``timestamp``.
+    """
+    counts: Counter[str] = Counter({"events": events.height})
+    events = merge_duplicates(events)
+    counts["dropped: duplicate events"] = counts["events"] - events.height
+    events = _count_dropped(events, _action_filter(config), counts, "dropped: events whose action makes no pair")
+    itself = (pl.col("entity_type") == "query") & (pl.col("query") == pl.col("entity_id"))
+    events = _count_dropped(events, ~itself, counts, "dropped: clicks on a suggestion equal to the query")
+    windows = (
+        pl.when(pl.col("timestamp").is_between(split.train_start, split.train_end, closed="left"))
+        .then(pl.lit("train"))
+        .when(pl.col("timestamp").is_between(split.heldout_start, split.heldout_end, closed="left"))
+        .then(pl.lit("heldout"))
+        .when(pl.col("timestamp").is_between(split.train_end, split.heldout_start, closed="left"))
+        .then(pl.lit("gap"))
+        .otherwise(pl.lit("outside"))
+    )
+    events = events.with_columns(windows.alias("split"))
+    events = _count_dropped(events, pl.col("split") != "gap", counts, "dropped: events in the gap")
+    events = _count_dropped(events, pl.col("split") != "outside", counts, "dropped: events outside the windows")
+    if known is not None:
+        here = events.height
+        in_catalogue = events.join(known.select("entity_type", "entity_id").unique(), on=["entity_type", "entity_id"], how="semi")
+        events = pl.concat([in_catalogue, events.filter(pl.col("entity_type") == "query")])
+        counts["dropped: events of entities that are not in the catalogue"] = here - events.height
+    pairs = events.group_by([*PAIR_KEY, "split"]).agg(pl.len().cast(pl.Int64).alias("count"), pl.col("timestamp").max())
+    if not config.keep_seen:
+        pairs = _drop_seen(pairs, counts)
+    if features is not None:
+        pairs = drop_visible(pairs, features, counts)
+    pairs = _cap(pairs, config, counts)
+    counts["pairs"] = pairs.height
+    return Pairs(pairs.select(PAIR_COLUMNS).sort([*PAIR_KEY[3:], *PAIR_KEY[:3], "split"]), counts)
+
+
+def _count_dropped(events: pl.DataFrame, keep: pl.Expr, counts: Counter[str], reason: str) -> pl.DataFrame:
+    kept = events.filter(keep)
+    counts[reason] += events.height - kept.height
+    return kept
+
+
+def _action_filter(config: PairsConfig) -> pl.Expr:
+    wanted = [(pl.col("entity_type") == t) & pl.col("action").is_in(list(names)) for t, names in config.actions.items()]
+    return pl.any_horizontal(wanted)
+
+
+def _drop_seen(pairs: pl.DataFrame, counts: Counter[str]) -> pl.DataFrame:
+    heldout = pairs.filter(pl.col("split") == "heldout")
+    if not heldout.height:
+        return pairs
+    folded = fold_query(pl.col("query")).alias("folded")
+    # Only entities with held-out pairs can have seen ones; folding the others would be work for nothing.
+    train = (
+        pairs.filter(pl.col("split") == "train")
+        .join(heldout, on=["entity_type", "entity_id"], how="semi")
+        .select(folded, "entity_type", "entity_id")
+    )
+    unseen = heldout.with_columns(folded).join(train, on=["folded", "entity_type", "entity_id"], how="anti").drop("folded")
+    counts["dropped: heldout pairs seen in training"] = heldout.height - unseen.height
+    return pl.concat([pairs.filter(pl.col("split") == "train"), unseen])
+
+
+def drop_visible(pairs: pl.DataFrame, features: pl.DataFrame, counts: Counter[str]) -> pl.DataFrame:
+    """Drop the held-out pairs whose query is an engaged-query feature of the entity, and count them."""
+    leaking = find_leaks(pairs, features).through_features.select([*PAIR_KEY, "split"])
+    counts["dropped: heldout pairs visible in an engaged-query feature"] = leaking.height
+    return pairs.join(leaking, on=[*PAIR_KEY, "split"], how="anti", nulls_equal=True)
+
+
+def _cap(pairs: pl.DataFrame, config: PairsConfig, counts: Counter[str]) -> pl.DataFrame:
+    """Keep at most ``caps[entity_type]`` distinct queries per entity and split: those whose seeded hash is smallest."""
+    group = ["entity_type", "entity_id", "split"]
+    crowded = pairs.group_by(group).agg(pl.col("query").n_unique().alias("queries"))
+    cap = pl.col("entity_type").replace_strict(dict(config.caps), default=None, return_dtype=pl.Int64)
+    crowded = crowded.filter(pl.col("queries") > cap)
+    if not crowded.height:
+        return pairs
+    within = pairs.join(crowded, on=group, how="anti")
+    over = pairs.join(crowded, on=group, how="semi")
+    distinct = over.select([*group, "query"]).unique()
+    key = combine_keys(hash_texts(distinct["query"].to_list()), hash_texts(distinct["entity_id"].to_list()))
+    order = distinct.with_columns(pl.Series("luck", mix64(key, config.seed)))
+    order = order.sort("luck", "query").with_columns(pl.int_range(pl.len()).over(group).alias("place")).filter(pl.col("place") < cap)
+    survivors = over.join(order, on=[*group, "query"], how="semi")
+    counts["dropped: pairs above the popularity cap"] = over.height - survivors.height
+    return pl.concat([within, survivors])
+
+
+class Leaks(NamedTuple):
+    """Evaluation pairs that the model could see during training."""
+
+    through_pairs: pl.DataFrame
+    """Held-out pairs whose query (folded) and entity are a training pair."""
+    through_features: pl.DataFrame
+    """Held-out pairs whose query (folded) is among the entity's engaged-query features."""
+
+
+def find_leaks(pairs: pl.DataFrame, engaged: pl.DataFrame | None = None) -> Leaks:
+    """Look for held-out pairs that are visible through a training pair or an engaged-query feature.
+
+    Args:
+        pairs: The pairs table.
+        engaged: ``entity_type``, ``entity_id``, ``query`` of engaged-query features, one row each; None: not checked.
+    """
+    keys = ["folded", "entity_type", "entity_id"]
+    folded = pairs.with_columns(fold_query(pl.col("query")).alias("folded"))
+    heldout, train = folded.filter(pl.col("split") == "heldout"), folded.filter(pl.col("split") == "train")
+    seen = heldout.join(train, on=keys, how="semi").drop("folded")
+    if engaged is None:
+        return Leaks(seen, seen.clear())
+    features = engaged.select(fold_query(pl.col("query")).alias("folded"), "entity_type", "entity_id")
+    return Leaks(seen, heldout.join(features, on=keys, how="semi").drop("folded"))
+
+
+def refuse_leaks(leaks: Leaks, heldout_rows: int) -> None:
+    """Fail when there is a leak.
+
+    Raises:
+        LeakError: Names the number of leaking pairs, three of them, and the way out.
+    """
+    for leaking, through, fix in (
+        (leaks.through_pairs, "a training pair", "Build the pairs without --keep-seen."),
+        (
+            leaks.through_features,
+            "an engaged-query feature",
+            "Use features from events before the training end (omni pairs writes them), or drop these pairs (--drop-leaks).",
+        ),
+    ):
+        if leaking.height:
+            examples = "; ".join(f"{r['query']!r} -> {r['entity_id']}" for r in leaking.head(3).iter_rows(named=True))
+            raise LeakError(f"{leaking.height:,} of {heldout_rows:,} evaluation pairs are visible through {through}: {examples}. {fix}")
+
+
+def pairs_table(pairs: pl.DataFrame) -> pl.DataFrame:
+    """Table 1 of the paper for these pairs: size per pair source.
+
+    Returns:
+        Per entity type and split, sorted: ``source``, ``actions``, ``pairs`` (rows), ``events`` (sum of counts), ``queries``, ``entities``.
+    """
+    return (
+        pairs.group_by("entity_type", "split")
+        .agg(
+            pl.col("action").unique().sort().str.join(", ").alias("actions"),
+            pl.len().alias("pairs"),
+            pl.col("count").sum().alias("events"),
+            pl.col("query").n_unique().alias("queries"),
+            pl.col("entity_id").n_unique().alias("entities"),
+        )
+        .select(pl.format("query-{}", "entity_type").alias("source"), "split", "actions", "pairs", "events", "queries", "entities")
+        .sort("source", "split", descending=[False, True])
+    )
+
+
+def parse_day(text: str) -> datetime:
+    """A date or ISO time as UTC.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ConfigError(f"expected a date such as 2026-01-31 or an ISO 8601 time, got {text!r}") from error
+    return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)

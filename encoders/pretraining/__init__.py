@@ -1,0 +1,1 @@
+"""How the shipped towers were made; nothing imports these recipes."""

@@ -1,0 +1,1 @@
+"""What a table is: schemas, files, checks, cells, streams and profiles."""

@@ -1,0 +1,206 @@
+"""What the cells of unknown columns in text files are: numbers, booleans or lists where nothing is lost, texts everywhere else.
+
+CSV and TSV hold texts alone. A column becomes more only where every cell of every file reads as one type without loss: ``007``, and
+decimals that a float64 does not give back, stay text.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from decimal import Decimal
+
+import polars as pl
+
+from encoders.tables.schemas import TableSchema
+
+_TYPES: dict[pl.DataType, str] = {
+    pl.Int64(): "numbers",
+    pl.Float64(): "numbers",
+    pl.Boolean(): "true or false",
+    pl.List(pl.String()): "JSON lists",
+    pl.List(pl.Int64()): "JSON lists",
+    pl.List(pl.Float64()): "JSON lists",
+}
+"""What the cells of an unknown catalogue column may be, first fit first; everything else stays text."""
+_WHOLE = r"^(0|-?[1-9][0-9]{0,18})$"
+_DECIMAL = r"^-?(0|[1-9][0-9]*)?\.[0-9]+$"
+_EXPONENT = r"^-?(0|[1-9][0-9]*)(\.[0-9]+[eE][+-]?|[eE][+-])[0-9]+$"
+"""Needs a point or a sign: 1E5 may be a code."""
+_EXACT_DIGITS = 15
+"""Any decimal of so many significant digits comes back from a float64."""
+_LARGEST_EXACT = 2**53
+
+
+class AttributeTypes:
+    """Decides over all files of an open table what the cells of its unknown columns are."""
+
+    def __init__(self, wanted: TableSchema) -> None:
+        self._wanted = wanted
+        self._seen: dict[str, _CellsSeen] = {}
+
+    def add_texts(self, frame: pl.DataFrame, source: str) -> None:
+        """Count which types hold the cells of a file of texts, as it was read; ``source`` names it in notes."""
+        for name in self._unknown(frame):
+            self._seen.setdefault(name, _CellsSeen()).add_texts(frame[name], source)
+
+    def add_typed(self, frame: pl.DataFrame) -> None:
+        """Count the values of a file that has types of its own."""
+        for name in self._unknown(frame):
+            self._seen.setdefault(name, _CellsSeen()).add_typed(frame[name])
+
+    def typed(self, frame: pl.DataFrame) -> pl.DataFrame:
+        """Checked rows of a file of texts, with their cells as what all files agree on."""
+        chosen = {name: self._seen[name].dtype() for name in self._unknown(frame)}
+        return frame.with_columns(_read_cells(frame[name], dtype) for name, dtype in chosen.items() if dtype is not None)
+
+    def notes(self) -> list[str]:
+        """A line for each column that most cells, but not all, would have made more than text."""
+        return [note for name, seen in self._seen.items() if (note := seen.note(name))]
+
+    def _unknown(self, frame: pl.DataFrame) -> list[str]:
+        return [name for name in frame.columns if self._wanted.open and self._wanted.column(name) is None]
+
+
+class _CellsSeen:
+    """How many filled cells of a column each type holds, and the first that it does not."""
+
+    def __init__(self) -> None:
+        self.filled = 0
+        self.fitting = dict.fromkeys(_TYPES, 0)
+        self.misfits: dict[pl.DataType, str] = {}
+
+    def add_texts(self, cells: pl.Series, source: str) -> None:
+        """Count the cells of a text file."""
+        texts = _filled(cells)
+        filled = texts.is_not_null()
+        self.filled += int(filled.sum())
+        for dtype, fits in _fitting(texts).items():
+            self.fitting[dtype] += int(fits.sum())
+            misfits = (filled & ~fits).arg_true()
+            if len(misfits) and dtype not in self.misfits:
+                self.misfits[dtype] = f"{source}, row {misfits[0] + 1}: {cells[misfits[0]][:60]!r}"
+
+    def add_typed(self, values: pl.Series) -> None:
+        """Count the values of a file that has types: whole numbers also fit a column of floats."""
+        count = len(values) - values.null_count()
+        self.filled += count
+        too_large = values.dtype.is_integer() and not values.is_between(-_LARGEST_EXACT, _LARGEST_EXACT).all()
+        for dtype in _TYPES:
+            if _same_or_wider(values.dtype, dtype) and not (too_large and dtype == pl.Float64):
+                self.fitting[dtype] += count
+
+    def dtype(self) -> pl.DataType | None:
+        """The first type that holds every cell; None: text."""
+        return next((dtype for dtype, count in self.fitting.items() if count == self.filled), None) if self.filled else None
+
+    def note(self, name: str) -> str | None:
+        """What to say about a column that stays text although most of its cells are more."""
+        best = max(self.fitting, key=lambda dtype: self.fitting[dtype])
+        count = self.fitting[best]
+        if count == self.filled or 2 * count <= self.filled or best not in self.misfits:
+            return None
+        return (
+            f"column {name!r} stays text: {count:,} of {self.filled:,} cells are {_TYPES[best]}, but not {self.misfits[best]}. "
+            "Leave unknown cells empty; codes with leading zeros or too many digits belong to text."
+        )
+
+
+def _same_or_wider(found: pl.DataType, wanted: pl.DataType) -> bool:
+    if isinstance(found, pl.List | pl.Array) and isinstance(wanted, pl.List):
+        found, wanted = _inner(found), _inner(wanted)
+    if found.is_integer():
+        return wanted in (pl.Int64, pl.Float64)
+    return wanted == pl.Float64 if found.is_float() else found == wanted and not found.is_nested()
+
+
+def _inner(dtype: pl.List | pl.Array) -> pl.DataType:
+    inner = dtype.inner
+    return inner if isinstance(inner, pl.DataType) else inner()
+
+
+def _filled(cells: pl.Series) -> pl.Series:
+    """Stripped texts; blank ones are null."""
+    texts = cells.cast(pl.String).str.strip_chars()
+    return texts.set(texts == "", None)
+
+
+def _fitting(texts: pl.Series) -> dict[pl.DataType, pl.Series]:
+    """For each type, which texts (null: none) it holds so that the same value would be printed again."""
+    numbers = texts.cast(pl.Int64, strict=False)
+    whole = texts.str.contains(_WHOLE) & numbers.is_not_null()
+    small = whole & numbers.is_between(-_LARGEST_EXACT, _LARGEST_EXACT)
+    fits: dict[pl.DataType, pl.Series] = {
+        pl.Int64(): whole,
+        pl.Float64(): small | _exact_decimals(texts),
+        pl.Boolean(): texts.str.to_lowercase().is_in(["true", "false"]),
+    }
+    types_of = {text: _list_items(text) for text in texts.unique().to_list()} if texts.str.starts_with("[").any() else {}
+    types = [types_of.get(text) for text in texts.to_list()] if types_of else [None] * len(texts)
+    for item, kinds in ((pl.String(), {str}), (pl.Int64(), {int}), (pl.Float64(), {int, float})):
+        fits[pl.List(item)] = pl.Series([found is not None and found <= kinds for found in types], dtype=pl.Boolean)
+    return {dtype: fit.fill_null(False) for dtype, fit in fits.items()}
+
+
+def _exact_decimals(texts: pl.Series) -> pl.Series:
+    """Which texts are decimals that a float64 gives back."""
+    decimal = (texts.str.contains(_DECIMAL) | texts.str.contains(_EXPONENT)).fill_null(False)
+    short = texts.str.contains(_DECIMAL) & (texts.str.len_bytes() <= _EXACT_DIGITS)
+    doubtful = (decimal & ~short.fill_null(False)).arg_true()
+    inexact = [row for row in doubtful.to_list() if not _is_exact(texts[row])]
+    return decimal.scatter(inexact, False) if inexact else decimal
+
+
+def _is_exact(text: str) -> bool:
+    printed = repr(float(text))
+    return printed == text or Decimal(printed) == Decimal(text)
+
+
+def _list_items(text: str | None) -> frozenset[type] | None:
+    """The types in a JSON list whose values come back as they were written; None: it is not one."""
+    if not text or not text.startswith("["):
+        return None
+    try:
+        values = json.loads(text, parse_int=_exact_int, parse_float=_exact_float, parse_constant=_exact_float)
+        "".join(value for value in values if isinstance(value, str)).encode()  # half a surrogate pair is no text
+    except (ValueError, RecursionError):
+        return None
+    types = frozenset(map(type, values))
+    return None if float in types and any(type(v) is int and abs(v) > _LARGEST_EXACT for v in values) else types
+
+
+def _exact_int(text: str) -> int:
+    if not -(2**63) <= int(text) < 2**63:
+        raise ValueError(text)
+    return int(text)
+
+
+def _exact_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value) or not _is_exact(text):
+        raise ValueError(text)
+    return value
+
+
+def _read_cells(cells: pl.Series, dtype: pl.DataType) -> pl.Series:
+    texts = _filled(cells)
+    if isinstance(dtype, pl.List):
+        return texts.str.json_decode(dtype)
+    return texts.str.to_lowercase() == "true" if dtype == pl.Boolean else texts.cast(dtype)
+
+
+def cell_texts(values: pl.Series) -> pl.Series:
+    """The texts of a column, or the lists of texts of a column of lists.
+
+    Numbers read as polars reads those of JSON files as text (38 and 38.0 as ``38``, 1e-7 as ``0.0000001``); NaN is missing.
+    """
+    if isinstance(values.dtype, pl.Array):
+        values = values.arr.to_list()
+    in_lists = isinstance(values.dtype, pl.List)
+    wanted = pl.List(pl.String()) if in_lists else pl.String()
+    leaf = values.dtype.inner if in_lists else values.dtype  # type: ignore[attr-defined]
+    if not leaf.is_float() or values.is_empty():
+        return values.cast(wanted)
+    lines = values.alias("cell").to_frame().write_ndjson()
+    return pl.read_ndjson(io.BytesIO(lines.encode()), schema={"cell": wanted})["cell"].alias(values.name)

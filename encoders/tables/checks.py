@@ -1,0 +1,416 @@
+"""Checks of one table against its schema: pure functions that repair what is safe, and list every value that is not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple
+
+import polars as pl
+
+from encoders.errors import SchemaError
+from encoders.tables.cells import cell_texts
+from encoders.tables.schemas import EARLIEST_YEAR, Column, Kind, TableSchema, lookalikes, renames
+
+FUTURE_TOLERANCE = timedelta(days=1)
+"""Clocks and time zones differ; an event further ahead than this is wrong."""
+
+EPOCH_UNITS: tuple[tuple[str, float, int], ...] = (("s", 1e11, 1_000_000), ("ms", 1e14, 1_000), ("us", 1e17, 1))
+"""Unit of an epoch timestamp, the magnitude it stays below, and microseconds per unit; above all of them: nanoseconds."""
+
+ROW = "__row"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One value that may not enter: where it is, what it is, and what to do."""
+
+    row: int
+    column: str
+    value: str
+    rule: str
+    fix: str
+
+    def describe(self, source: str) -> str:
+        """One line that names file, row, column, value and fix."""
+        return f"{source}: row {self.row}, column {self.column!r}: {self.rule}, got {self.value}. {self.fix}"
+
+
+@dataclass(slots=True)
+class TableReport:
+    """What reading a table found; nothing is changed or dropped without a line here."""
+
+    source: str
+    table: str
+    rows_read: int = 0
+    rows_kept: int = 0
+    notes: list[str] = field(default_factory=list)
+    """Changes that lose nothing: id forms unified, identical rows merged, time units recognised."""
+    rules_broken: dict[str, int] = field(default_factory=dict)
+    """Rows by broken rule."""
+    problems: list[Problem] = field(default_factory=list)
+    """The first problems of each rule."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as plain values, for JSON."""
+        return {
+            "source": self.source,
+            "table": self.table,
+            "rows_read": self.rows_read,
+            "rows_kept": self.rows_kept,
+            "notes": self.notes,
+            "rules_broken": self.rules_broken,
+            "problems": [p.describe(self.source) for p in self.problems],
+        }
+
+
+class Checked(NamedTuple):
+    """A table after its checks."""
+
+    frame: pl.DataFrame
+    """The rows that keep every rule, in order, with ``ROW`` removed."""
+    rejected: pl.DataFrame
+    """The other rows as they came in, with the columns ``row`` (from 1) and ``problem``."""
+    report: TableReport
+
+
+class _Checker:
+    """Collects broken rules while columns are converted one by one."""
+
+    def __init__(self, frame: pl.DataFrame, report: TableReport, examples: int) -> None:
+        self.report, self.examples = report, examples
+        self.bad: dict[int, str] = {}
+        self.rows = frame[ROW]
+
+    def flag(self, mask: pl.Series, values: pl.Series, column: str, rule: str, fix: str) -> None:
+        """Record every row where ``mask`` is true as breaking ``rule``."""
+        hits = mask.fill_null(False).arg_true()
+        if not len(hits):
+            return
+        self.report.rules_broken[rule] = self.report.rules_broken.get(rule, 0) + len(hits)
+        row_numbers = self.rows.gather(hits).to_list()
+        for row in row_numbers:
+            self.bad.setdefault(row, f"{column}: {rule}")
+        for index, row in zip(hits.head(self.examples).to_list(), row_numbers, strict=False):
+            self.report.problems.append(Problem(row, column, _shown(values[index]), rule, fix))
+
+
+def check_frame(
+    frame: pl.DataFrame, schema: TableSchema, source: str, *, now: datetime | None = None, examples: int = 3, first_row: int = 1
+) -> Checked:
+    """Check and convert a table as it was read to what its schema says.
+
+    Args:
+        frame: Rows as read: texts, numbers, lists; any dtype a reader may give. A column ``__row`` gives their numbers in the file.
+        schema: The table's schema.
+        source: File name for messages.
+        now: Time that "in the future" is measured from; None: the clock.
+        examples: How many rows to name per broken rule.
+        first_row: Number of the first row, for tables read in parts.
+
+    Returns:
+        Typed rows (ids and queries in Unicode form NFC; nulls filled by the schema's defaults), the rejected rows and the report.
+
+    Raises:
+        SchemaError: A required column is missing, or a column cannot be of its type at all.
+    """
+    report = TableReport(source, schema.name, rows_read=frame.height)
+    near = lookalikes(frame.columns, schema)
+    missing = [c.name for c in schema.columns if c.required and c.name not in frame.columns]
+    if missing:
+        raise SchemaError(
+            f"{source}: table {schema.name!r} needs the column(s) {', '.join(missing)}; found: {', '.join(frame.columns) or 'none'}. "
+            f"Rename or add them{renames(near, missing)}; all columns: {', '.join(c.name for c in schema.columns)}."
+        )
+    report.notes += [f"column {name!r} is not read as {known!r}; rename it if it is meant to be" for name, known in near.items()]
+    if ROW not in frame.columns:
+        frame = frame.with_row_index(ROW, offset=first_row)
+    original = frame
+    checker = _Checker(frame, report, examples)
+    now = now or datetime.now(UTC)
+    for column in schema.columns:
+        if column.name in frame.columns:
+            frame = frame.with_columns(_convert(frame[column.name], column, checker, now).alias(column.name))
+        elif column.default is not None:
+            frame = frame.with_columns(pl.lit(column.default, dtype=column.dtype).alias(column.name))
+    for name in [n for n in frame.columns if schema.open and schema.column(n) is None and frame[n].dtype == pl.String]:
+        nul = frame[name].str.contains("\0", literal=True)
+        checker.flag(nul, frame[name], name, "text holds a NUL byte", "Remove the NUL bytes.")
+    if checker.bad:
+        frame = frame.filter(~pl.col(ROW).is_in(list(checker.bad)))
+    frame, clashing = _merge_identical(frame, schema, checker)
+    report.rows_kept = frame.height
+    # Ids that clash are found last; they come after the rows that break a rule by themselves.
+    reasons = pl.DataFrame(
+        {
+            ROW: [*sorted(checker.bad), *clashing],
+            "problem": [checker.bad[r] for r in sorted(checker.bad)] + [clashing[r] for r in clashing],
+        },
+        schema={ROW: original[ROW].dtype, "problem": pl.String},
+    )
+    rejected = reasons.join(original, on=ROW, how="left", maintain_order="left")
+    rejected = rejected.select(*(n for n in original.columns if n != ROW), pl.col(ROW).cast(pl.Int64).alias("row"), "problem")
+    return Checked(frame.drop(ROW), rejected, report)
+
+
+def _convert(values: pl.Series, column: Column, checker: _Checker, now: datetime) -> pl.Series:
+    match column.kind:
+        case Kind.TIMESTAMP:
+            return parse_timestamps(values, column, checker, now)
+        case Kind.INTEGER | Kind.NUMBER:
+            return _numbers(values, column, checker)
+        case Kind.TEXT_LIST:
+            return _text_lists(values, column, checker)
+        case Kind.VECTOR:
+            return _vectors(values, column, checker)
+        case _:
+            return _texts(values, column, checker)
+
+
+def _texts(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
+    if values.dtype.is_nested() or values.dtype == pl.Binary:
+        raise SchemaError(
+            f"{checker.report.source}: column {column.name!r} should hold text, but holds {values.dtype}. Export it as one text per row."
+        )
+    text = cell_texts(values)
+    fix_nul = "Remove the NUL bytes; the file was probably exported with a wrong encoding."
+    checker.flag(text.str.contains("\0", literal=True), text, column.name, "text holds a NUL byte", fix_nul)
+    # len_bytes is free; only rows that may be too long are counted in characters.
+    if (text.str.len_bytes().max() or 0) > column.max_characters:  # type: ignore[operator]
+        rule = f"text longer than {column.max_characters:,} characters"
+        checker.flag(text.str.len_chars() > column.max_characters, text, column.name, rule, "Shorten it, or drop the row.")
+    if column.kind is Kind.ID or column.name == "query":
+        unified = text.str.normalize("NFC")
+        changed = int((unified != text).sum())
+        if changed:
+            checker.report.notes.append(f"{changed:,} value(s) of {column.name!r} were brought to Unicode form NFC")
+        text = unified
+    if column.default is not None:
+        text = text.fill_null(str(column.default))
+    if column.required:
+        blank = text.is_null() | (text.str.strip_chars() == "")
+        checker.flag(blank, text, column.name, "a value is required", "Fill it in, or drop the row.")
+    if column.choices:
+        rule = f"must be one of {', '.join(column.choices)}"
+        checker.flag(
+            text.is_not_null() & ~text.is_in(list(column.choices)), text, column.name, rule, "Map your names to these, or drop the row."
+        )
+    return text
+
+
+def _numbers(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
+    present = values.is_not_null()
+    if values.dtype == pl.String:
+        present = present & (values.str.strip_chars() != "")
+        values = values.str.strip_chars()
+    elif values.dtype.is_nested() or values.dtype.is_temporal():
+        raise SchemaError(f"{checker.report.source}: column {column.name!r} should hold numbers, but holds {values.dtype}.")
+    numbers = values.cast(pl.Float64, strict=False)
+    checker.flag(present & numbers.is_null(), values, column.name, "must be a number", "Write it as digits with a point.")
+    checker.flag(present & ~numbers.is_finite(), values, column.name, "must be finite", "Leave it empty where it is unknown.")
+    if column.required:
+        checker.flag(~present, values, column.name, "a value is required", "Fill it in, or drop the row.")
+    if column.minimum is not None:
+        rule = f"must be at least {column.minimum:g}"
+        checker.flag(numbers < column.minimum, values, column.name, rule, "Correct it, or drop the row.")
+    if column.kind is Kind.INTEGER:
+        checker.flag(numbers != numbers.round(0), values, column.name, "must be a whole number", "Round it, or drop the row.")
+        # 64-bit counts above 2**53 do not survive a float: take the integer cast where the input is already an integer.
+        exact = values if values.dtype.is_integer() else numbers.round(0)
+        whole = exact.cast(pl.Int64, strict=False)
+        beyond = numbers.is_finite() & whole.is_null()
+        checker.flag(beyond, values, column.name, "must fit into 64 bits", "Correct it, or drop the row.")
+        return whole.fill_null(int(column.default)) if column.default is not None else whole
+    return numbers
+
+
+def _text_lists(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
+    if values.dtype == pl.Null:
+        values = values.cast(column.dtype)
+    if values.dtype == pl.String:
+        values = pl.Series(values.name, [_split_cell(cell) for cell in values.to_list()], dtype=pl.List(pl.String))
+    if not isinstance(values.dtype, pl.List) or values.dtype.inner.is_nested():
+        raise SchemaError(
+            f"{checker.report.source}: column {column.name!r} should hold lists of text (in CSV: JSON, or parts separated by '|'), "
+            f"but holds {values.dtype}."
+        )
+    texts = cell_texts(values)
+    nul = texts.list.eval(pl.element().str.contains("\0", literal=True)).list.any()
+    checker.flag(nul, texts, column.name, "text holds a NUL byte", "Remove the NUL bytes.")
+    longest = texts.list.eval(pl.element().str.len_chars()).list.max()
+    rule = f"text longer than {column.max_characters:,} characters"
+    checker.flag(longest > column.max_characters, texts, column.name, rule, "Shorten it, or drop the row.")
+    if column.required:
+        checker.flag(texts.is_null() | (texts.list.len() == 0), texts, column.name, "a value is required", "Fill it in, or drop the row.")
+    return texts
+
+
+def _split_cell(cell: str | None) -> list[str] | None:
+    if cell is None or not cell.strip():
+        return None
+    if cell.lstrip().startswith("["):
+        try:
+            parsed = json.loads(cell)
+        except ValueError:
+            parsed = None
+        if isinstance(parsed, list):
+            return [str(part) for part in parsed]
+    return [part.strip() for part in cell.split("|") if part.strip()]
+
+
+def _vectors(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
+    if values.dtype == pl.String:
+        values = _vector_cells(values, column, checker)
+    if values.dtype == pl.Null:
+        return values.cast(column.dtype)
+    if isinstance(values.dtype, pl.Array):
+        values = values.arr.to_list()
+    if not isinstance(values.dtype, pl.List):
+        raise SchemaError(f"{checker.report.source}: column {column.name!r} should hold lists of numbers, but holds {values.dtype}.")
+    if isinstance(values.dtype.inner, pl.List | pl.Array):  # several images: a list of vectors
+        return values.cast(pl.List(pl.List(pl.Float32)))
+    vectors = values.cast(pl.List(pl.Float32))
+    finite = vectors.list.eval(pl.element().is_finite()).list.all()
+    checker.flag(~finite, vectors, column.name, "vector holds NaN or Inf", "Compute it again, or leave it out.")
+    widths = vectors.list.len().drop_nulls().unique().to_list()
+    if len(widths) > 1:
+        common = int(vectors.list.len().drop_nulls().mode().sort()[0])
+        rule = f"vector must have {common} numbers"
+        checker.flag(vectors.list.len() != common, vectors, column.name, rule, "Use one model for all rows.")
+    return vectors
+
+
+def _vector_cells(cells: pl.Series, column: Column, checker: _Checker) -> pl.Series:
+    """Vectors from text cells: JSON lists of numbers, or in all rows lists of such lists (several images)."""
+    parsed = [_json_or_none(cell) for cell in cells.to_list()]
+    several = [isinstance(v, list) and bool(v) and all(map(_is_vector, v)) for v in parsed]
+    nested = any(several) and not any(map(_is_vector, parsed))
+    good = several if nested else [_is_vector(v) for v in parsed]
+    broken = pl.Series([not ok and bool(cell and cell.strip()) for ok, cell in zip(good, cells.to_list(), strict=True)], dtype=pl.Boolean)
+    rule = "vector must be a JSON list of numbers"
+    checker.flag(broken, cells, column.name, rule, "For example [0.1, 0.2]; leave it empty where there is none.")
+    dtype = pl.List(pl.List(pl.Float32)) if nested else pl.List(pl.Float32)
+    return pl.Series(cells.name, [v if ok else None for v, ok in zip(parsed, good, strict=True)], dtype=dtype, strict=False)
+
+
+def _json_or_none(cell: str | None) -> Any:
+    try:
+        return json.loads(cell or "null")
+    except ValueError:
+        return None
+
+
+def _is_vector(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(x, int | float) and not isinstance(x, bool) for x in value)
+
+
+def parse_timestamps(values: pl.Series, column: Column, checker: _Checker, now: datetime) -> pl.Series:
+    """Read timestamps given as datetimes, dates, ISO 8601 texts, or seconds/ms/us/ns since 1970; times without a zone are UTC.
+
+    One unit per column: a column that mixes seconds with milliseconds is an error that names the rows of the rarer unit.
+
+    Returns:
+        ``Datetime("us", "UTC")``; null where the value was null or flagged.
+    """
+    parsed = _parse_any_timestamp(values, column, checker)
+    fix = "Check the unit and the time zone."
+    early = datetime(EARLIEST_YEAR, 1, 1, tzinfo=UTC)
+    checker.flag(parsed < early, values, column.name, f"timestamp before {EARLIEST_YEAR}", fix)
+    future = parsed > now + FUTURE_TOLERANCE
+    checker.flag(future, values, column.name, f"timestamp in the future (it is {now:%Y-%m-%d})", fix)
+    if column.required:
+        blank = values.is_null() if values.dtype != pl.String else values.is_null() | (values.str.strip_chars() == "")
+        checker.flag(blank, values, column.name, "a value is required", "Fill it in, or drop the row.")
+    return parsed
+
+
+def _parse_any_timestamp(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
+    target = pl.Datetime("us", "UTC")
+    notes = checker.report.notes
+    if values.dtype == pl.Null:
+        return values.cast(target)
+    if values.dtype == pl.Date or (isinstance(values.dtype, pl.Datetime) and values.dtype.time_zone is None):
+        notes.append(f"{column.name!r} has no time zone: read as UTC")
+        return values.cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
+    if isinstance(values.dtype, pl.Datetime):
+        return values.dt.convert_time_zone("UTC").cast(target)
+    if values.dtype.is_numeric():
+        return _from_epoch(values.cast(pl.Float64), values, column, checker)
+    if values.dtype != pl.String:
+        raise SchemaError(f"{checker.report.source}: column {column.name!r} should hold timestamps, but holds {values.dtype}.")
+    text = values.str.strip_chars()
+    numbers = text.cast(pl.Float64, strict=False)
+    if numbers.is_not_null().any() and (numbers.is_not_null() | text.is_null() | (text == "")).all():
+        return _from_epoch(numbers, values, column, checker)
+    uniques = text.drop_nulls().unique()
+    moments = [_from_iso(t) for t in uniques.to_list()]
+    lookup = pl.DataFrame({"t": uniques, "m": pl.Series(moments, dtype=target)})
+    parsed = pl.DataFrame({"t": text}).join(lookup, on="t", how="left", maintain_order="left")["m"]
+    rule = "must be an ISO 8601 time or an epoch number"
+    checker.flag((text != "") & parsed.is_null(), values, column.name, rule, "For example 2026-01-31T23:59:59Z.")
+    return parsed
+
+
+def _from_iso(text: str) -> datetime | None:
+    try:
+        moment = datetime.fromisoformat(text.replace(" UTC", "+00:00"))
+        return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
+    except (ValueError, OverflowError):  # overflow: the first or last day of the calendar in another zone
+        return None
+
+
+def _from_epoch(numbers: pl.Series, values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
+    size = numbers.abs()
+    unit = pl.Series([0] * len(size), dtype=pl.Int8)
+    for _, limit, _ in EPOCH_UNITS:
+        unit = unit + (size >= limit).fill_null(False).cast(pl.Int8)
+    known = unit.filter(numbers.is_not_null())
+    if not len(known):
+        return numbers.cast(pl.Int64).cast(pl.Datetime("us", "UTC"))
+    counts = known.value_counts(sort=True)
+    main = int(counts.sort(["count", counts.columns[0]], descending=[True, False])[counts.columns[0]][0])
+    names = [*(name for name, _, _ in EPOCH_UNITS), "ns"]
+    mixed = numbers.is_not_null() & (unit != main)
+    fix = "Bring all rows to one unit; which one a row has cannot be guessed."
+    checker.flag(mixed, values, column.name, f"timestamp is not in {names[main]} as most of the column is", fix)
+    scale = 0.001 if names[main] == "ns" else float(EPOCH_UNITS[main][2])
+    microseconds = (numbers * scale).round(0).cast(pl.Int64, strict=False)
+    lost = numbers.is_not_null() & microseconds.is_null() & ~mixed
+    checker.flag(lost, values, column.name, "timestamp is out of range", fix)
+    checker.report.notes.append(f"{column.name!r} read as {names[main]} since 1970-01-01 UTC")
+    return microseconds.set(mixed, None).cast(pl.Datetime("us", "UTC"))
+
+
+def _merge_identical(frame: pl.DataFrame, schema: TableSchema, checker: _Checker) -> tuple[pl.DataFrame, dict[int, str]]:
+    """Merge rows that repeat a key with the same content; take out rows that repeat a key with different content: row -> problem."""
+    if not schema.key or frame.height == 0:
+        return frame, {}
+    repeated = frame.select(pl.struct(schema.key).is_duplicated()).to_series()
+    if not repeated.any():
+        return frame, {}
+    groups = frame.filter(repeated)
+    content = [c for c in frame.columns if c != ROW]
+    texts = groups.select(pl.struct(content).map_elements(lambda row: repr(row), return_dtype=pl.String).alias("content"))
+    groups = groups.with_columns(texts["content"].alias("__content"))
+    versions = pl.col("__content").n_unique().over(schema.key)
+    clash = groups.filter(versions > 1)
+    same = groups.filter((versions == 1) & ~pl.struct(schema.key).is_first_distinct())
+    if same.height:
+        checker.report.notes.append(f"{same.height:,} row(s) repeat an earlier row exactly and were merged into it")
+    if clash.height:
+        rule = "id repeats with different content"
+        checker.report.rules_broken[rule] = clash.height
+        for row in clash.head(2 * checker.examples).iter_rows(named=True):
+            fix = "Keep one version of each id (which one is right cannot be guessed)."
+            checker.report.problems.append(Problem(row[ROW], schema.key[-1], _shown(row[schema.key[-1]]), rule, fix))
+    dropped = pl.concat([same[ROW], clash[ROW]])
+    problem = f"{schema.key[-1]}: id repeats with different content"
+    return frame.filter(~pl.col(ROW).is_in(dropped.implode())), dict.fromkeys(clash[ROW].to_list(), problem)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, pl.Series):
+        value = value.to_list()
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(str(value)):,} characters)"

@@ -1,0 +1,1 @@
+"""One normal form, one word splitter, hashing, n-grams and vocabularies of text."""

@@ -1,0 +1,232 @@
+"""Word unigrams, word bigrams and character trigrams of many texts at once, and the vocabulary that numbers them.
+
+Notable: texts are one array of code points, so that every step is a few passes over numpy arrays; n-grams are 64-bit keys (a word is a
+polynomial hash of its characters, a trigram packs its three code points without loss); the vocabulary is counted in bounded memory.
+
+What is a token, on folded text (`encoders.text.normal_forms.fold`):
+
+* a **word** is a longest run of letters, marks, numbers and connector punctuation; an ideograph, and a symbol such as an emoji, is a
+  word of its own; everything else separates;
+* a **bigram** is two neighbouring words of one line (a line break, and so the border of two list items, breaks the pair);
+* a **trigram** is a character with its left and right neighbour, where a separator counts as a space (``" re" "red" "ed "``); a
+  separator is never in the middle;
+* soft hyphens, joiners, directional marks and variation selectors are dropped first, so they neither split nor distinguish words.
+"""
+
+from __future__ import annotations
+
+import functools
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from encoders.text.normal_forms import fold
+
+UInt32 = npt.NDArray[np.uint32]
+UInt64 = npt.NDArray[np.uint64]
+Int64 = npt.NDArray[np.int64]
+Int32 = npt.NDArray[np.int32]
+
+KINDS = ("unigram", "bigram", "trigram")
+TEXT_END, LINE_END = "\x00", "\n"
+_SEPARATOR, _JOINS, _ALONE, _DROPPED = 0, 1, 2, 3
+_PRIME = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2**64
+_INVERSE = pow(_PRIME, -1, 1 << 64)
+_SALTS = np.array([0x243F6A8885A308D3, 0x13198A2E03707344, 0xA4093822299F31D0], dtype=np.uint64)  # one per kind
+_BATCH_CHARACTERS = 1 << 19
+
+
+def character_class(character: str) -> int:
+    """Class of one folded character: 0 separates, 1 joins a word, 2 is a word alone, 3 is dropped (the table's definition)."""
+    category, code = unicodedata.category(character), ord(character)
+    if (category == "Cf" and code != 0x200B) or 0xFE00 <= code <= 0xFE0F or 0xE0100 <= code <= 0xE01EF:
+        return _DROPPED
+    if category == "So" or _is_ideograph(code):
+        return _ALONE
+    return _JOINS if category[0] in "LMN" or category == "Pc" else _SEPARATOR
+
+
+def _is_ideograph(code: int) -> bool:
+    return 0x3400 <= code <= 0x4DBF or 0x4E00 <= code <= 0x9FFF or 0xF900 <= code <= 0xFAFF or 0x20000 <= code <= 0x3FFFD
+
+
+@functools.cache
+def _class_table() -> npt.NDArray[np.uint8]:
+    return np.fromiter((character_class(chr(code)) for code in range(0x110000)), dtype=np.uint8, count=0x110000)
+
+
+@functools.cache
+def _powers(length: int) -> tuple[UInt64, UInt64]:
+    """(length,) powers of P and of its inverse modulo 2**64, from exponent 0."""
+    return _geometric(_PRIME, length), _geometric(_INVERSE, length)
+
+
+def _geometric(ratio: int, length: int) -> UInt64:
+    factors = np.full(length, ratio, dtype=np.uint64)
+    factors[0] = 1
+    with np.errstate(over="ignore"):
+        return np.cumprod(factors, dtype=np.uint64)
+
+
+def mix64(values: UInt64) -> UInt64:
+    """Scramble 64-bit integers (the finaliser of SplitMix64): a bijection whose every output bit depends on every input bit.
+
+    Args:
+        values: uint64, any shape.
+
+    Returns:
+        uint64, same shape.
+    """
+    mixed = values ^ (values >> np.uint64(30))
+    mixed *= np.uint64(0xBF58476D1CE4E5B9)
+    mixed ^= mixed >> np.uint64(27)
+    mixed *= np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    return mixed
+
+
+class NgramOccurrences(NamedTuple):
+    """Every n-gram of one kind in a batch of texts, in reading order; ``M`` occurrences."""
+
+    keys: UInt64
+    """(M,) 64-bit keys, distinct between kinds; 0 never occurs."""
+    starts: Int64
+    """(M,) position of the first character (of the middle one for trigrams)."""
+    ends: Int64
+    """(M,) one past the last character (meaningless for trigrams)."""
+
+
+class Analysis(NamedTuple):
+    """A batch of texts as code points and the n-grams in it."""
+
+    codes: UInt32
+    """(L,) folded code points, each text closed by one 0."""
+    text_ends: Int64
+    """(texts,) position of each text's closing 0."""
+    classes: npt.NDArray[np.uint8]
+    """(L,) character classes, 0, 1 or 2."""
+    kinds: tuple[NgramOccurrences, NgramOccurrences, NgramOccurrences]
+    """In the order of ``KINDS``."""
+
+
+def _code_points(texts: Sequence[str]) -> UInt32:
+    """(L,) folded code points of all texts, each closed by one 0."""
+    joined = TEXT_END.join(texts) + TEXT_END
+    if joined.count(TEXT_END) != len(texts):
+        joined = TEXT_END.join([text.replace(TEXT_END, " ") for text in texts]) + TEXT_END
+    folded = fold(joined)
+    if folded.isascii():
+        return np.frombuffer(folded.encode("ascii"), dtype=np.uint8).astype(np.uint32)
+    return np.frombuffer(folded.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+
+
+def analyse(texts: Sequence[str]) -> Analysis:
+    """Find every n-gram of every text.
+
+    Args:
+        texts: Any strings, empty ones included; line breaks separate list items.
+
+    Returns:
+        Code points, borders and occurrences; see ``Analysis``.
+    """
+    if not texts:
+        none = NgramOccurrences(np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64))
+        return Analysis(np.empty(0, np.uint32), np.empty(0, np.int64), np.empty(0, np.uint8), (none, none, none))
+    codes = _code_points(texts)
+    classes = _class_table()[codes]
+    dropped = classes == _DROPPED
+    if dropped.any():
+        codes, classes = codes[~dropped], classes[~dropped]
+    text_ends = np.flatnonzero(codes == 0)
+    joins, visible = classes == _JOINS, classes != _SEPARATOR
+
+    # Words. The array ends with a separator, so every word has an end and comparing with the shifted array is safe.
+    follows = np.empty_like(joins)  # (L,) the previous character belongs to the same word
+    follows[0] = False
+    np.logical_and(joins[1:], joins[:-1], out=follows[1:])
+    starts = np.flatnonzero(visible & ~follows)
+    ends = np.flatnonzero(visible[:-1] & ~follows[1:]) + 1
+    words = NgramOccurrences(_word_keys(codes, starts, ends), starts, ends)
+
+    # Bigrams: neighbours with no end of line or text between them.
+    line = np.cumsum((codes == 0) | (codes == 10), dtype=np.int32)[starts]
+    pairs = np.flatnonzero(line[1:] == line[:-1])
+    with np.errstate(over="ignore"):
+        raw = words.keys[pairs] * np.uint64(_PRIME) + words.keys[pairs + 1]
+    bigrams = NgramOccurrences(_finish(raw, 1), starts[pairs], ends[pairs + 1])
+
+    # Trigrams: code points need 21 bits, so three of them fit a key without loss.
+    middles = np.flatnonzero(visible)
+    spaced = np.where(visible, codes, np.uint32(32)).astype(np.uint64)
+    left = np.where(middles > 0, spaced[middles - 1], np.uint64(32))  # [-1] is the closing 0, a space
+    raw = (left << np.uint64(42)) | (spaced[middles] << np.uint64(21)) | spaced[middles + 1]
+    trigrams = NgramOccurrences(_finish(raw, 2), middles, middles)
+    return Analysis(codes, text_ends, classes, (words, bigrams, trigrams))
+
+
+def _word_keys(codes: UInt32, starts: Int64, ends: Int64) -> UInt64:
+    """(W,) position-free polynomial hashes: sum of mix(c[j]) * P**(j - start), from prefix sums modulo 2**64."""
+    forward, backward = _powers(_round_up(len(codes)))
+    with np.errstate(over="ignore"):
+        terms = mix64(codes.astype(np.uint64) + np.uint64(_PRIME)) * forward[: len(codes)]
+        sums = np.concatenate((np.zeros(1, np.uint64), np.cumsum(terms, dtype=np.uint64)))
+        raw = (sums[ends] - sums[starts]) * backward[starts]
+    return _finish(raw, 0)
+
+
+def _round_up(length: int) -> int:
+    return 1 << max(length - 1, 1).bit_length()
+
+
+def _finish(raw: UInt64, kind: int) -> UInt64:
+    with np.errstate(over="ignore"):
+        keys = mix64(raw + _SALTS[kind])
+    keys[keys == 0] = 1  # 0 marks an empty slot in the table
+    return keys
+
+
+def ngram_text(analysis: Analysis, kind: int, rows: Int64) -> list[str]:
+    """The n-grams of the given occurrences as text: ``"word"``, ``"two words"``, ``" tr"``.
+
+    Args:
+        analysis: What ``analyse`` returned.
+        kind: 0 unigram, 1 bigram, 2 trigram.
+        rows: (R,) occurrence numbers within the kind.
+
+    Returns:
+        R strings.
+    """
+    found = analysis.kinds[kind]
+    starts, ends = found.starts[rows], found.ends[rows]
+    if kind == 2:
+        spaced = np.where(analysis.classes != _SEPARATOR, analysis.codes, np.uint32(32))
+        around = np.stack((spaced[starts - 1], spaced[starts], spaced[starts + 1]), axis=1)  # (R, 3); [-1] is the closing 0, a space
+        text = around.astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
+        return [text[i : i + 3] for i in range(0, len(text), 3)]
+    text = analysis.codes.astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
+    if kind == 0:
+        return [text[a:b] for a, b in zip(starts.tolist(), ends.tolist())]
+    words = analysis.kinds[0]
+    first = np.searchsorted(words.starts, starts)
+    return [
+        f"{text[a:b]} {text[c:d]}"
+        for a, b, c, d in zip(starts.tolist(), words.ends[first].tolist(), words.starts[first + 1].tolist(), ends.tolist())
+    ]
+
+
+def batches_by_size(texts: Iterable[str], characters: int | None = None) -> Iterator[list[str]]:
+    """Cut a stream of texts into lists of about ``characters`` characters each, so that arrays stay small."""
+    characters = characters or _BATCH_CHARACTERS
+    batch: list[str] = []
+    held = 0
+    for text in texts:
+        batch.append(text)
+        held += len(text) + 1
+        if held >= characters:
+            yield batch
+            batch, held = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,1 @@
+"""The query tower, the entity tower and the bundle that holds both."""

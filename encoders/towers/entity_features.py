@@ -1,0 +1,335 @@
+"""Catalogue rows to entity tower inputs: ragged n-gram ids per text field and one row of continuous features.
+
+Notable: a whole catalogue is featurised once into flat tensors; a training batch is then a vectorised selection of rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import torch
+from torch import Tensor
+
+from encoders.errors import BundleError, ConfigError, RowError, SchemaError
+from encoders.tables.cells import cell_texts
+from encoders.text.vocabulary import NgramConfig, NgramCounter, Vocabulary
+from encoders.towers.text_embedding import TEXT_EMBEDDING_FIELDS, WHOLE_TEXT_FIELDS, text_embedding, tower_fingerprint
+
+TEXT_FIELDS = (
+    "title",
+    "description",
+    "caption",
+    "board_titles",
+    "engaged_queries",
+    "domain",
+    "brand",
+    "category",
+    "color",
+    "material",
+    "pattern",
+    "size",
+)
+FEATURES_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntityFeatureConfig:
+    """Which catalogue columns the entity tower reads."""
+
+    text_fields: tuple[str, ...] = TEXT_FIELDS
+    """Text or list-of-text columns, one bag of n-grams each. A column that a catalogue lacks reads as empty."""
+    continuous: Mapping[str, int] = field(default_factory=dict)
+    """Vector columns and their widths, concatenated in this order, e.g. ``{"visual": 1024, "pinsage": 256}``."""
+    ngrams: NgramConfig = field(default_factory=NgramConfig)
+    """Vocabulary sizes."""
+    text_embedding: str = ""
+    """A query tower (shipped name or folder) whose frozen vector of title and engaged queries is one more continuous feature, the last;
+    empty: none. Costs a transformer pass per distinct text."""
+    whole_text_weight: float = 0.0
+    """Weight in the text embedding of title, description, category and boards read as one text, beside 1 for the engaged queries and 0.5
+    for the title."""
+    whole_text_queries: int = 0
+    """Engaged queries that stand in that text as well, the first so many."""
+    text_embedding_fingerprint: str = ""
+    """SHA-256 of that tower; filled in, and checked on load."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text_fields", tuple(self.text_fields))
+        if self.text_embedding:
+            found = tower_fingerprint(self.text_embedding)
+            if self.text_embedding_fingerprint not in ("", found):
+                raise ConfigError(
+                    f"the text embedding {self.text_embedding!r} has fingerprint {found[:16]}, but these features were made with "
+                    f"{self.text_embedding_fingerprint[:16]}; use the version of omnisearchsage that made them, or train again"
+                )
+            object.__setattr__(self, "text_embedding_fingerprint", found)
+        weight = self.whole_text_weight
+        if not (0 <= weight <= 100 and (self.text_embedding or not weight)):
+            raise ConfigError(f"EntityFeatureConfig.whole_text_weight ({weight}) must lie in [0, 100], above 0 only with a text_embedding")
+        if self.whole_text_queries < 0 or (self.whole_text_queries and not weight):
+            raise ConfigError(
+                f"EntityFeatureConfig.whole_text_queries ({self.whole_text_queries}) must be at least 0, and 0 without whole_text_weight"
+            )
+        object.__setattr__(self, "continuous", dict(self.continuous))
+        if isinstance(self.ngrams, Mapping):
+            object.__setattr__(self, "ngrams", NgramConfig(**self.ngrams))
+        if not self.text_fields:
+            raise ConfigError("EntityFeatureConfig.text_fields is empty; name at least one text column, e.g. title")
+        doubled = sorted(
+            {name for name in self.text_fields if self.text_fields.count(name) > 1} | set(self.text_fields) & set(self.continuous)
+        )
+        if doubled:
+            raise ConfigError(f"EntityFeatureConfig: {', '.join(doubled)} is declared twice; name each column once")
+        for name, width in self.continuous.items():
+            if not isinstance(width, int) or width < 1:
+                raise ConfigError(f"EntityFeatureConfig.continuous[{name!r}] ({width!r}) must be a whole number of at least 1")
+
+    @property
+    def text_columns(self) -> frozenset[str]:
+        """Every text column that a vector depends on: the fields with n-grams, and those only the text embedding reads."""
+        embedded = TEXT_EMBEDDING_FIELDS if self.text_embedding else ()
+        whole = WHOLE_TEXT_FIELDS if self.whole_text_weight else ()
+        return frozenset((*self.text_fields, *embedded, *whole))
+
+    @property
+    def continuous_width(self) -> int:
+        """Total width of the continuous features."""
+        return sum(self.continuous.values()) + self.text_embedding_width
+
+    @property
+    def text_embedding_width(self) -> int:
+        """Width of the text embedding, 0 for none."""
+        return text_embedding(self.text_embedding).dimension if self.text_embedding else 0
+
+
+@dataclass(frozen=True)
+class EntityBatch:
+    """Inputs of ``N`` entities with ``F`` text fields, ``T`` tokens in all and ``C`` continuous features."""
+
+    token_ids: Tensor
+    """(T,) int32 vocabulary ids."""
+    offsets: Tensor
+    """(N * F + 1,) int64; field f of entity n owns ``token_ids[offsets[n * F + f]:offsets[n * F + f + 1]]``."""
+    continuous: Tensor | None
+    """(N, C) float32, or None when no continuous feature is declared."""
+    fields: int
+    """F."""
+
+    def __len__(self) -> int:
+        """Number of entities."""
+        return (len(self.offsets) - 1) // self.fields
+
+    def select(self, rows: Tensor | npt.NDArray[np.int64] | Sequence[int]) -> EntityBatch:
+        """The entities at ``rows`` (int, any order, repeats allowed), as a new batch on the same device."""
+        index = torch.as_tensor(rows, dtype=torch.int64, device=self.offsets.device)
+        bags = (index[:, None] * self.fields + torch.arange(self.fields, device=index.device)).reshape(-1)  # (R * F,)
+        starts = self.offsets[bags]
+        lengths = self.offsets[bags + 1] - starts
+        offsets = torch.zeros(len(bags) + 1, dtype=torch.int64, device=index.device)
+        torch.cumsum(lengths, 0, out=offsets[1:])
+        # An entity's fields are neighbours, so tokens move in one piece per entity.
+        first = offsets[:-1].view(-1, self.fields)[:, 0]
+        counts = offsets[1:].view(-1, self.fields)[:, -1] - first
+        shift = torch.repeat_interleave(self.offsets[index * self.fields] - first, counts)
+        positions = torch.arange(len(shift), device=index.device) + shift
+        continuous = None if self.continuous is None else self.continuous[index]
+        return EntityBatch(self.token_ids[positions], offsets, continuous, self.fields)
+
+    def slice(self, start: int, stop: int) -> EntityBatch:
+        """Entities ``start`` to ``stop`` (exclusive) without copying tokens."""
+        offsets = self.offsets[start * self.fields : stop * self.fields + 1]
+        tokens = self.token_ids[int(offsets[0]) : int(offsets[-1])]
+        continuous = None if self.continuous is None else self.continuous[start:stop]
+        return EntityBatch(tokens, offsets - offsets[0], continuous, self.fields)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> EntityBatch:
+        """The same batch on another device."""
+        continuous = None if self.continuous is None else self.continuous.to(device, non_blocking=non_blocking)
+        token_ids = self.token_ids.to(device, non_blocking=non_blocking)
+        return EntityBatch(token_ids, self.offsets.to(device, non_blocking=non_blocking), continuous, self.fields)
+
+    def pin_memory(self) -> EntityBatch:
+        """The same batch in page-locked memory, for asynchronous copies to a GPU."""
+        continuous = None if self.continuous is None else self.continuous.pin_memory()
+        return EntityBatch(self.token_ids.pin_memory(), self.offsets.pin_memory(), continuous, self.fields)
+
+
+def concatenate(batches: Sequence[EntityBatch]) -> EntityBatch:
+    """One batch from several of the same featuriser, in order.
+
+    Raises:
+        ValueError: There is no batch, or they differ in fields or continuous features.
+    """
+    if not batches:
+        raise ValueError("concatenate needs at least one batch")
+    if len({(batch.fields, None if batch.continuous is None else batch.continuous.shape[1]) for batch in batches}) > 1:
+        raise ValueError("batches of different featurisers cannot be concatenated")
+    lengths = torch.cat([batch.offsets.diff() for batch in batches])
+    offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64, device=lengths.device)
+    torch.cumsum(lengths, 0, out=offsets[1:])
+    continuous = [batch.continuous for batch in batches if batch.continuous is not None]
+    return EntityBatch(
+        torch.cat([batch.token_ids for batch in batches]), offsets, torch.cat(continuous) if continuous else None, batches[0].fields
+    )
+
+
+class EntityFeaturizer:
+    """Turns catalogue rows into ``EntityBatch``; holds the vocabulary counted from the catalogue."""
+
+    def __init__(self, config: EntityFeatureConfig, vocabulary: Vocabulary) -> None:
+        self.config, self.vocabulary = config, vocabulary
+
+    @classmethod
+    def fit(cls, catalogue: pl.DataFrame | Iterable[pl.DataFrame], config: EntityFeatureConfig | None = None) -> EntityFeaturizer:
+        """Count the vocabulary from a catalogue, or from a stream of its parts (bounded memory, one pass).
+
+        Args:
+            catalogue: Catalogue rows (DESIGN section 4) or an iterable of such frames.
+            config: What to read; the default reads every known text field and no vectors.
+
+        Raises:
+            SchemaError: Not one of the text fields, or a declared vector, is a column of the catalogue.
+            DataError: No n-gram at all was found.
+        """
+        config = config or EntityFeatureConfig()
+        counter = NgramCounter(config.ngrams)
+        columns: set[str] = set()
+        for part in [catalogue] if isinstance(catalogue, pl.DataFrame) else catalogue:
+            columns |= set(part.columns)
+            for name in config.text_fields:
+                if name in part.columns:
+                    counter.add(row_texts(part[name]))
+        if not columns & set(config.text_fields):
+            raise SchemaError(
+                f"the catalogue has none of the text fields {list(config.text_fields)}; it has {sorted(columns)}. Rename or configure"
+            )
+        absent = [name for name in config.continuous if name not in columns]
+        if absent:
+            raise SchemaError(
+                f"the catalogue lacks the declared vector column(s) {absent}; it has {sorted(columns)}. Add them or drop them"
+            )
+        return cls(config, counter.vocabulary())
+
+    def missing_columns(self, catalogue: pl.DataFrame) -> list[str]:
+        """Declared columns that this catalogue lacks; they read as empty texts and zero vectors, so callers should say so."""
+        return [name for name in (*self.config.text_fields, *self.config.continuous) if name not in catalogue.columns]
+
+    def __call__(self, catalogue: pl.DataFrame) -> EntityBatch:
+        """Featurise rows, in order.
+
+        Args:
+            catalogue: N rows, N may be 0. Nulls and absent columns read as empty text and zero vectors; a list of vectors as its mean.
+
+        Returns:
+            The inputs of N entities, on the CPU.
+
+        Raises:
+            SchemaError: A column has a type that is neither text, list of text, nor vector(s).
+            RowError: A vector has another width than declared, or holds NaN or Inf; the id is named.
+        """
+        rows, names = catalogue.height, self.config.text_fields
+        lengths = np.zeros((rows, len(names)), dtype=np.int64)
+        per_field: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]] = []
+        for i, name in enumerate(names):
+            if name not in catalogue.columns:
+                per_field.append((np.empty(0, np.int32), np.zeros(rows + 1, np.int64)))
+                continue
+            ids, offsets = self.vocabulary.tokenize(row_texts(catalogue[name]))
+            lengths[:, i] = np.diff(offsets)
+            per_field.append((ids, offsets))
+        offsets = np.zeros(rows * len(names) + 1, dtype=np.int64)
+        np.cumsum(lengths.reshape(-1), out=offsets[1:])
+        token_ids = np.empty(int(offsets[-1]), dtype=np.int32)
+        for i, (ids, own) in enumerate(per_field):
+            if len(ids):
+                shift = offsets[i : -1 : len(names)] - own[:-1]  # (N,) from a place in the field's ids to its place among all
+                token_ids[np.arange(len(ids)) + np.repeat(shift, lengths[:, i])] = ids
+        continuous = [row_vectors(catalogue, name, width) for name, width in self.config.continuous.items()]
+        if self.config.text_embedding:
+            embed = text_embedding(self.config.text_embedding)
+            continuous.append(embed(catalogue, self.config.whole_text_weight, self.config.whole_text_queries))
+        joined = torch.from_numpy(np.concatenate(continuous, axis=1)) if continuous else None
+        return EntityBatch(torch.from_numpy(token_ids), torch.from_numpy(offsets), joined, len(names))
+
+    def save(self, folder: Path) -> None:
+        """Write the vocabulary files and ``features.json`` into ``folder``."""
+        self.vocabulary.save(folder)
+        described = {"format_version": FEATURES_FORMAT, **asdict(self.config)}
+        (folder / "features.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> EntityFeaturizer:
+        """Read what ``save`` wrote.
+
+        Raises:
+            BundleError: A file is missing, damaged or of another format version.
+        """
+        try:
+            described: dict[str, Any] = json.loads((folder / "features.json").read_text(encoding="utf-8"))
+            version = described.pop("format_version", None)
+        except (OSError, ValueError, AttributeError) as error:
+            raise BundleError(f"{folder}: no readable features.json ({error}); copy the whole entity_encoder folder again") from error
+        if version != FEATURES_FORMAT:
+            raise BundleError(
+                f"{folder}: features format {version!r}, but this code reads {FEATURES_FORMAT}; use the release that wrote it"
+            )
+        try:
+            config = EntityFeatureConfig(**described)
+        except (TypeError, ConfigError) as error:
+            raise BundleError(f"{folder}: features.json is not what this code writes ({error}); use the release that wrote it") from error
+        return cls(config, Vocabulary.load(folder))
+
+
+def row_texts(column: pl.Series) -> list[str]:
+    """A text or list-of-text column as one string per row; list items on lines of their own, null as empty."""
+    if isinstance(column.dtype, pl.List | pl.Array):
+        column = cell_texts(column).list.join("\n", ignore_nulls=True)
+    elif isinstance(column.dtype, pl.Struct | pl.Object | pl.Binary):
+        raise SchemaError(f"text field {column.name!r} must be text or a list of texts, but is {column.dtype}; convert it")
+    return cell_texts(column).fill_null("").to_list()
+
+
+def row_vectors(catalogue: pl.DataFrame, name: str, width: int) -> npt.NDArray[np.float32]:
+    """(N, width) float32 of one vector column; null, absent and empty are zeros, several vectors their mean."""
+    vectors = np.zeros((catalogue.height, width), dtype=np.float32)
+    if name not in catalogue.columns or catalogue[name].dtype == pl.Null:
+        return vectors
+    column = catalogue[name]
+    inner = getattr(column.dtype, "inner", None)
+    if inner is None or not (inner.is_numeric() or isinstance(inner, pl.List | pl.Array) or inner == pl.Null):
+        raise SchemaError(f"vector column {name!r} must be a list of {width} numbers or a list of such lists, but is {column.dtype}")
+    several = isinstance(inner, pl.List | pl.Array)
+    row_of = np.arange(catalogue.height)
+    if several:
+        frame = pl.DataFrame({"row": row_of, "vector": column.cast(pl.List(pl.List(pl.Float32)))}).explode("vector").drop_nulls()
+        row_of, column = frame["row"].to_numpy(), frame["vector"]
+    column = column.cast(pl.List(pl.Float32))
+    lengths = column.list.len().fill_null(0).to_numpy()
+    wrong = np.flatnonzero((lengths != 0) & (lengths != width))
+    if len(wrong):
+        raise RowError(
+            f"{_where(catalogue, row_of[wrong[0]])}: {name} must hold {width} numbers, but holds {lengths[wrong[0]]}; fix or drop the row"
+        )
+    present = row_of[lengths == width]
+    flat = column.filter(pl.Series(lengths == width)).explode().to_numpy().reshape(-1, width)
+    bad = np.flatnonzero(~np.isfinite(flat).all(axis=1))
+    if len(bad):
+        raise RowError(f"{_where(catalogue, present[bad[0]])}: {name} holds NaN, Inf or null; a missing vector must be null as a whole")
+    if not several:
+        vectors[present] = flat
+        return vectors
+    np.add.at(vectors, present, flat)
+    vectors /= np.maximum(np.bincount(present, minlength=len(vectors)), 1).astype(np.float32)[:, None]
+    return vectors
+
+
+def _where(catalogue: pl.DataFrame, row: int) -> str:
+    """The entity's id; a row number only where there is none, since rows may be part of a longer stream."""
+    return f"entity {catalogue['id'][int(row)]!r}" if "id" in catalogue.columns else f"row {row}"

@@ -1,0 +1,1 @@
+"""Training: inputs, step, losses, loop, checkpoints and weight interpolation."""

@@ -1,0 +1,1 @@
+"""Tables to batches: pairs, sampling, cross-fitting and sketches."""

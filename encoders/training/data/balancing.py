@@ -1,0 +1,57 @@
+"""Pairs of rare values drawn more often: ``balance_by`` of a dataset, from the column it names to a weight per pair."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from encoders.config.train_config import DatasetConfig
+from encoders.errors import SchemaError
+
+
+def balance_column(name: str) -> str:
+    """Where a pairs column to balance by is kept while the pairs are prepared: apart from the columns that are rewritten on the way."""
+    return f"balance:{name}"
+
+
+def require_plain(frame: pl.DataFrame, columns: Sequence[str], table: str) -> None:
+    """Refuse columns to balance by that do not hold one value a row.
+
+    Raises:
+        SchemaError: A column is nested.
+    """
+    nested = [name for name in columns if frame.schema[name].is_nested()]
+    if nested:
+        raise SchemaError(
+            f"balance_by names {nested[0]!r}, but that column of the {table} holds {frame.schema[nested[0]]}: one value a row is needed."
+        )
+
+
+def balance_values(dataset: DatasetConfig, rows: pl.DataFrame, catalogue: pl.DataFrame) -> pl.Series:
+    """The value each pair of a dataset is balanced by: of the pair itself, else of its entity."""
+    name = dataset.balance_by
+    if balance_column(name) in rows.columns:
+        return rows[balance_column(name)]
+    if name in catalogue.columns and dataset.entity_type != "query":
+        require_plain(catalogue, (name,), "catalogue")
+        return catalogue[name].gather(rows["candidate"])
+    where = "the pairs" if dataset.entity_type == "query" else f"the pairs or the catalogue (it has {', '.join(catalogue.columns)})"
+    raise SchemaError(
+        f"dataset {dataset.name!r}: balance_by names {name!r}, which is no column of {where}. Name one of them, or leave it out."
+    )
+
+
+def balance_weights(values: pl.Series, weights: npt.NDArray[np.float64], exponent: float) -> npt.NDArray[np.float64]:
+    """Weights that draw value v, whose rows weigh n(v) together, in proportion to ``n(v) ** exponent``; mean 1, float64 ``(N,)``.
+
+    The sampling of languages in multilingual pretraining (Conneau and Lample, 2019, section 3.1), for any column; null is a value too.
+    """
+    totals = pl.DataFrame({"value": values, "weight": weights}).select(pl.col("weight").sum().over("value"))["weight"].to_numpy()
+    drawn = totals > 0
+    balanced = np.zeros(len(weights))
+    balanced[drawn] = weights[drawn] * totals[drawn] ** (exponent - 1.0)
+    scaled: npt.NDArray[np.float64] = balanced / balanced.mean()
+    return scaled

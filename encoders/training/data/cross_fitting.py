@@ -1,0 +1,61 @@
+"""What a pair may read of an entity: no engaged query that is held back, and none of the pair's own fold.
+
+A train query usually stands among the engaged queries of its entity, and would be found by matching the text with itself.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+
+from encoders.config.train_config import TrainConfig
+from encoders.text.hashing import text_bucket
+
+
+def fold_of(texts: pl.Series, config: TrainConfig) -> npt.NDArray[np.int64]:
+    """The fold of each query, ``(N,)``; all 0 when cross-fitting is off."""
+    if not config.batch.cross_fit:
+        return np.zeros(len(texts), dtype=np.int64)
+    return text_bucket(texts, config.seed + 202, config.batch.cross_fit)
+
+
+def without_held_back(catalogue: pl.DataFrame, held_back: pl.Series) -> pl.DataFrame:
+    """The catalogue without the engaged queries that are held back for validation."""
+    if held_back.is_empty() or not _has_engaged_queries(catalogue):
+        return catalogue
+    long = _engaged_queries(catalogue)
+    distinct = long["text"].unique(maintain_order=True)
+    hidden = set(text_bucket(held_back, 0, 1 << 62).tolist())
+    held = distinct.filter(pl.Series([key in hidden for key in text_bucket(distinct, 0, 1 << 62).tolist()], dtype=pl.Boolean))
+    return _with_engaged_queries(catalogue, long.filter(~pl.col("text").is_in(held.implode())))
+
+
+def catalogue_views(visible: pl.DataFrame, config: TrainConfig) -> list[pl.DataFrame]:
+    """The catalogue as pairs of each fold see it: without the engaged queries of the fold."""
+    folds = config.batch.cross_fit
+    if not folds or not _has_engaged_queries(visible):
+        return [visible]
+    long = _engaged_queries(visible)
+    distinct = long["text"].unique(maintain_order=True)
+    fold = pl.DataFrame({"text": distinct, "fold": fold_of(distinct, config)})
+    long = long.join(fold, on="text", how="left", maintain_order="left")
+    return [_with_engaged_queries(visible, long.filter(pl.col("fold") != f)) for f in range(folds)]
+
+
+def _has_engaged_queries(catalogue: pl.DataFrame) -> bool:
+    return "engaged_queries" in catalogue.columns and isinstance(catalogue["engaged_queries"].dtype, pl.List)
+
+
+def _engaged_queries(catalogue: pl.DataFrame) -> pl.DataFrame:
+    """One row per engaged query: ``row`` of the catalogue and ``text``."""
+    rows = pl.int_range(pl.len(), dtype=pl.Int64)
+    return catalogue.select(row=rows, text=pl.col("engaged_queries")).explode("text").drop_nulls("text")
+
+
+def _with_engaged_queries(catalogue: pl.DataFrame, kept: pl.DataFrame) -> pl.DataFrame:
+    """The catalogue with these rows of ``_engaged_queries`` as its lists."""
+    lists = kept.group_by("row", maintain_order=True).agg(pl.col("text").alias("engaged_queries"))
+    rows = catalogue.drop("engaged_queries").with_columns(row=pl.int_range(pl.len(), dtype=pl.Int64))
+    joined = rows.join(lists, on="row", how="left", maintain_order="left").with_columns(pl.col("engaged_queries").fill_null([]))
+    return joined.select(catalogue.columns)

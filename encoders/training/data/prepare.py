@@ -1,0 +1,156 @@
+"""Tables to everything the training loop reads, made once: texts, views of the catalogue, pairs per dataset, frozen vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+import torch
+from torch import Tensor
+
+from encoders.config.train_config import ENTITY, VECTOR_PREFIX, TrainConfig
+from encoders.errors import ConfigError, SchemaError
+from encoders.towers.entity_features import row_vectors
+from encoders.training.data.cross_fitting import catalogue_views, fold_of, without_held_back
+from encoders.training.data.pairs import number_pairs, query_texts, usable_pairs
+from encoders.training.data.sampling import PairSet, choose_datasets, make_pair_set
+from encoders.training.data.source_tables import TrainingData
+
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """Everything the loop reads; made once by ``prepare``."""
+
+    texts: list[str]
+    """Distinct normalised query texts; a query number is a place here."""
+    catalogue: pl.DataFrame
+    """The catalogue as given."""
+    visible_catalogue: pl.DataFrame
+    """The catalogue without the held-back queries: what n-grams are counted in."""
+    catalogue_views: list[pl.DataFrame]
+    """The visible catalogue per cross-fit fold, without the queries of the fold; one view when cross-fitting is off."""
+    pair_sets: list[PairSet]
+    validation: dict[str, tuple[Int64, Int64]]
+    """Per entity type: query numbers and catalogue rows (query numbers for type query) of the held-back pairs."""
+    validation_pools: dict[str, Int64]
+    pairs_per_step: list[int]
+    vectors: dict[str, Tensor] = field(default_factory=dict)
+    """Frozen vector columns, ``(catalogue rows, D)`` unit rows; zeros where absent."""
+    notes: tuple[str, ...] = ()
+    """What the start of a run says: types of pairs that no dataset trains, and optional datasets that have no pairs."""
+
+    @property
+    def pairs_total(self) -> int:
+        """Training pairs of all datasets."""
+        return sum(len(pair_set.queries) for pair_set in self.pair_sets)
+
+
+def prepare(data: TrainingData, config: TrainConfig, processes: int = 1) -> PreparedData:
+    """Check the tables and turn them into integers.
+
+    Args:
+        data: Catalogue and pairs.
+        config: The run.
+        processes: Batches are cut into this many equal parts.
+
+    Raises:
+        SchemaError: A column is missing.
+        DataError: A query is blank, there are no train pairs, most name no entity of the catalogue, a dataset that is not optional has no
+            pairs, or a frozen vector column is unusable.
+        ConfigError: The batch is too small for the datasets, or a vector column has another width than the model.
+    """
+    pairs = usable_pairs(data, config)
+    texts = query_texts(pairs)
+    pairs = number_pairs(pairs, texts, data.catalogue, {dataset.entity_type for dataset in config.datasets})
+    train = pairs.filter(pl.col("split") == "train")
+    datasets, notes = choose_datasets(train, config)
+    folds = fold_of(texts, config)
+    vectors = {
+        name: _frozen_vectors(data.catalogue, name, config.model.dimension)
+        for name in sorted({c.removeprefix(VECTOR_PREFIX) for d in datasets for c in d.candidates if c.startswith(VECTOR_PREFIX)})
+    }
+    pools = {
+        entity_type: np.arange(len(texts))
+        if entity_type == "query"
+        else np.flatnonzero((data.catalogue["entity_type"] == entity_type).to_numpy())
+        for entity_type in sorted({d.entity_type for d in datasets})
+    }
+    pair_sets = [make_pair_set(dataset, train, data.catalogue, pools[dataset.entity_type], folds, vectors, config) for dataset in datasets]
+    validation = pairs.filter(pl.col("split") == "validation")
+    visible = without_held_back(data.catalogue, validation["query"].unique())
+    return PreparedData(
+        texts=texts.to_list(),
+        catalogue=data.catalogue,
+        visible_catalogue=visible,
+        catalogue_views=catalogue_views(visible, config),
+        pair_sets=pair_sets,
+        validation=_validation_pairs(validation, config),
+        validation_pools=pools,
+        pairs_per_step=split_by_share([d.share for d in datasets], config.batch.pairs, processes),
+        vectors=vectors,
+        notes=notes,
+    )
+
+
+def split_by_share(shares: Sequence[float], pairs: int, multiple: int = 1) -> list[int]:
+    """Pairs per dataset: proportional to ``shares``, each a positive multiple of ``multiple``, together at most ``pairs``.
+
+    Raises:
+        ConfigError: ``pairs`` cannot give every dataset ``multiple`` pairs.
+    """
+    units = pairs // multiple
+    if units < len(shares):
+        raise ConfigError(
+            f"batch.pairs ({pairs}) is too small for {len(shares)} datasets on {multiple} process(es): needs {len(shares) * multiple}."
+        )
+    wanted = np.asarray(shares, dtype=np.float64) / sum(shares) * units
+    given = np.maximum(np.floor(wanted).astype(int), 1)
+    while given.sum() < units:
+        given[int(np.argmax(wanted - given))] += 1
+    while given.sum() > units:
+        given[int(np.argmax(np.where(given > 1, given - wanted, -np.inf)))] -= 1
+    return [int(g) * multiple for g in given]
+
+
+def _frozen_vectors(catalogue: pl.DataFrame, name: str, dimension: int) -> Tensor:
+    """A vector column as unit rows ``(N, D)``; null is a row of zeros, several vectors their mean."""
+    if name not in catalogue.columns:
+        raise SchemaError(f"compatibility column {name!r} is not in the catalogue; it has {', '.join(catalogue.columns)}.")
+    present = catalogue[name].drop_nulls()
+    first = present[0] if len(present) else []
+    width = len(first[0]) if len(first) and isinstance(first[0], list | pl.Series) else len(first)
+    if width != dimension:
+        raise ConfigError(
+            f"compatibility column {name!r} holds vectors of {width} numbers, but model.dimension is {dimension}: "
+            "a query is compared with the frozen vector itself, so both must agree."
+        )
+    return torch.nn.functional.normalize(torch.from_numpy(row_vectors(catalogue, name, width)), dim=1)
+
+
+def _validation_pairs(validation: pl.DataFrame, config: TrainConfig) -> dict[str, tuple[Int64, Int64]]:
+    chosen: dict[str, tuple[Int64, Int64]] = {}
+    for entity_type in sorted(validation["entity_type"].unique().to_list()):
+        rows = validation.filter(pl.col("entity_type") == entity_type)
+        order = np.random.default_rng((config.seed, 303)).permutation(rows.height)[: config.validation.pairs]
+        chosen[entity_type] = rows["query_number"].to_numpy()[order], rows["candidate"].to_numpy()[order]
+    return chosen
+
+
+def require_entity_tower(prepared: PreparedData) -> None:
+    """Refuse what trains a query tower alone: a model bundle holds both.
+
+    Raises:
+        ConfigError: No dataset has candidates that the entity tower embeds.
+    """
+    tasks = {pair_set.config.name: ", ".join(pair_set.config.candidates) for pair_set in prepared.pair_sets}
+    if not any(ENTITY in pair_set.config.candidates for pair_set in prepared.pair_sets):
+        found = "; ".join(f"{name}: {candidates}" for name, candidates in tasks.items())
+        raise ConfigError(
+            f"no dataset trains an entity tower, and a bundle needs one (candidates of {found}). Add a dataset of an entity type "
+            'to the config, e.g. [[datasets]] name = "pin", or candidates = ["entity"] to one that is there, and such pairs to the data.'
+        )

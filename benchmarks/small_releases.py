@@ -14,10 +14,10 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import DistilBertConfig, DistilBertModel, PreTrainedTokenizerFast
 
 from encoders.towers.query_tower import QueryEncoder
-from index_builder.build_inputs import EntityInput, QuerySet
-from index_builder.entity_index import IndexConfig
-from index_builder.publishing import ReleaseStore
-from index_builder.rebuild import RebuildConfig, build_release
+from index_builder.building.build import RebuildConfig, build_release
+from index_builder.building.inputs import EntityInput, QuerySet
+from index_builder.releases.store import ReleaseStore
+from index_builder.search.entity_index import IndexConfig
 
 # fmt: off
 WORDS = [

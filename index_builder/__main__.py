@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
-
 import click
 
-_COMMANDS = {
-    "rebuild": "index_builder.rebuild_command:command",
-    "update": "index_builder.update_command:command",
-    "release": "index_builder.release_commands:group",
-    "explain": "index_builder.explain_commands:group",
+from encoders.commands.lazy_group import LazyGroup
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "rebuild": ("index_builder.commands.rebuild:command", "Embed, build, calibrate, gate and publish a release."),
+    "update": ("index_builder.commands.update:command", "Apply live upserts and deletes from a file."),
+    "release": (
+        "index_builder.commands.release:group",
+        "List, show, verify, diff, activate, roll back and collect releases.",
+    ),
+    "explain": ("index_builder.commands.explain:group", "Why was this id not returned? Where is recall lost?"),
 }
+"""Name -> (module:attribute of a click command, one line of help); ``omni`` lists the same."""
 
 
-class _Commands(click.Group):
-    """Imports a command's module when it is called."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
-            return None
-        module, attribute = _COMMANDS[cmd_name].split(":")
-        command: click.Command = getattr(importlib.import_module(module), attribute)
-        return command
-
-
-@click.command(cls=_Commands)
+@click.command(cls=LazyGroup, table=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
     """Build, change and inspect releases.
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from cachetools import LRUCache
 
-from index_builder.entity_index import EntityIndex, SearchResult
+from index_builder.search.entity_index import EntityIndex, SearchResult
 from protos import retrieval_pb2 as pb
 
 Float32 = npt.NDArray[np.float32]

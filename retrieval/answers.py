@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from index_builder.entity_index import EntityIndex
+from index_builder.search.entity_index import EntityIndex
 from protos import retrieval_pb2 as pb
 from retrieval.answer_cache import KeptAnswer
 from retrieval.requests import to_value

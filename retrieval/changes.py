@@ -9,9 +9,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from encoders.errors import SpaceMismatch
-from index_builder.attributes import check_attributes
 from index_builder.errors import BadAttribute, UnknownEntityType
-from index_builder.live_records import LiveEntry
+from index_builder.filters.attributes import check_attributes
+from index_builder.live_log.records import LiveEntry
 from protos import retrieval_pb2 as pb
 from retrieval.errors import InvalidRequest, WritesDisabled
 from retrieval.live_releases import LiveReleases, ServingRelease

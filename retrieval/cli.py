@@ -6,14 +6,12 @@ import click
 
 from encoders.__main__ import COMMANDS as ENCODER_COMMANDS
 from encoders.commands.lazy_group import LazyGroup
+from index_builder.__main__ import COMMANDS as INDEX_COMMANDS
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("retrieval.demo:command", "Train, evaluate, build, serve and query the sample data, end to end."),
     **ENCODER_COMMANDS,
-    "rebuild": ("index_builder.rebuild_command:command", "Embed, build, calibrate, gate and publish a release."),
-    "update": ("index_builder.update_command:command", "Apply live upserts and deletes from a file."),
-    "release": ("index_builder.release_commands:group", "List, show, verify, diff, activate, roll back and collect releases."),
-    "explain": ("index_builder.explain_commands:group", "Why was this id not returned? Where is recall lost?"),
+    **INDEX_COMMANDS,
     "serve": ("retrieval.serve_command:command", "Serve the active release over gRPC."),
     "query": ("retrieval.query_command:command", "Ask a running server."),
     "bench": ("benchmarks.commands:group", "Run a benchmark; writes JSON and prints a table."),

@@ -163,12 +163,12 @@ def publish(demo: Demo, dataset: Dataset) -> None:
     from encoders.inference.signal_store import SignalStore
     from encoders.towers.bundle import load_bundle
     from index_builder.ann import AnnConfig
-    from index_builder.build_inputs import QuerySet
-    from index_builder.build_sources import from_signals, scratch_folder
-    from index_builder.entity_index import IndexConfig
-    from index_builder.parity import check_forms
-    from index_builder.publishing import ReleaseStore
-    from index_builder.rebuild import RebuildConfig, build_release
+    from index_builder.building.build import RebuildConfig, build_release
+    from index_builder.building.inputs import QuerySet
+    from index_builder.building.parity import check_forms
+    from index_builder.building.sources import from_signals, scratch_folder
+    from index_builder.releases.store import ReleaseStore
+    from index_builder.search.entity_index import IndexConfig
 
     bundle = load_bundle(demo.bundle)
     queries = query_entities(dataset.pairs, "train")

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from functools import lru_cache
 from importlib import metadata
 
-from index_builder.calibration import CurvePoint
-from index_builder.entity_index import EntityIndex
+from index_builder.search.calibration import CurvePoint
+from index_builder.search.entity_index import EntityIndex
 from protos import retrieval_pb2 as pb
 from retrieval.live_releases import ServingRelease
 from retrieval.serve_config import Limits

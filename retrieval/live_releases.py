@@ -18,9 +18,9 @@ import numpy as np
 from encoders.errors import OmniError, SpaceMismatch
 from index_builder.ann import AnnIndex
 from index_builder.errors import ReleaseError, ReleaseNotFound
-from index_builder.live_follower import LiveFollower
-from index_builder.publishing import CURRENT_NAME, ReleaseStore
-from index_builder.release import Release
+from index_builder.releases.live_follower import LiveFollower
+from index_builder.releases.release import Release
+from index_builder.releases.store import CURRENT_NAME, ReleaseStore
 from retrieval.batcher import Batcher
 from retrieval.cache import CachedEncoder, Entry, QueryCache, RedisTier, most_frequent, namespace
 from retrieval.errors import InvalidRequest, NothingToRollBack, NotReady, ReleaseNotLoaded, ReleaseRefused, UnknownRelease

@@ -6,8 +6,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from index_builder.live_log_writer import LiveLogWriter
-from index_builder.live_records import LiveEntry
+from index_builder.live_log.records import LiveEntry
+from index_builder.live_log.writer import LiveLogWriter
 
 
 class LiveWrites:

@@ -20,7 +20,7 @@ from retrieval.requests import NORM_TOLERANCE, checked_query
 from retrieval.security import EVERYONE
 
 if TYPE_CHECKING:
-    from index_builder.entity_index import EntityIndex, SearchResult
+    from index_builder.search.entity_index import EntityIndex, SearchResult
     from retrieval.cache import Entry
     from retrieval.live_releases import ServingRelease
     from retrieval.service import RetrievalService

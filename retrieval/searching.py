@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from index_builder.entity_index import EntityIndex, SearchResult
+from index_builder.search.entity_index import EntityIndex, SearchResult
 from retrieval.diversity import POOL_FACTOR, rerank
 
 Float32 = npt.NDArray[np.float32]

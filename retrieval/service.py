@@ -15,8 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from google.protobuf.message import DecodeError, Message
 
-from index_builder.entity_index import EntityIndex
 from index_builder.errors import UnknownEntityType
+from index_builder.search.entity_index import EntityIndex
 from protos import retrieval_pb2 as pb
 from retrieval.admission import Admission, Refusals, check_deadline, retry_trailer
 from retrieval.answer_cache import AnswerCache, Key, ids_and_scores, key_of, shape_of

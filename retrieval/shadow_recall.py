@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from index_builder.entity_index import EntityIndex
-from index_builder.live_segments import LiveView
+from index_builder.search.entity_index import EntityIndex
+from index_builder.search.live_segments import LiveView
 from retrieval.observability import Labels, Metrics
 
 Float32 = npt.NDArray[np.float32]

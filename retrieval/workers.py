@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 from encoders.errors import OmniError
-from index_builder.entity_index import EntityIndex
 from index_builder.errors import ReleaseNotFound
-from index_builder.publishing import CURRENT_NAME, ReleaseStore
-from index_builder.release import read_manifest
+from index_builder.releases.release import read_manifest
+from index_builder.releases.store import CURRENT_NAME, ReleaseStore
+from index_builder.search.entity_index import EntityIndex
 from retrieval.errors import AddressInUse, NothingToRollBack, NotReady, ReleaseRefused, UnknownRelease
 from retrieval.http2.server import BACKLOG
 from retrieval.live_releases import RETRY_REFUSED_SECONDS

@@ -24,16 +24,16 @@ from benchmarks.record import write_record
 from encoders.commands.console import fail, handle_errors, json_option, print_json, print_table, say, track
 from encoders.errors import OmniError
 from index_builder.ann import AnnConfig
-from index_builder.build_inputs import EntityInput
-from index_builder.build_plan import RebuildConfig
-from index_builder.entity_index import IndexConfig
-from index_builder.live_follower import LiveFollower
-from index_builder.live_log_reader import LiveLogReader
-from index_builder.live_log_writer import LiveLogWriter
-from index_builder.live_records import LiveEntry
-from index_builder.manifest import MANIFEST_NAME
-from index_builder.publishing import CURRENT_NAME, ReleaseStore
-from index_builder.rebuild import build_release
+from index_builder.building.build import build_release
+from index_builder.building.inputs import EntityInput
+from index_builder.building.plan import RebuildConfig
+from index_builder.live_log.reader import LiveLogReader
+from index_builder.live_log.records import LiveEntry
+from index_builder.live_log.writer import LiveLogWriter
+from index_builder.releases.live_follower import LiveFollower
+from index_builder.releases.manifest import MANIFEST_NAME
+from index_builder.releases.store import CURRENT_NAME, ReleaseStore
+from index_builder.search.entity_index import IndexConfig
 
 DIMENSION = 64
 SPACE = "5a" * 32

@@ -20,7 +20,7 @@ from benchmarks.faults.swaps import swaps_under_load
 from benchmarks.record import RESULTS, write_record
 from benchmarks.small_releases import small_release, write_small_bundle
 from encoders.commands.console import handle_errors, json_option, print_json, print_table, stage
-from index_builder.publishing import ReleaseStore
+from index_builder.releases.store import ReleaseStore
 
 PARTS = ("swaps", "worker-swaps", "overload", "kills", "redis", "disk", "clock", "shadow")
 SHADOW_ENTITIES = 20_000

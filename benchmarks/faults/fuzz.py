@@ -303,7 +303,7 @@ async def _raw(host: str, port: int, content: bytes) -> None:
 def run(count: int, seed: int, raw_share: float, concurrency: int, folder: Path) -> tuple[Tally, dict[str, float]]:
     """Build a small release in ``folder``, start a server on it, fuzz it; returns the tally and the server's memory before and after."""
     from benchmarks.small_releases import small_release, write_small_bundle
-    from index_builder.publishing import ReleaseStore
+    from index_builder.releases.store import ReleaseStore
 
     encoder = write_small_bundle(folder / "bundle", seed=1)
     store = ReleaseStore(folder / "store")

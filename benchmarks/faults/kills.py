@@ -26,16 +26,16 @@ import numpy as np
 from benchmarks.faults.servers import connected, hash_of
 from benchmarks.small_releases import WORDS, entity_texts
 from encoders.commands.console import say
-from index_builder.build_inputs import EntityInput, QuerySet
-from index_builder.entity_index import IndexConfig
-from index_builder.manifest import MANIFEST_NAME
-from index_builder.publishing import ReleaseStore
-from index_builder.rebuild import RebuildConfig, build_release
+from index_builder.building.build import RebuildConfig, build_release
+from index_builder.building.inputs import EntityInput, QuerySet
+from index_builder.releases.manifest import MANIFEST_NAME
+from index_builder.releases.store import ReleaseStore
+from index_builder.search.entity_index import IndexConfig
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
 
 IMPORTED = (
-    *("retrieval.cli", "retrieval.serve_command", "retrieval.server", "encoders.towers.query_tower", "index_builder.rebuild"),
+    *("retrieval.cli", "retrieval.serve_command", "retrieval.server", "encoders.towers.query_tower", "index_builder.building.build"),
     *("uvloop", "pandas", "pyarrow.compute", "pyarrow.parquet", __name__),
 )
 ROUNDS_PER_STORE = 15

@@ -21,7 +21,7 @@ import psutil
 
 from benchmarks.small_releases import entity_texts, small_release, write_small_bundle
 from encoders.inference.onnx_forms import FEWEST_TEXTS, export_forms
-from index_builder.publishing import ReleaseStore
+from index_builder.releases.store import ReleaseStore
 from protos import retrieval_pb2_grpc as rpc
 
 COUNTS = {"pin": 2000, "product": 500}

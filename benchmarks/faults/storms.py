@@ -24,7 +24,7 @@ import numpy as np
 from benchmarks.faults.servers import ServerProcess, connected, percentiles
 from benchmarks.small_releases import entity_texts, small_release
 from encoders.errors import OmniError
-from index_builder.publishing import ReleaseStore
+from index_builder.releases.store import ReleaseStore
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
 
@@ -269,7 +269,7 @@ def damaged_copy(store: ReleaseStore, source: str, name: str, share: float = 0.3
     from dataclasses import replace
 
     from index_builder.ann.choice import build_index
-    from index_builder.manifest import FileRecord, Manifest
+    from index_builder.releases.manifest import FileRecord, Manifest
 
     folder = store.path_of(name)
     with store.open(source) as release:

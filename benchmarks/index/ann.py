@@ -21,7 +21,7 @@ from benchmarks.record import RESULTS, write_record
 from encoders.commands.console import data_option, handle_errors, json_option, print_json, print_table, say, stage
 from encoders.errors import ConfigError, OmniError
 from encoders.exact_search import exact_top_k
-from index_builder.calibration import recall_per_query
+from index_builder.search.calibration import recall_per_query
 
 BASELINE = "hnswlib f32"
 ALL_ENGINES = ENGINES | PREFIX_ENGINES

@@ -23,12 +23,12 @@ from benchmarks.record import write_record
 from encoders.commands.console import data_option, handle_errors, json_option, print_json, print_table, say
 from encoders.errors import ConfigError
 from index_builder.ann import AnnConfig
-from index_builder.build_inputs import EntityInput, QuerySet
-from index_builder.build_plan import RebuildConfig, estimate_mib, fit_memory
-from index_builder.entity_index import IndexConfig
-from index_builder.publishing import ReleaseStore
-from index_builder.rebuild import build_release
-from index_builder.release import read_manifest
+from index_builder.building.build import build_release
+from index_builder.building.inputs import EntityInput, QuerySet
+from index_builder.building.plan import RebuildConfig, estimate_mib, fit_memory
+from index_builder.releases.release import read_manifest
+from index_builder.releases.store import ReleaseStore
+from index_builder.search.entity_index import IndexConfig
 
 SPACE = "b0" * 32
 

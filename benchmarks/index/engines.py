@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from index_builder.ann import AnnConfig, build_index, load_index
 from index_builder.ann.faiss_index import faiss_library
-from index_builder.entity_index import EntityIndex, IndexConfig
+from index_builder.search.entity_index import EntityIndex, IndexConfig
 
 M, EF_CONSTRUCTION, DEGREE = 16, 200, 32
 Searcher = Callable[[np.ndarray, int], Any]

@@ -18,9 +18,9 @@ from benchmarks.record import RESULTS, write_record
 from encoders.commands.console import data_option, handle_errors, json_option, print_json, print_table, say, stage
 from encoders.errors import ConfigError
 from encoders.exact_search import exact_top_k
-from index_builder.calibration import TIE
-from index_builder.entity_index import EntityIndex, IndexConfig
-from index_builder.filters import parse_filter
+from index_builder.filters.expression import parse_filter
+from index_builder.search.calibration import TIE
+from index_builder.search.entity_index import EntityIndex, IndexConfig
 
 SHARES = (0.5, 0.1, 0.01, 0.001)
 KINDS = ("random", "correlated", "anti-correlated")

@@ -9,9 +9,9 @@ import numpy as np
 
 from benchmarks.index.engines import DEGREE, EF_CONSTRUCTION, Engine
 from index_builder.ann import AnnConfig, build_index, load_index
-from index_builder.codes import make_engine
-from index_builder.corpus import Corpus
-from index_builder.id_table import IdTable
+from index_builder.storage.codes import make_engine
+from index_builder.storage.corpus import Corpus
+from index_builder.storage.id_table import IdTable
 
 
 def prefix_engine(kind: str, dimensions: int) -> Callable[[np.ndarray, Path], Engine]:

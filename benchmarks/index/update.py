@@ -19,15 +19,15 @@ from encoders.commands.console import data_option, handle_errors, json_option, p
 from encoders.errors import ConfigError
 from encoders.exact_search import exact_top_k
 from index_builder.ann import AnnConfig
-from index_builder.build_inputs import QuerySet
-from index_builder.build_plan import RebuildConfig
-from index_builder.build_sources import from_release
-from index_builder.entity_index import EntityIndex, IndexConfig
-from index_builder.live_follower import LiveFollower
-from index_builder.live_log_writer import LiveLogWriter
-from index_builder.live_records import LiveEntry
-from index_builder.publishing import ReleaseStore
-from index_builder.rebuild import build_release
+from index_builder.building.build import build_release
+from index_builder.building.inputs import QuerySet
+from index_builder.building.plan import RebuildConfig
+from index_builder.building.sources import from_release
+from index_builder.live_log.records import LiveEntry
+from index_builder.live_log.writer import LiveLogWriter
+from index_builder.releases.live_follower import LiveFollower
+from index_builder.releases.store import ReleaseStore
+from index_builder.search.entity_index import EntityIndex, IndexConfig
 
 
 @dataclass(slots=True)

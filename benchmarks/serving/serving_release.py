@@ -11,10 +11,10 @@ import numpy as np
 from benchmarks.index.vectors import VectorSet, default_cache, load_vectors
 from encoders.commands.console import say, stage
 from encoders.exact_search import exact_top_k
-from index_builder.build_inputs import EntityInput, QuerySet
-from index_builder.entity_index import IndexConfig
-from index_builder.publishing import ReleaseStore
-from index_builder.rebuild import RebuildConfig, build_release
+from index_builder.building.build import RebuildConfig, build_release
+from index_builder.building.inputs import EntityInput, QuerySet
+from index_builder.releases.store import ReleaseStore
+from index_builder.search.entity_index import IndexConfig
 
 DIMENSION = 256
 

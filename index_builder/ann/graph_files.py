@@ -6,6 +6,8 @@ import struct
 from pathlib import Path
 
 import numpy as np
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import connected_components
 
 _SYMQG_HEADER = 38
 _HNSW_HEADER = struct.Struct("<QQQQQQiIQQQdQ")
@@ -53,3 +55,25 @@ def read_hnsw_links(path: Path, count: int) -> np.ndarray | None:
     links = np.empty((count, int(most)), dtype=np.uint32)
     links[labels] = labels[np.where(used, inner, own)]
     return links
+
+
+def unreachable_nodes(links: np.ndarray) -> int:
+    """Nodes outside the largest strongly connected part of the base layer that no path from it reaches.
+
+    Args:
+        links: uint32 ``(N, degree)`` out-links.
+    """
+    count, degree = links.shape
+    graph = csr_matrix(
+        (np.ones(links.size, dtype=np.bool_), links.ravel().astype(np.int64), np.arange(0, links.size + 1, degree)), shape=(count, count)
+    )
+    parts, labels = connected_components(graph, directed=True, connection="strong")
+    if parts == 1:
+        return 0
+    reached = labels == np.argmax(np.bincount(labels))
+    frontier = np.flatnonzero(reached)
+    while len(frontier):
+        targets = np.unique(links[frontier])
+        frontier = targets[~reached[targets]]
+        reached[frontier] = True
+    return int(count - np.count_nonzero(reached))

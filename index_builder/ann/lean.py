@@ -11,10 +11,10 @@ from encoders.errors import MissingDependency
 from index_builder.ann.hnsw import HnswIndex
 from index_builder.ann.interface import AnnConfig, AnnIndex
 from index_builder.ann.symqg import MIN_ROWS, SymqgIndex, symqg_builds
-from index_builder.codes import CodeStore, make_engine
-from index_builder.corpus import Corpus
 from index_builder.errors import IndexFormatError
 from index_builder.native import Engine
+from index_builder.storage.codes import CodeStore, make_engine
+from index_builder.storage.corpus import Corpus
 
 
 class LeanIndex(AnnIndex):

@@ -21,7 +21,7 @@ from benchmarks.serving.milvus_peer import mean_recall
 from benchmarks.serving.peer_servers import Process, echo_server, omni_server
 from benchmarks.serving.serve import more_workers, verdict
 from benchmarks.small_releases import small_release, write_small_bundle
-from index_builder.publishing import ReleaseStore
+from index_builder.releases.store import ReleaseStore
 from protos import retrieval_pb2 as pb
 from retrieval.client_results import RetrieveResult, Timings
 

@@ -13,7 +13,7 @@ from benchmarks.faults.servers import ServerProcess, prepare_store
 from benchmarks.faults.storms import clock_jump, damaged_index, full_disk, hostile_redis
 from benchmarks.faults.swaps import swaps_under_load
 from benchmarks.small_releases import small_release, write_small_bundle
-from index_builder.publishing import ReleaseStore
+from index_builder.releases.store import ReleaseStore
 
 
 @pytest.mark.slow

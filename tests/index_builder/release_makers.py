@@ -9,9 +9,9 @@ import numpy as np
 import polars as pl
 
 from index_builder.ann import AnnConfig
-from index_builder.build_inputs import EntityInput
-from index_builder.build_plan import RebuildConfig
-from index_builder.entity_index import IndexConfig
+from index_builder.building.inputs import EntityInput
+from index_builder.building.plan import RebuildConfig
+from index_builder.search.entity_index import IndexConfig
 
 D = 64
 SPACE = "5a" * 32

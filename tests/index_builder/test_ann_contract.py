@@ -13,9 +13,9 @@ from encoders.errors import ConfigError
 from encoders.exact_search import exact_top_k
 from index_builder.ann import KINDS, AnnConfig, build_index, choose_kind, load_index, missing_features, require_cpu
 from index_builder.ann.symqg import MIN_ROWS
-from index_builder.calibration import recall_per_query
 from index_builder.errors import IndexFormatError, UnsupportedCpu
 from index_builder.native import Engine
+from index_builder.search.calibration import recall_per_query
 
 N = 3_000
 CONFIG = AnnConfig(m=12, ef_construction=100)

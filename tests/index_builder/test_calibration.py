@@ -10,9 +10,9 @@ from real_vectors import text_vectors
 
 from encoders.errors import ConfigError
 from index_builder.ann import AnnConfig, build_index
-from index_builder.calibration import Calibration, CurvePoint, calibrate, check_gate, mean_interval, recall_per_query
+from index_builder.ann.graph_files import unreachable_nodes
 from index_builder.errors import GateFailed
-from index_builder.graph_check import unreachable_nodes
+from index_builder.search.calibration import Calibration, CurvePoint, calibrate, check_gate, mean_interval, recall_per_query
 
 CURVE = (CurvePoint(10, 0.80, 0.78, 0.82), CurvePoint(20, 0.92, 0.90, 0.94), CurvePoint(40, 0.98, 0.96, 0.99))
 

@@ -10,12 +10,12 @@ from real_vectors import text_vectors
 
 from index_builder.ann import AnnConfig
 from index_builder.ann.lean import LeanIndex
-from index_builder.attributes import AttributeTable
-from index_builder.codes import CodeStore, make_engine
-from index_builder.corpus import Corpus
-from index_builder.entity_index import EntityIndex
-from index_builder.id_table import IdTable
+from index_builder.filters.attributes import AttributeTable
 from index_builder.native import Engine
+from index_builder.search.entity_index import EntityIndex
+from index_builder.storage.codes import CodeStore, make_engine
+from index_builder.storage.corpus import Corpus
+from index_builder.storage.id_table import IdTable
 
 pytestmark = pytest.mark.skipif(Engine is None, reason="the extension was not compiled")
 

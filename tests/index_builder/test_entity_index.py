@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from real_vectors import islands, text_vectors
 
 from encoders.errors import ConfigError, InvalidVectors
-from index_builder import base_search
 from index_builder.ann import AnnConfig, missing_features
-from index_builder.entity_index import EntityIndex, IndexConfig
 from index_builder.errors import DimensionMismatch, DuplicateIds, FilterError, IndexBuildError, IndexFormatError, InvalidQuery
-from index_builder.live_records import LiveEntry
-from index_builder.live_segments import LiveState, LiveView
+from index_builder.live_log.records import LiveEntry
 from index_builder.native import Engine
+from index_builder.search import plans as base_search
+from index_builder.search.entity_index import EntityIndex, IndexConfig
+from index_builder.search.live_segments import LiveState, LiveView
 
 N = 3_000
 FRAME = pl.DataFrame(
@@ -340,7 +340,7 @@ def test_a_forked_process_answers_from_the_shared_index(index: EntityIndex) -> N
 
 
 def test_without_the_compiled_part_the_answers_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    from index_builder import codes
+    from index_builder.storage import codes
 
     corpus, queries = _corpus()
     config = IndexConfig(kind="hnsw", ann=CONFIG)
@@ -370,7 +370,7 @@ def test_calibration_queries_decide_between_the_two_searches_of_a_graph(tmp_path
     ids, queries = [str(i) for i in range(2_900)], vectors[2_900:]
     for winner, loser in (("swift", "symqg"), ("symqg", "swift")):
         times = iter((20.0, 10.0) if winner == "swift" else (10.0, None))
-        monkeypatch.setattr("index_builder.ann_race.latency_at_recall", lambda *_, left=times: next(left))
+        monkeypatch.setattr("index_builder.search.graph_race.latency_at_recall", lambda *_, left=times: next(left))
         index = EntityIndex.build("pin", ids, vectors[:2_900], None, IndexConfig(ann=CONFIG), calibration_queries=queries)
         index.save(tmp_path / winner)
         loaded = EntityIndex.load(tmp_path / winner)

@@ -10,9 +10,9 @@ from click.testing import CliRunner, Result
 from release_makers import make_bundle, make_input, quick, unit_vectors
 
 from encoders.towers.query_tower import QueryEncoder
-from index_builder import explain_commands
-from index_builder.publishing import ReleaseStore
-from index_builder.rebuild import build_release
+from index_builder.building.build import build_release
+from index_builder.commands import explain as explain_commands
+from index_builder.releases.store import ReleaseStore
 
 
 @pytest.fixture

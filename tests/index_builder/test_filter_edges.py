@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from index_builder.attributes import AttributeTable
 from index_builder.errors import FilterError
-from index_builder.filters import MAX_DIGITS, BoundFilter, parse_filter
-from index_builder.selection_cache import SelectionCache
+from index_builder.filters.attributes import AttributeTable
+from index_builder.filters.cache import SelectionCache
+from index_builder.filters.expression import MAX_DIGITS, parse_filter
+from index_builder.filters.selection import BoundFilter
 
 LOWEST = -(2**63)
 TABLE = AttributeTable(pl.DataFrame({"x": [LOWEST, None, 3, *range(5, 45)], "face": ["😀", "\\ud83d", *["é"] * 41]}))

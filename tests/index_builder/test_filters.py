@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from index_builder.attributes import AttributeTable
 from index_builder.errors import BadAttribute, FilterError
-from index_builder.filters import BoundFilter, parse_filter
-from index_builder.selection_cache import SelectionCache
+from index_builder.filters.attributes import AttributeTable
+from index_builder.filters.cache import SelectionCache
+from index_builder.filters.expression import parse_filter
+from index_builder.filters.selection import BoundFilter
 
 ROWS: list[dict[str, Any]] = [
     {

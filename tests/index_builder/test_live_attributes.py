@@ -10,18 +10,18 @@ import pytest
 from click.testing import CliRunner
 from release_makers import SPACE, D, make_bundle, quick, unit_vectors
 
-from index_builder import update_command
-from index_builder.attributes import check_attributes
-from index_builder.build_inputs import EntityInput, fold_live
-from index_builder.entity_index import EntityIndex, IndexConfig
+from index_builder.building.build import build_release
+from index_builder.building.inputs import EntityInput, fold_live
+from index_builder.building.update import attributes_of, read_changes
+from index_builder.commands import update as update_command
 from index_builder.errors import BadAttribute
-from index_builder.live_blocks import attribute_frame
-from index_builder.live_records import LiveEntry
-from index_builder.live_segments import LiveState
-from index_builder.publishing import ReleaseStore
-from index_builder.rebuild import build_release
-from index_builder.release import read_manifest
-from index_builder.update import attributes_of, read_changes
+from index_builder.filters.attributes import check_attributes
+from index_builder.live_log.records import LiveEntry
+from index_builder.releases.release import read_manifest
+from index_builder.releases.store import ReleaseStore
+from index_builder.search.entity_index import EntityIndex, IndexConfig
+from index_builder.search.live_blocks import attribute_frame
+from index_builder.search.live_segments import LiveState
 
 COUNT = 50
 QUERY = unit_vectors(1, 99)[0]

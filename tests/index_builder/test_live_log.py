@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from encoders.errors import InvalidVectors
 from index_builder.errors import DiskFull, LiveLogBusy, LiveLogCorrupt, LiveLogError
-from index_builder.live_files import log_files, read_acknowledged
-from index_builder.live_log_reader import LiveLogReader
-from index_builder.live_log_upkeep import collect_files, trust_log
-from index_builder.live_log_writer import LiveLogWriter
-from index_builder.live_records import LiveEntry
+from index_builder.live_log.files import log_files, read_acknowledged
+from index_builder.live_log.maintenance import collect_files, trust_log
+from index_builder.live_log.reader import LiveLogReader
+from index_builder.live_log.records import LiveEntry
+from index_builder.live_log.writer import LiveLogWriter
 
 D = 8
 SPACE = "ab" * 32
@@ -244,7 +244,7 @@ def test_a_disk_that_was_full_leaves_no_lock_behind(tmp_path: Path) -> None:
 
 
 def test_an_entry_whose_acknowledgement_finds_no_room_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from index_builder import live_log_end
+    from index_builder.live_log import tail as live_log_end
 
     writer = LiveLogWriter(tmp_path, "pin", D)
     writer.write([upsert("a")])
@@ -262,7 +262,7 @@ def test_an_entry_whose_acknowledgement_finds_no_room_does_not_stay(tmp_path: Pa
 
 def test_a_lock_held_by_another_process_is_named(tmp_path: Path) -> None:
     LiveLogWriter(tmp_path, "pin", D)
-    from index_builder.durability import FileLock
+    from index_builder.storage.durable_files import FileLock
 
     lock = FileLock(tmp_path / "pin" / "writer.lock")
     assert lock.acquire()

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from index_builder.errors import DiskFull, LiveLogCorrupt
-from index_builder.live_files import log_files, read_acknowledged
-from index_builder.live_log_reader import LiveLogReader
-from index_builder.live_log_upkeep import trust_log
-from index_builder.live_log_writer import LiveLogWriter
-from index_builder.live_records import LiveEntry
+from index_builder.live_log.files import log_files, read_acknowledged
+from index_builder.live_log.maintenance import trust_log
+from index_builder.live_log.reader import LiveLogReader
+from index_builder.live_log.records import LiveEntry
+from index_builder.live_log.writer import LiveLogWriter
 
 D = 8
 VECTOR = np.full(D, D**-0.5, np.float32)

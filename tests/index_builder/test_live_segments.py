@@ -11,18 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from release_makers import SPACE, D, make_bundle, make_input, quick, unit_vectors
 
-from index_builder.entity_index import EntityIndex
+from index_builder.building.build import build_release
 from index_builder.errors import LiveLogCorrupt
-from index_builder.live_blocks import attribute_frame, join_frames
-from index_builder.live_files import log_files
-from index_builder.live_follower import LiveFollower
-from index_builder.live_log_reader import LiveLogReader
-from index_builder.live_log_writer import LiveLogWriter
-from index_builder.live_records import LiveEntry
-from index_builder.live_segments import LiveState
-from index_builder.publishing import ReleaseStore
-from index_builder.rebuild import build_release
-from index_builder.release import Release
+from index_builder.live_log.files import log_files
+from index_builder.live_log.reader import LiveLogReader
+from index_builder.live_log.records import LiveEntry
+from index_builder.live_log.writer import LiveLogWriter
+from index_builder.releases.live_follower import LiveFollower
+from index_builder.releases.release import Release
+from index_builder.releases.store import ReleaseStore
+from index_builder.search.entity_index import EntityIndex
+from index_builder.search.live_blocks import attribute_frame, join_frames
+from index_builder.search.live_segments import LiveState
 
 BASE = 40
 VECTORS = unit_vectors(400, 3)

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from index_builder import live_log_upkeep
-from index_builder.entity_index import EntityIndex
 from index_builder.errors import DiskFull, LiveLogCorrupt
-from index_builder.live_files import log_files, read_acknowledged
-from index_builder.live_follower import LiveFollower
-from index_builder.live_log_reader import LiveLogReader
-from index_builder.live_log_writer import LiveLogWriter
-from index_builder.live_records import LiveEntry
+from index_builder.live_log import maintenance as live_log_upkeep
+from index_builder.live_log.files import log_files, read_acknowledged
+from index_builder.live_log.reader import LiveLogReader
+from index_builder.live_log.records import LiveEntry
+from index_builder.live_log.writer import LiveLogWriter
+from index_builder.releases.live_follower import LiveFollower
+from index_builder.search.entity_index import EntityIndex
 
 D = 8
 SPACE = "ab" * 32
@@ -134,7 +134,7 @@ def test_a_follower_that_opens_a_log_shows_what_a_crash_left_whole(tmp_path: Pat
 
 
 def test_a_follower_opens_a_log_that_it_may_only_read_or_that_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from index_builder.durability import FileLock
+    from index_builder.storage.durable_files import FileLock
 
     LiveLogWriter(tmp_path, "pin", D).write([upsert("a")])
     killed_before_its_fsync(tmp_path, "b")

@@ -11,8 +11,8 @@ from benchmarks.serving.peer_servers import milvus_is_installed, milvus_server
 from benchmarks.small_releases import small_release, write_small_bundle
 from encoders.errors import InvalidVectors, SpaceMismatch
 from index_builder.errors import GateFailed, ReleaseError, ReleaseNotFound
-from index_builder.milvus_adapter import MilvusConfig, MilvusReleases, collection_name
-from index_builder.publishing import ReleaseStore
+from index_builder.releases.milvus import MilvusConfig, MilvusReleases, collection_name
+from index_builder.releases.store import ReleaseStore
 
 
 def test_names_are_allowed_and_differ_for_ids_that_look_alike() -> None:
@@ -39,7 +39,7 @@ def test_publish_activate_search_and_switch(milvus: str, tmp_path: Path) -> None
         store, tmp_path / "bundle", encoder, release_id="second", id_prefix="b-", counts={"pin": 200, "ad": 60}, activate=False
     )
     releases = MilvusReleases(MilvusConfig(uri=f"http://{milvus}"))
-    from index_builder.release import Release
+    from index_builder.releases.release import Release
 
     with Release.open(store.path_of(first)) as one, Release.open(store.path_of(second)) as two:
         space = one.space_id

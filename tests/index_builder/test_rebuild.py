@@ -13,15 +13,15 @@ from release_makers import SPACE, D, make_bundle, make_input, quick, unit_vector
 
 from encoders.errors import BundleError, ConfigError, InvalidVectors, OmniError, SpaceMismatch
 from encoders.inference.signal_store import SignalStore
-from index_builder.build_inputs import QuerySet
-from index_builder.build_plan import estimate_mib, plan_release, read_bundle
-from index_builder.build_sources import from_release, from_signals, read_query_texts, scratch_folder
+from index_builder.building.build import build_release
+from index_builder.building.inputs import QuerySet
+from index_builder.building.plan import estimate_mib, plan_release, read_bundle
+from index_builder.building.sources import from_release, from_signals, read_query_texts, scratch_folder
 from index_builder.errors import DiskFull, DuplicateIds, GateFailed, LiveLogError, PublishError
-from index_builder.live_log_writer import LiveLogWriter
-from index_builder.live_records import LiveEntry
-from index_builder.publishing import ReleaseStore
-from index_builder.rebuild import build_release
-from index_builder.release import read_manifest
+from index_builder.live_log.records import LiveEntry
+from index_builder.live_log.writer import LiveLogWriter
+from index_builder.releases.release import read_manifest
+from index_builder.releases.store import ReleaseStore
 
 OTHER = "0b" * 32
 
@@ -238,7 +238,7 @@ def test_memory_limits_choose_leaner_kinds_or_refuse_with_figures(bundle: Path, 
 
 def test_a_full_disk_publishes_nothing(bundle: Path, store: ReleaseStore) -> None:
     first = build_release({"pin": make_input("pin", 300)}, bundle, store, quick())
-    import index_builder.durability as durability
+    import index_builder.storage.durable_files as durability
 
     child = os.fork()
     if child == 0:

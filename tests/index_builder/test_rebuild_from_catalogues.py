@@ -16,10 +16,10 @@ from encoders.inference.signal_store import SignalStore
 from encoders.towers.bundle import ModelBundle, save_bundle
 from encoders.towers.entity_features import EntityFeatureConfig, EntityFeaturizer
 from encoders.towers.entity_tower import create_entity_encoder
-from index_builder import rebuild_command
-from index_builder.publishing import ReleaseStore
-from index_builder.release import read_manifest
-from index_builder.update import read_changes
+from index_builder.building.update import read_changes
+from index_builder.commands import rebuild as rebuild_command
+from index_builder.releases.release import read_manifest
+from index_builder.releases.store import ReleaseStore
 
 ROWS = [f"p{i},pin,red barn number {i},{i}.50" for i in range(40)]
 

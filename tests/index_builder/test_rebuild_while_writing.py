@@ -9,13 +9,13 @@ import pytest
 from release_makers import SPACE, D, make_bundle, make_input, quick, unit_vectors
 
 import encoders.towers.bundle
-from index_builder.build_inputs import read_live
-from index_builder.live_log_reader import LiveLogReader
-from index_builder.live_log_writer import LiveLogWriter
-from index_builder.live_records import LiveEntry
-from index_builder.publishing import ReleaseStore
-from index_builder.rebuild import build_release
-from index_builder.rebuild_command import _embed_foreign_live
+from index_builder.building.build import build_release
+from index_builder.building.inputs import read_live
+from index_builder.commands.rebuild import _embed_foreign_live
+from index_builder.live_log.reader import LiveLogReader
+from index_builder.live_log.records import LiveEntry
+from index_builder.live_log.writer import LiveLogWriter
+from index_builder.releases.store import ReleaseStore
 
 NEW = "c3" * 32
 

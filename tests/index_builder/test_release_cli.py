@@ -13,17 +13,20 @@ from release_makers import SPACE, make_bundle, make_input, quick, unit_vectors
 
 from encoders.errors import InvalidVectors, OmniError, RowError
 from encoders.inference.signal_store import SignalStore
-from index_builder import explain_commands, rebuild_command, release_commands, update_command
+from index_builder.building.build import build_release
+from index_builder.building.update import apply_changes, attributes_of, embed_again, read_changes
+from index_builder.commands import explain as explain_commands
+from index_builder.commands import rebuild as rebuild_command
+from index_builder.commands import release as release_commands
+from index_builder.commands import update as update_command
 from index_builder.errors import UnknownEntityType
-from index_builder.explain import explain_id, recall_waterfall
-from index_builder.live_follower import LiveFollower
-from index_builder.live_log_reader import LiveLogReader
-from index_builder.live_log_writer import LiveLogWriter
-from index_builder.live_records import LiveEntry
-from index_builder.publishing import ReleaseStore
-from index_builder.rebuild import build_release
-from index_builder.release import read_manifest
-from index_builder.update import apply_changes, attributes_of, embed_again, read_changes
+from index_builder.live_log.reader import LiveLogReader
+from index_builder.live_log.records import LiveEntry
+from index_builder.live_log.writer import LiveLogWriter
+from index_builder.releases.live_follower import LiveFollower
+from index_builder.releases.release import read_manifest
+from index_builder.releases.store import ReleaseStore
+from index_builder.search.explain import explain_id, recall_waterfall
 
 
 class FakeBundle:

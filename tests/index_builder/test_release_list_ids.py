@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from index_builder import release_commands
-from index_builder.publishing import ReleaseStore, ReleaseSummary
+from index_builder.commands import release as release_commands
+from index_builder.releases.store import ReleaseStore, ReleaseSummary
 
 IDS = [f"2026-01-1{day}T09-30-12Z-ab12cd34ef56" for day in range(3)]
 COUNTS = {"pin": 1_594_000, "product": 4_855_000, "ad": 378_000, "query": 195_245_000}

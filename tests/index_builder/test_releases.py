@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from release_makers import SPACE, make_bundle, make_input, quick, unit_vectors
 
 from encoders.errors import OmniError
+from index_builder.building.build import build_release
 from index_builder.errors import (
     PublisherBusy,
     PublishError,
@@ -25,12 +26,11 @@ from index_builder.errors import (
     ReleaseVersionError,
     UnsupportedCpu,
 )
-from index_builder.manifest import MANIFEST_NAME, Manifest
-from index_builder.publishing import CURRENT_NAME, ReleaseStore
-from index_builder.rebuild import build_release
-from index_builder.release import Release, read_manifest
-from index_builder.release_diff import describe_release, diff_releases
-from index_builder.verification import check_cpu
+from index_builder.releases.diff import describe_release, diff_releases
+from index_builder.releases.manifest import MANIFEST_NAME, Manifest
+from index_builder.releases.release import Release, read_manifest
+from index_builder.releases.store import CURRENT_NAME, ReleaseStore
+from index_builder.releases.verification import check_cpu
 
 
 @pytest.fixture(scope="module")

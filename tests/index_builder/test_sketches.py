@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from real_vectors import text_vectors
 
-from index_builder.codes import CodeStore, make_engine
-from index_builder.corpus import Corpus
 from index_builder.errors import IndexFormatError
-from index_builder.id_table import IdTable
 from index_builder.native import Engine
+from index_builder.storage.codes import CodeStore, make_engine
+from index_builder.storage.corpus import Corpus
+from index_builder.storage.id_table import IdTable
 
 pytestmark = pytest.mark.skipif(Engine is None, reason="the extension was not compiled")
 

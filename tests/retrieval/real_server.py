@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.small_releases import small_release, write_small_bundle
-from index_builder.publishing import ReleaseStore
+from index_builder.releases.store import ReleaseStore
 from retrieval.serve_config import ServeConfig
 from retrieval.server import Server, create_server
 

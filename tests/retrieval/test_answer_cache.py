@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from real_server import Running, serving
 
 from benchmarks.small_releases import entity_texts, small_release
-from index_builder.entity_index import SearchResult
+from index_builder.search.entity_index import SearchResult
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
 from retrieval.answer_cache import ENTRY_OVERHEAD_BYTES, AnswerCache, Key, Shape, hits_on_the_wire, key_of
@@ -281,7 +281,7 @@ def test_the_short_way_answers_what_is_kept_without_a_search(running: Running, s
 
 
 def test_an_edition_changes_with_the_live_entries_only() -> None:
-    from index_builder.entity_index import EntityIndex, IndexConfig
+    from index_builder.search.entity_index import EntityIndex, IndexConfig
 
     vectors = np.eye(8, dtype=np.float32)
     index = EntityIndex.build("pin", [str(i) for i in range(8)], vectors, None, IndexConfig(kind="exact"))

@@ -14,7 +14,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from benchmarks.small_releases import small_release, write_small_bundle
-from index_builder.publishing import ReleaseStore
+from index_builder.releases.store import ReleaseStore
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
 from retrieval.errors import AddressInUse
@@ -144,8 +144,8 @@ def edit_the_manifest(folder: Path) -> None:
 
 def swap_the_encoder(folder: Path) -> None:
     """An attacker's or a copying mistake: another encoder under a manifest made to fit. Only the golden queries can notice."""
-    from index_builder.manifest import Manifest
-    from index_builder.verification import record_files
+    from index_builder.releases.manifest import Manifest
+    from index_builder.releases.verification import record_files
 
     other = folder.parent / "b1" / "query_encoder"
     shutil.rmtree(folder / "query_encoder")

@@ -18,14 +18,14 @@ from encoders.compatibility.declaration import FOLDER, declare
 from encoders.errors import BundleError, ConfigError, SpaceMismatch
 from encoders.towers.bundle import compute_space_id
 from encoders.towers.query_tower import QueryEncoder
-from index_builder.build_plan import RebuildConfig
-from index_builder.build_sources import from_release
+from index_builder.building.build import build_release
+from index_builder.building.plan import RebuildConfig
+from index_builder.building.query_upgrade import upgrade_query_tower
+from index_builder.building.sources import from_release
+from index_builder.commands.rebuild import command
 from index_builder.errors import GateFailed, PublishError, ReleaseNotFound
-from index_builder.publishing import ReleaseStore
-from index_builder.query_upgrade import upgrade_query_tower
-from index_builder.rebuild import build_release
-from index_builder.rebuild_command import command
-from index_builder.release import read_manifest
+from index_builder.releases.release import read_manifest
+from index_builder.releases.store import ReleaseStore
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
 from retrieval.serve_config import ServeConfig

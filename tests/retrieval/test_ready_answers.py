@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from real_server import Running, serving
 
 from benchmarks.small_releases import entity_texts
-from index_builder.entity_index import EntityIndex
+from index_builder.search.entity_index import EntityIndex
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
 from retrieval.answer_cache import AnswerCache

@@ -12,9 +12,9 @@ import pytest
 
 from benchmarks.small_releases import small_release, write_small_bundle
 from index_builder.errors import PublisherBusy
-from index_builder.live_follower import LiveFollower
-from index_builder.publishing import ReleaseStore
-from index_builder.release import Release
+from index_builder.releases.live_follower import LiveFollower
+from index_builder.releases.release import Release
+from index_builder.releases.store import ReleaseStore
 from retrieval import live_releases
 from retrieval.cache import QueryCache, RedisTier
 from retrieval.live_releases import LiveReleases

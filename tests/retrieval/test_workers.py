@@ -15,7 +15,7 @@ import grpc
 import pytest
 
 from benchmarks.small_releases import small_release, write_small_bundle
-from index_builder.publishing import ReleaseStore
+from index_builder.releases.store import ReleaseStore
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
 

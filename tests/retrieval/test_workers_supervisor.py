@@ -21,9 +21,9 @@ from typing import Any
 import pytest
 
 from encoders.errors import ConfigError
-from index_builder import publishing
 from index_builder.errors import PublisherBusy, ReleaseCorrupt
-from index_builder.publishing import ReleaseStore
+from index_builder.releases import store as publishing
+from index_builder.releases.store import ReleaseStore
 from retrieval import workers
 from retrieval.serve_config import ServeConfig
 from retrieval.worker_process import Assignment, write_cache

@@ -1,0 +1,1 @@
+"""From bundle and catalogue to a published release."""

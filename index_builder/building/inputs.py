@@ -1,0 +1,228 @@
+"""What goes into a build: embedded entities as arrays on disk or in memory, checked row by row, with the live log folded in."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from encoders.errors import InvalidVectors, SpaceMismatch
+from index_builder.errors import DuplicateIds, LiveLogError
+from index_builder.filters.attributes import can_be_attribute, fitted_column, is_of_one_type, of_one_type
+from index_builder.live_log.files import log_files
+from index_builder.live_log.reader import LiveLogReader
+from index_builder.live_log.records import LiveEntry
+from index_builder.search.live_blocks import attribute_frame
+from index_builder.storage.corpus import check_vectors
+
+_BLOCK_ROWS = 65_536
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EntityInput:
+    """The embedded entities of one type.
+
+    Attributes:
+        ids: Unique, non-empty NFC strings, in row order.
+        vectors: float32 ``(N, D)``, unit rows; a ``numpy.memmap`` keeps memory bounded.
+        space_id: Space of the vectors.
+        attributes: ``N`` rows aligned with ``ids`` (no ``id`` column), or None.
+        updated_at_ns: int64 ``(N,)`` when each vector was made, nanoseconds since 1970, or None if unknown. A live write that is older
+            than the row loses.
+        base_watermark: Live-log sequence already inside (for vectors taken from a release).
+    """
+
+    ids: Sequence[str]
+    vectors: np.ndarray
+    space_id: str
+    attributes: pl.DataFrame | None = None
+    updated_at_ns: np.ndarray | None = None
+    base_watermark: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class QuerySet:
+    """Queries with their vectors: some become golden queries, the others calibrate.
+
+    Attributes:
+        texts: Query strings; empty strings where unknown.
+        vectors: float32 ``(Q, D)``, unit rows, made by the bundle's query tower.
+    """
+
+    texts: list[str]
+    vectors: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """How the live log changed an input."""
+
+    watermark: int
+    upserts: int = 0
+    deletes: int = 0
+    stale: int = 0
+    """Writes older than the row they would change."""
+    foreign: list[str] = field(default_factory=list)
+    """Ids whose live vector belongs to another space and that carry no source row to embed again."""
+
+
+def check_input(entity_type: str, entities: EntityInput, space_id: str, dimension: int) -> None:
+    """Refuse what must never enter an index; reads the vectors once, block by block.
+
+    Raises:
+        SpaceMismatch: The vectors were made under another space id.
+        InvalidVectors: Shape, dtype, NaN, Inf, zero or norm; names the first bad row, its id and the fix.
+        DuplicateIds: An id occurs twice; names both rows.
+    """
+    if entities.space_id != space_id:
+        raise SpaceMismatch(space_id, entities.space_id, f"signals of {entity_type!r}")
+    ids = entities.ids
+    if entities.attributes is not None and entities.attributes.width and entities.attributes.height != len(ids):
+        raise InvalidVectors(
+            f"{entity_type}: expected one row of attributes per id, but got {entities.attributes.height:,} rows for {len(ids):,} ids"
+        )
+    if len(set(ids)) != len(ids):
+        seen: dict[str, int] = {}
+        for row, identifier in enumerate(ids):
+            if identifier in seen:
+                raise DuplicateIds(f"{entity_type}: id {identifier!r} occurs in rows {seen[identifier]} and {row}; keep one of them")
+            seen[identifier] = row
+    try:
+        check_vectors(entities.vectors, ids, dimension)
+    except InvalidVectors as error:
+        raise InvalidVectors(f"{entity_type}: {error}") from error
+
+
+def read_live(live_root: Path, entity_type: str, after: int) -> tuple[dict[str, LiveEntry], int]:
+    """The last live write per id behind sequence ``after``, and the sequence of the last one.
+
+    Args:
+        live_root: ``<store>/live``.
+        entity_type: Which log.
+        after: Watermark of the source; where older entries were collected already, what is left is read.
+    """
+    files = log_files(live_root / entity_type)
+    if not files:
+        return {}, after
+    reader = LiveLogReader(live_root, entity_type, after=max(after, files[0][0] - 1))
+    latest: dict[str, LiveEntry] = {}
+    try:
+        while batch := reader.poll(50_000):
+            for entry in batch:
+                latest[entry.id] = entry
+        return latest, reader.sequence
+    finally:
+        reader.close()
+
+
+def fold_live(entities: EntityInput, latest: dict[str, LiveEntry], watermark: int, into: Path) -> tuple[EntityInput, Folded]:
+    """Apply live writes to an input.
+
+    Args:
+        entities: The input.
+        latest: Last write per id.
+        watermark: Sequence of the last write read.
+        into: File for the new vectors (raw float32), written only when something changes.
+
+    Returns:
+        The changed input (its vectors memory-mapped) and what was done.
+    """
+    row_of = {identifier: row for row, identifier in enumerate(entities.ids) if identifier in latest}
+    times = entities.updated_at_ns
+    dead: list[int] = []
+    fresh: list[LiveEntry] = []
+    deletes = stale = 0
+    foreign: list[str] = []
+    for identifier in sorted(latest):
+        entry, row = latest[identifier], row_of.get(identifier)
+        if row is not None and times is not None and int(times[row]) > entry.time_ns:
+            stale += 1
+            continue
+        if entry.vector is not None and entry.space_id != entities.space_id:
+            foreign.append(identifier)
+            continue
+        if row is not None:
+            dead.append(row)
+        if entry.vector is not None:
+            fresh.append(entry)
+        else:
+            deletes += 1
+    if not dead and not fresh:
+        return entities, Folded(watermark, 0, deletes, stale, foreign)
+    keep = np.ones(len(entities.ids), bool)
+    keep[dead] = False
+    dimension = entities.vectors.shape[1]
+    with open(into, "wb") as file:
+        for start in range(0, len(keep), _BLOCK_ROWS):
+            np.asarray(entities.vectors[start : start + _BLOCK_ROWS])[keep[start : start + _BLOCK_ROWS]].tofile(file)
+        for entry in fresh:
+            assert entry.vector is not None
+            entry.vector.tofile(file)
+    ids = [identifier for identifier, stays in zip(entities.ids, keep) if stays] + [entry.id for entry in fresh]
+    vectors: np.ndarray = np.memmap(into, np.float32, "r", shape=(len(ids), dimension)) if ids else np.zeros((0, dimension), np.float32)
+    attributes = _fold_attributes(entities.attributes, keep, fresh)
+    return (
+        EntityInput(ids=ids, vectors=vectors, space_id=entities.space_id, attributes=attributes, base_watermark=watermark),
+        Folded(watermark, len(fresh), deletes, stale, foreign),
+    )
+
+
+def _fold_attributes(frame: pl.DataFrame | None, keep: np.ndarray, fresh: list[LiveEntry]) -> pl.DataFrame | None:
+    """Rows of ``frame`` that stay, then those of the fresh entries, cast to the types the base already has (what does not fit is null).
+
+    What no column can hold is left out: a log may have entries of before writes were checked, or checked against another release.
+    """
+    added = attribute_frame([entry.attributes for entry in fresh]) if fresh else pl.DataFrame()
+    known = frame.columns if frame is not None else []
+    new = [of_one_type(series) for series in added if series.name not in known and not is_of_one_type(series.name)]
+    new = [series for series in new if can_be_attribute(series)]
+    if not known and not new:
+        return frame
+    height = int(keep.sum())
+    base = frame.filter(pl.Series(keep)) if frame is not None and known else pl.DataFrame()
+    parts = [(base[name], fitted_column(added, name, base.schema[name], len(fresh))) for name in known]
+    parts += [(pl.Series(series.name, [None] * height, dtype=series.dtype), series) for series in new]
+    return pl.DataFrame([pl.concat([old.to_frame(), live.to_frame()], how="vertical_relaxed").to_series() for old, live in parts])
+
+
+def fingerprint(entities: EntityInput) -> str:
+    """SHA-256 over ids, vectors, attributes and space of an input: by it an interrupted build knows its own work again."""
+    digest = hashlib.sha256(entities.space_id.encode())
+    digest.update("\0".join(entities.ids).encode())
+    for start in range(0, len(entities.vectors), _BLOCK_ROWS):
+        digest.update(np.ascontiguousarray(entities.vectors[start : start + _BLOCK_ROWS]).data)
+    if entities.attributes is not None and entities.attributes.width:
+        digest.update(repr(entities.attributes.schema).encode())
+        digest.update(entities.attributes.hash_rows(seed=1).to_numpy().tobytes())
+    return digest.hexdigest()
+
+
+def align_attributes(catalogue: pl.DataFrame, ids: Sequence[str], drop: Sequence[str] = ()) -> pl.DataFrame:
+    """Catalogue rows in the order of ``ids``; an id without a row gets nulls.
+
+    Args:
+        catalogue: With an ``id`` column.
+        ids: Row order wanted.
+        drop: Columns that are not attributes.
+    """
+    names = [name for name in catalogue.columns if name not in {"id", "entity_type", *drop}]
+    wanted = pl.DataFrame({"id": pl.Series(list(ids), dtype=pl.String)})
+    return wanted.join(catalogue.select("id", *names).unique("id", keep="first"), on="id", how="left", maintain_order="left").drop("id")
+
+
+def refuse_foreign(entity_type: str, folded: Folded) -> None:
+    """Stop before live writes get lost.
+
+    Raises:
+        LiveLogError: Some live entities exist only as vectors of another space.
+    """
+    if folded.foreign:
+        raise LiveLogError(
+            f"{entity_type}: {len(folded.foreign)} live entities (first {folded.foreign[0]!r}) were written under another "
+            "space id and cannot enter this index. "
+            "Write them again with the new bundle (omni update), put them into the catalogue, or pass --drop-foreign-live."
+        )

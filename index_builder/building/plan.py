@@ -1,0 +1,203 @@
+"""What a rebuild is asked to do, and the plan of it: what is built, what is taken over, what it needs; checked before any work."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from encoders.errors import BundleError, ConfigError, SpaceMismatch
+from index_builder.ann.symqg import MIN_ROWS
+from index_builder.building.inputs import EntityInput, read_live
+from index_builder.errors import PublishError
+from index_builder.releases.release import read_manifest
+from index_builder.releases.store import ReleaseStore, check_release_id
+from index_builder.search.entity_index import IndexConfig
+
+CALIBRATION_QUERIES = 2_000
+DEFAULT_DIMENSION = 256
+FIXED_MIB = 430
+"""Private memory of a build that does not grow with the corpus: interpreter, libraries, blocks of exact scores."""
+BYTES_PER_VECTOR_256 = {
+    "auto": 6000,
+    "symqg": 4400,
+    "swift": 4400,
+    "hnsw": 3100,
+    "rabitq": 2100,
+    "lean": 2400,
+    "faiss-hnsw": 3100,
+    "faiss-ivf": 2800,
+    "exact": 1300,
+}
+"""Private bytes a 256-d vector needs at the peak of a build, a copy of the distinct vectors included.
+
+Measured for symqg (100,000 and 800,000 vectors), hnsw (30,000 and 100,000), rabitq and lean (100,000), rounded up; the others follow from
+their layout. ``auto`` holds both searches of one graph while it times them. The measured peak of each build goes into its manifest.
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RebuildConfig:
+    """How a release is built."""
+
+    index: IndexConfig = field(default_factory=IndexConfig)
+    """Kind and parameters of the indexes, the recall target of the gate, seed and threads."""
+    min_recall: float = 0.95
+    """The gate: the lower 95% bound of the measured ANN recall@10 must reach this at some ef, else nothing is published."""
+    calibration_queries: int = CALIBRATION_QUERIES
+    """Queries that calibrate, apart from the golden ones."""
+    golden_queries: int = 64
+    """Golden queries kept per entity type."""
+    deterministic: bool = False
+    """Same input and seed give the same bytes but for the manifest's ``measured`` part; the release id is derived from the content."""
+    seed: int = 0
+    """Of the choice of golden and calibration queries."""
+    max_memory_mib: int | None = None
+    """Private memory the build may use at its peak; None: no limit."""
+    release_id: str | None = None
+    """None: time and content (deterministic: content only)."""
+    activate: bool = True
+    """Make the release active once it is published."""
+    resume: bool = True
+    """Take over what an interrupted build of the same input left."""
+    fold_live: bool = True
+    """Put the live log's entries into the base."""
+    drop_foreign_live: bool = False
+    """Leave out live entries written under another space id (they cannot be searched with this bundle)."""
+    wait_seconds: float = 0.0
+    """How long to wait for another build in the same store."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.min_recall < 1.0:
+            raise ConfigError(f"RebuildConfig.min_recall must be between 0 and 1, but got {self.min_recall}.")
+        if not 1 <= self.golden_queries <= 10_000:
+            raise ConfigError(f"RebuildConfig.golden_queries must be between 1 and 10,000, but got {self.golden_queries}.")
+        if self.max_memory_mib is not None and self.max_memory_mib < 64:
+            raise ConfigError(f"RebuildConfig.max_memory_mib must be at least 64, but got {self.max_memory_mib}.")
+        if self.release_id is not None:
+            check_release_id(self.release_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """What a release takes from a model bundle."""
+
+    path: Path
+    space_id: str
+    dimension: int
+    query_upgrade: dict[str, Any] | None = None
+    """Set where the query tower is a newer bundle's: see ``Manifest``."""
+
+
+def read_bundle(path: Path) -> Bundle:
+    """Read ``space.json`` of a model bundle.
+
+    Raises:
+        BundleError: The folder is no bundle.
+    """
+    try:
+        values = json.loads((path / "space.json").read_text(encoding="utf-8"))
+        space_id = str(values["space_id"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BundleError(
+            f"{path} is not a model bundle: expected space.json with a space_id ({error}). Train one with `omni train`."
+        ) from error
+    dimension = values.get("dimension")
+    if dimension is None and (path / "config.json").is_file():
+        dimension = json.loads((path / "config.json").read_text(encoding="utf-8")).get("dimension")
+    if not (path / "query_encoder").is_dir():
+        raise BundleError(f"{path} is not a whole model bundle: expected a folder query_encoder/")
+    return Bundle(path, space_id, int(dimension or DEFAULT_DIMENSION), values.get("query_upgrade"))
+
+
+def plan_release(inputs: Mapping[str, EntityInput], bundle: Bundle, store: ReleaseStore, config: RebuildConfig) -> dict[str, Any]:
+    """What ``build_release`` would do; checks all it can without building.
+
+    Returns:
+        JSON: per entity type what is built, taken over or refused, and the memory and disk it needs.
+
+    Raises:
+        SpaceMismatch: Signals and bundle differ.
+        PublishError: A partial rebuild with a different bundle.
+        ConfigError: The memory limit cannot be kept.
+    """
+    if not inputs:
+        raise ConfigError("a rebuild needs at least one entity type, but got none. Give --catalogue, --signals or --from-active.")
+    parent = store.current()
+    carried = carried_types(inputs, bundle, store, parent)
+    plan: dict[str, Any] = {
+        "parent": parent,
+        "space_id": bundle.space_id,
+        "dimension": bundle.dimension,
+        "build": {},
+        "carry": sorted(carried),
+    }
+    for entity_type, entities in sorted(inputs.items()):
+        if entities.space_id != bundle.space_id:
+            raise SpaceMismatch(bundle.space_id, entities.space_id, f"signals of {entity_type!r}")
+        index = fit_memory(entity_type, len(entities.ids), bundle.dimension, config)
+        latest, watermark = (
+            read_live(store.live_root, entity_type, entities.base_watermark) if config.fold_live else ({}, entities.base_watermark)
+        )
+        plan["build"][entity_type] = {
+            "entities": len(entities.ids),
+            "live_upserts": sum(not e.is_delete for e in latest.values()),
+            "live_deletes": sum(e.is_delete for e in latest.values()),
+            "watermark": watermark,
+            "index": index.kind,
+            "peak_private_mib_estimate": round(estimate_mib(index.kind, len(entities.ids), bundle.dimension)),
+            "disk_mib_estimate": round(len(entities.ids) * bundle.dimension * 4 * 3.3 / 2**20),
+        }
+    return plan
+
+
+def estimate_mib(kind: str, count: int, dimension: int) -> float:
+    """Private memory a build needs at its peak, MiB."""
+    per_vector = max(BYTES_PER_VECTOR_256.get(kind, BYTES_PER_VECTOR_256["symqg"]) * dimension / 256, 300)
+    return FIXED_MIB + count * per_vector / 2**20
+
+
+def fit_memory(entity_type: str, count: int, dimension: int, config: RebuildConfig) -> IndexConfig:
+    """The index configuration, with ``auto`` narrowed to kinds that fit into the memory limit.
+
+    Raises:
+        ConfigError: The kind asked for (or every kind) needs more.
+    """
+    if config.index.kind == "symqg" and count < 2 * MIN_ROWS:
+        return replace(config.index, kind="auto")  # too few for that graph: auto scans them, which is as fast
+    limit = config.max_memory_mib
+    if limit is None or estimate_mib(config.index.kind, count, dimension) <= limit:
+        return config.index
+    if config.index.kind == "auto":
+        for kind in ("hnsw", "rabitq"):
+            if estimate_mib(kind, count, dimension) <= limit:
+                return replace(config.index, kind=kind)
+    leanest = estimate_mib("rabitq", count, dimension)
+    raise ConfigError(
+        f"{entity_type}: --max-memory is {limit:,} MiB, but index kind {config.index.kind} of {count:,} x {dimension} needs about "
+        f"{estimate_mib(config.index.kind, count, dimension):,.0f} MiB at its peak. The leanest kind (--index rabitq) needs "
+        f"about {leanest:,.0f} MiB."
+    )
+
+
+def carried_types(inputs: Mapping[str, EntityInput], bundle: Bundle, store: ReleaseStore, parent: str | None) -> list[str]:
+    """Entity types to take over from the active release."""
+    if parent is None:
+        return []
+    manifest = read_manifest(store.path_of(parent))
+    missing = sorted(set(manifest.entities) - set(inputs))
+    if missing and manifest.query_upgrade != bundle.query_upgrade:
+        raise PublishError(
+            f"the active release {parent} is searched with another query tower than {bundle.path.name}'s (omni rebuild --query-tower), and "
+            f"{', '.join(missing)} would be taken over proven with that one. Rebuild {', '.join(missing)} too, or use --from-active."
+        )
+    if missing and manifest.space_id != bundle.space_id:
+        raise PublishError(
+            f"the active release {parent} has {', '.join(sorted(manifest.entities))} under space {manifest.space_id[:16]}, "
+            "but this rebuild brings only "
+            f"{', '.join(sorted(inputs))} under space {bundle.space_id[:16]}. One release has one space: rebuild "
+            f"{', '.join(missing)} with the new bundle as well."
+        )
+    return missing

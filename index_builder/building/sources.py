@@ -1,0 +1,160 @@
+"""Where a rebuild's vectors come from: a signal store (streamed to disk) or the active release; and its attributes and queries."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from encoders.errors import DataError, SpaceMismatch
+from encoders.inference.signal_store import SignalStore, read_part
+from encoders.tables.files import read_raw, table_files
+from encoders.tables.schemas import Kind, schema
+from index_builder.building.inputs import EntityInput, align_attributes
+from index_builder.errors import ReleaseNotFound, UnknownEntityType
+from index_builder.releases.store import ReleaseStore
+
+_VECTOR_COLUMNS = frozenset(column.name for column in schema("catalogue").columns if column.kind is Kind.VECTOR)
+
+
+@contextmanager
+def scratch_folder(store: ReleaseStore) -> Iterator[Path]:
+    """A folder inside the store for streamed vectors, removed at the end; leftovers of dead processes are removed at the start."""
+    store.root.mkdir(parents=True, exist_ok=True)
+    for path in store.root.glob(".input-*"):
+        pid = path.name.rpartition("-")[2]
+        if pid.isdigit() and not Path("/proc", pid).exists():
+            shutil.rmtree(path, ignore_errors=True)
+    folder = store.root / f".input-{os.getpid()}"
+    folder.mkdir(exist_ok=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def from_signals(
+    signals: SignalStore, entity_types: Sequence[str], catalogue: pl.DataFrame | None, scratch: Path
+) -> dict[str, EntityInput]:
+    """Stream embeddings out of a signal store: only one part and the ids are in memory at a time.
+
+    Args:
+        signals: The signal store.
+        entity_types: Which; empty for all it holds.
+        catalogue: Its other columns become attributes; None: no attributes.
+        scratch: Where the vectors are laid out, raw float32.
+
+    Raises:
+        DataError: The store holds no such type or a part is damaged.
+        SpaceMismatch: Parts were made under different space ids.
+    """
+    inputs = {}
+    for entity_type in entity_types or signals.entity_types():
+        described = signals.describe(entity_type)
+        ids: list[str] = []
+        times: list[np.ndarray] = []
+        path = scratch / f"{entity_type}.f32"
+        with open(path, "wb") as file:
+            for part_path in signals.part_paths(entity_type):
+                part = read_part(part_path)
+                if part.space_id != described["space_id"]:
+                    raise SpaceMismatch(described["space_id"], part.space_id, str(part_path))
+                part.vectors.tofile(file)
+                ids += part.ids
+                stamps = pq.read_table(part_path, columns=["updated_at"])["updated_at"].cast(pa.timestamp("ns", "UTC")).cast(pa.int64())
+                times.append(stamps.combine_chunks().to_numpy(zero_copy_only=False))
+        if len(ids) != described["rows"]:
+            raise DataError(
+                f"signals.json of {entity_type!r} promises {described['rows']} rows, but the parts hold {len(ids)}; embed again"
+            )
+        shape = (len(ids), int(described["dimension"]))
+        vectors = np.memmap(path, np.float32, "r", shape=shape) if ids else np.zeros(shape, np.float32)
+        inputs[entity_type] = EntityInput(
+            ids=ids,
+            vectors=vectors,
+            space_id=described["space_id"],
+            attributes=attributes_for(catalogue, entity_type, ids),
+            updated_at_ns=np.concatenate(times) if times else None,
+        )
+    return inputs
+
+
+def from_release(store: ReleaseStore, entity_types: Sequence[str]) -> tuple[dict[str, EntityInput], Path]:
+    """The active release's own vectors and attributes, to fold the live log into them; and its folder, which serves as the bundle.
+
+    Raises:
+        ReleaseNotFound: Nothing is active.
+        UnknownEntityType: The release lacks a type asked for.
+    """
+    current = store.current()
+    if current is None:
+        raise ReleaseNotFound(
+            f"no release is active in {store.root}, so there is nothing to rebuild from; give --bundle and --catalogue or --signals"
+        )
+    release = store.open_current()
+    inputs = {}
+    for entity_type in entity_types or sorted(release.entities):
+        if entity_type not in release.entities:
+            raise UnknownEntityType(entity_type, list(release.entities))
+        index = release.entities[entity_type]
+        inputs[entity_type] = EntityInput(
+            ids=index.ids.take(np.arange(len(index.ids))),
+            vectors=index.base_vectors(),
+            space_id=release.space_id,
+            attributes=index.attribute_table.frame,
+            base_watermark=release.manifest.entities[entity_type].watermark,
+        )
+    release.close()
+    return inputs, release.path
+
+
+def attributes_for(catalogue: pl.DataFrame | None, entity_type: str, ids: Sequence[str]) -> pl.DataFrame | None:
+    """Attributes of one entity type, in row order: every catalogue column but ids, declared vectors and nested values."""
+    if catalogue is None:
+        return None
+    rows = catalogue.filter(pl.col("entity_type") == entity_type) if "entity_type" in catalogue.columns else catalogue
+    drop = [
+        name for name, dtype in rows.schema.items() if name in _VECTOR_COLUMNS or _nested(dtype) or rows[name].null_count() == rows.height
+    ]
+    return align_attributes(rows, ids, drop)
+
+
+def _nested(dtype: pl.DataType) -> bool:
+    return isinstance(dtype, pl.Struct | pl.Object | pl.Binary) or (
+        isinstance(dtype, pl.List | pl.Array) and isinstance(dtype.inner, pl.List | pl.Array | pl.Struct)
+    )
+
+
+def read_query_texts(path: Path, limit: int, seed: int) -> list[str]:
+    """Distinct query strings for calibration and golden queries: a text file (one per line) or a table with a ``query`` column.
+
+    Args:
+        path: The file, or a folder of part files.
+        limit: At most this many, drawn at random.
+        seed: Of the draw.
+
+    Raises:
+        DataError: There is no such file or column, or it holds no query.
+    """
+    if path.suffix == ".txt":
+        try:
+            texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: the queries cannot be read ({error})") from error
+    else:
+        frame = pl.concat([read_raw(file) for file in table_files(path)], how="diagonal_relaxed")
+        if "query" not in frame.columns:
+            raise DataError(f"{path}: expected a column 'query', but got {', '.join(frame.columns[:8])}")
+        texts = [str(text).strip() for text in frame["query"].drop_nulls().to_list()]
+    distinct = sorted({text for text in texts if text})
+    if not distinct:
+        raise DataError(f"{path}: no query in it; give a file with at least one")
+    order = np.random.default_rng(seed).permutation(len(distinct))[:limit]
+    return [distinct[int(i)] for i in order]

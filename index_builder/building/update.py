@@ -1,0 +1,269 @@
+"""Apply a file of changes to a running store: embed the new rows with the active release's own towers and append them to the live log."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import polars as pl
+
+from encoders.errors import RowError, SchemaError
+from encoders.tables.cells import cell_texts
+from encoders.tables.checks import ROW, check_frame
+from encoders.tables.files import raise_problems, read_raw, table_files
+from encoders.tables.schemas import ENTITY_TYPES, Kind, schema
+from index_builder.errors import UnknownEntityType
+from index_builder.filters.attributes import check_attributes
+from index_builder.live_log.records import LiveEntry, check_entry
+from index_builder.live_log.writer import LiveLogWriter
+from index_builder.releases.manifest import Manifest
+from index_builder.releases.release import read_manifest
+from index_builder.releases.store import ReleaseStore
+
+BATCH_ROWS = 1024
+_VECTOR_COLUMNS = frozenset(column.name for column in schema("catalogue").columns if column.kind is Kind.VECTOR)
+
+
+class Embedder(Protocol):
+    """What ``encoders.towers.bundle.ModelBundle`` offers here."""
+
+    space_id: str
+
+    def embed_entities(self, catalogue: pl.DataFrame) -> np.ndarray:
+        """Embed catalogue rows; float32 ``(N, D)``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """A checked file of changes.
+
+    Attributes:
+        upserts: Catalogue rows to embed.
+        ready: Entity type -> entries that brought their own vector.
+        deletes: Entity type -> ids.
+    """
+
+    upserts: pl.DataFrame
+    ready: dict[str, list[LiveEntry]]
+    deletes: dict[str, list[str]]
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Upserts and deletes per entity type."""
+        result: dict[str, dict[str, int]] = {}
+        by_type = self.upserts["entity_type"].value_counts().rows() if self.upserts.height else []
+        for entity_type, count in by_type:
+            result.setdefault(entity_type, {"upserts": 0, "deletes": 0})["upserts"] += count
+        for entity_type, entries in self.ready.items():
+            result.setdefault(entity_type, {"upserts": 0, "deletes": 0})["upserts"] += len(entries)
+        for entity_type, ids in self.deletes.items():
+            result.setdefault(entity_type, {"upserts": 0, "deletes": 0})["deletes"] += len(ids)
+        return dict(sorted(result.items()))
+
+
+def read_changes(path: Path, manifest: Manifest) -> Changes:
+    """Read and check a whole file of changes before anything is written.
+
+    Columns are those of the catalogue, plus ``op`` (``upsert``, the default, or ``delete``) and optionally ``embedding`` (a unit vector
+    of the
+    active release's space; without it the row is embedded). Where several rows name one entity, the last one counts.
+
+    Args:
+        path: A table file or a folder of them.
+        manifest: Of the active release.
+
+    Raises:
+        DataError: The file cannot be read, or a row is not what the catalogue schema says; names row, column and fix.
+        UnknownEntityType: The release has no index of a type.
+        BadAttribute: A value does not fit the release's attribute.
+        InvalidVectors: A row's own embedding must not enter an index.
+    """
+    raw = pl.concat([read_raw(file).with_row_index(ROW, offset=1) for file in table_files(path)], how="diagonal_relaxed")
+    for name in ("id", "entity_type"):
+        if name not in raw.columns:
+            raise SchemaError(
+                f"{path}: expected columns id, entity_type (and op, title, ...), but {name!r} is missing; got {', '.join(raw.columns[:12])}"
+            )
+    raw = raw.unique(["entity_type", "id"], keep="last", maintain_order=True)  # the last row about an entity wins, as it would one by one
+    operations = (
+        raw["op"].fill_null("upsert").cast(pl.String).str.strip_chars().str.to_lowercase()
+        if "op" in raw.columns
+        else pl.Series(["upsert"] * raw.height)
+    )
+    bad = (~operations.is_in(["upsert", "delete", ""])).arg_true()
+    if len(bad):
+        raise RowError(f"{path}, row {raw[ROW][int(bad[0])]}: op must be 'upsert' or 'delete', but got {operations[bad[0]]!r}")
+    is_delete = operations == "delete"
+    rest = raw.drop("op", strict=False)
+    deletes: dict[str, list[str]] = {}
+    removed = rest.filter(is_delete)
+    for row, identifier, entity_type in zip(removed[ROW], cell_texts(removed["id"]), removed["entity_type"]):
+        if identifier is None or entity_type not in ENTITY_TYPES:
+            raise RowError(
+                f"{path}, row {row}: a delete needs an id and an entity_type among {', '.join(ENTITY_TYPES)}, but got "
+                f"{identifier!r}, {entity_type!r}"
+            )
+        check_entry(LiveEntry(id=identifier), manifest.dimension)
+        deletes.setdefault(entity_type, []).append(identifier)
+    checked = check_frame(rest.filter(~is_delete), schema("catalogue"), path.name)
+    raise_problems(checked.report)
+    frame, ready = _parsed(checked.frame, manifest), {}
+    for row in frame.drop("embedding", strict=False).iter_rows(named=True):
+        entity = manifest.entities.get(row["entity_type"])
+        if entity is not None:
+            check_attributes(attributes_of(row), entity.index.get("attributes", {}), f"{path.name}, {row['entity_type']} {row['id']!r}")
+    if "embedding" in frame.columns:
+        has = frame["embedding"].is_not_null()
+        ready = _ready(frame.filter(has), manifest)
+        frame = frame.filter(~has).drop("embedding")
+    known = set(manifest.entities)
+    for entity_type in {*deletes, *ready, *(frame["entity_type"].unique().to_list() if frame.height else [])} - known:
+        raise UnknownEntityType(entity_type, sorted(known))
+    return Changes(frame, ready, deletes)
+
+
+def _parsed(frame: pl.DataFrame, manifest: Manifest) -> pl.DataFrame:
+    """Texts of columns that are numbers or booleans in the release become such, where all of them can: CSV knows no types."""
+    for name in (n for n in frame.columns if frame[n].dtype == pl.String and n not in {"id", "entity_type"}):
+        wanted = {entity.index.get("attributes", {}).get(name) for entity in manifest.entities.values()} - {None}
+        if len(wanted) != 1 or not wanted & {"int", "float", "bool"}:
+            continue
+        texts = frame[name].str.strip_chars()
+        texts = texts.set(texts == "", None)
+        if wanted == {"bool"}:
+            values = texts.str.to_lowercase().replace_strict({"true": True, "false": False}, default=None, return_dtype=pl.Boolean)
+        else:
+            numbers = texts.cast(pl.Float64, strict=False)
+            whole = texts.cast(pl.Int64, strict=False)
+            values = whole if whole.null_count() == numbers.null_count() else numbers
+        if values.null_count() == texts.null_count():
+            frame = frame.with_columns(values.alias(name))
+    return frame
+
+
+def _ready(frame: pl.DataFrame, manifest: Manifest) -> dict[str, list[LiveEntry]]:
+    ready: dict[str, list[LiveEntry]] = {}
+    vectors = frame["embedding"].to_list()
+    plain = frame.drop("embedding")
+    for row, vector in zip(plain.iter_rows(named=True), vectors):
+        values = json.loads(vector) if isinstance(vector, str) else vector
+        entry = LiveEntry(
+            id=row["id"],
+            vector=np.asarray(values, np.float32),
+            space_id=manifest.space_id,
+            attributes=attributes_of(row),
+            source=source_of(row),
+        )
+        check_entry(entry, manifest.dimension)
+        ready.setdefault(row["entity_type"], []).append(entry)
+    return ready
+
+
+def source_of(row: dict[str, Any]) -> dict[str, Any]:
+    """The catalogue row as JSON values, so that another bundle can embed it again; empty cells are left out."""
+    return {name: _json_value(value) for name, value in row.items() if not _missing(value)}
+
+
+def attributes_of(row: dict[str, Any]) -> dict[str, Any]:
+    """What filters and answers see of a catalogue row: every column but ids, vectors and nested values."""
+    return {
+        name: _json_value(value)
+        for name, value in row.items()
+        if not _missing(value)
+        and name not in {"id", "entity_type", *_VECTOR_COLUMNS}
+        and not isinstance(value, dict)
+        and not _nested(value)
+    }
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and value != value)  # NaN is how pandas says that a number is missing
+
+
+def _nested(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(item, list | dict) for item in value)
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, str | int | float | bool | list | dict) or value is None:
+        return value
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+
+
+def apply_changes(
+    changes: Changes, store: ReleaseStore, bundle: Embedder | None, *, progress: Callable[[int], None] = lambda _: None
+) -> dict[str, int]:
+    """Write changes to the live log; each batch is durable before the next is embedded. Running it again does no harm.
+
+    Args:
+        changes: From ``read_changes``.
+        store: With an active release.
+        bundle: Its towers; may be None when every upsert brought its vector.
+        progress: Called with the number of changes written so far.
+
+    Returns:
+        Last sequence number per entity type.
+    """
+    current = store.current()
+    assert current is not None, "read_changes needs the active release's manifest"
+    manifest = read_manifest(store.path_of(current))
+    writers: dict[str, LiveLogWriter] = {}
+    last: dict[str, int] = {}
+    done = 0
+    try:
+        for entity_type, entries in _batches(changes, bundle):
+            writer = writers.get(entity_type)
+            if writer is None:
+                writer = writers[entity_type] = LiveLogWriter(
+                    store.live_root, entity_type, manifest.dimension, after=manifest.entities[entity_type].watermark
+                )
+            last[entity_type] = writer.write(entries)
+            done += len(entries)
+            progress(done)
+    finally:
+        for writer in writers.values():
+            writer.close()
+    return last
+
+
+def _batches(changes: Changes, bundle: Embedder | None) -> Iterator[tuple[str, list[LiveEntry]]]:
+    for entity_type, entries in changes.ready.items():
+        for start in range(0, len(entries), BATCH_ROWS):
+            yield entity_type, entries[start : start + BATCH_ROWS]
+    for (entity_type,), frame in changes.upserts.group_by("entity_type", maintain_order=True) if changes.upserts.height else ():
+        for start in range(0, frame.height, BATCH_ROWS):
+            yield str(entity_type), embed_rows(frame[start : start + BATCH_ROWS], bundle)
+    for entity_type, ids in changes.deletes.items():
+        for start in range(0, len(ids), BATCH_ROWS):
+            yield entity_type, [LiveEntry(id=identifier) for identifier in ids[start : start + BATCH_ROWS]]
+
+
+def embed_rows(frame: pl.DataFrame, bundle: Embedder | None) -> list[LiveEntry]:
+    """Catalogue rows as upserts with vectors of the bundle's space."""
+    assert bundle is not None, "rows without an embedding need a bundle"
+    vectors = np.ascontiguousarray(bundle.embed_entities(frame), np.float32)
+    return [
+        LiveEntry(id=row["id"], vector=vector, space_id=bundle.space_id, attributes=attributes_of(row), source=source_of(row))
+        for row, vector in zip(frame.iter_rows(named=True), vectors)
+    ]
+
+
+def embed_again(entries: list[LiveEntry], bundle: Embedder) -> list[LiveEntry]:
+    """Live entries of another space as upserts of this bundle's space, from the catalogue rows they carry; their times are kept.
+
+    Args:
+        entries: Upserts with a ``source``.
+        bundle: Of the new space.
+    """
+    frame = pl.from_dicts([{**(entry.source or {}), "id": entry.id} for entry in entries], infer_schema_length=None)
+    checked = check_frame(frame, schema("catalogue"), "live log")
+    raise_problems(checked.report)
+    times = {entry.id: entry.time_ns for entry in entries}
+    fresh = embed_rows(checked.frame, bundle)
+    return [
+        LiveEntry(id=e.id, vector=e.vector, space_id=e.space_id, attributes=e.attributes, source=e.source, time_ns=times[e.id])
+        for e in fresh
+    ]

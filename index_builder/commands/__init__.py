@@ -1,0 +1,1 @@
+"""The commands ``omni rebuild|update|release|explain``."""

@@ -1,0 +1,326 @@
+"""``omni release``: list, show, verify, diff, activate, roll back and collect releases."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from encoders.commands.console import handle_errors, json_option, print_json, print_table, say, stdout
+from index_builder.commands.store_option import full_release_id, open_store, store_option
+from index_builder.errors import LiveLogError, ReleaseCorrupt, ReleaseError, ReleaseNotFound
+from index_builder.live_log.files import log_files
+from index_builder.live_log.maintenance import trust_log as trust_checksums
+from index_builder.live_log.reader import LiveLogReader
+from index_builder.releases.store import CURRENT_NAME, ReleaseStore, ReleaseSummary
+
+
+def _named_or_current(store: ReleaseStore, release_id: str | None) -> str:
+    found = full_release_id(store, release_id) if release_id else store.current()
+    if found is None:
+        raise ReleaseNotFound(f"no release is active in {store.root}; name one (omni release list) or publish one (omni rebuild)")
+    return found
+
+
+@click.group()
+def group() -> None:
+    """List, show, verify, diff, activate, roll back and collect releases. The start of an id is enough where only one begins so.
+
+    Example: omni release list --store store
+    """
+
+
+@group.command("list")
+@store_option
+@json_option
+@handle_errors
+def list_command(store_path: Path, as_json: bool) -> None:
+    """List the releases of a store, oldest first; the active one is marked.
+
+    Example: omni release list --store store
+    """
+    summaries = open_store(store_path).list()
+    if as_json:
+        print_json([asdict(summary) for summary in summaries])
+        return
+    console = Console(highlight=False, width=None if stdout.is_terminal else 160)
+    console.print(f"releases in {store_path}", style="bold", markup=False, soft_wrap=True)
+    console.print(_list_table(summaries), crop=False)
+
+
+def _list_table(summaries: Sequence[ReleaseSummary]) -> Table:
+    """One row per release, its id whole on one line however narrow the terminal is: calls of the service take nothing less."""
+    table = Table()
+    table.add_column("", no_wrap=True, min_width=1)
+    table.add_column("release", no_wrap=True, min_width=max((len(s.release_id) for s in summaries), default=0))
+    for name in ("entities", "space", "MiB", "created", "parent"):
+        table.add_column(name, justify="right" if name == "MiB" else "left", overflow="fold")
+    for s in summaries:
+        held = f"DAMAGED: {s.error}" if s.error else ", ".join(f"{name} {count:,}" for name, count in s.entities.items())
+        cells = ("*" if s.active else "", s.release_id, held, s.space_id[:12], f"{s.size_bytes / 2**20:,.1f}", s.created, s.parent or "")
+        table.add_row(*(escape(cell) for cell in cells))
+    return table
+
+
+@group.command("show")
+@click.argument("release_id", required=False)
+@store_option
+@json_option
+@handle_errors
+def show_command(release_id: str | None, store_path: Path, as_json: bool) -> None:
+    """Show one release (default: the active one): disk and memory per entity type, graph degrees, norms, measured recall.
+
+    Example: omni release show --store store
+    """
+    from index_builder.releases.diff import describe_release
+
+    store = open_store(store_path)
+    described = describe_release(store, _named_or_current(store, release_id))
+    if as_json:
+        print_json(described)
+        return
+    upgrade = described["query_upgrade"]
+    tower = f", query tower of space {upgrade['space_id'][:16]}" if upgrade else ""
+    say(
+        f"{described['release_id']}{' (active)' if described['active'] else ''}: space {described['space_id'][:16]}"
+        f"{tower}, "
+        f"{described['dimension']} dimensions, "
+        f"{described['disk_bytes'] / 2**20:,.1f} MiB on disk, {described['loaded_private_mib']:,.0f} MiB private once "
+        f"loaded, parent {described['parent'] or 'none'}"
+    )
+    rows = []
+    for name, e in described["entities"].items():
+        degrees = e["degrees"]
+        rows.append(
+            (
+                name,
+                e["count"],
+                e["index"].get("kind"),
+                round(e["disk_bytes"] / 2**20, 1),
+                e["build_peak_private_mib"],
+                e["golden"].get("recall"),
+                str(e["settings"] or "exact"),
+                f"mean {degrees['mean']}, max {degrees['max']}" if degrees else "-",
+                f"{e['norms']['min']:.4f}-{e['norms']['max']:.4f}",
+                e["watermark"],
+            )
+        )
+    print_table(
+        "entities",
+        ("type", "count", "index", "disk MiB", "build peak MiB", "golden recall@10", "ef for recall", "degrees", "norms", "watermark"),
+        rows,
+    )
+    if described["forms"]:
+        form_rows = [
+            (form, r.get("texts"), r.get("cosine_min"), r.get("overlap_at_10"), r.get("passed")) for form, r in described["forms"].items()
+        ]
+        print_table("export forms against the trained tower", ("form", "texts", "smallest cosine", "overlap@10", "passed"), form_rows)
+
+
+@group.command("verify")
+@click.argument("release_id", required=False)
+@store_option
+@click.option("--all", "verify_all", is_flag=True, help="Every release of the store, and which one is active.")
+@click.option("--live", is_flag=True, help="Also read the whole live log and check every record.")
+@click.option(
+    "--trust-log",
+    is_flag=True,
+    help="First take what the live log's own checksums prove as all that was written: after `acknowledged` was lost or damaged.",
+)
+@json_option
+@handle_errors
+def verify_command(release_id: str | None, store_path: Path, verify_all: bool, live: bool, trust_log: bool, as_json: bool) -> None:
+    """Check every byte of a release (default: the active one) against its manifest. Exits 1 when anything differs.
+
+    Example: omni release verify --all --live --store store
+    """
+    store = open_store(store_path)
+    results: list[dict[str, Any]] = []
+    if verify_all:
+        ids = [*store.ids(), *store.damaged_ids()]
+        try:
+            store.current()
+        except ReleaseCorrupt as error:
+            results.append({"what": CURRENT_NAME, "ok": False, "files": None, "bytes": None, "error": str(error), "seconds": 0.0})
+    else:
+        ids = [_named_or_current(store, release_id)]
+    for name in ids:
+        start = time.perf_counter()
+        try:
+            manifest = store.verify(name)
+            entry = {"what": name, "ok": True, "files": len(manifest.files), "bytes": manifest.total_bytes(), "error": None}
+        except ReleaseError as error:
+            entry = {"what": name, "ok": False, "files": None, "bytes": None, "error": str(error)}
+        results.append({**entry, "seconds": round(time.perf_counter() - start, 3)})
+    if live or trust_log:
+        for folder in sorted(store.live_root.iterdir() if store.live_root.is_dir() else []):
+            if folder.is_dir():
+                if trust_log:
+                    trust_checksums(store.live_root, folder.name)
+                results.append(_verify_log(store, folder))
+    if as_json:
+        print_json(results)
+    else:
+        rows = [(r["what"], "ok" if r["ok"] else "DAMAGED", r["files"], r["bytes"], r["seconds"], r["error"] or "") for r in results]
+        print_table("verified", ("what", "result", "files", "bytes", "seconds", "error"), rows)
+    if not all(r["ok"] for r in results):
+        sys.exit(1)
+
+
+def _verify_log(store: ReleaseStore, folder: Path) -> dict[str, Any]:
+    start = time.perf_counter()
+    files = log_files(folder)
+    count, message = 0, None
+    try:
+        reader = LiveLogReader(store.live_root, folder.name, after=files[0][0] - 1 if files else 0)
+        while batch := reader.poll(20_000):
+            count += len(batch)
+    except LiveLogError as error:
+        message = str(error)
+    size = sum(path.stat().st_size for _, path in files)
+    return {
+        "what": f"live/{folder.name} ({count:,} entries)",
+        "ok": message is None,
+        "files": len(files),
+        "bytes": size,
+        "error": message,
+        "seconds": round(time.perf_counter() - start, 3),
+    }
+
+
+@group.command("diff")
+@click.argument("before", required=False)
+@click.argument("after", required=False)
+@store_option
+@json_option
+@handle_errors
+def diff_command(before: str | None, after: str | None, store_path: Path, as_json: bool) -> None:
+    """Compare release BEFORE (default: the active one) with AFTER (default: the newest).
+
+    The newest alone is compared with the active one; when it is active already, the release that was active before
+    it with the active one, also without arguments. Shown are overlap@10 of the golden queries, drift of scores and
+    norms, and entities added, removed and moved.
+
+    Example: omni release diff --store store
+    """
+    from index_builder.releases.diff import diff_releases
+
+    store = open_store(store_path)
+    first, second, which = _compared(store, before, after)
+    result = diff_releases(store, first, second)
+    if as_json:
+        print_json(result)
+        return
+    rows = []
+    for name, e in result["entities"].items():
+        if "only_in" in e:
+            rows.append((name, e["count"], None, None, None, None, None, f"only {e['only_in']}"))
+            continue
+        golden = e["golden"]
+        rows.append(
+            (
+                name,
+                e["count"]["after"],
+                e["added"]["count"],
+                e["removed"]["count"],
+                e.get("moved", {}).get("changed"),
+                golden["overlap_at_10"],
+                golden.get("score_drift_mean"),
+                f"{e['kind']['before']} -> {e['kind']['after']}",
+            )
+        )
+    say(f"{first} -> {second}{which}: {'same space' if result['same_space'] else 'DIFFERENT SPACE: every vector and cached query is new'}")
+    print_table("differences", ("type", "count", "added", "removed", "moved (of 2,000)", "overlap@10", "score drift", "index"), rows)
+
+
+def _compared(store: ReleaseStore, before: str | None, after: str | None) -> tuple[str, str, str]:
+    """Which releases ``diff`` compares, and what to say about the choice."""
+    first = _named_or_current(store, before)
+    if after is not None:
+        return first, full_release_id(store, after), ""
+    ids = store.ids()
+    if ids and ids[-1] != first:
+        return first, ids[-1], "" if before else " (the active release and the newest)"
+    active = store.current()
+    if active is not None and active != first:
+        return active, first, " (the active release, and the newest)"
+    earlier = store.earlier()
+    if not earlier:
+        raise ReleaseNotFound(
+            f"nothing to compare {first} with: there is no newer release, and none of those active before it is left. "
+            "Name two (omni release list)"
+        )
+    return earlier[0], first, " (the release active before, and the active one, which is the newest)"
+
+
+@group.command("activate")
+@click.argument("release_id")
+@store_option
+@json_option
+@handle_errors
+def activate_command(release_id: str, store_path: Path, as_json: bool) -> None:
+    """Make a release the active one, after checking every byte. Running servers switch to it without a failed call.
+
+    Example: omni release activate 2026-01-14T09-30-12Z-ab12cd34ef56 --store store
+    """
+    store = open_store(store_path)
+    release_id = full_release_id(store, release_id)
+    _say_active(release_id, store.activate(release_id), as_json)
+
+
+@group.command("rollback")
+@store_option
+@json_option
+@handle_errors
+def rollback_command(store_path: Path, as_json: bool) -> None:
+    """Go back to the release that was active before; later live writes are replayed over it.
+
+    Example: omni release rollback --store store
+    """
+    store = open_store(store_path)
+    before = store.current()
+    _say_active(store.rollback(), before, as_json)
+
+
+def _say_active(release_id: str, before: str | None, as_json: bool) -> None:
+    if as_json:
+        print_json({"active": release_id, "before": before})
+    else:
+        click.echo(f"active: {release_id} (before: {before or 'none'})")
+
+
+@group.command("gc")
+@store_option
+@click.option(
+    "--keep",
+    type=int,
+    default=3,
+    show_default=True,
+    help="Newest releases that stay, besides the active one, its predecessor and open ones.",
+)
+@click.option(
+    "--drop-folded-log",
+    is_flag=True,
+    help="Also remove live-log files that every kept release contains. Only when rebuilds use --from-active.",
+)
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+@json_option
+@handle_errors
+def gc_command(store_path: Path, keep: int, drop_folded_log: bool, dry_run: bool, as_json: bool) -> None:
+    """Remove old releases and what interrupted builds left. Releases that any process has open stay.
+
+    Example: omni release gc --keep 3 --store store
+    """
+    removed = open_store(store_path).gc(keep, dry_run=dry_run, drop_folded_log=drop_folded_log)
+    if as_json:
+        print_json({"removed": removed, "dry_run": dry_run})
+    else:
+        click.echo(f"{'would remove' if dry_run else 'removed'} {len(removed)} releases{': ' + ', '.join(removed) if removed else ''}")

@@ -1,0 +1,41 @@
+"""How commands name a store and a release in it: the ``--store`` option, and whole ids or the start of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from index_builder.errors import ReleaseError
+from index_builder.releases.store import ReleaseStore
+
+store_option = click.option(
+    "--store",
+    "store_path",
+    type=click.Path(path_type=Path, file_okay=False),
+    envvar="OMNI_STORE",
+    default=Path("store"),
+    show_default=True,
+    help="Folder with releases/ and live/ (also read from OMNI_STORE).",
+)
+
+
+def open_store(store_path: Path) -> ReleaseStore:
+    """The store of a command."""
+    return ReleaseStore(store_path)
+
+
+def full_release_id(store: ReleaseStore, given: str) -> str:
+    """The id that someone at a terminal means: ``given`` itself where it is one, or the only one that begins so.
+
+    What no id begins with comes back as it is, for the store to say that there is no such release. Services take whole ids only.
+
+    Raises:
+        ReleaseError: Several ids begin so, or no id can.
+    """
+    if store.path_of(given).exists():
+        return given
+    found = [release_id for release_id in (*store.ids(), *store.damaged_ids()) if release_id.startswith(given)]
+    if len(found) > 1:
+        raise ReleaseError(f"{len(found)} releases begin with {given!r}: {', '.join(found)}. Give more of the one you mean")
+    return found[0] if found else given

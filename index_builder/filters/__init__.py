@@ -1,0 +1,1 @@
+"""Filter expressions, attribute columns and the rows that pass."""

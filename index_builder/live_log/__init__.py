@@ -1,0 +1,1 @@
+"""The durable log of live upserts and deletes: records, files, writer, reader, maintenance."""

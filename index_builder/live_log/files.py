@@ -1,0 +1,161 @@
+"""Files of the live log: their names and headers, and how far writes were promised.
+
+Layout of ``<store>/live/<entity_type>/``:
+
+- ``log-<first sequence>.bin``: append-only records, a new file every 64 MiB.
+- ``acknowledged``: how far writes were promised. What is invalid before that point is corruption and refused. Readers stop there: behind
+  it lies a write under way, which may still fail, or what a crash left; the next writer promises what is whole of it and cuts off the rest.
+- ``writer.lock``: an ``flock``; the kernel frees it when its holder dies.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import struct
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from index_builder.errors import LiveLogCorrupt, LiveLogError
+from index_builder.live_log.records import FILE_HEADER, FILE_MAGIC, FILE_VERSION
+from index_builder.storage.durable_files import write_durably
+
+_ACKNOWLEDGED = struct.Struct("<8sQQQ")  # magic, first sequence of the file, end offset in it, last sequence
+_ACK_MAGIC = b"OMNIACK1"
+ACKNOWLEDGED_NAME = "acknowledged"
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledged:
+    """How far writes were promised: file (by its first sequence number), offset behind the last promised record, its sequence number."""
+
+    file: int = 0
+    offset: int = 0
+    sequence: int = 0
+
+
+def log_files(folder: Path) -> list[tuple[int, Path]]:
+    """The log's files as ``(first sequence, path)``, in order."""
+    found = []
+    for path in folder.glob("log-*.bin"):
+        digits = path.stem[4:]
+        if digits.isdigit():
+            found.append((int(digits), path))
+    return sorted(found)
+
+
+def read_acknowledged(folder: Path) -> Acknowledged:
+    """Read how far writes were promised; zeros for a new log.
+
+    Raises:
+        LiveLogCorrupt: The file does not check, or is gone while the log's files are there.
+    """
+    path = folder / ACKNOWLEDGED_NAME
+    for attempt in range(20):
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            if not log_files(folder):
+                return Acknowledged()
+            if path.exists():  # the log was begun this moment: the promise comes first
+                continue
+            raise LiveLogCorrupt(
+                f"{path}: the file is missing, so nothing tells whether the log lost its end. Restore it from a replica or backup; or take "
+                "what the log's own checksums prove as all that was written: omni release verify --live --trust-log"
+            ) from None
+        if len(content) == _ACKNOWLEDGED.size + 8:
+            body, checksum = content[:-8], struct.unpack("<Q", content[-8:])[0]
+            magic, file, offset, sequence = _ACKNOWLEDGED.unpack(body)
+            if magic == _ACK_MAGIC and xxhash.xxh3_64_intdigest(body) == checksum:
+                return Acknowledged(file, offset, sequence)
+        if attempt < 19:
+            time.sleep(0.001)  # a write of these 40 bytes may be under way
+    raise LiveLogCorrupt(
+        f"{path}: expected {_ACKNOWLEDGED.size + 8} bytes with a valid checksum, but got {len(content)} bytes that do not check. "
+        "The log itself may be whole: to take what its own checksums prove as all that was written, run "
+        "`omni release verify --live --trust-log`."
+    )
+
+
+def _content(value: Acknowledged) -> bytes:
+    body = _ACKNOWLEDGED.pack(_ACK_MAGIC, value.file, value.offset, value.sequence)
+    return body + struct.pack("<Q", xxhash.xxh3_64_intdigest(body))
+
+
+def still_named(path: Path, descriptor: int, end: int) -> bool:
+    """Whether ``path`` names the open file and it reaches ``end``; False after a restore, be it by rename or in place.
+
+    Raises:
+        FileNotFoundError: Nothing has that name.
+    """
+    named = os.stat(path)
+    return os.path.samestat(named, os.fstat(descriptor)) and named.st_size >= end
+
+
+def begin_acknowledged(folder: Path, value: Acknowledged) -> None:
+    """Put the file there durably, whole or not at all; before the first file of a log, so that a log without it is known to be damaged.
+
+    Raises:
+        DiskFull: No room.
+    """
+    write_durably(folder / ACKNOWLEDGED_NAME, _content(value))
+
+
+def write_acknowledged(folder: Path, value: Acknowledged) -> None:
+    """Promise more. Not synced: losing power may lose promises, which then guard less, but never the entries they are about.
+
+    Raises:
+        OSError: The promise is the old one, the new one, or torn.
+    """
+    descriptor = os.open(folder / ACKNOWLEDGED_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        write_all(descriptor, _content(value), 0)
+    finally:
+        os.close(descriptor)
+
+
+def write_all(descriptor: int, content: bytes, offset: int) -> None:
+    """Write all of ``content`` at ``offset``, however little the system takes at a time."""
+    view = memoryview(content)
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        if written == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        offset += written
+        view = view[written:]
+
+
+def check_header(content: bytes | memoryview, first: int, path: Path) -> bool:
+    """Whether a whole, valid file header stands at the start; False if it is still being written."""
+    if len(content) < FILE_HEADER.size:
+        return False
+    magic, version, reserved, found = FILE_HEADER.unpack_from(content)
+    if magic == FILE_MAGIC and version > FILE_VERSION:
+        raise LiveLogError(
+            f"{path}: this engine reads live-log format {FILE_VERSION}, but the file is format {version}; install the engine that wrote it"
+        )
+    if magic != FILE_MAGIC or version != FILE_VERSION or reserved or found != first:
+        raise LiveLogCorrupt(
+            f"{path}: the header of a live log starting at sequence {first} was expected, but got magic {bytes(magic)!r}, sequence {found}"
+        )
+    return True
+
+
+def ends_early(entity_type: str, watermark: int, last: int) -> str:
+    """The message about a log that ends before the watermark of the release over which it is read or written."""
+    return (
+        f"live log of {entity_type!r}: entries up to {watermark} are in the release, but the log ends at {last}: it was removed and begun "
+        "again, or belongs to another store. Restore it; to go on with this one, rebuild from the sources into a new store and apply its "
+        "changes there."
+    )
+
+
+def was_cut(entity_type: str, known: int, last: int) -> str:
+    """The message about a log that lost entries which this process knows."""
+    return (
+        f"live log of {entity_type!r}: entries up to {known} were acknowledged and seen here, but the log now ends at {last}: it was put "
+        "back without its end. Put it back whole; to give up what is missing, restart the servers: those that run have read it."
+    )

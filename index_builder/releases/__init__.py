@@ -1,0 +1,1 @@
+"""Releases on disk: manifest, store, verification, comparison, and their live log."""

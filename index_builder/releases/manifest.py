@@ -1,0 +1,156 @@
+"""The manifest of a release: what is inside, under which space id, size and SHA-256 of every file; itself checksummed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from index_builder.errors import ReleaseCorrupt, ReleaseVersionError
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+_ZERO = "0" * 64
+_CHECKSUM = re.compile(r'^  "checksum": "([0-9a-f]{64})"', re.MULTILINE)
+_HEX64 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileRecord:
+    """One file of a release."""
+
+    size_bytes: int
+    sha256: str
+
+    def __post_init__(self) -> None:
+        if self.size_bytes < 0 or not _HEX64.fullmatch(self.sha256):
+            raise ReleaseCorrupt(
+                f"a file record must hold a size and 64 hexadecimal digits, but got {self.size_bytes} and {self.sha256[:70]!r}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EntityManifest:
+    """One entity type of a release.
+
+    Attributes:
+        count: Entities in the base index.
+        watermark: Sequence of the last live-log entry that the base already contains.
+        index: What ``EntityIndex.describe`` said: kind, parameters, why, CPU features.
+        cpu_features: Flags (as in ``/proc/cpuinfo``) without which the index cannot be searched.
+        calibration: ANN recall@10 with its interval and the ef curve (no times); None for exact indexes of tiny corpora.
+        golden: Number, kind (``real queries`` or ``perturbed entities``) and ``k`` of the golden queries, and the recall that the build
+            measured on them.
+        built_from: Fingerprint of the vectors, ids and attributes that went in.
+        carried_from: Release that this entity type was taken over from unchanged, else None.
+    """
+
+    count: int
+    watermark: int
+    index: dict[str, Any]
+    cpu_features: tuple[str, ...] = ()
+    calibration: dict[str, Any] | None = None
+    golden: dict[str, Any] = field(default_factory=dict)
+    built_from: str = ""
+    carried_from: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """Everything a release says about itself.
+
+    Attributes:
+        release_id: Name of the folder.
+        parent: Release that was active when this one was built, or None.
+        code_version: Version of the distribution that built it.
+        space_id: Space of both towers and of every vector inside.
+        dimension: Length of the vectors.
+        entities: By entity type.
+        files: Relative path -> size and SHA-256, every file but the manifest.
+        forms: Export form -> parity report against the trained tower.
+        deterministic: Whether the build promises identical bytes for identical input.
+        seed: Seed of the build.
+        query_upgrade: Where the query tower is a newer bundle's than the vectors' (``index_builder.building.query_upgrade``): that bundle's
+            ``space_id``, its ``adapter`` or None, the ``measured`` recall, and ``files_id``, which names the vectors that this tower makes.
+        measured: The only part that depends on the run: times, latencies, peak memory.
+        format_version: Version of the layout.
+    """
+
+    release_id: str
+    parent: str | None
+    code_version: str
+    space_id: str
+    dimension: int
+    entities: dict[str, EntityManifest]
+    files: dict[str, FileRecord]
+    forms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    deterministic: bool = False
+    seed: int = 0
+    query_upgrade: dict[str, Any] | None = None
+    measured: dict[str, Any] = field(default_factory=dict)
+    format_version: int = FORMAT_VERSION
+
+    def to_bytes(self) -> bytes:
+        """Serialise in the one canonical form, with the checksum of the text (its own 64 digits taken as zeros) inside."""
+        text = json.dumps({"checksum": _ZERO, **asdict(self)}, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return text.replace(f'  "checksum": "{_ZERO}"', f'  "checksum": "{digest}"', 1).encode()
+
+    @classmethod
+    def from_bytes(cls, content: bytes, where: str) -> Manifest:
+        """Parse and check a manifest.
+
+        Args:
+            content: The bytes of ``manifest.json``.
+            where: Path or release id, for messages.
+
+        Raises:
+            ReleaseCorrupt: Not a manifest, or one byte differs from what was written.
+            ReleaseVersionError: Written by a newer version of the engine.
+        """
+        try:
+            text = content.decode()
+        except UnicodeDecodeError as error:
+            raise ReleaseCorrupt(f"{where}: manifest.json is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        found = _CHECKSUM.search(text)
+        if found is None:
+            raise ReleaseCorrupt(f"{where}: manifest.json holds no checksum; it is not a manifest or was cut off ({len(content)} bytes)")
+        blank = text[: found.start(1)] + _ZERO + text[found.end(1) :]
+        digest = hashlib.sha256(blank.encode()).hexdigest()
+        if digest != found.group(1):
+            raise ReleaseCorrupt(
+                f"{where}: manifest.json should have checksum {found.group(1)[:16]}, but its text gives {digest[:16]}: it "
+                "was changed after publishing"
+            )
+        try:
+            values: Any = json.loads(text)
+            version = values["format_version"]
+            if version != FORMAT_VERSION:
+                raise ReleaseVersionError(
+                    f"{where}: this engine reads release format {FORMAT_VERSION}, but the release is format {version}. "
+                    "Install the engine that wrote it (pip install -U omnisearchsage), or rebuild the release with this one."
+                )
+            del values["checksum"]
+            values["files"] = {name: FileRecord(**record) for name, record in values["files"].items()}
+            values["entities"] = {
+                name: EntityManifest(**{**entity, "cpu_features": tuple(entity["cpu_features"])})
+                for name, entity in values["entities"].items()
+            }
+            return cls(**values)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ReleaseCorrupt(f"{where}: manifest.json does not have the shape of format {FORMAT_VERSION}: {error}") from error
+
+    def total_bytes(self) -> int:
+        """Bytes of all files of the release, without the manifest."""
+        return sum(record.size_bytes for record in self.files.values())
+
+
+def content_digest(files: Mapping[str, FileRecord]) -> str:
+    """SHA-256 over the names and checksums of all files: two releases with the same one are the same release."""
+    digest = hashlib.sha256()
+    for name in sorted(files):
+        digest.update(f"{name}\0{files[name].size_bytes}\0{files[name].sha256}\n".encode())
+    return digest.hexdigest()

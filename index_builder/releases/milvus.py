@@ -1,0 +1,273 @@
+"""Releases in a Milvus cluster: a collection per entity type and release, an alias per entity type switched at activation.
+
+The release directory stays the source of truth; this adapter copies its vectors, ids and attributes, checks that the copy answers the
+golden queries, and only then moves the aliases. Each collection names its release and space in its description, and a reader refuses a
+foreign space. The same filter expressions run on either engine. Aliases of several entity types move one after the other (Milvus knows no
+transaction), so a reader that needs several types from one release asks for them by ``release_id``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from encoders.errors import InvalidVectors, MissingDependency, SpaceMismatch
+from index_builder.errors import GateFailed, ReleaseError, ReleaseNotFound
+from index_builder.releases.release import Release
+from index_builder.search.entity_index import EntityIndex, SearchResult
+
+ID_FIELD = "id"
+VECTOR_FIELD = "embedding"
+MAX_ID_BYTES = 2048
+NAME_LIMIT = 255
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MilvusConfig:
+    """Where and how releases are kept in Milvus."""
+
+    uri: str = "http://localhost:19530"
+    token: str = field(default="", repr=False)
+    prefix: str = "omni"
+    """Collections are ``<prefix>_<entity type>_<release>``, aliases ``<prefix>_<entity type>``."""
+    index_type: str = "HNSW"
+    index_params: dict[str, Any] = field(default_factory=lambda: {"M": 16, "efConstruction": 200})
+    search_params: dict[str, Any] = field(default_factory=lambda: {"ef": 128})
+    min_recall: float = 0.95
+    """ANN recall@10 on the release's golden queries below which nothing is activated."""
+    batch_rows: int = 5_000
+    timeout_seconds: float = 600.0
+
+
+def connect(config: MilvusConfig) -> Any:
+    """Open a ``pymilvus.MilvusClient``.
+
+    Raises:
+        MissingDependency: pymilvus is not installed.
+    """
+    try:
+        from pymilvus import MilvusClient
+    except ImportError as error:
+        raise MissingDependency("pymilvus", "milvus", "Serving a release from Milvus") from error
+    return MilvusClient(config.uri, token=config.token, timeout=config.timeout_seconds)
+
+
+def collection_name(prefix: str, entity_type: str, release_id: str) -> str:
+    """A name Milvus allows (letters, digits, ``_``); a digest keeps two release ids apart that would look alike."""
+    plain = re.sub(r"\W", "_", release_id, flags=re.ASCII)[: NAME_LIMIT - 64]
+    return f"{prefix}_{entity_type}_{plain}_{hashlib.sha256(release_id.encode()).hexdigest()[:8]}"
+
+
+def alias_name(prefix: str, entity_type: str) -> str:
+    """The alias that names the active release's collection."""
+    return f"{prefix}_{entity_type}"
+
+
+class MilvusReleases:
+    """Copies releases into Milvus and switches between them.
+
+    Args:
+        config: Where and how.
+    """
+
+    def __init__(self, config: MilvusConfig | None = None) -> None:
+        self.config = config or MilvusConfig()
+        self.client = connect(self.config)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.client.close()
+
+    def publish(self, release: Release, *, progress: Callable[[str], None] = lambda _: None) -> dict[str, float]:
+        """Copy every entity type of a release, index and load it, and check the golden queries. Readers see nothing of it yet.
+
+        A collection that an interrupted copy left behind is dropped and made again.
+
+        Returns:
+            ANN recall@10 on the golden queries by entity type.
+
+        Raises:
+            GateFailed: The copy is short of rows or its recall is below ``min_recall``; its collections were dropped.
+        """
+        recall: dict[str, float] = {}
+        try:
+            for entity_type, index in release.entities.items():
+                name = collection_name(self.config.prefix, entity_type, release.release_id)
+                self._copy(name, release, entity_type, index, progress)
+                recall[entity_type] = self._golden_recall(name, release, entity_type)
+                progress(f"{entity_type}: {len(index.ids):,} rows in {name}, ANN recall@10 {recall[entity_type]:.3f}")
+                if recall[entity_type] < self.config.min_recall:
+                    raise GateFailed(
+                        f"Milvus answers the golden queries of {entity_type!r} with ANN recall@10 {recall[entity_type]:.3f}, below "
+                        f"{self.config.min_recall}. Nothing was activated. Raise search_params ef or index_params M."
+                    )
+        except BaseException:
+            self.drop(release.release_id, release.entities)
+            raise
+        return recall
+
+    def activate(self, release_id: str, entity_types: Iterable[str]) -> None:
+        """Point every alias at this release's collections; all must exist before the first alias moves.
+
+        Raises:
+            ReleaseNotFound: A collection of this release is not in Milvus.
+        """
+        names = {entity_type: collection_name(self.config.prefix, entity_type, release_id) for entity_type in entity_types}
+        missing = [entity_type for entity_type, name in names.items() if not self.client.has_collection(name)]
+        if missing:
+            raise ReleaseNotFound(f"Milvus holds no {', '.join(missing)} of release {release_id!r}. Publish it there first.")
+        for entity_type, name in names.items():
+            alias = alias_name(self.config.prefix, entity_type)
+            if self._target_of(alias) is None:
+                self.client.create_alias(name, alias)
+            else:
+                self.client.alter_alias(name, alias)
+
+    def active(self, entity_type: str) -> str | None:
+        """Release id behind the alias of an entity type; None before the first activation."""
+        target = self._target_of(alias_name(self.config.prefix, entity_type))
+        return None if target is None else str(self._about(target)["release_id"])
+
+    def drop(self, release_id: str, entity_types: Iterable[str]) -> None:
+        """Remove a release's collections.
+
+        Raises:
+            ReleaseError: It is the active one.
+        """
+        for entity_type in entity_types:
+            name = collection_name(self.config.prefix, entity_type, release_id)
+            if self._target_of(alias_name(self.config.prefix, entity_type)) == name:
+                raise ReleaseError(f"release {release_id!r} is active in Milvus for {entity_type!r}. Activate another one first.")
+            if self.client.has_collection(name):
+                self.client.drop_collection(name)
+
+    def index(self, entity_type: str, *, space_id: str, release_id: str | None = None) -> MilvusIndex:
+        """Open an entity type for searching: the active release, or the one named.
+
+        Raises:
+            ReleaseNotFound: It is not in Milvus.
+            SpaceMismatch: Its vectors belong to another space than ``space_id``.
+        """
+        if release_id is not None:
+            name: str | None = collection_name(self.config.prefix, entity_type, release_id)
+        else:
+            name = self._target_of(alias_name(self.config.prefix, entity_type))
+        if name is None or not self.client.has_collection(name):
+            raise ReleaseNotFound(
+                f"Milvus holds no {'active release' if release_id is None else release_id} of {entity_type!r}. Publish it there first."
+            )
+        about = self._about(name)
+        if about["space_id"] != space_id:
+            raise SpaceMismatch(space_id, str(about["space_id"]), f"Milvus collection {name}")
+        return MilvusIndex(self.client, name, entity_type, str(about["release_id"]), int(about["dimension"]), self.config)
+
+    def _target_of(self, alias: str) -> str | None:
+        from pymilvus import MilvusException
+
+        try:
+            return str(self.client.describe_alias(alias)["collection_name"])
+        except MilvusException:
+            return None
+
+    def _about(self, name: str) -> dict[str, Any]:
+        try:
+            about: dict[str, Any] = json.loads(self.client.describe_collection(name)["description"])
+            return {key: about[key] for key in ("release_id", "space_id", "dimension")}
+        except (ValueError, KeyError) as error:
+            raise ReleaseError(
+                f"Milvus collection {name} does not say which release it holds ({error}). Publish the release again."
+            ) from error
+
+    def _copy(self, name: str, release: Release, entity_type: str, index: EntityIndex, progress: Callable[[str], None]) -> None:
+        from pymilvus import DataType
+
+        if self.client.has_collection(name):
+            self.client.drop_collection(name)
+        about = {"release_id": release.release_id, "space_id": release.space_id, "dimension": release.dimension, "entity_type": entity_type}
+        schema = self.client.create_schema(auto_id=False, enable_dynamic_field=True, description=json.dumps(about))
+        schema.add_field(ID_FIELD, DataType.VARCHAR, is_primary=True, max_length=MAX_ID_BYTES)
+        schema.add_field(VECTOR_FIELD, DataType.FLOAT_VECTOR, dim=release.dimension)
+        self.client.create_collection(name, schema=schema)
+        ids = list(index.ids)
+        names = [attribute for attribute in index.attribute_table.schema if attribute not in (ID_FIELD, VECTOR_FIELD)]
+        for start in range(0, len(ids), self.config.batch_rows):
+            part = ids[start : start + self.config.batch_rows]
+            self.client.insert(name, list(_rows(index, part, names)))
+            progress(f"{entity_type}: {start + len(part):,} of {len(ids):,} rows copied")
+        self.client.flush(name)
+        count = int(self.client.get_collection_stats(name)["row_count"])
+        if count != len(ids):
+            raise GateFailed(f"Milvus holds {count:,} rows of {entity_type!r}, but the release has {len(ids):,}. Nothing was activated.")
+        params = self.client.prepare_index_params()
+        params.add_index(VECTOR_FIELD, index_type=self.config.index_type, metric_type="IP", params=self.config.index_params)
+        self.client.create_index(name, params)
+        self.client.load_collection(name)
+
+    def _golden_recall(self, name: str, release: Release, entity_type: str) -> float:
+        golden = release.golden(entity_type)
+        index = MilvusIndex(self.client, name, entity_type, release.release_id, release.dimension, self.config)
+        exact = release.entities[entity_type]
+        shares = []
+        for vector in golden.vectors:
+            wanted = set(exact.search(vector, 10, exact=True).ids)
+            shares.append(len(wanted & set(index.search(vector, 10).ids)) / max(1, len(wanted)))
+        return float(np.mean(shares))
+
+
+def _rows(index: EntityIndex, ids: Sequence[str], names: Sequence[str]) -> Iterable[dict[str, Any]]:
+    for id_, attributes in zip(ids, index.attributes(ids, names), strict=True):
+        vector = index.vector(id_)
+        assert vector is not None, "every id of a release has a vector"
+        yield {ID_FIELD: id_, VECTOR_FIELD: vector, **{key: value for key, value in attributes.items() if value is not None}}
+
+
+class MilvusIndex:
+    """One entity type of one release in Milvus, with the search of ``EntityIndex``."""
+
+    def __init__(self, client: Any, name: str, entity_type: str, release_id: str, dimension: int, config: MilvusConfig) -> None:
+        self._client, self._name, self._config = client, name, config
+        self.entity_type, self.release_id, self.dimension = entity_type, release_id, dimension
+
+    def search(
+        self,
+        query: np.ndarray,
+        k: int = 10,
+        *,
+        filter: str | None = None,
+        exclude_ids: Collection[str] = (),
+        min_score: float | None = None,
+    ) -> SearchResult:
+        """The k best entities for one query ``(D,)`` float32; best first.
+
+        Raises:
+            InvalidVectors: The query has another shape.
+        """
+        vector = np.asarray(query, dtype=np.float32)
+        if vector.shape != (self.dimension,):
+            raise InvalidVectors(f"the query must have shape ({self.dimension},), but got {vector.shape}.")
+        parameters = {**self._config.search_params}
+        if "ef" in parameters:
+            parameters["ef"] = max(int(parameters["ef"]), k)
+        expression = " and ".join(f"({part})" for part in (filter, _excluding(exclude_ids)) if part)
+        found = self._client.search(
+            self._name,
+            [vector],
+            limit=k,
+            filter=expression,
+            anns_field=VECTOR_FIELD,
+            search_params={"metric_type": "IP", "params": parameters},
+            consistency_level="Strong",
+        )[0]
+        hits = [(str(hit[ID_FIELD]), float(hit["distance"])) for hit in found if min_score is None or hit["distance"] >= min_score]
+        scores = np.array([score for _, score in hits], dtype=np.float32)
+        return SearchResult([id_ for id_, _ in hits], scores, "milvus", int(parameters.get("ef", 0)), None, None)
+
+
+def _excluding(ids: Collection[str]) -> str:
+    return f"{ID_FIELD} not in {json.dumps(sorted(ids), ensure_ascii=False)}" if ids else ""

@@ -1,0 +1,1 @@
+"""Search of one entity type: index, plans, live entries, calibration and explanations."""

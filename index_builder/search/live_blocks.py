@@ -1,0 +1,140 @@
+"""Storage of live entries: a block of rows that only ever grows, what makes it fast to search, and its attributes as a table."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from encoders.errors import ConfigError
+from index_builder.ann import AnnConfig, AnnIndex, build_index
+from index_builder.ann.choice import missing_features
+from index_builder.ann.symqg import MIN_ROWS
+from index_builder.filters.attributes import is_of_one_type, json_columns
+from index_builder.live_log.records import LiveEntry
+from index_builder.native import live_scan
+
+_SEGMENT = AnnConfig(m=16, ef_construction=100)
+_ROWS_PER_GROUP = 8
+
+
+def _build_graph(vectors: np.ndarray) -> AnnIndex:
+    """The fastest small graph this machine can search: SymphonyQG where it runs, else HNSW."""
+    if len(vectors) >= MIN_ROWS and not missing_features("symqg"):
+        try:
+            return build_index("symqg", vectors, _SEGMENT)
+        except (ConfigError, ImportError, ValueError):  # not installed, too few rows, or a dimension it does not know
+            pass
+    return build_index("hnsw", vectors, _SEGMENT)
+
+
+class Block:
+    """Storage shared by the pictures of one segment: rows are only ever appended, so a picture of ``n`` rows stays true.
+
+    Args:
+        capacity: Rows there is room for.
+        dimension: D.
+        scanned: Keep what the compiled scan needs; such a block gets no graph.
+    """
+
+    def __init__(self, capacity: int, dimension: int, scanned: bool = False) -> None:
+        self.ids: list[str] = []
+        self.vectors = np.zeros((capacity, dimension), np.float32)
+        self.values: list[dict[str, Any]] = []
+        self.alive = np.zeros(capacity, bool)
+        self.graph: AnnIndex | None = None
+        self.bits: np.ndarray | None = None
+        self.facts: np.ndarray | None = None
+        if scanned:
+            groups = -(-capacity // _ROWS_PER_GROUP)
+            words = max(64, 1 << (dimension - 1).bit_length()) // 64
+            self.bits = np.zeros((groups, words, _ROWS_PER_GROUP), np.uint64)  # signs of the rotated vectors
+            self.facts = np.zeros((3, groups * _ROWS_PER_GROUP), np.float32)
+        self._encoded = 0
+        self._frame = pl.DataFrame()
+        self._frame_rows = 0
+        self._frame_lock = threading.Lock()
+
+    @property
+    def count(self) -> int:
+        """Rows, dead ones included."""
+        return len(self.ids)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is searched as fast as it will ever be."""
+        return self.bits is not None or self.graph is not None
+
+    def append(self, entry: LiveEntry) -> int:
+        """Add an upsert; returns its row."""
+        assert entry.vector is not None
+        row = len(self.ids)
+        self.vectors[row] = entry.vector
+        self.values.append(entry.attributes)
+        self.alive[row] = True
+        self.ids.append(entry.id)
+        return row
+
+    def encode(self) -> None:
+        """Keep the signs of rows added since the last call; one thread at a time, before a picture shows the rows."""
+        if self.bits is not None and self._encoded < self.count:
+            live_scan.encode(self.vectors, self.vectors.shape[1], self.bits, self.facts, self._encoded, self.count)
+            self._encoded = self.count
+
+    def attributes(self, size: int) -> pl.DataFrame:
+        """Attributes of the first ``size`` rows; columns that no entry set are missing."""
+        with self._frame_lock:
+            if self._frame_rows < size:
+                fresh = attribute_frame(self.values[self._frame_rows : size])
+                self._frame = (
+                    fresh if self._frame_rows == 0 else join_frames([self._frame, fresh], [self._frame_rows, size - self._frame_rows])
+                )
+                self._frame_rows = size
+            return self._frame if self._frame_rows == size else self._frame.head(size)
+
+    def build_graph(self) -> None:
+        """Make a sealed block fast to search, unless it is scanned."""
+        if self.bits is None:
+            self.graph = _build_graph(self.vectors[: self.count])
+
+
+def attribute_frame(values: Sequence[dict[str, Any]]) -> pl.DataFrame:
+    """Attribute dictionaries as a table with as many rows, whose columns are those of ``json_columns``.
+
+    Args:
+        values: One dictionary per row.
+    """
+    names = list(dict.fromkeys(name for row in values for name in row))
+    columns = [column for name in names for column in json_columns(name, [row.get(name) for row in values])]
+    return pl.DataFrame(columns) if columns else pl.DataFrame({"": [None] * len(values)}).select()
+
+
+def join_frames(frames: Sequence[pl.DataFrame], heights: Sequence[int]) -> pl.DataFrame:
+    """Stack tables of ``attribute_frame`` with different columns; missing cells are null.
+
+    Args:
+        frames: Tables, some possibly without any column (and therefore without a height of their own).
+        heights: Rows of each.
+    """
+    names = list(dict.fromkeys(name for frame in frames for name in frame.columns if not is_of_one_type(name)))
+    columns = []
+    for name in names:
+        parts = [frame[name] if name in frame.columns else pl.Series(name, [None] * height) for frame, height in zip(frames, heights)]
+        if _are_alike([part.dtype for part in parts]):
+            columns.append(pl.concat([part.to_frame() for part in parts], how="vertical_relaxed")[name])
+        else:
+            columns += json_columns(name, [cell for part in parts for cell in part.to_list()])
+    return pl.DataFrame(columns)
+
+
+def _are_alike(dtypes: Sequence[pl.DataType]) -> bool:
+    """Whether values of these types fit one column as they are: equal types, numbers, and lists of these."""
+    known = [dtype for dtype in dtypes if dtype != pl.Null]
+    if pl.Object in known:
+        return False
+    if any(isinstance(dtype, pl.List) for dtype in known):
+        return all(isinstance(dtype, pl.List) for dtype in known) and _are_alike([dtype.inner for dtype in known])  # type: ignore[attr-defined]
+    return len(set(known)) <= 1 or all(dtype.is_numeric() for dtype in known)

@@ -1,0 +1,1 @@
+"""Vectors, ids and codes on disk, and files that survive a crash."""

@@ -9,11 +9,11 @@ from encoders.commands.lazy_group import LazyGroup
 from index_builder.__main__ import COMMANDS as INDEX_COMMANDS
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("retrieval.demo:command", "Train, evaluate, build, serve and query the sample data, end to end."),
+    "demo": ("retrieval.demo.command:command", "Train, evaluate, build, serve and query the sample data, end to end."),
     **ENCODER_COMMANDS,
     **INDEX_COMMANDS,
-    "serve": ("retrieval.serve_command:command", "Serve the active release over gRPC."),
-    "query": ("retrieval.query_command:command", "Ask a running server."),
+    "serve": ("retrieval.commands.serve:command", "Serve the active release over gRPC."),
+    "query": ("retrieval.commands.query:command", "Ask a running server."),
     "bench": ("benchmarks.commands:group", "Run a benchmark; writes JSON and prints a table."),
 }
 

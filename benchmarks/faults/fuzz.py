@@ -25,7 +25,7 @@ from benchmarks.record import write_record
 from benchmarks.serving.peer_servers import Process, omni_server
 from encoders.commands.console import fail, handle_errors, json_option, print_json, print_table, say, stage
 from protos import retrieval_pb2 as pb
-from retrieval.http2 import wire
+from retrieval.http2 import frames as wire
 
 TYPED = frozenset(
     {

@@ -35,7 +35,13 @@ from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
 
 IMPORTED = (
-    *("retrieval.cli", "retrieval.serve_command", "retrieval.server", "encoders.towers.query_tower", "index_builder.building.build"),
+    *(
+        "retrieval.cli",
+        "retrieval.commands.serve",
+        "retrieval.server.server",
+        "encoders.towers.query_tower",
+        "index_builder.building.build",
+    ),
     *("uvloop", "pandas", "pyarrow.compute", "pyarrow.parquet", __name__),
 )
 ROUNDS_PER_STORE = 15

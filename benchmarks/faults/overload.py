@@ -18,7 +18,7 @@ from benchmarks.faults.servers import ServerProcess, percentiles
 from benchmarks.serving.frames_load import FrameClient
 from benchmarks.small_releases import entity_texts
 from protos import retrieval_pb2 as pb
-from retrieval.http2 import wire
+from retrieval.http2 import frames as wire
 
 RETRIEVE = "/omnisearchsage.v1.Retrieval/Retrieve"
 CONNECTIONS = 8

@@ -12,7 +12,7 @@ from benchmarks.record import RESULTS, write_record
 from encoders.commands.console import fail, handle_errors, json_option, print_json, print_table, say, stage, track
 from index_builder.releases.store import ReleaseStore
 from index_builder.search.entity_index import EntityIndex
-from retrieval.diversity import POOL_FACTOR, rerank
+from retrieval.service.diversity import POOL_FACTOR, rerank
 
 LAMBDAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 

@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from benchmarks.record import RESULTS, write_record
 from encoders.commands.console import handle_errors, json_option, print_json, print_table, stage
-from retrieval.cache import QueryCache, entry_bytes
-from retrieval.serve_config import DAY_SECONDS
+from retrieval.config import DAY_SECONDS
+from retrieval.encoding.query_cache import QueryCache, entry_bytes
 
 Float64 = npt.NDArray[np.float64]
 

@@ -15,7 +15,7 @@ from typing import Any
 import hpack
 
 from benchmarks.serving.load import Load, Outcome, Recorder, run_processes
-from retrieval.http2 import wire
+from retrieval.http2 import frames as wire
 
 WINDOW = 2**30
 

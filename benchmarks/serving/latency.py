@@ -15,8 +15,8 @@ import numpy as np
 from benchmarks.record import write_record
 from benchmarks.serving.peer_servers import omni_server
 from encoders.commands.console import fail, handle_errors, json_option, print_json, print_table, say, stage, track
-from retrieval.client import ClientConfig, RetrievalClient
-from retrieval.client_results import RetrieveResult
+from retrieval.client.results import RetrieveResult
+from retrieval.client.sync_client import ClientConfig, RetrievalClient
 
 STAGES = ("queue", "encode", "search", "rerank")
 

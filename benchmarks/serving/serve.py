@@ -23,7 +23,7 @@ from benchmarks.serving.serving_release import ServingRelease, serving_release
 from encoders.commands.console import data_option, fail, handle_errors, json_option, print_json, print_table, say, stage
 from encoders.errors import OmniError
 from protos import retrieval_pb2 as pb
-from retrieval.client import ClientConfig, RetrievalClient
+from retrieval.client.sync_client import ClientConfig, RetrievalClient
 
 RETRIEVE = "/omnisearchsage.v1.Retrieval/Retrieve"
 BATCH = "/omnisearchsage.v1.Retrieval/RetrieveBatch"

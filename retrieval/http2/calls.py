@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import grpc
 
-from retrieval.http2.wire import Metadata, Refusal, metadata_of, timeout_seconds
+from retrieval.http2.frames import Metadata, Refusal, metadata_of, timeout_seconds
 
 if TYPE_CHECKING:
     from retrieval.http2.connection import Connection

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from retrieval.http2 import wire
+from retrieval.http2 import frames as wire
 from retrieval.http2.calls import Aborted, Call, Head, take_messages
-from retrieval.http2.leaving import Leaving
-from retrieval.http2.wire import WireError, frame
+from retrieval.http2.draining import Leaving
+from retrieval.http2.frames import WireError, frame
 
 if TYPE_CHECKING:
     from retrieval.http2.server import Http2Server

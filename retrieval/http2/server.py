@@ -14,7 +14,7 @@ import grpc
 
 from retrieval.http2.calls import Methods
 from retrieval.http2.connection import Connection
-from retrieval.http2.pacing import Pacer
+from retrieval.http2.read_pacing import Pacer
 
 log = logging.getLogger("omni.http2")
 

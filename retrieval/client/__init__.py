@@ -1,0 +1,1 @@
+"""Typed clients, sync and async, with retries and typed errors."""

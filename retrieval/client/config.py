@@ -1,0 +1,110 @@
+"""How a client connects, how it proves who it is, and how patient it is."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from encoders.errors import ConfigError
+from retrieval.client.retries import RetryPolicy
+
+_HOST = re.compile(r"\[([^][]+)\](?::\w+)?|([^:]+)(?::\w+)?")
+"""``[host]`` or ``host``, with or without a port."""
+
+
+def is_this_machine(target: str) -> bool:
+    """Whether a gRPC address is a Unix socket, ``localhost`` or a loopback address."""
+    if target.startswith("unix:"):
+        return True
+    match = _HOST.fullmatch(target)
+    host = target if match is None else match[1] or match[2]
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TlsConfig:
+    """Encrypt the connection; with a client certificate and key, both sides prove who they are."""
+
+    root_certificates: Path | None = None
+    """PEM file with the authorities to trust. None: the system's."""
+    client_certificate: Path | None = None
+    """PEM certificate chain for mutual TLS; needs ``client_key``."""
+    client_key: Path | None = None
+    server_name: str | None = None
+    """Name to expect in the server's certificate when it is not the host of the address."""
+
+    def __post_init__(self) -> None:
+        """Check that certificate and key come together."""
+        if (self.client_certificate is None) != (self.client_key is None):
+            raise ConfigError(
+                "TlsConfig: client_certificate and client_key come together, but only one was given. Give both for mutual TLS."
+            )
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Read the files.
+
+        Raises:
+            ConfigError: A file cannot be read.
+        """
+        try:
+            root, key, chain = (
+                path.read_bytes() if path else None for path in (self.root_certificates, self.client_key, self.client_certificate)
+            )
+        except OSError as error:
+            raise ConfigError(f"TlsConfig: cannot read {error.filename}: {error.strerror}. Check the path and its permissions.") from error
+        return grpc.ssl_channel_credentials(root, key, chain)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClientConfig:
+    """How a client connects and how patient it is."""
+
+    deadline_seconds: float = 2.0
+    """Time for one call with all its retries; each method takes ``deadline_seconds`` to override it."""
+    retry: RetryPolicy = field(default_factory=RetryPolicy)
+    token: str | None = field(default=None, repr=False)
+    """Sent as ``authorization: Bearer ...``. Refused without TLS unless the address is this machine's (``localhost``, loopback,
+    ``unix:``) or ``allow_plaintext_token``."""
+    allow_plaintext_token: bool = False
+    tls: TlsConfig | None = None
+    """None: no encryption."""
+    keepalive_seconds: float = 60.0
+    """A silent connection with calls in flight is probed this often, so that a dead server is noticed before a long call's deadline."""
+    keepalive_timeout_seconds: float = 10.0
+    max_message_bytes: int = 64 * 2**20
+    """Largest answer accepted."""
+    round_robin: bool = True
+    """Spread calls over all addresses that the name resolves to (several replicas behind one DNS name)."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("deadline_seconds", "keepalive_seconds", "keepalive_timeout_seconds", "max_message_bytes"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"ClientConfig.{name} must be above 0, but got {getattr(self, name)}.")
+
+    def channel_options(self) -> list[tuple[str, Any]]:
+        """The gRPC channel arguments for this configuration."""
+        options: list[tuple[str, Any]] = [
+            ("grpc.keepalive_time_ms", int(self.keepalive_seconds * 1000)),
+            ("grpc.keepalive_timeout_ms", int(self.keepalive_timeout_seconds * 1000)),
+            ("grpc.max_receive_message_length", self.max_message_bytes),
+            ("grpc.max_send_message_length", self.max_message_bytes),
+            ("grpc.enable_retries", 0),  # one place decides about retries: client_retries.py
+            ("grpc.use_local_subchannel_pool", 1),  # two clients of one process are two connections
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.min_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 2000),
+        ]
+        if self.round_robin:
+            options.append(("grpc.lb_policy_name", "round_robin"))
+        if self.tls and self.tls.server_name:
+            options.append(("grpc.ssl_target_name_override", self.tls.server_name))
+        return options

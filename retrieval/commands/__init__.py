@@ -1,0 +1,1 @@
+"""The commands ``omni serve`` and ``omni query``."""

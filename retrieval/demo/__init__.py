@@ -1,0 +1,1 @@
+"""``omni demo``: train, evaluate, build, serve and query the sample data."""

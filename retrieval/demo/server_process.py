@@ -1,0 +1,83 @@
+"""A real ``omni serve`` process for the demo: started, awaited, watched and stopped, with a clear message whenever it dies."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from retrieval.client.sync_client import RetrievalClient
+from retrieval.errors import ServerDied
+
+
+class DemoServer:
+    """``omni serve`` on a free port, as a context manager.
+
+    Raises:
+        ServerDied: The process ended before it was ready.
+    """
+
+    def __init__(self, store: Path, *, port: int = 0, metrics_port: int = 0) -> None:
+        command = [sys.executable, "-m", "retrieval.cli", "serve", "--store", str(store), "--port", str(port)]
+        command += ["--metrics-port", str(metrics_port), "--shadow-fraction", "0", "--json"]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self._last_words: list[str] = []
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+        assert self.process.stdout is not None
+        first = self.process.stdout.readline()
+        if not first:
+            raise ServerDied(self._obituary())
+        self.info: dict[str, Any] = json.loads(first)
+
+    @property
+    def address(self) -> str:
+        """Where clients connect."""
+        return f"localhost:{self.info['port']}"
+
+    @property
+    def page(self) -> str:
+        """The page to look at."""
+        return f"http://localhost:{self.info['metrics_port']}/"
+
+    def wait_until_ready(self, client: RetrievalClient, seconds: float = 120.0) -> None:
+        """Return once the golden queries have been answered as they should; raise ``ServerDied`` or the client's error."""
+        try:
+            client.wait_until_ready(seconds)
+        except Exception:
+            self.check()
+            raise
+
+    def check(self) -> None:
+        """Raise ``ServerDied`` if the process has ended."""
+        if self.process.poll() is not None:
+            raise ServerDied(self._obituary())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(15)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+    def _listen(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self._last_words = [*self._last_words[-4:], line.rstrip()]
+
+    def _obituary(self) -> str:
+        code = self.process.wait(5)
+        self._listener.join(2)
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        words = "; its last words: " + " | ".join(self._last_words) if self._last_words else ""
+        return f"the server process {how}{words}. The release is untouched: start it again with `omni serve`."

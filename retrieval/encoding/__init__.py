@@ -1,0 +1,1 @@
+"""Query text to vector: cache, Redis tier, batcher and encoder."""

@@ -1,0 +1,192 @@
+"""Encode query texts through the caches: concurrent misses of one text are encoded once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from retrieval.encoding.query_cache import Entry, Float32, QueryCache
+from retrieval.encoding.redis_tier import RedisTier
+
+
+class Looked(NamedTuple):
+    """A query vector and what it cost."""
+
+    vector: Float32  # (D,)
+    cached: bool
+    queue_ns: int
+    encode_ns: int
+
+
+class Encoded(NamedTuple):
+    """What a batcher returns for one text."""
+
+    vector: Float32  # (D,)
+    queue_ns: int
+    encode_ns: int
+
+
+class Encoder(Protocol):
+    """The part of ``retrieval.encoding.batcher.Batcher`` that the cache calls."""
+
+    async def submit(self, text: str) -> Encoded:
+        """Encode one normalised text."""
+        ...
+
+
+class _Flight:
+    """One encode that is under way and the number of callers who wait for it."""
+
+    __slots__ = ("task", "waiters")
+
+    def __init__(self, task: asyncio.Task[Looked]) -> None:
+        self.task = task
+        self.waiters = 0
+
+
+class CachedEncoder:
+    """Cache in front of one encoder's batcher. A text that many miss is encoded once; when all have gone the work is dropped.
+
+    Args:
+        cache: Shared by all encoders.
+        encoder: Makes the vectors of one encoder.
+        prefix: Of that encoder's keys in the cache.
+        dimension: Length of the vectors.
+        redis: Second tier.
+        max_queue: Places in the encoder's queue: a long list of texts enters it in parts.
+    """
+
+    def __init__(
+        self,
+        cache: QueryCache,
+        encoder: Encoder,
+        prefix: str,
+        dimension: int,
+        redis: RedisTier | None = None,
+        *,
+        max_queue: int = 256,
+    ) -> None:
+        self.cache = cache
+        self.encoder = encoder
+        self.prefix = prefix
+        self.dimension = dimension
+        self.redis = redis
+        self.max_queue = max_queue
+        self.shared = 0
+        self._in_parts = 0  # texts that lookup_many has started
+        self._flights: dict[str, _Flight] = {}
+
+    def peek(self, text: str) -> Float32 | None:
+        """The vector if it is in this process, without waiting. ``text`` is normalised."""
+        return self.cache.get(self.prefix + text)
+
+    def find(self, text: str) -> Entry | None:
+        """As ``peek``, but nothing is counted until ``cache.used`` is told."""
+        return self.cache.find(self.prefix + text)
+
+    def must_encode(self, text: str) -> bool:
+        """Whether the vector of a missed text can only come from the encoder: nobody waits for it, no second tier may know it."""
+        return self.redis is None and text not in self._flights
+
+    def joins(self, text: str) -> bool:
+        """Whether ``load`` would join an encode that is under way."""
+        return text in self._flights
+
+    async def load(self, text: str) -> Looked:
+        """The vector after a miss of ``peek``: joins an encode under way, asks Redis, or encodes.
+
+        Raises:
+            Overloaded: The encoder's queue is full.
+            EncoderFailed: The encoder raised or made a bad vector.
+        """
+        flight = self._flights.get(text)
+        if flight is None:
+            flight = _Flight(asyncio.ensure_future(self._fetch(text)))
+            flight.task.add_done_callback(_retrieve_exception)
+            self._flights[text] = flight
+        else:
+            self.shared += 1
+        flight.waiters += 1
+        try:
+            return await asyncio.shield(flight.task)
+        finally:
+            flight.waiters -= 1
+            if flight.waiters == 0:
+                if self._flights.get(text) is flight:
+                    del self._flights[text]
+                flight.task.cancel()
+
+    async def lookup(self, text: str) -> Looked:
+        """``peek``, then ``load``."""
+        vector = self.peek(text)
+        return Looked(vector, True, 0, 0) if vector is not None else await self.load(text)
+
+    async def lookup_many(self, texts: Sequence[str]) -> tuple[Float32, list[bool], int, int]:
+        """Vectors of many texts: ``(B, D)`` float32, cached flags, longest queue and encode times in ns.
+
+        Missed texts are started in parts that leave room in the encoder's queue. What a finished part has encoded stays cached, even if a
+        later part fails.
+
+        Raises:
+            Overloaded: The encoder's queue is full of the work of others.
+            EncoderFailed: The encoder raised or made a bad vector.
+        """
+        out = np.empty((len(texts), self.dimension), dtype=np.float32)
+        cached = [True] * len(texts)
+        rows: dict[str, list[int]] = {}  # of missed texts
+        for row, text in enumerate(texts):
+            vector = self.peek(text)
+            if vector is None:
+                rows.setdefault(text, []).append(row)
+            else:
+                out[row] = vector
+        queue_ns = encode_ns = 0
+        missing = list(rows)
+        while missing:
+            size = max(1, (self.max_queue - self._in_parts) // 2)
+            part, missing = missing[:size], missing[size:]
+            for text, looked in zip(part, await self._load_part(part), strict=True):
+                for row in rows[text]:
+                    out[row], cached[row] = looked.vector, looked.cached
+                queue_ns, encode_ns = max(queue_ns, looked.queue_ns), max(encode_ns, looked.encode_ns)
+        return out, cached, queue_ns, encode_ns
+
+    async def _load_part(self, texts: Sequence[str]) -> list[Looked]:
+        """Load these texts at the same time. If one fails or the caller leaves, nobody waits for the others any more."""
+        tasks = [asyncio.ensure_future(self._load_anew(text)) for text in texts]
+        self._in_parts += len(texts)
+        try:
+            return await asyncio.gather(*tasks)
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            raise
+        finally:
+            self._in_parts -= len(texts)
+
+    async def _load_anew(self, text: str) -> Looked:
+        """As ``load``, unless somebody else's encode has ended since the text was missed."""
+        entry = self.find(text)
+        return Looked(entry.vector, True, 0, 0) if entry is not None else await self.load(text)
+
+    async def _fetch(self, text: str) -> Looked:
+        key = self.prefix + text
+        if self.redis is not None:
+            shared = await self.redis.get(key)
+            if shared is not None:
+                self.cache.put(key, shared)
+                return Looked(shared, True, 0, 0)
+        encoded = await self.encoder.submit(text)
+        self.cache.put(key, encoded.vector)
+        if self.redis is not None:
+            self.redis.put_soon(key, encoded.vector)
+        return Looked(encoded.vector, False, encoded.queue_ns, encoded.encode_ns)
+
+
+def _retrieve_exception(task: asyncio.Task[Looked]) -> None:
+    if not task.cancelled():
+        task.exception()

@@ -1,0 +1,326 @@
+"""The query tower at serving time: tokenise, pad to a length bucket, run the fastest form that this machine and this release have.
+
+On a GPU: torch in bfloat16, one CUDA graph per (batch, length) bucket. On CPU: ONNX Runtime with the release's int8 form, else torch.
+Every form carries its own form id, which is part of the cache key and of every answer.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+
+from encoders.errors import BundleError, ConfigError
+from retrieval.encoding.batcher import LENGTH_BUCKETS, bucket_of
+
+Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
+log = logging.getLogger("omni.encoding")
+
+MAX_TOKENS = 64
+BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Batch sizes for which CUDA graphs are captured; a batch is padded up to the next one."""
+
+FORM_FILES = {"onnx-int8": "query_encoder.int8.onnx", "onnx-fp32": "query_encoder.onnx"}
+
+
+class QueryEncoding(Protocol):
+    """One runtime form of the query tower."""
+
+    form_id: str
+    dimension: int
+
+    def encode(self, texts: Sequence[str]) -> Float32:
+        """Encode B normalised texts: ``(B, D)`` float32 unit rows. Called from one thread at a time."""
+        ...
+
+
+class QueryTokenizer:
+    """The tower's own tokenizer, cut at 64 tokens, padded to a length bucket.
+
+    Args:
+        folder: The release's ``query_encoder/``.
+
+    Raises:
+        BundleError: The folder holds no ``tokenizer.json``.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = next((p for p in (folder / "tokenizer.json", folder / "0_Transformer" / "tokenizer.json") if p.is_file()), None)
+        if path is None:
+            raise BundleError(f"{folder.name}: expected tokenizer.json in the query encoder, but there is none. Build the release again.")
+        tokenizer = Tokenizer.from_file(str(path))
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(max_length=self._max_length(path.parent))
+        self._tokenizer = tokenizer
+        self.pad_id = self._pad_id(tokenizer, path.parent)
+
+    @staticmethod
+    def _max_length(folder: Path) -> int:
+        for name in ("sentence_bert_config.json", "../sentence_bert_config.json"):
+            path = folder / name
+            if path.is_file():
+                length = json.loads(path.read_text(encoding="utf-8")).get("max_seq_length")
+                if isinstance(length, int) and length > 0:
+                    return min(length, MAX_TOKENS)
+        return MAX_TOKENS
+
+    @staticmethod
+    def _pad_id(tokenizer: Tokenizer, folder: Path) -> int:
+        config = folder / "config.json"
+        if config.is_file():
+            pad = json.loads(config.read_text(encoding="utf-8")).get("pad_token_id")
+            if isinstance(pad, int):
+                return pad
+        for token in ("[PAD]", "<pad>"):
+            found = tokenizer.token_to_id(token)
+            if found is not None:
+                return int(found)
+        return 0
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text, special tokens included, at most 64."""
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+
+    def pad(self, rows: Sequence[Sequence[int]], length: int) -> tuple[Int64, Int64]:
+        """Pad to ``(B, length)``: token ids and attention mask, int64."""
+        ids = np.full((len(rows), length), self.pad_id, dtype=np.int64)
+        mask = np.zeros((len(rows), length), dtype=np.int64)
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = row
+            mask[i, : len(row)] = 1
+        return ids, mask
+
+
+def encode_by_length(
+    tokenizer: QueryTokenizer,
+    texts: Sequence[str],
+    dimension: int,
+    forward: Callable[[Int64, Int64], Float32],
+    pad_to_bucket: bool,
+) -> Float32:
+    """Tokenise, group by length bucket, run ``forward`` per group and put the rows back in order.
+
+    Args:
+        tokenizer: The tower's tokenizer.
+        texts: B texts.
+        dimension: D.
+        forward: ``(token ids (b, L), mask (b, L)) -> (b, D)`` float32.
+        pad_to_bucket: Pad to the bucket's length (fixed shapes for CUDA graphs) instead of the longest text of the group.
+    """
+    out = np.empty((len(texts), dimension), dtype=np.float32)
+    rows = tokenizer.token_ids(texts)
+    groups: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(bucket_of(len(row)), []).append(i)
+    for bucket, members in groups.items():
+        length = bucket if pad_to_bucket else max(1, max(len(rows[i]) for i in members))
+        out[members] = forward(*tokenizer.pad([rows[i] for i in members], length))
+    return out
+
+
+class OnnxQueryEncoding:
+    """ONNX Runtime on CPU; imports no torch.
+
+    Args:
+        model: The ``.onnx`` file, inputs ``input_ids`` and ``attention_mask`` (B, L), first output (B, D).
+        folder: The release's ``query_encoder/`` (for the tokenizer).
+        form_id: ``onnx-int8`` or ``onnx-fp32``.
+        threads: Threads of one forward pass.
+    """
+
+    def __init__(self, model: Path, folder: Path, form_id: str, threads: int = 1) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads must not burn the search's core
+        options.log_severity_level = 3
+        try:
+            self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises its own types, all of them mean that the file cannot be run
+            raise BundleError(f"{model.name}: ONNX Runtime cannot load this form: {error}. Export it again (omni export).") from error
+        self._types = {item.name: np.int32 if "int32" in item.type else np.int64 for item in self._session.get_inputs()}
+        missing = {"input_ids", "attention_mask"} - set(self._types)
+        if missing:
+            raise BundleError(
+                f"{model.name}: expected inputs input_ids and attention_mask, but {sorted(missing)} is missing. Export it again."
+            )
+        self._output = self._session.get_outputs()[0].name
+        self._tokenizer = QueryTokenizer(folder)
+        self.form_id = form_id
+        self.dimension = int(self._forward(*self._tokenizer.pad(self._tokenizer.token_ids(["a"]), LENGTH_BUCKETS[0])).shape[1])
+
+    def _forward(self, ids: Int64, mask: Int64) -> Float32:
+        feeds = {"input_ids": ids, "attention_mask": mask}
+        feeds = {name: value.astype(self._types[name], copy=False) for name, value in feeds.items()}
+        for name in self._types:
+            if name not in feeds:
+                feeds[name] = np.zeros_like(ids, dtype=self._types[name])
+        vectors: Float32 = np.asarray(self._session.run([self._output], feeds)[0], dtype=np.float32)
+        return vectors
+
+    def encode(self, texts: Sequence[str]) -> Float32:
+        """See ``QueryEncoding.encode``."""
+        return encode_by_length(self._tokenizer, texts, self.dimension, self._forward, pad_to_bucket=False)
+
+
+class TorchQueryEncoding:
+    """torch on CPU, float32: the reference form."""
+
+    form_id = "torch-fp32"
+
+    def __init__(self, folder: Path, threads: int = 1) -> None:
+        import torch
+
+        from encoders.towers.query_tower import QueryEncoder
+
+        torch.set_num_threads(threads)
+        self._torch = torch
+        self._model = QueryEncoder.load(folder).eval()
+        self._tokenizer = QueryTokenizer(folder)
+        self.dimension = int(self._forward(*self._tokenizer.pad(self._tokenizer.token_ids(["a"]), LENGTH_BUCKETS[0])).shape[1])
+
+    def _forward(self, ids: Int64, mask: Int64) -> Float32:
+        with self._torch.inference_mode():
+            vectors: Float32 = self._model(self._torch.from_numpy(ids), self._torch.from_numpy(mask)).float().numpy()
+        return vectors
+
+    def encode(self, texts: Sequence[str]) -> Float32:
+        """See ``QueryEncoding.encode``."""
+        return encode_by_length(self._tokenizer, texts, self.dimension, self._forward, pad_to_bucket=False)
+
+
+class CudaQueryEncoding:
+    """torch on a GPU in bfloat16, replaying one CUDA graph per (batch, length) bucket; a shape that cannot be captured runs eagerly.
+
+    Graphs are captured on first use of a bucket, small batches (``warm``) when the encoder is made.
+    """
+
+    form_id = "torch-bf16"
+
+    def __init__(self, folder: Path, device: str = "cuda", warm: Sequence[int] = (1, 8, 64)) -> None:
+        import torch
+
+        from encoders.towers.query_tower import QueryEncoder
+
+        self._torch = torch
+        self._device = torch.device(device)
+        self._model = QueryEncoder.load(folder).eval().to(self._device, dtype=torch.bfloat16)
+        self._tokenizer = QueryTokenizer(folder)
+        self._stream = torch.cuda.Stream(self._device)
+        self._graphs: dict[tuple[int, int], tuple[Any, Any, Any, Any] | None] = {}
+        self.dimension = int(self._eager(torch.ones((1, 8), dtype=torch.long, device=self._device)).shape[1])
+        for size in warm:
+            for length in LENGTH_BUCKETS:
+                self._graph(size, length)
+
+    def _eager(self, ids: Any, mask: Any = None) -> Any:
+        torch = self._torch
+        with torch.inference_mode():
+            vectors = self._model(ids, torch.ones_like(ids) if mask is None else mask).float()
+            return torch.nn.functional.normalize(vectors, dim=-1)
+
+    def _graph(self, size: int, length: int) -> tuple[Any, Any, Any, Any] | None:
+        key = (size, length)
+        if key not in self._graphs:
+            torch = self._torch
+            ids = torch.full((size, length), self._tokenizer.pad_id, dtype=torch.long, device=self._device)
+            mask = torch.ones_like(ids)
+            try:
+                with torch.cuda.stream(self._stream):
+                    for _ in range(3):  # allocator and kernels warm up outside the capture
+                        self._eager(ids, mask)
+                self._stream.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.inference_mode(), torch.cuda.graph(graph, stream=self._stream):
+                    out = torch.nn.functional.normalize(self._model(ids, mask).float(), dim=-1)
+                self._graphs[key] = (graph, ids, mask, out)
+            except RuntimeError as error:
+                log.warning("no CUDA graph for batch %d, length %d (%s); this shape runs eagerly", size, length, error)
+                self._graphs[key] = None
+        return self._graphs[key]
+
+    def _forward(self, ids: Int64, mask: Int64) -> Float32:
+        torch = self._torch
+        count, length = ids.shape
+        if count > BATCH_BUCKETS[-1]:
+            half = count // 2
+            return np.concatenate([self._forward(ids[:half], mask[:half]), self._forward(ids[half:], mask[half:])])
+        size = next(b for b in BATCH_BUCKETS if b >= count)
+        captured = self._graph(size, length)
+        with torch.cuda.stream(self._stream):
+            if captured is None:
+                out = self._eager(torch.from_numpy(ids).to(self._device), torch.from_numpy(mask).to(self._device))
+            else:
+                graph, static_ids, static_mask, out = captured
+                static_ids[:count].copy_(torch.from_numpy(ids), non_blocking=True)
+                static_mask[:count].copy_(torch.from_numpy(mask), non_blocking=True)
+                graph.replay()
+            vectors: Float32 = out[:count].cpu().numpy()
+        return vectors
+
+    def encode(self, texts: Sequence[str]) -> Float32:
+        """See ``QueryEncoding.encode``."""
+        return encode_by_length(self._tokenizer, texts, self.dimension, self._forward, pad_to_bucket=True)
+
+
+def gpu_available() -> bool:
+    """Whether torch sees a CUDA device; looks for the driver first, so that CPU servers need not import torch."""
+    if not Path("/dev/nvidiactl").exists() and not Path("/dev/nvidia0").exists():
+        return False
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def choose_form(device: str, form: str, forms_path: Path, has_gpu: bool) -> str:
+    """Pick the form to run: ``torch-bf16`` on a GPU; on CPU what was asked for, or the first there is of int8, torch.
+
+    Raises:
+        ConfigError: CUDA was asked for without a GPU, or a form that the release does not hold.
+    """
+    if device == "cuda" and not has_gpu:
+        raise ConfigError("--device cuda: torch sees no CUDA device. Use --device cpu, or install a CUDA build of torch.")
+    if device == "cuda" or (device == "auto" and has_gpu and form == "auto"):
+        return "torch-bf16"
+    if form == "torch":
+        return "torch-fp32"
+    if form == "auto":
+        return "onnx-int8" if (forms_path / FORM_FILES["onnx-int8"]).is_file() else "torch-fp32"
+    if not (forms_path / FORM_FILES[form]).is_file():
+        raise ConfigError(
+            f"--encoder-form {form}: the release has no forms/{FORM_FILES[form]}. Export it (omni export), or use --encoder-form auto."
+        )
+    return form
+
+
+def open_query_encoding(
+    query_encoder_path: Path, forms_path: Path, *, device: str = "auto", form: str = "auto", threads: int = 1
+) -> QueryEncoding:
+    """Load the query tower of a release in the fastest form available.
+
+    Args:
+        query_encoder_path: The release's ``query_encoder/``.
+        forms_path: The release's ``forms/``; may not exist.
+        device: ``auto``, ``cuda`` or ``cpu``.
+        form: ``auto``, ``onnx-int8``, ``onnx-fp32`` or ``torch``.
+        threads: CPU threads of one forward pass.
+
+    Raises:
+        ConfigError: The device or form is not to be had.
+        BundleError: The files cannot be loaded.
+    """
+    chosen = choose_form(device, form, forms_path, device != "cpu" and gpu_available())
+    if chosen == "torch-bf16":
+        return CudaQueryEncoding(query_encoder_path)
+    if chosen == "torch-fp32":
+        return TorchQueryEncoding(query_encoder_path, threads)
+    return OnnxQueryEncoding(forms_path / FORM_FILES[chosen], query_encoder_path, chosen, threads)

@@ -1,0 +1,1 @@
+"""Metrics, tracing, logs, shadow recall and the impression log."""

@@ -1,0 +1,1 @@
+"""Which release answers, and the live writes to it."""

@@ -1,0 +1,1 @@
+"""The calls of ``protos/retrieval.proto``: validation, query vector, search, response."""

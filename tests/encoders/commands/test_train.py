@@ -1,0 +1,260 @@
+"""`omni train` as people run it: repeating a finished run, data that does not fit, and what to do next."""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+import pytest
+from click.testing import CliRunner, Result
+
+from encoders.commands.evaluate import command as evaluate
+from encoders.commands.train import command
+from encoders.towers.bundle import load_bundle
+from tests.helpers.training_examples import DIMENSION, tiny_query_encoder, world
+
+CONFIG = f"""
+steps = 2
+device = "cpu"
+checkpoint_every = 0
+
+[data]
+catalogue = ["catalogue.parquet"]
+pairs = ["pairs.parquet"]
+
+[model]
+query_encoder = "QUERY"
+dimension = {DIMENSION}
+
+[entity_tower]
+table_rows = 500
+token_dimension = 16
+hidden = [32]
+
+[batch]
+pairs = 32
+
+[loss]
+random_negatives = 1.0
+random_query_negatives = 1.0
+sketch_width = 4096
+
+[validation]
+fraction = 0.1
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A config, its tables and a query tower."""
+    monkeypatch.delenv("OMNI_DATA", raising=False)
+    data = world()
+    data.catalogue.write_parquet(tmp_path / "catalogue.parquet")
+    data.pairs.write_parquet(tmp_path / "pairs.parquet")
+    tiny_query_encoder().save(tmp_path / "query")
+    (tmp_path / "run.toml").write_text(CONFIG.replace("QUERY", str(tmp_path / "query")))
+    return tmp_path
+
+
+def omni_train(folder: Path, *more: str) -> Result:
+    return CliRunner().invoke(command, [str(folder / "run.toml"), "--out", str(folder / "out"), *more])
+
+
+def give_pairs(folder: Path, pairs: pl.DataFrame) -> None:
+    pairs.write_parquet(folder / "pairs.parquet")
+
+
+def add_datasets(folder: Path, names: Sequence[str], more: str = "") -> None:
+    tables = "".join(f'[[datasets]]\nname = "{name}"\n{more}\n' for name in names)
+    (folder / "run.toml").write_text((folder / "run.toml").read_text() + "\n" + tables)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_repeating_a_finished_run_changes_nothing(folder: Path) -> None:
+    first = omni_train(folder, "--json")
+    assert first.exit_code == 0, first.stderr
+    model = folder / "out" / "model"
+    (model / "forms" / "query.onnx").write_bytes(b"exported")
+    space = json.loads((model / "space.json").read_text())
+    (model / "space.json").write_text(json.dumps({**space, "compatible": [{"space_id": "an older one"}]}))
+    before = contents(folder / "out")
+    again = omni_train(folder)
+    assert again.exit_code == 0, again.stderr
+    assert contents(folder / "out") == before
+    assert "kept" in again.stderr
+    assert "nan" not in again.stdout
+    assert "pairs/s" in first.stderr and "pairs/s" not in again.stderr and "2 steps, all of them trained before" in again.stderr
+    told = omni_train(folder, "--json")
+    assert json.loads(told.stdout)["metrics"] == json.loads(first.stdout)["metrics"]
+    assert json.loads(first.stdout)["pairs_per_second"] > 0 and json.loads(told.stdout)["pairs_per_second"] is None
+
+
+def test_a_bundle_of_another_space_is_replaced(folder: Path) -> None:
+    assert omni_train(folder).exit_code == 0
+    first = load_bundle(folder / "out" / "model").space_id
+    shutil.rmtree(folder / "out" / "checkpoints")
+    result = omni_train(folder, "--seed", "1")
+    assert result.exit_code == 0, result.stderr
+    assert load_bundle(folder / "out" / "model").space_id != first
+    assert [path.name for path in (folder / "out").iterdir() if path.name.startswith(".")] == []
+
+
+def test_a_damaged_bundle_is_written_again(folder: Path) -> None:
+    assert omni_train(folder).exit_code == 0
+    space_id = load_bundle(folder / "out" / "model").space_id
+    (folder / "out" / "model" / "config.json").unlink()
+    assert omni_train(folder).exit_code == 0
+    assert load_bundle(folder / "out" / "model").space_id == space_id
+
+
+def test_pairs_without_a_train_split_are_refused_with_the_way_out(folder: Path) -> None:
+    give_pairs(folder, world().pairs.with_columns(split=pl.lit("heldout")))
+    result = omni_train(folder)
+    assert result.exit_code == 1, result.output
+    assert "no train pairs" in result.stderr and "all 312 are held out" in result.stderr
+    for way in ("--heldout-days", "--gap-days", "--train-end"):
+        assert way in result.stderr
+
+
+def test_a_single_query_cannot_be_held_back_and_trained_on(folder: Path) -> None:
+    give_pairs(folder, world().pairs.head(1))
+    config = folder / "run.toml"
+    config.write_text(config.read_text().replace("fraction = 0.1", "fraction = 0.999999"))
+    result = omni_train(folder)
+    assert result.exit_code == 1, result.output
+    assert "no train pairs" in result.stderr and "validation.fraction" in result.stderr
+
+
+def test_a_run_that_would_make_no_entity_tower_is_refused_before_its_first_step(folder: Path) -> None:
+    add_datasets(folder, ["query"])
+    result = omni_train(folder)
+    assert result.exit_code == 2, result.output
+    assert "no dataset trains an entity tower" in result.stderr and "query: query" in result.stderr
+    assert not (folder / "out").exists()
+
+
+def test_ids_that_lost_their_prefix_stop_the_run_with_examples_of_both_sides(folder: Path) -> None:
+    lost = pl.when(pl.col("entity_type") == "query").then("entity_id").otherwise(pl.col("entity_id").str.replace("^(pin|product)-", ""))
+    give_pairs(folder, world().pairs.with_columns(lost.alias("entity_id")))
+    result = omni_train(folder)
+    assert result.exit_code == 1, result.output
+    assert "234 of 234 entity pairs" in result.stderr
+    assert "'red-chair'" in result.stderr and "'pin-red-chair'" in result.stderr
+    assert not (folder / "out").exists()
+
+
+def test_pairs_of_types_that_no_dataset_trains_need_no_catalogue(folder: Path) -> None:
+    data = world()
+    data.catalogue.filter(pl.col("entity_type") == "product").write_parquet(folder / "catalogue.parquet")
+    add_datasets(folder, ["product"])
+    assert omni_train(folder).exit_code == 0
+
+
+def test_types_that_no_dataset_trains_are_told(folder: Path) -> None:
+    add_datasets(folder, ["pin"])
+    result = omni_train(folder)
+    assert result.exit_code == 0, result.stderr
+    assert "not trained on: " in result.stderr and " product, " in result.stderr and " query pairs" in result.stderr
+    told = next(line for line in result.stderr.splitlines() if "not trained on" in line)
+    assert "[[datasets]]" in told
+
+
+def test_an_optional_dataset_without_pairs_is_left_out(folder: Path) -> None:
+    add_datasets(folder, ["pin", "ad"], "optional = true")
+    result = omni_train(folder)
+    assert result.exit_code == 0, result.stderr
+    assert "dataset 'ad' has no train pairs" in result.stderr
+
+
+def test_a_dataset_without_pairs_that_is_not_optional_stops_the_run(folder: Path) -> None:
+    add_datasets(folder, ["pin", "ad"])
+    result = omni_train(folder)
+    assert result.exit_code == 1
+    assert "dataset 'ad' is empty" in result.stderr and "optional = true" in result.stderr
+
+
+def test_when_no_optional_dataset_has_pairs_the_run_stops(folder: Path) -> None:
+    add_datasets(folder, ["ad", "video"], "optional = true")
+    result = omni_train(folder)
+    assert result.exit_code == 1, result.output
+    assert "no dataset has train pairs" in result.stderr and "pin" in result.stderr
+
+
+def test_the_printed_config_trains_every_type_that_is_there(folder: Path) -> None:
+    import tomllib
+
+    started = tomllib.loads(CliRunner().invoke(command, ["--print-config"]).stdout)["datasets"]
+    assert {dataset["name"] for dataset in started} == {"pin", "product", "ad", "query"}
+    assert all(dataset["optional"] for dataset in started)
+
+
+def held_out_world() -> pl.DataFrame:
+    every_fifth = pl.int_range(pl.len()) % 5 == 0
+    split = pl.when(every_fifth).then(pl.lit("heldout")).otherwise(pl.lit("train"))
+    return world().pairs.with_columns(split=split, language=pl.lit("en"), country=pl.lit("US"))
+
+
+def test_the_next_command_evaluates_the_data_that_was_trained_on(folder: Path) -> None:
+    (folder / "catalogue_of_last_year.csv").write_text("id")
+    give_pairs(folder, held_out_world())
+    result = omni_train(folder)
+    assert result.exit_code == 0, result.stderr
+    assert f"Next: omni evaluate {folder}/out/model --data {folder}\n" in result.stderr
+    evaluated = CliRunner().invoke(evaluate, [f"{folder}/out/model", "--data", str(folder), "--resamples", "100"])
+    assert evaluated.exit_code == 0, evaluated.stderr
+    assert f"heldout pairs of {folder} (your data)" in evaluated.stdout
+    assert "was trained on" not in evaluated.stderr
+
+
+def test_evaluating_the_sample_with_a_bundle_of_other_data_is_told(folder: Path) -> None:
+    give_pairs(folder, held_out_world())
+    assert omni_train(folder).exit_code == 0
+    arguments = [f"{folder}/out/model", "--entity-type", "product", "--max-queries", "5", "--resamples", "100"]
+    result = CliRunner().invoke(evaluate, arguments)
+    assert result.exit_code == 0, result.stderr
+    assert f"was trained on {folder}/catalogue.parquet, {folder}/pairs.parquet" in result.stderr
+    assert "--data" in result.stderr
+
+
+def test_types_without_a_tower_are_left_out_and_told(folder: Path) -> None:
+    """One type of the data that no tower was trained for failed the whole evaluation."""
+    give_pairs(folder, held_out_world())
+    config = folder / "run.toml"
+    config.write_text(config.read_text().replace("[entity_tower]", 'entity_towers = "separate"\n\n[entity_tower]'))
+    add_datasets(folder, ["pin"])
+    assert omni_train(folder).exit_code == 0
+    model = f"{folder}/out/model"
+    arguments = [model, "--data", str(folder), "--resamples", "100", "--json"]
+    result = CliRunner().invoke(evaluate, [*arguments, "--baselines", "random"])
+    assert result.exit_code == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert list(report["tasks"]) == ["pin"] and set(report["tasks"]["pin"]["systems"]) == {"model", "random"}
+    assert report["not_evaluated"] == {"product": f"no tower in {model}"}
+    assert f"product: no tower in {model}; not evaluated" in result.stderr
+    refused = CliRunner().invoke(evaluate, [*arguments, "--entity-type", "pin", "--entity-type", "product"])
+    assert refused.exit_code == 2 and f"product: no tower in {model}" in refused.stderr and "Recall@10" not in refused.stderr
+    data = world()
+    data.catalogue.filter(pl.col("entity_type") == "product").write_parquet(folder / "catalogue.parquet")
+    nothing = CliRunner().invoke(evaluate, arguments)
+    assert nothing.exit_code == 2 and f"product: no tower in {model}" in nothing.stderr
+
+
+def test_tables_that_no_data_folder_holds_are_not_named_as_one(folder: Path) -> None:
+    (folder / "catalogue.parquet").rename(folder / "things.parquet")
+    (folder / "run.toml").write_text((folder / "run.toml").read_text().replace("catalogue.parquet", "things.parquet"))
+    result = omni_train(folder)
+    assert result.exit_code == 0, result.stderr
+    assert "--data FOLDER" in result.stderr and "catalogue.* and pairs.*" in result.stderr
+
+
+def test_the_split_that_the_config_calls_validation_can_be_given(folder: Path) -> None:
+    pairs = held_out_world().with_columns(split=pl.col("split").str.replace("heldout", "validation"))
+    pairs.write_csv(folder / "pairs.csv")
+    (folder / "run.toml").write_text((folder / "run.toml").read_text().replace("pairs.parquet", "pairs.csv"))
+    result = omni_train(folder, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert "validation/recall@10" in json.loads(result.stdout)["metrics"]

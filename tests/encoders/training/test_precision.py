@@ -1,0 +1,49 @@
+"""bf16 is used where the device computes in it; elsewhere a run that asks for it is the fp32 run, and says so."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from encoders.training import loop as training
+from encoders.training import step as train_steps
+from encoders.training.device import computes_bf16
+from encoders.training.loop import TrainResult, train
+from tests.helpers.training_examples import small_config, tiny_query_encoder, world
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("processor : 0\nflags\t\t: fpu sse avx2 avx512f avx512_bf16\n", True),
+        ("processor : 0\nflags\t\t: fpu sse avx2 avx512f amx_bf16\n", True),
+        ("processor : 0\nflags\t\t: fpu sse avx2 avx512f\n", False),
+        ("Features\t: fp asimd bf16\n", True),
+        ("Features\t: fp asimd\n", False),
+        ("vendor: unknown\n", True),
+    ],
+)
+def test_the_processor_says_what_it_can(tmp_path: Path, content: str, expected: bool) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_text(content)
+    assert computes_bf16("cpu", path) is expected
+    assert computes_bf16("cuda", path)
+
+
+def test_where_nothing_is_said_bf16_is_used(tmp_path: Path) -> None:
+    assert computes_bf16("cpu", tmp_path / "missing")
+
+
+def run(precision: str, native: bool, monkeypatch: pytest.MonkeyPatch, lines: list[str]) -> TrainResult:
+    for module in (train_steps, training):
+        monkeypatch.setattr(module, "computes_bf16", lambda device_type: native)
+    monkeypatch.setattr(training, "say", lines.append)
+    return train(small_config(steps=3, precision=precision), world(), query_encoder=tiny_query_encoder(0))
+
+
+def test_without_the_instructions_the_run_is_the_fp32_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    imitated, native, full = (run(*case, monkeypatch, lines) for case in (("bf16", False), ("bf16", True), ("fp32", False)))
+    weights = [result.query_encoder.projection.weight for result in (imitated, native, full)]
+    assert torch.equal(weights[0], weights[2]) and not torch.equal(weights[1], weights[2])
+    assert sum("training in fp32" in line for line in lines) == 1

@@ -1,0 +1,88 @@
+"""`omni train` under torchrun: two gloo processes make one bundle, and go on from their checkpoint."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from encoders.towers.bundle import load_bundle
+from encoders.training.checkpoints import list_checkpoints
+from tests.helpers.training_examples import DIMENSION, tiny_query_encoder, world
+
+CONFIG = f"""
+steps = 6
+log_every = 2
+checkpoint_every = 3
+device = "cpu"
+
+[data]
+catalogue = ["catalogue.parquet"]
+pairs = ["pairs.parquet"]
+
+[model]
+query_encoder = "QUERY"
+dimension = {DIMENSION}
+
+[entity_tower]
+table_rows = 500
+token_dimension = 16
+hidden = [32]
+
+[[datasets]]
+name = "pin"
+
+[[datasets]]
+name = "query"
+
+[batch]
+pairs = 32
+
+[loss]
+random_negatives = 1.0
+random_query_negatives = 1.0
+
+[validation]
+fraction = 0.0
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    data = world()
+    data.catalogue.write_parquet(tmp_path / "catalogue.parquet")
+    data.pairs.write_parquet(tmp_path / "pairs.parquet")
+    tiny_query_encoder().save(tmp_path / "query")
+    path = tmp_path / "run.toml"
+    path.write_text(CONFIG.replace("QUERY", str(tmp_path / "query")))
+    return path
+
+
+def torchrun(config: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "encoders.commands.train"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
+    return subprocess.run([*launch, str(config), "--out", str(out), *more], env=environment, capture_output=True, text=True, timeout=280)
+
+
+def test_two_processes_train_one_bundle_and_resume(config: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    first = torchrun(config, out, "--steps", "6", "--json")
+    assert first.returncode == 0, first.stderr
+    told = json.loads(first.stdout)  # one process speaks
+    assert told["steps"] == 6 and first.stderr.count("step 00006/00006") + first.stderr.count("step 6/6") <= 1
+    bundle = load_bundle(out / "model")
+    assert bundle.space_id == told["space_id"] and bundle.embed_queries(["red chair"]).shape == (1, DIMENSION)
+    assert len(list_checkpoints(out / "checkpoints")) == 2
+    again = torchrun(config, out, "--steps", "6", "--json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["space_id"] == told["space_id"]  # finished: the same weights, nothing trained twice
+
+
+def test_a_config_for_one_process_stops_both_with_the_reason(config: Path, tmp_path: Path) -> None:
+    config.write_text("max_seconds = 5\n" + config.read_text())
+    result = torchrun(config, tmp_path / "run")
+    assert result.returncode != 0
+    assert "max_seconds needs a single process" in " ".join((result.stdout + result.stderr).split())
+    assert not (tmp_path / "run" / "model").exists()

@@ -1,0 +1,191 @@
+"""A small server on the HTTP/2 transport, in a thread, and what it takes to send it bytes that no client of grpcio would send."""
+
+import asyncio
+import socket
+import struct
+import threading
+from dataclasses import dataclass, field
+
+import grpc
+import hpack
+
+from retrieval.http2 import frames as wire
+from retrieval.http2.server import Http2Server
+
+Code = grpc.StatusCode
+MAX_RECEIVE = 6 * 2**20
+FULL = wire.refusal(Code.RESOURCE_EXHAUSTED, "100% full", (("retry-after-ms", "9"),))
+
+
+@dataclass
+class Behaviour:
+    cancelled: int = 0
+    seen: list = field(default_factory=list)
+    closed: bool = False
+    pause: float = 0.0
+    """Seconds that a refusal at the door asks the transport to rest."""
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def handlers(self) -> grpc.GenericRpcHandler:
+        async def echo(content: bytes, context) -> bytes:
+            await asyncio.sleep(0)
+            self.seen.append(context.invocation_metadata())
+            return content
+
+        def now(content: bytes, context) -> bytes | wire.Refusal | None:
+            if content == b"now boom":
+                raise RuntimeError("a bug")
+            return FULL if content[:4] == b"full" else content if content[:3] == b"now" else None
+
+        echo.now = now  # type: ignore[attr-defined]
+
+        async def guarded(content: bytes, context) -> bytes:
+            self.seen.append(content)
+            return content
+
+        guarded.door = lambda: FULL._replace(pause_seconds=self.pause) if self.closed else None  # type: ignore[attr-defined]
+
+        async def slow(content: bytes, context) -> bytes:
+            try:
+                await asyncio.sleep(float(content))
+            except asyncio.CancelledError:
+                self.cancelled += 1
+                raise
+            return b"late"
+
+        async def fail(content: bytes, context) -> bytes:
+            await context.abort(Code.FAILED_PRECONDITION, content.decode(), (("retry-after-ms", "7"), ("x-bin", b"\x00\xff")))
+            raise AssertionError
+
+        async def crash(content: bytes, context) -> bytes:
+            raise RuntimeError("secret")
+
+        async def count(request: bytes, context):
+            for i in range(int(request)):
+                yield str(i).encode()
+
+        async def chat(requests, context):
+            async for request in requests:
+                yield request * 2
+
+        async def hoard(requests, context):
+            await self.gate.wait()
+            async for request in requests:
+                yield str(len(request)).encode()
+
+        unary = grpc.unary_unary_rpc_method_handler
+        calls = {
+            "Echo": unary(echo),
+            "Guarded": unary(guarded),
+            "Slow": unary(slow),
+            "Fail": unary(fail),
+            "Crash": unary(crash),
+            "Count": grpc.unary_stream_rpc_method_handler(count),
+            "Chat": grpc.stream_stream_rpc_method_handler(chat),
+            "Hoard": grpc.stream_stream_rpc_method_handler(hoard),
+        }
+        return grpc.method_handlers_generic_handler("t.T", calls)
+
+
+class Running:
+    """A server in a thread."""
+
+    def __init__(self, port: int = 0, max_streams: int = 100) -> None:
+        self.behaviour = Behaviour()
+        self.loop = asyncio.new_event_loop()
+        started = threading.Event()
+
+        async def main() -> None:
+            self.server = Http2Server(max_receive_bytes=MAX_RECEIVE, max_send_bytes=MAX_RECEIVE, max_streams=max_streams)
+            self.server.add_generic_rpc_handlers((self.behaviour.handlers(),))
+            self.port = self.server.add_port(f"127.0.0.1:{port}")
+            await self.server.start()
+            started.set()
+            await self.server.wait_for_termination()
+
+        self.thread = threading.Thread(target=self.loop.run_until_complete, args=(main(),), daemon=True)
+        self.thread.start()
+        assert started.wait(10)
+
+    def stop(self, grace: float) -> None:
+        asyncio.run_coroutine_threadsafe(self.server.stop(grace), self.loop).result(30)
+        self.thread.join(10)
+
+    def connect(self) -> socket.socket:
+        found = socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return found
+
+
+def open_channel(running: Running, **options) -> grpc.Channel:
+    limits = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
+    return grpc.insecure_channel(f"127.0.0.1:{running.port}", options=[*limits, *options.items()])
+
+
+# --- bytes ---
+
+FIELDS = [(":method", "POST"), (":scheme", "http"), (":path", "/t.T/Echo"), ("content-type", "application/grpc"), ("te", "trailers")]
+HELLO = wire.PREFACE + wire.settings({})
+
+
+def fields_of(method: str, *more: tuple[str, str]) -> list[tuple[str, str]]:
+    """The headers of a call of another method than Echo."""
+    return [(name, f"/t.T/{method}" if name == ":path" else value) for name, value in FIELDS] + list(more)
+
+
+def opening(stream: int, fields=FIELDS, flags: int = 0) -> bytes:
+    """The headers of a call, by themselves."""
+    return wire.frame(wire.HEADERS, wire.END_HEADERS | flags, stream, hpack.Encoder().encode(fields))
+
+
+def message(content: bytes, compressed: bool = False) -> bytes:
+    """One gRPC message, as DATA frames carry it."""
+    return bytes([compressed]) + len(content).to_bytes(4, "big") + content
+
+
+def request(stream: int, content: bytes, fields=FIELDS, encoder: hpack.Encoder | None = None) -> bytes:
+    block = (encoder or hpack.Encoder()).encode(fields)
+    return wire.frame(wire.HEADERS, wire.END_HEADERS, stream, block) + wire.frame(wire.DATA, wire.END_STREAM, stream, message(content))
+
+
+def frames(connection: socket.socket, enough) -> list[tuple[int, int, int, bytes]]:
+    """Read until ``enough(frames)``, and no frame is left half read, or the server closes."""
+    found: list[tuple[int, int, int, bytes]] = []
+    rest = b""
+    while rest or not enough(found):
+        piece = connection.recv(65536)
+        if not piece:
+            break
+        rest += piece
+        while len(rest) >= 9:
+            length = int.from_bytes(rest[:3], "big")
+            if len(rest) < 9 + length:
+                break
+            found.append((rest[3], rest[4], int.from_bytes(rest[5:9], "big"), rest[9 : 9 + length]))
+            rest = rest[9 + length :]
+    return found
+
+
+def ended(*streams: int):
+    return lambda found: {s for kind, flags, s, _ in found if kind == wire.HEADERS and flags & wire.END_STREAM} >= set(streams)
+
+
+def body(found, stream: int) -> bytes:
+    return b"".join(payload for kind, _, s, payload in found if kind == wire.DATA and s == stream)[5:]
+
+
+def statuses(found) -> dict[int, int]:
+    """By stream, the gRPC status that it ended with."""
+    decoder = hpack.Decoder()
+    fields = [(stream, dict(decoder.decode(payload))) for kind, _, stream, payload in found if kind == wire.HEADERS]
+    return {stream: int(named["grpc-status"]) for stream, named in fields if "grpc-status" in named}
+
+
+def heard(connection: socket.socket) -> list[tuple[int, int, int, bytes]]:
+    """All that the server says until it has read everything that was sent so far."""
+    connection.sendall(wire.frame(wire.PING, 0, 0, b"so far ?"))
+    return frames(connection, lambda found: any(kind == wire.PING and flags & wire.ACK for kind, flags, *_ in found))
+
+
+def goaway(found) -> int | None:
+    return next((struct.unpack(">LL", payload[:8])[1] for kind, _, _, payload in found if kind == wire.GOAWAY), None)

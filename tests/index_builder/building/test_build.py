@@ -1,0 +1,328 @@
+"""Rebuilding: bad input is named, live writes are folded in, interrupted builds go on, the same input gives the same bytes."""
+
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+
+from encoders.errors import BundleError, ConfigError, InvalidVectors, OmniError, SpaceMismatch
+from encoders.inference.signal_store import SignalStore
+from index_builder.building.build import build_release
+from index_builder.building.inputs import QuerySet
+from index_builder.building.plan import estimate_mib, plan_release, read_bundle
+from index_builder.building.sources import from_release, from_signals, read_query_texts, scratch_folder
+from index_builder.errors import DiskFull, DuplicateIds, GateFailed, LiveLogError, PublishError
+from index_builder.live_log.records import LiveEntry
+from index_builder.live_log.writer import LiveLogWriter
+from index_builder.releases.release import read_manifest
+from index_builder.releases.store import ReleaseStore
+from tests.helpers.release_makers import SPACE, D, make_bundle, make_input, quick, unit_vectors
+
+OTHER = "0b" * 32
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return make_bundle(tmp_path / "bundle")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ReleaseStore:
+    return ReleaseStore(tmp_path / "store")
+
+
+def bad_row(row: int, value: float) -> np.ndarray:
+    vectors = unit_vectors(30, 0)
+    vectors[row] = value
+    return vectors
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"vectors": bad_row(7, np.nan)}, InvalidVectors, r"row 7 .*'pin-7'.*NaN"),
+        ({"vectors": bad_row(7, np.inf)}, InvalidVectors, r"row 7"),
+        ({"vectors": bad_row(7, 0.0)}, InvalidVectors, r"row 7 .*zeros"),
+        ({"vectors": bad_row(7, 0.5)}, InvalidVectors, r"row 7 .*norm"),
+        ({"vectors": unit_vectors(30, 0)[:, :32].copy()}, InvalidVectors, "64"),
+        ({"vectors": unit_vectors(30, 0).astype(np.float64)}, InvalidVectors, "float64"),
+        ({"vectors": unit_vectors(29, 0)}, InvalidVectors, "30 ids and 29 vectors"),
+        ({"ids": ["same"] * 30}, DuplicateIds, "rows 0 and 1"),
+        ({"ids": ["", *(f"p{i}" for i in range(29))]}, OmniError, "row 0"),
+        ({"ids": ["e\u0301", *(f"p{i}" for i in range(29))]}, OmniError, "row 0"),
+        ({"attributes": pl.DataFrame({"a": [1]})}, InvalidVectors, "1 rows for 30 ids"),
+        ({"space_id": OTHER}, SpaceMismatch, OTHER[:16]),
+    ],
+)
+def test_bad_input_is_named_and_nothing_is_published(
+    bundle: Path, store: ReleaseStore, changes: dict, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        build_release({"pin": make_input("pin", 30, **changes)}, bundle, store, quick())
+    assert store.ids() == []
+    assert store.current() is None
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_tiny_corpora_build_and_answer(bundle: Path, store: ReleaseStore, count: int) -> None:
+    build_release({"pin": make_input("pin", count)}, bundle, store, quick("auto"))
+    with store.open_current() as release:
+        release.replay_golden()
+        assert len(release.entity("pin").search(unit_vectors(1, 1)[0], 10).ids) == count
+
+
+def test_ids_with_any_unicode_come_back(bundle: Path, store: ReleaseStore) -> None:
+    ids = ["日本語", "👩‍🚀", "a b\tc\n", "é", "\u202eright", "\x00zero", "'quote\"", "x" * 1000]
+    build_release({"pin": make_input("pin", 8, ids=ids)}, bundle, store, quick())
+    with store.open_current() as release:
+        assert set(release.entity("pin").search(unit_vectors(1, 1)[0], 10).ids) == set(ids)
+
+
+def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path, store: ReleaseStore) -> None:
+    with pytest.raises(BundleError, match=r"space\.json"):
+        build_release({"pin": make_input("pin", 10)}, tmp_path, store, quick())
+    with pytest.raises(ConfigError, match="at least one entity type"):
+        plan_release({}, read_bundle(make_bundle(tmp_path / "b")), store, quick())
+
+
+def test_recall_below_the_gate_is_not_published_and_the_message_says_what_to_raise(bundle: Path, store: ReleaseStore) -> None:
+    with pytest.raises(GateFailed, match=r"below the target 1\.00.*--ef-construction.*more queries"):
+        build_release({"pin": make_input("pin", 300)}, bundle, store, quick(min_recall=0.9999))
+    assert store.ids() == []
+
+
+def test_a_partial_rebuild_takes_the_others_over_unless_the_bundle_differs(tmp_path: Path, bundle: Path, store: ReleaseStore) -> None:
+    first = build_release({"pin": make_input("pin"), "ad": make_input("ad", 20)}, bundle, store, quick())
+    second = build_release({"pin": make_input("pin", 100, seed=4)}, bundle, store, quick())
+    manifest = read_manifest(store.path_of(second))
+    assert manifest.entities["ad"].carried_from == first
+    store.verify(second)
+    assert {n: e.count for n, e in manifest.entities.items()} == {"ad": 20, "pin": 100}
+    other = make_bundle(tmp_path / "other", OTHER)
+    with pytest.raises(PublishError, match="rebuild ad with the new bundle"):
+        build_release({"pin": make_input("pin", space=OTHER)}, other, store, quick())
+    assert store.current() == second
+
+
+def test_a_deterministic_rebuild_gives_identical_files_and_the_same_release(tmp_path: Path, bundle: Path) -> None:
+    inputs = {"pin": make_input("pin", 2500), "ad": make_input("ad", 20)}
+    stores = [ReleaseStore(tmp_path / name) for name in ("one", "two")]
+    ids = [build_release(inputs, bundle, s, quick("auto", deterministic=True)) for s in stores]
+    assert ids[0] == ids[1]
+    manifests = [read_manifest(s.path_of(ids[0])) for s in stores]
+    assert manifests[0].files == manifests[1].files
+    assert replace(manifests[0], measured={}) == replace(manifests[1], measured={})
+    assert build_release(inputs, bundle, stores[0], quick("auto", deterministic=True)) == ids[0]  # publishing it again changes nothing
+    assert stores[0].ids() == [ids[0]]
+
+
+def test_folding_equals_building_from_the_changed_input(tmp_path: Path, bundle: Path, store: ReleaseStore) -> None:
+    base = make_input("pin", 300)
+    fresh = unit_vectors(3, 50)
+    with LiveLogWriter(store.live_root, "pin", D) as writer:
+        writer.write([LiveEntry(id="pin-5", vector=fresh[0], space_id=SPACE, attributes={"number": -1, "new": "x"}), LiveEntry(id="pin-6")])
+        writer.write([LiveEntry(id="zz", vector=fresh[1], space_id=SPACE), LiveEntry(id="zz", vector=fresh[2], space_id=SPACE)])
+    build_release({"pin": base}, bundle, store, quick())
+    with store.open_current() as release:
+        index = release.entity("pin")
+        assert release.manifest.entities["pin"].watermark == 4
+        assert index.count == 300
+        assert index.vector("pin-6") is None
+        np.testing.assert_array_equal(index.vector("pin-5"), fresh[0])
+        np.testing.assert_array_equal(index.vector("zz"), fresh[2])
+        assert index.attributes(["pin-5", "pin-7", "zz"], ["number", "new", "colour"])[0] == {"number": -1, "new": "x", "colour": None}
+
+
+def test_a_row_embedded_after_a_live_write_wins(bundle: Path, store: ReleaseStore) -> None:
+    with LiveLogWriter(store.live_root, "pin", D) as writer:
+        writer.write([LiveEntry(id="pin-1"), LiveEntry(id="pin-2")])
+    now = time.time_ns()
+    times = np.full(10, now - 10**12)
+    times[1] = now + 10**9
+    build_release({"pin": make_input("pin", 10, updated_at_ns=times)}, bundle, store, quick())
+    with store.open_current() as release:
+        assert release.entity("pin").vector("pin-1") is not None
+        assert release.entity("pin").vector("pin-2") is None
+
+
+def test_live_entries_of_another_space_stop_the_build_unless_dropped(bundle: Path, store: ReleaseStore) -> None:
+    with LiveLogWriter(store.live_root, "pin", D) as writer:
+        writer.write([LiveEntry(id="alien", vector=unit_vectors(1, 0)[0], space_id=OTHER)])
+    with pytest.raises(LiveLogError, match=r"alien.*--drop-foreign-live"):
+        build_release({"pin": make_input("pin", 10)}, bundle, store, quick())
+    build_release({"pin": make_input("pin", 10)}, bundle, store, quick(drop_foreign_live=True))
+    assert store.open_current().entity("pin").vector("alien") is None
+
+
+def test_rebuilding_from_the_active_release_folds_the_log_in(bundle: Path, store: ReleaseStore) -> None:
+    build_release({"pin": make_input("pin", 300)}, bundle, store, quick())
+    vector = unit_vectors(1, 8)[0]
+    with LiveLogWriter(store.live_root, "pin", D) as writer:
+        writer.write([LiveEntry(id="n", vector=vector, space_id=SPACE, attributes={"number": 5, "colour": "red"}), LiveEntry(id="pin-0")])
+    inputs, path = from_release(store, ())
+    build_release(inputs, path, store, quick())
+    with store.open_current() as release:
+        assert release.manifest.entities["pin"].watermark == 2
+        assert release.entity("pin").search(vector, 1, filter="colour == 'red'").ids == ["n"]
+        assert release.entity("pin").vector("pin-0") is None
+    assert list(store.gc(keep=1, drop_folded_log=True)) == []
+
+
+def test_an_interrupted_build_goes_on_where_it_stopped(bundle: Path, store: ReleaseStore) -> None:
+    inputs = {"ad": make_input("ad", 20), "pin": make_input("pin", 400), "product": make_input("product", 400, seed=3)}
+
+    def stop_at_pin(line: str) -> None:
+        if line.startswith("pin: hnsw"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_release(inputs, bundle, store, quick(), progress=stop_at_pin)
+    assert store.current() is None
+    lines: list[str] = []
+    build_release(inputs, bundle, store, quick(), progress=lines.append)
+    assert [line for line in lines if "taken over" in line] == ["ad: finished by an earlier run, taken over"]
+    store.verify(store.current() or "")
+    assert not list(store.releases.glob(".staging-*"))
+
+
+def test_damage_to_a_finished_part_of_an_interrupted_build_is_noticed(bundle: Path, store: ReleaseStore) -> None:
+    inputs = {"ad": make_input("ad", 20), "pin": make_input("pin", 400)}
+
+    def stop(line: str) -> None:
+        if line.startswith("pin: 400"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_release(inputs, bundle, store, quick(), progress=stop)
+    (victim,) = store.releases.glob(".staging-*/content/ad/vectors.npy")
+    victim.write_bytes(victim.read_bytes()[:-4])
+    lines: list[str] = []
+    build_release(inputs, bundle, store, quick(), progress=lines.append)
+    assert not any("taken over" in line for line in lines)
+    store.verify(store.current() or "")
+
+
+def test_kill_minus_nine_in_a_rebuild_leaves_the_active_release_whole(bundle: Path, store: ReleaseStore) -> None:
+    first = build_release({"pin": make_input("pin", 300)}, bundle, store, quick())
+    for delay in (0.01, 0.1, 0.3):
+        child = os.fork()
+        if child == 0:
+            store.activate(first)
+            while True:
+                store.gc(keep=2)
+                store.activate(first)
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert store.current() == first
+        store.verify(first)
+
+
+def test_memory_limits_choose_leaner_kinds_or_refuse_with_figures(bundle: Path, store: ReleaseStore) -> None:
+    assert estimate_mib("symqg", 10**6, 256) > estimate_mib("hnsw", 10**6, 256) > estimate_mib("rabitq", 10**6, 256)
+    inputs = {"pin": make_input("pin", 2500)}
+    plan = plan_release(inputs, read_bundle(bundle), store, quick("auto", max_memory_mib=432))
+    assert plan["build"]["pin"]["index"] in ("hnsw", "rabitq")
+    with pytest.raises(ConfigError, match="leanest kind"):
+        plan_release(inputs, read_bundle(bundle), store, quick("symqg", max_memory_mib=70))
+    waste: list[np.ndarray] = []
+    with pytest.raises(GateFailed, match="private memory at its peak"):
+        build_release(inputs, bundle, store, quick("hnsw", max_memory_mib=450), progress=lambda _: waste.append(np.ones(30_000_000)))
+    assert store.current() is None
+
+
+def test_a_full_disk_publishes_nothing(bundle: Path, store: ReleaseStore) -> None:
+    first = build_release({"pin": make_input("pin", 300)}, bundle, store, quick())
+    import index_builder.storage.durable_files as durability
+
+    child = os.fork()
+    if child == 0:
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        try:
+            durability.write_durably(store.releases / "CURRENT", b"x" * 50_000)
+        except DiskFull as error:
+            os._exit(0 if "full" in str(error) else 2)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert store.current() == first
+    store.verify(first)
+
+
+def test_signals_stream_from_a_store_with_their_times(tmp_path: Path, bundle: Path, store: ReleaseStore) -> None:
+    vectors = unit_vectors(70, 2)
+    signals = SignalStore(tmp_path / "signals")
+    signals.write("pin", [f"pin-{i}" for i in range(70)], vectors, SPACE, part_rows=30)
+    catalogue = pl.DataFrame(
+        {"id": [f"pin-{i}" for i in range(60)], "entity_type": ["pin"] * 60, "title": ["t"] * 60, "pinsage": [[0.1]] * 60}
+    )
+    with scratch_folder(store) as scratch:
+        inputs = from_signals(signals, (), catalogue, scratch)
+        assert isinstance(inputs["pin"].vectors, np.memmap)
+        np.testing.assert_array_equal(inputs["pin"].vectors, vectors)
+        assert inputs["pin"].attributes is not None
+        assert inputs["pin"].attributes.columns == ["title"]
+        assert inputs["pin"].attributes["title"].null_count() == 10
+        assert abs(int(inputs["pin"].updated_at_ns[0]) - time.time_ns()) < 60 * 10**9
+        build_release(inputs, bundle, store, quick())
+    assert not list(store.root.glob(".input-*"))
+    assert store.open_current().entity("pin").count == 70
+
+
+def test_real_queries_are_split_into_golden_and_calibration(bundle: Path, store: ReleaseStore) -> None:
+    queries = QuerySet([f"query {i}" for i in range(100)], unit_vectors(100, 12))
+    build_release({"pin": make_input("pin", 300), "ad": make_input("ad", 30)}, bundle, store, quick(), {"*": queries})
+    with store.open_current() as release:
+        golden = release.golden("pin")
+        assert (golden.kind, len(golden)) == ("real queries", 8)
+        assert all(text.startswith("query ") for text in golden.texts)
+        assert release.manifest.entities["pin"].calibration["queries"] == 40
+
+
+def test_a_form_that_differs_from_the_tower_stops_the_build(bundle: Path, store: ReleaseStore) -> None:
+    queries = {"*": QuerySet([f"query {i}" for i in range(100)], unit_vectors(100, 12))}
+    with pytest.raises(GateFailed, match=r"onnx-int8.*export again"):
+        build_release(
+            {"pin": make_input("pin", 30)},
+            bundle,
+            store,
+            quick(),
+            queries,
+            parity=lambda *_: {"onnx-int8": {"passed": False, "cosine_min": 0.4}},
+        )
+    assert store.current() is None
+    build_release({"pin": make_input("pin", 30)}, bundle, store, quick(), queries, parity=lambda *_: {"onnx-int8": {"passed": True}})
+    assert read_manifest(store.path_of(store.current() or "")).forms["onnx-int8"]["passed"]
+
+
+def test_a_form_removed_after_it_failed_the_gate_is_not_published_by_the_resumed_build(bundle: Path, store: ReleaseStore) -> None:
+    """The interrupted build had copied the form; with the bundle's forms gone nothing is gated, so nothing of them may stay."""
+    queries = {"*": QuerySet([f"query {i}" for i in range(100)], unit_vectors(100, 12))}
+    entities = {"pin": make_input("pin", 30)}
+    (bundle / "forms").mkdir()
+    (bundle / "forms" / "onnx-int8.onnx").write_bytes(b"differs from the tower")
+    (bundle / "config.json").write_text("{}")
+    with pytest.raises(GateFailed, match="remove the form"):
+        build_release(entities, bundle, store, quick(), queries, parity=lambda *_: {"onnx-int8": {"passed": False}})
+    (bundle / "forms" / "onnx-int8.onnx").unlink()
+    (bundle / "forms").rmdir()
+    (bundle / "config.json").unlink()
+    manifest = read_manifest(store.path_of(build_release(entities, bundle, store, quick(), queries)))
+    assert not [name for name in manifest.files if name.startswith("forms/") or name == "config.json"]
+
+
+def test_query_files_give_distinct_texts(tmp_path: Path) -> None:
+    (tmp_path / "q.txt").write_text("a\n\nb \na\n")
+    assert sorted(read_query_texts(tmp_path / "q.txt", 10, 0)) == ["a", "b"]
+    pl.DataFrame({"query": ["x", "y", "x", None]}).write_csv(tmp_path / "q.csv")
+    assert sorted(read_query_texts(tmp_path / "q.csv", 10, 0)) == ["x", "y"]
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(OmniError, match="no query"):
+        read_query_texts(tmp_path / "empty.txt", 10, 0)

@@ -1,0 +1,370 @@
+"""Releases: whole or refused, published at once, rolled back, collected only when nobody needs them."""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from encoders.errors import OmniError
+from index_builder.building.build import build_release
+from index_builder.errors import (
+    PublisherBusy,
+    PublishError,
+    ReleaseCorrupt,
+    ReleaseError,
+    ReleaseNotFound,
+    ReleaseVersionError,
+    UnsupportedCpu,
+)
+from index_builder.releases.diff import describe_release, diff_releases
+from index_builder.releases.manifest import MANIFEST_NAME, Manifest
+from index_builder.releases.release import Release, read_manifest
+from index_builder.releases.store import CURRENT_NAME, ReleaseStore
+from index_builder.releases.verification import check_cpu
+from tests.helpers.release_makers import SPACE, make_bundle, make_input, quick, unit_vectors
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with three releases, the third active."""
+    root = tmp_path_factory.mktemp("built")
+    bundle, store = make_bundle(root / "bundle"), ReleaseStore(root / "store")
+    for number, kind in enumerate(("hnsw", "symqg", "hnsw")):
+        count = 2200 if kind == "symqg" else 300
+        build_release(
+            {"pin": make_input("pin", count, seed=number), "ad": make_input("ad", 20, seed=9)},
+            bundle,
+            store,
+            quick(kind, release_id=f"r{number + 1}"),
+        )
+    return root
+
+
+@pytest.fixture
+def store(built: Path, tmp_path: Path) -> Iterator[ReleaseStore]:
+    shutil.copytree(built, tmp_path / "copy")
+    yield ReleaseStore(tmp_path / "copy" / "store")
+
+
+def test_the_active_release_opens_answers_and_proves_itself(store: ReleaseStore) -> None:
+    assert store.current() == "r3"
+    with store.open_current() as release:
+        assert (release.release_id, release.space_id, release.dimension) == ("r3", SPACE, 64)
+        assert release.query_encoder_path.joinpath("weights.bin").is_file()
+        replayed = release.replay_golden()
+        assert {name: r.queries for name, r in replayed.items()} == {"pin": 8, "ad": 8}
+        query = unit_vectors(300, 2)[7]
+        assert release.entity("pin").search(query, 3).ids[0] == "pin-7"
+
+
+def test_every_file_is_in_the_manifest_with_its_checksum(store: ReleaseStore) -> None:
+    path = store.path_of("r2")
+    manifest = read_manifest(path)
+    on_disk = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()} - {MANIFEST_NAME}
+    assert set(manifest.files) == on_disk
+    for name, record in manifest.files.items():
+        content = (path / name).read_bytes()
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (record.size_bytes, record.sha256)
+
+
+@settings(max_examples=80, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_any_damage_is_refused_by_a_typed_error_and_the_other_releases_still_open(built: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    store = ReleaseStore(built / "store")
+    path = store.path_of(rng.choice(["r1", "r2"]))
+    files = sorted(p for p in path.rglob("*") if p.is_file())
+    victim, other = rng.sample(files, 2)
+    content, other_content = victim.read_bytes(), other.read_bytes()
+    try:
+        kind = rng.choice(["flip", "cut", "swap", "remove", "extra"])
+        if kind == "flip":
+            changed = bytearray(content)
+            changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
+            victim.write_bytes(bytes(changed))
+        elif kind == "cut":
+            victim.write_bytes(content[: rng.randrange(len(content))])
+        elif kind == "swap" and content != other_content:
+            victim.write_bytes(other_content)
+            other.write_bytes(content)
+        elif kind == "remove":
+            victim.unlink()
+        else:
+            (path / "extra.bin").write_bytes(b"x")
+        with pytest.raises(ReleaseError):
+            Release.open(path)
+        assert store.current() == "r3"
+        store.verify("r3")
+        with pytest.raises(ReleaseError):
+            store.activate(path.name)
+        assert store.current() == "r3"
+    finally:
+        victim.write_bytes(content)
+        other.write_bytes(other_content)
+        (path / "extra.bin").unlink(missing_ok=True)
+    store.verify(path.name)
+
+
+def test_files_swapped_between_releases_are_refused(store: ReleaseStore) -> None:
+    one, other = store.path_of("r1"), store.path_of("r3")
+    shutil.copyfile(one / "pin" / "index.hnsw", other / "pin" / "index.hnsw")
+    with pytest.raises(ReleaseCorrupt, match=r"index.hnsw"):
+        store.open_current()
+    shutil.rmtree(other)
+    shutil.copytree(one, other)  # a whole release under another's name
+    with pytest.raises(ReleaseCorrupt, match="belongs to 'r1'"):
+        store.open_current()
+
+
+def test_a_manifest_rewritten_with_valid_checksums_is_not_what_was_activated(store: ReleaseStore) -> None:
+    path = store.path_of("r3")
+    forged = replace(read_manifest(path), space_id="00" * 32)
+    (path / MANIFEST_NAME).write_bytes(forged.to_bytes())
+    with pytest.raises(ReleaseCorrupt, match="not the one that was activated"):
+        store.open_current()
+
+
+def test_links_are_refused(store: ReleaseStore) -> None:
+    path = store.path_of("r3") / "pin" / "golden.parquet"
+    shutil.copyfile(path, store.root / "elsewhere")
+    path.unlink()
+    path.symlink_to(store.root / "elsewhere")
+    with pytest.raises(ReleaseCorrupt, match="link"):
+        store.open_current()
+
+
+def test_a_manifest_that_points_outside_is_refused(store: ReleaseStore) -> None:
+    path = store.path_of("r1")
+    manifest = read_manifest(path)
+    forged = replace(manifest, files={**manifest.files, "../../secret": next(iter(manifest.files.values()))})
+    (path / MANIFEST_NAME).write_bytes(forged.to_bytes())
+    with pytest.raises(ReleaseCorrupt, match="not a plain path"):
+        store.open("r1")
+
+
+def test_a_release_of_a_newer_engine_is_refused_by_version(store: ReleaseStore) -> None:
+    path = store.path_of("r3")
+    (path / MANIFEST_NAME).write_bytes(replace(read_manifest(path), format_version=2).to_bytes())
+    with pytest.raises(ReleaseVersionError, match="format 1, but the release is format 2"):
+        store.open("r3")
+
+
+def test_missing_cpu_features_are_named(store: ReleaseStore) -> None:
+    manifest = read_manifest(store.path_of("r2"))
+    assert "avx2" in manifest.entities["pin"].cpu_features
+    with pytest.raises(UnsupportedCpu, match="avx2"):
+        check_cpu(manifest, frozenset({"sse2"}))
+    check_cpu(manifest, frozenset({"avx2", "fma"}))
+
+
+def test_rollback_goes_back_one_release_at_a_time(store: ReleaseStore) -> None:
+    assert store.rollback() == "r2"
+    assert store.rollback() == "r1"
+    with pytest.raises(ReleaseNotFound, match="no earlier release"):
+        store.rollback()
+    assert store.activate("r3") == "r1"
+    assert store.rollback() == "r1"
+
+
+@pytest.mark.parametrize("content", [b"", b"r3", b"{}", b'{"release_id": "r1"}'])
+def test_a_damaged_current_is_refused_and_activating_again_repairs_it(store: ReleaseStore, content: bytes) -> None:
+    (store.releases / CURRENT_NAME).write_bytes(content)
+    with pytest.raises(ReleaseCorrupt, match="omni release activate"):
+        store.current()
+    assert len(store.list()) == 3
+    store.activate("r2")
+    assert store.current() == "r2"
+
+
+@settings(max_examples=40, deadline=None)
+@given(position=st.floats(0, 0.9999), bit=st.integers(0, 7))
+def test_any_flipped_bit_of_current_is_refused(built: Path, position: float, bit: int) -> None:
+    store = ReleaseStore(built / "store")
+    path = store.releases / CURRENT_NAME
+    content = path.read_bytes()
+    changed = bytearray(content)
+    changed[int(position * len(content))] ^= 1 << bit
+    try:
+        path.write_bytes(bytes(changed))
+        with pytest.raises(ReleaseCorrupt):
+            store.current()
+    finally:
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("release_id", ["", "..", "../r1", "a/b", ".hidden", "x" * 200, "a\n"])
+def test_release_ids_that_are_no_folder_names_are_refused(store: ReleaseStore, release_id: str) -> None:
+    with pytest.raises(ReleaseError, match="release id"):
+        store.open(release_id)
+
+
+def test_unknown_release_is_not_found(store: ReleaseStore) -> None:
+    with pytest.raises(ReleaseNotFound, match="no release at"):
+        store.open("nope")
+    with pytest.raises(ReleaseNotFound):
+        store.activate("nope")
+    with pytest.raises(ReleaseNotFound, match="no release is active"):
+        ReleaseStore(store.root / "empty").open_current()
+
+
+def test_gc_keeps_the_active_one_its_predecessor_and_open_ones(store: ReleaseStore) -> None:
+    store.activate("r1")
+    held = store.open("r2")
+    assert list(store.gc(keep=1)) == []  # r1 active, r3 newest and predecessor, r2 open
+    held.close()
+    assert list(store.gc(keep=1, dry_run=True)) == ["r2"]
+    assert list(store.gc(keep=1)) == ["r2"]
+    assert store.ids() == ["r1", "r3"]
+    store.open_current().close()
+    with pytest.raises(ReleaseError, match="at least 1"):
+        store.gc(keep=0)
+
+
+def test_gc_removes_what_dead_builds_left_but_not_a_running_build(store: ReleaseStore) -> None:
+    staging = store.staging("dead")
+    (store.releases / ".trash-old").mkdir()
+    with store.lock("build"):
+        child = os.fork()
+        if child == 0:
+            store.gc()
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert staging.exists()
+    store.gc()
+    assert not staging.exists()
+    assert not (store.releases / ".trash-old").exists()
+
+
+def test_gc_goes_on_where_a_killed_one_stopped_even_when_the_id_was_published_again(store: ReleaseStore) -> None:
+    """A deterministic rebuild gives an id again; the folder that the killed gc had moved away stood in the way of every later one."""
+    shutil.copytree(store.path_of("r1"), store.releases / ".trash-r1")
+    assert list(store.gc(keep=1, dry_run=True)) == ["r1"]
+    assert (store.releases / ".trash-r1").exists()
+    assert list(store.gc(keep=1)) == ["r1"]
+    assert not list(store.releases.glob(".trash-*"))
+    assert store.ids() == ["r2", "r3"]
+
+
+def test_a_release_without_its_manifest_is_listed_as_damaged(store: ReleaseStore) -> None:
+    """It was invisible: the active release could not be opened, and nothing said so."""
+    (store.path_of("r1") / MANIFEST_NAME).unlink()
+    (store.path_of("r3") / MANIFEST_NAME).unlink()
+    listed = {s.release_id: s for s in store.list()}
+    assert {name for name, s in listed.items() if s.error} == {"r1", "r3"}
+    assert listed["r3"].active
+    assert MANIFEST_NAME in str(listed["r3"].error)
+    shutil.rmtree(store.path_of("r3"))
+    assert store.damaged_ids() == ["r1", "r3"]
+    assert store.ids() == ["r2"]
+
+
+def _hold(store: ReleaseStore, ready: object, done: object) -> None:
+    with store.lock("build"):
+        ready.set()
+        done.wait(30)
+
+
+def test_two_builds_in_one_store_cannot_interleave(store: ReleaseStore) -> None:
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    process = context.Process(target=_hold, args=(store, ready, done))
+    process.start()
+    assert ready.wait(30)
+    bundle = store.root.parent / "bundle"
+    with pytest.raises(PublisherBusy, match=str(process.pid)):
+        build_release({"pin": make_input("pin"), "ad": make_input("ad", 20)}, bundle, store, quick())
+    assert store.current() == "r3"
+    done.set()
+    process.join()
+
+
+def test_a_partial_build_notices_that_its_parent_is_no_longer_active(store: ReleaseStore) -> None:
+    staging = store.staging("partial") / "content"
+    shutil.copytree(store.path_of("r3"), staging, ignore=shutil.ignore_patterns(MANIFEST_NAME))
+    manifest = replace(read_manifest(store.path_of("r3")), release_id="r4", parent="r3")
+    store.activate("r1")
+    with pytest.raises(PublishError, match="r1 became active meanwhile"):
+        store.publish(staging, manifest, require_parent=True)
+    assert store.ids() == ["r1", "r2", "r3"]
+
+
+def test_publishing_other_content_under_a_taken_id_is_refused(store: ReleaseStore) -> None:
+    bundle = store.root.parent / "bundle"
+    with pytest.raises(PublisherBusy, match="other content"):
+        build_release({"pin": make_input("pin", 50, seed=5), "ad": make_input("ad", 20)}, bundle, store, quick(release_id="r1"))
+
+
+def test_list_shows_a_damaged_release_with_its_error(store: ReleaseStore) -> None:
+    (store.path_of("r1") / MANIFEST_NAME).write_bytes(b"{}")
+    listed = {s.release_id: s for s in store.list()}
+    assert listed["r1"].error
+    assert listed["r3"].active
+    assert listed["r2"].entities == {"ad": 20, "pin": 2200}
+
+
+def test_diff_names_added_and_removed_and_the_overlap_of_answers(store: ReleaseStore) -> None:
+    result = diff_releases(store, "r1", "r2")
+    assert result["same_space"]
+    pin = result["entities"]["pin"]
+    assert pin["added"]["count"] == 1900
+    assert pin["removed"]["count"] == 0
+    assert pin["golden"]["overlap_at_10"] < 0.5
+    assert result["entities"]["ad"]["golden"] == {
+        "queries": 8, "overlap_at_10": 1.0, "same_first_answer": 1.0, "score_drift_mean": 0.0, "score_drift_max": 0.0,
+    }  # fmt: skip
+    json.dumps(describe_release(store, "r2"))
+
+
+def test_many_processes_publish_activate_and_open_at_once(store: ReleaseStore) -> None:
+    def publisher(number: int) -> None:
+        for n in range(4):
+            with store.lock("build", 30.0):
+                staging = store.staging(f"{number}-{n}") / "content"
+                shutil.copytree(store.path_of("r3"), staging, ignore=shutil.ignore_patterns(MANIFEST_NAME))
+                store.publish(staging, replace(read_manifest(store.path_of("r3")), release_id=f"p{number}-{n}"))
+
+    children = []
+    for number in range(3):
+        child = os.fork()
+        if child == 0:
+            try:
+                publisher(number)
+                os._exit(0)
+            except BaseException:
+                os._exit(1)
+        children.append(child)
+    opened = 0
+    while children:
+        current = store.current()
+        assert current is not None
+        store.verify(current)
+        opened += 1
+        child, status = os.waitpid(-1, os.WNOHANG)
+        if child:
+            assert status == 0
+            children.remove(child)
+    assert opened > 0
+    assert len(store.ids()) == 3 + 12
+    assert len(store.current_record().history) == 14
+
+
+@settings(max_examples=25, deadline=None)
+@given(names=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20), min_size=1, max_size=4))
+def test_manifests_round_trip_with_any_unicode(built: Path, names: list[str]) -> None:
+    manifest = read_manifest(ReleaseStore(built / "store").path_of("r1"))
+    changed = replace(manifest, measured={name: name for name in names})
+    assert Manifest.from_bytes(changed.to_bytes(), "here") == changed
+
+
+def test_errors_are_all_below_one_root() -> None:
+    for error in (ReleaseCorrupt, ReleaseNotFound, PublishError, PublisherBusy, UnsupportedCpu):
+        assert issubclass(error, OmniError)

@@ -1,0 +1,202 @@
+import asyncio
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from retrieval.encoding.batcher import LENGTH_BUCKETS, Batcher, bucket_of, estimated_tokens
+from retrieval.encoding.cached_encoder import CachedEncoder
+from retrieval.encoding.query_cache import QueryCache
+from retrieval.errors import EncoderFailed, Overloaded
+
+DIMENSION = 4
+
+
+class Tower:
+    """Encodes in a thread, one batch at a time, as long as the gate is open."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.entered = 0
+        self.batches: list[list[str]] = []
+        self.bad: set[str] = set()
+        self.nan: set[str] = set()
+
+    def __call__(self, texts: Sequence[str]) -> np.ndarray:
+        self.entered += 1
+        self.gate.wait(10)
+        self.batches.append(list(texts))
+        if self.bad & set(texts):
+            raise RuntimeError("cannot encode this")
+        out = np.zeros((len(texts), DIMENSION), dtype=np.float32)
+        for row, text in enumerate(texts):
+            out[row, len(text) % DIMENSION] = np.nan if text in self.nan else 1.0
+        return out
+
+
+@pytest.fixture
+def tower() -> Tower:
+    return Tower()
+
+
+@pytest.fixture
+def executor():
+    with ThreadPoolExecutor(1) as pool:
+        yield pool
+
+
+async def until(condition) -> None:
+    for _ in range(500):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("did not happen")
+
+
+async def test_texts_that_wait_together_are_encoded_together_by_length(tower: Tower, executor) -> None:
+    batcher = Batcher(tower, executor, DIMENSION)
+    tower.gate.clear()
+    first = asyncio.ensure_future(batcher.submit("first"))
+    await until(lambda: tower.entered == 1)
+    long = "long " * 30
+    others = [asyncio.ensure_future(batcher.submit(text)) for text in ("a", "b", long, "c")]
+    await until(lambda: batcher.waiting == 4)
+    tower.gate.set()
+    answers = await asyncio.gather(first, *others)
+    assert tower.batches == [["first"], ["a", "b", "c"], [long]]
+    for text, answer in zip(["first", "a", "b", long, "c"], answers, strict=True):
+        assert answer.vector[len(text) % DIMENSION] == 1.0
+        assert answer.queue_ns >= 0 and answer.encode_ns > 0
+
+
+async def test_a_batch_closes_at_its_token_budget(tower: Tower, executor) -> None:
+    batcher = Batcher(tower, executor, DIMENSION, max_tokens=32)
+    tower.gate.clear()
+    tasks = [asyncio.ensure_future(batcher.submit("x")) for _ in range(11)]
+    await until(lambda: batcher.waiting >= 7)
+    tower.gate.set()
+    await asyncio.gather(*tasks)
+    assert max(map(len, tower.batches)) == 32 // LENGTH_BUCKETS[0]
+    assert sum(map(len, tower.batches)) == 11
+
+
+async def test_an_idle_encoder_waits_for_company_when_told_to(tower: Tower, executor) -> None:
+    batcher = Batcher(tower, executor, DIMENSION, max_delay_seconds=0.2)
+    tasks = [asyncio.ensure_future(batcher.submit("x"))]
+    await asyncio.sleep(0.01)
+    tasks.append(asyncio.ensure_future(batcher.submit("y")))
+    await asyncio.gather(*tasks)
+    assert tower.batches == [["x", "y"]]
+
+
+async def test_work_of_callers_who_have_gone_is_never_encoded(tower: Tower, executor) -> None:
+    batcher = Batcher(tower, executor, DIMENSION)
+    tower.gate.clear()
+    first = asyncio.ensure_future(batcher.submit("first"))
+    await until(lambda: tower.entered == 1)
+    gone, stays = asyncio.ensure_future(batcher.submit("gone")), asyncio.ensure_future(batcher.submit("stays"))
+    await asyncio.sleep(0)
+    gone.cancel()
+    tower.gate.set()
+    await asyncio.gather(first, stays)
+    assert ["stays"] in tower.batches and not any("gone" in batch for batch in tower.batches)
+    assert batcher.dropped == 1
+
+
+async def test_a_full_queue_refuses_with_a_hint_and_makes_room_for_those_who_left(tower: Tower, executor) -> None:
+    batcher = Batcher(tower, executor, DIMENSION, max_queue=2)
+    tower.gate.clear()
+    running = asyncio.ensure_future(batcher.submit("running"))
+    await until(lambda: tower.entered == 1)
+    waiting = [asyncio.ensure_future(batcher.submit(text)) for text in "ab"]
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded, match="all 2 places") as refused:
+        await batcher.submit("c")
+    assert refused.value.retry_after_ms >= 5
+    waiting[0].cancel()
+    await asyncio.sleep(0)
+    late = asyncio.ensure_future(batcher.submit("d"))
+    await asyncio.sleep(0)
+    tower.gate.set()
+    await asyncio.gather(running, waiting[1], late)
+
+
+async def test_one_bad_text_does_not_fail_its_neighbours(tower: Tower, executor) -> None:
+    batcher = Batcher(tower, executor, DIMENSION)
+    tower.bad, tower.nan = {"bad"}, {"nan"}
+    tower.gate.clear()
+    tasks = [asyncio.ensure_future(batcher.submit(text)) for text in ("a", "bad", "nan", "b")]
+    await asyncio.sleep(0.01)
+    tower.gate.set()
+    a, bad, nan, b = await asyncio.gather(*tasks, return_exceptions=True)
+    assert isinstance(bad, EncoderFailed) and isinstance(nan, EncoderFailed)
+    assert not isinstance(a, BaseException) and not isinstance(b, BaseException)
+    assert not isinstance(await batcher.submit("again"), BaseException), "the runner lives on"
+
+
+def cached_encoder(tower: Tower, executor, **settings: int) -> tuple[CachedEncoder, Batcher]:
+    batcher = Batcher(tower, executor, DIMENSION, max_queue=8, **settings)
+    return CachedEncoder(QueryCache(1_000_000, 1e6), batcher, "s/", DIMENSION, max_queue=8), batcher
+
+
+async def test_a_list_longer_than_the_queue_is_encoded_in_parts_that_leave_room_for_others(tower: Tower, executor) -> None:
+    encoder, batcher = cached_encoder(tower, executor)
+    lists = [[f"{name} {i}" for i in range(20)] + ["a 0", "shared"] for name in "abc"]
+    tower.gate.clear()
+    many = [asyncio.ensure_future(encoder.lookup_many(texts)) for texts in lists]
+    await until(lambda: tower.entered == 1)
+    assert batcher.full() is None
+    single = asyncio.ensure_future(encoder.lookup("from another caller"))
+    await asyncio.sleep(0.01)
+    tower.gate.set()
+    for texts, (vectors, cached, _, encode_ns) in zip(lists, await asyncio.gather(*many), strict=True):
+        assert [int(row.argmax()) for row in vectors] == [len(text) % DIMENSION for text in texts]
+        assert not any(cached[1:20]) and encode_ns > 0
+    assert not (await single).cached
+    encoded = [text for batch in tower.batches for text in batch]
+    assert len(encoded) == len(set(encoded)) == 62, "each distinct text once"
+    assert all((await encoder.lookup_many(lists[0]))[1])
+
+
+async def test_a_list_is_refused_by_the_work_of_others_and_keeps_what_it_has_encoded(tower: Tower, executor) -> None:
+    encoder, batcher = cached_encoder(tower, executor, max_tokens=8)  # one text at a time
+    texts = [f"text {i}" for i in range(20)]
+    others: list[asyncio.Future] = []
+    tower.gate.clear()
+    many = asyncio.ensure_future(encoder.lookup_many(texts))
+    await until(lambda: tower.entered == 1 and batcher.waiting == 3)
+    tower.gate.set()
+    while not many.done():  # as soon as there is a place, somebody else takes it
+        others += [asyncio.ensure_future(batcher.submit("other")) for _ in range(8 - batcher.waiting)]
+        await asyncio.sleep(0)
+    with pytest.raises(Overloaded, match="all 8 places"):
+        await many
+    await asyncio.gather(*others, return_exceptions=True)
+    assert [text for text in texts if encoder.find(text) is not None] == texts[:4]
+    _, cached, _, _ = await encoder.lookup_many(texts)
+    assert cached == [True] * 4 + [False] * 16
+
+
+async def test_a_caller_who_leaves_a_list_takes_only_its_own_waits_along(tower: Tower, executor) -> None:
+    encoder, batcher = cached_encoder(tower, executor)
+    tower.gate.clear()
+    running = asyncio.ensure_future(encoder.lookup("running"))
+    await until(lambda: tower.entered == 1)
+    stays = asyncio.ensure_future(encoder.lookup("text 1"))
+    leaves = asyncio.ensure_future(encoder.lookup_many([f"text {i}" for i in range(20)]))
+    await until(lambda: batcher.waiting == 4)
+    leaves.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaves
+    tower.gate.set()
+    await asyncio.gather(running, stays)
+    assert tower.batches == [["running"], ["text 1"]]
+    assert len((await encoder.lookup_many([f"text {i}" for i in range(20)]))[1]) == 20, "its places are free again"
+
+
+def test_token_estimates_stay_within_the_towers_limit() -> None:
+    assert estimated_tokens("") == 3 and estimated_tokens("x" * 10_000) == 64
+    assert [bucket_of(n) for n in (1, 8, 9, 33, 64, 500)] == [8, 8, 16, 64, 64, 64]

@@ -1,0 +1,246 @@
+import asyncio
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from retrieval.encoding.cached_encoder import CachedEncoder, Encoded
+from retrieval.encoding.query_cache import QueryCache, entry_bytes, namespace
+from retrieval.encoding.redis_tier import RedisTier
+from retrieval.errors import Overloaded
+
+DIMENSION = 8
+
+
+def unit(seed: int) -> np.ndarray:
+    vector = np.random.default_rng(seed).standard_normal(DIMENSION).astype(np.float32)
+    return vector / np.linalg.norm(vector)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class SlowEncoder:
+    """Encodes when told to."""
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.calls: list[str] = []
+        self.cancelled: list[str] = []
+        self.error: Exception | None = None
+
+    async def submit(self, text: str) -> Encoded:
+        self.calls.append(text)
+        try:
+            await self.gate.wait()
+        except asyncio.CancelledError:
+            self.cancelled.append(text)
+            raise
+        if self.error is not None:
+            raise self.error
+        return Encoded(unit(len(text)), 1, 2)
+
+
+def test_long_texts_count() -> None:
+    cache = QueryCache(100_000, 100.0, Clock())
+    for i in range(200):
+        cache.put(f"{i} " + "x" * 9_000, unit(i))
+        assert cache.size_bytes <= 100_000
+    assert len(cache) == 100_000 // entry_bytes("199 " + "x" * 9_000, unit(0).nbytes) == 10
+
+
+def test_entries_expire_by_age_and_the_byte_bound_holds() -> None:
+    clock = Clock()
+    cache = QueryCache(20_000, 100.0, clock)
+    for i in range(200):
+        cache.put(f"k{i}", unit(i))
+        assert cache.size_bytes <= 20_000
+    assert 10 < len(cache) < 200
+    assert cache.get("k199") is not None
+    assert cache.get("k0") is None
+    clock.now = 100.5
+    assert cache.get("k199") is None
+    assert cache.hits == 1 and cache.misses == 2
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["get", "put", "wait"]), st.integers(0, 12)), max_size=60))
+def test_the_cache_never_returns_another_keys_vector_nor_an_old_one(steps: list[tuple[str, int]]) -> None:
+    clock, cache, written = Clock(), QueryCache(5_000, 10.0, lambda: clock.now), dict[str, float]()
+    for what, number in steps:
+        key = f"k{number}"
+        if what == "put":
+            cache.put(key, unit(number))
+            written[key] = clock.now
+        elif what == "wait":
+            clock.now += number
+        else:
+            found = cache.get(key)
+            if found is not None:
+                np.testing.assert_array_equal(found, unit(number))
+                assert clock.now - written[key] < 10.0
+
+
+def test_cached_vectors_cannot_be_changed_by_callers() -> None:
+    cache, vector = QueryCache(10_000, 10.0), unit(1)
+    cache.put("a", vector)
+    vector[:] = 0
+    found = cache.get("a")
+    assert found is not None and abs(float(np.linalg.norm(found)) - 1) < 1e-6
+    with pytest.raises(ValueError):
+        found[0] = 5
+
+
+def test_frequent_names_the_most_used_texts_of_one_encoder_only() -> None:
+    cache = QueryCache(100_000, 100.0)
+    old, new = namespace("a" * 64, "torch-fp32"), namespace("a" * 64, "onnx-int8")
+    for i in range(5):
+        cache.put(old + f"q{i}", unit(i))
+        for _ in range(i):
+            cache.get(old + f"q{i}")
+    cache.put(new + "other", unit(9))
+    assert cache.frequent(old, 2) == ["q4", "q3"]
+    assert cache.frequent(new, 5) == ["other"]
+
+
+async def test_concurrent_misses_of_one_text_are_encoded_once() -> None:
+    encoder = SlowEncoder()
+    cached = CachedEncoder(QueryCache(10_000, 10.0), encoder, "s/", DIMENSION)
+    waiting = [asyncio.ensure_future(cached.lookup("blue")) for _ in range(20)]
+    await asyncio.sleep(0)
+    encoder.gate.set()
+    answers = await asyncio.gather(*waiting)
+    assert encoder.calls == ["blue"] and cached.shared == 19
+    assert all(not a.cached for a in answers)
+    assert (await cached.lookup("blue")).cached
+
+
+async def test_work_is_dropped_only_when_every_caller_has_gone() -> None:
+    encoder = SlowEncoder()
+    cached = CachedEncoder(QueryCache(10_000, 10.0), encoder, "s/", DIMENSION)
+    first, second = (asyncio.ensure_future(cached.lookup("blue")) for _ in range(2))
+    await asyncio.sleep(0)
+    first.cancel()
+    await asyncio.sleep(0.01)
+    assert not encoder.cancelled
+    second.cancel()
+    await asyncio.gather(first, second, return_exceptions=True)
+    await asyncio.sleep(0.01)
+    assert encoder.cancelled == ["blue"]
+    encoder.gate.set()
+    assert not (await cached.lookup("blue")).cached, "a later caller starts afresh"
+
+
+async def test_a_failure_reaches_every_caller_and_is_not_cached() -> None:
+    encoder = SlowEncoder()
+    encoder.error = Overloaded("encoder", 1, 10)
+    encoder.gate.set()
+    cached = CachedEncoder(QueryCache(10_000, 10.0), encoder, "s/", DIMENSION)
+    answers = await asyncio.gather(*(cached.lookup("blue") for _ in range(3)), return_exceptions=True)
+    assert all(isinstance(a, Overloaded) for a in answers)
+    encoder.error = None
+    assert not (await cached.lookup("blue")).cached
+
+
+async def test_lookup_many_keeps_the_order_and_encodes_a_repeated_text_once() -> None:
+    encoder = SlowEncoder()
+    encoder.gate.set()
+    cached = CachedEncoder(QueryCache(10_000, 10.0), encoder, "s/", DIMENSION)
+    vectors, flags, _, _ = await cached.lookup_many(["a", "bbb", "a", "cc"])
+    np.testing.assert_array_equal(vectors, np.stack([unit(1), unit(3), unit(1), unit(2)]))
+    assert flags == [False] * 4 and sorted(encoder.calls) == ["a", "bbb", "cc"]
+
+
+Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], object]
+
+
+async def fake_redis(answer: bytes | None) -> tuple[asyncio.Server, str]:
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(65536):
+            if answer is None:
+                continue
+            writer.write(answer)
+            await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(talk, "127.0.0.1", 0)
+    return server, f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}/0"
+
+
+def bulk(value: bytes) -> bytes:
+    return b"$%d\r\n%b\r\n" % (len(value), value)
+
+
+@pytest.mark.parametrize("answer", [None, b"garbage\r\n", b"$-5\r\n", bulk(b""), bulk(b"x" * 32), b"*3\r\n:1\r\n"], ids=repr)
+async def test_a_slow_or_lying_redis_is_a_miss_and_never_an_error(answer: bytes | None) -> None:
+    server, url = await fake_redis(answer)
+    tier = RedisTier(url, DIMENSION, 100.0, 0.05)
+    encoder = SlowEncoder()
+    encoder.gate.set()
+    cached = CachedEncoder(QueryCache(10_000, 10.0), encoder, "s/", DIMENSION, tier)
+    looked = await asyncio.wait_for(cached.lookup("blue"), 2.0)
+    np.testing.assert_array_equal(looked.vector, unit(4))
+    assert not looked.cached and tier.hits == 0
+    await tier.close()
+    server.close()
+
+
+@pytest.mark.skipif(shutil.which("redis-server") is None, reason="needs redis-server")
+async def test_more_keys_at_once_than_connections_are_no_failure(tmp_path: Path) -> None:
+    socket_path = tmp_path / "redis.sock"
+    command = ["redis-server", "--port", "0", "--unixsocket", str(socket_path), "--save", "", "--dir", str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        for _ in range(500):
+            if socket_path.exists():
+                break
+            await asyncio.sleep(0.01)
+        tier = RedisTier(f"unix://{socket_path}", DIMENSION, 100.0, 5.0)
+        assert await asyncio.gather(*(tier.get(f"k{i}") for i in range(300))) == [None] * 300
+        assert (tier.misses, tier.failures) == (300, 0) and not tier.resting
+        await tier.close()
+    finally:
+        process.kill()
+        process.wait()
+
+
+async def test_a_dead_redis_is_left_alone_after_some_failures() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    clock = Clock()
+    tier = RedisTier(f"redis://127.0.0.1:{port}/0", DIMENSION, 100.0, 0.2, max_failures=3, rest_seconds=5.0, clock=clock)
+    for _ in range(10):
+        assert await tier.get("k") is None
+    assert tier.failures == 3 and tier.resting
+    clock.now = 5.1
+    assert not tier.resting
+    await tier.close()
+
+
+def test_a_value_is_good_only_under_its_own_key_and_secret() -> None:
+    tier = RedisTier("redis://127.0.0.1:1/0", DIMENSION, 100.0, secret="s")
+    other = RedisTier("redis://127.0.0.1:1/0", DIMENSION, 100.0, secret="t")
+    value = tier.pack("space/a", unit(1))
+    assert len(value) == 16 + 2 * DIMENSION
+    found = tier.unpack("space/a", value)
+    assert found is not None and float(found @ unit(1)) > 0.9999
+    assert tier.unpack("space/b", value) is None
+    assert other.unpack("space/a", value) is None
+    for position in range(len(value)):
+        broken = bytearray(value)
+        broken[position] ^= 1
+        assert tier.unpack("space/a", bytes(broken)) is None
+    assert tier.unpack("k", tier.pack("k", np.full(DIMENSION, np.nan, dtype=np.float32))) is None
+    assert tier.unpack("k", tier.pack("k", unit(1) * 3)) is None

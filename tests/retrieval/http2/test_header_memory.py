@@ -1,0 +1,127 @@
+"""What a connection remembers of the headers that came on it: little, and only what can come again."""
+
+import gc
+import tracemalloc
+from collections.abc import Callable, Iterator
+
+import hpack
+import pytest
+
+from retrieval.http2 import frames as wire
+from retrieval.http2.calls import Methods
+from retrieval.http2.connection import Connection
+from retrieval.http2.server import Http2Server
+from tests.helpers.raw_http2 import FIELDS, HELLO, Behaviour, request
+
+KIB = 2**10
+CALLS = 200
+
+
+class Sink:
+    """A transport that counts answers."""
+
+    def __init__(self) -> None:
+        self.answers = 0
+
+    def write(self, content: bytes) -> None:
+        self.answers += content.count(wire.OK_BLOCK)
+
+    def close(self) -> None:
+        """The connection has ended."""
+
+
+@pytest.fixture
+async def server() -> Http2Server:
+    found = Http2Server(max_receive_bytes=KIB, max_send_bytes=KIB, max_streams=10)
+    found.add_generic_rpc_handlers((Behaviour().handlers(),))
+    return found
+
+
+def connected(server: Http2Server) -> tuple[Connection, Sink]:
+    """One end of a connection without the other."""
+    connection, sink = Connection(server), Sink()
+    connection.connection_made(sink)  # type: ignore[arg-type]
+    connection.data_received(HELLO)
+    return connection, sink
+
+
+def plain(*more: tuple[str, str]) -> bytes:
+    """A header block that changes no table, as of a client that never indexes."""
+    return b"".join(wire.literal(name.encode(), value.encode()) for name, value in [*FIELDS, *more])
+
+
+def call(stream: int, block: bytes) -> bytes:
+    message = b"\x00\x00\x00\x00\x03now"
+    return wire.frame(wire.HEADERS, wire.END_HEADERS, stream, block) + wire.frame(wire.DATA, wire.END_STREAM, stream, message)
+
+
+def traced(size: int) -> Callable[[int], bytes]:
+    return lambda number: plain(("x-trace", str(number).ljust(size, "x")))
+
+
+UNIQUE: dict[str, Callable[[int], bytes]] = {
+    "15 KB": traced(15_000),
+    "900 bytes": traced(900),
+    "a trace id": traced(32),
+    "many short headers": lambda number: plain(*((f"{i:x}", str(number)) for i in range(40))),
+    "many indexes": lambda number: plain(("x", str(number))) + bytes((0x80 | 16,)) * 100,
+}
+
+
+@pytest.mark.parametrize("block", UNIQUE.values(), ids=UNIQUE.keys())
+async def test_headers_that_never_come_again_are_not_hoarded(server: Http2Server, block: Callable[[int], bytes]) -> None:
+    """512 blocks of 16 KiB, and as many heads, made 23 MiB of an idle connection that no limit knew of."""
+    connection, sink = connected(server)
+    connection.data_received(call(1, block(0)))
+    gc.collect()
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    most = 0
+    for number in range(1, CALLS):
+        connection.data_received(call(2 * number + 1, block(number)))
+        most = max(most, tracemalloc.get_traced_memory()[0] - before)
+    tracemalloc.stop()
+    assert sink.answers == CALLS
+    assert most < 128 * KIB, f"{most / KIB:.0f} KiB"
+
+
+@pytest.fixture
+def understood(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """A number for every time that headers were looked at."""
+    found: list[int] = []
+    head = Methods.head
+    monkeypatch.setattr(Methods, "head", lambda self, headers: (found.append(1), head(self, headers))[1])
+    yield found
+
+
+async def test_headers_that_come_again_are_understood_once(server: Http2Server, understood: list[int]) -> None:
+    connection, sink = connected(server)
+    encoder = hpack.Encoder()
+    for number in range(50):
+        connection.data_received(request(2 * number + 1, b"now", encoder=encoder))
+    assert sink.answers == 50 and len(understood) == 2, "the block that fills the table, and the one of its indexes"
+
+
+async def test_a_few_kinds_of_calls_are_remembered_side_by_side(server: Http2Server, understood: list[int]) -> None:
+    connection, sink = connected(server)
+    blocks = [plain(("tenant", str(number))) for number in range(20)]
+    for number in range(200):
+        connection.data_received(call(2 * number + 1, blocks[number % 20]))
+    assert sink.answers == 200 and len(understood) == 20
+
+
+@pytest.mark.parametrize(("size", "times"), [(2 * KIB, 1), (15_000, 5)], ids=["a token", "more than is remembered"])
+async def test_large_headers_are_remembered_if_they_fit(server: Http2Server, understood: list[int], size: int, times: int) -> None:
+    connection, sink = connected(server)
+    for number in range(5):
+        connection.data_received(call(2 * number + 1, traced(size)(0)))
+    assert sink.answers == 5 and len(understood) == times
+
+
+async def test_headers_are_forgotten_with_the_table_that_they_point_into(server: Http2Server) -> None:
+    seen: list[bytes] = []
+    reader = wire.HeaderReader()
+    encoder = hpack.Encoder()
+    for value in ("a", "a", "b", "b", "b"):
+        seen.append(dict(reader.read(encoder.encode([("x", value), ("y", "c")])))[b"x"])
+    assert seen == [b"a", b"a", b"b", b"b", b"b"]

@@ -1,0 +1,86 @@
+"""Samples of a release that is served no more say nothing about the one that is, and hold nothing of it in memory."""
+
+import gc
+import time
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from threadpoolctl import threadpool_info, threadpool_limits
+
+from retrieval.observability.metrics import Metrics
+from retrieval.observability.shadow_recall import WINDOW_SECONDS, Sample, ShadowRecall
+from tests.helpers.real_server import serving
+
+
+class Index:
+    entity_type = "pin"
+
+    def search(self, vector: np.ndarray, k: int, **options: object) -> SimpleNamespace:
+        return SimpleNamespace(ids=["a"], scores=np.ones(1, np.float32))
+
+
+def sample(index: Index) -> Sample:
+    return Sample(
+        entity_index=index,  # type: ignore[arg-type]
+        live=None,
+        vector=np.ones(4, np.float32),
+        k=1,
+        filter="",
+        exclude_ids=(),
+        min_score=None,
+        ids=["a"],
+        scores=np.ones(1, np.float32),
+        selectivity=None,
+        language="en",
+    )
+
+
+def until(condition) -> None:
+    for _ in range(500):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("did not happen in time")
+
+
+def test_queued_samples_of_the_old_release_are_dropped() -> None:
+    shadow = ShadowRecall(0.0, 1.0, Metrics())
+    shadow.offer(sample(Index()))
+    shadow.forget()
+    queued = shadow._queue.get_nowait()
+    assert queued is not None
+    assert shadow.replay(queued[1], queued[0]) is None and not shadow.estimates()
+    assert shadow.replay(sample(Index())) == 1.0 and len(shadow.estimates()) == 1
+
+
+def test_a_replayed_sample_is_not_kept_while_none_follows() -> None:
+    shadow = ShadowRecall(1.0, 1.0, Metrics())
+    index = Index()
+    gone = weakref.ref(index)
+    shadow.offer(sample(index))
+    until(lambda: shadow.done == 1)
+    del index
+    until(lambda: gone() is None or gc.collect() < 0)
+    shadow.close()
+
+
+def test_what_is_older_than_the_window_is_forgotten(monkeypatch) -> None:
+    shadow = ShadowRecall(0.0, 1.0, Metrics())
+    now = time.monotonic()
+    for age in (3 * WINDOW_SECONDS, 2 * WINDOW_SECONDS, 1.0):
+        monkeypatch.setattr("retrieval.observability.shadow_recall.time.monotonic", lambda age=age: now - age)
+        shadow.replay(sample(Index()))
+    (window,) = shadow._windows.values()
+    assert len(window) == 1
+    monkeypatch.setattr("retrieval.observability.shadow_recall.time.monotonic", lambda: now + 2 * WINDOW_SECONDS)
+    assert not shadow.estimates() and not shadow._windows
+
+
+def test_a_server_keeps_blas_to_one_thread_so_that_exact_scans_stay_within_their_share_of_a_core(tmp_path: Path) -> None:
+    with threadpool_limits(2, user_api="blas"):
+        pass  # whoever set the number before controls it no longer
+    with serving(tmp_path):
+        threads = [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas" and "numpy" in pool["filepath"]]
+        assert threads == [1]

@@ -1,0 +1,403 @@
+"""Releases that come, go, break and come back while a real server answers."""
+
+import asyncio
+import gc
+import hashlib
+import json
+import shutil
+import weakref
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from benchmarks.small_releases import small_release, write_small_bundle
+from index_builder.releases.store import ReleaseStore
+from protos import retrieval_pb2 as pb
+from protos import retrieval_pb2_grpc as rpc
+from retrieval.config import ServeConfig
+from retrieval.errors import AddressInUse
+from retrieval.process_tuning import freeze_start_up_objects
+from retrieval.server.server import Server, _routes, create_server
+
+COUNTS = {"pin": 60}
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Releases a1 and a2 (one space) and b1 (another); a1 is active. Tests copy it."""
+    root = tmp_path_factory.mktemp("releases")
+    store = ReleaseStore(root / "store")
+    for space, seed in (("a", 1), ("b", 2)):
+        encoder = write_small_bundle(root / space, seed)
+        for number in (1, 2) if space == "a" else (1,):
+            name = f"{space}{number}"
+            small_release(store, root / space, encoder, release_id=name, counts=COUNTS, id_prefix=f"{name}:", activate=name == "a1")
+    return root / "store"
+
+
+@pytest.fixture
+def store(published: Path, tmp_path: Path) -> ReleaseStore:
+    shutil.copytree(published, tmp_path / "store")
+    return ReleaseStore(tmp_path / "store")
+
+
+async def start(store: ReleaseStore, **settings) -> tuple[Server, rpc.RetrievalStub, rpc.AdminStub, grpc.aio.Channel]:
+    config = ServeConfig(
+        releases=store.root,
+        host="127.0.0.1",
+        port=0,
+        metrics_port=None,
+        poll_seconds=0.05,
+        encoder_form="torch",
+        shadow_fraction=0,
+        **settings,
+    )
+    server = await create_server(config)
+    await server.start()
+    channel = grpc.aio.insecure_channel(f"127.0.0.1:{server.port}")
+    return server, rpc.RetrievalStub(channel), rpc.AdminStub(channel), channel
+
+
+async def until(condition, seconds: float = 30.0) -> None:
+    for _ in range(int(seconds / 0.02)):
+        if condition():
+            return
+        await asyncio.sleep(0.02)
+    raise AssertionError("did not happen in time")
+
+
+def ask(query: str = "red cat", **fields) -> pb.RetrieveRequest:
+    return pb.RetrieveRequest(query=query, entity_type="pin", k=5, **fields)
+
+
+def whole(answer: pb.RetrieveResponse) -> bool:
+    """Whether every id belongs to the release that the answer names."""
+    return bool(answer.hits) and all(hit.id.startswith(answer.release_id + ":") for hit in answer.hits)
+
+
+async def test_swaps_to_the_same_and_to_another_space_lose_and_mix_nothing(store: ReleaseStore) -> None:
+    server, stub, admin, channel = await start(store)
+    answers: list[pb.RetrieveResponse] = []
+    stop = False
+
+    async def client(number: int) -> None:
+        step = 0
+        while not stop:
+            step += 1
+            answers.append(await stub.Retrieve(ask(f"red cat {number} {step % 7}"), timeout=30))
+
+    clients = [asyncio.ensure_future(client(i)) for i in range(4)]
+    for release_id in ("a2", "b1", "a1"):
+        store.activate(release_id)
+        await until(lambda wanted=release_id: server.releases.active and server.releases.active.release_id == wanted)
+    assert (await admin.Activate(pb.ActivateRequest(release_id="b1"))).previous_release_id == "a1"
+    rolled = await admin.Rollback(pb.RollbackRequest())
+    assert (rolled.release_id, rolled.previous_release_id) == ("a1", "b1") and store.current() == "a1"
+    stop = True
+    await asyncio.gather(*clients)
+    assert all(map(whole, answers)) and {a.release_id for a in answers} >= {"a1", "a2"}
+    assert len({(a.release_id[0], a.space_id) for a in answers}) <= 2
+    assert list(server.releases.loaded) == ["b1", "a1"], "no more releases are kept than asked for"
+    pinned = await stub.Retrieve(ask(release_id="b1"))
+    assert pinned.release_id == "b1" and whole(pinned)
+    await channel.close()
+    await server.stop(0)
+
+
+async def test_the_cache_survives_a_swap_in_one_space_and_is_prewarmed_for_another(store: ReleaseStore) -> None:
+    server, stub, admin, channel = await start(store)
+    for text in ("red cat", "blue whale", "silver lamp"):
+        await stub.Retrieve(ask(text))
+    await admin.Activate(pb.ActivateRequest(release_id="a2"))
+    assert (await stub.Retrieve(ask("blue whale"))).cache_hit
+    await admin.Activate(pb.ActivateRequest(release_id="b1"))
+    again = await stub.Retrieve(ask("blue whale"))
+    assert again.cache_hit and again.release_id == "b1" and whole(again)
+    assert server.metrics.value("omni_prewarmed_queries") == 3
+    await channel.close()
+    await server.stop(0)
+
+
+def damage_vectors(folder: Path) -> None:
+    path = folder / "pin" / "vectors.npy"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut_a_file(folder: Path) -> None:
+    path = folder / "pin" / "vectors.npy"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def remove_a_file(folder: Path) -> None:
+    (folder / "pin" / "attributes.parquet").unlink()
+
+
+def edit_the_manifest(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"dimension": 32', '"dimension": 64'))
+
+
+def swap_the_encoder(folder: Path) -> None:
+    """An attacker's or a copying mistake: another encoder under a manifest made to fit. Only the golden queries can notice."""
+    from index_builder.releases.manifest import Manifest
+    from index_builder.releases.verification import record_files
+
+    other = folder.parent / "b1" / "query_encoder"
+    shutil.rmtree(folder / "query_encoder")
+    shutil.copytree(other, folder / "query_encoder")
+    manifest = Manifest.from_bytes((folder / "manifest.json").read_bytes(), folder.name)
+    (folder / "manifest.json").unlink()
+    object.__setattr__(manifest, "files", record_files(folder))
+    (folder / "manifest.json").write_bytes(manifest.to_bytes())
+
+
+@pytest.mark.parametrize(
+    "damage", [damage_vectors, cut_a_file, remove_a_file, edit_the_manifest, swap_the_encoder], ids=lambda f: f.__name__
+)
+async def test_a_broken_release_is_refused_and_the_old_one_keeps_serving(store: ReleaseStore, damage) -> None:
+    server, stub, admin, channel = await start(store)
+    damage(store.path_of("a2"))
+    with pytest.raises(grpc.RpcError) as refused:
+        await admin.Activate(pb.ActivateRequest(release_id="a2"))
+    assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION and "a2" in refused.value.details()
+    assert store.current() == "a1"
+    if damage is not edit_the_manifest:
+        store.activate("a2", verify=False)
+        await until(lambda: sum(server.metrics.snapshot().get("omni_releases_refused", {}).values()) >= 2)
+    answer = await stub.Retrieve(ask())
+    assert answer.release_id == "a1" and whole(answer)
+    store.activate("b1")
+    await until(lambda: server.releases.active.release_id == "b1")
+    await channel.close()
+    await server.stop(0)
+
+
+async def test_without_a_release_the_server_waits_and_serves_when_one_appears(store: ReleaseStore) -> None:
+    current = store.releases / "CURRENT"
+    content = current.read_bytes()
+    current.unlink()
+    server, stub, _, channel = await start(store)
+    with pytest.raises(grpc.RpcError) as unready:
+        await stub.Retrieve(ask())
+    assert unready.value.code() is grpc.StatusCode.UNAVAILABLE and "omni rebuild" in unready.value.details()
+    current.write_bytes(content[: len(content) // 2])
+    await asyncio.sleep(0.2)
+    assert server.releases.active is None
+    current.write_bytes(content)
+    await until(lambda: server.releases.active is not None)
+    assert whole(await stub.Retrieve(ask()))
+    await channel.close()
+    await server.stop(0)
+
+
+async def test_a_second_server_on_the_port_gets_a_clear_message(store: ReleaseStore) -> None:
+    server, _, _, channel = await start(store)
+    config = ServeConfig(releases=store.root, host="127.0.0.1", port=server.port, metrics_port=None)
+    with pytest.raises(AddressInUse, match=f"cannot listen on 127.0.0.1:{server.port}.*--port"):
+        await create_server(config)
+    await channel.close()
+    await server.stop(0)
+
+
+async def test_tokens_guard_calls_and_entity_types(store: ReleaseStore, tmp_path: Path) -> None:
+    def entry(name: str, extra: str) -> str:
+        return f'[[token]]\nname = "{name}"\nsha256 = "{hashlib.sha256(name.encode()).hexdigest()}"\n{extra}\n'
+
+    (tmp_path / "tokens.toml").write_text(entry("web", 'entity_types = ["product"]') + entry("ops", "admin = true"))
+    server, stub, admin, channel = await start(store, tokens=tmp_path / "tokens.toml")
+
+    async def code(call, request, token: str | None) -> grpc.StatusCode:
+        try:
+            await call(request, metadata=(("authorization", f"Bearer {token}"),) if token else ())
+        except grpc.RpcError as error:
+            return error.code()
+        return grpc.StatusCode.OK
+
+    assert await code(stub.Retrieve, ask(), None) is grpc.StatusCode.UNAUTHENTICATED
+    assert await code(stub.Retrieve, ask(), "guess") is grpc.StatusCode.UNAUTHENTICATED
+    assert await code(stub.Retrieve, ask(), "web") is grpc.StatusCode.PERMISSION_DENIED
+    assert await code(stub.Retrieve, ask(), "ops") is grpc.StatusCode.OK
+    assert await code(admin.Activate, pb.ActivateRequest(release_id="a2"), "web") is grpc.StatusCode.PERMISSION_DENIED
+    assert await code(admin.Activate, pb.ActivateRequest(release_id="a2"), "ops") is grpc.StatusCode.OK
+    await channel.close()
+    await server.stop(0)
+
+
+async def test_overload_is_refused_early_with_a_hint_and_callers_who_leave_cost_nothing(store: ReleaseStore) -> None:
+    import threading
+
+    server, stub, _, channel = await start(store, max_in_flight=8, max_encode_queue=4)
+    serving = server.releases.resolve("")
+    gate, encode, encoded = threading.Event(), serving.encoding.encode, []
+
+    def slow(texts):
+        gate.wait(20)
+        encoded.extend(texts)
+        return encode(texts)
+
+    serving.batcher._encode = slow
+    first = asyncio.ensure_future(stub.Retrieve(ask("first words"), timeout=30))
+    await until(lambda: server.service.admission.in_flight == 1 and not serving.batcher.waiting)
+    gone = asyncio.ensure_future(stub.Retrieve(ask("nobody waits for this"), timeout=0.3))
+    calls = [asyncio.ensure_future(stub.Retrieve(ask(f"query number {i}"), timeout=30)) for i in range(12)]
+    answers = await asyncio.wait_for(asyncio.gather(gone, return_exceptions=True), 10)
+    assert answers[0].code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    # The client knows first. Once the server knows too, the first call and the three others that fit the queue of four are left.
+    await until(lambda: server.service.admission.in_flight <= 4)
+    gate.set()
+    results = await asyncio.gather(first, *calls, return_exceptions=True)
+    refused = [r for r in results if isinstance(r, grpc.RpcError)]
+    assert refused and all(r.code() is grpc.StatusCode.RESOURCE_EXHAUSTED for r in refused)
+    assert all(int(dict(r.trailing_metadata())["retry-after-ms"]) >= 5 for r in refused)
+    assert sum(not isinstance(r, BaseException) for r in results) >= 3
+    assert "nobody waits for this" not in encoded
+    assert server.service.admission.in_flight == 0
+    assert whole(await stub.Retrieve(ask("afterwards")))
+    await channel.close()
+    await server.stop(0)
+
+
+@pytest.mark.parametrize("transport", ["http2", "grpcio"])
+async def test_a_full_server_refuses_questions_and_not_those_who_run_it(store: ReleaseStore, transport: str) -> None:
+    server, stub, admin, channel = await start(store, max_in_flight=4, transport=transport)
+    service = server.service
+    try:
+        await stub.Retrieve(ask("red cat"))
+        service.admission.enter(4)  # as four requests inside would
+        error = await refused(stub.Retrieve(ask("red cat"), timeout=30))
+        assert error.details().startswith("server: all 4 places are taken")
+        assert int(dict(error.trailing_metadata())["retry-after-ms"]) >= 5
+        target = pb.Target(entity_type="pin", k=3)
+        await refused(stub.RetrieveBatch(pb.RetrieveBatchRequest(queries=["red cat"], target=target), timeout=30))
+        await refused(stub.RetrieveMulti(pb.RetrieveMultiRequest(query="red cat", targets=[target]), timeout=30))
+        await refused(stub.Embed(pb.EmbedRequest(queries=["red cat"]), timeout=30))
+        assert (await stub.DescribeRelease(pb.DescribeReleaseRequest())).release_id == "a1"
+        assert (await admin.Activate(pb.ActivateRequest(release_id="a2"), timeout=30)).release_id == "a2"
+        health = health_pb2_grpc.HealthStub(channel)
+        assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
+        assert service.admission.refused == 4 and server.metrics.value("omni_refused") == 4
+        assert server.metrics.value("omni_requests", ("Retrieve", "RESOURCE_EXHAUSTED")) == 1
+        assert server.metrics.value("omni_requests", ("Embed", "RESOURCE_EXHAUSTED")) == 1
+        service.admission.leave(4, 0.1)
+        assert whole(await stub.Retrieve(ask("red cat"))), "it takes questions again at once"
+    finally:
+        await channel.close()
+        await server.stop(0)
+
+
+@pytest.mark.parametrize("transport", ["http2", "grpcio"])
+async def test_a_full_encoder_refuses_what_must_be_encoded_or_would_be_late_and_answers_the_rest(
+    store: ReleaseStore, transport: str
+) -> None:
+    import threading
+
+    server, stub, _, channel = await start(store, max_encode_queue=2, transport=transport)
+    batcher = server.releases.resolve("").batcher
+    gate, encode = threading.Event(), batcher._encode
+    for _ in range(2):
+        await stub.Retrieve(ask("red cat"))
+    batcher._encode = lambda texts: gate.wait(20) and encode(texts)
+    batcher._text_seconds = 5.0
+    try:
+        inside = [asyncio.ensure_future(stub.Retrieve(ask("in the encoder"), timeout=30))]
+        await until(lambda: server.service.admission.in_flight == 1 and not batcher.waiting)
+        error = await refused(stub.Retrieve(ask("no hope in a second"), timeout=1.0))
+        assert error.details().startswith("query encoder (within your deadline)")
+        inside += [asyncio.ensure_future(stub.Retrieve(ask(f"waits {i}"), timeout=30)) for i in range(2)]
+        await until(lambda: batcher.waiting == 2)
+        error = await refused(stub.Retrieve(ask("one more"), timeout=30))
+        assert error.details().startswith("query encoder: all 2 places") and "retry-after-ms" in dict(error.trailing_metadata())
+        inside.append(asyncio.ensure_future(stub.Retrieve(ask(" waits 1 "), timeout=30)))  # joins the one that waits
+        assert whole(await stub.Retrieve(ask("red cat"), timeout=30)), "what is cached needs no encoder"
+        assert server.metrics.value("omni_requests", ("Retrieve", "RESOURCE_EXHAUSTED")) == 2
+        await until(lambda: server.service.admission.in_flight == 4)
+        gate.set()
+        assert all(whole(answer) for answer in await asyncio.gather(*inside))
+    finally:
+        gate.set()
+        await channel.close()
+        await server.stop(0)
+
+
+async def refused(call) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED, caught.value
+    return caught.value
+
+
+async def test_stopping_lets_calls_in_flight_finish(store: ReleaseStore) -> None:
+    server, stub, _, channel = await start(store)
+    serving = server.releases.resolve("")
+    encode = serving.encoding.encode
+
+    def slow(texts):
+        import time
+
+        time.sleep(0.5)
+        return encode(texts)
+
+    serving.batcher._encode = slow
+    call = asyncio.ensure_future(stub.Retrieve(ask("slow words"), timeout=30))
+    await until(lambda: server.service.admission.in_flight == 1)
+    await asyncio.gather(server.stop(5.0), call)
+    assert whole(call.result())
+    await channel.close()
+
+
+def test_the_manifest_of_the_fixture_is_real(published: Path) -> None:
+    manifest = json.loads((published / "releases" / "a1" / "manifest.json").read_text())
+    assert manifest["entities"]["pin"]["count"] == 60
+
+
+async def test_a_retired_release_is_freed_without_the_collector(store: ReleaseStore) -> None:
+    """What start-up made is set apart from garbage collection, the first release with it: nothing may hold it in a ring."""
+    gc.collect()
+    gc.disable()
+    try:
+        config = ServeConfig(releases=store.root, host="127.0.0.1", port=0, metrics_port=None, poll_seconds=0.05, shadow_fraction=0)
+        server = await create_server(config)
+        freeze_start_up_objects(server.releases.on_change)
+        await server.start()
+        assert gc.get_freeze_count() > 10_000
+        channel = grpc.aio.insecure_channel(f"127.0.0.1:{server.port}")
+        stub = rpc.RetrievalStub(channel)
+        for text in ("red cat", "a text nobody asked before"):
+            assert whole(await stub.Retrieve(ask(text)))
+        first = server.releases.active
+        pins = first.entities["pin"]
+        held = {
+            "serving release": weakref.ref(first),
+            "pins": weakref.ref(pins),
+            "graph": weakref.ref(pins.ann),
+            "encoder": weakref.ref(first.encoding),
+        }
+        del first, pins
+        for release_id in ("a2", "b1"):
+            store.activate(release_id)
+            await until(lambda wanted=release_id: server.releases.active and server.releases.active.release_id == wanted)
+            assert whole(await stub.Retrieve(ask()))
+        await until(lambda: not server.releases._retiring)
+        assert not [name for name, reference in held.items() if reference() is not None]
+        await channel.close()
+        await server.stop(0)
+    finally:
+        gc.unfreeze()
+        gc.enable()
+
+
+async def test_health_over_http_says_that_a_server_is_leaving(store: ReleaseStore) -> None:
+    server, _, _, channel = await start(store)
+    health = _routes(server.service, server.metrics, None)["/healthz"]
+    assert (await health(None)).status == 200  # type: ignore[arg-type]
+    server.service.leaving = True
+    answer = await health(None)  # type: ignore[arg-type]
+    assert answer.status == 503 and b"draining" in answer.body
+    await channel.close()
+    await server.stop(0)
+    assert server.service.leaving

@@ -29,7 +29,9 @@ WORDS = [
 # fmt: on
 
 
-def tiny_query_encoder(seed: int, dimension: int = 32, layers: int = 1, width: int = 32) -> QueryEncoder:
+def tiny_query_encoder(
+    seed: int, dimension: int = 32, layers: int = 1, width: int = 32
+) -> QueryEncoder:
     """A random tower over letters and a few words: fast, deterministic, and two seeds make two spaces."""
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     letters = "abcdefghijklmnopqrstuvwxyz0123456789äöüéñßабвгдежз日本語検索"
@@ -39,10 +41,16 @@ def tiny_query_encoder(seed: int, dimension: int = 32, layers: int = 1, width: i
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
+        single="[CLS] $A [SEP]",
+        special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
     )
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]"
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -56,17 +64,25 @@ def tiny_query_encoder(seed: int, dimension: int = 32, layers: int = 1, width: i
             pad_token_id=0,
         )
         encoder = QueryEncoder(DistilBertModel(config), fast, dimension)
-        with torch.no_grad():  # spread the directions: an untrained [CLS] state hardly depends on the text
+        with (
+            torch.no_grad()
+        ):  # spread the directions: an untrained [CLS] state hardly depends on the text
             for name, parameter in encoder.transformer.named_parameters():
                 if parameter.dim() == 2:
                     parameter.mul_(8.0 if "embeddings" in name else 6.0)
             ids = fast(entity_texts(64, seed), padding=True, return_tensors="pt")
-            state = encoder.eval().transformer(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"]).last_hidden_state[:, 0]
+            state = (
+                encoder.eval()
+                .transformer(input_ids=ids["input_ids"], attention_mask=ids["attention_mask"])
+                .last_hidden_state[:, 0]
+            )
             encoder.projection.bias.copy_(-encoder.projection(state).mean(dim=0))
     return encoder.eval()
 
 
-def write_small_bundle(folder: Path, seed: int, dimension: int = 32, *, layers: int = 1, width: int = 32) -> QueryEncoder:
+def write_small_bundle(
+    folder: Path, seed: int, dimension: int = 32, *, layers: int = 1, width: int = 32
+) -> QueryEncoder:
     """Write a bundle with nothing but a tiny query tower; its space id is the hash of its weights."""
     encoder = tiny_query_encoder(seed, dimension, layers, width)
     encoder.save(folder / "query_encoder")
@@ -129,8 +145,16 @@ def small_release(
             }
         )
         ids = [f"{id_prefix}{entity_type}-{i}" for i in range(count)]
-        inputs[entity_type] = EntityInput(ids=ids, vectors=encoder.encode(texts), space_id=space_id, attributes=frame)
+        inputs[entity_type] = EntityInput(
+            ids=ids, vectors=encoder.encode(texts), space_id=space_id, attributes=frame
+        )
     golden = [*WORDS[:24], *extra_golden]
     queries = {"*": QuerySet(golden, encoder.encode(golden))}
-    config = RebuildConfig(index=IndexConfig(kind=kind), min_recall=0.5, golden_queries=16, release_id=release_id, activate=activate)
+    config = RebuildConfig(
+        index=IndexConfig(kind=kind),
+        min_recall=0.5,
+        golden_queries=16,
+        release_id=release_id,
+        activate=activate,
+    )
     return build_release(inputs, bundle, store, config, queries)

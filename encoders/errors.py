@@ -46,8 +46,9 @@ class SpaceMismatch(BundleError):
     def __init__(self, expected: str, got: str, where: str) -> None:
         self.expected, self.got = expected, got
         super().__init__(
-            f"{where}: expected space id {expected[:16]}, but got {got[:16]}. "
-            "Vectors are comparable only under one space id: embed again with this bundle, or use the bundle that made them."
+            f"{where}: expected space id {expected[:16]}, but got {got[:16]}. Vectors are"
+            " comparable only under one space id: embed again with this bundle, or use the bundle"
+            " that made them."
         )
 
 
@@ -67,4 +68,7 @@ class MissingDependency(OmniError):
     """An optional dependency is not installed; the message names the extra to install."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs the package {package!r}. Install it with: pip install 'omnisearchsage[{extra}]'")
+        super().__init__(
+            f"{purpose} needs the package {package!r}. Install it with: pip install"
+            f" 'omnisearchsage[{extra}]'"
+        )

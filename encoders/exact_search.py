@@ -41,13 +41,19 @@ def exact_top_k(
         ConfigError: ``k`` or ``block_rows`` is below 1.
     """
     if k < 1 or block_rows < 1:
-        raise ConfigError(f"k and block_rows must be at least 1, but got k={k}, block_rows={block_rows}.")
+        raise ConfigError(
+            f"k and block_rows must be at least 1, but got k={k}, block_rows={block_rows}."
+        )
     if queries.ndim != 2 or corpus.ndim != 2 or queries.shape[1] != corpus.shape[1]:
         raise InvalidVectors(
-            f"expected queries (B, D) and corpus (N, D) with one D, got {queries.shape} and {corpus.shape}. Were both made by one bundle?"
+            f"expected queries (B, D) and corpus (N, D) with one D, got {queries.shape} and"
+            f" {corpus.shape}. Were both made by one bundle?"
         )
     if mask is not None and mask.shape not in ((len(corpus),), (len(queries), len(corpus))):
-        raise InvalidVectors(f"expected a mask of shape ({len(corpus)},) or ({len(queries)}, {len(corpus)}), but got {mask.shape}.")
+        raise InvalidVectors(
+            f"expected a mask of shape ({len(corpus)},) or ({len(queries)}, {len(corpus)}), but got"
+            f" {mask.shape}."
+        )
     rows = np.full((len(queries), k), -1, dtype=np.int64)
     scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
     chunk = max(1, SCORES_AT_ONCE // max(1, min(block_rows, len(corpus))))
@@ -62,10 +68,14 @@ def exact_top_k(
                     if mask.ndim == 1
                     else mask[part, corpus_start : corpus_start + block_rows]
                 )
-                products.masked_fill_(~torch.from_numpy(np.array(allowed, dtype=bool)).to(device), -torch.inf)
+                products.masked_fill_(
+                    ~torch.from_numpy(np.array(allowed, dtype=bool)).to(device), -torch.inf
+                )
             block_rows_found, block_scores = top_k_of_scores(products, k)
             block_rows_found[block_rows_found >= 0] += corpus_start
-            rows[part], scores[part] = _merge((rows[part], scores[part]), (block_rows_found, block_scores), k)
+            rows[part], scores[part] = _merge(
+                (rows[part], scores[part]), (block_rows_found, block_scores), k
+            )
     return rows, scores
 
 
@@ -89,7 +99,10 @@ def top_k_of_scores(scores: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarra
             columns[row], values[row] = order, scores[row, order]
     found, best = columns.cpu().numpy(), values.cpu().numpy()
     by_score = np.lexsort((found, -best), axis=1)
-    found, best = np.take_along_axis(found, by_score, axis=1), np.take_along_axis(best, by_score, axis=1)
+    found, best = (
+        np.take_along_axis(found, by_score, axis=1),
+        np.take_along_axis(best, by_score, axis=1),
+    )
     found[np.isneginf(best)] = -1
     return found, best
 
@@ -99,8 +112,13 @@ def _tensor(values: np.ndarray, device: str) -> torch.Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device)
 
 
-def _merge(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray], k: int) -> tuple[np.ndarray, np.ndarray]:
-    rows, scores = np.concatenate((first[0], second[0]), axis=1), np.concatenate((first[1], second[1]), axis=1)
+def _merge(
+    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray], k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    rows, scores = (
+        np.concatenate((first[0], second[0]), axis=1),
+        np.concatenate((first[1], second[1]), axis=1),
+    )
     last = np.where(rows < 0, np.iinfo(np.int64).max, rows)
     order = np.lexsort((last, -scores), axis=1)[:, :k]
     return np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)

@@ -74,7 +74,10 @@ class UnknownEntityType(OmniError):
 
     def __init__(self, entity_type: str, known: list[str]) -> None:
         self.entity_type, self.known = entity_type, known
-        super().__init__(f"no index for entity type {entity_type!r}: this release has {', '.join(sorted(known)) or 'none'}.")
+        super().__init__(
+            f"no index for entity type {entity_type!r}: this release has"
+            f" {', '.join(sorted(known)) or 'none'}."
+        )
 
 
 class ReleaseError(OmniError):
@@ -103,8 +106,8 @@ class UnsupportedCpu(ReleaseError):
     def __init__(self, kind: str, missing: list[str]) -> None:
         self.kind, self.missing = kind, missing
         super().__init__(
-            f"index kind {kind!r} needs the CPU features {', '.join(missing)}, which this CPU lacks. "
-            "Rebuild with --index hnsw, or serve on a machine that has them."
+            f"index kind {kind!r} needs the CPU features {', '.join(missing)}, which this CPU"
+            " lacks. Rebuild with --index hnsw, or serve on a machine that has them."
         )
 
 

@@ -9,7 +9,10 @@ from encoders.commands.lazy_group import LazyGroup
 from index_builder.__main__ import COMMANDS as INDEX_COMMANDS
 
 COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("retrieval.demo.command:command", "Train, evaluate, build, serve and query the sample data, end to end."),
+    "demo": (
+        "retrieval.demo.command:command",
+        "Train, evaluate, build, serve and query the sample data, end to end.",
+    ),
     **ENCODER_COMMANDS,
     **INDEX_COMMANDS,
     "serve": ("retrieval.commands.serve:command", "Serve the active release over gRPC."),
@@ -18,7 +21,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
-@click.command(cls=LazyGroup, table=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=LazyGroup, table=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.version_option(package_name="omnisearchsage")
 def main() -> None:
     """OmniSearchSage: one query vector retrieves pins, products, related queries and ads.

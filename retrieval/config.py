@@ -129,11 +129,19 @@ class ServeConfig:
                 raise ConfigError(f"{name}: expected {expected}, but got {getattr(self, name)!r}.")
 
         check(0 <= self.port < 65536, "port", "0 to 65535")
-        check(self.metrics_port is None or 0 <= self.metrics_port < 65536, "metrics_port", "0 to 65535")
+        check(
+            self.metrics_port is None or 0 <= self.metrics_port < 65536,
+            "metrics_port",
+            "0 to 65535",
+        )
         check(self.workers >= 1, "workers", "at least 1")
         check(self.transport in ("http2", "grpcio"), "transport", "http2 or grpcio")
         check(self.device in ("auto", "cuda", "cpu"), "device", "auto, cuda or cpu")
-        check(self.encoder_form in ("auto", "onnx-int8", "onnx-fp32", "torch"), "encoder_form", "auto, onnx-int8, onnx-fp32 or torch")
+        check(
+            self.encoder_form in ("auto", "onnx-int8", "onnx-fp32", "torch"),
+            "encoder_form",
+            "auto, onnx-int8, onnx-fp32 or torch",
+        )
         check(self.keep_releases >= 1, "keep_releases", "at least 1")
         for name in (
             "encoder_threads",
@@ -144,11 +152,26 @@ class ServeConfig:
             "max_streams_per_connection",
         ):
             check(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("batch_delay_ms", "cache_bytes", "answer_cache_bytes", "prewarm_queries", "inline_search_us", "grace_seconds"):
+        for name in (
+            "batch_delay_ms",
+            "cache_bytes",
+            "answer_cache_bytes",
+            "prewarm_queries",
+            "inline_search_us",
+            "grace_seconds",
+        ):
             check(getattr(self, name) >= 0, name, "0 or more")
         for name in ("cache_ttl_seconds", "poll_seconds", "live_poll_seconds", "redis_timeout_ms"):
             check(getattr(self, name) > 0, name, "more than 0")
         for name in ("shadow_fraction", "shadow_cpu", "golden_min_recall"):
             check(0 <= getattr(self, name) <= 1, name, "0 to 1")
-        check((self.tls_cert is None) == (self.tls_key is None), "tls_key", "tls_cert and tls_key together")
-        check(self.tls_client_ca is None or self.tls_cert is not None, "tls_client_ca", "tls_cert and tls_key beside it")
+        check(
+            (self.tls_cert is None) == (self.tls_key is None),
+            "tls_key",
+            "tls_cert and tls_key together",
+        )
+        check(
+            self.tls_client_ca is None or self.tls_cert is not None,
+            "tls_client_ca",
+            "tls_cert and tls_key beside it",
+        )

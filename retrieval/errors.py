@@ -41,7 +41,8 @@ class EmptyQuery(InvalidRequest):
 
     def __init__(self, where: str = "query") -> None:
         super().__init__(
-            f"{where}: expected text with at least one visible character, but got an empty one. Send a query, or an embedding."
+            f"{where}: expected text with at least one visible character, but got an empty one."
+            " Send a query, or an embedding."
         )
 
 
@@ -49,7 +50,9 @@ class InvalidK(InvalidRequest):
     """``k`` is outside 1..max_k."""
 
     def __init__(self, k: int, max_k: int) -> None:
-        super().__init__(f"k: expected 1 to {max_k}, but got {k}. Set k to the number of results you want.")
+        super().__init__(
+            f"k: expected 1 to {max_k}, but got {k}. Set k to the number of results you want."
+        )
 
 
 class InvalidEmbedding(InvalidRequest):
@@ -61,7 +64,8 @@ class RequestTooLarge(InvalidRequest):
 
     def __init__(self, field: str, limit: int, got: int, unit: str = "") -> None:
         super().__init__(
-            f"{field}: expected at most {limit}{unit}, but got {got}{unit}. Split the request, or raise the limit of the server."
+            f"{field}: expected at most {limit}{unit}, but got {got}{unit}. Split the request, or"
+            " raise the limit of the server."
         )
 
 
@@ -69,7 +73,10 @@ class UnknownRelease(ServingError):
     """The store holds no such release."""
 
     def __init__(self, release_id: str) -> None:
-        super().__init__(f"release_id: no release {release_id[:80]!r} in the store. `omni release list` shows what there is.")
+        super().__init__(
+            f"release_id: no release {release_id[:80]!r} in the store. `omni release list` shows"
+            " what there is."
+        )
 
 
 class ReleaseNotLoaded(ServingError):
@@ -77,7 +84,10 @@ class ReleaseNotLoaded(ServingError):
 
     def __init__(self, release_id: str, loaded: Iterable[str]) -> None:
         held = ", ".join(loaded) or "none"
-        super().__init__(f"release_id: {release_id[:80]!r} is not loaded; loaded: {held}. Leave release_id empty to use the active one.")
+        super().__init__(
+            f"release_id: {release_id[:80]!r} is not loaded; loaded: {held}. Leave release_id empty"
+            " to use the active one."
+        )
 
 
 class ReleaseRefused(ServingError):
@@ -97,7 +107,9 @@ class Overloaded(ServingError):
 
     def __init__(self, what: str, limit: int, retry_after_ms: int) -> None:
         self.what, self.limit, self.retry_after_ms = what, limit, retry_after_ms
-        super().__init__(f"{what}: all {limit} places are taken. Try again in {retry_after_ms} ms, with jitter.")
+        super().__init__(
+            f"{what}: all {limit} places are taken. Try again in {retry_after_ms} ms, with jitter."
+        )
 
 
 class DeadlinePassed(ServingError):
@@ -112,7 +124,10 @@ class Unauthenticated(ServingError):
     """No token came, or one that is not known."""
 
     def __init__(self) -> None:
-        super().__init__("authorization: expected metadata `authorization: Bearer <token>` with a known token. Ask the operator for one.")
+        super().__init__(
+            "authorization: expected metadata `authorization: Bearer <token>` with a known token."
+            " Ask the operator for one."
+        )
 
 
 class PermissionDenied(ServingError):
@@ -128,7 +143,8 @@ class AddressInUse(ServingError):
 
     def __init__(self, address: str, flag: str = "--port") -> None:
         super().__init__(
-            f"cannot listen on {address}: another process already does. Stop it, or choose another with {flag} (0 picks a free one)."
+            f"cannot listen on {address}: another process already does. Stop it, or choose another"
+            f" with {flag} (0 picks a free one)."
         )
 
 

@@ -37,12 +37,17 @@ class Caller:
             refused = sorted(set(entity_types) - self.entity_types)
             if refused:
                 allowed = ", ".join(sorted(self.entity_types))
-                raise PermissionDenied(f"token {self.name!r} may retrieve {allowed}, but the request wants {', '.join(refused)}.")
+                raise PermissionDenied(
+                    f"token {self.name!r} may retrieve {allowed}, but the request wants"
+                    f" {', '.join(refused)}."
+                )
 
     def require_admin(self) -> None:
         """Raise ``PermissionDenied`` unless the token holds the admin right."""
         if not self.admin:
-            raise PermissionDenied(f"token {self.name!r} does not hold the admin right, which this call needs.")
+            raise PermissionDenied(
+                f"token {self.name!r} does not hold the admin right, which this call needs."
+            )
 
 
 EVERYONE = Caller("anonymous", None, True)
@@ -80,18 +85,26 @@ class Tokens:
             where = f"tokens: {path.name}: token {i + 1}"
             unknown = set(entry) - {"name", "sha256", "entity_types", "admin"}
             if unknown:
-                raise ConfigError(f"{where}: unknown keys {sorted(unknown)}; known: name, sha256, entity_types, admin.")
+                raise ConfigError(
+                    f"{where}: unknown keys {sorted(unknown)}; known: name, sha256, entity_types,"
+                    " admin."
+                )
             try:
                 digest = bytes.fromhex(entry["sha256"])
                 name = str(entry["name"])
             except (KeyError, TypeError, ValueError) as error:
-                raise ConfigError(f"{where}: expected name and sha256 (64 hexadecimal digits): {error}") from error
+                raise ConfigError(
+                    f"{where}: expected name and sha256 (64 hexadecimal digits): {error}"
+                ) from error
             if len(digest) != 32:
-                raise ConfigError(f"{where}: sha256 should have 64 hexadecimal digits, but has {2 * len(digest)}.")
+                raise ConfigError(
+                    f"{where}: sha256 should have 64 hexadecimal digits, but has {2 * len(digest)}."
+                )
             by_digest[digest] = _caller(f"{where} ({name!r})", name, entry)
         if not by_digest:
             raise ConfigError(
-                f"tokens: {path.name} holds no [[token]]; with an empty file nobody could call. Add one, or leave --tokens out."
+                f"tokens: {path.name} holds no [[token]]; with an empty file nobody could call. Add"
+                " one, or leave --tokens out."
             )
         return cls(by_digest)
 
@@ -120,9 +133,12 @@ def _caller(where: str, name: str, entry: Mapping[str, Any]) -> Caller:
     types, admin = entry.get("entity_types"), entry.get("admin", False)
     if not isinstance(admin, bool):
         raise ConfigError(
-            f"{where}: admin: expected true or false, but got {admin!r}. Write admin = true or admin = false, without quotes."
+            f"{where}: admin: expected true or false, but got {admin!r}. Write admin = true or"
+            " admin = false, without quotes."
         )
-    if types is not None and not (isinstance(types, list) and all(isinstance(item, str) for item in types)):
+    if types is not None and not (
+        isinstance(types, list) and all(isinstance(item, str) for item in types)
+    ):
         raise ConfigError(
             f"{where}: entity_types: expected a list of strings, but got {types!r}. "
             'Write entity_types = ["pin", "product"], or leave it out for all.'
@@ -146,7 +162,9 @@ def tls_context(cert: Path, key: Path, client_ca: Path | None) -> ssl.SSLContext
             context.load_verify_locations(client_ca)
             context.verify_mode = ssl.CERT_REQUIRED
     except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"--tls-cert, --tls-key, --tls-client-ca: these files cannot be used together: {error}") from error
+        raise ConfigError(
+            f"--tls-cert, --tls-key, --tls-client-ca: these files cannot be used together: {error}"
+        ) from error
     return context
 
 
@@ -166,4 +184,6 @@ def server_credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.Se
             if b"-----BEGIN" not in content[name]:
                 raise ConfigError(f"--{name}: {path} is not a PEM file.")
     ca = content.get("tls-client-ca")
-    return grpc.ssl_server_credentials([(content["tls-key"], content["tls-cert"])], ca, ca is not None)
+    return grpc.ssl_server_credentials(
+        [(content["tls-key"], content["tls-cert"])], ca, ca is not None
+    )

@@ -61,4 +61,7 @@ def status_for(error: BaseException) -> tuple[grpc.StatusCode, str]:
         return grpc.StatusCode.INVALID_ARGUMENT, "the request holds text that is not valid Unicode."
     if isinstance(error, MemoryError):
         return grpc.StatusCode.RESOURCE_EXHAUSTED, "the server is out of memory. Try again later."
-    return grpc.StatusCode.INTERNAL, f"internal error ({type(error).__name__}). The server's log holds the details."
+    return (
+        grpc.StatusCode.INTERNAL,
+        f"internal error ({type(error).__name__}). The server's log holds the details.",
+    )

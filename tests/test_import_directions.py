@@ -25,4 +25,6 @@ def imported_packages(path: Path) -> set[str]:
 def test_imports_point_one_way(path: Path) -> None:
     package = path.relative_to(ROOT).parts[0]
     later = set(ORDER[ORDER.index(package) + 1 :])
-    assert not imported_packages(path) & later, f"{path.relative_to(ROOT)} imports a package that depends on it"
+    assert not imported_packages(path) & later, (
+        f"{path.relative_to(ROOT)} imports a package that depends on it"
+    )

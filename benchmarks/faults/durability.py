@@ -21,7 +21,15 @@ import click
 import numpy as np
 
 from benchmarks.record import write_record
-from encoders.commands.console import fail, handle_errors, json_option, print_json, print_table, say, track
+from encoders.commands.console import (
+    fail,
+    handle_errors,
+    json_option,
+    print_json,
+    print_table,
+    say,
+    track,
+)
 from encoders.errors import OmniError
 from index_builder.ann import AnnConfig
 from index_builder.building.build import build_release
@@ -58,15 +66,24 @@ def make_bundle(folder: Path) -> Path:
 def inputs(seed: int, count: int = 2500) -> dict[str, EntityInput]:
     """Two entity types."""
     return {
-        "pin": EntityInput(ids=[f"pin-{i}" for i in range(count)], vectors=unit_vectors(count, seed), space_id=SPACE),
-        "ad": EntityInput(ids=[f"ad-{i}" for i in range(50)], vectors=unit_vectors(50, seed + 1), space_id=SPACE),
+        "pin": EntityInput(
+            ids=[f"pin-{i}" for i in range(count)],
+            vectors=unit_vectors(count, seed),
+            space_id=SPACE,
+        ),
+        "ad": EntityInput(
+            ids=[f"ad-{i}" for i in range(50)], vectors=unit_vectors(50, seed + 1), space_id=SPACE
+        ),
     }
 
 
 def config(kind: str = "auto", **changes: Any) -> RebuildConfig:
     """Fast builds: few calibration queries, a low gate."""
     index = IndexConfig(kind=kind, ann=AnnConfig(m=8, ef_construction=40))
-    return replace(RebuildConfig(index=index, min_recall=0.5, calibration_queries=50, golden_queries=8), **changes)
+    return replace(
+        RebuildConfig(index=index, min_recall=0.5, calibration_queries=50, golden_queries=8),
+        **changes,
+    )
 
 
 # --- kill -9 -------------------------------------------------------------------------------------------------------------------------
@@ -108,9 +125,16 @@ def _update(store: ReleaseStore, acknowledged: Path, seed: int) -> None:
                 entries.append(LiveEntry(id=f"pin-{number}"))
             else:
                 vector = unit_vectors(1, int(rng.integers(1 << 31)))[0]
-                entries.append(LiveEntry(id=f"pin-{number}", vector=vector, space_id=SPACE, attributes={"n": number}))
+                entries.append(
+                    LiveEntry(
+                        id=f"pin-{number}", vector=vector, space_id=SPACE, attributes={"n": number}
+                    )
+                )
         last = writer.write(entries)
-        lines = [f"{last - len(entries) + 1 + i} {'-' if e.is_delete else '+'} {e.id}\n" for i, e in enumerate(entries)]
+        lines = [
+            f"{last - len(entries) + 1 + i} {'-' if e.is_delete else '+'} {e.id}\n"
+            for i, e in enumerate(entries)
+        ]
         os.write(descriptor, "".join(lines).encode())
 
 
@@ -131,7 +155,12 @@ def _publish_copy(store: ReleaseStore) -> None:
         staging = store.staging(f"copy-{os.getpid()}-{time.time_ns()}")
         shutil.rmtree(staging)
         shutil.copytree(release.path, staging, ignore=shutil.ignore_patterns(MANIFEST_NAME))
-        store.publish(staging, replace(release.manifest, release_id=f"copy-{time.time_ns()}", parent=release.release_id))
+        store.publish(
+            staging,
+            replace(
+                release.manifest, release_id=f"copy-{time.time_ns()}", parent=release.release_id
+            ),
+        )
 
 
 def check_store(store: ReleaseStore, acknowledged: Path) -> int:
@@ -156,7 +185,10 @@ def check_store(store: ReleaseStore, acknowledged: Path) -> int:
     for line in lines:
         parts = line.split(" ")
         if len(parts) == 3:
-            assert found.get(int(parts[0])) == (parts[1], parts[2]), f"acknowledged write {line!r} is lost: {found.get(int(parts[0]))}"
+            assert found.get(int(parts[0])) == (
+                parts[1],
+                parts[2],
+            ), f"acknowledged write {line!r} is lost: {found.get(int(parts[0]))}"
     latest = {identifier: operation for _, (operation, identifier) in sorted(found.items())}
     assert follower.view("pin").sequence == max(found, default=0), "the view is not that of the log"
     index, query = release.entity("pin"), unit_vectors(1, 1)[0]
@@ -171,7 +203,11 @@ def check_store(store: ReleaseStore, acknowledged: Path) -> int:
 def kill_rounds(root: Path, rounds: int, seed: int) -> dict[str, Any]:
     """Kill a rebuild, an update or a publish/activate/collect loop ``rounds`` times at random moments; check the store after each."""
     rng = random.Random(seed)
-    bundle, store, acknowledged = make_bundle(root / "bundle"), ReleaseStore(root / "store"), root / "acknowledged.txt"
+    bundle, store, acknowledged = (
+        make_bundle(root / "bundle"),
+        ReleaseStore(root / "store"),
+        root / "acknowledged.txt",
+    )
     in_child(partial(_rebuild, store, bundle, 0), None)
     _, build_seconds = in_child(partial(_rebuild, store, bundle, 1), None)
     assert len(store.ids()) == 2, "an undisturbed rebuild must succeed"
@@ -184,22 +220,35 @@ def kill_rounds(root: Path, rounds: int, seed: int) -> dict[str, Any]:
     for number in track(range(rounds), "kill -9", rounds):
         what = ("rebuild", "update", "publish, activate, rollback, gc")[number % 3]
         if what == "rebuild":
-            work, after = partial(_rebuild, store, bundle, number // 3 % 8), rng.uniform(0.0, build_seconds * 1.05)
+            work, after = (
+                partial(_rebuild, store, bundle, number // 3 % 8),
+                rng.uniform(0.0, build_seconds * 1.05),
+            )
         elif what == "update":
             work, after = partial(_update, store, acknowledged, number), rng.uniform(0.0, 0.4)
         else:
             work, after = partial(_activate_and_collect, store, number), rng.uniform(0.0, 0.8)
         was_killed, _ = in_child(work, after)
         (killed if was_killed else finished)[what] += 1
-        left = [p.name.split("-")[0] for p in store.releases.iterdir() if p.name.startswith((".staging", ".trash", ".CURRENT"))]
+        left = [
+            p.name.split("-")[0]
+            for p in store.releases.iterdir()
+            if p.name.startswith((".staging", ".trash", ".CURRENT"))
+        ]
         stages.update(f"left behind: {name}" for name in set(left))
         # Checked in a child as well, so that this process never starts the threads of a library, which a fork would break.
         report = root / "check.json"
         report.unlink(missing_ok=True)
         crashed, _ = in_child(partial(_check_into, store, acknowledged, report), None)
-        outcome = json.loads(report.read_text()) if report.exists() else {"error": "the checking process died"}
+        outcome = (
+            json.loads(report.read_text())
+            if report.exists()
+            else {"error": "the checking process died"}
+        )
         if crashed or outcome["error"]:
-            failures.append(f"round {number} ({what} killed after {after:.3f} s): {outcome['error']}")
+            failures.append(
+                f"round {number} ({what} killed after {after:.3f} s): {outcome['error']}"
+            )
             say(failures[-1])
         else:
             writes = int(outcome["writes"])
@@ -226,7 +275,9 @@ def _check_into(store: ReleaseStore, acknowledged: Path, report: Path) -> None:
 # --- corruption ----------------------------------------------------------------------------------------------------------------------
 
 
-def damage(paths: list[Path], rng: random.Random, kinds: tuple[str, ...]) -> tuple[str, Callable[[], None]]:
+def damage(
+    paths: list[Path], rng: random.Random, kinds: tuple[str, ...]
+) -> tuple[str, Callable[[], None]]:
     """Damage one file (or swap two) in place; returns what was done and how to undo it."""
     kind = rng.choice(kinds)
     path = rng.choice(paths)
@@ -237,7 +288,14 @@ def damage(paths: list[Path], rng: random.Random, kinds: tuple[str, ...]) -> tup
         if other_content != content:
             path.write_bytes(other_content)
             other.write_bytes(content)
-            return f"swap {path.name}", lambda: (path.write_bytes(content), other.write_bytes(other_content), None)[2]
+            return (
+                f"swap {path.name}",
+                lambda: (
+                    path.write_bytes(content),
+                    other.write_bytes(other_content),
+                    None,
+                )[2],
+            )
         kind = "flip"
     if kind == "remove":
         path.unlink()
@@ -279,7 +337,13 @@ def corruption_rounds(root: Path, rounds: int, seed: int) -> dict[str, Any]:
     log_store = stores[0]
     writer = LiveLogWriter(log_store.live_root, "pin", DIMENSION, file_bytes=20_000)
     for i in range(300):
-        writer.write([LiveEntry(id=f"pin-{i}", vector=unit_vectors(1, i)[0], space_id=SPACE, attributes={"n": i})])
+        writer.write(
+            [
+                LiveEntry(
+                    id=f"pin-{i}", vector=unit_vectors(1, i)[0], space_id=SPACE, attributes={"n": i}
+                )
+            ]
+        )
     errors: Counter[str] = Counter()
     accepted: list[str] = []
     foreign: list[str] = []
@@ -287,14 +351,25 @@ def corruption_rounds(root: Path, rounds: int, seed: int) -> dict[str, Any]:
         live = number % 10 == 9
         store = log_store if live else stores[number % len(stores)]
         if live:
-            paths = sorted(p for p in (store.live_root / "pin").iterdir() if p.name != "writer.lock")
+            paths = sorted(
+                p for p in (store.live_root / "pin").iterdir() if p.name != "writer.lock"
+            )
         else:
             current = store.current()
             assert current is not None
-            paths = [*sorted(p for p in store.path_of(current).rglob("*") if p.is_file()), store.releases / CURRENT_NAME]
+            paths = [
+                *sorted(p for p in store.path_of(current).rglob("*") if p.is_file()),
+                store.releases / CURRENT_NAME,
+            ]
         # Bytes behind the acknowledged end of a log are a torn tail, which is tolerated, so nothing is appended to logs here.
         done, undo = damage(
-            paths, rng, ("truncate", "flip", "swap", "remove") if live else ("truncate", "flip", "swap", "append", "remove")
+            paths,
+            rng,
+            (
+                ("truncate", "flip", "swap", "remove")
+                if live
+                else ("truncate", "flip", "swap", "append", "remove")
+            ),
         )
         try:
             name = _refused(store, live)
@@ -307,12 +382,23 @@ def corruption_rounds(root: Path, rounds: int, seed: int) -> dict[str, Any]:
         undo()
     for store in stores:
         store.open_current().close()  # undone: whole again
-    return {"rounds": rounds, "refused_by": dict(errors.most_common()), "accepted": accepted, "untyped_errors": foreign}
+    return {
+        "rounds": rounds,
+        "refused_by": dict(errors.most_common()),
+        "accepted": accepted,
+        "untyped_errors": foreign,
+    }
 
 
 @click.command()
 @click.option("--kills", type=int, default=200, show_default=True, help="kill -9 rounds.")
-@click.option("--damages", type=int, default=1000, show_default=True, help="Truncations, bit flips, swaps, removals.")
+@click.option(
+    "--damages",
+    type=int,
+    default=1000,
+    show_default=True,
+    help="Truncations, bit flips, swaps, removals.",
+)
 @click.option("--seed", type=int, default=1, show_default=True, help="Of every random choice.")
 @click.option("--no-record", is_flag=True, help="Print only; write no record.")
 @json_option
@@ -338,14 +424,25 @@ def command(kills: int, damages: int, seed: int, no_record: bool, as_json: bool)
         damaging = json.loads(report.read_text()) if report.exists() else {}
         if damages and not damaging:
             fail(f"the process that opened damaged files {'crashed' if crashed else 'failed'}")
-    metrics = {"kill": killing, "corruption": damaging, "seconds": round(time.perf_counter() - started, 1)}
+    metrics = {
+        "kill": killing,
+        "corruption": damaging,
+        "seconds": round(time.perf_counter() - started, 1),
+    }
     if not no_record:
         write_record(
             "durability",
-            dataset={"name": "random unit vectors (simulated)", "entities": 2550, "dimension": DIMENSION},
+            dataset={
+                "name": "random unit vectors (simulated)",
+                "entities": 2550,
+                "dimension": DIMENSION,
+            },
             config={"kills": kills, "damages": damages, "seed": seed, "index_kinds": KINDS},
             protocol={
-                "kill": "SIGKILL after a random time; then the store is opened, verified, replayed and searched",
+                "kill": (
+                    "SIGKILL after a random time; then the store is opened, verified, replayed and"
+                    " searched"
+                ),
                 "clock": "perf_counter",
             },
             metrics=metrics,
@@ -364,9 +461,17 @@ def command(kills: int, damages: int, seed: int, no_record: bool, as_json: bool)
         rows += [("  acknowledged writes found again", killing["acknowledged_writes_found_again"])]
         rows += [("  rounds with a damaged release or a lost write", len(killing["failures"]))]
     if damaging:
-        rows += [("damaged files", damaging["rounds"]), ("  refused by", str(damaging["refused_by"]))]
-        rows += [("  accepted", len(damaging["accepted"])), ("  untyped errors or crashes", len(damaging["untyped_errors"]))]
-    print_table("durability (random vectors, simulated)", ("what", "result"), [(a, str(b)) for a, b in rows])
+        rows += [
+            ("damaged files", damaging["rounds"]),
+            ("  refused by", str(damaging["refused_by"])),
+        ]
+        rows += [
+            ("  accepted", len(damaging["accepted"])),
+            ("  untyped errors or crashes", len(damaging["untyped_errors"])),
+        ]
+    print_table(
+        "durability (random vectors, simulated)", ("what", "result"), [(a, str(b)) for a, b in rows]
+    )
     if killing and killing["failures"]:
         sys.exit(1)
     if damaging and (damaging["accepted"] or damaging["untyped_errors"]):

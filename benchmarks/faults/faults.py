@@ -30,11 +30,24 @@ def run_part(part: str, root: Path, settings: dict[str, Any]) -> Any:
     """Run one part in a fresh folder; returns its figures."""
     if part == "overload":
         heavy = ReleaseStore(root / "heavy")
-        tower = write_small_bundle(root / "h", 3, layers=6, width=256)  # as deep as the paper's, so that encoding is the limit
+        tower = write_small_bundle(
+            root / "h", 3, layers=6, width=256
+        )  # as deep as the paper's, so that encoding is the limit
         small_release(heavy, root / "h", tower, release_id="h1", counts=COUNTS)
         server_cores, client_cores = split_cores()
-        flags = ("--shadow-fraction", "0", "--max-encode-queue", "64", "--max-in-flight", "96", "--cache-mib", "4")
-        server = ServerProcess(heavy.root, *flags, cores=server_cores)  # the small cache is soon full: what grows then is a leak
+        flags = (
+            "--shadow-fraction",
+            "0",
+            "--max-encode-queue",
+            "64",
+            "--max-in-flight",
+            "96",
+            "--cache-mib",
+            "4",
+        )
+        server = ServerProcess(
+            heavy.root, *flags, cores=server_cores
+        )  # the small cache is soon full: what grows then is a leak
         try:
             return overload(server, settings["overload_seconds"], 2.0, client_cores)
         finally:
@@ -42,7 +55,14 @@ def run_part(part: str, root: Path, settings: dict[str, Any]) -> Any:
     if part == "shadow":
         store = ReleaseStore(root / "shadow")
         tower = write_small_bundle(root / "s", 5)
-        small_release(store, root / "s", tower, release_id="good", counts={"pin": settings["shadow_entities"]}, kind="hnsw")
+        small_release(
+            store,
+            root / "s",
+            tower,
+            release_id="good",
+            counts={"pin": settings["shadow_entities"]},
+            kind="hnsw",
+        )
         return asyncio.run(damaged_index(store, tower, "good", 100.0, settings["shadow_seconds"]))
     store, encoder = prepare_store(root)
     space_id = json.loads((root / "a" / "space.json").read_text(encoding="utf-8"))["space_id"]
@@ -50,11 +70,15 @@ def run_part(part: str, root: Path, settings: dict[str, Any]) -> Any:
         workers = "1" if part == "swaps" else "2"
         server = ServerProcess(store.root, "--keep-releases", "2", "--workers", workers)
         try:
-            return asyncio.run(swaps_under_load(server.address, settings["swaps"], 8, settings["rate"]))
+            return asyncio.run(
+                swaps_under_load(server.address, settings["swaps"], 8, settings["rate"])
+            )
         finally:
             server.stop()
     if part == "kills":
-        return asyncio.run(kill_nine(store, root / "a", encoder, space_id, settings["kills"], settings["seed"]))
+        return asyncio.run(
+            kill_nine(store, root / "a", encoder, space_id, settings["kills"], settings["seed"])
+        )
     if part == "disk":
         return asyncio.run(full_disk(encoder, root / "a", space_id))
     if part == "clock":
@@ -70,19 +94,59 @@ def merged(earlier: dict[str, Any], part: str, found: Any) -> Any:
         return found
     if before.keys() != found.keys():  # a record of another form
         return found
-    return {key: dict(Counter(before[key]) + Counter(found[key])) if key == "killed" else before[key] + found[key] for key in found}
+    return {
+        key: (
+            dict(Counter(before[key]) + Counter(found[key]))
+            if key == "killed"
+            else before[key] + found[key]
+        )
+        for key in found
+    }
 
 
 @click.command("faults")
-@click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="Run only this part; repeat. Default: all.")
-@click.option("--swaps", default=100, show_default=True, help="Release swaps under load, two thirds of them to another encoder.")
+@click.option(
+    "--part",
+    "parts",
+    multiple=True,
+    type=click.Choice(PARTS),
+    help="Run only this part; repeat. Default: all.",
+)
+@click.option(
+    "--swaps",
+    default=100,
+    show_default=True,
+    help="Release swaps under load, two thirds of them to another encoder.",
+)
 @click.option("--rate", default=150.0, show_default=True, help="Requests/s during the swaps.")
-@click.option("--overload-seconds", default=60.0, show_default=True, help="Length of the 4x overload.")
-@click.option("--kills", default=200, show_default=True, help="How many kill -9; runs with different seeds add up in the record.")
+@click.option(
+    "--overload-seconds", default=60.0, show_default=True, help="Length of the 4x overload."
+)
+@click.option(
+    "--kills",
+    default=200,
+    show_default=True,
+    help="How many kill -9; runs with different seeds add up in the record.",
+)
 @click.option("--seed", default=0, show_default=True, help="Chooses the moments of the kills.")
-@click.option("--shadow-seconds", default=90.0, show_default=True, help="How long shadow recall watches the healthy index first.")
-@click.option("--shadow-entities", default=SHADOW_ENTITIES, show_default=True, help="Entities of the index that is damaged.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=RESULTS, help="Folder of the JSON record.")
+@click.option(
+    "--shadow-seconds",
+    default=90.0,
+    show_default=True,
+    help="How long shadow recall watches the healthy index first.",
+)
+@click.option(
+    "--shadow-entities",
+    default=SHADOW_ENTITIES,
+    show_default=True,
+    help="Entities of the index that is damaged.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=RESULTS,
+    help="Folder of the JSON record.",
+)
 @json_option
 @handle_errors
 def command(parts: tuple[str, ...], out: Path, as_json: bool, **settings: Any) -> None:
@@ -113,8 +177,11 @@ def command(parts: tuple[str, ...], out: Path, as_json: bool, **settings: Any) -
             config={"runs": runs},
             protocol={
                 "client": "grpc.aio on the same machine, sharing its cores with the server",
-                "overload": "client process sends prepared HTTP/2 frames over 8 connections, open loop; server and client pinned to cores "
-                "of their own, peak (closed loop) and flood measured under the same pinning; every query text is new",
+                "overload": (
+                    "client process sends prepared HTTP/2 frames over 8 connections, open loop;"
+                    " server and client pinned to cores of their own, peak (closed loop) and flood"
+                    " measured under the same pinning; every query text is new"
+                ),
                 "clock": "perf_counter",
             },
             metrics=metrics,
@@ -128,5 +195,7 @@ def command(parts: tuple[str, ...], out: Path, as_json: bool, **settings: Any) -
     for name, values in metrics.items():
         for item in values if isinstance(values, list) else [values]:
             for key, value in item.items():
-                rows.append([name, key, json.dumps(value) if isinstance(value, dict | list) else str(value)])
+                rows.append(
+                    [name, key, json.dumps(value) if isinstance(value, dict | list) else str(value)]
+                )
     print_table("SIMULATED load on small made-up releases", ["fault", "figure", "value"], rows)

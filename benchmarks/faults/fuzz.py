@@ -23,13 +23,29 @@ from google.protobuf.message import Message
 
 from benchmarks.record import write_record
 from benchmarks.serving.peer_servers import Process, omni_server
-from encoders.commands.console import fail, handle_errors, json_option, print_json, print_table, say, stage
+from encoders.commands.console import (
+    fail,
+    handle_errors,
+    json_option,
+    print_json,
+    print_table,
+    say,
+    stage,
+)
 from protos import retrieval_pb2 as pb
 from retrieval.http2 import frames as wire
 
 TYPED = frozenset(
     {
-        *("OK", "INVALID_ARGUMENT", "NOT_FOUND", "FAILED_PRECONDITION", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED"),
+        *(
+            "OK",
+            "INVALID_ARGUMENT",
+            "NOT_FOUND",
+            "FAILED_PRECONDITION",
+            "RESOURCE_EXHAUSTED",
+            "PERMISSION_DENIED",
+            "UNAUTHENTICATED",
+        ),
         *("UNIMPLEMENTED",),
     }
 )
@@ -44,10 +60,23 @@ SERVICES = {
         "Score": pb.ScoreRequest,
         "DescribeRelease": pb.DescribeReleaseRequest,
     },
-    "Admin": {"Activate": pb.ActivateRequest, "Upsert": pb.UpsertRequest, "Delete": pb.DeleteRequest},
+    "Admin": {
+        "Activate": pb.ActivateRequest,
+        "Upsert": pb.UpsertRequest,
+        "Delete": pb.DeleteRequest,
+    },
 }
 FILTERS = (
-    *("price <", "((((", "price < 20 and", "not not not sale", "price in []", "price in [1,", 'title == "', "array_contains(tags, 'red')"),
+    *(
+        "price <",
+        "((((",
+        "price < 20 and",
+        "not not not sale",
+        "price in []",
+        "price in [1,",
+        'title == "',
+        "array_contains(tags, 'red')",
+    ),
     *(
         "price < 1e999",
         "unknown == 1",
@@ -59,7 +88,22 @@ FILTERS = (
         "price<20",
     ),
 )
-WORDS = ("red cat", "blue fish", "", " ", "\t\n", "\x00", "‮", "🐋" * 9, "ﷺ" * 40, "a" * 3000, "ß", "日本語", "\u0301" * 50, "' OR 1=1 --")
+WORDS = (
+    "red cat",
+    "blue fish",
+    "",
+    " ",
+    "\t\n",
+    "\x00",
+    "‮",
+    "🐋" * 9,
+    "ﷺ" * 40,
+    "a" * 3000,
+    "ß",
+    "日本語",
+    "\u0301" * 50,
+    "' OR 1=1 --",
+)
 
 
 class Generator:
@@ -126,7 +170,21 @@ class Generator:
         if item.type == FieldDescriptor.TYPE_BOOL:
             return rng.random() < 0.5
         if item.type in (FieldDescriptor.TYPE_FLOAT, FieldDescriptor.TYPE_DOUBLE):
-            return rng.choice((0.0, 0.5, 1.0, -1.0, 2.0, 1e30, -1e30, float("nan"), float("inf"), float("-inf"), rng.uniform(-2, 2)))
+            return rng.choice(
+                (
+                    0.0,
+                    0.5,
+                    1.0,
+                    -1.0,
+                    2.0,
+                    1e30,
+                    -1e30,
+                    float("nan"),
+                    float("inf"),
+                    float("-inf"),
+                    rng.uniform(-2, 2),
+                )
+            )
         return rng.choice((0, 1, 5, 10, 10, 100, 1000, 1001, -1, 2**31 - 1, -(2**31)))
 
     def string(self, name: str) -> str:
@@ -144,7 +202,13 @@ class Generator:
         }
         if name == "filter" and rng.random() < 0.2:
             depth = rng.choice((3, 40, 300, 1500))
-            return rng.choice(("(" * depth + "price < 1" + ")" * depth, "not " * depth + "sale", " and ".join(["price < 1"] * depth)))
+            return rng.choice(
+                (
+                    "(" * depth + "price < 1" + ")" * depth,
+                    "not " * depth + "sale",
+                    " and ".join(["price < 1"] * depth),
+                )
+            )
         return rng.choice(known.get(name, WORDS))
 
     def text(self) -> str:
@@ -160,7 +224,11 @@ class Generator:
     def vector(self) -> bytes:
         """Bytes for an embedding: right, of a wrong length or norm, NaN, or noise."""
         rng = self.rng
-        count = self.dimension if rng.random() < 0.7 else rng.choice((0, 1, self.dimension - 1, self.dimension * 3, 1000))
+        count = (
+            self.dimension
+            if rng.random() < 0.7
+            else rng.choice((0, 1, self.dimension - 1, self.dimension * 3, 1000))
+        )
         values = [rng.gauss(0, 1) for _ in range(count)]
         if rng.random() < 0.6 and values:
             norm = sum(v * v for v in values) ** 0.5
@@ -188,7 +256,9 @@ class Generator:
             elif kind == 4:
                 data = bytearray(rng.randbytes(rng.choice((0, 1, 10, 200))))
             else:
-                data[place:place] = b"\x0b" * rng.choice((1, 40, 400))  # start-group tags: nesting without an end
+                data[place:place] = b"\x0b" * rng.choice(
+                    (1, 40, 400)
+                )  # start-group tags: nesting without an end
         return bytes(data)
 
     def raw(self) -> bytes:
@@ -199,7 +269,12 @@ class Generator:
         def frame() -> bytes:
             body = rng.randbytes(rng.choice((0, 4, 5, 8, 50)))
             length = len(body) if rng.random() < 0.7 else rng.randrange(2**24)
-            return length.to_bytes(3, "big") + bytes([rng.randrange(12), rng.randrange(256)]) + rng.randbytes(4) + body
+            return (
+                length.to_bytes(3, "big")
+                + bytes([rng.randrange(12), rng.randrange(256)])
+                + rng.randbytes(4)
+                + body
+            )
 
         kinds: tuple[Callable[[], bytes], ...] = (
             lambda: rng.randbytes(rng.choice((1, 100, 5000))),
@@ -218,13 +293,26 @@ class Generator:
         frames: list[bytes] = []
         for number in range(rng.randrange(1, 6)):
             path, content = self.request()
-            fields = [(":method", "POST"), (":scheme", "http"), (":path", path), ("content-type", "application/grpc"), ("te", "trailers")]
+            fields = [
+                (":method", "POST"),
+                (":scheme", "http"),
+                (":path", path),
+                ("content-type", "application/grpc"),
+                ("te", "trailers"),
+            ]
             if rng.random() < 0.3:
                 fields.append(("grpc-timeout", rng.choice(("1n", "0S", "99999999H", "x", "10m"))))
             body = bytes((rng.random() < 0.1,)) + len(content).to_bytes(4, "big") + content
-            frames.append(wire.frame(wire.HEADERS, wire.END_HEADERS, 2 * number + 1, encoder.encode(fields)))
+            frames.append(
+                wire.frame(wire.HEADERS, wire.END_HEADERS, 2 * number + 1, encoder.encode(fields))
+            )
             frames += [
-                wire.frame(wire.DATA, wire.END_STREAM if at + 16_384 >= len(body) else 0, 2 * number + 1, body[at : at + 16_384])
+                wire.frame(
+                    wire.DATA,
+                    wire.END_STREAM if at + 16_384 >= len(body) else 0,
+                    2 * number + 1,
+                    body[at : at + 16_384],
+                )
                 for at in range(0, len(body), 16_384)
             ]
         if rng.random() < 0.3:
@@ -249,17 +337,29 @@ class Tally:
         self.by_method.setdefault(method.rsplit("/", 1)[-1], Counter())[code] += 1
         self.slowest_seconds = max(self.slowest_seconds, seconds)
         if code not in TYPED and len(self.faults) < 20:
-            self.faults.append({"method": method, "code": code, "details": details[:500], "hex": content[:4000].hex()})
+            self.faults.append(
+                {
+                    "method": method,
+                    "code": code,
+                    "details": details[:500],
+                    "hex": content[:4000].hex(),
+                }
+            )
 
 
-async def fuzz(process: Process, generator: Generator, count: int, *, raw_share: float, concurrency: int) -> Tally:
+async def fuzz(
+    process: Process, generator: Generator, count: int, *, raw_share: float, concurrency: int
+) -> Tally:
     """Send ``count`` requests, ``raw_share`` of them as bytes on bare connections; a valid canary every 500 must keep its answer."""
     tally = Tally()
     left = count
     options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
     async with grpc.aio.insecure_channel(process.address, options=options) as channel:
         canary = pb.RetrieveRequest(query="red cat", entity_type="pin", k=5).SerializeToString()
-        ask = channel.unary_unary("/omnisearchsage.v1.Retrieval/Retrieve", response_deserializer=pb.RetrieveResponse.FromString)
+        ask = channel.unary_unary(
+            "/omnisearchsage.v1.Retrieval/Retrieve",
+            response_deserializer=pb.RetrieveResponse.FromString,
+        )
         expected = [hit.id for hit in (await ask(canary, timeout=DEADLINE_SECONDS)).hits]
         host, port = process.address.rsplit(":", 1)
 
@@ -284,7 +384,14 @@ async def fuzz(process: Process, generator: Generator, count: int, *, raw_share:
                     answer = [hit.id for hit in (await ask(canary, timeout=DEADLINE_SECONDS)).hits]
                     tally.canaries += 1
                     if answer != expected:
-                        tally.faults.append({"method": "canary", "code": "WRONG", "details": f"{answer} instead of {expected}", "hex": ""})
+                        tally.faults.append(
+                            {
+                                "method": "canary",
+                                "code": "WRONG",
+                                "details": f"{answer} instead of {expected}",
+                                "hex": "",
+                            }
+                        )
 
         await asyncio.gather(*(lane() for _ in range(concurrency)))
     return tally
@@ -292,7 +399,9 @@ async def fuzz(process: Process, generator: Generator, count: int, *, raw_share:
 
 async def _raw(host: str, port: int, content: bytes) -> None:
     with contextlib.suppress(OSError, TimeoutError):
-        reader, writer = await asyncio.wait_for(asyncio.open_connection(host, port), DEADLINE_SECONDS)
+        reader, writer = await asyncio.wait_for(
+            asyncio.open_connection(host, port), DEADLINE_SECONDS
+        )
         writer.write(content)
         with contextlib.suppress(OSError, TimeoutError):
             await asyncio.wait_for(writer.drain(), 1)
@@ -300,7 +409,9 @@ async def _raw(host: str, port: int, content: bytes) -> None:
         writer.close()
 
 
-def run(count: int, seed: int, raw_share: float, concurrency: int, folder: Path) -> tuple[Tally, dict[str, float]]:
+def run(
+    count: int, seed: int, raw_share: float, concurrency: int, folder: Path
+) -> tuple[Tally, dict[str, float]]:
     """Build a small release in ``folder``, start a server on it, fuzz it; returns the tally and the server's memory before and after."""
     from benchmarks.small_releases import small_release, write_small_bundle
     from index_builder.releases.store import ReleaseStore
@@ -312,18 +423,36 @@ def run(count: int, seed: int, raw_share: float, concurrency: int, folder: Path)
         generator = Generator(seed, release.space_id, release.dimension)
     with omni_server(store.root, ["--encoder-form", "torch"]) as process:
         warm = asyncio.run(
-            fuzz(process, Generator(seed + 1, generator.space_id, generator.dimension), min(count, 1000), raw_share=0.0, concurrency=8)
+            fuzz(
+                process,
+                Generator(seed + 1, generator.space_id, generator.dimension),
+                min(count, 1000),
+                raw_share=0.0,
+                concurrency=8,
+            )
         )
         before = process.memory_mib()
-        tally = asyncio.run(fuzz(process, generator, count, raw_share=raw_share, concurrency=concurrency))
+        tally = asyncio.run(
+            fuzz(process, generator, count, raw_share=raw_share, concurrency=concurrency)
+        )
         tally.faults = warm.faults + tally.faults
         return tally, {"before": round(before, 1), "after": round(process.memory_mib(), 1)}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--count", default=100_000, show_default=True, help="Requests to send.")
-@click.option("--seed", default=0, show_default=True, help="Same seed, same requests (their order varies with timing).")
-@click.option("--raw-share", default=0.1, show_default=True, help="Share sent as raw bytes on bare connections.")
+@click.option(
+    "--seed",
+    default=0,
+    show_default=True,
+    help="Same seed, same requests (their order varies with timing).",
+)
+@click.option(
+    "--raw-share",
+    default=0.1,
+    show_default=True,
+    help="Share sent as raw bytes on bare connections.",
+)
 @click.option("--concurrency", default=32, show_default=True, help="Requests in flight.")
 @json_option
 @handle_errors
@@ -360,9 +489,19 @@ def command(count: int, seed: int, raw_share: float, concurrency: int, as_json: 
     if as_json:
         print_json(metrics)
     else:
-        print_table(f"Answers to {count:,} malformed requests", ["status", "count"], list(tally.codes.most_common()))
-        say(f"{tally.raw_connections:,} raw connections, {tally.canaries} canaries, slowest {tally.slowest_seconds:.2f} s, memory {memory}")
+        print_table(
+            f"Answers to {count:,} malformed requests",
+            ["status", "count"],
+            list(tally.codes.most_common()),
+        )
+        say(
+            f"{tally.raw_connections:,} raw connections, {tally.canaries} canaries, slowest"
+            f" {tally.slowest_seconds:.2f} s, memory {memory}"
+        )
         say(f"record: {path.name}")
     if tally.faults:
         first = tally.faults[0]
-        fail(f"{len(tally.faults)} faults, the first: {first['method']} {first['code']} {first['details'][:200]}")
+        fail(
+            f"{len(tally.faults)} faults, the first: {first['method']} {first['code']}"
+            f" {first['details'][:200]}"
+        )

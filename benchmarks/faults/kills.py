@@ -56,9 +56,21 @@ class ForkedServer:
     """``omni serve`` in a process that is forked after the imports."""
 
     def __init__(self, context: Any, store: Path) -> None:
-        flags = ["--host", "127.0.0.1", "--port", "0", "--metrics-port", "-1", "--shadow-fraction", "0", "--json"]
+        flags = [
+            "--host",
+            "127.0.0.1",
+            "--port",
+            "0",
+            "--metrics-port",
+            "-1",
+            "--shadow-fraction",
+            "0",
+            "--json",
+        ]
         receive, send = context.Pipe(duplex=False)
-        self.process: ForkServerProcess = context.Process(target=_serve, args=(["serve", "--store", str(store), *flags], send), daemon=True)
+        self.process: ForkServerProcess = context.Process(
+            target=_serve, args=(["serve", "--store", str(store), *flags], send), daemon=True
+        )
         self.process.start()
         send.close()
         line = b""
@@ -90,9 +102,19 @@ def _publish(root: Path, bundle: Path, vectors: Path, name: str, once: bool = Fa
     sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     store, held = ReleaseStore(root), np.load(vectors)
     space_id = json.loads((bundle / "space.json").read_text(encoding="utf-8"))["space_id"]
-    pins = EntityInput(ids=[f"{name}:pin-{i}" for i in range(len(held["pins"]))], vectors=held["pins"], space_id=space_id)
+    pins = EntityInput(
+        ids=[f"{name}:pin-{i}" for i in range(len(held["pins"]))],
+        vectors=held["pins"],
+        space_id=space_id,
+    )
     queries = {"*": QuerySet(WORDS[:24], held["golden"])}
-    config = RebuildConfig(index=IndexConfig(kind="hnsw"), min_recall=0.5, golden_queries=16, release_id=name, activate=True)
+    config = RebuildConfig(
+        index=IndexConfig(kind="hnsw"),
+        min_recall=0.5,
+        golden_queries=16,
+        release_id=name,
+        activate=True,
+    )
     build_release({"pin": pins}, bundle, store, config, queries)
     number = 0
     while not once:
@@ -101,7 +123,9 @@ def _publish(root: Path, bundle: Path, vectors: Path, name: str, once: bool = Fa
             staging = store.staging(f"{name}-{number}")
             shutil.rmtree(staging)
             shutil.copytree(release.path, staging, ignore=shutil.ignore_patterns(MANIFEST_NAME))
-            store.publish(staging, replace(release.manifest, release_id=f"{name}-{number}", parent=name))
+            store.publish(
+                staging, replace(release.manifest, release_id=f"{name}-{number}", parent=name)
+            )
         store.activate(f"{name}-{number}")
 
 
@@ -125,9 +149,15 @@ class Writes:
         while not self.stop:
             ids = [f"live-{self.number + i}" for i in range(4)]
             self.number += 4
-            entities = [pb.Entity(id=id, embedding=self.vectors[hash_of(id) % len(self.vectors)].tobytes()) for id in ids]
+            entities = [
+                pb.Entity(id=id, embedding=self.vectors[hash_of(id) % len(self.vectors)].tobytes())
+                for id in ids
+            ]
             try:
-                await admin.Upsert(pb.UpsertRequest(entity_type="pin", space_id=self.space_id, entities=entities), timeout=10)
+                await admin.Upsert(
+                    pb.UpsertRequest(entity_type="pin", space_id=self.space_id, entities=entities),
+                    timeout=10,
+                )
                 self.acknowledged.update(ids)
             except grpc.RpcError:
                 return
@@ -137,7 +167,9 @@ class Writes:
         while not self.stop:
             self.swaps += 1
             try:
-                await admin.Activate(pb.ActivateRequest(release_id="a2" if self.swaps % 2 else "a1"), timeout=10)
+                await admin.Activate(
+                    pb.ActivateRequest(release_id="a2" if self.swaps % 2 else "a1"), timeout=10
+                )
             except grpc.RpcError:
                 return
 
@@ -154,16 +186,30 @@ async def lost_or_mixed(address: str, acknowledged: set[str]) -> int:
             still: list[str] = []
             for start in range(0, len(missing), 5000):
                 chunk = missing[start : start + 5000]
-                scores = (await stub.Score(pb.ScoreRequest(query="red cat", entity_type="pin", ids=chunk), timeout=60)).scores
-                still += [id for id, score in zip(chunk, scores, strict=True) if score != score]  # NaN: not there
+                scores = (
+                    await stub.Score(
+                        pb.ScoreRequest(query="red cat", entity_type="pin", ids=chunk), timeout=60
+                    )
+                ).scores
+                still += [
+                    id for id, score in zip(chunk, scores, strict=True) if score != score
+                ]  # NaN: not there
             missing = still
             if time.monotonic() > until:
                 break
             await asyncio.sleep(0.05 if missing else 0)
-        return len(missing) + (not whole(await stub.Retrieve(pb.RetrieveRequest(query="red cat", entity_type="pin", k=20), timeout=60)))
+        return len(missing) + (
+            not whole(
+                await stub.Retrieve(
+                    pb.RetrieveRequest(query="red cat", entity_type="pin", k=20), timeout=60
+                )
+            )
+        )
 
 
-async def kill_nine(prepared: ReleaseStore, bundle: Path, encoder: Any, space_id: str, kills: int, seed: int = 0) -> dict[str, Any]:
+async def kill_nine(
+    prepared: ReleaseStore, bundle: Path, encoder: Any, space_id: str, kills: int, seed: int = 0
+) -> dict[str, Any]:
     """Kill -9 at random moments; what was acknowledged must be there afterwards, and every answer and the active release whole.
 
     In every round a server takes writes and swaps while another process rebuilds, publishes and activates in the same store. The
@@ -184,7 +230,11 @@ async def kill_nine(prepared: ReleaseStore, bundle: Path, encoder: Any, space_id
     warm.join()
     vectors = encoder.encode(entity_texts(64, seed=21))
     held = bundle / "published.npz"
-    np.savez(held, pins=encoder.encode(entity_texts(PUBLISHED_PINS, seed=22)), golden=encoder.encode(WORDS[:24]))
+    np.savez(
+        held,
+        pins=encoder.encode(entity_texts(PUBLISHED_PINS, seed=22)),
+        golden=encoder.encode(WORDS[:24]),
+    )
     rng = random.Random(seed)
     killed: Counter[str] = Counter()
     acknowledged = wrong = ready = swaps = published = number = 0
@@ -200,18 +250,26 @@ async def kill_nine(prepared: ReleaseStore, bundle: Path, encoder: Any, space_id
             began = time.monotonic()
             await asyncio.to_thread(_run_once, context, store.root, bundle, held)
             build_seconds = time.monotonic() - began
-            server, writes = await asyncio.to_thread(ForkedServer, context, store.root), Writes(vectors, space_id)
+            server, writes = (
+                await asyncio.to_thread(ForkedServer, context, store.root),
+                Writes(vectors, space_id),
+            )
         assert server is not None, "made in the first round"
         number += 1
         name = f"p{number}"
-        publisher = context.Process(target=_publish, args=(store.root, bundle, held, name), daemon=True)
+        publisher = context.Process(
+            target=_publish, args=(store.root, bundle, held, name), daemon=True
+        )
         moments = [(rng.uniform(0.0, 2.0 * build_seconds), "publisher", publisher)]
         if number % 3:
             moments.append((rng.uniform(0.02, SERVER_SECONDS), "server", server.process))
         before = set(store.ids())
         async with connected(server.address) as (_, admin):
             writes.stop = False
-            tasks = [asyncio.ensure_future(writes.upserts(admin)), asyncio.ensure_future(writes.swap(admin))]
+            tasks = [
+                asyncio.ensure_future(writes.upserts(admin)),
+                asyncio.ensure_future(writes.swap(admin)),
+            ]
             publisher.start()
             began = time.monotonic()
             for after, what, process in sorted(moments, key=lambda moment: moment[0]):
@@ -219,18 +277,26 @@ async def kill_nine(prepared: ReleaseStore, bundle: Path, encoder: Any, space_id
                 if what == "server":
                     killed["server, during upserts and swaps"] += 1
                 else:
-                    killed["publisher, during " + ("publishing and activating" if name in store.ids() else "the rebuild")] += 1
+                    killed[
+                        "publisher, during "
+                        + ("publishing and activating" if name in store.ids() else "the rebuild")
+                    ] += 1
                 await asyncio.to_thread(kill, process)
             writes.stop = True
             await asyncio.gather(*tasks)
         if number % 3:
             server = await asyncio.to_thread(ForkedServer, context, store.root)
         ready += bool(server.info.get("release_id"))
-        with await asyncio.to_thread(store.open_current) as current:  # checks size and sha256 of every file
+        with await asyncio.to_thread(
+            store.open_current
+        ) as current:  # checks size and sha256 of every file
             wrong += not current.entities
         wrong += await lost_or_mixed(server.address, writes.acknowledged)
         published += len(set(store.ids()) - before)
-        say(f"{killed.total()} of {kills} kills: {acknowledged + len(writes.acknowledged)} writes acknowledged, {wrong} lost or mixed")
+        say(
+            f"{killed.total()} of {kills} kills: {acknowledged + len(writes.acknowledged)} writes"
+            f" acknowledged, {wrong} lost or mixed"
+        )
     assert server is not None, "at least one round"
     kill(server.process)
     return {

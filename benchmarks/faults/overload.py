@@ -89,7 +89,10 @@ class Asker(FrameClient):
 
     def fields(self, method: str, authority: str) -> list[tuple[str, str]]:
         """With a deadline."""
-        return [*super().fields(method, authority), ("grpc-timeout", f"{int(self._deadline * 1e3)}m")]
+        return [
+            *super().fields(method, authority),
+            ("grpc-timeout", f"{int(self._deadline * 1e3)}m"),
+        ]
 
     def body(self, number: int) -> bytes:
         """A question nobody has asked before."""
@@ -115,7 +118,10 @@ class Asker(FrameClient):
 
     def _answered(self, stream: int, headers: tuple[tuple[bytes, bytes], ...]) -> None:
         self._sent.pop(stream)
-        self.tally.add(next((value for name, value in headers if name == b"grpc-status"), b"none"), self._due.pop(stream))
+        self.tally.add(
+            next((value for name, value in headers if name == b"grpc-status"), b"none"),
+            self._due.pop(stream),
+        )
         now = time.perf_counter()
         if now < self.until:  # a caller asks again
             self.ask(now)
@@ -127,7 +133,9 @@ class Asker(FrameClient):
             super()._control(kind, flags, stream, payload)
 
 
-async def _phase(askers: list[Asker], deadline: float, seconds: float, *, callers: int = 0, rate: float = 0.0) -> Tally:
+async def _phase(
+    askers: list[Asker], deadline: float, seconds: float, *, callers: int = 0, rate: float = 0.0
+) -> Tally:
     """Closed loop (``callers``) or open loop (``rate``): ask for a while, then wait for what is still on its way."""
     cpu, began = time.process_time(), time.perf_counter()
     tally = Tally(deadline, began=began, last=began)
@@ -163,11 +171,16 @@ def _client(address: str, seconds: float, deadline: float, cores: set[int], resu
         askers = []
         for number in range(CONNECTIONS):
             first = number * 10_000_000
-            _, asker = await loop.create_connection(lambda first=first: Asker(address, deadline, texts, first), host, int(port))  # type: ignore[misc]
+            _, asker = await loop.create_connection(
+                lambda first=first: Asker(address, deadline, texts, first), host, int(port)
+            )  # type: ignore[misc]
             await asyncio.wait_for(asker.greeted, 30)
             askers.append(asker)
         await _phase(askers, deadline, 1.0, callers=16)  # the server learns how long a text takes
-        peaks = {callers: (await _phase(askers, deadline, PEAK_SECONDS, callers=callers)).summary() for callers in CALLERS}
+        peaks = {
+            callers: (await _phase(askers, deadline, PEAK_SECONDS, callers=callers)).summary()
+            for callers in CALLERS
+        }
         best = max(peaks, key=lambda callers: float(peaks[callers]["good_per_s"]))
         peak = float(peaks[best]["good_per_s"])
         result.send("flood")
@@ -188,7 +201,9 @@ def _client(address: str, seconds: float, deadline: float, cores: set[int], resu
     result.send(uvloop.run(main()))
 
 
-def overload(server: ServerProcess, seconds: float, deadline: float, client_cores: set[int]) -> dict[str, Any]:
+def overload(
+    server: ServerProcess, seconds: float, deadline: float, client_cores: set[int]
+) -> dict[str, Any]:
     """Peak, then four times the peak, then half of it, then the peak again: goodput, deadlines, memory, recovery.
 
     Args:
@@ -199,7 +214,9 @@ def overload(server: ServerProcess, seconds: float, deadline: float, client_core
     """
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_client, args=(server.address, seconds, deadline, client_cores, send), daemon=True)
+    process = context.Process(
+        target=_client, args=(server.address, seconds, deadline, client_cores, send), daemon=True
+    )
     process.start()
     send.close()
     memory: list[float] = []

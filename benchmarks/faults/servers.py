@@ -37,21 +37,50 @@ def prepare_store(root: Path) -> tuple[ReleaseStore, Any]:
     first = None
     for space, seed in (("a", 1), ("b", 2)):
         encoder = write_small_bundle(root / space, seed, DIMENSION)
-        export_forms(encoder, root / space / "forms", entity_texts(FEWEST_TEXTS, seed=13), ("onnx-int8",))
+        export_forms(
+            encoder, root / space / "forms", entity_texts(FEWEST_TEXTS, seed=13), ("onnx-int8",)
+        )
         first = first or encoder
         for number in (1, 2) if space == "a" else (1,):
             name = f"{space}{number}"
             active, prefix = name == "a1", f"{name}:"
-            small_release(store, root / space, encoder, release_id=name, counts=COUNTS, id_prefix=prefix, activate=active, kind="symqg")
+            small_release(
+                store,
+                root / space,
+                encoder,
+                release_id=name,
+                counts=COUNTS,
+                id_prefix=prefix,
+                activate=active,
+                kind="symqg",
+            )
     return store, first
 
 
 class ServerProcess:
     """``omni serve`` as a child process, on ``cores`` if they are given."""
 
-    def __init__(self, store: Path, *flags: str, environment: Mapping[str, str] | None = None, cores: set[int] | None = None) -> None:
+    def __init__(
+        self,
+        store: Path,
+        *flags: str,
+        environment: Mapping[str, str] | None = None,
+        cores: set[int] | None = None,
+    ) -> None:
         self.cores = cores or os.sched_getaffinity(0)
-        arguments = ["serve", "--store", str(store), "--host", "127.0.0.1", "--port", "0", "--metrics-port", "0", "--json", *flags]
+        arguments = [
+            "serve",
+            "--store",
+            str(store),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            "0",
+            "--metrics-port",
+            "0",
+            "--json",
+            *flags,
+        ]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "retrieval.cli", *arguments],
             stdout=subprocess.PIPE,
@@ -68,7 +97,9 @@ class ServerProcess:
 
     def metrics(self) -> str:
         """What Prometheus would scrape."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.info['metrics_port']}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(
+            f"http://127.0.0.1:{self.info['metrics_port']}/metrics", timeout=10
+        ) as answer:
             return str(answer.read().decode())
 
     def rss_mib(self) -> float:
@@ -102,7 +133,10 @@ class ServerProcess:
 def percentiles(seconds: list[float]) -> dict[str, float]:
     """p50 and p99 in milliseconds."""
     values = np.asarray(seconds or [0.0]) * 1e3
-    return {"p50_ms": round(float(np.percentile(values, 50)), 3), "p99_ms": round(float(np.percentile(values, 99)), 3)}
+    return {
+        "p50_ms": round(float(np.percentile(values, 50)), 3),
+        "p99_ms": round(float(np.percentile(values, 99)), 3),
+    }
 
 
 @asynccontextmanager

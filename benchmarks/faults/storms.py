@@ -35,7 +35,16 @@ async def hostile_redis(kind: str, store: Path) -> dict[str, Any]:
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while await reader.read(65536):
             if kind == "lying":
-                writer.write(random.choice([b"$4\r\nlies\r\n", b"$528\r\n" + os.urandom(528) + b"\r\n", b"?!\r\n", b":7\r\n"]))
+                writer.write(
+                    random.choice(
+                        [
+                            b"$4\r\nlies\r\n",
+                            b"$528\r\n" + os.urandom(528) + b"\r\n",
+                            b"?!\r\n",
+                            b":7\r\n",
+                        ]
+                    )
+                )
                 await writer.drain()
         writer.close()
 
@@ -53,7 +62,10 @@ async def hostile_redis(kind: str, store: Path) -> dict[str, Any]:
         for i in range(200):
             started = time.perf_counter()
             try:
-                await stub.Retrieve(pb.RetrieveRequest(query=f"redis {kind} {i}", entity_type="pin", k=5), timeout=10)
+                await stub.Retrieve(
+                    pb.RetrieveRequest(query=f"redis {kind} {i}", entity_type="pin", k=5),
+                    timeout=10,
+                )
             except grpc.RpcError:
                 failed += 1
             latencies.append(time.perf_counter() - started)
@@ -76,11 +88,16 @@ async def steady_reader(address: str, per_second: float = 50.0) -> AsyncIterator
             number += 1
             started = time.perf_counter()
             try:
-                answer = await stub.Retrieve(pb.RetrieveRequest(query=texts[number % 200], entity_type="pin", k=10), timeout=20)
+                answer = await stub.Retrieve(
+                    pb.RetrieveRequest(query=texts[number % 200], entity_type="pin", k=10),
+                    timeout=20,
+                )
                 seen["answers"] += bool(answer.hits)
             except grpc.RpcError as error:
                 seen["failed"][error.code().name] = seen["failed"].get(error.code().name, 0) + 1
-            seen["longest_ms"] = max(seen["longest_ms"], round((time.perf_counter() - started) * 1e3, 1))
+            seen["longest_ms"] = max(
+                seen["longest_ms"], round((time.perf_counter() - started) * 1e3, 1)
+            )
             await asyncio.sleep(1 / per_second)
 
     async with connected(address) as (stub, _):
@@ -96,7 +113,9 @@ async def upsert(admin: rpc.AdminStub, space_id: str, vector: np.ndarray, ids: l
     """Write entities; returns the status."""
     entities = [pb.Entity(id=id, embedding=vector.astype("<f4").tobytes()) for id in ids]
     try:
-        await admin.Upsert(pb.UpsertRequest(entity_type="pin", space_id=space_id, entities=entities), timeout=20)
+        await admin.Upsert(
+            pb.UpsertRequest(entity_type="pin", space_id=space_id, entities=entities), timeout=20
+        )
     except grpc.RpcError as error:
         return str(error.code().name)
     return "OK"
@@ -108,7 +127,11 @@ async def full_disk(encoder: Any, bundle: Path, space_id: str, mib: int = 24) ->
     The disk is a small tmpfs, which takes the right to mount; without it the part is skipped and says so.
     """
     folder = Path(tempfile.mkdtemp(prefix="omni-small-disk-"))
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(folder)], capture_output=True, check=False).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(folder)],
+        capture_output=True,
+        check=False,
+    ).returncode:
         folder.rmdir()
         return {"skipped": "mounting a small disk needs root"}
     vector = encoder.encode(["red cat"])[0]
@@ -118,7 +141,10 @@ async def full_disk(encoder: Any, bundle: Path, space_id: str, mib: int = 24) ->
         small_release(store, bundle, encoder, release_id="d1", counts={"pin": 500}, id_prefix="d1:")
         server = await asyncio.to_thread(ServerProcess, store.root, "--shadow-fraction", "0")
         acknowledged: list[str] = []
-        async with connected(server.address) as (stub, admin), steady_reader(server.address) as seen:
+        async with (
+            connected(server.address) as (stub, admin),
+            steady_reader(server.address) as seen,
+        ):
             await asyncio.sleep(0.5)
             ballast = folder / "ballast"
             with open(ballast, "wb", buffering=0) as file, contextlib.suppress(OSError):
@@ -126,7 +152,15 @@ async def full_disk(encoder: Any, bundle: Path, space_id: str, mib: int = 24) ->
                     file.write(bytes(4096))
             refused = ""
             try:
-                await asyncio.to_thread(small_release, store, bundle, encoder, release_id="d2", counts={"pin": 500}, id_prefix="d2:")
+                await asyncio.to_thread(
+                    small_release,
+                    store,
+                    bundle,
+                    encoder,
+                    release_id="d2",
+                    counts={"pin": 500},
+                    id_prefix="d2:",
+                )
             except OmniError as error:
                 refused = type(error).__name__
             for i in range(20):
@@ -136,13 +170,23 @@ async def full_disk(encoder: Any, bundle: Path, space_id: str, mib: int = 24) ->
             await asyncio.sleep(1.0)
             during = dict(seen)
             ballast.unlink()
-            await asyncio.to_thread(small_release, store, bundle, encoder, release_id="d3", counts={"pin": 500}, id_prefix="d3:")
+            await asyncio.to_thread(
+                small_release,
+                store,
+                bundle,
+                encoder,
+                release_id="d3",
+                counts={"pin": 500},
+                id_prefix="d3:",
+            )
             for i in range(5):
                 ids = [f"late-{i}-{j}" for j in range(4)]
                 codes["room again"].append(await upsert(admin, space_id, vector, ids))
                 acknowledged += ids if codes["room again"][-1] == "OK" else []
             for _ in range(100):
-                answer = await stub.Retrieve(pb.RetrieveRequest(query="red cat", entity_type="pin", k=5), timeout=20)
+                answer = await stub.Retrieve(
+                    pb.RetrieveRequest(query="red cat", entity_type="pin", k=5), timeout=20
+                )
                 if answer.release_id == "d3":
                     break
                 await asyncio.sleep(0.1)
@@ -150,13 +194,20 @@ async def full_disk(encoder: Any, bundle: Path, space_id: str, mib: int = 24) ->
             lost = 0
             for start in range(0, len(acknowledged), 5000):
                 chunk = acknowledged[start : start + 5000]
-                lost += (await stub.Score(pb.ScoreRequest(query="red cat", entity_type="pin", ids=chunk), timeout=60)).missing
+                lost += (
+                    await stub.Score(
+                        pb.ScoreRequest(query="red cat", entity_type="pin", ids=chunk), timeout=60
+                    )
+                ).missing
             served = answer.release_id
         await asyncio.to_thread(server.stop)
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=False)
         shutil.rmtree(folder, ignore_errors=True)
-    counts = {phase: {code: found.count(code) for code in sorted(set(found))} for phase, found in codes.items()}
+    counts = {
+        phase: {code: found.count(code) for code in sorted(set(found))}
+        for phase, found in codes.items()
+    }
     return {
         "publish_on_full_disk": refused,
         "writes": counts,
@@ -222,14 +273,31 @@ async def clock_jump(store: Path, encoder: Any, space_id: str) -> dict[str, Any]
         compiler = shutil.which("cc")
         if compiler is None:
             return {"skipped": "moving one process's clock needs a C compiler"}
-        subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", folder / "shim.so", folder / "shim.c", "-ldl"], check=True)
+        subprocess.run(
+            [
+                compiler,
+                "-shared",
+                "-fPIC",
+                "-O1",
+                "-o",
+                folder / "shim.so",
+                folder / "shim.c",
+                "-ldl",
+            ],
+            check=True,
+        )
         offset = folder / "offset"
         offset.write_bytes(struct.pack("<q", 0))
         environment = {"LD_PRELOAD": str(folder / "shim.so"), "OMNI_CLOCK_OFFSET": str(offset)}
-        server = await asyncio.to_thread(lambda: ServerProcess(store, "--shadow-fraction", "0", environment=environment))
+        server = await asyncio.to_thread(
+            lambda: ServerProcess(store, "--shadow-fraction", "0", environment=environment)
+        )
         vector = encoder.encode(["blue fish"])[0]
         jumps: dict[str, Any] = {}
-        async with connected(server.address) as (stub, admin), steady_reader(server.address) as seen:
+        async with (
+            connected(server.address) as (stub, admin),
+            steady_reader(server.address) as seen,
+        ):
             for title, seconds in (
                 ("a year on", 365 * DAY),
                 ("ten years back", -3650 * DAY),
@@ -239,18 +307,28 @@ async def clock_jump(store: Path, encoder: Any, space_id: str) -> dict[str, Any]
                 with open(offset, "r+b") as file:
                     file.write(struct.pack("<q", seconds))
                 await asyncio.sleep(1.0)
-                before = await stub.Retrieve(pb.RetrieveRequest(query="red cat", entity_type="pin", k=5), timeout=20)
+                before = await stub.Retrieve(
+                    pb.RetrieveRequest(query="red cat", entity_type="pin", k=5), timeout=20
+                )
                 written = await upsert(admin, space_id, vector, [f"jump-{len(jumps)}"])
                 wanted = "a2" if before.release_id == "a1" else "a1"
                 await admin.Activate(pb.ActivateRequest(release_id=wanted), timeout=60)
-                after = await stub.Retrieve(pb.RetrieveRequest(query="red cat", entity_type="pin", k=5), timeout=20)
+                after = await stub.Retrieve(
+                    pb.RetrieveRequest(query="red cat", entity_type="pin", k=5), timeout=20
+                )
                 jumps[title] = {
                     "write": written,
                     "swapped": after.release_id == wanted,
                     "cached_before_and_after": before.cache_hit and after.cache_hit,
                 }
             await asyncio.sleep(1.0)
-            missing = (await stub.Score(pb.ScoreRequest(query="blue fish", entity_type="pin", ids=[f"jump-{i}" for i in range(4)]))).missing
+            missing = (
+                await stub.Score(
+                    pb.ScoreRequest(
+                        query="blue fish", entity_type="pin", ids=[f"jump-{i}" for i in range(4)]
+                    )
+                )
+            ).missing
         await asyncio.to_thread(server.stop)
     return {
         "jumps": jumps,
@@ -276,9 +354,17 @@ def damaged_copy(store: ReleaseStore, source: str, name: str, share: float = 0.3
         index = release.entities["pin"]
         rng = np.random.default_rng(0)
         golden = release.golden("pin")
-        shown = {row for vector in np.asarray(golden.vectors) for row in map(index.row_of, index.search(vector, 50, exact=True).ids)}
+        shown = {
+            row
+            for vector in np.asarray(golden.vectors)
+            for row in map(index.row_of, index.search(vector, 50, exact=True).ids)
+        }
         vectors = np.array(index.corpus.vectors)
-        hidden = np.array([row for row in rng.permutation(len(vectors)) if row not in shown][: int(share * len(vectors))])
+        hidden = np.array(
+            [row for row in rng.permutation(len(vectors)) if row not in shown][
+                : int(share * len(vectors))
+            ]
+        )
         noise = rng.normal(size=(len(hidden), vectors.shape[1])).astype(np.float32)
         vectors[hidden] = noise / np.linalg.norm(noise, axis=1, keepdims=True)
         broken = build_index(index.kind, vectors, index.ann.config)
@@ -291,21 +377,34 @@ def damaged_copy(store: ReleaseStore, source: str, name: str, share: float = 0.3
         relative = path.relative_to(folder).as_posix()
         if relative in files:
             content = path.read_bytes()
-            files[relative] = FileRecord(size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-    (folder / "manifest.json").write_bytes(replace(manifest, release_id=name, files=files).to_bytes())
+            files[relative] = FileRecord(
+                size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
+            )
+    (folder / "manifest.json").write_bytes(
+        replace(manifest, release_id=name, files=files).to_bytes()
+    )
     return kind
 
 
 def gauge(text: str, name: str) -> float | None:
     """The first sample of a gauge for pins without a filter."""
     for line in text.splitlines():
-        if line.startswith(name + "{") and 'entity_type="pin"' in line and 'selectivity="none"' in line:
+        if (
+            line.startswith(name + "{")
+            and 'entity_type="pin"' in line
+            and 'selectivity="none"' in line
+        ):
             return float(line.rsplit(" ", 1)[1])
     return None
 
 
 async def damaged_index(
-    store: ReleaseStore, encoder: Any, good: str, rate: float, healthy_seconds: float, flags: tuple[str, ...] = ()
+    store: ReleaseStore,
+    encoder: Any,
+    good: str,
+    rate: float,
+    healthy_seconds: float,
+    flags: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Normal traffic with the default sampling: the estimate beside the offline figure, then a damaged index and the time to notice it.
 
@@ -337,23 +436,40 @@ async def damaged_index(
         rng = random.Random(1)
         while not stop:
             try:
-                await stub.Retrieve(pb.RetrieveRequest(query=rng.choice(texts), entity_type="pin", k=10, language="en"), timeout=20)
+                await stub.Retrieve(
+                    pb.RetrieveRequest(
+                        query=rng.choice(texts), entity_type="pin", k=10, language="en"
+                    ),
+                    timeout=20,
+                )
             except grpc.RpcError:
                 failed += 1
             await asyncio.sleep(1 / rate)
 
-    result: dict[str, Any] = {"index": kind, "requests_per_s": rate, "offline_recall": round(offline, 4)}
+    result: dict[str, Any] = {
+        "index": kind,
+        "requests_per_s": rate,
+        "offline_recall": round(offline, 4),
+    }
     async with connected(server.address) as (stub, admin):
         task = asyncio.ensure_future(traffic(stub))
         await asyncio.sleep(healthy_seconds)
         text = await asyncio.to_thread(server.metrics)
         low, high = gauge(text, "omni_shadow_recall_low"), gauge(text, "omni_shadow_recall_high")
-        result["shadow_recall"] = {"recall": gauge(text, "omni_shadow_recall"), "low": low, "high": high}
-        result["offline_within_interval"] = low is not None and high is not None and low <= offline <= high
+        result["shadow_recall"] = {
+            "recall": gauge(text, "omni_shadow_recall"),
+            "low": low,
+            "high": high,
+        }
+        result["offline_within_interval"] = (
+            low is not None and high is not None and low <= offline <= high
+        )
         threshold = offline - 0.02
         began = time.monotonic()
         await admin.Activate(pb.ActivateRequest(release_id="damaged"), timeout=60)
-        result["proved_itself"] = True  # its checksums and golden queries are in order, else Activate would have failed
+        result["proved_itself"] = (
+            True  # its checksums and golden queries are in order, else Activate would have failed
+        )
         noticed = None
         while noticed is None and time.monotonic() - began < 180:
             await asyncio.sleep(1.0)

@@ -45,9 +45,14 @@ async def swaps_under_load(address: str, swaps: int, clients: int, rate: float) 
         while not stop:
             began_swapping, started = swapping, time.perf_counter()
             try:
-                answer = await stub.Retrieve(pb.RetrieveRequest(query=rng.choice(texts), entity_type="pin", k=10), timeout=30)
+                answer = await stub.Retrieve(
+                    pb.RetrieveRequest(query=rng.choice(texts), entity_type="pin", k=10), timeout=30
+                )
                 answers += 1
-                mixed += any(not hit.id.startswith(answer.release_id + ":") for hit in answer.hits) or not answer.hits
+                mixed += (
+                    any(not hit.id.startswith(answer.release_id + ":") for hit in answer.hits)
+                    or not answer.hits
+                )
             except grpc.RpcError as error:
                 failures.append(f"{error.code().name}: {error.details()}")
             took = time.perf_counter() - started
@@ -87,5 +92,7 @@ async def swaps_under_load(address: str, swaps: int, clients: int, rate: float) 
         "mixed": mixed,
         "calm": {"answers": len(calm), **percentiles(calm)},
         "during": {"answers": len(during), **percentiles(during)},
-        "p99_ratio": round(percentiles(during)["p99_ms"] / max(1e-9, percentiles(calm)["p99_ms"]), 2),
+        "p99_ratio": round(
+            percentiles(during)["p99_ms"] / max(1e-9, percentiles(calm)["p99_ms"]), 2
+        ),
     }

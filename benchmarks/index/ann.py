@@ -18,7 +18,15 @@ from benchmarks.index.plot import draw_costs
 from benchmarks.index.prefix import PREFIX_ENGINES
 from benchmarks.index.vectors import VectorSet, default_cache, load_vectors
 from benchmarks.record import RESULTS, write_record
-from encoders.commands.console import data_option, handle_errors, json_option, print_json, print_table, say, stage
+from encoders.commands.console import (
+    data_option,
+    handle_errors,
+    json_option,
+    print_json,
+    print_table,
+    say,
+    stage,
+)
 from encoders.errors import ConfigError, OmniError
 from encoders.exact_search import exact_top_k
 from index_builder.search.calibration import recall_per_query
@@ -48,7 +56,11 @@ def sweep(engine: Engine, vectors: VectorSet, scores: np.ndarray, queries: int) 
         start = time.process_time_ns()
         answers = [engine.search(query, ef) for query in rows]
         microseconds = (time.process_time_ns() - start) / 1000 / len(rows)
-        recall = float(recall_per_query([engine.rows(a) for a in answers], sample, vectors.corpus, scores[: len(rows)]).mean())
+        recall = float(
+            recall_per_query(
+                [engine.rows(a) for a in answers], sample, vectors.corpus, scores[: len(rows)]
+            ).mean()
+        )
         points.append((ef, recall, microseconds))
         if recall > 0.99:
             break
@@ -86,10 +98,17 @@ def built(name: str, vectors: VectorSet, built_folder: Path) -> dict[str, float]
         folder.mkdir(parents=True)
     np.save(folder / "corpus.npy", vectors.corpus)
     np.save(folder / "queries.npy", vectors.queries[:200])
-    np.save(folder / "calibration.npy", vectors.calibration[:1_000])  # disjoint from the queries reported on
+    np.save(
+        folder / "calibration.npy", vectors.calibration[:1_000]
+    )  # disjoint from the queries reported on
     for step in ("build_here", "load_here")[bool(known) :]:
         code = f"import sys; from benchmarks.index.ann import {step}; {step}(*sys.argv[1:])"
-        done = subprocess.run([sys.executable, "-c", code, name, str(folder)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code, name, str(folder)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if done.returncode:
             raise ConfigError(f"{name}: {step} failed: {done.stderr.strip()[-300:]}")
     (folder / "corpus.npy").unlink()
@@ -108,12 +127,17 @@ def build_here(name: str, folder: str) -> None:
     corpus = np.load(Path(folder) / "corpus.npy")
     start = time.process_time()
     ALL_ENGINES[name][0](corpus, Path(folder))
-    (Path(folder) / "build.json").write_text(json.dumps({"build_cpu_s": round(time.process_time() - start, 1)}))
+    (Path(folder) / "build.json").write_text(
+        json.dumps({"build_cpu_s": round(time.process_time() - start, 1)})
+    )
 
 
 def load_here(name: str, folder: str) -> None:
     """Load one engine, answer some queries and note the memory that took; what a process of ``built`` does."""
-    corpus, queries = np.load(Path(folder) / "corpus.npy", mmap_mode="r"), np.load(Path(folder) / "queries.npy")
+    corpus, queries = (
+        np.load(Path(folder) / "corpus.npy", mmap_mode="r"),
+        np.load(Path(folder) / "queries.npy"),
+    )
     facts = Path(folder) / "build.json"
     before = _memory_mb()
     engine = ALL_ENGINES[name][0](corpus, Path(folder))
@@ -123,7 +147,9 @@ def load_here(name: str, folder: str) -> None:
     facts.write_text(json.dumps(json.loads(facts.read_text()) | memory))
 
 
-def measure(names: list[str], vectors: VectorSet, queries: int, repeats: int, built_folder: Path) -> list[dict[str, Any]]:
+def measure(
+    names: list[str], vectors: VectorSet, queries: int, repeats: int, built_folder: Path
+) -> list[dict[str, Any]]:
     """Build every engine, load it, then sweep them in turn, ``repeats`` times each, hnswlib before each one."""
     _, scores = exact_top_k(vectors.queries[:queries], vectors.corpus, 10)
     results: list[dict[str, Any]] = []
@@ -134,7 +160,14 @@ def measure(names: list[str], vectors: VectorSet, queries: int, repeats: int, bu
                 facts = built(name, vectors, built_folder)
             with stage(f"{vectors.name}: load {name}"):
                 engine = ALL_ENGINES[name][0](vectors.corpus, _kept(name, vectors, built_folder))
-        except (OmniError, RuntimeError, ValueError, ImportError, TypeError, AttributeError) as error:
+        except (
+            OmniError,
+            RuntimeError,
+            ValueError,
+            ImportError,
+            TypeError,
+            AttributeError,
+        ) as error:
             say(f"{name}: {error}")
             results.append({"engine": name, "failed": str(error)[:200]})
             continue
@@ -143,7 +176,11 @@ def measure(names: list[str], vectors: VectorSet, queries: int, repeats: int, bu
         for _ in range(repeats):
             with one_blas_thread():
                 references.append(sweep(baseline, vectors, scores, queries))
-                curves.append(sweep(engine, vectors, scores, queries) if engine is not baseline else references[-1])
+                curves.append(
+                    sweep(engine, vectors, scores, queries)
+                    if engine is not baseline
+                    else references[-1]
+                )
         kept = _kept(name, vectors, built_folder) / "index.json"
         chosen = {"kind": json.loads(kept.read_text())["facts"]["kind"]} if kept.is_file() else {}
         results.append(_row(name, curves, references) | chosen | facts)
@@ -159,7 +196,9 @@ def _row(name: str, curves: list[Curve], references: list[Curve]) -> dict[str, A
         theirs = [t for t in (at_recall(c, level) for c in references) if t]
         row[f"us@{level}"] = round(float(np.median(mine)), 1) if mine else None
         row[f"qps@{level}"] = round(1e6 / float(np.median(mine))) if mine else None
-        row[f"x_hnswlib@{level}"] = round(float(np.median(theirs) / np.median(mine)), 2) if mine and theirs else None
+        row[f"x_hnswlib@{level}"] = (
+            round(float(np.median(theirs) / np.median(mine)), 2) if mine and theirs else None
+        )
     row["max_recall"] = round(max(p[1] for c in curves for p in c), 4)
     return row
 
@@ -168,7 +207,9 @@ def _overhead(results: list[dict[str, Any]]) -> dict[str, float]:
     """Microseconds our call adds to the bare one at equal ef, the median over settings and repeats."""
     by_name = {r["engine"]: r for r in results if "points" in r}
     added = {}
-    pairs_of_names = [(name, f"bare {row['kind']}") for name, row in by_name.items() if "kind" in row] + [("ours hnsw", BASELINE)]
+    pairs_of_names = [
+        (name, f"bare {row['kind']}") for name, row in by_name.items() if "kind" in row
+    ] + [("ours hnsw", BASELINE)]
     for mine, theirs in pairs_of_names:
         if mine in by_name and theirs in by_name:
             both = zip(by_name[mine]["points"], by_name[theirs]["points"])
@@ -179,19 +220,51 @@ def _overhead(results: list[dict[str, Any]]) -> dict[str, float]:
 
 @click.command()
 @data_option
-@click.option("--sizes", default="100000", show_default=True, help="Corpus sizes, separated by commas (10000 to 800000).")
-@click.option("--distributions", default="in,out", show_default=True, help="in: held-out strings. out: languages the corpus lacks.")
-@click.option("--engines", default="", help=f"Names separated by commas; all installed ones by default. Known: {', '.join(ALL_ENGINES)}.")
-@click.option("--vectors", "tower", help="A model bundle, or tiny-multilingual: its query tower makes the vectors instead of WordLlama.")
+@click.option(
+    "--sizes",
+    default="100000",
+    show_default=True,
+    help="Corpus sizes, separated by commas (10000 to 800000).",
+)
+@click.option(
+    "--distributions",
+    default="in,out",
+    show_default=True,
+    help="in: held-out strings. out: languages the corpus lacks.",
+)
+@click.option(
+    "--engines",
+    default="",
+    help=(
+        "Names separated by commas; all installed ones by default. Known:"
+        f" {', '.join(ALL_ENGINES)}."
+    ),
+)
+@click.option(
+    "--vectors",
+    "tower",
+    help=(
+        "A model bundle, or tiny-multilingual: its query tower makes the vectors instead of"
+        " WordLlama."
+    ),
+)
 @click.option("--queries", default=2000, show_default=True, help="Queries reported on.")
 @click.option("--repeats", default=3, show_default=True, help="Sweeps of every engine.")
 @click.option(
     "--built",
     "built_folder",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Where built engines are kept, so that a second run only loads them; in the cache folder by default.",
+    help=(
+        "Where built engines are kept, so that a second run only loads them; in the cache folder by"
+        " default."
+    ),
 )
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=RESULTS, help="Folder for the record.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=RESULTS,
+    help="Folder for the record.",
+)
 @json_option
 @handle_errors
 def command(
@@ -216,8 +289,12 @@ def command(
         omni bench ann --data data --sizes 100000,800000 --engines "hnswlib f32,ours auto,bare symqg,zvec int8"
     """
     if data_dir is None:
-        raise ConfigError("omni bench ann needs the folder that holds large/: give --data or set OMNI_DATA.")
-    names = [n.strip() for n in engines.split(",") if n.strip()] or [n for n in ENGINES if installed(n)]
+        raise ConfigError(
+            "omni bench ann needs the folder that holds large/: give --data or set OMNI_DATA."
+        )
+    names = [n.strip() for n in engines.split(",") if n.strip()] or [
+        n for n in ENGINES if installed(n)
+    ]
     unknown = [n for n in names if n not in ALL_ENGINES]
     if unknown:
         raise ConfigError(f"unknown engines {unknown}; known are {', '.join(ALL_ENGINES)}.")
@@ -225,15 +302,29 @@ def command(
     everything = {}
     for size in [int(s) for s in sizes.split(",")]:
         for distribution in distributions.split(","):
-            vectors = load_vectors(data_dir, size=size, distribution=distribution.strip(), tower=tower)
-            results = measure(names, vectors, queries, repeats, built_folder or default_cache() / "ann")
-            everything[vectors.name] = {"dataset": vectors.describe(), "results": results, "added_us": _overhead(results)}
+            vectors = load_vectors(
+                data_dir, size=size, distribution=distribution.strip(), tower=tower
+            )
+            results = measure(
+                names, vectors, queries, repeats, built_folder or default_cache() / "ann"
+            )
+            everything[vectors.name] = {
+                "dataset": vectors.describe(),
+                "results": results,
+                "added_us": _overhead(results),
+            }
             libraries = tuple(str(ALL_ENGINES[n][1]) for n in names if ALL_ENGINES[n][1])
             write_record(
                 f"ann-{vectors.name}",
                 dataset=vectors.describe(),
                 config={"engines": names, "m": 16, "ef_construction": 200, "degree": 32, "k": 10},
-                protocol={"queries": queries, "repeats": repeats, "clock": "process CPU time", "threads": 1, "batch": 1},
+                protocol={
+                    "queries": queries,
+                    "repeats": repeats,
+                    "clock": "process CPU time",
+                    "threads": 1,
+                    "batch": 1,
+                },
                 metrics={"results": results, "added_us": everything[vectors.name]["added_us"]},
                 libraries=tuple(dict.fromkeys(libraries)),
                 folder=out,
@@ -250,9 +341,19 @@ def command(
                     "mapped_mb",
                 )
                 print_table(
-                    f"{vectors.name}: {len(vectors.corpus):,} real text vectors x {vectors.corpus.shape[1]}, {queries:,} queries",
+                    f"{vectors.name}: {len(vectors.corpus):,} real text vectors x"
+                    f" {vectors.corpus.shape[1]}, {queries:,} queries",
                     ("engine", *columns),
-                    [[r["engine"], *[r.get(c, r.get("failed") if c == "qps@0.95" else None) for c in columns]] for r in results],
+                    [
+                        [
+                            r["engine"],
+                            *[
+                                r.get(c, r.get("failed") if c == "qps@0.95" else None)
+                                for c in columns
+                            ],
+                        ]
+                        for r in results
+                    ],
                 )
                 say(f"microseconds our call adds: {everything[vectors.name]['added_us']}")
     picture = draw_costs(out)

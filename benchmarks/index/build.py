@@ -20,7 +20,14 @@ import numpy as np
 
 from benchmarks.index.vectors import VectorSet, load_vectors
 from benchmarks.record import write_record
-from encoders.commands.console import data_option, handle_errors, json_option, print_json, print_table, say
+from encoders.commands.console import (
+    data_option,
+    handle_errors,
+    json_option,
+    print_json,
+    print_table,
+    say,
+)
 from encoders.errors import ConfigError
 from index_builder.ann import AnnConfig
 from index_builder.building.build import build_release
@@ -54,14 +61,22 @@ def build_once(
     max_memory_mib: int | None = None,
 ) -> str:
     """Build and publish one release of one entity type over the corpus, calibrated on its held-out queries."""
-    inputs = {"pin": EntityInput(ids=[f"text-{i}" for i in range(len(corpus))], vectors=corpus, space_id=SPACE)}
+    inputs = {
+        "pin": EntityInput(
+            ids=[f"text-{i}" for i in range(len(corpus))], vectors=corpus, space_id=SPACE
+        )
+    }
     queries = {"*": QuerySet([f"query {i}" for i in range(len(calibration))], calibration)}
     index = IndexConfig(kind=kind, ann=AnnConfig(threads=threads))
-    config = RebuildConfig(index=index, deterministic=deterministic, min_recall=0.9, max_memory_mib=max_memory_mib)
+    config = RebuildConfig(
+        index=index, deterministic=deterministic, min_recall=0.9, max_memory_mib=max_memory_mib
+    )
     return build_release(inputs, bundle, store, config, queries, progress=say)
 
 
-def build_apart(root: Path, vectors: VectorSet, kind: str, threads: int, max_memory_mib: int | None) -> None:
+def build_apart(
+    root: Path, vectors: VectorSet, kind: str, threads: int, max_memory_mib: int | None
+) -> None:
     """``build_once`` in a process of its own over memory-mapped vectors, so that the peak in the manifest is the build's alone.
 
     Raises:
@@ -71,7 +86,9 @@ def build_apart(root: Path, vectors: VectorSet, kind: str, threads: int, max_mem
     np.save(root / "calibration.npy", vectors.calibration)
     code = "import sys; from benchmarks.index.build import build_here; build_here(*sys.argv[1:])"
     arguments = [str(root), kind, str(threads), str(max_memory_mib or 0)]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True, check=False
+    )
     (root / "corpus.npy").unlink()
     if done.returncode:
         raise ConfigError(f"the build failed: {done.stderr.strip()[-500:]}")
@@ -80,10 +97,19 @@ def build_apart(root: Path, vectors: VectorSet, kind: str, threads: int, max_mem
 def build_here(root: str, kind: str, threads: str, max_memory_mib: str) -> None:
     """What the process of ``build_apart`` does."""
     folder = Path(root)
-    corpus, calibration = np.load(folder / "corpus.npy", mmap_mode="r"), np.load(folder / "calibration.npy")
+    corpus, calibration = (
+        np.load(folder / "corpus.npy", mmap_mode="r"),
+        np.load(folder / "calibration.npy"),
+    )
     limit = int(max_memory_mib) or None
     build_once(
-        ReleaseStore(folder / "store"), folder / "bundle", corpus, calibration, kind=kind, threads=int(threads), max_memory_mib=limit
+        ReleaseStore(folder / "store"),
+        folder / "bundle",
+        corpus,
+        calibration,
+        kind=kind,
+        threads=int(threads),
+        max_memory_mib=limit,
     )
 
 
@@ -116,17 +142,35 @@ def time_loading(store: ReleaseStore) -> float:
 
 @click.command()
 @data_option
-@click.option("--size", type=int, default=100_000, show_default=True, help="Vectors of the corpus (256-d).")
+@click.option(
+    "--size", type=int, default=100_000, show_default=True, help="Vectors of the corpus (256-d)."
+)
 @click.option("--index", "kind", default="auto", show_default=True, help="Kind of index.")
 @click.option("--threads", type=int, default=0, help="Build threads; 0: all cores.")
-@click.option("--max-memory", "max_memory_mib", type=int, help="Limit of the build's private memory, MiB; auto picks a kind that fits.")
-@click.option("--deterministic-size", type=int, default=20_000, show_default=True, help="Vectors of the two deterministic builds; 0: skip.")
-@click.option("--repeats", type=int, default=3, show_default=True, help="Loading and sha256sum, in turn.")
+@click.option(
+    "--max-memory",
+    "max_memory_mib",
+    type=int,
+    help="Limit of the build's private memory, MiB; auto picks a kind that fits.",
+)
+@click.option(
+    "--deterministic-size",
+    type=int,
+    default=20_000,
+    show_default=True,
+    help="Vectors of the two deterministic builds; 0: skip.",
+)
+@click.option(
+    "--repeats", type=int, default=3, show_default=True, help="Loading and sha256sum, in turn."
+)
 @click.option(
     "--store",
     "kept",
     type=click.Path(file_okay=False, path_type=Path),
-    help="Keep the release in this folder; if one of this size is there already, only loading is measured again.",
+    help=(
+        "Keep the release in this folder; if one of this size is there already, only loading is"
+        " measured again."
+    ),
 )
 @click.option("--no-record", is_flag=True, help="Print only; write no record.")
 @json_option
@@ -153,12 +197,18 @@ def command(
     threads = threads or os.cpu_count() or 1
     asked = RebuildConfig(index=IndexConfig(kind=kind), max_memory_mib=max_memory_mib)
     dimension = int(vectors.corpus.shape[1])
-    expected_mib = estimate_mib(fit_memory("pin", len(vectors.corpus), dimension, asked).kind, len(vectors.corpus), dimension)
+    expected_mib = estimate_mib(
+        fit_memory("pin", len(vectors.corpus), dimension, asked).kind,
+        len(vectors.corpus),
+        dimension,
+    )
     with working_folder(kept) as root:
         bundle = bundle_folder(root / "bundle", dimension)
         store = ReleaseStore(root / "store")
         release_id = store.current()
-        if release_id is None or read_manifest(store.path_of(release_id)).entities["pin"].count != len(vectors.corpus):
+        if release_id is None or read_manifest(store.path_of(release_id)).entities[
+            "pin"
+        ].count != len(vectors.corpus):
             build_apart(root, vectors, kind, threads, max_memory_mib)
             release_id = store.current()
             assert release_id is not None, "the build activates its release"
@@ -183,20 +233,36 @@ def command(
             "loading_limit_seconds": round(1.5 * statistics.median(shas) + 2.0, 3),
         }
         if deterministic_size:
-            metrics["deterministic"] = build_twice(root, bundle, vectors, min(deterministic_size, len(vectors.corpus)))
+            metrics["deterministic"] = build_twice(
+                root, bundle, vectors, min(deterministic_size, len(vectors.corpus))
+            )
     if not no_record:
         write_record(
             f"build-{len(vectors.corpus) // 1000}k" + ("-limited" if max_memory_mib else ""),
             dataset=vectors.describe(),
-            config={"index": kind, "threads": threads, "max_memory_mib": max_memory_mib, "deterministic_size": deterministic_size},
-            protocol={"loading": "sizes, SHA-256 of every file, open, replay 64 golden queries; page cache warm", "repeats": repeats},
+            config={
+                "index": kind,
+                "threads": threads,
+                "max_memory_mib": max_memory_mib,
+                "deterministic_size": deterministic_size,
+            },
+            protocol={
+                "loading": (
+                    "sizes, SHA-256 of every file, open, replay 64 golden queries; page cache warm"
+                ),
+                "repeats": repeats,
+            },
             metrics=metrics,
             libraries=("hnswlib", "rabitqlib", "numpy", "polars"),
         )
     if as_json:
         print_json(metrics)
         return
-    print_table("release build (real texts, WordLlama vectors)", ("what", "value"), [(name, str(value)) for name, value in metrics.items()])
+    print_table(
+        "release build (real texts, WordLlama vectors)",
+        ("what", "value"),
+        [(name, str(value)) for name, value in metrics.items()],
+    )
 
 
 def build_twice(root: Path, bundle: Path, vectors: VectorSet, rows: int) -> dict[str, Any]:
@@ -207,12 +273,22 @@ def build_twice(root: Path, bundle: Path, vectors: VectorSet, rows: int) -> dict
         manifests.append(
             read_manifest(
                 store.path_of(
-                    build_once(store, bundle, vectors.corpus[:rows], vectors.calibration, kind="auto", threads=1, deterministic=True)
+                    build_once(
+                        store,
+                        bundle,
+                        vectors.corpus[:rows],
+                        vectors.calibration,
+                        kind="auto",
+                        threads=1,
+                        deterministic=True,
+                    )
                 )
             )
         )
     one, two = manifests
-    differ = sorted(name for name in {*one.files, *two.files} if one.files.get(name) != two.files.get(name))
+    differ = sorted(
+        name for name in {*one.files, *two.files} if one.files.get(name) != two.files.get(name)
+    )
     return {
         "vectors": rows,
         "kind": one.entities["pin"].index["kind"],
@@ -220,5 +296,8 @@ def build_twice(root: Path, bundle: Path, vectors: VectorSet, rows: int) -> dict
         "files_that_differ": differ,
         "manifests_equal_but_for_measured": replace(one, measured={}) == replace(two, measured={}),
         "same_release_id": one.release_id == two.release_id,
-        "seconds": [round(float(np.sum(list(m.measured["entities"]["pin"]["seconds"].values()))), 2) for m in manifests],
+        "seconds": [
+            round(float(np.sum(list(m.measured["entities"]["pin"]["seconds"].values()))), 2)
+            for m in manifests
+        ],
     }

@@ -34,7 +34,24 @@ class Engine:
 
     search: Searcher
     rows: Callable[[Any], np.ndarray]
-    grid: tuple[int, ...] = (10, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+    grid: tuple[int, ...] = (
+        10,
+        16,
+        24,
+        32,
+        48,
+        64,
+        96,
+        128,
+        192,
+        256,
+        384,
+        512,
+        768,
+        1024,
+        1536,
+        2048,
+    )
 
 
 def _row_of_id(result: Any) -> np.ndarray:
@@ -49,7 +66,9 @@ def ours(kind: str) -> Callable[[np.ndarray, Path], Engine]:
             known = folder / "calibration.npy"
             queries = np.load(known) if kind == "auto" and known.is_file() else None
             ids = [str(i) for i in range(len(corpus))]
-            EntityIndex.build("pin", ids, corpus, None, IndexConfig(kind=kind), calibration_queries=queries).save(folder)
+            EntityIndex.build(
+                "pin", ids, corpus, None, IndexConfig(kind=kind), calibration_queries=queries
+            ).save(folder)
         index = EntityIndex.load(folder)
         return Engine(lambda query, ef: index.search(query, 10, ef=ef), _row_of_id)
 
@@ -108,21 +127,31 @@ def faiss_hnsw(corpus: np.ndarray, folder: Path) -> Engine:
     faiss.omp_set_num_threads(1)
     path = folder / "index.faiss"
     if not path.is_file():
-        index = faiss.IndexHNSWSQ(corpus.shape[1], faiss.ScalarQuantizer.QT_fp16, M, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.IndexHNSWSQ(
+            corpus.shape[1], faiss.ScalarQuantizer.QT_fp16, M, faiss.METRIC_INNER_PRODUCT
+        )
         index.hnsw.efConstruction = EF_CONSTRUCTION
         index.train(corpus)
         index.add(corpus)
         faiss.write_index(index, str(path))
     index = faiss.read_index(str(path))
     settings = {ef: faiss.SearchParametersHNSW(efSearch=ef) for ef in range(1, 2049)}
-    return Engine(lambda query, ef: index.search(query, 10, params=settings[ef])[1][0], lambda rows: rows)
+    return Engine(
+        lambda query, ef: index.search(query, 10, params=settings[ef])[1][0], lambda rows: rows
+    )
 
 
 def usearch_f16(corpus: np.ndarray, folder: Path) -> Engine:
     """Usearch float16."""
     from usearch.index import Index
 
-    index: Any = Index(ndim=corpus.shape[1], metric="ip", dtype="f16", connectivity=M, expansion_add=EF_CONSTRUCTION)
+    index: Any = Index(
+        ndim=corpus.shape[1],
+        metric="ip",
+        dtype="f16",
+        connectivity=M,
+        expansion_add=EF_CONSTRUCTION,
+    )
     path = folder / "index.usearch"
     if not path.is_file():
         index.add(np.arange(len(corpus)), corpus, threads=1)
@@ -142,8 +171,12 @@ def svs_f16(corpus: np.ndarray, folder: Path) -> Engine:
 
     parts = [folder / part for part in ("config", "graph", "data")]
     if not (folder / "built").is_file():
-        parameters = svs.VamanaBuildParameters(alpha=0.95, graph_max_degree=DEGREE, window_size=EF_CONSTRUCTION)
-        svs.Vamana.build(parameters, corpus.astype(np.float16), svs.DistanceType.MIP, num_threads=1).save(*map(str, parts))
+        parameters = svs.VamanaBuildParameters(
+            alpha=0.95, graph_max_degree=DEGREE, window_size=EF_CONSTRUCTION
+        )
+        svs.Vamana.build(
+            parameters, corpus.astype(np.float16), svs.DistanceType.MIP, num_threads=1
+        ).save(*map(str, parts))
         (folder / "built").touch()
     config, graph, data = map(str, parts)
     stored = svs.VectorDataLoader(data, svs.DataType.float16, dims=corpus.shape[1])
@@ -165,20 +198,31 @@ def scann_tree(corpus: np.ndarray, folder: Path) -> Engine:
     if not (folder / "built").is_file():
         leaves = max(10, int(3 * np.sqrt(len(corpus))))
         sample = min(len(corpus), 250_000)
-        builder = scann.scann_ops_pybind.builder(corpus, 10, "dot_product").tree(leaves, leaves // 10, training_sample_size=sample)
+        builder = scann.scann_ops_pybind.builder(corpus, 10, "dot_product").tree(
+            leaves, leaves // 10, training_sample_size=sample
+        )
         path.mkdir(parents=True, exist_ok=True)
-        builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(100).build().serialize(str(path))
+        builder.score_ah(2, anisotropic_quantization_threshold=0.2).reorder(100).build().serialize(
+            str(path)
+        )
         (folder / "built").touch()
     index = scann.scann_ops_pybind.load_searcher(str(path))
 
     def search(query: np.ndarray, ef: int) -> np.ndarray:
-        rows: np.ndarray = index.search(query[0], final_num_neighbors=10, pre_reorder_num_neighbors=ef, leaves_to_search=max(1, ef // 2))[0]
+        rows: np.ndarray = index.search(
+            query[0],
+            final_num_neighbors=10,
+            pre_reorder_num_neighbors=ef,
+            leaves_to_search=max(1, ef // 2),
+        )[0]
         return rows
 
     return Engine(search, lambda rows: rows.astype(np.int64))
 
 
-def zvec_collection(corpus: np.ndarray, folder: Path, values: dict[str, np.ndarray] | None = None) -> Any:
+def zvec_collection(
+    corpus: np.ndarray, folder: Path, values: dict[str, np.ndarray] | None = None
+) -> Any:
     """A read-only zvec collection with int8 HNSW and an inverted index over each integer column."""
     import zvec
 
@@ -186,14 +230,28 @@ def zvec_collection(corpus: np.ndarray, folder: Path, values: dict[str, np.ndarr
     if (folder / "zvec.built").is_file():
         return zvec.open(path, zvec.CollectionOption(read_only=True))
     int8, metric = zvec.QuantizeType.INT8, zvec.MetricType.IP
-    hnsw = zvec.HnswIndexParam(metric_type=metric, m=M, ef_construction=EF_CONSTRUCTION, quantize_type=int8, use_contiguous_memory=True)
+    hnsw = zvec.HnswIndexParam(
+        metric_type=metric,
+        m=M,
+        ef_construction=EF_CONSTRUCTION,
+        quantize_type=int8,
+        use_contiguous_memory=True,
+    )
     ranges = zvec.InvertIndexParam(enable_range_optimization=True)
-    fields = [zvec.FieldSchema(name, zvec.DataType.INT64, index_param=ranges) for name in values or {}]
+    fields = [
+        zvec.FieldSchema(name, zvec.DataType.INT64, index_param=ranges) for name in values or {}
+    ]
     vector = zvec.VectorSchema("v", zvec.DataType.VECTOR_FP32, corpus.shape[1], index_param=hnsw)
-    collection = zvec.create_and_open(path, zvec.CollectionSchema("bench", fields=fields or None, vectors=vector))
+    collection = zvec.create_and_open(
+        path, zvec.CollectionSchema("bench", fields=fields or None, vectors=vector)
+    )
     for start in range(0, len(corpus), 1_000):
         docs = [
-            zvec.Doc(id=str(i), vectors={"v": corpus[i]}, fields={name: int(column[i]) for name, column in (values or {}).items()})
+            zvec.Doc(
+                id=str(i),
+                vectors={"v": corpus[i]},
+                fields={name: int(column[i]) for name, column in (values or {}).items()},
+            )
             for i in range(start, min(start + 1_000, len(corpus)))
         ]
         collection.insert(docs)
@@ -211,7 +269,9 @@ def zvec_int8(corpus: np.ndarray, folder: Path) -> Engine:
     collection = zvec_collection(corpus, folder)
 
     def search(query: np.ndarray, ef: int) -> np.ndarray:
-        rows: np.ndarray = collection.query_internal_ids(zvec.Query("v", vector=query[0], param=zvec.HnswQueryParam(ef=ef)), topk=10)
+        rows: np.ndarray = collection.query_internal_ids(
+            zvec.Query("v", vector=query[0], param=zvec.HnswQueryParam(ef=ef)), topk=10
+        )
         return rows
 
     def rows(answer: np.ndarray) -> np.ndarray:
@@ -220,7 +280,9 @@ def zvec_int8(corpus: np.ndarray, folder: Path) -> Engine:
     return Engine(search, rows)
 
 
-def qdrant_shard(corpus: np.ndarray, folder: Path, values: dict[str, np.ndarray] | None = None) -> Any:
+def qdrant_shard(
+    corpus: np.ndarray, folder: Path, values: dict[str, np.ndarray] | None = None
+) -> Any:
     """A qdrant-edge shard with int8 codes in memory, HNSW, and an integer index over each column."""
     import qdrant_edge as qdrant
 
@@ -230,14 +292,26 @@ def qdrant_shard(corpus: np.ndarray, folder: Path, values: dict[str, np.ndarray]
     path.mkdir(parents=True)
     hnsw = qdrant.HnswIndexConfig(M, EF_CONSTRUCTION, 10_000, max_indexing_threads=1)
     int8 = qdrant.ScalarQuantizationConfig(qdrant.ScalarType.Int8, quantile=0.99, always_ram=True)
-    vectors = qdrant.EdgeVectorParams(corpus.shape[1], qdrant.Distance.Dot, hnsw_config=hnsw, quantization_config=int8)
-    optimizers = qdrant.EdgeOptimizersConfig(default_segment_number=1, indexing_threshold=1_000, max_segment_size=10_000_000)
-    shard = qdrant.EdgeShard.create(str(path), qdrant.EdgeConfig(vectors=vectors, optimizers=optimizers, max_search_threads=1))
+    vectors = qdrant.EdgeVectorParams(
+        corpus.shape[1], qdrant.Distance.Dot, hnsw_config=hnsw, quantization_config=int8
+    )
+    optimizers = qdrant.EdgeOptimizersConfig(
+        default_segment_number=1, indexing_threshold=1_000, max_segment_size=10_000_000
+    )
+    shard = qdrant.EdgeShard.create(
+        str(path), qdrant.EdgeConfig(vectors=vectors, optimizers=optimizers, max_search_threads=1)
+    )
     for name in values or {}:
-        shard.update(qdrant.UpdateOperation.create_field_index(name, qdrant.PayloadSchemaType.Integer))
+        shard.update(
+            qdrant.UpdateOperation.create_field_index(name, qdrant.PayloadSchemaType.Integer)
+        )
     for start in range(0, len(corpus), 1_000):
         points = [
-            qdrant.Point(i, corpus[i].tolist(), {name: int(column[i]) for name, column in (values or {}).items()} or None)
+            qdrant.Point(
+                i,
+                corpus[i].tolist(),
+                {name: int(column[i]) for name, column in (values or {}).items()} or None,
+            )
             for i in range(start, min(start + 1_000, len(corpus)))
         ]
         shard.update(qdrant.UpdateOperation.upsert_points(points))
@@ -255,7 +329,9 @@ def qdrant_int8(corpus: np.ndarray, folder: Path) -> Engine:
 
     def search(query: np.ndarray, ef: int) -> Any:
         request = qdrant.SearchRequest(
-            qdrant.Query.Nearest(query[0].tolist()), 10, params=qdrant.SearchParams(hnsw_ef=ef, quantization=rescore)
+            qdrant.Query.Nearest(query[0].tolist()),
+            10,
+            params=qdrant.SearchParams(hnsw_ef=ef, quantization=rescore),
         )
         return shard.search(request)
 

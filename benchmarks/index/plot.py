@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-PANELS = {"in-distribution": "queries like the corpus", "out-of-distribution": "queries unlike the corpus"}
+PANELS = {
+    "in-distribution": "queries like the corpus",
+    "out-of-distribution": "queries unlike the corpus",
+}
 
 
 def draw_costs(folder: Path) -> Path | None:
@@ -20,7 +23,9 @@ def draw_costs(folder: Path) -> Path | None:
         panel = next((p for p in PANELS if name.startswith(p)), None)
         for row in record["metrics"]["results"] if panel else ():
             if row.get("us@0.95"):
-                panels.setdefault(str(panel), {}).setdefault(row["engine"], []).append((record["dataset"]["vectors"], row["us@0.95"]))
+                panels.setdefault(str(panel), {}).setdefault(row["engine"], []).append(
+                    (record["dataset"]["vectors"], row["us@0.95"])
+                )
     if not any(len(points) > 1 for curves in panels.values() for points in curves.values()):
         return None
     import matplotlib
@@ -28,12 +33,20 @@ def draw_costs(folder: Path) -> Path | None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, all_axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4.5), layout="constrained", squeeze=False)
+    figure, all_axes = pyplot.subplots(
+        1, len(panels), figsize=(6 * len(panels), 4.5), layout="constrained", squeeze=False
+    )
     for axes, (panel, curves) in zip(all_axes[0], sorted(panels.items())):
         for engine, points in curves.items():
             points.sort()
             axes.plot([p[0] for p in points], [p[1] for p in points], marker="o", label=engine)
-        axes.set(title=PANELS[panel], xlabel="vectors", ylabel="CPU microseconds a query at recall 0.95", xscale="log", yscale="log")
+        axes.set(
+            title=PANELS[panel],
+            xlabel="vectors",
+            ylabel="CPU microseconds a query at recall 0.95",
+            xscale="log",
+            yscale="log",
+        )
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     path = folder / "ann-cost.png"

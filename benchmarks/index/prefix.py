@@ -24,11 +24,17 @@ def prefix_engine(kind: str, dimensions: int) -> Callable[[np.ndarray, Path], En
             build_index(kind, short, config).save(folder / "index")
             (folder / "built").touch()
         index = load_index(kind, folder / "index", short, config)
-        scan = make_engine(Corpus(np.ascontiguousarray(corpus)), IdTable.build([str(i) for i in range(len(corpus))]), None).scan
+        scan = make_engine(
+            Corpus(np.ascontiguousarray(corpus)),
+            IdTable.build([str(i) for i in range(len(corpus))]),
+            None,
+        ).scan
 
         def search(query: np.ndarray, ef: int) -> list[str]:
             head = query[:, :dimensions]
-            rows, _ = index.search(np.ascontiguousarray(head / np.sqrt(head[0].dot(head[0]))), ef, ef)
+            rows, _ = index.search(
+                np.ascontiguousarray(head / np.sqrt(head[0].dot(head[0]))), ef, ef
+            )
             out = np.empty(10, dtype=np.float32)
             ids: list[str] = scan(query, 10, rows.astype(np.uint32, copy=False), out, None)
             return ids
@@ -45,5 +51,9 @@ def _prefix(vectors: np.ndarray, dimensions: int) -> np.ndarray:
     return np.asarray(short / np.maximum(norms, np.float32(1e-12)), dtype=np.float32)
 
 
-PREFIX_ENGINES = {f"prefix {d} {kind}": (prefix_engine(kind, d), None) for kind in ("hnsw", "symqg") for d in (64, 128)}
+PREFIX_ENGINES = {
+    f"prefix {d} {kind}": (prefix_engine(kind, d), None)
+    for kind in ("hnsw", "symqg")
+    for d in (64, 128)
+}
 """Name -> (builder, the distribution it needs besides ours); not among the engines measured by default."""

@@ -15,7 +15,14 @@ import numpy as np
 from benchmarks.index.build import SPACE, build_once, bundle_folder
 from benchmarks.index.vectors import load_vectors
 from benchmarks.record import write_record
-from encoders.commands.console import data_option, handle_errors, json_option, print_json, print_table, say
+from encoders.commands.console import (
+    data_option,
+    handle_errors,
+    json_option,
+    print_json,
+    print_table,
+    say,
+)
 from encoders.errors import ConfigError
 from encoders.exact_search import exact_top_k
 from index_builder.ann import AnnConfig
@@ -41,7 +48,9 @@ class Truth:
         return list(self.vectors), np.stack(list(self.vectors.values()))
 
 
-def measure(index: EntityIndex, truth: Truth, queries: np.ndarray, repeats: int) -> dict[str, float]:
+def measure(
+    index: EntityIndex, truth: Truth, queries: np.ndarray, repeats: int
+) -> dict[str, float]:
     """ANN recall@10 against an exact scan of the truth, and the latency of our own call, microseconds."""
     ids, vectors = truth.arrays()
     _, exact = exact_top_k(queries, vectors, 10)
@@ -50,7 +59,9 @@ def measure(index: EntityIndex, truth: Truth, queries: np.ndarray, repeats: int)
     for query, scores in zip(queries, exact):
         answer = index.search(query, 10).ids
         assert len(set(answer)) == len(answer), "an id came twice"
-        true_scores = vectors[[row_of[i] for i in answer]] @ query  # KeyError: a deleted id was returned
+        true_scores = (
+            vectors[[row_of[i] for i in answer]] @ query
+        )  # KeyError: a deleted id was returned
         recalls.append(np.count_nonzero(true_scores >= scores[-1] - 1e-5) / 10)
     times = np.empty((repeats, len(queries)))
     for repeat in range(repeats):
@@ -66,7 +77,9 @@ def measure(index: EntityIndex, truth: Truth, queries: np.ndarray, repeats: int)
     }
 
 
-def churn(writer: LiveLogWriter, truth: Truth, spare: np.ndarray, share: float, rng: np.random.Generator) -> int:
+def churn(
+    writer: LiveLogWriter, truth: Truth, spare: np.ndarray, share: float, rng: np.random.Generator
+) -> int:
     """Replace ``share`` of the ids by vectors of other texts and delete another ``share``; returns the last sequence number."""
     names = list(truth.vectors)
     count = int(share * len(names))
@@ -88,7 +101,12 @@ def churn(writer: LiveLogWriter, truth: Truth, spare: np.ndarray, share: float, 
 
 
 def sustained(
-    store: ReleaseStore, index: EntityIndex, follower: LiveFollower, spare: np.ndarray, rate: int, seconds: float
+    store: ReleaseStore,
+    index: EntityIndex,
+    follower: LiveFollower,
+    spare: np.ndarray,
+    rate: int,
+    seconds: float,
 ) -> dict[str, Any]:
     """Upserts at ``rate`` a second, each acknowledged on disk, while another thread searches; how soon each group is visible."""
     writer = LiveLogWriter(store.live_root, "pin", int(spare.shape[1]))
@@ -113,7 +131,11 @@ def sustained(
         elif now > due + 1.0:
             late += 1
         entries = [
-            LiveEntry(id=f"live-{written + i}", vector=np.ascontiguousarray(spare[(written + i) % len(spare)]), space_id=SPACE)
+            LiveEntry(
+                id=f"live-{written + i}",
+                vector=np.ascontiguousarray(spare[(written + i) % len(spare)]),
+                space_id=SPACE,
+            )
             for i in range(group)
         ]
         before = time.perf_counter()
@@ -140,11 +162,23 @@ def sustained(
     }
 
 
-def _row(name: str, follower: LiveFollower, index: EntityIndex, truth: Truth, queries: np.ndarray, repeats: int) -> dict[str, Any]:
+def _row(
+    name: str,
+    follower: LiveFollower,
+    index: EntityIndex,
+    truth: Truth,
+    queries: np.ndarray,
+    repeats: int,
+) -> dict[str, Any]:
     follower.catch_up()
     follower.settle()
     view = follower.view("pin")
-    row = {"state": name, "live": view.live_count, "hidden": view.hidden_count, "segments": len(view.segments)}
+    row = {
+        "state": name,
+        "live": view.live_count,
+        "hidden": view.hidden_count,
+        "segments": len(view.segments),
+    }
     row |= measure(index, truth, queries, repeats)
     say(f"{row}")
     return row
@@ -152,17 +186,42 @@ def _row(name: str, follower: LiveFollower, index: EntityIndex, truth: Truth, qu
 
 @click.command()
 @data_option
-@click.option("--size", type=int, default=100_000, show_default=True, help="Vectors of the base (256-d).")
+@click.option(
+    "--size", type=int, default=100_000, show_default=True, help="Vectors of the base (256-d)."
+)
 @click.option("--index", "kind", default="auto", show_default=True, help="Kind of the base index.")
-@click.option("--queries", "query_count", type=int, default=1000, show_default=True, help="Held-out queries reported on.")
-@click.option("--repeats", type=int, default=3, show_default=True, help="Times each query is timed; the fastest counts.")
+@click.option(
+    "--queries",
+    "query_count",
+    type=int,
+    default=1000,
+    show_default=True,
+    help="Held-out queries reported on.",
+)
+@click.option(
+    "--repeats",
+    type=int,
+    default=3,
+    show_default=True,
+    help="Times each query is timed; the fastest counts.",
+)
 @click.option("--rate", type=int, default=1000, show_default=True, help="Upserts a second wanted.")
-@click.option("--seconds", type=float, default=20.0, show_default=True, help="How long the rate is sustained.")
+@click.option(
+    "--seconds", type=float, default=20.0, show_default=True, help="How long the rate is sustained."
+)
 @click.option("--no-record", is_flag=True, help="Print only; write no record.")
 @json_option
 @handle_errors
 def command(
-    data_dir: Path | None, size: int, kind: str, query_count: int, repeats: int, rate: int, seconds: float, no_record: bool, as_json: bool
+    data_dir: Path | None,
+    size: int,
+    kind: str,
+    query_count: int,
+    repeats: int,
+    rate: int,
+    seconds: float,
+    no_record: bool,
+    as_json: bool,
 ) -> None:
     """Replace and delete 2%, then 10% of the entities live; measure recall@10 and p50 of our call; rebuild; sustain 1,000 upserts a second.
 
@@ -189,11 +248,20 @@ def command(
             before = _row(f"release ({index.kind})", follower, index, truth, queries, repeats)
             with LiveLogWriter(store.live_root, "pin", int(base.corpus.shape[1])) as writer:
                 churn(writer, truth, spare, share, rng)
-            after = _row(f"{share:.0%} replaced, {share:.0%} deleted", follower, index, truth, queries, repeats)
+            after = _row(
+                f"{share:.0%} replaced, {share:.0%} deleted",
+                follower,
+                index,
+                truth,
+                queries,
+                repeats,
+            )
             store.activate(release.release_id, verify=False)
             inputs, path = from_release(store, ())
             calibration = {"*": QuerySet([""] * len(base.calibration), base.calibration)}
-            config = RebuildConfig(index=IndexConfig(kind=kind, ann=AnnConfig(threads=2)), min_recall=0.9)
+            config = RebuildConfig(
+                index=IndexConfig(kind=kind, ann=AnnConfig(threads=2)), min_recall=0.9
+            )
             rebuilt_id = build_release(inputs, path, store, config, calibration)
             rebuilt = store.open(rebuilt_id)
             fresh = LiveFollower(store, rebuilt)
@@ -216,10 +284,16 @@ def command(
     if not no_record:
         write_record(
             f"update-{base_rows // 1000}k" + ("" if kind == "auto" else f"-{kind}"),
-            dataset={**base.describe(), "replacements": "vectors of other real texts, not in the base"},
+            dataset={
+                **base.describe(),
+                "replacements": "vectors of other real texts, not in the base",
+            },
             config={"index": kind, "queries": query_count, "rate": rate, "seconds": seconds},
             protocol={
-                "latency": "our own call, one thread, fastest of the repeats per query, median over queries",
+                "latency": (
+                    "our own call, one thread, fastest of the repeats per query, median over"
+                    " queries"
+                ),
                 "repeats": repeats,
                 "recall": "against an exact scan of the state as it should be",
             },
@@ -229,6 +303,23 @@ def command(
     if as_json:
         print_json(metrics)
         return
-    columns = ("state", "live", "hidden", "segments", "recall_at_10", "recall_change", "p50_us", "p50_ratio")
-    print_table(f"live writes over {base_rows:,} real text vectors (WordLlama)", columns, [[row[c] for c in columns] for row in rows])
-    print_table("sustained upserts while searching", ("what", "value"), [(name, str(value)) for name, value in rate_result.items()])
+    columns = (
+        "state",
+        "live",
+        "hidden",
+        "segments",
+        "recall_at_10",
+        "recall_change",
+        "p50_us",
+        "p50_ratio",
+    )
+    print_table(
+        f"live writes over {base_rows:,} real text vectors (WordLlama)",
+        columns,
+        [[row[c] for c in columns] for row in rows],
+    )
+    print_table(
+        "sustained upserts while searching",
+        ("what", "value"),
+        [(name, str(value)) for name, value in rate_result.items()],
+    )

@@ -47,7 +47,10 @@ class VectorSet:
             "dimension": int(self.corpus.shape[1]),
             "queries": len(self.queries),
             "calibration_queries": len(self.calibration),
-            "source": f"{self.source} over the distinct folded texts of `large` (real texts: annotations and translations, not clicks)",
+            "source": (
+                f"{self.source} over the distinct folded texts of `large` (real texts: annotations"
+                " and translations, not clicks)"
+            ),
             "real": True,
         }
 
@@ -96,7 +99,9 @@ def _embed(texts: list[str], tower: str | None) -> np.ndarray:
         import wordllama
     except ImportError as error:
         raise MissingDependency("wordllama", "bench", "The index benchmark") from error
-    model = wordllama.WordLlama.load(cache_dir=os.path.dirname(wordllama.__file__), disable_download=True)
+    model = wordllama.WordLlama.load(
+        cache_dir=os.path.dirname(wordllama.__file__), disable_download=True
+    )
     vectors = np.asarray(model.embed(texts, norm=False), dtype=np.float32)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     norms[norms < 1e-6] = 1.0
@@ -112,10 +117,13 @@ def _load_all(data_dir: Path, cache: Path, tower: str | None) -> tuple[_Texts, n
     folder = data_dir / "large" if (data_dir / "large").is_dir() else data_dir
     if not (folder / "pairs_train.jsonl.gz").is_file():
         raise ConfigError(
-            f"expected pairs_train.jsonl.gz in {folder}, but it is not there. Point --data (or OMNI_DATA) at the folder that holds large/."
+            f"expected pairs_train.jsonl.gz in {folder}, but it is not there. Point --data (or"
+            " OMNI_DATA) at the folder that holds large/."
         )
     facts_path = cache / "wordllama-256-facts.npz"
-    vectors_path = cache / ("wordllama-256.npy" if tower is None else f"tower-{_tower_name(tower)}.npy")
+    vectors_path = cache / (
+        "wordllama-256.npy" if tower is None else f"tower-{_tower_name(tower)}.npy"
+    )
     if not (facts_path.is_file() and vectors_path.is_file()):
         texts, facts = _read_texts(folder)
         with stage(f"embed {len(texts):,} texts with {tower or 'WordLlama'}"):
@@ -139,7 +147,13 @@ def _tower_name(tower: str) -> str:
 
 
 def load_vectors(
-    data_dir: Path, *, size: int, distribution: str = "in", cache: Path | None = None, seed: int = 0, tower: str | None = None
+    data_dir: Path,
+    *,
+    size: int,
+    distribution: str = "in",
+    cache: Path | None = None,
+    seed: int = 0,
+    tower: str | None = None,
 ) -> VectorSet:
     """A corpus of about ``size`` vectors with held-out queries.
 
@@ -159,7 +173,10 @@ def load_vectors(
     facts, vectors = _load_all(data_dir, cache or default_cache(), tower)
     rng = np.random.default_rng(seed)
     usable = np.concatenate(
-        [np.abs(np.linalg.norm(vectors[s : s + 65536], axis=1) - 1) < 1e-3 for s in range(0, len(vectors), 65536)]
+        [
+            np.abs(np.linalg.norm(vectors[s : s + 65536], axis=1) - 1) < 1e-3
+            for s in range(0, len(vectors), 65536)
+        ]
     )  # texts without a known token have no vector
     english = facts.languages == "en"
     if distribution == "in":
@@ -171,7 +188,9 @@ def load_vectors(
         corpus_ok = usable & english
         name = f"out-of-distribution-{size // 1000}k"
     elif distribution == "out":
-        foreign = np.isin([language.split("-")[0] for language in facts.languages.tolist()], EAST_ASIAN)
+        foreign = np.isin(
+            [language.split("-")[0] for language in facts.languages.tolist()], EAST_ASIAN
+        )
         candidates = np.flatnonzero(usable & facts.dev & foreign)
         corpus_ok = usable & ~foreign
         name = f"out-of-distribution-{size // 1000}k"
@@ -182,7 +201,11 @@ def load_vectors(
     corpus_ok = corpus_ok.copy()
     corpus_ok[held_out] = False
     rows = rng.permutation(np.flatnonzero(corpus_ok))[:size]
-    source = f"WordLlama {vectors.shape[1]}-d" if tower is None else f"the query tower of {_tower_name(tower)}, {vectors.shape[1]}-d,"
+    source = (
+        f"WordLlama {vectors.shape[1]}-d"
+        if tower is None
+        else f"the query tower of {_tower_name(tower)}, {vectors.shape[1]}-d,"
+    )
     return VectorSet(
         name=name if tower is None else f"tower-{_tower_name(tower)}-{name}",
         source=source,

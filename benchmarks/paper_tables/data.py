@@ -45,7 +45,9 @@ class TableData:
     def continuous(self) -> Mapping[str, int]:
         """Vector columns that the entity tower reads, with their widths."""
         widths = {FROZEN: FROZEN_WIDTH, VISUAL: VISUAL_WIDTH}
-        return {name: width for name, width in widths.items() if name in self.dataset.catalogue.columns}
+        return {
+            name: width for name, width in widths.items() if name in self.dataset.catalogue.columns
+        }
 
 
 def load_table_data(work: Path, data_dir: Path | None = None) -> TableData:
@@ -58,26 +60,36 @@ def load_table_data(work: Path, data_dir: Path | None = None) -> TableData:
         vectors = {name: arrays[name] for name in (FROZEN, VISUAL) if name in arrays}
         projection = arrays["projection"]
     pairs = pl.concat((source.pairs, related_query_pairs(source.pairs)), how="diagonal_relaxed")
-    catalogue = source.catalogue.with_columns(vector_column(name, column) for name, column in vectors.items())
+    catalogue = source.catalogue.with_columns(
+        vector_column(name, column) for name, column in vectors.items()
+    )
     return TableData(Dataset(catalogue, pairs, {}, source.groups, source.name), projection)
 
 
 def vector_column(name: str, vectors: Float32) -> pl.Series:
     """``(N, D)`` as a list column."""
-    return pl.Series(name, vectors.astype(np.float32), dtype=pl.Array(pl.Float32, vectors.shape[1])).cast(pl.List(pl.Float32))
+    return pl.Series(
+        name, vectors.astype(np.float32), dtype=pl.Array(pl.Float32, vectors.shape[1])
+    ).cast(pl.List(pl.Float32))
 
 
 def _make_vectors(source: Dataset, path: Path) -> None:
     with stage("multilingual USE of titles, categories and boards; thumbnails of pictures"):
-        vectors = unit_rows(use_encoder()(entity_texts(source.catalogue, FROZEN_FIELDS)))  # (N, 512)
-        projection = np.linalg.svd(vectors, full_matrices=False)[2][:FROZEN_WIDTH].T.astype(np.float32)  # (512, 256)
+        vectors = unit_rows(
+            use_encoder()(entity_texts(source.catalogue, FROZEN_FIELDS))
+        )  # (N, 512)
+        projection = np.linalg.svd(vectors, full_matrices=False)[2][:FROZEN_WIDTH].T.astype(
+            np.float32
+        )  # (512, 256)
         # Numbers of about 1, like those of the n-gram part of the tower; a compatibility task normalises them.
         frozen = unit_rows(vectors @ projection) * np.float32(FROZEN_WIDTH**0.5)
         arrays = {FROZEN: frozen, "projection": projection}
         if source.pictures:
             blank = np.zeros(VISUAL_WIDTH, np.float32)
             ids = source.catalogue["id"].to_list()
-            arrays[VISUAL] = np.stack([_thumbnail(source.pictures[i]) if i in source.pictures else blank for i in ids])
+            arrays[VISUAL] = np.stack(
+                [_thumbnail(source.pictures[i]) if i in source.pictures else blank for i in ids]
+            )
     partial = path.with_suffix(".partial.npz")
     np.savez(partial, allow_pickle=False, **arrays)
     partial.replace(path)

@@ -9,7 +9,12 @@ from typing import Any
 from benchmarks.paper_tables.settings import VERSION_NAMES
 
 Rows = Sequence[dict[str, Any]]
-NAMES = {"pin/entity": "pins", "product/entity": "products", "ad/entity": "ads", "query/query": "related queries"}
+NAMES = {
+    "pin/entity": "pins",
+    "product/entity": "products",
+    "ad/entity": "ads",
+    "query/query": "related queries",
+}
 
 
 def draw(rows: Rows, folder: Path, stem: str) -> list[Path]:
@@ -23,7 +28,11 @@ def draw(rows: Rows, folder: Path, stem: str) -> list[Path]:
         "rows": ("Rows of the hash table", "", _by_setting),
         "volume": ("Products at 1/1000 of the volume", "", _by_setting),
         "new-type": ("Ads as a new type of a trained model", "", _by_setting),
-        "versions": ("A query tower and successive versions of frozen vectors (pins)", "vectors ranked", _versions),
+        "versions": (
+            "A query tower and successive versions of frozen vectors (pins)",
+            "vectors ranked",
+            _versions,
+        ),
         "prefixes": ("Prefixes of the vectors (pins)", "numbers kept", _prefixes),
         "logq": ("logQ correction by frequency of the entity", "", _parts),
     }
@@ -35,7 +44,12 @@ def draw(rows: Rows, folder: Path, stem: str) -> list[Path]:
         figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
         plot(axes, chosen)
         seeds = min(row["seeds"] for row in chosen)
-        axes.set(title=f"{title}; {seeds} or more seeds, 95% intervals", ylabel="labelled Recall@10", xlabel=label, ylim=(0, None))
+        axes.set(
+            title=f"{title}; {seeds} or more seeds, 95% intervals",
+            ylabel="labelled Recall@10",
+            xlabel=label,
+            ylim=(0, None),
+        )
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
         paths.append(folder / f"{stem}-{table}.png")
@@ -45,14 +59,26 @@ def draw(rows: Rows, folder: Path, stem: str) -> list[Path]:
 
 
 def _curve(axes: Any, places: Sequence[Any], rows: Rows, label: str) -> None:
-    axes.errorbar(places, [row["mean"] for row in rows], [row["interval"] or 0.0 for row in rows], marker="o", capsize=3, label=label)
+    axes.errorbar(
+        places,
+        [row["mean"] for row in rows],
+        [row["interval"] or 0.0 for row in rows],
+        marker="o",
+        capsize=3,
+        label=label,
+    )
 
 
 def _by_setting(axes: Any, rows: Rows) -> None:
     """Settings on the x axis, a curve per metric."""
     for metric in dict.fromkeys(row["metric"] for row in rows):
         chosen = [row for row in rows if row["metric"] == metric]
-        _curve(axes, [row["setting"].replace(", ", ",\n").replace(": ", ":\n") for row in chosen], chosen, NAMES.get(metric, metric))
+        _curve(
+            axes,
+            [row["setting"].replace(", ", ",\n").replace(": ", ":\n") for row in chosen],
+            chosen,
+            NAMES.get(metric, metric),
+        )
     axes.tick_params(axis="x", labelsize=7, rotation=12)
 
 

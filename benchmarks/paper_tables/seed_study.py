@@ -47,10 +47,16 @@ def run_missing(jobs: Iterable[Job], max_minutes: float = 0.0) -> None:
         partial.replace(job.path)
 
 
-def read_results(work: Path, key: str, sizes: Mapping[str, int], seeds: int) -> dict[int, dict[str, Any]]:
+def read_results(
+    work: Path, key: str, sizes: Mapping[str, int], seeds: int
+) -> dict[int, dict[str, Any]]:
     """The results of a key that are there, by seed."""
     paths = {seed: result_path(work, key, sizes, seed) for seed in range(seeds)}
-    return {seed: json.loads(path.read_text(encoding="utf-8")) for seed, path in paths.items() if path.is_file()}
+    return {
+        seed: json.loads(path.read_text(encoding="utf-8"))
+        for seed, path in paths.items()
+        if path.is_file()
+    }
 
 
 def interval(values: Sequence[float]) -> float | None:

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.paper_tables.data import FROZEN
-from encoders.config.train_config import ENTITY, MATRYOSHKA_WEIGHTS, QUERY, VECTOR_PREFIX, DatasetConfig
+from encoders.config.train_config import (
+    ENTITY,
+    MATRYOSHKA_WEIGHTS,
+    QUERY,
+    VECTOR_PREFIX,
+    DatasetConfig,
+)
 
 SHARES = {"pin": 8.0, "product": 4.0, "query": 2.0, "ad": 2.0}
 """The paper's mix with ads in the place of product-offsite: parts of 16 of the whole batch."""
@@ -43,12 +49,19 @@ class Training:
         """Datasets, shares and candidates."""
         shares = SHARES | {"product": self.product_share}
         return tuple(
-            DatasetConfig(name=name, share=shares[name], candidates=(QUERY,) if name == "query" else self.towers) for name in self.datasets
+            DatasetConfig(
+                name=name,
+                share=shares[name],
+                candidates=(QUERY,) if name == "query" else self.towers,
+            )
+            for name in self.datasets
         )
 
     def batch_pairs(self, whole: int) -> int:
         """Pairs per step when the four datasets at the paper's shares have ``whole``: a dataset alone sees what it sees in the mix."""
-        return round(whole * sum(config.share for config in self.dataset_configs()) / sum(SHARES.values()))
+        return round(
+            whole * sum(config.share for config in self.dataset_configs()) / sum(SHARES.values())
+        )
 
     def weights(self) -> dict[int, float]:
         """Matryoshka weights."""
@@ -69,7 +82,12 @@ ROWS = {
     ONE_ROW_PER_TOKEN: Training(key="rows-token", table_rows=ONE_ROW_PER_TOKEN),
 }
 VOLUME = {
-    share: Training(key=f"volume-{share:g}", product_pairs=SMALL_PRODUCT_PAIRS, product_share=share, gradients=True)
+    share: Training(
+        key=f"volume-{share:g}",
+        product_pairs=SMALL_PRODUCT_PAIRS,
+        product_share=share,
+        gradients=True,
+    )
     for share in (0.05, 1.0, 4.0)
 }
 """0.05 of 16 parts is one pair of a step of 320."""
@@ -96,17 +114,32 @@ class Line:
     """The setting of the same table that differences are taken from, seed by seed; empty: none."""
 
 
-LEARNED, FROZEN_VECTORS = tuple(f"{name}/entity" for name in TYPES), tuple(f"{name}/frozen" for name in TYPES)
+LEARNED, FROZEN_VECTORS = (
+    tuple(f"{name}/entity" for name in TYPES),
+    tuple(f"{name}/frozen" for name in TYPES),
+)
 EVERYTHING = (*LEARNED, "query/query")
 SHARE_NAMES = {0.05: "1 pair a step", 1.0: "1/16 of the batch", 4.0: "4/16 of the batch (paper)"}
 ROW_NAMES = {rows: f"{rows:,} rows" if rows else "one row per token" for rows in ROWS}
 
 LINES: tuple[Line, ...] = (
-    Line(table="2", setting="USE zero-shot (reference)", training=REFERENCE, metrics=FROZEN_VECTORS),
-    Line(table="2", setting="SearchSage: query tower on frozen vectors", training=SEARCHSAGE, metrics=FROZEN_VECTORS),
+    Line(
+        table="2", setting="USE zero-shot (reference)", training=REFERENCE, metrics=FROZEN_VECTORS
+    ),
+    Line(
+        table="2",
+        setting="SearchSage: query tower on frozen vectors",
+        training=SEARCHSAGE,
+        metrics=FROZEN_VECTORS,
+    ),
     Line(table="2", setting="OmniSearchSage: learned towers", training=OMNI, metrics=LEARNED),
     *(
-        Line(table="5", setting=f"single task: {name}", training=one, metrics=(f"{name}/{'query' if name == 'query' else 'entity'}",))
+        Line(
+            table="5",
+            setting=f"single task: {name}",
+            training=one,
+            metrics=(f"{name}/{'query' if name == 'query' else 'entity'}",),
+        )
         for name, one in SINGLE.items()
     ),
     Line(table="5", setting="multi-task, unified entity tower", training=MIX, metrics=EVERYTHING),
@@ -117,7 +150,12 @@ LINES: tuple[Line, ...] = (
         metrics=EVERYTHING,
         baseline="multi-task, unified entity tower",
     ),
-    Line(table="6", setting="SearchSage on frozen vectors", training=SEARCHSAGE, metrics=FROZEN_VECTORS),
+    Line(
+        table="6",
+        setting="SearchSage on frozen vectors",
+        training=SEARCHSAGE,
+        metrics=FROZEN_VECTORS,
+    ),
     Line(
         table="6",
         setting="OmniSearchSage with compatibility on frozen vectors",
@@ -125,8 +163,15 @@ LINES: tuple[Line, ...] = (
         metrics=FROZEN_VECTORS,
         baseline="SearchSage on frozen vectors",
     ),
-    Line(table="6", setting="OmniSearchSage without compatibility on frozen vectors", training=MIX, metrics=FROZEN_VECTORS),
-    Line(table="6", setting="learned towers, without compatibility", training=MIX, metrics=EVERYTHING),
+    Line(
+        table="6",
+        setting="OmniSearchSage without compatibility on frozen vectors",
+        training=MIX,
+        metrics=FROZEN_VECTORS,
+    ),
+    Line(
+        table="6", setting="learned towers, without compatibility", training=MIX, metrics=EVERYTHING
+    ),
     Line(
         table="6",
         setting="learned towers, with compatibility",
@@ -135,18 +180,45 @@ LINES: tuple[Line, ...] = (
         baseline="learned towers, without compatibility",
     ),
     *(
-        Line(table="rows", setting=ROW_NAMES[n], training=one, metrics=EVERYTHING, baseline=ROW_NAMES[TABLE_ROWS] if one != MIX else "")
+        Line(
+            table="rows",
+            setting=ROW_NAMES[n],
+            training=one,
+            metrics=EVERYTHING,
+            baseline=ROW_NAMES[TABLE_ROWS] if one != MIX else "",
+        )
         for n, one in ROWS.items()
     ),
-    Line(table="volume", setting="all product pairs, 4/16 of the batch", training=MIX, metrics=EVERYTHING),
-    *(
-        Line(table="volume", setting=f"{SMALL_PRODUCT_PAIRS} product pairs, {SHARE_NAMES[s]}", training=one, metrics=EVERYTHING)
-        for s, one in VOLUME.items()
+    Line(
+        table="volume",
+        setting="all product pairs, 4/16 of the batch",
+        training=MIX,
+        metrics=EVERYTHING,
     ),
-    Line(table="new-type", setting="before: never trained on ads", training=NEW_TYPE, variant="before", metrics=EVERYTHING),
     *(
         Line(
-            table="new-type", setting=name, training=NEW_TYPE, variant=variant, metrics=EVERYTHING, baseline="before: never trained on ads"
+            table="volume",
+            setting=f"{SMALL_PRODUCT_PAIRS} product pairs, {SHARE_NAMES[s]}",
+            training=one,
+            metrics=EVERYTHING,
+        )
+        for s, one in VOLUME.items()
+    ),
+    Line(
+        table="new-type",
+        setting="before: never trained on ads",
+        training=NEW_TYPE,
+        variant="before",
+        metrics=EVERYTHING,
+    ),
+    *(
+        Line(
+            table="new-type",
+            setting=name,
+            training=NEW_TYPE,
+            variant=variant,
+            metrics=EVERYTHING,
+            baseline="before: never trained on ads",
         )
         for variant, name in (
             ("ads only", "goes on with ads only"),
@@ -166,7 +238,12 @@ LINES: tuple[Line, ...] = (
         for version in (1, 2, 3)
     ),
     *(
-        Line(table="prefixes", setting=name, training=one, metrics=tuple(f"pin/entity/{n}" for n in PREFIXES))
+        Line(
+            table="prefixes",
+            setting=name,
+            training=one,
+            metrics=tuple(f"pin/entity/{n}" for n in PREFIXES),
+        )
         for name, one in (("trained on prefixes", MIX), ("trained on 256 only", NO_MATRYOSHKA))
     ),
     *(
@@ -174,7 +251,11 @@ LINES: tuple[Line, ...] = (
             table="logq",
             setting=name,
             training=one,
-            metrics=tuple(f"{t}/entity/{part}" for t in ("pin", "product") for part in ("head", "torso", "tail")),
+            metrics=tuple(
+                f"{t}/entity/{part}"
+                for t in ("pin", "product")
+                for part in ("head", "torso", "tail")
+            ),
             baseline="logQ on" if one == NO_LOG_Q else "",
         )
         for name, one in (("logQ on", MIX), ("logQ off", NO_LOG_Q))

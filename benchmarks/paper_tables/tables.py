@@ -16,12 +16,21 @@ import numpy as np
 from benchmarks.paper_tables.seed_study import Job, interval, read_results, result_path, run_missing
 from benchmarks.paper_tables.settings import LINES, TABLES, Line, Training
 from benchmarks.record import RESULTS, write_record
-from encoders.commands.console import data_option, handle_errors, json_option, print_json, print_table, say
+from encoders.commands.console import (
+    data_option,
+    handle_errors,
+    json_option,
+    print_json,
+    print_table,
+    say,
+)
 
 if TYPE_CHECKING:
     from benchmarks.paper_tables.trainings import Study
 
-LABEL = "REAL text: human keywords and translations of pictures, standing in for engagement; not clicks"
+LABEL = (
+    "REAL text: human keywords and translations of pictures, standing in for engagement; not clicks"
+)
 TITLES = {
     "2": "Table 2: learned towers against a query tower for frozen vectors (SearchSage)",
     "5": "Table 5: single task against multi-task, unified against separate entity towers",
@@ -34,7 +43,10 @@ TITLES = {
     "logq": "logQ correction, by how often an entity is met in training",
 }
 STAND_INS = {
-    "PinSage, ItemSage": "multilingual USE of title, category, boards; 512 numbers projected to the 256 strongest directions",
+    "PinSage, ItemSage": (
+        "multilingual USE of title, category, boards; 512 numbers projected to the 256 strongest"
+        " directions"
+    ),
     "visual": "8x8 RGB thumbnails of the pictures",
     "engagement": "human keywords, names and translations (annotations)",
     "related queries": "derived from the pairs: shared rare entities, translations of a name",
@@ -45,19 +57,48 @@ STAND_INS = {
 @click.command()
 @data_option
 @click.option(
-    "--work", required=True, type=click.Path(path_type=Path), help="Folder for vectors and one small result file per training; kept."
+    "--work",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder for vectors and one small result file per training; kept.",
 )
-@click.option("--seeds", default=3, show_default=True, type=click.IntRange(1), help="Trainings per setting.")
+@click.option(
+    "--seeds", default=3, show_default=True, type=click.IntRange(1), help="Trainings per setting."
+)
 @click.option("--steps", default=100, show_default=True, help="Optimiser steps per training.")
-@click.option("--batch-pairs", default=320, show_default=True, help="Pairs per step of the whole mix; a task alone keeps its part of it.")
-@click.option("--max-queries", default=2_000, show_default=True, help="Held-out queries evaluated per type.")
-@click.option("--max-minutes", default=0.0, help="Start no training after this long; the tables then hold what is there. 0: no limit.")
-@click.option("--table", "tables", multiple=True, type=click.Choice(TABLES), help="Only this table; repeat. Default: all.")
+@click.option(
+    "--batch-pairs",
+    default=320,
+    show_default=True,
+    help="Pairs per step of the whole mix; a task alone keeps its part of it.",
+)
+@click.option(
+    "--max-queries", default=2_000, show_default=True, help="Held-out queries evaluated per type."
+)
+@click.option(
+    "--max-minutes",
+    default=0.0,
+    help="Start no training after this long; the tables then hold what is there. 0: no limit.",
+)
+@click.option(
+    "--table",
+    "tables",
+    multiple=True,
+    type=click.Choice(TABLES),
+    help="Only this table; repeat. Default: all.",
+)
 @click.option("--no-record", is_flag=True, help="Train and print only.")
 @json_option
 @handle_errors
 def command(
-    data_dir: Path | None, work: Path, seeds: int, tables: tuple[str, ...], max_minutes: float, no_record: bool, as_json: bool, **sizes: int
+    data_dir: Path | None,
+    work: Path,
+    seeds: int,
+    tables: tuple[str, ...],
+    max_minutes: float,
+    no_record: bool,
+    as_json: bool,
+    **sizes: int,
 ) -> None:
     """Train short runs and compare: learned towers with frozen vectors, one task with many, and design choices.
 
@@ -77,7 +118,10 @@ def command(
     if not as_json:
         _print(rows)
         if missing:
-            say(f"{missing} of {len(rows)} figures lack some of their {seeds} seeds: run the command again with the same --work to go on")
+            say(
+                f"{missing} of {len(rows)} figures lack some of their {seeds} seeds: run the"
+                " command again with the same --work to go on"
+            )
     metrics = {"rows": rows, "complete": not missing}
     if no_record:
         if as_json:
@@ -88,7 +132,10 @@ def command(
         dataset={"name": name, "simulated": False, "note": LABEL, "stand_ins": STAND_INS},
         config={"seeds": seeds, **sizes},
         protocol={
-            "metric": "labelled Recall@10 over held-out pairs, exact; entities against all of their type, related queries against 10,000",
+            "metric": (
+                "labelled Recall@10 over held-out pairs, exact; entities against all of their type,"
+                " related queries against 10,000"
+            ),
             "interval": "95%, Student's t over seeds; differences seed by seed",
         },
         metrics=metrics,
@@ -105,7 +152,13 @@ def command(
         click.echo(path)
 
 
-def jobs(lines: Sequence[Line], work: Path, seeds: int, sizes: dict[str, int], data_dir: Path | None = None) -> list[Job]:
+def jobs(
+    lines: Sequence[Line],
+    work: Path,
+    seeds: int,
+    sizes: dict[str, int],
+    data_dir: Path | None = None,
+) -> list[Job]:
     """Every training of these lines once per seed, seed by seed, so that an early stop leaves whole tables with fewer seeds."""
     study: list[Study] = []
 
@@ -118,10 +171,17 @@ def jobs(lines: Sequence[Line], work: Path, seeds: int, sizes: dict[str, int], d
                 study.append(Study(load_table_data(work, data_dir), sizes, work))
             return run(study[0], training, seed)
 
-        return Job(result_path(work, training.key, sizes, seed), f"{training.key}, seed {seed}", run)
+        return Job(
+            result_path(work, training.key, sizes, seed), f"{training.key}, seed {seed}", run
+        )
 
     trainings = {line.training.key: line.training for line in lines}.values()
-    return [job(training, seed) for seed in range(seeds) for training in trainings if seed < wanted(training, seeds)]
+    return [
+        job(training, seed)
+        for seed in range(seeds)
+        for training in trainings
+        if seed < wanted(training, seeds)
+    ]
 
 
 def wanted(training: Training, seeds: int) -> int:
@@ -129,15 +189,26 @@ def wanted(training: Training, seeds: int) -> int:
     return 1 if training.kind == "reference" else seeds
 
 
-def summarise(lines: Sequence[Line], work: Path, seeds: int, sizes: dict[str, int]) -> list[dict[str, Any]]:
+def summarise(
+    lines: Sequence[Line], work: Path, seeds: int, sizes: dict[str, int]
+) -> list[dict[str, Any]]:
     """One row per (line, metric): mean and interval over the seeds that are there, and the difference from the line's baseline."""
     rows = []
     for line in lines:
         results = read_results(work, line.training.key, sizes, wanted(line.training, seeds))
-        base = next((other for other in lines if (other.table, other.setting) == (line.table, line.baseline)), None)
+        base = next(
+            (
+                other
+                for other in lines
+                if (other.table, other.setting) == (line.table, line.baseline)
+            ),
+            None,
+        )
         base_results = read_results(work, base.training.key, sizes, seeds) if base else {}
         for metric in line.metrics:
-            values = {seed: figure(result, line.variant, metric) for seed, result in results.items()}
+            values = {
+                seed: figure(result, line.variant, metric) for seed, result in results.items()
+            }
             row = {
                 "table": line.table,
                 "setting": line.setting,
@@ -149,16 +220,30 @@ def summarise(lines: Sequence[Line], work: Path, seeds: int, sizes: dict[str, in
                 "interval": interval(list(values.values())),
             }
             if base:
-                pairs = [value - figure(base_results[seed], base.variant, metric) for seed, value in values.items() if seed in base_results]
+                pairs = [
+                    value - figure(base_results[seed], base.variant, metric)
+                    for seed, value in values.items()
+                    if seed in base_results
+                ]
                 row |= {
                     "baseline": line.baseline,
                     "difference": float(np.mean(pairs)) if pairs else None,
                     "difference_interval": interval(pairs),
                 }
-            parts = [result[line.variant]["recall"].get(metric, {}).get("languages", {}) for result in results.values()]
-            row["languages"] = {name: float(np.mean([p[name] for p in parts])) for name in (parts[0] if parts else {})}
+            parts = [
+                result[line.variant]["recall"].get(metric, {}).get("languages", {})
+                for result in results.values()
+            ]
+            row["languages"] = {
+                name: float(np.mean([p[name] for p in parts]))
+                for name in (parts[0] if parts else {})
+            }
             for extra in ("gradients", "cosines"):
-                found = [result[line.variant][extra] for result in results.values() if result[line.variant].get(extra)]
+                found = [
+                    result[line.variant][extra]
+                    for result in results.values()
+                    if result[line.variant].get(extra)
+                ]
                 if found:
                     row[extra] = mean_of(found)
             rows.append(row)
@@ -188,8 +273,16 @@ def _print(rows: Sequence[dict[str, Any]]) -> None:
         cells = []
         for setting in dict.fromkeys(row["setting"] for row in chosen):
             by_metric = {row["metric"]: row for row in chosen if row["setting"] == setting}
-            cells.append([setting, max(row["seeds"] for row in by_metric.values()), *(_cell(by_metric.get(metric)) for metric in metrics)])
-        print_table(f"{TITLES[table]}. Labelled Recall@10. {LABEL}", ["setting", "seeds", *metrics], cells)
+            cells.append(
+                [
+                    setting,
+                    max(row["seeds"] for row in by_metric.values()),
+                    *(_cell(by_metric.get(metric)) for metric in metrics),
+                ]
+            )
+        print_table(
+            f"{TITLES[table]}. Labelled Recall@10. {LABEL}", ["setting", "seeds", *metrics], cells
+        )
 
 
 def _cell(row: dict[str, Any] | None) -> str:

@@ -13,8 +13,21 @@ import numpy as np
 import polars as pl
 import torch
 
-from benchmarks.paper_tables.data import FROZEN, FROZEN_WIDTH, Float32, TableData, use_queries, vector_column
-from benchmarks.paper_tables.settings import ONE_ROW_PER_TOKEN, PREFIXES, TYPES, VERSION_NAMES, Training
+from benchmarks.paper_tables.data import (
+    FROZEN,
+    FROZEN_WIDTH,
+    Float32,
+    TableData,
+    use_queries,
+    vector_column,
+)
+from benchmarks.paper_tables.settings import (
+    ONE_ROW_PER_TOKEN,
+    PREFIXES,
+    TYPES,
+    VERSION_NAMES,
+    Training,
+)
 from encoders.commands.console import stage
 from encoders.config.train_config import (
     ENTITY,
@@ -43,7 +56,9 @@ from encoders.training.step import loss_and_gradients
 
 QUERY_CORPUS = 10_000
 """Related queries are ranked against so many random train queries; entities against all of their type."""
-OPTIMISER = OptimiserConfig(learning_rate=4e-3, query_learning_rate=1e-3, token_embedding_learning_rate=1e-3)
+OPTIMISER = OptimiserConfig(
+    learning_rate=4e-3, query_learning_rate=1e-3, token_embedding_learning_rate=1e-3
+)
 """Peak rates, twice those of the recipes because the trainings are short."""
 GOING_ON = 0.25
 """Peak rates of a training that goes on from another, relative to ``OPTIMISER``."""
@@ -68,7 +83,11 @@ class Study:
         if entity_type not in self._tasks:
             corpus = QUERY_CORPUS if entity_type == "query" else None
             self._tasks[entity_type] = build_task(
-                self.data.dataset, entity_type, corpus_size=corpus, max_queries=self.sizes["max_queries"], seed=5
+                self.data.dataset,
+                entity_type,
+                corpus_size=corpus,
+                max_queries=self.sizes["max_queries"],
+                seed=5,
             )
         return self._tasks[entity_type]
 
@@ -100,9 +119,24 @@ def _plain(study: Study, training: Training, seed: int) -> dict[str, Any]:
     initial = _one_row_per_token(data, config) if training.table_rows == ONE_ROW_PER_TOKEN else None
     result = train(config, data, initial=initial, quiet=True)
     learns_entities = ENTITY in training.towers
-    towers = {name: encoder for name, encoder in result.entity_encoders.items() if name in training.datasets} if learns_entities else {}
+    towers = (
+        {
+            name: encoder
+            for name, encoder in result.entity_encoders.items()
+            if name in training.datasets
+        }
+        if learns_entities
+        else {}
+    )
     frozen = [name for name in TYPES if name in training.datasets and len(training.datasets) > 1]
-    recall = evaluate(study, data.catalogue, result.query_encoder, towers, frozen, queries="query" in training.datasets)
+    recall = evaluate(
+        study,
+        data.catalogue,
+        result.query_encoder,
+        towers,
+        frozen,
+        queries="query" in training.datasets,
+    )
     gradients = gradient_norms(result, data, config) if training.gradients else {}
     return {"": {"recall": recall, "gradients": gradients, **_facts(result)}}
 
@@ -111,7 +145,9 @@ def _reference(study: Study, training: Training, seed: int) -> dict[str, Any]:
     recall = {}
     for name in TYPES:
         task = study.task(name)
-        recall[f"{name}/frozen"] = _figures(study, task, use_queries(task.queries, study.data.projection), _frozen(task))
+        recall[f"{name}/frozen"] = _figures(
+            study, task, use_queries(task.queries, study.data.projection), _frozen(task)
+        )
     return {"": {"recall": recall}}
 
 
@@ -119,27 +155,57 @@ def _new_type(study: Study, training: Training, seed: int) -> dict[str, Any]:
     """Train without ads, then go on in three ways."""
     catalogue, pairs = study.data.dataset.catalogue, study.data.dataset.split("train")
     before = pl.col("entity_type") != "ad"
-    result = train(train_settings(training, study, seed), TrainingData(catalogue.filter(before), pairs.filter(before)), quiet=True)
+    result = train(
+        train_settings(training, study, seed),
+        TrainingData(catalogue.filter(before), pairs.filter(before)),
+        quiet=True,
+    )
     tower = result.entity_encoders["pin"]
     everything = dict.fromkeys(TYPES, tower)
-    out = {"before": {"recall": evaluate(study, catalogue, result.query_encoder, everything, [], queries=True), **_facts(result)}}
-    for variant, datasets in (("ads only", ("ad",)), ("with others", ("pin", "product", "query", "ad")), ("own tower", ("ad",))):
+    out = {
+        "before": {
+            "recall": evaluate(
+                study, catalogue, result.query_encoder, everything, [], queries=True
+            ),
+            **_facts(result),
+        }
+    }
+    for variant, datasets in (
+        ("ads only", ("ad",)),
+        ("with others", ("pin", "product", "query", "ad")),
+        ("own tower", ("ad",)),
+    ):
         own = variant == "own tower"
-        setting = replace(training, datasets=datasets, entity_towers="separate" if own else "unified")
+        setting = replace(
+            training, datasets=datasets, entity_towers="separate" if own else "unified"
+        )
         start = copy.deepcopy(result)
         if own:
-            start = replace(start, query_encoder=fixed(start.query_encoder), entity_encoders={"ad": start.entity_encoders["pin"]})
+            start = replace(
+                start,
+                query_encoder=fixed(start.query_encoder),
+                entity_encoders={"ad": start.entity_encoders["pin"]},
+            )
         config = going_on(train_settings(setting, study, seed), frozen_queries=own)
         after = train(config, TrainingData(catalogue, pairs), initial=start, quiet=True)
-        encoders = everything | after.entity_encoders if own else dict.fromkeys(TYPES, after.entity_encoders["ad"])
-        out[variant] = {"recall": evaluate(study, catalogue, after.query_encoder, encoders, [], queries=True), **_facts(after)}
+        encoders = (
+            everything | after.entity_encoders
+            if own
+            else dict.fromkeys(TYPES, after.entity_encoders["ad"])
+        )
+        out[variant] = {
+            "recall": evaluate(study, catalogue, after.query_encoder, encoders, [], queries=True),
+            **_facts(after),
+        }
     return out
 
 
 def _versions(study: Study, training: Training, seed: int) -> dict[str, Any]:
     """A query tower trained for version 1 of frozen vectors, then brought up to version 2 and 3; each ranked against every version."""
     versions = frozen_versions(study, training)
-    pins = study.data.dataset.of_type("pin").with_columns(vector_column(name, vectors) for name, vectors in versions.items())
+    pins = study.data.dataset.of_type("pin").with_columns(
+        vector_column(name, vectors) for name, vectors in versions.items()
+    )
     pairs = study.train_pairs.filter(pl.col("entity_type") == "pin")
     task, out = study.task("pin"), {}
     query_encoder: QueryEncoder | None = None
@@ -154,8 +220,14 @@ def _versions(study: Study, training: Training, seed: int) -> dict[str, Any]:
         result = train(config, TrainingData(pins, pairs), query_encoder=query_encoder, quiet=True)
         query_encoder = result.query_encoder
         queries = query_encoder.encode(task.queries)
-        recall = {f"pin/{other}": _figures(study, task, queries, vectors) for other, vectors in versions.items()}
-        cosines = {other: float((vectors * versions[name]).sum(axis=1).mean()) for other, vectors in versions.items()}
+        recall = {
+            f"pin/{other}": _figures(study, task, queries, vectors)
+            for other, vectors in versions.items()
+        }
+        cosines = {
+            other: float((vectors * versions[name]).sum(axis=1).mean())
+            for other, vectors in versions.items()
+        }
         out[name] = {"recall": recall, "cosines": cosines, **_facts(result)}
     return out
 
@@ -169,7 +241,9 @@ def frozen_versions(study: Study, training: Training) -> dict[str, Float32]:
     path = study.work / f"versions-{study.sizes['steps']}-{study.sizes['batch_pairs']}.npz"
     if not path.is_file():
         pins = study.data.dataset.of_type("pin")
-        pairs = study.train_pairs.filter(pl.col("entity_type") == "pin").sample(fraction=1.0, shuffle=True, seed=3)
+        pairs = study.train_pairs.filter(pl.col("entity_type") == "pin").sample(
+            fraction=1.0, shuffle=True, seed=3
+        )
         half, quarter = pairs.height // 2, pairs.height // 4
         parts = [pairs[:half], pairs[half : half + quarter], pairs[half + quarter :], pairs]
         result: TrainResult | None = None
@@ -179,7 +253,12 @@ def frozen_versions(study: Study, training: Training) -> dict[str, Float32]:
             goes_on = number in (1, 2)
             with stage(f"frozen vectors, {name}"):
                 config = going_on(config) if goes_on else config
-                result = train(config, TrainingData(pins, part), initial=result if goes_on else None, quiet=True)
+                result = train(
+                    config,
+                    TrainingData(pins, part),
+                    initial=result if goes_on else None,
+                    quiet=True,
+                )
             vectors[name] = result.entity_encoders["pin"].encode(pins)
         partial = path.with_suffix(".partial.npz")
         np.savez(partial, allow_pickle=False, **vectors)
@@ -199,7 +278,9 @@ def training_data(dataset: Dataset, training: Training) -> TrainingData:
     pairs = pl.concat((pairs.filter(~is_product), kept))
     rows = pl.int_range(pl.len())
     others = dataset.catalogue.with_columns(row=rows).filter(~is_product)
-    few = with_engaged_queries(dataset.catalogue.with_columns(row=rows).filter(is_product), kept).select(others.columns)
+    few = with_engaged_queries(
+        dataset.catalogue.with_columns(row=rows).filter(is_product), kept
+    ).select(others.columns)
     return TrainingData(pl.concat((others, few)).sort("row").drop("row"), pairs)
 
 
@@ -215,16 +296,24 @@ def train_settings(training: Training, study: Study, seed: int) -> TrainConfig:
         entity_tower=EntityTowerSettings(table_rows=training.table_rows or 1, **HASHING),  # type: ignore[arg-type]
         datasets=training.dataset_configs(),
         loss=LossConfig(
-            random_negatives=1.0, random_query_negatives=0.0, log_q=training.log_q, matryoshka=training.weights(), sketch_width=1 << 16
+            random_negatives=1.0,
+            random_query_negatives=0.0,
+            log_q=training.log_q,
+            matryoshka=training.weights(),
+            sketch_width=1 << 16,
         ),
-        batch=BatchConfig(pairs=training.batch_pairs(sizes["batch_pairs"]), cross_fit=4, query_chunk=128),
+        batch=BatchConfig(
+            pairs=training.batch_pairs(sizes["batch_pairs"]), cross_fit=4, query_chunk=128
+        ),
         optimiser=replace(OPTIMISER, warmup_steps=sizes["steps"] // 6),
         validation=ValidationConfig(fraction=0.0),
     )
 
 
 def _batch(training: Training, study: Study, cross_fit: int) -> BatchConfig:
-    return BatchConfig(pairs=training.batch_pairs(study.sizes["batch_pairs"]), cross_fit=cross_fit, query_chunk=128)
+    return BatchConfig(
+        pairs=training.batch_pairs(study.sizes["batch_pairs"]), cross_fit=cross_fit, query_chunk=128
+    )
 
 
 def going_on(config: TrainConfig, *, frozen_queries: bool = False) -> TrainConfig:
@@ -234,7 +323,9 @@ def going_on(config: TrainConfig, *, frozen_queries: bool = False) -> TrainConfi
         config.optimiser,
         learning_rate=GOING_ON * OPTIMISER.learning_rate,
         query_learning_rate=0.0 if frozen_queries else GOING_ON * OPTIMISER.query_learning_rate,
-        token_embedding_learning_rate=0.0 if frozen_queries else GOING_ON * OPTIMISER.token_embedding_learning_rate,
+        token_embedding_learning_rate=(
+            0.0 if frozen_queries else GOING_ON * OPTIMISER.token_embedding_learning_rate
+        ),
         warmup_steps=steps // 6,
     )
     return replace(config, steps=steps, optimiser=optimiser)
@@ -266,19 +357,27 @@ def _one_row_per_token(data: TrainingData, config: TrainConfig) -> TrainResult:
     _, featurizer = build_inputs(data, config, query_encoder, torch.device("cpu"))
     size = len(featurizer.vocabulary)
     torch.manual_seed(config.seed)
-    shape = {**to_table(config.entity_tower), "dimension": config.model.dimension, "table_rows": size}
+    shape = {
+        **to_table(config.entity_tower),
+        "dimension": config.model.dimension,
+        "table_rows": size,
+    }
     encoder = create_entity_encoder(featurizer, **shape)
     encoder.rows.copy_(torch.arange(size, dtype=encoder.rows.dtype)[:, None].expand(size, 2))
     return TrainResult(query_encoder, {UNIFIED: encoder}, featurizer, {}, 0.0, 0.0, 0, config)
 
 
-def gradient_norms(result: TrainResult, data: TrainingData, config: TrainConfig) -> dict[str, dict[str, float]]:
+def gradient_norms(
+    result: TrainResult, data: TrainingData, config: TrainConfig
+) -> dict[str, dict[str, float]]:
     """Norm of every dataset's gradient on the shared towers, mean over batches the training did not see; at the initial temperature.
 
     Returns:
         ``{dataset: {"query tower": norm, "entity tower": norm}}``.
     """
-    inputs, _ = build_inputs(data, config, result.query_encoder, torch.device("cpu"), featurizer=result.featurizer)
+    inputs, _ = build_inputs(
+        data, config, result.query_encoder, torch.device("cpu"), featurizer=result.featurizer
+    )
     plan = BatchPlan(inputs.prepared, config)
     encoders = {UNIFIED: next(iter(result.entity_encoders.values()))}
     towers = Towers(result.query_encoder, encoders, 1, config.loss.temperature).train()
@@ -289,11 +388,16 @@ def gradient_norms(result: TrainResult, data: TrainingData, config: TrainConfig)
             alone = replace(inputs, prepared=replace(inputs.prepared, pair_sets=[pair_set]))
             loss_and_gradients(towers, alone, [part])
             for name, module in (("query tower", towers.query), ("entity tower", towers.entities)):
-                squares = sum(float(p.grad.square().sum()) for p in module.parameters() if p.grad is not None)
+                squares = sum(
+                    float(p.grad.square().sum()) for p in module.parameters() if p.grad is not None
+                )
                 norms.setdefault(pair_set.config.name, {}).setdefault(name, []).append(squares**0.5)
     towers.zero_grad(set_to_none=True)
     towers.eval()
-    return {name: {tower: float(np.mean(values)) for tower, values in by_tower.items()} for name, by_tower in norms.items()}
+    return {
+        name: {tower: float(np.mean(values)) for tower, values in by_tower.items()}
+        for name, by_tower in norms.items()
+    }
 
 
 def evaluate(
@@ -325,16 +429,28 @@ def evaluate(
             recall[f"{name}/frozen"] = _figures(study, task, query_vectors, _frozen(task))
         if name in encoders:
             rows = catalogue.filter(pl.col("entity_type") == name)
-            recall[f"{name}/entity"] = _figures(study, task, query_vectors, encoders[name].encode(rows), prefixes=True)
+            recall[f"{name}/entity"] = _figures(
+                study, task, query_vectors, encoders[name].encode(rows), prefixes=True
+            )
     if queries:
         task = study.task("query")
         recall["query/query"] = _figures(
-            study, task, query_encoder.encode(task.queries), query_encoder.encode(task.candidates["id"].to_list())
+            study,
+            task,
+            query_encoder.encode(task.queries),
+            query_encoder.encode(task.candidates["id"].to_list()),
         )
     return recall
 
 
-def _figures(study: Study, task: EvaluationTask, queries: Float32, entities: Float32, *, prefixes: bool = False) -> dict[str, Any]:
+def _figures(
+    study: Study,
+    task: EvaluationTask,
+    queries: Float32,
+    entities: Float32,
+    *,
+    prefixes: bool = False,
+) -> dict[str, Any]:
     def hits(width: int) -> np.ndarray:
         score = vector_scores(unit_rows(queries[:, :width]), unit_rows(entities[:, :width]))
         found: np.ndarray = rank_task(task, score, "").ranks <= 10
@@ -342,7 +458,11 @@ def _figures(study: Study, task: EvaluationTask, queries: Float32, entities: Flo
 
     hit = hits(FROZEN_WIDTH)
     frame = task.pairs.select("language").with_columns(pl.Series("hit", hit))
-    figures: dict[str, Any] = {"recall": float(hit.mean()), "pairs": len(hit), "languages": _means(frame, "language")}
+    figures: dict[str, Any] = {
+        "recall": float(hit.mean()),
+        "pairs": len(hit),
+        "languages": _means(frame, "language"),
+    }
     if task.entity_type != "query":
         labels = pair_slices(task, study.train_pairs)["popularity"]
         figures["popularity"] = _means(frame.with_columns(labels.alias("popularity")), "popularity")
@@ -352,7 +472,11 @@ def _figures(study: Study, task: EvaluationTask, queries: Float32, entities: Flo
 
 
 def _means(frame: pl.DataFrame, by: str) -> dict[str, float]:
-    means = frame.group_by(by).agg(pl.col("hit").mean(), pl.len()).sort("len", by, descending=[True, False])
+    means = (
+        frame.group_by(by)
+        .agg(pl.col("hit").mean(), pl.len())
+        .sort("len", by, descending=[True, False])
+    )
     return {str(label): float(mean) for label, mean, _ in means.iter_rows()}
 
 
@@ -361,4 +485,8 @@ def _frozen(task: EvaluationTask) -> Float32:
 
 
 def _facts(result: TrainResult) -> dict[str, float]:
-    return {"last_loss": result.metrics["loss"], "pairs_per_cpu_second": result.pairs_per_cpu_second, "steps": result.steps}
+    return {
+        "last_loss": result.metrics["loss"],
+        "pairs_per_cpu_second": result.pairs_per_cpu_second,
+        "steps": result.steps,
+    }

@@ -9,7 +9,16 @@ import click
 import numpy as np
 
 from benchmarks.record import RESULTS, write_record
-from encoders.commands.console import fail, handle_errors, json_option, print_json, print_table, say, stage, track
+from encoders.commands.console import (
+    fail,
+    handle_errors,
+    json_option,
+    print_json,
+    print_table,
+    say,
+    stage,
+    track,
+)
 from index_builder.releases.store import ReleaseStore
 from index_builder.search.entity_index import EntityIndex
 from retrieval.service.diversity import POOL_FACTOR, rerank
@@ -26,17 +35,23 @@ def intra_list_similarity(vectors: np.ndarray) -> float:
     return float((total @ total - n) / (n * (n - 1)))
 
 
-def pools_of(index: EntityIndex, queries: np.ndarray, k: int) -> list[tuple[list[str], np.ndarray, np.ndarray]]:
+def pools_of(
+    index: EntityIndex, queries: np.ndarray, k: int
+) -> list[tuple[list[str], np.ndarray, np.ndarray]]:
     """Per query the re-ranking pool: ids, scores ``(4k,)`` and vectors ``(4k, D)``."""
     pools = []
     for query in track(list(queries), "search"):
         result = index.search(query, POOL_FACTOR * k)
-        vectors = np.stack([vector for id_ in result.ids if (vector := index.vector(id_)) is not None])
+        vectors = np.stack(
+            [vector for id_ in result.ids if (vector := index.vector(id_)) is not None]
+        )
         pools.append((list(result.ids), np.asarray(result.scores, dtype=np.float32), vectors))
     return pools
 
 
-def curve(pools: Sequence[tuple[list[str], np.ndarray, np.ndarray]], relevant: Sequence[set[str]], k: int) -> list[dict[str, float]]:
+def curve(
+    pools: Sequence[tuple[list[str], np.ndarray, np.ndarray]], relevant: Sequence[set[str]], k: int
+) -> list[dict[str, float]]:
     """For each lambda: labelled Recall@k per pair (with the standard error over queries), and mean intra-list similarity."""
     points = []
     for trade_off in LAMBDAS:
@@ -48,7 +63,9 @@ def curve(pools: Sequence[tuple[list[str], np.ndarray, np.ndarray]], relevant: S
             similar.append(intra_list_similarity(vectors[rows]))
         hits, pairs = np.array(found, dtype=float), np.array(wanted, dtype=float)
         recall = hits.sum() / pairs.sum()
-        error = float(np.sqrt(np.sum((hits - recall * pairs) ** 2)) / pairs.sum())  # ratio estimator, queries as clusters
+        error = float(
+            np.sqrt(np.sum((hits - recall * pairs) ** 2)) / pairs.sum()
+        )  # ratio estimator, queries as clusters
         points.append(
             {
                 "lambda": trade_off,
@@ -60,7 +77,9 @@ def curve(pools: Sequence[tuple[list[str], np.ndarray, np.ndarray]], relevant: S
     return points
 
 
-def labelled_queries(entity_type: str, known: set[str], count: int, seed: int) -> tuple[list[str], list[set[str]]]:
+def labelled_queries(
+    entity_type: str, known: set[str], count: int, seed: int
+) -> tuple[list[str], list[set[str]]]:
     """Held-out queries of the sample data with the annotated entities that are in the index."""
     from encoders.datasets.dataset import load_sample
 
@@ -85,11 +104,21 @@ def plot(points: Sequence[dict[str, float]], path: Path, title: str) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.6), dpi=130)
     x = [p["intra_list_similarity"] for p in points]
     axes.errorbar(
-        x, [p["recall"] for p in points], yerr=[p["recall_ci95"] for p in points], marker="o", color="#b5123c", ecolor="#d9a3b0", capsize=2
+        x,
+        [p["recall"] for p in points],
+        yerr=[p["recall_ci95"] for p in points],
+        marker="o",
+        color="#b5123c",
+        ecolor="#d9a3b0",
+        capsize=2,
     )
     for p in points:
         axes.annotate(
-            f"{p['lambda']:g}", (p["intra_list_similarity"], p["recall"]), textcoords="offset points", xytext=(6, -11), fontsize=8
+            f"{p['lambda']:g}",
+            (p["intra_list_similarity"], p["recall"]),
+            textcoords="offset points",
+            xytext=(6, -11),
+            fontsize=8,
         )
     axes.set_xlabel("intra-list similarity of the top 10 (mean cosine; less is more varied)")
     axes.set_ylabel("labelled Recall@10")
@@ -109,7 +138,12 @@ def plot(points: Sequence[dict[str, float]], path: Path, title: str) -> None:
 )
 @click.option("--type", "entity_type", default="pin", show_default=True, help="Entity type.")
 @click.option("--count", default=2000, show_default=True, help="Held-out queries.")
-@click.option("-k", default=10, show_default=True, help="Results per query; the pool holds four times as many.")
+@click.option(
+    "-k",
+    default=10,
+    show_default=True,
+    help="Results per query; the pool holds four times as many.",
+)
 @click.option("--seed", default=0, show_default=True, help="Chooses the queries.")
 @json_option
 @handle_errors
@@ -124,11 +158,18 @@ def command(store: Path, entity_type: str, count: int, k: int, seed: int, as_jso
         index = release.entity(entity_type)
         texts, relevant = labelled_queries(entity_type, set(index.ids), count, seed)
         if not texts:
-            fail(f"expected the sample's {entity_type} entities in the release, but none is there. Build it with `omni demo`.")
+            fail(
+                f"expected the sample's {entity_type} entities in the release, but none is there."
+                " Build it with `omni demo`."
+            )
         with stage(f"encode {len(texts):,} queries"):
             vectors = QueryEncoder.load(release.query_encoder_path).encode(texts)
         points = curve(pools_of(index, vectors, k), relevant, k)
-        facts = {"release_id": release.release_id, "space_id": release.space_id, "entities": index.count}
+        facts = {
+            "release_id": release.release_id,
+            "space_id": release.space_id,
+            "entities": index.count,
+        }
     path = write_record(
         "diversity",
         dataset={
@@ -144,11 +185,16 @@ def command(store: Path, entity_type: str, count: int, k: int, seed: int, as_jso
         metrics={"points": points},
         libraries=("numpy",),
     )
-    title = f"MMR over {index.count:,} {entity_type}s, {len(texts):,} held-out queries (annotations); dots: lambda"
+    title = (
+        f"MMR over {index.count:,} {entity_type}s, {len(texts):,} held-out queries (annotations);"
+        " dots: lambda"
+    )
     plot(points, RESULTS / f"{path.stem}.png", title)
     if as_json:
         print_json(points)
         return
-    rows = [[p["lambda"], p["recall"], p["recall_ci95"], p["intra_list_similarity"]] for p in points]
+    rows = [
+        [p["lambda"], p["recall"], p["recall_ci95"], p["intra_list_similarity"]] for p in points
+    ]
     print_table(title, ["lambda", f"labelled Recall@{k}", "± 95%", "intra-list similarity"], rows)
     say(f"record: {path.name}, plot: {path.stem}.png")

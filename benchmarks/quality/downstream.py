@@ -11,7 +11,15 @@ import polars as pl
 
 from benchmarks.quality.recall import describe_dataset
 from benchmarks.record import RESULTS, write_record
-from encoders.commands.console import data_option, handle_errors, json_option, print_json, print_table, say, stage
+from encoders.commands.console import (
+    data_option,
+    handle_errors,
+    json_option,
+    print_json,
+    print_table,
+    say,
+    stage,
+)
 from encoders.datasets.dataset import load_large
 from encoders.errors import ConfigError
 from encoders.evaluation.baselines import cached, default_cache, sentence_transformer, use_encoder
@@ -32,14 +40,32 @@ Encode = Callable[[Sequence[str]], np.ndarray]
 
 @click.command()
 @click.argument("bundle", required=False, type=click.Path(path_type=Path, file_okay=False))
-@click.option("--encoder", "encoders", multiple=True, help="Also: tiny (the shipped query tower), use, or st:NAME; may be repeated.")
 @click.option(
-    "--train-per-kind", default=20_000, show_default=True, type=click.IntRange(100), help="Train queries per kind (keyword, title)."
+    "--encoder",
+    "encoders",
+    multiple=True,
+    help="Also: tiny (the shipped query tower), use, or st:NAME; may be repeated.",
 )
-@click.option("--test-per-kind", default=2_800, show_default=True, type=click.IntRange(10), help="Held-out queries per kind.")
+@click.option(
+    "--train-per-kind",
+    default=20_000,
+    show_default=True,
+    type=click.IntRange(100),
+    help="Train queries per kind (keyword, title).",
+)
+@click.option(
+    "--test-per-kind",
+    default=2_800,
+    show_default=True,
+    type=click.IntRange(10),
+    help="Held-out queries per kind.",
+)
 @click.option("--seed", default=0, show_default=True, help="Chooses queries and initial weights.")
 @click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), default=RESULTS, help="Folder of the record. [default: benchmarks/results]"
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=RESULTS,
+    help="Folder of the record. [default: benchmarks/results]",
 )
 @data_option
 @json_option
@@ -61,7 +87,10 @@ def command(
     Example: omni bench downstream runs/model --encoder use --data data
     """
     if data_dir is None:
-        raise ConfigError("the Iconclass taxonomy is in the larger data set: give its folder with --data (or OMNI_DATA).")
+        raise ConfigError(
+            "the Iconclass taxonomy is in the larger data set: give its folder with --data (or"
+            " OMNI_DATA)."
+        )
     dataset = load_large(data_dir, engaged_queries=0, sources=["iconclass"])
     train = labelled_queries(dataset, "train", per_kind=train_per_kind, seed=seed)
     test = labelled_queries(dataset, "heldout", per_kind=test_per_kind, seed=seed)
@@ -82,20 +111,47 @@ def command(
     figures = {name: _by_slice(found, test, test_leaves) for name, found in predictions.items()}
     path = write_record(
         "downstream-iconclass",
-        dataset=describe_dataset(dataset) | {"train queries": train.height, "test queries": test.height},
-        config={"bundle": bundle.name if bundle else None, "encoders": list(encoders), "train_per_kind": train_per_kind, "seed": seed},
-        protocol={"prediction": "most probable leaf", "interval": "95% Poisson bootstrap over queries", "seconds": timings},
-        metrics={name: {label: scores.as_dict() for label, scores in slices.items()} for name, slices in figures.items()},
+        dataset=describe_dataset(dataset)
+        | {
+            "train queries": train.height,
+            "test queries": test.height,
+        },
+        config={
+            "bundle": bundle.name if bundle else None,
+            "encoders": list(encoders),
+            "train_per_kind": train_per_kind,
+            "seed": seed,
+        },
+        protocol={
+            "prediction": "most probable leaf",
+            "interval": "95% Poisson bootstrap over queries",
+            "seconds": timings,
+        },
+        metrics={
+            name: {label: scores.as_dict() for label, scores in slices.items()}
+            for name, slices in figures.items()
+        },
         libraries=("torch", "numpy", "fasttext-wheel"),
         folder=out,
     )
     say(f"wrote {path.name}")
     if as_json:
-        print_json({name: {label: scores.as_dict() for label, scores in slices.items()} for name, slices in figures.items()})
+        print_json(
+            {
+                name: {label: scores.as_dict() for label, scores in slices.items()}
+                for name, slices in figures.items()
+            }
+        )
         return
     for label in next(iter(figures.values())):
         rows = [[name, *_row(slices[label])] for name, slices in figures.items()]
-        columns = ["system", "queries", "hierarchical precision", "hierarchical recall", *(f"level {k + 1}" for k in range(LEVELS))]
+        columns = [
+            "system",
+            "queries",
+            "hierarchical precision",
+            "hierarchical recall",
+            *(f"level {k + 1}" for k in range(LEVELS)),
+        ]
         print_table(f"Iconclass, {label}: held-out query strings, real annotations", columns, rows)
 
 
@@ -119,22 +175,35 @@ def _encoders(bundle: Path | None, names: Sequence[str]) -> dict[str, Encode]:
     return found
 
 
-def _by_slice(predicted: Sequence[str], test: pl.DataFrame, leaves: Sequence[Sequence[str]]) -> dict[str, HierarchicalScores]:
+def _by_slice(
+    predicted: Sequence[str], test: pl.DataFrame, leaves: Sequence[Sequence[str]]
+) -> dict[str, HierarchicalScores]:
     """Scores of all queries, of each kind, and of each language's keywords and titles."""
     labels = {"all": pl.lit(True)}
     for kind in sorted(test["kind"].unique().to_list()):
         labels[f"{kind}s"] = pl.col("kind") == kind
     for kind in sorted(test["kind"].unique().to_list()):
-        for language in test["language"].value_counts().sort("count", descending=True)["language"].to_list():
-            labels[f"{kind}s in {language}"] = (pl.col("kind") == kind) & (pl.col("language") == language)
+        for language in (
+            test["language"].value_counts().sort("count", descending=True)["language"].to_list()
+        ):
+            labels[f"{kind}s in {language}"] = (pl.col("kind") == kind) & (
+                pl.col("language") == language
+            )
     result = {}
     for label, condition in labels.items():
         rows = np.flatnonzero(test.with_columns(keep=condition)["keep"].to_numpy()).tolist()
         if len(rows) > 1:
-            result[label] = hierarchical_scores([predicted[i] for i in rows], [leaves[i] for i in rows])
+            result[label] = hierarchical_scores(
+                [predicted[i] for i in rows], [leaves[i] for i in rows]
+            )
     return result
 
 
 def _row(scores: HierarchicalScores) -> list[object]:
     value, low, high = scores.precision
-    return [scores.queries, f"{value:.3f} [{low:.3f}, {high:.3f}]", scores.recall, *(scores.level[k + 1].value for k in range(LEVELS))]
+    return [
+        scores.queries,
+        f"{value:.3f} [{low:.3f}, {high:.3f}]",
+        scores.recall,
+        *(scores.level[k + 1].value for k in range(LEVELS)),
+    ]

@@ -10,7 +10,14 @@ import click
 import polars as pl
 
 from benchmarks.record import RESULTS, write_record
-from encoders.commands.console import data_option, handle_errors, json_option, print_json, say, stage
+from encoders.commands.console import (
+    data_option,
+    handle_errors,
+    json_option,
+    print_json,
+    say,
+    stage,
+)
 from encoders.commands.report_output import plot_report, print_report
 from encoders.datasets.dataset import Dataset, load_dataset
 from encoders.evaluation.baselines import BASELINES, Baseline, default_cache, make_baseline
@@ -24,18 +31,49 @@ RECORDED_SLICES = ("english", "language", "action", "action, few positives", "po
 @click.command()
 @click.argument("bundle", required=False, type=click.Path(path_type=Path, file_okay=False))
 @click.option(
-    "--baselines", default=DEFAULT_BASELINES, show_default=True, help=f"Comma-separated, of {', '.join(BASELINES)}, st:NAME_OR_PATH."
+    "--baselines",
+    default=DEFAULT_BASELINES,
+    show_default=True,
+    help=f"Comma-separated, of {', '.join(BASELINES)}, st:NAME_OR_PATH.",
 )
-@click.option("--entity-type", "entity_types", multiple=True, type=click.Choice(ENTITY_TYPES), help="Only these types; may be repeated.")
-@click.option("--max-queries", type=click.IntRange(1), help="This many random queries per type instead of all.")
-@click.option("--corpus-size", type=click.IntRange(1), help="Rank against this many random entities per type instead of all.")
 @click.option(
-    "--engaged-queries", default=20, show_default=True, type=click.IntRange(0), help="Train queries per entity given to the model."
+    "--entity-type",
+    "entity_types",
+    multiple=True,
+    type=click.Choice(ENTITY_TYPES),
+    help="Only these types; may be repeated.",
 )
-@click.option("--slice", "slices", multiple=True, default=("english",), show_default=True, help="Also print a table by this slice.")
+@click.option(
+    "--max-queries",
+    type=click.IntRange(1),
+    help="This many random queries per type instead of all.",
+)
+@click.option(
+    "--corpus-size",
+    type=click.IntRange(1),
+    help="Rank against this many random entities per type instead of all.",
+)
+@click.option(
+    "--engaged-queries",
+    default=20,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Train queries per entity given to the model.",
+)
+@click.option(
+    "--slice",
+    "slices",
+    multiple=True,
+    default=("english",),
+    show_default=True,
+    help="Also print a table by this slice.",
+)
 @click.option("--name", default="recall", show_default=True, help="Slug of the record.")
 @click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), default=RESULTS, help="Folder of the record. [default: benchmarks/results]"
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=RESULTS,
+    help="Folder of the record. [default: benchmarks/results]",
 )
 @data_option
 @json_option
@@ -81,7 +119,9 @@ def command(
             corpus_size=corpus_size,
             slices=tuple(dict.fromkeys((*RECORDED_SLICES, *slices))),
         )
-    comparisons = [(bundle.name, other) for other in systems if other != bundle.name] if bundle else []
+    comparisons = (
+        [(bundle.name, other) for other in systems if other != bundle.name] if bundle else []
+    )
     path = write_record(
         name,
         dataset=describe_dataset(dataset),
@@ -93,9 +133,17 @@ def command(
         }
         | {
             "corpus_size": corpus_size,
-            "systems": {s: BASELINES.get(s, "model bundle" if bundle and s == bundle.name else s) for s in systems},
+            "systems": {
+                s: BASELINES.get(s, "model bundle" if bundle and s == bundle.name else s)
+                for s in systems
+            },
         },
-        protocol={"search": "exact, float32", "interval": "95% Poisson bootstrap over queries", "resamples": 1000, "seconds": timings},
+        protocol={
+            "search": "exact, float32",
+            "interval": "95% Poisson bootstrap over queries",
+            "resamples": 1000,
+            "seconds": timings,
+        },
         metrics=report.as_dict(comparisons),
         libraries=("numpy", "torch", "polars", "bm25s"),
         folder=out,

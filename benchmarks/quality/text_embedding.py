@@ -16,7 +16,14 @@ import numpy.typing as npt
 import polars as pl
 
 from benchmarks.record import write_record
-from encoders.commands.console import handle_errors, json_option, print_json, print_table, say, stage
+from encoders.commands.console import (
+    handle_errors,
+    json_option,
+    print_json,
+    print_table,
+    say,
+    stage,
+)
 from encoders.datasets.dataset import load_sample
 from encoders.text.hashing import text_bucket
 from encoders.text.normal_forms import normalize_query
@@ -31,14 +38,20 @@ _BLOCK = 2000
 def engaged_in_other_folds(entities: pl.DataFrame, pairs: pl.DataFrame, fold: int) -> pl.DataFrame:
     """The entities with the queries of all folds but one as ``engaged_queries``, at most ``ENGAGED`` each."""
     others = (
-        pairs.filter(pl.col("fold") != fold).group_by("entity_id", maintain_order=True).agg(engaged_queries=pl.col("query").head(ENGAGED))
+        pairs.filter(pl.col("fold") != fold)
+        .group_by("entity_id", maintain_order=True)
+        .agg(engaged_queries=pl.col("query").head(ENGAGED))
     )
     return entities.drop("engaged_queries", strict=False).join(
         others, left_on="id", right_on="entity_id", how="left", maintain_order="left"
     )
 
 
-def hits_at_10(queries: npt.NDArray[np.float32], entities: npt.NDArray[np.float32], places: npt.NDArray[np.int64]) -> int:
+def hits_at_10(
+    queries: npt.NDArray[np.float32],
+    entities: npt.NDArray[np.float32],
+    places: npt.NDArray[np.int64],
+) -> int:
     """How many of the P queries ``(P, D)`` have their entity, at row ``places``, among the best ten of ``(N, D)``; ties count as found."""
     found = 0
     for start in range(0, len(queries), _BLOCK):
@@ -49,7 +62,12 @@ def hits_at_10(queries: npt.NDArray[np.float32], entities: npt.NDArray[np.float3
 
 
 def cross_validate(
-    embedding: TextEmbedding, entities: pl.DataFrame, pairs: pl.DataFrame, mixes: list[tuple[float, int]], folds: int, max_pairs: int
+    embedding: TextEmbedding,
+    entities: pl.DataFrame,
+    pairs: pl.DataFrame,
+    mixes: list[tuple[float, int]],
+    folds: int,
+    max_pairs: int,
 ) -> dict[str, Any]:
     """Labelled Recall@10 of left-out train queries for each mix ``(whole_text_weight, whole_text_queries)``.
 
@@ -67,24 +85,60 @@ def cross_validate(
     for fold in range(folds):
         held = pairs.filter(pl.col("fold") == fold)
         held = held.sample(min(max_pairs, held.height), seed=fold)
-        queries = embedding.encoder.encode([normalize_query(text) for text in held["query"].to_list()])
+        queries = embedding.encoder.encode(
+            [normalize_query(text) for text in held["query"].to_list()]
+        )
         places = np.array([row_of[id] for id in held["entity_id"].to_list()], dtype=np.int64)
         seen = engaged_in_other_folds(entities, pairs, fold)
         for mix in mixes:
             found[mix] += hits_at_10(queries, embedding(seen, *mix), places)
         asked += held.height
-    return {"pairs": asked, "recall_at_10": {f"{weight:g} x {count} queries": count_ / asked for (weight, count), count_ in found.items()}}
+    return {
+        "pairs": asked,
+        "recall_at_10": {
+            f"{weight:g} x {count} queries": count_ / asked
+            for (weight, count), count_ in found.items()
+        },
+    }
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--tower", default="use_tower", show_default=True, help="Frozen tower: a folder, a shipped name or a Hugging Face name.")
-@click.option("--weight", "weights", multiple=True, type=float, default=(0.5, 1.0, 2.0, 3.0), show_default=True, help="Repeat.")
 @click.option(
-    "--queries", "counts", multiple=True, type=int, default=(0, 20), show_default=True, help="Engaged queries in the text; repeat."
+    "--tower",
+    default="use_tower",
+    show_default=True,
+    help="Frozen tower: a folder, a shipped name or a Hugging Face name.",
+)
+@click.option(
+    "--weight",
+    "weights",
+    multiple=True,
+    type=float,
+    default=(0.5, 1.0, 2.0, 3.0),
+    show_default=True,
+    help="Repeat.",
+)
+@click.option(
+    "--queries",
+    "counts",
+    multiple=True,
+    type=int,
+    default=(0, 20),
+    show_default=True,
+    help="Engaged queries in the text; repeat.",
 )
 @click.option("--folds", default=4, show_default=True, help="Parts of the train queries.")
-@click.option("--max-pairs", default=12_000, show_default=True, help="Pairs asked per fold and type.")
-@click.option("--type", "types", multiple=True, default=("pin", "product", "ad"), show_default=True, help="Entity types; repeat.")
+@click.option(
+    "--max-pairs", default=12_000, show_default=True, help="Pairs asked per fold and type."
+)
+@click.option(
+    "--type",
+    "types",
+    multiple=True,
+    default=("pin", "product", "ad"),
+    show_default=True,
+    help="Entity types; repeat.",
+)
 @json_option
 @handle_errors
 def command(
@@ -114,16 +168,27 @@ def command(
             found[name] = cross_validate(embedding, entities, pairs, mixes, folds, max_pairs)
     path = write_record(
         "text",
-        dataset={"name": dataset.name, "real": True, "note": "annotations, not clicks; train pairs only"},
+        dataset={
+            "name": dataset.name,
+            "real": True,
+            "note": "annotations, not clicks; train pairs only",
+        },
         config={"tower": tower, "folds": folds, "max_pairs": max_pairs, "engaged_queries": ENGAGED},
-        protocol={"metric": "labelled Recall@10 of left-out train queries, frozen tower on both sides"},
+        protocol={
+            "metric": "labelled Recall@10 of left-out train queries, frozen tower on both sides"
+        },
         metrics=found,
         libraries=("torch", "numpy"),
     )
     if as_json:
         print_json(found)
         return
-    rows = [[mix, *(found[name]["recall_at_10"][mix] for name in found)] for mix in found[types[0]]["recall_at_10"]]
+    rows = [
+        [mix, *(found[name]["recall_at_10"][mix] for name in found)]
+        for mix in found[types[0]]["recall_at_10"]
+    ]
     title = "Labelled Recall@10 of left-out train queries; real annotation pairs, frozen tower"
-    print_table(title, ["whole text", *(f"{name} ({found[name]['pairs']:,})" for name in found)], rows)
+    print_table(
+        title, ["whole text", *(f"{name} ({found[name]['pairs']:,})" for name in found)], rows
+    )
     say(f"record: {path.name}")

@@ -50,7 +50,9 @@ def zipf_ranks(traffic: Traffic) -> npt.NDArray[np.int64]:
     """Ranks asked for, int64 ``(requests,)``; ranks from ``distinct`` on are the ones asked only once."""
     rng = np.random.default_rng(traffic.seed)
     weights = np.arange(1, traffic.distinct + 1, dtype=np.float64) ** -traffic.exponent
-    ranks = np.searchsorted(np.cumsum(weights / weights.sum()), rng.random(traffic.requests)).astype(np.int64)
+    ranks = np.searchsorted(
+        np.cumsum(weights / weights.sum()), rng.random(traffic.requests)
+    ).astype(np.int64)
     ranks = np.minimum(ranks, traffic.distinct - 1)
     fresh = np.flatnonzero(rng.random(traffic.requests) < traffic.fresh_share)
     ranks[fresh] = traffic.distinct + np.arange(len(fresh))
@@ -81,7 +83,13 @@ def simulate(traffic: Traffic, ttl_days: float, entries: int) -> Outcome:
             written[rank] = now
     counted = traffic.requests - half
     days = np.asarray(ages or [0.0]) / DAY_SECONDS
-    return Outcome(hits / counted, 1000 * (1 - hits / counted), float(days.mean()), float(np.percentile(days, 99)), len(cache))
+    return Outcome(
+        hits / counted,
+        1000 * (1 - hits / counted),
+        float(days.mean()),
+        float(np.percentile(days, 99)),
+        len(cache),
+    )
 
 
 def misses_per_second(front: float, distinct: float, exponent: float, ttl_seconds: float) -> float:
@@ -90,9 +98,16 @@ def misses_per_second(front: float, distinct: float, exponent: float, ttl_second
     Ranks are summed one by one up to 10,000 and in logarithmic steps above.
     """
     head = np.arange(1.0, min(10_000.0, distinct) + 1)
-    edges = np.geomspace(10_001.0, max(distinct, 10_002.0), 4_000) if distinct > 10_000 else np.array([])
+    edges = (
+        np.geomspace(10_001.0, max(distinct, 10_002.0), 4_000)
+        if distinct > 10_000
+        else np.array([])
+    )
     middles = np.sqrt(edges[:-1] * edges[1:]) if len(edges) else np.array([])
-    ranks, counts = np.concatenate([head, middles]), np.concatenate([np.ones_like(head), np.diff(edges) if len(edges) else np.array([])])
+    ranks, counts = (
+        np.concatenate([head, middles]),
+        np.concatenate([np.ones_like(head), np.diff(edges) if len(edges) else np.array([])]),
+    )
     weights = ranks**-exponent
     rates = front * weights / float((weights * counts).sum())
     return float((counts * rates / (1 + rates * ttl_seconds)).sum())
@@ -133,7 +148,12 @@ def encoder_change(traffic: Traffic, entries: int, prewarm: int, windows: int = 
 
 @click.command("cache")
 @click.option("--requests", default=400_000, show_default=True, help="Simulated requests per run.")
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default=RESULTS, help="Folder of the JSON record.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=RESULTS,
+    help="Folder of the JSON record.",
+)
 @json_option
 @handle_errors
 def command(requests: int, out: Path, as_json: bool) -> None:
@@ -151,10 +171,15 @@ def command(requests: int, out: Path, as_json: bool) -> None:
         for ttl in (7.0, 30.0, 90.0):
             for share in (0.05, 0.25, 2.0):
                 entries = max(10, int(share * traffic.distinct))
-                study.append({"ttl_days": ttl, "entries": entries, **asdict(simulate(traffic, ttl, entries))})
+                study.append(
+                    {"ttl_days": ttl, "entries": entries, **asdict(simulate(traffic, ttl, entries))}
+                )
     with stage("encoder change"):
         entries = 2 * traffic.distinct
-        changes = {str(n): encoder_change(traffic, entries, n) for n in (0, traffic.distinct // 100, traffic.distinct // 10)}
+        changes = {
+            str(n): encoder_change(traffic, entries, n)
+            for n in (0, traffic.distinct // 100, traffic.distinct // 10)
+        }
         steady = simulate(traffic, 30.0, entries).hit_rate
     scale = [
         {
@@ -167,11 +192,20 @@ def command(requests: int, out: Path, as_json: bool) -> None:
         for s in (0.9, 1.0, 1.1)
         for ttl in (7.0, 30.0, 90.0)
     ]
-    metrics = {"study": study, "steady_hit_rate": steady, "hit_rate_after_change": changes, "paper_scale_by_formula": scale}
+    metrics = {
+        "study": study,
+        "steady_hit_rate": steady,
+        "hit_rate_after_change": changes,
+        "paper_scale_by_formula": scale,
+    }
     record = write_record(
         "cache",
         dataset={"name": "simulated Zipf traffic", "real": False, **asdict(traffic)},
-        config={"dimension": DIMENSION, "paper_front_per_s": PAPER_FRONT, "paper_behind_per_s": PAPER_BEHIND},
+        config={
+            "dimension": DIMENSION,
+            "paper_front_per_s": PAPER_FRONT,
+            "paper_behind_per_s": PAPER_BEHIND,
+        },
         protocol={"clock": "virtual", "warmup": "first half of the requests"},
         metrics=metrics,
         libraries=("cachetools",),
@@ -181,22 +215,54 @@ def command(requests: int, out: Path, as_json: bool) -> None:
         print_json({"record": str(record), **metrics})
         return
     print_table(
-        f"SIMULATED Zipf(1.0) traffic, {requests:,} in {traffic.days:.0f} virtual days, {traffic.distinct:,} distinct + 1% asked once",
-        ["TTL days", "cache entries", "hit rate", "encodes per 1000", "mean age days", "p99 age days"],
-        [[r["ttl_days"], r["entries"], r["hit_rate"], r["encodes_per_1000"], r["mean_age_days"], r["p99_age_days"]] for r in study],
+        f"SIMULATED Zipf(1.0) traffic, {requests:,} in {traffic.days:.0f} virtual days,"
+        f" {traffic.distinct:,} distinct + 1% asked once",
+        [
+            "TTL days",
+            "cache entries",
+            "hit rate",
+            "encodes per 1000",
+            "mean age days",
+            "p99 age days",
+        ],
+        [
+            [
+                r["ttl_days"],
+                r["entries"],
+                r["hit_rate"],
+                r["encodes_per_1000"],
+                r["mean_age_days"],
+                r["p99_age_days"],
+            ]
+            for r in study
+        ],
     )
     print_table(
-        f"SIMULATED encoder change: hit rate in the thousandths of traffic after it (steady: {steady:.3f})",
+        "SIMULATED encoder change: hit rate in the thousandths of traffic after it (steady:"
+        f" {steady:.3f})",
         ["prewarmed queries", *(f"+{i + 1}" for i in range(5))],
         [[int(n), *rates[:5]] for n, rates in changes.items()],
     )
     print_table(
-        f"BY FORMULA, {PAPER_FRONT:,.0f}/s in front, unbounded cache: encodes/s behind (paper: about {PAPER_BEHIND:.0f})",
+        f"BY FORMULA, {PAPER_FRONT:,.0f}/s in front, unbounded cache: encodes/s behind (paper:"
+        f" about {PAPER_BEHIND:.0f})",
         ["distinct queries", "Zipf exponent", "TTL 7 d", "TTL 30 d", "TTL 90 d"],
         [
-            [f"{d:.0e}", s, *(round(r["behind_per_s"]) for r in scale if r["distinct"] == d and r["exponent"] == s)]
+            [
+                f"{d:.0e}",
+                s,
+                *(
+                    round(r["behind_per_s"])
+                    for r in scale
+                    if r["distinct"] == d and r["exponent"] == s
+                ),
+            ]
             for d in (1e8, 1e9)
             for s in (0.9, 1.0, 1.1)
         ],
     )
-    click.echo(f"record: {record.name}; ratio in front to behind in the paper: {math.floor(PAPER_FRONT / PAPER_BEHIND)}:1", err=True)
+    click.echo(
+        f"record: {record.name}; ratio in front to behind in the paper:"
+        f" {math.floor(PAPER_FRONT / PAPER_BEHIND)}:1",
+        err=True,
+    )

@@ -30,9 +30,14 @@ class FrameClient(asyncio.Protocol):
         lanes: Calls in flight.
     """
 
-    def __init__(self, method: str, authority: str, payloads: list[bytes], first: int, lanes: int) -> None:
+    def __init__(
+        self, method: str, authority: str, payloads: list[bytes], first: int, lanes: int
+    ) -> None:
         encoder, fields = hpack.Encoder(), self.fields(method, authority)
-        self._blocks = [encoder.encode(fields), encoder.encode(fields)]  # the second is indexes into what the first put in the table
+        self._blocks = [
+            encoder.encode(fields),
+            encoder.encode(fields),
+        ]  # the second is indexes into what the first put in the table
         self._bodies = [b"\x00" + len(payload).to_bytes(4, "big") + payload for payload in payloads]
         self._next, self._lanes = first, lanes
         self._stream = 1
@@ -64,7 +69,9 @@ class FrameClient(asyncio.Protocol):
         """Greet, with windows that never close."""
         self._transport = transport
         transport.write(  # type: ignore[attr-defined]
-            wire.PREFACE + wire.settings({wire.INITIAL_WINDOW_SIZE: WINDOW, wire.ENABLE_PUSH: 0}) + wire.window_update(0, WINDOW)
+            wire.PREFACE
+            + wire.settings({wire.INITIAL_WINDOW_SIZE: WINDOW, wire.ENABLE_PUSH: 0})
+            + wire.window_update(0, WINDOW)
         )
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -169,14 +176,24 @@ def frame_load(address: str, method: str, payloads: list[bytes], load: Load) -> 
     return run_processes(partial(_frame_process, address, method, payloads), load)
 
 
-def _frame_process(address: str, method: str, payloads: list[bytes], load: Load, number: int, ready: Any, queue: Any) -> None:
+def _frame_process(
+    address: str,
+    method: str,
+    payloads: list[bytes],
+    load: Load,
+    number: int,
+    ready: Any,
+    queue: Any,
+) -> None:
     import uvloop
 
     async def main() -> Outcome:
         host, _, port = address.rpartition(":")
         loop = asyncio.get_running_loop()
         _, client = await loop.create_connection(
-            lambda: FrameClient(method, address, payloads, number * 104_729, load.concurrency), host, int(port)
+            lambda: FrameClient(method, address, payloads, number * 104_729, load.concurrency),
+            host,
+            int(port),
         )
         await asyncio.wait_for(client.greeted, 30)
         await asyncio.to_thread(ready.wait, 120)

@@ -14,7 +14,16 @@ import numpy as np
 
 from benchmarks.record import write_record
 from benchmarks.serving.peer_servers import omni_server
-from encoders.commands.console import fail, handle_errors, json_option, print_json, print_table, say, stage, track
+from encoders.commands.console import (
+    fail,
+    handle_errors,
+    json_option,
+    print_json,
+    print_table,
+    say,
+    stage,
+    track,
+)
 from retrieval.client.results import RetrieveResult
 from retrieval.client.sync_client import ClientConfig, RetrievalClient
 
@@ -32,7 +41,12 @@ def percentiles_ms(nanoseconds: Sequence[int]) -> dict[str, float]:
     """p50, p95, p99 and the mean, in milliseconds."""
     values = np.asarray(nanoseconds, dtype=np.float64) / 1e6
     p50, p95, p99 = np.percentile(values, [50, 95, 99])
-    return {"p50": round(p50, 4), "p95": round(p95, 4), "p99": round(p99, 4), "mean": round(float(values.mean()), 4)}
+    return {
+        "p50": round(p50, 4),
+        "p95": round(p95, 4),
+        "p99": round(p99, 4),
+        "mean": round(float(values.mean()), 4),
+    }
 
 
 def per_stage(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
@@ -47,7 +61,14 @@ def per_stage(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
     return {name: percentiles_ms(values) for name, values in stages.items()}
 
 
-def ask_all(client: RetrievalClient, queries: Sequence[str], entity_type: str, k: int, concurrency: int, title: str) -> list[Sample]:
+def ask_all(
+    client: RetrievalClient,
+    queries: Sequence[str],
+    entity_type: str,
+    k: int,
+    concurrency: int,
+    title: str,
+) -> list[Sample]:
     """Ask each query once, ``concurrency`` at a time."""
 
     def ask(query: str) -> Sample:
@@ -61,7 +82,13 @@ def ask_all(client: RetrievalClient, queries: Sequence[str], entity_type: str, k
         return list(pool.map(ask, queries))
 
 
-def measure(client: RetrievalClient, queries: Sequence[str], entity_types: Sequence[str], k: int, concurrency: int) -> dict[str, Any]:
+def measure(
+    client: RetrievalClient,
+    queries: Sequence[str],
+    entity_types: Sequence[str],
+    k: int,
+    concurrency: int,
+) -> dict[str, Any]:
     """Each entity type gets its own queries: asked once (encoded), for one more result (cached, searched anew), and once more (kept)."""
     found: dict[str, Any] = {}
     share = len(queries) // len(entity_types)
@@ -74,8 +101,20 @@ def measure(client: RetrievalClient, queries: Sequence[str], entity_types: Seque
         samples += ask_all(client, mine, entity_type, k, concurrency, f"{entity_type}: kept")
         by_cache: dict[str, list[Sample]] = {"encoded": [], "cached": [], "kept": []}
         for sample in samples:
-            by_cache["kept" if sample.result.answer_cached else "cached" if sample.result.cache_hit else "encoded"].append(sample)
-        found[entity_type] = {name: {"queries": len(part), **per_stage(part)} for name, part in by_cache.items() if part}
+            by_cache[
+                (
+                    "kept"
+                    if sample.result.answer_cached
+                    else "cached"
+                    if sample.result.cache_hit
+                    else "encoded"
+                )
+            ].append(sample)
+        found[entity_type] = {
+            name: {"queries": len(part), **per_stage(part)}
+            for name, part in by_cache.items()
+            if part
+        }
     return found
 
 
@@ -90,17 +129,44 @@ def sample_queries(count: int, seed: int = 0) -> list[str]:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--server", metavar="HOST:PORT", help="A running server with a cold cache for these queries; or give --store.")
 @click.option(
-    "--store", type=click.Path(path_type=Path, exists=True, file_okay=False), help="Start a server on this store's active release."
+    "--server",
+    metavar="HOST:PORT",
+    help="A running server with a cold cache for these queries; or give --store.",
 )
 @click.option(
-    "--queries", "queries_file", type=click.Path(path_type=Path, exists=True, dir_okay=False), help="Text file, one query a line."
+    "--store",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Start a server on this store's active release.",
 )
-@click.option("--count", default=4000, show_default=True, help="Distinct queries, shared out over the entity types.")
+@click.option(
+    "--queries",
+    "queries_file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Text file, one query a line.",
+)
+@click.option(
+    "--count",
+    default=4000,
+    show_default=True,
+    help="Distinct queries, shared out over the entity types.",
+)
 @click.option("-k", default=10, show_default=True, help="Results per query.")
-@click.option("--concurrency", "concurrencies", multiple=True, type=int, default=(1,), show_default=True, help="Calls in flight; repeat.")
-@click.option("--encoder-form", default="auto", show_default=True, help="With --store: auto, onnx-int8, onnx-fp32 or torch.")
+@click.option(
+    "--concurrency",
+    "concurrencies",
+    multiple=True,
+    type=int,
+    default=(1,),
+    show_default=True,
+    help="Calls in flight; repeat.",
+)
+@click.option(
+    "--encoder-form",
+    default="auto",
+    show_default=True,
+    help="With --store: auto, onnx-int8, onnx-fp32 or torch.",
+)
 @json_option
 @handle_errors
 def command(
@@ -123,29 +189,60 @@ def command(
     if (server is None) == (store is None):
         fail("give either --server HOST:PORT or --store FOLDER", 2)
     if queries_file is not None:
-        texts = [line.strip() for line in queries_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        texts = [
+            line.strip()
+            for line in queries_file.read_text(encoding="utf-8").splitlines()
+            if line.strip()
+        ]
         texts, source = list(dict.fromkeys(texts))[:count], queries_file.name
     else:
-        texts, source = sample_queries(count), "held-out queries of the sample data (real words in 17 languages; annotations, not clicks)"
+        texts, source = (
+            sample_queries(count),
+            (
+                "held-out queries of the sample data (real words in 17 languages; annotations, not"
+                " clicks)"
+            ),
+        )
     metrics: dict[str, Any] = {}
     with ExitStack() as stack:
         if store is not None:
-            server = stack.enter_context(omni_server(store, ["--metrics-port", "-1", "--encoder-form", encoder_form])).address
+            server = stack.enter_context(
+                omni_server(store, ["--metrics-port", "-1", "--encoder-form", encoder_form])
+            ).address
         assert server is not None
         client = stack.enter_context(RetrievalClient(server, ClientConfig(deadline_seconds=30)))
         release = client.describe_release()
         if len(texts) < 20 * len(release.entities) * len(concurrencies):
-            fail(f"expected at least {20 * len(release.entities) * len(concurrencies)} distinct queries, but got {len(texts)}", 2)
+            fail(
+                f"expected at least {20 * len(release.entities) * len(concurrencies)} distinct"
+                f" queries, but got {len(texts)}",
+                2,
+            )
         part = len(texts) // len(concurrencies)
         for number, concurrency in enumerate(concurrencies):
             with stage(f"concurrency {concurrency}"):
                 mine = texts[number * part : (number + 1) * part]
-                metrics[str(concurrency)] = measure(client, mine, list(release.entities), k, concurrency)
-    entities = {name: {"count": e.count, "index": e.index_kind} for name, e in release.entities.items()}
+                metrics[str(concurrency)] = measure(
+                    client, mine, list(release.entities), k, concurrency
+                )
+    entities = {
+        name: {"count": e.count, "index": e.index_kind} for name, e in release.entities.items()
+    }
     path = write_record(
         "latency",
-        dataset={"queries": source, "distinct": len(texts), "entities": entities, "release_id": release.release_id, "real": True},
-        config={"k": k, "concurrency": list(concurrencies), "form_id": release.form_id, "dimension": release.dimension},
+        dataset={
+            "queries": source,
+            "distinct": len(texts),
+            "entities": entities,
+            "release_id": release.release_id,
+            "real": True,
+        },
+        config={
+            "k": k,
+            "concurrency": list(concurrencies),
+            "form_id": release.form_id,
+            "dimension": release.dimension,
+        },
         protocol={
             "clock": "perf_counter_ns in the client",
             "warmup": "first tenth of the queries",

@@ -54,7 +54,11 @@ class Outcome:
 
     def summary(self) -> dict[str, float | int]:
         """Rate and percentiles (milliseconds)."""
-        p50, p95, p99 = np.percentile(self.latencies_ms, [50, 95, 99]) if len(self.latencies_ms) else (np.nan,) * 3
+        p50, p95, p99 = (
+            np.percentile(self.latencies_ms, [50, 95, 99])
+            if len(self.latencies_ms)
+            else (np.nan,) * 3
+        )
         return {
             "requests_per_second": round(self.requests_per_second, 1),
             "p50_ms": round(float(p50), 3),
@@ -65,7 +69,13 @@ class Outcome:
         }
 
 
-def stub_load(address: str, method: str, payloads: Sequence[bytes], load: Load, metadata: Sequence[tuple[str, str]] = ()) -> Outcome:
+def stub_load(
+    address: str,
+    method: str,
+    payloads: Sequence[bytes],
+    load: Load,
+    metadata: Sequence[tuple[str, str]] = (),
+) -> Outcome:
     """Drive one method with ready-made request bytes through bare ``grpc.aio`` calls (the thinnest Python stub there is).
 
     Args:
@@ -75,7 +85,9 @@ def stub_load(address: str, method: str, payloads: Sequence[bytes], load: Load, 
         load: How hard.
         metadata: Sent with each call.
     """
-    return run_processes(partial(_stub_process, address, method, list(payloads), tuple(metadata)), load)
+    return run_processes(
+        partial(_stub_process, address, method, list(payloads), tuple(metadata)), load
+    )
 
 
 def client_load(start: Start, load: Load) -> Outcome:
@@ -116,7 +128,9 @@ def run_processes(process: Callable[..., None], load: Load) -> Outcome:
     for outcome in outcomes:
         for message, count in outcome.errors.items():
             errors[message] = errors.get(message, 0) + count
-    return Outcome(np.concatenate([o.latencies_ms for o in outcomes]), errors, max(o.seconds for o in outcomes))
+    return Outcome(
+        np.concatenate([o.latencies_ms for o in outcomes]), errors, max(o.seconds for o in outcomes)
+    )
 
 
 @dataclass(slots=True)
@@ -142,21 +156,38 @@ class Recorder:
 
     def outcome(self) -> Outcome:
         """Everything so far."""
-        return Outcome(np.array(self.latencies) * 1e3, self.errors, max(0.0, self.last - self.begin))
+        return Outcome(
+            np.array(self.latencies) * 1e3, self.errors, max(0.0, self.last - self.begin)
+        )
 
 
-def _stub_process(address: str, method: str, payloads: list[bytes], metadata: Any, load: Load, number: int, ready: Any, queue: Any) -> None:
+def _stub_process(
+    address: str,
+    method: str,
+    payloads: list[bytes],
+    metadata: Any,
+    load: Load,
+    number: int,
+    ready: Any,
+    queue: Any,
+) -> None:
     import uvloop
 
     async def main() -> Outcome:
-        async with grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel:
+        async with grpc.aio.insecure_channel(
+            address, options=[("grpc.use_local_subchannel_pool", 1)]
+        ) as channel:
             call = channel.unary_unary(method)
             await channel.channel_ready()
             await asyncio.to_thread(ready.wait, 120)
             begin = time.perf_counter()
             recorder = Recorder(begin + load.warmup_seconds)
             end = recorder.begin + load.seconds
-            step, first, total = 7919, number * 104729, len(payloads)  # primes: processes do not walk in step
+            step, first, total = (
+                7919,
+                number * 104729,
+                len(payloads),
+            )  # primes: processes do not walk in step
 
             async def one(i: int, due: float) -> None:
                 try:
@@ -180,7 +211,9 @@ def _stub_process(address: str, method: str, payloads: list[bytes], metadata: An
     queue.put(uvloop.run(main()))
 
 
-async def _paced(one: Callable[[int, float], Any], begin: float, end: float, rate: float, limit: int) -> None:
+async def _paced(
+    one: Callable[[int, float], Any], begin: float, end: float, rate: float, limit: int
+) -> None:
     places = asyncio.Semaphore(limit)
     tasks: set[asyncio.Task[None]] = set()
 
@@ -195,7 +228,9 @@ async def _paced(one: Callable[[int, float], Any], begin: float, end: float, rat
         pause = due - time.perf_counter()
         if pause > 0:
             await asyncio.sleep(pause)
-        await places.acquire()  # when all places are taken the call waits, and its latency still counts from `due`
+        await (
+            places.acquire()
+        )  # when all places are taken the call waits, and its latency still counts from `due`
         task = asyncio.create_task(later(i, due))
         tasks.add(task)
         task.add_done_callback(tasks.discard)
@@ -218,7 +253,9 @@ def _thread_process(start: Start, load: Load, number: int, ready: Any, queue: An
                 recorder.failed(error)
             i += load.concurrency
 
-    threads = [threading.Thread(target=lane, args=(recorder, i)) for i, recorder in enumerate(recorders)]
+    threads = [
+        threading.Thread(target=lane, args=(recorder, i)) for i, recorder in enumerate(recorders)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:

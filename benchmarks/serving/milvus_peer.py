@@ -43,7 +43,10 @@ def fill(address: str, vectors: np.ndarray, *, batch: int = 10_000) -> None:
     schema.add_field("embedding", DataType.FLOAT_VECTOR, dim=vectors.shape[1])
     client.create_collection(COLLECTION, schema=schema, consistency_level="Eventually")
     for start in track(range(0, len(vectors), batch), "insert into Milvus"):
-        rows = [{"id": str(row), "embedding": vectors[row]} for row in range(start, min(start + batch, len(vectors)))]
+        rows = [
+            {"id": str(row), "embedding": vectors[row]}
+            for row in range(start, min(start + batch, len(vectors)))
+        ]
         client.insert(COLLECTION, rows)
     client.flush(COLLECTION)
     params = client.prepare_index_params()
@@ -58,13 +61,20 @@ def ids_of(address: str, queries: np.ndarray, k: int, ef: int) -> list[list[str]
     client = _client(address)
     found: list[list[str]] = []
     for start in range(0, len(queries), 100):
-        hits = client.search(COLLECTION, list(queries[start : start + 100]), limit=k, search_params=_search_params(ef))
+        hits = client.search(
+            COLLECTION,
+            list(queries[start : start + 100]),
+            limit=k,
+            search_params=_search_params(ef),
+        )
         found += [[hit["id"] for hit in row] for row in hits]
     client.close()
     return found
 
 
-def cheapest_ef(address: str, queries: np.ndarray, truth: np.ndarray, min_recall: float) -> tuple[int, float]:
+def cheapest_ef(
+    address: str, queries: np.ndarray, truth: np.ndarray, min_recall: float
+) -> tuple[int, float]:
     """The smallest ef of ``EF_GRID`` whose ANN recall is at least ``min_recall``.
 
     Args:
@@ -83,12 +93,22 @@ def cheapest_ef(address: str, queries: np.ndarray, truth: np.ndarray, min_recall
         say(f"Milvus HNSW ef={ef}: ANN recall@{k} {recall:.4f}")
         if recall >= min_recall:
             return ef, recall
-    raise RecallNotReached(f"Milvus reaches ANN recall@{k} {recall:.3f} at ef={EF_GRID[-1]}, but {min_recall} was asked for.")
+    raise RecallNotReached(
+        f"Milvus reaches ANN recall@{k} {recall:.3f} at ef={EF_GRID[-1]}, but {min_recall} was"
+        " asked for."
+    )
 
 
 def mean_recall(found: list[list[str]], truth: np.ndarray) -> float:
     """Mean share of the exact rows (as ids) that were found."""
-    return float(np.mean([len(set(ids) & set(map(str, rows))) / len(rows) for ids, rows in zip(found, truth.tolist(), strict=True)]))
+    return float(
+        np.mean(
+            [
+                len(set(ids) & set(map(str, rows))) / len(rows)
+                for ids, rows in zip(found, truth.tolist(), strict=True)
+            ]
+        )
+    )
 
 
 def raw_requests(address: str, queries: np.ndarray, k: int, ef: int) -> list[bytes]:
@@ -116,7 +136,9 @@ def raw_requests(address: str, queries: np.ndarray, k: int, ef: int) -> list[byt
     return caught
 
 
-def start_client(address: str, queries_path: Path, k: int, ef: int) -> tuple[Callable[[int], Any], Callable[[], None]]:
+def start_client(
+    address: str, queries_path: Path, k: int, ef: int
+) -> tuple[Callable[[int], Any], Callable[[], None]]:
     """Inside a load process: pymilvus's own client, one search per call."""
     client = _client(address)
     queries = np.load(queries_path)

@@ -68,7 +68,9 @@ class Process:
 
 
 @contextmanager
-def omni_server(store: Path, flags: Sequence[str] = (), *, timeout_seconds: float = 120) -> Iterator[Process]:
+def omni_server(
+    store: Path, flags: Sequence[str] = (), *, timeout_seconds: float = 120
+) -> Iterator[Process]:
     """Run ``omni serve`` on a free port until the block ends.
 
     Raises:
@@ -92,14 +94,19 @@ def omni_server(store: Path, flags: Sequence[str] = (), *, timeout_seconds: floa
         line = _first_line(process, log, timeout_seconds)
         info = json.loads(line)
         if not info.get("release_id"):
-            raise ServerDidNotStart(f"omni serve has nothing to serve: {info.get('reason')}. Publish a release to {store} first.")
+            raise ServerDidNotStart(
+                f"omni serve has nothing to serve: {info.get('reason')}. Publish a release to"
+                f" {store} first."
+            )
         yield Process(f"127.0.0.1:{info['port']}", process.pid)
 
 
 @contextmanager
 def echo_server(response_bytes: int) -> Iterator[Process]:
     """Run the bare ``grpc.aio`` + uvloop server that answers every call with ``response_bytes`` bytes: the limit of the stack."""
-    with _started([sys.executable, "-m", "benchmarks.serving.peer_servers", str(response_bytes)]) as (process, log):
+    with _started(
+        [sys.executable, "-m", "benchmarks.serving.peer_servers", str(response_bytes)]
+    ) as (process, log):
         yield Process(f"127.0.0.1:{json.loads(_first_line(process, log, 60))['port']}", process.pid)
 
 
@@ -125,18 +132,30 @@ def milvus_server(*, timeout_seconds: float = 240) -> Iterator[Process]:
         with socket.socket() as etcd:
             if etcd.connect_ex(("127.0.0.1", ETCD_PORT)) == 0:
                 raise ServerDidNotStart(
-                    f"Milvus needs 127.0.0.1:{ETCD_PORT} for its etcd, but something listens there: stop it (a Milvus left behind?)."
+                    f"Milvus needs 127.0.0.1:{ETCD_PORT} for its etcd, but something listens there:"
+                    " stop it (a Milvus left behind?)."
                 )
         for name in ("data", "logs"):
             shutil.rmtree(folder / name, ignore_errors=True)
         port = free_port()
-        arguments = [sys.executable, "-c", "import milvus; milvus.main()", "--data", str(folder), "--proxy-port", str(port)]
+        arguments = [
+            sys.executable,
+            "-c",
+            "import milvus; milvus.main()",
+            "--data",
+            str(folder),
+            "--proxy-port",
+            str(port),
+        ]
         with _started(arguments) as (process, log):
             address = f"127.0.0.1:{port}"
             end = time.monotonic() + timeout_seconds
             while not _milvus_answers(address):
                 if process.poll() is not None or time.monotonic() > end:
-                    raise ServerDidNotStart(f"Milvus did not answer on {address} within {timeout_seconds:.0f} s: {_tail(log)}")
+                    raise ServerDidNotStart(
+                        f"Milvus did not answer on {address} within {timeout_seconds:.0f} s:"
+                        f" {_tail(log)}"
+                    )
                 time.sleep(1)
             yield Process(address, process.pid)
 
@@ -165,11 +184,15 @@ def _started(arguments: list[str]) -> Iterator[tuple[subprocess.Popen[bytes], Pa
     handle, name = tempfile.mkstemp(suffix=".log")
     log = Path(name)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=handle, start_new_session=True, env=environment)
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=handle, start_new_session=True, env=environment
+    )
     try:
         yield process, log
     finally:
-        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        children = (
+            psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        )
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(20)
@@ -193,7 +216,9 @@ def _first_line(process: subprocess.Popen[bytes], log: Path, timeout_seconds: fl
                 break
             text += piece.decode()
     if "\n" not in text:
-        raise ServerDidNotStart(f"The server said nothing within {timeout_seconds:.0f} s: {_tail(log)}")
+        raise ServerDidNotStart(
+            f"The server said nothing within {timeout_seconds:.0f} s: {_tail(log)}"
+        )
     return text.split("\n", 1)[0]
 
 

@@ -18,9 +18,24 @@ from benchmarks.record import write_record
 from benchmarks.serving import milvus_peer
 from benchmarks.serving.frames_load import frame_load
 from benchmarks.serving.load import Load, Outcome, client_load, stub_load
-from benchmarks.serving.peer_servers import Process, echo_server, milvus_is_installed, milvus_server, omni_server
+from benchmarks.serving.peer_servers import (
+    Process,
+    echo_server,
+    milvus_is_installed,
+    milvus_server,
+    omni_server,
+)
 from benchmarks.serving.serving_release import ServingRelease, serving_release
-from encoders.commands.console import data_option, fail, handle_errors, json_option, print_json, print_table, say, stage
+from encoders.commands.console import (
+    data_option,
+    fail,
+    handle_errors,
+    json_option,
+    print_json,
+    print_table,
+    say,
+    stage,
+)
 from encoders.errors import OmniError
 from protos import retrieval_pb2 as pb
 from retrieval.client.sync_client import ClientConfig, RetrievalClient
@@ -43,27 +58,42 @@ def vector_requests(release: ServingRelease, k: int, min_recall: float | None) -
     """One ready-embedding ``RetrieveRequest`` per held-out query, serialised."""
     return [
         pb.RetrieveRequest(
-            embedding=query.astype("<f4").tobytes(), space_id=release.space_id, entity_type="pin", k=k, min_recall=min_recall
+            embedding=query.astype("<f4").tobytes(),
+            space_id=release.space_id,
+            entity_type="pin",
+            k=k,
+            min_recall=min_recall,
         ).SerializeToString()
         for query in np.asarray(release.vectors.queries)
     ]
 
 
-def recall_setting(address: str, release: ServingRelease, k: int, wanted: float) -> tuple[float | None, float]:
+def recall_setting(
+    address: str, release: ServingRelease, k: int, wanted: float
+) -> tuple[float | None, float]:
     """The laxest ``min_recall`` whose ANN recall, measured through the service, is at least ``wanted``."""
     queries = np.asarray(release.vectors.queries)[:1000]
     recall = 0.0
     with RetrievalClient(address, ClientConfig(deadline_seconds=60)) as client:
         for setting in MIN_RECALLS:
             found = [
-                client.retrieve(embedding=query, space_id=release.space_id, entity_type="pin", k=k, min_recall=setting).ids
+                client.retrieve(
+                    embedding=query,
+                    space_id=release.space_id,
+                    entity_type="pin",
+                    k=k,
+                    min_recall=setting,
+                ).ids
                 for query in queries
             ]
             recall = milvus_peer.mean_recall(found, release.truth[: len(queries)])
             say(f"ours, min_recall={setting}: ANN recall@{k} {recall:.4f}")
             if recall >= wanted:
                 return setting, recall
-    raise BenchFailed(f"the service reaches ANN recall@{k} {recall:.3f}, but {wanted} was asked for. Build the index with a higher ef.")
+    raise BenchFailed(
+        f"the service reaches ANN recall@{k} {recall:.3f}, but {wanted} was asked for. Build the"
+        " index with a higher ef."
+    )
 
 
 def start_our_client(
@@ -74,7 +104,13 @@ def start_our_client(
     rows = list(np.load(queries_path))
 
     def ask(i: int) -> Any:
-        return client.retrieve(embedding=rows[i % len(rows)], space_id=space_id, entity_type="pin", k=k, min_recall=min_recall)
+        return client.retrieve(
+            embedding=rows[i % len(rows)],
+            space_id=space_id,
+            entity_type="pin",
+            k=k,
+            min_recall=min_recall,
+        )
 
     ask(0)
     return ask, client.close
@@ -84,7 +120,8 @@ def best_of(rounds: Sequence[Outcome]) -> dict[str, Any]:
     """Median over rounds of rate and percentiles; errors summed."""
     rows = [outcome.summary() for outcome in rounds]
     merged: dict[str, Any] = {
-        name: median(float(row[name]) for row in rows) for name in ("requests_per_second", "p50_ms", "p95_ms", "p99_ms")
+        name: median(float(row[name]) for row in rows)
+        for name in ("requests_per_second", "p50_ms", "p95_ms", "p99_ms")
     }
     return {**merged, "errors": sum(int(row["errors"]) for row in rows), "rounds": rows}
 
@@ -101,28 +138,47 @@ def compare(
     Beside rate and percentiles, each figure holds the requests per CPU second of the server process: on a machine that is busy with
     other work it says what the wall clock cannot.
     """
-    per_cpu: dict[str, dict[int, list[float]]] = {side: {c: [] for c in concurrencies} for side in runs}
-    outcomes: dict[str, dict[int, list[Outcome]]] = {side: {c: [] for c in concurrencies} for side in runs}
+    per_cpu: dict[str, dict[int, list[float]]] = {
+        side: {c: [] for c in concurrencies} for side in runs
+    }
+    outcomes: dict[str, dict[int, list[Outcome]]] = {
+        side: {c: [] for c in concurrencies} for side in runs
+    }
     for concurrency in concurrencies:
         for number in range(rounds):
             order = list(runs) if number % 2 == 0 else list(runs)[::-1]
             for side in order:
                 before = servers[side].cpu_seconds()
-                outcome = runs[side](Load(concurrency=concurrency, seconds=seconds, warmup_seconds=0.0))
-                per_cpu[side][concurrency].append(len(outcome.latencies_ms) / max(1e-3, servers[side].cpu_seconds() - before))
+                outcome = runs[side](
+                    Load(concurrency=concurrency, seconds=seconds, warmup_seconds=0.0)
+                )
+                per_cpu[side][concurrency].append(
+                    len(outcome.latencies_ms) / max(1e-3, servers[side].cpu_seconds() - before)
+                )
                 if not len(outcome.latencies_ms):
-                    raise BenchFailed(f"{side} answered nothing at concurrency {concurrency}: {outcome.errors}")
+                    raise BenchFailed(
+                        f"{side} answered nothing at concurrency {concurrency}: {outcome.errors}"
+                    )
                 outcomes[side][concurrency].append(outcome)
-                say(f"{side}, concurrency {concurrency}: {outcome.summary()}, {per_cpu[side][concurrency][-1]:.0f} per server CPU second")
+                say(
+                    f"{side}, concurrency {concurrency}: {outcome.summary()},"
+                    f" {per_cpu[side][concurrency][-1]:.0f} per server CPU second"
+                )
     return {
-        side: {c: {**best_of(found), "per_server_cpu_second": median(per_cpu[side][c])} for c, found in by.items()}
+        side: {
+            c: {**best_of(found), "per_server_cpu_second": median(per_cpu[side][c])}
+            for c, found in by.items()
+        }
         for side, by in outcomes.items()
     }
 
 
 def verdict(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """Ratio at each side's best concurrency, and whether p50 and p99 are lower at 1 and 16."""
-    best = {name: max(side.items(), key=lambda item: item[1]["requests_per_second"]) for name, side in (("ours", ours), ("theirs", theirs))}
+    best = {
+        name: max(side.items(), key=lambda item: item[1]["requests_per_second"])
+        for name, side in (("ours", ours), ("theirs", theirs))
+    }
     lower = {
         f"{percentile} at {c}": ours[c][percentile] < theirs[c][percentile]
         for c in (1, 16)
@@ -130,9 +186,13 @@ def verdict(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]]) 
         for percentile in ("p50_ms", "p99_ms")
     }
     return {
-        "ratio_at_best": round(best["ours"][1]["requests_per_second"] / best["theirs"][1]["requests_per_second"], 2),
+        "ratio_at_best": round(
+            best["ours"][1]["requests_per_second"] / best["theirs"][1]["requests_per_second"], 2
+        ),
         "ratio_per_server_cpu_second": round(
-            max(f["per_server_cpu_second"] for f in ours.values()) / max(f["per_server_cpu_second"] for f in theirs.values()), 2
+            max(f["per_server_cpu_second"] for f in ours.values())
+            / max(f["per_server_cpu_second"] for f in theirs.values()),
+            2,
         ),
         "best_concurrency": {name: concurrency for name, (concurrency, _) in best.items()},
         "lower": lower,
@@ -140,7 +200,13 @@ def verdict(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]]) 
 
 
 def against_milvus(
-    ours: Process, release: ServingRelease, k: int, wanted: float, concurrencies: Sequence[int], rounds: int, seconds: float
+    ours: Process,
+    release: ServingRelease,
+    k: int,
+    wanted: float,
+    concurrencies: Sequence[int],
+    rounds: int,
+    seconds: float,
 ) -> dict[str, Any]:
     """Ready embeddings, thin stubs and own clients, ours and Milvus in turns."""
     setting, our_recall = recall_setting(ours.address, release, k, wanted)
@@ -148,31 +214,48 @@ def against_milvus(
     with milvus_server() as milvus, tempfile.TemporaryDirectory() as folder:
         with stage(f"fill Milvus with {len(release.vectors.corpus):,} vectors"):
             milvus_peer.fill(milvus.address, np.asarray(release.vectors.corpus))
-        ef, their_recall = milvus_peer.cheapest_ef(milvus.address, queries[:1000], release.truth[:1000], wanted)
+        ef, their_recall = milvus_peer.cheapest_ef(
+            milvus.address, queries[:1000], release.truth[:1000], wanted
+        )
         ef = max(ef, k)
         raw = milvus_peer.raw_requests(milvus.address, queries[:500], k, ef)
         path = Path(folder) / "queries.npy"
         np.save(path, queries)
         frames: dict[str, Callable[[Load], Outcome]] = {
-            "ours": partial(frame_load, ours.address, RETRIEVE, vector_requests(release, k, setting)),
+            "ours": partial(
+                frame_load, ours.address, RETRIEVE, vector_requests(release, k, setting)
+            ),
             "milvus": partial(frame_load, milvus.address, milvus_peer.SEARCH_METHOD, raw),
         }
         thin: dict[str, Callable[[Load], Outcome]] = {
-            "ours": partial(stub_load, ours.address, RETRIEVE, vector_requests(release, k, setting)),
+            "ours": partial(
+                stub_load, ours.address, RETRIEVE, vector_requests(release, k, setting)
+            ),
             "milvus": partial(stub_load, milvus.address, milvus_peer.SEARCH_METHOD, raw),
         }
         own: dict[str, Callable[[Load], Outcome]] = {
-            "ours": partial(client_load, partial(start_our_client, ours.address, path, release.space_id, k, setting)),
-            "milvus": partial(client_load, partial(milvus_peer.start_client, milvus.address, path, k, ef)),
+            "ours": partial(
+                client_load,
+                partial(start_our_client, ours.address, path, release.space_id, k, setting),
+            ),
+            "milvus": partial(
+                client_load, partial(milvus_peer.start_client, milvus.address, path, k, ef)
+            ),
         }
         found: dict[str, Any] = {
             "recall": {"ours": our_recall, "milvus": their_recall},
-            "settings": {"ours_min_recall": setting, "milvus_ef": ef, "milvus_index": {"type": "HNSW", **milvus_peer.INDEX}},
+            "settings": {
+                "ours_min_recall": setting,
+                "milvus_ef": ef,
+                "milvus_index": {"type": "HNSW", **milvus_peer.INDEX},
+            },
             "memory_mib": {"ours": round(ours.memory_mib()), "milvus": round(milvus.memory_mib())},
         }
         for name, runs in (("prepared_frames", frames), ("thin_stubs", thin), ("own_clients", own)):
             with stage(f"ours and Milvus in turns, {name}"):
-                figures = compare(runs, {"ours": ours, "milvus": milvus}, concurrencies, rounds, seconds)
+                figures = compare(
+                    runs, {"ours": ours, "milvus": milvus}, concurrencies, rounds, seconds
+                )
             found[name] = {**figures, **verdict(figures["ours"], figures["milvus"])}
         return found
 
@@ -186,35 +269,61 @@ SERVERS = {
 """Transport and ``--answer-cache-mib`` of the servers beside the echo: each query searched, or its answer kept."""
 
 
-def against_echo(release: ServingRelease, k: int, rounds: int, seconds: float, workers: int) -> dict[str, Any]:
+def against_echo(
+    release: ServingRelease, k: int, rounds: int, seconds: float, workers: int
+) -> dict[str, Any]:
     """Cached ``Retrieve`` beside a bare echo of the same messages, per CPU-second of the server; and ``RetrieveBatch`` of 64.
 
     Four servers: our transport and the echo's, each searching for every query, and each keeping answers.
     """
-    requests = [pb.RetrieveRequest(query=text, entity_type="pin", k=k).SerializeToString() for text in TEXTS]
+    requests = [
+        pb.RetrieveRequest(query=text, entity_type="pin", k=k).SerializeToString() for text in TEXTS
+    ]
     batches = [
-        pb.RetrieveBatchRequest(queries=TEXTS[i : i + BATCH_SIZE], target=pb.Target(entity_type="pin", k=k)).SerializeToString()
+        pb.RetrieveBatchRequest(
+            queries=TEXTS[i : i + BATCH_SIZE], target=pb.Target(entity_type="pin", k=k)
+        ).SerializeToString()
         for i in range(0, len(TEXTS) - BATCH_SIZE, BATCH_SIZE)
     ]
     sides: dict[str, Callable[[], tuple[float, float]]] = {}
     with ExitStack() as stack:
         processes: dict[str, Process] = {}
         for prefix, (transport, kept) in SERVERS.items():
-            flags = ["--transport", transport, "--answer-cache-mib", kept, "--workers", str(workers), "--metrics-port", "-1"]
+            flags = [
+                "--transport",
+                transport,
+                "--answer-cache-mib",
+                kept,
+                "--workers",
+                str(workers),
+                "--metrics-port",
+                "-1",
+            ]
             process = processes[prefix] = stack.enter_context(omni_server(release.store, flags))
             with RetrievalClient(process.address, ClientConfig(deadline_seconds=60)) as client:
-                for text in TEXTS * 2:  # twice: the second is cached, and makes the server know how short its searches are
+                for text in (
+                    TEXTS * 2
+                ):  # twice: the second is cached, and makes the server know how short its searches are
                     answer = client.retrieve(text, "pin", k)
                 if workers == 1 and answer.answer_cached != (kept != "0"):
-                    raise BenchFailed(f"--answer-cache-mib {kept}: the second answer says answer_cached={answer.answer_cached}")
+                    raise BenchFailed(
+                        f"--answer-cache-mib {kept}: the second answer says"
+                        f" answer_cached={answer.answer_cached}"
+                    )
         response = pb.RetrieveResponse(
-            release_id=answer.release_id, space_id=answer.space_id, cache_hit=True, plan=answer.plan, ef=answer.ef
+            release_id=answer.release_id,
+            space_id=answer.space_id,
+            cache_hit=True,
+            plan=answer.plan,
+            ef=answer.ef,
         )
         response.hits.extend(pb.Hit(id=hit.id, score=hit.score) for hit in answer.hits)
         response.timings.total_ns = 300_000
         echo = stack.enter_context(echo_server(response.ByteSize()))
 
-        def measure(process: Process, method: str, payloads: list[bytes], concurrency: int, per_call: int) -> tuple[float, float]:
+        def measure(
+            process: Process, method: str, payloads: list[bytes], concurrency: int, per_call: int
+        ) -> tuple[float, float]:
             before = process.cpu_seconds()
             load = Load(concurrency=concurrency, seconds=seconds, warmup_seconds=0.0)
             outcome = stub_load(process.address, method, payloads, load)
@@ -226,27 +335,47 @@ def against_echo(release: ServingRelease, k: int, rounds: int, seconds: float, w
         sides["echo"] = partial(measure, echo, RETRIEVE, requests, 16, 1)
         for prefix, process in processes.items():
             sides[f"{prefix}cached_retrieve"] = partial(measure, process, RETRIEVE, requests, 16, 1)
-            sides[f"{prefix}cached_batch_of_64"] = partial(measure, process, BATCH, batches, 2, BATCH_SIZE)
+            sides[f"{prefix}cached_batch_of_64"] = partial(
+                measure, process, BATCH, batches, 2, BATCH_SIZE
+            )
         figures: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
         for number in range(rounds):
             for side in list(sides) if number % 2 == 0 else list(sides)[::-1]:
                 figures[side].append(sides[side]())
-                say(f"{side}: {figures[side][-1][0]:.0f} queries/s, {figures[side][-1][1]:.0f} per server CPU second")
+                say(
+                    f"{side}: {figures[side][-1][0]:.0f} queries/s, {figures[side][-1][1]:.0f} per"
+                    " server CPU second"
+                )
     result: dict[str, Any] = {
-        side: {"queries_per_second": median(a for a, _ in rows), "per_server_cpu_second": median(b for _, b in rows), "rounds": rows}
+        side: {
+            "queries_per_second": median(a for a, _ in rows),
+            "per_server_cpu_second": median(b for _, b in rows),
+            "rounds": rows,
+        }
         for side, rows in figures.items()
     }
     result["request_bytes"], result["response_bytes"] = len(requests[0]), response.ByteSize()
     for prefix in SERVERS:
         single, batch = result[f"{prefix}cached_retrieve"], result[f"{prefix}cached_batch_of_64"]
-        result[f"{prefix}cached_share_of_echo_per_core"] = single["per_server_cpu_second"] / result["echo"]["per_server_cpu_second"]
-        result[f"{prefix}batch_over_single_per_core"] = batch["per_server_cpu_second"] / single["per_server_cpu_second"]
-        result[f"{prefix}batch_over_single_wall"] = batch["queries_per_second"] / single["queries_per_second"]
+        result[f"{prefix}cached_share_of_echo_per_core"] = (
+            single["per_server_cpu_second"] / result["echo"]["per_server_cpu_second"]
+        )
+        result[f"{prefix}batch_over_single_per_core"] = (
+            batch["per_server_cpu_second"] / single["per_server_cpu_second"]
+        )
+        result[f"{prefix}batch_over_single_wall"] = (
+            batch["queries_per_second"] / single["queries_per_second"]
+        )
     return result
 
 
 def more_workers(
-    release: ServingRelease, k: int, workers: int, concurrencies: Sequence[int], rounds: int, seconds: float
+    release: ServingRelease,
+    k: int,
+    workers: int,
+    concurrencies: Sequence[int],
+    rounds: int,
+    seconds: float,
 ) -> dict[str, Any]:
     """One worker and several in turns: ready embeddings and cached texts, prepared frames, one connection per client process.
 
@@ -258,7 +387,9 @@ def more_workers(
         rounds: Rounds per figure.
         seconds: Length of one measurement.
     """
-    texts = [pb.RetrieveRequest(query=text, entity_type="pin", k=k).SerializeToString() for text in TEXTS]
+    texts = [
+        pb.RetrieveRequest(query=text, entity_type="pin", k=k).SerializeToString() for text in TEXTS
+    ]
     found: dict[str, Any] = {"workers": workers, "client_processes": max(2, workers)}
     searching = ["--answer-cache-mib", "0", "--metrics-port", "-1"]
     with (
@@ -266,20 +397,39 @@ def more_workers(
         omni_server(release.store, ["--workers", str(workers), *searching]) as several,
     ):
         servers = {"one": one, "several": several}
-        for name, payloads in (("ready_embeddings", vector_requests(release, k, None)), ("cached_texts", texts)):
+        for name, payloads in (
+            ("ready_embeddings", vector_requests(release, k, None)),
+            ("cached_texts", texts),
+        ):
 
             def run(process: Process, load: Load, payloads: list[bytes] = payloads) -> Outcome:
-                return frame_load(process.address, RETRIEVE, payloads, replace(load, processes=found["client_processes"]))
+                return frame_load(
+                    process.address,
+                    RETRIEVE,
+                    payloads,
+                    replace(load, processes=found["client_processes"]),
+                )
 
-            for process in servers.values():  # each worker fills its cache and learns how short its searches are
+            for process in (
+                servers.values()
+            ):  # each worker fills its cache and learns how short its searches are
                 run(process, Load(concurrency=8 * workers, seconds=2.0))
             with stage(f"1 and {workers} workers in turns, {name}"):
                 figures = compare(
-                    {side: partial(run, process) for side, process in servers.items()}, servers, concurrencies, rounds, seconds
+                    {side: partial(run, process) for side, process in servers.items()},
+                    servers,
+                    concurrencies,
+                    rounds,
+                    seconds,
                 )
-            best = {side: max(float(f["requests_per_second"]) for f in by.values()) for side, by in figures.items()}
+            best = {
+                side: max(float(f["requests_per_second"]) for f in by.values())
+                for side, by in figures.items()
+            }
             found[name] = {**figures, "ratio_at_best": round(best["several"] / best["one"], 2)}
-        found["memory_mib"] = {side: round(process.memory_mib()) for side, process in servers.items()}
+        found["memory_mib"] = {
+            side: round(process.memory_mib()) for side, process in servers.items()
+        }
     return found
 
 
@@ -289,12 +439,27 @@ def more_workers(
 @click.option("--kind", default=DEFAULT_KIND, show_default=True, help="Our index kind.")
 @click.option("-k", default=10, show_default=True, help="Results per query.")
 @click.option(
-    "--recall", "wanted", default=0.95, show_default=True, help="ANN recall@k that each side must reach, at its cheapest setting."
+    "--recall",
+    "wanted",
+    default=0.95,
+    show_default=True,
+    help="ANN recall@k that each side must reach, at its cheapest setting.",
 )
 @click.option(
-    "--concurrency", "concurrencies", multiple=True, type=int, default=(1, 4, 16, 32), show_default=True, help="Calls in flight; repeat."
+    "--concurrency",
+    "concurrencies",
+    multiple=True,
+    type=int,
+    default=(1, 4, 16, 32),
+    show_default=True,
+    help="Calls in flight; repeat.",
 )
-@click.option("--rounds", default=3, show_default=True, help="Rounds per figure; sides take turns; the median counts.")
+@click.option(
+    "--rounds",
+    default=3,
+    show_default=True,
+    help="Rounds per figure; sides take turns; the median counts.",
+)
 @click.option("--seconds", default=4.0, show_default=True, help="Length of one measurement.")
 @click.option("--workers", default=1, show_default=True, help="Processes of our server.")
 @click.option(
@@ -306,8 +471,18 @@ def more_workers(
     show_default=True,
     help="Repeat. workers: our own server with one worker beside one with --more-workers.",
 )
-@click.option("--more-workers", "more_workers_count", default=2, show_default=True, help="Workers of the second server of --peer workers.")
-@click.option("--bundle", type=click.Path(path_type=Path, exists=True), help="Model bundle for text queries; default: a tiny random tower.")
+@click.option(
+    "--more-workers",
+    "more_workers_count",
+    default=2,
+    show_default=True,
+    help="Workers of the second server of --peer workers.",
+)
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path, exists=True),
+    help="Model bundle for text queries; default: a tiny random tower.",
+)
 @json_option
 @handle_errors
 def command(
@@ -339,16 +514,29 @@ def command(
     release = serving_release(data_dir, size=size, kind=kind, k=k, bundle=bundle)
     metrics: dict[str, Any] = {}
     if "workers" in peers:
-        metrics["workers"] = more_workers(release, k, more_workers_count, concurrencies, rounds, seconds)
+        metrics["workers"] = more_workers(
+            release, k, more_workers_count, concurrencies, rounds, seconds
+        )
     if "echo" in peers:
         metrics["echo"] = against_echo(release, k, rounds, seconds, workers)
     if "milvus" in peers:
-        with omni_server(release.store, ["--workers", str(workers), "--metrics-port", "-1"]) as ours:
-            metrics["milvus"] = against_milvus(ours, release, k, wanted, concurrencies, rounds, seconds)
+        with omni_server(
+            release.store, ["--workers", str(workers), "--metrics-port", "-1"]
+        ) as ours:
+            metrics["milvus"] = against_milvus(
+                ours, release, k, wanted, concurrencies, rounds, seconds
+            )
     path = write_record(
-        ("serve-workers" if peers == ("workers",) else "serve") + ("" if kind == DEFAULT_KIND else f"-{kind}"),
+        ("serve-workers" if peers == ("workers",) else "serve")
+        + ("" if kind == DEFAULT_KIND else f"-{kind}"),
         dataset=release.vectors.describe(),
-        config={"kind": kind, "k": k, "workers": workers, "ann_recall": wanted, "build": release.build},
+        config={
+            "kind": kind,
+            "k": k,
+            "workers": workers,
+            "ann_recall": wanted,
+            "build": release.build,
+        },
         protocol={
             "rounds": rounds,
             "seconds": seconds,
@@ -357,7 +545,12 @@ def command(
             "cores": "servers and client processes share all cores of the machine",
         },
         metrics=metrics,
-        libraries=("grpcio", "hnswlib", "numpy", *(("milvus", "pymilvus") if "milvus" in peers else ())),
+        libraries=(
+            "grpcio",
+            "hnswlib",
+            "numpy",
+            *(("milvus", "pymilvus") if "milvus" in peers else ()),
+        ),
     )
     if as_json:
         print_json(metrics)
@@ -384,22 +577,52 @@ def _print(metrics: dict[str, Any], release: ServingRelease) -> None:
                 for c, f in found[name][side].items()
             ]
             title = f"{name.replace('_', ' ').capitalize()}, {real}; the client shares the cores"
-            print_table(title, ["workers", "concurrency", "requests/s", "per server CPU s", "p50 ms", "p99 ms"], rows)
+            print_table(
+                title,
+                ["workers", "concurrency", "requests/s", "per server CPU s", "p50 ms", "p99 ms"],
+                rows,
+            )
             say(f"{found['workers']} workers answer {found[name]['ratio_at_best']:.2f}x as many")
         say(f"memory (PSS, MiB): {found['memory_mib']}")
     if "milvus" in metrics:
         found = metrics["milvus"]
         for name in ("prepared_frames", "thin_stubs", "own_clients"):
             rows = [
-                [side, c, f["requests_per_second"], f["per_server_cpu_second"], f["p50_ms"], f["p95_ms"], f["p99_ms"], f["errors"]]
+                [
+                    side,
+                    c,
+                    f["requests_per_second"],
+                    f["per_server_cpu_second"],
+                    f["p50_ms"],
+                    f["p95_ms"],
+                    f["p99_ms"],
+                    f["errors"],
+                ]
                 for side in ("ours", "milvus")
                 for c, f in found[name][side].items()
             ]
-            recall = f"ANN recall ours {found['recall']['ours']:.3f}, Milvus {found['recall']['milvus']:.3f}"
+            recall = (
+                f"ANN recall ours {found['recall']['ours']:.3f}, Milvus"
+                f" {found['recall']['milvus']:.3f}"
+            )
             title = f"Ready embeddings, {name.replace('_', ' ')}; {real}; {recall}"
-            print_table(title, ["side", "concurrency", "requests/s", "per server CPU s", "p50 ms", "p95 ms", "p99 ms", "errors"], rows)
+            print_table(
+                title,
+                [
+                    "side",
+                    "concurrency",
+                    "requests/s",
+                    "per server CPU s",
+                    "p50 ms",
+                    "p95 ms",
+                    "p99 ms",
+                    "errors",
+                ],
+                rows,
+            )
             ratios = (
-                f"{found[name]['ratio_at_best']:.2f}x by the clock, {found[name]['ratio_per_server_cpu_second']:.2f}x per server CPU second"
+                f"{found[name]['ratio_at_best']:.2f}x by the clock,"
+                f" {found[name]['ratio_per_server_cpu_second']:.2f}x per server CPU second"
             )
             say(f"best against best: {ratios}; lower: {found[name]['lower']}")
     if "echo" in metrics:
@@ -409,8 +632,18 @@ def _print(metrics: dict[str, Any], release: ServingRelease) -> None:
             for side in found
             if isinstance(found[side], dict)
         ]
-        print_table(f"Cached text over {real}, beside a bare gRPC echo", ["side", "queries/s", "queries per server CPU second"], rows)
+        print_table(
+            f"Cached text over {real}, beside a bare gRPC echo",
+            ["side", "queries/s", "queries per server CPU second"],
+            rows,
+        )
         for prefix, (transport, kept) in SERVERS.items():
-            share, batch = found[f"{prefix}cached_share_of_echo_per_core"], found[f"{prefix}batch_over_single_per_core"]
+            share, batch = (
+                found[f"{prefix}cached_share_of_echo_per_core"],
+                found[f"{prefix}batch_over_single_per_core"],
+            )
             searched = "every query searched" if kept == "0" else "answers kept"
-            say(f"{transport}, {searched}: Retrieve {share:.0%} of the echo per core; a batch of 64 answers {batch:.1f}x as many queries")
+            say(
+                f"{transport}, {searched}: Retrieve {share:.0%} of the echo per core; a batch of 64"
+                f" answers {batch:.1f}x as many queries"
+            )

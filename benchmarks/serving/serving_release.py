@@ -39,7 +39,13 @@ class ServingRelease:
 
 
 def serving_release(
-    data_dir: Path, *, size: int, kind: str, k: int = 10, bundle: Path | None = None, cache: Path | None = None
+    data_dir: Path,
+    *,
+    size: int,
+    kind: str,
+    k: int = 10,
+    bundle: Path | None = None,
+    cache: Path | None = None,
 ) -> ServingRelease:
     """Build the release, or take the one an earlier run left.
 
@@ -65,12 +71,27 @@ def serving_release(
     space_id = str(json.loads((bundle / "space.json").read_text(encoding="utf-8"))["space_id"])
     if store.current() is None:
         with stage(f"build a release of {len(vectors.corpus):,} vectors with {kind}"):
-            pins = EntityInput(ids=[str(row) for row in range(len(vectors.corpus))], vectors=np.array(vectors.corpus), space_id=space_id)
+            pins = EntityInput(
+                ids=[str(row) for row in range(len(vectors.corpus))],
+                vectors=np.array(vectors.corpus),
+                space_id=space_id,
+            )
             calibration = QuerySet([""] * len(vectors.calibration), np.array(vectors.calibration))
-            build_release({"pin": pins}, bundle, store, RebuildConfig(index=IndexConfig(kind=kind)), {"*": calibration}, progress=say)
+            build_release(
+                {"pin": pins},
+                bundle,
+                store,
+                RebuildConfig(index=IndexConfig(kind=kind)),
+                {"*": calibration},
+                progress=say,
+            )
     manifest = store.open_current()
     entity = manifest.manifest.entities["pin"]
-    build = {"kind": manifest.entities["pin"].kind, "description": manifest.entities["pin"].describe(), "count": entity.count}
+    build = {
+        "kind": manifest.entities["pin"].kind,
+        "description": manifest.entities["pin"].describe(),
+        "count": entity.count,
+    }
     manifest.close()
     path = root / f"truth-{vectors.name}-{k}.npy"
     if not path.is_file():

@@ -17,7 +17,15 @@ import torch
 from torch.nn import functional
 
 from benchmarks.record import write_record
-from encoders.commands.console import data_option, handle_errors, json_option, peak_memory_mib, print_json, print_table, say
+from encoders.commands.console import (
+    data_option,
+    handle_errors,
+    json_option,
+    peak_memory_mib,
+    print_json,
+    print_table,
+    say,
+)
 from encoders.datasets.dataset import load_dataset
 from encoders.inference.batch_embedding import EmbedConfig, EntityEmbedder, content_hashes
 from encoders.inference.onnx_forms import export_forms, onnx_encode
@@ -71,12 +79,26 @@ def make_rows(titles: list[str], rows: int, seed: int = 0) -> pl.DataFrame:
     """Rows whose texts are real title words in random order, ``WORDS_PER_TEXT`` each, with random vectors: simulated."""
     rng = np.random.default_rng(seed)
     words = np.array(" ".join(titles).split())
-    texts = [" ".join(row) for row in words[rng.integers(0, len(words), (rows, WORDS_PER_TEXT))].tolist()]
-    vectors = {name: pl.Series(name, rng.standard_normal((rows, width), dtype=np.float32)).arr.to_list() for name, width in VECTORS.items()}
-    return pl.DataFrame({"id": [f"e{i}" for i in range(rows)], "entity_type": ["pin"] * rows, "title": texts, **vectors})
+    texts = [
+        " ".join(row) for row in words[rng.integers(0, len(words), (rows, WORDS_PER_TEXT))].tolist()
+    ]
+    vectors = {
+        name: pl.Series(name, rng.standard_normal((rows, width), dtype=np.float32)).arr.to_list()
+        for name, width in VECTORS.items()
+    }
+    return pl.DataFrame(
+        {
+            "id": [f"e{i}" for i in range(rows)],
+            "entity_type": ["pin"] * rows,
+            "title": texts,
+            **vectors,
+        }
+    )
 
 
-def measure_towers(towers: dict[str, EntityEncoder], rows: pl.DataFrame, threads: int, repeats: int) -> dict[str, Any]:
+def measure_towers(
+    towers: dict[str, EntityEncoder], rows: pl.DataFrame, threads: int, repeats: int
+) -> dict[str, Any]:
     """Rows to vectors for every tower, device and precision, with the least cosine to float32 on the CPU."""
     found: dict[str, Any] = {}
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -84,15 +106,21 @@ def measure_towers(towers: dict[str, EntityEncoder], rows: pl.DataFrame, threads
         reference = tower.encode(rows[:512])
         for device in devices:
             for precision in ("fp32", "bf16"):
-                embedder = EntityEmbedder(tower, EmbedConfig(device=device, precision=precision, threads=threads))
+                embedder = EntityEmbedder(
+                    tower, EmbedConfig(device=device, precision=precision, threads=threads)
+                )
                 timing = timed(lambda embedder=embedder: embedder(rows), rows.height, repeats)  # type: ignore[misc]
                 cosine = float((embedder(rows[:512]) * reference).sum(1).min())
-                found[f"{name} {device} {precision}"] = timing.as_dict() | {"min_cosine_to_fp32": round(cosine, 6)}
+                found[f"{name} {device} {precision}"] = timing.as_dict() | {
+                    "min_cosine_to_fp32": round(cosine, 6)
+                }
                 say(f"{name} {device} {precision}: {found[f'{name} {device} {precision}']}")
     return found
 
 
-def measure_hash_embedding(tower: EntityEncoder, rows: pl.DataFrame, repeats: int) -> dict[str, Any]:
+def measure_hash_embedding(
+    tower: EntityEncoder, rows: pl.DataFrame, repeats: int
+) -> dict[str, Any]:
     """Forward and backward of the weighted bags of 1,024 rows: ours against ``torch.nn.functional.embedding_bag``, one thread."""
     assert tower.featurizer is not None, "made with one"
     features = tower.featurizer(rows[:1024])
@@ -106,13 +134,20 @@ def measure_hash_embedding(tower: EntityEncoder, rows: pl.DataFrame, repeats: in
         weights = functional.embedding(ids, tower.token_weights).reshape(-1)
         (bags(tower.table, table_rows, weights, offsets) * upstream).sum().backward()
 
-    def stock(table: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        return functional.embedding_bag(indices, table, offsets[:-1], mode="sum", per_sample_weights=weights)
+    def stock(
+        table: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor, offsets: torch.Tensor
+    ) -> torch.Tensor:
+        return functional.embedding_bag(
+            indices, table, offsets[:-1], mode="sum", per_sample_weights=weights
+        )
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        ours, theirs = timed(lambda: step(sum_bags), 1024, repeats), timed(lambda: step(stock), 1024, repeats)
+        ours, theirs = (
+            timed(lambda: step(sum_bags), 1024, repeats),
+            timed(lambda: step(stock), 1024, repeats),
+        )
     finally:
         torch.set_num_threads(before)
     return {
@@ -162,9 +197,17 @@ def measure_queries(tower: QueryEncoder, texts: list[str], rounds: int) -> dict[
     torch.set_num_threads(1)
     try:
         with TemporaryDirectory() as folder:
-            reports = {report.form_id: report for report in export_forms(tower, Path(folder), texts[:2000])}
-            forms = {name: onnx_encode(Path(folder) / report.file) for name, report in reports.items()}
-            systems: dict[str, Callable[[list[list[int]]], np.ndarray]] = {"transformers-fp32": library, "torch-fp32": eager, **forms}
+            reports = {
+                report.form_id: report for report in export_forms(tower, Path(folder), texts[:2000])
+            }
+            forms = {
+                name: onnx_encode(Path(folder) / report.file) for name, report in reports.items()
+            }
+            systems: dict[str, Callable[[list[list[int]]], np.ndarray]] = {
+                "transformers-fp32": library,
+                "torch-fp32": eager,
+                **forms,
+            }
             times: dict[str, list[int]] = {name: [] for name in systems}
             for turn in range(2):  # the first turn warms up
                 for ids in token_ids:
@@ -189,9 +232,23 @@ def measure_queries(tower: QueryEncoder, texts: list[str], rounds: int) -> dict[
 
 
 @click.command(name="encode")
-@click.option("--rows", type=click.IntRange(1024), default=4_096, show_default=True, help="Entities per run.")
-@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Runs per figure, after one to warm up; medians.")
-@click.option("--threads", type=click.IntRange(1), default=2, show_default=True, help="CPU worker threads for the towers.")
+@click.option(
+    "--rows", type=click.IntRange(1024), default=4_096, show_default=True, help="Entities per run."
+)
+@click.option(
+    "--repeats",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="Runs per figure, after one to warm up; medians.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    help="CPU worker threads for the towers.",
+)
 @data_option
 @json_option
 @handle_errors
@@ -218,9 +275,17 @@ def command(rows: int, repeats: int, threads: int, data_dir: Path | None, as_jso
     hash_embedding = measure_hash_embedding(towers["text only"], frame, repeats)
     streaming = measure_streaming(towers["full width"], frame, threads)
 
-    queries = measure_queries(create_query_encoder(), data.split("heldout")["query"].unique(maintain_order=True).to_list(), 1_000)
+    queries = measure_queries(
+        create_query_encoder(),
+        data.split("heldout")["query"].unique(maintain_order=True).to_list(),
+        1_000,
+    )
 
-    figures = {"tokenise": tokenise, **measured, "full width from Parquet, checked, hashed, cpu bf16": streaming}
+    figures = {
+        "tokenise": tokenise,
+        **measured,
+        "full width from Parquet, checked, hashed, cpu bf16": streaming,
+    }
     path = write_record(
         "encode",
         dataset={
@@ -235,7 +300,12 @@ def command(rows: int, repeats: int, threads: int, data_dir: Path | None, as_jso
             "threads": threads,
             "vocabulary": len(fitted.vocabulary),
         },
-        protocol={"warm_up": 1, "repeats": repeats, "clock": "perf_counter and process_time", "load_average_1m": os.getloadavg()[0]},
+        protocol={
+            "warm_up": 1,
+            "repeats": repeats,
+            "clock": "perf_counter and process_time",
+            "load_average_1m": os.getloadavg()[0],
+        },
         metrics={
             "figures": figures,
             "query_at_batch_1": queries,
@@ -245,7 +315,14 @@ def command(rows: int, repeats: int, threads: int, data_dir: Path | None, as_jso
         libraries=("torch", "numpy", "polars", "onnxruntime"),
     )
     if as_json:
-        print_json({"record": str(path), "figures": figures, "query_at_batch_1": queries, "hash_embedding": hash_embedding})
+        print_json(
+            {
+                "record": str(path),
+                "figures": figures,
+                "query_at_batch_1": queries,
+                "hash_embedding": hash_embedding,
+            }
+        )
         return
     table = [
         (
@@ -258,10 +335,30 @@ def command(rows: int, repeats: int, threads: int, data_dir: Path | None, as_jso
         for name, values in figures.items()
     ]
     load = f"{threads} threads, load {os.getloadavg()[0]:.1f}"
-    title = f"Entities per second (simulated rows of {data.name} words, {ngrams:.0f} n-grams each); {load}"
-    print_table(title, ["what", "rows/s (clock)", "rows/s per core", "least cosine to fp32", "asked for (2 cores; tokenise: 1)"], table)
+    title = (
+        f"Entities per second (simulated rows of {data.name} words, {ngrams:.0f} n-grams each);"
+        f" {load}"
+    )
+    print_table(
+        title,
+        [
+            "what",
+            "rows/s (clock)",
+            "rows/s per core",
+            "least cosine to fp32",
+            "asked for (2 cores; tokenise: 1)",
+        ],
+        table,
+    )
     rows_of_queries = [
-        (name, f["p50_ms"], f["p99_ms"], f["p50_relative_to_torch"], f["least_cosine"], INT8_TARGET if name == "onnx-int8" else None)
+        (
+            name,
+            f["p50_ms"],
+            f["p99_ms"],
+            f["p50_relative_to_torch"],
+            f["least_cosine"],
+            INT8_TARGET if name == "onnx-int8" else None,
+        )
         for name, f in queries.items()
     ]
     print_table(

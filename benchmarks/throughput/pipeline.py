@@ -16,9 +16,18 @@ import click
 import polars as pl
 
 from benchmarks.record import write_record
-from encoders.commands.console import data_option, handle_errors, json_option, print_json, print_table, stage
+from encoders.commands.console import (
+    data_option,
+    handle_errors,
+    json_option,
+    print_json,
+    print_table,
+    stage,
+)
 
-LABEL = "SIMULATED log (omni data simulate-logs over annotation pairs): scale only, no quality claim"
+LABEL = (
+    "SIMULATED log (omni data simulate-logs over annotation pairs): scale only, no quality claim"
+)
 
 MEASURED_RUN = """
 import json, resource, sys, time
@@ -50,9 +59,27 @@ DAILY_CASES = (
 
 
 @click.command()
-@click.option("--rows", "sizes", multiple=True, type=int, default=(1_000_000, 10_000_000), show_default=True, help="Log sizes; repeat.")
-@click.option("--repeats", default=3, show_default=True, help="Runs per size; the fastest and the median are recorded.")
-@click.option("--results-per-search", default=4, show_default=True, help="Impressions per search: 4 makes a fifth of the rows engagements.")
+@click.option(
+    "--rows",
+    "sizes",
+    multiple=True,
+    type=int,
+    default=(1_000_000, 10_000_000),
+    show_default=True,
+    help="Log sizes; repeat.",
+)
+@click.option(
+    "--repeats",
+    default=3,
+    show_default=True,
+    help="Runs per size; the fastest and the median are recorded.",
+)
+@click.option(
+    "--results-per-search",
+    default=4,
+    show_default=True,
+    help="Impressions per search: 4 makes a fifth of the rows engagements.",
+)
 @click.option(
     "--measure",
     "parts",
@@ -60,12 +87,26 @@ DAILY_CASES = (
     type=click.Choice(["log", "daily"]),
     default=("log", "daily"),
     show_default=True,
-    help="The log pipeline (record pipeline), the daily update after short and long histories (record pipeline-daily); repeat.",
+    help=(
+        "The log pipeline (record pipeline), the daily update after short and long histories"
+        " (record pipeline-daily); repeat."
+    ),
 )
-@click.option("--day-rows", default=5_000, show_default=True, help="Log rows of a day in the daily measurement.")
+@click.option(
+    "--day-rows",
+    default=5_000,
+    show_default=True,
+    help="Log rows of a day in the daily measurement.",
+)
 @click.option("--threads", default=2, show_default=True, help="Cores used.")
-@click.option("--work", type=click.Path(path_type=Path), help="Folder for the simulated logs (kept and reused). Default: a temporary one.")
-@click.option("--simulate-only", is_flag=True, help="Only make the logs in --work; a later call measures.")
+@click.option(
+    "--work",
+    type=click.Path(path_type=Path),
+    help="Folder for the simulated logs (kept and reused). Default: a temporary one.",
+)
+@click.option(
+    "--simulate-only", is_flag=True, help="Only make the logs in --work; a later call measures."
+)
 @data_option
 @json_option
 @handle_errors
@@ -90,7 +131,12 @@ def command(
     with tempfile.TemporaryDirectory() as temporary:
         folder = work or Path(temporary)
         sizes = sizes if simulate_only or "log" in parts else ()
-        sources = {rows: _simulated(folder / f"log-{rows}-{results_per_search}", rows, results_per_search, data_dir) for rows in sizes}
+        sources = {
+            rows: _simulated(
+                folder / f"log-{rows}-{results_per_search}", rows, results_per_search, data_dir
+            )
+            for rows in sizes
+        }
         if simulate_only:
             return
         runs = []
@@ -102,18 +148,48 @@ def command(
     records = []
     if runs:
         metrics["pipeline"] = runs
-        columns = ["rows", "events", "seconds", "median_seconds", "cpu_seconds", "peak_gib", "seconds_per_million", "partitions", "pairs"]
+        columns = [
+            "rows",
+            "events",
+            "seconds",
+            "median_seconds",
+            "cpu_seconds",
+            "peak_gib",
+            "seconds_per_million",
+            "partitions",
+            "pairs",
+        ]
         _show(as_json, f"Pipeline, {threads} threads: {LABEL}", columns, runs)
         config = {"results_per_search": results_per_search, "threads": threads}
         records.append(
-            _record("pipeline", "pipeline", runs, config, {"repeats": repeats, "processes": "a fresh one per run", "memory": "ru_maxrss"})
+            _record(
+                "pipeline",
+                "pipeline",
+                runs,
+                config,
+                {"repeats": repeats, "processes": "a fresh one per run", "memory": "ru_maxrss"},
+            )
         )
     if days:
         metrics["daily_update"] = days
-        columns = ["case", "history_events", "changed_events", "seconds", "cpu_seconds", "cpu_us_per_changed_event", "feature_rows"]
+        columns = [
+            "case",
+            "history_events",
+            "changed_events",
+            "seconds",
+            "cpu_seconds",
+            "cpu_us_per_changed_event",
+            "feature_rows",
+        ]
         _show(as_json, f"Daily update (mean of {MEASURED_DAYS} days): {LABEL}", columns, days)
         records.append(
-            _record("pipeline-daily", "daily_update", days, {"day_rows": day_rows}, {"figures": f"mean over {MEASURED_DAYS} days"})
+            _record(
+                "pipeline-daily",
+                "daily_update",
+                days,
+                {"day_rows": day_rows},
+                {"figures": f"mean over {MEASURED_DAYS} days"},
+            )
         )
     if as_json:
         print_json(metrics | {"records": [str(r) for r in records]})
@@ -127,8 +203,17 @@ def _show(as_json: bool, title: str, columns: list[str], rows: list[dict[str, An
         print_table(title, columns, ([row[c] for c in columns] for row in rows))
 
 
-def _record(name: str, what: str, rows: list[dict[str, Any]], config: dict[str, Any], protocol: dict[str, Any]) -> Path:
-    clock = "perf_counter; cpu_seconds: process_time over all threads, which other work on the machine does not stretch"
+def _record(
+    name: str,
+    what: str,
+    rows: list[dict[str, Any]],
+    config: dict[str, Any],
+    protocol: dict[str, Any],
+) -> Path:
+    clock = (
+        "perf_counter; cpu_seconds: process_time over all threads, which other work on the machine"
+        " does not stretch"
+    )
     return write_record(
         name,
         dataset={"name": "simulated log", "simulated": True, "note": LABEL},
@@ -146,7 +231,9 @@ def _simulated(folder: Path, rows: int, results_per_search: int, data_dir: Path 
 
     if not (folder / "simulation.json").is_file():
         with stage(f"simulate {rows:,} rows"):
-            config = SimulatorConfig(rows=rows, users=max(1000, rows // 50), results_per_search=results_per_search)
+            config = SimulatorConfig(
+                rows=rows, users=max(1000, rows // 50), results_per_search=results_per_search
+            )
             write_simulation(load_dataset(data_dir, engaged_queries=0).pairs, folder, config)
     return folder
 
@@ -154,9 +241,22 @@ def _simulated(folder: Path, rows: int, results_per_search: int, data_dir: Path 
 def _measure(source: Path, out: Path, rows: int, repeats: int, threads: int) -> dict[str, Any]:
     results = []
     for _ in range(repeats):
-        arguments = [sys.executable, "-c", MEASURED_RUN, str(source / "log"), str(source / "boards.parquet"), str(out)]
-        environment = {"POLARS_MAX_THREADS": str(threads), "PATH": "", "PYTHONPATH": str(Path(__file__).parents[2])}
-        done = subprocess.run(arguments, capture_output=True, text=True, check=True, env=environment)
+        arguments = [
+            sys.executable,
+            "-c",
+            MEASURED_RUN,
+            str(source / "log"),
+            str(source / "boards.parquet"),
+            str(out),
+        ]
+        environment = {
+            "POLARS_MAX_THREADS": str(threads),
+            "PATH": "",
+            "PYTHONPATH": str(Path(__file__).parents[2]),
+        }
+        done = subprocess.run(
+            arguments, capture_output=True, text=True, check=True, env=environment
+        )
         results.append(json.loads(done.stdout))
     fastest = min(results, key=lambda r: r["seconds"])
     median = sorted(r["seconds"] for r in results)[len(results) // 2]
@@ -179,24 +279,51 @@ def _daily_costs(folder: Path, day_rows: int, data_dir: Path | None) -> list[dic
     longest = 730 + MEASURED_DAYS
     start = datetime(2023, 1, 1, tzinfo=UTC)
     config = SimulatorConfig(
-        rows=day_rows * longest, days=longest, start=start, rows_per_file=day_rows * 30, users=day_rows * 5, late=0.0, duplicates=0.0
+        rows=day_rows * longest,
+        days=longest,
+        start=start,
+        rows_per_file=day_rows * 30,
+        users=day_rows * 5,
+        late=0.0,
+        duplicates=0.0,
     )
     with stage(f"simulate {longest} days of {day_rows:,} rows"):
         pairs = load_dataset(data_dir, engaged_queries=0).pairs
-        events = pl.concat([engaged_events(part, EngagementRules()).frame for part in simulate_log(pairs, config)])
+        events = pl.concat(
+            [engaged_events(part, EngagementRules()).frame for part in simulate_log(pairs, config)]
+        )
     first = start + timedelta(days=730)
     results = []
     for days, copies, window, slice_days in DAILY_CASES:
-        past = _thickened(events.filter(pl.col("timestamp").is_between(first - timedelta(days=days), first, closed="left")), copies)
-        case = f"{days} days" + (f", {copies} times as dense" if copies > 1 else "") + (", a day expires" if window == days else "")
+        past = _thickened(
+            events.filter(
+                pl.col("timestamp").is_between(first - timedelta(days=days), first, closed="left")
+            ),
+            copies,
+        )
+        case = (
+            f"{days} days"
+            + (f", {copies} times as dense" if copies > 1 else "")
+            + (", a day expires" if window == days else "")
+        )
         case += f", merged {slice_days} days at once" if slice_days > 1 else ""
         new = events.filter(pl.col("timestamp") >= first)
         slices = [
-            new.filter(pl.col("timestamp").is_between(first + timedelta(days=d), first + timedelta(days=d + slice_days), closed="left"))
+            new.filter(
+                pl.col("timestamp").is_between(
+                    first + timedelta(days=d), first + timedelta(days=d + slice_days), closed="left"
+                )
+            )
             for d in range(0, MEASURED_DAYS, slice_days)
         ]
-        with tempfile.TemporaryDirectory(dir=folder) as state, stage(f"daily update: {case} ({past.height:,} events)"):
-            results.append({"case": case, "history_events": past.height} | _merge_cost(Path(state) / "state", past, slices, window))
+        with (
+            tempfile.TemporaryDirectory(dir=folder) as state,
+            stage(f"daily update: {case} ({past.height:,} events)"),
+        ):
+            results.append(
+                {"case": case, "history_events": past.height}
+                | _merge_cost(Path(state) / "state", past, slices, window)
+            )
     return results
 
 
@@ -213,7 +340,9 @@ def _thickened(past: pl.DataFrame, copies: int) -> pl.DataFrame:
     return pl.concat([past, *others])
 
 
-def _merge_cost(folder: Path, past: pl.DataFrame, slices: list[pl.DataFrame], window_days: int) -> dict[str, Any]:
+def _merge_cost(
+    folder: Path, past: pl.DataFrame, slices: list[pl.DataFrame], window_days: int
+) -> dict[str, Any]:
     """Load a history, then merge slices: means per slice and per changed event."""
     from encoders.enrichment.engaged_queries import EngagedQueriesConfig
     from encoders.enrichment.engaged_state import EngagedQueriesState

@@ -21,7 +21,15 @@ import polars as pl
 import torch
 
 from benchmarks.record import RESULTS, write_record
-from encoders.commands.console import data_option, handle_errors, json_option, print_json, print_table, say, stage
+from encoders.commands.console import (
+    data_option,
+    handle_errors,
+    json_option,
+    print_json,
+    print_table,
+    say,
+    stage,
+)
 from encoders.config.train_config import train_config
 from encoders.datasets.dataset import Dataset, load_dataset
 from encoders.datasets.related_queries import related_query_pairs
@@ -38,17 +46,33 @@ SPEED_PAIRS = 20_000
 _ENTITY_TEXT = ("title", "category", "board_titles", "engaged_queries")
 _QUALITY_SHARES = {"pin": 8, "product": 6, "ad": 1}
 _OURS_FULL = {"random_negatives": 1.0, "random_query_negatives": 1.0}
-_OURS_PLAIN = {"random_negatives": 0.0, "random_query_negatives": 0.0, "log_q": False, "matryoshka": {}}
+_OURS_PLAIN = {
+    "random_negatives": 0.0,
+    "random_query_negatives": 0.0,
+    "log_q": False,
+    "matryoshka": {},
+}
 
 
-def _config(kind: str, variant: str, batch: int, steps: int, precision: str, seconds: float = 0.0) -> Any:
-    datasets: list[dict[str, Any]] = [{"name": "query"}] if kind == "query-query" else [{"name": n} for n in _QUALITY_SHARES]
+def _config(
+    kind: str, variant: str, batch: int, steps: int, precision: str, seconds: float = 0.0
+) -> Any:
+    datasets: list[dict[str, Any]] = (
+        [{"name": "query"}] if kind == "query-query" else [{"name": n} for n in _QUALITY_SHARES]
+    )
     features: dict[str, Any] = {}
     validation: dict[str, Any] = {"fraction": 0.0}
-    if variant == "recipe":  # as in the shipped recipes: a frozen vector of an entity's texts beside its n-grams
+    if (
+        variant == "recipe"
+    ):  # as in the shipped recipes: a frozen vector of an entity's texts beside its n-grams
         datasets = [{"name": name, "share": share} for name, share in _QUALITY_SHARES.items()]
         features = {"text_embedding": "tiny-multilingual"}
-        validation = {"fraction": 0.03, "pairs": 4000, "query_scales": [0.5, 0.75, 1], "residual_scales": [0, 0.25, 0.5, 0.75, 1]}
+        validation = {
+            "fraction": 0.03,
+            "pairs": 4000,
+            "query_scales": [0.5, 0.75, 1],
+            "residual_scales": [0, 0.25, 0.5, 0.75, 1],
+        }
     return train_config(
         {
             "steps": steps,
@@ -61,7 +85,11 @@ def _config(kind: str, variant: str, batch: int, steps: int, precision: str, sec
             "entity_tower": {"table_rows": 30_000, "hidden": [512]},
             "batch": {"pairs": batch, "cross_fit": 4 if variant == "recipe" else 0},
             "loss": _OURS_PLAIN if variant == "plain" else _OURS_FULL,
-            "optimiser": {"query_learning_rate": 5e-4, "token_embedding_learning_rate": 5e-4, "warmup_steps": 20},
+            "optimiser": {
+                "query_learning_rate": 5e-4,
+                "token_embedding_learning_rate": 5e-4,
+                "warmup_steps": 20,
+            },
             "validation": validation,
         }
     )
@@ -71,10 +99,16 @@ def entity_texts(catalogue: pl.DataFrame) -> dict[str, str]:
     """What a text-only model reads of each entity: title, category, boards and engaged queries, joined."""
     names = [name for name in _ENTITY_TEXT if name in catalogue.columns]
     joined = [
-        pl.col(n).list.join(", ", ignore_nulls=True) if isinstance(catalogue[n].dtype, pl.List) else pl.col(n).cast(pl.String)
+        (
+            pl.col(n).list.join(", ", ignore_nulls=True)
+            if isinstance(catalogue[n].dtype, pl.List)
+            else pl.col(n).cast(pl.String)
+        )
         for n in names
     ]
-    frame = catalogue.select("id", pl.concat_str([e.fill_null("") for e in joined], separator=". ").alias("text"))
+    frame = catalogue.select(
+        "id", pl.concat_str([e.fill_null("") for e in joined], separator=". ").alias("text")
+    )
     return dict(zip(frame["id"].to_list(), frame["text"].to_list(), strict=True))
 
 
@@ -88,21 +122,32 @@ class Speed(NamedTuple):
 class SentenceTransformersRun:
     """Training with the library's own trainer and MultipleNegativesRankingLoss, from the same weights."""
 
-    def __init__(self, start: Path, pairs: pl.DataFrame, texts: dict[str, str], batch: int, precision: str) -> None:
+    def __init__(
+        self, start: Path, pairs: pl.DataFrame, texts: dict[str, str], batch: int, precision: str
+    ) -> None:
         try:
             from datasets import Dataset as HubDataset
         except ImportError as error:
-            raise MissingDependency("datasets", "baselines", "Training with Sentence-Transformers") from error
+            raise MissingDependency(
+                "datasets", "baselines", "Training with Sentence-Transformers"
+            ) from error
         from sentence_transformers import SentenceTransformer
 
         self._batch, self._bf16 = batch, precision == "bf16"
-        self.model = SentenceTransformer(str(start), device="cuda" if torch.cuda.is_available() else "cpu")
+        self.model = SentenceTransformer(
+            str(start), device="cuda" if torch.cuda.is_available() else "cpu"
+        )
         answers = [texts.get(id, id) for id in pairs["entity_id"].to_list()]
         self._data = HubDataset.from_dict({"anchor": pairs["query"].to_list(), "positive": answers})
 
-    def train(self, steps: int, *, max_seconds: float = 0.0, learning_rate: float = 5e-4, seed: int = 0) -> Speed:
+    def train(
+        self, steps: int, *, max_seconds: float = 0.0, learning_rate: float = 5e-4, seed: int = 0
+    ) -> Speed:
         """Train and return its speed, from the start of the first step to the end of the last."""
-        from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+        from sentence_transformers import (
+            SentenceTransformerTrainer,
+            SentenceTransformerTrainingArguments,
+        )
         from sentence_transformers.losses import MultipleNegativesRankingLoss
         from transformers import TrainerCallback
 
@@ -137,32 +182,64 @@ class SentenceTransformersRun:
             )
             loss = MultipleNegativesRankingLoss(self.model)
             clock = Clock()
-            trainer = SentenceTransformerTrainer(model=self.model, args=arguments, train_dataset=self._data, loss=loss, callbacks=[clock])
+            trainer = SentenceTransformerTrainer(
+                model=self.model,
+                args=arguments,
+                train_dataset=self._data,
+                loss=loss,
+                callbacks=[clock],
+            )
             trainer.train()
             done = int(trainer.state.global_step)
         pairs = done * self._batch
-        return Speed(pairs / (Clock.ended - Clock.started), pairs / (Clock.cpu_ended - Clock.cpu_started))
+        return Speed(
+            pairs / (Clock.ended - Clock.started), pairs / (Clock.cpu_ended - Clock.cpu_started)
+        )
 
 
 def rankings(
-    dataset: Dataset, system: str, embed_queries: Callable[[list[str]], np.ndarray], embed_entities: Callable[[pl.DataFrame], np.ndarray]
+    dataset: Dataset,
+    system: str,
+    embed_queries: Callable[[list[str]], np.ndarray],
+    embed_entities: Callable[[pl.DataFrame], np.ndarray],
 ) -> dict[str, Ranking]:
     """Rank the held-out pairs of each entity type, exactly, among all entities of the type."""
     ranked = {}
     for entity_type in dataset.entity_types:
         task = build_task(dataset, entity_type)
-        ranked[entity_type] = rank_task(task, vector_scores(embed_queries(task.queries), embed_entities(task.candidates)), system)
+        ranked[entity_type] = rank_task(
+            task,
+            vector_scores(embed_queries(task.queries), embed_entities(task.candidates)),
+            system,
+        )
     return ranked
 
 
 @click.command(name="train")
 @click.option("--batch", default=256, show_default=True, help="Pairs per step, in both systems.")
-@click.option("--steps", default=20, show_default=True, help="Steps per repetition (the first repetition warms up and is not counted).")
-@click.option("--repetitions", default=3, show_default=True, help="Counted repetitions of each system, alternating.")
+@click.option(
+    "--steps",
+    default=20,
+    show_default=True,
+    help="Steps per repetition (the first repetition warms up and is not counted).",
+)
+@click.option(
+    "--repetitions",
+    default=3,
+    show_default=True,
+    help="Counted repetitions of each system, alternating.",
+)
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
 @click.option("--threads", default=0, show_default=True, help="CPU threads; 0: torch's default.")
-@click.option("--quality-seconds", default=0.0, show_default=True, help="Also train both this long and compare labelled Recall@10; 0: no.")
-@click.option("--record/--no-record", default=True, show_default=True, help="Write the JSON record.")
+@click.option(
+    "--quality-seconds",
+    default=0.0,
+    show_default=True,
+    help="Also train both this long and compare labelled Recall@10; 0: no.",
+)
+@click.option(
+    "--record/--no-record", default=True, show_default=True, help="Write the JSON record."
+)
 @data_option
 @json_option
 @handle_errors
@@ -194,14 +271,21 @@ def command(
     with tempfile.TemporaryDirectory() as folder:
         start = Path(folder) / "start"
         create_query_encoder().save(start)
-        for kind, everything, target in (("query-entity", entity_pairs, 1.5), ("query-query", related, 1.2)):
+        for kind, everything, target in (
+            ("query-entity", entity_pairs, 1.5),
+            ("query-query", related, 1.2),
+        ):
             pairs = everything.sample(min(SPEED_PAIRS, everything.height), seed=0)
             data = TrainingData(dataset.catalogue, pairs)
             peer = SentenceTransformersRun(start, pairs, texts, batch, precision)
             systems: dict[str, Callable[[], Speed]] = {
                 "sentence-transformers": lambda peer=peer: peer.train(steps),  # type: ignore[misc]
-                "ours, in-batch negatives": lambda d=data, k=kind: _speed(d, k, "plain", batch, steps, precision, start),  # type: ignore[misc]
-                "ours, the paper's loss": lambda d=data, k=kind: _speed(d, k, "full", batch, steps, precision, start),  # type: ignore[misc]
+                "ours, in-batch negatives": lambda d=data, k=kind: _speed(
+                    d, k, "plain", batch, steps, precision, start
+                ),  # type: ignore[misc]
+                "ours, the paper's loss": lambda d=data, k=kind: _speed(
+                    d, k, "full", batch, steps, precision, start
+                ),  # type: ignore[misc]
             }
             rates: dict[str, list[Speed]] = {name: [] for name in systems}
             for repetition in range(repetitions + 1):
@@ -209,12 +293,25 @@ def command(
                     rate = run()
                     if repetition:
                         rates[name].append(rate)
-                    say(f"{kind} | {name} | {rate.wall:,.0f} pairs/s{'' if repetition else ' (warm-up)'}")
+                    say(
+                        f"{kind} | {name} | {rate.wall:,.0f}"
+                        f" pairs/s{'' if repetition else ' (warm-up)'}"
+                    )
             base = _median(rates["sentence-transformers"])
             for name, speeds in rates.items():
                 middle = _median(speeds)
                 ratio = Speed(middle.wall / base.wall, middle.cpu / base.cpu)
-                rows.append((kind, name, round(middle.wall), ratio.wall, round(middle.cpu), ratio.cpu, target))
+                rows.append(
+                    (
+                        kind,
+                        name,
+                        round(middle.wall),
+                        ratio.wall,
+                        round(middle.cpu),
+                        ratio.cpu,
+                        target,
+                    )
+                )
                 metrics[f"{kind} | {name}"] = {
                     "pairs_per_second": [speed.wall for speed in speeds],
                     "pairs_per_cpu_second": [speed.cpu for speed in speeds],
@@ -222,7 +319,11 @@ def command(
                     "ratio_of_medians_cpu": ratio.cpu,
                     "target": target,
                 }
-        quality = _quality(dataset, entity_pairs, texts, start, batch, precision, quality_seconds) if quality_seconds else {}
+        quality = (
+            _quality(dataset, entity_pairs, texts, start, batch, precision, quality_seconds)
+            if quality_seconds
+            else {}
+        )
     metrics["recall_at_10_at_equal_wall_time"] = quality
     settings = {
         "batch": batch,
@@ -258,12 +359,18 @@ def command(
         print_json({"record": str(path) if path else None, **metrics})
         return
     print_table(
-        "Training speed, real annotation pairs", ["pairs", "system", "pairs/s", "ratio", "pairs/CPU s", "ratio (CPU)", "target"], rows
+        "Training speed, real annotation pairs",
+        ["pairs", "system", "pairs/s", "ratio", "pairs/CPU s", "ratio (CPU)", "target"],
+        rows,
     )
     if quality:
         types = dataset.entity_types
         table = [(name, *(_cell(found[t]) for t in types)) for name, found in quality.items()]
-        print_table(f"Labelled Recall@10 on held-out pairs after {quality_seconds:.0f}s of training each", ["system", *types], table)
+        print_table(
+            f"Labelled Recall@10 on held-out pairs after {quality_seconds:.0f}s of training each",
+            ["system", *types],
+            table,
+        )
     if path:
         say(f"wrote {path}")
 
@@ -275,23 +382,40 @@ def _cell(found: float | dict[str, Any]) -> str:
 
 
 def _median(speeds: list[Speed]) -> Speed:
-    return Speed(statistics.median(s.wall for s in speeds), statistics.median(s.cpu for s in speeds))
+    return Speed(
+        statistics.median(s.wall for s in speeds), statistics.median(s.cpu for s in speeds)
+    )
 
 
-def _speed(data: TrainingData, kind: str, variant: str, batch: int, steps: int, precision: str, start: Path) -> Speed:
+def _speed(
+    data: TrainingData, kind: str, variant: str, batch: int, steps: int, precision: str, start: Path
+) -> Speed:
     result = _ours(data, kind, variant, batch, steps, precision, start)
     return Speed(result.pairs_per_second, result.pairs_per_cpu_second)
 
 
 def _ours(
-    data: TrainingData, kind: str, variant: str, batch: int, steps: int, precision: str, start: Path, seconds: float = 0.0
+    data: TrainingData,
+    kind: str,
+    variant: str,
+    batch: int,
+    steps: int,
+    precision: str,
+    start: Path,
+    seconds: float = 0.0,
 ) -> TrainResult:
     config = _config(kind, variant, batch, steps, precision, seconds)
     return train(config, data, query_encoder=QueryEncoder.load(start), quiet=True)
 
 
 def _quality(
-    dataset: Dataset, pairs: pl.DataFrame, texts: dict[str, str], start: Path, batch: int, precision: str, seconds: float
+    dataset: Dataset,
+    pairs: pl.DataFrame,
+    texts: dict[str, str],
+    start: Path,
+    batch: int,
+    precision: str,
+    seconds: float,
 ) -> dict[str, dict[str, Any]]:
     """Both train from the same weights for the same time, each with the cosine schedule over the steps that fit.
 
@@ -310,24 +434,45 @@ def _quality(
     _ours(data, "query-entity", "recipe", batch, 1, precision, start)
     set_up = time.perf_counter() - began
     if set_up > seconds / 2:
-        raise ConfigError(f"setting up took {set_up:.0f} of {seconds:.0f} seconds: nothing is left to train in. Raise --quality-seconds.")
+        raise ConfigError(
+            f"setting up took {set_up:.0f} of {seconds:.0f} seconds: nothing is left to train in."
+            " Raise --quality-seconds."
+        )
     with stage(f"ours: train for {seconds - set_up:.0f}s after {set_up:.0f}s of set-up"):
-        result = _ours(data, "query-entity", "recipe", batch, 1_000_000, precision, start, seconds - set_up)
+        result = _ours(
+            data, "query-entity", "recipe", batch, 1_000_000, precision, start, seconds - set_up
+        )
 
     def encode(values: list[str]) -> np.ndarray:
-        return np.asarray(peer.model.encode(values, batch_size=128, show_progress_bar=False, normalize_embeddings=True), dtype=np.float32)
+        return np.asarray(
+            peer.model.encode(
+                values, batch_size=128, show_progress_bar=False, normalize_embeddings=True
+            ),
+            dtype=np.float32,
+        )
 
     def ours_entities(catalogue: pl.DataFrame) -> np.ndarray:
         return result.entity_encoders[catalogue["entity_type"][0]].encode(catalogue)
 
     theirs, ours = "sentence-transformers", "ours, the recipe"
     ranked = {
-        theirs: rankings(dataset, theirs, encode, lambda catalogue: encode([texts[id] for id in catalogue["id"].to_list()])),
+        theirs: rankings(
+            dataset,
+            theirs,
+            encode,
+            lambda catalogue: encode([texts[id] for id in catalogue["id"].to_list()]),
+        ),
         ours: rankings(dataset, ours, result.query_encoder.encode, ours_entities),
     }
     recalls: dict[str, dict[str, Any]] = {
-        name: {entity_type: float((ranking.ranks <= 10).mean()) for entity_type, ranking in by_type.items()}
+        name: {
+            entity_type: float((ranking.ranks <= 10).mean())
+            for entity_type, ranking in by_type.items()
+        }
         for name, by_type in ranked.items()
     }
-    differences = {t: comparison_dict(compare(ranked[ours][t], ranked[theirs][t])) for t in dataset.entity_types}
+    differences = {
+        t: comparison_dict(compare(ranked[ours][t], ranked[theirs][t]))
+        for t in dataset.entity_types
+    }
     return recalls | {"ours - theirs, paired by query": differences}

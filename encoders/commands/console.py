@@ -15,7 +15,14 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from encoders.errors import ConfigError, OmniError
@@ -26,13 +33,21 @@ T = TypeVar("T")
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 stdout = Console(highlight=False, soft_wrap=True)
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object on stdout and nothing else.")
+json_option = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print the result as one JSON object on stdout and nothing else.",
+)
 data_option = click.option(
     "--data",
     "data_dir",
     type=click.Path(path_type=Path, file_okay=False),
     envvar="OMNI_DATA",
-    help="Folder with larger data sets (also read from OMNI_DATA). Without it the sample data in the package is used.",
+    help=(
+        "Folder with larger data sets (also read from OMNI_DATA). Without it the sample data in the"
+        " package is used."
+    ),
 )
 
 
@@ -81,7 +96,13 @@ def track(items: Iterable[T], title: str, total: int | None = None) -> Iterator[
     if not stderr.is_terminal:
         yield from items
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=stderr, transient=True) as progress:
         yield from progress.track(items, total=total, description=title)
 
@@ -91,13 +112,19 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     table = Table()
     materialised = [list(row) for row in rows]
     for i, name in enumerate(columns):
-        numeric = bool(materialised) and all(isinstance(row[i], int | float | None) for row in materialised)
+        numeric = bool(materialised) and all(
+            isinstance(row[i], int | float | None) for row in materialised
+        )
         table.add_column(name, justify="right" if numeric else "left")
     for row in materialised:
-        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else "-" if v is None else str(v) for v in row))
+        table.add_row(
+            *(f"{v:.3f}" if isinstance(v, float) else "-" if v is None else str(v) for v in row)
+        )
     console = Console(highlight=False, width=None if stdout.is_terminal else 160)
     if title:
-        console.print(title, style="bold", markup=False, soft_wrap=True)  # a title of the table would wrap at the table's width
+        console.print(
+            title, style="bold", markup=False, soft_wrap=True
+        )  # a title of the table would wrap at the table's width
     console.print(table)
 
 

@@ -7,12 +7,26 @@ from typing import Any
 
 import click
 
-from encoders.commands.console import data_option, fail, handle_errors, json_option, print_json, print_table, say, stage
+from encoders.commands.console import (
+    data_option,
+    fail,
+    handle_errors,
+    json_option,
+    print_json,
+    print_table,
+    say,
+    stage,
+)
 from encoders.errors import DataError
 
 table_argument = click.argument("path", type=click.Path(exists=True, path_type=Path))
-kind_option = click.option("--table", help="catalogue, log, boards, pairs, judgements, queries or labels. Default: guessed.")
-encoding_option = click.option("--encoding", default="utf-8", show_default=True, help="Encoding of text files.")
+kind_option = click.option(
+    "--table",
+    help="catalogue, log, boards, pairs, judgements, queries or labels. Default: guessed.",
+)
+encoding_option = click.option(
+    "--encoding", default="utf-8", show_default=True, help="Encoding of text files."
+)
 
 
 @click.group()
@@ -26,7 +40,9 @@ def group() -> None:
 @group.command("import")
 @click.argument("name")
 @click.argument("path", type=click.Path(exists=True, path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the tables (Parquet).")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Folder for the tables (Parquet)."
+)
 @json_option
 @handle_errors
 def import_(name: str, path: Path, out: Path, as_json: bool) -> None:
@@ -50,7 +66,10 @@ def import_(name: str, path: Path, out: Path, as_json: bool) -> None:
     if as_json:
         print_json({table: checked.report.as_dict() for table, checked in imported.items()})
         return
-    rows = [(t, c.report.rows_read, c.frame.height, ", ".join(c.frame.columns)) for t, c in imported.items()]
+    rows = [
+        (t, c.report.rows_read, c.frame.height, ", ".join(c.frame.columns))
+        for t, c in imported.items()
+    ]
     print_table(f"{name} -> {out}", ["table", "rows read", "rows kept", "columns"], rows)
     for table, checked in imported.items():
         for note in checked.report.notes:
@@ -63,24 +82,36 @@ def import_(name: str, path: Path, out: Path, as_json: bool) -> None:
 @table_argument
 @kind_option
 @encoding_option
-@click.option("--rejects", type=click.Path(path_type=Path), help="Write the bad rows with their problem to this file.")
+@click.option(
+    "--rejects",
+    type=click.Path(path_type=Path),
+    help="Write the bad rows with their problem to this file.",
+)
 @json_option
 @handle_errors
-def validate(path: Path, table: str | None, encoding: str, rejects: Path | None, as_json: bool) -> None:
+def validate(
+    path: Path, table: str | None, encoding: str, rejects: Path | None, as_json: bool
+) -> None:
     """Check a table against its schema; name file, row, column, value and fix of what is wrong. Exit code 1 if anything is.
 
     Example: omni data validate catalogue.csv --rejects bad.jsonl
     """
     from encoders.tables.files import check_table, write_table
 
-    checked = check_table(path, table or _guess(path, encoding), on_bad_rows="drop", encoding=encoding)
+    checked = check_table(
+        path, table or _guess(path, encoding), on_bad_rows="drop", encoding=encoding
+    )
     report = checked.report
     if rejects is not None and checked.rejected.height:
         write_table(checked.rejected, rejects)
     if as_json:
         print_json(report.as_dict())
     else:
-        print_table(f"{report.source} as {report.table}", ["", "rows"], [("read", report.rows_read), ("good", report.rows_kept)])
+        print_table(
+            f"{report.source} as {report.table}",
+            ["", "rows"],
+            [("read", report.rows_read), ("good", report.rows_kept)],
+        )
         for note in report.notes:
             say(f"note: {note}")
         if report.rules_broken:
@@ -95,11 +126,22 @@ def validate(path: Path, table: str | None, encoding: str, rejects: Path | None,
 @table_argument
 @kind_option
 @encoding_option
-@click.option("--plots", type=click.Path(path_type=Path), help="Also draw PNG plots into this folder.")
-@click.option("--drop-bad-rows", is_flag=True, help="Describe the good rows only, instead of failing.")
+@click.option(
+    "--plots", type=click.Path(path_type=Path), help="Also draw PNG plots into this folder."
+)
+@click.option(
+    "--drop-bad-rows", is_flag=True, help="Describe the good rows only, instead of failing."
+)
 @json_option
 @handle_errors
-def describe(path: Path, table: str | None, encoding: str, plots: Path | None, drop_bad_rows: bool, as_json: bool) -> None:
+def describe(
+    path: Path,
+    table: str | None,
+    encoding: str,
+    plots: Path | None,
+    drop_bad_rows: bool,
+    as_json: bool,
+) -> None:
     """Say what is in a table: counts, missing shares, languages, scripts, duplicates, head and tail.
 
     Example: omni data describe log.parquet --plots plots
@@ -118,7 +160,11 @@ def describe(path: Path, table: str | None, encoding: str, plots: Path | None, d
         print_json(found | {"plots": [str(f) for f in files]})
         return
     columns = ["column", "type", "missing_share", "distinct", "mean_length"]
-    print_table(f"{path.name}: {found['rows']:,} rows of table {name}", columns, ([c[k] for k in columns] for c in found["columns"]))
+    print_table(
+        f"{path.name}: {found['rows']:,} rows of table {name}",
+        columns,
+        ([c[k] for k in columns] for c in found["columns"]),
+    )
     for column, values in found["values"].items():
         print_table(f"{column}: most frequent", [column, "rows"], values.items())
     if found["scripts"]:
@@ -126,26 +172,49 @@ def describe(path: Path, table: str | None, encoding: str, plots: Path | None, d
     print_table("Duplicates", ["", "number"], found["duplicates"].items())
     if found["head"]:
         keys = ["distinct", "top_1_percent_share", "top_10_percent_share", "seen_once_share"]
-        print_table("Head and tail", ["column", *keys], ([n, *(h[k] for k in keys)] for n, h in found["head"].items()))
+        print_table(
+            "Head and tail",
+            ["column", *keys],
+            ([n, *(h[k] for k in keys)] for n, h in found["head"].items()),
+        )
     for file in files:
         say(f"plot: {file}")
 
 
 @group.command("simulate-logs")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make: log/part-*.parquet, boards.parquet.")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder to make: log/part-*.parquet, boards.parquet.",
+)
 @click.option("--rows", default=1_000_000, show_default=True, help="Events to make.")
 @click.option("--days", default=730, show_default=True, help="Length of the log.")
 @click.option("--start", default="2024-01-01", show_default=True, help="First day (UTC).")
 @click.option("--users", default=50_000, show_default=True, help="People who search.")
 @click.option("--results-per-search", default=4, show_default=True, help="Impressions per search.")
-@click.option("--duplicates", default=0.01, show_default=True, help="Share of events written twice.")
-@click.option("--late", default=0.01, show_default=True, help="Share of events written one to fourteen days late.")
-@click.option("--noise", default=0.25, show_default=True, help="Share of results that have nothing to do with the query.")
+@click.option(
+    "--duplicates", default=0.01, show_default=True, help="Share of events written twice."
+)
+@click.option(
+    "--late",
+    default=0.01,
+    show_default=True,
+    help="Share of events written one to fourteen days late.",
+)
+@click.option(
+    "--noise",
+    default=0.25,
+    show_default=True,
+    help="Share of results that have nothing to do with the query.",
+)
 @click.option("--seed", default=0, show_default=True, help="The same seed makes the same log.")
 @data_option
 @json_option
 @handle_errors
-def simulate_logs(out: Path, data_dir: Path | None, as_json: bool, start: str, **flags: Any) -> None:
+def simulate_logs(
+    out: Path, data_dir: Path | None, as_json: bool, start: str, **flags: Any
+) -> None:
     """Make a log from annotation pairs, to test with. It is SIMULATED: good for correctness and scale, never for a claim about quality.
 
     Zipf query and entity popularity, position bias, sessions, actions with dwell, countries, boards, suggestion clicks, noise, events
@@ -164,7 +233,9 @@ def simulate_logs(out: Path, data_dir: Path | None, as_json: bool, start: str, *
     if as_json:
         print_json(summary)
     else:
-        print_table("SIMULATED log", ["", "value"], ((k, v) for k, v in summary.items() if k != "config"))
+        print_table(
+            "SIMULATED log", ["", "value"], ((k, v) for k, v in summary.items() if k != "config")
+        )
 
 
 def _guess(path: Path, encoding: str) -> str:
@@ -175,12 +246,20 @@ def _guess(path: Path, encoding: str) -> str:
     if not columns:
         raise DataError(f"{path}: the file is empty: it has no header. Was the export cut short?")
     guess = guess_table(columns)
-    if guess is None and {"query", "entity_type", "entity_id"} <= set(columns) and could_be_log(columns):
+    if (
+        guess is None
+        and {"query", "entity_type", "entity_id"} <= set(columns)
+        and could_be_log(columns)
+    ):
         lacks = [c.name for c in LOG.columns if c.required and c.name not in columns]
         raise DataError(
-            f"{path}: the columns {', '.join(columns)} may be a log or pairs. A log needs {', '.join(lacks)} too"
-            f"{renames(lookalikes(columns, LOG), lacks)}: say --table log once they are there, or --table pairs if it is pairs."
+            f"{path}: the columns {', '.join(columns)} may be a log or pairs. A log needs"
+            f" {', '.join(lacks)} too{renames(lookalikes(columns, LOG), lacks)}: say --table log"
+            " once they are there, or --table pairs if it is pairs."
         )
     if guess is None:
-        raise DataError(f"{path}: the columns {', '.join(columns)} fit no table. Say which one it is with --table, or rename the columns.")
+        raise DataError(
+            f"{path}: the columns {', '.join(columns)} fit no table. Say which one it is with"
+            " --table, or rename the columns."
+        )
     return guess

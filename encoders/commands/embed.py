@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from encoders.commands.console import handle_errors, json_option, peak_memory_mib, print_json, print_table, say
+from encoders.commands.console import (
+    handle_errors,
+    json_option,
+    peak_memory_mib,
+    print_json,
+    print_table,
+    say,
+)
 from encoders.errors import ConfigError
 from encoders.tables.schemas import ENTITY_TYPES
 
@@ -27,17 +34,55 @@ SECONDS_BETWEEN_LINES = 5.0
     type=click.Path(path_type=Path),
     multiple=True,
     required=True,
-    help="Catalogue or query table, or a folder of part files; may be given several times. Parquet and JSON Lines are streamed.",
+    help=(
+        "Catalogue or query table, or a folder of part files; may be given several times. Parquet"
+        " and JSON Lines are streamed."
+    ),
 )
-@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Folder of the signal store.")
-@click.option("--entity-type", type=click.Choice(ENTITY_TYPES), help="Type of every row where the files have no column entity_type.")
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1; auto takes a GPU if there is one.")
 @click.option(
-    "--precision", type=click.Choice(["auto", "fp32", "bf16"]), default="auto", show_default=True, help="auto: bf16 on a GPU, else fp32."
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="Folder of the signal store.",
 )
-@click.option("--threads", type=click.IntRange(0), default=0, help="CPU worker threads; 0: as many as PyTorch uses.")
-@click.option("--batch-rows", type=click.IntRange(1), default=512, show_default=True, help="Entities per pass through the tower.")
-@click.option("--part-rows", type=click.IntRange(1), default=32_768, show_default=True, help="Rows per file, and the most a kill can cost.")
+@click.option(
+    "--entity-type",
+    type=click.Choice(ENTITY_TYPES),
+    help="Type of every row where the files have no column entity_type.",
+)
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="cpu, cuda, cuda:1; auto takes a GPU if there is one.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16"]),
+    default="auto",
+    show_default=True,
+    help="auto: bf16 on a GPU, else fp32.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(0),
+    default=0,
+    help="CPU worker threads; 0: as many as PyTorch uses.",
+)
+@click.option(
+    "--batch-rows",
+    type=click.IntRange(1),
+    default=512,
+    show_default=True,
+    help="Entities per pass through the tower.",
+)
+@click.option(
+    "--part-rows",
+    type=click.IntRange(1),
+    default=32_768,
+    show_default=True,
+    help="Rows per file, and the most a kill can cost.",
+)
 @json_option
 @handle_errors
 def command(
@@ -68,21 +113,45 @@ def command(
 
     if out.is_file():
         raise ConfigError(f"--out {out} is a file; give a folder")
-    config = EmbedConfig(device=device, precision=precision, threads=threads, batch_rows=batch_rows, part_rows=part_rows)
+    config = EmbedConfig(
+        device=device,
+        precision=precision,
+        threads=threads,
+        batch_rows=batch_rows,
+        part_rows=part_rows,
+    )
     config.resolved_device()
     towers = load_bundle(bundle)
     total = count_rows(catalogues)
-    say(f"space {towers.space_id[:16]}  form {config.form_id()}  device {config.resolved_device()}  rows {total if total else 'unknown'}")
-    chunks = stream_catalogue(catalogues, columns=columns_read(towers), entity_type=entity_type, chunk_rows=min(part_rows, 8_192))
+    say(
+        f"space {towers.space_id[:16]}  form {config.form_id()}  device {config.resolved_device()} "
+        f" rows {total if total else 'unknown'}"
+    )
+    chunks = stream_catalogue(
+        catalogues,
+        columns=columns_read(towers),
+        entity_type=entity_type,
+        chunk_rows=min(part_rows, 8_192),
+    )
     report = embed_catalogue(towers, chunks, SignalStore(out), config, _progress_lines(total))
     for line in report.notes():
         say(line)
     if as_json:
         print_json(report.as_dict() | {"peak_memory_mib": round(peak_memory_mib(), 1)})
         return
-    rows = [(name, one.rows, one.embedded, one.unchanged, one.resumed, one.without_features) for name, one in report.entity_types.items()]
-    print_table(f"{out}  space {report.space_id[:16]}", ["entity type", "rows", "embedded", "unchanged", "resumed", "no features"], rows)
-    say(f"{report.seconds:.1f}s, {report.as_dict()['embedded_per_second'] or 0:,.0f} rows embedded/s, peak {peak_memory_mib():,.0f} MiB")
+    rows = [
+        (name, one.rows, one.embedded, one.unchanged, one.resumed, one.without_features)
+        for name, one in report.entity_types.items()
+    ]
+    print_table(
+        f"{out}  space {report.space_id[:16]}",
+        ["entity type", "rows", "embedded", "unchanged", "resumed", "no features"],
+        rows,
+    )
+    say(
+        f"{report.seconds:.1f}s, {report.as_dict()['embedded_per_second'] or 0:,.0f} rows"
+        f" embedded/s, peak {peak_memory_mib():,.0f} MiB"
+    )
 
 
 def _progress_lines(total: int | None) -> Callable[[str, TypeReport], None]:
@@ -100,8 +169,15 @@ def _progress_lines(total: int | None) -> Callable[[str, TypeReport], None]:
         last = now
         rows = sum(done.values())
         rate = rows / (now - started)
-        share = f" ({rows / total:.1%}) eta {(total - rows) / max(rate, 1e-9) / 60:.1f}m" if total else ""
+        share = (
+            f" ({rows / total:.1%}) eta {(total - rows) / max(rate, 1e-9) / 60:.1f}m"
+            if total
+            else ""
+        )
         kept = report.unchanged + report.resumed
-        say(f"{entity_type}: {rows:,} rows{share}  {report.embedded:,} embedded  {kept:,} kept  {rate:,.0f} rows/s")
+        say(
+            f"{entity_type}: {rows:,} rows{share}  {report.embedded:,} embedded  {kept:,} kept "
+            f" {rate:,.0f} rows/s"
+        )
 
     return progress

@@ -24,9 +24,14 @@ catalogue_option = click.option(
     help="Catalogue table. Repeatable: all together are one catalogue.",
 )
 out_option = click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="Enriched catalogue to write (.parquet, .jsonl, ...)."
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Enriched catalogue to write (.parquet, .jsonl, ...).",
 )
-encoding_option = click.option("--encoding", default="utf-8", show_default=True, help="Encoding of text files.")
+encoding_option = click.option(
+    "--encoding", default="utf-8", show_default=True, help="Encoding of text files."
+)
 
 
 @click.group()
@@ -49,13 +54,22 @@ def group() -> None:
 @out_option
 @click.option("--top", default=10, show_default=True, help="Most titles per entity.")
 @click.option(
-    "--max-word-prevalence", default=0.1, show_default=True, help="A title whose words all are on more entities than this is noise."
+    "--max-word-prevalence",
+    default=0.1,
+    show_default=True,
+    help="A title whose words all are on more entities than this is noise.",
 )
 @encoding_option
 @json_option
 @handle_errors
 def boards(
-    catalogue: tuple[Path, ...], boards: tuple[Path, ...], out: Path, top: int, max_word_prevalence: float, encoding: str, as_json: bool
+    catalogue: tuple[Path, ...],
+    boards: tuple[Path, ...],
+    out: Path,
+    top: int,
+    max_word_prevalence: float,
+    encoding: str,
+    as_json: bool,
 ) -> None:
     """Put each entity's best board titles on the catalogue (column board_titles).
 
@@ -75,16 +89,25 @@ def boards(
         write_table(attach_lists(rows, titles, "board_titles", "title"), out)
     summary = {
         "entities": rows.height,
-        "entities with titles": rows.join(titles.select(id="entity_id").unique(), on="id", how="semi").height,
+        "entities with titles": (
+            rows.join(titles.select(id="entity_id").unique(), on="id", how="semi").height
+        ),
         "titles": titles.height,
         "board rows": filed.height,
-        "entities on boards but not in the catalogue": filed.select(id="entity_id").unique().join(rows, on="id", how="anti").height,
+        "entities on boards but not in the catalogue": (
+            filed.select(id="entity_id").unique().join(rows, on="id", how="anti").height
+        ),
     }
     _report(summary, as_json)
 
 
 @group.command()
-@click.option("--state", required=True, type=click.Path(path_type=Path), help="Folder of the state; --create makes it.")
+@click.option(
+    "--state",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder of the state; --create makes it.",
+)
 @click.option("--create", is_flag=True, help="Make a new, empty state.")
 @click.option(
     "--log",
@@ -93,14 +116,26 @@ def boards(
     type=click.Path(exists=True, path_type=Path),
     help="New slice of the log: any days, any order. Repeatable.",
 )
-@click.option("--until", help="Move the end of the window to this UTC midnight or later. Default: the midnight after the last event.")
 @click.option(
-    "--catalogue", multiple=True, type=click.Path(exists=True, path_type=Path), help="Catalogue to enrich; needs --out. Repeatable."
+    "--until",
+    help=(
+        "Move the end of the window to this UTC midnight or later. Default: the midnight after the"
+        " last event."
+    ),
+)
+@click.option(
+    "--catalogue",
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="Catalogue to enrich; needs --out. Repeatable.",
 )
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="With --catalogue: the enriched catalogue. Without: features of touched entities; one row with no query where none is left.",
+    help=(
+        "With --catalogue: the enriched catalogue. Without: features of touched entities; one row"
+        " with no query where none is left."
+    ),
 )
 @click.option(
     "--delete-users",
@@ -115,16 +150,43 @@ def boards(
     help="File with a query per line: never show these. Repeatable.",
 )
 @click.option("--top", default=20, show_default=True, help="Most queries per entity.")
-@click.option("--window-days", default=730, show_default=True, help="Older events no longer count. Fixed once the state is made.")
-@click.option("--min-users", default=3, show_default=True, help="Different people needed before a query becomes a feature.")
-@click.option("--weight", "weights", multiple=True, help="Weight of an action, e.g. --weight save=5. Fixed once the state is made.")
-@click.option("--min-dwell", default=10.0, show_default=True, help="Seconds that make a click a long click.")
-@click.option("--drop-bad-rows", is_flag=True, help="Leave bad rows of the log out and count them, instead of failing.")
+@click.option(
+    "--window-days",
+    default=730,
+    show_default=True,
+    help="Older events no longer count. Fixed once the state is made.",
+)
+@click.option(
+    "--min-users",
+    default=3,
+    show_default=True,
+    help="Different people needed before a query becomes a feature.",
+)
+@click.option(
+    "--weight",
+    "weights",
+    multiple=True,
+    help="Weight of an action, e.g. --weight save=5. Fixed once the state is made.",
+)
+@click.option(
+    "--min-dwell", default=10.0, show_default=True, help="Seconds that make a click a long click."
+)
+@click.option(
+    "--drop-bad-rows",
+    is_flag=True,
+    help="Leave bad rows of the log out and count them, instead of failing.",
+)
 @encoding_option
 @json_option
 @handle_errors
 def queries(
-    state: Path, create: bool, logs: tuple[Path, ...], catalogue: tuple[Path, ...], out: Path | None, as_json: bool, **flags: Any
+    state: Path,
+    create: bool,
+    logs: tuple[Path, ...],
+    catalogue: tuple[Path, ...],
+    out: Path | None,
+    as_json: bool,
+    **flags: Any,
 ) -> None:
     """Keep each entity's engaged queries current: merge a new slice of the log into the state, at the cost of the slice.
 
@@ -162,17 +224,26 @@ def queries(
             on_bad_rows: OnBadRows = "drop" if flags["drop_bad_rows"] else "raise"
             # Batch by batch: memory stays bounded however long the history, and a stopped load can simply be run again.
             for log in logs:
-                for batch in read_events(log, rules, on_bad_rows=on_bad_rows, encoding=flags["encoding"]):
+                for batch in read_events(
+                    log, rules, on_bad_rows=on_bad_rows, encoding=flags["encoding"]
+                ):
                     bad.update(batch.report.rules_broken)
                     merges.append(current.merge(batch.frame, what=log.name))
             if until is not None:
-                merges.append(current.merge(pl.DataFrame(schema=EVENT_SCHEMA), until=until, what="move the window"))
+                merges.append(
+                    current.merge(
+                        pl.DataFrame(schema=EVENT_SCHEMA), until=until, what="move the window"
+                    )
+                )
         if catalogue and out:
             rows = read_table(catalogue, "catalogue", encoding=flags["encoding"])
             write_table(attach_lists(rows, current.features(), "engaged_queries", "query"), out)
         elif out:
             write_table(_last_features(merges) if merges else current.features(), out)
-        summary: dict[str, Any] = {"version": current.version, "until": current.until and current.until.isoformat()}
+        summary: dict[str, Any] = {
+            "version": current.version,
+            "until": current.until and current.until.isoformat(),
+        }
         for merge in merges:
             for name, number in merge.counts.items():
                 summary[f"events {name}"] = summary.get(f"events {name}", 0) + number
@@ -183,17 +254,40 @@ def queries(
 
 @group.command()
 @catalogue_option
-@click.option("--images", required=True, type=click.Path(exists=True, file_okay=False, path_type=Path), help="Folder of the image paths.")
-@click.option("--state", required=True, type=click.Path(path_type=Path), help="Folder that remembers which images are captioned.")
+@click.option(
+    "--images",
+    required=True,
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of the image paths.",
+)
+@click.option(
+    "--state",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder that remembers which images are captioned.",
+)
 @out_option
-@click.option("--model", default="Salesforce/blip-image-captioning-base", show_default=True, help="BLIP model: name or local folder.")
+@click.option(
+    "--model",
+    default="Salesforce/blip-image-captioning-base",
+    show_default=True,
+    help="BLIP model: name or local folder.",
+)
 @click.option("--batch-size", default=16, show_default=True, help="Images per forward pass.")
 @click.option("--beams", default=3, show_default=True, help="Beam search width.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
 @encoding_option
 @json_option
 @handle_errors
-def captions(catalogue: tuple[Path, ...], images: Path, state: Path, out: Path, encoding: str, as_json: bool, **settings: Any) -> None:
+def captions(
+    catalogue: tuple[Path, ...],
+    images: Path,
+    state: Path,
+    out: Path,
+    encoding: str,
+    as_json: bool,
+    **settings: Any,
+) -> None:
     """Write a caption for every image that is new or changed (column caption), and report their quality.
 
     Stopping loses at most one batch: run the command again to go on. Images that fail are named in the state and tried again.
@@ -201,7 +295,12 @@ def captions(catalogue: tuple[Path, ...], images: Path, state: Path, out: Path, 
     Example: omni enrich captions --catalogue catalogue.parquet --images images --state captions --out captioned.parquet
     """
     from encoders.enrichment.caption_quality import quality_report
-    from encoders.enrichment.captions import BlipCaptioner, CaptionConfig, attach_captions, caption_catalogue
+    from encoders.enrichment.captions import (
+        BlipCaptioner,
+        CaptionConfig,
+        attach_captions,
+        caption_catalogue,
+    )
     from encoders.tables.files import read_table, write_table
 
     config = CaptionConfig(**settings)
@@ -215,12 +314,23 @@ def captions(catalogue: tuple[Path, ...], images: Path, state: Path, out: Path, 
 
 @group.command("caption-sheet")
 @catalogue_option
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Sheet to write (.csv).")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Sheet to write (.csv)."
+)
 @click.option("--items", default=200, show_default=True, help="Captions to judge.")
-@click.option("--judge", "judges", multiple=True, default=("a", "b"), show_default=True, help="Name of a judge; repeat for more.")
+@click.option(
+    "--judge",
+    "judges",
+    multiple=True,
+    default=("a", "b"),
+    show_default=True,
+    help="Name of a judge; repeat for more.",
+)
 @click.option("--seed", default=0, show_default=True, help="Draws and orders the items.")
 @handle_errors
-def caption_sheet(catalogue: tuple[Path, ...], out: Path, items: int, judges: tuple[str, ...], seed: int) -> None:
+def caption_sheet(
+    catalogue: tuple[Path, ...], out: Path, items: int, judges: tuple[str, ...], seed: int
+) -> None:
     """Write a sheet on which people grade captions: good, usable or wrong.
 
     Example: omni enrich caption-sheet --catalogue captioned.parquet --out sheet.csv --judge ann --judge bo
@@ -228,10 +338,13 @@ def caption_sheet(catalogue: tuple[Path, ...], out: Path, items: int, judges: tu
     from encoders.enrichment.caption_quality import GRADES, judgement_sheet
     from encoders.tables.files import read_table, write_table
 
-    sheet = judgement_sheet(read_table(catalogue, "catalogue"), items=items, judges=judges, seed=seed)
+    sheet = judgement_sheet(
+        read_table(catalogue, "catalogue"), items=items, judges=judges, seed=seed
+    )
     write_table(sheet, out)
     click.echo(
-        f"{out}: {sheet.height} rows; fill in the column grade with one of {', '.join(GRADES)}, then: omni enrich caption-agreement {out}"
+        f"{out}: {sheet.height} rows; fill in the column grade with one of {', '.join(GRADES)},"
+        f" then: omni enrich caption-agreement {out}"
     )
 
 
@@ -247,22 +360,31 @@ def caption_agreement(sheets: tuple[Path, ...], as_json: bool) -> None:
     from encoders.enrichment.caption_quality import agreement, read_grades
     from encoders.tables.files import read_raw
 
-    _report(agreement(read_grades(pl.concat([read_raw(s) for s in sheets], how="diagonal_relaxed"))), as_json)
+    _report(
+        agreement(read_grades(pl.concat([read_raw(s) for s in sheets], how="diagonal_relaxed"))),
+        as_json,
+    )
 
 
 def _last_features(merges: list[Merge]) -> pl.DataFrame:
     """The features of every touched entity after the last merge that touched it; one row without a query where none is left."""
     key = ["entity_type", "entity_id"]
-    touched = pl.concat([m.touched.with_columns(pl.lit(n).alias("merge")) for n, m in enumerate(merges)])
+    touched = pl.concat(
+        [m.touched.with_columns(pl.lit(n).alias("merge")) for n, m in enumerate(merges)]
+    )
     last = touched.group_by(key).agg(pl.col("merge").max())
-    changed = pl.concat([m.changed.with_columns(pl.lit(n).alias("merge")) for n, m in enumerate(merges)])
+    changed = pl.concat(
+        [m.changed.with_columns(pl.lit(n).alias("merge")) for n, m in enumerate(merges)]
+    )
     features = changed.join(last, on=[*key, "merge"], how="semi").drop("merge")
     emptied = last.select(key).join(features, on=key, how="anti")
     return pl.concat([features, emptied], how="diagonal").sort(*key, "rank")
 
 
 def _lines(paths: Sequence[Path]) -> list[str]:
-    return [line for path in paths for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return [
+        line for path in paths for line in path.read_text(encoding="utf-8").splitlines() if line
+    ]
 
 
 def _report(summary: dict[str, Any], as_json: bool) -> None:

@@ -14,7 +14,12 @@ from encoders.commands.report_output import plot_report, print_report
 from encoders.datasets.dataset import Dataset, load_dataset
 from encoders.errors import BundleError, ConfigError
 from encoders.evaluation.baselines import BASELINES, Baseline, default_cache, make_baseline
-from encoders.evaluation.report import bundle_system, evaluate_systems, save_runs, types_without_tower
+from encoders.evaluation.report import (
+    bundle_system,
+    evaluate_systems,
+    save_runs,
+    types_without_tower,
+)
 from encoders.tables.files import read_table
 from encoders.tables.schemas import ENTITY_TYPES
 from encoders.towers.bundle import load_bundle, read_space
@@ -25,47 +30,111 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("bundle", required=False, type=click.Path(path_type=Path, file_okay=False))
-@click.option("--against", type=click.Path(path_type=Path, file_okay=False), help="Second bundle, compared pair by pair with the first.")
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Second bundle, compared pair by pair with the first.",
+)
 @click.option(
     "--against-index",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Older bundle: how well BUNDLE's query tower searches vectors that this one made, as it is and through a learned adapter.",
+    help=(
+        "Older bundle: how well BUNDLE's query tower searches vectors that this one made, as it is"
+        " and through a learned adapter."
+    ),
 )
 @click.option(
     "--adapter",
     default="auto",
     show_default=True,
-    help="With --against-index: auto (full, if train queries held back find more with it), full, none, or the rank of a low-rank one.",
+    help=(
+        "With --against-index: auto (full, if train queries held back find more with it), full,"
+        " none, or the rank of a low-rank one."
+    ),
 )
-@click.option("--declare", "declares", is_flag=True, help="With --against-index: write the measured compatibility into BUNDLE.")
+@click.option(
+    "--declare",
+    "declares",
+    is_flag=True,
+    help="With --against-index: write the measured compatibility into BUNDLE.",
+)
 @click.option(
     "--max-loss",
     type=click.FloatRange(0, 1),
     default=0.1,
     show_default=True,
-    help="With --declare: largest part of the old tower's labelled Recall@10 that may be lost on any type.",
+    help=(
+        "With --declare: largest part of the old tower's labelled Recall@10 that may be lost on any"
+        " type."
+    ),
 )
 @click.option(
-    "--baselines", default="", help=f"Comma-separated: {', '.join(BASELINES)}, or st:NAME_OR_PATH (a Sentence-Transformers model)."
+    "--baselines",
+    default="",
+    help=(
+        f"Comma-separated: {', '.join(BASELINES)}, or st:NAME_OR_PATH (a Sentence-Transformers"
+        " model)."
+    ),
 )
-@click.option("--entity-type", "entity_types", multiple=True, type=click.Choice(ENTITY_TYPES), help="Only these types; may be repeated.")
+@click.option(
+    "--entity-type",
+    "entity_types",
+    multiple=True,
+    type=click.Choice(ENTITY_TYPES),
+    help="Only these types; may be repeated.",
+)
 @click.option("--split", default="heldout", show_default=True, help="Which pairs to evaluate.")
-@click.option("--corpus-size", type=click.IntRange(1), help="Rank against this many random entities per type instead of all (paper: 1M).")
-@click.option("--max-queries", type=click.IntRange(1), help="Evaluate this many random queries per type instead of all.")
 @click.option(
-    "--engaged-queries", default=20, show_default=True, type=click.IntRange(0), help="Train queries per entity given to the model."
+    "--corpus-size",
+    type=click.IntRange(1),
+    help="Rank against this many random entities per type instead of all (paper: 1M).",
 )
 @click.option(
-    "--judgements", type=click.Path(path_type=Path, exists=True), help="Graded judgements (query, entity_id, grade) instead of pairs."
+    "--max-queries",
+    type=click.IntRange(1),
+    help="Evaluate this many random queries per type instead of all.",
 )
 @click.option(
-    "--slice", "slices", multiple=True, help="Print a table by language, english, action, popularity, positives, source, text, country."
+    "--engaged-queries",
+    default=20,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Train queries per entity given to the model.",
 )
-@click.option("--device", default="cpu", show_default=True, help="Where exact search multiplies, e.g. cuda.")
-@click.option("--resamples", default=1000, show_default=True, type=click.IntRange(100), help="Bootstrap resamples behind the intervals.")
+@click.option(
+    "--judgements",
+    type=click.Path(path_type=Path, exists=True),
+    help="Graded judgements (query, entity_id, grade) instead of pairs.",
+)
+@click.option(
+    "--slice",
+    "slices",
+    multiple=True,
+    help=(
+        "Print a table by language, english, action, popularity, positives, source, text, country."
+    ),
+)
+@click.option(
+    "--device", default="cpu", show_default=True, help="Where exact search multiplies, e.g. cuda."
+)
+@click.option(
+    "--resamples",
+    default=1000,
+    show_default=True,
+    type=click.IntRange(100),
+    help="Bootstrap resamples behind the intervals.",
+)
 @click.option("--seed", default=0, show_default=True, help="Chooses corpus, queries and resamples.")
-@click.option("--save-run", type=click.Path(path_type=Path, file_okay=False), help="Write qrels and runs for ir_measures to this folder.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw Recall@10 by type and language to this image file.")
+@click.option(
+    "--save-run",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write qrels and runs for ir_measures to this folder.",
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw Recall@10 by type and language to this image file.",
+)
 @data_option
 @json_option
 @handle_errors
@@ -103,22 +172,45 @@ def command(
     Example: omni evaluate runs/model --baselines bm25,bm25-trigrams --slice language
     """
     if against and not bundle:
-        raise ConfigError("--against compares two bundles, but only one was given. Usage: omni evaluate BUNDLE --against BUNDLE2")
+        raise ConfigError(
+            "--against compares two bundles, but only one was given. Usage: omni evaluate BUNDLE"
+            " --against BUNDLE2"
+        )
     if save_run and corpus_size:
-        raise ConfigError("--save-run writes ranked lists over the whole catalogue: leave --corpus-size out.")
+        raise ConfigError(
+            "--save-run writes ranked lists over the whole catalogue: leave --corpus-size out."
+        )
     if declares and not against_index:
-        raise ConfigError("--declare writes down what --against-index measured. Usage: omni evaluate NEW --against-index OLD --declare")
+        raise ConfigError(
+            "--declare writes down what --against-index measured. Usage: omni evaluate NEW"
+            " --against-index OLD --declare"
+        )
     if against_index:
         if bundle is None or against or baselines or judgements or save_run or plot:
             raise ConfigError(
-                "--against-index takes one BUNDLE, and none of --against, --baselines, --judgements, --save-run and --plot. "
-                "Usage: omni evaluate NEW --against-index OLD"
+                "--against-index takes one BUNDLE, and none of --against, --baselines,"
+                " --judgements, --save-run and --plot. Usage: omni evaluate NEW --against-index OLD"
             )
-        sizes = {"corpus_size": corpus_size, "max_queries": max_queries, "resamples": resamples, "split": split}
+        sizes = {
+            "corpus_size": corpus_size,
+            "max_queries": max_queries,
+            "resamples": resamples,
+            "split": split,
+        }
         dataset = load_dataset(data_dir, engaged_queries=engaged_queries)
-        spaces = _compare_spaces(bundle, against_index, dataset, adapter, entity_types, declares, seed, sizes)
+        spaces = _compare_spaces(
+            bundle, against_index, dataset, adapter, entity_types, declares, seed, sizes
+        )
         _note_other_data([bundle], data_dir)
-        _show_spaces(spaces, bundle, against_index, max_loss if declares else None, slices, as_json, _source(split, data_dir))
+        _show_spaces(
+            spaces,
+            bundle,
+            against_index,
+            max_loss if declares else None,
+            slices,
+            as_json,
+            _source(split, data_dir),
+        )
         return
     systems: dict[str, Baseline] = {}
     bundles = {}
@@ -159,7 +251,11 @@ def command(
 def _source(split: str, data_dir: Path | None, judgements: Path | None = None) -> str:
     """What is evaluated, for the titles of tables."""
     data = "the sample data in the package" if data_dir is None else str(data_dir)
-    return f"{split} pairs of {data}" if judgements is None else f"judgements of {judgements}, entities of {data}"
+    return (
+        f"{split} pairs of {data}"
+        if judgements is None
+        else f"judgements of {judgements}, entities of {data}"
+    )
 
 
 def _note_other_data(bundles: Sequence[Path], data_dir: Path | None) -> None:
@@ -168,8 +264,9 @@ def _note_other_data(bundles: Sequence[Path], data_dir: Path | None) -> None:
         tables = trained_tables(path)
         if tables:
             say(
-                f"note: {path} was trained on {', '.join(tables)}, but the sample data in the package is evaluated. "
-                "Give --data FOLDER, a folder with your tables catalogue.* and pairs.*"
+                f"note: {path} was trained on {', '.join(tables)}, but the sample data in the"
+                " package is evaluated. Give --data FOLDER, a folder with your tables catalogue.*"
+                " and pairs.*"
             )
 
 
@@ -186,22 +283,44 @@ def _compare_spaces(
     from encoders.compatibility.report import compare_spaces
 
     if adapter not in ("auto", "full", "none") and not adapter.isdecimal():
-        raise ConfigError(f"--adapter must be 'auto', 'full', 'none' or a rank such as 32, but got {adapter!r}.")
+        raise ConfigError(
+            f"--adapter must be 'auto', 'full', 'none' or a rank such as 32, but got {adapter!r}."
+        )
     rank = int(adapter) if adapter.isdecimal() else 0
     if adapter.isdecimal() and rank == 0:
-        raise ConfigError("--adapter 0: an adapter of rank 0 maps everything to nothing. Use full, none or a rank of at least 1.")
+        raise ConfigError(
+            "--adapter 0: an adapter of rank 0 maps everything to nothing. Use full, none or a rank"
+            " of at least 1."
+        )
     new_bundle, old_bundle = load_bundle(bundle), load_bundle(old)
-    if declares and not entity_types:  # what is declared was measured on every type that an index can hold
+    if (
+        declares and not entity_types
+    ):  # what is declared was measured on every type that an index can hold
         for name, why in types_without_tower([old_bundle], dataset.entity_types).items():
             say(f"{name}: {why}; not evaluated")
         entity_types = tuple(name for name in dataset.entity_types if old_bundle.embeds(name))
     wanted = entity_types or None
     use = {"auto": "auto", "none": "never"}.get(adapter, "always")
-    return compare_spaces(new_bundle, old_bundle, dataset, adapter=use, rank=rank, entity_types=wanted, seed=seed, **options)
+    return compare_spaces(
+        new_bundle,
+        old_bundle,
+        dataset,
+        adapter=use,
+        rank=rank,
+        entity_types=wanted,
+        seed=seed,
+        **options,
+    )
 
 
 def _show_spaces(
-    spaces: SpacesReport, bundle: Path, old: Path, max_loss: float | None, slices: tuple[str, ...], as_json: bool, source: str
+    spaces: SpacesReport,
+    bundle: Path,
+    old: Path,
+    max_loss: float | None,
+    slices: tuple[str, ...],
+    as_json: bool,
+    source: str,
 ) -> None:
     """Declare if asked and allowed (``max_loss`` is then a number), and print."""
     from encoders.compatibility.declaration import declare
@@ -213,18 +332,37 @@ def _show_spaces(
     if max_loss is not None:
         if not loss <= max_loss:
             raise BundleError(
-                f"not declared: {spaces.way!r} loses {loss:.1%} of the old tower's labelled Recall@10 on {worst}, more than --max-loss "
-                f"{max_loss:g}. Train with the old vectors as a compatibility task (docs/training.md), or embed the index again."
+                f"not declared: {spaces.way!r} loses {loss:.1%} of the old tower's labelled"
+                f" Recall@10 on {worst}, more than --max-loss {max_loss:g}. Train with the old"
+                " vectors as a compatibility task (docs/training.md), or embed the index again."
             )
         space = read_space(old)
-        declare(bundle, str(space["space_id"]), int(space["dimension"]), spaces.adapter, spaces.measured, learned)
+        declare(
+            bundle,
+            str(space["space_id"]),
+            int(space["dimension"]),
+            spaces.adapter,
+            spaces.measured,
+            learned,
+        )
     if as_json:
-        about = {"way": spaces.way, "worst_type": worst, "worst_loss": loss, "declared": max_loss is not None, "adapter": spaces.learned}
-        print_json({**about, "measured": spaces.measured, **spaces.evaluation.as_dict(spaces.comparisons)})
+        about = {
+            "way": spaces.way,
+            "worst_type": worst,
+            "worst_loss": loss,
+            "declared": max_loss is not None,
+            "adapter": spaces.learned,
+        }
+        print_json(
+            {**about, "measured": spaces.measured, **spaces.evaluation.as_dict(spaces.comparisons)}
+        )
         return
     say(f"{spaces.way}: largest loss of labelled Recall@10 {loss:.1%}, on {worst}")
     if max_loss is not None:
-        say(f"declared in {bundle / 'space.json'}. Next: omni rebuild --store STORE --query-tower {bundle}")
+        say(
+            f"declared in {bundle / 'space.json'}. Next: omni rebuild --store STORE --query-tower"
+            f" {bundle}"
+        )
 
 
 def trained_tables(bundle: Path) -> list[str]:

@@ -10,7 +10,14 @@ from typing import Any
 import click
 import polars as pl
 
-from encoders.commands.console import handle_errors, json_option, print_json, print_table, say, stage
+from encoders.commands.console import (
+    handle_errors,
+    json_option,
+    print_json,
+    print_table,
+    say,
+    stage,
+)
 from encoders.errors import ConfigError
 
 CAPS = {"pin": 50, "product": 200, "ad": 200, "query": 200}
@@ -40,38 +47,106 @@ def parse_assignments(values: tuple[str, ...], option: str) -> dict[str, int]:
     type=click.Path(exists=True, path_type=Path),
     help="Log file or folder of part files. Repeatable: all together are one log.",
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make: pairs/, engaged_queries/, summary.json.")
-@click.option("--boards", multiple=True, type=click.Path(exists=True, path_type=Path), help="Boards table; adds board_titles/. Repeatable.")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder to make: pairs/, engaged_queries/, summary.json.",
+)
+@click.option(
+    "--boards",
+    multiple=True,
+    type=click.Path(exists=True, path_type=Path),
+    help="Boards table; adds board_titles/. Repeatable.",
+)
 @click.option(
     "--catalogue",
     multiple=True,
     type=click.Path(exists=True, path_type=Path),
-    help="Keep only entities in it; writes it enriched, too. Repeatable: all together are one catalogue.",
+    help=(
+        "Keep only entities in it; writes it enriched, too. Repeatable: all together are one"
+        " catalogue."
+    ),
 )
-@click.option("--train-end", help="Training events are before this UTC date. Default: held-out days and gap before the log's end.")
+@click.option(
+    "--train-end",
+    help=(
+        "Training events are before this UTC date. Default: held-out days and gap before the log's"
+        " end."
+    ),
+)
 @click.option("--train-days", default=365, show_default=True, help="Length of the training window.")
-@click.option("--gap-days", default=15, show_default=True, help="Days dropped between training and held-out events.")
-@click.option("--heldout-days", default=30, show_default=True, help="Length of the held-out window; 0: no held-out pairs.")
-@click.option("--min-dwell", default=10.0, show_default=True, help="Seconds that make a click a long click.")
-@click.option("--cap", "caps", multiple=True, help="Most queries per entity, e.g. --cap pin=50. Default: pin 50, the others 200.")
-@click.option("--min-users", default=3, show_default=True, help="People behind a query before it becomes an engaged-query feature.")
+@click.option(
+    "--gap-days",
+    default=15,
+    show_default=True,
+    help="Days dropped between training and held-out events.",
+)
+@click.option(
+    "--heldout-days",
+    default=30,
+    show_default=True,
+    help="Length of the held-out window; 0: no held-out pairs.",
+)
+@click.option(
+    "--min-dwell", default=10.0, show_default=True, help="Seconds that make a click a long click."
+)
+@click.option(
+    "--cap",
+    "caps",
+    multiple=True,
+    help="Most queries per entity, e.g. --cap pin=50. Default: pin 50, the others 200.",
+)
+@click.option(
+    "--min-users",
+    default=3,
+    show_default=True,
+    help="People behind a query before it becomes an engaged-query feature.",
+)
 @click.option(
     "--engaged",
     multiple=True,
     type=click.Path(exists=True, path_type=Path),
     help="Engaged-query features to check for leaks as well. Repeatable.",
 )
-@click.option("--drop-leaks", is_flag=True, help="Drop held-out pairs that --engaged shows, instead of failing.")
-@click.option("--keep-seen", is_flag=True, help="Keep held-out pairs that also are training pairs: they measure memory.")
+@click.option(
+    "--drop-leaks",
+    is_flag=True,
+    help="Drop held-out pairs that --engaged shows, instead of failing.",
+)
+@click.option(
+    "--keep-seen",
+    is_flag=True,
+    help="Keep held-out pairs that also are training pairs: they measure memory.",
+)
 @click.option("--seed", default=0, show_default=True, help="Chooses the pairs that survive a cap.")
 @click.option("--encoding", default="utf-8", show_default=True, help="Encoding of text files.")
-@click.option("--drop-bad-rows", is_flag=True, help="Leave bad rows of log and boards out and count them, instead of failing.")
-@click.option("--partitions", type=click.IntRange(min=1), help="Hash partitions. Default: one per 15 million log rows.")
-@click.option("--ray", "ray_address", help="Run on this Ray cluster (host:port or auto), or start one here (local).")
+@click.option(
+    "--drop-bad-rows",
+    is_flag=True,
+    help="Leave bad rows of log and boards out and count them, instead of failing.",
+)
+@click.option(
+    "--partitions",
+    type=click.IntRange(min=1),
+    help="Hash partitions. Default: one per 15 million log rows.",
+)
+@click.option(
+    "--ray",
+    "ray_address",
+    help="Run on this Ray cluster (host:port or auto), or start one here (local).",
+)
 @click.option("--overwrite", is_flag=True, help="Replace --out if it is there.")
 @json_option
 @handle_errors
-def command(logs: tuple[Path, ...], out: Path, boards: tuple[Path, ...], catalogue: tuple[Path, ...], as_json: bool, **flags: Any) -> None:
+def command(
+    logs: tuple[Path, ...],
+    out: Path,
+    boards: tuple[Path, ...],
+    catalogue: tuple[Path, ...],
+    as_json: bool,
+    **flags: Any,
+) -> None:
     """Turn a log into training and held-out pairs (paper 4.1).
 
     Actions by entity type: pins save and long click; products and ads also add to cart and checkout; queries clicks on suggestions.
@@ -105,7 +180,9 @@ def command(logs: tuple[Path, ...], out: Path, boards: tuple[Path, ...], catalog
         encoding=flags["encoding"],
     )
     rows = read_table(catalogue, "catalogue", encoding=config.encoding) if catalogue else None
-    known = rows.select("entity_type", pl.col("id").alias("entity_id")) if rows is not None else None
+    known = (
+        rows.select("entity_type", pl.col("id").alias("entity_id")) if rows is not None else None
+    )
     options: dict[str, Any] = {
         "log": logs,
         "boards": boards or None,
@@ -117,7 +194,9 @@ def command(logs: tuple[Path, ...], out: Path, boards: tuple[Path, ...], catalog
         if flags["ray_address"]:
             from encoders.logs.ray_pipeline import run_ray_pipeline
 
-            summary = run_ray_pipeline(out=out, config=config, address=flags["ray_address"], **options)
+            summary = run_ray_pipeline(
+                out=out, config=config, address=flags["ray_address"], **options
+            )
         else:
             summary = run_pipeline(out=out, config=config, **options)
         try:
@@ -126,9 +205,13 @@ def command(logs: tuple[Path, ...], out: Path, boards: tuple[Path, ...], catalog
             shutil.rmtree(out)  # a folder that is there has passed the check
             raise
         if dropped:
-            summary["counts"].update({f"dropped: heldout pairs visible through {_names(flags['engaged'])}": dropped})
+            summary["counts"].update(
+                {f"dropped: heldout pairs visible through {_names(flags['engaged'])}": dropped}
+            )
             summary["counts"]["pairs"] -= dropped
-            summary["table_1"] = pairs_table(pl.read_parquet(out / "pairs" / "*.parquet")).to_dicts()
+            summary["table_1"] = pairs_table(
+                pl.read_parquet(out / "pairs" / "*.parquet")
+            ).to_dicts()
         if rows is not None:
             _write_catalogue(rows, out, summary)
         write_summary(summary, out)
@@ -136,7 +219,9 @@ def command(logs: tuple[Path, ...], out: Path, boards: tuple[Path, ...], catalog
         print_json(summary)
         return
     print_table(
-        "Table 1: pairs", ["source", "split", "actions", "pairs", "events", "queries", "entities"], (r.values() for r in summary["table_1"])
+        "Table 1: pairs",
+        ["source", "split", "actions", "pairs", "events", "queries", "entities"],
+        (r.values() for r in summary["table_1"]),
     )
     bad = {f"bad rows left out: {rule}": rows for rule, rows in summary["bad_rows_dropped"].items()}
     print_table("Where events and pairs went", ["", "number"], (bad | summary["counts"]).items())
@@ -159,7 +244,11 @@ def check_pairs(out: Path, engaged: Sequence[Path], drop_leaks: bool, keep_seen:
     from encoders.tables.files import read_raw, table_files, write_table
 
     dropped = 0
-    features = pl.concat([read_raw(f) for f in table_files(engaged)], how="diagonal_relaxed") if engaged else None
+    features = (
+        pl.concat([read_raw(f) for f in table_files(engaged)], how="diagonal_relaxed")
+        if engaged
+        else None
+    )
     for part in sorted((out / "pairs").glob("part-*.parquet")):
         pairs = pl.read_parquet(part)
         if features is not None and drop_leaks:
@@ -185,10 +274,19 @@ def _write_catalogue(rows: pl.DataFrame, out: Path, summary: dict[str, Any]) -> 
     from encoders.enrichment.engaged_queries import attach_lists
     from encoders.tables.files import write_table
 
-    rows = attach_lists(rows, pl.read_parquet(out / "engaged_queries" / "*.parquet"), "engaged_queries", "query")
+    rows = attach_lists(
+        rows, pl.read_parquet(out / "engaged_queries" / "*.parquet"), "engaged_queries", "query"
+    )
     if (out / "board_titles").is_dir():
-        rows = attach_lists(rows, pl.read_parquet(out / "board_titles" / "*.parquet"), "board_titles", "title")
+        rows = attach_lists(
+            rows, pl.read_parquet(out / "board_titles" / "*.parquet"), "board_titles", "title"
+        )
     write_table(rows, out / "catalogue.parquet")
-    paired = pl.scan_parquet(out / "pairs" / "*.parquet").select("entity_type", pl.col("entity_id").alias("id")).unique().collect()
+    paired = (
+        pl.scan_parquet(out / "pairs" / "*.parquet")
+        .select("entity_type", pl.col("entity_id").alias("id"))
+        .unique()
+        .collect()
+    )
     without = rows.join(paired, on=["entity_type", "id"], how="anti").height
     summary["counts"]["catalogue entities without any pair"] = without

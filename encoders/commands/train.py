@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from encoders.commands.console import data_option, handle_errors, json_option, print_json, print_table, say
+from encoders.commands.console import (
+    data_option,
+    handle_errors,
+    json_option,
+    print_json,
+    print_table,
+    say,
+)
 from encoders.config.train_config import DataConfig, TrainConfig
 from encoders.errors import BundleError, ConfigError
 
@@ -72,7 +79,12 @@ patience = 5
 
 
 @click.command(name="train")
-@click.argument("config_path", metavar="CONFIG.toml", required=False, type=click.Path(path_type=Path, dir_okay=False))
+@click.argument(
+    "config_path",
+    metavar="CONFIG.toml",
+    required=False,
+    type=click.Path(path_type=Path, dir_okay=False),
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
@@ -80,7 +92,9 @@ patience = 5
 )
 @click.option("--steps", type=click.IntRange(1), help="Optimiser steps instead of the config's.")
 @click.option("--seed", type=int, help="Seed instead of the config's.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Device instead of the config's.")
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Device instead of the config's."
+)
 @click.option("--tensorboard", is_flag=True, help="Write TensorBoard events to OUT/tensorboard.")
 @click.option(
     "--resume/--no-resume",
@@ -88,7 +102,9 @@ patience = 5
     show_default=True,
     help="Go on from the last checkpoint in OUT, or refuse a folder that holds one.",
 )
-@click.option("--print-config", is_flag=True, help="Print a config to start from, and do nothing else.")
+@click.option(
+    "--print-config", is_flag=True, help="Print a config to start from, and do nothing else."
+)
 @data_option
 @json_option
 @handle_errors
@@ -115,12 +131,22 @@ def command(
         click.echo(_START, nl=False)
         return
     if config_path is None or out is None:
-        raise ConfigError("expected CONFIG.toml and --out. `omni train --print-config > run.toml` writes a config to start from.")
+        raise ConfigError(
+            "expected CONFIG.toml and --out. `omni train --print-config > run.toml` writes a config"
+            " to start from."
+        )
     from encoders.config.train_config import load_train_config
 
     config = load_train_config(config_path)
-    changes: dict[str, Any] = {"steps": steps, "seed": seed, "device": device, "tensorboard": tensorboard or None}
-    config = dataclasses.replace(config, **{key: value for key, value in changes.items() if value is not None})
+    changes: dict[str, Any] = {
+        "steps": steps,
+        "seed": seed,
+        "device": device,
+        "tensorboard": tensorboard or None,
+    }
+    config = dataclasses.replace(
+        config, **{key: value for key, value in changes.items() if value is not None}
+    )
     from encoders.training.data.source_tables import load_training_data
     from encoders.training.distributed import process_rank
     from encoders.training.loop import train
@@ -138,9 +164,20 @@ def command(
         facts = {"bundle": str(bundle.path), "space_id": bundle.space_id, "steps": result.steps}
         print_json({**facts, "pairs_per_second": speed, "metrics": result.metrics})
         return
-    print_table(f"{bundle.path}  space {bundle.space_id[:16]}", ["metric", "value"], sorted(result.metrics.items()))
-    done = f"{result.pairs_per_second:,.0f} pairs/s" if result.pairs_per_second else "all of them trained before"
-    say(f"{result.steps:,} steps, {done}. Next: {evaluate_command_for(bundle.path, config, data_dir)}")
+    print_table(
+        f"{bundle.path}  space {bundle.space_id[:16]}",
+        ["metric", "value"],
+        sorted(result.metrics.items()),
+    )
+    done = (
+        f"{result.pairs_per_second:,.0f} pairs/s"
+        if result.pairs_per_second
+        else "all of them trained before"
+    )
+    say(
+        f"{result.steps:,} steps, {done}. Next:"
+        f" {evaluate_command_for(bundle.path, config, data_dir)}"
+    )
 
 
 def _save(path: Path, result: TrainResult) -> ModelBundle:
@@ -149,7 +186,13 @@ def _save(path: Path, result: TrainResult) -> ModelBundle:
     from encoders.towers.bundle import load_bundle, save_bundle
 
     def write(folder: Path) -> ModelBundle:
-        return save_bundle(folder, result.query_encoder, result.entity_encoders, training=to_table(result.config), metrics=result.metrics)
+        return save_bundle(
+            folder,
+            result.query_encoder,
+            result.entity_encoders,
+            training=to_table(result.config),
+            metrics=result.metrics,
+        )
 
     try:
         known = load_bundle(path)
@@ -194,7 +237,9 @@ def evaluate_command_for(bundle: Path, config: TrainConfig, data_dir: Path | Non
         return evaluate if data_dir is None else f"{evaluate} --data {shlex.quote(str(data_dir))}"
     folder = _folder_of(config.data)
     if folder is None:
-        return f"{evaluate} --data FOLDER, a folder that holds your tables as catalogue.* and pairs.*"
+        return (
+            f"{evaluate} --data FOLDER, a folder that holds your tables as catalogue.* and pairs.*"
+        )
     return f"{evaluate} --data {shlex.quote(str(folder))}"
 
 
@@ -210,5 +255,9 @@ def _folder_of(files: DataConfig) -> Path | None:
 
 def _table_in(folder: Path, table: str) -> Path | None:
     """The file or folder that ``encoders.datasets.dataset.load_tables`` reads as a table."""
-    named = (path for path in folder.glob(f"{table}*") if path.is_dir() or path.name.split(".")[0] == table)
+    named = (
+        path
+        for path in folder.glob(f"{table}*")
+        if path.is_dir() or path.name.split(".")[0] == table
+    )
     return min(named, default=None)

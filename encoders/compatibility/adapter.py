@@ -47,7 +47,10 @@ class SpaceAdapter:
         """
         matrix = self.matrix
         if vectors.ndim != 2 or vectors.shape[1] != matrix.shape[1]:
-            raise InvalidVectors(f"this adapter takes vectors of {matrix.shape[1]} numbers, but got an array of shape {vectors.shape}.")
+            raise InvalidVectors(
+                f"this adapter takes vectors of {matrix.shape[1]} numbers, but got an array of"
+                f" shape {vectors.shape}."
+            )
         return _unit(vectors @ matrix.T)
 
     def fold(self, tower: QueryEncoder) -> QueryEncoder:
@@ -58,8 +61,16 @@ class SpaceAdapter:
         """
         matrix = torch.from_numpy(self.matrix).double()
         if tower.dimension != matrix.shape[1]:
-            raise BundleError(f"the adapter takes vectors of {matrix.shape[1]} numbers, but the query tower gives {tower.dimension}.")
-        adapted = QueryEncoder(copy.deepcopy(tower.transformer), tower.tokenizer, int(matrix.shape[0]), tower.max_tokens)
+            raise BundleError(
+                f"the adapter takes vectors of {matrix.shape[1]} numbers, but the query tower gives"
+                f" {tower.dimension}."
+            )
+        adapted = QueryEncoder(
+            copy.deepcopy(tower.transformer),
+            tower.tokenizer,
+            int(matrix.shape[0]),
+            tower.max_tokens,
+        )
         with torch.no_grad():
             adapted.projection.weight.copy_(matrix @ tower.projection.weight.double())
             adapted.projection.bias.copy_(matrix @ tower.projection.bias.double())
@@ -67,7 +78,14 @@ class SpaceAdapter:
 
     def save(self, path: Path) -> None:
         """Write a safetensors file: ``matrix``, or ``left`` and ``right``."""
-        save_file({"matrix": self.left} if self.right is None else {"left": self.left, "right": self.right}, path)
+        save_file(
+            (
+                {"matrix": self.left}
+                if self.right is None
+                else {"left": self.left, "right": self.right}
+            ),
+            path,
+        )
 
     @classmethod
     def load(cls, path: Path, shape: tuple[int, int]) -> SpaceAdapter:
@@ -83,7 +101,9 @@ class SpaceAdapter:
         try:
             parts = load_file(path)
         except (OSError, SafetensorError, ValueError) as error:
-            raise BundleError(f"{path}: the adapter cannot be read ({error}). Declare the compatibility again.") from error
+            raise BundleError(
+                f"{path}: the adapter cannot be read ({error}). Declare the compatibility again."
+            ) from error
         left, right = parts.get("matrix", parts.get("left")), parts.get("right")
         shapes = {name: f"{value.dtype} {value.shape}" for name, value in parts.items()}
         if (
@@ -91,16 +111,30 @@ class SpaceAdapter:
             or set(parts) not in ({"matrix"}, {"left", "right"})
             or any(v.dtype != np.float32 or v.ndim != 2 for v in parts.values())
         ):
-            raise BundleError(f"{path}: expected float32 'matrix', or 'left' and 'right', of two dimensions, but got {shapes}.")
-        fits = left.shape == shape if right is None else (left.shape[0], right.shape[1], left.shape[1]) == (*shape, right.shape[0])
+            raise BundleError(
+                f"{path}: expected float32 'matrix', or 'left' and 'right', of two dimensions, but"
+                f" got {shapes}."
+            )
+        fits = (
+            left.shape == shape
+            if right is None
+            else (left.shape[0], right.shape[1], left.shape[1]) == (*shape, right.shape[0])
+        )
         if not fits:
-            raise BundleError(f"{path}: the adapter should map {shape[1]} numbers to {shape[0]}, but holds {shapes}.")
+            raise BundleError(
+                f"{path}: the adapter should map {shape[1]} numbers to {shape[0]}, but holds"
+                f" {shapes}."
+            )
         if not all(np.isfinite(value).all() for value in parts.values()):
-            raise BundleError(f"{path}: the adapter holds NaN or infinity. Declare the compatibility again.")
+            raise BundleError(
+                f"{path}: the adapter holds NaN or infinity. Declare the compatibility again."
+            )
         return cls(left, right)
 
 
-def fit_adapter(source: Float32, target: Float32, *, rank: int = 0, ridge: float = 1e-2) -> SpaceAdapter:
+def fit_adapter(
+    source: Float32, target: Float32, *, rank: int = 0, ridge: float = 1e-2
+) -> SpaceAdapter:
     """The linear map with the least squared error from ``source`` rows to ``target`` rows, shrunk by ridge regression.
 
     Args:
@@ -114,28 +148,40 @@ def fit_adapter(source: Float32, target: Float32, *, rank: int = 0, ridge: float
         InvalidVectors: Shapes do not fit, or a value is not finite.
     """
     if source.ndim != 2 or target.ndim != 2 or len(source) != len(target):
-        raise InvalidVectors(f"an adapter is fitted on pairs of rows, but got {source.shape} and {target.shape}.")
+        raise InvalidVectors(
+            f"an adapter is fitted on pairs of rows, but got {source.shape} and {target.shape}."
+        )
     if len(source) == 0:
         raise ConfigError("an adapter is learned from train queries, but there are none.")
     widths = target.shape[1], source.shape[1]
     if not 0 <= rank <= min(widths):
-        raise ConfigError(f"the rank of an adapter from {widths[1]} to {widths[0]} numbers is 0 (full) to {min(widths)}, but got {rank}.")
+        raise ConfigError(
+            f"the rank of an adapter from {widths[1]} to {widths[0]} numbers is 0 (full) to"
+            f" {min(widths)}, but got {rank}."
+        )
     if not ridge > 0:
         raise ConfigError(f"ridge must be above 0, but got {ridge}.")
     if not (np.isfinite(source).all() and np.isfinite(target).all()):
-        raise InvalidVectors("an adapter cannot be learned from vectors with NaN or infinity. Embed again.")
+        raise InvalidVectors(
+            "an adapter cannot be learned from vectors with NaN or infinity. Embed again."
+        )
     x, y = source.astype(np.float64), target.astype(np.float64)
     moments = x.T @ x  # (from, from)
     shrink = ridge * np.trace(moments) / len(moments)
     solution = np.linalg.solve(moments + shrink * np.eye(len(moments)), x.T @ y)  # (from, to)
     if rank == 0 or rank == min(widths):
         return SpaceAdapter(np.ascontiguousarray(solution.T, dtype=np.float32))
-    _, _, directions = np.linalg.svd(np.linalg.cholesky(moments + shrink * np.eye(len(moments))).T @ solution, full_matrices=False)
+    _, _, directions = np.linalg.svd(
+        np.linalg.cholesky(moments + shrink * np.eye(len(moments))).T @ solution,
+        full_matrices=False,
+    )
     kept = directions[:rank]  # (rank, to)
     left = np.ascontiguousarray(kept.T, dtype=np.float32)
     return SpaceAdapter(left, np.ascontiguousarray((solution @ kept.T).T, dtype=np.float32))
 
 
 def _unit(vectors: Float32) -> Float32:
-    result: Float32 = (vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)).astype(np.float32)
+    result: Float32 = (
+        vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    ).astype(np.float32)
     return result

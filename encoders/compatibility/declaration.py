@@ -59,14 +59,26 @@ def read_declarations(bundle: Path) -> list[Declaration]:
     for entry in entries if isinstance(entries, list) else [entries]:
         try:
             adapter = entry["adapter"]
-            declaration = Declaration(str(entry["space_id"]), int(entry["dimension"]), adapter, dict(entry["measured"]))
+            declaration = Declaration(
+                str(entry["space_id"]), int(entry["dimension"]), adapter, dict(entry["measured"])
+            )
             fits = bool(_HEX64.fullmatch(declaration.space_id)) and declaration.dimension > 0
             if adapter is not None:
-                fits = fits and Path(adapter["file"]).name == adapter["file"] and bool(_HEX64.fullmatch(adapter["sha256"]))
+                fits = (
+                    fits
+                    and Path(adapter["file"]).name == adapter["file"]
+                    and bool(_HEX64.fullmatch(adapter["sha256"]))
+                )
         except (KeyError, TypeError, ValueError) as error:
-            raise BundleError(f"{bundle}/space.json: a declaration of compatibility is damaged ({error!r}). Declare it again.") from error
+            raise BundleError(
+                f"{bundle}/space.json: a declaration of compatibility is damaged ({error!r})."
+                " Declare it again."
+            ) from error
         if not fits:
-            raise BundleError(f"{bundle}/space.json: a declaration of compatibility is damaged ({str(entry)[:120]}). Declare it again.")
+            raise BundleError(
+                f"{bundle}/space.json: a declaration of compatibility is damaged"
+                f" ({str(entry)[:120]}). Declare it again."
+            )
         found.append(declaration)
     return found
 
@@ -81,7 +93,11 @@ def require_declaration(bundle: Path, space_id: str, where: str) -> Declaration:
     for declaration in read_declarations(bundle):
         if declaration.space_id == space_id:
             return declaration
-    raise SpaceMismatch(space_id, str(read_space(bundle)["space_id"]), f"{where}: {bundle.name} declares no compatibility with it")
+    raise SpaceMismatch(
+        space_id,
+        str(read_space(bundle)["space_id"]),
+        f"{where}: {bundle.name} declares no compatibility with it",
+    )
 
 
 def load_adapter(bundle: Path, declaration: Declaration) -> SpaceAdapter | None:
@@ -94,19 +110,23 @@ def load_adapter(bundle: Path, declaration: Declaration) -> SpaceAdapter | None:
     if declaration.adapter is None:
         if dimension != declaration.dimension:
             raise BundleError(
-                f"{bundle}: vectors of {dimension} numbers cannot search vectors of {declaration.dimension} without an adapter. "
-                "Declare the compatibility again with an adapter."
+                f"{bundle}: vectors of {dimension} numbers cannot search vectors of"
+                f" {declaration.dimension} without an adapter. Declare the compatibility again with"
+                " an adapter."
             )
         return None
     path = bundle / FOLDER / declaration.adapter["file"]
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise BundleError(f"{path}: the adapter cannot be read ({error.strerror}). Copy the bundle again.") from error
+        raise BundleError(
+            f"{path}: the adapter cannot be read ({error.strerror}). Copy the bundle again."
+        ) from error
     if digest != declaration.adapter["sha256"]:
         raise BundleError(
-            f"{path}: expected SHA-256 {declaration.adapter['sha256'][:16]}, but the file has {digest[:16]}: it was changed or cut short "
-            "after it was declared. Copy the bundle again."
+            f"{path}: expected SHA-256 {declaration.adapter['sha256'][:16]}, but the file has"
+            f" {digest[:16]}: it was changed or cut short after it was declared. Copy the bundle"
+            " again."
         )
     return SpaceAdapter.load(path, (declaration.dimension, dimension))
 
@@ -134,7 +154,9 @@ def declare(
     """
     space = read_space(bundle)
     if space["space_id"] == space_id:
-        raise BundleError(f"{bundle}: space {space_id[:16]} is this bundle's own; there is nothing to declare.")
+        raise BundleError(
+            f"{bundle}: space {space_id[:16]} is this bundle's own; there is nothing to declare."
+        )
     about = None
     if adapter is not None:
         (bundle / FOLDER).mkdir(exist_ok=True)
@@ -145,7 +167,12 @@ def declare(
         name = f"{space_id[:16]}-{digest[:16]}.safetensors"
         os.replace(scratch, bundle / FOLDER / name)
         about = {"file": name, "sha256": digest, "rank": adapter.rank, **(learned or {})}
-    entry = {"space_id": space_id, "dimension": dimension, "adapter": about, "measured": dict(measured)}
+    entry = {
+        "space_id": space_id,
+        "dimension": dimension,
+        "adapter": about,
+        "measured": dict(measured),
+    }
     others = [other for other in space.get("compatible", []) if other["space_id"] != space_id]
     _write_atomically(bundle / "space.json", {**space, "compatible": [*others, entry]})
     declared = read_declarations(bundle)
@@ -188,7 +215,9 @@ def write_upgraded_bundle(old: Path, new: Path, target: Path) -> Declaration:
         "measured": declaration.measured,
         "files_id": compute_space_id(target),
     }
-    _write_atomically(target / "space.json", {**old_space, "compatible": [], QUERY_UPGRADE: upgrade})
+    _write_atomically(
+        target / "space.json", {**old_space, "compatible": [], QUERY_UPGRADE: upgrade}
+    )
     return declaration
 
 

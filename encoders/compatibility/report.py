@@ -18,14 +18,25 @@ from encoders.commands.console import say
 from encoders.compatibility.adapter import SpaceAdapter, fit_adapter
 from encoders.datasets.dataset import Dataset
 from encoders.errors import ConfigError
-from encoders.evaluation.report import EvaluationReport, bundle_system, comparison_dict, evaluate_systems, types_without_tower
+from encoders.evaluation.report import (
+    EvaluationReport,
+    bundle_system,
+    comparison_dict,
+    evaluate_systems,
+    types_without_tower,
+)
 from encoders.exact_search import exact_top_k
 from encoders.text.hashing import text_bucket
 from encoders.towers.bundle import ModelBundle
 
 Float32 = npt.NDArray[np.float32]
 
-OLD, PLAIN, ADAPTED, REEMBEDDED = "old queries, old index", "new queries, old index", "new + adapter, old index", "new queries, new index"
+OLD, PLAIN, ADAPTED, REEMBEDDED = (
+    "old queries, old index",
+    "new queries, old index",
+    "new + adapter, old index",
+    "new queries, new index",
+)
 FIT_QUERIES = 20_000
 """Most train queries an adapter is learned from: a matrix of 256 x 256 needs no more."""
 HELD_BACK = 0.1
@@ -37,7 +48,9 @@ OLD_QUERY_SHARES = (1.0, 0.5, 0.0)
 class CrossSpace:
     """Queries through one function, entities through the older bundle; the entities last embedded are kept for the next system."""
 
-    def __init__(self, embed_queries: Callable[[Sequence[str]], Float32], entities: _OldIndex) -> None:
+    def __init__(
+        self, embed_queries: Callable[[Sequence[str]], Float32], entities: _OldIndex
+    ) -> None:
         self.embed_queries = embed_queries
         self.embed_entities = entities.embed_entities
 
@@ -112,13 +125,18 @@ def compare_spaces(
         ConfigError: Both bundles have one space, or vectors of different widths are to be compared without an adapter.
     """
     if new.space_id == old.space_id:
-        raise ConfigError(f"both bundles have space {new.space_id[:16]}: an index of one is an index of the other. Nothing to measure.")
+        raise ConfigError(
+            f"both bundles have space {new.space_id[:16]}: an index of one is an index of the"
+            " other. Nothing to measure."
+        )
     if adapter == "never" and new.dimension != old.dimension:
         raise ConfigError(
-            f"vectors of {new.dimension} numbers cannot search vectors of {old.dimension} as they are: leave --adapter none out, so that "
-            "an adapter is learned."
+            f"vectors of {new.dimension} numbers cannot search vectors of {old.dimension} as they"
+            " are: leave --adapter none out, so that an adapter is learned."
         )
-    fitted, learned = learn_adapter(new, old, dataset, rank=rank, seed=seed) if adapter != "never" else (None, {})
+    fitted, learned = (
+        learn_adapter(new, old, dataset, rank=rank, seed=seed) if adapter != "never" else (None, {})
+    )
     index = _OldIndex(old)
     ways = {OLD: CrossSpace(old.embed_queries, index)}
     if new.dimension == old.dimension:
@@ -128,12 +146,17 @@ def compare_spaces(
     systems = {name: bundle_system(way) for name, way in ways.items()}
     systems[REEMBEDDED] = bundle_system(new)
     lacking = types_without_tower((old, new), dataset.entity_types)
-    report = evaluate_systems(dataset, systems, entity_types=entity_types, without_tower=lacking, seed=seed, **options)
+    report = evaluate_systems(
+        dataset, systems, entity_types=entity_types, without_tower=lacking, seed=seed, **options
+    )
     measured: dict[str, Any] = {}
     for entity_type, task in report.tasks.items():
         found: dict[str, Any] = {}
         entities = index.embed_entities(task.task.candidates)
-        rows = {name: _top_10(way.embed_queries(task.task.queries), entities) for name, way in ways.items()}
+        rows = {
+            name: _top_10(way.embed_queries(task.task.queries), entities)
+            for name, way in ways.items()
+        }
         for name, metrics in task.overall.items():
             ten = metrics.recall[10]
             found[name] = {"recall@10": ten.value, "low": ten.low, "high": ten.high}
@@ -142,14 +165,23 @@ def compare_spaces(
             if name in rows:
                 found[name]["overlap@10_with_old"] = _overlap(rows[name], rows[OLD])
         measured[entity_type] = {**found, "pairs": next(iter(task.overall.values())).pairs}
-    with_it, without = learned.get("held_back_recall@10", 0.0), learned.get("held_back_recall@10_without", -1.0)
+    with_it, without = (
+        learned.get("held_back_recall@10", 0.0),
+        learned.get("held_back_recall@10_without", -1.0),
+    )
     if fitted is None or (adapter == "auto" and with_it <= without):
         return SpacesReport(report, None, learned, measured, PLAIN)
     return SpacesReport(report, fitted, learned, measured, ADAPTED)
 
 
 def learn_adapter(
-    new: ModelBundle, old: ModelBundle, dataset: Dataset, *, rank: int = 0, queries: int = FIT_QUERIES, seed: int = 0
+    new: ModelBundle,
+    old: ModelBundle,
+    dataset: Dataset,
+    *,
+    rank: int = 0,
+    queries: int = FIT_QUERIES,
+    seed: int = 0,
 ) -> tuple[SpaceAdapter, dict[str, Any]]:
     """Learn a linear map from the newer query space to the older space, from train queries.
 
@@ -176,7 +208,10 @@ def learn_adapter(
     )
     texts = pairs["query"].unique(maintain_order=True)
     if texts.is_empty():
-        raise ConfigError(f"an adapter is learned from train pairs, but data set {dataset.name!r} has none. Use --adapter none.")
+        raise ConfigError(
+            f"an adapter is learned from train pairs, but data set {dataset.name!r} has none. Use"
+            " --adapter none."
+        )
     texts = texts.sample(min(queries, len(texts)), seed=seed, shuffle=True)
     pairs = pairs.filter(pl.col("query").is_in(texts.implode()))
     say(f"learning the adapter from {len(texts):,} train queries and {pairs.height:,} pairs")
@@ -184,9 +219,13 @@ def learn_adapter(
     paired = pl.col("id").is_in(pairs["entity_id"].unique().implode())
     known = dataset.catalogue.filter(paired & pl.col("entity_type").is_in(embedded))
     entities = old.embed_entities(known)
-    place = known.select("entity_type", entity_id=pl.col("id"), row=pl.int_range(pl.len(), dtype=pl.Int64))
+    place = known.select(
+        "entity_type", entity_id=pl.col("id"), row=pl.int_range(pl.len(), dtype=pl.Int64)
+    )
     number = pl.DataFrame({"query": texts, "number": np.arange(len(texts))})
-    pairs = pairs.join(place, on=["entity_type", "entity_id"], how="inner").join(number, on="query", how="inner")
+    pairs = pairs.join(place, on=["entity_type", "entity_id"], how="inner").join(
+        number, on="query", how="inner"
+    )
     of_query, of_entity = pairs["number"].to_numpy(), pairs["row"].to_numpy()
     centres = np.zeros_like(old_queries)
     np.add.at(centres, of_query, entities[of_entity])
@@ -223,11 +262,21 @@ def _top_10(queries: Float32, entities: Float32) -> npt.NDArray[np.int64]:
 
 
 def _overlap(rows: npt.NDArray[np.int64], reference: npt.NDArray[np.int64]) -> float:
-    return float(np.mean([len(set(a) & set(b)) / max(1, len(b)) for a, b in zip(rows.tolist(), reference.tolist(), strict=True)]))
+    return float(
+        np.mean(
+            [
+                len(set(a) & set(b)) / max(1, len(b))
+                for a, b in zip(rows.tolist(), reference.tolist(), strict=True)
+            ]
+        )
+    )
 
 
 def _hits(
-    rows: npt.NDArray[np.int64], numbers: npt.NDArray[np.int64], of_query: npt.NDArray[np.int64], of_entity: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64],
+    numbers: npt.NDArray[np.int64],
+    of_query: npt.NDArray[np.int64],
+    of_entity: npt.NDArray[np.int64],
 ) -> float:
     """Share of the held-back queries' pairs whose entity is among the query's rows."""
     where = np.full(int(of_query.max(initial=0)) + 1, -1)

@@ -32,7 +32,8 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(
-            f"{path}: expected a TOML file, but there is none. `omni train --print-config` prints one to start from."
+            f"{path}: expected a TOML file, but there is none. `omni train --print-config` prints"
+            " one to start from."
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
@@ -53,7 +54,10 @@ def build_config(cls: type[T], table: Mapping[str, Any], where: str = "config") 
     value = _build(cls, table, "", problems)
     if problems:
         plural = "mistake" if len(problems) == 1 else "mistakes"
-        raise ConfigError(f"{where}: {len(problems)} {plural}\n" + "\n".join(f"  {problem}" for problem in problems))
+        raise ConfigError(
+            f"{where}: {len(problems)} {plural}\n"
+            + "\n".join(f"  {problem}" for problem in problems)
+        )
     assert value is not None, "no problem was reported, so the config was built"
     return value
 
@@ -66,15 +70,23 @@ def _build(cls: type[T], table: Mapping[str, Any], prefix: str, problems: list[s
     for key, raw in table.items():
         name = f"{prefix}{key}"
         if key not in fields:
-            problems.append(f"unknown key {name!r}{nearest(key, fields)}; known here: {', '.join(fields)}")
+            problems.append(
+                f"unknown key {name!r}{nearest(key, fields)}; known here: {', '.join(fields)}"
+            )
             continue
         seen = len(problems)
         value = _convert(hints[key], raw, name, problems)
         if len(problems) == seen:
             values[key] = value
-    missing = [f.name for f in fields.values() if f.default is f.default_factory is dataclasses.MISSING and f.name not in table]
+    missing = [
+        f.name
+        for f in fields.values()
+        if f.default is f.default_factory is dataclasses.MISSING and f.name not in table
+    ]
     problems.extend(f"missing key '{prefix}{name}'" for name in missing)
-    required = {f.name for f in fields.values() if f.default is f.default_factory is dataclasses.MISSING}
+    required = {
+        f.name for f in fields.values() if f.default is f.default_factory is dataclasses.MISSING
+    }
     if not required <= values.keys():
         return None
     try:  # also when a key was wrong: the good values may break rules of their own, and all mistakes are told at once
@@ -96,7 +108,9 @@ def _convert(hint: Any, raw: Any, name: str, problems: list[str]) -> Any:
         problems.append(f"{name!r} must be a table, but got {raw!r}")
     elif origin is tuple:
         if isinstance(raw, list | tuple):
-            return tuple(_convert(arguments[0], item, f"{name}[{i}]", problems) for i, item in enumerate(raw))
+            return tuple(
+                _convert(arguments[0], item, f"{name}[{i}]", problems) for i, item in enumerate(raw)
+            )
         problems.append(f"{name!r} must be a list, but got {raw!r}")
     elif origin in (dict, Mapping) or (origin is not None and issubclass(origin, Mapping)):
         if isinstance(raw, Mapping):
@@ -106,7 +120,8 @@ def _convert(hint: Any, raw: Any, name: str, problems: list[str]) -> Any:
         if raw in arguments:
             return raw
         problems.append(
-            f"{name!r} must be one of {', '.join(map(repr, arguments))}, but got {raw!r}{nearest(str(raw), map(str, arguments))}"
+            f"{name!r} must be one of {', '.join(map(repr, arguments))}, but got"
+            f" {raw!r}{nearest(str(raw), map(str, arguments))}"
         )
     elif hint is Path:
         if isinstance(raw, str | Path):
@@ -117,11 +132,16 @@ def _convert(hint: Any, raw: Any, name: str, problems: list[str]) -> Any:
     elif (hint in (int, str, bool) and type(raw) is hint) or hint is Any:
         return raw
     else:
-        problems.append(f"{name!r} must be {getattr(hint, '__name__', hint)}, but got {type(raw).__name__} {raw!r}")
+        problems.append(
+            f"{name!r} must be {getattr(hint, '__name__', hint)}, but got {type(raw).__name__}"
+            f" {raw!r}"
+        )
     return None
 
 
-def _mapping(arguments: tuple[Any, ...], raw: Mapping[str, Any], name: str, problems: list[str]) -> dict[Any, Any]:
+def _mapping(
+    arguments: tuple[Any, ...], raw: Mapping[str, Any], name: str, problems: list[str]
+) -> dict[Any, Any]:
     key_type, value_type = arguments
     result: dict[Any, Any] = {}
     for key, value in raw.items():
@@ -139,7 +159,11 @@ def to_table(config: Any) -> dict[str, Any]:
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if getattr(value, f.name) is not None}
+            return {
+                f.name: plain(getattr(value, f.name))
+                for f in dataclasses.fields(value)
+                if getattr(value, f.name) is not None
+            }
         if isinstance(value, Mapping):
             return {str(k): plain(v) for k, v in value.items()}
         if isinstance(value, tuple | list):

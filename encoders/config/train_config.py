@@ -66,20 +66,34 @@ class DatasetConfig:
         object.__setattr__(self, "entity_type", entity_type)
         object.__setattr__(self, "candidates", candidates)
         object.__setattr__(self, "share", share)
-        unknown = [c for c in candidates if c not in (ENTITY, QUERY) and not c.startswith(VECTOR_PREFIX)]
+        unknown = [
+            c for c in candidates if c not in (ENTITY, QUERY) and not c.startswith(VECTOR_PREFIX)
+        ]
         hints = ", ".join(f"{c!r}{nearest(c, (ENTITY, QUERY, VECTOR_PREFIX))}" for c in unknown)
         queries = entity_type == "query"
         wrong_side = [c for c in candidates if c not in unknown and (c == QUERY) != queries]
         _check(
             (self.name != "", "name must not be empty"),
             (self.share > 0, f"share must be above 0, but got {self.share}"),
-            (0 <= self.balance_exponent <= 1, f"balance_exponent must lie in [0, 1], but got {self.balance_exponent}"),
-            (not unknown, f"candidates must be 'entity', 'query' or 'vector:COLUMN', but got {hints}"),
+            (
+                0 <= self.balance_exponent <= 1,
+                f"balance_exponent must lie in [0, 1], but got {self.balance_exponent}",
+            ),
+            (
+                not unknown,
+                f"candidates must be 'entity', 'query' or 'vector:COLUMN', but got {hints}",
+            ),
             (
                 not wrong_side,
-                f"candidates {wrong_side} cannot embed a {entity_type!r}: related queries need 'query', entities 'entity' or 'vector:COL'",
+                (
+                    f"candidates {wrong_side} cannot embed a {entity_type!r}: related queries need"
+                    " 'query', entities 'entity' or 'vector:COL'"
+                ),
             ),
-            (len(set(candidates)) == len(candidates), f"candidates must differ, but got {list(candidates)}"),
+            (
+                len(set(candidates)) == len(candidates),
+                f"candidates must differ, but got {list(candidates)}",
+            ),
         )
 
 
@@ -121,8 +135,14 @@ class EntityTowerSettings:
         _check(
             (0 <= self.dropout < 1, f"dropout must lie in [0, 1), but got {self.dropout}"),
             (self.table_rows >= 1, f"table_rows must be at least 1, but got {self.table_rows}"),
-            (self.token_dimension >= 1, f"token_dimension must be at least 1, but got {self.token_dimension}"),
-            (all(width >= 1 for width in self.hidden), f"hidden widths must be at least 1, but got {self.hidden}"),
+            (
+                self.token_dimension >= 1,
+                f"token_dimension must be at least 1, but got {self.token_dimension}",
+            ),
+            (
+                all(width >= 1 for width in self.hidden),
+                f"hidden widths must be at least 1, but got {self.hidden}",
+            ),
         )
 
 
@@ -149,8 +169,17 @@ class LossConfig:
     def __post_init__(self) -> None:
         _check(
             (self.temperature > 0, f"temperature must be above 0, but got {self.temperature}"),
-            (self.random_negatives >= 0, f"random_negatives must not be negative, but got {self.random_negatives}"),
-            (self.random_query_negatives >= 0, f"random_query_negatives must not be negative, but got {self.random_query_negatives}"),
+            (
+                self.random_negatives >= 0,
+                f"random_negatives must not be negative, but got {self.random_negatives}",
+            ),
+            (
+                self.random_query_negatives >= 0,
+                (
+                    "random_query_negatives must not be negative, but got"
+                    f" {self.random_query_negatives}"
+                ),
+            ),
             (
                 all(d >= 1 and w >= 0 for d, w in self.matryoshka.items()),
                 f"matryoshka needs prefixes >= 1 and weights >= 0, but got {self.matryoshka}",
@@ -159,7 +188,10 @@ class LossConfig:
                 self.sketch_width > 0 and self.sketch_width & (self.sketch_width - 1) == 0,
                 f"sketch_width must be a power of two, but got {self.sketch_width}",
             ),
-            (self.sketch_depth >= 1, f"sketch_depth must be at least 1, but got {self.sketch_depth}"),
+            (
+                self.sketch_depth >= 1,
+                f"sketch_depth must be at least 1, but got {self.sketch_depth}",
+            ),
         )
 
 
@@ -184,10 +216,22 @@ class BatchConfig:
     def __post_init__(self) -> None:
         _check(
             (self.pairs >= 1, f"pairs must be at least 1, but got {self.pairs}"),
-            (self.weighting in ("uniform", "count"), f"weighting must be 'uniform' or 'count', but got {self.weighting!r}"),
-            (self.query_chunk >= 0, f"query_chunk must not be negative, but got {self.query_chunk}"),
-            (self.entity_chunk >= 1, f"entity_chunk must be at least 1, but got {self.entity_chunk}"),
-            (self.cross_fit == 0 or self.cross_fit >= 2, f"cross_fit must be 0 (off) or at least 2 folds, but got {self.cross_fit}"),
+            (
+                self.weighting in ("uniform", "count"),
+                f"weighting must be 'uniform' or 'count', but got {self.weighting!r}",
+            ),
+            (
+                self.query_chunk >= 0,
+                f"query_chunk must not be negative, but got {self.query_chunk}",
+            ),
+            (
+                self.entity_chunk >= 1,
+                f"entity_chunk must be at least 1, but got {self.entity_chunk}",
+            ),
+            (
+                self.cross_fit == 0 or self.cross_fit >= 2,
+                f"cross_fit must be 0 (off) or at least 2 folds, but got {self.cross_fit}",
+            ),
         )
 
 
@@ -221,15 +265,33 @@ class OptimiserConfig:
         _check(
             (
                 self.name in ("adamw", "lamb"),
-                f"name must be 'adamw' or 'lamb', but got {self.name!r}{nearest(self.name, ('adamw', 'lamb'))}",
+                (
+                    "name must be 'adamw' or 'lamb', but got"
+                    f" {self.name!r}{nearest(self.name, ('adamw', 'lamb'))}"
+                ),
             ),
-            (self.learning_rate > 0, f"learning_rate must be above 0, but got {self.learning_rate}"),
+            (
+                self.learning_rate > 0,
+                f"learning_rate must be above 0, but got {self.learning_rate}",
+            ),
             (min(rates) >= 0, f"learning rates must not be negative, but got {rates}"),
-            (self.weight_decay >= 0, f"weight_decay must not be negative, but got {self.weight_decay}"),
-            (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1, f"betas must lie in [0, 1), but got {(self.beta1, self.beta2)}"),
+            (
+                self.weight_decay >= 0,
+                f"weight_decay must not be negative, but got {self.weight_decay}",
+            ),
+            (
+                0 <= self.beta1 < 1 and 0 <= self.beta2 < 1,
+                f"betas must lie in [0, 1), but got {(self.beta1, self.beta2)}",
+            ),
             (self.clip_norm >= 0, f"clip_norm must not be negative, but got {self.clip_norm}"),
-            (self.warmup_steps >= 0, f"warmup_steps must not be negative, but got {self.warmup_steps}"),
-            (0 <= self.final_fraction <= 1, f"final_fraction must lie in [0, 1], but got {self.final_fraction}"),
+            (
+                self.warmup_steps >= 0,
+                f"warmup_steps must not be negative, but got {self.warmup_steps}",
+            ),
+            (
+                0 <= self.final_fraction <= 1,
+                f"final_fraction must lie in [0, 1], but got {self.final_fraction}",
+            ),
         )
 
 
@@ -255,19 +317,30 @@ class ValidationConfig:
     no entity type's held-back pairs notice. For towers that start from a pretrained one and its projection."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "residual_scales", tuple(float(scale) for scale in self.residual_scales))
+        object.__setattr__(
+            self, "residual_scales", tuple(float(scale) for scale in self.residual_scales)
+        )
         object.__setattr__(self, "query_scales", tuple(float(scale) for scale in self.query_scales))
         _check(
-            (all(0 <= scale <= 1 for scale in self.query_scales), f"query_scales must lie in [0, 1], but got {self.query_scales}"),
+            (
+                all(0 <= scale <= 1 for scale in self.query_scales),
+                f"query_scales must lie in [0, 1], but got {self.query_scales}",
+            ),
             (
                 all(0 <= scale <= 1 for scale in self.residual_scales),
                 f"residual_scales must lie in [0, 1], but got {self.residual_scales}",
             ),
             (0 <= self.fraction < 1, f"fraction must lie in [0, 1), but got {self.fraction}"),
             (self.pairs >= 1, f"pairs must be at least 1, but got {self.pairs}"),
-            (self.every_steps >= 0, f"every_steps must not be negative, but got {self.every_steps}"),
+            (
+                self.every_steps >= 0,
+                f"every_steps must not be negative, but got {self.every_steps}",
+            ),
             (self.patience >= 0, f"patience must not be negative, but got {self.patience}"),
-            (not (self.patience and not self.every_steps), "patience needs every_steps above 0: there is nothing to be patient about"),
+            (
+                not (self.patience and not self.every_steps),
+                "patience needs every_steps above 0: there is nothing to be patient about",
+            ),
         )
 
 
@@ -325,18 +398,36 @@ class TrainConfig:
         _check(
             (self.steps >= 0, f"steps must not be negative, but got {self.steps}"),
             (self.epochs >= 0, f"epochs must not be negative, but got {self.epochs}"),
-            (not (self.steps and self.epochs), f"give steps or epochs, not both: got steps = {self.steps} and epochs = {self.epochs}"),
-            (self.max_seconds >= 0, f"max_seconds must not be negative, but got {self.max_seconds}"),
+            (
+                not (self.steps and self.epochs),
+                (
+                    f"give steps or epochs, not both: got steps = {self.steps} and epochs ="
+                    f" {self.epochs}"
+                ),
+            ),
+            (
+                self.max_seconds >= 0,
+                f"max_seconds must not be negative, but got {self.max_seconds}",
+            ),
             (
                 self.precision in ("fp32", "bf16"),
-                f"precision must be 'fp32' or 'bf16', but got {self.precision!r}{nearest(self.precision, ('fp32', 'bf16'))}",
+                (
+                    "precision must be 'fp32' or 'bf16', but got"
+                    f" {self.precision!r}{nearest(self.precision, ('fp32', 'bf16'))}"
+                ),
             ),
             (self.log_every >= 1, f"log_every must be at least 1, but got {self.log_every}"),
-            (self.checkpoint_every >= 0, f"checkpoint_every must not be negative, but got {self.checkpoint_every}"),
+            (
+                self.checkpoint_every >= 0,
+                f"checkpoint_every must not be negative, but got {self.checkpoint_every}",
+            ),
             (len(set(names)) == len(names), f"dataset names must differ, but got {names}"),
             (
                 not self.validation.residual_scales or bool(self.features.text_embedding),
-                "validation.residual_scales needs features.text_embedding: there is nothing else to scale towards",
+                (
+                    "validation.residual_scales needs features.text_embedding: there is nothing"
+                    " else to scale towards"
+                ),
             ),
         )
 
@@ -361,7 +452,9 @@ def load_train_config(path: Path) -> TrainConfig:
     if isinstance(data, dict):
         for key in ("catalogue", "pairs"):
             if isinstance(data.get(key), list):
-                data[key] = [str(path.parent / item) if isinstance(item, str) else item for item in data[key]]
+                data[key] = [
+                    str(path.parent / item) if isinstance(item, str) else item for item in data[key]
+                ]
     return train_config(table, str(path))
 
 

@@ -25,7 +25,18 @@ from encoders.text.normal_forms import fold_query
 DEFAULT_ENGAGED_QUERIES = 20
 """Engaged queries kept per entity (paper: top ones by weighted engagement; the number is ours)."""
 
-TEXT_COLUMNS = ("title", "description", "caption", "board_titles", "engaged_queries", "category", "brand", "color", "material", "pattern")
+TEXT_COLUMNS = (
+    "title",
+    "description",
+    "caption",
+    "board_titles",
+    "engaged_queries",
+    "category",
+    "brand",
+    "color",
+    "material",
+    "pattern",
+)
 """Catalogue columns that hold text to search."""
 
 
@@ -64,7 +75,9 @@ class Dataset:
         return self.catalogue["entity_type"].unique(maintain_order=True).to_list()
 
 
-def load_sample(*, engaged_queries: int = DEFAULT_ENGAGED_QUERIES, pictures: bool = True) -> Dataset:
+def load_sample(
+    *, engaged_queries: int = DEFAULT_ENGAGED_QUERIES, pictures: bool = True
+) -> Dataset:
     """The data set in the package: 1,594 pins, 4,855 products, 378 ads, 217,198 pairs in 17 languages.
 
     Args:
@@ -81,7 +94,12 @@ def load_sample(*, engaged_queries: int = DEFAULT_ENGAGED_QUERIES, pictures: boo
     return _assemble("sample", entities, pairs, svg, {}, engaged_queries)
 
 
-def load_large(folder: Path, *, engaged_queries: int = DEFAULT_ENGAGED_QUERIES, sources: Iterable[str] | None = None) -> Dataset:
+def load_large(
+    folder: Path,
+    *,
+    engaged_queries: int = DEFAULT_ENGAGED_QUERIES,
+    sources: Iterable[str] | None = None,
+) -> Dataset:
     """The larger data set: 75,439 entities and 1.86 million pairs in more than 190 languages, for training and evaluation runs.
 
     Pictures of one emoji by several artists form one group, so any of them counts as a correct answer.
@@ -96,20 +114,24 @@ def load_large(folder: Path, *, engaged_queries: int = DEFAULT_ENGAGED_QUERIES, 
     """
     if not folder.is_dir():
         raise ConfigError(
-            f"{folder}: no such folder. Point --data (or OMNI_DATA) at a folder with your tables catalogue and pairs, or with large/."
+            f"{folder}: no such folder. Point --data (or OMNI_DATA) at a folder with your tables"
+            " catalogue and pairs, or with large/."
         )
     folder = folder / "large" if (folder / "large").is_dir() else folder
     missing = [name for name in LARGE_FILES if not (folder / name).is_file()]
     if missing:
         raise ConfigError(
-            f"expected {', '.join(missing)} in {folder}, but they are not there. Point --data (or OMNI_DATA) at the folder with large/, "
-            "or at one with your tables catalogue and pairs (`omni pairs` writes both)."
+            f"expected {', '.join(missing)} in {folder}, but they are not there. Point --data (or"
+            " OMNI_DATA) at the folder with large/, or at one with your tables catalogue and pairs"
+            " (`omni pairs` writes both)."
         )
     entities = _read_json_lines((folder / "entities.jsonl.gz").read_bytes()).unique(
         "id", keep="first", maintain_order=True
     )  # one row is there twice
     if sources is not None:
-        entities = entities.filter(pl.any_horizontal([pl.col("source").str.starts_with(source) for source in sources]))
+        entities = entities.filter(
+            pl.any_horizontal([pl.col("source").str.starts_with(source) for source in sources])
+        )
     pairs = pl.concat(
         [
             _read_array_lines(folder / "pairs_train.jsonl.gz").with_columns(split=pl.lit("train")),
@@ -117,10 +139,19 @@ def load_large(folder: Path, *, engaged_queries: int = DEFAULT_ENGAGED_QUERIES, 
         ]
     )
     if "advertiser" in entities.columns:
-        entities = entities.with_columns(pl.col("advertiser").map_elements(_one_name, return_dtype=pl.String))
-    groups = {id: "emoji:" + id.rsplit(":", 1)[1] for id in entities["id"].to_list() if id.startswith("emoji:")}
+        entities = entities.with_columns(
+            pl.col("advertiser").map_elements(_one_name, return_dtype=pl.String)
+        )
+    groups = {
+        id: "emoji:" + id.rsplit(":", 1)[1]
+        for id in entities["id"].to_list()
+        if id.startswith("emoji:")
+    }
     entities = entities.with_columns(
-        character=pl.Series([_character(groups[id]) if id in groups else None for id in entities["id"].to_list()], dtype=pl.String)
+        character=pl.Series(
+            [_character(groups[id]) if id in groups else None for id in entities["id"].to_list()],
+            dtype=pl.String,
+        )
     )
     return _assemble("large", entities, pairs, {}, groups, engaged_queries)
 
@@ -137,9 +168,16 @@ def load_tables(folder: Path, *, engaged_queries: int = DEFAULT_ENGAGED_QUERIES)
     """
     tables = {}
     for table in ("catalogue", "pairs"):
-        found = sorted(path for path in folder.glob(f"{table}*") if path.is_dir() or path.name.split(".")[0] == table)
+        found = sorted(
+            path
+            for path in folder.glob(f"{table}*")
+            if path.is_dir() or path.name.split(".")[0] == table
+        )
         if not found:
-            raise ConfigError(f"expected a table {table!r} in {folder} (e.g. {table}.parquet), but found none. `omni pairs` makes it.")
+            raise ConfigError(
+                f"expected a table {table!r} in {folder} (e.g. {table}.parquet), but found none."
+                " `omni pairs` makes it."
+            )
         tables[table] = read_table(found[0], table)
     catalogue, pairs = tables["catalogue"], tables["pairs"]
     pairs = pairs.with_columns(kind=pl.col("action")) if "kind" not in pairs.columns else pairs
@@ -148,7 +186,9 @@ def load_tables(folder: Path, *, engaged_queries: int = DEFAULT_ENGAGED_QUERIES)
     return Dataset(catalogue, pairs, name=folder.name, label="your data")
 
 
-def load_dataset(data_dir: Path | None, *, engaged_queries: int = DEFAULT_ENGAGED_QUERIES) -> Dataset:
+def load_dataset(
+    data_dir: Path | None, *, engaged_queries: int = DEFAULT_ENGAGED_QUERIES
+) -> Dataset:
     """The sample in the package when ``data_dir`` is None; else the larger data set or your own tables, whichever the folder holds."""
     if data_dir is None:
         return load_sample(engaged_queries=engaged_queries, pictures=False)
@@ -166,13 +206,26 @@ def _one_name(name: str) -> str:
         names = ast.literal_eval(name)
     except (ValueError, SyntaxError):
         return name
-    return str(names.get("C") or names.get("en") or names.get("en_GB") or names.get("en-GB") or next(iter(names.values()), ""))
+    return str(
+        names.get("C")
+        or names.get("en")
+        or names.get("en_GB")
+        or names.get("en-GB")
+        or next(iter(names.values()), "")
+    )
 
 
 def _assemble(
-    name: str, entities: pl.DataFrame, pairs: pl.DataFrame, pictures: dict[str, str], groups: dict[str, str], cap: int
+    name: str,
+    entities: pl.DataFrame,
+    pairs: pl.DataFrame,
+    pictures: dict[str, str],
+    groups: dict[str, str],
+    cap: int,
 ) -> Dataset:
-    entities = entities.rename({"boards": "board_titles"}) if "boards" in entities.columns else entities
+    entities = (
+        entities.rename({"boards": "board_titles"}) if "boards" in entities.columns else entities
+    )
     if "board_titles" in entities.columns:
         entities = entities.with_columns(pl.col("board_titles").fill_null([]))
     types = entities.select(pl.col("id").alias("entity_id"), "entity_type")
@@ -188,10 +241,14 @@ def _assemble(
         pl.lit(None, dtype=pl.Datetime("us", "UTC")).alias("timestamp"),
         "split",
     )
-    return Dataset(with_engaged_queries(entities, pairs, cap), pairs, pictures, groups, name, ANNOTATIONS)
+    return Dataset(
+        with_engaged_queries(entities, pairs, cap), pairs, pictures, groups, name, ANNOTATIONS
+    )
 
 
-def with_engaged_queries(catalogue: pl.DataFrame, pairs: pl.DataFrame, cap: int = DEFAULT_ENGAGED_QUERIES) -> pl.DataFrame:
+def with_engaged_queries(
+    catalogue: pl.DataFrame, pairs: pl.DataFrame, cap: int = DEFAULT_ENGAGED_QUERIES
+) -> pl.DataFrame:
     """Add ``engaged_queries``: up to ``cap`` distinct train-split queries of each entity, languages taken in turn, specific ones first.
 
     Within one language a query that few entities share comes before one that many share (then alphabetical); English goes first in each
@@ -208,7 +265,9 @@ def with_engaged_queries(catalogue: pl.DataFrame, pairs: pl.DataFrame, cap: int 
     if cap < 0:
         raise ConfigError(f"engaged_queries must be 0 or more, but got {cap}.")
     train = pairs.lazy().filter(pl.col("split") == "train").select("query", "language", "entity_id")
-    unique = train.with_columns(english=(pl.col("language") == "en")).sort("english", "language", descending=[True, False])
+    unique = train.with_columns(english=(pl.col("language") == "en")).sort(
+        "english", "language", descending=[True, False]
+    )
     unique = unique.unique(["query", "entity_id"], keep="first", maintain_order=True)
     ranked = (
         unique.with_columns(shared=pl.len().over("query"))
@@ -220,10 +279,14 @@ def with_engaged_queries(catalogue: pl.DataFrame, pairs: pl.DataFrame, cap: int 
         .rename({"entity_id": "id"})
     )
     kept = catalogue.drop("engaged_queries", strict=False)
-    return kept.join(ranked.collect(), on="id", how="left", maintain_order="left").with_columns(pl.col("engaged_queries").fill_null([]))
+    return kept.join(ranked.collect(), on="id", how="left", maintain_order="left").with_columns(
+        pl.col("engaged_queries").fill_null([])
+    )
 
 
-def split_by_query(queries: Iterable[str], *, heldout_share: float = 0.1, seed: int = 0) -> list[str]:
+def split_by_query(
+    queries: Iterable[str], *, heldout_share: float = 0.1, seed: int = 0
+) -> list[str]:
     """``train`` or ``heldout`` for each query, decided by a hash of its folded string: equal strings always fall on one side.
 
     Args:
@@ -236,7 +299,11 @@ def split_by_query(queries: Iterable[str], *, heldout_share: float = 0.1, seed: 
     """
     if not 0 <= heldout_share <= 1:
         raise ConfigError(f"heldout_share must lie in [0, 1], but got {heldout_share}.")
-    folded = pl.DataFrame({"query": list(queries)}, schema={"query": pl.String}).select(fold_query(pl.col("query")))["query"].to_list()
+    folded = (
+        pl.DataFrame({"query": list(queries)}, schema={"query": pl.String})
+        .select(fold_query(pl.col("query")))["query"]
+        .to_list()
+    )
     if not folded:
         return []
     positions = mix64(hash_texts(folded), seed).astype(np.float64) / 2.0**64
@@ -251,10 +318,14 @@ def _read_array_lines(path: Path) -> pl.DataFrame:
     lines = gzip.decompress(path.read_bytes()).decode("utf-8").rstrip("\n").split("\n")
     rows = pl.Series("row", lines).str.json_decode(pl.List(pl.String))
     frame = rows.to_frame().select(
-        pl.col("row").list.get(i).alias(name) for i, name in enumerate(("language", "query", "entity_id", "kind"))
+        pl.col("row").list.get(i).alias(name)
+        for i, name in enumerate(("language", "query", "entity_id", "kind"))
     )
     if frame["kind"].null_count():
-        raise SchemaError(f"{path}: expected rows [language, query, entity_id, kind], but a row is shorter. Unpack the file again.")
+        raise SchemaError(
+            f"{path}: expected rows [language, query, entity_id, kind], but a row is shorter."
+            " Unpack the file again."
+        )
     return frame
 
 
@@ -264,7 +335,10 @@ def _read_svg(packed: bytes) -> dict[str, str]:
 
 
 def _svg(viewbox: list[float], body: str) -> str:
-    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {viewbox[0]} {viewbox[1]}">{body}</svg>'
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {viewbox[0]}'
+        f' {viewbox[1]}">{body}</svg>'
+    )
 
 
 def _character(group: str) -> str:

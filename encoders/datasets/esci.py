@@ -46,7 +46,9 @@ def read(folder: Path) -> dict[str, pl.DataFrame]:
         identifier.alias("id"),
         pl.lit("product").alias("entity_type"),
         pl.col("product_title").alias("title"),
-        pl.concat_str("product_description", "product_bullet_point", separator="\n", ignore_nulls=True).alias("description"),
+        pl.concat_str(
+            "product_description", "product_bullet_point", separator="\n", ignore_nulls=True
+        ).alias("description"),
         pl.col("product_brand").alias("brand"),
         pl.col("product_color").alias("color"),
         pl.col("product_locale").replace(COUNTRIES).alias("country"),
@@ -54,7 +56,9 @@ def read(folder: Path) -> dict[str, pl.DataFrame]:
     judgements = examples.select(
         "query",
         identifier.alias("entity_id"),
-        pl.col("esci_label").replace_strict(GRADES, default=None, return_dtype=pl.Int64).alias("grade"),
+        pl.col("esci_label")
+        .replace_strict(GRADES, default=None, return_dtype=pl.Int64)
+        .alias("grade"),
         pl.col("product_locale").replace(COUNTRIES).alias("country"),
         pl.lit("esci").alias("judge"),
     )
@@ -73,10 +77,16 @@ def read(folder: Path) -> dict[str, pl.DataFrame]:
 def _read(folder: Path, name: str, columns: tuple[str, ...]) -> pl.DataFrame:
     path = folder / f"shopping_queries_dataset_{name}.parquet"
     if not path.is_file():
-        raise DataError(f"{folder}: expected {path.name}, found none. Download the ESCI data set and name the folder that holds this file.")
+        raise DataError(
+            f"{folder}: expected {path.name}, found none. Download the ESCI data set and name the"
+            " folder that holds this file."
+        )
     frame = pl.scan_parquet(path)
     found = frame.collect_schema().names()
     missing = [c for c in columns if c not in found]
     if missing:
-        raise SchemaError(f"{path.name}: the published column(s) {', '.join(missing)} are missing; found {', '.join(found)}.")
+        raise SchemaError(
+            f"{path.name}: the published column(s) {', '.join(missing)} are missing; found"
+            f" {', '.join(found)}."
+        )
     return frame.select(columns).collect()

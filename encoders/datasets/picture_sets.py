@@ -24,13 +24,21 @@ def read_small(folder: Path) -> dict[str, pl.DataFrame]:
         DataError: The files are not there.
     """
     folder = folder / "small" if (folder / "small").is_dir() else folder
-    missing = [name for name in ("entities.jsonl.gz", "pairs.jsonl.gz") if not (folder / name).is_file()]
+    missing = [
+        name for name in ("entities.jsonl.gz", "pairs.jsonl.gz") if not (folder / name).is_file()
+    ]
     if missing:
         raise DataError(f"{folder}: expected {', '.join(missing)}, found none.")
     catalogue = read_raw(folder / "entities.jsonl.gz").rename({"boards": "board_titles"})
     types = catalogue.select(pl.col("id").alias("entity_id"), "entity_type")
-    pairs = read_raw(folder / "pairs.jsonl.gz").join(types, on="entity_id", how="left", maintain_order="left")
-    return {"catalogue": catalogue, "boards": _boards(catalogue), "pairs": pairs.rename({"kind": "action"})}
+    pairs = read_raw(folder / "pairs.jsonl.gz").join(
+        types, on="entity_id", how="left", maintain_order="left"
+    )
+    return {
+        "catalogue": catalogue,
+        "boards": _boards(catalogue),
+        "pairs": pairs.rename({"kind": "action"}),
+    }
 
 
 def read_large(folder: Path) -> dict[str, pl.DataFrame]:
@@ -48,5 +56,9 @@ def read_large(folder: Path) -> dict[str, pl.DataFrame]:
 
 
 def _boards(catalogue: pl.DataFrame) -> pl.DataFrame:
-    rows = catalogue.select(pl.col("board_titles").alias("title"), pl.col("id").alias("entity_id")).explode("title").drop_nulls("title")
+    rows = (
+        catalogue.select(pl.col("board_titles").alias("title"), pl.col("id").alias("entity_id"))
+        .explode("title")
+        .drop_nulls("title")
+    )
     return rows.select(pl.col("title").alias("board_id"), "title", "entity_id")

@@ -26,16 +26,30 @@ def query_entities(pairs: pl.DataFrame, split: str | None = None) -> pl.DataFram
     """
     kept = pairs if split is None else pairs.filter(pl.col("split") == split)
     by_language = (
-        kept.group_by("query", "language", "split").agg(pl.col("count").sum()).sort(["count", "language"], descending=[True, False])
+        kept.group_by("query", "language", "split")
+        .agg(pl.col("count").sum())
+        .sort(["count", "language"], descending=[True, False])
     )
-    by_query = by_language.group_by("query", "split", maintain_order=True).agg(pl.col("language").first(), pl.col("count").sum())
+    by_query = by_language.group_by("query", "split", maintain_order=True).agg(
+        pl.col("language").first(), pl.col("count").sum()
+    )
     return by_query.sort(["count", "query"], descending=[True, False]).select(
-        pl.col("query").alias("id"), pl.lit("query").alias("entity_type"), pl.col("query").alias("title"), "language", "count", "split"
+        pl.col("query").alias("id"),
+        pl.lit("query").alias("entity_type"),
+        pl.col("query").alias("title"),
+        "language",
+        "count",
+        "split",
     )
 
 
 def related_query_pairs(
-    pairs: pl.DataFrame, *, per_query: int = 5, max_entities: int = 40, partners_per_entity: int = 200, seed: int = 0
+    pairs: pl.DataFrame,
+    *,
+    per_query: int = 5,
+    max_entities: int = 40,
+    partners_per_entity: int = 200,
+    seed: int = 0,
 ) -> pl.DataFrame:
     """Derive related-query pairs: names of one entity in two languages, and queries that share rare entities. Derived, not logged.
 
@@ -65,12 +79,23 @@ def related_query_pairs(
         luck=pl.Series(mix64(hash_texts(edges["query"].to_list()), seed)),
     ).filter(pl.col("degree") <= max_entities)
     if edges.is_empty():
-        return _related_table(pairs.head(0).select("query", "language", "split"), [], np.zeros(0, np.float32), np.zeros(0, bool))
-    nodes = edges.group_by("query", maintain_order=True).agg(pl.col("language").first(), pl.col("split").first()).sort("query")
+        return _related_table(
+            pairs.head(0).select("query", "language", "split"),
+            [],
+            np.zeros(0, np.float32),
+            np.zeros(0, bool),
+        )
+    nodes = (
+        edges.group_by("query", maintain_order=True)
+        .agg(pl.col("language").first(), pl.col("split").first())
+        .sort("query")
+    )
     nodes = nodes.with_columns(same=fold_query(pl.col("query")).rank("dense"))
     rows = edges["query"].cast(pl.Enum(nodes["query"])).to_physical().to_numpy().astype(np.int64)
     columns = edges["entity_id"].rank("dense").to_numpy().astype(np.int64) - 1
-    lent = (pl.col("split") == "train") & (pl.col("luck").rank("ordinal").over("entity_id", "split") <= partners_per_entity)
+    lent = (pl.col("split") == "train") & (
+        pl.col("luck").rank("ordinal").over("entity_id", "split") <= partners_per_entity
+    )
     right = edges.select(lent.alias("lent"))["lent"].to_numpy()
     shape = (nodes.height, int(columns.max()) + 1)
     value = (1.0 / np.sqrt(edges["degree"].to_numpy())).astype(np.float32)
@@ -78,19 +103,32 @@ def related_query_pairs(
     named = edges["name"].to_numpy()
     left_side = csr_matrix((value * rarity, (rows, columns)), shape)
     right_side = csr_matrix((value[right], (columns[right], rows[right])), shape[::-1])
-    left_names = csr_matrix((np.ones(named.sum(), np.float32), (rows[named], columns[named])), shape)
+    left_names = csr_matrix(
+        (np.ones(named.sum(), np.float32), (rows[named], columns[named])), shape
+    )
     both = named & right
-    right_names = csr_matrix((np.ones(both.sum(), np.float32), (columns[both], rows[both])), shape[::-1])
+    right_names = csr_matrix(
+        (np.ones(both.sum(), np.float32), (columns[both], rows[both])), shape[::-1]
+    )
     same = nodes["same"].to_numpy()
     found: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
     for start in range(0, nodes.height, RELATED_BLOCK):
         block = slice(start, start + RELATED_BLOCK)
         names = left_names[block] @ right_names
         names.data[:] = 1.0
-        found.append(_best_partners(left_side[block] @ right_side, names, start, same, per_query, seed))
-    from_row, to_row, weight, translated = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        found.append(
+            _best_partners(left_side[block] @ right_side, names, start, same, per_query, seed)
+        )
+    from_row, to_row, weight, translated = (
+        np.concatenate(parts) for parts in zip(*found, strict=True)
+    )
     queries = nodes["query"]
-    return _related_table(nodes[from_row].select("query", "language", "split"), queries.gather(to_row).to_list(), weight, translated)
+    return _related_table(
+        nodes[from_row].select("query", "language", "split"),
+        queries.gather(to_row).to_list(),
+        weight,
+        translated,
+    )
 
 
 def _best_partners(
@@ -98,7 +136,11 @@ def _best_partners(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """The best partners of a block of queries: (query rows, partner rows, weights, whether a translation), best first per query."""
     total = (shared + names).tocoo()
-    rows, columns, weights = total.row.astype(np.int64) + start, total.col.astype(np.int64), total.data
+    rows, columns, weights = (
+        total.row.astype(np.int64) + start,
+        total.col.astype(np.int64),
+        total.data,
+    )
     different = same[rows] != same[columns]
     rows, columns, weights = rows[different], columns[different], weights[different]
     luck = mix64(rows.astype(np.uint64) * np.uint64(len(same)) + columns.astype(np.uint64), seed)
@@ -110,8 +152,14 @@ def _best_partners(
     return rows[kept], columns[kept], weights[kept], weights[kept] > 1.0
 
 
-def _related_table(left: pl.DataFrame, right: list[str], weight: np.ndarray, translated: np.ndarray) -> pl.DataFrame:
-    kind = pl.Series("kind", np.where(translated, "derived_translation", "derived_shared").tolist(), dtype=pl.String)
+def _related_table(
+    left: pl.DataFrame, right: list[str], weight: np.ndarray, translated: np.ndarray
+) -> pl.DataFrame:
+    kind = pl.Series(
+        "kind",
+        np.where(translated, "derived_translation", "derived_shared").tolist(),
+        dtype=pl.String,
+    )
     return left.select(
         "query",
         "language",

@@ -20,7 +20,14 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "photos": ("photo_id", "photo_image_url", "photo_description", "ai_description"),
     "keywords": ("photo_id", "keyword", "suggested_by_user"),
     "collections": ("photo_id", "collection_id", "collection_title"),
-    "conversions": ("converted_at", "conversion_type", "keyword", "photo_id", "anonymous_user_id", "conversion_country"),
+    "conversions": (
+        "converted_at",
+        "conversion_type",
+        "keyword",
+        "photo_id",
+        "anonymous_user_id",
+        "conversion_country",
+    ),
 }
 ATTRIBUTES = ("photographer_username", "photo_location_country", "stats_views", "stats_downloads")
 
@@ -37,7 +44,9 @@ def read(folder: Path) -> dict[str, pl.DataFrame]:
         SchemaError: A published column is missing.
     """
     photos, keywords, collections, conversions = (_read(folder, name) for name in COLUMNS)
-    words = keywords.group_by("photo_id", maintain_order=True).agg(pl.col("keyword").alias("keywords"))
+    words = keywords.group_by("photo_id", maintain_order=True).agg(
+        pl.col("keyword").alias("keywords")
+    )
     kept = [c for c in ATTRIBUTES if c in photos.columns]
     catalogue = photos.join(words, on="photo_id", how="left", maintain_order="left").select(
         pl.col("photo_id").alias("id"),
@@ -49,7 +58,11 @@ def read(folder: Path) -> dict[str, pl.DataFrame]:
         "keywords",
         *kept,
     )
-    boards = collections.select(pl.col("collection_id").alias("board_id"), pl.col("collection_title").alias("title"), entity_id="photo_id")
+    boards = collections.select(
+        pl.col("collection_id").alias("board_id"),
+        pl.col("collection_title").alias("title"),
+        entity_id="photo_id",
+    )
     log = conversions.select(
         pl.col("converted_at").alias("timestamp"),
         pl.col("keyword").alias("query"),
@@ -59,20 +72,30 @@ def read(folder: Path) -> dict[str, pl.DataFrame]:
         pl.col("photo_id").alias("entity_id"),
         pl.col("conversion_type").replace({"download": "save"}).alias("action"),
     )
-    suggested = keywords.filter(pl.col("suggested_by_user").str.to_lowercase().is_in(["t", "true", "1"]))
+    suggested = keywords.filter(
+        pl.col("suggested_by_user").str.to_lowercase().is_in(["t", "true", "1"])
+    )
     pairs = suggested.select(
         pl.col("keyword").alias("query"),
         pl.lit("pin").alias("entity_type"),
         pl.col("photo_id").alias("entity_id"),
         pl.lit("keyword").alias("action"),
     )
-    pairs = pairs.with_columns(pl.Series("split", split_by_query(pairs["query"].to_list()), dtype=pl.String))
+    pairs = pairs.with_columns(
+        pl.Series("split", split_by_query(pairs["query"].to_list()), dtype=pl.String)
+    )
     return {"catalogue": catalogue, "boards": boards, "log": log, "pairs": pairs}
 
 
 def _read(folder: Path, name: str) -> pl.DataFrame:
-    frame = pl.concat([read_raw(part) for part in find_parts(folder, name, (".tsv", ".csv"))], how="diagonal_relaxed")
+    frame = pl.concat(
+        [read_raw(part) for part in find_parts(folder, name, (".tsv", ".csv"))],
+        how="diagonal_relaxed",
+    )
     missing = [c for c in COLUMNS[name] if c not in frame.columns]
     if missing:
-        raise SchemaError(f"{name}: the published column(s) {', '.join(missing)} are missing; found {', '.join(frame.columns)}.")
+        raise SchemaError(
+            f"{name}: the published column(s) {', '.join(missing)} are missing; found"
+            f" {', '.join(frame.columns)}."
+        )
     return frame

@@ -67,21 +67,37 @@ def read(folder: Path) -> dict[str, pl.DataFrame]:
         pl.col("product_id").alias("entity_id"),
         pl.lit("exact").alias("action"),
     )
-    pairs = pairs.with_columns(pl.Series("split", split_by_query(pairs["query"].to_list()), dtype=pl.String))
+    pairs = pairs.with_columns(
+        pl.Series("split", split_by_query(pairs["query"].to_list()), dtype=pl.String)
+    )
     classes = queries.filter(pl.col("query_class").fill_null("") != "")
-    paths = classes.select("query", pl.col("query_class").str.split("/").list.eval(pl.element().str.strip_chars()).alias("path"))
+    paths = classes.select(
+        "query",
+        pl.col("query_class")
+        .str.split("/")
+        .list.eval(pl.element().str.strip_chars())
+        .alias("path"),
+    )
     return {"catalogue": catalogue, "judgements": judgements, "pairs": pairs, "labels": paths}
 
 
 def _read(folder: Path, name: str) -> pl.DataFrame:
     path = folder / f"{name}.csv"
     if not path.is_file():
-        raise DataError(f"{folder}: expected {path.name}, found none. Name the folder 'dataset' of the WANDS repository.")
+        raise DataError(
+            f"{folder}: expected {path.name}, found none. Name the folder 'dataset' of the WANDS"
+            " repository."
+        )
     try:
         frame = pl.read_csv(path, separator="\t", infer_schema=False)
     except pl.exceptions.PolarsError as error:
-        raise DataError(f"{path.name}: not readable as tab-separated UTF-8 ({str(error).splitlines()[0]}).") from error
+        raise DataError(
+            f"{path.name}: not readable as tab-separated UTF-8 ({str(error).splitlines()[0]})."
+        ) from error
     missing = [c for c in COLUMNS[name] if c not in frame.columns]
     if missing:
-        raise SchemaError(f"{path.name}: the published column(s) {', '.join(missing)} are missing; found {', '.join(frame.columns)}.")
+        raise SchemaError(
+            f"{path.name}: the published column(s) {', '.join(missing)} are missing; found"
+            f" {', '.join(frame.columns)}."
+        )
     return frame

@@ -45,7 +45,10 @@ class BoardTitlesConfig:
 
     def __post_init__(self) -> None:
         if self.top < 1 or self.max_characters < 1 or not 0 < self.max_word_prevalence <= 1:
-            raise ConfigError("BoardTitlesConfig: top and max_characters must be at least 1, max_word_prevalence within (0, 1]")
+            raise ConfigError(
+                "BoardTitlesConfig: top and max_characters must be at least 1, max_word_prevalence"
+                " within (0, 1]"
+            )
 
 
 class Prevalence(NamedTuple):
@@ -65,8 +68,17 @@ def word_prevalence(boards: pl.DataFrame, config: BoardTitlesConfig) -> Prevalen
         config: What is noise.
     """
     titles = _read_titles(boards["title"].unique(), config)
-    words = boards.select("entity_id", "title").unique().join(titles, on="title").select("entity_id", "words").explode("words").unique()
-    counts = words.group_by(pl.col("words").alias("word")).agg(pl.len().cast(pl.Int64).alias("entities"))
+    words = (
+        boards.select("entity_id", "title")
+        .unique()
+        .join(titles, on="title")
+        .select("entity_id", "words")
+        .explode("words")
+        .unique()
+    )
+    counts = words.group_by(pl.col("words").alias("word")).agg(
+        pl.len().cast(pl.Int64).alias("entities")
+    )
     return Prevalence(counts.sort("word"), boards["entity_id"].n_unique())
 
 
@@ -76,7 +88,9 @@ def add_prevalence(parts: list[Prevalence]) -> Prevalence:
     return Prevalence(words.sort("word"), sum(p.entities for p in parts))
 
 
-def board_titles(boards: pl.DataFrame, config: BoardTitlesConfig, prevalence: Prevalence | None = None) -> pl.DataFrame:
+def board_titles(
+    boards: pl.DataFrame, config: BoardTitlesConfig, prevalence: Prevalence | None = None
+) -> pl.DataFrame:
     """Rank and choose the board titles of each entity.
 
     A title is noise when it holds no letter, is an address, is too long, or consists of words that are everywhere. Titles of the same
@@ -96,13 +110,19 @@ def board_titles(boards: pl.DataFrame, config: BoardTitlesConfig, prevalence: Pr
     # A board that comes with two titles (it was renamed) keeps the first in alphabetical order.
     filed = boards.group_by("entity_id", "board_id").agg(pl.col("title").min())
     all_boards = filed.group_by("entity_id").agg(pl.len().alias("all_boards"))
-    forms = filed.group_by("entity_id", "title").agg(pl.len().alias("uses")).join(titles, on="title")
+    forms = (
+        filed.group_by("entity_id", "title").agg(pl.len().alias("uses")).join(titles, on="title")
+    )
     if not forms.height:
         return pl.DataFrame(schema=FEATURE_SCHEMA)
     best = (
         forms.sort("uses", "title", descending=[True, False])
         .group_by("entity_id", "key")
-        .agg(pl.col("title").first(), pl.col("uses").sum().cast(pl.Int64).alias("boards"), pl.col("words").first())
+        .agg(
+            pl.col("title").first(),
+            pl.col("uses").sum().cast(pl.Int64).alias("boards"),
+            pl.col("words").first(),
+        )
     )
     on_entity = (
         forms.select("entity_id", "uses", "words")
@@ -113,7 +133,11 @@ def board_titles(boards: pl.DataFrame, config: BoardTitlesConfig, prevalence: Pr
     )
     share = pl.col("entities") / prevalence.entities
     # Whole thousandths, so that sums do not depend on the order in which words come.
-    surprise = (1000 * (share / (pl.col("with_word") / pl.col("all_boards"))).log(2)).round(0).cast(pl.Int64)
+    surprise = (
+        (1000 * (share / (pl.col("with_word") / pl.col("all_boards"))).log(2))
+        .round(0)
+        .cast(pl.Int64)
+    )
     words = (
         best.select("entity_id", "key", "words")
         .explode("words")
@@ -121,31 +145,58 @@ def board_titles(boards: pl.DataFrame, config: BoardTitlesConfig, prevalence: Pr
         .join(prevalence.words, left_on="words", right_on="word")
     )
     scored = words.group_by("entity_id", "key").agg(
-        surprise.sum().alias("sum"), share.min().alias("rarest"), pl.len().cast(pl.Int64).alias("word_count")
+        surprise.sum().alias("sum"),
+        share.min().alias("rarest"),
+        pl.len().cast(pl.Int64).alias("word_count"),
     )
     mean = pl.col("sum") / pl.col("word_count") / 1000
     ranked = (
         best.join(scored, on=["entity_id", "key"])
-        .filter((pl.col("rarest") <= config.max_word_prevalence) | (prevalence.entities * config.max_word_prevalence < 1))
+        .filter(
+            (pl.col("rarest") <= config.max_word_prevalence)
+            | (prevalence.entities * config.max_word_prevalence < 1)
+        )
         .with_columns((mean - (1 + pl.col("boards")).log(2)).round(1).alias("score"))
-        .sort("entity_id", "score", "word_count", pl.col("title").str.len_chars(), "title", descending=[False, False, True, True, False])
+        .sort(
+            "entity_id",
+            "score",
+            "word_count",
+            pl.col("title").str.len_chars(),
+            "title",
+            descending=[False, False, True, True, False],
+        )
         .with_columns(pl.int_range(pl.len()).over("entity_id").alias("place"))
     )
-    first = ranked.select("entity_id", "words", "place").explode("words").group_by("entity_id", "words").agg(pl.col("place").min())
+    first = (
+        ranked.select("entity_id", "words", "place")
+        .explode("words")
+        .group_by("entity_id", "words")
+        .agg(pl.col("place").min())
+    )
     kept = first.select("entity_id", "place").unique()
     chosen = ranked.join(kept, on=["entity_id", "place"], how="semi", maintain_order="left")
-    chosen = chosen.with_columns((pl.int_range(pl.len()) + 1).over("entity_id").alias("rank")).filter(pl.col("rank") <= config.top)
+    chosen = chosen.with_columns(
+        (pl.int_range(pl.len()) + 1).over("entity_id").alias("rank")
+    ).filter(pl.col("rank") <= config.top)
     return chosen.select(pl.col(name).cast(dtype) for name, dtype in FEATURE_SCHEMA.items())
 
 
 def _read_titles(titles: pl.Series, config: BoardTitlesConfig) -> pl.DataFrame:
     """``title, words, key`` of the titles that are not noise; every distinct title is looked at once."""
     title = pl.col("title")
-    plausible = (title.str.len_chars() <= config.max_characters) & (title.str.strip_chars().str.len_chars() > 1)
+    plausible = (title.str.len_chars() <= config.max_characters) & (
+        title.str.strip_chars().str.len_chars() > 1
+    )
     clean = pl.DataFrame({"title": titles.drop_nulls()}, schema={"title": pl.String()}).filter(
         plausible & ~title.str.contains(ADDRESS) & title.str.contains(r"\p{L}")
     )
     folded = pl.Series("words", [fold(t) for t in clean["title"].to_list()], dtype=pl.String)
-    split = clean.with_columns(folded.str.replace_all(NOT_WORD, " ").str.split(" ")).explode("words").filter(pl.col("words") != "")
-    words = split.unique().sort("title", "words").group_by("title", maintain_order=True).agg("words")
+    split = (
+        clean.with_columns(folded.str.replace_all(NOT_WORD, " ").str.split(" "))
+        .explode("words")
+        .filter(pl.col("words") != "")
+    )
+    words = (
+        split.unique().sort("title", "words").group_by("title", maintain_order=True).agg("words")
+    )
     return words.with_columns(pl.col("words").list.join(" ").alias("key"))

@@ -39,7 +39,13 @@ def quality_report(catalogue: pl.DataFrame) -> dict[str, Any]:
     counts = words.list.len()
     sizes: list[int] = counts.to_list()
     frame = pl.DataFrame({"words": words, "caption": rows["caption"]}).with_row_index("row")
-    most = frame.explode("words").group_by("row", "words").len().group_by("row").agg(pl.col("len").max())
+    most = (
+        frame.explode("words")
+        .group_by("row", "words")
+        .len()
+        .group_by("row")
+        .agg(pl.col("len").max())
+    )
     twice = pl.Series([any(a == b for a, b in itertools.pairwise(ws)) for ws in words.to_list()])
     thrice = frame.join(most, on="row", how="left", maintain_order="left")["len"] >= 3
     report |= {
@@ -47,19 +53,33 @@ def quality_report(catalogue: pl.DataFrame) -> dict[str, Any]:
         "repeat": _mean(twice | thrice),
         "shorter_than_3_words": _mean(counts < 3),
         "look_english": _mean(words.list.set_intersection(list(ENGLISH_SIGNS)).list.len() > 0),
-        "letters_not_latin": _mean(rows["caption"].str.replace_all(r"\p{Latin}", "").str.contains(r"\p{L}")),
+        "letters_not_latin": _mean(
+            rows["caption"].str.replace_all(r"\p{Latin}", "").str.contains(r"\p{L}")
+        ),
         "shared_captions": _mean(rows["caption"].is_duplicated()),
     }
     if "title" in rows.columns:
         titles = _words(rows["title"].fill_null(""))
         named = titles.list.len() > 0
-        shared = titles.list.set_intersection(words).list.len().filter(named) / titles.list.unique().list.len().filter(named)
-        report["agreement_with_title"] = {"titles": len(shared), "mean_share": _mean(shared), "none": _mean(shared == 0)}
+        shared = titles.list.set_intersection(words).list.len().filter(
+            named
+        ) / titles.list.unique().list.len().filter(named)
+        report["agreement_with_title"] = {
+            "titles": len(shared),
+            "mean_share": _mean(shared),
+            "none": _mean(shared == 0),
+        }
     return report
 
 
 def _words(texts: pl.Series) -> pl.Series:
-    return texts.str.to_lowercase().str.replace_all(NOT_WORD, " ").str.strip_chars().str.split(" ").list.filter(pl.element() != "")
+    return (
+        texts.str.to_lowercase()
+        .str.replace_all(NOT_WORD, " ")
+        .str.strip_chars()
+        .str.split(" ")
+        .list.filter(pl.element() != "")
+    )
 
 
 def _mean(values: pl.Series) -> float:
@@ -67,7 +87,9 @@ def _mean(values: pl.Series) -> float:
     return round(float(mean), 4) if isinstance(mean, int | float) else 0.0
 
 
-def judgement_sheet(catalogue: pl.DataFrame, *, items: int, judges: Sequence[str], seed: int = 0) -> pl.DataFrame:
+def judgement_sheet(
+    catalogue: pl.DataFrame, *, items: int, judges: Sequence[str], seed: int = 0
+) -> pl.DataFrame:
     """A sheet for people: every judge sees the same random captions, in an order of their own, and fills in ``grade``.
 
     Args:
@@ -82,13 +104,17 @@ def judgement_sheet(catalogue: pl.DataFrame, *, items: int, judges: Sequence[str
     rows = catalogue.filter(pl.col("caption").fill_null("").str.strip_chars() != "")
     if not rows.height:
         raise DataError("there are no captions to judge: run omni enrich captions first")
-    drawn = rows.sample(min(items, rows.height), seed=seed, shuffle=True).with_row_index("item", offset=1)
+    drawn = rows.sample(min(items, rows.height), seed=seed, shuffle=True).with_row_index(
+        "item", offset=1
+    )
     for name in ("image", "title"):
         if name not in drawn.columns:
             drawn = drawn.with_columns(pl.lit(None, pl.String).alias(name))
     blank = drawn.with_columns(pl.lit("").alias("grade"), pl.lit("").alias("comment"))
     sheets = [
-        blank.sample(fraction=1.0, seed=seed + 1 + n, shuffle=True).with_columns(pl.lit(judge).alias("judge")).select(SHEET_COLUMNS)
+        blank.sample(fraction=1.0, seed=seed + 1 + n, shuffle=True)
+        .with_columns(pl.lit(judge).alias("judge"))
+        .select(SHEET_COLUMNS)
         for n, judge in enumerate(judges)
     ]
     return pl.concat(sheets)
@@ -102,14 +128,20 @@ def read_grades(sheet: pl.DataFrame) -> dict[str, dict[str, int]]:
     """
     missing = [c for c in ("item", "judge", "grade") if c not in sheet.columns]
     if missing:
-        raise DataError(f"the sheet lacks the column(s) {', '.join(missing)}: give back the sheet that was written, with grades filled in")
+        raise DataError(
+            f"the sheet lacks the column(s) {', '.join(missing)}: give back the sheet that was"
+            " written, with grades filled in"
+        )
     grades: dict[str, dict[str, int]] = {}
     for number, row in enumerate(sheet.iter_rows(named=True), start=1):
         text = str(row["grade"] or "").strip().lower()
         if not text:
             continue
         if text not in GRADES:
-            raise DataError(f"row {number}, judge {row['judge']!r}: grade must be one of {', '.join(GRADES)}, got {text!r}")
+            raise DataError(
+                f"row {number}, judge {row['judge']!r}: grade must be one of {', '.join(GRADES)},"
+                f" got {text!r}"
+            )
         grades.setdefault(str(row["judge"]), {})[str(row["item"])] = GRADES[text]
     return grades
 
@@ -129,16 +161,22 @@ def agreement(grades: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
         DataError: No item was graded by two judges.
     """
     items = sorted({item for by_item in grades.values() for item in by_item})
-    table = np.array([[by_item.get(item, -1) for item in items] for by_item in grades.values()], dtype=np.int64).reshape(
-        len(grades), len(items)
-    )
+    table = np.array(
+        [[by_item.get(item, -1) for item in items] for by_item in grades.values()], dtype=np.int64
+    ).reshape(len(grades), len(items))
     several = (table >= 0).sum(axis=0) >= 2
     if not several.any():
         raise DataError("agreement needs items that at least two judges graded, but there is none")
     alphas, identical = _krippendorff(table[:, several])
     given = table[table >= 0]
     shares = {name: float(np.mean(given == value)) for name, value in GRADES.items()}
-    return {"judges": len(grades), "items": int(several.sum()), "identical": identical, **alphas, "grades": shares}
+    return {
+        "judges": len(grades),
+        "items": int(several.sum()),
+        "identical": identical,
+        **alphas,
+        "grades": shares,
+    }
 
 
 def _krippendorff(table: np.ndarray) -> tuple[dict[str, float | None], float]:
@@ -152,7 +190,10 @@ def _krippendorff(table: np.ndarray) -> tuple[dict[str, float | None], float]:
     expected = (np.outer(totals, totals) - np.diag(totals)) / (n - 1)
     grid = np.subtract.outer(np.arange(values), np.arange(values)).astype(float)
     alphas: dict[str, float | None] = {}
-    for name, distance in (("alpha_nominal", (grid != 0).astype(float)), ("alpha_interval", grid**2)):
+    for name, distance in (
+        ("alpha_nominal", (grid != 0).astype(float)),
+        ("alpha_interval", grid**2),
+    ):
         chance = float((expected * distance).sum())
         alphas[name] = 1.0 - float((coincidence * distance).sum()) / chance if chance > 0 else None
     return alphas, float(np.trace(coincidence) / n)

@@ -58,7 +58,9 @@ class CaptionConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_new_tokens", "beams", "svg_pixels"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"CaptionConfig.{name} must be at least 1, got {getattr(self, name)}")
+                raise ConfigError(
+                    f"CaptionConfig.{name} must be at least 1, got {getattr(self, name)}"
+                )
 
 
 class Captioner(Protocol):
@@ -84,14 +86,19 @@ class BlipCaptioner:
         from transformers import BlipForConditionalGeneration, BlipProcessor
 
         self.config = config
-        self.device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
+        self.device = (
+            ("cuda" if torch.cuda.is_available() else "cpu")
+            if config.device == "auto"
+            else config.device
+        )
         try:
             self.processor = BlipProcessor.from_pretrained(config.model)
             model = BlipForConditionalGeneration.from_pretrained(config.model)
         except (OSError, ValueError) as error:
             raise BundleError(
-                f"the captioning model {config.model!r} cannot be loaded ({str(error).splitlines()[0]}). "
-                "Give --model the folder of a downloaded BLIP model, or run once with network access."
+                f"the captioning model {config.model!r} cannot be loaded"
+                f" ({str(error).splitlines()[0]}). Give --model the folder of a downloaded BLIP"
+                " model, or run once with network access."
             ) from error
         self.model = model.to(self.device).eval()
         settings = f"{config.max_new_tokens}:{config.beams}:{config.svg_pixels}"
@@ -107,8 +114,12 @@ class BlipCaptioner:
 
         inputs = self.processor(images=list(images), return_tensors="pt").to(self.device)
         with torch.inference_mode():
-            tokens = self.model.generate(**inputs, max_new_tokens=self.config.max_new_tokens, num_beams=self.config.beams)
-        return [text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)]
+            tokens = self.model.generate(
+                **inputs, max_new_tokens=self.config.max_new_tokens, num_beams=self.config.beams
+            )
+        return [
+            text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)
+        ]
 
 
 class CaptionRun(NamedTuple):
@@ -120,7 +131,9 @@ class CaptionRun(NamedTuple):
     without_image: int
 
 
-def caption_catalogue(catalogue: pl.DataFrame, state: Path, captioner: Captioner, config: CaptionConfig, images: Path) -> CaptionRun:
+def caption_catalogue(
+    catalogue: pl.DataFrame, state: Path, captioner: Captioner, config: CaptionConfig, images: Path
+) -> CaptionRun:
     """Caption every image of a catalogue that is new or changed, and record the outcome batch by batch.
 
     Args:
@@ -134,17 +147,34 @@ def caption_catalogue(catalogue: pl.DataFrame, state: Path, captioner: Captioner
         DataError: The catalogue has no ``image`` column, or the state is damaged.
     """
     if "image" not in catalogue.columns:
-        raise DataError(f"captions need a column 'image' (path or URL); the catalogue has {', '.join(catalogue.columns)}.")
+        raise DataError(
+            "captions need a column 'image' (path or URL); the catalogue has"
+            f" {', '.join(catalogue.columns)}."
+        )
     state.mkdir(parents=True, exist_ok=True)
-    known = {(r["entity_type"], r["id"]): r["image_hash"] for r in read_captions(state).iter_rows(named=True) if _done(r, captioner)}
-    rows = catalogue.filter(pl.col("image").fill_null("").str.strip_chars() != "").select("entity_type", "id", "image")
+    known = {
+        (r["entity_type"], r["id"]): r["image_hash"]
+        for r in read_captions(state).iter_rows(named=True)
+        if _done(r, captioner)
+    }
+    rows = catalogue.filter(pl.col("image").fill_null("").str.strip_chars() != "").select(
+        "entity_type", "id", "image"
+    )
     counts = {"captioned": 0, "unchanged": 0, "failed": 0}
     with (state / CAPTIONS_FILE).open("a", encoding="utf-8") as file:
-        for batch in track(_batches(rows, config.batch_size), "captions", total=-(-rows.height // config.batch_size)):
+        for batch in track(
+            _batches(rows, config.batch_size),
+            "captions",
+            total=-(-rows.height // config.batch_size),
+        ):
             pending: list[tuple[dict[str, Any], Image]] = []
             records: list[dict[str, Any]] = []
             for row in batch:
-                record = {"entity_type": row["entity_type"], "id": row["id"], "model": captioner.fingerprint}
+                record = {
+                    "entity_type": row["entity_type"],
+                    "id": row["id"],
+                    "model": captioner.fingerprint,
+                }
                 try:
                     content = read_image_bytes(row["image"], images)
                     record["image_hash"] = hashlib.sha256(content).hexdigest()[:32]
@@ -155,7 +185,10 @@ def caption_catalogue(catalogue: pl.DataFrame, state: Path, captioner: Captioner
                 except DataError as error:
                     records.append(record | {"error": str(error)})
             captions = captioner.caption([image for _, image in pending]) if pending else []
-            records += [record | {"caption": text} for (record, _), text in zip(pending, captions, strict=True)]
+            records += [
+                record | {"caption": text}
+                for (record, _), text in zip(pending, captions, strict=True)
+            ]
             counts["captioned"] += len(captions)
             counts["failed"] += len(records) - len(captions)
             file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
@@ -187,7 +220,10 @@ def read_captions(state: Path) -> pl.DataFrame:
         try:
             records.append(json.loads(line))
         except ValueError as error:
-            raise DataError(f"{path}: line {number} is not a record ({error}). Delete the line; its images are captioned again.") from error
+            raise DataError(
+                f"{path}: line {number} is not a record ({error}). Delete the line; its images are"
+                " captioned again."
+            ) from error
     if lines[-1]:  # repair: the next run appends after it
         path.write_text("\n".join(lines[:-1]) + ("\n" if len(lines) > 1 else ""), encoding="utf-8")
     frame = pl.DataFrame([{name: r.get(name) for name in SCHEMA} for r in records], schema=SCHEMA)
@@ -196,8 +232,16 @@ def read_captions(state: Path) -> pl.DataFrame:
 
 def attach_captions(catalogue: pl.DataFrame, state: Path) -> pl.DataFrame:
     """The catalogue with ``caption`` from the state; entities without one keep what they have."""
-    captions = read_captions(state).filter(pl.col("caption").is_not_null()).select("entity_type", "id", pl.col("caption").alias("__new"))
-    base = catalogue if "caption" in catalogue.columns else catalogue.with_columns(pl.lit(None, pl.String).alias("caption"))
+    captions = (
+        read_captions(state)
+        .filter(pl.col("caption").is_not_null())
+        .select("entity_type", "id", pl.col("caption").alias("__new"))
+    )
+    base = (
+        catalogue
+        if "caption" in catalogue.columns
+        else catalogue.with_columns(pl.lit(None, pl.String).alias("caption"))
+    )
     joined = base.join(captions, on=["entity_type", "id"], how="left", maintain_order="left")
     return joined.with_columns(pl.coalesce("__new", "caption").alias("caption")).drop("__new")
 

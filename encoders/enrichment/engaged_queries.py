@@ -33,7 +33,15 @@ ENGAGED_KEY = ["timestamp", "user_id", "entity_type", "entity_id", "query", "act
 class EngagedQueriesConfig:
     """How engaged queries are chosen."""
 
-    weights: Mapping[str, int] = field(default_factory=lambda: {"click": 1, "long_click": 3, "save": 5, "add_to_cart": 5, "checkout": 10})
+    weights: Mapping[str, int] = field(
+        default_factory=lambda: {
+            "click": 1,
+            "long_click": 3,
+            "save": 5,
+            "add_to_cart": 5,
+            "checkout": 10,
+        }
+    )
     """Whole-number weight of each action in the score; whole, so that sums do not depend on their order."""
     top: int = 20
     """Most queries per entity."""
@@ -45,11 +53,19 @@ class EngagedQueriesConfig:
     def __post_init__(self) -> None:
         unknown = set(self.weights) - set(ENGAGEMENTS)
         if unknown:
-            raise ConfigError(f"EngagedQueriesConfig.weights: expected actions {', '.join(ENGAGEMENTS)}, got {', '.join(sorted(unknown))}")
+            raise ConfigError(
+                f"EngagedQueriesConfig.weights: expected actions {', '.join(ENGAGEMENTS)}, got"
+                f" {', '.join(sorted(unknown))}"
+            )
         if any(not isinstance(w, int) or w < 0 for w in self.weights.values()):
-            raise ConfigError(f"EngagedQueriesConfig.weights must be whole numbers of at least 0, got {dict(self.weights)}")
+            raise ConfigError(
+                "EngagedQueriesConfig.weights must be whole numbers of at least 0, got"
+                f" {dict(self.weights)}"
+            )
         if self.top < 1 or self.window_days < 1 or self.min_users < 1:
-            raise ConfigError("EngagedQueriesConfig: top, window_days and min_users must be at least 1")
+            raise ConfigError(
+                "EngagedQueriesConfig: top, window_days and min_users must be at least 1"
+            )
 
     def score(self) -> pl.Expr:
         """Weight of an event by its ``action``."""
@@ -79,39 +95,61 @@ def engaged_queries(
     Returns:
         Columns of ``FEATURE_SCHEMA``, sorted by entity and rank. Ranked by score, then users (both descending), then query.
     """
-    inside = (pl.col("timestamp") >= until - timedelta(days=config.window_days)) & (pl.col("timestamp") < until)
+    inside = (pl.col("timestamp") >= until - timedelta(days=config.window_days)) & (
+        pl.col("timestamp") < until
+    )
     kept = counted_events(events.filter(inside), config)
     if deleted_users:
         kept = kept.filter(~pl.col("user_id").is_in(list(deleted_users)))
     if deleted_queries:
         kept = kept.filter(~fold_query(pl.col("query")).is_in(folded(deleted_queries)))
     totals = kept.group_by("entity_type", "entity_id", "query").agg(
-        config.score().sum().alias("score"), pl.col("user_id").n_unique().cast(pl.Int64).alias("users")
+        config.score().sum().alias("score"),
+        pl.col("user_id").n_unique().cast(pl.Int64).alias("users"),
     )
     return best_queries(totals, config)
 
 
 def folded(queries: Collection[str]) -> list[str]:
     """The forms under which ``fold_query`` counts these queries as one."""
-    return pl.select(fold_query(pl.lit(pl.Series(list(queries), dtype=pl.String)))).to_series().to_list()
+    return (
+        pl.select(fold_query(pl.lit(pl.Series(list(queries), dtype=pl.String))))
+        .to_series()
+        .to_list()
+    )
 
 
 def counted_events(events: pl.DataFrame, config: EngagedQueriesConfig) -> pl.DataFrame:
     """The distinct events that count for engaged queries, with the columns of ``ENGAGED_KEY``; their language and country do not matter."""
     actions = [a for a in ENGAGEMENTS if config.weights.get(a, 0) > 0]
-    return events.filter(pl.col("action").is_in(actions) & (pl.col("entity_type") != "query")).select(ENGAGED_KEY).unique()
+    return (
+        events.filter(pl.col("action").is_in(actions) & (pl.col("entity_type") != "query"))
+        .select(ENGAGED_KEY)
+        .unique()
+    )
 
 
 def best_queries(totals: pl.DataFrame, config: EngagedQueriesConfig) -> pl.DataFrame:
     """Rank totals (``entity_type, entity_id, query, score, users``) and keep the best of each entity, as ``FEATURE_SCHEMA``."""
     order = totals.filter((pl.col("users") >= config.min_users) & (pl.col("score") > 0)).sort(
-        "entity_type", "entity_id", "score", "users", "query", descending=[False, False, True, True, False]
+        "entity_type",
+        "entity_id",
+        "score",
+        "users",
+        "query",
+        descending=[False, False, True, True, False],
     )
-    ranked = order.with_columns((pl.int_range(pl.len()) + 1).over("entity_type", "entity_id").cast(pl.Int64).alias("rank"))
-    return ranked.filter(pl.col("rank") <= config.top).select(pl.col(name).cast(dtype) for name, dtype in FEATURE_SCHEMA.items())
+    ranked = order.with_columns(
+        (pl.int_range(pl.len()) + 1).over("entity_type", "entity_id").cast(pl.Int64).alias("rank")
+    )
+    return ranked.filter(pl.col("rank") <= config.top).select(
+        pl.col(name).cast(dtype) for name, dtype in FEATURE_SCHEMA.items()
+    )
 
 
-def attach_lists(catalogue: pl.DataFrame, features: pl.DataFrame, column: str, value: str) -> pl.DataFrame:
+def attach_lists(
+    catalogue: pl.DataFrame, features: pl.DataFrame, column: str, value: str
+) -> pl.DataFrame:
     """Put ranked features on the catalogue as one list column; entities without any get an empty list.
 
     Args:
@@ -124,5 +162,7 @@ def attach_lists(catalogue: pl.DataFrame, features: pl.DataFrame, column: str, v
     key = ["entity_type", "id"] if "entity_type" in features.columns else ["id"]
     ordered = features.rename({"entity_id": "id"}).sort(*key, "rank")
     lists = ordered.group_by(key, maintain_order=True).agg(pl.col(value).alias(column))
-    joined = catalogue.drop(column, strict=False).join(lists, on=key, how="left", maintain_order="left")
+    joined = catalogue.drop(column, strict=False).join(
+        lists, on=key, how="left", maintain_order="left"
+    )
     return joined.with_columns(pl.col(column).fill_null([]))

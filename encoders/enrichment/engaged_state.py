@@ -20,7 +20,13 @@ from typing import NamedTuple
 
 import polars as pl
 
-from encoders.enrichment.engaged_queries import ENGAGED_KEY, FEATURE_SCHEMA, EngagedQueriesConfig, counted_events, folded
+from encoders.enrichment.engaged_queries import (
+    ENGAGED_KEY,
+    FEATURE_SCHEMA,
+    EngagedQueriesConfig,
+    counted_events,
+    folded,
+)
 from encoders.errors import ConfigError, DataError
 from encoders.tables.files import write_table
 from encoders.text.normal_forms import fold_query
@@ -85,22 +91,30 @@ class EngagedQueriesState:
         self.folder, self.config = folder, config
         path = folder / "state.db"
         if not path.is_file():
-            raise StateError(f"{folder}: expected an engaged-queries state (state.db), but there is none. Create one with --create.")
+            raise StateError(
+                f"{folder}: expected an engaged-queries state (state.db), but there is none. Create"
+                " one with --create."
+            )
         try:
             self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
             self._db.execute("PRAGMA cache_size = -65536")  # 64 MiB of pages
             meta = dict(self._db.execute("SELECT name, value FROM meta"))
         except sqlite3.DatabaseError as error:
-            raise StateError(f"{path}: not a readable state ({error}). Restore it from a copy, or build it again from the logs.") from error
+            raise StateError(
+                f"{path}: not a readable state ({error}). Restore it from a copy, or build it again"
+                " from the logs."
+            ) from error
         if int(meta["format_version"]) != FORMAT_VERSION:
             raise StateError(
-                f"{path}: format version {meta['format_version']}, this program reads {FORMAT_VERSION}. Build it again from the logs."
+                f"{path}: format version {meta['format_version']}, this program reads"
+                f" {FORMAT_VERSION}. Build it again from the logs."
             )
         fixed = _fixed_settings(config)
         if json.loads(meta["settings"]) != fixed:
             self.close()
             raise StateError(
-                f"{path}: was made with {meta['settings']}, asked for {json.dumps(fixed)}. Totals cannot be re-weighted: build a new state."
+                f"{path}: was made with {meta['settings']}, asked for {json.dumps(fixed)}. Totals"
+                " cannot be re-weighted: build a new state."
             )
         self._key = bytes.fromhex(meta["key"])
         self._remove_orphans()
@@ -152,7 +166,9 @@ class EngagedQueriesState:
         text = self._meta("until")
         return datetime.fromisoformat(text) if text else None
 
-    def merge(self, events: pl.DataFrame, *, until: datetime | None = None, what: str = "merge") -> Merge:
+    def merge(
+        self, events: pl.DataFrame, *, until: datetime | None = None, what: str = "merge"
+    ) -> Merge:
         """Count one slice of events, of any days in any order, and drop what leaves the window.
 
         Merging slices one by one, late and repeated ones included, gives what ``engaged_queries`` gives over all events at once.
@@ -166,13 +182,29 @@ class EngagedQueriesState:
             ConfigError: ``until`` is not a midnight in UTC.
         """
         if until is not None and until != _midnight_before(until):
-            raise ConfigError(f"until must be a midnight in UTC (the state counts whole days), got {until.isoformat()}")
+            raise ConfigError(
+                "until must be a midnight in UTC (the state counts whole days), got"
+                f" {until.isoformat()}"
+            )
         counts = {"given": events.height}
         counted = counted_events(events, self.config)
         last = counted["timestamp"].max()
-        ends = [e for e in (self.until, until, _midnight_after(last) if isinstance(last, datetime) else None) if e is not None]
+        ends = [
+            e
+            for e in (
+                self.until,
+                until,
+                _midnight_after(last) if isinstance(last, datetime) else None,
+            )
+            if e is not None
+        ]
         if not ends:
-            return Merge(self.version, pl.DataFrame(schema=FEATURE_SCHEMA), _no_entities(), {**counts, "added": 0})
+            return Merge(
+                self.version,
+                pl.DataFrame(schema=FEATURE_SCHEMA),
+                _no_entities(),
+                {**counts, "added": 0},
+            )
         end = max(ends)
         start = end - timedelta(days=self.config.window_days)
         in_window = counted.filter(pl.col("timestamp") >= start)
@@ -184,29 +216,45 @@ class EngagedQueriesState:
         counts["repeated"] = allowed.height - fresh.height
         expired = self._read(self._files("day < ?", (_day(start),)))
         counts["added"], counts["expired"] = fresh.height, expired.height
-        gone = [name for name, _ in self._db.execute("SELECT file, day FROM parts WHERE day < ?", (_day(start),))]
+        gone = [
+            name
+            for name, _ in self._db.execute(
+                "SELECT file, day FROM parts WHERE day < ?", (_day(start),)
+            )
+        ]
         return self._commit(fresh, expired, gone, self._write_parts(fresh), end, what, counts)
 
     def delete_users(self, user_ids: Collection[str]) -> Merge:
         """Forget people: their events stop counting, leave the disk, and are refused should they arrive again."""
-        people = self._people(pl.Series("user_id", list(user_ids), dtype=pl.String).str.normalize("NFC"))  # as logs are read
-        self._db.executemany("INSERT OR IGNORE INTO deleted_people VALUES (?)", ((p,) for p in people.to_list()))
+        people = self._people(
+            pl.Series("user_id", list(user_ids), dtype=pl.String).str.normalize("NFC")
+        )  # as logs are read
+        self._db.executemany(
+            "INSERT OR IGNORE INTO deleted_people VALUES (?)", ((p,) for p in people.to_list())
+        )
         return self._forget(pl.col("user_id").is_in(people.to_list()), "delete users")
 
     def delete_queries(self, queries: Collection[str]) -> Merge:
         """Forget query texts, however spelt (``fold_query``): they stop counting, leave the disk, and are refused from then on."""
-        self._db.executemany("INSERT OR IGNORE INTO deleted_queries VALUES (?)", ((q,) for q in folded(queries)))
+        self._db.executemany(
+            "INSERT OR IGNORE INTO deleted_queries VALUES (?)", ((q,) for q in folded(queries))
+        )
         return self._forget(fold_query(pl.col("query")).is_in(folded(queries)), "delete queries")
 
     def features(self) -> pl.DataFrame:
         """Engaged queries of every entity, as ``FEATURE_SCHEMA`` (reads the whole state)."""
-        entities = self._db.execute("SELECT entity, entity_type, entity_id FROM entities ORDER BY entity_type, entity_id")
+        entities = self._db.execute(
+            "SELECT entity, entity_type, entity_id FROM entities ORDER BY entity_type, entity_id"
+        )
         return self._features_of(entities.fetchall())
 
     def versions(self) -> list[dict[str, object]]:
         """Every change of the state, oldest first."""
         names = ("version", "what", "until", "added", "removed", "at")
-        return [dict(zip(names, row, strict=True)) for row in self._db.execute(f"SELECT {', '.join(names)} FROM versions ORDER BY version")]
+        return [
+            dict(zip(names, row, strict=True))
+            for row in self._db.execute(f"SELECT {', '.join(names)} FROM versions ORDER BY version")
+        ]
 
     # -- reading -------------------------------------------------------------------------------------------------------------------
 
@@ -216,12 +264,18 @@ class EngagedQueriesState:
     def _people(self, user_ids: pl.Series) -> pl.Series:
         distinct = user_ids.unique()
         keyed = [
-            int.from_bytes(hashlib.blake2b(u.encode(), digest_size=8, key=self._key).digest(), "little", signed=True)
+            int.from_bytes(
+                hashlib.blake2b(u.encode(), digest_size=8, key=self._key).digest(),
+                "little",
+                signed=True,
+            )
             for u in distinct.to_list()
         ]
         if not keyed:
             return pl.Series("user_id", dtype=pl.Int64)
-        return user_ids.replace_strict(distinct, pl.Series(keyed, dtype=pl.Int64), return_dtype=pl.Int64)
+        return user_ids.replace_strict(
+            distinct, pl.Series(keyed, dtype=pl.Int64), return_dtype=pl.Int64
+        )
 
     def _without_deleted(self, events: pl.DataFrame) -> pl.DataFrame:
         people = [row[0] for row in self._db.execute("SELECT person FROM deleted_people")]
@@ -240,7 +294,8 @@ class EngagedQueriesState:
         missing = [f.name for f in files if not f.is_file()]
         if missing:
             raise StateError(
-                f"{self.folder}: event file {missing[0]} is missing. Restore it from a copy, or build the state again from the logs."
+                f"{self.folder}: event file {missing[0]} is missing. Restore it from a copy, or"
+                " build the state again from the logs."
             )
         return pl.read_parquet(files)
 
@@ -251,8 +306,9 @@ class EngagedQueriesState:
 
     def _features_of(self, entities: Iterable[tuple[int, str, str]]) -> pl.DataFrame:
         statement = (
-            f"SELECT query, score, users FROM totals INDEXED BY best WHERE entity = ? AND users >= {self.config.min_users:d} AND score > 0 "
-            "ORDER BY score DESC, users DESC, query LIMIT ?"
+            "SELECT query, score, users FROM totals INDEXED BY best WHERE entity = ? AND users >="
+            f" {self.config.min_users:d} AND score > 0 ORDER BY score DESC, users DESC, query"
+            " LIMIT ?"
         )
         columns: list[list[object]] = [[] for _ in FEATURE_SCHEMA]
         for entity, entity_type, entity_id in entities:
@@ -261,7 +317,9 @@ class EngagedQueriesState:
             if n:
                 queries, scores, users = zip(*found, strict=True)
                 for column, values in zip(
-                    columns, ([entity_type] * n, [entity_id] * n, queries, range(1, n + 1), scores, users), strict=True
+                    columns,
+                    ([entity_type] * n, [entity_id] * n, queries, range(1, n + 1), scores, users),
+                    strict=True,
                 ):
                     column.extend(values)
         return pl.DataFrame(dict(zip(FEATURE_SCHEMA, columns, strict=True)), schema=FEATURE_SCHEMA)
@@ -275,9 +333,9 @@ class EngagedQueriesState:
         if indexed_users == wanted:
             return
         self._db.executescript(
-            "BEGIN IMMEDIATE; DROP INDEX IF EXISTS best; "
-            f"CREATE INDEX best ON totals (entity, score DESC, users DESC, query) WHERE users >= {wanted}; "
-            f"UPDATE meta SET value = '{wanted}' WHERE name = 'feature_users'; COMMIT;"
+            "BEGIN IMMEDIATE; DROP INDEX IF EXISTS best; CREATE INDEX best ON totals (entity,"
+            f" score DESC, users DESC, query) WHERE users >= {wanted}; UPDATE meta SET value ="
+            f" '{wanted}' WHERE name = 'feature_users'; COMMIT;"
         )
 
     # -- writing -------------------------------------------------------------------------------------------------------------------
@@ -285,7 +343,9 @@ class EngagedQueriesState:
     def _write_parts(self, events: pl.DataFrame) -> list[tuple[int, str, int]]:
         """Write the events of each day as a new file; the files count only once the transaction names them."""
         parts = []
-        days = events.with_columns((pl.col("timestamp").to_physical() // DAY_MICROSECONDS).alias("day"))
+        days = events.with_columns(
+            (pl.col("timestamp").to_physical() // DAY_MICROSECONDS).alias("day")
+        )
         for (day,), rows in days.partition_by("day", as_dict=True, include_key=False).items():
             name = f"{datetime.fromtimestamp(day * 86_400, UTC):%Y-%m-%d}-{self.version + 1:08d}.parquet"
             write_table(rows.select(list(STORED)).sort(ENGAGED_KEY), self.folder / "events" / name)
@@ -305,7 +365,9 @@ class EngagedQueriesState:
         kept = pl.concat(rewritten) if rewritten else pl.DataFrame(schema=STORED)
         end = self.until
         counts = {"given": 0, "added": 0, "removed": removed.height}
-        result = self._commit(removed.clear(), removed, gone, self._write_parts(kept), end, what, counts)
+        result = self._commit(
+            removed.clear(), removed, gone, self._write_parts(kept), end, what, counts
+        )
         self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._db.execute("VACUUM")  # freed pages may still hold the texts
         return result
@@ -323,7 +385,12 @@ class EngagedQueriesState:
         """Add and take away events in one transaction, then read the features of the entities they touched."""
         score = self.config.score()
         delta = (
-            pl.concat([added.with_columns(sign=pl.lit(1, pl.Int64)), removed.with_columns(sign=pl.lit(-1, pl.Int64))])
+            pl.concat(
+                [
+                    added.with_columns(sign=pl.lit(1, pl.Int64)),
+                    removed.with_columns(sign=pl.lit(-1, pl.Int64)),
+                ]
+            )
             .group_by("entity_type", "entity_id", "query", "user_id")
             .agg(pl.col("sign").sum(), (score * pl.col("sign")).sum().alias("score"))
         )
@@ -344,7 +411,9 @@ class EngagedQueriesState:
             raise
         for name in gone:
             (self.folder / "events" / name).unlink(missing_ok=True)
-        names = pl.DataFrame([row[1:] for row in touched], schema=_no_entities().schema, orient="row")
+        names = pl.DataFrame(
+            [row[1:] for row in touched], schema=_no_entities().schema, orient="row"
+        )
         return Merge(version, self._features_of(touched), names, counts)
 
     def _apply(self, delta: pl.DataFrame) -> list[tuple[int, str, str]]:
@@ -353,7 +422,10 @@ class EngagedQueriesState:
         names = delta.select("entity_type", "entity_id").unique().sort("entity_type", "entity_id")
         numbers = [self._number(*name) for name in names.iter_rows()]
         pairs = (
-            delta.join(names.with_columns(pl.Series("entity", numbers, dtype=pl.Int64)), on=["entity_type", "entity_id"])
+            delta.join(
+                names.with_columns(pl.Series("entity", numbers, dtype=pl.Int64)),
+                on=["entity_type", "entity_id"],
+            )
             .sort("entity", "query", "user_id")  # as stored
             .group_by("entity", "query", maintain_order=True)
             .agg("user_id", "sign", pl.col("score").sum())
@@ -374,7 +446,9 @@ class EngagedQueriesState:
             for person, sign in zip(people, signs, strict=True):
                 if sign == 0:
                     continue
-                before = db.execute(find_person, (entity, total, person)).fetchone() if found else None
+                before = (
+                    db.execute(find_person, (entity, total, person)).fetchone() if found else None
+                )
                 after = (before[0] if before else 0) + sign
                 users += (after > 0) - (before is not None)
                 if after > 0:
@@ -388,20 +462,32 @@ class EngagedQueriesState:
             if max(users, old_users) >= self.config.min_users:
                 visible.add(entity)
         db.executemany("INSERT OR REPLACE INTO people VALUES (?, ?, ?, ?)", kept_people)
-        db.executemany("DELETE FROM people WHERE entity = ? AND total = ? AND person = ?", dead_people)
-        upsert = "ON CONFLICT (entity, query) DO UPDATE SET score = excluded.score, users = excluded.users"
+        db.executemany(
+            "DELETE FROM people WHERE entity = ? AND total = ? AND person = ?", dead_people
+        )
+        upsert = (
+            "ON CONFLICT (entity, query) DO UPDATE SET score = excluded.score, users ="
+            " excluded.users"
+        )
         db.executemany(f"INSERT INTO totals VALUES (?, ?, ?, ?, ?) {upsert}", kept_totals)
         db.executemany("DELETE FROM totals WHERE entity = ? AND query = ?", dead_totals)
-        emptied = "DELETE FROM entities WHERE entity = ?1 AND NOT EXISTS (SELECT 1 FROM totals WHERE entity = ?1)"
+        emptied = (
+            "DELETE FROM entities WHERE entity = ?1 AND NOT EXISTS (SELECT 1 FROM totals WHERE"
+            " entity = ?1)"
+        )
         db.executemany(emptied, sorted({(entity,) for entity, _ in dead_totals}))
         db.execute("UPDATE meta SET value = ? WHERE name = 'next_total'", (str(next_total),))
-        return [(n, *name) for n, name in zip(numbers, names.iter_rows(), strict=True) if n in visible]
+        return [
+            (n, *name) for n, name in zip(numbers, names.iter_rows(), strict=True) if n in visible
+        ]
 
     def _number(self, entity_type: str, entity_id: str) -> int:
         find = "SELECT entity FROM entities WHERE entity_type = ? AND entity_id = ?"
         found = self._db.execute(find, (entity_type, entity_id)).fetchone()
         add = "INSERT INTO entities (entity_type, entity_id) VALUES (?, ?)"
-        return int(found[0] if found else self._db.execute(add, (entity_type, entity_id)).lastrowid or 0)
+        return int(
+            found[0] if found else self._db.execute(add, (entity_type, entity_id)).lastrowid or 0
+        )
 
     def _remove_orphans(self) -> None:
         """Remove files that an interrupted merge left behind."""

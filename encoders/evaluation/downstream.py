@@ -35,7 +35,11 @@ def iconclass_path(entity_id: str) -> tuple[str, ...]:
     if match is None:
         return ()
     first, second, letters = match.groups()
-    path = [first] + ([first + second] if second else []) + ([first + second + letters] if letters else [])
+    path = (
+        [first]
+        + ([first + second] if second else [])
+        + ([first + second + letters] if letters else [])
+    )
     return tuple(path)
 
 
@@ -44,7 +48,9 @@ def class_path(leaf: str) -> tuple[str, ...]:
     return iconclass_path(f"ic:{leaf}")
 
 
-def labelled_queries(dataset: Dataset, split: str, *, per_kind: int | None = None, seed: int = 0) -> pl.DataFrame:
+def labelled_queries(
+    dataset: Dataset, split: str, *, per_kind: int | None = None, seed: int = 0
+) -> pl.DataFrame:
     """Query strings of one split with all their deepest classes.
 
     Args:
@@ -61,19 +67,28 @@ def labelled_queries(dataset: Dataset, split: str, *, per_kind: int | None = Non
     """
     rows = dataset.split(split).filter(pl.col("entity_id").str.starts_with("ic:"))
     if rows.is_empty():
-        raise ConfigError(f"data set {dataset.name!r} has no {split} pairs of Iconclass entities. Use the larger one.")
+        raise ConfigError(
+            f"data set {dataset.name!r} has no {split} pairs of Iconclass entities. Use the larger"
+            " one."
+        )
     codes = rows["entity_id"].unique(maintain_order=True)
     leaf = pl.Series("leaf", [(iconclass_path(code) or ("",))[-1] for code in codes.to_list()])
-    rows = rows.join(pl.DataFrame({"entity_id": codes, "leaf": leaf}), on="entity_id", maintain_order="left").filter(pl.col("leaf") != "")
+    rows = rows.join(
+        pl.DataFrame({"entity_id": codes, "leaf": leaf}), on="entity_id", maintain_order="left"
+    ).filter(pl.col("leaf") != "")
     queries = rows.group_by("query", maintain_order=True).agg(
-        pl.col("language").first(), pl.col("kind").first(), pl.col("leaf").unique().sort().alias("leaves")
+        pl.col("language").first(),
+        pl.col("kind").first(),
+        pl.col("leaf").unique().sort().alias("leaves"),
     )
     if per_kind is None:
         return queries
     rng = np.random.default_rng(seed)
     place = np.empty(queries.height, dtype=np.int64)
     place[rng.permutation(queries.height)] = np.arange(queries.height)
-    ranked = queries.with_columns(pl.Series("place", place).alias("place")).filter(pl.col("place").rank("ordinal").over("kind") <= per_kind)
+    ranked = queries.with_columns(pl.Series("place", place).alias("place")).filter(
+        pl.col("place").rank("ordinal").over("kind") <= per_kind
+    )
     return ranked.drop("place")
 
 
@@ -106,7 +121,10 @@ def fit_linear_head(
     """
     if len(vectors) != len(leaves) or not np.isfinite(vectors).all():
         bad = int((~np.isfinite(vectors)).sum())
-        raise InvalidVectors(f"expected {len(leaves)} finite vectors, but got shape {vectors.shape} with {bad} values NaN or infinite.")
+        raise InvalidVectors(
+            f"expected {len(leaves)} finite vectors, but got shape {vectors.shape} with {bad}"
+            " values NaN or infinite."
+        )
     classes = sorted({leaf for row in leaves for leaf in row})
     number = {leaf: i for i, leaf in enumerate(classes)}
     rng = np.random.default_rng(seed)
@@ -114,7 +132,9 @@ def fit_linear_head(
     held = max(1, int(validation_share * len(vectors)))
     check, train = order[:held], order[held:]
     # Unit rows have entries near 1/sqrt(D): brought to unit scale, one learning rate fits every width.
-    inputs = torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32)) * vectors.shape[1] ** 0.5
+    inputs = (
+        torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32)) * vectors.shape[1] ** 0.5
+    )
     counts = torch.tensor([len(row) for row in leaves])
     flat = torch.tensor([number[leaf] for row in leaves for leaf in row])
     starts = torch.cumsum(counts, 0) - counts
@@ -143,11 +163,19 @@ def fit_linear_head(
     return head, classes
 
 
-def _soft_loss(logits: torch.Tensor, rows: torch.Tensor, starts: torch.Tensor, counts: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+def _soft_loss(
+    logits: torch.Tensor,
+    rows: torch.Tensor,
+    starts: torch.Tensor,
+    counts: torch.Tensor,
+    flat: torch.Tensor,
+) -> torch.Tensor:
     """Cross-entropy against a target that is uniform over each query's leaves."""
     number = counts[rows]
     owner = torch.repeat_interleave(torch.arange(len(rows)), number)
-    offset = torch.arange(len(owner)) - torch.repeat_interleave(torch.cumsum(number, 0) - number, number)
+    offset = torch.arange(len(owner)) - torch.repeat_interleave(
+        torch.cumsum(number, 0) - number, number
+    )
     leaf = flat[starts[rows][owner] + offset]
     log_p = F.log_softmax(logits, dim=1)
     return -(log_p[owner, leaf] / number[owner]).sum() / len(rows)
@@ -156,7 +184,10 @@ def _soft_loss(logits: torch.Tensor, rows: torch.Tensor, starts: torch.Tensor, c
 def predict_leaves(head: torch.nn.Linear, classes: Sequence[str], vectors: np.ndarray) -> list[str]:
     """The most probable leaf of each vector."""
     with torch.no_grad():
-        logits = head(torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32)) * vectors.shape[1] ** 0.5)
+        logits = head(
+            torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32))
+            * vectors.shape[1] ** 0.5
+        )
     return [classes[i] for i in logits.argmax(dim=1).tolist()]
 
 
@@ -175,7 +206,9 @@ class FastTextConfig:
     threads: int = 1
 
 
-def train_fasttext(texts: Sequence[str], leaves: Sequence[Sequence[str]], config: FastTextConfig | None = None) -> Any:
+def train_fasttext(
+    texts: Sequence[str], leaves: Sequence[Sequence[str]], config: FastTextConfig | None = None
+) -> Any:
     """Train fastText's supervised classifier on the same queries and labels as the head.
 
     Raises:
@@ -190,7 +223,9 @@ def train_fasttext(texts: Sequence[str], leaves: Sequence[Sequence[str]], config
         path = Path(folder) / "train.txt"
         with path.open("w", encoding="utf-8") as file:
             for text, row in zip(texts, leaves, strict=True):
-                file.write(" ".join([*(f"__label__{leaf}" for leaf in row), *words_of(text)]) + "\n")
+                file.write(
+                    " ".join([*(f"__label__{leaf}" for leaf in row), *words_of(text)]) + "\n"
+                )
         return fasttext.train_supervised(
             str(path),
             dim=config.dimension,
@@ -227,11 +262,20 @@ class HierarchicalScores:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         levels = {f"level {k}": v._asdict() for k, v in self.level.items()}
-        return {"queries": self.queries, "hierarchical precision": self.precision._asdict(), "hierarchical recall": self.recall, **levels}
+        return {
+            "queries": self.queries,
+            "hierarchical precision": self.precision._asdict(),
+            "hierarchical recall": self.recall,
+            **levels,
+        }
 
 
 def hierarchical_scores(
-    predicted: Sequence[str], leaves: Sequence[Sequence[str]], *, resamples: int = 1000, seed: int = 0
+    predicted: Sequence[str],
+    leaves: Sequence[Sequence[str]],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> HierarchicalScores:
     """Score one predicted leaf per query (Kiritchenko et al., 2006; several true paths are merged into one set of classes).
 
@@ -252,7 +296,17 @@ def hierarchical_scores(
                 known[level, i] = 1
                 hits[level, i] = level < len(path) and path[level] in truth
     levels = {
-        level + 1: bootstrap_interval(QuerySums(hits[level], known[level]), resamples=resamples, seed=seed) for level in range(LEVELS)
+        level + 1: bootstrap_interval(
+            QuerySums(hits[level], known[level]), resamples=resamples, seed=seed
+        )
+        for level in range(LEVELS)
     }
-    precision = bootstrap_interval(QuerySums(right / said, np.ones(len(predicted))), resamples=resamples, seed=seed)
-    return HierarchicalScores(len(predicted), precision, float((right / true).mean()) if len(predicted) else float("nan"), levels)
+    precision = bootstrap_interval(
+        QuerySums(right / said, np.ones(len(predicted))), resamples=resamples, seed=seed
+    )
+    return HierarchicalScores(
+        len(predicted),
+        precision,
+        float((right / true).mean()) if len(predicted) else float("nan"),
+        levels,
+    )

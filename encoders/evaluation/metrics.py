@@ -65,7 +65,9 @@ def reciprocal_ranks(ranks: np.ndarray) -> np.ndarray:
     return np.where(ranks >= UNRANKED, 0.0, 1.0 / np.maximum(ranks, 1))
 
 
-def recall_ceiling(query_index: np.ndarray, target: np.ndarray, takes_place: np.ndarray, k: int, queries: int) -> QuerySums:
+def recall_ceiling(
+    query_index: np.ndarray, target: np.ndarray, takes_place: np.ndarray, k: int, queries: int
+) -> QuerySums:
     """The most pairs of each query that any ranking could put into its top k.
 
     A query's distinct targets compete for k places; a target counts as often as it has pairs. Without repeats, and with every target in
@@ -85,7 +87,9 @@ def recall_ceiling(query_index: np.ndarray, target: np.ndarray, takes_place: np.
     counts = np.bincount(query_index, minlength=queries).astype(np.float64)
     if not len(query_index):
         return QuerySums(counts.copy(), counts)
-    keys, first, pairs = np.unique(np.stack([query_index, target]), axis=1, return_index=True, return_counts=True)
+    keys, first, pairs = np.unique(
+        np.stack([query_index, target]), axis=1, return_index=True, return_counts=True
+    )
     owner, places = keys[0], takes_place[first]
     free = np.bincount(owner[~places], weights=pairs[~places], minlength=queries)
     owner, pairs = owner[places], pairs[places]
@@ -93,10 +97,14 @@ def recall_ceiling(query_index: np.ndarray, target: np.ndarray, takes_place: np.
     owner, pairs = owner[order], pairs[order]
     place = np.arange(len(owner)) - np.searchsorted(owner, owner, side="left")
     best = place < k
-    return QuerySums(free + np.bincount(owner[best], weights=pairs[best], minlength=queries), counts)
+    return QuerySums(
+        free + np.bincount(owner[best], weights=pairs[best], minlength=queries), counts
+    )
 
 
-def ndcg_at_k(query_index: np.ndarray, ranks: np.ndarray, gains: np.ndarray, k: int, queries: int) -> np.ndarray:
+def ndcg_at_k(
+    query_index: np.ndarray, ranks: np.ndarray, gains: np.ndarray, k: int, queries: int
+) -> np.ndarray:
     """Graded nDCG@k of each query: sum of ``gain / log2(1 + rank)`` over its targets with rank <= k, divided by the best possible sum.
 
     Gains are used as they are (pass ``2**grade - 1`` for the exponential form).
@@ -154,7 +162,9 @@ class PairedDifference(NamedTuple):
     """Queries on which the second is better."""
 
 
-def paired_difference(first: QuerySums, second: QuerySums, *, resamples: int = 2000, seed: int = 0) -> PairedDifference:
+def paired_difference(
+    first: QuerySums, second: QuerySums, *, resamples: int = 2000, seed: int = 0
+) -> PairedDifference:
     """Compare two systems on the same pairs; resampling queries keeps the pairing, so common difficulty cancels.
 
     Args:
@@ -167,12 +177,17 @@ def paired_difference(first: QuerySums, second: QuerySums, *, resamples: int = 2
         ValueError: The two were not measured on the same pairs.
     """
     if first.counts.shape != second.counts.shape or not np.array_equal(first.counts, second.counts):
-        raise ValueError("a paired comparison needs the same pairs for both systems, but their counts per query differ.")
+        raise ValueError(
+            "a paired comparison needs the same pairs for both systems, but their counts per query"
+            " differ."
+        )
     kept = first.counts > 0
     delta, counts = (first.hits - second.hits)[kept], first.counts[kept]
     wins, losses = int((delta > 0).sum()), int((delta < 0).sum())
     if len(counts) < 2:
-        return PairedDifference(Interval(first.value - second.value, float("nan"), float("nan")), 1.0, wins, losses)
+        return PairedDifference(
+            Interval(first.value - second.value, float("nan"), float("nan")), 1.0, wins, losses
+        )
     totals = _poisson_totals(np.stack([delta, counts], axis=1), resamples, seed)
     with np.errstate(divide="ignore", invalid="ignore"):
         differences = totals[:, 0] / totals[:, 1]
@@ -180,7 +195,9 @@ def paired_difference(first: QuerySums, second: QuerySums, *, resamples: int = 2
     low, high = np.quantile(differences, [0.025, 0.975])
     side = min((differences <= 0).mean(), (differences >= 0).mean())
     p_value = min(1.0, max(2.0 * float(side), 1.0 / resamples))
-    return PairedDifference(Interval(first.value - second.value, float(low), float(high)), p_value, wins, losses)
+    return PairedDifference(
+        Interval(first.value - second.value, float(low), float(high)), p_value, wins, losses
+    )
 
 
 def _poisson_totals(columns: np.ndarray, resamples: int, seed: int) -> np.ndarray:

@@ -83,22 +83,35 @@ def build_task(
     source = dataset.pairs if pairs is None else pairs
     rows = source.filter((pl.col("entity_type") == entity_type) & (pl.col("split") == split))
     rows = rows.unique(
-        [c for c in ("query", "language", "country", "entity_id", "kind") if c in rows.columns], keep="first", maintain_order=True
+        [c for c in ("query", "language", "country", "entity_id", "kind") if c in rows.columns],
+        keep="first",
+        maintain_order=True,
     )
     if rows.is_empty():
-        raise ConfigError(f"there are no {split!r} pairs of entity type {entity_type!r} to evaluate in data set {dataset.name!r}.")
+        raise ConfigError(
+            f"there are no {split!r} pairs of entity type {entity_type!r} to evaluate in data set"
+            f" {dataset.name!r}."
+        )
     if max_queries is not None:
         distinct = rows["query"].unique(maintain_order=True)
         if max_queries < len(distinct):
-            rows = rows.filter(pl.col("query").is_in(distinct.gather(np.sort(rng.permutation(len(distinct))[:max_queries])).implode()))
-    catalogue = _query_candidates(dataset.pairs, rows) if entity_type == "query" else dataset.of_type(entity_type)
+            rows = rows.filter(
+                pl.col("query").is_in(
+                    distinct.gather(np.sort(rng.permutation(len(distinct))[:max_queries])).implode()
+                )
+            )
+    catalogue = (
+        _query_candidates(dataset.pairs, rows)
+        if entity_type == "query"
+        else dataset.of_type(entity_type)
+    )
     group_of = [dataset.groups.get(id, id) for id in catalogue["id"].to_list()]
     catalogue = catalogue.with_columns(pl.Series("__group", group_of, dtype=pl.String))
     unknown = set(rows["entity_id"].to_list()).difference(catalogue["id"].to_list())
     if unknown:
         raise SchemaError(
-            f"{len(unknown):,} pairs' entities are not in the catalogue of type {entity_type!r}, e.g. {min(unknown)!r}. "
-            "Evaluate with the catalogue that the pairs were made from."
+            f"{len(unknown):,} pairs' entities are not in the catalogue of type {entity_type!r},"
+            f" e.g. {min(unknown)!r}. Evaluate with the catalogue that the pairs were made from."
         )
     return _assemble(entity_type, catalogue, rows, corpus_size, rng)
 
@@ -106,22 +119,42 @@ def build_task(
 def _query_candidates(pairs: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
     """Train-split query strings as candidates, and the answers that are not among them."""
     known = query_entities(pairs, "train")
-    more = rows.select(pl.col("entity_id").unique(maintain_order=True).alias("id")).filter(~pl.col("id").is_in(known["id"].implode()))
-    return pl.concat([known, more.with_columns(entity_type=pl.lit("query"), title=pl.col("id"))], how="diagonal")
+    more = rows.select(pl.col("entity_id").unique(maintain_order=True).alias("id")).filter(
+        ~pl.col("id").is_in(known["id"].implode())
+    )
+    return pl.concat(
+        [known, more.with_columns(entity_type=pl.lit("query"), title=pl.col("id"))], how="diagonal"
+    )
 
 
 def _assemble(
-    entity_type: str, catalogue: pl.DataFrame, rows: pl.DataFrame, corpus_size: int | None, rng: np.random.Generator
+    entity_type: str,
+    catalogue: pl.DataFrame,
+    rows: pl.DataFrame,
+    corpus_size: int | None,
+    rng: np.random.Generator,
 ) -> EvaluationTask:
     rows = rows.join(
-        catalogue.select(pl.col("id").alias("entity_id"), pl.col("__group").alias("group")), on="entity_id", maintain_order="left"
+        catalogue.select(pl.col("id").alias("entity_id"), pl.col("__group").alias("group")),
+        on="entity_id",
+        maintain_order="left",
     )
     queries = rows["query"].unique(maintain_order=True)
-    rows = rows.with_columns(query_index=rows["query"].cast(pl.Enum(queries)).to_physical().cast(pl.Int64))
+    rows = rows.with_columns(
+        query_index=rows["query"].cast(pl.Enum(queries)).to_physical().cast(pl.Int64)
+    )
     gain = pl.col("grade").cast(pl.Float64) if "grade" in rows.columns else pl.lit(1.0)
-    targets = rows.group_by("query_index", "group", maintain_order=True).agg(gain.max().alias("gain"))
-    targets = targets.with_row_index("target").with_columns(pl.col("target").cast(pl.Int64), positives=pl.len().over("query_index"))
-    rows = rows.join(targets.select("query_index", "group", "target", "positives"), on=["query_index", "group"], maintain_order="left")
+    targets = rows.group_by("query_index", "group", maintain_order=True).agg(
+        gain.max().alias("gain")
+    )
+    targets = targets.with_row_index("target").with_columns(
+        pl.col("target").cast(pl.Int64), positives=pl.len().over("query_index")
+    )
+    rows = rows.join(
+        targets.select("query_index", "group", "target", "positives"),
+        on=["query_index", "group"],
+        maintain_order="left",
+    )
     size = catalogue.height
     wanted = size if corpus_size is None else min(corpus_size, size)
     in_corpus = np.zeros(size, dtype=bool)
@@ -129,7 +162,11 @@ def _assemble(
     answers = catalogue["__group"].is_in(targets["group"].unique().implode()).to_numpy()
     scored = in_corpus | answers
     candidates, in_corpus = catalogue.filter(pl.Series(scored)), in_corpus[scored]
-    numbered = candidates.select(pl.col("__group").alias("group")).with_row_index("row").with_columns(pl.col("row").cast(pl.Int64))
+    numbered = (
+        candidates.select(pl.col("__group").alias("group"))
+        .with_row_index("row")
+        .with_columns(pl.col("row").cast(pl.Int64))
+    )
     members = targets.select("target", "group").join(numbered, on="group").sort("target", "row")
     own = None
     if entity_type == "query":
@@ -160,12 +197,16 @@ def vector_scores(queries: np.ndarray, candidates: np.ndarray, device: str = "cp
         InvalidVectors: Shapes do not fit, or a value is not finite.
     """
     if queries.ndim != 2 or candidates.ndim != 2 or queries.shape[1] != candidates.shape[1]:
-        raise InvalidVectors(f"expected queries (Q, D) and candidates (N, D) with one D, but got {queries.shape} and {candidates.shape}.")
+        raise InvalidVectors(
+            f"expected queries (Q, D) and candidates (N, D) with one D, but got {queries.shape} and"
+            f" {candidates.shape}."
+        )
     for name, vectors in (("query", queries), ("candidate", candidates)):
         bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if len(bad):
             raise InvalidVectors(
-                f"expected finite vectors, but {name} row {bad[0]} holds NaN or infinity ({len(bad)} rows in all). Embed again."
+                f"expected finite vectors, but {name} row {bad[0]} holds NaN or infinity"
+                f" ({len(bad)} rows in all). Embed again."
             )
     left = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32)).to(device)
     right = torch.from_numpy(np.ascontiguousarray(candidates, dtype=np.float32)).to(device).T
@@ -186,7 +227,9 @@ class Ranking:
     """Top candidates of each query, rows and scores ``(Q, depth)``, when asked for."""
 
 
-def rank_task(task: EvaluationTask, score: ScoreRows, system: str, *, run_depth: int = 0) -> Ranking:
+def rank_task(
+    task: EvaluationTask, score: ScoreRows, system: str, *, run_depth: int = 0
+) -> Ranking:
     """Rank all pairs of a task, exactly.
 
     Args:
@@ -212,10 +255,24 @@ def rank_task(task: EvaluationTask, score: ScoreRows, system: str, *, run_depth:
             selves = torch.from_numpy(task.own_row[start : start + chunk])
             found = torch.nonzero(selves >= 0).flatten()
             scores[found.to(scores.device), selves[found].to(scores.device)] = -torch.inf
-        mine = order[np.searchsorted(owner[order], start) : np.searchsorted(owner[order], start + chunk)]
-        picked = np.concatenate([np.arange(first, last) for first, last in _spans(first_member, len(member_target), mine)])
+        mine = order[
+            np.searchsorted(owner[order], start) : np.searchsorted(owner[order], start + chunk)
+        ]
+        picked = np.concatenate(
+            [
+                np.arange(first, last)
+                for first, last in _spans(first_member, len(member_target), mine)
+            ]
+        )
         local = owner[member_target[picked]] - start
-        values = scores[torch.from_numpy(local).to(scores.device), torch.from_numpy(member_row[picked]).to(scores.device)].cpu().numpy()
+        values = (
+            scores[
+                torch.from_numpy(local).to(scores.device),
+                torch.from_numpy(member_row[picked]).to(scores.device),
+            ]
+            .cpu()
+            .numpy()
+        )
         if outside.any():
             scores[:, outside.to(scores.device)] = -torch.inf
         segments = np.flatnonzero(np.diff(member_target[picked], prepend=-1))
@@ -226,12 +283,18 @@ def rank_task(task: EvaluationTask, score: ScoreRows, system: str, *, run_depth:
         best_row = member_row[picked][winners[keep]]
         above[mine] = _count_above(scores, owner[mine] - start, best, best_row)
         missing[mine] = np.isneginf(best)
-        correction[mine] = _list_correction(task, owner[mine], best, best_row, member_target[picked], member_row[picked], values)
+        correction[mine] = _list_correction(
+            task, owner[mine], best, best_row, member_target[picked], member_row[picked], values
+        )
         if run_depth:
             runs.append(top_k_of_scores(scores, run_depth))
     ranks = np.where(missing, UNRANKED, above + 1)
     list_ranks = np.where(missing, UNRANKED, above + 1 + correction)
-    run = None if not runs else (np.concatenate([r for r, _ in runs]), np.concatenate([s for _, s in runs]))
+    run = (
+        None
+        if not runs
+        else (np.concatenate([r for r, _ in runs]), np.concatenate([s for _, s in runs]))
+    )
     return Ranking(task, system, ranks[task.pairs["target"].to_numpy()], list_ranks, run)
 
 
@@ -240,7 +303,9 @@ def _spans(first_member: np.ndarray, total: int, targets: np.ndarray) -> Iterabl
     return zip(first_member[targets].tolist(), ends[targets].tolist(), strict=True)
 
 
-def _count_above(scores: torch.Tensor, rows: np.ndarray, best: np.ndarray, best_row: np.ndarray) -> np.ndarray:
+def _count_above(
+    scores: torch.Tensor, rows: np.ndarray, best: np.ndarray, best_row: np.ndarray
+) -> np.ndarray:
     """How many columns of each target's score row beat it: a higher score, or the same score in an earlier column."""
     counts = np.empty(len(rows), dtype=np.int64)
     batch = max(1, SCORES_AT_ONCE // max(1, scores.shape[1]))
@@ -275,7 +340,11 @@ def _list_correction(
         low, high = np.searchsorted(owner_of_member, [owners[start], owners[start] + 1])
         inside = np.flatnonzero(task.in_corpus[member_row[low:high]]) + low
         for i in range(start, stop):
-            others = (best[start:stop] > best[i]) | ((best[start:stop] == best[i]) & (best_row[start:stop] < best_row[i]))
-            counted = (values[inside] > best[i]) | ((values[inside] == best[i]) & (member_row[inside] < best_row[i]))
+            others = (best[start:stop] > best[i]) | (
+                (best[start:stop] == best[i]) & (best_row[start:stop] < best_row[i])
+            )
+            counted = (values[inside] > best[i]) | (
+                (values[inside] == best[i]) & (member_row[inside] < best_row[i])
+            )
             correction[i] = int(others.sum()) - int(counted.sum())
     return correction

@@ -18,8 +18,21 @@ from encoders.datasets.related_queries import related_query_pairs
 from encoders.errors import ConfigError
 from encoders.evaluation.baselines import Baseline
 from encoders.evaluation.metrics import PairedDifference
-from encoders.evaluation.ranking import EvaluationTask, Ranking, ScoreRows, build_task, rank_task, vector_scores
-from encoders.evaluation.slices import SliceMetrics, compare, metrics_by_slice, pair_slices, slice_metrics
+from encoders.evaluation.ranking import (
+    EvaluationTask,
+    Ranking,
+    ScoreRows,
+    build_task,
+    rank_task,
+    vector_scores,
+)
+from encoders.evaluation.slices import (
+    SliceMetrics,
+    compare,
+    metrics_by_slice,
+    pair_slices,
+    slice_metrics,
+)
 from encoders.towers.bundle import ModelBundle
 
 RUN_DEPTH = 100
@@ -41,16 +54,22 @@ def bundle_system(bundle: Embeds, device: str = "cpu") -> Baseline:
     """A trained bundle as a system to evaluate: inner products of its query and entity vectors, exact, in float32 on ``device``."""
 
     def score(task: EvaluationTask, dataset: Dataset) -> ScoreRows:
-        return vector_scores(bundle.embed_queries(task.queries), bundle.embed_entities(task.candidates), device)
+        return vector_scores(
+            bundle.embed_queries(task.queries), bundle.embed_entities(task.candidates), device
+        )
 
     return score
 
 
-def types_without_tower(bundles: Iterable[ModelBundle], entity_types: Sequence[str]) -> dict[str, str]:
+def types_without_tower(
+    bundles: Iterable[ModelBundle], entity_types: Sequence[str]
+) -> dict[str, str]:
     """The entity types that one of the bundles cannot embed, and why, for ``evaluate_systems``."""
     found: dict[str, str] = {}
     for bundle in bundles:
-        found |= {name: f"no tower in {bundle.path}" for name in entity_types if not bundle.embeds(name)}
+        found |= {
+            name: f"no tower in {bundle.path}" for name in entity_types if not bundle.embeds(name)
+        }
     return found
 
 
@@ -93,11 +112,16 @@ class EvaluationReport:
                 "systems": {
                     system: {
                         "all": metrics.as_dict(),
-                        "slices": {s: {label: m.as_dict() for label, m in labels.items()} for s, labels in report.slices[system].items()},
+                        "slices": {
+                            s: {label: m.as_dict() for label, m in labels.items()}
+                            for s, labels in report.slices[system].items()
+                        },
                     }
                     for system, metrics in report.overall.items()
                 },
-                "comparisons": {f"{a} - {b}": comparison_dict(report.compare(a, b)) for a, b in wanted},
+                "comparisons": {
+                    f"{a} - {b}": comparison_dict(report.compare(a, b)) for a, b in wanted
+                },
             }
         result: dict[str, Any] = _finite(
             {
@@ -113,14 +137,22 @@ class EvaluationReport:
 
 
 METRIC = (
-    "labelled recall: share of pairs (query, annotated entity) whose entity ranks in the top k; exact search; 95% bootstrap over queries"
+    "labelled recall: share of pairs (query, annotated entity) whose entity ranks in the top k;"
+    " exact search; 95% bootstrap over queries"
 )
 
 
 def comparison_dict(result: PairedDifference) -> dict[str, Any]:
     """Plain values of a paired comparison."""
     value, low, high = result.difference
-    return {"recall@10 difference": value, "low": low, "high": high, "p": result.p_value, "wins": result.wins, "losses": result.losses}
+    return {
+        "recall@10 difference": value,
+        "low": low,
+        "high": high,
+        "p": result.p_value,
+        "wins": result.wins,
+        "losses": result.losses,
+    }
 
 
 def _finite(value: Any) -> Any:
@@ -168,49 +200,91 @@ def evaluate_systems(
         ConfigError: No system, no pairs, no tower for a type that was asked for, or an impossible setting.
     """
     if not systems:
-        raise ConfigError("there is no system to evaluate. Give a model bundle, or baselines such as --baselines bm25,random.")
+        raise ConfigError(
+            "there is no system to evaluate. Give a model bundle, or baselines such as --baselines"
+            " bm25,random."
+        )
     train = dataset.split("train")
     judged = None if judgements is None else pairs_of_judgements(dataset, judgements, split)
     without_tower = without_tower or {}
-    left_out = _types_left_out(dataset, judged, split, without_tower) if entity_types is None else {}
+    left_out = (
+        _types_left_out(dataset, judged, split, without_tower) if entity_types is None else {}
+    )
     for name, why in left_out.items():
         progress(f"{name}: {why}; not evaluated")
-    wanted = entity_types if entity_types is not None else [name for name in dataset.entity_types if name not in left_out]
+    wanted = (
+        entity_types
+        if entity_types is not None
+        else [name for name in dataset.entity_types if name not in left_out]
+    )
     missing = [f"{name}: {without_tower[name]}" for name in wanted if name in without_tower]
     if missing:
-        raise ConfigError(f"{'; '.join(missing)}. Choose other types with --entity-type, or train with pairs of these.")
+        raise ConfigError(
+            f"{'; '.join(missing)}. Choose other types with --entity-type, or train with pairs of"
+            " these."
+        )
     tasks = {}
     for entity_type in wanted:
         pairs = judged
-        if judged is None and entity_type == "query" and dataset.pairs.filter(pl.col("entity_type") == "query").is_empty():
+        if (
+            judged is None
+            and entity_type == "query"
+            and dataset.pairs.filter(pl.col("entity_type") == "query").is_empty()
+        ):
             pairs = related_query_pairs(dataset.pairs)
-        task = build_task(dataset, entity_type, pairs=pairs, split=split, corpus_size=corpus_size, max_queries=max_queries, seed=seed)
+        task = build_task(
+            dataset,
+            entity_type,
+            pairs=pairs,
+            split=split,
+            corpus_size=corpus_size,
+            max_queries=max_queries,
+            seed=seed,
+        )
         labels = pair_slices(task, train)
-        labels = labels if slices is None else {name: labels[name] for name in slices if name in labels}
+        labels = (
+            labels if slices is None else {name: labels[name] for name in slices if name in labels}
+        )
         rankings, overall, sliced = {}, {}, {}
         for name, system in systems.items():
-            ranking = rank_task(task, system(task, dataset), name, run_depth=RUN_DEPTH if runs else 0)
-            rankings[name], overall[name] = ranking, slice_metrics(ranking, resamples=resamples, seed=seed)
+            ranking = rank_task(
+                task, system(task, dataset), name, run_depth=RUN_DEPTH if runs else 0
+            )
+            rankings[name], overall[name] = (
+                ranking,
+                slice_metrics(ranking, resamples=resamples, seed=seed),
+            )
             sliced[name] = metrics_by_slice(ranking, labels, resamples=max(100, resamples // 3))
             recall = overall[name].recall[10]
-            progress(f"{entity_type:8} {name:20} Recall@10 {recall.value:.3f} [{recall.low:.3f}, {recall.high:.3f}]")
+            progress(
+                f"{entity_type:8} {name:20} Recall@10 {recall.value:.3f} [{recall.low:.3f},"
+                f" {recall.high:.3f}]"
+            )
         tasks[entity_type] = TaskReport(task, rankings, overall, sliced, labels)
     return EvaluationReport(dataset.name, dataset.label, split, tasks, left_out)
 
 
-def _types_left_out(dataset: Dataset, judged: pl.DataFrame | None, split: str, without_tower: Mapping[str, str]) -> dict[str, str]:
+def _types_left_out(
+    dataset: Dataset, judged: pl.DataFrame | None, split: str, without_tower: Mapping[str, str]
+) -> dict[str, str]:
     """The catalogue's types that cannot be evaluated, and why; an error if all are."""
     pairs = dataset.pairs if judged is None else judged
     what = f"{split!r} pairs" if judged is None else "judgements with a grade above 0"
     present = set(pairs.filter(pl.col("split") == split)["entity_type"].to_list())
     if not present.intersection(dataset.entity_types):
         splits = ", ".join(sorted(pairs["split"].drop_nulls().unique().to_list())) or "none"
-        raise ConfigError(f"there are no {what} to evaluate in data set {dataset.name!r}; it has {splits}. Choose with --split.")
+        raise ConfigError(
+            f"there are no {what} to evaluate in data set {dataset.name!r}; it has {splits}. Choose"
+            " with --split."
+        )
     left_out = {name: f"no {what}" for name in dataset.entity_types if name not in present}
     left_out |= {name: why for name, why in without_tower.items() if name in present}
     if set(dataset.entity_types) <= left_out.keys():
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items())
-        raise ConfigError(f"there is nothing to evaluate in data set {dataset.name!r} ({reasons}). Train with pairs of these types.")
+        raise ConfigError(
+            f"there is nothing to evaluate in data set {dataset.name!r} ({reasons}). Train with"
+            " pairs of these types."
+        )
     return left_out
 
 
@@ -221,12 +295,21 @@ def pairs_of_judgements(dataset: Dataset, judgements: pl.DataFrame, split: str) 
         ConfigError: No judged entity is in the catalogue.
     """
     types = dataset.catalogue.select(pl.col("id").alias("entity_id"), "entity_type")
-    rows = judgements.filter(pl.col("grade") > 0).join(types, on="entity_id", how="inner", maintain_order="left")
+    rows = judgements.filter(pl.col("grade") > 0).join(
+        types, on="entity_id", how="inner", maintain_order="left"
+    )
     if rows.is_empty():
-        raise ConfigError("no judged entity with a grade above 0 is in the catalogue. Do the ids of the judgements match the catalogue's?")
+        raise ConfigError(
+            "no judged entity with a grade above 0 is in the catalogue. Do the ids of the"
+            " judgements match the catalogue's?"
+        )
     absent = [name for name in ("language", "country") if name not in rows.columns]
-    filled = rows.with_columns(**{name: pl.lit("") for name in absent}, split=pl.lit(split), count=pl.lit(1))
-    return filled.with_columns(kind=pl.format("grade {}", "grade"), action=pl.format("grade {}", "grade"))
+    filled = rows.with_columns(
+        **{name: pl.lit("") for name in absent}, split=pl.lit(split), count=pl.lit(1)
+    )
+    return filled.with_columns(
+        kind=pl.format("grade {}", "grade"), action=pl.format("grade {}", "grade")
+    )
 
 
 def save_runs(report: EvaluationReport, folder: Path) -> list[Path]:
@@ -242,7 +325,10 @@ def save_runs(report: EvaluationReport, folder: Path) -> list[Path]:
     for entity_type, report_of_type in report.tasks.items():
         task = report_of_type.task
         if not task.in_corpus.all():
-            raise ConfigError("runs are ranked lists over the whole catalogue, but a random corpus was asked for. Leave --corpus-size out.")
+            raise ConfigError(
+                "runs are ranked lists over the whole catalogue, but a random corpus was asked for."
+                " Leave --corpus-size out."
+            )
         root = folder / entity_type
         root.mkdir(parents=True, exist_ok=True)
         lines = (f"q{i}\t{' '.join(query.split())}\n" for i, query in enumerate(task.queries))
@@ -253,7 +339,10 @@ def save_runs(report: EvaluationReport, folder: Path) -> list[Path]:
             group_of_row[r] = groups[t]
         names = [_trec_name(name) for name in group_of_row]
         rows = task.targets.select("query_index", "group", "gain").iter_rows()
-        (root / "qrels.txt").write_text("".join(f"q{q} 0 {_trec_name(g)} {int(gain)}\n" for q, g, gain in rows), encoding="utf-8")
+        (root / "qrels.txt").write_text(
+            "".join(f"q{q} 0 {_trec_name(g)} {int(gain)}\n" for q, g, gain in rows),
+            encoding="utf-8",
+        )
         written += [root / "queries.tsv", root / "qrels.txt"]
         for system, ranking in report_of_type.rankings.items():
             if ranking.run is None:
@@ -266,11 +355,16 @@ def save_runs(report: EvaluationReport, folder: Path) -> list[Path]:
                         if r >= 0:
                             seen.setdefault(names[r], score)
                     file.writelines(
-                        f"q{i} Q0 {name} {place} {score:.8g} {_trec_name(system)}\n" for place, (name, score) in enumerate(seen.items(), 1)
+                        f"q{i} Q0 {name} {place} {score:.8g} {_trec_name(system)}\n"
+                        for place, (name, score) in enumerate(seen.items(), 1)
                     )
             written.append(path)
     return written
 
 
 def _trec_name(text: str) -> str:
-    return re.sub(r"[\s%]", lambda match: "".join(f"%{byte:02X}" for byte in match.group().encode("utf-8")), text)
+    return re.sub(
+        r"[\s%]",
+        lambda match: "".join(f"%{byte:02X}" for byte in match.group().encode("utf-8")),
+        text,
+    )

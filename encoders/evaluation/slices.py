@@ -52,7 +52,13 @@ class SliceMetrics:
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         recalls = {
-            f"recall@{k}": {"value": r.value, "low": r.low, "high": r.high, "ceiling": self.ceiling[k]} for k, r in self.recall.items()
+            f"recall@{k}": {
+                "value": r.value,
+                "low": r.low,
+                "high": r.high,
+                "ceiling": self.ceiling[k],
+            }
+            for k, r in self.recall.items()
         }
         mrr = {"value": self.mrr.value, "low": self.mrr.low, "high": self.mrr.high}
         return {
@@ -66,7 +72,12 @@ class SliceMetrics:
 
 
 def slice_metrics(
-    ranking: Ranking, keep: np.ndarray | None = None, *, ks: Sequence[int] = (1, 10, 100), resamples: int = 1000, seed: int = 0
+    ranking: Ranking,
+    keep: np.ndarray | None = None,
+    *,
+    ks: Sequence[int] = (1, 10, 100),
+    resamples: int = 1000,
+    seed: int = 0,
 ) -> SliceMetrics:
     """Sum the ranks of a task up, over all pairs or those with ``keep`` True.
 
@@ -82,18 +93,35 @@ def slice_metrics(
     query_index, ranks = task.pairs["query_index"].to_numpy()[keep], ranking.ranks[keep]
     target, count = task.pairs["target"].to_numpy()[keep], len(task.queries)
     places = target_takes_place(task)[target]
-    recall = {k: bootstrap_interval(sums_by_query(query_index, ranks <= k, count), resamples=resamples, seed=seed) for k in ks}
+    recall = {
+        k: bootstrap_interval(
+            sums_by_query(query_index, ranks <= k, count), resamples=resamples, seed=seed
+        )
+        for k in ks
+    }
     ceiling = {k: recall_ceiling(query_index, target, places, k, count).value for k in ks}
     ten = sums_by_query(query_index, ranks <= 10, count)
     seen = ten.counts > 0
-    ndcg = ndcg_at_k(task.targets["query_index"].to_numpy(), ranking.list_ranks, task.targets["gain"].to_numpy(), 10, count)[seen]
+    ndcg = ndcg_at_k(
+        task.targets["query_index"].to_numpy(),
+        ranking.list_ranks,
+        task.targets["gain"].to_numpy(),
+        10,
+        count,
+    )[seen]
     return SliceMetrics(
         pairs=int(keep.sum()),
         queries=int(seen.sum()),
         recall=recall,
         ceiling=ceiling,
-        query_recall=float((ten.hits[seen] / ten.counts[seen]).mean()) if seen.any() else float("nan"),
-        mrr=bootstrap_interval(sums_by_query(query_index, reciprocal_ranks(ranks), count), resamples=resamples, seed=seed),
+        query_recall=(
+            float((ten.hits[seen] / ten.counts[seen]).mean()) if seen.any() else float("nan")
+        ),
+        mrr=bootstrap_interval(
+            sums_by_query(query_index, reciprocal_ranks(ranks), count),
+            resamples=resamples,
+            seed=seed,
+        ),
         ndcg=float(np.nanmean(ndcg)) if np.isfinite(ndcg).any() else float("nan"),
     )
 
@@ -119,7 +147,11 @@ def pair_slices(task: EvaluationTask, train_pairs: pl.DataFrame) -> dict[str, pl
         (whether it has engaged queries), ``positives`` (few: 10 or fewer answers to the query), ``source`` (of the entity, if known).
     """
     pairs, candidates = task.pairs, task.candidates
-    counts = train_pairs.filter(pl.col("entity_type") == task.entity_type).group_by("entity_id").agg(pl.len().alias("train"))
+    counts = (
+        train_pairs.filter(pl.col("entity_type") == task.entity_type)
+        .group_by("entity_id")
+        .agg(pl.len().alias("train"))
+    )
     ranked = (
         candidates.select(pl.col("id").alias("entity_id"))
         .join(counts, on="entity_id", how="left")
@@ -128,61 +160,109 @@ def pair_slices(task: EvaluationTask, train_pairs: pl.DataFrame) -> dict[str, pl
     ranked = ranked.sort(["train", "entity_id"], descending=[True, False]).with_row_index("place")
     share = pl.col("place") / max(1, ranked.height)
     head, torso = POPULARITY_SHARES
-    popularity = pl.when(share < head).then(pl.lit("head")).when(share < torso).then(pl.lit("torso")).otherwise(pl.lit("tail"))
+    popularity = (
+        pl.when(share < head)
+        .then(pl.lit("head"))
+        .when(share < torso)
+        .then(pl.lit("torso"))
+        .otherwise(pl.lit("tail"))
+    )
     ranked = ranked.with_columns(popularity=popularity.cast(POPULARITY))
-    text = [pl.col(c).fill_null("").str.strip_chars() != "" for c in ("title", "description", "caption") if c in candidates.columns]
+    text = [
+        pl.col(c).fill_null("").str.strip_chars() != ""
+        for c in ("title", "description", "caption")
+        if c in candidates.columns
+    ]
     has_text = pl.any_horizontal(text) if text else pl.lit(False)
-    has_queries = pl.col("engaged_queries").list.len() > 0 if "engaged_queries" in candidates.columns else pl.lit(False)
+    has_queries = (
+        pl.col("engaged_queries").list.len() > 0
+        if "engaged_queries" in candidates.columns
+        else pl.lit(False)
+    )
     about = candidates.select(
         pl.col("id").alias("entity_id"),
         pl.when(has_text).then(pl.lit("present")).otherwise(pl.lit("absent")).alias("text"),
         pl.when(has_queries).then(pl.lit("yes")).otherwise(pl.lit("no")).alias("engaged"),
         *([pl.col("source").cast(pl.String)] if "source" in candidates.columns else []),
     )
-    joined = pairs.select("entity_id").join(ranked.select("entity_id", "popularity"), on="entity_id", how="left", maintain_order="left")
+    joined = pairs.select("entity_id").join(
+        ranked.select("entity_id", "popularity"), on="entity_id", how="left", maintain_order="left"
+    )
     joined = joined.join(about, on="entity_id", how="left", maintain_order="left")
     labels = {
         "language": pairs["language"],
-        "english": pairs.select(
-            pl.when(pl.col("language").str.split("-").list.first() == "en").then(pl.lit("en")).otherwise(pl.lit("not en"))
-        ).to_series(),
+        "english": (
+            pairs.select(
+                pl.when(pl.col("language").str.split("-").list.first() == "en")
+                .then(pl.lit("en"))
+                .otherwise(pl.lit("not en"))
+            ).to_series()
+        ),
         "action": pairs["kind" if "kind" in pairs.columns else "action"],
-        "positives": pairs.select(pl.when(pl.col("positives") <= FEW_POSITIVES).then(pl.lit("few")).otherwise(pl.lit("many"))).to_series(),
+        "positives": (
+            pairs.select(
+                pl.when(pl.col("positives") <= FEW_POSITIVES)
+                .then(pl.lit("few"))
+                .otherwise(pl.lit("many"))
+            ).to_series()
+        ),
         **{name: joined[name] for name in joined.columns if name != "entity_id"},
     }
     if "country" in pairs.columns and (pairs["country"] != "").any():
         labels["country"] = pairs["country"]
-    labels["action, few positives"] = pl.Series([f"{a}, {p}" for a, p in zip(labels["action"], labels["positives"], strict=True)])
+    labels["action, few positives"] = pl.Series(
+        [f"{a}, {p}" for a, p in zip(labels["action"], labels["positives"], strict=True)]
+    )
     return labels
 
 
 def metrics_by_slice(
-    ranking: Ranking, slices: dict[str, pl.Series], *, ks: Sequence[int] = (10,), resamples: int = 300
+    ranking: Ranking,
+    slices: dict[str, pl.Series],
+    *,
+    ks: Sequence[int] = (10,),
+    resamples: int = 300,
 ) -> dict[str, dict[str, SliceMetrics]]:
     """``{slice: {label: metrics}}``, labels in the order of their ``Enum``, else most pairs first; pairs without one are ``unknown``."""
     result: dict[str, dict[str, SliceMetrics]] = {}
     for name, given in slices.items():
         labels = given.cast(pl.String).fill_null("unknown")
-        listed = labels.value_counts().sort(["count", labels.name], descending=[True, False])[labels.name].to_list()
+        listed = (
+            labels.value_counts()
+            .sort(["count", labels.name], descending=[True, False])[labels.name]
+            .to_list()
+        )
         if isinstance(given.dtype, pl.Enum):
             order = given.dtype.categories.to_list()
             listed.sort(key=lambda label: order.index(label) if label in order else len(order))
-        result[name] = {label: slice_metrics(ranking, (labels == label).to_numpy(), ks=ks, resamples=resamples) for label in listed}
+        result[name] = {
+            label: slice_metrics(ranking, (labels == label).to_numpy(), ks=ks, resamples=resamples)
+            for label in listed
+        }
     return result
 
 
 def compare(
-    first: Ranking, second: Ranking, keep: np.ndarray | None = None, *, k: int = 10, resamples: int = 2000, seed: int = 0
+    first: Ranking,
+    second: Ranking,
+    keep: np.ndarray | None = None,
+    *,
+    k: int = 10,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> PairedDifference:
     """Labelled Recall@k of ``first`` minus ``second`` on the same pairs, with a paired bootstrap over queries.
 
     Raises:
         ConfigError: The two rank different tasks.
     """
-    if first.task.entity_type != second.task.entity_type or not first.task.pairs.select("query", "entity_id").equals(
-        second.task.pairs.select("query", "entity_id")
-    ):
-        raise ConfigError("a comparison needs two systems on the same task, but their pairs differ. Rank both with one EvaluationTask.")
+    if first.task.entity_type != second.task.entity_type or not first.task.pairs.select(
+        "query", "entity_id"
+    ).equals(second.task.pairs.select("query", "entity_id")):
+        raise ConfigError(
+            "a comparison needs two systems on the same task, but their pairs differ. Rank both"
+            " with one EvaluationTask."
+        )
     index = first.task.pairs["query_index"].to_numpy()
     keep = np.ones(len(index), dtype=bool) if keep is None else keep
 

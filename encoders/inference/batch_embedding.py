@@ -52,7 +52,9 @@ class EmbedConfig:
             raise ConfigError(f"precision must be auto, fp32 or bf16, but is {self.precision!r}")
         for name, least in (("threads", 0), ("batch_rows", 1), ("part_rows", 1)):
             if getattr(self, name) < least:
-                raise ConfigError(f"EmbedConfig.{name} ({getattr(self, name)}) must be at least {least}")
+                raise ConfigError(
+                    f"EmbedConfig.{name} ({getattr(self, name)}) must be at least {least}"
+                )
 
     def resolved_device(self) -> torch.device:
         """The device itself.
@@ -60,13 +62,21 @@ class EmbedConfig:
         Raises:
             ConfigError: There is no such device here.
         """
-        name = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        name = (
+            ("cuda" if torch.cuda.is_available() else "cpu")
+            if self.device == "auto"
+            else self.device
+        )
         try:
             device = torch.device(name)
         except RuntimeError as error:
-            raise ConfigError(f"device {name!r} is not one PyTorch knows; use cpu, cuda or cuda:1") from error
+            raise ConfigError(
+                f"device {name!r} is not one PyTorch knows; use cpu, cuda or cuda:1"
+            ) from error
         if device.type == "cuda" and not torch.cuda.is_available():
-            raise ConfigError(f"device {name!r} was asked for, but PyTorch finds no GPU here; use --device cpu")
+            raise ConfigError(
+                f"device {name!r} was asked for, but PyTorch finds no GPU here; use --device cpu"
+            )
         return device
 
     def form_id(self) -> str:
@@ -109,17 +119,24 @@ class EmbedReport:
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON values, with rows embedded per second."""
         embedded = sum(report.embedded for report in self.entity_types.values())
-        return asdict(self) | {"embedded_per_second": round(embedded / self.seconds, 1) if self.seconds else None}
+        return asdict(self) | {
+            "embedded_per_second": round(embedded / self.seconds, 1) if self.seconds else None
+        }
 
     def notes(self) -> list[str]:
         """What whoever ran this should know: what the towers could not read, and what was made again for another form."""
         lines = []
         for name, one in self.entity_types.items():
             if one.missing_columns:
-                lines.append(f"note: the catalogue of {name!r} lacks {', '.join(one.missing_columns)}; these fields were read as empty")
+                lines.append(
+                    f"note: the catalogue of {name!r} lacks {', '.join(one.missing_columns)}; these"
+                    " fields were read as empty"
+                )
             if one.other_form:
                 again = f"{one.other_form:,} {name} rows were embedded again"
-                lines.append(f"note: {again}, because the store held them in another form (precision)")
+                lines.append(
+                    f"note: {again}, because the store held them in another form (precision)"
+                )
             if one.without_features:
                 blank = f"{one.without_features:,} {name} rows have no known n-gram and no vector"
                 lines.append(f"warning: {blank}; they share one meaningless embedding")
@@ -138,7 +155,11 @@ def content_hashes(catalogue: pl.DataFrame, config: EntityFeatureConfig) -> list
     Returns:
         N hashes.
     """
-    columns = [(name.encode(), row_texts(catalogue[name])) for name in sorted(config.text_columns) if name in catalogue.columns]
+    columns = [
+        (name.encode(), row_texts(catalogue[name]))
+        for name in sorted(config.text_columns)
+        if name in catalogue.columns
+    ]
     vectors = [
         (name.encode(), row_vectors(catalogue, name, width))
         for name, width in sorted(config.continuous.items())
@@ -155,7 +176,9 @@ def content_hashes(catalogue: pl.DataFrame, config: EntityFeatureConfig) -> list
         for name, values in vectors:
             vector = values[row]
             if vector.any():
-                state.update(b"%b\x1e" % name + (vector + np.float32(0)).astype("<f4").tobytes())  # + 0: one zero, as a mean has it
+                state.update(
+                    b"%b\x1e" % name + (vector + np.float32(0)).astype("<f4").tobytes()
+                )  # + 0: one zero, as a mean has it
         hashes.append(state.hexdigest())
     return hashes
 
@@ -165,7 +188,9 @@ def columns_read(bundle: ModelBundle) -> set[str]:
     columns = {"title"}  # the text of query entities
     for encoder in bundle.entity_encoders.values():
         if encoder.featurizer is not None:
-            columns |= encoder.featurizer.config.text_columns | encoder.featurizer.config.continuous.keys()
+            columns |= (
+                encoder.featurizer.config.text_columns | encoder.featurizer.config.continuous.keys()
+            )
     return columns
 
 
@@ -179,14 +204,21 @@ class EntityEmbedder:
 
     def __init__(self, encoder: EntityEncoder, config: EmbedConfig) -> None:
         if encoder.featurizer is None:
-            raise ConfigError("this entity tower has no featuriser, so it cannot read a catalogue; load it from a bundle")
+            raise ConfigError(
+                "this entity tower has no featuriser, so it cannot read a catalogue; load it from a"
+                " bundle"
+            )
         self.featurizer = encoder.featurizer
         self.config = config
         self.device = config.resolved_device()
         self.dimension = encoder.config.dimension
         self.without_features = 0  # among the rows of the last call
         tower = copy.deepcopy(encoder) if self.device.type != "cpu" else encoder
-        self.tower = tower.to(self.device).eval().for_inference(torch.bfloat16 if config.form_id() == "torch-bf16" else torch.float32)
+        self.tower = (
+            tower.to(self.device)
+            .eval()
+            .for_inference(torch.bfloat16 if config.form_id() == "torch-bf16" else torch.float32)
+        )
 
     def __call__(self, catalogue: pl.DataFrame) -> Float32:
         """Embed rows.
@@ -210,7 +242,9 @@ class EntityEmbedder:
             if features.continuous is not None:
                 blank &= ~features.continuous.any(dim=1)
             with torch.inference_mode():
-                vectors[start : start + len(features)] = self.tower(features.to(self.device)).cpu().numpy()
+                vectors[start : start + len(features)] = (
+                    self.tower(features.to(self.device)).cpu().numpy()
+                )
             return int(blank.sum())
 
         if len(starts) < 2:
@@ -235,7 +269,9 @@ def one_kernel_thread_each(threads: int) -> Iterator[ThreadPoolExecutor]:
 class _TypeRun:
     """Embeds and writes one entity type, part by part."""
 
-    def __init__(self, entity_type: str, bundle: ModelBundle, store: SignalStore, config: EmbedConfig) -> None:
+    def __init__(
+        self, entity_type: str, bundle: ModelBundle, store: SignalStore, config: EmbedConfig
+    ) -> None:
         self.report = TypeReport()
         self.config = config
         self.embedder: EntityEmbedder | QueryEncoder
@@ -245,11 +281,20 @@ class _TypeRun:
             self.embedder = EntityEmbedder(bundle.entity_encoders[entity_type], config)
         else:
             known = ", ".join([*bundle.entity_encoders, "query"])
-            raise DataError(f"{bundle.path}: no tower for entity type {entity_type!r}; this bundle embeds {known}. Train with pairs of it")
+            raise DataError(
+                f"{bundle.path}: no tower for entity type {entity_type!r}; this bundle embeds"
+                f" {known}. Train with pairs of it"
+            )
         on_gpu = config.resolved_device().type == "cuda"
-        form_id = ("torch-bf16" if on_gpu else "torch-fp32") if entity_type == "query" else config.form_id()  # as QueryEncoder.encode does
+        form_id = (
+            ("torch-bf16" if on_gpu else "torch-fp32")
+            if entity_type == "query"
+            else config.form_id()
+        )  # as QueryEncoder.encode does
         self.known = KnownSignals.open(store, entity_type, bundle.space_id, form_id)
-        self.writer = SignalWriter(store, entity_type, bundle.space_id, bundle.dimension, form_id=form_id)
+        self.writer = SignalWriter(
+            store, entity_type, bundle.space_id, bundle.dimension, form_id=form_id
+        )
         self.space_id = bundle.space_id
         self._waiting: list[pl.DataFrame] = []
         self._waiting_rows = 0
@@ -271,7 +316,10 @@ class _TypeRun:
         while self._waiting_rows >= self.config.part_rows:
             waiting = _joined(self._waiting)
             self._write(waiting[: self.config.part_rows])
-            self._waiting, self._waiting_rows = [waiting[self.config.part_rows :]], self._waiting_rows - self.config.part_rows
+            self._waiting, self._waiting_rows = (
+                [waiting[self.config.part_rows :]],
+                self._waiting_rows - self.config.part_rows,
+            )
 
     def finish(self) -> None:
         """Write the last part."""
@@ -282,14 +330,21 @@ class _TypeRun:
         """A query may stand in several rows (one per country); it is one entity."""
         titles = rows["title"] if "title" in rows.columns else rows["id"]
         texts = [normalize_query(text) for text in titles.fill_null(rows["id"]).to_list()]
-        fresh = [not (key in self._queries_seen or self._queries_seen.add(key)) for key in rows["id"].to_list()]  # type: ignore[func-returns-value]
-        return pl.DataFrame({"id": rows["id"], "title": pl.Series(texts, dtype=pl.String)}).filter(pl.Series(fresh, dtype=pl.Boolean))
+        fresh = [
+            not (key in self._queries_seen or self._queries_seen.add(key))
+            for key in rows["id"].to_list()
+        ]  # type: ignore[func-returns-value]
+        return pl.DataFrame({"id": rows["id"], "title": pl.Series(texts, dtype=pl.String)}).filter(
+            pl.Series(fresh, dtype=pl.Boolean)
+        )
 
     def _write(self, rows: pl.DataFrame) -> None:
         ids: list[str] = rows["id"].to_list()
         query_texts = rows["title"].to_list() if isinstance(self.embedder, QueryEncoder) else []
         hashes = (
-            query_hashes(query_texts) if isinstance(self.embedder, QueryEncoder) else content_hashes(rows, self.embedder.featurizer.config)
+            query_hashes(query_texts)
+            if isinstance(self.embedder, QueryEncoder)
+            else content_hashes(rows, self.embedder.featurizer.config)
         )
         self.report.rows += len(ids)
         staged_form = self._staged_form(ids, hashes)
@@ -321,7 +376,11 @@ class _TypeRun:
             staged = read_part(path)
         except DataError:
             return None
-        same = staged.space_id == self.space_id and staged.ids == ids and staged.content_hashes == hashes
+        same = (
+            staged.space_id == self.space_id
+            and staged.ids == ids
+            and staged.content_hashes == hashes
+        )
         return staged.form_id if same else None
 
 
@@ -331,16 +390,28 @@ def _joined(frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
     Raises:
         SchemaError: A column's types cannot be brought together.
     """
-    several = {name for frame in frames for name, dtype in frame.schema.items() if isinstance(getattr(dtype, "inner", None), pl.List)}
+    several = {
+        name
+        for frame in frames
+        for name, dtype in frame.schema.items()
+        if isinstance(getattr(dtype, "inner", None), pl.List)
+    }
     aligned = [
-        frame.with_columns(_as_several(frame[name]) for name in frame.columns if name in several and _is_one_vector(frame.schema[name]))
+        frame.with_columns(
+            _as_several(frame[name])
+            for name in frame.columns
+            if name in several and _is_one_vector(frame.schema[name])
+        )
         for frame in frames
     ]
     try:
         return pl.concat(aligned, how="diagonal_relaxed")
     except pl.exceptions.PolarsError as error:
         reason = str(error).splitlines()[0]
-        raise SchemaError(f"a column changes its type from one file or chunk to the next ({reason}); give it one type in all") from error
+        raise SchemaError(
+            f"a column changes its type from one file or chunk to the next ({reason}); give it one"
+            " type in all"
+        ) from error
 
 
 def _is_one_vector(dtype: pl.DataType) -> bool:

@@ -50,7 +50,10 @@ class Tolerance:
     """Share of the exact top 10 among the texts that stays, on average."""
 
 
-TOLERANCES = {"onnx-fp32": Tolerance(cosine=0.999, overlap=0.999), "onnx-int8": Tolerance(cosine=0.99, overlap=0.95)}
+TOLERANCES = {
+    "onnx-fp32": Tolerance(cosine=0.999, overlap=0.999),
+    "onnx-int8": Tolerance(cosine=0.99, overlap=0.95),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +74,12 @@ class FormReport:
     within_tolerance: bool
 
 
-def export_forms(tower: QueryEncoder, folder: Path, texts: Sequence[str], forms: Sequence[str] = tuple(FORM_FILES)) -> list[FormReport]:
+def export_forms(
+    tower: QueryEncoder,
+    folder: Path,
+    texts: Sequence[str],
+    forms: Sequence[str] = tuple(FORM_FILES),
+) -> list[FormReport]:
     """Write the forms and ``forms.json`` into ``folder``.
 
     Args:
@@ -109,23 +117,36 @@ def export_forms(tower: QueryEncoder, folder: Path, texts: Sequence[str], forms:
                 report = _parity(form, path, token_ids, expected, torch_ms)
             if not report.within_tolerance:
                 raise BundleError(
-                    f"{form}: smallest cosine {report.cosine_min:.4f} and top-10 overlap {report.overlap_at_10:.3f}, but it needs "
-                    f"{TOLERANCES[form].cosine} and {TOLERANCES[form].overlap}. Serve another form, or export with --form onnx-fp32 only."
+                    f"{form}: smallest cosine {report.cosine_min:.4f} and top-10 overlap"
+                    f" {report.overlap_at_10:.3f}, but it needs {TOLERANCES[form].cosine} and"
+                    f" {TOLERANCES[form].overlap}. Serve another form, or export with --form"
+                    " onnx-fp32 only."
                 )
             reports.append(report)
         for report in reports:
             (Path(scratch) / report.file).replace(folder / report.file)
         summary = Path(scratch) / REPORT
-        summary.write_text(json.dumps({report.form_id: asdict(report) for report in reports}, indent=2) + "\n", encoding="utf-8")
+        summary.write_text(
+            json.dumps({report.form_id: asdict(report) for report in reports}, indent=2) + "\n",
+            encoding="utf-8",
+        )
         summary.replace(folder / REPORT)
     return reports
 
 
-def measure_parity(tower: QueryEncoder, folder: Path, form: str, texts: Sequence[str]) -> FormReport:
+def measure_parity(
+    tower: QueryEncoder, folder: Path, form: str, texts: Sequence[str]
+) -> FormReport:
     """Measure a form that was exported before against the trained tower, on any texts."""
     expected = tower.encode(texts)
     token_ids = tower.tokenize(texts)
-    return _parity(form, folder / FORM_FILES[form], token_ids, expected, _median_ms(_torch_encode(tower), token_ids))
+    return _parity(
+        form,
+        folder / FORM_FILES[form],
+        token_ids,
+        expected,
+        _median_ms(_torch_encode(tower), token_ids),
+    )
 
 
 @contextmanager
@@ -147,8 +168,14 @@ def _export_fp32(tower: QueryEncoder, path: Path) -> None:
     except ImportError as error:
         raise MissingDependency("onnxscript", "dev", "Exporting the query tower to ONNX") from error
     tower.eval()
-    ids, mask = pad(tower.tokenize(["a short query", "another query that is longer"]), int(tower.tokenizer.pad_token_id))
-    batch, tokens = torch.export.Dim("batch", min=1, max=4096), torch.export.Dim("tokens", min=2, max=tower.max_tokens)
+    ids, mask = pad(
+        tower.tokenize(["a short query", "another query that is longer"]),
+        int(tower.tokenizer.pad_token_id),
+    )
+    batch, tokens = (
+        torch.export.Dim("batch", min=1, max=4096),
+        torch.export.Dim("tokens", min=2, max=tower.max_tokens),
+    )
     dynamic = {0: batch, 1: tokens}
     with _quiet(), torch.inference_mode():
         torch.onnx.export(
@@ -170,7 +197,9 @@ def _quantise(fp32: Path, int8: Path, operators: Sequence[str]) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     plain = onnx.load(fp32)
-    del plain.graph.value_info[:]  # shapes from the exporter go stale when the quantiser turns a Gemm round
+    del plain.graph.value_info[
+        :
+    ]  # shapes from the exporter go stale when the quantiser turns a Gemm round
     if operators:
         with _quiet():
             quantize_dynamic(
@@ -198,7 +227,9 @@ def _quantise_embeddings(model: Any) -> None:
     scale = np.maximum(np.abs(table).max(axis=1, keepdims=True) / 127, 1e-8).astype(np.float32)
     rows = np.clip(np.rint(table / scale), -127, 127).astype(np.int8)
     graph.initializer.remove(initial[node.input[0]])
-    graph.initializer.extend([numpy_helper.from_array(rows, "table_int8"), numpy_helper.from_array(scale, "table_scale")])
+    graph.initializer.extend(
+        [numpy_helper.from_array(rows, "table_int8"), numpy_helper.from_array(scale, "table_scale")]
+    )
     position = list(graph.node).index(node)
     ids, output = node.input[1], node.output[0]
     graph.node.remove(node)
@@ -212,7 +243,9 @@ def _quantise_embeddings(model: Any) -> None:
         graph.node.insert(position + offset, new)
 
 
-def _parity(form: str, path: Path, token_ids: Sequence[Sequence[int]], expected: np.ndarray, torch_ms: float) -> FormReport:
+def _parity(
+    form: str, path: Path, token_ids: Sequence[Sequence[int]], expected: np.ndarray, torch_ms: float
+) -> FormReport:
     encode = onnx_encode(path)
     cosines, got = [], np.empty_like(expected)
     for size in BATCH_SIZES:
@@ -244,8 +277,14 @@ def _overlap_at_10(expected: np.ndarray, got: np.ndarray) -> float:
     nearest = []
     for queries in (expected, got):
         rows, _ = exact_top_k(queries, expected, min(11, len(expected)))
-        nearest.append([[row for row in found.tolist() if row != own][:10] for own, found in enumerate(rows)])
-    return float(np.mean([len(set(a) & set(b)) / len(a) if a else 1.0 for a, b in zip(*nearest, strict=True)]))
+        nearest.append(
+            [[row for row in found.tolist() if row != own][:10] for own, found in enumerate(rows)]
+        )
+    return float(
+        np.mean(
+            [len(set(a) & set(b)) / len(a) if a else 1.0 for a, b in zip(*nearest, strict=True)]
+        )
+    )
 
 
 def onnx_encode(path: Path, threads: int = 1) -> Encode:
@@ -259,7 +298,9 @@ def onnx_encode(path: Path, threads: int = 1) -> Encode:
 
     def encode(token_ids: Sequence[Sequence[int]]) -> np.ndarray:
         ids, mask = pad(token_ids, 0)
-        vectors: np.ndarray = session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]
+        vectors: np.ndarray = session.run(
+            None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+        )[0]
         return vectors
 
     return encode

@@ -40,10 +40,14 @@ class KnownSignals:
         self._paths = list(paths)
         self._other_form = frozenset(other_form)
         self._held: OrderedDict[int, Signals] = OrderedDict()
-        self.in_other_form = 0  # rows of the last call that are here with the same content, but made in another form
+        self.in_other_form = (
+            0  # rows of the last call that are here with the same content, but made in another form
+        )
 
     @classmethod
-    def open(cls, store: SignalStore, entity_type: str, space_id: str, form_id: str = "") -> KnownSignals:
+    def open(
+        cls, store: SignalStore, entity_type: str, space_id: str, form_id: str = ""
+    ) -> KnownSignals:
         """Index what the store holds of this type; empty if it holds nothing, nothing readable, or another space.
 
         Args:
@@ -65,12 +69,25 @@ class KnownSignals:
                 if (part_form(table.schema) or described.get("form_id") or "") != form_id:
                     other_form.append(number)
                 pairs = zip(table["id"].to_pylist(), table["content_hash"].to_pylist())
-                keys += [_key(id, content_hash) if content_hash else 0 for id, content_hash in pairs]
+                keys += [
+                    _key(id, content_hash) if content_hash else 0 for id, content_hash in pairs
+                ]
                 parts += [number] * len(table)
                 rows += range(len(table))
-        except (DataError, OSError, KeyError, ValueError):  # nothing usable there: everything is embedded
+        except (
+            DataError,
+            OSError,
+            KeyError,
+            ValueError,
+        ):  # nothing usable there: everything is embedded
             keys, parts, rows, paths = [], [], [], []
-        return cls(np.array(keys, np.uint64), np.array(parts, np.int32), np.array(rows, np.int32), paths, other_form)
+        return cls(
+            np.array(keys, np.uint64),
+            np.array(parts, np.int32),
+            np.array(rows, np.int32),
+            paths,
+            other_form,
+        )
 
     def find(
         self, ids: Sequence[str], hashes: Sequence[str], dimension: int
@@ -92,7 +109,9 @@ class KnownSignals:
         self.in_other_form = 0
         if not len(self._keys):
             return vectors, stamps, found
-        keys = np.fromiter((_key(id, content_hash) for id, content_hash in zip(ids, hashes)), np.uint64, len(ids))
+        keys = np.fromiter(
+            (_key(id, content_hash) for id, content_hash in zip(ids, hashes)), np.uint64, len(ids)
+        )
         places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
         candidates = np.flatnonzero(self._keys[places] == keys)
         for number in np.unique(self._parts[places[candidates]]).tolist():

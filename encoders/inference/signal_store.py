@@ -49,7 +49,9 @@ class Signals:
     """The one space of all vectors."""
     content_hashes: list[str]
     """Hash of each row's inputs, ``""`` where the writer gave none."""
-    updated_at: npt.NDArray[np.datetime64] = field(default_factory=lambda: np.empty(0, "datetime64[us]"))
+    updated_at: npt.NDArray[np.datetime64] = field(
+        default_factory=lambda: np.empty(0, "datetime64[us]")
+    )
     """(N,) UTC times at which the vectors were computed; empty where unknown."""
     form_id: str = ""
     """Runtime form that made the vectors (``torch-fp32``, ...), as a part file states it; ``""`` where it states none."""
@@ -69,16 +71,25 @@ def check_vectors(vectors: Float32, ids: Sequence[str], dimension: int | None = 
     Raises:
         InvalidVectors: Wrong shape or dtype, NaN, Inf, or a norm further than ``NORM_TOLERANCE`` from 1; the first bad id is named.
     """
-    if vectors.ndim != 2 or vectors.shape[0] != len(ids) or vectors.dtype != np.float32 or dimension not in (None, vectors.shape[-1]):
+    if (
+        vectors.ndim != 2
+        or vectors.shape[0] != len(ids)
+        or vectors.dtype != np.float32
+        or dimension not in (None, vectors.shape[-1])
+    ):
         wanted = f"({len(ids)}, {dimension if dimension is not None else 'D'}) float32"
-        raise InvalidVectors(f"expected vectors of {wanted}, but got {vectors.shape} {vectors.dtype}; embed again with one bundle")
+        raise InvalidVectors(
+            f"expected vectors of {wanted}, but got {vectors.shape} {vectors.dtype}; embed again"
+            " with one bundle"
+        )
     norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
     bad = np.flatnonzero(~(np.abs(norms - 1) <= NORM_TOLERANCE))  # NaN and Inf fail the comparison
     if len(bad):
         row = int(bad[0])
         raise InvalidVectors(
-            f"{len(bad)} of {len(ids)} vectors are not unit vectors; the first is id {ids[row]!r} with norm {norms[row]:.6g}. "
-            "NaN or 0 points to a broken model or features; otherwise normalise the rows"
+            f"{len(bad)} of {len(ids)} vectors are not unit vectors; the first is id {ids[row]!r}"
+            f" with norm {norms[row]:.6g}. NaN or 0 points to a broken model or features; otherwise"
+            " normalise the rows"
         )
 
 
@@ -102,16 +113,26 @@ class SignalStore:
         try:
             described: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise DataError(f"{self.root} holds no signals of {entity_type!r}; it holds {self.entity_types()}. Run: omni embed") from error
+            raise DataError(
+                f"{self.root} holds no signals of {entity_type!r}; it holds {self.entity_types()}."
+                " Run: omni embed"
+            ) from error
         except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read ({error}); embed {entity_type!r} again") from error
+            raise DataError(
+                f"{path} cannot be read ({error}); embed {entity_type!r} again"
+            ) from error
         if described.get("format_version") != STORE_FORMAT:
-            raise DataError(f"{path} has format {described.get('format_version')!r}, but this code reads {STORE_FORMAT}; embed again")
+            raise DataError(
+                f"{path} has format {described.get('format_version')!r}, but this code reads"
+                f" {STORE_FORMAT}; embed again"
+            )
         return described
 
     def part_paths(self, entity_type: str) -> list[Path]:
         """Published part files in row order. See ``describe`` for errors."""
-        return [self.root / entity_type / part["file"] for part in self.describe(entity_type)["parts"]]
+        return [
+            self.root / entity_type / part["file"] for part in self.describe(entity_type)["parts"]
+        ]
 
     def read(self, entity_type: str) -> Signals:
         """Read all embeddings of one entity type into memory.
@@ -129,15 +150,29 @@ class SignalStore:
         for part in described["parts"]:
             held = read_part(self.root / entity_type / part["file"])
             if held.space_id != described["space_id"]:
-                raise SpaceMismatch(described["space_id"], held.space_id, str(self.root / entity_type / part["file"]))
-            if len(held) != part["rows"] or held.vectors.shape[1] != vectors.shape[1] or len(ids) + len(held) > len(vectors):
-                raise DataError(f"{part['file']} of {entity_type!r} holds other rows than signals.json says; embed again")
+                raise SpaceMismatch(
+                    described["space_id"],
+                    held.space_id,
+                    str(self.root / entity_type / part["file"]),
+                )
+            if (
+                len(held) != part["rows"]
+                or held.vectors.shape[1] != vectors.shape[1]
+                or len(ids) + len(held) > len(vectors)
+            ):
+                raise DataError(
+                    f"{part['file']} of {entity_type!r} holds other rows than signals.json says;"
+                    " embed again"
+                )
             vectors[len(ids) : len(ids) + len(held)] = held.vectors
             stamps[len(ids) : len(ids) + len(held)] = held.updated_at
             ids += held.ids
             hashes += held.content_hashes
         if len(ids) != len(vectors):
-            raise DataError(f"signals.json of {entity_type!r} promises {len(vectors)} rows, but the parts hold {len(ids)}; embed again")
+            raise DataError(
+                f"signals.json of {entity_type!r} promises {len(vectors)} rows, but the parts hold"
+                f" {len(ids)}; embed again"
+            )
         check_vectors(vectors, ids)
         return Signals(ids, vectors, described["space_id"], hashes, stamps)
 
@@ -181,7 +216,14 @@ class SignalWriter:
     """
 
     def __init__(
-        self, store: SignalStore, entity_type: str, space_id: str, dimension: int, *, resume: bool = True, form_id: str = ""
+        self,
+        store: SignalStore,
+        entity_type: str,
+        space_id: str,
+        dimension: int,
+        *,
+        resume: bool = True,
+        form_id: str = "",
     ) -> None:
         self.folder = store.root / entity_type
         self.staging = self.folder / STAGING
@@ -191,10 +233,15 @@ class SignalWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / ".lock").open("w")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released by the system when the process dies
+            fcntl.flock(
+                self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # released by the system when the process dies
         except OSError as error:
             self._lock.close()
-            raise DataError(f"another run is writing the signals of {entity_type!r} in {store.root}; wait for it to end") from error
+            raise DataError(
+                f"another run is writing the signals of {entity_type!r} in {store.root}; wait for"
+                " it to end"
+            ) from error
         if not resume and self.staging.exists():
             shutil.rmtree(self.staging)
         self.staging.mkdir(parents=True, exist_ok=True)
@@ -204,7 +251,11 @@ class SignalWriter:
         return self.staging / f"part-{number:05d}.parquet"
 
     def add(
-        self, ids: Sequence[str], vectors: Float32, content_hashes: Sequence[str], updated_at: npt.NDArray[np.datetime64] | None = None
+        self,
+        ids: Sequence[str],
+        vectors: Float32,
+        content_hashes: Sequence[str],
+        updated_at: npt.NDArray[np.datetime64] | None = None,
     ) -> None:
         """Write the next part durably.
 
@@ -219,11 +270,26 @@ class SignalWriter:
             DataError: The lengths differ, or an id was added before.
         """
         check_vectors(vectors, ids, self.dimension)
-        if len(content_hashes) != len(ids) or (updated_at is not None and len(updated_at) != len(ids)):
-            raise DataError(f"{len(ids)} ids need as many content hashes and times, but got {len(content_hashes)}; pass one per row")
+        if len(content_hashes) != len(ids) or (
+            updated_at is not None and len(updated_at) != len(ids)
+        ):
+            raise DataError(
+                f"{len(ids)} ids need as many content hashes and times, but got"
+                f" {len(content_hashes)}; pass one per row"
+            )
         self._check_ids(ids)
-        stamps = updated_at if updated_at is not None else np.full(len(ids), np.datetime64("now", "us"))
-        _write_part(self.staged(len(self._parts)), ids, vectors, self.space_id, content_hashes, stamps, self.form_id)
+        stamps = (
+            updated_at if updated_at is not None else np.full(len(ids), np.datetime64("now", "us"))
+        )
+        _write_part(
+            self.staged(len(self._parts)),
+            ids,
+            vectors,
+            self.space_id,
+            content_hashes,
+            stamps,
+            self.form_id,
+        )
         self._note(ids)
 
     def keep(self, ids: Sequence[str]) -> None:
@@ -242,7 +308,8 @@ class SignalWriter:
         seen = set(self._ids)
         doubled = next(i for i in ids if i in seen or seen.add(i))  # type: ignore[func-returns-value]
         raise DataError(
-            f"id {doubled!r} occurs twice among the signals of {self.folder.name!r}; ids must be distinct. Nothing was published"
+            f"id {doubled!r} occurs twice among the signals of {self.folder.name!r}; ids must be"
+            " distinct. Nothing was published"
         )
 
     def _note(self, ids: Sequence[str]) -> None:
@@ -252,7 +319,10 @@ class SignalWriter:
     def publish(self) -> None:
         """Make the parts the published ones, all at once; the earlier parts are deleted afterwards."""
         run = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
-        parts = [{"file": f"part-{run}-{number:05d}.parquet", **part} for number, part in enumerate(self._parts)]
+        parts = [
+            {"file": f"part-{run}-{number:05d}.parquet", **part}
+            for number, part in enumerate(self._parts)
+        ]
         for number, part in enumerate(parts):
             os.replace(self.staged(number), self.folder / part["file"])
         described = {
@@ -265,7 +335,9 @@ class SignalWriter:
             "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "parts": parts,
         }
-        _replace_durably(self.folder / "signals.json", (json.dumps(described, indent=2) + "\n").encode())
+        _replace_durably(
+            self.folder / "signals.json", (json.dumps(described, indent=2) + "\n").encode()
+        )
         named = {part["file"] for part in parts}
         for path in self.folder.glob("part-*.parquet"):
             if path.name not in named:
@@ -291,20 +363,34 @@ def read_part(path: Path) -> Signals:
         DataError: The file is missing, damaged, lacks a column, or mixes spaces.
     """
     try:
-        table = pq.read_table(path, columns=["id", "embedding", "space_id", "content_hash", "updated_at"])
+        table = pq.read_table(
+            path, columns=["id", "embedding", "space_id", "content_hash", "updated_at"]
+        )
         lists = table["embedding"].combine_chunks()
         lists = lists if isinstance(lists, pa.FixedSizeListArray) else lists.chunk(0)
-        vectors = lists.flatten().to_numpy(zero_copy_only=False).reshape(len(table), lists.type.list_size)
+        vectors = (
+            lists.flatten().to_numpy(zero_copy_only=False).reshape(len(table), lists.type.list_size)
+        )
     except (OSError, pa.ArrowException, AttributeError, ValueError, IndexError) as error:
-        raise DataError(f"{path} is not a readable part of a signal store ({error}); embed again") from error
+        raise DataError(
+            f"{path} is not a readable part of a signal store ({error}); embed again"
+        ) from error
     spaces = table["space_id"].unique().to_pylist()
     if len(spaces) != 1 or vectors.dtype != np.float32:
         raise DataError(
-            f"{path}: expected float32 vectors of one space id, but got {vectors.dtype} and {len(spaces)} space ids; embed again"
+            f"{path}: expected float32 vectors of one space id, but got {vectors.dtype} and"
+            f" {len(spaces)} space ids; embed again"
         )
     stamps = table["updated_at"].cast(pa.int64()).to_numpy().astype("datetime64[us]")
     hashes = table["content_hash"].to_pylist()
-    return Signals(table["id"].to_pylist(), np.ascontiguousarray(vectors), spaces[0], hashes, stamps, part_form(table.schema))
+    return Signals(
+        table["id"].to_pylist(),
+        np.ascontiguousarray(vectors),
+        spaces[0],
+        hashes,
+        stamps,
+        part_form(table.schema),
+    )
 
 
 def part_form(part: pa.Schema) -> str:
@@ -327,16 +413,28 @@ def _write_part(
         {
             "id": pa.array(list(ids), pa.string()),
             "embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
-            "space_id": pa.array([space_id], pa.string()).take(pa.array(np.zeros(len(ids), np.int32))),
+            "space_id": (
+                pa.array([space_id], pa.string()).take(pa.array(np.zeros(len(ids), np.int32)))
+            ),
             "content_hash": pa.array(list(hashes), pa.string()),
-            "updated_at": pa.array(stamps.astype("datetime64[us]").astype(np.int64), pa.int64()).cast(pa.timestamp("us", "UTC")),
+            "updated_at": (
+                pa.array(stamps.astype("datetime64[us]").astype(np.int64), pa.int64()).cast(
+                    pa.timestamp("us", "UTC")
+                )
+            ),
         }
     )
     if form_id:
         table = table.replace_schema_metadata({_FORM_MARK: form_id.encode()})
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
-        pq.write_table(table, file, compression="none", use_dictionary=["space_id", "updated_at"], write_statistics=["id"])
+        pq.write_table(
+            table,
+            file,
+            compression="none",
+            use_dictionary=["space_id", "updated_at"],
+            write_statistics=["id"],
+        )
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

@@ -52,7 +52,9 @@ class Events(NamedTuple):
     report: TableReport
 
 
-def engaged_events(log: pl.DataFrame, rules: EngagementRules, source: str = "log", *, now: datetime | None = None) -> Events:
+def engaged_events(
+    log: pl.DataFrame, rules: EngagementRules, source: str = "log", *, now: datetime | None = None
+) -> Events:
     """Keep the rows that are engagements, check them and bring them to one form.
 
     Impressions are left out before the checks. Ids and queries become Unicode form NFC, white space of queries collapses, the action is
@@ -97,7 +99,9 @@ def tidy_queries(queries: pl.Series) -> pl.Series:
     suspects = queries.filter(queries.str.contains(r"^\s|\s$|\s\s|[^\S ]")).unique()
     if not len(suspects):
         return queries
-    return queries.replace(suspects, pl.Series([normalize_query(q) for q in suspects.to_list()], dtype=pl.String))
+    return queries.replace(
+        suspects, pl.Series([normalize_query(q) for q in suspects.to_list()], dtype=pl.String)
+    )
 
 
 def merge_duplicates(events: pl.DataFrame) -> pl.DataFrame:
@@ -145,5 +149,7 @@ def raw_batch(file: Path, encoding: str, start: int, rows: int) -> pl.DataFrame:
     names = part.collect_schema().names()
     if "action" in names:
         part = part.filter((pl.col("action").cast(pl.String) != "impression").fill_null(True))
-    wanted = [n for n in ("__row", *(c.name for c in LOG.columns if c.name != "position")) if n in names]
+    wanted = [
+        n for n in ("__row", *(c.name for c in LOG.columns if c.name != "position")) if n in names
+    ]
     return part.select(wanted).collect()

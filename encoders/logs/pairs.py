@@ -38,7 +38,9 @@ class PairsConfig:
 
     actions: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: dict(PAPER_ACTIONS))
     """Actions that count, by entity type."""
-    caps: Mapping[str, int] = field(default_factory=lambda: {"pin": 50, "product": 200, "ad": 200, "query": 200})
+    caps: Mapping[str, int] = field(
+        default_factory=lambda: {"pin": 50, "product": 200, "ad": 200, "query": 200}
+    )
     """Most distinct queries one entity may have in one split; which ones survive is uniformly random."""
     train_end: datetime | None = None
     """Training events are before this time; None: ``heldout_days`` plus ``gap_days`` before the end of the log."""
@@ -57,16 +59,24 @@ class PairsConfig:
         for entity_type, names in self.actions.items():
             if entity_type not in ENTITY_TYPES or not set(names) <= set(ACTIONS) - {"impression"}:
                 raise ConfigError(
-                    f"PairsConfig.actions: expected entity types {', '.join(ENTITY_TYPES)} and actions {', '.join(ACTIONS[1:])}, "
-                    f"got {entity_type!r}: {', '.join(names)}"
+                    f"PairsConfig.actions: expected entity types {', '.join(ENTITY_TYPES)} and"
+                    f" actions {', '.join(ACTIONS[1:])}, got {entity_type!r}: {', '.join(names)}"
                 )
         for entity_type, cap in self.caps.items():
             if entity_type not in ENTITY_TYPES or cap < 1:
-                raise ConfigError(f"PairsConfig.caps: expected an entity type and a cap of at least 1, got {entity_type!r}: {cap}")
+                raise ConfigError(
+                    "PairsConfig.caps: expected an entity type and a cap of at least 1, got"
+                    f" {entity_type!r}: {cap}"
+                )
         if self.train_days < 1 or self.gap_days < 0 or self.heldout_days < 0:
-            raise ConfigError("PairsConfig: train_days must be at least 1, gap_days and heldout_days at least 0")
+            raise ConfigError(
+                "PairsConfig: train_days must be at least 1, gap_days and heldout_days at least 0"
+            )
         if self.train_end is not None and self.train_end.tzinfo is None:
-            raise ConfigError("PairsConfig.train_end needs a time zone, for example datetime(2026, 1, 1, tzinfo=UTC)")
+            raise ConfigError(
+                "PairsConfig.train_end needs a time zone, for example datetime(2026, 1, 1,"
+                " tzinfo=UTC)"
+            )
 
     def split_at(self, last_event: datetime) -> TimeSplit:
         """The windows for a log whose last event is at ``last_event``."""
@@ -121,9 +131,13 @@ def build_pairs(
     counts: Counter[str] = Counter({"events": events.height})
     events = merge_duplicates(events)
     counts["dropped: duplicate events"] = counts["events"] - events.height
-    events = _count_dropped(events, _action_filter(config), counts, "dropped: events whose action makes no pair")
+    events = _count_dropped(
+        events, _action_filter(config), counts, "dropped: events whose action makes no pair"
+    )
     itself = (pl.col("entity_type") == "query") & (pl.col("query") == pl.col("entity_id"))
-    events = _count_dropped(events, ~itself, counts, "dropped: clicks on a suggestion equal to the query")
+    events = _count_dropped(
+        events, ~itself, counts, "dropped: clicks on a suggestion equal to the query"
+    )
     windows = (
         pl.when(pl.col("timestamp").is_between(split.train_start, split.train_end, closed="left"))
         .then(pl.lit("train"))
@@ -135,13 +149,21 @@ def build_pairs(
     )
     events = events.with_columns(windows.alias("split"))
     events = _count_dropped(events, pl.col("split") != "gap", counts, "dropped: events in the gap")
-    events = _count_dropped(events, pl.col("split") != "outside", counts, "dropped: events outside the windows")
+    events = _count_dropped(
+        events, pl.col("split") != "outside", counts, "dropped: events outside the windows"
+    )
     if known is not None:
         here = events.height
-        in_catalogue = events.join(known.select("entity_type", "entity_id").unique(), on=["entity_type", "entity_id"], how="semi")
+        in_catalogue = events.join(
+            known.select("entity_type", "entity_id").unique(),
+            on=["entity_type", "entity_id"],
+            how="semi",
+        )
         events = pl.concat([in_catalogue, events.filter(pl.col("entity_type") == "query")])
         counts["dropped: events of entities that are not in the catalogue"] = here - events.height
-    pairs = events.group_by([*PAIR_KEY, "split"]).agg(pl.len().cast(pl.Int64).alias("count"), pl.col("timestamp").max())
+    pairs = events.group_by([*PAIR_KEY, "split"]).agg(
+        pl.len().cast(pl.Int64).alias("count"), pl.col("timestamp").max()
+    )
     if not config.keep_seen:
         pairs = _drop_seen(pairs, counts)
     if features is not None:
@@ -151,14 +173,19 @@ def build_pairs(
     return Pairs(pairs.select(PAIR_COLUMNS).sort([*PAIR_KEY[3:], *PAIR_KEY[:3], "split"]), counts)
 
 
-def _count_dropped(events: pl.DataFrame, keep: pl.Expr, counts: Counter[str], reason: str) -> pl.DataFrame:
+def _count_dropped(
+    events: pl.DataFrame, keep: pl.Expr, counts: Counter[str], reason: str
+) -> pl.DataFrame:
     kept = events.filter(keep)
     counts[reason] += events.height - kept.height
     return kept
 
 
 def _action_filter(config: PairsConfig) -> pl.Expr:
-    wanted = [(pl.col("entity_type") == t) & pl.col("action").is_in(list(names)) for t, names in config.actions.items()]
+    wanted = [
+        (pl.col("entity_type") == t) & pl.col("action").is_in(list(names))
+        for t, names in config.actions.items()
+    ]
     return pl.any_horizontal(wanted)
 
 
@@ -173,7 +200,11 @@ def _drop_seen(pairs: pl.DataFrame, counts: Counter[str]) -> pl.DataFrame:
         .join(heldout, on=["entity_type", "entity_id"], how="semi")
         .select(folded, "entity_type", "entity_id")
     )
-    unseen = heldout.with_columns(folded).join(train, on=["folded", "entity_type", "entity_id"], how="anti").drop("folded")
+    unseen = (
+        heldout.with_columns(folded)
+        .join(train, on=["folded", "entity_type", "entity_id"], how="anti")
+        .drop("folded")
+    )
     counts["dropped: heldout pairs seen in training"] = heldout.height - unseen.height
     return pl.concat([pairs.filter(pl.col("split") == "train"), unseen])
 
@@ -189,16 +220,24 @@ def _cap(pairs: pl.DataFrame, config: PairsConfig, counts: Counter[str]) -> pl.D
     """Keep at most ``caps[entity_type]`` distinct queries per entity and split: those whose seeded hash is smallest."""
     group = ["entity_type", "entity_id", "split"]
     crowded = pairs.group_by(group).agg(pl.col("query").n_unique().alias("queries"))
-    cap = pl.col("entity_type").replace_strict(dict(config.caps), default=None, return_dtype=pl.Int64)
+    cap = pl.col("entity_type").replace_strict(
+        dict(config.caps), default=None, return_dtype=pl.Int64
+    )
     crowded = crowded.filter(pl.col("queries") > cap)
     if not crowded.height:
         return pairs
     within = pairs.join(crowded, on=group, how="anti")
     over = pairs.join(crowded, on=group, how="semi")
     distinct = over.select([*group, "query"]).unique()
-    key = combine_keys(hash_texts(distinct["query"].to_list()), hash_texts(distinct["entity_id"].to_list()))
+    key = combine_keys(
+        hash_texts(distinct["query"].to_list()), hash_texts(distinct["entity_id"].to_list())
+    )
     order = distinct.with_columns(pl.Series("luck", mix64(key, config.seed)))
-    order = order.sort("luck", "query").with_columns(pl.int_range(pl.len()).over(group).alias("place")).filter(pl.col("place") < cap)
+    order = (
+        order.sort("luck", "query")
+        .with_columns(pl.int_range(pl.len()).over(group).alias("place"))
+        .filter(pl.col("place") < cap)
+    )
     survivors = over.join(order, on=[*group, "query"], how="semi")
     counts["dropped: pairs above the popularity cap"] = over.height - survivors.height
     return pl.concat([within, survivors])
@@ -222,11 +261,16 @@ def find_leaks(pairs: pl.DataFrame, engaged: pl.DataFrame | None = None) -> Leak
     """
     keys = ["folded", "entity_type", "entity_id"]
     folded = pairs.with_columns(fold_query(pl.col("query")).alias("folded"))
-    heldout, train = folded.filter(pl.col("split") == "heldout"), folded.filter(pl.col("split") == "train")
+    heldout, train = (
+        folded.filter(pl.col("split") == "heldout"),
+        folded.filter(pl.col("split") == "train"),
+    )
     seen = heldout.join(train, on=keys, how="semi").drop("folded")
     if engaged is None:
         return Leaks(seen, seen.clear())
-    features = engaged.select(fold_query(pl.col("query")).alias("folded"), "entity_type", "entity_id")
+    features = engaged.select(
+        fold_query(pl.col("query")).alias("folded"), "entity_type", "entity_id"
+    )
     return Leaks(seen, heldout.join(features, on=keys, how="semi").drop("folded"))
 
 
@@ -241,12 +285,20 @@ def refuse_leaks(leaks: Leaks, heldout_rows: int) -> None:
         (
             leaks.through_features,
             "an engaged-query feature",
-            "Use features from events before the training end (omni pairs writes them), or drop these pairs (--drop-leaks).",
+            (
+                "Use features from events before the training end (omni pairs writes them), or drop"
+                " these pairs (--drop-leaks)."
+            ),
         ),
     ):
         if leaking.height:
-            examples = "; ".join(f"{r['query']!r} -> {r['entity_id']}" for r in leaking.head(3).iter_rows(named=True))
-            raise LeakError(f"{leaking.height:,} of {heldout_rows:,} evaluation pairs are visible through {through}: {examples}. {fix}")
+            examples = "; ".join(
+                f"{r['query']!r} -> {r['entity_id']}" for r in leaking.head(3).iter_rows(named=True)
+            )
+            raise LeakError(
+                f"{leaking.height:,} of {heldout_rows:,} evaluation pairs are visible through"
+                f" {through}: {examples}. {fix}"
+            )
 
 
 def pairs_table(pairs: pl.DataFrame) -> pl.DataFrame:
@@ -264,7 +316,15 @@ def pairs_table(pairs: pl.DataFrame) -> pl.DataFrame:
             pl.col("query").n_unique().alias("queries"),
             pl.col("entity_id").n_unique().alias("entities"),
         )
-        .select(pl.format("query-{}", "entity_type").alias("source"), "split", "actions", "pairs", "events", "queries", "entities")
+        .select(
+            pl.format("query-{}", "entity_type").alias("source"),
+            "split",
+            "actions",
+            "pairs",
+            "events",
+            "queries",
+            "entities",
+        )
         .sort("source", "split", descending=[False, True])
     )
 
@@ -278,5 +338,7 @@ def parse_day(text: str) -> datetime:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError as error:
-        raise ConfigError(f"expected a date such as 2026-01-31 or an ISO 8601 time, got {text!r}") from error
+        raise ConfigError(
+            f"expected a date such as 2026-01-31 or an ISO 8601 time, got {text!r}"
+        ) from error
     return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)

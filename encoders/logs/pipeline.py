@@ -18,13 +18,33 @@ from typing import Any, NamedTuple
 
 import polars as pl
 
-from encoders.enrichment.board_titles import BoardTitlesConfig, Prevalence, add_prevalence, board_titles, word_prevalence
+from encoders.enrichment.board_titles import (
+    BoardTitlesConfig,
+    Prevalence,
+    add_prevalence,
+    board_titles,
+    word_prevalence,
+)
 from encoders.enrichment.engaged_queries import EngagedQueriesConfig, engaged_queries
 from encoders.errors import ConfigError
 from encoders.logs.events import BATCH_ROWS, EVENT_SCHEMA, EngagementRules, read_events
-from encoders.logs.pairs import PairsConfig, TimeSplit, build_pairs, find_leaks, pairs_table, refuse_leaks
+from encoders.logs.pairs import (
+    PairsConfig,
+    TimeSplit,
+    build_pairs,
+    find_leaks,
+    pairs_table,
+    refuse_leaks,
+)
 from encoders.tables.checks import check_frame
-from encoders.tables.files import OnBadRows, TableSource, raise_problems, read_raw, table_files, write_table
+from encoders.tables.files import (
+    OnBadRows,
+    TableSource,
+    raise_problems,
+    read_raw,
+    table_files,
+    write_table,
+)
 from encoders.tables.schemas import BOARDS
 from encoders.tables.stream import log_rows
 
@@ -52,7 +72,12 @@ class Partition(NamedTuple):
     counts: Counter[str]
 
 
-def process_events(events: pl.DataFrame, config: PipelineConfig, split: TimeSplit, known: pl.DataFrame | None = None) -> Partition:
+def process_events(
+    events: pl.DataFrame,
+    config: PipelineConfig,
+    split: TimeSplit,
+    known: pl.DataFrame | None = None,
+) -> Partition:
     """Engaged queries and pairs of the entities of one partition.
 
     Engaged queries are taken from the window that ends where training ends, so that no feature has seen the held-out events; held-out
@@ -69,10 +94,22 @@ def process_events(events: pl.DataFrame, config: PipelineConfig, split: TimeSpli
     """
     features = engaged_queries(events, config.engaged, split.train_end)
     if known is not None:
-        features = features.join(known.select("entity_type", "entity_id").unique(), on=["entity_type", "entity_id"], how="semi")
-    pairs = build_pairs(events, config.pairs, split, known=known, features=None if config.pairs.keep_seen else features)
+        features = features.join(
+            known.select("entity_type", "entity_id").unique(),
+            on=["entity_type", "entity_id"],
+            how="semi",
+        )
+    pairs = build_pairs(
+        events,
+        config.pairs,
+        split,
+        known=known,
+        features=None if config.pairs.keep_seen else features,
+    )
     if not config.pairs.keep_seen:
-        refuse_leaks(find_leaks(pairs.frame, features), int((pairs.frame["split"] == "heldout").sum()))
+        refuse_leaks(
+            find_leaks(pairs.frame, features), int((pairs.frame["split"] == "heldout").sum())
+        )
     return Partition(features, pairs.frame, pairs.counts)
 
 
@@ -116,7 +153,9 @@ def run_pipeline(
     spill = Spill(work / "spill", partitions)
     bad: Counter[str] = Counter()
     last: datetime | None = None
-    for batch in read_events(log, config.rules, on_bad_rows=config.on_bad_rows, encoding=config.encoding, now=now):
+    for batch in read_events(
+        log, config.rules, on_bad_rows=config.on_bad_rows, encoding=config.encoding, now=now
+    ):
         bad.update(batch.report.rules_broken)
         latest = batch.frame["timestamp"].max()
         last = max(last or latest, latest) if isinstance(latest, datetime) else last
@@ -146,25 +185,41 @@ class Spill:
             self._frames.append(frame)
             return
         marked = frame.with_columns(partition_of(self.partitions).alias("__part"))
-        for (number,), part in marked.partition_by("__part", as_dict=True, include_key=False).items():
+        for (number,), part in marked.partition_by(
+            "__part", as_dict=True, include_key=False
+        ).items():
             target = self.folder / f"{number:05d}"
             target.mkdir(parents=True, exist_ok=True)
             part.write_ipc(target / f"{self._files:06d}.arrow", compression="lz4")
         self._files += 1
 
-    def drain(self, schema: dict[str, pl.DataType], *, keep: bool = False) -> Iterator[tuple[int, pl.DataFrame]]:
+    def drain(
+        self, schema: dict[str, pl.DataType], *, keep: bool = False
+    ) -> Iterator[tuple[int, pl.DataFrame]]:
         """Yield each partition whole, in order; its files are removed afterwards unless ``keep``."""
         for number in range(self.partitions):
             if self.partitions == 1:
-                yield number, pl.concat(self._frames) if self._frames else pl.DataFrame(schema=schema)
+                yield (
+                    number,
+                    pl.concat(self._frames) if self._frames else pl.DataFrame(schema=schema),
+                )
                 continue
             files = sorted((self.folder / f"{number:05d}").glob("*.arrow"))
-            yield number, pl.concat([pl.read_ipc(f) for f in files]) if files else pl.DataFrame(schema=schema)
+            yield (
+                number,
+                (
+                    pl.concat([pl.read_ipc(f) for f in files])
+                    if files
+                    else pl.DataFrame(schema=schema)
+                ),
+            )
             if not keep:
                 shutil.rmtree(self.folder / f"{number:05d}", ignore_errors=True)
 
 
-def read_boards(path: TableSource, config: PipelineConfig, bad: Counter[str], batch_rows: int = BATCH_ROWS) -> Iterator[pl.DataFrame]:
+def read_boards(
+    path: TableSource, config: PipelineConfig, bad: Counter[str], batch_rows: int = BATCH_ROWS
+) -> Iterator[pl.DataFrame]:
     """Read and check a boards table batch by batch: ``board_id, title, entity_id``; bad rows that are left out are counted in ``bad``.
 
     Raises:
@@ -175,21 +230,35 @@ def read_boards(path: TableSource, config: PipelineConfig, bad: Counter[str], ba
         total = log_rows(file) if file.suffix == ".parquet" else batch_rows
         for start in range(0, max(total, 1), batch_rows):
             whole = file.suffix != ".parquet"
-            raw = read_raw(file, config.encoding) if whole else pl.scan_parquet(file).slice(start, batch_rows).collect()
+            raw = (
+                read_raw(file, config.encoding)
+                if whole
+                else pl.scan_parquet(file).slice(start, batch_rows).collect()
+            )
             checked = check_frame(raw, BOARDS, file.name, first_row=start + 1)
             if config.on_bad_rows == "raise":
                 raise_problems(checked.report, droppable=True)
-            bad.update({f"boards: {rule}": rows for rule, rows in checked.report.rules_broken.items()})
+            bad.update(
+                {f"boards: {rule}": rows for rule, rows in checked.report.rules_broken.items()}
+            )
             yield checked.frame.select("board_id", "title", "entity_id")
 
 
-def write_board_titles(boards: TableSource, work: Path, config: PipelineConfig, partitions: int, bad: Counter[str]) -> int:
+def write_board_titles(
+    boards: TableSource, work: Path, config: PipelineConfig, partitions: int, bad: Counter[str]
+) -> int:
     """Write ``work/board_titles``; two passes over the partitions: words of all entities first, then the titles of each. Returns rows."""
-    schema: dict[str, pl.DataType] = {"board_id": pl.String(), "title": pl.String(), "entity_id": pl.String()}
+    schema: dict[str, pl.DataType] = {
+        "board_id": pl.String(),
+        "title": pl.String(),
+        "entity_id": pl.String(),
+    }
     spill = Spill(work / "spill-boards", partitions)
     for frame in read_boards(boards, config, bad):
         spill.add(frame)
-    parts: list[Prevalence] = [word_prevalence(frame, config.boards) for _, frame in spill.drain(schema, keep=True)]
+    parts: list[Prevalence] = [
+        word_prevalence(frame, config.boards) for _, frame in spill.drain(schema, keep=True)
+    ]
     everywhere = add_prevalence(parts)
     rows = 0
     for number, frame in spill.drain(schema):
@@ -211,7 +280,9 @@ def prepare_output(out: Path, overwrite: bool) -> Path:
         ConfigError: ``out`` is there and may not be replaced.
     """
     if out.exists() and not overwrite:
-        raise ConfigError(f"{out} is already there. Name another folder, or replace it with --overwrite.")
+        raise ConfigError(
+            f"{out} is already there. Name another folder, or replace it with --overwrite."
+        )
     work = out.with_name(f".{out.name}.partial")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -219,17 +290,31 @@ def prepare_output(out: Path, overwrite: bool) -> Path:
 
 
 def finish_output(
-    work: Path, out: Path, config: PipelineConfig, split: TimeSplit, counts: Counter[str], bad: Counter[str], partitions: int, titles: int
+    work: Path,
+    out: Path,
+    config: PipelineConfig,
+    split: TimeSplit,
+    counts: Counter[str],
+    bad: Counter[str],
+    partitions: int,
+    titles: int,
 ) -> dict[str, Any]:
     """Write the summary, then move the finished folder into place."""
     for spilled in ("spill", "spill-boards"):
         shutil.rmtree(work / spilled, ignore_errors=True)
-    pairs = pl.scan_parquet(work / "pairs" / "*.parquet").select("query", "entity_type", "entity_id", "action", "count", "split")
+    pairs = pl.scan_parquet(work / "pairs" / "*.parquet").select(
+        "query", "entity_type", "entity_id", "action", "count", "split"
+    )
     summary = {
         "windows": {name: moment.isoformat() for name, moment in split._asdict().items()},
         "counts": dict(sorted(counts.items())),
         "bad_rows_dropped": dict(bad),
-        "engaged_queries": pl.scan_parquet(work / "engaged_queries" / "*.parquet").select(pl.len()).collect().item(),
+        "engaged_queries": (
+            pl.scan_parquet(work / "engaged_queries" / "*.parquet")
+            .select(pl.len())
+            .collect()
+            .item()
+        ),
         "board_titles": titles,
         "partitions": partitions,
         "table_1": pairs_table(pairs.collect()).to_dicts(),
@@ -243,4 +328,6 @@ def finish_output(
 
 def write_summary(summary: dict[str, Any], folder: Path) -> None:
     """Write ``folder/summary.json``."""
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "summary.json").write_text(
+        json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )

@@ -17,7 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from encoders.enrichment.board_titles import Prevalence, add_prevalence, board_titles, word_prevalence
+from encoders.enrichment.board_titles import (
+    Prevalence,
+    add_prevalence,
+    board_titles,
+    word_prevalence,
+)
 from encoders.errors import DataError, MissingDependency
 from encoders.logs.events import BATCH_ROWS, engaged_events, raw_batch
 from encoders.logs.pipeline import (
@@ -75,13 +80,19 @@ def run_ray_pipeline(
     """
     ray = connect(address)
     work = prepare_output(out, overwrite)
-    partitions = partitions or max(int(ray.cluster_resources().get("CPU", 1)), math.ceil(log_rows(log) / PARTITION_ROWS))
+    partitions = partitions or max(
+        int(ray.cluster_resources().get("CPU", 1)), math.ceil(log_rows(log) / PARTITION_ROWS)
+    )
     now = now or datetime.now(UTC)
 
     def read(batch: pa.Table) -> pa.Table:
         return _read_task(batch, config, partitions, now)
 
-    events = ray.data.from_items(_reading_tasks(log, batch_rows)).map_batches(read, batch_size=1, batch_format="pyarrow").materialize()
+    events = (
+        ray.data.from_items(_reading_tasks(log, batch_rows))
+        .map_batches(read, batch_size=1, batch_format="pyarrow")
+        .materialize()
+    )
     bad: Counter[str] = Counter()
     for row in events.map_batches(_reports, batch_format="pyarrow").iter_rows():
         bad.update(json.loads(row["report"]))
@@ -91,13 +102,26 @@ def run_ray_pipeline(
 
     def process(group: pa.Table) -> pa.Table:
         frame = _frame(group)
-        done = process_events(frame.filter(pl.col("timestamp").is_not_null()).drop(LABEL, "report"), config, split, known)
-        return _pack(frame[LABEL][0], {"engaged_queries": done.engaged, "pairs": done.pairs}, done.counts)
+        done = process_events(
+            frame.filter(pl.col("timestamp").is_not_null()).drop(LABEL, "report"),
+            config,
+            split,
+            known,
+        )
+        return _pack(
+            frame[LABEL][0], {"engaged_queries": done.engaged, "pairs": done.pairs}, done.counts
+        )
 
     counts: Counter[str] = Counter()
-    for row in events.groupby(LABEL, num_partitions=partitions).map_groups(process, batch_format="pyarrow").iter_rows():
+    for row in (
+        events.groupby(LABEL, num_partitions=partitions)
+        .map_groups(process, batch_format="pyarrow")
+        .iter_rows()
+    ):
         counts.update(_unpack(row, work))
-    titles = _ray_board_titles(ray, boards, work, config, partitions, bad) if boards is not None else 0
+    titles = (
+        _ray_board_titles(ray, boards, work, config, partitions, bad) if boards is not None else 0
+    )
     return finish_output(work, out, config, split, counts, bad, partitions, titles)
 
 
@@ -118,7 +142,8 @@ def connect(address: str) -> Any:
             ray.init(address=address, log_to_driver=False, configure_logging=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise DataError(
-                f"no Ray cluster answers at {address!r} ({error}). Start one with `ray start --head`, or use --ray local."
+                f"no Ray cluster answers at {address!r} ({error}). Start one with `ray start"
+                " --head`, or use --ray local."
             ) from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -130,7 +155,10 @@ def _reading_tasks(log: TableSource, batch_rows: int) -> list[dict[str, Any]]:
     tasks = []
     for file in table_files(log):
         rows = log_rows(file) if file.suffix == ".parquet" else 1
-        tasks += [{"file": str(file.resolve()), "start": start, "rows": batch_rows} for start in range(0, max(rows, 1), batch_rows)]
+        tasks += [
+            {"file": str(file.resolve()), "start": start, "rows": batch_rows}
+            for start in range(0, max(rows, 1), batch_rows)
+        ]
     return tasks
 
 
@@ -142,9 +170,12 @@ def _read_task(batch: pa.Table, config: PipelineConfig, partitions: int, now: da
         events = engaged_events(raw, config.rules, Path(task["file"]).name, now=now)
         if config.on_bad_rows == "raise":
             raise_problems(events.report, droppable=True)
-        marked = events.frame.with_columns(partition_of(partitions).alias(LABEL), pl.lit(None, pl.String).alias("report"))
+        marked = events.frame.with_columns(
+            partition_of(partitions).alias(LABEL), pl.lit(None, pl.String).alias("report")
+        )
         report = pl.DataFrame(
-            {LABEL: [0], "report": [json.dumps(events.report.rules_broken)]}, schema={LABEL: pl.Int32, "report": pl.String}
+            {LABEL: [0], "report": [json.dumps(events.report.rules_broken)]},
+            schema={LABEL: pl.Int32, "report": pl.String},
         )
         frames.append(pl.concat([marked, report], how="diagonal"))
     return _table(pl.concat(frames))
@@ -154,8 +185,18 @@ def _reports(batch: pa.Table) -> pa.Table:
     return _table(_frame(batch.select(["report"])).drop_nulls())
 
 
-def _ray_board_titles(ray: Any, boards: TableSource, work: Path, config: PipelineConfig, partitions: int, bad: Counter[str]) -> int:
-    frames = [frame.with_columns(partition_of(partitions).alias(LABEL)) for frame in read_boards(boards, config, bad)]
+def _ray_board_titles(
+    ray: Any,
+    boards: TableSource,
+    work: Path,
+    config: PipelineConfig,
+    partitions: int,
+    bad: Counter[str],
+) -> int:
+    frames = [
+        frame.with_columns(partition_of(partitions).alias(LABEL))
+        for frame in read_boards(boards, config, bad)
+    ]
     data = ray.data.from_arrow([_table(frame) for frame in frames]).materialize()
     grouped = data.groupby(LABEL, num_partitions=partitions)
 
@@ -167,14 +208,21 @@ def _ray_board_titles(ray: Any, boards: TableSource, work: Path, config: Pipelin
         Prevalence(_from_bytes(row["words"]), json.loads(row["counts"])["entities"])
         for row in grouped.map_groups(count, batch_format="pyarrow").iter_rows()
     ]
-    everywhere = add_prevalence(parts) if parts else Prevalence(pl.DataFrame(schema={"word": pl.String, "entities": pl.Int64}), 0)
+    everywhere = (
+        add_prevalence(parts)
+        if parts
+        else Prevalence(pl.DataFrame(schema={"word": pl.String, "entities": pl.Int64}), 0)
+    )
 
     def rank(group: pa.Table) -> pa.Table:
         frame = _frame(group)
         titles = board_titles(frame.drop(LABEL), config.boards, everywhere)
         return _pack(frame[LABEL][0], {"board_titles": titles}, Counter(rows=titles.height))
 
-    return sum(_unpack(row, work)["rows"] for row in grouped.map_groups(rank, batch_format="pyarrow").iter_rows())
+    return sum(
+        _unpack(row, work)["rows"]
+        for row in grouped.map_groups(rank, batch_format="pyarrow").iter_rows()
+    )
 
 
 def _frame(table: pa.Table) -> pl.DataFrame:

@@ -40,7 +40,18 @@ COUNTRIES: dict[str, tuple[str, ...]] = {
 }
 """Countries of a language's searchers; a language that is not here is its own country in capitals."""
 
-BLAND_TITLES = ("ideas", "my board", "stuff", "inspiration", "other", "for later", "!!!", "home", "wish list", "1")
+BLAND_TITLES = (
+    "ideas",
+    "my board",
+    "stuff",
+    "inspiration",
+    "other",
+    "for later",
+    "!!!",
+    "home",
+    "wish list",
+    "1",
+)
 MICROSECONDS = 1_000_000
 DAY = 86_400 * MICROSECONDS
 
@@ -84,12 +95,20 @@ class SimulatorConfig:
     def __post_init__(self) -> None:
         for name in ("rows", "days", "rows_per_file", "users", "results_per_search"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"SimulatorConfig.{name} must be at least 1, got {getattr(self, name)}")
+                raise ConfigError(
+                    f"SimulatorConfig.{name} must be at least 1, got {getattr(self, name)}"
+                )
         for name in ("noise", "messy", "duplicates", "late", "suggestion_clicks"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"SimulatorConfig.{name} is a share and must be within 0..1, got {getattr(self, name)}")
+                raise ConfigError(
+                    f"SimulatorConfig.{name} is a share and must be within 0..1, got"
+                    f" {getattr(self, name)}"
+                )
         if self.searches_per_session < 1:
-            raise ConfigError(f"SimulatorConfig.searches_per_session must be at least 1, got {self.searches_per_session}")
+            raise ConfigError(
+                "SimulatorConfig.searches_per_session must be at least 1, got"
+                f" {self.searches_per_session}"
+            )
 
 
 class _World(NamedTuple):
@@ -127,12 +146,18 @@ def _zipf(n: int, exponent: float, rng: np.random.Generator) -> Floats:
 
 def _build_world(pairs: pl.DataFrame, config: SimulatorConfig) -> _World:
     rng = np.random.default_rng([config.seed, 1])
-    pairs = pairs.select("language", "query", "entity_type", "entity_id").unique(maintain_order=True)
+    pairs = pairs.select("language", "query", "entity_type", "entity_id").unique(
+        maintain_order=True
+    )
     pairs = pairs.filter(pl.col("entity_type") != "query").sort("language", "query", "entity_id")
     if not pairs.height:
-        raise DataError("the simulator needs pairs of pins, products or ads to draw searches from, but got none")
+        raise DataError(
+            "the simulator needs pairs of pins, products or ads to draw searches from, but got none"
+        )
     queries = pairs.select("language", "query").unique(maintain_order=True).with_row_index("q")
-    entities = pairs.select("entity_type", "entity_id").unique(maintain_order=True).with_row_index("e")
+    entities = (
+        pairs.select("entity_type", "entity_id").unique(maintain_order=True).with_row_index("e")
+    )
     coded = pairs.join(queries, on=["language", "query"], maintain_order="left").join(
         entities, on=["entity_type", "entity_id"], maintain_order="left"
     )
@@ -146,8 +171,15 @@ def _build_world(pairs: pl.DataFrame, config: SimulatorConfig) -> _World:
     language_weight = np.bincount(language, weights=weight)
     names = coded["language"].unique(maintain_order=True).to_list()
     texts = queries["query"].to_list()
-    messy = [f" {t}" for t in texts] + [f"{t}  " for t in texts] + [unicodedata.normalize("NFD", t) for t in texts]
-    users = [hashlib.blake2b(f"{config.seed}:{n}".encode(), digest_size=8).hexdigest() for n in range(config.users)]
+    messy = (
+        [f" {t}" for t in texts]
+        + [f"{t}  " for t in texts]
+        + [unicodedata.normalize("NFD", t) for t in texts]
+    )
+    users = [
+        hashlib.blake2b(f"{config.seed}:{n}".encode(), digest_size=8).hexdigest()
+        for n in range(config.users)
+    ]
     return _World(
         texts=pl.Series(texts + messy),
         languages=names,
@@ -161,7 +193,9 @@ def _build_world(pairs: pl.DataFrame, config: SimulatorConfig) -> _World:
         entity_types=entities["entity_type"],
         entity_popularity=np.cumsum(by_entity),
         user_ids=pl.Series(users),
-        user_language=rng.choice(len(names), config.users, p=language_weight / language_weight.sum()).astype(np.int64),
+        user_language=rng.choice(
+            len(names), config.users, p=language_weight / language_weight.sum()
+        ).astype(np.int64),
         countries=[list(COUNTRIES.get(n, (n[:2].upper(),))) for n in names],
     )
 
@@ -190,7 +224,9 @@ def simulate_log(pairs: pl.DataFrame, config: SimulatorConfig) -> Iterator[pl.Da
         wanted = config.rows * (part + 1) // parts - config.rows * part // parts
         events = _events(world, config, wanted, begin, end, rng)
         late = rng.random(events.height) < config.late
-        arrival = events["timestamp"].to_physical().to_numpy() + np.where(late, rng.integers(DAY, 14 * DAY, events.height), 0)
+        arrival = events["timestamp"].to_physical().to_numpy() + np.where(
+            late, rng.integers(DAY, 14 * DAY, events.height), 0
+        )
         later = (arrival >= end) & (part + 1 < parts)
         held = events.filter(pl.Series(later))
         due = [frame for when, frame in postponed if when == part]
@@ -205,10 +241,19 @@ def simulate_log(pairs: pl.DataFrame, config: SimulatorConfig) -> Iterator[pl.Da
 
 
 def _draw(cumulative: Floats, uniform: Floats) -> Ints:
-    return np.minimum(np.searchsorted(cumulative, uniform, side="right"), len(cumulative) - 1).astype(np.int64)
+    return np.minimum(
+        np.searchsorted(cumulative, uniform, side="right"), len(cumulative) - 1
+    ).astype(np.int64)
 
 
-def _events(world: _World, config: SimulatorConfig, wanted: int, begin: int, end: int, rng: np.random.Generator) -> pl.DataFrame:
+def _events(
+    world: _World,
+    config: SimulatorConfig,
+    wanted: int,
+    begin: int,
+    end: int,
+    rng: np.random.Generator,
+) -> pl.DataFrame:
     """``wanted`` events between two times (microseconds since 1970), in time order."""
     searches = max(1, int(wanted / (config.results_per_search + 0.9)))
     frames, rows = [], 0
@@ -221,16 +266,29 @@ def _events(world: _World, config: SimulatorConfig, wanted: int, begin: int, end
     return merged.sort("timestamp", maintain_order=True)
 
 
-def _search_events(world: _World, config: SimulatorConfig, searches: int, begin: int, end: int, rng: np.random.Generator) -> pl.DataFrame:
+def _search_events(
+    world: _World,
+    config: SimulatorConfig,
+    searches: int,
+    begin: int,
+    end: int,
+    rng: np.random.Generator,
+) -> pl.DataFrame:
     n, k = searches, config.results_per_search
     # Sessions: a person sits down once and searches a few times, about a minute apart.
     fresh = rng.random(n) < 1 / config.searches_per_session
     fresh[0] = True
     session = np.cumsum(fresh) - 1
     count = int(session[-1]) + 1
-    user = (config.users * rng.random(count) ** 2).astype(np.int64)[session]  # some people search far more than others
+    user = (config.users * rng.random(count) ** 2).astype(np.int64)[
+        session
+    ]  # some people search far more than others
     since = np.arange(n) - np.flatnonzero(fresh)[session]
-    when = _evening_times(count, begin, end, rng)[session] + since * 60 * MICROSECONDS + rng.integers(0, 30 * MICROSECONDS, n)
+    when = (
+        _evening_times(count, begin, end, rng)[session]
+        + since * 60 * MICROSECONDS
+        + rng.integers(0, 30 * MICROSECONDS, n)
+    )
     language = world.user_language[user]
     low, high = world.language_range[language], world.language_range[language + 1]
     pair = _draw(world.popularity, low + rng.random(n) * (high - low))
@@ -238,13 +296,25 @@ def _search_events(world: _World, config: SimulatorConfig, searches: int, begin:
     # Results: the annotated entity somewhere near the top, others that were annotated with the query too, and noise.
     block = np.arange(k)
     related = _draw(world.popularity, np.repeat(world.popularity[pair], k) + 0.0)
-    neighbour = np.clip(related.reshape(n, k) + block - rng.integers(0, k, (n, 1)), 0, len(world.pair_query) - 1)
+    neighbour = np.clip(
+        related.reshape(n, k) + block - rng.integers(0, k, (n, 1)), 0, len(world.pair_query) - 1
+    )
     same = world.pair_query[neighbour] == query[:, None]
     shown = np.where(
-        same, world.pair_entity[neighbour], _draw(world.entity_popularity, rng.random(n * k) * world.entity_popularity[-1]).reshape(n, k)
+        same,
+        world.pair_entity[neighbour],
+        _draw(world.entity_popularity, rng.random(n * k) * world.entity_popularity[-1]).reshape(
+            n, k
+        ),
     )
     noisy = rng.random((n, k)) < config.noise
-    shown = np.where(noisy, _draw(world.entity_popularity, rng.random(n * k) * world.entity_popularity[-1]).reshape(n, k), shown)
+    shown = np.where(
+        noisy,
+        _draw(world.entity_popularity, rng.random(n * k) * world.entity_popularity[-1]).reshape(
+            n, k
+        ),
+        shown,
+    )
     top = np.minimum(rng.geometric(0.5, n) - 1, k - 1)
     shown[np.arange(n), top] = world.pair_entity[pair]
     relevant = same & ~noisy
@@ -259,27 +329,60 @@ def _search_events(world: _World, config: SimulatorConfig, searches: int, begin:
     product = (world.entity_types.gather(entity) != "pin").to_numpy()
     strong = rng.random(len(row)) < np.where(seconds >= 10, 0.35, 0.05)
     done = np.where(
-        product, np.where(rng.random(len(row)) < 0.3, ACTIONS.index("checkout"), ACTIONS.index("add_to_cart")), ACTIONS.index("save")
+        product,
+        np.where(
+            rng.random(len(row)) < 0.3, ACTIONS.index("checkout"), ACTIONS.index("add_to_cart")
+        ),
+        ACTIONS.index("save"),
     )
-    action = np.where((seconds >= 10) & (rng.random(len(row)) < 0.8), ACTIONS.index("long_click"), ACTIONS.index("click"))
+    action = np.where(
+        (seconds >= 10) & (rng.random(len(row)) < 0.8),
+        ACTIONS.index("long_click"),
+        ACTIONS.index("click"),
+    )
     # A click on a suggested query: another query that was annotated with the wanted entity.
     follows = np.flatnonzero(rng.random(n) < config.suggestion_clicks)
     aim = world.pair_entity[pair[follows]]
     start, stop = world.entity_start[aim], world.entity_start[aim + 1]
-    suggested = world.pair_query[world.entity_pairs[start + (rng.random(len(follows)) * (stop - start)).astype(np.int64)]]
-    follows, suggested = follows[suggested != query[follows]], suggested[suggested != query[follows]]
+    suggested = world.pair_query[
+        world.entity_pairs[start + (rng.random(len(follows)) * (stop - start)).astype(np.int64)]
+    ]
+    follows, suggested = (
+        follows[suggested != query[follows]],
+        suggested[suggested != query[follows]],
+    )
 
     total_impressions = n * k
     search = np.concatenate([np.repeat(np.arange(n), k), row, row[strong], follows])
     stamps = np.concatenate(
-        [np.repeat(when, k), opened, opened[strong] + (seconds[strong] * MICROSECONDS).astype(np.int64), when[follows] + DAY // 2880]
+        [
+            np.repeat(when, k),
+            opened,
+            opened[strong] + (seconds[strong] * MICROSECONDS).astype(np.int64),
+            when[follows] + DAY // 2880,
+        ]
     )
-    entities = np.concatenate([shown.ravel(), entity, entity[strong], np.zeros(len(follows), np.int64)])
+    entities = np.concatenate(
+        [shown.ravel(), entity, entity[strong], np.zeros(len(follows), np.int64)]
+    )
     actions = np.concatenate(
-        [np.zeros(total_impressions, np.int64), action, done[strong], np.full(len(follows), ACTIONS.index("query_click"))]
+        [
+            np.zeros(total_impressions, np.int64),
+            action,
+            done[strong],
+            np.full(len(follows), ACTIONS.index("query_click")),
+        ]
     )
-    dwells = np.concatenate([np.full(total_impressions, np.nan), seconds, np.full(int(strong.sum()) + len(follows), np.nan)])
-    positions = np.concatenate([np.tile(block + 1, n), position + 1, position[strong] + 1, np.ones(len(follows), np.int64)])
+    dwells = np.concatenate(
+        [
+            np.full(total_impressions, np.nan),
+            seconds,
+            np.full(int(strong.sum()) + len(follows), np.nan),
+        ]
+    )
+    positions = np.concatenate(
+        [np.tile(block + 1, n), position + 1, position[strong] + 1, np.ones(len(follows), np.int64)]
+    )
     is_query = np.arange(len(search)) >= len(search) - len(follows)
     variant = np.where(rng.random(n) < config.messy, rng.integers(1, 4, n), 0)
     text_rows = query + variant * (len(world.texts) // 4)
@@ -292,7 +395,11 @@ def _search_events(world: _World, config: SimulatorConfig, searches: int, begin:
             "timestamp": pl.Series(np.clip(stamps, begin, end - 1)).cast(pl.Datetime("us", "UTC")),
             "query": world.texts.gather(text_rows[search]),
             "language": pl.Series(world.languages).gather(language[search]),
-            "country": pl.Series(table.ravel()).gather((language * table.shape[1] + pick % table.shape[1])[search]),
+            "country": (
+                pl.Series(table.ravel()).gather(
+                    (language * table.shape[1] + pick % table.shape[1])[search]
+                )
+            ),
             "user_id": world.user_ids.gather(user[search]),
             "entity_type": world.entity_types.gather(entities),
             "entity_id": world.entity_ids.gather(entities),
@@ -304,10 +411,18 @@ def _search_events(world: _World, config: SimulatorConfig, searches: int, begin:
     asked = pl.Series(is_query)
     frame = frame.with_columns(
         pl.when(asked).then(pl.lit("query")).otherwise(pl.col("entity_type")).alias("entity_type"),
-        pl.when(asked).then(world.texts.gather(suggestion_rows)).otherwise(pl.col("entity_id")).alias("entity_id"),
+        pl.when(asked)
+        .then(world.texts.gather(suggestion_rows))
+        .otherwise(pl.col("entity_id"))
+        .alias("entity_id"),
     )
     # Chronological within a person's search, so that cutting at a row count keeps whole prefixes.
-    return frame.with_columns(pl.Series("__s", search)).sort("__s", maintain_order=True).drop("__s").select(c.name for c in LOG.columns)
+    return (
+        frame.with_columns(pl.Series("__s", search))
+        .sort("__s", maintain_order=True)
+        .drop("__s")
+        .select(c.name for c in LOG.columns)
+    )
 
 
 def _evening_times(count: int, begin: int, end: int, rng: np.random.Generator) -> Ints:
@@ -336,18 +451,26 @@ def simulate_boards(pairs: pl.DataFrame, config: SimulatorConfig) -> pl.DataFram
     pair = _draw(world.popularity, rng.random(n) * world.popularity[-1])
     user = (config.users * rng.random(n) ** 2).astype(np.int64)
     bland = rng.random(n) < 0.2
-    number = np.where(bland, rng.integers(0, len(BLAND_TITLES), n), world.pair_query[pair] + len(BLAND_TITLES))
+    number = np.where(
+        bland, rng.integers(0, len(BLAND_TITLES), n), world.pair_query[pair] + len(BLAND_TITLES)
+    )
     titles = pl.concat([pl.Series(list(BLAND_TITLES)), world.texts])
     return pl.DataFrame(
         {
-            "board_id": pl.select(pl.format("{}-{}", world.user_ids.gather(user), pl.Series(number))).to_series(),
+            "board_id": (
+                pl.select(
+                    pl.format("{}-{}", world.user_ids.gather(user), pl.Series(number))
+                ).to_series()
+            ),
             "title": titles.gather(number),
             "entity_id": world.entity_ids.gather(world.pair_entity[pair]),
         }
     )
 
 
-def write_simulation(pairs: pl.DataFrame, folder: Path, config: SimulatorConfig) -> dict[str, object]:
+def write_simulation(
+    pairs: pl.DataFrame, folder: Path, config: SimulatorConfig
+) -> dict[str, object]:
     """Write ``log/part-*.parquet``, ``boards.parquet`` and ``simulation.json`` below ``folder``.
 
     Returns:
@@ -361,12 +484,17 @@ def write_simulation(pairs: pl.DataFrame, folder: Path, config: SimulatorConfig)
     write_table(boards, folder / "boards.parquet")
     summary: dict[str, object] = {
         "simulated": True,
-        "note": "Drawn from annotation pairs by omni data simulate-logs: for correctness and scale only, never for a quality claim.",
+        "note": (
+            "Drawn from annotation pairs by omni data simulate-logs: for correctness and scale"
+            " only, never for a quality claim."
+        ),
         "rows": rows,
         "files": files,
         "boards": boards.height,
         "until": (config.start + timedelta(days=config.days)).isoformat(),
         "config": asdict(config),
     }
-    (folder / "simulation.json").write_text(json.dumps(summary, indent=2, default=str) + "\n", encoding="utf-8")
+    (folder / "simulation.json").write_text(
+        json.dumps(summary, indent=2, default=str) + "\n", encoding="utf-8"
+    )
     return summary

@@ -17,7 +17,9 @@ SPECIAL_TOKENS = 3
 """Entries at the start of the vocabulary that are no pieces of text."""
 
 
-def add_devanagari(tower: QueryEncoder, by_entity: dict[str, list[str]], pieces: int = 1300) -> QueryEncoder:
+def add_devanagari(
+    tower: QueryEncoder, by_entity: dict[str, list[str]], pieces: int = 1300
+) -> QueryEncoder:
     """Replace the last ``pieces`` vocabulary entries by Devanagari pieces that start at their entities' English token embeddings.
 
     Args:
@@ -32,11 +34,22 @@ def add_devanagari(tower: QueryEncoder, by_entity: dict[str, list[str]], pieces:
     def is_devanagari(text: str) -> bool:
         return any("\u0900" <= character <= "\u097f" for character in text)
 
-    trainer = trainers.UnigramTrainer(vocab_size=pieces * 2, unk_token="[UNK]", special_tokens=["[UNK]"], show_progress=False)
+    trainer = trainers.UnigramTrainer(
+        vocab_size=pieces * 2, unk_token="[UNK]", special_tokens=["[UNK]"], show_progress=False
+    )
     counted = Tokenizer(models.Unigram())
-    counted.normalizer, counted.pre_tokenizer = tower.tokenizer.backend_tokenizer.normalizer, pre_tokenizers.Metaspace()
-    counted.train_from_iterator([text for texts in by_entity.values() for text in texts if is_devanagari(text)], trainer)
-    found = [(piece, score) for piece, score in json.loads(counted.to_str())["model"]["vocab"] if is_devanagari(piece)][:pieces]
+    counted.normalizer, counted.pre_tokenizer = (
+        tower.tokenizer.backend_tokenizer.normalizer,
+        pre_tokenizers.Metaspace(),
+    )
+    counted.train_from_iterator(
+        [text for texts in by_entity.values() for text in texts if is_devanagari(text)], trainer
+    )
+    found = [
+        (piece, score)
+        for piece, score in json.loads(counted.to_str())["model"]["vocab"]
+        if is_devanagari(piece)
+    ][:pieces]
     described = json.loads(tower.tokenizer.backend_tokenizer.to_str())
     vocabulary = described["model"]["vocab"]
     first = len(vocabulary) - len(found)
@@ -57,13 +70,19 @@ def add_devanagari(tower: QueryEncoder, by_entity: dict[str, list[str]], pieces:
         english = [text for text in texts if text.isascii()][:20]
         if not hindi or not english:
             continue
-        meaning = table[torch.tensor([token for ids in new.tokenize(english) for token in ids if token >= SPECIAL_TOKENS])].mean(dim=0)
+        meaning = table[
+            torch.tensor(
+                [token for ids in new.tokenize(english) for token in ids if token >= SPECIAL_TOKENS]
+            )
+        ].mean(dim=0)
         for token in (token for ids in new.tokenize(hindi) for token in ids if token >= first):
             sums[token - first] += meaning
             counts[token - first] += 1
     means = sums / counts.clamp_min(1)
     means -= means[counts[:, 0] > 0].mean(dim=0)
-    means *= table[SPECIAL_TOKENS:first].norm(dim=1).mean() / means.norm(dim=1, keepdim=True).clamp_min(1e-6)
+    means *= table[SPECIAL_TOKENS:first].norm(dim=1).mean() / means.norm(
+        dim=1, keepdim=True
+    ).clamp_min(1e-6)
     with torch.no_grad():
         table[first : first + len(found)] = means
     return new

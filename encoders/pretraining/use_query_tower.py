@@ -39,7 +39,9 @@ def create_query_tower(texts: Sequence[str], dimension: int = 256) -> QueryEncod
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the saved query tower.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, help="Folder of the saved query tower."
+)
 @handle_errors
 def command(out: Path) -> None:
     """Save a query tower that starts from the Universal Sentence Encoder, for `query_encoder = "FOLDER"` in a training config.

@@ -53,14 +53,20 @@ class AttributeTypes:
     def typed(self, frame: pl.DataFrame) -> pl.DataFrame:
         """Checked rows of a file of texts, with their cells as what all files agree on."""
         chosen = {name: self._seen[name].dtype() for name in self._unknown(frame)}
-        return frame.with_columns(_read_cells(frame[name], dtype) for name, dtype in chosen.items() if dtype is not None)
+        return frame.with_columns(
+            _read_cells(frame[name], dtype) for name, dtype in chosen.items() if dtype is not None
+        )
 
     def notes(self) -> list[str]:
         """A line for each column that most cells, but not all, would have made more than text."""
         return [note for name, seen in self._seen.items() if (note := seen.note(name))]
 
     def _unknown(self, frame: pl.DataFrame) -> list[str]:
-        return [name for name in frame.columns if self._wanted.open and self._wanted.column(name) is None]
+        return [
+            name
+            for name in frame.columns
+            if self._wanted.open and self._wanted.column(name) is None
+        ]
 
 
 class _CellsSeen:
@@ -86,14 +92,21 @@ class _CellsSeen:
         """Count the values of a file that has types: whole numbers also fit a column of floats."""
         count = len(values) - values.null_count()
         self.filled += count
-        too_large = values.dtype.is_integer() and not values.is_between(-_LARGEST_EXACT, _LARGEST_EXACT).all()
+        too_large = (
+            values.dtype.is_integer()
+            and not values.is_between(-_LARGEST_EXACT, _LARGEST_EXACT).all()
+        )
         for dtype in _TYPES:
             if _same_or_wider(values.dtype, dtype) and not (too_large and dtype == pl.Float64):
                 self.fitting[dtype] += count
 
     def dtype(self) -> pl.DataType | None:
         """The first type that holds every cell; None: text."""
-        return next((dtype for dtype, count in self.fitting.items() if count == self.filled), None) if self.filled else None
+        return (
+            next((dtype for dtype, count in self.fitting.items() if count == self.filled), None)
+            if self.filled
+            else None
+        )
 
     def note(self, name: str) -> str | None:
         """What to say about a column that stays text although most of its cells are more."""
@@ -102,8 +115,9 @@ class _CellsSeen:
         if count == self.filled or 2 * count <= self.filled or best not in self.misfits:
             return None
         return (
-            f"column {name!r} stays text: {count:,} of {self.filled:,} cells are {_TYPES[best]}, but not {self.misfits[best]}. "
-            "Leave unknown cells empty; codes with leading zeros or too many digits belong to text."
+            f"column {name!r} stays text: {count:,} of {self.filled:,} cells are {_TYPES[best]},"
+            f" but not {self.misfits[best]}. Leave unknown cells empty; codes with leading zeros or"
+            " too many digits belong to text."
         )
 
 
@@ -136,10 +150,16 @@ def _fitting(texts: pl.Series) -> dict[pl.DataType, pl.Series]:
         pl.Float64(): small | _exact_decimals(texts),
         pl.Boolean(): texts.str.to_lowercase().is_in(["true", "false"]),
     }
-    types_of = {text: _list_items(text) for text in texts.unique().to_list()} if texts.str.starts_with("[").any() else {}
+    types_of = (
+        {text: _list_items(text) for text in texts.unique().to_list()}
+        if texts.str.starts_with("[").any()
+        else {}
+    )
     types = [types_of.get(text) for text in texts.to_list()] if types_of else [None] * len(texts)
     for item, kinds in ((pl.String(), {str}), (pl.Int64(), {int}), (pl.Float64(), {int, float})):
-        fits[pl.List(item)] = pl.Series([found is not None and found <= kinds for found in types], dtype=pl.Boolean)
+        fits[pl.List(item)] = pl.Series(
+            [found is not None and found <= kinds for found in types], dtype=pl.Boolean
+        )
     return {dtype: fit.fill_null(False) for dtype, fit in fits.items()}
 
 
@@ -162,12 +182,20 @@ def _list_items(text: str | None) -> frozenset[type] | None:
     if not text or not text.startswith("["):
         return None
     try:
-        values = json.loads(text, parse_int=_exact_int, parse_float=_exact_float, parse_constant=_exact_float)
-        "".join(value for value in values if isinstance(value, str)).encode()  # half a surrogate pair is no text
+        values = json.loads(
+            text, parse_int=_exact_int, parse_float=_exact_float, parse_constant=_exact_float
+        )
+        "".join(
+            value for value in values if isinstance(value, str)
+        ).encode()  # half a surrogate pair is no text
     except (ValueError, RecursionError):
         return None
     types = frozenset(map(type, values))
-    return None if float in types and any(type(v) is int and abs(v) > _LARGEST_EXACT for v in values) else types
+    return (
+        None
+        if float in types and any(type(v) is int and abs(v) > _LARGEST_EXACT for v in values)
+        else types
+    )
 
 
 def _exact_int(text: str) -> int:
@@ -203,4 +231,6 @@ def cell_texts(values: pl.Series) -> pl.Series:
     if not leaf.is_float() or values.is_empty():
         return values.cast(wanted)
     lines = values.alias("cell").to_frame().write_ndjson()
-    return pl.read_ndjson(io.BytesIO(lines.encode()), schema={"cell": wanted})["cell"].alias(values.name)
+    return pl.read_ndjson(io.BytesIO(lines.encode()), schema={"cell": wanted})["cell"].alias(
+        values.name
+    )

@@ -16,7 +16,11 @@ from encoders.tables.schemas import EARLIEST_YEAR, Column, Kind, TableSchema, lo
 FUTURE_TOLERANCE = timedelta(days=1)
 """Clocks and time zones differ; an event further ahead than this is wrong."""
 
-EPOCH_UNITS: tuple[tuple[str, float, int], ...] = (("s", 1e11, 1_000_000), ("ms", 1e14, 1_000), ("us", 1e17, 1))
+EPOCH_UNITS: tuple[tuple[str, float, int], ...] = (
+    ("s", 1e11, 1_000_000),
+    ("ms", 1e14, 1_000),
+    ("us", 1e17, 1),
+)
 """Unit of an epoch timestamp, the magnitude it stays below, and microseconds per unit; above all of them: nanoseconds."""
 
 ROW = "__row"
@@ -34,7 +38,10 @@ class Problem:
 
     def describe(self, source: str) -> str:
         """One line that names file, row, column, value and fix."""
-        return f"{source}: row {self.row}, column {self.column!r}: {self.rule}, got {self.value}. {self.fix}"
+        return (
+            f"{source}: row {self.row}, column {self.column!r}: {self.rule}, got {self.value}."
+            f" {self.fix}"
+        )
 
 
 @dataclass(slots=True)
@@ -97,7 +104,13 @@ class _Checker:
 
 
 def check_frame(
-    frame: pl.DataFrame, schema: TableSchema, source: str, *, now: datetime | None = None, examples: int = 3, first_row: int = 1
+    frame: pl.DataFrame,
+    schema: TableSchema,
+    source: str,
+    *,
+    now: datetime | None = None,
+    examples: int = 3,
+    first_row: int = 1,
 ) -> Checked:
     """Check and convert a table as it was read to what its schema says.
 
@@ -120,10 +133,14 @@ def check_frame(
     missing = [c.name for c in schema.columns if c.required and c.name not in frame.columns]
     if missing:
         raise SchemaError(
-            f"{source}: table {schema.name!r} needs the column(s) {', '.join(missing)}; found: {', '.join(frame.columns) or 'none'}. "
-            f"Rename or add them{renames(near, missing)}; all columns: {', '.join(c.name for c in schema.columns)}."
+            f"{source}: table {schema.name!r} needs the column(s) {', '.join(missing)}; found:"
+            f" {', '.join(frame.columns) or 'none'}. Rename or add them{renames(near, missing)};"
+            f" all columns: {', '.join(c.name for c in schema.columns)}."
         )
-    report.notes += [f"column {name!r} is not read as {known!r}; rename it if it is meant to be" for name, known in near.items()]
+    report.notes += [
+        f"column {name!r} is not read as {known!r}; rename it if it is meant to be"
+        for name, known in near.items()
+    ]
     if ROW not in frame.columns:
         frame = frame.with_row_index(ROW, offset=first_row)
     original = frame
@@ -131,10 +148,18 @@ def check_frame(
     now = now or datetime.now(UTC)
     for column in schema.columns:
         if column.name in frame.columns:
-            frame = frame.with_columns(_convert(frame[column.name], column, checker, now).alias(column.name))
+            frame = frame.with_columns(
+                _convert(frame[column.name], column, checker, now).alias(column.name)
+            )
         elif column.default is not None:
-            frame = frame.with_columns(pl.lit(column.default, dtype=column.dtype).alias(column.name))
-    for name in [n for n in frame.columns if schema.open and schema.column(n) is None and frame[n].dtype == pl.String]:
+            frame = frame.with_columns(
+                pl.lit(column.default, dtype=column.dtype).alias(column.name)
+            )
+    for name in [
+        n
+        for n in frame.columns
+        if schema.open and schema.column(n) is None and frame[n].dtype == pl.String
+    ]:
         nul = frame[name].str.contains("\0", literal=True)
         checker.flag(nul, frame[name], name, "text holds a NUL byte", "Remove the NUL bytes.")
     if checker.bad:
@@ -145,12 +170,18 @@ def check_frame(
     reasons = pl.DataFrame(
         {
             ROW: [*sorted(checker.bad), *clashing],
-            "problem": [checker.bad[r] for r in sorted(checker.bad)] + [clashing[r] for r in clashing],
+            "problem": (
+                [checker.bad[r] for r in sorted(checker.bad)] + [clashing[r] for r in clashing]
+            ),
         },
         schema={ROW: original[ROW].dtype, "problem": pl.String},
     )
     rejected = reasons.join(original, on=ROW, how="left", maintain_order="left")
-    rejected = rejected.select(*(n for n in original.columns if n != ROW), pl.col(ROW).cast(pl.Int64).alias("row"), "problem")
+    rejected = rejected.select(
+        *(n for n in original.columns if n != ROW),
+        pl.col(ROW).cast(pl.Int64).alias("row"),
+        "problem",
+    )
     return Checked(frame.drop(ROW), rejected, report)
 
 
@@ -171,30 +202,47 @@ def _convert(values: pl.Series, column: Column, checker: _Checker, now: datetime
 def _texts(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
     if values.dtype.is_nested() or values.dtype == pl.Binary:
         raise SchemaError(
-            f"{checker.report.source}: column {column.name!r} should hold text, but holds {values.dtype}. Export it as one text per row."
+            f"{checker.report.source}: column {column.name!r} should hold text, but holds"
+            f" {values.dtype}. Export it as one text per row."
         )
     text = cell_texts(values)
     fix_nul = "Remove the NUL bytes; the file was probably exported with a wrong encoding."
-    checker.flag(text.str.contains("\0", literal=True), text, column.name, "text holds a NUL byte", fix_nul)
+    checker.flag(
+        text.str.contains("\0", literal=True), text, column.name, "text holds a NUL byte", fix_nul
+    )
     # len_bytes is free; only rows that may be too long are counted in characters.
     if (text.str.len_bytes().max() or 0) > column.max_characters:  # type: ignore[operator]
         rule = f"text longer than {column.max_characters:,} characters"
-        checker.flag(text.str.len_chars() > column.max_characters, text, column.name, rule, "Shorten it, or drop the row.")
+        checker.flag(
+            text.str.len_chars() > column.max_characters,
+            text,
+            column.name,
+            rule,
+            "Shorten it, or drop the row.",
+        )
     if column.kind is Kind.ID or column.name == "query":
         unified = text.str.normalize("NFC")
         changed = int((unified != text).sum())
         if changed:
-            checker.report.notes.append(f"{changed:,} value(s) of {column.name!r} were brought to Unicode form NFC")
+            checker.report.notes.append(
+                f"{changed:,} value(s) of {column.name!r} were brought to Unicode form NFC"
+            )
         text = unified
     if column.default is not None:
         text = text.fill_null(str(column.default))
     if column.required:
         blank = text.is_null() | (text.str.strip_chars() == "")
-        checker.flag(blank, text, column.name, "a value is required", "Fill it in, or drop the row.")
+        checker.flag(
+            blank, text, column.name, "a value is required", "Fill it in, or drop the row."
+        )
     if column.choices:
         rule = f"must be one of {', '.join(column.choices)}"
         checker.flag(
-            text.is_not_null() & ~text.is_in(list(column.choices)), text, column.name, rule, "Map your names to these, or drop the row."
+            text.is_not_null() & ~text.is_in(list(column.choices)),
+            text,
+            column.name,
+            rule,
+            "Map your names to these, or drop the row.",
         )
     return text
 
@@ -205,22 +253,49 @@ def _numbers(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
         present = present & (values.str.strip_chars() != "")
         values = values.str.strip_chars()
     elif values.dtype.is_nested() or values.dtype.is_temporal():
-        raise SchemaError(f"{checker.report.source}: column {column.name!r} should hold numbers, but holds {values.dtype}.")
+        raise SchemaError(
+            f"{checker.report.source}: column {column.name!r} should hold numbers, but holds"
+            f" {values.dtype}."
+        )
     numbers = values.cast(pl.Float64, strict=False)
-    checker.flag(present & numbers.is_null(), values, column.name, "must be a number", "Write it as digits with a point.")
-    checker.flag(present & ~numbers.is_finite(), values, column.name, "must be finite", "Leave it empty where it is unknown.")
+    checker.flag(
+        present & numbers.is_null(),
+        values,
+        column.name,
+        "must be a number",
+        "Write it as digits with a point.",
+    )
+    checker.flag(
+        present & ~numbers.is_finite(),
+        values,
+        column.name,
+        "must be finite",
+        "Leave it empty where it is unknown.",
+    )
     if column.required:
-        checker.flag(~present, values, column.name, "a value is required", "Fill it in, or drop the row.")
+        checker.flag(
+            ~present, values, column.name, "a value is required", "Fill it in, or drop the row."
+        )
     if column.minimum is not None:
         rule = f"must be at least {column.minimum:g}"
-        checker.flag(numbers < column.minimum, values, column.name, rule, "Correct it, or drop the row.")
+        checker.flag(
+            numbers < column.minimum, values, column.name, rule, "Correct it, or drop the row."
+        )
     if column.kind is Kind.INTEGER:
-        checker.flag(numbers != numbers.round(0), values, column.name, "must be a whole number", "Round it, or drop the row.")
+        checker.flag(
+            numbers != numbers.round(0),
+            values,
+            column.name,
+            "must be a whole number",
+            "Round it, or drop the row.",
+        )
         # 64-bit counts above 2**53 do not survive a float: take the integer cast where the input is already an integer.
         exact = values if values.dtype.is_integer() else numbers.round(0)
         whole = exact.cast(pl.Int64, strict=False)
         beyond = numbers.is_finite() & whole.is_null()
-        checker.flag(beyond, values, column.name, "must fit into 64 bits", "Correct it, or drop the row.")
+        checker.flag(
+            beyond, values, column.name, "must fit into 64 bits", "Correct it, or drop the row."
+        )
         return whole.fill_null(int(column.default)) if column.default is not None else whole
     return numbers
 
@@ -229,20 +304,30 @@ def _text_lists(values: pl.Series, column: Column, checker: _Checker) -> pl.Seri
     if values.dtype == pl.Null:
         values = values.cast(column.dtype)
     if values.dtype == pl.String:
-        values = pl.Series(values.name, [_split_cell(cell) for cell in values.to_list()], dtype=pl.List(pl.String))
+        values = pl.Series(
+            values.name, [_split_cell(cell) for cell in values.to_list()], dtype=pl.List(pl.String)
+        )
     if not isinstance(values.dtype, pl.List) or values.dtype.inner.is_nested():
         raise SchemaError(
-            f"{checker.report.source}: column {column.name!r} should hold lists of text (in CSV: JSON, or parts separated by '|'), "
-            f"but holds {values.dtype}."
+            f"{checker.report.source}: column {column.name!r} should hold lists of text (in CSV:"
+            f" JSON, or parts separated by '|'), but holds {values.dtype}."
         )
     texts = cell_texts(values)
     nul = texts.list.eval(pl.element().str.contains("\0", literal=True)).list.any()
     checker.flag(nul, texts, column.name, "text holds a NUL byte", "Remove the NUL bytes.")
     longest = texts.list.eval(pl.element().str.len_chars()).list.max()
     rule = f"text longer than {column.max_characters:,} characters"
-    checker.flag(longest > column.max_characters, texts, column.name, rule, "Shorten it, or drop the row.")
+    checker.flag(
+        longest > column.max_characters, texts, column.name, rule, "Shorten it, or drop the row."
+    )
     if column.required:
-        checker.flag(texts.is_null() | (texts.list.len() == 0), texts, column.name, "a value is required", "Fill it in, or drop the row.")
+        checker.flag(
+            texts.is_null() | (texts.list.len() == 0),
+            texts,
+            column.name,
+            "a value is required",
+            "Fill it in, or drop the row.",
+        )
     return texts
 
 
@@ -267,17 +352,28 @@ def _vectors(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
     if isinstance(values.dtype, pl.Array):
         values = values.arr.to_list()
     if not isinstance(values.dtype, pl.List):
-        raise SchemaError(f"{checker.report.source}: column {column.name!r} should hold lists of numbers, but holds {values.dtype}.")
+        raise SchemaError(
+            f"{checker.report.source}: column {column.name!r} should hold lists of numbers, but"
+            f" holds {values.dtype}."
+        )
     if isinstance(values.dtype.inner, pl.List | pl.Array):  # several images: a list of vectors
         return values.cast(pl.List(pl.List(pl.Float32)))
     vectors = values.cast(pl.List(pl.Float32))
     finite = vectors.list.eval(pl.element().is_finite()).list.all()
-    checker.flag(~finite, vectors, column.name, "vector holds NaN or Inf", "Compute it again, or leave it out.")
+    checker.flag(
+        ~finite,
+        vectors,
+        column.name,
+        "vector holds NaN or Inf",
+        "Compute it again, or leave it out.",
+    )
     widths = vectors.list.len().drop_nulls().unique().to_list()
     if len(widths) > 1:
         common = int(vectors.list.len().drop_nulls().mode().sort()[0])
         rule = f"vector must have {common} numbers"
-        checker.flag(vectors.list.len() != common, vectors, column.name, rule, "Use one model for all rows.")
+        checker.flag(
+            vectors.list.len() != common, vectors, column.name, rule, "Use one model for all rows."
+        )
     return vectors
 
 
@@ -287,11 +383,28 @@ def _vector_cells(cells: pl.Series, column: Column, checker: _Checker) -> pl.Ser
     several = [isinstance(v, list) and bool(v) and all(map(_is_vector, v)) for v in parsed]
     nested = any(several) and not any(map(_is_vector, parsed))
     good = several if nested else [_is_vector(v) for v in parsed]
-    broken = pl.Series([not ok and bool(cell and cell.strip()) for ok, cell in zip(good, cells.to_list(), strict=True)], dtype=pl.Boolean)
+    broken = pl.Series(
+        [
+            not ok and bool(cell and cell.strip())
+            for ok, cell in zip(good, cells.to_list(), strict=True)
+        ],
+        dtype=pl.Boolean,
+    )
     rule = "vector must be a JSON list of numbers"
-    checker.flag(broken, cells, column.name, rule, "For example [0.1, 0.2]; leave it empty where there is none.")
+    checker.flag(
+        broken,
+        cells,
+        column.name,
+        rule,
+        "For example [0.1, 0.2]; leave it empty where there is none.",
+    )
     dtype = pl.List(pl.List(pl.Float32)) if nested else pl.List(pl.Float32)
-    return pl.Series(cells.name, [v if ok else None for v, ok in zip(parsed, good, strict=True)], dtype=dtype, strict=False)
+    return pl.Series(
+        cells.name,
+        [v if ok else None for v, ok in zip(parsed, good, strict=True)],
+        dtype=dtype,
+        strict=False,
+    )
 
 
 def _json_or_none(cell: str | None) -> Any:
@@ -302,10 +415,14 @@ def _json_or_none(cell: str | None) -> Any:
 
 
 def _is_vector(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(x, int | float) and not isinstance(x, bool) for x in value)
+    return isinstance(value, list) and all(
+        isinstance(x, int | float) and not isinstance(x, bool) for x in value
+    )
 
 
-def parse_timestamps(values: pl.Series, column: Column, checker: _Checker, now: datetime) -> pl.Series:
+def parse_timestamps(
+    values: pl.Series, column: Column, checker: _Checker, now: datetime
+) -> pl.Series:
     """Read timestamps given as datetimes, dates, ISO 8601 texts, or seconds/ms/us/ns since 1970; times without a zone are UTC.
 
     One unit per column: a column that mixes seconds with milliseconds is an error that names the rows of the rarer unit.
@@ -318,10 +435,18 @@ def parse_timestamps(values: pl.Series, column: Column, checker: _Checker, now: 
     early = datetime(EARLIEST_YEAR, 1, 1, tzinfo=UTC)
     checker.flag(parsed < early, values, column.name, f"timestamp before {EARLIEST_YEAR}", fix)
     future = parsed > now + FUTURE_TOLERANCE
-    checker.flag(future, values, column.name, f"timestamp in the future (it is {now:%Y-%m-%d})", fix)
+    checker.flag(
+        future, values, column.name, f"timestamp in the future (it is {now:%Y-%m-%d})", fix
+    )
     if column.required:
-        blank = values.is_null() if values.dtype != pl.String else values.is_null() | (values.str.strip_chars() == "")
-        checker.flag(blank, values, column.name, "a value is required", "Fill it in, or drop the row.")
+        blank = (
+            values.is_null()
+            if values.dtype != pl.String
+            else values.is_null() | (values.str.strip_chars() == "")
+        )
+        checker.flag(
+            blank, values, column.name, "a value is required", "Fill it in, or drop the row."
+        )
     return parsed
 
 
@@ -330,7 +455,9 @@ def _parse_any_timestamp(values: pl.Series, column: Column, checker: _Checker) -
     notes = checker.report.notes
     if values.dtype == pl.Null:
         return values.cast(target)
-    if values.dtype == pl.Date or (isinstance(values.dtype, pl.Datetime) and values.dtype.time_zone is None):
+    if values.dtype == pl.Date or (
+        isinstance(values.dtype, pl.Datetime) and values.dtype.time_zone is None
+    ):
         notes.append(f"{column.name!r} has no time zone: read as UTC")
         return values.cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
     if isinstance(values.dtype, pl.Datetime):
@@ -338,17 +465,29 @@ def _parse_any_timestamp(values: pl.Series, column: Column, checker: _Checker) -
     if values.dtype.is_numeric():
         return _from_epoch(values.cast(pl.Float64), values, column, checker)
     if values.dtype != pl.String:
-        raise SchemaError(f"{checker.report.source}: column {column.name!r} should hold timestamps, but holds {values.dtype}.")
+        raise SchemaError(
+            f"{checker.report.source}: column {column.name!r} should hold timestamps, but holds"
+            f" {values.dtype}."
+        )
     text = values.str.strip_chars()
     numbers = text.cast(pl.Float64, strict=False)
-    if numbers.is_not_null().any() and (numbers.is_not_null() | text.is_null() | (text == "")).all():
+    if (
+        numbers.is_not_null().any()
+        and (numbers.is_not_null() | text.is_null() | (text == "")).all()
+    ):
         return _from_epoch(numbers, values, column, checker)
     uniques = text.drop_nulls().unique()
     moments = [_from_iso(t) for t in uniques.to_list()]
     lookup = pl.DataFrame({"t": uniques, "m": pl.Series(moments, dtype=target)})
     parsed = pl.DataFrame({"t": text}).join(lookup, on="t", how="left", maintain_order="left")["m"]
     rule = "must be an ISO 8601 time or an epoch number"
-    checker.flag((text != "") & parsed.is_null(), values, column.name, rule, "For example 2026-01-31T23:59:59Z.")
+    checker.flag(
+        (text != "") & parsed.is_null(),
+        values,
+        column.name,
+        rule,
+        "For example 2026-01-31T23:59:59Z.",
+    )
     return parsed
 
 
@@ -356,11 +495,16 @@ def _from_iso(text: str) -> datetime | None:
     try:
         moment = datetime.fromisoformat(text.replace(" UTC", "+00:00"))
         return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-    except (ValueError, OverflowError):  # overflow: the first or last day of the calendar in another zone
+    except (
+        ValueError,
+        OverflowError,
+    ):  # overflow: the first or last day of the calendar in another zone
         return None
 
 
-def _from_epoch(numbers: pl.Series, values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
+def _from_epoch(
+    numbers: pl.Series, values: pl.Series, column: Column, checker: _Checker
+) -> pl.Series:
     size = numbers.abs()
     unit = pl.Series([0] * len(size), dtype=pl.Int8)
     for _, limit, _ in EPOCH_UNITS:
@@ -369,11 +513,19 @@ def _from_epoch(numbers: pl.Series, values: pl.Series, column: Column, checker: 
     if not len(known):
         return numbers.cast(pl.Int64).cast(pl.Datetime("us", "UTC"))
     counts = known.value_counts(sort=True)
-    main = int(counts.sort(["count", counts.columns[0]], descending=[True, False])[counts.columns[0]][0])
+    main = int(
+        counts.sort(["count", counts.columns[0]], descending=[True, False])[counts.columns[0]][0]
+    )
     names = [*(name for name, _, _ in EPOCH_UNITS), "ns"]
     mixed = numbers.is_not_null() & (unit != main)
     fix = "Bring all rows to one unit; which one a row has cannot be guessed."
-    checker.flag(mixed, values, column.name, f"timestamp is not in {names[main]} as most of the column is", fix)
+    checker.flag(
+        mixed,
+        values,
+        column.name,
+        f"timestamp is not in {names[main]} as most of the column is",
+        fix,
+    )
     scale = 0.001 if names[main] == "ns" else float(EPOCH_UNITS[main][2])
     microseconds = (numbers * scale).round(0).cast(pl.Int64, strict=False)
     lost = numbers.is_not_null() & microseconds.is_null() & ~mixed
@@ -382,7 +534,9 @@ def _from_epoch(numbers: pl.Series, values: pl.Series, column: Column, checker: 
     return microseconds.set(mixed, None).cast(pl.Datetime("us", "UTC"))
 
 
-def _merge_identical(frame: pl.DataFrame, schema: TableSchema, checker: _Checker) -> tuple[pl.DataFrame, dict[int, str]]:
+def _merge_identical(
+    frame: pl.DataFrame, schema: TableSchema, checker: _Checker
+) -> tuple[pl.DataFrame, dict[int, str]]:
     """Merge rows that repeat a key with the same content; take out rows that repeat a key with different content: row -> problem."""
     if not schema.key or frame.height == 0:
         return frame, {}
@@ -391,22 +545,32 @@ def _merge_identical(frame: pl.DataFrame, schema: TableSchema, checker: _Checker
         return frame, {}
     groups = frame.filter(repeated)
     content = [c for c in frame.columns if c != ROW]
-    texts = groups.select(pl.struct(content).map_elements(lambda row: repr(row), return_dtype=pl.String).alias("content"))
+    texts = groups.select(
+        pl.struct(content)
+        .map_elements(lambda row: repr(row), return_dtype=pl.String)
+        .alias("content")
+    )
     groups = groups.with_columns(texts["content"].alias("__content"))
     versions = pl.col("__content").n_unique().over(schema.key)
     clash = groups.filter(versions > 1)
     same = groups.filter((versions == 1) & ~pl.struct(schema.key).is_first_distinct())
     if same.height:
-        checker.report.notes.append(f"{same.height:,} row(s) repeat an earlier row exactly and were merged into it")
+        checker.report.notes.append(
+            f"{same.height:,} row(s) repeat an earlier row exactly and were merged into it"
+        )
     if clash.height:
         rule = "id repeats with different content"
         checker.report.rules_broken[rule] = clash.height
         for row in clash.head(2 * checker.examples).iter_rows(named=True):
             fix = "Keep one version of each id (which one is right cannot be guessed)."
-            checker.report.problems.append(Problem(row[ROW], schema.key[-1], _shown(row[schema.key[-1]]), rule, fix))
+            checker.report.problems.append(
+                Problem(row[ROW], schema.key[-1], _shown(row[schema.key[-1]]), rule, fix)
+            )
     dropped = pl.concat([same[ROW], clash[ROW]])
     problem = f"{schema.key[-1]}: id repeats with different content"
-    return frame.filter(~pl.col(ROW).is_in(dropped.implode())), dict.fromkeys(clash[ROW].to_list(), problem)
+    return frame.filter(~pl.col(ROW).is_in(dropped.implode())), dict.fromkeys(
+        clash[ROW].to_list(), problem
+    )
 
 
 def _shown(value: Any) -> str:

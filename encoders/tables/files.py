@@ -26,14 +26,24 @@ TableSource = Path | str | Sequence[Path]
 
 
 def read_table(
-    path: TableSource, table: str, *, on_bad_rows: OnBadRows = "raise", encoding: str = "utf-8", now: datetime | None = None
+    path: TableSource,
+    table: str,
+    *,
+    on_bad_rows: OnBadRows = "raise",
+    encoding: str = "utf-8",
+    now: datetime | None = None,
 ) -> pl.DataFrame:
     """Read one table and check it; see :func:`check_table` for the arguments and what else it can tell."""
     return check_table(path, table, on_bad_rows=on_bad_rows, encoding=encoding, now=now).frame
 
 
 def check_table(
-    path: TableSource, table: str, *, on_bad_rows: OnBadRows = "raise", encoding: str = "utf-8", now: datetime | None = None
+    path: TableSource,
+    table: str,
+    *,
+    on_bad_rows: OnBadRows = "raise",
+    encoding: str = "utf-8",
+    now: datetime | None = None,
 ) -> Checked:
     """Read a file, or a folder of part files, and check it against the schema called ``table``.
 
@@ -66,7 +76,10 @@ def check_table(
         else:
             attributes.add_typed(raw)
         parts.append(check_frame(raw, wanted, file.name, now=now))
-    parts = [p._replace(frame=attributes.typed(p.frame)) if is_delimited(file) else p for p, file in zip(parts, files, strict=True)]
+    parts = [
+        p._replace(frame=attributes.typed(p.frame)) if is_delimited(file) else p
+        for p, file in zip(parts, files, strict=True)
+    ]
     checked = parts[0] if len(parts) == 1 else _join_parts(parts, wanted, _source_name(path), now)
     checked.report.notes += attributes.notes()
     if on_bad_rows == "raise":
@@ -89,7 +102,10 @@ def raise_problems(report: TableReport, *, droppable: bool = False) -> None:
     lines = [problem.describe(report.source) for problem in report.problems[:5]]
     total = sum(report.rules_broken.values())
     if total > len(lines):
-        lines.append(f"({total:,} values break a rule; see omni data validate{', or use --drop-bad-rows' if droppable else ''})")
+        lines.append(
+            f"({total:,} values break a rule; see omni data"
+            f" validate{', or use --drop-bad-rows' if droppable else ''})"
+        )
     raise RowError("\n".join(lines))
 
 
@@ -105,7 +121,10 @@ def table_files(path: TableSource) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise DataError(f"{path}: no such file or folder. Give a {', '.join(SUFFIXES)} file or a folder of them.")
+        raise DataError(
+            f"{path}: no such file or folder. Give a {', '.join(SUFFIXES)} file or a folder of"
+            " them."
+        )
     files = sorted(p for p in path.iterdir() if p.is_file() and _suffix(p) in SUFFIXES)
     if not files:
         raise DataError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file.")
@@ -126,7 +145,9 @@ def read_raw(path: Path, encoding: str = "utf-8") -> pl.DataFrame:
     suffix = _suffix(path)
     try:
         if suffix in (".csv", ".tsv"):
-            return _read_delimited(_text_bytes(path, encoding), "\t" if suffix == ".tsv" else ",", path.name)
+            return _read_delimited(
+                _text_bytes(path, encoding), "\t" if suffix == ".tsv" else ",", path.name
+            )
         if suffix in (".jsonl", ".ndjson"):
             return _read_json_lines(_text_bytes(path, encoding), path.name)
         if suffix == ".parquet":
@@ -134,7 +155,10 @@ def read_raw(path: Path, encoding: str = "utf-8") -> pl.DataFrame:
         if suffix in (".arrow", ".feather", ".ipc"):
             return _plain(pl.read_ipc(path))
     except (OSError, pl.exceptions.PolarsError, EOFError) as error:
-        raise DataError(f"{path.name}: cannot be read as {suffix[1:]} ({_first_line(error)}). Is the file complete?") from error
+        raise DataError(
+            f"{path.name}: cannot be read as {suffix[1:]} ({_first_line(error)}). Is the file"
+            " complete?"
+        ) from error
     raise DataError(f"{path.name}: unknown format. Expected one of {', '.join(SUFFIXES)}.")
 
 
@@ -156,8 +180,14 @@ def write_table(frame: pl.DataFrame, path: Path | str) -> Path:
         elif suffix in (".jsonl", ".ndjson"):
             frame.write_ndjson(partial)
         elif suffix in (".csv", ".tsv"):
-            nested = [pl.col(n).map_elements(_json_cell, return_dtype=pl.String) for n, t in frame.schema.items() if t.is_nested()]
-            frame.with_columns(nested).write_csv(partial, separator="\t" if suffix == ".tsv" else ",")
+            nested = [
+                pl.col(n).map_elements(_json_cell, return_dtype=pl.String)
+                for n, t in frame.schema.items()
+                if t.is_nested()
+            ]
+            frame.with_columns(nested).write_csv(
+                partial, separator="\t" if suffix == ".tsv" else ","
+            )
         else:
             raise DataError(f"{path.name}: unknown format. Expected one of {', '.join(SUFFIXES)}.")
         if path.suffix == ".gz":
@@ -185,7 +215,11 @@ def _suffix(path: Path) -> str:
 
 def _plain(frame: pl.DataFrame) -> pl.DataFrame:
     """Dictionary-encoded columns as ordinary text."""
-    return frame.with_columns(pl.col(pl.Categorical, pl.Enum).cast(pl.String)) if frame.width else frame
+    return (
+        frame.with_columns(pl.col(pl.Categorical, pl.Enum).cast(pl.String))
+        if frame.width
+        else frame
+    )
 
 
 def _text_bytes(path: Path, encoding: str) -> bytes:
@@ -197,13 +231,16 @@ def _text_bytes(path: Path, encoding: str) -> bytes:
     try:
         text = raw.decode(encoding)
     except LookupError as error:
-        raise DataError(f"unknown encoding {encoding!r}. Try utf-8, latin-1, cp1252, shift_jis, ...") from error
+        raise DataError(
+            f"unknown encoding {encoding!r}. Try utf-8, latin-1, cp1252, shift_jis, ..."
+        ) from error
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         around = raw[max(0, error.start - 15) : error.end + 15]
         raise RowError(
-            f"{path.name}: line {line}: byte 0x{raw[error.start]:02x} is not {encoding}, got {around!r}. "
-            "Name the real encoding with --encoding (latin-1, cp1252, shift_jis, ...), or repair the line if the file mixes encodings."
+            f"{path.name}: line {line}: byte 0x{raw[error.start]:02x} is not {encoding}, got"
+            f" {around!r}. Name the real encoding with --encoding (latin-1, cp1252, shift_jis,"
+            " ...), or repair the line if the file mixes encodings."
         ) from error
     return raw if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else text.encode("utf-8")
 
@@ -213,7 +250,10 @@ def _read_delimited(data: bytes, separator: str, source: str) -> pl.DataFrame:
         return pl.DataFrame()
     if b"\0" in data:
         line = data.count(b"\n", 0, data.index(b"\0")) + 1
-        raise RowError(f"{source}: line {line}: text holds a NUL byte. Remove the NUL bytes; was the file exported as UTF-16?")
+        raise RowError(
+            f"{source}: line {line}: text holds a NUL byte. Remove the NUL bytes; was the file"
+            " exported as UTF-16?"
+        )
     try:
         return pl.read_csv(data, separator=separator, infer_schema=False)
     except pl.exceptions.PolarsError as error:
@@ -222,8 +262,8 @@ def _read_delimited(data: bytes, separator: str, source: str) -> pl.DataFrame:
         for number, row in enumerate(rows, start=1):
             if row and len(row) != len(header):
                 raise RowError(
-                    f"{source}: row {number}: expected {len(header)} cells, got {len(row)}: {str(row)[:80]}. "
-                    f"Quote cells that hold {separator!r} or a quotation mark."
+                    f"{source}: row {number}: expected {len(header)} cells, got {len(row)}:"
+                    f" {str(row)[:80]}. Quote cells that hold {separator!r} or a quotation mark."
                 ) from error
         raise
 
@@ -243,10 +283,14 @@ def _json_records(data: bytes, source: str) -> Iterable[dict[str, Any]]:
             record = json.loads(line)
         except ValueError as error:
             raise RowError(
-                f"{source}: row {number}: not valid JSON ({error}), got {line[:60]!r}. Write one JSON object per line."
+                f"{source}: row {number}: not valid JSON ({error}), got {line[:60]!r}. Write one"
+                " JSON object per line."
             ) from error
         if not isinstance(record, dict):
-            raise RowError(f"{source}: row {number}: expected a JSON object, got {line[:60]!r}. Write one JSON object per line.")
+            raise RowError(
+                f"{source}: row {number}: expected a JSON object, got {line[:60]!r}. Write one JSON"
+                " object per line."
+            )
         yield record
 
 
@@ -267,15 +311,31 @@ def records_to_frame(records: Iterable[dict[str, Any]], source: str) -> pl.DataF
     for name, cells in columns.items():
         kinds = {type(c) for c in cells if c is not None}
         if list in kinds and len(kinds) > 1:
-            row = next(i for i, c in enumerate(cells, 1) if c is not None and not isinstance(c, list))
-            raise SchemaError(f"{source}: row {row}, column {name!r}: expected a list as in other rows, got {str(cells[row - 1])[:60]!r}.")
+            row = next(
+                i for i, c in enumerate(cells, 1) if c is not None and not isinstance(c, list)
+            )
+            raise SchemaError(
+                f"{source}: row {row}, column {name!r}: expected a list as in other rows, got"
+                f" {str(cells[row - 1])[:60]!r}."
+            )
         if len(kinds) > 1 and not kinds <= {int, float}:
-            cells = [None if c is None else c if isinstance(c, str) else json.dumps(c, ensure_ascii=False) for c in cells]
+            cells = [
+                (
+                    None
+                    if c is None
+                    else c
+                    if isinstance(c, str)
+                    else json.dumps(c, ensure_ascii=False)
+                )
+                for c in cells
+            ]
         series.append(pl.Series(name, cells, strict=False))
     return pl.DataFrame(series)
 
 
-def _join_parts(parts: Sequence[Checked], wanted: TableSchema, source: str, now: datetime | None) -> Checked:
+def _join_parts(
+    parts: Sequence[Checked], wanted: TableSchema, source: str, now: datetime | None
+) -> Checked:
     frame = pl.concat([p.frame for p in parts], how="diagonal_relaxed")
     report = TableReport(source, wanted.name)
     rejected = [p.rejected.with_columns(pl.lit(p.report.source).alias("file")) for p in parts]

@@ -10,7 +10,19 @@ import polars as pl
 from encoders.tables.schemas import TableSchema
 from encoders.text.normal_forms import fold_query
 
-SCRIPTS = ("Latin", "Cyrillic", "Arabic", "Devanagari", "Han", "Hiragana", "Katakana", "Hangul", "Greek", "Hebrew", "Thai")
+SCRIPTS = (
+    "Latin",
+    "Cyrillic",
+    "Arabic",
+    "Devanagari",
+    "Han",
+    "Hiragana",
+    "Katakana",
+    "Hangul",
+    "Greek",
+    "Hebrew",
+    "Thai",
+)
 CATEGORIES = ("entity_type", "action", "split", "language", "country", "kind", "source", "grade")
 HEAD_COLUMNS = ("query", "entity_id", "user_id", "board_id")
 
@@ -60,7 +72,13 @@ def _describe_column(values: pl.Series) -> dict[str, Any]:
 
 
 def _frequent(values: pl.Series, n: int = 10) -> dict[str, int]:
-    counts = values.cast(pl.String).fill_null("").value_counts().sort(["count", values.name], descending=[True, False]).head(n)
+    counts = (
+        values.cast(pl.String)
+        .fill_null("")
+        .value_counts()
+        .sort(["count", values.name], descending=[True, False])
+        .head(n)
+    )
     return {value or "(empty)": count for value, count in counts.iter_rows()}
 
 
@@ -71,7 +89,11 @@ def _scripts(frame: pl.DataFrame) -> dict[str, float]:
         return {}
     texts = frame[name].drop_nulls()
     shares = {script: texts.str.contains(rf"\p{{{script}}}").mean() for script in SCRIPTS}
-    return {script: float(share) for script, share in shares.items() if isinstance(share, float) and share > 0}
+    return {
+        script: float(share)
+        for script, share in shares.items()
+        if isinstance(share, float) and share > 0
+    }
 
 
 def _duplicates(frame: pl.DataFrame) -> dict[str, int]:
@@ -80,11 +102,17 @@ def _duplicates(frame: pl.DataFrame) -> dict[str, int]:
     if plain and frame.height:
         found["rows that repeat an earlier row"] = frame.height - frame.select(plain).n_unique()
     if "title" in frame.columns and "id" in frame.columns:
-        titles = frame.filter(pl.col("title").fill_null("") != "").select(fold_query(pl.col("title")).alias("title"))
-        found["entities whose title another entity has, too"] = int(titles["title"].is_duplicated().sum())
+        titles = frame.filter(pl.col("title").fill_null("") != "").select(
+            fold_query(pl.col("title")).alias("title")
+        )
+        found["entities whose title another entity has, too"] = int(
+            titles["title"].is_duplicated().sum()
+        )
     if "query" in frame.columns:
         queries = frame.select("query", fold_query(pl.col("query")).alias("folded")).unique()
-        found["query forms that differ only in case, width or spaces"] = queries["query"].n_unique() - queries["folded"].n_unique()
+        found["query forms that differ only in case, width or spaces"] = (
+            queries["query"].n_unique() - queries["folded"].n_unique()
+        )
     return found
 
 
@@ -97,7 +125,12 @@ def spread(values: pl.Series) -> dict[str, float]:
     counts = values.value_counts()["count"].sort(descending=True).cast(pl.Int64)
     total = len(values)
     if not total:
-        return {"distinct": 0, "top_1_percent_share": 0.0, "top_10_percent_share": 0.0, "seen_once_share": 0.0}
+        return {
+            "distinct": 0,
+            "top_1_percent_share": 0.0,
+            "top_10_percent_share": 0.0,
+            "seen_once_share": 0.0,
+        }
     return {
         "distinct": len(counts),
         "top_1_percent_share": int(counts.head(max(1, len(counts) // 100)).sum()) / total,
@@ -155,7 +188,12 @@ def plot_table(frame: pl.DataFrame, description: dict[str, Any], folder: Path) -
         pyplot.legend()
         save("head_and_tail", f"{description['table']}: from head to tail")
     if description["time"]:
-        days = frame.filter(pl.col("timestamp").is_not_null()).group_by(pl.col("timestamp").dt.date().alias("day")).len().sort("day")
+        days = (
+            frame.filter(pl.col("timestamp").is_not_null())
+            .group_by(pl.col("timestamp").dt.date().alias("day"))
+            .len()
+            .sort("day")
+        )
         pyplot.figure(figsize=(7, 3))
         pyplot.plot(days["day"].to_list(), days["len"].to_list())
         pyplot.ylabel("rows per day")

@@ -93,11 +93,15 @@ class TableSchema:
 
     def empty(self) -> pl.DataFrame:
         """A table without rows that has every required and defaulted column, typed."""
-        return pl.DataFrame(schema={c.name: c.dtype for c in self.columns if c.required or c.default is not None})
+        return pl.DataFrame(
+            schema={c.name: c.dtype for c in self.columns if c.required or c.default is not None}
+        )
 
 
 def _id(name: str, doc: str, required: bool = True) -> Column:
-    return Column(name=name, kind=Kind.ID, doc=doc, required=required, max_characters=MAX_ID_CHARACTERS)
+    return Column(
+        name=name, kind=Kind.ID, doc=doc, required=required, max_characters=MAX_ID_CHARACTERS
+    )
 
 
 def _text(name: str, doc: str) -> Column:
@@ -105,18 +109,43 @@ def _text(name: str, doc: str) -> Column:
 
 
 def _query(required: bool = True) -> Column:
-    return Column(name="query", kind=Kind.TEXT, doc="What was typed.", required=required, max_characters=MAX_QUERY_CHARACTERS)
+    return Column(
+        name="query",
+        kind=Kind.TEXT,
+        doc="What was typed.",
+        required=required,
+        max_characters=MAX_QUERY_CHARACTERS,
+    )
 
 
-_ENTITY_TYPE = Column(name="entity_type", kind=Kind.CHOICE, doc="Kind of entity.", required=True, choices=ENTITY_TYPES)
-_LANGUAGE = Column(name="language", kind=Kind.TEXT, doc="BCP 47 language of the query; empty: unknown.", default="", max_characters=64)
-_COUNTRY = Column(name="country", kind=Kind.TEXT, doc="ISO 3166 country of the searcher; empty: unknown.", default="", max_characters=64)
-_ACTION = Column(name="action", kind=Kind.CHOICE, doc="What the person did.", required=True, choices=ACTIONS)
+_ENTITY_TYPE = Column(
+    name="entity_type", kind=Kind.CHOICE, doc="Kind of entity.", required=True, choices=ENTITY_TYPES
+)
+_LANGUAGE = Column(
+    name="language",
+    kind=Kind.TEXT,
+    doc="BCP 47 language of the query; empty: unknown.",
+    default="",
+    max_characters=64,
+)
+_COUNTRY = Column(
+    name="country",
+    kind=Kind.TEXT,
+    doc="ISO 3166 country of the searcher; empty: unknown.",
+    default="",
+    max_characters=64,
+)
+_ACTION = Column(
+    name="action", kind=Kind.CHOICE, doc="What the person did.", required=True, choices=ACTIONS
+)
 _COUNT = Column(name="count", kind=Kind.INTEGER, doc="How often.", default=1, minimum=0)
 
 CATALOGUE = TableSchema(
     name="catalogue",
-    doc="What can be retrieved: pins, products, ads. Unknown columns are attributes (for filters and answers).",
+    doc=(
+        "What can be retrieved: pins, products, ads. Unknown columns are attributes (for filters"
+        " and answers)."
+    ),
     key=("entity_type", "id"),
     open=True,
     columns=(
@@ -125,8 +154,16 @@ CATALOGUE = TableSchema(
         _text("title", "Title."),
         _text("description", "Description."),
         _text("caption", "Synthetic caption of the image."),
-        Column(name="board_titles", kind=Kind.TEXT_LIST, doc="Titles of the boards the entity was saved to, best first."),
-        Column(name="engaged_queries", kind=Kind.TEXT_LIST, doc="Queries that led to engagement, best first."),
+        Column(
+            name="board_titles",
+            kind=Kind.TEXT_LIST,
+            doc="Titles of the boards the entity was saved to, best first.",
+        ),
+        Column(
+            name="engaged_queries",
+            kind=Kind.TEXT_LIST,
+            doc="Queries that led to engagement, best first.",
+        ),
         _text("domain", "Domain of the link."),
         _text("image", "Path or URL of the picture."),
         _text("brand", "Brand."),
@@ -137,11 +174,19 @@ CATALOGUE = TableSchema(
         _text("size", "Sizes."),
         Column(name="pinsage", kind=Kind.VECTOR, doc="PinSage-like vector."),
         Column(name="itemsage", kind=Kind.VECTOR, doc="ItemSage-like vector."),
-        Column(name="visual", kind=Kind.VECTOR, doc="Visual vector; a list of vectors where there are several images."),
+        Column(
+            name="visual",
+            kind=Kind.VECTOR,
+            doc="Visual vector; a list of vectors where there are several images.",
+        ),
     ),
 )
 
-QUERIES = TableSchema(name="queries", doc="Distinct queries with their frequency.", columns=(_query(), _LANGUAGE, _COUNTRY, _COUNT))
+QUERIES = TableSchema(
+    name="queries",
+    doc="Distinct queries with their frequency.",
+    columns=(_query(), _LANGUAGE, _COUNTRY, _COUNT),
+)
 
 LOG = TableSchema(
     name="log",
@@ -151,11 +196,19 @@ LOG = TableSchema(
         _query(),
         _LANGUAGE,
         _COUNTRY,
-        Column(name="user_id", kind=Kind.ID, doc="Hashed id of the person; empty: unknown.", default="", max_characters=MAX_ID_CHARACTERS),
+        Column(
+            name="user_id",
+            kind=Kind.ID,
+            doc="Hashed id of the person; empty: unknown.",
+            default="",
+            max_characters=MAX_ID_CHARACTERS,
+        ),
         _ENTITY_TYPE,
         _id("entity_id", "Id in the catalogue; for entity type query: the suggested query."),
         _ACTION,
-        Column(name="dwell_seconds", kind=Kind.NUMBER, doc="Seconds spent after a click.", minimum=0),
+        Column(
+            name="dwell_seconds", kind=Kind.NUMBER, doc="Seconds spent after a click.", minimum=0
+        ),
         Column(name="position", kind=Kind.INTEGER, doc="Rank in the results, from 1.", minimum=0),
     ),
 )
@@ -179,9 +232,19 @@ PAIRS = TableSchema(
         _COUNTRY,
         _ENTITY_TYPE,
         _id("entity_id", "The positive."),
-        Column(name="action", kind=Kind.TEXT, doc="The action (or the kind of annotation instead).", default="", max_characters=64),
+        Column(
+            name="action",
+            kind=Kind.TEXT,
+            doc="The action (or the kind of annotation instead).",
+            default="",
+            max_characters=64,
+        ),
         _COUNT,
-        Column(name="timestamp", kind=Kind.TIMESTAMP, doc="Last event of the pair; null for annotations."),
+        Column(
+            name="timestamp",
+            kind=Kind.TIMESTAMP,
+            doc="Last event of the pair; null for annotations.",
+        ),
         Column(
             name="split",
             kind=Kind.CHOICE,
@@ -198,7 +261,13 @@ JUDGEMENTS = TableSchema(
     columns=(
         _query(),
         _id("entity_id", "The judged entity."),
-        Column(name="grade", kind=Kind.INTEGER, doc="0 irrelevant; higher is better.", required=True, minimum=0),
+        Column(
+            name="grade",
+            kind=Kind.INTEGER,
+            doc="0 irrelevant; higher is better.",
+            required=True,
+            minimum=0,
+        ),
         _COUNTRY,
         Column(name="judge", kind=Kind.TEXT, doc="Who judged.", default="", max_characters=256),
     ),
@@ -207,10 +276,15 @@ JUDGEMENTS = TableSchema(
 LABELS = TableSchema(
     name="labels",
     doc="Place of a query in a taxonomy.",
-    columns=(_query(), Column(name="path", kind=Kind.TEXT_LIST, doc="From the root down.", required=True)),
+    columns=(
+        _query(),
+        Column(name="path", kind=Kind.TEXT_LIST, doc="From the root down.", required=True),
+    ),
 )
 
-SCHEMAS: dict[str, TableSchema] = {s.name: s for s in (CATALOGUE, QUERIES, LOG, BOARDS, PAIRS, JUDGEMENTS, LABELS)}
+SCHEMAS: dict[str, TableSchema] = {
+    s.name: s for s in (CATALOGUE, QUERIES, LOG, BOARDS, PAIRS, JUDGEMENTS, LABELS)
+}
 
 
 def schema(name: str) -> TableSchema:
@@ -243,7 +317,9 @@ def lookalikes(columns: Sequence[str], table: TableSchema) -> dict[str, str]:
     found = {}
     for column in columns:
         folded = column.strip().lower()
-        near = [name for name in absent if folded in OTHER_NAMES.get(name, ())] or get_close_matches(folded, absent, n=1, cutoff=0.8)
+        near = [
+            name for name in absent if folded in OTHER_NAMES.get(name, ())
+        ] or get_close_matches(folded, absent, n=1, cutoff=0.8)
         if near and table.column(column) is None:
             found[column] = near[0]
             absent.remove(near[0])
@@ -259,12 +335,18 @@ def renames(near: Mapping[str, str], wanted: Sequence[str]) -> str:
 def could_be_log(columns: Sequence[str]) -> bool:
     """Whether a file that is complete as pairs may be a log instead: it says when or what happened, and has no split or count."""
     events = {name for known in ("timestamp", "action") for name in (known, *OTHER_NAMES[known])}
-    return not {"split", "count"} & set(columns) and any(column.strip().lower() in events for column in columns)
+    return not {"split", "count"} & set(columns) and any(
+        column.strip().lower() in events for column in columns
+    )
 
 
 def guess_table(columns: list[str]) -> str | None:
     """Name the table whose required columns are all present, the one with most of them first; None if none fits or pairs may be a log."""
-    fits = {s.name: sum(c.required for c in s.columns) for s in SCHEMAS.values() if all(c.name in columns for c in s.columns if c.required)}
+    fits = {
+        s.name: sum(c.required for c in s.columns)
+        for s in SCHEMAS.values()
+        if all(c.name in columns for c in s.columns if c.required)
+    }
     if "pairs" in fits and "split" in columns:
         return "pairs"
     best = max(fits, key=lambda name: fits[name]) if fits else None

@@ -22,17 +22,33 @@ import xxhash
 from encoders.errors import DataError, RowError, SchemaError
 from encoders.tables.cells import AttributeTypes, cell_texts
 from encoders.tables.checks import Problem, check_frame
-from encoders.tables.files import TableSource, is_delimited, raise_problems, read_raw, records_to_frame, table_files
+from encoders.tables.files import (
+    TableSource,
+    is_delimited,
+    raise_problems,
+    read_raw,
+    records_to_frame,
+    table_files,
+)
 from encoders.tables.schemas import DTYPES, Kind, schema
 
 UInt64 = npt.NDArray[np.uint64]
 Bool = npt.NDArray[np.bool_]
 _TEXT_KINDS = (Kind.ID, Kind.TEXT, Kind.CHOICE, Kind.TEXT_LIST)
-_TEXT_COLUMNS = {c.name: c.dtype for table in ("catalogue", "queries") for c in schema(table).columns if c.kind in _TEXT_KINDS}
+_TEXT_COLUMNS = {
+    c.name: c.dtype
+    for table in ("catalogue", "queries")
+    for c in schema(table).columns
+    if c.kind in _TEXT_KINDS
+}
 
 
 def stream_catalogue(
-    paths: Sequence[Path], *, columns: Collection[str] | None = None, entity_type: str | None = None, chunk_rows: int = 8_192
+    paths: Sequence[Path],
+    *,
+    columns: Collection[str] | None = None,
+    entity_type: str | None = None,
+    chunk_rows: int = 8_192,
 ) -> Iterator[pl.DataFrame]:
     """Yield the checked rows of catalogue or query files in order.
 
@@ -86,26 +102,52 @@ def count_rows(paths: Sequence[Path]) -> int | None:
 
 
 def _numbers_as_texts(rows: pl.DataFrame, columns: Collection[str]) -> pl.DataFrame:
-    attributes = [name for name in columns if name in rows.columns and schema("catalogue").column(name) is None]
-    single = [name for name in attributes if rows.schema[name].is_numeric() or rows.schema[name] == pl.Boolean]
+    attributes = [
+        name
+        for name in columns
+        if name in rows.columns and schema("catalogue").column(name) is None
+    ]
+    single = [
+        name
+        for name in attributes
+        if rows.schema[name].is_numeric() or rows.schema[name] == pl.Boolean
+    ]
     return rows.with_columns(cell_texts(rows[name]) for name in single)
 
 
 def _checked(
-    raw: pl.DataFrame, source: str, entity_type: str | None, first_row: int, columns: Collection[str] | None, seen: _RowsSeen
+    raw: pl.DataFrame,
+    source: str,
+    entity_type: str | None,
+    first_row: int,
+    columns: Collection[str] | None,
+    seen: _RowsSeen,
 ) -> pl.DataFrame:
     if "id" not in raw.columns and "query" in raw.columns:
         report = check_frame(raw, schema("queries"), source, first_row=first_row)
         raise_problems(report.report)
         title = report.frame["query"].str.replace_all(r"\s+", " ").str.strip_chars()
-        return pl.DataFrame({"id": title, "entity_type": pl.Series(["query"] * len(title), dtype=pl.String), "title": title})
+        return pl.DataFrame(
+            {
+                "id": title,
+                "entity_type": pl.Series(["query"] * len(title), dtype=pl.String),
+                "title": title,
+            }
+        )
     if "entity_type" not in raw.columns:
         if entity_type is None:
-            raise SchemaError(f"{source}: no column 'entity_type'; found: {', '.join(raw.columns)}. Add it, or say --entity-type pin")
+            raise SchemaError(
+                f"{source}: no column 'entity_type'; found: {', '.join(raw.columns)}. Add it, or"
+                " say --entity-type pin"
+            )
         raw = raw.with_columns(pl.lit(entity_type).alias("entity_type"))
     checked = check_frame(raw, schema("catalogue"), source, first_row=first_row)
     raise_problems(checked.report)
-    wanted = [name for name in checked.frame.columns if columns is None or name in {"id", "entity_type", *columns}]
+    wanted = [
+        name
+        for name in checked.frame.columns
+        if columns is None or name in {"id", "entity_type", *columns}
+    ]
     repeated, clashing = seen.add(*_row_hashes(checked.frame))
     if clashing.any():
         raise _clash(checked.frame.row(int(clashing.argmax()), named=True), raw, source, first_row)
@@ -114,17 +156,25 @@ def _checked(
 
 def _clash(row: dict[str, Any], raw: pl.DataFrame, source: str, first_row: int) -> RowError:
     """The error for a row whose id stood in an earlier chunk with other content."""
-    same = (cell_texts(raw["id"]).str.normalize("NFC") == row["id"]) & (raw["entity_type"].cast(pl.String) == row["entity_type"])
+    same = (cell_texts(raw["id"]).str.normalize("NFC") == row["id"]) & (
+        raw["entity_type"].cast(pl.String) == row["entity_type"]
+    )
     rule = "id repeats an earlier one with different content"
     fix = "Keep one version of each id (which one is right cannot be guessed)."
-    return RowError(Problem(first_row + (same.arg_max() or 0), "id", repr(row["id"]), rule, fix).describe(source))
+    return RowError(
+        Problem(first_row + (same.arg_max() or 0), "id", repr(row["id"]), rule, fix).describe(
+            source
+        )
+    )
 
 
 class _RowsSeen:
     """The rows that have passed, as sorted runs of hashes: per row two words of its key's hash and two of its content's."""
 
     def __init__(self) -> None:
-        self._runs: list[UInt64] = []  # (4, N) each, sorted by the first word, each less than half as long as the one before
+        self._runs: list[
+            UInt64
+        ] = []  # (4, N) each, sorted by the first word, each less than half as long as the one before
 
     def add(self, keys: UInt64, contents: UInt64) -> tuple[Bool, Bool]:
         """Take rows with distinct keys.
@@ -140,7 +190,9 @@ class _RowsSeen:
         clashing = np.zeros(keys.shape[1], dtype=bool)
         for run in self._runs:
             places = np.searchsorted(run[0], keys[0])
-            for row in np.flatnonzero(run[0][np.minimum(places, run.shape[1] - 1)] == keys[0]).tolist():
+            for row in np.flatnonzero(
+                run[0][np.minimum(places, run.shape[1] - 1)] == keys[0]
+            ).tolist():
                 place = int(places[row])
                 while place < run.shape[1] and run[0, place] == keys[0, row]:
                     if run[1, place] == keys[1, row]:
@@ -161,8 +213,12 @@ class _RowsSeen:
 def _row_hashes(rows: pl.DataFrame) -> tuple[UInt64, UInt64]:
     """(2, N) hashes of the keys (entity type and id) and (2, N) of the contents; null and absent cells do not count."""
     keys = [f"{kind}\x1f{id}" for kind, id in rows.select("entity_type", "id").iter_rows()]
-    cells = [_cell_texts(rows[name]) for name in sorted(rows.columns) if rows.schema[name] != pl.Null]
-    contents = pl.DataFrame(cells).select(pl.concat_str(pl.all(), ignore_nulls=True)).to_series().to_list()
+    cells = [
+        _cell_texts(rows[name]) for name in sorted(rows.columns) if rows.schema[name] != pl.Null
+    ]
+    contents = (
+        pl.DataFrame(cells).select(pl.concat_str(pl.all(), ignore_nulls=True)).to_series().to_list()
+    )
     return _hash_words(keys), _hash_words(contents)
 
 
@@ -180,7 +236,11 @@ def _cell_texts(cells: pl.Series) -> pl.Series:
     sizes = cells.list.len() if depth else cells
     if dtype.is_float():
         whole = (cells == cells.floor()) & (cells.abs() < 2**53)
-        cells = cells.cast(pl.Int64, strict=False).cast(pl.String).zip_with(whole.fill_null(False), cells.cast(pl.String))
+        cells = (
+            cells.cast(pl.Int64, strict=False)
+            .cast(pl.String)
+            .zip_with(whole.fill_null(False), cells.cast(pl.String))
+        )
     elif not dtype.is_nested() and dtype not in (pl.Binary, pl.Object, pl.Duration):
         cells = cells.cast(pl.String)
     elif depth == 1 and (leaf.is_numeric() or leaf == pl.Null):
@@ -188,11 +248,16 @@ def _cell_texts(cells: pl.Series) -> pl.Series:
     elif depth == 2 and leaf.is_numeric():
         cells = _several_digests(cells.cast(pl.List(pl.List(pl.Float64))))
     elif leaf != pl.String:
-        values = [json.dumps(_plain(value), sort_keys=True, ensure_ascii=False, default=repr) for value in cells.to_list()]
+        values = [
+            json.dumps(_plain(value), sort_keys=True, ensure_ascii=False, default=repr)
+            for value in cells.to_list()
+        ]
         cells = pl.Series(name, values, dtype=pl.String)
     texts = cells.to_frame().select(pl.struct(pl.all()).struct.json_encode()).to_series()
     if depth:  # an empty list has any type
-        texts = texts.zip_with((sizes != 0).fill_null(True), pl.Series([f"{name}:[]"], dtype=pl.String))
+        texts = texts.zip_with(
+            (sizes != 0).fill_null(True), pl.Series([f"{name}:[]"], dtype=pl.String)
+        )
     return texts.zip_with(present, pl.Series([None], dtype=pl.String)).alias(name)
 
 
@@ -200,17 +265,26 @@ def _vector_digests(vectors: pl.Series) -> pl.Series:
     """A hash of each list of float64; JSON text of long vectors takes longer than reading them."""
     ends = np.cumsum(vectors.list.len().fill_null(0).to_numpy(), dtype=np.int64)
     numbers = vectors.drop_nulls().filter(vectors.drop_nulls().list.len() > 0).explode().to_numpy()
-    digests = [xxhash.xxh3_128_hexdigest(numbers[start:end].data) for start, end in zip([0, *ends[:-1]], ends)]
+    digests = [
+        xxhash.xxh3_128_hexdigest(numbers[start:end].data)
+        for start, end in zip([0, *ends[:-1]], ends)
+    ]
     return pl.Series(vectors.name, digests, dtype=pl.String)
 
 
 def _several_digests(lists: pl.Series) -> pl.Series:
     """A hash of each vector of a cell, joined; null where there is none."""
     rows = pl.DataFrame({"row": np.arange(len(lists))})
-    vectors = rows.with_columns(lists.alias("vector")).filter(pl.col("vector").list.len() > 0).explode("vector")
+    vectors = (
+        rows.with_columns(lists.alias("vector"))
+        .filter(pl.col("vector").list.len() > 0)
+        .explode("vector")
+    )
     vectors = vectors.with_columns(_vector_digests(vectors["vector"]))
     joined = vectors.group_by("row").agg(pl.col("vector").str.join(","))
-    return rows.join(joined, on="row", how="left", maintain_order="left")["vector"].alias(lists.name)
+    return rows.join(joined, on="row", how="left", maintain_order="left")["vector"].alias(
+        lists.name
+    )
 
 
 def _leaf(dtype: pl.DataType) -> tuple[pl.DataType, int]:
@@ -227,7 +301,11 @@ def _plain(value: Any) -> Any:
         return {name: _plain(inner) for name, inner in value.items() if inner is not None}
     if isinstance(value, list):
         return [_plain(inner) for inner in value]
-    return float(value) if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53 else value
+    return (
+        float(value)
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
+        else value
+    )
 
 
 def _check_shapes(rows: pl.DataFrame, where: str, shapes: dict[str, tuple[str, str]]) -> None:
@@ -242,7 +320,10 @@ def _check_shapes(rows: pl.DataFrame, where: str, shapes: dict[str, tuple[str, s
             continue
         known, first = shapes.setdefault(name, (shape, where))
         if known != shape:
-            raise SchemaError(f"column {name!r} holds {known} in {first}, but {shape} in {where}. Export it in one form in all files")
+            raise SchemaError(
+                f"column {name!r} holds {known} in {first}, but {shape} in {where}. Export it in"
+                " one form in all files"
+            )
 
 
 def _shape(dtype: pl.DataType) -> str | None:
@@ -254,7 +335,9 @@ def _shape(dtype: pl.DataType) -> str | None:
     return "lists" if depth == 1 or leaf.is_numeric() else "lists of lists"
 
 
-def _raw_chunks(file: Path, columns: Collection[str] | None, chunk_rows: int) -> Iterator[pl.DataFrame]:
+def _raw_chunks(
+    file: Path, columns: Collection[str] | None, chunk_rows: int
+) -> Iterator[pl.DataFrame]:
     name = file.name.removesuffix(".gz")
     if name.endswith(".parquet"):
         yield from _parquet_chunks(file, columns, chunk_rows)
@@ -266,24 +349,36 @@ def _raw_chunks(file: Path, columns: Collection[str] | None, chunk_rows: int) ->
             yield whole[start : start + chunk_rows]
 
 
-def _parquet_chunks(file: Path, columns: Collection[str] | None, chunk_rows: int) -> Iterator[pl.DataFrame]:
+def _parquet_chunks(
+    file: Path, columns: Collection[str] | None, chunk_rows: int
+) -> Iterator[pl.DataFrame]:
     try:
         parquet = pq.ParquetFile(file)
         present = parquet.schema_arrow.names
-        wanted = None if columns is None else [name for name in present if name in {"id", "entity_type", "query", *columns}]
+        wanted = (
+            None
+            if columns is None
+            else [name for name in present if name in {"id", "entity_type", "query", *columns}]
+        )
         for batch in parquet.iter_batches(batch_size=chunk_rows, columns=wanted):
             yield cast(pl.DataFrame, pl.from_arrow(batch))
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{file.name}: cannot be read as parquet ({error}). Is the file complete?") from error
+        raise DataError(
+            f"{file.name}: cannot be read as parquet ({error}). Is the file complete?"
+        ) from error
 
 
-def _json_chunks(file: Path, columns: Collection[str] | None, chunk_rows: int) -> Iterator[pl.DataFrame]:
+def _json_chunks(
+    file: Path, columns: Collection[str] | None, chunk_rows: int
+) -> Iterator[pl.DataFrame]:
     first_row = 1
     # an attribute that a tower reads is a text field, or else lists of numbers
     attributes = [name for name in columns or () if schema("catalogue").column(name) is None]
     texts = dict.fromkeys(attributes, DTYPES[Kind.TEXT]) | _TEXT_COLUMNS
     try:
-        with cast(IO[bytes], gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")) as lines:
+        with cast(
+            IO[bytes], gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")
+        ) as lines:
             held: list[bytes] = []
             for line in lines:
                 if line.strip():
@@ -298,13 +393,23 @@ def _json_chunks(file: Path, columns: Collection[str] | None, chunk_rows: int) -
         raise DataError(f"{file.name}: cannot be read ({error}). Is the file complete?") from error
 
 
-def _json_frame(lines: list[bytes], source: str, first_row: int, texts: Mapping[str, pl.DataType]) -> pl.DataFrame:
+def _json_frame(
+    lines: list[bytes], source: str, first_row: int, texts: Mapping[str, pl.DataType]
+) -> pl.DataFrame:
     """Lines as a frame; the columns ``texts`` are text whatever the other rows hold (38 is "38", also beside 38.5)."""
     data = b"".join(lines)
     try:
         frame = pl.read_ndjson(io.BytesIO(data), infer_schema_length=None)
-        as_text = {name: dtype for name, dtype in texts.items() if name in frame.columns and _is_number(frame.schema[name], dtype)}
-        return pl.read_ndjson(io.BytesIO(data), infer_schema_length=None, schema_overrides=as_text) if as_text else frame
+        as_text = {
+            name: dtype
+            for name, dtype in texts.items()
+            if name in frame.columns and _is_number(frame.schema[name], dtype)
+        }
+        return (
+            pl.read_ndjson(io.BytesIO(data), infer_schema_length=None, schema_overrides=as_text)
+            if as_text
+            else frame
+        )
     except pl.exceptions.PolarsError:
         records = []
         for number, line in enumerate(lines, first_row):
@@ -312,10 +417,14 @@ def _json_frame(lines: list[bytes], source: str, first_row: int, texts: Mapping[
                 record = json.loads(line)
             except ValueError as error:
                 raise RowError(
-                    f"{source}: row {number}: not valid JSON ({error}), got {line[:60]!r}. Write one JSON object a line"
+                    f"{source}: row {number}: not valid JSON ({error}), got {line[:60]!r}. Write"
+                    " one JSON object a line"
                 ) from error
             if not isinstance(record, dict):
-                raise RowError(f"{source}: row {number}: expected a JSON object, got {line[:60]!r}. Write one JSON object a line") from None
+                raise RowError(
+                    f"{source}: row {number}: expected a JSON object, got {line[:60]!r}. Write one"
+                    " JSON object a line"
+                ) from None
             records.append(record)
         for name, dtype in texts.items():
             _cells_to_text(records, name, isinstance(dtype, pl.List))
@@ -333,7 +442,12 @@ def _is_number(found: pl.DataType, wanted: pl.DataType) -> bool:
 
 def _align_vectors(records: list[dict[str, Any]]) -> None:
     """Where some rows hold several vectors and others one, make that one a list of one."""
-    lists = [(record, name, value) for record in records for name, value in record.items() if isinstance(value, list) and value]
+    lists = [
+        (record, name, value)
+        for record in records
+        for name, value in record.items()
+        if isinstance(value, list) and value
+    ]
     several = {name for _, name, value in lists if isinstance(value[0], list)}
     for record, name, value in lists:
         if name in several and all(isinstance(item, int | float) for item in value):

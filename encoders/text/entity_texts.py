@@ -8,17 +8,24 @@ import polars as pl
 
 
 def entity_texts(
-    catalogue: pl.DataFrame, fields: Sequence[str] = ("title", "description", "category", "board_titles", "engaged_queries")
+    catalogue: pl.DataFrame,
+    fields: Sequence[str] = ("title", "description", "category", "board_titles", "engaged_queries"),
 ) -> list[str]:
     """One text per catalogue row: its fields joined by full stops; lists are joined too, and what is missing is left out."""
     parts = []
     for name in fields:
         if name in catalogue.columns:
             column = pl.col(name)
-            parts.append(column.list.join(". ").alias(name) if catalogue[name].dtype == pl.List else column.cast(pl.String).alias(name))
+            parts.append(
+                column.list.join(". ").alias(name)
+                if catalogue[name].dtype == pl.List
+                else column.cast(pl.String).alias(name)
+            )
     if not parts:
         return [""] * catalogue.height
     joined = (
-        catalogue.select(parts).with_columns(pl.all().replace("", None)).select(pl.concat_str(pl.all(), separator=". ", ignore_nulls=True))
+        catalogue.select(parts)
+        .with_columns(pl.all().replace("", None))
+        .select(pl.concat_str(pl.all(), separator=". ", ignore_nulls=True))
     )
     return joined.to_series().fill_null("").to_list()

@@ -35,14 +35,20 @@ TEXT_END, LINE_END = "\x00", "\n"
 _SEPARATOR, _JOINS, _ALONE, _DROPPED = 0, 1, 2, 3
 _PRIME = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2**64
 _INVERSE = pow(_PRIME, -1, 1 << 64)
-_SALTS = np.array([0x243F6A8885A308D3, 0x13198A2E03707344, 0xA4093822299F31D0], dtype=np.uint64)  # one per kind
+_SALTS = np.array(
+    [0x243F6A8885A308D3, 0x13198A2E03707344, 0xA4093822299F31D0], dtype=np.uint64
+)  # one per kind
 _BATCH_CHARACTERS = 1 << 19
 
 
 def character_class(character: str) -> int:
     """Class of one folded character: 0 separates, 1 joins a word, 2 is a word alone, 3 is dropped (the table's definition)."""
     category, code = unicodedata.category(character), ord(character)
-    if (category == "Cf" and code != 0x200B) or 0xFE00 <= code <= 0xFE0F or 0xE0100 <= code <= 0xE01EF:
+    if (
+        (category == "Cf" and code != 0x200B)
+        or 0xFE00 <= code <= 0xFE0F
+        or 0xE0100 <= code <= 0xE01EF
+    ):
         return _DROPPED
     if category == "So" or _is_ideograph(code):
         return _ALONE
@@ -50,12 +56,19 @@ def character_class(character: str) -> int:
 
 
 def _is_ideograph(code: int) -> bool:
-    return 0x3400 <= code <= 0x4DBF or 0x4E00 <= code <= 0x9FFF or 0xF900 <= code <= 0xFAFF or 0x20000 <= code <= 0x3FFFD
+    return (
+        0x3400 <= code <= 0x4DBF
+        or 0x4E00 <= code <= 0x9FFF
+        or 0xF900 <= code <= 0xFAFF
+        or 0x20000 <= code <= 0x3FFFD
+    )
 
 
 @functools.cache
 def _class_table() -> npt.NDArray[np.uint8]:
-    return np.fromiter((character_class(chr(code)) for code in range(0x110000)), dtype=np.uint8, count=0x110000)
+    return np.fromiter(
+        (character_class(chr(code)) for code in range(0x110000)), dtype=np.uint8, count=0x110000
+    )
 
 
 @functools.cache
@@ -133,8 +146,12 @@ def analyse(texts: Sequence[str]) -> Analysis:
         Code points, borders and occurrences; see ``Analysis``.
     """
     if not texts:
-        none = NgramOccurrences(np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64))
-        return Analysis(np.empty(0, np.uint32), np.empty(0, np.int64), np.empty(0, np.uint8), (none, none, none))
+        none = NgramOccurrences(
+            np.empty(0, np.uint64), np.empty(0, np.int64), np.empty(0, np.int64)
+        )
+        return Analysis(
+            np.empty(0, np.uint32), np.empty(0, np.int64), np.empty(0, np.uint8), (none, none, none)
+        )
     codes = _code_points(texts)
     classes = _class_table()[codes]
     dropped = classes == _DROPPED
@@ -161,7 +178,9 @@ def analyse(texts: Sequence[str]) -> Analysis:
     # Trigrams: code points need 21 bits, so three of them fit a key without loss.
     middles = np.flatnonzero(visible)
     spaced = np.where(visible, codes, np.uint32(32)).astype(np.uint64)
-    left = np.where(middles > 0, spaced[middles - 1], np.uint64(32))  # [-1] is the closing 0, a space
+    left = np.where(
+        middles > 0, spaced[middles - 1], np.uint64(32)
+    )  # [-1] is the closing 0, a space
     raw = (left << np.uint64(42)) | (spaced[middles] << np.uint64(21)) | spaced[middles + 1]
     trigrams = NgramOccurrences(_finish(raw, 2), middles, middles)
     return Analysis(codes, text_ends, classes, (words, bigrams, trigrams))
@@ -203,7 +222,9 @@ def ngram_text(analysis: Analysis, kind: int, rows: Int64) -> list[str]:
     starts, ends = found.starts[rows], found.ends[rows]
     if kind == 2:
         spaced = np.where(analysis.classes != _SEPARATOR, analysis.codes, np.uint32(32))
-        around = np.stack((spaced[starts - 1], spaced[starts], spaced[starts + 1]), axis=1)  # (R, 3); [-1] is the closing 0, a space
+        around = np.stack(
+            (spaced[starts - 1], spaced[starts], spaced[starts + 1]), axis=1
+        )  # (R, 3); [-1] is the closing 0, a space
         text = around.astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
         return [text[i : i + 3] for i in range(0, len(text), 3)]
     text = analysis.codes.astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
@@ -213,7 +234,12 @@ def ngram_text(analysis: Analysis, kind: int, rows: Int64) -> list[str]:
     first = np.searchsorted(words.starts, starts)
     return [
         f"{text[a:b]} {text[c:d]}"
-        for a, b, c, d in zip(starts.tolist(), words.ends[first].tolist(), words.starts[first + 1].tolist(), ends.tolist())
+        for a, b, c, d in zip(
+            starts.tolist(),
+            words.ends[first].tolist(),
+            words.starts[first + 1].tolist(),
+            ends.tolist(),
+        )
     ]
 
 

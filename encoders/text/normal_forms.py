@@ -16,7 +16,10 @@ def normalize_id(value: str) -> str:
         DataError: The id is empty or only white space.
     """
     if not value or value.isspace():
-        raise DataError(f"an id must hold at least one visible character, but got {value!r}; give every row an id")
+        raise DataError(
+            f"an id must hold at least one visible character, but got {value!r}; give every row"
+            " an id"
+        )
     return unicodedata.normalize("NFC", value)
 
 
@@ -42,4 +45,9 @@ def fold(text: str) -> str:
 
 def fold_query(texts: pl.Expr) -> pl.Expr:
     """The form under which two query strings are one: NFKC, lower case, white space trimmed and collapsed."""
-    return texts.str.normalize("NFKC").str.to_lowercase().str.replace_all(r"\s+", " ").str.strip_chars()
+    return (
+        texts.str.normalize("NFKC")
+        .str.to_lowercase()
+        .str.replace_all(r"\s+", " ")
+        .str.strip_chars()
+    )

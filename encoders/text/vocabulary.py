@@ -38,12 +38,17 @@ class NgramConfig:
             if getattr(self, name) < 0:
                 raise ConfigError(f"NgramConfig.{name} ({getattr(self, name)}) must be 0 or more")
         if self.unigrams + self.bigrams + self.trigrams == 0:
-            raise ConfigError("NgramConfig: unigrams, bigrams and trigrams are all 0; keep at least one kind")
+            raise ConfigError(
+                "NgramConfig: unigrams, bigrams and trigrams are all 0; keep at least one kind"
+            )
         if self.min_count < 1:
             raise ConfigError(f"NgramConfig.min_count ({self.min_count}) must be at least 1")
         largest = max(self.unigrams, self.bigrams, self.trigrams)
         if self.max_tracked < largest:
-            raise ConfigError(f"NgramConfig.max_tracked ({self.max_tracked}) must be at least the largest vocabulary ({largest})")
+            raise ConfigError(
+                f"NgramConfig.max_tracked ({self.max_tracked}) must be at least the largest"
+                f" vocabulary ({largest})"
+            )
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -73,9 +78,13 @@ class NgramCounter:
                 if not self.config.sizes[kind] or not len(found.keys):
                     continue
                 table = pl.DataFrame({"key": found.keys, "row": np.arange(len(found.keys))})
-                table = table.group_by("key").agg(pl.len().cast(pl.UInt64).alias("count"), pl.col("row").min())
+                table = table.group_by("key").agg(
+                    pl.len().cast(pl.UInt64).alias("count"), pl.col("row").min()
+                )
                 texts_of_rows = ngram_text(analysis, kind, table["row"].to_numpy())
-                table = table.select("key", "count", pl.Series("text", texts_of_rows, dtype=pl.String))
+                table = table.select(
+                    "key", "count", pl.Series("text", texts_of_rows, dtype=pl.String)
+                )
                 self._waiting[kind].append(table)
                 self._waiting_rows[kind] += table.height
                 if self._waiting_rows[kind] >= max(self.config.max_tracked // 4, 1):
@@ -83,12 +92,18 @@ class NgramCounter:
 
     def tracked_rows(self) -> int:
         """Most rows held for one kind right now, merged and waiting; at most ``max_tracked`` and a quarter, and one batch."""
-        return max(tracked.height + waiting for tracked, waiting in zip(self._tracked, self._waiting_rows))
+        return max(
+            tracked.height + waiting for tracked, waiting in zip(self._tracked, self._waiting_rows)
+        )
 
     def _merge(self, kind: int) -> None:
         if not self._waiting[kind]:
             return
-        merged = pl.concat([self._tracked[kind], *self._waiting[kind]]).group_by("key").agg(pl.col("count").sum(), pl.col("text").first())
+        merged = (
+            pl.concat([self._tracked[kind], *self._waiting[kind]])
+            .group_by("key")
+            .agg(pl.col("count").sum(), pl.col("text").first())
+        )
         self._waiting[kind], self._waiting_rows[kind] = [], 0
         if merged.height > self.config.max_tracked:
             merged = _most_frequent(merged)
@@ -105,13 +120,16 @@ class NgramCounter:
         tables = []
         for kind, size in enumerate(self.config.sizes):
             self._merge(kind)
-            kept = _most_frequent(self._tracked[kind].filter(pl.col("count") >= self.config.min_count)).head(size)
+            kept = _most_frequent(
+                self._tracked[kind].filter(pl.col("count") >= self.config.min_count)
+            ).head(size)
             tables.append(kept.with_columns(pl.lit(KINDS[kind]).alias("kind")))
         table = pl.concat(tables).select("kind", "text", "count", "key")
         if table.is_empty():
             raise DataError(
-                f"the vocabulary would be empty: no n-gram occurs min_count={self.config.min_count} times in the catalogue's text fields; "
-                "check the names of the text fields, or lower min_count"
+                f"the vocabulary would be empty: no n-gram occurs min_count={self.config.min_count}"
+                " times in the catalogue's text fields; check the names of the text fields, or"
+                " lower min_count"
             )
         return Vocabulary(table, self.config, tuple(self.undercount))
 
@@ -133,11 +151,15 @@ class Vocabulary:
         undercount: Per kind, by how much a count may be too small because memory was bounded (0: exact).
     """
 
-    def __init__(self, table: pl.DataFrame, config: NgramConfig, undercount: Sequence[int] = (0, 0, 0)) -> None:
+    def __init__(
+        self, table: pl.DataFrame, config: NgramConfig, undercount: Sequence[int] = (0, 0, 0)
+    ) -> None:
         self.table, self.config, self.undercount = table, config, tuple(undercount)
         keys = table["key"].to_numpy()
         if table["key"].n_unique() != len(keys):
-            raise BundleError("the vocabulary lists an n-gram twice; count it again from the catalogue")
+            raise BundleError(
+                "the vocabulary lists an n-gram twice; count it again from the catalogue"
+            )
         self._keys, self._ids, self._shift = _build_table(keys)
 
     def __len__(self) -> int:
@@ -200,7 +222,9 @@ class Vocabulary:
     def save(self, folder: Path) -> None:
         """Write ``vocabulary.parquet`` (kind, text, count, key; the row is the token id) and ``vocabulary.json`` into ``folder``."""
         folder.mkdir(parents=True, exist_ok=True)
-        self.table.write_parquet(folder / "vocabulary.parquet", compression="zstd", statistics=False)
+        self.table.write_parquet(
+            folder / "vocabulary.parquet", compression="zstd", statistics=False
+        )
         described = {
             "format_version": VOCABULARY_FORMAT,
             "rows": len(self),
@@ -208,7 +232,9 @@ class Vocabulary:
             "undercount": list(self.undercount),
             "config": asdict(self.config),
         }
-        (folder / "vocabulary.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        (folder / "vocabulary.json").write_text(
+            json.dumps(described, indent=2) + "\n", encoding="utf-8"
+        )
 
     @classmethod
     def load(cls, folder: Path) -> Vocabulary:
@@ -218,22 +244,35 @@ class Vocabulary:
             BundleError: A file is missing, damaged, of another format version, or does not hold the rows it says.
         """
         try:
-            described: dict[str, Any] = json.loads((folder / "vocabulary.json").read_text(encoding="utf-8"))
+            described: dict[str, Any] = json.loads(
+                (folder / "vocabulary.json").read_text(encoding="utf-8")
+            )
             table = pl.read_parquet(folder / "vocabulary.parquet")
         except (OSError, ValueError, pl.exceptions.PolarsError) as error:
-            raise BundleError(f"{folder}: no readable vocabulary ({error}); copy the whole entity_encoder folder again") from error
+            raise BundleError(
+                f"{folder}: no readable vocabulary ({error}); copy the whole entity_encoder folder"
+                " again"
+            ) from error
         version = described.get("format_version") if isinstance(described, dict) else None
         if version != VOCABULARY_FORMAT:
             raise BundleError(
-                f"{folder}: vocabulary format {version!r}, but this code reads {VOCABULARY_FORMAT}; "
-                "use the release of omnisearchsage that wrote it"
+                f"{folder}: vocabulary format {version!r}, but this code reads {VOCABULARY_FORMAT};"
+                " use the release of omnisearchsage that wrote it"
             )
-        if table.columns != ["kind", "text", "count", "key"] or table.height != described.get("rows"):
-            raise BundleError(f"{folder}: expected {described.get('rows')} vocabulary rows, but got {table.height}; the file was changed")
+        if table.columns != ["kind", "text", "count", "key"] or table.height != described.get(
+            "rows"
+        ):
+            raise BundleError(
+                f"{folder}: expected {described.get('rows')} vocabulary rows, but got"
+                f" {table.height}; the file was changed"
+            )
         try:
             return cls(table, NgramConfig(**described["config"]), described["undercount"])
         except (KeyError, TypeError, ConfigError) as error:
-            raise BundleError(f"{folder}: vocabulary.json is not what this code writes ({error}); use the release that wrote it") from error
+            raise BundleError(
+                f"{folder}: vocabulary.json is not what this code writes ({error}); use the release"
+                " that wrote it"
+            ) from error
 
 
 def _build_table(keys: UInt64) -> tuple[UInt64, Int32, np.uint64]:
@@ -244,7 +283,9 @@ def _build_table(keys: UInt64) -> tuple[UInt64, Int32, np.uint64]:
     rows, slots = np.arange(len(keys), dtype=np.int32), (keys >> shift).astype(np.int64)
     while len(rows):
         free = slot_keys[slots] == 0
-        slot_keys[slots[free]] = keys[rows[free]]  # where several meet, the last one wins and the others move on
+        slot_keys[slots[free]] = keys[
+            rows[free]
+        ]  # where several meet, the last one wins and the others move on
         placed = slot_keys[slots] == keys[rows]
         slot_ids[slots[placed]] = rows[placed]
         rows, slots = rows[~placed], (slots[~placed] + 1) & ((1 << bits) - 1)

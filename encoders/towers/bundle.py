@@ -86,7 +86,8 @@ class ModelBundle:
             else:
                 known = ", ".join([*self.entity_encoders, "query"])
                 raise DataError(
-                    f"{self.path}: no tower for entity type {entity_type!r}; this bundle embeds {known}. Train with pairs of that type."
+                    f"{self.path}: no tower for entity type {entity_type!r}; this bundle embeds"
+                    f" {known}. Train with pairs of that type."
                 )
         return out
 
@@ -114,7 +115,9 @@ def save_bundle(
         query_encoder.save(staging / "query_encoder")
         unified = len({id(tower) for tower in entity_encoders.values()}) == 1
         for entity_type, tower in entity_encoders.items():
-            tower.save(staging / "entity_encoder" if unified else staging / "entity_encoder" / entity_type)
+            tower.save(
+                staging / "entity_encoder" if unified else staging / "entity_encoder" / entity_type
+            )
             if unified:
                 break
         config = {
@@ -125,7 +128,14 @@ def save_bundle(
             "training": dict(training or {}),
         }
         _write_json(staging / "config.json", config)
-        _write_json(staging / "space.json", {"space_id": compute_space_id(staging), "dimension": query_encoder.dimension, "compatible": []})
+        _write_json(
+            staging / "space.json",
+            {
+                "space_id": compute_space_id(staging),
+                "dimension": query_encoder.dimension,
+                "compatible": [],
+            },
+        )
         _write_json(staging / "metrics.json", dict(metrics or {}))
         (staging / "README.md").write_text(_model_card(config, metrics or {}), encoding="utf-8")
         (staging / "forms").mkdir()
@@ -145,8 +155,9 @@ def load_bundle(path: Path) -> ModelBundle:
     config = _read_json(path / "config.json")
     if config.get("format_version") != FORMAT_VERSION:
         raise BundleError(
-            f"{path}: bundle format {config.get('format_version')!r}, but this version reads {FORMAT_VERSION}. "
-            "Train again, or load it with the version of omnisearchsage that wrote it."
+            f"{path}: bundle format {config.get('format_version')!r}, but this version reads"
+            f" {FORMAT_VERSION}. Train again, or load it with the version of omnisearchsage that"
+            " wrote it."
         )
     space_id = check_space_id(path)
     query_encoder = QueryEncoder.load(path / "query_encoder")
@@ -162,11 +173,18 @@ def load_bundle(path: Path) -> ModelBundle:
 
 def _shape(path: Path, config: Mapping[str, Any]) -> tuple[int, list[str], bool]:
     """Dimension, entity types and whether one tower serves them all."""
-    dimension, types, unified = (config.get(name) for name in ("dimension", "entity_types", "unified_entity_tower"))
-    if not isinstance(dimension, int) or not isinstance(types, list) or not isinstance(unified, bool):
+    dimension, types, unified = (
+        config.get(name) for name in ("dimension", "entity_types", "unified_entity_tower")
+    )
+    if (
+        not isinstance(dimension, int)
+        or not isinstance(types, list)
+        or not isinstance(unified, bool)
+    ):
         raise BundleError(
-            f"{path}: expected 'dimension' (a number), 'entity_types' (a list) and 'unified_entity_tower' (true or false), but got "
-            f"{dimension!r}, {types!r} and {unified!r}. Copy the bundle again."
+            f"{path}: expected 'dimension' (a number), 'entity_types' (a list) and"
+            f" 'unified_entity_tower' (true or false), but got {dimension!r}, {types!r} and"
+            f" {unified!r}. Copy the bundle again."
         )
     return dimension, types, unified
 
@@ -179,7 +197,9 @@ def read_space(path: Path) -> dict[str, Any]:
     """
     space = _read_json(path / "space.json")
     if not isinstance(space.get("space_id"), str):
-        raise BundleError(f"{path}/space.json: expected a space_id, but there is none. Copy the bundle again.")
+        raise BundleError(
+            f"{path}/space.json: expected a space_id, but there is none. Copy the bundle again."
+        )
     return space
 
 
@@ -201,8 +221,9 @@ def check_space_id(path: Path) -> str:
         expected = str(upgrade.get("files_id"))
     if found != expected:
         raise BundleError(
-            f"{path}: the towers' files make space id {found[:16]}, but space.json says {expected[:16]}. "
-            "A file was changed or cut short after saving: copy the bundle again."
+            f"{path}: the towers' files make space id {found[:16]}, but space.json says"
+            f" {expected[:16]}. A file was changed or cut short after saving: copy the bundle"
+            " again."
         )
     return str(space["space_id"])
 
@@ -217,7 +238,10 @@ def compute_space_id(path: Path) -> str:
     for tower in _TOWERS:
         files = sorted(file for file in (path / tower).rglob("*") if file.is_file())
         if not files:
-            raise BundleError(f"{path}: {tower}/ is missing or empty. Expected a model bundle, as written by `omni train`.")
+            raise BundleError(
+                f"{path}: {tower}/ is missing or empty. Expected a model bundle, as written by"
+                " `omni train`."
+            )
         for file in files:
             with file.open("rb") as stream:
                 content = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -240,8 +264,14 @@ def _model_card(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
     lines = [
         "# Model bundle",
         "",
-        f"Query tower and entity tower ({', '.join(config['entity_types'])}) in one {config['dimension']}-d space.",
-        "`query_encoder/` loads with Sentence-Transformers; the whole folder with `encoders.towers.bundle.load_bundle`.",
+        (
+            f"Query tower and entity tower ({', '.join(config['entity_types'])}) in one"
+            f" {config['dimension']}-d space."
+        ),
+        (
+            "`query_encoder/` loads with Sentence-Transformers; the whole folder with"
+            " `encoders.towers.bundle.load_bundle`."
+        ),
         "",
         "## Metrics",
         "",
@@ -254,11 +284,16 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise BundleError(f"{path}: cannot be read ({error}). Expected a model bundle, as written by `omni train`.") from error
+        raise BundleError(
+            f"{path}: cannot be read ({error}). Expected a model bundle, as written by `omni"
+            " train`."
+        ) from error
     if not isinstance(value, dict):
         raise BundleError(f"{path}: expected a JSON object, but got {type(value).__name__}.")
     return value
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n", encoding="utf-8"
+    )

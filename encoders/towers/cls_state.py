@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from transformers import DistilBertModel
 
 
-def cls_state(transformer: nn.Module, input_ids: Tensor, attention_mask: Tensor, token_vectors: Tensor | None = None) -> Tensor:
+def cls_state(
+    transformer: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    token_vectors: Tensor | None = None,
+) -> Tensor:
     """The last hidden state of each text's first token.
 
     Args:
@@ -30,7 +35,9 @@ def cls_state(transformer: nn.Module, input_ids: Tensor, attention_mask: Tensor,
     vectors = None if token_vectors is None else F.embedding(input_ids, token_vectors)  # (B, T, H)
     if type(transformer) is DistilBertModel:
         return _distilbert_cls(transformer, input_ids, attention_mask, vectors)
-    given: dict[str, Any] = {"input_ids": input_ids} if vectors is None else {"inputs_embeds": vectors}
+    given: dict[str, Any] = (
+        {"input_ids": input_ids} if vectors is None else {"inputs_embeds": vectors}
+    )
     state: Tensor = transformer(**given, attention_mask=attention_mask).last_hidden_state[:, 0]
     return state
 
@@ -38,12 +45,19 @@ def cls_state(transformer: nn.Module, input_ids: Tensor, attention_mask: Tensor,
 def takes_token_vectors(transformer: nn.Module) -> bool:
     """Whether the transformer reads its token embeddings as plain table rows, which may then be looked up once for many batches."""
     table = transformer.get_input_embeddings()  # type: ignore[operator]
-    return type(table) is nn.Embedding and "inputs_embeds" in inspect.signature(transformer.forward).parameters
+    return (
+        type(table) is nn.Embedding
+        and "inputs_embeds" in inspect.signature(transformer.forward).parameters
+    )
 
 
-def _distilbert_cls(model: Any, input_ids: Tensor, attention_mask: Tensor, vectors: Tensor | None) -> Tensor:
+def _distilbert_cls(
+    model: Any, input_ids: Tensor, attention_mask: Tensor, vectors: Tensor | None
+) -> Tensor:
     mask = attention_mask[:, None, None, :].bool()  # (B, 1, 1, T)
-    state = model.embeddings(input_ids, vectors) if vectors is None else model.embeddings(None, vectors)
+    state = (
+        model.embeddings(input_ids, vectors) if vectors is None else model.embeddings(None, vectors)
+    )
     layers = list(model.transformer.layer)
     for number, layer in enumerate(layers):
         state = _distilbert_layer(layer, state, mask, first_token_only=number == len(layers) - 1)
@@ -57,7 +71,9 @@ def _distilbert_layer(layer: Any, state: Tensor, mask: Tensor, *, first_token_on
     asking = state[:, :1] if first_token_only else state
 
     def heads(values: Tensor) -> Tensor:
-        return values.view(*values.shape[:2], attention.n_heads, -1).transpose(1, 2)  # (B, heads, T, H / heads)
+        return values.view(*values.shape[:2], attention.n_heads, -1).transpose(
+            1, 2
+        )  # (B, heads, T, H / heads)
 
     mixed = F.scaled_dot_product_attention(
         heads(attention.q_lin(asking)),

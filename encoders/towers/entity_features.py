@@ -20,7 +20,12 @@ from torch import Tensor
 from encoders.errors import BundleError, ConfigError, RowError, SchemaError
 from encoders.tables.cells import cell_texts
 from encoders.text.vocabulary import NgramConfig, NgramCounter, Vocabulary
-from encoders.towers.text_embedding import TEXT_EMBEDDING_FIELDS, WHOLE_TEXT_FIELDS, text_embedding, tower_fingerprint
+from encoders.towers.text_embedding import (
+    TEXT_EMBEDDING_FIELDS,
+    WHOLE_TEXT_FIELDS,
+    text_embedding,
+    tower_fingerprint,
+)
 
 TEXT_FIELDS = (
     "title",
@@ -66,30 +71,45 @@ class EntityFeatureConfig:
             found = tower_fingerprint(self.text_embedding)
             if self.text_embedding_fingerprint not in ("", found):
                 raise ConfigError(
-                    f"the text embedding {self.text_embedding!r} has fingerprint {found[:16]}, but these features were made with "
-                    f"{self.text_embedding_fingerprint[:16]}; use the version of omnisearchsage that made them, or train again"
+                    f"the text embedding {self.text_embedding!r} has fingerprint {found[:16]}, but"
+                    f" these features were made with {self.text_embedding_fingerprint[:16]}; use"
+                    " the version of omnisearchsage that made them, or train again"
                 )
             object.__setattr__(self, "text_embedding_fingerprint", found)
         weight = self.whole_text_weight
         if not (0 <= weight <= 100 and (self.text_embedding or not weight)):
-            raise ConfigError(f"EntityFeatureConfig.whole_text_weight ({weight}) must lie in [0, 100], above 0 only with a text_embedding")
+            raise ConfigError(
+                f"EntityFeatureConfig.whole_text_weight ({weight}) must lie in [0, 100], above 0"
+                " only with a text_embedding"
+            )
         if self.whole_text_queries < 0 or (self.whole_text_queries and not weight):
             raise ConfigError(
-                f"EntityFeatureConfig.whole_text_queries ({self.whole_text_queries}) must be at least 0, and 0 without whole_text_weight"
+                f"EntityFeatureConfig.whole_text_queries ({self.whole_text_queries}) must be at"
+                " least 0, and 0 without whole_text_weight"
             )
         object.__setattr__(self, "continuous", dict(self.continuous))
         if isinstance(self.ngrams, Mapping):
             object.__setattr__(self, "ngrams", NgramConfig(**self.ngrams))
         if not self.text_fields:
-            raise ConfigError("EntityFeatureConfig.text_fields is empty; name at least one text column, e.g. title")
+            raise ConfigError(
+                "EntityFeatureConfig.text_fields is empty; name at least one text column, e.g."
+                " title"
+            )
         doubled = sorted(
-            {name for name in self.text_fields if self.text_fields.count(name) > 1} | set(self.text_fields) & set(self.continuous)
+            {name for name in self.text_fields if self.text_fields.count(name) > 1}
+            | set(self.text_fields) & set(self.continuous)
         )
         if doubled:
-            raise ConfigError(f"EntityFeatureConfig: {', '.join(doubled)} is declared twice; name each column once")
+            raise ConfigError(
+                f"EntityFeatureConfig: {', '.join(doubled)} is declared twice; name each column"
+                " once"
+            )
         for name, width in self.continuous.items():
             if not isinstance(width, int) or width < 1:
-                raise ConfigError(f"EntityFeatureConfig.continuous[{name!r}] ({width!r}) must be a whole number of at least 1")
+                raise ConfigError(
+                    f"EntityFeatureConfig.continuous[{name!r}] ({width!r}) must be a whole number"
+                    " of at least 1"
+                )
 
     @property
     def text_columns(self) -> frozenset[str]:
@@ -129,7 +149,9 @@ class EntityBatch:
     def select(self, rows: Tensor | npt.NDArray[np.int64] | Sequence[int]) -> EntityBatch:
         """The entities at ``rows`` (int, any order, repeats allowed), as a new batch on the same device."""
         index = torch.as_tensor(rows, dtype=torch.int64, device=self.offsets.device)
-        bags = (index[:, None] * self.fields + torch.arange(self.fields, device=index.device)).reshape(-1)  # (R * F,)
+        bags = (
+            index[:, None] * self.fields + torch.arange(self.fields, device=index.device)
+        ).reshape(-1)  # (R * F,)
         starts = self.offsets[bags]
         lengths = self.offsets[bags + 1] - starts
         offsets = torch.zeros(len(bags) + 1, dtype=torch.int64, device=index.device)
@@ -151,14 +173,22 @@ class EntityBatch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> EntityBatch:
         """The same batch on another device."""
-        continuous = None if self.continuous is None else self.continuous.to(device, non_blocking=non_blocking)
+        continuous = (
+            None
+            if self.continuous is None
+            else self.continuous.to(device, non_blocking=non_blocking)
+        )
         token_ids = self.token_ids.to(device, non_blocking=non_blocking)
-        return EntityBatch(token_ids, self.offsets.to(device, non_blocking=non_blocking), continuous, self.fields)
+        return EntityBatch(
+            token_ids, self.offsets.to(device, non_blocking=non_blocking), continuous, self.fields
+        )
 
     def pin_memory(self) -> EntityBatch:
         """The same batch in page-locked memory, for asynchronous copies to a GPU."""
         continuous = None if self.continuous is None else self.continuous.pin_memory()
-        return EntityBatch(self.token_ids.pin_memory(), self.offsets.pin_memory(), continuous, self.fields)
+        return EntityBatch(
+            self.token_ids.pin_memory(), self.offsets.pin_memory(), continuous, self.fields
+        )
 
 
 def concatenate(batches: Sequence[EntityBatch]) -> EntityBatch:
@@ -169,14 +199,25 @@ def concatenate(batches: Sequence[EntityBatch]) -> EntityBatch:
     """
     if not batches:
         raise ValueError("concatenate needs at least one batch")
-    if len({(batch.fields, None if batch.continuous is None else batch.continuous.shape[1]) for batch in batches}) > 1:
+    if (
+        len(
+            {
+                (batch.fields, None if batch.continuous is None else batch.continuous.shape[1])
+                for batch in batches
+            }
+        )
+        > 1
+    ):
         raise ValueError("batches of different featurisers cannot be concatenated")
     lengths = torch.cat([batch.offsets.diff() for batch in batches])
     offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64, device=lengths.device)
     torch.cumsum(lengths, 0, out=offsets[1:])
     continuous = [batch.continuous for batch in batches if batch.continuous is not None]
     return EntityBatch(
-        torch.cat([batch.token_ids for batch in batches]), offsets, torch.cat(continuous) if continuous else None, batches[0].fields
+        torch.cat([batch.token_ids for batch in batches]),
+        offsets,
+        torch.cat(continuous) if continuous else None,
+        batches[0].fields,
     )
 
 
@@ -187,7 +228,11 @@ class EntityFeaturizer:
         self.config, self.vocabulary = config, vocabulary
 
     @classmethod
-    def fit(cls, catalogue: pl.DataFrame | Iterable[pl.DataFrame], config: EntityFeatureConfig | None = None) -> EntityFeaturizer:
+    def fit(
+        cls,
+        catalogue: pl.DataFrame | Iterable[pl.DataFrame],
+        config: EntityFeatureConfig | None = None,
+    ) -> EntityFeaturizer:
         """Count the vocabulary from a catalogue, or from a stream of its parts (bounded memory, one pass).
 
         Args:
@@ -208,18 +253,24 @@ class EntityFeaturizer:
                     counter.add(row_texts(part[name]))
         if not columns & set(config.text_fields):
             raise SchemaError(
-                f"the catalogue has none of the text fields {list(config.text_fields)}; it has {sorted(columns)}. Rename or configure"
+                f"the catalogue has none of the text fields {list(config.text_fields)}; it has"
+                f" {sorted(columns)}. Rename or configure"
             )
         absent = [name for name in config.continuous if name not in columns]
         if absent:
             raise SchemaError(
-                f"the catalogue lacks the declared vector column(s) {absent}; it has {sorted(columns)}. Add them or drop them"
+                f"the catalogue lacks the declared vector column(s) {absent}; it has"
+                f" {sorted(columns)}. Add them or drop them"
             )
         return cls(config, counter.vocabulary())
 
     def missing_columns(self, catalogue: pl.DataFrame) -> list[str]:
         """Declared columns that this catalogue lacks; they read as empty texts and zero vectors, so callers should say so."""
-        return [name for name in (*self.config.text_fields, *self.config.continuous) if name not in catalogue.columns]
+        return [
+            name
+            for name in (*self.config.text_fields, *self.config.continuous)
+            if name not in catalogue.columns
+        ]
 
     def __call__(self, catalogue: pl.DataFrame) -> EntityBatch:
         """Featurise rows, in order.
@@ -249,20 +300,30 @@ class EntityFeaturizer:
         token_ids = np.empty(int(offsets[-1]), dtype=np.int32)
         for i, (ids, own) in enumerate(per_field):
             if len(ids):
-                shift = offsets[i : -1 : len(names)] - own[:-1]  # (N,) from a place in the field's ids to its place among all
+                shift = (
+                    offsets[i : -1 : len(names)] - own[:-1]
+                )  # (N,) from a place in the field's ids to its place among all
                 token_ids[np.arange(len(ids)) + np.repeat(shift, lengths[:, i])] = ids
-        continuous = [row_vectors(catalogue, name, width) for name, width in self.config.continuous.items()]
+        continuous = [
+            row_vectors(catalogue, name, width) for name, width in self.config.continuous.items()
+        ]
         if self.config.text_embedding:
             embed = text_embedding(self.config.text_embedding)
-            continuous.append(embed(catalogue, self.config.whole_text_weight, self.config.whole_text_queries))
+            continuous.append(
+                embed(catalogue, self.config.whole_text_weight, self.config.whole_text_queries)
+            )
         joined = torch.from_numpy(np.concatenate(continuous, axis=1)) if continuous else None
-        return EntityBatch(torch.from_numpy(token_ids), torch.from_numpy(offsets), joined, len(names))
+        return EntityBatch(
+            torch.from_numpy(token_ids), torch.from_numpy(offsets), joined, len(names)
+        )
 
     def save(self, folder: Path) -> None:
         """Write the vocabulary files and ``features.json`` into ``folder``."""
         self.vocabulary.save(folder)
         described = {"format_version": FEATURES_FORMAT, **asdict(self.config)}
-        (folder / "features.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        (folder / "features.json").write_text(
+            json.dumps(described, indent=2) + "\n", encoding="utf-8"
+        )
 
     @classmethod
     def load(cls, folder: Path) -> EntityFeaturizer:
@@ -272,18 +333,27 @@ class EntityFeaturizer:
             BundleError: A file is missing, damaged or of another format version.
         """
         try:
-            described: dict[str, Any] = json.loads((folder / "features.json").read_text(encoding="utf-8"))
+            described: dict[str, Any] = json.loads(
+                (folder / "features.json").read_text(encoding="utf-8")
+            )
             version = described.pop("format_version", None)
         except (OSError, ValueError, AttributeError) as error:
-            raise BundleError(f"{folder}: no readable features.json ({error}); copy the whole entity_encoder folder again") from error
+            raise BundleError(
+                f"{folder}: no readable features.json ({error}); copy the whole entity_encoder"
+                " folder again"
+            ) from error
         if version != FEATURES_FORMAT:
             raise BundleError(
-                f"{folder}: features format {version!r}, but this code reads {FEATURES_FORMAT}; use the release that wrote it"
+                f"{folder}: features format {version!r}, but this code reads {FEATURES_FORMAT}; use"
+                " the release that wrote it"
             )
         try:
             config = EntityFeatureConfig(**described)
         except (TypeError, ConfigError) as error:
-            raise BundleError(f"{folder}: features.json is not what this code writes ({error}); use the release that wrote it") from error
+            raise BundleError(
+                f"{folder}: features.json is not what this code writes ({error}); use the release"
+                " that wrote it"
+            ) from error
         return cls(config, Vocabulary.load(folder))
 
 
@@ -292,7 +362,10 @@ def row_texts(column: pl.Series) -> list[str]:
     if isinstance(column.dtype, pl.List | pl.Array):
         column = cell_texts(column).list.join("\n", ignore_nulls=True)
     elif isinstance(column.dtype, pl.Struct | pl.Object | pl.Binary):
-        raise SchemaError(f"text field {column.name!r} must be text or a list of texts, but is {column.dtype}; convert it")
+        raise SchemaError(
+            f"text field {column.name!r} must be text or a list of texts, but is {column.dtype};"
+            " convert it"
+        )
     return cell_texts(column).fill_null("").to_list()
 
 
@@ -303,30 +376,45 @@ def row_vectors(catalogue: pl.DataFrame, name: str, width: int) -> npt.NDArray[n
         return vectors
     column = catalogue[name]
     inner = getattr(column.dtype, "inner", None)
-    if inner is None or not (inner.is_numeric() or isinstance(inner, pl.List | pl.Array) or inner == pl.Null):
-        raise SchemaError(f"vector column {name!r} must be a list of {width} numbers or a list of such lists, but is {column.dtype}")
+    if inner is None or not (
+        inner.is_numeric() or isinstance(inner, pl.List | pl.Array) or inner == pl.Null
+    ):
+        raise SchemaError(
+            f"vector column {name!r} must be a list of {width} numbers or a list of such lists, but"
+            f" is {column.dtype}"
+        )
     several = isinstance(inner, pl.List | pl.Array)
     row_of = np.arange(catalogue.height)
     if several:
-        frame = pl.DataFrame({"row": row_of, "vector": column.cast(pl.List(pl.List(pl.Float32)))}).explode("vector").drop_nulls()
+        frame = (
+            pl.DataFrame({"row": row_of, "vector": column.cast(pl.List(pl.List(pl.Float32)))})
+            .explode("vector")
+            .drop_nulls()
+        )
         row_of, column = frame["row"].to_numpy(), frame["vector"]
     column = column.cast(pl.List(pl.Float32))
     lengths = column.list.len().fill_null(0).to_numpy()
     wrong = np.flatnonzero((lengths != 0) & (lengths != width))
     if len(wrong):
         raise RowError(
-            f"{_where(catalogue, row_of[wrong[0]])}: {name} must hold {width} numbers, but holds {lengths[wrong[0]]}; fix or drop the row"
+            f"{_where(catalogue, row_of[wrong[0]])}: {name} must hold {width} numbers, but holds"
+            f" {lengths[wrong[0]]}; fix or drop the row"
         )
     present = row_of[lengths == width]
     flat = column.filter(pl.Series(lengths == width)).explode().to_numpy().reshape(-1, width)
     bad = np.flatnonzero(~np.isfinite(flat).all(axis=1))
     if len(bad):
-        raise RowError(f"{_where(catalogue, present[bad[0]])}: {name} holds NaN, Inf or null; a missing vector must be null as a whole")
+        raise RowError(
+            f"{_where(catalogue, present[bad[0]])}: {name} holds NaN, Inf or null; a missing vector"
+            " must be null as a whole"
+        )
     if not several:
         vectors[present] = flat
         return vectors
     np.add.at(vectors, present, flat)
-    vectors /= np.maximum(np.bincount(present, minlength=len(vectors)), 1).astype(np.float32)[:, None]
+    vectors /= np.maximum(np.bincount(present, minlength=len(vectors)), 1).astype(np.float32)[
+        :, None
+    ]
     return vectors
 
 

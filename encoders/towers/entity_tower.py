@@ -55,17 +55,24 @@ class EntityTowerConfig:
         object.__setattr__(self, "hidden", tuple(self.hidden))
         for name in ("vocabulary_size", "fields", "table_rows", "token_dimension", "dimension"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"EntityTowerConfig.{name} ({getattr(self, name)}) must be at least 1")
-        if self.residual_width not in (0, self.dimension) or self.residual_width > self.continuous_width:
+                raise ConfigError(
+                    f"EntityTowerConfig.{name} ({getattr(self, name)}) must be at least 1"
+                )
+        if (
+            self.residual_width not in (0, self.dimension)
+            or self.residual_width > self.continuous_width
+        ):
             raise ConfigError(
-                f"EntityTowerConfig.residual_width ({self.residual_width}) must be 0 or the dimension ({self.dimension}), "
-                f"and no more than continuous_width ({self.continuous_width})"
+                f"EntityTowerConfig.residual_width ({self.residual_width}) must be 0 or the"
+                f" dimension ({self.dimension}), and no more than continuous_width"
+                f" ({self.continuous_width})"
             )
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"EntityTowerConfig.dropout ({self.dropout}) must lie in [0, 1)")
         if self.continuous_width < 0 or any(width < 1 for width in self.hidden):
             raise ConfigError(
-                f"EntityTowerConfig: continuous_width ({self.continuous_width}) or hidden ({self.hidden}) is negative or zero"
+                f"EntityTowerConfig: continuous_width ({self.continuous_width}) or hidden"
+                f" ({self.hidden}) is negative or zero"
             )
 
     @classmethod
@@ -105,7 +112,9 @@ class EntityEncoder(nn.Module):
         featurizer: Makes this tower's inputs; saved and loaded with it. None for a tower used on ready batches only.
     """
 
-    def __init__(self, config: EntityTowerConfig, featurizer: EntityFeaturizer | None = None) -> None:
+    def __init__(
+        self, config: EntityTowerConfig, featurizer: EntityFeaturizer | None = None
+    ) -> None:
         super().__init__()
         self.config, self.featurizer = config, featurizer
         self.table = nn.Parameter(torch.empty(config.table_rows, config.token_dimension))
@@ -119,7 +128,11 @@ class EntityEncoder(nn.Module):
             width = hidden
         last = nn.Linear(width, config.dimension)
         layers += [nn.Dropout(config.dropout), last] if config.dropout else [last]
-        self.mlp = _WithResidual(layers, config.residual_width) if config.residual_width else nn.Sequential(*layers)
+        self.mlp = (
+            _WithResidual(layers, config.residual_width)
+            if config.residual_width
+            else nn.Sequential(*layers)
+        )
         self.rows: Tensor
         rows = torch.from_numpy(hash_rows(config.vocabulary_size, config.table_rows))
         self.register_buffer("rows", rows, persistent=False)  # (V, H) int32
@@ -148,15 +161,26 @@ class EntityEncoder(nn.Module):
         weights = functional.embedding(ids, self.token_weights).reshape(-1)  # (T * H,)
         offsets = (features.offsets * HASHES).to(rows.dtype)  # (N * F + 1,)
         if rows.is_cuda:
-            sums = sum_bags(self.table, rows, weights, offsets).view(len(features), features.fields, -1)
-            text = torch.einsum("nfd,fd->nd", functional.layer_norm(sums, sums.shape[-1:]), self.field_scale)
+            sums = sum_bags(self.table, rows, weights, offsets).view(
+                len(features), features.fields, -1
+            )
+            text = torch.einsum(
+                "nfd,fd->nd", functional.layer_norm(sums, sums.shape[-1:]), self.field_scale
+            )
         else:
             # Most fields of most entities are empty and an empty field adds nothing: work on the others only.
-            present = torch.nonzero(offsets.diff()).squeeze(1)  # (P,) numbers of the bags that hold tokens
+            present = torch.nonzero(offsets.diff()).squeeze(
+                1
+            )  # (P,) numbers of the bags that hold tokens
             bags = torch.cat((offsets[present], offsets[-1:]))
             sums = sum_bags(self.table, rows, weights, bags)  # (P, token_dimension)
-            scaled = functional.layer_norm(sums, sums.shape[-1:]) * self.field_scale[present % features.fields]
-            text = scaled.new_zeros(len(features), scaled.shape[1]).index_add(0, present // features.fields, scaled)
+            scaled = (
+                functional.layer_norm(sums, sums.shape[-1:])
+                * self.field_scale[present % features.fields]
+            )
+            text = scaled.new_zeros(len(features), scaled.shape[1]).index_add(
+                0, present // features.fields, scaled
+            )
         text = text + self.field_bias
         if features.continuous is not None:
             return torch.cat((text, features.continuous.to(text.dtype)), dim=-1)
@@ -177,18 +201,27 @@ class EntityEncoder(nn.Module):
             ConfigError: The tower has no featuriser.
         """
         if self.featurizer is None:
-            raise ConfigError("this entity tower was made without a featuriser; pass one to EntityEncoder, or call it on an EntityBatch")
+            raise ConfigError(
+                "this entity tower was made without a featuriser; pass one to EntityEncoder, or"
+                " call it on an EntityBatch"
+            )
         return self.encode_batch(self.featurizer(catalogue), batch_size)
 
     @torch.no_grad()
-    def encode_batch(self, features: EntityBatch, batch_size: int = 1024) -> npt.NDArray[np.float32]:
+    def encode_batch(
+        self, features: EntityBatch, batch_size: int = 1024
+    ) -> npt.NDArray[np.float32]:
         """Embed ready features; (N, D) float32 unit rows. See ``encode``."""
         was_training = self.training
         self.eval()
         vectors = np.empty((len(features), self.config.dimension), dtype=np.float32)
         for start in range(0, len(features), batch_size):
-            part = features.slice(start, min(start + batch_size, len(features))).to(self.table.device)
-            vectors[start : start + batch_size] = functional.normalize(self(part).float(), dim=-1).cpu().numpy()
+            part = features.slice(start, min(start + batch_size, len(features))).to(
+                self.table.device
+            )
+            vectors[start : start + batch_size] = (
+                functional.normalize(self(part).float(), dim=-1).cpu().numpy()
+            )
         self.train(was_training)
         return vectors
 
@@ -199,10 +232,15 @@ class EntityEncoder(nn.Module):
     def save(self, folder: Path) -> None:
         """Write ``model.safetensors`` (fp32), ``config.json`` and the featuriser's files into ``folder``."""
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: value.detach().float().cpu().contiguous() for name, value in self.state_dict().items()}
+        weights = {
+            name: value.detach().float().cpu().contiguous()
+            for name, value in self.state_dict().items()
+        }
         safetensors.torch.save_file(weights, folder / "model.safetensors")
         described = {"format_version": TOWER_FORMAT, **asdict(self.config)}
-        (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        (folder / "config.json").write_text(
+            json.dumps(described, indent=2) + "\n", encoding="utf-8"
+        )
         if self.featurizer is not None:
             self.featurizer.save(folder)
 
@@ -214,25 +252,34 @@ class EntityEncoder(nn.Module):
             BundleError: A file is missing, damaged, of another format version, or the weights do not fit the configuration.
         """
         try:
-            described: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            described: dict[str, Any] = json.loads(
+                (folder / "config.json").read_text(encoding="utf-8")
+            )
             version = described.pop("format_version", None)
             weights = safetensors.torch.load_file(folder / "model.safetensors")
         except (OSError, ValueError, AttributeError, safetensors.SafetensorError) as error:
-            raise BundleError(f"{folder}: no readable entity tower ({error}); copy the whole entity_encoder folder again") from error
+            raise BundleError(
+                f"{folder}: no readable entity tower ({error}); copy the whole entity_encoder"
+                " folder again"
+            ) from error
         if version != TOWER_FORMAT:
             raise BundleError(
-                f"{folder}: entity tower format {version!r}, but this code reads {TOWER_FORMAT}; use the release that wrote it"
+                f"{folder}: entity tower format {version!r}, but this code reads {TOWER_FORMAT};"
+                " use the release that wrote it"
             )
         featurizer = EntityFeaturizer.load(folder) if (folder / "features.json").exists() else None
         try:
             encoder = cls(EntityTowerConfig(**described), featurizer)
             encoder.load_state_dict(weights)
         except (RuntimeError, TypeError, ConfigError) as error:
-            raise BundleError(f"{folder}: weights and config.json do not belong together ({error})") from error
+            raise BundleError(
+                f"{folder}: weights and config.json do not belong together ({error})"
+            ) from error
         if featurizer is not None and len(featurizer.vocabulary) != encoder.config.vocabulary_size:
             raise BundleError(
-                f"{folder}: the tower expects {encoder.config.vocabulary_size} token ids, but the vocabulary has "
-                f"{len(featurizer.vocabulary)}; copy the whole entity_encoder folder again"
+                f"{folder}: the tower expects {encoder.config.vocabulary_size} token ids, but the"
+                f" vocabulary has {len(featurizer.vocabulary)}; copy the whole entity_encoder"
+                " folder again"
             )
         return encoder.eval()
 
@@ -252,7 +299,9 @@ class InferenceTower:
     @torch.inference_mode()
     def __call__(self, features: EntityBatch) -> Tensor:
         """Embed N entities; (N, D) float32 unit rows on the tower's device."""
-        return functional.normalize(self._mlp(self._encoder._inputs(features).to(self._dtype)).float(), dim=-1)
+        return functional.normalize(
+            self._mlp(self._encoder._inputs(features).to(self._dtype)).float(), dim=-1
+        )
 
 
 def create_entity_encoder(featurizer: EntityFeaturizer, **settings: Any) -> EntityEncoder:

@@ -34,7 +34,10 @@ def hash_rows(vocabulary_size: int, table_rows: int) -> npt.NDArray[np.int32]:
         (V, 2) int32 in ``[0, table_rows)``.
     """
     ids = np.arange(vocabulary_size, dtype=np.uint64)
-    columns = [mix64(ids * np.uint64(HASHES) + np.uint64(h) + _SEED) % np.uint64(table_rows) for h in range(HASHES)]
+    columns = [
+        mix64(ids * np.uint64(HASHES) + np.uint64(h) + _SEED) % np.uint64(table_rows)
+        for h in range(HASHES)
+    ]
     return np.stack(columns, axis=1).astype(np.int32)
 
 
@@ -51,7 +54,9 @@ def sum_bags(table: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -> T
         (B, d): per bag ``sum_j weights[j] * table[rows[j]]``, zeros for an empty bag. Differentiable in ``table`` and ``weights``.
     """
     if table.is_cuda or not torch.is_grad_enabled():
-        return functional.embedding_bag(rows, table, offsets[:-1], mode="sum", per_sample_weights=weights)
+        return functional.embedding_bag(
+            rows, table, offsets[:-1], mode="sum", per_sample_weights=weights
+        )
     sums: Tensor = _SumBags.apply(table, rows, weights, offsets)
     return sums
 
@@ -60,21 +65,29 @@ class _SumBags(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, table: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
         ctx.save_for_backward(table, rows, weights, offsets)
-        return functional.embedding_bag(rows, table, offsets[:-1], mode="sum", per_sample_weights=weights)
+        return functional.embedding_bag(
+            rows, table, offsets[:-1], mode="sum", per_sample_weights=weights
+        )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
         table, rows, weights, offsets = ctx.saved_tensors
         gradient = gradient.contiguous()
-        bags = torch.repeat_interleave(torch.arange(len(offsets) - 1, dtype=rows.dtype), offsets.diff())  # (M,) the bag of each row read
+        bags = torch.repeat_interleave(
+            torch.arange(len(offsets) - 1, dtype=rows.dtype), offsets.diff()
+        )  # (M,) the bag of each row read
         for_table = for_weights = None
         if ctx.needs_input_grad[0]:
             # A table row's gradient is itself a bag: the weighted sum of the gradients of the bags that read it.
             order = torch.sort(rows, stable=True).indices
             starts = torch.zeros(len(table), dtype=rows.dtype)
-            torch.cumsum(torch.bincount(rows, minlength=len(table))[:-1], 0, out=starts[1:], dtype=rows.dtype)
-            for_table = functional.embedding_bag(bags[order], gradient, starts, mode="sum", per_sample_weights=weights[order])
+            torch.cumsum(
+                torch.bincount(rows, minlength=len(table))[:-1], 0, out=starts[1:], dtype=rows.dtype
+            )
+            for_table = functional.embedding_bag(
+                bags[order], gradient, starts, mode="sum", per_sample_weights=weights[order]
+            )
         if ctx.needs_input_grad[2]:
             for_weights = torch.ops.aten._embedding_bag_per_sample_weights_backward(
                 gradient, table, rows.long(), offsets[:-1].long(), bags.long(), 0

@@ -30,7 +30,12 @@ _MODULES = [
     {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
     {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
     {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"},
-    {"idx": 3, "name": "3", "path": "3_Normalize", "type": "sentence_transformers.models.Normalize"},
+    {
+        "idx": 3,
+        "name": "3",
+        "path": "3_Normalize",
+        "type": "sentence_transformers.models.Normalize",
+    },
 ]
 
 
@@ -45,7 +50,11 @@ class QueryEncoder(nn.Module):
     """
 
     def __init__(
-        self, transformer: nn.Module, tokenizer: PreTrainedTokenizerFast, dimension: int = 256, max_tokens: int = MAX_TOKENS
+        self,
+        transformer: nn.Module,
+        tokenizer: PreTrainedTokenizerFast,
+        dimension: int = 256,
+        max_tokens: int = MAX_TOKENS,
     ) -> None:
         super().__init__()
         self.transformer = transformer
@@ -62,7 +71,9 @@ class QueryEncoder(nn.Module):
         """D, the width of the vectors."""
         return int(self.projection.out_features)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_vectors: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, token_vectors: Tensor | None = None
+    ) -> Tensor:
         """Encode token ids.
 
         Args:
@@ -81,7 +92,11 @@ class QueryEncoder(nn.Module):
         if not texts:
             return []
         encoded = self.tokenizer(
-            list(texts), truncation=True, max_length=self.max_tokens, return_attention_mask=False, return_token_type_ids=False
+            list(texts),
+            truncation=True,
+            max_length=self.max_tokens,
+            return_attention_mask=False,
+            return_token_type_ids=False,
         )
         ids: list[list[int]] = encoded["input_ids"]
         return ids
@@ -101,7 +116,9 @@ class QueryEncoder(nn.Module):
         device = self.projection.weight.device
         was_training = self.training
         self.eval()
-        autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+        autocast = (
+            torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+        )
         with autocast:
             for rows, batch in length_buckets(self.tokenize(texts), batch_size):
                 ids, mask = pad(batch, int(self.tokenizer.pad_token_id))
@@ -116,13 +133,28 @@ class QueryEncoder(nn.Module):
         self.tokenizer.save_pretrained(folder)
         hidden, dimension = self.projection.in_features, self.projection.out_features
         _write_json(folder / "modules.json", _MODULES)
-        _write_json(folder / "sentence_bert_config.json", {"max_seq_length": self.max_tokens, "do_lower_case": False})
-        pooling = {"word_embedding_dimension": hidden, "pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
+        _write_json(
+            folder / "sentence_bert_config.json",
+            {"max_seq_length": self.max_tokens, "do_lower_case": False},
+        )
+        pooling = {
+            "word_embedding_dimension": hidden,
+            "pooling_mode_cls_token": True,
+            "pooling_mode_mean_tokens": False,
+        }
         _write_json(folder / "1_Pooling" / "config.json", pooling)
         activation = "torch.nn.modules.linear.Identity"
-        dense = {"in_features": hidden, "out_features": dimension, "bias": True, "activation_function": activation}
+        dense = {
+            "in_features": hidden,
+            "out_features": dimension,
+            "bias": True,
+            "activation_function": activation,
+        }
         _write_json(folder / "2_Dense" / "config.json", dense)
-        weights = {f"linear.{name}": value.detach().float().cpu().contiguous() for name, value in self.projection.state_dict().items()}
+        weights = {
+            f"linear.{name}": value.detach().float().cpu().contiguous()
+            for name, value in self.projection.state_dict().items()
+        }
         save_file(weights, folder / "2_Dense" / "model.safetensors")
         (folder / "3_Normalize").mkdir(exist_ok=True)
 
@@ -136,21 +168,33 @@ class QueryEncoder(nn.Module):
         dense = folder / "2_Dense" / "model.safetensors"
         if not dense.is_file():
             raise BundleError(
-                f"{folder}: no query tower here (2_Dense/model.safetensors is missing). Expected the query_encoder/ folder of a bundle."
+                f"{folder}: no query tower here (2_Dense/model.safetensors is missing). Expected"
+                " the query_encoder/ folder of a bundle."
             )
         try:
-            max_tokens = int(json.loads((folder / "sentence_bert_config.json").read_text(encoding="utf-8"))["max_seq_length"])
+            max_tokens = int(
+                json.loads((folder / "sentence_bert_config.json").read_text(encoding="utf-8"))[
+                    "max_seq_length"
+                ]
+            )
             weights = load_file(dense)
             transformer = AutoModel.from_pretrained(folder, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(folder)
             tower = cls(transformer, tokenizer, int(weights["linear.weight"].shape[0]), max_tokens)
-            tower.projection.load_state_dict({name.removeprefix("linear."): value for name, value in weights.items()})
+            tower.projection.load_state_dict(
+                {name.removeprefix("linear."): value for name, value in weights.items()}
+            )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise BundleError(f"{folder}: the query tower cannot be read ({error}). Copy the bundle again or train a new one.") from error
+            raise BundleError(
+                f"{folder}: the query tower cannot be read ({error}). Copy the bundle again or"
+                " train a new one."
+            ) from error
         return tower.eval()
 
 
-def create_query_encoder(name_or_path: str = "tiny-multilingual", dimension: int = 256, *, pretrained: bool = True) -> QueryEncoder:
+def create_query_encoder(
+    name_or_path: str = "tiny-multilingual", dimension: int = 256, *, pretrained: bool = True
+) -> QueryEncoder:
     """Build a query tower from a shipped tower, a saved tower, or any Hugging Face encoder.
 
     Args:
@@ -168,7 +212,11 @@ def create_query_encoder(name_or_path: str = "tiny-multilingual", dimension: int
             transformer, tokenizer, projection = unpack_shipped_tower(name_or_path)
         elif (Path(name_or_path) / "2_Dense" / "model.safetensors").is_file():
             saved = QueryEncoder.load(Path(name_or_path))
-            transformer, tokenizer, projection = saved.transformer, saved.tokenizer, saved.projection.state_dict()
+            transformer, tokenizer, projection = (
+                saved.transformer,
+                saved.tokenizer,
+                saved.projection.state_dict(),
+            )
         else:
             transformer, tokenizer, projection = _load_hub_model(name_or_path)
     finally:
@@ -185,15 +233,24 @@ def create_query_encoder(name_or_path: str = "tiny-multilingual", dimension: int
 def _load_hub_model(name: str) -> tuple[nn.Module, PreTrainedTokenizerFast, None]:
     try:
         config = AutoConfig.from_pretrained(name)
-        for rate in ("dropout", "attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob"):
+        for rate in (
+            "dropout",
+            "attention_dropout",
+            "hidden_dropout_prob",
+            "attention_probs_dropout_prob",
+        ):
             if hasattr(config, rate):
                 setattr(config, rate, 0.0)
-        return AutoModel.from_pretrained(name, config=config, dtype=torch.float32), AutoTokenizer.from_pretrained(name), None
+        return (
+            AutoModel.from_pretrained(name, config=config, dtype=torch.float32),
+            AutoTokenizer.from_pretrained(name),
+            None,
+        )
     except (OSError, ValueError) as error:
         shipped = ", ".join(SHIPPED_TOWERS)
         raise ConfigError(
-            f"query tower {name!r}: not shipped ({shipped}), not a folder with a saved model, and the hub did not answer. "
-            "Offline, use a shipped tower or a local path."
+            f"query tower {name!r}: not shipped ({shipped}), not a folder with a saved model, and"
+            " the hub did not answer. Offline, use a shipped tower or a local path."
         ) from error
 
 
@@ -206,9 +263,13 @@ def pad(batch: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tens
     return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))
 
 
-def length_buckets(token_ids: Sequence[Sequence[int]], batch_size: int) -> Iterator[tuple[np.ndarray, list[Sequence[int]]]]:
+def length_buckets(
+    token_ids: Sequence[Sequence[int]], batch_size: int
+) -> Iterator[tuple[np.ndarray, list[Sequence[int]]]]:
     """Yield (rows, token ids) batches of similar length."""
-    order = np.argsort(np.fromiter((len(row) for row in token_ids), np.int64, len(token_ids)), kind="stable")
+    order = np.argsort(
+        np.fromiter((len(row) for row in token_ids), np.int64, len(token_ids)), kind="stable"
+    )
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         yield rows, [token_ids[row] for row in rows]

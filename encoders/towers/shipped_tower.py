@@ -36,7 +36,9 @@ def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
-def pack_tower(folder: Path, transformer: nn.Module, tokenizer: PreTrainedTokenizerFast, projection: nn.Linear) -> None:
+def pack_tower(
+    folder: Path, transformer: nn.Module, tokenizer: PreTrainedTokenizerFast, projection: nn.Linear
+) -> None:
     """Write a packed tower: each token embedding row as int8 with a float16 scale, every other tensor as float16."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {f"transformer.{name}": value for name, value in transformer.state_dict().items()}
@@ -70,15 +72,28 @@ def unpack_tower(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerFast, dict
     """
     try:
         packed = load_file(folder / "weights.safetensors")
-        config = DistilBertConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        config = DistilBertConfig.from_dict(
+            json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        )
         with gzip.open(folder / "tokenizer.json.gz", "rt", encoding="utf-8") as file:
             tokenizer = fast_tokenizer(Tokenizer.from_str(file.read()))
         table = packed.pop("table.int8").float() * packed.pop("table.scale").float()
     except (OSError, KeyError, ValueError) as error:
-        raise BundleError(f"{folder}: the shipped query tower is missing or damaged ({error}). Reinstall the package.") from error
+        raise BundleError(
+            f"{folder}: the shipped query tower is missing or damaged ({error}). Reinstall the"
+            " package."
+        ) from error
     transformer = DistilBertModel(config)
-    weights = {name.removeprefix("transformer."): value.float() for name, value in packed.items() if name.startswith("transformer.")}
+    weights = {
+        name.removeprefix("transformer."): value.float()
+        for name, value in packed.items()
+        if name.startswith("transformer.")
+    }
     weights[_TABLE.removeprefix("transformer.")] = table
     transformer.load_state_dict(weights)
-    projection = {name.removeprefix("projection."): value.float() for name, value in packed.items() if name.startswith("projection.")}
+    projection = {
+        name.removeprefix("projection."): value.float()
+        for name, value in packed.items()
+        if name.startswith("projection.")
+    }
     return transformer, tokenizer, projection

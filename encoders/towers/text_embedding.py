@@ -54,7 +54,9 @@ class TextEmbedding:
         """D."""
         return self.encoder.dimension
 
-    def __call__(self, catalogue: pl.DataFrame, whole_text_weight: float = 0.0, whole_text_queries: int = 0) -> npt.NDArray[np.float32]:
+    def __call__(
+        self, catalogue: pl.DataFrame, whole_text_weight: float = 0.0, whole_text_queries: int = 0
+    ) -> npt.NDArray[np.float32]:
         """Embed rows by their texts (absent or empty: left out; all: zeros).
 
         Args:
@@ -66,15 +68,24 @@ class TextEmbedding:
             float32 (N, D), unit rows or zeros.
         """
         rows = catalogue.height
-        titles = catalogue["title"].cast(pl.String).fill_null("").to_list() if "title" in catalogue.columns else [""] * rows
+        titles = (
+            catalogue["title"].cast(pl.String).fill_null("").to_list()
+            if "title" in catalogue.columns
+            else [""] * rows
+        )
         queries = _lists(catalogue, "engaged_queries")
         owner = np.repeat(np.arange(rows), [len(texts) for texts in queries])
         flat = [text for texts in queries for text in texts]
         whole: list[str] = []
         if whole_text_weight:
-            first = pl.DataFrame({"engaged_queries": [texts[:whole_text_queries] for texts in queries]}, schema=_ENGAGED)
+            first = pl.DataFrame(
+                {"engaged_queries": [texts[:whole_text_queries] for texts in queries]},
+                schema=_ENGAGED,
+            )
             read = catalogue.select(name for name in WHOLE_TEXT_FIELDS if name in catalogue.columns)
-            whole = entity_texts(pl.concat([read, first], how="horizontal"), (*WHOLE_TEXT_FIELDS, "engaged_queries"))
+            whole = entity_texts(
+                pl.concat([read, first], how="horizontal"), (*WHOLE_TEXT_FIELDS, "engaged_queries")
+            )
         vectors = self._vectors([*titles, *flat, *whole])
         engaged = np.zeros((rows, self.dimension), np.float32)
         np.add.at(engaged, owner, vectors[rows : rows + len(flat)])
@@ -90,8 +101,14 @@ class TextEmbedding:
             if len(self._known) + len(fresh) > KEPT_TEXTS:
                 self._known = {text: self._known[text] for text in set(texts) & self._known.keys()}
             parts = [fresh[start : start + _PART] for start in range(0, len(fresh), _PART)]
-            for part in parts if len(parts) < 2 else track(parts, f"embed {len(fresh):,} texts with the frozen tower"):
-                self._known.update(zip(part, self.encoder.encode(part).astype(np.float16), strict=True))
+            for part in (
+                parts
+                if len(parts) < 2
+                else track(parts, f"embed {len(fresh):,} texts with the frozen tower")
+            ):
+                self._known.update(
+                    zip(part, self.encoder.encode(part).astype(np.float16), strict=True)
+                )
             self._known.setdefault("", np.zeros(self.dimension, np.float16))
             return np.stack([self._known[text] for text in texts]).astype(np.float32)
 

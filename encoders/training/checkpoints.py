@@ -32,7 +32,13 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], meta: Mapping[str, Any], name: str | None = None) -> Path:
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    state: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    name: str | None = None,
+) -> Path:
     """Write a checkpoint and return its folder, ``folder/step-00000500`` or ``folder/<name>``.
 
     A process killed at any moment leaves the older checkpoints whole and at most a ``.partial`` folder, which the next save removes.
@@ -51,8 +57,15 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], meta: Map
     partial = folder / f"{place.name}.partial"
     partial.mkdir()
     torch.save(dict(state), partial / _STATE)
-    described = {"format_version": CHECKPOINT_FORMAT, "step": step, "sha256": _sha256(partial / _STATE), **meta}
-    (partial / _META).write_text(json.dumps(described, ensure_ascii=False, indent=2, default=str) + "\n", encoding="utf-8")
+    described = {
+        "format_version": CHECKPOINT_FORMAT,
+        "step": step,
+        "sha256": _sha256(partial / _STATE),
+        **meta,
+    }
+    (partial / _META).write_text(
+        json.dumps(described, ensure_ascii=False, indent=2, default=str) + "\n", encoding="utf-8"
+    )
     for path in (partial / _STATE, partial / _META, partial):
         _sync(path)
     if place.exists():  # a folder cannot be replaced in one step: move the old one aside, so that one of the two is always whole
@@ -71,7 +84,9 @@ def save_checkpoint(folder: Path, step: int, state: Mapping[str, Any], meta: Map
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Complete step checkpoints in ``folder``, oldest first; empty when there is none."""
-    return sorted(path for path in folder.glob("step-*") if path.suffix != ".partial" and path.is_dir())
+    return sorted(
+        path for path in folder.glob("step-*") if path.suffix != ".partial" and path.is_dir()
+    )
 
 
 def read_meta(checkpoint: Path) -> dict[str, Any]:
@@ -83,18 +98,27 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
     try:
         meta: dict[str, Any] = json.loads((checkpoint / _META).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{checkpoint}: expected a checkpoint with meta.json, but could not read it ({error}). {_REMEDY}") from error
+        raise CheckpointError(
+            f"{checkpoint}: expected a checkpoint with meta.json, but could not read it ({error})."
+            f" {_REMEDY}"
+        ) from error
     if meta.get("format_version") != CHECKPOINT_FORMAT:
         raise CheckpointError(
-            f"{checkpoint}: format version {meta.get('format_version')!r}, but this code reads {CHECKPOINT_FORMAT}. {_REMEDY}"
+            f"{checkpoint}: format version {meta.get('format_version')!r}, but this code reads"
+            f" {CHECKPOINT_FORMAT}. {_REMEDY}"
         )
     return meta
 
 
-_REMEDY = "Remove this folder to fall back to the checkpoint before it, or start again in an empty output folder."
+_REMEDY = (
+    "Remove this folder to fall back to the checkpoint before it, or start again in an empty output"
+    " folder."
+)
 
 
-def load_checkpoint(checkpoint: Path, run: str | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+def load_checkpoint(
+    checkpoint: Path, run: str | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read a checkpoint's state (on the CPU) and meta.
 
     Args:
@@ -107,8 +131,9 @@ def load_checkpoint(checkpoint: Path, run: str | None = None) -> tuple[dict[str,
     meta = read_meta(checkpoint)
     if run is not None and meta.get("run") != run:
         raise CheckpointError(
-            f"{checkpoint}: belongs to another run (fingerprint {str(meta.get('run'))[:16]}, expected {run[:16]}): config or data changed. "
-            "Train into an empty output folder, or restore the config and data this run began with."
+            f"{checkpoint}: belongs to another run (fingerprint {str(meta.get('run'))[:16]},"
+            f" expected {run[:16]}): config or data changed. Train into an empty output folder, or"
+            " restore the config and data this run began with."
         )
     path = checkpoint / _STATE
     if not path.is_file():
@@ -117,7 +142,8 @@ def load_checkpoint(checkpoint: Path, run: str | None = None) -> tuple[dict[str,
     if digest != meta.get("sha256"):
         size = path.stat().st_size
         raise CheckpointError(
-            f"{path}: checksum {digest[:16]} ({size} bytes), expected {str(meta.get('sha256'))[:16]}: truncated or altered. {_REMEDY}"
+            f"{path}: checksum {digest[:16]} ({size} bytes), expected"
+            f" {str(meta.get('sha256'))[:16]}: truncated or altered. {_REMEDY}"
         )
     state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return state, meta

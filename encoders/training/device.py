@@ -23,7 +23,14 @@ def computes_bf16(device_type: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> bo
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return True
-    flags = next((line.partition(":")[2].split() for line in lines if line.partition(":")[0].strip() in ("flags", "Features")), None)
+    flags = next(
+        (
+            line.partition(":")[2].split()
+            for line in lines
+            if line.partition(":")[0].strip() in ("flags", "Features")
+        ),
+        None,
+    )
     return flags is None or not BF16_FLAGS.isdisjoint(flags)
 
 
@@ -40,7 +47,9 @@ def choose_device(name: str) -> torch.device:
         raise ConfigError(f"device must be 'auto', 'cpu' or 'cuda', but got {name!r}.")
     if name == "cuda":
         if not torch.cuda.is_available():
-            raise ConfigError("device is 'cuda', but torch sees no CUDA device. Use device = 'auto' or 'cpu'.")
+            raise ConfigError(
+                "device is 'cuda', but torch sees no CUDA device. Use device = 'auto' or 'cpu'."
+            )
         torch.cuda.set_device(process_rank() % torch.cuda.device_count())
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

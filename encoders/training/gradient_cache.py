@@ -20,7 +20,11 @@ class _RandomState:
 
     def __init__(self) -> None:
         self.cpu = torch.get_rng_state()
-        self.cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+        self.cuda = (
+            torch.cuda.get_rng_state()
+            if torch.cuda.is_available() and torch.cuda.is_initialized()
+            else None
+        )
 
     def restore(self) -> None:
         torch.set_rng_state(self.cpu)
@@ -42,9 +46,19 @@ class Encoding(Generic[C]):
     """
 
     def __init__(
-        self, encode: Callable[[C], Tensor], chunks: Sequence[C], *, cached: bool, after_backward: Callable[[], None] | None = None
+        self,
+        encode: Callable[[C], Tensor],
+        chunks: Sequence[C],
+        *,
+        cached: bool,
+        after_backward: Callable[[], None] | None = None,
     ) -> None:
-        self._encode, self._chunks, self._cached, self._after_backward = encode, chunks, cached, after_backward
+        self._encode, self._chunks, self._cached, self._after_backward = (
+            encode,
+            chunks,
+            cached,
+            after_backward,
+        )
         self._states: list[_RandomState] = []
         parts: list[Tensor] = []
         if cached and torch.is_grad_enabled():

@@ -30,7 +30,13 @@ UNIFIED = "unified"
 class Towers(nn.Module):
     """All that is learned: the query tower, entity towers by key and one log scale per task."""
 
-    def __init__(self, query_encoder: QueryEncoder, entity_encoders: Mapping[str, EntityEncoder], tasks: int, temperature: float) -> None:
+    def __init__(
+        self,
+        query_encoder: QueryEncoder,
+        entity_encoders: Mapping[str, EntityEncoder],
+        tasks: int,
+        temperature: float,
+    ) -> None:
         super().__init__()
         self.query = query_encoder
         self.entities = nn.ModuleDict(dict(entity_encoders))
@@ -92,27 +98,39 @@ def build_inputs(
         SchemaError, DataError, ConfigError: The tables or the config cannot be trained on.
     """
     if query_encoder.dimension != config.model.dimension:
-        raise ConfigError(f"the query tower gives {query_encoder.dimension} numbers, but model.dimension is {config.model.dimension}.")
+        raise ConfigError(
+            f"the query tower gives {query_encoder.dimension} numbers, but model.dimension is"
+            f" {config.model.dimension}."
+        )
     prepared = prepare(data, config, processes)
     featurizer = featurizer or EntityFeaturizer.fit(prepared.visible_catalogue, config.features)
     features = concatenate([featurizer(view) for view in prepared.catalogue_views]).to(device)
-    tokens = TokenisedTexts(query_encoder.tokenize(prepared.texts), int(query_encoder.tokenizer.pad_token_id or 0))
+    tokens = TokenisedTexts(
+        query_encoder.tokenize(prepared.texts), int(query_encoder.tokenizer.pad_token_id or 0)
+    )
     vectors = {name: value.to(device) for name, value in prepared.vectors.items()}
     return TrainInputs(prepared, tokens, features, vectors, device, config), featurizer
 
 
 def build_towers(
-    query_encoder: QueryEncoder, featurizer: EntityFeaturizer, inputs: TrainInputs, known: Mapping[str, EntityEncoder] | None = None
+    query_encoder: QueryEncoder,
+    featurizer: EntityFeaturizer,
+    inputs: TrainInputs,
+    known: Mapping[str, EntityEncoder] | None = None,
 ) -> Towers:
     """All that is learned, on the inputs' device; ``known`` entity towers (by entity type) go on, the others are new."""
     config, known = inputs.config, known or {}
-    types = sorted({s.config.entity_type for s in inputs.prepared.pair_sets if ENTITY in s.config.candidates})
+    types = sorted(
+        {s.config.entity_type for s in inputs.prepared.pair_sets if ENTITY in s.config.candidates}
+    )
     shape = {**to_table(config.entity_tower), "dimension": config.model.dimension}
     entity_encoders: dict[str, EntityEncoder] = {}
     for key in dict.fromkeys(inputs.tower_of(name) for name in types):
         old = next(iter(known.values()), None) if key == UNIFIED else known.get(key)
         entity_encoders[key] = old or create_entity_encoder(featurizer, **shape)
-    return Towers(query_encoder, entity_encoders, inputs.task_count, config.loss.temperature).to(inputs.device)
+    return Towers(query_encoder, entity_encoders, inputs.task_count, config.loss.temperature).to(
+        inputs.device
+    )
 
 
 def run_fingerprint(inputs: TrainInputs) -> str:
@@ -122,21 +140,43 @@ def run_fingerprint(inputs: TrainInputs) -> str:
     """
     prepared, features, read = inputs.prepared, inputs.features, inputs.config.features
     table = {key: value for key, value in to_table(inputs.config).items() if key not in _MAY_CHANGE}
-    table["datasets"] = [{key: value for key, value in d.items() if key != "optional"} for d in table["datasets"]]  # their pairs are hashed
-    table["validation"] = {key: value for key, value in table["validation"].items() if key not in _AT_THE_END}
+    table["datasets"] = [
+        {key: value for key, value in d.items() if key != "optional"} for d in table["datasets"]
+    ]  # their pairs are hashed
+    table["validation"] = {
+        key: value for key, value in table["validation"].items() if key not in _AT_THE_END
+    }
     digest = hashlib.sha256(json.dumps(table, sort_keys=True, default=str).encode())
     for pair_set in prepared.pair_sets:
-        for array in (pair_set.queries, pair_set.candidates, pair_set.weights, pair_set.folds, pair_set.pool):
+        for array in (
+            pair_set.queries,
+            pair_set.candidates,
+            pair_set.weights,
+            pair_set.folds,
+            pair_set.pool,
+        ):
             digest.update(array.tobytes())
     for name, (queries, candidates) in sorted(prepared.validation.items()):
         digest.update(name.encode() + queries.tobytes() + candidates.tobytes())
-    texts = [prepared.texts, prepared.catalogue["id"].to_list(), prepared.catalogue["entity_type"].cast(pl.String).to_list()]
+    texts = [
+        prepared.texts,
+        prepared.catalogue["id"].to_list(),
+        prepared.catalogue["entity_type"].cast(pl.String).to_list(),
+    ]
     for view in prepared.catalogue_views:
-        texts += [[name, *row_texts(view[name])] for name in sorted(read.text_columns) if name in view.columns]
+        texts += [
+            [name, *row_texts(view[name])]
+            for name in sorted(read.text_columns)
+            if name in view.columns
+        ]
     for part in texts:
         digest.update("\x1e".join(part).encode("utf-8", "surrogatepass"))
     continuous = features.continuous
-    given = None if continuous is None else continuous[:, : continuous.shape[1] - read.text_embedding_width]
+    given = (
+        None
+        if continuous is None
+        else continuous[:, : continuous.shape[1] - read.text_embedding_width]
+    )
     for tensor in (features.token_ids, features.offsets, given, *inputs.vectors.values()):
         if tensor is not None:
             digest.update(tensor.cpu().numpy().tobytes())

@@ -28,13 +28,35 @@ from encoders.training.data.batches import BatchPlan
 from encoders.training.data.prepare import require_entity_tower
 from encoders.training.data.source_tables import TrainingData
 from encoders.training.device import choose_device, computes_bf16
-from encoders.training.distributed import average_gradients, broadcast_parameters, process_rank, world_size
+from encoders.training.distributed import (
+    average_gradients,
+    broadcast_parameters,
+    process_rank,
+    world_size,
+)
 from encoders.training.inputs import UNIFIED, Towers, build_inputs, build_towers, run_fingerprint
-from encoders.training.optimisers import create_optimiser, parameter_groups, schedule, set_learning_rates
-from encoders.training.progress import announce, log_step, open_tensorboard, show_recalls, silent, stop_diverged
+from encoders.training.optimisers import (
+    create_optimiser,
+    parameter_groups,
+    schedule,
+    set_learning_rates,
+)
+from encoders.training.progress import (
+    announce,
+    log_step,
+    open_tensorboard,
+    show_recalls,
+    silent,
+    stop_diverged,
+)
 from encoders.training.step import loss_and_gradients
 from encoders.training.validation import validation_recall
-from encoders.training.weight_interpolation import choose_query_scale, choose_residual_scales, learned_parameters, scaled_towers
+from encoders.training.weight_interpolation import (
+    choose_query_scale,
+    choose_residual_scales,
+    learned_parameters,
+    scaled_towers,
+)
 
 
 @dataclass(frozen=True)
@@ -93,31 +115,50 @@ def train(
     # ------------------------------------------------------------------------------------------------------------------ device
     processes, rank = world_size(), process_rank()
     if processes > 1 and config.max_seconds:
-        raise ConfigError("max_seconds needs a single process: clocks of several would disagree about the schedule. Set steps instead.")
+        raise ConfigError(
+            "max_seconds needs a single process: clocks of several would disagree about the"
+            " schedule. Set steps instead."
+        )
     device = choose_device(config.device)
     talk = say if rank == 0 and not quiet else silent
     if config.precision == "bf16" and not computes_bf16(device.type):
-        talk("note: this processor has no instructions for bf16 and would imitate them, many times slower than fp32: training in fp32")
+        talk(
+            "note: this processor has no instructions for bf16 and would imitate them, many times"
+            " slower than fp32: training in fp32"
+        )
     torch.manual_seed(config.seed)
 
     # -------------------------------------------------------------------------------------------------------------------- data
     started = time.perf_counter()
     if query_encoder is None:
-        query_encoder = initial.query_encoder if initial else create_query_encoder(config.model.query_encoder, config.model.dimension)
-    inputs, featurizer = build_inputs(data, config, query_encoder, device, processes, initial.featurizer if initial else None)
+        query_encoder = (
+            initial.query_encoder
+            if initial
+            else create_query_encoder(config.model.query_encoder, config.model.dimension)
+        )
+    inputs, featurizer = build_inputs(
+        data, config, query_encoder, device, processes, initial.featurizer if initial else None
+    )
     prepared = inputs.prepared
     if for_bundle:
         require_entity_tower(prepared)
     for note in prepared.notes:
         talk(note)
     plan = BatchPlan(prepared, config, processes)
-    steps = config.steps or max(1, math.ceil(config.epochs * prepared.pairs_total / sum(prepared.pairs_per_step)))
+    steps = config.steps or max(
+        1, math.ceil(config.epochs * prepared.pairs_total / sum(prepared.pairs_per_step))
+    )
 
     # ------------------------------------------------------------------------------------------------------------------- model
-    towers = build_towers(query_encoder, featurizer, inputs, initial.entity_encoders if initial else None)
+    towers = build_towers(
+        query_encoder, featurizer, inputs, initial.entity_encoders if initial else None
+    )
     broadcast_parameters(towers)
     optimiser = create_optimiser(
-        parameter_groups(towers.query, towers.entities.values(), [towers.log_scales], config.optimiser), config.optimiser
+        parameter_groups(
+            towers.query, towers.entities.values(), [towers.log_scales], config.optimiser
+        ),
+        config.optimiser,
     )
     start = learned_parameters(towers.query) if config.validation.query_scales else {}
     announce(talk, prepared, plan, featurizer, towers, steps, device, time.perf_counter() - started)
@@ -129,7 +170,8 @@ def train(
     if checkpoints and (found := list_checkpoints(checkpoints)):
         if not resume:
             raise CheckpointError(
-                f"{checkpoints} already holds a run (at {found[-1].name}). Resume it, or train into an empty output folder."
+                f"{checkpoints} already holds a run (at {found[-1].name}). Resume it, or train into"
+                " an empty output folder."
             )
         state, _ = load_checkpoint(found[-1], run)
         towers.load_state_dict(state["towers"])
@@ -145,7 +187,11 @@ def train(
     step_seconds, cpu_seconds, pairs_seen, begun = 0.0, 0.0, 0, time.perf_counter()
     patience = config.validation.patience
     earlier = loop.seconds  # spent before this call
-    stopped = loop.step >= steps or bool(patience and loop.without_gain >= patience) or 0 < config.max_seconds <= loop.seconds
+    stopped = (
+        loop.step >= steps
+        or bool(patience and loop.without_gain >= patience)
+        or 0 < config.max_seconds <= loop.seconds
+    )
     while not stopped:
         step = loop.step
         tick, cpu_tick = time.perf_counter(), time.process_time()
@@ -167,29 +213,63 @@ def train(
         optimiser.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - tick
         cpu_seconds += time.process_time() - cpu_tick
-        step_seconds, pairs_seen, loop.step = step_seconds + seconds, pairs_seen + sum(prepared.pairs_per_step), step + 1
+        step_seconds, pairs_seen, loop.step = (
+            step_seconds + seconds,
+            pairs_seen + sum(prepared.pairs_per_step),
+            step + 1,
+        )
         loop.seconds = earlier + time.perf_counter() - begun
         spent = loop.seconds / config.max_seconds if config.max_seconds else 0.0
         stopped = loop.step >= steps or spent >= 1.0
 
         if logs or stopped:
-            entry = log_step(talk, writer, report, loop.step, steps, seconds, pairs_seen, step_seconds, spent, begun)
+            entry = log_step(
+                talk,
+                writer,
+                report,
+                loop.step,
+                steps,
+                seconds,
+                pairs_seen,
+                step_seconds,
+                spent,
+                begun,
+            )
             history.append(entry)
-        if prepared.validation and (stopped or (config.validation.every_steps and loop.step % config.validation.every_steps == 0)):
+        if prepared.validation and (
+            stopped
+            or (config.validation.every_steps and loop.step % config.validation.every_steps == 0)
+        ):
             recalls = validation_recall(towers, inputs)
             history.append({"step": loop.step, **recalls})
             show_recalls(talk, writer, recalls, loop.step)
-            stopped = loop.keep_score(recalls, towers, checkpoints if rank == 0 else None, patience, talk) or stopped
+            stopped = (
+                loop.keep_score(recalls, towers, checkpoints if rank == 0 else None, patience, talk)
+                or stopped
+            )
         due = config.checkpoint_every and loop.step % config.checkpoint_every == 0
         if checkpoints and rank == 0 and (due or stopped):
-            state = {"towers": towers.state_dict(), "optimiser": optimiser.state_dict(), "loop": loop.plain()}
-            save_checkpoint(checkpoints, loop.step, state, {"run": run, "config": to_table(config), "metrics": loop.metrics})
+            state = {
+                "towers": towers.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "loop": loop.plain(),
+            }
+            save_checkpoint(
+                checkpoints,
+                loop.step,
+                state,
+                {"run": run, "config": to_table(config), "metrics": loop.metrics},
+            )
     # -------------------------------------------------------------------------------------------------------------------- save
     loop.restore_best(towers, checkpoints)
     scales: dict[str, float] = {}
     if config.validation.residual_scales and prepared.validation:
         scales, recalls = choose_residual_scales(towers, inputs, talk)
-        loop.metrics = {**loop.metrics, **recalls, **{f"residual_scale/{name}": scale for name, scale in scales.items()}}
+        loop.metrics = {
+            **loop.metrics,
+            **recalls,
+            **{f"residual_scale/{name}": scale for name, scale in scales.items()},
+        }
     if config.validation.query_scales and prepared.validation:
         kept, recalls = choose_query_scale(towers, inputs, start, scales, talk)
         loop.metrics = {**loop.metrics, **recalls, "query_scale": kept}
@@ -212,7 +292,10 @@ def train(
 
 def _by_type(towers: Towers, catalogue: pl.DataFrame) -> dict[str, EntityEncoder]:
     if UNIFIED in towers.entities:
-        return {str(name): towers.entities[UNIFIED] for name in sorted(catalogue["entity_type"].unique().to_list())}  # type: ignore[misc]
+        return {
+            str(name): towers.entities[UNIFIED]
+            for name in sorted(catalogue["entity_type"].unique().to_list())
+        }  # type: ignore[misc]
     return dict(towers.entities.items())  # type: ignore[arg-type]
 
 
@@ -242,23 +325,42 @@ class _LoopState:
             "metrics": self.metrics,
         }
 
-    def keep_score(self, recalls: dict[str, float], towers: Towers, checkpoints: Path | None, patience: int, talk: Any) -> bool:
+    def keep_score(
+        self,
+        recalls: dict[str, float],
+        towers: Towers,
+        checkpoints: Path | None,
+        patience: int,
+        talk: Any,
+    ) -> bool:
         """Note a validation; True when patience has run out. With patience the best towers are kept."""
         score = recalls.get("validation/recall@10", 0.0)
         if not patience:
             self.metrics = recalls
             return False
         if score > self.best:
-            self.best, self.best_step, self.without_gain, self.metrics = score, self.step, 0, recalls
-            weights = {name: value.detach().cpu().clone() for name, value in towers.state_dict().items()}
+            self.best, self.best_step, self.without_gain, self.metrics = (
+                score,
+                self.step,
+                0,
+                recalls,
+            )
+            weights = {
+                name: value.detach().cpu().clone() for name, value in towers.state_dict().items()
+            }
             if checkpoints:
-                save_checkpoint(checkpoints, self.step, {"towers": weights}, {"metrics": recalls}, name="best")
+                save_checkpoint(
+                    checkpoints, self.step, {"towers": weights}, {"metrics": recalls}, name="best"
+                )
             else:
                 self._memory = weights
             return False
         self.without_gain += 1
         if self.without_gain >= patience:
-            talk(f"early stop: {patience} validations without a better mean Recall@10 than {self.best:.4f} at step {self.best_step}")
+            talk(
+                f"early stop: {patience} validations without a better mean Recall@10 than"
+                f" {self.best:.4f} at step {self.best_step}"
+            )
             return True
         return False
 

@@ -50,7 +50,9 @@ def negative_log_q(counts: Tensor, total: float, negatives: int) -> Tensor:
     Returns:
         float32 ``(N,)``. A count of zero (an item the sketch never saw) is read as one.
     """
-    return torch.log(counts.clamp(min=1).float()) + (math.log(max(negatives, 1)) - math.log(max(total, 1)))
+    return torch.log(counts.clamp(min=1).float()) + (
+        math.log(max(negatives, 1)) - math.log(max(total, 1))
+    )
 
 
 def positive_log_q(pair_counts: Tensor, query_counts: Tensor) -> Tensor:
@@ -63,7 +65,9 @@ def positive_log_q(pair_counts: Tensor, query_counts: Tensor) -> Tensor:
     Returns:
         float32 ``(B,)``, never above 0 (a sketch may over-count a pair beyond its query).
     """
-    return (torch.log(pair_counts.clamp(min=1).float()) - torch.log(query_counts.clamp(min=1).float())).clamp(max=0)
+    return (
+        torch.log(pair_counts.clamp(min=1).float()) - torch.log(query_counts.clamp(min=1).float())
+    ).clamp(max=0)
 
 
 def random_mask(positive_ids: Tensor, random_ids: Tensor) -> Tensor:
@@ -71,7 +75,9 @@ def random_mask(positive_ids: Tensor, random_ids: Tensor) -> Tensor:
     return positive_ids[:, None] == random_ids[None, :]
 
 
-def in_batch_mask(query_ids: Tensor, positive_ids: Tensor, all_query_ids: Tensor, all_positive_ids: Tensor) -> Tensor:
+def in_batch_mask(
+    query_ids: Tensor, positive_ids: Tensor, all_query_ids: Tensor, all_positive_ids: Tensor
+) -> Tensor:
     """Candidates of the in-batch term that are a positive of the row's query anywhere in the batch: bool ``(B, G)``, True where masked.
 
     That covers the row's own positive (which enters the term once, as the positive), the same entity under another query,
@@ -86,7 +92,12 @@ def in_batch_mask(query_ids: Tensor, positive_ids: Tensor, all_query_ids: Tensor
     rows = len(query_ids)
     _, query_index = torch.unique(torch.cat((query_ids, all_query_ids)), return_inverse=True)
     _, entity_index = torch.unique(torch.cat((positive_ids, all_positive_ids)), return_inverse=True)
-    is_positive = torch.zeros(int(query_index.max()) + 1, int(entity_index.max()) + 1, dtype=torch.bool, device=query_ids.device)
+    is_positive = torch.zeros(
+        int(query_index.max()) + 1,
+        int(entity_index.max()) + 1,
+        dtype=torch.bool,
+        device=query_ids.device,
+    )
     is_positive[query_index, entity_index] = True
     # (unique queries, unique entities) -> (B, unique entities) -> (B, G)
     return is_positive[query_index[:rows]].index_select(1, entity_index[rows:])
@@ -104,10 +115,16 @@ def sampled_softmax(positive: Tensor, negatives: Tensor) -> Tensor:
     return F.softplus(torch.logsumexp(negatives, dim=1) - positive)
 
 
-def corrected_logits(queries: Tensor, candidates: Tensor, scale: Tensor, log_q: Tensor | None, mask: Tensor) -> Tensor:
+def corrected_logits(
+    queries: Tensor, candidates: Tensor, scale: Tensor, log_q: Tensor | None, mask: Tensor
+) -> Tensor:
     """``scale * <q, c> - log_q`` with masked entries at ``MASKED``: ``(B, D) x (N, D) -> (B, N)``."""
     scaled = queries * scale
-    logits = scaled @ candidates.T if log_q is None else torch.addmm(-log_q[None, :], scaled, candidates.T)
+    logits = (
+        scaled @ candidates.T
+        if log_q is None
+        else torch.addmm(-log_q[None, :], scaled, candidates.T)
+    )
     return logits.masked_fill_(mask, MASKED)
 
 
@@ -167,7 +184,10 @@ def task_loss(
     dimension = queries.shape[1]
     total = queries.new_zeros(())
     parts: list[Tensor] = []
-    for prefix, weight in [*((d, w) for d, w in sorted(matryoshka.items()) if d < dimension and w), (dimension, 1.0)]:
+    for prefix, weight in [
+        *((d, w) for d, w in sorted(matryoshka.items()) if d < dimension and w),
+        (dimension, 1.0),
+    ]:
         full = prefix == dimension
         q = queries if full else F.normalize(queries[:, :prefix], dim=1)
         p = positives if full else F.normalize(positives[:, :prefix], dim=1)
@@ -177,11 +197,20 @@ def task_loss(
         parts = []
         for term, candidates in zip(terms, vectors, strict=True):
             c = candidates if full else F.normalize(candidates[:, :prefix], dim=1)
-            parts.append(_reduce(sampled_softmax(positive, corrected_logits(q, c, scale, term.log_q, term.mask)), row_weights))
+            parts.append(
+                _reduce(
+                    sampled_softmax(positive, corrected_logits(q, c, scale, term.log_q, term.mask)),
+                    row_weights,
+                )
+            )
         total = total + weight * torch.stack(parts).sum()
     values = iter(part.detach() for part in parts)
     zero = queries.new_zeros(())
-    return TaskLoss(total, next(values) if in_batch is not None else zero, next(values) if random is not None else zero)
+    return TaskLoss(
+        total,
+        next(values) if in_batch is not None else zero,
+        next(values) if random is not None else zero,
+    )
 
 
 def _reduce(losses: Tensor, weights: Tensor | None) -> Tensor:

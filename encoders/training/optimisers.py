@@ -15,7 +15,10 @@ from encoders.towers.query_tower import QueryEncoder
 
 
 def parameter_groups(
-    query_encoder: QueryEncoder, entity_encoders: Iterable[nn.Module], scales: Iterable[nn.Parameter], config: OptimiserConfig
+    query_encoder: QueryEncoder,
+    entity_encoders: Iterable[nn.Module],
+    scales: Iterable[nn.Parameter],
+    config: OptimiserConfig,
 ) -> list[dict[str, Any]]:
     """Optimiser groups with ``lr`` and ``peak_lr``; parameters whose rate is 0 are frozen (``requires_grad`` off) and in no group.
 
@@ -34,7 +37,9 @@ def parameter_groups(
     rated += [(p, config.learning_rate, p.ndim >= 2) for p in query_encoder.projection.parameters()]
     for tower in entity_encoders:
         for name, parameter in tower.named_parameters():
-            rated.append((parameter, config.learning_rate, parameter.ndim >= 2 and name.startswith("mlp.")))
+            rated.append(
+                (parameter, config.learning_rate, parameter.ndim >= 2 and name.startswith("mlp."))
+            )
     rated += [(scale, config.learning_rate, False) for scale in scales]
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for parameter, rate, decays in rated:
@@ -42,12 +47,19 @@ def parameter_groups(
         if rate > 0:
             groups.setdefault((rate, decays), []).append(parameter)
     return [
-        {"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": config.weight_decay if decays else 0.0}
+        {
+            "params": parameters,
+            "lr": rate,
+            "peak_lr": rate,
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
         for (rate, decays), parameters in groups.items()
     ]
 
 
-def create_optimiser(groups: list[dict[str, Any]], config: OptimiserConfig) -> torch.optim.Optimizer:
+def create_optimiser(
+    groups: list[dict[str, Any]], config: OptimiserConfig
+) -> torch.optim.Optimizer:
     """AdamW (fused) or LAMB.
 
     Raises:
@@ -65,7 +77,9 @@ def create_optimiser(groups: list[dict[str, Any]], config: OptimiserConfig) -> t
     return optimiser
 
 
-def schedule(step: int, steps: int, config: OptimiserConfig, progress: float | None = None) -> float:
+def schedule(
+    step: int, steps: int, config: OptimiserConfig, progress: float | None = None
+) -> float:
     """Factor on the peak learning rate: linear warm-up, then a cosine down to ``final_fraction``.
 
     Args:
@@ -78,7 +92,9 @@ def schedule(step: int, steps: int, config: OptimiserConfig, progress: float | N
     if step < warmup:
         return (step + 1) / (warmup + 1)
     done = max((step - warmup) / max(steps - warmup, 1), progress or 0.0)
-    return config.final_fraction + (1 - config.final_fraction) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    return config.final_fraction + (1 - config.final_fraction) * 0.5 * (
+        1 + math.cos(math.pi * min(done, 1.0))
+    )
 
 
 def set_learning_rates(optimiser: torch.optim.Optimizer, factor: float) -> None:

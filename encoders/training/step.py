@@ -17,7 +17,12 @@ from encoders.towers.query_tower import QueryEncoder
 from encoders.training.data.batches import DatasetBatch, process_slice
 from encoders.training.data.sampling import PairSet, TaskData
 from encoders.training.data.tokenised_texts import TokenisedTexts
-from encoders.training.distributed import all_processes, gather_with_gradient, process_rank, world_size
+from encoders.training.distributed import (
+    all_processes,
+    gather_with_gradient,
+    process_rank,
+    world_size,
+)
 from encoders.training.gradient_cache import Encoding
 from encoders.training.inputs import Towers, TrainInputs
 from encoders.training.losses import Negatives, in_batch_mask, random_mask, scale_of, task_loss
@@ -82,7 +87,9 @@ class _Pool:
         return vectors.index_select(0, torch.from_numpy(places).to(vectors.device))
 
 
-def loss_and_gradients(towers: Towers, inputs: TrainInputs, batch: list[DatasetBatch], *, measure: bool = False) -> StepReport:
+def loss_and_gradients(
+    towers: Towers, inputs: TrainInputs, batch: list[DatasetBatch], *, measure: bool = False
+) -> StepReport:
     """Forward and backward pass of one step on this process's slice of the batch.
 
     Args:
@@ -100,7 +107,13 @@ def loss_and_gradients(towers: Towers, inputs: TrainInputs, batch: list[DatasetB
         share = process_slice(len(part.negatives), rank, processes)
         q = queries.want(pair_set.queries[mine])
         if pair_set.is_related_queries:
-            wanted.append(_Rows(q, queries.want(pair_set.candidates[mine]), queries.want(pair_set.pool[part.negatives[share]])))
+            wanted.append(
+                _Rows(
+                    q,
+                    queries.want(pair_set.candidates[mine]),
+                    queries.want(pair_set.pool[part.negatives[share]]),
+                )
+            )
             continue
         views = len(inputs.prepared.catalogue_views)
         positives = pair_set.candidates[mine] + (pair_set.folds[mine] * rows if views > 1 else 0)
@@ -112,9 +125,15 @@ def loss_and_gradients(towers: Towers, inputs: TrainInputs, batch: list[DatasetB
         wanted.append(_Rows(q, positives, negatives))
 
     encodings = [_encode_queries(towers.query, inputs, queries)]
-    encodings += [_encode_entities(towers.entities[key], inputs, pool) for key, pool in entities.items() if pool.is_wanted]
+    encodings += [
+        _encode_entities(towers.entities[key], inputs, pool)
+        for key, pool in entities.items()
+        if pool.is_wanted
+    ]
     report = StepReport(
-        torch.zeros((), device=inputs.device), queries=len(encodings[0].vectors), entities=sum(len(e.vectors) for e in encodings[1:])
+        torch.zeros((), device=inputs.device),
+        queries=len(encodings[0].vectors),
+        entities=sum(len(e.vectors) for e in encodings[1:]),
     )
 
     total = torch.zeros((), device=inputs.device)
@@ -125,15 +144,36 @@ def loss_and_gradients(towers: Towers, inputs: TrainInputs, batch: list[DatasetB
         for task in pair_set.tasks:
             if task.candidate.startswith(VECTOR_PREFIX):
                 frozen = inputs.vectors[task.candidate.removeprefix(VECTOR_PREFIX)]
-                vectors = [frozen[torch.from_numpy(r % rows).to(frozen.device)] for r in (need.positives, need.negatives)]
+                vectors = [
+                    frozen[torch.from_numpy(r % rows).to(frozen.device)]
+                    for r in (need.positives, need.negatives)
+                ]
             else:
-                source = queries if task.candidate == QUERY else entities[inputs.tower_of(pair_set.config.entity_type)]
+                source = (
+                    queries
+                    if task.candidate == QUERY
+                    else entities[inputs.tower_of(pair_set.config.entity_type)]
+                )
                 vectors = [source.vectors(need.positives), source.vectors(need.negatives)]
             scale = scale_of(towers.log_scales[index])
-            loss = _task(task, pair_set, part, masks, query_vectors, vectors[0], vectors[1], scale, inputs, report, measure)
+            loss = _task(
+                task,
+                pair_set,
+                part,
+                masks,
+                query_vectors,
+                vectors[0],
+                vectors[1],
+                scale,
+                inputs,
+                report,
+                measure,
+            )
             total = total + loss
             index += 1
-    if all_processes(bool(torch.isfinite(total)), inputs.device):  # all or none: a process that skipped would leave the others waiting
+    if all_processes(
+        bool(torch.isfinite(total)), inputs.device
+    ):  # all or none: a process that skipped would leave the others waiting
         total.backward()  # type: ignore[no-untyped-call]
         for encoding in encodings:
             encoding.backward()
@@ -178,11 +218,21 @@ def _encode_queries(tower: QueryEncoder, inputs: TrainInputs, pool: _Pool) -> En
     def encode(rows: Int64) -> Tensor:
         ids, mask = inputs.tokens.padded(rows)
         ids = looked_up.places(ids) if looked_up else ids
-        ids, mask = ids.to(inputs.device, non_blocking=True), mask.to(inputs.device, non_blocking=True)
+        ids, mask = (
+            ids.to(inputs.device, non_blocking=True),
+            mask.to(inputs.device, non_blocking=True),
+        )
         with inputs.autocast():
-            return F.normalize(tower(ids, mask, looked_up.vectors if looked_up else None).float(), dim=-1)
+            return F.normalize(
+                tower(ids, mask, looked_up.vectors if looked_up else None).float(), dim=-1
+            )
 
-    encoding = Encoding(encode, chunks, cached=inputs.config.batch.gradient_cache, after_backward=looked_up.backward if looked_up else None)
+    encoding = Encoding(
+        encode,
+        chunks,
+        cached=inputs.config.batch.gradient_cache,
+        after_backward=looked_up.backward if looked_up else None,
+    )
     pool.encoded(encoding, chunks)
     return encoding
 
@@ -205,12 +255,17 @@ class _Masks(NamedTuple):
     random: Tensor
 
 
-def _masks(pair_set: PairSet, part: DatasetBatch, rank: int, processes: int, device: torch.device) -> _Masks:
+def _masks(
+    pair_set: PairSet, part: DatasetBatch, rank: int, processes: int, device: torch.device
+) -> _Masks:
     mine = process_slice(len(part.pairs), rank, processes)
     queries = torch.from_numpy(pair_set.queries[part.pairs]).to(device)
     positives = torch.from_numpy(pair_set.candidates[part.pairs]).to(device)
     negatives = torch.from_numpy(pair_set.pool[part.negatives]).to(device)
-    return _Masks(in_batch_mask(queries[mine], positives[mine], queries, positives), random_mask(positives[mine], negatives))
+    return _Masks(
+        in_batch_mask(queries[mine], positives[mine], queries, positives),
+        random_mask(positives[mine], negatives),
+    )
 
 
 def _task(
@@ -256,7 +311,9 @@ def _task(
     )
     report.task_losses[task.name] = result.total.detach()
     if measure:
-        report.batch_recall[task.name] = _batch_recall(queries, positives, all_positives, all_negatives, in_batch, random)
+        report.batch_recall[task.name] = _batch_recall(
+            queries, positives, all_positives, all_negatives, in_batch, random
+        )
     return result.total
 
 
@@ -267,8 +324,15 @@ def _log_q(frequency: npt.NDArray[np.float32], negatives: int, device: torch.dev
 
 @torch.no_grad()
 def _batch_recall(
-    queries: Tensor, positives: Tensor, in_batch: Tensor, random: Tensor, in_batch_mask_: Tensor, random_mask_: Tensor
+    queries: Tensor,
+    positives: Tensor,
+    in_batch: Tensor,
+    random: Tensor,
+    in_batch_mask_: Tensor,
+    random_mask_: Tensor,
 ) -> float:
     positive = (queries * positives).sum(dim=1, keepdim=True)
-    above = ((queries @ in_batch.T > positive) & ~in_batch_mask_).sum(dim=1) + ((queries @ random.T > positive) & ~random_mask_).sum(dim=1)
+    above = ((queries @ in_batch.T > positive) & ~in_batch_mask_).sum(dim=1) + (
+        (queries @ random.T > positive) & ~random_mask_
+    ).sum(dim=1)
     return float((above < 10).float().mean())

@@ -24,8 +24,15 @@ def validation_recall(towers: Towers, inputs: TrainInputs, k: int = 10) -> dict[
     Returns:
         ``validation/recall@{k}/<entity type>`` per type with held-back pairs, and ``validation/recall@{k}``, their mean.
     """
-    recalls = {f"validation/recall@{k}/{name}": float(hits.mean()) for name, hits in validation_hits(towers, inputs, k).items()}
-    return {**recalls, f"validation/recall@{k}": float(np.mean(list(recalls.values())))} if recalls else {}
+    recalls = {
+        f"validation/recall@{k}/{name}": float(hits.mean())
+        for name, hits in validation_hits(towers, inputs, k).items()
+    }
+    return (
+        {**recalls, f"validation/recall@{k}": float(np.mean(list(recalls.values())))}
+        if recalls
+        else {}
+    )
 
 
 @torch.no_grad()
@@ -48,20 +55,36 @@ def validation_hits(
     towers.query.eval()
     towers.entities.eval()
     found: dict[str, npt.NDArray[np.bool_]] = {}
-    learned = {pair_set.config.entity_type: pair_set.config.candidates for pair_set in inputs.prepared.pair_sets}
+    learned = {
+        pair_set.config.entity_type: pair_set.config.candidates
+        for pair_set in inputs.prepared.pair_sets
+    }
     for entity_type, (queries, candidates) in inputs.prepared.validation.items():
-        if entity_type not in learned or not len(queries) or (entity_types is not None and entity_type not in entity_types):
+        if (
+            entity_type not in learned
+            or not len(queries)
+            or (entity_types is not None and entity_type not in entity_types)
+        ):
             continue
         pool = inputs.prepared.validation_pools[entity_type]
         if entity_type == "query":
-            pool = np.unique(np.concatenate((candidates, pool[: max(QUERY_POOL - len(candidates), 0)])))
+            pool = np.unique(
+                np.concatenate((candidates, pool[: max(QUERY_POOL - len(candidates), 0)]))
+            )
             vectors = _queries(towers, inputs, pool)
         elif ENTITY in learned[entity_type]:
             tower = towers.entities[inputs.tower_of(entity_type)]
             blocks = [pool[start : start + 4096] for start in range(0, len(pool), 4096)]
-            vectors = torch.cat([F.normalize(tower(inputs.features.select(rows)).float(), dim=-1) for rows in blocks])
+            vectors = torch.cat(
+                [
+                    F.normalize(tower(inputs.features.select(rows)).float(), dim=-1)
+                    for rows in blocks
+                ]
+            )
         else:
-            vectors = inputs.vectors[learned[entity_type][0].removeprefix(VECTOR_PREFIX)][torch.from_numpy(pool).to(inputs.device)]
+            vectors = inputs.vectors[learned[entity_type][0].removeprefix(VECTOR_PREFIX)][
+                torch.from_numpy(pool).to(inputs.device)
+            ]
         places = torch.from_numpy(np.searchsorted(pool, candidates)).to(inputs.device)
         own = torch.from_numpy(queries) if entity_type == "query" else None
         found[entity_type] = _hits(_queries(towers, inputs, queries), vectors, places, own, pool, k)
@@ -82,7 +105,14 @@ def _queries(towers: Towers, inputs: TrainInputs, rows: np.ndarray) -> Tensor:
     return out[torch.from_numpy(inverse).to(inputs.device)]
 
 
-def _hits(queries: Tensor, candidates: Tensor, places: Tensor, own: Tensor | None, pool: np.ndarray, k: int) -> npt.NDArray[np.bool_]:
+def _hits(
+    queries: Tensor,
+    candidates: Tensor,
+    places: Tensor,
+    own: Tensor | None,
+    pool: np.ndarray,
+    k: int,
+) -> npt.NDArray[np.bool_]:
     """Bool ``(P,)``: fewer than ``k`` candidates score higher, or as high in an earlier row, as in ``encoders.evaluation.ranking``."""
     hits = []
     pool_numbers = torch.from_numpy(pool)
@@ -91,7 +121,9 @@ def _hits(queries: Tensor, candidates: Tensor, places: Tensor, own: Tensor | Non
         block = slice(start, start + _BLOCK)
         scores = queries[block] @ candidates.T  # (B, N)
         if own is not None:  # a query must not find itself
-            scores = scores.masked_fill((own[block][:, None] == pool_numbers[None, :]).to(scores.device), -2.0)
+            scores = scores.masked_fill(
+                (own[block][:, None] == pool_numbers[None, :]).to(scores.device), -2.0
+            )
         place = places[block][:, None]
         positive = scores.gather(1, place)
         before = (scores > positive) | ((scores == positive) & (columns < place))

@@ -25,28 +25,46 @@ SMALLEST_SCALE = 1e-3
 """What scale 0 stands for: an entity without title and engaged queries has no text embedding, and a zero vector would be left of it."""
 
 
-def choose_residual_scales(towers: Towers, inputs: TrainInputs, talk: Talk) -> tuple[dict[str, float], dict[str, float]]:
+def choose_residual_scales(
+    towers: Towers, inputs: TrainInputs, talk: Talk
+) -> tuple[dict[str, float], dict[str, float]]:
     """The scale of ``config.validation.residual_scales`` for each entity type with held-back pairs, by ``smallest_within_error``.
 
     Returns:
         Entity type -> scale, and the validation Recall@10 under these scales. The towers are left as they were.
     """
-    pairs = {name: queries for name, (queries, _) in inputs.prepared.validation.items() if name != "query"}
+    pairs = {
+        name: queries
+        for name, (queries, _) in inputs.prepared.validation.items()
+        if name != "query"
+    }
     hits: dict[str, dict[float, npt.NDArray[np.bool_]]] = {name: {} for name in pairs}
     for scale in sorted(set(inputs.config.validation.residual_scales)):
         with residuals_scaled(towers, scale):
             found = validation_hits(towers, inputs, entity_types=pairs)
-        talk(f"residual scale {scale:g} | " + " | ".join(f"{name} recall@10 {hit.mean():.4f}" for name, hit in found.items()))
+        talk(
+            f"residual scale {scale:g} | "
+            + " | ".join(f"{name} recall@10 {hit.mean():.4f}" for name, hit in found.items())
+        )
         for name, hit in found.items():
             hits[name][scale] = hit
-    scales = {name: smallest_within_error(by_scale, pairs[name]) for name, by_scale in hits.items() if by_scale}
-    return scales, {f"validation/recall@10/{name}": float(hits[name][scale].mean()) for name, scale in scales.items()}
+    scales = {
+        name: smallest_within_error(by_scale, pairs[name])
+        for name, by_scale in hits.items()
+        if by_scale
+    }
+    return scales, {
+        f"validation/recall@10/{name}": float(hits[name][scale].mean())
+        for name, scale in scales.items()
+    }
 
 
 @contextmanager
 def residuals_scaled(towers: Towers, scale: float) -> Iterator[None]:
     """Inside the block all entity towers add ``scale`` times what they learned; afterwards they are as they were."""
-    last = [_last_layer(tower) for tower in towers.entities.values() if isinstance(tower, EntityEncoder)]
+    last = [
+        _last_layer(tower) for tower in towers.entities.values() if isinstance(tower, EntityEncoder)
+    ]
     learned = [(layer.weight.detach().clone(), layer.bias.detach().clone()) for layer in last]
     for layer, (weight, bias) in zip(last, learned, strict=True):
         _scale(layer, weight, bias, scale)
@@ -57,7 +75,9 @@ def residuals_scaled(towers: Towers, scale: float) -> Iterator[None]:
             _scale(layer, weight, bias, 1.0)
 
 
-def smallest_within_error(hits: Mapping[float, npt.NDArray[np.bool_]], queries: npt.NDArray[np.integer]) -> float:
+def smallest_within_error(
+    hits: Mapping[float, npt.NDArray[np.bool_]], queries: npt.NDArray[np.integer]
+) -> float:
     """The smallest scale whose recall is less than one standard error below the best one's (Breiman's rule, on paired differences).
 
     With few held-back pairs that is close to the text embedding, which needs no proof; with many the best scale wins.
@@ -70,12 +90,16 @@ def smallest_within_error(hits: Mapping[float, npt.NDArray[np.bool_]], queries: 
     _, query = np.unique(queries, return_inverse=True)
     for scale in sorted(hits):
         lost = np.bincount(query, weights=hits[best].astype(np.float64) - hits[scale])  # (Q,)
-        if lost.sum() <= np.sqrt(np.square(lost).sum()):  # the error of the sum if there were no difference
+        if lost.sum() <= np.sqrt(
+            np.square(lost).sum()
+        ):  # the error of the sum if there were no difference
             return scale
     return best
 
 
-def scaled_towers(encoders: dict[str, EntityEncoder], scales: dict[str, float]) -> dict[str, EntityEncoder]:
+def scaled_towers(
+    encoders: dict[str, EntityEncoder], scales: dict[str, float]
+) -> dict[str, EntityEncoder]:
     """Towers with the MLP's output scaled; types of one tower and one scale share one object, and scale 1 is the tower itself."""
     made: dict[tuple[int, float], EntityEncoder] = {}
     for name, tower in encoders.items():
@@ -102,11 +126,19 @@ def _scale(layer: nn.Linear, weight: torch.Tensor, bias: torch.Tensor, scale: fl
 
 def learned_parameters(tower: nn.Module) -> dict[str, Tensor]:
     """Copies of the parameters that training changes, by name."""
-    return {name: parameter.detach().clone() for name, parameter in tower.named_parameters() if parameter.requires_grad}
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in tower.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def choose_query_scale(
-    towers: Towers, inputs: TrainInputs, start: Mapping[str, Tensor], residual_scales: Mapping[str, float], talk: Talk
+    towers: Towers,
+    inputs: TrainInputs,
+    start: Mapping[str, Tensor],
+    residual_scales: Mapping[str, float],
+    talk: Talk,
 ) -> tuple[float, dict[str, float]]:
     """The scale of ``config.validation.query_scales`` for the query tower, which is left with it.
 
@@ -120,7 +152,11 @@ def choose_query_scale(
     Returns:
         The largest of the types' ``smallest_within_error``, and the validation Recall@10 under it. 1 without held-back pairs of entities.
     """
-    pairs = {name: queries for name, (queries, _) in inputs.prepared.validation.items() if name != "query"}
+    pairs = {
+        name: queries
+        for name, (queries, _) in inputs.prepared.validation.items()
+        if name != "query"
+    }
     trained = learned_parameters(towers.query)
     hits: dict[str, dict[float, npt.NDArray[np.bool_]]] = {name: {} for name in pairs}
     for scale in sorted(set(inputs.config.validation.query_scales)):
@@ -130,15 +166,27 @@ def choose_query_scale(
                 found = validation_hits(towers, inputs, entity_types=[name])
             if name in found:
                 hits[name][scale] = found[name]
-        shown = " | ".join(f"{name} recall@10 {by_scale[scale].mean():.4f}" for name, by_scale in hits.items() if by_scale)
+        shown = " | ".join(
+            f"{name} recall@10 {by_scale[scale].mean():.4f}"
+            for name, by_scale in hits.items()
+            if by_scale
+        )
         talk(f"query scale {scale:g} | {shown}")
     measured = {name: by_scale for name, by_scale in hits.items() if by_scale}
-    chosen = max((smallest_within_error(by_scale, pairs[name]) for name, by_scale in measured.items()), default=1.0)
+    chosen = max(
+        (smallest_within_error(by_scale, pairs[name]) for name, by_scale in measured.items()),
+        default=1.0,
+    )
     interpolate(towers.query, start, trained, chosen)
-    return chosen, {f"validation/recall@10/{name}": float(by_scale[chosen].mean()) for name, by_scale in measured.items()}
+    return chosen, {
+        f"validation/recall@10/{name}": float(by_scale[chosen].mean())
+        for name, by_scale in measured.items()
+    }
 
 
-def interpolate(tower: nn.Module, start: Mapping[str, Tensor], trained: Mapping[str, Tensor], scale: float) -> None:
+def interpolate(
+    tower: nn.Module, start: Mapping[str, Tensor], trained: Mapping[str, Tensor], scale: float
+) -> None:
     """Set the parameters to ``start + scale * (trained - start)``; exactly the trained ones at 1 and the start at 0."""
     with torch.no_grad():
         for name, parameter in tower.named_parameters():

@@ -16,12 +16,28 @@ from index_builder.ann.interface import AnnConfig, AnnIndex
 from index_builder.ann.lean import LeanIndex
 from index_builder.ann.rabitq import RabitqIndex
 from index_builder.ann.swift import SwiftIndex
-from index_builder.ann.symqg import MAX_DIMENSION, MIN_DIMENSION, MIN_ROWS, SymqgIndex, symqg_available
+from index_builder.ann.symqg import (
+    MAX_DIMENSION,
+    MIN_DIMENSION,
+    MIN_ROWS,
+    SymqgIndex,
+    symqg_available,
+)
 from index_builder.errors import IndexFormatError, UnsupportedCpu
 from index_builder.native import Engine
 
 KINDS: dict[str, type[AnnIndex]] = {
-    cls.kind: cls for cls in (HnswIndex, SymqgIndex, RabitqIndex, LeanIndex, SwiftIndex, ExactIndex, FaissHnswIndex, FaissIvfIndex)
+    cls.kind: cls
+    for cls in (
+        HnswIndex,
+        SymqgIndex,
+        RabitqIndex,
+        LeanIndex,
+        SwiftIndex,
+        ExactIndex,
+        FaissHnswIndex,
+        FaissIvfIndex,
+    )
 }
 EXACT_BELOW = 2_000
 """Corpora smaller than this are scanned: one matrix-vector product is as fast as a graph there and always right."""
@@ -71,7 +87,12 @@ def require_cpu(kind: str, features: frozenset[str] | None = None) -> None:
 
 
 def choose_kind(
-    count: int, *, dimension: int = 256, lean: bool = False, deterministic: bool = False, features: frozenset[str] | None = None
+    count: int,
+    *,
+    dimension: int = 256,
+    lean: bool = False,
+    deterministic: bool = False,
+    features: frozenset[str] | None = None,
 ) -> Choice:
     """What ``--index auto`` builds.
 
@@ -83,27 +104,50 @@ def choose_kind(
         features: CPU features to plan for; this machine's by default.
     """
     if count < EXACT_BELOW:
-        return Choice("exact", f"{count:,} vectors are fewer than {EXACT_BELOW:,}: an exact scan is as fast as a graph and never wrong")
+        return Choice(
+            "exact",
+            f"{count:,} vectors are fewer than {EXACT_BELOW:,}: an exact scan is as fast as a graph"
+            " and never wrong",
+        )
     if lean and Engine is not None:
         return Choice(
-            "lean", "the lean profile was asked for: one byte a dimension and 32 links in memory, float32 only in the mapped file"
+            "lean",
+            "the lean profile was asked for: one byte a dimension and 32 links in memory, float32"
+            " only in the mapped file",
         )
     if not symqg_available():
-        return Choice("hnsw", "rabitqlib is not installed, so symqg and rabitq are not available; hnsw runs anywhere")
+        return Choice(
+            "hnsw",
+            "rabitqlib is not installed, so symqg and rabitq are not available; hnsw runs anywhere",
+        )
     kind = "rabitq" if lean else "symqg"
     missing = missing_features(kind, features)
     if missing:
-        return Choice("hnsw", f"this CPU lacks {', '.join(missing)}, which {kind} needs; hnsw runs anywhere")
+        return Choice(
+            "hnsw", f"this CPU lacks {', '.join(missing)}, which {kind} needs; hnsw runs anywhere"
+        )
     if lean:
         return Choice(
             "rabitq",
-            "the lean profile was asked for and the extension of 'lean' was not compiled: 8 bits a dimension, no float32 in memory",
+            "the lean profile was asked for and the extension of 'lean' was not compiled: 8 bits a"
+            " dimension, no float32 in memory",
         )
     if not MIN_DIMENSION <= dimension <= MAX_DIMENSION:
-        return Choice("hnsw", f"symqg needs {MIN_DIMENSION} to {MAX_DIMENSION:,} dimensions, and the vectors have {dimension}")
+        return Choice(
+            "hnsw",
+            f"symqg needs {MIN_DIMENSION} to {MAX_DIMENSION:,} dimensions, and the vectors have"
+            f" {dimension}",
+        )
     if deterministic:
-        return Choice("hnsw", "a deterministic build was asked for, and symqg draws a random rotation that cannot be seeded")
-    why = f"{count:,} vectors: the fastest immutable base on this CPU; live entries and tombstones are kept beside it"
+        return Choice(
+            "hnsw",
+            "a deterministic build was asked for, and symqg draws a random rotation that cannot be"
+            " seeded",
+        )
+    why = (
+        f"{count:,} vectors: the fastest immutable base on this CPU; live entries and tombstones"
+        " are kept beside it"
+    )
     return Choice("symqg", why, None if Engine is None else "swift")
 
 
@@ -127,8 +171,9 @@ def load_index(kind: str, prefix: Path, vectors: np.ndarray, config: AnnConfig) 
     """
     if kind not in KINDS:
         raise IndexFormatError(
-            f"index kind {kind!r} is unknown to this version, which reads {', '.join(KINDS)}. "
-            "Open the release with the version of omnisearchsage that wrote it, or rebuild it with this one."
+            f"index kind {kind!r} is unknown to this version, which reads {', '.join(KINDS)}. Open"
+            " the release with the version of omnisearchsage that wrote it, or rebuild it with"
+            " this one."
         )
     require_cpu(kind)
     return _kind(kind).load(prefix, vectors, config)

@@ -49,15 +49,20 @@ class _FaissIndex(AnnIndex):
         """Load ``<prefix>.faiss``, memory-mapped, so that processes share one copy."""
         path = prefix.with_suffix(".faiss")
         if not path.is_file():
-            raise IndexFormatError(f"expected a faiss index at {path.name}, but it is missing. Rebuild this release.")
+            raise IndexFormatError(
+                f"expected a faiss index at {path.name}, but it is missing. Rebuild this release."
+            )
         faiss = faiss_library()
         try:
             index = faiss.read_index(str(path), getattr(faiss, "IO_FLAG_MMAP_IFC", 0))
         except RuntimeError as error:
-            raise IndexFormatError(f"{path.name} is not a readable faiss index ({error}). Rebuild this release.") from error
+            raise IndexFormatError(
+                f"{path.name} is not a readable faiss index ({error}). Rebuild this release."
+            ) from error
         if (index.ntotal, index.d) != vectors.shape:
             raise IndexFormatError(
-                f"{path.name} holds {(index.ntotal, index.d)}, but the vectors are {vectors.shape}. Rebuild this release."
+                f"{path.name} holds {(index.ntotal, index.d)}, but the vectors are {vectors.shape}."
+                " Rebuild this release."
             )
         return cls(index, *vectors.shape, config)
 
@@ -110,7 +115,9 @@ def _build_with_cagra(faiss: Any, vectors: np.ndarray, config: AnnConfig) -> Any
     cagra_config = faiss.GpuIndexCagraConfig()
     cagra_config.graph_degree = 2 * config.m
     cagra_config.intermediate_graph_degree = 4 * config.m
-    gpu = faiss.GpuIndexCagra(faiss.StandardGpuResources(), vectors.shape[1], faiss.METRIC_L2, cagra_config)
+    gpu = faiss.GpuIndexCagra(
+        faiss.StandardGpuResources(), vectors.shape[1], faiss.METRIC_L2, cagra_config
+    )
     gpu.train(vectors)
     index = faiss.IndexHNSWCagra()
     index.base_level_only = False
@@ -130,7 +137,9 @@ class FaissIvfIndex(_FaissIndex):
         faiss = faiss_library()
         lists = max(1, min(int(4 * np.sqrt(count)), count // 39))
         quantizer = faiss.IndexFlatL2(dimension)
-        index = faiss.IndexIVFScalarQuantizer(quantizer, dimension, lists, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_L2)
+        index = faiss.IndexIVFScalarQuantizer(
+            quantizer, dimension, lists, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_L2
+        )
         index.cp.seed = config.seed
         contiguous = np.ascontiguousarray(vectors)
         before = faiss.omp_get_max_threads()

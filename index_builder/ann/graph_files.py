@@ -24,7 +24,9 @@ def read_symqg_links(path: Path, vectors: np.ndarray, degree: int) -> np.ndarray
         return None
     rows = np.memmap(path, dtype=np.uint8, mode="r", offset=_SYMQG_HEADER, shape=(count, stride))
     some = np.unique(np.linspace(0, count - 1, 64).astype(np.int64))
-    if not np.array_equal(np.ascontiguousarray(rows[some, : 4 * dimension]).view(np.float32), vectors[some]):
+    if not np.array_equal(
+        np.ascontiguousarray(rows[some, : 4 * dimension]).view(np.float32), vectors[some]
+    ):
         return None
     links = np.ascontiguousarray(rows[:, stride - 4 * degree :]).view(np.uint32)
     return links if int(links.max()) < count else None
@@ -40,9 +42,15 @@ def read_hnsw_links(path: Path, count: int) -> np.ndarray | None:
     if len(header) < _HNSW_HEADER.size:
         return None
     _, _, stored, size, label_at, data_at, _, _, _, most, _, _, _ = _HNSW_HEADER.unpack(header)
-    if stored != count or data_at < 4 + 4 * most or path.stat().st_size < _HNSW_HEADER.size + count * size:
+    if (
+        stored != count
+        or data_at < 4 + 4 * most
+        or path.stat().st_size < _HNSW_HEADER.size + count * size
+    ):
         return None
-    elements = np.memmap(path, dtype=np.uint8, mode="r", offset=_HNSW_HEADER.size, shape=(count, size))
+    elements = np.memmap(
+        path, dtype=np.uint8, mode="r", offset=_HNSW_HEADER.size, shape=(count, size)
+    )
     sizes = np.ascontiguousarray(elements[:, :2]).view(np.uint16).ravel()
     inner = np.ascontiguousarray(elements[:, 4 : 4 + 4 * most]).view(np.uint32)
     labels = np.ascontiguousarray(elements[:, label_at : label_at + 8]).view(np.uint64).ravel()
@@ -65,7 +73,12 @@ def unreachable_nodes(links: np.ndarray) -> int:
     """
     count, degree = links.shape
     graph = csr_matrix(
-        (np.ones(links.size, dtype=np.bool_), links.ravel().astype(np.int64), np.arange(0, links.size + 1, degree)), shape=(count, count)
+        (
+            np.ones(links.size, dtype=np.bool_),
+            links.ravel().astype(np.int64),
+            np.arange(0, links.size + 1, degree),
+        ),
+        shape=(count, count),
     )
     parts, labels = connected_components(graph, directed=True, connection="strong")
     if parts == 1:

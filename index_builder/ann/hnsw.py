@@ -31,7 +31,9 @@ class HnswIndex(AnnIndex):
         """Build over ``vectors`` float32 ``(N, D)``."""
         count, dimension = vectors.shape
         index = hnswlib.Index("l2", dimension)
-        index.init_index(count, M=config.m, ef_construction=config.ef_construction, random_seed=config.seed)
+        index.init_index(
+            count, M=config.m, ef_construction=config.ef_construction, random_seed=config.seed
+        )
         for start in range(0, count, 65536):
             block = np.ascontiguousarray(vectors[start : start + 65536])
             index.add_items(block, np.arange(start, start + len(block)), num_threads=config.threads)
@@ -44,15 +46,21 @@ class HnswIndex(AnnIndex):
         path = prefix.with_suffix(".hnsw")
         count, dimension = vectors.shape
         if not path.is_file() or path.stat().st_size < _HEADER_BYTES:
-            raise IndexFormatError(f"expected an hnswlib index at {path.name}, but it is missing or truncated. Rebuild this release.")
+            raise IndexFormatError(
+                f"expected an hnswlib index at {path.name}, but it is missing or truncated. Rebuild"
+                " this release."
+            )
         index = hnswlib.Index("l2", dimension)
         try:
             index.load_index(str(path))
         except RuntimeError as error:
-            raise IndexFormatError(f"{path.name} is not a readable hnswlib index ({error}). Rebuild this release.") from error
+            raise IndexFormatError(
+                f"{path.name} is not a readable hnswlib index ({error}). Rebuild this release."
+            ) from error
         if index.get_current_count() != count:
             raise IndexFormatError(
-                f"{path.name} holds {index.get_current_count()} nodes, but the vectors hold {count} rows. Rebuild this release."
+                f"{path.name} holds {index.get_current_count()} nodes, but the vectors hold {count}"
+                " rows. Rebuild this release."
             )
         index.set_num_threads(1)
         return cls(index, count, dimension, config)
@@ -74,7 +82,9 @@ class HnswIndex(AnnIndex):
             try:
                 rows, distances = self._index.knn_query(query, wanted, num_threads=1)
                 return rows[0], distances[0]
-            except RuntimeError:  # fewer than `wanted` nodes can be reached: hnswlib returns all or nothing
+            except (
+                RuntimeError
+            ):  # fewer than `wanted` nodes can be reached: hnswlib returns all or nothing
                 if wanted == 1:
                     return np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.float32)
                 wanted = wanted * 3 // 4

@@ -32,13 +32,19 @@ class AnnConfig:
 
     def __post_init__(self) -> None:
         if self.reproducible and self.threads != 1:
-            raise ConfigError(f"a reproducible build uses one thread, but got threads={self.threads}.")
+            raise ConfigError(
+                f"a reproducible build uses one thread, but got threads={self.threads}."
+            )
         if self.m < 2 or self.m > 256:
             raise ConfigError(f"AnnConfig.m must be between 2 and 256, but got {self.m}.")
         if self.degree < 32 or self.degree % 32:
-            raise ConfigError(f"AnnConfig.degree must be a positive multiple of 32, but got {self.degree}.")
+            raise ConfigError(
+                f"AnnConfig.degree must be a positive multiple of 32, but got {self.degree}."
+            )
         if self.ef_construction < max(self.m, 2):
-            raise ConfigError(f"AnnConfig.ef_construction ({self.ef_construction}) must be at least m ({self.m}).")
+            raise ConfigError(
+                f"AnnConfig.ef_construction ({self.ef_construction}) must be at least m ({self.m})."
+            )
         if self.bits < 0 or self.bits > 9:
             raise ConfigError(f"AnnConfig.bits must be between 0 and 9, but got {self.bits}.")
         if self.threads < 1:

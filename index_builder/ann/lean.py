@@ -57,13 +57,18 @@ class LeanIndex(AnnIndex):
         """Load ``<folder>/index.codes.npy`` and the graph beside it."""
         store = CodeStore.load(prefix.parent, vectors)
         if (store.links if cls.sketched else store.graph) is None:
-            raise IndexFormatError(f"{prefix.name}.{cls._graph_file()}.npy is missing. Rebuild this release.")
+            raise IndexFormatError(
+                f"{prefix.name}.{cls._graph_file()}.npy is missing. Rebuild this release."
+            )
         return cls(vectors, store, config)
 
     def save(self, prefix: Path) -> list[Path]:
         """Write ``<folder>/index.codes.npy`` and the graph, which is ``index.graph.npy`` or ``index.links.npy``."""
         self.store.save(prefix.parent)
-        return [prefix.parent / "index.codes.npy", prefix.parent / f"index.{self._graph_file()}.npy"]
+        return [
+            prefix.parent / "index.codes.npy",
+            prefix.parent / f"index.{self._graph_file()}.npy",
+        ]
 
     @classmethod
     def _graph_file(cls) -> str:

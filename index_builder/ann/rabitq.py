@@ -54,9 +54,14 @@ class RabitqIndex(AnnIndex):
                         centroids[c] = members.mean(axis=0)
             bias = 0.5 * (centroids**2).sum(axis=1)
             assignments = np.concatenate(
-                [np.argmax(contiguous[s : s + 65536] @ centroids.T - bias, axis=1) for s in range(0, count, 65536)]
+                [
+                    np.argmax(contiguous[s : s + 65536] @ centroids.T - bias, axis=1)
+                    for s in range(0, count, 65536)
+                ]
             ).astype(np.uint32)
-        index = library.HnswIndex(dimension, count, config.m, config.ef_construction, config.bits or 8, "l2", config.seed)
+        index = library.HnswIndex(
+            dimension, count, config.m, config.ef_construction, config.bits or 8, "l2", config.seed
+        )
         index.build(contiguous, np.ascontiguousarray(centroids), assignments, config.threads)
         return cls(index, count, dimension, config)
 
@@ -65,14 +70,20 @@ class RabitqIndex(AnnIndex):
         """Load ``<prefix>.rabitq``."""
         path = prefix.with_suffix(".rabitq")
         if not path.is_file():
-            raise IndexFormatError(f"expected a RaBitQ HNSW index at {path.name}, but it is missing. Rebuild this release.")
+            raise IndexFormatError(
+                f"expected a RaBitQ HNSW index at {path.name}, but it is missing. Rebuild this"
+                " release."
+            )
         try:
             index = _library().HnswIndex.load(str(path))
         except (RuntimeError, ValueError, MemoryError) as error:
-            raise IndexFormatError(f"{path.name} is not a readable RaBitQ HNSW index ({error}). Rebuild this release.") from error
+            raise IndexFormatError(
+                f"{path.name} is not a readable RaBitQ HNSW index ({error}). Rebuild this release."
+            ) from error
         if (index.num_points, index.dim) != vectors.shape:
             raise IndexFormatError(
-                f"{path.name} holds {(index.num_points, index.dim)}, but the vectors are {vectors.shape}. Rebuild this release."
+                f"{path.name} holds {(index.num_points, index.dim)}, but the vectors are"
+                f" {vectors.shape}. Rebuild this release."
             )
         return cls(index, *vectors.shape, config)
 

@@ -37,7 +37,9 @@ def symqg_available() -> bool:
 
 def symqg_builds(dimension: int) -> bool:
     """Whether rabitqlib is installed, runs on this CPU and knows vectors of that width."""
-    return symqg_available() and SIMD.startswith("avx") and MIN_DIMENSION <= dimension <= MAX_DIMENSION
+    return (
+        symqg_available() and SIMD.startswith("avx") and MIN_DIMENSION <= dimension <= MAX_DIMENSION
+    )
 
 
 class SymqgIndex(AnnIndex):
@@ -62,14 +64,21 @@ class SymqgIndex(AnnIndex):
         """Build over ``vectors`` float32 ``(N, D)``, N >= 1,000."""
         count, dimension = vectors.shape
         if count < MIN_ROWS:
-            raise ConfigError(f"index kind 'symqg' needs at least {MIN_ROWS:,} vectors, but got {count}. Use --index exact or auto.")
+            raise ConfigError(
+                f"index kind 'symqg' needs at least {MIN_ROWS:,} vectors, but got {count}. Use"
+                " --index exact or auto."
+            )
         if not MIN_DIMENSION <= dimension <= MAX_DIMENSION:
             raise ConfigError(
-                f"index kind 'symqg' needs vectors of {MIN_DIMENSION} to {MAX_DIMENSION:,} dimensions, but got {dimension}. "
-                "Use --index hnsw or auto."
+                f"index kind 'symqg' needs vectors of {MIN_DIMENSION} to {MAX_DIMENSION:,}"
+                f" dimensions, but got {dimension}. Use --index hnsw or auto."
             )
         index = _library().SymqgIndex(dimension, config.degree, "l2", config.bits)
-        index.build(np.ascontiguousarray(vectors), max(config.ef_construction, config.degree), config.threads)
+        index.build(
+            np.ascontiguousarray(vectors),
+            max(config.ef_construction, config.degree),
+            config.threads,
+        )
         return cls(index, vectors, config)
 
     @classmethod
@@ -77,14 +86,20 @@ class SymqgIndex(AnnIndex):
         """Load ``<prefix>.symqg``."""
         path = prefix.with_suffix(".symqg")
         if not path.is_file():
-            raise IndexFormatError(f"expected a SymphonyQG index at {path.name}, but it is missing. Rebuild this release.")
+            raise IndexFormatError(
+                f"expected a SymphonyQG index at {path.name}, but it is missing. Rebuild this"
+                " release."
+            )
         try:
             index = _library().SymqgIndex.load(str(path))
         except (RuntimeError, ValueError, MemoryError) as error:
-            raise IndexFormatError(f"{path.name} is not a readable SymphonyQG index ({error}). Rebuild this release.") from error
+            raise IndexFormatError(
+                f"{path.name} is not a readable SymphonyQG index ({error}). Rebuild this release."
+            ) from error
         if (index.num_points, index.dim) != vectors.shape:
             raise IndexFormatError(
-                f"{path.name} holds {(index.num_points, index.dim)}, but the vectors are {vectors.shape}. Rebuild this release."
+                f"{path.name} holds {(index.num_points, index.dim)}, but the vectors are"
+                f" {vectors.shape}. Rebuild this release."
             )
         return cls(index, vectors, config)
 

@@ -16,8 +16,24 @@ from typing import Any
 import numpy as np
 
 from index_builder.building.carry_over import _carry
-from index_builder.building.inputs import EntityInput, Folded, QuerySet, check_input, fingerprint, fold_live, read_live, refuse_foreign
-from index_builder.building.plan import Bundle, RebuildConfig, carried_types, fit_memory, plan_release, read_bundle
+from index_builder.building.inputs import (
+    EntityInput,
+    Folded,
+    QuerySet,
+    check_input,
+    fingerprint,
+    fold_live,
+    read_live,
+    refuse_foreign,
+)
+from index_builder.building.plan import (
+    Bundle,
+    RebuildConfig,
+    carried_types,
+    fit_memory,
+    plan_release,
+    read_bundle,
+)
 from index_builder.errors import DiskFull, GateFailed, ReleaseCorrupt
 from index_builder.releases.manifest import EntityManifest, FileRecord, Manifest, content_digest
 from index_builder.releases.release import BUNDLE_PARTS
@@ -25,7 +41,15 @@ from index_builder.releases.store import ReleaseStore
 from index_builder.releases.verification import record_files
 from index_builder.search.calibration import check_gate
 from index_builder.search.entity_index import EntityIndex
-from index_builder.search.golden import GOLDEN_K, GOLDEN_NAME, GoldenQueries, answer_exactly, perturbed_entities, recall_of, write_golden
+from index_builder.search.golden import (
+    GOLDEN_K,
+    GOLDEN_NAME,
+    GoldenQueries,
+    answer_exactly,
+    perturbed_entities,
+    recall_of,
+    write_golden,
+)
 from index_builder.storage.durable_files import disk_full_is_clear, write_durably
 from index_builder.storage.peak_memory import PeakMemory
 
@@ -78,7 +102,12 @@ def build_release(
     config = config or RebuildConfig()
     bundle = read_bundle(bundle_path)
     if config.deterministic:
-        config = replace(config, index=replace(config.index, ann=replace(config.index.ann, threads=1), deterministic=True))
+        config = replace(
+            config,
+            index=replace(
+                config.index, ann=replace(config.index.ann, threads=1), deterministic=True
+            ),
+        )
     started = time.perf_counter()
     timings: dict[str, float] = {}
     with store.lock("build", config.wait_seconds):
@@ -99,7 +128,16 @@ def build_release(
             entities: dict[str, EntityManifest] = {}
             measured: dict[str, Any] = {}
             for entity_type in sorted(inputs):
-                built = _build_or_resume(entity_type, inputs[entity_type], bundle, store, config, queries, staging, progress)
+                built = _build_or_resume(
+                    entity_type,
+                    inputs[entity_type],
+                    bundle,
+                    store,
+                    config,
+                    queries,
+                    staging,
+                    progress,
+                )
                 entities[entity_type], measured[entity_type] = built.entity, built.measured
             for entity_type in carried:
                 progress(f"{entity_type}: taken over from {parent}")
@@ -113,9 +151,9 @@ def build_release(
             timings["checksums"] = round(time.perf_counter() - step, 3)
         if config.max_memory_mib is not None and peak.private_mib > config.max_memory_mib:
             raise GateFailed(
-                f"the build used {peak.private_mib:,.0f} MiB of private memory at its peak, more than --max-memory "
-                f"{config.max_memory_mib:,}. Nothing was published. "
-                "Choose a leaner kind (--index rabitq) or raise the limit."
+                f"the build used {peak.private_mib:,.0f} MiB of private memory at its peak, more"
+                f" than --max-memory {config.max_memory_mib:,}. Nothing was published. Choose a"
+                " leaner kind (--index rabitq) or raise the limit."
             )
         timings["total"] = round(time.perf_counter() - started, 3)
         manifest = Manifest(
@@ -138,7 +176,9 @@ def build_release(
                 "entities": measured,
             },
         )
-        release_id = store.publish(content, manifest, activate=config.activate, require_parent=bool(carried))
+        release_id = store.publish(
+            content, manifest, activate=config.activate, require_parent=bool(carried)
+        )
         shutil.rmtree(staging, ignore_errors=True)
         progress(f"published {release_id}{' and made it active' if config.activate else ''}")
         return release_id
@@ -160,23 +200,47 @@ def _build_or_resume(
     marker = staging / f"{entity_type}.done.json"
     folder = staging / "content" / entity_type
     latest, watermark = (
-        read_live(store.live_root, entity_type, entities.base_watermark) if config.fold_live else ({}, entities.base_watermark)
+        read_live(store.live_root, entity_type, entities.base_watermark)
+        if config.fold_live
+        else ({}, entities.base_watermark)
     )
     if marker.is_file() and folder.is_dir():
         done = json.loads(marker.read_text())
-        if done["watermark"] == watermark and {k: asdict(v) for k, v in record_files(folder).items()} == done["files"]:
+        if (
+            done["watermark"] == watermark
+            and {k: asdict(v) for k, v in record_files(folder).items()} == done["files"]
+        ):
             progress(f"{entity_type}: finished by an earlier run, taken over")
-            entity = EntityManifest(**{**done["entity"], "cpu_features": tuple(done["entity"]["cpu_features"])})
+            entity = EntityManifest(
+                **{**done["entity"], "cpu_features": tuple(done["entity"]["cpu_features"])}
+            )
             return _Built(entity, done["measured"])
     marker.unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     built = _build_entity(
-        entity_type, entities, latest, watermark, bundle, config, _queries_for(entity_type, queries), staging, folder, progress
+        entity_type,
+        entities,
+        latest,
+        watermark,
+        bundle,
+        config,
+        _queries_for(entity_type, queries),
+        staging,
+        folder,
+        progress,
     )
     files = {name: asdict(record) for name, record in record_files(folder).items()}
     write_durably(
-        marker, json.dumps({"watermark": watermark, "files": files, "entity": asdict(built.entity), "measured": built.measured}).encode()
+        marker,
+        json.dumps(
+            {
+                "watermark": watermark,
+                "files": files,
+                "entity": asdict(built.entity),
+                "measured": built.measured,
+            }
+        ).encode(),
     )
     return built
 
@@ -235,14 +299,14 @@ def _build_entity(
         after = _replay(EntityIndex.load(folder), golden)
         if after + 1e-9 < before:
             raise ReleaseCorrupt(
-                f"{entity_type}: golden recall is {before:.4f} in memory but {after:.4f} after loading what was saved; "
-                "nothing was published"
+                f"{entity_type}: golden recall is {before:.4f} in memory but {after:.4f} after"
+                " loading what was saved; nothing was published"
             )
         lap("load and replay", clock)
         input_file.unlink(missing_ok=True)
     progress(
-        f"{entity_type}: {description.get('kind')} index, golden recall@{GOLDEN_K} {after:.3f}, peak {peak.private_mib:,.0f} "
-        f"MiB, {sum(seconds.values()):.1f} s"
+        f"{entity_type}: {description.get('kind')} index, golden recall@{GOLDEN_K} {after:.3f},"
+        f" peak {peak.private_mib:,.0f} MiB, {sum(seconds.values()):.1f} s"
     )
     entity = EntityManifest(
         count=len(entities.ids),
@@ -257,7 +321,12 @@ def _build_entity(
         "seconds": seconds,
         "peak_private_mib": round(peak.private_mib, 1),
         "peak_resident_mib": round(peak.resident_mib, 1),
-        "live": {"upserts": folded.upserts, "deletes": folded.deletes, "stale": folded.stale, "foreign": len(folded.foreign)},
+        "live": {
+            "upserts": folded.upserts,
+            "deletes": folded.deletes,
+            "stale": folded.stale,
+            "foreign": len(folded.foreign),
+        },
         "curve": curve.as_dict()["points"] if curve is not None else [],
     }
     return _Built(entity, measured)
@@ -267,8 +336,8 @@ def _folded_text(folded: Folded) -> str:
     if not (folded.upserts or folded.deletes or folded.stale or folded.foreign):
         return ""
     return (
-        f"; live log up to {folded.watermark}: {folded.upserts:,} upserts and {folded.deletes:,} deletes folded in, "
-        f"{folded.stale:,} stale, {len(folded.foreign):,} foreign"
+        f"; live log up to {folded.watermark}: {folded.upserts:,} upserts and {folded.deletes:,}"
+        f" deletes folded in, {folded.stale:,} stale, {len(folded.foreign):,} foreign"
     )
 
 
@@ -283,7 +352,9 @@ def _queries_for(entity_type: str, queries: Mapping[str, QuerySet] | None) -> Qu
     return None if queries is None else queries.get(entity_type, queries.get("*"))
 
 
-def _split_queries(entities: EntityInput, queries: QuerySet | None, config: RebuildConfig) -> tuple[list[str], np.ndarray, np.ndarray, str]:
+def _split_queries(
+    entities: EntityInput, queries: QuerySet | None, config: RebuildConfig
+) -> tuple[list[str], np.ndarray, np.ndarray, str]:
     """Golden texts and vectors, calibration vectors, and where they come from; the two sets are disjoint."""
     if queries is not None and len(queries.texts):
         order = np.random.default_rng(config.seed).permutation(len(queries.texts))
@@ -307,7 +378,9 @@ def _split_queries(entities: EntityInput, queries: QuerySet | None, config: Rebu
 def _copy_bundle(bundle: Bundle, content: Path) -> None:
     for part in (*BUNDLE_PARTS, "space.json", "config.json"):
         source, target = bundle.path / part, content / part
-        if target.is_dir():  # of an interrupted build; what the bundle no longer holds must not be published ungated
+        if (
+            target.is_dir()
+        ):  # of an interrupted build; what the bundle no longer holds must not be published ungated
             shutil.rmtree(target)
         else:
             target.unlink(missing_ok=True)
@@ -318,7 +391,10 @@ def _copy_bundle(bundle: Bundle, content: Path) -> None:
 
 
 def _parity(
-    content: Path, entities: Mapping[str, EntityManifest], parity: ParityGate | None, progress: Progress
+    content: Path,
+    entities: Mapping[str, EntityManifest],
+    parity: ParityGate | None,
+    progress: Progress,
 ) -> dict[str, dict[str, Any]]:
     from index_builder.search.golden import read_golden
 
@@ -328,29 +404,43 @@ def _parity(
     for entity_type, entity in entities.items():
         if entity.golden.get("kind") == "real queries":
             golden = read_golden(content / entity_type / GOLDEN_NAME)
-            texts.update((text, vector) for text, vector in zip(golden.texts, golden.vectors) if text)
+            texts.update(
+                (text, vector) for text, vector in zip(golden.texts, golden.vectors) if text
+            )
     if not texts:
         return {}
     some = GoldenQueries(
-        list(texts), np.stack(list(texts.values())), [[] for _ in texts], [np.zeros(0, np.float32) for _ in texts], "real queries"
+        list(texts),
+        np.stack(list(texts.values())),
+        [[] for _ in texts],
+        [np.zeros(0, np.float32) for _ in texts],
+        "real queries",
     )
     reports = parity(content, some)
     for form, report in reports.items():
-        progress(f"form {form}: {'agrees with the trained tower' if report.get('passed') else 'DIFFERS from the trained tower'}")
+        progress(
+            f"form {form}:"
+            f" {'agrees with the trained tower' if report.get('passed') else 'DIFFERS from the trained tower'}"
+        )
         if not report.get("passed"):
             raise GateFailed(
-                f"export form {form!r} does not agree with the trained tower: {json.dumps(report)}. Nothing was published; "
-                "export again or remove the form."
+                f"export form {form!r} does not agree with the trained tower: {json.dumps(report)}."
+                " Nothing was published; export again or remove the form."
             )
     return reports
 
 
 def _key(
-    inputs: Mapping[str, EntityInput], bundle: Bundle, config: RebuildConfig, parent: str | None, queries: Mapping[str, QuerySet] | None
+    inputs: Mapping[str, EntityInput],
+    bundle: Bundle,
+    config: RebuildConfig,
+    parent: str | None,
+    queries: Mapping[str, QuerySet] | None,
 ) -> str:
     digest = sha256(
-        f"{bundle.space_id} {config.index!r} {config.golden_queries} {config.calibration_queries} {config.min_recall} "
-        f"{config.deterministic} {config.seed} {config.max_memory_mib} {parent}".encode()
+        f"{bundle.space_id} {config.index!r} {config.golden_queries} {config.calibration_queries}"
+        f" {config.min_recall} {config.deterministic} {config.seed} {config.max_memory_mib}"
+        f" {parent}".encode()
     )
     for entity_type in sorted(inputs):
         digest.update(f"{entity_type} {fingerprint(inputs[entity_type])}".encode())
@@ -361,10 +451,16 @@ def _key(
     return digest.hexdigest()[:16]
 
 
-def _release_id(files: Mapping[str, FileRecord], entities: Mapping[str, EntityManifest], config: RebuildConfig) -> str:
+def _release_id(
+    files: Mapping[str, FileRecord], entities: Mapping[str, EntityManifest], config: RebuildConfig
+) -> str:
     watermarks = json.dumps({name: entity.watermark for name, entity in sorted(entities.items())})
     content = sha256((content_digest(files) + watermarks).encode()).hexdigest()[:12]
-    return f"content-{content}" if config.deterministic else f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%SZ}-{content}"
+    return (
+        f"content-{content}"
+        if config.deterministic
+        else f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%SZ}-{content}"
+    )
 
 
 def _check_disk(inputs: Mapping[str, EntityInput], bundle: Bundle, store: ReleaseStore) -> None:
@@ -372,8 +468,9 @@ def _check_disk(inputs: Mapping[str, EntityInput], bundle: Bundle, store: Releas
     free = shutil.disk_usage(store.releases).free
     if need > free:
         raise DiskFull(
-            f"the release needs at least {need / 2**20:,.0f} MiB, but only {free / 2**20:,.0f} MiB are free in {store.root}. "
-            "Nothing was written; free some space (omni release gc) or choose another --store."
+            f"the release needs at least {need / 2**20:,.0f} MiB, but only {free / 2**20:,.0f} MiB"
+            f" are free in {store.root}. Nothing was written; free some space (omni release gc) or"
+            " choose another --store."
         )
 
 

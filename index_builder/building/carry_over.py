@@ -29,9 +29,14 @@ def _carry(entity_type: str, store: ReleaseStore, parent: str, content: Path) ->
                 shutil.copyfile(source / name, path)
     entity = manifest.entities[entity_type]
     found = record_files(target)
-    expected = {name[len(entity_type) + 1 :]: record for name, record in manifest.files.items() if name.startswith(f"{entity_type}/")}
+    expected = {
+        name[len(entity_type) + 1 :]: record
+        for name, record in manifest.files.items()
+        if name.startswith(f"{entity_type}/")
+    }
     if found != expected:
         raise ReleaseCorrupt(
-            f"{parent}/{entity_type}: the files to take over differ from their manifest; rebuild {entity_type} too, or roll back"
+            f"{parent}/{entity_type}: the files to take over differ from their manifest; rebuild"
+            f" {entity_type} too, or roll back"
         )
     return replace(entity, carried_from=entity.carried_from or parent)

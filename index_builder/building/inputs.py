@@ -12,7 +12,12 @@ import polars as pl
 
 from encoders.errors import InvalidVectors, SpaceMismatch
 from index_builder.errors import DuplicateIds, LiveLogError
-from index_builder.filters.attributes import can_be_attribute, fitted_column, is_of_one_type, of_one_type
+from index_builder.filters.attributes import (
+    can_be_attribute,
+    fitted_column,
+    is_of_one_type,
+    of_one_type,
+)
 from index_builder.live_log.files import log_files
 from index_builder.live_log.reader import LiveLogReader
 from index_builder.live_log.records import LiveEntry
@@ -81,15 +86,23 @@ def check_input(entity_type: str, entities: EntityInput, space_id: str, dimensio
     if entities.space_id != space_id:
         raise SpaceMismatch(space_id, entities.space_id, f"signals of {entity_type!r}")
     ids = entities.ids
-    if entities.attributes is not None and entities.attributes.width and entities.attributes.height != len(ids):
+    if (
+        entities.attributes is not None
+        and entities.attributes.width
+        and entities.attributes.height != len(ids)
+    ):
         raise InvalidVectors(
-            f"{entity_type}: expected one row of attributes per id, but got {entities.attributes.height:,} rows for {len(ids):,} ids"
+            f"{entity_type}: expected one row of attributes per id, but got"
+            f" {entities.attributes.height:,} rows for {len(ids):,} ids"
         )
     if len(set(ids)) != len(ids):
         seen: dict[str, int] = {}
         for row, identifier in enumerate(ids):
             if identifier in seen:
-                raise DuplicateIds(f"{entity_type}: id {identifier!r} occurs in rows {seen[identifier]} and {row}; keep one of them")
+                raise DuplicateIds(
+                    f"{entity_type}: id {identifier!r} occurs in rows {seen[identifier]} and {row};"
+                    " keep one of them"
+                )
             seen[identifier] = row
     try:
         check_vectors(entities.vectors, ids, dimension)
@@ -119,7 +132,9 @@ def read_live(live_root: Path, entity_type: str, after: int) -> tuple[dict[str, 
         reader.close()
 
 
-def fold_live(entities: EntityInput, latest: dict[str, LiveEntry], watermark: int, into: Path) -> tuple[EntityInput, Folded]:
+def fold_live(
+    entities: EntityInput, latest: dict[str, LiveEntry], watermark: int, into: Path
+) -> tuple[EntityInput, Folded]:
     """Apply live writes to an input.
 
     Args:
@@ -131,7 +146,9 @@ def fold_live(entities: EntityInput, latest: dict[str, LiveEntry], watermark: in
     Returns:
         The changed input (its vectors memory-mapped) and what was done.
     """
-    row_of = {identifier: row for row, identifier in enumerate(entities.ids) if identifier in latest}
+    row_of = {
+        identifier: row for row, identifier in enumerate(entities.ids) if identifier in latest
+    }
     times = entities.updated_at_ns
     dead: list[int] = []
     fresh: list[LiveEntry] = []
@@ -158,35 +175,64 @@ def fold_live(entities: EntityInput, latest: dict[str, LiveEntry], watermark: in
     dimension = entities.vectors.shape[1]
     with open(into, "wb") as file:
         for start in range(0, len(keep), _BLOCK_ROWS):
-            np.asarray(entities.vectors[start : start + _BLOCK_ROWS])[keep[start : start + _BLOCK_ROWS]].tofile(file)
+            np.asarray(entities.vectors[start : start + _BLOCK_ROWS])[
+                keep[start : start + _BLOCK_ROWS]
+            ].tofile(file)
         for entry in fresh:
             assert entry.vector is not None
             entry.vector.tofile(file)
-    ids = [identifier for identifier, stays in zip(entities.ids, keep) if stays] + [entry.id for entry in fresh]
-    vectors: np.ndarray = np.memmap(into, np.float32, "r", shape=(len(ids), dimension)) if ids else np.zeros((0, dimension), np.float32)
+    ids = [identifier for identifier, stays in zip(entities.ids, keep) if stays] + [
+        entry.id for entry in fresh
+    ]
+    vectors: np.ndarray = (
+        np.memmap(into, np.float32, "r", shape=(len(ids), dimension))
+        if ids
+        else np.zeros((0, dimension), np.float32)
+    )
     attributes = _fold_attributes(entities.attributes, keep, fresh)
     return (
-        EntityInput(ids=ids, vectors=vectors, space_id=entities.space_id, attributes=attributes, base_watermark=watermark),
+        EntityInput(
+            ids=ids,
+            vectors=vectors,
+            space_id=entities.space_id,
+            attributes=attributes,
+            base_watermark=watermark,
+        ),
         Folded(watermark, len(fresh), deletes, stale, foreign),
     )
 
 
-def _fold_attributes(frame: pl.DataFrame | None, keep: np.ndarray, fresh: list[LiveEntry]) -> pl.DataFrame | None:
+def _fold_attributes(
+    frame: pl.DataFrame | None, keep: np.ndarray, fresh: list[LiveEntry]
+) -> pl.DataFrame | None:
     """Rows of ``frame`` that stay, then those of the fresh entries, cast to the types the base already has (what does not fit is null).
 
     What no column can hold is left out: a log may have entries of before writes were checked, or checked against another release.
     """
     added = attribute_frame([entry.attributes for entry in fresh]) if fresh else pl.DataFrame()
     known = frame.columns if frame is not None else []
-    new = [of_one_type(series) for series in added if series.name not in known and not is_of_one_type(series.name)]
+    new = [
+        of_one_type(series)
+        for series in added
+        if series.name not in known and not is_of_one_type(series.name)
+    ]
     new = [series for series in new if can_be_attribute(series)]
     if not known and not new:
         return frame
     height = int(keep.sum())
     base = frame.filter(pl.Series(keep)) if frame is not None and known else pl.DataFrame()
-    parts = [(base[name], fitted_column(added, name, base.schema[name], len(fresh))) for name in known]
-    parts += [(pl.Series(series.name, [None] * height, dtype=series.dtype), series) for series in new]
-    return pl.DataFrame([pl.concat([old.to_frame(), live.to_frame()], how="vertical_relaxed").to_series() for old, live in parts])
+    parts = [
+        (base[name], fitted_column(added, name, base.schema[name], len(fresh))) for name in known
+    ]
+    parts += [
+        (pl.Series(series.name, [None] * height, dtype=series.dtype), series) for series in new
+    ]
+    return pl.DataFrame(
+        [
+            pl.concat([old.to_frame(), live.to_frame()], how="vertical_relaxed").to_series()
+            for old, live in parts
+        ]
+    )
 
 
 def fingerprint(entities: EntityInput) -> str:
@@ -201,7 +247,9 @@ def fingerprint(entities: EntityInput) -> str:
     return digest.hexdigest()
 
 
-def align_attributes(catalogue: pl.DataFrame, ids: Sequence[str], drop: Sequence[str] = ()) -> pl.DataFrame:
+def align_attributes(
+    catalogue: pl.DataFrame, ids: Sequence[str], drop: Sequence[str] = ()
+) -> pl.DataFrame:
     """Catalogue rows in the order of ``ids``; an id without a row gets nulls.
 
     Args:
@@ -211,7 +259,12 @@ def align_attributes(catalogue: pl.DataFrame, ids: Sequence[str], drop: Sequence
     """
     names = [name for name in catalogue.columns if name not in {"id", "entity_type", *drop}]
     wanted = pl.DataFrame({"id": pl.Series(list(ids), dtype=pl.String)})
-    return wanted.join(catalogue.select("id", *names).unique("id", keep="first"), on="id", how="left", maintain_order="left").drop("id")
+    return wanted.join(
+        catalogue.select("id", *names).unique("id", keep="first"),
+        on="id",
+        how="left",
+        maintain_order="left",
+    ).drop("id")
 
 
 def refuse_foreign(entity_type: str, folded: Folded) -> None:
@@ -222,7 +275,8 @@ def refuse_foreign(entity_type: str, folded: Folded) -> None:
     """
     if folded.foreign:
         raise LiveLogError(
-            f"{entity_type}: {len(folded.foreign)} live entities (first {folded.foreign[0]!r}) were written under another "
-            "space id and cannot enter this index. "
-            "Write them again with the new bundle (omni update), put them into the catalogue, or pass --drop-foreign-live."
+            f"{entity_type}: {len(folded.foreign)} live entities (first {folded.foreign[0]!r}) were"
+            " written under another space id and cannot enter this index. Write them again with"
+            " the new bundle (omni update), put them into the catalogue, or pass"
+            " --drop-foreign-live."
         )

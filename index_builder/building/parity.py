@@ -31,12 +31,16 @@ def check_forms(content: Path, golden: GoldenQueries) -> dict[str, dict[str, Any
     vectors = np.asarray(tower.encode(golden.texts), np.float32)
     smallest = float(np.einsum("nd,nd->n", vectors, golden.vectors).min()) if len(golden) else 1.0
     reports: dict[str, dict[str, Any]] = {
-        "torch-fp32": {"texts": len(golden), "cosine_min": round(smallest, 6), "passed": smallest >= TOWER_COSINE}
+        "torch-fp32": {
+            "texts": len(golden),
+            "cosine_min": round(smallest, 6),
+            "passed": smallest >= TOWER_COSINE,
+        }
     }
     for form, file in FORM_FILES.items():
         if (content / "forms" / file).is_file():
             report = asdict(measure_parity(tower, content / "forms", form, golden.texts))
-            reports[form] = {name: value for name, value in report.items() if not name.endswith("_ms")} | {
-                "passed": report["within_tolerance"]
-            }
+            reports[form] = {
+                name: value for name, value in report.items() if not name.endswith("_ms")
+            } | {"passed": report["within_tolerance"]}
     return reports

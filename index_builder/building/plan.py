@@ -71,11 +71,18 @@ class RebuildConfig:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.min_recall < 1.0:
-            raise ConfigError(f"RebuildConfig.min_recall must be between 0 and 1, but got {self.min_recall}.")
+            raise ConfigError(
+                f"RebuildConfig.min_recall must be between 0 and 1, but got {self.min_recall}."
+            )
         if not 1 <= self.golden_queries <= 10_000:
-            raise ConfigError(f"RebuildConfig.golden_queries must be between 1 and 10,000, but got {self.golden_queries}.")
+            raise ConfigError(
+                "RebuildConfig.golden_queries must be between 1 and 10,000, but got"
+                f" {self.golden_queries}."
+            )
         if self.max_memory_mib is not None and self.max_memory_mib < 64:
-            raise ConfigError(f"RebuildConfig.max_memory_mib must be at least 64, but got {self.max_memory_mib}.")
+            raise ConfigError(
+                f"RebuildConfig.max_memory_mib must be at least 64, but got {self.max_memory_mib}."
+            )
         if self.release_id is not None:
             check_release_id(self.release_id)
 
@@ -102,7 +109,8 @@ def read_bundle(path: Path) -> Bundle:
         space_id = str(values["space_id"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BundleError(
-            f"{path} is not a model bundle: expected space.json with a space_id ({error}). Train one with `omni train`."
+            f"{path} is not a model bundle: expected space.json with a space_id ({error}). Train"
+            " one with `omni train`."
         ) from error
     dimension = values.get("dimension")
     if dimension is None and (path / "config.json").is_file():
@@ -112,7 +120,9 @@ def read_bundle(path: Path) -> Bundle:
     return Bundle(path, space_id, int(dimension or DEFAULT_DIMENSION), values.get("query_upgrade"))
 
 
-def plan_release(inputs: Mapping[str, EntityInput], bundle: Bundle, store: ReleaseStore, config: RebuildConfig) -> dict[str, Any]:
+def plan_release(
+    inputs: Mapping[str, EntityInput], bundle: Bundle, store: ReleaseStore, config: RebuildConfig
+) -> dict[str, Any]:
     """What ``build_release`` would do; checks all it can without building.
 
     Returns:
@@ -124,7 +134,10 @@ def plan_release(inputs: Mapping[str, EntityInput], bundle: Bundle, store: Relea
         ConfigError: The memory limit cannot be kept.
     """
     if not inputs:
-        raise ConfigError("a rebuild needs at least one entity type, but got none. Give --catalogue, --signals or --from-active.")
+        raise ConfigError(
+            "a rebuild needs at least one entity type, but got none. Give --catalogue, --signals or"
+            " --from-active."
+        )
     parent = store.current()
     carried = carried_types(inputs, bundle, store, parent)
     plan: dict[str, Any] = {
@@ -139,7 +152,9 @@ def plan_release(inputs: Mapping[str, EntityInput], bundle: Bundle, store: Relea
             raise SpaceMismatch(bundle.space_id, entities.space_id, f"signals of {entity_type!r}")
         index = fit_memory(entity_type, len(entities.ids), bundle.dimension, config)
         latest, watermark = (
-            read_live(store.live_root, entity_type, entities.base_watermark) if config.fold_live else ({}, entities.base_watermark)
+            read_live(store.live_root, entity_type, entities.base_watermark)
+            if config.fold_live
+            else ({}, entities.base_watermark)
         )
         plan["build"][entity_type] = {
             "entities": len(entities.ids),
@@ -147,7 +162,9 @@ def plan_release(inputs: Mapping[str, EntityInput], bundle: Bundle, store: Relea
             "live_deletes": sum(e.is_delete for e in latest.values()),
             "watermark": watermark,
             "index": index.kind,
-            "peak_private_mib_estimate": round(estimate_mib(index.kind, len(entities.ids), bundle.dimension)),
+            "peak_private_mib_estimate": round(
+                estimate_mib(index.kind, len(entities.ids), bundle.dimension)
+            ),
             "disk_mib_estimate": round(len(entities.ids) * bundle.dimension * 4 * 3.3 / 2**20),
         }
     return plan
@@ -155,7 +172,9 @@ def plan_release(inputs: Mapping[str, EntityInput], bundle: Bundle, store: Relea
 
 def estimate_mib(kind: str, count: int, dimension: int) -> float:
     """Private memory a build needs at its peak, MiB."""
-    per_vector = max(BYTES_PER_VECTOR_256.get(kind, BYTES_PER_VECTOR_256["symqg"]) * dimension / 256, 300)
+    per_vector = max(
+        BYTES_PER_VECTOR_256.get(kind, BYTES_PER_VECTOR_256["symqg"]) * dimension / 256, 300
+    )
     return FIXED_MIB + count * per_vector / 2**20
 
 
@@ -166,7 +185,9 @@ def fit_memory(entity_type: str, count: int, dimension: int, config: RebuildConf
         ConfigError: The kind asked for (or every kind) needs more.
     """
     if config.index.kind == "symqg" and count < 2 * MIN_ROWS:
-        return replace(config.index, kind="auto")  # too few for that graph: auto scans them, which is as fast
+        return replace(
+            config.index, kind="auto"
+        )  # too few for that graph: auto scans them, which is as fast
     limit = config.max_memory_mib
     if limit is None or estimate_mib(config.index.kind, count, dimension) <= limit:
         return config.index
@@ -176,13 +197,16 @@ def fit_memory(entity_type: str, count: int, dimension: int, config: RebuildConf
                 return replace(config.index, kind=kind)
     leanest = estimate_mib("rabitq", count, dimension)
     raise ConfigError(
-        f"{entity_type}: --max-memory is {limit:,} MiB, but index kind {config.index.kind} of {count:,} x {dimension} needs about "
-        f"{estimate_mib(config.index.kind, count, dimension):,.0f} MiB at its peak. The leanest kind (--index rabitq) needs "
-        f"about {leanest:,.0f} MiB."
+        f"{entity_type}: --max-memory is {limit:,} MiB, but index kind {config.index.kind} of"
+        f" {count:,} x {dimension} needs about"
+        f" {estimate_mib(config.index.kind, count, dimension):,.0f} MiB at its peak. The leanest"
+        f" kind (--index rabitq) needs about {leanest:,.0f} MiB."
     )
 
 
-def carried_types(inputs: Mapping[str, EntityInput], bundle: Bundle, store: ReleaseStore, parent: str | None) -> list[str]:
+def carried_types(
+    inputs: Mapping[str, EntityInput], bundle: Bundle, store: ReleaseStore, parent: str | None
+) -> list[str]:
     """Entity types to take over from the active release."""
     if parent is None:
         return []
@@ -190,14 +214,16 @@ def carried_types(inputs: Mapping[str, EntityInput], bundle: Bundle, store: Rele
     missing = sorted(set(manifest.entities) - set(inputs))
     if missing and manifest.query_upgrade != bundle.query_upgrade:
         raise PublishError(
-            f"the active release {parent} is searched with another query tower than {bundle.path.name}'s (omni rebuild --query-tower), and "
-            f"{', '.join(missing)} would be taken over proven with that one. Rebuild {', '.join(missing)} too, or use --from-active."
+            f"the active release {parent} is searched with another query tower than"
+            f" {bundle.path.name}'s (omni rebuild --query-tower), and {', '.join(missing)} would be"
+            f" taken over proven with that one. Rebuild {', '.join(missing)} too, or use"
+            " --from-active."
         )
     if missing and manifest.space_id != bundle.space_id:
         raise PublishError(
-            f"the active release {parent} has {', '.join(sorted(manifest.entities))} under space {manifest.space_id[:16]}, "
-            "but this rebuild brings only "
-            f"{', '.join(sorted(inputs))} under space {bundle.space_id[:16]}. One release has one space: rebuild "
-            f"{', '.join(missing)} with the new bundle as well."
+            f"the active release {parent} has {', '.join(sorted(manifest.entities))} under space"
+            f" {manifest.space_id[:16]}, but this rebuild brings only {', '.join(sorted(inputs))}"
+            f" under space {bundle.space_id[:16]}. One release has one space: rebuild"
+            f" {', '.join(missing)} with the new bundle as well."
         )
     return missing

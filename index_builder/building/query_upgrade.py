@@ -31,7 +31,14 @@ from index_builder.releases.store import ReleaseStore
 from index_builder.releases.verification import record_files
 from index_builder.search.calibration import check_gate
 from index_builder.search.entity_index import INDEX_FILE, EntityIndex
-from index_builder.search.golden import GOLDEN_NAME, GoldenQueries, answer_exactly, read_golden, recall_of, write_golden
+from index_builder.search.golden import (
+    GOLDEN_NAME,
+    GoldenQueries,
+    answer_exactly,
+    read_golden,
+    recall_of,
+    write_golden,
+)
 from index_builder.storage.durable_files import disk_full_is_clear
 from index_builder.storage.peak_memory import PeakMemory
 
@@ -75,7 +82,8 @@ def upgrade_query_tower(
     with store.lock("build", config.wait_seconds):
         if store.current() is None:
             raise ReleaseNotFound(
-                f"no release is active in {store.root}, so there are no indexes to keep. Build one: omni rebuild --bundle ..."
+                f"no release is active in {store.root}, so there are no indexes to keep. Build one:"
+                " omni rebuild --bundle ..."
             )
         with store.open_current() as release:
             texts = list(dict.fromkeys(texts)) or _golden_texts(release)
@@ -84,8 +92,12 @@ def upgrade_query_tower(
             content = staging / "content"
             content.mkdir(parents=True)
             try:
-                manifest, declaration = _stage(release, bundle, texts, config, content, progress, started)
-                release_id = store.publish(content, manifest, activate=config.activate, require_parent=True)
+                manifest, declaration = _stage(
+                    release, bundle, texts, config, content, progress, started
+                )
+                release_id = store.publish(
+                    content, manifest, activate=config.activate, require_parent=True
+                )
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
         progress(f"published {release_id}{' and made it active' if config.activate else ''}")
@@ -106,18 +118,24 @@ def _stage(
         tower = QueryEncoder.load(content / "query_encoder")
         wanted = [form for form, file in FORM_FILES.items() if (bundle / "forms" / file).is_file()]
         if wanted and len(texts) < LEAST_FORM_TEXTS:
-            progress(f"{', '.join(wanted)} left out: {len(texts)} queries cannot prove a form, {LEAST_FORM_TEXTS} can (--queries)")
+            progress(
+                f"{', '.join(wanted)} left out: {len(texts)} queries cannot prove a form,"
+                f" {LEAST_FORM_TEXTS} can (--queries)"
+            )
         elif wanted:
             export_forms(tower, content / "forms", texts[:2000], wanted)
         vectors = np.ascontiguousarray(tower.encode(list(texts)), np.float32)
         entities, golden = {}, None
         for name, index in release.entities.items():
-            entities[name], golden = _take_over(release, name, index, texts, vectors, config, content / name, progress)
+            entities[name], golden = _take_over(
+                release, name, index, texts, vectors, config, content / name, progress
+            )
         forms = check_forms(content, golden) if golden is not None else {}
         for form, report in forms.items():
             if not report["passed"]:
                 raise GateFailed(
-                    f"export form {form!r} does not agree with the adapted tower: {json.dumps(report)}. Nothing was published."
+                    f"export form {form!r} does not agree with the adapted tower:"
+                    f" {json.dumps(report)}. Nothing was published."
                 )
         files = record_files(content)
     upgraded = read_bundle(content)
@@ -174,20 +192,32 @@ def _take_over(
         check_gate(index.calibration, config.min_recall, name)
         settings: dict[str, Any] = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
         settings["calibration"] = index.calibration.as_dict(latencies=False)
-        (folder / INDEX_FILE).write_text(json.dumps(settings, ensure_ascii=False, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / INDEX_FILE).write_text(
+            json.dumps(settings, ensure_ascii=False, indent=1, sort_keys=True) + "\n",
+            encoding="utf-8",
+        )
     ids = index.ids.take(np.arange(len(index.ids)))
-    golden = answer_exactly([texts[i] for i in first], vectors[first], ids, index.base_vectors(), "real queries")
+    golden = answer_exactly(
+        [texts[i] for i in first], vectors[first], ids, index.base_vectors(), "real queries"
+    )
     write_golden(golden, folder / GOLDEN_NAME)
     proven = EntityIndex.load(folder)
     answers = [proven.search(query, 10) for query in golden.vectors] if proven.count else []
-    recall = float(recall_of(golden, [a.ids for a in answers], [a.scores for a in answers]).mean()) if answers else 1.0
+    recall = (
+        float(recall_of(golden, [a.ids for a in answers], [a.scores for a in answers]).mean())
+        if answers
+        else 1.0
+    )
     progress(
-        f"{name}: {index.count:,} entities taken over from {release.release_id}, golden recall@10 {recall:.3f} with the new query tower"
+        f"{name}: {index.count:,} entities taken over from {release.release_id}, golden recall@10"
+        f" {recall:.3f} with the new query tower"
     )
     before = release.manifest.entities[name]
     entity = replace(
         before,
-        calibration=index.calibration.as_dict(latencies=False) if index.calibration is not None else None,
+        calibration=(
+            index.calibration.as_dict(latencies=False) if index.calibration is not None else None
+        ),
         golden={"queries": len(golden), "k": 10, "kind": golden.kind, "recall": round(recall, 6)},
         carried_from=before.carried_from or release.release_id,
     )
@@ -197,10 +227,12 @@ def _take_over(
 def _golden_texts(release: Release) -> list[str]:
     texts: dict[str, None] = {}
     for name in release.entities:
-        texts.update((text, None) for text in read_golden(release.path / name / GOLDEN_NAME).texts if text)
+        texts.update(
+            (text, None) for text in read_golden(release.path / name / GOLDEN_NAME).texts if text
+        )
     if not texts:
         raise ConfigError(
-            f"release {release.release_id} holds no golden queries with texts, to prove another query tower with. "
-            "Give real ones: --queries FILE."
+            f"release {release.release_id} holds no golden queries with texts, to prove another"
+            " query tower with. Give real ones: --queries FILE."
         )
     return list(texts)

@@ -21,7 +21,9 @@ from index_builder.building.inputs import EntityInput, align_attributes
 from index_builder.errors import ReleaseNotFound, UnknownEntityType
 from index_builder.releases.store import ReleaseStore
 
-_VECTOR_COLUMNS = frozenset(column.name for column in schema("catalogue").columns if column.kind is Kind.VECTOR)
+_VECTOR_COLUMNS = frozenset(
+    column.name for column in schema("catalogue").columns if column.kind is Kind.VECTOR
+)
 
 
 @contextmanager
@@ -68,14 +70,21 @@ def from_signals(
                     raise SpaceMismatch(described["space_id"], part.space_id, str(part_path))
                 part.vectors.tofile(file)
                 ids += part.ids
-                stamps = pq.read_table(part_path, columns=["updated_at"])["updated_at"].cast(pa.timestamp("ns", "UTC")).cast(pa.int64())
+                stamps = (
+                    pq.read_table(part_path, columns=["updated_at"])["updated_at"]
+                    .cast(pa.timestamp("ns", "UTC"))
+                    .cast(pa.int64())
+                )
                 times.append(stamps.combine_chunks().to_numpy(zero_copy_only=False))
         if len(ids) != described["rows"]:
             raise DataError(
-                f"signals.json of {entity_type!r} promises {described['rows']} rows, but the parts hold {len(ids)}; embed again"
+                f"signals.json of {entity_type!r} promises {described['rows']} rows, but the parts"
+                f" hold {len(ids)}; embed again"
             )
         shape = (len(ids), int(described["dimension"]))
-        vectors = np.memmap(path, np.float32, "r", shape=shape) if ids else np.zeros(shape, np.float32)
+        vectors = (
+            np.memmap(path, np.float32, "r", shape=shape) if ids else np.zeros(shape, np.float32)
+        )
         inputs[entity_type] = EntityInput(
             ids=ids,
             vectors=vectors,
@@ -86,7 +95,9 @@ def from_signals(
     return inputs
 
 
-def from_release(store: ReleaseStore, entity_types: Sequence[str]) -> tuple[dict[str, EntityInput], Path]:
+def from_release(
+    store: ReleaseStore, entity_types: Sequence[str]
+) -> tuple[dict[str, EntityInput], Path]:
     """The active release's own vectors and attributes, to fold the live log into them; and its folder, which serves as the bundle.
 
     Raises:
@@ -96,7 +107,8 @@ def from_release(store: ReleaseStore, entity_types: Sequence[str]) -> tuple[dict
     current = store.current()
     if current is None:
         raise ReleaseNotFound(
-            f"no release is active in {store.root}, so there is nothing to rebuild from; give --bundle and --catalogue or --signals"
+            f"no release is active in {store.root}, so there is nothing to rebuild from; give"
+            " --bundle and --catalogue or --signals"
         )
     release = store.open_current()
     inputs = {}
@@ -115,20 +127,29 @@ def from_release(store: ReleaseStore, entity_types: Sequence[str]) -> tuple[dict
     return inputs, release.path
 
 
-def attributes_for(catalogue: pl.DataFrame | None, entity_type: str, ids: Sequence[str]) -> pl.DataFrame | None:
+def attributes_for(
+    catalogue: pl.DataFrame | None, entity_type: str, ids: Sequence[str]
+) -> pl.DataFrame | None:
     """Attributes of one entity type, in row order: every catalogue column but ids, declared vectors and nested values."""
     if catalogue is None:
         return None
-    rows = catalogue.filter(pl.col("entity_type") == entity_type) if "entity_type" in catalogue.columns else catalogue
+    rows = (
+        catalogue.filter(pl.col("entity_type") == entity_type)
+        if "entity_type" in catalogue.columns
+        else catalogue
+    )
     drop = [
-        name for name, dtype in rows.schema.items() if name in _VECTOR_COLUMNS or _nested(dtype) or rows[name].null_count() == rows.height
+        name
+        for name, dtype in rows.schema.items()
+        if name in _VECTOR_COLUMNS or _nested(dtype) or rows[name].null_count() == rows.height
     ]
     return align_attributes(rows, ids, drop)
 
 
 def _nested(dtype: pl.DataType) -> bool:
     return isinstance(dtype, pl.Struct | pl.Object | pl.Binary) or (
-        isinstance(dtype, pl.List | pl.Array) and isinstance(dtype.inner, pl.List | pl.Array | pl.Struct)
+        isinstance(dtype, pl.List | pl.Array)
+        and isinstance(dtype.inner, pl.List | pl.Array | pl.Struct)
     )
 
 
@@ -151,7 +172,9 @@ def read_query_texts(path: Path, limit: int, seed: int) -> list[str]:
     else:
         frame = pl.concat([read_raw(file) for file in table_files(path)], how="diagonal_relaxed")
         if "query" not in frame.columns:
-            raise DataError(f"{path}: expected a column 'query', but got {', '.join(frame.columns[:8])}")
+            raise DataError(
+                f"{path}: expected a column 'query', but got {', '.join(frame.columns[:8])}"
+            )
         texts = [str(text).strip() for text in frame["query"].drop_nulls().to_list()]
     distinct = sorted({text for text in texts if text})
     if not distinct:

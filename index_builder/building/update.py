@@ -25,7 +25,9 @@ from index_builder.releases.release import read_manifest
 from index_builder.releases.store import ReleaseStore
 
 BATCH_ROWS = 1024
-_VECTOR_COLUMNS = frozenset(column.name for column in schema("catalogue").columns if column.kind is Kind.VECTOR)
+_VECTOR_COLUMNS = frozenset(
+    column.name for column in schema("catalogue").columns if column.kind is Kind.VECTOR
+)
 
 
 class Embedder(Protocol):
@@ -81,13 +83,19 @@ def read_changes(path: Path, manifest: Manifest) -> Changes:
         BadAttribute: A value does not fit the release's attribute.
         InvalidVectors: A row's own embedding must not enter an index.
     """
-    raw = pl.concat([read_raw(file).with_row_index(ROW, offset=1) for file in table_files(path)], how="diagonal_relaxed")
+    raw = pl.concat(
+        [read_raw(file).with_row_index(ROW, offset=1) for file in table_files(path)],
+        how="diagonal_relaxed",
+    )
     for name in ("id", "entity_type"):
         if name not in raw.columns:
             raise SchemaError(
-                f"{path}: expected columns id, entity_type (and op, title, ...), but {name!r} is missing; got {', '.join(raw.columns[:12])}"
+                f"{path}: expected columns id, entity_type (and op, title, ...), but {name!r} is"
+                f" missing; got {', '.join(raw.columns[:12])}"
             )
-    raw = raw.unique(["entity_type", "id"], keep="last", maintain_order=True)  # the last row about an entity wins, as it would one by one
+    raw = raw.unique(
+        ["entity_type", "id"], keep="last", maintain_order=True
+    )  # the last row about an entity wins, as it would one by one
     operations = (
         raw["op"].fill_null("upsert").cast(pl.String).str.strip_chars().str.to_lowercase()
         if "op" in raw.columns
@@ -95,16 +103,21 @@ def read_changes(path: Path, manifest: Manifest) -> Changes:
     )
     bad = (~operations.is_in(["upsert", "delete", ""])).arg_true()
     if len(bad):
-        raise RowError(f"{path}, row {raw[ROW][int(bad[0])]}: op must be 'upsert' or 'delete', but got {operations[bad[0]]!r}")
+        raise RowError(
+            f"{path}, row {raw[ROW][int(bad[0])]}: op must be 'upsert' or 'delete', but got"
+            f" {operations[bad[0]]!r}"
+        )
     is_delete = operations == "delete"
     rest = raw.drop("op", strict=False)
     deletes: dict[str, list[str]] = {}
     removed = rest.filter(is_delete)
-    for row, identifier, entity_type in zip(removed[ROW], cell_texts(removed["id"]), removed["entity_type"]):
+    for row, identifier, entity_type in zip(
+        removed[ROW], cell_texts(removed["id"]), removed["entity_type"]
+    ):
         if identifier is None or entity_type not in ENTITY_TYPES:
             raise RowError(
-                f"{path}, row {row}: a delete needs an id and an entity_type among {', '.join(ENTITY_TYPES)}, but got "
-                f"{identifier!r}, {entity_type!r}"
+                f"{path}, row {row}: a delete needs an id and an entity_type among"
+                f" {', '.join(ENTITY_TYPES)}, but got {identifier!r}, {entity_type!r}"
             )
         check_entry(LiveEntry(id=identifier), manifest.dimension)
         deletes.setdefault(entity_type, []).append(identifier)
@@ -114,27 +127,41 @@ def read_changes(path: Path, manifest: Manifest) -> Changes:
     for row in frame.drop("embedding", strict=False).iter_rows(named=True):
         entity = manifest.entities.get(row["entity_type"])
         if entity is not None:
-            check_attributes(attributes_of(row), entity.index.get("attributes", {}), f"{path.name}, {row['entity_type']} {row['id']!r}")
+            check_attributes(
+                attributes_of(row),
+                entity.index.get("attributes", {}),
+                f"{path.name}, {row['entity_type']} {row['id']!r}",
+            )
     if "embedding" in frame.columns:
         has = frame["embedding"].is_not_null()
         ready = _ready(frame.filter(has), manifest)
         frame = frame.filter(~has).drop("embedding")
     known = set(manifest.entities)
-    for entity_type in {*deletes, *ready, *(frame["entity_type"].unique().to_list() if frame.height else [])} - known:
+    for entity_type in {
+        *deletes,
+        *ready,
+        *(frame["entity_type"].unique().to_list() if frame.height else []),
+    } - known:
         raise UnknownEntityType(entity_type, sorted(known))
     return Changes(frame, ready, deletes)
 
 
 def _parsed(frame: pl.DataFrame, manifest: Manifest) -> pl.DataFrame:
     """Texts of columns that are numbers or booleans in the release become such, where all of them can: CSV knows no types."""
-    for name in (n for n in frame.columns if frame[n].dtype == pl.String and n not in {"id", "entity_type"}):
-        wanted = {entity.index.get("attributes", {}).get(name) for entity in manifest.entities.values()} - {None}
+    for name in (
+        n for n in frame.columns if frame[n].dtype == pl.String and n not in {"id", "entity_type"}
+    ):
+        wanted = {
+            entity.index.get("attributes", {}).get(name) for entity in manifest.entities.values()
+        } - {None}
         if len(wanted) != 1 or not wanted & {"int", "float", "bool"}:
             continue
         texts = frame[name].str.strip_chars()
         texts = texts.set(texts == "", None)
         if wanted == {"bool"}:
-            values = texts.str.to_lowercase().replace_strict({"true": True, "false": False}, default=None, return_dtype=pl.Boolean)
+            values = texts.str.to_lowercase().replace_strict(
+                {"true": True, "false": False}, default=None, return_dtype=pl.Boolean
+            )
         else:
             numbers = texts.cast(pl.Float64, strict=False)
             whole = texts.cast(pl.Int64, strict=False)
@@ -180,7 +207,9 @@ def attributes_of(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and value != value)  # NaN is how pandas says that a number is missing
+    return value is None or (
+        isinstance(value, float) and value != value
+    )  # NaN is how pandas says that a number is missing
 
 
 def _nested(value: Any) -> bool:
@@ -194,7 +223,11 @@ def _json_value(value: Any) -> Any:
 
 
 def apply_changes(
-    changes: Changes, store: ReleaseStore, bundle: Embedder | None, *, progress: Callable[[int], None] = lambda _: None
+    changes: Changes,
+    store: ReleaseStore,
+    bundle: Embedder | None,
+    *,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, int]:
     """Write changes to the live log; each batch is durable before the next is embedded. Running it again does no harm.
 
@@ -218,7 +251,10 @@ def apply_changes(
             writer = writers.get(entity_type)
             if writer is None:
                 writer = writers[entity_type] = LiveLogWriter(
-                    store.live_root, entity_type, manifest.dimension, after=manifest.entities[entity_type].watermark
+                    store.live_root,
+                    entity_type,
+                    manifest.dimension,
+                    after=manifest.entities[entity_type].watermark,
                 )
             last[entity_type] = writer.write(entries)
             done += len(entries)
@@ -233,12 +269,19 @@ def _batches(changes: Changes, bundle: Embedder | None) -> Iterator[tuple[str, l
     for entity_type, entries in changes.ready.items():
         for start in range(0, len(entries), BATCH_ROWS):
             yield entity_type, entries[start : start + BATCH_ROWS]
-    for (entity_type,), frame in changes.upserts.group_by("entity_type", maintain_order=True) if changes.upserts.height else ():
+    for (entity_type,), frame in (
+        changes.upserts.group_by("entity_type", maintain_order=True)
+        if changes.upserts.height
+        else ()
+    ):
         for start in range(0, frame.height, BATCH_ROWS):
             yield str(entity_type), embed_rows(frame[start : start + BATCH_ROWS], bundle)
     for entity_type, ids in changes.deletes.items():
         for start in range(0, len(ids), BATCH_ROWS):
-            yield entity_type, [LiveEntry(id=identifier) for identifier in ids[start : start + BATCH_ROWS]]
+            yield (
+                entity_type,
+                [LiveEntry(id=identifier) for identifier in ids[start : start + BATCH_ROWS]],
+            )
 
 
 def embed_rows(frame: pl.DataFrame, bundle: Embedder | None) -> list[LiveEntry]:
@@ -246,7 +289,13 @@ def embed_rows(frame: pl.DataFrame, bundle: Embedder | None) -> list[LiveEntry]:
     assert bundle is not None, "rows without an embedding need a bundle"
     vectors = np.ascontiguousarray(bundle.embed_entities(frame), np.float32)
     return [
-        LiveEntry(id=row["id"], vector=vector, space_id=bundle.space_id, attributes=attributes_of(row), source=source_of(row))
+        LiveEntry(
+            id=row["id"],
+            vector=vector,
+            space_id=bundle.space_id,
+            attributes=attributes_of(row),
+            source=source_of(row),
+        )
         for row, vector in zip(frame.iter_rows(named=True), vectors)
     ]
 
@@ -258,12 +307,21 @@ def embed_again(entries: list[LiveEntry], bundle: Embedder) -> list[LiveEntry]:
         entries: Upserts with a ``source``.
         bundle: Of the new space.
     """
-    frame = pl.from_dicts([{**(entry.source or {}), "id": entry.id} for entry in entries], infer_schema_length=None)
+    frame = pl.from_dicts(
+        [{**(entry.source or {}), "id": entry.id} for entry in entries], infer_schema_length=None
+    )
     checked = check_frame(frame, schema("catalogue"), "live log")
     raise_problems(checked.report)
     times = {entry.id: entry.time_ns for entry in entries}
     fresh = embed_rows(checked.frame, bundle)
     return [
-        LiveEntry(id=e.id, vector=e.vector, space_id=e.space_id, attributes=e.attributes, source=e.source, time_ns=times[e.id])
+        LiveEntry(
+            id=e.id,
+            vector=e.vector,
+            space_id=e.space_id,
+            attributes=e.attributes,
+            source=e.source,
+            time_ns=times[e.id],
+        )
         for e in fresh
     ]

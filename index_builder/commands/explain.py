@@ -10,7 +10,14 @@ import click
 import numpy as np
 import polars as pl
 
-from encoders.commands.console import data_option, handle_errors, json_option, print_json, print_table, say
+from encoders.commands.console import (
+    data_option,
+    handle_errors,
+    json_option,
+    print_json,
+    print_table,
+    say,
+)
 from encoders.errors import ConfigError, DataError
 from encoders.tables.schemas import ENTITY_TYPES
 from index_builder.commands.store_option import full_release_id, open_store, store_option
@@ -18,7 +25,13 @@ from index_builder.errors import InvalidQuery
 from index_builder.releases.live_follower import LiveFollower
 from index_builder.releases.release import Release
 from index_builder.search.entity_index import EntityIndex
-from index_builder.search.explain import STEPS, Waterfall, dimension_curve, explain_id, recall_waterfall
+from index_builder.search.explain import (
+    STEPS,
+    Waterfall,
+    dimension_curve,
+    explain_id,
+    recall_waterfall,
+)
 
 
 @click.group()
@@ -42,7 +55,9 @@ def _open(store_path: Path, release_id: str | None) -> tuple[Release, LiveFollow
 @click.option("--entity-type", required=True, type=click.Choice(ENTITY_TYPES), help="Which index.")
 @click.option("--text", help="The query.")
 @click.option("--like", "like_id", help="Use the vector of this id as the query: its neighbours.")
-@click.option("--id", "wanted", multiple=True, help="Say why this id is (not) among the answers. Repeatable.")
+@click.option(
+    "--id", "wanted", multiple=True, help="Say why this id is (not) among the answers. Repeatable."
+)
 @click.option("--filter", "expression", help="Filter of the search.")
 @click.option("--k", type=int, default=10, show_default=True, help="Answers asked for.")
 @click.option("--release", "release_id", help="Default: the active release.")
@@ -70,18 +85,27 @@ def query_command(
     if like_id is not None:
         vector = index.vector(like_id)
         if vector is None:
-            raise InvalidQuery(f"{like_id!r} is not in the {entity_type} index; choose an id that is (omni explain query --text ...)")
+            raise InvalidQuery(
+                f"{like_id!r} is not in the {entity_type} index; choose an id that is (omni explain"
+                " query --text ...)"
+            )
         query = np.ascontiguousarray(vector, np.float32)
     else:
         from encoders.towers.query_tower import QueryEncoder
 
-        query = np.asarray(QueryEncoder.load(release.query_encoder_path).encode([text or ""])[0], np.float32)
+        query = np.asarray(
+            QueryEncoder.load(release.query_encoder_path).encode([text or ""])[0], np.float32
+        )
     served = index.search(query, k, filter=expression)
     exact = index.search(query, k, filter=expression, exact=True)
-    verdicts = [asdict(explain_id(index, live, query, identifier, k, expression)) for identifier in wanted]
+    verdicts = [
+        asdict(explain_id(index, live, query, identifier, k, expression)) for identifier in wanted
+    ]
     release.close()
     if as_json:
-        answers = [{"id": i, "score": round(float(s), 6)} for i, s in zip(served.ids, served.scores)]
+        answers = [
+            {"id": i, "score": round(float(s), 6)} for i, s in zip(served.ids, served.scores)
+        ]
         print_json(
             {
                 "release_id": release.release_id,
@@ -97,16 +121,26 @@ def query_command(
         return
     ranks = {identifier: rank + 1 for rank, identifier in enumerate(exact.ids)}
     title = "title" if "title" in index.attribute_table.schema else None
-    titles = [row.get("title") for row in index.attributes(served.ids, ["title"])] if title else [None] * len(served.ids)
-    rows = [(n + 1, i, round(float(s), 4), ranks.get(i), t) for n, (i, s, t) in enumerate(zip(served.ids, served.scores, titles))]
-    say(
-        f"release {release.release_id}, plan {served.plan}, ef {served.ef}, estimated recall {served.estimated_recall}, "
-        f"selectivity {served.selectivity}"
+    titles = (
+        [row.get("title") for row in index.attributes(served.ids, ["title"])]
+        if title
+        else [None] * len(served.ids)
     )
-    print_table(f"answers of {text or like_id!r}", ("rank", "id", "score", "exact rank", "title"), rows)
+    rows = [
+        (n + 1, i, round(float(s), 4), ranks.get(i), t)
+        for n, (i, s, t) in enumerate(zip(served.ids, served.scores, titles))
+    ]
+    say(
+        f"release {release.release_id}, plan {served.plan}, ef {served.ef}, estimated recall"
+        f" {served.estimated_recall}, selectivity {served.selectivity}"
+    )
+    print_table(
+        f"answers of {text or like_id!r}", ("rank", "id", "score", "exact rank", "title"), rows
+    )
     for verdict in verdicts:
         click.echo(
-            f"{verdict['id']}: {verdict['reason']} [{verdict['state']}, score {verdict['score']}, exact rank {verdict['exact_rank']}]"
+            f"{verdict['id']}: {verdict['reason']} [{verdict['state']}, score {verdict['score']},"
+            f" exact rank {verdict['exact_rank']}]"
         )
 
 
@@ -119,17 +153,34 @@ def query_command(
     help="Labelled pairs: a table with query, entity_type, entity_id (and split, filter).",
 )
 @data_option
-@click.option("--split", default="heldout", show_default=True, help="Which split, where the pairs have one.")
-@click.option("--limit", type=int, default=2000, show_default=True, help="Pairs per entity type, drawn at random.")
+@click.option(
+    "--split", default="heldout", show_default=True, help="Which split, where the pairs have one."
+)
+@click.option(
+    "--limit",
+    type=int,
+    default=2000,
+    show_default=True,
+    help="Pairs per entity type, drawn at random.",
+)
 @click.option(
     "--signals",
     type=click.Path(path_type=Path, file_okay=False),
     help="Signal store with today's vectors: separates staleness from the encoder.",
 )
-@click.option("--filter", "expression", help="Filter of every query (pairs may bring their own in a column filter).")
+@click.option(
+    "--filter",
+    "expression",
+    help="Filter of every query (pairs may bring their own in a column filter).",
+)
 @click.option("--k", type=int, default=10, show_default=True, help="Depth of labelled Recall@k.")
 @click.option("--release", "release_id", help="Default: the active release.")
-@click.option("--plot", "plot_path", type=click.Path(path_type=Path, dir_okay=False), help="Write the waterfall as an image (.png, .svg).")
+@click.option(
+    "--plot",
+    "plot_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the waterfall as an image (.png, .svg).",
+)
 @json_option
 @handle_errors
 def misses_command(
@@ -184,12 +235,20 @@ def misses_command(
                 positives=rows["positives"].to_list(),
             )
         )
-        curves[entity_type] = dimension_curve(index, queries, targets, k, (16, 32, 64, 128, 256, 512))
+        curves[entity_type] = dimension_curve(
+            index, queries, targets, k, (16, 32, 64, 128, 256, 512)
+        )
     release.close()
     if plot_path is not None:
         plot_waterfalls(waterfalls, plot_path)
     if as_json:
-        print_json({"release_id": release.release_id, "waterfalls": [asdict(w) for w in waterfalls], "recall_by_dimension": curves})
+        print_json(
+            {
+                "release_id": release.release_id,
+                "waterfalls": [asdict(w) for w in waterfalls],
+                "recall_by_dimension": curves,
+            }
+        )
         return
     _print(waterfalls, curves, k)
 
@@ -201,7 +260,10 @@ def _pairs(path: Path | None, data_dir: Path | None, split: str) -> pl.DataFrame
         frame = pl.concat([read_raw(file) for file in table_files(path)], how="diagonal_relaxed")
         missing = {"query", "entity_type", "entity_id"} - set(frame.columns)
         if missing:
-            raise DataError(f"{path}: expected columns query, entity_type, entity_id, but {', '.join(sorted(missing))} is missing")
+            raise DataError(
+                f"{path}: expected columns query, entity_type, entity_id, but"
+                f" {', '.join(sorted(missing))} is missing"
+            )
         frame = frame.with_columns(pl.col("entity_id").cast(pl.String))
         return frame.filter(pl.col("split") == split) if "split" in frame.columns else frame
     from encoders.datasets.dataset import load_dataset
@@ -225,20 +287,27 @@ def _require_held(pairs: pl.DataFrame, release: Release, source: str) -> None:
     held, notes = 0, []
     for entity_type, index in release.entities.items():
         targets = pairs.filter(pl.col("entity_type") == entity_type)["entity_id"].fill_null("")
-        unknown = [id for id in targets.unique(maintain_order=True) if index.row_of(id) is None and index.vector(id) is None]
+        unknown = [
+            id
+            for id in targets.unique(maintain_order=True)
+            if index.row_of(id) is None and index.vector(id) is None
+        ]
         lost = int(targets.is_in(unknown).sum())
         held += len(targets) - lost
         if lost > len(targets) / 2:
             notes.append(
-                f"note: {entity_type}: {lost:,} of {len(targets):,} pairs label entities that release {release.release_id} does not hold, "
-                f"e.g. {unknown[0]!r}: no step could find them, whichever they are counted for"
+                f"note: {entity_type}: {lost:,} of {len(targets):,} pairs label entities that"
+                f" release {release.release_id} does not hold, e.g. {unknown[0]!r}: no step could"
+                " find them, whichever they are counted for"
             )
     if not held:
         named = f", e.g. {pairs['entity_id'][0]!r}" if pairs.height else ""
         raise DataError(
-            f"none of the {pairs.height:,} pairs of {source} labels an entity of release {release.release_id}{named}. "
-            f"It holds {', '.join(_shown(index) for index in release.entities.values())}. Name pairs of that catalogue: "
-            "--pairs FILE (query, entity_type, entity_id), or --data FOLDER with its tables catalogue and pairs"
+            f"none of the {pairs.height:,} pairs of {source} labels an entity of release"
+            f" {release.release_id}{named}. It holds"
+            f" {', '.join(_shown(index) for index in release.entities.values())}. Name pairs of"
+            " that catalogue: --pairs FILE (query, entity_type, entity_id), or --data FOLDER with"
+            " its tables catalogue and pairs"
         )
     for note in notes:
         say(note)
@@ -249,7 +318,9 @@ def _shown(index: EntityIndex) -> str:
     return f"{index.entity_type} {index.count:,}" + (f" (e.g. {first[0]!r})" if first else "")
 
 
-def _fresh(signals: Path | None, entity_type: str, release: Release) -> tuple[list[str], np.ndarray] | None:
+def _fresh(
+    signals: Path | None, entity_type: str, release: Release
+) -> tuple[list[str], np.ndarray] | None:
     if signals is None:
         return None
     from encoders.errors import SpaceMismatch
@@ -268,14 +339,23 @@ def _print(waterfalls: list[Waterfall], curves: dict[str, Any], k: int) -> None:
         for step in STEPS:
             after = w.recall[step]
             rows.append(
-                (w.entity_type, step, round(after, 4), round(before - after, 4), w.lost_to[step], "" if w.measured[step] else "not in play")
+                (
+                    w.entity_type,
+                    step,
+                    round(after, 4),
+                    round(before - after, 4),
+                    w.lost_to[step],
+                    "" if w.measured[step] else "not in play",
+                )
             )
             before = after
     columns = ("entity type", "step", f"labelled Recall@{k} after", "lost", "pairs lost to it", "")
     print_table("where labelled pairs are lost (each step against its exact oracle)", columns, rows)
     table = [(name, d, round(r, 4)) for name, curve in curves.items() for d, r in curve.items()]
     print_table(
-        "what fewer dimensions would cost (exact search over prefixes)", ("entity type", "dimensions", f"labelled Recall@{k}"), table
+        "what fewer dimensions would cost (exact search over prefixes)",
+        ("entity type", "dimensions", f"labelled Recall@{k}"),
+        table,
     )
 
 
@@ -286,20 +366,36 @@ def plot_waterfalls(waterfalls: list[Waterfall], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(waterfalls), figsize=(4.2 * len(waterfalls), 3.6), sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(waterfalls), figsize=(4.2 * len(waterfalls), 3.6), sharey=True, squeeze=False
+    )
     for axis, w in zip(axes[0], waterfalls):
         before = 1.0
         for position, step in enumerate(STEPS):
             after = w.recall[step]
             colour = "#999" if step == "labels" else "#c44" if after <= before else "#4a4"
-            axis.bar(position, abs(before - after), bottom=min(before, after), color=colour, width=0.7)
+            axis.bar(
+                position, abs(before - after), bottom=min(before, after), color=colour, width=0.7
+            )
             note = f"{after - before:+.3f}" if w.measured[step] else "not in play"
-            axis.text(position, max(before, after) + 0.01, note, ha="center", va="bottom", rotation=90, fontsize=7)
-            axis.plot([position - 0.35, position + 1.35], [after, after], color="#888", linewidth=0.8)
+            axis.text(
+                position,
+                max(before, after) + 0.01,
+                note,
+                ha="center",
+                va="bottom",
+                rotation=90,
+                fontsize=7,
+            )
+            axis.plot(
+                [position - 0.35, position + 1.35], [after, after], color="#888", linewidth=0.8
+            )
             before = after
         axis.bar(len(STEPS), before, color="#357", width=0.7)
         axis.text(len(STEPS), before + 0.01, f"{before:.3f}", ha="center", fontsize=8)
-        axis.set_xticks(range(len(STEPS) + 1), [*STEPS, "found"], rotation=45, ha="right", fontsize=8)
+        axis.set_xticks(
+            range(len(STEPS) + 1), [*STEPS, "found"], rotation=45, ha="right", fontsize=8
+        )
         axis.set_title(f"{w.entity_type}: {w.pairs:,} labelled pairs", fontsize=10)
         axis.set_ylim(0, 1.2)
     axes[0][0].set_ylabel(f"labelled Recall@{waterfalls[0].k}")

@@ -10,15 +10,33 @@ import click
 import numpy as np
 import polars as pl
 
-from encoders.commands.console import handle_errors, json_option, peak_memory_mib, print_json, print_table, say, stage
+from encoders.commands.console import (
+    handle_errors,
+    json_option,
+    peak_memory_mib,
+    print_json,
+    print_table,
+    say,
+    stage,
+)
 from encoders.errors import BundleError, ConfigError
 from encoders.tables.schemas import ENTITY_TYPES
 from index_builder.ann import AnnConfig
 from index_builder.ann.choice import KINDS
 from index_builder.building.build import build_release
 from index_builder.building.inputs import EntityInput, QuerySet, read_live
-from index_builder.building.plan import CALIBRATION_QUERIES, RebuildConfig, plan_release, read_bundle
-from index_builder.building.sources import from_release, from_signals, read_query_texts, scratch_folder
+from index_builder.building.plan import (
+    CALIBRATION_QUERIES,
+    RebuildConfig,
+    plan_release,
+    read_bundle,
+)
+from index_builder.building.sources import (
+    from_release,
+    from_signals,
+    read_query_texts,
+    scratch_folder,
+)
 from index_builder.building.update import embed_again
 from index_builder.commands.store_option import open_store, store_option
 from index_builder.live_log.writer import LiveLogWriter
@@ -48,22 +66,36 @@ def parse_memory(text: str | None) -> int | None:
 @click.command()
 @store_option
 @click.option(
-    "--bundle", type=click.Path(path_type=Path, file_okay=False), help="Model bundle (towers, space id). With --from-active: not needed."
+    "--bundle",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Model bundle (towers, space id). With --from-active: not needed.",
 )
 @click.option(
     "--catalogue",
     type=click.Path(path_type=Path, exists=True),
     multiple=True,
-    help="Catalogue file or folder: embedded with the bundle; its columns become attributes. Repeatable: all together are one table.",
+    help=(
+        "Catalogue file or folder: embedded with the bundle; its columns become attributes."
+        " Repeatable: all together are one table."
+    ),
 )
 @click.option(
-    "--signals", type=click.Path(path_type=Path, file_okay=False), help="Signal store with ready embeddings, as `omni embed` writes it."
+    "--signals",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Signal store with ready embeddings, as `omni embed` writes it.",
 )
-@click.option("--from-active", is_flag=True, help="Take vectors and attributes from the active release and fold the live log into them.")
+@click.option(
+    "--from-active",
+    is_flag=True,
+    help="Take vectors and attributes from the active release and fold the live log into them.",
+)
 @click.option(
     "--query-tower",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Keep the active release's indexes and search them with this bundle's query tower, which declares itself compatible.",
+    help=(
+        "Keep the active release's indexes and search them with this bundle's query tower, which"
+        " declares itself compatible."
+    ),
 )
 @click.option(
     "--entity-type",
@@ -75,13 +107,27 @@ def parse_memory(text: str | None) -> int | None:
 @click.option(
     "--queries",
     type=click.Path(path_type=Path, exists=True),
-    help="Real queries (.txt, or a table with a column query) to calibrate and prove the release with.",
+    help=(
+        "Real queries (.txt, or a table with a column query) to calibrate and prove the release"
+        " with."
+    ),
 )
 @click.option(
-    "--index", "kind", type=click.Choice(["auto", *KINDS]), default="auto", show_default=True, help="Kind of index; auto says why."
+    "--index",
+    "kind",
+    type=click.Choice(["auto", *KINDS]),
+    default="auto",
+    show_default=True,
+    help="Kind of index; auto says why.",
 )
 @click.option("--lean", is_flag=True, help="Let auto prefer little memory over speed.")
-@click.option("--m", type=int, default=16, show_default=True, help="HNSW links per node: more is better recall and more memory.")
+@click.option(
+    "--m",
+    type=int,
+    default=16,
+    show_default=True,
+    help="HNSW links per node: more is better recall and more memory.",
+)
 @click.option(
     "--ef-construction",
     type=int,
@@ -89,24 +135,73 @@ def parse_memory(text: str | None) -> int | None:
     show_default=True,
     help="Candidates while inserting: more is better recall and a slower build.",
 )
-@click.option("--degree", type=int, default=32, show_default=True, help="SymphonyQG out-degree, a multiple of 32.")
-@click.option("--bits", type=int, default=0, show_default=True, help="0: re-rank with float32; 8: with 8 bits a dimension (symqg, rabitq).")
-@click.option("--threads", type=int, default=0, help="Build threads; 0: all cores (fast mode). Deterministic mode uses one.")
-@click.option("--deterministic", is_flag=True, help="Same input and seed give the same bytes; one thread.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of every random choice.")
-@click.option("--min-recall", type=float, default=0.95, show_default=True, help="Gate: lower 95% bound of the measured ANN recall@10.")
 @click.option(
-    "--golden", type=int, default=64, show_default=True, help="Golden queries kept per entity type, replayed before a server is READY."
+    "--degree",
+    type=int,
+    default=32,
+    show_default=True,
+    help="SymphonyQG out-degree, a multiple of 32.",
 )
 @click.option(
-    "--max-memory", help="Private memory at the peak, e.g. 4G: kinds that do not fit are not chosen, and the measured peak is gated."
+    "--bits",
+    type=int,
+    default=0,
+    show_default=True,
+    help="0: re-rank with float32; 8: with 8 bits a dimension (symqg, rabitq).",
+)
+@click.option(
+    "--threads",
+    type=int,
+    default=0,
+    help="Build threads; 0: all cores (fast mode). Deterministic mode uses one.",
+)
+@click.option(
+    "--deterministic", is_flag=True, help="Same input and seed give the same bytes; one thread."
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Of every random choice.")
+@click.option(
+    "--min-recall",
+    type=float,
+    default=0.95,
+    show_default=True,
+    help="Gate: lower 95% bound of the measured ANN recall@10.",
+)
+@click.option(
+    "--golden",
+    type=int,
+    default=64,
+    show_default=True,
+    help="Golden queries kept per entity type, replayed before a server is READY.",
+)
+@click.option(
+    "--max-memory",
+    help=(
+        "Private memory at the peak, e.g. 4G: kinds that do not fit are not chosen, and the"
+        " measured peak is gated."
+    ),
 )
 @click.option("--release-id", help="Default: time and content; in deterministic mode content only.")
 @click.option("--no-activate", is_flag=True, help="Publish without making it the active release.")
-@click.option("--no-resume", is_flag=True, help="Start over instead of taking over what an interrupted run left.")
-@click.option("--no-live", is_flag=True, help="Leave the live log alone; it is replayed over the new release.")
-@click.option("--drop-foreign-live", is_flag=True, help="Leave out live entries that only exist as vectors of another space.")
-@click.option("--wait", type=float, default=0.0, show_default=True, help="Seconds to wait for another rebuild in the same store.")
+@click.option(
+    "--no-resume",
+    is_flag=True,
+    help="Start over instead of taking over what an interrupted run left.",
+)
+@click.option(
+    "--no-live", is_flag=True, help="Leave the live log alone; it is replayed over the new release."
+)
+@click.option(
+    "--drop-foreign-live",
+    is_flag=True,
+    help="Leave out live entries that only exist as vectors of another space.",
+)
+@click.option(
+    "--wait",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Seconds to wait for another rebuild in the same store.",
+)
 @click.option("--dry-run", is_flag=True, help="Check the input and print the plan; build nothing.")
 @json_option
 @handle_errors
@@ -135,7 +230,15 @@ def command(store_path: Path, as_json: bool, dry_run: bool, **options: Any) -> N
             if as_json:
                 print_json({"dry_run": True, **plan})
                 return
-            columns = ("entity type", "entities", "live upserts", "live deletes", "index", "peak MiB (est.)", "disk MiB (est.)")
+            columns = (
+                "entity type",
+                "entities",
+                "live upserts",
+                "live deletes",
+                "index",
+                "peak MiB (est.)",
+                "disk MiB (est.)",
+            )
             rows = [
                 (
                     name,
@@ -149,32 +252,66 @@ def command(store_path: Path, as_json: bool, dry_run: bool, **options: Any) -> N
                 for name, p in plan["build"].items()
             ]
             print_table(
-                f"would build over {plan['parent'] or 'an empty store'}; taken over: {', '.join(plan['carry']) or 'nothing'}", columns, rows
+                f"would build over {plan['parent'] or 'an empty store'}; taken over:"
+                f" {', '.join(plan['carry']) or 'nothing'}",
+                columns,
+                rows,
             )
             return
-        release_id = build_release(inputs, bundle_path, store, config, queries, parity=_parity_gate(bundle_path), progress=say)
+        release_id = build_release(
+            inputs,
+            bundle_path,
+            store,
+            config,
+            queries,
+            parity=_parity_gate(bundle_path),
+            progress=say,
+        )
     _report(store, release_id, as_json)
 
 
-def _upgrade_query_tower(store: ReleaseStore, options: dict[str, Any], config: RebuildConfig, dry_run: bool, as_json: bool) -> None:
+def _upgrade_query_tower(
+    store: ReleaseStore,
+    options: dict[str, Any],
+    config: RebuildConfig,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
     """``--query-tower``: show what was declared, then publish unless this is a dry run."""
     from encoders.compatibility.declaration import load_adapter, require_declaration
     from index_builder.building.query_upgrade import upgrade_query_tower
 
     bundle: Path = options["query_tower"]
-    others = [name for name in ("bundle", "catalogue", "signals", "from_active", "entity_types") if options[name]]
+    others = [
+        name
+        for name in ("bundle", "catalogue", "signals", "from_active", "entity_types")
+        if options[name]
+    ]
     if others:
         raise ConfigError(
-            f"--query-tower keeps everything of the active release but its query tower: leave --{others[0].replace('_', '-')} out. "
-            "Usage: omni rebuild --store STORE --query-tower NEW --queries FILE"
+            "--query-tower keeps everything of the active release but its query tower: leave"
+            f" --{others[0].replace('_', '-')} out. Usage: omni rebuild --store STORE --query-tower"
+            " NEW --queries FILE"
         )
     current = store.current()
     if current is None:
-        raise ConfigError(f"no release is active in {store.root}, so there are no indexes to keep. Build one with --bundle first.")
-    declaration = require_declaration(bundle, read_manifest(store.path_of(current)).space_id, current)
+        raise ConfigError(
+            f"no release is active in {store.root}, so there are no indexes to keep. Build one with"
+            " --bundle first."
+        )
+    declaration = require_declaration(
+        bundle, read_manifest(store.path_of(current)).space_id, current
+    )
     load_adapter(bundle, declaration)
     if dry_run and as_json:
-        print_json({"dry_run": True, "parent": current, "space_id": declaration.space_id, "measured": declaration.measured})
+        print_json(
+            {
+                "dry_run": True,
+                "parent": current,
+                "space_id": declaration.space_id,
+                "measured": declaration.measured,
+            }
+        )
         return
     if not as_json:
         ways = ("recall@10", "low", "high", "overlap@10_with_old")
@@ -185,13 +322,29 @@ def _upgrade_query_tower(store: ReleaseStore, options: dict[str, Any], config: R
             if isinstance(figures, dict)
         ]
         title = (
-            f"measured when {bundle.name} was declared compatible with space {declaration.space_id[:16]} (labelled Recall@10, exact search)"
+            f"measured when {bundle.name} was declared compatible with space"
+            f" {declaration.space_id[:16]} (labelled Recall@10, exact search)"
         )
-        print_table(title, ("entity type", "way", "Recall@10", "95% low", "high", "top 10 shared with the old tower"), rows)
+        print_table(
+            title,
+            (
+                "entity type",
+                "way",
+                "Recall@10",
+                "95% low",
+                "high",
+                "top 10 shared with the old tower",
+            ),
+            rows,
+        )
     if dry_run:
         return
     path: Path | None = options["queries"]
-    texts = read_query_texts(path, config.golden_queries + config.calibration_queries, config.seed) if path else []
+    texts = (
+        read_query_texts(path, config.golden_queries + config.calibration_queries, config.seed)
+        if path
+        else []
+    )
     _report(store, upgrade_query_tower(store, bundle, texts, config, say).release_id, as_json)
 
 
@@ -231,19 +384,28 @@ def _config(options: dict[str, Any]) -> RebuildConfig:
 
 
 def _gather(
-    store: ReleaseStore, options: dict[str, Any], config: RebuildConfig, scratch: Path, dry_run: bool
+    store: ReleaseStore,
+    options: dict[str, Any],
+    config: RebuildConfig,
+    scratch: Path,
+    dry_run: bool,
 ) -> tuple[dict[str, EntityInput], Path, dict[str, QuerySet] | None]:
     """Vectors, the bundle's folder and the queries, from whichever source was named."""
     entity_types: tuple[str, ...] = options["entity_types"]
     bundle_path: Path | None = options["bundle"]
     if options["from_active"]:
         if options["signals"] or options["catalogue"] or bundle_path:
-            raise ConfigError("--from-active takes everything from the active release: leave --bundle, --catalogue and --signals out")
+            raise ConfigError(
+                "--from-active takes everything from the active release: leave --bundle,"
+                " --catalogue and --signals out"
+            )
         with stage("read the active release"):
             inputs, bundle_path = from_release(store, entity_types)
     else:
         if bundle_path is None or not (options["catalogue"] or options["signals"]):
-            raise ConfigError("name a source: --bundle with --catalogue or --signals, or --from-active")
+            raise ConfigError(
+                "name a source: --bundle with --catalogue or --signals, or --from-active"
+            )
         _check_bundle(bundle_path)
         catalogue = _catalogue(options["catalogue"], entity_types)
         signal_root = options["signals"]
@@ -256,7 +418,9 @@ def _gather(
                 return _unembedded(catalogue, bundle_path), bundle_path, None
             with stage("embed the catalogue"):
                 _embed(bundle_path, catalogue, signal_root)
-            entity_types = entity_types or tuple(sorted(catalogue["entity_type"].unique().to_list()))
+            entity_types = entity_types or tuple(
+                sorted(catalogue["entity_type"].unique().to_list())
+            )
         from encoders.inference.signal_store import SignalStore
 
         with stage("read the signals"):
@@ -274,8 +438,9 @@ def _check_bundle(bundle_path: Path) -> None:
     found = compute_space_id(bundle_path)
     if found != bundle.space_id:
         raise BundleError(
-            f"{bundle_path}: the towers' files make space id {found[:16]}, but space.json says {bundle.space_id[:16]}. "
-            "A file was changed or cut short after saving: copy the bundle again."
+            f"{bundle_path}: the towers' files make space id {found[:16]}, but space.json says"
+            f" {bundle.space_id[:16]}. A file was changed or cut short after saving: copy the"
+            " bundle again."
         )
 
 
@@ -287,7 +452,9 @@ def _catalogue(paths: tuple[Path, ...], entity_types: tuple[str, ...]) -> pl.Dat
     catalogue, _, report = check_table(paths[0] if len(paths) == 1 else paths, "catalogue")
     for note in report.notes:
         say(f"note: {note}")
-    return catalogue.filter(pl.col("entity_type").is_in(entity_types)) if entity_types else catalogue
+    return (
+        catalogue.filter(pl.col("entity_type").is_in(entity_types)) if entity_types else catalogue
+    )
 
 
 def _embed(bundle_path: Path, catalogue: pl.DataFrame, signal_root: Path) -> None:
@@ -298,7 +465,10 @@ def _embed(bundle_path: Path, catalogue: pl.DataFrame, signal_root: Path) -> Non
 
     report = embed_catalogue(load_bundle(bundle_path), [catalogue], SignalStore(signal_root))
     for name, entity in report.entity_types.items():
-        say(f"{name}: {entity.embedded:,} embedded, {entity.unchanged + entity.resumed:,} taken over")
+        say(
+            f"{name}: {entity.embedded:,} embedded, {entity.unchanged + entity.resumed:,} taken"
+            " over"
+        )
     for line in report.notes():
         say(line)
 
@@ -309,24 +479,34 @@ def _unembedded(catalogue: pl.DataFrame, bundle_path: Path) -> dict[str, EntityI
     nothing = np.zeros((1, bundle.dimension), np.float32)
     return {
         str(name): EntityInput(
-            ids=rows["id"].to_list(), vectors=np.broadcast_to(nothing, (rows.height, bundle.dimension)), space_id=bundle.space_id
+            ids=rows["id"].to_list(),
+            vectors=np.broadcast_to(nothing, (rows.height, bundle.dimension)),
+            space_id=bundle.space_id,
         )
         for (name,), rows in catalogue.group_by("entity_type", maintain_order=True)
     }
 
 
-def _queries(path: Path | None, bundle_path: Path, config: RebuildConfig) -> dict[str, QuerySet] | None:
+def _queries(
+    path: Path | None, bundle_path: Path, config: RebuildConfig
+) -> dict[str, QuerySet] | None:
     if path is None:
         return None
     from encoders.towers.bundle import load_bundle
 
     with stage("embed the queries"):
-        texts = read_query_texts(path, config.golden_queries + max(CALIBRATION_QUERIES, config.calibration_queries), config.seed)
+        texts = read_query_texts(
+            path,
+            config.golden_queries + max(CALIBRATION_QUERIES, config.calibration_queries),
+            config.seed,
+        )
         vectors = load_bundle(bundle_path).embed_queries(texts)
         return {"*": QuerySet(texts, np.ascontiguousarray(vectors, np.float32))}
 
 
-def _embed_foreign_live(store: ReleaseStore, bundle_path: Path, inputs: dict[str, EntityInput], config: RebuildConfig) -> None:
+def _embed_foreign_live(
+    store: ReleaseStore, bundle_path: Path, inputs: dict[str, EntityInput], config: RebuildConfig
+) -> None:
     """Write live entities of another space again under this bundle's space, where they carry their catalogue row.
 
     That takes minutes, and writes go on: an entity written meanwhile keeps its newer entry, which is embedded in the next round.
@@ -337,23 +517,35 @@ def _embed_foreign_live(store: ReleaseStore, bundle_path: Path, inputs: dict[str
     for entity_type, entities in inputs.items():
         for _ in range(_EMBED_ROUNDS):
             latest, known = read_live(store.live_root, entity_type, entities.base_watermark)
-            foreign = [e for e in latest.values() if not e.is_delete and e.space_id != bundle.space_id and e.source]
+            foreign = [
+                e
+                for e in latest.values()
+                if not e.is_delete and e.space_id != bundle.space_id and e.source
+            ]
             if not foreign:
                 break
             from encoders.towers.bundle import load_bundle
 
             with (
                 stage(f"embed {len(foreign):,} live {entity_type} entities with the new bundle"),
-                LiveLogWriter(store.live_root, entity_type, bundle.dimension, after=entities.base_watermark) as writer,
+                LiveLogWriter(
+                    store.live_root, entity_type, bundle.dimension, after=entities.base_watermark
+                ) as writer,
             ):
-                writer.write_unless_changed(embed_again(foreign, load_bundle(bundle_path)), since=known)
+                writer.write_unless_changed(
+                    embed_again(foreign, load_bundle(bundle_path)), since=known
+                )
 
 
 def _parity_gate(bundle_path: Path) -> Any:
     """The check of the export forms, where the bundle has any."""
     from index_builder.building.parity import check_forms
 
-    return check_forms if (bundle_path / "forms").is_dir() and any((bundle_path / "forms").iterdir()) else None
+    return (
+        check_forms
+        if (bundle_path / "forms").is_dir() and any((bundle_path / "forms").iterdir())
+        else None
+    )
 
 
 def _report(store: ReleaseStore, release_id: str, as_json: bool) -> None:
@@ -381,13 +573,30 @@ def _report(store: ReleaseStore, release_id: str, as_json: bool) -> None:
         )
         return
     rows = [
-        (name, e.count, e.index.get("kind"), e.golden.get("recall"), e.golden.get("kind"), e.watermark, e.carried_from or "built")
+        (
+            name,
+            e.count,
+            e.index.get("kind"),
+            e.golden.get("recall"),
+            e.golden.get("kind"),
+            e.watermark,
+            e.carried_from or "built",
+        )
         for name, e in manifest.entities.items()
     ]
     print_table(
-        f"release {release_id}: {manifest.total_bytes() / 2**20:,.1f} MiB, built in {manifest.measured['seconds']['total']:.1f} s, "
-        f"peak {manifest.measured['peak_private_mib']:,.0f} MiB private",
-        ("entity type", "entities", "index", "golden recall@10", "golden queries", "watermark", "from"),
+        f"release {release_id}: {manifest.total_bytes() / 2**20:,.1f} MiB, built in"
+        f" {manifest.measured['seconds']['total']:.1f} s, peak"
+        f" {manifest.measured['peak_private_mib']:,.0f} MiB private",
+        (
+            "entity type",
+            "entities",
+            "index",
+            "golden recall@10",
+            "golden queries",
+            "watermark",
+            "from",
+        ),
         rows,
     )
     for name, entity in manifest.entities.items():

@@ -14,7 +14,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from encoders.commands.console import handle_errors, json_option, print_json, print_table, say, stdout
+from encoders.commands.console import (
+    handle_errors,
+    json_option,
+    print_json,
+    print_table,
+    say,
+    stdout,
+)
 from index_builder.commands.store_option import full_release_id, open_store, store_option
 from index_builder.errors import LiveLogError, ReleaseCorrupt, ReleaseError, ReleaseNotFound
 from index_builder.live_log.files import log_files
@@ -26,7 +33,10 @@ from index_builder.releases.store import CURRENT_NAME, ReleaseStore, ReleaseSumm
 def _named_or_current(store: ReleaseStore, release_id: str | None) -> str:
     found = full_release_id(store, release_id) if release_id else store.current()
     if found is None:
-        raise ReleaseNotFound(f"no release is active in {store.root}; name one (omni release list) or publish one (omni rebuild)")
+        raise ReleaseNotFound(
+            f"no release is active in {store.root}; name one (omni release list) or publish one"
+            " (omni rebuild)"
+        )
     return found
 
 
@@ -60,12 +70,26 @@ def _list_table(summaries: Sequence[ReleaseSummary]) -> Table:
     """One row per release, its id whole on one line however narrow the terminal is: calls of the service take nothing less."""
     table = Table()
     table.add_column("", no_wrap=True, min_width=1)
-    table.add_column("release", no_wrap=True, min_width=max((len(s.release_id) for s in summaries), default=0))
+    table.add_column(
+        "release", no_wrap=True, min_width=max((len(s.release_id) for s in summaries), default=0)
+    )
     for name in ("entities", "space", "MiB", "created", "parent"):
         table.add_column(name, justify="right" if name == "MiB" else "left", overflow="fold")
     for s in summaries:
-        held = f"DAMAGED: {s.error}" if s.error else ", ".join(f"{name} {count:,}" for name, count in s.entities.items())
-        cells = ("*" if s.active else "", s.release_id, held, s.space_id[:12], f"{s.size_bytes / 2**20:,.1f}", s.created, s.parent or "")
+        held = (
+            f"DAMAGED: {s.error}"
+            if s.error
+            else ", ".join(f"{name} {count:,}" for name, count in s.entities.items())
+        )
+        cells = (
+            "*" if s.active else "",
+            s.release_id,
+            held,
+            s.space_id[:12],
+            f"{s.size_bytes / 2**20:,.1f}",
+            s.created,
+            s.parent or "",
+        )
         table.add_row(*(escape(cell) for cell in cells))
     return table
 
@@ -90,11 +114,11 @@ def show_command(release_id: str | None, store_path: Path, as_json: bool) -> Non
     upgrade = described["query_upgrade"]
     tower = f", query tower of space {upgrade['space_id'][:16]}" if upgrade else ""
     say(
-        f"{described['release_id']}{' (active)' if described['active'] else ''}: space {described['space_id'][:16]}"
-        f"{tower}, "
-        f"{described['dimension']} dimensions, "
-        f"{described['disk_bytes'] / 2**20:,.1f} MiB on disk, {described['loaded_private_mib']:,.0f} MiB private once "
-        f"loaded, parent {described['parent'] or 'none'}"
+        f"{described['release_id']}{' (active)' if described['active'] else ''}: space"
+        f" {described['space_id'][:16]}{tower}, {described['dimension']} dimensions,"
+        f" {described['disk_bytes'] / 2**20:,.1f} MiB on disk,"
+        f" {described['loaded_private_mib']:,.0f} MiB private once loaded, parent"
+        f" {described['parent'] or 'none'}"
     )
     rows = []
     for name, e in described["entities"].items():
@@ -115,29 +139,57 @@ def show_command(release_id: str | None, store_path: Path, as_json: bool) -> Non
         )
     print_table(
         "entities",
-        ("type", "count", "index", "disk MiB", "build peak MiB", "golden recall@10", "ef for recall", "degrees", "norms", "watermark"),
+        (
+            "type",
+            "count",
+            "index",
+            "disk MiB",
+            "build peak MiB",
+            "golden recall@10",
+            "ef for recall",
+            "degrees",
+            "norms",
+            "watermark",
+        ),
         rows,
     )
     if described["forms"]:
         form_rows = [
-            (form, r.get("texts"), r.get("cosine_min"), r.get("overlap_at_10"), r.get("passed")) for form, r in described["forms"].items()
+            (form, r.get("texts"), r.get("cosine_min"), r.get("overlap_at_10"), r.get("passed"))
+            for form, r in described["forms"].items()
         ]
-        print_table("export forms against the trained tower", ("form", "texts", "smallest cosine", "overlap@10", "passed"), form_rows)
+        print_table(
+            "export forms against the trained tower",
+            ("form", "texts", "smallest cosine", "overlap@10", "passed"),
+            form_rows,
+        )
 
 
 @group.command("verify")
 @click.argument("release_id", required=False)
 @store_option
-@click.option("--all", "verify_all", is_flag=True, help="Every release of the store, and which one is active.")
+@click.option(
+    "--all", "verify_all", is_flag=True, help="Every release of the store, and which one is active."
+)
 @click.option("--live", is_flag=True, help="Also read the whole live log and check every record.")
 @click.option(
     "--trust-log",
     is_flag=True,
-    help="First take what the live log's own checksums prove as all that was written: after `acknowledged` was lost or damaged.",
+    help=(
+        "First take what the live log's own checksums prove as all that was written: after"
+        " `acknowledged` was lost or damaged."
+    ),
 )
 @json_option
 @handle_errors
-def verify_command(release_id: str | None, store_path: Path, verify_all: bool, live: bool, trust_log: bool, as_json: bool) -> None:
+def verify_command(
+    release_id: str | None,
+    store_path: Path,
+    verify_all: bool,
+    live: bool,
+    trust_log: bool,
+    as_json: bool,
+) -> None:
     """Check every byte of a release (default: the active one) against its manifest. Exits 1 when anything differs.
 
     Example: omni release verify --all --live --store store
@@ -149,14 +201,29 @@ def verify_command(release_id: str | None, store_path: Path, verify_all: bool, l
         try:
             store.current()
         except ReleaseCorrupt as error:
-            results.append({"what": CURRENT_NAME, "ok": False, "files": None, "bytes": None, "error": str(error), "seconds": 0.0})
+            results.append(
+                {
+                    "what": CURRENT_NAME,
+                    "ok": False,
+                    "files": None,
+                    "bytes": None,
+                    "error": str(error),
+                    "seconds": 0.0,
+                }
+            )
     else:
         ids = [_named_or_current(store, release_id)]
     for name in ids:
         start = time.perf_counter()
         try:
             manifest = store.verify(name)
-            entry = {"what": name, "ok": True, "files": len(manifest.files), "bytes": manifest.total_bytes(), "error": None}
+            entry = {
+                "what": name,
+                "ok": True,
+                "files": len(manifest.files),
+                "bytes": manifest.total_bytes(),
+                "error": None,
+            }
         except ReleaseError as error:
             entry = {"what": name, "ok": False, "files": None, "bytes": None, "error": str(error)}
         results.append({**entry, "seconds": round(time.perf_counter() - start, 3)})
@@ -169,7 +236,17 @@ def verify_command(release_id: str | None, store_path: Path, verify_all: bool, l
     if as_json:
         print_json(results)
     else:
-        rows = [(r["what"], "ok" if r["ok"] else "DAMAGED", r["files"], r["bytes"], r["seconds"], r["error"] or "") for r in results]
+        rows = [
+            (
+                r["what"],
+                "ok" if r["ok"] else "DAMAGED",
+                r["files"],
+                r["bytes"],
+                r["seconds"],
+                r["error"] or "",
+            )
+            for r in results
+        ]
         print_table("verified", ("what", "result", "files", "bytes", "seconds", "error"), rows)
     if not all(r["ok"] for r in results):
         sys.exit(1)
@@ -237,8 +314,24 @@ def diff_command(before: str | None, after: str | None, store_path: Path, as_jso
                 f"{e['kind']['before']} -> {e['kind']['after']}",
             )
         )
-    say(f"{first} -> {second}{which}: {'same space' if result['same_space'] else 'DIFFERENT SPACE: every vector and cached query is new'}")
-    print_table("differences", ("type", "count", "added", "removed", "moved (of 2,000)", "overlap@10", "score drift", "index"), rows)
+    say(
+        f"{first} -> {second}{which}:"
+        f" {'same space' if result['same_space'] else 'DIFFERENT SPACE: every vector and cached query is new'}"
+    )
+    print_table(
+        "differences",
+        (
+            "type",
+            "count",
+            "added",
+            "removed",
+            "moved (of 2,000)",
+            "overlap@10",
+            "score drift",
+            "index",
+        ),
+        rows,
+    )
 
 
 def _compared(store: ReleaseStore, before: str | None, after: str | None) -> tuple[str, str, str]:
@@ -255,10 +348,14 @@ def _compared(store: ReleaseStore, before: str | None, after: str | None) -> tup
     earlier = store.earlier()
     if not earlier:
         raise ReleaseNotFound(
-            f"nothing to compare {first} with: there is no newer release, and none of those active before it is left. "
-            "Name two (omni release list)"
+            f"nothing to compare {first} with: there is no newer release, and none of those active"
+            " before it is left. Name two (omni release list)"
         )
-    return earlier[0], first, " (the release active before, and the active one, which is the newest)"
+    return (
+        earlier[0],
+        first,
+        " (the release active before, and the active one, which is the newest)",
+    )
 
 
 @group.command("activate")
@@ -309,12 +406,17 @@ def _say_active(release_id: str, before: str | None, as_json: bool) -> None:
 @click.option(
     "--drop-folded-log",
     is_flag=True,
-    help="Also remove live-log files that every kept release contains. Only when rebuilds use --from-active.",
+    help=(
+        "Also remove live-log files that every kept release contains. Only when rebuilds use"
+        " --from-active."
+    ),
 )
 @click.option("--dry-run", is_flag=True, help="Only say what would go.")
 @json_option
 @handle_errors
-def gc_command(store_path: Path, keep: int, drop_folded_log: bool, dry_run: bool, as_json: bool) -> None:
+def gc_command(
+    store_path: Path, keep: int, drop_folded_log: bool, dry_run: bool, as_json: bool
+) -> None:
     """Remove old releases and what interrupted builds left. Releases that any process has open stay.
 
     Example: omni release gc --keep 3 --store store
@@ -323,4 +425,7 @@ def gc_command(store_path: Path, keep: int, drop_folded_log: bool, dry_run: bool
     if as_json:
         print_json({"removed": removed, "dry_run": dry_run})
     else:
-        click.echo(f"{'would remove' if dry_run else 'removed'} {len(removed)} releases{': ' + ', '.join(removed) if removed else ''}")
+        click.echo(
+            f"{'would remove' if dry_run else 'removed'} {len(removed)}"
+            f" releases{': ' + ', '.join(removed) if removed else ''}"
+        )

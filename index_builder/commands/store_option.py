@@ -35,7 +35,14 @@ def full_release_id(store: ReleaseStore, given: str) -> str:
     """
     if store.path_of(given).exists():
         return given
-    found = [release_id for release_id in (*store.ids(), *store.damaged_ids()) if release_id.startswith(given)]
+    found = [
+        release_id
+        for release_id in (*store.ids(), *store.damaged_ids())
+        if release_id.startswith(given)
+    ]
     if len(found) > 1:
-        raise ReleaseError(f"{len(found)} releases begin with {given!r}: {', '.join(found)}. Give more of the one you mean")
+        raise ReleaseError(
+            f"{len(found)} releases begin with {given!r}: {', '.join(found)}. Give more of the one"
+            " you mean"
+        )
     return found[0] if found else given

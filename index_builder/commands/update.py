@@ -17,7 +17,9 @@ from index_builder.releases.release import read_manifest
 @click.command()
 @click.argument("changes", type=click.Path(path_type=Path, exists=True))
 @store_option
-@click.option("--dry-run", is_flag=True, help="Check the file and say what it would change; write nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Check the file and say what it would change; write nothing."
+)
 @json_option
 @handle_errors
 def command(changes: Path, store_path: Path, dry_run: bool, as_json: bool) -> None:
@@ -33,7 +35,9 @@ def command(changes: Path, store_path: Path, dry_run: bool, as_json: bool) -> No
     store = open_store(store_path)
     current = store.current()
     if current is None:
-        raise ReleaseNotFound(f"no release is active in {store.root}; publish one first with `omni rebuild`")
+        raise ReleaseNotFound(
+            f"no release is active in {store.root}; publish one first with `omni rebuild`"
+        )
     manifest = read_manifest(store.path_of(current))
     checked = read_changes(changes, manifest)
     counts = checked.counts()
@@ -49,9 +53,20 @@ def command(changes: Path, store_path: Path, dry_run: bool, as_json: bool) -> No
         last = apply_changes(checked, store, bundle)
     seconds = time.perf_counter() - start
     if as_json:
-        print_json({"release_id": current, "dry_run": dry_run, "changes": counts, "last_sequence": last, "seconds": round(seconds, 3)})
+        print_json(
+            {
+                "release_id": current,
+                "dry_run": dry_run,
+                "changes": counts,
+                "last_sequence": last,
+                "seconds": round(seconds, 3),
+            }
+        )
         return
-    rows = [(entity_type, c["upserts"], c["deletes"], last.get(entity_type)) for entity_type, c in counts.items()]
+    rows = [
+        (entity_type, c["upserts"], c["deletes"], last.get(entity_type))
+        for entity_type, c in counts.items()
+    ]
     print_table(
         f"{'would be ' if dry_run else ''}written to the live log of {store.root}",
         ("entity type", "upserts", "deletes", "last sequence"),

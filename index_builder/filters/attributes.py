@@ -20,7 +20,10 @@ FieldType = Literal["int", "float", "bool", "string", "list<int>", "list<float>"
 Slices = list[tuple[int, int]]
 
 _NAME = re.compile(r"[^\W\d]\w*", re.UNICODE)
-_BAD_NAME = "cannot be an attribute: a name starts with a letter or _ and holds letters, digits and _. Rename it."
+_BAD_NAME = (
+    "cannot be an attribute: a name starts with a letter or _ and holds letters, digits and _."
+    " Rename it."
+)
 _NULL_INT = np.iinfo(np.int64).min
 
 
@@ -60,7 +63,9 @@ class Column:
             places = np.full(len(self.keys), np.iinfo(np.uint32).max, dtype=np.uint32)
             places[self.order] = np.arange(len(self.order), dtype=np.uint32)
             self.places = places
-        result: np.ndarray = (self.places - np.uint32(low)) < np.uint32(high - low)  # below `low` wraps around to large numbers
+        result: np.ndarray = (self.places - np.uint32(low)) < np.uint32(
+            high - low
+        )  # below `low` wraps around to large numbers
         return result
 
     def slices(self, op: str, value: int | float | str | bool) -> Slices:
@@ -108,18 +113,25 @@ class Column:
             assert isinstance(value, str), "bound filters compare strings with strings"
             left, right = bisect_left(self.dictionary, value), bisect_right(self.dictionary, value)
             ranked = self.ranked
-            return int(ranked.searchsorted(np.int32(left), "left")), int(ranked.searchsorted(np.int32(right), "left"))
+            return int(ranked.searchsorted(np.int32(left), "left")), int(
+                ranked.searchsorted(np.int32(right), "left")
+            )
         if self.ranked.dtype.kind == "f":
             try:
                 key = self.ranked.dtype.type(float(value))
             except OverflowError:
                 key = self.ranked.dtype.type(math.inf if value > 0 else -math.inf)  # type: ignore[operator]
-            return int(self.ranked.searchsorted(key, "left")), int(self.ranked.searchsorted(key, "right"))
+            return int(self.ranked.searchsorted(key, "left")), int(
+                self.ranked.searchsorted(key, "right")
+            )
         number = float(value) if isinstance(value, float) else int(value)
         if isinstance(number, float) and not math.isfinite(number):
             at = len(self.ranked) if number > 0 else 0
             return at, at
-        lower, upper = math.ceil(number), math.floor(number)  # equal for whole numbers; else nothing equals the value
+        lower, upper = (
+            math.ceil(number),
+            math.floor(number),
+        )  # equal for whole numbers; else nothing equals the value
         return self._first_at_least(lower), self._first_at_least(upper + 1)
 
     def _first_at_least(self, key: int) -> int:
@@ -131,8 +143,17 @@ class Column:
         return int(self.ranked.searchsorted(self.ranked.dtype.type(key), "left"))
 
 
-def _sorted_column(type_: FieldType, keys: np.ndarray, valid: np.ndarray | None, dictionary: list[str] | None = None) -> Column:
-    rows = np.arange(len(keys), dtype=np.uint32) if valid is None else np.flatnonzero(valid).astype(np.uint32)
+def _sorted_column(
+    type_: FieldType,
+    keys: np.ndarray,
+    valid: np.ndarray | None,
+    dictionary: list[str] | None = None,
+) -> Column:
+    rows = (
+        np.arange(len(keys), dtype=np.uint32)
+        if valid is None
+        else np.flatnonzero(valid).astype(np.uint32)
+    )
     order = rows[np.argsort(keys[rows], kind="stable")]
     return Column(type_, keys, order, keys[order], dictionary)
 
@@ -144,19 +165,28 @@ def _type_of(name: str, dtype: pl.DataType) -> FieldType:
         return "float"
     if dtype == pl.Boolean:
         return "bool"
-    if dtype == pl.String or isinstance(dtype, pl.Categorical | pl.Enum | pl.Null) or dtype.is_temporal():
+    if (
+        dtype == pl.String
+        or isinstance(dtype, pl.Categorical | pl.Enum | pl.Null)
+        or dtype.is_temporal()
+    ):
         return "string"
     if isinstance(dtype, pl.List | pl.Array):
         inner = _type_of(name, dtype.inner)  # type: ignore[arg-type]
         if inner in ("int", "float", "string"):
             return f"list<{inner}>"  # type: ignore[return-value]
     raise BadAttribute(
-        f"column {name!r} of type {dtype} cannot be an attribute: expected numbers, booleans, strings, dates or flat lists of them. "
-        "Leave the column out, or flatten it."
+        f"column {name!r} of type {dtype} cannot be an attribute: expected numbers, booleans,"
+        " strings, dates or flat lists of them. Leave the column out, or flatten it."
     )
 
 
-_POLARS: dict[str, Any] = {"int": pl.Int64, "float": pl.Float64, "bool": pl.Boolean, "string": pl.String}
+_POLARS: dict[str, Any] = {
+    "int": pl.Int64,
+    "float": pl.Float64,
+    "bool": pl.Boolean,
+    "string": pl.String,
+}
 
 
 def _normalise(name: str, series: pl.Series) -> pl.Series:
@@ -180,18 +210,27 @@ def _normalise(name: str, series: pl.Series) -> pl.Series:
             )
         return series.cast(pl.List(target) if type_.startswith("list") else target)
     except pl.exceptions.PolarsError as error:
-        raise BadAttribute(f"column {name!r} of type {series.dtype} does not fit an attribute of type {type_}: {error}") from error
+        raise BadAttribute(
+            f"column {name!r} of type {series.dtype} does not fit an attribute of type {type_}:"
+            f" {error}"
+        ) from error
 
 
 def _iso(expression: pl.Expr, dtype: Any) -> pl.Expr:
     """Times as Python's ``isoformat`` writes them, which is what live updates send."""
     if isinstance(dtype, pl.Datetime):
         zone = "%:z" if dtype.time_zone else ""
-        return expression.dt.cast_time_unit("us").dt.to_string(f"%Y-%m-%dT%H:%M:%S%.6f{zone}").str.replace(r"\.000000", "")
+        return (
+            expression.dt.cast_time_unit("us")
+            .dt.to_string(f"%Y-%m-%dT%H:%M:%S%.6f{zone}")
+            .str.replace(r"\.000000", "")
+        )
     return expression.dt.to_string("iso")
 
 
-def _keys_of(type_: str, series: pl.Series) -> tuple[np.ndarray, np.ndarray | None, list[str] | None]:
+def _keys_of(
+    type_: str, series: pl.Series
+) -> tuple[np.ndarray, np.ndarray | None, list[str] | None]:
     """Keys, validity (None when all are valid) and dictionary of a flat series."""
     valid = None if series.null_count() == 0 else series.is_not_null().to_numpy()
     if type_ == "string":
@@ -228,7 +267,11 @@ def fitted_column(frame: pl.DataFrame, name: str, dtype: pl.DataType, count: int
     """The first ``count`` rows of a column made by ``json_columns`` as ``dtype``: missing columns and impossible values are null."""
     if name not in frame.columns:
         return pl.Series(name, [None] * count, dtype=dtype)
-    parts = [fitted(frame[part].head(count), dtype).alias(part) for part in frame.columns if part.startswith(name + _OF_ONE_TYPE)]
+    parts = [
+        fitted(frame[part].head(count), dtype).alias(part)
+        for part in frame.columns
+        if part.startswith(name + _OF_ONE_TYPE)
+    ]
     if parts:
         return pl.DataFrame(parts).select(pl.coalesce(pl.all()).alias(name))[name]
     return fitted(frame[name].head(count), dtype)
@@ -247,10 +290,16 @@ def json_columns(name: str, cells: Sequence[Any]) -> list[pl.Series]:
     column = _of_common_type(name, cells)
     if column is not None:
         return [column]
-    kinds = [(type(cell), frozenset(map(type, cell)) if isinstance(cell, list) else None) for cell in cells]
+    kinds = [
+        (type(cell), frozenset(map(type, cell)) if isinstance(cell, list) else None)
+        for cell in cells
+    ]
     parts: list[pl.Series] = []
     for kind in dict.fromkeys(kinds):
-        part = _of_common_type(f"{name}{_OF_ONE_TYPE}{len(parts)}", [cell if found == kind else None for cell, found in zip(cells, kinds)])
+        part = _of_common_type(
+            f"{name}{_OF_ONE_TYPE}{len(parts)}",
+            [cell if found == kind else None for cell, found in zip(cells, kinds)],
+        )
         if part is not None:
             parts.append(part)
     return [pl.Series(name, cells, dtype=pl.Object), *parts]
@@ -265,9 +314,19 @@ def _of_common_type(name: str, cells: Sequence[Any]) -> pl.Series | None:
     types = set(map(type, cells)) - {type(None)}
     in_lists = types == {list}
     if in_lists:
-        types = set(map(type, chain.from_iterable(cell for cell in cells if cell is not None))) - {type(None)}
+        types = set(map(type, chain.from_iterable(cell for cell in cells if cell is not None))) - {
+            type(None)
+        }
     kinds = {_JSON_TYPES.get(found, "") for found in types}
-    kind = "float" if kinds == {"int", "float"} else kinds.pop() if len(kinds) == 1 else "" if kinds else "nothing"
+    kind = (
+        "float"
+        if kinds == {"int", "float"}
+        else kinds.pop()
+        if len(kinds) == 1
+        else ""
+        if kinds
+        else "nothing"
+    )
     if not kind or (in_lists and kind == "bool"):
         return None
     leaf = _POLARS.get(kind, pl.Null)
@@ -281,10 +340,15 @@ def of_one_type(series: pl.Series) -> pl.Series:
     """A column of ``json_columns`` without what no attribute can hold; what is left of several types becomes text."""
     if series.dtype != pl.Object:
         return series
-    cells = [cell if cell is not None and _kind_of(cell) is not None else None for cell in series.to_list()]
+    cells = [
+        cell if cell is not None and _kind_of(cell) is not None else None
+        for cell in series.to_list()
+    ]
     column = _of_common_type(series.name, cells)
     if column is None:
-        return pl.Series(series.name, [None if cell is None else str(cell) for cell in cells], dtype=pl.String)
+        return pl.Series(
+            series.name, [None if cell is None else str(cell) for cell in cells], dtype=pl.String
+        )
     return series if column.dtype == pl.Null else column
 
 
@@ -316,12 +380,15 @@ def check_attributes(values: Mapping[str, Any], schema: Mapping[str, str], where
         kind = _kind_of(value)
         if kind is None:
             raise BadAttribute(
-                f"{where}: attribute {name!r} must be a finite number, a text, true or false, or a flat list of numbers or of texts, "
-                f"but is {_shown(value)}."
+                f"{where}: attribute {name!r} must be a finite number, a text, true or false, or a"
+                f" flat list of numbers or of texts, but is {_shown(value)}."
             )
         wanted = schema.get(name)
         if wanted is not None and not _fits(kind, wanted):
-            raise BadAttribute(f"{where}: attribute {name!r} is {wanted} in the release, but got {_shown(value)}, which is {kind}.")
+            raise BadAttribute(
+                f"{where}: attribute {name!r} is {wanted} in the release, but got {_shown(value)},"
+                f" which is {kind}."
+            )
 
 
 def is_attribute_name(name: str) -> bool:
@@ -374,15 +441,21 @@ class AttributeTable:
         for name in frame.columns:
             if not is_attribute_name(name):
                 raise BadAttribute(f"column {name!r} {_BAD_NAME}")
-        self.frame = frame.with_columns([_normalise(name, frame[name]).alias(name) for name in frame.columns])
+        self.frame = frame.with_columns(
+            [_normalise(name, frame[name]).alias(name) for name in frame.columns]
+        )
         self.count = len(frame)
-        self.schema: dict[str, FieldType] = {name: _type_of(name, dtype) for name, dtype in self.frame.schema.items()}
+        self.schema: dict[str, FieldType] = {
+            name: _type_of(name, dtype) for name, dtype in self.frame.schema.items()
+        }
         self._columns: dict[str, Column] = {}
 
     @classmethod
     def aligned(cls, frame: pl.DataFrame, like: AttributeTable, count: int) -> AttributeTable:
         """The first ``count`` rows of ``frame`` with the columns and types of ``like``: missing columns and impossible values are null."""
-        columns = [fitted_column(frame, name, dtype, count) for name, dtype in like.frame.schema.items()]
+        columns = [
+            fitted_column(frame, name, dtype, count) for name, dtype in like.frame.schema.items()
+        ]
         table = cls(pl.DataFrame(columns))
         table.count = count
         return table
@@ -407,11 +480,21 @@ class AttributeTable:
             keys, valid, dictionary = _keys_of(type_, series)
             return _sorted_column(type_, keys, valid, dictionary)
         exploded = (
-            pl.DataFrame({"row": pl.Series(range(self.count), dtype=pl.UInt32), "value": series}).explode("value").drop_nulls().unique()
+            pl.DataFrame({"row": pl.Series(range(self.count), dtype=pl.UInt32), "value": series})
+            .explode("value")
+            .drop_nulls()
+            .unique()
         )
         exploded = exploded.sort("value", "row")
         keys, _, dictionary = _keys_of(type_[5:-1], exploded["value"])
-        return Column(type_, keys, exploded["row"].to_numpy().copy(), keys, dictionary, series.is_not_null().to_numpy())
+        return Column(
+            type_,
+            keys,
+            exploded["row"].to_numpy().copy(),
+            keys,
+            dictionary,
+            series.is_not_null().to_numpy(),
+        )
 
     def warm(self, names: Sequence[str] | None = None) -> None:
         """Prepare the named columns now (all by default), so that forked workers share them."""
@@ -420,14 +503,18 @@ class AttributeTable:
             if not column.is_list:
                 column.mask(0, 0)
 
-    def values(self, rows: Sequence[int] | np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
+    def values(
+        self, rows: Sequence[int] | np.ndarray, names: Sequence[str]
+    ) -> list[dict[str, Any]]:
         """Attribute values of rows, in order; unknown names are absent from the result."""
         known = [name for name in names if name in self.schema]
         if not known:
             return [{} for _ in rows]
         if len(rows) == 0:
             return []
-        picked: list[dict[str, Any]] = self.frame.select(known)[np.asarray(rows, dtype=np.int64)].to_dicts()
+        picked: list[dict[str, Any]] = self.frame.select(known)[
+            np.asarray(rows, dtype=np.int64)
+        ].to_dicts()
         return picked
 
     def save(self, path: Path) -> None:
@@ -439,12 +526,18 @@ class AttributeTable:
         """Read what ``save`` wrote; ``count`` is the number of rows of the index."""
         table = cls(pl.read_parquet(path, memory_map=False))
         if table.schema and table.count != count:
-            raise BadAttribute(f"{path.name} holds {table.count} rows, but the index holds {count}. Rebuild this release.")
+            raise BadAttribute(
+                f"{path.name} holds {table.count} rows, but the index holds {count}. Rebuild this"
+                " release."
+            )
         table.count = count
         return table
 
     def rows_of(self, mapping: Mapping[str, Any]) -> pl.DataFrame:
         """One row with this table's columns from a mapping; unknown keys are dropped, missing ones null."""
         return pl.DataFrame(
-            {name: pl.Series(name, [mapping.get(name)], dtype=dtype, strict=False) for name, dtype in self.frame.schema.items()}
+            {
+                name: pl.Series(name, [mapping.get(name)], dtype=dtype, strict=False)
+                for name, dtype in self.frame.schema.items()
+            }
         )

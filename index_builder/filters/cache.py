@@ -34,7 +34,9 @@ class SelectionCache:
         self._entries: OrderedDict[str, Selection] = OrderedDict()
         self._shapes: dict[str, _RangeOfColumn | None] = {}
         self._max_bytes = max_bytes
-        self._entry_bytes = 5 * table.count + _ENTRY_BYTES  # at most: a mask and all row numbers; the text comes on top
+        self._entry_bytes = (
+            5 * table.count + _ENTRY_BYTES
+        )  # at most: a mask and all row numbers; the text comes on top
         self._bytes = 0
         self._lock = threading.Lock()
 
@@ -53,7 +55,9 @@ class SelectionCache:
         with self._lock:
             if expression not in self._entries:
                 self._entries[expression] = selection
-                self._bytes += self._entry_bytes + 4 * len(expression)  # Python keeps a character in at most four bytes
+                self._bytes += self._entry_bytes + 4 * len(
+                    expression
+                )  # Python keeps a character in at most four bytes
                 while self._bytes > self._max_bytes and len(self._entries) > _MIN_ENTRIES:
                     oldest, _ = self._entries.popitem(last=False)
                     self._bytes -= self._entry_bytes + 4 * len(oldest)
@@ -78,7 +82,9 @@ class SelectionCache:
         low, high = 0, len(column.ranked)
         for op, place in comparisons:
             text = texts[2 * place + 1]
-            first, last = column.between(op, float(text) if "." in text or "e" in text or "E" in text else int(text))
+            first, last = column.between(
+                op, float(text) if "." in text or "e" in text or "E" in text else int(text)
+            )
             low, high = max(low, first), min(high, last)
         return select_slices(column, [(low, high)] if low < high else [])
 
@@ -90,10 +96,22 @@ class SelectionCache:
             BoundFilter(parse_filter(template), self._table)
         except FilterError:
             return None  # the full parser says what is wrong, and where in the text as it was given
-        leaves = [part for part in (root.parts if isinstance(root, Both) else (root,)) if isinstance(part, Leaf)]
-        numbers = [leaf for leaf in leaves if leaf.op in ("==", "<", "<=", ">", ">=") and not isinstance(leaf.values[0], bool)]
-        if isinstance(root, Either) or len(numbers) != (len(root.parts) if isinstance(root, Both) else 1):
+        leaves = [
+            part
+            for part in (root.parts if isinstance(root, Both) else (root,))
+            if isinstance(part, Leaf)
+        ]
+        numbers = [
+            leaf
+            for leaf in leaves
+            if leaf.op in ("==", "<", "<=", ">", ">=") and not isinstance(leaf.values[0], bool)
+        ]
+        if isinstance(root, Either) or len(numbers) != (
+            len(root.parts) if isinstance(root, Both) else 1
+        ):
             return None
         if len({leaf.field for leaf in numbers}) != 1:
             return None
-        return self._table.column(numbers[0].field), tuple((leaf.op, int(leaf.values[0])) for leaf in numbers)
+        return self._table.column(numbers[0].field), tuple(
+            (leaf.op, int(leaf.values[0])) for leaf in numbers
+        )

@@ -39,7 +39,9 @@ _TOKEN = re.compile(
 )
 
 
-_ESCAPE = re.compile(r"\\(u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|.)", re.DOTALL)
+_ESCAPE = re.compile(
+    r"\\(u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|.)", re.DOTALL
+)
 
 
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "\\": "\\", '"': '"', "'": "'", "/": "/"}
@@ -97,12 +99,20 @@ def _unquote(text: str, expression: str, at: int) -> str:
         if len(code) == 5:
             number = int(code[1:], 16)
             if 0xD800 <= number <= 0xDFFF:
-                raise FilterError(f"\\{code} is half of a surrogate pair; write both halves, or the character.", expression, place)
+                raise FilterError(
+                    f"\\{code} is half of a surrogate pair; write both halves, or the character.",
+                    expression,
+                    place,
+                )
             return chr(number)
         if code == "u":
             raise FilterError("\\u needs four hexadecimal digits.", expression, place)
         if code not in _ESCAPES:
-            raise FilterError(f"unknown escape \\{code}; known are \\n \\t \\r \\\\ \\\" \\' \\uXXXX.", expression, place)
+            raise FilterError(
+                f"unknown escape \\{code}; known are \\n \\t \\r \\\\ \\\" \\' \\uXXXX.",
+                expression,
+                place,
+            )
         return _ESCAPES[code]
 
     return _ESCAPE.sub(replace, text[1:-1])
@@ -117,7 +127,9 @@ def _tokens(expression: str) -> list[Token]:
         if match is None:
             at = position + len(expression[position:]) - len(expression[position:].lstrip())
             what = (
-                "this string has no closing quote." if expression[at] in "\"'" else f"unexpected {expression[at : at + 10].split()[0]!r}."
+                "this string has no closing quote."
+                if expression[at] in "\"'"
+                else f"unexpected {expression[at : at + 10].split()[0]!r}."
             )
             raise FilterError(what, expression, at)
         kind = str(match.lastgroup)
@@ -127,7 +139,9 @@ def _tokens(expression: str) -> list[Token]:
             whole = re.fullmatch(r"[-+]?\d+", text) is not None
             digits = len(text.lstrip("+-"))
             if whole and digits > MAX_DIGITS:
-                raise FilterError(f"an integer of {digits:,} digits, more than {MAX_DIGITS}.", expression, at)
+                raise FilterError(
+                    f"an integer of {digits:,} digits, more than {MAX_DIGITS}.", expression, at
+                )
             tokens.append(Token("number", int(text) if whole else float(text), at))
         elif kind == "string":
             tokens.append(Token("string", _unquote(text, expression, at), at))
@@ -178,7 +192,9 @@ class _Parser:
     def whole(self) -> Node:
         node = self.either(False, 0)
         if self.peek().kind != "end":
-            raise self.error(f"expected 'and', 'or' or the end, but got {self.peek().value!r}.", self.peek())
+            raise self.error(
+                f"expected 'and', 'or' or the end, but got {self.peek().value!r}.", self.peek()
+            )
         return node
 
     def either(self, negated: bool, depth: int) -> Node:
@@ -212,18 +228,30 @@ class _Parser:
 
     def comparison(self, negated: bool) -> Node:
         token = self.take()
-        if token.kind == "name" and str(token.value).lower() == "array_contains" and self.accept("("):
+        if (
+            token.kind == "name"
+            and str(token.value).lower() == "array_contains"
+            and self.accept("(")
+        ):
             field = self.field()
             self.expect(",")
             value = self.literal()
             self.expect(")")
-            return Leaf(str(field.value), "not contains" if negated else "contains", (value.value,), field.at, value.at)
+            return Leaf(
+                str(field.value),
+                "not contains" if negated else "contains",
+                (value.value,),
+                field.at,
+                value.at,
+            )
         if token.kind in ("number", "string", "bool"):
             op = self.operator()
             field = self.field()
             return self.leaf(field, _MIRRORED[str(op.value)], token, negated)
         if token.kind != "name":
-            raise self.error(f"expected an attribute, a value, 'not' or '(', but got {token.value!r}.", token)
+            raise self.error(
+                f"expected an attribute, a value, 'not' or '(', but got {token.value!r}.", token
+            )
         if self.accept("in"):
             return self.membership(token, negated)
         if self.accept("not"):
@@ -233,7 +261,9 @@ class _Parser:
         return self.leaf(token, str(op.value), self.literal(), negated)
 
     def leaf(self, field: Token, op: str, value: Token, negated: bool) -> Leaf:
-        return Leaf(str(field.value), _OPPOSITE[op] if negated else op, (value.value,), field.at, value.at)
+        return Leaf(
+            str(field.value), _OPPOSITE[op] if negated else op, (value.value,), field.at, value.at
+        )
 
     def membership(self, field: Token, negated: bool) -> Leaf:
         at = self.peek().at
@@ -261,7 +291,10 @@ class _Parser:
     def literal(self) -> Token:
         token = self.take()
         if token.kind not in ("number", "string", "bool"):
-            raise self.error(f"expected a number, a string in quotes, true or false, but got {token.value!r}.", token)
+            raise self.error(
+                f"expected a number, a string in quotes, true or false, but got {token.value!r}.",
+                token,
+            )
         return token
 
 
@@ -275,5 +308,9 @@ def parse_filter(expression: str) -> Filter:
     if not expression.strip():
         raise FilterError("the filter is empty; leave it out to search everything.", expression, 0)
     if len(expression) > MAX_CHARACTERS:
-        raise FilterError(f"the filter has {len(expression):,} characters, more than {MAX_CHARACTERS:,}.", expression, MAX_CHARACTERS)
+        raise FilterError(
+            f"the filter has {len(expression):,} characters, more than {MAX_CHARACTERS:,}.",
+            expression,
+            MAX_CHARACTERS,
+        )
     return Filter(expression, _Parser(expression).whole())

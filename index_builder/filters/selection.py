@@ -73,7 +73,13 @@ class _Piece:
         if self.negated_list:
             return np.flatnonzero(self.mask()).astype(np.uint32)
         parts = [self.column.order[a:b] for a, b in self.slices]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0, dtype=np.uint32)
+        return (
+            parts[0]
+            if len(parts) == 1
+            else np.concatenate(parts)
+            if parts
+            else np.empty(0, dtype=np.uint32)
+        )
 
     def mask(self) -> np.ndarray:
         column = self.column
@@ -106,7 +112,9 @@ class _Piece:
 
     def _compare(self, keys: np.ndarray) -> np.ndarray:
         ranked, size = self.column.ranked, len(self.column.ranked)
-        complete = size == len(self.column.keys)  # no missing values: an end of the order needs no comparison
+        complete = size == len(
+            self.column.keys
+        )  # no missing values: an end of the order needs no comparison
         hit: Any = None
         for a, b in self.slices:
             if complete and a == 0 and b == size:
@@ -179,9 +187,17 @@ class BoundFilter:
                     slices = self._pieces[first].slices
                     for leaf in leaves[1:]:
                         slices = _intersect(slices, self._pieces[leaf].slices)
-                    first = Leaf(first.field, "and", tuple(f"{leaf.op} {leaf.values}" for leaf in leaves), first.at, first.value_at)
+                    first = Leaf(
+                        first.field,
+                        "and",
+                        tuple(f"{leaf.op} {leaf.values}" for leaf in leaves),
+                        first.at,
+                        first.value_at,
+                    )
                     column = self._pieces[leaves[0]].column
-                    self._pieces[first] = _Piece(column, slices, sum(b - a for a, b in slices), False)
+                    self._pieces[first] = _Piece(
+                        column, slices, sum(b - a for a, b in slices), False
+                    )
                 rest.append(first)
             return rest[0] if len(rest) == 1 else Both(tuple(rest))
         return Either(tuple(parts))
@@ -190,29 +206,53 @@ class BoundFilter:
         schema = self._table.schema
         if leaf.field not in schema:
             known = ", ".join(sorted(schema)) or "none"
-            raise FilterError(f"unknown attribute {leaf.field!r}; this index has {known}.", self._expression, leaf.at)
+            raise FilterError(
+                f"unknown attribute {leaf.field!r}; this index has {known}.",
+                self._expression,
+                leaf.at,
+            )
         type_ = schema[leaf.field]
         contains = leaf.op in ("contains", "not contains")
         if contains != type_.startswith("list"):
-            hint = f"compare it with array_contains({leaf.field}, ...)." if not contains else "array_contains needs a list."
-            raise FilterError(f"attribute {leaf.field!r} is of type {type_}: {hint}", self._expression, leaf.at)
+            hint = (
+                f"compare it with array_contains({leaf.field}, ...)."
+                if not contains
+                else "array_contains needs a list."
+            )
+            raise FilterError(
+                f"attribute {leaf.field!r} is of type {type_}: {hint}", self._expression, leaf.at
+            )
         inner = type_[5:-1] if contains else type_
         for value in leaf.values:
-            kind = "bool" if isinstance(value, bool) else "string" if isinstance(value, str) else "number"
+            kind = (
+                "bool"
+                if isinstance(value, bool)
+                else "string"
+                if isinstance(value, str)
+                else "number"
+            )
             wanted = {"int": "number", "float": "number"}.get(inner, inner)
             if kind != wanted:
                 raise FilterError(
-                    f"attribute {leaf.field!r} is of type {type_}, but {value!r} is a {kind}.", self._expression, leaf.value_at
+                    f"attribute {leaf.field!r} is of type {type_}, but {value!r} is a {kind}.",
+                    self._expression,
+                    leaf.value_at,
                 )
         if inner == "bool" and leaf.op not in ("==", "!=", "in", "not in"):
-            raise FilterError(f"attribute {leaf.field!r} is of type bool: only == and != compare it.", self._expression, leaf.at)
+            raise FilterError(
+                f"attribute {leaf.field!r} is of type bool: only == and != compare it.",
+                self._expression,
+                leaf.at,
+            )
         column = self._table.column(leaf.field)
         if contains:
             slices = column.slices("==", leaf.values[0])
             found = sum(b - a for a, b in slices)
             negated = leaf.op == "not contains"
             assert column.present is not None, "a list column knows which rows have a list"
-            return _Piece(column, slices, int(column.present.sum()) - found if negated else found, negated)
+            return _Piece(
+                column, slices, int(column.present.sum()) - found if negated else found, negated
+            )
         if leaf.op in ("in", "not in"):
             slices = column.slices_in(leaf.values, negated=leaf.op == "not in")
         else:
@@ -260,5 +300,9 @@ class BoundFilter:
         if isinstance(node, Leaf):
             return self._pieces[node].test(rows)
         results = [self._test(part, rows) for part in node.parts]
-        hit: np.ndarray = np.logical_and.reduce(results) if isinstance(node, Both) else np.logical_or.reduce(results)
+        hit: np.ndarray = (
+            np.logical_and.reduce(results)
+            if isinstance(node, Both)
+            else np.logical_or.reduce(results)
+        )
         return hit

@@ -23,7 +23,9 @@ from index_builder.errors import LiveLogCorrupt, LiveLogError
 from index_builder.live_log.records import FILE_HEADER, FILE_MAGIC, FILE_VERSION
 from index_builder.storage.durable_files import write_durably
 
-_ACKNOWLEDGED = struct.Struct("<8sQQQ")  # magic, first sequence of the file, end offset in it, last sequence
+_ACKNOWLEDGED = struct.Struct(
+    "<8sQQQ"
+)  # magic, first sequence of the file, end offset in it, last sequence
 _ACK_MAGIC = b"OMNIACK1"
 ACKNOWLEDGED_NAME = "acknowledged"
 
@@ -63,8 +65,9 @@ def read_acknowledged(folder: Path) -> Acknowledged:
             if path.exists():  # the log was begun this moment: the promise comes first
                 continue
             raise LiveLogCorrupt(
-                f"{path}: the file is missing, so nothing tells whether the log lost its end. Restore it from a replica or backup; or take "
-                "what the log's own checksums prove as all that was written: omni release verify --live --trust-log"
+                f"{path}: the file is missing, so nothing tells whether the log lost its end."
+                " Restore it from a replica or backup; or take what the log's own checksums prove"
+                " as all that was written: omni release verify --live --trust-log"
             ) from None
         if len(content) == _ACKNOWLEDGED.size + 8:
             body, checksum = content[:-8], struct.unpack("<Q", content[-8:])[0]
@@ -74,9 +77,10 @@ def read_acknowledged(folder: Path) -> Acknowledged:
         if attempt < 19:
             time.sleep(0.001)  # a write of these 40 bytes may be under way
     raise LiveLogCorrupt(
-        f"{path}: expected {_ACKNOWLEDGED.size + 8} bytes with a valid checksum, but got {len(content)} bytes that do not check. "
-        "The log itself may be whole: to take what its own checksums prove as all that was written, run "
-        "`omni release verify --live --trust-log`."
+        f"{path}: expected {_ACKNOWLEDGED.size + 8} bytes with a valid checksum, but got"
+        f" {len(content)} bytes that do not check. The log itself may be whole: to take what its"
+        " own checksums prove as all that was written, run `omni release verify --live"
+        " --trust-log`."
     )
 
 
@@ -135,11 +139,13 @@ def check_header(content: bytes | memoryview, first: int, path: Path) -> bool:
     magic, version, reserved, found = FILE_HEADER.unpack_from(content)
     if magic == FILE_MAGIC and version > FILE_VERSION:
         raise LiveLogError(
-            f"{path}: this engine reads live-log format {FILE_VERSION}, but the file is format {version}; install the engine that wrote it"
+            f"{path}: this engine reads live-log format {FILE_VERSION}, but the file is format"
+            f" {version}; install the engine that wrote it"
         )
     if magic != FILE_MAGIC or version != FILE_VERSION or reserved or found != first:
         raise LiveLogCorrupt(
-            f"{path}: the header of a live log starting at sequence {first} was expected, but got magic {bytes(magic)!r}, sequence {found}"
+            f"{path}: the header of a live log starting at sequence {first} was expected, but got"
+            f" magic {bytes(magic)!r}, sequence {found}"
         )
     return True
 
@@ -147,15 +153,17 @@ def check_header(content: bytes | memoryview, first: int, path: Path) -> bool:
 def ends_early(entity_type: str, watermark: int, last: int) -> str:
     """The message about a log that ends before the watermark of the release over which it is read or written."""
     return (
-        f"live log of {entity_type!r}: entries up to {watermark} are in the release, but the log ends at {last}: it was removed and begun "
-        "again, or belongs to another store. Restore it; to go on with this one, rebuild from the sources into a new store and apply its "
-        "changes there."
+        f"live log of {entity_type!r}: entries up to {watermark} are in the release, but the log"
+        f" ends at {last}: it was removed and begun again, or belongs to another store. Restore it;"
+        " to go on with this one, rebuild from the sources into a new store and apply its changes"
+        " there."
     )
 
 
 def was_cut(entity_type: str, known: int, last: int) -> str:
     """The message about a log that lost entries which this process knows."""
     return (
-        f"live log of {entity_type!r}: entries up to {known} were acknowledged and seen here, but the log now ends at {last}: it was put "
-        "back without its end. Put it back whole; to give up what is missing, restart the servers: those that run have read it."
+        f"live log of {entity_type!r}: entries up to {known} were acknowledged and seen here, but"
+        f" the log now ends at {last}: it was put back without its end. Put it back whole; to give"
+        " up what is missing, restart the servers: those that run have read it."
     )

@@ -6,7 +6,12 @@ from itertools import pairwise
 from pathlib import Path
 
 from index_builder.errors import DiskFull, LiveLogBusy, LiveLogCorrupt, LiveLogError
-from index_builder.live_log.files import Acknowledged, begin_acknowledged, log_files, read_acknowledged
+from index_builder.live_log.files import (
+    Acknowledged,
+    begin_acknowledged,
+    log_files,
+    read_acknowledged,
+)
 from index_builder.live_log.reader import LiveLogReader
 from index_builder.live_log.tail import LiveLogEnd
 from index_builder.storage.durable_files import FileLock, fsync_folder
@@ -35,7 +40,11 @@ def adopt_tail(live_root: Path, entity_type: str) -> None:
                 pass
         finally:
             end.close()
-    except (LiveLogError, DiskFull, OSError):  # a writer that holds the lock for so long has adopted it itself
+    except (
+        LiveLogError,
+        DiskFull,
+        OSError,
+    ):  # a writer that holds the lock for so long has adopted it itself
         return
 
 
@@ -52,7 +61,10 @@ def trust_log(live_root: Path, entity_type: str) -> int:
     folder = live_root / entity_type
     lock = FileLock(folder / "writer.lock")
     if not lock.acquire(timeout_seconds=5.0):
-        raise LiveLogBusy(f"live log of {entity_type!r}: process {lock.holder()} holds the writer's lock; stop it or try again")
+        raise LiveLogBusy(
+            f"live log of {entity_type!r}: process {lock.holder()} holds the writer's lock; stop it"
+            " or try again"
+        )
     try:
         files = log_files(folder)
         reader = LiveLogReader(live_root, entity_type, after=files[0][0] - 1 if files else 0)
@@ -62,8 +74,9 @@ def trust_log(live_root: Path, entity_type: str) -> int:
         reader.close()
         if files and file != files[-1][0]:
             raise LiveLogCorrupt(
-                f"live log of {entity_type!r}: valid entries end at {reader.sequence}, before {files[-1][1].name}: there is a hole. "
-                "Restore what is missing, or move the files behind the hole away to give up what they hold."
+                f"live log of {entity_type!r}: valid entries end at {reader.sequence}, before"
+                f" {files[-1][1].name}: there is a hole. Restore what is missing, or move the files"
+                " behind the hole away to give up what they hold."
             )
         begin_acknowledged(folder, Acknowledged(file, offset, reader.sequence))
         return reader.sequence

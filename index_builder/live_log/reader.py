@@ -7,7 +7,15 @@ import sys
 from pathlib import Path
 
 from index_builder.errors import LiveLogCorrupt, LiveLogError
-from index_builder.live_log.files import Acknowledged, check_header, ends_early, log_files, read_acknowledged, still_named, was_cut
+from index_builder.live_log.files import (
+    Acknowledged,
+    check_header,
+    ends_early,
+    log_files,
+    read_acknowledged,
+    still_named,
+    was_cut,
+)
 from index_builder.live_log.records import FILE_HEADER, LiveEntry, decode_payload, next_record
 
 _READ_BYTES = 8 * 2**20
@@ -56,7 +64,9 @@ class LiveLogReader:
             LiveLogCorrupt: An acknowledged entry is missing or changed.
             LiveLogError: Entries behind ``after`` were already collected, or a newer engine wrote the log.
         """
-        return self.read(limit, read_acknowledged(self.folder))  # read first: what it promises must be in the files read afterwards
+        return self.read(
+            limit, read_acknowledged(self.folder)
+        )  # read first: what it promises must be in the files read afterwards
 
     def read(self, limit: int, promised: Acknowledged | None) -> list[LiveEntry]:
         """``poll`` with a promise that was read before; None reads whatever checks."""
@@ -84,14 +94,17 @@ class LiveLogReader:
         last = max(self._next - 1, 0)
         if promised is not None and last < promised.sequence:
             raise LiveLogCorrupt(
-                f"live log of {self.entity_type!r}: entries up to {promised.sequence} were acknowledged, but the files hold "
-                f"valid entries only up to {last} "
-                f"({self._file_path().name if self._file else 'no file'}, byte {self._offset}). Restore the file from a replica or backup; "
-                "serving goes on with what was read before."
+                f"live log of {self.entity_type!r}: entries up to {promised.sequence} were"
+                f" acknowledged, but the files hold valid entries only up to {last}"
+                f" ({self._file_path().name if self._file else 'no file'}, byte {self._offset})."
+                " Restore the file from a replica or backup; serving goes on with what was read"
+                " before."
             )
         if self._file is not None and last < self.sequence:
             was_read = self.sequence > self._after
-            raise LiveLogCorrupt((was_cut if was_read else ends_early)(self.entity_type, self.sequence, last))
+            raise LiveLogCorrupt(
+                (was_cut if was_read else ends_early)(self.entity_type, self.sequence, last)
+            )
 
     @property
     def position(self) -> tuple[int, int]:
@@ -113,8 +126,9 @@ class LiveLogReader:
         usable = [file for file in files if file[0] <= wanted]
         if not usable:
             raise LiveLogError(
-                f"live log of {self.entity_type!r}: entries from {wanted} are needed, but the oldest kept is {files[0][0]}. "
-                "Serve a release whose watermark is newer, or rebuild."
+                f"live log of {self.entity_type!r}: entries from {wanted} are needed, but the"
+                f" oldest kept is {files[0][0]}. Serve a release whose watermark is newer, or"
+                " rebuild."
             )
         first, path = self._file = usable[-1]
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -133,7 +147,9 @@ class LiveLogReader:
         assert self._descriptor is not None and self._file is not None
         try:
             return still_named(self._file[1], self._descriptor, self._offset)
-        except FileNotFoundError:  # collected, since every release holds its entries: what is open is read to its end
+        except (
+            FileNotFoundError
+        ):  # collected, since every release holds its entries: what is open is read to its end
             return True
 
     def _read_file(self, entries: list[LiveEntry], limit: int, last_readable: int) -> bool:
@@ -145,7 +161,9 @@ class LiveLogReader:
             position = 0
             start = self._offset
             while (
-                len(entries) < limit and self._next <= last_readable and (found := next_record(content, position, self._next)) is not None
+                len(entries) < limit
+                and self._next <= last_readable
+                and (found := next_record(content, position, self._next)) is not None
             ):
                 payload, position = found
                 if self._next > self.sequence:

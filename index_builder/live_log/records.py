@@ -18,8 +18,12 @@ FILE_MAGIC = b"OMNILIVE"
 FILE_VERSION = 1
 FILE_HEADER = struct.Struct("<8sIIQ")  # magic, version, reserved, first sequence
 RECORD_MAGIC = b"OLR1"
-RECORD_HEADER = struct.Struct("<4sIQQ")  # magic, payload bytes, sequence, xxh3-64 of (length, sequence, payload)
-_PAYLOAD_HEADER = struct.Struct("<BQ32sHII")  # operation, time ns, space id, id bytes, dimension, JSON bytes
+RECORD_HEADER = struct.Struct(
+    "<4sIQQ"
+)  # magic, payload bytes, sequence, xxh3-64 of (length, sequence, payload)
+_PAYLOAD_HEADER = struct.Struct(
+    "<BQ32sHII"
+)  # operation, time ns, space id, id bytes, dimension, JSON bytes
 MAX_PAYLOAD_BYTES = 16 * 2**20
 UPSERT, DELETE = 1, 2
 _NO_SPACE = bytes(32)
@@ -67,26 +71,38 @@ def check_entry(entry: LiveEntry, dimension: int) -> None:
     try:
         encoded = entry.id.encode()
     except UnicodeEncodeError as error:
-        raise LiveLogError(f"id {entry.id!r} cannot be written as UTF-8 ({error.reason}); send a valid Unicode string") from error
+        raise LiveLogError(
+            f"id {entry.id!r} cannot be written as UTF-8 ({error.reason}); send a valid Unicode"
+            " string"
+        ) from error
     if not 0 < len(encoded) <= 65535 or not unicodedata.is_normalized("NFC", entry.id):
         raise LiveLogError(
-            f"an id must be 1 to 65,535 bytes of NFC text, but got {len(encoded)} bytes: {entry.id[:60]!r}; normalise it "
-            "with unicodedata.normalize('NFC', id)"
+            f"an id must be 1 to 65,535 bytes of NFC text, but got {len(encoded)} bytes:"
+            f" {entry.id[:60]!r}; normalise it with unicodedata.normalize('NFC', id)"
         )
     if entry.vector is None:
         return
     vector = entry.vector
     if vector.shape != (dimension,) or vector.dtype != np.float32:
         raise InvalidVectors(
-            f"entity {entry.id!r}: expected float32 of shape ({dimension},), but got {vector.dtype} of shape {vector.shape}"
+            f"entity {entry.id!r}: expected float32 of shape ({dimension},), but got {vector.dtype}"
+            f" of shape {vector.shape}"
         )
     norm = float(np.linalg.norm(vector))
     if not np.isfinite(norm):
-        raise InvalidVectors(f"entity {entry.id!r}: the vector holds NaN or Inf; embed the entity again")
+        raise InvalidVectors(
+            f"entity {entry.id!r}: the vector holds NaN or Inf; embed the entity again"
+        )
     if abs(norm - 1.0) > 1e-3:
-        raise InvalidVectors(f"entity {entry.id!r}: expected unit norm, but got {norm:.6f}; divide the vector by its norm")
+        raise InvalidVectors(
+            f"entity {entry.id!r}: expected unit norm, but got {norm:.6f}; divide the vector by its"
+            " norm"
+        )
     if len(entry.space_id) != 64:
-        raise LiveLogError(f"entity {entry.id!r}: a space id has 64 hexadecimal digits, but got {entry.space_id[:70]!r}")
+        raise LiveLogError(
+            f"entity {entry.id!r}: a space id has 64 hexadecimal digits, but got"
+            f" {entry.space_id[:70]!r}"
+        )
 
 
 def _checksum(length: int, sequence: int, payload: bytes | memoryview) -> int:
@@ -109,29 +125,49 @@ def encode_payload(entry: LiveEntry, time_ns: int) -> bytes:
     if entry.source is not None:
         extra["source"] = entry.source
     try:
-        text = json.dumps(extra, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode() if extra else b""
+        text = (
+            json.dumps(extra, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+            if extra
+            else b""
+        )
         space = bytes.fromhex(entry.space_id) if entry.space_id else _NO_SPACE
     except (TypeError, ValueError) as error:
         raise LiveLogError(
-            f"entity {entry.id!r}: attributes and source must be JSON values and the space id hexadecimal: {error}"
+            f"entity {entry.id!r}: attributes and source must be JSON values and the space id"
+            f" hexadecimal: {error}"
         ) from error
-    head = _PAYLOAD_HEADER.pack(DELETE if entry.is_delete else UPSERT, time_ns, space, len(identifier), len(vector) // 4, len(text))
+    head = _PAYLOAD_HEADER.pack(
+        DELETE if entry.is_delete else UPSERT,
+        time_ns,
+        space,
+        len(identifier),
+        len(vector) // 4,
+        len(text),
+    )
     payload = b"".join((head, identifier, vector, text))
     if len(payload) > MAX_PAYLOAD_BYTES:
         raise LiveLogError(
-            f"entity {entry.id!r}: an entry may have at most {MAX_PAYLOAD_BYTES:,} bytes, but has {len(payload):,}; shorten its attributes"
+            f"entity {entry.id!r}: an entry may have at most {MAX_PAYLOAD_BYTES:,} bytes, but has"
+            f" {len(payload):,}; shorten its attributes"
         )
     return payload
 
 
 def frame(payload: bytes, sequence: int) -> bytes:
     """Put the record header before a payload."""
-    return RECORD_HEADER.pack(RECORD_MAGIC, len(payload), sequence, _checksum(len(payload), sequence, payload)) + payload
+    return (
+        RECORD_HEADER.pack(
+            RECORD_MAGIC, len(payload), sequence, _checksum(len(payload), sequence, payload)
+        )
+        + payload
+    )
 
 
 def decode_payload(payload: memoryview, sequence: int) -> LiveEntry:
     """Inverse of ``encode_payload``; the vector is a private read-only copy."""
-    operation, time_ns, space, id_bytes, dimension, text_bytes = _PAYLOAD_HEADER.unpack_from(payload)
+    operation, time_ns, space, id_bytes, dimension, text_bytes = _PAYLOAD_HEADER.unpack_from(
+        payload
+    )
     start = _PAYLOAD_HEADER.size
     identifier = str(payload[start : start + id_bytes], "utf-8")
     start += id_bytes
@@ -157,7 +193,12 @@ def next_record(content: memoryview, offset: int, sequence: int) -> tuple[memory
     if body > len(content):
         return None
     magic, length, found, checksum = RECORD_HEADER.unpack_from(content, offset)
-    if magic != RECORD_MAGIC or found != sequence or length > MAX_PAYLOAD_BYTES or body + length > len(content):
+    if (
+        magic != RECORD_MAGIC
+        or found != sequence
+        or length > MAX_PAYLOAD_BYTES
+        or body + length > len(content)
+    ):
         return None
     payload = content[body : body + length]
     return (payload, body + length) if _checksum(length, found, payload) == checksum else None

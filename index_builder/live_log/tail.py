@@ -22,8 +22,20 @@ from index_builder.live_log.files import (
     write_acknowledged,
     write_all,
 )
-from index_builder.live_log.records import FILE_HEADER, FILE_MAGIC, FILE_VERSION, RECORD_HEADER, frame, next_record
-from index_builder.storage.durable_files import FileLock, disk_full_is_clear, fsync_folder, make_folder
+from index_builder.live_log.records import (
+    FILE_HEADER,
+    FILE_MAGIC,
+    FILE_VERSION,
+    RECORD_HEADER,
+    frame,
+    next_record,
+)
+from index_builder.storage.durable_files import (
+    FileLock,
+    disk_full_is_clear,
+    fsync_folder,
+    make_folder,
+)
 
 DEFAULT_FILE_BYTES = 64 * 2**20
 _READ_BYTES = 64 * 2**20
@@ -55,7 +67,11 @@ class LiveLogEnd:
         self.folder = live_root / entity_type
         self.entity_type = entity_type
         self.sequence = 0
-        self._file_bytes, self._timeout, self._before_sync = file_bytes, lock_timeout_seconds, before_sync
+        self._file_bytes, self._timeout, self._before_sync = (
+            file_bytes,
+            lock_timeout_seconds,
+            before_sync,
+        )
         self._file: tuple[int, Path] | None = None
         self._descriptor: int | None = None
         self._offset = 0  # behind the last entry
@@ -93,9 +109,16 @@ class LiveLogEnd:
         if self._descriptor is None or self._offset >= self._file_bytes:
             self._new_file()
         assert self._descriptor is not None and self._file is not None
-        content = b"".join(frame(payload, sequence) for sequence, payload in enumerate(payloads, self.sequence + 1))
-        promise = Acknowledged(self._file[0], self._offset + len(content), self.sequence + len(payloads))
-        with self._all_or_nothing(self._offset, promise), disk_full_is_clear("writing the live log", self.folder):
+        content = b"".join(
+            frame(payload, sequence) for sequence, payload in enumerate(payloads, self.sequence + 1)
+        )
+        promise = Acknowledged(
+            self._file[0], self._offset + len(content), self.sequence + len(payloads)
+        )
+        with (
+            self._all_or_nothing(self._offset, promise),
+            disk_full_is_clear("writing the live log", self.folder),
+        ):
             write_all(self._descriptor, content, self._offset)
             if self._before_sync is not None:
                 self._before_sync()
@@ -116,8 +139,8 @@ class LiveLogEnd:
         lock = FileLock(self.folder / "writer.lock")
         if not lock.acquire(timeout_seconds=self._timeout):
             raise LiveLogBusy(
-                f"live log of {self.entity_type!r}: process {lock.holder()} has held the writer's lock for "
-                f"{self._timeout:.0f} s; stop it or try again"
+                f"live log of {self.entity_type!r}: process {lock.holder()} has held the writer's"
+                f" lock for {self._timeout:.0f} s; stop it or try again"
             )
         return lock
 
@@ -158,7 +181,9 @@ class LiveLogEnd:
                 raise
             promised = failed.before  # torn by the write that failed
             write_acknowledged(self.folder, promised)
-        if promised == failed.before:  # else nobody may cut off what stands behind it: it was promised, by this writer or the next
+        if (
+            promised == failed.before
+        ):  # else nobody may cut off what stands behind it: it was promised, by this writer or the next
             _cut(failed.file[1], failed.end)
         self._failed = None
         return promised == failed.promise
@@ -192,15 +217,22 @@ class LiveLogEnd:
             self._file = None
             if (lost := max(promised.sequence, self.sequence)) > after:
                 raise LiveLogCorrupt(
-                    f"live log of {self.entity_type!r}: entries up to {lost} were acknowledged, but its files are gone; restore them"
+                    f"live log of {self.entity_type!r}: entries up to {lost} were acknowledged, but"
+                    " its files are gone; restore them"
                 )
             self.sequence = after
             return
         known = self.sequence
         try:
-            if self._file != files[-1] or self._descriptor is None or not still_named(files[-1][1], self._descriptor, self._offset):
+            if (
+                self._file != files[-1]
+                or self._descriptor is None
+                or not still_named(files[-1][1], self._descriptor, self._offset)
+            ):
                 first, path = files[-1]
-                if not self._reopen(first, path, promised):  # died while starting the file: nothing in it was promised
+                if not self._reopen(
+                    first, path, promised
+                ):  # died while starting the file: nothing in it was promised
                     path.unlink()
                     fsync_folder(self.folder)
                     self._catch_up(after)
@@ -231,7 +263,9 @@ class LiveLogEnd:
         assert self._descriptor is not None and self._file is not None
         size = os.fstat(self._descriptor).st_size
         while self._offset < size:
-            content = memoryview(os.pread(self._descriptor, min(_READ_BYTES, size - self._offset), self._offset))
+            content = memoryview(
+                os.pread(self._descriptor, min(_READ_BYTES, size - self._offset), self._offset)
+            )
             position = 0
             while (found := next_record(content, position, self.sequence + 1)) is not None:
                 position = found[1]
@@ -241,9 +275,10 @@ class LiveLogEnd:
                 break
         if self.sequence < promised.sequence:
             raise LiveLogCorrupt(
-                f"live log of {self.entity_type!r}: entries up to {promised.sequence} were acknowledged, but "
-                f"{path.name} is valid only up to entry "
-                f"{self.sequence} (byte {self._offset}). Nothing was written or cut off; restore the file from a replica or backup."
+                f"live log of {self.entity_type!r}: entries up to {promised.sequence} were"
+                f" acknowledged, but {path.name} is valid only up to entry {self.sequence} (byte"
+                f" {self._offset}). Nothing was written or cut off; restore the file from a replica"
+                " or backup."
             )
         if self.sequence < after:
             raise LiveLogCorrupt(ends_early(self.entity_type, after, self.sequence))
@@ -263,7 +298,10 @@ class LiveLogEnd:
                 fsync_folder(self.folder)
         if not is_promised:  # whole entries of a writer that died, or its promise was lost
             promise = Acknowledged(self._file[0], self._offset, self.sequence)
-            with self._all_or_nothing(self._offset, promise), disk_full_is_clear("promising the end of the live log", self.folder):
+            with (
+                self._all_or_nothing(self._offset, promise),
+                disk_full_is_clear("promising the end of the live log", self.folder),
+            ):
                 write_acknowledged(self.folder, promise)
 
 

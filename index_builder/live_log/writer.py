@@ -43,7 +43,11 @@ class LiveLogWriter:
         self.after = after
         self.entity_type, self.dimension = entity_type, dimension
         self._end = LiveLogEnd(
-            live_root, entity_type, file_bytes=file_bytes, lock_timeout_seconds=lock_timeout_seconds, before_sync=before_sync
+            live_root,
+            entity_type,
+            file_bytes=file_bytes,
+            lock_timeout_seconds=lock_timeout_seconds,
+            before_sync=before_sync,
         )
         self._queue: list[_Batch] = []
         self._queue_lock, self._commit_lock = threading.Lock(), threading.Lock()
@@ -57,10 +61,18 @@ class LiveLogWriter:
         return self._end.sequence
 
     def upsert(
-        self, id: str, vector: np.ndarray, attributes: dict[str, Any] | None = None, *, space_id: str, source: dict[str, Any] | None = None
+        self,
+        id: str,
+        vector: np.ndarray,
+        attributes: dict[str, Any] | None = None,
+        *,
+        space_id: str,
+        source: dict[str, Any] | None = None,
     ) -> None:
         """Queue an upsert; it is durable after ``sync``. Raises as ``write`` does."""
-        entry = LiveEntry(id=id, vector=vector, space_id=space_id, attributes=attributes or {}, source=source)
+        entry = LiveEntry(
+            id=id, vector=vector, space_id=space_id, attributes=attributes or {}, source=source
+        )
         check_entry(entry, self.dimension)
         self._pending.append(entry)
 

@@ -39,7 +39,10 @@ def diff_releases(store: ReleaseStore, before_id: str, after_id: str) -> dict[st
             "before": before_id,
             "after": after_id,
             "same_space": same_space,
-            "bytes": {"before": before.manifest.total_bytes(), "after": after.manifest.total_bytes()},
+            "bytes": {
+                "before": before.manifest.total_bytes(),
+                "after": after.manifest.total_bytes(),
+            },
             "entities": {name: _diff_entity(name, before, after, same_space) for name in types},
         }
 
@@ -62,8 +65,16 @@ def _diff_entity(name: str, before: Release, after: Release, same_space: bool) -
     result |= _golden_drift(old, new, before.golden(name), after.golden(name), same_space)
     if same_space:
         kept = sorted(old_ids & new_ids)
-        some = [kept[int(i)] for i in np.linspace(0, len(kept) - 1, min(2000, len(kept)))] if kept else []
-        cosines = [float(a @ b) for a, b in ((old.vector(i), new.vector(i)) for i in some) if a is not None and b is not None]
+        some = (
+            [kept[int(i)] for i in np.linspace(0, len(kept) - 1, min(2000, len(kept)))]
+            if kept
+            else []
+        )
+        cosines = [
+            float(a @ b)
+            for a, b in ((old.vector(i), new.vector(i)) for i in some)
+            if a is not None and b is not None
+        ]
         result["moved"] = {
             "sampled": len(cosines),
             "changed": sum(c < 0.9999 for c in cosines),
@@ -77,7 +88,11 @@ def _ids(index: EntityIndex) -> set[str]:
 
 
 def _golden_drift(
-    old: EntityIndex, new: EntityIndex, old_golden: GoldenQueries, new_golden: GoldenQueries, same_space: bool
+    old: EntityIndex,
+    new: EntityIndex,
+    old_golden: GoldenQueries,
+    new_golden: GoldenQueries,
+    same_space: bool,
 ) -> dict[str, Any]:
     pairs: list[tuple[np.ndarray, np.ndarray]] = []
     by_text = {text: row for row, text in enumerate(new_golden.texts) if text}
@@ -110,8 +125,14 @@ def norm_summary(index: EntityIndex) -> dict[str, float]:
     vectors = index.corpus.vectors
     if not len(vectors):
         return {"min": 0.0, "mean": 0.0, "max": 0.0}
-    norms = np.concatenate([np.linalg.norm(vectors[s : s + 65536], axis=1) for s in range(0, len(vectors), 65536)])
-    return {"min": round(float(norms.min()), 6), "mean": round(float(norms.mean()), 6), "max": round(float(norms.max()), 6)}
+    norms = np.concatenate(
+        [np.linalg.norm(vectors[s : s + 65536], axis=1) for s in range(0, len(vectors), 65536)]
+    )
+    return {
+        "min": round(float(norms.min()), 6),
+        "mean": round(float(norms.mean()), 6),
+        "max": round(float(norms.max()), 6),
+    }
 
 
 def describe_release(store: ReleaseStore, release_id: str) -> dict[str, Any]:
@@ -136,8 +157,14 @@ def describe_release(store: ReleaseStore, release_id: str) -> dict[str, Any]:
                 "cpu_features": list(entity.cpu_features),
                 "watermark": entity.watermark,
                 "carried_from": entity.carried_from,
-                "disk_bytes": sum(record.size_bytes for file, record in manifest.files.items() if file.startswith(f"{name}/")),
-                "build_peak_private_mib": (manifest.measured.get("entities", {}).get(name) or {}).get("peak_private_mib"),
+                "disk_bytes": sum(
+                    record.size_bytes
+                    for file, record in manifest.files.items()
+                    if file.startswith(f"{name}/")
+                ),
+                "build_peak_private_mib": (
+                    (manifest.measured.get("entities", {}).get(name) or {}).get("peak_private_mib")
+                ),
                 "settings": (entity.calibration or {}).get("settings"),
                 "calibration_source": (entity.calibration or {}).get("source"),
                 "golden": entity.golden,
@@ -159,7 +186,9 @@ def describe_release(store: ReleaseStore, release_id: str) -> dict[str, Any]:
             "loaded_private_mib": round(loaded, 1),
             "forms": manifest.forms,
             "entities": entities,
-            "measured": {key: value for key, value in manifest.measured.items() if key != "entities"},
+            "measured": {
+                key: value for key, value in manifest.measured.items() if key != "entities"
+            },
         }
 
 
@@ -174,7 +203,9 @@ def degree_histogram(index: EntityIndex) -> dict[str, Any] | None:
         return None
     own = np.arange(len(links), dtype=links.dtype)[:, None]
     degrees = np.count_nonzero(links != own, axis=1)
-    counts, edges = np.histogram(degrees, bins=min(10, max(1, int(links.shape[1]))), range=(0, int(links.shape[1])))
+    counts, edges = np.histogram(
+        degrees, bins=min(10, max(1, int(links.shape[1]))), range=(0, int(links.shape[1]))
+    )
     return {
         "mean": round(float(degrees.mean()), 2),
         "max": int(degrees.max()),

@@ -39,7 +39,9 @@ class LiveFollower:
         poll_seconds: Time between polls; entries are visible after at most this time plus the time to apply them.
     """
 
-    def __init__(self, store: HasLiveRoot, release: Release, *, poll_seconds: float = POLL_SECONDS) -> None:
+    def __init__(
+        self, store: HasLiveRoot, release: Release, *, poll_seconds: float = POLL_SECONDS
+    ) -> None:
         self.release = release
         self.error: Exception | None = None
         self._live_root = store.live_root
@@ -53,9 +55,16 @@ class LiveFollower:
         for entity_type, index in release.entities.items():
             watermark = release.manifest.entities[entity_type].watermark
             state = LiveState(
-                dimension=release.dimension, space_id=release.space_id, row_of=index.row_of, base_count=len(index.ids), sequence=watermark
+                dimension=release.dimension,
+                space_id=release.space_id,
+                row_of=index.row_of,
+                base_count=len(index.ids),
+                sequence=watermark,
             )
-            self._followed[entity_type] = (LiveLogReader(store.live_root, entity_type, after=watermark), state)
+            self._followed[entity_type] = (
+                LiveLogReader(store.live_root, entity_type, after=watermark),
+                state,
+            )
 
     def poll(self) -> int:
         """Read and apply what is new in every log; returns how many entries there were.
@@ -80,7 +89,9 @@ class LiveFollower:
                     self._last_write[entity_type] = now
                 elif now - self._last_write.get(entity_type, now) > IDLE_SECONDS:
                     state.compact()
-                if state.view is not self._shown.get(entity_type):  # new entries, or a segment finished merging since it was shown
+                if state.view is not self._shown.get(
+                    entity_type
+                ):  # new entries, or a segment finished merging since it was shown
                     self._show(entity_type, state)
         if failure is not None:
             raise failure
@@ -128,7 +139,9 @@ class LiveFollower:
             self.catch_up()
         except LiveLogError as error:
             self.error = error
-        self._thread = threading.Thread(target=self._run, name=f"live-{self.release.release_id[:12]}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, name=f"live-{self.release.release_id[:12]}", daemon=True
+        )
         self._thread.start()
         return self
 

@@ -28,7 +28,8 @@ class FileRecord:
     def __post_init__(self) -> None:
         if self.size_bytes < 0 or not _HEX64.fullmatch(self.sha256):
             raise ReleaseCorrupt(
-                f"a file record must hold a size and 64 hexadecimal digits, but got {self.size_bytes} and {self.sha256[:70]!r}"
+                "a file record must hold a size and 64 hexadecimal digits, but got"
+                f" {self.size_bytes} and {self.sha256[:70]!r}"
             )
 
 
@@ -95,7 +96,16 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """Serialise in the one canonical form, with the checksum of the text (its own 64 digits taken as zeros) inside."""
-        text = json.dumps({"checksum": _ZERO, **asdict(self)}, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False) + "\n"
+        text = (
+            json.dumps(
+                {"checksum": _ZERO, **asdict(self)},
+                ensure_ascii=False,
+                indent=2,
+                sort_keys=True,
+                allow_nan=False,
+            )
+            + "\n"
+        )
         digest = hashlib.sha256(text.encode()).hexdigest()
         return text.replace(f'  "checksum": "{_ZERO}"', f'  "checksum": "{digest}"', 1).encode()
 
@@ -114,34 +124,45 @@ class Manifest:
         try:
             text = content.decode()
         except UnicodeDecodeError as error:
-            raise ReleaseCorrupt(f"{where}: manifest.json is not UTF-8 text ({error.reason} at byte {error.start})") from error
+            raise ReleaseCorrupt(
+                f"{where}: manifest.json is not UTF-8 text ({error.reason} at byte {error.start})"
+            ) from error
         found = _CHECKSUM.search(text)
         if found is None:
-            raise ReleaseCorrupt(f"{where}: manifest.json holds no checksum; it is not a manifest or was cut off ({len(content)} bytes)")
+            raise ReleaseCorrupt(
+                f"{where}: manifest.json holds no checksum; it is not a manifest or was cut off"
+                f" ({len(content)} bytes)"
+            )
         blank = text[: found.start(1)] + _ZERO + text[found.end(1) :]
         digest = hashlib.sha256(blank.encode()).hexdigest()
         if digest != found.group(1):
             raise ReleaseCorrupt(
-                f"{where}: manifest.json should have checksum {found.group(1)[:16]}, but its text gives {digest[:16]}: it "
-                "was changed after publishing"
+                f"{where}: manifest.json should have checksum {found.group(1)[:16]}, but its text"
+                f" gives {digest[:16]}: it was changed after publishing"
             )
         try:
             values: Any = json.loads(text)
             version = values["format_version"]
             if version != FORMAT_VERSION:
                 raise ReleaseVersionError(
-                    f"{where}: this engine reads release format {FORMAT_VERSION}, but the release is format {version}. "
-                    "Install the engine that wrote it (pip install -U omnisearchsage), or rebuild the release with this one."
+                    f"{where}: this engine reads release format {FORMAT_VERSION}, but the release"
+                    f" is format {version}. Install the engine that wrote it (pip install -U"
+                    " omnisearchsage), or rebuild the release with this one."
                 )
             del values["checksum"]
-            values["files"] = {name: FileRecord(**record) for name, record in values["files"].items()}
+            values["files"] = {
+                name: FileRecord(**record) for name, record in values["files"].items()
+            }
             values["entities"] = {
                 name: EntityManifest(**{**entity, "cpu_features": tuple(entity["cpu_features"])})
                 for name, entity in values["entities"].items()
             }
             return cls(**values)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ReleaseCorrupt(f"{where}: manifest.json does not have the shape of format {FORMAT_VERSION}: {error}") from error
+            raise ReleaseCorrupt(
+                f"{where}: manifest.json does not have the shape of format {FORMAT_VERSION}:"
+                f" {error}"
+            ) from error
 
     def total_bytes(self) -> int:
         """Bytes of all files of the release, without the manifest."""

@@ -84,7 +84,9 @@ class MilvusReleases:
         """Close the connection."""
         self.client.close()
 
-    def publish(self, release: Release, *, progress: Callable[[str], None] = lambda _: None) -> dict[str, float]:
+    def publish(
+        self, release: Release, *, progress: Callable[[str], None] = lambda _: None
+    ) -> dict[str, float]:
         """Copy every entity type of a release, index and load it, and check the golden queries. Readers see nothing of it yet.
 
         A collection that an interrupted copy left behind is dropped and made again.
@@ -101,11 +103,15 @@ class MilvusReleases:
                 name = collection_name(self.config.prefix, entity_type, release.release_id)
                 self._copy(name, release, entity_type, index, progress)
                 recall[entity_type] = self._golden_recall(name, release, entity_type)
-                progress(f"{entity_type}: {len(index.ids):,} rows in {name}, ANN recall@10 {recall[entity_type]:.3f}")
+                progress(
+                    f"{entity_type}: {len(index.ids):,} rows in {name}, ANN recall@10"
+                    f" {recall[entity_type]:.3f}"
+                )
                 if recall[entity_type] < self.config.min_recall:
                     raise GateFailed(
-                        f"Milvus answers the golden queries of {entity_type!r} with ANN recall@10 {recall[entity_type]:.3f}, below "
-                        f"{self.config.min_recall}. Nothing was activated. Raise search_params ef or index_params M."
+                        f"Milvus answers the golden queries of {entity_type!r} with ANN recall@10"
+                        f" {recall[entity_type]:.3f}, below {self.config.min_recall}. Nothing was"
+                        " activated. Raise search_params ef or index_params M."
                     )
         except BaseException:
             self.drop(release.release_id, release.entities)
@@ -118,10 +124,20 @@ class MilvusReleases:
         Raises:
             ReleaseNotFound: A collection of this release is not in Milvus.
         """
-        names = {entity_type: collection_name(self.config.prefix, entity_type, release_id) for entity_type in entity_types}
-        missing = [entity_type for entity_type, name in names.items() if not self.client.has_collection(name)]
+        names = {
+            entity_type: collection_name(self.config.prefix, entity_type, release_id)
+            for entity_type in entity_types
+        }
+        missing = [
+            entity_type
+            for entity_type, name in names.items()
+            if not self.client.has_collection(name)
+        ]
         if missing:
-            raise ReleaseNotFound(f"Milvus holds no {', '.join(missing)} of release {release_id!r}. Publish it there first.")
+            raise ReleaseNotFound(
+                f"Milvus holds no {', '.join(missing)} of release {release_id!r}. Publish it there"
+                " first."
+            )
         for entity_type, name in names.items():
             alias = alias_name(self.config.prefix, entity_type)
             if self._target_of(alias) is None:
@@ -143,11 +159,16 @@ class MilvusReleases:
         for entity_type in entity_types:
             name = collection_name(self.config.prefix, entity_type, release_id)
             if self._target_of(alias_name(self.config.prefix, entity_type)) == name:
-                raise ReleaseError(f"release {release_id!r} is active in Milvus for {entity_type!r}. Activate another one first.")
+                raise ReleaseError(
+                    f"release {release_id!r} is active in Milvus for {entity_type!r}. Activate"
+                    " another one first."
+                )
             if self.client.has_collection(name):
                 self.client.drop_collection(name)
 
-    def index(self, entity_type: str, *, space_id: str, release_id: str | None = None) -> MilvusIndex:
+    def index(
+        self, entity_type: str, *, space_id: str, release_id: str | None = None
+    ) -> MilvusIndex:
         """Open an entity type for searching: the active release, or the one named.
 
         Raises:
@@ -160,12 +181,20 @@ class MilvusReleases:
             name = self._target_of(alias_name(self.config.prefix, entity_type))
         if name is None or not self.client.has_collection(name):
             raise ReleaseNotFound(
-                f"Milvus holds no {'active release' if release_id is None else release_id} of {entity_type!r}. Publish it there first."
+                f"Milvus holds no {'active release' if release_id is None else release_id} of"
+                f" {entity_type!r}. Publish it there first."
             )
         about = self._about(name)
         if about["space_id"] != space_id:
             raise SpaceMismatch(space_id, str(about["space_id"]), f"Milvus collection {name}")
-        return MilvusIndex(self.client, name, entity_type, str(about["release_id"]), int(about["dimension"]), self.config)
+        return MilvusIndex(
+            self.client,
+            name,
+            entity_type,
+            str(about["release_id"]),
+            int(about["dimension"]),
+            self.config,
+        )
 
     def _target_of(self, alias: str) -> str | None:
         from pymilvus import MilvusException
@@ -181,21 +210,40 @@ class MilvusReleases:
             return {key: about[key] for key in ("release_id", "space_id", "dimension")}
         except (ValueError, KeyError) as error:
             raise ReleaseError(
-                f"Milvus collection {name} does not say which release it holds ({error}). Publish the release again."
+                f"Milvus collection {name} does not say which release it holds ({error}). Publish"
+                " the release again."
             ) from error
 
-    def _copy(self, name: str, release: Release, entity_type: str, index: EntityIndex, progress: Callable[[str], None]) -> None:
+    def _copy(
+        self,
+        name: str,
+        release: Release,
+        entity_type: str,
+        index: EntityIndex,
+        progress: Callable[[str], None],
+    ) -> None:
         from pymilvus import DataType
 
         if self.client.has_collection(name):
             self.client.drop_collection(name)
-        about = {"release_id": release.release_id, "space_id": release.space_id, "dimension": release.dimension, "entity_type": entity_type}
-        schema = self.client.create_schema(auto_id=False, enable_dynamic_field=True, description=json.dumps(about))
+        about = {
+            "release_id": release.release_id,
+            "space_id": release.space_id,
+            "dimension": release.dimension,
+            "entity_type": entity_type,
+        }
+        schema = self.client.create_schema(
+            auto_id=False, enable_dynamic_field=True, description=json.dumps(about)
+        )
         schema.add_field(ID_FIELD, DataType.VARCHAR, is_primary=True, max_length=MAX_ID_BYTES)
         schema.add_field(VECTOR_FIELD, DataType.FLOAT_VECTOR, dim=release.dimension)
         self.client.create_collection(name, schema=schema)
         ids = list(index.ids)
-        names = [attribute for attribute in index.attribute_table.schema if attribute not in (ID_FIELD, VECTOR_FIELD)]
+        names = [
+            attribute
+            for attribute in index.attribute_table.schema
+            if attribute not in (ID_FIELD, VECTOR_FIELD)
+        ]
         for start in range(0, len(ids), self.config.batch_rows):
             part = ids[start : start + self.config.batch_rows]
             self.client.insert(name, list(_rows(index, part, names)))
@@ -203,15 +251,25 @@ class MilvusReleases:
         self.client.flush(name)
         count = int(self.client.get_collection_stats(name)["row_count"])
         if count != len(ids):
-            raise GateFailed(f"Milvus holds {count:,} rows of {entity_type!r}, but the release has {len(ids):,}. Nothing was activated.")
+            raise GateFailed(
+                f"Milvus holds {count:,} rows of {entity_type!r}, but the release has {len(ids):,}."
+                " Nothing was activated."
+            )
         params = self.client.prepare_index_params()
-        params.add_index(VECTOR_FIELD, index_type=self.config.index_type, metric_type="IP", params=self.config.index_params)
+        params.add_index(
+            VECTOR_FIELD,
+            index_type=self.config.index_type,
+            metric_type="IP",
+            params=self.config.index_params,
+        )
         self.client.create_index(name, params)
         self.client.load_collection(name)
 
     def _golden_recall(self, name: str, release: Release, entity_type: str) -> float:
         golden = release.golden(entity_type)
-        index = MilvusIndex(self.client, name, entity_type, release.release_id, release.dimension, self.config)
+        index = MilvusIndex(
+            self.client, name, entity_type, release.release_id, release.dimension, self.config
+        )
         exact = release.entities[entity_type]
         shares = []
         for vector in golden.vectors:
@@ -224,13 +282,25 @@ def _rows(index: EntityIndex, ids: Sequence[str], names: Sequence[str]) -> Itera
     for id_, attributes in zip(ids, index.attributes(ids, names), strict=True):
         vector = index.vector(id_)
         assert vector is not None, "every id of a release has a vector"
-        yield {ID_FIELD: id_, VECTOR_FIELD: vector, **{key: value for key, value in attributes.items() if value is not None}}
+        yield {
+            ID_FIELD: id_,
+            VECTOR_FIELD: vector,
+            **{key: value for key, value in attributes.items() if value is not None},
+        }
 
 
 class MilvusIndex:
     """One entity type of one release in Milvus, with the search of ``EntityIndex``."""
 
-    def __init__(self, client: Any, name: str, entity_type: str, release_id: str, dimension: int, config: MilvusConfig) -> None:
+    def __init__(
+        self,
+        client: Any,
+        name: str,
+        entity_type: str,
+        release_id: str,
+        dimension: int,
+        config: MilvusConfig,
+    ) -> None:
         self._client, self._name, self._config = client, name, config
         self.entity_type, self.release_id, self.dimension = entity_type, release_id, dimension
 
@@ -250,7 +320,9 @@ class MilvusIndex:
         """
         vector = np.asarray(query, dtype=np.float32)
         if vector.shape != (self.dimension,):
-            raise InvalidVectors(f"the query must have shape ({self.dimension},), but got {vector.shape}.")
+            raise InvalidVectors(
+                f"the query must have shape ({self.dimension},), but got {vector.shape}."
+            )
         parameters = {**self._config.search_params}
         if "ef" in parameters:
             parameters["ef"] = max(int(parameters["ef"]), k)
@@ -264,9 +336,15 @@ class MilvusIndex:
             search_params={"metric_type": "IP", "params": parameters},
             consistency_level="Strong",
         )[0]
-        hits = [(str(hit[ID_FIELD]), float(hit["distance"])) for hit in found if min_score is None or hit["distance"] >= min_score]
+        hits = [
+            (str(hit[ID_FIELD]), float(hit["distance"]))
+            for hit in found
+            if min_score is None or hit["distance"] >= min_score
+        ]
         scores = np.array([score for _, score in hits], dtype=np.float32)
-        return SearchResult([id_ for id_, _ in hits], scores, "milvus", int(parameters.get("ef", 0)), None, None)
+        return SearchResult(
+            [id_ for id_, _ in hits], scores, "milvus", int(parameters.get("ef", 0)), None, None
+        )
 
 
 def _excluding(ids: Collection[str]) -> str:

@@ -48,27 +48,38 @@ def read_manifest(path: Path, expected_sha256: str | None = None) -> Manifest:
         content = (path / MANIFEST_NAME).read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ReleaseNotFound(
-            f"no release at {path}: expected a folder with {MANIFEST_NAME}. `omni release list` shows what there is."
+            f"no release at {path}: expected a folder with {MANIFEST_NAME}. `omni release list`"
+            " shows what there is."
         ) from error
     except OSError as error:
         raise ReleaseCorrupt(
-            f"{path}/{MANIFEST_NAME}: the file cannot be read ({error.strerror}). Restore the release or roll back."
+            f"{path}/{MANIFEST_NAME}: the file cannot be read ({error.strerror}). Restore the"
+            " release or roll back."
         ) from error
     manifest = Manifest.from_bytes(content, path.name)
     if manifest.release_id != path.name:
         raise ReleaseCorrupt(
-            f"{path}: the folder should hold release {path.name!r}, but its manifest belongs to {manifest.release_id!r}: it "
-            "was swapped or renamed"
+            f"{path}: the folder should hold release {path.name!r}, but its manifest belongs to"
+            f" {manifest.release_id!r}: it was swapped or renamed"
         )
     if expected_sha256 is not None and hashlib.sha256(content).hexdigest() != expected_sha256:
-        raise ReleaseCorrupt(f"{path}: the manifest is not the one that was activated; restore the release or activate it again")
+        raise ReleaseCorrupt(
+            f"{path}: the manifest is not the one that was activated; restore the release or"
+            " activate it again"
+        )
     return manifest
 
 
 class Release:
     """One opened release. Searches go through ``release.entities[entity_type]``; close it when no request uses it any more."""
 
-    def __init__(self, path: Path, manifest: Manifest, entities: dict[str, EntityIndex], lease: FileLock | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        entities: dict[str, EntityIndex],
+        lease: FileLock | None = None,
+    ) -> None:
         self.path = path
         self.manifest = manifest
         self.entities = entities
@@ -118,7 +129,8 @@ class Release:
             index = EntityIndex.load(path / entity_type, graph=(graphs or {}).get(entity_type))
             if index.count != entity.count:
                 raise ReleaseCorrupt(
-                    f"{path.name}/{entity_type}: the manifest counts {entity.count:,} entities, but the index holds {index.count:,}"
+                    f"{path.name}/{entity_type}: the manifest counts {entity.count:,} entities, but"
+                    f" the index holds {index.count:,}"
                 )
             entities[entity_type] = index
         return cls(path, manifest, entities, lease)
@@ -184,7 +196,9 @@ class Release:
                 self._golden[entity_type] = read_golden(self.path / entity_type / GOLDEN_NAME)
             return self._golden[entity_type]
 
-    def replay_golden(self, vectors: dict[str, np.ndarray] | None = None) -> dict[str, ReplayResult]:
+    def replay_golden(
+        self, vectors: dict[str, np.ndarray] | None = None
+    ) -> dict[str, ReplayResult]:
         """Replay every golden query through the indexes as they are served; call it before live entries are attached.
 
         Args:
@@ -199,17 +213,26 @@ class Release:
         results = {}
         for entity_type, index in self.entities.items():
             golden = self.golden(entity_type)
-            queries = golden.vectors if vectors is None else vectors.get(entity_type, golden.vectors)
+            queries = (
+                golden.vectors if vectors is None else vectors.get(entity_type, golden.vectors)
+            )
             k = int(self.manifest.entities[entity_type].golden.get("k", 10))
             answers = [index.search(query, k) for query in queries] if index.count else []
-            recall = float(recall_of(golden, [a.ids for a in answers], [a.scores for a in answers]).mean()) if answers else 1.0
+            recall = (
+                float(
+                    recall_of(golden, [a.ids for a in answers], [a.scores for a in answers]).mean()
+                )
+                if answers
+                else 1.0
+            )
             expected = float(self.manifest.entities[entity_type].golden.get("recall", 1.0))
             results[entity_type] = ReplayResult(len(answers), recall, expected)
             if recall < expected - REPLAY_SLACK:
                 raise ReleaseCorrupt(
-                    f"{self.release_id}/{entity_type}: golden queries should answer with ANN recall@{k} of {expected:.3f}, "
-                    f"but gave {recall:.3f} on {len(answers)} queries. "
-                    "The release is not fit to serve on this machine: roll back, or rebuild it here."
+                    f"{self.release_id}/{entity_type}: golden queries should answer with ANN"
+                    f" recall@{k} of {expected:.3f}, but gave {recall:.3f} on {len(answers)}"
+                    " queries. The release is not fit to serve on this machine: roll back, or"
+                    " rebuild it here."
                 )
         return results
 

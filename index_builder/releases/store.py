@@ -21,12 +21,25 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from index_builder.ann import AnnIndex
-from index_builder.errors import PublisherBusy, PublishError, ReleaseCorrupt, ReleaseError, ReleaseNotFound
+from index_builder.errors import (
+    PublisherBusy,
+    PublishError,
+    ReleaseCorrupt,
+    ReleaseError,
+    ReleaseNotFound,
+)
 from index_builder.live_log.maintenance import collect_files
 from index_builder.releases.manifest import MANIFEST_NAME, Manifest
 from index_builder.releases.release import Release, read_manifest
 from index_builder.releases.verification import check_contents, check_cpu, check_names_and_sizes
-from index_builder.storage.durable_files import FileLock, disk_full_is_clear, fsync_folder, fsync_tree, make_folder, write_durably
+from index_builder.storage.durable_files import (
+    FileLock,
+    disk_full_is_clear,
+    fsync_folder,
+    fsync_tree,
+    make_folder,
+    write_durably,
+)
 
 CURRENT_NAME = "CURRENT"
 HISTORY_LENGTH = 50
@@ -52,7 +65,13 @@ class Current:
     def to_bytes(self) -> bytes:
         """One JSON line with a checksum of the rest."""
         body = json.dumps(asdict(self), sort_keys=True)
-        return json.dumps({**asdict(self), "checksum": hashlib.sha256(body.encode()).hexdigest()}, sort_keys=True).encode() + b"\n"
+        return (
+            json.dumps(
+                {**asdict(self), "checksum": hashlib.sha256(body.encode()).hexdigest()},
+                sort_keys=True,
+            ).encode()
+            + b"\n"
+        )
 
     @classmethod
     def from_bytes(cls, content: bytes, where: str) -> Current:
@@ -70,7 +89,8 @@ class Current:
         except (ValueError, KeyError, TypeError):
             pass
         raise ReleaseCorrupt(
-            f"{where}: CURRENT was changed or cut ({len(content)} bytes). Name the release to serve again: omni release activate RELEASE_ID"
+            f"{where}: CURRENT was changed or cut ({len(content)} bytes). Name the release to serve"
+            " again: omni release activate RELEASE_ID"
         )
 
 
@@ -96,7 +116,8 @@ def check_release_id(release_id: str) -> str:
     """
     if not _ID.fullmatch(release_id):
         raise ReleaseError(
-            f"a release id has 1 to 128 letters, digits, '.', '_' or '-' and starts with a letter or digit, but got {release_id[:140]!r}"
+            "a release id has 1 to 128 letters, digits, '.', '_' or '-' and starts with a letter"
+            f" or digit, but got {release_id[:140]!r}"
         )
     return release_id
 
@@ -108,7 +129,11 @@ def _age(path: Path) -> tuple[str, int, str]:
         created = str(read_manifest(path).measured.get("created", ""))
     except ReleaseError:
         created = ""
-    return created or datetime.fromtimestamp(written / 1e9, UTC).isoformat(timespec="milliseconds"), written, path.name
+    return (
+        created or datetime.fromtimestamp(written / 1e9, UTC).isoformat(timespec="milliseconds"),
+        written,
+        path.name,
+    )
 
 
 class ReleaseStore:
@@ -116,7 +141,9 @@ class ReleaseStore:
 
     def __init__(self, root: Path | str) -> None:
         root = Path(root)
-        self.root = root.parent if root.name == "releases" else root  # naming the inner folder means the same store
+        self.root = (
+            root.parent if root.name == "releases" else root
+        )  # naming the inner folder means the same store
         self.releases = self.root / "releases"
         self.live_root = self.root / "live"
         self._locks = self.releases / ".locks"
@@ -144,7 +171,9 @@ class ReleaseStore:
         record = self.current_record()
         return record.release_id if record else None
 
-    def open(self, release_id: str, *, verify: bool = True, graphs: Mapping[str, AnnIndex] | None = None) -> Release:
+    def open(
+        self, release_id: str, *, verify: bool = True, graphs: Mapping[str, AnnIndex] | None = None
+    ) -> Release:
         """Open a release; while it is open, ``gc`` in any process leaves it alone. Raises as ``Release.open`` does."""
         return self._open(release_id, None, verify, graphs)
 
@@ -158,20 +187,31 @@ class ReleaseStore:
         record = self.current_record()
         if record is None:
             raise ReleaseNotFound(
-                f"no release is active in {self.root}: publish one with `omni rebuild`, or choose one with `omni release activate`"
+                f"no release is active in {self.root}: publish one with `omni rebuild`, or choose"
+                " one with `omni release activate`"
             )
         return self._open(record.release_id, record.manifest_sha256, verify)
 
-    def _open(self, release_id: str, expected_sha256: str | None, verify: bool, graphs: Mapping[str, AnnIndex] | None = None) -> Release:
+    def _open(
+        self,
+        release_id: str,
+        expected_sha256: str | None,
+        verify: bool,
+        graphs: Mapping[str, AnnIndex] | None = None,
+    ) -> Release:
         path = self.path_of(release_id)
         lease: FileLock | None = None
         if path.is_dir() and os.access(self.releases, os.W_OK):
             make_folder(self._locks)
             lease = self._lease(release_id)
             if not lease.acquire(shared=True, timeout_seconds=5.0):
-                raise PublisherBusy(f"release {release_id} is being removed by another process; choose another one")
+                raise PublisherBusy(
+                    f"release {release_id} is being removed by another process; choose another one"
+                )
         try:
-            return Release.open(path, verify=verify, expected_sha256=expected_sha256, lease=lease, graphs=graphs)
+            return Release.open(
+                path, verify=verify, expected_sha256=expected_sha256, lease=lease, graphs=graphs
+            )
         except BaseException:
             if lease is not None:
                 lease.release()
@@ -184,13 +224,21 @@ class ReleaseStore:
         """Ids of all published releases, oldest first (by creation time, then name)."""
         if not self.releases.is_dir():
             return []
-        folders = [p for p in self.releases.iterdir() if not p.name.startswith(".") and (p / MANIFEST_NAME).is_file()]
+        folders = [
+            p
+            for p in self.releases.iterdir()
+            if not p.name.startswith(".") and (p / MANIFEST_NAME).is_file()
+        ]
         return [p.name for p in sorted(folders, key=_age)]
 
     def damaged_ids(self) -> list[str]:
         """Ids that ``ids`` does not see, by name: folders that lost their manifest, and an active release that is gone."""
         folders = self.releases.iterdir() if self.releases.is_dir() else ()
-        found = {p.name for p in folders if _ID.fullmatch(p.name) and not (p / MANIFEST_NAME).is_file() and p.is_dir()}
+        found = {
+            p.name
+            for p in folders
+            if _ID.fullmatch(p.name) and not (p / MANIFEST_NAME).is_file() and p.is_dir()
+        }
         active = self._readable_current()
         if active is not None and not (self.path_of(active) / MANIFEST_NAME).is_file():
             found.add(active)
@@ -203,7 +251,11 @@ class ReleaseStore:
             ReleaseCorrupt: ``CURRENT`` was damaged.
         """
         record = self.current_record()
-        return [h for h in record.history if (self.path_of(h) / MANIFEST_NAME).is_file()] if record else []
+        return (
+            [h for h in record.history if (self.path_of(h) / MANIFEST_NAME).is_file()]
+            if record
+            else []
+        )
 
     def _readable_current(self) -> str | None:
         try:
@@ -214,7 +266,9 @@ class ReleaseStore:
     def _manifest(self, release_id: str) -> Manifest:
         path = self.path_of(release_id)
         if path.is_dir() and not (path / MANIFEST_NAME).exists():
-            raise ReleaseCorrupt(f"{path}: {MANIFEST_NAME} is missing. Restore it from a copy, or remove the folder")
+            raise ReleaseCorrupt(
+                f"{path}: {MANIFEST_NAME} is missing. Restore it from a copy, or remove the folder"
+            )
         return read_manifest(path)
 
     def list(self) -> list[ReleaseSummary]:
@@ -273,7 +327,8 @@ class ReleaseStore:
         lock = FileLock(self._locks / f"{name}.lock")
         if not lock.acquire(timeout_seconds=wait_seconds):
             raise PublisherBusy(
-                f"process {lock.holder()} is publishing into {self.root}; wait for it (or pass a longer --wait), nothing was changed"
+                f"process {lock.holder()} is publishing into {self.root}; wait for it (or pass a"
+                " longer --wait), nothing was changed"
             )
         try:
             yield lock
@@ -286,7 +341,14 @@ class ReleaseStore:
         make_folder(folder)
         return folder
 
-    def publish(self, staging: Path, manifest: Manifest, *, activate: bool = True, require_parent: bool = False) -> str:
+    def publish(
+        self,
+        staging: Path,
+        manifest: Manifest,
+        *,
+        activate: bool = True,
+        require_parent: bool = False,
+    ) -> str:
         """Move a complete staging folder into place under its release id.
 
         Everything is made durable first; one rename makes it visible; one rename of ``CURRENT`` makes it active. Publishing content that
@@ -313,12 +375,15 @@ class ReleaseStore:
             active = self.current()
             if require_parent and active != manifest.parent:
                 raise PublishError(
-                    f"this partial rebuild took indexes over from {manifest.parent}, but {active} became active meanwhile. "
-                    "Nothing was published; run it again."
+                    f"this partial rebuild took indexes over from {manifest.parent}, but {active}"
+                    " became active meanwhile. Nothing was published; run it again."
                 )
             if target.exists():
                 if read_manifest(target).files != manifest.files:
-                    raise PublisherBusy(f"a release {manifest.release_id!r} with other content exists already; choose another --release-id")
+                    raise PublisherBusy(
+                        f"a release {manifest.release_id!r} with other content exists already;"
+                        " choose another --release-id"
+                    )
                 shutil.rmtree(staging)
             else:
                 check_names_and_sizes(staging, manifest)
@@ -364,7 +429,8 @@ class ReleaseStore:
             history = self.earlier()
             if not history:
                 raise ReleaseNotFound(
-                    "there is no earlier release to roll back to: only one was ever active, or the earlier ones were collected"
+                    "there is no earlier release to roll back to: only one was ever active, or the"
+                    " earlier ones were collected"
                 )
             target = history[0]
             if verify:
@@ -380,18 +446,29 @@ class ReleaseStore:
         if record is not None and record.release_id == release_id:
             self._write_current(release_id, record.history)
             return release_id
-        before = () if record is None else (record.release_id, *(h for h in record.history if h != record.release_id))
-        self._write_current(release_id, tuple(h for h in before if h != release_id)[:HISTORY_LENGTH])
+        before = (
+            ()
+            if record is None
+            else (record.release_id, *(h for h in record.history if h != record.release_id))
+        )
+        self._write_current(
+            release_id, tuple(h for h in before if h != release_id)[:HISTORY_LENGTH]
+        )
         return record.release_id if record else None
 
     def _write_current(self, release_id: str, history: tuple[str, ...]) -> None:
         digest = hashlib.sha256((self.path_of(release_id) / MANIFEST_NAME).read_bytes()).hexdigest()
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         write_durably(
-            self.releases / CURRENT_NAME, Current(release_id=release_id, manifest_sha256=digest, activated=now, history=history).to_bytes()
+            self.releases / CURRENT_NAME,
+            Current(
+                release_id=release_id, manifest_sha256=digest, activated=now, history=history
+            ).to_bytes(),
         )
 
-    def gc(self, keep: int = 3, *, dry_run: bool = False, drop_folded_log: bool = False) -> Sequence[str]:
+    def gc(
+        self, keep: int = 3, *, dry_run: bool = False, drop_folded_log: bool = False
+    ) -> Sequence[str]:
         """Remove old releases, unfinished builds and half-removed folders.
 
         Kept are the active release, the one ``rollback`` goes to, the newest ``keep``, every release that some process has open, and
@@ -464,6 +541,8 @@ class ReleaseStore:
         watermarks: dict[str, int] = {}
         for release_id in self.ids():
             for entity_type, entity in read_manifest(self.releases / release_id).entities.items():
-                watermarks[entity_type] = min(entity.watermark, watermarks.get(entity_type, entity.watermark))
+                watermarks[entity_type] = min(
+                    entity.watermark, watermarks.get(entity_type, entity.watermark)
+                )
         for entity_type, watermark in watermarks.items():
             collect_files(self.live_root, entity_type, watermark)

@@ -44,9 +44,14 @@ def hash_files(paths: Mapping[str, Path], threads: int | None = None) -> dict[st
 
 def record_files(folder: Path) -> dict[str, FileRecord]:
     """Size and SHA-256 of every file below ``folder`` but the manifest, by relative path with ``/``."""
-    paths = {name: folder / name for name in _names(folder, ReleaseCorrupt) if name != MANIFEST_NAME}
+    paths = {
+        name: folder / name for name in _names(folder, ReleaseCorrupt) if name != MANIFEST_NAME
+    }
     digests = hash_files(paths)
-    return {name: FileRecord(size_bytes=paths[name].stat().st_size, sha256=digests[name]) for name in sorted(paths)}
+    return {
+        name: FileRecord(size_bytes=paths[name].stat().st_size, sha256=digests[name])
+        for name in sorted(paths)
+    }
 
 
 def _names(folder: Path, error: type[ReleaseCorrupt]) -> Iterable[str]:
@@ -54,7 +59,10 @@ def _names(folder: Path, error: type[ReleaseCorrupt]) -> Iterable[str]:
         for name in [*names, *(f for f in folders if os.path.islink(os.path.join(parent, f)))]:
             path = Path(parent, name)
             if not stat.S_ISREG(path.lstat().st_mode):
-                raise error(f"{path}: a release holds plain files only, but this is a link or a special file. Remove it or roll back.")
+                raise error(
+                    f"{path}: a release holds plain files only, but this is a link or a special"
+                    " file. Remove it or roll back."
+                )
             yield path.relative_to(folder).as_posix()
 
 
@@ -68,23 +76,29 @@ def check_names_and_sizes(folder: Path, manifest: Manifest) -> None:
     for name in manifest.files:
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or path.as_posix() != name:
-            raise ReleaseCorrupt(f"{where}: the manifest lists {name!r}, which is not a plain path inside the release")
+            raise ReleaseCorrupt(
+                f"{where}: the manifest lists {name!r}, which is not a plain path inside the"
+                " release"
+            )
     found = set(_names(folder, ReleaseCorrupt))
     missing = sorted(set(manifest.files) - found)
     if missing:
         raise ReleaseCorrupt(
-            f"{where}: {len(missing)} of {len(manifest.files)} files are missing, first {missing[0]!r}. Restore the release or roll back."
+            f"{where}: {len(missing)} of {len(manifest.files)} files are missing, first"
+            f" {missing[0]!r}. Restore the release or roll back."
         )
     extra = sorted(found - set(manifest.files) - {MANIFEST_NAME})
     if extra:
         raise ReleaseCorrupt(
-            f"{where}: {len(extra)} files are not in the manifest, first {extra[0]!r}. A release is immutable: remove them or roll back."
+            f"{where}: {len(extra)} files are not in the manifest, first {extra[0]!r}. A release is"
+            " immutable: remove them or roll back."
         )
     for name, record in manifest.files.items():
         size = (folder / name).stat().st_size
         if size != record.size_bytes:
             raise ReleaseCorrupt(
-                f"{where}/{name}: expected {record.size_bytes:,} bytes, but got {size:,}. Restore the release or roll back."
+                f"{where}/{name}: expected {record.size_bytes:,} bytes, but got {size:,}. Restore"
+                " the release or roll back."
             )
 
 
@@ -104,13 +118,15 @@ def check_contents(folder: Path, manifest: Manifest, threads: int | None = None)
         except OSError as error:
             stop.set()
             raise ReleaseCorrupt(
-                f"{manifest.release_id}/{name}: the file cannot be read ({error.strerror}). Restore the release or roll back."
+                f"{manifest.release_id}/{name}: the file cannot be read ({error.strerror}). Restore"
+                " the release or roll back."
             ) from error
         if digest != manifest.files[name].sha256:
             stop.set()
             raise ReleaseCorrupt(
-                f"{manifest.release_id}/{name}: expected sha256 {manifest.files[name].sha256[:16]}, but got {digest[:16]}: "
-                "the file was damaged, changed or swapped. Restore the release or roll back."
+                f"{manifest.release_id}/{name}: expected sha256 {manifest.files[name].sha256[:16]},"
+                f" but got {digest[:16]}: the file was damaged, changed or swapped. Restore the"
+                " release or roll back."
             )
 
     order = sorted(manifest.files, key=lambda name: -manifest.files[name].size_bytes)
@@ -125,7 +141,9 @@ def this_cpu() -> frozenset[str]:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
         return frozenset()
-    line = next((line for line in text.splitlines() if line.lower().startswith(("flags", "features"))), "")
+    line = next(
+        (line for line in text.splitlines() if line.lower().startswith(("flags", "features"))), ""
+    )
     return frozenset(line.partition(":")[2].split())
 
 

@@ -108,11 +108,24 @@ class Calibration:
         """JSON for the manifest; without ``latencies`` the same build always gives the same values."""
 
         def rows(points: Sequence[CurvePoint]) -> list[dict[str, Any]]:
-            keep = ("ef", "recall", "low", "high") + (("latency_us", "latency_p95_us") if latencies else ())
-            return [{name: value for name, value in asdict(p).items() if name in keep} for p in points]
+            keep = ("ef", "recall", "low", "high") + (
+                ("latency_us", "latency_p95_us") if latencies else ()
+            )
+            return [
+                {name: value for name, value in asdict(p).items() if name in keep} for p in points
+            ]
 
-        result: dict[str, Any] = {"queries": self.queries, "source": self.source, "k": self.k, "settings": self.settings()}
-        result |= {"points": rows(self.points), "deep_k": self.deep_k, "deep_points": rows(self.deep_points)}
+        result: dict[str, Any] = {
+            "queries": self.queries,
+            "source": self.source,
+            "k": self.k,
+            "settings": self.settings(),
+        }
+        result |= {
+            "points": rows(self.points),
+            "deep_k": self.deep_k,
+            "deep_points": rows(self.deep_points),
+        }
         result |= {"sketch_points": rows(self.sketch_points)}
         return result | ({"exact_latency_us": self.exact_latency_us} if latencies else {})
 
@@ -151,10 +164,14 @@ def _recall_at(points: Sequence[CurvePoint], ef: int) -> float | None:
     if at == 0 or points[at].ef == ef:
         return points[at].recall
     before, after = points[at - 1], points[at]
-    return before.recall + (ef - before.ef) / (after.ef - before.ef) * (after.recall - before.recall)
+    return before.recall + (ef - before.ef) / (after.ef - before.ef) * (
+        after.recall - before.recall
+    )
 
 
-def recall_per_query(found: Sequence[np.ndarray], queries: np.ndarray, vectors: np.ndarray, exact_scores: np.ndarray) -> np.ndarray:
+def recall_per_query(
+    found: Sequence[np.ndarray], queries: np.ndarray, vectors: np.ndarray, exact_scores: np.ndarray
+) -> np.ndarray:
     """ANN recall@k of each query: the share of the exact top k found, ties counted as found.
 
     Args:
@@ -208,7 +225,10 @@ def calibrate(
         deep_queries: How many queries the second depth rests on.
     """
     if len(queries) == 0:
-        raise ConfigError("calibration needs at least one query, but got none. Give golden queries, or let perturbed entities stand in.")
+        raise ConfigError(
+            "calibration needs at least one query, but got none. Give golden queries, or let"
+            " perturbed entities stand in."
+        )
     k = min(k, len(vectors))
     _, scores = exact_top_k(queries, vectors, k)
     start = time.perf_counter_ns()
@@ -220,8 +240,12 @@ def calibrate(
     if len(vectors) > 2 * deep_k > 2 * k:
         some = queries[:deep_queries]
         _, deep_scores = exact_top_k(some, vectors, deep_k)
-        deep = _curve(search, vectors, some, deep_scores, deep_k, [ef for ef in ef_grid if ef >= deep_k])
-    return Calibration(len(queries), source, k, points, deep_k if deep else 0, deep, round(exact_latency, 1))
+        deep = _curve(
+            search, vectors, some, deep_scores, deep_k, [ef for ef in ef_grid if ef >= deep_k]
+        )
+    return Calibration(
+        len(queries), source, k, points, deep_k if deep else 0, deep, round(exact_latency, 1)
+    )
 
 
 def _curve(
@@ -305,7 +329,10 @@ def calibrate_sketches(
         size = int(share * count)
         if size < 10 * k:
             continue
-        ends = (np.sort(order[-size:]), np.sort(order[:size]))  # for queries below the median, and above
+        ends = (
+            np.sort(order[-size:]),
+            np.sort(order[:size]),
+        )  # for queries below the median, and above
         masks, exact = [], np.empty((len(queries), k), dtype=np.float32)
         for end, rows in enumerate(ends):
             mask = np.zeros(count, dtype=np.bool_)
@@ -313,15 +340,24 @@ def calibrate_sketches(
             masks.append(mask)
             mine = np.flatnonzero(above == bool(end))
             if len(mine):
-                exact[mine] = exact_top_k(np.ascontiguousarray(queries[mine]), np.ascontiguousarray(vectors[rows]), k)[1]
+                exact[mine] = exact_top_k(
+                    np.ascontiguousarray(queries[mine]), np.ascontiguousarray(vectors[rows]), k
+                )[1]
         curve = []
         for wanted in grid:
             start = time.perf_counter_ns()
-            answers = [scan(queries[i : i + 1], k, wanted, masks[int(above[i])]) for i in range(len(queries))]
+            answers = [
+                scan(queries[i : i + 1], k, wanted, masks[int(above[i])])
+                for i in range(len(queries))
+            ]
             elapsed = (time.perf_counter_ns() - start) / 1000 / len(queries)
-            recalls = np.array([np.count_nonzero(a >= s[-1] - TIE) / k for a, s in zip(answers, exact)])
+            recalls = np.array(
+                [np.count_nonzero(a >= s[-1] - TIE) / k for a, s in zip(answers, exact)]
+            )
             mean, low, high = mean_interval(recalls)
-            curve.append(CurvePoint(wanted, round(mean, 5), round(low, 5), round(high, 5), round(elapsed, 1)))
+            curve.append(
+                CurvePoint(wanted, round(mean, 5), round(low, 5), round(high, 5), round(elapsed, 1))
+            )
             if low >= max(TARGETS) or wanted >= size:
                 break
         curves.append(curve)
@@ -343,8 +379,8 @@ def check_gate(calibration: Calibration, target: float, what: str) -> None:
         else ""
     )
     raise GateFailed(
-        f"{what}: ANN recall@{calibration.k} = {best.recall:.4f} (95% interval {best.low:.4f}-{best.high:.4f}, {calibration.source}) "
-        f"at ef {best.ef}, "
-        f"and its lower bound is below the target {target:.2f}; nothing was published. "
-        f"Raise --ef-construction (400), --m (32) or --degree (64), or choose --index hnsw.{few}"
+        f"{what}: ANN recall@{calibration.k} = {best.recall:.4f} (95% interval"
+        f" {best.low:.4f}-{best.high:.4f}, {calibration.source}) at ef {best.ef}, and its lower"
+        f" bound is below the target {target:.2f}; nothing was published. Raise --ef-construction"
+        f" (400), --m (32) or --degree (64), or choose --index hnsw.{few}"
     )

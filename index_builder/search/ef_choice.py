@@ -13,8 +13,15 @@ _REMEMBERED = 1_000
 class SearchSettings:
     """The settings of one index; choices are remembered."""
 
-    def __init__(self, calibration: Calibration | None, default_recall: float, nodes: int, exact: bool) -> None:
-        self._calibration, self._default_recall, self._nodes, self._exact = calibration, default_recall, nodes, exact
+    def __init__(
+        self, calibration: Calibration | None, default_recall: float, nodes: int, exact: bool
+    ) -> None:
+        self._calibration, self._default_recall, self._nodes, self._exact = (
+            calibration,
+            default_recall,
+            nodes,
+            exact,
+        )
         self._known: dict[tuple[int, int | None, float | None], tuple[int, float | None]] = {}
         self._sketches: dict[tuple[int, int], int] = {}
 
@@ -40,7 +47,11 @@ class SearchSettings:
     def _enough_sketches(self, k: int, ef: int) -> int:
         calibration = self._calibration
         expected = None if calibration is None else calibration.recall_at(ef, calibration.k)
-        reached = None if calibration is None else calibration.sketches_for(self._default_recall if expected is None else expected)
+        reached = (
+            None
+            if calibration is None
+            else calibration.sketches_for(self._default_recall if expected is None else expected)
+        )
         if calibration is None or reached is None:
             return max(_UNCALIBRATED_SKETCHES, self._nodes // 32, 64 * k)
         return int(reached * max(1.0, k / calibration.k))

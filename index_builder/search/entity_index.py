@@ -127,23 +127,46 @@ class EntityIndex:
         config = config or IndexConfig()
         vectors = check_vectors(vectors, ids)
         table = IdTable.build(ids)
-        attribute_table = AttributeTable.empty(len(table)) if attributes is None or not attributes.columns else AttributeTable(attributes)
+        attribute_table = (
+            AttributeTable.empty(len(table))
+            if attributes is None or not attributes.columns
+            else AttributeTable(attributes)
+        )
         if attribute_table.count != len(table):
-            raise ConfigError(f"expected one row of attributes per id, but got {attribute_table.count} rows and {len(table)} ids.")
+            raise ConfigError(
+                f"expected one row of attributes per id, but got {attribute_table.count} rows and"
+                f" {len(table)} ids."
+            )
         corpus = Corpus.build(vectors)
-        parameters = replace(config.ann, reproducible=config.ann.reproducible or config.deterministic)
+        parameters = replace(
+            config.ann, reproducible=config.ann.reproducible or config.deterministic
+        )
         kind, why, choice = config.kind, "asked for", None
         if len(corpus.vectors) == 0:
             kind, why = "exact", "there are no vectors"
         elif kind == "auto":
             choice = choose_kind(
-                len(corpus.vectors), dimension=int(vectors.shape[1]), lean=config.lean, deterministic=parameters.reproducible
+                len(corpus.vectors),
+                dimension=int(vectors.shape[1]),
+                lean=config.lean,
+                deterministic=parameters.reproducible,
             )
             kind, why = choice.kind, choice.why
         ann = build_index(kind, corpus.vectors, parameters)
-        if config.kind == "auto" and choice is not None and choice.rival and calibration_queries is not None:
-            queries = check_vectors(np.ascontiguousarray(calibration_queries[:RACE_QUERIES]), None, int(vectors.shape[1]))
-            ann, why = faster_of_graph(ann, corpus.vectors, queries, config.default_recall, parameters)
+        if (
+            config.kind == "auto"
+            and choice is not None
+            and choice.rival
+            and calibration_queries is not None
+        ):
+            queries = check_vectors(
+                np.ascontiguousarray(calibration_queries[:RACE_QUERIES]),
+                None,
+                int(vectors.shape[1]),
+            )
+            ann, why = faster_of_graph(
+                ann, corpus.vectors, queries, config.default_recall, parameters
+            )
             kind = ann.kind
         links = ann.neighbours()
         facts = {
@@ -161,8 +184,22 @@ class EntityIndex:
         }
         store = ann.store if isinstance(ann, LeanIndex) else None
         if attribute_table.schema and not ann.exact:
-            store = store.with_sketches(corpus.vectors) if store else CodeStore.build(corpus.vectors, None, sketches=True)
-        index = cls(entity_type, table, corpus, ann, attribute_table, facts, None, config.default_recall, store)
+            store = (
+                store.with_sketches(corpus.vectors)
+                if store
+                else CodeStore.build(corpus.vectors, None, sketches=True)
+            )
+        index = cls(
+            entity_type,
+            table,
+            corpus,
+            ann,
+            attribute_table,
+            facts,
+            None,
+            config.default_recall,
+            store,
+        )
         if calibration_queries is not None and len(table):
             index.calibrate(calibration_queries, calibration_source)
         return index
@@ -172,13 +209,19 @@ class EntityIndex:
         queries = check_vectors(np.ascontiguousarray(queries), None, self.dimension)
         vectors = self.corpus.vectors
         if self.ann.exact:
-            self.calibration = Calibration(len(queries), source, min(10, len(vectors)), (CurvePoint(10, 1.0, 1.0, 1.0),))
+            self.calibration = Calibration(
+                len(queries), source, min(10, len(vectors)), (CurvePoint(10, 1.0, 1.0, 1.0),)
+            )
         else:
-            self.calibration = calibrate(lambda q, k, ef: self.ann.search(q, k, ef)[0], vectors, queries, source=source)
+            self.calibration = calibrate(
+                lambda q, k, ef: self.ann.search(q, k, ef)[0], vectors, queries, source=source
+            )
             if self._base.sketches:
                 points = calibrate_sketches(self._base.sketch_scores, self.base_vectors(), queries)
                 self.calibration = replace(self.calibration, sketch_points=points)
-        self._settings = SearchSettings(self.calibration, self.default_recall, len(vectors), self.ann.exact)
+        self._settings = SearchSettings(
+            self.calibration, self.default_recall, len(vectors), self.ann.exact
+        )
         return self.calibration
 
     def save(self, folder: Path) -> None:
@@ -197,7 +240,9 @@ class EntityIndex:
             "facts": self._facts,
             "calibration": self.calibration.as_dict(latencies=False) if self.calibration else None,
         }
-        (folder / INDEX_FILE).write_text(json.dumps(meta, ensure_ascii=False, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / INDEX_FILE).write_text(
+            json.dumps(meta, ensure_ascii=False, indent=1, sort_keys=True) + "\n", encoding="utf-8"
+        )
 
     @classmethod
     def load(cls, folder: Path, *, graph: AnnIndex | None = None) -> EntityIndex:
@@ -216,28 +261,52 @@ class EntityIndex:
             version, facts = meta["format"], meta["facts"]
             kind, config = facts["kind"], AnnConfig(**facts["parameters"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise IndexFormatError(f"{folder.name}/{INDEX_FILE} cannot be read ({error!r}). Rebuild this release.") from error
+            raise IndexFormatError(
+                f"{folder.name}/{INDEX_FILE} cannot be read ({error!r}). Rebuild this release."
+            ) from error
         if version != INDEX_FORMAT:
             raise IndexFormatError(
-                f"{folder.name}/{INDEX_FILE} has format {version}, but this version reads {INDEX_FORMAT}. Upgrade, or rebuild."
+                f"{folder.name}/{INDEX_FILE} has format {version}, but this version reads"
+                f" {INDEX_FORMAT}. Upgrade, or rebuild."
             )
         corpus, ids = Corpus.load(folder), IdTable.load(folder)
         if corpus.rows != len(ids):
-            raise IndexFormatError(f"{folder.name} holds {len(ids)} ids and {corpus.rows} vectors. Rebuild this release.")
+            raise IndexFormatError(
+                f"{folder.name} holds {len(ids)} ids and {corpus.rows} vectors. Rebuild this"
+                " release."
+            )
         try:
             attributes = AttributeTable.load(folder / "attributes.parquet", len(ids))
         except (OSError, pl.exceptions.PolarsError) as error:
-            raise IndexFormatError(f"{folder.name}/attributes.parquet cannot be read ({error}). Rebuild this release.") from error
-        ann = graph if graph is not None else load_index(kind, folder / "index", corpus.vectors, config)
+            raise IndexFormatError(
+                f"{folder.name}/attributes.parquet cannot be read ({error}). Rebuild this release."
+            ) from error
+        ann = (
+            graph
+            if graph is not None
+            else load_index(kind, folder / "index", corpus.vectors, config)
+        )
         calibration = Calibration.from_dict(meta["calibration"]) if meta["calibration"] else None
         store = (
             ann.store
             if isinstance(ann, LeanIndex)
-            else CodeStore.load(folder, corpus.vectors)
-            if facts.get("codes", facts.get("filtered_walks"))
-            else None
+            else (
+                CodeStore.load(folder, corpus.vectors)
+                if facts.get("codes", facts.get("filtered_walks"))
+                else None
+            )
         )
-        return cls(meta["entity_type"], ids, corpus, ann, attributes, facts, calibration, meta["default_recall"], store)
+        return cls(
+            meta["entity_type"],
+            ids,
+            corpus,
+            ann,
+            attributes,
+            facts,
+            calibration,
+            meta["default_recall"],
+            store,
+        )
 
     @staticmethod
     def load_graph(folder: Path) -> AnnIndex:
@@ -250,7 +319,9 @@ class EntityIndex:
             facts = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["facts"]
             kind, config = facts["kind"], AnnConfig(**facts["parameters"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise IndexFormatError(f"{folder.name}/{INDEX_FILE} cannot be read ({error!r}). Rebuild this release.") from error
+            raise IndexFormatError(
+                f"{folder.name}/{INDEX_FILE} cannot be read ({error!r}). Rebuild this release."
+            ) from error
         return load_index(kind, folder / "index", Corpus.load(folder).vectors, config)
 
     # ---- facts -------------------------------------------------------------------------------------------------------------------------
@@ -259,7 +330,9 @@ class EntityIndex:
     def count(self) -> int:
         """Rows of the base that are not hidden, plus living live entries."""
         live = self._live
-        return len(self.ids) if live is None else len(self.ids) - live.hidden_count + live.live_count
+        return (
+            len(self.ids) if live is None else len(self.ids) - live.hidden_count + live.live_count
+        )
 
     @property
     def dimension(self) -> int:
@@ -282,7 +355,11 @@ class EntityIndex:
     def base_vectors(self) -> np.ndarray:
         """float32 ``(N, D)``, one row per base id (a copy only when duplicates share nodes)."""
         corpus = self.corpus
-        return corpus.vectors if corpus.node_of_row is None else np.asarray(corpus.vectors[corpus.node_of_row])
+        return (
+            corpus.vectors
+            if corpus.node_of_row is None
+            else np.asarray(corpus.vectors[corpus.node_of_row])
+        )
 
     def vector(self, id_: str) -> np.ndarray | None:
         """The current vector of an id, live entries first; None if it does not exist or was deleted."""
@@ -292,10 +369,14 @@ class EntityIndex:
             if place is not None:
                 return np.asarray(place[0].vectors[place[1]])
         row = self.ids.row_of(id_)
-        if row is None or (live is not None and live.hidden_rows is not None and live.hidden_rows[row]):
+        if row is None or (
+            live is not None and live.hidden_rows is not None and live.hidden_rows[row]
+        ):
             return None
         corpus = self.corpus
-        return np.asarray(corpus.vectors[row if corpus.node_of_row is None else corpus.node_of_row[row]])
+        return np.asarray(
+            corpus.vectors[row if corpus.node_of_row is None else corpus.node_of_row[row]]
+        )
 
     def attributes(self, ids: Sequence[str], names: Sequence[str]) -> list[dict[str, Any]]:
         """Attribute values of ids, in order; an unknown id or attribute gives nothing, and a name asked for twice comes once."""
@@ -312,7 +393,9 @@ class EntityIndex:
             row = self.ids.row_of(id_)
             if row is not None:
                 base.append((i, row))
-        for (i, _), values in zip(base, self.attribute_table.values([row for _, row in base], names)):
+        for (i, _), values in zip(
+            base, self.attribute_table.values([row for _, row in base], names)
+        ):
             result[i] = values
         return result
 
@@ -325,7 +408,9 @@ class EntityIndex:
         """Replace the live entries; searches that began before keep the old ones."""
         if view is not self._live:
             self._live = view
-            self.edition = object()  # after the entries: who reads this edition searches these entries, or later ones
+            self.edition = (
+                object()
+            )  # after the entries: who reads this edition searches these entries, or later ones
 
     def forget_filters(self) -> None:
         """Drop cached filter results (benchmarks measure each filter afresh)."""
@@ -378,7 +463,14 @@ class EntityIndex:
             keep = int(np.count_nonzero(hits.scores >= min_score))
             hits = hits._replace(ids=hits.ids[:keep], scores=hits.scores[:keep])
         recall = hits.recall
-        return SearchResult(hits.ids, hits.scores, hits.plan, hits.ef, expected if recall is None else recall, selectivity)
+        return SearchResult(
+            hits.ids,
+            hits.scores,
+            hits.plan,
+            hits.ef,
+            expected if recall is None else recall,
+            selectivity,
+        )
 
     def search_batch(self, queries: np.ndarray, k: int = 10, **options: Any) -> list[SearchResult]:
         """``search`` for each row of ``queries`` float32 ``(B, D)``; plain searches of a graph share one call of its library."""
@@ -396,7 +488,12 @@ class EntityIndex:
         hidden, hidden_count = (None, 0) if live is None else (live.hidden_rows, live.hidden_count)
         found = self._base.nearest_batch(queries, k, ef, hidden, hidden_count)
         found = [self._plain(queries[i : i + 1], k, ef, live, hits) for i, hits in enumerate(found)]
-        return [SearchResult(h.ids, h.scores, h.plan, h.ef, expected if h.recall is None else h.recall, None) for h in found]
+        return [
+            SearchResult(
+                h.ids, h.scores, h.plan, h.ef, expected if h.recall is None else h.recall, None
+            )
+            for h in found
+        ]
 
     def _checked(self, query: np.ndarray, k: int) -> np.ndarray:
         shape = getattr(query, "shape", None)
@@ -405,23 +502,37 @@ class EntityIndex:
         elif shape == self._shape_2:
             flat = query[0]
         else:
-            raise DimensionMismatch(self.dimension, f"shape {shape}" if shape is not None else type(query).__name__)
+            raise DimensionMismatch(
+                self.dimension, f"shape {shape}" if shape is not None else type(query).__name__
+            )
         if query.dtype != np.float32:
             raise DimensionMismatch(self.dimension, f"dtype {query.dtype}")
         norm2 = flat.dot(flat)
         if not 0.99 < norm2 < 1.01:
             what = "NaN or Inf" if not np.isfinite(norm2) else f"norm {float(norm2) ** 0.5:.4f}"
-            raise InvalidQuery(f"a query must be a finite vector of norm 1, but got {what}. Normalise it, or check what was encoded.")
+            raise InvalidQuery(
+                f"a query must be a finite vector of norm 1, but got {what}. Normalise it, or check"
+                " what was encoded."
+            )
         if not 1 <= k <= MAX_K:
             raise InvalidQuery(f"k must be between 1 and {MAX_K:,}, but got {k}.")
         return query if query.flags.c_contiguous else np.ascontiguousarray(query)
 
-    def _plain(self, query: np.ndarray, k: int, ef: int, live: LiveView | None, hits: BaseHits | None = None) -> BaseHits:
+    def _plain(
+        self,
+        query: np.ndarray,
+        k: int,
+        ef: int,
+        live: LiveView | None,
+        hits: BaseHits | None = None,
+    ) -> BaseHits:
         """No filter and nothing excluded; ``hits``: what the base's graph answers, where it is known."""
         hidden, hidden_count = (None, 0) if live is None else (live.hidden_rows, live.hidden_count)
         if hits is None:
             hits = self._base.nearest(query, k, ef, hidden, hidden_count)
-        if len(hits.ids) < k and hits.recall is None:  # the graph leads to fewer: look wider, at last everywhere
+        if (
+            len(hits.ids) < k and hits.recall is None
+        ):  # the graph leads to fewer: look wider, at last everywhere
             hits = self._base.search(query, k, ef, 0, None, hidden, hidden_count, False)
         if live is None:
             return hits
@@ -431,21 +542,38 @@ class EntityIndex:
         return _with_live(hits, ids, scores)
 
     def _general(
-        self, query: np.ndarray, k: int, ef: int, expression: str | None, exclude_ids: Collection[str], exact: bool, live: LiveView | None
+        self,
+        query: np.ndarray,
+        k: int,
+        ef: int,
+        expression: str | None,
+        exclude_ids: Collection[str],
+        exact: bool,
+        live: LiveView | None,
     ) -> tuple[BaseHits, float | None]:
         """Any mix of filter, excluded ids, hidden rows, live entries and the exact plan."""
         selection = selectivity = None
         if expression is not None:
             selection = self._selections.get(expression)
             selectivity = selection.count / max(1, len(self.ids))
-        hidden, hidden_count = (live.hidden_rows, live.hidden_count) if live is not None and live.hidden_count else (None, 0)
-        excluded = [row for row in map(self.ids.row_of, exclude_ids) if row is not None] if exclude_ids else []
+        hidden, hidden_count = (
+            (live.hidden_rows, live.hidden_count)
+            if live is not None and live.hidden_count
+            else (None, 0)
+        )
+        excluded = (
+            [row for row in map(self.ids.row_of, exclude_ids) if row is not None]
+            if exclude_ids
+            else []
+        )
         if len(excluded) > 2 * k + 100:  # many: cheaper to hide them than to fetch past them
             hidden = np.zeros(len(self.ids), dtype=np.bool_) if hidden is None else hidden.copy()
             hidden[excluded] = True
             hidden_count, excluded = int(np.count_nonzero(hidden)), []
         wanted = self._settings.sketches(k, ef) if selection is not None else 0
-        hits = self._base.search(query, k + len(excluded), ef, wanted, selection, hidden, hidden_count, exact)
+        hits = self._base.search(
+            query, k + len(excluded), ef, wanted, selection, hidden, hidden_count, exact
+        )
         banned = set(exclude_ids)
         if excluded:
             keep = [i for i, id_ in enumerate(hits.ids) if id_ not in banned][:k]
@@ -466,10 +594,16 @@ class EntityIndex:
     ) -> BaseHits:
         """Merge base hits with the best of each live segment; live ids are hidden in the base, so that none comes twice."""
         ids, scores = hits.ids, hits.scores
-        gone = [place for place in map(live.find, excluded) if place is not None] if excluded else []
+        gone = (
+            [place for place in map(live.find, excluded) if place is not None] if excluded else []
+        )
         while True:
             for segment in live.segments:
-                mask = None if expression is None else self._live_selection(segment, expression).as_mask()
+                mask = (
+                    None
+                    if expression is None
+                    else self._live_selection(segment, expression).as_mask()
+                )
                 dead = [row for other, row in gone if other is segment] if gone else ()
                 if dead:
                     mask = np.ones(len(segment), np.bool_) if mask is None else mask.copy()
@@ -492,4 +626,6 @@ def _with_live(hits: BaseHits, ids: list[str], scores: np.ndarray) -> BaseHits:
     """The base's answer with what live segments made of its ids and scores."""
     if ids is hits.ids:
         return hits
-    return BaseHits(ids, scores, hits.plan if hits.plan != "empty" else "live", hits.ef, hits.recall)
+    return BaseHits(
+        ids, scores, hits.plan if hits.plan != "empty" else "live", hits.ef, hits.recall
+    )

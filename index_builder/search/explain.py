@@ -42,7 +42,12 @@ class Verdict:
 
 
 def explain_id(
-    index: EntityIndex, live: LiveView | None, query: np.ndarray, identifier: str, k: int, expression: str | None = None
+    index: EntityIndex,
+    live: LiveView | None,
+    query: np.ndarray,
+    identifier: str,
+    k: int,
+    expression: str | None = None,
 ) -> Verdict:
     """Follow one id through everything a search does.
 
@@ -59,15 +64,23 @@ def explain_id(
     """
     row = index.row_of(identifier)
     place = live.find(identifier) if live is not None else None
-    hidden = live is not None and live.hidden_rows is not None and row is not None and bool(live.hidden_rows[row])
+    hidden = (
+        live is not None
+        and live.hidden_rows is not None
+        and row is not None
+        and bool(live.hidden_rows[row])
+    )
     if place is None and row is None:
         return Verdict(
             identifier,
             "missing",
-            "it is neither in the release nor in the live log: it was never indexed, or its id is spelled differently",
+            "it is neither in the release nor in the live log: it was never indexed, or its id is"
+            " spelled differently",
         )
     if place is None and hidden:
-        return Verdict(identifier, "tombstoned", "it was deleted by a live write after the release was built")
+        return Verdict(
+            identifier, "tombstoned", "it was deleted by a live write after the release was built"
+        )
     vector = index.vector(identifier)
     assert vector is not None, "a visible id has a vector"
     score = float(vector @ query)
@@ -80,33 +93,58 @@ def explain_id(
     if expression is not None:
         assert passing is not None
         passes = _passes(index, live, identifier, expression)
-        filtered_rank = 1 + int(np.count_nonzero(scores[passing] > score + 1e-6)) if passes else None
+        filtered_rank = (
+            1 + int(np.count_nonzero(scores[passing] > score + 1e-6)) if passes else None
+        )
     effective = filtered_rank if expression is not None else rank
     if returned is not None:
         reason = f"it is answer {returned} of {len(answer.ids)}"
     elif not passes:
         values = index.attributes([identifier], list(index.attribute_table.schema))[0]
-        named = {name: values.get(name) for name in index.attribute_table.schema if name in (expression or "")}
-        reason = f"the filter excludes it: {named or 'it has none of the attributes'} does not satisfy {expression!r}"
+        named = {
+            name: values.get(name)
+            for name in index.attribute_table.schema
+            if name in (expression or "")
+        }
+        reason = (
+            f"the filter excludes it: {named or 'it has none of the attributes'} does not satisfy"
+            f" {expression!r}"
+        )
     elif effective is not None and effective > k:
         last = f"{float(answer.scores[-1]):.4f}" if len(answer.scores) else "none"
-        reason = f"exact search ranks it {effective}, below the top {k}: its score is {score:.4f}, the last answer's {last}"
+        reason = (
+            f"exact search ranks it {effective}, below the top {k}: its score is {score:.4f}, the"
+            f" last answer's {last}"
+        )
     else:
-        reason = f"the graph missed it: exact search ranks it {effective}; ask for a higher min_recall (plan {answer.plan}, ef {answer.ef})"
+        reason = (
+            f"the graph missed it: exact search ranks it {effective}; ask for a higher min_recall"
+            f" (plan {answer.plan}, ef {answer.ef})"
+        )
     return Verdict(identifier, state, reason, score, rank, filtered_rank, returned)
 
 
-def _visible(index: EntityIndex, live: LiveView | None, query: np.ndarray, expression: str | None) -> tuple[np.ndarray, np.ndarray | None]:
+def _visible(
+    index: EntityIndex, live: LiveView | None, query: np.ndarray, expression: str | None
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Scores of all visible entities, and which of them pass the filter."""
     base = index.base_vectors() @ query
-    keep = np.ones(len(base), bool) if live is None or live.hidden_rows is None else ~live.hidden_rows
+    keep = (
+        np.ones(len(base), bool) if live is None or live.hidden_rows is None else ~live.hidden_rows
+    )
     scores = [base[keep]]
-    masks = [BoundFilter(parse_filter(expression), index.attribute_table).select().as_mask()[keep]] if expression is not None else []
+    masks = (
+        [BoundFilter(parse_filter(expression), index.attribute_table).select().as_mask()[keep]]
+        if expression is not None
+        else []
+    )
     for segment in live.segments if live is not None else ():
         scores.append(segment.vectors[segment.alive] @ query)
         if expression is not None:
             table = AttributeTable.aligned(segment.attributes, index.attribute_table, len(segment))
-            masks.append(BoundFilter(parse_filter(expression), table).select().as_mask()[segment.alive])
+            masks.append(
+                BoundFilter(parse_filter(expression), table).select().as_mask()[segment.alive]
+            )
     return np.concatenate(scores), np.concatenate(masks) if masks else None
 
 
@@ -117,7 +155,9 @@ def _passes(index: EntityIndex, live: LiveView | None, identifier: str, expressi
         table = AttributeTable.aligned(segment.attributes, index.attribute_table, len(segment))
         return bool(BoundFilter(parse_filter(expression), table).select().as_mask()[row])
     row_in_base = index.row_of(identifier)
-    return row_in_base is not None and bool(BoundFilter(parse_filter(expression), index.attribute_table).select().as_mask()[row_in_base])
+    return row_in_base is not None and bool(
+        BoundFilter(parse_filter(expression), index.attribute_table).select().as_mask()[row_in_base]
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,37 +215,65 @@ def recall_waterfall(
     """
     dimension = queries.shape[1]
     stages: list[tuple[str, list[bool], bool]] = []
-    served = [_found(index, query, target, k, exact=True) for query, target in zip(queries, targets)]
+    served = [
+        _found(index, query, target, k, exact=True) for query, target in zip(queries, targets)
+    ]
     if fresh is None:
-        stages += [("encoder", served, True), ("dimension cut", served, False), ("staleness", served, False)]
+        stages += [
+            ("encoder", served, True),
+            ("dimension cut", served, False),
+            ("staleness", served, False),
+        ]
     else:
         ids, vectors = fresh
         full = queries if full_queries is None else full_queries
         encoder = _exact_found(ids, vectors, full, targets, k)
-        cut = encoder if vectors.shape[1] == dimension else _exact_found(ids, _cut(vectors, dimension), _cut(full, dimension), targets, k)
-        stages += [("encoder", encoder, True), ("dimension cut", cut, vectors.shape[1] > dimension), ("staleness", served, True)]
+        cut = (
+            encoder
+            if vectors.shape[1] == dimension
+            else _exact_found(ids, _cut(vectors, dimension), _cut(full, dimension), targets, k)
+        )
+        stages += [
+            ("encoder", encoder, True),
+            ("dimension cut", cut, vectors.shape[1] > dimension),
+            ("staleness", served, True),
+        ]
     wide = (
         served
         if index.ann.exact
-        else [_found(index, query, target, k, ef=min(_WIDE_EF, max(k, len(index.ids)))) for query, target in zip(queries, targets)]
+        else [
+            _found(index, query, target, k, ef=min(_WIDE_EF, max(k, len(index.ids))))
+            for query, target in zip(queries, targets)
+        ]
     )
     plain = [_found(index, query, target, k) for query, target in zip(queries, targets)]
     stages += [("quantisation", wide, not index.ann.exact), ("graph", plain, not index.ann.exact)]
     if expressions is not None and any(expressions):
-        filtered = [_found(index, query, target, k, filter=e) for query, target, e in zip(queries, targets, expressions)]
+        filtered = [
+            _found(index, query, target, k, filter=e)
+            for query, target, e in zip(queries, targets, expressions)
+        ]
         stages.append(("filter", filtered, True))
     else:
         stages.append(("filter", plain, False))
-    possible = np.minimum(1.0, k / np.maximum(1, np.asarray(positives))) if positives is not None else np.ones(len(targets))
+    possible = (
+        np.minimum(1.0, k / np.maximum(1, np.asarray(positives)))
+        if positives is not None
+        else np.ones(len(targets))
+    )
     ceiling = float(possible.mean()) if len(possible) else 1.0
-    recall = {"labelled": 1.0, "labels": ceiling} | {name: float(np.mean(found)) if found else 0.0 for name, found, _ in stages}
+    recall = {"labelled": 1.0, "labels": ceiling} | {
+        name: float(np.mean(found)) if found else 0.0 for name, found, _ in stages
+    }
     lost = dict.fromkeys(STEPS, 0)
     for i in range(len(targets)):
         if stages[-1][1][i]:
             continue
         last = max((s for s in range(len(stages)) if stages[s][1][i]), default=-1)
         lost[stages[last + 1][0]] += 1
-    lost["labels"] = min(round(float((1 - possible).sum())), lost["encoder"])  # no ranking finds these, so they are not the encoder's
+    lost["labels"] = min(
+        round(float((1 - possible).sum())), lost["encoder"]
+    )  # no ranking finds these, so they are not the encoder's
     lost["encoder"] -= lost["labels"]
     measured = {"labels": positives is not None} | {name: known for name, _, known in stages}
     return Waterfall(index.entity_type, len(targets), k, recall, lost, measured)
@@ -215,23 +283,33 @@ def _found(index: EntityIndex, query: np.ndarray, target: str, k: int, **options
     return target in index.search(query, k, **options).ids
 
 
-def _exact_found(ids: Sequence[str], vectors: np.ndarray, queries: np.ndarray, targets: Sequence[str], k: int) -> list[bool]:
+def _exact_found(
+    ids: Sequence[str], vectors: np.ndarray, queries: np.ndarray, targets: Sequence[str], k: int
+) -> list[bool]:
     from encoders.exact_search import exact_top_k
 
     if not len(ids):
         return [False] * len(targets)
     rows, _ = exact_top_k(np.ascontiguousarray(queries, np.float32), vectors, min(k, len(ids)))
-    return [any(ids[int(r)] == target for r in found if r >= 0) for found, target in zip(rows, targets)]
+    return [
+        any(ids[int(r)] == target for r in found if r >= 0) for found, target in zip(rows, targets)
+    ]
 
 
 def _cut(vectors: np.ndarray, dimension: int) -> np.ndarray:
     """The leading ``dimension`` values of each row, re-normalised (Matryoshka prefix)."""
     head = np.array(vectors[:, :dimension], np.float32)
-    return np.ascontiguousarray(head / np.maximum(np.linalg.norm(head, axis=1, keepdims=True), 1e-12))
+    return np.ascontiguousarray(
+        head / np.maximum(np.linalg.norm(head, axis=1, keepdims=True), 1e-12)
+    )
 
 
 def dimension_curve(
-    index: EntityIndex, queries: np.ndarray, targets: Sequence[str], k: int, dimensions: Sequence[int]
+    index: EntityIndex,
+    queries: np.ndarray,
+    targets: Sequence[str],
+    k: int,
+    dimensions: Sequence[int],
 ) -> Mapping[int, float]:
     """Labelled Recall@k of exact search over prefixes of the served vectors: what serving fewer dimensions would cost.
 
@@ -245,5 +323,7 @@ def dimension_curve(
     ids = index.ids.take(np.arange(len(index.ids)))
     vectors = index.base_vectors()
     return {
-        d: float(np.mean(_exact_found(ids, _cut(vectors, d), _cut(queries, d), targets, k))) for d in dimensions if d <= queries.shape[1]
+        d: float(np.mean(_exact_found(ids, _cut(vectors, d), _cut(queries, d), targets, k)))
+        for d in dimensions
+        if d <= queries.shape[1]
     }

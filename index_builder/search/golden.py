@@ -40,7 +40,12 @@ class GoldenQueries:
 
 
 def answer_exactly(
-    texts: Sequence[str], queries: np.ndarray, ids: Sequence[str], vectors: np.ndarray, kind: str, k: int = GOLDEN_K
+    texts: Sequence[str],
+    queries: np.ndarray,
+    ids: Sequence[str],
+    vectors: np.ndarray,
+    kind: str,
+    k: int = GOLDEN_K,
 ) -> GoldenQueries:
     """Attach exact answers to golden queries.
 
@@ -54,7 +59,11 @@ def answer_exactly(
     """
     if len(ids) == 0 or len(queries) == 0:
         return GoldenQueries(
-            list(texts), np.ascontiguousarray(queries, np.float32), [[] for _ in texts], [np.zeros(0, np.float32) for _ in texts], kind
+            list(texts),
+            np.ascontiguousarray(queries, np.float32),
+            [[] for _ in texts],
+            [np.zeros(0, np.float32) for _ in texts],
+            kind,
         )
     rows, scores = exact_top_k(np.ascontiguousarray(queries, np.float32), vectors, min(k, len(ids)))
     return GoldenQueries(
@@ -88,7 +97,9 @@ def perturbed_entities(vectors: np.ndarray, count: int, seed: int) -> np.ndarray
 def write_golden(golden: GoldenQueries, path: Path) -> None:
     """Write ``golden.parquet``; the same queries give the same bytes."""
     dimension = golden.vectors.shape[1] if golden.vectors.ndim == 2 else 0
-    embedding = pa.FixedSizeListArray.from_arrays(pa.array(golden.vectors.reshape(-1), pa.float32()), dimension)
+    embedding = pa.FixedSizeListArray.from_arrays(
+        pa.array(golden.vectors.reshape(-1), pa.float32()), dimension
+    )
     table = pa.table(
         {
             "query": pa.array(golden.texts, pa.string()),
@@ -110,15 +121,23 @@ def read_golden(path: Path) -> GoldenQueries:
         table = pq.read_table(path)
         flat = table["embedding"].combine_chunks()
         dimension = flat.type.list_size
-        vectors = np.ascontiguousarray(flat.flatten().to_numpy(zero_copy_only=False), np.float32).reshape(-1, dimension)
+        vectors = np.ascontiguousarray(
+            flat.flatten().to_numpy(zero_copy_only=False), np.float32
+        ).reshape(-1, dimension)
         scores = [np.asarray(s, np.float32) for s in table["scores"].to_pylist()]
         kind = (table.schema.metadata or {}).get(b"kind", b"unknown").decode()
-        return GoldenQueries(table["query"].to_pylist(), vectors, table["ids"].to_pylist(), scores, kind)
+        return GoldenQueries(
+            table["query"].to_pylist(), vectors, table["ids"].to_pylist(), scores, kind
+        )
     except (pa.ArrowException, KeyError, AttributeError, ValueError) as error:
-        raise ReleaseCorrupt(f"{path}: not a table of golden queries ({error}). Restore the release or roll back.") from error
+        raise ReleaseCorrupt(
+            f"{path}: not a table of golden queries ({error}). Restore the release or roll back."
+        ) from error
 
 
-def recall_of(golden: GoldenQueries, returned: Sequence[Sequence[str]], scores: Sequence[np.ndarray]) -> np.ndarray:
+def recall_of(
+    golden: GoldenQueries, returned: Sequence[Sequence[str]], scores: Sequence[np.ndarray]
+) -> np.ndarray:
     """ANN recall@k per golden query: the share of the exact top k that came back; a tie with the k-th score counts as found.
 
     Args:
@@ -134,6 +153,10 @@ def recall_of(golden: GoldenQueries, returned: Sequence[Sequence[str]], scores: 
         if wanted:
             threshold = float(golden.scores[i][-1]) - 1e-5
             known = set(wanted)
-            hits = sum(1 for id_, score in zip(got[: len(wanted)], got_scores) if id_ in known or score >= threshold)
+            hits = sum(
+                1
+                for id_, score in zip(got[: len(wanted)], got_scores)
+                if id_ in known or score >= threshold
+            )
             result[i] = hits / len(wanted)
     return result

@@ -13,7 +13,9 @@ RACE_QUERIES = 500
 """Calibration queries that decide."""
 
 
-def faster_of_graph(ann: AnnIndex, vectors: np.ndarray, queries: np.ndarray, target: float, config: AnnConfig) -> tuple[AnnIndex, str]:
+def faster_of_graph(
+    ann: AnnIndex, vectors: np.ndarray, queries: np.ndarray, target: float, config: AnnConfig
+) -> tuple[AnnIndex, str]:
     """Time both searches of the graph of ``ann`` over the calibration queries, one query a call.
 
     Args:
@@ -28,14 +30,33 @@ def faster_of_graph(ann: AnnIndex, vectors: np.ndarray, queries: np.ndarray, tar
     """
     graph = ann.neighbours()
     if graph is None or len(queries) == 0 or len(vectors) < 20:
-        return ann, f"{ann.kind}: the graph or the calibration queries are missing, so nothing else was tried"
+        return (
+            ann,
+            (
+                f"{ann.kind}: the graph or the calibration queries are missing, so nothing else was"
+                " tried"
+            ),
+        )
     walk = SwiftIndex.over(vectors, graph, config)
     _, scores = exact_top_k(queries, vectors, 10)
     times = {
-        index.kind: latency_at_recall(lambda q, k, ef, i=index: i.search(q, k, ef)[0], vectors, queries, scores, target, EF_GRID)  # type: ignore[misc]
+        index.kind: latency_at_recall(
+            lambda q, k, ef, i=index: i.search(q, k, ef)[0],
+            vectors,
+            queries,
+            scores,
+            target,
+            EF_GRID,
+        )  # type: ignore[misc]
         for index in (ann, walk)
     }
     mine, theirs = times[walk.kind], times[ann.kind]
-    shown = " and ".join(f"{kind} {'does not reach it' if time is None else f'{time:.0f} us'}" for kind, time in times.items())
-    why = f"{len(vectors):,} vectors: at recall@10 {target:.2f} on {len(queries):,} calibration queries one search takes {shown}"
+    shown = " and ".join(
+        f"{kind} {'does not reach it' if time is None else f'{time:.0f} us'}"
+        for kind, time in times.items()
+    )
+    why = (
+        f"{len(vectors):,} vectors: at recall@10 {target:.2f} on {len(queries):,} calibration"
+        f" queries one search takes {shown}"
+    )
     return (walk, why) if mine is not None and (theirs is None or mine < theirs) else (ann, why)

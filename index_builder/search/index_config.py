@@ -28,14 +28,20 @@ class IndexConfig:
 
     def __post_init__(self) -> None:
         if self.kind != "auto" and self.kind not in KINDS:
-            raise ConfigError(f"index kind must be one of auto, {', '.join(KINDS)}, but got {self.kind!r}.")
+            raise ConfigError(
+                f"index kind must be one of auto, {', '.join(KINDS)}, but got {self.kind!r}."
+            )
         if not 0.5 <= self.default_recall < 1.0:
-            raise ConfigError(f"default_recall must be at least 0.5 and below 1, but got {self.default_recall}.")
+            raise ConfigError(
+                f"default_recall must be at least 0.5 and below 1, but got {self.default_recall}."
+            )
         if self.deterministic and self.ann.threads != 1:
             raise ConfigError(
-                f"a deterministic build uses one thread, but got threads={self.ann.threads}. Set threads to 1 or build in fast mode."
+                f"a deterministic build uses one thread, but got threads={self.ann.threads}. Set"
+                " threads to 1 or build in fast mode."
             )
         if self.deterministic and self.kind == "symqg":
             raise ConfigError(
-                "index kind 'symqg' draws a random rotation that cannot be seeded. Use auto, hnsw or lean for a deterministic build."
+                "index kind 'symqg' draws a random rotation that cannot be seeded. Use auto, hnsw"
+                " or lean for a deterministic build."
             )

@@ -26,7 +26,11 @@ def _build_graph(vectors: np.ndarray) -> AnnIndex:
     if len(vectors) >= MIN_ROWS and not missing_features("symqg"):
         try:
             return build_index("symqg", vectors, _SEGMENT)
-        except (ConfigError, ImportError, ValueError):  # not installed, too few rows, or a dimension it does not know
+        except (
+            ConfigError,
+            ImportError,
+            ValueError,
+        ):  # not installed, too few rows, or a dimension it does not know
             pass
     return build_index("hnsw", vectors, _SEGMENT)
 
@@ -51,7 +55,9 @@ class Block:
         if scanned:
             groups = -(-capacity // _ROWS_PER_GROUP)
             words = max(64, 1 << (dimension - 1).bit_length()) // 64
-            self.bits = np.zeros((groups, words, _ROWS_PER_GROUP), np.uint64)  # signs of the rotated vectors
+            self.bits = np.zeros(
+                (groups, words, _ROWS_PER_GROUP), np.uint64
+            )  # signs of the rotated vectors
             self.facts = np.zeros((3, groups * _ROWS_PER_GROUP), np.float32)
         self._encoded = 0
         self._frame = pl.DataFrame()
@@ -81,7 +87,14 @@ class Block:
     def encode(self) -> None:
         """Keep the signs of rows added since the last call; one thread at a time, before a picture shows the rows."""
         if self.bits is not None and self._encoded < self.count:
-            live_scan.encode(self.vectors, self.vectors.shape[1], self.bits, self.facts, self._encoded, self.count)
+            live_scan.encode(
+                self.vectors,
+                self.vectors.shape[1],
+                self.bits,
+                self.facts,
+                self._encoded,
+                self.count,
+            )
             self._encoded = self.count
 
     def attributes(self, size: int) -> pl.DataFrame:
@@ -90,7 +103,11 @@ class Block:
             if self._frame_rows < size:
                 fresh = attribute_frame(self.values[self._frame_rows : size])
                 self._frame = (
-                    fresh if self._frame_rows == 0 else join_frames([self._frame, fresh], [self._frame_rows, size - self._frame_rows])
+                    fresh
+                    if self._frame_rows == 0
+                    else join_frames(
+                        [self._frame, fresh], [self._frame_rows, size - self._frame_rows]
+                    )
                 )
                 self._frame_rows = size
             return self._frame if self._frame_rows == size else self._frame.head(size)
@@ -108,7 +125,9 @@ def attribute_frame(values: Sequence[dict[str, Any]]) -> pl.DataFrame:
         values: One dictionary per row.
     """
     names = list(dict.fromkeys(name for row in values for name in row))
-    columns = [column for name in names for column in json_columns(name, [row.get(name) for row in values])]
+    columns = [
+        column for name in names for column in json_columns(name, [row.get(name) for row in values])
+    ]
     return pl.DataFrame(columns) if columns else pl.DataFrame({"": [None] * len(values)}).select()
 
 
@@ -119,12 +138,21 @@ def join_frames(frames: Sequence[pl.DataFrame], heights: Sequence[int]) -> pl.Da
         frames: Tables, some possibly without any column (and therefore without a height of their own).
         heights: Rows of each.
     """
-    names = list(dict.fromkeys(name for frame in frames for name in frame.columns if not is_of_one_type(name)))
+    names = list(
+        dict.fromkeys(
+            name for frame in frames for name in frame.columns if not is_of_one_type(name)
+        )
+    )
     columns = []
     for name in names:
-        parts = [frame[name] if name in frame.columns else pl.Series(name, [None] * height) for frame, height in zip(frames, heights)]
+        parts = [
+            frame[name] if name in frame.columns else pl.Series(name, [None] * height)
+            for frame, height in zip(frames, heights)
+        ]
         if _are_alike([part.dtype for part in parts]):
-            columns.append(pl.concat([part.to_frame() for part in parts], how="vertical_relaxed")[name])
+            columns.append(
+                pl.concat([part.to_frame() for part in parts], how="vertical_relaxed")[name]
+            )
         else:
             columns += json_columns(name, [cell for part in parts for cell in part.to_list()])
     return pl.DataFrame(columns)
@@ -136,5 +164,7 @@ def _are_alike(dtypes: Sequence[pl.DataType]) -> bool:
     if pl.Object in known:
         return False
     if any(isinstance(dtype, pl.List) for dtype in known):
-        return all(isinstance(dtype, pl.List) for dtype in known) and _are_alike([dtype.inner for dtype in known])  # type: ignore[attr-defined]
+        return all(isinstance(dtype, pl.List) for dtype in known) and _are_alike(
+            [dtype.inner for dtype in known]
+        )  # type: ignore[attr-defined]
     return len(set(known)) <= 1 or all(dtype.is_numeric() for dtype in known)

@@ -69,7 +69,13 @@ class LiveSegment:
         return self._block.attributes(self.size)
 
     def merge(
-        self, query: np.ndarray, k: int, ids: list[str], scores: np.ndarray, mask: np.ndarray | None = None, exact: bool = False
+        self,
+        query: np.ndarray,
+        k: int,
+        ids: list[str],
+        scores: np.ndarray,
+        mask: np.ndarray | None = None,
+        exact: bool = False,
     ) -> Answer:
         """The best ``k`` of an answer and of the living rows.
 
@@ -88,17 +94,37 @@ class LiveSegment:
         if block.bits is not None and not exact:
             usable = self.alive if mask is None else self.alive & mask
             out = np.empty(k, np.float32)
-            merged = live_scan.merge(query, k, block.vectors, block.bits, block.facts, usable, block.ids, ids, scores, out)
+            merged = live_scan.merge(
+                query,
+                k,
+                block.vectors,
+                block.bits,
+                block.facts,
+                usable,
+                block.ids,
+                ids,
+                scores,
+                out,
+            )
             return (ids, scores) if merged is ids else (merged, out[: len(merged)])
-        rows, found = self.search(query, k, mask, float(scores[-1]) if len(ids) == k else -np.inf, exact)
+        rows, found = self.search(
+            query, k, mask, float(scores[-1]) if len(ids) == k else -np.inf, exact
+        )
         if len(rows) == 0:
             return ids, scores
         both = np.concatenate([scores, found])
         best = (-both).argsort(kind="stable")[:k]
-        return [ids[i] if i < len(ids) else block.ids[rows[i - len(ids)]] for i in best.tolist()], both[best]
+        return [
+            ids[i] if i < len(ids) else block.ids[rows[i - len(ids)]] for i in best.tolist()
+        ], both[best]
 
     def search(
-        self, query: np.ndarray, k: int, mask: np.ndarray | None = None, floor: float = -np.inf, exact: bool = False
+        self,
+        query: np.ndarray,
+        k: int,
+        mask: np.ndarray | None = None,
+        floor: float = -np.inf,
+        exact: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The best living rows for one query.
 
@@ -121,8 +147,15 @@ class LiveSegment:
         if matching == 0 or k <= 0:
             return _NO_ROWS, _NO_SCORES
         graph = self._block.graph
-        if graph is not None and not exact and matching > _EXACT_SHARE * self.size and matching > EXACT_LIMIT // 2:
-            found = _search_graph(graph, query.reshape(1, -1), min(k, matching), usable, self.size / matching, floor)
+        if (
+            graph is not None
+            and not exact
+            and matching > _EXACT_SHARE * self.size
+            and matching > EXACT_LIMIT // 2
+        ):
+            found = _search_graph(
+                graph, query.reshape(1, -1), min(k, matching), usable, self.size / matching, floor
+            )
             if found is not None:
                 return found
         query = query.reshape(-1)
@@ -131,7 +164,11 @@ class LiveSegment:
             best = _best(scores, k)
             return best, scores[best]
         rows = np.flatnonzero(usable)
-        scores = self.vectors[rows] @ query if matching < self.size // 2 else (self.vectors @ query)[rows]
+        scores = (
+            self.vectors[rows] @ query
+            if matching < self.size // 2
+            else (self.vectors @ query)[rows]
+        )
         best = _best(scores, k)
         return rows[best], scores[best]
 
@@ -147,7 +184,12 @@ def _best(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def _search_graph(
-    graph: AnnIndex, query: np.ndarray, wanted: int, usable: np.ndarray, inflation: float, floor: float
+    graph: AnnIndex,
+    query: np.ndarray,
+    wanted: int,
+    usable: np.ndarray,
+    inflation: float,
+    floor: float,
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Search ``(1, D)`` wider until ``wanted`` usable rows survive; None when an exact scan is the better way, no rows below ``floor``."""
     size = len(usable)
@@ -250,7 +292,9 @@ class LiveState:
         self._hidden_count = 0
         self._foreign: set[str] = set()
         self._lock = threading.Lock()
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="live-segments") if background else None
+        self._executor = (
+            ThreadPoolExecutor(1, thread_name_prefix="live-segments") if background else None
+        )
         self._merging = False
         self._view = LiveView(sequence)
 
@@ -308,7 +352,9 @@ class LiveState:
             self._view = self._picture()
 
     def _new_block(self, capacity: int) -> Block:
-        return Block(capacity, self._dimension, scanned=self._scans and capacity <= self._exact_limit)
+        return Block(
+            capacity, self._dimension, scanned=self._scans and capacity <= self._exact_limit
+        )
 
     def _apply(self, entry: LiveEntry) -> None:
         if entry.vector is not None and entry.space_id != self._space_id:
@@ -316,7 +362,9 @@ class LiveState:
             return
         self._foreign.discard(entry.id)
         # What replaces an entry overwrites its place below: a search that holds the old picture must not miss the id meanwhile.
-        before = self._where.pop(entry.id, None) if entry.vector is None else self._where.get(entry.id)
+        before = (
+            self._where.pop(entry.id, None) if entry.vector is None else self._where.get(entry.id)
+        )
         if before is not None:
             before[0].alive[before[1]] = False
         row = self._row_of(entry.id)
@@ -349,9 +397,18 @@ class LiveState:
             return
         classes: dict[int, list[Block]] = {}
         for block in self._sealed:
-            level = int(np.log(max(block.count, 1) / self._exact_limit + 1e-9) / np.log(MERGE_FACTOR) + 0.5)
+            level = int(
+                np.log(max(block.count, 1) / self._exact_limit + 1e-9) / np.log(MERGE_FACTOR) + 0.5
+            )
             classes.setdefault(level, []).append(block)
-        due = next((blocks for blocks in classes.values() if len(blocks) >= MERGE_FACTOR and all(b.ready for b in blocks)), None)
+        due = next(
+            (
+                blocks
+                for blocks in classes.values()
+                if len(blocks) >= MERGE_FACTOR and all(b.ready for b in blocks)
+            ),
+            None,
+        )
         if due is None:
             return
         self._merging = True
@@ -400,7 +457,9 @@ class LiveState:
         blocks = [block for block in [*self._sealed, self._tail] if block.count]
         for block in blocks:
             block.encode()
-        segments = tuple(LiveSegment(block, block.count, block.alive[: block.count].copy()) for block in blocks)
+        segments = tuple(
+            LiveSegment(block, block.count, block.alive[: block.count].copy()) for block in blocks
+        )
         segments = tuple(segment for segment in segments if segment.alive_count)
         return LiveView(
             sequence=self._sequence,

@@ -44,7 +44,9 @@ class BaseHits(NamedTuple):
 class BaseSearch:
     """Searches over the base rows of one entity type."""
 
-    def __init__(self, corpus: Corpus, ann: AnnIndex, ids: IdTable, store: CodeStore | None = None) -> None:
+    def __init__(
+        self, corpus: Corpus, ann: AnnIndex, ids: IdTable, store: CodeStore | None = None
+    ) -> None:
         self._corpus, self._ann, self._ids = corpus, ann, ids
         self._vectors = corpus.vectors
         self._nodes = len(corpus.vectors)
@@ -62,7 +64,9 @@ class BaseSearch:
 
     # ---- no filter ---------------------------------------------------------------------------------------------------------------------
 
-    def nearest(self, query: np.ndarray, k: int, ef: int, hidden: np.ndarray | None, hidden_count: int) -> BaseHits:
+    def nearest(
+        self, query: np.ndarray, k: int, ef: int, hidden: np.ndarray | None, hidden_count: int
+    ) -> BaseHits:
         """The plain graph search, no filter; arguments as for ``search``. Fewer than k where the graph leads to fewer."""
         engine = self._engine
         if self._walk_is_ann and 2 * hidden_count <= self._corpus.rows:
@@ -82,15 +86,23 @@ class BaseSearch:
         ids = engine.finish(nodes, distances, k, out, None, None)
         return BaseHits(ids, out if len(ids) == k else out[: len(ids)], "graph", ef, None)
 
-    def nearest_batch(self, queries: np.ndarray, k: int, ef: int, hidden: np.ndarray | None, hidden_count: int) -> list[BaseHits]:
+    def nearest_batch(
+        self, queries: np.ndarray, k: int, ef: int, hidden: np.ndarray | None, hidden_count: int
+    ) -> list[BaseHits]:
         """``nearest`` for each row of ``queries`` ``(B, D)``, in one call of the graph library where it can be; the same answers."""
         if self._walk_is_ann and 2 * hidden_count <= self._corpus.rows:
             wide, most = self._walk_sizes(k, ef, hidden_count)
             scores = np.empty((len(queries), k), dtype=np.float32)
             lists = self._engine.walk_batch(queries, k, wide, scores, most, hidden)
-            return [BaseHits(ids, scores[i, : len(ids)], "graph", wide, None) for i, ids in enumerate(lists)]
+            return [
+                BaseHits(ids, scores[i, : len(ids)], "graph", wide, None)
+                for i, ids in enumerate(lists)
+            ]
         if hidden is not None or self._engine is None or self._rescore:
-            return [self.nearest(queries[i : i + 1], k, ef, hidden, hidden_count) for i in range(len(queries))]
+            return [
+                self.nearest(queries[i : i + 1], k, ef, hidden, hidden_count)
+                for i in range(len(queries))
+            ]
         nodes, distances = self._ann.search_batch(queries, k, ef)
         hits = []
         for i in range(len(queries)):
@@ -132,7 +144,13 @@ class BaseSearch:
         if exact:
             return self._exact(query, k, selection, hidden)
         if selection is not None:
-            scan_rows = wanted + self._nodes // SCAN_COST if self._sketches else CODE_SCAN_ROWS if self._scans_codes else SCAN_ROWS
+            scan_rows = (
+                wanted + self._nodes // SCAN_COST
+                if self._sketches
+                else CODE_SCAN_ROWS
+                if self._scans_codes
+                else SCAN_ROWS
+            )
             if matching <= scan_rows or 2 * k >= matching:
                 return self._scan(query, k, selection, hidden)
             if self._sketches:
@@ -144,9 +162,15 @@ class BaseSearch:
         hits = self._grow(query, k, ef, selection, hidden, hidden_count)
         if len(hits.ids) == k:
             return hits
-        return self._exact(query, k, selection, hidden) if selection is None else self._scan(query, k, selection, hidden)
+        return (
+            self._exact(query, k, selection, hidden)
+            if selection is None
+            else self._scan(query, k, selection, hidden)
+        )
 
-    def _exact(self, query: np.ndarray, k: int, selection: Selection | None, hidden: np.ndarray | None) -> BaseHits:
+    def _exact(
+        self, query: np.ndarray, k: int, selection: Selection | None, hidden: np.ndarray | None
+    ) -> BaseHits:
         """Score every allowed row in float32."""
         rows = None if selection is None else selection.as_rows()
         if hidden is not None:
@@ -166,16 +190,27 @@ class BaseSearch:
         best = top_rows(scores, min(k, len(rows)))
         return BaseHits(self._ids.take(rows[best]), scores[best], plan, 0, 1.0)
 
-    def _scan(self, query: np.ndarray, k: int, selection: Selection, hidden: np.ndarray | None) -> BaseHits:
+    def _scan(
+        self, query: np.ndarray, k: int, selection: Selection, hidden: np.ndarray | None
+    ) -> BaseHits:
         """Score the matching rows one by one: by 8-bit codes and then float32 where the extension is there, else in float32."""
         if self._engine is None:
             return self._exact(query, k, selection, hidden)
         out = np.empty(k, dtype=np.float32)
         ids = self._engine.scan(query, k, selection.as_rows(), out, hidden)
-        recall = SCAN_RECALL if self._scans_codes and selection.count > 2 * max(4 * k, k + 32) else 1.0  # as Core::scan decides
+        recall = (
+            SCAN_RECALL if self._scans_codes and selection.count > 2 * max(4 * k, k + 32) else 1.0
+        )  # as Core::scan decides
         return BaseHits(ids, out[: len(ids)], "scan" if ids else "empty", 0, recall)
 
-    def _sketch(self, query: np.ndarray, k: int, wanted: int, selection: Selection, hidden: np.ndarray | None) -> BaseHits:
+    def _sketch(
+        self,
+        query: np.ndarray,
+        k: int,
+        wanted: int,
+        selection: Selection,
+        hidden: np.ndarray | None,
+    ) -> BaseHits:
         """Score all rows by their sketches, the best ``wanted`` that match by 8-bit codes, and the best of those in float32."""
         out = np.empty(k, dtype=np.float32)
         ids = self._engine.sketch(query, k, wanted, out, selection.as_mask(), hidden)
@@ -183,7 +218,9 @@ class BaseSearch:
 
     def sketch_scores(self, query: np.ndarray, k: int, wanted: int, mask: np.ndarray) -> np.ndarray:
         """Inner products the scan of sketches finds under ``mask`` bool ``(N,)``; for calibration."""
-        return self._sketch(query, k, wanted, Selection(len(mask), len(mask), mask=mask), None).scores
+        return self._sketch(
+            query, k, wanted, Selection(len(mask), len(mask), mask=mask), None
+        ).scores
 
     def _grow(
         self,
@@ -199,9 +236,14 @@ class BaseSearch:
         plan = "graph" if selection is None else "graph-grow"
         mask = None if selection is None else selection.as_mask()
         total = self._corpus.rows
-        share = max(1e-6, (1.0 if selection is None else selection.count / total) * (1.0 - hidden_count / total))
+        share = max(
+            1e-6,
+            (1.0 if selection is None else selection.count / total) * (1.0 - hidden_count / total),
+        )
         fetch = k if share == 1.0 else int(1.5 * k / share) + 4
-        wide = ef if share == 1.0 else int(ef / (share if selection is not None else share**0.5)) + 1  # see _walk_sizes
+        wide = (
+            ef if share == 1.0 else int(ef / (share if selection is not None else share**0.5)) + 1
+        )  # see _walk_sizes
         for _ in range(attempts):
             if fetch > min(max(20 * ef, 4_000), self._nodes):  # scoring everything costs less
                 break

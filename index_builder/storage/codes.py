@@ -45,10 +45,20 @@ class CodeStore:
     links: np.ndarray | None = None
 
     @classmethod
-    def build(cls, vectors: np.ndarray, graph: np.ndarray | None, *, sketches: bool = False, sketched_links: bool = False) -> Self:
+    def build(
+        cls,
+        vectors: np.ndarray,
+        graph: np.ndarray | None,
+        *,
+        sketches: bool = False,
+        sketched_links: bool = False,
+    ) -> Self:
         """Quantise ``vectors`` float32 ``(U, D)`` and keep ``graph``, in ``links`` if these carry sketches; ``sketches`` serve filters."""
         count, dimension = vectors.shape
-        largest = max((float(np.abs(vectors[s : s + _BLOCK]).max()) for s in range(0, count, _BLOCK)), default=1.0)
+        largest = max(
+            (float(np.abs(vectors[s : s + _BLOCK]).max()) for s in range(0, count, _BLOCK)),
+            default=1.0,
+        )
         codes = _aligned((count, _stride(dimension)))
         codes[:] = 128
         for start in range(0, count, _BLOCK):
@@ -90,26 +100,41 @@ class CodeStore:
             IndexFormatError: A file is missing or does not fit the vectors.
         """
         try:
-            codes, graph, sketch, factors, links = (_mapped(folder / f"index.{name}.npy") for name in _ARRAYS)
+            codes, graph, sketch, factors, links = (
+                _mapped(folder / f"index.{name}.npy") for name in _ARRAYS
+            )
         except (OSError, ValueError) as error:
-            raise IndexFormatError(f"the codes of {folder.name!r} cannot be read ({error}). Rebuild this release.") from error
+            raise IndexFormatError(
+                f"the codes of {folder.name!r} cannot be read ({error}). Rebuild this release."
+            ) from error
         count, dimension = vectors.shape
         stride = _stride(dimension)
         if codes is None:
-            raise IndexFormatError(f"the codes of {folder.name!r} are missing. Rebuild this release.")
+            raise IndexFormatError(
+                f"the codes of {folder.name!r} are missing. Rebuild this release."
+            )
         if codes.shape != (count, stride) or codes.dtype != np.uint8:
             raise IndexFormatError(
-                f"the codes of {folder.name!r} are {codes.dtype} {codes.shape}, not uint8 {(count, stride)}. Rebuild this release."
+                f"the codes of {folder.name!r} are {codes.dtype} {codes.shape}, not uint8"
+                f" {(count, stride)}. Rebuild this release."
             )
-        if graph is not None and (graph.dtype != np.uint32 or graph.ndim != 2 or len(graph) != count):
+        if graph is not None and (
+            graph.dtype != np.uint32 or graph.ndim != 2 or len(graph) != count
+        ):
             raise IndexFormatError(
-                f"the graph of {folder.name!r} is {graph.dtype} {graph.shape}, not uint32 ({count}, degree). Rebuild this release."
+                f"the graph of {folder.name!r} is {graph.dtype} {graph.shape}, not uint32 ({count},"
+                " degree). Rebuild this release."
             )
         record = _SKETCH_ROWS * (8 + stride // 8)
-        if links is not None and (links.dtype != np.uint8 or links.ndim != 2 or len(links) != count or links.shape[1] % record):
+        if links is not None and (
+            links.dtype != np.uint8
+            or links.ndim != 2
+            or len(links) != count
+            or links.shape[1] % record
+        ):
             raise IndexFormatError(
-                f"the links of {folder.name!r} are {links.dtype} {links.shape}, not uint8 ({count}, a multiple of {record}). "
-                "Rebuild this release."
+                f"the links of {folder.name!r} are {links.dtype} {links.shape}, not uint8 ({count},"
+                f" a multiple of {record}). Rebuild this release."
             )
         if links is not None:
             codes, links = _resident(codes), _resident(links)
@@ -145,7 +170,9 @@ def _sketched_links(vectors: np.ndarray, graph: np.ndarray, scale: float) -> np.
         graph = np.concatenate([graph, own], axis=1)
     links = _aligned((count, graph.shape[1] * (8 + _stride(dimension) // 8)))
     links[:] = 0
-    link_records(np.ascontiguousarray(vectors), dimension, np.ascontiguousarray(graph), scale, links)
+    link_records(
+        np.ascontiguousarray(vectors), dimension, np.ascontiguousarray(graph), scale, links
+    )
     return links
 
 
@@ -157,18 +184,25 @@ def _sketches(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Sketches and factors of ``vectors`` float32 ``(U, D)``."""
     count, dimension = vectors.shape
     stride, blocks = -(-dimension // CODE_ALIGNMENT) * CODE_ALIGNMENT, -(-count // _SKETCH_ROWS)
-    sketch, factors = np.zeros((blocks, stride // 4, 16), dtype=np.uint8), np.zeros(blocks * _SKETCH_ROWS, dtype=np.float32)
+    sketch, factors = (
+        np.zeros((blocks, stride // 4, 16), dtype=np.uint8),
+        np.zeros(blocks * _SKETCH_ROWS, dtype=np.float32),
+    )
     mean = np.mean(vectors[:: max(1, count // _BLOCK)], axis=0, dtype=np.float32)
     weights = np.array([1, 2, 4, 8], dtype=np.uint8)
     for start in range(0, count, _BLOCK):
         rest = vectors[start : start + _BLOCK] - mean
         signs = np.zeros((-(-len(rest) // _SKETCH_ROWS) * _SKETCH_ROWS, stride), dtype=np.uint8)
         signs[: len(rest), :dimension] = rest > 0
-        nibbles = (signs.reshape(-1, 2, 16, stride // 4, 4) * weights).sum(axis=4, dtype=np.uint8)  # (blocks, half, row, nibble)
+        nibbles = (signs.reshape(-1, 2, 16, stride // 4, 4) * weights).sum(
+            axis=4, dtype=np.uint8
+        )  # (blocks, half, row, nibble)
         at = start // _SKETCH_ROWS
         sketch[at : at + len(nibbles)] = (nibbles[:, 0] | nibbles[:, 1] << 4).transpose(0, 2, 1)
         width = np.abs(rest).sum(axis=1)
-        factors[start : start + len(rest)] = np.einsum("nd,nd->n", rest, rest) / np.maximum(width, 1e-12)
+        factors[start : start + len(rest)] = np.einsum("nd,nd->n", rest, rest) / np.maximum(
+            width, 1e-12
+        )
     return sketch, factors
 
 
@@ -208,4 +242,6 @@ def make_engine(corpus: Corpus, ids: IdTable | None, store: CodeStore | None) ->
             store.links if store else None,
         )
     except ValueError as error:
-        raise IndexFormatError(f"the index files do not fit each other: {error}. Rebuild this release.") from error
+        raise IndexFormatError(
+            f"the index files do not fit each other: {error}. Rebuild this release."
+        ) from error

@@ -15,7 +15,9 @@ NORM_TOLERANCE = 1e-3
 _BLOCK = 65_536
 
 
-def check_vectors(vectors: np.ndarray, ids: Sequence[str] | None = None, dimension: int | None = None) -> np.ndarray:
+def check_vectors(
+    vectors: np.ndarray, ids: Sequence[str] | None = None, dimension: int | None = None
+) -> np.ndarray:
     """Check that ``vectors`` may enter an index; returns them C-contiguous.
 
     Args:
@@ -28,11 +30,23 @@ def check_vectors(vectors: np.ndarray, ids: Sequence[str] | None = None, dimensi
     """
     if not isinstance(vectors, np.ndarray) or vectors.dtype != np.float32:
         got = getattr(vectors, "dtype", type(vectors).__name__)
-        raise InvalidVectors(f"expected vectors of dtype float32, but got {got}. Convert them with .astype(np.float32).")
-    if vectors.ndim != 2 or vectors.shape[1] == 0 or (dimension is not None and vectors.shape[1] != dimension):
-        raise InvalidVectors(f"expected vectors of shape (N, {dimension or 'D'}), but got {vectors.shape}. Were they made by this bundle?")
+        raise InvalidVectors(
+            f"expected vectors of dtype float32, but got {got}. Convert them with"
+            " .astype(np.float32)."
+        )
+    if (
+        vectors.ndim != 2
+        or vectors.shape[1] == 0
+        or (dimension is not None and vectors.shape[1] != dimension)
+    ):
+        raise InvalidVectors(
+            f"expected vectors of shape (N, {dimension or 'D'}), but got {vectors.shape}. Were they"
+            " made by this bundle?"
+        )
     if ids is not None and len(ids) != len(vectors):
-        raise InvalidVectors(f"expected one vector per id, but got {len(ids)} ids and {len(vectors)} vectors.")
+        raise InvalidVectors(
+            f"expected one vector per id, but got {len(ids)} ids and {len(vectors)} vectors."
+        )
     for start in range(0, len(vectors), _BLOCK):
         block = vectors[start : start + _BLOCK]
         norms = np.sqrt(np.einsum("nd,nd->n", block, block))
@@ -46,7 +60,10 @@ def check_vectors(vectors: np.ndarray, ids: Sequence[str] | None = None, dimensi
             elif not values.any():
                 what, fix = "is all zeros", "Remove it: nothing can be near it"
             else:
-                what, fix = f"has norm {float(norms[bad[0]]):.4f}, not 1", "Divide each vector by its norm"
+                what, fix = (
+                    f"has norm {float(norms[bad[0]]):.4f}, not 1",
+                    "Divide each vector by its norm",
+                )
             raise InvalidVectors(f"row {row}{name}: the vector {what}. {fix}.")
     return np.ascontiguousarray(vectors)
 
@@ -81,7 +98,10 @@ class Corpus:
         starts = np.zeros(len(first) + 1, dtype=np.uint32)
         starts[1:] = np.cumsum(np.bincount(inverse, minlength=len(first)))
         return cls(
-            np.ascontiguousarray(vectors[first]), inverse.astype(np.uint32), starts, np.argsort(inverse, kind="stable").astype(np.uint32)
+            np.ascontiguousarray(vectors[first]),
+            inverse.astype(np.uint32),
+            starts,
+            np.argsort(inverse, kind="stable").astype(np.uint32),
         )
 
     def save(self, folder: Path) -> None:
@@ -98,19 +118,26 @@ class Corpus:
             IndexFormatError: A file is missing or no such array.
         """
         try:
-            vectors = np.asarray(np.load(folder / "vectors.npy", mmap_mode="r"))  # a plain view of the map: memmap indexing is slow
+            vectors = np.asarray(
+                np.load(folder / "vectors.npy", mmap_mode="r")
+            )  # a plain view of the map: memmap indexing is slow
             path = folder / "vectors.nodes.npy"
             nodes = np.load(path) if path.is_file() else None
         except (OSError, ValueError) as error:
-            raise IndexFormatError(f"the vectors of {folder.name!r} cannot be read ({error}). Rebuild this release.") from error
+            raise IndexFormatError(
+                f"the vectors of {folder.name!r} cannot be read ({error}). Rebuild this release."
+            ) from error
         if vectors.ndim != 2 or vectors.dtype != np.float32:
             raise IndexFormatError(
-                f"the vectors of {folder.name!r} are {vectors.dtype} {vectors.shape}, not float32 (N, D). Rebuild this release."
+                f"the vectors of {folder.name!r} are {vectors.dtype} {vectors.shape}, not float32"
+                " (N, D). Rebuild this release."
             )
         if nodes is None:
             return cls(vectors)
         if len(nodes) and int(nodes.max()) >= len(vectors):
-            raise IndexFormatError(f"the nodes of {folder.name!r} point past its vectors. Rebuild this release.")
+            raise IndexFormatError(
+                f"the nodes of {folder.name!r} point past its vectors. Rebuild this release."
+            )
         starts = np.zeros(len(vectors) + 1, dtype=np.uint32)
         starts[1:] = np.cumsum(np.bincount(nodes, minlength=len(vectors)))
         return cls(vectors, nodes, starts, np.argsort(nodes, kind="stable").astype(np.uint32))
@@ -119,16 +146,26 @@ class Corpus:
 def _distinct(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Row of the first copy of each distinct vector, ascending, and the number of the distinct vector of each row."""
     count, dimension = vectors.shape
-    weights = np.random.default_rng(0).integers(1, 2**63, size=dimension, dtype=np.uint64) | np.uint64(1)
+    weights = np.random.default_rng(0).integers(
+        1, 2**63, size=dimension, dtype=np.uint64
+    ) | np.uint64(1)
     keys = np.empty(count, dtype=np.uint64)
     for start in range(0, count, _BLOCK):
-        bits = (vectors[start : start + _BLOCK] + np.float32(0)).view(np.uint32)  # adding 0 makes -0.0 and 0.0 one value
+        bits = (vectors[start : start + _BLOCK] + np.float32(0)).view(
+            np.uint32
+        )  # adding 0 makes -0.0 and 0.0 one value
         keys[start : start + _BLOCK] = (bits.astype(np.uint64) * weights).sum(axis=1)
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     if len(first) < count:
         twins = np.flatnonzero(first[inverse] != np.arange(count))
-        if not np.array_equal(vectors[twins], vectors[first[inverse[twins]]]):  # a hash collision, about 1 in 10^7 builds of a million
-            rows = np.ascontiguousarray(vectors + np.float32(0)).view(np.dtype((np.void, 4 * dimension))).ravel()
+        if not np.array_equal(
+            vectors[twins], vectors[first[inverse[twins]]]
+        ):  # a hash collision, about 1 in 10^7 builds of a million
+            rows = (
+                np.ascontiguousarray(vectors + np.float32(0))
+                .view(np.dtype((np.void, 4 * dimension)))
+                .ravel()
+            )
             _, first, inverse = np.unique(rows, return_index=True, return_inverse=True)
     order = np.argsort(first, kind="stable")
     rank = np.empty_like(order)

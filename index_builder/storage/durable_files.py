@@ -36,8 +36,9 @@ def disk_full_is_clear(what: str, path: Path) -> Iterator[None]:
         if error.errno not in _FULL:
             raise
         raise DiskFull(
-            f"{what}: the disk, its quota or the file size limit is full ({_free_space(path)}). Nothing was published. "
-            "Free some space (for example `omni release gc`) and run again."
+            f"{what}: the disk, its quota or the file size limit is full ({_free_space(path)})."
+            " Nothing was published. Free some space (for example `omni release gc`) and run"
+            " again."
         ) from error
 
 
@@ -118,7 +119,9 @@ class FileLock:
                     return False
                 time.sleep(0.005)
         if not shared:
-            with suppress(OSError):  # on a full disk: the note is for messages, the lock is the kernel's
+            with suppress(
+                OSError
+            ):  # on a full disk: the note is for messages, the lock is the kernel's
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         self._descriptor = descriptor

@@ -22,21 +22,32 @@ def check_id(value: object, row: int) -> str:
         IndexBuildError: It is not; names the row and the fix.
     """
     if not isinstance(value, str) or not value:
-        raise IndexBuildError(f"row {row}: expected a non-empty string as id, but got {value!r}. Give every entity an id.")
+        raise IndexBuildError(
+            f"row {row}: expected a non-empty string as id, but got {value!r}. Give every entity"
+            " an id."
+        )
     if not value.isascii():
         if not unicodedata.is_normalized("NFC", value):
-            raise IndexBuildError(f"row {row}: id {value!r} is not in Unicode NFC. Normalise ids with unicodedata.normalize('NFC', id).")
+            raise IndexBuildError(
+                f"row {row}: id {value!r} is not in Unicode NFC. Normalise ids with"
+                " unicodedata.normalize('NFC', id)."
+            )
         try:
             value.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise IndexBuildError(f"row {row}: id {value!r} is not valid Unicode (a lone surrogate). Fix the id at its source.") from error
+            raise IndexBuildError(
+                f"row {row}: id {value!r} is not valid Unicode (a lone surrogate). Fix the id at"
+                " its source."
+            ) from error
     return value
 
 
 class IdTable(Sequence[str]):
     """Ids by row, and rows by id through sorted 64-bit hashes."""
 
-    def __init__(self, blob: np.ndarray, offsets: np.ndarray, hashes: np.ndarray, rows: np.ndarray) -> None:
+    def __init__(
+        self, blob: np.ndarray, offsets: np.ndarray, hashes: np.ndarray, rows: np.ndarray
+    ) -> None:
         self.blob, self.offsets, self.hashes, self.rows = blob, offsets, hashes, rows
         self._view: memoryview = blob.data
 
@@ -58,10 +69,12 @@ class IdTable(Sequence[str]):
             first, second = int(rows[at]), int(rows[at + 1])
             if encoded[first] == encoded[second]:
                 raise DuplicateIds(
-                    f"row {second}: id {encoded[second].decode()!r} was already given by row {first}. "
-                    "Keep one row per id (the newest) and build again."
+                    f"row {second}: id {encoded[second].decode()!r} was already given by row"
+                    f" {first}. Keep one row per id (the newest) and build again."
                 )
-        return cls(np.frombuffer(b"".join(encoded) or b"\0", dtype=np.uint8), offsets, ordered, rows)
+        return cls(
+            np.frombuffer(b"".join(encoded) or b"\0", dtype=np.uint8), offsets, ordered, rows
+        )
 
     def save(self, folder: Path) -> None:
         """Write ``ids.*``."""
@@ -78,11 +91,17 @@ class IdTable(Sequence[str]):
         """
         try:
             blob = np.memmap(folder / _FILES[0], dtype=np.uint8, mode="r")
-            offsets, hashes, rows = (np.asarray(np.load(folder / name, mmap_mode="r")) for name in _FILES[1:])
+            offsets, hashes, rows = (
+                np.asarray(np.load(folder / name, mmap_mode="r")) for name in _FILES[1:]
+            )
         except (OSError, ValueError) as error:
-            raise IndexFormatError(f"the id files of {folder.name!r} cannot be read ({error}). Rebuild this release.") from error
+            raise IndexFormatError(
+                f"the id files of {folder.name!r} cannot be read ({error}). Rebuild this release."
+            ) from error
         if not (len(offsets) - 1 == len(hashes) == len(rows)) or int(offsets[-1]) > len(blob):
-            raise IndexFormatError(f"the id files of {folder.name!r} do not fit each other. Rebuild this release.")
+            raise IndexFormatError(
+                f"the id files of {folder.name!r} do not fit each other. Rebuild this release."
+            )
         return cls(blob, offsets, hashes, rows)
 
     def __len__(self) -> int:
@@ -99,7 +118,11 @@ class IdTable(Sequence[str]):
 
     def take(self, rows: np.ndarray) -> list[str]:
         """Ids of ``rows``, in order."""
-        starts, ends, view = self.offsets[rows].tolist(), self.offsets[rows + 1].tolist(), self._view
+        starts, ends, view = (
+            self.offsets[rows].tolist(),
+            self.offsets[rows + 1].tolist(),
+            self._view,
+        )
         return [str(view[a:b], "utf-8") for a, b in zip(starts, ends)]
 
     def row_of(self, id_: str) -> int | None:

@@ -45,7 +45,12 @@ class AsyncRetrievalClient(ClientBase):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         await self.close()
 
     async def close(self) -> None:
@@ -53,7 +58,13 @@ class AsyncRetrievalClient(ClientBase):
         await self._channel.close()
 
     async def _call(
-        self, stub: Any, request: Any, unpack: Callable[[Any], R], method: str, deadline_seconds: float | None, retry: bool = True
+        self,
+        stub: Any,
+        request: Any,
+        unpack: Callable[[Any], R],
+        method: str,
+        deadline_seconds: float | None,
+        retry: bool = True,
     ) -> R:
         seconds = self.config.deadline_seconds if deadline_seconds is None else deadline_seconds
         end = time.monotonic() + seconds
@@ -62,7 +73,9 @@ class AsyncRetrievalClient(ClientBase):
             try:
                 response = await stub(request, timeout=seconds, metadata=self._metadata)
             except grpc.RpcError as error:
-                await asyncio.sleep(self._failed(error, method, attempt, end - time.monotonic(), retry))
+                await asyncio.sleep(
+                    self._failed(error, method, attempt, end - time.monotonic(), retry)
+                )
             else:
                 self._budget.success()
                 return unpack(response)
@@ -96,7 +109,9 @@ class AsyncRetrievalClient(ClientBase):
             query, entity_type, k, filter, exclude_ids, min_score, min_recall, language, country, release_id, embedding, space_id,
             diversity, collapse_above, exact, attributes, request_id,
         )  # fmt: skip
-        return await self._call(self._retrieve, request, results.retrieve_result, "Retrieve", deadline_seconds)
+        return await self._call(
+            self._retrieve, request, results.retrieve_result, "Retrieve", deadline_seconds
+        )
 
     async def retrieve_multi(
         self,
@@ -122,7 +137,9 @@ class AsyncRetrievalClient(ClientBase):
             country=country,
             request_id=request_id,
         )
-        return await self._call(self._multi, request, results.answers, "RetrieveMulti", deadline_seconds)
+        return await self._call(
+            self._multi, request, results.answers, "RetrieveMulti", deadline_seconds
+        )
 
     async def retrieve_batch(
         self,
@@ -148,9 +165,13 @@ class AsyncRetrievalClient(ClientBase):
             country=country,
             request_id=request_id,
         )
-        return await self._call(self._batch, request, results.answers, "RetrieveBatch", deadline_seconds)
+        return await self._call(
+            self._batch, request, results.answers, "RetrieveBatch", deadline_seconds
+        )
 
-    async def embed(self, queries: Sequence[str], *, release_id: str = "", deadline_seconds: float | None = None) -> results.Embeddings:
+    async def embed(
+        self, queries: Sequence[str], *, release_id: str = "", deadline_seconds: float | None = None
+    ) -> results.Embeddings:
         """Turn query texts into unit vectors ``(B, D)`` with the served query tower."""
         request = pb.EmbedRequest(queries=queries, release_id=release_id)
         return await self._call(self._embed, request, results.embeddings, "Embed", deadline_seconds)
@@ -168,42 +189,83 @@ class AsyncRetrievalClient(ClientBase):
     ) -> results.Scores:
         """Cosine of a query with given ids, in their order; NaN where an id is unknown."""
         request = pb.ScoreRequest(
-            query=query, embedding=packed(embedding, 1), space_id=space_id, entity_type=entity_type, ids=ids, release_id=release_id
+            query=query,
+            embedding=packed(embedding, 1),
+            space_id=space_id,
+            entity_type=entity_type,
+            ids=ids,
+            release_id=release_id,
         )
         return await self._call(self._score, request, results.scores, "Score", deadline_seconds)
 
-    async def describe_release(self, release_id: str = "", *, deadline_seconds: float | None = None) -> results.ReleaseDescription:
+    async def describe_release(
+        self, release_id: str = "", *, deadline_seconds: float | None = None
+    ) -> results.ReleaseDescription:
         """What is being served: release, space, indexes with their measured recall, limits."""
         request = pb.DescribeReleaseRequest(release_id=release_id)
-        return await self._call(self._describe, request, results.release_description, "DescribeRelease", deadline_seconds)
+        return await self._call(
+            self._describe,
+            request,
+            results.release_description,
+            "DescribeRelease",
+            deadline_seconds,
+        )
 
-    async def activate(self, release_id: str, *, deadline_seconds: float = 300.0) -> results.Activation:
+    async def activate(
+        self, release_id: str, *, deadline_seconds: float = 300.0
+    ) -> results.Activation:
         """Load, verify, prove and serve a published release (admin)."""
-        return await self._call(self._activate, pb.ActivateRequest(release_id=release_id), results.activation, "Activate", deadline_seconds)
+        return await self._call(
+            self._activate,
+            pb.ActivateRequest(release_id=release_id),
+            results.activation,
+            "Activate",
+            deadline_seconds,
+        )
 
     async def rollback(self, *, deadline_seconds: float = 300.0) -> results.Activation:
         """Serve the previous release again (admin). Never repeated by itself: a second rollback would undo the first."""
-        return await self._call(self._rollback, pb.RollbackRequest(), results.activation, "Rollback", deadline_seconds, retry=False)
+        return await self._call(
+            self._rollback,
+            pb.RollbackRequest(),
+            results.activation,
+            "Rollback",
+            deadline_seconds,
+            retry=False,
+        )
 
     async def upsert(
-        self, entity_type: str, entities: Sequence[EntityWrite], *, space_id: str, deadline_seconds: float | None = None
+        self,
+        entity_type: str,
+        entities: Sequence[EntityWrite],
+        *,
+        space_id: str,
+        deadline_seconds: float | None = None,
     ) -> results.Written:
         """Insert or replace entities (admin); returns when they are durable. All are accepted or none."""
         packed = [results.entity_to_proto(entity) for entity in entities]
         request = pb.UpsertRequest(entity_type=entity_type, space_id=space_id, entities=packed)
         return await self._call(self._upsert, request, results.written, "Upsert", deadline_seconds)
 
-    async def delete(self, entity_type: str, ids: Sequence[str], *, deadline_seconds: float | None = None) -> results.Written:
+    async def delete(
+        self, entity_type: str, ids: Sequence[str], *, deadline_seconds: float | None = None
+    ) -> results.Written:
         """Remove entities (admin); returns when that is durable. Unknown ids are no error."""
         return await self._call(
-            self._delete, pb.DeleteRequest(entity_type=entity_type, ids=ids), results.written, "Delete", deadline_seconds
+            self._delete,
+            pb.DeleteRequest(entity_type=entity_type, ids=ids),
+            results.written,
+            "Delete",
+            deadline_seconds,
         )
 
     async def is_ready(self, service: str = "", *, deadline_seconds: float = 1.0) -> bool:
         """True if the health service says SERVING for ``service`` ("" is the server; an entity type names its index)."""
         request = health_pb2.HealthCheckRequest(service=service)
         try:
-            return await self._call(self._health, request, serving, "Health.Check", deadline_seconds, retry=False)
+            return await self._call(
+                self._health, request, serving, "Health.Check", deadline_seconds, retry=False
+            )
         except (Unavailable, NotFound):
             return False
         except CallError as error:

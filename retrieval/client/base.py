@@ -19,11 +19,18 @@ from retrieval.client.errors import CallError, InvalidRequest, Overloaded, Unava
 from retrieval.client.retries import RetryBudget, wait_before_retry
 
 _REQUEST = "The request is larger than the server takes. Split it."
-_ANSWER = "The answer is larger than the server sends. Ask for fewer queries, results or attributes at a time."
+_ANSWER = (
+    "The answer is larger than the server sends. Ask for fewer queries, results or attributes at a"
+    " time."
+)
 TOO_LARGE = {
-    "CLIENT: Sent message larger": "The request is larger than ClientConfig.max_message_bytes. Split it, or raise that.",
-    "CLIENT: Received message larger": "The answer is larger than ClientConfig.max_message_bytes. "
-    "Ask for fewer queries, results or attributes at a time, or raise that.",
+    "CLIENT: Sent message larger": (
+        "The request is larger than ClientConfig.max_message_bytes. Split it, or raise that."
+    ),
+    "CLIENT: Received message larger": (
+        "The answer is larger than ClientConfig.max_message_bytes. "
+        "Ask for fewer queries, results or attributes at a time, or raise that."
+    ),
     "SERVER: Received message larger": _REQUEST,
     "a message may have": _REQUEST,
     "SERVER: Sent message larger": _ANSWER,
@@ -84,25 +91,57 @@ class ClientBase:
     def __init__(self, target: str, config: ClientConfig | None) -> None:
         self.target = target
         self.config = config or ClientConfig()
-        if self.config.token and not self.config.tls and not self.config.allow_plaintext_token and not is_this_machine(target):
+        if (
+            self.config.token
+            and not self.config.tls
+            and not self.config.allow_plaintext_token
+            and not is_this_machine(target)
+        ):
             raise ConfigError(
-                f"A token would travel to {target} unencrypted. "
-                "Give ClientConfig a TlsConfig, or set allow_plaintext_token if the network is trusted."
+                f"A token would travel to {target} unencrypted. Give ClientConfig a TlsConfig, or"
+                " set allow_plaintext_token if the network is trusted."
             )
-        self._metadata = (("authorization", f"Bearer {self.config.token}"),) if self.config.token else None
+        self._metadata = (
+            (("authorization", f"Bearer {self.config.token}"),) if self.config.token else None
+        )
         self._budget = RetryBudget(self.config.retry)
         self._rng = random.Random()
 
     def _bind(self, channel: Any) -> None:
-        questions, admin, health = pb_grpc.RetrievalStub(channel), pb_grpc.AdminStub(channel), health_pb2_grpc.HealthStub(channel)
-        self._retrieve, self._multi, self._batch = questions.Retrieve, questions.RetrieveMulti, questions.RetrieveBatch
-        self._embed, self._score, self._describe = questions.Embed, questions.Score, questions.DescribeRelease
-        self._activate, self._rollback, self._upsert, self._delete = admin.Activate, admin.Rollback, admin.Upsert, admin.Delete
+        questions, admin, health = (
+            pb_grpc.RetrievalStub(channel),
+            pb_grpc.AdminStub(channel),
+            health_pb2_grpc.HealthStub(channel),
+        )
+        self._retrieve, self._multi, self._batch = (
+            questions.Retrieve,
+            questions.RetrieveMulti,
+            questions.RetrieveBatch,
+        )
+        self._embed, self._score, self._describe = (
+            questions.Embed,
+            questions.Score,
+            questions.DescribeRelease,
+        )
+        self._activate, self._rollback, self._upsert, self._delete = (
+            admin.Activate,
+            admin.Rollback,
+            admin.Upsert,
+            admin.Delete,
+        )
         self._health = health.Check
 
-    def _failed(self, error: grpc.RpcError, method: str, attempt: int, seconds_left: float, retry: bool) -> float:
+    def _failed(
+        self, error: grpc.RpcError, method: str, attempt: int, seconds_left: float, retry: bool
+    ) -> float:
         """Return the wait before the next try, or raise the typed error."""
-        wait = wait_before_retry(error, attempt, seconds_left, self.config.retry, self._budget, self._rng) if retry else None
+        wait = (
+            wait_before_retry(
+                error, attempt, seconds_left, self.config.retry, self._budget, self._rng
+            )
+            if retry
+            else None
+        )
         if wait is None:
             raise failure(error, method, self.target, attempt) from error
         return wait
@@ -115,7 +154,13 @@ def failure(error: grpc.RpcError, method: str, target: str, attempts: int) -> Ca
         return made
     for words, advice in TOO_LARGE.items():
         if words in made.details:
-            return InvalidRequest(made.code, f"{made.details.rstrip('.')}. {advice}", method=method, target=target, attempts=attempts)
+            return InvalidRequest(
+                made.code,
+                f"{made.details.rstrip('.')}. {advice}",
+                method=method,
+                target=target,
+                attempts=attempts,
+            )
     return CallError(made.code, made.details, method=method, target=target, attempts=attempts)
 
 
@@ -126,5 +171,10 @@ def serving(response: health_pb2.HealthCheckResponse) -> bool:
 
 def never_ready(target: str, timeout_seconds: float) -> Unavailable:
     """The error of ``wait_until_ready``."""
-    details = f"not ready within {timeout_seconds:g} s. Is the server running there, and does `omni release list` show an active release?"
-    return Unavailable(grpc.StatusCode.UNAVAILABLE, details, method="Health.Check", target=target, attempts=1)
+    details = (
+        f"not ready within {timeout_seconds:g} s. Is the server running there, and does `omni"
+        " release list` show an active release?"
+    )
+    return Unavailable(
+        grpc.StatusCode.UNAVAILABLE, details, method="Health.Check", target=target, attempts=1
+    )

@@ -45,7 +45,8 @@ class TlsConfig:
         """Check that certificate and key come together."""
         if (self.client_certificate is None) != (self.client_key is None):
             raise ConfigError(
-                "TlsConfig: client_certificate and client_key come together, but only one was given. Give both for mutual TLS."
+                "TlsConfig: client_certificate and client_key come together, but only one was"
+                " given. Give both for mutual TLS."
             )
 
     def credentials(self) -> grpc.ChannelCredentials:
@@ -56,10 +57,14 @@ class TlsConfig:
         """
         try:
             root, key, chain = (
-                path.read_bytes() if path else None for path in (self.root_certificates, self.client_key, self.client_certificate)
+                path.read_bytes() if path else None
+                for path in (self.root_certificates, self.client_key, self.client_certificate)
             )
         except OSError as error:
-            raise ConfigError(f"TlsConfig: cannot read {error.filename}: {error.strerror}. Check the path and its permissions.") from error
+            raise ConfigError(
+                f"TlsConfig: cannot read {error.filename}: {error.strerror}. Check the path and its"
+                " permissions."
+            ) from error
         return grpc.ssl_channel_credentials(root, key, chain)
 
 
@@ -86,9 +91,16 @@ class ClientConfig:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        for name in ("deadline_seconds", "keepalive_seconds", "keepalive_timeout_seconds", "max_message_bytes"):
+        for name in (
+            "deadline_seconds",
+            "keepalive_seconds",
+            "keepalive_timeout_seconds",
+            "max_message_bytes",
+        ):
             if not getattr(self, name) > 0:
-                raise ConfigError(f"ClientConfig.{name} must be above 0, but got {getattr(self, name)}.")
+                raise ConfigError(
+                    f"ClientConfig.{name} must be above 0, but got {getattr(self, name)}."
+                )
 
     def channel_options(self) -> list[tuple[str, Any]]:
         """The gRPC channel arguments for this configuration."""

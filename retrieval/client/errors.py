@@ -38,7 +38,14 @@ class CallError(OmniError):
     """
 
     def __init__(
-        self, code: grpc.StatusCode, details: str, *, method: str, target: str, attempts: int, retry_after_seconds: float | None = None
+        self,
+        code: grpc.StatusCode,
+        details: str,
+        *,
+        method: str,
+        target: str,
+        attempts: int,
+        retry_after_seconds: float | None = None,
     ) -> None:
         self.code, self.details, self.method, self.target = code, details, method, target
         self.attempts, self.retry_after_seconds = attempts, retry_after_seconds
@@ -117,4 +124,11 @@ def error_from(error: grpc.RpcError, *, method: str, target: str, attempts: int)
     code = error.code()
     kind = BY_CODE.get(code, ServerFault)
     hint = retry_after_seconds(error.trailing_metadata())
-    return kind(code, error.details() or "", method=method, target=target, attempts=attempts, retry_after_seconds=hint)
+    return kind(
+        code,
+        error.details() or "",
+        method=method,
+        target=target,
+        attempts=attempts,
+        retry_after_seconds=hint,
+    )

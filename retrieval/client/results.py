@@ -212,10 +212,14 @@ def vector_bytes(vectors: npt.ArrayLike, axes: int) -> bytes:
     try:
         array = np.asarray(vectors, dtype="<f4")
     except (TypeError, ValueError) as error:
-        raise InvalidVectors(f"An embedding must be an array of numbers, but got {type(vectors).__name__}: {error}") from error
+        raise InvalidVectors(
+            f"An embedding must be an array of numbers, but got {type(vectors).__name__}: {error}"
+        ) from error
     if array.ndim != axes or array.size == 0:
         wanted = "(D,)" if axes == 1 else "(B, D)"
-        raise InvalidVectors(f"An embedding here must have shape {wanted} and not be empty, but got {array.shape}.")
+        raise InvalidVectors(
+            f"An embedding here must have shape {wanted} and not be empty, but got {array.shape}."
+        )
     return array.tobytes()
 
 
@@ -245,7 +249,10 @@ def value_to_proto(value: AttributeValue) -> pb.Value:
         return pb.Value(double_value=value)
     if isinstance(value, list | tuple):
         return pb.Value(list_value=pb.ValueList(values=[value_to_proto(item) for item in value]))
-    raise TypeError(f"An attribute must be a string, number, boolean or list of these, but got {type(value).__name__}.")
+    raise TypeError(
+        "An attribute must be a string, number, boolean or list of these, but got"
+        f" {type(value).__name__}."
+    )
 
 
 def target_to_proto(target: Target) -> pb.Target:
@@ -271,11 +278,20 @@ def entity_to_proto(entity: EntityWrite) -> pb.Entity:
 
 
 def _hits(hits: Iterable[pb.Hit]) -> list[Hit]:
-    return [Hit(hit.id, hit.score, {name: value_to_python(value) for name, value in hit.attributes.items()}) for hit in hits]
+    return [
+        Hit(
+            hit.id,
+            hit.score,
+            {name: value_to_python(value) for name, value in hit.attributes.items()},
+        )
+        for hit in hits
+    ]
 
 
 def _timings(timings: pb.Timings) -> Timings:
-    return Timings(timings.total_ns, timings.queue_ns, timings.encode_ns, timings.search_ns, timings.rerank_ns)
+    return Timings(
+        timings.total_ns, timings.queue_ns, timings.encode_ns, timings.search_ns, timings.rerank_ns
+    )
 
 
 def _optional(message: Any, name: str) -> float | None:
@@ -317,14 +333,29 @@ def _answer(answer: pb.Answer) -> Answer:
 def answers(response: pb.RetrieveMultiResponse | pb.RetrieveBatchResponse) -> Answers:
     """Unpack the answer of ``RetrieveMulti`` or ``RetrieveBatch``."""
     found = [_answer(answer) for answer in response.answers]
-    return Answers(found, response.release_id, response.space_id, _timings(response.timings), response.request_id)
+    return Answers(
+        found,
+        response.release_id,
+        response.space_id,
+        _timings(response.timings),
+        response.request_id,
+    )
 
 
 def embeddings(response: pb.EmbedResponse) -> Embeddings:
     """Unpack the answer of ``Embed``."""
-    vectors = np.frombuffer(response.embeddings, dtype="<f4").astype(np.float32).reshape(-1, max(response.dimension, 1))  # (B, D)
+    vectors = (
+        np.frombuffer(response.embeddings, dtype="<f4")
+        .astype(np.float32)
+        .reshape(-1, max(response.dimension, 1))
+    )  # (B, D)
     return Embeddings(
-        vectors, response.release_id, response.space_id, response.form_id, list(response.cache_hits), _timings(response.timings)
+        vectors,
+        response.release_id,
+        response.space_id,
+        response.form_id,
+        list(response.cache_hits),
+        _timings(response.timings),
     )
 
 
@@ -355,7 +386,9 @@ def release_description(response: pb.DescribeReleaseResponse) -> ReleaseDescript
         )
         for e in response.entities
     }
-    limits = Limits(**{name: getattr(response.limits, name) for name in Limits.__dataclass_fields__})
+    limits = Limits(
+        **{name: getattr(response.limits, name) for name in Limits.__dataclass_fields__}
+    )
     return ReleaseDescription(
         response.release_id,
         response.parent_release_id,

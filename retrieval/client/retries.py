@@ -33,14 +33,20 @@ class RetryPolicy:
     def __post_init__(self) -> None:
         """Check the ranges."""
         if self.max_attempts < 1:
-            raise ConfigError(f"RetryPolicy.max_attempts must be 1 or more, but got {self.max_attempts}. Use 1 for no retries.")
+            raise ConfigError(
+                f"RetryPolicy.max_attempts must be 1 or more, but got {self.max_attempts}. Use 1"
+                " for no retries."
+            )
         if not 0 < self.first_backoff_seconds <= self.max_backoff_seconds:
             raise ConfigError(
                 "RetryPolicy needs 0 < first_backoff_seconds <= max_backoff_seconds, but got "
                 f"{self.first_backoff_seconds} and {self.max_backoff_seconds}."
             )
         if self.budget <= 0 or self.budget_refill < 0:
-            raise ConfigError(f"RetryPolicy needs budget > 0 and budget_refill >= 0, but got {self.budget} and {self.budget_refill}.")
+            raise ConfigError(
+                f"RetryPolicy needs budget > 0 and budget_refill >= 0, but got {self.budget} and"
+                f" {self.budget_refill}."
+            )
 
 
 @dataclass(slots=True)
@@ -69,7 +75,12 @@ class RetryBudget:
 
 
 def wait_before_retry(
-    error: grpc.RpcError, attempt: int, seconds_left: float, policy: RetryPolicy, budget: RetryBudget, rng: random.Random
+    error: grpc.RpcError,
+    attempt: int,
+    seconds_left: float,
+    policy: RetryPolicy,
+    budget: RetryBudget,
+    rng: random.Random,
 ) -> float | None:
     """Decide whether the failed try number ``attempt`` (from 1) is repeated.
 

@@ -68,7 +68,12 @@ class RetrievalClient(ClientBase):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -76,7 +81,13 @@ class RetrievalClient(ClientBase):
         self._channel.close()
 
     def _call(
-        self, stub: Any, request: Any, unpack: Callable[[Any], R], method: str, deadline_seconds: float | None, retry: bool = True
+        self,
+        stub: Any,
+        request: Any,
+        unpack: Callable[[Any], R],
+        method: str,
+        deadline_seconds: float | None,
+        retry: bool = True,
     ) -> R:
         seconds = self.config.deadline_seconds if deadline_seconds is None else deadline_seconds
         end = time.monotonic() + seconds
@@ -147,7 +158,9 @@ class RetrievalClient(ClientBase):
             query, entity_type, k, filter, exclude_ids, min_score, min_recall, language, country, release_id, embedding, space_id,
             diversity, collapse_above, exact, attributes, request_id,
         )  # fmt: skip
-        return self._call(self._retrieve, request, results.retrieve_result, "Retrieve", deadline_seconds)
+        return self._call(
+            self._retrieve, request, results.retrieve_result, "Retrieve", deadline_seconds
+        )
 
     def retrieve_multi(
         self,
@@ -201,7 +214,9 @@ class RetrievalClient(ClientBase):
         )
         return self._call(self._batch, request, results.answers, "RetrieveBatch", deadline_seconds)
 
-    def embed(self, queries: Sequence[str], *, release_id: str = "", deadline_seconds: float | None = None) -> results.Embeddings:
+    def embed(
+        self, queries: Sequence[str], *, release_id: str = "", deadline_seconds: float | None = None
+    ) -> results.Embeddings:
         """Turn query texts into unit vectors ``(B, D)`` with the served query tower."""
         request = pb.EmbedRequest(queries=queries, release_id=release_id)
         return self._call(self._embed, request, results.embeddings, "Embed", deadline_seconds)
@@ -219,40 +234,81 @@ class RetrievalClient(ClientBase):
     ) -> results.Scores:
         """Cosine of a query with given ids, in their order; NaN where an id is unknown."""
         request = pb.ScoreRequest(
-            query=query, embedding=packed(embedding, 1), space_id=space_id, entity_type=entity_type, ids=ids, release_id=release_id
+            query=query,
+            embedding=packed(embedding, 1),
+            space_id=space_id,
+            entity_type=entity_type,
+            ids=ids,
+            release_id=release_id,
         )
         return self._call(self._score, request, results.scores, "Score", deadline_seconds)
 
-    def describe_release(self, release_id: str = "", *, deadline_seconds: float | None = None) -> results.ReleaseDescription:
+    def describe_release(
+        self, release_id: str = "", *, deadline_seconds: float | None = None
+    ) -> results.ReleaseDescription:
         """What is being served: release, space, indexes with their measured recall, limits."""
         request = pb.DescribeReleaseRequest(release_id=release_id)
-        return self._call(self._describe, request, results.release_description, "DescribeRelease", deadline_seconds)
+        return self._call(
+            self._describe,
+            request,
+            results.release_description,
+            "DescribeRelease",
+            deadline_seconds,
+        )
 
     def activate(self, release_id: str, *, deadline_seconds: float = 300.0) -> results.Activation:
         """Load, verify, prove and serve a published release (admin)."""
-        return self._call(self._activate, pb.ActivateRequest(release_id=release_id), results.activation, "Activate", deadline_seconds)
+        return self._call(
+            self._activate,
+            pb.ActivateRequest(release_id=release_id),
+            results.activation,
+            "Activate",
+            deadline_seconds,
+        )
 
     def rollback(self, *, deadline_seconds: float = 300.0) -> results.Activation:
         """Serve the previous release again (admin). Never repeated by itself: a second rollback would undo the first."""
-        return self._call(self._rollback, pb.RollbackRequest(), results.activation, "Rollback", deadline_seconds, retry=False)
+        return self._call(
+            self._rollback,
+            pb.RollbackRequest(),
+            results.activation,
+            "Rollback",
+            deadline_seconds,
+            retry=False,
+        )
 
     def upsert(
-        self, entity_type: str, entities: Sequence[EntityWrite], *, space_id: str, deadline_seconds: float | None = None
+        self,
+        entity_type: str,
+        entities: Sequence[EntityWrite],
+        *,
+        space_id: str,
+        deadline_seconds: float | None = None,
     ) -> results.Written:
         """Insert or replace entities (admin); returns when they are durable. All are accepted or none."""
         packed = [results.entity_to_proto(entity) for entity in entities]
         request = pb.UpsertRequest(entity_type=entity_type, space_id=space_id, entities=packed)
         return self._call(self._upsert, request, results.written, "Upsert", deadline_seconds)
 
-    def delete(self, entity_type: str, ids: Sequence[str], *, deadline_seconds: float | None = None) -> results.Written:
+    def delete(
+        self, entity_type: str, ids: Sequence[str], *, deadline_seconds: float | None = None
+    ) -> results.Written:
         """Remove entities (admin); returns when that is durable. Unknown ids are no error."""
-        return self._call(self._delete, pb.DeleteRequest(entity_type=entity_type, ids=ids), results.written, "Delete", deadline_seconds)
+        return self._call(
+            self._delete,
+            pb.DeleteRequest(entity_type=entity_type, ids=ids),
+            results.written,
+            "Delete",
+            deadline_seconds,
+        )
 
     def is_ready(self, service: str = "", *, deadline_seconds: float = 1.0) -> bool:
         """True if the health service says SERVING for ``service`` ("" is the server; an entity type names its index)."""
         request = health_pb2.HealthCheckRequest(service=service)
         try:
-            return self._call(self._health, request, serving, "Health.Check", deadline_seconds, retry=False)
+            return self._call(
+                self._health, request, serving, "Health.Check", deadline_seconds, retry=False
+            )
         except (Unavailable, NotFound):
             return False
         except CallError as error:

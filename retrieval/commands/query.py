@@ -22,7 +22,14 @@ def rows_of(hits: Sequence[Hit], extra: Sequence[str]) -> tuple[list[str], list[
     with_character = any(hit.attributes.get("character") for hit in hits)
     with_title = any(hit.attributes.get("title") for hit in hits)
     names = [name for name in extra if name not in SHOWN_ATTRIBUTES]
-    columns = ["#", "score", *([""] if with_character else []), *(["title"] if with_title else []), "id", *names]
+    columns = [
+        "#",
+        "score",
+        *([""] if with_character else []),
+        *(["title"] if with_title else []),
+        "id",
+        *names,
+    ]
     rows: list[list[object]] = []
     for rank, hit in enumerate(hits, 1):
         row: list[object] = [rank, hit.score]
@@ -43,41 +50,105 @@ def _shown(value: Any) -> object:
 def summary(result: RetrieveResult) -> str:
     """One line on how the answer was found."""
     timings = result.timings
-    recall = "" if result.estimated_recall is None else f", expected recall {result.estimated_recall:.3f}"
+    recall = (
+        ""
+        if result.estimated_recall is None
+        else f", expected recall {result.estimated_recall:.3f}"
+    )
     share = "" if result.selectivity is None else f", filter passes {result.selectivity:.1%}"
-    encode = "answer cached" if result.answer_cached else "cached" if result.cache_hit else f"encode {timings.encode_ns / 1e6:.2f} ms"
+    encode = (
+        "answer cached"
+        if result.answer_cached
+        else "cached"
+        if result.cache_hit
+        else f"encode {timings.encode_ns / 1e6:.2f} ms"
+    )
     plan = f"{result.plan}, ef {result.ef}" if result.ef else result.plan
-    where = f"{encode}, search {timings.search_ns / 1e6:.2f} ms, server {timings.total_ns / 1e6:.2f} ms"
+    where = (
+        f"{encode}, search {timings.search_ns / 1e6:.2f} ms, server {timings.total_ns / 1e6:.2f} ms"
+    )
     return f"{where} · {plan}{recall}{share} · release {result.release_id}"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("text", required=False, default="")
-@click.option("--type", "entity_type", default="pin", show_default=True, help="Entity type: pin, product, query or ad.")
+@click.option(
+    "--type",
+    "entity_type",
+    default="pin",
+    show_default=True,
+    help="Entity type: pin, product, query or ad.",
+)
 @click.option("-k", default=10, show_default=True, help="Results wanted.")
-@click.option("--server", default="localhost:50051", show_default=True, metavar="HOST:PORT", envvar="OMNI_SERVER", help="Server to ask.")
-@click.option("--filter", "filter_text", default="", help="""Only entities that match, e.g. 'price < 20 and brand == "Acme"'.""")
-@click.option("--exclude", multiple=True, metavar="ID", help="Never return this id; repeat for more.")
+@click.option(
+    "--server",
+    default="localhost:50051",
+    show_default=True,
+    metavar="HOST:PORT",
+    envvar="OMNI_SERVER",
+    help="Server to ask.",
+)
+@click.option(
+    "--filter",
+    "filter_text",
+    default="",
+    help="""Only entities that match, e.g. 'price < 20 and brand == "Acme"'.""",
+)
+@click.option(
+    "--exclude", multiple=True, metavar="ID", help="Never return this id; repeat for more."
+)
 @click.option("--min-score", type=float, help="Drop results with a smaller cosine.")
-@click.option("--min-recall", type=float, help="Wanted share of the exact top k; the server chooses how to search.")
+@click.option(
+    "--min-recall",
+    type=float,
+    help="Wanted share of the exact top k; the server chooses how to search.",
+)
 @click.option("--exact", is_flag=True, help="Scan every entity: the reference answer, slower.")
-@click.option("--diversity", type=float, help="Maximal marginal relevance, 0 (variety) to 1 (relevance).")
-@click.option("--collapse-above", type=float, help="Keep one of results whose cosine is above this.")
-@click.option("--attribute", "attributes", multiple=True, help="Also show this attribute; repeat, or '*' for all (with --json).")
+@click.option(
+    "--diversity", type=float, help="Maximal marginal relevance, 0 (variety) to 1 (relevance)."
+)
+@click.option(
+    "--collapse-above", type=float, help="Keep one of results whose cosine is above this."
+)
+@click.option(
+    "--attribute",
+    "attributes",
+    multiple=True,
+    help="Also show this attribute; repeat, or '*' for all (with --json).",
+)
 @click.option("--release", "release_id", default="", help="Answer from this release or fail.")
-@click.option("--language", default="", help="Language of the user, e.g. de: a label for the server's metrics.")
-@click.option("--country", default="", help="Country of the user, e.g. AT: a label for the server's metrics.")
+@click.option(
+    "--language",
+    default="",
+    help="Language of the user, e.g. de: a label for the server's metrics.",
+)
+@click.option(
+    "--country", default="", help="Country of the user, e.g. AT: a label for the server's metrics."
+)
 @click.option(
     "--embedding",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     help="A .npy file with one ready vector instead of text; needs --space-id.",
 )
 @click.option("--space-id", default="", help="Embedding space of --embedding.")
-@click.option("--deadline", default=5.0, show_default=True, help="Seconds until the call, with its retries, gives up.")
+@click.option(
+    "--deadline",
+    default=5.0,
+    show_default=True,
+    help="Seconds until the call, with its retries, gives up.",
+)
 @click.option("--token", envvar="OMNI_TOKEN", help="Bearer token (also read from OMNI_TOKEN).")
 @click.option("--tls", is_flag=True, help="Encrypt, trusting the system's authorities.")
-@click.option("--tls-ca", type=click.Path(path_type=Path), help="PEM file of the authority to trust; implies --tls.")
-@click.option("--tls-cert", type=click.Path(path_type=Path), help="Client certificate (PEM) for mutual TLS; needs --tls-key.")
+@click.option(
+    "--tls-ca",
+    type=click.Path(path_type=Path),
+    help="PEM file of the authority to trust; implies --tls.",
+)
+@click.option(
+    "--tls-cert",
+    type=click.Path(path_type=Path),
+    help="Client certificate (PEM) for mutual TLS; needs --tls-key.",
+)
 @click.option("--tls-key", type=click.Path(path_type=Path), help="Key of --tls-cert.")
 @json_option
 @handle_errors
@@ -116,7 +187,11 @@ def command(
     if bool(text.strip()) == bool(embedding):
         raise click.UsageError("Give either TEXT or --embedding.")
     with_tls = tls or tls_ca or tls_cert or tls_key
-    security = TlsConfig(root_certificates=tls_ca, client_certificate=tls_cert, client_key=tls_key) if with_tls else None
+    security = (
+        TlsConfig(root_certificates=tls_ca, client_certificate=tls_cert, client_key=tls_key)
+        if with_tls
+        else None
+    )
     config = ClientConfig(deadline_seconds=deadline, token=token, tls=security)
     with RetrievalClient(server, config) as client:
         result = client.retrieve(
@@ -138,11 +213,19 @@ def command(
             space_id=space_id,
         )
     if as_json:
-        print_json({**asdict(result), "hits": [hit._asdict() for hit in result.hits], "timings": result.timings._asdict()})
+        print_json(
+            {
+                **asdict(result),
+                "hits": [hit._asdict() for hit in result.hits],
+                "timings": result.timings._asdict(),
+            }
+        )
         return
     extra = [name for name in attributes if name != "*"]
     if "*" in attributes:
-        extra = list(dict.fromkeys([*extra, *(name for hit in result.hits for name in hit.attributes)]))
+        extra = list(
+            dict.fromkeys([*extra, *(name for hit in result.hits for name in hit.attributes)])
+        )
     columns, rows = rows_of(result.hits, extra)
     print_table(f"{entity_type}: {len(rows)} of at most {k}", columns, rows)
     say(summary(result))
@@ -152,4 +235,8 @@ def _read_vector(path: Path) -> np.ndarray:
     try:
         return np.asarray(np.load(path, allow_pickle=False)).reshape(-1)
     except (OSError, ValueError) as error:
-        fail(f"--embedding: {path} is not a .npy file with one vector ({error}). Write one with numpy.save.", 2)
+        fail(
+            f"--embedding: {path} is not a .npy file with one vector ({error}). Write one with"
+            " numpy.save.",
+            2,
+        )

@@ -30,7 +30,12 @@ LIMITS = Limits()
     help="The store that `omni rebuild` publishes to (the folder with releases/ inside).",
 )
 @click.option("--host", default=DEFAULTS.host, show_default=True, help="Address to listen on.")
-@click.option("--port", default=DEFAULTS.port, show_default=True, help="gRPC port; 0 picks a free one and prints it.")
+@click.option(
+    "--port",
+    default=DEFAULTS.port,
+    show_default=True,
+    help="gRPC port; 0 picks a free one and prints it.",
+)
 @click.option(
     "--metrics-port",
     default=DEFAULTS.metrics_port,
@@ -41,16 +46,28 @@ LIMITS = Limits()
     "--workers",
     default=1,
     show_default=True,
-    help="Processes sharing the port and one copy of the index memory. One per core that should serve.",
+    help=(
+        "Processes sharing the port and one copy of the index memory. One per core that should"
+        " serve."
+    ),
 )
 @click.option(
     "--transport",
     type=click.Choice(["http2", "grpcio"]),
     default=DEFAULTS.transport,
     show_default=True,
-    help="What speaks gRPC: this project's HTTP/2 server, or grpcio's (the same answers, several times the cost per call).",
+    help=(
+        "What speaks gRPC: this project's HTTP/2 server, or grpcio's (the same answers, several"
+        " times the cost per call)."
+    ),
 )
-@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True, help="Where queries are encoded.")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cuda", "cpu"]),
+    default="auto",
+    show_default=True,
+    help="Where queries are encoded.",
+)
 @click.option(
     "--encoder-form",
     type=click.Choice(["auto", "onnx-int8", "onnx-fp32", "torch"]),
@@ -59,16 +76,24 @@ LIMITS = Limits()
     help="Form of the query tower on CPU; auto takes int8 where the release has it.",
 )
 @click.option(
-    "--encoder-threads", default=1, show_default=True, help="CPU threads of one forward pass. More: faster alone, less throughput together."
+    "--encoder-threads",
+    default=1,
+    show_default=True,
+    help="CPU threads of one forward pass. More: faster alone, less throughput together.",
 )
 @click.option(
     "--batch-tokens",
     default=DEFAULTS.batch_tokens,
     show_default=True,
-    help="A batch closes at this many padded tokens. Higher: more throughput; lower: shorter queue.",
+    help=(
+        "A batch closes at this many padded tokens. Higher: more throughput; lower: shorter queue."
+    ),
 )
 @click.option(
-    "--batch-delay-ms", default=0.0, show_default=True, help="How long an idle encoder waits for company. Worth 1 to 2 ms on a busy GPU."
+    "--batch-delay-ms",
+    default=0.0,
+    show_default=True,
+    help="How long an idle encoder waits for company. Worth 1 to 2 ms on a busy GPU.",
 )
 @click.option(
     "--cache-mib",
@@ -86,26 +111,48 @@ LIMITS = Limits()
     "--answer-cache-mib",
     default=DEFAULTS.answer_cache_bytes // 2**20,
     show_default=True,
-    help="Bound of the answers that each worker keeps for texts that come again; 0 switches it off: every call is searched.",
+    help=(
+        "Bound of the answers that each worker keeps for texts that come again; 0 switches it off:"
+        " every call is searched."
+    ),
 )
-@click.option("--redis", "redis_url", default=None, help="Second cache tier shared by replicas, e.g. redis://host:6379/0 (extra `redis`).")
+@click.option(
+    "--redis",
+    "redis_url",
+    default=None,
+    help="Second cache tier shared by replicas, e.g. redis://host:6379/0 (extra `redis`).",
+)
 @click.option(
     "--redis-secret",
     default="",
     envvar="OMNI_REDIS_SECRET",
-    help="Guards cached vectors against others who can write to that Redis; the same on all replicas.",
+    help=(
+        "Guards cached vectors against others who can write to that Redis; the same on all"
+        " replicas."
+    ),
 )
 @click.option(
     "--max-in-flight",
     default=DEFAULTS.max_in_flight,
     show_default=True,
-    help="Requests inside one worker. One more is refused at once with RESOURCE_EXHAUSTED and a retry hint.",
+    help=(
+        "Requests inside one worker. One more is refused at once with RESOURCE_EXHAUSTED and a"
+        " retry hint."
+    ),
 )
 @click.option(
-    "--max-encode-queue", default=DEFAULTS.max_encode_queue, show_default=True, help="Texts waiting for the query tower; more are refused."
+    "--max-encode-queue",
+    default=DEFAULTS.max_encode_queue,
+    show_default=True,
+    help="Texts waiting for the query tower; more are refused.",
 )
 @click.option("--max-k", default=LIMITS.max_k, show_default=True, help="Largest k.")
-@click.option("--max-batch", default=LIMITS.max_batch, show_default=True, help="Most queries, entities or ids in one call.")
+@click.option(
+    "--max-batch",
+    default=LIMITS.max_batch,
+    show_default=True,
+    help="Most queries, entities or ids in one call.",
+)
 @click.option(
     "--keep-releases",
     default=DEFAULTS.keep_releases,
@@ -119,20 +166,42 @@ LIMITS = Limits()
     show_default=True,
     help="Share of searches answered again exactly to measure recall; 0 switches it off.",
 )
-@click.option("--shadow-cpu", default=DEFAULTS.shadow_cpu, show_default=True, help="Share of one core that this may use.")
+@click.option(
+    "--shadow-cpu",
+    default=DEFAULTS.shadow_cpu,
+    show_default=True,
+    help="Share of one core that this may use.",
+)
 @click.option(
     "--impression-log",
     type=click.Path(path_type=Path, file_okay=False),
     default=None,
     help="Folder for what was shown, as JSON lines in the form of the log table.",
 )
-@click.option("--log-query-text", is_flag=True, help="Write query text to the impression log. Off by default: queries are personal.")
+@click.option(
+    "--log-query-text",
+    is_flag=True,
+    help="Write query text to the impression log. Off by default: queries are personal.",
+)
 @click.option("--log-json", is_flag=True, help="Log lines as JSON objects.")
 @click.option(
-    "--otlp", "otlp_endpoint", default=None, help="OpenTelemetry collector for traces, e.g. http://localhost:4317 (extra `otel`)."
+    "--otlp",
+    "otlp_endpoint",
+    default=None,
+    help="OpenTelemetry collector for traces, e.g. http://localhost:4317 (extra `otel`).",
 )
-@click.option("--tls-cert", type=click.Path(path_type=Path, dir_okay=False), default=None, help="Certificate chain, PEM.")
-@click.option("--tls-key", type=click.Path(path_type=Path, dir_okay=False), default=None, help="Its private key, PEM.")
+@click.option(
+    "--tls-cert",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    help="Certificate chain, PEM.",
+)
+@click.option(
+    "--tls-key",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    help="Its private key, PEM.",
+)
 @click.option(
     "--tls-client-ca",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -145,7 +214,12 @@ LIMITS = Limits()
     default=None,
     help="TOML file of tokens with their entity types and admin right; see docs/serving.md.",
 )
-@click.option("--grace-seconds", default=DEFAULTS.grace_seconds, show_default=True, help="How long SIGTERM waits for calls in flight.")
+@click.option(
+    "--grace-seconds",
+    default=DEFAULTS.grace_seconds,
+    show_default=True,
+    help="How long SIGTERM waits for calls in flight.",
+)
 @json_option
 @handle_errors
 def command(**flags: Any) -> None:
@@ -200,8 +274,16 @@ def announce(info: dict[str, Any], as_json: bool) -> None:
         click.echo(json.dumps(info))
         sys.stdout.flush()
         return
-    page = f"; page and /metrics on http://localhost:{info['metrics_port']}/" if info["metrics_port"] is not None else ""
-    state = f"serving release {info['release_id']}" if info["release_id"] else f"not ready: {info['reason']}"
+    page = (
+        f"; page and /metrics on http://localhost:{info['metrics_port']}/"
+        if info["metrics_port"] is not None
+        else ""
+    )
+    state = (
+        f"serving release {info['release_id']}"
+        if info["release_id"]
+        else f"not ready: {info['reason']}"
+    )
     say(f"listening on {info['host']}:{info['port']}{page}; {state}")
 
 

@@ -16,7 +16,16 @@ import click
 import numpy as np
 import polars as pl
 
-from encoders.commands.console import handle_errors, json_option, peak_memory_mib, print_json, print_table, say, stage, stdout
+from encoders.commands.console import (
+    handle_errors,
+    json_option,
+    peak_memory_mib,
+    print_json,
+    print_table,
+    say,
+    stage,
+    stdout,
+)
 from encoders.datasets.dataset import Dataset, load_sample
 from encoders.datasets.related_queries import query_entities, related_query_pairs
 from encoders.errors import OmniError
@@ -54,14 +63,30 @@ class Demo:
 
 @click.command()
 @click.option(
-    "--out", type=click.Path(path_type=Path, file_okay=False), default=Path("demo"), show_default=True, help="Where model and store go."
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("demo"),
+    show_default=True,
+    help="Where model and store go.",
 )
 @click.option(
-    "--quick", is_flag=True, help="About a minute: a fraction of the training, fewer queries; figures are far from the full demo's."
+    "--quick",
+    is_flag=True,
+    help=(
+        "About a minute: a fraction of the training, fewer queries; figures are far from the full"
+        " demo's."
+    ),
 )
-@click.option("--from-scratch", is_flag=True, help="Also train from random weights, without the shipped query tower, and show it beside.")
 @click.option(
-    "--serve", "keep_serving", is_flag=True, help="Keep the server running at the end, for the page and `omni query`, until Ctrl-C."
+    "--from-scratch",
+    is_flag=True,
+    help="Also train from random weights, without the shipped query tower, and show it beside.",
+)
+@click.option(
+    "--serve",
+    "keep_serving",
+    is_flag=True,
+    help="Keep the server running at the end, for the page and `omni query`, until Ctrl-C.",
 )
 @json_option
 @handle_errors
@@ -103,23 +128,44 @@ def train_towers(demo: Demo, dataset: Dataset) -> None:
 
     config = load_train_config(RECIPES / ("sample_quick.toml" if demo.quick else "sample.toml"))
     with stage("derive related-query pairs", demo.timings):
-        pairs = pl.concat([dataset.pairs, related_query_pairs(dataset.pairs)], how="diagonal_relaxed")
+        pairs = pl.concat(
+            [dataset.pairs, related_query_pairs(dataset.pairs)], how="diagonal_relaxed"
+        )
     data = TrainingData(dataset.catalogue, pairs)
     runs = {"model": True, "from_scratch": False} if demo.from_scratch else {"model": True}
     for name, pretrained in runs.items():
-        with stage(f"train the towers ({'from the shipped query tower' if pretrained else 'from scratch'})", demo.timings):
-            start = create_query_encoder(config.model.query_encoder, config.model.dimension, pretrained=pretrained)
+        with stage(
+            "train the towers"
+            f" ({'from the shipped query tower' if pretrained else 'from scratch'})",
+            demo.timings,
+        ):
+            start = create_query_encoder(
+                config.model.query_encoder, config.model.dimension, pretrained=pretrained
+            )
             result = train(config, data, query_encoder=start)
         say(f"{result.steps:,} steps, {result.pairs_per_second:,.0f} pairs/s")
         demo.summary[f"pairs_per_second_{name}"] = round(result.pairs_per_second)
-        save_bundle(demo.out / name, result.query_encoder, result.entity_encoders, training=to_table(config), metrics=result.metrics)
+        save_bundle(
+            demo.out / name,
+            result.query_encoder,
+            result.entity_encoders,
+            training=to_table(config),
+            metrics=result.metrics,
+        )
     with stage("export the query tower to ONNX fp32 and int8", demo.timings):
-        sample = dataset.split("train")["query"].unique(maintain_order=True).gather_every(70).to_list()
-        reports = export_forms(result.query_encoder if not demo.from_scratch else _query_tower(demo.bundle), demo.bundle / "forms", sample)
+        sample = (
+            dataset.split("train")["query"].unique(maintain_order=True).gather_every(70).to_list()
+        )
+        reports = export_forms(
+            result.query_encoder if not demo.from_scratch else _query_tower(demo.bundle),
+            demo.bundle / "forms",
+            sample,
+        )
     for report in reports:
         say(
-            f"{report.form_id}: cosine >= {report.cosine_min:.4f}, top-10 overlap {report.overlap_at_10:.3f}, "
-            f"p50 {report.p50_ms:.2f} ms (torch fp32 {report.torch_p50_ms:.2f} ms)"
+            f"{report.form_id}: cosine >= {report.cosine_min:.4f}, top-10 overlap"
+            f" {report.overlap_at_10:.3f}, p50 {report.p50_ms:.2f} ms (torch fp32"
+            f" {report.torch_p50_ms:.2f} ms)"
         )
 
 
@@ -152,7 +198,9 @@ def evaluate(demo: Demo, dataset: Dataset, *, show: bool) -> None:
         )
     comparisons = [("towers", other) for other in systems if other not in ("towers", "random")]
     demo.summary["recall"] = report.as_dict(comparisons)
-    (demo.bundle / "metrics.json").write_text(json.dumps(demo.summary["recall"], indent=2) + "\n", encoding="utf-8")
+    (demo.bundle / "metrics.json").write_text(
+        json.dumps(demo.summary["recall"], indent=2) + "\n", encoding="utf-8"
+    )
     if show:
         print_report(report, comparisons, ["english", "language"])
 
@@ -186,7 +234,9 @@ def publish(demo: Demo, dataset: Dataset) -> None:
             inputs = from_signals(signals, tuple(signals.entity_types()), served, scratch)
             proof = {"*": QuerySet(heldout, bundle.embed_queries(heldout))}
             config = RebuildConfig(index=IndexConfig(kind="auto", ann=AnnConfig(threads=2)))
-            release_id = build_release(inputs, demo.bundle, store, config, proof, parity=check_forms, progress=say)
+            release_id = build_release(
+                inputs, demo.bundle, store, config, proof, parity=check_forms, progress=say
+            )
     demo.summary["release_id"] = release_id
 
 
@@ -211,8 +261,18 @@ def serve_and_ask(demo: Demo, dataset: Dataset, keep_serving: bool, *, show: boo
         if show:
             _show_answers(answers)
             rows = [[name, *values.values()] for name, values in latency.items()]
-            columns = ["one client, one request at a time", "requests", "p50 ms", "p95 ms", "p99 ms"]
-            print_table("Latency over gRPC on this machine (real held-out queries, k = 10, pins)", columns, rows)
+            columns = [
+                "one client, one request at a time",
+                "requests",
+                "p50 ms",
+                "p95 ms",
+                "p99 ms",
+            ]
+            print_table(
+                "Latency over gRPC on this machine (real held-out queries, k = 10, pins)",
+                columns,
+                rows,
+            )
         if keep_serving:
             say(f"serving on {server.address}; look at {server.page}   (Ctrl-C ends it)")
             say(f"ask it: omni query 'Regenbogen' --server {server.address}")
@@ -226,10 +286,23 @@ def ask(client: Any, k: int = 6) -> list[dict[str, Any]]:
     answers = []
     for question in QUESTIONS:
         result = client.retrieve(
-            question.query, question.entity_type, k, language=question.language, attributes=["title", "character", "language"]
+            question.query,
+            question.entity_type,
+            k,
+            language=question.language,
+            attributes=["title", "character", "language"],
         )
-        hits = [{"id": hit.id, "score": round(hit.score, 3), **hit.attributes} for hit in result.hits]
-        answers.append({**question._asdict(), "hits": hits, "plan": result.plan, "release_id": result.release_id})
+        hits = [
+            {"id": hit.id, "score": round(hit.score, 3), **hit.attributes} for hit in result.hits
+        ]
+        answers.append(
+            {
+                **question._asdict(),
+                "hits": hits,
+                "plan": result.plan,
+                "release_id": result.release_id,
+            }
+        )
     return answers
 
 
@@ -252,17 +325,32 @@ def _show_answers(answers: Sequence[dict[str, Any]]) -> None:
     columns = shutil.get_terminal_size((120, 24)).columns
     for answer in answers:
         note = f"  ({answer['note']})" if answer["note"] else ""
-        stdout.print(f"\n{answer['language']}  {answer['query']}  ->  {answer['entity_type']}{note}", style="bold", markup=False)
-        shown = [f"{hit.get('character') or ''} {hit.get('title') or hit['id']} {hit['score']:.2f}".strip() for hit in answer["hits"]]
+        stdout.print(
+            f"\n{answer['language']}  {answer['query']}  ->  {answer['entity_type']}{note}",
+            style="bold",
+            markup=False,
+        )
+        shown = [
+            f"{hit.get('character') or ''} {hit.get('title') or hit['id']} {hit['score']:.2f}".strip()
+            for hit in answer["hits"]
+        ]
         stdout.print("    " + " · ".join(shown), markup=False, width=max(columns, 80))
 
 
 def _show_summary(demo: Demo) -> None:
-    print_table("Stages", ["stage", "seconds"], [[name, seconds] for name, seconds in demo.timings.items()])
+    print_table(
+        "Stages", ["stage", "seconds"], [[name, seconds] for name, seconds in demo.timings.items()]
+    )
     seconds, memory = demo.summary["total_seconds"], demo.summary["peak_memory_mib"]
     say(f"{seconds:.0f} s in all, peak memory {memory:,} MiB, release {demo.summary['release_id']}")
-    say(f"Keep it running:     omni serve --store {demo.store}     then: omni query 'arc-en-ciel' --type pin, or open the page it prints")
-    say("Bring your own data: docs/your_own_data.md   (omni data validate, omni pairs, omni train, omni rebuild, omni serve)")
+    say(
+        f"Keep it running:     omni serve --store {demo.store}     then: omni query 'arc-en-ciel'"
+        " --type pin, or open the page it prints"
+    )
+    say(
+        "Bring your own data: docs/your_own_data.md   (omni data validate, omni pairs, omni train,"
+        " omni rebuild, omni serve)"
+    )
 
 
 def _wait(check: Callable[[], None]) -> None:

@@ -23,9 +23,20 @@ class DemoServer:
     """
 
     def __init__(self, store: Path, *, port: int = 0, metrics_port: int = 0) -> None:
-        command = [sys.executable, "-m", "retrieval.cli", "serve", "--store", str(store), "--port", str(port)]
+        command = [
+            sys.executable,
+            "-m",
+            "retrieval.cli",
+            "serve",
+            "--store",
+            str(store),
+            "--port",
+            str(port),
+        ]
         command += ["--metrics-port", str(metrics_port), "--shadow-fraction", "0", "--json"]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         self._last_words: list[str] = []
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
@@ -61,7 +72,12 @@ class DemoServer:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
@@ -80,4 +96,7 @@ class DemoServer:
         self._listener.join(2)
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         words = "; its last words: " + " | ".join(self._last_words) if self._last_words else ""
-        return f"the server process {how}{words}. The release is untouched: start it again with `omni serve`."
+        return (
+            f"the server process {how}{words}. The release is untouched: start it again with `omni"
+            " serve`."
+        )

@@ -108,7 +108,11 @@ class Batcher:
             if self._abandoned:
                 self._drop_abandoned()
             if len(self._queue) >= self._max_queue:
-                return "query encoder", self._max_queue, max(5, int(self.expected_wait_seconds() * 500))
+                return (
+                    "query encoder",
+                    self._max_queue,
+                    max(5, int(self.expected_wait_seconds() * 500)),
+                )
         return None
 
     def late(self, remaining_seconds: float | None) -> tuple[str, int, int] | None:
@@ -116,7 +120,11 @@ class Batcher:
         if remaining_seconds is not None and (self._queue or self._running):
             wait = self.expected_wait_seconds()
             if wait > remaining_seconds:
-                return "query encoder (within your deadline)", len(self._queue) + self._running, max(5, int(wait * 1e3))
+                return (
+                    "query encoder (within your deadline)",
+                    len(self._queue) + self._running,
+                    max(5, int(wait * 1e3)),
+                )
         return None
 
     async def submit(self, text: str) -> Encoded:
@@ -185,14 +193,20 @@ class Batcher:
         self._running, self._running_since = len(batch), started / 1e9
         try:
             vectors = await self._run_encoder([item.text for item in batch])
-        except Exception as error:  # whatever the encoder raised must reach the callers, not kill the runner
+        except (
+            Exception
+        ) as error:  # whatever the encoder raised must reach the callers, not kill the runner
             if len(batch) > 1:  # one bad text must not fail its neighbours
                 for item in batch:
                     if not item.future.done():
                         await self._encode_batch([item])
                 return
             self.failed += 1
-            failure = error if isinstance(error, OmniError) else EncoderFailed(f"the query tower failed: {type(error).__name__}: {error}")
+            failure = (
+                error
+                if isinstance(error, OmniError)
+                else EncoderFailed(f"the query tower failed: {type(error).__name__}: {error}")
+            )
             if not batch[0].future.done():
                 batch[0].future.set_exception(failure)
             return
@@ -205,9 +219,14 @@ class Batcher:
                 item.future.set_result(Encoded(vector, started - item.arrived_ns, encode_ns))
 
     async def _run_encoder(self, texts: list[str]) -> Float32:
-        vectors = await asyncio.get_running_loop().run_in_executor(self._executor, self._encode, texts)
+        vectors = await asyncio.get_running_loop().run_in_executor(
+            self._executor, self._encode, texts
+        )
         if vectors.shape != (len(texts), self._dimension):
-            raise EncoderFailed(f"the query tower should make {(len(texts), self._dimension)} vectors, but made {vectors.shape}")
+            raise EncoderFailed(
+                f"the query tower should make {(len(texts), self._dimension)} vectors, but made"
+                f" {vectors.shape}"
+            )
         norms = np.linalg.norm(vectors, axis=1)
         if not np.all(np.abs(norms - 1.0) < 1e-2):  # false for NaN, too
             raise EncoderFailed("the query tower made a vector that is not of unit length")

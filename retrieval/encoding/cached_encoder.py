@@ -151,7 +151,10 @@ class CachedEncoder:
             for text, looked in zip(part, await self._load_part(part), strict=True):
                 for row in rows[text]:
                     out[row], cached[row] = looked.vector, looked.cached
-                queue_ns, encode_ns = max(queue_ns, looked.queue_ns), max(encode_ns, looked.encode_ns)
+                queue_ns, encode_ns = (
+                    max(queue_ns, looked.queue_ns),
+                    max(encode_ns, looked.encode_ns),
+                )
         return out, cached, queue_ns, encode_ns
 
     async def _load_part(self, texts: Sequence[str]) -> list[Looked]:

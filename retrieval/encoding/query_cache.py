@@ -45,12 +45,16 @@ class QueryCache:
         clock: Seconds that never jump back (tests and the cache study pass their own).
     """
 
-    def __init__(self, max_bytes: int, ttl_seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, max_bytes: int, ttl_seconds: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.max_bytes = max_bytes
         self.hits = 0
         self.misses = 0
         self.insertions = 0
-        self._entries: TTLCache[str, Entry] = TTLCache(max(1, max_bytes), ttl_seconds, timer=clock, getsizeof=attrgetter("size"))
+        self._entries: TTLCache[str, Entry] = TTLCache(
+            max(1, max_bytes), ttl_seconds, timer=clock, getsizeof=attrgetter("size")
+        )
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -112,12 +116,18 @@ class QueryCache:
         return list(mapping.items())
 
 
-def most_frequent(items: Sequence[tuple[str, Entry]], prefix: str, count: int) -> list[tuple[str, Entry]]:
+def most_frequent(
+    items: Sequence[tuple[str, Entry]], prefix: str, count: int
+) -> list[tuple[str, Entry]]:
     """Texts under ``prefix`` with their entries, most often asked for first, at most ``count``; then halves the counts of all.
 
     A full cache has 180,000 items, which takes some 0.2 s: not for the event loop. A use that is counted meanwhile may get lost.
     """
-    best = heapq.nlargest(count, ((entry.hits, key, entry) for key, entry in items if key.startswith(prefix)), key=lambda item: item[:2])
+    best = heapq.nlargest(
+        count,
+        ((entry.hits, key, entry) for key, entry in items if key.startswith(prefix)),
+        key=lambda item: item[:2],
+    )
     for _, entry in items:
         entry.hits = (entry.hits + 1) // 2
     return [(key[len(prefix) :], entry) for _, key, entry in best]

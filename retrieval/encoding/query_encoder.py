@@ -52,9 +52,19 @@ class QueryTokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
-        path = next((p for p in (folder / "tokenizer.json", folder / "0_Transformer" / "tokenizer.json") if p.is_file()), None)
+        path = next(
+            (
+                p
+                for p in (folder / "tokenizer.json", folder / "0_Transformer" / "tokenizer.json")
+                if p.is_file()
+            ),
+            None,
+        )
         if path is None:
-            raise BundleError(f"{folder.name}: expected tokenizer.json in the query encoder, but there is none. Build the release again.")
+            raise BundleError(
+                f"{folder.name}: expected tokenizer.json in the query encoder, but there is none."
+                " Build the release again."
+            )
         tokenizer = Tokenizer.from_file(str(path))
         tokenizer.no_padding()
         tokenizer.enable_truncation(max_length=self._max_length(path.parent))
@@ -141,22 +151,37 @@ class OnnxQueryEncoding:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # idle threads must not burn the search's core
+        options.add_session_config_entry(
+            "session.intra_op.allow_spinning", "0"
+        )  # idle threads must not burn the search's core
         options.log_severity_level = 3
         try:
-            self._session = onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+            self._session = onnxruntime.InferenceSession(
+                str(model), options, providers=["CPUExecutionProvider"]
+            )
         except Exception as error:  # onnxruntime raises its own types, all of them mean that the file cannot be run
-            raise BundleError(f"{model.name}: ONNX Runtime cannot load this form: {error}. Export it again (omni export).") from error
-        self._types = {item.name: np.int32 if "int32" in item.type else np.int64 for item in self._session.get_inputs()}
+            raise BundleError(
+                f"{model.name}: ONNX Runtime cannot load this form: {error}. Export it again (omni"
+                " export)."
+            ) from error
+        self._types = {
+            item.name: np.int32 if "int32" in item.type else np.int64
+            for item in self._session.get_inputs()
+        }
         missing = {"input_ids", "attention_mask"} - set(self._types)
         if missing:
             raise BundleError(
-                f"{model.name}: expected inputs input_ids and attention_mask, but {sorted(missing)} is missing. Export it again."
+                f"{model.name}: expected inputs input_ids and attention_mask, but {sorted(missing)}"
+                " is missing. Export it again."
             )
         self._output = self._session.get_outputs()[0].name
         self._tokenizer = QueryTokenizer(folder)
         self.form_id = form_id
-        self.dimension = int(self._forward(*self._tokenizer.pad(self._tokenizer.token_ids(["a"]), LENGTH_BUCKETS[0])).shape[1])
+        self.dimension = int(
+            self._forward(
+                *self._tokenizer.pad(self._tokenizer.token_ids(["a"]), LENGTH_BUCKETS[0])
+            ).shape[1]
+        )
 
     def _forward(self, ids: Int64, mask: Int64) -> Float32:
         feeds = {"input_ids": ids, "attention_mask": mask}
@@ -169,7 +194,9 @@ class OnnxQueryEncoding:
 
     def encode(self, texts: Sequence[str]) -> Float32:
         """See ``QueryEncoding.encode``."""
-        return encode_by_length(self._tokenizer, texts, self.dimension, self._forward, pad_to_bucket=False)
+        return encode_by_length(
+            self._tokenizer, texts, self.dimension, self._forward, pad_to_bucket=False
+        )
 
 
 class TorchQueryEncoding:
@@ -186,16 +213,26 @@ class TorchQueryEncoding:
         self._torch = torch
         self._model = QueryEncoder.load(folder).eval()
         self._tokenizer = QueryTokenizer(folder)
-        self.dimension = int(self._forward(*self._tokenizer.pad(self._tokenizer.token_ids(["a"]), LENGTH_BUCKETS[0])).shape[1])
+        self.dimension = int(
+            self._forward(
+                *self._tokenizer.pad(self._tokenizer.token_ids(["a"]), LENGTH_BUCKETS[0])
+            ).shape[1]
+        )
 
     def _forward(self, ids: Int64, mask: Int64) -> Float32:
         with self._torch.inference_mode():
-            vectors: Float32 = self._model(self._torch.from_numpy(ids), self._torch.from_numpy(mask)).float().numpy()
+            vectors: Float32 = (
+                self._model(self._torch.from_numpy(ids), self._torch.from_numpy(mask))
+                .float()
+                .numpy()
+            )
         return vectors
 
     def encode(self, texts: Sequence[str]) -> Float32:
         """See ``QueryEncoding.encode``."""
-        return encode_by_length(self._tokenizer, texts, self.dimension, self._forward, pad_to_bucket=False)
+        return encode_by_length(
+            self._tokenizer, texts, self.dimension, self._forward, pad_to_bucket=False
+        )
 
 
 class CudaQueryEncoding:
@@ -206,7 +243,9 @@ class CudaQueryEncoding:
 
     form_id = "torch-bf16"
 
-    def __init__(self, folder: Path, device: str = "cuda", warm: Sequence[int] = (1, 8, 64)) -> None:
+    def __init__(
+        self, folder: Path, device: str = "cuda", warm: Sequence[int] = (1, 8, 64)
+    ) -> None:
         import torch
 
         from encoders.towers.query_tower import QueryEncoder
@@ -217,7 +256,9 @@ class CudaQueryEncoding:
         self._tokenizer = QueryTokenizer(folder)
         self._stream = torch.cuda.Stream(self._device)
         self._graphs: dict[tuple[int, int], tuple[Any, Any, Any, Any] | None] = {}
-        self.dimension = int(self._eager(torch.ones((1, 8), dtype=torch.long, device=self._device)).shape[1])
+        self.dimension = int(
+            self._eager(torch.ones((1, 8), dtype=torch.long, device=self._device)).shape[1]
+        )
         for size in warm:
             for length in LENGTH_BUCKETS:
                 self._graph(size, length)
@@ -232,7 +273,9 @@ class CudaQueryEncoding:
         key = (size, length)
         if key not in self._graphs:
             torch = self._torch
-            ids = torch.full((size, length), self._tokenizer.pad_id, dtype=torch.long, device=self._device)
+            ids = torch.full(
+                (size, length), self._tokenizer.pad_id, dtype=torch.long, device=self._device
+            )
             mask = torch.ones_like(ids)
             try:
                 with torch.cuda.stream(self._stream):
@@ -244,7 +287,12 @@ class CudaQueryEncoding:
                     out = torch.nn.functional.normalize(self._model(ids, mask).float(), dim=-1)
                 self._graphs[key] = (graph, ids, mask, out)
             except RuntimeError as error:
-                log.warning("no CUDA graph for batch %d, length %d (%s); this shape runs eagerly", size, length, error)
+                log.warning(
+                    "no CUDA graph for batch %d, length %d (%s); this shape runs eagerly",
+                    size,
+                    length,
+                    error,
+                )
                 self._graphs[key] = None
         return self._graphs[key]
 
@@ -253,12 +301,16 @@ class CudaQueryEncoding:
         count, length = ids.shape
         if count > BATCH_BUCKETS[-1]:
             half = count // 2
-            return np.concatenate([self._forward(ids[:half], mask[:half]), self._forward(ids[half:], mask[half:])])
+            return np.concatenate(
+                [self._forward(ids[:half], mask[:half]), self._forward(ids[half:], mask[half:])]
+            )
         size = next(b for b in BATCH_BUCKETS if b >= count)
         captured = self._graph(size, length)
         with torch.cuda.stream(self._stream):
             if captured is None:
-                out = self._eager(torch.from_numpy(ids).to(self._device), torch.from_numpy(mask).to(self._device))
+                out = self._eager(
+                    torch.from_numpy(ids).to(self._device), torch.from_numpy(mask).to(self._device)
+                )
             else:
                 graph, static_ids, static_mask, out = captured
                 static_ids[:count].copy_(torch.from_numpy(ids), non_blocking=True)
@@ -269,7 +321,9 @@ class CudaQueryEncoding:
 
     def encode(self, texts: Sequence[str]) -> Float32:
         """See ``QueryEncoding.encode``."""
-        return encode_by_length(self._tokenizer, texts, self.dimension, self._forward, pad_to_bucket=True)
+        return encode_by_length(
+            self._tokenizer, texts, self.dimension, self._forward, pad_to_bucket=True
+        )
 
 
 def gpu_available() -> bool:
@@ -288,7 +342,10 @@ def choose_form(device: str, form: str, forms_path: Path, has_gpu: bool) -> str:
         ConfigError: CUDA was asked for without a GPU, or a form that the release does not hold.
     """
     if device == "cuda" and not has_gpu:
-        raise ConfigError("--device cuda: torch sees no CUDA device. Use --device cpu, or install a CUDA build of torch.")
+        raise ConfigError(
+            "--device cuda: torch sees no CUDA device. Use --device cpu, or install a CUDA build of"
+            " torch."
+        )
     if device == "cuda" or (device == "auto" and has_gpu and form == "auto"):
         return "torch-bf16"
     if form == "torch":
@@ -297,13 +354,19 @@ def choose_form(device: str, form: str, forms_path: Path, has_gpu: bool) -> str:
         return "onnx-int8" if (forms_path / FORM_FILES["onnx-int8"]).is_file() else "torch-fp32"
     if not (forms_path / FORM_FILES[form]).is_file():
         raise ConfigError(
-            f"--encoder-form {form}: the release has no forms/{FORM_FILES[form]}. Export it (omni export), or use --encoder-form auto."
+            f"--encoder-form {form}: the release has no forms/{FORM_FILES[form]}. Export it (omni"
+            " export), or use --encoder-form auto."
         )
     return form
 
 
 def open_query_encoding(
-    query_encoder_path: Path, forms_path: Path, *, device: str = "auto", form: str = "auto", threads: int = 1
+    query_encoder_path: Path,
+    forms_path: Path,
+    *,
+    device: str = "auto",
+    form: str = "auto",
+    threads: int = 1,
 ) -> QueryEncoding:
     """Load the query tower of a release in the fastest form available.
 

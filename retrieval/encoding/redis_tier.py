@@ -64,7 +64,9 @@ class RedisTier:
             self._client: Any = Redis.from_pool(pool)
         except ValueError as error:
             shown = url.rpartition("@")[2]  # without the password
-            raise ConfigError(f"--redis: expected an address like redis://host:6379/0, but got {shown!r}.") from error
+            raise ConfigError(
+                f"--redis: expected an address like redis://host:6379/0, but got {shown!r}."
+            ) from error
         self.dimension = dimension
         self.ttl_ms = int(ttl_seconds * 1e3)
         self.timeout_seconds = timeout_seconds
@@ -92,7 +94,11 @@ class RedisTier:
 
     def unpack(self, key: str, value: bytes) -> Float32 | None:
         """Check and read one value; None if it is not a unit vector stored under exactly this key."""
-        if not isinstance(value, bytes) or len(value) != 16 + 2 * self.dimension or self._digest(key, value[16:]) != value[:16]:
+        if (
+            not isinstance(value, bytes)
+            or len(value) != 16 + 2 * self.dimension
+            or self._digest(key, value[16:]) != value[:16]
+        ):
             return None
         vector = np.frombuffer(value, dtype="<f2", offset=16).astype(np.float32)
         norm = float(np.linalg.norm(vector))
@@ -101,7 +107,9 @@ class RedisTier:
         return vector / np.float32(norm)
 
     def _digest(self, key: str, body: bytes) -> bytes:
-        digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16, key=self._secret)
+        digest = hashlib.blake2b(
+            key.encode("utf-8", "surrogatepass"), digest_size=16, key=self._secret
+        )
         digest.update(b"\0")
         digest.update(body)
         return digest.digest()
@@ -114,7 +122,9 @@ class RedisTier:
             value = await asyncio.wait_for(self._client.get(self._name(key)), self.timeout_seconds)
         except asyncio.CancelledError:
             raise
-        except Exception as error:  # any client or network error is a miss: this tier may never fail a request
+        except (
+            Exception
+        ) as error:  # any client or network error is a miss: this tier may never fail a request
             self._failed(error)
             return None
         self._failures = 0
@@ -138,7 +148,10 @@ class RedisTier:
 
     async def _put(self, key: str, vector: Float32) -> None:
         try:
-            await asyncio.wait_for(self._client.set(self._name(key), self.pack(key, vector), px=self.ttl_ms), 10 * self.timeout_seconds)
+            await asyncio.wait_for(
+                self._client.set(self._name(key), self.pack(key, vector), px=self.ttl_ms),
+                10 * self.timeout_seconds,
+            )
         except asyncio.CancelledError:
             raise
         except Exception as error:  # as above
@@ -159,7 +172,10 @@ class RedisTier:
 
     @staticmethod
     def _name(key: str) -> bytes:
-        return b"omni:" + hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=20).digest()
+        return (
+            b"omni:"
+            + hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=20).digest()
+        )
 
     async def close(self) -> None:
         """Drop pending writes and close the connections."""

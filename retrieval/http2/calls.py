@@ -21,7 +21,12 @@ Headers = Sequence[tuple[bytes, bytes]]
 class Aborted(Exception):
     """A handler ended the call with a status."""
 
-    def __init__(self, code: grpc.StatusCode, message: str = "", trailing: Sequence[tuple[str, str | bytes]] = ()) -> None:
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        message: str = "",
+        trailing: Sequence[tuple[str, str | bytes]] = (),
+    ) -> None:
         super().__init__(message)
         self.code, self.message, self.trailing = code, message, tuple(trailing)
 
@@ -96,17 +101,43 @@ class Methods:
         try:
             metadata = metadata_of(headers)
         except ValueError as error:
-            return Head(NOTHING, None, (), "", Aborted(grpc.StatusCode.INVALID_ARGUMENT, f"metadata: {error}"))
+            return Head(
+                NOTHING,
+                None,
+                (),
+                "",
+                Aborted(grpc.StatusCode.INVALID_ARGUMENT, f"metadata: {error}"),
+            )
         timeout = None
         if b"grpc-timeout" in fields:
             timeout = timeout_seconds(fields[b"grpc-timeout"].decode("latin-1"))
             if timeout is None:
-                return Head(NOTHING, None, (), "", Aborted(grpc.StatusCode.INVALID_ARGUMENT, "grpc-timeout: not a number with a unit"))
+                return Head(
+                    NOTHING,
+                    None,
+                    (),
+                    "",
+                    Aborted(
+                        grpc.StatusCode.INVALID_ARGUMENT, "grpc-timeout: not a number with a unit"
+                    ),
+                )
         path = fields.get(b":path", b"").decode("latin-1")
         method = self.find(path, metadata)
         if method is None:
-            return Head(NOTHING, None, (), "", Aborted(grpc.StatusCode.UNIMPLEMENTED, f"there is no method {path[:200]}"))
-        return Head(method, timeout, metadata, fields.get(b"grpc-encoding", b"identity").decode("latin-1"), None)
+            return Head(
+                NOTHING,
+                None,
+                (),
+                "",
+                Aborted(grpc.StatusCode.UNIMPLEMENTED, f"there is no method {path[:200]}"),
+            )
+        return Head(
+            method,
+            timeout,
+            metadata,
+            fields.get(b"grpc-encoding", b"identity").decode("latin-1"),
+            None,
+        )
 
 
 def _adapt(handler: Any) -> Method:
@@ -116,7 +147,9 @@ def _adapt(handler: Any) -> Method:
     if not handler.request_streaming and not handler.response_streaming:
         behaviour = handler.unary_unary
         if handler.request_deserializer is None and handler.response_serializer is None:
-            return Method(getattr(behaviour, "now", None), behaviour, None, getattr(behaviour, "door", None))
+            return Method(
+                getattr(behaviour, "now", None), behaviour, None, getattr(behaviour, "door", None)
+            )
 
         async def later(content: bytes, call: Call) -> bytes:
             return pack(await behaviour(_parsed(parse, content), call))
@@ -150,7 +183,10 @@ def _parsed(parse: Callable[[bytes], Any], content: bytes) -> Any:
     try:
         return parse(content)
     except Exception as error:
-        raise Aborted(grpc.StatusCode.INVALID_ARGUMENT, f"the bytes are not the message of this method ({error}).") from error
+        raise Aborted(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"the bytes are not the message of this method ({error}).",
+        ) from error
 
 
 class Call:
@@ -182,7 +218,9 @@ class Call:
         self.head = head
         self.ends = None if head.timeout is None else time.monotonic() + head.timeout
         self.body: bytes | bytearray = b""  # of a message that is not whole yet
-        self.message: bytes | None = None  # whole; kept and counted until the answer is here, as the method holds it
+        self.message: bytes | None = (
+            None  # whole; kept and counted until the answer is here, as the method holds it
+        )
         self.ended = False  # the client has sent all
         self.task: asyncio.Task[Any] | None = None
         self.timer: asyncio.TimerHandle | None = None
@@ -203,7 +241,12 @@ class Call:
         """The request's metadata."""
         return self.head.metadata
 
-    async def abort(self, code: grpc.StatusCode, details: str = "", trailing_metadata: Sequence[tuple[str, str | bytes]] = ()) -> NoReturn:
+    async def abort(
+        self,
+        code: grpc.StatusCode,
+        details: str = "",
+        trailing_metadata: Sequence[tuple[str, str | bytes]] = (),
+    ) -> NoReturn:
         """Leave with a status."""
         raise Aborted(code, details, trailing_metadata)
 
@@ -236,7 +279,10 @@ def take_messages(body: bytearray, compression: str, max_bytes: int) -> list[byt
     while len(body) >= 5:
         length = int.from_bytes(body[1:5], "big")
         if length > max_bytes:
-            raise Aborted(grpc.StatusCode.RESOURCE_EXHAUSTED, f"a message may have {max_bytes} bytes, but {length} were announced.")
+            raise Aborted(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"a message may have {max_bytes} bytes, but {length} were announced.",
+            )
         if len(body) < 5 + length:
             break
         content = bytes(body[5 : 5 + length])
@@ -249,14 +295,22 @@ def take_messages(body: bytearray, compression: str, max_bytes: int) -> list[byt
 
 def _inflated(content: bytes, compression: str, max_bytes: int) -> bytes:
     if compression not in ("gzip", "deflate"):
-        raise Aborted(grpc.StatusCode.UNIMPLEMENTED, f"compression {compression[:40]!r} is not known; send gzip, deflate or identity.")
+        raise Aborted(
+            grpc.StatusCode.UNIMPLEMENTED,
+            f"compression {compression[:40]!r} is not known; send gzip, deflate or identity.",
+        )
     reader = zlib.decompressobj(31 if compression == "gzip" else 15)
     try:
         plain = reader.decompress(content, max_bytes + 1)
     except zlib.error as error:
-        raise Aborted(grpc.StatusCode.INVALID_ARGUMENT, f"the message cannot be decompressed: {error}") from error
+        raise Aborted(
+            grpc.StatusCode.INVALID_ARGUMENT, f"the message cannot be decompressed: {error}"
+        ) from error
     if len(plain) > max_bytes:
-        raise Aborted(grpc.StatusCode.RESOURCE_EXHAUSTED, f"a message may have {max_bytes} bytes, but this one grows beyond that.")
+        raise Aborted(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            f"a message may have {max_bytes} bytes, but this one grows beyond that.",
+        )
     if not reader.eof:
         raise Aborted(grpc.StatusCode.INVALID_ARGUMENT, "the compressed message is cut off.")
     return plain

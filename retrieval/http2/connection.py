@@ -58,13 +58,19 @@ class Connection(Leaving):
         self.greeted = False
         self._reader = wire.HeaderReader(server.methods.head)
         self._turned_away: set[int] = set()  # refused before their message had come
-        self._block: tuple[int, int, bytearray] | None = None  # stream, flags, headers that CONTINUATION goes on with
+        self._block: tuple[int, int, bytearray] | None = (
+            None  # stream, flags, headers that CONTINUATION goes on with
+        )
         self._out: list[bytes] = []
         self._answers = 0
         self._window = self._granted = wire.DEFAULT_WINDOW  # now, and after the last update
-        self._opened = wire.DEFAULT_WINDOW  # by all updates together: what is not in the window now was sent
+        self._opened = (
+            wire.DEFAULT_WINDOW
+        )  # by all updates together: what is not in the window now was sent
         self._excused = 0
-        self._starved: OrderedDict[int, Call] = OrderedDict()  # answers that wait for the connection's window, not for their stream's
+        self._starved: OrderedDict[int, Call] = (
+            OrderedDict()
+        )  # answers that wait for the connection's window, not for their stream's
         self._peer_window = wire.DEFAULT_WINDOW
         self._peer_frame = wire.DEFAULT_FRAME_BYTES
         self._size_update = b""
@@ -73,7 +79,9 @@ class Connection(Leaving):
         self._noise = 0
         self._served = 0
         self._pause = 0.0  # seconds, asked for by a refusal in this read
-        self._resting = self._unread = False  # the two reasons to read nothing: the server is full; the peer does not read
+        self._resting = self._unread = (
+            False  # the two reasons to read nothing: the server is full; the peer does not read
+        )
         self._farewell: Callable[[], None] | None = None
         self._control = {**self.control_frames(), wire.CONTINUATION: self._on_continuation}
 
@@ -81,7 +89,9 @@ class Connection(Leaving):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Greet."""
-        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write"), "a stream transport"
+        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write"), (
+            "a stream transport"
+        )
         self._transport = transport  # type: ignore[assignment]
         self.server.connections.add(self)
         values = {
@@ -89,7 +99,10 @@ class Connection(Leaving):
             wire.INITIAL_WINDOW_SIZE: STREAM_WINDOW,
             wire.MAX_HEADER_LIST_SIZE: wire.MAX_HEADER_BYTES,
         }
-        self._out += [wire.settings(values), wire.window_update(0, RECEIVE_WINDOW - wire.DEFAULT_WINDOW)]
+        self._out += [
+            wire.settings(values),
+            wire.window_update(0, RECEIVE_WINDOW - wire.DEFAULT_WINDOW),
+        ]
         self._flush()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -189,7 +202,14 @@ class Connection(Leaving):
 
     def _fail(self, error: WireError) -> None:
         log.debug("a connection ends: %s", error)
-        self._out.append(frame(wire.GOAWAY, 0, 0, struct.pack(">LL", self.last_stream, error.code) + str(error).encode()[:100]))
+        self._out.append(
+            frame(
+                wire.GOAWAY,
+                0,
+                0,
+                struct.pack(">LL", self.last_stream, error.code) + str(error).encode()[:100],
+            )
+        )
         self._flush()
         self.close()
 
@@ -237,7 +257,9 @@ class Connection(Leaving):
             raise WireError(wire.PROTOCOL_ERROR, f"stream {stream} is not a client's")
         if stream <= self.last_stream:
             call = self.calls.get(stream)
-            if (call is not None or stream in self._turned_away) and flags & wire.END_STREAM:  # trailers of a request: nothing for us
+            if (
+                call is not None or stream in self._turned_away
+            ) and flags & wire.END_STREAM:  # trailers of a request: nothing for us
                 self._on_data(stream, wire.END_STREAM, b"")
             return
         if self.draining:
@@ -285,10 +307,18 @@ class Connection(Leaving):
         if flags & wire.END_STREAM:
             call.ended = True
             if (
-                len(payload) >= 5 and payload[0] == 0 and not call.body and call.message is None and method.stream is None
+                len(payload) >= 5
+                and payload[0] == 0
+                and not call.body
+                and call.message is None
+                and method.stream is None
             ):  # one whole plain message: nearly always
                 message = payload[5:]
-                if len(message) == int.from_bytes(payload[1:5], "big") <= self.server.max_receive_bytes:
+                if (
+                    len(message)
+                    == int.from_bytes(payload[1:5], "big")
+                    <= self.server.max_receive_bytes
+                ):
                     if method.now is not None:
                         answer = method.now(message, call)
                         if answer is not None:
@@ -307,10 +337,14 @@ class Connection(Leaving):
 
     def _gather(self, call: Call, payload: bytes, size: int) -> None:
         """A message in several frames, a compressed one, or a stream of them; ``size`` bytes came for it."""
-        call.body = body = bytearray(call.body) if not isinstance(call.body, bytearray) else call.body
+        call.body = body = (
+            bytearray(call.body) if not isinstance(call.body, bytearray) else call.body
+        )
         body += payload
         try:
-            self._keep(call, take_messages(body, call.head.compression, self.server.max_receive_bytes))
+            self._keep(
+                call, take_messages(body, call.head.compression, self.server.max_receive_bytes)
+            )
             self._hold(call)
             if call.ended:
                 self._all_here(call)
@@ -330,7 +364,9 @@ class Connection(Leaving):
             elif call.message is None:
                 call.message = message
             else:
-                raise Aborted(grpc.StatusCode.INVALID_ARGUMENT, "expected one message, but got several.")
+                raise Aborted(
+                    grpc.StatusCode.INVALID_ARGUMENT, "expected one message, but got several."
+                )
         if call.queue is not None and call.queue.qsize() > MAX_QUEUED_MESSAGES:
             raise Aborted(_TOO_LARGE, "too many messages wait on this stream.")
 
@@ -340,7 +376,10 @@ class Connection(Leaving):
         if call.queue is not None:
             call.queue.put_nowait(None)
         elif call.message is None or call.body:
-            raise Aborted(grpc.StatusCode.INVALID_ARGUMENT, "expected one whole message, but the stream ended before its end.")
+            raise Aborted(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "expected one whole message, but the stream ended before its end.",
+            )
         elif method.stream is not None:
             self._start(call, method.stream(call))
         else:
@@ -360,7 +399,9 @@ class Connection(Leaving):
 
     def _start_clock(self, call: Call) -> None:
         if call.ends is not None and call.timer is None:
-            call.timer = self.server.loop.call_later(max(0.0, call.ends - time.monotonic()), self._expire, call)
+            call.timer = self.server.loop.call_later(
+                max(0.0, call.ends - time.monotonic()), self._expire, call
+            )
 
     def _start_clocks(self) -> None:
         """Of calls that this read opened and did not answer, as most are: a deadline does not wait for a message."""
@@ -373,12 +414,19 @@ class Connection(Leaving):
     def _expire(self, call: Call) -> None:
         call.timer = None
         if self.calls.get(call.stream) is call:
-            self._finish_with(call, Aborted(grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed; the work was dropped."))
+            self._finish_with(
+                call,
+                Aborted(
+                    grpc.StatusCode.DEADLINE_EXCEEDED, "the deadline passed; the work was dropped."
+                ),
+            )
             self._flush()
 
     def _finished(self, call: Call, task: asyncio.Task[Any]) -> None:
         if task.cancelled():
-            error: BaseException | None = Aborted(grpc.StatusCode.CANCELLED, "the call was cancelled.")
+            error: BaseException | None = Aborted(
+                grpc.StatusCode.CANCELLED, "the call was cancelled."
+            )
         else:
             error = task.exception()
         if self.closed or self.calls.get(call.stream) is not call:
@@ -392,7 +440,9 @@ class Connection(Leaving):
             self._finish_with(call, error)
         else:
             log.error("a call failed", exc_info=error)
-            self._finish_with(call, Aborted(grpc.StatusCode.INTERNAL, f"internal error ({type(error).__name__})."))
+            self._finish_with(
+                call, Aborted(grpc.StatusCode.INTERNAL, f"internal error ({type(error).__name__}).")
+            )
         self._flush()
 
     # --- answers ---
@@ -401,7 +451,12 @@ class Connection(Leaving):
         """The whole answer of a unary call."""
         size = len(message) + 5
         stream = call.stream
-        if size > self._window or size > self._peer_window + call.window or size > self._peer_frame or self._size_update:
+        if (
+            size > self._window
+            or size > self._peer_window + call.window
+            or size > self._peer_frame
+            or self._size_update
+        ):
             call.message = None
             try:
                 self.send_message(call, message)
@@ -436,9 +491,15 @@ class Connection(Leaving):
         if self.calls.get(call.stream) is not call:
             return
         if len(message) > self.server.max_send_bytes:
-            raise Aborted(_TOO_LARGE, f"the answer has {len(message)} bytes, more than {self.server.max_send_bytes}. Ask for less.")
+            raise Aborted(
+                _TOO_LARGE,
+                f"the answer has {len(message)} bytes, more than {self.server.max_send_bytes}. Ask"
+                " for less.",
+            )
         self._respond(call)
-        call.pending = bytearray(call.pending) if not isinstance(call.pending, bytearray) else call.pending
+        call.pending = (
+            bytearray(call.pending) if not isinstance(call.pending, bytearray) else call.pending
+        )
         call.pending += b"\x00" + len(message).to_bytes(4, "big") + message
         self._hold(call)
         self._pump(call)
@@ -455,12 +516,18 @@ class Connection(Leaving):
         """Count, and end the call that is too much."""
         self._count(call)
         if self._buffered > MAX_BUFFERED_BYTES:
-            raise Aborted(_TOO_LARGE, "this connection holds too many unfinished requests and unread answers.")
+            raise Aborted(
+                _TOO_LARGE, "this connection holds too many unfinished requests and unread answers."
+            )
 
     def _respond(self, call: Call) -> None:
         if not call.responding:
             call.responding = True
-            self._out.append(frame(wire.HEADERS, wire.END_HEADERS, call.stream, self._updated(wire.RESPONSE_BLOCK)))
+            self._out.append(
+                frame(
+                    wire.HEADERS, wire.END_HEADERS, call.stream, self._updated(wire.RESPONSE_BLOCK)
+                )
+            )
 
     def _updated(self, block: bytes) -> bytes:
         """A header block; the first after the peer made its table smaller says that ours is empty."""
@@ -476,7 +543,14 @@ class Connection(Leaving):
             self._send_ok(call)
 
     def _send_ok(self, call: Call) -> None:
-        self._out.append(frame(wire.HEADERS, wire.END_HEADERS | wire.END_STREAM, call.stream, self._updated(wire.OK_BLOCK)))
+        self._out.append(
+            frame(
+                wire.HEADERS,
+                wire.END_HEADERS | wire.END_STREAM,
+                call.stream,
+                self._updated(wire.OK_BLOCK),
+            )
+        )
         self._close_call(call)
 
     def _finish_with(self, call: Call, error: Aborted) -> None:
@@ -484,9 +558,15 @@ class Connection(Leaving):
         block = wire.status_block(error.code, error.message, error.trailing)
         if not call.responding:
             block = wire.RESPONSE_BLOCK + block
-        self._out.append(frame(wire.HEADERS, wire.END_HEADERS | wire.END_STREAM, call.stream, self._updated(block)))
+        self._out.append(
+            frame(
+                wire.HEADERS, wire.END_HEADERS | wire.END_STREAM, call.stream, self._updated(block)
+            )
+        )
         if not call.ended:
-            self._out.append(frame(wire.RST_STREAM, 0, call.stream, wire.NO_ERROR.to_bytes(4, "big")))
+            self._out.append(
+                frame(wire.RST_STREAM, 0, call.stream, wire.NO_ERROR.to_bytes(4, "big"))
+            )
         self._close_call(call)
 
     def _refuse(self, call: Call, refusal: int | Aborted) -> None:
@@ -494,14 +574,25 @@ class Connection(Leaving):
             self._finish_with(call, refusal)
             return
         block = wire.literal(b":status", str(refusal).encode())
-        self._out.append(frame(wire.HEADERS, wire.END_HEADERS | wire.END_STREAM, call.stream, self._updated(block)))
+        self._out.append(
+            frame(
+                wire.HEADERS, wire.END_HEADERS | wire.END_STREAM, call.stream, self._updated(block)
+            )
+        )
         self._close_call(call)
 
     def _send_refusal(self, stream: int, refusal: wire.Refusal) -> None:
         """The answer to a call that is not let in; it leaves with the others of this read."""
         self._pause = refusal.pause_seconds
         if self._size_update:
-            self._out.append(frame(wire.HEADERS, wire.END_HEADERS | wire.END_STREAM, stream, self._updated(refusal.block)))
+            self._out.append(
+                frame(
+                    wire.HEADERS,
+                    wire.END_HEADERS | wire.END_STREAM,
+                    stream,
+                    self._updated(refusal.block),
+                )
+            )
         else:
             self._out.append(refusal.start + stream.to_bytes(4, "big") + refusal.block)
 

@@ -36,7 +36,9 @@ class Leaving(ControlFrames):
         if self.closed or self.draining or self._farewell is not None:
             return
         self._farewell = self._say_goodbye
-        self._out.append(frame(wire.GOAWAY, 0, 0, struct.pack(">LL", wire.MAX_WINDOW, wire.NO_ERROR)))
+        self._out.append(
+            frame(wire.GOAWAY, 0, 0, struct.pack(">LL", wire.MAX_WINDOW, wire.NO_ERROR))
+        )
         self._out.append(frame(wire.PING, 0, 0, b"goodbye!"))
         self._flush()
         self.server.loop.call_later(LINGER_SECONDS, self._say_goodbye)
@@ -46,7 +48,9 @@ class Leaving(ControlFrames):
             return
         self.draining = True
         self._farewell = None
-        self._out.append(frame(wire.GOAWAY, 0, 0, struct.pack(">LL", self.last_stream, wire.NO_ERROR)))
+        self._out.append(
+            frame(wire.GOAWAY, 0, 0, struct.pack(">LL", self.last_stream, wire.NO_ERROR))
+        )
         self._flush()
         if not self.calls:
             self._leave()

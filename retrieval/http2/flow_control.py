@@ -119,14 +119,18 @@ class ControlFrames(asyncio.Protocol):
             raise WireError(wire.FRAME_SIZE_ERROR, "WINDOW_UPDATE")
         increment = int.from_bytes(payload, "big") & wire.MAX_WINDOW
         if stream == 0:
-            if self._window < self._granted:  # answers left since the last one: it is part of reading them
+            if (
+                self._window < self._granted
+            ):  # answers left since the last one: it is part of reading them
                 self._noise -= 1
             else:
                 self._excuse()
             self._window += increment
             self._opened += increment
             if not increment or self._window > wire.MAX_WINDOW:
-                raise WireError(wire.FLOW_CONTROL_ERROR if increment else wire.PROTOCOL_ERROR, "WINDOW_UPDATE")
+                raise WireError(
+                    wire.FLOW_CONTROL_ERROR if increment else wire.PROTOCOL_ERROR, "WINDOW_UPDATE"
+                )
             self._granted = self._window
             while self._starved and self._window > 0:
                 self._pump(self._starved.popitem(last=False)[1])
@@ -134,7 +138,9 @@ class ControlFrames(asyncio.Protocol):
         call = self.calls.get(stream)
         if call is None:
             if stream > self.last_stream and not self.draining:
-                raise WireError(wire.PROTOCOL_ERROR, "WINDOW_UPDATE of a stream that was never opened")
+                raise WireError(
+                    wire.PROTOCOL_ERROR, "WINDOW_UPDATE of a stream that was never opened"
+                )
             self._excuse()
             return
         call.window += increment
@@ -158,7 +164,9 @@ class ControlFrames(asyncio.Protocol):
         """Send what the windows allow of an answer that waits; note it down if it is the connection's that ends it."""
         pending = call.pending
         while pending and isinstance(pending, bytearray):
-            room = min(self._window, self._peer_window + call.window, self._peer_frame, len(pending))
+            room = min(
+                self._window, self._peer_window + call.window, self._peer_frame, len(pending)
+            )
             if room <= 0:
                 if self._window <= 0 < self._peer_window + call.window:
                     self._starved[call.stream] = call

@@ -14,7 +14,18 @@ import hpack
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
-DATA, HEADERS, PRIORITY, RST_STREAM, SETTINGS, PUSH_PROMISE, PING, GOAWAY, WINDOW_UPDATE, CONTINUATION = range(10)
+(
+    DATA,
+    HEADERS,
+    PRIORITY,
+    RST_STREAM,
+    SETTINGS,
+    PUSH_PROMISE,
+    PING,
+    GOAWAY,
+    WINDOW_UPDATE,
+    CONTINUATION,
+) = range(10)
 END_STREAM = ACK = 0x1
 END_HEADERS = 0x4
 PADDED = 0x8
@@ -23,7 +34,21 @@ PRIORITISED = 0x20
 NO_ERROR, PROTOCOL_ERROR, INTERNAL_ERROR, FLOW_CONTROL_ERROR, STREAM_CLOSED = 0, 1, 2, 3, 5
 FRAME_SIZE_ERROR, REFUSED_STREAM, CANCEL, COMPRESSION_ERROR, ENHANCE_YOUR_CALM = 6, 7, 8, 9, 11
 
-HEADER_TABLE_SIZE, ENABLE_PUSH, MAX_CONCURRENT_STREAMS, INITIAL_WINDOW_SIZE, MAX_FRAME_SIZE, MAX_HEADER_LIST_SIZE = 1, 2, 3, 4, 5, 6
+(
+    HEADER_TABLE_SIZE,
+    ENABLE_PUSH,
+    MAX_CONCURRENT_STREAMS,
+    INITIAL_WINDOW_SIZE,
+    MAX_FRAME_SIZE,
+    MAX_HEADER_LIST_SIZE,
+) = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+)
 
 DEFAULT_WINDOW = 65_535
 DEFAULT_FRAME_BYTES = 16_384
@@ -63,7 +88,9 @@ def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
 
 def settings(values: dict[int, int]) -> bytes:
     """A SETTINGS frame."""
-    return frame(SETTINGS, 0, 0, b"".join(struct.pack(">HL", key, value) for key, value in values.items()))
+    return frame(
+        SETTINGS, 0, 0, b"".join(struct.pack(">HL", key, value) for key, value in values.items())
+    )
 
 
 def window_update(stream: int, increment: int) -> bytes:
@@ -101,18 +128,25 @@ def percent_encoded(message: str) -> bytes:
     if message.isascii() and message.isprintable() and "%" not in message:
         return message[:1000].encode()
     return b"".join(
-        bytes((byte,)) if 0x20 <= byte <= 0x7E and byte != 0x25 else b"%%%02X" % byte for byte in message[:1000].encode("utf-8", "replace")
+        bytes((byte,)) if 0x20 <= byte <= 0x7E and byte != 0x25 else b"%%%02X" % byte
+        for byte in message[:1000].encode("utf-8", "replace")
     )
 
 
-def status_block(code: grpc.StatusCode, message: str, trailing: Iterable[tuple[str, str | bytes]]) -> bytes:
+def status_block(
+    code: grpc.StatusCode, message: str, trailing: Iterable[tuple[str, str | bytes]]
+) -> bytes:
     """The trailers of a failed call."""
     block = literal(b"grpc-status", str(code.value[0]).encode())
     if message:
         block += literal(b"grpc-message", percent_encoded(message))
     for key, value in trailing:
         if isinstance(value, bytes):
-            value = base64.b64encode(value).rstrip(b"=").decode() if key.endswith("-bin") else value.decode("latin-1")
+            value = (
+                base64.b64encode(value).rstrip(b"=").decode()
+                if key.endswith("-bin")
+                else value.decode("latin-1")
+            )
         block += literal(key.encode(), value.encode("latin-1", "replace"))
     return block
 
@@ -135,7 +169,12 @@ class Refusal(NamedTuple):
     pause_seconds: float = 0.0
 
 
-def refusal(code: grpc.StatusCode, message: str, trailing: Sequence[tuple[str, str | bytes]] = (), pause_seconds: float = 0.0) -> Refusal:
+def refusal(
+    code: grpc.StatusCode,
+    message: str,
+    trailing: Sequence[tuple[str, str | bytes]] = (),
+    pause_seconds: float = 0.0,
+) -> Refusal:
     """Encode an answer that is nothing but a status."""
     block = RESPONSE_BLOCK + status_block(code, message, trailing)
     start = FRAME.pack(0, len(block), HEADERS, END_HEADERS | END_STREAM, 0)[:5]
@@ -158,7 +197,9 @@ class HeaderReader:
         understand: Makes of names and values, in order, what ``read`` returns and remembers; it should weigh no more than they do.
     """
 
-    def __init__(self, understand: Callable[[tuple[tuple[bytes, bytes], ...]], Any] = tuple) -> None:
+    def __init__(
+        self, understand: Callable[[tuple[tuple[bytes, bytes], ...]], Any] = tuple
+    ) -> None:
         self._decoder = hpack.Decoder(max_header_list_size=MAX_HEADER_BYTES)
         self._understand = understand
         self._known: dict[bytes, Any] = {}
@@ -176,9 +217,13 @@ class HeaderReader:
         table = self._decoder.header_table
         before = (next(iter(table.dynamic_entries), None), table.maxsize)
         try:
-            headers = tuple((bytes(name), bytes(value)) for name, value in self._decoder.decode(block, raw=True))
+            headers = tuple(
+                (bytes(name), bytes(value)) for name, value in self._decoder.decode(block, raw=True)
+            )
         except (hpack.HPACKError, IndexError, ValueError) as error:
-            raise WireError(COMPRESSION_ERROR, f"a header block cannot be decoded: {error}") from error
+            raise WireError(
+                COMPRESSION_ERROR, f"a header block cannot be decoded: {error}"
+            ) from error
         after = (next(iter(table.dynamic_entries), None), table.maxsize)
         found = self._understand(headers)
         if before[0] is not after[0] or before[1] != after[1]:
@@ -202,7 +247,11 @@ class HeaderReader:
 
 def weight_of(block: bytes, headers: Sequence[tuple[bytes, bytes]]) -> int:
     """About how many bytes a header block, and what is made of it, take in memory."""
-    return len(block) + sum(len(name) + len(value) for name, value in headers) + HEADER_WEIGHT * (len(headers) + 2)
+    return (
+        len(block)
+        + sum(len(name) + len(value) for name, value in headers)
+        + HEADER_WEIGHT * (len(headers) + 2)
+    )
 
 
 def metadata_of(headers: Sequence[tuple[bytes, bytes]]) -> Metadata:
@@ -218,7 +267,9 @@ def metadata_of(headers: Sequence[tuple[bytes, bytes]]) -> Metadata:
         key = name.decode("latin-1")
         if key.endswith("-bin"):
             try:
-                found.append((key, base64.b64decode(value + b"=" * (-len(value) % 4), validate=True)))
+                found.append(
+                    (key, base64.b64decode(value + b"=" * (-len(value) % 4), validate=True))
+                )
             except binascii.Error as error:
                 raise ValueError(f"{key}: {error}") from error
         else:

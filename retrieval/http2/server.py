@@ -38,7 +38,14 @@ class Http2Server:
         listener: A listening socket shared with other processes; None: ``add_port`` makes one.
     """
 
-    def __init__(self, *, max_receive_bytes: int, max_send_bytes: int, max_streams: int, listener: socket.socket | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        max_receive_bytes: int,
+        max_send_bytes: int,
+        max_streams: int,
+        listener: socket.socket | None = None,
+    ) -> None:
         self.max_receive_bytes = max_receive_bytes
         self.max_send_bytes = max_send_bytes
         self.max_streams = max_streams
@@ -48,7 +55,9 @@ class Http2Server:
         self.pacer = Pacer(self.loop)
         self.now = time.monotonic
         self._shared = listener is not None
-        self._listeners: list[tuple[socket.socket, ssl.SSLContext | None]] = [] if listener is None else [(listener, None)]
+        self._listeners: list[tuple[socket.socket, ssl.SSLContext | None]] = (
+            [] if listener is None else [(listener, None)]
+        )
         self._pending: set[asyncio.Task[Any]] = set()
         self._watcher: asyncio.Task[None] | None = None
         self._stopped = asyncio.Event()
@@ -56,11 +65,15 @@ class Http2Server:
 
     # --- what registration code calls, as on grpc.aio.Server ---
 
-    def add_generic_rpc_handlers(self, generic_rpc_handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+    def add_generic_rpc_handlers(
+        self, generic_rpc_handlers: Sequence[grpc.GenericRpcHandler]
+    ) -> None:
         """Register handlers."""
         self.methods.add(generic_rpc_handlers)
 
-    def add_registered_method_handlers(self, service_name: str, method_handlers: Mapping[str, Any]) -> None:
+    def add_registered_method_handlers(
+        self, service_name: str, method_handlers: Mapping[str, Any]
+    ) -> None:
         """Generated code registers everything twice; once is enough here."""
 
     def add_port(self, address: str, tls: ssl.SSLContext | None = None) -> int:
@@ -93,11 +106,15 @@ class Http2Server:
     def _on_connection(self, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
         if self._shared and self.connections:
             self.loop.remove_reader(listener)
-            self.loop.call_later(min(len(self.connections), 25) * YIELD_SECONDS, self._accept, listener, tls, True)
+            self.loop.call_later(
+                min(len(self.connections), 25) * YIELD_SECONDS, self._accept, listener, tls, True
+            )
         else:
             self._accept(listener, tls, False)
 
-    def _accept(self, listener: socket.socket, tls: ssl.SSLContext | None, listen_again: bool) -> None:
+    def _accept(
+        self, listener: socket.socket, tls: ssl.SSLContext | None, listen_again: bool
+    ) -> None:
         if not self._accepting:
             return
         if listen_again:
@@ -129,7 +146,9 @@ class Http2Server:
         task.add_done_callback(self._pending.discard)
 
     async def _greet(self, accepted: socket.socket, tls: ssl.SSLContext | None) -> None:
-        options: dict[str, Any] = {} if tls is None else {"ssl": tls, "ssl_handshake_timeout": GREETING_SECONDS}
+        options: dict[str, Any] = (
+            {} if tls is None else {"ssl": tls, "ssl_handshake_timeout": GREETING_SECONDS}
+        )
         try:
             await self.loop.connect_accepted_socket(lambda: Connection(self), accepted, **options)
         except (OSError, ssl.SSLError, EOFError) as error:
@@ -143,7 +162,9 @@ class Http2Server:
             now = self.now()
             for connection in list(self.connections):
                 silent = now - connection.heard
-                if (not connection.greeted and silent > GREETING_SECONDS) or silent > GONE_AFTER_SECONDS:
+                if (
+                    not connection.greeted and silent > GREETING_SECONDS
+                ) or silent > GONE_AFTER_SECONDS:
                     connection.abort()
                 elif silent > PING_AFTER_SECONDS and not connection.pinged:
                     connection.ping()

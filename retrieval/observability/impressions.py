@@ -67,7 +67,11 @@ class ImpressionLog:
             now = datetime.now(UTC)
             lines = [line for item in batch if item is not None for line in _lines(item, now)]
             try:
-                with open(self._folder / f"impressions-{now:%Y-%m-%d}-{self._worker}.jsonl", "a", encoding="utf-8") as file:
+                with open(
+                    self._folder / f"impressions-{now:%Y-%m-%d}-{self._worker}.jsonl",
+                    "a",
+                    encoding="utf-8",
+                ) as file:
                     file.writelines(lines)
             except OSError as error:
                 self.dropped += sum(item is not None for item in batch)
@@ -89,4 +93,7 @@ def _lines(item: Impression, now: datetime) -> list[str]:
         "request_id": item.request_id,
         "release_id": item.release_id,
     }
-    return [json.dumps({**common, "entity_id": id, "position": i}, ensure_ascii=False) + "\n" for i, id in enumerate(item.ids, start=1)]
+    return [
+        json.dumps({**common, "entity_id": id, "position": i}, ensure_ascii=False) + "\n"
+        for i, id in enumerate(item.ids, start=1)
+    ]

@@ -8,11 +8,20 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 
 log = logging.getLogger("omni")
 
-SECONDS_BOUNDS = (*(round(base * 10.0**power, 7) for power in range(-5, 1) for base in (1.0, 1.8, 3.2, 5.6)), 10.0, 30.0)
+SECONDS_BOUNDS = (
+    *(round(base * 10.0**power, 7) for power in range(-5, 1) for base in (1.0, 1.8, 3.2, 5.6)),
+    10.0,
+    30.0,
+)
 """Upper bounds of the latency histograms, 10 microseconds to 30 seconds, four per decade."""
 
 Labels = tuple[str, ...]
@@ -23,7 +32,11 @@ STAGES = ("queue", "encode", "search", "rerank")
 CATALOGUE: dict[str, tuple[str, str, Labels]] = {
     "omni_requests": ("counter", "Finished calls by method and gRPC code.", ("method", "code")),
     "omni_request_seconds": ("histogram", "Time inside the server per call.", ("method",)),
-    "omni_stage_seconds": ("histogram", "Time per stage: queue, encode, search, rerank.", ("stage",)),
+    "omni_stage_seconds": (
+        "histogram",
+        "Time per stage: queue, encode, search, rerank.",
+        ("stage",),
+    ),
     "omni_searches": ("counter", "Searches by entity type and plan.", ("entity_type", "plan")),
     "omni_in_flight": ("gauge", "Places taken by requests inside the server.", ()),
     "omni_refused": ("counter", "Requests refused because the server was full.", ()),
@@ -34,38 +47,89 @@ CATALOGUE: dict[str, tuple[str, str, Labels]] = {
     "omni_cache_evictions": ("counter", "Entries that left the cache.", ()),
     "omni_cache_entries": ("gauge", "Entries in the cache.", ()),
     "omni_cache_bytes": ("gauge", "Estimated bytes in the cache.", ()),
-    "omni_answers_kept_hits": ("counter", "Answers that an earlier search of the same text and target had found.", ()),
-    "omni_answers_kept_misses": ("counter", "Answers that could have been kept and were searched for.", ()),
+    "omni_answers_kept_hits": (
+        "counter",
+        "Answers that an earlier search of the same text and target had found.",
+        (),
+    ),
+    "omni_answers_kept_misses": (
+        "counter",
+        "Answers that could have been kept and were searched for.",
+        (),
+    ),
     "omni_answers_kept": ("gauge", "Answers kept.", ()),
     "omni_answers_kept_bytes": ("gauge", "Estimated bytes of kept answers.", ()),
     "omni_redis": (
         "counter",
-        "Redis look-ups by outcome: hit, miss, failure, refused (the value was not what its key says).",
+        (
+            "Redis look-ups by outcome: hit, miss, failure, refused (the value was not what its key"
+            " says)."
+        ),
         ("outcome",),
     ),
     "omni_encode_batches": ("counter", "Batches run by the query tower.", ()),
     "omni_encode_texts": ("counter", "Texts encoded.", ()),
-    "omni_encode_dropped": ("counter", "Texts dropped from the queue because their caller had gone.", ()),
+    "omni_encode_dropped": (
+        "counter",
+        "Texts dropped from the queue because their caller had gone.",
+        (),
+    ),
     "omni_encode_waiting": ("gauge", "Texts waiting for the query tower.", ()),
-    "omni_release_info": ("gauge", "1 for the release being served.", ("release_id", "space_id", "form_id")),
+    "omni_release_info": (
+        "gauge",
+        "1 for the release being served.",
+        ("release_id", "space_id", "form_id"),
+    ),
     "omni_release_swaps": ("counter", "Releases taken into service.", ()),
     "omni_releases_refused": ("counter", "Releases refused, by kind of error.", ("reason",)),
     "omni_release_load_seconds": ("gauge", "Load, verify and prove of the last release.", ()),
-    "omni_prewarmed_queries": ("counter", "Cached queries encoded again before a swap to a new space.", ()),
+    "omni_prewarmed_queries": (
+        "counter",
+        "Cached queries encoded again before a swap to a new space.",
+        (),
+    ),
     "omni_live_sequence": ("gauge", "Last live-log entry visible.", ("entity_type",)),
     "omni_live_failing": ("gauge", "1 while the live log cannot be read.", ()),
-    "omni_shadow_samples": ("counter", "Live searches answered again exactly.", ("entity_type", "selectivity", "language")),
-    "omni_shadow_recall": ("gauge", "ANN recall@k of live searches over the last window.", ("entity_type", "selectivity", "language")),
-    "omni_shadow_recall_low": ("gauge", "Lower end of the 95% interval.", ("entity_type", "selectivity", "language")),
-    "omni_shadow_recall_high": ("gauge", "Upper end of the 95% interval.", ("entity_type", "selectivity", "language")),
-    "omni_shadow_recall_minute": ("gauge", "The same over the last minute.", ("entity_type", "selectivity", "language")),
+    "omni_shadow_samples": (
+        "counter",
+        "Live searches answered again exactly.",
+        ("entity_type", "selectivity", "language"),
+    ),
+    "omni_shadow_recall": (
+        "gauge",
+        "ANN recall@k of live searches over the last window.",
+        ("entity_type", "selectivity", "language"),
+    ),
+    "omni_shadow_recall_low": (
+        "gauge",
+        "Lower end of the 95% interval.",
+        ("entity_type", "selectivity", "language"),
+    ),
+    "omni_shadow_recall_high": (
+        "gauge",
+        "Upper end of the 95% interval.",
+        ("entity_type", "selectivity", "language"),
+    ),
+    "omni_shadow_recall_minute": (
+        "gauge",
+        "The same over the last minute.",
+        ("entity_type", "selectivity", "language"),
+    ),
     "omni_shadow_recall_minute_high": (
         "gauge",
         "Upper end of its 95% interval: alert when it is below the target.",
         ("entity_type", "selectivity", "language"),
     ),
-    "omni_shadow_skipped": ("counter", "Sampled searches not replayed: budget spent or queue full.", ()),
-    "omni_impressions_dropped": ("counter", "Impressions lost because the log could not keep up.", ()),
+    "omni_shadow_skipped": (
+        "counter",
+        "Sampled searches not replayed: budget spent or queue full.",
+        (),
+    ),
+    "omni_impressions_dropped": (
+        "counter",
+        "Impressions lost because the log could not keep up.",
+        (),
+    ),
     "omni_process_rss_bytes": ("gauge", "Resident memory.", ()),
 }
 """Every metric: kind, help, label names. Counters get the suffix _total."""
@@ -125,14 +189,19 @@ class Metrics:
         for name, family in self._counters.items():
             out[name] = {SEPARATOR.join(labels): value for labels, value in list(family.items())}
         for name, histograms in self._histograms.items():
-            out[name] = {SEPARATOR.join(labels): [*h.counts, h.total] for labels, h in list(histograms.items())}
+            out[name] = {
+                SEPARATOR.join(labels): [*h.counts, h.total]
+                for labels, h in list(histograms.items())
+            }
         for source in self._sources:
             for name, labels, value in source():
                 out.setdefault(name, {})[SEPARATOR.join(labels)] = value
         return out
 
 
-AVERAGED = frozenset(f"omni_shadow_recall{end}" for end in ("", "_low", "_high", "_minute", "_minute_high"))
+AVERAGED = frozenset(
+    f"omni_shadow_recall{end}" for end in ("", "_low", "_high", "_minute", "_minute_high")
+)
 MAXIMUM = frozenset({"omni_ready", "omni_release_info", "omni_release_load_seconds"})
 MINIMUM = frozenset({"omni_live_sequence"})
 
@@ -153,7 +222,9 @@ def merge_snapshots(snapshots: Iterable[Snapshot]) -> Snapshot:
             elif name in AVERAGED:
                 out[name][labels] = sum(values) / len(values)
             else:
-                out[name][labels] = (max if name in MAXIMUM else min if name in MINIMUM else sum)(values)
+                out[name][labels] = (max if name in MAXIMUM else min if name in MINIMUM else sum)(
+                    values
+                )
     return out
 
 
@@ -173,7 +244,9 @@ def families(snapshot: Snapshot) -> Iterator[Metric]:
                     buckets.append((f"{bound:g}" if bound != float("inf") else "+Inf", cumulative))
                 family.add_metric(_labels(labels, label_names), buckets, row[-1])
         else:
-            family = (CounterMetricFamily if kind == "counter" else GaugeMetricFamily)(name, help_text, labels=label_names)
+            family = (CounterMetricFamily if kind == "counter" else GaugeMetricFamily)(
+                name, help_text, labels=label_names
+            )
             for labels, value in samples.items():
                 family.add_metric(_labels(labels, label_names), value)
         yield family
@@ -200,4 +273,8 @@ def exposition(snapshot: Snapshot) -> bytes:
 
 def lasting(snapshot: Snapshot) -> Snapshot:
     """What a worker leaves behind when it ends: its counters and histograms, not its gauges."""
-    return {name: family for name, family in snapshot.items() if name in CATALOGUE and CATALOGUE[name][0] != "gauge"}
+    return {
+        name: family
+        for name, family in snapshot.items()
+        if name in CATALOGUE and CATALOGUE[name][0] != "gauge"
+    }

@@ -56,13 +56,19 @@ class Estimate(NamedTuple):
     samples: int
 
 
-def recall_of_answer(ids: Sequence[str], scores: Float32, exact_ids: Sequence[str], exact_scores: Float32) -> float:
+def recall_of_answer(
+    ids: Sequence[str], scores: Float32, exact_ids: Sequence[str], exact_scores: Float32
+) -> float:
     """Share of the exact top k that was returned; ties with the k-th score count as found; 1 if the exact answer is empty."""
     if not exact_ids:
         return 1.0
     known = set(exact_ids)
     threshold = float(exact_scores[-1]) - TIE
-    found = sum(1 for id, score in zip(ids, scores.tolist(), strict=False) if id in known or score >= threshold)
+    found = sum(
+        1
+        for id, score in zip(ids, scores.tolist(), strict=False)
+        if id in known or score >= threshold
+    )
     return min(1.0, found / len(exact_ids))
 
 
@@ -84,7 +90,11 @@ def estimate(recalls: Sequence[float]) -> Estimate:
     effective = max(1.0, effective)
     z = 1.959964
     centre = (mean + z * z / (2 * effective)) / (1 + z * z / effective)
-    half = z * math.sqrt(mean * (1 - mean) / effective + z * z / (4 * effective * effective)) / (1 + z * z / effective)
+    half = (
+        z
+        * math.sqrt(mean * (1 - mean) / effective + z * z / (4 * effective * effective))
+        / (1 + z * z / effective)
+    )
     return Estimate(mean, max(0.0, centre - half), min(1.0, centre + half), count)
 
 
@@ -109,7 +119,16 @@ class ShadowRecall:
         languages: At most this many languages get their own label, later ones share ``other`` (a caller may send anything).
     """
 
-    def __init__(self, fraction: float, cpu: float, metrics: Metrics, *, max_queue: int = 64, languages: int = 40, seed: int = 0) -> None:
+    def __init__(
+        self,
+        fraction: float,
+        cpu: float,
+        metrics: Metrics,
+        *,
+        max_queue: int = 64,
+        languages: int = 40,
+        seed: int = 0,
+    ) -> None:
         self._fraction = fraction
         self._cpu = max(cpu, 1e-3)
         self._metrics = metrics
@@ -161,10 +180,17 @@ class ShadowRecall:
         now = time.monotonic()
         oldest = now - seconds
         with self._lock:
-            gone = [labels for labels, window in self._windows.items() if window[-1][0] < now - WINDOW_SECONDS]
+            gone = [
+                labels
+                for labels, window in self._windows.items()
+                if window[-1][0] < now - WINDOW_SECONDS
+            ]
             for labels in gone:
                 del self._windows[labels]
-            windows = {labels: [recall for at, recall in window if at >= oldest] for labels, window in self._windows.items()}
+            windows = {
+                labels: [recall for at, recall in window if at >= oldest]
+                for labels, window in self._windows.items()
+            }
         return {labels: estimate(recalls) for labels, recalls in windows.items() if recalls}
 
     def _run(self) -> None:
@@ -175,7 +201,9 @@ class ShadowRecall:
             started = time.thread_time()
             try:
                 self.replay(queued[1], queued[0])
-            except Exception as error:  # a replay is a measurement: whatever goes wrong, serving must not notice
+            except (
+                Exception
+            ) as error:  # a replay is a measurement: whatever goes wrong, serving must not notice
                 log.warning("a shadow search failed: %s: %s", type(error).__name__, error)
             del queued  # it holds the index, which must not outlive its release while this thread waits for the next sample
             spent = time.thread_time() - started
@@ -194,7 +222,11 @@ class ShadowRecall:
         }
         exact = sample.entity_index.search(sample.vector, sample.k, **options)
         recall = recall_of_answer(sample.ids, sample.scores, exact.ids, exact.scores)
-        labels = (sample.entity_index.entity_type, selectivity_bucket(sample.selectivity), self._language(sample.language))
+        labels = (
+            sample.entity_index.entity_type,
+            selectivity_bucket(sample.selectivity),
+            self._language(sample.language),
+        )
         now = time.monotonic()
         with self._lock:
             if generation not in (None, self._generation):

@@ -44,7 +44,9 @@ class SharedSnapshots:
         """This worker's numbers now, the others' latest, and the counts of those who have ended."""
         own = self._metrics.snapshot()
         try:
-            _replace(self._path, own)  # what this scrape says is there for the next, even if this worker dies at once
+            _replace(
+                self._path, own
+            )  # what this scrape says is there for the next, even if this worker dies at once
             self._add_up([path for path in self._others() if self._has_ended(path)])
         except OSError as error:
             log.warning("metrics of the workers that have ended could not be added up: %s", error)
@@ -90,7 +92,11 @@ class SharedSnapshots:
             except BlockingIOError:
                 return
             _, names, total = self._gone()
-            fresh = {path.name: snapshot for path in paths if path.name not in names and (snapshot := _loaded(path)) is not None}
+            fresh = {
+                path.name: snapshot
+                for path in paths
+                if path.name not in names and (snapshot := _loaded(path)) is not None
+            }
             left = [name for name in names if (self._folder / name).exists()]
             total = merge_snapshots([total, *map(lasting, fresh.values())])
             _replace(self._gone_path, {"names": [*left, *fresh], "snapshot": total})

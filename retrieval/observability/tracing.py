@@ -18,7 +18,12 @@ class Tracer:
         service_name: Resource attribute ``service.name``.
     """
 
-    def __init__(self, endpoint: str | None = None, service_name: str = "omnisearchsage", provider: Any = None) -> None:
+    def __init__(
+        self,
+        endpoint: str | None = None,
+        service_name: str = "omnisearchsage",
+        provider: Any = None,
+    ) -> None:
         from opentelemetry import trace
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -32,25 +37,43 @@ class Tracer:
                 from opentelemetry.sdk.trace import TracerProvider
                 from opentelemetry.sdk.trace.export import BatchSpanProcessor
             except ImportError as error:
-                raise MissingDependency("opentelemetry-exporter-otlp-proto-grpc", "otel", "tracing (--otlp)") from error
+                raise MissingDependency(
+                    "opentelemetry-exporter-otlp-proto-grpc", "otel", "tracing (--otlp)"
+                ) from error
             provider = TracerProvider(resource=Resource.create({"service.name": service_name}))
             provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
             self._owned = provider
-        self._tracer = (provider or trace.get_tracer_provider()).get_tracer("omnisearchsage.retrieval")
+        self._tracer = (provider or trace.get_tracer_provider()).get_tracer(
+            "omnisearchsage.retrieval"
+        )
 
     def close(self) -> None:
         """Send what waits to the collector, where this object made the connection to it."""
         if self._owned is not None:
             self._owned.shutdown()
 
-    def record_call(self, method: str, request: Any, response: Any, took_ns: int, metadata: Iterable[tuple[str, Any]]) -> None:
+    def record_call(
+        self,
+        method: str,
+        request: Any,
+        response: Any,
+        took_ns: int,
+        metadata: Iterable[tuple[str, Any]],
+    ) -> None:
         """Spans of a call that has just been answered: one for the call and one per stage that its answer reports; never query text."""
         ended = time.time_ns()
         timings = getattr(response, "timings", None)
-        stages = {stage: int(getattr(timings, f"{stage}_ns")) for stage in STAGES} if timings is not None else {}
+        stages = (
+            {stage: int(getattr(timings, f"{stage}_ns")) for stage in STAGES}
+            if timings is not None
+            else {}
+        )
         attributes = {
             name: value
-            for held, names in ((request, ("entity_type", "k")), (response, ("release_id", "plan", "cache_hit")))
+            for held, names in (
+                (request, ("entity_type", "k")),
+                (response, ("release_id", "plan", "cache_hit")),
+            )
             for name in names
             if (value := getattr(held, name, "")) != ""
         }
@@ -75,9 +98,15 @@ class Tracer:
             attributes: Of the call; never query text.
             metadata: The call's, for ``traceparent``.
         """
-        parent = self._propagator.extract({key: value for key, value in metadata if key in ("traceparent", "tracestate")})
+        parent = self._propagator.extract(
+            {key: value for key, value in metadata if key in ("traceparent", "tracestate")}
+        )
         root = self._tracer.start_span(
-            method, context=parent, start_time=started_ns, kind=self._trace.SpanKind.SERVER, attributes=dict(attributes)
+            method,
+            context=parent,
+            start_time=started_ns,
+            kind=self._trace.SpanKind.SERVER,
+            attributes=dict(attributes),
         )
         inside = self._trace.set_span_in_context(root)
         at = started_ns

@@ -22,7 +22,9 @@ class LiveWrites:
         self._writers: dict[tuple[str, int], LiveLogWriter] = {}
         self._lock = threading.Lock()
 
-    def write(self, entity_type: str, dimension: int, entries: Sequence[LiveEntry], *, after: int = 0) -> int:
+    def write(
+        self, entity_type: str, dimension: int, entries: Sequence[LiveEntry], *, after: int = 0
+    ) -> int:
         """Append entries, all or none; returns the sequence number of the last one. Raises as ``LiveLogWriter.write`` does.
 
         ``after`` is the watermark of the active release for this type.
@@ -31,7 +33,9 @@ class LiveWrites:
             key = (entity_type, dimension)
             writer = self._writers.get(key)
             if writer is None:
-                writer = self._writers[key] = LiveLogWriter(self._live_root, entity_type, dimension, after=after)
+                writer = self._writers[key] = LiveLogWriter(
+                    self._live_root, entity_type, dimension, after=after
+                )
             writer.after = after
         return writer.write(entries)
 

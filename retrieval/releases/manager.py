@@ -23,7 +23,14 @@ from retrieval.config import ServeConfig
 from retrieval.encoding.query_cache import Entry, QueryCache, most_frequent
 from retrieval.encoding.query_encoder import open_query_encoding
 from retrieval.encoding.redis_tier import RedisTier
-from retrieval.errors import InvalidRequest, NothingToRollBack, NotReady, ReleaseNotLoaded, ReleaseRefused, UnknownRelease
+from retrieval.errors import (
+    InvalidRequest,
+    NothingToRollBack,
+    NotReady,
+    ReleaseNotLoaded,
+    ReleaseRefused,
+    UnknownRelease,
+)
 from retrieval.observability.metrics import Metrics
 from retrieval.process_tuning import lower_thread_priority
 from retrieval.releases.serving_release import ServingRelease, prove
@@ -71,12 +78,19 @@ class LiveReleases:
         self._graphs = graphs or {}
         self._watch = watch
         self._lock = asyncio.Lock()
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="load", initializer=lower_thread_priority)
+        self._loader = ThreadPoolExecutor(
+            1, thread_name_prefix="load", initializer=lower_thread_priority
+        )
         self._watcher: asyncio.Task[None] | None = None
         self._retiring: set[asyncio.Task[None]] = set()
         self._seen: tuple[int, int, int] | None = None
         self._refused_at = 0.0
-        self._retired = [0.0, 0.0, 0.0, 0.0]  # batches, texts, dropped, shared of releases that have left: counters never go down
+        self._retired = [
+            0.0,
+            0.0,
+            0.0,
+            0.0,
+        ]  # batches, texts, dropped, shared of releases that have left: counters never go down
         metrics.add_source(self._measurements)
 
     # --- asking ---
@@ -145,7 +159,11 @@ class LiveReleases:
         for path in paths:
             try:
                 with np.load(path, allow_pickle=False) as content:
-                    prefix, texts, vectors = str(content["prefix"]), content["texts"].tolist(), content["vectors"]
+                    prefix, texts, vectors = (
+                        str(content["prefix"]),
+                        content["texts"].tolist(),
+                        content["vectors"],
+                    )
             except (OSError, ValueError, KeyError) as error:
                 log.warning("the cache of the workers before could not be taken over: %s", error)
                 continue
@@ -194,10 +212,15 @@ class LiveReleases:
         async with self._lock:
             before = self.active.release_id if self.active else ""
             record = self.store.current_record()
-            target = next((old for old in record.history if self.store.path_of(old).is_dir()), None) if record else None
+            target = (
+                next((old for old in record.history if self.store.path_of(old).is_dir()), None)
+                if record
+                else None
+            )
             if target is None:
                 raise NothingToRollBack(
-                    "there is no earlier release to roll back to: only one was ever active, or the earlier ones were collected."
+                    "there is no earlier release to roll back to: only one was ever active, or the"
+                    " earlier ones were collected."
                 )
             async with self._ready(target) as serving:
                 try:
@@ -233,7 +256,9 @@ class LiveReleases:
                 loading.add_done_callback(_close_loaded)
                 raise
             finally:
-                del loading  # it holds a failure, whose frames would hold it: a ring, and the release in it
+                del (
+                    loading
+                )  # it holds a failure, whose frames would hold it: a ring, and the release in it
         except OmniError as error:
             self.metrics.count("omni_releases_refused", (type(error).__name__,))
             log.error("release %r refused: %s", release_id, error)
@@ -241,7 +266,9 @@ class LiveReleases:
         except Exception as error:  # a library tripped over a file in a way nobody foresaw: the old release must go on serving all the same
             self.metrics.count("omni_releases_refused", (type(error).__name__,))
             log.exception("release %r refused", release_id)
-            raise ReleaseRefused(f"{release_id}: could not be loaded: {type(error).__name__}: {error}") from error
+            raise ReleaseRefused(
+                f"{release_id}: could not be loaded: {type(error).__name__}: {error}"
+            ) from error
         self.load_seconds = time.perf_counter() - started
         return serving
 
@@ -252,8 +279,16 @@ class LiveReleases:
         with ExitStack() as undo:
             undo.callback(release.close)
             active = self.active
-            if active is not None and active.space_id == release.space_id and active.dimension != release.dimension:
-                raise SpaceMismatch(active.space_id, release.space_id, f"{release_id}: same space id, but {release.dimension} dimensions")
+            if (
+                active is not None
+                and active.space_id == release.space_id
+                and active.dimension != release.dimension
+            ):
+                raise SpaceMismatch(
+                    active.space_id,
+                    release.space_id,
+                    f"{release_id}: same space id, but {release.dimension} dimensions",
+                )
             encoding = open_query_encoding(
                 release.query_encoder_path,
                 release.forms_path,
@@ -265,10 +300,19 @@ class LiveReleases:
             redis = self._redis(release.dimension)
             follower = LiveFollower(self.store, release, poll_seconds=self.config.live_poll_seconds)
             undo.callback(follower.stop)
-            serving = ServingRelease(release, encoding, follower.start(), self.cache, self.config, redis)
+            serving = ServingRelease(
+                release, encoding, follower.start(), self.cache, self.config, redis
+            )
             undo.pop_all()
-        agreement = ", ".join(f"{name} {value:.4f}" for name, value in parity.items()) or "no golden texts"
-        log.info("release %s proved itself: form %s, golden parity %s", release_id, encoding.form_id, agreement)
+        agreement = (
+            ", ".join(f"{name} {value:.4f}" for name, value in parity.items()) or "no golden texts"
+        )
+        log.info(
+            "release %s proved itself: form %s, golden parity %s",
+            release_id,
+            encoding.form_id,
+            agreement,
+        )
         return serving
 
     async def _swap(self, serving: ServingRelease) -> None:
@@ -282,12 +326,19 @@ class LiveReleases:
         self.loaded.move_to_end(serving.release_id)
         self.active = serving
         self.metrics.count("omni_release_swaps")
-        log.info("serving release %s (space %s, form %s)", serving.release_id, serving.space_id[:16], serving.form_id)
+        log.info(
+            "serving release %s (space %s, form %s)",
+            serving.release_id,
+            serving.space_id[:16],
+            serving.form_id,
+        )
         for callback in self.on_change:
             await callback(serving)
         while len(self.loaded) > self.config.keep_releases:
             _, oldest = self.loaded.popitem(last=False)
-            self._retired = [total + count for total, count in zip(self._retired, _work_of(oldest), strict=True)]
+            self._retired = [
+                total + count for total, count in zip(self._retired, _work_of(oldest), strict=True)
+            ]
             task = asyncio.ensure_future(self._retire(oldest))
             self._retiring.add(task)
             task.add_done_callback(self._retiring.discard)
@@ -307,7 +358,9 @@ class LiveReleases:
     async def _prewarm(self, old: ServingRelease, new: ServingRelease) -> None:
         """Encode the most frequent cached queries with the new encoder, so that the hit rate does not collapse at the swap."""
         loop, count = asyncio.get_running_loop(), self.config.prewarm_queries
-        best = await loop.run_in_executor(self._loader, most_frequent, self.cache.items(), old.prefix, count)
+        best = await loop.run_in_executor(
+            self._loader, most_frequent, self.cache.items(), old.prefix, count
+        )
         await self._encode_into_cache(new, [text for text, _ in best])
 
     async def _encode_into_cache(self, new: ServingRelease, texts: Sequence[str]) -> None:
@@ -348,7 +401,9 @@ class LiveReleases:
             await asyncio.sleep(self.config.poll_seconds)
             try:
                 stamp = self._current_stamp()
-                if stamp != self._seen or (self._refused_at and time.monotonic() - self._refused_at > RETRY_REFUSED_SECONDS):
+                if stamp != self._seen or (
+                    self._refused_at and time.monotonic() - self._refused_at > RETRY_REFUSED_SECONDS
+                ):
                     await self._look()
             except asyncio.CancelledError:
                 raise
@@ -364,7 +419,8 @@ class LiveReleases:
                 release_id = self.store.current()
                 if release_id is None:
                     self.reason_not_ready = (
-                        "no release is active in the store. Publish one with `omni rebuild`, or `omni release activate RELEASE_ID`"
+                        "no release is active in the store. Publish one with `omni rebuild`, or"
+                        " `omni release activate RELEASE_ID`"
                     )
                     if self.active is None:
                         log.warning("not ready: %s", self.reason_not_ready)
@@ -376,8 +432,14 @@ class LiveReleases:
             except OmniError as error:
                 self._refused_at = time.monotonic()
                 self.reason_not_ready = str(error)
-                log.error("still serving %s: %s", self.active.release_id if self.active else "nothing", error)
-            except BaseException:  # not looked at after all, e.g. no file descriptors: the next poll tries again
+                log.error(
+                    "still serving %s: %s",
+                    self.active.release_id if self.active else "nothing",
+                    error,
+                )
+            except (
+                BaseException
+            ):  # not looked at after all, e.g. no file descriptors: the next poll tries again
                 self._seen = None
                 raise
 
@@ -388,25 +450,54 @@ class LiveReleases:
             ("omni_release_load_seconds", (), self.load_seconds),
         ]
         if active is not None:
-            rows.append(("omni_release_info", (active.release_id, active.space_id, active.form_id), 1.0))
-            work = [sum(column) for column in zip(self._retired, *map(_work_of, self.loaded.values()), strict=True)]
-            names = ("omni_encode_batches", "omni_encode_texts", "omni_encode_dropped", "omni_cache_shared")
+            rows.append(
+                ("omni_release_info", (active.release_id, active.space_id, active.form_id), 1.0)
+            )
+            work = [
+                sum(column)
+                for column in zip(self._retired, *map(_work_of, self.loaded.values()), strict=True)
+            ]
+            names = (
+                "omni_encode_batches",
+                "omni_encode_texts",
+                "omni_encode_dropped",
+                "omni_cache_shared",
+            )
             rows += [(name, (), float(value)) for name, value in zip(names, work, strict=True)]
             rows.append(("omni_encode_waiting", (), float(active.batcher.waiting)))
-            rows += [("omni_live_sequence", (name,), float(active.follower.view(name).sequence)) for name in active.entities]
+            rows += [
+                ("omni_live_sequence", (name,), float(active.follower.view(name).sequence))
+                for name in active.entities
+            ]
             rows.append(("omni_live_failing", (), float(active.follower.error is not None)))
         return rows
 
 
-def _write_frequent(path: Path, prefix: str, items: Sequence[tuple[str, Entry]], count: int) -> None:
+def _write_frequent(
+    path: Path, prefix: str, items: Sequence[tuple[str, Entry]], count: int
+) -> None:
     held = most_frequent(items, prefix, count)
-    vectors = np.stack([entry.vector for _, entry in held]) if held else np.zeros((0, 1), dtype=np.float32)
-    np.savez(path, prefix=prefix, texts=np.array([text for text, _ in held], dtype=np.str_), vectors=vectors)
+    vectors = (
+        np.stack([entry.vector for _, entry in held])
+        if held
+        else np.zeros((0, 1), dtype=np.float32)
+    )
+    np.savez(
+        path,
+        prefix=prefix,
+        texts=np.array([text for text, _ in held], dtype=np.str_),
+        vectors=vectors,
+    )
 
 
 def _work_of(serving: ServingRelease) -> tuple[int, int, int, int]:
     """Batches, texts, dropped texts and shared misses of one release so far."""
-    return serving.batcher.batches, serving.batcher.texts, serving.batcher.dropped, serving.encoder.shared
+    return (
+        serving.batcher.batches,
+        serving.batcher.texts,
+        serving.batcher.dropped,
+        serving.encoder.shared,
+    )
 
 
 def _close_last(last: list[ServingRelease]) -> None:

@@ -35,7 +35,9 @@ class ServingRelease:
         self.release = release
         self.release_id = release.release_id
         self.space_id = release.space_id
-        self.query_space_id = "" if release.query_space_id == release.space_id else release.query_space_id
+        self.query_space_id = (
+            "" if release.query_space_id == release.space_id else release.query_space_id
+        )
         """Empty: the query tower is of the vectors' own space."""
         self.dimension = release.dimension
         self.entities = release.entities
@@ -54,7 +56,14 @@ class ServingRelease:
             max_queue=config.max_encode_queue,
         )
         self.prefix = namespace(release.query_vectors_id, encoding.form_id)
-        self.encoder = CachedEncoder(cache, self.batcher, self.prefix, release.dimension, redis, max_queue=config.max_encode_queue)
+        self.encoder = CachedEncoder(
+            cache,
+            self.batcher,
+            self.prefix,
+            release.dimension,
+            redis,
+            max_queue=config.max_encode_queue,
+        )
 
     def close(self) -> None:
         """Stop following the log and the encoder's thread; nobody may use this release any more."""
@@ -80,13 +89,15 @@ def prove(release: Release, encoding: QueryEncoding, min_recall: float = 0.0) ->
     """
     if encoding.dimension != release.dimension:
         raise ReleaseRefused(
-            f"{release.release_id}: the indexes hold vectors of {release.dimension} dimensions, "
-            f"but its query encoder makes {encoding.dimension}. Its parts do not belong together: rebuild it."
+            f"{release.release_id}: the indexes hold vectors of {release.dimension} dimensions, but"
+            f" its query encoder makes {encoding.dimension}. Its parts do not belong together:"
+            " rebuild it."
         )
     for entity_type, result in release.replay_golden().items():
         if result.recall < min_recall:
             raise ReleaseRefused(
-                f"{release.release_id}/{entity_type}: expected golden recall of at least {min_recall:.3f}, but got {result.recall:.3f}."
+                f"{release.release_id}/{entity_type}: expected golden recall of at least"
+                f" {min_recall:.3f}, but got {result.recall:.3f}."
             )
     parity: dict[str, float] = {}
     for entity_type in release.entities:
@@ -98,8 +109,9 @@ def prove(release: Release, encoding: QueryEncoding, min_recall: float = 0.0) ->
         parity[entity_type] = float(np.mean(np.sum(made * golden.vectors[rows], axis=1)))
         if not parity[entity_type] >= MIN_PARITY_COSINE:
             raise ReleaseRefused(
-                f"{release.release_id}/{entity_type}: expected golden queries encoded as {encoding.form_id} to agree with the trainer's "
-                f"vectors (mean cosine {MIN_PARITY_COSINE} or more), but got {parity[entity_type]:.4f}. "
-                "Its encoder and indexes do not belong together: rebuild it."
+                f"{release.release_id}/{entity_type}: expected golden queries encoded as"
+                f" {encoding.form_id} to agree with the trainer's vectors (mean cosine"
+                f" {MIN_PARITY_COSINE} or more), but got {parity[entity_type]:.4f}. Its encoder and"
+                " indexes do not belong together: rebuild it."
             )
     return parity

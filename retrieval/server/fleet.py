@@ -70,7 +70,11 @@ class Fleet:
 
     def of(self, release_id: str) -> list[Worker]:
         """The workers of a release that were not told to end, ready or not."""
-        return [worker for worker in self.workers.values() if worker.release_id == release_id and not worker.leaving]
+        return [
+            worker
+            for worker in self.workers.values()
+            if worker.release_id == release_id and not worker.leaving
+        ]
 
     def fork(self, release_id: str, handed_over: list[Path]) -> Worker:
         """Start one worker. Raises ``OSError`` when the system has no room for it."""

@@ -71,9 +71,14 @@ class ReleaseCheck:
         try:
             verdict = json.loads(self._heard)
         except ValueError:
-            verdict = {"kind": "", "error": f"{self._release_id}: the process that verified it has died."}
+            verdict = {
+                "kind": "",
+                "error": f"{self._release_id}: the process that verified it has died.",
+            }
         if verdict["error"]:
-            raise (ReleaseNotFound if verdict["kind"] == "ReleaseNotFound" else ReleaseRefused)(verdict["error"])
+            raise (ReleaseNotFound if verdict["kind"] == "ReleaseNotFound" else ReleaseRefused)(
+                verdict["error"]
+            )
 
     def close(self) -> None:
         """Collect the child; one that is not done is killed."""
@@ -93,5 +98,8 @@ def _verdict(verify: Callable[[], object]) -> dict[str, str]:
         return {"kind": type(error).__name__, "error": str(error)}
     except Exception as error:
         log.exception("a release could not be verified")
-        return {"kind": type(error).__name__, "error": f"the release could not be verified: {type(error).__name__}: {error}"}
+        return {
+            "kind": type(error).__name__,
+            "error": f"the release could not be verified: {type(error).__name__}: {error}",
+        }
     return {"kind": "", "error": ""}

@@ -103,7 +103,9 @@ class Server:
         await self.grpc_server.start()
         if self.http is not None:
             assert self.config.metrics_port is not None
-            self.metrics_port = await self.http.start(self.config.host, self.config.metrics_port, reuse_port=self.config.workers > 1)
+            self.metrics_port = await self.http.start(
+                self.config.host, self.config.metrics_port, reuse_port=self.config.workers > 1
+            )
         if self.snapshots is not None:
             self._writer = asyncio.ensure_future(self._write_snapshots(self.snapshots))
 
@@ -171,7 +173,11 @@ async def create_server(config: ServeConfig, *, crew: Crew | None = None) -> Ser
         credentials = make(config.tls_cert, config.tls_key, config.tls_client_ca)
     if config.port and crew is None and not address_is_free(config.host, config.port):
         raise AddressInUse(f"{config.host}:{config.port}")
-    if config.metrics_port and crew is None and not address_is_free(config.host, config.metrics_port):
+    if (
+        config.metrics_port
+        and crew is None
+        and not address_is_free(config.host, config.metrics_port)
+    ):
         raise AddressInUse(f"{config.host}:{config.metrics_port}", "--metrics-port")
 
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
@@ -185,19 +191,36 @@ async def create_server(config: ServeConfig, *, crew: Crew | None = None) -> Ser
         if config.redis_url is None:
             return None
         if dimension not in tiers:
-            tier = RedisTier(config.redis_url, dimension, config.cache_ttl_seconds, config.redis_timeout_ms / 1e3, config.redis_secret)
+            tier = RedisTier(
+                config.redis_url,
+                dimension,
+                config.cache_ttl_seconds,
+                config.redis_timeout_ms / 1e3,
+                config.redis_secret,
+            )
             tiers[dimension] = tier
             redis_tiers.append(tier)
         return tiers[dimension]
 
     redis_tiers: list[RedisTier] = []
-    releases = LiveReleases(config, cache, metrics, redis=redis_for, graphs=crew.graphs if crew else None, watch=crew is None)
+    releases = LiveReleases(
+        config,
+        cache,
+        metrics,
+        redis=redis_for,
+        graphs=crew.graphs if crew else None,
+        watch=crew is None,
+    )
     service = RetrievalService(
         config,
         releases,
         metrics,
         tokens=tokens,
-        impressions=ImpressionLog(config.impression_log, crew.number if crew else 0) if config.impression_log is not None else None,
+        impressions=(
+            ImpressionLog(config.impression_log, crew.number if crew else 0)
+            if config.impression_log is not None
+            else None
+        ),
         tracer=Tracer(config.otlp_endpoint) if config.otlp_endpoint is not None else None,
         change_release=crew.change_release if crew else None,
     )
@@ -209,7 +232,9 @@ async def create_server(config: ServeConfig, *, crew: Crew | None = None) -> Ser
     health_pb2_grpc.add_HealthServicer_to_server(health_service, grpc_server)
     names = [pb.DESCRIPTOR.services_by_name[name].full_name for name in ("Retrieval", "Admin")]
     reflected = [*names, health.SERVICE_NAME, reflection.SERVICE_NAME]
-    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(reflection.aio.ReflectionServicer(reflected), grpc_server)
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(
+        reflection.aio.ReflectionServicer(reflected), grpc_server
+    )
     for name in ("", RETRIEVAL, ADMIN):
         await health_service.set(name, NOT_SERVING)
 
@@ -227,8 +252,23 @@ async def create_server(config: ServeConfig, *, crew: Crew | None = None) -> Ser
 
     releases.on_change += [report_health, measure_anew]
     snapshots = SharedSnapshots(crew.snapshots_folder, metrics) if crew else None
-    http = HttpServer(_routes(service, metrics, snapshots)) if config.metrics_port is not None else None
-    server = Server(config, grpc_server, 0, service, releases, metrics, health_service, http, redis_tiers, snapshots)
+    http = (
+        HttpServer(_routes(service, metrics, snapshots))
+        if config.metrics_port is not None
+        else None
+    )
+    server = Server(
+        config,
+        grpc_server,
+        0,
+        service,
+        releases,
+        metrics,
+        health_service,
+        http,
+        redis_tiers,
+        snapshots,
+    )
     server.credentials = credentials
     if crew is not None and crew.listener is not None:
         assert isinstance(grpc_server, Http2Server), "only this transport shares a listener"
@@ -240,7 +280,9 @@ async def create_server(config: ServeConfig, *, crew: Crew | None = None) -> Ser
     return server
 
 
-def _transport(config: ServeConfig, reuse_port: bool, listener: socket.socket | None) -> grpc.aio.Server | Http2Server:
+def _transport(
+    config: ServeConfig, reuse_port: bool, listener: socket.socket | None
+) -> grpc.aio.Server | Http2Server:
     limits = config.limits
     if config.transport == "http2":
         return Http2Server(
@@ -261,10 +303,13 @@ def _transport(config: ServeConfig, reuse_port: bool, listener: socket.socket | 
     return grpc.aio.server(options=options)
 
 
-def _routes(service: RetrievalService, metrics: Metrics, snapshots: SharedSnapshots | None) -> dict[str, Handler]:
+def _routes(
+    service: RetrievalService, metrics: Metrics, snapshots: SharedSnapshots | None
+) -> dict[str, Handler]:
     async def scrape(request: Request) -> Response:
         return Response(
-            exposition(snapshots.merged() if snapshots is not None else metrics.snapshot()), "text/plain; version=0.0.4; charset=utf-8"
+            exposition(snapshots.merged() if snapshots is not None else metrics.snapshot()),
+            "text/plain; version=0.0.4; charset=utf-8",
         )
 
     async def healthz(request: Request) -> Response:
@@ -273,7 +318,12 @@ def _routes(service: RetrievalService, metrics: Metrics, snapshots: SharedSnapsh
             reason = "draining" if service.leaving else service.releases.reason_not_ready
             return Response.of_json({"ready": False, "reason": reason}, 503)
         return Response.of_json(
-            {"ready": True, "release_id": active.release_id, "space_id": active.space_id, "entity_types": sorted(active.entities)}
+            {
+                "ready": True,
+                "release_id": active.release_id,
+                "space_id": active.space_id,
+                "entity_types": sorted(active.entities),
+            }
         )
 
     routes: dict[str, Handler] = {"/metrics": scrape, "/healthz": healthz}
@@ -287,7 +337,9 @@ def _routes(service: RetrievalService, metrics: Metrics, snapshots: SharedSnapsh
     return routes
 
 
-def _cache_measurements(cache: QueryCache, tiers: list[RedisTier]) -> list[tuple[str, Labels, float]]:
+def _cache_measurements(
+    cache: QueryCache, tiers: list[RedisTier]
+) -> list[tuple[str, Labels, float]]:
     rows: list[tuple[str, Labels, float]] = [
         ("omni_cache_hits", (), float(cache.hits)),
         ("omni_cache_misses", (), float(cache.misses)),
@@ -297,8 +349,15 @@ def _cache_measurements(cache: QueryCache, tiers: list[RedisTier]) -> list[tuple
         ("omni_process_rss_bytes", (), float(_resident_bytes())),
     ]
     if tiers:
-        for outcome, attribute in (("hit", "hits"), ("miss", "misses"), ("failure", "failures"), ("refused", "refused")):
-            rows.append(("omni_redis", (outcome,), float(sum(getattr(tier, attribute) for tier in tiers))))
+        for outcome, attribute in (
+            ("hit", "hits"),
+            ("miss", "misses"),
+            ("failure", "failures"),
+            ("refused", "refused"),
+        ):
+            rows.append(
+                ("omni_redis", (outcome,), float(sum(getattr(tier, attribute) for tier in tiers)))
+            )
     return rows
 
 

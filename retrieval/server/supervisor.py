@@ -35,7 +35,13 @@ from index_builder.releases.store import CURRENT_NAME, ReleaseStore
 from index_builder.search.entity_index import EntityIndex
 from retrieval.config import ServeConfig
 from retrieval.encoding.query_encoder import choose_form
-from retrieval.errors import AddressInUse, NothingToRollBack, NotReady, ReleaseRefused, UnknownRelease
+from retrieval.errors import (
+    AddressInUse,
+    NothingToRollBack,
+    NotReady,
+    ReleaseRefused,
+    UnknownRelease,
+)
 from retrieval.http2.server import BACKLOG
 from retrieval.releases.manager import RETRY_REFUSED_SECONDS
 from retrieval.server.fleet import Fleet, Worker
@@ -66,7 +72,11 @@ class Supervisor:
         self._reserved: list[socket.socket] = []
         self._listener: socket.socket | None = None
         port = self._reserve(config.host, config.port, "--port")
-        metrics_port = None if config.metrics_port is None else self._reserve(config.host, config.metrics_port, "--metrics-port")
+        metrics_port = (
+            None
+            if config.metrics_port is None
+            else self._reserve(config.host, config.metrics_port, "--metrics-port")
+        )
         self.config = replace(config, port=port, metrics_port=metrics_port)
         if config.transport == "http2":
             self._listener = self._reserved[0]
@@ -92,7 +102,9 @@ class Supervisor:
         self._reserved.append(held)
         return int(held.getsockname()[1])
 
-    def _run_worker(self, control: socket.socket, number: int, release_id: str, handed_over: list[Path]) -> int:
+    def _run_worker(
+        self, control: socket.socket, number: int, release_id: str, handed_over: list[Path]
+    ) -> int:
         given = Assignment(
             config=self.config,
             number=number,
@@ -133,7 +145,9 @@ class Supervisor:
                 self._keep_up()
                 while self.fleet.changes and not self._stopping:
                     self._carry_out(*self.fleet.changes.popleft())
-                if self._stamp() != self._seen or (self._refused_at and time.monotonic() - self._refused_at > RETRY_REFUSED_SECONDS):
+                if self._stamp() != self._seen or (
+                    self._refused_at and time.monotonic() - self._refused_at > RETRY_REFUSED_SECONDS
+                ):
                     self._follow_store()
         finally:
             self._shut_down()
@@ -159,14 +173,20 @@ class Supervisor:
         except Exception as error:  # whatever a store can hold: healthy workers go on
             self._refused_at = time.monotonic()
             self.reason = told(error)
-            log.error("still serving %s: %s", self.release_id or "nothing", self.reason, exc_info=not isinstance(error, OmniError))
+            log.error(
+                "still serving %s: %s",
+                self.release_id or "nothing",
+                self.reason,
+                exc_info=not isinstance(error, OmniError),
+            )
         self._retire_all_but(self.release_id)
 
     def _carry_out(self, worker: Worker, wanted: str) -> None:
         """One Activate, or Rollback if ``wanted`` is empty; the worker that asked gets exactly one reply, in the order it asked."""
         if worker not in self.fleet:
             log.warning(
-                "a change to %s is dropped: the worker that asked for it has died", repr(wanted) if wanted else "the release before"
+                "a change to %s is dropped: the worker that asked for it has died",
+                repr(wanted) if wanted else "the release before",
             )
             return
         before = self.release_id
@@ -174,8 +194,19 @@ class Supervisor:
             now = self._activate(wanted) if wanted else self._rollback()
             reply = {"type": "changed", "now": now, "before": before, "error": "", "kind": ""}
         except Exception as error:
-            reply = {"type": "changed", "now": "", "before": before, "error": told(error), "kind": type(error).__name__}
-            log.error("still serving %s: %s", before or "nothing", reply["error"], exc_info=not isinstance(error, OmniError))
+            reply = {
+                "type": "changed",
+                "now": "",
+                "before": before,
+                "error": told(error),
+                "kind": type(error).__name__,
+            }
+            log.error(
+                "still serving %s: %s",
+                before or "nothing",
+                reply["error"],
+                exc_info=not isinstance(error, OmniError),
+            )
         self.fleet.send(worker, reply)
         self._retire_all_but(self.release_id)
 
@@ -224,9 +255,16 @@ class Supervisor:
 
     def _rollback(self) -> str:
         record = self.store.current_record()
-        target = next((old for old in record.history if self.store.path_of(old).is_dir()), None) if record else None
+        target = (
+            next((old for old in record.history if self.store.path_of(old).is_dir()), None)
+            if record
+            else None
+        )
         if target is None:
-            raise NothingToRollBack("there is no earlier release to roll back to: only one was ever active, or the others were collected.")
+            raise NothingToRollBack(
+                "there is no earlier release to roll back to: only one was ever active, or the"
+                " others were collected."
+            )
 
         def commit() -> None:
             try:
@@ -234,12 +272,17 @@ class Supervisor:
             except ReleaseNotFound as error:
                 raise NothingToRollBack(str(error)) from error
             if now != target:
-                raise ReleaseRefused(f"another process changed CURRENT meanwhile: the rollback went to {now}, which is loaded next.")
+                raise ReleaseRefused(
+                    f"another process changed CURRENT meanwhile: the rollback went to {now}, which"
+                    " is loaded next."
+                )
 
         self._change_generation(target, commit)
         return target
 
-    def _change_generation(self, release_id: str, commit: Callable[[], object] = lambda: None) -> None:
+    def _change_generation(
+        self, release_id: str, commit: Callable[[], object] = lambda: None
+    ) -> None:
         """Load, fork, wait until every new worker listens, then write to the store; the caller retires the old generation.
 
         Args:
@@ -264,11 +307,16 @@ class Supervisor:
             if failed and self._stopping:
                 raise NotReady("the server is shutting down.")
             if failed:
-                raise ReleaseRefused(failed[0].error or f"{release_id}: a worker did not get ready within {READY_SECONDS:.0f} s.")
+                raise ReleaseRefused(
+                    failed[0].error
+                    or f"{release_id}: a worker did not get ready within {READY_SECONDS:.0f} s."
+                )
             commit()
         except BaseException:
             for worker in fresh:  # who is ready has calls already, and finishes them
-                self.fleet.dismiss(worker, signal.SIGTERM if worker.ready and not worker.error else signal.SIGKILL)
+                self.fleet.dismiss(
+                    worker, signal.SIGTERM if worker.ready and not worker.error else signal.SIGKILL
+                )
             self._graphs.pop(release_id, None)
             raise
         finally:
@@ -277,7 +325,12 @@ class Supervisor:
                     path.unlink()
         self.release_id = release_id
         self._restart_at, self._restart_pause = 0.0, RESTART_SECONDS
-        log.info("%d workers serve release %s after %.1f s", len(fresh), release_id, time.perf_counter() - started)
+        log.info(
+            "%d workers serve release %s after %.1f s",
+            len(fresh),
+            release_id,
+            time.perf_counter() - started,
+        )
         while len(self._graphs) > self.config.keep_releases:
             self._graphs.popitem(last=False)
 
@@ -286,8 +339,14 @@ class Supervisor:
         if release_id not in self._graphs:
             self._verify(release_id)
             path = self.store.path_of(release_id)
-            graphs = {entity_type: EntityIndex.load_graph(path / entity_type) for entity_type in read_manifest(path).entities}
-            if choose_form("cpu", self.config.encoder_form, path / "forms", has_gpu=False) == "torch-fp32":
+            graphs = {
+                entity_type: EntityIndex.load_graph(path / entity_type)
+                for entity_type in read_manifest(path).entities
+            }
+            if (
+                choose_form("cpu", self.config.encoder_form, path / "forms", has_gpu=False)
+                == "torch-fp32"
+            ):
                 importlib.import_module(
                     "encoders.towers.query_tower"
                 )  # once here instead of seconds in every worker; importing starts no threads
@@ -320,8 +379,13 @@ class Supervisor:
 
     def _dump_caches(self) -> list[Path]:
         """Ask the serving workers for their frequent queries; who does not answer within three seconds is left out."""
-        asked = [worker for worker in self.fleet.of(self.release_id) if worker.ready and self.release_id]
-        paths = {worker.pid: self._folder / f"cache-{worker.pid}-{time.monotonic_ns()}.npz" for worker in asked}
+        asked = [
+            worker for worker in self.fleet.of(self.release_id) if worker.ready and self.release_id
+        ]
+        paths = {
+            worker.pid: self._folder / f"cache-{worker.pid}-{time.monotonic_ns()}.npz"
+            for worker in asked
+        }
         for worker in asked:
             worker.dumped = False
             self.fleet.send(worker, {"type": "dump", "path": str(paths[worker.pid])})
@@ -333,13 +397,17 @@ class Supervisor:
     def _wait_ready(self, fresh: list[Worker]) -> None:
         until = time.monotonic() + READY_SECONDS
         while time.monotonic() < until and not self._stopping:
-            gone = [worker for worker in fresh if not worker.is_running()]  # before reading: a dead worker's last words are then all here
+            gone = [
+                worker for worker in fresh if not worker.is_running()
+            ]  # before reading: a dead worker's last words are then all here
             self.fleet.listen(0.05)
             if all(worker.ready for worker in fresh) or any(worker.error for worker in fresh):
                 return
             for worker in gone:
                 if not worker.ready:
-                    worker.error = f"{worker.release_id}: a worker died while it was loading the release."
+                    worker.error = (
+                        f"{worker.release_id}: a worker died while it was loading the release."
+                    )
                     return
             self._look_after_workers()
 

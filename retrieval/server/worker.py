@@ -30,7 +30,11 @@ Graphs = dict[str, AnnIndex]
 
 def told(error: Exception) -> str:
     """What a caller and the log read of an error."""
-    return str(error) if isinstance(error, OmniError) else f"the release could not be taken into service: {type(error).__name__}: {error}"
+    return (
+        str(error)
+        if isinstance(error, OmniError)
+        else f"the release could not be taken into service: {type(error).__name__}: {error}"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +89,16 @@ async def _serve(control: socket.socket, given: Assignment) -> int:
         if reply["error"]:
             if reply["kind"] == "UnknownRelease":
                 raise UnknownRelease(wanted)
-            kinds: tuple[type[OmniError], ...] = (NothingToRollBack, NotReady, PublisherBusy, DiskFull, ReleaseNotFound)
-            raise next((kind for kind in kinds if kind.__name__ == reply["kind"]), ReleaseRefused)(reply["error"])
+            kinds: tuple[type[OmniError], ...] = (
+                NothingToRollBack,
+                NotReady,
+                PublisherBusy,
+                DiskFull,
+                ReleaseNotFound,
+            )
+            raise next((kind for kind in kinds if kind.__name__ == reply["kind"]), ReleaseRefused)(
+                reply["error"]
+            )
         return str(reply["now"]), str(reply["before"])
 
     stop = asyncio.Event()
@@ -120,12 +132,16 @@ async def _serve(control: socket.socket, given: Assignment) -> int:
             stop.set()
             for future in changes:
                 if not future.done():
-                    future.set_exception(NotReady("the server is shutting down; ask again what it serves."))
+                    future.set_exception(
+                        NotReady("the server is shutting down; ask again what it serves.")
+                    )
 
     listener = asyncio.ensure_future(listen_to_supervisor())
     try:
         if given.release_id:
-            loading = asyncio.ensure_future(server.releases.adopt(given.release_id, given.handed_over))
+            loading = asyncio.ensure_future(
+                server.releases.adopt(given.release_id, given.handed_over)
+            )
             stopping = asyncio.ensure_future(stop.wait())
             await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
             if stop.is_set():  # told to end while still loading: nobody depends on this worker yet

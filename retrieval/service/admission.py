@@ -22,7 +22,16 @@ class Admission:
     requests cannot hide behind a small number.
     """
 
-    __slots__ = ("_service_ms", "accepted", "coming", "in_flight", "limit", "peak", "refused", "requests")
+    __slots__ = (
+        "_service_ms",
+        "accepted",
+        "coming",
+        "in_flight",
+        "limit",
+        "peak",
+        "refused",
+        "requests",
+    )
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -89,7 +98,9 @@ class Refusals:
         count: Counts one event under labels.
     """
 
-    def __init__(self, method: str, admission: Admission, count: Callable[[str, tuple[str, ...]], None]) -> None:
+    def __init__(
+        self, method: str, admission: Admission, count: Callable[[str, tuple[str, ...]], None]
+    ) -> None:
         self._admission = admission
         self._count = count
         self._labels = (method, "RESOURCE_EXHAUSTED")
@@ -112,7 +123,9 @@ class Refusals:
             if len(self._made) >= KEPT_REFUSALS:
                 self._made.clear()
             error = Overloaded(what, limit, retry_after_ms)
-            made = self._made[key] = refusal(*status_for(error), retry_trailer(error), pause_ms / 1e3)
+            made = self._made[key] = refusal(
+                *status_for(error), retry_trailer(error), pause_ms / 1e3
+            )
         return made
 
 
@@ -124,4 +137,7 @@ def retry_trailer(error: BaseException) -> tuple[tuple[str, str], ...]:
 def check_deadline(remaining_seconds: float | None) -> None:
     """Raise ``DeadlinePassed`` when nothing is left of the caller's time; None means that it set no deadline."""
     if remaining_seconds is not None and remaining_seconds <= 0:
-        raise DeadlinePassed("the deadline passed before the request was looked at. Give it more time, or send less at once.")
+        raise DeadlinePassed(
+            "the deadline passed before the request was looked at. Give it more time, or send less"
+            " at once."
+        )

@@ -45,7 +45,13 @@ class Key(NamedTuple):
 def shape_of(target: Any) -> Shape | None:
     """The shape of a RetrieveRequest or Target; None if its answers are not kept."""
     has = target.HasField
-    if target.exclude_ids or target.exact or target.attributes or has("diversity") or has("collapse_above"):
+    if (
+        target.exclude_ids
+        or target.exact
+        or target.attributes
+        or has("diversity")
+        or has("collapse_above")
+    ):
         return None
     return Shape(
         target.k,
@@ -71,7 +77,9 @@ class KeptAnswer:
     def result(self) -> SearchResult:
         """The answer as the index gave it."""
         ids, scores = ids_and_scores(pb.Answer.FromString(self.hits).hits)
-        return SearchResult(ids, scores, self.plan, self.ef, self.estimated_recall, self.selectivity)
+        return SearchResult(
+            ids, scores, self.plan, self.ef, self.estimated_recall, self.selectivity
+        )
 
 
 def hits_on_the_wire(ids: Sequence[str], scores: Float32) -> bytes:
@@ -86,7 +94,9 @@ def hits_on_the_wire(ids: Sequence[str], scores: Float32) -> bytes:
 
 def ids_and_scores(hits: Any) -> tuple[list[str], Float32]:
     """Ids and float32 scores of a message's ``hits``, best first."""
-    return [hit.id for hit in hits], np.fromiter((hit.score for hit in hits), dtype=np.float32, count=len(hits))
+    return [hit.id for hit in hits], np.fromiter(
+        (hit.score for hit in hits), dtype=np.float32, count=len(hits)
+    )
 
 
 class AnswerCache:
@@ -100,7 +110,9 @@ class AnswerCache:
         self.max_bytes = max_bytes
         self.hits = 0
         self.misses = 0
-        self._answers: LRUCache[Key, KeptAnswer] = LRUCache(max(1, max_bytes), getsizeof=attrgetter("size"))
+        self._answers: LRUCache[Key, KeptAnswer] = LRUCache(
+            max(1, max_bytes), getsizeof=attrgetter("size")
+        )
 
     def __len__(self) -> int:
         return len(self._answers)

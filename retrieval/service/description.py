@@ -43,7 +43,11 @@ def default_point(index: EntityIndex) -> CurvePoint | None:
         return None
     ef = index.calibration.ef_for(index.default_recall)
     points = index.calibration.points
-    return points[-1] if ef is None else next((point for point in points if point.ef >= ef), points[-1])
+    return (
+        points[-1]
+        if ef is None
+        else next((point for point in points if point.ef >= ef), points[-1])
+    )
 
 
 def describe_entity(serving: ServingRelease, entity_type: str) -> pb.EntityDescription:
@@ -59,11 +63,17 @@ def describe_entity(serving: ServingRelease, entity_type: str) -> pb.EntityDescr
     if index.ann.exact:
         out.ann_recall_at_10 = out.ann_recall_low = out.ann_recall_high = 1.0
     elif (point := default_point(index)) is not None:
-        out.ann_recall_at_10, out.ann_recall_low, out.ann_recall_high = point.recall, point.low, point.high
+        out.ann_recall_at_10, out.ann_recall_low, out.ann_recall_high = (
+            point.recall,
+            point.low,
+            point.high,
+        )
     return out
 
 
-def describe(serving: ServingRelease, loaded: Iterable[str], limits: Limits) -> pb.DescribeReleaseResponse:
+def describe(
+    serving: ServingRelease, loaded: Iterable[str], limits: Limits
+) -> pb.DescribeReleaseResponse:
     """The whole answer."""
     manifest = serving.release.manifest
     return pb.DescribeReleaseResponse(
@@ -78,5 +88,7 @@ def describe(serving: ServingRelease, loaded: Iterable[str], limits: Limits) -> 
         limits=limits_message(limits),
         loaded_release_ids=list(loaded),
         server_version=server_version(),
-        manifest_json=json.dumps({**asdict(manifest), "files": len(manifest.files)}, ensure_ascii=False, default=str),
+        manifest_json=json.dumps(
+            {**asdict(manifest), "files": len(manifest.files)}, ensure_ascii=False, default=str
+        ),
     )

@@ -11,7 +11,9 @@ POOL_FACTOR = 4
 """Results fetched per wanted result when re-ranking is asked for."""
 
 
-def maximal_marginal_relevance(scores: Float32, vectors: Float32, k: int, trade_off: float) -> list[int]:
+def maximal_marginal_relevance(
+    scores: Float32, vectors: Float32, k: int, trade_off: float
+) -> list[int]:
     """Choose ``k`` rows, each maximising ``trade_off * score - (1 - trade_off) * max cosine to those already chosen``.
 
     Args:
@@ -56,9 +58,15 @@ def collapse_near_duplicates(vectors: Float32, threshold: float) -> list[int]:
     return kept
 
 
-def rerank(scores: Float32, vectors: Float32, k: int, diversity: float | None, collapse_above: float | None) -> list[int]:
+def rerank(
+    scores: Float32, vectors: Float32, k: int, diversity: float | None, collapse_above: float | None
+) -> list[int]:
     """Collapse first, then diversify, then cut to ``k``; returns row numbers of the pool in their new order."""
-    rows = list(range(len(scores))) if collapse_above is None else collapse_near_duplicates(vectors, collapse_above)
+    rows = (
+        list(range(len(scores)))
+        if collapse_above is None
+        else collapse_near_duplicates(vectors, collapse_above)
+    )
     if diversity is None or diversity >= 1.0:
         return rows[:k]
     picked = maximal_marginal_relevance(scores[rows], vectors[rows], k, diversity)

@@ -70,7 +70,12 @@ class ReadyAnswers:
             request = _parse(content)
             index = serving.entities.get(request.entity_type)
             shape = shape_of(request)
-            if index is None or shape is None or not 0 < shape.k <= self._max_k or request.release_id not in ("", serving.release_id):
+            if (
+                index is None
+                or shape is None
+                or not 0 < shape.k <= self._max_k
+                or request.release_id not in ("", serving.release_id)
+            ):
                 return None
             if self.service.tokens is not None:
                 caller = self.service.tokens.caller(context.invocation_metadata())
@@ -103,7 +108,9 @@ class ReadyAnswers:
             timings = response.timings
             timings.search_ns = search_ns
             timings.total_ns = total_ns = _now() - started
-            answer: bytes = hits + response.SerializeToString() + self._tail(serving, entry is not None, how)
+            answer: bytes = (
+                hits + response.SerializeToString() + self._tail(serving, entry is not None, how)
+            )
         except Exception:  # the general way meets the same mistake, or memory that is short for all, and has the words for it
             return None
         if entry is not None:
@@ -116,19 +123,39 @@ class ReadyAnswers:
         admission.accepted += 1
         if self.shadow.wants():
             shown = how.result() if isinstance(how, KeptAnswer) else how
-            self.service.offer_shadow(serving, index, vector, request, shown.ids, shown.scores, shown.selectivity, request.language)
+            self.service.offer_shadow(
+                serving,
+                index,
+                vector,
+                request,
+                shown.ids,
+                shown.scores,
+                shown.selectivity,
+                request.language,
+            )
         return answer
 
-    def _search(self, index: EntityIndex, vector: np.ndarray, shape: Shape) -> tuple[SearchResult, int] | None:
+    def _search(
+        self, index: EntityIndex, vector: np.ndarray, shape: Shape
+    ) -> tuple[SearchResult, int] | None:
         """Search what is plain and known to be short; returns what was found and the nanoseconds, or None."""
         k, min_recall, expression, min_score = shape
-        if k > MAX_K or expression or min_score is not None or (min_recall is not None and not 0 < min_recall <= 1):
+        if (
+            k > MAX_K
+            or expression
+            or min_score is not None
+            or (min_recall is not None and not 0 < min_recall <= 1)
+        ):
             return None
         key = self.searcher.plain_key(index, k, min_recall)
         if not self.searcher.is_short(key):
             return None
         searching = _now()
-        result = index.search(vector, k) if min_recall is None else index.search(vector, k, min_recall=min_recall)
+        result = (
+            index.search(vector, k)
+            if min_recall is None
+            else index.search(vector, k, min_recall=min_recall)
+        )
         search_ns = _now() - searching
         self.searcher.learn(key, search_ns / 1e9)
         return result, search_ns
@@ -145,7 +172,9 @@ class ReadyAnswers:
                 return encoder.find(normal), normal
         return entry, text
 
-    def _hopeless(self, text: str, serving: ServingRelease, remaining: float | None) -> Refusal | None:
+    def _hopeless(
+        self, text: str, serving: ServingRelease, remaining: float | None
+    ) -> Refusal | None:
         """The refusal of a text that must be encoded and would not be, or too late; None if there is hope."""
         if not serving.encoder.must_encode(text):
             return None
@@ -155,7 +184,16 @@ class ReadyAnswers:
     def _tail(self, serving: ServingRelease, cached: bool, how: SearchResult | KeptAnswer) -> bytes:
         """The fields that repeat from answer to answer, serialised once; parts of a message may simply follow each other."""
         kept = isinstance(how, KeptAnswer)
-        key = (serving.release_id, serving.space_id, cached, kept, how.plan, how.ef, how.estimated_recall, how.selectivity)
+        key = (
+            serving.release_id,
+            serving.space_id,
+            cached,
+            kept,
+            how.plan,
+            how.ef,
+            how.estimated_recall,
+            how.selectivity,
+        )
         tail = self._tails.get(key)
         if tail is None:
             if len(self._tails) > 1000:
@@ -179,7 +217,11 @@ def _ready_vector(request: pb.RetrieveRequest, serving: ServingRelease) -> np.nd
     embedding = request.embedding
     if not embedding:
         return None
-    if request.query or request.space_id != serving.space_id or len(embedding) != 4 * serving.dimension:
+    if (
+        request.query
+        or request.space_id != serving.space_id
+        or len(embedding) != 4 * serving.dimension
+    ):
         raise ValueError("not plain")
     vector = np.frombuffer(embedding, dtype="<f4")
     if not LOW <= vector.dot(vector) <= HIGH:

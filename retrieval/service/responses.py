@@ -13,10 +13,17 @@ from retrieval.service.searcher import Found
 from retrieval.service.validation import to_value
 
 
-def fill_answer(answer: pb.Answer, index: EntityIndex, target: pb.Target, cached: bool, found: Found) -> pb.Answer:
+def fill_answer(
+    answer: pb.Answer, index: EntityIndex, target: pb.Target, cached: bool, found: Found
+) -> pb.Answer:
     """Write one search's results and how they were found into ``answer``; returns it."""
     result = found.result
-    answer.plan, answer.ef, answer.search_ns, answer.cache_hit = result.plan, result.ef, found.search_ns, cached
+    answer.plan, answer.ef, answer.search_ns, answer.cache_hit = (
+        result.plan,
+        result.ef,
+        found.search_ns,
+        cached,
+    )
     answer.answer_cached = found.kept
     if result.estimated_recall is not None:
         answer.estimated_recall = result.estimated_recall
@@ -32,13 +39,25 @@ def fill_answer(answer: pb.Answer, index: EntityIndex, target: pb.Target, cached
 
 def fill_kept(answer: pb.Answer, known: KeptAnswer, cached: bool) -> None:
     """Write what an earlier search found into ``answer``."""
-    answer.MergeFromString(known.hits + _how_kept(known.plan, known.ef, known.estimated_recall, known.selectivity, cached))
+    answer.MergeFromString(
+        known.hits
+        + _how_kept(known.plan, known.ef, known.estimated_recall, known.selectivity, cached)
+    )
 
 
 @lru_cache(1000)
-def _how_kept(plan: str, ef: int, recall: float | None, selectivity: float | None, cached: bool) -> bytes:
+def _how_kept(
+    plan: str, ef: int, recall: float | None, selectivity: float | None, cached: bool
+) -> bytes:
     """The fields that repeat from answer to answer, serialised."""
-    answer = pb.Answer(plan=plan, ef=ef, estimated_recall=recall, selectivity=selectivity, cache_hit=cached, answer_cached=True)
+    answer = pb.Answer(
+        plan=plan,
+        ef=ef,
+        estimated_recall=recall,
+        selectivity=selectivity,
+        cache_hit=cached,
+        answer_cached=True,
+    )
     serialised: bytes = answer.SerializeToString()
     return serialised
 

@@ -31,7 +31,9 @@ class Found(NamedTuple):
     result: SearchResult
     search_ns: int
     rerank_ns: int
-    plain: bool  # no re-ranking: the ids are the index's top k and may be compared with the exact ones
+    plain: (
+        bool  # no re-ranking: the ids are the index's top k and may be compared with the exact ones
+    )
     kept: bool = False  # by an earlier search
 
 
@@ -76,10 +78,14 @@ class Searcher:
         collapse = target.collapse_above if target.HasField("collapse_above") else None
         k: int = target.k
         if diversity is None and collapse is None:
-            result, search_ns = await self.timed(index, options, k, partial(index.search, vector, k, **options))
+            result, search_ns = await self.timed(
+                index, options, k, partial(index.search, vector, k, **options)
+            )
             return Found(result.ids, result.scores, result, search_ns, 0, True)
         pool = min(POOL_FACTOR * k, max(k, 1000))
-        result, search_ns = await self.timed(index, options, pool, partial(index.search, vector, pool, **options))
+        result, search_ns = await self.timed(
+            index, options, pool, partial(index.search, vector, pool, **options)
+        )
         started = time.perf_counter_ns()
         work = partial(_rerank, index, result, k, diversity, collapse)
         if k <= INLINE_RERANK_K:
@@ -99,7 +105,12 @@ class Searcher:
         plain = index.token, k.bit_length(), options.get("min_recall")
         if not options:
             return plain
-        return (*plain, "exact" in options, hash(options.get("filter")), len(options.get("exclude_ids", ())).bit_length())
+        return (
+            *plain,
+            "exact" in options,
+            hash(options.get("filter")),
+            len(options.get("exclude_ids", ())).bit_length(),
+        )
 
     def is_short(self, key: tuple[Any, ...]) -> bool:
         """Whether searches like this one are known to be short enough for the event loop."""
@@ -114,9 +125,13 @@ class Searcher:
             self._expected[key] = seconds
         else:
             error = seconds - known
-            self._expected[key] = known + (0.25 * error if error < 0 else 0.01 * min(error, 4 * known))
+            self._expected[key] = known + (
+                0.25 * error if error < 0 else 0.01 * min(error, 4 * known)
+            )
 
-    async def timed(self, index: EntityIndex, options: dict[str, Any], k: int, work: Callable[[], Any]) -> tuple[Any, int]:
+    async def timed(
+        self, index: EntityIndex, options: dict[str, Any], k: int, work: Callable[[], Any]
+    ) -> tuple[Any, int]:
         """Run ``work`` inline or in a thread, by what such searches took before; returns its result and nanoseconds."""
         key = self._key(index, k, options)
         expected = self._expected.get(key)
@@ -131,7 +146,9 @@ class Searcher:
 
     async def in_thread(self, work: Callable[[], Any]) -> tuple[Any, int]:
         """Run ``work`` in a thread; returns its result and nanoseconds."""
-        found: tuple[Any, int] = await asyncio.get_running_loop().run_in_executor(self.pool, _timed, work)
+        found: tuple[Any, int] = await asyncio.get_running_loop().run_in_executor(
+            self.pool, _timed, work
+        )
         return found
 
     def close(self) -> None:
@@ -145,8 +162,16 @@ def _timed(work: Callable[[], Any]) -> tuple[Any, int]:
     return result, time.perf_counter_ns() - started
 
 
-def _rerank(index: EntityIndex, result: SearchResult, k: int, diversity: float | None, collapse: float | None) -> tuple[list[str], Float32]:
-    held = [(i, vector) for i, id in enumerate(result.ids) if (vector := index.vector(id)) is not None]
+def _rerank(
+    index: EntityIndex,
+    result: SearchResult,
+    k: int,
+    diversity: float | None,
+    collapse: float | None,
+) -> tuple[list[str], Float32]:
+    held = [
+        (i, vector) for i, id in enumerate(result.ids) if (vector := index.vector(id)) is not None
+    ]
     if not held:
         return [], np.zeros(0, dtype=np.float32)
     positions = [i for i, _ in held]

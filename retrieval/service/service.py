@@ -36,7 +36,14 @@ from retrieval.service.description import describe
 from retrieval.service.fast_path import ReadyAnswers
 from retrieval.service.responses import add_attributes, fill_answer, fill_kept
 from retrieval.service.searcher import Found, Searcher, as_stored, options_of, scores_of
-from retrieval.service.validation import checked_embedding, checked_embeddings, checked_query, checked_target, one_of, require_count
+from retrieval.service.validation import (
+    checked_embedding,
+    checked_embeddings,
+    checked_query,
+    checked_target,
+    one_of,
+    require_count,
+)
 from retrieval.status import status_for
 
 Float32 = npt.NDArray[np.float32]
@@ -93,12 +100,16 @@ class RetrievalService:
         self.tracer = tracer
         self.leaving = False  # draining: health says so, and calls that still come are answered
         self.admission = Admission(config.max_in_flight)
-        self.control = Admission(config.max_in_flight)  # admin calls and descriptions have places of their own
+        self.control = Admission(
+            config.max_in_flight
+        )  # admin calls and descriptions have places of their own
         self.searcher = Searcher(config.inline_search_us / 1e6, config.search_threads)
         self.answers = AnswerCache(config.answer_cache_bytes)
         self.shadow = ShadowRecall(config.shadow_fraction, config.shadow_cpu, metrics)
         self.changes = Changes(config, releases, change_release)
-        self._stages = {stage: metrics.histogram("omni_stage_seconds", (stage,)) for stage in STAGES}
+        self._stages = {
+            stage: metrics.histogram("omni_stage_seconds", (stage,)) for stage in STAGES
+        }
         metrics.add_source(self._measurements)
 
     def close(self) -> None:
@@ -116,23 +127,47 @@ class RetrievalService:
     def generic_handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
         """Handlers to add to a ``grpc.aio`` server. Messages are parsed and serialised here, so that malformed bytes get a typed error."""
         retrieval = {
-            "Retrieve": self.handler("Retrieve", pb.RetrieveRequest, self.retrieve, now=ReadyAnswers(self)),
-            "RetrieveMulti": self.handler("RetrieveMulti", pb.RetrieveMultiRequest, self.retrieve_multi, lambda r: len(r.targets)),
-            "RetrieveBatch": self.handler("RetrieveBatch", pb.RetrieveBatchRequest, self.retrieve_batch, self._rows_of),
+            "Retrieve": self.handler(
+                "Retrieve", pb.RetrieveRequest, self.retrieve, now=ReadyAnswers(self)
+            ),
+            "RetrieveMulti": self.handler(
+                "RetrieveMulti",
+                pb.RetrieveMultiRequest,
+                self.retrieve_multi,
+                lambda r: len(r.targets),
+            ),
+            "RetrieveBatch": self.handler(
+                "RetrieveBatch", pb.RetrieveBatchRequest, self.retrieve_batch, self._rows_of
+            ),
             "Embed": self.handler("Embed", pb.EmbedRequest, self.embed, lambda r: len(r.queries)),
             "Score": self.handler("Score", pb.ScoreRequest, self.score),
-            "DescribeRelease": self.handler("DescribeRelease", pb.DescribeReleaseRequest, self.describe_release, control=True),
+            "DescribeRelease": self.handler(
+                "DescribeRelease", pb.DescribeReleaseRequest, self.describe_release, control=True
+            ),
         }
         admin = {
-            "Activate": self.handler("Activate", pb.ActivateRequest, self.changes.activate, admin=True),
-            "Rollback": self.handler("Rollback", pb.RollbackRequest, self.changes.rollback, admin=True),
-            "Upsert": self.handler("Upsert", pb.UpsertRequest, self.changes.upsert, lambda r: len(r.entities), admin=True),
-            "Delete": self.handler("Delete", pb.DeleteRequest, self.changes.delete, lambda r: len(r.ids), admin=True),
+            "Activate": self.handler(
+                "Activate", pb.ActivateRequest, self.changes.activate, admin=True
+            ),
+            "Rollback": self.handler(
+                "Rollback", pb.RollbackRequest, self.changes.rollback, admin=True
+            ),
+            "Upsert": self.handler(
+                "Upsert",
+                pb.UpsertRequest,
+                self.changes.upsert,
+                lambda r: len(r.entities),
+                admin=True,
+            ),
+            "Delete": self.handler(
+                "Delete", pb.DeleteRequest, self.changes.delete, lambda r: len(r.ids), admin=True
+            ),
         }
 
         def grpc_handlers(service: str, calls: dict[str, Any]) -> grpc.GenericRpcHandler:
             return grpc.method_handlers_generic_handler(
-                service, {name: grpc.unary_unary_rpc_method_handler(call) for name, call in calls.items()}
+                service,
+                {name: grpc.unary_unary_rpc_method_handler(call) for name, call in calls.items()},
             )
 
         return grpc_handlers(RETRIEVAL, retrieval), grpc_handlers(ADMIN, admin)
@@ -184,19 +219,36 @@ class RetrievalService:
                 try:
                     request = parse(content)
                 except DecodeError as error:
-                    raise InvalidRequest(f"{method}: the bytes are not a {request_class.DESCRIPTOR.name} message ({error}).") from error
+                    raise InvalidRequest(
+                        f"{method}: the bytes are not a {request_class.DESCRIPTOR.name} message"
+                        f" ({error})."
+                    ) from error
                 wanted = 1 if searches is None else admission.cost_of(searches(request))
                 admission.enter(wanted)
                 places = wanted
                 response = await call(request, context, caller, started)
                 answer: bytes = response.SerializeToString()
                 if self.tracer is not None:
-                    self.tracer.record_call(method, request, response, perf_counter_ns() - started, context.invocation_metadata() or ())
+                    self.tracer.record_call(
+                        method,
+                        request,
+                        response,
+                        perf_counter_ns() - started,
+                        context.invocation_metadata() or (),
+                    )
                 count("omni_requests", ok)
                 return answer
-            except asyncio.CancelledError:  # by the caller, or by the transport because the caller's time is over
+            except (
+                asyncio.CancelledError
+            ):  # by the caller, or by the transport because the caller's time is over
                 remaining = context.time_remaining()
-                count("omni_requests", (method, "CANCELLED" if remaining is None or remaining > 0 else "DEADLINE_EXCEEDED"))
+                count(
+                    "omni_requests",
+                    (
+                        method,
+                        "CANCELLED" if remaining is None or remaining > 0 else "DEADLINE_EXCEEDED",
+                    ),
+                )
                 raise
             except Exception as error:  # the one door: whatever went wrong becomes a typed status
                 code, message = status_for(error)
@@ -217,7 +269,9 @@ class RetrievalService:
 
     # --- questions ---
 
-    async def retrieve(self, request: pb.RetrieveRequest, context: Context, caller: Caller, started: int) -> pb.RetrieveResponse:
+    async def retrieve(
+        self, request: pb.RetrieveRequest, context: Context, caller: Caller, started: int
+    ) -> pb.RetrieveResponse:
         """One query, one entity type."""
         serving = self.releases.resolve(request.release_id)
         serving.in_flight += 1
@@ -247,7 +301,9 @@ class RetrievalService:
                 add_attributes(response.hits, index, found.ids, request.attributes)
             self._after_search(serving, index, request, query, found, request)
             if self.impressions is not None:
-                response.request_id = self._log_impression(serving, request, request.entity_type, query.text, found.ids)
+                response.request_id = self._log_impression(
+                    serving, request, request.entity_type, query.text, found.ids
+                )
             timings = response.timings
             timings.search_ns = found.search_ns
             if query.encode_ns:
@@ -267,7 +323,9 @@ class RetrievalService:
         serving.in_flight += 1
         try:
             require_count("targets", len(request.targets), self.limits.max_targets)
-            indexes = [self._index(serving, target.entity_type, caller) for target in request.targets]
+            indexes = [
+                self._index(serving, target.entity_type, caller) for target in request.targets
+            ]
             for target in request.targets:
                 checked_target(target, self.limits)
             query = await self._query(serving, request, context)
@@ -288,7 +346,12 @@ class RetrievalService:
                 self._after_search(serving, index, target, query, found, request)
                 if self.impressions is not None:
                     response.request_id = self._log_impression(
-                        serving, request, target.entity_type, query.text, found.ids, response.request_id
+                        serving,
+                        request,
+                        target.entity_type,
+                        query.text,
+                        found.ids,
+                        response.request_id,
                     )
             self._finish(response.timings, query.queue_ns, query.encode_ns, started)
             return response
@@ -310,11 +373,17 @@ class RetrievalService:
             queue_ns = encode_ns = 0
             if request.embeddings:
                 vectors = checked_embeddings(
-                    request.embeddings, request.space_id, serving.dimension, serving.space_id, self.limits.max_batch
+                    request.embeddings,
+                    request.space_id,
+                    serving.dimension,
+                    serving.space_id,
+                    self.limits.max_batch,
                 )
                 cached, texts = [False] * len(vectors), [""] * len(vectors)
             else:
-                vectors, cached, queue_ns, encode_ns, texts = await self._query_many(serving, request.queries, context)
+                vectors, cached, queue_ns, encode_ns, texts = await self._query_many(
+                    serving, request.queries, context
+                )
             response = pb.RetrieveBatchResponse(
                 release_id=serving.release_id,
                 space_id=serving.space_id,
@@ -322,11 +391,15 @@ class RetrievalService:
                 request_id=request.request_id,
             )
             shape, edition, find = shape_of(target), index.edition, self.answers.find
-            keys = [Key(edition, shape, text) if shape is not None and text else None for text in texts]
+            keys = [
+                Key(edition, shape, text) if shape is not None and text else None for text in texts
+            ]
             kept = [None if key is None else find(key) for key in keys]
             searched = [row for row, known in enumerate(kept) if known is None]
             rows = vectors if len(searched) == len(kept) else vectors[searched]
-            found = dict(zip(searched, await self._search_batch(index, rows, target, context), strict=True))
+            found = dict(
+                zip(searched, await self._search_batch(index, rows, target, context), strict=True)
+            )
             hits = 0
             for row, known in enumerate(kept):
                 answer = response.answers.add()
@@ -343,28 +416,50 @@ class RetrievalService:
                     response.timings.rerank_ns += item.rerank_ns
                 if plain and self.shadow.wants():
                     ids, scores = ids_and_scores(answer.hits)
-                    self.offer_shadow(serving, index, vectors[row], target, ids, scores, selectivity, request.language)
+                    self.offer_shadow(
+                        serving,
+                        index,
+                        vectors[row],
+                        target,
+                        ids,
+                        scores,
+                        selectivity,
+                        request.language,
+                    )
                 if self.impressions is not None:
                     response.request_id = self._log_impression(
-                        serving, request, target.entity_type, texts[row], [hit.id for hit in answer.hits], response.request_id
+                        serving,
+                        request,
+                        target.entity_type,
+                        texts[row],
+                        [hit.id for hit in answer.hits],
+                        response.request_id,
                     )
                 hits += len(answer.hits)
                 if hits > HITS_AT_ONCE:  # others have their turn
                     hits = 0
                     await asyncio.sleep(0)
             if searched:
-                self.metrics.count("omni_searches", (target.entity_type, found[searched[0]].result.plan), len(searched))
+                self.metrics.count(
+                    "omni_searches",
+                    (target.entity_type, found[searched[0]].result.plan),
+                    len(searched),
+                )
             self._finish(response.timings, queue_ns, encode_ns, started)
             return response
         finally:
             serving.in_flight -= 1
 
-    async def embed(self, request: pb.EmbedRequest, context: Context, caller: Caller, started: int) -> pb.EmbedResponse:
+    async def embed(
+        self, request: pb.EmbedRequest, context: Context, caller: Caller, started: int
+    ) -> pb.EmbedResponse:
         """Texts to vectors."""
         serving = self.releases.resolve(request.release_id)
         serving.in_flight += 1
         try:
-            vectors, cached, queue_ns, encode_ns, _ = await self._query_many(serving, request.queries, context)
+            vectors, cached, queue_ns, encode_ns, _ = await self._query_many(
+                serving, request.queries, context
+            )
             response = pb.EmbedResponse(
                 embeddings=vectors.astype("<f4", copy=False).tobytes(),
                 dimension=serving.dimension,
@@ -379,7 +474,9 @@ class RetrievalService:
         finally:
             serving.in_flight -= 1
 
-    async def score(self, request: pb.ScoreRequest, context: Context, caller: Caller, started: int) -> pb.ScoreResponse:
+    async def score(
+        self, request: pb.ScoreRequest, context: Context, caller: Caller, started: int
+    ) -> pb.ScoreResponse:
         """Cosine of a query with given ids."""
         serving = self.releases.resolve(request.release_id)
         serving.in_flight += 1
@@ -428,7 +525,15 @@ class RetrievalService:
         """The query vector of a request with ``query``, ``embedding`` and ``space_id``."""
         if request.embedding:
             one_of(request.query, request.embedding)
-            return Query(checked_embedding(request.embedding, request.space_id, serving.dimension, serving.space_id), False, 0, 0, "")
+            return Query(
+                checked_embedding(
+                    request.embedding, request.space_id, serving.dimension, serving.space_id
+                ),
+                False,
+                0,
+                0,
+                "",
+            )
         text = checked_query(request.query, self.limits)
         vector = serving.encoder.peek(text)
         if vector is not None:
@@ -458,7 +563,9 @@ class RetrievalService:
         encoder, texts = serving.encoder, list(queries)
         vectors: Float32 = np.empty((len(texts), serving.dimension), dtype=np.float32)
         missing = []
-        for row, text in enumerate(texts):  # keys of the cache are normalised texts: a text that is a key needs no normalising
+        for row, text in enumerate(
+            texts
+        ):  # keys of the cache are normalised texts: a text that is a key needs no normalising
             entry = encoder.find(text)
             if entry is None:
                 normal = texts[row] = checked_query(text, self.limits, f"queries[{row}]")
@@ -471,7 +578,9 @@ class RetrievalService:
         self._check_time(serving, context, needed=False)
         cached, queue_ns, encode_ns = [True] * len(texts), 0, 0
         if missing:
-            looked, hits, queue_ns, encode_ns = await encoder.lookup_many([texts[row] for row in missing])
+            looked, hits, queue_ns, encode_ns = await encoder.lookup_many(
+                [texts[row] for row in missing]
+            )
             vectors[missing] = looked
             for row, hit in zip(missing, hits, strict=True):
                 cached[row] = hit
@@ -489,9 +598,13 @@ class RetrievalService:
     def _rows_of(self, request: pb.RetrieveBatchRequest) -> int:
         """How many searches a batch holds."""
         active = self.releases.active
-        return len(request.queries) or (len(request.embeddings) // (4 * active.dimension) if active is not None else 0)
+        return len(request.queries) or (
+            len(request.embeddings) // (4 * active.dimension) if active is not None else 0
+        )
 
-    async def _search_batch(self, index: EntityIndex, vectors: Float32, target: pb.Target, context: Context) -> list[Found]:
+    async def _search_batch(
+        self, index: EntityIndex, vectors: Float32, target: pb.Target, context: Context
+    ) -> list[Found]:
         if not len(vectors):
             return []
         if target.HasField("diversity") or target.HasField("collapse_above"):
@@ -501,7 +614,9 @@ class RetrievalService:
                 found.append(await self.searcher.search(index, vector, target))
                 await asyncio.sleep(0)  # others have their turn
             return found
-        results, took = await self.searcher.in_thread(partial(index.search_batch, vectors, target.k, **options_of(target)))
+        results, took = await self.searcher.in_thread(
+            partial(index.search_batch, vectors, target.k, **options_of(target))
+        )
         each = took // max(1, len(vectors))
         return [Found(result.ids, result.scores, result, each, 0, True) for result in results]
 
@@ -510,7 +625,15 @@ class RetrievalService:
             self._stages["queue"].observe(query.queue_ns / 1e9)
             self._stages["encode"].observe(query.encode_ns / 1e9)
 
-    def _after_search(self, serving: ServingRelease, index: EntityIndex, target: Any, query: Query, found: Found, request: Any) -> None:
+    def _after_search(
+        self,
+        serving: ServingRelease,
+        index: EntityIndex,
+        target: Any,
+        query: Query,
+        found: Found,
+        request: Any,
+    ) -> None:
         stages = self._stages
         if not found.kept:
             self.metrics.count("omni_searches", (target.entity_type, found.result.plan))
@@ -518,7 +641,16 @@ class RetrievalService:
         if found.rerank_ns:
             stages["rerank"].observe(found.rerank_ns / 1e9)
         if found.plain and self.shadow.wants():
-            self.offer_shadow(serving, index, query.vector, target, found.ids, found.scores, found.result.selectivity, request.language)
+            self.offer_shadow(
+                serving,
+                index,
+                query.vector,
+                target,
+                found.ids,
+                found.scores,
+                found.result.selectivity,
+                request.language,
+            )
 
     def offer_shadow(
         self,
@@ -537,16 +669,44 @@ class RetrievalService:
         min_score = target.min_score if target.HasField("min_score") else None
         excluded = tuple(map(as_stored, target.exclude_ids))
         self.shadow.offer(
-            Sample(index, index.live, vector, target.k, target.filter, excluded, min_score, ids, scores, selectivity, language)
+            Sample(
+                index,
+                index.live,
+                vector,
+                target.k,
+                target.filter,
+                excluded,
+                min_score,
+                ids,
+                scores,
+                selectivity,
+                language,
+            )
         )
 
     def _log_impression(
-        self, serving: ServingRelease, request: Any, entity_type: str, text: str, ids: Sequence[str], request_id: str = ""
+        self,
+        serving: ServingRelease,
+        request: Any,
+        entity_type: str,
+        text: str,
+        ids: Sequence[str],
+        request_id: str = "",
     ) -> str:
         assert self.impressions is not None
         request_id = request_id or request.request_id or uuid.uuid4().hex
         shown = text if self.config.log_query_text else ""
-        self.impressions.add(Impression(request_id, serving.release_id, shown, request.language, request.country, entity_type, list(ids)))
+        self.impressions.add(
+            Impression(
+                request_id,
+                serving.release_id,
+                shown,
+                request.language,
+                request.country,
+                entity_type,
+                list(ids),
+            )
+        )
         return request_id
 
     @staticmethod

@@ -39,7 +39,9 @@ class Target(Protocol):
 
 def checked_query(text: str, limits: Limits, field: str = "query") -> str:
     """Normalise a query text, or raise ``EmptyQuery`` or ``RequestTooLarge``."""
-    if len(text) > limits.max_query_bytes or (len(text) * 4 > limits.max_query_bytes and len(text.encode()) > limits.max_query_bytes):
+    if len(text) > limits.max_query_bytes or (
+        len(text) * 4 > limits.max_query_bytes and len(text.encode()) > limits.max_query_bytes
+    ):
         raise RequestTooLarge(field, limits.max_query_bytes, len(text.encode()), " bytes")
     normal = normalize_query(text)
     if not normal or not any(unicodedata.category(letter)[0] not in "CZ" for letter in normal):
@@ -58,19 +60,32 @@ def checked_target(target: Target | pb.RetrieveRequest | pb.Target, limits: Limi
     if not 0 < target.k <= limits.max_k:
         raise InvalidK(target.k, limits.max_k)
     if target.filter and len(target.filter.encode()) > limits.max_filter_bytes:
-        raise RequestTooLarge("filter", limits.max_filter_bytes, len(target.filter.encode()), " bytes")
+        raise RequestTooLarge(
+            "filter", limits.max_filter_bytes, len(target.filter.encode()), " bytes"
+        )
     message = cast(pb.Target, target)
     if len(message.exclude_ids) > limits.max_exclude_ids:
-        raise RequestTooLarge("exclude_ids", limits.max_exclude_ids, len(message.exclude_ids), " ids")
-    for name, low, high in (("min_score", -1.0, 1.0), ("min_recall", 0.0, 1.0), ("diversity", 0.0, 1.0), ("collapse_above", 0.0, 1.0)):
+        raise RequestTooLarge(
+            "exclude_ids", limits.max_exclude_ids, len(message.exclude_ids), " ids"
+        )
+    for name, low, high in (
+        ("min_score", -1.0, 1.0),
+        ("min_recall", 0.0, 1.0),
+        ("diversity", 0.0, 1.0),
+        ("collapse_above", 0.0, 1.0),
+    ):
         if target.HasField(name):
             value = getattr(target, name)
             if not low <= value <= high or (name == "min_recall" and value == 0.0):
-                bounds = "more than 0 and at most 1" if name == "min_recall" else f"{low:g} to {high:g}"
+                bounds = (
+                    "more than 0 and at most 1" if name == "min_recall" else f"{low:g} to {high:g}"
+                )
                 raise InvalidRequest(f"{name}: expected {bounds}, but got {value:g}.")
 
 
-def checked_embedding(content: bytes, space_id: str, dimension: int, served_space: str, field: str = "embedding") -> Float32:
+def checked_embedding(
+    content: bytes, space_id: str, dimension: int, served_space: str, field: str = "embedding"
+) -> Float32:
     """Read one ready vector, shape (D,) float32.
 
     Raises:
@@ -83,21 +98,32 @@ def checked_embedding(content: bytes, space_id: str, dimension: int, served_spac
 
 
 def checked_embeddings(
-    content: bytes, space_id: str, dimension: int, served_space: str, max_rows: int, field: str = "embeddings"
+    content: bytes,
+    space_id: str,
+    dimension: int,
+    served_space: str,
+    max_rows: int,
+    field: str = "embeddings",
 ) -> Float32:
     """Read ready vectors, shape (B, D) float32; raises as ``checked_embedding``, and ``RequestTooLarge`` above ``max_rows``."""
     row_bytes = 4 * dimension
     if len(content) % row_bytes or not content:
         raise InvalidEmbedding(
-            f"{field}: expected little-endian float32 of {dimension} dimensions, {row_bytes} bytes a vector, but got {len(content)} bytes."
+            f"{field}: expected little-endian float32 of {dimension} dimensions, {row_bytes} bytes"
+            f" a vector, but got {len(content)} bytes."
         )
     rows = len(content) // row_bytes
     if rows > max_rows:
         if max_rows == 1:
-            raise InvalidEmbedding(f"{field}: expected one vector of {row_bytes} bytes, but got {len(content)} bytes.")
+            raise InvalidEmbedding(
+                f"{field}: expected one vector of {row_bytes} bytes, but got {len(content)} bytes."
+            )
         raise RequestTooLarge(field, max_rows, rows, " vectors")
     if not space_id:
-        raise InvalidRequest(f"space_id: expected the space id that made {field}, but got none. Embed and DescribeRelease tell it.")
+        raise InvalidRequest(
+            f"space_id: expected the space id that made {field}, but got none. Embed and"
+            " DescribeRelease tell it."
+        )
     if space_id != served_space:
         raise SpaceMismatch(served_space, space_id, field)
     vectors = np.frombuffer(content, dtype="<f4").reshape(rows, dimension)
@@ -107,8 +133,8 @@ def checked_embeddings(
             raise InvalidEmbedding(f"{field}: vector {row} holds NaN or infinity.")
         if abs(norm - 1.0) > NORM_TOLERANCE:
             raise InvalidEmbedding(
-                f"{field}: expected vectors of length 1 (within {NORM_TOLERANCE:g}), but vector {row} has length {norm:.6g}. "
-                "Divide it by its length."
+                f"{field}: expected vectors of length 1 (within {NORM_TOLERANCE:g}), but vector"
+                f" {row} has length {norm:.6g}. Divide it by its length."
             )
     return vectors.astype(np.float32, copy=False)
 
@@ -120,7 +146,9 @@ def checked_id(id: str, field: str) -> str:
     except DataError as error:
         raise InvalidRequest(f"{field}: {error}") from error
     if len(normal.encode()) > 65535:
-        raise InvalidRequest(f"{field}: expected an id of at most 65,535 bytes, but got {len(normal.encode())}.")
+        raise InvalidRequest(
+            f"{field}: expected an id of at most 65,535 bytes, but got {len(normal.encode())}."
+        )
     return normal
 
 
@@ -143,11 +171,17 @@ def to_value(value: object) -> pb.Value:
     if isinstance(value, bool):
         return pb.Value(bool_value=value)
     if isinstance(value, int):
-        return pb.Value(int_value=value) if -(2**63) <= value < 2**63 else pb.Value(double_value=float(value))
+        return (
+            pb.Value(int_value=value)
+            if -(2**63) <= value < 2**63
+            else pb.Value(double_value=float(value))
+        )
     if isinstance(value, float):
         return pb.Value(double_value=value)
     if isinstance(value, list | tuple):
-        return pb.Value(list_value=pb.ValueList(values=[to_value(item) for item in value if item is not None]))
+        return pb.Value(
+            list_value=pb.ValueList(values=[to_value(item) for item in value if item is not None])
+        )
     return pb.Value(string_value=str(value))
 
 

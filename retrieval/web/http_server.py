@@ -50,7 +50,11 @@ class Response:
     @classmethod
     def of_json(cls, value: Any, status: int = 200) -> Response:
         """A JSON response."""
-        return cls(json.dumps(value, ensure_ascii=False).encode(), "application/json; charset=utf-8", status)
+        return cls(
+            json.dumps(value, ensure_ascii=False).encode(),
+            "application/json; charset=utf-8",
+            status,
+        )
 
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -68,8 +72,16 @@ class HttpServer:
     """
 
     def __init__(self, routes: Routes) -> None:
-        self._exact = {path: handler for path, handler in routes.items() if path == "/" or not path.endswith("/")}
-        prefixes = [(path, handler) for path, handler in routes.items() if path != "/" and path.endswith("/")]
+        self._exact = {
+            path: handler
+            for path, handler in routes.items()
+            if path == "/" or not path.endswith("/")
+        }
+        prefixes = [
+            (path, handler)
+            for path, handler in routes.items()
+            if path != "/" and path.endswith("/")
+        ]
         self._prefixes = sorted(prefixes, key=lambda item: -len(item[0]))
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
@@ -78,7 +90,9 @@ class HttpServer:
     async def start(self, host: str, port: int, reuse_port: bool = False) -> int:
         """Listen; returns the port. Raises ``AddressInUse``."""
         try:
-            self._server = await asyncio.start_server(self._accept, host, port, limit=MAX_HEAD_BYTES, reuse_port=reuse_port or None)
+            self._server = await asyncio.start_server(
+                self._accept, host, port, limit=MAX_HEAD_BYTES, reuse_port=reuse_port or None
+            )
         except OSError as error:
             raise AddressInUse(f"{host}:{port}", "--metrics-port") from error
         self.port = int(self._server.sockets[0].getsockname()[1])
@@ -100,7 +114,13 @@ class HttpServer:
             if len(self._connections) <= MAX_CONNECTIONS:
                 while await self._one(reader, writer):
                     pass
-        except (OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, TimeoutError, ValueError):
+        except (
+            OSError,
+            asyncio.IncompleteReadError,
+            asyncio.LimitOverrunError,
+            TimeoutError,
+            ValueError,
+        ):
             pass  # the peer went away, sent too much or took too long: nobody is left to tell
         except asyncio.CancelledError:
             pass
@@ -120,24 +140,39 @@ class HttpServer:
             await self._write(writer, Response(b"not HTTP/1.1\n", status=400), "GET", False)
             return False
         method, target, version = parts
-        headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:] if line)}
-        keep = headers.get("connection", "keep-alive" if version == "HTTP/1.1" else "close").lower() != "close"
+        headers = {
+            name.strip().lower(): value.strip()
+            for name, _, value in (line.partition(":") for line in lines[1:] if line)
+        }
+        keep = (
+            headers.get("connection", "keep-alive" if version == "HTTP/1.1" else "close").lower()
+            != "close"
+        )
         try:
             length = int(headers.get("content-length", "0"))
         except ValueError:
             length = -1
         if length < 0 or length > MAX_BODY_BYTES or "transfer-encoding" in headers:
-            await self._write(writer, Response(b"body too large, or of unknown length\n", status=413), method, False)
+            await self._write(
+                writer,
+                Response(b"body too large, or of unknown length\n", status=413),
+                method,
+                False,
+            )
             return False
         body = await asyncio.wait_for(reader.readexactly(length), READ_SECONDS) if length else b""
         response = await self.answer(method, target, headers, body)
         await self._write(writer, response, method, keep)
         return keep
 
-    async def answer(self, method: str, target: str, headers: Mapping[str, str], body: bytes) -> Response:
+    async def answer(
+        self, method: str, target: str, headers: Mapping[str, str], body: bytes
+    ) -> Response:
         """Find the route and run it; every failure becomes a response."""
         if method not in ("GET", "HEAD", "POST"):
-            return Response(b"method not allowed\n", status=405, headers={"Allow": "GET, HEAD, POST"})
+            return Response(
+                b"method not allowed\n", status=405, headers={"Allow": "GET, HEAD, POST"}
+            )
         try:
             url = urlsplit(target)
             path = unquote(url.path)
@@ -159,7 +194,9 @@ class HttpServer:
             return Response(b"internal error\n", status=500)
 
     @staticmethod
-    async def _write(writer: asyncio.StreamWriter, response: Response, method: str, keep: bool) -> None:
+    async def _write(
+        writer: asyncio.StreamWriter, response: Response, method: str, keep: bool
+    ) -> None:
         phrase = HTTPStatus(response.status).phrase
         headers = {
             "Content-Type": response.content_type,
@@ -168,6 +205,10 @@ class HttpServer:
             **_SAFE_HEADERS,
             **response.headers,
         }
-        head = f"HTTP/1.1 {response.status} {phrase}\r\n" + "".join(f"{name}: {value}\r\n" for name, value in headers.items()) + "\r\n"
+        head = (
+            f"HTTP/1.1 {response.status} {phrase}\r\n"
+            + "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+            + "\r\n"
+        )
         writer.write(head.encode("latin-1") + (b"" if method == "HEAD" else response.body))
         await asyncio.wait_for(writer.drain(), READ_SECONDS)

@@ -36,10 +36,15 @@ HTTP_STATUS = {
     grpc.StatusCode.DEADLINE_EXCEEDED: 504,
 }
 PAGE_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data: https: http:; base-uri 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'"
+    " data: https: http:; base-uri 'none'"
 )
 PICTURE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; sandbox"
-CONTENT_TYPES = {".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8"}
+CONTENT_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+}
 
 
 class CallFailed(Exception):
@@ -65,7 +70,9 @@ class PageContext:
         """Seconds left of ``DEADLINE_SECONDS``."""
         return self.ends - time.monotonic()
 
-    async def abort(self, code: grpc.StatusCode, details: str = "", trailing: tuple[tuple[str, str], ...] = ()) -> NoReturn:
+    async def abort(
+        self, code: grpc.StatusCode, details: str = "", trailing: tuple[tuple[str, str], ...] = ()
+    ) -> NoReturn:
         """Leave with a typed error."""
         raise CallFailed(code, details, dict(trailing).get("retry-after-ms"))
 
@@ -82,13 +89,17 @@ class Page:
             of a release made from it.
     """
 
-    def __init__(self, service: RetrievalService, pictures: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, service: RetrievalService, pictures: Mapping[str, str] | None = None
+    ) -> None:
         self._service = service
         self._pictures = pictures
         self._sample: Mapping[str, str] | None = None
         self._reading = asyncio.Lock()
         self._retrieve: Call = service.handler("Retrieve", pb.RetrieveRequest, service.retrieve)
-        self._describe: Call = service.handler("DescribeRelease", pb.DescribeReleaseRequest, service.describe_release)
+        self._describe: Call = service.handler(
+            "DescribeRelease", pb.DescribeReleaseRequest, service.describe_release
+        )
 
     async def _ask(self, call: Call, message: Message, request: Request) -> bytes:
         authorization = request.headers.get("authorization")
@@ -112,7 +123,12 @@ class Page:
             for e in release.entities.values()
         ]
         return Response.of_json(
-            {"release_id": release.release_id, "space_id": release.space_id, "form_id": release.form_id, "entities": entities}
+            {
+                "release_id": release.release_id,
+                "space_id": release.space_id,
+                "form_id": release.form_id,
+                "entities": entities,
+            }
         )
 
     async def search(self, request: Request) -> Response:
@@ -123,7 +139,9 @@ class Page:
         except ValueError:
             k = 0
         if k < 1:
-            return Response.of_json({"error": f"k: expected a whole number, 1 to {MAX_PAGE_K}."}, 400)
+            return Response.of_json(
+                {"error": f"k: expected a whole number, 1 to {MAX_PAGE_K}."}, 400
+            )
         wanted = pb.RetrieveRequest(
             query=request.query.get("q", ""),
             entity_type=request.query.get("type", "pin"),
@@ -132,19 +150,27 @@ class Page:
             language=request.query.get("language", ""),
             attributes=["*"],
         )
-        graph = retrieve_result(pb.RetrieveResponse.FromString(await self._ask(self._retrieve, wanted, request)))
+        graph = retrieve_result(
+            pb.RetrieveResponse.FromString(await self._ask(self._retrieve, wanted, request))
+        )
         shown = graph
         if exact:
             wanted.exact = True
             wanted.release_id = graph.release_id  # a swap in between must not compare two releases
-            shown = retrieve_result(pb.RetrieveResponse.FromString(await self._ask(self._retrieve, wanted, request)))
+            shown = retrieve_result(
+                pb.RetrieveResponse.FromString(await self._ask(self._retrieve, wanted, request))
+            )
         page = _result_json(shown, wanted.entity_type)
         page["cache_hit"] = graph.cache_hit
         if exact:
             found = set(graph.ids)
             for hit in page["hits"]:
                 hit["missed_by_graph"] = hit["id"] not in found
-            page["graph"] = {"found": sum(not hit["missed_by_graph"] for hit in page["hits"]), "of": len(shown.hits), **_how(graph)}
+            page["graph"] = {
+                "found": sum(not hit["missed_by_graph"] for hit in page["hits"]),
+                "of": len(shown.hits),
+                **_how(graph),
+            }
         return Response.of_json(page)
 
     async def picture(self, request: Request) -> Response:
@@ -159,7 +185,11 @@ class Page:
     async def _svg(self, entity_type: str, id_: str) -> str | None:
         active = self._service.releases.active
         if self._service.tokens is None and active is not None and entity_type in active.entities:
-            held = active.entities[entity_type].attributes([id_], [PICTURE_ATTRIBUTE])[0].get(PICTURE_ATTRIBUTE)
+            held = (
+                active.entities[entity_type]
+                .attributes([id_], [PICTURE_ATTRIBUTE])[0]
+                .get(PICTURE_ATTRIBUTE)
+            )
             if isinstance(held, str) and held.lstrip().startswith("<svg"):
                 return held
         if self._pictures is not None:
@@ -174,7 +204,11 @@ class Page:
 
 def _is_of_the_sample(serving: ServingRelease, entity_type: str) -> bool:
     mark = SAMPLE_MARKS.get(entity_type)
-    return mark is not None and entity_type in serving.entities and serving.entities[entity_type].row_of(mark) is not None
+    return (
+        mark is not None
+        and entity_type in serving.entities
+        and serving.entities[entity_type].row_of(mark) is not None
+    )
 
 
 def _sample_pictures() -> Mapping[str, str]:
@@ -206,7 +240,11 @@ def _hit_json(hit: Hit, entity_type: str) -> dict[str, Any]:
     svg = values.pop(PICTURE_ATTRIBUTE, None)
     image = values.get(IMAGE_ATTRIBUTE)
     picture = f"api/picture/{quote(entity_type, safe='')}/{quote(hit.id, safe='')}"
-    if not svg and isinstance(image, str) and image.startswith(("https://", "http://", "data:image/")):
+    if (
+        not svg
+        and isinstance(image, str)
+        and image.startswith(("https://", "http://", "data:image/"))
+    ):
         picture = image
     if entity_type == "query":
         picture = ""
@@ -230,13 +268,20 @@ def guarded(handler: Handler) -> Handler:
         try:
             return await handler(request)
         except CallFailed as error:
-            response = Response.of_json({"error": error.details, "code": error.code.name}, HTTP_STATUS.get(error.code, 500))
+            response = Response.of_json(
+                {"error": error.details, "code": error.code.name}, HTTP_STATUS.get(error.code, 500)
+            )
             if error.retry_after_ms is None:
                 return response
             seconds = str(max(1, round(float(error.retry_after_ms) / 1000)))
-            return Response(response.body, response.content_type, response.status, {"Retry-After": seconds})
+            return Response(
+                response.body, response.content_type, response.status, {"Retry-After": seconds}
+            )
         except TimeoutError:
-            return Response.of_json({"error": f"no answer within {DEADLINE_SECONDS:g} s.", "code": "DEADLINE_EXCEEDED"}, 504)
+            return Response.of_json(
+                {"error": f"no answer within {DEADLINE_SECONDS:g} s.", "code": "DEADLINE_EXCEEDED"},
+                504,
+            )
 
     return answer
 
@@ -246,12 +291,18 @@ def _file(name: str) -> Handler:
     kind = CONTENT_TYPES["." + name.rsplit(".", 1)[1]]
 
     async def serve(request: Request) -> Response:
-        return Response(content, kind, headers={"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"})
+        return Response(
+            content,
+            kind,
+            headers={"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"},
+        )
 
     return serve
 
 
-def routes(service: RetrievalService, pictures: Mapping[str, str] | None = None) -> dict[str, Handler]:
+def routes(
+    service: RetrievalService, pictures: Mapping[str, str] | None = None
+) -> dict[str, Handler]:
     """The page's paths for the HTTP server: ``/``, ``/page/...``, ``/api/describe``, ``/api/search``, ``/api/picture/...``."""
     page = Page(service, pictures)
     return {

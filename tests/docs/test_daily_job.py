@@ -29,24 +29,42 @@ def run(folder: Path, code: int = 0, **variables: str) -> list[str]:
     """The omni calls of one run, with the data folder written as ``DATA``."""
     calls = folder / "calls"
     calls.unlink(missing_ok=True)
-    environment = {"PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}", "DATA": str(folder / "data"), "DAY": "2026-01-31"}
+    environment = {
+        "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "DATA": str(folder / "data"),
+        "DAY": "2026-01-31",
+    }
     environment |= {"STORE": "store", "BUNDLE": "bundle", "CALLS": str(calls)} | variables
-    done = subprocess.run(["bash", str(SCRIPT)], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["bash", str(SCRIPT)], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == code, done.stderr
     return calls.read_text().replace(str(folder / "data"), "DATA").splitlines()
 
 
 def test_without_boards_the_catalogue_goes_straight_to_the_engaged_queries(folder: Path) -> None:
     calls = run(folder)
-    assert [call.split(" --")[0] for call in calls[1:]] == ["enrich queries", "enrich queries", "rebuild", "release gc"]
-    assert calls[2].endswith("--log DATA/logs/2026-01-31.parquet --catalogue DATA/catalogue.parquet --out DATA/enriched.parquet")
+    assert [call.split(" --")[0] for call in calls[1:]] == [
+        "enrich queries",
+        "enrich queries",
+        "rebuild",
+        "release gc",
+    ]
+    assert calls[2].endswith(
+        "--log DATA/logs/2026-01-31.parquet --catalogue DATA/catalogue.parquet --out"
+        " DATA/enriched.parquet"
+    )
     assert "--catalogue DATA/enriched.parquet" in calls[3]
 
 
 def test_boards_are_put_on_the_catalogue_first(folder: Path) -> None:
     (folder / "data" / "boards.parquet").touch()
     calls = run(folder)
-    assert calls[1] == "enrich boards --catalogue DATA/catalogue.parquet --boards DATA/boards.parquet --out DATA/with_boards.parquet"
+    assert (
+        calls[1]
+        == "enrich boards --catalogue DATA/catalogue.parquet --boards DATA/boards.parquet --out"
+        " DATA/with_boards.parquet"
+    )
     assert "--catalogue DATA/with_boards.parquet" in calls[3]
 
 

@@ -14,7 +14,11 @@ def slow_top_k(queries, corpus, k, mask=None):
     rows = np.full((len(queries), k), -1, dtype=np.int64)
     scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
     for i, query in enumerate(queries):
-        allowed = [j for j in range(len(corpus)) if mask is None or (mask[j] if mask.ndim == 1 else mask[i, j])]
+        allowed = [
+            j
+            for j in range(len(corpus))
+            if mask is None or (mask[j] if mask.ndim == 1 else mask[i, j])
+        ]
         ranked = sorted(allowed, key=lambda j: (-float(query @ corpus[j]), j))[:k]
         rows[i, : len(ranked)] = ranked
         scores[i, : len(ranked)] = [query @ corpus[j] for j in ranked]
@@ -22,11 +26,21 @@ def slow_top_k(queries, corpus, k, mask=None):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**31), st.integers(0, 5), st.integers(0, 40), st.integers(1, 12), st.integers(1, 50), st.sampled_from([None, 1, 2]))
+@given(
+    st.integers(0, 2**31),
+    st.integers(0, 5),
+    st.integers(0, 40),
+    st.integers(1, 12),
+    st.integers(1, 50),
+    st.sampled_from([None, 1, 2]),
+)
 def test_equals_a_slow_search_with_many_ties(seed, b, n, k, block_rows, mask_dims):
     rng = np.random.default_rng(seed)
     # Small integers: products are exact in float32 and tie all the time.
-    queries, corpus = rng.integers(-1, 2, (b, 3)).astype(np.float32), rng.integers(-1, 2, (n, 3)).astype(np.float32)
+    queries, corpus = (
+        rng.integers(-1, 2, (b, 3)).astype(np.float32),
+        rng.integers(-1, 2, (n, 3)).astype(np.float32),
+    )
     mask = None if mask_dims is None else rng.random((n,) if mask_dims == 1 else (b, n)) < 0.6
     rows, scores = exact_top_k(queries, corpus, k, block_rows=block_rows, mask=mask)
     want_rows, want_scores = slow_top_k(queries, corpus, k, mask)
@@ -37,12 +51,19 @@ def test_equals_a_slow_search_with_many_ties(seed, b, n, k, block_rows, mask_dim
 
 def test_reads_a_memory_map_block_by_block(tmp_path):
     rng = np.random.default_rng(0)
-    corpus, queries = rng.standard_normal((1000, 16)).astype(np.float32), rng.standard_normal((7, 16)).astype(np.float32)
+    corpus, queries = (
+        rng.standard_normal((1000, 16)).astype(np.float32),
+        rng.standard_normal((7, 16)).astype(np.float32),
+    )
     np.save(tmp_path / "corpus.npy", corpus)
     mapped = np.load(tmp_path / "corpus.npy", mmap_mode="r")
     rows, scores = exact_top_k(queries, mapped, 10, block_rows=64)
-    np.testing.assert_array_equal(rows, np.argsort(-(queries @ corpus.T), axis=1, kind="stable")[:, :10])
-    np.testing.assert_allclose(scores, np.take_along_axis(queries @ corpus.T, rows, axis=1), atol=1e-5)
+    np.testing.assert_array_equal(
+        rows, np.argsort(-(queries @ corpus.T), axis=1, kind="stable")[:, :10]
+    )
+    np.testing.assert_allclose(
+        scores, np.take_along_axis(queries @ corpus.T, rows, axis=1), atol=1e-5
+    )
 
 
 def test_dimension_mismatch_names_both_shapes():
@@ -52,7 +73,9 @@ def test_dimension_mismatch_names_both_shapes():
 
 def test_wrong_mask_and_k_are_refused():
     with pytest.raises(InvalidVectors, match=r"\(4,\)"):
-        exact_top_k(np.zeros((2, 4), np.float32), np.zeros((3, 4), np.float32), 1, mask=np.ones(4, bool))
+        exact_top_k(
+            np.zeros((2, 4), np.float32), np.zeros((3, 4), np.float32), 1, mask=np.ones(4, bool)
+        )
     with pytest.raises(ConfigError, match="k=0"):
         exact_top_k(np.zeros((2, 4), np.float32), np.zeros((3, 4), np.float32), 0)
 
@@ -61,6 +84,13 @@ def test_wrong_mask_and_k_are_refused():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_equals_cpu():
     rng = np.random.default_rng(1)
-    corpus, queries = rng.integers(-2, 3, (5000, 8)).astype(np.float32), rng.integers(-2, 3, (50, 8)).astype(np.float32)
-    for got, want in zip(exact_top_k(queries, corpus, 10, device="cuda"), exact_top_k(queries, corpus, 10), strict=True):
+    corpus, queries = (
+        rng.integers(-2, 3, (5000, 8)).astype(np.float32),
+        rng.integers(-2, 3, (50, 8)).astype(np.float32),
+    )
+    for got, want in zip(
+        exact_top_k(queries, corpus, 10, device="cuda"),
+        exact_top_k(queries, corpus, 10),
+        strict=True,
+    ):
         np.testing.assert_array_equal(got, want)

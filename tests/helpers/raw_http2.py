@@ -54,7 +54,11 @@ class Behaviour:
             return b"late"
 
         async def fail(content: bytes, context) -> bytes:
-            await context.abort(Code.FAILED_PRECONDITION, content.decode(), (("retry-after-ms", "7"), ("x-bin", b"\x00\xff")))
+            await context.abort(
+                Code.FAILED_PRECONDITION,
+                content.decode(),
+                (("retry-after-ms", "7"), ("x-bin", b"\x00\xff")),
+            )
             raise AssertionError
 
         async def crash(content: bytes, context) -> bytes:
@@ -96,14 +100,18 @@ class Running:
         started = threading.Event()
 
         async def main() -> None:
-            self.server = Http2Server(max_receive_bytes=MAX_RECEIVE, max_send_bytes=MAX_RECEIVE, max_streams=max_streams)
+            self.server = Http2Server(
+                max_receive_bytes=MAX_RECEIVE, max_send_bytes=MAX_RECEIVE, max_streams=max_streams
+            )
             self.server.add_generic_rpc_handlers((self.behaviour.handlers(),))
             self.port = self.server.add_port(f"127.0.0.1:{port}")
             await self.server.start()
             started.set()
             await self.server.wait_for_termination()
 
-        self.thread = threading.Thread(target=self.loop.run_until_complete, args=(main(),), daemon=True)
+        self.thread = threading.Thread(
+            target=self.loop.run_until_complete, args=(main(),), daemon=True
+        )
         self.thread.start()
         assert started.wait(10)
 
@@ -118,24 +126,38 @@ class Running:
 
 
 def open_channel(running: Running, **options) -> grpc.Channel:
-    limits = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
+    limits = [
+        ("grpc.max_receive_message_length", -1),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
     return grpc.insecure_channel(f"127.0.0.1:{running.port}", options=[*limits, *options.items()])
 
 
 # --- bytes ---
 
-FIELDS = [(":method", "POST"), (":scheme", "http"), (":path", "/t.T/Echo"), ("content-type", "application/grpc"), ("te", "trailers")]
+FIELDS = [
+    (":method", "POST"),
+    (":scheme", "http"),
+    (":path", "/t.T/Echo"),
+    ("content-type", "application/grpc"),
+    ("te", "trailers"),
+]
 HELLO = wire.PREFACE + wire.settings({})
 
 
 def fields_of(method: str, *more: tuple[str, str]) -> list[tuple[str, str]]:
     """The headers of a call of another method than Echo."""
-    return [(name, f"/t.T/{method}" if name == ":path" else value) for name, value in FIELDS] + list(more)
+    return [
+        (name, f"/t.T/{method}" if name == ":path" else value) for name, value in FIELDS
+    ] + list(more)
 
 
 def opening(stream: int, fields=FIELDS, flags: int = 0) -> bytes:
     """The headers of a call, by themselves."""
-    return wire.frame(wire.HEADERS, wire.END_HEADERS | flags, stream, hpack.Encoder().encode(fields))
+    return wire.frame(
+        wire.HEADERS, wire.END_HEADERS | flags, stream, hpack.Encoder().encode(fields)
+    )
 
 
 def message(content: bytes, compressed: bool = False) -> bytes:
@@ -143,9 +165,13 @@ def message(content: bytes, compressed: bool = False) -> bytes:
     return bytes([compressed]) + len(content).to_bytes(4, "big") + content
 
 
-def request(stream: int, content: bytes, fields=FIELDS, encoder: hpack.Encoder | None = None) -> bytes:
+def request(
+    stream: int, content: bytes, fields=FIELDS, encoder: hpack.Encoder | None = None
+) -> bytes:
     block = (encoder or hpack.Encoder()).encode(fields)
-    return wire.frame(wire.HEADERS, wire.END_HEADERS, stream, block) + wire.frame(wire.DATA, wire.END_STREAM, stream, message(content))
+    return wire.frame(wire.HEADERS, wire.END_HEADERS, stream, block) + wire.frame(
+        wire.DATA, wire.END_STREAM, stream, message(content)
+    )
 
 
 def frames(connection: socket.socket, enough) -> list[tuple[int, int, int, bytes]]:
@@ -167,25 +193,44 @@ def frames(connection: socket.socket, enough) -> list[tuple[int, int, int, bytes
 
 
 def ended(*streams: int):
-    return lambda found: {s for kind, flags, s, _ in found if kind == wire.HEADERS and flags & wire.END_STREAM} >= set(streams)
+    return lambda found: (
+        {s for kind, flags, s, _ in found if kind == wire.HEADERS and flags & wire.END_STREAM}
+        >= set(streams)
+    )
 
 
 def body(found, stream: int) -> bytes:
-    return b"".join(payload for kind, _, s, payload in found if kind == wire.DATA and s == stream)[5:]
+    return b"".join(payload for kind, _, s, payload in found if kind == wire.DATA and s == stream)[
+        5:
+    ]
 
 
 def statuses(found) -> dict[int, int]:
     """By stream, the gRPC status that it ended with."""
     decoder = hpack.Decoder()
-    fields = [(stream, dict(decoder.decode(payload))) for kind, _, stream, payload in found if kind == wire.HEADERS]
+    fields = [
+        (stream, dict(decoder.decode(payload)))
+        for kind, _, stream, payload in found
+        if kind == wire.HEADERS
+    ]
     return {stream: int(named["grpc-status"]) for stream, named in fields if "grpc-status" in named}
 
 
 def heard(connection: socket.socket) -> list[tuple[int, int, int, bytes]]:
     """All that the server says until it has read everything that was sent so far."""
     connection.sendall(wire.frame(wire.PING, 0, 0, b"so far ?"))
-    return frames(connection, lambda found: any(kind == wire.PING and flags & wire.ACK for kind, flags, *_ in found))
+    return frames(
+        connection,
+        lambda found: any(kind == wire.PING and flags & wire.ACK for kind, flags, *_ in found),
+    )
 
 
 def goaway(found) -> int | None:
-    return next((struct.unpack(">LL", payload[:8])[1] for kind, _, _, payload in found if kind == wire.GOAWAY), None)
+    return next(
+        (
+            struct.unpack(">LL", payload[:8])[1]
+            for kind, _, _, payload in found
+            if kind == wire.GOAWAY
+        ),
+        None,
+    )

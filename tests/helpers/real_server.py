@@ -29,7 +29,9 @@ class Running:
 
 
 @contextmanager
-def serving(folder: Path, counts: dict[str, int] | None = None, **settings: Any) -> Iterator[Running]:
+def serving(
+    folder: Path, counts: dict[str, int] | None = None, **settings: Any
+) -> Iterator[Running]:
     store = ReleaseStore(folder / "store")
     encoder = write_small_bundle(folder / "bundle", seed=3)
     release_id = small_release(store, folder / "bundle", encoder, counts=counts or COUNTS)
@@ -40,7 +42,13 @@ def serving(folder: Path, counts: dict[str, int] | None = None, **settings: Any)
 
     async def main() -> None:
         config = ServeConfig(
-            releases=store.root, host="127.0.0.1", port=0, metrics_port=0, encoder_form="torch", grace_seconds=1.0, **settings
+            releases=store.root,
+            host="127.0.0.1",
+            port=0,
+            metrics_port=0,
+            encoder_form="torch",
+            grace_seconds=1.0,
+            **settings,
         )
         server = await create_server(config)
         stop.append(asyncio.Event())

@@ -19,7 +19,9 @@ def text_vectors(count: int, dimension: int = 64) -> np.ndarray:
     for text in texts:
         padded = f" {text} "
         grams = [padded[i : i + 3] for i in range(len(padded) - 2)]
-        rows.append(table[[sum(ord(c) * 131**j for j, c in enumerate(g)) % 4096 for g in grams]].sum(axis=0))
+        rows.append(
+            table[[sum(ord(c) * 131**j for j, c in enumerate(g)) % 4096 for g in grams]].sum(axis=0)
+        )
     vectors = np.array(rows, dtype=np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     vectors = np.unique(vectors, axis=0)[:count]
@@ -30,5 +32,7 @@ def text_vectors(count: int, dimension: int = 64) -> np.ndarray:
 def islands(count: int = 1_600, dimension: int = 64) -> np.ndarray:
     """Unit vectors float32 ``(count, dimension)`` in 40 tight groups, which a poor graph does not connect."""
     rng = np.random.default_rng(0)
-    vectors = rng.standard_normal((40, dimension))[np.arange(count) * 40 // count] + 0.01 * rng.standard_normal((count, dimension))
+    vectors = rng.standard_normal((40, dimension))[
+        np.arange(count) * 40 // count
+    ] + 0.01 * rng.standard_normal((count, dimension))
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)

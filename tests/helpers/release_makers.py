@@ -31,8 +31,12 @@ def make_bundle(folder: Path, space: str = SPACE) -> Path:
     return folder
 
 
-def make_input(name: str, count: int = 300, seed: int = 0, space: str = SPACE, **changes: Any) -> EntityInput:
-    attributes = pl.DataFrame({"number": np.arange(count), "colour": [("red", "blue")[i % 2] for i in range(count)]})
+def make_input(
+    name: str, count: int = 300, seed: int = 0, space: str = SPACE, **changes: Any
+) -> EntityInput:
+    attributes = pl.DataFrame(
+        {"number": np.arange(count), "colour": [("red", "blue")[i % 2] for i in range(count)]}
+    )
     values = {
         "ids": [f"{name}-{i}" for i in range(count)],
         "vectors": unit_vectors(count, seed),
@@ -44,4 +48,7 @@ def make_input(name: str, count: int = 300, seed: int = 0, space: str = SPACE, *
 
 def quick(kind: str = "hnsw", **changes: Any) -> RebuildConfig:
     index = IndexConfig(kind=kind, ann=AnnConfig(m=8, ef_construction=60))
-    return replace(RebuildConfig(index=index, min_recall=0.5, calibration_queries=40, golden_queries=8), **changes)
+    return replace(
+        RebuildConfig(index=index, min_recall=0.5, calibration_queries=40, golden_queries=8),
+        **changes,
+    )

@@ -36,9 +36,14 @@ def world(vectors: bool = False) -> TrainingData:
                 "engaged_queries": queries[:2],
             }
             if vectors:
-                row["pinsage"] = (meaning[colour] + meaning[thing]).tolist() if colour != "pink" else None
+                row["pinsage"] = (
+                    (meaning[colour] + meaning[thing]).tolist() if colour != "pink" else None
+                )
             rows.append(row)
-            pairs += [(query, entity_type, entity_id, count, "save") for count, query in enumerate(queries, start=1)]
+            pairs += [
+                (query, entity_type, entity_id, count, "save")
+                for count, query in enumerate(queries, start=1)
+            ]
             pairs.append((queries[0], "query", queries[1], 1, "query_click"))
     columns = ["query", "entity_type", "entity_id", "count", "action"]
     return TrainingData(pl.DataFrame(rows), pl.DataFrame(pairs, schema=columns, orient="row"))
@@ -58,12 +63,24 @@ def tiny_query_encoder(seed: int = 0, dimension: int = DIMENSION) -> QueryEncode
         "in",
         "ideas",
     )  # a fixed list: training a tokenizer is not repeatable
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
     names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-    shape = DistilBertConfig(vocab_size=len(fast), dim=16, hidden_dim=32, n_layers=1, n_heads=2, dropout=0.1, attention_dropout=0.1)
+    shape = DistilBertConfig(
+        vocab_size=len(fast),
+        dim=16,
+        hidden_dim=32,
+        n_layers=1,
+        n_heads=2,
+        dropout=0.1,
+        attention_dropout=0.1,
+    )
     return QueryEncoder(DistilBertModel(shape), fast, dimension)
 
 
@@ -77,11 +94,23 @@ def small_config(**changes: object) -> TrainConfig:
         "model": {"dimension": DIMENSION},
         "entity_tower": {"table_rows": 500, "token_dimension": 16, "hidden": [32]},
         "batch": {"pairs": 48, "query_chunk": 16, "entity_chunk": 64},
-        "loss": {"matryoshka": {"4": 0.05, "8": 0.05}, "sketch_width": 4096, "random_negatives": 1.0, "random_query_negatives": 1.0},
-        "optimiser": {"learning_rate": 0.01, "query_learning_rate": 0.005, "token_embedding_learning_rate": 0.005, "warmup_steps": 3},
+        "loss": {
+            "matryoshka": {"4": 0.05, "8": 0.05},
+            "sketch_width": 4096,
+            "random_negatives": 1.0,
+            "random_query_negatives": 1.0,
+        },
+        "optimiser": {
+            "learning_rate": 0.01,
+            "query_learning_rate": 0.005,
+            "token_embedding_learning_rate": 0.005,
+            "warmup_steps": 3,
+        },
         "validation": {"fraction": 0.0},
     }
     for key, value in changes.items():
         known = table.get(key)
-        table[key] = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
+        table[key] = (
+            {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
+        )
     return train_config(table)

@@ -15,7 +15,8 @@ def subclasses(cls: type) -> list[type]:
 TREE = [
     cls
     for cls in subclasses(OmniError)
-    if cls.__module__ in (m.__name__ for m in (encoders.errors, index_builder.errors, retrieval.errors))
+    if cls.__module__
+    in (m.__name__ for m in (encoders.errors, index_builder.errors, retrieval.errors))
 ]
 EXPECTED_INTERNAL = {"OmniError", "ServingError", "EncoderFailed"}
 
@@ -29,7 +30,9 @@ def test_every_error_of_the_tree_has_a_status_of_its_own(cls: type[OmniError]) -
 
 def test_the_most_specific_entry_wins() -> None:
     assert code_for_class(index_builder.errors.ReleaseNotFound) is grpc.StatusCode.NOT_FOUND
-    assert code_for_class(index_builder.errors.ReleaseCorrupt) is grpc.StatusCode.FAILED_PRECONDITION
+    assert (
+        code_for_class(index_builder.errors.ReleaseCorrupt) is grpc.StatusCode.FAILED_PRECONDITION
+    )
     assert code_for_class(index_builder.errors.FilterError) is grpc.StatusCode.INVALID_ARGUMENT
     assert code_for_class(encoders.errors.SpaceMismatch) is grpc.StatusCode.FAILED_PRECONDITION
 

@@ -26,11 +26,14 @@ def require_plain(frame: pl.DataFrame, columns: Sequence[str], table: str) -> No
     nested = [name for name in columns if frame.schema[name].is_nested()]
     if nested:
         raise SchemaError(
-            f"balance_by names {nested[0]!r}, but that column of the {table} holds {frame.schema[nested[0]]}: one value a row is needed."
+            f"balance_by names {nested[0]!r}, but that column of the {table} holds"
+            f" {frame.schema[nested[0]]}: one value a row is needed."
         )
 
 
-def balance_values(dataset: DatasetConfig, rows: pl.DataFrame, catalogue: pl.DataFrame) -> pl.Series:
+def balance_values(
+    dataset: DatasetConfig, rows: pl.DataFrame, catalogue: pl.DataFrame
+) -> pl.Series:
     """The value each pair of a dataset is balanced by: of the pair itself, else of its entity."""
     name = dataset.balance_by
     if balance_column(name) in rows.columns:
@@ -38,18 +41,29 @@ def balance_values(dataset: DatasetConfig, rows: pl.DataFrame, catalogue: pl.Dat
     if name in catalogue.columns and dataset.entity_type != "query":
         require_plain(catalogue, (name,), "catalogue")
         return catalogue[name].gather(rows["candidate"])
-    where = "the pairs" if dataset.entity_type == "query" else f"the pairs or the catalogue (it has {', '.join(catalogue.columns)})"
+    where = (
+        "the pairs"
+        if dataset.entity_type == "query"
+        else f"the pairs or the catalogue (it has {', '.join(catalogue.columns)})"
+    )
     raise SchemaError(
-        f"dataset {dataset.name!r}: balance_by names {name!r}, which is no column of {where}. Name one of them, or leave it out."
+        f"dataset {dataset.name!r}: balance_by names {name!r}, which is no column of {where}. Name"
+        " one of them, or leave it out."
     )
 
 
-def balance_weights(values: pl.Series, weights: npt.NDArray[np.float64], exponent: float) -> npt.NDArray[np.float64]:
+def balance_weights(
+    values: pl.Series, weights: npt.NDArray[np.float64], exponent: float
+) -> npt.NDArray[np.float64]:
     """Weights that draw value v, whose rows weigh n(v) together, in proportion to ``n(v) ** exponent``; mean 1, float64 ``(N,)``.
 
     The sampling of languages in multilingual pretraining (Conneau and Lample, 2019, section 3.1), for any column; null is a value too.
     """
-    totals = pl.DataFrame({"value": values, "weight": weights}).select(pl.col("weight").sum().over("value"))["weight"].to_numpy()
+    totals = (
+        pl.DataFrame({"value": values, "weight": weights})
+        .select(pl.col("weight").sum().over("value"))["weight"]
+        .to_numpy()
+    )
     drawn = totals > 0
     balanced = np.zeros(len(weights))
     balanced[drawn] = weights[drawn] * totals[drawn] ** (exponent - 1.0)

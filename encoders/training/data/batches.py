@@ -40,13 +40,18 @@ class BatchPlan:
 
     def __init__(self, prepared: PreparedData, config: TrainConfig, processes: int = 1) -> None:
         self._prepared, self._config, self._processes = prepared, config, processes
-        self._cumulative = [np.cumsum(s.weights, dtype=np.float64) if s.weighted else None for s in prepared.pair_sets]
+        self._cumulative = [
+            np.cumsum(s.weights, dtype=np.float64) if s.weighted else None
+            for s in prepared.pair_sets
+        ]
 
     def negatives_per_step(self, dataset: int) -> int:
         """Random negatives of a dataset per step: the wanted ratio, at most the pool, a multiple of the processes."""
         pair_set, pairs = self._prepared.pair_sets[dataset], self._prepared.pairs_per_step[dataset]
         loss = self._config.loss
-        ratio = loss.random_query_negatives if pair_set.is_related_queries else loss.random_negatives
+        ratio = (
+            loss.random_query_negatives if pair_set.is_related_queries else loss.random_negatives
+        )
         wanted = min(round(ratio * pairs), len(pair_set.pool))
         return wanted // self._processes * self._processes
 
@@ -60,7 +65,10 @@ class BatchPlan:
         size, wanted = len(pair_set.queries), self._prepared.pairs_per_step[dataset]
         cumulative = self._cumulative[dataset]
         if cumulative is not None:
-            pairs = np.minimum(np.searchsorted(cumulative, rng.random(wanted) * cumulative[-1], side="right"), size - 1)
+            pairs = np.minimum(
+                np.searchsorted(cumulative, rng.random(wanted) * cumulative[-1], side="right"),
+                size - 1,
+            )
         else:
             places = np.arange(step * wanted, (step + 1) * wanted)
             epochs = places // size

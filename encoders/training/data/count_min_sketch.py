@@ -26,9 +26,14 @@ class CountMinSketch:
         ConfigError: ``width`` is not a power of two or ``depth`` is below one.
     """
 
-    def __init__(self, width: int = DEFAULT_WIDTH, depth: int = DEFAULT_DEPTH, seed: int = 0) -> None:
+    def __init__(
+        self, width: int = DEFAULT_WIDTH, depth: int = DEFAULT_DEPTH, seed: int = 0
+    ) -> None:
         if width < 1 or width & (width - 1):
-            raise ConfigError(f"CountMinSketch.width must be a power of two, but got {width}. Try {1 << max(width - 1, 1).bit_length()}.")
+            raise ConfigError(
+                f"CountMinSketch.width must be a power of two, but got {width}. Try"
+                f" {1 << max(width - 1, 1).bit_length()}."
+            )
         if depth < 1:
             raise ConfigError(f"CountMinSketch.depth must be at least 1, but got {depth}.")
         self.width, self.depth, self.seed = width, depth, seed
@@ -46,11 +51,21 @@ class CountMinSketch:
             keys: uint64 ``(N,)``, e.g. from ``hash_texts``; repeats allowed.
             counts: Non-negative integers ``(N,)``.
         """
-        weights = np.ones(len(keys), dtype=np.int64) if counts is None else np.asarray(counts, dtype=np.int64)
+        weights = (
+            np.ones(len(keys), dtype=np.int64)
+            if counts is None
+            else np.asarray(counts, dtype=np.int64)
+        )
         if weights.shape != keys.shape:
-            raise ConfigError(f"CountMinSketch.add: expected as many counts as keys, but got {weights.shape} for {keys.shape}.")
+            raise ConfigError(
+                f"CountMinSketch.add: expected as many counts as keys, but got {weights.shape} for"
+                f" {keys.shape}."
+            )
         if weights.size and weights.min() < 0:
-            raise ConfigError(f"CountMinSketch.add: counts must not be negative, but the smallest is {weights.min()}.")
+            raise ConfigError(
+                "CountMinSketch.add: counts must not be negative, but the smallest is"
+                f" {weights.min()}."
+            )
         for row in range(self.depth):
             np.add.at(self.table[row], self._columns(keys, row), weights)
         self.total += int(weights.sum())
@@ -70,14 +85,18 @@ class CountMinSketch:
         """
         mine, theirs = (self.width, self.depth, self.seed), (other.width, other.depth, other.seed)
         if mine != theirs:
-            raise ConfigError(f"Sketches merge only with equal (width, depth, seed), but got {mine} and {theirs}.")
+            raise ConfigError(
+                f"Sketches merge only with equal (width, depth, seed), but got {mine} and {theirs}."
+            )
         self.table += other.table
         self.total += other.total
 
     def save(self, path: Path) -> None:
         """Write the sketch as ``.npz``."""
         with open(path, "wb") as file:
-            np.savez_compressed(file, table=self.table, total=np.int64(self.total), seed=np.int64(self.seed))
+            np.savez_compressed(
+                file, table=self.table, total=np.int64(self.total), seed=np.int64(self.seed)
+            )
 
     @classmethod
     def load(cls, path: Path) -> CountMinSketch:
@@ -90,7 +109,10 @@ class CountMinSketch:
             with np.load(path) as file:
                 table, total, seed = file["table"], int(file["total"]), int(file["seed"])
         except Exception as error:
-            raise CheckpointError(f"{path}: expected a saved count-min sketch, but could not read it ({error}). Count again.") from error
+            raise CheckpointError(
+                f"{path}: expected a saved count-min sketch, but could not read it ({error}). Count"
+                " again."
+            ) from error
         sketch = cls(width=table.shape[1], depth=table.shape[0], seed=seed)
         sketch.table, sketch.total = table, total
         return sketch

@@ -27,7 +27,11 @@ def without_held_back(catalogue: pl.DataFrame, held_back: pl.Series) -> pl.DataF
     long = _engaged_queries(catalogue)
     distinct = long["text"].unique(maintain_order=True)
     hidden = set(text_bucket(held_back, 0, 1 << 62).tolist())
-    held = distinct.filter(pl.Series([key in hidden for key in text_bucket(distinct, 0, 1 << 62).tolist()], dtype=pl.Boolean))
+    held = distinct.filter(
+        pl.Series(
+            [key in hidden for key in text_bucket(distinct, 0, 1 << 62).tolist()], dtype=pl.Boolean
+        )
+    )
     return _with_engaged_queries(catalogue, long.filter(~pl.col("text").is_in(held.implode())))
 
 
@@ -44,18 +48,28 @@ def catalogue_views(visible: pl.DataFrame, config: TrainConfig) -> list[pl.DataF
 
 
 def _has_engaged_queries(catalogue: pl.DataFrame) -> bool:
-    return "engaged_queries" in catalogue.columns and isinstance(catalogue["engaged_queries"].dtype, pl.List)
+    return "engaged_queries" in catalogue.columns and isinstance(
+        catalogue["engaged_queries"].dtype, pl.List
+    )
 
 
 def _engaged_queries(catalogue: pl.DataFrame) -> pl.DataFrame:
     """One row per engaged query: ``row`` of the catalogue and ``text``."""
     rows = pl.int_range(pl.len(), dtype=pl.Int64)
-    return catalogue.select(row=rows, text=pl.col("engaged_queries")).explode("text").drop_nulls("text")
+    return (
+        catalogue.select(row=rows, text=pl.col("engaged_queries"))
+        .explode("text")
+        .drop_nulls("text")
+    )
 
 
 def _with_engaged_queries(catalogue: pl.DataFrame, kept: pl.DataFrame) -> pl.DataFrame:
     """The catalogue with these rows of ``_engaged_queries`` as its lists."""
     lists = kept.group_by("row", maintain_order=True).agg(pl.col("text").alias("engaged_queries"))
-    rows = catalogue.drop("engaged_queries").with_columns(row=pl.int_range(pl.len(), dtype=pl.Int64))
-    joined = rows.join(lists, on="row", how="left", maintain_order="left").with_columns(pl.col("engaged_queries").fill_null([]))
+    rows = catalogue.drop("engaged_queries").with_columns(
+        row=pl.int_range(pl.len(), dtype=pl.Int64)
+    )
+    joined = rows.join(lists, on="row", how="left", maintain_order="left").with_columns(
+        pl.col("engaged_queries").fill_null([])
+    )
     return joined.select(catalogue.columns)

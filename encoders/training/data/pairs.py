@@ -35,7 +35,10 @@ def usable_pairs(data: TrainingData, config: TrainConfig) -> pl.DataFrame:
     pairs = _with_defaults(data.pairs, config.validation.split, balances)
     blank = pairs.with_row_index("row").filter(pl.col("query") == "")
     if blank.height:
-        raise DataError(f"{blank.height} pairs have a query of only white space (first: row {blank['row'][0]}). Drop these rows.")
+        raise DataError(
+            f"{blank.height} pairs have a query of only white space (first: row {blank['row'][0]})."
+            " Drop these rows."
+        )
     pairs = _hold_back(pairs, config)
     _require_train_pairs(data.pairs, pairs, config)
     return pairs
@@ -44,14 +47,21 @@ def usable_pairs(data: TrainingData, config: TrainConfig) -> pl.DataFrame:
 def _require(frame: pl.DataFrame, columns: Sequence[str], table: str) -> None:
     missing = [name for name in columns if name not in frame.columns]
     if missing:
-        raise SchemaError(f"table {table}: missing column(s) {', '.join(missing)}; it has {', '.join(frame.columns)}. Rename or add them.")
+        raise SchemaError(
+            f"table {table}: missing column(s) {', '.join(missing)}; it has"
+            f" {', '.join(frame.columns)}. Rename or add them."
+        )
     if frame.is_empty():
         raise DataError(f"table {table} has no rows; there is nothing to train on.")
 
 
-def _with_defaults(pairs: pl.DataFrame, validation_split: str, balances: Sequence[str]) -> pl.DataFrame:
+def _with_defaults(
+    pairs: pl.DataFrame, validation_split: str, balances: Sequence[str]
+) -> pl.DataFrame:
     defaults = {"count": pl.lit(1), "action": pl.lit(""), "split": pl.lit("train")}
-    pairs = pairs.with_columns(expr.alias(name) for name, expr in defaults.items() if name not in pairs.columns)
+    pairs = pairs.with_columns(
+        expr.alias(name) for name, expr in defaults.items() if name not in pairs.columns
+    )
     collapsed = pl.col("query").fill_null("").str.replace_all(r"\s+", " ").str.strip_chars()
     return (
         pairs.select(
@@ -66,7 +76,10 @@ def _with_defaults(pairs: pl.DataFrame, validation_split: str, balances: Sequenc
         .filter(pl.col("split").is_in(["train", validation_split]))
         .with_columns(
             collapsed,
-            pl.when(pl.col("split") == validation_split).then(pl.lit("validation")).otherwise(pl.lit("train")).alias("split"),
+            pl.when(pl.col("split") == validation_split)
+            .then(pl.lit("validation"))
+            .otherwise(pl.lit("train"))
+            .alias("split"),
             pl.when(pl.col("entity_type") == "query")
             .then(pl.col("entity_id").str.replace_all(r"\s+", " ").str.strip_chars())
             .otherwise(pl.col("entity_id"))
@@ -85,10 +98,14 @@ def _hold_back(pairs: pl.DataFrame, config: TrainConfig) -> pl.DataFrame:
         buckets = text_bucket(queries, config.seed + 101, VALIDATION_BUCKETS)
         held = queries.filter(pl.Series(buckets < config.validation.fraction * VALIDATION_BUCKETS))
         is_held = pl.col("query").is_in(held.implode())
-        pairs = pairs.with_columns(pl.when(is_held).then(pl.lit("validation")).otherwise(pl.col("split")).alias("split"))
+        pairs = pairs.with_columns(
+            pl.when(is_held).then(pl.lit("validation")).otherwise(pl.col("split")).alias("split")
+        )
     validation = pairs.filter(pl.col("split") == "validation")["query"].unique()
     shown = (
-        (pl.col("split") == "train") & (pl.col("entity_type") == "query") & _folded("entity_id").is_in(_fold_texts(validation).implode())
+        (pl.col("split") == "train")
+        & (pl.col("entity_type") == "query")
+        & _folded("entity_id").is_in(_fold_texts(validation).implode())
     )
     return pairs.filter(~shown)
 
@@ -106,13 +123,15 @@ def _require_train_pairs(given: pl.DataFrame, pairs: pl.DataFrame, config: Train
         return
     if "split" not in given.columns or (given["split"] == "train").any():
         raise DataError(
-            f"no train pairs: validation.fraction = {config.validation.fraction} holds back every query. Lower it, or add pairs."
+            f"no train pairs: validation.fraction = {config.validation.fraction} holds back every"
+            " query. Lower it, or add pairs."
         )
     splits = given["split"].value_counts(sort=True)
     found = ", ".join(f"{count:,} {split}" for split, count in splits.iter_rows())
     raise DataError(
-        f"no train pairs: all {given.height:,} are held out (by split: {found}). Make the pairs again with a smaller --heldout-days or "
-        "--gap-days, or a later --train-end, of `omni pairs`, or from more days of logs."
+        f"no train pairs: all {given.height:,} are held out (by split: {found}). Make the pairs"
+        " again with a smaller --heldout-days or --gap-days, or a later --train-end, of `omni"
+        " pairs`, or from more days of logs."
     )
 
 
@@ -122,39 +141,67 @@ def query_texts(pairs: pl.DataFrame) -> pl.Series:
     return pl.concat((pairs["query"], related)).unique(maintain_order=True)
 
 
-def number_pairs(pairs: pl.DataFrame, texts: pl.Series, catalogue: pl.DataFrame, trained: Collection[str]) -> pl.DataFrame:
+def number_pairs(
+    pairs: pl.DataFrame, texts: pl.Series, catalogue: pl.DataFrame, trained: Collection[str]
+) -> pl.DataFrame:
     """Add ``query_number`` and ``candidate`` (catalogue row or query number); leave out pairs whose entity is not in the catalogue.
 
     When that is more than half of the pairs of the entity types in ``trained`` (empty: of all), it is a mistake in the ids: an error.
     """
     numbers = pl.DataFrame({"text": texts, "number": np.arange(len(texts), dtype=np.int64)})
-    rows = catalogue.select(pl.col("entity_type").cast(pl.String), entity_id=pl.col("id"), row=pl.int_range(pl.len(), dtype=pl.Int64))
+    rows = catalogue.select(
+        pl.col("entity_type").cast(pl.String),
+        entity_id=pl.col("id"),
+        row=pl.int_range(pl.len(), dtype=pl.Int64),
+    )
     if rows.select("entity_type", "entity_id").is_duplicated().any():
-        doubled = rows.filter(rows.select("entity_type", "entity_id").is_duplicated())["entity_id"][0]
+        doubled = rows.filter(rows.select("entity_type", "entity_id").is_duplicated())["entity_id"][
+            0
+        ]
         raise DataError(
-            f"the catalogue holds {doubled!r} twice under one entity type; ids must be unique. `omni data validate` lists them."
+            f"the catalogue holds {doubled!r} twice under one entity type; ids must be unique."
+            " `omni data validate` lists them."
         )
     pairs = pairs.with_columns(pl.col("entity_type").cast(pl.String)).join(
         rows, on=["entity_type", "entity_id"], how="left", maintain_order="left"
     )
-    pairs = pairs.join(numbers.rename({"text": "query", "number": "query_number"}), on="query", how="left", maintain_order="left")
     pairs = pairs.join(
-        numbers.rename({"text": "entity_id", "number": "candidate_number"}), on="entity_id", how="left", maintain_order="left"
+        numbers.rename({"text": "query", "number": "query_number"}),
+        on="query",
+        how="left",
+        maintain_order="left",
+    )
+    pairs = pairs.join(
+        numbers.rename({"text": "entity_id", "number": "candidate_number"}),
+        on="entity_id",
+        how="left",
+        maintain_order="left",
     )
     is_query = pl.col("entity_type") == "query"
-    pairs = pairs.with_columns(pl.when(is_query).then(pl.col("candidate_number")).otherwise(pl.col("row")).alias("candidate"))
+    pairs = pairs.with_columns(
+        pl.when(is_query)
+        .then(pl.col("candidate_number"))
+        .otherwise(pl.col("row"))
+        .alias("candidate")
+    )
     lost = pairs.filter(pl.col("candidate").is_null())
     if lost.height == pairs.height:
         raise DataError(
-            f"none of the {pairs.height} pairs names an entity of the catalogue (first: {lost['entity_type'][0]} {lost['entity_id'][0]!r})."
+            f"none of the {pairs.height} pairs names an entity of the catalogue (first:"
+            f" {lost['entity_type'][0]} {lost['entity_id'][0]!r})."
         )
     _refuse_most_lost(pairs, catalogue, trained)
     if lost.height:
-        say(f"{lost.height:,} of {pairs.height:,} pairs name entities that the catalogue lacks (first: {lost['entity_id'][0]!r}); left out")
+        say(
+            f"{lost.height:,} of {pairs.height:,} pairs name entities that the catalogue lacks"
+            f" (first: {lost['entity_id'][0]!r}); left out"
+        )
     return pairs.filter(pl.col("candidate").is_not_null())
 
 
-def _refuse_most_lost(pairs: pl.DataFrame, catalogue: pl.DataFrame, trained: Collection[str]) -> None:
+def _refuse_most_lost(
+    pairs: pl.DataFrame, catalogue: pl.DataFrame, trained: Collection[str]
+) -> None:
     entities = pairs.filter(pl.col("entity_type") != "query")
     if trained:
         entities = entities.filter(pl.col("entity_type").is_in(list(trained)))
@@ -164,8 +211,12 @@ def _refuse_most_lost(pairs: pl.DataFrame, catalogue: pl.DataFrame, trained: Col
     first = lost["entity_type"][0]
     same_type = catalogue.filter(pl.col("entity_type").cast(pl.String) == first)
     examples = (lost.filter(pl.col("entity_type") == first)["entity_id"], same_type["id"])
-    wanted, there = (", ".join(map(repr, ids.unique(maintain_order=True).head(3).to_list())) or "none" for ids in examples)
+    wanted, there = (
+        ", ".join(map(repr, ids.unique(maintain_order=True).head(3).to_list())) or "none"
+        for ids in examples
+    )
     raise DataError(
-        f"{lost.height:,} of {entities.height:,} entity pairs name entities that the catalogue lacks. Of type {first!r} the pairs have "
-        f"{wanted}; the catalogue has {there}. Write the ids alike in both tables, or name only the types to train under [[datasets]]."
+        f"{lost.height:,} of {entities.height:,} entity pairs name entities that the catalogue"
+        f" lacks. Of type {first!r} the pairs have {wanted}; the catalogue has {there}. Write the"
+        " ids alike in both tables, or name only the types to train under [[datasets]]."
     )

@@ -66,21 +66,37 @@ def prepare(data: TrainingData, config: TrainConfig, processes: int = 1) -> Prep
     """
     pairs = usable_pairs(data, config)
     texts = query_texts(pairs)
-    pairs = number_pairs(pairs, texts, data.catalogue, {dataset.entity_type for dataset in config.datasets})
+    pairs = number_pairs(
+        pairs, texts, data.catalogue, {dataset.entity_type for dataset in config.datasets}
+    )
     train = pairs.filter(pl.col("split") == "train")
     datasets, notes = choose_datasets(train, config)
     folds = fold_of(texts, config)
     vectors = {
         name: _frozen_vectors(data.catalogue, name, config.model.dimension)
-        for name in sorted({c.removeprefix(VECTOR_PREFIX) for d in datasets for c in d.candidates if c.startswith(VECTOR_PREFIX)})
+        for name in sorted(
+            {
+                c.removeprefix(VECTOR_PREFIX)
+                for d in datasets
+                for c in d.candidates
+                if c.startswith(VECTOR_PREFIX)
+            }
+        )
     }
     pools = {
-        entity_type: np.arange(len(texts))
-        if entity_type == "query"
-        else np.flatnonzero((data.catalogue["entity_type"] == entity_type).to_numpy())
+        entity_type: (
+            np.arange(len(texts))
+            if entity_type == "query"
+            else np.flatnonzero((data.catalogue["entity_type"] == entity_type).to_numpy())
+        )
         for entity_type in sorted({d.entity_type for d in datasets})
     }
-    pair_sets = [make_pair_set(dataset, train, data.catalogue, pools[dataset.entity_type], folds, vectors, config) for dataset in datasets]
+    pair_sets = [
+        make_pair_set(
+            dataset, train, data.catalogue, pools[dataset.entity_type], folds, vectors, config
+        )
+        for dataset in datasets
+    ]
     validation = pairs.filter(pl.col("split") == "validation")
     visible = without_held_back(data.catalogue, validation["query"].unique())
     return PreparedData(
@@ -106,7 +122,8 @@ def split_by_share(shares: Sequence[float], pairs: int, multiple: int = 1) -> li
     units = pairs // multiple
     if units < len(shares):
         raise ConfigError(
-            f"batch.pairs ({pairs}) is too small for {len(shares)} datasets on {multiple} process(es): needs {len(shares) * multiple}."
+            f"batch.pairs ({pairs}) is too small for {len(shares)} datasets on {multiple}"
+            f" process(es): needs {len(shares) * multiple}."
         )
     wanted = np.asarray(shares, dtype=np.float64) / sum(shares) * units
     given = np.maximum(np.floor(wanted).astype(int), 1)
@@ -120,24 +137,37 @@ def split_by_share(shares: Sequence[float], pairs: int, multiple: int = 1) -> li
 def _frozen_vectors(catalogue: pl.DataFrame, name: str, dimension: int) -> Tensor:
     """A vector column as unit rows ``(N, D)``; null is a row of zeros, several vectors their mean."""
     if name not in catalogue.columns:
-        raise SchemaError(f"compatibility column {name!r} is not in the catalogue; it has {', '.join(catalogue.columns)}.")
+        raise SchemaError(
+            f"compatibility column {name!r} is not in the catalogue; it has"
+            f" {', '.join(catalogue.columns)}."
+        )
     present = catalogue[name].drop_nulls()
     first = present[0] if len(present) else []
     width = len(first[0]) if len(first) and isinstance(first[0], list | pl.Series) else len(first)
     if width != dimension:
         raise ConfigError(
-            f"compatibility column {name!r} holds vectors of {width} numbers, but model.dimension is {dimension}: "
-            "a query is compared with the frozen vector itself, so both must agree."
+            f"compatibility column {name!r} holds vectors of {width} numbers, but model.dimension"
+            f" is {dimension}: a query is compared with the frozen vector itself, so both must"
+            " agree."
         )
-    return torch.nn.functional.normalize(torch.from_numpy(row_vectors(catalogue, name, width)), dim=1)
+    return torch.nn.functional.normalize(
+        torch.from_numpy(row_vectors(catalogue, name, width)), dim=1
+    )
 
 
-def _validation_pairs(validation: pl.DataFrame, config: TrainConfig) -> dict[str, tuple[Int64, Int64]]:
+def _validation_pairs(
+    validation: pl.DataFrame, config: TrainConfig
+) -> dict[str, tuple[Int64, Int64]]:
     chosen: dict[str, tuple[Int64, Int64]] = {}
     for entity_type in sorted(validation["entity_type"].unique().to_list()):
         rows = validation.filter(pl.col("entity_type") == entity_type)
-        order = np.random.default_rng((config.seed, 303)).permutation(rows.height)[: config.validation.pairs]
-        chosen[entity_type] = rows["query_number"].to_numpy()[order], rows["candidate"].to_numpy()[order]
+        order = np.random.default_rng((config.seed, 303)).permutation(rows.height)[
+            : config.validation.pairs
+        ]
+        chosen[entity_type] = (
+            rows["query_number"].to_numpy()[order],
+            rows["candidate"].to_numpy()[order],
+        )
     return chosen
 
 
@@ -147,10 +177,14 @@ def require_entity_tower(prepared: PreparedData) -> None:
     Raises:
         ConfigError: No dataset has candidates that the entity tower embeds.
     """
-    tasks = {pair_set.config.name: ", ".join(pair_set.config.candidates) for pair_set in prepared.pair_sets}
+    tasks = {
+        pair_set.config.name: ", ".join(pair_set.config.candidates)
+        for pair_set in prepared.pair_sets
+    }
     if not any(ENTITY in pair_set.config.candidates for pair_set in prepared.pair_sets):
         found = "; ".join(f"{name}: {candidates}" for name, candidates in tasks.items())
         raise ConfigError(
-            f"no dataset trains an entity tower, and a bundle needs one (candidates of {found}). Add a dataset of an entity type "
-            'to the config, e.g. [[datasets]] name = "pin", or candidates = ["entity"] to one that is there, and such pairs to the data.'
+            f"no dataset trains an entity tower, and a bundle needs one (candidates of {found})."
+            ' Add a dataset of an entity type to the config, e.g. [[datasets]] name = "pin", or'
+            ' candidates = ["entity"] to one that is there, and such pairs to the data.'
         )

@@ -12,7 +12,13 @@ import numpy.typing as npt
 import polars as pl
 from torch import Tensor
 
-from encoders.config.train_config import PAPER_SHARES, VECTOR_PREFIX, DatasetConfig, LossConfig, TrainConfig
+from encoders.config.train_config import (
+    PAPER_SHARES,
+    VECTOR_PREFIX,
+    DatasetConfig,
+    LossConfig,
+    TrainConfig,
+)
 from encoders.errors import DataError
 from encoders.text.hashing import combine_keys
 from encoders.training.data.balancing import balance_values, balance_weights
@@ -61,19 +67,37 @@ class PairSet:
         return self.config.entity_type == "query"
 
 
-def choose_datasets(train: pl.DataFrame, config: TrainConfig) -> tuple[tuple[DatasetConfig, ...], tuple[str, ...]]:
+def choose_datasets(
+    train: pl.DataFrame, config: TrainConfig
+) -> tuple[tuple[DatasetConfig, ...], tuple[str, ...]]:
     """The datasets to train, and what to say about those and about pairs that are left out."""
     counts = dict(train.group_by("entity_type").len().sort("entity_type").iter_rows())
     if not config.datasets:
         if not counts:
-            raise DataError("no train pair is left: none names an entity of the catalogue. Write the ids alike in both tables.")
+            raise DataError(
+                "no train pair is left: none names an entity of the catalogue. Write the ids alike"
+                " in both tables."
+            )
         return _default_datasets(train), ()
-    datasets = tuple(d for d in config.datasets if not d.optional or not _rows_of(d, train).is_empty())
+    datasets = tuple(
+        d for d in config.datasets if not d.optional or not _rows_of(d, train).is_empty()
+    )
     if not datasets:
         names, types = ", ".join(d.name for d in config.datasets), ", ".join(counts) or "none"
-        raise DataError(f"no dataset has train pairs: the config names {names}; the pairs have {types}. Name one of these, or add pairs.")
-    notes = [f"dataset {d.name!r} has no train pairs; left out" for d in config.datasets if d not in datasets]
-    unused = {name: count for name, count in counts.items() if name not in {d.entity_type for d in config.datasets}}
+        raise DataError(
+            f"no dataset has train pairs: the config names {names}; the pairs have {types}. Name"
+            " one of these, or add pairs."
+        )
+    notes = [
+        f"dataset {d.name!r} has no train pairs; left out"
+        for d in config.datasets
+        if d not in datasets
+    ]
+    unused = {
+        name: count
+        for name, count in counts.items()
+        if name not in {d.entity_type for d in config.datasets}
+    }
     if unused:
         told = ", ".join(f"{count:,} {name}" for name, count in unused.items())
         notes.append(f"not trained on: {told} pairs, which no [[datasets]] of the config takes")
@@ -82,7 +106,10 @@ def choose_datasets(train: pl.DataFrame, config: TrainConfig) -> tuple[tuple[Dat
 
 def _default_datasets(train: pl.DataFrame) -> tuple[DatasetConfig, ...]:
     present = train["entity_type"].unique().to_list()
-    return tuple(DatasetConfig(name=name) for name in sorted(present, key=lambda n: (-PAPER_SHARES.get(n, 1.0), n)))
+    return tuple(
+        DatasetConfig(name=name)
+        for name in sorted(present, key=lambda n: (-PAPER_SHARES.get(n, 1.0), n))
+    )
 
 
 def _rows_of(dataset: DatasetConfig, train: pl.DataFrame) -> pl.DataFrame:
@@ -124,16 +151,22 @@ def make_pair_set(
         actions = f" with action {' or '.join(dataset.actions)}" if dataset.actions else ""
         types = ", ".join(sorted(train["entity_type"].unique().to_list()))
         raise DataError(
-            f"dataset {dataset.name!r} is empty: no training pair of entity type {dataset.entity_type!r}{actions}; "
-            f"the pairs have {types}. Remove the dataset, say optional = true in it, or add pairs."
+            f"dataset {dataset.name!r} is empty: no training pair of entity type"
+            f" {dataset.entity_type!r}{actions}; the pairs have {types}. Remove the dataset, say"
+            " optional = true in it, or add pairs."
         )
     by_count = config.batch.weighting == "count"
     counts = rows["count"].to_numpy().astype(np.float64)
     if by_count and not (np.isfinite(counts).all() and counts.min() >= 0 and counts.sum() > 0):
-        raise DataError(f"dataset {dataset.name!r}: weighting by count needs counts of 0 or more that are not all 0.")
+        raise DataError(
+            f"dataset {dataset.name!r}: weighting by count needs counts of 0 or more that are not"
+            " all 0."
+        )
     weights = counts if by_count else np.ones(len(counts))
     if dataset.balance_by:
-        weights = balance_weights(balance_values(dataset, rows, catalogue), weights, dataset.balance_exponent)
+        weights = balance_weights(
+            balance_values(dataset, rows, catalogue), weights, dataset.balance_exponent
+        )
     queries, candidates = rows["query_number"].to_numpy(), rows["candidate"].to_numpy()
     counted = whole_counts(weights)
     tasks = []
@@ -143,8 +176,22 @@ def make_pair_set(
             has = vectors[candidate.removeprefix(VECTOR_PREFIX)].abs().sum(dim=1).numpy() > 0
             present = has[candidates]
             if not present.any():
-                raise DataError(f"dataset {dataset.name!r}: no positive has a vector in column {candidate.removeprefix(VECTOR_PREFIX)!r}.")
-        tasks.append(_task(f"{dataset.name}/{candidate}", candidate, queries, candidates, counted, present, pool, config.loss))
+                raise DataError(
+                    f"dataset {dataset.name!r}: no positive has a vector in column"
+                    f" {candidate.removeprefix(VECTOR_PREFIX)!r}."
+                )
+        tasks.append(
+            _task(
+                f"{dataset.name}/{candidate}",
+                candidate,
+                queries,
+                candidates,
+                counted,
+                present,
+                pool,
+                config.loss,
+            )
+        )
     return PairSet(
         config=dataset,
         queries=queries,
@@ -180,18 +227,24 @@ def _task(
 
     Candidates without a vector are drawn like the others and then left out, so the share of one that has a vector is of all draws.
     """
-    pair_counts, query_counts, in_batch = (CountMinSketch(loss.sketch_width, loss.sketch_depth, seed) for seed in range(3))
+    pair_counts, query_counts, in_batch = (
+        CountMinSketch(loss.sketch_width, loss.sketch_depth, seed) for seed in range(3)
+    )
     query_keys, candidate_keys = queries.astype(np.uint64), candidates.astype(np.uint64)
     pair_keys = combine_keys(query_keys, candidate_keys)
     whole = counted * present
     pair_counts.add(pair_keys, whole)
     query_counts.add(query_keys, whole)
     in_batch.add(candidate_keys, whole)
-    conditional = np.log(np.maximum(pair_counts.count(pair_keys), 1) / np.maximum(query_counts.count(query_keys), 1))
+    conditional = np.log(
+        np.maximum(pair_counts.count(pair_keys), 1) / np.maximum(query_counts.count(query_keys), 1)
+    )
     return TaskData(
         name=name,
         candidate=candidate,
         pair_log_q=np.minimum(conditional, 0).astype(np.float32),
-        in_batch_frequency=(np.maximum(in_batch.count(candidate_keys), 1) / max(counted.sum(), 1)).astype(np.float32),
+        in_batch_frequency=(
+            np.maximum(in_batch.count(candidate_keys), 1) / max(counted.sum(), 1)
+        ).astype(np.float32),
         random_frequency=np.full(len(pool), 1 / len(pool), np.float32),
     )

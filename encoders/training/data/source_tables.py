@@ -43,16 +43,28 @@ def load_training_data(config: TrainConfig, data_dir: Path | None = None) -> Tra
     """
     files = config.data
     if bool(files.catalogue) != bool(files.pairs):
-        raise ConfigError("data.catalogue and data.pairs belong together: name both, or neither for the sample data.")
+        raise ConfigError(
+            "data.catalogue and data.pairs belong together: name both, or neither for the sample"
+            " data."
+        )
     if files.catalogue:
-        catalogue = pl.concat([read_table(path, "catalogue") for path in files.catalogue], how="diagonal_relaxed")
-        pairs = pl.concat([read_table(path, "pairs") for path in files.pairs], how="diagonal_relaxed")
+        catalogue = pl.concat(
+            [read_table(path, "catalogue") for path in files.catalogue], how="diagonal_relaxed"
+        )
+        pairs = pl.concat(
+            [read_table(path, "pairs") for path in files.pairs], how="diagonal_relaxed"
+        )
     else:
         dataset = load_dataset(data_dir)
         catalogue, pairs = dataset.catalogue, dataset.pairs
-    wants_queries = any(d.entity_type == "query" for d in config.datasets) or (not config.datasets and not files.catalogue)
+    wants_queries = any(d.entity_type == "query" for d in config.datasets) or (
+        not config.datasets and not files.catalogue
+    )
     if files.related_queries and wants_queries and not (pairs["entity_type"] == "query").any():
-        for name, default in (("kind", pl.col("action") if "action" in pairs.columns else pl.lit("")), ("language", pl.lit(""))):
+        for name, default in (
+            ("kind", pl.col("action") if "action" in pairs.columns else pl.lit("")),
+            ("language", pl.lit("")),
+        ):
             pairs = pairs if name in pairs.columns else pairs.with_columns(default.alias(name))
         related = related_query_pairs(pairs)
         say(f"derived {related.height:,} related-query pairs from queries that share entities")

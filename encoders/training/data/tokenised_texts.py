@@ -21,9 +21,13 @@ class TokenisedTexts:
     """
 
     def __init__(self, sequences: Sequence[Sequence[int]], pad_id: int) -> None:
-        self.lengths = np.fromiter((len(s) for s in sequences), dtype=np.int64, count=len(sequences))
+        self.lengths = np.fromiter(
+            (len(s) for s in sequences), dtype=np.int64, count=len(sequences)
+        )
         self.offsets = np.concatenate((np.zeros(1, np.int64), np.cumsum(self.lengths)))
-        self.ids = np.fromiter((i for s in sequences for i in s), dtype=np.int64, count=int(self.offsets[-1]))
+        self.ids = np.fromiter(
+            (i for s in sequences for i in s), dtype=np.int64, count=int(self.offsets[-1])
+        )
         self.pad_id = pad_id
 
     def padded(self, rows: Int64) -> tuple[Tensor, Tensor]:
@@ -32,7 +36,9 @@ class TokenisedTexts:
         columns = np.arange(int(lengths.max()))
         inside = columns[None, :] < lengths[:, None]
         places = np.where(inside, self.offsets[rows][:, None] + columns, 0)
-        return torch.from_numpy(np.where(inside, self.ids[places], self.pad_id)), torch.from_numpy(inside.astype(np.int64))
+        return torch.from_numpy(np.where(inside, self.ids[places], self.pad_id)), torch.from_numpy(
+            inside.astype(np.int64)
+        )
 
     def tokens_of(self, rows: Int64) -> Int64:
         """The token ids of some texts one after another, int64 ``(sum of their lengths,)``."""

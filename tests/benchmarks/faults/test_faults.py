@@ -24,7 +24,9 @@ def test_a_full_disk_refuses_writes_and_nothing_else(tmp_path: Path) -> None:
     if "skipped" in found:
         pytest.skip(found["skipped"])
     assert found["publish_on_full_disk"] == "DiskFull"
-    assert found["writes"]["full"].get("RESOURCE_EXHAUSTED", 0) > 0 and found["writes"]["room again"] == {"OK": 5}
+    assert found["writes"]["full"].get("RESOURCE_EXHAUSTED", 0) > 0 and found["writes"][
+        "room again"
+    ] == {"OK": 5}
     assert found["answers_while_full"] > 0 and not found["failed_reads"] and found["lost"] == 0
     assert found["release_after_room"] == "d3"
 
@@ -36,20 +38,32 @@ def test_a_clock_that_jumps_disturbs_nothing(tmp_path: Path) -> None:
     found = asyncio.run(clock_jump(store.root, encoder, space_id))
     if "skipped" in found:
         pytest.skip(found["skipped"])
-    assert all(jump["write"] == "OK" and jump["swapped"] for jump in found["jumps"].values()) and len(found["jumps"]) == 4
-    assert all(jump["cached_before_and_after"] for jump in list(found["jumps"].values())[1:]), "age is measured by a clock that never jumps"
+    assert (
+        all(jump["write"] == "OK" and jump["swapped"] for jump in found["jumps"].values())
+        and len(found["jumps"]) == 4
+    )
+    assert all(jump["cached_before_and_after"] for jump in list(found["jumps"].values())[1:]), (
+        "age is measured by a clock that never jumps"
+    )
     assert found["answers"] > 0 and not found["failed_reads"] and found["lost"] == 0
 
 
 @pytest.mark.slow
-def test_shadow_recall_agrees_with_the_offline_figure_and_notices_a_damaged_index(tmp_path: Path) -> None:
+def test_shadow_recall_agrees_with_the_offline_figure_and_notices_a_damaged_index(
+    tmp_path: Path,
+) -> None:
     store = ReleaseStore(tmp_path / "store")
     encoder = write_small_bundle(tmp_path / "bundle", 5)
-    small_release(store, tmp_path / "bundle", encoder, release_id="good", counts={"pin": 4000}, kind="hnsw")
+    small_release(
+        store, tmp_path / "bundle", encoder, release_id="good", counts={"pin": 4000}, kind="hnsw"
+    )
     flags = ("--shadow-fraction", "0.3", "--shadow-cpu", "0.5")
     found = asyncio.run(damaged_index(store, encoder, "good", 100.0, 5.0, flags))
     assert found["offline_within_interval"], found
-    assert found["noticed_after_seconds"] is not None and found["recall_when_noticed"] < found["alert_below"], found
+    assert (
+        found["noticed_after_seconds"] is not None
+        and found["recall_when_noticed"] < found["alert_below"]
+    ), found
     assert found["failed"] == 0
 
 
@@ -67,21 +81,35 @@ def test_swaps_under_load_fail_and_mix_nothing(tmp_path: Path, workers: str) -> 
 
 
 @pytest.mark.slow
-def test_kills_of_server_and_publisher_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kills_of_server_and_publisher_lose_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fault_kills, "ROUNDS_PER_STORE", 3)
     store, encoder = prepare_store(tmp_path)
     space_id = json.loads((tmp_path / "a" / "space.json").read_text())["space_id"]
     found = asyncio.run(fault_kills.kill_nine(store, tmp_path / "a", encoder, space_id, 8))
-    assert found["lost_or_mixed"] == 0 and found["ready_after_the_kill"] == found["rounds"] >= 5, found
-    assert found["kills"] == sum(found["killed"].values()) >= 8 and found["killed"]["server, during upserts and swaps"] >= 2
-    assert any(what.startswith("publisher") for what in found["killed"]) and found["acknowledged_writes"] > 0
-    assert sorted(path.name for path in (tmp_path / "store" / "releases").glob("[ab]?")) == ["a1", "a2", "b1"], (
-        "the prepared one is as it was"
+    assert found["lost_or_mixed"] == 0 and found["ready_after_the_kill"] == found["rounds"] >= 5, (
+        found
     )
+    assert (
+        found["kills"] == sum(found["killed"].values()) >= 8
+        and found["killed"]["server, during upserts and swaps"] >= 2
+    )
+    assert (
+        any(what.startswith("publisher") for what in found["killed"])
+        and found["acknowledged_writes"] > 0
+    )
+    assert sorted(path.name for path in (tmp_path / "store" / "releases").glob("[ab]?")) == [
+        "a1",
+        "a2",
+        "b1",
+    ], "the prepared one is as it was"
 
 
 @pytest.mark.slow
-def test_a_flood_is_refused_and_what_is_let_in_is_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flood_is_refused_and_what_is_let_in_is_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(fault_overload, "PEAK_SECONDS", 1.0)
     store = ReleaseStore(tmp_path / "store")
     encoder = write_small_bundle(tmp_path / "bundle", 3, layers=6, width=256)
@@ -91,11 +119,19 @@ def test_a_flood_is_refused_and_what_is_let_in_is_in_time(tmp_path: Path, monkey
     server = ServerProcess(store.root, *flags, cores=server_cores)
     try:
         found = fault_overload.overload(server, 2.0, 5.0, client_cores)
-        refused = [float(line.split()[-1]) for line in server.metrics().splitlines() if line.startswith("omni_refused_total")]
+        refused = [
+            float(line.split()[-1])
+            for line in server.metrics().splitlines()
+            if line.startswith("omni_refused_total")
+        ]
     finally:
         server.stop()
     outcomes = found["overload"]["outcomes"]
-    assert outcomes["OK"] > 0 and outcomes["RESOURCE_EXHAUSTED"] > 0 and set(outcomes) <= {"OK", "RESOURCE_EXHAUSTED"}, found
+    assert (
+        outcomes["OK"] > 0
+        and outcomes["RESOURCE_EXHAUSTED"] > 0
+        and set(outcomes) <= {"OK", "RESOURCE_EXHAUSTED"}
+    ), found
     assert found["overload"]["late"] == 0 and found["recovered"]["outcomes"]["OK"] > 0
     assert refused and refused[0] > 0, "refusals at the door are counted"
     assert len(found["rss_mib_during"]) >= 2 and found["cores"]["client"] == sorted(client_cores)
@@ -110,8 +146,19 @@ def test_a_hostile_redis_fails_nothing(tmp_path: Path, kind: str) -> None:
 
 
 def test_runs_of_parts_are_merged() -> None:
-    first = {"seeds": [0], "kills": 50, "killed": {"server": 50}, "acknowledged_writes": 100, "lost_or_mixed": 0}
-    other = {**first, "seeds": [1], "acknowledged_writes": 90, "killed": {"server": 30, "publisher": 20}}
+    first = {
+        "seeds": [0],
+        "kills": 50,
+        "killed": {"server": 50},
+        "acknowledged_writes": 100,
+        "lost_or_mixed": 0,
+    }
+    other = {
+        **first,
+        "seeds": [1],
+        "acknowledged_writes": 90,
+        "killed": {"server": 30, "publisher": 20},
+    }
     assert merged({}, "kills", first) == first
     assert merged({"kills": first}, "kills", other) == {
         "seeds": [0, 1],
@@ -121,5 +168,7 @@ def test_runs_of_parts_are_merged() -> None:
         "lost_or_mixed": 0,
     }
     assert merged({"kills": first}, "kills", first) == first, "the same seed again replaces"
-    assert merged({"kills": {"seeds": [7], "kills": 9}}, "kills", first) == first, "a record of another form is not added to"
+    assert merged({"kills": {"seeds": [7], "kills": 9}}, "kills", first) == first, (
+        "a record of another form is not added to"
+    )
     assert merged({"clock": {"answers": 1}}, "clock", {"answers": 2}) == {"answers": 2}

@@ -19,7 +19,9 @@ from benchmarks.paper_tables.enrichment import (
     train_and_evaluate,
 )
 
-CATALOGUE = pl.DataFrame({"id": [str(i) for i in range(100)], "title": [f"title {i}" for i in range(100)]})
+CATALOGUE = pl.DataFrame(
+    {"id": [str(i) for i in range(100)], "title": [f"title {i}" for i in range(100)]}
+)
 
 
 def setting_of(noise: float) -> Setting:
@@ -49,13 +51,20 @@ def test_noise_gives_captions_of_other_pins_more_with_more_and_hides_the_same_ti
 
 
 @pytest.mark.parametrize(
-    ("means", "expected"), [([0.6, 0.55, 0.45, 0.4], 0.2), ([0.6, 0.59, 0.58, 0.57], None), ([0.4, 0.3, 0.2, 0.1], 0.0)]
+    ("means", "expected"),
+    [([0.6, 0.55, 0.45, 0.4], 0.2), ([0.6, 0.59, 0.58, 0.57], None), ([0.4, 0.3, 0.2, 0.1], 0.0)],
 )
-def test_the_threshold_is_where_recall_falls_to_that_without_captions(means: list[float], expected: float | None) -> None:
-    rows: list[dict[str, object]] = [{"table": "3", "caption_noise": None, "mean": 0.5}, {"table": "4", "caption_noise": 0.0, "mean": 0.1}]
+def test_the_threshold_is_where_recall_falls_to_that_without_captions(
+    means: list[float], expected: float | None
+) -> None:
+    rows: list[dict[str, object]] = [
+        {"table": "3", "caption_noise": None, "mean": 0.5},
+        {"table": "4", "caption_noise": 0.0, "mean": 0.1},
+    ]
     noises = (0.0, 0.1, 0.3, 0.5)
     rows += [
-        {"table": "3", "caption_noise": n, "mean": m, "gain": m - 0.5, "gain_interval": 0.01} for n, m in zip(noises, means, strict=True)
+        {"table": "3", "caption_noise": n, "mean": m, "gain": m - 0.5, "gain_interval": 0.01}
+        for n, m in zip(noises, means, strict=True)
     ]
     assert noise_threshold(rows, "3") == (pytest.approx(expected) if expected is not None else None)
     assert noise_threshold([row | {"gain_interval": 0.3} for row in rows], "3") is None
@@ -66,10 +75,16 @@ def test_what_is_missing_is_shown_as_missing(tmp_path: Path) -> None:
     for seed, value in ((0, 0.4), (2, 0.6)):
         result = {"recall@10": value, "language": {"en": value}, "kind": {"name": value}}
         hidden = result | {"recall@10": 0.1}
-        (tmp_path / f"{TABLE_4[0].key}-1-2-seed{seed}.json").write_text(json.dumps({"all": result, "hidden": hidden}))
+        (tmp_path / f"{TABLE_4[0].key}-1-2-seed{seed}.json").write_text(
+            json.dumps({"all": result, "hidden": hidden})
+        )
     rows = summarise(TABLE_4, tmp_path, 3, sizes)
     assert (rows[0]["seeds"], rows[0]["mean"], rows[0]["languages"]["en"]["mean"]) == (2, 0.5, 0.5)
-    assert all(row["mean"] is None and row["seeds"] == 0 for row in rows[1:] if row["setting"] != "continuous alone")
+    assert all(
+        row["mean"] is None and row["seeds"] == 0
+        for row in rows[1:]
+        if row["setting"] != "continuous alone"
+    )
 
 
 def test_gains_are_seed_by_seed_against_the_row_before(tmp_path: Path) -> None:
@@ -77,10 +92,16 @@ def test_gains_are_seed_by_seed_against_the_row_before(tmp_path: Path) -> None:
     for n, setting in enumerate(TABLE_4[:2]):
         for seed, value in enumerate((0.1, 0.4)):
             result = {"recall@10": value + 0.2 * n, "language": {}, "kind": {}}
-            (tmp_path / f"{setting.key}-1-seed{seed}.json").write_text(json.dumps({"all": result, "hidden": result}))
+            (tmp_path / f"{setting.key}-1-seed{seed}.json").write_text(
+                json.dumps({"all": result, "hidden": result})
+            )
     first, second = summarise(TABLE_4[:2], tmp_path, 2, sizes)
     assert (first["against"], first["gain"]) == ("continuous", 0)
-    assert (second["against"], second["gain"], second["gain_interval"]) == ("continuous", pytest.approx(0.2), pytest.approx(0))
+    assert (second["against"], second["gain"], second["gain_interval"]) == (
+        "continuous",
+        pytest.approx(0.2),
+        pytest.approx(0),
+    )
 
 
 def test_rows_share_a_training_only_when_they_are_the_same_setting() -> None:
@@ -93,8 +114,15 @@ def test_rows_share_a_training_only_when_they_are_the_same_setting() -> None:
 
 
 @pytest.mark.parametrize("setting", [TABLE_4[0], TABLE_4[4], TABLE_3[-1]], ids=lambda s: s.name)
-def test_one_training_gives_recall_of_all_pins_and_of_those_without_a_title(setting: Setting) -> None:
-    result = train_and_evaluate(load_pins(), setting, 0, {"steps": 1, "batch_pairs": 32, "train_pairs": 500, "max_queries": 50})
+def test_one_training_gives_recall_of_all_pins_and_of_those_without_a_title(
+    setting: Setting,
+) -> None:
+    result = train_and_evaluate(
+        load_pins(),
+        setting,
+        0,
+        {"steps": 1, "batch_pairs": 32, "train_pairs": 500, "max_queries": 50},
+    )
     assert 0 < result["new"]["pairs"] < result["hidden"]["pairs"] < result["all"]["pairs"]
     assert 0 <= result["all"]["recall@10"] <= 1
     assert "en" in result["all"]["language"]

@@ -28,7 +28,14 @@ from benchmarks.paper_tables.settings import (
     Training,
 )
 from benchmarks.paper_tables.tables import figure, jobs, summarise
-from benchmarks.paper_tables.trainings import Study, fixed, going_on, run, train_settings, training_data
+from benchmarks.paper_tables.trainings import (
+    Study,
+    fixed,
+    going_on,
+    run,
+    train_settings,
+    training_data,
+)
 from encoders.datasets.dataset import Dataset, with_engaged_queries
 from encoders.towers.query_tower import create_query_encoder
 from encoders.training.data.prepare import split_by_share
@@ -61,8 +68,20 @@ def test_every_key_names_one_training_and_every_table_has_lines() -> None:
     assert len({training.key for training in trainings}) == len(trainings)
     assert len({(line.table, line.setting) for line in LINES}) == len(LINES)
     for line in LINES:
-        assert not line.baseline or any((other.table, other.setting) == (line.table, line.baseline) for other in LINES)
-    assert set(TABLES) == {"2", "5", "6", "rows", "volume", "new-type", "versions", "prefixes", "logq"}
+        assert not line.baseline or any(
+            (other.table, other.setting) == (line.table, line.baseline) for other in LINES
+        )
+    assert set(TABLES) == {
+        "2",
+        "5",
+        "6",
+        "rows",
+        "volume",
+        "new-type",
+        "versions",
+        "prefixes",
+        "logq",
+    }
 
 
 def result(pin: float) -> dict[str, Any]:
@@ -77,20 +96,34 @@ def result(pin: float) -> dict[str, Any]:
 
 
 def test_figures_of_prefixes_and_parts() -> None:
-    assert [figure(result(0.8), "", f"pin/entity{part}") for part in ("", "/64", "/tail")] == [0.8, 0.2, 0.1]
+    assert [figure(result(0.8), "", f"pin/entity{part}") for part in ("", "/64", "/tail")] == [
+        0.8,
+        0.2,
+        0.1,
+    ]
 
 
 def test_means_and_differences_are_taken_over_the_seeds_that_are_there(tmp_path: Path) -> None:
     lines = (
         Line(table="5", setting="mix", training=MIX, metrics=("pin/entity",)),
-        Line(table="5", setting="separate", training=SEPARATE, metrics=("pin/entity",), baseline="mix"),
+        Line(
+            table="5",
+            setting="separate",
+            training=SEPARATE,
+            metrics=("pin/entity",),
+            baseline="mix",
+        ),
         Line(table="5", setting="absent", training=OMNI, metrics=("pin/entity",), baseline="mix"),
     )
     for training, values in ((MIX, {0: 0.4, 1: 0.5, 2: 0.6}), (SEPARATE, {0: 0.3, 2: 0.5})):
         for seed, value in values.items():
             result_path(tmp_path, training.key, SIZES, seed).write_text(json.dumps(result(value)))
     mix, separate, absent = summarise(lines, tmp_path, 3, SIZES)
-    assert (mix["seeds"], mix["mean"], mix["languages"]) == (3, pytest.approx(0.5), {"en": pytest.approx(0.5), "de": pytest.approx(0.25)})
+    assert (mix["seeds"], mix["mean"], mix["languages"]) == (
+        3,
+        pytest.approx(0.5),
+        {"en": pytest.approx(0.5), "de": pytest.approx(0.25)},
+    )
     assert mix["gradients"] == {"pin": {"query tower": pytest.approx(5.0)}}
     assert (separate["seeds"], separate["difference"]) == (2, pytest.approx(-0.1))
     assert separate["difference_interval"] == pytest.approx(0.0, abs=1e-9)
@@ -108,10 +141,31 @@ def test_jobs_go_seed_by_seed_and_name_each_training_once(tmp_path: Path) -> Non
 
 def test_a_picture_per_design_question_with_figures(tmp_path: Path) -> None:
     rows = [
-        {"table": table, "setting": "one", "metric": metric, "mean": 0.5, "interval": None, "seeds": 1}
-        for table, metric in (("2", "pin/entity"), ("rows", "pin/entity"), ("prefixes", "pin/entity/64"), ("logq", "pin/entity/tail"))
+        {
+            "table": table,
+            "setting": "one",
+            "metric": metric,
+            "mean": 0.5,
+            "interval": None,
+            "seeds": 1,
+        }
+        for table, metric in (
+            ("2", "pin/entity"),
+            ("rows", "pin/entity"),
+            ("prefixes", "pin/entity/64"),
+            ("logq", "pin/entity/tail"),
+        )
     ]
-    rows.append({"table": "versions", "setting": "none yet", "metric": "pin/version 1", "mean": None, "interval": None, "seeds": 0})
+    rows.append(
+        {
+            "table": "versions",
+            "setting": "none yet",
+            "metric": "pin/version 1",
+            "mean": None,
+            "interval": None,
+            "seeds": 0,
+        }
+    )
     paths = draw(rows, tmp_path, "x")
     assert [path.name for path in paths] == ["x-rows.png", "x-prefixes.png", "x-logq.png"]
     assert all(path.stat().st_size > 1000 for path in paths)
@@ -125,7 +179,9 @@ def test_products_at_a_small_volume_know_no_query_of_the_pairs_left_out(tables: 
     products = data.catalogue.filter(pl.col("entity_type") == "product")
     assert set(products["engaged_queries"].explode().drop_nulls()) == set(kept["query"])
     pins = pl.col("entity_type") == "pin"
-    assert data.catalogue.filter(pins)["engaged_queries"].equals(tables.catalogue.filter(pins)["engaged_queries"])
+    assert data.catalogue.filter(pins)["engaged_queries"].equals(
+        tables.catalogue.filter(pins)["engaged_queries"]
+    )
     assert SMALL_PRODUCT_PAIRS == 195
 
 
@@ -140,13 +196,20 @@ def test_a_fixed_projection_encodes_the_same_and_has_nothing_to_learn() -> None:
 def test_going_on_is_shorter_and_gentler(tables: Dataset, tmp_path: Path) -> None:
     config = train_settings(MIX, replace(study(tables, tmp_path), sizes=SIZES | {"steps": 90}), 0)
     later = going_on(config, frozen_queries=True)
-    assert (later.steps, later.optimiser.query_learning_rate, later.optimiser.token_embedding_learning_rate) == (30, 0.0, 0.0)
+    assert (
+        later.steps,
+        later.optimiser.query_learning_rate,
+        later.optimiser.token_embedding_learning_rate,
+    ) == (30, 0.0, 0.0)
     assert later.optimiser.learning_rate == config.optimiser.learning_rate / 4
 
 
 def test_without_pictures_the_towers_read_one_vector_less(tables: Dataset, tmp_path: Path) -> None:
     blind = replace(tables, catalogue=tables.catalogue.drop("visual"))
-    assert train_settings(MIX, study(tables, tmp_path), 0).features.continuous == {"frozen": 256, "visual": 192}
+    assert train_settings(MIX, study(tables, tmp_path), 0).features.continuous == {
+        "frozen": 256,
+        "visual": 192,
+    }
     assert train_settings(MIX, study(blind, tmp_path), 0).features.continuous == {"frozen": 256}
 
 
@@ -154,14 +217,41 @@ def test_without_pictures_the_towers_read_one_vector_less(tables: Dataset, tmp_p
 def tables() -> Dataset:
     """A catalogue of three types with vectors, and pairs of both splits."""
     rng = np.random.default_rng(0)
-    words = ["red", "blue", "green", "cat", "dog", "shoe", "lamp", "tree", "car", "boat", "moon", "star"]
+    words = [
+        "red",
+        "blue",
+        "green",
+        "cat",
+        "dog",
+        "shoe",
+        "lamp",
+        "tree",
+        "car",
+        "boat",
+        "moon",
+        "star",
+    ]
     rows: list[dict[str, Any]] = []
     pairs: list[dict[str, Any]] = []
     for kind in ("pin", "product", "ad"):
         for i, word in enumerate(words):
-            rows.append({"id": f"{kind}-{i}", "entity_type": kind, "title": f"{word} {kind}", "category": word, "board_titles": [word]})
+            rows.append(
+                {
+                    "id": f"{kind}-{i}",
+                    "entity_type": kind,
+                    "title": f"{word} {kind}",
+                    "category": word,
+                    "board_titles": [word],
+                }
+            )
             pairs += [
-                {"query": f"{word} {suffix}", "language": "en", "entity_type": kind, "entity_id": f"{kind}-{i}", "kind": "keyword"}
+                {
+                    "query": f"{word} {suffix}",
+                    "language": "en",
+                    "entity_type": kind,
+                    "entity_id": f"{kind}-{i}",
+                    "kind": "keyword",
+                }
                 | {"split": "heldout" if suffix == "thing" else "train", "count": 1}
                 for suffix in ("picture", "art", "thing")
             ]
@@ -171,12 +261,21 @@ def tables() -> Dataset:
     )
     frame = pl.DataFrame(pairs)
     related: list[dict[str, Any]] = [
-        {"query": f"{word} picture", "language": "en", "entity_type": "query", "entity_id": f"{word} art", "kind": "derived_shared"}
+        {
+            "query": f"{word} picture",
+            "language": "en",
+            "entity_type": "query",
+            "entity_id": f"{word} art",
+            "kind": "derived_shared",
+        }
         | {"split": split, "count": 1}
         for word in words
         for split in ("train", "heldout")
     ]
-    return Dataset(with_engaged_queries(catalogue, frame), pl.concat((frame, pl.DataFrame(related).select(frame.columns))))
+    return Dataset(
+        with_engaged_queries(catalogue, frame),
+        pl.concat((frame, pl.DataFrame(related).select(frame.columns))),
+    )
 
 
 def study(tables: Dataset, work: Path) -> Study:
@@ -186,19 +285,37 @@ def study(tables: Dataset, work: Path) -> Study:
 
 
 @pytest.mark.slow
-def test_every_kind_of_training_gives_the_figures_its_lines_ask_for(tables: Dataset, tmp_path: Path) -> None:
+def test_every_kind_of_training_gives_the_figures_its_lines_ask_for(
+    tables: Dataset, tmp_path: Path
+) -> None:
     torch.set_num_threads(1)
-    trainings = {line.training.key: line.training for line in LINES if line.training.kind != "reference"}
-    for key in ("mix", "separate", "searchsage", "omni", "single-ad", "single-query", "rows-token", "new-type", "versions"):
+    trainings = {
+        line.training.key: line.training for line in LINES if line.training.kind != "reference"
+    }
+    for key in (
+        "mix",
+        "separate",
+        "searchsage",
+        "omni",
+        "single-ad",
+        "single-query",
+        "rows-token",
+        "new-type",
+        "versions",
+    ):
         found = run(study(tables, tmp_path), trainings[key], 0)
         json.dumps(found)
         for line in LINES:
             if line.training.key == key and line.table != "logq":
-                assert all(0 <= figure(found, line.variant, metric) <= 1 for metric in line.metrics), line
+                assert all(
+                    0 <= figure(found, line.variant, metric) <= 1 for metric in line.metrics
+                ), line
 
 
 @pytest.mark.slow
-def test_a_tower_of_its_own_leaves_the_other_types_exactly_as_they_were(tables: Dataset, tmp_path: Path) -> None:
+def test_a_tower_of_its_own_leaves_the_other_types_exactly_as_they_were(
+    tables: Dataset, tmp_path: Path
+) -> None:
     found = run(study(tables, tmp_path), NEW_TYPE, 0)
     for metric in ("pin/entity", "product/entity", "query/query"):
         assert found["own tower"]["recall"][metric] == found["before"]["recall"][metric]

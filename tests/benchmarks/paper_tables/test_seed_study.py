@@ -33,7 +33,9 @@ def test_a_training_that_fails_leaves_no_file_and_keeps_the_earlier_ones(tmp_pat
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        run_missing([job(tmp_path, "a", 0, []), Job(result_path(tmp_path, "b", SIZES, 0), "b", fails)])
+        run_missing(
+            [job(tmp_path, "a", 0, []), Job(result_path(tmp_path, "b", SIZES, 0), "b", fails)]
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["a-3-8-seed0.json"]
 
 

@@ -14,36 +14,62 @@ from encoders.tables.files import write_table
 @pytest.fixture
 def own_tables(tmp_path):
     words = ["apple", "banana", "cherry", "date"]
-    write_table(pl.DataFrame({"id": words, "entity_type": ["pin"] * 4, "title": words}), tmp_path / "catalogue.csv")
-    pairs = pl.DataFrame({"query": [f"{w} pie" for w in words] + [f"{w} tart" for w in words], "entity_id": words * 2})
-    pairs = pairs.with_columns(split=pl.Series(["train"] * 4 + ["heldout"] * 4), entity_type=pl.lit("pin"), action=pl.lit("save"))
+    write_table(
+        pl.DataFrame({"id": words, "entity_type": ["pin"] * 4, "title": words}),
+        tmp_path / "catalogue.csv",
+    )
+    pairs = pl.DataFrame(
+        {
+            "query": [f"{w} pie" for w in words] + [f"{w} tart" for w in words],
+            "entity_id": words * 2,
+        }
+    )
+    pairs = pairs.with_columns(
+        split=pl.Series(["train"] * 4 + ["heldout"] * 4),
+        entity_type=pl.lit("pin"),
+        action=pl.lit("save"),
+    )
     write_table(pairs, tmp_path / "pairs.parquet")
     return tmp_path
 
 
 def test_recall_is_recorded_with_its_data_and_protocol(own_tables, tmp_path):
     out = tmp_path / "results"
-    result = CliRunner().invoke(group, ["recall", "--data", str(own_tables), "--baselines", "bm25,random", "--out", str(out)])
+    result = CliRunner().invoke(
+        group,
+        ["recall", "--data", str(own_tables), "--baselines", "bm25,random", "--out", str(out)],
+    )
     assert result.exit_code == 0, result.output
     record = json.loads(next(out.glob("*-recall.json")).read_text())
     assert record["metrics"]["tasks"]["pin"]["systems"]["bm25"]["all"]["recall@1"]["value"] == 1.0
-    assert record["dataset"]["pairs"] == {"heldout": 4, "train": 4} and len(record["dataset"]["sha256"]) == 64
+    assert (
+        record["dataset"]["pairs"] == {"heldout": 4, "train": 4}
+        and len(record["dataset"]["sha256"]) == 64
+    )
     assert next(out.glob("*.png")).read_bytes()[:4] == b"\x89PNG"
     assert "your data" in result.stdout and "bm25" in result.stdout
 
 
 def test_downstream_compares_frozen_vectors_with_fasttext(tmp_path, monkeypatch):
     pytest.importorskip("fasttext")
-    monkeypatch.setattr("benchmarks.quality.downstream._encoders", lambda bundle, names: {"letters": letters})
+    monkeypatch.setattr(
+        "benchmarks.quality.downstream._encoders", lambda bundle, names: {"letters": letters}
+    )
     folder = tmp_path / "large"
     folder.mkdir()
     classes = {"ic:25D3": "stone", "ic:11H1": "saint", "ic:46A": "law"}
     write_lines(
-        folder / "entities.jsonl.gz", [{"id": c, "entity_type": "pin", "title": t, "source": "iconclass"} for c, t in classes.items()]
+        folder / "entities.jsonl.gz",
+        [
+            {"id": c, "entity_type": "pin", "title": t, "source": "iconclass"}
+            for c, t in classes.items()
+        ],
     )
     rows = {"train": range(120), "dev": range(120, 160)}
     for part, numbers in rows.items():
-        lines = [["en", f"{t} number {i}", c, "keyword"] for i in numbers for c, t in classes.items()]
+        lines = [
+            ["en", f"{t} number {i}", c, "keyword"] for i in numbers for c, t in classes.items()
+        ]
         write_lines(folder / f"pairs_{part}.jsonl.gz", lines)
     out = tmp_path / "results"
     result = CliRunner().invoke(group, ["downstream", "--data", str(tmp_path), "--out", str(out)])
@@ -58,7 +84,9 @@ def test_downstream_compares_frozen_vectors_with_fasttext(tmp_path, monkeypatch)
 def letters(texts):
     import numpy as np
 
-    rows = np.array([[text.count(chr(97 + i)) for i in range(26)] for text in texts], dtype=np.float32)
+    rows = np.array(
+        [[text.count(chr(97 + i)) for i in range(26)] for text in texts], dtype=np.float32
+    )
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 

@@ -7,9 +7,20 @@ import pytest
 from benchmarks.quality.text_embedding import cross_validate, engaged_in_other_folds, hits_at_10
 from encoders.towers.text_embedding import text_embedding
 
-ENTITIES = pl.DataFrame({"id": ["a", "b", "c"], "title": ["red heart", "blue sky", None], "engaged_queries": [["old"], [], []]})
+ENTITIES = pl.DataFrame(
+    {
+        "id": ["a", "b", "c"],
+        "title": ["red heart", "blue sky", None],
+        "engaged_queries": [["old"], [], []],
+    }
+)
 PAIRS = pl.DataFrame(
-    {"query": ["love", "red", "sky", "love"], "entity_id": ["a", "a", "b", "c"], "fold": [0, 1, 1, 0]}, schema_overrides={"fold": pl.Int64}
+    {
+        "query": ["love", "red", "sky", "love"],
+        "entity_id": ["a", "a", "b", "c"],
+        "fold": [0, 1, 1, 0],
+    },
+    schema_overrides={"fold": pl.Int64},
 )
 
 
@@ -17,19 +28,38 @@ def test_an_entity_is_seen_without_the_queries_of_the_fold() -> None:
     seen = engaged_in_other_folds(ENTITIES, PAIRS, 0)
     assert seen["id"].to_list() == ["a", "b", "c"]
     assert seen["engaged_queries"].to_list() == [["red"], ["sky"], None]
-    assert engaged_in_other_folds(ENTITIES, PAIRS, 1)["engaged_queries"].to_list() == [["love"], None, ["love"]]
+    assert engaged_in_other_folds(ENTITIES, PAIRS, 1)["engaged_queries"].to_list() == [
+        ["love"],
+        None,
+        ["love"],
+    ]
 
 
 def test_hits_are_counted_as_a_sort_would() -> None:
     rng = np.random.default_rng(0)
-    queries, entities = rng.normal(size=(4500, 8)).astype(np.float32), rng.normal(size=(40, 8)).astype(np.float32)
+    queries, entities = (
+        rng.normal(size=(4500, 8)).astype(np.float32),
+        rng.normal(size=(40, 8)).astype(np.float32),
+    )
     places = rng.integers(0, 40, 4500)
     order = np.argsort(-(queries @ entities.T), axis=1)[:, :10]
-    assert hits_at_10(queries, entities, places) == sum(place in top for place, top in zip(places, order, strict=True))
+    assert hits_at_10(queries, entities, places) == sum(
+        place in top for place, top in zip(places, order, strict=True)
+    )
 
 
 @pytest.mark.parametrize("max_pairs", [1, 100])
 def test_every_mix_is_asked_the_same_pairs(max_pairs: int) -> None:
-    found = cross_validate(text_embedding("tiny-multilingual"), ENTITIES, PAIRS.drop("fold"), [(0.0, 0), (1.0, 2)], 2, max_pairs)
-    assert found["pairs"] <= min(4, 2 * max_pairs) and set(found["recall_at_10"]) == {"0 x 0 queries", "1 x 2 queries"}
+    found = cross_validate(
+        text_embedding("tiny-multilingual"),
+        ENTITIES,
+        PAIRS.drop("fold"),
+        [(0.0, 0), (1.0, 2)],
+        2,
+        max_pairs,
+    )
+    assert found["pairs"] <= min(4, 2 * max_pairs) and set(found["recall_at_10"]) == {
+        "0 x 0 queries",
+        "1 x 2 queries",
+    }
     assert set(found["recall_at_10"].values()) == {1.0}, "three entities are all among the best ten"

@@ -1,7 +1,13 @@
 import numpy as np
 import pytest
 
-from benchmarks.serving.cache import Traffic, encoder_change, misses_per_second, simulate, zipf_ranks
+from benchmarks.serving.cache import (
+    Traffic,
+    encoder_change,
+    misses_per_second,
+    simulate,
+    zipf_ranks,
+)
 
 SMALL = Traffic(requests=20_000, distinct=2_000, fresh_share=0.0, days=30.0)
 
@@ -16,7 +22,10 @@ def test_the_simulated_cache_agrees_with_the_formula() -> None:
 def test_longer_life_and_more_room_never_hurt_the_hit_rate_and_age_grows_with_life() -> None:
     short, long = simulate(SMALL, 1.0, 10_000), simulate(SMALL, 10.0, 10_000)
     assert short.hit_rate < long.hit_rate and short.mean_age_days < long.mean_age_days <= 10.0
-    assert simulate(SMALL, 10.0, 100).hit_rate < long.hit_rate and simulate(SMALL, 10.0, 100).entries <= 100
+    assert (
+        simulate(SMALL, 10.0, 100).hit_rate < long.hit_rate
+        and simulate(SMALL, 10.0, 100).entries <= 100
+    )
 
 
 def test_prewarming_keeps_the_hit_rate_from_collapsing() -> None:

@@ -31,7 +31,9 @@ def result(cached: bool, timings: Timings) -> RetrieveResult:
 
 
 def test_stages_and_the_rest_add_up_to_what_the_client_waited() -> None:
-    timings = Timings(total_ns=4_000_000, queue_ns=1_000_000, encode_ns=2_000_000, search_ns=500_000, rerank_ns=0)
+    timings = Timings(
+        total_ns=4_000_000, queue_ns=1_000_000, encode_ns=2_000_000, search_ns=500_000, rerank_ns=0
+    )
     stages = per_stage([Sample(5_000_000, result(False, timings))] * 5)
     assert stages["client"]["p50"] == pytest.approx(5.0)
     assert stages["grpc and network"]["p99"] == pytest.approx(1.0)
@@ -40,16 +42,28 @@ def test_stages_and_the_rest_add_up_to_what_the_client_waited() -> None:
 
 def test_the_closed_loop_keeps_its_concurrency_and_the_open_loop_counts_the_wait() -> None:
     with echo_server(10) as echo:
-        closed = stub_load(echo.address, "/any/Method", [b"x"], Load(concurrency=3, seconds=0.5, warmup_seconds=0.1, processes=2))
+        closed = stub_load(
+            echo.address,
+            "/any/Method",
+            [b"x"],
+            Load(concurrency=3, seconds=0.5, warmup_seconds=0.1, processes=2),
+        )
         assert len(closed.latencies_ms) > 10
         assert not closed.errors
         assert echo.cpu_seconds() > 0
-        paced = stub_load(echo.address, "/any/Method", [b"x"], Load(concurrency=8, seconds=1.0, warmup_seconds=0.0, processes=1, rate=40))
+        paced = stub_load(
+            echo.address,
+            "/any/Method",
+            [b"x"],
+            Load(concurrency=8, seconds=1.0, warmup_seconds=0.0, processes=1, rate=40),
+        )
         assert len(paced.latencies_ms) == 40
 
 
 @pytest.mark.parametrize("concurrency", [1, 7])
-def test_prepared_frames_are_answered_by_grpcio_and_by_us_and_failures_are_counted(concurrency: int, tmp_path: Path) -> None:
+def test_prepared_frames_are_answered_by_grpcio_and_by_us_and_failures_are_counted(
+    concurrency: int, tmp_path: Path
+) -> None:
     load = Load(concurrency=concurrency, seconds=0.5, warmup_seconds=0.0, processes=2)
     with echo_server(70_000) as echo:
         outcome = frame_load(echo.address, "/any/Method", [b"x", b"y" * 40_000], load)
@@ -57,8 +71,13 @@ def test_prepared_frames_are_answered_by_grpcio_and_by_us_and_failures_are_count
     store, encoder = ReleaseStore(tmp_path / "store"), write_small_bundle(tmp_path / "bundle", 1)
     small_release(store, tmp_path / "bundle", encoder)
     with omni_server(store.root, ["--encoder-form", "torch", "--metrics-port", "-1"]) as ours:
-        good, bad = (pb.RetrieveRequest(query="red cat", entity_type=name, k=3).SerializeToString() for name in ("pin", "video"))
-        outcome = frame_load(ours.address, "/omnisearchsage.v1.Retrieval/Retrieve", [good, bad], load)
+        good, bad = (
+            pb.RetrieveRequest(query="red cat", entity_type=name, k=3).SerializeToString()
+            for name in ("pin", "video")
+        )
+        outcome = frame_load(
+            ours.address, "/omnisearchsage.v1.Retrieval/Retrieve", [good, bad], load
+        )
         assert len(outcome.latencies_ms) > 10
         assert outcome.errors.keys() == {"grpc-status 5"}, "NOT_FOUND"
 
@@ -68,11 +87,18 @@ def test_one_worker_and_two_are_asked_the_same(tmp_path: Path) -> None:
     store, encoder = ReleaseStore(tmp_path / "store"), write_small_bundle(tmp_path / "bundle", 1)
     small_release(store, tmp_path / "bundle", encoder, counts={"pin": 300})
     space_id = json.loads((tmp_path / "bundle" / "space.json").read_text())["space_id"]
-    release = SimpleNamespace(store=store.root, space_id=space_id, vectors=SimpleNamespace(queries=encoder.encode(["red cat", "old boat"])))
+    release = SimpleNamespace(
+        store=store.root,
+        space_id=space_id,
+        vectors=SimpleNamespace(queries=encoder.encode(["red cat", "old boat"])),
+    )
     found = more_workers(release, 3, 2, (4,), 1, 0.5)
     for name in ("ready_embeddings", "cached_texts"):
         assert found[name]["ratio_at_best"] > 0
-        assert all(found[name][side][4]["errors"] == 0 and found[name][side][4]["requests_per_second"] > 0 for side in ("one", "several"))
+        assert all(
+            found[name][side][4]["errors"] == 0 and found[name][side][4]["requests_per_second"] > 0
+            for side in ("one", "several")
+        )
 
 
 def slow_client(seconds: float):  # type: ignore[no-untyped-def]
@@ -88,10 +114,15 @@ def failing_client():  # type: ignore[no-untyped-def]
 
 
 def test_a_blocking_client_is_driven_by_threads_and_its_failures_are_counted() -> None:
-    outcome = client_load(partial(slow_client, 0.02), Load(concurrency=4, seconds=0.5, warmup_seconds=0.0, processes=1))
+    outcome = client_load(
+        partial(slow_client, 0.02),
+        Load(concurrency=4, seconds=0.5, warmup_seconds=0.0, processes=1),
+    )
     assert outcome.summary()["p50_ms"] >= 20
     assert len(outcome.latencies_ms) <= 4 * 26
-    failed = client_load(failing_client, Load(concurrency=1, seconds=0.2, warmup_seconds=0.0, processes=1))
+    failed = client_load(
+        failing_client, Load(concurrency=1, seconds=0.2, warmup_seconds=0.0, processes=1)
+    )
     assert failed.errors["ValueError"] > 0
     assert failed.requests_per_second == 0
 
@@ -99,13 +130,27 @@ def test_a_blocking_client_is_driven_by_threads_and_its_failures_are_counted() -
 def test_the_verdict_compares_each_side_at_its_best() -> None:
     def side(*rows: tuple[int, float, float, float]) -> dict[int, dict[str, float]]:
         return {
-            c: {"requests_per_second": rps, "per_server_cpu_second": 2 * rps, "p50_ms": p50, "p99_ms": p99} for c, rps, p50, p99 in rows
+            c: {
+                "requests_per_second": rps,
+                "per_server_cpu_second": 2 * rps,
+                "p50_ms": p50,
+                "p99_ms": p99,
+            }
+            for c, rps, p50, p99 in rows
         }
 
-    found = verdict(side((1, 500, 1, 3), (16, 4000, 4, 9)), side((1, 300, 2, 2), (16, 700, 20, 40), (32, 800, 30, 60)))
+    found = verdict(
+        side((1, 500, 1, 3), (16, 4000, 4, 9)),
+        side((1, 300, 2, 2), (16, 700, 20, 40), (32, 800, 30, 60)),
+    )
     assert found["ratio_at_best"] == 5.0
     assert found["best_concurrency"] == {"ours": 16, "theirs": 32}
-    assert found["lower"] == {"p50_ms at 1": True, "p99_ms at 1": False, "p50_ms at 16": True, "p99_ms at 16": True}
+    assert found["lower"] == {
+        "p50_ms at 1": True,
+        "p99_ms at 1": False,
+        "p50_ms at 16": True,
+        "p99_ms at 16": True,
+    }
 
 
 def test_recall_counts_ids_of_rows() -> None:
@@ -132,7 +177,9 @@ def test_less_lambda_means_less_similarity() -> None:
     points = curve(pools, [{"0", "39"}] * 20, 10)
     similarity = [p["intra_list_similarity"] for p in points]
     assert similarity[0] < similarity[-1]
-    assert points[-1]["recall"] == 0.5, "plain ranking returns the first but not the last of the pool"
+    assert points[-1]["recall"] == 0.5, (
+        "plain ranking returns the first but not the last of the pool"
+    )
 
 
 def test_the_fuzzer_is_replayable_and_sends_valid_and_broken_messages() -> None:
@@ -154,10 +201,20 @@ def test_an_untyped_error_is_a_fault_with_its_bytes() -> None:
     tally = Tally()
     tally.count("/s/M", "OK", b"a", "", 0.1)
     tally.count("/s/M", "INTERNAL", b"\x01\x02", "boom", 0.2)
-    assert tally.faults == [{"method": "/s/M", "code": "INTERNAL", "details": "boom", "hex": "0102"}]
+    assert tally.faults == [
+        {"method": "/s/M", "code": "INTERNAL", "details": "boom", "hex": "0102"}
+    ]
 
 
 def test_the_fuzzer_notices_a_server_that_is_not_ours() -> None:
     with echo_server(0) as echo, pytest.raises((AssertionError, grpc.RpcError)):
-        tally = asyncio.run(fuzz(Process(echo.address, echo.pid), Generator(1, "f" * 64, 32), 50, raw_share=0.2, concurrency=4))
+        tally = asyncio.run(
+            fuzz(
+                Process(echo.address, echo.pid),
+                Generator(1, "f" * 64, 32),
+                50,
+                raw_share=0.2,
+                concurrency=4,
+            )
+        )
         assert tally.codes["INVALID_ARGUMENT"] > 0, "an echo refuses nothing"

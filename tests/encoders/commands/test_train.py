@@ -58,7 +58,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def omni_train(folder: Path, *more: str) -> Result:
-    return CliRunner().invoke(command, [str(folder / "run.toml"), "--out", str(folder / "out"), *more])
+    return CliRunner().invoke(
+        command, [str(folder / "run.toml"), "--out", str(folder / "out"), *more]
+    )
 
 
 def give_pairs(folder: Path, pairs: pl.DataFrame) -> None:
@@ -71,7 +73,11 @@ def add_datasets(folder: Path, names: Sequence[str], more: str = "") -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def test_repeating_a_finished_run_changes_nothing(folder: Path) -> None:
@@ -80,17 +86,26 @@ def test_repeating_a_finished_run_changes_nothing(folder: Path) -> None:
     model = folder / "out" / "model"
     (model / "forms" / "query.onnx").write_bytes(b"exported")
     space = json.loads((model / "space.json").read_text())
-    (model / "space.json").write_text(json.dumps({**space, "compatible": [{"space_id": "an older one"}]}))
+    (model / "space.json").write_text(
+        json.dumps({**space, "compatible": [{"space_id": "an older one"}]})
+    )
     before = contents(folder / "out")
     again = omni_train(folder)
     assert again.exit_code == 0, again.stderr
     assert contents(folder / "out") == before
     assert "kept" in again.stderr
     assert "nan" not in again.stdout
-    assert "pairs/s" in first.stderr and "pairs/s" not in again.stderr and "2 steps, all of them trained before" in again.stderr
+    assert (
+        "pairs/s" in first.stderr
+        and "pairs/s" not in again.stderr
+        and "2 steps, all of them trained before" in again.stderr
+    )
     told = omni_train(folder, "--json")
     assert json.loads(told.stdout)["metrics"] == json.loads(first.stdout)["metrics"]
-    assert json.loads(first.stdout)["pairs_per_second"] > 0 and json.loads(told.stdout)["pairs_per_second"] is None
+    assert (
+        json.loads(first.stdout)["pairs_per_second"] > 0
+        and json.loads(told.stdout)["pairs_per_second"] is None
+    )
 
 
 def test_a_bundle_of_another_space_is_replaced(folder: Path) -> None:
@@ -129,7 +144,9 @@ def test_a_single_query_cannot_be_held_back_and_trained_on(folder: Path) -> None
     assert "no train pairs" in result.stderr and "validation.fraction" in result.stderr
 
 
-def test_a_run_that_would_make_no_entity_tower_is_refused_before_its_first_step(folder: Path) -> None:
+def test_a_run_that_would_make_no_entity_tower_is_refused_before_its_first_step(
+    folder: Path,
+) -> None:
     add_datasets(folder, ["query"])
     result = omni_train(folder)
     assert result.exit_code == 2, result.output
@@ -138,7 +155,11 @@ def test_a_run_that_would_make_no_entity_tower_is_refused_before_its_first_step(
 
 
 def test_ids_that_lost_their_prefix_stop_the_run_with_examples_of_both_sides(folder: Path) -> None:
-    lost = pl.when(pl.col("entity_type") == "query").then("entity_id").otherwise(pl.col("entity_id").str.replace("^(pin|product)-", ""))
+    lost = (
+        pl.when(pl.col("entity_type") == "query")
+        .then("entity_id")
+        .otherwise(pl.col("entity_id").str.replace("^(pin|product)-", ""))
+    )
     give_pairs(folder, world().pairs.with_columns(lost.alias("entity_id")))
     result = omni_train(folder)
     assert result.exit_code == 1, result.output
@@ -149,7 +170,9 @@ def test_ids_that_lost_their_prefix_stop_the_run_with_examples_of_both_sides(fol
 
 def test_pairs_of_types_that_no_dataset_trains_need_no_catalogue(folder: Path) -> None:
     data = world()
-    data.catalogue.filter(pl.col("entity_type") == "product").write_parquet(folder / "catalogue.parquet")
+    data.catalogue.filter(pl.col("entity_type") == "product").write_parquet(
+        folder / "catalogue.parquet"
+    )
     add_datasets(folder, ["product"])
     assert omni_train(folder).exit_code == 0
 
@@ -158,7 +181,11 @@ def test_types_that_no_dataset_trains_are_told(folder: Path) -> None:
     add_datasets(folder, ["pin"])
     result = omni_train(folder)
     assert result.exit_code == 0, result.stderr
-    assert "not trained on: " in result.stderr and " product, " in result.stderr and " query pairs" in result.stderr
+    assert (
+        "not trained on: " in result.stderr
+        and " product, " in result.stderr
+        and " query pairs" in result.stderr
+    )
     told = next(line for line in result.stderr.splitlines() if "not trained on" in line)
     assert "[[datasets]]" in told
 
@@ -204,7 +231,9 @@ def test_the_next_command_evaluates_the_data_that_was_trained_on(folder: Path) -
     result = omni_train(folder)
     assert result.exit_code == 0, result.stderr
     assert f"Next: omni evaluate {folder}/out/model --data {folder}\n" in result.stderr
-    evaluated = CliRunner().invoke(evaluate, [f"{folder}/out/model", "--data", str(folder), "--resamples", "100"])
+    evaluated = CliRunner().invoke(
+        evaluate, [f"{folder}/out/model", "--data", str(folder), "--resamples", "100"]
+    )
     assert evaluated.exit_code == 0, evaluated.stderr
     assert f"heldout pairs of {folder} (your data)" in evaluated.stdout
     assert "was trained on" not in evaluated.stderr
@@ -213,7 +242,15 @@ def test_the_next_command_evaluates_the_data_that_was_trained_on(folder: Path) -
 def test_evaluating_the_sample_with_a_bundle_of_other_data_is_told(folder: Path) -> None:
     give_pairs(folder, held_out_world())
     assert omni_train(folder).exit_code == 0
-    arguments = [f"{folder}/out/model", "--entity-type", "product", "--max-queries", "5", "--resamples", "100"]
+    arguments = [
+        f"{folder}/out/model",
+        "--entity-type",
+        "product",
+        "--max-queries",
+        "5",
+        "--resamples",
+        "100",
+    ]
     result = CliRunner().invoke(evaluate, arguments)
     assert result.exit_code == 0, result.stderr
     assert f"was trained on {folder}/catalogue.parquet, {folder}/pairs.parquet" in result.stderr
@@ -224,7 +261,9 @@ def test_types_without_a_tower_are_left_out_and_told(folder: Path) -> None:
     """One type of the data that no tower was trained for failed the whole evaluation."""
     give_pairs(folder, held_out_world())
     config = folder / "run.toml"
-    config.write_text(config.read_text().replace("[entity_tower]", 'entity_towers = "separate"\n\n[entity_tower]'))
+    config.write_text(
+        config.read_text().replace("[entity_tower]", 'entity_towers = "separate"\n\n[entity_tower]')
+    )
     add_datasets(folder, ["pin"])
     assert omni_train(folder).exit_code == 0
     model = f"{folder}/out/model"
@@ -232,29 +271,46 @@ def test_types_without_a_tower_are_left_out_and_told(folder: Path) -> None:
     result = CliRunner().invoke(evaluate, [*arguments, "--baselines", "random"])
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
-    assert list(report["tasks"]) == ["pin"] and set(report["tasks"]["pin"]["systems"]) == {"model", "random"}
+    assert list(report["tasks"]) == ["pin"] and set(report["tasks"]["pin"]["systems"]) == {
+        "model",
+        "random",
+    }
     assert report["not_evaluated"] == {"product": f"no tower in {model}"}
     assert f"product: no tower in {model}; not evaluated" in result.stderr
-    refused = CliRunner().invoke(evaluate, [*arguments, "--entity-type", "pin", "--entity-type", "product"])
-    assert refused.exit_code == 2 and f"product: no tower in {model}" in refused.stderr and "Recall@10" not in refused.stderr
+    refused = CliRunner().invoke(
+        evaluate, [*arguments, "--entity-type", "pin", "--entity-type", "product"]
+    )
+    assert (
+        refused.exit_code == 2
+        and f"product: no tower in {model}" in refused.stderr
+        and "Recall@10" not in refused.stderr
+    )
     data = world()
-    data.catalogue.filter(pl.col("entity_type") == "product").write_parquet(folder / "catalogue.parquet")
+    data.catalogue.filter(pl.col("entity_type") == "product").write_parquet(
+        folder / "catalogue.parquet"
+    )
     nothing = CliRunner().invoke(evaluate, arguments)
     assert nothing.exit_code == 2 and f"product: no tower in {model}" in nothing.stderr
 
 
 def test_tables_that_no_data_folder_holds_are_not_named_as_one(folder: Path) -> None:
     (folder / "catalogue.parquet").rename(folder / "things.parquet")
-    (folder / "run.toml").write_text((folder / "run.toml").read_text().replace("catalogue.parquet", "things.parquet"))
+    (folder / "run.toml").write_text(
+        (folder / "run.toml").read_text().replace("catalogue.parquet", "things.parquet")
+    )
     result = omni_train(folder)
     assert result.exit_code == 0, result.stderr
     assert "--data FOLDER" in result.stderr and "catalogue.* and pairs.*" in result.stderr
 
 
 def test_the_split_that_the_config_calls_validation_can_be_given(folder: Path) -> None:
-    pairs = held_out_world().with_columns(split=pl.col("split").str.replace("heldout", "validation"))
+    pairs = held_out_world().with_columns(
+        split=pl.col("split").str.replace("heldout", "validation")
+    )
     pairs.write_csv(folder / "pairs.csv")
-    (folder / "run.toml").write_text((folder / "run.toml").read_text().replace("pairs.parquet", "pairs.csv"))
+    (folder / "run.toml").write_text(
+        (folder / "run.toml").read_text().replace("pairs.parquet", "pairs.csv")
+    )
     result = omni_train(folder, "--json")
     assert result.exit_code == 0, result.stderr
     assert "validation/recall@10" in json.loads(result.stdout)["metrics"]

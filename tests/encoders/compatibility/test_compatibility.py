@@ -11,7 +11,14 @@ from safetensors.numpy import load_file, save_file
 
 from encoders.commands.evaluate import command
 from encoders.compatibility.adapter import SpaceAdapter, fit_adapter
-from encoders.compatibility.declaration import FOLDER, declare, load_adapter, read_declarations, require_declaration, write_upgraded_bundle
+from encoders.compatibility.declaration import (
+    FOLDER,
+    declare,
+    load_adapter,
+    read_declarations,
+    require_declaration,
+    write_upgraded_bundle,
+)
 from encoders.compatibility.report import ADAPTED, OLD, PLAIN, REEMBEDDED, compare_spaces
 from encoders.datasets.dataset import Dataset
 from encoders.errors import BundleError, ConfigError, InvalidVectors, SpaceMismatch
@@ -22,7 +29,9 @@ from tests.helpers.training_examples import DIMENSION, small_config, tiny_query_
 
 
 def rotation(width: int = DIMENSION, seed: int = 3) -> np.ndarray:
-    return np.linalg.qr(np.random.default_rng(seed).normal(size=(width, width)))[0].astype(np.float32)
+    return np.linalg.qr(np.random.default_rng(seed).normal(size=(width, width)))[0].astype(
+        np.float32
+    )
 
 
 def rotated(tower: QueryEncoder, turn: np.ndarray) -> QueryEncoder:
@@ -50,7 +59,9 @@ def dataset() -> Dataset:
     """The world's pairs; every third query held out."""
     data = world()
     pairs = data.pairs.filter(pl.col("entity_type") != "query").with_row_index()
-    pairs = pairs.with_columns(split=pl.when(pl.col("index") % 3 == 2).then(pl.lit("heldout")).otherwise(pl.lit("train"))).drop("index")
+    pairs = pairs.with_columns(
+        split=pl.when(pl.col("index") % 3 == 2).then(pl.lit("heldout")).otherwise(pl.lit("train"))
+    ).drop("index")
     filled = pairs.with_columns(language=pl.lit("en"), country=pl.lit(""), kind=pl.lit(""))
     return Dataset(data.catalogue, filled, name="world")
 
@@ -92,10 +103,14 @@ def test_folding_gives_the_vectors_of_applying(tmp_path: Path) -> None:
     tower = tiny_query_encoder().eval()
     adapter = SpaceAdapter(np.random.default_rng(0).normal(size=(5, DIMENSION)).astype(np.float32))
     folded = adapter.fold(tower)
-    np.testing.assert_allclose(folded.encode(queries()), adapter.apply(tower.encode(queries())), atol=1e-5)
+    np.testing.assert_allclose(
+        folded.encode(queries()), adapter.apply(tower.encode(queries())), atol=1e-5
+    )
     assert tower.dimension == DIMENSION  # the tower it came from is untouched
     folded.save(tmp_path)
-    np.testing.assert_allclose(QueryEncoder.load(tmp_path).encode(queries()), folded.encode(queries()), atol=1e-6)
+    np.testing.assert_allclose(
+        QueryEncoder.load(tmp_path).encode(queries()), folded.encode(queries()), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -115,11 +130,16 @@ def test_an_adapter_comes_back_from_its_file(tmp_path: Path, rank: int) -> None:
         ({"matrix": np.zeros((8, 12), np.float64)}, "float32"),
         ({"matrix": np.zeros(12, np.float32)}, "two dimensions"),
         ({"left": np.zeros((8, 3), np.float32)}, "'left' and 'right'"),
-        ({"left": np.zeros((8, 3), np.float32), "right": np.zeros((4, 12), np.float32)}, "should map"),
+        (
+            {"left": np.zeros((8, 3), np.float32), "right": np.zeros((4, 12), np.float32)},
+            "should map",
+        ),
         ({"other": np.zeros((8, 12), np.float32)}, "expected float32"),
     ],
 )
-def test_a_file_that_is_no_adapter_is_refused(tmp_path: Path, parts: dict[str, np.ndarray], message: str) -> None:
+def test_a_file_that_is_no_adapter_is_refused(
+    tmp_path: Path, parts: dict[str, np.ndarray], message: str
+) -> None:
     save_file(parts, tmp_path / "adapter.safetensors")
     with pytest.raises(BundleError, match=message):
         SpaceAdapter.load(tmp_path / "adapter.safetensors", (8, 12))
@@ -141,7 +161,9 @@ def test_impossible_fits_are_named() -> None:
 # --- measuring ----------------------------------------------------------------------------------------------------------------------------
 
 
-def test_a_learned_adapter_restores_the_recall_that_a_turned_space_loses(bundles: tuple[Path, Path]) -> None:
+def test_a_learned_adapter_restores_the_recall_that_a_turned_space_loses(
+    bundles: tuple[Path, Path],
+) -> None:
     old, new = map(load_bundle, bundles)
     spaces = compare_spaces(new, old, dataset(), entity_types=["pin"], resamples=100)
     found = spaces.measured["pin"]
@@ -150,10 +172,16 @@ def test_a_learned_adapter_restores_the_recall_that_a_turned_space_loses(bundles
     assert found[ADAPTED]["overlap@10_with_old"] > found[PLAIN]["overlap@10_with_old"] + 0.3
     assert found[OLD]["overlap@10_with_old"] == 1.0
     assert found[ADAPTED]["low"] <= found[ADAPTED]["recall@10"] <= found[ADAPTED]["high"]
-    assert REEMBEDDED in found and set(spaces.learned) >= {"train_queries", "ridge", "held_back_recall@10"}
+    assert REEMBEDDED in found and set(spaces.learned) >= {
+        "train_queries",
+        "ridge",
+        "held_back_recall@10",
+    }
 
 
-def test_an_adapter_that_gains_nothing_is_not_declared(bundles: tuple[Path, Path], tmp_path: Path) -> None:
+def test_an_adapter_that_gains_nothing_is_not_declared(
+    bundles: tuple[Path, Path], tmp_path: Path
+) -> None:
     old = load_bundle(bundles[0])
     twin = ModelBundle(tmp_path, "c" * 64, DIMENSION, {}, old.query_encoder, old.entity_encoders)
     options = {"entity_types": ["pin"], "resamples": 100, "rank": 1}  # too narrow to be of use
@@ -174,7 +202,9 @@ def test_held_out_pairs_teach_the_adapter_nothing(bundles: tuple[Path, Path]) ->
     np.testing.assert_array_equal(first.matrix, second.matrix)
 
 
-def test_one_space_and_unequal_widths_are_refused(bundles: tuple[Path, Path], tmp_path: Path) -> None:
+def test_one_space_and_unequal_widths_are_refused(
+    bundles: tuple[Path, Path], tmp_path: Path
+) -> None:
     old = load_bundle(bundles[0])
     with pytest.raises(ConfigError, match="both bundles have space"):
         compare_spaces(old, old, dataset())
@@ -190,13 +220,28 @@ def test_one_space_and_unequal_widths_are_refused(bundles: tuple[Path, Path], tm
 def test_a_declaration_changes_neither_the_space_nor_the_towers(pair: tuple[Path, Path]) -> None:
     old, new = pair
     before = load_bundle(new).space_id
-    declare(new, read_space_id(old), DIMENSION, SpaceAdapter(rotation().T.copy()), {"pin": {}}, {"ridge": 0.1})
+    declare(
+        new,
+        read_space_id(old),
+        DIMENSION,
+        SpaceAdapter(rotation().T.copy()),
+        {"pin": {}},
+        {"ridge": 0.1},
+    )
     assert load_bundle(new).space_id == before
     declaration = require_declaration(new, read_space_id(old), "index")
     adapter = load_adapter(new, declaration)
-    assert adapter is not None and declaration.adapter is not None and declaration.adapter["ridge"] == 0.1
+    assert (
+        adapter is not None
+        and declaration.adapter is not None
+        and declaration.adapter["ridge"] == 0.1
+    )
     texts = queries()
-    np.testing.assert_allclose(adapter.apply(load_bundle(new).embed_queries(texts)), load_bundle(old).embed_queries(texts), atol=1e-5)
+    np.testing.assert_allclose(
+        adapter.apply(load_bundle(new).embed_queries(texts)),
+        load_bundle(old).embed_queries(texts),
+        atol=1e-5,
+    )
 
 
 def test_declaring_again_replaces_the_declaration_and_its_file(pair: tuple[Path, Path]) -> None:
@@ -212,7 +257,9 @@ def test_declaring_again_replaces_the_declaration_and_its_file(pair: tuple[Path,
     assert load_adapter(new, require_declaration(new, space, "index")) is None
 
 
-def test_without_a_declaration_the_older_space_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_without_a_declaration_the_older_space_is_refused(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
     old, new = pair
     with pytest.raises(SpaceMismatch, match="declares no compatibility"):
         write_upgraded_bundle(old, new, tmp_path / "upgraded")
@@ -221,18 +268,33 @@ def test_without_a_declaration_the_older_space_is_refused(pair: tuple[Path, Path
         declare(new, read_space_id(new), DIMENSION, None, {})
 
 
-def test_an_upgraded_bundle_has_new_queries_in_the_old_space_and_old_entities(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_an_upgraded_bundle_has_new_queries_in_the_old_space_and_old_entities(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
     old, new = pair
-    declare(new, read_space_id(old), DIMENSION, SpaceAdapter(rotation().T.copy()), {"pin": {OLD: {"recall@10": 0.5}}})
+    declare(
+        new,
+        read_space_id(old),
+        DIMENSION,
+        SpaceAdapter(rotation().T.copy()),
+        {"pin": {OLD: {"recall@10": 0.5}}},
+    )
     target = tmp_path / "upgraded"
     target.mkdir()
     write_upgraded_bundle(old, new, target)
     upgraded, before = load_bundle(target), load_bundle(old)
     assert upgraded.space_id == before.space_id
     upgrade = read_space(target)["query_upgrade"]
-    assert upgrade["space_id"] == read_space_id(new) and upgrade["files_id"] not in (before.space_id, read_space_id(new))
-    np.testing.assert_allclose(upgraded.embed_queries(queries()), before.embed_queries(queries()), atol=1e-5)
-    np.testing.assert_array_equal(upgraded.embed_entities(world().catalogue), before.embed_entities(world().catalogue))
+    assert upgrade["space_id"] == read_space_id(new) and upgrade["files_id"] not in (
+        before.space_id,
+        read_space_id(new),
+    )
+    np.testing.assert_allclose(
+        upgraded.embed_queries(queries()), before.embed_queries(queries()), atol=1e-5
+    )
+    np.testing.assert_array_equal(
+        upgraded.embed_entities(world().catalogue), before.embed_entities(world().catalogue)
+    )
     weights = target / "query_encoder" / "2_Dense" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
@@ -256,7 +318,9 @@ def _truncate(path: Path) -> None:
     [(_flip_last_byte, "SHA-256"), (_truncate, "SHA-256"), (Path.unlink, "cannot be read")],
     ids=["flip", "cut", "gone"],
 )
-def test_a_damaged_adapter_is_refused(pair: tuple[Path, Path], tmp_path: Path, damage: object, message: str) -> None:
+def test_a_damaged_adapter_is_refused(
+    pair: tuple[Path, Path], tmp_path: Path, damage: object, message: str
+) -> None:
     old, new = pair
     declare(new, read_space_id(old), DIMENSION, SpaceAdapter(rotation()), {})
     damage(next((new / FOLDER).iterdir()))  # type: ignore[operator]
@@ -275,7 +339,9 @@ def test_a_damaged_adapter_is_refused(pair: tuple[Path, Path], tmp_path: Path, d
         {"measured": None},
     ],
 )
-def test_a_damaged_declaration_is_refused(pair: tuple[Path, Path], change: dict[str, object]) -> None:
+def test_a_damaged_declaration_is_refused(
+    pair: tuple[Path, Path], change: dict[str, object]
+) -> None:
     old, new = pair
     declare(new, read_space_id(old), DIMENSION, None, {})
     space = read_space(new)
@@ -306,10 +372,21 @@ def write_tables(folder: Path) -> Path:
     return folder
 
 
-def test_the_command_measures_declares_and_keeps_to_its_limit(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_the_command_measures_declares_and_keeps_to_its_limit(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
     old, new = pair
     tables = write_tables(tmp_path / "tables")
-    arguments = [str(new), "--against-index", str(old), "--data", str(tables), "--resamples", "100", "--json"]
+    arguments = [
+        str(new),
+        "--against-index",
+        str(old),
+        "--data",
+        str(tables),
+        "--resamples",
+        "100",
+        "--json",
+    ]
     refused = CliRunner().invoke(command, [*arguments, "--declare", "--adapter", "none"])
     assert refused.exit_code == 1 and "--max-loss" in refused.output and not read_declarations(new)
     measured = CliRunner().invoke(command, arguments)
@@ -320,21 +397,42 @@ def test_the_command_measures_declares_and_keeps_to_its_limit(pair: tuple[Path, 
     assert json.loads(declared.stdout)["way"] == ADAPTED
     declaration = read_declarations(new)[0]
     assert declaration.space_id == read_space_id(old) and declaration.adapter is not None
-    assert declaration.measured["pin"][ADAPTED]["recall@10"] == json.loads(declared.stdout)["measured"]["pin"][ADAPTED]["recall@10"]
-    assert load_file(new / FOLDER / declaration.adapter["file"])["matrix"].shape == (DIMENSION, DIMENSION)
+    assert (
+        declaration.measured["pin"][ADAPTED]["recall@10"]
+        == json.loads(declared.stdout)["measured"]["pin"][ADAPTED]["recall@10"]
+    )
+    assert load_file(new / FOLDER / declaration.adapter["file"])["matrix"].shape == (
+        DIMENSION,
+        DIMENSION,
+    )
 
 
-def test_a_type_without_held_out_pairs_is_measured_around_but_not_declared_over(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_type_without_held_out_pairs_is_measured_around_but_not_declared_over(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
     old, new = pair
     tables = write_tables(tmp_path / "tables")
     of_pins_alone = (pl.col("entity_type") == "pin") | (pl.col("split") == "train")
     dataset().pairs.filter(of_pins_alone).write_parquet(tables / "pairs.parquet")
-    arguments = [str(new), "--against-index", str(old), "--data", str(tables), "--resamples", "100", "--json"]
+    arguments = [
+        str(new),
+        "--against-index",
+        str(old),
+        "--data",
+        str(tables),
+        "--resamples",
+        "100",
+        "--json",
+    ]
     measured = CliRunner().invoke(command, arguments)
     assert measured.exit_code == 0 and list(json.loads(measured.stdout)["measured"]) == ["pin"]
     assert "product: no 'heldout' pairs; not evaluated" in measured.stderr
     refused = CliRunner().invoke(command, [*arguments, "--declare"])
-    assert refused.exit_code == 2 and "entity type 'product'" in refused.stderr and not read_declarations(new)
+    assert (
+        refused.exit_code == 2
+        and "entity type 'product'" in refused.stderr
+        and not read_declarations(new)
+    )
     declared = CliRunner().invoke(command, [*arguments, "--declare", "--entity-type", "pin"])
     assert declared.exit_code == 0 and list(read_declarations(new)[0].measured) == ["pin"]
 
@@ -348,16 +446,33 @@ def test_types_without_a_tower_are_measured_around(pair: tuple[Path, Path], tmp_
     """An index holds only what the older bundle embeds; what the newer one cannot embed any more is not declared unless it is left out."""
     old, new = pair
     tables = write_tables(tmp_path / "tables")
-    arguments = [str(new), "--against-index", str(old), "--data", str(tables), "--resamples", "100", "--json"]
+    arguments = [
+        str(new),
+        "--against-index",
+        str(old),
+        "--data",
+        str(tables),
+        "--resamples",
+        "100",
+        "--json",
+    ]
     keep_tower_of_pins(new)
     measured = CliRunner().invoke(command, arguments)
-    assert measured.exit_code == 0 and list(json.loads(measured.stdout)["measured"]) == ["pin"], measured.output
+    assert measured.exit_code == 0 and list(json.loads(measured.stdout)["measured"]) == ["pin"], (
+        measured.output
+    )
     assert f"product: no tower in {new}; not evaluated" in measured.stderr
     refused = CliRunner().invoke(command, [*arguments, "--declare"])
-    assert refused.exit_code == 2 and f"product: no tower in {new}" in refused.stderr and not read_declarations(new)
+    assert (
+        refused.exit_code == 2
+        and f"product: no tower in {new}" in refused.stderr
+        and not read_declarations(new)
+    )
     keep_tower_of_pins(old)
     declared = CliRunner().invoke(command, [*arguments, "--declare"])
-    assert declared.exit_code == 0 and list(read_declarations(new)[0].measured) == ["pin"], declared.output
+    assert declared.exit_code == 0 and list(read_declarations(new)[0].measured) == ["pin"], (
+        declared.output
+    )
     assert f"product: no tower in {old}; not evaluated" in declared.stderr
 
 
@@ -371,8 +486,13 @@ def test_types_without_a_tower_are_measured_around(pair: tuple[Path, Path], tmp_
         (["--against-index", "NOWHERE"], "cannot be read"),
     ],
 )
-def test_bad_usage_says_what_to_do(pair: tuple[Path, Path], tmp_path: Path, arguments: list[str], message: str) -> None:
+def test_bad_usage_says_what_to_do(
+    pair: tuple[Path, Path], tmp_path: Path, arguments: list[str], message: str
+) -> None:
     old, new = pair
-    filled = [str(old) if a == "OLD" else str(tmp_path / "nowhere") if a == "NOWHERE" else a for a in arguments]
+    filled = [
+        str(old) if a == "OLD" else str(tmp_path / "nowhere") if a == "NOWHERE" else a
+        for a in arguments
+    ]
     result = CliRunner().invoke(command, [str(new), *filled])
     assert result.exit_code in (1, 2) and message in " ".join(result.output.split())

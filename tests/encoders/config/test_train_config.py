@@ -4,7 +4,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encoders.config.train_config import DatasetConfig, TrainConfig, load_train_config, to_table, train_config
+from encoders.config.train_config import (
+    DatasetConfig,
+    TrainConfig,
+    load_train_config,
+    to_table,
+    train_config,
+)
 from encoders.errors import ConfigError
 
 RECIPES = Path(__file__).parents[3] / "encoders" / "recipes"
@@ -13,8 +19,8 @@ RECIPES = Path(__file__).parents[3] / "encoders" / "recipes"
 def test_all_mistakes_are_reported_at_once_with_the_nearest_name(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(
-        'stepz = 5\nprecision = "bf61"\n[optimiser]\nlearning_rte = 1\nwarmup_steps = "many"\n[loss]\ntemperature = -1.0\n'
-        '[[datasets]]\nname = "pin"\ncandidates = ["entty"]\n'
+        'stepz = 5\nprecision = "bf61"\n[optimiser]\nlearning_rte = 1\nwarmup_steps ='
+        ' "many"\n[loss]\ntemperature = -1.0\n[[datasets]]\nname = "pin"\ncandidates = ["entty"]\n'
     )
     with pytest.raises(ConfigError) as caught:
         load_train_config(path)
@@ -50,7 +56,10 @@ def test_values_are_checked_when_every_key_is_known() -> None:
         ({"validation": {"patience": 2}}, "patience needs every_steps"),
         ({"loss": {"sketch_width": 1000}}, "power of two, but got 1000"),
         ({"datasets": [{"name": "pin"}, {"name": "pin"}]}, "dataset names must differ"),
-        ({"datasets": [{"name": "query", "candidates": ["entity"]}]}, "related queries need 'query'"),
+        (
+            {"datasets": [{"name": "query", "candidates": ["entity"]}]},
+            "related queries need 'query'",
+        ),
         ({"datasets": [{"share": 1}]}, "missing key 'datasets[0].name'"),
         ({"loss": {"matryoshka": {"wide": 1.0}}}, "key 'wide' of 'loss.matryoshka' must be int"),
         ({"model": 3}, "'model' must be a table"),
@@ -75,7 +84,8 @@ def test_defaults_are_the_papers_where_a_laptop_can_follow() -> None:
     assert config.loss.matryoshka == {16: 0.05, 32: 0.05, 64: 0.05, 128: 0.05}
     assert config.entity_tower.table_rows == 100_000
     shares = [
-        DatasetConfig(name=n, entity_type=t).share for n, t in (("pin", ""), ("product", ""), ("query", ""), ("product-offsite", "product"))
+        DatasetConfig(name=n, entity_type=t).share
+        for n, t in (("pin", ""), ("product", ""), ("query", ""), ("product-offsite", "product"))
     ]
     assert shares == [8, 4, 2, 2]
     assert DatasetConfig(name="query").candidates == ("query",)
@@ -89,9 +99,16 @@ def test_defaults_are_the_papers_where_a_laptop_can_follow() -> None:
     st.dictionaries(st.integers(1, 512), st.floats(0, 1), max_size=4),
     st.lists(st.sampled_from(["pin", "product", "ad", "query"]), unique=True),
 )
-def test_a_config_survives_its_plain_form(steps: int, precision: str, matryoshka: dict[int, float], names: list[str]) -> None:
+def test_a_config_survives_its_plain_form(
+    steps: int, precision: str, matryoshka: dict[int, float], names: list[str]
+) -> None:
     config = train_config(
-        {"steps": steps, "precision": precision, "loss": {"matryoshka": matryoshka}, "datasets": [{"name": n} for n in names]}
+        {
+            "steps": steps,
+            "precision": precision,
+            "loss": {"matryoshka": matryoshka},
+            "datasets": [{"name": n} for n in names],
+        }
     )
     assert train_config(to_table(config)) == config
 
@@ -121,4 +138,9 @@ def test_the_config_that_the_command_prints_is_valid(tmp_path: Path) -> None:
 
     printed = CliRunner().invoke(command, ["--print-config"])
     (tmp_path / "run.toml").write_text(printed.output)
-    assert [d.name for d in load_train_config(tmp_path / "run.toml").datasets] == ["pin", "product", "ad", "query"]
+    assert [d.name for d in load_train_config(tmp_path / "run.toml").datasets] == [
+        "pin",
+        "product",
+        "ad",
+        "query",
+    ]

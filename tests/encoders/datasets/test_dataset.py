@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from encoders.datasets.dataset import load_dataset, load_large, load_sample, split_by_query, with_engaged_queries
+from encoders.datasets.dataset import (
+    load_dataset,
+    load_large,
+    load_sample,
+    split_by_query,
+    with_engaged_queries,
+)
 from encoders.datasets.related_queries import query_entities, related_query_pairs
 from encoders.errors import ConfigError
 from encoders.tables.files import write_table
@@ -25,13 +31,26 @@ def folded(queries):
 
 
 def test_sample_holds_what_its_page_says(sample):
-    assert dict(sample.catalogue.group_by("entity_type").len().iter_rows()) == {"pin": 1594, "product": 4855, "ad": 378}
-    assert dict(sample.pairs.group_by("split").len().iter_rows()) == {"train": 195_245, "heldout": 21_953}
+    assert dict(sample.catalogue.group_by("entity_type").len().iter_rows()) == {
+        "pin": 1594,
+        "product": 4855,
+        "ad": 378,
+    }
+    assert dict(sample.pairs.group_by("split").len().iter_rows()) == {
+        "train": 195_245,
+        "heldout": 21_953,
+    }
     assert sample.pairs["language"].n_unique() == 17
     assert len(sample.pictures) == 6760 and set(sample.pictures) <= set(sample.catalogue["id"])
-    assert sample.pictures["pin:1f480"].startswith('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">')
+    assert sample.pictures["pin:1f480"].startswith(
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">'
+    )
     skull = sample.catalogue.row(by_predicate=pl.col("id") == "pin:1f480", named=True)
-    assert (skull["character"], skull["title"], skull["board_titles"]) == ("💀", "skull", ["smileys & emotion", "negative"])
+    assert (skull["character"], skull["title"], skull["board_titles"]) == (
+        "💀",
+        "skull",
+        ["smileys & emotion", "negative"],
+    )
 
 
 def test_no_held_out_string_occurs_in_training_or_in_entity_features(sample):
@@ -48,7 +67,10 @@ def test_engaged_queries_are_the_entities_own_capped_and_spread_over_languages(s
     assert len(set(queries)) == 20 and set(queries) <= set(own["query"])
     first_17 = own.filter(pl.col("query").is_in(queries[:17]))
     assert first_17["language"].n_unique() == 17
-    assert with_engaged_queries(sample.catalogue, sample.pairs, 0)["engaged_queries"].list.len().max() == 0
+    assert (
+        with_engaged_queries(sample.catalogue, sample.pairs, 0)["engaged_queries"].list.len().max()
+        == 0
+    )
     with pytest.raises(ConfigError, match="-1"):
         with_engaged_queries(sample.catalogue, sample.pairs, -1)
 
@@ -69,13 +91,17 @@ def test_rarer_queries_come_first_within_a_language():
 def test_query_entities_are_distinct_strings_by_count(sample):
     queries = query_entities(sample.pairs)
     assert queries["id"].is_unique().all() and queries["id"].to_list() == queries["title"].to_list()
-    assert queries["count"].sum() == sample.pairs.height and queries["count"].is_sorted(descending=True)
+    assert queries["count"].sum() == sample.pairs.height and queries["count"].is_sorted(
+        descending=True
+    )
     train = query_entities(sample.pairs, "train")
     assert set(train["split"]) == {"train"} and train.height < queries.height
 
 
 def test_related_queries_never_leak_and_never_repeat_the_query(sample):
-    few = sample.pairs.filter(pl.col("entity_id").is_in(sample.of_type("pin")["id"].head(150).implode()))
+    few = sample.pairs.filter(
+        pl.col("entity_id").is_in(sample.of_type("pin")["id"].head(150).implode())
+    )
     related = related_query_pairs(few, per_query=4)
     held = folded(sample.split("heldout")["query"])
     assert not held & folded(related["entity_id"])
@@ -93,21 +119,30 @@ def test_related_weights_by_hand():
     pairs = pl.DataFrame(rows, schema=["query", "entity_id"], orient="row").with_columns(
         language=pl.lit("en"), kind=pl.lit("tag"), split=pl.lit("train")
     )
-    got = {(q, e): w for q, e, w in related_query_pairs(pairs).select("query", "entity_id", "weight").iter_rows()}
+    got = {
+        (q, e): w
+        for q, e, w in related_query_pairs(pairs).select("query", "entity_id", "weight").iter_rows()
+    }
     log3 = 1.584962500721156
     assert got[("p", "q")] == pytest.approx(1 / log3)
     assert got[("p2", "q2")] == pytest.approx((1 / 2 + 1 / log3) / 2)
     assert got[("r", "p2")] == pytest.approx(1 / 2 / 2**0.5)
     assert ("p", "r") not in got
-    names = pairs.with_columns(kind=pl.when(pl.col("query").is_in(["p", "q"])).then(pl.lit("name")).otherwise(pl.lit("tag")))
+    names = pairs.with_columns(
+        kind=pl.when(pl.col("query").is_in(["p", "q"]))
+        .then(pl.lit("name"))
+        .otherwise(pl.lit("tag"))
+    )
     by_kind = related_query_pairs(names).filter(pl.col("query") == "p").row(0, named=True)
-    assert by_kind["kind"] == "derived_translation" and by_kind["weight"] == pytest.approx(1 + 1 / log3)
+    assert by_kind["kind"] == "derived_translation" and by_kind["weight"] == pytest.approx(
+        1 + 1 / log3
+    )
 
 
 def test_queries_on_very_many_entities_are_related_to_nothing():
-    pairs = pl.DataFrame({"query": ["off"] * 50 + ["one"], "entity_id": [f"e{i}" for i in range(50)] + ["e0"]}).with_columns(
-        language=pl.lit("en"), kind=pl.lit("tag"), split=pl.lit("train")
-    )
+    pairs = pl.DataFrame(
+        {"query": ["off"] * 50 + ["one"], "entity_id": [f"e{i}" for i in range(50)] + ["e0"]}
+    ).with_columns(language=pl.lit("en"), kind=pl.lit("tag"), split=pl.lit("train"))
     assert related_query_pairs(pairs, max_entities=40).is_empty()
     assert related_query_pairs(pairs, max_entities=50).height == 2
 
@@ -130,7 +165,13 @@ def test_split_share_is_about_right():
 
 def write_large(folder):
     entities = [
-        {"id": "emoji:fluent:1f480", "entity_type": "pin", "title": "skull", "source": "emoji/fluent", "boards": ["faces"]},
+        {
+            "id": "emoji:fluent:1f480",
+            "entity_type": "pin",
+            "title": "skull",
+            "source": "emoji/fluent",
+            "boards": ["faces"],
+        },
         {"id": "emoji:noto:1f480", "entity_type": "pin", "title": "skull", "source": "emoji/noto"},
         {
             "id": "ad:x",
@@ -142,7 +183,10 @@ def write_large(folder):
         },
     ]
     entities.append(entities[-1])  # the real file has one of these
-    rows = {"train": [["en", "skull", "emoji:fluent:1f480", "name"]], "dev": [["de", "Schädel", "emoji:fluent:1f480", "name"]]}
+    rows = {
+        "train": [["en", "skull", "emoji:fluent:1f480", "name"]],
+        "dev": [["de", "Schädel", "emoji:fluent:1f480", "name"]],
+    }
     with gzip.open(folder / "entities.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(entity) + "\n" for entity in entities)
     for part, lines in rows.items():
@@ -157,14 +201,22 @@ def test_large_groups_one_emoji_by_several_artists(tmp_path):
     assert large.name == "large"
     assert large.groups == {"emoji:fluent:1f480": "emoji:1f480", "emoji:noto:1f480": "emoji:1f480"}
     assert large.catalogue["character"].to_list() == ["💀", "💀", None]
-    assert large.pairs.select("query", "split").rows() == [("skull", "train"), ("Schädel", "heldout")]
-    assert load_large(tmp_path, sources=["appstream"]).catalogue.select("id", "advertiser").rows() == [("ad:x", "The Project")]
+    assert large.pairs.select("query", "split").rows() == [
+        ("skull", "train"),
+        ("Schädel", "heldout"),
+    ]
+    assert load_large(tmp_path, sources=["appstream"]).catalogue.select(
+        "id", "advertiser"
+    ).rows() == [("ad:x", "The Project")]
 
 
 def test_own_tables_are_read_and_missing_ones_named(tmp_path):
     with pytest.raises(ConfigError, match=r"entities\.jsonl\.gz"):
         load_dataset(tmp_path)
-    write_table(pl.DataFrame({"id": ["a"], "entity_type": ["pin"], "title": ["apple"]}), tmp_path / "catalogue.csv")
+    write_table(
+        pl.DataFrame({"id": ["a"], "entity_type": ["pin"], "title": ["apple"]}),
+        tmp_path / "catalogue.csv",
+    )
     with pytest.raises(ConfigError, match="'pairs'"):
         load_dataset(tmp_path)
     pairs = {

@@ -23,14 +23,24 @@ def tsv(path: Path, *rows: str) -> None:
 def unsplash(tmp_path: Path) -> Path:
     photos = "photo_id|photo_url|photo_image_url|photo_description|photographer_username|photo_location_country|"
     photos += "stats_views|stats_downloads|ai_description|blur_hash"
-    tsv(tmp_path / "photos.tsv000", photos, "A1|u|https://i/1|A red barn|ann|Norway|10|2|red barn in snow|x")
+    tsv(
+        tmp_path / "photos.tsv000",
+        photos,
+        "A1|u|https://i/1|A red barn|ann|Norway|10|2|red barn in snow|x",
+    )
     tsv(tmp_path / "photos.tsv001", photos, "B2|u|https://i/2||bo||5|1|blue sea|y")
     keywords = "photo_id|keyword|ai_service_1_confidence|ai_service_2_confidence|suggested_by_user"
-    tsv(tmp_path / "keywords.tsv000", keywords, "A1|barn|99.1||f", "A1|winter|||t", "B2|sea|80|70|f")
     tsv(
-        tmp_path / "collections.tsv000", "photo_id|collection_id|collection_title|photo_collected_at", "A1|77|Farm life|2016-05-01 10:00:00"
+        tmp_path / "keywords.tsv000", keywords, "A1|barn|99.1||f", "A1|winter|||t", "B2|sea|80|70|f"
     )
-    conversions = "converted_at|conversion_type|keyword|photo_id|anonymous_user_id|conversion_country"
+    tsv(
+        tmp_path / "collections.tsv000",
+        "photo_id|collection_id|collection_title|photo_collected_at",
+        "A1|77|Farm life|2016-05-01 10:00:00",
+    )
+    conversions = (
+        "converted_at|conversion_type|keyword|photo_id|anonymous_user_id|conversion_country"
+    )
     tsv(
         tmp_path / "conversions.tsv000",
         conversions,
@@ -46,14 +56,22 @@ def test_unsplash_becomes_catalogue_boards_log_and_pairs(unsplash: Path) -> None
     assert tables["catalogue"]["caption"].to_list() == ["red barn in snow", "blue sea"]
     assert tables["catalogue"]["keywords"].to_list() == [["barn", "winter"], ["sea"]]
     assert tables["boards"].rows() == [("77", "Farm life", "A1")]
-    assert tables["log"].select("query", "country", "user_id", "entity_id", "action").rows()[0] == ("red barn", "NO", "u-1", "A1", "save")
+    assert tables["log"].select("query", "country", "user_id", "entity_id", "action").rows()[0] == (
+        "red barn",
+        "NO",
+        "u-1",
+        "A1",
+        "save",
+    )
     assert str(tables["log"]["timestamp"][0]) == "2020-04-01 00:00:15.600000+00:00"
     assert tables["pairs"]["query"].to_list() == ["winter"]
 
 
 def test_unsplash_with_another_shape_is_refused(unsplash: Path) -> None:
     tsv(unsplash / "conversions.tsv000", "converted_at|keyword", "2020-04-01|x")
-    with pytest.raises(SchemaError, match=r"conversions: the published column\(s\) conversion_type"):
+    with pytest.raises(
+        SchemaError, match=r"conversions: the published column\(s\) conversion_type"
+    ):
         import_tables("unsplash", unsplash)
     (unsplash / "collections.tsv000").unlink()
     with pytest.raises(DataError, match=r"collections\.tsv"):
@@ -68,8 +86,20 @@ def esci(tmp_path: Path) -> Path:
         (2, "鍋", 1, "B07X3Y6B1V", "jp", "E", 1, 1, "test"),
         (3, "鍋", 1, "B000MOO21W", "us", "S", 1, 1, "test"),
     ]
-    columns = ["example_id", "query", "query_id", "product_id", "product_locale", "esci_label", "small_version", "large_version", "split"]
-    pl.DataFrame(examples, schema=columns, orient="row").write_parquet(tmp_path / "shopping_queries_dataset_examples.parquet")
+    columns = [
+        "example_id",
+        "query",
+        "query_id",
+        "product_id",
+        "product_locale",
+        "esci_label",
+        "small_version",
+        "large_version",
+        "split",
+    ]
+    pl.DataFrame(examples, schema=columns, orient="row").write_parquet(
+        tmp_path / "shopping_queries_dataset_examples.parquet"
+    )
     products = [
         ("B000MOO21W", "Fan", None, "quiet", "Panasonic", "White", "us"),
         ("B07X3Y6B1V", "Fan 80", "A fan", None, None, None, "us"),
@@ -84,13 +114,19 @@ def esci(tmp_path: Path) -> Path:
         "product_color",
         "product_locale",
     ]
-    pl.DataFrame(products, schema=columns, orient="row").write_parquet(tmp_path / "shopping_queries_dataset_products.parquet")
+    pl.DataFrame(products, schema=columns, orient="row").write_parquet(
+        tmp_path / "shopping_queries_dataset_products.parquet"
+    )
     return tmp_path
 
 
 def test_esci_keeps_locales_apart_and_grades(esci: Path) -> None:
     tables = {name: checked.frame for name, checked in import_tables("esci", esci).items()}
-    assert tables["catalogue"]["id"].to_list() == ["us:B000MOO21W", "us:B07X3Y6B1V", "jp:B07X3Y6B1V"]
+    assert tables["catalogue"]["id"].to_list() == [
+        "us:B000MOO21W",
+        "us:B07X3Y6B1V",
+        "jp:B07X3Y6B1V",
+    ]
     assert tables["catalogue"]["description"].to_list()[:2] == ["quiet", "A fan"]
     assert tables["judgements"].select("entity_id", "grade", "country").rows() == [
         ("us:B000MOO21W", 0, "US"),
@@ -98,13 +134,24 @@ def test_esci_keeps_locales_apart_and_grades(esci: Path) -> None:
         ("jp:B07X3Y6B1V", 3, "JP"),
         ("us:B000MOO21W", 2, "US"),
     ]
-    assert tables["pairs"].select("query", "language", "split").rows() == [("revent 80 cfm", "en", "train"), ("鍋", "ja", "heldout")]
+    assert tables["pairs"].select("query", "language", "split").rows() == [
+        ("revent 80 cfm", "en", "train"),
+        ("鍋", "ja", "heldout"),
+    ]
 
 
 @pytest.fixture()
 def wands(tmp_path: Path) -> Path:
-    tsv(tmp_path / "query.csv", "query_id|query|query_class", "0|salon chair|Massage Chairs", "1|oak table|Dining / Tables")
-    product = "product_id|product_name|product_class|category hierarchy|product_description|product_features|"
+    tsv(
+        tmp_path / "query.csv",
+        "query_id|query|query_class",
+        "0|salon chair|Massage Chairs",
+        "1|oak table|Dining / Tables",
+    )
+    product = (
+        "product_id|product_name|product_class|category"
+        " hierarchy|product_description|product_features|"
+    )
     product += "rating_count|average_rating|review_count"
     tsv(
         tmp_path / "product.csv",
@@ -112,7 +159,13 @@ def wands(tmp_path: Path) -> Path:
         "0|solid wood bed|Beds|Furniture / Bedroom|good|overallwidth:64|15.0|4.5|15.0",
         "1|chair|Chairs|||x:1|||",
     )
-    tsv(tmp_path / "label.csv", "id|query_id|product_id|label", "0|0|1|Exact", "1|0|0|Irrelevant", "2|1|0|Partial")
+    tsv(
+        tmp_path / "label.csv",
+        "id|query_id|product_id|label",
+        "0|0|1|Exact",
+        "1|0|0|Irrelevant",
+        "2|1|0|Partial",
+    )
     return tmp_path
 
 
@@ -132,20 +185,42 @@ def test_wands_becomes_graded_judgements_and_a_taxonomy(wands: Path) -> None:
 
 
 def test_labels_nobody_published_are_left_out_and_counted(wands: Path) -> None:
-    tsv(wands / "label.csv", "id|query_id|product_id|label", "0|0|1|Exact", "1|0|0|Superb", "2|9|0|Exact")
+    tsv(
+        wands / "label.csv",
+        "id|query_id|product_id|label",
+        "0|0|1|Exact",
+        "1|0|0|Superb",
+        "2|9|0|Exact",
+    )
     checked = import_tables("wands", wands)["judgements"]
     assert checked.frame.height == 1
     assert checked.rejected.height == 2
 
 
 def test_the_small_set_in_its_own_format(tmp_path: Path) -> None:
-    entity = {"id": "pin:1", "entity_type": "pin", "title": "cat", "boards": ["animals"], "source": "s"}
-    pair = {"language": "de", "query": "Katze", "entity_id": "pin:1", "kind": "name", "split": "heldout"}
+    entity = {
+        "id": "pin:1",
+        "entity_type": "pin",
+        "title": "cat",
+        "boards": ["animals"],
+        "source": "s",
+    }
+    pair = {
+        "language": "de",
+        "query": "Katze",
+        "entity_id": "pin:1",
+        "kind": "name",
+        "split": "heldout",
+    }
     for name, row in (("entities", entity), ("pairs", pair)):
-        (tmp_path / f"{name}.jsonl.gz").write_bytes(gzip.compress((json.dumps(row) + "\n").encode()))
+        (tmp_path / f"{name}.jsonl.gz").write_bytes(
+            gzip.compress((json.dumps(row) + "\n").encode())
+        )
     tables = {name: checked.frame for name, checked in import_tables("small", tmp_path).items()}
     assert tables["boards"].rows() == [("animals", "animals", "pin:1")]
-    assert tables["pairs"].select("query", "entity_type", "action", "split").rows() == [("Katze", "pin", "name", "heldout")]
+    assert tables["pairs"].select("query", "entity_type", "action", "split").rows() == [
+        ("Katze", "pin", "name", "heldout")
+    ]
 
 
 def test_every_adapter_names_what_it_misses(tmp_path: Path) -> None:
@@ -155,7 +230,9 @@ def test_every_adapter_names_what_it_misses(tmp_path: Path) -> None:
 
 
 def test_the_import_command_writes_parquet(wands: Path, tmp_path: Path) -> None:
-    result = CliRunner().invoke(group, ["import", "wands", str(wands), "--out", str(tmp_path / "o"), "--json"])
+    result = CliRunner().invoke(
+        group, ["import", "wands", str(wands), "--out", str(tmp_path / "o"), "--json"]
+    )
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["catalogue"]["rows_kept"] == 2
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == [

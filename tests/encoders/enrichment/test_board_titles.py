@@ -12,7 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from encoders.commands.enrich import group
-from encoders.enrichment.board_titles import BoardTitlesConfig, add_prevalence, board_titles, word_prevalence
+from encoders.enrichment.board_titles import (
+    BoardTitlesConfig,
+    add_prevalence,
+    board_titles,
+    word_prevalence,
+)
 from encoders.errors import ConfigError
 from encoders.tables.files import write_table
 
@@ -21,8 +26,16 @@ LENIENT = BoardTitlesConfig(max_word_prevalence=1.0)
 
 def boards_of(*rows: tuple[str, str, int]) -> pl.DataFrame:
     """Boards from (entity, title, how many boards); every board has an id of its own."""
-    expanded = [(f"{entity}-{title}-{n}", title, entity) for entity, title, times in rows for n in range(times)]
-    return pl.DataFrame(expanded, schema={"board_id": pl.String, "title": pl.String, "entity_id": pl.String}, orient="row")
+    expanded = [
+        (f"{entity}-{title}-{n}", title, entity)
+        for entity, title, times in rows
+        for n in range(times)
+    ]
+    return pl.DataFrame(
+        expanded,
+        schema={"board_id": pl.String, "title": pl.String, "entity_id": pl.String},
+        orient="row",
+    )
 
 
 def titles_of(frame: pl.DataFrame, entity: str, config: BoardTitlesConfig = LENIENT) -> list[str]:
@@ -31,7 +44,9 @@ def titles_of(frame: pl.DataFrame, entity: str, config: BoardTitlesConfig = LENI
 
 def test_frequent_titles_of_words_that_are_rare_elsewhere_come_first() -> None:
     others = [(f"e{i}", "home", 2) for i in range(30)]
-    assert titles_of(boards_of(("x", "kitchen shelves", 5), ("x", "home", 5), ("x", "oak", 1), *others), "x") == [
+    assert titles_of(
+        boards_of(("x", "kitchen shelves", 5), ("x", "home", 5), ("x", "oak", 1), *others), "x"
+    ) == [
         "kitchen shelves",
         "oak",
         "home",
@@ -43,18 +58,29 @@ def test_ties_go_to_more_words_then_to_more_letters() -> None:
     assert titles_of(rows, "x") == ["cc dd", "bbbb", "aa"]
 
 
-@pytest.mark.parametrize("noise", ["!!!", "123", "x", " ", "www.example.com", "https://a.b", "me@example.com", "long " * 40])
+@pytest.mark.parametrize(
+    "noise",
+    ["!!!", "123", "x", " ", "www.example.com", "https://a.b", "me@example.com", "long " * 40],
+)
 def test_noise_is_dropped(noise: str) -> None:
     assert titles_of(boards_of(("x", noise, 9), ("x", "red shoes", 1)), "x") == ["red shoes"]
 
 
 def test_words_that_are_everywhere_say_nothing() -> None:
-    rows = boards_of(("x", "my ideas", 9), ("x", "red shoes", 1), *((f"e{i}", "my ideas", 1) for i in range(20)))
+    rows = boards_of(
+        ("x", "my ideas", 9), ("x", "red shoes", 1), *((f"e{i}", "my ideas", 1) for i in range(20))
+    )
     assert titles_of(rows, "x", BoardTitlesConfig(max_word_prevalence=0.5)) == ["red shoes"]
 
 
 def test_titles_of_the_same_words_are_one_and_a_title_without_a_new_word_is_redundant() -> None:
-    rows = boards_of(("x", "Red Shoes", 1), ("x", "shoes, red!", 3), ("x", "RED  SHOES", 1), ("x", "red", 1), ("x", "blue", 1))
+    rows = boards_of(
+        ("x", "Red Shoes", 1),
+        ("x", "shoes, red!", 3),
+        ("x", "RED  SHOES", 1),
+        ("x", "red", 1),
+        ("x", "blue", 1),
+    )
     found = board_titles(rows, LENIENT)
     assert found["title"].to_list() == ["shoes, red!", "blue"]
     assert found["boards"].to_list() == [5, 1]
@@ -80,7 +106,11 @@ def test_at_most_ten_and_none_for_an_empty_table() -> None:
 
 
 board_rows = st.lists(
-    st.tuples(st.sampled_from(["x", "y", "z"]), st.sampled_from(["red cat", "Cat red", "dog", "дом", "!!", "cat"]), st.integers(1, 3)),
+    st.tuples(
+        st.sampled_from(["x", "y", "z"]),
+        st.sampled_from(["red cat", "Cat red", "dog", "дом", "!!", "cat"]),
+        st.integers(1, 3),
+    ),
     max_size=12,
 )
 
@@ -94,7 +124,12 @@ def test_partitions_and_row_order_do_not_matter(rows: list, random: object) -> N
     random.shuffle(parts)  # type: ignore[attr-defined]
     if parts:
         everywhere = add_prevalence([word_prevalence(p, LENIENT) for p in parts])
-        apart = pl.concat([board_titles(p.sample(fraction=1.0, shuffle=True, seed=1), LENIENT, everywhere) for p in parts])
+        apart = pl.concat(
+            [
+                board_titles(p.sample(fraction=1.0, shuffle=True, seed=1), LENIENT, everywhere)
+                for p in parts
+            ]
+        )
         assert apart.sort("entity_id", "rank").equals(whole)
     ranks = whole.group_by("entity_id").agg(pl.col("rank"), pl.col("score"))
     for _, places, scores in ranks.iter_rows():
@@ -122,11 +157,26 @@ def test_the_command_enriches_a_catalogue_and_counts_strangers(tmp_path: Path) -
 
 def test_the_command_reads_every_table_that_is_named(tmp_path: Path) -> None:
     """All but the last --catalogue and --boards were dropped without a word."""
-    arguments = ["boards", "--out", str(tmp_path / "o.jsonl"), "--max-word-prevalence", "1.0", "--json"]
+    arguments = [
+        "boards",
+        "--out",
+        str(tmp_path / "o.jsonl"),
+        "--max-word-prevalence",
+        "1.0",
+        "--json",
+    ]
     for name in ("p", "q"):
         write_table(boards_of((name, f"{name} shoes", 2)), tmp_path / f"{name}.csv")
         write_table(pl.DataFrame({"id": [name], "entity_type": "pin"}), tmp_path / f"{name}.jsonl")
-        arguments += ["--catalogue", str(tmp_path / f"{name}.jsonl"), "--boards", str(tmp_path / f"{name}.csv")]
+        arguments += [
+            "--catalogue",
+            str(tmp_path / f"{name}.jsonl"),
+            "--boards",
+            str(tmp_path / f"{name}.csv"),
+        ]
     result = CliRunner().invoke(group, arguments)
     assert result.exit_code == 0, result.output
-    assert pl.read_ndjson(tmp_path / "o.jsonl")["board_titles"].to_list() == [["p shoes"], ["q shoes"]]
+    assert pl.read_ndjson(tmp_path / "o.jsonl")["board_titles"].to_list() == [
+        ["p shoes"],
+        ["q shoes"],
+    ]

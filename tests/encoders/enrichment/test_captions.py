@@ -12,7 +12,12 @@ from click.testing import CliRunner
 from PIL import Image
 
 from encoders.commands.enrich import group
-from encoders.enrichment.caption_quality import agreement, judgement_sheet, quality_report, read_grades
+from encoders.enrichment.caption_quality import (
+    agreement,
+    judgement_sheet,
+    quality_report,
+    read_grades,
+)
 from encoders.enrichment.captions import (
     CAPTIONS_FILE,
     BlipCaptioner,
@@ -40,13 +45,32 @@ WORDS = [
 @pytest.fixture(scope="module")
 def blip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A BLIP of a few thousand random weights, saved as a real one is."""
-    from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
+    from transformers import (
+        BertTokenizer,
+        BlipConfig,
+        BlipForConditionalGeneration,
+        BlipImageProcessor,
+        BlipProcessor,
+    )
 
     folder = tmp_path_factory.mktemp("blip")
     (folder / "vocab.txt").write_text("\n".join(WORDS), encoding="utf-8")
     tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(WORDS)})
-    text = {"vocab_size": len(WORDS), "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text |= {"encoder_hidden_size": 16, "projection_dim": 16, "bos_token_id": 5, "eos_token_id": 3, "sep_token_id": 3, "pad_token_id": 0}
+    text = {
+        "vocab_size": len(WORDS),
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    text |= {
+        "encoder_hidden_size": 16,
+        "projection_dim": 16,
+        "bos_token_id": 5,
+        "eos_token_id": 3,
+        "sep_token_id": 3,
+        "pad_token_id": 0,
+    }
     vision = {
         "hidden_size": 16,
         "intermediate_size": 16,
@@ -56,9 +80,13 @@ def blip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "patch_size": 16,
     }
     torch.manual_seed(0)
-    model = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision, projection_dim=16))
+    model = BlipForConditionalGeneration(
+        BlipConfig(text_config=text, vision_config=vision, projection_dim=16)
+    )
     model.save_pretrained(folder)
-    BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(folder)
+    BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -68,19 +96,27 @@ def images(tmp_path: Path) -> Path:
     folder.mkdir()
     for n, colour in enumerate(["red", "green", "blue"]):
         Image.new("RGB", (40, 30), colour).save(folder / f"{n}.png")
-    (folder / "3.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8"><circle cx="4" cy="4" r="3"/></svg>')
+    (folder / "3.svg").write_text(
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8"><circle cx="4" cy="4"'
+        ' r="3"/></svg>'
+    )
     (folder / "broken.png").write_bytes(b"not an image")
     return folder
 
 
 def catalogue_of(*names: str | None) -> pl.DataFrame:
     return pl.DataFrame(
-        {"id": [f"p{i}" for i in range(len(names))], "entity_type": "pin", "image": list(names)}, schema_overrides={"image": pl.String}
+        {"id": [f"p{i}" for i in range(len(names))], "entity_type": "pin", "image": list(names)},
+        schema_overrides={"image": pl.String},
     )
 
 
-def test_blip_captions_every_image_once_and_again_only_when_the_bytes_change(blip_folder: Path, images: Path, tmp_path: Path) -> None:
-    config = CaptionConfig(model=str(blip_folder), batch_size=2, max_new_tokens=5, beams=1, device="cpu", svg_pixels=32)
+def test_blip_captions_every_image_once_and_again_only_when_the_bytes_change(
+    blip_folder: Path, images: Path, tmp_path: Path
+) -> None:
+    config = CaptionConfig(
+        model=str(blip_folder), batch_size=2, max_new_tokens=5, beams=1, device="cpu", svg_pixels=32
+    )
     captioner = BlipCaptioner(config)
     rows = catalogue_of("0.png", "1.png", "2.png", "3.svg", "broken.png", "gone.png", None)
     first = caption_catalogue(rows, tmp_path / "state", captioner, config, images)
@@ -96,7 +132,9 @@ def test_blip_captions_every_image_once_and_again_only_when_the_bytes_change(bli
 
 def test_captions_do_not_depend_on_the_batch_size(blip_folder: Path, images: Path) -> None:
     pictures = [decode_image((images / f"{n}.png").read_bytes(), 32) for n in range(3)]
-    captioner = BlipCaptioner(CaptionConfig(model=str(blip_folder), max_new_tokens=5, beams=1, device="cpu"))
+    captioner = BlipCaptioner(
+        CaptionConfig(model=str(blip_folder), max_new_tokens=5, beams=1, device="cpu")
+    )
     together = captioner.caption(pictures)
     assert together == [captioner.caption([picture])[0] for picture in pictures]
 
@@ -116,7 +154,9 @@ class Stub:
         return [f"{image.size[0]} wide" for image in images]
 
 
-def test_a_stopped_run_goes_on_where_it_was_even_after_half_a_line(images: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on_where_it_was_even_after_half_a_line(
+    images: Path, tmp_path: Path
+) -> None:
     config = CaptionConfig(batch_size=1)
     rows = catalogue_of("0.png", "1.png", "2.png")
     with pytest.raises(KeyboardInterrupt):
@@ -147,7 +187,9 @@ def test_image_paths_may_not_leave_their_folder(images: Path) -> None:
         read_image_bytes("../secret.png", images)
 
 
-def test_a_model_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_is_not_there_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(BundleError, match="--model"):
         BlipCaptioner(CaptionConfig(model=str(tmp_path / "nothing")))
@@ -174,7 +216,9 @@ def test_quality_report_sees_repetition_length_script_and_titles() -> None:
 
 
 def test_every_judge_gets_the_same_items_in_another_order() -> None:
-    rows = pl.DataFrame({"id": [str(i) for i in range(50)], "caption": [f"caption {i}" for i in range(50)]})
+    rows = pl.DataFrame(
+        {"id": [str(i) for i in range(50)], "caption": [f"caption {i}" for i in range(50)]}
+    )
     sheet = judgement_sheet(rows, items=20, judges=["a", "b"], seed=3)
     a, b = (sheet.filter(judge=name)["item"].to_list() for name in ("a", "b"))
     assert sorted(a) == sorted(b) == list(range(1, 21))
@@ -186,8 +230,12 @@ def test_krippendorff_alpha_agrees_with_his_worked_example() -> None:
     first = [0, 1, 0, 0, 0, 0, 0, 0, 1, 0]
     second = [1, 1, 1, 0, 0, 1, 0, 0, 0, 0]
     names = {0: "wrong", 1: "good"}
-    rows = [("a", i, names[v]) for i, v in enumerate(first)] + [("b", i, names[v]) for i, v in enumerate(second)]
-    found = agreement(read_grades(pl.DataFrame(rows, schema=["judge", "item", "grade"], orient="row")))
+    rows = [("a", i, names[v]) for i, v in enumerate(first)] + [
+        ("b", i, names[v]) for i, v in enumerate(second)
+    ]
+    found = agreement(
+        read_grades(pl.DataFrame(rows, schema=["judge", "item", "grade"], orient="row"))
+    )
     assert found["alpha_nominal"] == pytest.approx(0.095, abs=0.001)
     assert found["identical"] == pytest.approx(0.6)
 
@@ -202,18 +250,46 @@ def test_agreement_edges() -> None:
         read_grades(pl.DataFrame({"item": ["1"], "judge": ["a"], "grade": ["great"]}))
 
 
-def test_the_commands_go_from_images_to_agreement(blip_folder: Path, images: Path, tmp_path: Path) -> None:
-    catalogue_of("0.png", "1.png", "2.png").with_columns(title=pl.lit("cat")).write_parquet(tmp_path / "c.parquet")
+def test_the_commands_go_from_images_to_agreement(
+    blip_folder: Path, images: Path, tmp_path: Path
+) -> None:
+    catalogue_of("0.png", "1.png", "2.png").with_columns(title=pl.lit("cat")).write_parquet(
+        tmp_path / "c.parquet"
+    )
     run = CliRunner().invoke
-    arguments = ["captions", "--catalogue", str(tmp_path / "c.parquet"), "--images", str(images), "--state", str(tmp_path / "s")]
-    arguments += ["--out", str(tmp_path / "o.parquet"), "--model", str(blip_folder), "--device", "cpu", "--json"]
+    arguments = [
+        "captions",
+        "--catalogue",
+        str(tmp_path / "c.parquet"),
+        "--images",
+        str(images),
+        "--state",
+        str(tmp_path / "s"),
+    ]
+    arguments += [
+        "--out",
+        str(tmp_path / "o.parquet"),
+        "--model",
+        str(blip_folder),
+        "--device",
+        "cpu",
+        "--json",
+    ]
     result = run(group, arguments)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["captioned"] >= 0
-    captioned = pl.read_parquet(tmp_path / "o.parquet").with_columns(pl.lit("a red cat").alias("caption"))
+    captioned = pl.read_parquet(tmp_path / "o.parquet").with_columns(
+        pl.lit("a red cat").alias("caption")
+    )
     captioned.write_parquet(tmp_path / "o.parquet")
     sheet = tmp_path / "sheet.csv"
-    assert run(group, ["caption-sheet", "--catalogue", str(tmp_path / "o.parquet"), "--out", str(sheet)]).exit_code == 0
+    assert (
+        run(
+            group,
+            ["caption-sheet", "--catalogue", str(tmp_path / "o.parquet"), "--out", str(sheet)],
+        ).exit_code
+        == 0
+    )
     pl.read_csv(sheet).with_columns(pl.lit("good").alias("grade")).write_csv(sheet)
     result = run(group, ["caption-agreement", str(sheet), "--json"])
     assert result.exit_code == 0, result.output

@@ -30,7 +30,9 @@ def config_of(**settings_: object) -> EngagedQueriesConfig:
     return EngagedQueriesConfig(**({"min_users": 1, "window_days": 20, "top": 3} | settings_))  # type: ignore[arg-type]
 
 
-def slow_reference(rows: list[tuple], config: EngagedQueriesConfig, until: datetime) -> list[tuple[str, str, str, int, int, int]]:
+def slow_reference(
+    rows: list[tuple], config: EngagedQueriesConfig, until: datetime
+) -> list[tuple[str, str, str, int, int, int]]:
     """Engaged queries by plain loops over distinct events."""
     totals: dict[tuple[str, str], dict[str, tuple[int, set[str]]]] = {}
     for day, query, user, entity_type, entity, action in set(rows):
@@ -51,27 +53,37 @@ def slow_reference(rows: list[tuple], config: EngagedQueriesConfig, until: datet
 @given(st.lists(event_rows, max_size=60), st.integers(1, 3), st.integers(1, 45))
 def test_engaged_queries_equal_a_slow_loop(rows: list, min_users: int, until_day: int) -> None:
     config, until = config_of(min_users=min_users), START + until_day * DAY
-    assert engaged_queries(events_of(*rows), config, until).rows() == slow_reference(rows, config, until)
+    assert engaged_queries(events_of(*rows), config, until).rows() == slow_reference(
+        rows, config, until
+    )
 
 
 def test_a_query_needs_enough_different_people() -> None:
     events = events_of(
-        *((d, "private", "u1", "pin", "p", "save") for d in range(9)), *((1, "shared", u, "pin", "p", "click") for u in ("a", "b", "c"))
+        *((d, "private", "u1", "pin", "p", "save") for d in range(9)),
+        *((1, "shared", u, "pin", "p", "click") for u in ("a", "b", "c")),
     )
-    assert engaged_queries(events, config_of(min_users=3), END - 30 * DAY)["query"].to_list() == ["shared"]
+    assert engaged_queries(events, config_of(min_users=3), END - 30 * DAY)["query"].to_list() == [
+        "shared"
+    ]
     nameless = events.with_columns(user_id=pl.lit(""))
     assert engaged_queries(nameless, config_of(min_users=2), END - 30 * DAY).height == 0
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.lists(event_rows, max_size=15), max_size=8), st.data())
-def test_merging_slices_in_any_order_equals_counting_the_window_at_once(slices: list[list], data: st.DataObject) -> None:
+def test_merging_slices_in_any_order_equals_counting_the_window_at_once(
+    slices: list[list], data: st.DataObject
+) -> None:
     """Slices hold late events, events of other slices and events older than the window; people and queries are forgotten midway."""
     config = config_of(min_users=2)
     everything = events_of(*(row for part in slices for row in part))
     gone_users: list[str] = []
     gone_queries: list[str] = []
-    with tempfile.TemporaryDirectory() as folder, EngagedQueriesState.create(Path(folder) / "s", config) as state:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        EngagedQueriesState.create(Path(folder) / "s", config) as state,
+    ):
         served = state.features()
         for part in slices:
             merges = [state.merge(events_of(*part))]
@@ -81,14 +93,23 @@ def test_merging_slices_in_any_order_equals_counting_the_window_at_once(slices: 
             if data.draw(st.integers(0, 4)) == 0:
                 gone_queries.append("cat")
                 merges.append(state.delete_queries(["cat"]))
-            for merge in merges:  # what a consumer has that replaces the touched entities by the changed rows
-                served = pl.concat([served.join(merge.touched, on=["entity_type", "entity_id"], how="anti"), merge.changed])
+            for merge in (
+                merges
+            ):  # what a consumer has that replaces the touched entities by the changed rows
+                served = pl.concat(
+                    [
+                        served.join(merge.touched, on=["entity_type", "entity_id"], how="anti"),
+                        merge.changed,
+                    ]
+                )
             assert served.sort("entity_type", "entity_id", "rank").rows() == state.features().rows()
         until = state.until
         if until is None:
             assert everything.height == 0
             return
-        expected = engaged_queries(everything, config, until, deleted_users=gone_users, deleted_queries=gone_queries)
+        expected = engaged_queries(
+            everything, config, until, deleted_users=gone_users, deleted_queries=gone_queries
+        )
         assert state.features().rows() == expected.rows()
     if everything.height:
         assert until > everything["timestamp"].max()
@@ -100,7 +121,14 @@ def test_a_merge_returns_the_new_features_of_what_it_touched(tmp_path: Path) -> 
         merge = state.merge(events_of((2, "c", "u", "pin", "q", "checkout")))
         assert merge.touched.rows() == [("pin", "q")]
         assert merge.changed["query"].to_list() == ["c", "b"]
-        assert merge.counts == {"given": 1, "too_old": 0, "deleted": 0, "repeated": 0, "added": 1, "expired": 0}
+        assert merge.counts == {
+            "given": 1,
+            "too_old": 0,
+            "deleted": 0,
+            "repeated": 0,
+            "added": 1,
+            "expired": 0,
+        }
         gone = state.merge(pl.DataFrame(schema=EVENT_SCHEMA), until=START + 22 * DAY)
         assert gone.counts["expired"] == 2
         assert gone.touched["entity_id"].to_list() == ["p", "q"]
@@ -108,17 +136,27 @@ def test_a_merge_returns_the_new_features_of_what_it_touched(tmp_path: Path) -> 
         assert [v["version"] for v in state.versions()] == [1, 2, 3]
 
 
-def test_rare_queries_below_the_threshold_touch_no_features_until_they_reach_it(tmp_path: Path) -> None:
+def test_rare_queries_below_the_threshold_touch_no_features_until_they_reach_it(
+    tmp_path: Path,
+) -> None:
     with EngagedQueriesState.create(tmp_path / "s", config_of(min_users=2)) as state:
         assert state.merge(events_of((1, "a", "u1", "pin", "p", "save"))).touched.height == 0
-        assert state.merge(events_of((2, "a", "u2", "pin", "p", "save"))).changed["query"].to_list() == ["a"]
+        assert state.merge(events_of((2, "a", "u2", "pin", "p", "save"))).changed[
+            "query"
+        ].to_list() == ["a"]
         gone = state.merge(pl.DataFrame(schema=EVENT_SCHEMA), until=START + 22 * DAY)
         assert (gone.touched.rows(), gone.changed.height) == ([("pin", "p")], 0)
 
 
-def test_another_threshold_for_people_shows_other_features_of_the_same_totals(tmp_path: Path) -> None:
+def test_another_threshold_for_people_shows_other_features_of_the_same_totals(
+    tmp_path: Path,
+) -> None:
     with EngagedQueriesState.create(tmp_path / "s", config_of(min_users=1)) as state:
-        state.merge(events_of(*((1, q, u, "pin", "p", "save") for q, u in (("a", "u1"), ("a", "u2"), ("b", "u1")))))
+        state.merge(
+            events_of(
+                *((1, q, u, "pin", "p", "save") for q, u in (("a", "u1"), ("a", "u2"), ("b", "u1")))
+            )
+        )
         assert state.features()["query"].to_list() == ["a", "b"]
     for min_users, expected in ((2, ["a"]), (1, ["a", "b"])):
         with EngagedQueriesState(tmp_path / "s", config_of(min_users=min_users)) as state:
@@ -131,12 +169,16 @@ def test_repeated_late_and_expired_events_are_told_apart(tmp_path: Path) -> None
         state.merge(day30)
         assert state.merge(day30).counts["repeated"] == 1
         assert state.merge(events_of((15, "late", "u", "pin", "p", "save"))).counts["added"] == 1
-        assert state.merge(events_of((5, "expired", "u", "pin", "p", "save"))).counts["too_old"] == 1
+        assert (
+            state.merge(events_of((5, "expired", "u", "pin", "p", "save"))).counts["too_old"] == 1
+        )
         assert set(state.features()["query"]) == {"a", "late"}
 
 
 def test_forgotten_people_leave_no_trace_and_do_not_come_back(tmp_path: Path) -> None:
-    events = events_of((1, "visible", "u1", "pin", "p", "save"), (1, "secret words", "u2", "pin", "p", "save"))
+    events = events_of(
+        (1, "visible", "u1", "pin", "p", "save"), (1, "secret words", "u2", "pin", "p", "save")
+    )
     with EngagedQueriesState.create(tmp_path / "s", config_of()) as state:
         state.merge(events)
         assert state.delete_users(["u2"]).counts["removed"] == 1
@@ -149,7 +191,9 @@ def test_forgotten_people_leave_no_trace_and_do_not_come_back(tmp_path: Path) ->
 
 
 def test_requests_to_forget_match_other_spellings(tmp_path: Path) -> None:
-    events = events_of((1, "Ann  Smith", "u1", "pin", "p", "save"), (1, "cat", "ve\u0301ra", "pin", "p", "save"))
+    events = events_of(
+        (1, "Ann  Smith", "u1", "pin", "p", "save"), (1, "cat", "ve\u0301ra", "pin", "p", "save")
+    )
     events = events.with_columns(pl.col("user_id").str.normalize("NFC"))  # as logs are read
     with EngagedQueriesState.create(tmp_path / "s", config_of()) as state:
         state.merge(events)
@@ -157,15 +201,24 @@ def test_requests_to_forget_match_other_spellings(tmp_path: Path) -> None:
         assert state.delete_users(["ve\u0301ra"]).counts["removed"] == 1
         assert state.features().height == 0
         assert state.merge(events).counts["deleted"] == 2
-    assert engaged_queries(events, config_of(), END - 30 * DAY, deleted_queries=["ANN SMITH"])["query"].to_list() == ["cat"]
+    assert engaged_queries(events, config_of(), END - 30 * DAY, deleted_queries=["ANN SMITH"])[
+        "query"
+    ].to_list() == ["cat"]
 
 
-def test_a_crash_between_files_and_commit_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_between_files_and_commit_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = config_of()
-    first, second = events_of((1, "a", "u", "pin", "p", "save")), events_of((2, "b", "u", "pin", "p", "save"))
+    first, second = (
+        events_of((1, "a", "u", "pin", "p", "save")),
+        events_of((2, "b", "u", "pin", "p", "save")),
+    )
     with EngagedQueriesState.create(tmp_path / "s", config) as state:
         state.merge(first)
-        monkeypatch.setattr(EngagedQueriesState, "_apply", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        monkeypatch.setattr(
+            EngagedQueriesState, "_apply", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
         with pytest.raises(KeyboardInterrupt):
             state.merge(second)
         monkeypatch.undo()
@@ -207,11 +260,20 @@ def test_windows_end_at_midnight(tmp_path: Path) -> None:
     with EngagedQueriesState.create(tmp_path / "s", config_of()) as state:
         assert state.merge(pl.DataFrame(schema=EVENT_SCHEMA)).counts["added"] == 0
         with pytest.raises(ConfigError, match="midnight"):
-            state.merge(pl.DataFrame(schema=EVENT_SCHEMA), until=datetime(2024, 1, 1, 5, tzinfo=UTC))
+            state.merge(
+                pl.DataFrame(schema=EVENT_SCHEMA), until=datetime(2024, 1, 1, 5, tzinfo=UTC)
+            )
 
 
 @pytest.mark.parametrize(
-    "bad", [{"weights": {"impression": 1}}, {"weights": {"save": -1}}, {"top": 0}, {"window_days": 0}, {"min_users": 0}]
+    "bad",
+    [
+        {"weights": {"impression": 1}},
+        {"weights": {"save": -1}},
+        {"top": 0},
+        {"window_days": 0},
+        {"min_users": 0},
+    ],
 )
 def test_impossible_settings_are_refused(bad: dict) -> None:
     with pytest.raises(ConfigError, match="EngagedQueriesConfig"):
@@ -219,14 +281,28 @@ def test_impossible_settings_are_refused(bad: dict) -> None:
 
 
 def test_lists_go_onto_the_catalogue_in_rank_order() -> None:
-    catalogue = pl.DataFrame({"id": ["b", "a"], "entity_type": "pin", "engaged_queries": [["old"], ["old"]]})
-    features = pl.DataFrame({"entity_type": "pin", "entity_id": ["a", "a", "gone"], "rank": [2, 1, 1], "query": ["second", "first", "x"]})
-    assert attach_lists(catalogue, features, "engaged_queries", "query")["engaged_queries"].to_list() == [[], ["first", "second"]]
+    catalogue = pl.DataFrame(
+        {"id": ["b", "a"], "entity_type": "pin", "engaged_queries": [["old"], ["old"]]}
+    )
+    features = pl.DataFrame(
+        {
+            "entity_type": "pin",
+            "entity_id": ["a", "a", "gone"],
+            "rank": [2, 1, 1],
+            "query": ["second", "first", "x"],
+        }
+    )
+    assert attach_lists(catalogue, features, "engaged_queries", "query")[
+        "engaged_queries"
+    ].to_list() == [[], ["first", "second"]]
 
 
 def test_the_command_merges_days_and_forgets(tmp_path: Path) -> None:
     for day in (1, 2):
-        events = events_of(*((day, "red cat", f"u{n}", "pin", "p", "save") for n in range(3)), (day, "rare", "u9", "pin", "p", "save"))
+        events = events_of(
+            *((day, "red cat", f"u{n}", "pin", "p", "save") for n in range(3)),
+            (day, "rare", "u9", "pin", "p", "save"),
+        )
         write_table(events.drop("language", "country"), tmp_path / f"{day}.parquet")
     write_table(pl.DataFrame({"id": ["p"], "entity_type": "pin"}), tmp_path / "c.jsonl")
     state = ["queries", "--state", str(tmp_path / "s"), "--json"]
@@ -234,28 +310,61 @@ def test_the_command_merges_days_and_forgets(tmp_path: Path) -> None:
     first = run(group, [*state, "--create", "--log", str(tmp_path / "1.parquet")])
     assert first.exit_code == 0, first.output
     out = tmp_path / "o.jsonl"
-    second = run(group, [*state, "--log", str(tmp_path / "2.parquet"), "--catalogue", str(tmp_path / "c.jsonl"), "--out", str(out)])
+    second = run(
+        group,
+        [
+            *state,
+            "--log",
+            str(tmp_path / "2.parquet"),
+            "--catalogue",
+            str(tmp_path / "c.jsonl"),
+            "--out",
+            str(out),
+        ],
+    )
     assert json.loads(second.stdout)["events added"] == 4
     assert json.loads(out.read_text())["engaged_queries"] == ["red cat"]
     (tmp_path / "forget.txt").write_text("red cat\n")
-    third = run(group, [*state, "--delete-queries", str(tmp_path / "forget.txt"), "--out", str(tmp_path / "changed.parquet")])
+    third = run(
+        group,
+        [
+            *state,
+            "--delete-queries",
+            str(tmp_path / "forget.txt"),
+            "--out",
+            str(tmp_path / "changed.parquet"),
+        ],
+    )
     assert json.loads(third.stdout)["events removed"] == 6
-    assert pl.read_parquet(tmp_path / "changed.parquet").rows() == [("pin", "p", None, None, None, None)]  # so that others drop it, too
+    assert pl.read_parquet(tmp_path / "changed.parquet").rows() == [
+        ("pin", "p", None, None, None, None)
+    ]  # so that others drop it, too
     assert run(group, [*state, "--catalogue", str(tmp_path / "c.jsonl")]).exit_code == 2
 
 
 def test_the_command_reads_every_file_that_is_named(tmp_path: Path) -> None:
     """All but the last --log, --catalogue, --delete-users and --delete-queries were dropped without a word: forgotten people stayed."""
     for day in (1, 2):
-        events = events_of(*((day, f"red cat {day}", f"u{n}", "pin", f"p{day}", "save") for n in range(5)))
+        events = events_of(
+            *((day, f"red cat {day}", f"u{n}", "pin", f"p{day}", "save") for n in range(5))
+        )
         write_table(events.drop("language", "country"), tmp_path / f"{day}.parquet")
-        write_table(pl.DataFrame({"id": [f"p{day}"], "entity_type": "pin"}), tmp_path / f"c{day}.jsonl")
+        write_table(
+            pl.DataFrame({"id": [f"p{day}"], "entity_type": "pin"}), tmp_path / f"c{day}.jsonl"
+        )
         (tmp_path / f"user{day}.txt").write_text(f"u{day}\n")
         (tmp_path / f"query{day}.txt").write_text(f"Red Cat {day}\n")
 
     def run(*arguments: str, **repeated: str) -> dict:
-        each = [part for option, name in repeated.items() for n in (1, 2) for part in (option_name(option), str(tmp_path / name.format(n)))]
-        result = CliRunner().invoke(group, ["queries", "--state", str(tmp_path / "s"), "--json", *arguments, *each])
+        each = [
+            part
+            for option, name in repeated.items()
+            for n in (1, 2)
+            for part in (option_name(option), str(tmp_path / name.format(n)))
+        ]
+        result = CliRunner().invoke(
+            group, ["queries", "--state", str(tmp_path / "s"), "--json", *arguments, *each]
+        )
         assert result.exit_code == 0, result.output
         return json.loads(result.stdout)
 
@@ -263,7 +372,10 @@ def test_the_command_reads_every_file_that_is_named(tmp_path: Path) -> None:
         return "--" + parameter.replace("_", "-")
 
     out = tmp_path / "o.jsonl"
-    assert run("--create", "--out", str(out), log="{}.parquet", catalogue="c{}.jsonl")["events added"] == 10
+    assert (
+        run("--create", "--out", str(out), log="{}.parquet", catalogue="c{}.jsonl")["events added"]
+        == 10
+    )
     assert pl.read_ndjson(out)["engaged_queries"].to_list() == [["red cat 1"], ["red cat 2"]]
     with EngagedQueriesState(tmp_path / "s", config_of(window_days=730)) as state:
         assert [line["what"] for line in state.versions()][-2:] == ["1.parquet", "2.parquet"]
@@ -272,8 +384,19 @@ def test_the_command_reads_every_file_that_is_named(tmp_path: Path) -> None:
 
 
 def test_the_command_counts_the_bad_rows_it_left_out(tmp_path: Path) -> None:
-    (tmp_path / "log.csv").write_text("timestamp,query,entity_type,entity_id,action\n1700000000,q,pin,a,save\n1700000001,q,shoe,a,save\n")
-    arguments = ["queries", "--state", str(tmp_path / "s"), "--create", "--log", str(tmp_path / "log.csv"), "--drop-bad-rows", "--json"]
+    (tmp_path / "log.csv").write_text(
+        "timestamp,query,entity_type,entity_id,action\n1700000000,q,pin,a,save\n1700000001,q,shoe,a,save\n"
+    )
+    arguments = [
+        "queries",
+        "--state",
+        str(tmp_path / "s"),
+        "--create",
+        "--log",
+        str(tmp_path / "log.csv"),
+        "--drop-bad-rows",
+        "--json",
+    ]
     result = CliRunner().invoke(group, arguments)
     assert result.exit_code == 0, result.output
     counts = json.loads(result.stdout)

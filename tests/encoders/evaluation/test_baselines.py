@@ -8,7 +8,15 @@ import pytest
 
 from encoders.datasets.dataset import Dataset, load_sample
 from encoders.errors import ConfigError
-from encoders.evaluation.baselines import Bm25, NeighbouringQueries, ZeroShot, cached, make_baseline, trigrams_of, words_of
+from encoders.evaluation.baselines import (
+    Bm25,
+    NeighbouringQueries,
+    ZeroShot,
+    cached,
+    make_baseline,
+    trigrams_of,
+    words_of,
+)
 from encoders.evaluation.ranking import build_task, rank_task
 from encoders.evaluation.slices import slice_metrics
 from encoders.text.entity_texts import entity_texts
@@ -20,10 +28,26 @@ def sample():
 
 
 def tiny():
-    catalogue = pl.DataFrame({"id": ["a", "b", "c"], "entity_type": "pin", "title": ["red cat", "blue dog", "cat cat house"]})
-    rows = [("kitten", "a", "train"), ("puppy", "b", "train"), ("cat", "c", "heldout"), ("kitty", "a", "heldout"), ("zzz", "b", "heldout")]
+    catalogue = pl.DataFrame(
+        {
+            "id": ["a", "b", "c"],
+            "entity_type": "pin",
+            "title": ["red cat", "blue dog", "cat cat house"],
+        }
+    )
+    rows = [
+        ("kitten", "a", "train"),
+        ("puppy", "b", "train"),
+        ("cat", "c", "heldout"),
+        ("kitty", "a", "heldout"),
+        ("zzz", "b", "heldout"),
+    ]
     pairs = pl.DataFrame(rows, schema=["query", "entity_id", "split"], orient="row").with_columns(
-        language=pl.lit("en"), country=pl.lit(""), entity_type=pl.lit("pin"), kind=pl.lit("tag"), count=pl.lit(1)
+        language=pl.lit("en"),
+        country=pl.lit(""),
+        entity_type=pl.lit("pin"),
+        kind=pl.lit("tag"),
+        count=pl.lit(1),
     )
     return Dataset(catalogue, pairs)
 
@@ -35,7 +59,12 @@ def test_terms():
 
 def test_entity_texts_join_what_is_there():
     catalogue = pl.DataFrame(
-        {"title": ["t", None], "category": ["c", ""], "board_titles": [["x", "y"], []], "engaged_queries": [[], ["q"]]}
+        {
+            "title": ["t", None],
+            "category": ["c", ""],
+            "board_titles": [["x", "y"], []],
+            "engaged_queries": [[], ["q"]],
+        }
     )
     assert entity_texts(catalogue) == ["t. c. x. y", "q"]
     assert entity_texts(pl.DataFrame({"id": ["a"]})) == [""]
@@ -45,9 +74,15 @@ def test_bm25_equals_its_formula():
     dataset = tiny()
     task = build_task(dataset, "pin")
     scores = Bm25(trigrams=False)(task, dataset)(0, len(task.queries)).numpy()
-    lengths, mean = [3, 3, 3], 3.0  # titles plus one train query each ("kitten", "puppy", none): 3, 3, 3 words
+    lengths, mean = (
+        [3, 3, 3],
+        3.0,
+    )  # titles plus one train query each ("kitten", "puppy", none): 3, 3, 3 words
     idf = math.log(1 + (3 - 2 + 0.5) / (2 + 0.5))
-    want = [idf * f / (f + 1.5 * (1 - 0.75 + 0.75 * length / mean)) if f else -np.inf for f, length in zip([1, 0, 2], lengths, strict=True)]
+    want = [
+        idf * f / (f + 1.5 * (1 - 0.75 + 0.75 * length / mean)) if f else -np.inf
+        for f, length in zip([1, 0, 2], lengths, strict=True)
+    ]
     np.testing.assert_allclose(scores[task.queries.index("cat")], want, rtol=1e-5)
     assert np.isneginf(scores[task.queries.index("zzz")]).all()
 
@@ -62,7 +97,9 @@ def test_trigrams_find_what_words_do_not():
 
 def letters(texts):
     """Bag of letters: an encoder that knows nothing but spelling."""
-    return np.array([[text.lower().count(chr(97 + i)) for i in range(26)] for text in texts], dtype=np.float32)
+    return np.array(
+        [[text.lower().count(chr(97 + i)) for i in range(26)] for text in texts], dtype=np.float32
+    )
 
 
 def test_any_callable_is_a_zero_shot_baseline():
@@ -123,5 +160,7 @@ def test_ceilings_of_the_sample(sample):
     ceilings = {}
     for entity_type in ("pin", "product", "ad"):
         task = build_task(sample, entity_type)
-        ceilings[entity_type] = slice_metrics(rank_task(task, make_baseline("popular")(task, sample), "popular"), resamples=100).ceiling[10]
+        ceilings[entity_type] = slice_metrics(
+            rank_task(task, make_baseline("popular")(task, sample), "popular"), resamples=100
+        ).ceiling[10]
     assert ceilings == pytest.approx({"pin": 0.908, "product": 0.446, "ad": 0.952}, abs=0.001)

@@ -43,15 +43,29 @@ def test_scores_by_hand():
     scores = hierarchical_scores(predicted, leaves)
     assert scores.precision.value == pytest.approx((1 + 1 / 3 + 0 + 1) / 4)
     assert scores.recall == pytest.approx((1 + 1 / 6 + 0 + 2 / 5) / 4)
-    assert scores.level[1].value == pytest.approx(3 / 4)  # all four have level 1: right, right, wrong, right
+    assert scores.level[1].value == pytest.approx(
+        3 / 4
+    )  # all four have level 1: right, right, wrong, right
     assert scores.level[2].value == pytest.approx(2 / 3)  # "0" has no level 2
-    assert scores.level[3].value == pytest.approx(1 / 3)  # 25D right, 25F wrong, 34 stops above level 3
+    assert scores.level[3].value == pytest.approx(
+        1 / 3
+    )  # 25D right, 25F wrong, 34 stops above level 3
 
 
 def dataset():
-    rows = [("gold", "ic:25D3", "keyword", "train"), ("gold", "ic:31A1", "keyword", "train"), ("stones", "ic:25D1", "title", "train")]
-    rows += [("ruby", "ic:25D3", "keyword", "heldout"), ("fox", "ic:2", "keyword", "train"), ("skull", "emoji:x:1f480", "name", "train")]
-    pairs = pl.DataFrame(rows, schema=["query", "entity_id", "kind", "split"], orient="row").with_columns(language=pl.lit("en"))
+    rows = [
+        ("gold", "ic:25D3", "keyword", "train"),
+        ("gold", "ic:31A1", "keyword", "train"),
+        ("stones", "ic:25D1", "title", "train"),
+    ]
+    rows += [
+        ("ruby", "ic:25D3", "keyword", "heldout"),
+        ("fox", "ic:2", "keyword", "train"),
+        ("skull", "emoji:x:1f480", "name", "train"),
+    ]
+    pairs = pl.DataFrame(
+        rows, schema=["query", "entity_id", "kind", "split"], orient="row"
+    ).with_columns(language=pl.lit("en"))
     return Dataset(pl.DataFrame({"id": []}), pairs)
 
 
@@ -68,18 +82,31 @@ def test_labels_are_the_classes_of_a_querys_entities():
 
 def test_head_learns_separable_classes_and_shared_labels():
     rng = np.random.default_rng(0)
-    centres = {"25D": rng.standard_normal(16), "31A": rng.standard_normal(16), "11H": rng.standard_normal(16)}
+    centres = {
+        "25D": rng.standard_normal(16),
+        "31A": rng.standard_normal(16),
+        "11H": rng.standard_normal(16),
+    }
     leaves = [[list(centres)[i % 3]] for i in range(600)]
-    vectors = np.array([centres[row[0]] + 0.3 * rng.standard_normal(16) for row in leaves], dtype=np.float32)
+    vectors = np.array(
+        [centres[row[0]] + 0.3 * rng.standard_normal(16) for row in leaves], dtype=np.float32
+    )
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     head, classes = fit_linear_head(vectors[:500], leaves[:500], epochs=10, batch=64)
     assert classes == ["11H", "25D", "31A"]
-    right = [found == row[0] for found, row in zip(predict_leaves(head, classes, vectors[500:]), leaves[500:], strict=True)]
+    right = [
+        found == row[0]
+        for found, row in zip(
+            predict_leaves(head, classes, vectors[500:]), leaves[500:], strict=True
+        )
+    ]
     assert np.mean(right) > 0.95
     again, _ = fit_linear_head(vectors[:500], leaves[:500], epochs=10, batch=64)
     assert all((a == b).all() for a, b in zip(head.parameters(), again.parameters(), strict=True))
     # A class that half of the queries share with another wins over the other.
-    both, names = fit_linear_head(np.ones((200, 4), np.float32), [["25D", "31A"], ["31A"]] * 100, epochs=5)
+    both, names = fit_linear_head(
+        np.ones((200, 4), np.float32), [["25D", "31A"], ["31A"]] * 100, epochs=5
+    )
     assert predict_leaves(both, names, np.ones((1, 4), np.float32)) == ["31A"]
 
 

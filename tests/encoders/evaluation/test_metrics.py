@@ -47,11 +47,15 @@ def test_ceiling_by_hand_with_repeats_and_answers_outside_the_corpus():
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 12), st.integers(0, 1000))
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 12), st.integers(0, 1000)
+)
 def test_ceiling_is_reached_by_an_oracle_and_never_passed(positives, k, seed):
     query_index = np.repeat(np.arange(len(positives)), positives)
     target = np.arange(len(query_index))
-    ceiling = recall_ceiling(query_index, target, np.ones(len(target), bool), k, len(positives)).value
+    ceiling = recall_ceiling(
+        query_index, target, np.ones(len(target), bool), k, len(positives)
+    ).value
     oracle = np.concatenate([np.arange(1, p + 1) for p in positives])
     assert recall_at_k(oracle, k) == pytest.approx(ceiling)
     rng = np.random.default_rng(seed)
@@ -73,7 +77,9 @@ def test_graded_ndcg_by_hand():
 
 def test_ndcg_cuts_both_sums_at_k():
     # 20 equal answers, all on the first 20 places: within 10 that is perfect.
-    assert ndcg_at_k(np.zeros(20, int), np.arange(1, 21), np.ones(20), 10, 1)[0] == pytest.approx(1.0)
+    assert ndcg_at_k(np.zeros(20, int), np.arange(1, 21), np.ones(20), 10, 1)[0] == pytest.approx(
+        1.0
+    )
 
 
 def test_interval_covers_the_truth_about_as_often_as_it_says():
@@ -83,7 +89,11 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
         # Queries share their luck (0.2 or 0.6), so pairs of one query are correlated: resampling pairs would be too narrow.
         luck = rng.choice([0.2, 0.6], 150)
         counts = rng.integers(1, 20, 150)
-        interval = bootstrap_interval(QuerySums(rng.binomial(counts, luck).astype(float), counts.astype(float)), resamples=300, seed=trial)
+        interval = bootstrap_interval(
+            QuerySums(rng.binomial(counts, luck).astype(float), counts.astype(float)),
+            resamples=300,
+            seed=trial,
+        )
         covered += interval.low <= 0.4 <= interval.high
     assert 0.88 <= covered / 200 <= 0.99
 

@@ -16,7 +16,13 @@ from encoders.evaluation.slices import compare, metrics_by_slice, pair_slices, s
 
 def make_dataset(positives, entities=12, groups=None, **columns):
     """``positives``: (query, entity number) pairs, all held out."""
-    catalogue = pl.DataFrame({"id": [f"e{i}" for i in range(entities)], "entity_type": "pin", "title": [f"t{i}" for i in range(entities)]})
+    catalogue = pl.DataFrame(
+        {
+            "id": [f"e{i}" for i in range(entities)],
+            "entity_type": "pin",
+            "title": [f"t{i}" for i in range(entities)],
+        }
+    )
     pairs = pl.DataFrame(
         {
             "query": [q for q, _ in positives],
@@ -39,12 +45,19 @@ def slow_rank(scores, entity, corpus, group):
     best = max(members, key=lambda i: (scores[i], -i))
     if scores[best] == -np.inf:
         return UNRANKED
-    return 1 + sum(group[c] != group[entity] and (scores[c] > scores[best] or (scores[c] == scores[best] and c < best)) for c in corpus)
+    return 1 + sum(
+        group[c] != group[entity]
+        and (scores[c] > scores[best] or (scores[c] == scores[best] and c < best))
+        for c in corpus
+    )
 
 
 def slow_list_rank(scores, entity, corpus, group, answers):
     """Place of the answer in the list of corpus and answers, each answer once, at its best picture."""
-    best = {g: max((i for i in range(len(scores)) if group[i] == g), key=lambda i: (scores[i], -i)) for g in {group[a] for a in answers}}
+    best = {
+        g: max((i for i in range(len(scores)) if group[i] == g), key=lambda i: (scores[i], -i))
+        for g in {group[a] for a in answers}
+    }
     if scores[best[group[entity]]] == -np.inf:
         return UNRANKED
     listed = [c for c in corpus if group[c] not in best] + list(best.values())
@@ -64,7 +77,9 @@ def test_ranks_equal_a_slow_ranking(seed, corpus_size, grouped, holes):
         full[rng.random((q, n)) < 0.4] = -np.inf
     rows = [int(id[1:]) for id in task.candidates["id"]]
     table = full[np.ix_([int(name[1:]) for name in task.queries], rows)]
-    ranking = rank_task(task, lambda start, stop: torch.from_numpy(table[start:stop].copy()), "table")
+    ranking = rank_task(
+        task, lambda start, stop: torch.from_numpy(table[start:stop].copy()), "table"
+    )
     corpus = [rows[i] for i in np.flatnonzero(task.in_corpus)]
     assert len(corpus) == min(corpus_size or n, n)
     # Rows that are no candidates do not exist for the slow ranking either.
@@ -75,14 +90,18 @@ def test_ranks_equal_a_slow_ranking(seed, corpus_size, grouped, holes):
     for pair, rank in zip(task.pairs.iter_rows(named=True), ranking.ranks.tolist(), strict=True):
         scores, entity = full[int(pair["query"][1:])], int(pair["entity_id"][1:])
         assert rank == slow_rank(scores, entity, corpus, labels)
-        assert ranking.list_ranks[pair["target"]] == slow_list_rank(scores, entity, corpus, labels, answers[pair["query"]])
+        assert ranking.list_ranks[pair["target"]] == slow_list_rank(
+            scores, entity, corpus, labels, answers[pair["query"]]
+        )
 
 
 def test_metrics_of_a_known_ranking_by_hand():
     dataset = make_dataset([("a", 0), ("a", 1), ("b", 2)], entities=4)
     task = build_task(dataset, "pin")
     candidates = np.eye(4, dtype=np.float32)
-    queries = np.array([[0.5, 0.1, 0.9, 0.3], [0.9, 0.8, 0.1, 0.2]], dtype=np.float32)  # a: e2 e0 e3 e1; b: e0 e1 e3 e2
+    queries = np.array(
+        [[0.5, 0.1, 0.9, 0.3], [0.9, 0.8, 0.1, 0.2]], dtype=np.float32
+    )  # a: e2 e0 e3 e1; b: e0 e1 e3 e2
     ranking = rank_task(task, vector_scores(queries, candidates), "hand")
     assert ranking.ranks.tolist() == [2, 4, 4]
     metrics = slice_metrics(ranking, ks=(1, 2, 4))
@@ -97,7 +116,9 @@ def test_metrics_of_a_known_ranking_by_hand():
 def test_any_picture_of_the_same_emoji_counts():
     groups = {"e0": "emoji", "e1": "emoji"}
     task = build_task(make_dataset([("a", 0)], entities=4, groups=groups), "pin")
-    scores = vector_scores(np.array([[0.1, 0.9, 0.5, 0.4]], dtype=np.float32), np.eye(4, dtype=np.float32))
+    scores = vector_scores(
+        np.array([[0.1, 0.9, 0.5, 0.4]], dtype=np.float32), np.eye(4, dtype=np.float32)
+    )
     assert rank_task(task, scores, "x").ranks.tolist() == [1]
 
 
@@ -118,12 +139,19 @@ def test_a_perfect_system_reaches_the_ceiling_and_a_blind_one_is_unranked():
 def test_a_random_corpus_makes_it_easier_and_is_replayable():
     rng = np.random.default_rng(0)
     dataset = make_dataset([(f"q{i}", i) for i in range(200)], entities=400)
-    queries, candidates = rng.standard_normal((200, 8)).astype(np.float32), rng.standard_normal((400, 8)).astype(np.float32)
+    queries, candidates = (
+        rng.standard_normal((200, 8)).astype(np.float32),
+        rng.standard_normal((400, 8)).astype(np.float32),
+    )
 
     def recall(size, seed=0):
         task = build_task(dataset, "pin", corpus_size=size, seed=seed)
         rows = [int(id[1:]) for id in task.candidates["id"]]
-        return slice_metrics(rank_task(task, vector_scores(queries, candidates[rows]), "x")).recall[10].value
+        return (
+            slice_metrics(rank_task(task, vector_scores(queries, candidates[rows]), "x"))
+            .recall[10]
+            .value
+        )
 
     assert recall(20) > recall(100) > recall(400)
     assert recall(100, seed=5) == recall(100, seed=5)
@@ -132,11 +160,15 @@ def test_a_random_corpus_makes_it_easier_and_is_replayable():
 
 def test_slices_partition_the_pairs_and_comparison_is_paired():
     rng = np.random.default_rng(1)
-    dataset = make_dataset([(f"q{i}", i % 40) for i in range(120)], entities=40, language=["en", "de", "fr"] * 40)
+    dataset = make_dataset(
+        [(f"q{i}", i % 40) for i in range(120)], entities=40, language=["en", "de", "fr"] * 40
+    )
     task = build_task(dataset, "pin")
     base = rng.standard_normal((120, 40)).astype(np.float32)
     better = base.copy()
-    better[np.arange(0, 120, 3), [int(e[1:]) for e in task.pairs["entity_id"].to_list()[::3]]] = 9.0  # English ones are put first
+    better[np.arange(0, 120, 3), [int(e[1:]) for e in task.pairs["entity_id"].to_list()[::3]]] = (
+        9.0  # English ones are put first
+    )
     one = rank_task(task, lambda a, b: torch.from_numpy(base[a:b].copy()), "one")
     two = rank_task(task, lambda a, b: torch.from_numpy(better[a:b].copy()), "two")
     slices = pair_slices(task, dataset.split("train"))
@@ -149,7 +181,12 @@ def test_slices_partition_the_pairs_and_comparison_is_paired():
     french = (slices["language"] == "fr").to_numpy()
     assert compare(two, one, french).difference.value == 0
     with pytest.raises(ConfigError, match="same task"):
-        compare(two, rank_task(build_task(dataset, "pin", max_queries=10), lambda a, b: torch.zeros(b - a, 40), "x"))
+        compare(
+            two,
+            rank_task(
+                build_task(dataset, "pin", max_queries=10), lambda a, b: torch.zeros(b - a, 40), "x"
+            ),
+        )
 
 
 def test_labels_that_have_an_order_keep_it() -> None:
@@ -158,7 +195,9 @@ def test_labels_that_have_an_order_keep_it() -> None:
     task = build_task(dataset, "pin")
     ranking = rank_task(task, lambda a, b: torch.zeros(b - a, 10), "x")
     slices = pair_slices(task, dataset.pairs.filter(pl.col("entity_id") != "e8"))
-    assert {label: m.pairs for label, m in metrics_by_slice(ranking, slices)["popularity"].items()} == {"head": 1, "torso": 1, "tail": 2}
+    assert {
+        label: m.pairs for label, m in metrics_by_slice(ranking, slices)["popularity"].items()
+    } == {"head": 1, "torso": 1, "tail": 2}
     assert list(metrics_by_slice(ranking, slices)["popularity"]) == ["head", "torso", "tail"]
 
 
@@ -178,8 +217,13 @@ def test_bad_input_is_named():
 
 def test_chunks_do_not_change_the_ranks(monkeypatch):
     rng = np.random.default_rng(2)
-    task = build_task(make_dataset([(f"q{i % 30}", int(rng.integers(50))) for i in range(90)], entities=50), "pin")
-    scores = vector_scores(rng.integers(-1, 2, (30, 4)).astype(np.float32), rng.integers(-1, 2, (50, 4)).astype(np.float32))
+    task = build_task(
+        make_dataset([(f"q{i % 30}", int(rng.integers(50))) for i in range(90)], entities=50), "pin"
+    )
+    scores = vector_scores(
+        rng.integers(-1, 2, (30, 4)).astype(np.float32),
+        rng.integers(-1, 2, (50, 4)).astype(np.float32),
+    )
     whole = rank_task(task, scores, "x", run_depth=7)
     monkeypatch.setattr("encoders.evaluation.ranking.SCORES_AT_ONCE", 120)
     parts = rank_task(task, scores, "x", run_depth=7)
@@ -189,9 +233,30 @@ def test_chunks_do_not_change_the_ranks(monkeypatch):
 
 
 def test_pairs_without_a_label_are_a_slice_of_their_own() -> None:
-    pairs = pl.DataFrame({"query": ["a", "b", "c"], "entity_type": ["pin"] * 3, "entity_id": ["x", "y", "z"], "split": ["heldout"] * 3})
-    catalogue = pl.DataFrame({"id": ["x", "y", "z"], "entity_type": ["pin"] * 3, "title": ["x", "y", "z"]})
-    task = build_task(Dataset(catalogue, pairs.with_columns(language=pl.lit(""), country=pl.lit(""), kind=pl.lit(""))), "pin")
-    ranking = rank_task(task, vector_scores(np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32)), "x")
-    found = metrics_by_slice(ranking, {"source": pl.Series("source", ["s", None, "s"])}, resamples=10)
-    assert {label: metrics.pairs for label, metrics in found["source"].items()} == {"s": 2, "unknown": 1}
+    pairs = pl.DataFrame(
+        {
+            "query": ["a", "b", "c"],
+            "entity_type": ["pin"] * 3,
+            "entity_id": ["x", "y", "z"],
+            "split": ["heldout"] * 3,
+        }
+    )
+    catalogue = pl.DataFrame(
+        {"id": ["x", "y", "z"], "entity_type": ["pin"] * 3, "title": ["x", "y", "z"]}
+    )
+    task = build_task(
+        Dataset(
+            catalogue, pairs.with_columns(language=pl.lit(""), country=pl.lit(""), kind=pl.lit(""))
+        ),
+        "pin",
+    )
+    ranking = rank_task(
+        task, vector_scores(np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32)), "x"
+    )
+    found = metrics_by_slice(
+        ranking, {"source": pl.Series("source", ["s", None, "s"])}, resamples=10
+    )
+    assert {label: metrics.pairs for label, metrics in found["source"].items()} == {
+        "s": 2,
+        "unknown": 1,
+    }

@@ -20,22 +20,46 @@ class SpellingModel:
     """A bundle stand-in: vectors of letter counts."""
 
     def embed_queries(self, texts):
-        counts = np.array([[text.lower().count(chr(97 + i)) + 0.01 * (i + 1) for i in range(26)] for text in texts], dtype=np.float32)
+        counts = np.array(
+            [
+                [text.lower().count(chr(97 + i)) + 0.01 * (i + 1) for i in range(26)]
+                for text in texts
+            ],
+            dtype=np.float32,
+        )
         return counts / np.linalg.norm(counts, axis=1, keepdims=True)
 
     def embed_entities(self, catalogue):
-        return self.embed_queries([f"{title} {id}" for title, id in catalogue.select("title", "id").iter_rows()])
+        return self.embed_queries(
+            [f"{title} {id}" for title, id in catalogue.select("title", "id").iter_rows()]
+        )
 
 
 def dataset(groups=None):
-    words = ["apple", "banana split", "cherry pie", "date", "elder 100%", "fig", "grape", "honey melon"]
-    catalogue = pl.DataFrame({"id": [f"id {w}" for w in words], "entity_type": "pin", "title": words})
+    words = [
+        "apple",
+        "banana split",
+        "cherry pie",
+        "date",
+        "elder 100%",
+        "fig",
+        "grape",
+        "honey melon",
+    ]
+    catalogue = pl.DataFrame(
+        {"id": [f"id {w}" for w in words], "entity_type": "pin", "title": words}
+    )
     rows = [(w[:4] + str(i), f"id {w}", 1 + i % 3) for i, w in enumerate(words)] + [
         ("banana0", "id banana split", 1),
         ("banana0", "id fig", 3),
     ]
     pairs = pl.DataFrame(rows, schema=["query", "entity_id", "grade"], orient="row").with_columns(
-        language=pl.lit("en"), country=pl.lit("US"), entity_type=pl.lit("pin"), kind=pl.lit("tag"), count=pl.lit(1), split=pl.lit("heldout")
+        language=pl.lit("en"),
+        country=pl.lit("US"),
+        entity_type=pl.lit("pin"),
+        kind=pl.lit("tag"),
+        count=pl.lit(1),
+        split=pl.lit("heldout"),
     )
     return Dataset(catalogue, pairs, groups=groups or {})
 
@@ -46,11 +70,15 @@ def quiet(line):
 
 def test_exported_files_give_the_same_figures_in_ir_measures(tmp_path):
     ir_measures = pytest.importorskip("ir_measures")
-    report = evaluate_systems(dataset(), {"my model": bundle_system(SpellingModel())}, runs=True, progress=quiet)
+    report = evaluate_systems(
+        dataset(), {"my model": bundle_system(SpellingModel())}, runs=True, progress=quiet
+    )
     save_runs(report, tmp_path)
     qrels = list(ir_measures.read_trec_qrels(str(tmp_path / "pin" / "qrels.txt")))
     run = list(ir_measures.read_trec_run(str(tmp_path / "pin" / "run-my_model.txt")))
-    got = ir_measures.calc_aggregate([ir_measures.R @ 10, ir_measures.nDCG @ 10, ir_measures.R @ 1], qrels, run)
+    got = ir_measures.calc_aggregate(
+        [ir_measures.R @ 10, ir_measures.nDCG @ 10, ir_measures.R @ 1], qrels, run
+    )
     metrics = report.tasks["pin"].overall["my model"]
     assert got[ir_measures.R @ 10] == pytest.approx(metrics.query_recall)
     assert got[ir_measures.nDCG @ 10] == pytest.approx(metrics.ndcg)
@@ -61,7 +89,12 @@ def test_exported_files_give_the_same_figures_in_ir_measures(tmp_path):
 
 def test_near_duplicates_are_one_document_in_the_files(tmp_path):
     groups = {"id fig": "fruit", "id date": "fruit"}
-    save_runs(evaluate_systems(dataset(groups), {"m": bundle_system(SpellingModel())}, runs=True, progress=quiet), tmp_path)
+    save_runs(
+        evaluate_systems(
+            dataset(groups), {"m": bundle_system(SpellingModel())}, runs=True, progress=quiet
+        ),
+        tmp_path,
+    )
     lines = [line.split() for line in (tmp_path / "pin" / "run-m.txt").read_text().splitlines()]
     documents = [line[2] for line in lines if line[0] == "q0"]
     assert len(documents) == 7 and documents.count("fruit") == 1
@@ -69,11 +102,16 @@ def test_near_duplicates_are_one_document_in_the_files(tmp_path):
 
 
 def test_runs_need_the_whole_catalogue(tmp_path):
-    report = evaluate_systems(dataset(), {"m": bundle_system(SpellingModel())}, corpus_size=3, runs=True, progress=quiet)
+    report = evaluate_systems(
+        dataset(), {"m": bundle_system(SpellingModel())}, corpus_size=3, runs=True, progress=quiet
+    )
     with pytest.raises(ConfigError, match="corpus-size"):
         save_runs(report, tmp_path)
     with pytest.raises(ConfigError, match="runs=True"):
-        save_runs(evaluate_systems(dataset(), {"m": bundle_system(SpellingModel())}, progress=quiet), tmp_path)
+        save_runs(
+            evaluate_systems(dataset(), {"m": bundle_system(SpellingModel())}, progress=quiet),
+            tmp_path,
+        )
 
 
 def test_graded_judgements_become_gains():
@@ -81,25 +119,39 @@ def test_graded_judgements_become_gains():
     judgements = data.pairs.select("query", "country", "entity_id", "grade").with_columns(
         grade=pl.when(pl.col("query") == "fig5").then(0).otherwise("grade")
     )
-    report = evaluate_systems(data, {"m": bundle_system(SpellingModel())}, judgements=judgements, progress=quiet)
+    report = evaluate_systems(
+        data, {"m": bundle_system(SpellingModel())}, judgements=judgements, progress=quiet
+    )
     task = report.tasks["pin"].task
     assert "fig5" not in task.queries
-    assert sorted(task.targets["gain"].to_list()) == sorted(g for g in judgements["grade"].to_list() if g)
+    assert sorted(task.targets["gain"].to_list()) == sorted(
+        g for g in judgements["grade"].to_list() if g
+    )
     assert set(report.tasks["pin"].slices["m"]["action"]) == {"grade 1", "grade 2", "grade 3"}
     assert "country" in report.tasks["pin"].labels
     with pytest.raises(ConfigError, match="ids"):
         evaluate_systems(
-            data, {"m": bundle_system(SpellingModel())}, judgements=judgements.with_columns(entity_id=pl.lit("?")), progress=quiet
+            data,
+            {"m": bundle_system(SpellingModel())},
+            judgements=judgements.with_columns(entity_id=pl.lit("?")),
+            progress=quiet,
         )
 
 
 def test_report_is_strict_json_and_a_picture(tmp_path):
-    report = evaluate_systems(dataset(), {"a": bundle_system(SpellingModel()), "b": bundle_system(SpellingModel())}, progress=quiet)
+    report = evaluate_systems(
+        dataset(),
+        {"a": bundle_system(SpellingModel()), "b": bundle_system(SpellingModel())},
+        progress=quiet,
+    )
     plot_report(report, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
     value = json.loads(json.dumps(report.as_dict([("a", "b")]), allow_nan=False))
     assert value["tasks"]["pin"]["comparisons"]["a - b"]["recall@10 difference"] == 0
-    assert not any(isinstance(x, float) and math.isnan(x) for x in value["tasks"]["pin"]["systems"]["a"]["all"]["recall@10"].values())
+    assert not any(
+        isinstance(x, float) and math.isnan(x)
+        for x in value["tasks"]["pin"]["systems"]["a"]["all"]["recall@10"].values()
+    )
 
 
 def test_related_queries_are_evaluated_without_finding_themselves():
@@ -107,7 +159,12 @@ def test_related_queries_are_evaluated_without_finding_themselves():
     pins = whole.of_type("pin").head(60)
     sample = Dataset(pins, whole.pairs.filter(pl.col("entity_id").is_in(pins["id"].implode())))
     report = evaluate_systems(
-        sample, {"spelling": bundle_system(SpellingModel())}, entity_types=["query"], max_queries=200, slices=["action"], progress=quiet
+        sample,
+        {"spelling": bundle_system(SpellingModel())},
+        entity_types=["query"],
+        max_queries=200,
+        slices=["action"],
+        progress=quiet,
     )
     task = report.tasks["query"]
     assert set(task.slices["spelling"]["action"]) <= {"derived_translation", "derived_shared"}
@@ -125,20 +182,37 @@ def test_related_queries_are_evaluated_without_finding_themselves():
     ).tasks["query"]
     rows = train.rankings["spelling"].run[0]
     ids = train.task.candidates["id"].to_list()
-    assert all(query not in {ids[r] for r in row} for query, row in zip(train.task.queries, rows, strict=True))
+    assert all(
+        query not in {ids[r] for r in row}
+        for query, row in zip(train.task.queries, rows, strict=True)
+    )
 
 
 def test_command_measures_own_tables_and_prints_json(tmp_path):
     data = dataset()
     write_table(data.catalogue, tmp_path / "catalogue.parquet")
-    write_table(data.pairs.drop("kind", "grade").with_columns(action=pl.lit("save")), tmp_path / "pairs.csv")
-    result = CliRunner().invoke(command, ["--data", str(tmp_path), "--baselines", "bm25-trigrams,random", "--json"])
+    write_table(
+        data.pairs.drop("kind", "grade").with_columns(action=pl.lit("save")), tmp_path / "pairs.csv"
+    )
+    result = CliRunner().invoke(
+        command, ["--data", str(tmp_path), "--baselines", "bm25-trigrams,random", "--json"]
+    )
     assert result.exit_code == 0, result.stderr
     systems = json.loads(result.stdout)["tasks"]["pin"]["systems"]
     assert systems["bm25-trigrams"]["all"]["recall@1"]["value"] > 0.5
     assert set(systems) == {"bm25-trigrams", "random"}
     shown = CliRunner().invoke(
-        command, ["--data", str(tmp_path), "--baselines", "random", "--slice", "country", "--save-run", str(tmp_path / "runs")]
+        command,
+        [
+            "--data",
+            str(tmp_path),
+            "--baselines",
+            "random",
+            "--slice",
+            "country",
+            "--save-run",
+            str(tmp_path / "runs"),
+        ],
     )
     assert shown.exit_code == 0 and "your data" in shown.stdout and "US" in shown.stdout
     assert (tmp_path / "runs" / "pin" / "run-random.txt").is_file()
@@ -167,26 +241,44 @@ def test_bad_usage_is_one_clear_line(arguments, code, message, monkeypatch):
 def with_products_of(split):
     """The pins of ``dataset``, and two products whose only pairs are of ``split``."""
     data = dataset()
-    products = pl.DataFrame({"id": ["p 1", "p 2"], "entity_type": "product", "title": ["lamp", "chair"]})
-    pairs = data.pairs.head(1).with_columns(entity_type=pl.lit("product"), entity_id=pl.lit("p 1"), split=pl.lit(split))
+    products = pl.DataFrame(
+        {"id": ["p 1", "p 2"], "entity_type": "product", "title": ["lamp", "chair"]}
+    )
+    pairs = data.pairs.head(1).with_columns(
+        entity_type=pl.lit("product"), entity_id=pl.lit("p 1"), split=pl.lit(split)
+    )
     return Dataset(pl.concat((data.catalogue, products)), pl.concat((data.pairs, pairs)))
 
 
 def test_a_type_without_pairs_is_told_and_the_others_are_evaluated():
     lines = []
-    report = evaluate_systems(with_products_of("train"), {"m": bundle_system(SpellingModel())}, progress=lines.append)
+    report = evaluate_systems(
+        with_products_of("train"), {"m": bundle_system(SpellingModel())}, progress=lines.append
+    )
     assert list(report.tasks) == ["pin"]
     assert any("product" in line and "no 'heldout' pairs" in line for line in lines)
     with pytest.raises(ConfigError, match="no 'heldout' pairs of entity type 'product'"):
-        evaluate_systems(with_products_of("train"), {"m": bundle_system(SpellingModel())}, entity_types=["pin", "product"], progress=quiet)
+        evaluate_systems(
+            with_products_of("train"),
+            {"m": bundle_system(SpellingModel())},
+            entity_types=["pin", "product"],
+            progress=quiet,
+        )
     with pytest.raises(ConfigError, match=r"no 'test' pairs.*has heldout, train"):
-        evaluate_systems(with_products_of("train"), {"m": bundle_system(SpellingModel())}, split="test", progress=quiet)
+        evaluate_systems(
+            with_products_of("train"),
+            {"m": bundle_system(SpellingModel())},
+            split="test",
+            progress=quiet,
+        )
 
 
 def test_judgements_of_one_type_are_evaluated_without_the_others():
     data, lines = with_products_of("heldout"), []
     judgements = dataset().pairs.select("query", "country", "entity_id", "grade")
-    report = evaluate_systems(data, {"m": bundle_system(SpellingModel())}, judgements=judgements, progress=lines.append)
+    report = evaluate_systems(
+        data, {"m": bundle_system(SpellingModel())}, judgements=judgements, progress=lines.append
+    )
     assert list(report.tasks) == ["pin"]
     assert any("product" in line and "judgements" in line for line in lines)
 
@@ -195,12 +287,29 @@ def test_the_title_names_the_data_that_was_evaluated(tmp_path, monkeypatch):
     monkeypatch.delenv("OMNI_DATA", raising=False)
     data = dataset()
     write_table(data.catalogue, tmp_path / "catalogue.parquet")
-    write_table(data.pairs.drop("kind", "grade").with_columns(action=pl.lit("save")), tmp_path / "pairs.csv")
+    write_table(
+        data.pairs.drop("kind", "grade").with_columns(action=pl.lit("save")), tmp_path / "pairs.csv"
+    )
     judged = data.pairs.select("query", "country", "entity_id", "grade")
     write_table(judged, tmp_path / "judged.csv")
     own = CliRunner().invoke(command, ["--data", str(tmp_path), "--baselines", "random"])
     assert f"pin: heldout pairs of {tmp_path} (your data)" in own.stdout
-    graded = CliRunner().invoke(command, ["--data", str(tmp_path), "--baselines", "random", "--judgements", str(tmp_path / "judged.csv")])
-    assert f"pin: judgements of {tmp_path / 'judged.csv'}, entities of {tmp_path} (your data)" in graded.stdout
-    sample = CliRunner().invoke(command, ["--baselines", "random", "--entity-type", "ad", "--resamples", "100"])
+    graded = CliRunner().invoke(
+        command,
+        [
+            "--data",
+            str(tmp_path),
+            "--baselines",
+            "random",
+            "--judgements",
+            str(tmp_path / "judged.csv"),
+        ],
+    )
+    assert (
+        f"pin: judgements of {tmp_path / 'judged.csv'}, entities of {tmp_path} (your data)"
+        in graded.stdout
+    )
+    sample = CliRunner().invoke(
+        command, ["--baselines", "random", "--entity-type", "ad", "--resamples", "100"]
+    )
     assert "ad: heldout pairs of the sample data in the package (" in sample.stdout

@@ -17,7 +17,13 @@ from click.testing import CliRunner
 
 from encoders.commands.embed import command
 from encoders.errors import ConfigError, DataError, RowError, SchemaError
-from encoders.inference.batch_embedding import EmbedConfig, EntityEmbedder, content_hashes, embed_catalogue, query_hashes
+from encoders.inference.batch_embedding import (
+    EmbedConfig,
+    EntityEmbedder,
+    content_hashes,
+    embed_catalogue,
+    query_hashes,
+)
 from encoders.inference.signal_store import SignalStore
 from encoders.tables.stream import count_rows, stream_catalogue
 from encoders.towers.bundle import ModelBundle, load_bundle, save_bundle
@@ -36,7 +42,10 @@ def make_catalogue(rows: int = 60, seed: int = 0) -> pl.DataFrame:
             "entity_type": [("pin", "product")[i % 2] for i in range(rows)],
             "title": [" ".join(rng.choice(WORDS, 4)) for _ in range(rows)],
             "board_titles": [rng.choice(WORDS, 2).tolist() for _ in range(rows)],
-            "visual": pl.Series([rng.standard_normal(3).tolist() if i % 3 else None for i in range(rows)], dtype=pl.List(pl.Float32)),
+            "visual": pl.Series(
+                [rng.standard_normal(3).tolist() if i % 3 else None for i in range(rows)],
+                dtype=pl.List(pl.Float32),
+            ),
             "price": list(range(rows)),
         }
     )
@@ -49,10 +58,18 @@ CATALOGUE = make_catalogue()
 def bundle(tmp_path_factory) -> ModelBundle:
     torch.manual_seed(0)
     config = EntityFeatureConfig(text_fields=("title", "board_titles"), continuous={"visual": 3})
-    tower = create_entity_encoder(EntityFeaturizer.fit(CATALOGUE, config), table_rows=64, token_dimension=32, hidden=(48,), dimension=16)
+    tower = create_entity_encoder(
+        EntityFeaturizer.fit(CATALOGUE, config),
+        table_rows=64,
+        token_dimension=32,
+        hidden=(48,),
+        dimension=16,
+    )
     query_tower = tiny_query_encoder()
     query_tower.projection = torch.nn.Linear(query_tower.projection.in_features, 16)
-    return save_bundle(tmp_path_factory.mktemp("bundle") / "model", query_tower, {"pin": tower, "product": tower})
+    return save_bundle(
+        tmp_path_factory.mktemp("bundle") / "model", query_tower, {"pin": tower, "product": tower}
+    )
 
 
 def chunks(frame: pl.DataFrame, rows: int = 7):
@@ -72,12 +89,17 @@ def test_the_store_holds_what_the_tower_says(bundle, tmp_path):
         assert signals.ids == rows["id"].to_list() and signals.space_id == bundle.space_id
         np.testing.assert_allclose(signals.vectors, bundle.embed_entities(rows), atol=1e-5)
         assert dataclasses.asdict(report.entity_types[entity_type])["embedded"] == 30
-        assert len(store.part_paths(entity_type)) == 4 and store.describe(entity_type)["form_id"] == "torch-fp32"
+        assert (
+            len(store.part_paths(entity_type)) == 4
+            and store.describe(entity_type)["form_id"] == "torch-fp32"
+        )
 
 
 def test_parts_batches_and_threads_do_not_change_the_vectors(bundle, tmp_path):
     vectors = []
-    for number, config in enumerate([SMALL_PARTS, EmbedConfig(threads=1), EmbedConfig(part_rows=9, batch_rows=1)]):
+    for number, config in enumerate(
+        [SMALL_PARTS, EmbedConfig(threads=1), EmbedConfig(part_rows=9, batch_rows=1)]
+    ):
         store = SignalStore(tmp_path / str(number))
         embed_catalogue(bundle, chunks(CATALOGUE, 1 + 10 * number), store, config)
         vectors.append(store.read("pin").vectors)
@@ -96,15 +118,21 @@ def test_only_changed_rows_are_embedded_again(bundle, tmp_path):
     embed_catalogue(bundle, [CATALOGUE], store, SMALL_PARTS)
     before = store.read("pin")
     title = pl.when(pl.col("id") == "e4").then(pl.lit("blue lake")).otherwise(pl.col("title"))
-    changed = CATALOGUE.with_columns(title.alias("title"), price=pl.col("price") + 1).filter(pl.col("id") != "e2")
+    changed = CATALOGUE.with_columns(title.alias("title"), price=pl.col("price") + 1).filter(
+        pl.col("id") != "e2"
+    )
     added = CATALOGUE.head(1).with_columns(id=pl.lit("new"))
     report = embed_catalogue(bundle, [changed, added], store, SMALL_PARTS).entity_types["pin"]
     assert (report.rows, report.embedded, report.unchanged) == (30, 2, 28)
     after = store.read("pin")
     assert "e2" not in after.ids and after.ids[-1] == "new"
-    assert not np.allclose(after.vectors[after.ids.index("e4")], before.vectors[before.ids.index("e4")])
+    assert not np.allclose(
+        after.vectors[after.ids.index("e4")], before.vectors[before.ids.index("e4")]
+    )
     for kept in ("e0", "e58"):
-        np.testing.assert_array_equal(after.vectors[after.ids.index(kept)], before.vectors[before.ids.index(kept)])
+        np.testing.assert_array_equal(
+            after.vectors[after.ids.index(kept)], before.vectors[before.ids.index(kept)]
+        )
         assert after.updated_at[after.ids.index(kept)] == before.updated_at[before.ids.index(kept)]
 
 
@@ -112,7 +140,9 @@ def test_another_space_embeds_everything_again(bundle, tmp_path):
     store = SignalStore(tmp_path)
     embed_catalogue(dataclasses.replace(bundle, space_id="f" * 64), [CATALOGUE], store, SMALL_PARTS)
     report = embed_catalogue(bundle, [CATALOGUE], store, SMALL_PARTS)
-    assert report.entity_types["pin"].unchanged == 0 and store.read("pin").space_id == bundle.space_id
+    assert (
+        report.entity_types["pin"].unchanged == 0 and store.read("pin").space_id == bundle.space_id
+    )
 
 
 class Interrupted(Exception):
@@ -135,7 +165,9 @@ def test_an_interrupted_run_goes_on_and_readers_see_the_old_store(bundle, tmp_pa
     report = embed_catalogue(bundle, [CATALOGUE], store, SMALL_PARTS).entity_types["pin"]
     assert (report.resumed, report.embedded) == (16, 14)
     np.testing.assert_allclose(
-        store.read("pin").vectors, bundle.embed_entities(CATALOGUE.filter(pl.col("entity_type") == "pin")), atol=1e-5
+        store.read("pin").vectors,
+        bundle.embed_entities(CATALOGUE.filter(pl.col("entity_type") == "pin")),
+        atol=1e-5,
     )
 
 
@@ -150,17 +182,23 @@ def test_a_staged_part_of_other_rows_is_not_taken_over(bundle, tmp_path):
         embed_catalogue(bundle, stream(), store, SMALL_PARTS)
     assert embed_catalogue(bundle, [CATALOGUE], store, SMALL_PARTS).entity_types["pin"].resumed == 0
     np.testing.assert_allclose(
-        store.read("pin").vectors, bundle.embed_entities(CATALOGUE.filter(pl.col("entity_type") == "pin")), atol=1e-5
+        store.read("pin").vectors,
+        bundle.embed_entities(CATALOGUE.filter(pl.col("entity_type") == "pin")),
+        atol=1e-5,
     )
 
 
 def test_query_entities_go_through_the_query_tower_once_each(bundle, tmp_path):
-    (tmp_path / "queries.csv").write_text("query,country,count\nred  shoes,US,5\nblue lake,US,1\nred shoes,DE,2\n")
+    (tmp_path / "queries.csv").write_text(
+        "query,country,count\nred  shoes,US,5\nblue lake,US,1\nred shoes,DE,2\n"
+    )
     store = SignalStore(tmp_path / "store")
     report = embed_catalogue(bundle, stream_catalogue([tmp_path / "queries.csv"]), store)
     signals = store.read("query")
     assert signals.ids == ["red shoes", "blue lake"] and report.entity_types["query"].rows == 2
-    np.testing.assert_allclose(signals.vectors, bundle.embed_queries(["red shoes", "blue lake"]), atol=1e-5)
+    np.testing.assert_allclose(
+        signals.vectors, bundle.embed_queries(["red shoes", "blue lake"]), atol=1e-5
+    )
     assert signals.content_hashes == query_hashes(["red shoes", "blue lake"])
     again = embed_catalogue(bundle, stream_catalogue([tmp_path / "queries.csv"]), store)
     assert again.entity_types["query"].unchanged == 2
@@ -168,13 +206,23 @@ def test_query_entities_go_through_the_query_tower_once_each(bundle, tmp_path):
 
 def test_bfloat16_is_close_to_float32(bundle):
     tower = bundle.entity_encoders["pin"]
-    low, full = (EntityEmbedder(tower, EmbedConfig(precision=precision))(CATALOGUE) for precision in ("bf16", "fp32"))
+    low, full = (
+        EntityEmbedder(tower, EmbedConfig(precision=precision))(CATALOGUE)
+        for precision in ("bf16", "fp32")
+    )
     assert (low * full).sum(1).min() > 0.999 and low.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(low, axis=1), 1, atol=1e-5)
 
 
 def test_rows_without_any_feature_are_counted(bundle, tmp_path):
-    blank = pl.DataFrame({"id": ["a", "b"], "entity_type": ["pin", "pin"], "title": [" ", "unknownword"], "board_titles": [[], ["sky"]]})
+    blank = pl.DataFrame(
+        {
+            "id": ["a", "b"],
+            "entity_type": ["pin", "pin"],
+            "title": [" ", "unknownword"],
+            "board_titles": [[], ["sky"]],
+        }
+    )
     report = embed_catalogue(bundle, [blank], SignalStore(tmp_path)).entity_types["pin"]
     assert report.without_features == 1 and report.missing_columns == ["visual"]
 
@@ -182,7 +230,11 @@ def test_rows_without_any_feature_are_counted(bundle, tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"entity_type": pl.lit("ad")}, DataError, "no tower for entity type 'ad'; this bundle embeds pin, product, query"),
+        (
+            {"entity_type": pl.lit("ad")},
+            DataError,
+            "no tower for entity type 'ad'; this bundle embeds pin, product, query",
+        ),
         ({"id": pl.lit("same")}, DataError, "id 'same' occurs twice"),
         ({"visual": pl.lit([1.0, float("nan"), 0.0])}, RowError, "visual holds NaN"),
         ({"visual": pl.lit([1.0])}, RowError, "visual must hold 3 numbers, but holds 1"),
@@ -201,7 +253,9 @@ CONFIG = EntityFeatureConfig(text_fields=("title", "board_titles"), continuous={
 
 
 def hashes_of(**columns) -> list[str]:
-    return content_hashes(pl.DataFrame({"id": ["x"], **{name: [value] for name, value in columns.items()}}), CONFIG)
+    return content_hashes(
+        pl.DataFrame({"id": ["x"], **{name: [value] for name, value in columns.items()}}), CONFIG
+    )
 
 
 def test_content_hashes_are_pinned():
@@ -231,15 +285,26 @@ def test_content_hashes_change_with_what_the_tower_reads_and_only_with_that():
 def test_catalogues_stream_in_every_format(tmp_path, suffix):
     from encoders.tables.files import write_table
 
-    path = write_table(CATALOGUE.select("id", "entity_type", "title", "board_titles", "price"), tmp_path / f"catalogue.{suffix}")
+    path = write_table(
+        CATALOGUE.select("id", "entity_type", "title", "board_titles", "price"),
+        tmp_path / f"catalogue.{suffix}",
+    )
     parts = list(stream_catalogue([path], columns={"title", "board_titles"}, chunk_rows=25))
-    assert [part.height for part in parts] == [25, 25, 10] and parts[0].columns == ["id", "entity_type", "title", "board_titles"]
+    assert [part.height for part in parts] == [25, 25, 10] and parts[0].columns == [
+        "id",
+        "entity_type",
+        "title",
+        "board_titles",
+    ]
     assert pl.concat(parts).equals(CATALOGUE.select("id", "entity_type", "title", "board_titles"))
     assert count_rows([path]) == (60 if suffix == "parquet" else None)
 
 
 def test_bad_rows_name_file_and_row_number_across_chunks(tmp_path):
-    lines = [json.dumps({"id": f"e{i}", "entity_type": "pin" if i != 33 else "pine", "title": "x"}) for i in range(40)]
+    lines = [
+        json.dumps({"id": f"e{i}", "entity_type": "pin" if i != 33 else "pine", "title": "x"})
+        for i in range(40)
+    ]
     path = tmp_path / "catalogue.jsonl"
     path.write_text("\n".join(lines))
     with pytest.raises(RowError, match=r"catalogue\.jsonl.*34.*pine"):
@@ -260,7 +325,9 @@ def test_damaged_or_incomplete_catalogues_are_refused(tmp_path):
     CATALOGUE.drop("entity_type").write_parquet(path)
     with pytest.raises(SchemaError, match="--entity-type pin"):
         list(stream_catalogue([path]))
-    assert next(stream_catalogue([path], entity_type="pin"))["entity_type"].unique().to_list() == ["pin"]
+    assert next(stream_catalogue([path], entity_type="pin"))["entity_type"].unique().to_list() == [
+        "pin"
+    ]
 
 
 @pytest.mark.parametrize("settings", [{"precision": "int8"}, {"part_rows": 0}, {"threads": -1}])
@@ -280,14 +347,35 @@ def test_bad_devices_are_refused():
 def test_command_prints_one_json_object(bundle, tmp_path):
     CATALOGUE.write_parquet(tmp_path / "c.parquet")
     result = CliRunner().invoke(
-        command, [str(bundle.path), "--catalogue", str(tmp_path / "c.parquet"), "--out", str(tmp_path / "s"), "--json"]
+        command,
+        [
+            str(bundle.path),
+            "--catalogue",
+            str(tmp_path / "c.parquet"),
+            "--out",
+            str(tmp_path / "s"),
+            "--json",
+        ],
     )
     assert result.exit_code == 0, result.output
     printed = json.loads(result.stdout)
-    assert printed["entity_types"]["pin"]["embedded"] == 30 and printed["space_id"] == bundle.space_id
-    failed = CliRunner().invoke(command, [str(bundle.path), "--catalogue", str(tmp_path / "no.parquet"), "--out", str(tmp_path / "s")])
+    assert (
+        printed["entity_types"]["pin"]["embedded"] == 30 and printed["space_id"] == bundle.space_id
+    )
+    failed = CliRunner().invoke(
+        command,
+        [
+            str(bundle.path),
+            "--catalogue",
+            str(tmp_path / "no.parquet"),
+            "--out",
+            str(tmp_path / "s"),
+        ],
+    )
     assert failed.exit_code == 1 and "no such file" in failed.stderr
-    assert CliRunner().invoke(command, [str(bundle.path), "--out", str(tmp_path / "s")]).exit_code == 2
+    assert (
+        CliRunner().invoke(command, [str(bundle.path), "--out", str(tmp_path / "s")]).exit_code == 2
+    )
 
 
 def test_a_killed_process_changes_nothing_and_is_resumed(bundle, tmp_path):
@@ -295,15 +383,39 @@ def test_a_killed_process_changes_nothing_and_is_resumed(bundle, tmp_path):
     path = tmp_path / "catalogue.jsonl"
     rows = make_catalogue(6_000).drop("visual").with_columns(entity_type=pl.lit("pin"))
     rows.write_ndjson(path)
-    arguments = [sys.executable, "-m", "retrieval.cli", "embed", str(bundle.path), "--catalogue", str(path)]
-    arguments += ["--out", str(tmp_path / "store"), "--part-rows", "100", "--threads", "1", "--json"]
+    arguments = [
+        sys.executable,
+        "-m",
+        "retrieval.cli",
+        "embed",
+        str(bundle.path),
+        "--catalogue",
+        str(path),
+    ]
+    arguments += [
+        "--out",
+        str(tmp_path / "store"),
+        "--part-rows",
+        "100",
+        "--threads",
+        "1",
+        "--json",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=Path(__file__).parents[3]
+        arguments,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=environment,
+        cwd=Path(__file__).parents[3],
     )
     staging = tmp_path / "store" / "pin" / "_staging"
     deadline = time.monotonic() + 120
-    while len(list(staging.glob("*.parquet"))) < 3 and process.poll() is None and time.monotonic() < deadline:
+    while (
+        len(list(staging.glob("*.parquet"))) < 3
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -312,7 +424,9 @@ def test_a_killed_process_changes_nothing_and_is_resumed(bundle, tmp_path):
     loaded = load_bundle(bundle.path)
     store = SignalStore(tmp_path / "store")
     config = EmbedConfig(part_rows=100, threads=1)
-    report = embed_catalogue(loaded, stream_catalogue([path], chunk_rows=100), store, config).entity_types["pin"]
+    report = embed_catalogue(
+        loaded, stream_catalogue([path], chunk_rows=100), store, config
+    ).entity_types["pin"]
     assert report.resumed == staged * 100 and report.embedded == 6_000 - staged * 100
     assert store.read("pin").ids == rows["id"].to_list() and not staging.exists()
 
@@ -321,5 +435,7 @@ def test_a_killed_process_changes_nothing_and_is_resumed(bundle, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_gpu_in_bf16_is_close_to_cpu(bundle):
     tower = bundle.entity_encoders["pin"]
-    on_gpu, on_cpu = (EntityEmbedder(tower, EmbedConfig(device=device))(CATALOGUE) for device in ("cuda", "cpu"))
+    on_gpu, on_cpu = (
+        EntityEmbedder(tower, EmbedConfig(device=device))(CATALOGUE) for device in ("cuda", "cpu")
+    )
     assert (on_gpu * on_cpu).sum(1).min() > 0.999

@@ -17,7 +17,13 @@ from encoders.towers.entity_features import EntityFeatureConfig, EntityFeaturize
 from encoders.towers.entity_tower import create_entity_encoder
 from tests.helpers.training_examples import tiny_query_encoder
 
-CATALOGUE = pl.DataFrame({"id": [f"e{i}" for i in range(24)], "entity_type": "pin", "title": [f"red {i} blue {i % 5}" for i in range(24)]})
+CATALOGUE = pl.DataFrame(
+    {
+        "id": [f"e{i}" for i in range(24)],
+        "entity_type": "pin",
+        "title": [f"red {i} blue {i % 5}" for i in range(24)],
+    }
+)
 
 
 class Interrupted(Exception):
@@ -28,13 +34,17 @@ class Interrupted(Exception):
 def bundle(tmp_path_factory) -> ModelBundle:
     torch.manual_seed(0)
     featurizer = EntityFeaturizer.fit(CATALOGUE, EntityFeatureConfig(text_fields=("title",)))
-    tower = create_entity_encoder(featurizer, table_rows=64, token_dimension=32, hidden=(48,), dimension=16)
+    tower = create_entity_encoder(
+        featurizer, table_rows=64, token_dimension=32, hidden=(48,), dimension=16
+    )
     query_tower = tiny_query_encoder()
     query_tower.projection = torch.nn.Linear(query_tower.projection.in_features, 16)
     return save_bundle(tmp_path_factory.mktemp("bundle") / "model", query_tower, {"pin": tower})
 
 
-def embed(bundle: ModelBundle, store: SignalStore, precision: str, chunks=(CATALOGUE,)) -> TypeReport:
+def embed(
+    bundle: ModelBundle, store: SignalStore, precision: str, chunks=(CATALOGUE,)
+) -> TypeReport:
     config = EmbedConfig(device="cpu", precision=precision, part_rows=8, threads=1)
     return embed_catalogue(bundle, chunks, store, config).entity_types["pin"]
 
@@ -56,7 +66,9 @@ def unmark(store: SignalStore, folder: str) -> None:
 
 def assert_all_fp32(bundle: ModelBundle, store: SignalStore) -> None:
     assert store.describe("pin")["form_id"] == "torch-fp32"
-    np.testing.assert_allclose(store.read("pin").vectors, bundle.embed_entities(CATALOGUE), atol=1e-5)
+    np.testing.assert_allclose(
+        store.read("pin").vectors, bundle.embed_entities(CATALOGUE), atol=1e-5
+    )
 
 
 def test_staged_parts_of_another_form_are_embedded_again(bundle, tmp_path):
@@ -95,7 +107,9 @@ def test_unmarked_published_parts_count_as_what_signals_json_states(bundle, tmp_
     assert embed(bundle, store, "bf16").other_form == 24
     unmark(store, "pin")
     described = json.loads((tmp_path / "pin" / "signals.json").read_text())
-    (tmp_path / "pin" / "signals.json").write_text(json.dumps({k: v for k, v in described.items() if k != "form_id"}))
+    (tmp_path / "pin" / "signals.json").write_text(
+        json.dumps({k: v for k, v in described.items() if k != "form_id"})
+    )
     assert embed(bundle, store, "bf16").embedded == 24  # nothing states a form
 
 
@@ -111,13 +125,28 @@ def test_unmarked_staged_parts_are_embedded_again(bundle, tmp_path):
 def test_each_part_is_marked_with_its_form(bundle, tmp_path):
     store = SignalStore(tmp_path)
     embed(bundle, store, "bf16")
-    assert [pq.read_schema(path).metadata for path in store.part_paths("pin")] == [{b"form_id": b"torch-bf16"}] * 3
+    assert [pq.read_schema(path).metadata for path in store.part_paths("pin")] == [
+        {b"form_id": b"torch-bf16"}
+    ] * 3
 
 
 def test_the_command_says_how_many_rows_were_in_another_form(bundle, tmp_path):
     CATALOGUE.write_parquet(tmp_path / "c.parquet")
-    arguments = [str(bundle.path), "--catalogue", str(tmp_path / "c.parquet"), "--out", str(tmp_path / "s"), "--json", "--device", "cpu"]
+    arguments = [
+        str(bundle.path),
+        "--catalogue",
+        str(tmp_path / "c.parquet"),
+        "--out",
+        str(tmp_path / "s"),
+        "--json",
+        "--device",
+        "cpu",
+    ]
     CliRunner().invoke(command, [*arguments, "--precision", "bf16"])
     result = CliRunner().invoke(command, [*arguments, "--precision", "fp32"])
-    assert result.exit_code == 0 and "24 pin rows were embedded again, because the store held them in another form" in result.stderr
+    assert (
+        result.exit_code == 0
+        and "24 pin rows were embedded again, because the store held them in another form"
+        in result.stderr
+    )
     assert json.loads(result.stdout)["entity_types"]["pin"]["other_form"] == 24

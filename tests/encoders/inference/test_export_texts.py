@@ -32,11 +32,15 @@ def exported(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
-def export(folder: Path, monkeypatch: pytest.MonkeyPatch, pairs: list[Path], *arguments: object) -> Result:
+def export(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, pairs: list[Path], *arguments: object
+) -> Result:
     training = {"data": {"pairs": [str(path) for path in pairs]}}
     bundle = SimpleNamespace(config={"training": training}, query_encoder=None)
     monkeypatch.setattr(export_command, "load_bundle", lambda path: bundle)
-    return CliRunner().invoke(export_command.command, [str(folder), *map(str, arguments)], env={"OMNI_DATA": ""})
+    return CliRunner().invoke(
+        export_command.command, [str(folder), *map(str, arguments)], env={"OMNI_DATA": ""}
+    )
 
 
 def test_an_export_reads_the_queries_that_its_bundle_was_trained_on(
@@ -49,7 +53,9 @@ def test_an_export_reads_the_queries_that_its_bundle_was_trained_on(
     assert str(pairs) in result.stderr and "sample" not in result.stderr
 
 
-def test_few_own_queries_are_filled_up_with_the_sample_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: list[Any]) -> None:
+def test_few_own_queries_are_filled_up_with_the_sample_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: list[Any]
+) -> None:
     pairs = put(tmp_path, "pairs.csv", PAIRED + "mine,pin,a,train\n")
     result = export(tmp_path, monkeypatch, [pairs], "--texts", 100)
     assert exported[0][0] == "mine" and len(set(exported[0])) == 100
@@ -57,16 +63,27 @@ def test_few_own_queries_are_filled_up_with_the_sample_s(tmp_path: Path, monkeyp
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_an_export_says_when_it_reads_the_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: list[Any], named: bool) -> None:
+def test_an_export_says_when_it_reads_the_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: list[Any], named: bool
+) -> None:
     result = export(tmp_path, monkeypatch, [tmp_path / "gone.csv"] if named else [])
     assert len(exported[0]) == 2000
     assert "sample data" in result.stderr and "--data" in result.stderr
     assert ("gone.csv" in result.stderr) == named
 
 
-def test_an_export_takes_data_where_it_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: list[Any]) -> None:
+def test_an_export_takes_data_where_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: list[Any]
+) -> None:
     put(tmp_path, "catalogue.csv", "id,entity_type,title\na,pin,x\n")
-    rows = pl.DataFrame({"query": [f"own {i}" for i in range(120)], "entity_type": "pin", "entity_id": "a", "split": "train"})
+    rows = pl.DataFrame(
+        {
+            "query": [f"own {i}" for i in range(120)],
+            "entity_type": "pin",
+            "entity_id": "a",
+            "split": "train",
+        }
+    )
     rows.write_csv(tmp_path / "pairs.csv")
     export(tmp_path, monkeypatch, [tmp_path / "gone.csv"], "--data", tmp_path)
     assert exported[0][:2] == ["own 0", "own 1"] and len(exported[0]) == 120

@@ -26,7 +26,12 @@ def test_what_was_written_is_read_in_order_across_parts(tmp_path):
     store = SignalStore(tmp_path)
     store.write("pin", IDS, VECTORS, SPACE, HASHES, part_rows=2)
     signals = store.read("pin")
-    assert (signals.ids, signals.space_id, signals.content_hashes, len(signals)) == (IDS, SPACE, HASHES, 5)
+    assert (signals.ids, signals.space_id, signals.content_hashes, len(signals)) == (
+        IDS,
+        SPACE,
+        HASHES,
+        5,
+    )
     np.testing.assert_array_equal(signals.vectors, VECTORS)
     assert signals.vectors.dtype == np.float32 and signals.vectors.flags.c_contiguous
     assert len(store.part_paths("pin")) == 3 and store.entity_types() == ["pin"]
@@ -45,7 +50,10 @@ def test_writing_again_replaces_everything(tmp_path):
     store.write("pin", IDS, VECTORS, SPACE, part_rows=1)
     store.write("pin", IDS[:2], unit_rows(2, 8), OTHER_SPACE)
     assert store.read("pin").ids == IDS[:2] and store.describe("pin")["dimension"] == 8
-    assert len(list((tmp_path / "pin").glob("*.parquet"))) == 1 and not (tmp_path / "pin" / "_staging").exists()
+    assert (
+        len(list((tmp_path / "pin").glob("*.parquet"))) == 1
+        and not (tmp_path / "pin" / "_staging").exists()
+    )
 
 
 def test_an_empty_store_of_a_type_is_allowed(tmp_path):
@@ -57,7 +65,10 @@ def test_an_empty_store_of_a_type_is_allowed(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda v: v.__setitem__((3, 0), np.nan), "1 of 5 vectors are not unit vectors; the first is id '日本'"),
+        (
+            lambda v: v.__setitem__((3, 0), np.nan),
+            "1 of 5 vectors are not unit vectors; the first is id '日本'",
+        ),
         (lambda v: v.__setitem__((1, 0), np.inf), "the first is id 'p1'"),
         (lambda v: v.__setitem__(2, 0), "the first is id 'ü' with norm 0"),
         (lambda v: v.__imul__(2), "5 of 5 vectors"),
@@ -96,14 +107,19 @@ def test_unpublished_parts_are_invisible(tmp_path):
 
 def test_two_writers_at_once_are_refused(tmp_path):
     store = SignalStore(tmp_path)
-    with SignalWriter(store, "pin", SPACE, 4), pytest.raises(DataError, match="another run is writing"):
+    with (
+        SignalWriter(store, "pin", SPACE, 4),
+        pytest.raises(DataError, match="another run is writing"),
+    ):
         SignalWriter(store, "pin", SPACE, 4)
     SignalWriter(store, "pin", SPACE, 4).close()
 
 
 def test_missing_and_damaged_stores_say_what_to_do(tmp_path):
     store = SignalStore(tmp_path)
-    with pytest.raises(DataError, match=r"holds no signals of 'pin'; it holds \[\]\. Run: omni embed"):
+    with pytest.raises(
+        DataError, match=r"holds no signals of 'pin'; it holds \[\]\. Run: omni embed"
+    ):
         store.read("pin")
     store.write("pin", IDS, VECTORS, SPACE, part_rows=3)
     described = json.loads((tmp_path / "pin" / "signals.json").read_text())
@@ -124,7 +140,9 @@ def test_a_part_of_another_space_is_refused(tmp_path):
     store = SignalStore(tmp_path)
     store.write("pin", IDS, VECTORS, SPACE)
     described = json.loads((tmp_path / "pin" / "signals.json").read_text())
-    (tmp_path / "pin" / "signals.json").write_text(json.dumps(described | {"space_id": OTHER_SPACE}))
+    (tmp_path / "pin" / "signals.json").write_text(
+        json.dumps(described | {"space_id": OTHER_SPACE})
+    )
     with pytest.raises(SpaceMismatch, match=r"expected space id bbbb.*but got aaaa"):
         store.read("pin")
 
@@ -133,7 +151,9 @@ def test_known_rows_are_found_by_id_and_content(tmp_path):
     store = SignalStore(tmp_path)
     store.write("pin", IDS, VECTORS, SPACE, HASHES, part_rows=2)
     known = KnownSignals.open(store, "pin", SPACE)
-    vectors, stamps, found = known.find(["日本", "p0", "p0", "new"], [HASHES[3], HASHES[0], "changed", HASHES[1]], 4)
+    vectors, stamps, found = known.find(
+        ["日本", "p0", "p0", "new"], [HASHES[3], HASHES[0], "changed", HASHES[1]], 4
+    )
     assert found.tolist() == [True, True, False, False]
     np.testing.assert_array_equal(vectors[:2], VECTORS[[3, 0]])
     assert (vectors[2:] == 0).all() and stamps.dtype == np.dtype("datetime64[us]")

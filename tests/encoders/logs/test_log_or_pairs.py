@@ -42,7 +42,9 @@ def test_a_log_with_other_column_names_is_not_called_good_pairs(tmp_path: Path) 
         (["timestamp", "action"], "log"),
     ],
 )
-def test_pairs_are_guessed_only_where_the_file_cannot_be_a_log(more: list[str], table: str | None) -> None:
+def test_pairs_are_guessed_only_where_the_file_cannot_be_a_log(
+    more: list[str], table: str | None
+) -> None:
     assert guess_table(["query", "entity_type", "entity_id", *more]) == table
 
 
@@ -60,6 +62,12 @@ def test_columns_close_to_known_names_are_noted(tmp_path: Path) -> None:
 def test_only_names_that_the_file_lacks_are_suggested() -> None:
     assert lookalikes(["uid", "user_id", "querry", "query"], schema("log")) == {}
     assert lookalikes(["ts", "date"], schema("log")) == {"ts": "timestamp"}
-    assert lookalikes(["UID", "querry", "colour"], schema("log")) == {"UID": "user_id", "querry": "query"}
-    assert lookalikes(["colour", "price", "board_title"], schema("catalogue")) == {"colour": "color", "board_title": "board_titles"}
+    assert lookalikes(["UID", "querry", "colour"], schema("log")) == {
+        "UID": "user_id",
+        "querry": "query",
+    }
+    assert lookalikes(["colour", "price", "board_title"], schema("catalogue")) == {
+        "colour": "color",
+        "board_title": "board_titles",
+    }
     assert lookalikes([c.name for c in PAIRS.columns] + ["kind", "source"], PAIRS) == {}

@@ -22,7 +22,9 @@ from encoders.tables.checks import check_frame
 from encoders.tables.files import write_table
 from encoders.tables.schemas import BOARDS, LOG
 
-CONFIG = SimulatorConfig(rows=12_000, days=120, rows_per_file=4_000, users=300, duplicates=0.05, late=0.05, seed=4)
+CONFIG = SimulatorConfig(
+    rows=12_000, days=120, rows_per_file=4_000, users=300, duplicates=0.05, late=0.05, seed=4
+)
 NAMES = ("pairs", "engaged_queries", "board_titles")
 
 
@@ -30,7 +32,12 @@ NAMES = ("pairs", "engaged_queries", "board_titles")
 def annotations() -> pl.DataFrame:
     words = ["red", "green", "blue", "cat", "dog", "tree", "house", "café", "дом"]
     rows = [
-        {"language": "ru" if b == "дом" else "en", "query": f"{a} {b}", "entity_type": kind, "entity_id": f"{kind}:{(i * j) % 23}"}
+        {
+            "language": "ru" if b == "дом" else "en",
+            "query": f"{a} {b}",
+            "entity_type": kind,
+            "entity_id": f"{kind}:{(i * j) % 23}",
+        }
         for i, a in enumerate(words)
         for j, b in enumerate(words)
         for kind in ("pin", "product")
@@ -53,11 +60,26 @@ def read(folder: Path, name: str) -> pl.DataFrame:
 def test_the_simulated_log_is_a_valid_labelled_log(simulation: Path) -> None:
     log = pl.concat([pl.read_parquet(p) for p in sorted((simulation / "log").iterdir())])
     assert not check_frame(log, LOG, "log").report.rules_broken
-    assert not check_frame(pl.read_parquet(simulation / "boards.parquet"), BOARDS, "boards").report.rules_broken
+    assert not check_frame(
+        pl.read_parquet(simulation / "boards.parquet"), BOARDS, "boards"
+    ).report.rules_broken
     assert json.loads((simulation / "simulation.json").read_text())["simulated"] is True
-    assert set(log["action"]) == {"impression", "click", "long_click", "save", "add_to_cart", "checkout", "query_click"}
+    assert set(log["action"]) == {
+        "impression",
+        "click",
+        "long_click",
+        "save",
+        "add_to_cart",
+        "checkout",
+        "query_click",
+    }
     assert abs(log.height - CONFIG.rows * (1 + CONFIG.duplicates)) < 0.02 * CONFIG.rows
-    clicks = log.filter(pl.col("action").is_in(["click", "long_click"]))["position"].value_counts().sort("position")["count"].to_list()
+    clicks = (
+        log.filter(pl.col("action").is_in(["click", "long_click"]))["position"]
+        .value_counts()
+        .sort("position")["count"]
+        .to_list()
+    )
     assert clicks[0] > 1.3 * clicks[-1]
     span = log["timestamp"].max() - log["timestamp"].min()  # type: ignore[operator]
     assert timedelta(days=115) < span < timedelta(days=120)  # type: ignore[operator]
@@ -65,7 +87,9 @@ def test_the_simulated_log_is_a_valid_labelled_log(simulation: Path) -> None:
     assert files[1].min() < files[0].max()  # late events
 
 
-def test_the_same_seed_makes_the_same_log_and_another_makes_another(annotations: pl.DataFrame) -> None:
+def test_the_same_seed_makes_the_same_log_and_another_makes_another(
+    annotations: pl.DataFrame,
+) -> None:
     small = replace(CONFIG, rows=2_000)
     first, again = (pl.concat(simulate_log(annotations, small)) for _ in range(2))
     assert first.equals(again)
@@ -84,13 +108,23 @@ def test_impossible_simulations_are_refused(annotations: pl.DataFrame) -> None:
 @pytest.fixture(scope="module")
 def local(simulation: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     out = tmp_path_factory.mktemp("local") / "out"
-    summary = run_pipeline(simulation / "log", out, PipelineConfig(), boards=simulation / "boards.parquet")
+    summary = run_pipeline(
+        simulation / "log", out, PipelineConfig(), boards=simulation / "boards.parquet"
+    )
     return out, summary
 
 
-def test_the_number_of_partitions_changes_nothing(local: tuple[Path, dict], simulation: Path, tmp_path: Path) -> None:
+def test_the_number_of_partitions_changes_nothing(
+    local: tuple[Path, dict], simulation: Path, tmp_path: Path
+) -> None:
     out, summary = local
-    cut = run_pipeline(simulation / "log", tmp_path / "out", PipelineConfig(), boards=simulation / "boards.parquet", partitions=5)
+    cut = run_pipeline(
+        simulation / "log",
+        tmp_path / "out",
+        PipelineConfig(),
+        boards=simulation / "boards.parquet",
+        partitions=5,
+    )
     for name in NAMES:
         assert read(out, name).equals(read(tmp_path / "out", name)), name
         assert read(out, name).height > 0
@@ -107,24 +141,37 @@ def test_no_heldout_pair_is_visible_in_what_training_sees(local: tuple[Path, dic
 
 
 def test_every_event_is_accounted_for(simulation: Path, tmp_path: Path) -> None:
-    summary = run_pipeline(simulation / "log", tmp_path / "out", PipelineConfig(pairs=PairsConfig(keep_seen=True)))
+    summary = run_pipeline(
+        simulation / "log", tmp_path / "out", PipelineConfig(pairs=PairsConfig(keep_seen=True))
+    )
     counts = summary["counts"]
-    events_dropped = sum(n for name, n in counts.items() if name.startswith("dropped: ") and "pairs" not in name)
+    events_dropped = sum(
+        n for name, n in counts.items() if name.startswith("dropped: ") and "pairs" not in name
+    )
     assert counts["events"] == events_dropped + read(tmp_path / "out", "pairs")["count"].sum()
 
 
 def test_an_empty_log_gives_empty_tables(tmp_path: Path) -> None:
     write_table(LOG.empty(), tmp_path / "log.parquet")
     for partitions in (1, 3):
-        summary = run_pipeline(tmp_path / "log.parquet", tmp_path / f"out{partitions}", PipelineConfig(), partitions=partitions)
+        summary = run_pipeline(
+            tmp_path / "log.parquet",
+            tmp_path / f"out{partitions}",
+            PipelineConfig(),
+            partitions=partitions,
+        )
         assert summary["counts"]["pairs"] == 0
         assert read(tmp_path / f"out{partitions}", "pairs").height == 0
 
 
-def test_a_failed_run_leaves_the_old_result(local: tuple[Path, dict], simulation: Path, tmp_path: Path) -> None:
+def test_a_failed_run_leaves_the_old_result(
+    local: tuple[Path, dict], simulation: Path, tmp_path: Path
+) -> None:
     write_table(LOG.empty(), tmp_path / "log.parquet")
     run_pipeline(tmp_path / "log.parquet", tmp_path / "out", PipelineConfig())
-    bad = pl.read_parquet(simulation / "log" / "part-00000.parquet").with_columns(pl.lit("x\0").alias("query"))
+    bad = pl.read_parquet(simulation / "log" / "part-00000.parquet").with_columns(
+        pl.lit("x\0").alias("query")
+    )
     write_table(bad, tmp_path / "bad.parquet")
     with pytest.raises(RowError, match="NUL"):
         run_pipeline(tmp_path / "bad.parquet", tmp_path / "out", PipelineConfig(), overwrite=True)
@@ -132,7 +179,18 @@ def test_a_failed_run_leaves_the_old_result(local: tuple[Path, dict], simulation
 
 
 def test_the_simulate_command_labels_its_log(tmp_path: Path) -> None:
-    arguments = ["simulate-logs", "--out", str(tmp_path / "sim"), "--rows", "500", "--days", "30", "--users", "50", "--json"]
+    arguments = [
+        "simulate-logs",
+        "--out",
+        str(tmp_path / "sim"),
+        "--rows",
+        "500",
+        "--days",
+        "30",
+        "--users",
+        "50",
+        "--json",
+    ]
     result = CliRunner().invoke(group, arguments)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["simulated"] is True
@@ -146,7 +204,9 @@ def cluster() -> Iterator[str]:
     import ray
     from ray.cluster_utils import Cluster
 
-    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 * 2**20})
+    nodes = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 * 2**20}
+    )
     nodes.add_node(num_cpus=1, object_store_memory=100 * 2**20)
     yield nodes.address
     ray.shutdown()
@@ -162,7 +222,14 @@ def test_a_ray_cluster_of_two_nodes_gives_the_local_result_row_for_row(
 
     out, summary = local
     boards = simulation / "boards.parquet"
-    remote = run_ray_pipeline(simulation / "log", tmp_path / "out", PipelineConfig(), address=cluster, boards=boards, batch_rows=2_500)
+    remote = run_ray_pipeline(
+        simulation / "log",
+        tmp_path / "out",
+        PipelineConfig(),
+        address=cluster,
+        boards=boards,
+        batch_rows=2_500,
+    )
     import ray
 
     assert len(ray.nodes()) == 2
@@ -172,7 +239,9 @@ def test_a_ray_cluster_of_two_nodes_gives_the_local_result_row_for_row(
     assert remote["windows"] == summary["windows"]
 
 
-def test_every_log_named_is_read(local: tuple[Path, dict], simulation: Path, tmp_path: Path) -> None:
+def test_every_log_named_is_read(
+    local: tuple[Path, dict], simulation: Path, tmp_path: Path
+) -> None:
     arguments = ["--out", str(tmp_path / "out"), "--boards", str(simulation / "boards.parquet")]
     for part in sorted((simulation / "log").iterdir()):
         arguments += ["--log", str(part)]

@@ -29,7 +29,11 @@ def catalogue(folder: Path, cells: list[str], name: str = "c.csv", *, first: int
     [
         (["349", "", "-7", " 20 "], pl.Int64, [349, None, -7, 20]),
         (["9223372036854775807", "0"], pl.Int64, [2**63 - 1, 0]),
-        (["349", "3.50", "", "-.5", "1e-07", "1.5E10"], pl.Float64, [349.0, 3.5, None, -0.5, 1e-7, 1.5e10]),
+        (
+            ["349", "3.50", "", "-.5", "1e-07", "1.5E10"],
+            pl.Float64,
+            [349.0, 3.5, None, -0.5, 1e-7, 1.5e10],
+        ),
         (["0.30000000000000004"], pl.Float64, [0.1 + 0.2]),
         (["true", "FALSE", "", "True"], pl.Boolean, [True, False, None, True]),
         (['["DE","US"]', "", "[]"], pl.List(pl.String), [["DE", "US"], None, []]),
@@ -38,7 +42,9 @@ def catalogue(folder: Path, cells: list[str], name: str = "c.csv", *, first: int
         (["[1, 2.5]", "[]"], pl.List(pl.Float64), [[1.0, 2.5], []]),
     ],
 )
-def test_cells_that_all_read_as_one_type_become_it(tmp_path: Path, cells: list[str], dtype: pl.DataType, values: list) -> None:
+def test_cells_that_all_read_as_one_type_become_it(
+    tmp_path: Path, cells: list[str], dtype: pl.DataType, values: list
+) -> None:
     found = check_table(catalogue(tmp_path, cells), "catalogue")
     assert found.frame["x"].dtype == dtype
     assert found.frame["x"].to_list() == values
@@ -48,12 +54,47 @@ def test_cells_that_all_read_as_one_type_become_it(tmp_path: Path, cells: list[s
 @pytest.mark.parametrize(
     "cell",
     [
-        *("00123", "-0", "+4912345", "007.5", "9223372036854775808", "0.1234567890123456789", "1E5", "1e400", "1.5e400", "1.0e-400"),
-        *("5.", "1,5", "1_000", "0x1f", "١٢", "nan", "inf", "yes", "TRUE!", "[1, [2]]", '["a", 1]', '["a", null]', "[NaN]", "[1", "[01]"),
-        *("[9223372036854775808]", "[1.5, 9007199254740993]", "[0.1234567890123456789]", "[1e400]", r'["\ud800"]'),
+        *(
+            "00123",
+            "-0",
+            "+4912345",
+            "007.5",
+            "9223372036854775808",
+            "0.1234567890123456789",
+            "1E5",
+            "1e400",
+            "1.5e400",
+            "1.0e-400",
+        ),
+        *(
+            "5.",
+            "1,5",
+            "1_000",
+            "0x1f",
+            "١٢",
+            "nan",
+            "inf",
+            "yes",
+            "TRUE!",
+            "[1, [2]]",
+            '["a", 1]',
+            '["a", null]',
+            "[NaN]",
+            "[1",
+            "[01]",
+        ),
+        *(
+            "[9223372036854775808]",
+            "[1.5, 9007199254740993]",
+            "[0.1234567890123456789]",
+            "[1e400]",
+            r'["\ud800"]',
+        ),
     ],
 )
-def test_a_cell_that_would_not_come_back_as_it_was_keeps_its_text(tmp_path: Path, cell: str) -> None:
+def test_a_cell_that_would_not_come_back_as_it_was_keeps_its_text(
+    tmp_path: Path, cell: str
+) -> None:
     found = read_table(catalogue(tmp_path, [cell, cell]), "catalogue")
     assert found["x"].to_list() == [cell, cell]
 
@@ -61,7 +102,13 @@ def test_a_cell_that_would_not_come_back_as_it_was_keeps_its_text(tmp_path: Path
 @example([9_007_199_254_740_993])
 @example([9_007_199_254_740_993, 0.5])
 @given(
-    st.lists(st.one_of(st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.from_regex(r"[0-9.eE+-]{1,12}", fullmatch=True)))
+    st.lists(
+        st.one_of(
+            st.integers(),
+            st.floats(allow_nan=False, allow_infinity=False),
+            st.from_regex(r"[0-9.eE+-]{1,12}", fullmatch=True),
+        )
+    )
 )
 def test_no_number_is_changed(tmp_path_factory: pytest.TempPathFactory, values: list) -> None:
     cells = [str(value) for value in values]
@@ -71,7 +118,9 @@ def test_no_number_is_changed(tmp_path_factory: pytest.TempPathFactory, values: 
     if frame["x"].dtype == pl.String:
         assert frame["x"].to_list() == cells
     else:
-        assert [Decimal(cell) for cell in cells] == [Decimal(repr(value)) for value in frame["x"].to_list()]
+        assert [Decimal(cell) for cell in cells] == [
+            Decimal(repr(value)) for value in frame["x"].to_list()
+        ]
 
 
 def test_a_column_that_mostly_fits_stays_text_and_the_first_misfit_is_named(tmp_path: Path) -> None:
@@ -99,26 +148,45 @@ def test_the_files_of_a_folder_agree(tmp_path: Path) -> None:
             catalogue(folder, cells, f"part-{number}.csv", first=10 * number)
         checked = check_table(folder, "catalogue")
         assert checked.frame["x"].dtype == dtype, name
-        assert any("part-1.csv, row 1: '01067'" in note for note in checked.report.notes) == (name == "codes")
+        assert any("part-1.csv, row 1: '01067'" in note for note in checked.report.notes) == (
+            name == "codes"
+        )
 
 
 @pytest.mark.parametrize(
-    ("typed", "dtype"), [([2.5], pl.Float64), ([4], pl.Int64), (["4"], pl.String), ([True], pl.String), ([None], pl.Int64)]
+    ("typed", "dtype"),
+    [
+        ([2.5], pl.Float64),
+        ([4], pl.Int64),
+        (["4"], pl.String),
+        ([True], pl.String),
+        ([None], pl.Int64),
+    ],
 )
-def test_a_file_with_types_beside_a_text_file_has_a_say(tmp_path: Path, typed: list, dtype: pl.DataType) -> None:
+def test_a_file_with_types_beside_a_text_file_has_a_say(
+    tmp_path: Path, typed: list, dtype: pl.DataType
+) -> None:
     catalogue(tmp_path, ["1", "2"])
-    write_table(pl.DataFrame({"id": ["q"], "entity_type": ["pin"], "x": typed}), tmp_path / "d.parquet")
+    write_table(
+        pl.DataFrame({"id": ["q"], "entity_type": ["pin"], "x": typed}), tmp_path / "d.parquet"
+    )
     assert read_table(tmp_path, "catalogue")["x"].dtype == dtype
 
 
 def test_large_whole_numbers_of_another_file_are_not_rounded(tmp_path: Path) -> None:
     catalogue(tmp_path, ["0.5"])
-    write_table(pl.DataFrame({"id": ["q"], "entity_type": ["pin"], "x": [2**53 + 1]}), tmp_path / "d.parquet")
+    write_table(
+        pl.DataFrame({"id": ["q"], "entity_type": ["pin"], "x": [2**53 + 1]}),
+        tmp_path / "d.parquet",
+    )
     assert read_table(tmp_path, "catalogue")["x"].to_list() == ["0.5", "9007199254740993"]
 
 
 def test_several_paths_are_one_table(tmp_path: Path) -> None:
-    first, second = catalogue(tmp_path, ["1"], "a.csv"), catalogue(tmp_path, ["2.5"], "b.csv", first=1)
+    first, second = (
+        catalogue(tmp_path, ["1"], "a.csv"),
+        catalogue(tmp_path, ["2.5"], "b.csv", first=1),
+    )
     both = check_table([first, second], "catalogue")
     assert both.frame["x"].to_list() == [1.0, 2.5]
     assert both.report.source == "a.csv, b.csv"

@@ -34,7 +34,9 @@ def put(folder: Path, name: str, content: str | bytes) -> Path:
     return path
 
 
-@pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl", "jsonl.gz", "csv.gz", "parquet", "arrow"])
+@pytest.mark.parametrize(
+    "suffix", ["csv", "tsv", "jsonl", "jsonl.gz", "csv.gz", "parquet", "arrow"]
+)
 def test_a_table_comes_back_as_it_was_written(tmp_path: Path, suffix: str) -> None:
     frame = pl.DataFrame(
         {
@@ -53,13 +55,23 @@ def test_a_table_comes_back_as_it_was_written(tmp_path: Path, suffix: str) -> No
 @pytest.mark.parametrize(
     ("rows", "column", "parts"),
     [
-        ("a,shoe,x\n", "entity_type", ["row 1", "must be one of pin, product, query, ad", "'shoe'"]),
+        (
+            "a,shoe,x\n",
+            "entity_type",
+            ["row 1", "must be one of pin, product, query, ad", "'shoe'"],
+        ),
         ("a,pin,x\n,pin,y\n", "id", ["row 2", "a value is required"]),
         ("a,pin,x\na,pin,y\n", "id", ["row 1", "repeats with different content", "'a'"]),
-        (f"a,pin,{'x' * 1_000_000}\n", "title", ["row 1", "longer than 100,000 characters", "1,000,000"]),
+        (
+            f"a,pin,{'x' * 1_000_000}\n",
+            "title",
+            ["row 1", "longer than 100,000 characters", "1,000,000"],
+        ),
     ],
 )
-def test_bad_catalogue_rows_name_file_row_column_and_value(tmp_path: Path, rows: str, column: str, parts: list[str]) -> None:
+def test_bad_catalogue_rows_name_file_row_column_and_value(
+    tmp_path: Path, rows: str, column: str, parts: list[str]
+) -> None:
     with pytest.raises(RowError) as caught:
         read_table(put(tmp_path, "c.csv", "id,entity_type,title\n" + rows), "catalogue")
     for part in ["c.csv", repr(column), *parts]:
@@ -82,7 +94,11 @@ def test_bad_catalogue_rows_name_file_row_column_and_value(tmp_path: Path, rows:
     ],
 )
 def test_bad_log_rows_are_refused_or_counted(tmp_path: Path, row: str, rule: str) -> None:
-    path = put(tmp_path, "log.csv", f"{LOG_HEADER}1700000000,ok,pin,a,save,,u\n1700000001,ok,pin,a,save,,u\n{row}\n")
+    path = put(
+        tmp_path,
+        "log.csv",
+        f"{LOG_HEADER}1700000000,ok,pin,a,save,,u\n1700000001,ok,pin,a,save,,u\n{row}\n",
+    )
     with pytest.raises(RowError, match="row 3"):
         read_table(path, "log", now=NOW)
     checked = check_table(path, "log", on_bad_rows="drop", now=NOW)
@@ -105,7 +121,10 @@ def test_bad_log_rows_are_refused_or_counted(tmp_path: Path, row: str, rule: str
 def test_timestamps_of_every_unit_mean_the_same_moment(tmp_path: Path, stamps: list[str]) -> None:
     rows = "".join(f"{stamp},q,pin,a,save,,u\n" for stamp in stamps)
     frame = read_table(put(tmp_path, "log.csv", LOG_HEADER + rows), "log", now=NOW)
-    assert frame["timestamp"].to_list() == [datetime(2023, 11, 14, 22, 13, 20, tzinfo=UTC), datetime(2023, 11, 14, 22, 15, tzinfo=UTC)]
+    assert frame["timestamp"].to_list() == [
+        datetime(2023, 11, 14, 22, 13, 20, tzinfo=UTC),
+        datetime(2023, 11, 14, 22, 15, tzinfo=UTC),
+    ]
 
 
 def test_a_column_that_mixes_seconds_and_milliseconds_is_refused(tmp_path: Path) -> None:
@@ -118,7 +137,9 @@ def test_numbers_and_datetimes_without_a_zone_are_read_as_utc() -> None:
     base = {"query": ["q"], "entity_type": ["pin"], "entity_id": ["a"], "action": ["save"]}
     for stamp in ([1_700_000_000], [datetime(2023, 11, 14, 22, 13, 20)]):
         checked = check_frame(pl.DataFrame({"timestamp": stamp, **base}), LOG, "x", now=NOW)
-        assert checked.frame["timestamp"].to_list() == [datetime(2023, 11, 14, 22, 13, 20, tzinfo=UTC)]
+        assert checked.frame["timestamp"].to_list() == [
+            datetime(2023, 11, 14, 22, 13, 20, tzinfo=UTC)
+        ]
         assert len(checked.report.notes) == 1
 
 
@@ -132,7 +153,11 @@ def test_an_empty_log_is_a_table_without_rows(tmp_path: Path) -> None:
 
 def test_ids_that_differ_by_unicode_form_are_one_id(tmp_path: Path) -> None:
     nfd, nfc = unicodedata.normalize("NFD", "café"), unicodedata.normalize("NFC", "café")
-    path = put(tmp_path, "c.jsonl", "\n".join(json.dumps({"id": i, "entity_type": "pin", "title": "x"}) for i in (nfd, nfc)))
+    path = put(
+        tmp_path,
+        "c.jsonl",
+        "\n".join(json.dumps({"id": i, "entity_type": "pin", "title": "x"}) for i in (nfd, nfc)),
+    )
     checked = check_table(path, "catalogue")
     assert checked.frame["id"].to_list() == [nfc]
     assert any("NFC" in note for note in checked.report.notes)
@@ -150,7 +175,9 @@ def test_mixed_encodings_are_found_and_a_named_encoding_is_read(tmp_path: Path) 
         read_table(mixed, "catalogue")
     with_mark = put(tmp_path, "bom.csv", "\ufeff".encode() + text.encode())
     assert read_table(with_mark, "catalogue")["id"].to_list() == ["a"]
-    assert read_table(put(tmp_path, "16.csv", text.encode("utf-16")), "catalogue")["title"].to_list() == ["café"]
+    assert read_table(put(tmp_path, "16.csv", text.encode("utf-16")), "catalogue")[
+        "title"
+    ].to_list() == ["café"]
     with pytest.raises(DataError, match="unknown encoding"):
         read_table(path, "catalogue", encoding="klingon")
 
@@ -168,7 +195,13 @@ def test_nul_bytes_are_refused(tmp_path: Path, suffix: str) -> None:
     [
         ('{"id": "a", "entity_type": "pin"}\n{"id": ', "row 2: not valid JSON"),
         ('{"id": "a", "entity_type": "pin"}\n[1]\n', "row 2: expected a JSON object"),
-        ('{"id": "a", "entity_type": "pin", "x": [1]}\n{"id": "b", "entity_type": "pin", "x": 1}\n', "row 2, column 'x'"),
+        (
+            (
+                '{"id": "a", "entity_type": "pin", "x": [1]}\n{"id": "b", "entity_type": "pin",'
+                ' "x": 1}\n'
+            ),
+            "row 2, column 'x'",
+        ),
     ],
 )
 def test_bad_json_lines_name_the_row(tmp_path: Path, content: str, message: str) -> None:
@@ -178,7 +211,9 @@ def test_bad_json_lines_name_the_row(tmp_path: Path, content: str, message: str)
 
 def test_a_row_with_too_many_cells_is_named(tmp_path: Path) -> None:
     with pytest.raises(RowError, match=r"row 2: expected 3 cells, got 4"):
-        read_table(put(tmp_path, "t.csv", "id,entity_type,title\na,pin,x\nb,pin,x,y\n"), "catalogue")
+        read_table(
+            put(tmp_path, "t.csv", "id,entity_type,title\na,pin,x\nb,pin,x,y\n"), "catalogue"
+        )
 
 
 def test_truncated_and_unknown_files_are_refused(tmp_path: Path) -> None:
@@ -198,13 +233,20 @@ def test_truncated_and_unknown_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_numeric_ids_and_mixed_types_become_text(tmp_path: Path) -> None:
-    path = put(tmp_path, "t.jsonl", '{"id": 1, "entity_type": "pin"}\n{"id": "b", "entity_type": "pin", "new": true}\n')
+    path = put(
+        tmp_path,
+        "t.jsonl",
+        '{"id": 1, "entity_type": "pin"}\n{"id": "b", "entity_type": "pin", "new": true}\n',
+    )
     assert read_table(path, "catalogue")["id"].to_list() == ["1", "b"]
 
 
 def test_a_folder_of_parts_is_one_table_whose_ids_must_not_clash(tmp_path: Path) -> None:
     for n, title in enumerate(["x", "y"]):
-        write_table(pl.DataFrame({"id": [f"a{n}", "same"], "entity_type": "pin", "title": ["t", title]}), tmp_path / f"p{n}.parquet")
+        write_table(
+            pl.DataFrame({"id": [f"a{n}", "same"], "entity_type": "pin", "title": ["t", title]}),
+            tmp_path / f"p{n}.parquet",
+        )
     with pytest.raises(RowError, match="'same'"):
         read_table(tmp_path, "catalogue")
     checked = check_table(tmp_path, "catalogue", on_bad_rows="drop")
@@ -215,13 +257,26 @@ def test_a_folder_of_parts_is_one_table_whose_ids_must_not_clash(tmp_path: Path)
 def test_negative_and_fractional_counts_are_refused_and_large_ones_survive() -> None:
     base = {"query": ["q"], "entity_type": ["pin"], "entity_id": ["a"]}
     for count in (-1, 1.5):
-        assert check_frame(pl.DataFrame({**base, "count": [count]}), SCHEMAS["pairs"], "x").frame.height == 0
+        assert (
+            check_frame(
+                pl.DataFrame({**base, "count": [count]}), SCHEMAS["pairs"], "x"
+            ).frame.height
+            == 0
+        )
     big = 2**60 + 1
-    assert check_frame(pl.DataFrame({**base, "count": [big]}), SCHEMAS["pairs"], "x").frame["count"].to_list() == [big]
+    assert check_frame(pl.DataFrame({**base, "count": [big]}), SCHEMAS["pairs"], "x").frame[
+        "count"
+    ].to_list() == [big]
 
 
 def test_vectors_with_nan_or_another_width_are_refused() -> None:
-    frame = pl.DataFrame({"id": list("abc"), "entity_type": "pin", "pinsage": [[1.0, 2.0], [1.0, float("nan")], [1.0, 2.0]]})
+    frame = pl.DataFrame(
+        {
+            "id": list("abc"),
+            "entity_type": "pin",
+            "pinsage": [[1.0, 2.0], [1.0, float("nan")], [1.0, 2.0]],
+        }
+    )
     assert check_frame(frame, CATALOGUE, "x").frame["id"].to_list() == ["a", "c"]
     frame = frame.with_columns(pl.Series("pinsage", [[1.0, 2.0], [1.0], [1.0, 2.0]]))
     assert check_frame(frame, CATALOGUE, "x").frame["id"].to_list() == ["a", "c"]
@@ -244,35 +299,74 @@ def test_vector_cells_that_are_no_list_of_numbers_are_refused_and_named(cell: st
 
 def test_cells_may_hold_the_vectors_of_several_images() -> None:
     frame = pl.DataFrame({"id": ["a", "b"], "entity_type": "pin", "visual": ["[[1,2],[3,4]]", ""]})
-    assert check_frame(frame, CATALOGUE, "x").frame["visual"].to_list() == [[[1.0, 2.0], [3.0, 4.0]], None]
+    assert check_frame(frame, CATALOGUE, "x").frame["visual"].to_list() == [
+        [[1.0, 2.0], [3.0, 4.0]],
+        None,
+    ]
 
 
 def test_lists_where_texts_belong_are_refused_and_required_lists_may_not_be_null() -> None:
     with pytest.raises(SchemaError, match="board_titles"):
-        check_frame(pl.DataFrame({"id": ["a"], "entity_type": "pin", "board_titles": [[["x"]]]}), CATALOGUE, "x")
-    assert check_frame(pl.DataFrame({"query": ["q"], "path": [None]}), SCHEMAS["labels"], "x").frame.height == 0
+        check_frame(
+            pl.DataFrame({"id": ["a"], "entity_type": "pin", "board_titles": [[["x"]]]}),
+            CATALOGUE,
+            "x",
+        )
+    assert (
+        check_frame(
+            pl.DataFrame({"query": ["q"], "path": [None]}), SCHEMAS["labels"], "x"
+        ).frame.height
+        == 0
+    )
 
 
 def test_times_at_the_end_of_the_calendar_are_refused() -> None:
     for stamp in ("9999-12-31T23:59:59-10:00", "0001-01-01T00:00:00+05:00"):
-        frame = pl.DataFrame({"timestamp": [stamp], "query": "q", "entity_type": "pin", "entity_id": "a", "action": "save"})
+        frame = pl.DataFrame(
+            {
+                "timestamp": [stamp],
+                "query": "q",
+                "entity_type": "pin",
+                "entity_id": "a",
+                "action": "save",
+            }
+        )
         assert check_frame(frame, LOG, "x", now=NOW).rejected.height == 1
 
 
 def test_clashing_ids_are_rejected_beside_other_bad_rows_as_they_came_in() -> None:
-    frame = pl.DataFrame({"id": ["a", "a", "b"], "entity_type": ["pin", "pin", "shoe"], "board_titles": ["x|y", "z", "w"]})
+    frame = pl.DataFrame(
+        {
+            "id": ["a", "a", "b"],
+            "entity_type": ["pin", "pin", "shoe"],
+            "board_titles": ["x|y", "z", "w"],
+        }
+    )
     checked = check_frame(frame, CATALOGUE, "x")
     assert checked.frame.height == 0
-    assert sorted(checked.rejected.select("row", "id", "board_titles").rows()) == [(1, "a", "x|y"), (2, "a", "z"), (3, "b", "w")]
+    assert sorted(checked.rejected.select("row", "id", "board_titles").rows()) == [
+        (1, "a", "x|y"),
+        (2, "a", "z"),
+        (3, "b", "w"),
+    ]
 
 
-texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=8).filter(lambda t: t.strip())
+texts = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=8
+).filter(lambda t: t.strip())
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.tuples(texts, st.sampled_from(["pin", "product", "shoe"]), st.none() | texts), max_size=12))
+@given(
+    st.lists(
+        st.tuples(texts, st.sampled_from(["pin", "product", "shoe"]), st.none() | texts),
+        max_size=12,
+    )
+)
 def test_every_row_is_kept_merged_or_rejected(rows: list[tuple[str, str, str | None]]) -> None:
-    frame = pl.DataFrame(rows, schema={"id": pl.String, "entity_type": pl.String, "title": pl.String}, orient="row")
+    frame = pl.DataFrame(
+        rows, schema={"id": pl.String, "entity_type": pl.String, "title": pl.String}, orient="row"
+    )
     checked = check_frame(frame, CATALOGUE, "x")
     merged = sum(int(n.split()[0].replace(",", "")) for n in checked.report.notes if "merged" in n)
     assert checked.frame.height + checked.rejected.height + merged == frame.height
@@ -282,21 +376,58 @@ def test_every_row_is_kept_merged_or_rejected(rows: list[tuple[str, str, str | N
     assert not again.report.rules_broken
 
 
-ODD_NUMBERS = ("nan", "-inf", "1e30", "1e400", "99999999999999999999", "-1", "1.5", "1735689600", "1735689600000", "1735689600e9")
-ODD_TEXTS = ("", " ", "\0", "{}", "a|b", "e\u0301", "x" * 2001, "pin", "2025-01-01", "9999-12-31T23:59:59-10:00")
+ODD_NUMBERS = (
+    "nan",
+    "-inf",
+    "1e30",
+    "1e400",
+    "99999999999999999999",
+    "-1",
+    "1.5",
+    "1735689600",
+    "1735689600000",
+    "1735689600e9",
+)
+ODD_TEXTS = (
+    "",
+    " ",
+    "\0",
+    "{}",
+    "a|b",
+    "e\u0301",
+    "x" * 2001,
+    "pin",
+    "2025-01-01",
+    "9999-12-31T23:59:59-10:00",
+)
 ODD_LISTS = ("[1,2", '[1,"a"]', "[[1],[2]]", "[null]")
 odd_cells = st.sampled_from([*ODD_NUMBERS, *ODD_TEXTS, *ODD_LISTS, None])
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(sorted(SCHEMAS)), st.data())
-def test_whatever_stands_in_the_cells_rows_are_good_or_rejected(name: str, data: st.DataObject) -> None:
+def test_whatever_stands_in_the_cells_rows_are_good_or_rejected(
+    name: str, data: st.DataObject
+) -> None:
     """No cell crashes the checks, and no required value is missing in what they let through."""
     wanted = SCHEMAS[name]
-    usual = {"choice": "pin", "integer": "1", "number": "1.5", "timestamp (UTC)": "1735689600", "vector": "[1,2]"}
+    usual = {
+        "choice": "pin",
+        "integer": "1",
+        "number": "1.5",
+        "timestamp (UTC)": "1735689600",
+        "vector": "[1,2]",
+    }
     n = data.draw(st.integers(1, 4))
-    cells = {c.name: data.draw(st.lists(st.just(usual.get(c.kind, "a")) | odd_cells, min_size=n, max_size=n)) for c in wanted.columns}
-    checked = check_frame(pl.DataFrame(cells, schema=dict.fromkeys(cells, pl.String)), wanted, "x", now=NOW)
+    cells = {
+        c.name: data.draw(
+            st.lists(st.just(usual.get(c.kind, "a")) | odd_cells, min_size=n, max_size=n)
+        )
+        for c in wanted.columns
+    }
+    checked = check_frame(
+        pl.DataFrame(cells, schema=dict.fromkeys(cells, pl.String)), wanted, "x", now=NOW
+    )
     merged = sum(int(note.split()[0]) for note in checked.report.notes if "merged" in note)
     assert checked.frame.height + checked.rejected.height + merged == n
     assert sum(checked.frame[c.name].null_count() for c in wanted.columns if c.required) == 0
@@ -324,7 +455,12 @@ def test_spread_tells_head_from_tail() -> None:
 
 def test_describe_counts_what_is_missing_and_repeated() -> None:
     frame = pl.DataFrame(
-        {"id": list("abcd"), "entity_type": "pin", "title": ["Cat", "cat", None, " "], "board_titles": [[], ["x"], None, ["y"]]}
+        {
+            "id": list("abcd"),
+            "entity_type": "pin",
+            "title": ["Cat", "cat", None, " "],
+            "board_titles": [[], ["x"], None, ["y"]],
+        }
     )
     found = describe_table(frame, CATALOGUE)
     missing = {c["column"]: c["missing_share"] for c in found["columns"]}
@@ -347,13 +483,22 @@ def test_the_data_commands_tell_the_truth_in_their_exit_code(tmp_path: Path) -> 
     result = run(group, ["describe", str(good), "--json", "--plots", str(tmp_path / "plots")])
     assert result.exit_code == 0
     assert all(Path(p).stat().st_size > 1000 for p in json.loads(result.stdout)["plots"])
-    assert run(group, ["import", "nonsense", str(tmp_path), "--out", str(tmp_path / "o")]).exit_code == 2
+    assert (
+        run(group, ["import", "nonsense", str(tmp_path), "--out", str(tmp_path / "o")]).exit_code
+        == 2
+    )
 
 
 def test_the_way_to_drop_bad_rows_is_named_where_there_is_one(tmp_path: Path) -> None:
     """Every command named --drop-bad-rows, also those that refuse the option."""
-    catalogue = put(tmp_path, "c.csv", "id,entity_type\n" + "".join(f"{n},shoe\n" for n in range(6)))
-    log = put(tmp_path, "log.csv", LOG_HEADER + "".join(f"1700000000,q,shoe,{n},save,1,u\n" for n in range(6)))
+    catalogue = put(
+        tmp_path, "c.csv", "id,entity_type\n" + "".join(f"{n},shoe\n" for n in range(6))
+    )
+    log = put(
+        tmp_path,
+        "log.csv",
+        LOG_HEADER + "".join(f"1700000000,q,shoe,{n},save,1,u\n" for n in range(6)),
+    )
     boards = put(tmp_path, "b.csv", "board_id,title,entity_id\n" + ",t,p\n" * 6)
     good = put(tmp_path, "good.csv", LOG_HEADER + "1700000000,q,pin,p,save,1,u\n")
     new = str(tmp_path / "new")
@@ -365,9 +510,17 @@ def test_the_way_to_drop_bad_rows_is_named_where_there_is_one(tmp_path: Path) ->
     ]
     without: list[tuple[click.Command, list[object]]] = [
         (pairs_command.command, ["--log", good, "--catalogue", catalogue, "--out", new]),
-        (enrich_commands.group, ["boards", "--catalogue", catalogue, "--boards", boards, "--out", new]),
+        (
+            enrich_commands.group,
+            ["boards", "--catalogue", catalogue, "--boards", boards, "--out", new],
+        ),
     ]
     for command, arguments in (*with_option, *without):
         result = CliRunner().invoke(command, [str(argument) for argument in arguments])
-        assert result.exit_code == 1 and "(6 values break a rule; see omni data validate" in result.stderr, result.output
-        assert ("--drop-bad-rows" in result.stderr) == ((command, arguments) in with_option), arguments
+        assert (
+            result.exit_code == 1
+            and "(6 values break a rule; see omni data validate" in result.stderr
+        ), result.output
+        assert ("--drop-bad-rows" in result.stderr) == ((command, arguments) in with_option), (
+            arguments
+        )

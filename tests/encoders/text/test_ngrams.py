@@ -43,7 +43,9 @@ def slow_ngrams(text: str) -> dict[str, list[str]]:
     return {
         "unigram": [w for line in lines for w in line],
         "bigram": [f"{a} {b}" for line in lines for a, b in itertools.pairwise(line)],
-        "trigram": ["".join(spaced[i - 1 : i + 2]) for i in range(1, len(spaced) - 1) if spaced[i] != " "],
+        "trigram": [
+            "".join(spaced[i - 1 : i + 2]) for i in range(1, len(spaced) - 1) if spaced[i] != " "
+        ],
     }
 
 
@@ -52,18 +54,40 @@ def fast_ngrams(texts: list[str]) -> list[dict[str, list[str]]]:
     found: list[dict[str, list[str]]] = [{kind: [] for kind in KINDS} for _ in texts]
     for kind, occurrences in enumerate(analysis.kinds):
         owners = np.searchsorted(analysis.text_ends, occurrences.starts)
-        for owner, ngram in zip(owners.tolist(), ngram_text(analysis, kind, np.arange(len(occurrences.keys)))):
+        for owner, ngram in zip(
+            owners.tolist(), ngram_text(analysis, kind, np.arange(len(occurrences.keys)))
+        ):
             found[owner][KINDS[kind]].append(ngram)
     return found
 
 
 any_text = st.text(max_size=30)
-wordy_text = st.text(st.sampled_from("abcAB éß中文字คำ한국\u200b\u200d\u00ad\ufe0f\U0001f600\n\t.,-_'0½ﬁ\u0301\x00𠀀"), max_size=40)
+wordy_text = st.text(
+    st.sampled_from(
+        "abcAB éß中文字คำ한국\u200b\u200d\u00ad\ufe0f\U0001f600\n\t.,-_'0½ﬁ\u0301\x00𠀀"
+    ),
+    max_size=40,
+)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.one_of(any_text, wordy_text), max_size=6))
-@example(["", "a", "a b", "\x00", "a\x00b", "\n\n", "foo\nbar baz", "中文字", "a\u00adb", "👍🏽 ok", "\ufdfa", "\u0345\u0300"])
+@example(
+    [
+        "",
+        "a",
+        "a b",
+        "\x00",
+        "a\x00b",
+        "\n\n",
+        "foo\nbar baz",
+        "中文字",
+        "a\u00adb",
+        "👍🏽 ok",
+        "\ufdfa",
+        "\u0345\u0300",
+    ]
+)
 @example(["\ud800 lone surrogate \udfff"])
 def test_vectorised_ngrams_equal_the_slow_ones(texts):
     assert fast_ngrams(texts) == [slow_ngrams(text) for text in texts]
@@ -80,7 +104,19 @@ def test_examples_of_tokens():
     assert slow_ngrams("Red-SHOES\n红鞋 🙂") == {
         "unigram": ["red", "shoes", "红", "鞋", "🙂"],
         "bigram": ["red shoes", "红 鞋", "鞋 🙂"],
-        "trigram": [" re", "red", "ed ", " sh", "sho", "hoe", "oes", "es ", " 红鞋", "红鞋 ", " 🙂 "],
+        "trigram": [
+            " re",
+            "red",
+            "ed ",
+            " sh",
+            "sho",
+            "hoe",
+            "oes",
+            "es ",
+            " 红鞋",
+            "红鞋 ",
+            " 🙂 ",
+        ],
     }
 
 
@@ -90,14 +126,18 @@ def test_equal_ngrams_have_equal_keys_and_others_differ(texts):
     analysis = analyse(texts)
     keys: dict[tuple[int, str], set[int]] = {}
     for kind, occurrences in enumerate(analysis.kinds):
-        for ngram, key in zip(ngram_text(analysis, kind, np.arange(len(occurrences.keys))), occurrences.keys.tolist()):
+        for ngram, key in zip(
+            ngram_text(analysis, kind, np.arange(len(occurrences.keys))), occurrences.keys.tolist()
+        ):
             keys.setdefault((kind, ngram), set()).add(key)
     assert all(len(found) == 1 for found in keys.values())
     assert len(set().union(*keys.values())) == len(keys) if keys else True
 
 
 def test_keys_do_not_collide_among_many_similar_words():
-    words = [f"{a}{b}{c}{d}" for a in "ab01" for b in "abcdefgh" for c in "xyzxyz" for d in range(2_000)]
+    words = [
+        f"{a}{b}{c}{d}" for a in "ab01" for b in "abcdefgh" for c in "xyzxyz" for d in range(2_000)
+    ]
     assert len(set(analyse([" ".join(words)]).kinds[0].keys.tolist())) == len(set(words))
 
 
@@ -125,24 +165,41 @@ def test_vocabulary_is_ordered_by_frequency_then_text():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(wordy_text, min_size=1, max_size=10), st.lists(wordy_text, max_size=10), st.integers(1, 5))
+@given(
+    st.lists(wordy_text, min_size=1, max_size=10),
+    st.lists(wordy_text, max_size=10),
+    st.integers(1, 5),
+)
 def test_tokenize_equals_looking_each_ngram_up(seen, unseen, size):
     if not any(slow_ngrams(text)["unigram"] for text in seen):
         with pytest.raises(DataError, match="empty"):
             count(seen)
         return
     vocabulary = count(seen, unigrams=size, bigrams=size * 3, trigrams=size * 5)
-    number = {(kind, text): i for i, (kind, text) in enumerate(vocabulary.table.select("kind", "text").rows())}
+    number = {
+        (kind, text): i
+        for i, (kind, text) in enumerate(vocabulary.table.select("kind", "text").rows())
+    }
     ids, offsets = vocabulary.tokenize(seen + unseen)
-    assert offsets[0] == 0 and offsets[-1] == len(ids) and len(offsets) == len(seen) + len(unseen) + 1
+    assert (
+        offsets[0] == 0 and offsets[-1] == len(ids) and len(offsets) == len(seen) + len(unseen) + 1
+    )
     for i, text in enumerate(seen + unseen):
-        wanted = Counter(number[kind, ngram] for kind, found in slow_ngrams(text).items() for ngram in found if (kind, ngram) in number)
+        wanted = Counter(
+            number[kind, ngram]
+            for kind, found in slow_ngrams(text).items()
+            for ngram in found
+            if (kind, ngram) in number
+        )
         assert Counter(ids[offsets[i] : offsets[i + 1]].tolist()) == wanted
 
 
 def test_counts_equal_a_counter_and_do_not_depend_on_batches(monkeypatch):
     rng = random.Random(0)
-    texts = [" ".join(rng.choices(["rot", "red", "赤", "schuhe", "x", "long-word"], k=rng.randrange(8))) for _ in range(500)]
+    texts = [
+        " ".join(rng.choices(["rot", "red", "赤", "schuhe", "x", "long-word"], k=rng.randrange(8)))
+        for _ in range(500)
+    ]
     wanted: Counter[tuple[str, str]] = Counter()
     for text in texts:
         for kind, found in slow_ngrams(text).items():
@@ -160,7 +217,12 @@ def test_counts_equal_a_counter_and_do_not_depend_on_batches(monkeypatch):
 def test_counting_in_bounded_memory_keeps_the_frequent_and_bounds_the_error():
     rng = np.random.default_rng(0)
     common = [f"common{i}" for i in range(20)]
-    texts = [" ".join([*rng.choice(common, 5).tolist(), *(f"rare{n}" for n in rng.integers(0, 10**9, 5))]) for _ in range(2_000)]
+    texts = [
+        " ".join(
+            [*rng.choice(common, 5).tolist(), *(f"rare{n}" for n in rng.integers(0, 10**9, 5))]
+        )
+        for _ in range(2_000)
+    ]
     exact = Counter(word for text in texts for word in text.split())
     counter = NgramCounter(NgramConfig(unigrams=20, bigrams=0, trigrams=0, max_tracked=1_000))
     for text in texts:
@@ -174,7 +236,9 @@ def test_counting_in_bounded_memory_keeps_the_frequent_and_bounds_the_error():
 
 
 def test_min_count_drops_rare_ngrams():
-    assert count(["a b", "a"], min_count=2).table.filter(pl.col("kind") == "unigram")["text"].to_list() == ["a"]
+    assert count(["a b", "a"], min_count=2).table.filter(pl.col("kind") == "unigram")[
+        "text"
+    ].to_list() == ["a"]
 
 
 def test_a_vocabulary_of_one_word_works():
@@ -231,7 +295,9 @@ def test_damaged_vocabularies_are_refused(tmp_path):
     (tmp_path / "vocabulary.json").write_text(json.dumps(described | {"rows": 7_000}))
     with pytest.raises(BundleError, match="expected 7000 vocabulary rows"):
         Vocabulary.load(tmp_path)
-    (tmp_path / "vocabulary.parquet").write_bytes((tmp_path / "vocabulary.parquet").read_bytes()[:100])
+    (tmp_path / "vocabulary.parquet").write_bytes(
+        (tmp_path / "vocabulary.parquet").read_bytes()[:100]
+    )
     with pytest.raises(BundleError, match="no readable vocabulary"):
         Vocabulary.load(tmp_path)
 

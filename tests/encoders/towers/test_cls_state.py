@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, DistilBertConfig, DistilBertModel, XLMRobertaConfig, XLMRobertaModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+    XLMRobertaConfig,
+    XLMRobertaModel,
+)
 
 from encoders.towers.cls_state import cls_state, takes_token_vectors
 
@@ -29,14 +36,26 @@ def _distilbert(layers: int = 3, dropout: float = 0.0) -> nn.Module:
 def _bert() -> nn.Module:
     torch.manual_seed(0)
     return BertModel(
-        BertConfig(vocab_size=60, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2, hidden_dropout_prob=0.0)
+        BertConfig(
+            vocab_size=60,
+            hidden_size=32,
+            intermediate_size=64,
+            num_attention_heads=4,
+            num_hidden_layers=2,
+            hidden_dropout_prob=0.0,
+        )
     )
 
 
 def _xlm_roberta() -> nn.Module:
     torch.manual_seed(0)
     config = XLMRobertaConfig(
-        vocab_size=60, hidden_size=32, intermediate_size=64, num_attention_heads=4, num_hidden_layers=2, pad_token_id=0
+        vocab_size=60,
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        pad_token_id=0,
     )
     return XLMRobertaModel(config)
 
@@ -58,14 +77,18 @@ def test_the_short_way_gives_the_whole_models_state_and_gradients(layers: int) -
     torch.testing.assert_close(short, whole)
     upstream = torch.randn_like(whole)
     expected = torch.autograd.grad((whole * upstream).sum(), list(model.parameters()))
-    torch.testing.assert_close(torch.autograd.grad((short * upstream).sum(), list(model.parameters())), expected)
+    torch.testing.assert_close(
+        torch.autograd.grad((short * upstream).sum(), list(model.parameters())), expected
+    )
 
 
 def test_padding_changes_nothing() -> None:
     model = _distilbert().eval()
     ids, mask = _batch()
     together = cls_state(model, ids, mask)
-    alone = torch.cat([cls_state(model, ids[i : i + 1, :n], mask[i : i + 1, :n]) for i, n in enumerate(LENGTHS)])
+    alone = torch.cat(
+        [cls_state(model, ids[i : i + 1, :n], mask[i : i + 1, :n]) for i, n in enumerate(LENGTHS)]
+    )
     torch.testing.assert_close(together, alone)
 
 
@@ -87,7 +110,9 @@ def test_rows_looked_up_before_give_the_same_state_and_table_gradient(make: obje
     torch.testing.assert_close(looked_up, plain)
     upstream = torch.randn_like(plain)
     expected = torch.autograd.grad((plain * upstream).sum(), table)[0]
-    torch.testing.assert_close(torch.autograd.grad((looked_up * upstream).sum(), table)[0], expected)
+    torch.testing.assert_close(
+        torch.autograd.grad((looked_up * upstream).sum(), table)[0], expected
+    )
 
 
 def test_a_table_that_is_more_than_rows_is_left_to_its_model() -> None:

@@ -8,7 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from encoders.errors import BundleError, ConfigError, DataError, RowError, SchemaError
-from encoders.towers.entity_features import EntityBatch, EntityFeatureConfig, EntityFeaturizer, concatenate
+from encoders.towers.entity_features import (
+    EntityBatch,
+    EntityFeatureConfig,
+    EntityFeaturizer,
+    concatenate,
+)
 
 
 def catalogue(**columns) -> pl.DataFrame:
@@ -47,7 +52,11 @@ def test_pairs_of_words_do_not_cross_list_items():
 
 def test_absent_text_columns_read_as_empty():
     batch = FEATURIZER(CATALOGUE.select("id", "title"))
-    assert FEATURIZER.missing_columns(CATALOGUE.select("id", "title")) == ["board_titles", "engaged_queries", "brand"]
+    assert FEATURIZER.missing_columns(CATALOGUE.select("id", "title")) == [
+        "board_titles",
+        "engaged_queries",
+        "brand",
+    ]
     assert bag(batch, 0, 0) == bag(FEATURIZER(CATALOGUE), 0, 0)
     assert bag(batch, 0, 1) == []
 
@@ -67,7 +76,11 @@ def test_select_equals_featurising_the_selected_rows(rows):
 
 
 def assert_same(a: EntityBatch, b: EntityBatch) -> None:
-    assert torch.equal(a.token_ids, b.token_ids) and torch.equal(a.offsets, b.offsets) and a.fields == b.fields
+    assert (
+        torch.equal(a.token_ids, b.token_ids)
+        and torch.equal(a.offsets, b.offsets)
+        and a.fields == b.fields
+    )
     assert (a.continuous is None) == (b.continuous is None)
     if a.continuous is not None and b.continuous is not None:
         assert torch.equal(a.continuous, b.continuous)
@@ -85,7 +98,9 @@ def test_a_stream_of_parts_gives_the_same_vocabulary():
     assert streamed.vocabulary.table.equals(FEATURIZER.vocabulary.table)
 
 
-VECTORS = EntityFeaturizer(EntityFeatureConfig(text_fields=("title",), continuous={"a": 2, "b": 3}), FEATURIZER.vocabulary)
+VECTORS = EntityFeaturizer(
+    EntityFeatureConfig(text_fields=("title",), continuous={"a": 2, "b": 3}), FEATURIZER.vocabulary
+)
 TITLES = ["x", "y", "z"]
 
 

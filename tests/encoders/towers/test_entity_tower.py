@@ -18,7 +18,9 @@ CATALOGUE = pl.DataFrame(
         "visual": [[0.1, -0.2, 0.3], None, [1.0, 2.0, 3.0], None],
     }
 )
-FEATURIZER = EntityFeaturizer.fit(CATALOGUE, EntityFeatureConfig(text_fields=("title", "board_titles"), continuous={"visual": 3}))
+FEATURIZER = EntityFeaturizer.fit(
+    CATALOGUE, EntityFeatureConfig(text_fields=("title", "board_titles"), continuous={"visual": 3})
+)
 SMALL = {"table_rows": 50, "token_dimension": 16, "hidden": (32, 24), "dimension": 8}
 
 
@@ -38,14 +40,21 @@ def slow_forward(encoder: EntityEncoder, features) -> torch.Tensor:
         text = encoder.field_bias.clone()
         for f in range(features.fields):
             place = n * features.fields + f
-            tokens = features.token_ids[features.offsets[place] : features.offsets[place + 1]].tolist()
+            tokens = features.token_ids[
+                features.offsets[place] : features.offsets[place + 1]
+            ].tolist()
             if tokens:
                 summed = sum(
                     encoder.token_weights[t, 0] * encoder.table[encoder.rows[t, 0]]
                     + encoder.token_weights[t, 1] * encoder.table[encoder.rows[t, 1]]
                     for t in tokens
                 )
-                text = text + (summed - summed.mean()) / (summed.var(unbiased=False) + 1e-5).sqrt() * encoder.field_scale[f]
+                text = (
+                    text
+                    + (summed - summed.mean())
+                    / (summed.var(unbiased=False) + 1e-5).sqrt()
+                    * encoder.field_scale[f]
+                )
         rows.append(torch.cat((text, features.continuous[n])))
     hidden = torch.stack(rows)
     for layer in encoder.mlp:
@@ -87,7 +96,9 @@ def test_entities_without_any_feature_get_one_finite_vector():
 
 
 def test_a_tower_without_vectors_needs_no_continuous_column():
-    featurizer = EntityFeaturizer(EntityFeatureConfig(text_fields=("title",)), FEATURIZER.vocabulary)
+    featurizer = EntityFeaturizer(
+        EntityFeatureConfig(text_fields=("title",)), FEATURIZER.vocabulary
+    )
     assert create_entity_encoder(featurizer, **SMALL).encode(CATALOGUE).shape == (4, 8)
 
 
@@ -125,7 +136,9 @@ def test_a_tower_without_featuriser_saves_and_takes_batches(tmp_path):
     loaded = EntityEncoder.load(tmp_path)
     with pytest.raises(ConfigError, match="without a featuriser"):
         loaded.encode(CATALOGUE)
-    np.testing.assert_array_equal(loaded.encode_batch(FEATURIZER(CATALOGUE)), encoder.encode_batch(FEATURIZER(CATALOGUE)))
+    np.testing.assert_array_equal(
+        loaded.encode_batch(FEATURIZER(CATALOGUE)), encoder.encode_batch(FEATURIZER(CATALOGUE))
+    )
 
 
 def test_damaged_towers_are_refused(tmp_path):
@@ -156,7 +169,16 @@ def test_another_vocabulary_is_refused(tmp_path):
         EntityEncoder.load(tmp_path)
 
 
-@pytest.mark.parametrize("bad", [{"table_rows": 0}, {"dimension": -1}, {"hidden": (0,)}, {"continuous_width": -1}, {"dropout": 1.0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"table_rows": 0},
+        {"dimension": -1},
+        {"hidden": (0,)},
+        {"continuous_width": -1},
+        {"dropout": 1.0},
+    ],
+)
 def test_bad_settings_are_refused(bad):
     with pytest.raises(ConfigError):
         EntityTowerConfig(**({"vocabulary_size": 5, "fields": 1} | bad))

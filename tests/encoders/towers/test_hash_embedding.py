@@ -26,18 +26,26 @@ def test_hash_rows_are_spread_evenly_and_independently():
         counts = np.bincount(column, minlength=1_000)
         assert counts.min() > 130 and counts.max() < 275  # 200 expected, standard deviation 14
     assert abs((rows[:, 0] == rows[:, 1]).mean() - 1e-3) < 4e-4
-    assert len(np.unique(rows[:, 0].astype(np.int64) * 1_000 + rows[:, 1])) > 0.89 * 200_000  # few tokens share both rows
+    assert (
+        len(np.unique(rows[:, 0].astype(np.int64) * 1_000 + rows[:, 1])) > 0.89 * 200_000
+    )  # few tokens share both rows
 
 
 def slow_sums(table, rows, weights, offsets):
     sums = [
-        sum((weights[j] * table[rows[j]] for j in range(a, b)), start=torch.zeros(table.shape[1])) for a, b in itertools.pairwise(offsets)
+        sum((weights[j] * table[rows[j]] for j in range(a, b)), start=torch.zeros(table.shape[1]))
+        for a, b in itertools.pairwise(offsets)
     ]
     return torch.stack(sums) if sums else table.new_zeros(0, table.shape[1])
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 6), st.lists(st.integers(0, 4), max_size=5), st.integers(0, 2**31), st.sampled_from([torch.int32, torch.int64]))
+@given(
+    st.integers(1, 6),
+    st.lists(st.integers(0, 4), max_size=5),
+    st.integers(0, 2**31),
+    st.sampled_from([torch.int32, torch.int64]),
+)
 def test_sums_and_gradients_equal_the_slow_loop(table_rows, lengths, seed, dtype):
     generator = torch.Generator().manual_seed(seed)
     total = sum(lengths)
@@ -46,7 +54,9 @@ def test_sums_and_gradients_equal_the_slow_loop(table_rows, lengths, seed, dtype
     upstream = torch.randn(len(lengths), 3, generator=generator)
     results = []
     for function in (sum_bags, lambda t, r, w, o: slow_sums(t, r.tolist(), w, o.tolist())):
-        table = torch.randn(table_rows, 3, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        table = torch.randn(
+            table_rows, 3, generator=torch.Generator().manual_seed(1)
+        ).requires_grad_()
         weights = torch.randn(total, generator=torch.Generator().manual_seed(2)).requires_grad_()
         sums = function(table, rows, weights, offsets)
         loss = (sums * upstream).sum() + 0 * table.sum() + 0 * weights.sum()
@@ -64,7 +74,11 @@ def test_gradients_equal_those_of_pytorch():
     gradients = []
     for ours in (True, False):
         t, w = table.clone().requires_grad_(), weights.clone().requires_grad_()
-        sums = sum_bags(t, rows, w, offsets) if ours else functional.embedding_bag(rows, t, offsets[:-1], mode="sum", per_sample_weights=w)
+        sums = (
+            sum_bags(t, rows, w, offsets)
+            if ours
+            else functional.embedding_bag(rows, t, offsets[:-1], mode="sum", per_sample_weights=w)
+        )
         sums.square().sum().backward()
         gradients.append((t.grad, w.grad))
     for a, b in zip(*gradients):
@@ -79,7 +93,9 @@ def test_backward_has_the_same_bits_every_time():
             torch.randn(5_000, generator=generator).requires_grad_(),
         )
         rows = torch.randint(0, 100, (5_000,), generator=generator, dtype=torch.int32)
-        sum_bags(table, rows, weights, torch.arange(0, 5_001, 50, dtype=torch.int32)).square().sum().backward()
+        sum_bags(
+            table, rows, weights, torch.arange(0, 5_001, 50, dtype=torch.int32)
+        ).square().sum().backward()
         return table.grad, weights.grad
 
     assert all(torch.equal(a, b) for a, b in zip(run(), run()))
@@ -94,7 +110,10 @@ def test_gpu_equals_cpu():
     offsets = torch.tensor([0, 0, 100, 100, 399, 400], dtype=torch.int32)
     gradients = []
     for device in ("cpu", "cuda"):
-        t, w = table.clone().to(device).requires_grad_(), weights.clone().to(device).requires_grad_()
+        t, w = (
+            table.clone().to(device).requires_grad_(),
+            weights.clone().to(device).requires_grad_(),
+        )
         sum_bags(t, rows.to(device), w, offsets.to(device)).square().sum().backward()
         gradients.append((t.grad.cpu(), w.grad.cpu()))
     for a, b in zip(*gradients):

@@ -20,7 +20,13 @@ def tower() -> QueryEncoder:
 
 @pytest.fixture(scope="module")
 def queries() -> list[str]:
-    return load_sample(pictures=False).split("train")["query"].unique(maintain_order=True).gather_every(200).to_list()
+    return (
+        load_sample(pictures=False)
+        .split("train")["query"]
+        .unique(maintain_order=True)
+        .gather_every(200)
+        .to_list()
+    )
 
 
 def test_vectors_are_unit_rows_in_input_order(tower: QueryEncoder, queries: list[str]) -> None:
@@ -44,16 +50,22 @@ def test_empty_and_very_long_texts_encode(tower: QueryEncoder) -> None:
     assert np.isfinite(vectors).all()
 
 
-def test_sentence_transformers_gives_the_same_vectors(tower: QueryEncoder, queries: list[str], tmp_path: Path) -> None:
+def test_sentence_transformers_gives_the_same_vectors(
+    tower: QueryEncoder, queries: list[str], tmp_path: Path
+) -> None:
     sentence_transformers = pytest.importorskip("sentence_transformers")
     tower.save(tmp_path)
     model = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu")
     np.testing.assert_allclose(model.encode(queries[:64]), tower.encode(queries[:64]), atol=1e-5)
 
 
-def test_save_and_load_give_the_same_vectors(tower: QueryEncoder, queries: list[str], tmp_path: Path) -> None:
+def test_save_and_load_give_the_same_vectors(
+    tower: QueryEncoder, queries: list[str], tmp_path: Path
+) -> None:
     tower.save(tmp_path)
-    np.testing.assert_allclose(QueryEncoder.load(tmp_path).encode(queries[:20]), tower.encode(queries[:20]), atol=1e-6)
+    np.testing.assert_allclose(
+        QueryEncoder.load(tmp_path).encode(queries[:20]), tower.encode(queries[:20]), atol=1e-6
+    )
 
 
 def test_missing_tower_is_named(tmp_path: Path) -> None:
@@ -74,7 +86,9 @@ def test_from_scratch_keeps_shape_but_not_weights(tower: QueryEncoder) -> None:
     assert not np.allclose(mine[name].detach().numpy(), theirs[name].detach().numpy())
 
 
-def test_exported_forms_stay_within_tolerance(tower: QueryEncoder, queries: list[str], tmp_path: Path) -> None:
+def test_exported_forms_stay_within_tolerance(
+    tower: QueryEncoder, queries: list[str], tmp_path: Path
+) -> None:
     reports = {report.form_id: report for report in export_forms(tower, tmp_path, queries)}
     assert reports["onnx-fp32"].cosine_min >= 0.999
     assert reports["onnx-int8"].cosine_min >= 0.99
@@ -85,7 +99,11 @@ def test_exported_forms_stay_within_tolerance(tower: QueryEncoder, queries: list
     encode = onnx_encode(tmp_path / "query_encoder.int8.onnx")
     long = tower.tokenize(["word " * 100])
     assert np.isfinite(encode(long)).all()
-    for few in (1, 2, 3):  # the golden queries of a small rebuild: one text has no other text that could go missing
+    for few in (
+        1,
+        2,
+        3,
+    ):  # the golden queries of a small rebuild: one text has no other text that could go missing
         report = measure_parity(tower, tmp_path, "onnx-fp32", queries[:few])
         assert (report.texts, report.overlap_at_10, report.within_tolerance) == (few, 1.0, True)
 
@@ -96,10 +114,14 @@ def test_a_changed_bundle_file_is_refused(tower: QueryEncoder, tmp_path: Path) -
 
     catalogue = load_sample(pictures=False).catalogue
     entity = create_entity_encoder(EntityFeaturizer.fit(catalogue), table_rows=100, hidden=(32,))
-    bundle = save_bundle(tmp_path / "model", tower, {"pin": entity, "product": entity, "ad": entity})
+    bundle = save_bundle(
+        tmp_path / "model", tower, {"pin": entity, "product": entity, "ad": entity}
+    )
     assert len(bundle.space_id) == 64
     vectors = bundle.embed_entities(catalogue.head(30))
-    np.testing.assert_allclose(load_bundle(tmp_path / "model").embed_entities(catalogue.head(30)), vectors, atol=1e-6)
+    np.testing.assert_allclose(
+        load_bundle(tmp_path / "model").embed_entities(catalogue.head(30)), vectors, atol=1e-6
+    )
     weights = tmp_path / "model" / "query_encoder" / "2_Dense" / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
@@ -108,14 +130,32 @@ def test_a_changed_bundle_file_is_refused(tower: QueryEncoder, tmp_path: Path) -
         load_bundle(tmp_path / "model")
 
 
-@pytest.mark.parametrize("change", [{"dimension": None}, {"entity_types": 3}, {"unified_entity_tower": None}, {"format_version": "1"}])
-def test_a_config_of_another_shape_is_named(tower: QueryEncoder, tmp_path: Path, change: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dimension": None},
+        {"entity_types": 3},
+        {"unified_entity_tower": None},
+        {"format_version": "1"},
+    ],
+)
+def test_a_config_of_another_shape_is_named(
+    tower: QueryEncoder, tmp_path: Path, change: dict[str, object]
+) -> None:
     from encoders.towers.entity_features import EntityFeaturizer
     from encoders.towers.entity_tower import create_entity_encoder
 
-    entity = create_entity_encoder(EntityFeaturizer.fit(load_sample(pictures=False).catalogue.head(50)), table_rows=10, hidden=(8,))
+    entity = create_entity_encoder(
+        EntityFeaturizer.fit(load_sample(pictures=False).catalogue.head(50)),
+        table_rows=10,
+        hidden=(8,),
+    )
     path = save_bundle(tmp_path / "model", tower, {"pin": entity}).path / "config.json"
-    config = {name: value for name, value in (json.loads(path.read_text()) | change).items() if value is not None}
+    config = {
+        name: value
+        for name, value in (json.loads(path.read_text()) | change).items()
+        if value is not None
+    }
     path.write_text(json.dumps(config))
     with pytest.raises(BundleError, match=r"config\.json|bundle format"):
         load_bundle(tmp_path / "model")

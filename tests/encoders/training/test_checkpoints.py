@@ -13,7 +13,12 @@ from encoders.training.checkpoints import list_checkpoints, load_checkpoint, sav
 
 
 def save(folder: Path, step: int, run: str = "r") -> Path:
-    return save_checkpoint(folder, step, {"weights": torch.full((100,), float(step)), "step": step}, {"run": run, "metrics": {"loss": 0.5}})
+    return save_checkpoint(
+        folder,
+        step,
+        {"weights": torch.full((100,), float(step)), "step": step},
+        {"run": run, "metrics": {"loss": 0.5}},
+    )
 
 
 def test_state_and_meta_come_back(tmp_path: Path) -> None:
@@ -41,8 +46,13 @@ def test_damage_is_found_before_anything_is_parsed(tmp_path: Path, damage: str) 
         state.unlink()
     else:
         content[len(content) // 2] ^= 1
-        state.write_bytes({"truncate": content[: len(content) // 2], "flip": content, "empty": b""}[damage])
-    with pytest.raises(CheckpointError, match=r"step-00000001.*(truncated or altered|is missing).*Remove this folder"):
+        state.write_bytes(
+            {"truncate": content[: len(content) // 2], "flip": content, "empty": b""}[damage]
+        )
+    with pytest.raises(
+        CheckpointError,
+        match=r"step-00000001.*(truncated or altered|is missing).*Remove this folder",
+    ):
         load_checkpoint(place)
 
 
@@ -71,8 +81,14 @@ for step in itertools.count(1):
 
 def test_kill_9_while_saving_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
     """A process that saves without pause is killed; the newest checkpoint is whole, and the next save clears what was left half-done."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], env=environment, stdout=subprocess.PIPE)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[3]),
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(tmp_path)], env=environment, stdout=subprocess.PIPE
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
     while len(list_checkpoints(tmp_path)) < 2:

@@ -16,7 +16,11 @@ def run_two(folder: Path) -> list[dict]:
     path = os.pathsep.join((str(WORKER.parents[2]), str(WORKER.parent)))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     started = [
-        subprocess.Popen([sys.executable, str(WORKER), str(rank), "2", str(folder)], env=environment, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(rank), "2", str(folder)],
+            env=environment,
+            stderr=subprocess.PIPE,
+        )
         for rank in range(2)
     ]
     for process in started:
@@ -25,7 +29,9 @@ def run_two(folder: Path) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-def test_two_processes_give_the_loss_and_gradient_of_one_with_the_union_batch(tmp_path: Path) -> None:
+def test_two_processes_give_the_loss_and_gradient_of_one_with_the_union_batch(
+    tmp_path: Path,
+) -> None:
     two = run_two(tmp_path)
     for mode in ("plain", "cached"):
         one = step_results(0, mode == "cached")
@@ -35,9 +41,15 @@ def test_two_processes_give_the_loss_and_gradient_of_one_with_the_union_batch(tm
             for name, expected in one["gradients"].items():
                 got = result[mode]["gradients"][name]
                 torch.testing.assert_close(
-                    got, torch.zeros_like(got) if expected is None else expected, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+                    got,
+                    torch.zeros_like(got) if expected is None else expected,
+                    rtol=1e-3,
+                    atol=1e-5,
+                    msg=lambda m, n=name: f"{n}: {m}",
                 )
-        moved = [name for name, g in one["gradients"].items() if g is not None and g.abs().max() > 1e-3]
+        moved = [
+            name for name, g in one["gradients"].items() if g is not None and g.abs().max() > 1e-3
+        ]
         assert {"log_scales", "query.projection.weight", "entities.unified.table"} <= set(moved)
     # Gathering alone: rank order, and each row's gradient is the sum over processes of what multiplied it.
     assert two[0]["gathered"][:, 0].tolist() == [1.0, 1.0, 2.0, 2.0]

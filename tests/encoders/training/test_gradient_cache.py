@@ -7,13 +7,19 @@ from encoders.training.gradient_cache import Encoding
 
 def tower(dropout: float) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Dropout(dropout), nn.Linear(16, 4)).double()
+    return nn.Sequential(
+        nn.Linear(6, 16), nn.GELU(), nn.Dropout(dropout), nn.Linear(16, 4)
+    ).double()
 
 
-def gradients(dropout: float, sizes: list[int], cached: bool, towers: int = 1) -> tuple[float, list[torch.Tensor]]:
+def gradients(
+    dropout: float, sizes: list[int], cached: bool, towers: int = 1
+) -> tuple[float, list[torch.Tensor]]:
     """Loss and gradients of a loss that couples all rows, over chunks of these sizes."""
     models = [tower(dropout) for _ in range(towers)]
-    rows = torch.randn(sum(sizes), 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    rows = torch.randn(
+        sum(sizes), 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     torch.manual_seed(7)
     encodings = [Encoding(model, rows.split(sizes), cached=cached) for model in models]
     vectors = torch.cat([encoding.vectors for encoding in encodings])
@@ -21,7 +27,9 @@ def gradients(dropout: float, sizes: list[int], cached: bool, towers: int = 1) -
     loss.backward()
     for encoding in encodings:
         encoding.backward()
-    return float(loss.detach()), [p.grad for model in models for p in model.parameters() if p.grad is not None]
+    return float(loss.detach()), [
+        p.grad for model in models for p in model.parameters() if p.grad is not None
+    ]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

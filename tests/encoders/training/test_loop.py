@@ -32,7 +32,11 @@ from tests.helpers.training_examples import small_config, tiny_query_encoder, wo
 
 
 def run(data: TrainingData | None = None, **changes) -> TrainResult:
-    options = {name: changes.pop(name) for name in ("output", "resume", "query_encoder", "initial") if name in changes}
+    options = {
+        name: changes.pop(name)
+        for name in ("output", "resume", "query_encoder", "initial")
+        if name in changes
+    }
     options.setdefault("query_encoder", tiny_query_encoder())
     return train(small_config(**changes), data or world(), quiet=True, **options)
 
@@ -48,7 +52,11 @@ FAST = {"learning_rate": 0.02, "query_learning_rate": 0.02, "token_embedding_lea
 
 def weights(result: TrainResult) -> dict[str, torch.Tensor]:
     towers = {"query": result.query_encoder, **result.entity_encoders}
-    return {f"{tower}.{name}": value for tower, module in towers.items() for name, value in module.state_dict().items()}
+    return {
+        f"{tower}.{name}": value
+        for tower, module in towers.items()
+        for name, value in module.state_dict().items()
+    }
 
 
 def assert_equal(first: TrainResult, second: TrainResult) -> None:
@@ -60,12 +68,25 @@ def assert_equal(first: TrainResult, second: TrainResult) -> None:
 
 def test_training_finds_the_right_entity_for_queries_it_never_saw() -> None:
     recalls = []
-    for seed in range(3):  # a single one finds between none and all of its ten or so held-back related queries
-        result = run(steps=80, seed=seed, validation={"fraction": 0.15}, batch={"cross_fit": 2}, optimiser=FAST)
+    for seed in range(
+        3
+    ):  # a single one finds between none and all of its ten or so held-back related queries
+        result = run(
+            steps=80,
+            seed=seed,
+            validation={"fraction": 0.15},
+            batch={"cross_fit": 2},
+            optimiser=FAST,
+        )
         assert result.history[0]["loss"] > 2 * result.metrics["loss"]
         assert result.pairs_per_second > 0
         assert result.steps == 80
-        recalls.append((result.metrics["validation/recall@10/pin"], result.metrics["validation/recall@10/query"]))
+        recalls.append(
+            (
+                result.metrics["validation/recall@10/pin"],
+                result.metrics["validation/recall@10/query"],
+            )
+        )
     pin, query = np.mean(recalls, axis=0)
     chance = 10 / 48
     assert pin > 3 * chance
@@ -75,7 +96,11 @@ def test_training_finds_the_right_entity_for_queries_it_never_saw() -> None:
 
 
 def test_resume_equals_an_uninterrupted_run_to_the_bit(tmp_path: Path) -> None:
-    options = {"batch": {"cross_fit": 2}, "checkpoint_every": 10, "validation": {"fraction": 0.1, "every_steps": 7}}
+    options = {
+        "batch": {"cross_fit": 2},
+        "checkpoint_every": 10,
+        "validation": {"fraction": 0.1, "every_steps": 7},
+    }
     whole = run(steps=20, **options)
     interrupted = {**options, "output": tmp_path}
     run(steps=20, **interrupted)
@@ -92,7 +117,10 @@ def test_resume_equals_an_uninterrupted_run_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_gradient_cache_trains_the_same_towers() -> None:
-    plain, cached = (run(steps=4, batch={"gradient_cache": on, "query_chunk": 8, "entity_chunk": 20}) for on in (False, True))
+    plain, cached = (
+        run(steps=4, batch={"gradient_cache": on, "query_chunk": 8, "entity_chunk": 20})
+        for on in (False, True)
+    )
     for name, value in weights(plain).items():
         torch.testing.assert_close(weights(cached)[name], value, rtol=1e-4, atol=1e-5)
 
@@ -122,7 +150,11 @@ def test_unified_towers_are_one_object_and_separate_towers_are_not() -> None:
 def test_every_precision_and_optimiser_lowers_the_loss(precision: str, optimiser: str) -> None:
     result = run(steps=20, precision=precision, optimiser={"name": optimiser})
     assert result.metrics["loss"] < result.history[0]["loss"]
-    assert all(value.dtype == torch.float32 for value in result.query_encoder.state_dict().values() if value.is_floating_point())
+    assert all(
+        value.dtype == torch.float32
+        for value in result.query_encoder.state_dict().values()
+        if value.is_floating_point()
+    )
 
 
 def test_frozen_parts_stay_and_the_projection_learns() -> None:
@@ -138,16 +170,25 @@ def test_frozen_token_embeddings_stay_while_the_transformer_learns() -> None:
     start = tiny_query_encoder()
     before = start.transformer.embeddings.word_embeddings.weight.detach().clone()
     layer = start.transformer.transformer.layer[0].ffn.lin1.weight.detach().clone()
-    after = run(steps=3, optimiser={"token_embedding_learning_rate": 0.0}, query_encoder=start).query_encoder
+    after = run(
+        steps=3, optimiser={"token_embedding_learning_rate": 0.0}, query_encoder=start
+    ).query_encoder
     assert torch.equal(after.transformer.embeddings.word_embeddings.weight, before)
     assert not torch.equal(after.transformer.transformer.layer[0].ffn.lin1.weight, layer)
 
 
 def test_patience_stops_early_and_gives_the_best_towers_back(tmp_path: Path) -> None:
-    options = {"validation": {"fraction": 0.2, "every_steps": 2, "patience": 2}, "optimiser": {"learning_rate": 1.0, "clip_norm": 0.0}}
+    options = {
+        "validation": {"fraction": 0.2, "every_steps": 2, "patience": 2},
+        "optimiser": {"learning_rate": 1.0, "clip_norm": 0.0},
+    }
     in_memory, on_disk = run(steps=200, **options), run(steps=200, output=tmp_path, **options)
     assert in_memory.steps < 200
-    scores = [entry["validation/recall@10"] for entry in in_memory.history if "validation/recall@10" in entry]
+    scores = [
+        entry["validation/recall@10"]
+        for entry in in_memory.history
+        if "validation/recall@10" in entry
+    ]
     assert in_memory.metrics["validation/recall@10"] == max(scores)
     assert_equal(in_memory, on_disk)
     again = run(steps=200, output=tmp_path, **options)  # a run that stopped early stays stopped
@@ -164,16 +205,25 @@ def test_a_run_goes_on_from_another_runs_towers() -> None:
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_the_batch(tmp_path: Path) -> None:
     run(steps=4, checkpoint_every=2, output=tmp_path)
-    before = {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()}
+    before = {
+        path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()
+    }
     broken = tiny_query_encoder()
     with torch.no_grad():
         broken.projection.bias.fill_(float("nan"))
-    with pytest.raises(TrainingDiverged, match=r"the loss of step 0 is nan.*diverged-step-00000000\.json.*learning_rate"):
+    with pytest.raises(
+        TrainingDiverged,
+        match=r"the loss of step 0 is nan.*diverged-step-00000000\.json.*learning_rate",
+    ):
         run(steps=4, output=tmp_path / "other", query_encoder=broken)
     saved = json.loads((tmp_path / "other" / "diverged-step-00000000.json").read_text())
-    assert len(saved["datasets"]["pin"]["queries"]) == len(saved["datasets"]["pin"]["positives"]) > 0
+    assert (
+        len(saved["datasets"]["pin"]["queries"]) == len(saved["datasets"]["pin"]["positives"]) > 0
+    )
     assert saved["loss"] == "nan"
-    assert before == {path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()}
+    assert before == {
+        path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()
+    }
 
 
 def test_checkpoints_of_another_run_are_refused_and_kept(tmp_path: Path) -> None:
@@ -189,7 +239,9 @@ def test_checkpoints_of_another_run_are_refused_and_kept(tmp_path: Path) -> None
 
 
 def test_what_cannot_be_trained_is_said_before_training() -> None:
-    with pytest.raises(ConfigError, match=r"the query tower gives 16 numbers, but model.dimension is 24"):
+    with pytest.raises(
+        ConfigError, match=r"the query tower gives 16 numbers, but model.dimension is 24"
+    ):
         run(model={"dimension": 24})
     with pytest.raises(ConfigError, match="device must be"):
         run(device="tpu")
@@ -199,7 +251,9 @@ def test_what_cannot_be_trained_is_said_before_training() -> None:
 
 def test_a_vocabulary_of_one_word_trains() -> None:
     catalogue = pl.DataFrame({"id": ["a", "b"], "entity_type": ["pin", "pin"], "title": ["x", "x"]})
-    pairs = pl.DataFrame({"query": ["red", "blue"], "entity_type": ["pin"] * 2, "entity_id": ["a", "b"]})
+    pairs = pl.DataFrame(
+        {"query": ["red", "blue"], "entity_type": ["pin"] * 2, "entity_id": ["a", "b"]}
+    )
     result = run(TrainingData(catalogue, pairs), steps=2, batch={"pairs": 2})
     assert result.steps == 2
 
@@ -234,18 +288,28 @@ def test_cross_fitting_counts_every_text_once() -> None:
             "engaged_queries": [["seldom seen"], *[[f"often {n}"] for n in range(12)]],
         }
     )
-    pairs = pl.DataFrame({"query": [f"often {n}" for n in range(12)], "entity_type": "pin", "entity_id": [str(n + 1) for n in range(12)]})
+    pairs = pl.DataFrame(
+        {
+            "query": [f"often {n}" for n in range(12)],
+            "entity_type": "pin",
+            "entity_id": [str(n + 1) for n in range(12)],
+        }
+    )
     data = TrainingData(catalogue, pairs)
     crossed = vocabulary_counts(data, batch={"pairs": 12, "cross_fit": 3})
     assert crossed == vocabulary_counts(data, batch={"pairs": 12})
     assert (crossed["chair"], crossed["lamp"], crossed["often"]) == (7, 6, 12)
     assert not {"lonely", "seldom"} & crossed.keys()
-    held_back = vocabulary_counts(data, batch={"pairs": 2, "cross_fit": 3}, validation={"fraction": 0.5})
+    held_back = vocabulary_counts(
+        data, batch={"pairs": 2, "cross_fit": 3}, validation={"fraction": 0.5}
+    )
     assert 0 < held_back["often"] < 12, "held-back queries are not counted"
 
 
 def fingerprint(data: TrainingData | None = None, **changes: object) -> str:
-    inputs, _ = build_inputs(data or world(), small_config(**changes), tiny_query_encoder(), torch.device("cpu"))
+    inputs, _ = build_inputs(
+        data or world(), small_config(**changes), tiny_query_encoder(), torch.device("cpu")
+    )
     return run_fingerprint(inputs)
 
 
@@ -253,7 +317,9 @@ def test_whatever_the_towers_read_makes_another_run(tmp_path: Path) -> None:
     data = world()
     assert fingerprint() == fingerprint(log_every=7)
     moved = data.catalogue.with_columns(description=pl.col("title"), title=pl.lit(""))
-    other_type = data.catalogue.with_columns(entity_type=pl.col("entity_type").str.replace("product", "ad"))
+    other_type = data.catalogue.with_columns(
+        entity_type=pl.col("entity_type").str.replace("product", "ad")
+    )
     for catalogue in (moved, other_type):
         pairs = (
             data.pairs.with_columns(entity_type=pl.col("entity_type").str.replace("product", "ad"))
@@ -262,14 +328,24 @@ def test_whatever_the_towers_read_makes_another_run(tmp_path: Path) -> None:
         )
         assert fingerprint(TrainingData(catalogue, pairs)) != fingerprint()
     held = {"validation": {"fraction": 0.2}}
-    split = data.pairs.with_columns(split=pl.when(pl.int_range(pl.len()) % 5 == 0).then(pl.lit("validation")).otherwise(pl.lit("train")))
+    split = data.pairs.with_columns(
+        split=pl.when(pl.int_range(pl.len()) % 5 == 0)
+        .then(pl.lit("validation"))
+        .otherwise(pl.lit("train"))
+    )
     is_held = (pl.col("split") == "validation") & (pl.col("entity_type") == "pin")
     pin = data.catalogue.filter(pl.col("entity_type") == "pin")["id"][0]
-    relabelled = split.with_columns(entity_id=pl.when(is_held).then(pl.lit(pin)).otherwise(pl.col("entity_id")))
-    assert fingerprint(TrainingData(data.catalogue, split), **held) != fingerprint(TrainingData(data.catalogue, relabelled), **held)
+    relabelled = split.with_columns(
+        entity_id=pl.when(is_held).then(pl.lit(pin)).otherwise(pl.col("entity_id"))
+    )
+    assert fingerprint(TrainingData(data.catalogue, split), **held) != fingerprint(
+        TrainingData(data.catalogue, relabelled), **held
+    )
 
 
-def test_the_last_bits_of_a_text_embedding_make_no_other_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_bits_of_a_text_embedding_make_no_other_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They depend on the number of threads."""
     tiny_query_encoder(1).save(tmp_path / "frozen")
     settings = {"features": {"text_embedding": str(tmp_path / "frozen")}}
@@ -306,15 +382,25 @@ def files(tmp_path: Path) -> Path:
     table = to_table(dataclasses.replace(small_config(steps=120, checkpoint_every=5), datasets=()))
     table["data"] = {"catalogue": ["catalogue.parquet"], "pairs": ["pairs.parquet"]}
     table["model"]["query_encoder"] = str(tmp_path / "tower")
-    (tmp_path / "run.toml").write_text(as_toml({key: value for key, value in table.items() if key != "features"}))
+    (tmp_path / "run.toml").write_text(
+        as_toml({key: value for key, value in table.items() if key != "features"})
+    )
     return tmp_path
 
 
 def as_toml(table: dict) -> str:
-    lines = [f"{key} = {json.dumps(value)}" for key, value in table.items() if not isinstance(value, dict)]
+    lines = [
+        f"{key} = {json.dumps(value)}"
+        for key, value in table.items()
+        if not isinstance(value, dict)
+    ]
     for name, inner in table.items():
         if isinstance(inner, dict):
-            flat = [f"{key} = {json.dumps(value)}" for key, value in inner.items() if not isinstance(value, dict)]
+            flat = [
+                f"{key} = {json.dumps(value)}"
+                for key, value in inner.items()
+                if not isinstance(value, dict)
+            ]
             nested = [
                 f"{key} = {{ {', '.join(f'{k} = {v}' for k, v in value.items())} }}"
                 for key, value in inner.items()
@@ -333,11 +419,26 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_omni_train_survives_kill_9_and_ends_with_a_bundle(files: Path, one_torch_thread: None) -> None:
+def test_omni_train_survives_kill_9_and_ends_with_a_bundle(
+    files: Path, one_torch_thread: None
+) -> None:
     """A real process is killed in the middle; the same command goes on from its checkpoint and ends as if nothing had happened."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
-    arguments = [sys.executable, "-m", "encoders.commands.train", str(files / "run.toml"), "--out", str(files / "out")]
-    process = subprocess.Popen([*arguments, "--steps", "120"], env=environment, stderr=subprocess.PIPE)
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[3]),
+    }
+    arguments = [
+        sys.executable,
+        "-m",
+        "encoders.commands.train",
+        str(files / "run.toml"),
+        "--out",
+        str(files / "out"),
+    ]
+    process = subprocess.Popen(
+        [*arguments, "--steps", "120"], env=environment, stderr=subprocess.PIPE
+    )
     deadline = time.monotonic() + 200
     while len(list_checkpoints(files / "out" / "checkpoints")) < 2:
         assert process.poll() is None, process.stderr.read().decode()  # type: ignore[union-attr]
@@ -346,11 +447,20 @@ def test_omni_train_survives_kill_9_and_ends_with_a_bundle(files: Path, one_torc
     process.send_signal(signal.SIGKILL)
     process.communicate()
     reached = list_checkpoints(files / "out" / "checkpoints")[-1].name
-    resumed = CliRunner().invoke(command, [str(files / "run.toml"), "--out", str(files / "out"), "--steps", "120", "--json"])
+    resumed = CliRunner().invoke(
+        command, [str(files / "run.toml"), "--out", str(files / "out"), "--steps", "120", "--json"]
+    )
     assert resumed.exit_code == 0, resumed.output
     assert f"resumed from {reached}" in resumed.stderr
-    whole = CliRunner().invoke(command, [str(files / "run.toml"), "--out", str(files / "whole"), "--steps", "120", "--json"])
-    assert json.loads(resumed.stdout)["space_id"] == json.loads(whole.stdout)["space_id"] == load_bundle(files / "out" / "model").space_id
+    whole = CliRunner().invoke(
+        command,
+        [str(files / "run.toml"), "--out", str(files / "whole"), "--steps", "120", "--json"],
+    )
+    assert (
+        json.loads(resumed.stdout)["space_id"]
+        == json.loads(whole.stdout)["space_id"]
+        == load_bundle(files / "out" / "model").space_id
+    )
 
 
 def test_omni_train_refuses_mistakes_with_exit_code_2(files: Path) -> None:

@@ -34,16 +34,23 @@ def test_where_nothing_is_said_bf16_is_used(tmp_path: Path) -> None:
     assert computes_bf16("cpu", tmp_path / "missing")
 
 
-def run(precision: str, native: bool, monkeypatch: pytest.MonkeyPatch, lines: list[str]) -> TrainResult:
+def run(
+    precision: str, native: bool, monkeypatch: pytest.MonkeyPatch, lines: list[str]
+) -> TrainResult:
     for module in (train_steps, training):
         monkeypatch.setattr(module, "computes_bf16", lambda device_type: native)
     monkeypatch.setattr(training, "say", lines.append)
-    return train(small_config(steps=3, precision=precision), world(), query_encoder=tiny_query_encoder(0))
+    return train(
+        small_config(steps=3, precision=precision), world(), query_encoder=tiny_query_encoder(0)
+    )
 
 
 def test_without_the_instructions_the_run_is_the_fp32_run(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
-    imitated, native, full = (run(*case, monkeypatch, lines) for case in (("bf16", False), ("bf16", True), ("fp32", False)))
+    imitated, native, full = (
+        run(*case, monkeypatch, lines)
+        for case in (("bf16", False), ("bf16", True), ("fp32", False))
+    )
     weights = [result.query_encoder.projection.weight for result in (imitated, native, full)]
     assert torch.equal(weights[0], weights[2]) and not torch.equal(weights[1], weights[2])
     assert sum("training in fp32" in line for line in lines) == 1

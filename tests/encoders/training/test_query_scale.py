@@ -11,23 +11,49 @@ from encoders.training.weight_interpolation import interpolate, learned_paramete
 from tests.helpers.training_examples import small_config, tiny_query_encoder, world
 
 
-def run(folder: Path, query_scales: list[float], residual_scales: tuple[float, ...] = ()) -> TrainResult:
+def run(
+    folder: Path, query_scales: list[float], residual_scales: tuple[float, ...] = ()
+) -> TrainResult:
     """The same run each time: trained once, then only its end is done again."""
     if not (folder / "frozen").exists():
         tiny_query_encoder(1, 256).save(folder / "frozen")
-    validation = {"fraction": 0.25, "query_scales": query_scales, "residual_scales": list(residual_scales)}
-    config = small_config(steps=25, model={"dimension": 256}, features={"text_embedding": str(folder / "frozen")}, validation=validation)
-    return train(config, world(), output=folder / "run", query_encoder=tiny_query_encoder(0, 256), quiet=True)
+    validation = {
+        "fraction": 0.25,
+        "query_scales": query_scales,
+        "residual_scales": list(residual_scales),
+    }
+    config = small_config(
+        steps=25,
+        model={"dimension": 256},
+        features={"text_embedding": str(folder / "frozen")},
+        validation=validation,
+    )
+    return train(
+        config, world(), output=folder / "run", query_encoder=tiny_query_encoder(0, 256), quiet=True
+    )
 
 
 def test_the_tower_lies_between_its_start_and_what_was_trained(tmp_path: Path) -> None:
-    start, trained = tiny_query_encoder(0, 256).state_dict(), run(tmp_path, []).query_encoder.state_dict()
+    start, trained = (
+        tiny_query_encoder(0, 256).state_dict(),
+        run(tmp_path, []).query_encoder.state_dict(),
+    )
     for scale in (0.0, 0.25, 1.0):
         result = run(tmp_path, [scale])
         assert result.metrics["query_scale"] == scale
         for name, value in result.query_encoder.state_dict().items():
-            torch.testing.assert_close(value, torch.lerp(start[name], trained[name], scale) if value.is_floating_point() else value)
-    assert all(torch.equal(value, trained[name]) for name, value in run(tmp_path, [1.0]).query_encoder.state_dict().items())
+            torch.testing.assert_close(
+                value,
+                (
+                    torch.lerp(start[name], trained[name], scale)
+                    if value.is_floating_point()
+                    else value
+                ),
+            )
+    assert all(
+        torch.equal(value, trained[name])
+        for name, value in run(tmp_path, [1.0]).query_encoder.state_dict().items()
+    )
     assert any(not torch.equal(value, start[name]) for name, value in trained.items())
 
 
@@ -40,12 +66,20 @@ def test_the_scale_that_is_taken_is_the_one_whose_recall_is_told(tmp_path: Path)
     for name in ("pin", "product"):
         key = f"validation/recall@10/{name}"
         assert chosen.metrics[key] == alone[picked][key]
-        assert chosen.metrics[f"residual_scale/{name}"] == alone[picked][f"residual_scale/{name}"], "chosen before, with the trained tower"
+        assert (
+            chosen.metrics[f"residual_scale/{name}"] == alone[picked][f"residual_scale/{name}"]
+        ), "chosen before, with the trained tower"
 
 
 def test_entity_towers_stay_as_they_were_trained(tmp_path: Path) -> None:
-    trained, chosen = run(tmp_path, []).entity_encoders["pin"], run(tmp_path, [0.5]).entity_encoders["pin"]
-    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in chosen.state_dict().items())
+    trained, chosen = (
+        run(tmp_path, []).entity_encoders["pin"],
+        run(tmp_path, [0.5]).entity_encoders["pin"],
+    )
+    assert all(
+        torch.equal(value, trained.state_dict()[name])
+        for name, value in chosen.state_dict().items()
+    )
 
 
 def test_frozen_parameters_are_neither_copied_nor_moved() -> None:

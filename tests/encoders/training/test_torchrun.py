@@ -61,9 +61,28 @@ def config(tmp_path: Path) -> Path:
 
 
 def torchrun(config: Path, out: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "encoders.commands.train"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[3])}
-    return subprocess.run([*launch, str(config), "--out", str(out), *more], env=environment, capture_output=True, text=True, timeout=280)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "encoders.commands.train",
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[3]),
+    }
+    return subprocess.run(
+        [*launch, str(config), "--out", str(out), *more],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
 
 
 def test_two_processes_train_one_bundle_and_resume(config: Path, tmp_path: Path) -> None:
@@ -71,13 +90,21 @@ def test_two_processes_train_one_bundle_and_resume(config: Path, tmp_path: Path)
     first = torchrun(config, out, "--steps", "6", "--json")
     assert first.returncode == 0, first.stderr
     told = json.loads(first.stdout)  # one process speaks
-    assert told["steps"] == 6 and first.stderr.count("step 00006/00006") + first.stderr.count("step 6/6") <= 1
+    assert (
+        told["steps"] == 6
+        and first.stderr.count("step 00006/00006") + first.stderr.count("step 6/6") <= 1
+    )
     bundle = load_bundle(out / "model")
-    assert bundle.space_id == told["space_id"] and bundle.embed_queries(["red chair"]).shape == (1, DIMENSION)
+    assert bundle.space_id == told["space_id"] and bundle.embed_queries(["red chair"]).shape == (
+        1,
+        DIMENSION,
+    )
     assert len(list_checkpoints(out / "checkpoints")) == 2
     again = torchrun(config, out, "--steps", "6", "--json")
     assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout)["space_id"] == told["space_id"]  # finished: the same weights, nothing trained twice
+    assert (
+        json.loads(again.stdout)["space_id"] == told["space_id"]
+    )  # finished: the same weights, nothing trained twice
 
 
 def test_a_config_for_one_process_stops_both_with_the_reason(config: Path, tmp_path: Path) -> None:

@@ -10,7 +10,15 @@ import pytest
 
 from encoders.errors import ConfigError
 from encoders.exact_search import exact_top_k
-from index_builder.ann import KINDS, AnnConfig, build_index, choose_kind, load_index, missing_features, require_cpu
+from index_builder.ann import (
+    KINDS,
+    AnnConfig,
+    build_index,
+    choose_kind,
+    load_index,
+    missing_features,
+    require_cpu,
+)
 from index_builder.ann.symqg import MIN_ROWS
 from index_builder.errors import IndexFormatError, UnsupportedCpu
 from index_builder.native import Engine
@@ -33,7 +41,9 @@ def _skip_unless_possible(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_every_kind_finds_what_exact_search_finds_and_survives_saving(kind: str, tmp_path: Path) -> None:
+def test_every_kind_finds_what_exact_search_finds_and_survives_saving(
+    kind: str, tmp_path: Path
+) -> None:
     _skip_unless_possible(kind)
     vectors, queries = text_vectors(N + 100)[:N], text_vectors(N + 100)[N:]
     _, exact_scores = exact_top_k(queries, vectors, 10)
@@ -48,10 +58,14 @@ def test_every_kind_finds_what_exact_search_finds_and_survives_saving(kind: str,
         assert len(set(rows.tolist())) == len(rows) <= 10
         assert (np.diff(distances) >= -1e-5).all()
         if loaded.true_distances:
-            np.testing.assert_allclose(1 - distances / 2, vectors[rows.astype(np.int64)] @ queries[i], atol=1e-4)
+            np.testing.assert_allclose(
+                1 - distances / 2, vectors[rows.astype(np.int64)] @ queries[i], atol=1e-4
+            )
         found.append(rows)
     recall = recall_per_query(found, queries, vectors, exact_scores).mean()
-    assert recall >= (1.0 if built.exact else 0.9 if kind in ("rabitq", "faiss-ivf") else 0.95), f"recall@10 = {recall:.3f}"
+    assert recall >= (1.0 if built.exact else 0.9 if kind in ("rabitq", "faiss-ivf") else 0.95), (
+        f"recall@10 = {recall:.3f}"
+    )
     batch_rows, _ = loaded.search_batch(queries[:5], 10, 200)
     assert [row.tolist() for row in batch_rows] == [f.tolist() for f in found[:5]]
 
@@ -86,13 +100,17 @@ def test_builds_on_one_thread_of_reproducible_kinds_give_the_same_bytes(tmp_path
     if Engine is not None:
         for name in ("a", "b"):
             (tmp_path / name).mkdir()
-            build_index("swift", vectors, replace(CONFIG, reproducible=True)).save(tmp_path / name / "index")
+            build_index("swift", vectors, replace(CONFIG, reproducible=True)).save(
+                tmp_path / name / "index"
+            )
         for file in ("index.codes.npy", "index.links.npy"):
             assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
 @pytest.mark.parametrize(("dimension", "m"), [(7, 16), (100, 6), (256, 20)])
-def test_links_with_sketches_lead_where_plain_links_lead(dimension: int, m: int, tmp_path: Path) -> None:
+def test_links_with_sketches_lead_where_plain_links_lead(
+    dimension: int, m: int, tmp_path: Path
+) -> None:
     """Degrees that are no multiple of 32 and odd widths are padded; the same graph gives the same neighbours, and nearly the same hits."""
     if Engine is None:
         pytest.skip("the extension was not compiled")
@@ -104,7 +122,10 @@ def test_links_with_sketches_lead_where_plain_links_lead(dimension: int, m: int,
     assert links is not None and plain is not None and links.shape[1] % 32 == 0
     np.testing.assert_array_equal(links[:, : plain.shape[1]], plain)
     assert (links[:, plain.shape[1] :] == np.arange(1_500)[:, None]).all()
-    same = [len(np.intersect1d(swift.search(v[None], 10, 80)[0], lean.search(v[None], 10, 80)[0])) for v in vectors[:200]]
+    same = [
+        len(np.intersect1d(swift.search(v[None], 10, 80)[0], lean.search(v[None], 10, 80)[0]))
+        for v in vectors[:200]
+    ]
     assert np.mean(same) >= 9.5
 
 
@@ -172,7 +193,9 @@ def test_dimensions_that_symqg_cannot_turn_are_left_to_another_kind(dimension: i
     vectors = np.ascontiguousarray(text_vectors(N)[:1_200, :dimension])
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     if not missing_features("symqg"):
-        with pytest.raises(ConfigError, match=f"64 to 4,095 dimensions, but got {dimension}.*--index hnsw"):
+        with pytest.raises(
+            ConfigError, match=f"64 to 4,095 dimensions, but got {dimension}.*--index hnsw"
+        ):
             build_index("symqg", vectors, CONFIG)
     if Engine is not None:
         assert len(build_index("lean", vectors, CONFIG).search(vectors[:1], 10, 50)[0]) == 10
@@ -190,5 +213,8 @@ def test_a_badly_connected_graph_returns_what_it_reaches() -> None:
 
 
 def test_a_kind_of_a_newer_version_is_named_with_the_way_out(tmp_path: Path) -> None:
-    with pytest.raises(IndexFormatError, match=r"'quantum' is unknown to this version.*version of omnisearchsage that wrote it"):
+    with pytest.raises(
+        IndexFormatError,
+        match=r"'quantum' is unknown to this version.*version of omnisearchsage that wrote it",
+    ):
         load_index("quantum", tmp_path / "index", np.eye(4, dtype=np.float32), AnnConfig())

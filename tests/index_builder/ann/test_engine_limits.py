@@ -30,12 +30,20 @@ def vectors() -> np.ndarray:
 @pytest.fixture(scope="module")
 def engine(vectors: np.ndarray) -> object:
     graph = np.random.default_rng(0).integers(0, N, (N, 32)).astype(np.uint32)
-    return make_engine(Corpus(vectors), IdTable.build([f"i{row}" for row in range(N)]), CodeStore.build(vectors, graph))
+    return make_engine(
+        Corpus(vectors),
+        IdTable.build([f"i{row}" for row in range(N)]),
+        CodeStore.build(vectors, graph),
+    )
 
 
-def test_a_candidate_list_longer_than_the_corpus_is_the_corpus(engine: object, vectors: np.ndarray) -> None:
+def test_a_candidate_list_longer_than_the_corpus_is_the_corpus(
+    engine: object, vectors: np.ndarray
+) -> None:
     few, many = np.empty(10, np.float32), np.empty(10, np.float32)
-    assert engine.walk(vectors[:1], 10, 10**13, many, 26, None) == engine.walk(vectors[:1], 10, N, few, 26, None)  # type: ignore[attr-defined]
+    assert engine.walk(vectors[:1], 10, 10**13, many, 26, None) == engine.walk(
+        vectors[:1], 10, N, few, 26, None
+    )  # type: ignore[attr-defined]
     np.testing.assert_array_equal(few, many)
 
 
@@ -47,7 +55,9 @@ def test_sizes_whose_bytes_overflow_are_refused(engine: object, vectors: np.ndar
         "walk_batch": lambda: engine.walk_batch(vectors[:4].copy(), 2**60, 10, out, 26, None),  # type: ignore[attr-defined]
         "nearest": lambda: engine.nearest(vectors[:1], HUGE, 10, nodes.copy(), out),  # type: ignore[attr-defined]
         "scan": lambda: engine.scan(vectors[:1], HUGE, nodes, out, None),  # type: ignore[attr-defined]
-        "dimension": lambda: Engine(vectors, HUGE, np.zeros(1, np.uint8), np.zeros(N + 1, np.uint64)),
+        "dimension": lambda: Engine(
+            vectors, HUGE, np.zeros(1, np.uint8), np.zeros(N + 1, np.uint64)
+        ),
     }
     for name, call in calls.items():
         with pytest.raises(ValueError, match=r"size|room|dimension"):
@@ -56,9 +66,15 @@ def test_sizes_whose_bytes_overflow_are_refused(engine: object, vectors: np.ndar
 
 
 @pytest.mark.parametrize("damage", ["starts only", "node", "row", "descending"])
-def test_maps_of_rows_and_nodes_that_do_not_fit_are_refused(vectors: np.ndarray, damage: str) -> None:
+def test_maps_of_rows_and_nodes_that_do_not_fit_are_refused(
+    vectors: np.ndarray, damage: str
+) -> None:
     store = CodeStore.build(vectors, np.zeros((N, 32), np.uint32))
-    nodes, starts, rows = np.arange(N, dtype=np.uint32), np.arange(N + 1, dtype=np.uint32), np.arange(N, dtype=np.uint32)
+    nodes, starts, rows = (
+        np.arange(N, dtype=np.uint32),
+        np.arange(N + 1, dtype=np.uint32),
+        np.arange(N, dtype=np.uint32),
+    )
     if damage == "node":
         nodes[5] = N
     elif damage == "row":
@@ -67,10 +83,21 @@ def test_maps_of_rows_and_nodes_that_do_not_fit_are_refused(vectors: np.ndarray,
         starts[5] = 0
     maps = (None, starts[:1], rows[:1]) if damage == "starts only" else (nodes, starts, rows)
     with pytest.raises(ValueError, match="do not fit each other"):
-        Engine(vectors, vectors.shape[1], np.zeros(1, np.uint8), np.zeros(N + 1, np.uint64), store.codes, store.graph, 0, *maps)
+        Engine(
+            vectors,
+            vectors.shape[1],
+            np.zeros(1, np.uint8),
+            np.zeros(N + 1, np.uint64),
+            store.codes,
+            store.graph,
+            0,
+            *maps,
+        )
 
 
-def test_a_finaliser_that_searches_while_an_answer_is_made_does_not_change_it(engine: object, vectors: np.ndarray) -> None:
+def test_a_finaliser_that_searches_while_an_answer_is_made_does_not_change_it(
+    engine: object, vectors: np.ndarray
+) -> None:
     class SearchesWhenCollected:
         def __init__(self) -> None:
             self.me = self
@@ -90,22 +117,49 @@ def test_a_finaliser_that_searches_while_an_answer_is_made_does_not_change_it(en
 
 
 @pytest.mark.parametrize("dimension", [1024, 1536, 2048])
-def test_sums_of_sketches_stay_within_16_bits_where_all_components_weigh_the_same(dimension: int) -> None:
+def test_sums_of_sketches_stay_within_16_bits_where_all_components_weigh_the_same(
+    dimension: int,
+) -> None:
     signs = np.random.default_rng(0).choice([-1.0, 1.0], (1_000, dimension)).astype(np.float32)
     for row in range(1, 11):
         signs[row] = signs[0]
         signs[row, :row] *= -1
     vectors = signs / np.float32(dimension**0.5)
-    engine = make_engine(Corpus(vectors), IdTable.build([str(row) for row in range(1_000)]), CodeStore.build(vectors, None, sketches=True))
+    engine = make_engine(
+        Corpus(vectors),
+        IdTable.build([str(row) for row in range(1_000)]),
+        CodeStore.build(vectors, None, sketches=True),
+    )
     assert engine is not None
-    assert engine.sketch(vectors[:1], 10, 64, np.empty(10, np.float32), np.ones(1_000, bool), None) == [str(row) for row in range(10)]
+    assert engine.sketch(
+        vectors[:1], 10, 64, np.empty(10, np.float32), np.ones(1_000, bool), None
+    ) == [str(row) for row in range(10)]
 
 
-def test_a_batch_on_a_graph_that_leads_nowhere_is_answered_as_its_queries_are(vectors: np.ndarray) -> None:
-    ann = LeanIndex.over(vectors, np.repeat(np.arange(N, dtype=np.uint32)[:, None], 32, axis=1), AnnConfig())
+def test_a_batch_on_a_graph_that_leads_nowhere_is_answered_as_its_queries_are(
+    vectors: np.ndarray,
+) -> None:
+    ann = LeanIndex.over(
+        vectors, np.repeat(np.arange(N, dtype=np.uint32)[:, None], 32, axis=1), AnnConfig()
+    )
     ids = [str(row) for row in range(N)]
-    index = EntityIndex("pin", IdTable.build(ids), Corpus(vectors), ann, AttributeTable.empty(N), {}, None, store=ann.store)
+    index = EntityIndex(
+        "pin",
+        IdTable.build(ids),
+        Corpus(vectors),
+        ann,
+        AttributeTable.empty(N),
+        {},
+        None,
+        store=ann.store,
+    )
     batch = index.search_batch(np.asfortranarray(vectors[:3]), 10)
-    for one, of_batch in zip([index.search(query, 10) for query in vectors[:3]], batch, strict=True):
-        assert (one.ids, one.plan, one.estimated_recall) == (of_batch.ids, of_batch.plan, of_batch.estimated_recall)
+    for one, of_batch in zip(
+        [index.search(query, 10) for query in vectors[:3]], batch, strict=True
+    ):
+        assert (one.ids, one.plan, one.estimated_recall) == (
+            of_batch.ids,
+            of_batch.plan,
+            of_batch.estimated_recall,
+        )
     assert batch[0].plan == "exact" and batch[0].estimated_recall == 1.0

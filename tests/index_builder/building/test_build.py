@@ -15,7 +15,12 @@ from encoders.inference.signal_store import SignalStore
 from index_builder.building.build import build_release
 from index_builder.building.inputs import QuerySet
 from index_builder.building.plan import estimate_mib, plan_release, read_bundle
-from index_builder.building.sources import from_release, from_signals, read_query_texts, scratch_folder
+from index_builder.building.sources import (
+    from_release,
+    from_signals,
+    read_query_texts,
+    scratch_folder,
+)
 from index_builder.errors import DiskFull, DuplicateIds, GateFailed, LiveLogError, PublishError
 from index_builder.live_log.records import LiveEntry
 from index_builder.live_log.writer import LiveLogWriter
@@ -90,14 +95,22 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path, store: ReleaseSto
         plan_release({}, read_bundle(make_bundle(tmp_path / "b")), store, quick())
 
 
-def test_recall_below_the_gate_is_not_published_and_the_message_says_what_to_raise(bundle: Path, store: ReleaseStore) -> None:
-    with pytest.raises(GateFailed, match=r"below the target 1\.00.*--ef-construction.*more queries"):
+def test_recall_below_the_gate_is_not_published_and_the_message_says_what_to_raise(
+    bundle: Path, store: ReleaseStore
+) -> None:
+    with pytest.raises(
+        GateFailed, match=r"below the target 1\.00.*--ef-construction.*more queries"
+    ):
         build_release({"pin": make_input("pin", 300)}, bundle, store, quick(min_recall=0.9999))
     assert store.ids() == []
 
 
-def test_a_partial_rebuild_takes_the_others_over_unless_the_bundle_differs(tmp_path: Path, bundle: Path, store: ReleaseStore) -> None:
-    first = build_release({"pin": make_input("pin"), "ad": make_input("ad", 20)}, bundle, store, quick())
+def test_a_partial_rebuild_takes_the_others_over_unless_the_bundle_differs(
+    tmp_path: Path, bundle: Path, store: ReleaseStore
+) -> None:
+    first = build_release(
+        {"pin": make_input("pin"), "ad": make_input("ad", 20)}, bundle, store, quick()
+    )
     second = build_release({"pin": make_input("pin", 100, seed=4)}, bundle, store, quick())
     manifest = read_manifest(store.path_of(second))
     assert manifest.entities["ad"].carried_from == first
@@ -109,7 +122,9 @@ def test_a_partial_rebuild_takes_the_others_over_unless_the_bundle_differs(tmp_p
     assert store.current() == second
 
 
-def test_a_deterministic_rebuild_gives_identical_files_and_the_same_release(tmp_path: Path, bundle: Path) -> None:
+def test_a_deterministic_rebuild_gives_identical_files_and_the_same_release(
+    tmp_path: Path, bundle: Path
+) -> None:
     inputs = {"pin": make_input("pin", 2500), "ad": make_input("ad", 20)}
     stores = [ReleaseStore(tmp_path / name) for name in ("one", "two")]
     ids = [build_release(inputs, bundle, s, quick("auto", deterministic=True)) for s in stores]
@@ -117,16 +132,35 @@ def test_a_deterministic_rebuild_gives_identical_files_and_the_same_release(tmp_
     manifests = [read_manifest(s.path_of(ids[0])) for s in stores]
     assert manifests[0].files == manifests[1].files
     assert replace(manifests[0], measured={}) == replace(manifests[1], measured={})
-    assert build_release(inputs, bundle, stores[0], quick("auto", deterministic=True)) == ids[0]  # publishing it again changes nothing
+    assert (
+        build_release(inputs, bundle, stores[0], quick("auto", deterministic=True)) == ids[0]
+    )  # publishing it again changes nothing
     assert stores[0].ids() == [ids[0]]
 
 
-def test_folding_equals_building_from_the_changed_input(tmp_path: Path, bundle: Path, store: ReleaseStore) -> None:
+def test_folding_equals_building_from_the_changed_input(
+    tmp_path: Path, bundle: Path, store: ReleaseStore
+) -> None:
     base = make_input("pin", 300)
     fresh = unit_vectors(3, 50)
     with LiveLogWriter(store.live_root, "pin", D) as writer:
-        writer.write([LiveEntry(id="pin-5", vector=fresh[0], space_id=SPACE, attributes={"number": -1, "new": "x"}), LiveEntry(id="pin-6")])
-        writer.write([LiveEntry(id="zz", vector=fresh[1], space_id=SPACE), LiveEntry(id="zz", vector=fresh[2], space_id=SPACE)])
+        writer.write(
+            [
+                LiveEntry(
+                    id="pin-5",
+                    vector=fresh[0],
+                    space_id=SPACE,
+                    attributes={"number": -1, "new": "x"},
+                ),
+                LiveEntry(id="pin-6"),
+            ]
+        )
+        writer.write(
+            [
+                LiveEntry(id="zz", vector=fresh[1], space_id=SPACE),
+                LiveEntry(id="zz", vector=fresh[2], space_id=SPACE),
+            ]
+        )
     build_release({"pin": base}, bundle, store, quick())
     with store.open_current() as release:
         index = release.entity("pin")
@@ -135,7 +169,11 @@ def test_folding_equals_building_from_the_changed_input(tmp_path: Path, bundle: 
         assert index.vector("pin-6") is None
         np.testing.assert_array_equal(index.vector("pin-5"), fresh[0])
         np.testing.assert_array_equal(index.vector("zz"), fresh[2])
-        assert index.attributes(["pin-5", "pin-7", "zz"], ["number", "new", "colour"])[0] == {"number": -1, "new": "x", "colour": None}
+        assert index.attributes(["pin-5", "pin-7", "zz"], ["number", "new", "colour"])[0] == {
+            "number": -1,
+            "new": "x",
+            "colour": None,
+        }
 
 
 def test_a_row_embedded_after_a_live_write_wins(bundle: Path, store: ReleaseStore) -> None:
@@ -150,7 +188,9 @@ def test_a_row_embedded_after_a_live_write_wins(bundle: Path, store: ReleaseStor
         assert release.entity("pin").vector("pin-2") is None
 
 
-def test_live_entries_of_another_space_stop_the_build_unless_dropped(bundle: Path, store: ReleaseStore) -> None:
+def test_live_entries_of_another_space_stop_the_build_unless_dropped(
+    bundle: Path, store: ReleaseStore
+) -> None:
     with LiveLogWriter(store.live_root, "pin", D) as writer:
         writer.write([LiveEntry(id="alien", vector=unit_vectors(1, 0)[0], space_id=OTHER)])
     with pytest.raises(LiveLogError, match=r"alien.*--drop-foreign-live"):
@@ -159,11 +199,20 @@ def test_live_entries_of_another_space_stop_the_build_unless_dropped(bundle: Pat
     assert store.open_current().entity("pin").vector("alien") is None
 
 
-def test_rebuilding_from_the_active_release_folds_the_log_in(bundle: Path, store: ReleaseStore) -> None:
+def test_rebuilding_from_the_active_release_folds_the_log_in(
+    bundle: Path, store: ReleaseStore
+) -> None:
     build_release({"pin": make_input("pin", 300)}, bundle, store, quick())
     vector = unit_vectors(1, 8)[0]
     with LiveLogWriter(store.live_root, "pin", D) as writer:
-        writer.write([LiveEntry(id="n", vector=vector, space_id=SPACE, attributes={"number": 5, "colour": "red"}), LiveEntry(id="pin-0")])
+        writer.write(
+            [
+                LiveEntry(
+                    id="n", vector=vector, space_id=SPACE, attributes={"number": 5, "colour": "red"}
+                ),
+                LiveEntry(id="pin-0"),
+            ]
+        )
     inputs, path = from_release(store, ())
     build_release(inputs, path, store, quick())
     with store.open_current() as release:
@@ -174,7 +223,11 @@ def test_rebuilding_from_the_active_release_folds_the_log_in(bundle: Path, store
 
 
 def test_an_interrupted_build_goes_on_where_it_stopped(bundle: Path, store: ReleaseStore) -> None:
-    inputs = {"ad": make_input("ad", 20), "pin": make_input("pin", 400), "product": make_input("product", 400, seed=3)}
+    inputs = {
+        "ad": make_input("ad", 20),
+        "pin": make_input("pin", 400),
+        "product": make_input("product", 400, seed=3),
+    }
 
     def stop_at_pin(line: str) -> None:
         if line.startswith("pin: hnsw"):
@@ -185,12 +238,16 @@ def test_an_interrupted_build_goes_on_where_it_stopped(bundle: Path, store: Rele
     assert store.current() is None
     lines: list[str] = []
     build_release(inputs, bundle, store, quick(), progress=lines.append)
-    assert [line for line in lines if "taken over" in line] == ["ad: finished by an earlier run, taken over"]
+    assert [line for line in lines if "taken over" in line] == [
+        "ad: finished by an earlier run, taken over"
+    ]
     store.verify(store.current() or "")
     assert not list(store.releases.glob(".staging-*"))
 
 
-def test_damage_to_a_finished_part_of_an_interrupted_build_is_noticed(bundle: Path, store: ReleaseStore) -> None:
+def test_damage_to_a_finished_part_of_an_interrupted_build_is_noticed(
+    bundle: Path, store: ReleaseStore
+) -> None:
     inputs = {"ad": make_input("ad", 20), "pin": make_input("pin", 400)}
 
     def stop(line: str) -> None:
@@ -207,7 +264,9 @@ def test_damage_to_a_finished_part_of_an_interrupted_build_is_noticed(bundle: Pa
     store.verify(store.current() or "")
 
 
-def test_kill_minus_nine_in_a_rebuild_leaves_the_active_release_whole(bundle: Path, store: ReleaseStore) -> None:
+def test_kill_minus_nine_in_a_rebuild_leaves_the_active_release_whole(
+    bundle: Path, store: ReleaseStore
+) -> None:
     first = build_release({"pin": make_input("pin", 300)}, bundle, store, quick())
     for delay in (0.01, 0.1, 0.3):
         child = os.fork()
@@ -223,8 +282,14 @@ def test_kill_minus_nine_in_a_rebuild_leaves_the_active_release_whole(bundle: Pa
         store.verify(first)
 
 
-def test_memory_limits_choose_leaner_kinds_or_refuse_with_figures(bundle: Path, store: ReleaseStore) -> None:
-    assert estimate_mib("symqg", 10**6, 256) > estimate_mib("hnsw", 10**6, 256) > estimate_mib("rabitq", 10**6, 256)
+def test_memory_limits_choose_leaner_kinds_or_refuse_with_figures(
+    bundle: Path, store: ReleaseStore
+) -> None:
+    assert (
+        estimate_mib("symqg", 10**6, 256)
+        > estimate_mib("hnsw", 10**6, 256)
+        > estimate_mib("rabitq", 10**6, 256)
+    )
     inputs = {"pin": make_input("pin", 2500)}
     plan = plan_release(inputs, read_bundle(bundle), store, quick("auto", max_memory_mib=432))
     assert plan["build"]["pin"]["index"] in ("hnsw", "rabitq")
@@ -232,7 +297,13 @@ def test_memory_limits_choose_leaner_kinds_or_refuse_with_figures(bundle: Path, 
         plan_release(inputs, read_bundle(bundle), store, quick("symqg", max_memory_mib=70))
     waste: list[np.ndarray] = []
     with pytest.raises(GateFailed, match="private memory at its peak"):
-        build_release(inputs, bundle, store, quick("hnsw", max_memory_mib=450), progress=lambda _: waste.append(np.ones(30_000_000)))
+        build_release(
+            inputs,
+            bundle,
+            store,
+            quick("hnsw", max_memory_mib=450),
+            progress=lambda _: waste.append(np.ones(30_000_000)),
+        )
     assert store.current() is None
 
 
@@ -256,12 +327,19 @@ def test_a_full_disk_publishes_nothing(bundle: Path, store: ReleaseStore) -> Non
     store.verify(first)
 
 
-def test_signals_stream_from_a_store_with_their_times(tmp_path: Path, bundle: Path, store: ReleaseStore) -> None:
+def test_signals_stream_from_a_store_with_their_times(
+    tmp_path: Path, bundle: Path, store: ReleaseStore
+) -> None:
     vectors = unit_vectors(70, 2)
     signals = SignalStore(tmp_path / "signals")
     signals.write("pin", [f"pin-{i}" for i in range(70)], vectors, SPACE, part_rows=30)
     catalogue = pl.DataFrame(
-        {"id": [f"pin-{i}" for i in range(60)], "entity_type": ["pin"] * 60, "title": ["t"] * 60, "pinsage": [[0.1]] * 60}
+        {
+            "id": [f"pin-{i}" for i in range(60)],
+            "entity_type": ["pin"] * 60,
+            "title": ["t"] * 60,
+            "pinsage": [[0.1]] * 60,
+        }
     )
     with scratch_folder(store) as scratch:
         inputs = from_signals(signals, (), catalogue, scratch)
@@ -276,9 +354,17 @@ def test_signals_stream_from_a_store_with_their_times(tmp_path: Path, bundle: Pa
     assert store.open_current().entity("pin").count == 70
 
 
-def test_real_queries_are_split_into_golden_and_calibration(bundle: Path, store: ReleaseStore) -> None:
+def test_real_queries_are_split_into_golden_and_calibration(
+    bundle: Path, store: ReleaseStore
+) -> None:
     queries = QuerySet([f"query {i}" for i in range(100)], unit_vectors(100, 12))
-    build_release({"pin": make_input("pin", 300), "ad": make_input("ad", 30)}, bundle, store, quick(), {"*": queries})
+    build_release(
+        {"pin": make_input("pin", 300), "ad": make_input("ad", 30)},
+        bundle,
+        store,
+        quick(),
+        {"*": queries},
+    )
     with store.open_current() as release:
         golden = release.golden("pin")
         assert (golden.kind, len(golden)) == ("real queries", 8)
@@ -286,7 +372,9 @@ def test_real_queries_are_split_into_golden_and_calibration(bundle: Path, store:
         assert release.manifest.entities["pin"].calibration["queries"] == 40
 
 
-def test_a_form_that_differs_from_the_tower_stops_the_build(bundle: Path, store: ReleaseStore) -> None:
+def test_a_form_that_differs_from_the_tower_stops_the_build(
+    bundle: Path, store: ReleaseStore
+) -> None:
     queries = {"*": QuerySet([f"query {i}" for i in range(100)], unit_vectors(100, 12))}
     with pytest.raises(GateFailed, match=r"onnx-int8.*export again"):
         build_release(
@@ -298,11 +386,20 @@ def test_a_form_that_differs_from_the_tower_stops_the_build(bundle: Path, store:
             parity=lambda *_: {"onnx-int8": {"passed": False, "cosine_min": 0.4}},
         )
     assert store.current() is None
-    build_release({"pin": make_input("pin", 30)}, bundle, store, quick(), queries, parity=lambda *_: {"onnx-int8": {"passed": True}})
+    build_release(
+        {"pin": make_input("pin", 30)},
+        bundle,
+        store,
+        quick(),
+        queries,
+        parity=lambda *_: {"onnx-int8": {"passed": True}},
+    )
     assert read_manifest(store.path_of(store.current() or "")).forms["onnx-int8"]["passed"]
 
 
-def test_a_form_removed_after_it_failed_the_gate_is_not_published_by_the_resumed_build(bundle: Path, store: ReleaseStore) -> None:
+def test_a_form_removed_after_it_failed_the_gate_is_not_published_by_the_resumed_build(
+    bundle: Path, store: ReleaseStore
+) -> None:
     """The interrupted build had copied the form; with the bundle's forms gone nothing is gated, so nothing of them may stay."""
     queries = {"*": QuerySet([f"query {i}" for i in range(100)], unit_vectors(100, 12))}
     entities = {"pin": make_input("pin", 30)}
@@ -310,12 +407,23 @@ def test_a_form_removed_after_it_failed_the_gate_is_not_published_by_the_resumed
     (bundle / "forms" / "onnx-int8.onnx").write_bytes(b"differs from the tower")
     (bundle / "config.json").write_text("{}")
     with pytest.raises(GateFailed, match="remove the form"):
-        build_release(entities, bundle, store, quick(), queries, parity=lambda *_: {"onnx-int8": {"passed": False}})
+        build_release(
+            entities,
+            bundle,
+            store,
+            quick(),
+            queries,
+            parity=lambda *_: {"onnx-int8": {"passed": False}},
+        )
     (bundle / "forms" / "onnx-int8.onnx").unlink()
     (bundle / "forms").rmdir()
     (bundle / "config.json").unlink()
-    manifest = read_manifest(store.path_of(build_release(entities, bundle, store, quick(), queries)))
-    assert not [name for name in manifest.files if name.startswith("forms/") or name == "config.json"]
+    manifest = read_manifest(
+        store.path_of(build_release(entities, bundle, store, quick(), queries))
+    )
+    assert not [
+        name for name in manifest.files if name.startswith("forms/") or name == "config.json"
+    ]
 
 
 def test_query_files_give_distinct_texts(tmp_path: Path) -> None:

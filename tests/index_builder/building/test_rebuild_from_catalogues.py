@@ -27,9 +27,17 @@ ROWS = [f"p{i},pin,red barn number {i},{i}.50" for i in range(40)]
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> ModelBundle:
     rows = pl.DataFrame({"id": ["a"], "entity_type": ["pin"], "title": ["red barn number 1 2 3"]})
-    featurizer = EntityFeaturizer.fit(rows, EntityFeatureConfig(text_fields=("title", "description")))
-    tower = create_entity_encoder(featurizer, table_rows=64, token_dimension=32, hidden=(48,), dimension=16)
-    return save_bundle(tmp_path_factory.mktemp("bundle") / "model", tiny_query_encoder(0, dimension=16), {"pin": tower})
+    featurizer = EntityFeaturizer.fit(
+        rows, EntityFeatureConfig(text_fields=("title", "description"))
+    )
+    tower = create_entity_encoder(
+        featurizer, table_rows=64, token_dimension=32, hidden=(48,), dimension=16
+    )
+    return save_bundle(
+        tmp_path_factory.mktemp("bundle") / "model",
+        tiny_query_encoder(0, dimension=16),
+        {"pin": tower},
+    )
 
 
 def write(path: Path, rows: list[str], header: str = "id,entity_type,title,price") -> Path:
@@ -38,14 +46,30 @@ def write(path: Path, rows: list[str], header: str = "id,entity_type,title,price
 
 
 def rebuild(folder: Path, bundle: ModelBundle, *catalogues: Path) -> Result:
-    arguments = ["--store", folder / "store", "--bundle", bundle.path, "--index", "hnsw", "--threads", 1, "--min-recall", 0.5, "--json"]
+    arguments = [
+        "--store",
+        folder / "store",
+        "--bundle",
+        bundle.path,
+        "--index",
+        "hnsw",
+        "--threads",
+        1,
+        "--min-recall",
+        0.5,
+        "--json",
+    ]
     for catalogue in catalogues:
         arguments += ["--catalogue", catalogue]
     return CliRunner().invoke(rebuild_command.command, [str(a) for a in arguments])
 
 
-def test_every_catalogue_named_is_built_and_its_numbers_can_be_compared(tmp_path: Path, bundle: ModelBundle) -> None:
-    done = rebuild(tmp_path, bundle, write(tmp_path / "a.csv", ROWS[:25]), write(tmp_path / "b.csv", ROWS[25:]))
+def test_every_catalogue_named_is_built_and_its_numbers_can_be_compared(
+    tmp_path: Path, bundle: ModelBundle
+) -> None:
+    done = rebuild(
+        tmp_path, bundle, write(tmp_path / "a.csv", ROWS[:25]), write(tmp_path / "b.csv", ROWS[25:])
+    )
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["entities"]["pin"]["count"] == 40
     store = ReleaseStore(tmp_path / "store")
@@ -54,7 +78,12 @@ def test_every_catalogue_named_is_built_and_its_numbers_can_be_compared(tmp_path
 
 
 def test_catalogues_that_name_an_id_twice_are_refused(tmp_path: Path, bundle: ModelBundle) -> None:
-    done = rebuild(tmp_path, bundle, write(tmp_path / "a.csv", ROWS), write(tmp_path / "b.csv", ["p3,pin,another,1"]))
+    done = rebuild(
+        tmp_path,
+        bundle,
+        write(tmp_path / "a.csv", ROWS),
+        write(tmp_path / "b.csv", ["p3,pin,another,1"]),
+    )
     assert done.exit_code == 1
     assert "a.csv, b.csv" in done.stderr and "'p3'" in done.stderr
 
@@ -62,14 +91,27 @@ def test_catalogues_that_name_an_id_twice_are_refused(tmp_path: Path, bundle: Mo
 def test_a_number_column_with_one_word_in_it_is_named(tmp_path: Path, bundle: ModelBundle) -> None:
     done = rebuild(tmp_path, bundle, write(tmp_path / "a.csv", [*ROWS, "p99,pin,red,n/a"]))
     assert done.exit_code == 0, done.output
-    assert "note: column 'price' stays text: 40 of 41 cells are numbers, but not a.csv, row 41: 'n/a'" in done.stderr
+    assert (
+        "note: column 'price' stays text: 40 of 41 cells are numbers, but not a.csv, row 41: 'n/a'"
+        in done.stderr
+    )
 
 
-def test_rebuild_says_what_embed_says_about_text_the_tower_cannot_read(tmp_path: Path, bundle: ModelBundle) -> None:
+def test_rebuild_says_what_embed_says_about_text_the_tower_cannot_read(
+    tmp_path: Path, bundle: ModelBundle
+) -> None:
     catalogue = write(tmp_path / "a.csv", ROWS, "id,entity_type,name,price")
-    arguments = [str(bundle.path), "--catalogue", str(catalogue), "--out", str(tmp_path / "signals")]
+    arguments = [
+        str(bundle.path),
+        "--catalogue",
+        str(catalogue),
+        "--out",
+        str(tmp_path / "signals"),
+    ]
     embedded = CliRunner().invoke(embed_command.command, arguments)
-    said = [line for line in embedded.stderr.splitlines() if line.startswith(("note: ", "warning: "))]
+    said = [
+        line for line in embedded.stderr.splitlines() if line.startswith(("note: ", "warning: "))
+    ]
     assert ["lacks title, description" in said[0], "40 pin rows" in said[1]] == [True, True]
     done = rebuild(tmp_path, bundle, catalogue)
     assert [line for line in done.stderr.splitlines() if line in said] == said
@@ -81,7 +123,10 @@ WEIGHTS = [38, 38.5, 39.0, 1e30, 0.0000002, None, 40]
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 def test_rebuild_and_embed_read_the_same_text_of_a_number(tmp_path: Path, suffix: str) -> None:
     """`omni embed` read 38 as "38", `omni rebuild` as "38.0" where another row held 38.5: one row, two vectors of one space."""
-    records = [{"id": f"p{i}", "entity_type": "pin", "title": f"red barn {i}", "weight": w, "size": w} for i, w in enumerate(WEIGHTS * 6)]
+    records = [
+        {"id": f"p{i}", "entity_type": "pin", "title": f"red barn {i}", "weight": w, "size": w}
+        for i, w in enumerate(WEIGHTS * 6)
+    ]
     path = tmp_path / f"a.{suffix}"
     if suffix == "csv":
         cells = ["38", "38.50", "39.0", "1.0e+30", "2.0e-7", "", "40"] * 6
@@ -92,9 +137,12 @@ def test_rebuild_and_embed_read_the_same_text_of_a_number(tmp_path: Path, suffix
     else:
         pl.DataFrame(records, infer_schema_length=None).write_parquet(path)
     featurizer = EntityFeaturizer.fit(
-        pl.DataFrame(records, infer_schema_length=None), EntityFeatureConfig(text_fields=("title", "weight", "size"))
+        pl.DataFrame(records, infer_schema_length=None),
+        EntityFeatureConfig(text_fields=("title", "weight", "size")),
     )
-    tower = create_entity_encoder(featurizer, table_rows=64, token_dimension=32, hidden=(48,), dimension=16)
+    tower = create_entity_encoder(
+        featurizer, table_rows=64, token_dimension=32, hidden=(48,), dimension=16
+    )
     bundle = save_bundle(tmp_path / "model", tiny_query_encoder(0, dimension=16), {"pin": tower})
     arguments = [str(bundle.path), "--catalogue", str(path), "--out", str(tmp_path / "signals")]
     assert CliRunner().invoke(embed_command.command, arguments).exit_code == 0
@@ -108,10 +156,21 @@ def test_rebuild_and_embed_read_the_same_text_of_a_number(tmp_path: Path, suffix
 
 
 @pytest.mark.parametrize("ids", [[1, 2], [1.0, 2.0], ["1", "2"]])
-def test_an_id_that_came_as_a_number_is_upserted_and_deleted_under_one_name(tmp_path: Path, bundle: ModelBundle, ids: list[object]) -> None:
+def test_an_id_that_came_as_a_number_is_upserted_and_deleted_under_one_name(
+    tmp_path: Path, bundle: ModelBundle, ids: list[object]
+) -> None:
     assert rebuild(tmp_path, bundle, write(tmp_path / "a.csv", ROWS)).exit_code == 0
     store = ReleaseStore(tmp_path / "store")
-    rows = pl.DataFrame({"id": ids, "entity_type": ["pin", "pin"], "title": ["red", "blue"], "op": ["upsert", "delete"]})
+    rows = pl.DataFrame(
+        {
+            "id": ids,
+            "entity_type": ["pin", "pin"],
+            "title": ["red", "blue"],
+            "op": ["upsert", "delete"],
+        }
+    )
     rows.write_parquet(tmp_path / "changes.parquet")
-    changes = read_changes(tmp_path / "changes.parquet", read_manifest(store.path_of(str(store.current()))))
+    changes = read_changes(
+        tmp_path / "changes.parquet", read_manifest(store.path_of(str(store.current())))
+    )
     assert (changes.upserts["id"].to_list(), changes.deletes) == (["1"], {"pin": ["2"]})

@@ -37,17 +37,27 @@ class SlowBundle:
 
 def old(identifier: str, title: str) -> LiveEntry:
     source = {"id": identifier, "entity_type": "pin", "title": title}
-    return LiveEntry(id=identifier, vector=unit_vectors(1, 1)[0], space_id=SPACE, attributes={"title": title}, source=source)
+    return LiveEntry(
+        id=identifier,
+        vector=unit_vectors(1, 1)[0],
+        space_id=SPACE,
+        attributes={"title": title},
+        source=source,
+    )
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> ReleaseStore:
     store = ReleaseStore(tmp_path / "store")
-    build_release({"pin": make_input("pin", 60)}, make_bundle(tmp_path / "old"), store, quick("exact"))
+    build_release(
+        {"pin": make_input("pin", 60)}, make_bundle(tmp_path / "old"), store, quick("exact")
+    )
     return store
 
 
-def rebuilt(store: ReleaseStore, meanwhile: list[LiveEntry], monkeypatch: pytest.MonkeyPatch) -> tuple[SlowBundle, str]:
+def rebuilt(
+    store: ReleaseStore, meanwhile: list[LiveEntry], monkeypatch: pytest.MonkeyPatch
+) -> tuple[SlowBundle, str]:
     """A release with the new bundle; ``meanwhile`` is acknowledged while it embeds."""
 
     def write() -> None:
@@ -61,7 +71,9 @@ def rebuilt(store: ReleaseStore, meanwhile: list[LiveEntry], monkeypatch: pytest
     return slow, build_release(inputs, bundle, store, quick("exact"))
 
 
-def test_a_delete_acknowledged_while_rows_are_embedded_again_stays_deleted(store: ReleaseStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_delete_acknowledged_while_rows_are_embedded_again_stays_deleted(
+    store: ReleaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with LiveLogWriter(store.live_root, "pin", D) as writer:
         writer.write([old("x", "gone"), old("y", "kept")])
     _, release_id = rebuilt(store, [LiveEntry(id="x")], monkeypatch)
@@ -72,19 +84,26 @@ def test_a_delete_acknowledged_while_rows_are_embedded_again_stays_deleted(store
     assert index.row_of("y") is not None
 
 
-def test_an_update_acknowledged_while_rows_are_embedded_again_is_embedded_too(store: ReleaseStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_update_acknowledged_while_rows_are_embedded_again_is_embedded_too(
+    store: ReleaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with LiveLogWriter(store.live_root, "pin", D) as writer:
         writer.write([old("x", "before"), old("y", "kept")])
     slow, release_id = rebuilt(store, [old("x", "after"), old("z", "new")], monkeypatch)
     assert slow.titles == [["before", "kept"], ["after", "new"]]
     index = store.open(release_id).entities["pin"]
     for identifier, title in (("x", "after"), ("y", "kept"), ("z", "new")):
-        np.testing.assert_array_equal(index.vector(identifier), unit_vectors(1, sum(title.encode()))[0])
+        np.testing.assert_array_equal(
+            index.vector(identifier), unit_vectors(1, sum(title.encode()))[0]
+        )
         assert index.attributes([identifier], ["title"])[0] == {"title": title}
 
 
 def test_only_entries_that_nobody_wrote_about_since_are_appended(tmp_path: Path) -> None:
-    with LiveLogWriter(tmp_path, "pin", D, file_bytes=2000) as writer, LiveLogWriter(tmp_path, "pin", D, file_bytes=2000) as other:
+    with (
+        LiveLogWriter(tmp_path, "pin", D, file_bytes=2000) as writer,
+        LiveLogWriter(tmp_path, "pin", D, file_bytes=2000) as other,
+    ):
         known = writer.write([old("a", "1"), old("b", "1"), old("c", "1")])
         other.write([LiveEntry(id="a")])
         for n in range(10):
@@ -100,5 +119,8 @@ def test_only_entries_that_nobody_wrote_about_since_are_appended(tmp_path: Path)
 
 def test_an_entry_of_the_wrong_shape_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     with LiveLogWriter(tmp_path, "pin", D) as writer, pytest.raises(Exception, match="unit norm"):
-        writer.write_unless_changed([old("a", "1"), LiveEntry(id="b", vector=np.zeros(D, np.float32), space_id=SPACE)], since=0)
+        writer.write_unless_changed(
+            [old("a", "1"), LiveEntry(id="b", vector=np.zeros(D, np.float32), space_id=SPACE)],
+            since=0,
+        )
     assert LiveLogReader(tmp_path, "pin").poll() == []

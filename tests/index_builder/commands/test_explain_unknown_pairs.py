@@ -19,7 +19,10 @@ from tests.helpers.release_makers import make_bundle, make_input, quick, unit_ve
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ReleaseStore:
     store = ReleaseStore(tmp_path / "store")
     build_release(
-        {"pin": make_input("pin", 60), "ad": make_input("ad", 20)}, make_bundle(tmp_path / "bundle"), store, quick(release_id="r0")
+        {"pin": make_input("pin", 60), "ad": make_input("ad", 20)},
+        make_bundle(tmp_path / "bundle"),
+        store,
+        quick(release_id="r0"),
     )
 
     def encode(texts: Sequence[str]) -> np.ndarray:
@@ -30,20 +33,29 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ReleaseStore:
 
 
 def misses(store: ReleaseStore, *arguments: object) -> Result:
-    return CliRunner().invoke(explain_commands.group, ["misses", "--store", str(store.root), *map(str, arguments)])
+    return CliRunner().invoke(
+        explain_commands.group, ["misses", "--store", str(store.root), *map(str, arguments)]
+    )
 
 
 def write_pairs(folder: Path, *entity_ids: str) -> Path:
     path = folder / "mine.csv"
-    path.write_text("query,entity_type,entity_id\n" + "".join(f"query {i},pin,{id}\n" for i, id in enumerate(entity_ids)))
+    path.write_text(
+        "query,entity_type,entity_id\n"
+        + "".join(f"query {i},pin,{id}\n" for i, id in enumerate(entity_ids))
+    )
     return path
 
 
 def test_the_sample_s_pairs_are_refused_for_another_catalogue(store: ReleaseStore) -> None:
     result = misses(store)
     assert result.exit_code == 1 and result.stdout == ""
-    assert "sample data in the package" in result.stderr and "release r0, e.g. '" in result.stderr, "what was read"
-    assert "note:" not in result.stderr and "pin 60" in result.stderr and "'pin-0'" in result.stderr, "what the release holds"
+    assert (
+        "sample data in the package" in result.stderr and "release r0, e.g. '" in result.stderr
+    ), "what was read"
+    assert (
+        "note:" not in result.stderr and "pin 60" in result.stderr and "'pin-0'" in result.stderr
+    ), "what the release holds"
     assert "--pairs" in result.stderr and "--data" in result.stderr, "what to do"
 
 

@@ -35,7 +35,9 @@ class FakeBundle:
     space_id = SPACE
 
     def embed_entities(self, catalogue: pl.DataFrame) -> np.ndarray:
-        return np.concatenate([unit_vectors(1, sum(map(ord, title or ""))) for title in catalogue["title"].to_list()])
+        return np.concatenate(
+            [unit_vectors(1, sum(map(ord, title or ""))) for title in catalogue["title"].to_list()]
+        )
 
 
 @pytest.fixture
@@ -43,7 +45,12 @@ def store(tmp_path: Path) -> ReleaseStore:
     store = ReleaseStore(tmp_path / "store")
     bundle = make_bundle(tmp_path / "bundle")
     for seed in (0, 1):
-        build_release({"pin": make_input("pin", 200, seed=seed), "ad": make_input("ad", 20)}, bundle, store, quick(release_id=f"r{seed}"))
+        build_release(
+            {"pin": make_input("pin", 200, seed=seed), "ad": make_input("ad", 20)},
+            bundle,
+            store,
+            quick(release_id=f"r{seed}"),
+        )
     return store
 
 
@@ -59,16 +66,31 @@ def test_list_show_verify_diff_rollback_activate_and_gc(store: ReleaseStore) -> 
     assert shown["entities"]["pin"]["count"] == 200
     assert shown["entities"]["pin"]["norms"]["min"] == pytest.approx(1, abs=1e-4)
     assert run(release_commands.group, "show", *at).exit_code == 0
-    assert all(r["ok"] for r in json.loads(run(release_commands.group, "verify", "--all", "--live", *at, "--json").stdout))
+    assert all(
+        r["ok"]
+        for r in json.loads(
+            run(release_commands.group, "verify", "--all", "--live", *at, "--json").stdout
+        )
+    )
     diff = json.loads(run(release_commands.group, "diff", "r0", "r1", *at, "--json").stdout)
     assert diff["entities"]["ad"]["golden"]["overlap_at_10"] == 1.0
     assert run(release_commands.group, "diff", "r0", "r1", *at).exit_code == 0
-    assert json.loads(run(release_commands.group, "rollback", *at, "--json").stdout) == {"active": "r0", "before": "r1"}
+    assert json.loads(run(release_commands.group, "rollback", *at, "--json").stdout) == {
+        "active": "r0",
+        "before": "r1",
+    }
     assert run(release_commands.group, "activate", "r1", *at).exit_code == 0
-    assert json.loads(run(release_commands.group, "gc", "--keep", "1", *at, "--json").stdout)["removed"] == []
+    assert (
+        json.loads(run(release_commands.group, "gc", "--keep", "1", *at, "--json").stdout)[
+            "removed"
+        ]
+        == []
+    )
 
 
-def test_a_damaged_release_makes_verify_exit_1_and_the_error_is_one_line(store: ReleaseStore) -> None:
+def test_a_damaged_release_makes_verify_exit_1_and_the_error_is_one_line(
+    store: ReleaseStore,
+) -> None:
     victim = store.path_of("r0") / "pin" / "vectors.npy"
     victim.write_bytes(victim.read_bytes()[:-1])
     result = run(release_commands.group, "verify", "--all", "--store", store.root)
@@ -89,13 +111,23 @@ def test_verify_all_and_list_see_releases_that_lost_their_manifest(store: Releas
     assert "DAMAGED" in run(release_commands.group, "verify", "--all", *at).stdout
     listed = run(release_commands.group, "list", *at)
     assert (listed.exit_code, "DAMAGED" in listed.stdout) == (0, True)
-    assert [(s["release_id"], s["active"]) for s in json.loads(run(release_commands.group, "list", *at, "--json").stdout)] == [
+    assert [
+        (s["release_id"], s["active"])
+        for s in json.loads(run(release_commands.group, "list", *at, "--json").stdout)
+    ] == [
         ("r0", False),
         ("r1", True),
     ]
-    assert json.loads(run(release_commands.group, "gc", "--keep", "1", *at, "--json").stdout)["removed"] == []
+    assert (
+        json.loads(run(release_commands.group, "gc", "--keep", "1", *at, "--json").stdout)[
+            "removed"
+        ]
+        == []
+    )
     shutil.rmtree(store.path_of("r1"))
-    assert run(release_commands.group, "verify", "--all", *at).exit_code == 1  # the active release is gone
+    assert (
+        run(release_commands.group, "verify", "--all", *at).exit_code == 1
+    )  # the active release is gone
     store.activate("r0")
     assert run(release_commands.group, "verify", "--all", *at).exit_code == 0
 
@@ -104,10 +136,16 @@ def test_verify_all_reports_a_damaged_current_beside_the_releases(store: Release
     (store.releases / "CURRENT").write_bytes(b"{}")
     result = run(release_commands.group, "verify", "--all", "--store", store.root, "--json")
     assert result.exit_code == 1
-    assert {r["what"]: r["ok"] for r in json.loads(result.stdout)} == {"r0": True, "r1": True, "CURRENT": False}
+    assert {r["what"]: r["ok"] for r in json.loads(result.stdout)} == {
+        "r0": True,
+        "r1": True,
+        "CURRENT": False,
+    }
 
 
-def test_diff_without_arguments_compares_the_active_release_with_the_one_before(store: ReleaseStore) -> None:
+def test_diff_without_arguments_compares_the_active_release_with_the_one_before(
+    store: ReleaseStore,
+) -> None:
     """Right after a rebuild the newest release is the active one; it was compared with itself."""
     at = ("--store", store.root)
     diff = json.loads(run(release_commands.group, "diff", *at, "--json").stdout)
@@ -116,7 +154,10 @@ def test_diff_without_arguments_compares_the_active_release_with_the_one_before(
     assert "r0 -> r1" in said.output and "active before" in said.output
     store.activate("r0")
     diff = json.loads(run(release_commands.group, "diff", *at, "--json").stdout)
-    assert (diff["before"], diff["after"]) == ("r0", "r1")  # the newest is not active: what activating it would change
+    assert (diff["before"], diff["after"]) == (
+        "r0",
+        "r1",
+    )  # the newest is not active: what activating it would change
     shutil.rmtree(store.path_of("r1"))
     store.activate("r0")
     result = run(release_commands.group, "diff", *at)
@@ -124,7 +165,9 @@ def test_diff_without_arguments_compares_the_active_release_with_the_one_before(
     assert "nothing to compare" in result.output
 
 
-def test_diff_of_the_newest_release_compares_it_with_the_active_one_or_the_one_before(store: ReleaseStore) -> None:
+def test_diff_of_the_newest_release_compares_it_with_the_active_one_or_the_one_before(
+    store: ReleaseStore,
+) -> None:
     """`diff NEWEST` compared NEWEST with itself: nothing added, nothing removed, whatever it held."""
     at = ("--store", store.root)
 
@@ -135,7 +178,10 @@ def test_diff_of_the_newest_release_compares_it_with_the_active_one_or_the_one_b
     assert compared("r1") == ("r0", "r1")  # it is active: with the one active before
     store.activate("r0")
     assert compared("r1") == ("r0", "r1")  # it is not: with the active one
-    assert "(the active release, and the newest)" in run(release_commands.group, "diff", "r1", *at).output
+    assert (
+        "(the active release, and the newest)"
+        in run(release_commands.group, "diff", "r1", *at).output
+    )
     assert compared("r0") == ("r0", "r1")
     shutil.rmtree(store.path_of("r1"))
     store.activate("r0")
@@ -156,25 +202,49 @@ def test_a_release_may_be_named_by_the_start_of_its_id(store: ReleaseStore) -> N
         path.write_bytes(manifest.to_bytes())
         path.parent.rename(store.path_of(new))
     first, second = store.ids()
-    assert json.loads(run(release_commands.group, "activate", "2026-01-14", *at, "--json").stdout)["active"] == first
+    assert (
+        json.loads(run(release_commands.group, "activate", "2026-01-14", *at, "--json").stdout)[
+            "active"
+        ]
+        == first
+    )
     assert store.current() == first
-    assert json.loads(run(release_commands.group, "show", "2026-01-15", *at, "--json").stdout)["release_id"] == second
-    assert json.loads(run(release_commands.group, "verify", "2026-01-15", *at, "--json").stdout)[0]["what"] == second
-    diff = json.loads(run(release_commands.group, "diff", "2026-01-14", "2026-01-15", *at, "--json").stdout)
+    assert (
+        json.loads(run(release_commands.group, "show", "2026-01-15", *at, "--json").stdout)[
+            "release_id"
+        ]
+        == second
+    )
+    assert (
+        json.loads(run(release_commands.group, "verify", "2026-01-15", *at, "--json").stdout)[0][
+            "what"
+        ]
+        == second
+    )
+    diff = json.loads(
+        run(release_commands.group, "diff", "2026-01-14", "2026-01-15", *at, "--json").stdout
+    )
     assert (diff["before"], diff["after"]) == (first, second)
     options = ("--entity-type", "pin", "--like", "pin-3", "--release", "2026-01-15", "--json")
-    assert json.loads(run(explain_commands.group, "query", *at, *options).stdout)["release_id"] == second
+    assert (
+        json.loads(run(explain_commands.group, "query", *at, *options).stdout)["release_id"]
+        == second
+    )
     result = run(release_commands.group, "activate", "2026", *at)
     assert (result.exit_code, store.current()) == (1, first)
     assert f"2 releases begin with '2026': {first}, {second}" in " ".join(result.output.split())
     assert run(release_commands.group, "activate", "26", *at).exit_code == 1
     shutil.copytree(store.path_of(second), store.releases / "2026")
     result = run(release_commands.group, "verify", "2026", *at, "--json")
-    assert json.loads(result.stdout)[0]["what"] == "2026", "a whole id is that release, whatever else begins so"
+    assert json.loads(result.stdout)[0]["what"] == "2026", (
+        "a whole id is that release, whatever else begins so"
+    )
 
 
 @pytest.mark.parametrize("arguments", [("show",), ("verify",), ("rollback",), ("activate", "nope")])
-def test_an_empty_store_is_told_with_the_next_step(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+def test_an_empty_store_is_told_with_the_next_step(
+    tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
     result = run(release_commands.group, *arguments, "--store", tmp_path / "empty")
     assert result.exit_code == 1
     assert "Traceback" not in result.output
@@ -188,7 +258,18 @@ def test_rebuild_from_signals_with_a_plan_first(tmp_path: Path) -> None:
     (bundle / "space.json").write_text(json.dumps({"space_id": space, "dimension": 64}))
     signals = SignalStore(tmp_path / "signals")
     signals.write("pin", [f"p{i}" for i in range(80)], unit_vectors(80, 0), space)
-    options = ("--store", tmp_path / "store", "--bundle", bundle, "--signals", signals.root, "--index", "hnsw", "--threads", 1)
+    options = (
+        "--store",
+        tmp_path / "store",
+        "--bundle",
+        bundle,
+        "--signals",
+        signals.root,
+        "--index",
+        "hnsw",
+        "--threads",
+        1,
+    )
     plan = json.loads(run(rebuild_command.command, *options, "--dry-run", "--json").stdout)
     assert plan["build"]["pin"]["entities"] == 80
     assert not (tmp_path / "store" / "releases" / "CURRENT").exists()
@@ -197,7 +278,17 @@ def test_rebuild_from_signals_with_a_plan_first(tmp_path: Path) -> None:
     made = json.loads(result.stdout)
     assert made["active"]
     assert made["entities"]["pin"]["count"] == 80
-    again = run(rebuild_command.command, "--store", tmp_path / "store", "--from-active", "--index", "hnsw", "--threads", 1, "--json")
+    again = run(
+        rebuild_command.command,
+        "--store",
+        tmp_path / "store",
+        "--from-active",
+        "--index",
+        "hnsw",
+        "--threads",
+        1,
+        "--json",
+    )
     assert json.loads(again.stdout)["entities"]["pin"]["count"] == 80
     (bundle / "query_encoder" / "weights.bin").write_bytes(b"changed")
     result = run(rebuild_command.command, *options)
@@ -219,7 +310,9 @@ def test_bad_usage_of_rebuild_exits_2(tmp_path: Path, arguments: tuple[str, ...]
     assert run(rebuild_command.command, "--store", tmp_path / "s", *arguments).exit_code == 2
 
 
-@pytest.mark.parametrize(("text", "mib"), [("4G", 4096), ("800M", 800), ("1.5GiB", 1536), (str(2**21), 2), (None, None)])
+@pytest.mark.parametrize(
+    ("text", "mib"), [("4G", 4096), ("800M", 800), ("1.5GiB", 1536), (str(2**21), 2), (None, None)]
+)
 def test_memory_sizes(text: str | None, mib: int | None) -> None:
     assert rebuild_command.parse_memory(text) == mib
 
@@ -237,8 +330,13 @@ def test_update_embeds_writes_and_is_seen(store: ReleaseStore, tmp_path: Path) -
         {"id": "ad-1", "entity_type": "ad", "title": "back again", "op": "upsert"},
         {"id": "ready", "entity_type": "pin", "embedding": unit_vectors(1, 9)[0].tolist()},
     ]
-    changes = read_changes(write_lines(tmp_path / "c.jsonl", rows), read_manifest(store.path_of("r1")))
-    assert changes.counts() == {"ad": {"upserts": 1, "deletes": 0}, "pin": {"upserts": 2, "deletes": 1}}
+    changes = read_changes(
+        write_lines(tmp_path / "c.jsonl", rows), read_manifest(store.path_of("r1"))
+    )
+    assert changes.counts() == {
+        "ad": {"upserts": 1, "deletes": 0},
+        "pin": {"upserts": 2, "deletes": 1},
+    }
     assert apply_changes(changes, store, FakeBundle()) == {"pin": 3, "ad": 1}
     with store.open_current() as release:
         LiveFollower(store, release).catch_up()
@@ -251,7 +349,9 @@ def test_update_embeds_writes_and_is_seen(store: ReleaseStore, tmp_path: Path) -
     entries = LiveLogReader(store.live_root, "pin").poll()
     again = embed_again([e for e in entries if e.source and e.id == "new"], FakeBundle())
     (was,) = [e for e in entries if e.id == "new"]
-    assert [(e.id, e.time_ns, e.attributes["title"]) for e in again] == [("new", was.time_ns, "purple dragon")]
+    assert [(e.id, e.time_ns, e.attributes["title"]) for e in again] == [
+        ("new", was.time_ns, "purple dragon")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -265,7 +365,9 @@ def test_update_embeds_writes_and_is_seen(store: ReleaseStore, tmp_path: Path) -
         ([{"id": "a", "entity_type": "pin", "embedding": [1.0]}], InvalidVectors),
     ],
 )
-def test_a_bad_file_of_changes_writes_nothing(store: ReleaseStore, tmp_path: Path, rows: list[dict], error: type[Exception]) -> None:
+def test_a_bad_file_of_changes_writes_nothing(
+    store: ReleaseStore, tmp_path: Path, rows: list[dict], error: type[Exception]
+) -> None:
     good = {"id": "good", "entity_type": "pin", "embedding": unit_vectors(1, 9)[0].tolist()}
     path = write_lines(tmp_path / "c.jsonl", [good, *rows])
     with pytest.raises(error):
@@ -275,20 +377,44 @@ def test_a_bad_file_of_changes_writes_nothing(store: ReleaseStore, tmp_path: Pat
 
 
 def test_update_of_ready_vectors_from_the_command_line(store: ReleaseStore, tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "c.jsonl", [{"id": "x", "entity_type": "pin", "embedding": unit_vectors(1, 9)[0].tolist()}])
-    assert json.loads(run(update_command.command, path, "--store", store.root, "--dry-run", "--json").stdout)["last_sequence"] == {}
-    assert json.loads(run(update_command.command, path, "--store", store.root, "--json").stdout)["last_sequence"] == {"pin": 1}
+    path = write_lines(
+        tmp_path / "c.jsonl",
+        [{"id": "x", "entity_type": "pin", "embedding": unit_vectors(1, 9)[0].tolist()}],
+    )
+    assert (
+        json.loads(
+            run(update_command.command, path, "--store", store.root, "--dry-run", "--json").stdout
+        )["last_sequence"]
+        == {}
+    )
+    assert json.loads(run(update_command.command, path, "--store", store.root, "--json").stdout)[
+        "last_sequence"
+    ] == {"pin": 1}
 
 
 def test_nested_values_and_vectors_are_no_attributes() -> None:
-    row = {"id": "a", "entity_type": "pin", "title": "t", "pinsage": [0.1], "tags": ["x"], "deep": [[1]], "none": None, "map": {"a": 1}}
+    row = {
+        "id": "a",
+        "entity_type": "pin",
+        "title": "t",
+        "pinsage": [0.1],
+        "tags": ["x"],
+        "deep": [[1]],
+        "none": None,
+        "map": {"a": 1},
+    }
     assert attributes_of(row) == {"title": "t", "tags": ["x"]}
 
 
 def test_explain_says_why_an_id_was_not_returned(store: ReleaseStore) -> None:
     query = unit_vectors(200, 1)[3]
     with LiveLogWriter(store.live_root, "pin", 64) as writer:
-        writer.write([LiveEntry(id="pin-5"), LiveEntry(id="live", vector=query, space_id=SPACE, attributes={"colour": "green"})])
+        writer.write(
+            [
+                LiveEntry(id="pin-5"),
+                LiveEntry(id="live", vector=query, space_id=SPACE, attributes={"colour": "green"}),
+            ]
+        )
     with store.open_current() as release:
         follower = LiveFollower(store, release)
         follower.catch_up()
@@ -309,26 +435,50 @@ def test_explain_says_why_an_id_was_not_returned(store: ReleaseStore) -> None:
         assert explain_id(index, live, query, "live", 3, "colour == 'green'").rank_after_filter == 1
         follower.stop()
     result = run(
-        explain_commands.group, "query", "--store", store.root, "--entity-type", "pin", "--like", "pin-3", "--id", "pin-5", "--json"
+        explain_commands.group,
+        "query",
+        "--store",
+        store.root,
+        "--entity-type",
+        "pin",
+        "--like",
+        "pin-3",
+        "--id",
+        "pin-5",
+        "--json",
     )
     assert json.loads(result.stdout)["why"][0]["state"] == "tombstoned"
     assert json.loads(result.stdout)["answers"][0]["id"] in ("pin-3", "live")
-    assert run(explain_commands.group, "query", "--store", store.root, "--entity-type", "pin").exit_code == 2
+    assert (
+        run(
+            explain_commands.group, "query", "--store", store.root, "--entity-type", "pin"
+        ).exit_code
+        == 2
+    )
 
 
 def test_the_waterfall_attributes_every_loss_to_its_step(store: ReleaseStore) -> None:
     """Each target is made to be lost at one known step."""
     vectors = unit_vectors(200, 1)
     with LiveLogWriter(store.live_root, "pin", 64) as writer:
-        writer.write([LiveEntry(id="pin-7")])  # stale: the encoder would find it, what is served does not hold it
+        writer.write(
+            [LiveEntry(id="pin-7")]
+        )  # stale: the encoder would find it, what is served does not hold it
     with store.open_current() as release:
         LiveFollower(store, release).catch_up()
         index = release.entity("pin")
         queries = np.stack([vectors[3], vectors[7], vectors[9], -vectors[11]])
-        targets = ["pin-3", "pin-7", "pin-9", "pin-11"]  # found, stale, filtered out (odd is blue), the encoder's own miss
+        targets = [
+            "pin-3",
+            "pin-7",
+            "pin-9",
+            "pin-11",
+        ]  # found, stale, filtered out (odd is blue), the encoder's own miss
         fresh = ([f"pin-{i}" for i in range(200)], vectors)
         expressions = [None, None, "colour == 'red'", None]
-        waterfall = recall_waterfall(index, queries, targets, k=5, fresh=fresh, expressions=expressions)
+        waterfall = recall_waterfall(
+            index, queries, targets, k=5, fresh=fresh, expressions=expressions
+        )
         assert waterfall.lost_to == {
             "labels": 0,
             "encoder": 1,
@@ -338,14 +488,26 @@ def test_the_waterfall_attributes_every_loss_to_its_step(store: ReleaseStore) ->
             "graph": 0,
             "filter": 1,
         }
-        crowded = recall_waterfall(index, queries, targets, k=5, fresh=fresh, expressions=expressions, positives=[10, 10, 1, 1])
+        crowded = recall_waterfall(
+            index,
+            queries,
+            targets,
+            k=5,
+            fresh=fresh,
+            expressions=expressions,
+            positives=[10, 10, 1, 1],
+        )
         assert crowded.recall["labels"] == 0.75
         assert (crowded.lost_to["labels"], crowded.lost_to["encoder"]) == (1, 0)
         assert list(waterfall.recall.values()) == [1.0, 1.0, 0.75, 0.75, 0.5, 0.5, 0.5, 0.25]
-        wide = np.concatenate([np.full((200, 64), 0.0, np.float32), np.eye(200, dtype=np.float32)[:, :200]], axis=1)
+        wide = np.concatenate(
+            [np.full((200, 64), 0.0, np.float32), np.eye(200, dtype=np.float32)[:, :200]], axis=1
+        )
         wide[:, :64] = 0.01 * vectors[::-1]
         wide /= np.linalg.norm(wide, axis=1, keepdims=True)
-        cut = recall_waterfall(index, vectors[:1], ["pin-0"], k=1, fresh=(fresh[0], wide), full_queries=wide[:1])
+        cut = recall_waterfall(
+            index, vectors[:1], ["pin-0"], k=1, fresh=(fresh[0], wide), full_queries=wide[:1]
+        )
         assert cut.measured["dimension cut"]
 
 

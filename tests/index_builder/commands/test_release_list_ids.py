@@ -28,7 +28,9 @@ def test_the_list_cuts_no_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, co
     ]
     monkeypatch.setattr(ReleaseStore, "list", lambda self: summaries)
     ReleaseStore(tmp_path).releases.mkdir()
-    result = CliRunner().invoke(release_commands.group, ["list", "--store", str(tmp_path)], env={"COLUMNS": columns})
+    result = CliRunner().invoke(
+        release_commands.group, ["list", "--store", str(tmp_path)], env={"COLUMNS": columns}
+    )
     assert result.exit_code == 0, result.output
     for id in IDS:
         assert any(id in line for line in result.stdout.splitlines()), result.stdout

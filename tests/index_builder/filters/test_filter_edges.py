@@ -16,7 +16,9 @@ from index_builder.filters.expression import MAX_DIGITS, parse_filter
 from index_builder.filters.selection import BoundFilter
 
 LOWEST = -(2**63)
-TABLE = AttributeTable(pl.DataFrame({"x": [LOWEST, None, 3, *range(5, 45)], "face": ["😀", "\\ud83d", *["é"] * 41]}))
+TABLE = AttributeTable(
+    pl.DataFrame({"x": [LOWEST, None, 3, *range(5, 45)], "face": ["😀", "\\ud83d", *["é"] * 41]})
+)
 
 
 def rows(expression: str, table: AttributeTable = TABLE) -> list[int]:
@@ -44,7 +46,9 @@ def test_a_string_as_json_escapes_it_means_the_same() -> None:
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=8))
 def test_any_string_as_json_escapes_it_finds_its_row(text: str) -> None:
     table = AttributeTable(pl.DataFrame({"s": [text, text + "x"]}))
-    assert BoundFilter(parse_filter("s == " + json.dumps(text)), table).select().as_rows().tolist() == [0]
+    assert BoundFilter(
+        parse_filter("s == " + json.dumps(text)), table
+    ).select().as_rows().tolist() == [0]
 
 
 @pytest.mark.parametrize(
@@ -56,15 +60,21 @@ def test_any_string_as_json_escapes_it_finds_its_row(text: str) -> None:
         ('face == "ab\\u12"', 11, "four hexadecimal digits"),
     ],
 )
-def test_half_a_character_is_refused_where_it_stands(expression: str, position: int, words: str) -> None:
+def test_half_a_character_is_refused_where_it_stands(
+    expression: str, position: int, words: str
+) -> None:
     error = error_of(expression)
     assert error.position == position
     assert words in str(error)
 
 
-@pytest.mark.parametrize("template", ["x > {}", "x >= 1 and x <= {}", "x in [1, {}]", "x > -{}", 'face == "a" or x > {}'])
+@pytest.mark.parametrize(
+    "template", ["x > {}", "x >= 1 and x <= {}", "x in [1, {}]", "x > -{}", 'face == "a" or x > {}']
+)
 @pytest.mark.parametrize("digits", [MAX_DIGITS + 1, 5_000])
-def test_integers_of_thousands_of_digits_are_refused_where_they_stand(template: str, digits: int) -> None:
+def test_integers_of_thousands_of_digits_are_refused_where_they_stand(
+    template: str, digits: int
+) -> None:
     """Python converts no text of more than 4,300 digits: a ValueError, which the caller saw as an internal error."""
     error = error_of(template.format("9" * digits))
     assert error.position == template.index("{") - ("-{" in template)
@@ -77,7 +87,10 @@ def test_integers_of_hundreds_of_digits_compare() -> None:
     assert rows("x < 6." + "0" * 5_000) == [0, 2, 3]
 
 
-@pytest.mark.parametrize("expression", ["x > " + "1" * 19_000 + "a", "x > 1." + "1" * 19_000 + "a", "x > " + "1" * 200_000 + "a"])
+@pytest.mark.parametrize(
+    "expression",
+    ["x > " + "1" * 19_000 + "a", "x > 1." + "1" * 19_000 + "a", "x > " + "1" * 200_000 + "a"],
+)
 def test_a_long_number_that_is_none_is_refused_in_linear_time(expression: str) -> None:
     """The pattern of a number tried every split of its digits in two: 20 s for one filter."""
     start = time.process_time()

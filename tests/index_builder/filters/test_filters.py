@@ -29,13 +29,26 @@ ROWS: list[dict[str, Any]] = [
 ]
 TABLE = AttributeTable(
     pl.DataFrame(
-        ROWS, schema={"price": pl.Int64, "rating": pl.Float64, "country": pl.String, "live": pl.Boolean, "tags": pl.List(pl.String)}
+        ROWS,
+        schema={
+            "price": pl.Int64,
+            "rating": pl.Float64,
+            "country": pl.String,
+            "live": pl.Boolean,
+            "tags": pl.List(pl.String),
+        },
     )
 )
 
 
 def _literal(value: Any) -> str:
-    return {True: "true", False: "false"}[value] if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else repr(value)
+    return (
+        {True: "true", False: "false"}[value]
+        if isinstance(value, bool)
+        else f'"{value}"'
+        if isinstance(value, str)
+        else repr(value)
+    )
 
 
 _OPS = ["==", "!=", "<", "<=", ">", ">="]
@@ -65,9 +78,12 @@ def _leaf(draw: st.DrawFn) -> tuple[str, Any]:
 
 def _combine(children: st.SearchStrategy[tuple[str, Any]]) -> st.SearchStrategy[tuple[str, Any]]:
     two = st.tuples(st.sampled_from(["and", "or", "&&", "OR"]), children, children)
-    return two.map(lambda t: (f"({t[1][0]} {t[0]} {t[2][0]})", (t[0].lower().replace("&&", "and"), t[1][1], t[2][1]))) | children.map(
-        lambda c: (f"not ({c[0]})", ("not", c[1]))
-    )
+    return two.map(
+        lambda t: (
+            f"({t[1][0]} {t[0]} {t[2][0]})",
+            (t[0].lower().replace("&&", "and"), t[1][1], t[2][1]),
+        )
+    ) | children.map(lambda c: (f"not ({c[0]})", ("not", c[1])))
 
 
 def _slow(tree: Any, row: dict[str, Any]) -> bool | None:
@@ -89,7 +105,14 @@ def _slow(tree: Any, row: dict[str, Any]) -> bool | None:
         return (value in tree[2]) == (op == "in")
     other = tree[2]
     return bool(
-        {"==": value == other, "!=": value != other, "<": value < other, "<=": value <= other, ">": value > other, ">=": value >= other}[op]
+        {
+            "==": value == other,
+            "!=": value != other,
+            "<": value < other,
+            "<=": value <= other,
+            ">": value > other,
+            ">=": value >= other,
+        }[op]
     )
 
 
@@ -162,19 +185,33 @@ def test_a_missing_column_and_an_impossible_one() -> None:
 
 
 def test_dates_sort_as_time() -> None:
-    table = AttributeTable(pl.DataFrame({"day": ["2024-02-01", "2023-12-31"]}).with_columns(pl.col("day").str.to_date()))
-    assert BoundFilter(parse_filter("day >= '2024-01-01'"), table).select().as_rows().tolist() == [0]
+    table = AttributeTable(
+        pl.DataFrame({"day": ["2024-02-01", "2023-12-31"]}).with_columns(
+            pl.col("day").str.to_date()
+        )
+    )
+    assert BoundFilter(parse_filter("day >= '2024-01-01'"), table).select().as_rows().tolist() == [
+        0
+    ]
 
 
 def test_times_read_as_live_updates_write_them() -> None:
     times = [datetime(2024, 5, 1, 12), datetime(2024, 5, 1, 15, 0, 0, 500), datetime(2023, 1, 1)]
     table = AttributeTable(
-        pl.DataFrame({"made": times, "seen": [[time] for time in times], "zone": [time.replace(tzinfo=UTC) for time in times]})
+        pl.DataFrame(
+            {
+                "made": times,
+                "seen": [[time] for time in times],
+                "zone": [time.replace(tzinfo=UTC) for time in times],
+            }
+        )
     )
     assert table.frame["made"].to_list() == [time.isoformat() for time in times]
     assert table.frame["seen"].to_list() == [[time.isoformat()] for time in times]
     assert table.frame["zone"].to_list() == [time.replace(tzinfo=UTC).isoformat() for time in times]
-    assert BoundFilter(parse_filter("made >= '2024-05-01T12:00:00'"), table).select().as_rows().tolist() == [0, 1]
+    assert BoundFilter(
+        parse_filter("made >= '2024-05-01T12:00:00'"), table
+    ).select().as_rows().tolist() == [0, 1]
 
 
 CACHE = SelectionCache(TABLE)
@@ -192,7 +229,11 @@ def test_filters_of_one_shape_share_their_parsing_and_nothing_else(pair: tuple[s
 
 
 def test_an_error_in_a_shape_seen_before_has_the_position_in_its_own_text() -> None:
-    for text, at in (("price >= 1 and nothing <= 2", 15), ("price >= 1111 and nothing <= 2", 18), ("price >= 1..2", 9)):
+    for text, at in (
+        ("price >= 1 and nothing <= 2", 15),
+        ("price >= 1111 and nothing <= 2", 18),
+        ("price >= 1..2", 9),
+    ):
         for _ in range(2):
             with pytest.raises(FilterError) as caught:
                 CACHE.get(text)

@@ -50,14 +50,24 @@ ids = (
 @settings(max_examples=30, deadline=None)
 @given(
     entries=st.lists(
-        st.tuples(ids, st.booleans(), st.dictionaries(ids, st.one_of(st.integers(-10, 10), ids, st.booleans()), max_size=3)), max_size=12
+        st.tuples(
+            ids,
+            st.booleans(),
+            st.dictionaries(ids, st.one_of(st.integers(-10, 10), ids, st.booleans()), max_size=3),
+        ),
+        max_size=12,
     )
 )
-def test_what_is_written_is_read_back_in_order(tmp_path_factory: pytest.TempPathFactory, entries: list[tuple[str, bool, dict]]) -> None:
+def test_what_is_written_is_read_back_in_order(
+    tmp_path_factory: pytest.TempPathFactory, entries: list[tuple[str, bool, dict]]
+) -> None:
     root = tmp_path_factory.mktemp("log")
-    written = [LiveEntry(id=i) if delete else upsert(i, n) for n, (i, delete, _) in enumerate(entries)]
     written = [
-        e if e.is_delete else LiveEntry(id=e.id, vector=e.vector, space_id=SPACE, attributes=a) for e, (_, _, a) in zip(written, entries)
+        LiveEntry(id=i) if delete else upsert(i, n) for n, (i, delete, _) in enumerate(entries)
+    ]
+    written = [
+        e if e.is_delete else LiveEntry(id=e.id, vector=e.vector, space_id=SPACE, attributes=a)
+        for e, (_, _, a) in zip(written, entries)
     ]
     with LiveLogWriter(root, "pin", D, file_bytes=400) as writer:
         for entry in written:
@@ -101,7 +111,9 @@ def test_two_writers_take_turns_without_losing_an_entry(tmp_path: Path) -> None:
     found = read_all(tmp_path)
     assert [e.sequence for e in found] == list(range(1, 101))
     for number in range(4):
-        assert [e.id for e in found if e.id.startswith(f"w{number}-")] == [f"w{number}-{n}" for n in range(25)]
+        assert [e.id for e in found if e.id.startswith(f"w{number}-")] == [
+            f"w{number}-{n}" for n in range(25)
+        ]
 
 
 @pytest.mark.parametrize("cut", [1, 10, 24, 40])
@@ -184,7 +196,9 @@ def test_a_log_of_a_newer_engine_is_refused(tmp_path: Path) -> None:
         (LiveEntry(id="a", vector=unit(1), space_id=SPACE, attributes={"x": object()}), "JSON"),
     ],
 )
-def test_bad_entries_are_refused_before_anything_is_written(tmp_path: Path, entry: LiveEntry, message: str) -> None:
+def test_bad_entries_are_refused_before_anything_is_written(
+    tmp_path: Path, entry: LiveEntry, message: str
+) -> None:
     writer = LiveLogWriter(tmp_path, "pin", D)
     with pytest.raises((LiveLogError, InvalidVectors), match=message):
         writer.write([upsert("good"), entry])
@@ -230,7 +244,11 @@ def test_a_disk_that_was_full_leaves_no_lock_behind(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         refused = 0
-        for limit in (0, 16, 30):  # nothing can be written; the lock's note; the note and a part of the file's header
+        for limit in (
+            0,
+            16,
+            30,
+        ):  # nothing can be written; the lock's note; the note and a part of the file's header
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
             try:
                 LiveLogWriter(tmp_path, "pin", D, lock_timeout_seconds=0.2).write([upsert("lost")])
@@ -243,7 +261,9 @@ def test_a_disk_that_was_full_leaves_no_lock_behind(tmp_path: Path) -> None:
     assert [e.id for e in read_all(tmp_path)] == ["a"]
 
 
-def test_an_entry_whose_acknowledgement_finds_no_room_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_entry_whose_acknowledgement_finds_no_room_does_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from index_builder.live_log import tail as live_log_end
 
     writer = LiveLogWriter(tmp_path, "pin", D)
@@ -298,7 +318,9 @@ def test_collecting_keeps_what_is_not_folded_and_a_reader_behind_it_is_told(tmp_
     starts = [first for first, _ in log_files(tmp_path / "pin")]
     removed = collect_files(tmp_path, "pin", watermark=starts[3] - 1)
     assert len(removed) == 3
-    assert [e.sequence for e in read_all(tmp_path, after=starts[3] - 1)] == list(range(starts[3], 21))
+    assert [e.sequence for e in read_all(tmp_path, after=starts[3] - 1)] == list(
+        range(starts[3], 21)
+    )
     with pytest.raises(LiveLogError, match="oldest kept"):
         read_all(tmp_path, after=0)
     assert writer.write([upsert("more")]) == 21
@@ -308,7 +330,11 @@ def test_removing_the_promise_is_refused_until_the_log_is_trusted_as_it_is(tmp_p
     """Without it a log that lost its end looks whole; removing it used to be accepted silently."""
     LiveLogWriter(tmp_path, "pin", D).write([upsert("a"), upsert("b")])
     (tmp_path / "pin" / "acknowledged").unlink()
-    for use in (lambda: read_all(tmp_path), lambda: LiveLogWriter(tmp_path, "pin", D), lambda: read_acknowledged(tmp_path / "pin")):
+    for use in (
+        lambda: read_all(tmp_path),
+        lambda: LiveLogWriter(tmp_path, "pin", D),
+        lambda: read_acknowledged(tmp_path / "pin"),
+    ):
         with pytest.raises(LiveLogCorrupt, match="--trust-log"):
             use()
     assert trust_log(tmp_path, "pin") == 2
@@ -367,5 +393,7 @@ def test_a_log_removed_under_a_writer_takes_no_write_that_would_be_lost(tmp_path
 
 def test_a_log_that_ends_before_the_release_takes_no_writes(tmp_path: Path) -> None:
     LiveLogWriter(tmp_path, "pin", D).write([upsert("a")])
-    with pytest.raises(LiveLogCorrupt, match="entries up to 7 are in the release, but the log ends at 1"):
+    with pytest.raises(
+        LiveLogCorrupt, match="entries up to 7 are in the release, but the log ends at 1"
+    ):
         LiveLogWriter(tmp_path, "pin", D, after=7)

@@ -28,7 +28,9 @@ CHANGING = ("open", "pwrite", "fdatasync", "fsync", "ftruncate", "replace", "unl
 
 
 def upserts(*identifiers: str) -> list[LiveEntry]:
-    return [LiveEntry(id=identifier, vector=VECTOR, space_id="ab" * 32) for identifier in identifiers]
+    return [
+        LiveEntry(id=identifier, vector=VECTOR, space_id="ab" * 32) for identifier in identifiers
+    ]
 
 
 def ids(reader: LiveLogReader) -> list[str]:
@@ -77,12 +79,20 @@ class Disk:
             if first <= promised.file:
                 end = promised.offset if first == promised.file else path.stat().st_size
                 missing = set(range(end)) - self.synced.get(str(path), set())
-                assert str(path) in self.named and not missing, (path.name, sorted(missing)[:3], self.calls)
+                assert str(path) in self.named and not missing, (
+                    path.name,
+                    sorted(missing)[:3],
+                    self.calls,
+                )
 
     def _watched(self, name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
             target = arguments[0]
-            path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else str(arguments[1] if name == "replace" else target)
+            path = (
+                os.readlink(f"/proc/self/fd/{target}")
+                if isinstance(target, int)
+                else str(arguments[1] if name == "replace" else target)
+            )
             if path.endswith(".lock") or (name == "open" and not arguments[1] & os.O_CREAT):
                 return real(*arguments)
             number = len(self.calls)
@@ -91,7 +101,11 @@ class Disk:
                 result = real(*arguments)
                 self._did(name, path, arguments)
                 return result
-            part = (target, bytes(arguments[1])[: len(arguments[1]) // 2], arguments[2]) if name == "pwrite" else arguments
+            part = (
+                (target, bytes(arguments[1])[: len(arguments[1]) // 2], arguments[2])
+                if name == "pwrite"
+                else arguments
+            )
             if number == self._at and name == "pwrite" and self._how in ("half", "short"):
                 written = real(*part)
                 self._did(name, path, part)
@@ -166,7 +180,11 @@ def plays(
         reader = LiveLogReader(root, "pin")
         known = ids(reader)
         assert known == held[:2]
-        writer = LiveLogWriter(root, "pin", D, file_bytes=1 if scenario == "rotate" else 2**20) if scenario != "adopt" else None
+        writer = (
+            LiveLogWriter(root, "pin", D, file_bytes=1 if scenario == "rotate" else 2**20)
+            if scenario != "adopt"
+            else None
+        )
         disk.fail(number, how, math.inf if lasting else 1)
         try:
             writer = writer or LiveLogWriter(root, "pin", D)
@@ -212,7 +230,9 @@ def test_a_refused_write_does_not_come_back_and_an_acknowledged_one_stays(
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_another_process_goes_on_where_a_failing_disk_stopped_the_first(scenario: str, how: str, tmp_path: Path, disk: Disk) -> None:
+def test_another_process_goes_on_where_a_failing_disk_stopped_the_first(
+    scenario: str, how: str, tmp_path: Path, disk: Disk
+) -> None:
     """Only where every way to take a write back failed, too, may a process that knows nothing of it find it whole."""
     for root, writer, _, held in plays(scenario, how, True, tmp_path, disk):
         told = str(disk.calls)
@@ -235,7 +255,9 @@ def reopened(root: Path, held: list[str]) -> LiveLogWriter:
         return LiveLogWriter(root, "pin", D)
 
 
-def test_the_message_of_a_full_disk_is_not_lost_behind_a_failing_recovery(tmp_path: Path, disk: Disk) -> None:
+def test_the_message_of_a_full_disk_is_not_lost_behind_a_failing_recovery(
+    tmp_path: Path, disk: Disk
+) -> None:
     writer = LiveLogWriter(tmp_path, "pin", D)
     writer.write(upserts("a"))
     disk.fail(0, "early", math.inf)
@@ -247,10 +269,14 @@ def test_the_message_of_a_full_disk_is_not_lost_behind_a_failing_recovery(tmp_pa
     assert writer.write(upserts("c")) == 2
 
 
-def test_a_write_that_cannot_be_cut_off_is_no_record_for_other_processes(tmp_path: Path, disk: Disk) -> None:
+def test_a_write_that_cannot_be_cut_off_is_no_record_for_other_processes(
+    tmp_path: Path, disk: Disk
+) -> None:
     with LiveLogWriter(tmp_path, "pin", D) as first:
         first.write(upserts("a"))
-        disk.fail(1, "early", 2)  # the record is written; its fsync fails, and so does cutting it off
+        disk.fail(
+            1, "early", 2
+        )  # the record is written; its fsync fails, and so does cutting it off
         with pytest.raises(DiskFull):
             first.write(upserts("b"))
         assert [name for name, _ in disk.calls[1:3]] == ["fdatasync", "ftruncate"]
@@ -263,7 +289,9 @@ def test_a_write_that_cannot_be_cut_off_is_no_record_for_other_processes(tmp_pat
 def test_what_another_process_promised_meanwhile_is_not_cut_off(tmp_path: Path, disk: Disk) -> None:
     first = LiveLogWriter(tmp_path, "pin", D)
     first.write(upserts("a"))
-    disk.fail(1, "early", math.inf)  # the record is written; its fsync, and all that could take it back, fail
+    disk.fail(
+        1, "early", math.inf
+    )  # the record is written; its fsync, and all that could take it back, fail
     with pytest.raises(DiskFull):
         first.write(upserts("b"))
     disk.repair()

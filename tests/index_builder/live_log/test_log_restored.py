@@ -46,7 +46,9 @@ def all_ids(root: Path, after: int = 0) -> list[str]:
 def follower(root: Path) -> LiveFollower:
     index = EntityIndex.build("pin", [f"p{i}" for i in range(5)], vectors(5, 2))
     manifest = SimpleNamespace(entities={"pin": SimpleNamespace(watermark=0)})
-    release: Any = SimpleNamespace(entities={"pin": index}, manifest=manifest, dimension=D, space_id=SPACE, release_id="r")
+    release: Any = SimpleNamespace(
+        entities={"pin": index}, manifest=manifest, dimension=D, space_id=SPACE, release_id="r"
+    )
     return LiveFollower(SimpleNamespace(live_root=root), release)
 
 
@@ -107,7 +109,9 @@ def test_a_write_that_fails_is_never_shown_and_the_next_ones_are(tmp_path: Path)
 
 def test_an_entry_is_not_shown_before_it_is_durable_and_at_once_after(tmp_path: Path) -> None:
     reader, seen = LiveLogReader(tmp_path, "pin"), list[str]()
-    writer = LiveLogWriter(tmp_path, "pin", D, file_bytes=100, before_sync=lambda: seen.extend(ids(reader)))
+    writer = LiveLogWriter(
+        tmp_path, "pin", D, file_bytes=100, before_sync=lambda: seen.extend(ids(reader))
+    )
     for n in range(5):  # each in a file of its own
         writer.write([upsert(f"e{n}")])
         assert seen == []
@@ -133,7 +137,9 @@ def test_a_follower_that_opens_a_log_shows_what_a_crash_left_whole(tmp_path: Pat
     opened.stop()
 
 
-def test_a_follower_opens_a_log_that_it_may_only_read_or_that_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_follower_opens_a_log_that_it_may_only_read_or_that_is_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from index_builder.storage.durable_files import FileLock
 
     LiveLogWriter(tmp_path, "pin", D).write([upsert("a")])
@@ -176,7 +182,9 @@ def test_a_follower_shows_what_lies_before_the_damage_and_goes_on_when_it_is_put
 
 
 @RESTORES
-def test_entries_before_a_file_that_cannot_be_opened_are_not_lost(tmp_path: Path, restore: Callable[[Path, bytes], None]) -> None:
+def test_entries_before_a_file_that_cannot_be_opened_are_not_lost(
+    tmp_path: Path, restore: Callable[[Path, bytes], None]
+) -> None:
     with LiveLogWriter(tmp_path, "pin", D, file_bytes=300) as writer:
         for n in range(9):
             writer.write([upsert(f"e{n}")])
@@ -192,7 +200,9 @@ def test_entries_before_a_file_that_cannot_be_opened_are_not_lost(tmp_path: Path
     assert ids(reader) == [f"e{n}" for n in range(first - 1, 9)]
 
 
-def test_entries_before_a_moment_without_file_descriptors_are_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_entries_before_a_moment_without_file_descriptors_are_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with LiveLogWriter(tmp_path, "pin", D, file_bytes=100) as writer:
         for n in range(3):
             writer.write([upsert(f"e{n}")])
@@ -213,7 +223,9 @@ def test_entries_before_a_moment_without_file_descriptors_are_not_lost(tmp_path:
 
 
 @RESTORES
-def test_writers_and_readers_go_on_in_the_file_that_was_put_back(tmp_path: Path, restore: Callable[[Path, bytes], None]) -> None:
+def test_writers_and_readers_go_on_in_the_file_that_was_put_back(
+    tmp_path: Path, restore: Callable[[Path, bytes], None]
+) -> None:
     """They used to stay in the file they had open: after a restore by rename, writes were acknowledged into a file without a name."""
     writer, reader = LiveLogWriter(tmp_path, "pin", D), LiveLogReader(tmp_path, "pin")
     for n in range(5):
@@ -236,7 +248,10 @@ def test_a_log_put_back_without_its_end_takes_no_write_until_it_is_whole(
 ) -> None:
     """What was acknowledged since the copy was made is gone: the same numbers again would never be seen by those who read the old ones."""
     writer, reader = LiveLogWriter(tmp_path, "pin", D), LiveLogReader(tmp_path, "pin")
-    path, promise = tmp_path / "pin" / "log-00000000000000000001.bin", tmp_path / "pin" / "acknowledged"
+    path, promise = (
+        tmp_path / "pin" / "log-00000000000000000001.bin",
+        tmp_path / "pin" / "acknowledged",
+    )
     writer.write([upsert("a")])
     old, old_promise = path.read_bytes(), promise.read_bytes()
     writer.write([upsert("b")])
@@ -273,7 +288,10 @@ def test_a_writer_goes_on_after_the_damage_it_refused_is_put_right(tmp_path: Pat
 
 
 def test_a_folder_put_back_as_a_copy_is_followed(tmp_path: Path) -> None:
-    writer, reader = LiveLogWriter(tmp_path, "pin", D, file_bytes=300), LiveLogReader(tmp_path, "pin")
+    writer, reader = (
+        LiveLogWriter(tmp_path, "pin", D, file_bytes=300),
+        LiveLogReader(tmp_path, "pin"),
+    )
     for n in range(7):
         writer.write([upsert(f"e{n}")])
     assert len(ids(reader)) == 7

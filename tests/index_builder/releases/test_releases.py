@@ -69,16 +69,23 @@ def test_the_active_release_opens_answers_and_proves_itself(store: ReleaseStore)
 def test_every_file_is_in_the_manifest_with_its_checksum(store: ReleaseStore) -> None:
     path = store.path_of("r2")
     manifest = read_manifest(path)
-    on_disk = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()} - {MANIFEST_NAME}
+    on_disk = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()} - {
+        MANIFEST_NAME
+    }
     assert set(manifest.files) == on_disk
     for name, record in manifest.files.items():
         content = (path / name).read_bytes()
-        assert (len(content), hashlib.sha256(content).hexdigest()) == (record.size_bytes, record.sha256)
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (
+            record.size_bytes,
+            record.sha256,
+        )
 
 
 @settings(max_examples=80, deadline=None)
 @given(seed=st.integers(0, 2**32))
-def test_any_damage_is_refused_by_a_typed_error_and_the_other_releases_still_open(built: Path, seed: int) -> None:
+def test_any_damage_is_refused_by_a_typed_error_and_the_other_releases_still_open(
+    built: Path, seed: int
+) -> None:
     rng = random.Random(seed)
     store = ReleaseStore(built / "store")
     path = store.path_of(rng.choice(["r1", "r2"]))
@@ -125,7 +132,9 @@ def test_files_swapped_between_releases_are_refused(store: ReleaseStore) -> None
         store.open_current()
 
 
-def test_a_manifest_rewritten_with_valid_checksums_is_not_what_was_activated(store: ReleaseStore) -> None:
+def test_a_manifest_rewritten_with_valid_checksums_is_not_what_was_activated(
+    store: ReleaseStore,
+) -> None:
     path = store.path_of("r3")
     forged = replace(read_manifest(path), space_id="00" * 32)
     (path / MANIFEST_NAME).write_bytes(forged.to_bytes())
@@ -145,7 +154,9 @@ def test_links_are_refused(store: ReleaseStore) -> None:
 def test_a_manifest_that_points_outside_is_refused(store: ReleaseStore) -> None:
     path = store.path_of("r1")
     manifest = read_manifest(path)
-    forged = replace(manifest, files={**manifest.files, "../../secret": next(iter(manifest.files.values()))})
+    forged = replace(
+        manifest, files={**manifest.files, "../../secret": next(iter(manifest.files.values()))}
+    )
     (path / MANIFEST_NAME).write_bytes(forged.to_bytes())
     with pytest.raises(ReleaseCorrupt, match="not a plain path"):
         store.open("r1")
@@ -176,7 +187,9 @@ def test_rollback_goes_back_one_release_at_a_time(store: ReleaseStore) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"r3", b"{}", b'{"release_id": "r1"}'])
-def test_a_damaged_current_is_refused_and_activating_again_repairs_it(store: ReleaseStore, content: bytes) -> None:
+def test_a_damaged_current_is_refused_and_activating_again_repairs_it(
+    store: ReleaseStore, content: bytes
+) -> None:
     (store.releases / CURRENT_NAME).write_bytes(content)
     with pytest.raises(ReleaseCorrupt, match="omni release activate"):
         store.current()
@@ -202,7 +215,9 @@ def test_any_flipped_bit_of_current_is_refused(built: Path, position: float, bit
 
 
 @pytest.mark.parametrize("release_id", ["", "..", "../r1", "a/b", ".hidden", "x" * 200, "a\n"])
-def test_release_ids_that_are_no_folder_names_are_refused(store: ReleaseStore, release_id: str) -> None:
+def test_release_ids_that_are_no_folder_names_are_refused(
+    store: ReleaseStore, release_id: str
+) -> None:
     with pytest.raises(ReleaseError, match="release id"):
         store.open(release_id)
 
@@ -244,7 +259,9 @@ def test_gc_removes_what_dead_builds_left_but_not_a_running_build(store: Release
     assert not (store.releases / ".trash-old").exists()
 
 
-def test_gc_goes_on_where_a_killed_one_stopped_even_when_the_id_was_published_again(store: ReleaseStore) -> None:
+def test_gc_goes_on_where_a_killed_one_stopped_even_when_the_id_was_published_again(
+    store: ReleaseStore,
+) -> None:
     """A deterministic rebuild gives an id again; the folder that the killed gc had moved away stood in the way of every later one."""
     shutil.copytree(store.path_of("r1"), store.releases / ".trash-r1")
     assert list(store.gc(keep=1, dry_run=True)) == ["r1"]
@@ -281,7 +298,9 @@ def test_two_builds_in_one_store_cannot_interleave(store: ReleaseStore) -> None:
     assert ready.wait(30)
     bundle = store.root.parent / "bundle"
     with pytest.raises(PublisherBusy, match=str(process.pid)):
-        build_release({"pin": make_input("pin"), "ad": make_input("ad", 20)}, bundle, store, quick())
+        build_release(
+            {"pin": make_input("pin"), "ad": make_input("ad", 20)}, bundle, store, quick()
+        )
     assert store.current() == "r3"
     done.set()
     process.join()
@@ -300,7 +319,12 @@ def test_a_partial_build_notices_that_its_parent_is_no_longer_active(store: Rele
 def test_publishing_other_content_under_a_taken_id_is_refused(store: ReleaseStore) -> None:
     bundle = store.root.parent / "bundle"
     with pytest.raises(PublisherBusy, match="other content"):
-        build_release({"pin": make_input("pin", 50, seed=5), "ad": make_input("ad", 20)}, bundle, store, quick(release_id="r1"))
+        build_release(
+            {"pin": make_input("pin", 50, seed=5), "ad": make_input("ad", 20)},
+            bundle,
+            store,
+            quick(release_id="r1"),
+        )
 
 
 def test_list_shows_a_damaged_release_with_its_error(store: ReleaseStore) -> None:
@@ -329,8 +353,13 @@ def test_many_processes_publish_activate_and_open_at_once(store: ReleaseStore) -
         for n in range(4):
             with store.lock("build", 30.0):
                 staging = store.staging(f"{number}-{n}") / "content"
-                shutil.copytree(store.path_of("r3"), staging, ignore=shutil.ignore_patterns(MANIFEST_NAME))
-                store.publish(staging, replace(read_manifest(store.path_of("r3")), release_id=f"p{number}-{n}"))
+                shutil.copytree(
+                    store.path_of("r3"), staging, ignore=shutil.ignore_patterns(MANIFEST_NAME)
+                )
+                store.publish(
+                    staging,
+                    replace(read_manifest(store.path_of("r3")), release_id=f"p{number}-{n}"),
+                )
 
     children = []
     for number in range(3):
@@ -358,7 +387,13 @@ def test_many_processes_publish_activate_and_open_at_once(store: ReleaseStore) -
 
 
 @settings(max_examples=25, deadline=None)
-@given(names=st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20), min_size=1, max_size=4))
+@given(
+    names=st.lists(
+        st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20),
+        min_size=1,
+        max_size=4,
+    )
+)
 def test_manifests_round_trip_with_any_unicode(built: Path, names: list[str]) -> None:
     manifest = read_manifest(ReleaseStore(built / "store").path_of("r1"))
     changed = replace(manifest, measured={name: name for name in names})

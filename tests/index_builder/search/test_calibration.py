@@ -11,10 +11,21 @@ from encoders.errors import ConfigError
 from index_builder.ann import AnnConfig, build_index
 from index_builder.ann.graph_files import unreachable_nodes
 from index_builder.errors import GateFailed
-from index_builder.search.calibration import Calibration, CurvePoint, calibrate, check_gate, mean_interval, recall_per_query
+from index_builder.search.calibration import (
+    Calibration,
+    CurvePoint,
+    calibrate,
+    check_gate,
+    mean_interval,
+    recall_per_query,
+)
 from tests.helpers.real_vectors import text_vectors
 
-CURVE = (CurvePoint(10, 0.80, 0.78, 0.82), CurvePoint(20, 0.92, 0.90, 0.94), CurvePoint(40, 0.98, 0.96, 0.99))
+CURVE = (
+    CurvePoint(10, 0.80, 0.78, 0.82),
+    CurvePoint(20, 0.92, 0.90, 0.94),
+    CurvePoint(40, 0.98, 0.96, 0.99),
+)
 
 
 def test_ef_for_uses_the_lower_bound_and_interpolates() -> None:
@@ -37,22 +48,34 @@ def test_larger_k_needs_a_larger_ef() -> None:
 
 
 def test_json_round_trip_and_no_times_without_latencies() -> None:
-    timed = Calibration(5, "perturbed entities", 10, (CurvePoint(10, 0.9, 0.8, 1.0, 12.5, 20.0),), sketch_points=CURVE)
+    timed = Calibration(
+        5,
+        "perturbed entities",
+        10,
+        (CurvePoint(10, 0.9, 0.8, 1.0, 12.5, 20.0),),
+        sketch_points=CURVE,
+    )
     assert Calibration.from_dict(timed.as_dict()) == timed
     assert "latency" not in str(timed.as_dict(latencies=False))
 
 
 def test_the_gate_names_figures_and_what_to_raise() -> None:
     check_gate(Calibration(2_000, "real queries", 10, CURVE), 0.95, "pin")
-    with pytest.raises(GateFailed, match=r"pin: .*0\.9800.*0\.9600-0\.9900.*ef 40.*target 0\.97.*--ef-construction"):
+    with pytest.raises(
+        GateFailed, match=r"pin: .*0\.9800.*0\.9600-0\.9900.*ef 40.*target 0\.97.*--ef-construction"
+    ):
         check_gate(Calibration(2_000, "real queries", 10, CURVE), 0.97, "pin")
     with pytest.raises(GateFailed, match="more queries narrow it"):
-        check_gate(Calibration(50, "real queries", 10, (CurvePoint(10, 0.99, 0.94, 1.0),)), 0.95, "pin")
+        check_gate(
+            Calibration(50, "real queries", 10, (CurvePoint(10, 0.99, 0.94, 1.0),)), 0.95, "pin"
+        )
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.sampled_from([0.0, 0.5, 0.9, 1.0]), min_size=2, max_size=200))
-def test_the_interval_holds_the_mean_and_a_perfect_sample_is_not_certain(values: list[float]) -> None:
+def test_the_interval_holds_the_mean_and_a_perfect_sample_is_not_certain(
+    values: list[float],
+) -> None:
     mean, low, high = mean_interval(np.array(values))
     assert 0 <= low <= mean <= high <= 1
     perfect = mean_interval(np.ones(len(values)))
@@ -63,24 +86,38 @@ def test_recall_counts_ties_and_ignores_the_index_s_own_scores() -> None:
     vectors = np.eye(4, dtype=np.float32)
     query = np.array([[1, 0, 0, 0]], dtype=np.float32)
     exact = np.array([[1.0, 0.0]], dtype=np.float32)
-    assert recall_per_query([np.array([0, 3])], query, vectors, exact).tolist() == [1.0]  # row 3 ties with rows 1 and 2
+    assert recall_per_query([np.array([0, 3])], query, vectors, exact).tolist() == [
+        1.0
+    ]  # row 3 ties with rows 1 and 2
     assert recall_per_query([np.array([0])], query, vectors, exact).tolist() == [0.5]
 
 
 def test_a_real_curve_rises_and_labels_its_queries() -> None:
     vectors, queries = text_vectors(3_150)[:3_000], text_vectors(3_150)[3_000:]
     index = build_index("hnsw", vectors, AnnConfig(m=8, ef_construction=60))
-    result = calibrate(lambda q, k, ef: index.search(q, k, ef)[0], vectors, queries, source="perturbed entities", ef_grid=(10, 40, 160))
+    result = calibrate(
+        lambda q, k, ef: index.search(q, k, ef)[0],
+        vectors,
+        queries,
+        source="perturbed entities",
+        ef_grid=(10, 40, 160),
+    )
     recalls = [p.recall for p in result.points]
     assert recalls == sorted(recalls) and recalls[-1] > 0.95
     assert all(p.low <= p.recall <= p.high and p.latency_us for p in result.points)
     assert result.source == "perturbed entities" and result.queries == 150
     with pytest.raises(ConfigError, match="at least one query"):
-        calibrate(lambda q, k, ef: index.search(q, k, ef)[0], vectors, queries[:0], source="real queries")
+        calibrate(
+            lambda q, k, ef: index.search(q, k, ef)[0], vectors, queries[:0], source="real queries"
+        )
 
 
 def test_unreachable_nodes_are_counted() -> None:
-    ring = np.array([[1, 1], [2, 2], [0, 0], [0, 1], [4, 4]], dtype=np.uint32)  # 3 points in but nothing points at it; 4 is alone
+    ring = np.array(
+        [[1, 1], [2, 2], [0, 0], [0, 1], [4, 4]], dtype=np.uint32
+    )  # 3 points in but nothing points at it; 4 is alone
     assert unreachable_nodes(ring) == 2
-    chain = np.array([[1, 1], [2, 2], [0, 3], [3, 3]], dtype=np.uint32)  # 3 is reached from the ring
+    chain = np.array(
+        [[1, 1], [2, 2], [0, 3], [3, 3]], dtype=np.uint32
+    )  # 3 is reached from the ring
     assert unreachable_nodes(chain) == 0

@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 
 from encoders.errors import ConfigError, InvalidVectors
 from index_builder.ann import AnnConfig, missing_features
-from index_builder.errors import DimensionMismatch, DuplicateIds, FilterError, IndexBuildError, IndexFormatError, InvalidQuery
+from index_builder.errors import (
+    DimensionMismatch,
+    DuplicateIds,
+    FilterError,
+    IndexBuildError,
+    IndexFormatError,
+    InvalidQuery,
+)
 from index_builder.live_log.records import LiveEntry
 from index_builder.native import Engine
 from index_builder.search import plans as base_search
@@ -32,7 +39,11 @@ FRAME = pl.DataFrame(
     }
 )
 IDS = [f"pin:{i}" for i in range(N)]
-KINDS = [k for k in ("symqg", "swift", "lean", "hnsw") if not missing_features(k) and (k == "hnsw" or Engine is not None or k == "symqg")]
+KINDS = [
+    k
+    for k in ("symqg", "swift", "lean", "hnsw")
+    if not missing_features(k) and (k == "hnsw" or Engine is not None or k == "symqg")
+]
 CONFIG = AnnConfig(m=12, ef_construction=100)
 
 
@@ -49,7 +60,14 @@ def index(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     if request.param == "symqg":
         pytest.importorskip("rabitqlib")
     folder = tmp_path_factory.mktemp(request.param) / "pin"
-    built = EntityIndex.build("pin", IDS, corpus, FRAME, IndexConfig(kind=request.param, ann=CONFIG), calibration_queries=queries[:100])
+    built = EntityIndex.build(
+        "pin",
+        IDS,
+        corpus,
+        FRAME,
+        IndexConfig(kind=request.param, ann=CONFIG),
+        calibration_queries=queries[:100],
+    )
     built.save(folder)
     loaded = EntityIndex.load(folder)
     assert loaded.describe() == built.describe()
@@ -64,14 +82,26 @@ LIVE_FRAME = pl.DataFrame({"rank": [5, 2_999, None, 2_000]})
 def _live_view(vectors: np.ndarray, hidden: np.ndarray, scans: bool) -> LiveView:
     """Three living entries and a dead one, ``vectors`` (4, D), with these base rows hidden."""
     state = LiveState(
-        dimension=vectors.shape[1], space_id=SPACE, row_of=lambda _: None, base_count=N, exact_limit=64, background=False, scans=scans
+        dimension=vectors.shape[1],
+        space_id=SPACE,
+        row_of=lambda _: None,
+        base_count=N,
+        exact_limit=64,
+        background=False,
+        scans=scans,
     )
     for i, values in enumerate(LIVE_FRAME.to_dicts()):
-        state.apply([LiveEntry(id=f"live:{i}", vector=vectors[i], space_id=SPACE, attributes=values)])
-    return replace(state.apply([LiveEntry(id="live:3")]), hidden_rows=hidden, hidden_count=int(hidden.sum()))
+        state.apply(
+            [LiveEntry(id=f"live:{i}", vector=vectors[i], space_id=SPACE, attributes=values)]
+        )
+    return replace(
+        state.apply([LiveEntry(id="live:3")]), hidden_rows=hidden, hidden_count=int(hidden.sum())
+    )
 
 
-def _wanted(query: np.ndarray, allowed: np.ndarray, live: LiveView | None, live_mask: np.ndarray | None) -> tuple[int, np.ndarray]:
+def _wanted(
+    query: np.ndarray, allowed: np.ndarray, live: LiveView | None, live_mask: np.ndarray | None
+) -> tuple[int, np.ndarray]:
     """How many entities match, and their scores, best first."""
     corpus, _ = _corpus()
     scores = (corpus @ query)[allowed]
@@ -83,12 +113,23 @@ def _wanted(query: np.ndarray, allowed: np.ndarray, live: LiveView | None, live_
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_never_fewer_than_k_and_never_a_forbidden_id(index: EntityIndex, data: st.DataObject) -> None:
+def test_never_fewer_than_k_and_never_a_forbidden_id(
+    index: EntityIndex, data: st.DataObject
+) -> None:
     corpus, queries = _corpus()
     query = queries[data.draw(st.integers(0, len(queries) - 1))]
     k = data.draw(st.sampled_from([1, 10, 60, 2_900]))
     low = data.draw(st.sampled_from([0, 10, 300, 1_500, 2_500, 2_990, 3_000]))
-    expression = data.draw(st.sampled_from([None, f"rank >= {low}", f'rank >= {low} and country != "us"', 'array_contains(tags, "b")']))
+    expression = data.draw(
+        st.sampled_from(
+            [
+                None,
+                f"rank >= {low}",
+                f'rank >= {low} and country != "us"',
+                'array_contains(tags, "b")',
+            ]
+        )
+    )
     excluded = data.draw(st.lists(st.sampled_from(IDS[:200]), max_size=20, unique=True))
     hidden = np.random.default_rng(low).random(N) < data.draw(st.sampled_from([0.0, 0.1, 0.6]))
     rank, country = FRAME["rank"].to_numpy(), FRAME["country"].to_list()
@@ -104,7 +145,11 @@ def test_never_fewer_than_k_and_never_a_forbidden_id(index: EntityIndex, data: s
         allowed &= np.array(["b" in t for t in FRAME["tags"].to_list()])
         live_mask = np.zeros(4, dtype=bool)
     allowed[[int(i.split(":")[1]) for i in excluded]] = False
-    index.set_live(_live_view(queries[:4], hidden, data.draw(st.booleans())) if data.draw(st.booleans()) else None)
+    index.set_live(
+        _live_view(queries[:4], hidden, data.draw(st.booleans()))
+        if data.draw(st.booleans())
+        else None
+    )
     live = index._live
     if live is None:
         allowed |= False if expression is not None else allowed
@@ -136,14 +181,25 @@ def test_never_fewer_than_k_and_never_a_forbidden_id(index: EntityIndex, data: s
         assert float(vector @ query) == pytest.approx(float(score), abs=1e-4)
 
 
-def test_recall_under_filters_with_and_against_the_query(index: EntityIndex, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base_search, "SCAN_COST", 100_000)  # so that sketches are scanned for so few rows
+def test_recall_under_filters_with_and_against_the_query(
+    index: EntityIndex, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        base_search, "SCAN_COST", 100_000
+    )  # so that sketches are scanned for so few rows
     monkeypatch.setattr(base_search, "SCAN_ROWS", 50)
     corpus, queries = _corpus()
     direction = np.linalg.svd(corpus - corpus.mean(axis=0), full_matrices=False)[2][0]
     place = np.argsort(np.argsort(corpus @ direction))
     frame = pl.DataFrame({"place": place, "rank": FRAME["rank"]})
-    calibrated = EntityIndex.build("pin", IDS, corpus, frame, IndexConfig(kind=index.kind, ann=CONFIG), calibration_queries=queries[:100])
+    calibrated = EntityIndex.build(
+        "pin",
+        IDS,
+        corpus,
+        frame,
+        IndexConfig(kind=index.kind, ann=CONFIG),
+        calibration_queries=queries[:100],
+    )
     plans = set()
     for share in (0.5, 0.1, 0.04):
         size = int(share * N)
@@ -169,13 +225,24 @@ def test_duplicates_share_a_node_and_all_of_them_are_found(index: EntityIndex) -
     assert set(result.ids) == set(IDS[100:110])
     assert index.row_of("pin:105") == 105
     np.testing.assert_array_equal(index.vector("pin:105"), corpus[105])
-    assert index.attributes(["pin:7", "nobody", "pin:1"], ["country", "no_such"]) == [{"country": "de"}, {}, {"country": "de"}]
+    assert index.attributes(["pin:7", "nobody", "pin:1"], ["country", "no_such"]) == [
+        {"country": "de"},
+        {},
+        {"country": "de"},
+    ]
 
 
 def test_min_recall_chooses_ef_or_an_exact_scan(index: EntityIndex) -> None:
     _, queries = _corpus()
-    modest, strict = index.search(queries[0], min_recall=0.8), index.search(queries[0], min_recall=1.0)
-    assert modest.plan == "graph" and modest.estimated_recall is not None and modest.estimated_recall >= 0.8
+    modest, strict = (
+        index.search(queries[0], min_recall=0.8),
+        index.search(queries[0], min_recall=1.0),
+    )
+    assert (
+        modest.plan == "graph"
+        and modest.estimated_recall is not None
+        and modest.estimated_recall >= 0.8
+    )
     assert strict.plan == "exact" and strict.estimated_recall == 1.0
     kept = index.search(queries[0], 10, min_score=float(strict.scores[4]) - 1e-6)
     assert len(kept.ids) <= 5 and (kept.scores >= strict.scores[4] - 1e-5).all()
@@ -185,14 +252,22 @@ def test_min_recall_chooses_ef_or_an_exact_scan(index: EntityIndex) -> None:
 
 @pytest.mark.parametrize("gone", [None, 0.0, 0.04, 0.6, 1.0])
 @pytest.mark.parametrize("size", [0, 1, 3, 4, 5, 64, 150])
-def test_a_batch_is_answered_as_its_queries_are_one_by_one(index: EntityIndex, size: int, gone: float | None) -> None:
+def test_a_batch_is_answered_as_its_queries_are_one_by_one(
+    index: EntityIndex, size: int, gone: float | None
+) -> None:
     """Walks of a batch take turns; neither the ten entities with one vector nor hidden rows and live entries disturb them."""
     corpus, queries = _corpus()
     asked = np.concatenate([corpus[100:102], queries])[:size]
-    index.set_live(None if gone is None else _live_view(queries[:4], np.random.default_rng(1).random(N) < gone, scans=True))
+    index.set_live(
+        None
+        if gone is None
+        else _live_view(queries[:4], np.random.default_rng(1).random(N) < gone, scans=True)
+    )
     try:
         for k in (1, 10, 25):
-            for one, of_batch in zip([index.search(q, k) for q in asked], index.search_batch(asked, k), strict=True):
+            for one, of_batch in zip(
+                [index.search(q, k) for q in asked], index.search_batch(asked, k), strict=True
+            ):
                 assert one.ids == of_batch.ids and (one.plan, one.ef, one.estimated_recall) == (
                     of_batch.plan,
                     of_batch.ef,
@@ -216,7 +291,10 @@ def test_recall_holds_where_the_best_rows_of_each_query_are_hidden(index: Entity
                 result, truth = index.search(query, 10), index.search(query, 10, exact=True)
             finally:
                 index.set_live(None)
-            assert len(result.ids) == 10 and not hidden[[int(i.split(":")[1]) for i in result.ids]].any()
+            assert (
+                len(result.ids) == 10
+                and not hidden[[int(i.split(":")[1]) for i in result.ids]].any()
+            )
             hits += int(np.count_nonzero(result.scores >= truth.scores[-1] - 1e-5))
             total += 10
     assert hits / total >= 0.9, hits / total
@@ -290,7 +368,12 @@ def test_ids_and_shapes_that_may_not_enter_are_named() -> None:
 @settings(max_examples=25, deadline=None)
 @given(
     st.lists(
-        st.text(min_size=1, max_size=8).filter(lambda s: not any("\ud800" <= c <= "\udfff" for c in s)), min_size=1, max_size=8, unique=True
+        st.text(min_size=1, max_size=8).filter(
+            lambda s: not any("\ud800" <= c <= "\udfff" for c in s)
+        ),
+        min_size=1,
+        max_size=8,
+        unique=True,
     )
 )
 def test_ids_with_any_unicode_come_back_as_they_went_in(texts: list[str]) -> None:
@@ -319,10 +402,14 @@ def test_two_deterministic_builds_give_the_same_bytes(tmp_path: Path) -> None:
     corpus, queries = _corpus()
     for name in ("a", "b"):
         config = IndexConfig(ann=CONFIG, deterministic=True)
-        EntityIndex.build("pin", IDS, corpus, FRAME, config, calibration_queries=queries[:50]).save(tmp_path / name)
+        EntityIndex.build("pin", IDS, corpus, FRAME, config, calibration_queries=queries[:50]).save(
+            tmp_path / name
+        )
     names = sorted(p.name for p in (tmp_path / "a").iterdir())
     assert names == sorted(p.name for p in (tmp_path / "b").iterdir())
-    assert [n for n in names if (tmp_path / "a" / n).read_bytes() != (tmp_path / "b" / n).read_bytes()] == []
+    assert [
+        n for n in names if (tmp_path / "a" / n).read_bytes() != (tmp_path / "b" / n).read_bytes()
+    ] == []
 
 
 def _answer(index: EntityIndex, query: np.ndarray, pipe: Any) -> None:
@@ -332,14 +419,18 @@ def _answer(index: EntityIndex, query: np.ndarray, pipe: Any) -> None:
 def test_a_forked_process_answers_from_the_shared_index(index: EntityIndex) -> None:
     query = _corpus()[1][0]
     ours, theirs = multiprocessing.get_context("fork").Pipe()
-    process = multiprocessing.get_context("fork").Process(target=_answer, args=(index, query, theirs))
+    process = multiprocessing.get_context("fork").Process(
+        target=_answer, args=(index, query, theirs)
+    )
     process.start()
     assert ours.poll(30)
     assert ours.recv() == index.search(query, 10).ids
     process.join(10)
 
 
-def test_without_the_compiled_part_the_answers_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_compiled_part_the_answers_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from index_builder.storage import codes
 
     corpus, queries = _corpus()
@@ -349,7 +440,10 @@ def test_without_the_compiled_part_the_answers_are_the_same(monkeypatch: pytest.
     plain = EntityIndex.build("pin", IDS, corpus, FRAME, config)
     for expression in (None, "rank < 40", "rank < 2800"):
         for query in queries[:10]:
-            assert compiled.search(query, 10, filter=expression).ids == plain.search(query, 10, filter=expression).ids
+            assert (
+                compiled.search(query, 10, filter=expression).ids
+                == plain.search(query, 10, filter=expression).ids
+            )
 
 
 def test_a_graph_that_does_not_lead_to_k_nodes_still_gives_k_answers() -> None:
@@ -362,7 +456,9 @@ def test_a_graph_that_does_not_lead_to_k_nodes_still_gives_k_answers() -> None:
         assert [len(r.ids) for r in index.search_batch(query[None], 100)] == [100]
 
 
-def test_calibration_queries_decide_between_the_two_searches_of_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibration_queries_decide_between_the_two_searches_of_a_graph(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("rabitqlib")
     if Engine is None or missing_features("symqg"):
         pytest.skip("only one of them can run here")
@@ -370,8 +466,12 @@ def test_calibration_queries_decide_between_the_two_searches_of_a_graph(tmp_path
     ids, queries = [str(i) for i in range(2_900)], vectors[2_900:]
     for winner, loser in (("swift", "symqg"), ("symqg", "swift")):
         times = iter((20.0, 10.0) if winner == "swift" else (10.0, None))
-        monkeypatch.setattr("index_builder.search.graph_race.latency_at_recall", lambda *_, left=times: next(left))
-        index = EntityIndex.build("pin", ids, vectors[:2_900], None, IndexConfig(ann=CONFIG), calibration_queries=queries)
+        monkeypatch.setattr(
+            "index_builder.search.graph_race.latency_at_recall", lambda *_, left=times: next(left)
+        )
+        index = EntityIndex.build(
+            "pin", ids, vectors[:2_900], None, IndexConfig(ann=CONFIG), calibration_queries=queries
+        )
         index.save(tmp_path / winner)
         loaded = EntityIndex.load(tmp_path / winner)
         assert loaded.kind == index.kind == winner and loaded.describe()["kind"] == winner

@@ -25,9 +25,27 @@ from tests.helpers.release_makers import SPACE, D, make_bundle, quick, unit_vect
 
 COUNT = 50
 QUERY = unit_vectors(1, 99)[0]
-FRAME = pl.DataFrame({"tags": [["a", "b"]] * COUNT, "sold": [True] * COUNT, "price": list(range(COUNT)), "brand": ["x"] * COUNT})
-BASE = EntityInput(ids=[f"p{i}" for i in range(COUNT)], vectors=unit_vectors(COUNT, 1), space_id=SPACE, attributes=FRAME)
-CLASHES: list[dict[str, Any]] = [{"tags": "red"}, {"sold": "true"}, {"brand": ["x", "y"]}, {"price": [3]}, {"tags": [["a"]]}]
+FRAME = pl.DataFrame(
+    {
+        "tags": [["a", "b"]] * COUNT,
+        "sold": [True] * COUNT,
+        "price": list(range(COUNT)),
+        "brand": ["x"] * COUNT,
+    }
+)
+BASE = EntityInput(
+    ids=[f"p{i}" for i in range(COUNT)],
+    vectors=unit_vectors(COUNT, 1),
+    space_id=SPACE,
+    attributes=FRAME,
+)
+CLASHES: list[dict[str, Any]] = [
+    {"tags": "red"},
+    {"sold": "true"},
+    {"brand": ["x", "y"]},
+    {"price": [3]},
+    {"tags": [["a"]]},
+]
 
 
 def make_index() -> EntityIndex:
@@ -35,11 +53,24 @@ def make_index() -> EntityIndex:
 
 
 def make_state(index: EntityIndex) -> LiveState:
-    return LiveState(dimension=D, space_id=SPACE, row_of=index.row_of, base_count=COUNT, exact_limit=1000, background=False)
+    return LiveState(
+        dimension=D,
+        space_id=SPACE,
+        row_of=index.row_of,
+        base_count=COUNT,
+        exact_limit=1000,
+        background=False,
+    )
 
 
 def entry(name: str, sequence: int, attributes: dict[str, Any] | None = None) -> LiveEntry:
-    return LiveEntry(id=name, vector=unit_vectors(1, sequence)[0], space_id=SPACE, attributes=attributes or {}, sequence=sequence)
+    return LiveEntry(
+        id=name,
+        vector=unit_vectors(1, sequence)[0],
+        space_id=SPACE,
+        attributes=attributes or {},
+        sequence=sequence,
+    )
 
 
 def fold(into: Path, new: LiveEntry) -> pl.DataFrame:
@@ -49,11 +80,15 @@ def fold(into: Path, new: LiveEntry) -> pl.DataFrame:
 
 
 def found(index: EntityIndex, expression: str) -> set[str]:
-    return {name for name in index.search(QUERY, 200, filter=expression).ids if not name.startswith("p")}
+    return {
+        name for name in index.search(QUERY, 200, filter=expression).ids if not name.startswith("p")
+    }
 
 
 @pytest.mark.parametrize("bad", CLASHES)
-def test_an_entry_that_clashes_with_the_schema_harms_no_other(tmp_path: Path, bad: dict[str, Any]) -> None:
+def test_an_entry_that_clashes_with_the_schema_harms_no_other(
+    tmp_path: Path, bad: dict[str, Any]
+) -> None:
     index, (name,) = make_index(), bad
     state = make_state(index)
     state.apply([entry("bad", 1, bad)])
@@ -61,18 +96,30 @@ def test_an_entry_that_clashes_with_the_schema_harms_no_other(tmp_path: Path, ba
     assert len(index.search(QUERY, 200, filter='brand == "x"').ids) == COUNT
     state.apply([entry("good", 2, {"brand": "x", "price": 3, "tags": ["a"], "sold": True})])
     index.set_live(state.view)
-    other = {"tags": 'brand == "x"', "sold": "price == 3", "brand": "price == 3", "price": 'brand == "x"'}[name]
+    other = {
+        "tags": 'brand == "x"',
+        "sold": "price == 3",
+        "brand": "price == 3",
+        "price": 'brand == "x"',
+    }[name]
     assert found(index, other) == {"good"}
     folded = fold(tmp_path, entry("bad", 1, bad))
     assert folded.height == COUNT + 1 and folded[name][-1] is None and folded.schema == FRAME.schema
 
 
 GOOD = {"brand": "x", "price": 3, "tags": ["a"], "sold": True}
-BY_GOOD = {"tags": 'array_contains(tags, "a")', "sold": "sold == true", "brand": 'brand == "x"', "price": "price == 3"}
+BY_GOOD = {
+    "tags": 'array_contains(tags, "a")',
+    "sold": "sold == true",
+    "brand": 'brand == "x"',
+    "price": "price == 3",
+}
 
 
 @pytest.mark.parametrize("bad", CLASHES)
-@pytest.mark.parametrize("steps", [[("bad", "good")], [("good", "bad")], [("bad",), ("good",)], [("good",), ("bad",)]])
+@pytest.mark.parametrize(
+    "steps", [[("bad", "good")], [("good", "bad")], [("bad",), ("good",)], [("good",), ("bad",)]]
+)
 def test_an_entry_that_clashes_does_not_hide_those_of_its_block_that_fit(
     tmp_path: Path, bad: dict[str, Any], steps: list[tuple[str, ...]]
 ) -> None:
@@ -81,11 +128,19 @@ def test_an_entry_that_clashes_does_not_hide_those_of_its_block_that_fit(
     state = make_state(index)
     entries = {"bad": entry("bad", 1, bad), "good": entry("good", 2, GOOD)}
     for sequence, names in enumerate(steps):
-        state.apply([dataclasses.replace(entries[which], sequence=10 * sequence + i + 1) for i, which in enumerate(names)])
+        state.apply(
+            [
+                dataclasses.replace(entries[which], sequence=10 * sequence + i + 1)
+                for i, which in enumerate(names)
+            ]
+        )
         index.set_live(state.view)
         assert (set(names) & found(index, BY_GOOD[name])) == (set(names) & {"good"})
     assert found(index, BY_GOOD[name]) == {"good"}
-    assert index.attributes(["bad", "good"], [name]) == [bad, {name: GOOD[name]}], "answers show what was written"
+    assert index.attributes(["bad", "good"], [name]) == [
+        bad,
+        {name: GOOD[name]},
+    ], "answers show what was written"
     folded, _ = fold_live(BASE, entries, 2, tmp_path / "folded")
     assert folded.attributes is not None and folded.attributes.schema == FRAME.schema
     assert dict(zip(folded.ids, folded.attributes[name].to_list()))["good"] == GOOD[name]
@@ -94,11 +149,17 @@ def test_an_entry_that_clashes_does_not_hide_those_of_its_block_that_fit(
 
 def test_lists_of_whole_numbers_beside_lists_of_fractions_keep_these() -> None:
     """The first list decided for all: 2.5 became 2, in filters, answers and rebuilds."""
-    assert attribute_frame([{"n": [1]}, {"n": [2.5, 3]}, {"n": []}])["n"].to_list() == [[1.0], [2.5, 3.0], []]
+    assert attribute_frame([{"n": [1]}, {"n": [2.5, 3]}, {"n": []}])["n"].to_list() == [
+        [1.0],
+        [2.5, 3.0],
+        [],
+    ]
 
 
 @pytest.mark.parametrize("unknown", [{"a b": 1}, {"flags": [True]}, {"deep": [[1]]}])
-def test_a_rebuild_leaves_out_what_no_column_can_hold(tmp_path: Path, unknown: dict[str, Any]) -> None:
+def test_a_rebuild_leaves_out_what_no_column_can_hold(
+    tmp_path: Path, unknown: dict[str, Any]
+) -> None:
     folded = fold(tmp_path, entry("n", 1, {**unknown, "price": 3}))
     assert folded.columns == FRAME.columns and folded["price"][-1] == 3
 
@@ -108,8 +169,13 @@ def test_fractions_over_a_column_of_integers_stay(tmp_path: Path) -> None:
     state = make_state(index)
     state.apply([entry("new", 1, {"price": 19.5})])
     index.set_live(state.view)
-    assert found(index, "price <= 19") == set() and found(index, "price > 19 and price < 20") == {"new"}
-    assert fold(tmp_path, entry("new", 1, {"price": 19.5}))["price"].to_list() == [*range(COUNT), 19.5]
+    assert found(index, "price <= 19") == set() and found(index, "price > 19 and price < 20") == {
+        "new"
+    }
+    assert fold(tmp_path, entry("new", 1, {"price": 19.5}))["price"].to_list() == [
+        *range(COUNT),
+        19.5,
+    ]
 
 
 def test_a_filter_sees_the_picture_it_was_given_while_a_writer_goes_on() -> None:
@@ -124,7 +190,10 @@ def test_a_filter_sees_the_picture_it_was_given_while_a_writer_goes_on() -> None
     assert found(index, "price < 1 or price > 18") == {"n0", "n19"}
 
 
-@pytest.mark.parametrize("expression", ['not array_contains(tags, "z")', "price >= 0", 'price >= 0 or not array_contains(tags, "z")'])
+@pytest.mark.parametrize(
+    "expression",
+    ['not array_contains(tags, "z")', "price >= 0", 'price >= 0 or not array_contains(tags, "z")'],
+)
 def test_live_entries_without_any_attribute_satisfy_no_comparison(expression: str) -> None:
     index = make_index()
     state = make_state(index)
@@ -136,7 +205,16 @@ def test_live_entries_without_any_attribute_satisfy_no_comparison(expression: st
 
 @pytest.mark.parametrize(
     "values",
-    [{"price": 3}, {"price": 3.5}, {"tags": []}, {"tags": ["a"]}, {"sold": False}, {"price": None}, {"new": [1, 2.5]}, {"größe": "m"}],
+    [
+        {"price": 3},
+        {"price": 3.5},
+        {"tags": []},
+        {"tags": ["a"]},
+        {"sold": False},
+        {"price": None},
+        {"new": [1, 2.5]},
+        {"größe": "m"},
+    ],
 )
 def test_what_fits_is_taken(values: dict[str, Any]) -> None:
     check_attributes(values, make_index().attribute_table.schema, "row 1")
@@ -177,14 +255,21 @@ def update(store: ReleaseStore, path: Path) -> tuple[int, str]:
 
 def test_missing_numbers_of_an_update_are_missing(store: ReleaseStore, tmp_path: Path) -> None:
     path = tmp_path / "c.parquet"
-    rows = {"id": ["u", "v"], "entity_type": ["pin"] * 2, "embedding": unit_vectors(2, 5).tolist(), "price": [1.5, float("nan")]}
+    rows = {
+        "id": ["u", "v"],
+        "entity_type": ["pin"] * 2,
+        "embedding": unit_vectors(2, 5).tolist(),
+        "price": [1.5, float("nan")],
+    }
     pl.DataFrame(rows).write_parquet(path)
     assert update(store, path)[0] == 0
     assert attributes_of({"price": float("nan"), "brand": "x"}) == {"brand": "x"}
 
 
 @pytest.mark.parametrize("bad", [{"price-usd": 3}, {"tags": "red"}, {"sold": 3}])
-def test_an_update_that_no_release_can_hold_writes_nothing(store: ReleaseStore, tmp_path: Path, bad: dict[str, Any]) -> None:
+def test_an_update_that_no_release_can_hold_writes_nothing(
+    store: ReleaseStore, tmp_path: Path, bad: dict[str, Any]
+) -> None:
     good = {"id": "good", "entity_type": "pin", "embedding": unit_vectors(1, 5)[0].tolist()}
     path = tmp_path / "c.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in (good, good | {"id": "bad"} | bad)))
@@ -193,24 +278,50 @@ def test_an_update_that_no_release_can_hold_writes_nothing(store: ReleaseStore, 
     assert not (store.live_root / "pin").exists()
 
 
-def test_a_table_of_texts_takes_the_types_of_the_release(store: ReleaseStore, tmp_path: Path) -> None:
+def test_a_table_of_texts_takes_the_types_of_the_release(
+    store: ReleaseStore, tmp_path: Path
+) -> None:
     vector = json.dumps(unit_vectors(1, 5)[0].tolist())
     path = tmp_path / "c.csv"
-    path.write_text(f'id,entity_type,embedding,price,sold,brand\nu,pin,"{vector}",19.5,true,7\nv,pin,"{vector}",,False,x\n')
+    path.write_text(
+        f'id,entity_type,embedding,price,sold,brand\nu,pin,"{vector}",19.5,true,7\nv,pin,"{vector}",,False,x\n'
+    )
     entries = read_changes(path, read_manifest(store.path_of(str(store.current())))).ready["pin"]
-    assert [entry.attributes for entry in entries] == [{"price": 19.5, "sold": True, "brand": "7"}, {"sold": False, "brand": "x"}]
+    assert [entry.attributes for entry in entries] == [
+        {"price": 19.5, "sold": True, "brand": "7"},
+        {"sold": False, "brand": "x"},
+    ]
 
 
 def test_rows_are_named_by_their_place_in_the_file(store: ReleaseStore, tmp_path: Path) -> None:
     rows = [{"id": f"g{i}", "entity_type": "pin", "op": "delete"} for i in (0, 1, 1, 2)]
     path = tmp_path / "c.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"id": "u", "entity_type": "pinn", "title": "t"}]))
+    path.write_text(
+        "".join(
+            json.dumps(row) + "\n"
+            for row in [*rows, {"id": "u", "entity_type": "pinn", "title": "t"}]
+        )
+    )
     assert "row 5" in update(store, path)[1]
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"id": "u", "entity_type": "pinn", "op": "delete"}]))
+    path.write_text(
+        "".join(
+            json.dumps(row) + "\n"
+            for row in [*rows, {"id": "u", "entity_type": "pinn", "op": "delete"}]
+        )
+    )
     assert "row 5" in update(store, path)[1]
 
 
 def test_a_new_attribute_of_several_types_is_text_in_the_next_release(tmp_path: Path) -> None:
-    entries = {f"n{i}": entry(f"n{i}", i + 1, {"new": value}) for i, value in enumerate([1, "m", [2], [[3]], None])}
+    entries = {
+        f"n{i}": entry(f"n{i}", i + 1, {"new": value})
+        for i, value in enumerate([1, "m", [2], [[3]], None])
+    }
     folded, _ = fold_live(BASE, entries, 5, tmp_path / "folded")
-    assert folded.attributes is not None and folded.attributes["new"].to_list()[-5:] == ["1", "m", "[2]", None, None]
+    assert folded.attributes is not None and folded.attributes["new"].to_list()[-5:] == [
+        "1",
+        "m",
+        "[2]",
+        None,
+        None,
+    ]

@@ -32,18 +32,34 @@ def make_state(limit: int = 8, background: bool = False) -> LiveState:
     def row_of(identifier: str) -> int | None:
         return int(identifier[1:]) if int(identifier[1:]) < BASE else None
 
-    return LiveState(dimension=D, space_id=SPACE, row_of=row_of, base_count=BASE, exact_limit=limit, background=background)
+    return LiveState(
+        dimension=D,
+        space_id=SPACE,
+        row_of=row_of,
+        base_count=BASE,
+        exact_limit=limit,
+        background=background,
+    )
 
 
 def entry(number: int, which: int, sequence: int, delete: bool = False) -> LiveEntry:
     if delete:
         return LiveEntry(id=f"e{number}", sequence=sequence)
-    return LiveEntry(id=f"e{number}", vector=VECTORS[which], space_id=SPACE, attributes={"w": which}, sequence=sequence)
+    return LiveEntry(
+        id=f"e{number}",
+        vector=VECTORS[which],
+        space_id=SPACE,
+        attributes={"w": which},
+        sequence=sequence,
+    )
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    writes=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 399), st.booleans()), max_size=120), limit=st.sampled_from([4, 8, 1000])
+    writes=st.lists(
+        st.tuples(st.integers(0, 60), st.integers(0, 399), st.booleans()), max_size=120
+    ),
+    limit=st.sampled_from([4, 8, 1000]),
 )
 def test_live_entries_equal_a_dictionary(writes: list[tuple[int, int, bool]], limit: int) -> None:
     state, model, touched = make_state(limit), {}, set()
@@ -58,7 +74,11 @@ def test_live_entries_equal_a_dictionary(writes: list[tuple[int, int, bool]], li
     hidden = set() if view.hidden_rows is None else set(np.flatnonzero(view.hidden_rows).tolist())
     assert hidden == {n for n in touched if n < BASE}
     assert view.hidden_count == len(hidden)
-    alive = {segment.ids[int(r)]: segment.vectors[int(r)] for segment in view.segments for r in np.flatnonzero(segment.alive)}
+    alive = {
+        segment.ids[int(r)]: segment.vectors[int(r)]
+        for segment in view.segments
+        for r in np.flatnonzero(segment.alive)
+    }
     assert sum(segment.alive_count for segment in view.segments) == len(model)
     assert set(alive) == {f"e{n}" for n in model}
     for number, which in model.items():
@@ -127,7 +147,11 @@ def test_writes_during_a_background_merge_are_not_lost() -> None:
     for n in range(300):
         state.apply([entry(1000 + n % 90, n, n + 1)])
     state.wait()
-    alive = {segment.ids[int(r)]: segment.vectors[int(r)] for segment in state.view.segments for r in np.flatnonzero(segment.alive)}
+    alive = {
+        segment.ids[int(r)]: segment.vectors[int(r)]
+        for segment in state.view.segments
+        for r in np.flatnonzero(segment.alive)
+    }
     assert len(alive) == 90
     for n in range(90):
         last = max(m for m in range(300) if m % 90 == n)
@@ -166,11 +190,15 @@ def test_attributes_of_any_mix_of_types_become_a_table() -> None:
 def store(tmp_path: Path) -> ReleaseStore:
     store = ReleaseStore(tmp_path / "store")
     bundle = make_bundle(tmp_path / "bundle")
-    build_release({"pin": make_input("pin", 200), "ad": make_input("ad", 20)}, bundle, store, quick())
+    build_release(
+        {"pin": make_input("pin", 200), "ad": make_input("ad", 20)}, bundle, store, quick()
+    )
     return store
 
 
-def test_every_reader_sees_a_write_within_a_second_and_replacing_an_id_gives_one_answer(store: ReleaseStore) -> None:
+def test_every_reader_sees_a_write_within_a_second_and_replacing_an_id_gives_one_answer(
+    store: ReleaseStore,
+) -> None:
     releases = [store.open_current() for _ in range(3)]
     followers = [LiveFollower(store, release).start() for release in releases]
     query = unit_vectors(200, 0)[11]
@@ -197,13 +225,17 @@ def test_every_reader_sees_a_write_within_a_second_and_replacing_an_id_gives_one
         follower.stop()
 
 
-def test_activation_and_rollback_replay_what_was_written_later(store: ReleaseStore, tmp_path: Path) -> None:
+def test_activation_and_rollback_replay_what_was_written_later(
+    store: ReleaseStore, tmp_path: Path
+) -> None:
     bundle = tmp_path / "bundle"
     first = store.current()
     vector = unit_vectors(1, 99)[0]
     with LiveLogWriter(store.live_root, "pin", D) as writer:
         writer.write([LiveEntry(id="early", vector=vector, space_id=SPACE), LiveEntry(id="pin-3")])
-        second = build_release({"pin": make_input("pin", 200), "ad": make_input("ad", 20)}, bundle, store, quick())
+        second = build_release(
+            {"pin": make_input("pin", 200), "ad": make_input("ad", 20)}, bundle, store, quick()
+        )
         writer.write([LiveEntry(id="late", vector=vector, space_id=SPACE)])
 
     def answers() -> list[str]:
@@ -240,7 +272,10 @@ def test_a_damaged_log_keeps_the_last_good_picture_and_says_so(store: ReleaseSto
     fresh = Release.open(release.path)
     checked = LiveFollower(store, fresh).start()
     assert isinstance(checked.error, LiveLogCorrupt)
-    assert fresh.entity("pin").search(unit_vectors(1, 1)[0], 1).ids == ["good"] or fresh.entity("pin").count == 200
+    assert (
+        fresh.entity("pin").search(unit_vectors(1, 1)[0], 1).ids == ["good"]
+        or fresh.entity("pin").count == 200
+    )
     assert fresh.entity("ad").count == 20
     checked.stop()
 
@@ -253,7 +288,14 @@ def test_merging_keeps_the_best_of_both_with_true_scores(dimension: int, scans: 
     vectors = rng.standard_normal((1043, dimension)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     live, base, queries = vectors[:1000], vectors[1000:1040], vectors[1040:]
-    state = LiveState(dimension=dimension, space_id=SPACE, row_of=lambda _: None, base_count=0, background=False, scans=scans)
+    state = LiveState(
+        dimension=dimension,
+        space_id=SPACE,
+        row_of=lambda _: None,
+        base_count=0,
+        background=False,
+        scans=scans,
+    )
     state.apply([LiveEntry(id=f"e{n}", vector=live[n], space_id=SPACE) for n in range(1000)])
     (segment,) = state.apply([LiveEntry(id=f"e{n}") for n in range(0, 1000, 7)]).segments
     mask = rng.random(1000) < 0.5
@@ -262,8 +304,12 @@ def test_merging_keeps_the_best_of_both_with_true_scores(dimension: int, scans: 
     for query in queries:
         for k, use in ((1, None), (10, None), (10, mask), (40, mask), (2000, None)):
             order = np.argsort(-(base @ query))[:k]
-            ids, scores = segment.merge(query[None], k, [f"b{n}" for n in order], (base @ query)[order], use)
-            allowed = np.concatenate([np.ones(40, bool), segment.alive if use is None else segment.alive & use])
+            ids, scores = segment.merge(
+                query[None], k, [f"b{n}" for n in order], (base @ query)[order], use
+            )
+            allowed = np.concatenate(
+                [np.ones(40, bool), segment.alive if use is None else segment.alive & use]
+            )
             allowed[np.setdiff1d(np.arange(40), order)] = False
             truth = np.concatenate([base, live]) @ query
             want = np.flatnonzero(allowed)[np.argsort(-truth[allowed], kind="stable")][:k]
@@ -289,7 +335,9 @@ def test_an_id_left_out_stays_out_while_a_writer_deletes_or_replaces_it() -> Non
     """A search holds the picture in which the id lives; the writer has begun, and the next picture is not there yet."""
     base = VECTORS[:BASE]
     index = EntityIndex.build("pin", [f"e{i}" for i in range(BASE)], base)
-    state = LiveState(dimension=D, space_id=SPACE, row_of=index.row_of, base_count=BASE, background=False)
+    state = LiveState(
+        dimension=D, space_id=SPACE, row_of=index.row_of, base_count=BASE, background=False
+    )
     state.apply([entry(50, 300, 1), entry(51, 301, 2)])
     index.set_live(state.view)
     query = VECTORS[300]
@@ -307,7 +355,16 @@ def test_a_merge_that_ends_between_two_polls_is_shown(store: ReleaseStore) -> No
     follower = LiveFollower(store, release)
     with LiveLogWriter(store.live_root, "pin", D) as writer:
         for part in range(3):
-            writer.write([LiveEntry(id=f"new-{part}-{i}", vector=unit_vectors(1, 10 * part + i)[0], space_id=SPACE) for i in range(5)])
+            writer.write(
+                [
+                    LiveEntry(
+                        id=f"new-{part}-{i}",
+                        vector=unit_vectors(1, 10 * part + i)[0],
+                        space_id=SPACE,
+                    )
+                    for i in range(5)
+                ]
+            )
             follower.catch_up()
     state = follower._followed["pin"][1]
     before = state.view
@@ -319,7 +376,9 @@ def test_a_merge_that_ends_between_two_polls_is_shown(store: ReleaseStore) -> No
     follower.stop()
 
 
-def test_a_moment_without_file_descriptors_does_not_end_the_following(store: ReleaseStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_moment_without_file_descriptors_does_not_end_the_following(
+    store: ReleaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     release = store.open_current()
     follower = LiveFollower(store, release, poll_seconds=0.02).start()
     poll = LiveLogReader.poll

@@ -15,14 +15,22 @@ from tests.helpers.real_vectors import text_vectors
 pytestmark = pytest.mark.skipif(Engine is None, reason="the extension was not compiled")
 
 
-@pytest.mark.parametrize(("count", "dimension"), [(1, 64), (31, 64), (64, 64), (1_000, 64), (1_500, 100), (700, 7)])
+@pytest.mark.parametrize(
+    ("count", "dimension"), [(1, 64), (31, 64), (64, 64), (1_000, 64), (1_500, 100), (700, 7)]
+)
 @pytest.mark.parametrize("duplicates", [0, 40])
-def test_a_scan_of_all_sketches_finds_the_best_matching_rows(count: int, dimension: int, duplicates: int) -> None:
+def test_a_scan_of_all_sketches_finds_the_best_matching_rows(
+    count: int, dimension: int, duplicates: int
+) -> None:
     vectors = text_vectors(1_500, 128)[:count, :dimension].copy()
     vectors[count - min(duplicates, count - 1) :] = vectors[0] if duplicates else vectors[count:]
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     corpus = Corpus.build(vectors)
-    engine = make_engine(corpus, IdTable.build([str(i) for i in range(count)]), CodeStore.build(corpus.vectors, None, sketches=True))
+    engine = make_engine(
+        corpus,
+        IdTable.build([str(i) for i in range(count)]),
+        CodeStore.build(corpus.vectors, None, sketches=True),
+    )
     rng = np.random.default_rng(count)
     for share in (0.02, 0.3, 1.0):
         mask, hidden = rng.random(count) < share, rng.random(count) < 0.1
@@ -33,7 +41,9 @@ def test_a_scan_of_all_sketches_finds_the_best_matching_rows(count: int, dimensi
             ids = engine.sketch(query, 10, wanted, out, mask, hidden)
             assert len(ids) == len(set(ids)) == len(best)
             assert {int(i) for i in ids} <= set(rows.tolist())
-            np.testing.assert_allclose(out[: len(ids)], vectors[[int(i) for i in ids]] @ query[0], atol=1e-5)
+            np.testing.assert_allclose(
+                out[: len(ids)], vectors[[int(i) for i in ids]] @ query[0], atol=1e-5
+            )
             if wanted == count:
                 np.testing.assert_allclose(out[: len(best)], best, atol=2e-3)
 
@@ -41,7 +51,11 @@ def test_a_scan_of_all_sketches_finds_the_best_matching_rows(count: int, dimensi
 def test_few_sketches_find_nearly_all() -> None:
     vectors = text_vectors(6_100)
     corpus, queries = vectors[:6_000].copy(), vectors[6_000:]
-    engine = make_engine(Corpus.build(corpus), IdTable.build([str(i) for i in range(6_000)]), CodeStore.build(corpus, None, sketches=True))
+    engine = make_engine(
+        Corpus.build(corpus),
+        IdTable.build([str(i) for i in range(6_000)]),
+        CodeStore.build(corpus, None, sketches=True),
+    )
     mask = np.arange(6_000) % 3 == 0
     found = 0
     for query in queries:

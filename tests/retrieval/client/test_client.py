@@ -21,17 +21,36 @@ from encoders.errors import ConfigError, InvalidVectors, OmniError
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as pb_grpc
 from retrieval.client import errors as client_errors
-from retrieval.client.errors import BY_CODE, CallError, DeadlineExceeded, InvalidRequest, NotFound, Overloaded, Precondition, Unavailable
+from retrieval.client.errors import (
+    BY_CODE,
+    CallError,
+    DeadlineExceeded,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    Precondition,
+    Unavailable,
+)
 from retrieval.client.results import value_to_proto, value_to_python, vector_bytes
 from retrieval.client.retries import RetryBudget, wait_before_retry
-from retrieval.client.sync_client import AsyncRetrievalClient, ClientConfig, EntityWrite, RetrievalClient, RetryPolicy, Target, TlsConfig
+from retrieval.client.sync_client import (
+    AsyncRetrievalClient,
+    ClientConfig,
+    EntityWrite,
+    RetrievalClient,
+    RetryPolicy,
+    Target,
+    TlsConfig,
+)
 from tests.helpers.real_server import Running, serving
 
 Step = Callable[[Any], Any]
 FAST = RetryPolicy(first_backoff_seconds=0.001, max_backoff_seconds=0.002)
 
 
-def fails(code: grpc.StatusCode, message: str = "scripted", retry_after_ms: int | None = None) -> Step:
+def fails(
+    code: grpc.StatusCode, message: str = "scripted", retry_after_ms: int | None = None
+) -> Step:
     def step(context: Any) -> None:
         if retry_after_ms is not None:
             context.set_trailing_metadata((("retry-after-ms", str(retry_after_ms)),))
@@ -97,36 +116,59 @@ def both(address: str, config: ClientConfig, ask: Callable[[Any], Any]) -> list[
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["sync", "async"])
-@pytest.mark.parametrize(("code", "hint"), [(grpc.StatusCode.UNAVAILABLE, None), (grpc.StatusCode.RESOURCE_EXHAUSTED, 1)])
-def test_a_refused_call_is_repeated_until_it_is_answered(which: int, code: grpc.StatusCode, hint: int | None) -> None:
-    with scripted(fails(code, retry_after_ms=hint), fails(code, retry_after_ms=hint)) as (address, server):
-        result = both(address, ClientConfig(retry=FAST, deadline_seconds=10), lambda c: c.retrieve("x"))[which]()
+@pytest.mark.parametrize(
+    ("code", "hint"), [(grpc.StatusCode.UNAVAILABLE, None), (grpc.StatusCode.RESOURCE_EXHAUSTED, 1)]
+)
+def test_a_refused_call_is_repeated_until_it_is_answered(
+    which: int, code: grpc.StatusCode, hint: int | None
+) -> None:
+    with scripted(fails(code, retry_after_ms=hint), fails(code, retry_after_ms=hint)) as (
+        address,
+        server,
+    ):
+        result = both(
+            address, ClientConfig(retry=FAST, deadline_seconds=10), lambda c: c.retrieve("x")
+        )[which]()
         assert result.ids == ["a"]
         assert server.calls == 3
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["sync", "async"])
 def test_without_a_hint_the_server_is_not_full_and_the_call_is_not_repeated(which: int) -> None:
-    with scripted(fails(grpc.StatusCode.RESOURCE_EXHAUSTED, "the disk is full. Free some space.")) as (address, server):
+    with scripted(
+        fails(grpc.StatusCode.RESOURCE_EXHAUSTED, "the disk is full. Free some space.")
+    ) as (address, server):
         with pytest.raises(CallError, match=r"the disk is full\. Free some space") as caught:
-            both(address, ClientConfig(retry=FAST, deadline_seconds=10), lambda c: c.retrieve("x"))[which]()
+            both(address, ClientConfig(retry=FAST, deadline_seconds=10), lambda c: c.retrieve("x"))[
+                which
+            ]()
         assert not isinstance(caught.value, Overloaded)
         assert caught.value.attempts == server.calls == 1
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["sync", "async"])
 def test_the_servers_hint_is_a_lower_bound_of_the_wait(which: int) -> None:
-    with scripted(fails(grpc.StatusCode.RESOURCE_EXHAUSTED, retry_after_ms=300)) as (address, server):
-        both(address, ClientConfig(retry=FAST, deadline_seconds=10), lambda c: c.retrieve("x"))[which]()
+    with scripted(fails(grpc.StatusCode.RESOURCE_EXHAUSTED, retry_after_ms=300)) as (
+        address,
+        server,
+    ):
+        both(address, ClientConfig(retry=FAST, deadline_seconds=10), lambda c: c.retrieve("x"))[
+            which
+        ]()
         assert server.times[1] - server.times[0] >= 0.3
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["sync", "async"])
 def test_no_wait_that_would_outlast_the_deadline_is_begun(which: int) -> None:
-    with scripted(fails(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", retry_after_ms=60_000)) as (address, server):
+    with scripted(fails(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", retry_after_ms=60_000)) as (
+        address,
+        server,
+    ):
         started = time.monotonic()
         with pytest.raises(Overloaded) as caught:
-            both(address, ClientConfig(retry=FAST, deadline_seconds=5), lambda c: c.retrieve("x"))[which]()
+            both(address, ClientConfig(retry=FAST, deadline_seconds=5), lambda c: c.retrieve("x"))[
+                which
+            ]()
         assert time.monotonic() - started < 5
         assert caught.value.retry_after_seconds == 60.0
         assert caught.value.attempts == server.calls == 1
@@ -135,12 +177,20 @@ def test_no_wait_that_would_outlast_the_deadline_is_begun(which: int) -> None:
 @pytest.mark.parametrize("which", [0, 1], ids=["sync", "async"])
 def test_the_number_of_tries_is_bounded_and_told(which: int) -> None:
     with scripted(*[fails(grpc.StatusCode.UNAVAILABLE, "draining")] * 9) as (address, server):
-        with pytest.raises(Unavailable, match=r"Retrieve on .* \(tried 4 times\): UNAVAILABLE: draining"):
-            both(address, ClientConfig(retry=FAST, deadline_seconds=10), lambda c: c.retrieve("x"))[which]()
+        with pytest.raises(
+            Unavailable, match=r"Retrieve on .* \(tried 4 times\): UNAVAILABLE: draining"
+        ):
+            both(address, ClientConfig(retry=FAST, deadline_seconds=10), lambda c: c.retrieve("x"))[
+                which
+            ]()
         assert server.calls == 4
 
 
-@pytest.mark.parametrize("code", sorted(set(grpc.StatusCode) - {grpc.StatusCode.OK}, key=lambda c: c.name), ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "code",
+    sorted(set(grpc.StatusCode) - {grpc.StatusCode.OK}, key=lambda c: c.name),
+    ids=lambda c: c.name,
+)
 def test_every_status_becomes_its_exception(code: grpc.StatusCode) -> None:
     with (
         scripted(fails(code, "why", retry_after_ms=5)) as (address, _),
@@ -181,7 +231,10 @@ def test_nobody_listening_is_unavailable_and_never_ready() -> None:
 
 
 def test_the_token_is_sent_but_not_in_the_clear_over_a_network() -> None:
-    with scripted() as (address, server), RetrievalClient(address, ClientConfig(token="secret")) as client:
+    with (
+        scripted() as (address, server),
+        RetrievalClient(address, ClientConfig(token="secret")) as client,
+    ):
         client.retrieve("x")
         assert server.metadata[0]["authorization"] == "Bearer secret"
     assert "secret" not in repr(ClientConfig(token="secret"))
@@ -204,14 +257,26 @@ def test_the_token_is_sent_but_not_in_the_clear_over_a_network() -> None:
         "",
     ],
 )
-def test_a_token_does_not_travel_in_the_clear_to_a_name_that_only_begins_like_this_machine(target: str) -> None:
+def test_a_token_does_not_travel_in_the_clear_to_a_name_that_only_begins_like_this_machine(
+    target: str,
+) -> None:
     with pytest.raises(ConfigError, match="unencrypted"):
         RetrievalClient(target, ClientConfig(token="secret"))
     RetrievalClient(target, ClientConfig(token="secret", allow_plaintext_token=True)).close()
 
 
 @pytest.mark.parametrize(
-    "target", ["localhost:50051", "localhost", "127.0.0.1:50051", "127.8.8.8:50051", "[::1]:50051", "[::1]", "::1", "unix:/run/omni.sock"]
+    "target",
+    [
+        "localhost:50051",
+        "localhost",
+        "127.0.0.1:50051",
+        "127.8.8.8:50051",
+        "[::1]:50051",
+        "[::1]",
+        "::1",
+        "unix:/run/omni.sock",
+    ],
 )
 def test_a_token_may_travel_in_the_clear_inside_this_machine(target: str) -> None:
     RetrievalClient(target, ClientConfig(token="secret")).close()
@@ -224,7 +289,9 @@ def test_impossible_configurations_are_refused() -> None:
         lambda: RetryPolicy(first_backoff_seconds=3.0, max_backoff_seconds=1.0),
         lambda: RetryPolicy(budget=0),
         lambda: TlsConfig(client_key=Path("key.pem")),
-        lambda: RetrievalClient("h:1", ClientConfig(tls=TlsConfig(root_certificates=Path("does-not-exist.pem")))),
+        lambda: RetrievalClient(
+            "h:1", ClientConfig(tls=TlsConfig(root_certificates=Path("does-not-exist.pem")))
+        ),
     ):
         with pytest.raises(ConfigError):
             make()
@@ -241,17 +308,33 @@ class _Failure(grpc.RpcError):
         return () if self.hint is None else (("retry-after-ms", self.hint),)
 
 
-@given(attempt=st.integers(1, 3), left=st.floats(0, 100), hint=st.none() | st.integers(0, 10_000), seed=st.integers(0, 99))
+@given(
+    attempt=st.integers(1, 3),
+    left=st.floats(0, 100),
+    hint=st.none() | st.integers(0, 10_000),
+    seed=st.integers(0, 99),
+)
 @settings(max_examples=60, deadline=None)
-def test_the_wait_is_within_its_bounds(attempt: int, left: float, hint: int | None, seed: int) -> None:
+def test_the_wait_is_within_its_bounds(
+    attempt: int, left: float, hint: int | None, seed: int
+) -> None:
     policy = RetryPolicy()
-    wait = wait_before_retry(_Failure(None if hint is None else str(hint)), attempt, left, policy, RetryBudget(policy), random.Random(seed))
+    wait = wait_before_retry(
+        _Failure(None if hint is None else str(hint)),
+        attempt,
+        left,
+        policy,
+        RetryBudget(policy),
+        random.Random(seed),
+    )
     floor = (hint or 0) / 1000
     if wait is None:
         assert floor + policy.max_backoff_seconds >= left
     else:
         assert floor <= wait < left
-        assert wait <= floor + min(policy.max_backoff_seconds, policy.first_backoff_seconds * 2 ** (attempt - 1))
+        assert wait <= floor + min(
+            policy.max_backoff_seconds, policy.first_backoff_seconds * 2 ** (attempt - 1)
+        )
 
 
 @pytest.mark.parametrize("hint", ["soon", "-5", "inf", "nan", ""])
@@ -293,15 +376,24 @@ def test_embeddings_are_packed_little_endian_and_checked() -> None:
 
 def test_both_clients_have_the_same_methods_and_arguments() -> None:
     def public(cls: type) -> dict[str, Any]:
-        return {n: inspect.signature(f).parameters for n, f in inspect.getmembers(cls, inspect.isfunction) if not n.startswith("_")}
+        return {
+            n: inspect.signature(f).parameters
+            for n, f in inspect.getmembers(cls, inspect.isfunction)
+            if not n.startswith("_")
+        }
 
     sync, parallel = public(RetrievalClient), public(AsyncRetrievalClient)
     assert list(sync) == list(parallel)
     for name in sync:
-        shape = [[(p.name, p.kind, p.default) for p in signatures[name].values()] for signatures in (sync, parallel)]
+        shape = [
+            [(p.name, p.kind, p.default) for p in signatures[name].values()]
+            for signatures in (sync, parallel)
+        ]
         assert shape[0] == shape[1], name
     fields = {f.name for f in pb.RetrieveRequest.DESCRIPTOR.fields}
-    assert fields | {"self", "deadline_seconds"} == set(sync["retrieve"]), "every field of the request can be set"
+    assert fields | {"self", "deadline_seconds"} == set(sync["retrieve"]), (
+        "every field of the request can be set"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +406,11 @@ def test_every_call_of_the_real_service(running: Running) -> None:
     with RetrievalClient(running.address, ClientConfig(deadline_seconds=20)) as client:
         client.wait_until_ready(20)
         release = client.describe_release()
-        assert (release.release_id, release.space_id, release.dimension) == (running.release_id, running.space_id, 32)
+        assert (release.release_id, release.space_id, release.dimension) == (
+            running.release_id,
+            running.space_id,
+            32,
+        )
         assert release.entities["pin"].count == 300
         assert release.limits.max_k == 1000
 
@@ -322,7 +418,9 @@ def test_every_call_of_the_real_service(running: Running) -> None:
         assert vector.shape == (2, 32)
         np.testing.assert_allclose(np.linalg.norm(vector, axis=1), 1, atol=1e-5)
         by_text = client.retrieve("red cat", "pin", 5, attributes=["title", "tags", "sale"])
-        by_vector = client.retrieve(embedding=vector[0], space_id=running.space_id, entity_type="pin", k=5)
+        by_vector = client.retrieve(
+            embedding=vector[0], space_id=running.space_id, entity_type="pin", k=5
+        )
         assert by_text.ids == by_vector.ids
         assert by_text.cache_hit
         assert not by_vector.cache_hit
@@ -331,22 +429,40 @@ def test_every_call_of_the_real_service(running: Running) -> None:
         assert isinstance(best.attributes["sale"], bool)
         assert by_vector.hits[0].attributes == {}
         assert client.retrieve("red cat", "pin", 5, exact=True).plan == "exact"
-        kept = client.retrieve("red cat", "pin", 5, exclude_ids=by_text.ids[:2], filter="price < 40", min_score=-1.0, min_recall=0.9)
+        kept = client.retrieve(
+            "red cat",
+            "pin",
+            5,
+            exclude_ids=by_text.ids[:2],
+            filter="price < 40",
+            min_score=-1.0,
+            min_recall=0.9,
+        )
         assert not set(by_text.ids[:2]) & set(kept.ids)
         assert kept.selectivity is not None
-        assert len(client.retrieve("red cat", "pin", 5, diversity=0.3, collapse_above=0.99).hits) == 5
+        assert (
+            len(client.retrieve("red cat", "pin", 5, diversity=0.3, collapse_above=0.99).hits) == 5
+        )
 
-        multi = client.retrieve_multi("red cat", [Target(entity_type="pin", k=5), Target(entity_type="product", k=2)])
+        multi = client.retrieve_multi(
+            "red cat", [Target(entity_type="pin", k=5), Target(entity_type="product", k=2)]
+        )
         assert [a.entity_type for a in multi.answers] == ["pin", "product"]
         assert multi.answers[0].ids == by_text.ids
         batch = client.retrieve_batch(["red cat", "blue fish"], Target(entity_type="pin", k=5))
         assert batch.answers[0].ids == by_text.ids
         assert (
-            client.retrieve_batch(embeddings=vector, space_id=running.space_id, target=Target(entity_type="pin", k=5)).answers[1].ids
+            client.retrieve_batch(
+                embeddings=vector, space_id=running.space_id, target=Target(entity_type="pin", k=5)
+            )
+            .answers[1]
+            .ids
             == batch.answers[1].ids
         )
         scores = client.score("red cat", [*by_text.ids, "nobody"], "pin")
-        np.testing.assert_allclose(scores.scores[:-1], [hit.score for hit in by_text.hits], atol=1e-4)
+        np.testing.assert_allclose(
+            scores.scores[:-1], [hit.score for hit in by_text.hits], atol=1e-4
+        )
         assert np.isnan(scores.scores[-1])
         assert scores.missing == 1
 
@@ -363,17 +479,29 @@ def test_every_call_of_the_real_service(running: Running) -> None:
 
 def test_a_written_entity_is_found_and_a_deleted_one_is_not(running: Running) -> None:
     async def main() -> None:
-        async with AsyncRetrievalClient(running.address, ClientConfig(deadline_seconds=20)) as client:
+        async with AsyncRetrievalClient(
+            running.address, ClientConfig(deadline_seconds=20)
+        ) as client:
             await client.wait_until_ready(20)
             vector = (await client.embed(["golden whale"])).vectors[0]
-            entity = EntityWrite(id="new-1", vector=vector, attributes={"title": "new", "price": 1.5})
+            entity = EntityWrite(
+                id="new-1", vector=vector, attributes={"title": "new", "price": 1.5}
+            )
             written = await client.upsert("ad", [entity], space_id=running.space_id)
             assert written.applied == 1
-            await _until(lambda: client.retrieve("golden whale", "ad", 1), lambda r: r.ids == ["new-1"])
-            twice = await client.retrieve("golden whale", "ad", 1, attributes=["title", "title", "nothing"])
-            assert twice.hits[0].attributes == {"title": "new"}, "found by the fuzzer: a name asked for twice made live entities fail"
+            await _until(
+                lambda: client.retrieve("golden whale", "ad", 1), lambda r: r.ids == ["new-1"]
+            )
+            twice = await client.retrieve(
+                "golden whale", "ad", 1, attributes=["title", "title", "nothing"]
+            )
+            assert twice.hits[0].attributes == {"title": "new"}, (
+                "found by the fuzzer: a name asked for twice made live entities fail"
+            )
             await client.delete("ad", ["new-1"])
-            await _until(lambda: client.retrieve("golden whale", "ad", 1), lambda r: r.ids != ["new-1"])
+            await _until(
+                lambda: client.retrieve("golden whale", "ad", 1), lambda r: r.ids != ["new-1"]
+            )
             with pytest.raises(Precondition):
                 await client.upsert("ad", [entity], space_id="f" * 64)
 
@@ -389,16 +517,28 @@ async def _until(ask: Callable[[], Any], holds: Callable[[Any], bool]) -> None:
 
 
 def test_many_threads_share_one_client(running: Running) -> None:
-    with RetrievalClient(running.address, ClientConfig(deadline_seconds=30)) as client, futures.ThreadPoolExecutor(8) as pool:
-        texts = [f"{a} {b}" for a in ("red", "blue", "old") for b in ("cat", "dog", "lamp", "door")] * 4
+    with (
+        RetrievalClient(running.address, ClientConfig(deadline_seconds=30)) as client,
+        futures.ThreadPoolExecutor(8) as pool,
+    ):
+        texts = [
+            f"{a} {b}" for a in ("red", "blue", "old") for b in ("cat", "dog", "lamp", "door")
+        ] * 4
         expected = {text: client.retrieve(text).ids for text in set(texts)}
-        assert all(ids == expected[text] for text, ids in zip(texts, pool.map(lambda t: client.retrieve(t).ids, texts)))
+        assert all(
+            ids == expected[text]
+            for text, ids in zip(texts, pool.map(lambda t: client.retrieve(t).ids, texts))
+        )
 
 
 def test_a_server_that_comes_back_is_found_again(tmp_path: Path) -> None:
     with scripted() as (address, _):
         client = RetrievalClient(
-            address, ClientConfig(deadline_seconds=15, retry=RetryPolicy(max_attempts=60, budget=1000, max_backoff_seconds=0.2))
+            address,
+            ClientConfig(
+                deadline_seconds=15,
+                retry=RetryPolicy(max_attempts=60, budget=1000, max_backoff_seconds=0.2),
+            ),
         )
         assert client.retrieve("x").ids == ["a"]
     server = grpc.server(futures.ThreadPoolExecutor(2))

@@ -15,12 +15,16 @@ TEXTS = [f"text {i}" for i in range(200)]
 
 
 @pytest.fixture(scope="module", params=["http2", "grpcio"])
-def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def running(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
     with serving(tmp_path_factory.mktemp("limits"), {"pin": 60}, transport=request.param) as it:
         yield it
 
 
-def fails(running: Running, config: ClientConfig, asynchronous: bool, method: str, *arguments: Any) -> tuple[CallError, float]:
+def fails(
+    running: Running, config: ClientConfig, asynchronous: bool, method: str, *arguments: Any
+) -> tuple[CallError, float]:
     """The error of a call, and the retry tokens that it left."""
 
     async def ask() -> tuple[CallError, float]:
@@ -38,7 +42,9 @@ def fails(running: Running, config: ClientConfig, asynchronous: bool, method: st
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-def test_a_request_that_the_server_does_not_take_is_sent_once(running: Running, asynchronous: bool) -> None:
+def test_a_request_that_the_server_does_not_take_is_sent_once(
+    running: Running, asynchronous: bool
+) -> None:
     config = ClientConfig(deadline_seconds=20)
     error, tokens = fails(running, config, asynchronous, "retrieve", "x" * (17 * 2**20))
     assert isinstance(error, InvalidRequest)
@@ -47,20 +53,28 @@ def test_a_request_that_the_server_does_not_take_is_sent_once(running: Running, 
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-def test_an_answer_that_the_client_does_not_take_is_computed_once(running: Running, asynchronous: bool) -> None:
+def test_an_answer_that_the_client_does_not_take_is_computed_once(
+    running: Running, asynchronous: bool
+) -> None:
     config = ClientConfig(deadline_seconds=20, max_message_bytes=20_000)
     before = running.server.metrics.value("omni_requests", ("Embed", "OK"))
     error, tokens = fails(running, config, asynchronous, "embed", TEXTS)
     assert isinstance(error, InvalidRequest)
     assert (error.attempts, tokens) == (1, config.retry.budget)
-    assert "20000" in str(error) and "The answer is larger than ClientConfig.max_message_bytes" in str(error)
+    assert "20000" in str(
+        error
+    ) and "The answer is larger than ClientConfig.max_message_bytes" in str(error)
     assert running.server.metrics.value("omni_requests", ("Embed", "OK")) == before + 1
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-def test_a_request_that_the_client_does_not_send_names_its_setting(running: Running, asynchronous: bool) -> None:
+def test_a_request_that_the_client_does_not_send_names_its_setting(
+    running: Running, asynchronous: bool
+) -> None:
     config = ClientConfig(deadline_seconds=20, max_message_bytes=1_000)
     error, tokens = fails(running, config, asynchronous, "retrieve", "x" * 2_000)
     assert isinstance(error, InvalidRequest)
     assert (error.attempts, tokens) == (1, config.retry.budget)
-    assert "1000" in str(error) and "The request is larger than ClientConfig.max_message_bytes" in str(error)
+    assert "1000" in str(
+        error
+    ) and "The request is larger than ClientConfig.max_message_bytes" in str(error)

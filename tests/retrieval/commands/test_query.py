@@ -35,7 +35,19 @@ def test_the_table_shows_titles_and_ids(running: Running) -> None:
 
 
 def test_json_holds_everything_the_server_said(running: Running) -> None:
-    code, out, _ = ask(running, "red cat", "--type", "product", "-k", "2", "--json", "--filter", "price < 30", "--attribute", "*")
+    code, out, _ = ask(
+        running,
+        "red cat",
+        "--type",
+        "product",
+        "-k",
+        "2",
+        "--json",
+        "--filter",
+        "price < 30",
+        "--attribute",
+        "*",
+    )
     answer = json.loads(out)
     assert code == 0
     assert [hit["attributes"]["price"] < 30 for hit in answer["hits"]] == [True, True]
@@ -45,7 +57,16 @@ def test_json_holds_everything_the_server_said(running: Running) -> None:
 
 def test_a_ready_vector_may_be_asked(running: Running, tmp_path: Path) -> None:
     np.save(tmp_path / "v.npy", running.encoder.encode(["red cat"])[0])
-    code, out, _ = ask(running, "--embedding", str(tmp_path / "v.npy"), "--space-id", running.space_id, "-k", "1", "--json")
+    code, out, _ = ask(
+        running,
+        "--embedding",
+        str(tmp_path / "v.npy"),
+        "--space-id",
+        running.space_id,
+        "-k",
+        "1",
+        "--json",
+    )
     assert code == 0
     assert json.loads(out)["hits"]
     (tmp_path / "bad.npy").write_bytes(b"no array")
@@ -61,7 +82,9 @@ def test_a_ready_vector_may_be_asked(running: Running, tmp_path: Path) -> None:
         (["red cat", "--filter", "price <"], 1, "INVALID_ARGUMENT"),
     ],
 )
-def test_mistakes_get_one_line_and_an_honest_exit_code(running: Running, args: list[str], code: int, says: str) -> None:
+def test_mistakes_get_one_line_and_an_honest_exit_code(
+    running: Running, args: list[str], code: int, says: str
+) -> None:
     result = ask(running, *args)
     assert result[0] == code
     assert says in result[2]
@@ -69,7 +92,17 @@ def test_mistakes_get_one_line_and_an_honest_exit_code(running: Running, args: l
 
 
 def test_no_server_is_said_plainly() -> None:
-    arguments = [sys.executable, "-m", "retrieval.cli", "query", "x", "--server", "127.0.0.1:9", "--deadline", "1"]
+    arguments = [
+        sys.executable,
+        "-m",
+        "retrieval.cli",
+        "query",
+        "x",
+        "--server",
+        "127.0.0.1:9",
+        "--deadline",
+        "1",
+    ]
     result = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert result.returncode == 1
     assert "UNAVAILABLE" in result.stderr
@@ -78,7 +111,10 @@ def test_no_server_is_said_plainly() -> None:
 
 
 def test_an_emoji_column_appears_where_a_hit_has_one() -> None:
-    hits = [Hit("a", 0.9, {"character": "🐋", "title": "whale", "tags": list("abcdefgh")}), Hit("b", 0.8, {"title": "fish"})]
+    hits = [
+        Hit("a", 0.9, {"character": "🐋", "title": "whale", "tags": list("abcdefgh")}),
+        Hit("b", 0.8, {"title": "fish"}),
+    ]
     columns, rows = rows_of(hits, ["tags"])
     assert columns == ["#", "score", "", "title", "id", "tags"]
     assert rows[0] == [1, 0.9, "🐋", "whale", "a", "a, b, c, d, e, f …"]

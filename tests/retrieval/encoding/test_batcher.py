@@ -56,7 +56,9 @@ async def until(condition) -> None:
     raise AssertionError("did not happen")
 
 
-async def test_texts_that_wait_together_are_encoded_together_by_length(tower: Tower, executor) -> None:
+async def test_texts_that_wait_together_are_encoded_together_by_length(
+    tower: Tower, executor
+) -> None:
     batcher = Batcher(tower, executor, DIMENSION)
     tower.gate.clear()
     first = asyncio.ensure_future(batcher.submit("first"))
@@ -97,7 +99,10 @@ async def test_work_of_callers_who_have_gone_is_never_encoded(tower: Tower, exec
     tower.gate.clear()
     first = asyncio.ensure_future(batcher.submit("first"))
     await until(lambda: tower.entered == 1)
-    gone, stays = asyncio.ensure_future(batcher.submit("gone")), asyncio.ensure_future(batcher.submit("stays"))
+    gone, stays = (
+        asyncio.ensure_future(batcher.submit("gone")),
+        asyncio.ensure_future(batcher.submit("stays")),
+    )
     await asyncio.sleep(0)
     gone.cancel()
     tower.gate.set()
@@ -106,7 +111,9 @@ async def test_work_of_callers_who_have_gone_is_never_encoded(tower: Tower, exec
     assert batcher.dropped == 1
 
 
-async def test_a_full_queue_refuses_with_a_hint_and_makes_room_for_those_who_left(tower: Tower, executor) -> None:
+async def test_a_full_queue_refuses_with_a_hint_and_makes_room_for_those_who_left(
+    tower: Tower, executor
+) -> None:
     batcher = Batcher(tower, executor, DIMENSION, max_queue=2)
     tower.gate.clear()
     running = asyncio.ensure_future(batcher.submit("running"))
@@ -142,7 +149,9 @@ def cached_encoder(tower: Tower, executor, **settings: int) -> tuple[CachedEncod
     return CachedEncoder(QueryCache(1_000_000, 1e6), batcher, "s/", DIMENSION, max_queue=8), batcher
 
 
-async def test_a_list_longer_than_the_queue_is_encoded_in_parts_that_leave_room_for_others(tower: Tower, executor) -> None:
+async def test_a_list_longer_than_the_queue_is_encoded_in_parts_that_leave_room_for_others(
+    tower: Tower, executor
+) -> None:
     encoder, batcher = cached_encoder(tower, executor)
     lists = [[f"{name} {i}" for i in range(20)] + ["a 0", "shared"] for name in "abc"]
     tower.gate.clear()
@@ -152,7 +161,9 @@ async def test_a_list_longer_than_the_queue_is_encoded_in_parts_that_leave_room_
     single = asyncio.ensure_future(encoder.lookup("from another caller"))
     await asyncio.sleep(0.01)
     tower.gate.set()
-    for texts, (vectors, cached, _, encode_ns) in zip(lists, await asyncio.gather(*many), strict=True):
+    for texts, (vectors, cached, _, encode_ns) in zip(
+        lists, await asyncio.gather(*many), strict=True
+    ):
         assert [int(row.argmax()) for row in vectors] == [len(text) % DIMENSION for text in texts]
         assert not any(cached[1:20]) and encode_ns > 0
     assert not (await single).cached
@@ -161,7 +172,9 @@ async def test_a_list_longer_than_the_queue_is_encoded_in_parts_that_leave_room_
     assert all((await encoder.lookup_many(lists[0]))[1])
 
 
-async def test_a_list_is_refused_by_the_work_of_others_and_keeps_what_it_has_encoded(tower: Tower, executor) -> None:
+async def test_a_list_is_refused_by_the_work_of_others_and_keeps_what_it_has_encoded(
+    tower: Tower, executor
+) -> None:
     encoder, batcher = cached_encoder(tower, executor, max_tokens=8)  # one text at a time
     texts = [f"text {i}" for i in range(20)]
     others: list[asyncio.Future] = []
@@ -170,7 +183,9 @@ async def test_a_list_is_refused_by_the_work_of_others_and_keeps_what_it_has_enc
     await until(lambda: tower.entered == 1 and batcher.waiting == 3)
     tower.gate.set()
     while not many.done():  # as soon as there is a place, somebody else takes it
-        others += [asyncio.ensure_future(batcher.submit("other")) for _ in range(8 - batcher.waiting)]
+        others += [
+            asyncio.ensure_future(batcher.submit("other")) for _ in range(8 - batcher.waiting)
+        ]
         await asyncio.sleep(0)
     with pytest.raises(Overloaded, match="all 8 places"):
         await many
@@ -180,7 +195,9 @@ async def test_a_list_is_refused_by_the_work_of_others_and_keeps_what_it_has_enc
     assert cached == [True] * 4 + [False] * 16
 
 
-async def test_a_caller_who_leaves_a_list_takes_only_its_own_waits_along(tower: Tower, executor) -> None:
+async def test_a_caller_who_leaves_a_list_takes_only_its_own_waits_along(
+    tower: Tower, executor
+) -> None:
     encoder, batcher = cached_encoder(tower, executor)
     tower.gate.clear()
     running = asyncio.ensure_future(encoder.lookup("running"))
@@ -194,7 +211,9 @@ async def test_a_caller_who_leaves_a_list_takes_only_its_own_waits_along(tower: 
     tower.gate.set()
     await asyncio.gather(running, stays)
     assert tower.batches == [["running"], ["text 1"]]
-    assert len((await encoder.lookup_many([f"text {i}" for i in range(20)]))[1]) == 20, "its places are free again"
+    assert len((await encoder.lookup_many([f"text {i}" for i in range(20)]))[1]) == 20, (
+        "its places are free again"
+    )
 
 
 def test_token_estimates_stay_within_the_towers_limit() -> None:

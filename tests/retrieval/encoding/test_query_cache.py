@@ -75,8 +75,12 @@ def test_entries_expire_by_age_and_the_byte_bound_holds() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["get", "put", "wait"]), st.integers(0, 12)), max_size=60))
-def test_the_cache_never_returns_another_keys_vector_nor_an_old_one(steps: list[tuple[str, int]]) -> None:
+@given(
+    st.lists(st.tuples(st.sampled_from(["get", "put", "wait"]), st.integers(0, 12)), max_size=60)
+)
+def test_the_cache_never_returns_another_keys_vector_nor_an_old_one(
+    steps: list[tuple[str, int]],
+) -> None:
     clock, cache, written = Clock(), QueryCache(5_000, 10.0, lambda: clock.now), dict[str, float]()
     for what, number in steps:
         key = f"k{number}"
@@ -147,7 +151,9 @@ async def test_a_failure_reaches_every_caller_and_is_not_cached() -> None:
     encoder.error = Overloaded("encoder", 1, 10)
     encoder.gate.set()
     cached = CachedEncoder(QueryCache(10_000, 10.0), encoder, "s/", DIMENSION)
-    answers = await asyncio.gather(*(cached.lookup("blue") for _ in range(3)), return_exceptions=True)
+    answers = await asyncio.gather(
+        *(cached.lookup("blue") for _ in range(3)), return_exceptions=True
+    )
     assert all(isinstance(a, Overloaded) for a in answers)
     encoder.error = None
     assert not (await cached.lookup("blue")).cached
@@ -182,7 +188,11 @@ def bulk(value: bytes) -> bytes:
     return b"$%d\r\n%b\r\n" % (len(value), value)
 
 
-@pytest.mark.parametrize("answer", [None, b"garbage\r\n", b"$-5\r\n", bulk(b""), bulk(b"x" * 32), b"*3\r\n:1\r\n"], ids=repr)
+@pytest.mark.parametrize(
+    "answer",
+    [None, b"garbage\r\n", b"$-5\r\n", bulk(b""), bulk(b"x" * 32), b"*3\r\n:1\r\n"],
+    ids=repr,
+)
 async def test_a_slow_or_lying_redis_is_a_miss_and_never_an_error(answer: bytes | None) -> None:
     server, url = await fake_redis(answer)
     tier = RedisTier(url, DIMENSION, 100.0, 0.05)
@@ -199,7 +209,17 @@ async def test_a_slow_or_lying_redis_is_a_miss_and_never_an_error(answer: bytes 
 @pytest.mark.skipif(shutil.which("redis-server") is None, reason="needs redis-server")
 async def test_more_keys_at_once_than_connections_are_no_failure(tmp_path: Path) -> None:
     socket_path = tmp_path / "redis.sock"
-    command = ["redis-server", "--port", "0", "--unixsocket", str(socket_path), "--save", "", "--dir", str(tmp_path)]
+    command = [
+        "redis-server",
+        "--port",
+        "0",
+        "--unixsocket",
+        str(socket_path),
+        "--save",
+        "",
+        "--dir",
+        str(tmp_path),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         for _ in range(500):
@@ -220,7 +240,15 @@ async def test_a_dead_redis_is_left_alone_after_some_failures() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     clock = Clock()
-    tier = RedisTier(f"redis://127.0.0.1:{port}/0", DIMENSION, 100.0, 0.2, max_failures=3, rest_seconds=5.0, clock=clock)
+    tier = RedisTier(
+        f"redis://127.0.0.1:{port}/0",
+        DIMENSION,
+        100.0,
+        0.2,
+        max_failures=3,
+        rest_seconds=5.0,
+        clock=clock,
+    )
     for _ in range(10):
         assert await tier.get("k") is None
     assert tier.failures == 3 and tier.resting

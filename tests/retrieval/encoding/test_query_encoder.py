@@ -17,7 +17,15 @@ from retrieval.encoding.query_encoder import (
     open_query_encoding,
 )
 
-TEXTS = ["red cat", "x", "blue whale " * 40, "日本語 検索", "silver lamp and a green house by the river", "red cat", "ж"]
+TEXTS = [
+    "red cat",
+    "x",
+    "blue whale " * 40,
+    "日本語 検索",
+    "silver lamp and a green house by the river",
+    "red cat",
+    "ж",
+]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +68,9 @@ def test_padding_to_a_bucket_keeps_the_order_and_one_shape_per_bucket(folder: Pa
     assert set(shapes) <= {8, 16, 32, 64} and len(shapes) == len(set(shapes))
 
 
-def test_an_exported_form_agrees_and_the_int8_file_is_taken_where_the_release_has_it(folder: Path, tmp_path: Path) -> None:
+def test_an_exported_form_agrees_and_the_int8_file_is_taken_where_the_release_has_it(
+    folder: Path, tmp_path: Path
+) -> None:
     from encoders.inference.onnx_forms import export_forms
     from encoders.towers.query_tower import QueryEncoder
 
@@ -70,7 +80,9 @@ def test_an_exported_form_agrees_and_the_int8_file_is_taken_where_the_release_ha
     exact = open_query_encoding(folder, forms, device="cpu", form="onnx-fp32")
     np.testing.assert_allclose(exact.encode(TEXTS), reference, atol=1e-4)
     assert open_query_encoding(folder, forms, device="cpu").form_id == "torch-fp32"
-    shutil.copy(forms / FORM_FILES["onnx-fp32"], forms / FORM_FILES["onnx-int8"])  # a tower this small does not survive int8
+    shutil.copy(
+        forms / FORM_FILES["onnx-fp32"], forms / FORM_FILES["onnx-int8"]
+    )  # a tower this small does not survive int8
     chosen = open_query_encoding(folder, forms, device="cpu")
     assert isinstance(chosen, OnnxQueryEncoding) and chosen.form_id == "onnx-int8"
     np.testing.assert_allclose(chosen.encode(TEXTS), reference, atol=1e-4)

@@ -52,7 +52,9 @@ def plain(*more: tuple[str, str]) -> bytes:
 
 def call(stream: int, block: bytes) -> bytes:
     message = b"\x00\x00\x00\x00\x03now"
-    return wire.frame(wire.HEADERS, wire.END_HEADERS, stream, block) + wire.frame(wire.DATA, wire.END_STREAM, stream, message)
+    return wire.frame(wire.HEADERS, wire.END_HEADERS, stream, block) + wire.frame(
+        wire.DATA, wire.END_STREAM, stream, message
+    )
 
 
 def traced(size: int) -> Callable[[int], bytes]:
@@ -69,7 +71,9 @@ UNIQUE: dict[str, Callable[[int], bytes]] = {
 
 
 @pytest.mark.parametrize("block", UNIQUE.values(), ids=UNIQUE.keys())
-async def test_headers_that_never_come_again_are_not_hoarded(server: Http2Server, block: Callable[[int], bytes]) -> None:
+async def test_headers_that_never_come_again_are_not_hoarded(
+    server: Http2Server, block: Callable[[int], bytes]
+) -> None:
     """512 blocks of 16 KiB, and as many heads, made 23 MiB of an idle connection that no limit knew of."""
     connection, sink = connected(server)
     connection.data_received(call(1, block(0)))
@@ -90,19 +94,27 @@ def understood(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """A number for every time that headers were looked at."""
     found: list[int] = []
     head = Methods.head
-    monkeypatch.setattr(Methods, "head", lambda self, headers: (found.append(1), head(self, headers))[1])
+    monkeypatch.setattr(
+        Methods, "head", lambda self, headers: (found.append(1), head(self, headers))[1]
+    )
     yield found
 
 
-async def test_headers_that_come_again_are_understood_once(server: Http2Server, understood: list[int]) -> None:
+async def test_headers_that_come_again_are_understood_once(
+    server: Http2Server, understood: list[int]
+) -> None:
     connection, sink = connected(server)
     encoder = hpack.Encoder()
     for number in range(50):
         connection.data_received(request(2 * number + 1, b"now", encoder=encoder))
-    assert sink.answers == 50 and len(understood) == 2, "the block that fills the table, and the one of its indexes"
+    assert sink.answers == 50 and len(understood) == 2, (
+        "the block that fills the table, and the one of its indexes"
+    )
 
 
-async def test_a_few_kinds_of_calls_are_remembered_side_by_side(server: Http2Server, understood: list[int]) -> None:
+async def test_a_few_kinds_of_calls_are_remembered_side_by_side(
+    server: Http2Server, understood: list[int]
+) -> None:
     connection, sink = connected(server)
     blocks = [plain(("tenant", str(number))) for number in range(20)]
     for number in range(200):
@@ -110,15 +122,21 @@ async def test_a_few_kinds_of_calls_are_remembered_side_by_side(server: Http2Ser
     assert sink.answers == 200 and len(understood) == 20
 
 
-@pytest.mark.parametrize(("size", "times"), [(2 * KIB, 1), (15_000, 5)], ids=["a token", "more than is remembered"])
-async def test_large_headers_are_remembered_if_they_fit(server: Http2Server, understood: list[int], size: int, times: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "times"), [(2 * KIB, 1), (15_000, 5)], ids=["a token", "more than is remembered"]
+)
+async def test_large_headers_are_remembered_if_they_fit(
+    server: Http2Server, understood: list[int], size: int, times: int
+) -> None:
     connection, sink = connected(server)
     for number in range(5):
         connection.data_received(call(2 * number + 1, traced(size)(0)))
     assert sink.answers == 5 and len(understood) == times
 
 
-async def test_headers_are_forgotten_with_the_table_that_they_point_into(server: Http2Server) -> None:
+async def test_headers_are_forgotten_with_the_table_that_they_point_into(
+    server: Http2Server,
+) -> None:
     seen: list[bytes] = []
     reader = wire.HeaderReader()
     encoder = hpack.Encoder()

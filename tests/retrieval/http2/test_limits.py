@@ -13,7 +13,21 @@ from hypothesis import strategies as st
 from retrieval.http2 import frames as wire
 from retrieval.http2.connection import MAX_BUFFERED_BYTES, NOISE_ALLOWANCE, Connection
 from retrieval.http2.flow_control import CALLS_PER_NOISE
-from tests.helpers.raw_http2 import HELLO, Code, Running, body, ended, fields_of, frames, goaway, heard, message, opening, request, statuses
+from tests.helpers.raw_http2 import (
+    HELLO,
+    Code,
+    Running,
+    body,
+    ended,
+    fields_of,
+    frames,
+    goaway,
+    heard,
+    message,
+    opening,
+    request,
+    statuses,
+)
 
 MIB = 2**20
 BOMB = message(gzip.compress(bytes(4 * MIB)), compressed=True)
@@ -55,7 +69,9 @@ def upload(stream: int, content: bytes) -> bytes:
     """A call of Echo with a message of several frames."""
     whole = message(content)
     pieces = [whole[at : at + 16_384] for at in range(0, len(whole), 16_384)]
-    frames = [data(stream, piece, wire.END_STREAM if piece is pieces[-1] else 0) for piece in pieces]
+    frames = [
+        data(stream, piece, wire.END_STREAM if piece is pieces[-1] else 0) for piece in pieces
+    ]
     return opening(stream) + b"".join(frames)
 
 
@@ -69,11 +85,18 @@ def test_messages_of_calls_that_are_not_answered_are_counted(running: Running, f
     fields = fields_of("Echo" if not flags else "Slow", GZIP)
     content = BOMB if not flags else message(gzip.compress(b"30" + b" " * 4 * MIB), compressed=True)
     with running.connect() as connection:
-        connection.sendall(HELLO + b"".join(opening(stream, fields) + data(stream, content, flags) for stream in streams))
+        connection.sendall(
+            HELLO
+            + b"".join(opening(stream, fields) + data(stream, content, flags) for stream in streams)
+        )
         refused = statuses(heard(connection))
-        assert set(refused.values()) == {8} and len(streams) - len(refused) <= MAX_BUFFERED_BYTES // (4 * MIB)
+        assert set(refused.values()) == {8} and len(streams) - len(
+            refused
+        ) <= MAX_BUFFERED_BYTES // (4 * MIB)
         assert 32 * MIB < inside(running)._buffered <= MAX_BUFFERED_BYTES
-        connection.sendall(b"".join(wire.frame(wire.RST_STREAM, 0, stream, bytes(4)) for stream in streams))
+        connection.sendall(
+            b"".join(wire.frame(wire.RST_STREAM, 0, stream, bytes(4)) for stream in streams)
+        )
         heard(connection)
         assert inside(running)._buffered == 0
         connection.sendall(request(101, b"now"))
@@ -109,7 +132,11 @@ def test_messages_that_were_taken_are_counted_no_more(running: Running) -> None:
 def test_large_answers_of_large_requests_do_not_count_the_request(running: Running) -> None:
     """A call's message is forgotten when its answer is here: both together may be more than one alone."""
     with running.connect() as connection:
-        connection.sendall(HELLO + wire.settings({wire.INITIAL_WINDOW_SIZE: 0}) + upload(1, b"later" + bytes(2 * MIB)))
+        connection.sendall(
+            HELLO
+            + wire.settings({wire.INITIAL_WINDOW_SIZE: 0})
+            + upload(1, b"later" + bytes(2 * MIB))
+        )
         frames(connection, lambda found: any(kind == wire.HEADERS for kind, *_ in found))
         heard(connection)
         assert 2 * MIB < inside(running)._buffered < 3 * MIB
@@ -125,7 +152,9 @@ def test_one_answer_stream_takes_one_message(running: Running) -> None:
 
 @pytest.mark.parametrize("method", ["Echo", "Count"])
 @pytest.mark.parametrize("begun", [b"", b"\x00\x00\x00", message(b"later")])
-def test_the_deadline_of_a_call_runs_before_its_message_has_come(running: Running, method: str, begun: bytes) -> None:
+def test_the_deadline_of_a_call_runs_before_its_message_has_come(
+    running: Running, method: str, begun: bytes
+) -> None:
     with running.connect() as connection:
         sent = opening(1, fields_of(method, ("grpc-timeout", "100m")))
         connection.sendall(HELLO + sent + (data(1, begun) if begun else b""))
@@ -139,10 +168,15 @@ def test_the_deadline_of_a_call_runs_before_its_message_has_come(running: Runnin
 
 def test_window_updates_that_let_nothing_out_are_noise(running: Running) -> None:
     with running.connect() as connection:
-        connection.sendall(wire.PREFACE + wire.settings({wire.INITIAL_WINDOW_SIZE: 0}) + request(1, b"now"))
+        connection.sendall(
+            wire.PREFACE + wire.settings({wire.INITIAL_WINDOW_SIZE: 0}) + request(1, b"now")
+        )
         heard(connection)
         connection.sendall(wire.window_update(0, 1) * (NOISE_ALLOWANCE + 100))
-        assert goaway(frames(connection, lambda found: goaway(found) is not None)) == wire.ENHANCE_YOUR_CALM
+        assert (
+            goaway(frames(connection, lambda found: goaway(found) is not None))
+            == wire.ENHANCE_YOUR_CALM
+        )
 
 
 def test_window_updates_after_answers_are_part_of_reading_them(running: Running) -> None:
@@ -158,15 +192,23 @@ def test_window_updates_after_answers_are_part_of_reading_them(running: Running)
         assert inside(running)._noise == before + 1, "the ping"
 
 
-@pytest.mark.parametrize("last", [b"now", b"now" + bytes(70_000)], ids=["all wait for their streams", "one waits for the connection"])
+@pytest.mark.parametrize(
+    "last",
+    [b"now", b"now" + bytes(70_000)],
+    ids=["all wait for their streams", "one waits for the connection"],
+)
 def test_a_window_update_costs_no_turn_of_calls_that_it_does_not_help(
     running: Running, monkeypatch: pytest.MonkeyPatch, last: bytes
 ) -> None:
     pumped: list[int] = []
     pump = Connection._pump
-    monkeypatch.setattr(Connection, "_pump", lambda self, call: (pumped.append(call.stream), pump(self, call)))
+    monkeypatch.setattr(
+        Connection, "_pump", lambda self, call: (pumped.append(call.stream), pump(self, call))
+    )
     with running.connect() as connection:
-        calls = b"".join(request(stream, b"now") for stream in range(1, 1801, 2)) + upload(1801, last)
+        calls = b"".join(request(stream, b"now") for stream in range(1, 1801, 2)) + upload(
+            1801, last
+        )
         connection.sendall(wire.PREFACE + wire.settings({wire.INITIAL_WINDOW_SIZE: 0}) + calls)
         heard(connection)
         if len(last) > 65_535:
@@ -206,7 +248,9 @@ def test_a_larger_window_for_many_calls_is_more_noise(running: Running) -> None:
     ),
     st.integers(0, 40_000),
 )
-def test_whatever_order_windows_open_in_every_answer_leaves_whole(running: Running, steps: list[tuple[int, int]], first: int) -> None:
+def test_whatever_order_windows_open_in_every_answer_leaves_whole(
+    running: Running, steps: list[tuple[int, int]], first: int
+) -> None:
     """0: the connection's window grows; a stream: its own does; -1: the initial window changes; -2: a call is given up."""
     contents = {stream: b"now" + bytes([stream]) * 40_000 for stream in (1, 3, 5, 7)}
     given_up: set[int] = set()
@@ -223,7 +267,9 @@ def test_whatever_order_windows_open_in_every_answer_leaves_whole(running: Runni
             else:
                 connection.sendall(wire.window_update(which, value))
             found += heard(connection)
-        connection.sendall(wire.settings({wire.INITIAL_WINDOW_SIZE: 1_000_000}) + wire.window_update(0, 1_000_000))
+        connection.sendall(
+            wire.settings({wire.INITIAL_WINDOW_SIZE: 1_000_000}) + wire.window_update(0, 1_000_000)
+        )
         wanted = set(contents) - given_up
         if not ended(*wanted)(found):
             found += frames(connection, lambda more: ended(*wanted)(found + more))
@@ -239,7 +285,9 @@ def test_whatever_order_windows_open_in_every_answer_leaves_whole(running: Runni
 def test_padding_is_no_part_of_a_message(running: Running, payload: bytes, padding: int) -> None:
     with running.connect() as connection:
         padded = bytes([padding]) + payload + bytes(padding)
-        connection.sendall(HELLO + opening(1) + data(1, padded, wire.END_STREAM | wire.PADDED) + request(3, b"now"))
+        connection.sendall(
+            HELLO + opening(1) + data(1, padded, wire.END_STREAM | wire.PADDED) + request(3, b"now")
+        )
         found = frames(connection, ended(1, 3))
         assert statuses(found) == {1: INVALID, 3: 0} and body(found, 3) == b"now"
 
@@ -249,9 +297,15 @@ def test_padding_is_credited_with_the_rest_of_its_frame(running: Running) -> Non
     whole = message(content)
     padded = [b"\xff" + whole[at : at + 100] + bytes(255) for at in range(0, len(whole), 100)]
     with running.connect() as connection:
-        connection.sendall(HELLO + opening(1) + b"".join(data(1, piece, wire.PADDED) for piece in padded))
+        connection.sendall(
+            HELLO + opening(1) + b"".join(data(1, piece, wire.PADDED) for piece in padded)
+        )
         found = heard(connection)
-        credit = sum(int.from_bytes(payload, "big") for kind, _, stream, payload in found if (kind, stream) == (wire.WINDOW_UPDATE, 1))
+        credit = sum(
+            int.from_bytes(payload, "big")
+            for kind, _, stream, payload in found
+            if (kind, stream) == (wire.WINDOW_UPDATE, 1)
+        )
         assert credit == sum(map(len, padded))
         connection.sendall(data(1, b"", wire.END_STREAM))
         assert body(frames(connection, ended(1)), 1) == content
@@ -259,11 +313,18 @@ def test_padding_is_credited_with_the_rest_of_its_frame(running: Running) -> Non
 
 def test_frames_of_nothing_but_padding_are_noise(running: Running) -> None:
     with running.connect() as connection:
-        connection.sendall(HELLO + opening(1) + data(1, b"\x00", wire.PADDED) * (NOISE_ALLOWANCE + 100))
-        assert goaway(frames(connection, lambda found: goaway(found) is not None)) == wire.ENHANCE_YOUR_CALM
+        connection.sendall(
+            HELLO + opening(1) + data(1, b"\x00", wire.PADDED) * (NOISE_ALLOWANCE + 100)
+        )
+        assert (
+            goaway(frames(connection, lambda found: goaway(found) is not None))
+            == wire.ENHANCE_YOUR_CALM
+        )
 
 
-def test_a_bug_ends_the_connection_in_good_order_and_is_logged(running: Running, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bug_ends_the_connection_in_good_order_and_is_logged(
+    running: Running, caplog: pytest.LogCaptureFixture
+) -> None:
     with running.connect() as connection:
         connection.sendall(HELLO + request(1, b"now") + request(3, b"now boom"))
         found = frames(connection, lambda found: goaway(found) is not None)
@@ -297,4 +358,6 @@ def test_a_call_that_ends_without_its_message_is_the_callers_mistake(
 
 def test_grpcio_streams_answers_to_one_message(running: Running) -> None:
     with grpc.insecure_channel(f"127.0.0.1:{running.port}") as channel:
-        assert [int(x) for x in channel.unary_stream("/t.T/Count")(b"5", timeout=20)] == list(range(5))
+        assert [int(x) for x in channel.unary_stream("/t.T/Count")(b"5", timeout=20)] == list(
+            range(5)
+        )

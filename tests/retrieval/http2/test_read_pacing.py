@@ -7,7 +7,17 @@ import pytest
 
 from retrieval.http2.connection import Connection
 from retrieval.http2.read_pacing import Pacer
-from tests.helpers.raw_http2 import HELLO, Running, body, ended, fields_of, frames, opening, request, statuses
+from tests.helpers.raw_http2 import (
+    HELLO,
+    Running,
+    body,
+    ended,
+    fields_of,
+    frames,
+    opening,
+    request,
+    statuses,
+)
 
 PAUSE = 0.5
 
@@ -20,7 +30,9 @@ def full() -> Iterator[Running]:
     running.stop(0.5)
 
 
-def test_who_was_refused_is_read_again_after_the_pause_and_all_that_came_is_there(full: Running) -> None:
+def test_who_was_refused_is_read_again_after_the_pause_and_all_that_came_is_there(
+    full: Running,
+) -> None:
     with full.connect() as refused, full.connect() as other:
         refused.sendall(HELLO + opening(1, fields_of("Guarded")))
         assert statuses(frames(refused, ended(1)))[1] == 8

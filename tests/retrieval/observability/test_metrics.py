@@ -15,7 +15,9 @@ from retrieval.web.http_server import HttpServer, Request, Response
 
 
 def sample(metrics: Metrics) -> dict:
-    return {f.name: f for f in text_string_to_metric_families(exposition(metrics.snapshot()).decode())}
+    return {
+        f.name: f for f in text_string_to_metric_families(exposition(metrics.snapshot()).decode())
+    }
 
 
 def test_every_metric_of_the_catalogue_is_exposed_with_its_help() -> None:
@@ -25,9 +27,16 @@ def test_every_metric_of_the_catalogue_is_exposed_with_its_help() -> None:
     families = sample(metrics)
     assert set(families) == set(CATALOGUE)
     assert families["omni_requests"].samples[0].value == 3
-    buckets = {s.labels["le"]: s.value for s in families["omni_request_seconds"].samples if s.name.endswith("_bucket")}
+    buckets = {
+        s.labels["le"]: s.value
+        for s in families["omni_request_seconds"].samples
+        if s.name.endswith("_bucket")
+    }
     assert buckets["0.0032"] == 0 and buckets["0.0056"] == 1 and buckets["+Inf"] == 1
-    assert metrics.value("omni_requests", ("Retrieve", "OK")) == 3 and metrics.value("omni_request_seconds", ("Retrieve",)) == 1
+    assert (
+        metrics.value("omni_requests", ("Retrieve", "OK")) == 3
+        and metrics.value("omni_request_seconds", ("Retrieve",)) == 1
+    )
 
 
 def test_workers_are_merged_as_their_meaning_demands() -> None:
@@ -35,7 +44,9 @@ def test_workers_are_merged_as_their_meaning_demands() -> None:
     for metrics, sequence, ready in ((a, 7.0, 1.0), (b, 5.0, 0.0)):
         metrics.count("omni_requests", ("Retrieve", "OK"), 2)
         metrics.histogram("omni_request_seconds", ("Retrieve",)).observe(0.1)
-        metrics.add_source(lambda s=sequence, r=ready: [("omni_live_sequence", ("pin",), s), ("omni_ready", (), r)])
+        metrics.add_source(
+            lambda s=sequence, r=ready: [("omni_live_sequence", ("pin",), s), ("omni_ready", (), r)]
+        )
     merged = merge_snapshots([a.snapshot(), json.loads(json.dumps(b.snapshot()))])
     assert merged["omni_requests"] == {"Retrieve\x1fOK": 4}
     assert sum(merged["omni_request_seconds"]["Retrieve"][:-1]) == 2
@@ -58,7 +69,9 @@ def test_a_trace_joins_the_callers_and_has_a_span_per_stage() -> None:
     provider.add_span_processor(export.SimpleSpanProcessor(exporter))
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     stages = {"queue": 0, "encode": 300, "search": 200}
-    Tracer(provider=provider).record("Retrieve", 1000, 2000, stages, {"k": 5}, [("traceparent", parent)])
+    Tracer(provider=provider).record(
+        "Retrieve", 1000, 2000, stages, {"k": 5}, [("traceparent", parent)]
+    )
     spans = {span.name: span for span in exporter.get_finished_spans()}
     assert set(spans) == {"Retrieve", "encode", "search"}
     assert format(spans["Retrieve"].context.trace_id, "032x") == "0af7651916cd43dd8448eb211c80319c"
@@ -76,7 +89,14 @@ async def exchange(port: int, content: bytes, to_the_end: bool = False) -> bytes
 
 async def test_http_routes_methods_limits_and_failures() -> None:
     async def hello(request: Request) -> Response:
-        return Response.of_json({"path": request.path, "tail": request.tail, "q": dict(request.query), "body": request.body.decode()})
+        return Response.of_json(
+            {
+                "path": request.path,
+                "tail": request.tail,
+                "q": dict(request.query),
+                "body": request.body.decode(),
+            }
+        )
 
     async def broken(request: Request) -> Response:
         raise RuntimeError("secret")
@@ -90,8 +110,15 @@ async def test_http_routes_methods_limits_and_failures() -> None:
         return int(head.split()[1]), body
 
     close = "Connection: close\r\n\r\n"
-    code, body = await status("POST /under/a%20b?x=1&y= HTTP/1.1\r\nContent-Length: 2\r\nConnection: close\r\n\r\nhi")
-    assert code == 200 and json.loads(body) == {"path": "/under/a b", "tail": "a b", "q": {"x": "1", "y": ""}, "body": "hi"}
+    code, body = await status(
+        "POST /under/a%20b?x=1&y= HTTP/1.1\r\nContent-Length: 2\r\nConnection: close\r\n\r\nhi"
+    )
+    assert code == 200 and json.loads(body) == {
+        "path": "/under/a b",
+        "tail": "a b",
+        "q": {"x": "1", "y": ""},
+        "body": "hi",
+    }
     assert (await status(f"HEAD /hello HTTP/1.1\r\n{close}")) == (200, b"")
     assert (await status(f"GET /nope HTTP/1.1\r\n{close}"))[0] == 404
     assert (await status(f"DELETE / HTTP/1.1\r\n{close}"))[0] == 405
@@ -99,7 +126,9 @@ async def test_http_routes_methods_limits_and_failures() -> None:
     assert (await status("nonsense\r\n\r\n"))[0] == 400
     assert (await status("POST / HTTP/1.1\r\nContent-Length: 99999999\r\n\r\n"))[0] == 413
     assert (await status("GET / HTTP/1.1\r\nX: " + "a" * 40_000 + "\r\n\r\n"))[0] == 431
-    twice = await exchange(port, f"GET /hello HTTP/1.1\r\n\r\nGET / HTTP/1.1\r\n{close}".encode(), to_the_end=True)
+    twice = await exchange(
+        port, f"GET /hello HTTP/1.1\r\n\r\nGET / HTTP/1.1\r\n{close}".encode(), to_the_end=True
+    )
     assert twice.count(b"HTTP/1.1 200") == 2, "connections are kept alive"
     with pytest.raises(AddressInUse, match="--metrics-port"):
         await HttpServer({}).start("127.0.0.1", port)

@@ -70,17 +70,27 @@ def test_what_is_older_than_the_window_is_forgotten(monkeypatch) -> None:
     shadow = ShadowRecall(0.0, 1.0, Metrics())
     now = time.monotonic()
     for age in (3 * WINDOW_SECONDS, 2 * WINDOW_SECONDS, 1.0):
-        monkeypatch.setattr("retrieval.observability.shadow_recall.time.monotonic", lambda age=age: now - age)
+        monkeypatch.setattr(
+            "retrieval.observability.shadow_recall.time.monotonic", lambda age=age: now - age
+        )
         shadow.replay(sample(Index()))
     (window,) = shadow._windows.values()
     assert len(window) == 1
-    monkeypatch.setattr("retrieval.observability.shadow_recall.time.monotonic", lambda: now + 2 * WINDOW_SECONDS)
+    monkeypatch.setattr(
+        "retrieval.observability.shadow_recall.time.monotonic", lambda: now + 2 * WINDOW_SECONDS
+    )
     assert not shadow.estimates() and not shadow._windows
 
 
-def test_a_server_keeps_blas_to_one_thread_so_that_exact_scans_stay_within_their_share_of_a_core(tmp_path: Path) -> None:
+def test_a_server_keeps_blas_to_one_thread_so_that_exact_scans_stay_within_their_share_of_a_core(
+    tmp_path: Path,
+) -> None:
     with threadpool_limits(2, user_api="blas"):
         pass  # whoever set the number before controls it no longer
     with serving(tmp_path):
-        threads = [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas" and "numpy" in pool["filepath"]]
+        threads = [
+            pool["num_threads"]
+            for pool in threadpool_info()
+            if pool["user_api"] == "blas" and "numpy" in pool["filepath"]
+        ]
         assert threads == [1]

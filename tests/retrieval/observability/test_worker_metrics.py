@@ -24,7 +24,11 @@ def worker(folder: Path, calls: int, in_flight: float = 3.0) -> tuple[Metrics, S
     for _ in range(calls):
         metrics.histogram("omni_request_seconds", ("Retrieve",)).observe(0.1)
     metrics.add_source(
-        lambda: [("omni_in_flight", (), in_flight), ("omni_live_sequence", ("pin",), float(calls)), ("omni_live_failing", (), 1.0)]
+        lambda: [
+            ("omni_in_flight", (), in_flight),
+            ("omni_live_sequence", ("pin",), float(calls)),
+            ("omni_live_failing", (), 1.0),
+        ]
     )
     return metrics, SharedSnapshots(folder, metrics)
 
@@ -100,7 +104,9 @@ def test_while_another_worker_adds_up_the_dead_are_counted_where_they_lie(tmp_pa
     assert len(list(tmp_path.glob("[0-9]*.json"))) == 1
 
 
-def test_a_worker_killed_between_adding_up_and_removing_counts_no_one_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_killed_between_adding_up_and_removing_counts_no_one_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     killed(tmp_path, 5)
     _, shared = worker(tmp_path, 2)
     with monkeypatch.context() as patch:
@@ -125,8 +131,15 @@ assert said == sorted(said) and said[-1] == 40, said
 """
 
 
-def test_workers_that_scrape_at_the_same_time_see_no_count_go_down_or_come_twice(tmp_path: Path) -> None:
-    scrapers = [subprocess.Popen([sys.executable, "-c", SCRAPER, str(tmp_path)], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+def test_workers_that_scrape_at_the_same_time_see_no_count_go_down_or_come_twice(
+    tmp_path: Path,
+) -> None:
+    scrapers = [
+        subprocess.Popen(
+            [sys.executable, "-c", SCRAPER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
     assert [scraper.stdout.readline() for scraper in scrapers if scraper.stdout] == ["ready\n"] * 3
     for _ in range(40):
         killed(tmp_path, 1)

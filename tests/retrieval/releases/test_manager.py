@@ -34,7 +34,15 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
         encoder = write_small_bundle(root / space, seed)
         for number in (1, 2) if space == "a" else (1,):
             name = f"{space}{number}"
-            small_release(store, root / space, encoder, release_id=name, counts=COUNTS, id_prefix=f"{name}:", activate=name == "a1")
+            small_release(
+                store,
+                root / space,
+                encoder,
+                release_id=name,
+                counts=COUNTS,
+                id_prefix=f"{name}:",
+                activate=name == "a1",
+            )
     return root / "store"
 
 
@@ -44,7 +52,9 @@ def store(published: Path, tmp_path: Path) -> ReleaseStore:
     return ReleaseStore(tmp_path / "store")
 
 
-async def start(store: ReleaseStore, **settings) -> tuple[Server, rpc.RetrievalStub, rpc.AdminStub, grpc.aio.Channel]:
+async def start(
+    store: ReleaseStore, **settings
+) -> tuple[Server, rpc.RetrievalStub, rpc.AdminStub, grpc.aio.Channel]:
     config = ServeConfig(
         releases=store.root,
         host="127.0.0.1",
@@ -75,10 +85,14 @@ def ask(query: str = "red cat", **fields) -> pb.RetrieveRequest:
 
 def whole(answer: pb.RetrieveResponse) -> bool:
     """Whether every id belongs to the release that the answer names."""
-    return bool(answer.hits) and all(hit.id.startswith(answer.release_id + ":") for hit in answer.hits)
+    return bool(answer.hits) and all(
+        hit.id.startswith(answer.release_id + ":") for hit in answer.hits
+    )
 
 
-async def test_swaps_to_the_same_and_to_another_space_lose_and_mix_nothing(store: ReleaseStore) -> None:
+async def test_swaps_to_the_same_and_to_another_space_lose_and_mix_nothing(
+    store: ReleaseStore,
+) -> None:
     server, stub, admin, channel = await start(store)
     answers: list[pb.RetrieveResponse] = []
     stop = False
@@ -92,10 +106,17 @@ async def test_swaps_to_the_same_and_to_another_space_lose_and_mix_nothing(store
     clients = [asyncio.ensure_future(client(i)) for i in range(4)]
     for release_id in ("a2", "b1", "a1"):
         store.activate(release_id)
-        await until(lambda wanted=release_id: server.releases.active and server.releases.active.release_id == wanted)
+        await until(
+            lambda wanted=release_id: (
+                server.releases.active and server.releases.active.release_id == wanted
+            )
+        )
     assert (await admin.Activate(pb.ActivateRequest(release_id="b1"))).previous_release_id == "a1"
     rolled = await admin.Rollback(pb.RollbackRequest())
-    assert (rolled.release_id, rolled.previous_release_id) == ("a1", "b1") and store.current() == "a1"
+    assert (rolled.release_id, rolled.previous_release_id) == (
+        "a1",
+        "b1",
+    ) and store.current() == "a1"
     stop = True
     await asyncio.gather(*clients)
     assert all(map(whole, answers)) and {a.release_id for a in answers} >= {"a1", "a2"}
@@ -107,7 +128,9 @@ async def test_swaps_to_the_same_and_to_another_space_lose_and_mix_nothing(store
     await server.stop(0)
 
 
-async def test_the_cache_survives_a_swap_in_one_space_and_is_prewarmed_for_another(store: ReleaseStore) -> None:
+async def test_the_cache_survives_a_swap_in_one_space_and_is_prewarmed_for_another(
+    store: ReleaseStore,
+) -> None:
     server, stub, admin, channel = await start(store)
     for text in ("red cat", "blue whale", "silver lamp"):
         await stub.Retrieve(ask(text))
@@ -157,18 +180,27 @@ def swap_the_encoder(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "damage", [damage_vectors, cut_a_file, remove_a_file, edit_the_manifest, swap_the_encoder], ids=lambda f: f.__name__
+    "damage",
+    [damage_vectors, cut_a_file, remove_a_file, edit_the_manifest, swap_the_encoder],
+    ids=lambda f: f.__name__,
 )
-async def test_a_broken_release_is_refused_and_the_old_one_keeps_serving(store: ReleaseStore, damage) -> None:
+async def test_a_broken_release_is_refused_and_the_old_one_keeps_serving(
+    store: ReleaseStore, damage
+) -> None:
     server, stub, admin, channel = await start(store)
     damage(store.path_of("a2"))
     with pytest.raises(grpc.RpcError) as refused:
         await admin.Activate(pb.ActivateRequest(release_id="a2"))
-    assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION and "a2" in refused.value.details()
+    assert (
+        refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        and "a2" in refused.value.details()
+    )
     assert store.current() == "a1"
     if damage is not edit_the_manifest:
         store.activate("a2", verify=False)
-        await until(lambda: sum(server.metrics.snapshot().get("omni_releases_refused", {}).values()) >= 2)
+        await until(
+            lambda: sum(server.metrics.snapshot().get("omni_releases_refused", {}).values()) >= 2
+        )
     answer = await stub.Retrieve(ask())
     assert answer.release_id == "a1" and whole(answer)
     store.activate("b1")
@@ -177,14 +209,19 @@ async def test_a_broken_release_is_refused_and_the_old_one_keeps_serving(store: 
     await server.stop(0)
 
 
-async def test_without_a_release_the_server_waits_and_serves_when_one_appears(store: ReleaseStore) -> None:
+async def test_without_a_release_the_server_waits_and_serves_when_one_appears(
+    store: ReleaseStore,
+) -> None:
     current = store.releases / "CURRENT"
     content = current.read_bytes()
     current.unlink()
     server, stub, _, channel = await start(store)
     with pytest.raises(grpc.RpcError) as unready:
         await stub.Retrieve(ask())
-    assert unready.value.code() is grpc.StatusCode.UNAVAILABLE and "omni rebuild" in unready.value.details()
+    assert (
+        unready.value.code() is grpc.StatusCode.UNAVAILABLE
+        and "omni rebuild" in unready.value.details()
+    )
     current.write_bytes(content[: len(content) // 2])
     await asyncio.sleep(0.2)
     assert server.releases.active is None
@@ -206,9 +243,14 @@ async def test_a_second_server_on_the_port_gets_a_clear_message(store: ReleaseSt
 
 async def test_tokens_guard_calls_and_entity_types(store: ReleaseStore, tmp_path: Path) -> None:
     def entry(name: str, extra: str) -> str:
-        return f'[[token]]\nname = "{name}"\nsha256 = "{hashlib.sha256(name.encode()).hexdigest()}"\n{extra}\n'
+        return (
+            f'[[token]]\nname = "{name}"\nsha256 ='
+            f' "{hashlib.sha256(name.encode()).hexdigest()}"\n{extra}\n'
+        )
 
-    (tmp_path / "tokens.toml").write_text(entry("web", 'entity_types = ["product"]') + entry("ops", "admin = true"))
+    (tmp_path / "tokens.toml").write_text(
+        entry("web", 'entity_types = ["product"]') + entry("ops", "admin = true")
+    )
     server, stub, admin, channel = await start(store, tokens=tmp_path / "tokens.toml")
 
     async def code(call, request, token: str | None) -> grpc.StatusCode:
@@ -222,13 +264,20 @@ async def test_tokens_guard_calls_and_entity_types(store: ReleaseStore, tmp_path
     assert await code(stub.Retrieve, ask(), "guess") is grpc.StatusCode.UNAUTHENTICATED
     assert await code(stub.Retrieve, ask(), "web") is grpc.StatusCode.PERMISSION_DENIED
     assert await code(stub.Retrieve, ask(), "ops") is grpc.StatusCode.OK
-    assert await code(admin.Activate, pb.ActivateRequest(release_id="a2"), "web") is grpc.StatusCode.PERMISSION_DENIED
-    assert await code(admin.Activate, pb.ActivateRequest(release_id="a2"), "ops") is grpc.StatusCode.OK
+    assert (
+        await code(admin.Activate, pb.ActivateRequest(release_id="a2"), "web")
+        is grpc.StatusCode.PERMISSION_DENIED
+    )
+    assert (
+        await code(admin.Activate, pb.ActivateRequest(release_id="a2"), "ops") is grpc.StatusCode.OK
+    )
     await channel.close()
     await server.stop(0)
 
 
-async def test_overload_is_refused_early_with_a_hint_and_callers_who_leave_cost_nothing(store: ReleaseStore) -> None:
+async def test_overload_is_refused_early_with_a_hint_and_callers_who_leave_cost_nothing(
+    store: ReleaseStore,
+) -> None:
     import threading
 
     server, stub, _, channel = await start(store, max_in_flight=8, max_encode_queue=4)
@@ -244,7 +293,10 @@ async def test_overload_is_refused_early_with_a_hint_and_callers_who_leave_cost_
     first = asyncio.ensure_future(stub.Retrieve(ask("first words"), timeout=30))
     await until(lambda: server.service.admission.in_flight == 1 and not serving.batcher.waiting)
     gone = asyncio.ensure_future(stub.Retrieve(ask("nobody waits for this"), timeout=0.3))
-    calls = [asyncio.ensure_future(stub.Retrieve(ask(f"query number {i}"), timeout=30)) for i in range(12)]
+    calls = [
+        asyncio.ensure_future(stub.Retrieve(ask(f"query number {i}"), timeout=30))
+        for i in range(12)
+    ]
     answers = await asyncio.wait_for(asyncio.gather(gone, return_exceptions=True), 10)
     assert answers[0].code() is grpc.StatusCode.DEADLINE_EXCEEDED
     # The client knows first. Once the server knows too, the first call and the three others that fit the queue of four are left.
@@ -263,7 +315,9 @@ async def test_overload_is_refused_early_with_a_hint_and_callers_who_leave_cost_
 
 
 @pytest.mark.parametrize("transport", ["http2", "grpcio"])
-async def test_a_full_server_refuses_questions_and_not_those_who_run_it(store: ReleaseStore, transport: str) -> None:
+async def test_a_full_server_refuses_questions_and_not_those_who_run_it(
+    store: ReleaseStore, transport: str
+) -> None:
     server, stub, admin, channel = await start(store, max_in_flight=4, transport=transport)
     service = server.service
     try:
@@ -273,13 +327,25 @@ async def test_a_full_server_refuses_questions_and_not_those_who_run_it(store: R
         assert error.details().startswith("server: all 4 places are taken")
         assert int(dict(error.trailing_metadata())["retry-after-ms"]) >= 5
         target = pb.Target(entity_type="pin", k=3)
-        await refused(stub.RetrieveBatch(pb.RetrieveBatchRequest(queries=["red cat"], target=target), timeout=30))
-        await refused(stub.RetrieveMulti(pb.RetrieveMultiRequest(query="red cat", targets=[target]), timeout=30))
+        await refused(
+            stub.RetrieveBatch(
+                pb.RetrieveBatchRequest(queries=["red cat"], target=target), timeout=30
+            )
+        )
+        await refused(
+            stub.RetrieveMulti(
+                pb.RetrieveMultiRequest(query="red cat", targets=[target]), timeout=30
+            )
+        )
         await refused(stub.Embed(pb.EmbedRequest(queries=["red cat"]), timeout=30))
         assert (await stub.DescribeRelease(pb.DescribeReleaseRequest())).release_id == "a1"
-        assert (await admin.Activate(pb.ActivateRequest(release_id="a2"), timeout=30)).release_id == "a2"
+        assert (
+            await admin.Activate(pb.ActivateRequest(release_id="a2"), timeout=30)
+        ).release_id == "a2"
         health = health_pb2_grpc.HealthStub(channel)
-        assert (await health.Check(health_pb2.HealthCheckRequest())).status == health_pb2.HealthCheckResponse.SERVING
+        assert (
+            await health.Check(health_pb2.HealthCheckRequest())
+        ).status == health_pb2.HealthCheckResponse.SERVING
         assert service.admission.refused == 4 and server.metrics.value("omni_refused") == 4
         assert server.metrics.value("omni_requests", ("Retrieve", "RESOURCE_EXHAUSTED")) == 1
         assert server.metrics.value("omni_requests", ("Embed", "RESOURCE_EXHAUSTED")) == 1
@@ -308,12 +374,20 @@ async def test_a_full_encoder_refuses_what_must_be_encoded_or_would_be_late_and_
         await until(lambda: server.service.admission.in_flight == 1 and not batcher.waiting)
         error = await refused(stub.Retrieve(ask("no hope in a second"), timeout=1.0))
         assert error.details().startswith("query encoder (within your deadline)")
-        inside += [asyncio.ensure_future(stub.Retrieve(ask(f"waits {i}"), timeout=30)) for i in range(2)]
+        inside += [
+            asyncio.ensure_future(stub.Retrieve(ask(f"waits {i}"), timeout=30)) for i in range(2)
+        ]
         await until(lambda: batcher.waiting == 2)
         error = await refused(stub.Retrieve(ask("one more"), timeout=30))
-        assert error.details().startswith("query encoder: all 2 places") and "retry-after-ms" in dict(error.trailing_metadata())
-        inside.append(asyncio.ensure_future(stub.Retrieve(ask(" waits 1 "), timeout=30)))  # joins the one that waits
-        assert whole(await stub.Retrieve(ask("red cat"), timeout=30)), "what is cached needs no encoder"
+        assert error.details().startswith(
+            "query encoder: all 2 places"
+        ) and "retry-after-ms" in dict(error.trailing_metadata())
+        inside.append(
+            asyncio.ensure_future(stub.Retrieve(ask(" waits 1 "), timeout=30))
+        )  # joins the one that waits
+        assert whole(await stub.Retrieve(ask("red cat"), timeout=30)), (
+            "what is cached needs no encoder"
+        )
         assert server.metrics.value("omni_requests", ("Retrieve", "RESOURCE_EXHAUSTED")) == 2
         await until(lambda: server.service.admission.in_flight == 4)
         gate.set()
@@ -360,7 +434,14 @@ async def test_a_retired_release_is_freed_without_the_collector(store: ReleaseSt
     gc.collect()
     gc.disable()
     try:
-        config = ServeConfig(releases=store.root, host="127.0.0.1", port=0, metrics_port=None, poll_seconds=0.05, shadow_fraction=0)
+        config = ServeConfig(
+            releases=store.root,
+            host="127.0.0.1",
+            port=0,
+            metrics_port=None,
+            poll_seconds=0.05,
+            shadow_fraction=0,
+        )
         server = await create_server(config)
         freeze_start_up_objects(server.releases.on_change)
         await server.start()
@@ -380,7 +461,11 @@ async def test_a_retired_release_is_freed_without_the_collector(store: ReleaseSt
         del first, pins
         for release_id in ("a2", "b1"):
             store.activate(release_id)
-            await until(lambda wanted=release_id: server.releases.active and server.releases.active.release_id == wanted)
+            await until(
+                lambda wanted=release_id: (
+                    server.releases.active and server.releases.active.release_id == wanted
+                )
+            )
             assert whole(await stub.Retrieve(ask()))
         await until(lambda: not server.releases._retiring)
         assert not [name for name, reference in held.items() if reference() is not None]

@@ -42,7 +42,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("upgrade")
     encoder = write_small_bundle(root / "old", 1)
     (root / "old" / "entity_encoder" / "weights.bin").write_bytes(b"entity weights")
-    small_release(ReleaseStore(root / "store"), root / "old", encoder, release_id="first", counts=COUNTS)
+    small_release(
+        ReleaseStore(root / "store"), root / "old", encoder, release_id="first", counts=COUNTS
+    )
     SpaceAdapter(TURN).fold(encoder).save(root / "new" / "query_encoder")
     shutil.copytree(root / "old" / "entity_encoder", root / "new" / "entity_encoder")
     shutil.copyfile(root / "old" / "config.json", root / "new" / "config.json")
@@ -67,17 +69,27 @@ def space_of(folder: Path) -> str:
 
 
 def allow(root: Path) -> None:
-    declare(root / "new", space_of(root / "old"), 32, SpaceAdapter(TURN.T.copy()), {"pin": {"through": {"recall@10": 0.4}}})
+    declare(
+        root / "new",
+        space_of(root / "old"),
+        32,
+        SpaceAdapter(TURN.T.copy()),
+        {"pin": {"through": {"recall@10": 0.4}}},
+    )
 
 
-def test_an_undeclared_tower_is_refused_and_nothing_is_published(root: Path, store: ReleaseStore) -> None:
+def test_an_undeclared_tower_is_refused_and_nothing_is_published(
+    root: Path, store: ReleaseStore
+) -> None:
     with pytest.raises(SpaceMismatch, match="declares no compatibility"):
         upgrade_query_tower(store, root / "new", WORDS, EASY)
     assert store.ids() == ["first"] and store.current() == "first"
     assert not list(store.releases.glob(".staging-*"))
 
 
-def test_an_upgraded_release_shares_the_indexes_and_answers_as_before(root: Path, store: ReleaseStore) -> None:
+def test_an_upgraded_release_shares_the_indexes_and_answers_as_before(
+    root: Path, store: ReleaseStore
+) -> None:
     allow(root)
     upgraded = upgrade_query_tower(store, root / "new", WORDS, EASY)
     assert store.current() == upgraded.release_id != "first"
@@ -88,7 +100,9 @@ def test_an_upgraded_release_shares_the_indexes_and_answers_as_before(root: Path
     store.verify("first")  # what the new release wrote did not reach the old one through a link
     manifest = read_manifest(after)
     assert manifest.space_id == space_of(root / "old") and manifest.parent == "first"
-    assert manifest.query_upgrade is not None and manifest.query_upgrade["space_id"] == space_of(root / "new")
+    assert manifest.query_upgrade is not None and manifest.query_upgrade["space_id"] == space_of(
+        root / "new"
+    )
     assert manifest.entities["pin"].carried_from == "first"
     assert manifest.measured["peak_private_mib"] > 0
     tower = QueryEncoder.load(root / "new" / "query_encoder")
@@ -109,7 +123,10 @@ def test_rebuilding_an_upgraded_release_keeps_what_it_is(root: Path, store: Rele
     first = upgrade_query_tower(store, root / "new", WORDS, EASY).release_id
     inputs, folder = from_release(store, ())
     again = build_release(inputs, folder, store, EASY)
-    assert read_manifest(store.path_of(again)).query_upgrade == read_manifest(store.path_of(first)).query_upgrade
+    assert (
+        read_manifest(store.path_of(again)).query_upgrade
+        == read_manifest(store.path_of(first)).query_upgrade
+    )
     inputs, _ = from_release(store, ("pin",))
     with pytest.raises(PublishError, match="another query tower"):
         build_release(inputs, root / "old", store, EASY)
@@ -128,14 +145,24 @@ def test_what_cannot_be_proven_is_not_published(root: Path, store: ReleaseStore)
     assert store.ids() == ["first"]
 
 
-def test_answers_say_which_spaces_met_and_rollback_goes_back(root: Path, store: ReleaseStore) -> None:
+def test_answers_say_which_spaces_met_and_rollback_goes_back(
+    root: Path, store: ReleaseStore
+) -> None:
     allow(root)
-    upgraded = upgrade_query_tower(store, root / "new", WORDS, replace(EASY, activate=False)).release_id
+    upgraded = upgrade_query_tower(
+        store, root / "new", WORDS, replace(EASY, activate=False)
+    ).release_id
     text = entity_texts(10, seed=0)[3]
 
     async def ask() -> None:
         config = ServeConfig(
-            releases=store.root, host="127.0.0.1", port=0, metrics_port=None, poll_seconds=0.05, encoder_form="torch", shadow_fraction=0
+            releases=store.root,
+            host="127.0.0.1",
+            port=0,
+            metrics_port=None,
+            poll_seconds=0.05,
+            encoder_form="torch",
+            shadow_fraction=0,
         )
         server = await create_server(config)
         await server.start()
@@ -148,13 +175,22 @@ def test_answers_say_which_spaces_met_and_rollback_goes_back(root: Path, store: 
         for _ in range(2):  # encoded or prewarmed, then from the cache
             new = await retrieval.Retrieve(request)
             assert new.release_id == upgraded
-            assert (new.space_id, new.query_space_id) == (space_of(root / "old"), space_of(root / "new"))
+            assert (new.space_id, new.query_space_id) == (
+                space_of(root / "old"),
+                space_of(root / "new"),
+            )
             assert [hit.id for hit in new.hits] == [hit.id for hit in old.hits]
         embedded = await retrieval.Embed(pb.EmbedRequest(queries=[text]))
         assert embedded.query_space_id == space_of(root / "new")
-        ready = pb.RetrieveRequest(embedding=embedded.embeddings, space_id=embedded.space_id, entity_type="pin", k=5)
-        assert [hit.id for hit in (await retrieval.Retrieve(ready)).hits] == [hit.id for hit in old.hits]
-        ready.space_id = space_of(root / "new")  # vectors of the newer space itself went through no adapter
+        ready = pb.RetrieveRequest(
+            embedding=embedded.embeddings, space_id=embedded.space_id, entity_type="pin", k=5
+        )
+        assert [hit.id for hit in (await retrieval.Retrieve(ready)).hits] == [
+            hit.id for hit in old.hits
+        ]
+        ready.space_id = space_of(
+            root / "new"
+        )  # vectors of the newer space itself went through no adapter
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await retrieval.Retrieve(ready)
         assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
@@ -169,14 +205,25 @@ def test_answers_say_which_spaces_met_and_rollback_goes_back(root: Path, store: 
 
 
 def test_the_command_shows_the_recall_before_the_switch(root: Path, store: ReleaseStore) -> None:
-    arguments = ["--store", str(store.root), "--query-tower", str(root / "new"), "--min-recall", "0.5"]
+    arguments = [
+        "--store",
+        str(store.root),
+        "--query-tower",
+        str(root / "new"),
+        "--min-recall",
+        "0.5",
+    ]
     refused = CliRunner().invoke(command, arguments)
-    assert refused.exit_code == 1 and "declares no compatibility" in " ".join(refused.output.split())
+    assert refused.exit_code == 1 and "declares no compatibility" in " ".join(
+        refused.output.split()
+    )
     allow(root)
     planned = CliRunner().invoke(command, [*arguments, "--dry-run"])
     assert planned.exit_code == 0 and "0.4" in planned.output and store.ids() == ["first"]
     (root / "queries.txt").write_text("\n".join(WORDS))
-    done = CliRunner().invoke(command, [*arguments, "--queries", str(root / "queries.txt"), "--json"])
+    done = CliRunner().invoke(
+        command, [*arguments, "--queries", str(root / "queries.txt"), "--json"]
+    )
     assert done.exit_code == 0, done.output
     assert store.current() == json.loads(done.stdout)["release_id"] != "first"
     wrong = CliRunner().invoke(command, [*arguments, "--from-active"])

@@ -39,13 +39,21 @@ def lines() -> Iterator[list[str]]:
 
 def releases_of(folder: Path) -> LiveReleases:
     config = ServeConfig(releases=folder, metrics_port=None)
-    return LiveReleases(config, QueryCache(config.cache_bytes, config.cache_ttl_seconds), Metrics(), watch=False)
+    return LiveReleases(
+        config, QueryCache(config.cache_bytes, config.cache_ttl_seconds), Metrics(), watch=False
+    )
 
 
-@pytest.mark.parametrize("release_id", [FORGED, "../escape", ".hidden", "a" * 129, "a/b", "a\x1b[2J"])
-async def test_an_id_that_can_be_none_is_the_callers_mistake(tmp_path: Path, lines: list[str], release_id: str) -> None:
+@pytest.mark.parametrize(
+    "release_id", [FORGED, "../escape", ".hidden", "a" * 129, "a/b", "a\x1b[2J"]
+)
+async def test_an_id_that_can_be_none_is_the_callers_mistake(
+    tmp_path: Path, lines: list[str], release_id: str
+) -> None:
     releases = releases_of(tmp_path)
-    with pytest.raises(InvalidRequest, match="release_id: a release id has 1 to 128 letters") as refused:
+    with pytest.raises(
+        InvalidRequest, match="release_id: a release id has 1 to 128 letters"
+    ) as refused:
         await releases.activate(release_id)
     assert status_for(refused.value)[0] is grpc.StatusCode.INVALID_ARGUMENT
     assert "omni_releases_refused" not in releases.metrics.snapshot(), "an alert hangs on it"
@@ -53,7 +61,9 @@ async def test_an_id_that_can_be_none_is_the_callers_mistake(tmp_path: Path, lin
     await releases.stop()
 
 
-async def test_a_release_that_is_not_there_is_the_callers_mistake(tmp_path: Path, lines: list[str]) -> None:
+async def test_a_release_that_is_not_there_is_the_callers_mistake(
+    tmp_path: Path, lines: list[str]
+) -> None:
     """It counted as a refused release, so that a mistyped id set off the alert on damaged ones."""
     releases = releases_of(tmp_path)
     with pytest.raises(UnknownRelease) as refused:
@@ -63,7 +73,9 @@ async def test_a_release_that_is_not_there_is_the_callers_mistake(tmp_path: Path
     await releases.stop()
 
 
-async def test_an_active_release_that_is_not_there_is_refused_in_one_line(tmp_path: Path, lines: list[str]) -> None:
+async def test_an_active_release_that_is_not_there_is_refused_in_one_line(
+    tmp_path: Path, lines: list[str]
+) -> None:
     """Here the store is at fault, and somebody has to look after it."""
     (tmp_path / "releases" / "r7").mkdir(parents=True)
     (tmp_path / "releases" / "r7" / "manifest.json").write_text("{}")
@@ -77,7 +89,9 @@ async def test_an_active_release_that_is_not_there_is_refused_in_one_line(tmp_pa
 
 
 @pytest.mark.parametrize("release_id", [FORGED, "../escape", "a" * 129])
-async def test_with_several_workers_it_does_not_reach_the_supervisor(tmp_path: Path, release_id: str) -> None:
+async def test_with_several_workers_it_does_not_reach_the_supervisor(
+    tmp_path: Path, release_id: str
+) -> None:
     """It came back FAILED_PRECONDITION there, and INVALID_ARGUMENT from a server of one worker."""
     asked: list[str] = []
 
@@ -89,7 +103,9 @@ async def test_with_several_workers_it_does_not_reach_the_supervisor(tmp_path: P
     releases = releases_of(tmp_path)
     changes = Changes(releases.config, releases, supervisor)
     caller = Caller("anonymous", True)
-    with pytest.raises(InvalidRequest, match="release_id: a release id has 1 to 128 letters") as refused:
+    with pytest.raises(
+        InvalidRequest, match="release_id: a release id has 1 to 128 letters"
+    ) as refused:
         await changes.activate(pb.ActivateRequest(release_id=release_id), None, caller, 0)
     assert status_for(refused.value)[0] is grpc.StatusCode.INVALID_ARGUMENT and not asked
     await changes.activate(pb.ActivateRequest(release_id="r7"), None, caller, 0)

@@ -74,7 +74,15 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for space, seed, names in (("a", 1, ("a1", "a2")), ("b", 2, ("b1",))):
         encoder = write_small_bundle(root / space, seed)
         for name in names:
-            small_release(store, root / space, encoder, release_id=name, counts={"pin": 40}, id_prefix=f"{name}:", activate=name == "a1")
+            small_release(
+                store,
+                root / space,
+                encoder,
+                release_id=name,
+                counts={"pin": 40},
+                id_prefix=f"{name}:",
+                activate=name == "a1",
+            )
     return root / "store"
 
 
@@ -109,9 +117,17 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
     return made
 
 
-def releases_of(store: ReleaseStore, *, redis=lambda dimension: None, watch: bool = True, **settings) -> LiveReleases:
+def releases_of(
+    store: ReleaseStore, *, redis=lambda dimension: None, watch: bool = True, **settings
+) -> LiveReleases:
     config = ServeConfig(releases=store.root, poll_seconds=0.02, metrics_port=None, **settings)
-    return LiveReleases(config, QueryCache(config.cache_bytes, config.cache_ttl_seconds), Metrics(), redis=redis, watch=watch)
+    return LiveReleases(
+        config,
+        QueryCache(config.cache_bytes, config.cache_ttl_seconds),
+        Metrics(),
+        redis=redis,
+        watch=watch,
+    )
 
 
 async def until(condition, seconds: float = 20.0) -> None:
@@ -122,7 +138,11 @@ async def until(condition, seconds: float = 20.0) -> None:
     raise AssertionError("did not happen in time")
 
 
-@pytest.mark.parametrize("error", [PublisherBusy("process 1 is publishing"), OSError(28, "No space left on device")], ids=repr)
+@pytest.mark.parametrize(
+    "error",
+    [PublisherBusy("process 1 is publishing"), OSError(28, "No space left on device")],
+    ids=repr,
+)
 async def test_a_release_that_the_store_does_not_make_active_is_closed_again(
     store: ReleaseStore, opened: Opened, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
@@ -133,7 +153,10 @@ async def test_a_release_that_the_store_does_not_make_active_is_closed_again(
     def fail(*args, **kwargs) -> None:
         raise error
 
-    for method, call in (("activate", lambda: releases.activate("a2")), ("rollback", releases.rollback)):
+    for method, call in (
+        ("activate", lambda: releases.activate("a2")),
+        ("rollback", releases.rollback),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(releases.store, method, fail)
             for _ in range(2):
@@ -141,39 +164,62 @@ async def test_a_release_that_the_store_does_not_make_active_is_closed_again(
                     await call()
                 assert opened.leases == opened.followed == list(releases.loaded) == ["b1"]
     assert await releases.rollback() == ("a1", "b1")
-    assert await releases.activate("b1") == ("b1", "a1"), "what is in memory is not closed by a failure"
+    assert await releases.activate("b1") == (
+        "b1",
+        "a1",
+    ), "what is in memory is not closed by a failure"
     assert sorted(opened.leases) == sorted(opened.followed) == ["a1", "b1"]
     await releases.stop()
     assert not opened.leases and not opened.followed
 
 
-async def test_what_was_loaded_for_a_caller_who_has_gone_is_closed(store: ReleaseStore, opened: Opened, monkeypatch) -> None:
+async def test_what_was_loaded_for_a_caller_who_has_gone_is_closed(
+    store: ReleaseStore, opened: Opened, monkeypatch
+) -> None:
     gate, inside = threading.Event(), threading.Event()
     releases = releases_of(store)
     await releases.start()
-    monkeypatch.setattr(live_releases, "prove", lambda *args: inside.set() or (gate.wait(10) and {}))
+    monkeypatch.setattr(
+        live_releases, "prove", lambda *args: inside.set() or (gate.wait(10) and {})
+    )
     call = asyncio.ensure_future(releases.activate("a2"))
     await until(inside.is_set)
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
     gate.set()
-    assert (await releases.activate("a2"))[0] == "a2", "after the first has left the loader's thread"
-    assert len(opened.releases) == 3 and sorted(opened.leases) == sorted(opened.followed) == ["a1", "a2"]
+    assert (await releases.activate("a2"))[0] == "a2", (
+        "after the first has left the loader's thread"
+    )
+    assert len(opened.releases) == 3 and sorted(opened.leases) == sorted(opened.followed) == [
+        "a1",
+        "a2",
+    ]
     await releases.stop()
 
 
-async def test_a_redis_address_that_is_none_is_named_and_leaves_nothing_behind(store: ReleaseStore, opened: Opened) -> None:
-    releases = releases_of(store, redis=lambda dimension: RedisTier("user:secret@cache:6379", dimension, 60.0), watch=False)
+async def test_a_redis_address_that_is_none_is_named_and_leaves_nothing_behind(
+    store: ReleaseStore, opened: Opened
+) -> None:
+    releases = releases_of(
+        store,
+        redis=lambda dimension: RedisTier("user:secret@cache:6379", dimension, 60.0),
+        watch=False,
+    )
     for _ in range(2):
         await releases.start()
     assert "--redis" in releases.reason_not_ready and "'cache:6379'" in releases.reason_not_ready
-    assert "secret" not in releases.reason_not_ready and releases.metrics.value("omni_releases_refused", ("ConfigError",)) == 2
+    assert (
+        "secret" not in releases.reason_not_ready
+        and releases.metrics.value("omni_releases_refused", ("ConfigError",)) == 2
+    )
     assert len(opened.releases) == 2 and not opened.leases and not opened.followed
     await releases.stop()
 
 
-async def test_a_follower_that_cannot_start_is_stopped(store: ReleaseStore, opened: Opened, monkeypatch) -> None:
+async def test_a_follower_that_cannot_start_is_stopped(
+    store: ReleaseStore, opened: Opened, monkeypatch
+) -> None:
     def fail(follower: LiveFollower) -> int:
         raise OSError(24, "Too many open files")
 
@@ -185,7 +231,9 @@ async def test_a_follower_that_cannot_start_is_stopped(store: ReleaseStore, open
     await releases.stop()
 
 
-async def test_an_activation_that_could_not_be_read_is_looked_at_again(store: ReleaseStore, opened: Opened) -> None:
+async def test_an_activation_that_could_not_be_read_is_looked_at_again(
+    store: ReleaseStore, opened: Opened
+) -> None:
     releases = releases_of(store)
     await releases.start()
     current, failures = releases.store.current, [OSError(24, "Too many open files")] * 2
@@ -201,7 +249,9 @@ async def test_an_activation_that_could_not_be_read_is_looked_at_again(store: Re
     await releases.stop()
 
 
-async def test_a_rollback_elsewhere_while_a_release_is_prewarmed_is_seen(store: ReleaseStore, opened: Opened) -> None:
+async def test_a_rollback_elsewhere_while_a_release_is_prewarmed_is_seen(
+    store: ReleaseStore, opened: Opened
+) -> None:
     releases = releases_of(store)
     await releases.start()
     for i in range(20):
@@ -218,7 +268,9 @@ async def test_a_rollback_elsewhere_while_a_release_is_prewarmed_is_seen(store: 
     await releases.stop()
 
 
-async def test_prewarming_shares_no_encoder_with_live_texts_and_encodes_nothing_twice(store: ReleaseStore, opened: Opened) -> None:
+async def test_prewarming_shares_no_encoder_with_live_texts_and_encodes_nothing_twice(
+    store: ReleaseStore, opened: Opened
+) -> None:
     releases = releases_of(store)
     await releases.start()
     first = releases.active
@@ -227,7 +279,9 @@ async def test_prewarming_shares_no_encoder_with_live_texts_and_encodes_nothing_
         releases.cache.put(first.prefix + text, VECTOR)
     await releases.activate("b1")
     assert sorted(releases.active.encoding.encoded) == sorted(texts)
-    assert releases.active.encoding.threads == {"load"}, "nobody else can use it yet: at low priority"
+    assert releases.active.encoding.threads == {"load"}, (
+        "nobody else can use it yet: at low priority"
+    )
     for text in ["only b", *(f"new {i}" for i in range(40))]:
         releases.cache.put(releases.active.prefix + text, VECTOR)
     first.encoding.seconds = 0.002
@@ -243,7 +297,9 @@ async def test_prewarming_shares_no_encoder_with_live_texts_and_encodes_nothing_
     await releases.stop()
 
 
-async def test_a_retired_release_dies_in_the_closing_thread(store: ReleaseStore, opened: Opened) -> None:
+async def test_a_retired_release_dies_in_the_closing_thread(
+    store: ReleaseStore, opened: Opened
+) -> None:
     """Giving back the pages of a large release takes a tenth of a second: not on the event loop."""
     died: list[str] = []
 
@@ -263,7 +319,9 @@ async def test_a_retired_release_dies_in_the_closing_thread(store: ReleaseStore,
     await releases.stop()
 
 
-async def test_nobody_holds_a_release_that_is_being_closed(store: ReleaseStore, opened: Opened) -> None:
+async def test_nobody_holds_a_release_that_is_being_closed(
+    store: ReleaseStore, opened: Opened
+) -> None:
     """As above, whichever thread is quicker: the last reference is dropped before ``close`` reports back."""
     died: list[str] = []
 

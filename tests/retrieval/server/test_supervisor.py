@@ -31,15 +31,24 @@ from retrieval.server.worker import Assignment, write_cache
 
 def test_a_release_that_does_not_fit_into_memory_is_refused(tmp_path: Path) -> None:
     found = play("memory", tmp_path)
-    assert found["replies"] == [["r2", "", "MemoryError"], ["r3", "r3", ""]], "refused with a reply; the next change works"
+    assert found["replies"] == [
+        ["r2", "", "MemoryError"],
+        ["r3", "r3", ""],
+    ], "refused with a reply; the next change works"
     assert found["after_refusal"] == ["r1", 2] and found["end"] == ["r3", 2]
 
 
-@pytest.mark.parametrize(("scenario", "kind"), [("read_only", "OSError"), ("busy", "PublisherBusy")])
-def test_when_the_store_cannot_be_written_the_old_generation_goes_on(tmp_path: Path, scenario: str, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("scenario", "kind"), [("read_only", "OSError"), ("busy", "PublisherBusy")]
+)
+def test_when_the_store_cannot_be_written_the_old_generation_goes_on(
+    tmp_path: Path, scenario: str, kind: str
+) -> None:
     found = play(scenario, tmp_path)
     assert found["replies"] == [["r2", "", kind], ["r2", "r2", ""]]
-    assert found["after_refusal"] == ["r1", 2] and found["same_workers"] and found["current"] == "r1"
+    assert (
+        found["after_refusal"] == ["r1", 2] and found["same_workers"] and found["current"] == "r1"
+    )
     assert found["end"] == ["r2", 2] and found["current_end"] == "r2"
 
 
@@ -50,13 +59,17 @@ def test_a_fork_that_fails_refuses_the_change_and_delays_a_replacement(tmp_path:
     assert found["without_forks"] == ["r1", 1] and found["end"] == ["r1", 2]
 
 
-def test_replacements_that_die_while_loading_are_replaced_but_ever_more_rarely(tmp_path: Path) -> None:
+def test_replacements_that_die_while_loading_are_replaced_but_ever_more_rarely(
+    tmp_path: Path,
+) -> None:
     found = play("crash_loop", tmp_path)
     assert 2 <= found["deaths"] <= 4, "0.2, 0.4, 0.8 s: a crash loop does not spin"
     assert found["end"] == ["r1", 2]
 
 
-def test_after_a_first_refusal_workers_say_so_and_the_release_is_tried_again(tmp_path: Path) -> None:
+def test_after_a_first_refusal_workers_say_so_and_the_release_is_tried_again(
+    tmp_path: Path,
+) -> None:
     found = play("first_refused", tmp_path)
     assert found["announced"] == [None, "golden recall too low"]
     assert found["empty"] == ["", 2] and found["end"] == ["r1", 2]
@@ -72,7 +85,9 @@ def test_a_second_change_waits_for_the_first(tmp_path: Path) -> None:
 def test_a_generation_that_returns_is_not_confused_with_its_leaving_workers(tmp_path: Path) -> None:
     found = play("back", tmp_path)
     assert found["replies"] == [["r2", "r2", ""], ["", "r1", ""]]
-    assert found["end"] == ["r1", 2] and found["forks"] == 6, "leaving workers of the same release are neither counted nor replaced"
+    assert found["end"] == ["r1", 2] and found["forks"] == 6, (
+        "leaving workers of the same release are neither counted nor replaced"
+    )
 
 
 def test_nothing_is_left_of_refused_releases_and_hand_overs(tmp_path: Path) -> None:
@@ -92,7 +107,10 @@ def test_what_verifying_finds_is_told_and_its_process_may_die(tmp_path: Path) ->
     found = play("damaged", tmp_path)
     assert found["replies"] == [["r2", "", "ReleaseRefused"], ["r3", "", "ReleaseRefused"]]
     assert found["same_workers"] and found["end"] == ["r1", 2]
-    assert "r2: checksum differs" in found["told"] and "r3: the process that verified it has died" in found["told"]
+    assert (
+        "r2: checksum differs" in found["told"]
+        and "r3: the process that verified it has died" in found["told"]
+    )
 
 
 def test_a_server_that_is_told_to_end_does_not_wait_for_verifying(tmp_path: Path) -> None:
@@ -118,7 +136,13 @@ def test_a_cache_that_cannot_be_written_is_left_out(tmp_path: Path) -> None:
 
 def play(name: str, folder: Path) -> dict[str, Any]:
     """Run a scenario and return what it found."""
-    done = subprocess.run([sys.executable, __file__, name, str(folder)], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, __file__, name, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads((folder / "found.json").read_text())
 
@@ -152,8 +176,17 @@ class Stage:
         self.store.activate("r1")
         self.announced: list[Any] = []
         self.found: dict[str, Any] = {}
-        config = ServeConfig(releases=self.store.root, host="127.0.0.1", port=0, metrics_port=None, workers=2, poll_seconds=0.02)
-        self.supervisor = workers.Supervisor(config, lambda info: self.announced.extend([info["release_id"], info["reason"]]))
+        config = ServeConfig(
+            releases=self.store.root,
+            host="127.0.0.1",
+            port=0,
+            metrics_port=None,
+            workers=2,
+            poll_seconds=0.02,
+        )
+        self.supervisor = workers.Supervisor(
+            config, lambda info: self.announced.extend([info["release_id"], info["reason"]])
+        )
 
     def stand_in(self, control: Any, given: Assignment) -> int:
         """What a worker does as far as its supervisor can see; every worker asks for the changes that the script names for it."""
@@ -172,7 +205,9 @@ class Stage:
         say(type="ready", error="golden recall too low" if refused else "")
         if refused:
             return 1
-        (self.folder / "handed_over").write_text(str(sum(path.exists() for path in given.handed_over)))
+        (self.folder / "handed_over").write_text(
+            str(sum(path.exists() for path in given.handed_over))
+        )
         asked: list[str] = []
         buffer = b""
         while asked or not leaving or (self.folder / "slow-end").exists():
@@ -197,7 +232,9 @@ class Stage:
                     say(type="dumped")
                 else:
                     with (self.folder / "replies").open("a") as replies:
-                        replies.write(json.dumps([asked.pop(0), message["now"], message["kind"]]) + "\n")
+                        replies.write(
+                            json.dumps([asked.pop(0), message["now"], message["kind"]]) + "\n"
+                        )
         return 0
 
     def verify(self, release_id: str) -> None:
@@ -217,14 +254,20 @@ class Stage:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def alive(self) -> list[int]:
-        return [worker.pid for worker in list(self.supervisor.fleet.workers.values()) if worker.is_running()]
+        return [
+            worker.pid
+            for worker in list(self.supervisor.fleet.workers.values())
+            if worker.is_running()
+        ]
 
     def state(self) -> list[Any]:
         return [self.supervisor.release_id, len(self.alive())]
 
     def ask(self, *wanted: str) -> None:
         """Have a serving worker ask for changes, and wait for the replies."""
-        number = next(worker.number for worker in self.supervisor.fleet.workers.values() if not worker.leaving)
+        number = next(
+            worker.number for worker in self.supervisor.fleet.workers.values() if not worker.leaving
+        )
         expected = len(self.replies()) + len(wanted)
         path = self.folder / f"order-{number}"
         path.with_suffix(".part").write_text(json.dumps(wanted))
@@ -232,14 +275,21 @@ class Stage:
         until(lambda: len(self.replies()) == expected)
 
     def settle(self, release_id: str, count: int = 2) -> None:
-        until(lambda: self.state() == [release_id, count] and all(worker.ready for worker in self.supervisor.fleet.workers.values()))
+        until(
+            lambda: (
+                self.state() == [release_id, count]
+                and all(worker.ready for worker in self.supervisor.fleet.workers.values())
+            )
+        )
 
     def run(self, script: Callable[["Stage"], None]) -> None:
         def beside() -> None:
             try:
                 until(lambda: self.announced)
                 script(self)
-                self.found.update(replies=self.replies(), announced=self.announced, end=self.state())
+                self.found.update(
+                    replies=self.replies(), announced=self.announced, end=self.state()
+                )
                 (self.folder / "found.json").write_text(json.dumps(self.found))
             finally:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -273,7 +323,11 @@ def unwritable(stage: Stage, error: Exception) -> None:
     stage.supervisor.store.activate = raising(error)  # type: ignore[method-assign]
     stage.ask("r2")
     stage.settle("r1")
-    stage.found.update(after_refusal=stage.state(), same_workers=stage.alive() == before, current=stage.store.current())
+    stage.found.update(
+        after_refusal=stage.state(),
+        same_workers=stage.alive() == before,
+        current=stage.store.current(),
+    )
     stage.supervisor.store.activate = works  # type: ignore[method-assign]
     stage.ask("r2")
     stage.settle("r2")
@@ -293,7 +347,11 @@ def fork(stage: Stage) -> None:
 
     def second_fails() -> int:
         forks.append(1)
-        return works() if len(forks) <= 2 else raising(BlockingIOError(errno.EAGAIN, "no more processes"))()
+        return (
+            works()
+            if len(forks) <= 2
+            else raising(BlockingIOError(errno.EAGAIN, "no more processes"))()
+        )
 
     os.fork = second_fails
     stage.ask("r2")
@@ -349,7 +407,14 @@ def verifying(stage: Stage) -> None:
     number = max(worker.number for worker in stage.supervisor.fleet.workers.values())
     (stage.folder / f"order-{number}").write_text(json.dumps(["r2"]))
     time.sleep(0.2)
-    os.kill(next(worker.pid for worker in list(stage.supervisor.fleet.workers.values()) if worker.number != number), signal.SIGKILL)
+    os.kill(
+        next(
+            worker.pid
+            for worker in list(stage.supervisor.fleet.workers.values())
+            if worker.number != number
+        ),
+        signal.SIGKILL,
+    )
     until(lambda: stage.alive() != before)
     stage.settle("r1")
     stage.found.update(meanwhile=stage.state(), replaced=stage.alive() != before)
@@ -382,7 +447,10 @@ def back(stage: Stage) -> None:
     leaving = [worker.pid for worker in stage.supervisor.fleet.workers.values() if worker.leaving]
     stage.ask("")
     stage.flag("slow-end", False)
-    for pid in [*leaving, *(worker.pid for worker in stage.supervisor.fleet.workers.values() if worker.leaving)]:
+    for pid in [
+        *leaving,
+        *(worker.pid for worker in stage.supervisor.fleet.workers.values() if worker.leaving),
+    ]:
         os.kill(pid, signal.SIGKILL)
     stage.settle("r1")
     time.sleep(0.6)

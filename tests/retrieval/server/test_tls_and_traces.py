@@ -21,7 +21,9 @@ from retrieval.client.sync_client import ClientConfig, RetrievalClient, TlsConfi
 from retrieval.security import tls_context
 from tests.helpers.real_server import Running, serving
 
-needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the openssl program")
+needs_openssl = pytest.mark.skipif(
+    shutil.which("openssl") is None, reason="needs the openssl program"
+)
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,50 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
     key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
     for name in ("ca", "other"):
         openssl(
-            "req", "-x509", *key, "-keyout", f"{folder}/{name}.key", "-out", f"{folder}/{name}.pem", "-subj", f"/CN={name}", "-days", "2"
+            "req",
+            "-x509",
+            *key,
+            "-keyout",
+            f"{folder}/{name}.key",
+            "-out",
+            f"{folder}/{name}.pem",
+            "-subj",
+            f"/CN={name}",
+            "-days",
+            "2",
         )
     for name, authority in (("server", "ca"), ("client", "ca"), ("stranger", "other")):
-        openssl("req", *key, "-keyout", f"{folder}/{name}.key", "-out", f"{folder}/{name}.csr", "-subj", f"/CN={name}")
+        openssl(
+            "req",
+            *key,
+            "-keyout",
+            f"{folder}/{name}.key",
+            "-out",
+            f"{folder}/{name}.csr",
+            "-subj",
+            f"/CN={name}",
+        )
         (folder / "san").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
-        signed = ("-CA", f"{folder}/{authority}.pem", "-CAkey", f"{folder}/{authority}.key", "-CAcreateserial", "-days", "2")
-        openssl("x509", "-req", "-in", f"{folder}/{name}.csr", *signed, "-extfile", f"{folder}/san", "-out", f"{folder}/{name}.pem")
+        signed = (
+            "-CA",
+            f"{folder}/{authority}.pem",
+            "-CAkey",
+            f"{folder}/{authority}.key",
+            "-CAcreateserial",
+            "-days",
+            "2",
+        )
+        openssl(
+            "x509",
+            "-req",
+            "-in",
+            f"{folder}/{name}.csr",
+            *signed,
+            "-extfile",
+            f"{folder}/san",
+            "-out",
+            f"{folder}/{name}.pem",
+        )
     return Certificates(folder)
 
 
@@ -61,8 +100,15 @@ def ask(running: Running, tls: TlsConfig | None) -> Any:
 
 @needs_openssl
 @pytest.mark.parametrize("transport", ["http2", "grpcio"])
-def test_tls_is_wanted_and_the_server_proves_itself(certificates: Certificates, tmp_path: Path, transport: str) -> None:
-    with serving(tmp_path, transport=transport, tls_cert=certificates["server.pem"], tls_key=certificates["server.key"]) as running:
+def test_tls_is_wanted_and_the_server_proves_itself(
+    certificates: Certificates, tmp_path: Path, transport: str
+) -> None:
+    with serving(
+        tmp_path,
+        transport=transport,
+        tls_cert=certificates["server.pem"],
+        tls_key=certificates["server.key"],
+    ) as running:
         trusting = TlsConfig(root_certificates=certificates["ca.pem"])
         assert len(ask(running, trusting).hits) == 3
         for wrong in (None, TlsConfig(root_certificates=certificates["other.pem"])):
@@ -77,12 +123,25 @@ def test_tls_is_wanted_and_the_server_proves_itself(certificates: Certificates, 
 
 @needs_openssl
 @pytest.mark.parametrize("transport", ["http2", "grpcio"])
-def test_mutual_tls_lets_in_only_clients_of_its_authority(certificates: Certificates, tmp_path: Path, transport: str) -> None:
-    files = {"tls_cert": certificates["server.pem"], "tls_key": certificates["server.key"], "tls_client_ca": certificates["ca.pem"]}
+def test_mutual_tls_lets_in_only_clients_of_its_authority(
+    certificates: Certificates, tmp_path: Path, transport: str
+) -> None:
+    files = {
+        "tls_cert": certificates["server.pem"],
+        "tls_key": certificates["server.key"],
+        "tls_client_ca": certificates["ca.pem"],
+    }
     with serving(tmp_path, transport=transport, **files) as running:
 
         def as_client(name: str | None) -> TlsConfig:
-            mine = {} if name is None else {"client_certificate": certificates[f"{name}.pem"], "client_key": certificates[f"{name}.key"]}
+            mine = (
+                {}
+                if name is None
+                else {
+                    "client_certificate": certificates[f"{name}.pem"],
+                    "client_key": certificates[f"{name}.key"],
+                }
+            )
             return TlsConfig(root_certificates=certificates["ca.pem"], **mine)
 
         assert len(ask(running, as_client("client")).hits) == 3
@@ -93,9 +152,15 @@ def test_mutual_tls_lets_in_only_clients_of_its_authority(certificates: Certific
 
 
 @needs_openssl
-def test_files_that_do_not_belong_together_are_refused(certificates: Certificates, tmp_path: Path) -> None:
+def test_files_that_do_not_belong_together_are_refused(
+    certificates: Certificates, tmp_path: Path
+) -> None:
     (tmp_path / "no.pem").write_text("no certificate")
-    for cert, key in (("server.pem", "client.key"), ("server.pem", str(tmp_path / "no.pem")), ("missing.pem", "server.key")):
+    for cert, key in (
+        ("server.pem", "client.key"),
+        ("server.pem", str(tmp_path / "no.pem")),
+        ("missing.pem", "server.key"),
+    ):
         with pytest.raises(ConfigError, match="--tls"):
             tls_context(certificates[cert], certificates[key], None)
 
@@ -110,7 +175,12 @@ def collector() -> Iterator[tuple[str, list[Any]]]:
 
     class Receiver(service.TraceServiceServicer):
         def Export(self, request: Any, context: Any) -> Any:
-            spans.extend(span for resource in request.resource_spans for scope in resource.scope_spans for span in scope.spans)
+            spans.extend(
+                span
+                for resource in request.resource_spans
+                for scope in resource.scope_spans
+                for span in scope.spans
+            )
             return messages.ExportTraceServiceResponse()
 
     server = grpc.server(ThreadPoolExecutor(2))
@@ -121,15 +191,25 @@ def collector() -> Iterator[tuple[str, list[Any]]]:
     server.stop(0)
 
 
-def test_a_collector_gets_a_span_per_call_and_stage_within_the_callers_trace(collector: tuple[str, list[Any]], tmp_path: Path) -> None:
+def test_a_collector_gets_a_span_per_call_and_stage_within_the_callers_trace(
+    collector: tuple[str, list[Any]], tmp_path: Path
+) -> None:
     endpoint, spans = collector
     trace = "0af7651916cd43dd8448eb211c80319c"
-    with serving(tmp_path, otlp_endpoint=endpoint) as running, grpc.insecure_channel(running.address) as channel:
+    with (
+        serving(tmp_path, otlp_endpoint=endpoint) as running,
+        grpc.insecure_channel(running.address) as channel,
+    ):
         stub = rpc.RetrievalStub(channel)
         metadata = (("traceparent", f"00-{trace}-b7ad6b7169203331-01"),)
         asked = pb.RetrieveRequest(query="private words", entity_type="pin", k=3, diversity=0.5)
         stub.Retrieve(asked, metadata=metadata)
-        stub.RetrieveBatch(pb.RetrieveBatchRequest(queries=["blue fish"], target=pb.Target(entity_type="pin", k=3)), metadata=metadata)
+        stub.RetrieveBatch(
+            pb.RetrieveBatchRequest(
+                queries=["blue fish"], target=pb.Target(entity_type="pin", k=3)
+            ),
+            metadata=metadata,
+        )
     until = time.monotonic() + 20
     while time.monotonic() < until and len(spans) < 8:
         time.sleep(0.05)
@@ -141,5 +221,8 @@ def test_a_collector_gets_a_span_per_call_and_stage_within_the_callers_trace(col
     assert {span.name for span in inside} == {"queue", "encode", "search", "rerank"}
     assert all(span.start_time_unix_nano >= call.start_time_unix_nano for span in inside)
     attributes = {item.key: item.value for item in call.attributes}
-    assert attributes["entity_type"].string_value == "pin" and attributes["release_id"].string_value == running.release_id
+    assert (
+        attributes["entity_type"].string_value == "pin"
+        and attributes["release_id"].string_value == running.release_id
+    )
     assert "private" not in str(spans)

@@ -26,13 +26,32 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ReleaseStore:
     store = ReleaseStore(root / "store")
     for number in (1, 2):
         encoder = write_small_bundle(root / f"b{number}", number)
-        small_release(store, root / f"b{number}", encoder, release_id=f"r{number}", counts={"pin": 80}, activate=number == 1)
+        small_release(
+            store,
+            root / f"b{number}",
+            encoder,
+            release_id=f"r{number}",
+            counts={"pin": 80},
+            activate=number == 1,
+        )
     return store
 
 
 @pytest.fixture
 def server(store: ReleaseStore) -> Iterator[tuple[subprocess.Popen, dict]]:
-    flags = ["--host", "127.0.0.1", "--port", "0", "--metrics-port", "0", "--workers", "2", "--json", "--shadow-fraction", "0"]
+    flags = [
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+        "--metrics-port",
+        "0",
+        "--workers",
+        "2",
+        "--json",
+        "--shadow-fraction",
+        "0",
+    ]
     process = subprocess.Popen(
         [sys.executable, "-m", "retrieval.cli", "serve", "--store", str(store.root), *flags],
         stdout=subprocess.PIPE,
@@ -54,7 +73,9 @@ def children(pid: int) -> list[int]:
 
 def fresh(info: dict) -> grpc.Channel:
     """A connection of its own, so that the kernel may give it to any worker."""
-    return grpc.insecure_channel(f"127.0.0.1:{info['port']}", options=[("grpc.use_local_subchannel_pool", 1)])
+    return grpc.insecure_channel(
+        f"127.0.0.1:{info['port']}", options=[("grpc.use_local_subchannel_pool", 1)]
+    )
 
 
 def ask(info: dict, **fields) -> pb.RetrieveResponse:
@@ -65,7 +86,9 @@ def ask(info: dict, **fields) -> pb.RetrieveResponse:
 
 def answered(info: dict) -> float:
     """Retrieves that the metrics count; never less than before, or Prometheus takes it for a restart and counts all of them again."""
-    scraped = urllib.request.urlopen(f"http://127.0.0.1:{info['metrics_port']}/metrics").read().decode()
+    scraped = (
+        urllib.request.urlopen(f"http://127.0.0.1:{info['metrics_port']}/metrics").read().decode()
+    )
     return float(re.search(r'omni_requests_total\{code="OK",method="Retrieve"\} (\S+)', scraped)[1])
 
 
@@ -83,11 +106,17 @@ def test_generations_of_workers(server: tuple[subprocess.Popen, dict]) -> None:
     assert first.release_id == "r1"
 
     with fresh(info) as channel:
-        vector = rpc.RetrievalStub(channel).Embed(pb.EmbedRequest(queries=["night boat"])).embeddings
+        vector = (
+            rpc.RetrievalStub(channel).Embed(pb.EmbedRequest(queries=["night boat"])).embeddings
+        )
         entity = pb.Entity(id="live-1", embedding=vector)
-        rpc.AdminStub(channel).Upsert(pb.UpsertRequest(entity_type="pin", space_id=first.space_id, entities=[entity]))
+        rpc.AdminStub(channel).Upsert(
+            pb.UpsertRequest(entity_type="pin", space_id=first.space_id, entities=[entity])
+        )
     time.sleep(1.0)
-    assert all(ask(info, query="night boat", k=1).hits[0].id == "live-1" for _ in range(8)), "every worker shows it within a second"
+    assert all(ask(info, query="night boat", k=1).hits[0].id == "live-1" for _ in range(8)), (
+        "every worker shows it within a second"
+    )
 
     before, counted = set(children(process.pid)), answered(info)
     assert counted > 0
@@ -100,7 +129,9 @@ def test_generations_of_workers(server: tuple[subprocess.Popen, dict]) -> None:
     with fresh(info) as channel:
         assert rpc.AdminStub(channel).Rollback(pb.RollbackRequest(), timeout=120).release_id == "r1"
     until(lambda: len(children(process.pid)) == 2)
-    assert ask(info, query="night boat", k=1).hits[0].id == "live-1", "the live log is replayed after a rollback"
+    assert ask(info, query="night boat", k=1).hits[0].id == "live-1", (
+        "the live log is replayed after a rollback"
+    )
 
     with fresh(info) as channel, pytest.raises(grpc.RpcError) as missing:
         rpc.AdminStub(channel).Activate(pb.ActivateRequest(release_id="nope"), timeout=120)
@@ -109,9 +140,15 @@ def test_generations_of_workers(server: tuple[subprocess.Popen, dict]) -> None:
     for victim in children(process.pid):
         counted = answered(info)
         os.kill(victim, signal.SIGKILL)
-        until(lambda victim=victim: len(children(process.pid)) == 2 and victim not in children(process.pid))
+        until(
+            lambda victim=victim: (
+                len(children(process.pid)) == 2 and victim not in children(process.pid)
+            )
+        )
         assert ask(info).release_id == "r1"
         assert answered(info) >= counted, "what a killed worker has counted stays"
 
-    scraped = urllib.request.urlopen(f"http://127.0.0.1:{info['metrics_port']}/metrics").read().decode()
+    scraped = (
+        urllib.request.urlopen(f"http://127.0.0.1:{info['metrics_port']}/metrics").read().decode()
+    )
     assert 'omni_release_info{form_id="torch-fp32",release_id="r1"' in scraped

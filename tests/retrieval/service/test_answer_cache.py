@@ -18,14 +18,23 @@ from benchmarks.small_releases import entity_texts, small_release
 from index_builder.search.entity_index import SearchResult
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
-from retrieval.service.answer_cache import ENTRY_OVERHEAD_BYTES, AnswerCache, Key, Shape, hits_on_the_wire, key_of
+from retrieval.service.answer_cache import (
+    ENTRY_OVERHEAD_BYTES,
+    AnswerCache,
+    Key,
+    Shape,
+    hits_on_the_wire,
+    key_of,
+)
 from tests.helpers.real_server import Running, serving
 
 TEXTS = entity_texts(30)
 
 
 def found(*ids: str) -> SearchResult:
-    return SearchResult(list(ids), np.linspace(0.9, 0.1, len(ids), dtype=np.float32), "graph", 32, 0.97, None)
+    return SearchResult(
+        list(ids), np.linspace(0.9, 0.1, len(ids), dtype=np.float32), "graph", 32, 0.97, None
+    )
 
 
 def key(text: str, k: int = 3, edition: object = None) -> Key:
@@ -40,36 +49,63 @@ def test_what_is_kept_comes_back_as_it_was() -> None:
     result = kept.result()
     assert result.ids == ["a", "é", "c"] and result.scores.dtype == np.float32
     np.testing.assert_array_equal(result.scores, found("a", "b", "c").scores)
-    assert (result.plan, result.ef, result.estimated_recall, result.selectivity) == ("graph", 32, 0.97, None)
-    assert cache.find(key("red cat", k=4)) is None and cache.find(key("red cat", edition=object())) is None
+    assert (result.plan, result.ef, result.estimated_recall, result.selectivity) == (
+        "graph",
+        32,
+        0.97,
+        None,
+    )
+    assert (
+        cache.find(key("red cat", k=4)) is None
+        and cache.find(key("red cat", edition=object())) is None
+    )
     assert (cache.hits, cache.misses) == (1, 1)
 
 
 def test_the_hits_are_the_same_field_in_both_messages() -> None:
     hits = hits_on_the_wire(["a", "b"], np.array([0.5, 0.25], np.float32))
     assert pb.RetrieveResponse.FromString(hits).hits == pb.Answer.FromString(hits).hits
-    assert [(hit.id, hit.score) for hit in pb.Answer.FromString(hits).hits] == [("a", 0.5), ("b", 0.25)]
+    assert [(hit.id, hit.score) for hit in pb.Answer.FromString(hits).hits] == [
+        ("a", 0.5),
+        ("b", 0.25),
+    ]
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.text(max_size=8), st.integers(0, 40)), max_size=60), st.integers(0, 8000))
+@given(
+    st.lists(st.tuples(st.text(max_size=8), st.integers(0, 40)), max_size=60), st.integers(0, 8000)
+)
 def test_the_bound_holds_and_the_last_used_stay(asked: list[tuple[str, int]], bound: int) -> None:
     cache = AnswerCache(bound)
     for text, count in asked:
         cache.keep(key(text), found(*(f"id-{i}" for i in range(count))))
         assert cache.size_bytes <= bound
-    if asked and bound >= len(hits_on_the_wire(["id-00"] * 40, np.ones(40, np.float32))) + 200 + ENTRY_OVERHEAD_BYTES:
+    if (
+        asked
+        and bound
+        >= len(hits_on_the_wire(["id-00"] * 40, np.ones(40, np.float32)))
+        + 200
+        + ENTRY_OVERHEAD_BYTES
+    ):
         assert cache.find(key(asked[-1][0])) is not None
 
 
 def test_nothing_is_kept_when_switched_off() -> None:
     cache = AnswerCache(0)
     cache.keep(key("red cat"), found("a"))
-    assert cache.find(key("red cat")) is None and len(cache) == 0 and cache.size_bytes == 0 and cache.misses == 0
+    assert (
+        cache.find(key("red cat")) is None
+        and len(cache) == 0
+        and cache.size_bytes == 0
+        and cache.misses == 0
+    )
 
 
 def test_the_estimate_of_an_entry_covers_what_it_takes() -> None:
-    edition, results = object(), [found(*(f"entity-{i}-{n}" for n in range(10))) for i in range(2000)]
+    edition, results = (
+        object(),
+        [found(*(f"entity-{i}-{n}" for n in range(10))) for i in range(2000)],
+    )
     cache = AnswerCache(100_000_000)
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
@@ -83,7 +119,13 @@ def test_the_estimate_of_an_entry_covers_what_it_takes() -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{"exclude_ids": ["a"]}, {"exact": True}, {"attributes": ["title"]}, {"diversity": 0.5}, {"collapse_above": 0.9}],
+    [
+        {"exclude_ids": ["a"]},
+        {"exact": True},
+        {"attributes": ["title"]},
+        {"diversity": 0.5},
+        {"collapse_above": 0.9},
+    ],
     ids=lambda fields: next(iter(fields)),
 )
 def test_answers_that_depend_on_more_have_no_key(fields: dict[str, Any]) -> None:
@@ -95,7 +137,9 @@ def test_answers_that_depend_on_more_have_no_key(fields: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize(
-    "fields", [{"k": 4}, {"filter": "price < 5"}, {"min_score": 0.0}, {"min_recall": 0.9}], ids=lambda fields: next(iter(fields))
+    "fields",
+    [{"k": 4}, {"filter": "price < 5"}, {"min_score": 0.0}, {"min_recall": 0.9}],
+    ids=lambda fields: next(iter(fields)),
 )
 def test_every_field_that_changes_an_answer_is_in_its_key(fields: dict[str, Any]) -> None:
     index: Any = SimpleNamespace(edition=object())
@@ -109,8 +153,12 @@ def test_every_field_that_changes_an_answer_is_in_its_key(fields: dict[str, Any]
 
 
 @pytest.fixture(scope="module", params=["http2", "grpcio"])
-def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with serving(tmp_path_factory.mktemp("answers"), transport=request.param, shadow_fraction=0.0) as found:
+def running(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    with serving(
+        tmp_path_factory.mktemp("answers"), transport=request.param, shadow_fraction=0.0
+    ) as found:
         yield found
 
 
@@ -146,15 +194,29 @@ def until(condition: Callable[[], bool]) -> None:
     min_recall=st.sampled_from([None, 0.9, 1.0]),
 )
 def test_an_answer_that_comes_again_is_the_one_that_was_searched(
-    running: Running, stub: rpc.RetrievalStub, text: str, k: int, expression: str, min_score: float | None, min_recall: float | None
+    running: Running,
+    stub: rpc.RetrievalStub,
+    text: str,
+    k: int,
+    expression: str,
+    min_score: float | None,
+    min_recall: float | None,
 ) -> None:
     fields = {"k": k, "filter": expression, "min_score": min_score, "min_recall": min_recall}
     request = pb.RetrieveRequest(query=text, entity_type="pin", **fields)
     stub.Retrieve(request)
     again = stub.Retrieve(request)
-    assert again.answer_cached and again.cache_hit and again.timings.search_ns == 0 < again.timings.total_ns
+    assert (
+        again.answer_cached
+        and again.cache_hit
+        and again.timings.search_ns == 0 < again.timings.total_ns
+    )
     vector = np.frombuffer(stub.Embed(pb.EmbedRequest(queries=[text])).embeddings, "<f4")
-    searched = stub.Retrieve(pb.RetrieveRequest(embedding=vector.tobytes(), space_id=running.space_id, entity_type="pin", **fields))
+    searched = stub.Retrieve(
+        pb.RetrieveRequest(
+            embedding=vector.tobytes(), space_id=running.space_id, entity_type="pin", **fields
+        )
+    )
     assert not searched.answer_cached and searched.timings.search_ns > 0
     assert hits(again) == hits(searched)
     for name in ("plan", "ef", "estimated_recall", "selectivity", "release_id", "space_id"):
@@ -166,13 +228,19 @@ def test_an_answer_that_comes_again_is_the_one_that_was_searched(
     batch = stub.RetrieveBatch(pb.RetrieveBatchRequest(queries=[text], target=target))
     for answer in (*multi.answers, *batch.answers):
         assert answer.answer_cached and answer.search_ns == 0 and hits(answer) == hits(searched)
-        assert answer.HasField("selectivity") == searched.HasField("selectivity") and answer.plan == searched.plan
+        assert (
+            answer.HasField("selectivity") == searched.HasField("selectivity")
+            and answer.plan == searched.plan
+        )
 
 
 def test_a_batch_searches_for_what_is_not_kept(stub: rpc.RetrievalStub) -> None:
     texts = [f"{text} again" for text in TEXTS[:8]]
     target = pb.Target(entity_type="product", k=5)
-    single = [stub.Retrieve(pb.RetrieveRequest(query=text, entity_type="product", k=5)) for text in texts[::2]]
+    single = [
+        stub.Retrieve(pb.RetrieveRequest(query=text, entity_type="product", k=5))
+        for text in texts[::2]
+    ]
     batch = stub.RetrieveBatch(pb.RetrieveBatchRequest(queries=texts, target=target))
     assert [answer.answer_cached for answer in batch.answers] == [True, False] * 4
     assert [hits(answer) for answer in batch.answers[::2]] == [hits(answer) for answer in single]
@@ -182,7 +250,9 @@ def test_a_batch_searches_for_what_is_not_kept(stub: rpc.RetrievalStub) -> None:
     assert [hits(answer) for answer in again.answers] == [hits(answer) for answer in batch.answers]
 
 
-def test_a_live_write_is_seen_by_answers_that_were_kept(running: Running, stub: rpc.RetrievalStub, channel: grpc.Channel) -> None:
+def test_a_live_write_is_seen_by_answers_that_were_kept(
+    running: Running, stub: rpc.RetrievalStub, channel: grpc.Channel
+) -> None:
     admin = rpc.AdminStub(channel)
     text = "a silver lamp nobody wrote about"
     request = pb.RetrieveRequest(query=text, entity_type="ad", k=3)
@@ -191,9 +261,17 @@ def test_a_live_write_is_seen_by_answers_that_were_kept(running: Running, stub: 
     stub.Retrieve(others)
     assert before.answer_cached and "new" not in [hit.id for hit in before.hits]
     vector = stub.Embed(pb.EmbedRequest(queries=[text])).embeddings
-    admin.Upsert(pb.UpsertRequest(entity_type="ad", space_id=running.space_id, entities=[pb.Entity(id="new", embedding=vector)]))
+    admin.Upsert(
+        pb.UpsertRequest(
+            entity_type="ad",
+            space_id=running.space_id,
+            entities=[pb.Entity(id="new", embedding=vector)],
+        )
+    )
     until(lambda: stub.Retrieve(request).hits[0].id == "new")
-    assert stub.Retrieve(request).answer_cached and stub.Retrieve(others).answer_cached, "another type's answers stay"
+    assert stub.Retrieve(request).answer_cached and stub.Retrieve(others).answer_cached, (
+        "another type's answers stay"
+    )
     admin.Delete(pb.DeleteRequest(entity_type="ad", ids=["new"]))
     until(lambda: stub.Retrieve(request).hits[0].id != "new")
     after = stub.Retrieve(request)
@@ -213,13 +291,24 @@ def test_any_order_of_writes_and_questions_gives_what_a_search_gives(
         which, action = int(rng.integers(4)), rng.random()
         if action < 0.2:
             entity = pb.Entity(id=f"rain-{rng.integers(6)}", embedding=vectors[which])
-            written = admin.Upsert(pb.UpsertRequest(entity_type="product", space_id=running.space_id, entities=[entity]))
+            written = admin.Upsert(
+                pb.UpsertRequest(
+                    entity_type="product", space_id=running.space_id, entities=[entity]
+                )
+            )
             assert follower.wait_for("product", written.sequence)
         elif action < 0.3:
-            written = admin.Delete(pb.DeleteRequest(entity_type="product", ids=[f"rain-{rng.integers(6)}", f"product-{rng.integers(120)}"]))
+            written = admin.Delete(
+                pb.DeleteRequest(
+                    entity_type="product",
+                    ids=[f"rain-{rng.integers(6)}", f"product-{rng.integers(120)}"],
+                )
+            )
             assert follower.wait_for("product", written.sequence)
         answer = stub.Retrieve(pb.RetrieveRequest(query=texts[which], entity_type="product", k=8))
-        ready = pb.RetrieveRequest(embedding=vectors[which], space_id=running.space_id, entity_type="product", k=8)
+        ready = pb.RetrieveRequest(
+            embedding=vectors[which], space_id=running.space_id, entity_type="product", k=8
+        )
         assert hits(answer) == hits(stub.Retrieve(ready))
         kept += answer.answer_cached
     assert 20 < kept < 110
@@ -233,14 +322,22 @@ def test_metrics_count_kept_answers(running: Running, stub: rpc.RetrievalStub) -
         stub.Retrieve(request)
     assert (answers.hits - before[0], answers.misses - before[1]) == (2, 1)
     rows = {name: value for name, _, value in running.server.service._measurements()}
-    assert rows["omni_answers_kept_hits"] == answers.hits and rows["omni_answers_kept"] == len(answers) > 0
+    assert (
+        rows["omni_answers_kept_hits"] == answers.hits
+        and rows["omni_answers_kept"] == len(answers) > 0
+    )
 
 
 def test_kept_answers_of_another_release_are_never_given(tmp_path: Path) -> None:
     """Two releases of one space whose ids tell them apart, activated in turns while one text is asked."""
-    with serving(tmp_path, shadow_fraction=0.0) as first, grpc.insecure_channel(first.address) as channel:
+    with (
+        serving(tmp_path, shadow_fraction=0.0) as first,
+        grpc.insecure_channel(first.address) as channel,
+    ):
         stub, admin = rpc.RetrievalStub(channel), rpc.AdminStub(channel)
-        other = small_release(first.store, tmp_path / "bundle", first.encoder, counts={"pin": 40}, activate=False)
+        other = small_release(
+            first.store, tmp_path / "bundle", first.encoder, counts={"pin": 40}, activate=False
+        )
         request = pb.RetrieveRequest(query="red cat", entity_type="pin", k=100)
         counts = {first.release_id: 100, other: 40}
         for _ in range(3):
@@ -248,31 +345,55 @@ def test_kept_answers_of_another_release_are_never_given(tmp_path: Path) -> None
                 if stub.Retrieve(request).release_id != release_id:
                     admin.Activate(pb.ActivateRequest(release_id=release_id), timeout=60)
                 answers = [stub.Retrieve(request) for _ in range(2)]
-                assert all(answer.release_id == release_id and len(answer.hits) == count for answer in answers)
+                assert all(
+                    answer.release_id == release_id and len(answer.hits) == count
+                    for answer in answers
+                )
                 assert answers[1].answer_cached
 
 
 def test_kept_answers_are_logged_and_replayed_like_others(tmp_path: Path) -> None:
-    with serving(tmp_path, shadow_fraction=1.0, shadow_cpu=1.0, impression_log=tmp_path / "log") as running:
+    with serving(
+        tmp_path, shadow_fraction=1.0, shadow_cpu=1.0, impression_log=tmp_path / "log"
+    ) as running:
         service = running.server.service
         with grpc.insecure_channel(running.address) as channel:
             stub = rpc.RetrievalStub(channel)
             request = pb.RetrieveRequest(query="red cat", entity_type="pin", k=4)
             answers = [stub.Retrieve(request) for _ in range(3)]
-            batch = stub.RetrieveBatch(pb.RetrieveBatchRequest(queries=["red cat"] * 2, target=pb.Target(entity_type="pin", k=4)))
-        assert [answer.answer_cached for answer in (*answers, *batch.answers)] == [False, True, True, True, True]
+            batch = stub.RetrieveBatch(
+                pb.RetrieveBatchRequest(
+                    queries=["red cat"] * 2, target=pb.Target(entity_type="pin", k=4)
+                )
+            )
+        assert [answer.answer_cached for answer in (*answers, *batch.answers)] == [
+            False,
+            True,
+            True,
+            True,
+            True,
+        ]
         assert all(answer.request_id for answer in (*answers, batch))
         until(lambda: service.shadow.done == 5)
         assert all(estimate.recall > 0.9 for estimate in service.shadow.estimates().values())
 
-    lines = [line for path in (tmp_path / "log").rglob("*") if path.is_file() for line in path.read_text().splitlines()]
+    lines = [
+        line
+        for path in (tmp_path / "log").rglob("*")
+        if path.is_file()
+        for line in path.read_text().splitlines()
+    ]
     assert len(lines) == 5 * 4
 
 
-def test_the_short_way_answers_what_is_kept_without_a_search(running: Running, stub: rpc.RetrievalStub, monkeypatch: Any) -> None:
+def test_the_short_way_answers_what_is_kept_without_a_search(
+    running: Running, stub: rpc.RetrievalStub, monkeypatch: Any
+) -> None:
     """Also with a filter and a large k, for which a new search would take the general way."""
     service = running.server.service
-    request = pb.RetrieveRequest(query="small glass boat", entity_type="pin", k=150, filter="price < 30", request_id="r-9")
+    request = pb.RetrieveRequest(
+        query="small glass boat", entity_type="pin", k=150, filter="price < 30", request_id="r-9"
+    )
     first = stub.Retrieve(request)
     monkeypatch.setattr(service, "_query", None)  # the general way is broken
     monkeypatch.setattr(service.searcher, "is_short", lambda key: False)
@@ -284,7 +405,9 @@ def test_an_edition_changes_with_the_live_entries_only() -> None:
     from index_builder.search.entity_index import EntityIndex, IndexConfig
 
     vectors = np.eye(8, dtype=np.float32)
-    index = EntityIndex.build("pin", [str(i) for i in range(8)], vectors, None, IndexConfig(kind="exact"))
+    index = EntityIndex.build(
+        "pin", [str(i) for i in range(8)], vectors, None, IndexConfig(kind="exact")
+    )
     edition = index.edition
     index.set_live(None)
     assert index.edition is edition

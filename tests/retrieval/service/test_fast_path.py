@@ -42,7 +42,9 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with serving(tmp_path_factory.mktemp("ready"), shadow_fraction=0.0) as found:
         with grpc.insecure_channel(found.address) as channel:
             for text in TEXTS:
-                rpc.RetrievalStub(channel).Retrieve(pb.RetrieveRequest(query=text, entity_type="pin", k=3))
+                rpc.RetrievalStub(channel).Retrieve(
+                    pb.RetrieveRequest(query=text, entity_type="pin", k=3)
+                )
         yield found
 
 
@@ -55,7 +57,9 @@ def asked(ready: ReadyAnswers, content: bytes) -> Any:
     return asyncio.run(ask())
 
 
-def both_ways(running: Running, request: pb.RetrieveRequest, kept: bool = False) -> tuple[pb.RetrieveResponse | None, pb.RetrieveResponse]:
+def both_ways(
+    running: Running, request: pb.RetrieveRequest, kept: bool = False
+) -> tuple[pb.RetrieveResponse | None, pb.RetrieveResponse]:
     """What the short way and the general way answer; both run on the server's loop, and both search unless answers may be kept."""
     service = running.server.service
     answers = service.answers
@@ -66,14 +70,20 @@ def both_ways(running: Running, request: pb.RetrieveRequest, kept: bool = False)
             service.answers = ready.answers = AnswerCache(0)
         service.searcher.learn(
             service.searcher.plain_key(
-                service.releases.active.entities["pin"], request.k, request.min_recall if request.HasField("min_recall") else None
+                service.releases.active.entities["pin"],
+                request.k,
+                request.min_recall if request.HasField("min_recall") else None,
             ),
             1e-5,
         )
         content = request.SerializeToString()
         short = ready(content, Caller())
-        general = await service.handler("Retrieve", pb.RetrieveRequest, service.retrieve)(content, Caller())
-        return pb.RetrieveResponse.FromString(short) if short is not None else None, pb.RetrieveResponse.FromString(general)
+        general = await service.handler("Retrieve", pb.RetrieveRequest, service.retrieve)(
+            content, Caller()
+        )
+        return (
+            pb.RetrieveResponse.FromString(short) if short is not None else None
+        ), pb.RetrieveResponse.FromString(general)
 
     try:
         return asyncio.run_coroutine_threadsafe(ask(), running.loop).result(30)
@@ -92,13 +102,25 @@ def both_ways(running: Running, request: pb.RetrieveRequest, kept: bool = False)
     st.booleans(),
 )
 def test_it_answers_as_the_general_way_does(
-    running: Running, text: str, k: int, min_recall: float | None, request_id: str, pinned: bool, ready_vector: bool, kept: bool
+    running: Running,
+    text: str,
+    k: int,
+    min_recall: float | None,
+    request_id: str,
+    pinned: bool,
+    ready_vector: bool,
+    kept: bool,
 ) -> None:
-    request = pb.RetrieveRequest(entity_type="pin", k=k, request_id=request_id, min_recall=min_recall)
+    request = pb.RetrieveRequest(
+        entity_type="pin", k=k, request_id=request_id, min_recall=min_recall
+    )
     if pinned:
         request.release_id = running.release_id
     if ready_vector:
-        request.embedding, request.space_id = running.encoder.encode([text])[0].astype("<f4").tobytes(), running.space_id
+        request.embedding, request.space_id = (
+            running.encoder.encode([text])[0].astype("<f4").tobytes(),
+            running.space_id,
+        )
     else:
         request.query = f"  {text}\t"  # not yet normalised
     if kept:
@@ -126,7 +148,9 @@ def test_it_answers_as_the_general_way_does(
     ],
 )
 def test_what_is_not_plain_is_left_to_the_general_way(running: Running, fields: dict) -> None:
-    short, general = both_ways(running, pb.RetrieveRequest(**{"query": TEXTS[0], "entity_type": "pin", "k": 3, **fields}))
+    short, general = both_ways(
+        running, pb.RetrieveRequest(**{"query": TEXTS[0], "entity_type": "pin", "k": 3, **fields})
+    )
     assert short is None and general.hits
 
 
@@ -140,39 +164,70 @@ def test_it_never_raises_and_never_answers_a_mistake(running: Running) -> None:
         pb.RetrieveRequest(query=TEXTS[0], entity_type="pin", k=-1),
         pb.RetrieveRequest(query=TEXTS[0], entity_type="pin", k=3, min_recall=2.0),
         pb.RetrieveRequest(query=TEXTS[0], entity_type="pin", k=3, release_id="other"),
-        pb.RetrieveRequest(query=TEXTS[0], embedding=good.tobytes(), space_id=running.space_id, entity_type="pin", k=3),
+        pb.RetrieveRequest(
+            query=TEXTS[0],
+            embedding=good.tobytes(),
+            space_id=running.space_id,
+            entity_type="pin",
+            k=3,
+        ),
         pb.RetrieveRequest(embedding=good.tobytes(), space_id="other", entity_type="pin", k=3),
-        pb.RetrieveRequest(embedding=(good * 2).tobytes(), space_id=running.space_id, entity_type="pin", k=3),
-        pb.RetrieveRequest(embedding=np.full_like(good, np.nan).tobytes(), space_id=running.space_id, entity_type="pin", k=3),
+        pb.RetrieveRequest(
+            embedding=(good * 2).tobytes(), space_id=running.space_id, entity_type="pin", k=3
+        ),
+        pb.RetrieveRequest(
+            embedding=np.full_like(good, np.nan).tobytes(),
+            space_id=running.space_id,
+            entity_type="pin",
+            k=3,
+        ),
     ):
         assert asked(ready, request.SerializeToString()) is None
     assert asked(ready, b"\xff\xff\xff") is None
 
 
-def test_plain_cached_calls_take_the_short_way(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_cached_calls_take_the_short_way(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The general way is broken on purpose once the search is known to be short; nobody notices."""
     service = running.server.service
     with grpc.insecure_channel(running.address) as channel:
         stub = rpc.RetrievalStub(channel)
         for _ in range(20):
-            assert stub.Retrieve(pb.RetrieveRequest(query=TEXTS[0], entity_type="pin", k=3)).cache_hit
+            assert stub.Retrieve(
+                pb.RetrieveRequest(query=TEXTS[0], entity_type="pin", k=3)
+            ).cache_hit
         monkeypatch.setattr(service, "_query", None)
-        answers = [stub.Retrieve(pb.RetrieveRequest(query=TEXTS[0], entity_type="pin", k=3)) for _ in range(20)]
+        answers = [
+            stub.Retrieve(pb.RetrieveRequest(query=TEXTS[0], entity_type="pin", k=3))
+            for _ in range(20)
+        ]
     assert all(answer.cache_hit for answer in answers) and service.admission.in_flight == 0
 
 
 def test_the_operators_limit_of_k_holds_on_the_short_way(tmp_path: Path) -> None:
     """A search of 40 teaches the searcher what one of 60 costs; that does not let it in."""
-    with serving(tmp_path, shadow_fraction=0.0, limits=Limits(max_k=50)) as small, grpc.insecure_channel(small.address) as channel:
+    with (
+        serving(tmp_path, shadow_fraction=0.0, limits=Limits(max_k=50)) as small,
+        grpc.insecure_channel(small.address) as channel,
+    ):
         stub = rpc.RetrievalStub(channel)
         for _ in range(3):
-            assert len(stub.Retrieve(pb.RetrieveRequest(query="red cat", entity_type="pin", k=40)).hits) == 40
+            assert (
+                len(
+                    stub.Retrieve(pb.RetrieveRequest(query="red cat", entity_type="pin", k=40)).hits
+                )
+                == 40
+            )
         with pytest.raises(grpc.RpcError) as caught:
             stub.Retrieve(pb.RetrieveRequest(query="red cat", entity_type="pin", k=60))
         assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-@pytest.mark.parametrize(("error", "code"), [(MemoryError, grpc.StatusCode.RESOURCE_EXHAUSTED), (RuntimeError, grpc.StatusCode.INTERNAL)])
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(MemoryError, grpc.StatusCode.RESOURCE_EXHAUSTED), (RuntimeError, grpc.StatusCode.INTERNAL)],
+)
 def test_an_error_of_the_index_fails_its_own_call_and_no_other(
     running: Running, monkeypatch: pytest.MonkeyPatch, error: type[Exception], code: grpc.StatusCode
 ) -> None:
@@ -185,12 +240,17 @@ def test_an_error_of_the_index_fails_its_own_call_and_no_other(
         return search(self, vector, k, **options)
 
     monkeypatch.setattr(EntityIndex, "search", failing)
-    service.searcher.learn(service.searcher.plain_key(service.releases.active.entities["pin"], 7, None), 1e-5)
+    service.searcher.learn(
+        service.searcher.plain_key(service.releases.active.entities["pin"], 7, None), 1e-5
+    )
     content = pb.RetrieveRequest(query=TEXTS[0], entity_type="pin", k=7)
     assert asked(ReadyAnswers(service), content.SerializeToString()) is None
     with grpc.insecure_channel(running.address) as channel:
         stub = rpc.RetrievalStub(channel)
-        waiting = stub.Retrieve.future(pb.RetrieveRequest(query=f"not asked before {error.__name__}", entity_type="pin", k=3), timeout=20)
+        waiting = stub.Retrieve.future(
+            pb.RetrieveRequest(query=f"not asked before {error.__name__}", entity_type="pin", k=3),
+            timeout=20,
+        )
         with pytest.raises(grpc.RpcError) as caught:
             stub.Retrieve(content, timeout=20)
         assert caught.value.code() is code
@@ -202,7 +262,9 @@ def fails(*args: Any, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("way", ["short", "too long for the event loop", "the short search fails"])
-def test_one_request_is_one_hit_of_the_cache(running: Running, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+def test_one_request_is_one_hit_of_the_cache(
+    running: Running, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
     service = running.server.service
     cache, index = service.releases.active.encoder.cache, service.releases.active.entities["pin"]
     service.searcher.learn(service.searcher.plain_key(index, 3, None), 1e-5)
@@ -212,6 +274,8 @@ def test_one_request_is_one_hit_of_the_cache(running: Running, monkeypatch: pyte
         monkeypatch.setattr(EntityIndex, "search", fails)
     before = cache.hits, cache.misses
     with grpc.insecure_channel(running.address) as channel, contextlib.suppress(grpc.RpcError):
-        answer = rpc.RetrievalStub(channel).Retrieve(pb.RetrieveRequest(query=f" {TEXTS[0]} ", entity_type="pin", k=3))
+        answer = rpc.RetrievalStub(channel).Retrieve(
+            pb.RetrieveRequest(query=f" {TEXTS[0]} ", entity_type="pin", k=3)
+        )
         assert answer.cache_hit
     assert (cache.hits - before[0], cache.misses - before[1]) == (1, 0)

@@ -28,7 +28,13 @@ from retrieval.observability.shadow_recall import estimate, recall_of_answer, se
 from retrieval.security import Tokens
 from retrieval.service.admission import Admission, Refusals, check_deadline
 from retrieval.service.diversity import collapse_near_duplicates, maximal_marginal_relevance, rerank
-from retrieval.service.validation import checked_embedding, checked_query, checked_target, from_value, to_value
+from retrieval.service.validation import (
+    checked_embedding,
+    checked_query,
+    checked_target,
+    from_value,
+    to_value,
+)
 
 LIMITS = Limits()
 
@@ -48,7 +54,13 @@ def slow_mmr(scores: np.ndarray, vectors: np.ndarray, k: int, trade_off: float) 
     while len(chosen) < min(k, len(scores)):
         rest = [i for i in range(len(scores)) if i not in chosen]
         chosen.append(
-            max(rest, key=lambda i: trade_off * scores[i] - (1 - trade_off) * max(float(vectors[i] @ vectors[j]) for j in chosen))
+            max(
+                rest,
+                key=lambda i: (
+                    trade_off * scores[i]
+                    - (1 - trade_off) * max(float(vectors[i] @ vectors[j]) for j in chosen)
+                ),
+            )
         )
     return chosen
 
@@ -57,7 +69,9 @@ def slow_mmr(scores: np.ndarray, vectors: np.ndarray, k: int, trade_off: float) 
 @pytest.mark.parametrize("seed", range(4))
 def test_mmr_agrees_with_its_definition(trade_off: float, seed: int) -> None:
     scores, vectors = pool(30, seed)
-    assert maximal_marginal_relevance(scores, vectors, 8, trade_off) == slow_mmr(scores, vectors, 8, trade_off)
+    assert maximal_marginal_relevance(scores, vectors, 8, trade_off) == slow_mmr(
+        scores, vectors, 8, trade_off
+    )
 
 
 def test_lambda_one_is_plain_ranking_and_less_lambda_means_more_variety() -> None:
@@ -67,7 +81,9 @@ def test_lambda_one_is_plain_ranking_and_less_lambda_means_more_variety() -> Non
     def similarity(rows: list[int]) -> float:
         return float((vectors[rows] @ vectors[rows].T).mean())
 
-    assert similarity(rerank(scores, vectors, 10, 0.2, None)) < similarity(rerank(scores, vectors, 10, 1.0, None))
+    assert similarity(rerank(scores, vectors, 10, 0.2, None)) < similarity(
+        rerank(scores, vectors, 10, 1.0, None)
+    )
 
 
 def test_collapsing_keeps_the_better_of_each_pair() -> None:
@@ -122,7 +138,14 @@ def test_admission_counts_places_refuses_with_a_hint_and_forgets_nothing() -> No
 
 @pytest.mark.parametrize(
     "settings_",
-    [{"port": 70_000}, {"workers": 0}, {"shadow_fraction": 1.5}, {"device": "tpu"}, {"tls_cert": Path("x")}, {"cache_ttl_seconds": 0}],
+    [
+        {"port": 70_000},
+        {"workers": 0},
+        {"shadow_fraction": 1.5},
+        {"device": "tpu"},
+        {"tls_cert": Path("x")},
+        {"cache_ttl_seconds": 0},
+    ],
 )
 def test_impossible_settings_are_refused_by_name(settings_: dict) -> None:
     with pytest.raises(ConfigError, match="expected"):
@@ -149,12 +172,21 @@ def test_k_outside_its_range_names_both_numbers(k: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "field", [{"min_recall": 0.0}, {"min_recall": 1.1}, {"min_score": math.nan}, {"diversity": -0.1}, {"collapse_above": math.inf}]
+    "field",
+    [
+        {"min_recall": 0.0},
+        {"min_recall": 1.1},
+        {"min_score": math.nan},
+        {"diversity": -0.1},
+        {"collapse_above": math.inf},
+    ],
 )
 def test_numbers_outside_their_range_are_refused(field: dict) -> None:
     with pytest.raises(InvalidRequest, match=next(iter(field))):
         checked_target(pb.Target(k=5, **field), LIMITS)
-    checked_target(pb.Target(k=5, min_recall=1.0, min_score=-1.0, diversity=0.0, collapse_above=1.0), LIMITS)
+    checked_target(
+        pb.Target(k=5, min_recall=1.0, min_score=-1.0, diversity=0.0, collapse_above=1.0), LIMITS
+    )
 
 
 @settings(max_examples=40, deadline=None)
@@ -176,7 +208,12 @@ def test_an_embedding_of_another_space_is_refused() -> None:
 
 
 attribute = st.recursive(
-    st.one_of(st.text(max_size=5), st.booleans(), st.integers(-(2**63), 2**63 - 1), st.floats(allow_nan=False)),
+    st.one_of(
+        st.text(max_size=5),
+        st.booleans(),
+        st.integers(-(2**63), 2**63 - 1),
+        st.floats(allow_nan=False),
+    ),
     lambda v: st.lists(v, max_size=3),
 )
 
@@ -189,7 +226,9 @@ def test_attribute_values_survive_the_wire(value: object) -> None:
 
 def test_tokens_hold_rights_and_nothing_else_gets_in(tmp_path: Path) -> None:
     digest = hashlib.sha256(b"web-secret").hexdigest()
-    (tmp_path / "t.toml").write_text(f'[[token]]\nname = "web"\nsha256 = "{digest}"\nentity_types = ["pin"]\n')
+    (tmp_path / "t.toml").write_text(
+        f'[[token]]\nname = "web"\nsha256 = "{digest}"\nentity_types = ["pin"]\n'
+    )
     tokens = Tokens.load(tmp_path / "t.toml")
     caller = tokens.caller([("user-agent", "x"), ("authorization", "Bearer web-secret")])
     caller.require_entity_types(["pin"])
@@ -197,7 +236,12 @@ def test_tokens_hold_rights_and_nothing_else_gets_in(tmp_path: Path) -> None:
         caller.require_entity_types(["pin", "ad"])
     with pytest.raises(PermissionDenied, match="admin"):
         caller.require_admin()
-    for metadata in ([], [("authorization", "Bearer wrong")], [("authorization", "Basic web-secret")], [("authorization", digest)]):
+    for metadata in (
+        [],
+        [("authorization", "Bearer wrong")],
+        [("authorization", "Basic web-secret")],
+        [("authorization", digest)],
+    ):
         with pytest.raises(Unauthenticated):
             tokens.caller(metadata)
     for content in (
@@ -228,4 +272,10 @@ def test_a_tie_counts_as_found_and_an_empty_answer_is_right_only_if_nothing_matc
     assert recall_of_answer(["a", "b", "x"], exact, ["a", "b", "c"], exact) == 1.0
     assert recall_of_answer(["a"], exact[:1], ["a", "b", "c"], exact) == pytest.approx(1 / 3)
     assert recall_of_answer([], exact[:0], [], exact[:0]) == 1.0
-    assert [selectivity_bucket(s) for s in (None, 0.9, 0.2, 0.05, 0.001)] == ["none", ">50%", "10-50%", "1-10%", "<1%"]
+    assert [selectivity_bucket(s) for s in (None, 0.9, 0.2, 0.05, 0.001)] == [
+        "none",
+        ">50%",
+        "10-50%",
+        "1-10%",
+        "<1%",
+    ]

@@ -27,8 +27,15 @@ def unit_rows(count: int, dimension: int = 32) -> np.ndarray:
 
 
 @pytest.fixture(scope="module", params=["http2", "grpcio"])
-def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with serving(tmp_path_factory.mktemp("turns"), transport=request.param, shadow_fraction=1.0, shadow_cpu=1.0) as found:
+def running(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    with serving(
+        tmp_path_factory.mktemp("turns"),
+        transport=request.param,
+        shadow_fraction=1.0,
+        shadow_cpu=1.0,
+    ) as found:
         yield found
 
 
@@ -44,13 +51,24 @@ def metrics(running: Running, name: str) -> dict[str, float]:
     return {labels: float(value) for labels, value in rows}
 
 
-SLOW = [{"min_recall": 1.0}, {"exclude_ids": tuple(map(str, range(5000)))}, {"filter": "price < 3"}, {"exact": True}]
+SLOW = [
+    {"min_recall": 1.0},
+    {"exclude_ids": tuple(map(str, range(5000)))},
+    {"filter": "price < 3"},
+    {"exact": True},
+]
 
 
 @pytest.mark.parametrize("slow", SLOW)
 def test_a_slow_kind_of_search_is_not_taken_for_a_fast_one(slow: dict[str, Any]) -> None:
     searcher, index = Searcher(2e-4, 1), SimpleNamespace(token=object())
-    fast = {"min_recall": 0.9} if "min_recall" in slow else {"exclude_ids": ("a",)} if "exclude_ids" in slow else {"filter": "sale"}
+    fast = (
+        {"min_recall": 0.9}
+        if "min_recall" in slow
+        else {"exclude_ids": ("a",)}
+        if "exclude_ids" in slow
+        else {"filter": "sale"}
+    )
     where: list[int] = []
 
     def work() -> None:
@@ -67,22 +85,42 @@ def test_a_slow_kind_of_search_is_not_taken_for_a_fast_one(slow: dict[str, Any])
     assert len(where) == 20 and threading.get_ident() not in where
 
 
-def test_a_ready_vector_takes_as_many_places_as_a_text(running: Running, stub: rpc.RetrievalStub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ready_vector_takes_as_many_places_as_a_text(
+    running: Running, stub: rpc.RetrievalStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[int] = []
     enter = Admission.enter
-    monkeypatch.setattr(Admission, "enter", lambda self, places=1: (seen.append(places), enter(self, places))[1])
+    monkeypatch.setattr(
+        Admission, "enter", lambda self, places=1: (seen.append(places), enter(self, places))[1]
+    )
     target = pb.Target(entity_type="pin", k=2)
-    stub.RetrieveBatch(pb.RetrieveBatchRequest(queries=[f"text {i}" for i in range(40)], target=target))
-    stub.RetrieveBatch(pb.RetrieveBatchRequest(embeddings=unit_rows(40).tobytes(), space_id=running.space_id, target=target))
+    stub.RetrieveBatch(
+        pb.RetrieveBatchRequest(queries=[f"text {i}" for i in range(40)], target=target)
+    )
+    stub.RetrieveBatch(
+        pb.RetrieveBatchRequest(
+            embeddings=unit_rows(40).tobytes(), space_id=running.space_id, target=target
+        )
+    )
     assert seen == [40, 40]
 
 
 @pytest.mark.parametrize(
-    "target", [pb.Target(entity_type="pin", k=20, diversity=0.5), pb.Target(entity_type="pin", k=20, collapse_above=0.9)]
+    "target",
+    [
+        pb.Target(entity_type="pin", k=20, diversity=0.5),
+        pb.Target(entity_type="pin", k=20, collapse_above=0.9),
+    ],
 )
-def test_others_are_answered_while_a_batch_is_re_ranked(running: Running, stub: rpc.RetrievalStub, target: pb.Target) -> None:
-    request = pb.RetrieveBatchRequest(embeddings=unit_rows(1024).tobytes(), space_id=running.space_id, target=target)
-    with grpc.insecure_channel(running.address, options=[("grpc.use_local_subchannel_pool", 1)]) as other:
+def test_others_are_answered_while_a_batch_is_re_ranked(
+    running: Running, stub: rpc.RetrievalStub, target: pb.Target
+) -> None:
+    request = pb.RetrieveBatchRequest(
+        embeddings=unit_rows(1024).tobytes(), space_id=running.space_id, target=target
+    )
+    with grpc.insecure_channel(
+        running.address, options=[("grpc.use_local_subchannel_pool", 1)]
+    ) as other:
         question = pb.RetrieveRequest(query="red cat", entity_type="pin", k=10)
         rpc.RetrievalStub(other).Retrieve(question)
         batch = stub.RetrieveBatch.future(request)
@@ -94,11 +132,15 @@ def test_others_are_answered_while_a_batch_is_re_ranked(running: Running, stub: 
     assert answered > 3
 
 
-def test_a_batch_ends_with_its_deadline_and_is_counted_so(running: Running, stub: rpc.RetrievalStub) -> None:
+def test_a_batch_ends_with_its_deadline_and_is_counted_so(
+    running: Running, stub: rpc.RetrievalStub
+) -> None:
     name = 'omni_requests_total{code="DEADLINE_EXCEEDED",method="RetrieveBatch"}'
     before = metrics(running, "omni_requests_total").get(name, 0.0)
     target = pb.Target(entity_type="pin", k=20, diversity=0.5)
-    request = pb.RetrieveBatchRequest(embeddings=unit_rows(1024).tobytes(), space_id=running.space_id, target=target)
+    request = pb.RetrieveBatchRequest(
+        embeddings=unit_rows(1024).tobytes(), space_id=running.space_id, target=target
+    )
     with pytest.raises(grpc.RpcError) as caught:
         stub.RetrieveBatch(request, timeout=0.05)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -108,7 +150,9 @@ def test_a_batch_ends_with_its_deadline_and_is_counted_so(running: Running, stub
         time.sleep(0.02)
 
 
-def test_one_query_is_encoded_once_whatever_its_targets(running: Running, stub: rpc.RetrievalStub) -> None:
+def test_one_query_is_encoded_once_whatever_its_targets(
+    running: Running, stub: rpc.RetrievalStub
+) -> None:
     name = 'omni_stage_seconds_count{stage="encode"}'
     before = metrics(running, name).get(name, 0.0)
     targets = [pb.Target(entity_type=entity_type, k=2) for entity_type in ("pin", "product", "ad")]
@@ -121,12 +165,17 @@ def test_ids_are_compared_as_they_are_stored(running: Running, stub: rpc.Retriev
     vector = running.encoder.encode(["a river that no other entity is about"])[0].tobytes()
     with grpc.insecure_channel(running.address) as channel:
         entity = pb.Entity(id=spelled, embedding=vector)
-        written = rpc.AdminStub(channel).Upsert(pb.UpsertRequest(entity_type="ad", space_id=running.space_id, entities=[entity]))
+        written = rpc.AdminStub(channel).Upsert(
+            pb.UpsertRequest(entity_type="ad", space_id=running.space_id, entities=[entity])
+        )
     follower = running.server.releases.resolve("").follower
     assert follower is not None and follower.wait_for("ad", written.sequence)
     ready = {"embedding": vector, "space_id": running.space_id, "entity_type": "ad"}
     assert stub.Retrieve(pb.RetrieveRequest(k=1, **ready)).hits[0].id == "café"
-    assert "café" not in [hit.id for hit in stub.Retrieve(pb.RetrieveRequest(k=10, exclude_ids=[spelled], **ready)).hits]
+    assert "café" not in [
+        hit.id
+        for hit in stub.Retrieve(pb.RetrieveRequest(k=10, exclude_ids=[spelled], **ready)).hits
+    ]
     assert stub.Score(pb.ScoreRequest(ids=[spelled], **ready)).missing == 0
 
 
@@ -139,11 +188,15 @@ def test_shadow_recall_is_about_the_answers_as_they_were(tmp_path: Path) -> None
         vector = stub.Embed(pb.EmbedRequest(queries=["red cat"])).embeddings
         for _ in range(5):
             stub.Retrieve(pb.RetrieveRequest(query="red cat", entity_type="pin", k=3, exact=True))
-        assert shadow.done == 0 and shadow._queue.empty(), "an exact answer says nothing about the graph"
+        assert shadow.done == 0 and shadow._queue.empty(), (
+            "an exact answer says nothing about the graph"
+        )
         for _ in range(12):
             stub.Retrieve(pb.RetrieveRequest(query="red cat", entity_type="pin", k=3))
         new = [pb.Entity(id=f"n{i}", embedding=vector) for i in range(3)]
-        written = rpc.AdminStub(channel).Upsert(pb.UpsertRequest(entity_type="pin", space_id=running.space_id, entities=new))
+        written = rpc.AdminStub(channel).Upsert(
+            pb.UpsertRequest(entity_type="pin", space_id=running.space_id, entities=new)
+        )
         assert running.server.releases.resolve("").follower.wait_for("pin", written.sequence)
         until = time.monotonic() + 30
         while shadow.done < 12:

@@ -18,10 +18,19 @@ from retrieval.web.http_server import Request
 from retrieval.web.page import Page, guarded
 from tests.helpers.real_server import Running, serving
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 DRIVER = shutil.which("chromedriver")
 FLAGS = [
-    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *(
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+    ),
     *("--disable-component-update", "--disable-sync", "--window-size=1200,900"),
 ]
 NAMELESS = """
@@ -59,7 +68,9 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 def fetch(url: str, headers: dict[str, str] | None = None) -> tuple[int, Any, Any]:
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers or {}), timeout=20) as response:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers=headers or {}), timeout=20
+        ) as response:
             return response.status, response.read(), response.headers
     except urllib.error.HTTPError as error:
         return error.code, error.read(), error.headers
@@ -69,13 +80,22 @@ def test_the_json_says_what_the_service_says(running: Running) -> None:
     status, body, _ = fetch(running.http + "/api/search?q=red+cat&type=pin&k=5")
     page = json.loads(body)
     assert status == 200
-    assert [len(page["hits"]), page["release_id"], page["space_id"]] == [5, running.release_id, running.space_id]
+    assert [len(page["hits"]), page["release_id"], page["space_id"]] == [
+        5,
+        running.release_id,
+        running.space_id,
+    ]
     exact = json.loads(fetch(running.http + "/api/search?q=red+cat&type=pin&k=5&exact=1")[1])
     assert exact["plan"] == "exact"
     assert exact["graph"]["of"] == 5
     assert exact["graph"]["found"] == sum(not hit["missed_by_graph"] for hit in exact["hits"])
     described = json.loads(fetch(running.http + "/api/describe")[1])
-    assert {e["entity_type"]: e["count"] for e in described["entities"]} == {"pin": 300, "product": 120, "query": 80, "ad": 60}
+    assert {e["entity_type"]: e["count"] for e in described["entities"]} == {
+        "pin": 300,
+        "product": 120,
+        "query": 80,
+        "ad": 60,
+    }
 
 
 @pytest.mark.parametrize(
@@ -91,7 +111,9 @@ def test_the_json_says_what_the_service_says(running: Running) -> None:
         ("q=%00%20", 400),
     ],
 )
-def test_mistakes_get_their_http_status_and_a_message(running: Running, query: str, status: int) -> None:
+def test_mistakes_get_their_http_status_and_a_message(
+    running: Running, query: str, status: int
+) -> None:
     got, body, _ = fetch(f"{running.http}/api/search?{query}")
     assert got == status
     assert json.loads(body)["error"]
@@ -105,8 +127,13 @@ def test_the_page_is_its_own_files_and_allows_no_foreign_script(running: Running
         assert "script-src 'self'" in headers["Content-Security-Policy"]
 
 
-async def test_pictures_come_from_the_release_or_the_sample_and_cannot_run_scripts(running: Running) -> None:
-    page = Page(running.server.service, {"pin-1": '<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'})
+async def test_pictures_come_from_the_release_or_the_sample_and_cannot_run_scripts(
+    running: Running,
+) -> None:
+    page = Page(
+        running.server.service,
+        {"pin-1": '<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'},
+    )
     answer = guarded(page.picture)
     response = await answer(Request("GET", "/", {}, {}, b"", "pin/pin-1"))
     assert response.content_type.startswith("image/svg+xml")
@@ -115,19 +142,29 @@ async def test_pictures_come_from_the_release_or_the_sample_and_cannot_run_scrip
     assert fetch(running.http + "/api/picture/pin/nobody")[0] == 404
 
 
-async def test_the_samples_pictures_are_read_only_where_its_entities_are_served(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_samples_pictures_are_read_only_where_its_entities_are_served(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One question for a picture once cost every server the memory of the whole sample, for good."""
     reads: list[str] = []
-    monkeypatch.setattr(web_page, "_sample_pictures", lambda: reads.append("sample") or {"pin-1": "<svg>one</svg>"})
+    monkeypatch.setattr(
+        web_page, "_sample_pictures", lambda: reads.append("sample") or {"pin-1": "<svg>one</svg>"}
+    )
     answer = guarded(Page(running.server.service).picture)
 
     async def status(tail: str) -> int:
         return (await answer(Request("GET", "/", {}, {}, b"", tail))).status
 
-    assert [await status(tail) for tail in ("x/y", "pin/pin-1", "pin/pin:1f480", "video/pin-1", "", "pin")] == [404] * 6
+    assert [
+        await status(tail)
+        for tail in ("x/y", "pin/pin-1", "pin/pin:1f480", "video/pin-1", "", "pin")
+    ] == [404] * 6
     assert reads == []
     monkeypatch.setattr(web_page, "SAMPLE_MARKS", {"pin": "pin-0", "ad": "ad:brand-firefox"})
-    assert [await status(tail) for tail in ("pin/pin-1", "pin/pin-2", "ad/pin-1", "product/pin-1", "pin/pin-1")] == [
+    assert [
+        await status(tail)
+        for tail in ("pin/pin-1", "pin/pin-2", "ad/pin-1", "product/pin-1", "pin/pin-1")
+    ] == [
         200,
         404,
         404,
@@ -141,16 +178,27 @@ def test_the_marks_of_the_sample_are_its_own() -> None:
     from encoders.datasets.dataset import load_sample
 
     sample = load_sample(engaged_queries=0)
-    rows = sample.catalogue.filter(sample.catalogue["id"].is_in(list(web_page.SAMPLE_MARKS.values())))
+    rows = sample.catalogue.filter(
+        sample.catalogue["id"].is_in(list(web_page.SAMPLE_MARKS.values()))
+    )
     assert dict(zip(rows["entity_type"], rows["id"], strict=True)) == web_page.SAMPLE_MARKS
     assert set(web_page.SAMPLE_MARKS) == set(sample.entity_types)
     assert set(web_page.SAMPLE_MARKS.values()) <= set(sample.pictures)
 
 
-def test_exact_compares_within_one_release_though_another_is_activated_meanwhile(tmp_path: Path) -> None:
+def test_exact_compares_within_one_release_though_another_is_activated_meanwhile(
+    tmp_path: Path,
+) -> None:
     with serving(tmp_path, {"pin": 300}) as running:
         bundle = tmp_path / "bundle"
-        second = small_release(running.store, bundle, running.encoder, counts={"pin": 300}, id_prefix="second-", activate=False)
+        second = small_release(
+            running.store,
+            bundle,
+            running.encoder,
+            counts={"pin": 300},
+            id_prefix="second-",
+            activate=False,
+        )
         page = Page(running.server.service)
         ask, asked = page._ask, []
 
@@ -162,17 +210,23 @@ def test_exact_compares_within_one_release_though_another_is_activated_meanwhile
             return answer
 
         page._ask = ask_and_swap  # type: ignore[method-assign]
-        search = page.search(Request("GET", "/api/search", {"q": "red cat", "exact": "1", "k": "10"}, {}, b""))
+        search = page.search(
+            Request("GET", "/api/search", {"q": "red cat", "exact": "1", "k": "10"}, {}, b"")
+        )
         shown = json.loads(asyncio.run_coroutine_threadsafe(search, running.loop).result(60).body)
         assert running.server.releases.active.release_id == second
         assert shown["release_id"] == running.release_id
         assert (len(asked), shown["graph"]["of"]) == (2, 10)
-        assert shown["graph"]["found"] > 5, "0 when the graph of one release is held against the entities of another"
+        assert shown["graph"]["found"] > 5, (
+            "0 when the graph of one release is held against the entities of another"
+        )
 
 
 def test_a_token_is_wanted_where_tokens_are_configured(tmp_path: Path) -> None:
     digest = sha256(b"open sesame").hexdigest()
-    (tmp_path / "tokens.toml").write_text(f'[[token]]\nname = "web"\nsha256 = "{digest}"\nentity_types = ["pin"]\n')
+    (tmp_path / "tokens.toml").write_text(
+        f'[[token]]\nname = "web"\nsha256 = "{digest}"\nentity_types = ["pin"]\n'
+    )
     with serving(tmp_path, {"pin": 60, "ad": 40}, tokens=tmp_path / "tokens.toml") as running:
         url = running.http + "/api/search?q=red+cat&k=3&type="
         assert fetch(url + "pin")[0] == 401
@@ -183,14 +237,21 @@ def test_a_token_is_wanted_where_tokens_are_configured(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     if not CHROMIUM or not DRIVER:
-        pytest.skip("chromium and chromedriver are not installed (Debian: apt-get install chromium chromium-driver)")
-    webdriver = pytest.importorskip("selenium.webdriver", reason="the package selenium is not installed (pip install selenium)")
+        pytest.skip(
+            "chromium and chromedriver are not installed (Debian: apt-get install chromium"
+            " chromium-driver)"
+        )
+    webdriver = pytest.importorskip(
+        "selenium.webdriver", reason="the package selenium is not installed (pip install selenium)"
+    )
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=DRIVER))
+    driver = webdriver.Chrome(
+        options=options, service=webdriver.ChromeService(executable_path=DRIVER)
+    )
     yield driver
     driver.quit()
 
@@ -200,16 +261,28 @@ def wait(driver: Any, holds: Callable[[Any], Any]) -> Any:
     from selenium.webdriver.support.ui import WebDriverWait
 
     return WebDriverWait(
-        driver, 20, poll_frequency=0.05, ignored_exceptions=(NoSuchElementException, StaleElementReferenceException)
+        driver,
+        20,
+        poll_frequency=0.05,
+        ignored_exceptions=(NoSuchElementException, StaleElementReferenceException),
     ).until(holds)
 
 
 def settled(driver: Any) -> bool:
-    return bool(driver.execute_script("return !document.querySelector('.busy') && document.querySelectorAll('.card').length > 0"))
+    return bool(
+        driver.execute_script(
+            "return !document.querySelector('.busy') &&"
+            " document.querySelectorAll('.card').length > 0"
+        )
+    )
 
 
 def focus(driver: Any) -> str:
-    return str(driver.execute_script("return document.activeElement.id || document.activeElement.className"))
+    return str(
+        driver.execute_script(
+            "return document.activeElement.id || document.activeElement.className"
+        )
+    )
 
 
 def keys(driver: Any, *pressed: str) -> None:
@@ -217,7 +290,9 @@ def keys(driver: Any, *pressed: str) -> None:
 
 
 def text_of(driver: Any, selector: str) -> str:
-    return str(driver.execute_script("return document.querySelector(arguments[0]).textContent", selector))
+    return str(
+        driver.execute_script("return document.querySelector(arguments[0]).textContent", selector)
+    )
 
 
 def test_searching_with_nothing_but_the_keyboard(running: Running, browser: Any) -> None:
@@ -262,7 +337,13 @@ def test_searching_with_nothing_but_the_keyboard(running: Running, browser: Any)
     wait(browser, lambda d: "exact=1" in d.current_url and "graph finds" in text_of(d, "#facts"))
     assert browser.execute_script("return document.getElementById('exact').checked")
     browser.back()
-    wait(browser, lambda d: "exact=1" not in d.current_url and not d.execute_script("return document.getElementById('exact').checked"))
+    wait(
+        browser,
+        lambda d: (
+            "exact=1" not in d.current_url
+            and not d.execute_script("return document.getElementById('exact').checked")
+        ),
+    )
 
 
 def test_the_queries_tab_suggests_and_a_click_asks(running: Running, browser: Any) -> None:
@@ -276,7 +357,9 @@ def test_the_queries_tab_suggests_and_a_click_asks(running: Running, browser: An
 def test_text_from_outside_stays_text(running: Running, browser: Any) -> None:
     browser.get(running.http + "/?q=%3Cimg+src%3Dx+onerror%3D%22document.title%3D'owned'%22%3E")
     wait(browser, settled)
-    assert "owned" not in browser.execute_script("return document.body.innerHTML.replace(/value=.*?>/g, '')")
+    assert "owned" not in browser.execute_script(
+        "return document.body.innerHTML.replace(/value=.*?>/g, '')"
+    )
     browser.get(running.http + "/?q=x&type=nothing")
     wait(browser, settled)  # an unknown tab falls back to the first one
 
@@ -288,7 +371,11 @@ def test_every_control_has_a_name_and_text_has_contrast(running: Running, browse
     assert nameless == []
     low = browser.execute_script(LOW_CONTRAST)
     assert low == [], "WCAG AA wants 4.5 to 1"
-    errors = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE" and "/api/picture/" not in entry["message"]]
+    errors = [
+        entry
+        for entry in browser.get_log("browser")
+        if entry["level"] == "SEVERE" and "/api/picture/" not in entry["message"]
+    ]
     assert errors == [], "no script error and no refused resource"
 
 

@@ -41,7 +41,12 @@ def test_an_epoch_meets_every_pair_once_and_the_next_in_another_order() -> None:
     size = len(prepared.pair_sets[0].queries)
     assert size % 36 == 0
     plan = BatchPlan(prepared, config)
-    epochs = [np.concatenate([plan.step(step)[0].pairs for step in range(e * size // 36, (e + 1) * size // 36)]) for e in range(2)]
+    epochs = [
+        np.concatenate(
+            [plan.step(step)[0].pairs for step in range(e * size // 36, (e + 1) * size // 36)]
+        )
+        for e in range(2)
+    ]
     for epoch in epochs:
         assert sorted(epoch.tolist()) == list(range(size))
     assert epochs[0].tolist() != epochs[1].tolist()
@@ -52,10 +57,17 @@ def test_a_batch_is_a_function_of_seed_and_step_alone() -> None:
     first, second = (BatchPlan(prepare(world(), config), config) for _ in range(2))
     list(map(first.step, range(7)))  # what was asked before does not matter
     for a, b in zip(first.step(9), second.step(9), strict=True):
-        for x, y in zip((a.pairs, a.negatives, a.negative_folds), (b.pairs, b.negatives, b.negative_folds), strict=True):
+        for x, y in zip(
+            (a.pairs, a.negatives, a.negative_folds),
+            (b.pairs, b.negatives, b.negative_folds),
+            strict=True,
+        ):
             np.testing.assert_array_equal(x, y)
     other = small_config(seed=6)
-    assert BatchPlan(prepare(world(), other), other).step(9)[0].pairs.tolist() != first.step(9)[0].pairs.tolist()
+    assert (
+        BatchPlan(prepare(world(), other), other).step(9)[0].pairs.tolist()
+        != first.step(9)[0].pairs.tolist()
+    )
 
 
 def test_random_negatives_are_uniform_over_the_catalogue_of_the_type() -> None:
@@ -91,18 +103,31 @@ def test_counts_weigh_the_draw_when_asked() -> None:
 
 
 @few
-@given(st.lists(st.tuples(st.sampled_from(["a", "b", "c", None]), st.integers(0, 100)), min_size=1, max_size=60), st.floats(0, 1))
-def test_balance_draws_a_value_by_what_its_pairs_weigh_to_the_exponent(rows: list[tuple[str | None, int]], exponent: float) -> None:
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["a", "b", "c", None]), st.integers(0, 100)),
+        min_size=1,
+        max_size=60,
+    ),
+    st.floats(0, 1),
+)
+def test_balance_draws_a_value_by_what_its_pairs_weigh_to_the_exponent(
+    rows: list[tuple[str | None, int]], exponent: float
+) -> None:
     counts = np.array([count for _, count in rows], dtype=np.float64)
     if not counts.any():
         return
-    weights = balance_weights(pl.Series([value for value, _ in rows], dtype=pl.String), counts, exponent)
+    weights = balance_weights(
+        pl.Series([value for value, _ in rows], dtype=pl.String), counts, exponent
+    )
     assert weights.mean() == pytest.approx(1)
     mass = {value: sum(count for v, count in rows if v == value) for value, _ in rows}
     total = sum(m**exponent for m in mass.values() if m)
     for value, m in mass.items():
         of_value = np.array([v == value for v, _ in rows])
-        assert weights[of_value].sum() / weights.sum() == pytest.approx(m**exponent / total if m else 0)
+        assert weights[of_value].sum() / weights.sum() == pytest.approx(
+            m**exponent / total if m else 0
+        )
         np.testing.assert_allclose(
             weights[of_value] * m, weights[of_value].sum() * counts[of_value], rtol=1e-9
         )  # as they were to each other
@@ -113,7 +138,9 @@ def test_balance_draws_a_value_by_what_its_pairs_weigh_to_the_exponent(rows: lis
 def test_sketches_count_weights_in_proportion(weights: list[float]) -> None:
     given_weights = np.array(weights)
     counts = whole_counts(given_weights)
-    assert ((counts > 0) == (given_weights > 0)).all() or np.array_equal(np.rint(given_weights), given_weights)
+    assert ((counts > 0) == (given_weights > 0)).all() or np.array_equal(
+        np.rint(given_weights), given_weights
+    )
     expected = given_weights / given_weights.sum()
     if given_weights[given_weights > 0].min() > 1e-9:
         np.testing.assert_allclose(counts / counts.sum(), expected, rtol=0.01)
@@ -132,7 +159,11 @@ def test_a_balanced_dataset_meets_rare_values_more_often_and_corrects_for_it(sid
     """One pin of 48 pins is of another source: as they occur 1 of 48 pairs, balanced to the full 1 of 2; its logQ frequency says so."""
     data = world()
     rare = "pin-red-chair"
-    source = pl.when(pl.col("entity_id" if side == "pairs" else "id") == rare).then(pl.lit("clip art")).otherwise(pl.lit("emoji"))
+    source = (
+        pl.when(pl.col("entity_id" if side == "pairs" else "id") == rare)
+        .then(pl.lit("clip art"))
+        .otherwise(pl.lit("emoji"))
+    )
     data = (
         TrainingData(data.catalogue, data.pairs.with_columns(source=source))
         if side == "pairs"
@@ -140,7 +171,10 @@ def test_a_balanced_dataset_meets_rare_values_more_often_and_corrects_for_it(sid
     )
     row = data.catalogue["id"].to_list().index(rare)
     for exponent, share in ((1.0, 1 / 48), (0.0, 1 / 2)):
-        config = small_config(datasets=[{"name": "pin", "balance_by": "source", "balance_exponent": exponent}], batch={"pairs": 64})
+        config = small_config(
+            datasets=[{"name": "pin", "balance_by": "source", "balance_exponent": exponent}],
+            batch={"pairs": 64},
+        )
         prepared = prepare(data, config)
         pair_set = prepared.pair_sets[0]
         plan = BatchPlan(prepared, config)
@@ -152,10 +186,18 @@ def test_a_balanced_dataset_meets_rare_values_more_often_and_corrects_for_it(sid
 
 def test_balance_by_names_a_column_that_is_there() -> None:
     config = small_config(datasets=[{"name": "pin", "balance_by": "sauce"}])
-    with pytest.raises(SchemaError, match=r"dataset 'pin': balance_by names 'sauce', which is no column of the pairs or the catalogue"):
+    with pytest.raises(
+        SchemaError,
+        match=(
+            r"dataset 'pin': balance_by names 'sauce', which is no column of the pairs or the"
+            r" catalogue"
+        ),
+    ):
         prepare(world(), config)
     nested = small_config(datasets=[{"name": "pin", "balance_by": "engaged_queries"}])
-    with pytest.raises(SchemaError, match=r"'engaged_queries', but that column of the catalogue holds List"):
+    with pytest.raises(
+        SchemaError, match=r"'engaged_queries', but that column of the catalogue holds List"
+    ):
         prepare(world(), nested)
     with pytest.raises(ConfigError, match=r"balance_exponent must lie in \[0, 1\], but got 2"):
         small_config(datasets=[{"name": "pin", "balance_exponent": 2.0}])
@@ -163,9 +205,21 @@ def test_balance_by_names_a_column_that_is_there() -> None:
 
 def test_frequencies_follow_the_pairs() -> None:
     """In-batch: positives as often as they stand in pairs; conditional: one over the positives of the query."""
-    pairs = pl.DataFrame({"query": ["a", "a", "b", "c"], "entity_type": ["pin"] * 4, "entity_id": ["x", "y", "x", "x"]})
-    catalogue = pl.DataFrame({"id": ["x", "y", "z"], "entity_type": ["pin"] * 3, "title": ["x", "y", "z"]})
-    task = prepare(TrainingData(catalogue, pairs), small_config(batch={"pairs": 4})).pair_sets[0].tasks[0]
+    pairs = pl.DataFrame(
+        {
+            "query": ["a", "a", "b", "c"],
+            "entity_type": ["pin"] * 4,
+            "entity_id": ["x", "y", "x", "x"],
+        }
+    )
+    catalogue = pl.DataFrame(
+        {"id": ["x", "y", "z"], "entity_type": ["pin"] * 3, "title": ["x", "y", "z"]}
+    )
+    task = (
+        prepare(TrainingData(catalogue, pairs), small_config(batch={"pairs": 4}))
+        .pair_sets[0]
+        .tasks[0]
+    )
     np.testing.assert_allclose(task.in_batch_frequency, [0.75, 0.25, 0.75, 0.75])
     np.testing.assert_allclose(task.pair_log_q, np.log([0.5, 0.5, 1, 1]), atol=1e-6)
     np.testing.assert_allclose(task.random_frequency, [1 / 3] * 3)
@@ -173,11 +227,24 @@ def test_frequencies_follow_the_pairs() -> None:
 
 def test_frequencies_are_shares_of_all_draws_also_where_some_candidates_have_no_vector() -> None:
     """They are drawn like the others, and then left out."""
-    pairs = pl.DataFrame({"query": ["a", "a", "b", "c"], "entity_type": ["pin"] * 4, "entity_id": ["x", "y", "x", "x"]})
-    catalogue = pl.DataFrame(
-        {"id": ["x", "y", "z"], "entity_type": ["pin"] * 3, "title": ["x", "y", "z"], "old": [[1.0] * DIMENSION, None, None]}
+    pairs = pl.DataFrame(
+        {
+            "query": ["a", "a", "b", "c"],
+            "entity_type": ["pin"] * 4,
+            "entity_id": ["x", "y", "x", "x"],
+        }
     )
-    config = small_config(batch={"pairs": 4}, datasets=[{"name": "pin", "candidates": ["vector:old"]}])
+    catalogue = pl.DataFrame(
+        {
+            "id": ["x", "y", "z"],
+            "entity_type": ["pin"] * 3,
+            "title": ["x", "y", "z"],
+            "old": [[1.0] * DIMENSION, None, None],
+        }
+    )
+    config = small_config(
+        batch={"pairs": 4}, datasets=[{"name": "pin", "candidates": ["vector:old"]}]
+    )
     task = prepare(TrainingData(catalogue, pairs), config).pair_sets[0].tasks[0]
     np.testing.assert_allclose(task.in_batch_frequency[[0, 2, 3]], 0.75)
     np.testing.assert_allclose(task.random_frequency, [1 / 3] * 3)
@@ -185,8 +252,19 @@ def test_frequencies_are_shares_of_all_draws_also_where_some_candidates_have_no_
 
 def test_related_queries_need_no_catalogue_rows_and_never_answer_themselves() -> None:
     data = world()
-    loop = pl.DataFrame({"query": ["red chair"], "entity_type": ["query"], "entity_id": ["red  chair"], "count": [1], "action": [""]})
-    prepared = prepare(TrainingData(data.catalogue, pl.concat((data.pairs, loop))), small_config(datasets=[{"name": "query"}]))
+    loop = pl.DataFrame(
+        {
+            "query": ["red chair"],
+            "entity_type": ["query"],
+            "entity_id": ["red  chair"],
+            "count": [1],
+            "action": [""],
+        }
+    )
+    prepared = prepare(
+        TrainingData(data.catalogue, pl.concat((data.pairs, loop))),
+        small_config(datasets=[{"name": "query"}]),
+    )
     pair_set = prepared.pair_sets[0]
     assert pair_set.is_related_queries
     assert (pair_set.queries != pair_set.candidates).all()
@@ -201,9 +279,16 @@ def test_cross_fitting_hides_a_pairs_query_from_its_entity() -> None:
     for pair_set in prepared.pair_sets:
         if pair_set.is_related_queries:
             continue
-        for query, row, fold in zip(pair_set.queries, pair_set.candidates, pair_set.folds, strict=True):
-            assert prepared.texts[query] not in prepared.catalogue_views[fold].row(int(row), named=True)["engaged_queries"]
-    kept = [view["engaged_queries"].explode().drop_nulls().len() for view in prepared.catalogue_views]
+        for query, row, fold in zip(
+            pair_set.queries, pair_set.candidates, pair_set.folds, strict=True
+        ):
+            assert (
+                prepared.texts[query]
+                not in prepared.catalogue_views[fold].row(int(row), named=True)["engaged_queries"]
+            )
+    kept = [
+        view["engaged_queries"].explode().drop_nulls().len() for view in prepared.catalogue_views
+    ]
     whole = prepared.catalogue["engaged_queries"].explode().len()
     assert sum(kept) == 2 * whole  # every engaged query is hidden in exactly one view
 
@@ -214,7 +299,9 @@ def test_held_back_queries_are_in_no_training_pair_and_no_entity_text() -> None:
     assert len(held) > 10
     trained = {prepared.texts[q] for pair_set in prepared.pair_sets for q in pair_set.queries}
     assert not held & trained
-    assert not held & set(prepared.catalogue_views[0]["engaged_queries"].explode().drop_nulls().to_list())
+    assert not held & set(
+        prepared.catalogue_views[0]["engaged_queries"].explode().drop_nulls().to_list()
+    )
 
 
 @pytest.mark.parametrize("own_split", [False, True])
@@ -222,12 +309,22 @@ def test_a_held_back_query_is_nobodys_related_query(own_split: bool) -> None:
     """Both sides of a related-query pair are read by the query tower."""
     data = world()
     queries = data.pairs["query"].unique(maintain_order=True).to_list()
-    related = pl.DataFrame({"query": queries[:-1], "entity_type": "query", "entity_id": [text.upper() for text in queries[1:]]})
+    related = pl.DataFrame(
+        {
+            "query": queries[:-1],
+            "entity_type": "query",
+            "entity_id": [text.upper() for text in queries[1:]],
+        }
+    )
     pairs = pl.concat([data.pairs, related], how="diagonal_relaxed")
     if own_split:
         held_here = pl.col("query").is_in(queries[::5])
-        pairs = pairs.with_columns(split=pl.when(held_here).then(pl.lit("validation")).otherwise(pl.lit("train")))
-    prepared = prepare(TrainingData(data.catalogue, pairs), small_config(validation={"fraction": 0.2}))
+        pairs = pairs.with_columns(
+            split=pl.when(held_here).then(pl.lit("validation")).otherwise(pl.lit("train"))
+        )
+    prepared = prepare(
+        TrainingData(data.catalogue, pairs), small_config(validation={"fraction": 0.2})
+    )
     held = {prepared.texts[q].lower() for rows, _ in prepared.validation.values() for q in rows}
     sets = [pair_set for pair_set in prepared.pair_sets if pair_set.is_related_queries]
     shown = {prepared.texts[q].lower() for pair_set in sets for q in pair_set.candidates}
@@ -236,14 +333,27 @@ def test_a_held_back_query_is_nobodys_related_query(own_split: bool) -> None:
 
 def test_a_split_of_the_users_validates_instead() -> None:
     data = world()
-    split = pl.Series("split", ["validation" if i % 10 == 0 else "heldout" if i % 10 == 1 else "train" for i in range(data.pairs.height)])
-    prepared = prepare(TrainingData(data.catalogue, data.pairs.with_columns(split)), small_config(validation={"fraction": 0.5}))
+    split = pl.Series(
+        "split",
+        [
+            "validation" if i % 10 == 0 else "heldout" if i % 10 == 1 else "train"
+            for i in range(data.pairs.height)
+        ],
+    )
+    prepared = prepare(
+        TrainingData(data.catalogue, data.pairs.with_columns(split)),
+        small_config(validation={"fraction": 0.5}),
+    )
     assert sum(len(q) for q, _ in prepared.validation.values()) == (split == "validation").sum()
     assert prepared.pairs_total == (split == "train").sum()
 
 
 @few
-@given(st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=9), min_size=1, max_size=30), st.integers(1, 8), st.randoms())
+@given(
+    st.lists(st.lists(st.integers(1, 99), min_size=1, max_size=9), min_size=1, max_size=30),
+    st.integers(1, 8),
+    st.randoms(),
+)
 def test_padded_batches_hold_the_sequences(sequences: list[list[int]], chunk: int, random) -> None:
     texts = TokenisedTexts(sequences, pad_id=0)
     rows = np.array(random.sample(range(len(sequences)), k=len(sequences)))
@@ -259,7 +369,11 @@ def test_padded_batches_hold_the_sequences(sequences: list[list[int]], chunk: in
 
 
 def test_process_slices_tile_the_batch() -> None:
-    assert [process_slice(12, rank, 3) for rank in range(3)] == [slice(0, 4), slice(4, 8), slice(8, 12)]
+    assert [process_slice(12, rank, 3) for rank in range(3)] == [
+        slice(0, 4),
+        slice(4, 8),
+        slice(8, 12),
+    ]
 
 
 @pytest.mark.parametrize("column", ["query", "entity_id", "entity_type"])
@@ -273,17 +387,41 @@ def test_bad_tables_are_told_apart() -> None:
     data = world(vectors=True)
     with pytest.raises(SchemaError, match=r"table catalogue: missing column\(s\) id"):
         prepare(TrainingData(data.catalogue.drop("id"), data.pairs), small_config())
-    with pytest.raises(DataError, match=r"dataset 'ad' is empty: no training pair of entity type 'ad'.*the pairs have pin, product, query"):
+    with pytest.raises(
+        DataError,
+        match=(
+            r"dataset 'ad' is empty: no training pair of entity type 'ad'.*the pairs have pin,"
+            r" product, query"
+        ),
+    ):
         prepare(data, small_config(datasets=[{"name": "ad"}]))
     with pytest.raises(DataError, match="with action checkout"):
-        prepare(data, small_config(datasets=[{"name": "offsite", "entity_type": "product", "actions": ["checkout"]}]))
-    blank = data.pairs.with_columns(pl.when(pl.int_range(pl.len()) == 2).then(pl.lit(" \t ")).otherwise(pl.col("query")).alias("query"))
-    with pytest.raises(DataError, match=r"1 pairs have a query of only white space \(first: row 2\)"):
+        prepare(
+            data,
+            small_config(
+                datasets=[{"name": "offsite", "entity_type": "product", "actions": ["checkout"]}]
+            ),
+        )
+    blank = data.pairs.with_columns(
+        pl.when(pl.int_range(pl.len()) == 2)
+        .then(pl.lit(" \t "))
+        .otherwise(pl.col("query"))
+        .alias("query")
+    )
+    with pytest.raises(
+        DataError, match=r"1 pairs have a query of only white space \(first: row 2\)"
+    ):
         prepare(TrainingData(data.catalogue, blank), small_config())
     with pytest.raises(DataError, match="twice under one entity type"):
-        prepare(TrainingData(pl.concat((data.catalogue, data.catalogue[:1])), data.pairs), small_config())
+        prepare(
+            TrainingData(pl.concat((data.catalogue, data.catalogue[:1])), data.pairs),
+            small_config(),
+        )
     with pytest.raises(DataError, match=r"none of the .* pairs names an entity"):
-        prepare(TrainingData(data.catalogue[:1], data.pairs.filter(pl.col("entity_type") == "product")), small_config())
+        prepare(
+            TrainingData(data.catalogue[:1], data.pairs.filter(pl.col("entity_type") == "product")),
+            small_config(),
+        )
     with pytest.raises(DataError, match="has no rows"):
         prepare(TrainingData(data.catalogue, data.pairs[:0]), small_config())
 
@@ -293,10 +431,17 @@ def test_a_frozen_column_must_be_there_and_fit() -> None:
     task = {"name": "pin", "candidates": ["vector:pinsage"]}
     prepared = prepare(data, small_config(datasets=[task]))
     norms = prepared.vectors["pinsage"].norm(dim=1)
-    assert set(norms.round(decimals=3).tolist()) == {0.0, 1.0}  # absent vectors are zeros, the others of unit length
-    with pytest.raises(SchemaError, match="compatibility column 'itemsage' is not in the catalogue"):
+    assert set(norms.round(decimals=3).tolist()) == {
+        0.0,
+        1.0,
+    }  # absent vectors are zeros, the others of unit length
+    with pytest.raises(
+        SchemaError, match="compatibility column 'itemsage' is not in the catalogue"
+    ):
         prepare(data, small_config(datasets=[{**task, "candidates": ["vector:itemsage"]}]))
-    with pytest.raises(ConfigError, match=f"holds vectors of {DIMENSION} numbers, but model.dimension is 8"):
+    with pytest.raises(
+        ConfigError, match=f"holds vectors of {DIMENSION} numbers, but model.dimension is 8"
+    ):
         prepare(data, small_config(datasets=[task], model={"dimension": 8}))
     broken = data.catalogue.with_columns(pl.col("pinsage").list.eval(pl.element() * float("nan")))
     with pytest.raises(DataError, match="pinsage holds NaN"):

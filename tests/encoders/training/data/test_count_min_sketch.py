@@ -63,7 +63,10 @@ def test_counts_weigh_keys() -> None:
 
 def test_keys_are_the_same_on_every_machine() -> None:
     assert hash_texts(["pin", "", "Straße"]).tolist() == GOLDEN_KEYS
-    assert mix64(np.array([0, 1], dtype=np.uint64)).tolist() == [16294208416658607535, 10451216379200822465]
+    assert mix64(np.array([0, 1], dtype=np.uint64)).tolist() == [
+        16294208416658607535,
+        10451216379200822465,
+    ]
 
 
 def test_pair_keys_depend_on_the_order() -> None:

@@ -1,4 +1,7 @@
-"""The ``omni bench`` group: a table of benchmarks whose modules load only when they are called. Add a benchmark: add a line."""
+"""The ``omni bench`` group: a table of benchmarks whose modules load only when they are called.
+
+Add a benchmark: add a line.
+"""
 
 from __future__ import annotations
 

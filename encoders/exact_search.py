@@ -22,7 +22,8 @@ def exact_top_k(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Find the ``k`` corpus rows with the highest inner product for each query.
 
-    The corpus is read in blocks, so it may be a memory map larger than memory, and may live on another device than the result.
+    The corpus is read in blocks, so it may be a memory map larger than memory, and may live on
+    another device than the result.
 
     Args:
         queries: ``(B, D)`` float32. ``B`` may be 0.
@@ -33,8 +34,9 @@ def exact_top_k(
         device: Where products are taken, e.g. ``cuda``; always in float32.
 
     Returns:
-        ``rows`` int64 ``(B, k)`` and ``scores`` float32 ``(B, k)``, best first, equal scores by ascending row. Where fewer than ``k`` rows
-        may be returned the tail holds row -1 with score -inf.
+        ``rows`` int64 ``(B, k)`` and ``scores`` float32 ``(B, k)``, best first, equal scores by
+        ascending row. Where fewer than ``k`` rows may be returned the tail holds row -1 with score
+        -inf.
 
     Raises:
         InvalidVectors: Shapes do not fit each other.
@@ -92,7 +94,8 @@ def top_k_of_scores(scores: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarra
     width = min(k, scores.shape[1])
     values, columns = torch.topk(scores, width, dim=1)
     if width < scores.shape[1]:
-        # topk may pick any of several columns that tie for the last place: only then is the row sorted in full.
+        # topk may pick any of several columns that tie for the last place: only then is the row
+        # sorted in full.
         tied = torch.nonzero((scores >= values[:, -1:]).sum(dim=1) > width).flatten()
         for row in tied.tolist():
             order = torch.sort(scores[row], descending=True, stable=True).indices[:width]

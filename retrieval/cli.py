@@ -28,7 +28,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 def main() -> None:
     """OmniSearchSage: one query vector retrieves pins, products, related queries and ads.
 
-    Start with `omni demo`, which trains on the sample data, publishes a release and answers queries in many languages.
+    Start with `omni demo`, which trains on the sample data, publishes a release and answers queries
+    in many languages.
     """
 
 

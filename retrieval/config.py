@@ -62,7 +62,10 @@ class ServeConfig:
     encoder_threads: int = 1
     """Threads of one forward pass on CPU."""
     batch_tokens: int = 2048
-    """A batch closes when its padded tokens reach this. Higher: more throughput; lower: shorter queue behind a long batch."""
+    """A batch closes when its padded tokens reach this.
+
+    Higher: more throughput; lower: shorter queue behind a long batch.
+    """
     batch_delay_ms: float = 0.0
     """How long an idle encoder waits for company. 0: it starts at once, and batches form while it is busy."""
 
@@ -70,8 +73,11 @@ class ServeConfig:
     """Bound of the in-process query cache, bytes; about 180,000 queries at 256 dimensions. 0 switches the cache off."""
     cache_ttl_seconds: float = 30 * DAY_SECONDS
     answer_cache_bytes: int = 64 * 2**20
-    """Bound of the answers kept for texts that come again, bytes; about 70,000 of ten hits. A live write or another release makes them old.
-    0 switches it off."""
+    """Bound of the answers kept for texts that come again, bytes; about 70,000 of ten hits.
+
+    A live write or another release makes them old.
+    0 switches it off.
+    """
     redis_url: str | None = None
     """Second cache tier shared by replicas, e.g. redis://host:6379/0."""
     redis_timeout_ms: float = 15.0
@@ -106,7 +112,10 @@ class ServeConfig:
     shadow_cpu: float = 0.05
     """Share of one core that shadow searches may use."""
     impression_log: Path | None = None
-    """Folder for the impression log (JSON lines in the form of the log table). None: none is kept."""
+    """Folder for the impression log (JSON lines in the form of the log table).
+
+    None: none is kept.
+    """
     log_query_text: bool = False
     """Write query text to logs and impressions. Off by default: queries are personal."""
     otlp_endpoint: str | None = None

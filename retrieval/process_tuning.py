@@ -1,8 +1,9 @@
 """Keep background work and garbage collection away from requests.
 
-A full garbage collection visits every object of every library and nothing is answered meanwhile. What start-up has
-made stays for good, so it is frozen (``gc.freeze``) and no longer visited. A release that is dropped later is freed
-by its reference counts, not by the collector: a test holds it to that.
+A full garbage collection visits every object of every library and nothing is answered meanwhile.
+What start-up has made stays for good, so it is frozen (``gc.freeze``) and no longer visited. A
+release that is dropped later is freed by its reference counts, not by the collector: a test holds
+it to that.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ def freeze_start_up_objects(on_change: list[Callable[[Any], Awaitable[None]]]) -
     """Collect and freeze start-up's objects when the first release takes over, before it is announced.
 
     Args:
-        on_change: The hooks that a change of the active release calls in order (``LiveReleases.on_change``).
+        on_change: The hooks that a change of the active release calls in order
+            (``LiveReleases.on_change``).
     """
     done = False
 

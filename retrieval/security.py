@@ -150,7 +150,8 @@ def tls_context(cert: Path, key: Path, client_ca: Path | None) -> ssl.SSLContext
     """TLS from PEM files for our own transport; with ``client_ca`` only clients holding a certificate of that authority get in.
 
     Raises:
-        ConfigError: A file cannot be read, is not PEM, or key and certificate do not belong together.
+        ConfigError: A file cannot be read, is not PEM, or key and certificate do not belong
+            together.
     """
     server_credentials(cert, key, client_ca)  # the same files, the same messages about them
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)

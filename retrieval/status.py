@@ -54,7 +54,10 @@ def code_for_class(cls: type[BaseException]) -> grpc.StatusCode:
 
 
 def status_for(error: BaseException) -> tuple[grpc.StatusCode, str]:
-    """Code and message for a caller. Errors outside the tree say only their kind: their text may hold what callers must not see."""
+    """Code and message for a caller.
+
+    Errors outside the tree say only their kind: their text may hold what callers must not see.
+    """
     if isinstance(error, OmniError):
         return code_for_class(type(error)), str(error)
     if isinstance(error, UnicodeError):

@@ -1,4 +1,6 @@
-"""Keeps gRPC's asyncio engine alive between tests: its last object would stop a poller thread in the middle of a collection."""
+"""Keeps gRPC's asyncio engine alive between tests: its last object would stop a poller thread in
+the middle of a collection.
+"""
 
 import asyncio
 from collections.abc import Iterator
@@ -9,7 +11,9 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def grpc_asyncio_stays() -> Iterator[None]:
-    """One reference for the whole session; joining the poller from a collection can wait for the very lock the collection holds."""
+    """One reference for the whole session; joining the poller from a collection can wait for the
+    very lock the collection holds.
+    """
 
     async def hold() -> None:
         grpc.aio.init_grpc_aio()

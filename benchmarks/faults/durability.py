@@ -86,7 +86,7 @@ def config(kind: str = "auto", **changes: Any) -> RebuildConfig:
     )
 
 
-# --- kill -9 -------------------------------------------------------------------------------------------------------------------------
+# --- kill -9 --------------------------------------------------------------------------------------
 
 
 def in_child(work: Callable[[], None], kill_after_seconds: float | None) -> tuple[bool, float]:
@@ -176,7 +176,9 @@ def check_store(store: ReleaseStore, acknowledged: Path) -> int:
     release = store.open_current()
     release.replay_golden()
     follower = LiveFollower(store, release)
-    follower.catch_up()  # adopts what a killed writer wrote and did not promise: that may count or not, but for all alike from now on
+    # Adopts what a killed writer wrote and did not promise: that may count or not, but for all
+    # alike from now on
+    follower.catch_up()
     reader = LiveLogReader(store.live_root, "pin")
     found: dict[int, tuple[str, str]] = {}
     while batch := reader.poll(10_000):
@@ -236,7 +238,8 @@ def kill_rounds(root: Path, rounds: int, seed: int) -> dict[str, Any]:
             if p.name.startswith((".staging", ".trash", ".CURRENT"))
         ]
         stages.update(f"left behind: {name}" for name in set(left))
-        # Checked in a child as well, so that this process never starts the threads of a library, which a fork would break.
+        # Checked in a child as well, so that this process never starts the threads of a library,
+        # which a fork would break.
         report = root / "check.json"
         report.unlink(missing_ok=True)
         crashed, _ = in_child(partial(_check_into, store, acknowledged, report), None)
@@ -272,7 +275,7 @@ def _check_into(store: ReleaseStore, acknowledged: Path, report: Path) -> None:
     report.write_text(json.dumps(outcome))
 
 
-# --- corruption ----------------------------------------------------------------------------------------------------------------------
+# --- corruption -----------------------------------------------------------------------------------
 
 
 def damage(
@@ -361,7 +364,8 @@ def corruption_rounds(root: Path, rounds: int, seed: int) -> dict[str, Any]:
                 *sorted(p for p in store.path_of(current).rglob("*") if p.is_file()),
                 store.releases / CURRENT_NAME,
             ]
-        # Bytes behind the acknowledged end of a log are a torn tail, which is tolerated, so nothing is appended to logs here.
+        # Bytes behind the acknowledged end of a log are a torn tail, which is tolerated, so nothing
+        # is appended to logs here.
         done, undo = damage(
             paths,
             rng,
@@ -406,8 +410,8 @@ def corruption_rounds(root: Path, rounds: int, seed: int) -> dict[str, Any]:
 def command(kills: int, damages: int, seed: int, no_record: bool, as_json: bool) -> None:
     """Kill -9 at random moments of rebuild, update, publish, activate, rollback and gc; damage files of releases and the live log.
 
-    Checked after each: the active release is whole and answers, no acknowledged write is lost, damage is refused by a typed error. Random
-    vectors: faults do not depend on what vectors mean.
+    Checked after each: the active release is whole and answers, no acknowledged write is lost,
+    damage is refused by a typed error. Random vectors: faults do not depend on what vectors mean.
 
     Example: omni bench durability --kills 20 --damages 100 --no-record
     """

@@ -49,7 +49,10 @@ TYPED = frozenset(
         *("UNIMPLEMENTED",),
     }
 )
-"""What a caller may get. INTERNAL and UNKNOWN would be faults, UNAVAILABLE a crash, DEADLINE_EXCEEDED a hang."""
+"""What a caller may get.
+
+INTERNAL and UNKNOWN would be faults, UNAVAILABLE a crash, DEADLINE_EXCEEDED a hang.
+"""
 DEADLINE_SECONDS = 20.0
 SERVICES = {
     "Retrieval": {
@@ -459,8 +462,9 @@ def run(
 def command(count: int, seed: int, raw_share: float, concurrency: int, as_json: bool) -> None:
     """Send malformed requests to a real server: no crash, no hang, typed errors only.
 
-    Fields filled with absurd values, valid messages with flipped, cut and inserted bytes, and raw bytes on the port; a valid query in
-    between must keep its answer. Exit code 1 if anything else than a typed error came back; the offending bytes are in the record.
+    Fields filled with absurd values, valid messages with flipped, cut and inserted bytes, and raw
+    bytes on the port; a valid query in between must keep its answer. Exit code 1 if anything else
+    than a typed error came back; the offending bytes are in the record.
 
     Example: omni bench fuzz --count 5000
     """

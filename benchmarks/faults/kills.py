@@ -1,7 +1,7 @@
 """kill -9 at random moments: of a server that takes writes and swaps releases, and of a rebuild that publishes into the same store.
 
-Server and publisher are forked from a process that has done its imports, so that a round takes a second and not ten; from there on
-they are what ``omni serve`` and ``omni rebuild`` run.
+Server and publisher are forked from a process that has done its imports, so that a round takes a
+second and not ten; from there on they are what ``omni serve`` and ``omni rebuild`` run.
 """
 
 from __future__ import annotations
@@ -177,7 +177,8 @@ class Writes:
 async def lost_or_mixed(address: str, acknowledged: set[str]) -> int:
     """Acknowledged ids that are not found, and answers that are not whole.
 
-    A server that was not killed shows a write with its next look at the log, so what is missing is asked for again for a while.
+    A server that was not killed shows a write with its next look at the log, so what is missing is
+    asked for again for a while.
     """
     missing = sorted(acknowledged)
     async with connected(address) as (stub, _):
@@ -212,8 +213,9 @@ async def kill_nine(
 ) -> dict[str, Any]:
     """Kill -9 at random moments; what was acknowledged must be there afterwards, and every answer and the active release whole.
 
-    In every round a server takes writes and swaps while another process rebuilds, publishes and activates in the same store. The
-    publisher is killed in every round, the server in two of three, each at a moment of its own.
+    In every round a server takes writes and swaps while another process rebuilds, publishes and
+    activates in the same store. The publisher is killed in every round, the server in two of three,
+    each at a moment of its own.
 
     Args:
         prepared: Holds the releases a1 and a2; copied, not touched.

@@ -1,7 +1,8 @@
 """Four times more questions than a server can answer, from prepared frames on cores of their own: what is answered in time then?
 
-Each side has its own cores where there are two or more, in the search for the peak as in the flood: a client that shares the server's
-cores would take them away just when there is most to refuse, and the figure would be the client's.
+Each side has its own cores where there are two or more, in the search for the peak as in the flood:
+a client that shares the server's cores would take them away just when there is most to refuse, and
+the figure would be the client's.
 """
 
 from __future__ import annotations

@@ -124,7 +124,8 @@ async def upsert(admin: rpc.AdminStub, space_id: str, vector: np.ndarray, ids: l
 async def full_disk(encoder: Any, bundle: Path, space_id: str, mib: int = 24) -> dict[str, Any]:
     """Fill the disk that holds the store while the server answers: publishing and writing are refused, reading goes on, nothing is lost.
 
-    The disk is a small tmpfs, which takes the right to mount; without it the part is skipped and says so.
+    The disk is a small tmpfs, which takes the right to mount; without it the part is skipped and
+    says so.
     """
     folder = Path(tempfile.mkdtemp(prefix="omni-small-disk-"))
     if subprocess.run(
@@ -260,7 +261,8 @@ time_t time(time_t *out) {
 }
 """
 """Preloaded into the server: adds the seconds that stand in a file to the wall clock, and leaves the monotonic clock alone, as a real
-jump does."""
+jump does.
+"""
 
 DAY = 86_400
 
@@ -342,7 +344,8 @@ async def clock_jump(store: Path, encoder: Any, space_id: str) -> dict[str, Any]
 def damaged_copy(store: ReleaseStore, source: str, name: str, share: float = 0.3) -> str:
     """Publish a copy of a release whose graph of pins is broken where the golden queries do not look; every checksum is right.
 
-    A share of the rows, none of them in a golden answer, stands in the graph at a random place: what a builder's bug leaves behind.
+    A share of the rows, none of them in a golden answer, stands in the graph at a random place:
+    what a builder's bug leaves behind.
     """
     from dataclasses import replace
 

@@ -22,7 +22,8 @@ SWAPS_A_BURST = 10
 async def swaps_under_load(address: str, swaps: int, clients: int, rate: float) -> dict[str, Any]:
     """Activate a1, b1, a2, b1, ... in bursts while clients ask; every answer must name one release and hold only its ids.
 
-    "During" are the calls that a swap overlaps, from the order to activate until its answer; "calm" are those of the pauses between bursts.
+    "During" are the calls that a swap overlaps, from the order to activate until its answer; "calm"
+    are those of the pauses between bursts.
 
     Args:
         address: Of the server.

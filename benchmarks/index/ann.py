@@ -83,7 +83,8 @@ def built(name: str, vectors: VectorSet, built_folder: Path) -> dict[str, float]
     """Build an engine in a process of its own, unless its files are there already, and load it in another.
 
     Returns:
-        ``build_cpu_s``, and of the process that loaded it and answered 200 queries: ``private_mb`` and ``mapped_mb`` more than before.
+        ``build_cpu_s``, and of the process that loaded it and answered 200 queries: ``private_mb``
+        and ``mapped_mb`` more than before.
 
     Raises:
         ConfigError: A process failed; with the end of what it said.
@@ -281,12 +282,15 @@ def command(
 ) -> None:
     """Queries/s at ANN recall@10 of 0.95 and 0.98, one query a call, one thread, CPU time.
 
-    Vectors are WordLlama embeddings of the real texts of the `large` data set (pip install wordllama==0.4.0.post1). Times are CPU time of
-    the process; hnswlib float32 (M=16, ef_construction=200) is swept before each engine. Memory is that of a process of its own which loads
-    the engine and answers 200 queries. Records of several sizes in the same folder make the picture ann-cost.png.
+    Vectors are WordLlama embeddings of the real texts of the `large` data set (pip install
+    wordllama==0.4.0.post1). Times are CPU time of the process; hnswlib float32 (M=16,
+    ef_construction=200) is swept before each engine. Memory is that of a process of its own which
+    loads the engine and answers 200 queries. Records of several sizes in the same folder make the
+    picture ann-cost.png.
 
     Example:
-        omni bench ann --data data --sizes 100000,800000 --engines "hnswlib f32,ours auto,bare symqg,zvec int8"
+        omni bench ann --data data --sizes 100000,800000 --engines "hnswlib f32,ours auto,bare
+        symqg,zvec int8"
     """
     if data_dir is None:
         raise ConfigError(

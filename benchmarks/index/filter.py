@@ -251,9 +251,10 @@ def command(
 ) -> None:
     """Recall@10 and queries/s under filters that pass 50%, 10%, 1% and 0.1% of the rows.
 
-    Each query has a range filter of its own, parsed and evaluated afresh (qdrant-edge gets ready filter objects): over a random attribute,
-    or over one that agrees with the query (its nearest rows pass) or disagrees (they are what is filtered out). Vectors are real text
-    embeddings; the attributes are made up.
+    Each query has a range filter of its own, parsed and evaluated afresh (qdrant-edge gets ready
+    filter objects): over a random attribute, or over one that agrees with the query (its nearest
+    rows pass) or disagrees (they are what is filtered out). Vectors are real text embeddings; the
+    attributes are made up.
 
     Example:
         omni bench filter --data data --size 100000

@@ -160,11 +160,13 @@ def load_vectors(
     Args:
         data_dir: Folder holding ``large/``.
         size: Corpus size wanted; fewer when the distribution has fewer texts.
-        distribution: ``in``: query strings of the dev split over all other texts. ``out``: queries in languages the corpus does not hold:
-            up to 100k, short queries that are not English over an English corpus; above, East Asian queries over a corpus without them.
+        distribution: ``in``: query strings of the dev split over all other texts. ``out``: queries
+            in languages the corpus does not hold: up to 100k, short queries that are not English
+            over an English corpus; above, East Asian queries over a corpus without them.
         cache: Where embedded vectors are kept.
         seed: Chooses the sample.
-        tower: A model bundle or a shipped tower whose query tower embeds the texts; None: WordLlama.
+        tower: A model bundle or a shipped tower whose query tower embeds the texts; None:
+            WordLlama.
 
     Raises:
         ConfigError: The data are not there, or the distribution is unknown.

@@ -1,7 +1,8 @@
 """A data set with stand-ins for PinSage, ItemSage and visual vectors: multilingual USE of the entity's text, thumbnails of its picture.
 
-Both are made once per work folder. USE gives 512 numbers and the towers 256, and a compatibility task compares them directly, so USE
-vectors are projected to their 256 strongest directions (no centring: inner products stay).
+Both are made once per work folder. USE gives 512 numbers and the towers 256, and a compatibility
+task compares them directly, so USE vectors are projected to their 256 strongest directions (no
+centring: inner products stay).
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class TableData:
 
     dataset: Dataset
     """Its catalogue has the columns ``frozen`` (256) and, where there are pictures, ``visual`` (192).
-    Its pairs hold the derived related queries, too."""
+    Its pairs hold the derived related queries, too.
+    """
     projection: Float32
     """``(512, 256)``: USE to the frozen space."""
 
@@ -81,7 +83,8 @@ def _make_vectors(source: Dataset, path: Path) -> None:
         projection = np.linalg.svd(vectors, full_matrices=False)[2][:FROZEN_WIDTH].T.astype(
             np.float32
         )  # (512, 256)
-        # Numbers of about 1, like those of the n-gram part of the tower; a compatibility task normalises them.
+        # Numbers of about 1, like those of the n-gram part of the tower; a compatibility task
+        # normalises them.
         frozen = unit_rows(vectors @ projection) * np.float32(FROZEN_WIDTH**0.5)
         arrays = {FROZEN: frozen, "projection": projection}
         if source.pictures:

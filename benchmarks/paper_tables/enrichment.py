@@ -1,9 +1,10 @@
 """``omni bench enrichment``: what each text feature adds, and when captions help or hurt: tables 3 and 4 of the paper in shape.
 
-Real text, no clicks: pins are emoji pictures, pairs are human keywords and translations standing in for engagement. Continuous features are
-thumbnails of the pictures. Half of the pins have lost their title and got it back as the caption; noise replaces captions by those of other
-pins. Table 3 counts the pins without a title, as the paper does. Every (setting, seed) is one training whose result is one small file, so
-an interrupted benchmark goes on where it was.
+Real text, no clicks: pins are emoji pictures, pairs are human keywords and translations standing in
+for engagement. Continuous features are thumbnails of the pictures. Half of the pins have lost their
+title and got it back as the caption; noise replaces captions by those of other pins. Table 3 counts
+the pins without a title, as the paper does. Every (setting, seed) is one training whose result is
+one small file, so an interrupted benchmark goes on where it was.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ HIDDEN_TITLES = 0.5
 
 NOISES = (0.0, 0.1, 0.3, 0.5)
 WORSE = (0.75, 1.0)
-"""Further noise where captions help most, to see where they stop to. At 1.0 all that they can do is to tell pins apart."""
+"""Further noise where captions help most, to see where they stop to.
+
+At 1.0 all that they can do is to tell pins apart.
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -161,7 +165,8 @@ def command(
 ) -> None:
     """Train with text features one by one, each alone, each left out; and with titles hidden and captions given back with noise.
 
-    Labelled Recall@10 of held-out keywords against all pins, mean and 95% interval over seeds, and by language.
+    Labelled Recall@10 of held-out keywords against all pins, mean and 95% interval over seeds, and
+    by language.
 
     Example: omni bench enrichment --work enrichment --seeds 3
     """

@@ -35,7 +35,10 @@ def result_path(work: Path, key: str, sizes: Mapping[str, int], seed: int) -> Pa
 
 
 def run_missing(jobs: Iterable[Job], max_minutes: float = 0.0) -> None:
-    """Run the jobs whose file is not there; each file appears whole or not at all. After ``max_minutes`` (0: no limit) none starts."""
+    """Run the jobs whose file is not there; each file appears whole or not at all.
+
+    After ``max_minutes`` (0: no limit) none starts.
+    """
     started = time.monotonic()
     for job in jobs:
         if job.path.is_file() or (max_minutes and time.monotonic() - started > 60 * max_minutes):

@@ -1,7 +1,8 @@
 """``omni bench tables``: tables 2, 5 and 6 of the paper in shape, and a figure for each design question of the towers.
 
-Real text, no clicks: pairs are human keywords and translations standing in for engagement. Multilingual USE of an entity's title, category
-and boards stands in for PinSage and ItemSage; thumbnails of pictures for visual vectors. Every (training, seed) is one small result file.
+Real text, no clicks: pairs are human keywords and translations standing in for engagement.
+Multilingual USE of an entity's title, category and boards stands in for PinSage and ItemSage;
+thumbnails of pictures for visual vectors. Every (training, seed) is one small result file.
 """
 
 from __future__ import annotations
@@ -102,7 +103,8 @@ def command(
 ) -> None:
     """Train short runs and compare: learned towers with frozen vectors, one task with many, and design choices.
 
-    Labelled Recall@10 of held-out queries, mean and 95% interval over seeds, and by language. About half a minute a training on one core.
+    Labelled Recall@10 of held-out queries, mean and 95% interval over seeds, and by language. About
+    half a minute a training on one core.
 
     Example: omni bench tables --work tables --seeds 3
     """

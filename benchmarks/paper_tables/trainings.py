@@ -101,7 +101,8 @@ def run(study: Study, training: Training, seed: int) -> dict[str, Any]:
     """Train and evaluate.
 
     Returns:
-        ``{variant: {"recall": {metric: figures}, ...}}``; a plain training has the one variant ``""``.
+        ``{variant: {"recall": {metric: figures}, ...}}``; a plain training has the one variant
+        ``""``.
     """
     kinds: dict[str, Callable[[Study, Training, int], dict[str, Any]]] = {
         "plain": _plain,
@@ -112,7 +113,7 @@ def run(study: Study, training: Training, seed: int) -> dict[str, Any]:
     return kinds[training.kind](study, training, seed)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ kinds
+# -------------------------------------------------------------------------------------------- kinds
 def _plain(study: Study, training: Training, seed: int) -> dict[str, Any]:
     data = training_data(study.data.dataset, training)
     config = train_settings(training, study, seed)
@@ -235,8 +236,9 @@ def _versions(study: Study, training: Training, seed: int) -> dict[str, Any]:
 def frozen_versions(study: Study, training: Training) -> dict[str, Float32]:
     """Vectors of all pins ``(N, 256)`` by version, made once per work folder.
 
-    Version 1: an entity tower trained on half of the pairs; 2 and 3: gone on with, each on another quarter, as an embedding is refreshed
-    with new logs; cold retrain: towers trained anew on all pairs.
+    Version 1: an entity tower trained on half of the pairs; 2 and 3: gone on with, each on another
+    quarter, as an embedding is refreshed with new logs; cold retrain: towers trained anew on all
+    pairs.
     """
     path = study.work / f"versions-{study.sizes['steps']}-{study.sizes['batch_pairs']}.npz"
     if not path.is_file():
@@ -267,7 +269,7 @@ def frozen_versions(study: Study, training: Training) -> dict[str, Float32]:
         return {name: arrays[name] for name in VERSION_NAMES}
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ parts
+# -------------------------------------------------------------------------------------------- parts
 def training_data(dataset: Dataset, training: Training) -> TrainingData:
     """Catalogue and train pairs; with few product pairs, products' engaged queries come from those alone."""
     pairs = dataset.split("train")

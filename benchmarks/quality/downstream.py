@@ -82,7 +82,8 @@ def command(
 ) -> None:
     """Classify held-out queries into the Iconclass taxonomy with BUNDLE's frozen query vectors and a linear head (paper section 5.4).
 
-    fastText with words and with subwords, trained on the same queries and labels, is the yardstick. Needs the larger data set (--data).
+    fastText with words and with subwords, trained on the same queries and labels, is the yardstick.
+    Needs the larger data set (--data).
 
     Example: omni bench downstream runs/model --encoder use --data data
     """

@@ -93,7 +93,8 @@ def command(
 ) -> None:
     """Measure BUNDLE and the baselines on the held-out pairs of the sample (or of --data), exactly, and record the figures.
 
-    The pairs are human annotations standing in for engagement, not clicks. Without BUNDLE only the baselines run.
+    The pairs are human annotations standing in for engagement, not clicks. Without BUNDLE only the
+    baselines run.
 
     Example: omni bench recall runs/model --baselines random,bm25,bm25-trigrams
     """

@@ -1,8 +1,9 @@
 """``omni bench text``: how an entity's texts are best mixed into its frozen text embedding, by cross-validation on train queries alone.
 
-No training and no held-out pair: the train queries are dealt into folds by their text, an entity's engaged queries are its train queries of
-the other folds, and the pairs of a fold are asked against all entities of the type with the frozen tower on both sides. The tower must not
-have been trained on these queries: multilingual USE was not, the shipped 16 MB tower was.
+No training and no held-out pair: the train queries are dealt into folds by their text, an entity's
+engaged queries are its train queries of the other folds, and the pairs of a fold are asked against
+all entities of the type with the frozen tower on both sides. The tower must not have been trained
+on these queries: multilingual USE was not, the shipped 16 MB tower was.
 """
 
 from __future__ import annotations
@@ -154,7 +155,8 @@ def command(
 
     Real annotation pairs of the sample (not clicks); held-out pairs are not read.
 
-    Example: python -m encoders.pretraining.use_query_tower --out use_tower; omni bench text --tower use_tower
+    Example: python -m encoders.pretraining.use_query_tower --out use_tower; omni bench text --tower
+    use_tower
     """
     dataset = load_sample(engaged_queries=0, pictures=False)
     train = dataset.split("train")

@@ -1,7 +1,8 @@
 """The thinnest gRPC caller there is: HTTP/2 frames made once and sent over and over, so that the server is what gets measured.
 
-``grpc.aio`` costs a client some 300 microseconds of CPU per call; on a machine whose cores client and server share, that measures the
-client. Here a call costs about a tenth of it, for every server alike. Answers are checked for their status, not parsed.
+``grpc.aio`` costs a client some 300 microseconds of CPU per call; on a machine whose cores client
+and server share, that measures the client. Here a call costs about a tenth of it, for every server
+alike. Answers are checked for their status, not parsed.
 """
 
 from __future__ import annotations

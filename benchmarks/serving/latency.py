@@ -181,8 +181,9 @@ def command(
 ) -> None:
     """Latency percentiles with and without the query cache, per stage.
 
-    Every query is asked three times: the first answer needs the encoder, the second (k + 1 results) finds its vector in the cache and is
-    searched, the third was kept as a whole. The server says which it was.
+    Every query is asked three times: the first answer needs the encoder, the second (k + 1 results)
+    finds its vector in the cache and is searched, the third was kept as a whole. The server says
+    which it was.
 
     Example: omni bench latency --store demo/store
     """

@@ -135,8 +135,8 @@ def compare(
 ) -> dict[str, dict[int, dict[str, Any]]]:
     """Run every side at every concurrency, sides taking turns within a round so that noise of the machine hits both.
 
-    Beside rate and percentiles, each figure holds the requests per CPU second of the server process: on a machine that is busy with
-    other work it says what the wall clock cannot.
+    Beside rate and percentiles, each figure holds the requests per CPU second of the server
+    process: on a machine that is busy with other work it says what the wall clock cannot.
     """
     per_cpu: dict[str, dict[int, list[float]]] = {
         side: {c: [] for c in concurrencies} for side in runs
@@ -274,7 +274,8 @@ def against_echo(
 ) -> dict[str, Any]:
     """Cached ``Retrieve`` beside a bare echo of the same messages, per CPU-second of the server; and ``RetrieveBatch`` of 64.
 
-    Four servers: our transport and the echo's, each searching for every query, and each keeping answers.
+    Four servers: our transport and the echo's, each searching for every query, and each keeping
+    answers.
     """
     requests = [
         pb.RetrieveRequest(query=text, entity_type="pin", k=k).SerializeToString() for text in TEXTS
@@ -382,7 +383,8 @@ def more_workers(
     Args:
         release: What is asked.
         k: Results per query.
-        workers: Of the second server; at least as many connections are opened, so that every worker can have one.
+        workers: Of the second server; at least as many connections are opened, so that every worker
+            can have one.
         concurrencies: Calls in flight.
         rounds: Rounds per figure.
         seconds: Length of one measurement.
@@ -502,8 +504,8 @@ def command(
 ) -> None:
     """Requests per second and latency of our service beside Milvus and a bare gRPC echo.
 
-    Same vectors, k, recall, cores and run; clients share the cores with the servers. The Milvus part needs the packages
-    milvus and pymilvus.
+    Same vectors, k, recall, cores and run; clients share the cores with the servers. The Milvus
+    part needs the packages milvus and pymilvus.
 
     Example: omni bench serve --data data --rounds 3; omni bench serve --data data --peer workers
     """

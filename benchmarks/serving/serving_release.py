@@ -54,8 +54,8 @@ def serving_release(
         size: Vectors in the index.
         kind: Index kind, e.g. ``symqg``.
         k: Depth of the exact answers.
-        bundle: Model bundle whose query tower encodes texts; None: a tiny random tower (its answers to texts mean nothing, its speed is not
-            reported; ready vectors are unaffected).
+        bundle: Model bundle whose query tower encodes texts; None: a tiny random tower (its answers
+            to texts mean nothing, its speed is not reported; ready vectors are unaffected).
         cache: Where releases and vectors are kept.
     """
     root = cache or default_cache()

@@ -175,8 +175,9 @@ def measure_streaming(tower: EntityEncoder, rows: pl.DataFrame, threads: int) ->
 def measure_queries(tower: QueryEncoder, texts: list[str], rounds: int) -> dict[str, Any]:
     """Milliseconds of one query of at most 16 tokens at batch 1 on one thread, tokenising excluded: torch fp32 and both exported forms.
 
-    They take turns on every query, so that whatever else the machine does falls on all of them. ``transformers-fp32`` is the same tower
-    through the library's own forward pass, which computes every token's last state.
+    They take turns on every query, so that whatever else the machine does falls on all of them.
+    ``transformers-fp32`` is the same tower through the library's own forward pass, which computes
+    every token's last state.
     """
     tower.eval()
     token_ids = [ids for ids in tower.tokenize(texts) if len(ids) <= QUERY_TOKENS][:rounds]
@@ -255,9 +256,10 @@ def measure_queries(tower: QueryEncoder, texts: list[str], rounds: int) -> dict[
 def command(rows: int, repeats: int, threads: int, data_dir: Path | None, as_json: bool) -> None:
     """Measure entity embedding: tokeniser alone, text only, full width (1,536 continuous features), fp32 and bf16, tokenising included.
 
-    Then the shipped query tower, one real query at a time: torch fp32 and its ONNX forms, in turn, on one thread.
-    The towers have the paper's size (100,000 x 256 table, MLP 1024-1024-256) and random weights: speed does not depend on them. Beside the
-    rows per second of the clock stand the rows per second of processor time, which other work on the machine disturbs less.
+    Then the shipped query tower, one real query at a time: torch fp32 and its ONNX forms, in turn,
+    on one thread. The towers have the paper's size (100,000 x 256 table, MLP 1024-1024-256) and
+    random weights: speed does not depend on them. Beside the rows per second of the clock stand the
+    rows per second of processor time, which other work on the machine disturbs less.
 
     Example: omni bench encode --data data
     """

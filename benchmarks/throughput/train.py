@@ -1,9 +1,11 @@
 """Training throughput and quality against Sentence-Transformers: the same backbone, pairs, batch, precision and machine, in one run.
 
-Both train with in-batch negatives for the speed figures that are compared (ours also with the paper's random negatives, correction and
-Matryoshka prefixes, as ours always does by default). Sentence-Transformers embeds an entity's text with the query tower's backbone, since
-that is what MultipleNegativesRankingLoss trains; ours has the entity tower for it. Query-query pairs go through the transformer on both
-sides in both systems. Repetitions alternate, so that a busy machine slows both.
+Both train with in-batch negatives for the speed figures that are compared (ours also with the
+paper's random negatives, correction and Matryoshka prefixes, as ours always does by default).
+Sentence-Transformers embeds an entity's text with the query tower's backbone, since that is what
+MultipleNegativesRankingLoss trains; ours has the entity tower for it. Query-query pairs go through
+the transformer on both sides in both systems. Repetitions alternate, so that a busy machine slows
+both.
 """
 
 from __future__ import annotations
@@ -256,7 +258,8 @@ def command(
 ) -> None:
     """Pairs per second against Sentence-Transformers with MultipleNegativesRankingLoss; optionally Recall@10 at equal wall time.
 
-    Real annotation pairs (not clicks). Targets: 1.5 times its speed for query-entity and 1.2 times for query-query training.
+    Real annotation pairs (not clicks). Targets: 1.5 times its speed for query-entity and 1.2 times
+    for query-query training.
 
     Example: omni bench train --quality-seconds 120
     """
@@ -419,9 +422,10 @@ def _quality(
 ) -> dict[str, dict[str, Any]]:
     """Both train from the same weights for the same time, each with the cosine schedule over the steps that fit.
 
-    Ours pays for its set-up out of that time (counting n-grams, tokenising, embedding the entities' texts with the frozen tower) and for
-    what follows the last step (choosing residual scales on held-back train queries), measured on a run of one step.
-    The other system tokenises while it trains.
+    Ours pays for its set-up out of that time (counting n-grams, tokenising, embedding the entities'
+    texts with the frozen tower) and for what follows the last step (choosing residual scales on
+    held-back train queries), measured on a run of one step. The other system tokenises while it
+    trains.
     """
     peer = SentenceTransformersRun(start, pairs, texts, batch, precision)
     with stage("Sentence-Transformers: measure its speed"):

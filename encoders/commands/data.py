@@ -92,7 +92,9 @@ def import_(name: str, path: Path, out: Path, as_json: bool) -> None:
 def validate(
     path: Path, table: str | None, encoding: str, rejects: Path | None, as_json: bool
 ) -> None:
-    """Check a table against its schema; name file, row, column, value and fix of what is wrong. Exit code 1 if anything is.
+    """Check a table against its schema; name file, row, column, value and fix of what is wrong.
+
+    Exit code 1 if anything is.
 
     Example: omni data validate catalogue.csv --rejects bad.jsonl
     """
@@ -215,10 +217,12 @@ def describe(
 def simulate_logs(
     out: Path, data_dir: Path | None, as_json: bool, start: str, **flags: Any
 ) -> None:
-    """Make a log from annotation pairs, to test with. It is SIMULATED: good for correctness and scale, never for a claim about quality.
+    """Make a log from annotation pairs, to test with.
 
-    Zipf query and entity popularity, position bias, sessions, actions with dwell, countries, boards, suggestion clicks, noise, events
-    written twice or late.
+    It is SIMULATED: good for correctness and scale, never for a claim about quality.
+
+    Zipf query and entity popularity, position bias, sessions, actions with dwell, countries,
+    boards, suggestion clicks, noise, events written twice or late.
 
     Example: omni data simulate-logs --out sim --rows 100000
     """

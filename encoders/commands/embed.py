@@ -99,10 +99,11 @@ def command(
 ) -> None:
     """Embed a catalogue with a model bundle into the signal store.
 
-    BUNDLE is the folder that `omni train` wrote. Each entity type of the catalogue becomes the folder OUT/<type> with Parquet parts (id,
-    embedding, space_id, content_hash, updated_at). The new parts replace the old ones when all rows are done: until then readers see the
-    old ones, and after a kill the same command goes on where it stopped. Rows whose content did not change are not embedded again, unless
-    they were made in another --precision.
+    BUNDLE is the folder that `omni train` wrote. Each entity type of the catalogue becomes the
+    folder OUT/<type> with Parquet parts (id, embedding, space_id, content_hash, updated_at). The
+    new parts replace the old ones when all rows are done: until then readers see the old ones, and
+    after a kill the same command goes on where it stopped. Rows whose content did not change are
+    not embedded again, unless they were made in another --precision.
 
     Example: omni embed model --catalogue catalogue.parquet --out signals
     """

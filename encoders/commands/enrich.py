@@ -38,7 +38,8 @@ encoding_option = click.option(
 def group() -> None:
     """Board titles, engaged queries and captions: the text features that lift recall most (paper tables 3 and 4).
 
-    Example: omni enrich boards --catalogue catalogue.parquet --boards boards.csv --out enriched.parquet
+    Example: omni enrich boards --catalogue catalogue.parquet --boards boards.csv --out
+    enriched.parquet
     """
 
 
@@ -73,9 +74,11 @@ def boards(
 ) -> None:
     """Put each entity's best board titles on the catalogue (column board_titles).
 
-    Titles are ranked by how specific their words are to the entity and by how many boards bear them; noise and repetition drop.
+    Titles are ranked by how specific their words are to the entity and by how many boards bear
+    them; noise and repetition drop.
 
-    Example: omni enrich boards --catalogue catalogue.parquet --boards boards.csv --out enriched.parquet
+    Example: omni enrich boards --catalogue catalogue.parquet --boards boards.csv --out
+    enriched.parquet
     """
     from encoders.enrichment.board_titles import BoardTitlesConfig, board_titles
     from encoders.enrichment.engaged_queries import attach_lists
@@ -190,10 +193,12 @@ def queries(
 ) -> None:
     """Keep each entity's engaged queries current: merge a new slice of the log into the state, at the cost of the slice.
 
-    Merging day by day gives what counting the whole window at once gives. Late and repeated events are recognised, events older than
-    the window drop out. People and queries can be forgotten. One line per change is kept (version, what, counts).
+    Merging day by day gives what counting the whole window at once gives. Late and repeated events
+    are recognised, events older than the window drop out. People and queries can be forgotten. One
+    line per change is kept (version, what, counts).
 
-    Example: omni enrich queries --state state --create --log sim/log --catalogue catalogue.parquet --out enriched.parquet
+    Example: omni enrich queries --state state --create --log sim/log --catalogue catalogue.parquet
+    --out enriched.parquet
     """
     from encoders.commands.pairs import parse_assignments
     from encoders.enrichment.engaged_queries import EngagedQueriesConfig, attach_lists
@@ -222,7 +227,8 @@ def queries(
             until = parse_day(flags["until"]) if flags["until"] else None
             rules = EngagementRules(min_dwell_seconds=flags["min_dwell"])
             on_bad_rows: OnBadRows = "drop" if flags["drop_bad_rows"] else "raise"
-            # Batch by batch: memory stays bounded however long the history, and a stopped load can simply be run again.
+            # Batch by batch: memory stays bounded however long the history, and a stopped load can
+            # simply be run again.
             for log in logs:
                 for batch in read_events(
                     log, rules, on_bad_rows=on_bad_rows, encoding=flags["encoding"]
@@ -290,9 +296,11 @@ def captions(
 ) -> None:
     """Write a caption for every image that is new or changed (column caption), and report their quality.
 
-    Stopping loses at most one batch: run the command again to go on. Images that fail are named in the state and tried again.
+    Stopping loses at most one batch: run the command again to go on. Images that fail are named in
+    the state and tried again.
 
-    Example: omni enrich captions --catalogue catalogue.parquet --images images --state captions --out captioned.parquet
+    Example: omni enrich captions --catalogue catalogue.parquet --images images --state captions
+    --out captioned.parquet
     """
     from encoders.enrichment.caption_quality import quality_report
     from encoders.enrichment.captions import (
@@ -333,7 +341,8 @@ def caption_sheet(
 ) -> None:
     """Write a sheet on which people grade captions: good, usable or wrong.
 
-    Example: omni enrich caption-sheet --catalogue captioned.parquet --out sheet.csv --judge ann --judge bo
+    Example: omni enrich caption-sheet --catalogue captioned.parquet --out sheet.csv --judge ann
+    --judge bo
     """
     from encoders.enrichment.caption_quality import GRADES, judgement_sheet
     from encoders.tables.files import read_table, write_table

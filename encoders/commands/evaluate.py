@@ -163,11 +163,12 @@ def command(
 ) -> None:
     """Evaluate BUNDLE on held-out pairs: labelled Recall@1/10/100, MRR and nDCG@10, exact, with ceilings and 95% intervals.
 
-    Labelled Recall@10 asks whether the annotated entity ranks in the top 10; a query with 40 correct entities cannot have more than a
-    quarter of them there, so the ceiling stands beside it. Without BUNDLE only the baselines are measured. With --against, both bundles
-    are compared on the same pairs. With --against-index, BUNDLE's query tower searches the older bundle's entity vectors (an upgrade
-    without embedding again); --declare writes the result into BUNDLE, and `omni rebuild --query-tower BUNDLE` then serves it.
-    `--entity-type query` measures related queries.
+    Labelled Recall@10 asks whether the annotated entity ranks in the top 10; a query with 40
+    correct entities cannot have more than a quarter of them there, so the ceiling stands beside it.
+    Without BUNDLE only the baselines are measured. With --against, both bundles are compared on the
+    same pairs. With --against-index, BUNDLE's query tower searches the older bundle's entity
+    vectors (an upgrade without embedding again); --declare writes the result into BUNDLE, and `omni
+    rebuild --query-tower BUNDLE` then serves it. `--entity-type query` measures related queries.
 
     Example: omni evaluate runs/model --baselines bm25,bm25-trigrams --slice language
     """

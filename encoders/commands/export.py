@@ -49,7 +49,8 @@ def command(
 ) -> None:
     """Export BUNDLE's query tower to ONNX (fp32, int8) into BUNDLE/forms/.
 
-    Each form is measured against the trained tower at several batch sizes and lengths; one that misses its tolerance is not written.
+    Each form is measured against the trained tower at several batch sizes and lengths; one that
+    misses its tolerance is not written.
 
     Example: omni export runs/model
     """

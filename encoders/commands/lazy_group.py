@@ -16,7 +16,8 @@ class LazyGroup(click.Group):
         """Make a group.
 
         Args:
-            table: Name -> (``module:attribute`` of a click command, one line of help), in the order of the help text.
+            table: Name -> (``module:attribute`` of a click command, one line of help), in the order
+                of the help text.
             settings: What ``click.Group`` takes.
         """
         super().__init__(**settings)

@@ -149,12 +149,14 @@ def command(
 ) -> None:
     """Turn a log into training and held-out pairs (paper 4.1).
 
-    Actions by entity type: pins save and long click; products and ads also add to cart and checkout; queries clicks on suggestions.
-    A click of --min-dwell seconds is a long click. Equal events count once; equal pairs become one row with a count. Held-out pairs
-    come from a later window; those the model could have seen are dropped, and a leak check runs on the rest. Every dropped event is
-    counted in summary.json.
+    Actions by entity type: pins save and long click; products and ads also add to cart and
+    checkout; queries clicks on suggestions. A click of --min-dwell seconds is a long click. Equal
+    events count once; equal pairs become one row with a count. Held-out pairs come from a later
+    window; those the model could have seen are dropped, and a leak check runs on the rest. Every
+    dropped event is counted in summary.json.
 
-    Example: omni data simulate-logs --out sim --rows 100000 && omni pairs --log sim/log --boards sim/boards.parquet --out train
+    Example: omni data simulate-logs --out sim --rows 100000 && omni pairs --log sim/log --boards
+    sim/boards.parquet --out train
     """
     from encoders.enrichment.board_titles import BoardTitlesConfig
     from encoders.enrichment.engaged_queries import EngagedQueriesConfig
@@ -236,7 +238,8 @@ def check_pairs(out: Path, engaged: Sequence[Path], drop_leaks: bool, keep_seen:
         Held-out pairs that ``drop_leaks`` took out.
 
     Raises:
-        LeakError: There is a leak (through ``engaged``: unless ``drop_leaks``, which rewrites the part without it).
+        LeakError: There is a leak (through ``engaged``: unless ``drop_leaks``, which rewrites the
+            part without it).
     """
     from collections import Counter
 

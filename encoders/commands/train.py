@@ -122,8 +122,9 @@ def command(
 ) -> None:
     """Train the query and entity towers, and save them as one bundle in OUT/model.
 
-    A run killed at any moment goes on from its last checkpoint when the same command is given again. Config or data changed meanwhile:
-    refused, nothing overwritten. On many GPUs: torchrun --nproc-per-node 8 -m encoders.commands.train CONFIG.toml --out OUT
+    A run killed at any moment goes on from its last checkpoint when the same command is given
+    again. Config or data changed meanwhile: refused, nothing overwritten. On many GPUs: torchrun
+    --nproc-per-node 8 -m encoders.commands.train CONFIG.toml --out OUT
 
     Example: omni train --print-config > run.toml && omni train run.toml --out runs/first
     """
@@ -209,7 +210,8 @@ def _save(path: Path, result: TrainResult) -> ModelBundle:
 def _process_group(device: str) -> Iterator[None]:
     """Under torchrun, join its process group, NCCL on CUDA and gloo on CPU, and leave it together.
 
-    A process that ends inside its group leaves gloo's threads to the interpreter's end, which now and then aborts on them.
+    A process that ends inside its group leaves gloo's threads to the interpreter's end, which now
+    and then aborts on them.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield

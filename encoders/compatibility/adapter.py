@@ -1,7 +1,8 @@
 """A linear map from one embedding space to another, learned in closed form from texts embedded in both.
 
-``x -> normalise(W x)``, without a bias: lengths do not matter on the sphere, so a query tower that ends in a linear layer takes the whole
-adapter into that layer (``fold``), and an adapted tower costs nothing more to run.
+``x -> normalise(W x)``, without a bias: lengths do not matter on the sphere, so a query tower that
+ends in a linear layer takes the whole adapter into that layer (``fold``), and an adapted tower
+costs nothing more to run.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ class SpaceAdapter:
             shape: ``(to, from)`` that the two spaces need.
 
         Raises:
-            BundleError: Unreadable, of other shapes, not float32, or with values that are not finite.
+            BundleError: Unreadable, of other shapes, not float32, or with values that are not
+                finite.
         """
         try:
             parts = load_file(path)
@@ -140,7 +142,8 @@ def fit_adapter(
     Args:
         source: ``(N, from)`` unit rows.
         target: ``(N, to)``, what each row should become.
-        rank: At most this rank, by reduced-rank regression: the fitted values are cut to their first principal directions; 0: full rank.
+        rank: At most this rank, by reduced-rank regression: the fitted values are cut to their
+            first principal directions; 0: full rank.
         ridge: Shrinkage relative to the mean variance of a source direction, above 0.
 
     Raises:

@@ -1,7 +1,8 @@
 """Upgrades without backfill: a new bundle may declare that its query tower searches vectors of an older space, with the measured recall.
 
-A declaration is an entry of ``compatible`` in the new bundle's ``space.json``; a learned adapter lies in ``compatibility/``. Neither is in
-the space id, for both towers still write the same vectors; an adapter is guarded by the SHA-256 in its entry instead.
+A declaration is an entry of ``compatible`` in the new bundle's ``space.json``; a learned adapter
+lies in ``compatibility/``. Neither is in the space id, for both towers still write the same
+vectors; an adapter is guarded by the SHA-256 in its entry instead.
 
 ```
 space.json       "compatible": [{"space_id": OLD, "dimension": 256, "adapter": {"file", "sha256", "rank", ...} or null, "measured": {...}}]
@@ -38,7 +39,8 @@ class Declaration:
     Attributes:
         space_id: The older space, of the vectors that are searched.
         dimension: Width of those vectors.
-        adapter: ``file``, ``sha256``, ``rank`` and how it was learned; None: query vectors search as they are.
+        adapter: ``file``, ``sha256``, ``rank`` and how it was learned; None: query vectors search
+            as they are.
         measured: What ``omni evaluate --against-index`` found, by entity type.
     """
 
@@ -104,7 +106,8 @@ def load_adapter(bundle: Path, declaration: Declaration) -> SpaceAdapter | None:
     """The adapter of a declaration, or None where vectors search as they are.
 
     Raises:
-        BundleError: The file is missing, was changed, or does not map this bundle's vectors to the older space.
+        BundleError: The file is missing, was changed, or does not map this bundle's vectors to the
+            older space.
     """
     dimension = int(read_space(bundle)["dimension"])
     if declaration.adapter is None:
@@ -139,7 +142,9 @@ def declare(
     measured: Mapping[str, Any],
     learned: Mapping[str, Any] | None = None,
 ) -> Declaration:
-    """Write a declaration into a bundle; one about the same space is replaced. A kill at any moment leaves the old or the new one.
+    """Write a declaration into a bundle; one about the same space is replaced.
+
+    A kill at any moment leaves the old or the new one.
 
     Args:
         bundle: The newer bundle.
@@ -186,8 +191,9 @@ def declare(
 def write_upgraded_bundle(old: Path, new: Path, target: Path) -> Declaration:
     """Write a bundle of the older space whose query tower is the newer one, with the adapter folded in.
 
-    ``space.json`` keeps the older space id (entities are embedded as before) and names under ``query_upgrade`` the space of the query
-    tower, the measured recall, and ``files_id``, the checksum of both towers' files that loading checks.
+    ``space.json`` keeps the older space id (entities are embedded as before) and names under
+    ``query_upgrade`` the space of the query tower, the measured recall, and ``files_id``, the
+    checksum of both towers' files that loading checks.
 
     Args:
         old: Bundle (or release) of the space that is searched.

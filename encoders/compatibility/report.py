@@ -1,7 +1,8 @@
 """Measure whether a newer query tower can search an older index, and learn the adapter that lets it.
 
-Everything is exact search: an index's own ANN recall comes on top and is measured by the index. The adapter is learned from train queries
-only; its ridge and its targets are chosen on train queries that were held back, by labelled Recall@10.
+Everything is exact search: an index's own ANN recall comes on top and is measured by the index. The
+adapter is learned from train queries only; its ridge and its targets are chosen on train queries
+that were held back, by labelled Recall@10.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class SpacesReport:
     """How the adapter was learned; empty where none was."""
     measured: dict[str, Any]
     """By entity type: labelled Recall@10 of every way with its interval, the paired difference to the old tower, and the share of the old
-    tower's exact top 10 that the way returns too."""
+    tower's exact top 10 that the way returns too.
+    """
     way: str
     """The way that a declaration would stand for."""
 
@@ -114,15 +116,18 @@ def compare_spaces(
         new: The bundle whose query tower is to search.
         old: The bundle that embedded the index.
         dataset: Train pairs to learn from, held-out pairs to measure on.
-        adapter: ``never``; ``always``: learn one, and a declaration goes through it; ``auto``: learn one, and a declaration goes through it
-            if train queries that it did not learn from find more with it than without.
+        adapter: ``never``; ``always``: learn one, and a declaration goes through it; ``auto``:
+            learn one, and a declaration goes through it if train queries that it did not learn from
+            find more with it than without.
         rank: Its rank; 0: full.
         entity_types: Types to measure; None: all of the catalogue that both bundles embed.
         seed: Of every choice.
-        options: Further ones of ``evaluate_systems``: ``split``, ``corpus_size``, ``max_queries``, ``resamples``, ``slices``.
+        options: Further ones of ``evaluate_systems``: ``split``, ``corpus_size``, ``max_queries``,
+            ``resamples``, ``slices``.
 
     Raises:
-        ConfigError: Both bundles have one space, or vectors of different widths are to be compared without an adapter.
+        ConfigError: Both bundles have one space, or vectors of different widths are to be compared
+            without an adapter.
     """
     if new.space_id == old.space_id:
         raise ConfigError(

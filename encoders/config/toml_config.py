@@ -43,12 +43,14 @@ def build_config(cls: type[T], table: Mapping[str, Any], where: str = "config") 
     """Make a frozen dataclass, nested ones included, from a table.
 
     Args:
-        cls: A dataclass whose fields are numbers, strings, booleans, tuples of these, mappings, dataclasses or tuples of dataclasses.
+        cls: A dataclass whose fields are numbers, strings, booleans, tuples of these, mappings,
+            dataclasses or tuples of dataclasses.
         table: What TOML gave.
         where: Name of the source, for messages.
 
     Raises:
-        ConfigError: Any number of mistakes, one per line: unknown keys, wrong types, values a dataclass refuses.
+        ConfigError: Any number of mistakes, one per line: unknown keys, wrong types, values a
+            dataclass refuses.
     """
     problems: list[str] = []
     value = _build(cls, table, "", problems)
@@ -89,7 +91,9 @@ def _build(cls: type[T], table: Mapping[str, Any], prefix: str, problems: list[s
     }
     if not required <= values.keys():
         return None
-    try:  # also when a key was wrong: the good values may break rules of their own, and all mistakes are told at once
+    # Also when a key was wrong: the good values may break rules of their own, and all mistakes are
+    # told at once
+    try:
         built = cls(**values)
     except ConfigError as error:
         problems.extend(f"{prefix}{line}" if prefix else line for line in str(error).splitlines())

@@ -15,7 +15,11 @@ DEFAULT_DEPTH = 2
 
 
 DEFAULT_WIDTH = 1 << 20
-"""Counters per row. The released trainer uses 2 x 2^26; 2 x 2^20 (16 MiB) over-counts by less than 0.1% of a million items."""
+"""Counters per row.
+
+The released trainer uses 2 x 2^26; 2 x 2^20 (16 MiB) over-counts by less than 0.1% of a million
+items.
+"""
 
 INITIAL_TEMPERATURE = 0.07
 
@@ -43,19 +47,25 @@ class DatasetConfig:
     name: str
     """Name of the dataset, e.g. ``pin``; names its tasks in logs."""
     entity_type: str = ""
-    """Pairs of this entity type; empty: the same as ``name``. ``query`` means related queries: ``entity_id`` is the candidate's text."""
+    """Pairs of this entity type; empty: the same as ``name``.
+
+    ``query`` means related queries: ``entity_id`` is the candidate's text.
+    """
     actions: tuple[str, ...] = ()
     """Keep pairs with one of these actions (e.g. add_to_cart, checkout for product-offsite); empty: all."""
     share: float = 0.0
     """Part of each batch, relative to the other datasets; 0: the paper's for this name, or 1."""
     balance_by: str = ""
-    """A column of the pairs or the catalogue (e.g. ``language``, ``source``): pairs are drawn so that rare values of it are met more often
-    than they occur. Empty: every pair once per epoch."""
+    """A column of the pairs or the catalogue (e.g.
+    ``language``, ``source``): pairs are drawn so that rare values of it are met more often
+    than they occur. Empty: every pair once per epoch.
+    """
     balance_exponent: float = 0.5
     """A value of ``balance_by`` with n pairs is drawn in proportion to n to this power: 1 as it occurs, 0 all values equally often."""
     candidates: tuple[str, ...] = ()
     """Towers on the candidate side: ``entity``, ``query`` (related queries) or ``vector:COLUMN`` (compatibility with a frozen embedding).
-    Empty: ``query`` for related queries, else ``entity``."""
+    Empty: ``query`` for related queries, else ``entity``.
+    """
     optional: bool = False
     """Leave the dataset out, with a note, when the data holds no train pair of it; otherwise that stops the run."""
 
@@ -154,7 +164,8 @@ class LossConfig:
     """Where the learned temperature starts."""
     random_negatives: float = 4.0
     """Uniform random catalogue negatives per positive, drawn without repeats; 0 leaves the term out. Never more than the catalogue holds:
-    then every entity is a negative once, and the term is the full softmax."""
+    then every entity is a negative once, and the term is the full softmax.
+    """
     random_query_negatives: float = 4.0
     """The same for related-query tasks, whose negatives cost a transformer pass each."""
     log_q: bool = True
@@ -211,7 +222,9 @@ class BatchConfig:
     """Entities encoded together."""
     cross_fit: int = 0
     """Above 1: train queries are dealt into this many folds, and a pair of fold f sees its entity without the engaged queries of fold f.
-    Without it the answer stands in the entity's text, which no query met after training enjoys. 0: off."""
+    Without it the answer stands in the entity's text, which no query met after training enjoys. 0:
+    off.
+    """
 
     def __post_init__(self) -> None:
         _check(
@@ -300,7 +313,10 @@ class ValidationConfig:
     """Labelled Recall@10 of held-back training pairs, for early stopping. Never the test pairs."""
 
     split: str = "validation"
-    """Pairs with this ``split`` validate. When there are none, ``fraction`` of the train queries is held back."""
+    """Pairs with this ``split`` validate.
+
+    When there are none, ``fraction`` of the train queries is held back.
+    """
     fraction: float = 0.01
     """Part of the distinct train queries held back (whole queries); 0: no validation."""
     pairs: int = 2000
@@ -311,10 +327,14 @@ class ValidationConfig:
     """Stop after this many validations without a better mean Recall@10; 0: never."""
     residual_scales: tuple[float, ...] = ()
     """At the end, what each type's entity tower adds to its text embedding is scaled by the one of these that validates best (0: nothing is
-    added, 1: as trained). For types with few pairs, whose entities are soon known by heart. Needs ``features.text_embedding``."""
+    added, 1: as trained). For types with few pairs, whose entities are soon known by heart. Needs
+    ``features.text_embedding``.
+    """
     query_scales: tuple[float, ...] = ()
     """At the end, the query tower keeps this much of its way from where it started (0: nothing, 1: as trained): the smallest of these that
-    no entity type's held-back pairs notice. For towers that start from a pretrained one and its projection."""
+    no entity type's held-back pairs notice. For towers that start from a pretrained one and its
+    projection.
+    """
 
     def __post_init__(self) -> None:
         object.__setattr__(
@@ -371,7 +391,10 @@ class TrainConfig:
     device: str = "auto"
     """``auto`` (CUDA if there is one), ``cpu``, ``cuda``."""
     precision: str = "fp32"
-    """``fp32`` or ``bf16`` (autocast; on a CPU only where it has instructions for it, else fp32). Losses are always fp32."""
+    """``fp32`` or ``bf16`` (autocast; on a CPU only where it has instructions for it, else fp32).
+
+    Losses are always fp32.
+    """
     log_every: int = 20
     """A line and TensorBoard scalars every so many steps."""
     checkpoint_every: int = 500

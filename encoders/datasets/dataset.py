@@ -1,7 +1,8 @@
 """Load data sets of real pairs (the sample in the package, the larger folder) and derive from them queries as entities and related queries.
 
-The pairs are human annotations and translations, standing in for engagement: people chose these words for these pictures. They are not
-clicks, and nothing is simulated. A query string is held out as a whole, so held-out text never reaches training through any function here.
+The pairs are human annotations and translations, standing in for engagement: people chose these
+words for these pictures. They are not clicks, and nothing is simulated. A query string is held out
+as a whole, so held-out text never reaches training through any function here.
 """
 
 from __future__ import annotations
@@ -56,7 +57,10 @@ class Dataset:
     pictures: dict[str, str] = field(default_factory=dict)
     """Entity id -> a whole SVG document."""
     groups: dict[str, str] = field(default_factory=dict)
-    """Entity id -> name of its set of near-duplicates; any member counts as a correct answer. An id without a line stands alone."""
+    """Entity id -> name of its set of near-duplicates; any member counts as a correct answer.
+
+    An id without a line stands alone.
+    """
     name: str = "sample"
     label: str = ""
     """What the pairs are, for every table that shows them."""
@@ -81,7 +85,8 @@ def load_sample(
     """The data set in the package: 1,594 pins, 4,855 products, 378 ads, 217,198 pairs in 17 languages.
 
     Args:
-        engaged_queries: At most this many train-split queries per entity in the column ``engaged_queries``; 0: empty lists.
+        engaged_queries: At most this many train-split queries per entity in the column
+            ``engaged_queries``; 0: empty lists.
         pictures: Also read the SVG pictures.
 
     Returns:
@@ -102,12 +107,15 @@ def load_large(
 ) -> Dataset:
     """The larger data set: 75,439 entities and 1.86 million pairs in more than 190 languages, for training and evaluation runs.
 
-    Pictures of one emoji by several artists form one group, so any of them counts as a correct answer.
+    Pictures of one emoji by several artists form one group, so any of them counts as a correct
+    answer.
 
     Args:
-        folder: Holds ``entities.jsonl.gz``, ``pairs_train.jsonl.gz`` and ``pairs_dev.jsonl.gz``, or a sub-folder ``large`` that does.
+        folder: Holds ``entities.jsonl.gz``, ``pairs_train.jsonl.gz`` and ``pairs_dev.jsonl.gz``, or
+            a sub-folder ``large`` that does.
         engaged_queries: As in ``load_sample``.
-        sources: Keep only entities whose ``source`` starts with one of these, e.g. ``("emoji", "icons")``.
+        sources: Keep only entities whose ``source`` starts with one of these, e.g. ``("emoji",
+            "icons")``.
 
     Raises:
         ConfigError: The folder or its files are not there.
@@ -251,8 +259,9 @@ def with_engaged_queries(
 ) -> pl.DataFrame:
     """Add ``engaged_queries``: up to ``cap`` distinct train-split queries of each entity, languages taken in turn, specific ones first.
 
-    Within one language a query that few entities share comes before one that many share (then alphabetical); English goes first in each
-    turn, the others by code. Held-out pairs are never looked at.
+    Within one language a query that few entities share comes before one that many share (then
+    alphabetical); English goes first in each turn, the others by code. Held-out pairs are never
+    looked at.
 
     Args:
         catalogue: Rows with ``id``.

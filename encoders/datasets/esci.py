@@ -1,7 +1,8 @@
 """Amazon shopping queries data set (ESCI): products in us, es, jp; judgements Exact, Substitute, Complement, Irrelevant.
 
-Published columns used: examples(query, product_id, product_locale, esci_label, split) and products(product_id, product_title,
-product_description, product_bullet_point, product_brand, product_color, product_locale), both Parquet.
+Published columns used: examples(query, product_id, product_locale, esci_label, split) and
+products(product_id, product_title, product_description, product_bullet_point, product_brand,
+product_color, product_locale), both Parquet.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ def read(folder: Path) -> dict[str, pl.DataFrame]:
     """Read the folder with ``shopping_queries_dataset_examples.parquet`` and ``..._products.parquet``.
 
     Returns:
-        ``catalogue`` (ids are ``locale:product_id``, as one product id is sold in several locales), ``judgements`` (grades 3 to 0) and
-        ``pairs`` (Exact only; test becomes ``heldout``; the data set splits by query).
+        ``catalogue`` (ids are ``locale:product_id``, as one product id is sold in several locales),
+        ``judgements`` (grades 3 to 0) and ``pairs`` (Exact only; test becomes ``heldout``; the data
+        set splits by query).
 
     Raises:
         DataError: A file is missing.

@@ -43,7 +43,8 @@ def import_tables(name: str, path: Path) -> dict[str, Checked]:
         path: Folder the data set was unpacked to.
 
     Returns:
-        Checked tables by name; rows that break a rule are left out and counted in the table's report.
+        Checked tables by name; rows that break a rule are left out and counted in the table's
+        report.
 
     Raises:
         ConfigError: Unknown name.

@@ -18,7 +18,8 @@ def read_small(folder: Path) -> dict[str, pl.DataFrame]:
     """Read a folder (or its sub-folder ``small``) with ``entities.jsonl.gz`` and ``pairs.jsonl.gz``.
 
     Returns:
-        ``catalogue`` without engaged queries, ``boards`` (small groups as boards) and ``pairs`` with the kind of annotation as action.
+        ``catalogue`` without engaged queries, ``boards`` (small groups as boards) and ``pairs``
+        with the kind of annotation as action.
 
     Raises:
         DataError: The files are not there.

@@ -21,8 +21,9 @@ def query_entities(pairs: pl.DataFrame, split: str | None = None) -> pl.DataFram
         split: Keep only queries of this split.
 
     Returns:
-        ``id`` (the string itself), ``entity_type`` = ``query``, ``title`` (the same string), ``language`` (the most frequent, ties
-        alphabetical), ``count`` (sum over its pairs), ``split``; most frequent first, then alphabetical.
+        ``id`` (the string itself), ``entity_type`` = ``query``, ``title`` (the same string),
+        ``language`` (the most frequent, ties alphabetical), ``count`` (sum over its pairs),
+        ``split``; most frequent first, then alphabetical.
     """
     kept = pairs if split is None else pairs.filter(pl.col("split") == split)
     by_language = (
@@ -53,21 +54,25 @@ def related_query_pairs(
 ) -> pl.DataFrame:
     """Derive related-query pairs: names of one entity in two languages, and queries that share rare entities. Derived, not logged.
 
-    The weight of two queries is the sum over the entities they share of ``1 / log2(1 + n)``, n being the entity's number of queries
-    (an Adamic-Adar score), divided by ``sqrt(d1 * d2)``, d being a query's number of entities; translations of a name (``kind`` ``name``
-    or ``title`` on both sides) get 1 on top. The right-hand side is always a train-split query. A pair is ``train`` when its left query
-    is, else ``heldout``: no held-out string stands in a train pair on either side.
+    The weight of two queries is the sum over the entities they share of ``1 / log2(1 + n)``, n
+    being the entity's number of queries (an Adamic-Adar score), divided by ``sqrt(d1 * d2)``, d
+    being a query's number of entities; translations of a name (``kind`` ``name`` or ``title`` on
+    both sides) get 1 on top. The right-hand side is always a train-split query. A pair is ``train``
+    when its left query is, else ``heldout``: no held-out string stands in a train pair on either
+    side.
 
     Args:
         pairs: Query-entity pairs with ``query, language, entity_id, kind, split``.
         per_query: Keep this many of the best partners of each query.
         max_entities: Ignore queries with more entities than this: they are related to everything.
-        partners_per_entity: An entity with more train queries than this lends only so many, drawn by ``seed``, as partners.
+        partners_per_entity: An entity with more train queries than this lends only so many, drawn
+            by ``seed``, as partners.
         seed: Chooses those, and the order of partners with equal weight.
 
     Returns:
-        The pairs table with ``entity_type`` = ``query``, ``entity_id`` = the related query, ``kind`` ``derived_translation`` or
-        ``derived_shared``, and ``weight`` (float32); queries alphabetical, best partner first.
+        The pairs table with ``entity_type`` = ``query``, ``entity_id`` = the related query,
+        ``kind`` ``derived_translation`` or ``derived_shared``, and ``weight`` (float32); queries
+        alphabetical, best partner first.
     """
     edges = pairs.select("query", "language", "entity_id", "kind", "split").unique(
         ["query", "entity_id"], keep="first", maintain_order=True
@@ -148,7 +153,8 @@ def _best_partners(
     rows, columns, weights = rows[order], columns[order], weights[order]
     first = np.searchsorted(rows, rows, side="left")
     kept = np.arange(len(rows)) - first < per_query
-    # A shared-entity weight never exceeds 1 (degrees and rarities are at most 1 each), so above 1 there is a translation in it.
+    # A shared-entity weight never exceeds 1 (degrees and rarities are at most 1 each), so above 1
+    # there is a translation in it.
     return rows[kept], columns[kept], weights[kept], weights[kept] > 1.0
 
 

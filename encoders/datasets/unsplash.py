@@ -1,8 +1,10 @@
 """Unsplash data set (Lite or Full): photos become pins, collections boards, downloads after a search a log with time and country.
 
-Published columns used: photos(photo_id, photo_image_url, photo_description, ai_description, photographer_username, photo_location_country,
-stats_views, stats_downloads), keywords(photo_id, keyword, suggested_by_user), collections(photo_id, collection_id, collection_title),
-conversions(converted_at, conversion_type, keyword, photo_id, anonymous_user_id, conversion_country); tab- or comma-separated, in parts.
+Published columns used: photos(photo_id, photo_image_url, photo_description, ai_description,
+photographer_username, photo_location_country, stats_views, stats_downloads), keywords(photo_id,
+keyword, suggested_by_user), collections(photo_id, collection_id, collection_title),
+conversions(converted_at, conversion_type, keyword, photo_id, anonymous_user_id,
+conversion_country); tab- or comma-separated, in parts.
 """
 
 from __future__ import annotations
@@ -36,8 +38,9 @@ def read(folder: Path) -> dict[str, pl.DataFrame]:
     """Read an unpacked Unsplash data set.
 
     Returns:
-        ``catalogue`` (pins; keywords as the attribute ``keywords``), ``boards``, ``log`` (every download is a ``save``), and ``pairs``:
-        keywords that people suggested for a photo, split by keyword.
+        ``catalogue`` (pins; keywords as the attribute ``keywords``), ``boards``, ``log`` (every
+        download is a ``save``), and ``pairs``: keywords that people suggested for a photo, split by
+        keyword.
 
     Raises:
         DataError: A file is missing.

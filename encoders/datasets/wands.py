@@ -1,7 +1,8 @@
 """Wayfair annotation data set (WANDS): furniture and home products; judgements Exact, Partial, Irrelevant. English.
 
-Published columns used, tab-separated: query.csv(query_id, query, query_class), product.csv(product_id, product_name, product_class,
-category hierarchy, product_description, average_rating, review_count), label.csv(query_id, product_id, label).
+Published columns used, tab-separated: query.csv(query_id, query, query_class),
+product.csv(product_id, product_name, product_class, category hierarchy, product_description,
+average_rating, review_count), label.csv(query_id, product_id, label).
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ def read(folder: Path) -> dict[str, pl.DataFrame]:
     """Read the folder with ``query.csv``, ``product.csv`` and ``label.csv``.
 
     Returns:
-        ``catalogue``, ``judgements`` (grades 2 to 0), ``pairs`` (Exact only; the data set has no split: a tenth of the queries is held
-        out, by a hash of the query) and ``labels`` (the query's class as a path).
+        ``catalogue``, ``judgements`` (grades 2 to 0), ``pairs`` (Exact only; the data set has no
+        split: a tenth of the queries is held out, by a hash of the query) and ``labels`` (the
+        query's class as a path).
 
     Raises:
         DataError: A file is missing.

@@ -1,12 +1,14 @@
 """Board titles: for each entity the titles people filed it under, specific ones first, without noise and repetition (paper 4.2).
 
-The paper ranks titles by a score of the title's frequency and its words' prevalence, ascending, then by word count and length, descending,
-and keeps ten. Its formula is not published; ours, for a title t on entity e with words w::
+The paper ranks titles by a score of the title's frequency and its words' prevalence, ascending,
+then by word count and length, descending, and keeps ten. Its formula is not published; ours, for a
+title t on entity e with words w::
 
     score = mean over w of log2(p(w) / s(w, e)) - log2(1 + n(t, e))
 
-``p(w)``: share of all entities on a board with that word; ``s(w, e)``: share of e's boards with it; ``n(t, e)``: e's boards called t.
-Words that are common on this entity and rare elsewhere make the score low; so does a title that many of its boards bear.
+``p(w)``: share of all entities on a board with that word; ``s(w, e)``: share of e's boards with it;
+``n(t, e)``: e's boards called t. Words that are common on this entity and rare elsewhere make the
+score low; so does a title that many of its boards bear.
 """
 
 from __future__ import annotations
@@ -93,12 +95,13 @@ def board_titles(
 ) -> pl.DataFrame:
     """Rank and choose the board titles of each entity.
 
-    A title is noise when it holds no letter, is an address, is too long, or consists of words that are everywhere. Titles of the same
-    words in any order, case and form are one title, shown in its most frequent form. A title that adds no word to those ranked above it
-    is redundant and dropped.
+    A title is noise when it holds no letter, is an address, is too long, or consists of words that
+    are everywhere. Titles of the same words in any order, case and form are one title, shown in its
+    most frequent form. A title that adds no word to those ranked above it is redundant and dropped.
 
     Args:
-        boards: ``board_id, title, entity_id``; all rows of an entity must be in one call. A board counts once per entity.
+        boards: ``board_id, title, entity_id``; all rows of an entity must be in one call. A board
+            counts once per entity.
         config: Sizes and what is noise.
         prevalence: Of all entities; None: ``boards`` holds all of them.
 

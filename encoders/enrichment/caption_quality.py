@@ -26,10 +26,12 @@ def quality_report(catalogue: pl.DataFrame) -> dict[str, Any]:
         catalogue: With ``caption`` and perhaps ``title``.
 
     Returns:
-        ``entities``, ``captioned``; ``words`` (mean, shortest, longest); shares of captions that ``repeat`` a word three times or the
-        same word twice in a row, are ``shorter_than_3_words``, ``look_english`` (hold an English article or preposition), hold letters
-        that are not Latin; ``shared_captions`` (share of captions another entity has, too); ``agreement_with_title``: mean share of the
-        title's words that stand in the caption, and the share of captions without any.
+        ``entities``, ``captioned``; ``words`` (mean, shortest, longest); shares of captions that
+        ``repeat`` a word three times or the same word twice in a row, are ``shorter_than_3_words``,
+        ``look_english`` (hold an English article or preposition), hold letters that are not Latin;
+        ``shared_captions`` (share of captions another entity has, too); ``agreement_with_title``:
+        mean share of the title's words that stand in the caption, and the share of captions without
+        any.
     """
     rows = catalogue.filter(pl.col("caption").fill_null("").str.strip_chars() != "")
     report: dict[str, Any] = {"entities": catalogue.height, "captioned": rows.height}
@@ -153,9 +155,9 @@ def agreement(grades: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
         grades: Grade by item, by judge; judges may miss items.
 
     Returns:
-        ``judges``, ``items`` (graded by at least two), ``identical`` (share of pairs of judges and items with equal grades),
-        Krippendorff's ``alpha_nominal`` and ``alpha_interval`` (1: perfect, 0: chance; None where all grades are equal), and the share of
-        each grade.
+        ``judges``, ``items`` (graded by at least two), ``identical`` (share of pairs of judges and
+        items with equal grades), Krippendorff's ``alpha_nominal`` and ``alpha_interval`` (1:
+        perfect, 0: chance; None where all grades are equal), and the share of each grade.
 
     Raises:
         DataError: No item was graded by two judges.

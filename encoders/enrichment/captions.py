@@ -1,7 +1,8 @@
 """Synthetic captions with BLIP (paper 4.2): batched, resumable, and only for images that are new or changed.
 
-State: an append-only ``captions.jsonl``, one line per image and outcome with the hash of the image's bytes and of the model. A run that
-was stopped loses at most one batch. An image whose bytes and model are already there is not captioned again; a failed one is tried again.
+State: an append-only ``captions.jsonl``, one line per image and outcome with the hash of the
+image's bytes and of the model. A run that was stopped loses at most one batch. An image whose bytes
+and model are already there is not captioned again; a failed one is tried again.
 """
 
 from __future__ import annotations
@@ -137,7 +138,8 @@ def caption_catalogue(
     """Caption every image of a catalogue that is new or changed, and record the outcome batch by batch.
 
     Args:
-        catalogue: With ``entity_type``, ``id`` and ``image`` (a path relative to ``images``, or a URL).
+        catalogue: With ``entity_type``, ``id`` and ``image`` (a path relative to ``images``, or a
+            URL).
         state: Folder of the state; made if missing.
         captioner: Writes the captions.
         config: Batch size and drawing size.

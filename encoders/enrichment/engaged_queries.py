@@ -48,7 +48,10 @@ class EngagedQueriesConfig:
     window_days: int = 730
     """Events older than this, counted back from the end of the window, no longer count."""
     min_users: int = 3
-    """A query becomes a feature only when this many different people engaged through it. Events without a user id are one person."""
+    """A query becomes a feature only when this many different people engaged through it.
+
+    Events without a user id are one person.
+    """
 
     def __post_init__(self) -> None:
         unknown = set(self.weights) - set(ENGAGEMENTS)
@@ -83,17 +86,21 @@ def engaged_queries(
 ) -> pl.DataFrame:
     """Find each entity's engaged queries in the window that ends at ``until``.
 
-    Every step works within one entity, so calls on disjoint sets of entities give, together, what one call on all of them gives.
+    Every step works within one entity, so calls on disjoint sets of entities give, together, what
+    one call on all of them gives.
 
     Args:
-        events: Columns of ``events.EVENT_SCHEMA``; repeated rows are one event. All events of an entity must be in one call.
+        events: Columns of ``events.EVENT_SCHEMA``; repeated rows are one event. All events of an
+            entity must be in one call.
         config: Weights, sizes and the privacy threshold.
         until: End of the window (exclusive): its start is ``config.window_days`` earlier.
         deleted_users: People who asked to be forgotten; their events do not count.
-        deleted_queries: Queries that must not appear, however they are spelt (case, width, white space).
+        deleted_queries: Queries that must not appear, however they are spelt (case, width, white
+            space).
 
     Returns:
-        Columns of ``FEATURE_SCHEMA``, sorted by entity and rank. Ranked by score, then users (both descending), then query.
+        Columns of ``FEATURE_SCHEMA``, sorted by entity and rank. Ranked by score, then users (both
+        descending), then query.
     """
     inside = (pl.col("timestamp") >= until - timedelta(days=config.window_days)) & (
         pl.col("timestamp") < until
@@ -154,9 +161,11 @@ def attach_lists(
 
     Args:
         catalogue: With ``id``, and ``entity_type`` where the features have it.
-        features: With ``entity_id``, ``rank``, the text column ``value`` and perhaps ``entity_type``; features of entities that are not
-            in the catalogue find no row and are left out.
-        column: Name of the list column (``engaged_queries``, ``board_titles``); an existing one is replaced.
+        features: With ``entity_id``, ``rank``, the text column ``value`` and perhaps
+            ``entity_type``; features of entities that are not in the catalogue find no row and are
+            left out.
+        column: Name of the list column (``engaged_queries``, ``board_titles``); an existing one is
+            replaced.
         value: Column of ``features`` to collect, best first.
     """
     key = ["entity_type", "id"] if "entity_type" in features.columns else ["id"]

@@ -1,9 +1,11 @@
 """Engaged queries kept up to date slice by slice: a state on disk whose daily update costs in proportion to the day, not to the history.
 
-Layout: ``state.db`` (SQLite: totals per entity and query, how many events each person has behind each total, and which part files
-count; all of an entity lies together, so that a day's change touches few pages however long the history) and
-``events/<day>-<version>.parquet`` (the distinct events of a day, needed to drop them when they expire and to recognise repeats). People
-appear only as a keyed 64-bit hash; the key lives in the state. A merge is one transaction: it counts wholly or not at all.
+Layout: ``state.db`` (SQLite: totals per entity and query, how many events each person has behind
+each total, and which part files count; all of an entity lies together, so that a day's change
+touches few pages however long the history) and ``events/<day>-<version>.parquet`` (the distinct
+events of a day, needed to drop them when they expire and to recognise repeats). People appear only
+as a keyed 64-bit hash; the key lives in the state. A merge is one transaction: it counts wholly or
+not at all.
 """
 
 from __future__ import annotations
@@ -74,7 +76,8 @@ class Merge(NamedTuple):
     """New engaged queries (``FEATURE_SCHEMA``) of the entities that were touched."""
     touched: pl.DataFrame
     """``entity_type, entity_id`` of every entity whose engaged queries may have changed (totals below ``min_users`` before and after cannot
-    change them); one without rows in ``changed`` has no engaged query now."""
+    change them); one without rows in ``changed`` has no engaged query now.
+    """
     counts: dict[str, int]
     """Events ``given``, ``added``, ``repeated``, ``too_old`` on arrival, of ``deleted`` people or queries, and those that ``expired``."""
 
@@ -86,7 +89,8 @@ class EngagedQueriesState:
         """Open a state; :meth:`create` makes a new one.
 
         Raises:
-            StateError: There is none, its format is unknown, or it was made with another window or other weights.
+            StateError: There is none, its format is unknown, or it was made with another window or
+                other weights.
         """
         self.folder, self.config = folder, config
         path = folder / "state.db"
@@ -171,11 +175,13 @@ class EngagedQueriesState:
     ) -> Merge:
         """Count one slice of events, of any days in any order, and drop what leaves the window.
 
-        Merging slices one by one, late and repeated ones included, gives what ``engaged_queries`` gives over all events at once.
+        Merging slices one by one, late and repeated ones included, gives what ``engaged_queries``
+        gives over all events at once.
 
         Args:
             events: Columns of ``events.EVENT_SCHEMA``; may be empty.
-            until: Move the end of the window to this midnight (UTC) or later; None: to the midnight after the last event.
+            until: Move the end of the window to this midnight (UTC) or later; None: to the midnight
+                after the last event.
             what: Label for the list of versions.
 
         Raises:
@@ -256,7 +262,7 @@ class EngagedQueriesState:
             for row in self._db.execute(f"SELECT {', '.join(names)} FROM versions ORDER BY version")
         ]
 
-    # -- reading -------------------------------------------------------------------------------------------------------------------
+    # -- reading -----------------------------------------------------------------------------------
 
     def _meta(self, name: str) -> str:
         return str(self._db.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()[0])
@@ -338,7 +344,7 @@ class EngagedQueriesState:
             f" '{wanted}' WHERE name = 'feature_users'; COMMIT;"
         )
 
-    # -- writing -------------------------------------------------------------------------------------------------------------------
+    # -- writing -----------------------------------------------------------------------------------
 
     def _write_parts(self, events: pl.DataFrame) -> list[tuple[int, str, int]]:
         """Write the events of each day as a new file; the files count only once the transaction names them."""

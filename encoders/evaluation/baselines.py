@@ -1,7 +1,7 @@
 """What a trained model is measured against: BM25, zero-shot encoders, neighbouring queries, popularity and chance, all scored alike.
 
-A baseline is a function from (task, data set) to scores of every candidate. It sees the catalogue and the train-split pairs, never a
-held-out query string.
+A baseline is a function from (task, data set) to scores of every candidate. It sees the catalogue
+and the train-split pairs, never a held-out query string.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """Do query vectors carry meaning beyond retrieval? Frozen vectors and a linear head classify queries into a taxonomy (paper section 5.4).
 
-The taxonomy is Iconclass: ten branches, then two digits, then letters (``2`` -> ``25`` -> ``25D``). A query's labels are the classes of the
-entities people gave it to. fastText, trained on the same queries and labels, is the yardstick. Held-out query strings are never trained on;
-translations of one title can stand on both sides of the split, so titles say nothing about transfer between languages.
+The taxonomy is Iconclass: ten branches, then two digits, then letters (``2`` -> ``25`` -> ``25D``).
+A query's labels are the classes of the entities people gave it to. fastText, trained on the same
+queries and labels, is the yardstick. Held-out query strings are never trained on; translations of
+one title can stand on both sides of the split, so titles say nothing about transfer between
+languages.
 """
 
 from __future__ import annotations
@@ -107,7 +109,8 @@ def fit_linear_head(
     Args:
         vectors: ``(N, D)`` float32, finite.
         leaves: Leaves of each query, at least one.
-        epochs: Passes over the data; the weights of the pass with the best validation loss are kept.
+        epochs: Passes over the data; the weights of the pass with the best validation loss are
+            kept.
         batch: Queries per step.
         learning_rate: Of AdamW, falling along a cosine.
         validation_share: Queries kept to choose the pass.
@@ -131,7 +134,8 @@ def fit_linear_head(
     order = rng.permutation(len(vectors))
     held = max(1, int(validation_share * len(vectors)))
     check, train = order[:held], order[held:]
-    # Unit rows have entries near 1/sqrt(D): brought to unit scale, one learning rate fits every width.
+    # Unit rows have entries near 1/sqrt(D): brought to unit scale, one learning rate fits every
+    # width.
     inputs = (
         torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32)) * vectors.shape[1] ** 0.5
     )
@@ -242,7 +246,8 @@ def train_fasttext(
 
 def predict_fasttext(model: Any, texts: Sequence[str]) -> list[str]:
     """The most probable leaf of each text; empty where fastText knows nothing of the text."""
-    # model.predict asks numpy for a copy in a way that numpy 2 refuses; the binding below it does not.
+    # model.predict asks numpy for a copy in a way that numpy 2 refuses; the binding below it does
+    # not.
     found = [model.f.predict(" ".join(words_of(text)) + "\n", 1, 0.0, "strict") for text in texts]
     return [row[0][1].removeprefix("__label__") if row else "" for row in found]
 

@@ -1,8 +1,10 @@
 """Labelled retrieval metrics as pure functions of ranks: Recall@k, reciprocal rank, nDCG, their ceilings and their intervals.
 
-A *pair* is one row (query, entity that a person annotated). Its *rank* is the entity's place, from 1, in the list of its query.
-*Labelled Recall@k* is the share of pairs with rank <= k (paper section 5.1): it asks about annotations, and is another thing than the ANN
-recall of an index. A query with more annotated entities than k cannot have all of them in its top k, so the metric has a *ceiling* below 1.
+A *pair* is one row (query, entity that a person annotated). Its *rank* is the entity's place, from
+1, in the list of its query. *Labelled Recall@k* is the share of pairs with rank <= k (paper section
+5.1): it asks about annotations, and is another thing than the ANN recall of an index. A query with
+more annotated entities than k cannot have all of them in its top k, so the metric has a *ceiling*
+below 1.
 """
 
 from __future__ import annotations
@@ -70,14 +72,17 @@ def recall_ceiling(
 ) -> QuerySums:
     """The most pairs of each query that any ranking could put into its top k.
 
-    A query's distinct targets compete for k places; a target counts as often as it has pairs. Without repeats, and with every target in
-    the corpus, the ceiling of a query with R targets is min(k, R) pairs of R: 10 of 40 for Recall@10 of a query with 40 targets.
+    A query's distinct targets compete for k places; a target counts as often as it has pairs.
+    Without repeats, and with every target in the corpus, the ceiling of a query with R targets is
+    min(k, R) pairs of R: 10 of 40 for Recall@10 of a query with 40 targets.
 
     Args:
         query_index: int ``(P,)``.
-        target: int ``(P,)``: the answer of the pair; all near-duplicates of one answer share a number.
-        takes_place: bool ``(P,)``: whether the target stands in the corpus against which others are ranked. One that does not takes no
-            place from others (each pair is ranked against the corpus plus its own target), so it can always be a hit.
+        target: int ``(P,)``: the answer of the pair; all near-duplicates of one answer share a
+            number.
+        takes_place: bool ``(P,)``: whether the target stands in the corpus against which others are
+            ranked. One that does not takes no place from others (each pair is ranked against the
+            corpus plus its own target), so it can always be a hit.
         k: Depth.
         queries: Number of queries Q.
 
@@ -133,8 +138,8 @@ def ndcg_at_k(
 def bootstrap_interval(sums: QuerySums, *, resamples: int = 1000, seed: int = 0) -> Interval:
     """95% interval of a ratio metric by resampling queries (a query's pairs stay together, for they are not independent).
 
-    Poisson bootstrap: every query gets a Poisson(1) weight in each resample, which is the usual bootstrap up to O(1/Q). Fewer than two
-    queries give no interval (NaN).
+    Poisson bootstrap: every query gets a Poisson(1) weight in each resample, which is the usual
+    bootstrap up to O(1/Q). Fewer than two queries give no interval (NaN).
 
     Args:
         sums: Hits and counts of each query; queries without pairs are left out.

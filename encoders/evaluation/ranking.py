@@ -1,8 +1,10 @@
 """Rank every labelled pair exactly, against the whole catalogue or a random corpus, and sum the ranks up by slice.
 
-The rank of a pair (query q, entity e) against a corpus C is 1 + the number of entities in C, other than e and its near-duplicates, that
-score higher for q (or as high and stand earlier in the catalogue). With C the whole catalogue that is e's place in the result list; with
-a random C it is the protocol of the paper (5.1), where e itself need not be in C. Any near-duplicate of e counts as e, at its best score.
+The rank of a pair (query q, entity e) against a corpus C is 1 + the number of entities in C, other
+than e and its near-duplicates, that score higher for q (or as high and stand earlier in the
+catalogue). With C the whole catalogue that is e's place in the result list; with a random C it is
+the protocol of the paper (5.1), where e itself need not be in C. Any near-duplicate of e counts as
+e, at its best score.
 """
 
 from __future__ import annotations
@@ -66,8 +68,10 @@ def build_task(
 
     Args:
         dataset: Catalogue, pairs and near-duplicate groups.
-        entity_type: ``pin``, ``product``, ``ad``, or ``query`` (candidates are then the train-split query strings).
-        pairs: Use these instead of the data set's (e.g. derived related-query pairs, judgements with a ``grade``, or new logs).
+        entity_type: ``pin``, ``product``, ``ad``, or ``query`` (candidates are then the train-split
+            query strings).
+        pairs: Use these instead of the data set's (e.g. derived related-query pairs, judgements
+            with a ``grade``, or new logs).
         split: Which split to evaluate.
         corpus_size: Rank against this many random candidates; None: against all.
         max_queries: Evaluate only this many random queries; None: all.

@@ -182,9 +182,11 @@ def evaluate_systems(
 
     Args:
         dataset: Catalogue and pairs.
-        systems: Name -> system (``bundle_system``, ``make_baseline``, or any function of the same form).
-        entity_types: Types to evaluate, each of which must have pairs and towers; None: those of the catalogue that have, and a line about
-            the others. ``query`` evaluates derived related-query pairs, or the data's own.
+        systems: Name -> system (``bundle_system``, ``make_baseline``, or any function of the same
+            form).
+        entity_types: Types to evaluate, each of which must have pairs and towers; None: those of
+            the catalogue that have, and a line about the others. ``query`` evaluates derived
+            related-query pairs, or the data's own.
         without_tower: From ``types_without_tower``: what a system cannot embed.
         split: Which split.
         corpus_size: Rank against this many random candidates per type; None: all.
@@ -197,7 +199,8 @@ def evaluate_systems(
         progress: Called with one line per system and type.
 
     Raises:
-        ConfigError: No system, no pairs, no tower for a type that was asked for, or an impossible setting.
+        ConfigError: No system, no pairs, no tower for a type that was asked for, or an impossible
+            setting.
     """
     if not systems:
         raise ConfigError(
@@ -315,11 +318,13 @@ def pairs_of_judgements(dataset: Dataset, judgements: pl.DataFrame, split: str) 
 def save_runs(report: EvaluationReport, folder: Path) -> list[Path]:
     """Write TREC files for ``ir_measures`` and the like: per entity type ``queries.tsv``, ``qrels.txt`` and one ``run-SYSTEM.txt`` each.
 
-    TREC files are split at white space, so query ids are row numbers (``queries.tsv`` names them) and white space and ``%`` in entity ids
-    are percent-encoded. Near-duplicates are one document, named by their group, at its best place.
+    TREC files are split at white space, so query ids are row numbers (``queries.tsv`` names them)
+    and white space and ``%`` in entity ids are percent-encoded. Near-duplicates are one document,
+    named by their group, at its best place.
 
     Raises:
-        ConfigError: The report was made without ranked lists, or against a random corpus (each pair then has a list of its own).
+        ConfigError: The report was made without ranked lists, or against a random corpus (each pair
+            then has a list of its own).
     """
     written = []
     for entity_type, report_of_type in report.tasks.items():

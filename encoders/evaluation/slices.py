@@ -142,9 +142,11 @@ def pair_slices(task: EvaluationTask, train_pairs: pl.DataFrame) -> dict[str, pl
         train_pairs: Train-split pairs: their number per entity makes head, torso and tail.
 
     Returns:
-        Slice name -> label of each pair ``(P,)``, an ``Enum`` where labels have an order: ``language``, ``english``, ``country`` (if any
-        is known), ``action``, ``popularity`` (head/torso/tail), ``text`` (whether title, description or caption is there), ``engaged``
-        (whether it has engaged queries), ``positives`` (few: 10 or fewer answers to the query), ``source`` (of the entity, if known).
+        Slice name -> label of each pair ``(P,)``, an ``Enum`` where labels have an order:
+        ``language``, ``english``, ``country`` (if any is known), ``action``, ``popularity``
+        (head/torso/tail), ``text`` (whether title, description or caption is there), ``engaged``
+        (whether it has engaged queries), ``positives`` (few: 10 or fewer answers to the query),
+        ``source`` (of the entity, if known).
     """
     pairs, candidates = task.pairs, task.candidates
     counts = (

@@ -1,7 +1,7 @@
 """Batch embedding: a stream of catalogue rows becomes the signal store; unchanged rows are not embedded again, a killed run resumes.
 
-Notable: each worker thread takes rows through tokenising, features and tower by itself, on one core; that keeps every core
-busy where parallel kernels would wait for the tokeniser.
+Notable: each worker thread takes rows through tokenising, features and tower by itself, on one
+core; that keeps every core busy where parallel kernels would wait for the tokeniser.
 """
 
 from __future__ import annotations
@@ -146,7 +146,8 @@ class EmbedReport:
 def content_hashes(catalogue: pl.DataFrame, config: EntityFeatureConfig) -> list[str]:
     """Hash of everything in a row that its tower reads, 32 hex digits (XXH3-128).
 
-    Empty fields do not count, so a new, empty column changes nothing. Pinned by golden values: stores keep these hashes.
+    Empty fields do not count, so a new, empty column changes nothing. Pinned by golden values:
+    stores keep these hashes.
 
     Args:
         catalogue: N rows.
@@ -437,10 +438,10 @@ def embed_catalogue(
 
     Args:
         bundle: The towers.
-        chunks: Checked rows with ``id``, ``entity_type`` and what the towers read; types may be mixed. Query entities are embedded by
-            the query tower from ``title`` (or their id).
-        store: Where to write. Rows whose id and content hash it already holds under this space id, made in
-            the form of this run, are taken over.
+        chunks: Checked rows with ``id``, ``entity_type`` and what the towers read; types may be
+            mixed. Query entities are embedded by the query tower from ``title`` (or their id).
+        store: Where to write. Rows whose id and content hash it already holds under this space id,
+            made in the form of this run, are taken over.
         config: Device, precision, sizes.
         progress: Called after every chunk with the entity type and its report so far.
 
@@ -450,7 +451,8 @@ def embed_catalogue(
     Raises:
         DataError: An id occurs twice, or the bundle has no tower for a type.
         SchemaError: A column's type changes along the stream beyond what can be brought together.
-        RowError: A row holds an impossible vector. In either case the store keeps what it had; finished parts wait for the next run.
+        RowError: A row holds an impossible vector. In either case the store keeps what it had;
+            finished parts wait for the next run.
     """
     config = config or EmbedConfig()
     started = time.perf_counter()

@@ -1,8 +1,9 @@
 """Export the query tower to ONNX, fp32 and int8, and measure each form against the trained tower.
 
-The int8 form quantises every matrix product by weights (symmetric, per output channel, activations scaled per batch by ONNX Runtime's
-dynamic quantisation) and the token embeddings row by row; scores between the two halves of attention stay fp32. Which products are
-quantised is decided on calibration texts: as many as keep the form inside its tolerance.
+The int8 form quantises every matrix product by weights (symmetric, per output channel, activations
+scaled per batch by ONNX Runtime's dynamic quantisation) and the token embeddings row by row; scores
+between the two halves of attention stay fp32. Which products are quantised is decided on
+calibration texts: as many as keep the form inside its tolerance.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ FEWEST_TEXTS = 100
 
 _QUANTISED: tuple[tuple[str, ...], ...] = (("MatMul", "Gemm"), ("MatMul",), ())
 """Operators whose products become int8, tried in turn until the form is inside its tolerance: Gemm is the last linear layer (and every
-layer of the Universal Sentence Encoder behind its pooling); with none, the token table alone is int8."""
+layer of the Universal Sentence Encoder behind its pooling); with none, the token table alone is
+int8.
+"""
 
 Encode = Callable[[Sequence[Sequence[int]]], np.ndarray]
 
@@ -272,7 +275,8 @@ def _parity(
 def _overlap_at_10(expected: np.ndarray, got: np.ndarray) -> float:
     """Share of each text's ten nearest other texts that stays when the text alone is encoded by the other form.
 
-    Among fewer texts it is the share of all others; a text that is alone has none to lose, and counts as 1.
+    Among fewer texts it is the share of all others; a text that is alone has none to lose, and
+    counts as 1.
     """
     nearest = []
     for queries in (expected, got):

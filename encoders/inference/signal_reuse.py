@@ -1,6 +1,7 @@
 """Finds rows of an earlier signal store by id, content hash and form, so that unchanged rows need not be embedded again.
 
-Notable: 32 bytes of memory per stored row; vectors are read from the part files only when rows of a part are asked for.
+Notable: 32 bytes of memory per stored row; vectors are read from the part files only when rows of a
+part are asked for.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ class KnownSignals:
             store: The earlier store.
             entity_type: Which of its folders.
             space_id: Rows of another space are unknown.
-            form_id: Rows made in another form are only counted (``in_other_form``). A part without a mark counts as the form that
-                ``signals.json`` states.
+            form_id: Rows made in another form are only counted (``in_other_form``). A part without
+                a mark counts as the form that ``signals.json`` states.
         """
         keys: list[int] = []
         parts: list[int] = []
@@ -100,8 +101,8 @@ class KnownSignals:
             dimension: Width D of the vectors.
 
         Returns:
-            Vectors (N, D) float32, their times (N,) datetime64[us] UTC (now for rows that were not found), and found (N,) bool. Only the
-            vectors of found rows are set.
+            Vectors (N, D) float32, their times (N,) datetime64[us] UTC (now for rows that were not
+            found), and found (N,) bool. Only the vectors of found rows are set.
         """
         vectors = np.zeros((len(ids), dimension), dtype=np.float32)
         stamps = np.full(len(ids), np.datetime64("now", "us"))

@@ -6,9 +6,11 @@ Layout of ``<root>/<entity_type>/``::
     part-<run>-00000.parquet   id, embedding fixed_size_list<float>[D], space_id, content_hash, updated_at
     _staging/               parts of a run that is not finished; a later run takes them over
 
-Each part's schema metadata names the runtime form that made its vectors (``form_id``); vectors of two forms never stand in one run's parts.
+Each part's schema metadata names the runtime form that made its vectors (``form_id``); vectors of
+two forms never stand in one run's parts.
 
-Any Parquet reader opens the parts. A reader of ours trusts only what ``signals.json`` names, so a killed run changes nothing.
+Any Parquet reader opens the parts. A reader of ours trusts only what ``signals.json`` names, so a
+killed run changes nothing.
 """
 
 from __future__ import annotations
@@ -69,7 +71,8 @@ def check_vectors(vectors: Float32, ids: Sequence[str], dimension: int | None = 
         dimension: D, or None for any.
 
     Raises:
-        InvalidVectors: Wrong shape or dtype, NaN, Inf, or a norm further than ``NORM_TOLERANCE`` from 1; the first bad id is named.
+        InvalidVectors: Wrong shape or dtype, NaN, Inf, or a norm further than ``NORM_TOLERANCE``
+            from 1; the first bad id is named.
     """
     if (
         vectors.ndim != 2
@@ -107,7 +110,8 @@ class SignalStore:
         """Rows, dimension, space id and parts of one entity type.
 
         Raises:
-            DataError: Nothing was published for it, or ``signals.json`` is damaged or of another format version.
+            DataError: Nothing was published for it, or ``signals.json`` is damaged or of another
+                format version.
         """
         path = self.root / entity_type / "signals.json"
         try:
@@ -138,7 +142,8 @@ class SignalStore:
         """Read all embeddings of one entity type into memory.
 
         Raises:
-            DataError: Nothing was published, or a part is missing, damaged or not what ``signals.json`` says.
+            DataError: Nothing was published, or a part is missing, damaged or not what
+                ``signals.json`` says.
             SpaceMismatch: A part was made under another space id.
             InvalidVectors: A stored vector is not a unit vector.
         """
@@ -211,8 +216,9 @@ class SignalStore:
 class SignalWriter:
     """Writes one entity type part by part into a staging folder, and publishes all parts at once.
 
-    A part is complete or absent (it is renamed into place), so after a kill the staged parts are worth keeping: with ``resume`` they can
-    be read through ``staged`` and kept by adding nothing in their place (``keep``).
+    A part is complete or absent (it is renamed into place), so after a kill the staged parts are
+    worth keeping: with ``resume`` they can be read through ``staged`` and kept by adding nothing in
+    their place (``keep``).
     """
 
     def __init__(

@@ -27,7 +27,10 @@ EVENT_SCHEMA: dict[str, pl.DataType] = {
     "entity_id": pl.String(),
     "action": pl.String(),
 }
-"""Columns of an events frame. Rows equal in all of them are one event, however often the log holds it."""
+"""Columns of an events frame.
+
+Rows equal in all of them are one event, however often the log holds it.
+"""
 
 BATCH_ROWS = 2_000_000
 
@@ -57,11 +60,12 @@ def engaged_events(
 ) -> Events:
     """Keep the rows that are engagements, check them and bring them to one form.
 
-    Impressions are left out before the checks. Ids and queries become Unicode form NFC, white space of queries collapses, the action is
-    restated by dwell time. An empty log gives no events.
+    Impressions are left out before the checks. Ids and queries become Unicode form NFC, white space
+    of queries collapses, the action is restated by dwell time. An empty log gives no events.
 
     Args:
-        log: Rows of the log table as read. A column ``__row`` (row number in the file, from 1) makes messages exact.
+        log: Rows of the log table as read. A column ``__row`` (row number in the file, from 1)
+            makes messages exact.
         rules: What counts.
         source: File name for messages.
         now: Time that "in the future" is measured from; None: the clock.
@@ -121,7 +125,8 @@ def read_events(
     """Read a log batch by batch; Parquet files of any size pass in bounded memory.
 
     Yields:
-        Events of at most ``batch_rows`` log rows each (a whole file for formats other than Parquet).
+        Events of at most ``batch_rows`` log rows each (a whole file for formats other than
+        Parquet).
 
     Raises:
         DataError: The log is missing or unreadable.

@@ -115,18 +115,23 @@ def build_pairs(
 ) -> Pairs:
     """Turn engaged events into pairs with counts.
 
-    Every step works within one entity, so calls on disjoint sets of entities give, together, what one call on all of them gives.
+    Every step works within one entity, so calls on disjoint sets of entities give, together, what
+    one call on all of them gives.
 
     Args:
-        events: Columns of ``events.EVENT_SCHEMA``; repeated rows are one event. All events of an entity must be in one call.
+        events: Columns of ``events.EVENT_SCHEMA``; repeated rows are one event. All events of an
+            entity must be in one call.
         config: Actions, caps, seed.
         split: The time windows (see ``PairsConfig.split_at``).
-        known: ``entity_type`` and ``entity_id`` of the catalogue; events of other entities are left out and counted. None: all are known.
-        features: Engaged-query features (``entity_type, entity_id, query``) that training will see; held-out pairs among them are dropped
-            and counted. None: none are dropped for this reason.
+        known: ``entity_type`` and ``entity_id`` of the catalogue; events of other entities are left
+            out and counted. None: all are known.
+        features: Engaged-query features (``entity_type, entity_id, query``) that training will see;
+            held-out pairs among them are dropped and counted. None: none are dropped for this
+            reason.
 
     Returns:
-        One row per query, language, country, entity and action within a split: ``count`` events, the last at ``timestamp``.
+        One row per query, language, country, entity and action within a split: ``count`` events,
+        the last at ``timestamp``.
     """
     counts: Counter[str] = Counter({"events": events.height})
     events = merge_duplicates(events)
@@ -194,7 +199,8 @@ def _drop_seen(pairs: pl.DataFrame, counts: Counter[str]) -> pl.DataFrame:
     if not heldout.height:
         return pairs
     folded = fold_query(pl.col("query")).alias("folded")
-    # Only entities with held-out pairs can have seen ones; folding the others would be work for nothing.
+    # Only entities with held-out pairs can have seen ones; folding the others would be work for
+    # nothing.
     train = (
         pairs.filter(pl.col("split") == "train")
         .join(heldout, on=["entity_type", "entity_id"], how="semi")
@@ -257,7 +263,8 @@ def find_leaks(pairs: pl.DataFrame, engaged: pl.DataFrame | None = None) -> Leak
 
     Args:
         pairs: The pairs table.
-        engaged: ``entity_type``, ``entity_id``, ``query`` of engaged-query features, one row each; None: not checked.
+        engaged: ``entity_type``, ``entity_id``, ``query`` of engaged-query features, one row each;
+            None: not checked.
     """
     keys = ["folded", "entity_type", "entity_id"]
     folded = pairs.with_columns(fold_query(pl.col("query")).alias("folded"))
@@ -305,7 +312,8 @@ def pairs_table(pairs: pl.DataFrame) -> pl.DataFrame:
     """Table 1 of the paper for these pairs: size per pair source.
 
     Returns:
-        Per entity type and split, sorted: ``source``, ``actions``, ``pairs`` (rows), ``events`` (sum of counts), ``queries``, ``entities``.
+        Per entity type and split, sorted: ``source``, ``actions``, ``pairs`` (rows), ``events``
+            (sum of counts), ``queries``, ``entities``.
     """
     return (
         pairs.group_by("entity_type", "split")

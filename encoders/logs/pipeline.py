@@ -1,7 +1,8 @@
 """The whole way from logs and boards to pairs, engaged queries and board titles, in memory that does not grow with the log.
 
-Every step works within one entity. Events are spread over hash partitions of entities while they are read, and each partition is worked
-on by itself: the same :func:`process_events` runs here one partition after another and on Ray many at once (``encoders.logs.ray_pipeline``).
+Every step works within one entity. Events are spread over hash partitions of entities while they
+are read, and each partition is worked on by itself: the same :func:`process_events` runs here one
+partition after another and on Ray many at once (``encoders.logs.ray_pipeline``).
 """
 
 from __future__ import annotations
@@ -80,8 +81,9 @@ def process_events(
 ) -> Partition:
     """Engaged queries and pairs of the entities of one partition.
 
-    Engaged queries are taken from the window that ends where training ends, so that no feature has seen the held-out events; held-out
-    pairs that are visible all the same (the same pair happened before) are dropped, and the leak check runs on what is left.
+    Engaged queries are taken from the window that ends where training ends, so that no feature has
+    seen the held-out events; held-out pairs that are visible all the same (the same pair happened
+    before) are dropped, and the leak check runs on what is left.
 
     Args:
         events: All events of some entities (columns of ``events.EVENT_SCHEMA``).
@@ -90,7 +92,8 @@ def process_events(
         known: Entities of the catalogue; None: all.
 
     Raises:
-        LeakError: A held-out pair is visible through a training pair or a feature (only with ``keep_seen``).
+        LeakError: A held-out pair is visible through a training pair or a feature (only with
+            ``keep_seen``).
     """
     features = engaged_queries(events, config.engaged, split.train_end)
     if known is not None:

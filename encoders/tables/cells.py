@@ -1,7 +1,7 @@
 """What the cells of unknown columns in text files are: numbers, booleans or lists where nothing is lost, texts everywhere else.
 
-CSV and TSV hold texts alone. A column becomes more only where every cell of every file reads as one type without loss: ``007``, and
-decimals that a float64 does not give back, stay text.
+CSV and TSV hold texts alone. A column becomes more only where every cell of every file reads as one
+type without loss: ``007``, and decimals that a float64 does not give back, stay text.
 """
 
 from __future__ import annotations
@@ -221,7 +221,8 @@ def _read_cells(cells: pl.Series, dtype: pl.DataType) -> pl.Series:
 def cell_texts(values: pl.Series) -> pl.Series:
     """The texts of a column, or the lists of texts of a column of lists.
 
-    Numbers read as polars reads those of JSON files as text (38 and 38.0 as ``38``, 1e-7 as ``0.0000001``); NaN is missing.
+    Numbers read as polars reads those of JSON files as text (38 and 38.0 as ``38``, 1e-7 as
+    ``0.0000001``); NaN is missing.
     """
     if isinstance(values.dtype, pl.Array):
         values = values.arr.to_list()

@@ -115,7 +115,8 @@ def check_frame(
     """Check and convert a table as it was read to what its schema says.
 
     Args:
-        frame: Rows as read: texts, numbers, lists; any dtype a reader may give. A column ``__row`` gives their numbers in the file.
+        frame: Rows as read: texts, numbers, lists; any dtype a reader may give. A column ``__row``
+            gives their numbers in the file.
         schema: The table's schema.
         source: File name for messages.
         now: Time that "in the future" is measured from; None: the clock.
@@ -123,7 +124,8 @@ def check_frame(
         first_row: Number of the first row, for tables read in parts.
 
     Returns:
-        Typed rows (ids and queries in Unicode form NFC; nulls filled by the schema's defaults), the rejected rows and the report.
+        Typed rows (ids and queries in Unicode form NFC; nulls filled by the schema's defaults), the
+        rejected rows and the report.
 
     Raises:
         SchemaError: A required column is missing, or a column cannot be of its type at all.
@@ -289,7 +291,8 @@ def _numbers(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
             "must be a whole number",
             "Round it, or drop the row.",
         )
-        # 64-bit counts above 2**53 do not survive a float: take the integer cast where the input is already an integer.
+        # 64-bit counts above 2**53 do not survive a float: take the integer cast where the input is
+        # already an integer.
         exact = values if values.dtype.is_integer() else numbers.round(0)
         whole = exact.cast(pl.Int64, strict=False)
         beyond = numbers.is_finite() & whole.is_null()
@@ -425,7 +428,8 @@ def parse_timestamps(
 ) -> pl.Series:
     """Read timestamps given as datetimes, dates, ISO 8601 texts, or seconds/ms/us/ns since 1970; times without a zone are UTC.
 
-    One unit per column: a column that mixes seconds with milliseconds is an error that names the rows of the rarer unit.
+    One unit per column: a column that mixes seconds with milliseconds is an error that names the
+    rows of the rarer unit.
 
     Returns:
         ``Datetime("us", "UTC")``; null where the value was null or flagged.

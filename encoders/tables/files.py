@@ -47,14 +47,18 @@ def check_table(
 ) -> Checked:
     """Read a file, or a folder of part files, and check it against the schema called ``table``.
 
-    Cells of CSV and TSV are texts. Those of unknown catalogue columns become numbers, booleans or lists where every cell of every file
-    reads as one without loss (``007`` does not); a column that only mostly does stays text, and a note names the first cell that does not.
+    Cells of CSV and TSV are texts. Those of unknown catalogue columns become numbers, booleans or
+    lists where every cell of every file reads as one without loss (``007`` does not); a column that
+    only mostly does stays text, and a note names the first cell that does not.
 
     Args:
-        path: A file (``.csv .tsv .jsonl .ndjson .parquet .arrow .feather .ipc``; text also as ``.gz``), a folder of them, or several.
+        path: A file (``.csv .tsv .jsonl .ndjson .parquet .arrow .feather .ipc``; text also as
+            ``.gz``), a folder of them, or several.
         table: Name of the schema (``catalogue``, ``log``, ...).
-        on_bad_rows: ``raise`` refuses the table at its first bad rows; ``drop`` returns them apart, counted in the report.
-        encoding: Encoding of text files. Nothing is guessed: bytes that do not fit are an error that names the row.
+        on_bad_rows: ``raise`` refuses the table at its first bad rows; ``drop`` returns them apart,
+            counted in the report.
+        encoding: Encoding of text files. Nothing is guessed: bytes that do not fit are an error
+            that names the row.
         now: Time that "in the future" is measured from; None: the clock.
 
     Returns:
@@ -63,7 +67,8 @@ def check_table(
     Raises:
         DataError: The file is missing, unreadable or of an unknown format.
         SchemaError: A required column is missing or of an impossible type.
-        RowError: A row breaks a rule and ``on_bad_rows`` is ``raise``; the message names file, row, column, value and fix.
+        RowError: A row breaks a rule and ``on_bad_rows`` is ``raise``; the message names file, row,
+            column, value and fix.
     """
     wanted = schema(table)
     files = table_files(path)
@@ -92,7 +97,8 @@ def raise_problems(report: TableReport, *, droppable: bool = False) -> None:
 
     Args:
         report: Of the table.
-        droppable: Whether the commands that come here have the option ``--drop-bad-rows`` for this table.
+        droppable: Whether the commands that come here have the option ``--drop-bad-rows`` for this
+            table.
 
     Raises:
         RowError: The report has problems.
@@ -140,7 +146,8 @@ def read_raw(path: Path, encoding: str = "utf-8") -> pl.DataFrame:
 
     Raises:
         DataError: The file is unreadable, or its format unknown.
-        RowError: Bytes are not of the encoding, or a line is not a record; the message names the row.
+        RowError: Bytes are not of the encoding, or a line is not a record; the message names the
+            row.
     """
     suffix = _suffix(path)
     try:

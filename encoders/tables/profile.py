@@ -35,9 +35,10 @@ def describe_table(frame: pl.DataFrame, schema: TableSchema) -> dict[str, Any]:
         schema: Its schema.
 
     Returns:
-        ``rows``; ``columns``: per column its dtype, share missing (null, blank or empty list), distinct values and mean length;
-        ``values``: the ten most frequent values of categories; ``scripts``: share of texts per script; ``duplicates``;
-        ``head``: how unevenly queries, entities and people are spread; ``time``: first and last timestamp.
+        ``rows``; ``columns``: per column its dtype, share missing (null, blank or empty list),
+        distinct values and mean length; ``values``: the ten most frequent values of categories;
+        ``scripts``: share of texts per script; ``duplicates``; ``head``: how unevenly queries,
+        entities and people are spread; ``time``: first and last timestamp.
     """
     return {
         "table": schema.name,
@@ -120,7 +121,8 @@ def spread(values: pl.Series) -> dict[str, float]:
     """How unevenly rows are spread over the values of a column.
 
     Returns:
-        ``distinct`` values; the share of rows of the most frequent 1% and 10% of values; the share of values seen once.
+        ``distinct`` values; the share of rows of the most frequent 1% and 10% of values; the share
+        of values seen once.
     """
     counts = values.value_counts()["count"].sort(descending=True).cast(pl.Int64)
     total = len(values)

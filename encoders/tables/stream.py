@@ -1,6 +1,7 @@
 """Catalogues larger than memory, read and checked a few thousand rows at a time; where the chunks end changes nothing.
 
-Notable: 32 bytes of memory per row (hashes of its key and of its content) find a row that repeats one of an earlier chunk or file.
+Notable: 32 bytes of memory per row (hashes of its key and of its content) find a row that repeats
+one of an earlier chunk or file.
 """
 
 from __future__ import annotations
@@ -52,11 +53,13 @@ def stream_catalogue(
 ) -> Iterator[pl.DataFrame]:
     """Yield the checked rows of catalogue or query files in order.
 
-    Parquet and JSON Lines (also ``.gz``) are streamed; other formats are read whole, file by file, CSV twice: its attributes become what
-    ``read_table`` makes of them, and all CSV files decide what that is. Those of ``columns``, which a tower reads, come as text where
-    they are single numbers or truth values: one file may hold 38 where the next one holds 38.5 or XL. A table of queries
-    (column ``query``, no ``id``) yields query entities whose id and title are the query. A row of a catalogue that repeats an earlier one
-    exactly, in any of the files, is left out, as ``read_table`` does; of Parquet only the columns wanted are read, and so compared.
+    Parquet and JSON Lines (also ``.gz``) are streamed; other formats are read whole, file by file,
+    CSV twice: its attributes become what ``read_table`` makes of them, and all CSV files decide
+    what that is. Those of ``columns``, which a tower reads, come as text where they are single
+    numbers or truth values: one file may hold 38 where the next one holds 38.5 or XL. A table of
+    queries (column ``query``, no ``id``) yields query entities whose id and title are the query. A
+    row of a catalogue that repeats an earlier one exactly, in any of the files, is left out, as
+    ``read_table`` does; of Parquet only the columns wanted are read, and so compared.
 
     Args:
         paths: Files, or folders of them.
@@ -65,12 +68,15 @@ def stream_catalogue(
         chunk_rows: Rows held at once.
 
     Yields:
-        Frames of at most ``chunk_rows`` rows with ``id``, ``entity_type`` and those of ``columns`` that are there.
+        Frames of at most ``chunk_rows`` rows with ``id``, ``entity_type`` and those of ``columns``
+        that are there.
 
     Raises:
         DataError: A file is missing or unreadable.
-        SchemaError: A required column is missing, or a column holds lists in one place and single values in another; both are named.
-        RowError: A row breaks a rule of the catalogue, or repeats an id with other content; file, row, column, value and fix are named.
+        SchemaError: A required column is missing, or a column holds lists in one place and single
+            values in another; both are named.
+        RowError: A row breaks a rule of the catalogue, or repeats an id with other content; file,
+            row, column, value and fix are named.
     """
     seen = _RowsSeen()
     shapes: dict[str, tuple[str, str]] = {}
@@ -184,7 +190,8 @@ class _RowsSeen:
             contents: (2, N) hashes of all it holds.
 
         Returns:
-            Which rows (N,) are exact repeats of earlier ones, and which repeat a key with other content.
+            Which rows (N,) are exact repeats of earlier ones, and which repeat a key with other
+            content.
         """
         repeated = np.zeros(keys.shape[1], dtype=bool)
         clashing = np.zeros(keys.shape[1], dtype=bool)
@@ -312,7 +319,8 @@ def _check_shapes(rows: pl.DataFrame, where: str, shapes: dict[str, tuple[str, s
     """Remember where each column was first seen as what.
 
     Raises:
-        SchemaError: A column is of another shape here; one vector a row beside several vectors a row is no other shape.
+        SchemaError: A column is of another shape here; one vector a row beside several vectors a
+            row is no other shape.
     """
     for name, dtype in rows.schema.items():
         shape = _shape(dtype)

@@ -1,16 +1,19 @@
 """Word unigrams, word bigrams and character trigrams of many texts at once, and the vocabulary that numbers them.
 
-Notable: texts are one array of code points, so that every step is a few passes over numpy arrays; n-grams are 64-bit keys (a word is a
-polynomial hash of its characters, a trigram packs its three code points without loss); the vocabulary is counted in bounded memory.
+Notable: texts are one array of code points, so that every step is a few passes over numpy arrays;
+n-grams are 64-bit keys (a word is a polynomial hash of its characters, a trigram packs its three
+code points without loss); the vocabulary is counted in bounded memory.
 
 What is a token, on folded text (`encoders.text.normal_forms.fold`):
 
-* a **word** is a longest run of letters, marks, numbers and connector punctuation; an ideograph, and a symbol such as an emoji, is a
-  word of its own; everything else separates;
-* a **bigram** is two neighbouring words of one line (a line break, and so the border of two list items, breaks the pair);
-* a **trigram** is a character with its left and right neighbour, where a separator counts as a space (``" re" "red" "ed "``); a
-  separator is never in the middle;
-* soft hyphens, joiners, directional marks and variation selectors are dropped first, so they neither split nor distinguish words.
+* a **word** is a longest run of letters, marks, numbers and connector punctuation; an ideograph,
+  and a symbol such as an emoji, is a word of its own; everything else separates;
+* a **bigram** is two neighbouring words of one line (a line break, and so the border of two list
+  items, breaks the pair);
+* a **trigram** is a character with its left and right neighbour, where a separator counts as a
+  space (``" re" "red" "ed "``); a separator is never in the middle;
+* soft hyphens, joiners, directional marks and variation selectors are dropped first, so they
+  neither split nor distinguish words.
 """
 
 from __future__ import annotations
@@ -160,7 +163,8 @@ def analyse(texts: Sequence[str]) -> Analysis:
     text_ends = np.flatnonzero(codes == 0)
     joins, visible = classes == _JOINS, classes != _SEPARATOR
 
-    # Words. The array ends with a separator, so every word has an end and comparing with the shifted array is safe.
+    # Words. The array ends with a separator, so every word has an end and comparing with the
+    # shifted array is safe.
     follows = np.empty_like(joins)  # (L,) the previous character belongs to the same word
     follows[0] = False
     np.logical_and(joins[1:], joins[:-1], out=follows[1:])

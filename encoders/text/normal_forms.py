@@ -26,17 +26,20 @@ def normalize_id(value: str) -> str:
 def normalize_query(text: str) -> str:
     """Trim and collapse white space (paper 4.1 form): the text the query tower reads and the cache keys.
 
-    White space is Unicode's (``str.split``), so no-break and ideographic spaces count. Case and accents stay. A text of only white
-    space becomes ``""``.
+    White space is Unicode's (``str.split``), so no-break and ideographic spaces count. Case and
+    accents stay. A text of only white space becomes ``""``.
     """
     return " ".join(text.split())
 
 
 def fold(text: str) -> str:
-    """Fold case and compatibility forms: NFKC, full case folding, NFKC again. Idempotent on every single code point.
+    """Fold case and compatibility forms: NFKC, full case folding, NFKC again.
 
-    ``fold("Straße ＡＢＣ ﬁ")`` is ``"strasse abc fi"``. Length may change; no character ever crosses a starter, so a joined batch of
-    texts folds exactly as its parts do when they are joined by a control character.
+    Idempotent on every single code point.
+
+    ``fold("Straße ＡＢＣ ﬁ")`` is ``"strasse abc fi"``. Length may change; no character ever crosses a
+    starter, so a joined batch of texts folds exactly as its parts do when they are joined by a
+    control character.
     """
     if text.isascii():
         return text.lower()

@@ -59,8 +59,9 @@ class NgramConfig:
 class NgramCounter:
     """Counts n-grams of a stream of texts in bounded memory.
 
-    At most ``config.max_tracked`` distinct n-grams of each kind are held; when a merge exceeds that, the rarest are forgotten, and
-    ``undercount`` says by how much the count of any remaining n-gram may then be too small.
+    At most ``config.max_tracked`` distinct n-grams of each kind are held; when a merge exceeds
+    that, the rarest are forgotten, and ``undercount`` says by how much the count of any remaining
+    n-gram may then be too small.
     """
 
     def __init__(self, config: NgramConfig) -> None:
@@ -146,9 +147,11 @@ class Vocabulary:
     """One numbering of word unigrams, word bigrams and character trigrams; a token id is a row of ``table``.
 
     Attributes:
-        table: ``kind``, ``text``, ``count``, ``key`` (uint64); unigrams first, then bigrams, then trigrams, each by falling frequency.
+        table: ``kind``, ``text``, ``count``, ``key`` (uint64); unigrams first, then bigrams, then
+            trigrams, each by falling frequency.
         config: What it was counted with.
-        undercount: Per kind, by how much a count may be too small because memory was bounded (0: exact).
+        undercount: Per kind, by how much a count may be too small because memory was bounded (0:
+            exact).
     """
 
     def __init__(
@@ -196,7 +199,8 @@ class Vocabulary:
             texts: Any strings; may be empty.
 
         Returns:
-            ``ids`` (T,) int32 in reading order and ``offsets`` (len(texts) + 1,) int64: text i owns ``ids[offsets[i]:offsets[i + 1]]``.
+            ``ids`` (T,) int32 in reading order and ``offsets`` (len(texts) + 1,) int64: text i owns
+            ``ids[offsets[i]:offsets[i + 1]]``.
         """
         parts: list[Int32] = []
         lengths: list[Int64] = []
@@ -241,7 +245,8 @@ class Vocabulary:
         """Read what ``save`` wrote.
 
         Raises:
-            BundleError: A file is missing, damaged, of another format version, or does not hold the rows it says.
+            BundleError: A file is missing, damaged, of another format version, or does not hold the
+                rows it says.
         """
         try:
             described: dict[str, Any] = json.loads(

@@ -43,11 +43,13 @@ class ModelBundle:
 
     Attributes:
         path: The folder.
-        space_id: SHA-256 (64 hex digits) over every file of both towers; vectors are comparable only under one space id.
+        space_id: SHA-256 (64 hex digits) over every file of both towers; vectors are comparable
+            only under one space id.
         dimension: D.
         config: ``config.json``.
         query_encoder: Text -> vector.
-        entity_encoders: Entity type -> tower; with a unified tower every type holds the same object.
+        entity_encoders: Entity type -> tower; with a unified tower every type holds the same
+            object.
     """
 
     path: Path

@@ -1,8 +1,9 @@
 """The [CLS] state of a transformer, computing no more than it needs.
 
-Only the first token leaves the query tower, so the last layer's feed-forward, its query projection and its output projection run for that
-token alone; keys and values still come from every token. The result is the one of the whole model. With two layers and queries of four to
-five tokens that is a third less arithmetic, forward and backward.
+Only the first token leaves the query tower, so the last layer's feed-forward, its query projection
+and its output projection run for that token alone; keys and values still come from every token. The
+result is the one of the whole model. With two layers and queries of four to five tokens that is a
+third less arithmetic, forward and backward.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def cls_state(
         transformer: Any Hugging Face encoder; a DistilBERT takes the short way.
         input_ids: int64 (B, T), [CLS] in column 0.
         attention_mask: int64 or bool (B, T), 1 where a token is real.
-        token_vectors: Float (U, H), rows of the token embedding table; ``input_ids`` are then places in it. Needs ``takes_token_vectors``.
+        token_vectors: Float (U, H), rows of the token embedding table; ``input_ids`` are then
+            places in it. Needs ``takes_token_vectors``.
 
     Returns:
         Float (B, H).

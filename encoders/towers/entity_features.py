@@ -1,6 +1,7 @@
 """Catalogue rows to entity tower inputs: ragged n-gram ids per text field and one row of continuous features.
 
-Notable: a whole catalogue is featurised once into flat tensors; a training batch is then a vectorised selection of rows.
+Notable: a whole catalogue is featurised once into flat tensors; a training batch is then a
+vectorised selection of rows.
 """
 
 from __future__ import annotations
@@ -49,17 +50,24 @@ class EntityFeatureConfig:
     """Which catalogue columns the entity tower reads."""
 
     text_fields: tuple[str, ...] = TEXT_FIELDS
-    """Text or list-of-text columns, one bag of n-grams each. A column that a catalogue lacks reads as empty."""
+    """Text or list-of-text columns, one bag of n-grams each.
+
+    A column that a catalogue lacks reads as empty.
+    """
     continuous: Mapping[str, int] = field(default_factory=dict)
-    """Vector columns and their widths, concatenated in this order, e.g. ``{"visual": 1024, "pinsage": 256}``."""
+    """Vector columns and their widths, concatenated in this order, e.g.
+    ``{"visual": 1024, "pinsage": 256}``.
+    """
     ngrams: NgramConfig = field(default_factory=NgramConfig)
     """Vocabulary sizes."""
     text_embedding: str = ""
     """A query tower (shipped name or folder) whose frozen vector of title and engaged queries is one more continuous feature, the last;
-    empty: none. Costs a transformer pass per distinct text."""
+    empty: none. Costs a transformer pass per distinct text.
+    """
     whole_text_weight: float = 0.0
     """Weight in the text embedding of title, description, category and boards read as one text, beside 1 for the engaged queries and 0.5
-    for the title."""
+    for the title.
+    """
     whole_text_queries: int = 0
     """Engaged queries that stand in that text as well, the first so many."""
     text_embedding_fingerprint: str = ""
@@ -240,7 +248,8 @@ class EntityFeaturizer:
             config: What to read; the default reads every known text field and no vectors.
 
         Raises:
-            SchemaError: Not one of the text fields, or a declared vector, is a column of the catalogue.
+            SchemaError: Not one of the text fields, or a declared vector, is a column of the
+                catalogue.
             DataError: No n-gram at all was found.
         """
         config = config or EntityFeatureConfig()
@@ -276,14 +285,16 @@ class EntityFeaturizer:
         """Featurise rows, in order.
 
         Args:
-            catalogue: N rows, N may be 0. Nulls and absent columns read as empty text and zero vectors; a list of vectors as its mean.
+            catalogue: N rows, N may be 0. Nulls and absent columns read as empty text and zero
+                vectors; a list of vectors as its mean.
 
         Returns:
             The inputs of N entities, on the CPU.
 
         Raises:
             SchemaError: A column has a type that is neither text, list of text, nor vector(s).
-            RowError: A vector has another width than declared, or holds NaN or Inf; the id is named.
+            RowError: A vector has another width than declared, or holds NaN or Inf; the id is
+                named.
         """
         rows, names = catalogue.height, self.config.text_fields
         lengths = np.zeros((rows, len(names)), dtype=np.int64)

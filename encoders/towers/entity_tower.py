@@ -1,6 +1,7 @@
 """The entity tower: hash embeddings of n-grams per field, continuous features, an MLP, one unit vector per pin, product or ad.
 
-Paper section 4.2, formulas in `EntityEncoder`. Letters: N entities, F text fields, T tokens, C continuous features, H hashes, D dimension.
+Paper section 4.2, formulas in `EntityEncoder`. Letters: N entities, F text fields, T tokens, C
+continuous features, H hashes, D dimension.
 """
 
 from __future__ import annotations
@@ -103,13 +104,15 @@ class _WithResidual(nn.Sequential):
 class EntityEncoder(nn.Module):
     """Entity tower.
 
-    ``token(i) = w[i, 0] * E[h0(i)] + w[i, 1] * E[h1(i)]``, with the signed weights ``w`` learned per token id;
-    ``field(f) = LayerNorm(sum of the field's tokens)`` with a scale of its own per field; an empty field adds nothing;
-    ``entity = normalise(MLP(concat(sum of fields, continuous)))``, each hidden layer Linear, ReLU, LayerNorm.
+    ``token(i) = w[i, 0] * E[h0(i)] + w[i, 1] * E[h1(i)]``, with the signed weights ``w`` learned
+    per token id; ``field(f) = LayerNorm(sum of the field's tokens)`` with a scale of its own per
+    field; an empty field adds nothing; ``entity = normalise(MLP(concat(sum of fields,
+    continuous)))``, each hidden layer Linear, ReLU, LayerNorm.
 
     Attributes:
         config: Shape.
-        featurizer: Makes this tower's inputs; saved and loaded with it. None for a tower used on ready batches only.
+        featurizer: Makes this tower's inputs; saved and loaded with it. None for a tower used on
+            ready batches only.
     """
 
     def __init__(
@@ -168,7 +171,8 @@ class EntityEncoder(nn.Module):
                 "nfd,fd->nd", functional.layer_norm(sums, sums.shape[-1:]), self.field_scale
             )
         else:
-            # Most fields of most entities are empty and an empty field adds nothing: work on the others only.
+            # Most fields of most entities are empty and an empty field adds nothing: work on the
+            # others only.
             present = torch.nonzero(offsets.diff()).squeeze(
                 1
             )  # (P,) numbers of the bags that hold tokens
@@ -249,7 +253,8 @@ class EntityEncoder(nn.Module):
         """Read what ``save`` wrote; on the CPU, in evaluation mode.
 
         Raises:
-            BundleError: A file is missing, damaged, of another format version, or the weights do not fit the configuration.
+            BundleError: A file is missing, damaged, of another format version, or the weights do
+                not fit the configuration.
         """
         try:
             described: dict[str, Any] = json.loads(

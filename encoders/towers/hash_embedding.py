@@ -1,9 +1,9 @@
 """Hash embeddings summed per bag: two table rows per token id, signed learned weights, and their gradients.
 
-Paper section 4.2.1: ``token(i) = w[i, 0] * E[h0(i)] + w[i, 1] * E[h1(i)]``.
-Letters: V token ids, R table rows, d width, B bags, M rows read.
-Notable: on a CPU the gradient of the table is itself a sum of bags, read in the order of the table; `omni bench encode` measures it
-against PyTorch's own backward pass.
+Paper section 4.2.1: ``token(i) = w[i, 0] * E[h0(i)] + w[i, 1] * E[h1(i)]``. Letters: V token ids, R
+table rows, d width, B bags, M rows read. Notable: on a CPU the gradient of the table is itself a
+sum of bags, read in the order of the table; `omni bench encode` measures it against PyTorch's own
+backward pass.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def sum_bags(table: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -> T
         offsets: (B + 1,) of the dtype of ``rows``; bag b owns ``rows[offsets[b]:offsets[b + 1]]``.
 
     Returns:
-        (B, d): per bag ``sum_j weights[j] * table[rows[j]]``, zeros for an empty bag. Differentiable in ``table`` and ``weights``.
+        (B, d): per bag ``sum_j weights[j] * table[rows[j]]``, zeros for an empty bag.
+        Differentiable in ``table`` and ``weights``.
     """
     if table.is_cuda or not torch.is_grad_enabled():
         return functional.embedding_bag(
@@ -79,7 +80,8 @@ class _SumBags(torch.autograd.Function):
         )  # (M,) the bag of each row read
         for_table = for_weights = None
         if ctx.needs_input_grad[0]:
-            # A table row's gradient is itself a bag: the weighted sum of the gradients of the bags that read it.
+            # A table row's gradient is itself a bag: the weighted sum of the gradients of the bags
+            # that read it.
             order = torch.sort(rows, stable=True).indices
             starts = torch.zeros(len(table), dtype=rows.dtype)
             torch.cumsum(

@@ -21,7 +21,8 @@ from encoders.towers.shipped_tower import SHIPPED_TOWERS, unpack_shipped_tower
 from encoders.towers.universal_sentence_encoder import register_universal_sentence_encoder
 
 register_universal_sentence_encoder()
-transformers_logging.disable_progress_bar()  # a tower loads in a second; its bar would cut into our own lines
+# A tower loads in a second; its bar would cut into our own lines
+transformers_logging.disable_progress_bar()
 
 MAX_TOKENS = 64
 """Longer queries are cut (paper: at most 64 tokens)."""
@@ -43,7 +44,8 @@ class QueryEncoder(nn.Module):
     """A Hugging Face encoder, its [CLS] state, one linear layer and L2 normalisation.
 
     Args:
-        transformer: Any encoder whose output has ``last_hidden_state`` of shape (B, T, H) with [CLS] first.
+        transformer: Any encoder whose output has ``last_hidden_state`` of shape (B, T, H) with
+            [CLS] first.
         tokenizer: The fast tokenizer that belongs to it.
         dimension: D, the width of the vectors.
         max_tokens: Longer inputs are cut here.
@@ -79,7 +81,8 @@ class QueryEncoder(nn.Module):
         Args:
             input_ids: int64 (B, T), [CLS] in column 0.
             attention_mask: int64 or bool (B, T), 1 where a token is real.
-            token_vectors: As in ``cls_state``: looked-up rows of the token table that ``input_ids`` then index.
+            token_vectors: As in ``cls_state``: looked-up rows of the token table that ``input_ids``
+                then index.
 
         Returns:
             Unit vectors, float32 (B, D).
@@ -198,9 +201,11 @@ def create_query_encoder(
     """Build a query tower from a shipped tower, a saved tower, or any Hugging Face encoder.
 
     Args:
-        name_or_path: ``"tiny-multilingual"`` (shipped, offline), a folder, or a hub name such as ``distilbert-base-multilingual-cased``.
+        name_or_path: ``"tiny-multilingual"`` (shipped, offline), a folder, or a hub name such as
+            ``distilbert-base-multilingual-cased``.
         dimension: D.
-        pretrained: False keeps only the architecture and tokenizer and draws new weights (``--from-scratch``).
+        pretrained: False keeps only the architecture and tokenizer and draws new weights
+            (``--from-scratch``).
 
     Raises:
         ConfigError: The name is neither shipped, nor a folder, nor reachable on the hub.

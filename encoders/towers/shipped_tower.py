@@ -1,7 +1,8 @@
 """The query towers that ship with the package: packed to a few megabytes (int8 token embeddings, float16 rest) and unpacked on use.
 
-``encoders/pretraining/tiny_multilingual.py`` is the recipe that made them. A packed tower is one folder with ``config.json`` (transformers configuration),
-``tokenizer.json.gz`` and ``weights.safetensors``.
+``encoders/pretraining/tiny_multilingual.py`` is the recipe that made them. A packed tower is one
+folder with ``config.json`` (transformers configuration), ``tokenizer.json.gz`` and
+``weights.safetensors``.
 """
 
 from __future__ import annotations

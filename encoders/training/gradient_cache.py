@@ -1,7 +1,8 @@
 """Batches larger than memory: encode in chunks without a graph, take the loss on the vectors, then replay each chunk for its gradient.
 
-This is GradCache (Gao et al., 2021). The memory of activations is one chunk's, whatever the batch; the price is a second forward pass.
-Random state is kept per chunk, so that dropout falls the same way in both passes and the gradients equal those of one big pass.
+This is GradCache (Gao et al., 2021). The memory of activations is one chunk's, whatever the batch;
+the price is a second forward pass. Random state is kept per chunk, so that dropout falls the same
+way in both passes and the gradients equal those of one big pass.
 """
 
 from __future__ import annotations
@@ -36,13 +37,16 @@ class Encoding(Generic[C]):
     """Vectors of all chunks of one tower, and the way back from their gradient to the tower's parameters.
 
     Args:
-        encode: Tower forward of one chunk: ``chunk -> (rows, D)``. Deterministic but for torch's generators.
+        encode: Tower forward of one chunk: ``chunk -> (rows, D)``. Deterministic but for torch's
+            generators.
         chunks: At least one.
-        cached: True: gradient caching. False: keep the graph of every chunk (faster, memory of the whole batch).
+        cached: True: gradient caching. False: keep the graph of every chunk (faster, memory of the
+            whole batch).
         after_backward: Called at the end of ``backward``, when every chunk has its gradient.
 
     Attributes:
-        vectors: ``(sum of rows, D)``, in the order of the chunks. Use it in the loss, call ``loss.backward()``, then ``backward()`` here.
+        vectors: ``(sum of rows, D)``, in the order of the chunks. Use it in the loss, call
+            ``loss.backward()``, then ``backward()`` here.
     """
 
     def __init__(

@@ -136,7 +136,8 @@ def build_towers(
 def run_fingerprint(inputs: TrainInputs) -> str:
     """SHA-256 of what decides a run's course: the config (but for logging and saving), the pairs, and all that the towers read.
 
-    Vectors that a frozen tower makes of texts are not hashed, their texts are: the last bits of the former depend on the number of threads.
+    Vectors that a frozen tower makes of texts are not hashed, their texts are: the last bits of the
+    former depend on the number of threads.
     """
     prepared, features, read = inputs.prepared, inputs.features, inputs.config.features
     table = {key: value for key, value in to_table(inputs.config).items() if key not in _MAY_CHANGE}

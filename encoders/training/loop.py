@@ -1,8 +1,9 @@
 """Train the query and entity towers together: flags, data, model, optimiser, loop, save, in the order they happen.
 
-Notable: each distinct query and entity of a batch is encoded once, for all tasks; queries are encoded in order of length, so little is
-padding; the batch follows from seed and step alone, so a resumed run equals an uninterrupted one to the bit (CPU); with torchrun every
-process takes a slice of the same batch, and vectors are gathered with gradients.
+Notable: each distinct query and entity of a batch is encoded once, for all tasks; queries are
+encoded in order of length, so little is padding; the batch follows from seed and step alone, so a
+resumed run equals an uninterrupted one to the bit (CPU); with torchrun every process takes a slice
+of the same batch, and vectors are gathered with gradients.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ class TrainResult:
     featurizer: EntityFeaturizer
     metrics: dict[str, float]
     """Last loss, and validation labelled Recall@10 per entity type (``validation/recall@10/pin``) where there is validation. A finished run
-    whose checkpoint was written before losses were kept there has no ``loss``."""
+    whose checkpoint was written before losses were kept there has no ``loss``.
+    """
     pairs_per_second: float
     """Training pairs per second of step time since the start or the resume, validation and checkpoints not counted; 0: no step was left."""
     pairs_per_cpu_second: float
@@ -97,10 +99,14 @@ def train(
     Args:
         config: The run.
         data: Catalogue and pairs.
-        output: Folder for checkpoints, TensorBoard events and a diverged batch; None: nothing is written.
-        resume: Continue from the last checkpoint in ``output`` when there is one. False: an output folder with checkpoints is refused.
-        query_encoder: Start from this query tower (changed in place) instead of ``config.model.query_encoder``.
-        initial: Start from the towers and featuriser of an earlier run; what the new catalogue adds must fit its features.
+        output: Folder for checkpoints, TensorBoard events and a diverged batch; None: nothing is
+            written.
+        resume: Continue from the last checkpoint in ``output`` when there is one. False: an output
+            folder with checkpoints is refused.
+        query_encoder: Start from this query tower (changed in place) instead of
+            ``config.model.query_encoder``.
+        initial: Start from the towers and featuriser of an earlier run; what the new catalogue adds
+            must fit its features.
         quiet: Print no lines per step.
         for_bundle: Refuse, before the first step, a run that would make no entity tower.
 
@@ -110,9 +116,10 @@ def train(
     Raises:
         SchemaError, DataError, ConfigError: The tables or the config cannot be trained on.
         CheckpointError: ``output`` holds a damaged checkpoint or another run's.
-        TrainingDiverged: The loss became NaN or infinite; the batch was saved, and no checkpoint was touched.
+        TrainingDiverged: The loss became NaN or infinite; the batch was saved, and no checkpoint
+            was touched.
     """
-    # ------------------------------------------------------------------------------------------------------------------ device
+    # --------------------------------------------------------------------------------------- device
     processes, rank = world_size(), process_rank()
     if processes > 1 and config.max_seconds:
         raise ConfigError(
@@ -128,7 +135,7 @@ def train(
         )
     torch.manual_seed(config.seed)
 
-    # -------------------------------------------------------------------------------------------------------------------- data
+    # ----------------------------------------------------------------------------------------- data
     started = time.perf_counter()
     if query_encoder is None:
         query_encoder = (
@@ -149,7 +156,7 @@ def train(
         1, math.ceil(config.epochs * prepared.pairs_total / sum(prepared.pairs_per_step))
     )
 
-    # ------------------------------------------------------------------------------------------------------------------- model
+    # ---------------------------------------------------------------------------------------- model
     towers = build_towers(
         query_encoder, featurizer, inputs, initial.entity_encoders if initial else None
     )
@@ -163,7 +170,7 @@ def train(
     start = learned_parameters(towers.query) if config.validation.query_scales else {}
     announce(talk, prepared, plan, featurizer, towers, steps, device, time.perf_counter() - started)
 
-    # ------------------------------------------------------------------------------------------------------------------ resume
+    # --------------------------------------------------------------------------------------- resume
     run = run_fingerprint(inputs)
     checkpoints = output / "checkpoints" if output else None
     loop = _LoopState()
@@ -180,7 +187,7 @@ def train(
         talk(f"resumed from {found[-1].name}")
     writer = open_tensorboard(output, config) if rank == 0 else None
 
-    # -------------------------------------------------------------------------------------------------------------------- loop
+    # ----------------------------------------------------------------------------------------- loop
     towers.train()
     parameters = [p for p in towers.parameters() if p.requires_grad]
     history: list[dict[str, float]] = []
@@ -260,7 +267,7 @@ def train(
                 state,
                 {"run": run, "config": to_table(config), "metrics": loop.metrics},
             )
-    # -------------------------------------------------------------------------------------------------------------------- save
+    # ----------------------------------------------------------------------------------------- save
     loop.restore_best(towers, checkpoints)
     scales: dict[str, float] = {}
     if config.validation.residual_scales and prepared.validation:
@@ -333,7 +340,10 @@ class _LoopState:
         patience: int,
         talk: Any,
     ) -> bool:
-        """Note a validation; True when patience has run out. With patience the best towers are kept."""
+        """Note a validation; True when patience has run out.
+
+        With patience the best towers are kept.
+        """
         score = recalls.get("validation/recall@10", 0.0)
         if not patience:
             self.metrics = recalls

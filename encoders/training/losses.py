@@ -1,7 +1,8 @@
 """The paper's training loss (section 4.3): two sampled softmax terms per task, logQ-corrected, masked, with Matryoshka prefixes.
 
-Letters: ``B`` rows (pairs of this process), ``G`` in-batch candidates (the positives of all processes; ``G == B`` on one),
-``R`` random negatives, ``D`` dimension. Everything here is a pure function of tensors; logits are float32 whatever the towers ran in.
+Letters: ``B`` rows (pairs of this process), ``G`` in-batch candidates (the positives of all
+processes; ``G == B`` on one), ``R`` random negatives, ``D`` dimension. Everything here is a pure
+function of tensors; logits are float32 whatever the towers ran in.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def negative_log_q(counts: Tensor, total: float, negatives: int) -> Tensor:
     """``log(n * C(e) / N)``: the log of how often item e is expected among ``n`` negatives; subtracted from its logit.
 
     Args:
-        counts: ``C(e)`` of each candidate, ``(N,)``, from the sketch of the distribution the negatives are drawn from.
+        counts: ``C(e)`` of each candidate, ``(N,)``, from the sketch of the distribution the
+            negatives are drawn from.
         total: ``N``, the items counted.
         negatives: ``n``, the number of negatives in the term.
 
@@ -80,8 +82,8 @@ def in_batch_mask(
 ) -> Tensor:
     """Candidates of the in-batch term that are a positive of the row's query anywhere in the batch: bool ``(B, G)``, True where masked.
 
-    That covers the row's own positive (which enters the term once, as the positive), the same entity under another query,
-    and every other positive of the same query.
+    That covers the row's own positive (which enters the term once, as the positive), the same
+    entity under another query, and every other positive of the same query.
 
     Args:
         query_ids: int64 ``(B,)``, equal for equal queries.
@@ -108,7 +110,8 @@ def sampled_softmax(positive: Tensor, negatives: Tensor) -> Tensor:
 
     Args:
         positive: Logits ``(B,)``.
-        negatives: Logits ``(B, N)``; masked ones hold ``MASKED``. With none left the loss and its gradient are 0.
+        negatives: Logits ``(B, N)``; masked ones hold ``MASKED``. With none left the loss and its
+            gradient are 0.
     """
     if negatives.shape[1] == 0:
         return positive * 0.0
@@ -163,12 +166,15 @@ def task_loss(
     Args:
         queries: ``(B, D)`` unit rows.
         positives: ``(B, D)`` unit rows; row ``i`` answers ``queries[i]``.
-        in_batch: The positives of the whole batch (``G`` rows, the row's own masked); None leaves the term out.
+        in_batch: The positives of the whole batch (``G`` rows, the row's own masked); None leaves
+            the term out.
         random: Uniform catalogue negatives; None leaves the term out.
         scale: Scalar, from ``scale_of``.
         positive_log_q: ``(B,)`` from ``positive_log_q``; None: uncorrected.
-        matryoshka: Prefix length -> weight. Prefixes of ``D`` or longer are ignored; both sides are normalised again.
-        row_weights: ``(B,)``, what each row counts; None: ``1 / B``, which makes the mean. 0 leaves a row out.
+        matryoshka: Prefix length -> weight. Prefixes of ``D`` or longer are ignored; both sides are
+            normalised again.
+        row_weights: ``(B,)``, what each row counts; None: ``1 / B``, which makes the mean. 0 leaves
+            a row out.
 
     Returns:
         ``TaskLoss``; ``total`` carries the gradient.

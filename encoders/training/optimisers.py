@@ -23,7 +23,8 @@ def parameter_groups(
     """Optimiser groups with ``lr`` and ``peak_lr``; parameters whose rate is 0 are frozen (``requires_grad`` off) and in no group.
 
     Args:
-        query_encoder: Its token embeddings and its transformer have rates of their own; its projection moves like the entity towers.
+        query_encoder: Its token embeddings and its transformer have rates of their own; its
+            projection moves like the entity towers.
         entity_encoders: Distinct entity towers.
         scales: Learned log scales, one per task.
         config: Rates and decay. Matrices decay; embeddings, biases, norms and scales do not.
@@ -67,7 +68,8 @@ def create_optimiser(
     """
     betas = (config.beta1, config.beta2)
     if config.name == "adamw":
-        # Fused and dense: one pass over memory. Sparse Adam over the hash table is several times slower on CPU, because it sorts indices.
+        # Fused and dense: one pass over memory. Sparse Adam over the hash table is several times
+        # slower on CPU, because it sorts indices.
         return torch.optim.AdamW(groups, betas=betas, fused=True)
     try:
         from pytorch_optimizer import Lamb
@@ -86,7 +88,8 @@ def schedule(
         step: The step about to be taken, from 0.
         steps: Steps of the whole run.
         config: Warm-up and end.
-        progress: Part of the run that is over, in [0, 1], when time and not steps decides; None: ``step / steps``.
+        progress: Part of the run that is over, in [0, 1], when time and not steps decides; None:
+            ``step / steps``.
     """
     warmup = min(config.warmup_steps, steps // 2)
     if step < warmup:

@@ -92,7 +92,10 @@ def log_step(
     spent: float,
     begun: float,
 ) -> dict[str, float]:
-    """Print and record one step; returns its figures. ``spent`` is the part of the time limit that is over, 0 without a limit."""
+    """Print and record one step; returns its figures.
+
+    ``spent`` is the part of the time limit that is over, 0 without a limit.
+    """
     recalls = list(
         report.batch_recall.values()
     )  # empty on a last step that the clock chose: it was not measured

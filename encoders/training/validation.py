@@ -22,7 +22,8 @@ def validation_recall(towers: Towers, inputs: TrainInputs, k: int = 10) -> dict[
     """Share of the held-back pairs whose annotated candidate ranks in the top ``k``.
 
     Returns:
-        ``validation/recall@{k}/<entity type>`` per type with held-back pairs, and ``validation/recall@{k}``, their mean.
+        ``validation/recall@{k}/<entity type>`` per type with held-back pairs, and
+        ``validation/recall@{k}``, their mean.
     """
     recalls = {
         f"validation/recall@{k}/{name}": float(hits.mean())
@@ -41,7 +42,8 @@ def validation_hits(
 ) -> dict[str, npt.NDArray[np.bool_]]:
     """Does the annotated candidate of each held-back pair rank in the top ``k``?
 
-    Entities are seen with their engaged queries but for the held-back ones (cross-fit view 0 when cross-fitting, so a fold is missing).
+    Entities are seen with their engaged queries but for the held-back ones (cross-fit view 0 when
+    cross-fitting, so a fold is missing).
 
     Args:
         towers: What is learned.

@@ -1,8 +1,9 @@
 """How much of what the entity tower learned to add to an entity's text embedding, per entity type, decided on held-back queries.
 
-A tower with a residual gives ``normalise(MLP(x) + text embedding)``. Where an entity type has few pairs the MLP knows its entities by
-heart and held-out queries suffer; scaling its output down, towards the embedding it started from, is the interpolation between start and
-fine-tuned weights of WiSE-FT (Wortsman et al., CVPR 2022) for the one layer that is linear in the output.
+A tower with a residual gives ``normalise(MLP(x) + text embedding)``. Where an entity type has few
+pairs the MLP knows its entities by heart and held-out queries suffer; scaling its output down,
+towards the embedding it started from, is the interpolation between start and fine-tuned weights of
+WiSE-FT (Wortsman et al., CVPR 2022) for the one layer that is linear in the output.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def choose_residual_scales(
     """The scale of ``config.validation.residual_scales`` for each entity type with held-back pairs, by ``smallest_within_error``.
 
     Returns:
-        Entity type -> scale, and the validation Recall@10 under these scales. The towers are left as they were.
+        Entity type -> scale, and the validation Recall@10 under these scales. The towers are left
+        as they were.
     """
     pairs = {
         name: queries
@@ -80,7 +82,8 @@ def smallest_within_error(
 ) -> float:
     """The smallest scale whose recall is less than one standard error below the best one's (Breiman's rule, on paired differences).
 
-    With few held-back pairs that is close to the text embedding, which needs no proof; with many the best scale wins.
+    With few held-back pairs that is close to the text embedding, which needs no proof; with many
+    the best scale wins.
 
     Args:
         hits: Scale -> bool ``(P,)``, the same pairs under each.
@@ -150,7 +153,8 @@ def choose_query_scale(
         talk: Says each scale's recall.
 
     Returns:
-        The largest of the types' ``smallest_within_error``, and the validation Recall@10 under it. 1 without held-back pairs of entities.
+        The largest of the types' ``smallest_within_error``, and the validation Recall@10 under it.
+        1 without held-back pairs of entities.
     """
     pairs = {
         name: queries

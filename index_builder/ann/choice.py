@@ -50,7 +50,8 @@ class Choice:
     Attributes:
         kind: What to build.
         why: For people.
-        rival: A kind over the same graph that is faster for some corpora and queries; calibration queries decide.
+        rival: A kind over the same graph that is faster for some corpora and queries; calibration
+            queries decide.
     """
 
     kind: str

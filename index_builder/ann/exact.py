@@ -11,7 +11,10 @@ from index_builder.ann.interface import AnnConfig, AnnIndex
 
 
 class ExactIndex(AnnIndex):
-    """Every row scored by a matrix product; ties broken by row number. The corpus itself is the index, so nothing is saved."""
+    """Every row scored by a matrix product; ties broken by row number.
+
+    The corpus itself is the index, so nothing is saved.
+    """
 
     kind = "exact"
     exact = True

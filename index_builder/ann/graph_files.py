@@ -35,7 +35,8 @@ def read_symqg_links(path: Path, vectors: np.ndarray, degree: int) -> np.ndarray
 def read_hnsw_links(path: Path, count: int) -> np.ndarray | None:
     """Base-layer links of an hnswlib file: uint32 ``(N, 2M)`` padded with the node itself, or None where the file is laid out otherwise.
 
-    hnswlib stores elements in the order they were added, which under several threads is not the order of their labels.
+    hnswlib stores elements in the order they were added, which under several threads is not the
+    order of their labels.
     """
     with path.open("rb") as file:
         header = file.read(_HNSW_HEADER.size)

@@ -72,9 +72,13 @@ class HnswIndex(AnnIndex):
         return [path]
 
     def search(self, query: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
-        """Search one ``(1, D)`` query; nearest first. Fewer than ``k`` come back where the graph does not lead to more."""
+        """Search one ``(1, D)`` query; nearest first.
+
+        Fewer than ``k`` come back where the graph does not lead to more.
+        """
         if ef != self._ef:
-            # hnswlib keeps ef in the index: a thread may see another's ef for one call, which only moves recall a little.
+            # hnswlib keeps ef in the index: a thread may see another's ef for one call, which only
+            # moves recall a little.
             self._index.set_ef(ef)
             self._ef = ef
         wanted = k

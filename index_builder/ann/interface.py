@@ -25,7 +25,11 @@ class AnnConfig:
     bits: int = 0
     """Store for re-ranking: 0 the raw float32 vectors, else 8 bits a dimension (``symqg``), or bits a dimension (``rabitq``, 0 means 8)."""
     threads: int = 1
-    """Build threads. One thread gives the same bytes for the same input and seed; more are faster and not reproducible."""
+    """Build threads.
+
+    One thread gives the same bytes for the same input and seed; more are faster and not
+    reproducible.
+    """
     seed: int = 100
     reproducible: bool = False
     """Whether builders that cannot be seeded must be avoided."""
@@ -58,8 +62,9 @@ class AnnConfig:
 class AnnIndex(ABC):
     """Rows of unit vectors, searchable by inner product.
 
-    An index knows rows ``0..count-1`` only; ids, attributes, tombstones and live entries belong to ``EntityIndex``. After ``build`` or
-    ``load`` it is immutable and safe to search from many threads at once.
+    An index knows rows ``0..count-1`` only; ids, attributes, tombstones and live entries belong to
+    ``EntityIndex``. After ``build`` or ``load`` it is immutable and safe to search from many
+    threads at once.
     """
 
     kind: ClassVar[str]
@@ -102,8 +107,8 @@ class AnnIndex(ABC):
             ef: Size of the search's candidate list, at least ``k``. Higher: better recall, slower.
 
         Returns:
-            Rows (an integer array, at most ``k`` long) and **squared Euclidean distances** float32, nearest first. On unit vectors the
-            inner product is ``1 - distance / 2``.
+            Rows (an integer array, at most ``k`` long) and **squared Euclidean distances** float32,
+            nearest first. On unit vectors the inner product is ``1 - distance / 2``.
         """
 
     def search_batch(self, queries: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:

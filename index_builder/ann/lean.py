@@ -20,7 +20,8 @@ from index_builder.storage.corpus import Corpus
 class LeanIndex(AnnIndex):
     """0.4 kB a vector in memory (one byte a dimension and 32 links), float32 read from the mapped file for the last few candidates.
 
-    A deterministic build (one thread, ``AnnConfig.degree`` ignored) takes hnswlib's graph, since SymphonyQG's cannot be seeded.
+    A deterministic build (one thread, ``AnnConfig.degree`` ignored) takes hnswlib's graph, since
+    SymphonyQG's cannot be seeded.
     """
 
     kind = "lean"

@@ -42,7 +42,8 @@ class RabitqIndex(AnnIndex):
             centroids = contiguous.mean(axis=0, keepdims=True)
             assignments = np.zeros(count, dtype=np.uint32)
         else:
-            # Ten plain Lloyd steps on a sample: sixteen centroids need no more, and the library's k-means takes no seed for its sample.
+            # Ten plain Lloyd steps on a sample: sixteen centroids need no more, and the library's
+            # k-means takes no seed for its sample.
             rng = np.random.default_rng(config.seed)
             sample = contiguous[np.sort(rng.choice(count, size=min(count, 20_000), replace=False))]
             centroids = sample[:: max(1, len(sample) // clusters)][:clusters].copy()

@@ -45,7 +45,8 @@ def symqg_builds(dimension: int) -> bool:
 class SymqgIndex(AnnIndex):
     """SymphonyQG (Gou et al., SIGMOD 2025) in squared Euclidean space, re-ranked inside by the raw or the 8-bit store.
 
-    Its inner-product mode reaches far lower recall at equal ``ef`` on unit vectors (0.80 against 0.95 at ef 60 on 100k text embeddings).
+    Its inner-product mode reaches far lower recall at equal ``ef`` on unit vectors (0.80 against
+    0.95 at ef 60 on 100k text embeddings).
     """
 
     kind = "symqg"

@@ -76,15 +76,17 @@ def build_release(
 ) -> str:
     """Build, prove and publish one release.
 
-    Entity types of the active release that are not among ``inputs`` are taken over unchanged if they were made with the same bundle.
+    Entity types of the active release that are not among ``inputs`` are taken over unchanged if
+    they were made with the same bundle.
 
     Args:
         inputs: Embedded entities by type.
-        bundle_path: Model bundle; ``query_encoder/``, ``entity_encoder/`` and ``forms/`` are copied.
+        bundle_path: Model bundle; ``query_encoder/``, ``entity_encoder/`` and ``forms/`` are
+            copied.
         store: Where to publish.
         config: How.
-        queries: Real queries by entity type (key ``"*"``: for all types without their own); without them perturbed entities stand in,
-            labelled so.
+        queries: Real queries by entity type (key ``"*"``: for all types without their own); without
+            them perturbed entities stand in, labelled so.
         parity: Checks the export forms against the trained tower.
         progress: Called with one line per step.
 
@@ -184,7 +186,7 @@ def build_release(
         return release_id
 
 
-# --- one entity type ----------------------------------------------------------------------------------------------------------------------
+# --- one entity type ------------------------------------------------------------------------------
 
 
 def _build_or_resume(
@@ -295,7 +297,8 @@ def _build_entity(
         before = _replay(index, golden)
         del index
         clock = lap("save", clock)
-        # Loaded again as a server will: catches a library that saved less than it built (a full disk, a bug), before anything is published.
+        # Loaded again as a server will: catches a library that saved less than it built (a full
+        # disk, a bug), before anything is published.
         after = _replay(EntityIndex.load(folder), golden)
         if after + 1e-9 < before:
             raise ReleaseCorrupt(
@@ -372,7 +375,7 @@ def _split_queries(
     return [""] * len(golden_vectors), golden_vectors, calibration, "perturbed entities"
 
 
-# --- the rest of the release --------------------------------------------------------------------------------------------------------------
+# --- the rest of the release ----------------------------------------------------------------------
 
 
 def _copy_bundle(bundle: Bundle, content: Path) -> None:

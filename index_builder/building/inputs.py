@@ -36,8 +36,8 @@ class EntityInput:
         vectors: float32 ``(N, D)``, unit rows; a ``numpy.memmap`` keeps memory bounded.
         space_id: Space of the vectors.
         attributes: ``N`` rows aligned with ``ids`` (no ``id`` column), or None.
-        updated_at_ns: int64 ``(N,)`` when each vector was made, nanoseconds since 1970, or None if unknown. A live write that is older
-            than the row loses.
+        updated_at_ns: int64 ``(N,)`` when each vector was made, nanoseconds since 1970, or None if
+            unknown. A live write that is older than the row loses.
         base_watermark: Live-log sequence already inside (for vectors taken from a release).
     """
 
@@ -80,7 +80,8 @@ def check_input(entity_type: str, entities: EntityInput, space_id: str, dimensio
 
     Raises:
         SpaceMismatch: The vectors were made under another space id.
-        InvalidVectors: Shape, dtype, NaN, Inf, zero or norm; names the first bad row, its id and the fix.
+        InvalidVectors: Shape, dtype, NaN, Inf, zero or norm; names the first bad row, its id and
+            the fix.
         DuplicateIds: An id occurs twice; names both rows.
     """
     if entities.space_id != space_id:
@@ -116,7 +117,8 @@ def read_live(live_root: Path, entity_type: str, after: int) -> tuple[dict[str, 
     Args:
         live_root: ``<store>/live``.
         entity_type: Which log.
-        after: Watermark of the source; where older entries were collected already, what is left is read.
+        after: Watermark of the source; where older entries were collected already, what is left is
+            read.
     """
     files = log_files(live_root / entity_type)
     if not files:
@@ -207,7 +209,8 @@ def _fold_attributes(
 ) -> pl.DataFrame | None:
     """Rows of ``frame`` that stay, then those of the fresh entries, cast to the types the base already has (what does not fit is null).
 
-    What no column can hold is left out: a log may have entries of before writes were checked, or checked against another release.
+    What no column can hold is left out: a log may have entries of before writes were checked, or
+    checked against another release.
     """
     added = attribute_frame([entry.attributes for entry in fresh]) if fresh else pl.DataFrame()
     known = frame.columns if frame is not None else []

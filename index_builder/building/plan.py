@@ -33,8 +33,9 @@ BYTES_PER_VECTOR_256 = {
 }
 """Private bytes a 256-d vector needs at the peak of a build, a copy of the distinct vectors included.
 
-Measured for symqg (100,000 and 800,000 vectors), hnsw (30,000 and 100,000), rabitq and lean (100,000), rounded up; the others follow from
-their layout. ``auto`` holds both searches of one graph while it times them. The measured peak of each build goes into its manifest.
+Measured for symqg (100,000 and 800,000 vectors), hnsw (30,000 and 100,000), rabitq and lean
+(100,000), rounded up; the others follow from their layout. ``auto`` holds both searches of one
+graph while it times them. The measured peak of each build goes into its manifest.
 """
 
 
@@ -126,7 +127,8 @@ def plan_release(
     """What ``build_release`` would do; checks all it can without building.
 
     Returns:
-        JSON: per entity type what is built, taken over or refused, and the memory and disk it needs.
+        JSON: per entity type what is built, taken over or refused, and the memory and disk it
+            needs.
 
     Raises:
         SpaceMismatch: Signals and bundle differ.

@@ -1,7 +1,8 @@
 """A newer query tower over the indexes that are there: no entity is embedded again, no graph is built again.
 
-The new release takes every index of the active one over (hard links), with the query tower of a bundle that declares itself compatible, and
-golden queries and calibration made anew by that tower; both gates of a rebuild apply. Going back is ``omni release rollback``.
+The new release takes every index of the active one over (hard links), with the query tower of a
+bundle that declares itself compatible, and golden queries and calibration made anew by that tower;
+both gates of a rebuild apply. Going back is ``omni release rollback``.
 """
 
 from __future__ import annotations
@@ -65,7 +66,8 @@ def upgrade_query_tower(
 
     Args:
         store: Its active release is taken over; live writes go on in the older space.
-        bundle: Declares itself compatible with the release's space (``omni evaluate NEW --against-index OLD --declare``).
+        bundle: Declares itself compatible with the release's space (``omni evaluate NEW
+            --against-index OLD --declare``).
         texts: Real queries, to calibrate and prove with; none: the release's golden queries.
         config: Gate, number of golden queries, seed, release id, whether to activate.
         progress: Called with one line per step.
@@ -75,7 +77,8 @@ def upgrade_query_tower(
         SpaceMismatch: The bundle declares no compatibility with the release's space.
         BundleError: The bundle or its adapter is damaged.
         ConfigError: There are no real queries.
-        GateFailed: The indexes answer the new query vectors too badly, or an export form differs; nothing was published.
+        GateFailed: The indexes answer the new query vectors too badly, or an export form differs;
+            nothing was published.
     """
     config = config or RebuildConfig()
     started = time.perf_counter()

@@ -69,16 +69,17 @@ class Changes:
 def read_changes(path: Path, manifest: Manifest) -> Changes:
     """Read and check a whole file of changes before anything is written.
 
-    Columns are those of the catalogue, plus ``op`` (``upsert``, the default, or ``delete``) and optionally ``embedding`` (a unit vector
-    of the
-    active release's space; without it the row is embedded). Where several rows name one entity, the last one counts.
+    Columns are those of the catalogue, plus ``op`` (``upsert``, the default, or ``delete``) and
+    optionally ``embedding`` (a unit vector of the active release's space; without it the row is
+    embedded). Where several rows name one entity, the last one counts.
 
     Args:
         path: A table file or a folder of them.
         manifest: Of the active release.
 
     Raises:
-        DataError: The file cannot be read, or a row is not what the catalogue schema says; names row, column and fix.
+        DataError: The file cannot be read, or a row is not what the catalogue schema says; names
+            row, column and fix.
         UnknownEntityType: The release has no index of a type.
         BadAttribute: A value does not fit the release's attribute.
         InvalidVectors: A row's own embedding must not enter an index.
@@ -229,7 +230,9 @@ def apply_changes(
     *,
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, int]:
-    """Write changes to the live log; each batch is durable before the next is embedded. Running it again does no harm.
+    """Write changes to the live log; each batch is durable before the next is embedded.
+
+    Running it again does no harm.
 
     Args:
         changes: From ``read_changes``.

@@ -76,7 +76,8 @@ def query_command(
 ) -> None:
     """Show the answers of a query (or the neighbours of an id) beside exact search, and why an id is not among them.
 
-    Example: omni explain query --entity-type pin --like fluent:heart --id fluent:broken-heart --store store
+    Example: omni explain query --entity-type pin --like fluent:heart --id fluent:broken-heart
+    --store store
     """
     if (text is None) == (like_id is None):
         raise ConfigError("give either --text or --like")
@@ -198,8 +199,9 @@ def misses_command(
 ) -> None:
     """Show to which step each labelled pair that is not found was lost.
 
-    The steps are the labels (queries with more labelled entities than answers), the encoder, the dimension cut, staleness, quantisation,
-    the graph and the filter; each is compared with its exact oracle. Without --pairs and --data the sample data's held-out pairs are used.
+    The steps are the labels (queries with more labelled entities than answers), the encoder, the
+    dimension cut, staleness, quantisation, the graph and the filter; each is compared with its
+    exact oracle. Without --pairs and --data the sample data's held-out pairs are used.
 
     Example: omni explain misses --store store --limit 500 --plot waterfall.png
     """
@@ -279,7 +281,9 @@ def _source(path: Path | None, data_dir: Path | None, split: str) -> str:
 
 
 def _require_held(pairs: pl.DataFrame, release: Release, source: str) -> None:
-    """Refuse pairs of which none labels an entity of the release; note the types where most do not. Live entries count as held.
+    """Refuse pairs of which none labels an entity of the release; note the types where most do not.
+
+    Live entries count as held.
 
     Raises:
         DataError: The pairs belong to another catalogue.

@@ -206,17 +206,21 @@ def parse_memory(text: str | None) -> int | None:
 @json_option
 @handle_errors
 def command(store_path: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
-    """Embed, build, calibrate, gate and publish a release. What is active stays active until the new one is whole and proven.
+    """Embed, build, calibrate, gate and publish a release.
 
-    Give one source: --bundle with --catalogue (rows are embedded; unchanged rows are not embedded again), --bundle with --signals (add
-    --catalogue for
-    attributes), or --from-active (fold the live log in). An interrupted run goes on where it stopped when it is started again with the
-    same input.
+    What is active stays active until the new one is whole and proven.
 
-    With --query-tower nothing is embedded and no graph is built: a newer bundle's query tower takes over the indexes that are active, if
-    `omni evaluate NEW --against-index OLD --declare` has measured and declared that it may. --dry-run shows the measured recall.
+    Give one source: --bundle with --catalogue (rows are embedded; unchanged rows are not embedded
+    again), --bundle with --signals (add --catalogue for attributes), or --from-active (fold the
+    live log in). An interrupted run goes on where it stopped when it is started again with the same
+    input.
 
-    Example: omni rebuild --store store --bundle bundle --catalogue catalogue.jsonl --queries queries.txt
+    With --query-tower nothing is embedded and no graph is built: a newer bundle's query tower takes
+    over the indexes that are active, if `omni evaluate NEW --against-index OLD --declare` has
+    measured and declared that it may. --dry-run shows the measured recall.
+
+    Example: omni rebuild --store store --bundle bundle --catalogue catalogue.jsonl --queries
+    queries.txt
     """
     store = open_store(store_path)
     config = _config(options)
@@ -509,7 +513,8 @@ def _embed_foreign_live(
 ) -> None:
     """Write live entities of another space again under this bundle's space, where they carry their catalogue row.
 
-    That takes minutes, and writes go on: an entity written meanwhile keeps its newer entry, which is embedded in the next round.
+    That takes minutes, and writes go on: an entity written meanwhile keeps its newer entry, which
+    is embedded in the next round.
     """
     if not config.fold_live:
         return

@@ -42,7 +42,9 @@ def _named_or_current(store: ReleaseStore, release_id: str | None) -> str:
 
 @click.group()
 def group() -> None:
-    """List, show, verify, diff, activate, roll back and collect releases. The start of an id is enough where only one begins so.
+    """List, show, verify, diff, activate, roll back and collect releases.
+
+    The start of an id is enough where only one begins so.
 
     Example: omni release list --store store
     """
@@ -190,7 +192,9 @@ def verify_command(
     trust_log: bool,
     as_json: bool,
 ) -> None:
-    """Check every byte of a release (default: the active one) against its manifest. Exits 1 when anything differs.
+    """Check every byte of a release (default: the active one) against its manifest.
+
+    Exits 1 when anything differs.
 
     Example: omni release verify --all --live --store store
     """
@@ -282,9 +286,9 @@ def _verify_log(store: ReleaseStore, folder: Path) -> dict[str, Any]:
 def diff_command(before: str | None, after: str | None, store_path: Path, as_json: bool) -> None:
     """Compare release BEFORE (default: the active one) with AFTER (default: the newest).
 
-    The newest alone is compared with the active one; when it is active already, the release that was active before
-    it with the active one, also without arguments. Shown are overlap@10 of the golden queries, drift of scores and
-    norms, and entities added, removed and moved.
+    The newest alone is compared with the active one; when it is active already, the release that
+    was active before it with the active one, also without arguments. Shown are overlap@10 of the
+    golden queries, drift of scores and norms, and entities added, removed and moved.
 
     Example: omni release diff --store store
     """
@@ -364,7 +368,9 @@ def _compared(store: ReleaseStore, before: str | None, after: str | None) -> tup
 @json_option
 @handle_errors
 def activate_command(release_id: str, store_path: Path, as_json: bool) -> None:
-    """Make a release the active one, after checking every byte. Running servers switch to it without a failed call.
+    """Make a release the active one, after checking every byte.
+
+    Running servers switch to it without a failed call.
 
     Example: omni release activate 2026-01-14T09-30-12Z-ab12cd34ef56 --store store
     """
@@ -417,7 +423,9 @@ def _say_active(release_id: str, before: str | None, as_json: bool) -> None:
 def gc_command(
     store_path: Path, keep: int, drop_folded_log: bool, dry_run: bool, as_json: bool
 ) -> None:
-    """Remove old releases and what interrupted builds left. Releases that any process has open stay.
+    """Remove old releases and what interrupted builds left.
+
+    Releases that any process has open stay.
 
     Example: omni release gc --keep 3 --store store
     """

@@ -28,7 +28,8 @@ def open_store(store_path: Path) -> ReleaseStore:
 def full_release_id(store: ReleaseStore, given: str) -> str:
     """The id that someone at a terminal means: ``given`` itself where it is one, or the only one that begins so.
 
-    What no id begins with comes back as it is, for the store to say that there is no such release. Services take whole ids only.
+    What no id begins with comes back as it is, for the store to say that there is no such release.
+    Services take whole ids only.
 
     Raises:
         ReleaseError: Several ids begin so, or no id can.

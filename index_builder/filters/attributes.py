@@ -31,8 +31,8 @@ _NULL_INT = np.iinfo(np.int64).min
 class Column:
     """Sortable keys of one attribute, one per value, with the row of each value.
 
-    A string's key is its place in the sorted dictionary. Missing values have a key below every other (-1, or the lowest int64) or NaN, and
-    are not in ``order``.
+    A string's key is its place in the sorted dictionary. Missing values have a key below every
+    other (-1, or the lowest int64) or NaN, and are not in ``order``.
 
     Attributes:
         type: What the attribute holds.
@@ -41,7 +41,8 @@ class Column:
         ranked: ``keys`` in the same order.
         dictionary: Sorted distinct strings, for string types.
         present: bool ``(N,)`` for list types: whether the row has a list at all.
-        places: uint32 ``(N,)``, where each row stands in ``order`` (the highest number: nowhere); made when a mask is first wanted.
+        places: uint32 ``(N,)``, where each row stands in ``order`` (the highest number: nowhere);
+            made when a mask is first wanted.
     """
 
     type: FieldType
@@ -252,7 +253,10 @@ def _keys_of(
 
 
 def fitted(series: pl.Series, dtype: pl.DataType) -> pl.Series:
-    """The values of ``series`` as ``dtype``; those that it cannot hold are null. Fractions stay: floats in the place of integers."""
+    """The values of ``series`` as ``dtype``; those that it cannot hold are null.
+
+    Fractions stay: floats in the place of integers.
+    """
     if series.dtype == dtype:
         return series
     if _is_whole(dtype) and _has_fractions(series):
@@ -278,14 +282,18 @@ def fitted_column(frame: pl.DataFrame, name: str, dtype: pl.DataType, count: int
 
 
 _OF_ONE_TYPE = "\0"
-"""Behind a name of several types: a column that holds those values which are of one. No attribute can be called so."""
+"""Behind a name of several types: a column that holds those values which are of one.
+
+No attribute can be called so.
+"""
 _JSON_TYPES = {int: "int", float: "float", bool: "bool", str: "string"}
 
 
 def json_columns(name: str, cells: Sequence[Any]) -> list[pl.Series]:
     """JSON values as a column of the type that they have in common.
 
-    Where they have none, or none that an attribute can have: a column of Python objects, and for ``fitted_column`` one more for each type.
+    Where they have none, or none that an attribute can have: a column of Python objects, and for
+    ``fitted_column`` one more for each type.
     """
     column = _of_common_type(name, cells)
     if column is not None:
@@ -366,7 +374,8 @@ def check_attributes(values: Mapping[str, Any], schema: Mapping[str, str], where
 
     Args:
         values: JSON values by name; None is a missing value.
-        schema: What the index holds (``AttributeTable.schema``); numbers of either kind fit each other. Other names may have any flat type.
+        schema: What the index holds (``AttributeTable.schema``); numbers of either kind fit each
+            other. Other names may have any flat type.
         where: Begins the message.
 
     Raises:

@@ -26,7 +26,8 @@ _RangeOfColumn = tuple[Column, tuple[tuple[str, int], ...]]
 class SelectionCache:
     """The selections of one table that were made last, bounded in bytes.
 
-    Safe in threads: a look-up is one atomic step on the dictionary in CPython, and changes take a lock.
+    Safe in threads: a look-up is one atomic step on the dictionary in CPython, and changes take a
+    lock.
     """
 
     def __init__(self, table: AttributeTable, max_bytes: int = MAX_BYTES) -> None:

@@ -6,8 +6,9 @@
     comparison := field op literal | literal op field | field ["not"] "in" "[" literal ("," literal)* "]"
     op         := "==" | "!=" | "<" | "<=" | ">" | ">="
 
-A missing value satisfies no comparison, nor its negation (SQL's three-valued logic): ``not`` is pushed down to the comparisons, where it
-turns one into its opposite, so that only "true" ever has to be computed.
+A missing value satisfies no comparison, nor its negation (SQL's three-valued logic): ``not`` is
+pushed down to the comparisons, where it turns one into its opposite, so that only "true" ever has
+to be computed.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 Layout of ``<store>/live/<entity_type>/``:
 
 - ``log-<first sequence>.bin``: append-only records, a new file every 64 MiB.
-- ``acknowledged``: how far writes were promised. What is invalid before that point is corruption and refused. Readers stop there: behind
-  it lies a write under way, which may still fail, or what a crash left; the next writer promises what is whole of it and cuts off the rest.
+- ``acknowledged``: how far writes were promised. What is invalid before that point is corruption
+  and refused. Readers stop there: behind it lies a write under way, which may still fail, or what a
+  crash left; the next writer promises what is whole of it and cuts off the rest.
 - ``writer.lock``: an ``flock``; the kernel frees it when its holder dies.
 """
 
@@ -109,7 +110,10 @@ def begin_acknowledged(folder: Path, value: Acknowledged) -> None:
 
 
 def write_acknowledged(folder: Path, value: Acknowledged) -> None:
-    """Promise more. Not synced: losing power may lose promises, which then guard less, but never the entries they are about.
+    """Promise more.
+
+    Not synced: losing power may lose promises, which then guard less, but never the entries they
+    are about.
 
     Raises:
         OSError: The promise is the old one, the new one, or torn.

@@ -23,8 +23,9 @@ ADOPT_SECONDS = 5.0
 def adopt_tail(live_root: Path, entity_type: str) -> None:
     """Promise what a crash left whole behind the last promise, as the next writer would; costs a glance where there is nothing.
 
-    A power failure may lose promises of durable writes, so whoever begins to read a log should not wait for the next write to see them.
-    Nothing is done where that is impossible: for a damaged log (which reading it reports), or one that only others may write.
+    A power failure may lose promises of durable writes, so whoever begins to read a log should not
+    wait for the next write to see them. Nothing is done where that is impossible: for a damaged log
+    (which reading it reports), or one that only others may write.
     """
     folder = live_root / entity_type
     try:

@@ -52,7 +52,8 @@ class LiveLogReader:
     def poll(self, limit: int = 1_000_000) -> list[LiveEntry]:
         """Entries acknowledged since the last call, in order; empty when there is nothing new.
 
-        What lies before a damage is returned; it is the next call that raises, and each one after it until the damage is put right.
+        What lies before a damage is returned; it is the next call that raises, and each one after
+        it until the damage is put right.
 
         Args:
             limit: At most about this many entries in one call.
@@ -62,7 +63,8 @@ class LiveLogReader:
 
         Raises:
             LiveLogCorrupt: An acknowledged entry is missing or changed.
-            LiveLogError: Entries behind ``after`` were already collected, or a newer engine wrote the log.
+            LiveLogError: Entries behind ``after`` were already collected, or a newer engine wrote
+                the log.
         """
         return self.read(
             limit, read_acknowledged(self.folder)
@@ -74,12 +76,15 @@ class LiveLogReader:
         try:
             self._collect(entries, limit, promised)
         except Exception:
-            if not entries:  # they count as delivered: the caller gets them first, and what is wrong is found again by the next call
+            # They count as delivered: the caller gets them first, and what is wrong is found again
+            # by the next call
+            if not entries:
                 raise
         return entries
 
     def _collect(self, entries: list[LiveEntry], limit: int, promised: Acknowledged | None) -> None:
-        # Behind the promise lie writes that may still fail. What is in the release already is only checked, promised or not.
+        # Behind the promise lie writes that may still fail. What is in the release already is only
+        # checked, promised or not.
         last_readable = sys.maxsize if promised is None else max(promised.sequence, self.sequence)
         while self._open():
             grown = self._read_file(entries, limit, last_readable)

@@ -38,7 +38,8 @@ class LiveEntry:
         vector: float32 ``(D,)``, unit norm; None deletes the entity.
         space_id: Space of the vector, 64 hexadecimal digits; empty for a delete.
         attributes: Values for filters and responses.
-        source: The catalogue row the vector was made from, so that a rebuild with another bundle can embed it again; None if unknown.
+        source: The catalogue row the vector was made from, so that a rebuild with another bundle
+            can embed it again; None if unknown.
         sequence: Position in the log, from 1; 0 before it is written.
         time_ns: When it was written, nanoseconds since 1970.
     """
@@ -65,8 +66,10 @@ def check_entry(entry: LiveEntry, dimension: int) -> None:
         dimension: Length of the vectors of this log.
 
     Raises:
-        LiveLogError: The id is empty, too long, not NFC or holds an unpaired surrogate, or the space id is malformed.
-        InvalidVectors: The vector has another shape or dtype, holds NaN or Inf, or is not of unit norm.
+        LiveLogError: The id is empty, too long, not NFC or holds an unpaired surrogate, or the
+            space id is malformed.
+        InvalidVectors: The vector has another shape or dtype, holds NaN or Inf, or is not of unit
+            norm.
     """
     try:
         encoded = entry.id.encode()
@@ -115,7 +118,8 @@ def encode_payload(entry: LiveEntry, time_ns: int) -> bytes:
     """Everything of an entry but its sequence number, as bytes.
 
     Raises:
-        LiveLogError: Attributes or source cannot be written as JSON, or the entry is larger than 16 MiB.
+        LiveLogError: Attributes or source cannot be written as JSON, or the entry is larger than 16
+            MiB.
     """
     identifier = entry.id.encode()
     vector = b"" if entry.vector is None else entry.vector.astype("<f4", copy=False).tobytes()

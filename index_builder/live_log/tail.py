@@ -83,7 +83,8 @@ class LiveLogEnd:
         """Hold the writer's lock, and know the end of the log inside.
 
         Args:
-            after: Watermark of the release: a log that is not there begins behind it, one that ends before it is refused.
+            after: Watermark of the release: a log that is not there begins behind it, one that ends
+                before it is refused.
 
         Raises:
             LiveLogBusy: Another process kept the lock.
@@ -98,7 +99,9 @@ class LiveLogEnd:
             lock.release()
 
     def append(self, payloads: Sequence[bytes]) -> int:
-        """Write records, make them durable and promise them; within ``held``. What fails before the promise stands is taken back.
+        """Write records, make them durable and promise them; within ``held``.
+
+        What fails before the promise stands is taken back.
 
         Returns:
             Sequence number of the last one.
@@ -160,9 +163,12 @@ class LiveLogEnd:
         self._promised = promise
 
     def _settle(self) -> bool:
-        """Decide a write that failed: it counts if its promise stands, else nothing may stay of it. Holds the writer's lock.
+        """Decide a write that failed: it counts if its promise stands, else nothing may stay of it.
 
-        A disk that fails may refuse this, too. The next write begins with it, so that what was refused is not found whole and promised.
+        Holds the writer's lock.
+
+        A disk that fails may refuse this, too. The next write begins with it, so that what was
+        refused is not found whole and promised.
 
         Returns:
             Whether the promise of that write stands.
@@ -207,7 +213,10 @@ class LiveLogEnd:
         self._file, self._descriptor, self._offset = (first, path), descriptor, FILE_HEADER.size
 
     def _catch_up(self, after: int) -> None:
-        """Find the end of the log: other processes may have written, or died while writing. Holds the writer's lock."""
+        """Find the end of the log: other processes may have written, or died while writing.
+
+        Holds the writer's lock.
+        """
         with disk_full_is_clear("taking back a write that failed", self.folder):
             self._settle()
         promised = self._promised = read_acknowledged(self.folder)
@@ -315,7 +324,10 @@ class _Failed(NamedTuple):
 
 
 def _cut(path: Path, end: int) -> None:
-    """Leave nothing of a file behind ``end``, durably. Where the disk refuses, at least no record begins there for whoever reads on."""
+    """Leave nothing of a file behind ``end``, durably.
+
+    Where the disk refuses, at least no record begins there for whoever reads on.
+    """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:

@@ -16,14 +16,17 @@ from index_builder.live_log.tail import DEFAULT_FILE_BYTES, LiveLogEnd
 
 
 class LiveLogWriter:
-    """Appends to one entity type's log. Safe to call from many threads and processes: they take turns, and a group shares one fsync.
+    """Appends to one entity type's log.
+
+    Safe to call from many threads and processes: they take turns, and a group shares one fsync.
 
     Args:
         live_root: ``<store>/live``; created when missing.
         entity_type: Which log.
         dimension: Length of the vectors.
         file_bytes: A new file is begun when the last one is larger.
-        after: Watermark of the active release: a log that is not there begins behind it, one that ends before it is refused.
+        after: Watermark of the active release: a log that is not there begins behind it, one that
+            ends before it is refused.
         lock_timeout_seconds: How long to wait for another writing process.
         before_sync: Called between write and fsync; for fault injection only.
     """
@@ -126,7 +129,8 @@ class LiveLogWriter:
     def write_unless_changed(self, entries: Iterable[LiveEntry], since: int) -> int:
         """Append those entries about whose id nobody has written behind sequence ``since``, as ``write`` does.
 
-        That is looked up under the writer's lock, so that what is made from an older entry never undoes a newer one.
+        That is looked up under the writer's lock, so that what is made from an older entry never
+        undoes a newer one.
 
         Args:
             entries: In order, with different ids.

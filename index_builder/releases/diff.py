@@ -24,10 +24,10 @@ def diff_releases(store: ReleaseStore, before_id: str, after_id: str) -> dict[st
         after_id: Usually the one to activate.
 
     Returns:
-        JSON: whether the space is the same, and per entity type the counts, ids added and removed, overlap@10 of golden queries, drift of
-        scores and norms. Golden queries with equal texts are compared through their own vectors; where the space is the same, the older
-        release's
-        golden vectors are put to both.
+        JSON: whether the space is the same, and per entity type the counts, ids added and removed,
+            overlap@10 of golden queries, drift of
+        scores and norms. Golden queries with equal texts are compared through their own vectors;
+        where the space is the same, the older release's golden vectors are put to both.
 
     Raises:
         ReleaseError: One of them cannot be opened.

@@ -28,15 +28,16 @@ class HasLiveRoot(Protocol):
 class LiveFollower:
     """Follows the live log for one opened release.
 
-    ``catch_up`` replays everything behind the release's watermark and returns when it is visible: call it before the release takes traffic
-    (activation and rollback alike). ``start`` then polls in a daemon thread. When the log turns out to be damaged the last good picture
-    stays,
-    ``error`` says why, and polling goes on.
+    ``catch_up`` replays everything behind the release's watermark and returns when it is visible:
+    call it before the release takes traffic (activation and rollback alike). ``start`` then polls
+    in a daemon thread. When the log turns out to be damaged the last good picture stays, ``error``
+    says why, and polling goes on.
 
     Args:
         store: Where ``live/`` lies.
         release: The opened release; its indexes get ``set_live``.
-        poll_seconds: Time between polls; entries are visible after at most this time plus the time to apply them.
+        poll_seconds: Time between polls; entries are visible after at most this time plus the time
+            to apply them.
     """
 
     def __init__(
@@ -70,7 +71,8 @@ class LiveFollower:
         """Read and apply what is new in every log; returns how many entries there were.
 
         Raises:
-            LiveLogError: A log is damaged or was collected too far; the other logs were still applied.
+            LiveLogError: A log is damaged or was collected too far; the other logs were still
+                applied.
             OSError: A log could not be read just now; the other logs were still applied.
         """
         count = 0
@@ -103,7 +105,10 @@ class LiveFollower:
         self._shown[entity_type] = view
 
     def catch_up(self) -> int:
-        """Apply everything written so far; returns how many entries that was. Raises as ``poll`` does."""
+        """Apply everything written so far; returns how many entries that was.
+
+        Raises as ``poll`` does.
+        """
         for entity_type in self._followed:
             adopt_tail(self._live_root, entity_type)
         total = 0
@@ -134,7 +139,10 @@ class LiveFollower:
                 self._show(entity_type, state)
 
     def start(self) -> LiveFollower:
-        """Catch up, then poll in a daemon thread. A damaged log does not raise here: see ``error``."""
+        """Catch up, then poll in a daemon thread.
+
+        A damaged log does not raise here: see ``error``.
+        """
         try:
             self.catch_up()
         except LiveLogError as error:

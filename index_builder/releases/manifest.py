@@ -42,9 +42,10 @@ class EntityManifest:
         watermark: Sequence of the last live-log entry that the base already contains.
         index: What ``EntityIndex.describe`` said: kind, parameters, why, CPU features.
         cpu_features: Flags (as in ``/proc/cpuinfo``) without which the index cannot be searched.
-        calibration: ANN recall@10 with its interval and the ef curve (no times); None for exact indexes of tiny corpora.
-        golden: Number, kind (``real queries`` or ``perturbed entities``) and ``k`` of the golden queries, and the recall that the build
-            measured on them.
+        calibration: ANN recall@10 with its interval and the ef curve (no times); None for exact
+            indexes of tiny corpora.
+        golden: Number, kind (``real queries`` or ``perturbed entities``) and ``k`` of the golden
+            queries, and the recall that the build measured on them.
         built_from: Fingerprint of the vectors, ids and attributes that went in.
         carried_from: Release that this entity type was taken over from unchanged, else None.
     """
@@ -74,8 +75,10 @@ class Manifest:
         forms: Export form -> parity report against the trained tower.
         deterministic: Whether the build promises identical bytes for identical input.
         seed: Seed of the build.
-        query_upgrade: Where the query tower is a newer bundle's than the vectors' (``index_builder.building.query_upgrade``): that bundle's
-            ``space_id``, its ``adapter`` or None, the ``measured`` recall, and ``files_id``, which names the vectors that this tower makes.
+        query_upgrade: Where the query tower is a newer bundle's than the vectors'
+            (``index_builder.building.query_upgrade``): that bundle's ``space_id``, its ``adapter``
+            or None, the ``measured`` recall, and ``files_id``, which names the vectors that this
+            tower makes.
         measured: The only part that depends on the run: times, latencies, peak memory.
         format_version: Version of the layout.
     """

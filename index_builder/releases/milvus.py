@@ -1,9 +1,11 @@
 """Releases in a Milvus cluster: a collection per entity type and release, an alias per entity type switched at activation.
 
-The release directory stays the source of truth; this adapter copies its vectors, ids and attributes, checks that the copy answers the
-golden queries, and only then moves the aliases. Each collection names its release and space in its description, and a reader refuses a
-foreign space. The same filter expressions run on either engine. Aliases of several entity types move one after the other (Milvus knows no
-transaction), so a reader that needs several types from one release asks for them by ``release_id``.
+The release directory stays the source of truth; this adapter copies its vectors, ids and
+attributes, checks that the copy answers the golden queries, and only then moves the aliases. Each
+collection names its release and space in its description, and a reader refuses a foreign space. The
+same filter expressions run on either engine. Aliases of several entity types move one after the
+other (Milvus knows no transaction), so a reader that needs several types from one release asks for
+them by ``release_id``.
 """
 
 from __future__ import annotations
@@ -87,7 +89,9 @@ class MilvusReleases:
     def publish(
         self, release: Release, *, progress: Callable[[str], None] = lambda _: None
     ) -> dict[str, float]:
-        """Copy every entity type of a release, index and load it, and check the golden queries. Readers see nothing of it yet.
+        """Copy every entity type of a release, index and load it, and check the golden queries.
+
+        Readers see nothing of it yet.
 
         A collection that an interrupted copy left behind is dropped and made again.
 
@@ -95,7 +99,8 @@ class MilvusReleases:
             ANN recall@10 on the golden queries by entity type.
 
         Raises:
-            GateFailed: The copy is short of rows or its recall is below ``min_recall``; its collections were dropped.
+            GateFailed: The copy is short of rows or its recall is below ``min_recall``; its
+                collections were dropped.
         """
         recall: dict[str, float] = {}
         try:

@@ -71,7 +71,11 @@ def read_manifest(path: Path, expected_sha256: str | None = None) -> Manifest:
 
 
 class Release:
-    """One opened release. Searches go through ``release.entities[entity_type]``; close it when no request uses it any more."""
+    """One opened release.
+
+    Searches go through ``release.entities[entity_type]``; close it when no request uses it any
+    more.
+    """
 
     def __init__(
         self,
@@ -100,17 +104,20 @@ class Release:
     ) -> Release:
         """Open a release folder.
 
-        The order is fixed: the manifest's own checksum, format version and name, the CPU's features, names and sizes of all files, their
-        SHA-256, and
-        only then do libraries parse them.
+        The order is fixed: the manifest's own checksum, format version and name, the CPU's
+        features, names and sizes of all files, their SHA-256, and only then do libraries parse
+        them.
 
         Args:
             path: The release folder.
-            verify: False skips the SHA-256 of the files (sizes are always compared): only for folders this very process has just written.
+            verify: False skips the SHA-256 of the files (sizes are always compared): only for
+                folders this very process has just written.
             expected_sha256: SHA-256 of the manifest that ``CURRENT`` names.
             threads: For hashing; None: one per core, at most 8.
-            graphs: ANN indexes by entity type that a parent process loaded from this release (``EntityIndex.load_graph``).
-            lease: A shared lock that keeps ``gc`` away while the release is open; released by ``close``.
+            graphs: ANN indexes by entity type that a parent process loaded from this release
+                (``EntityIndex.load_graph``).
+            lease: A shared lock that keeps ``gc`` away while the release is open; released by
+                ``close``.
 
         Raises:
             ReleaseNotFound: No such release.
@@ -202,13 +209,15 @@ class Release:
         """Replay every golden query through the indexes as they are served; call it before live entries are attached.
 
         Args:
-            vectors: Query vectors to use instead of the stored ones (for example as a served form encodes them), by entity type.
+            vectors: Query vectors to use instead of the stored ones (for example as a served form
+                encodes them), by entity type.
 
         Returns:
             Measured and expected recall per entity type.
 
         Raises:
-            ReleaseCorrupt: The recall is more than ``REPLAY_SLACK`` below what the build measured, or an answer is malformed.
+            ReleaseCorrupt: The recall is more than ``REPLAY_SLACK`` below what the build measured,
+                or an answer is malformed.
         """
         results = {}
         for entity_type, index in self.entities.items():

@@ -1,10 +1,11 @@
-"""The store of releases: stage, publish, activate, roll back, collect. Each step is all or nothing, whenever the process dies.
+"""The store of releases: stage, publish, activate, roll back, collect.
 
-Layout of ``<store>/releases/``: one folder per release; ``CURRENT`` (JSON: the active release, the SHA-256 of its manifest, and the
-releases active
-before it), replaced by one rename; ``.locks/`` (flocks: ``publish``, ``build``, one per open release); ``.staging-*`` (unfinished
-builds, resumable);
-``.trash-*`` (releases being removed).
+Each step is all or nothing, whenever the process dies.
+
+Layout of ``<store>/releases/``: one folder per release; ``CURRENT`` (JSON: the active release, the
+SHA-256 of its manifest, and the releases active before it), replaced by one rename; ``.locks/``
+(flocks: ``publish``, ``build``, one per open release); ``.staging-*`` (unfinished builds,
+resumable); ``.trash-*`` (releases being removed).
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ def check_release_id(release_id: str) -> str:
     """Return ``release_id`` if it can be a folder name.
 
     Raises:
-        ReleaseError: It holds other characters than letters, digits, ``.``, ``_`` and ``-``, or starts with a dot.
+        ReleaseError: It holds other characters than letters, digits, ``.``, ``_`` and ``-``, or
+            starts with a dot.
     """
     if not _ID.fullmatch(release_id):
         raise ReleaseError(
@@ -137,7 +139,10 @@ def _age(path: Path) -> tuple[str, int, str]:
 
 
 class ReleaseStore:
-    """The folder ``root`` with ``releases/`` and ``live/`` inside. Any number of processes may use one store at the same time."""
+    """The folder ``root`` with ``releases/`` and ``live/`` inside.
+
+    Any number of processes may use one store at the same time.
+    """
 
     def __init__(self, root: Path | str) -> None:
         root = Path(root)
@@ -148,7 +153,7 @@ class ReleaseStore:
         self.live_root = self.root / "live"
         self._locks = self.releases / ".locks"
 
-    # --- reading --------------------------------------------------------------------------------------------------------------------------
+    # --- reading ----------------------------------------------------------------------------------
 
     def path_of(self, release_id: str) -> Path:
         """Folder of a release, whether it exists or not."""
@@ -174,7 +179,10 @@ class ReleaseStore:
     def open(
         self, release_id: str, *, verify: bool = True, graphs: Mapping[str, AnnIndex] | None = None
     ) -> Release:
-        """Open a release; while it is open, ``gc`` in any process leaves it alone. Raises as ``Release.open`` does."""
+        """Open a release; while it is open, ``gc`` in any process leaves it alone.
+
+        Raises as ``Release.open`` does.
+        """
         return self._open(release_id, None, verify, graphs)
 
     def open_current(self, *, verify: bool = True) -> Release:
@@ -182,7 +190,8 @@ class ReleaseStore:
 
         Raises:
             ReleaseNotFound: Nothing is active.
-            ReleaseCorrupt: It differs from what was activated. Otherwise raises as ``Release.open`` does.
+            ReleaseCorrupt: It differs from what was activated. Otherwise raises as ``Release.open``
+                does.
         """
         record = self.current_record()
         if record is None:
@@ -306,7 +315,10 @@ class ReleaseStore:
         return result
 
     def verify(self, release_id: str) -> Manifest:
-        """Check one release to the last byte without loading it. Raises as ``Release.open`` does."""
+        """Check one release to the last byte without loading it.
+
+        Raises as ``Release.open`` does.
+        """
         path = self.path_of(release_id)
         manifest = self._manifest(release_id)
         check_cpu(manifest)
@@ -314,7 +326,7 @@ class ReleaseStore:
         check_contents(path, manifest)
         return manifest
 
-    # --- writing --------------------------------------------------------------------------------------------------------------------------
+    # --- writing ----------------------------------------------------------------------------------
 
     @contextmanager
     def lock(self, name: str, wait_seconds: float = 0.0) -> Iterator[FileLock]:
@@ -336,7 +348,10 @@ class ReleaseStore:
             lock.release()
 
     def staging(self, key: str) -> Path:
-        """Folder of an unfinished build; the same ``key`` finds what an interrupted build left. The caller holds the ``build`` lock."""
+        """Folder of an unfinished build; the same ``key`` finds what an interrupted build left.
+
+        The caller holds the ``build`` lock.
+        """
         folder = self.releases / f".staging-{key}"
         make_folder(folder)
         return folder
@@ -351,15 +366,15 @@ class ReleaseStore:
     ) -> str:
         """Move a complete staging folder into place under its release id.
 
-        Everything is made durable first; one rename makes it visible; one rename of ``CURRENT`` makes it active. Publishing content that
-        is already there
-        under the same id is a no-op.
+        Everything is made durable first; one rename makes it visible; one rename of ``CURRENT``
+        makes it active. Publishing content that is already there under the same id is a no-op.
 
         Args:
             staging: Inside ``releases/``; holds exactly the files of the manifest.
             manifest: Describes them.
             activate: Make it the active release.
-            require_parent: Refuse if the active release is no longer ``manifest.parent`` (partial rebuilds took indexes over from it).
+            require_parent: Refuse if the active release is no longer ``manifest.parent`` (partial
+                rebuilds took indexes over from it).
 
         Returns:
             The release id.
@@ -407,7 +422,8 @@ class ReleaseStore:
             Id of the release that was active before, or None.
 
         Raises:
-            ReleaseNotFound: No such release. Otherwise raises as ``verify`` does; then what was active stays active.
+            ReleaseNotFound: No such release. Otherwise raises as ``verify`` does; then what was
+                active stays active.
         """
         with self.lock("publish", wait_seconds=60.0):
             if verify:
@@ -471,15 +487,16 @@ class ReleaseStore:
     ) -> Sequence[str]:
         """Remove old releases, unfinished builds and half-removed folders.
 
-        Kept are the active release, the one ``rollback`` goes to, the newest ``keep``, every release that some process has open, and
-        folders without a manifest, which may be releases that someone is copying in.
+        Kept are the active release, the one ``rollback`` goes to, the newest ``keep``, every
+        release that some process has open, and folders without a manifest, which may be releases
+        that someone is copying in.
 
         Args:
             keep: How many of the newest releases stay, at least 1.
             dry_run: Only say what would go.
-            drop_folded_log: Also remove live-log files whose entries every kept release already contains. Do so only when rebuilds start
-                from the
-                active release or from sources that hold those changes too.
+            drop_folded_log: Also remove live-log files whose entries every kept release already
+                contains. Do so only when rebuilds start from the active release or from sources
+                that hold those changes too.
 
         Returns:
             Ids of removed releases.
@@ -496,7 +513,8 @@ class ReleaseStore:
             ids = self.ids()
             stay = set(ids[-keep:])
             if not dry_run:
-                self._empty_trash()  # first: a release may have the id of one that a killed gc had moved away
+                # first: a release may have the id of one that a killed gc had moved away
+                self._empty_trash()
             if record is not None:
                 stay.add(record.release_id)
                 stay.update([h for h in record.history if h in ids][:1])

@@ -70,7 +70,8 @@ def check_names_and_sizes(folder: Path, manifest: Manifest) -> None:
     """Compare the folder's listing with the manifest.
 
     Raises:
-        ReleaseCorrupt: A file is missing, not listed, no plain file, or has another size; or the manifest lists a path outside the folder.
+        ReleaseCorrupt: A file is missing, not listed, no plain file, or has another size; or the
+            manifest lists a path outside the folder.
     """
     where = manifest.release_id
     for name in manifest.files:

@@ -33,7 +33,8 @@ class CurvePoint:
         recall: Mean share of the exact top k returned.
         low: Lower end of the interval.
         high: Upper end.
-        latency_us: Median time of one search on one thread, microseconds (kept apart from the rest: it differs from run to run).
+        latency_us: Median time of one search on one thread, microseconds (kept apart from the rest:
+            it differs from run to run).
         latency_p95_us: 95th percentile.
     """
 
@@ -57,8 +58,9 @@ class Calibration:
         deep_k: A second depth, for requests with larger k.
         deep_points: The same at ``deep_k``; may be empty.
         exact_latency_us: Median time of an exact scan, microseconds.
-        sketch_points: Recall of the scan of sketches under filters that disagree with the query (10% and 30%, the worse at each point);
-            ``ef`` is how many of the best sketches are looked at more closely.
+        sketch_points: Recall of the scan of sketches under filters that disagree with the query
+            (10% and 30%, the worse at each point); ``ef`` is how many of the best sketches are
+            looked at more closely.
     """
 
     queries: int
@@ -191,8 +193,8 @@ def recall_per_query(
 def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
     """Mean and its 95% interval over queries.
 
-    The normal interval of the mean, but never narrower below than Wilson's for that many queries all of which succeeded, so that a perfect
-    sample does not claim certainty.
+    The normal interval of the mean, but never narrower below than Wilson's for that many queries
+    all of which succeeded, so that a perfect sample does not claim certainty.
     """
     n = len(values)
     mean = float(np.mean(values))
@@ -220,7 +222,8 @@ def calibrate(
         queries: float32 ``(Q, D)``; not those whose recall is reported elsewhere.
         source: ``real queries`` or ``perturbed entities``.
         k: Depth, cut to N.
-        deep_k: Second depth, measured on the first ``deep_queries`` queries where N is larger than it.
+        deep_k: Second depth, measured on the first ``deep_queries`` queries where N is larger than
+            it.
         ef_grid: Settings tried, ascending, until recall passes 0.9995.
         deep_queries: How many queries the second depth rests on.
     """
@@ -308,7 +311,8 @@ def calibrate_sketches(
 ) -> tuple[CurvePoint, ...]:
     """Measure the scan of sketches under filters that disagree with the query, the hardest kind.
 
-    Rows are ranked along the corpus' first principal direction, and each query may only see the end of the ranking away from it.
+    Rows are ranked along the corpus' first principal direction, and each query may only see the end
+    of the ranking away from it.
 
     Args:
         scan: ``(query (1, D), k, wanted, mask (N,)) -> inner products``, best first.

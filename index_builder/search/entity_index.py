@@ -48,9 +48,11 @@ class SearchResult:
     Attributes:
         ids: Entity ids; fewer than k only when fewer entities match.
         scores: float32, their inner products with the query.
-        plan: ``graph``, ``exact``, ``scan`` (all matching rows), ``sketch`` (all rows' sketches), ``graph-grow`` or ``empty``.
+        plan: ``graph``, ``exact``, ``scan`` (all matching rows), ``sketch`` (all rows' sketches),
+            ``graph-grow`` or ``empty``.
         ef: Candidate-list size of the graph search; 0 where no graph was walked.
-        estimated_recall: Expected ANN recall at k; 1.0 where the plan is exact, None where the index was never calibrated.
+        estimated_recall: Expected ANN recall at k; 1.0 where the plan is exact, None where the
+            index was never calibrated.
         selectivity: Share of base rows that pass the filter; None without a filter.
     """
 
@@ -78,8 +80,12 @@ class EntityIndex:
         store: CodeStore | None = None,
     ) -> None:
         self.entity_type = entity_type
-        self.token = object()  # stands for this index where holding the index itself would keep a retired release in memory
-        self.edition = object()  # stands for this index with the live entries of now: while it is the same, answers are the same
+        # Stands for this index where holding the index itself would keep a retired release in
+        # memory
+        self.token = object()
+        # Stands for this index with the live entries of now: while it is the same, answers are the
+        # same
+        self.edition = object()
         self.ids = ids
         self.corpus = corpus
         self.ann = ann
@@ -94,7 +100,7 @@ class EntityIndex:
         self._settings = SearchSettings(calibration, default_recall, len(corpus.vectors), ann.exact)
         self._shape_1, self._shape_2 = (self.dimension,), (1, self.dimension)
 
-    # ---- build, save, load -------------------------------------------------------------------------------------------------------------
+    # ---- build, save, load -----------------------------------------------------------------------
 
     @classmethod
     def build(
@@ -116,7 +122,8 @@ class EntityIndex:
             vectors: float32 ``(N, D)``, finite unit rows.
             attributes: One row per id, or None.
             config: How to build; ``auto`` by default.
-            calibration_queries: float32 ``(Q, D)``; at least 2,000 for a tight interval. None: not calibrated.
+            calibration_queries: float32 ``(Q, D)``; at least 2,000 for a tight interval. None: not
+                calibrated.
             calibration_source: ``real queries`` or ``perturbed entities``.
 
         Raises:
@@ -246,11 +253,14 @@ class EntityIndex:
 
     @classmethod
     def load(cls, folder: Path, *, graph: AnnIndex | None = None) -> EntityIndex:
-        """Open what ``save`` wrote; the caller has checked sizes and checksums. Vectors and ids are memory-mapped.
+        """Open what ``save`` wrote; the caller has checked sizes and checksums.
+
+        Vectors and ids are memory-mapped.
 
         Args:
             folder: One entity type of a release.
-            graph: The ANN index of this very folder if it is in memory already (``load_graph``, before a fork); None: loaded.
+            graph: The ANN index of this very folder if it is in memory already (``load_graph``,
+                before a fork); None: loaded.
 
         Raises:
             IndexFormatError: Files are missing, damaged or of another format version.
@@ -312,8 +322,8 @@ class EntityIndex:
     def load_graph(folder: Path) -> AnnIndex:
         """The ANN index of a checked folder and nothing else.
 
-        Starts no threads, so a process may fork afterwards and share its memory; attributes (polars) cannot be read before a fork. Raises
-        as ``load``.
+        Starts no threads, so a process may fork afterwards and share its memory; attributes
+        (polars) cannot be read before a fork. Raises as ``load``.
         """
         try:
             facts = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["facts"]
@@ -324,7 +334,7 @@ class EntityIndex:
             ) from error
         return load_index(kind, folder / "index", Corpus.load(folder).vectors, config)
 
-    # ---- facts -------------------------------------------------------------------------------------------------------------------------
+    # ---- facts -----------------------------------------------------------------------------------
 
     @property
     def count(self) -> int:
@@ -416,7 +426,7 @@ class EntityIndex:
         """Drop cached filter results (benchmarks measure each filter afresh)."""
         self._selections = SelectionCache(self.attribute_table)
 
-    # ---- search ------------------------------------------------------------------------------------------------------------------------
+    # ---- search ----------------------------------------------------------------------------------
 
     def search(
         self,
@@ -437,7 +447,8 @@ class EntityIndex:
             query: float32 ``(D,)`` or ``(1, D)``, unit norm.
             k: 1 to 10,000; fewer come back only when fewer entities match.
             ef: Candidate-list size; chosen from the calibrated curve when not given.
-            min_recall: Expected ANN recall to reach; an exact scan where the curve does not reach it.
+            min_recall: Expected ANN recall to reach; an exact scan where the curve does not reach
+                it.
             filter: An expression over attributes, see ``index_builder.filters.selection``.
             exclude_ids: Never return these.
             min_score: Return only scores at or above it.
@@ -445,7 +456,8 @@ class EntityIndex:
             live: Live entries of another moment (``self.live`` then) instead of those of now.
 
         Raises:
-            InvalidQuery: k, ef or min_recall out of range, or a query with NaN or another norm than 1.
+            InvalidQuery: k, ef or min_recall out of range, or a query with NaN or another norm than
+                1.
             DimensionMismatch: Another dimension or dtype.
             FilterError: The filter does not parse or does not fit the attributes.
         """
@@ -612,7 +624,8 @@ class EntityIndex:
             leaked = set(excluded).intersection(ids) if excluded else ()
             if not leaked:
                 break
-            # Deleted by a writer while this search goes on, and so not found above: hide them, too, and merge again.
+            # Deleted by a writer while this search goes on, and so not found above: hide them, too,
+            # and merge again.
             gone += [place for place in map(live.search_for, leaked) if place is not None]
             ids, scores = hits.ids, hits.scores
         return _with_live(hits, ids, scores)

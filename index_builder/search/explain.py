@@ -28,7 +28,8 @@ class Verdict:
         reason: One sentence.
         score: Inner product with the query, None where there is no vector.
         exact_rank: Rank from 1 among all visible entities, None where there is no vector.
-        rank_after_filter: Rank among those that pass the filter; None without a filter or where the id does not pass.
+        rank_after_filter: Rank among those that pass the filter; None without a filter or where the
+            id does not pass.
         returned_at: Rank in the served answer, None if it is not in it.
     """
 
@@ -168,10 +169,12 @@ class Waterfall:
         entity_type: Which.
         pairs: Labelled pairs looked at.
         k: Depth.
-        recall: Step name -> labelled Recall@k after it, in order, starting at 1.0 (``labelled``). After ``labels`` it is the ceiling: a
-            query with more than k labelled entities cannot have all of them among k answers, whatever the encoder does.
+        recall: Step name -> labelled Recall@k after it, in order, starting at 1.0 (``labelled``).
+            After ``labels`` it is the ceiling: a query with more than k labelled entities cannot
+            have all of them among k answers, whatever the encoder does.
         lost_to: Step name -> pairs not found in the end that were last found before this step.
-        measured: Step name -> False where the step could not be measured with the data given (it then loses nothing).
+        measured: Step name -> False where the step could not be measured with the data given (it
+            then loses nothing).
     """
 
     entity_type: str
@@ -195,23 +198,23 @@ def recall_waterfall(
 ) -> Waterfall:
     """Labelled Recall@k after every step, and to which step each lost pair was lost.
 
-    The chain of oracles: exact search over fresh vectors at full dimension (what the encoder can do), the same at the served dimension,
-    exact search over
-    what is served, live entries included (staleness), the served index walked as wide as it goes (quantisation: what a wide walk cannot
-    find), the index as it is served (graph), and with the filter. A pair that is not found in the end counts for the step behind the last
-    one that still found it.
+    The chain of oracles: exact search over fresh vectors at full dimension (what the encoder can
+    do), the same at the served dimension, exact search over what is served, live entries included
+    (staleness), the served index walked as wide as it goes (quantisation: what a wide walk cannot
+    find), the index as it is served (graph), and with the filter. A pair that is not found in the
+    end counts for the step behind the last one that still found it.
 
     Args:
         index: As it is served, live entries attached.
         queries: float32 ``(P, D)``, one row per pair, in the served dimension.
         targets: The labelled entity of each pair.
         k: Depth.
-        fresh: Ids and vectors ``(N, F)``, F >= D, as the encoder would embed the catalogue today; None: what is served stands in, and
-            the first
-            three steps are one.
+        fresh: Ids and vectors ``(N, F)``, F >= D, as the encoder would embed the catalogue today;
+            None: what is served stands in, and the first three steps are one.
         full_queries: ``(P, F)`` for ``fresh``; None: ``queries``.
         expressions: Filter of each pair's query, or None.
-        positives: How many entities are labelled for each pair's query, at least 1; None: one each, so that the ceiling is 1.
+        positives: How many entities are labelled for each pair's query, at least 1; None: one each,
+            so that the ceiling is 1.
     """
     dimension = queries.shape[1]
     stages: list[tuple[str, list[bool], bool]] = []

@@ -22,7 +22,8 @@ class GoldenQueries:
     """Queries with their exact top k over the base vectors of one entity type.
 
     Attributes:
-        texts: The query strings; empty strings where only a vector is known (then no form's parity can be checked on them).
+        texts: The query strings; empty strings where only a vector is known (then no form's parity
+            can be checked on them).
         vectors: float32 ``(G, D)``, unit rows.
         ids: Per query the exact top ids, best first.
         scores: Per query their inner products, float32.

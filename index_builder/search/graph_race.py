@@ -26,7 +26,8 @@ def faster_of_graph(
         config: Parameters of the walk.
 
     Returns:
-        The faster index, and why for people, with both times; ``ann`` where its graph cannot be read or neither reaches the target.
+        The faster index, and why for people, with both times; ``ann`` where its graph cannot be
+        read or neither reaches the target.
     """
     graph = ann.neighbours()
     if graph is None or len(queries) == 0 or len(vectors) < 20:

@@ -135,7 +135,8 @@ def join_frames(frames: Sequence[pl.DataFrame], heights: Sequence[int]) -> pl.Da
     """Stack tables of ``attribute_frame`` with different columns; missing cells are null.
 
     Args:
-        frames: Tables, some possibly without any column (and therefore without a height of their own).
+        frames: Tables, some possibly without any column (and therefore without a height of their
+            own).
         heights: Rows of each.
     """
     names = list(

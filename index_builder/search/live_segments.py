@@ -1,6 +1,7 @@
 """Live entries made searchable: scanned up to a few thousand, small graph segments built behind them, and tombstones over the base.
 
-One thread applies entries (``LiveState.apply``) and publishes immutable pictures (``LiveView``); searches never lock.
+One thread applies entries (``LiveState.apply``) and publishes immutable pictures (``LiveView``);
+searches never lock.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from index_builder.search.live_blocks import Block
 EXACT_LIMIT = 4096 if live_scan is not None else 1024
 """Entries of a segment that is scanned; larger ones get a graph, as do sealed ones where the compiled scan was not built.
 
-Scanning 2,000 x 256 in float32 takes as long as searching a graph of 100,000; by one bit a dimension it takes a seventh of that.
+Scanning 2,000 x 256 in float32 takes as long as searching a graph of 100,000; by one bit a
+dimension it takes a seventh of that.
 """
 MERGE_FACTOR = 4
 """Segments of about one size that are merged into one; keeps their number logarithmic."""
@@ -65,7 +67,10 @@ class LiveSegment:
 
     @property
     def attributes(self) -> pl.DataFrame:
-        """Attributes of the rows, ``n`` rows; columns that no entry set are missing. Built when first asked for."""
+        """Attributes of the rows, ``n`` rows; columns that no entry set are missing.
+
+        Built when first asked for.
+        """
         return self._block.attributes(self.size)
 
     def merge(
@@ -136,8 +141,8 @@ class LiveSegment:
             exact: Walk no graph.
 
         Returns:
-            Rows int64 and inner products float32, best first, ties by row. Exact in the tail; in large segments approximate unless the mask
-            is narrow.
+            Rows int64 and inner products float32, best first, ties by row. Exact in the tail; in
+            large segments approximate unless the mask is narrow.
         """
         if mask is None:
             usable, matching = self.alive, self.alive_count
@@ -220,10 +225,12 @@ class LiveView:
     Attributes:
         sequence: Of the last entry inside.
         segments: Every living id is alive in exactly one of them.
-        hidden_rows: bool ``(N_base,)``: base rows deleted or replaced, never to be returned; None when there are none.
+        hidden_rows: bool ``(N_base,)``: base rows deleted or replaced, never to be returned; None
+            when there are none.
         hidden_count: How many.
         live_count: Living entries in all segments.
-        foreign_count: Upserts skipped because they were embedded under another space id (the base row keeps answering).
+        foreign_count: Upserts skipped because they were embedded under another space id (the base
+            row keeps answering).
     """
 
     sequence: int
@@ -243,7 +250,8 @@ class LiveView:
         for segment in self.segments:
             if segment.holds(place[0]) and place[1] < segment.size and segment.alive[place[1]]:
                 return segment, place[1]
-        # Replaced or moved by a merge since this picture was taken: rare, so a linear search is fine.
+        # Replaced or moved by a merge since this picture was taken: rare, so a linear search is
+        # fine.
         return self.search_for(id)
 
     def search_for(self, id: str) -> tuple[LiveSegment, int] | None:
@@ -304,7 +312,10 @@ class LiveState:
         return self._view
 
     def apply(self, entries: Iterable[LiveEntry]) -> LiveView:
-        """Apply entries in order and return the new picture. An entry at or below the current sequence number is skipped."""
+        """Apply entries in order and return the new picture.
+
+        An entry at or below the current sequence number is skipped.
+        """
         with self._lock:
             for entry in entries:
                 if entry.sequence and entry.sequence <= self._sequence:
@@ -361,7 +372,8 @@ class LiveState:
             self._foreign.add(entry.id)
             return
         self._foreign.discard(entry.id)
-        # What replaces an entry overwrites its place below: a search that holds the old picture must not miss the id meanwhile.
+        # What replaces an entry overwrites its place below: a search that holds the old picture
+        # must not miss the id meanwhile.
         before = (
             self._where.pop(entry.id, None) if entry.vector is None else self._where.get(entry.id)
         )

@@ -24,14 +24,16 @@ SCAN_RECALL = 0.999
 """Expected recall of a scan that ranks by 8-bit codes and scores the best four times k in float32."""
 GROW_SHARE = 0.25
 """Filters that pass at least this share are tried on the plain graph first; a scan follows when too few of its hits survive, as where the
-filter and the query disagree."""
+filter and the query disagree.
+"""
 _NO_SCORES = np.empty(0, dtype=np.float32)
 
 
 class BaseHits(NamedTuple):
     """Ids and inner products, best first, and how they were found.
 
-    ``recall`` is 1.0 where the answer is exact, the plan's own estimate where it has one, and None where the calibrated curve speaks.
+    ``recall`` is 1.0 where the answer is exact, the plan's own estimate where it has one, and None
+    where the calibrated curve speaks.
     """
 
     ids: list[str]
@@ -62,12 +64,15 @@ class BaseSearch:
         """Whether sketches can be scanned: the extension is there and so are they."""
         return self._sketches
 
-    # ---- no filter ---------------------------------------------------------------------------------------------------------------------
+    # ---- no filter -------------------------------------------------------------------------------
 
     def nearest(
         self, query: np.ndarray, k: int, ef: int, hidden: np.ndarray | None, hidden_count: int
     ) -> BaseHits:
-        """The plain graph search, no filter; arguments as for ``search``. Fewer than k where the graph leads to fewer."""
+        """The plain graph search, no filter; arguments as for ``search``.
+
+        Fewer than k where the graph leads to fewer.
+        """
         engine = self._engine
         if self._walk_is_ann and 2 * hidden_count <= self._corpus.rows:
             wide, most = self._walk_sizes(k, ef, hidden_count)
@@ -112,7 +117,7 @@ class BaseSearch:
             hits.append(BaseHits(ids, out[: len(ids)], "graph", ef, None))
         return hits
 
-    # ---- any mix -----------------------------------------------------------------------------------------------------------------------
+    # ---- any mix ---------------------------------------------------------------------------------
 
     def search(
         self,
@@ -131,7 +136,8 @@ class BaseSearch:
             query: float32 ``(1, D)``.
             k: Wanted.
             ef: Candidate-list size that the target recall needs without a filter.
-            wanted: How many of the best sketches to look at more closely for it, under a filter that disagrees with the query.
+            wanted: How many of the best sketches to look at more closely for it, under a filter
+                that disagrees with the query.
             selection: Rows the filter passes, or None for all.
             hidden: bool ``(N,)`` rows never to return, or None.
             hidden_count: How many of them.
@@ -269,8 +275,9 @@ class BaseSearch:
     def _walk_sizes(self, k: int, ef: int, hidden_count: int) -> tuple[int, int]:
         """The ef of a walk past hidden rows, and how many of the nodes it finds are scored in float32.
 
-        The k best that are not hidden are the k / share best of all, so that ef grows as it does for a larger k. Where so many of the best
-        nodes are hidden that fewer than k are left, a wider search is due: what follows them is found with less recall.
+        The k best that are not hidden are the k / share best of all, so that ef grows as it does
+        for a larger k. Where so many of the best nodes are hidden that fewer than k are left, a
+        wider search is due: what follows them is found with less recall.
         """
         most = max(2 * k, k + 16)
         if hidden_count == 0:
@@ -278,7 +285,7 @@ class BaseSearch:
         share = 1.0 - hidden_count / self._corpus.rows
         return max(round(ef / share**0.5), int(1.1 * k / share) + 4), int(most / share)
 
-    # ---- shared ------------------------------------------------------------------------------------------------------------------------
+    # ---- shared ----------------------------------------------------------------------------------
 
     def _graph_rows(self, query: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows and inner products of the plain graph search, duplicates included."""

@@ -23,18 +23,23 @@ _ARRAYS = ("codes", "graph", "sketch", "factors", "links")
 class CodeStore:
     """Codes, sketches and links of a corpus.
 
-    One scale serves all vectors: every component is a multiple of ``largest / 127``, stored with 128 added. The order by codes is nearly
-    that by inner product; the best candidates are scored again in float32. A sketch keeps the signs of a vector's difference from the
-    mean; times a factor of its own it estimates the inner product with a query, but for a constant (RaBitQ, Gao and Long, SIGMOD 2024).
+    One scale serves all vectors: every component is a multiple of ``largest / 127``, stored with
+    128 added. The order by codes is nearly that by inner product; the best candidates are scored
+    again in float32. A sketch keeps the signs of a vector's difference from the mean; times a
+    factor of its own it estimates the inner product with a query, but for a constant (RaBitQ, Gao
+    and Long, SIGMOD 2024).
 
     Attributes:
         codes: uint8 ``(U, stride)``; the stride is the dimension rounded up to 64.
-        graph: uint32 ``(U, degree)`` out-links, padded with the node itself; None where only scans are wanted.
+        graph: uint32 ``(U, degree)`` out-links, padded with the node itself; None where only scans
+            are wanted.
         entry: Where walks begin.
-        sketch: uint8 ``(blocks, stride / 4, 16)``, 32 rows a block: byte j holds four signs of row j and, times 16, of row j + 16; or None.
+        sketch: uint8 ``(blocks, stride / 4, 16)``, 32 rows a block: byte j holds four signs of row
+            j and, times 16, of row j + 16; or None.
         factors: float32 ``(32 * blocks,)``, one a sketch; or None.
-        links: uint8 ``(U, record)``, what the compiled walk reads in place of ``graph``: a node's out-links (uint32), a factor for each
-            (float32), and sketches of the differences to where they lead, in blocks of 32 laid out as in ``sketch``; or None.
+        links: uint8 ``(U, record)``, what the compiled walk reads in place of ``graph``: a node's
+            out-links (uint32), a factor for each (float32), and sketches of the differences to
+            where they lead, in blocks of 32 laid out as in ``sketch``; or None.
     """
 
     codes: np.ndarray
@@ -93,8 +98,8 @@ class CodeStore:
     def load(cls, folder: Path, vectors: np.ndarray) -> Self:
         """Map what ``save`` wrote.
 
-        Where links carry sketches, these and the codes are read into memory: walks read little from many places, which huge pages make a
-        tenth to a fifth faster.
+        Where links carry sketches, these and the codes are read into memory: walks read little from
+        many places, which huge pages make a tenth to a fifth faster.
 
         Raises:
             IndexFormatError: A file is missing or does not fit the vectors.

@@ -26,7 +26,8 @@ def check_vectors(
         dimension: D, if it is known.
 
     Raises:
-        InvalidVectors: Wrong dtype or shape, or a row with NaN, Inf, zero or another norm than 1; names the first bad row.
+        InvalidVectors: Wrong dtype or shape, or a row with NaN, Inf, zero or another norm than 1;
+            names the first bad row.
     """
     if not isinstance(vectors, np.ndarray) or vectors.dtype != np.float32:
         got = getattr(vectors, "dtype", type(vectors).__name__)
@@ -74,8 +75,10 @@ class Corpus:
 
     Attributes:
         vectors: float32 ``(U, D)``, distinct, in order of first appearance.
-        node_of_row: uint32 ``(N,)``, or None when every row has its own vector (then node and row are the same number).
-        row_starts: uint32 ``(U + 1,)``: the rows of node ``n`` are ``rows_by_node[row_starts[n]:row_starts[n + 1]]``; None likewise.
+        node_of_row: uint32 ``(N,)``, or None when every row has its own vector (then node and row
+            are the same number).
+        row_starts: uint32 ``(U + 1,)``: the rows of node ``n`` are
+            ``rows_by_node[row_starts[n]:row_starts[n + 1]]``; None likewise.
         rows_by_node: uint32 ``(N,)``; None likewise.
     """
 

@@ -94,7 +94,9 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 class FileLock:
-    """An advisory ``flock`` on a small file. The kernel drops it when the holder dies, so a kill -9 never leaves a stale lock.
+    """An advisory ``flock`` on a small file.
+
+    The kernel drops it when the holder dies, so a kill -9 never leaves a stale lock.
 
     The file holds the process id of the last exclusive holder, for error messages only.
     """

@@ -30,7 +30,8 @@ class PeakMemory:
 
     Attributes:
         private_mib: Highest anonymous resident memory seen, sampled every 20 ms.
-        resident_mib: Highest resident memory (also mapped files), by the kernel where ``/proc/self/clear_refs`` can be written.
+        resident_mib: Highest resident memory (also mapped files), by the kernel where
+            ``/proc/self/clear_refs`` can be written.
     """
 
     def __init__(self) -> None:

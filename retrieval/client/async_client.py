@@ -23,14 +23,17 @@ R = TypeVar("R")
 
 
 class AsyncRetrievalClient(ClientBase):
-    """Asyncio client: the methods of ``RetrievalClient`` as coroutines. Create and use it inside one event loop.
+    """Asyncio client: the methods of ``RetrievalClient`` as coroutines.
+
+    Create and use it inside one event loop.
 
     Args:
         target: ``host:port``.
         config: Deadlines, retries, TLS, token.
 
     Raises:
-        ConfigError: Impossible configuration, unreadable TLS files, or a token over an unencrypted network.
+        ConfigError: Impossible configuration, unreadable TLS files, or a token over an unencrypted
+            network.
     """
 
     def __init__(self, target: str = "localhost:50051", config: ClientConfig | None = None) -> None:
@@ -224,7 +227,10 @@ class AsyncRetrievalClient(ClientBase):
         )
 
     async def rollback(self, *, deadline_seconds: float = 300.0) -> results.Activation:
-        """Serve the previous release again (admin). Never repeated by itself: a second rollback would undo the first."""
+        """Serve the previous release again (admin).
+
+        Never repeated by itself: a second rollback would undo the first.
+        """
         return await self._call(
             self._rollback,
             pb.RollbackRequest(),
@@ -242,7 +248,10 @@ class AsyncRetrievalClient(ClientBase):
         space_id: str,
         deadline_seconds: float | None = None,
     ) -> results.Written:
-        """Insert or replace entities (admin); returns when they are durable. All are accepted or none."""
+        """Insert or replace entities (admin); returns when they are durable.
+
+        All are accepted or none.
+        """
         packed = [results.entity_to_proto(entity) for entity in entities]
         request = pb.UpsertRequest(entity_type=entity_type, space_id=space_id, entities=packed)
         return await self._call(self._upsert, request, results.written, "Upsert", deadline_seconds)

@@ -76,8 +76,11 @@ class ClientConfig:
     """Time for one call with all its retries; each method takes ``deadline_seconds`` to override it."""
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     token: str | None = field(default=None, repr=False)
-    """Sent as ``authorization: Bearer ...``. Refused without TLS unless the address is this machine's (``localhost``, loopback,
-    ``unix:``) or ``allow_plaintext_token``."""
+    """Sent as ``authorization: Bearer ...``.
+
+    Refused without TLS unless the address is this machine's (``localhost``, loopback,
+    ``unix:``) or ``allow_plaintext_token``.
+    """
     allow_plaintext_token: bool = False
     tls: TlsConfig | None = None
     """None: no encryption."""

@@ -23,10 +23,14 @@ class RetryPolicy:
     first_backoff_seconds: float = 0.05
     """Upper bound of the first wait; the wait is uniform between 0 and the bound (full jitter), the bound doubles each time."""
     max_backoff_seconds: float = 2.0
-    """The bound stops growing here. A server's ``retry-after-ms`` is a lower bound on top of which the jitter is added."""
+    """The bound stops growing here.
+
+    A server's ``retry-after-ms`` is a lower bound on top of which the jitter is added.
+    """
     budget: float = 20.0
     """Retry tokens of a client: a failure takes one, a success gives back ``budget_refill``; no retry while half or fewer are left, so
-    that clients do not multiply the load of a server that is down."""
+    that clients do not multiply the load of a server that is down.
+    """
     budget_refill: float = 0.1
     """Tokens given back per success."""
 
@@ -85,9 +89,9 @@ def wait_before_retry(
     """Decide whether the failed try number ``attempt`` (from 1) is repeated.
 
     Returns:
-        Seconds to wait (at least the server's hint), or None: the call would fail again, the tries or the budget are used up, or the
-        deadline would pass during the wait. A full server always sends a hint; RESOURCE_EXHAUSTED without one is, for example, a
-        message beyond a limit.
+        Seconds to wait (at least the server's hint), or None: the call would fail again, the tries
+        or the budget are used up, or the deadline would pass during the wait. A full server always
+        sends a hint; RESOURCE_EXHAUSTED without one is, for example, a message beyond a limit.
     """
     hint = retry_after_seconds(error.trailing_metadata())
     if error.code() is not UNAVAILABLE and (error.code() is not FULL or hint is None):

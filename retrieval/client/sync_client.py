@@ -1,8 +1,9 @@
 """The typed Python client, synchronous and asyncio: ``RetrievalClient("host:50051").retrieve("blue whale", "pin", k=10)``.
 
-Both clients take the same arguments and return the same results. Every call has a deadline that includes its retries; calls that the
-server refused because it is full or not ready are repeated after a jittered wait that honours the server's hint; failures are the
-exceptions of ``retrieval/client/errors.py``. Importing this module loads no torch.
+Both clients take the same arguments and return the same results. Every call has a deadline that
+includes its retries; calls that the server refused because it is full or not ready are repeated
+after a jittered wait that honours the server's hint; failures are the exceptions of
+``retrieval/client/errors.py``. Importing this module loads no torch.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ class RetrievalClient(ClientBase):
         config: Deadlines, retries, TLS, token.
 
     Raises:
-        ConfigError: Impossible configuration, unreadable TLS files, or a token over an unencrypted network.
+        ConfigError: Impossible configuration, unreadable TLS files, or a token over an unencrypted
+            network.
 
     Example:
         >>> with RetrievalClient("localhost:50051") as client:
@@ -267,7 +269,10 @@ class RetrievalClient(ClientBase):
         )
 
     def rollback(self, *, deadline_seconds: float = 300.0) -> results.Activation:
-        """Serve the previous release again (admin). Never repeated by itself: a second rollback would undo the first."""
+        """Serve the previous release again (admin).
+
+        Never repeated by itself: a second rollback would undo the first.
+        """
         return self._call(
             self._rollback,
             pb.RollbackRequest(),
@@ -285,7 +290,10 @@ class RetrievalClient(ClientBase):
         space_id: str,
         deadline_seconds: float | None = None,
     ) -> results.Written:
-        """Insert or replace entities (admin); returns when they are durable. All are accepted or none."""
+        """Insert or replace entities (admin); returns when they are durable.
+
+        All are accepted or none.
+        """
         packed = [results.entity_to_proto(entity) for entity in entities]
         request = pb.UpsertRequest(entity_type=entity_type, space_id=space_id, entities=packed)
         return self._call(self._upsert, request, results.written, "Upsert", deadline_seconds)

@@ -180,7 +180,8 @@ def command(
 ) -> None:
     """Ask a running server for the entities nearest to TEXT.
 
-    Prints a table (or, with --json, everything the server said); one line on standard error tells how the answer was found.
+    Prints a table (or, with --json, everything the server said); one line on standard error tells
+    how the answer was found.
 
     Example: omni query "happy birthday" --type pin -k 5
     """

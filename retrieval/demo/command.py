@@ -93,8 +93,8 @@ class Demo:
 def command(out: Path, quick: bool, from_scratch: bool, keep_serving: bool, as_json: bool) -> None:
     """Train, evaluate, build, publish, serve and query the sample data: 6,827 entities and 217,198 real pairs in 17 languages.
 
-    The pairs are human annotations and translations standing in for engagement, not clicks. Nothing is simulated. A second run replaces
-    the model and adds a release to the same store.
+    The pairs are human annotations and translations standing in for engagement, not clicks. Nothing
+    is simulated. A second run replaces the model and adds a release to the same store.
 
     Example: omni demo --quick --out /tmp/demo
     """

@@ -49,10 +49,10 @@ class _Waiting:
 class Batcher:
     """Feeds one encoder from one event loop.
 
-    A batch is closed when its padded tokens reach ``max_tokens``, or when the encoder is free and the oldest text has waited
-    ``max_delay_seconds``.
-    With a delay of 0 an idle encoder starts at once and batches form while it is busy: no latency is lost when traffic is low.
-    The oldest waiting text decides which length bucket goes next, so nothing starves.
+    A batch is closed when its padded tokens reach ``max_tokens``, or when the encoder is free and
+    the oldest text has waited ``max_delay_seconds``. With a delay of 0 an idle encoder starts at
+    once and batches form while it is busy: no latency is lost when traffic is low. The oldest
+    waiting text decides which length bucket goes next, so nothing starves.
 
     Args:
         encode: ``list of B texts -> (B, D)`` float32 unit rows; runs in ``executor``.
@@ -116,7 +116,10 @@ class Batcher:
         return None
 
     def late(self, remaining_seconds: float | None) -> tuple[str, int, int] | None:
-        """As ``full``, if a text that arrives now would probably not be encoded in this time. An idle encoder refuses nothing."""
+        """As ``full``, if a text that arrives now would probably not be encoded in this time.
+
+        An idle encoder refuses nothing.
+        """
         if remaining_seconds is not None and (self._queue or self._running):
             wait = self.expected_wait_seconds()
             if wait > remaining_seconds:
@@ -132,7 +135,8 @@ class Batcher:
 
         Raises:
             Overloaded: The queue is full.
-            EncoderFailed: The encoder raised, or made a vector with NaN, a wrong size or a wrong norm.
+            EncoderFailed: The encoder raised, or made a vector with NaN, a wrong size or a wrong
+                norm.
         """
         full = self.full()
         if full is not None:

@@ -48,7 +48,9 @@ class _Flight:
 
 
 class CachedEncoder:
-    """Cache in front of one encoder's batcher. A text that many miss is encoded once; when all have gone the work is dropped.
+    """Cache in front of one encoder's batcher.
+
+    A text that many miss is encoded once; when all have gone the work is dropped.
 
     Args:
         cache: Shared by all encoders.
@@ -127,8 +129,8 @@ class CachedEncoder:
     async def lookup_many(self, texts: Sequence[str]) -> tuple[Float32, list[bool], int, int]:
         """Vectors of many texts: ``(B, D)`` float32, cached flags, longest queue and encode times in ns.
 
-        Missed texts are started in parts that leave room in the encoder's queue. What a finished part has encoded stays cached, even if a
-        later part fails.
+        Missed texts are started in parts that leave room in the encoder's queue. What a finished
+        part has encoded stays cached, even if a later part fails.
 
         Raises:
             Overloaded: The encoder's queue is full of the work of others.
@@ -158,7 +160,10 @@ class CachedEncoder:
         return out, cached, queue_ns, encode_ns
 
     async def _load_part(self, texts: Sequence[str]) -> list[Looked]:
-        """Load these texts at the same time. If one fails or the caller leaves, nobody waits for the others any more."""
+        """Load these texts at the same time.
+
+        If one fails or the caller leaves, nobody waits for the others any more.
+        """
         tasks = [asyncio.ensure_future(self._load_anew(text)) for text in texts]
         self._in_parts += len(texts)
         try:

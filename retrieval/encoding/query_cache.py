@@ -37,7 +37,9 @@ class Entry:
 
 
 class QueryCache:
-    """LRU with a time to live and a byte bound, for one process. Not thread-safe: it lives on the event loop.
+    """LRU with a time to live and a byte bound, for one process.
+
+    Not thread-safe: it lives on the event loop.
 
     Args:
         max_bytes: Bound over vectors, texts and bookkeeping; 0 switches the cache off.
@@ -121,7 +123,8 @@ def most_frequent(
 ) -> list[tuple[str, Entry]]:
     """Texts under ``prefix`` with their entries, most often asked for first, at most ``count``; then halves the counts of all.
 
-    A full cache has 180,000 items, which takes some 0.2 s: not for the event loop. A use that is counted meanwhile may get lost.
+    A full cache has 180,000 items, which takes some 0.2 s: not for the event loop. A use that is
+    counted meanwhile may get lost.
     """
     best = heapq.nlargest(
         count,

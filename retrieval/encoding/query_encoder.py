@@ -1,7 +1,8 @@
 """The query tower at serving time: tokenise, pad to a length bucket, run the fastest form that this machine and this release have.
 
-On a GPU: torch in bfloat16, one CUDA graph per (batch, length) bucket. On CPU: ONNX Runtime with the release's int8 form, else torch.
-Every form carries its own form id, which is part of the cache key and of every answer.
+On a GPU: torch in bfloat16, one CUDA graph per (batch, length) bucket. On CPU: ONNX Runtime with
+the release's int8 form, else torch. Every form carries its own form id, which is part of the cache
+key and of every answer.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ class QueryEncoding(Protocol):
     dimension: int
 
     def encode(self, texts: Sequence[str]) -> Float32:
-        """Encode B normalised texts: ``(B, D)`` float32 unit rows. Called from one thread at a time."""
+        """Encode B normalised texts: ``(B, D)`` float32 unit rows.
+
+        Called from one thread at a time.
+        """
         ...
 
 
@@ -122,7 +126,8 @@ def encode_by_length(
         texts: B texts.
         dimension: D.
         forward: ``(token ids (b, L), mask (b, L)) -> (b, D)`` float32.
-        pad_to_bucket: Pad to the bucket's length (fixed shapes for CUDA graphs) instead of the longest text of the group.
+        pad_to_bucket: Pad to the bucket's length (fixed shapes for CUDA graphs) instead of the
+            longest text of the group.
     """
     out = np.empty((len(texts), dimension), dtype=np.float32)
     rows = tokenizer.token_ids(texts)
@@ -139,7 +144,8 @@ class OnnxQueryEncoding:
     """ONNX Runtime on CPU; imports no torch.
 
     Args:
-        model: The ``.onnx`` file, inputs ``input_ids`` and ``attention_mask`` (B, L), first output (B, D).
+        model: The ``.onnx`` file, inputs ``input_ids`` and ``attention_mask`` (B, L), first output
+            (B, D).
         folder: The release's ``query_encoder/`` (for the tokenizer).
         form_id: ``onnx-int8`` or ``onnx-fp32``.
         threads: Threads of one forward pass.

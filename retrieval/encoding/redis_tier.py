@@ -15,11 +15,14 @@ from retrieval.encoding.query_cache import Float32, log
 
 
 class RedisTier:
-    """Second cache tier shared by replicas. Every failure is a miss: slow, dead, full of rubbish, or lying.
+    """Second cache tier shared by replicas.
 
-    A value is ``digest(16) + float16 vector``; the digest is BLAKE2b over key and vector, keyed with the replicas' secret. So a value
-    under the wrong key, a changed one, or (with a secret) a planted one is refused and counted. After ``max_failures`` failures
-    in a row the tier is left alone for ``rest_seconds``.
+    Every failure is a miss: slow, dead, full of rubbish, or lying.
+
+    A value is ``digest(16) + float16 vector``; the digest is BLAKE2b over key and vector, keyed
+    with the replicas' secret. So a value under the wrong key, a changed one, or (with a secret) a
+    planted one is refused and counted. After ``max_failures`` failures in a row the tier is left
+    alone for ``rest_seconds``.
 
     Args:
         url: ``redis://host:port/db``.
@@ -53,7 +56,8 @@ class RedisTier:
         except ImportError as error:
             raise MissingDependency("redis", "redis", "the shared cache tier (--redis)") from error
         try:
-            pool = BlockingConnectionPool.from_url(  # a list of texts asks for more keys at once than there are connections
+            # A list of texts asks for more keys at once than there are connections
+            pool = BlockingConnectionPool.from_url(
                 url,
                 max_connections=64,
                 timeout=timeout_seconds,

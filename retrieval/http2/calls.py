@@ -35,11 +35,15 @@ class Method(NamedTuple):
     """One RPC.
 
     Attributes:
-        now: Answers or refuses at once from request bytes and call, or returns None and leaves the call to ``later``; never raises.
+        now: Answers or refuses at once from request bytes and call, or returns None and leaves the
+            call to ``later``; never raises.
         later: Unary calls: request bytes and call to response bytes.
-        stream: Streaming calls: takes the call, reads ``call.messages()`` or ``call.message``, writes with ``call.write``.
-        door: Asked when a call's headers are here and its message is not: refuses it, or returns None and lets it in; never raises.
-        many: Whether ``stream`` reads messages while they come; otherwise it begins, as ``later`` does, when the one message is here.
+        stream: Streaming calls: takes the call, reads ``call.messages()`` or ``call.message``,
+            writes with ``call.write``.
+        door: Asked when a call's headers are here and its message is not: refuses it, or returns
+            None and lets it in; never raises.
+        many: Whether ``stream`` reads messages while they come; otherwise it begins, as ``later``
+            does, when the one message is here.
     """
 
     now: Callable[[bytes, Call], bytes | Refusal | None] | None = None
@@ -57,7 +61,10 @@ class Details(NamedTuple):
 
 
 class Head(NamedTuple):
-    """A request's headers, understood. ``refusal``: an HTTP status or a gRPC one for what cannot be served."""
+    """A request's headers, understood.
+
+    ``refusal``: an HTTP status or a gRPC one for what cannot be served.
+    """
 
     method: Method
     timeout: float | None

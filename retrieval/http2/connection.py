@@ -1,7 +1,8 @@
 """One HTTP/2 connection: frames in, calls started, answers out within the peer's flow-control windows.
 
-An answer that a method gives at once is written without a task, a copy or a turn of the event loop; answers to calls that came in one
-read leave in one write. Everything a peer can make this object hold is bounded.
+An answer that a method gives at once is written without a task, a copy or a turn of the event loop;
+answers to calls that came in one read leave in one write. Everything a peer can make this object
+hold is bounded.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ MAX_BUFFERED_BYTES = 64 * 2**20
 """Bytes of requests that are not answered, and of answers that wait for a window, on one connection; more and calls are refused."""
 NOISE_ALLOWANCE = 10_000
 """Control frames beyond ten per answered call that a peer may send: pings, resets and settings are cheap to send and not to serve. Window
-updates that go with reading answers are not counted."""
+updates that go with reading answers are not counted.
+"""
 MAX_QUEUED_MESSAGES = 1000
 
 _unpack = wire.FRAME.unpack_from
@@ -263,7 +265,8 @@ class Connection(Leaving):
                 self._on_data(stream, wire.END_STREAM, b"")
             return
         if self.draining:
-            return  # beyond the last stream that GOAWAY named: the client sends it to another server
+            # Beyond the last stream that GOAWAY named: the client sends it to another server
+            return
         self.last_stream = stream
         if len(self.calls) + len(self._turned_away) >= self.server.max_streams:
             self._reset(stream, wire.REFUSED_STREAM)

@@ -56,7 +56,10 @@ class Leaving(ControlFrames):
             self._leave()
 
     def _leave(self) -> None:
-        """All calls are answered: the client closes. Closing first, with frames of it unread, would reset the connection under its eyes."""
+        """All calls are answered: the client closes.
+
+        Closing first, with frames of it unread, would reset the connection under its eyes.
+        """
         self._flush()
         self.server.loop.call_later(LINGER_SECONDS, self.close)
 

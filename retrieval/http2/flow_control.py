@@ -181,7 +181,10 @@ class ControlFrames(asyncio.Protocol):
             self._send_ok(call)
 
     def _pump_all(self) -> None:
-        """After a larger window for every call. One frame makes this much work, so it counts for more than one."""
+        """After a larger window for every call.
+
+        One frame makes this much work, so it counts for more than one.
+        """
         waiting = [call for call in self.calls.values() if call.pending]
         self._noise += len(waiting) // CALLS_PER_NOISE
         for call in waiting:

@@ -1,4 +1,7 @@
-"""HTTP/2 frames and header blocks as bytes (RFC 9113, RFC 7541, gRPC over HTTP/2). No state but the header table of one connection."""
+"""HTTP/2 frames and header blocks as bytes (RFC 9113, RFC 7541, gRPC over HTTP/2).
+
+No state but the header table of one connection.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,10 @@ MAX_HEADER_BYTES = 16_384
 KEPT_BYTES = 64 * 2**10
 """What a connection remembers of header blocks may weigh this much."""
 KEPT_BLOCK_BYTES = KEPT_BYTES // 4
-"""One that weighs more is decoded each time. A call's token, which Node sends whole with every call, must fit: to decode it takes 1 ms."""
+"""One that weighs more is decoded each time.
+
+A call's token, which Node sends whole with every call, must fit: to decode it takes 1 ms.
+"""
 HEADER_WEIGHT = 200
 """Bytes that one remembered header takes beyond its characters; a block takes about two such weights."""
 
@@ -158,7 +164,8 @@ class Refusal(NamedTuple):
         start: The first five bytes of the HEADERS frame: length, type, flags.
         block: Response headers and status in one.
         code: What ``block`` says, for other transports; ``message`` and ``trailing`` too.
-        pause_seconds: How long the transport may read nothing from this connection afterwards; calls wait meanwhile.
+        pause_seconds: How long the transport may read nothing from this connection afterwards;
+            calls wait meanwhile.
     """
 
     start: bytes
@@ -190,11 +197,12 @@ def timeout_seconds(text: str) -> float | None:
 class HeaderReader:
     """Decodes the header blocks of one connection; what left the dynamic table as it was is remembered as a whole.
 
-    Clients send the same few blocks over and over: after the first call of a kind a block is a row of table indexes, and
-    decoding it is one look-up.
+    Clients send the same few blocks over and over: after the first call of a kind a block is a row
+    of table indexes, and decoding it is one look-up.
 
     Args:
-        understand: Makes of names and values, in order, what ``read`` returns and remembers; it should weigh no more than they do.
+        understand: Makes of names and values, in order, what ``read`` returns and remembers; it
+            should weigh no more than they do.
     """
 
     def __init__(
@@ -206,7 +214,9 @@ class HeaderReader:
         self._weight = 0
 
     def read(self, block: bytes) -> Any:
-        """Names and values, in order, or what was made of them. The same object comes back for a block that is known.
+        """Names and values, in order, or what was made of them.
+
+        The same object comes back for a block that is known.
 
         Raises:
             WireError: The block cannot be decoded; the connection's header table is lost with it.

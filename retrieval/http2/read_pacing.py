@@ -1,6 +1,7 @@
 """A full server listens in turns: while it refuses calls it reads each connection every few milliseconds instead of at every packet.
 
-Calls are then refused by the handful, and what the reads would have cost goes to the calls that were accepted.
+Calls are then refused by the handful, and what the reads would have cost goes to the calls that
+were accepted.
 """
 
 from __future__ import annotations

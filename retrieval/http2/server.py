@@ -173,7 +173,8 @@ class Http2Server:
         """Accept no more, tell clients to go elsewhere, wait for calls under way, at most ``grace`` seconds."""
         for listener, tls in self._listeners:
             self.loop.remove_reader(listener)
-            if not self._shared:  # closing would reset those who wait in the queue; a shared queue is served by others
+            # Closing would reset those who wait in the queue; a shared queue is served by others
+            if not self._shared:
                 self._accept_waiting(listener, tls)
             listener.close()
         self._listeners, self._accepting = [], False

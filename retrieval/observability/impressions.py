@@ -29,8 +29,8 @@ class Impression(NamedTuple):
 class ImpressionLog:
     """Appends one JSON line per returned id, in the columns of the log table plus ``request_id`` and ``release_id``.
 
-    The action is ``impression``, positions start at 1, the user is left empty. One file per day and process; a slow disk loses lines,
-    it never delays an answer.
+    The action is ``impression``, positions start at 1, the user is left empty. One file per day and
+    process; a slow disk loses lines, it never delays an answer.
 
     Args:
         folder: Where ``impressions-<date>-<worker>.jsonl`` go; created when missing.

@@ -135,7 +135,10 @@ CATALOGUE: dict[str, tuple[str, str, Labels]] = {
 """Every metric: kind, help, label names. Counters get the suffix _total."""
 
 Snapshot = dict[str, dict[str, Any]]
-"""Metric -> labels joined by U+001F -> number, or [bucket counts..., sum] for a histogram. Plain JSON."""
+"""Metric -> labels joined by U+001F -> number, or [bucket counts..., sum] for a histogram.
+
+Plain JSON.
+"""
 
 SEPARATOR = "\x1f"
 
@@ -156,7 +159,10 @@ class Histogram:
 
 
 class Metrics:
-    """The numbers of one worker. Used from its event loop; other threads only add to counters, where a lost update is harmless."""
+    """The numbers of one worker.
+
+    Used from its event loop; other threads only add to counters, where a lost update is harmless.
+    """
 
     def __init__(self) -> None:
         self._counters: dict[str, dict[Labels, float]] = {}

@@ -85,7 +85,8 @@ def estimate(recalls: Sequence[float]) -> Estimate:
     mean = float(values.mean())
     spread = float(values.var(ddof=1)) if count > 1 else 0.25
     binomial = mean * (1 - mean)
-    # A query's k hits are correlated: n queries count as more than n coin flips only as far as their variance says so.
+    # A query's k hits are correlated: n queries count as more than n coin flips only as far as
+    # their variance says so.
     effective = count * (binomial / spread) if spread > 0 and binomial > 0 else float(count)
     effective = max(1.0, effective)
     z = 1.959964
@@ -116,7 +117,8 @@ class ShadowRecall:
         cpu: Share of one core that replays may use.
         metrics: Where estimates appear.
         max_queue: Sampled searches that may wait; more are skipped.
-        languages: At most this many languages get their own label, later ones share ``other`` (a caller may send anything).
+        languages: At most this many languages get their own label, later ones share ``other`` (a
+            caller may send anything).
     """
 
     def __init__(
@@ -205,7 +207,9 @@ class ShadowRecall:
                 Exception
             ) as error:  # a replay is a measurement: whatever goes wrong, serving must not notice
                 log.warning("a shadow search failed: %s: %s", type(error).__name__, error)
-            del queued  # it holds the index, which must not outlive its release while this thread waits for the next sample
+            # It holds the index, which must not outlive its release while this thread waits for the
+            # next sample
+            del queued
             spent = time.thread_time() - started
             time.sleep(min(60.0, spent * (1.0 / self._cpu - 1.0)))
 

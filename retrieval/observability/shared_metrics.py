@@ -15,9 +15,10 @@ from retrieval.observability.metrics import Metrics, Snapshot, lasting, log, mer
 class SharedSnapshots:
     """Snapshots of all workers of a server, exchanged as small files in a private folder, so that any worker answers a scrape for all.
 
-    Counters never go down when a worker ends, which Prometheus would take for a restart: what it counted is added once to ``gone.json``,
-    by whoever scrapes next and gets the lock. That file names the files it has taken in, so that those who read meanwhile, or come after
-    a worker that was killed before it removed them, count nobody twice.
+    Counters never go down when a worker ends, which Prometheus would take for a restart: what it
+    counted is added once to ``gone.json``, by whoever scrapes next and gets the lock. That file
+    names the files it has taken in, so that those who read meanwhile, or come after a worker that
+    was killed before it removed them, count nobody twice.
     """
 
     def __init__(self, folder: Path, metrics: Metrics) -> None:

@@ -14,7 +14,8 @@ class Tracer:
     """OpenTelemetry spans, one per call and one per stage, written after the call from its timings: the hot path pays nothing for them.
 
     Args:
-        endpoint: OTLP/gRPC collector, e.g. ``http://localhost:4317``; None uses the tracer provider that the process has set up.
+        endpoint: OTLP/gRPC collector, e.g. ``http://localhost:4317``; None uses the tracer provider
+            that the process has set up.
         service_name: Resource attribute ``service.name``.
     """
 

@@ -11,7 +11,9 @@ from index_builder.live_log.writer import LiveLogWriter
 
 
 class LiveWrites:
-    """Writers of a store's live logs, opened when first used. Call from threads: a write returns when it is on disk.
+    """Writers of a store's live logs, opened when first used.
+
+    Call from threads: a write returns when it is on disk.
 
     Args:
         live_root: ``<store>/live``.
@@ -25,7 +27,9 @@ class LiveWrites:
     def write(
         self, entity_type: str, dimension: int, entries: Sequence[LiveEntry], *, after: int = 0
     ) -> int:
-        """Append entries, all or none; returns the sequence number of the last one. Raises as ``LiveLogWriter.write`` does.
+        """Append entries, all or none; returns the sequence number of the last one.
+
+        Raises as ``LiveLogWriter.write`` does.
 
         ``after`` is the watermark of the active release for this type.
         """

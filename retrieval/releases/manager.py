@@ -51,7 +51,8 @@ class LiveReleases:
         cache: Shared by all releases; keys hold the space and form.
         metrics: Where swaps and refusals are counted.
         redis: Second cache tier, by dimension.
-        graphs: By release id, graphs that the parent process verified and loaded (workers share their memory).
+        graphs: By release id, graphs that the parent process verified and loaded (workers share
+            their memory).
         watch: Follow ``releases/CURRENT``; workers leave that to their supervisor.
     """
 
@@ -129,7 +130,10 @@ class LiveReleases:
     # --- changing ---
 
     async def start(self) -> None:
-        """Load the active release if there is one, then watch for changes. Never raises for a bad release: the server stays not ready."""
+        """Load the active release if there is one, then watch for changes.
+
+        Never raises for a bad release: the server stays not ready.
+        """
         await self._look()
         if self._watch:
             self._watcher = asyncio.ensure_future(self._watch_forever())
@@ -204,7 +208,9 @@ class LiveReleases:
             return release_id, before
 
     async def rollback(self) -> tuple[str, str]:
-        """Go back to the release that was active before; at once if it is still in memory. Returns the new and the previous release id.
+        """Go back to the release that was active before; at once if it is still in memory.
+
+        Returns the new and the previous release id.
 
         Raises:
             NothingToRollBack: There is no earlier release.
@@ -235,7 +241,10 @@ class LiveReleases:
 
     @asynccontextmanager
     async def _ready(self, release_id: str) -> AsyncIterator[ServingRelease]:
-        """A release in memory, loaded if need be. If the block fails before that release is among the loaded, it is closed again."""
+        """A release in memory, loaded if need be.
+
+        If the block fails before that release is among the loaded, it is closed again.
+        """
         serving = self.loaded.get(release_id) or await self._load_or_count(release_id)
         try:
             yield serving
@@ -346,7 +355,8 @@ class LiveReleases:
     async def _retire(self, serving: ServingRelease) -> None:
         """Close a release once the last request on it has finished.
 
-        The last reference dies in the closing thread: giving back the mapped pages of a large release takes a tenth of a second.
+        The last reference dies in the closing thread: giving back the mapped pages of a large
+        release takes a tenth of a second.
         """
         await asyncio.sleep(0.05)
         while serving.in_flight > 0:
@@ -366,8 +376,9 @@ class LiveReleases:
     async def _encode_into_cache(self, new: ServingRelease, texts: Sequence[str]) -> None:
         """Encode those texts that are not cached yet.
 
-        An encoder is used by one thread at a time: a release that may be asked already encodes in its own thread. Nobody else can use
-        one that was just loaded, so that the loader's thread, with its low priority, may.
+        An encoder is used by one thread at a time: a release that may be asked already encodes in
+        its own thread. Nobody else can use one that was just loaded, so that the loader's thread,
+        with its low priority, may.
         """
         loop = asyncio.get_running_loop()
         executor = new.executor if self.loaded.get(new.release_id) is new else self._loader

@@ -78,10 +78,12 @@ def prove(release: Release, encoding: QueryEncoding, min_recall: float = 0.0) ->
     Args:
         release: Opened, without live entries.
         encoding: The runtime form that will serve.
-        min_recall: Lowest ANN recall per entity type; 0: the release's own figures decide (``Release.replay_golden``).
+        min_recall: Lowest ANN recall per entity type; 0: the release's own figures decide
+            (``Release.replay_golden``).
 
     Returns:
-        Mean cosine of encoded golden queries with the stored vectors, by entity type that has golden texts.
+        Mean cosine of encoded golden queries with the stored vectors, by entity type that has
+        golden texts.
 
     Raises:
         ReleaseRefused: Recall or parity is too low.

@@ -1,4 +1,7 @@
-"""The processes of a supervisor: forked, heard, told and collected. What they serve, and when one is replaced, is decided elsewhere."""
+"""The processes of a supervisor: forked, heard, told and collected.
+
+What they serve, and when one is replaced, is decided elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +57,8 @@ class Fleet:
 
     Attributes:
         workers: By process number, until they are collected.
-        changes: What workers asked for and nobody has carried out: who, and the release ("" for the one before).
+        changes: What workers asked for and nobody has carried out: who, and the release ("" for the
+            one before).
         forks: How many were ever started.
     """
 
@@ -112,7 +116,10 @@ class Fleet:
         return worker
 
     def listen(self, timeout: float) -> None:
-        """Read what workers say, for at most ``timeout`` seconds if nobody speaks. Only notes it: nothing is changed from in here."""
+        """Read what workers say, for at most ``timeout`` seconds if nobody speaks.
+
+        Only notes it: nothing is changed from in here.
+        """
         for key, _ in self._selector.select(timeout):
             self._read(key.data)
 

@@ -1,6 +1,7 @@
 """A release verified by a process of its own: hashing gigabytes must not keep a supervisor from its workers.
 
-A process and not a thread, because the supervisor forks meanwhile, and only a process of one thread may.
+A process and not a thread, because the supervisor forks meanwhile, and only a process of one thread
+may.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ log = logging.getLogger("omni.workers")
 
 
 class ReleaseCheck:
-    """A child that verifies one release with low priority. Others who wait for any child of this process may collect it first.
+    """A child that verifies one release with low priority.
+
+    Others who wait for any child of this process may collect it first.
 
     Args:
         release_id: For messages.

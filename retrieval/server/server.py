@@ -46,7 +46,11 @@ SWITCH_INTERVAL_SECONDS = 0.0005
 
 
 def address_is_free(host: str, port: int) -> bool:
-    """Whether nobody listens there. With SO_REUSEPORT two servers would silently share a port and its callers, so this is asked first."""
+    """Whether nobody listens there.
+
+    With SO_REUSEPORT two servers would silently share a port and its callers, so this is asked
+    first.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -59,7 +63,10 @@ def address_is_free(host: str, port: int) -> bool:
 
 @dataclass
 class Server:
-    """One worker's server, built and not yet started. ``port`` is known at once, also when 0 was asked for."""
+    """One worker's server, built and not yet started.
+
+    ``port`` is known at once, also when 0 was asked for.
+    """
 
     config: ServeConfig
     grpc_server: grpc.aio.Server | Http2Server
@@ -92,7 +99,10 @@ class Server:
             raise AddressInUse(address)
 
     async def start(self) -> None:
-        """Listen, then load the active release; health says NOT_SERVING until it has proved itself. Without a release, wait for one."""
+        """Listen, then load the active release; health says NOT_SERVING until it has proved itself.
+
+        Without a release, wait for one.
+        """
         await self.listen()
         await self.releases.start()
 
@@ -144,8 +154,9 @@ class Crew:
         graphs: By release id, graphs that the supervisor verified and loaded.
         change_release: Has the supervisor carry out Activate ("" means Rollback).
         snapshots_folder: Where the workers exchange their metrics.
-        listener: A listening socket that all workers share; the http2 transport accepts from it. None: each binds the port in ``listen``,
-            and not before, as the kernel gives a bound worker connections at once.
+        listener: A listening socket that all workers share; the http2 transport accepts from it.
+            None: each binds the port in ``listen``, and not before, as the kernel gives a bound
+            worker connections at once.
     """
 
     number: int
@@ -181,7 +192,8 @@ async def create_server(config: ServeConfig, *, crew: Crew | None = None) -> Ser
         raise AddressInUse(f"{config.host}:{config.metrics_port}", "--metrics-port")
 
     sys.setswitchinterval(SWITCH_INTERVAL_SECONDS)
-    # BLAS workers spin for a while after each product: shadow recall, which scans exactly, took three times its share of a core with them.
+    # BLAS workers spin for a while after each product: shadow recall, which scans exactly, took
+    # three times its share of a core with them.
     threadpool_limits(1, user_api="blas")
     metrics = Metrics()
     cache = QueryCache(config.cache_bytes, config.cache_ttl_seconds)

@@ -1,13 +1,16 @@
 """Several processes on one port: a supervisor loads each release's graphs once and forks generations of workers that share that memory.
 
-The supervisor starts no threads and no gRPC, because neither survives a fork; each worker reads attributes (polars) and its encoder itself.
-A new release means a new generation. A process of its own checks every byte of the release; then the new workers load, prove themselves,
-take over the frequent cached queries and listen; only then do the workers before stop accepting and finish what they have. When any of this
-fails, the new workers go and the old ones serve on: no error of a change ends the server. Changes are queued and carried out one at a time
-by the run loop. A worker that dies is replaced.
+The supervisor starts no threads and no gRPC, because neither survives a fork; each worker reads
+attributes (polars) and its encoder itself. A new release means a new generation. A process of its
+own checks every byte of the release; then the new workers load, prove themselves, take over the
+frequent cached queries and listen; only then do the workers before stop accepting and finish what
+they have. When any of this fails, the new workers go and the old ones serve on: no error of a
+change ends the server. Changes are queued and carried out one at a time by the run loop. A worker
+that dies is replaced.
 
-All workers of all generations accept from one listening socket that the supervisor holds open, so that no connection is lost when a
-generation ends (with the grpcio transport each worker has its own socket on the port, and what waits in a closed one is reset).
+All workers of all generations accept from one listening socket that the supervisor holds open, so
+that no connection is lost when a generation ends (with the grpcio transport each worker has its own
+socket on the port, and what waits in a closed one is reset).
 """
 
 from __future__ import annotations
@@ -120,7 +123,8 @@ class Supervisor:
 
     def run(self) -> None:
         """Serve until SIGTERM or SIGINT."""
-        gc.freeze()  # a collection would write to every object, and take the workers' shared pages apart
+        # A collection would write to every object, and take the workers' shared pages apart
+        gc.freeze()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         try:
@@ -287,10 +291,12 @@ class Supervisor:
 
         Args:
             release_id: What to serve.
-            commit: Makes it the active release of the store. The run loop sees the changed CURRENT, and finds it served already.
+            commit: Makes it the active release of the store. The run loop sees the changed CURRENT,
+                and finds it served already.
 
         Raises:
-            Exception: Something of this failed. The new workers are gone or going, and the old generation serves on alone.
+            Exception: Something of this failed. The new workers are gone or going, and the old
+                generation serves on alone.
         """
         if release_id == self.release_id:
             commit()

@@ -48,7 +48,8 @@ class Assignment:
         graphs: By release id, what the supervisor has verified and loaded for all its workers.
         handed_over: Files with the frequent queries of the generation before.
         folder: Where the workers exchange their metrics.
-        listener: The socket from which all workers accept; None: each has its own on the port (grpcio).
+        listener: The socket from which all workers accept; None: each has its own on the port
+            (grpcio).
     """
 
     config: ServeConfig

@@ -16,10 +16,12 @@ PAUSES_PER_PLACE = 8
 
 
 class Admission:
-    """Counts the requests inside one worker. All methods run on the event loop and take about a microsecond.
+    """Counts the requests inside one worker.
 
-    A request costs one place per search it holds (a batch of 64 costs 64, at most half of all places), so that a few large
-    requests cannot hide behind a small number.
+    All methods run on the event loop and take about a microsecond.
+
+    A request costs one place per search it holds (a batch of 64 costs 64, at most half of all
+    places), so that a few large requests cannot hide behind a small number.
     """
 
     __slots__ = (

@@ -1,8 +1,9 @@
 """Answers that were already searched for: kept by query text and target until a live write or another release can change them.
 
-Search traffic repeats itself, and the top k of a query under one index and one picture of its live entries is always the same. What is
-kept is the hits as they go over the wire, so that an answer that comes again costs a look-up. Not kept: answers to ready vectors, and
-those that leave out ids, are re-ranked, carry attributes or were asked to be exact.
+Search traffic repeats itself, and the top k of a query under one index and one picture of its live
+entries is always the same. What is kept is the hits as they go over the wire, so that an answer
+that comes again costs a look-up. Not kept: answers to ready vectors, and those that leave out ids,
+are re-ranked, carry attributes or were asked to be exact.
 """
 
 from __future__ import annotations
@@ -35,7 +36,10 @@ class Shape(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What an answer is kept under. ``edition`` is a new object with every release and every live write that a search can see."""
+    """What an answer is kept under.
+
+    ``edition`` is a new object with every release and every live write that a search can see.
+    """
 
     edition: object
     shape: Shape
@@ -62,7 +66,11 @@ def shape_of(target: Any) -> Shape | None:
 
 
 class KeptAnswer:
-    """One answer. ``hits`` is the serialised field ``hits``, which has the same number in RetrieveResponse and Answer."""
+    """One answer.
+
+    ``hits`` is the serialised field ``hits``, which has the same number in RetrieveResponse and
+    Answer.
+    """
 
     __slots__ = ("ef", "estimated_recall", "hits", "plan", "selectivity", "size")
 
@@ -123,7 +131,10 @@ class AnswerCache:
         return int(self._answers.currsize)
 
     def find(self, key: Key) -> KeptAnswer | None:
-        """The answer kept under ``key``, or None. A miss is counted by ``keep``: until then another way may look as well."""
+        """The answer kept under ``key``, or None.
+
+        A miss is counted by ``keep``: until then another way may look as well.
+        """
         try:
             answer: KeptAnswer = self._answers[key]
         except KeyError:

@@ -23,7 +23,8 @@ def maximal_marginal_relevance(
         trade_off: Lambda of Carbonell and Goldstein (1998), 0 (variety only) to 1 (relevance only).
 
     Returns:
-        Chosen row numbers in the order of choice; the first is always the most relevant row; ties keep the order of the pool.
+        Chosen row numbers in the order of choice; the first is always the most relevant row; ties
+        keep the order of the pool.
     """
     count = len(scores)
     if count == 0 or k < 1:

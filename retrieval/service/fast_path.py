@@ -1,8 +1,9 @@
 """``Retrieve`` without waiting: what is kept, or plain, cached (or a ready vector) and quick to search, is answered in one function call.
 
-What would find the server or the encoder's queue full, or its deadline passed before its turn, is refused as quickly. Everything
-else (new filters, encoding, re-ranking, impressions, traces, mistakes) returns None and takes the general path in
-``service.py``, which gives the same answers; a test compares the two.
+What would find the server or the encoder's queue full, or its deadline passed before its turn, is
+refused as quickly. Everything else (new filters, encoding, re-ranking, impressions, traces,
+mistakes) returns None and takes the general path in ``service.py``, which gives the same answers; a
+test compares the two.
 """
 
 from __future__ import annotations
@@ -162,7 +163,10 @@ class ReadyAnswers:
 
     @staticmethod
     def _cached(request: pb.RetrieveRequest, serving: ServingRelease) -> tuple[Entry | None, str]:
-        """What is cached, and the text it belongs to. Keys of the cache are normalised texts: a text that is a key needs no normalising."""
+        """What is cached, and the text it belongs to.
+
+        Keys of the cache are normalised texts: a text that is a key needs no normalising.
+        """
         encoder = serving.encoder
         text = request.query
         entry = encoder.find(text)

@@ -77,7 +77,8 @@ class RetrievalService:
         tokens: Known callers; None lets everyone do everything.
         impressions: Log of what was shown, or None.
         tracer: Writes spans, or None.
-        change_release: Carries out Activate and Rollback (a supervisor, when there are several workers); None: ``releases`` does.
+        change_release: Carries out Activate and Rollback (a supervisor, when there are several
+            workers); None: ``releases`` does.
     """
 
     def __init__(
@@ -125,7 +126,10 @@ class RetrievalService:
     # --- the door ---
 
     def generic_handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
-        """Handlers to add to a ``grpc.aio`` server. Messages are parsed and serialised here, so that malformed bytes get a typed error."""
+        """Handlers to add to a ``grpc.aio`` server.
+
+        Messages are parsed and serialised here, so that malformed bytes get a typed error.
+        """
         retrieval = {
             "Retrieve": self.handler(
                 "Retrieve", pb.RetrieveRequest, self.retrieve, now=ReadyAnswers(self)
@@ -190,9 +194,11 @@ class RetrievalService:
             call: Answers a request.
             searches: How many places a request takes; None: one.
             admin: Whether the call needs the admin right.
-            control: Whether the call is about the server: admitted, as admin calls are, however many questions are inside.
-            now: Asked first; answers or refuses what needs no waiting. A transport that finds it as attribute ``now`` may call it itself,
-                and may ask the attribute ``door`` before the message has come.
+            control: Whether the call is about the server: admitted, as admin calls are, however
+                many questions are inside.
+            now: Asked first; answers or refuses what needs no waiting. A transport that finds it as
+                attribute ``now`` may call it itself, and may ask the attribute ``door`` before the
+                message has come.
         """
         parse = request_class.FromString
         seconds = self.metrics.histogram("omni_request_seconds", (method,))

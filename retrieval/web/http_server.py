@@ -59,7 +59,10 @@ class Response:
 
 Handler = Callable[[Request], Awaitable[Response]]
 Routes = Mapping[str, Handler]
-"""Path -> handler. A path that ends in ``/`` (other than ``/`` itself) matches everything below it."""
+"""Path -> handler.
+
+A path that ends in ``/`` (other than ``/`` itself) matches everything below it.
+"""
 
 _SAFE_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 

@@ -85,8 +85,8 @@ class Page:
 
     Args:
         service: Answers the questions.
-        pictures: Id -> SVG, for entities whose release holds no ``picture`` attribute; None: the sample data's, read at the first need
-            of a release made from it.
+        pictures: Id -> SVG, for entities whose release holds no ``picture`` attribute; None: the
+            sample data's, read at the first need of a release made from it.
     """
 
     def __init__(

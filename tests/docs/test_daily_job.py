@@ -1,4 +1,6 @@
-"""The example of a daily job gives each command what it needs, on the first day, on the next ones and after a crash."""
+"""The example of a daily job gives each command what it needs, on the first day, on the next ones
+and after a crash.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The real training step on one process's slice of a batch; run as a script it is one process of a gloo group and saves what it got."""
+"""The real training step on one process's slice of a batch; run as a script it is one process of a
+gloo group and saves what it got.
+"""
 
 import sys
 from pathlib import Path
@@ -28,7 +30,9 @@ DATASETS = [
 
 
 def step_results(rank: int, cached: bool) -> dict[str, Any]:
-    """Losses per task and averaged gradients of two steps, over all processes of the group (or this one alone)."""
+    """Losses per task and averaged gradients of two steps, over all processes of the group (or this
+    one alone).
+    """
     config = small_config(datasets=DATASETS, batch={"pairs": 32, "gradient_cache": cached}, seed=3)
     inputs, featurizer = build_inputs(
         world(vectors=True), config, tiny_query_encoder(), torch.device("cpu"), processes=2

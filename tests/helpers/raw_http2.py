@@ -1,4 +1,6 @@
-"""A small server on the HTTP/2 transport, in a thread, and what it takes to send it bytes that no client of grpcio would send."""
+"""A small server on the HTTP/2 transport, in a thread, and what it takes to send it bytes that no
+client of grpcio would send.
+"""
 
 import asyncio
 import socket

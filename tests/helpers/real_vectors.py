@@ -1,4 +1,6 @@
-"""Real vectors small enough for unit tests: hashed character n-grams of the sample's texts, projected to D dimensions."""
+"""Real vectors small enough for unit tests: hashed character n-grams of the sample's texts,
+projected to D dimensions.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def text_vectors(count: int, dimension: int = 64) -> np.ndarray:
 
 
 def islands(count: int = 1_600, dimension: int = 64) -> np.ndarray:
-    """Unit vectors float32 ``(count, dimension)`` in 40 tight groups, which a poor graph does not connect."""
+    """Unit vectors float32 ``(count, dimension)`` in 40 tight groups, which a poor graph does not
+    connect.
+    """
     rng = np.random.default_rng(0)
     vectors = rng.standard_normal((40, dimension))[
         np.arange(count) * 40 // count

@@ -1,4 +1,6 @@
-"""A world small enough to train on in a second: coloured things, queries that name them, and a one-layer query tower."""
+"""A world small enough to train on in a second: coloured things, queries that name them, and a
+one-layer query tower.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ DIMENSION = 16
 
 
 def world(vectors: bool = False) -> TrainingData:
-    """48 pins and 30 products with three queries each; queries of one thing are related; a frozen vector sums the meanings of two words."""
+    """48 pins and 30 products with three queries each; queries of one thing are related; a frozen
+    vector sums the meanings of two words.
+    """
     rows, pairs = [], []
     generator = np.random.default_rng(0)
     meaning = {word: generator.normal(size=DIMENSION) for word in (*COLOURS, *PINS, *PRODUCTS)}
@@ -85,7 +89,9 @@ def tiny_query_encoder(seed: int = 0, dimension: int = DIMENSION) -> QueryEncode
 
 
 def small_config(**changes: object) -> TrainConfig:
-    """A config that trains the world in about a second; ``changes`` are top-level keys, tables are merged."""
+    """A config that trains the world in about a second; ``changes`` are top-level keys, tables are
+    merged.
+    """
     table: dict[str, object] = {
         "steps": 30,
         "log_every": 10,

@@ -1,4 +1,6 @@
-"""A token file with values of the wrong kind: refused by name, for a right must not come from a typing mistake."""
+"""A token file with values of the wrong kind: refused by name, for a right must not come from a
+typing mistake.
+"""
 
 from hashlib import sha256
 from pathlib import Path

@@ -57,7 +57,8 @@ def balance_weights(
 ) -> npt.NDArray[np.float64]:
     """Weights that draw value v, whose rows weigh n(v) together, in proportion to ``n(v) ** exponent``; mean 1, float64 ``(N,)``.
 
-    The sampling of languages in multilingual pretraining (Conneau and Lample, 2019, section 3.1), for any column; null is a value too.
+    The sampling of languages in multilingual pretraining (Conneau and Lample, 2019, section 3.1),
+    for any column; null is a value too.
     """
     totals = (
         pl.DataFrame({"value": values, "weight": weights})

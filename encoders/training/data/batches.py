@@ -1,6 +1,7 @@
 """Which pairs and random negatives each step sees, over all processes: a few numpy selections, derived from seed and step alone.
 
-Notable: nothing remembers the previous step, so a run resumed at any step sees the same batches to the bit, on any number of processes.
+Notable: nothing remembers the previous step, so a run resumed at any step sees the same batches to
+the bit, on any number of processes.
 """
 
 from __future__ import annotations

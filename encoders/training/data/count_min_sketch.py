@@ -14,8 +14,8 @@ from encoders.text.hashing import mix64
 class CountMinSketch:
     """Counts of 64-bit keys in ``depth x width`` counters; a count is never below the truth.
 
-    With width ``w`` and depth ``d`` a count exceeds the truth by more than ``e / w`` of the total with probability below ``exp(-d)``
-    (Cormode and Muthukrishnan, 2005).
+    With width ``w`` and depth ``d`` a count exceeds the truth by more than ``e / w`` of the total
+    with probability below ``exp(-d)`` (Cormode and Muthukrishnan, 2005).
 
     Args:
         width: Counters per row, a power of two.

@@ -1,6 +1,7 @@
 """What a pair may read of an entity: no engaged query that is held back, and none of the pair's own fold.
 
-A train query usually stands among the engaged queries of its entity, and would be found by matching the text with itself.
+A train query usually stands among the engaged queries of its entity, and would be found by matching
+the text with itself.
 """
 
 from __future__ import annotations

@@ -91,7 +91,8 @@ def _with_defaults(
 def _hold_back(pairs: pl.DataFrame, config: TrainConfig) -> pl.DataFrame:
     """Move ``fraction`` of the distinct train queries to the validation split when no pair is in it.
 
-    Both sides of a related-query pair are read by the query tower: train pairs whose related query is a validation query are left out.
+    Both sides of a related-query pair are read by the query tower: train pairs whose related query
+    is a validation query are left out.
     """
     if config.validation.fraction and not (pairs["split"] == "validation").any():
         queries = pairs["query"].unique(maintain_order=True)
@@ -136,7 +137,10 @@ def _require_train_pairs(given: pl.DataFrame, pairs: pl.DataFrame, config: Train
 
 
 def query_texts(pairs: pl.DataFrame) -> pl.Series:
-    """The distinct texts that the query tower reads: queries and related queries. A query number is a place here."""
+    """The distinct texts that the query tower reads: queries and related queries.
+
+    A query number is a place here.
+    """
     related = pairs.filter(pl.col("entity_type") == "query")["entity_id"]
     return pl.concat((pairs["query"], related)).unique(maintain_order=True)
 
@@ -146,7 +150,8 @@ def number_pairs(
 ) -> pl.DataFrame:
     """Add ``query_number`` and ``candidate`` (catalogue row or query number); leave out pairs whose entity is not in the catalogue.
 
-    When that is more than half of the pairs of the entity types in ``trained`` (empty: of all), it is a mistake in the ids: an error.
+    When that is more than half of the pairs of the entity types in ``trained`` (empty: of all), it
+    is a mistake in the ids: an error.
     """
     numbers = pl.DataFrame({"text": texts, "number": np.arange(len(texts), dtype=np.int64)})
     rows = catalogue.select(

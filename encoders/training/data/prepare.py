@@ -60,9 +60,10 @@ def prepare(data: TrainingData, config: TrainConfig, processes: int = 1) -> Prep
 
     Raises:
         SchemaError: A column is missing.
-        DataError: A query is blank, there are no train pairs, most name no entity of the catalogue, a dataset that is not optional has no
-            pairs, or a frozen vector column is unusable.
-        ConfigError: The batch is too small for the datasets, or a vector column has another width than the model.
+        DataError: A query is blank, there are no train pairs, most name no entity of the catalogue,
+            a dataset that is not optional has no pairs, or a frozen vector column is unusable.
+        ConfigError: The batch is too small for the datasets, or a vector column has another width
+            than the model.
     """
     pairs = usable_pairs(data, config)
     texts = query_texts(pairs)

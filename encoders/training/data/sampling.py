@@ -1,6 +1,7 @@
 """The training pairs of each dataset as integers: which are drawn how often, and how often each candidate is then met.
 
-The frequencies are those of the loss's correction for sampling (paper section 4.3), counted with sketches.
+The frequencies are those of the loss's correction for sampling (paper section 4.3), counted with
+sketches.
 """
 
 from __future__ import annotations
@@ -225,7 +226,8 @@ def _task(
 ) -> TaskData:
     """Count with sketches: the conditional of positives given the query, and the in-batch distribution; the random one is uniform.
 
-    Candidates without a vector are drawn like the others and then left out, so the share of one that has a vector is of all draws.
+    Candidates without a vector are drawn like the others and then left out, so the share of one
+    that has a vector is of all draws.
     """
     pair_counts, query_counts, in_batch = (
         CountMinSketch(loss.sketch_width, loss.sketch_depth, seed) for seed in range(3)

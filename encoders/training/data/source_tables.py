@@ -21,9 +21,10 @@ class TrainingData:
 
     Attributes:
         catalogue: Entities of all types (DESIGN section 4, table catalogue).
-        pairs: ``query``, ``entity_type``, ``entity_id``; optional ``count`` (1), ``action``, ``language``, ``split`` (``train``).
-            Rows whose split is neither ``train`` nor the validation split are not looked at. Related-query pairs have entity type
-            ``query``, and ``entity_id`` is the text of the candidate query (no catalogue row needed).
+        pairs: ``query``, ``entity_type``, ``entity_id``; optional ``count`` (1), ``action``,
+            ``language``, ``split`` (``train``). Rows whose split is neither ``train`` nor the
+            validation split are not looked at. Related-query pairs have entity type ``query``, and
+            ``entity_id`` is the text of the candidate query (no catalogue row needed).
     """
 
     catalogue: pl.DataFrame
@@ -34,7 +35,8 @@ def load_training_data(config: TrainConfig, data_dir: Path | None = None) -> Tra
     """Read catalogue and pairs, and derive related-query pairs where a dataset wants them and the tables hold none.
 
     Args:
-        config: ``config.data`` names the files; both lists empty: the data set below ``data_dir``, or the sample.
+        config: ``config.data`` names the files; both lists empty: the data set below ``data_dir``,
+            or the sample.
         data_dir: Folder of the larger data set.
 
     Raises:

@@ -1,4 +1,6 @@
-"""Parts of ``omni bench faults`` at a small size: real servers, hurt for a moment; what must hold is the behaviour, not the speed."""
+"""Parts of ``omni bench faults`` at a small size: real servers, hurt for a moment; what must hold
+is the behaviour, not the speed.
+"""
 
 import asyncio
 import json

@@ -1,4 +1,6 @@
-"""The enrichment benchmark's own arithmetic: hiding titles, spoiling captions, intervals, the noise threshold, resuming."""
+"""The enrichment benchmark's own arithmetic: hiding titles, spoiling captions, intervals, the noise
+threshold, resuming.
+"""
 
 from __future__ import annotations
 

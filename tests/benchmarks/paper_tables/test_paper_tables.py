@@ -1,4 +1,6 @@
-"""The paper-table benchmark's own arithmetic: shares, what each line shows, differences seed by seed, what is missing, a tiny whole run."""
+"""The paper-table benchmark's own arithmetic: shares, what each line shows, differences seed by
+seed, what is missing, a tiny whole run.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""``omni bench recall`` and ``omni bench downstream`` on small data sets: they run, record, and refuse what they cannot do."""
+"""``omni bench recall`` and ``omni bench downstream`` on small data sets: they run, record, and
+refuse what they cannot do.
+"""
 
 import gzip
 import json

@@ -1,4 +1,6 @@
-"""The cross-validation behind ``omni bench text``: left-out queries are left out, and the recall is what counting by hand gives."""
+"""The cross-validation behind ``omni bench text``: left-out queries are left out, and the recall is
+what counting by hand gives.
+"""
 
 import numpy as np
 import polars as pl

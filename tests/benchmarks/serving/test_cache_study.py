@@ -13,7 +13,9 @@ SMALL = Traffic(requests=20_000, distinct=2_000, fresh_share=0.0, days=30.0)
 
 
 def test_the_simulated_cache_agrees_with_the_formula() -> None:
-    """With a cache that never evicts by size, the simulated encodes/s are those of r / (1 + r * ttl), summed over queries."""
+    """With a cache that never evicts by size, the simulated encodes/s are those of r / (1 + r *
+    ttl), summed over queries.
+    """
     front = SMALL.requests / (SMALL.days * 86_400)
     expected = misses_per_second(front, SMALL.distinct, SMALL.exponent, 3 * 86_400) / front
     assert 1 - simulate(SMALL, 3.0, 10_000).hit_rate == pytest.approx(expected, rel=0.08)

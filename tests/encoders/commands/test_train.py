@@ -1,4 +1,6 @@
-"""`omni train` as people run it: repeating a finished run, data that does not fit, and what to do next."""
+"""`omni train` as people run it: repeating a finished run, data that does not fit, and what to do
+next.
+"""
 
 import json
 import shutil

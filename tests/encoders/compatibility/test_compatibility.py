@@ -1,4 +1,6 @@
-"""A newer query tower searches an older index only where it was declared, through an adapter that is whole, and the recall is measured."""
+"""A newer query tower searches an older index only where it was declared, through an adapter that
+is whole, and the recall is measured.
+"""
 
 import json
 from pathlib import Path
@@ -70,7 +72,7 @@ def queries() -> list[str]:
     return world().pairs["query"].unique(maintain_order=True).to_list()
 
 
-# --- the adapter --------------------------------------------------------------------------------------------------------------------------
+# --- the adapter ----------------------------------------------------------------------------------
 
 
 def unit(rows: int, width: int, seed: int = 0) -> np.ndarray:
@@ -158,7 +160,7 @@ def test_impossible_fits_are_named() -> None:
         fit_adapter(unit(9, 4), unit(8, 4))
 
 
-# --- measuring ----------------------------------------------------------------------------------------------------------------------------
+# --- measuring ------------------------------------------------------------------------------------
 
 
 def test_a_learned_adapter_restores_the_recall_that_a_turned_space_loses(
@@ -214,7 +216,7 @@ def test_one_space_and_unequal_widths_are_refused(
         compare_spaces(other, old, dataset(), adapter="never")
 
 
-# --- declaring ----------------------------------------------------------------------------------------------------------------------------
+# --- declaring ------------------------------------------------------------------------------------
 
 
 def test_a_declaration_changes_neither_the_space_nor_the_towers(pair: tuple[Path, Path]) -> None:
@@ -361,7 +363,7 @@ def test_an_adapter_of_another_bundle_is_refused_by_its_shape(pair: tuple[Path, 
         load_adapter(new, read_declarations(new)[0])
 
 
-# --- the command --------------------------------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------
 
 
 def write_tables(folder: Path) -> Path:
@@ -443,7 +445,9 @@ def keep_tower_of_pins(bundle: Path) -> None:
 
 
 def test_types_without_a_tower_are_measured_around(pair: tuple[Path, Path], tmp_path: Path) -> None:
-    """An index holds only what the older bundle embeds; what the newer one cannot embed any more is not declared unless it is left out."""
+    """An index holds only what the older bundle embeds; what the newer one cannot embed any more is
+    not declared unless it is left out.
+    """
     old, new = pair
     tables = write_tables(tmp_path / "tables")
     arguments = [

@@ -1,4 +1,6 @@
-"""The shipped data set: its counts, its split, what is derived from it, and that nothing held out leaks."""
+"""The shipped data set: its counts, its split, what is derived from it, and that nothing held out
+leaks.
+"""
 
 import gzip
 import json

@@ -1,4 +1,6 @@
-"""Adapters of public data sets, on small files of exactly the published shape (the data sets themselves were not at hand)."""
+"""Adapters of public data sets, on small files of exactly the published shape (the data sets
+themselves were not at hand).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Captions: what is captioned again and what is not, what broken images do, quality signs, judges' agreement. A tiny random BLIP."""
+"""Captions: what is captioned again and what is not, what broken images do, quality signs, judges'
+agreement. A tiny random BLIP.
+"""
 
 from __future__ import annotations
 

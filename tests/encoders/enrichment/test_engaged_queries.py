@@ -1,4 +1,6 @@
-"""Engaged queries: what counts, and that a state merged slice by slice is what counting everything at once gives."""
+"""Engaged queries: what counts, and that a state merged slice by slice is what counting everything
+at once gives.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,9 @@ def test_a_query_needs_enough_different_people() -> None:
 def test_merging_slices_in_any_order_equals_counting_the_window_at_once(
     slices: list[list], data: st.DataObject
 ) -> None:
-    """Slices hold late events, events of other slices and events older than the window; people and queries are forgotten midway."""
+    """Slices hold late events, events of other slices and events older than the window; people and
+    queries are forgotten midway.
+    """
     config = config_of(min_users=2)
     everything = events_of(*(row for part in slices for row in part))
     gone_users: list[str] = []
@@ -343,7 +347,9 @@ def test_the_command_merges_days_and_forgets(tmp_path: Path) -> None:
 
 
 def test_the_command_reads_every_file_that_is_named(tmp_path: Path) -> None:
-    """All but the last --log, --catalogue, --delete-users and --delete-queries were dropped without a word: forgotten people stayed."""
+    """All but the last --log, --catalogue, --delete-users and --delete-queries were dropped without
+    a word: forgotten people stayed.
+    """
     for day in (1, 2):
         events = events_of(
             *((day, f"red cat {day}", f"u{n}", "pin", f"p{day}", "save") for n in range(5))

@@ -1,4 +1,6 @@
-"""Baselines: BM25 against its formula, the published figures of the sample, encoders and neighbours on small cases."""
+"""Baselines: BM25 against its formula, the published figures of the sample, encoders and neighbours
+on small cases.
+"""
 
 import math
 
@@ -139,7 +141,8 @@ def test_unknown_baseline_lists_the_known():
         make_baseline("bm26")
 
 
-# Labelled Recall@10 on a sample of 6,000 held-out pairs was 0.247 / 0.146 / 0.378 (words) and 0.437 / 0.183 / 0.427 (with trigrams).
+# Labelled Recall@10 on a sample of 6,000 held-out pairs was 0.247 / 0.146 / 0.378 (words) and 0.437
+# / 0.183 / 0.427 (with trigrams).
 @pytest.mark.parametrize(
     ("entity_type", "name", "expected"),
     [

@@ -1,4 +1,6 @@
-"""Query classification on frozen vectors: paths, scores by hand, the head and fastText on cases with a known answer."""
+"""Query classification on frozen vectors: paths, scores by hand, the head and fastText on cases
+with a known answer.
+"""
 
 import numpy as np
 import polars as pl

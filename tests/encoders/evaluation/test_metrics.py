@@ -35,8 +35,9 @@ def test_forty_correct_entities_have_ceiling_a_quarter():
 
 
 def test_ceiling_by_hand_with_repeats_and_answers_outside_the_corpus():
-    # Query 0: targets 0 (three pairs: three languages), 1, 2 (one pair each), k = 1: the best list puts target 0 first: 3 of 5.
-    # Query 1: targets 3 and 4 in the corpus and 5 outside it, k = 1: one of the two, and always the one outside: 2 of 3.
+    # Query 0: targets 0 (three pairs: three languages), 1, 2 (one pair each), k = 1: the best list
+    # puts target 0 first: 3 of 5. Query 1: targets 3 and 4 in the corpus and 5 outside it, k = 1:
+    # one of the two, and always the one outside: 2 of 3.
     query_index = np.array([0, 0, 0, 0, 0, 1, 1, 1])
     target = np.array([0, 0, 0, 1, 2, 3, 4, 5])
     places = np.array([True] * 7 + [False])
@@ -64,7 +65,8 @@ def test_ceiling_is_reached_by_an_oracle_and_never_passed(positives, k, seed):
 
 
 def test_graded_ndcg_by_hand():
-    # Query 0: gains 3, 1, 0 at ranks 2, 1, 3. Query 1: one answer, not returned. Query 2: only grade 0.
+    # Query 0: gains 3, 1, 0 at ranks 2, 1, 3. Query 1: one answer, not returned. Query 2: only
+    # grade 0.
     query_index = np.array([0, 0, 0, 1, 2])
     ranks, gains = np.array([2, 1, 3, UNRANKED, 1]), np.array([3.0, 1.0, 0.0, 2.0, 0.0])
     got = ndcg_at_k(query_index, ranks, gains, 10, 3)
@@ -86,7 +88,8 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
     rng = np.random.default_rng(3)
     covered = 0
     for trial in range(200):
-        # Queries share their luck (0.2 or 0.6), so pairs of one query are correlated: resampling pairs would be too narrow.
+        # Queries share their luck (0.2 or 0.6), so pairs of one query are correlated: resampling
+        # pairs would be too narrow.
         luck = rng.choice([0.2, 0.6], 150)
         counts = rng.integers(1, 20, 150)
         interval = bootstrap_interval(

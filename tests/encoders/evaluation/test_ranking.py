@@ -1,4 +1,6 @@
-"""Ranking labelled pairs: against a slow obvious ranking, with ties, near-duplicates and random corpora."""
+"""Ranking labelled pairs: against a slow obvious ranking, with ties, near-duplicates and random
+corpora.
+"""
 
 import numpy as np
 import polars as pl

@@ -1,4 +1,6 @@
-"""Reports: the command as people run it, files that other tools read, related queries, judgements, your own tables."""
+"""Reports: the command as people run it, files that other tools read, related queries, judgements,
+your own tables.
+"""
 
 import json
 import math

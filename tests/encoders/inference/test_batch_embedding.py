@@ -379,7 +379,9 @@ def test_command_prints_one_json_object(bundle, tmp_path):
 
 
 def test_a_killed_process_changes_nothing_and_is_resumed(bundle, tmp_path):
-    """kill -9 of the real command while it runs: the store is unpublished, finished parts are taken over by the same command."""
+    """kill -9 of the real command while it runs: the store is unpublished, finished parts are taken
+    over by the same command.
+    """
     path = tmp_path / "catalogue.jsonl"
     rows = make_catalogue(6_000).drop("visual").with_columns(entity_type=pl.lit("pin"))
     rows.write_ndjson(path)

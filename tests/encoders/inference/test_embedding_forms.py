@@ -114,7 +114,9 @@ def test_unmarked_published_parts_count_as_what_signals_json_states(bundle, tmp_
 
 
 def test_unmarked_staged_parts_are_embedded_again(bundle, tmp_path):
-    """signals.json speaks of the published parts; nothing says how an older run made its staged ones."""
+    """signals.json speaks of the published parts; nothing says how an older run made its staged
+    ones.
+    """
     store = SignalStore(tmp_path)
     interrupt(bundle, store, "bf16")
     unmark(store, "pin/_staging")

@@ -1,4 +1,6 @@
-"""The texts that an export is calibrated on: the bundle's own where they are there, and it is said which."""
+"""The texts that an export is calibrated on: the bundle's own where they are there, and it is said
+which.
+"""
 
 from pathlib import Path
 from types import SimpleNamespace

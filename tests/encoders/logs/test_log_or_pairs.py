@@ -1,4 +1,6 @@
-"""A file that could be a log or pairs is asked about, and a column that is nearly one of ours is named."""
+"""A file that could be a log or pairs is asked about, and a column that is nearly one of ours is
+named.
+"""
 
 from pathlib import Path
 

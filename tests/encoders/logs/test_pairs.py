@@ -211,7 +211,8 @@ def test_the_popularity_cap_keeps_whole_queries_and_is_fair_and_seeded() -> None
         assert giant["query"].n_unique() == 10
         assert pairs.filter(entity_id="small").height == 1
         survived.update(giant["query"].to_list())
-    # 60 draws of 10 of 40: each query survives 15 times, give or take; 4 standard deviations of the binomial are 13.4.
+    # 60 draws of 10 of 40: each query survives 15 times, give or take; 4 standard deviations of the
+    # binomial are 13.4.
     assert set(survived) == {f"q{i}" for i in range(40)}
     assert max(abs(n - 15) for n in survived.values()) <= 13
     again = [
@@ -338,7 +339,9 @@ def test_the_command_writes_pairs_features_and_a_summary(log_file: Path, tmp_pat
 
 
 def test_every_table_named_is_read(log_file: Path, tmp_path: Path) -> None:
-    """All but the last --catalogue, --boards and --engaged were dropped without a word, and with them the events of their entities."""
+    """All but the last --catalogue, --boards and --engaged were dropped without a word, and with
+    them the events of their entities.
+    """
     boards = pl.DataFrame(
         {"board_id": ["b1", "b2"], "title": ["red shoes", "blue hats"], "entity_id": ["p1", "p2"]}
     )

@@ -1,4 +1,6 @@
-"""The simulator makes the log it says; the pipeline gives one result however it is cut, here and on a Ray cluster of two nodes."""
+"""The simulator makes the log it says; the pipeline gives one result however it is cut, here and on
+a Ray cluster of two nodes.
+"""
 
 from __future__ import annotations
 

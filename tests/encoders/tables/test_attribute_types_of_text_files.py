@@ -1,4 +1,6 @@
-"""Unknown catalogue columns of CSV and TSV: numbers, booleans and lists where nothing is lost, text everywhere else."""
+"""Unknown catalogue columns of CSV and TSV: numbers, booleans and lists where nothing is lost, text
+everywhere else.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Where a chunk or a file of a streamed catalogue ends changes nothing: repeats, types, vector shapes."""
+"""Where a chunk or a file of a streamed catalogue ends changes nothing: repeats, types, vector
+shapes.
+"""
 
 import json
 

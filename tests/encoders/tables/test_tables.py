@@ -1,4 +1,6 @@
-"""Reading tables: every kind of bad input has a stated outcome, and nothing is changed or lost without a word."""
+"""Reading tables: every kind of bad input has a stated outcome, and nothing is changed or lost
+without a word.
+"""
 
 from __future__ import annotations
 

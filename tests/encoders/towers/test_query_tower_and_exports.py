@@ -1,4 +1,6 @@
-"""The query tower is a Sentence-Transformers model, its exports agree with it, and a bundle is whole or refused."""
+"""The query tower is a Sentence-Transformers model, its exports agree with it, and a bundle is
+whole or refused.
+"""
 
 import json
 from pathlib import Path

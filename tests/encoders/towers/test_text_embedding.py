@@ -1,4 +1,6 @@
-"""The text embedding is the frozen tower's view of title and engaged queries, and the entity tower starts at it."""
+"""The text embedding is the frozen tower's view of title and engaged queries, and the entity tower
+starts at it.
+"""
 
 import numpy as np
 import polars as pl

@@ -1,4 +1,6 @@
-"""The Universal Sentence Encoder backbone: the package's vectors, a query tower like any other, trainable, exportable."""
+"""The Universal Sentence Encoder backbone: the package's vectors, a query tower like any other,
+trainable, exportable.
+"""
 
 from __future__ import annotations
 

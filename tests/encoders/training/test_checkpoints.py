@@ -80,7 +80,9 @@ for step in itertools.count(1):
 
 
 def test_kill_9_while_saving_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    """A process that saves without pause is killed; the newest checkpoint is whole, and the next save clears what was left half-done."""
+    """A process that saves without pause is killed; the newest checkpoint is whole, and the next
+    save clears what was left half-done.
+    """
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

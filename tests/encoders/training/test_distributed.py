@@ -1,4 +1,6 @@
-"""Two gloo processes must give the loss and the gradient of one process with the union batch: real processes, the real training step."""
+"""Two gloo processes must give the loss and the gradient of one process with the union batch: real
+processes, the real training step.
+"""
 
 import os
 import subprocess
@@ -51,7 +53,8 @@ def test_two_processes_give_the_loss_and_gradient_of_one_with_the_union_batch(
             name for name, g in one["gradients"].items() if g is not None and g.abs().max() > 1e-3
         ]
         assert {"log_scales", "query.projection.weight", "entities.unified.table"} <= set(moved)
-    # Gathering alone: rank order, and each row's gradient is the sum over processes of what multiplied it.
+    # Gathering alone: rank order, and each row's gradient is the sum over processes of what
+    # multiplied it.
     assert two[0]["gathered"][:, 0].tolist() == [1.0, 1.0, 2.0, 2.0]
     assert two[0]["simple"][:, 0].tolist() == [0.0, 1.0 * (1 + 2)]
     assert two[1]["simple"][:, 0].tolist() == [2.0 * (1 + 2), 3.0 * (1 + 2)]

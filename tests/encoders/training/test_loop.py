@@ -1,4 +1,6 @@
-"""Training end to end on a small world: it learns, resumes to the bit, survives kill -9, stops on NaN and early, and refuses bad input."""
+"""Training end to end on a small world: it learns, resumes to the bit, survives kill -9, stops on
+NaN and early, and refuses bad input.
+"""
 
 import dataclasses
 import json
@@ -278,7 +280,9 @@ def vocabulary_counts(data: TrainingData, **changes: object) -> dict[str, int]:
 
 
 def test_cross_fitting_counts_every_text_once() -> None:
-    """A text counted once per view, so that min_count dropped nothing: a word of one title counted as many times as there are folds."""
+    """A text counted once per view, so that min_count dropped nothing: a word of one title counted
+    as many times as there are folds.
+    """
     titles = ["lonely chair", *("chair", "lamp") * 6]
     catalogue = pl.DataFrame(
         {
@@ -422,7 +426,9 @@ def one_torch_thread() -> Iterator[None]:
 def test_omni_train_survives_kill_9_and_ends_with_a_bundle(
     files: Path, one_torch_thread: None
 ) -> None:
-    """A real process is killed in the middle; the same command goes on from its checkpoint and ends as if nothing had happened."""
+    """A real process is killed in the middle; the same command goes on from its checkpoint and ends
+    as if nothing had happened.
+    """
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",

@@ -128,7 +128,9 @@ def test_random_mask_hides_only_the_rows_own_positive() -> None:
 
 
 def test_other_positives_of_the_query_stay_negatives_in_the_random_term() -> None:
-    """DESIGN section 7: the in-batch term hides every positive of the query, the random term only the row's own."""
+    """DESIGN section 7: the in-batch term hides every positive of the query, the random term only
+    the row's own.
+    """
     query_ids, positive_ids = torch.tensor([0, 0]), torch.tensor([1, 2])
     assert in_batch_mask(query_ids, positive_ids, query_ids, positive_ids).all()
     assert random_mask(positive_ids, positive_ids).tolist() == [[True, False], [False, True]]
@@ -151,7 +153,9 @@ def test_sampled_softmax_is_cross_entropy() -> None:
 @few
 @given(st.integers(1, 50), st.integers(2, 1000))
 def test_uniform_frequencies_are_the_plain_softmax_up_to_a_constant(count: int, items: int) -> None:
-    """With C(e) = c for all e the correction is one constant, so all negatives move together: log(n c / N)."""
+    """With C(e) = c for all e the correction is one constant, so all negatives move together: log(n
+    c / N).
+    """
     negatives = 6
     log_q = negative_log_q(torch.full((negatives,), count), count * items, negatives)
     torch.testing.assert_close(
@@ -290,7 +294,8 @@ def test_positive_correction_is_zero_for_a_query_with_one_positive_and_never_rai
 
 
 def test_corrected_softmax_is_unbiased_in_a_skewed_catalogue_and_the_uncorrected_is_not() -> None:
-    """Negatives drawn with Zipf popularity: the mean of the corrected partition sum over many draws is the full sum over the catalogue.
+    """Negatives drawn with Zipf popularity: the mean of the corrected partition sum over many draws
+    is the full sum over the catalogue.
 
     The scores grow with popularity, as they do in practice, so that the uncorrected sum is far off.
     """
@@ -315,7 +320,9 @@ def test_corrected_softmax_is_unbiased_in_a_skewed_catalogue_and_the_uncorrected
 def test_training_with_the_correction_learns_the_true_scores_and_without_it_punishes_popular_items() -> (
     None
 ):
-    """All items are relevant equally often, but four are ten times as often negatives: only logQ keeps their scores level."""
+    """All items are relevant equally often, but four are ten times as often negatives: only logQ
+    keeps their scores level.
+    """
     generator = np.random.default_rng(1)
     items, drawn = 12, 64
     counts = torch.tensor([30] * 4 + [3] * 8)

@@ -1,4 +1,6 @@
-"""bf16 is used where the device computes in it; elsewhere a run that asks for it is the fp32 run, and says so."""
+"""bf16 is used where the device computes in it; elsewhere a run that asks for it is the fp32 run,
+and says so.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,6 @@
-"""The query tower goes back part of the way to where it started, as far as held-back queries allow, after training."""
+"""The query tower goes back part of the way to where it started, as far as held-back queries allow,
+after training.
+"""
 
 from pathlib import Path
 

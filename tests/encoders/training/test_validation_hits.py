@@ -1,4 +1,6 @@
-"""Validation counts a hit as the evaluation does: a tie is a hit only for the candidate that comes first."""
+"""Validation counts a hit as the evaluation does: a tie is a hit only for the candidate that comes
+first.
+"""
 
 import numpy as np
 import torch

@@ -1,4 +1,6 @@
-"""What a tower adds to its text embedding is scaled per entity type by what held-back queries say, after training."""
+"""What a tower adds to its text embedding is scaled per entity type by what held-back queries say,
+after training.
+"""
 
 from pathlib import Path
 

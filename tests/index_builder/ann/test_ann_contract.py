@@ -111,7 +111,9 @@ def test_builds_on_one_thread_of_reproducible_kinds_give_the_same_bytes(tmp_path
 def test_links_with_sketches_lead_where_plain_links_lead(
     dimension: int, m: int, tmp_path: Path
 ) -> None:
-    """Degrees that are no multiple of 32 and odd widths are padded; the same graph gives the same neighbours, and nearly the same hits."""
+    """Degrees that are no multiple of 32 and odd widths are padded; the same graph gives the same
+    neighbours, and nearly the same hits.
+    """
     if Engine is None:
         pytest.skip("the extension was not compiled")
     vectors = np.ascontiguousarray(text_vectors(N, 256)[:1_500, :dimension])
@@ -202,7 +204,9 @@ def test_dimensions_that_symqg_cannot_turn_are_left_to_another_kind(dimension: i
 
 
 def test_a_badly_connected_graph_returns_what_it_reaches() -> None:
-    """hnswlib answers all or nothing: a graph that leads to fewer than k nodes used to raise RuntimeError in the middle of calibration."""
+    """hnswlib answers all or nothing: a graph that leads to fewer than k nodes used to raise
+    RuntimeError in the middle of calibration.
+    """
     vectors = islands()
     index = build_index("hnsw", vectors, AnnConfig(m=2, ef_construction=2))
     found = [index.search(vectors[i : i + 1], 100, 100)[0] for i in range(0, 1_600, 40)]

@@ -1,4 +1,6 @@
-"""The compiled engine with sizes, arrays and moments that nobody should hand it: a Python error or the right answer, never a crash."""
+"""The compiled engine with sizes, arrays and moments that nobody should hand it: a Python error or
+the right answer, never a crash.
+"""
 
 from __future__ import annotations
 

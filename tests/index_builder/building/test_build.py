@@ -1,4 +1,6 @@
-"""Rebuilding: bad input is named, live writes are folded in, interrupted builds go on, the same input gives the same bytes."""
+"""Rebuilding: bad input is named, live writes are folded in, interrupted builds go on, the same
+input gives the same bytes.
+"""
 
 import os
 import signal
@@ -400,7 +402,9 @@ def test_a_form_that_differs_from_the_tower_stops_the_build(
 def test_a_form_removed_after_it_failed_the_gate_is_not_published_by_the_resumed_build(
     bundle: Path, store: ReleaseStore
 ) -> None:
-    """The interrupted build had copied the form; with the bundle's forms gone nothing is gated, so nothing of them may stay."""
+    """The interrupted build had copied the form; with the bundle's forms gone nothing is gated, so
+    nothing of them may stay.
+    """
     queries = {"*": QuerySet([f"query {i}" for i in range(100)], unit_vectors(100, 12))}
     entities = {"pin": make_input("pin", 30)}
     (bundle / "forms").mkdir()

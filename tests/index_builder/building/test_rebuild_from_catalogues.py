@@ -1,4 +1,6 @@
-"""Rebuilding from catalogue files: all that are named count, and what the tower cannot read is said."""
+"""Rebuilding from catalogue files: all that are named count, and what the tower cannot read is
+said.
+"""
 
 from __future__ import annotations
 
@@ -122,7 +124,9 @@ WEIGHTS = [38, 38.5, 39.0, 1e30, 0.0000002, None, 40]
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
 def test_rebuild_and_embed_read_the_same_text_of_a_number(tmp_path: Path, suffix: str) -> None:
-    """`omni embed` read 38 as "38", `omni rebuild` as "38.0" where another row held 38.5: one row, two vectors of one space."""
+    """`omni embed` read 38 as "38", `omni rebuild` as "38.0" where another row held 38.5: one row,
+    two vectors of one space.
+    """
     records = [
         {"id": f"p{i}", "entity_type": "pin", "title": f"red barn {i}", "weight": w, "size": w}
         for i, w in enumerate(WEIGHTS * 6)

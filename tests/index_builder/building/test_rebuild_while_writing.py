@@ -1,4 +1,6 @@
-"""A rebuild with another bundle takes minutes to embed the live entities again: what is written about them meanwhile must win."""
+"""A rebuild with another bundle takes minutes to embed the live entities again: what is written
+about them meanwhile must win.
+"""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""``omni explain misses`` with pairs of another catalogue: said and refused, not blamed on the encoder."""
+"""``omni explain misses`` with pairs of another catalogue: said and refused, not blamed on the
+encoder.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,6 @@
-"""Filters at their edges: surrogate pairs, numbers of thousands of digits, the lowest integer, texts of 20,000 characters."""
+"""Filters at their edges: surrogate pairs, numbers of thousands of digits, the lowest integer,
+texts of 20,000 characters.
+"""
 
 import json
 import sys
@@ -75,7 +77,9 @@ def test_half_a_character_is_refused_where_it_stands(
 def test_integers_of_thousands_of_digits_are_refused_where_they_stand(
     template: str, digits: int
 ) -> None:
-    """Python converts no text of more than 4,300 digits: a ValueError, which the caller saw as an internal error."""
+    """Python converts no text of more than 4,300 digits: a ValueError, which the caller saw as an
+    internal error.
+    """
     error = error_of(template.format("9" * digits))
     assert error.position == template.index("{") - ("-{" in template)
     assert f"{digits:,} digits" in str(error)
@@ -111,7 +115,9 @@ def test_a_long_number_that_is_none_is_refused_in_linear_time(expression: str) -
     ],
 )
 def test_missing_values_are_not_the_lowest_integer(expression: str, want: list[int]) -> None:
-    """Missing integers are kept as -2**63; where a row really has that value, rows without any matched, too."""
+    """Missing integers are kept as -2**63; where a row really has that value, rows without any
+    matched, too.
+    """
     assert rows(expression) == want
 
 

@@ -236,7 +236,9 @@ def test_the_file_size_limit_of_the_system_is_a_full_disk(tmp_path: Path) -> Non
 
 
 def test_a_disk_that_was_full_leaves_no_lock_behind(tmp_path: Path) -> None:
-    """The first write to a full disk used to keep the writer's lock: it could not note its process id, and everyone after it waited."""
+    """The first write to a full disk used to keep the writer's lock: it could not note its process
+    id, and everyone after it waited.
+    """
     child = os.fork()
     if child == 0:
         import resource
@@ -365,14 +367,18 @@ def test_a_writer_killed_before_its_first_promise_leaves_a_usable_log(tmp_path: 
 
 
 def test_a_log_begun_again_behind_a_release_is_noticed(tmp_path: Path) -> None:
-    """Someone removed ``live/``: entries numbered from 1 again would be taken for ones that the release already holds."""
+    """Someone removed ``live/``: entries numbered from 1 again would be taken for ones that the
+    release already holds.
+    """
     LiveLogWriter(tmp_path, "pin", D).write([upsert("a")])
     with pytest.raises(LiveLogCorrupt, match="up to 7"):
         read_all(tmp_path, after=7)
 
 
 def test_a_log_that_was_removed_begins_behind_the_release(tmp_path: Path) -> None:
-    """Its first write used to get sequence 1, was acknowledged, and then no reader behind the release's watermark took it."""
+    """Its first write used to get sequence 1, was acknowledged, and then no reader behind the
+    release's watermark took it.
+    """
     LiveLogWriter(tmp_path, "pin", D).write([upsert("a"), upsert("b")])
     shutil.rmtree(tmp_path / "pin")
     assert LiveLogWriter(tmp_path, "pin", D, after=2).write([upsert("c")]) == 3

@@ -1,4 +1,5 @@
-"""A disk that fails at any one call of a write, and goes on failing: nothing acknowledged is lost, nothing refused comes back.
+"""A disk that fails at any one call of a write, and goes on failing: nothing acknowledged is lost,
+nothing refused comes back.
 
 Every system call that changes files is counted; each scenario is played once for each of them.
 """
@@ -41,11 +42,13 @@ def ids(reader: LiveLogReader) -> list[str]:
 
 
 class Disk:
-    """Stands between the code and the operating system, and knows what would be left of the log's files if the power failed now.
+    """Stands between the code and the operating system, and knows what would be left of the log's
+    files if the power failed now.
 
     Attributes:
         calls: Those made since the disk was last told to fail, by name and file.
-        dirty: Bytes of a log file that were written and not yet synced. An fsync that fails forgets them, as Linux does.
+        dirty: Bytes of a log file that were written and not yet synced. An fsync that fails forgets
+            them, as Linux does.
         synced: Bytes that are on the disk.
         named: Log files whose name is on the disk.
     """
@@ -173,7 +176,9 @@ def prepared(scenario: str, root: Path) -> list[str]:
 def plays(
     scenario: str, how: str, lasting: bool, tmp_path: Path, disk: Disk
 ) -> Iterator[tuple[Path, LiveLogWriter | None, LiveLogReader, list[str]]]:
-    """The scenario once for each call of its failing write: the log, its writer, a reader that followed, and what was promised."""
+    """The scenario once for each call of its failing write: the log, its writer, a reader that
+    followed, and what was promised.
+    """
     for number in range(60):
         root = tmp_path / f"{number}"
         held = prepared(scenario, root)
@@ -233,7 +238,9 @@ def test_a_refused_write_does_not_come_back_and_an_acknowledged_one_stays(
 def test_another_process_goes_on_where_a_failing_disk_stopped_the_first(
     scenario: str, how: str, tmp_path: Path, disk: Disk
 ) -> None:
-    """Only where every way to take a write back failed, too, may a process that knows nothing of it find it whole."""
+    """Only where every way to take a write back failed, too, may a process that knows nothing of it
+    find it whole.
+    """
     for root, writer, _, held in plays(scenario, how, True, tmp_path, disk):
         told = str(disk.calls)
         if writer is not None:
@@ -246,7 +253,9 @@ def test_another_process_goes_on_where_a_failing_disk_stopped_the_first(
 
 
 def reopened(root: Path, held: list[str]) -> LiveLogWriter:
-    """A writer that knows of nothing; where the promise itself was torn, it is told to trust the log first."""
+    """A writer that knows of nothing; where the promise itself was torn, it is told to trust the
+    log first.
+    """
     try:
         return LiveLogWriter(root, "pin", D)
     except LiveLogCorrupt as error:

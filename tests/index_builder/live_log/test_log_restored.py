@@ -1,4 +1,6 @@
-"""Readers show what was acknowledged and nothing else; a damaged log that was put back as its message asks is read and written again."""
+"""Readers show what was acknowledged and nothing else; a damaged log that was put back as its
+message asks is read and written again.
+"""
 
 import os
 import shutil
@@ -87,7 +89,9 @@ RESTORES = pytest.mark.parametrize("restore", [put_back_in_place, put_back_by_re
 
 
 def test_a_write_that_fails_is_never_shown_and_the_next_ones_are(tmp_path: Path) -> None:
-    """A poll between write and fsync used to show the entry; then its number was given to another write, which that reader never saw."""
+    """A poll between write and fsync used to show the entry; then its number was given to another
+    write, which that reader never saw.
+    """
     reader, seen = LiveLogReader(tmp_path, "pin"), list[str]()
 
     def full() -> None:
@@ -128,7 +132,9 @@ def test_what_a_killed_writer_left_whole_is_promised_by_the_next_one(tmp_path: P
 
 
 def test_a_follower_that_opens_a_log_shows_what_a_crash_left_whole(tmp_path: Path) -> None:
-    """Losing power may lose promises of durable writes: they must not wait for the next write to be seen again."""
+    """Losing power may lose promises of durable writes: they must not wait for the next write to be
+    seen again.
+    """
     LiveLogWriter(tmp_path, "pin", D).write([upsert("a")])
     killed_before_its_fsync(tmp_path, "b", "c")
     opened = follower(tmp_path)
@@ -163,7 +169,9 @@ def test_a_follower_opens_a_log_that_it_may_only_read_or_that_is_being_written(
 def test_a_follower_shows_what_lies_before_the_damage_and_goes_on_when_it_is_put_right(
     tmp_path: Path, restore: Callable[[Path, bytes], None]
 ) -> None:
-    """The entries before the damage used to be taken and thrown away: they were missing even after the log had been put back."""
+    """The entries before the damage used to be taken and thrown away: they were missing even after
+    the log had been put back.
+    """
     writer = LiveLogWriter(tmp_path, "pin", D)
     for n in range(10):
         writer.write([upsert(f"e{n}")])
@@ -226,7 +234,9 @@ def test_entries_before_a_moment_without_file_descriptors_are_not_lost(
 def test_writers_and_readers_go_on_in_the_file_that_was_put_back(
     tmp_path: Path, restore: Callable[[Path, bytes], None]
 ) -> None:
-    """They used to stay in the file they had open: after a restore by rename, writes were acknowledged into a file without a name."""
+    """They used to stay in the file they had open: after a restore by rename, writes were
+    acknowledged into a file without a name.
+    """
     writer, reader = LiveLogWriter(tmp_path, "pin", D), LiveLogReader(tmp_path, "pin")
     for n in range(5):
         writer.write([upsert(f"e{n}")])
@@ -246,7 +256,9 @@ def test_writers_and_readers_go_on_in_the_file_that_was_put_back(
 def test_a_log_put_back_without_its_end_takes_no_write_until_it_is_whole(
     tmp_path: Path, restore: Callable[[Path, bytes], None], promise_too: bool
 ) -> None:
-    """What was acknowledged since the copy was made is gone: the same numbers again would never be seen by those who read the old ones."""
+    """What was acknowledged since the copy was made is gone: the same numbers again would never be
+    seen by those who read the old ones.
+    """
     writer, reader = LiveLogWriter(tmp_path, "pin", D), LiveLogReader(tmp_path, "pin")
     path, promise = (
         tmp_path / "pin" / "log-00000000000000000001.bin",

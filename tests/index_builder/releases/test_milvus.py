@@ -1,4 +1,6 @@
-"""Releases in a real Milvus standalone server (the PyPI package ``milvus``), started here; skipped where it is not installed."""
+"""Releases in a real Milvus standalone server (the PyPI package ``milvus``), started here; skipped
+where it is not installed.
+"""
 
 from collections.abc import Iterator
 from pathlib import Path

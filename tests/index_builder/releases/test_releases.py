@@ -1,4 +1,6 @@
-"""Releases: whole or refused, published at once, rolled back, collected only when nobody needs them."""
+"""Releases: whole or refused, published at once, rolled back, collected only when nobody needs
+them.
+"""
 
 import hashlib
 import json
@@ -262,7 +264,9 @@ def test_gc_removes_what_dead_builds_left_but_not_a_running_build(store: Release
 def test_gc_goes_on_where_a_killed_one_stopped_even_when_the_id_was_published_again(
     store: ReleaseStore,
 ) -> None:
-    """A deterministic rebuild gives an id again; the folder that the killed gc had moved away stood in the way of every later one."""
+    """A deterministic rebuild gives an id again; the folder that the killed gc had moved away stood
+    in the way of every later one.
+    """
     shutil.copytree(store.path_of("r1"), store.releases / ".trash-r1")
     assert list(store.gc(keep=1, dry_run=True)) == ["r1"]
     assert (store.releases / ".trash-r1").exists()

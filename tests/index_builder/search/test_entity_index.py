@@ -1,4 +1,6 @@
-"""EntityIndex against a plain scan: any mix of filter, excluded, hidden and live entries; bad input; files."""
+"""EntityIndex against a plain scan: any mix of filter, excluded, hidden and live entries; bad
+input; files.
+"""
 
 from __future__ import annotations
 
@@ -255,7 +257,9 @@ def test_min_recall_chooses_ef_or_an_exact_scan(index: EntityIndex) -> None:
 def test_a_batch_is_answered_as_its_queries_are_one_by_one(
     index: EntityIndex, size: int, gone: float | None
 ) -> None:
-    """Walks of a batch take turns; neither the ten entities with one vector nor hidden rows and live entries disturb them."""
+    """Walks of a batch take turns; neither the ten entities with one vector nor hidden rows and
+    live entries disturb them.
+    """
     corpus, queries = _corpus()
     asked = np.concatenate([corpus[100:102], queries])[:size]
     index.set_live(
@@ -279,7 +283,9 @@ def test_a_batch_is_answered_as_its_queries_are_one_by_one(
 
 
 def test_recall_holds_where_the_best_rows_of_each_query_are_hidden(index: EntityIndex) -> None:
-    """Deleting a whole neighbourhood leaves the graph's best candidates hidden; what lies behind them must be found."""
+    """Deleting a whole neighbourhood leaves the graph's best candidates hidden; what lies behind
+    them must be found.
+    """
     corpus, queries = _corpus()
     hits = total = 0
     for near in (5, 20, 200):

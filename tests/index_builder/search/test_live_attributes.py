@@ -1,4 +1,6 @@
-"""Attributes of live entries: what no column can hold is refused at the door, and where it is in a log already it harms nobody else."""
+"""Attributes of live entries: what no column can hold is refused at the door, and where it is in a
+log already it harms nobody else.
+"""
 
 import dataclasses
 import json
@@ -123,7 +125,9 @@ BY_GOOD = {
 def test_an_entry_that_clashes_does_not_hide_those_of_its_block_that_fit(
     tmp_path: Path, bad: dict[str, Any], steps: list[tuple[str, ...]]
 ) -> None:
-    """A column of both became text as a whole: no filter on it found the good ones, and the next rebuild lost their values for good."""
+    """A column of both became text as a whole: no filter on it found the good ones, and the next
+    rebuild lost their values for good.
+    """
     index, (name,) = make_index(), bad
     state = make_state(index)
     entries = {"bad": entry("bad", 1, bad), "good": entry("good", 2, GOOD)}

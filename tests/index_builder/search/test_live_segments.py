@@ -1,4 +1,6 @@
-"""Live entries over a base: always what a plain dictionary would answer, whatever the order of writes, seals and merges."""
+"""Live entries over a base: always what a plain dictionary would answer, whatever the order of
+writes, seals and merges.
+"""
 
 import errno
 import time
@@ -283,7 +285,9 @@ def test_a_damaged_log_keeps_the_last_good_picture_and_says_so(store: ReleaseSto
 @pytest.mark.parametrize("dimension", [8, 64, 100, 256, 300])
 @pytest.mark.parametrize("scans", [True, False])
 def test_merging_keeps_the_best_of_both_with_true_scores(dimension: int, scans: bool) -> None:
-    """The compiled scan and numpy give what sorting everything gives, with dead rows, masks, and k above what there is."""
+    """The compiled scan and numpy give what sorting everything gives, with dead rows, masks, and k
+    above what there is.
+    """
     rng = np.random.default_rng(dimension)
     vectors = rng.standard_normal((1043, dimension)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -332,7 +336,9 @@ def test_a_merge_that_changes_nothing_returns_the_very_answer() -> None:
 
 
 def test_an_id_left_out_stays_out_while_a_writer_deletes_or_replaces_it() -> None:
-    """A search holds the picture in which the id lives; the writer has begun, and the next picture is not there yet."""
+    """A search holds the picture in which the id lives; the writer has begun, and the next picture
+    is not there yet.
+    """
     base = VECTORS[:BASE]
     index = EntityIndex.build("pin", [f"e{i}" for i in range(BASE)], base)
     state = LiveState(

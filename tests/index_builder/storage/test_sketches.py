@@ -1,4 +1,6 @@
-"""One-bit sketches: a scan that looks at every sketch is exact, one that looks at few is nearly so, whatever the shape of the corpus."""
+"""One-bit sketches: a scan that looks at every sketch is exact, one that looks at few is nearly so,
+whatever the shape of the corpus.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What is too large for one side of the wire: tried once, said so, in no way confused with a full server."""
+"""What is too large for one side of the wire: tried once, said so, in no way confused with a full
+server.
+"""
 
 import asyncio
 from collections.abc import Iterator

@@ -1,4 +1,6 @@
-"""``omni query`` as a user runs it: against a real server, in a process of its own where the exit code matters."""
+"""``omni query`` as a user runs it: against a real server, in a process of its own where the exit
+code matters.
+"""
 
 import json
 import subprocess

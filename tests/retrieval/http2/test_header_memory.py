@@ -74,7 +74,9 @@ UNIQUE: dict[str, Callable[[int], bytes]] = {
 async def test_headers_that_never_come_again_are_not_hoarded(
     server: Http2Server, block: Callable[[int], bytes]
 ) -> None:
-    """512 blocks of 16 KiB, and as many heads, made 23 MiB of an idle connection that no limit knew of."""
+    """512 blocks of 16 KiB, and as many heads, made 23 MiB of an idle connection that no limit knew
+    of.
+    """
     connection, sink = connected(server)
     connection.data_received(call(1, block(0)))
     gc.collect()

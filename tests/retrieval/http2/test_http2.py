@@ -1,4 +1,6 @@
-"""The HTTP/2 transport against grpcio's clients and against bytes that no client of grpcio would send."""
+"""The HTTP/2 transport against grpcio's clients and against bytes that no client of grpcio would
+send.
+"""
 
 import contextlib
 import threading
@@ -328,7 +330,9 @@ def test_refused_streams_that_stay_open_count_as_open(closed: None) -> None:
 
 
 def test_floods_of_cheap_frames_end_the_connection(running: Running) -> None:
-    """Opening and resetting streams, or pinging, without end (the rapid-reset attack) costs the attacker the connection."""
+    """Opening and resetting streams, or pinging, without end (the rapid-reset attack) costs the
+    attacker the connection.
+    """
     encoder = hpack.Encoder()
     opening = [request(1, b"later", encoder=encoder)]
     opening += [

@@ -1,4 +1,6 @@
-"""What a peer of the HTTP/2 transport can make it keep or do: memory, turns of the event loop, connections that others' calls are on."""
+"""What a peer of the HTTP/2 transport can make it keep or do: memory, turns of the event loop,
+connections that others' calls are on.
+"""
 
 import gzip
 import logging
@@ -51,7 +53,9 @@ def wait_until(true: Callable[[], bool]) -> bool:
 
 
 def inside(running: Running) -> Connection:
-    """The server's end of the only connection, once the server has noticed that earlier ones are closed."""
+    """The server's end of the only connection, once the server has noticed that earlier ones are
+    closed.
+    """
     assert wait_until(lambda: len(running.server.connections) == 1)
     (found,) = running.server.connections
     return found
@@ -80,7 +84,9 @@ def upload(stream: int, content: bytes) -> bytes:
 
 @pytest.mark.parametrize("flags", [0, wire.END_STREAM])
 def test_messages_of_calls_that_are_not_answered_are_counted(running: Running, flags: int) -> None:
-    """Whole ones, too: those that wait for the end of their stream, and those that a method is at work on."""
+    """Whole ones, too: those that wait for the end of their stream, and those that a method is at
+    work on.
+    """
     streams = range(1, 81, 2)
     fields = fields_of("Echo" if not flags else "Slow", GZIP)
     content = BOMB if not flags else message(gzip.compress(b"30" + b" " * 4 * MIB), compressed=True)
@@ -130,7 +136,9 @@ def test_messages_that_were_taken_are_counted_no_more(running: Running) -> None:
 
 
 def test_large_answers_of_large_requests_do_not_count_the_request(running: Running) -> None:
-    """A call's message is forgotten when its answer is here: both together may be more than one alone."""
+    """A call's message is forgotten when its answer is here: both together may be more than one
+    alone.
+    """
     with running.connect() as connection:
         connection.sendall(
             HELLO
@@ -221,7 +229,9 @@ def test_a_window_update_costs_no_turn_of_calls_that_it_does_not_help(
 
 
 def test_a_larger_window_for_many_calls_is_more_noise(running: Running) -> None:
-    """One frame of settings sets all of them going; one that enlarges nothing does not look at them."""
+    """One frame of settings sets all of them going; one that enlarges nothing does not look at
+    them.
+    """
     with running.connect() as connection:
         calls = b"".join(request(stream, b"now" + bytes(400)) for stream in range(1, 1001, 2))
         connection.sendall(wire.PREFACE + wire.settings({wire.INITIAL_WINDOW_SIZE: 0}) + calls)
@@ -251,7 +261,9 @@ def test_a_larger_window_for_many_calls_is_more_noise(running: Running) -> None:
 def test_whatever_order_windows_open_in_every_answer_leaves_whole(
     running: Running, steps: list[tuple[int, int]], first: int
 ) -> None:
-    """0: the connection's window grows; a stream: its own does; -1: the initial window changes; -2: a call is given up."""
+    """0: the connection's window grows; a stream: its own does; -1: the initial window changes; -2:
+    a call is given up.
+    """
     contents = {stream: b"now" + bytes([stream]) * 40_000 for stream in (1, 3, 5, 7)}
     given_up: set[int] = set()
     with running.connect() as connection:

@@ -1,4 +1,6 @@
-"""While a full server refuses, it reads each connection every few milliseconds; nobody else waits, and nothing is forgotten."""
+"""While a full server refuses, it reads each connection every few milliseconds; nobody else waits,
+and nothing is forgotten.
+"""
 
 import time
 from collections.abc import Iterator

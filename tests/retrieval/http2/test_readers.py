@@ -1,4 +1,6 @@
-"""Window updates of peers that read large answers are part of reading; those of peers that read nothing are not."""
+"""Window updates of peers that read large answers are part of reading; those of peers that read
+nothing are not.
+"""
 
 import socket
 from collections.abc import Iterator
@@ -46,7 +48,9 @@ def upload(stream: int, content: bytes) -> bytes:
 
 
 class Reader:
-    """A client that gives back what it has read of a stream, or of the connection, as soon as ``step`` bytes of it have come."""
+    """A client that gives back what it has read of a stream, or of the connection, as soon as
+    ``step`` bytes of it have come.
+    """
 
     def __init__(self, connection: socket.socket, step: int) -> None:
         self.connection, self.step = connection, step
@@ -95,7 +99,9 @@ class Reader:
 def test_readers_of_large_answers_make_no_noise(
     running: Running, monkeypatch: pytest.MonkeyPatch, window: int, step: int
 ) -> None:
-    """A stream's update counted as noise, and a MiB is 32 of them: Node's clients were sent away after some 500 answers."""
+    """A stream's update counted as noise, and a MiB is 32 of them: Node's clients were sent away
+    after some 500 answers.
+    """
     monkeypatch.setattr(connections, "NOISE_ALLOWANCE", 50)
     with running.connect() as connection:
         connection.sendall(wire.PREFACE + wire.settings({wire.INITIAL_WINDOW_SIZE: window}))
@@ -110,7 +116,9 @@ def test_readers_of_large_answers_make_no_noise(
 def test_a_reader_that_enlarges_every_streams_window_reads_on(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such an update is larger than all that is ever sent on the stream; the others stay part of reading."""
+    """Such an update is larger than all that is ever sent on the stream; the others stay part of
+    reading.
+    """
     monkeypatch.setattr(connections, "NOISE_ALLOWANCE", 50)
     with running.connect() as connection:
         connection.sendall(HELLO)

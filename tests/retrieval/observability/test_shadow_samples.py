@@ -1,4 +1,6 @@
-"""Samples of a release that is served no more say nothing about the one that is, and hold nothing of it in memory."""
+"""Samples of a release that is served no more say nothing about the one that is, and hold nothing
+of it in memory.
+"""
 
 import gc
 import time

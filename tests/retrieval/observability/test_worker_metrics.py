@@ -1,4 +1,6 @@
-"""What the workers of a server have counted outlives them: a counter that goes down is a restart to Prometheus."""
+"""What the workers of a server have counted outlives them: a counter that goes down is a restart to
+Prometheus.
+"""
 
 import fcntl
 import json

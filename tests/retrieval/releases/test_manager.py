@@ -166,7 +166,9 @@ def edit_the_manifest(folder: Path) -> None:
 
 
 def swap_the_encoder(folder: Path) -> None:
-    """An attacker's or a copying mistake: another encoder under a manifest made to fit. Only the golden queries can notice."""
+    """An attacker's or a copying mistake: another encoder under a manifest made to fit. Only the
+    golden queries can notice.
+    """
     from index_builder.releases.manifest import Manifest
     from index_builder.releases.verification import record_files
 
@@ -299,7 +301,8 @@ async def test_overload_is_refused_early_with_a_hint_and_callers_who_leave_cost_
     ]
     answers = await asyncio.wait_for(asyncio.gather(gone, return_exceptions=True), 10)
     assert answers[0].code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    # The client knows first. Once the server knows too, the first call and the three others that fit the queue of four are left.
+    # The client knows first. Once the server knows too, the first call and the three others that
+    # fit the queue of four are left.
     await until(lambda: server.service.admission.in_flight <= 4)
     gate.set()
     results = await asyncio.gather(first, *calls, return_exceptions=True)
@@ -430,7 +433,9 @@ def test_the_manifest_of_the_fixture_is_real(published: Path) -> None:
 
 
 async def test_a_retired_release_is_freed_without_the_collector(store: ReleaseStore) -> None:
-    """What start-up made is set apart from garbage collection, the first release with it: nothing may hold it in a ring."""
+    """What start-up made is set apart from garbage collection, the first release with it: nothing
+    may hold it in a ring.
+    """
     gc.collect()
     gc.disable()
     try:

@@ -1,4 +1,6 @@
-"""A newer query tower takes over the indexes that are served: only where it was declared, with proof, and with a way back."""
+"""A newer query tower takes over the indexes that are served: only where it was declared, with
+proof, and with a way back.
+"""
 
 import asyncio
 import json
@@ -38,7 +40,9 @@ TURN = np.linalg.qr(np.random.default_rng(5).normal(size=(32, 32)))[0].astype(np
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with one release, its bundle, and a newer bundle whose query tower is the old one turned."""
+    """A store with one release, its bundle, and a newer bundle whose query tower is the old one
+    turned.
+    """
     root = tmp_path_factory.mktemp("upgrade")
     encoder = write_small_bundle(root / "old", 1)
     (root / "old" / "entity_encoder" / "weights.bin").write_bytes(b"entity weights")

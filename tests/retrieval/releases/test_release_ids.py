@@ -1,4 +1,6 @@
-"""Release ids from callers: what can be none is their mistake, and none of them writes lines into the log."""
+"""Release ids from callers: what can be none is their mistake, and none of them writes lines into
+the log.
+"""
 
 import logging
 import shutil

@@ -1,4 +1,6 @@
-"""A release that cannot be swapped in leaves nothing behind, and what passes is tried again: without a server, with a stand-in tower."""
+"""A release that cannot be swapped in leaves nothing behind, and what passes is tried again:
+without a server, with a stand-in tower.
+"""
 
 import asyncio
 import shutil
@@ -322,7 +324,9 @@ async def test_a_retired_release_dies_in_the_closing_thread(
 async def test_nobody_holds_a_release_that_is_being_closed(
     store: ReleaseStore, opened: Opened
 ) -> None:
-    """As above, whichever thread is quicker: the last reference is dropped before ``close`` reports back."""
+    """As above, whichever thread is quicker: the last reference is dropped before ``close`` reports
+    back.
+    """
     died: list[str] = []
 
     class Retired:

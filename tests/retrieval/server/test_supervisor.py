@@ -1,6 +1,8 @@
-"""The supervisor's own logic, with stand-ins for workers and releases: what goes wrong in a change must never cost the healthy workers.
+"""The supervisor's own logic, with stand-ins for workers and releases: what goes wrong in a change
+must never cost the healthy workers.
 
-Each scenario runs in a process of its own (``python test_workers_supervisor.py NAME FOLDER``): pytest has threads, and must not be forked.
+Each scenario runs in a process of its own (``python test_workers_supervisor.py NAME FOLDER``):
+pytest has threads, and must not be forked.
 """
 
 import asyncio
@@ -158,7 +160,9 @@ def until(condition: Callable[[], object], seconds: float = 15.0) -> None:
 
 
 class Stage:
-    """A supervisor of two stand-in workers over the releases r1 (active), r2 and r3, and a script beside it."""
+    """A supervisor of two stand-in workers over the releases r1 (active), r2 and r3, and a script
+    beside it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -189,7 +193,9 @@ class Stage:
         )
 
     def stand_in(self, control: Any, given: Assignment) -> int:
-        """What a worker does as far as its supervisor can see; every worker asks for the changes that the script names for it."""
+        """What a worker does as far as its supervisor can see; every worker asks for the changes
+        that the script names for it.
+        """
         leaving: list[int] = []
         signal.signal(signal.SIGTERM, lambda number, _: leaving.append(number))
         control.setblocking(False)

@@ -1,4 +1,6 @@
-"""TLS, mutual TLS and traces, each with the real thing at the other end: openssl's certificates, grpcio's clients, an OTLP collector."""
+"""TLS, mutual TLS and traces, each with the real thing at the other end: openssl's certificates,
+grpcio's clients, an OTLP collector.
+"""
 
 import shutil
 import socket
@@ -40,7 +42,9 @@ def openssl(*arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    """Two authorities; ``server`` and ``client`` are signed by the first, ``stranger`` by the second."""
+    """Two authorities; ``server`` and ``client`` are signed by the first, ``stranger`` by the
+    second.
+    """
     folder = tmp_path_factory.mktemp("certificates")
     key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
     for name in ("ca", "other"):

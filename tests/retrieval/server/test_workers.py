@@ -1,4 +1,6 @@
-"""Several real processes on one port: swap by generations, rollback, a killed worker, live writes seen by all, shared metrics."""
+"""Several real processes on one port: swap by generations, rollback, a killed worker, live writes
+seen by all, shared metrics.
+"""
 
 import json
 import os
@@ -85,7 +87,9 @@ def ask(info: dict, **fields) -> pb.RetrieveResponse:
 
 
 def answered(info: dict) -> float:
-    """Retrieves that the metrics count; never less than before, or Prometheus takes it for a restart and counts all of them again."""
+    """Retrieves that the metrics count; never less than before, or Prometheus takes it for a
+    restart and counts all of them again.
+    """
     scraped = (
         urllib.request.urlopen(f"http://127.0.0.1:{info['metrics_port']}/metrics").read().decode()
     )

@@ -1,4 +1,6 @@
-"""Kept answers: the same as searched ones, bounded, and gone with the first write or release that could change them."""
+"""Kept answers: the same as searched ones, bounded, and gone with the first write or release that
+could change them.
+"""
 
 import sys
 import time
@@ -281,7 +283,9 @@ def test_a_live_write_is_seen_by_answers_that_were_kept(
 def test_any_order_of_writes_and_questions_gives_what_a_search_gives(
     running: Running, stub: rpc.RetrievalStub, channel: grpc.Channel
 ) -> None:
-    """Upserts, deletes and questions in random order; each text's answer, kept or not, beside a search for its vector right after it."""
+    """Upserts, deletes and questions in random order; each text's answer, kept or not, beside a
+    search for its vector right after it.
+    """
     admin, rng = rpc.AdminStub(channel), np.random.default_rng(7)
     texts = [f"{text} in the rain" for text in TEXTS[:4]]
     packed = stub.Embed(pb.EmbedRequest(queries=texts)).embeddings
@@ -329,7 +333,9 @@ def test_metrics_count_kept_answers(running: Running, stub: rpc.RetrievalStub) -
 
 
 def test_kept_answers_of_another_release_are_never_given(tmp_path: Path) -> None:
-    """Two releases of one space whose ids tell them apart, activated in turns while one text is asked."""
+    """Two releases of one space whose ids tell them apart, activated in turns while one text is
+    asked.
+    """
     with (
         serving(tmp_path, shadow_fraction=0.0) as first,
         grpc.insecure_channel(first.address) as channel,

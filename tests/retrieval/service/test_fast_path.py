@@ -1,4 +1,6 @@
-"""The short way of Retrieve against the general one: the same answers, and it declines whatever it may not answer."""
+"""The short way of Retrieve against the general one: the same answers, and it declines whatever it
+may not answer.
+"""
 
 import asyncio
 import contextlib
@@ -60,7 +62,9 @@ def asked(ready: ReadyAnswers, content: bytes) -> Any:
 def both_ways(
     running: Running, request: pb.RetrieveRequest, kept: bool = False
 ) -> tuple[pb.RetrieveResponse | None, pb.RetrieveResponse]:
-    """What the short way and the general way answer; both run on the server's loop, and both search unless answers may be kept."""
+    """What the short way and the general way answer; both run on the server's loop, and both search
+    unless answers may be kept.
+    """
     service = running.server.service
     answers = service.answers
     ready = ReadyAnswers(service)

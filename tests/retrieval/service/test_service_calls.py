@@ -86,7 +86,9 @@ def test_a_text_finds_its_own_entity_and_the_answer_says_what_was_done(
 
 
 def test_an_attribute_that_is_named_twice_comes_once(stub: rpc.RetrievalStub) -> None:
-    """Found by the fuzzer: polars refused the column that was asked for twice, and the caller was told INTERNAL."""
+    """Found by the fuzzer: polars refused the column that was asked for twice, and the caller was
+    told INTERNAL.
+    """
     fields = {
         "entity_type": "pin",
         "k": 2,

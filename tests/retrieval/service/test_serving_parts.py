@@ -1,4 +1,6 @@
-"""Small parts of the server: re-ranking, admission, settings, tokens, request checks, shadow recall's arithmetic."""
+"""Small parts of the server: re-ranking, admission, settings, tokens, request checks, shadow
+recall's arithmetic.
+"""
 
 import asyncio
 import hashlib

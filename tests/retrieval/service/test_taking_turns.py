@@ -1,4 +1,6 @@
-"""Long work of one caller does not hold up the others, and what is measured beside the answers is about those answers."""
+"""Long work of one caller does not hold up the others, and what is measured beside the answers is
+about those answers.
+"""
 
 import asyncio
 import threading

@@ -156,7 +156,9 @@ def test_a_sketch_counts_thousands_of_rare_values_beside_a_frequent_one() -> Non
 
 @pytest.mark.parametrize("side", ["pairs", "catalogue"])
 def test_a_balanced_dataset_meets_rare_values_more_often_and_corrects_for_it(side: str) -> None:
-    """One pin of 48 pins is of another source: as they occur 1 of 48 pairs, balanced to the full 1 of 2; its logQ frequency says so."""
+    """One pin of 48 pins is of another source: as they occur 1 of 48 pairs, balanced to the full 1
+    of 2; its logQ frequency says so.
+    """
     data = world()
     rare = "pin-red-chair"
     source = (
@@ -204,7 +206,9 @@ def test_balance_by_names_a_column_that_is_there() -> None:
 
 
 def test_frequencies_follow_the_pairs() -> None:
-    """In-batch: positives as often as they stand in pairs; conditional: one over the positives of the query."""
+    """In-batch: positives as often as they stand in pairs; conditional: one over the positives of
+    the query.
+    """
     pairs = pl.DataFrame(
         {
             "query": ["a", "a", "b", "c"],

@@ -85,7 +85,7 @@ class EntityIndex:
         self.token = object()
         # Stands for this index with the live entries of now: while it is the same, answers are the
         # same
-        self.edition = object()
+        self.version = object()
         self.ids = ids
         self.corpus = corpus
         self.ann = ann
@@ -418,9 +418,9 @@ class EntityIndex:
         """Replace the live entries; searches that began before keep the old ones."""
         if view is not self._live:
             self._live = view
-            self.edition = (
+            self.version = (
                 object()
-            )  # after the entries: who reads this edition searches these entries, or later ones
+            )  # after the entries: who reads this version searches these entries, or later ones
 
     def forget_filters(self) -> None:
         """Drop cached filter results (benchmarks measure each filter afresh)."""

@@ -38,10 +38,10 @@ class Shape(NamedTuple):
 class Key(NamedTuple):
     """What an answer is kept under.
 
-    ``edition`` is a new object with every release and every live write that a search can see.
+    ``version`` is a new object with every release and every live write that a search can see.
     """
 
-    edition: object
+    version: object
     shape: Shape
     text: str
 
@@ -146,7 +146,7 @@ class AnswerCache:
         """Keep what a search found.
 
         Args:
-            key: Made before the search began: a write that came meanwhile then has another edition.
+            key: Made before the search began: a write that came meanwhile then has another version.
             result: What the index found.
             hits: ``hits_on_the_wire`` of it, where they are known already.
         """
@@ -163,4 +163,4 @@ class AnswerCache:
 def key_of(index: EntityIndex, target: Any, text: str) -> Key | None:
     """What the answer to ``text`` is kept under; None for a ready vector (its text is empty) or a shape whose answers are not kept."""
     shape = shape_of(target) if text else None
-    return None if shape is None else Key(index.edition, shape, text)
+    return None if shape is None else Key(index.version, shape, text)

@@ -92,7 +92,7 @@ class ReadyAnswers:
                 if entry is None:
                     return self._hopeless(text, serving, remaining)
                 vector = entry.vector
-                key = Key(index.edition, shape, text)
+                key = Key(index.version, shape, text)
                 kept = self.answers.find(key)
             how: SearchResult | KeptAnswer
             if kept is not None:

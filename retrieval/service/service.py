@@ -396,9 +396,9 @@ class RetrievalService:
                 query_space_id=serving.query_space_id,
                 request_id=request.request_id,
             )
-            shape, edition, find = shape_of(target), index.edition, self.answers.find
+            shape, version, find = shape_of(target), index.version, self.answers.find
             keys = [
-                Key(edition, shape, text) if shape is not None and text else None for text in texts
+                Key(version, shape, text) if shape is not None and text else None for text in texts
             ]
             kept = [None if key is None else find(key) for key in keys]
             searched = [row for row, known in enumerate(kept) if known is None]

@@ -39,8 +39,8 @@ def found(*ids: str) -> SearchResult:
     )
 
 
-def key(text: str, k: int = 3, edition: object = None) -> Key:
-    return Key(edition, Shape(k, None, "", None), text)
+def key(text: str, k: int = 3, version: object = None) -> Key:
+    return Key(version, Shape(k, None, "", None), text)
 
 
 def test_what_is_kept_comes_back_as_it_was() -> None:
@@ -59,7 +59,7 @@ def test_what_is_kept_comes_back_as_it_was() -> None:
     )
     assert (
         cache.find(key("red cat", k=4)) is None
-        and cache.find(key("red cat", edition=object())) is None
+        and cache.find(key("red cat", version=object())) is None
     )
     assert (cache.hits, cache.misses) == (1, 1)
 
@@ -104,7 +104,7 @@ def test_nothing_is_kept_when_switched_off() -> None:
 
 
 def test_the_estimate_of_an_entry_covers_what_it_takes() -> None:
-    edition, results = (
+    version, results = (
         object(),
         [found(*(f"entity-{i}-{n}" for n in range(10))) for i in range(2000)],
     )
@@ -112,7 +112,7 @@ def test_the_estimate_of_an_entry_covers_what_it_takes() -> None:
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     for i, result in enumerate(results):
-        cache.keep(Key(edition, Shape(10, None, "", None), f"query number {i}"), result)
+        cache.keep(Key(version, Shape(10, None, "", None), f"query number {i}"), result)
     taken = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     assert 0.7 * cache.size_bytes < taken <= cache.size_bytes, taken / len(results)
@@ -131,7 +131,7 @@ def test_the_estimate_of_an_entry_covers_what_it_takes() -> None:
     ids=lambda fields: next(iter(fields)),
 )
 def test_answers_that_depend_on_more_have_no_key(fields: dict[str, Any]) -> None:
-    index: Any = SimpleNamespace(edition=object())
+    index: Any = SimpleNamespace(version=object())
     assert key_of(index, pb.RetrieveRequest(k=3), "red cat") is not None
     assert key_of(index, pb.Target(k=3), "") is None, "a ready vector"
     for message in (pb.RetrieveRequest, pb.Target):
@@ -144,7 +144,7 @@ def test_answers_that_depend_on_more_have_no_key(fields: dict[str, Any]) -> None
     ids=lambda fields: next(iter(fields)),
 )
 def test_every_field_that_changes_an_answer_is_in_its_key(fields: dict[str, Any]) -> None:
-    index: Any = SimpleNamespace(edition=object())
+    index: Any = SimpleNamespace(version=object())
     plain = pb.RetrieveRequest(k=3)
     other = pb.RetrieveRequest(**{"k": 3, **fields})
     assert key_of(index, plain, "a") != key_of(index, other, "a")
@@ -407,16 +407,16 @@ def test_the_short_way_answers_what_is_kept_without_a_search(
     assert again.answer_cached and hits(again) == hits(first) and again.request_id == "r-9"
 
 
-def test_an_edition_changes_with_the_live_entries_only() -> None:
+def test_index_version_changes_with_the_live_entries_only() -> None:
     from index_builder.search.entity_index import EntityIndex, IndexConfig
 
     vectors = np.eye(8, dtype=np.float32)
     index = EntityIndex.build(
         "pin", [str(i) for i in range(8)], vectors, None, IndexConfig(kind="exact")
     )
-    edition = index.edition
+    version = index.version
     index.set_live(None)
-    assert index.edition is edition
+    assert index.version is version
     view: Any = SimpleNamespace()
     index.set_live(view)
-    assert index.edition is not edition
+    assert index.version is not version

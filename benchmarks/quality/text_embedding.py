@@ -70,7 +70,7 @@ def cross_validate(
     folds: int,
     max_pairs: int,
 ) -> dict[str, Any]:
-    """Labelled Recall@10 of left-out train queries for each mix ``(whole_text_weight, whole_text_queries)``.
+    """Labelled Recall@10 of left-out train queries for each mix ``(full_text_weight, full_text_queries)``.
 
     Args:
         embedding: The frozen tower.
@@ -151,7 +151,7 @@ def command(
     types: tuple[str, ...],
     as_json: bool,
 ) -> None:
-    """Weights of the whole text in the text embedding, chosen on train queries alone.
+    """Weights of the full text in the text embedding, chosen on train queries alone.
 
     Real annotation pairs of the sample (not clicks); held-out pairs are not read.
 
@@ -191,6 +191,6 @@ def command(
     ]
     title = "Labelled Recall@10 of left-out train queries; real annotation pairs, frozen tower"
     print_table(
-        title, ["whole text", *(f"{name} ({found[name]['pairs']:,})" for name in found)], rows
+        title, ["full text", *(f"{name} ({found[name]['pairs']:,})" for name in found)], rows
     )
     say(f"record: {path.name}")

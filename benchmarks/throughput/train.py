@@ -72,8 +72,8 @@ def _config(
         validation = {
             "fraction": 0.03,
             "pairs": 4000,
-            "query_scales": [0.5, 0.75, 1],
-            "residual_scales": [0, 0.25, 0.5, 0.75, 1],
+            "query_interpolation": [0.5, 0.75, 1],
+            "residual_weights": [0, 0.25, 0.5, 0.75, 1],
         }
     return train_config(
         {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import tomllib
 import types
 import typing
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from encoders.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -44,7 +47,8 @@ def build_config(cls: type[T], table: Mapping[str, Any], where: str = "config") 
 
     Args:
         cls: A dataclass whose fields are numbers, strings, booleans, tuples of these, mappings,
-            dataclasses or tuples of dataclasses.
+            dataclasses or tuples of dataclasses. Its ``FORMER_NAMES``, if it has some, map names
+            that older files hold to those of its fields.
         table: What TOML gave.
         where: Name of the source, for messages.
 
@@ -69,6 +73,7 @@ def _build(cls: type[T], table: Mapping[str, Any], prefix: str, problems: list[s
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     before = len(problems)
     values: dict[str, Any] = {}
+    table = _current_names(cls, table, prefix, problems)
     for key, raw in table.items():
         name = f"{prefix}{key}"
         if key not in fields:
@@ -99,6 +104,27 @@ def _build(cls: type[T], table: Mapping[str, Any], prefix: str, problems: list[s
         problems.extend(f"{prefix}{line}" if prefix else line for line in str(error).splitlines())
         return None
     return built if len(problems) == before else None
+
+
+def _current_names(
+    cls: type[T], table: Mapping[str, Any], prefix: str, problems: list[str]
+) -> Mapping[str, Any]:
+    """Rename the keys of ``table`` that have another name today, with a warning for each."""
+    renamed: dict[str, Any] = dict(table)
+    for former, name in getattr(cls, "FORMER_NAMES", {}).items():
+        if former not in table:
+            continue
+        value = renamed.pop(former)
+        if name in table:
+            problems.append(
+                f"'{prefix}{former}' and '{prefix}{name}' are one setting; give the latter"
+            )
+        else:
+            log.warning(
+                "%s%s is now called %s%s; the former name is read", prefix, former, prefix, name
+            )
+            renamed[name] = value
+    return renamed
 
 
 def _convert(hint: Any, raw: Any, name: str, problems: list[str]) -> Any:

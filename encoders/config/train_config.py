@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from encoders.config.toml_config import build_config, nearest, read_toml, to_table
 from encoders.errors import ConfigError
@@ -312,6 +312,10 @@ class OptimiserConfig:
 class ValidationConfig:
     """Labelled Recall@10 of held-back training pairs, for early stopping. Never the test pairs."""
 
+    FORMER_NAMES: ClassVar[Mapping[str, str]] = {
+        "residual_scales": "residual_weights",
+        "query_scales": "query_interpolation",
+    }
     split: str = "validation"
     """Pairs with this ``split`` validate.
 
@@ -325,30 +329,30 @@ class ValidationConfig:
     """Validate every so many steps; 0: only at the end."""
     patience: int = 0
     """Stop after this many validations without a better mean Recall@10; 0: never."""
-    residual_scales: tuple[float, ...] = ()
-    """At the end, what each type's entity tower adds to its text embedding is scaled by the one of these that validates best (0: nothing is
-    added, 1: as trained). For types with few pairs, whose entities are soon known by heart. Needs
-    ``features.text_embedding``.
+    residual_weights: tuple[float, ...] = ()
+    """Candidate weights of the entity tower's residual on its text embedding, per entity type.
+
+    After training each type gets the one that validates best (0: the text embedding alone, 1: as
+    trained). For types with few pairs, which overfit. Needs ``features.text_embedding``.
     """
-    query_scales: tuple[float, ...] = ()
-    """At the end, the query tower keeps this much of its way from where it started (0: nothing, 1: as trained): the smallest of these that
-    no entity type's held-back pairs notice. For towers that start from a pretrained one and its
-    projection.
+    query_interpolation: tuple[float, ...] = ()
+    """Candidate weights of the interpolation between the query tower's initial and trained weights.
+
+    After training the tower gets the smallest (0: initial, 1: as trained) that costs no entity type
+    validation recall (WiSE-FT). For towers that start from a pretrained one and its projection.
     """
 
     def __post_init__(self) -> None:
-        object.__setattr__(
-            self, "residual_scales", tuple(float(scale) for scale in self.residual_scales)
-        )
-        object.__setattr__(self, "query_scales", tuple(float(scale) for scale in self.query_scales))
+        for name in ("residual_weights", "query_interpolation"):
+            object.__setattr__(self, name, tuple(float(weight) for weight in getattr(self, name)))
         _check(
             (
-                all(0 <= scale <= 1 for scale in self.query_scales),
-                f"query_scales must lie in [0, 1], but got {self.query_scales}",
+                all(0 <= weight <= 1 for weight in self.query_interpolation),
+                f"query_interpolation must lie in [0, 1], but got {self.query_interpolation}",
             ),
             (
-                all(0 <= scale <= 1 for scale in self.residual_scales),
-                f"residual_scales must lie in [0, 1], but got {self.residual_scales}",
+                all(0 <= weight <= 1 for weight in self.residual_weights),
+                f"residual_weights must lie in [0, 1], but got {self.residual_weights}",
             ),
             (0 <= self.fraction < 1, f"fraction must lie in [0, 1), but got {self.fraction}"),
             (self.pairs >= 1, f"pairs must be at least 1, but got {self.pairs}"),
@@ -446,11 +450,9 @@ class TrainConfig:
             ),
             (len(set(names)) == len(names), f"dataset names must differ, but got {names}"),
             (
-                not self.validation.residual_scales or bool(self.features.text_embedding),
-                (
-                    "validation.residual_scales needs features.text_embedding: there is nothing"
-                    " else to scale towards"
-                ),
+                not self.validation.residual_weights or bool(self.features.text_embedding),
+                "validation.residual_weights needs features.text_embedding: without one the entity"
+                " tower has no residual",
             ),
         )
 

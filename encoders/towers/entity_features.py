@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from encoders.tables.cells import cell_texts
 from encoders.text.vocabulary import NgramConfig, NgramCounter, Vocabulary
 from encoders.towers.text_embedding import (
     TEXT_EMBEDDING_FIELDS,
-    WHOLE_TEXT_FIELDS,
+    FULL_TEXT_FIELDS,
     text_embedding,
     tower_fingerprint,
 )
@@ -49,6 +49,12 @@ FEATURES_FORMAT = 1
 class EntityFeatureConfig:
     """Which catalogue columns the entity tower reads."""
 
+    FORMER_NAMES: ClassVar[Mapping[str, str]] = {
+        "whole_text_weight": "full_text_weight",
+        "whole_text_queries": "full_text_queries",
+    }
+    """Names of settings in the TOML files and ``features.json`` of version 0.1 -> those of today."""
+
     text_fields: tuple[str, ...] = TEXT_FIELDS
     """Text or list-of-text columns, one bag of n-grams each.
 
@@ -64,12 +70,13 @@ class EntityFeatureConfig:
     """A query tower (shipped name or folder) whose frozen vector of title and engaged queries is one more continuous feature, the last;
     empty: none. Costs a transformer pass per distinct text.
     """
-    whole_text_weight: float = 0.0
-    """Weight in the text embedding of title, description, category and boards read as one text, beside 1 for the engaged queries and 0.5
-    for the title.
+    full_text_weight: float = 0.0
+    """Weight of the full text (title, description, category and boards in one) in the text embedding.
+
+    The engaged queries weigh 1, the title 0.5.
     """
-    whole_text_queries: int = 0
-    """Engaged queries that stand in that text as well, the first so many."""
+    full_text_queries: int = 0
+    """Number of engaged queries, from the first, that the full text also holds."""
     text_embedding_fingerprint: str = ""
     """SHA-256 of that tower; filled in, and checked on load."""
 
@@ -84,16 +91,16 @@ class EntityFeatureConfig:
                     " the version of omnisearchsage that made them, or train again"
                 )
             object.__setattr__(self, "text_embedding_fingerprint", found)
-        weight = self.whole_text_weight
+        weight = self.full_text_weight
         if not (0 <= weight <= 100 and (self.text_embedding or not weight)):
             raise ConfigError(
-                f"EntityFeatureConfig.whole_text_weight ({weight}) must lie in [0, 100], above 0"
+                f"EntityFeatureConfig.full_text_weight ({weight}) must lie in [0, 100], above 0"
                 " only with a text_embedding"
             )
-        if self.whole_text_queries < 0 or (self.whole_text_queries and not weight):
+        if self.full_text_queries < 0 or (self.full_text_queries and not weight):
             raise ConfigError(
-                f"EntityFeatureConfig.whole_text_queries ({self.whole_text_queries}) must be at"
-                " least 0, and 0 without whole_text_weight"
+                f"EntityFeatureConfig.full_text_queries ({self.full_text_queries}) must be at"
+                " least 0, and 0 without full_text_weight"
             )
         object.__setattr__(self, "continuous", dict(self.continuous))
         if isinstance(self.ngrams, Mapping):
@@ -123,8 +130,8 @@ class EntityFeatureConfig:
     def text_columns(self) -> frozenset[str]:
         """Every text column that a vector depends on: the fields with n-grams, and those only the text embedding reads."""
         embedded = TEXT_EMBEDDING_FIELDS if self.text_embedding else ()
-        whole = WHOLE_TEXT_FIELDS if self.whole_text_weight else ()
-        return frozenset((*self.text_fields, *embedded, *whole))
+        full = FULL_TEXT_FIELDS if self.full_text_weight else ()
+        return frozenset((*self.text_fields, *embedded, *full))
 
     @property
     def continuous_width(self) -> int:
@@ -321,7 +328,7 @@ class EntityFeaturizer:
         if self.config.text_embedding:
             embed = text_embedding(self.config.text_embedding)
             continuous.append(
-                embed(catalogue, self.config.whole_text_weight, self.config.whole_text_queries)
+                embed(catalogue, self.config.full_text_weight, self.config.full_text_queries)
             )
         joined = torch.from_numpy(np.concatenate(continuous, axis=1)) if continuous else None
         return EntityBatch(
@@ -359,7 +366,8 @@ class EntityFeaturizer:
                 " the release that wrote it"
             )
         try:
-            config = EntityFeatureConfig(**described)
+            former = EntityFeatureConfig.FORMER_NAMES
+            config = EntityFeatureConfig(**{former.get(k, k): v for k, v in described.items()})
         except (TypeError, ConfigError) as error:
             raise BundleError(
                 f"{folder}: features.json is not what this code writes ({error}); use the release"

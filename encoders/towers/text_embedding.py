@@ -26,7 +26,7 @@ TITLE_WEIGHT = 0.5
 """Weight of the title beside the mean of the engaged queries."""
 TEXT_EMBEDDING_FIELDS = ("title", "engaged_queries")
 """Fields that are always read."""
-WHOLE_TEXT_FIELDS = ("title", "description", "category", "board_titles")
+FULL_TEXT_FIELDS = ("title", "description", "category", "board_titles")
 """Fields that are read together as one text, then the first engaged queries if some are asked for."""
 KEPT_TEXTS = 1_000_000
 """Texts whose vectors are kept from call to call, about 0.7 GiB; beyond that only those of the call at hand stay."""
@@ -36,9 +36,9 @@ _PART = 8192
 
 
 class TextEmbedding:
-    """``unit(unit(mean of the engaged queries' vectors) + 0.5 * title + w * whole text)`` under a frozen query tower.
+    """``unit(unit(mean of the engaged queries' vectors) + 0.5 * title + w * full text)`` under a frozen query tower.
 
-    The whole text is title, description, category, boards and the first engaged queries in one
+    The full text is title, description, category, boards and the first engaged queries in one
     sentence-like string: read together they tell more than apart, most of all where an entity has
     few engaged queries.
 
@@ -57,15 +57,15 @@ class TextEmbedding:
         return self.encoder.dimension
 
     def __call__(
-        self, catalogue: pl.DataFrame, whole_text_weight: float = 0.0, whole_text_queries: int = 0
+        self, catalogue: pl.DataFrame, full_text_weight: float = 0.0, full_text_queries: int = 0
     ) -> npt.NDArray[np.float32]:
         """Embed rows by their texts (absent or empty: left out; all: zeros).
 
         Args:
-            catalogue: N rows with ``title``, ``engaged_queries`` and, for the whole text,
-                ``WHOLE_TEXT_FIELDS``.
-            whole_text_weight: ``w``; 0 leaves the whole text out.
-            whole_text_queries: Engaged queries that the whole text holds, at most; the tower reads
+            catalogue: N rows with ``title``, ``engaged_queries`` and, for the full text,
+                ``FULL_TEXT_FIELDS``.
+            full_text_weight: ``w``; 0 leaves the full text out.
+            full_text_queries: Engaged queries that the full text holds, at most; the tower reads
                 no more than 64 tokens of it.
 
         Returns:
@@ -80,22 +80,22 @@ class TextEmbedding:
         queries = _lists(catalogue, "engaged_queries")
         owner = np.repeat(np.arange(rows), [len(texts) for texts in queries])
         flat = [text for texts in queries for text in texts]
-        whole: list[str] = []
-        if whole_text_weight:
+        full: list[str] = []
+        if full_text_weight:
             first = pl.DataFrame(
-                {"engaged_queries": [texts[:whole_text_queries] for texts in queries]},
+                {"engaged_queries": [texts[:full_text_queries] for texts in queries]},
                 schema=_ENGAGED,
             )
-            read = catalogue.select(name for name in WHOLE_TEXT_FIELDS if name in catalogue.columns)
-            whole = entity_texts(
-                pl.concat([read, first], how="horizontal"), (*WHOLE_TEXT_FIELDS, "engaged_queries")
+            read = catalogue.select(name for name in FULL_TEXT_FIELDS if name in catalogue.columns)
+            full = entity_texts(
+                pl.concat([read, first], how="horizontal"), (*FULL_TEXT_FIELDS, "engaged_queries")
             )
-        vectors = self._vectors([*titles, *flat, *whole])
+        vectors = self._vectors([*titles, *flat, *full])
         engaged = np.zeros((rows, self.dimension), np.float32)
         np.add.at(engaged, owner, vectors[rows : rows + len(flat)])
         mixed = _unit(engaged) + TITLE_WEIGHT * vectors[:rows]
-        if whole:
-            mixed += whole_text_weight * vectors[rows + len(flat) :]
+        if full:
+            mixed += full_text_weight * vectors[rows + len(flat) :]
         return _unit(mixed)
 
     def _vectors(self, texts: list[str]) -> npt.NDArray[np.float32]:

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from encoders.config.train_config import ENTITY, TrainConfig, to_table
 from encoders.errors import ConfigError
-from encoders.towers.entity_features import EntityBatch, EntityFeaturizer, concatenate, row_texts
+from encoders.towers.entity_features import (
+    EntityBatch,
+    EntityFeatureConfig,
+    EntityFeaturizer,
+    concatenate,
+    row_texts,
+)
 from encoders.towers.entity_tower import EntityEncoder, create_entity_encoder
 from encoders.towers.query_tower import QueryEncoder
 from encoders.training.data.prepare import PreparedData, prepare
@@ -80,7 +86,7 @@ _MAY_CHANGE = ("log_every", "checkpoint_every", "tensorboard", "max_seconds")
 """Config keys a resumed run may change without becoming another run."""
 
 
-_AT_THE_END = ("residual_scales", "query_scales")
+_AT_THE_END = ("residual_weights", "query_interpolation")
 """Keys of ``validation`` that act after the last step: a finished run may be ended again with others."""
 
 
@@ -147,6 +153,9 @@ def run_fingerprint(inputs: TrainInputs) -> str:
     table["validation"] = {
         key: value for key, value in table["validation"].items() if key not in _AT_THE_END
     }
+    # Under the names that checkpoints of version 0.1 were made with, so that those runs resume.
+    former = {name: old for old, name in EntityFeatureConfig.FORMER_NAMES.items()}
+    table["features"] = {former.get(key, key): value for key, value in table["features"].items()}
     digest = hashlib.sha256(json.dumps(table, sort_keys=True, default=str).encode())
     for pair_set in prepared.pair_sets:
         for array in (

@@ -167,7 +167,7 @@ def train(
         ),
         config.optimiser,
     )
-    start = learned_parameters(towers.query) if config.validation.query_scales else {}
+    start = learned_parameters(towers.query) if config.validation.query_interpolation else {}
     announce(talk, prepared, plan, featurizer, towers, steps, device, time.perf_counter() - started)
 
     # --------------------------------------------------------------------------------------- resume
@@ -270,14 +270,14 @@ def train(
     # ----------------------------------------------------------------------------------------- save
     loop.restore_best(towers, checkpoints)
     scales: dict[str, float] = {}
-    if config.validation.residual_scales and prepared.validation:
+    if config.validation.residual_weights and prepared.validation:
         scales, recalls = choose_residual_scales(towers, inputs, talk)
         loop.metrics = {
             **loop.metrics,
             **recalls,
             **{f"residual_scale/{name}": scale for name, scale in scales.items()},
         }
-    if config.validation.query_scales and prepared.validation:
+    if config.validation.query_interpolation and prepared.validation:
         kept, recalls = choose_query_scale(towers, inputs, start, scales, talk)
         loop.metrics = {**loop.metrics, **recalls, "query_scale": kept}
     if writer is not None:

@@ -29,7 +29,7 @@ SMALLEST_SCALE = 1e-3
 def choose_residual_scales(
     towers: Towers, inputs: TrainInputs, talk: Talk
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """The scale of ``config.validation.residual_scales`` for each entity type with held-back pairs, by ``smallest_within_error``.
+    """The scale of ``config.validation.residual_weights`` for each entity type with held-back pairs, by ``smallest_within_error``.
 
     Returns:
         Entity type -> scale, and the validation Recall@10 under these scales. The towers are left
@@ -41,7 +41,7 @@ def choose_residual_scales(
         if name != "query"
     }
     hits: dict[str, dict[float, npt.NDArray[np.bool_]]] = {name: {} for name in pairs}
-    for scale in sorted(set(inputs.config.validation.residual_scales)):
+    for scale in sorted(set(inputs.config.validation.residual_weights)):
         with residuals_scaled(towers, scale):
             found = validation_hits(towers, inputs, entity_types=pairs)
         talk(
@@ -143,7 +143,7 @@ def choose_query_scale(
     residual_scales: Mapping[str, float],
     talk: Talk,
 ) -> tuple[float, dict[str, float]]:
-    """The scale of ``config.validation.query_scales`` for the query tower, which is left with it.
+    """The scale of ``config.validation.query_interpolation`` for the query tower, which is left with it.
 
     Args:
         towers: Trained.
@@ -163,7 +163,7 @@ def choose_query_scale(
     }
     trained = learned_parameters(towers.query)
     hits: dict[str, dict[float, npt.NDArray[np.bool_]]] = {name: {} for name in pairs}
-    for scale in sorted(set(inputs.config.validation.query_scales)):
+    for scale in sorted(set(inputs.config.validation.query_interpolation)):
         interpolate(towers.query, start, trained, scale)
         for name in pairs:
             with residuals_scaled(towers, residual_scales.get(name, 1.0)):

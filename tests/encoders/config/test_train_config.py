@@ -113,6 +113,31 @@ def test_a_config_survives_its_plain_form(
     assert train_config(to_table(config)) == config
 
 
+def test_train_config_former_names_are_read_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    former = {
+        "features": {
+            "text_embedding": "tiny-multilingual",
+            "whole_text_weight": 2.0,
+            "whole_text_queries": 20,
+        },
+        "validation": {"residual_scales": [0, 1], "query_scales": [0.5]},
+    }
+    config = train_config(former)
+    assert config.features.full_text_weight == 2.0
+    assert config.features.full_text_queries == 20
+    assert config.validation.residual_weights == (0.0, 1.0)
+    assert config.validation.query_interpolation == (0.5,)
+    assert "validation.query_scales is now called validation.query_interpolation" in caplog.text
+
+
+def test_train_config_former_and_present_name_together_are_refused() -> None:
+    both = {"validation": {"query_scales": [0.5], "query_interpolation": [1.0]}}
+    with pytest.raises(ConfigError, match="are one setting"):
+        train_config(both)
+
+
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.toml")), ids=lambda p: p.name)
 def test_every_shipped_recipe_is_valid(recipe: Path) -> None:
     assert load_train_config(recipe).model.dimension == 256

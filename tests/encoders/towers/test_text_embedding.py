@@ -2,6 +2,8 @@
 starts at it.
 """
 
+from pathlib import Path
+
 import numpy as np
 import polars as pl
 import pytest
@@ -45,7 +47,7 @@ def test_the_formula() -> None:
     assert not vectors[3].any()
 
 
-def test_the_whole_text_is_read_as_one() -> None:
+def test_the_full_text_is_read_as_one() -> None:
     rows = CATALOGUE.with_columns(
         category=pl.Series(["love and hate", "", None, ""]),
         board_titles=pl.Series([["symbols"], [], None, []]),
@@ -64,7 +66,7 @@ def test_the_whole_text_is_read_as_one() -> None:
     )  # nothing beside a title or a query: nothing changes
 
 
-def test_the_whole_text_may_hold_the_first_engaged_queries() -> None:
+def test_the_full_text_may_hold_the_first_engaged_queries() -> None:
     rows = CATALOGUE.with_columns(category=pl.Series(["symbols", "", None, "empty"]))
     embed = text_embedding("tiny-multilingual")
     title, love, coeur, one, two = embed.encoder.encode(
@@ -106,9 +108,9 @@ def test_no_more_texts_are_kept_than_the_bound_and_those_of_one_call(
     )  # embedded again, in another batch: the last bits may differ
 
 
-def test_what_the_whole_text_reads_is_read_and_hashed() -> None:
+def test_what_the_full_text_reads_is_read_and_hashed() -> None:
     config = EntityFeatureConfig(
-        text_fields=("title",), text_embedding="tiny-multilingual", whole_text_weight=1.0
+        text_fields=("title",), text_embedding="tiny-multilingual", full_text_weight=1.0
     )
     assert config.text_columns == {
         "title",
@@ -126,14 +128,14 @@ def test_what_the_whole_text_reads_is_read_and_hashed() -> None:
 @pytest.mark.parametrize(
     "settings",
     [
-        {"whole_text_weight": 1.0},
-        {"text_embedding": "tiny-multilingual", "whole_text_weight": -1.0},
-        {"text_embedding": "tiny-multilingual", "whole_text_queries": 5},
-        {"text_embedding": "tiny-multilingual", "whole_text_weight": 1.0, "whole_text_queries": -1},
+        {"full_text_weight": 1.0},
+        {"text_embedding": "tiny-multilingual", "full_text_weight": -1.0},
+        {"text_embedding": "tiny-multilingual", "full_text_queries": 5},
+        {"text_embedding": "tiny-multilingual", "full_text_weight": 1.0, "full_text_queries": -1},
     ],
 )
-def test_settings_of_the_whole_text_that_make_no_sense_are_refused(settings: dict) -> None:
-    with pytest.raises(ConfigError, match="whole_text"):
+def test_settings_of_the_full_text_that_make_no_sense_are_refused(settings: dict) -> None:
+    with pytest.raises(ConfigError, match="full_text"):
         EntityFeatureConfig(**settings)
 
 
@@ -155,6 +157,17 @@ def test_features_of_another_tower_are_refused_on_load(encoder: EntityEncoder, t
     features.write_text(features.read_text().replace(fingerprint, "0" * 64))
     with pytest.raises(BundleError, match="fingerprint"):
         EntityEncoder.load(tmp_path)
+
+
+def test_featurizer_load_former_setting_names_are_read(tmp_path: Path) -> None:
+    config = EntityFeatureConfig(
+        text_embedding="tiny-multilingual", full_text_weight=2.0, full_text_queries=3
+    )
+    EntityFeaturizer.fit(CATALOGUE, config).save(tmp_path)
+    features = tmp_path / "features.json"
+    features.write_text(features.read_text().replace('"full_text_', '"whole_text_'))
+    assert "full_text" not in features.read_text()
+    assert EntityFeaturizer.load(tmp_path).config == config
 
 
 def test_a_residual_of_another_width_is_refused() -> None:

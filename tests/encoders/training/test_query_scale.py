@@ -14,15 +14,15 @@ from tests.helpers.training_examples import small_config, tiny_query_encoder, wo
 
 
 def run(
-    folder: Path, query_scales: list[float], residual_scales: tuple[float, ...] = ()
+    folder: Path, query_interpolation: list[float], residual_weights: tuple[float, ...] = ()
 ) -> TrainResult:
     """The same run each time: trained once, then only its end is done again."""
     if not (folder / "frozen").exists():
         tiny_query_encoder(1, 256).save(folder / "frozen")
     validation = {
         "fraction": 0.25,
-        "query_scales": query_scales,
-        "residual_scales": list(residual_scales),
+        "query_interpolation": query_interpolation,
+        "residual_weights": list(residual_weights),
     }
     config = small_config(
         steps=25,
@@ -97,5 +97,5 @@ def test_frozen_parameters_are_neither_copied_nor_moved() -> None:
 
 @pytest.mark.parametrize("scales", [[1.5], [-0.1], [float("nan")]])
 def test_scales_outside_the_way_are_refused(scales: list[float]) -> None:
-    with pytest.raises(ConfigError, match="query_scales"):
-        small_config(validation={"query_scales": scales})
+    with pytest.raises(ConfigError, match="query_interpolation"):
+        small_config(validation={"query_interpolation": scales})

@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path, scales: list[float]) -> TrainResult:
     """The same run each time: trained once, then only its end is done again with other scales."""
     features = {"text_embedding": str(folder / "frozen")}
-    validation = {"fraction": 0.25, "residual_scales": scales}
+    validation = {"fraction": 0.25, "residual_weights": scales}
     config = small_config(
         steps=25, model={"dimension": 256}, features=features, validation=validation
     )
@@ -99,10 +99,10 @@ def test_types_with_one_tower_and_one_scale_share_it(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("validation", "features"),
     [
-        ({"residual_scales": [1.5]}, {"text_embedding": "tiny-multilingual"}),
-        ({"residual_scales": [0.5]}, {}),
+        ({"residual_weights": [1.5]}, {"text_embedding": "tiny-multilingual"}),
+        ({"residual_weights": [0.5]}, {}),
     ],
 )
 def test_scales_that_mean_nothing_are_refused(validation: dict, features: dict) -> None:
-    with pytest.raises(ConfigError, match="residual_scales"):
+    with pytest.raises(ConfigError, match="residual_weights"):
         small_config(validation=validation, features=features)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import resource
 import sys
@@ -33,6 +34,9 @@ T = TypeVar("T")
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 stdout = Console(highlight=False, soft_wrap=True)
 
+LOGGED_PACKAGES = ("encoders", "index_builder", "retrieval", "benchmarks")
+"""Loggers whose INFO lines a command shows."""
+
 json_option = click.option(
     "--json",
     "as_json",
@@ -58,12 +62,16 @@ def fail(message: str, code: int = 1) -> NoReturn:
 
 
 def handle_errors(function: Callable[P, T]) -> Callable[P, T]:
-    """Turn ``OmniError`` into one line on stderr and exit code 1 (``ConfigError``: 2); ``OMNI_DEBUG=1`` shows the traceback."""
+    """Run a command with its log lines on stderr, and turn an ``OmniError`` into one line there.
+
+    The exit code is then 1, of a ``ConfigError`` 2; ``OMNI_DEBUG=1`` shows the traceback.
+    """
 
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return function(*args, **kwargs)
+            with log_lines_on_stderr():
+                return function(*args, **kwargs)
         except OmniError as error:
             if os.environ.get("OMNI_DEBUG"):
                 raise
@@ -77,6 +85,39 @@ def handle_errors(function: Callable[P, T]) -> Callable[P, T]:
 def say(message: str) -> None:
     """Print one line of progress to stderr."""
     stderr.print(message, markup=False)
+
+
+class _SayHandler(logging.Handler):
+    """Print records as ``say`` does."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one record's message, and its traceback if it has one."""
+        try:
+            say(self.format(record))
+        except Exception:
+            self.handleError(record)
+
+
+@contextmanager
+def log_lines_on_stderr() -> Iterator[None]:
+    """Print what ``LOGGED_PACKAGES`` log at INFO and above to stderr, as ``say`` does, inside the block.
+
+    Only commands do this: importing the packages installs no handler.
+    """
+    handler = _SayHandler()
+    levels = {}
+    for logger in map(logging.getLogger, LOGGED_PACKAGES):
+        if not any(isinstance(known, _SayHandler) for known in logger.handlers):
+            levels[logger] = logger.level
+            logger.addHandler(handler)
+            if logger.getEffectiveLevel() > logging.INFO:
+                logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for logger, level in levels.items():
+            logger.removeHandler(handler)
+            logger.setLevel(level)
 
 
 @contextmanager

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 import polars as pl
 
-from encoders.commands.console import handle_errors, json_option, print_json, print_table, stage
+from encoders.commands.console import (
+    handle_errors,
+    json_option,
+    print_json,
+    print_table,
+    stage,
+    track,
+)
 from encoders.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -314,7 +321,7 @@ def captions(
     config = CaptionConfig(**settings)
     rows = read_table(catalogue, "catalogue", encoding=encoding)
     with stage("captions"):
-        run = caption_catalogue(rows, state, BlipCaptioner(config), config, images)
+        run = caption_catalogue(rows, state, BlipCaptioner(config), config, images, track)
         captioned = attach_captions(rows, state)
         write_table(captioned, out)
     _report(run._asdict() | quality_report(captioned), as_json)

@@ -7,6 +7,7 @@ that were held back, by labelled Recall@10.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from encoders.commands.console import say
 from encoders.compatibility.adapter import SpaceAdapter, fit_adapter
 from encoders.datasets.dataset import Dataset
 from encoders.errors import ConfigError
@@ -29,6 +29,8 @@ from encoders.evaluation.report import (
 from encoders.exact_search import exact_top_k
 from encoders.text.hashing import text_bucket
 from encoders.towers.bundle import ModelBundle
+
+log = logging.getLogger(__name__)
 
 Float32 = npt.NDArray[np.float32]
 
@@ -219,7 +221,7 @@ def learn_adapter(
         )
     texts = texts.sample(min(queries, len(texts)), seed=seed, shuffle=True)
     pairs = pairs.filter(pl.col("query").is_in(texts.implode()))
-    say(f"learning the adapter from {len(texts):,} train queries and {pairs.height:,} pairs")
+    log.info(f"learning the adapter from {len(texts):,} train queries and {pairs.height:,} pairs")
     source, old_queries = new.embed_queries(texts.to_list()), old.embed_queries(texts.to_list())
     paired = pl.col("id").is_in(pairs["entity_id"].unique().implode())
     known = dataset.catalogue.filter(paired & pl.col("entity_type").is_in(embedded))

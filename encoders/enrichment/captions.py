@@ -12,18 +12,19 @@ import io
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import polars as pl
 
-from encoders.commands.console import track
 from encoders.errors import BundleError, ConfigError, DataError, MissingDependency
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+T = TypeVar("T")
 
 DEFAULT_MODEL = "Salesforce/blip-image-captioning-base"
 CAPTIONS_FILE = "captions.jsonl"
@@ -132,8 +133,25 @@ class CaptionRun(NamedTuple):
     without_image: int
 
 
+class Track(Protocol):
+    """Iterate over items and show how far it is, as ``encoders.commands.console.track`` does."""
+
+    def __call__(self, items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
+        """Yield ``items``, ``total`` in number."""
+
+
+def untracked(items: Iterable[T], title: str, total: int | None = None) -> Iterator[T]:
+    """Iterate without showing anything."""
+    return iter(items)
+
+
 def caption_catalogue(
-    catalogue: pl.DataFrame, state: Path, captioner: Captioner, config: CaptionConfig, images: Path
+    catalogue: pl.DataFrame,
+    state: Path,
+    captioner: Captioner,
+    config: CaptionConfig,
+    images: Path,
+    track: Track = untracked,
 ) -> CaptionRun:
     """Caption every image of a catalogue that is new or changed, and record the outcome batch by batch.
 
@@ -144,6 +162,7 @@ def caption_catalogue(
         captioner: Writes the captions.
         config: Batch size and drawing size.
         images: Folder that relative image paths count from.
+        track: Shows the progress over batches.
 
     Raises:
         DataError: The catalogue has no ``image`` column, or the state is damaged.

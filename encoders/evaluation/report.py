@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +13,6 @@ from typing import Any, Protocol
 import numpy as np
 import polars as pl
 
-from encoders.commands.console import say
 from encoders.datasets.dataset import Dataset
 from encoders.datasets.related_queries import related_query_pairs
 from encoders.errors import ConfigError
@@ -34,6 +34,8 @@ from encoders.evaluation.slices import (
     slice_metrics,
 )
 from encoders.towers.bundle import ModelBundle
+
+log = logging.getLogger(__name__)
 
 RUN_DEPTH = 100
 
@@ -176,7 +178,7 @@ def evaluate_systems(
     runs: bool = False,
     resamples: int = 1000,
     seed: int = 0,
-    progress: Callable[[str], None] = say,
+    progress: Callable[[str], None] = log.info,
 ) -> EvaluationReport:
     """Rank every held-out pair under every system and sum up.
 
@@ -196,7 +198,7 @@ def evaluate_systems(
         runs: Keep ranked lists, for ``save_runs``.
         resamples: Bootstrap resamples of the overall figures; slices take a third.
         seed: Chooses corpus, queries and resamples.
-        progress: Called with one line per system and type.
+        progress: Called with one line per system and type; logged as INFO by default.
 
     Raises:
         ConfigError: No system, no pairs, no tower for a type that was asked for, or an impossible

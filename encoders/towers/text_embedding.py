@@ -8,7 +8,9 @@ that many entities share is embedded once.
 from __future__ import annotations
 
 import hashlib
+import logging
 import threading
+import time
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from encoders.commands.console import track
 from encoders.text.entity_texts import entity_texts
 from encoders.text.normal_forms import normalize_query
 from encoders.towers.query_tower import QueryEncoder, create_query_encoder
 from encoders.towers.shipped_tower import SHIPPED_TOWERS
+
+log = logging.getLogger(__name__)
 
 TITLE_WEIGHT = 0.5
 """Weight of the title beside the mean of the engaged queries."""
@@ -32,7 +35,9 @@ KEPT_TEXTS = 1_000_000
 """Texts whose vectors are kept from call to call, about 0.7 GiB; beyond that only those of the call at hand stay."""
 _ENGAGED = {"engaged_queries": pl.List(pl.String)}
 _PART = 8192
-"""Texts embedded between two steps of the progress bar; more than that have one."""
+"""Texts embedded between two looks at the clock."""
+_PROGRESS_SECONDS = 10.0
+"""Time between two progress lines of a long call."""
 
 
 class TextEmbedding:
@@ -104,15 +109,16 @@ class TextEmbedding:
             fresh = [text for text in dict.fromkeys(texts) if text and text not in self._known]
             if len(self._known) + len(fresh) > KEPT_TEXTS:
                 self._known = {text: self._known[text] for text in set(texts) & self._known.keys()}
-            parts = [fresh[start : start + _PART] for start in range(0, len(fresh), _PART)]
-            for part in (
-                parts
-                if len(parts) < 2
-                else track(parts, f"embed {len(fresh):,} texts with the frozen tower")
-            ):
+            reported = time.monotonic()
+            for start in range(0, len(fresh), _PART):
+                part = fresh[start : start + _PART]
                 self._known.update(
                     zip(part, self.encoder.encode(part).astype(np.float16), strict=True)
                 )
+                if time.monotonic() - reported > _PROGRESS_SECONDS:
+                    reported = time.monotonic()
+                    done = start + len(part)
+                    log.info(f"frozen tower: {done:,} of {len(fresh):,} texts embedded")
             self._known.setdefault("", np.zeros(self.dimension, np.float16))
             return np.stack([self._known[text] for text in texts]).astype(np.float32)
 

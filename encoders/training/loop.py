@@ -8,6 +8,7 @@ of the same batch, and vectors are gathered with gradients.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from dataclasses import dataclass, field
@@ -18,7 +19,6 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from encoders.commands.console import say
 from encoders.config.train_config import TrainConfig, to_table
 from encoders.errors import CheckpointError, ConfigError
 from encoders.towers.entity_features import EntityFeaturizer
@@ -43,6 +43,7 @@ from encoders.training.optimisers import (
     set_learning_rates,
 )
 from encoders.training.progress import (
+    Talk,
     announce,
     log_step,
     open_tensorboard,
@@ -58,6 +59,8 @@ from encoders.training.weight_interpolation import (
     learned_parameters,
     scaled_towers,
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,7 @@ def train(
             ``config.model.query_encoder``.
         initial: Start from the towers and featuriser of an earlier run; what the new catalogue adds
             must fit its features.
-        quiet: Print no lines per step.
+        quiet: Log nothing (otherwise INFO lines of this module, one per logged step).
         for_bundle: Refuse, before the first step, a run that would make no entity tower.
 
     Returns:
@@ -127,7 +130,7 @@ def train(
             " schedule. Set steps instead."
         )
     device = choose_device(config.device)
-    talk = say if rank == 0 and not quiet else silent
+    talk: Talk = log.info if rank == 0 and not quiet else silent
     if config.precision == "bf16" and not computes_bf16(device.type):
         talk(
             "note: this processor has no instructions for bf16 and would imitate them, many times"
@@ -338,7 +341,7 @@ class _LoopState:
         towers: Towers,
         checkpoints: Path | None,
         patience: int,
-        talk: Any,
+        talk: Talk,
     ) -> bool:
         """Note a validation; True when patience has run out.
 

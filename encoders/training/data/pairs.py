@@ -5,18 +5,20 @@ Notable: texts become integers once, here; everything after works on numbers.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Sequence
 
 import numpy as np
 import polars as pl
 
-from encoders.commands.console import say
 from encoders.config.train_config import TrainConfig
 from encoders.errors import DataError, SchemaError
 from encoders.text.hashing import text_bucket
 from encoders.text.normal_forms import fold, normalize_query
 from encoders.training.data.balancing import balance_column, require_plain
 from encoders.training.data.source_tables import TrainingData
+
+log = logging.getLogger(__name__)
 
 VALIDATION_BUCKETS = 1_000_000
 
@@ -197,7 +199,7 @@ def number_pairs(
         )
     _refuse_most_lost(pairs, catalogue, trained)
     if lost.height:
-        say(
+        log.info(
             f"{lost.height:,} of {pairs.height:,} pairs name entities that the catalogue lacks"
             f" (first: {lost['entity_id'][0]!r}); left out"
         )

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
 
-from encoders.commands.console import say
 from encoders.config.train_config import TrainConfig
 from encoders.datasets.dataset import load_dataset
 from encoders.datasets.related_queries import related_query_pairs
 from encoders.errors import ConfigError
 from encoders.tables.files import read_table
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,6 @@ def load_training_data(config: TrainConfig, data_dir: Path | None = None) -> Tra
         ):
             pairs = pairs if name in pairs.columns else pairs.with_columns(default.alias(name))
         related = related_query_pairs(pairs)
-        say(f"derived {related.height:,} related-query pairs from queries that share entities")
+        log.info(f"derived {related.height:,} related-query pairs from queries that share entities")
         pairs = pl.concat((pairs, related), how="diagonal_relaxed")
     return TrainingData(catalogue, pairs)

@@ -2,13 +2,13 @@
 and says so.
 """
 
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 
-from encoders.training import loop as training
-from encoders.training import step as train_steps
+from encoders.training import inputs, loop
 from encoders.training.device import computes_bf16
 from encoders.training.loop import TrainResult, train
 from tests.helpers.training_examples import small_config, tiny_query_encoder, world
@@ -36,23 +36,21 @@ def test_where_nothing_is_said_bf16_is_used(tmp_path: Path) -> None:
     assert computes_bf16("cpu", tmp_path / "missing")
 
 
-def run(
-    precision: str, native: bool, monkeypatch: pytest.MonkeyPatch, lines: list[str]
-) -> TrainResult:
-    for module in (train_steps, training):
+def run(precision: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> TrainResult:
+    for module in (inputs, loop):
         monkeypatch.setattr(module, "computes_bf16", lambda device_type: native)
-    monkeypatch.setattr(training, "say", lines.append)
     return train(
         small_config(steps=3, precision=precision), world(), query_encoder=tiny_query_encoder(0)
     )
 
 
-def test_without_the_instructions_the_run_is_the_fp32_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    lines: list[str] = []
+def test_without_the_instructions_the_run_is_the_fp32_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "encoders")
     imitated, native, full = (
-        run(*case, monkeypatch, lines)
-        for case in (("bf16", False), ("bf16", True), ("fp32", False))
+        run(*case, monkeypatch) for case in (("bf16", False), ("bf16", True), ("fp32", False))
     )
     weights = [result.query_encoder.projection.weight for result in (imitated, native, full)]
     assert torch.equal(weights[0], weights[2]) and not torch.equal(weights[1], weights[2])
-    assert sum("training in fp32" in line for line in lines) == 1
+    assert sum("training in fp32" in line for line in caplog.messages) == 1

@@ -1,0 +1,58 @@
+"""Log lines of the packages reach stderr while a command runs, and only then."""
+
+import logging
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from encoders.commands.console import LOGGED_PACKAGES, handle_errors
+from encoders.errors import DataError
+
+
+def command_that(action: object) -> click.Command:
+    """A command whose body calls ``action``."""
+
+    @click.command()
+    @handle_errors
+    def command() -> None:
+        action()  # type: ignore[operator]
+
+    return command
+
+
+def test_command_library_info_line_is_on_stderr_as_it_is() -> None:
+    def log_lines() -> None:
+        log = logging.getLogger("encoders.training.loop")
+        log.info("step 1/2 [50%]")
+        log.debug("not shown")
+        logging.getLogger("another.library").info("not shown")
+
+    result = CliRunner().invoke(command_that(log_lines))
+    assert (result.stdout, result.stderr) == ("", "step 1/2 [50%]\n")
+
+
+def test_command_within_command_line_is_printed_once() -> None:
+    def inner() -> None:
+        logging.getLogger("benchmarks.index.ann").info("one line")
+
+    @handle_errors
+    def outer() -> None:
+        handle_errors(inner)()
+        logging.getLogger("benchmarks.index.ann").info("another line")
+
+    result = CliRunner().invoke(command_that(outer))
+    assert result.stderr == "one line\nanother line\n"
+
+
+@pytest.mark.parametrize("error", [None, DataError("broken")])
+def test_command_when_ended_leaves_loggers_as_before(error: Exception | None) -> None:
+    def body() -> None:
+        assert logging.getLogger("encoders").isEnabledFor(logging.INFO)
+        if error:
+            raise error
+
+    loggers = [logging.getLogger(name) for name in LOGGED_PACKAGES]
+    before = [(logger.level, list(logger.handlers)) for logger in loggers]
+    assert CliRunner().invoke(command_that(body)).exit_code == (1 if error else 0)
+    assert [(logger.level, logger.handlers) for logger in loggers] == before

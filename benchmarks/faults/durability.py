@@ -45,7 +45,7 @@ from index_builder.search.entity_index import IndexConfig
 
 DIMENSION = 64
 SPACE = "5a" * 32
-KINDS = ("hnsw", "symqg", "exact", "rabitq")
+KINDS = ("hnsw", "symqg", "exact", "int8-graph")
 
 
 def unit_vectors(count: int, seed: int) -> np.ndarray:

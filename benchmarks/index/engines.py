@@ -58,7 +58,7 @@ def _row_of_id(result: Any) -> np.ndarray:
     return np.array([int(id_) for id_ in result.ids])
 
 
-def ours(kind: str) -> Callable[[np.ndarray, Path], Engine]:
+def ours(kind: str, *, sketched_links: bool = True) -> Callable[[np.ndarray, Path], Engine]:
     """Our own call on an index of ``kind``, saved and loaded as a release would: ids mapped, query checked, live entries looked at."""
 
     def build(corpus: np.ndarray, folder: Path) -> Engine:
@@ -66,20 +66,23 @@ def ours(kind: str) -> Callable[[np.ndarray, Path], Engine]:
             known = folder / "calibration.npy"
             queries = np.load(known) if kind == "auto" and known.is_file() else None
             ids = [str(i) for i in range(len(corpus))]
-            EntityIndex.build(
-                "pin", ids, corpus, None, IndexConfig(kind=kind), calibration_queries=queries
-            ).save(folder)
+            config = IndexConfig(kind=kind, ann=AnnConfig(sketched_links=sketched_links))
+            EntityIndex.build("pin", ids, corpus, None, config, calibration_queries=queries).save(
+                folder
+            )
         index = EntityIndex.load(folder)
         return Engine(lambda query, ef: index.search(query, 10, ef=ef), _row_of_id)
 
     return build
 
 
-def bare(kind: str) -> Callable[[np.ndarray, Path], Engine]:
+def bare(kind: str, *, sketched_links: bool = True) -> Callable[[np.ndarray, Path], Engine]:
     """The implementation under our call, called directly."""
 
     def build(corpus: np.ndarray, folder: Path) -> Engine:
-        config = AnnConfig(m=M, ef_construction=EF_CONSTRUCTION, degree=DEGREE)
+        config = AnnConfig(
+            m=M, ef_construction=EF_CONSTRUCTION, degree=DEGREE, sketched_links=sketched_links
+        )
         if not (folder / "built").is_file():
             build_index(kind, corpus, config).save(folder / "index")
             (folder / "built").touch()
@@ -341,14 +344,13 @@ def qdrant_int8(corpus: np.ndarray, folder: Path) -> Engine:
 ENGINES: dict[str, tuple[Callable[[np.ndarray, Path], Engine], str | None]] = {
     "hnswlib f32": (bare_hnswlib, "hnswlib"),
     "ours auto": (ours("auto"), None),
-    "ours lean": (ours("lean"), None),
+    "ours int8-graph unsketched": (ours("int8-graph", sketched_links=False), None),
     "ours symqg": (ours("symqg"), None),
     "ours hnsw": (ours("hnsw"), None),
-    "ours rabitq": (ours("rabitq"), None),
     "ours faiss": (ours("faiss"), "faiss-cpu"),
     "bare symqg": (bare_symqg, "rabitqlib"),
-    "bare swift": (bare("swift"), None),
-    "bare lean": (bare("lean"), None),
+    "bare int8-graph": (bare("int8-graph"), None),
+    "bare int8-graph unsketched": (bare("int8-graph", sketched_links=False), None),
     "zvec int8": (zvec_int8, "zvec"),
     "qdrant-edge int8": (qdrant_int8, "qdrant-edge-py"),
     "svs f16": (svs_f16, "scalable-vs"),

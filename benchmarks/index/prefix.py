@@ -9,8 +9,8 @@ import numpy as np
 
 from benchmarks.index.engines import DEGREE, EF_CONSTRUCTION, Engine
 from index_builder.ann import AnnConfig, build_index, load_index
-from index_builder.storage.codes import make_engine
 from index_builder.storage.corpus import Corpus
+from index_builder.storage.engine_arrays import make_engine
 from index_builder.storage.id_table import IdTable
 
 

@@ -10,12 +10,11 @@ import numpy as np
 
 from encoders.errors import ConfigError
 from index_builder.ann.exact import ExactIndex
-from index_builder.ann.faiss_index import FaissHnswIndex, FaissIvfIndex
+from index_builder.ann.faiss_index import FaissHnswIndex
 from index_builder.ann.hnsw import HnswIndex
+from index_builder.ann.int8_graph import Int8GraphIndex
 from index_builder.ann.interface import AnnConfig, AnnIndex
-from index_builder.ann.lean import LeanIndex
-from index_builder.ann.rabitq import RabitqIndex
-from index_builder.ann.swift import SwiftIndex
+from index_builder.ann.old_kinds import RENAMED_KINDS, RETIRED_KINDS, current_kind
 from index_builder.ann.symqg import (
     MAX_DIMENSION,
     MIN_DIMENSION,
@@ -27,17 +26,7 @@ from index_builder.errors import IndexFormatError, UnsupportedCpu
 from index_builder.native import Engine
 
 KINDS: dict[str, type[AnnIndex]] = {
-    cls.kind: cls
-    for cls in (
-        HnswIndex,
-        SymqgIndex,
-        RabitqIndex,
-        LeanIndex,
-        SwiftIndex,
-        ExactIndex,
-        FaissHnswIndex,
-        FaissIvfIndex,
-    )
+    cls.kind: cls for cls in (HnswIndex, SymqgIndex, Int8GraphIndex, ExactIndex, FaissHnswIndex)
 }
 EXACT_BELOW = 2_000
 """Corpora smaller than this are scanned: one matrix-vector product is as fast as a graph there and always right."""
@@ -49,14 +38,16 @@ class Choice:
 
     Attributes:
         kind: What to build.
-        why: For people.
+        why: One clause, which goes into the manifest.
         rival: A kind over the same graph that is faster for some corpora and queries; calibration
             queries decide.
+        sketched_links: Setting of ``int8-graph``.
     """
 
     kind: str
     why: str
     rival: str | None = None
+    sketched_links: bool = True
 
 
 @functools.cache
@@ -73,7 +64,7 @@ def cpu_features() -> frozenset[str]:
 def missing_features(kind: str, features: frozenset[str] | None = None) -> list[str]:
     """CPU features the kind needs and this CPU (or ``features``) lacks."""
     have = cpu_features() if features is None else features
-    return [name for name in _kind(kind).cpu_features if name not in have]
+    return [name for name in _class_of(kind).cpu_features if name not in have]
 
 
 def require_cpu(kind: str, features: frozenset[str] | None = None) -> None:
@@ -87,11 +78,20 @@ def require_cpu(kind: str, features: frozenset[str] | None = None) -> None:
         raise UnsupportedCpu(kind, missing)
 
 
+def kind_available(kind: str) -> bool:
+    """Return whether this installation can build the kind: library, extension and CPU are there."""
+    if kind == "int8-graph" and Engine is None:
+        return False
+    if kind == "symqg" and not symqg_available():
+        return False
+    return not missing_features(kind)
+
+
 def choose_kind(
     count: int,
     *,
     dimension: int = 256,
-    lean: bool = False,
+    low_memory: bool = False,
     deterministic: bool = False,
     features: frozenset[str] | None = None,
 ) -> Choice:
@@ -100,7 +100,7 @@ def choose_kind(
     Args:
         count: Distinct vectors of the corpus.
         dimension: Their width.
-        lean: Prefer at most 0.6 kB of private memory a vector over speed.
+        low_memory: Prefer little private memory over speed.
         deterministic: The same input must give the same bytes.
         features: CPU features to plan for; this machine's by default.
     """
@@ -110,28 +110,14 @@ def choose_kind(
             f"{count:,} vectors are fewer than {EXACT_BELOW:,}: an exact scan is as fast as a graph"
             " and never wrong",
         )
-    if lean and Engine is not None:
-        return Choice(
-            "lean",
-            "the lean profile was asked for: one byte a dimension and 32 links in memory, float32"
-            " only in the mapped file",
-        )
+    if low_memory:
+        return _choose_low_memory()
     if not symqg_available():
-        return Choice(
-            "hnsw",
-            "rabitqlib is not installed, so symqg and rabitq are not available; hnsw runs anywhere",
-        )
-    kind = "rabitq" if lean else "symqg"
-    missing = missing_features(kind, features)
+        return Choice("hnsw", "rabitqlib is not installed, which symqg needs; hnsw runs anywhere")
+    missing = missing_features("symqg", features)
     if missing:
         return Choice(
-            "hnsw", f"this CPU lacks {', '.join(missing)}, which {kind} needs; hnsw runs anywhere"
-        )
-    if lean:
-        return Choice(
-            "rabitq",
-            "the lean profile was asked for and the extension of 'lean' was not compiled: 8 bits a"
-            " dimension, no float32 in memory",
+            "hnsw", f"this CPU lacks {', '.join(missing)}, which symqg needs; hnsw runs anywhere"
         )
     if not MIN_DIMENSION <= dimension <= MAX_DIMENSION:
         return Choice(
@@ -149,18 +135,35 @@ def choose_kind(
         f"{count:,} vectors: the fastest immutable base on this CPU; live entries and tombstones"
         " are kept beside it"
     )
-    return Choice("symqg", why, None if Engine is None else "swift")
+    return Choice("symqg", why, None if Engine is None else "int8-graph")
+
+
+def _choose_low_memory() -> Choice:
+    """Choose the kind with the least private memory."""
+    if Engine is None:
+        return Choice(
+            "hnsw",
+            "little memory is preferred, but the compiled extension that int8-graph needs was not"
+            " built; hnsw needs less than symqg",
+        )
+    return Choice(
+        "int8-graph",
+        "little memory is preferred: one byte a dimension and 32 links in memory, float32 only in"
+        " the mapped file",
+        sketched_links=False,
+    )
 
 
 def build_index(kind: str, vectors: np.ndarray, config: AnnConfig) -> AnnIndex:
     """Build an index of ``kind`` over ``vectors`` float32 ``(N, D)`` with unit rows.
 
     Raises:
-        ConfigError: The kind is unknown, or too few rows for it.
+        ConfigError: The kind is unknown or retired, or there are too few rows for it.
         UnsupportedCpu: This CPU cannot run it.
     """
+    kind, config = current_kind(kind, config)
     require_cpu(kind)
-    return _kind(kind).build(vectors, config)
+    return _class_of(kind).build(vectors, config)
 
 
 def load_index(kind: str, prefix: Path, vectors: np.ndarray, config: AnnConfig) -> AnnIndex:
@@ -170,6 +173,12 @@ def load_index(kind: str, prefix: Path, vectors: np.ndarray, config: AnnConfig) 
         UnsupportedCpu: This CPU cannot run it.
         IndexFormatError: Files are missing or damaged, or this version does not know the kind.
     """
+    kind, config = current_kind(kind, config)
+    if kind in RETIRED_KINDS:
+        raise IndexFormatError(
+            f"index kind {kind!r} is no longer read. Rebuild this release from its catalogue or"
+            f" signals (omni rebuild --bundle ... --catalogue ...) with {RETIRED_KINDS[kind]}."
+        )
     if kind not in KINDS:
         raise IndexFormatError(
             f"index kind {kind!r} is unknown to this version, which reads {', '.join(KINDS)}. Open"
@@ -177,12 +186,25 @@ def load_index(kind: str, prefix: Path, vectors: np.ndarray, config: AnnConfig) 
             " this one."
         )
     require_cpu(kind)
-    return _kind(kind).load(prefix, vectors, config)
+    return _class_of(kind).load(prefix, vectors, config)
 
 
-def _kind(kind: str) -> type[AnnIndex]:
-    if kind not in KINDS:
-        raise ConfigError(f"index kind must be one of auto, {', '.join(KINDS)}, but got {kind!r}.")
+def check_kind(kind: str) -> None:
+    """Check that the kind can be built.
+
+    Raises:
+        ConfigError: It is unknown or retired.
+    """
+    if kind in KINDS or kind in RENAMED_KINDS or kind == "auto":
+        return
+    instead = f" It is retired: use {RETIRED_KINDS[kind]}." if kind in RETIRED_KINDS else ""
+    raise ConfigError(
+        f"index kind must be one of auto, {', '.join(KINDS)}, but got {kind!r}.{instead}"
+    )
+
+
+def _class_of(kind: str) -> type[AnnIndex]:
+    check_kind(kind)
     return KINDS[kind]
 
 
@@ -192,8 +214,10 @@ __all__ = [
     "MIN_ROWS",
     "Choice",
     "build_index",
+    "check_kind",
     "choose_kind",
     "cpu_features",
+    "kind_available",
     "load_index",
     "missing_features",
     "require_cpu",

@@ -123,33 +123,3 @@ def _build_with_cagra(faiss: Any, vectors: np.ndarray, config: AnnConfig) -> Any
     index.base_level_only = False
     gpu.copyTo(index)
     return index
-
-
-class FaissIvfIndex(_FaissIndex):
-    """faiss IVF over 8-bit scalar codes; ``ef`` is turned into a number of probed lists."""
-
-    kind = "faiss-ivf"
-
-    @classmethod
-    def build(cls, vectors: np.ndarray, config: AnnConfig) -> Self:
-        """Build over ``vectors`` float32 ``(N, D)`` with about 4*sqrt(N) lists."""
-        count, dimension = vectors.shape
-        faiss = faiss_library()
-        lists = max(1, min(int(4 * np.sqrt(count)), count // 39))
-        quantizer = faiss.IndexFlatL2(dimension)
-        index = faiss.IndexIVFScalarQuantizer(
-            quantizer, dimension, lists, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_L2
-        )
-        index.cp.seed = config.seed
-        contiguous = np.ascontiguousarray(vectors)
-        before = faiss.omp_get_max_threads()
-        faiss.omp_set_num_threads(config.threads)
-        try:
-            index.train(contiguous)
-            index.add(contiguous)
-        finally:
-            faiss.omp_set_num_threads(before)
-        return cls(index, count, dimension, config)
-
-    def _parameters(self, ef: int) -> Any:
-        return self._faiss.SearchParametersIVF(nprobe=max(1, min(ef // 4, self._index.nlist)))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from encoders.errors import BundleError, ConfigError, SpaceMismatch
+from index_builder.ann.choice import kind_available
 from index_builder.ann.symqg import MIN_ROWS
 from index_builder.building.inputs import EntityInput, read_live
 from index_builder.errors import PublishError
@@ -23,20 +24,19 @@ FIXED_MIB = 430
 BYTES_PER_VECTOR_256 = {
     "auto": 6000,
     "symqg": 4400,
-    "swift": 4400,
+    "int8-graph": 4400,
     "hnsw": 3100,
-    "rabitq": 2100,
-    "lean": 2400,
-    "faiss-hnsw": 3100,
-    "faiss-ivf": 2800,
+    "faiss": 3100,
     "exact": 1300,
 }
 """Private bytes a 256-d vector needs at the peak of a build, a copy of the distinct vectors included.
 
-Measured for symqg (100,000 and 800,000 vectors), hnsw (30,000 and 100,000), rabitq and lean
-(100,000), rounded up; the others follow from their layout. ``auto`` holds both searches of one
-graph while it times them. The measured peak of each build goes into its manifest.
+Measured for symqg (100,000 and 800,000 vectors) and hnsw (30,000 and 100,000), rounded up; the
+others follow from their layout. ``auto`` holds both searches of one graph while it times them. The
+measured peak of each build goes into its manifest.
 """
+BYTES_WITHOUT_SKETCHES_256 = 2400
+"""The same for ``int8-graph`` without sketched links, measured at 100,000 vectors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,19 +165,19 @@ def plan_release(
             "watermark": watermark,
             "index": index.kind,
             "peak_private_mib_estimate": round(
-                estimate_mib(index.kind, len(entities.ids), bundle.dimension)
+                estimate_mib(index, len(entities.ids), bundle.dimension)
             ),
             "disk_mib_estimate": round(len(entities.ids) * bundle.dimension * 4 * 3.3 / 2**20),
         }
     return plan
 
 
-def estimate_mib(kind: str, count: int, dimension: int) -> float:
-    """Private memory a build needs at its peak, MiB."""
-    per_vector = max(
-        BYTES_PER_VECTOR_256.get(kind, BYTES_PER_VECTOR_256["symqg"]) * dimension / 256, 300
-    )
-    return FIXED_MIB + count * per_vector / 2**20
+def estimate_mib(index: IndexConfig, count: int, dimension: int) -> float:
+    """Estimate the private memory that a build needs at its peak, MiB."""
+    per_vector_256 = BYTES_PER_VECTOR_256[index.kind]
+    if index.kind == "int8-graph" and not index.ann.sketched_links:
+        per_vector_256 = BYTES_WITHOUT_SKETCHES_256
+    return FIXED_MIB + count * max(per_vector_256 * dimension / 256, 300) / 2**20
 
 
 def fit_memory(entity_type: str, count: int, dimension: int, config: RebuildConfig) -> IndexConfig:
@@ -191,18 +191,21 @@ def fit_memory(entity_type: str, count: int, dimension: int, config: RebuildConf
             config.index, kind="auto"
         )  # too few for that graph: auto scans them, which is as fast
     limit = config.max_memory_mib
-    if limit is None or estimate_mib(config.index.kind, count, dimension) <= limit:
+    needed = estimate_mib(config.index, count, dimension)
+    if limit is None or needed <= limit:
         return config.index
+    small = replace(
+        config.index, kind="int8-graph", ann=replace(config.index.ann, sketched_links=False)
+    )
     if config.index.kind == "auto":
-        for kind in ("hnsw", "rabitq"):
-            if estimate_mib(kind, count, dimension) <= limit:
-                return replace(config.index, kind=kind)
-    leanest = estimate_mib("rabitq", count, dimension)
+        for index in (replace(config.index, kind="hnsw"), small):
+            if kind_available(index.kind) and estimate_mib(index, count, dimension) <= limit:
+                return index
     raise ConfigError(
         f"{entity_type}: --max-memory is {limit:,} MiB, but index kind {config.index.kind} of"
-        f" {count:,} x {dimension} needs about"
-        f" {estimate_mib(config.index.kind, count, dimension):,.0f} MiB at its peak. The leanest"
-        f" kind (--index rabitq) needs about {leanest:,.0f} MiB."
+        f" {count:,} x {dimension} needs about {needed:,.0f} MiB at its peak. The kind that needs"
+        " least (--index int8-graph --no-sketched-links) needs about"
+        f" {estimate_mib(small, count, dimension):,.0f} MiB."
     )
 
 

@@ -23,6 +23,7 @@ from encoders.errors import BundleError, ConfigError
 from encoders.tables.schemas import ENTITY_TYPES
 from index_builder.ann import AnnConfig
 from index_builder.ann.choice import KINDS
+from index_builder.ann.old_kinds import RENAMED_KINDS, RETIRED_KINDS
 from index_builder.building.build import build_release
 from index_builder.building.inputs import EntityInput, QuerySet, read_live
 from index_builder.building.plan import (
@@ -61,6 +62,18 @@ def parse_memory(text: str | None) -> int | None:
     if match is None:
         raise ConfigError(f"--max-memory must be a size such as 4G or 800M, but got {text!r}")
     return round(float(match.group(1)) * _SIZES[match.group(2)])
+
+
+class IndexKind(click.Choice):
+    """Kinds of index; an earlier version's name is accepted, or refused with what to use now."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Check one value."""
+        if value in RENAMED_KINDS:
+            return value
+        if value in RETIRED_KINDS:
+            self.fail(f"{value!r} is retired: use {RETIRED_KINDS[value]}.", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 @click.command()
@@ -115,12 +128,24 @@ def parse_memory(text: str | None) -> int | None:
 @click.option(
     "--index",
     "kind",
-    type=click.Choice(["auto", *KINDS]),
+    type=IndexKind(["auto", *KINDS]),
     default="auto",
     show_default=True,
     help="Kind of index; auto says why.",
 )
-@click.option("--lean", is_flag=True, help="Let auto prefer little memory over speed.")
+@click.option(
+    "--low-memory",
+    "--lean",
+    "low_memory",
+    is_flag=True,
+    help="Let auto prefer little memory over speed (--lean is its old name).",
+)
+@click.option(
+    "--sketched-links/--no-sketched-links",
+    default=True,
+    show_default=True,
+    help="int8-graph: links carry one-bit sketches; faster, 1.5 instead of 0.4 kB a vector.",
+)
 @click.option(
     "--m",
     type=int,
@@ -147,7 +172,7 @@ def parse_memory(text: str | None) -> int | None:
     type=int,
     default=0,
     show_default=True,
-    help="0: re-rank with float32; 8: with 8 bits a dimension (symqg, rabitq).",
+    help="0: re-rank with float32; 8: with 8 bits a dimension (symqg).",
 )
 @click.option(
     "--threads",
@@ -362,6 +387,7 @@ def _config(options: dict[str, Any]) -> RebuildConfig:
         degree=options["degree"],
         ef_construction=options["ef_construction"],
         bits=options["bits"],
+        sketched_links=options["sketched_links"],
         threads=threads,
         seed=options["seed"] + 100,
     )
@@ -369,7 +395,7 @@ def _config(options: dict[str, Any]) -> RebuildConfig:
         index=IndexConfig(
             kind=options["kind"],
             ann=ann,
-            lean=options["lean"],
+            low_memory=options["low_memory"],
             deterministic=deterministic,
             default_recall=min(options["min_recall"], 0.999),
         ),

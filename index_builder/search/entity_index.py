@@ -16,7 +16,8 @@ from encoders.errors import ConfigError
 from index_builder.ann import AnnConfig, AnnIndex, build_index, choose_kind, load_index
 from index_builder.ann.choice import KINDS
 from index_builder.ann.graph_files import unreachable_nodes
-from index_builder.ann.lean import LeanIndex
+from index_builder.ann.int8_graph import Int8GraphIndex
+from index_builder.ann.old_kinds import current_kind
 from index_builder.errors import DimensionMismatch, IndexFormatError, InvalidQuery
 from index_builder.filters.attributes import AttributeTable
 from index_builder.filters.cache import SelectionCache
@@ -27,8 +28,8 @@ from index_builder.search.ef_choice import SearchSettings
 from index_builder.search.graph_race import RACE_QUERIES, faster_of_graph
 from index_builder.search.index_config import DEFAULT_RECALL, IndexConfig
 from index_builder.search.plans import BaseHits, BaseSearch
-from index_builder.storage.codes import CodeStore
 from index_builder.storage.corpus import Corpus, check_vectors
+from index_builder.storage.engine_arrays import EngineArrays
 from index_builder.storage.id_table import IdTable
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class SearchResult:
         ids: Entity ids; fewer than k only when fewer entities match.
         scores: float32, their inner products with the query.
         plan: ``graph``, ``exact``, ``scan`` (all matching rows), ``sketch`` (all rows' sketches),
-            ``graph-grow`` or ``empty``.
+            ``filtered-graph`` or ``empty``.
         ef: Candidate-list size of the graph search; 0 where no graph was walked.
         estimated_recall: Expected ANN recall at k; 1.0 where the plan is exact, None where the
             index was never calibrated.
@@ -77,7 +78,7 @@ class EntityIndex:
         facts: dict[str, Any],
         calibration: Calibration | None,
         default_recall: float = DEFAULT_RECALL,
-        store: CodeStore | None = None,
+        store: EngineArrays | None = None,
     ) -> None:
         self.entity_type = entity_type
         # Stands for this index where holding the index itself would keep a retired release in
@@ -155,10 +156,11 @@ class EntityIndex:
             choice = choose_kind(
                 len(corpus.vectors),
                 dimension=int(vectors.shape[1]),
-                lean=config.lean,
+                low_memory=config.low_memory,
                 deterministic=parameters.reproducible,
             )
             kind, why = choice.kind, choice.why
+            parameters = replace(parameters, sketched_links=choice.sketched_links)
         ann = build_index(kind, corpus.vectors, parameters)
         if (
             config.kind == "auto"
@@ -178,7 +180,7 @@ class EntityIndex:
         links = ann.neighbours()
         facts = {
             "kind": kind,
-            "parameters": parameters.as_dict(),
+            "parameters": ann.parameters(),
             "why": why,
             "cpu_features": list(KINDS[kind].cpu_features),
             "rows": len(table),
@@ -187,14 +189,15 @@ class EntityIndex:
             "unreachable": 0 if ann.exact else None if links is None else unreachable_nodes(links),
             "dimension": int(vectors.shape[1]),
             "attributes": dict(attribute_table.schema),
-            "codes": isinstance(ann, LeanIndex) or bool(attribute_table.schema and not ann.exact),
+            "codes": isinstance(ann, Int8GraphIndex)
+            or bool(attribute_table.schema and not ann.exact),
         }
-        store = ann.store if isinstance(ann, LeanIndex) else None
+        store = ann.arrays if isinstance(ann, Int8GraphIndex) else None
         if attribute_table.schema and not ann.exact:
             store = (
                 store.with_sketches(corpus.vectors)
                 if store
-                else CodeStore.build(corpus.vectors, None, sketches=True)
+                else EngineArrays.build(corpus.vectors, None, sketches=True)
             )
         index = cls(
             entity_type,
@@ -266,19 +269,8 @@ class EntityIndex:
             IndexFormatError: Files are missing, damaged or of another format version.
             UnsupportedCpu: This CPU cannot run the index.
         """
-        try:
-            meta = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-            version, facts = meta["format"], meta["facts"]
-            kind, config = facts["kind"], AnnConfig(**facts["parameters"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise IndexFormatError(
-                f"{folder.name}/{INDEX_FILE} cannot be read ({error!r}). Rebuild this release."
-            ) from error
-        if version != INDEX_FORMAT:
-            raise IndexFormatError(
-                f"{folder.name}/{INDEX_FILE} has format {version}, but this version reads"
-                f" {INDEX_FORMAT}. Upgrade, or rebuild."
-            )
+        meta, kind, config = _read_meta(folder)
+        facts = {**meta["facts"], "kind": kind}
         corpus, ids = Corpus.load(folder), IdTable.load(folder)
         if corpus.rows != len(ids):
             raise IndexFormatError(
@@ -298,10 +290,10 @@ class EntityIndex:
         )
         calibration = Calibration.from_dict(meta["calibration"]) if meta["calibration"] else None
         store = (
-            ann.store
-            if isinstance(ann, LeanIndex)
+            ann.arrays
+            if isinstance(ann, Int8GraphIndex)
             else (
-                CodeStore.load(folder, corpus.vectors)
+                EngineArrays.load(folder, corpus.vectors)
                 if facts.get("codes", facts.get("filtered_walks"))
                 else None
             )
@@ -325,13 +317,7 @@ class EntityIndex:
         Starts no threads, so a process may fork afterwards and share its memory; attributes
         (polars) cannot be read before a fork. Raises as ``load``.
         """
-        try:
-            facts = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))["facts"]
-            kind, config = facts["kind"], AnnConfig(**facts["parameters"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise IndexFormatError(
-                f"{folder.name}/{INDEX_FILE} cannot be read ({error!r}). Rebuild this release."
-            ) from error
+        _, kind, config = _read_meta(folder)
         return load_index(kind, folder / "index", Corpus.load(folder).vectors, config)
 
     # ---- facts -----------------------------------------------------------------------------------
@@ -642,3 +628,25 @@ def _with_live(hits: BaseHits, ids: list[str], scores: np.ndarray) -> BaseHits:
     return BaseHits(
         ids, scores, hits.plan if hits.plan != "empty" else "live", hits.ef, hits.recall
     )
+
+
+def _read_meta(folder: Path) -> tuple[dict[str, Any], str, AnnConfig]:
+    """Read ``index.json``: all of it, the kind under its name of today, and the kind's settings.
+
+    Raises:
+        IndexFormatError: It is damaged or of another format version.
+    """
+    try:
+        meta = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        version, facts = meta["format"], meta["facts"]
+        kind, config = current_kind(facts["kind"], AnnConfig(**facts["parameters"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise IndexFormatError(
+            f"{folder.name}/{INDEX_FILE} cannot be read ({error!r}). Rebuild this release."
+        ) from error
+    if version != INDEX_FORMAT:
+        raise IndexFormatError(
+            f"{folder.name}/{INDEX_FILE} has format {version}, but this version reads"
+            f" {INDEX_FORMAT}. Upgrade, or rebuild."
+        )
+    return meta, kind, config

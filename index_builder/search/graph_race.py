@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from encoders.exact_search import exact_top_k
+from index_builder.ann.int8_graph import Int8GraphIndex
 from index_builder.ann.interface import AnnConfig, AnnIndex
-from index_builder.ann.swift import SwiftIndex
 from index_builder.search.calibration import EF_GRID, latency_at_recall
 
 RACE_QUERIES = 500
@@ -38,17 +38,17 @@ def faster_of_graph(
                 " tried"
             ),
         )
-    walk = SwiftIndex.over(vectors, graph, config)
+    walk = Int8GraphIndex.over(vectors, graph, config)
     _, scores = exact_top_k(queries, vectors, 10)
     times = {
         index.kind: latency_at_recall(
-            lambda q, k, ef, i=index: i.search(q, k, ef)[0],
+            lambda q, k, ef, i=index: i.search(q, k, ef)[0],  # type: ignore[misc]
             vectors,
             queries,
             scores,
             target,
             EF_GRID,
-        )  # type: ignore[misc]
+        )
         for index in (ann, walk)
     }
     mine, theirs = times[walk.kind], times[ann.kind]

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from encoders.errors import ConfigError
 from index_builder.ann import AnnConfig
-from index_builder.ann.choice import KINDS
+from index_builder.ann.choice import check_kind
+from index_builder.ann.old_kinds import current_kind
 
 DEFAULT_RECALL = 0.95
 
@@ -16,21 +17,21 @@ class IndexConfig:
     """How one entity type is indexed."""
 
     kind: str = "auto"
-    """``auto`` or one of hnsw, swift, symqg, rabitq, lean, exact, faiss, faiss-ivf."""
+    """``auto`` or one of hnsw, symqg, int8-graph, exact, faiss; ``swift`` and ``lean`` still read."""
     ann: AnnConfig = field(default_factory=AnnConfig)
     """Parameters of the graph."""
-    lean: bool = False
-    """Whether ``auto`` should prefer little memory (at most 0.6 kB private a vector) over speed."""
+    low_memory: bool = False
+    """Whether ``auto`` prefers little memory (at most 0.6 kB private a vector) over speed."""
     deterministic: bool = False
     """The same input and seed give the same bytes; builds on one thread."""
     default_recall: float = DEFAULT_RECALL
     """ANN recall@10 that searches aim at when they do not say."""
 
     def __post_init__(self) -> None:
-        if self.kind != "auto" and self.kind not in KINDS:
-            raise ConfigError(
-                f"index kind must be one of auto, {', '.join(KINDS)}, but got {self.kind!r}."
-            )
+        check_kind(self.kind)
+        kind, ann = current_kind(self.kind, self.ann)
+        object.__setattr__(self, "kind", kind)
+        object.__setattr__(self, "ann", ann)
         if not 0.5 <= self.default_recall < 1.0:
             raise ConfigError(
                 f"default_recall must be at least 0.5 and below 1, but got {self.default_recall}."
@@ -43,5 +44,5 @@ class IndexConfig:
         if self.deterministic and self.kind == "symqg":
             raise ConfigError(
                 "index kind 'symqg' draws a random rotation that cannot be seeded. Use auto, hnsw"
-                " or lean for a deterministic build."
+                " or int8-graph for a deterministic build."
             )

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import numpy as np
 
 from index_builder.ann.exact import top_rows
+from index_builder.ann.int8_graph import Int8GraphIndex
 from index_builder.ann.interface import AnnIndex
-from index_builder.ann.lean import LeanIndex
 from index_builder.filters.selection import Selection
-from index_builder.storage.codes import CodeStore, make_engine
 from index_builder.storage.corpus import Corpus
+from index_builder.storage.engine_arrays import EngineArrays, make_engine
 from index_builder.storage.id_table import IdTable
 
 SCAN_ROWS = 4_000
@@ -47,7 +47,7 @@ class BaseSearch:
     """Searches over the base rows of one entity type."""
 
     def __init__(
-        self, corpus: Corpus, ann: AnnIndex, ids: IdTable, store: CodeStore | None = None
+        self, corpus: Corpus, ann: AnnIndex, ids: IdTable, store: EngineArrays | None = None
     ) -> None:
         self._corpus, self._ann, self._ids = corpus, ann, ids
         self._vectors = corpus.vectors
@@ -55,7 +55,7 @@ class BaseSearch:
         self._ann_search = ann.search
         self._rescore = not ann.true_distances
         self._engine = make_engine(corpus, ids, store)
-        self._walk_is_ann = self._engine is not None and isinstance(ann, LeanIndex)
+        self._walk_is_ann = self._engine is not None and isinstance(ann, Int8GraphIndex)
         self._scans_codes = self._engine is not None and store is not None
         self._sketches = self._engine is not None and store is not None and store.sketch is not None
 
@@ -239,7 +239,7 @@ class BaseSearch:
         attempts: int = 8,
     ) -> BaseHits:
         """Ask the plain graph for more until k rows survive; fewer come back when that would cost more than scoring everything."""
-        plan = "graph" if selection is None else "graph-grow"
+        plan = "graph" if selection is None else "filtered-graph"
         mask = None if selection is None else selection.as_mask()
         total = self._corpus.rows
         share = max(

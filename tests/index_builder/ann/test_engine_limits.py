@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from index_builder.ann import AnnConfig
-from index_builder.ann.lean import LeanIndex
+from index_builder.ann.int8_graph import Int8GraphIndex
 from index_builder.filters.attributes import AttributeTable
 from index_builder.native import Engine
 from index_builder.search.entity_index import EntityIndex
-from index_builder.storage.codes import CodeStore, make_engine
 from index_builder.storage.corpus import Corpus
+from index_builder.storage.engine_arrays import EngineArrays, make_engine
 from index_builder.storage.id_table import IdTable
 from tests.helpers.real_vectors import text_vectors
 
@@ -35,7 +35,7 @@ def engine(vectors: np.ndarray) -> object:
     return make_engine(
         Corpus(vectors),
         IdTable.build([f"i{row}" for row in range(N)]),
-        CodeStore.build(vectors, graph),
+        EngineArrays.build(vectors, graph),
     )
 
 
@@ -71,7 +71,7 @@ def test_sizes_whose_bytes_overflow_are_refused(engine: object, vectors: np.ndar
 def test_maps_of_rows_and_nodes_that_do_not_fit_are_refused(
     vectors: np.ndarray, damage: str
 ) -> None:
-    store = CodeStore.build(vectors, np.zeros((N, 32), np.uint32))
+    store = EngineArrays.build(vectors, np.zeros((N, 32), np.uint32))
     nodes, starts, rows = (
         np.arange(N, dtype=np.uint32),
         np.arange(N + 1, dtype=np.uint32),
@@ -130,7 +130,7 @@ def test_sums_of_sketches_stay_within_16_bits_where_all_components_weigh_the_sam
     engine = make_engine(
         Corpus(vectors),
         IdTable.build([str(row) for row in range(1_000)]),
-        CodeStore.build(vectors, None, sketches=True),
+        EngineArrays.build(vectors, None, sketches=True),
     )
     assert engine is not None
     assert engine.sketch(
@@ -141,8 +141,10 @@ def test_sums_of_sketches_stay_within_16_bits_where_all_components_weigh_the_sam
 def test_a_batch_on_a_graph_that_leads_nowhere_is_answered_as_its_queries_are(
     vectors: np.ndarray,
 ) -> None:
-    ann = LeanIndex.over(
-        vectors, np.repeat(np.arange(N, dtype=np.uint32)[:, None], 32, axis=1), AnnConfig()
+    ann = Int8GraphIndex.over(
+        vectors,
+        np.repeat(np.arange(N, dtype=np.uint32)[:, None], 32, axis=1),
+        AnnConfig(sketched_links=False),
     )
     ids = [str(row) for row in range(N)]
     index = EntityIndex(
@@ -153,7 +155,7 @@ def test_a_batch_on_a_graph_that_leads_nowhere_is_answered_as_its_queries_are(
         AttributeTable.empty(N),
         {},
         None,
-        store=ann.store,
+        store=ann.arrays,
     )
     batch = index.search_batch(np.asfortranarray(vectors[:3]), 10)
     for one, of_batch in zip(

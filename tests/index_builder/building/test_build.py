@@ -28,6 +28,7 @@ from index_builder.live_log.records import LiveEntry
 from index_builder.live_log.writer import LiveLogWriter
 from index_builder.releases.release import read_manifest
 from index_builder.releases.store import ReleaseStore
+from index_builder.search.index_config import IndexConfig
 from tests.helpers.release_makers import SPACE, D, make_bundle, make_input, quick, unit_vectors
 
 OTHER = "0b" * 32
@@ -288,14 +289,14 @@ def test_memory_limits_choose_leaner_kinds_or_refuse_with_figures(
     bundle: Path, store: ReleaseStore
 ) -> None:
     assert (
-        estimate_mib("symqg", 10**6, 256)
-        > estimate_mib("hnsw", 10**6, 256)
-        > estimate_mib("rabitq", 10**6, 256)
+        estimate_mib(IndexConfig(kind="symqg"), 10**6, 256)
+        > estimate_mib(IndexConfig(kind="hnsw"), 10**6, 256)
+        > estimate_mib(IndexConfig(kind="lean"), 10**6, 256)
     )
     inputs = {"pin": make_input("pin", 2500)}
     plan = plan_release(inputs, read_bundle(bundle), store, quick("auto", max_memory_mib=432))
-    assert plan["build"]["pin"]["index"] in ("hnsw", "rabitq")
-    with pytest.raises(ConfigError, match="leanest kind"):
+    assert plan["build"]["pin"]["index"] in ("hnsw", "int8-graph")
+    with pytest.raises(ConfigError, match="needs least"):
         plan_release(inputs, read_bundle(bundle), store, quick("symqg", max_memory_mib=70))
     waste: list[np.ndarray] = []
     with pytest.raises(GateFailed, match="private memory at its peak"):

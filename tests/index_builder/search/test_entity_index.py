@@ -4,6 +4,7 @@ input; files.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 
 from encoders.errors import ConfigError, InvalidVectors
 from index_builder.ann import AnnConfig, missing_features
+from index_builder.ann.choice import kind_available
 from index_builder.errors import (
     DimensionMismatch,
     DuplicateIds,
@@ -41,12 +43,17 @@ FRAME = pl.DataFrame(
     }
 )
 IDS = [f"pin:{i}" for i in range(N)]
-KINDS = [
-    k
-    for k in ("symqg", "swift", "lean", "hnsw")
-    if not missing_features(k) and (k == "hnsw" or Engine is not None or k == "symqg")
-]
 CONFIG = AnnConfig(m=12, ef_construction=100)
+INDEXES = [
+    config
+    for config in (
+        IndexConfig(kind="symqg", ann=CONFIG),
+        IndexConfig(kind="int8-graph", ann=CONFIG),
+        IndexConfig(kind="int8-graph", ann=replace(CONFIG, sketched_links=False)),
+        IndexConfig(kind="hnsw", ann=CONFIG),
+    )
+    if kind_available(config.kind)
+]
 
 
 def _corpus() -> tuple[np.ndarray, np.ndarray]:
@@ -56,18 +63,16 @@ def _corpus() -> tuple[np.ndarray, np.ndarray]:
     return corpus, vectors[N:]
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=INDEXES, ids=lambda c: f"{c.kind}-{c.ann.sketched_links:d}")
 def index(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> EntityIndex:
     corpus, queries = _corpus()
-    if request.param == "symqg":
-        pytest.importorskip("rabitqlib")
-    folder = tmp_path_factory.mktemp(request.param) / "pin"
+    folder = tmp_path_factory.mktemp("index") / "pin"
     built = EntityIndex.build(
         "pin",
         IDS,
         corpus,
         FRAME,
-        IndexConfig(kind=request.param, ann=CONFIG),
+        request.param,
         calibration_queries=queries[:100],
     )
     built.save(folder)
@@ -216,7 +221,7 @@ def test_recall_under_filters_with_and_against_the_query(
                     hits += int(np.count_nonzero(result.scores >= truth.scores[-1] - 1e-5))
                     total += 10
                 assert hits / total >= 0.93, (expression, hits / total)
-    assert plans >= {"sketch", "graph-grow"}
+    assert plans >= {"sketch", "filtered-graph"}
 
 
 def test_duplicates_share_a_node_and_all_of_them_are_found(index: EntityIndex) -> None:
@@ -437,12 +442,12 @@ def test_a_forked_process_answers_from_the_shared_index(index: EntityIndex) -> N
 def test_without_the_compiled_part_the_answers_are_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from index_builder.storage import codes
+    from index_builder.storage import engine_arrays
 
     corpus, queries = _corpus()
     config = IndexConfig(kind="hnsw", ann=CONFIG)
     compiled = EntityIndex.build("pin", IDS, corpus, FRAME, config)
-    monkeypatch.setattr(codes, "Engine", None)
+    monkeypatch.setattr(engine_arrays, "Engine", None)
     plain = EntityIndex.build("pin", IDS, corpus, FRAME, config)
     for expression in (None, "rank < 40", "rank < 2800"):
         for query in queries[:10]:
@@ -470,8 +475,8 @@ def test_calibration_queries_decide_between_the_two_searches_of_a_graph(
         pytest.skip("only one of them can run here")
     vectors = text_vectors(3_000)
     ids, queries = [str(i) for i in range(2_900)], vectors[2_900:]
-    for winner, loser in (("swift", "symqg"), ("symqg", "swift")):
-        times = iter((20.0, 10.0) if winner == "swift" else (10.0, None))
+    for winner, loser in (("int8-graph", "symqg"), ("symqg", "int8-graph")):
+        times = iter((20.0, 10.0) if winner == "int8-graph" else (10.0, None))
         monkeypatch.setattr(
             "index_builder.search.graph_race.latency_at_recall", lambda *_, left=times: next(left)
         )
@@ -484,3 +489,43 @@ def test_calibration_queries_decide_between_the_two_searches_of_a_graph(
         assert f"{winner} 10 us" in loaded.describe()["why"] and loser in loaded.describe()["why"]
         assert loaded.search(queries[0], 10).ids == index.search(queries[0], 10).ids
     assert not list((tmp_path / "symqg").glob("index.links.npy"))
+
+
+@pytest.mark.parametrize(("old_kind", "sketched"), [("swift", True), ("lean", False)])
+def test_index_saved_under_a_renamed_kind_loads_with_the_same_answers(
+    old_kind: str, sketched: bool, tmp_path: Path
+) -> None:
+    if Engine is None:
+        pytest.skip("the extension was not compiled")
+    corpus, queries = _corpus()
+    built = EntityIndex.build("pin", IDS, corpus, None, IndexConfig(kind=old_kind, ann=CONFIG))
+    built.save(tmp_path)
+    meta = json.loads((tmp_path / "index.json").read_text())
+    assert (meta["facts"]["kind"], meta["facts"]["parameters"]["sketched_links"]) == (
+        "int8-graph",
+        sketched,
+    )
+    meta["facts"]["kind"] = old_kind  # as version 0.1.0 wrote it
+    del meta["facts"]["parameters"]["sketched_links"]
+    (tmp_path / "index.json").write_text(json.dumps(meta))
+    loaded = EntityIndex.load(tmp_path)
+    assert loaded.kind == loaded.describe()["kind"] == "int8-graph"
+    assert EntityIndex.load_graph(tmp_path).kind == "int8-graph"
+    assert [loaded.search(q, 10).ids for q in queries[:20]] == [
+        built.search(q, 10).ids for q in queries[:20]
+    ]
+
+
+@pytest.mark.parametrize("kind", ["rabitq", "faiss-ivf"])
+def test_index_of_a_retired_kind_is_refused_with_another_kind_to_use(
+    kind: str, tmp_path: Path
+) -> None:
+    corpus, _ = _corpus()
+    EntityIndex.build("pin", IDS, corpus, None, IndexConfig(kind="exact")).save(tmp_path)
+    meta = json.loads((tmp_path / "index.json").read_text())
+    meta["facts"]["kind"] = kind
+    (tmp_path / "index.json").write_text(json.dumps(meta))
+    with pytest.raises(IndexFormatError, match=f"{kind}.*Rebuild this release.*--index"):
+        EntityIndex.load(tmp_path)
+    with pytest.raises(ConfigError, match="retired"):
+        IndexConfig(kind=kind)

@@ -9,8 +9,8 @@ import pytest
 
 from index_builder.errors import IndexFormatError
 from index_builder.native import Engine
-from index_builder.storage.codes import CodeStore, make_engine
 from index_builder.storage.corpus import Corpus
+from index_builder.storage.engine_arrays import EngineArrays, make_engine
 from index_builder.storage.id_table import IdTable
 from tests.helpers.real_vectors import text_vectors
 
@@ -31,7 +31,7 @@ def test_a_scan_of_all_sketches_finds_the_best_matching_rows(
     engine = make_engine(
         corpus,
         IdTable.build([str(i) for i in range(count)]),
-        CodeStore.build(corpus.vectors, None, sketches=True),
+        EngineArrays.build(corpus.vectors, None, sketches=True),
     )
     rng = np.random.default_rng(count)
     for share in (0.02, 0.3, 1.0):
@@ -56,7 +56,7 @@ def test_few_sketches_find_nearly_all() -> None:
     engine = make_engine(
         Corpus.build(corpus),
         IdTable.build([str(i) for i in range(6_000)]),
-        CodeStore.build(corpus, None, sketches=True),
+        EngineArrays.build(corpus, None, sketches=True),
     )
     mask = np.arange(6_000) % 3 == 0
     found = 0
@@ -69,8 +69,8 @@ def test_few_sketches_find_nearly_all() -> None:
 
 def test_sketches_that_do_not_fit_are_refused() -> None:
     vectors = text_vectors(300)
-    store = CodeStore.build(vectors, None, sketches=True)
+    store = EngineArrays.build(vectors, None, sketches=True)
     assert store.sketch is not None
-    short = CodeStore(store.codes, None, store.entry, store.sketch[:-1], store.factors)
+    short = EngineArrays(store.codes, None, store.entry, store.sketch[:-1], store.factors)
     with pytest.raises(IndexFormatError, match="sketches do not fit"):
         make_engine(Corpus(vectors), IdTable.build([str(i) for i in range(300)]), short)

@@ -20,7 +20,7 @@ _ARRAYS = ("codes", "graph", "sketch", "factors", "links")
 
 
 @dataclass(frozen=True, slots=True)
-class CodeStore:
+class EngineArrays:
     """Codes, sketches and links of a corpus.
 
     One scale serves all vectors: every component is a multiple of ``largest / 127``, stored with
@@ -220,7 +220,7 @@ def central_node(vectors: np.ndarray) -> int:
     return int(np.argmax(sample @ sample.mean(axis=0))) * step
 
 
-def make_engine(corpus: Corpus, ids: IdTable | None, store: CodeStore | None) -> Any:
+def make_engine(corpus: Corpus, ids: IdTable | None, store: EngineArrays | None) -> Any:
     """The compiled engine over these arrays, or None where it was not built.
 
     Raises:

@@ -128,7 +128,7 @@ class ServeConfig:
     tls_client_ca: Path | None = None
     """Certificate authority of clients; with it, only clients with a certificate get in (mutual TLS)."""
     tokens: Path | None = None
-    """TOML file of tokens; see docs/serving.md. Without it every caller has every right."""
+    """TOML file of tokens (docs/howto/tls_and_tokens.md). Without it every caller has every right."""
     grace_seconds: float = 10.0
     """How long SIGTERM waits for requests in flight."""
 

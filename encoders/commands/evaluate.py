@@ -335,7 +335,8 @@ def _show_spaces(
             raise BundleError(
                 f"not declared: {spaces.way!r} loses {loss:.1%} of the old tower's labelled"
                 f" Recall@10 on {worst}, more than --max-loss {max_loss:g}. Train with the old"
-                " vectors as a compatibility task (docs/training.md), or embed the index again."
+                " vectors as a compatibility task (docs/reference/training.md), or embed the index"
+                " again."
             )
         space = read_space(old)
         declare(

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from encoders.training.loop import TrainResult
 
 _START = """\
-# A training run; every key with its default: docs/training.md. Tables left out have their defaults.
+# A training run. Tables and keys that are left out have their defaults: docs/reference/training.md
 steps = 2000
 precision = "bf16"
 

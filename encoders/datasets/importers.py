@@ -53,7 +53,7 @@ def import_tables(name: str, path: Path) -> dict[str, Checked]:
     if name not in ADAPTERS:
         raise ConfigError(
             f"unknown data set {name!r}. Known: {', '.join(ADAPTERS)}. For your own files see"
-            " docs/your_own_data.md."
+            " docs/howto/logs_to_pairs.md."
         )
     module, function = ADAPTERS[name][0].split(":")
     tables: dict[str, pl.DataFrame] = getattr(importlib.import_module(module), function)(path)

@@ -212,7 +212,8 @@ LIMITS = Limits()
     "--tokens",
     type=click.Path(path_type=Path, dir_okay=False),
     default=None,
-    help="TOML file of tokens with their entity types and admin right; see docs/serving.md.",
+    help="TOML file of tokens with their entity types and admin right;"
+    " see docs/howto/tls_and_tokens.md.",
 )
 @click.option(
     "--grace-seconds",

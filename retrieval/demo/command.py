@@ -348,7 +348,7 @@ def _show_summary(demo: Demo) -> None:
         " --type pin, or open the page it prints"
     )
     say(
-        "Bring your own data: docs/your_own_data.md   (omni data validate, omni pairs, omni train,"
+        "Bring your own data: docs/tutorial.md   (omni data validate, omni pairs, omni train,"
         " omni rebuild, omni serve)"
     )
 

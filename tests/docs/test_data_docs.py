@@ -1,4 +1,4 @@
-"""The commands of docs/your_own_data.md work as they are written."""
+"""The commands of docs/howto/logs_to_pairs.md work as they are written."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ DOCS = Path(__file__).parents[2] / "docs"
 @pytest.mark.slow
 def test_the_commands_for_your_own_data_work_in_an_empty_folder(tmp_path: Path) -> None:
     blocks = re.findall(
-        r"```bash\n(.*?)```", (DOCS / "your_own_data.md").read_text(encoding="utf-8"), re.S
+        r"```bash\n(.*?)```",
+        (DOCS / "howto" / "logs_to_pairs.md").read_text(encoding="utf-8"),
+        re.S,
     )
     assert len(blocks) >= 4
     environment = os.environ | {

@@ -45,7 +45,8 @@ IMPORTED = (
     *("uvloop", "pandas", "pyarrow.compute", "pyarrow.parquet", __name__),
 )
 ROUNDS_PER_STORE = 15
-"""Rounds on one copy of the store: the log grows with every round, and with it what a rebuild folds in and a check reads."""
+"""Rounds on one copy of the store: the log grows with every round, and with it what a rebuild folds
+in and a check reads."""
 SERVER_SECONDS = 1.0
 START_SECONDS = 60.0
 VISIBLE_SECONDS = 5.0

@@ -24,7 +24,8 @@ from retrieval.http2 import frames as wire
 RETRIEVE = "/omnisearchsage.v1.Retrieval/Retrieve"
 CONNECTIONS = 8
 CALLERS = (16, 48, 64)
-"""Callers in flight when the peak is looked for; fewer than the server has places, so that none is refused."""
+"""Callers in flight when the peak is looked for; fewer than the server has places, so that none is
+refused."""
 PEAK_SECONDS = 4.0
 RECOVERY_SECONDS = 3.0
 TICK_SECONDS = 0.001

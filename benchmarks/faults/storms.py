@@ -260,9 +260,8 @@ time_t time(time_t *out) {
     return t.tv_sec;
 }
 """
-"""Preloaded into the server: adds the seconds that stand in a file to the wall clock, and leaves the monotonic clock alone, as a real
-jump does.
-"""
+"""Preloaded into the server: adds the seconds that stand in a file to the wall clock, and leaves
+the monotonic clock alone, as a real jump does."""
 
 DAY = 86_400
 

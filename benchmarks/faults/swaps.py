@@ -16,7 +16,8 @@ from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
 
 SWAPS_A_BURST = 10
-"""Swaps that follow each other; as long a calm follows each burst, so that both see the machine as it is then."""
+"""Swaps that follow each other; as long a calm follows each burst, so that both see the machine as
+it is then."""
 
 
 async def swaps_under_load(address: str, swaps: int, clients: int, rate: float) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from index_builder.search.entity_index import EntityIndex, IndexConfig
 
 M, EF_CONSTRUCTION, DEGREE = 16, 200, 32
 Searcher = Callable[[np.ndarray, int], Any]
-"""``(query (1, D), ef) -> answer`` of ten neighbours; ``Engine.rows`` turns the answer into row numbers outside the timed loop."""
+"""``(query (1, D), ef) -> answer`` of ten neighbours; ``Engine.rows`` turns the answer into row
+numbers outside the timed loop."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,4 +56,5 @@ PREFIX_ENGINES = {
     for kind in ("hnsw", "symqg")
     for d in (64, 128)
 }
-"""Name -> (builder, the distribution it needs besides ours); not among the engines measured by default."""
+"""Name -> (builder, the distribution it needs besides ours); not among the engines measured by
+default."""

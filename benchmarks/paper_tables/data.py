@@ -37,9 +37,8 @@ class TableData:
     """What every training and evaluation of the tables reads."""
 
     dataset: Dataset
-    """Its catalogue has the columns ``frozen`` (256) and, where there are pictures, ``visual`` (192).
-    Its pairs hold the derived related queries, too.
-    """
+    """Its catalogue has the columns ``frozen`` (256) and, where there are pictures, ``visual``
+    (192). Its pairs hold the derived related queries, too."""
     projection: Float32
     """``(512, 256)``: USE to the frozen space."""
 

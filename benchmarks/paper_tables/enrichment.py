@@ -42,7 +42,8 @@ THUMBNAIL = 16
 """Pictures become 16 x 16 RGB thumbnails: 768 numbers."""
 
 HIDDEN_TITLES = 0.5
-"""Share of pins whose title is taken away; their caption is that title, or with caption noise another pin's."""
+"""Share of pins whose title is taken away; their caption is that title, or with caption noise
+another pin's."""
 
 NOISES = (0.0, 0.1, 0.3, 0.5)
 WORSE = (0.75, 1.0)
@@ -63,7 +64,8 @@ class Setting:
     caption_noise: float = 0.0
     """Share of captions taken from another pin."""
     new_pins: bool = False
-    """Half of the pins without a title are unknown to training (no pairs, no negatives), and only they count."""
+    """Half of the pins without a title are unknown to training (no pairs, no negatives), and only
+    they count."""
 
     @property
     def key(self) -> str:
@@ -124,7 +126,8 @@ TABLE_3 = (
     *caption_rows("3 without boards and queries", (CONTINUOUS, "titles")),
     *caption_rows("3 new pins", (CONTINUOUS, "titles"), new_pins=True),
 )
-"""With all features, as in the paper; without what engagement brings, for pins that training saw and for pins that it did not."""
+"""With all features, as in the paper; without what engagement brings, for pins that training saw
+and for pins that it did not."""
 
 
 @click.command()

@@ -55,7 +55,8 @@ from encoders.training.loop import TrainResult, train
 from encoders.training.step import loss_and_gradients
 
 QUERY_CORPUS = 10_000
-"""Related queries are ranked against so many random train queries; entities against all of their type."""
+"""Related queries are ranked against so many random train queries; entities against all of their
+type."""
 OPTIMISER = OptimiserConfig(
     learning_rate=4e-3, query_learning_rate=1e-3, token_embedding_learning_rate=1e-3
 )

@@ -30,7 +30,8 @@ class Load:
     processes: int = 2
     """Client processes; never more than ``concurrency``."""
     rate: float | None = None
-    """Open loop: calls per second at fixed times; latency counts from the time a call was due, so a stalled server is not flattered."""
+    """Open loop: calls per second at fixed times; latency counts from the time a call was due, so a
+    stalled server is not flattered."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -266,7 +266,8 @@ SERVERS = {
     "kept_": ("http2", "64"),
     "grpcio_kept_": ("grpcio", "64"),
 }
-"""Transport and ``--answer-cache-mib`` of the servers beside the echo: each query searched, or its answer kept."""
+"""Transport and ``--answer-cache-mib`` of the servers beside the echo: each query searched, or its
+answer kept."""
 
 
 def against_echo(

@@ -55,7 +55,8 @@ DAILY_CASES = (
     (730, 1, 730, 1),
     (730, 1, 1000, 3),
 )
-"""Days of history, how many times as dense it is as the new days, window in days, days merged at once."""
+"""Days of history, how many times as dense it is as the new days, window in days, days merged at
+once."""
 
 
 @click.command()

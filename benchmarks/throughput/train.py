@@ -44,7 +44,8 @@ from encoders.training.data.source_tables import TrainingData
 from encoders.training.loop import TrainResult, train
 
 SPEED_PAIRS = 20_000
-"""Pairs the speed figures draw their batches from; set-up (tokenising, vocabulary) is outside the timing of both systems."""
+"""Pairs the speed figures draw their batches from; set-up (tokenising, vocabulary) is outside the
+timing of both systems."""
 _ENTITY_TEXT = ("title", "category", "board_titles", "engaged_queries")
 _QUALITY_SHARES = {"pin": 8, "product": 6, "ad": 1}
 _OURS_FULL = {"random_negatives": 1.0, "random_query_negatives": 1.0}

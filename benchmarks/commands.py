@@ -52,11 +52,11 @@ BENCHES: dict[str, tuple[str, str]] = {
     ),
     "enrichment": (
         "benchmarks.paper_tables.enrichment:command",
-        "Text features one by one and captions with noise: tables 3 and 4 in shape.",
+        "Text features one by one and captions with noise: the paper's tables 3 and 4.",
     ),
     "tables": (
         "benchmarks.paper_tables.tables:command",
-        "Tables 2, 5 and 6 in shape, design questions with a figure each, several seeds.",
+        "The paper's tables 2, 5 and 6 and design questions, several seeds.",
     ),
     "text": (
         "benchmarks.quality.text_embedding:command",
@@ -97,7 +97,7 @@ BENCHES: dict[str, tuple[str, str]] = {
     cls=LazyGroup, table=BENCHES, context_settings={"help_option_names": ["-h", "--help"]}
 )
 def group() -> None:
-    """Run a benchmark: each prints a table and writes one JSON record with machine, commit, command and figures.
+    """Run a benchmark: each prints a table and writes one JSON record.
 
     Example: omni bench recall --data data
     """

@@ -1,4 +1,7 @@
-"""A benchmark result is a file a stranger could reproduce: machine, commit, command, protocol and metrics in one JSON."""
+"""Write benchmark records: machine, commit, command, protocol and metrics in one JSON file.
+
+A stranger can reproduce the figure from its record.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,7 @@ def _git(*args: str) -> str:
 
 
 def _portable(argument: str) -> str:
-    """An argument without the folders of this machine: an absolute path keeps its last part only."""
+    """Return an argument without folders of this machine: an absolute path keeps its last part."""
     return Path(argument).name if Path(argument).is_absolute() else argument
 
 

@@ -1,4 +1,7 @@
-"""Small releases made in seconds, for fault injection and tests: a tiny random query tower and entities embedded by it."""
+"""Make small releases in seconds, for fault injection and tests.
+
+A tiny random query tower, and entities embedded by it.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +22,59 @@ from index_builder.building.inputs import EntityInput, QuerySet
 from index_builder.releases.store import ReleaseStore
 from index_builder.search.entity_index import IndexConfig
 
-# fmt: off
 WORDS = [
-    "red", "blue", "green", "small", "large", "old", "new", "wooden", "silver", "golden", "paper", "glass", "stone", "river",
-    "mountain", "garden", "kitchen", "winter", "summer", "autumn", "spring", "night", "morning", "cat", "dog", "bird", "fish",
-    "horse", "whale", "tree", "flower", "apple", "bread", "cake", "soup", "coffee", "lamp", "chair", "table", "door", "window",
-    "house", "boat", "train", "bicycle",
+    "red",
+    "blue",
+    "green",
+    "small",
+    "large",
+    "old",
+    "new",
+    "wooden",
+    "silver",
+    "golden",
+    "paper",
+    "glass",
+    "stone",
+    "river",
+    "mountain",
+    "garden",
+    "kitchen",
+    "winter",
+    "summer",
+    "autumn",
+    "spring",
+    "night",
+    "morning",
+    "cat",
+    "dog",
+    "bird",
+    "fish",
+    "horse",
+    "whale",
+    "tree",
+    "flower",
+    "apple",
+    "bread",
+    "cake",
+    "soup",
+    "coffee",
+    "lamp",
+    "chair",
+    "table",
+    "door",
+    "window",
+    "house",
+    "boat",
+    "train",
+    "bicycle",
 ]
-# fmt: on
 
 
 def tiny_query_encoder(
     seed: int, dimension: int = 32, layers: int = 1, width: int = 32
 ) -> QueryEncoder:
-    """A random tower over letters and a few words: fast, deterministic, and two seeds make two spaces."""
+    """Make a random tower over letters and some words: deterministic, one space per seed."""
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     letters = "abcdefghijklmnopqrstuvwxyz0123456789äöüéñßабвгдежз日本語検索"
     pieces += [letter for letter in letters] + [f"##{letter}" for letter in letters]
@@ -83,7 +125,7 @@ def tiny_query_encoder(
 def write_small_bundle(
     folder: Path, seed: int, dimension: int = 32, *, layers: int = 1, width: int = 32
 ) -> QueryEncoder:
-    """Write a bundle with nothing but a tiny query tower; its space id is the hash of its weights."""
+    """Write a bundle with only a tiny query tower; its space id is the hash of its weights."""
     encoder = tiny_query_encoder(seed, dimension, layers, width)
     encoder.save(folder / "query_encoder")
     (folder / "entity_encoder").mkdir(exist_ok=True)
@@ -118,7 +160,7 @@ def small_release(
     extra_golden: Sequence[str] = (),
     kind: str = "hnsw",
 ) -> str:
-    """Build and publish a release whose entities are texts embedded by the query tower itself, so that a query finds its own text.
+    """Build and publish a release of texts embedded by the query tower, so a query finds its text.
 
     Args:
         store: Where to publish.

@@ -1,4 +1,7 @@
-"""Fault injection: kill -9 at random moments of publishing, updating, collecting; truncations, bit flips and swapped files."""
+"""``omni bench durability``: kill -9 at random moments, and damaged files.
+
+Publishing, updating and collecting are killed; files are truncated, bit-flipped and swapped.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +93,7 @@ def config(kind: str = "auto", **changes: Any) -> RebuildConfig:
 
 
 def in_child(work: Callable[[], None], kill_after_seconds: float | None) -> tuple[bool, float]:
-    """Run ``work`` in a forked process and kill it with SIGKILL; returns whether it was killed, and its run time in seconds."""
+    """Run ``work`` in a forked process and SIGKILL it; returns (was killed, seconds)."""
     started = time.perf_counter()
     child = os.fork()
     if child == 0:
@@ -113,7 +116,7 @@ def _rebuild(store: ReleaseStore, bundle: Path, seed: int) -> None:
 
 
 def _update(store: ReleaseStore, acknowledged: Path, seed: int) -> None:
-    """Write entries for ever; note each acknowledged sequence number in a file that survives the kill."""
+    """Write entries for ever; note acknowledged sequence numbers in a file that survives."""
     rng = np.random.default_rng(seed)
     writer = LiveLogWriter(store.live_root, "pin", DIMENSION, file_bytes=200_000)
     descriptor = os.open(acknowledged, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -150,7 +153,7 @@ def _activate_and_collect(store: ReleaseStore, seed: int) -> None:
 
 
 def _publish_copy(store: ReleaseStore) -> None:
-    """Publish the active release again under a new id: the whole publishing path without the time of a build."""
+    """Publish the active release under a new id: the whole publishing path without a build."""
     with store.lock("build", 5.0), store.open_current() as release:
         staging = store.staging(f"copy-{os.getpid()}-{time.time_ns()}")
         shutil.rmtree(staging)
@@ -203,7 +206,10 @@ def check_store(store: ReleaseStore, acknowledged: Path) -> int:
 
 
 def kill_rounds(root: Path, rounds: int, seed: int) -> dict[str, Any]:
-    """Kill a rebuild, an update or a publish/activate/collect loop ``rounds`` times at random moments; check the store after each."""
+    """Kill a rebuild, an update or a publish loop ``rounds`` times; check the store after each.
+
+    The publish loop also activates and collects.
+    """
     rng = random.Random(seed)
     bundle, store, acknowledged = (
         make_bundle(root / "bundle"),
@@ -329,7 +335,7 @@ def _refused(store: ReleaseStore, live: bool) -> str | None:
 
 
 def corruption_rounds(root: Path, rounds: int, seed: int) -> dict[str, Any]:
-    """Damage releases (every kind of index) and the live log ``rounds`` times; each damage must be refused by a typed error."""
+    """Damage releases of every index kind and the live log; each must be a typed refusal."""
     rng = random.Random(seed)
     bundle = make_bundle(root / "bundle")
     stores = []
@@ -408,7 +414,7 @@ def corruption_rounds(root: Path, rounds: int, seed: int) -> dict[str, Any]:
 @json_option
 @handle_errors
 def command(kills: int, damages: int, seed: int, no_record: bool, as_json: bool) -> None:
-    """Kill -9 at random moments of rebuild, update, publish, activate, rollback and gc; damage files of releases and the live log.
+    """Kill -9 at random moments of rebuild, update, publish and gc; damage files.
 
     Checked after each: the active release is whole and answers, no acknowledged write is lost,
     damage is refused by a typed error. Random vectors: faults do not depend on what vectors mean.

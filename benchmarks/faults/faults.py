@@ -1,4 +1,7 @@
-"""``omni bench faults``: a real server is hurt in many ways, one part after the other or each alone, and what callers notice is counted."""
+"""``omni bench faults``: hurt a real server in many ways and count what callers notice.
+
+The parts run one after the other, or each alone.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +91,10 @@ def run_part(part: str, root: Path, settings: dict[str, Any]) -> Any:
 
 
 def merged(earlier: dict[str, Any], part: str, found: Any) -> Any:
-    """Figures of a part with those of an earlier run today: kills with another seed add up, everything else is replaced."""
+    """Merge a part's figures with an earlier run of today: kills of other seeds add up.
+
+    Everything else is replaced.
+    """
     before = earlier.get(part)
     if part != "kills" or before is None or found["seeds"][0] in before["seeds"]:
         return found
@@ -152,8 +158,8 @@ def merged(earlier: dict[str, Any], part: str, found: Any) -> Any:
 def command(parts: tuple[str, ...], out: Path, as_json: bool, **settings: Any) -> None:
     """Hurt a real server and count what callers notice.
 
-    Small releases with a tiny random tower (made here, labelled so): the subject is the service, not the quality of answers. Parts
-    that ran earlier the same day stay in the record.
+    Small releases with a tiny random tower (made here, labelled so): the subject is the service,
+    not the quality of answers. Parts that ran earlier the same day stay in the record.
 
     \b
     Example:

@@ -1,4 +1,7 @@
-"""``omni bench fuzz``: malformed requests and raw bytes against a real server: no crash, no hang, typed errors only."""
+"""``omni bench fuzz``: malformed requests and bytes against a real server: typed errors only.
+
+No crash and no hang.
+"""
 
 from __future__ import annotations
 
@@ -110,7 +113,7 @@ WORDS = (
 
 
 class Generator:
-    """Requests that are wrong in as many ways as can be thought of; the same seed makes the same ones.
+    """Make requests that are wrong in many ways; the same seed makes the same ones.
 
     Args:
         seed: Of everything.
@@ -265,7 +268,7 @@ class Generator:
         return bytes(data)
 
     def raw(self) -> bytes:
-        """Bytes for the bare TCP port: noise, other protocols, and HTTP/2 that breaks off or lies."""
+        """Make bytes for the TCP port: random, other protocols, HTTP/2 that breaks off or lies."""
         rng = self.rng
         preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
 
@@ -291,7 +294,7 @@ class Generator:
         return rng.choice(kinds)()
 
     def calls(self) -> bytes:
-        """Some whole calls as a client would send them on a fresh connection, their header and data frames shuffled now and then."""
+        """Make whole calls on a fresh connection, header and data frames sometimes shuffled."""
         rng, encoder = self.rng, hpack.Encoder()
         frames: list[bytes] = []
         for number in range(rng.randrange(1, 6)):
@@ -353,7 +356,10 @@ class Tally:
 async def fuzz(
     process: Process, generator: Generator, count: int, *, raw_share: float, concurrency: int
 ) -> Tally:
-    """Send ``count`` requests, ``raw_share`` of them as bytes on bare connections; a valid canary every 500 must keep its answer."""
+    """Send ``count`` requests, ``raw_share`` of them as bytes on bare connections.
+
+    A valid call every 500 must get the same answer as at the start.
+    """
     tally = Tally()
     left = count
     options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
@@ -415,7 +421,7 @@ async def _raw(host: str, port: int, content: bytes) -> None:
 def run(
     count: int, seed: int, raw_share: float, concurrency: int, folder: Path
 ) -> tuple[Tally, dict[str, float]]:
-    """Build a small release in ``folder``, start a server on it, fuzz it; returns the tally and the server's memory before and after."""
+    """Build a small release in ``folder``, serve it and fuzz it; returns tally and memory."""
     from benchmarks.small_releases import small_release, write_small_bundle
     from index_builder.releases.store import ReleaseStore
 

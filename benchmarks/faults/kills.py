@@ -1,4 +1,4 @@
-"""kill -9 at random moments: of a server that takes writes and swaps releases, and of a rebuild that publishes into the same store.
+"""Kill -9 at random moments: a server with writes and swaps, and a rebuild in the same store.
 
 Server and publisher are forked from a process that has done its imports, so that a round takes a
 second and not ten; from there on they are what ``omni serve`` and ``omni rebuild`` run.
@@ -99,7 +99,7 @@ def _serve(arguments: list[str], out: Any) -> None:
 
 
 def _publish(root: Path, bundle: Path, vectors: Path, name: str, once: bool = False) -> None:
-    """Rebuild with what the live log holds, publish, activate; then publish and activate copies until killed."""
+    """Rebuild with what the live log holds and activate; then publish and activate until killed."""
     sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     store, held = ReleaseStore(root), np.load(vectors)
     space_id = json.loads((bundle / "space.json").read_text(encoding="utf-8"))["space_id"]
@@ -212,7 +212,7 @@ async def lost_or_mixed(address: str, acknowledged: set[str]) -> int:
 async def kill_nine(
     prepared: ReleaseStore, bundle: Path, encoder: Any, space_id: str, kills: int, seed: int = 0
 ) -> dict[str, Any]:
-    """Kill -9 at random moments; what was acknowledged must be there afterwards, and every answer and the active release whole.
+    """Kill -9 at random moments; acknowledged writes must survive, answers and release stay whole.
 
     In every round a server takes writes and swaps while another process rebuilds, publishes and
     activates in the same store. The publisher is killed in every round, the server in two of three,

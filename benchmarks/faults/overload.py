@@ -1,4 +1,6 @@
-"""Four times more questions than a server can answer, from prepared frames on cores of their own: what is answered in time then?
+"""``omni bench faults --part overload``: four times the load that a server can answer.
+
+Calls are prepared frames sent from cores of their own; what counts is answers in time.
 
 Each side has its own cores where there are two or more, in the search for the peak as in the flood:
 a client that shares the server's cores would take them away just when there is most to refuse, and
@@ -33,7 +35,7 @@ STATUS = {b"0": "OK", b"4": "DEADLINE_EXCEEDED", b"8": "RESOURCE_EXHAUSTED"}
 
 
 def split_cores() -> tuple[set[int], set[int]]:
-    """Cores of the server and of the client: half of what this process may use each, or the same one if there is only one."""
+    """Split the cores of this process between server and client; one core is shared."""
     cores = sorted(os.sched_getaffinity(0))
     half = len(cores) // 2
     return (set(cores[:half]), set(cores[half:])) if half else (set(cores), set(cores))
@@ -138,7 +140,7 @@ class Asker(FrameClient):
 async def _phase(
     askers: list[Asker], deadline: float, seconds: float, *, callers: int = 0, rate: float = 0.0
 ) -> Tally:
-    """Closed loop (``callers``) or open loop (``rate``): ask for a while, then wait for what is still on its way."""
+    """Send calls in a closed loop (``callers``) or an open loop (``rate``), then await the rest."""
     cpu, began = time.process_time(), time.perf_counter()
     tally = Tally(deadline, began=began, last=began)
     for asker in askers:
@@ -206,7 +208,9 @@ def _client(address: str, seconds: float, deadline: float, cores: set[int], resu
 def overload(
     server: ServerProcess, seconds: float, deadline: float, client_cores: set[int]
 ) -> dict[str, Any]:
-    """Peak, then four times the peak, then half of it, then the peak again: goodput, deadlines, memory, recovery.
+    """Measure goodput at the peak, at four times the peak, at half of it and at the peak again.
+
+    Also deadlines, memory and recovery.
 
     Args:
         server: Its encoder is the limit.

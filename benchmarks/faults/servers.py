@@ -29,7 +29,9 @@ DIMENSION = 64
 
 
 def prepare_store(root: Path) -> tuple[ReleaseStore, Any]:
-    """Two releases of one space (a1, a2) and one of another (b1); every id starts with its release's name. Returns the store, encoder a.
+    """Publish two releases of one space (a1, a2) and one of another (b1).
+
+    Every id starts with its release's name. Returns the store and encoder a.
 
     They are what `omni rebuild` makes for a server without a GPU: the tower's int8 form, and the
     index kind that it mostly chooses.

@@ -1,4 +1,7 @@
-"""Things that go wrong around a server: a full disk, a clock that jumps, a Redis that is slow, dead or lying, a damaged index."""
+"""Faults around a server: a full disk, a clock that jumps, a broken Redis, a damaged index.
+
+The Redis is slow, dead or lying.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ from protos import retrieval_pb2_grpc as rpc
 
 
 async def hostile_redis(kind: str, store: Path) -> dict[str, Any]:
-    """Serve with a Redis that accepts and never answers (slow), is not there (dead), or answers rubbish (lying)."""
+    """Serve with a Redis that never answers (slow), is absent (dead) or answers rubbish (lying)."""
 
     async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while await reader.read(65536):
@@ -77,7 +80,7 @@ async def hostile_redis(kind: str, store: Path) -> dict[str, Any]:
 
 @contextlib.asynccontextmanager
 async def steady_reader(address: str, per_second: float = 50.0) -> AsyncIterator[dict[str, Any]]:
-    """Ask all the time while the block runs; the yielded dict holds answers, failures (by status) and the longest wait."""
+    """Send calls while the block runs; yields answers, failures by status, longest wait."""
     seen: dict[str, Any] = {"answers": 0, "failed": {}, "longest_ms": 0.0}
     stop = False
     texts = entity_texts(200, seed=31)
@@ -122,7 +125,9 @@ async def upsert(admin: rpc.AdminStub, space_id: str, vector: np.ndarray, ids: l
 
 
 async def full_disk(encoder: Any, bundle: Path, space_id: str, mib: int = 24) -> dict[str, Any]:
-    """Fill the disk that holds the store while the server answers: publishing and writing are refused, reading goes on, nothing is lost.
+    """Fill the disk of the store while the server answers: writes are refused, reads go on.
+
+    Publishing is refused as well; nothing is lost.
 
     The disk is a small tmpfs, which takes the right to mount; without it the part is skipped and
     says so.
@@ -267,7 +272,10 @@ DAY = 86_400
 
 
 async def clock_jump(store: Path, encoder: Any, space_id: str) -> dict[str, Any]:
-    """Set the server's wall clock a year forward, ten years back and to 1970 while it serves, writes and swaps."""
+    """Move the server's wall clock a year forward, ten years back and to 1970 while it serves.
+
+    It takes writes and swaps releases meanwhile.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "shim.c").write_text(CLOCK_SHIM, encoding="utf-8")
@@ -341,7 +349,9 @@ async def clock_jump(store: Path, encoder: Any, space_id: str) -> dict[str, Any]
 
 
 def damaged_copy(store: ReleaseStore, source: str, name: str, share: float = 0.3) -> str:
-    """Publish a copy of a release whose graph of pins is broken where the golden queries do not look; every checksum is right.
+    """Publish a release whose graph of pins is broken where the golden queries do not look.
+
+    Every checksum is right.
 
     A share of the rows, none of them in a golden answer, stands in the graph at a random place:
     what a builder's bug leaves behind.
@@ -408,7 +418,9 @@ async def damaged_index(
     healthy_seconds: float,
     flags: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Normal traffic with the default sampling: the estimate beside the offline figure, then a damaged index and the time to notice it.
+    """Compare shadow recall with the offline figure, then damage an index and time the alarm.
+
+    The traffic is normal and the sampling is the default.
 
     Args:
         store: Holds the release ``good``.

@@ -21,7 +21,7 @@ it is then."""
 
 
 async def swaps_under_load(address: str, swaps: int, clients: int, rate: float) -> dict[str, Any]:
-    """Activate a1, b1, a2, b1, ... in bursts while clients ask; every answer must name one release and hold only its ids.
+    """Activate a1, b1, a2, b1, ... in bursts under load; an answer names one release and its ids.
 
     "During" are the calls that a swap overlaps, from the order to activate until its answer; "calm"
     are those of the pauses between bursts.

@@ -1,4 +1,7 @@
-"""``omni bench ann``: queries/s at equal ANN recall@10 of our call, the libraries under it and the best peers, side by side on one core."""
+"""``omni bench ann``: queries/s at equal ANN recall@10: ours, the bare libraries, the peers.
+
+Side by side on one core.
+"""
 
 from __future__ import annotations
 
@@ -41,14 +44,14 @@ Curve = list[tuple[int, float, float]]
 
 
 def _memory_mb() -> dict[str, float]:
-    """Memory of this process: its own, and what it reads from mapped files, which other processes share."""
+    """Return private memory of this process and mapped files that processes share."""
     text = Path("/proc/self/smaps_rollup").read_text()
     kb = {line.split(":")[0]: int(line.split()[1]) for line in text.splitlines()[1:]}
     return {"private_mb": kb["Anonymous"] / 1e3, "mapped_mb": (kb["Rss"] - kb["Anonymous"]) / 1e3}
 
 
 def sweep(engine: Engine, vectors: VectorSet, scores: np.ndarray, queries: int) -> Curve:
-    """``(ef, recall@10, CPU microseconds a query)`` over the engine's grid until recall passes 0.99."""
+    """Return (ef, recall@10, CPU us a query) over the engine's grid until recall passes 0.99."""
     points = []
     sample = vectors.queries[:queries]
     rows = [sample[i : i + 1] for i in range(len(sample))]
@@ -68,7 +71,7 @@ def sweep(engine: Engine, vectors: VectorSet, scores: np.ndarray, queries: int) 
 
 
 def at_recall(points: Curve, level: float) -> float | None:
-    """CPU microseconds a query at a recall, interpolated between the two settings around it; None if no setting reaches it."""
+    """Interpolate CPU microseconds a query at a recall; None if no setting reaches it."""
     for i, (_, recall, microseconds) in enumerate(points):
         if recall >= level:
             if i == 0:
@@ -80,7 +83,7 @@ def at_recall(points: Curve, level: float) -> float | None:
 
 
 def built(name: str, vectors: VectorSet, built_folder: Path) -> dict[str, float]:
-    """Build an engine in a process of its own, unless its files are there already, and load it in another.
+    """Build an engine in its own process, unless its files exist, and load it in another.
 
     Returns:
         ``build_cpu_s``, and of the process that loaded it and answered 200 queries: ``private_mb``
@@ -118,13 +121,13 @@ def built(name: str, vectors: VectorSet, built_folder: Path) -> dict[str, float]
 
 
 def _kept(name: str, vectors: VectorSet, built_folder: Path) -> Path:
-    """Where an engine's files are kept; ``auto`` of before it was calibrated was another engine."""
+    """Where an engine's files are kept; Bump its version when auto's choice changes."""
     chosen = "-calibrated" if name == "ours auto" else ""
     return built_folder / vectors.name / (name.replace(" ", "-") + chosen)
 
 
 def build_here(name: str, folder: str) -> None:
-    """Build one engine over ``corpus.npy`` of its folder and note the CPU seconds; what a process of ``built`` does."""
+    """Build one engine over its folder's ``corpus.npy`` and note CPU seconds."""
     corpus = np.load(Path(folder) / "corpus.npy")
     start = time.process_time()
     ALL_ENGINES[name][0](corpus, Path(folder))
@@ -134,7 +137,7 @@ def build_here(name: str, folder: str) -> None:
 
 
 def load_here(name: str, folder: str) -> None:
-    """Load one engine, answer some queries and note the memory that took; what a process of ``built`` does."""
+    """Load one engine, answer some queries and note memory (a process of ``built``)."""
     corpus, queries = (
         np.load(Path(folder) / "corpus.npy", mmap_mode="r"),
         np.load(Path(folder) / "queries.npy"),
@@ -151,7 +154,7 @@ def load_here(name: str, folder: str) -> None:
 def measure(
     names: list[str], vectors: VectorSet, queries: int, repeats: int, built_folder: Path
 ) -> list[dict[str, Any]]:
-    """Build every engine, load it, then sweep them in turn, ``repeats`` times each, hnswlib before each one."""
+    """Build and load every engine, then sweep them in turn ``repeats`` times beside hnswlib."""
     _, scores = exact_top_k(vectors.queries[:queries], vectors.corpus, 10)
     results: list[dict[str, Any]] = []
     baseline: Engine | None = None
@@ -205,7 +208,10 @@ def _row(name: str, curves: list[Curve], references: list[Curve]) -> dict[str, A
 
 
 def _overhead(results: list[dict[str, Any]]) -> dict[str, float]:
-    """Microseconds our call adds to the bare one at equal ef, the median over settings and repeats."""
+    """Return the microseconds our call adds to the bare one at equal ef: a median.
+
+    Over settings and repeats.
+    """
     by_name = {r["engine"]: r for r in results if "points" in r}
     added = {}
     pairs_of_names = [

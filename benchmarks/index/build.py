@@ -1,4 +1,4 @@
-"""Release builds on real vectors: stage times, peak memory, identical bytes when built twice, and loading against ``sha256sum``."""
+"""``omni bench build``: stage times, peak memory, determinism, and loading beside ``sha256sum``."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SPACE = "b0" * 32
 
 
 def bundle_folder(folder: Path, dimension: int) -> Path:
-    """A folder with the shape of a model bundle; the vectors come from a public model, so there is no tower to ship."""
+    """Make a folder shaped like a bundle; the vectors come from a public model, so no tower."""
     for part in ("query_encoder", "entity_encoder"):
         (folder / part).mkdir(parents=True, exist_ok=True)
         (folder / part / "README.txt").write_text("vectors of this benchmark are WordLlama's\n")
@@ -60,7 +60,7 @@ def build_once(
     deterministic: bool = False,
     max_memory_mib: int | None = None,
 ) -> str:
-    """Build and publish one release of one entity type over the corpus, calibrated on its held-out queries."""
+    """Build and publish one release of one entity type, calibrated on its held-out queries."""
     inputs = {
         "pin": EntityInput(
             ids=[f"text-{i}" for i in range(len(corpus))], vectors=corpus, space_id=SPACE
@@ -77,7 +77,7 @@ def build_once(
 def build_apart(
     root: Path, vectors: VectorSet, kind: str, threads: int, max_memory_mib: int | None
 ) -> None:
-    """``build_once`` in a process of its own over memory-mapped vectors, so that the peak in the manifest is the build's alone.
+    """Run ``build_once`` in its own process over mapped vectors, so the peak is the build's alone.
 
     Raises:
         ConfigError: The process failed; with the end of what it said.
@@ -114,11 +114,11 @@ def build_here(root: str, kind: str, threads: str, max_memory_mib: str) -> None:
 
 
 @contextmanager
-def working_folder(kept: Path | None) -> Iterator[Path]:
-    """``kept``, made when missing; else a folder that is removed afterwards."""
-    if kept is not None:
-        kept.mkdir(parents=True, exist_ok=True)
-        yield kept
+def working_folder(folder: Path | None) -> Iterator[Path]:
+    """``folder``, made when missing; else a folder that is removed afterwards."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
         return
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
@@ -165,7 +165,7 @@ def time_loading(store: ReleaseStore) -> float:
 )
 @click.option(
     "--store",
-    "kept",
+    "folder",
     type=click.Path(file_okay=False, path_type=Path),
     help=(
         "Keep the release in this folder; if one of this size is there already, only loading is"
@@ -183,7 +183,7 @@ def command(
     max_memory_mib: int | None,
     deterministic_size: int,
     repeats: int,
-    kept: Path | None,
+    folder: Path | None,
     no_record: bool,
     as_json: bool,
 ) -> None:
@@ -202,7 +202,7 @@ def command(
         len(vectors.corpus),
         dimension,
     )
-    with working_folder(kept) as root:
+    with working_folder(folder) as root:
         bundle = bundle_folder(root / "bundle", dimension)
         store = ReleaseStore(root / "store")
         release_id = store.current()

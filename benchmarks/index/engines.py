@@ -1,4 +1,4 @@
-"""Every engine of the index benchmarks behind one call: ours, the bare libraries under it, and the best peers from PyPI."""
+"""Every engine of the index benchmarks behind one call: ours, the bare libraries, the peers."""
 
 from __future__ import annotations
 
@@ -60,7 +60,10 @@ def _row_of_id(result: Any) -> np.ndarray:
 
 
 def ours(kind: str, *, sketched_links: bool = True) -> Callable[[np.ndarray, Path], Engine]:
-    """Our own call on an index of ``kind``, saved and loaded as a release would: ids mapped, query checked, live entries looked at."""
+    """Search through our own call on an index of ``kind``, saved and loaded as a release does.
+
+    Ids are mapped, the query is checked, live entries are looked at.
+    """
 
     def build(corpus: np.ndarray, folder: Path) -> Engine:
         if not (folder / "index.json").is_file():
@@ -195,7 +198,7 @@ def svs_f16(corpus: np.ndarray, folder: Path) -> Engine:
 
 
 def scann_tree(corpus: np.ndarray, folder: Path) -> Engine:
-    """ScaNN: partitions, asymmetric hashing of two dimensions a block, exact re-ordering; ``ef`` is the number of candidates re-ordered."""
+    """ScaNN: partitions, asymmetric hashing and exact re-ordering of ``ef`` candidates."""
     import scann
 
     path = folder / "scann"
@@ -287,7 +290,7 @@ def zvec_int8(corpus: np.ndarray, folder: Path) -> Engine:
 def qdrant_shard(
     corpus: np.ndarray, folder: Path, values: dict[str, np.ndarray] | None = None
 ) -> Any:
-    """A qdrant-edge shard with int8 codes in memory, HNSW, and an integer index over each column."""
+    """A qdrant-edge shard with int8 codes in memory, HNSW, and an integer index per column."""
     import qdrant_edge as qdrant
 
     path = folder / "qdrant"

@@ -1,4 +1,7 @@
-"""``omni bench filter``: recall and queries/s at every selectivity, random, with and against the query, next to qdrant-edge."""
+"""``omni bench filter``: recall and queries/s at every selectivity, beside qdrant-edge.
+
+Random filters, filters with the query and against it.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ Ranges = list[tuple[str, int, int]]
 
 
 def attributes_of(corpus: np.ndarray, seed: int = 0) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Two integer attributes, each a permutation of the rows: a random one, and the rank along the first principal direction.
+    """Make two integer attributes: a random permutation, and the rank along the main direction.
 
     Returns:
         The columns, and the direction, float32 ``(D,)``.
@@ -59,7 +62,7 @@ def ranges_of(
     direction: np.ndarray,
     seed: int = 1,
 ) -> Ranges:
-    """A filter of its own for each query: a random window of ``number``, or the end of ``rank`` near the query or away from it."""
+    """Make a filter per query: a random window of ``number``, or one end of ``rank``."""
     count, size = len(corpus), max(K, int(share * len(corpus)))
     rng = np.random.default_rng(seed)
     if kind == "random":

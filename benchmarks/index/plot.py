@@ -1,4 +1,4 @@
-"""A picture of what one query costs as the corpus grows, from the records of ``omni bench ann`` alone."""
+"""Plot what one query costs as the corpus grows, from the records of ``omni bench ann``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PANELS = {
 
 
 def draw_costs(folder: Path) -> Path | None:
-    """Write ``ann-cost.png`` beside the records of ``folder``: time of a query at recall 0.95 by corpus size; None with one size only."""
+    """Write ``ann-cost.png``: time of a query at recall 0.95 by corpus size; None with one size."""
     newest: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*-ann-*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,7 @@
-"""Traversal over a prefix of the vectors (Matryoshka) and a full re-rank: fewer numbers a step, more candidates for the same recall."""
+"""Search a prefix of Matryoshka vectors and re-rank in full.
+
+Fewer numbers a step, more candidates for the same recall.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from index_builder.storage.id_table import IdTable
 
 
 def prefix_engine(kind: str, dimensions: int) -> Callable[[np.ndarray, Path], Engine]:
-    """An index of ``kind`` over the first ``dimensions`` of the vectors, its ``ef`` best scored again in full float32 by compiled code."""
+    """Index the first ``dimensions`` with ``kind``; its ``ef`` best are scored again in float32."""
 
     def build(corpus: np.ndarray, folder: Path) -> Engine:
         config = AnnConfig(degree=DEGREE, ef_construction=EF_CONSTRUCTION)

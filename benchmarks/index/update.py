@@ -1,4 +1,7 @@
-"""Live writes on real vectors: recall and latency with 2% and 10% of the entities replaced and deleted, and a sustained rate."""
+"""``omni bench update``: recall and latency with live writes, and a sustained rate.
+
+2% and 10% of real vectors are replaced and as many deleted.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +54,7 @@ class Truth:
 def measure(
     index: EntityIndex, truth: Truth, queries: np.ndarray, repeats: int
 ) -> dict[str, float]:
-    """ANN recall@10 against an exact scan of the truth, and the latency of our own call, microseconds."""
+    """Return ANN recall@10 against an exact scan, and our call's latency in microseconds."""
     ids, vectors = truth.arrays()
     _, exact = exact_top_k(queries, vectors, 10)
     row_of = {identifier: row for row, identifier in enumerate(ids)}
@@ -80,7 +83,7 @@ def measure(
 def churn(
     writer: LiveLogWriter, truth: Truth, spare: np.ndarray, share: float, rng: np.random.Generator
 ) -> int:
-    """Replace ``share`` of the ids by vectors of other texts and delete another ``share``; returns the last sequence number."""
+    """Replace ``share`` of the ids and delete another ``share``; returns the last sequence."""
     names = list(truth.vectors)
     count = int(share * len(names))
     chosen = rng.choice(len(names), size=2 * count, replace=False)
@@ -108,7 +111,10 @@ def sustained(
     rate: int,
     seconds: float,
 ) -> dict[str, Any]:
-    """Upserts at ``rate`` a second, each acknowledged on disk, while another thread searches; how soon each group is visible."""
+    """Upsert at ``rate`` a second while another thread searches; time how soon writes are visible.
+
+    Each is acknowledged on disk.
+    """
     writer = LiveLogWriter(store.live_root, "pin", int(spare.shape[1]))
     searches, stop = [0], threading.Event()
 
@@ -223,7 +229,9 @@ def command(
     no_record: bool,
     as_json: bool,
 ) -> None:
-    """Replace and delete 2%, then 10% of the entities live; measure recall@10 and p50 of our call; rebuild; sustain 1,000 upserts a second.
+    """Replace and delete 2%, then 10% of the entities live; measure recall@10 and p50; rebuild.
+
+    Then sustain 1,000 upserts a second.
 
     Example: omni bench update --data data --size 100000
     """

@@ -1,4 +1,4 @@
-"""Real vectors for index benchmarks: WordLlama (256-d, PyPI) or a query tower over the distinct texts of the `large` data set, cached."""
+"""Real vectors for index benchmarks: WordLlama or a query tower over `large`'s texts, cached."""
 
 from __future__ import annotations
 

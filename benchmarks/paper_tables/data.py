@@ -1,4 +1,7 @@
-"""A data set with stand-ins for PinSage, ItemSage and visual vectors: multilingual USE of the entity's text, thumbnails of its picture.
+"""Data sets with stand-ins for PinSage, ItemSage and visual vectors.
+
+Multilingual USE of an entity's text stands in for PinSage and ItemSage, a thumbnail of its picture
+for the visual vector.
 
 Both are made once per work folder. USE gives 512 numbers and the towers 256, and a compatibility
 task compares them directly, so USE vectors are projected to their 256 strongest directions (no
@@ -52,7 +55,10 @@ class TableData:
 
 
 def load_table_data(work: Path, data_dir: Path | None = None) -> TableData:
-    """The sample, or the larger data (without pictures) below ``data_dir``, with vectors made once and kept in ``work/vectors.npz``."""
+    """Load the sample or the larger data below ``data_dir``, with vectors cached in ``work``.
+
+    The larger data has no pictures; the vectors are made once and stored in ``work/vectors.npz``.
+    """
     source = load_sample() if data_dir is None else load_dataset(data_dir)
     path = work / "vectors.npz"
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""``omni bench enrichment``: what each text feature adds, and when captions help or hurt: tables 3 and 4 of the paper in shape.
+"""``omni bench enrichment``: what each text feature adds and when captions help (tables 3, 4).
 
 Real text, no clicks: pins are emoji pictures, pairs are human keywords and translations standing in
 for engagement. Continuous features are thumbnails of the pictures. Half of the pins have lost their
@@ -166,7 +166,7 @@ and for pins that it did not."""
 def command(
     work: Path, seeds: int, tables: tuple[str, ...], max_minutes: float, as_json: bool, **sizes: int
 ) -> None:
-    """Train with text features one by one, each alone, each left out; and with titles hidden and captions given back with noise.
+    """Train with text features one by one, alone and left out, and with captions of rising noise.
 
     Labelled Recall@10 of held-out keywords against all pins, mean and 95% interval over seeds, and
     by language.
@@ -252,7 +252,7 @@ def _thumbnail(svg: str) -> list[float]:
 
 
 def apply_setting(catalogue: pl.DataFrame, setting: Setting, seed: int) -> pl.DataFrame:
-    """Hide titles, give them back as captions and spoil captions; adds the columns ``title_hidden`` and ``new``.
+    """Hide titles, return them as captions and spoil captions; add ``title_hidden`` and ``new``.
 
     The same seed hides the same titles.
     """
@@ -353,7 +353,10 @@ def shares(frame: pl.DataFrame) -> dict[str, Any]:
 def summarise(
     settings: Sequence[Setting], work: Path, seeds: int, sizes: dict[str, int]
 ) -> list[dict[str, Any]]:
-    """Mean and interval of every setting over the seeds that are there; table 3 over the pins whose title is hidden."""
+    """Return mean and interval of every setting over its seeds.
+
+    Table 3 counts pins with hidden titles.
+    """
     rows: list[dict[str, Any]] = []
     for setting in settings:
         pins = setting.pins
@@ -390,7 +393,10 @@ def summarise(
 
 
 def _bases(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What each row is compared with: the row before it in table 4, all features where one is left out, else the first row."""
+    """Name the row that each row is compared with.
+
+    Table 4: the row above it. A feature left out: all features. Otherwise: the first row.
+    """
     full = [row for row in rows if row["table"] == "4"]
     bases = []
     for n, row in enumerate(rows):
@@ -414,7 +420,9 @@ def _means(parts: Sequence[dict[str, float]]) -> dict[str, dict[str, float | Non
 
 
 def noise_threshold(rows: Sequence[dict[str, Any]], table: str) -> float | None:
-    """Share of wrong captions at which recall falls to that without captions (linear between settings).
+    """Return the share of wrong captions at which recall falls to that without captions.
+
+    Linear between settings.
 
     None: at no level tried, or right captions make no difference beyond their interval.
     """

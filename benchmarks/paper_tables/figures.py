@@ -18,7 +18,7 @@ NAMES = {
 
 
 def draw(rows: Rows, folder: Path, stem: str) -> list[Path]:
-    """Write ``STEM-TABLE.png`` for every design question whose figures are there; returns the paths."""
+    """Write ``STEM-TABLE.png`` for every design question that has figures; return the paths."""
     import matplotlib
 
     matplotlib.use("Agg")

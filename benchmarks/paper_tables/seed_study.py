@@ -1,4 +1,4 @@
-"""Many short trainings, each (setting, seed) one small result file: what is there is skipped, so a stopped study goes on."""
+"""Run many short trainings, one small result file per (setting, seed); resume a stopped study."""
 
 from __future__ import annotations
 

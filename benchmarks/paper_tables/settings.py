@@ -1,4 +1,4 @@
-"""What is trained for the paper's tables 2, 5 and 6 and for the design questions, and which result each line of a table shows."""
+"""The trainings of the paper's tables and the design questions, and the result each line shows."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ class Training:
     product_pairs: int = 0
     """Only so many product pairs are kept; 0: all."""
     product_share: float = SHARES["product"]
-    """Parts of 16, the other datasets keep theirs: a training with other shares has another batch."""
+    """Replace the shares of some datasets, in parts of 16; the others keep theirs.
+
+    Other shares are another batch, so the training is another one.
+    """
     gradients: bool = False
     """Measure the gradient norm of every task at the end."""
 
@@ -58,7 +61,10 @@ class Training:
         )
 
     def batch_pairs(self, whole: int) -> int:
-        """Pairs per step when the four datasets at the paper's shares have ``whole``: a dataset alone sees what it sees in the mix."""
+        """Return pairs per step when the four datasets at the paper's shares have ``whole``.
+
+        A dataset alone sees what it sees in the mix.
+        """
         return round(
             whole * sum(config.share for config in self.dataset_configs()) / sum(SHARES.values())
         )

@@ -1,4 +1,4 @@
-"""``omni bench tables``: tables 2, 5 and 6 of the paper in shape, and a figure for each design question of the towers.
+"""``omni bench tables``: reproduced settings of the paper's tables 2, 5 and 6; design questions.
 
 Real text, no clicks: pairs are human keywords and translations standing in for engagement.
 Multilingual USE of an entity's title, category and boards stands in for PinSage and ItemSage;
@@ -101,7 +101,7 @@ def command(
     as_json: bool,
     **sizes: int,
 ) -> None:
-    """Train short runs and compare: learned towers with frozen vectors, one task with many, and design choices.
+    """Train short runs and compare: learned towers, frozen vectors, one task, many, design choices.
 
     Labelled Recall@10 of held-out queries, mean and 95% interval over seeds, and by language. About
     half a minute a training on one core.
@@ -161,7 +161,10 @@ def jobs(
     sizes: dict[str, int],
     data_dir: Path | None = None,
 ) -> list[Job]:
-    """Every training of these lines once per seed, seed by seed, so that an early stop leaves whole tables with fewer seeds."""
+    """Run every training of these lines once per seed, seed by seed.
+
+    An early stop leaves whole tables with fewer seeds.
+    """
     study: list[Study] = []
 
     def job(training: Training, seed: int) -> Job:
@@ -194,7 +197,7 @@ def wanted(training: Training, seeds: int) -> int:
 def summarise(
     lines: Sequence[Line], work: Path, seeds: int, sizes: dict[str, int]
 ) -> list[dict[str, Any]]:
-    """One row per (line, metric): mean and interval over the seeds that are there, and the difference from the line's baseline."""
+    """Return one row per (line, metric): mean, interval over seeds, difference from baseline."""
     rows = []
     for line in lines:
         results = read_results(work, line.training.key, sizes, wanted(line.training, seeds))
@@ -253,7 +256,10 @@ def summarise(
 
 
 def figure(result: dict[str, Any], variant: str, metric: str) -> float:
-    """One number of a result: ``pin/entity``, ``pin/entity/64`` (a prefix) or ``pin/entity/tail`` (a part of the entities)."""
+    """Return one number of a result.
+
+    ``pin/entity``, ``pin/entity/64`` (a prefix) or ``pin/entity/tail`` (a part of the entities).
+    """
     recall = result[variant]["recall"]
     if metric in recall:
         return float(recall[metric]["recall"])

@@ -1,4 +1,7 @@
-"""Run one training of the tables and rank held-out pairs with it: plain ones, a new type added to a trained model, versions of vectors."""
+"""Run one training of the tables and rank held-out pairs with it.
+
+Plain trainings, a new entity type added to a trained model, and versions of frozen vectors.
+"""
 
 from __future__ import annotations
 
@@ -203,7 +206,10 @@ def _new_type(study: Study, training: Training, seed: int) -> dict[str, Any]:
 
 
 def _versions(study: Study, training: Training, seed: int) -> dict[str, Any]:
-    """A query tower trained for version 1 of frozen vectors, then brought up to version 2 and 3; each ranked against every version."""
+    """Train a query tower for version 1 of frozen vectors, then bring it up to versions 2 and 3.
+
+    Each is ranked against every version.
+    """
     versions = frozen_versions(study, training)
     pins = study.data.dataset.of_type("pin").with_columns(
         vector_column(name, vectors) for name, vectors in versions.items()
@@ -272,7 +278,7 @@ def frozen_versions(study: Study, training: Training) -> dict[str, Float32]:
 
 # -------------------------------------------------------------------------------------------- parts
 def training_data(dataset: Dataset, training: Training) -> TrainingData:
-    """Catalogue and train pairs; with few product pairs, products' engaged queries come from those alone."""
+    """Return catalogue and train pairs; few product pairs mean few engaged queries of products."""
     pairs = dataset.split("train")
     if not training.product_pairs:
         return TrainingData(dataset.catalogue, pairs)
@@ -349,13 +355,13 @@ class _FixedLinear(torch.nn.Module):
 
 
 def fixed(encoder: QueryEncoder) -> QueryEncoder:
-    """The tower with a projection that nothing moves (changed in place); the rest is held by learning rates of 0."""
+    """Give the tower a projection that nothing trains (in place); the rest has learning rate 0."""
     encoder.projection = _FixedLinear(encoder.projection)  # type: ignore[assignment]
     return encoder
 
 
 def _one_row_per_token(data: TrainingData, config: TrainConfig) -> TrainResult:
-    """New towers where every token id reads a row of its own, twice: ``(w[i, 0] + w[i, 1]) * E[i]``."""
+    """Make towers where each token id reads one row twice: ``(w[i, 0] + w[i, 1]) * E[i]``."""
     query_encoder = create_query_encoder(config.model.query_encoder, config.model.dimension)
     _, featurizer = build_inputs(data, config, query_encoder, torch.device("cpu"))
     size = len(featurizer.vocabulary)
@@ -373,7 +379,9 @@ def _one_row_per_token(data: TrainingData, config: TrainConfig) -> TrainResult:
 def gradient_norms(
     result: TrainResult, data: TrainingData, config: TrainConfig
 ) -> dict[str, dict[str, float]]:
-    """Norm of every dataset's gradient on the shared towers, mean over batches the training did not see; at the initial temperature.
+    """Return the mean norm of every dataset's gradient on the shared towers.
+
+    The batches are unseen by the training, the temperature is the initial one.
 
     Returns:
         ``{dataset: {"query tower": norm, "entity tower": norm}}``.

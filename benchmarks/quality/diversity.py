@@ -1,4 +1,4 @@
-"""``omni bench diversity``: what variety costs, as MMR's lambda moves: intra-list similarity against labelled Recall@10, in one plot."""
+"""``omni bench diversity``: intra-list similarity against Recall@10 as MMR's lambda moves."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LAMBDAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 
 
 def intra_list_similarity(vectors: np.ndarray) -> float:
-    """Mean cosine over all pairs of different rows of ``vectors`` ``(n, D)``, unit rows; 0 for fewer than two."""
+    """Return the mean cosine over all pairs of rows of ``vectors`` (n, D); 0 for fewer than two."""
     n = len(vectors)
     if n < 2:
         return 0.0
@@ -52,7 +52,7 @@ def pools_of(
 def curve(
     pools: Sequence[tuple[list[str], np.ndarray, np.ndarray]], relevant: Sequence[set[str]], k: int
 ) -> list[dict[str, float]]:
-    """For each lambda: labelled Recall@k per pair (with the standard error over queries), and mean intra-list similarity."""
+    """Return Recall@k per pair, its standard error, and intra-list similarity by lambda."""
     points = []
     for trade_off in LAMBDAS:
         found, wanted, similar = [], [], []
@@ -148,7 +148,7 @@ def plot(points: Sequence[dict[str, float]], path: Path, title: str) -> None:
 @json_option
 @handle_errors
 def command(store: Path, entity_type: str, count: int, k: int, seed: int, as_json: bool) -> None:
-    """Trade relevance for variety: labelled Recall@10 and intra-list similarity for twelve values of lambda.
+    """Trade relevance for variety: Recall@10 and intra-list similarity for twelve values of lambda.
 
     Example: omni bench diversity --store demo/store
     """

@@ -1,4 +1,4 @@
-"""``omni bench downstream``: frozen query vectors and a linear head against fastText on the Iconclass taxonomy, per level and language."""
+"""``omni bench downstream``: query vectors and a linear head against fastText on Iconclass."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ def command(
     data_dir: Path | None,
     as_json: bool,
 ) -> None:
-    """Classify held-out queries into the Iconclass taxonomy with BUNDLE's frozen query vectors and a linear head (paper section 5.4).
+    """Classify held-out queries into Iconclass with BUNDLE's query vectors (paper section 5.4).
+
+    The vectors are frozen; a linear head is trained on them.
 
     fastText with words and with subwords, trained on the same queries and labels, is the yardstick.
     Needs the larger data set (--data).

@@ -1,4 +1,7 @@
-"""``omni bench recall``: labelled Recall@10 of a bundle beside BM25, zero-shot encoders, neighbouring queries and chance, recorded."""
+"""``omni bench recall``: labelled Recall@10 of a bundle beside its baselines, recorded.
+
+Baselines: BM25, zero-shot encoders, neighbouring queries and chance.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +94,9 @@ def command(
     data_dir: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure BUNDLE and the baselines on the held-out pairs of the sample (or of --data), exactly, and record the figures.
+    """Measure BUNDLE and the baselines on the held-out pairs exactly, and record the figures.
+
+    The pairs are those of the sample, or of --data.
 
     The pairs are human annotations standing in for engagement, not clicks. Without BUNDLE only the
     baselines run.
@@ -158,7 +163,7 @@ def command(
 
 
 def describe_dataset(dataset: Dataset) -> dict[str, Any]:
-    """What a record says about the data: name, sizes, what the pairs are, and a fingerprint over every pair."""
+    """Describe the data for a record: name, sizes, kind of pairs, a fingerprint of every pair."""
     digest = hashlib.sha256()
     for column in ("query", "entity_id", "split"):
         digest.update("\0".join(dataset.pairs[column].to_list()).encode("utf-8", "surrogatepass"))

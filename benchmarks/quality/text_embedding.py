@@ -1,4 +1,6 @@
-"""``omni bench text``: how an entity's texts are best mixed into its frozen text embedding, by cross-validation on train queries alone.
+"""``omni bench text``: choose the mix of an entity's texts in its text embedding.
+
+By cross-validation on train queries alone.
 
 No training and no held-out pair: the train queries are dealt into folds by their text, an entity's
 engaged queries are its train queries of the other folds, and the pairs of a fold are asked against
@@ -37,7 +39,10 @@ _BLOCK = 2000
 
 
 def engaged_in_other_folds(entities: pl.DataFrame, pairs: pl.DataFrame, fold: int) -> pl.DataFrame:
-    """The entities with the queries of all folds but one as ``engaged_queries``, at most ``ENGAGED`` each."""
+    """Return the entities with queries of all folds but one as ``engaged_queries``.
+
+    At most ``ENGAGED`` of them each.
+    """
     others = (
         pairs.filter(pl.col("fold") != fold)
         .group_by("entity_id", maintain_order=True)
@@ -53,7 +58,10 @@ def hits_at_10(
     entities: npt.NDArray[np.float32],
     places: npt.NDArray[np.int64],
 ) -> int:
-    """How many of the P queries ``(P, D)`` have their entity, at row ``places``, among the best ten of ``(N, D)``; ties count as found."""
+    """Count the queries (P, D) whose entity, at row ``places``, is in the top ten of (N, D).
+
+    Ties count as found.
+    """
     found = 0
     for start in range(0, len(queries), _BLOCK):
         scores = queries[start : start + _BLOCK] @ entities.T  # (B, N)
@@ -70,7 +78,7 @@ def cross_validate(
     folds: int,
     max_pairs: int,
 ) -> dict[str, Any]:
-    """Labelled Recall@10 of left-out train queries for each mix ``(full_text_weight, full_text_queries)``.
+    """Return labelled Recall@10 of left-out train queries for each mix.
 
     Args:
         embedding: The frozen tower.

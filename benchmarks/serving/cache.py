@@ -1,4 +1,7 @@
-"""What the query cache spares the encoder: simulated Zipf traffic on a virtual clock, and the paper's scale by formula."""
+"""``omni bench cache``: encodes that the query cache saves, on simulated Zipf traffic.
+
+A virtual clock drives it; the paper's scale is computed by formula.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ DIMENSION = 256
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Traffic:
-    """Zipf traffic: the query of rank r is asked in proportion to ``r ** -exponent``; a share of requests is never asked again."""
+    """Zipf traffic: the query of rank r is asked in proportion to ``r ** -exponent``.
+
+    A share of requests is never asked again.
+    """
 
     requests: int = 400_000
     distinct: int = 60_000
@@ -47,7 +53,7 @@ class Outcome:
 
 
 def zipf_ranks(traffic: Traffic) -> npt.NDArray[np.int64]:
-    """Ranks asked for, int64 ``(requests,)``; ranks from ``distinct`` on are the ones asked only once."""
+    """Draw ranks, int64 ``(requests,)``; ranks from ``distinct`` on occur only once."""
     rng = np.random.default_rng(traffic.seed)
     weights = np.arange(1, traffic.distinct + 1, dtype=np.float64) ** -traffic.exponent
     ranks = np.searchsorted(
@@ -93,7 +99,7 @@ def simulate(traffic: Traffic, ttl_days: float, entries: int) -> Outcome:
 
 
 def misses_per_second(front: float, distinct: float, exponent: float, ttl_seconds: float) -> float:
-    """Encodes/s behind an unbounded cache with a fixed time to live: each query of rate r is encoded ``r / (1 + r * ttl)`` times a second.
+    """Return encodes/s behind an unbounded cache: ``r / (1 + r * ttl)`` for a query of rate r.
 
     Ranks are summed one by one up to 10,000 and in logarithmic steps above.
     """
@@ -157,7 +163,7 @@ def encoder_change(traffic: Traffic, entries: int, prewarm: int, windows: int = 
 @json_option
 @handle_errors
 def command(requests: int, out: Path, as_json: bool) -> None:
-    """Cache study: TTL x size, age of served vectors, encoder changes, and the paper's ratio of 600:1.
+    """Study the cache: TTL x size, age of served vectors, encoder changes, the paper's 600:1.
 
     Traffic is simulated (Zipf) and the clock is virtual; the cache is the server's own.
 

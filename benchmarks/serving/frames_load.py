@@ -1,4 +1,6 @@
-"""The thinnest gRPC caller there is: HTTP/2 frames made once and sent over and over, so that the server is what gets measured.
+"""A minimal gRPC caller: HTTP/2 frames made once and sent over and over.
+
+So the server is what gets measured.
 
 ``grpc.aio`` costs a client some 300 microseconds of CPU per call; on a machine whose cores client
 and server share, that measures the client. Here a call costs about a tenth of it, for every server
@@ -173,7 +175,7 @@ class FrameClient(asyncio.Protocol):
 
 
 def frame_load(address: str, method: str, payloads: list[bytes], load: Load) -> Outcome:
-    """Drive one method as ``benchmarks.serving.load.stub_load`` does, closed loop, with prepared frames instead of gRPC stubs."""
+    """Drive one method in a closed loop with prepared frames instead of gRPC stubs."""
     return run_processes(partial(_frame_process, address, method, payloads), load)
 
 

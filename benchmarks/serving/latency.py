@@ -1,4 +1,4 @@
-"""``omni bench latency``: percentiles of a server with and without the cache, per stage and entity type."""
+"""``omni bench latency``: percentiles with and without the cache, per stage and entity type."""
 
 from __future__ import annotations
 
@@ -50,7 +50,10 @@ def percentiles_ms(nanoseconds: Sequence[int]) -> dict[str, float]:
 
 
 def per_stage(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
-    """Percentiles of each stage: the client's wait, the server's total, its stages, and what is left between them (gRPC and network)."""
+    """Return percentiles of the client's wait, the server's total, its stages and the remainder.
+
+    The remainder is gRPC and the network.
+    """
     stages: dict[str, list[int]] = {
         "client": [s.client_ns for s in samples],
         "server": [s.result.timings.total_ns for s in samples],
@@ -89,7 +92,10 @@ def measure(
     k: int,
     concurrency: int,
 ) -> dict[str, Any]:
-    """Each entity type gets its own queries: asked once (encoded), for one more result (cached, searched anew), and once more (kept)."""
+    """Ask each entity type its own queries: once (encoded), for one more hit (cached), once more.
+
+    The last is answered from the answer cache.
+    """
     found: dict[str, Any] = {}
     share = len(queries) // len(entity_types)
     for number, entity_type in enumerate(entity_types):
@@ -98,12 +104,14 @@ def measure(
         mine = mine[share // 10 :]
         samples = ask_all(client, mine, entity_type, k, concurrency, f"{entity_type}: encoded")
         samples += ask_all(client, mine, entity_type, k + 1, concurrency, f"{entity_type}: cached")
-        samples += ask_all(client, mine, entity_type, k, concurrency, f"{entity_type}: kept")
-        by_cache: dict[str, list[Sample]] = {"encoded": [], "cached": [], "kept": []}
+        samples += ask_all(
+            client, mine, entity_type, k, concurrency, f"{entity_type}: answer cached"
+        )
+        by_cache: dict[str, list[Sample]] = {"encoded": [], "cached": [], "answer cached": []}
         for sample in samples:
             by_cache[
                 (
-                    "kept"
+                    "answer cached"
                     if sample.result.answer_cached
                     else "cached"
                     if sample.result.cache_hit
@@ -119,7 +127,7 @@ def measure(
 
 
 def sample_queries(count: int, seed: int = 0) -> list[str]:
-    """Distinct held-out queries of the sample data, in random order: real words in 17 languages (annotations, not clicks)."""
+    """Return distinct held-out sample queries in random order (annotations, not clicks)."""
     from encoders.datasets.dataset import load_sample
 
     pairs = load_sample(engaged_queries=0, pictures=False).pairs
@@ -182,7 +190,7 @@ def command(
     """Latency percentiles with and without the query cache, per stage.
 
     Every query is asked three times: the first answer needs the encoder, the second (k + 1 results)
-    finds its vector in the cache and is searched, the third was kept as a whole. The server says
+    finds its vector in the cache and is searched, the third is a cached answer. The server says
     which it was.
 
     Example: omni bench latency --store demo/store

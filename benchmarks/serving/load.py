@@ -1,4 +1,4 @@
-"""A load generator for gRPC: several client processes, closed loop (fixed concurrency) or open loop (calls at fixed times)."""
+"""A gRPC load generator: several client processes, closed loop or open loop."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def stub_load(
     load: Load,
     metadata: Sequence[tuple[str, str]] = (),
 ) -> Outcome:
-    """Drive one method with ready-made request bytes through bare ``grpc.aio`` calls (the thinnest Python stub there is).
+    """Drive one method with ready-made request bytes through bare ``grpc.aio`` calls.
 
     Args:
         address: ``host:port``.
@@ -92,7 +92,7 @@ def stub_load(
 
 
 def client_load(start: Start, load: Load) -> Outcome:
-    """Drive a blocking client: each of ``concurrency`` callers is a thread, spread over the processes.
+    """Drive a blocking client with ``concurrency`` threads spread over the processes.
 
     Args:
         start: Picklable; makes the client inside the process.
@@ -102,7 +102,7 @@ def client_load(start: Start, load: Load) -> Outcome:
 
 
 def run_processes(process: Callable[..., None], load: Load) -> Outcome:
-    """Run ``process(part, number, ready, queue)`` in as many processes as ``load`` says and merge what they put into the queue."""
+    """Run ``process(part, number, ready, queue)`` in several processes and merge their results."""
     processes = min(load.processes, load.concurrency)
     context = multiprocessing.get_context("spawn")
     queue: Any = context.Queue()

@@ -1,4 +1,4 @@
-"""Milvus as a peer: the same vectors in an HNSW collection, its cheapest setting that reaches the recall, its requests."""
+"""Milvus as a peer: the same vectors in HNSW, its cheapest setting that reaches the recall."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _search_params(ef: int) -> dict[str, Any]:
 
 
 def fill(address: str, vectors: np.ndarray, *, batch: int = 10_000) -> None:
-    """Insert ``vectors`` ``(N, D)`` under ids "0".."N-1", build the graph and load it; returns when all rows are indexed."""
+    """Insert ``vectors`` ``(N, D)`` under ids "0".."N-1", build the graph, load and await it."""
     from pymilvus import DataType
 
     client = _client(address)

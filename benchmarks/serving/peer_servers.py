@@ -1,4 +1,4 @@
-"""Servers to measure against, each a real process: our own ``omni serve``, a Milvus standalone, a bare gRPC echo."""
+"""Servers to measure against, as real processes: ``omni serve``, Milvus, a bare gRPC echo."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Process:
         return total
 
     def memory_mib(self) -> float:
-        """Private and shared resident memory, counted once (PSS), of the process and its children."""
+        """Return memory of the process and its children, shared pages counted once (PSS)."""
         total = 0
         for process in self._all():
             with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -103,7 +103,7 @@ def omni_server(
 
 @contextmanager
 def echo_server(response_bytes: int) -> Iterator[Process]:
-    """Run the bare ``grpc.aio`` + uvloop server that answers every call with ``response_bytes`` bytes: the limit of the stack."""
+    """Run a bare ``grpc.aio`` + uvloop server that answers ``response_bytes`` bytes."""
     with _started(
         [sys.executable, "-m", "benchmarks.serving.peer_servers", str(response_bytes)]
     ) as (process, log):
@@ -111,7 +111,7 @@ def echo_server(response_bytes: int) -> Iterator[Process]:
 
 
 def milvus_is_installed() -> bool:
-    """Whether the PyPI package ``milvus`` (it carries the server) and the client ``pymilvus`` are here."""
+    """Tell whether the PyPI packages ``milvus`` (the server) and ``pymilvus`` are installed."""
     return util.find_spec("milvus") is not None and util.find_spec("pymilvus") is not None
 
 

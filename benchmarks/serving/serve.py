@@ -1,4 +1,4 @@
-"""``omni bench serve``: our service beside a real Milvus and beside a bare gRPC echo, on the same vectors and cores, in one run."""
+"""``omni bench serve``: our service beside Milvus and a bare gRPC echo, same vectors and cores."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def vector_requests(release: ServingRelease, k: int, min_recall: float | None) -
 def recall_setting(
     address: str, release: ServingRelease, k: int, wanted: float
 ) -> tuple[float | None, float]:
-    """The laxest ``min_recall`` whose ANN recall, measured through the service, is at least ``wanted``."""
+    """Return the lowest ``min_recall`` whose ANN recall through the service is ``wanted``."""
     queries = np.asarray(release.vectors.queries)[:1000]
     recall = 0.0
     with RetrievalClient(address, ClientConfig(deadline_seconds=60)) as client:
@@ -91,7 +91,7 @@ def recall_setting(
             if recall >= wanted:
                 return setting, recall
     raise BenchFailed(
-        f"the service reaches ANN recall@{k} {recall:.3f}, but {wanted} was asked for. Build the"
+        f"the service reaches ANN recall@{k} {recall:.3f}, but {wanted} is the target. Build the"
         " index with a higher ef."
     )
 
@@ -133,7 +133,7 @@ def compare(
     rounds: int,
     seconds: float,
 ) -> dict[str, dict[int, dict[str, Any]]]:
-    """Run every side at every concurrency, sides taking turns within a round so that noise of the machine hits both.
+    """Run every side at every concurrency, in turns within a round, so that noise hits both alike.
 
     Beside rate and percentiles, each figure holds the requests per CPU second of the server
     process: on a machine that is busy with other work it says what the wall clock cannot.
@@ -267,13 +267,13 @@ SERVERS = {
     "grpcio_kept_": ("grpcio", "64"),
 }
 """Transport and ``--answer-cache-mib`` of the servers beside the echo: each query searched, or its
-answer kept."""
+answer cached."""
 
 
 def against_echo(
     release: ServingRelease, k: int, rounds: int, seconds: float, workers: int
 ) -> dict[str, Any]:
-    """Cached ``Retrieve`` beside a bare echo of the same messages, per CPU-second of the server; and ``RetrieveBatch`` of 64.
+    """Measure cached ``Retrieve`` and batches of 64 beside a bare echo, per server CPU second.
 
     Four servers: our transport and the echo's, each searching for every query, and each keeping
     answers.
@@ -290,12 +290,12 @@ def against_echo(
     sides: dict[str, Callable[[], tuple[float, float]]] = {}
     with ExitStack() as stack:
         processes: dict[str, Process] = {}
-        for prefix, (transport, kept) in SERVERS.items():
+        for prefix, (transport, cache_mib) in SERVERS.items():
             flags = [
                 "--transport",
                 transport,
                 "--answer-cache-mib",
-                kept,
+                cache_mib,
                 "--workers",
                 str(workers),
                 "--metrics-port",
@@ -303,13 +303,12 @@ def against_echo(
             ]
             process = processes[prefix] = stack.enter_context(omni_server(release.store, flags))
             with RetrievalClient(process.address, ClientConfig(deadline_seconds=60)) as client:
-                for text in (
-                    TEXTS * 2
-                ):  # twice: the second is cached, and makes the server know how short its searches are
+                # Twice: the second finds its vector cached and lets the server time its searches.
+                for text in TEXTS * 2:
                     answer = client.retrieve(text, "pin", k)
-                if workers == 1 and answer.answer_cached != (kept != "0"):
+                if workers == 1 and answer.answer_cached != (cache_mib != "0"):
                     raise BenchFailed(
-                        f"--answer-cache-mib {kept}: the second answer says"
+                        f"--answer-cache-mib {cache_mib}: the second answer says"
                         f" answer_cached={answer.answer_cached}"
                     )
         response = pb.RetrieveResponse(
@@ -379,7 +378,9 @@ def more_workers(
     rounds: int,
     seconds: float,
 ) -> dict[str, Any]:
-    """One worker and several in turns: ready embeddings and cached texts, prepared frames, one connection per client process.
+    """Compare one worker with several, in turns: ready embeddings and cached texts.
+
+    Prepared frames, one connection per client process.
 
     Args:
         release: What is asked.
@@ -640,12 +641,12 @@ def _print(metrics: dict[str, Any], release: ServingRelease) -> None:
             ["side", "queries/s", "queries per server CPU second"],
             rows,
         )
-        for prefix, (transport, kept) in SERVERS.items():
+        for prefix, (transport, cache_mib) in SERVERS.items():
             share, batch = (
                 found[f"{prefix}cached_share_of_echo_per_core"],
                 found[f"{prefix}batch_over_single_per_core"],
             )
-            searched = "every query searched" if kept == "0" else "answers kept"
+            searched = "every query searched" if cache_mib == "0" else "answers cached"
             say(
                 f"{transport}, {searched}: Retrieve {share:.0%} of the echo per core; a batch of 64"
                 f" answers {batch:.1f}x as many queries"

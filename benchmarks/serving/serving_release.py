@@ -1,4 +1,4 @@
-"""The release that serving benchmarks ask: 100,000 real text vectors as pins, and a query tower so that texts can be asked as well."""
+"""The release of the serving benchmarks: 100,000 real text vectors as pins, and a query tower."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`omni bench encode`: how fast catalogue rows become vectors, the hash embedding against PyTorch's own, and one query at a time."""
+"""``omni bench encode``: rows to vectors, hash embedding beside PyTorch's, single queries."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from encoders.towers.query_tower import QueryEncoder, create_query_encoder, pad
 WORDS_PER_TEXT = 30
 VECTORS = {"visual": 1024, "pinsage": 256, "itemsage": 256}
 TARGETS = {"tokenise": 15_000, "text only": 10_000, "full width": 6_000}
-"""Entities per second asked for: tokenising on one core, embedding on two."""
+"""Target of entities per second: tokenising on one core, embedding on two."""
 QUERY_TOKENS = 16
 """Longest query, in tokens, of the one-at-a-time figures."""
 INT8_TARGET = 0.5
-"""Largest p50 of the int8 form asked for, relative to eager torch fp32."""
+"""Target: the largest p50 of the int8 form, relative to eager torch fp32."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Timing:
     cpu_seconds: float
 
     def as_dict(self) -> dict[str, float]:
-        """Rows per second of the clock, and per second of processor time (what one core that nobody else uses would do)."""
+        """Return rows per wall second and per CPU second (what one free core would do)."""
         return {
             "rows_per_second": round(self.rows / self.wall_seconds),
             "rows_per_core_second": round(self.rows / self.cpu_seconds),
@@ -76,7 +76,7 @@ def timed(function: Callable[[], object], rows: int, repeats: int) -> Timing:
 
 
 def make_rows(titles: list[str], rows: int, seed: int = 0) -> pl.DataFrame:
-    """Rows whose texts are real title words in random order, ``WORDS_PER_TEXT`` each, with random vectors: simulated."""
+    """Make simulated rows: ``WORDS_PER_TEXT`` real title words each, and random vectors."""
     rng = np.random.default_rng(seed)
     words = np.array(" ".join(titles).split())
     texts = [
@@ -99,7 +99,7 @@ def make_rows(titles: list[str], rows: int, seed: int = 0) -> pl.DataFrame:
 def measure_towers(
     towers: dict[str, EntityEncoder], rows: pl.DataFrame, threads: int, repeats: int
 ) -> dict[str, Any]:
-    """Rows to vectors for every tower, device and precision, with the least cosine to float32 on the CPU."""
+    """Time rows to vectors per tower, device, precision, with the least cosine to CPU float32."""
     found: dict[str, Any] = {}
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     for name, tower in towers.items():
@@ -121,7 +121,7 @@ def measure_towers(
 def measure_hash_embedding(
     tower: EntityEncoder, rows: pl.DataFrame, repeats: int
 ) -> dict[str, Any]:
-    """Forward and backward of the weighted bags of 1,024 rows: ours against ``torch.nn.functional.embedding_bag``, one thread."""
+    """Time forward and backward of 1,024 weighted bags beside ``embedding_bag``, one thread."""
     assert tower.featurizer is not None, "made with one"
     features = tower.featurizer(rows[:1024])
     ids = features.token_ids
@@ -158,7 +158,7 @@ def measure_hash_embedding(
 
 
 def measure_streaming(tower: EntityEncoder, rows: pl.DataFrame, threads: int) -> dict[str, Any]:
-    """From a Parquet file on disk, checked row by row and hashed, to vectors: what `omni embed` does before it writes."""
+    """Time a Parquet file to vectors, checks and hashes included, as ``omni embed`` does."""
     embedder = EntityEmbedder(tower, EmbedConfig(threads=threads, device="cpu", precision="bf16"))
     with TemporaryDirectory() as folder:
         path = Path(folder) / "catalogue.parquet"
@@ -173,7 +173,9 @@ def measure_streaming(tower: EntityEncoder, rows: pl.DataFrame, threads: int) ->
 
 
 def measure_queries(tower: QueryEncoder, texts: list[str], rounds: int) -> dict[str, Any]:
-    """Milliseconds of one query of at most 16 tokens at batch 1 on one thread, tokenising excluded: torch fp32 and both exported forms.
+    """Return milliseconds of one query at batch 1 on one thread, tokenising excluded.
+
+    A query of at most 16 tokens, by torch fp32 and both exported forms.
 
     They take turns on every query, so that whatever else the machine does falls on all of them.
     ``transformers-fp32`` is the same tower through the library's own forward pass, which computes
@@ -254,7 +256,9 @@ def measure_queries(tower: QueryEncoder, texts: list[str], rounds: int) -> dict[
 @json_option
 @handle_errors
 def command(rows: int, repeats: int, threads: int, data_dir: Path | None, as_json: bool) -> None:
-    """Measure entity embedding: tokeniser alone, text only, full width (1,536 continuous features), fp32 and bf16, tokenising included.
+    """Measure entity embedding: tokeniser, text only, full width (1,536 continuous), fp32 and bf16.
+
+    Tokenising is included.
 
     Then the shipped query tower, one real query at a time: torch fp32 and its ONNX forms, in turn,
     on one thread. The towers have the paper's size (100,000 x 256 table, MLP 1024-1024-256) and
@@ -348,7 +352,7 @@ def command(rows: int, repeats: int, threads: int, data_dir: Path | None, as_jso
             "rows/s (clock)",
             "rows/s per core",
             "least cosine to fp32",
-            "asked for (2 cores; tokenise: 1)",
+            "target (2 cores; tokenise: 1)",
         ],
         table,
     )
@@ -365,7 +369,7 @@ def command(rows: int, repeats: int, threads: int, data_dir: Path | None, as_jso
     ]
     print_table(
         f"One real query at a time, at most {QUERY_TOKENS} tokens, one thread, tokenising excluded",
-        ["form", "p50 ms", "p99 ms", "p50 of torch's", "least cosine", "asked for"],
+        ["form", "p50 ms", "p99 ms", "p50 of torch's", "least cosine", "target"],
         rows_of_queries,
     )
     say(f"hash embedding, forward and backward: {hash_embedding}; record {path}")

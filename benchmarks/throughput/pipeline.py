@@ -1,4 +1,7 @@
-"""``omni bench pipeline``: log rows to engaged queries, board titles and pairs: time, memory, growth with the log, and the daily update."""
+"""``omni bench pipeline``: log rows to engaged queries, board titles and pairs.
+
+Time, memory, growth with the log, and the daily update.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +126,7 @@ def command(
     data_dir: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure the log pipeline on SIMULATED logs: wall and CPU seconds, peak memory, growth; and the cost of a daily update.
+    """Measure the log pipeline on SIMULATED logs: wall and CPU seconds, peak memory, daily update.
 
     Target: 10 million log rows in under 25 s and 4 GiB on 2 cores.
 
@@ -272,7 +275,10 @@ def _measure(source: Path, out: Path, rows: int, repeats: int, threads: int) -> 
 
 
 def _daily_costs(folder: Path, day_rows: int, data_dir: Path | None) -> list[dict[str, Any]]:
-    """Cost of merging the same days into states of different length and density, with a day expiring, and of longer slices."""
+    """Return the cost of merging days into states of other length and density, and of long slices.
+
+    A day expires in each.
+    """
     from encoders.datasets.dataset import load_dataset
     from encoders.logs.events import EngagementRules, engaged_events
     from encoders.logs.simulator import SimulatorConfig, simulate_log
@@ -329,7 +335,10 @@ def _daily_costs(folder: Path, day_rows: int, data_dir: Path | None) -> list[dic
 
 
 def _thickened(past: pl.DataFrame, copies: int) -> pl.DataFrame:
-    """The events, and copies by other people at other times whose queries are shuffled: a denser history of as many days."""
+    """Return the events with copies by other users at other times: a denser history.
+
+    The queries of the copies are shuffled.
+    """
     others = [
         past.with_columns(
             pl.col("timestamp").dt.offset_by(f"-{n}s"),

@@ -1,4 +1,6 @@
-"""Training throughput and quality against Sentence-Transformers: the same backbone, pairs, batch, precision and machine, in one run.
+"""``omni bench train``: training speed and quality beside Sentence-Transformers, in one run.
+
+Both have the same backbone, pairs, batch, precision and machine.
 
 Both train with in-batch negatives for the speed figures that are compared (ours also with the
 paper's random negatives, correction and Matryoshka prefixes, as ours always does by default).
@@ -99,7 +101,7 @@ def _config(
 
 
 def entity_texts(catalogue: pl.DataFrame) -> dict[str, str]:
-    """What a text-only model reads of each entity: title, category, boards and engaged queries, joined."""
+    """Return the text that a model reads of each entity: title, category, boards, queries."""
     names = [name for name in _ENTITY_TEXT if name in catalogue.columns]
     joined = [
         (
@@ -123,7 +125,7 @@ class Speed(NamedTuple):
 
 
 class SentenceTransformersRun:
-    """Training with the library's own trainer and MultipleNegativesRankingLoss, from the same weights."""
+    """Train with the library's trainer and MultipleNegativesRankingLoss, from the same weights."""
 
     def __init__(
         self, start: Path, pairs: pl.DataFrame, texts: dict[str, str], batch: int, precision: str
@@ -257,7 +259,9 @@ def command(
     data_dir: Path | None,
     as_json: bool,
 ) -> None:
-    """Pairs per second against Sentence-Transformers with MultipleNegativesRankingLoss; optionally Recall@10 at equal wall time.
+    """Measure pairs per second beside Sentence-Transformers; also Recall@10 at equal wall time.
+
+    The peer's loss is MultipleNegativesRankingLoss.
 
     Real annotation pairs (not clicks). Targets: 1.5 times its speed for query-entity and 1.2 times
     for query-query training.
@@ -421,7 +425,7 @@ def _quality(
     precision: str,
     seconds: float,
 ) -> dict[str, dict[str, Any]]:
-    """Both train from the same weights for the same time, each with the cosine schedule over the steps that fit.
+    """Train both from the same weights for the same time, with a cosine schedule over what fits.
 
     Ours pays for its set-up out of that time (counting n-grams, tokenising, embedding the entities'
     texts with the frozen tower) and for what follows the last step (choosing residual scales on

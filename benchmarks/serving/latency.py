@@ -24,8 +24,8 @@ from encoders.commands.console import (
     stage,
     track,
 )
+from retrieval.client import ClientConfig, RetrievalClient
 from retrieval.client.results import RetrieveResult
-from retrieval.client.sync_client import ClientConfig, RetrievalClient
 
 STAGES = ("queue", "encode", "search", "rerank")
 

@@ -38,7 +38,7 @@ from encoders.commands.console import (
 )
 from encoders.errors import OmniError
 from protos import retrieval_pb2 as pb
-from retrieval.client.sync_client import ClientConfig, RetrievalClient
+from retrieval.client import ClientConfig, RetrievalClient
 
 RETRIEVE = "/omnisearchsage.v1.Retrieval/Retrieve"
 BATCH = "/omnisearchsage.v1.Retrieval/RetrieveBatch"

@@ -1,23 +1,28 @@
-"""The asyncio client: the methods of ``RetrievalClient`` as coroutines, with the same arguments, results and errors."""
+"""The asyncio client: the methods of ``RetrievalClient`` as coroutines."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar, Unpack
 
 import grpc
-import numpy.typing as npt
-from grpc_health.v1 import health_pb2
 
-from protos import retrieval_pb2 as pb
-from retrieval.client import results as results
-from retrieval.client.base import ClientBase, never_ready, packed, retrieve_request, serving
+from retrieval.client import requests, results
+from retrieval.client.base import ClientBase, means_not_ready, never_ready
 from retrieval.client.config import ClientConfig
-from retrieval.client.errors import CallError, NotFound, Unavailable
-from retrieval.client.results import EntityWrite, Target
+from retrieval.client.errors import CallError
+from retrieval.client.requests import (
+    ADMIN_DEADLINE_SECONDS,
+    BatchOptions,
+    EntityWrite,
+    MultiOptions,
+    RetrieveOptions,
+    ScoreOptions,
+    Target,
+)
 
 R = TypeVar("R")
 
@@ -25,7 +30,7 @@ R = TypeVar("R")
 class AsyncRetrievalClient(ClientBase):
     """Asyncio client: the methods of ``RetrievalClient`` as coroutines.
 
-    Create and use it inside one event loop.
+    Arguments, results and errors are the same. Create and use it inside one event loop.
 
     Args:
         target: ``host:port``.
@@ -60,28 +65,19 @@ class AsyncRetrievalClient(ClientBase):
         """Close the connection; calls in flight fail."""
         await self._channel.close()
 
-    async def _call(
-        self,
-        stub: Any,
-        request: Any,
-        unpack: Callable[[Any], R],
-        method: str,
-        deadline_seconds: float | None,
-        retry: bool = True,
-    ) -> R:
-        seconds = self.config.deadline_seconds if deadline_seconds is None else deadline_seconds
+    async def _send(self, call: requests.Call[R]) -> R:
+        """Send a call, repeat it where that may help, and unpack its answer."""
+        stub, seconds = self._stubs[call.method], self._deadline(call)
         end = time.monotonic() + seconds
         attempt = 1
         while True:
             try:
-                response = await stub(request, timeout=seconds, metadata=self._metadata)
+                response = await stub(call.message, timeout=seconds, metadata=self._metadata)
             except grpc.RpcError as error:
-                await asyncio.sleep(
-                    self._failed(error, method, attempt, end - time.monotonic(), retry)
-                )
+                await asyncio.sleep(self._wait_after(error, call, attempt, end - time.monotonic()))
             else:
                 self._budget.success()
-                return unpack(response)
+                return call.unpack(response)
             attempt += 1
             seconds = end - time.monotonic()
 
@@ -90,155 +86,65 @@ class AsyncRetrievalClient(ClientBase):
         query: str = "",
         entity_type: str = "pin",
         k: int = 10,
-        *,
-        filter: str = "",
-        exclude_ids: Sequence[str] = (),
-        min_score: float | None = None,
-        min_recall: float | None = None,
-        language: str = "",
-        country: str = "",
-        release_id: str = "",
-        embedding: npt.ArrayLike | None = None,
-        space_id: str = "",
-        diversity: float | None = None,
-        collapse_above: float | None = None,
-        exact: bool = False,
-        attributes: Sequence[str] = (),
-        request_id: str = "",
-        deadline_seconds: float | None = None,
+        **options: Unpack[RetrieveOptions],
     ) -> results.RetrieveResult:
-        """Find the ``k`` entities nearest to a query; arguments, result and errors as in ``RetrievalClient.retrieve``."""
-        request = retrieve_request(
-            query, entity_type, k, filter, exclude_ids, min_score, min_recall, language, country, release_id, embedding, space_id,
-            diversity, collapse_above, exact, attributes, request_id,
-        )  # fmt: skip
-        return await self._call(
-            self._retrieve, request, results.retrieve_result, "Retrieve", deadline_seconds
-        )
+        """Find the ``k`` entities nearest to a query; see ``RetrievalClient.retrieve``."""
+        return await self._send(requests.retrieve(query, entity_type, k, options))
 
     async def retrieve_multi(
         self,
         query: str = "",
         targets: Sequence[Target] = (),
-        *,
-        embedding: npt.ArrayLike | None = None,
-        space_id: str = "",
-        release_id: str = "",
-        language: str = "",
-        country: str = "",
-        request_id: str = "",
-        deadline_seconds: float | None = None,
+        **options: Unpack[MultiOptions],
     ) -> results.Answers:
-        """Answer one query over several entity types with one encode and one release; answers come in the order of ``targets``."""
-        request = pb.RetrieveMultiRequest(
-            query=query,
-            embedding=packed(embedding, 1),
-            space_id=space_id,
-            targets=[results.target_to_proto(target) for target in targets],
-            release_id=release_id,
-            language=language,
-            country=country,
-            request_id=request_id,
-        )
-        return await self._call(
-            self._multi, request, results.answers, "RetrieveMulti", deadline_seconds
-        )
+        """Answer one query over several types; see ``RetrievalClient.retrieve_multi``."""
+        return await self._send(requests.retrieve_multi(query, targets, options))
 
     async def retrieve_batch(
         self,
         queries: Sequence[str] = (),
         target: Target | None = None,
-        *,
-        embeddings: npt.ArrayLike | None = None,
-        space_id: str = "",
-        release_id: str = "",
-        language: str = "",
-        country: str = "",
-        request_id: str = "",
-        deadline_seconds: float | None = None,
+        **options: Unpack[BatchOptions],
     ) -> results.Answers:
-        """Answer many queries (texts, or ``embeddings`` of shape ``(B, D)``) with the same search; answers in their order."""
-        request = pb.RetrieveBatchRequest(
-            queries=queries,
-            embeddings=packed(embeddings, 2),
-            space_id=space_id,
-            target=results.target_to_proto(target or Target(entity_type="pin")),
-            release_id=release_id,
-            language=language,
-            country=country,
-            request_id=request_id,
-        )
-        return await self._call(
-            self._batch, request, results.answers, "RetrieveBatch", deadline_seconds
-        )
+        """Answer many queries with the same search; see ``RetrievalClient.retrieve_batch``."""
+        return await self._send(requests.retrieve_batch(queries, target, options))
 
     async def embed(
         self, queries: Sequence[str], *, release_id: str = "", deadline_seconds: float | None = None
     ) -> results.Embeddings:
         """Turn query texts into unit vectors ``(B, D)`` with the served query tower."""
-        request = pb.EmbedRequest(queries=queries, release_id=release_id)
-        return await self._call(self._embed, request, results.embeddings, "Embed", deadline_seconds)
+        return await self._send(requests.embed(queries, release_id, deadline_seconds))
 
     async def score(
         self,
         query: str = "",
         ids: Sequence[str] = (),
         entity_type: str = "pin",
-        *,
-        embedding: npt.ArrayLike | None = None,
-        space_id: str = "",
-        release_id: str = "",
-        deadline_seconds: float | None = None,
+        **options: Unpack[ScoreOptions],
     ) -> results.Scores:
-        """Cosine of a query with given ids, in their order; NaN where an id is unknown."""
-        request = pb.ScoreRequest(
-            query=query,
-            embedding=packed(embedding, 1),
-            space_id=space_id,
-            entity_type=entity_type,
-            ids=ids,
-            release_id=release_id,
-        )
-        return await self._call(self._score, request, results.scores, "Score", deadline_seconds)
+        """Compute the cosine of a query with given ids; see ``RetrievalClient.score``."""
+        return await self._send(requests.score(query, ids, entity_type, options))
 
     async def describe_release(
         self, release_id: str = "", *, deadline_seconds: float | None = None
     ) -> results.ReleaseDescription:
-        """What is being served: release, space, indexes with their measured recall, limits."""
-        request = pb.DescribeReleaseRequest(release_id=release_id)
-        return await self._call(
-            self._describe,
-            request,
-            results.release_description,
-            "DescribeRelease",
-            deadline_seconds,
-        )
+        """Describe what is served: release, space, indexes with their measured recall, limits."""
+        return await self._send(requests.describe_release(release_id, deadline_seconds))
 
     async def activate(
-        self, release_id: str, *, deadline_seconds: float = 300.0
+        self, release_id: str, *, deadline_seconds: float = ADMIN_DEADLINE_SECONDS
     ) -> results.Activation:
         """Load, verify, prove and serve a published release (admin)."""
-        return await self._call(
-            self._activate,
-            pb.ActivateRequest(release_id=release_id),
-            results.activation,
-            "Activate",
-            deadline_seconds,
-        )
+        return await self._send(requests.activate(release_id, deadline_seconds))
 
-    async def rollback(self, *, deadline_seconds: float = 300.0) -> results.Activation:
+    async def rollback(
+        self, *, deadline_seconds: float = ADMIN_DEADLINE_SECONDS
+    ) -> results.Activation:
         """Serve the previous release again (admin).
 
         Never repeated by itself: a second rollback would undo the first.
         """
-        return await self._call(
-            self._rollback,
-            pb.RollbackRequest(),
-            results.activation,
-            "Rollback",
-            deadline_seconds,
-            retry=False,
-        )
+        return await self._send(requests.rollback(deadline_seconds))
 
     async def upsert(
         self,
@@ -252,33 +158,20 @@ class AsyncRetrievalClient(ClientBase):
 
         All are accepted or none.
         """
-        packed = [results.entity_to_proto(entity) for entity in entities]
-        request = pb.UpsertRequest(entity_type=entity_type, space_id=space_id, entities=packed)
-        return await self._call(self._upsert, request, results.written, "Upsert", deadline_seconds)
+        return await self._send(requests.upsert(entity_type, entities, space_id, deadline_seconds))
 
     async def delete(
         self, entity_type: str, ids: Sequence[str], *, deadline_seconds: float | None = None
     ) -> results.Written:
         """Remove entities (admin); returns when that is durable. Unknown ids are no error."""
-        return await self._call(
-            self._delete,
-            pb.DeleteRequest(entity_type=entity_type, ids=ids),
-            results.written,
-            "Delete",
-            deadline_seconds,
-        )
+        return await self._send(requests.delete(entity_type, ids, deadline_seconds))
 
     async def is_ready(self, service: str = "", *, deadline_seconds: float = 1.0) -> bool:
-        """True if the health service says SERVING for ``service`` ("" is the server; an entity type names its index)."""
-        request = health_pb2.HealthCheckRequest(service=service)
+        """Return whether the health service says SERVING; see ``RetrievalClient.is_ready``."""
         try:
-            return await self._call(
-                self._health, request, serving, "Health.Check", deadline_seconds, retry=False
-            )
-        except (Unavailable, NotFound):
-            return False
+            return await self._send(requests.health_check(service, deadline_seconds))
         except CallError as error:
-            if error.code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            if means_not_ready(error):
                 return False
             raise
 

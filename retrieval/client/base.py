@@ -1,21 +1,18 @@
-"""What the synchronous and the asyncio client share: the connection's stubs, requests, and what happens after a failure."""
+"""The part of a client that needs no waiting: stubs, metadata, and what follows a failure."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from typing import Any
 
 import grpc
-import numpy.typing as npt
-from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2_grpc
 
 from encoders.errors import ConfigError
-from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as pb_grpc
-from retrieval.client import results as results
 from retrieval.client.config import ClientConfig, is_this_machine
 from retrieval.client.errors import CallError, InvalidRequest, Overloaded, Unavailable, error_from
+from retrieval.client.requests import Call
 from retrieval.client.retries import RetryBudget, wait_before_retry
 
 _REQUEST = "The request is larger than the server takes. Split it."
@@ -36,57 +33,11 @@ TOO_LARGE = {
     "SERVER: Sent message larger": _ANSWER,
     "the answer has": _ANSWER,
 }
-"""Words of gRPC and of our server about a message beyond a limit -> what was too large, and what to do."""
-
-
-def retrieve_request(
-    query: str,
-    entity_type: str,
-    k: int,
-    filter: str,
-    exclude_ids: Sequence[str],
-    min_score: float | None,
-    min_recall: float | None,
-    language: str,
-    country: str,
-    release_id: str,
-    embedding: npt.ArrayLike | None,
-    space_id: str,
-    diversity: float | None,
-    collapse_above: float | None,
-    exact: bool,
-    attributes: Sequence[str],
-    request_id: str,
-) -> pb.RetrieveRequest:
-    """Pack the arguments of ``retrieve``."""
-    return pb.RetrieveRequest(
-        query=query,
-        entity_type=entity_type,
-        k=k,
-        filter=filter,
-        exclude_ids=exclude_ids,
-        min_score=min_score,
-        min_recall=min_recall,
-        language=language,
-        country=country,
-        release_id=release_id,
-        embedding=packed(embedding, 1),
-        space_id=space_id,
-        diversity=diversity,
-        collapse_above=collapse_above,
-        exact=exact,
-        attributes=attributes,
-        request_id=request_id,
-    )
-
-
-def packed(embedding: npt.ArrayLike | None, axes: int) -> bytes | None:
-    """Pack an embedding if there is one; see ``vector_bytes``."""
-    return None if embedding is None else results.vector_bytes(embedding, axes)
+"""Words of gRPC and of our server about a message beyond a limit -> which one, and what to do."""
 
 
 class ClientBase:
-    """What both clients share: configuration, metadata, and the requests behind each method."""
+    """Holds what both clients share: configuration, metadata, stubs and the retry budget."""
 
     def __init__(self, target: str, config: ClientConfig | None) -> None:
         self.target = target
@@ -106,49 +57,39 @@ class ClientBase:
         )
         self._budget = RetryBudget(self.config.retry)
         self._rng = random.Random()
+        self._stubs: dict[str, Any] = {}
 
     def _bind(self, channel: Any) -> None:
-        questions, admin, health = (
-            pb_grpc.RetrievalStub(channel),
-            pb_grpc.AdminStub(channel),
-            health_pb2_grpc.HealthStub(channel),
-        )
-        self._retrieve, self._multi, self._batch = (
-            questions.Retrieve,
-            questions.RetrieveMulti,
-            questions.RetrieveBatch,
-        )
-        self._embed, self._score, self._describe = (
-            questions.Embed,
-            questions.Score,
-            questions.DescribeRelease,
-        )
-        self._activate, self._rollback, self._upsert, self._delete = (
-            admin.Activate,
-            admin.Rollback,
-            admin.Upsert,
-            admin.Delete,
-        )
-        self._health = health.Check
+        """Make the stub of every method."""
+        self._stubs |= vars(pb_grpc.RetrievalStub(channel))
+        self._stubs |= vars(pb_grpc.AdminStub(channel))
+        self._stubs["Health.Check"] = health_pb2_grpc.HealthStub(channel).Check
 
-    def _failed(
-        self, error: grpc.RpcError, method: str, attempt: int, seconds_left: float, retry: bool
+    def _deadline(self, call: Call[Any]) -> float:
+        """Return the seconds that a call may take, retries included."""
+        seconds = call.deadline_seconds
+        return self.config.deadline_seconds if seconds is None else seconds
+
+    def _wait_after(
+        self, error: grpc.RpcError, call: Call[Any], attempt: int, seconds_left: float
     ) -> float:
-        """Return the wait before the next try, or raise the typed error."""
-        wait = (
-            wait_before_retry(
+        """Return the wait before the next try of a failed call, or raise the typed error."""
+        wait = None
+        if call.retry:
+            wait = wait_before_retry(
                 error, attempt, seconds_left, self.config.retry, self._budget, self._rng
             )
-            if retry
-            else None
-        )
         if wait is None:
-            raise failure(error, method, self.target, attempt) from error
+            raise failure(error, call.method, self.target, attempt) from error
         return wait
 
 
 def failure(error: grpc.RpcError, method: str, target: str, attempts: int) -> CallError:
-    """The typed error of a call that is not repeated; without a hint, RESOURCE_EXHAUSTED does not mean that the server is full."""
+    """Make the typed error of a call that is not repeated.
+
+    RESOURCE_EXHAUSTED without a retry hint does not mean that the server is full: a message is
+    beyond a limit of one side, or a resource such as the disk is.
+    """
     made = error_from(error, method=method, target=target, attempts=attempts)
     if not isinstance(made, Overloaded) or made.retry_after_seconds is not None:
         return made
@@ -164,13 +105,18 @@ def failure(error: grpc.RpcError, method: str, target: str, attempts: int) -> Ca
     return CallError(made.code, made.details, method=method, target=target, attempts=attempts)
 
 
-def serving(response: health_pb2.HealthCheckResponse) -> bool:
-    """True if a health answer says SERVING."""
-    return bool(response.status == health_pb2.HealthCheckResponse.SERVING)
+def means_not_ready(error: CallError) -> bool:
+    """Return whether a failed health check says that the server is not serving (yet)."""
+    not_ready = (
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.NOT_FOUND,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+    )
+    return error.code in not_ready
 
 
 def never_ready(target: str, timeout_seconds: float) -> Unavailable:
-    """The error of ``wait_until_ready``."""
+    """Make the error of ``wait_until_ready``."""
     details = (
         f"not ready within {timeout_seconds:g} s. Is the server running there, and does `omni"
         " release list` show an active release?"

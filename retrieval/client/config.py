@@ -1,4 +1,4 @@
-"""How a client connects, how it proves who it is, and how patient it is."""
+"""Configuration of a client: connection, credentials, deadlines and retries."""
 
 from __future__ import annotations
 
@@ -42,7 +42,6 @@ class TlsConfig:
     """Name to expect in the server's certificate when it is not the host of the address."""
 
     def __post_init__(self) -> None:
-        """Check that certificate and key come together."""
         if (self.client_certificate is None) != (self.client_key is None):
             raise ConfigError(
                 "TlsConfig: client_certificate and client_key come together, but only one was"
@@ -70,10 +69,10 @@ class TlsConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ClientConfig:
-    """How a client connects and how patient it is."""
+    """Configuration of one client."""
 
     deadline_seconds: float = 2.0
-    """Time for one call with all its retries; each method takes ``deadline_seconds`` to override it."""
+    """Time for one call with its retries; ``deadline_seconds`` of a method overrides it."""
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     token: str | None = field(default=None, repr=False)
     """Sent as ``authorization: Bearer ...``.
@@ -85,15 +84,17 @@ class ClientConfig:
     tls: TlsConfig | None = None
     """None: no encryption."""
     keepalive_seconds: float = 60.0
-    """A silent connection with calls in flight is probed this often, so that a dead server is noticed before a long call's deadline."""
+    """A silent connection with calls in flight is probed this often.
+
+    So a dead server is noticed before the deadline of a long call.
+    """
     keepalive_timeout_seconds: float = 10.0
     max_message_bytes: int = 64 * 2**20
     """Largest answer accepted."""
     round_robin: bool = True
-    """Spread calls over all addresses that the name resolves to (several replicas behind one DNS name)."""
+    """Spread calls over all addresses that the name resolves to (replicas behind one DNS name)."""
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         for name in (
             "deadline_seconds",
             "keepalive_seconds",
@@ -112,8 +113,10 @@ class ClientConfig:
             ("grpc.keepalive_timeout_ms", int(self.keepalive_timeout_seconds * 1000)),
             ("grpc.max_receive_message_length", self.max_message_bytes),
             ("grpc.max_send_message_length", self.max_message_bytes),
-            ("grpc.enable_retries", 0),  # one place decides about retries: client_retries.py
-            ("grpc.use_local_subchannel_pool", 1),  # two clients of one process are two connections
+            # retries.py alone decides about retries
+            ("grpc.enable_retries", 0),
+            # Two clients of one process are two connections
+            ("grpc.use_local_subchannel_pool", 1),
             ("grpc.initial_reconnect_backoff_ms", 100),
             ("grpc.min_reconnect_backoff_ms", 100),
             ("grpc.max_reconnect_backoff_ms", 2000),

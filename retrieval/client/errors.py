@@ -1,4 +1,4 @@
-"""The exceptions a client of the service raises: one class per gRPC status, so that callers catch what they can act on.
+"""Errors of the clients: one class per gRPC status, so that callers catch what they can act on.
 
 OmniError
 └── CallError              a call failed; .code, .attempts and .target say which and how often
@@ -6,7 +6,7 @@ OmniError
     ├── NotAuthenticated   UNAUTHENTICATED: no token, or a wrong one
     ├── NotAllowed         PERMISSION_DENIED: this token may not do this
     ├── NotFound           NOT_FOUND: no such entity type or release
-    ├── Precondition       FAILED_PRECONDITION: another embedding space, or a release that is not loaded
+    ├── Precondition       FAILED_PRECONDITION: another embedding space, or release not loaded
     ├── Overloaded         RESOURCE_EXHAUSTED: the server is full; .retry_after_seconds is its hint
     ├── DeadlineExceeded   DEADLINE_EXCEEDED: no answer in time
     ├── Unavailable        UNAVAILABLE: nobody listens, no release loaded yet, or draining
@@ -21,6 +21,23 @@ from collections.abc import Iterable
 import grpc
 
 from encoders.errors import OmniError
+
+__all__ = [
+    "BY_CODE",
+    "CallError",
+    "DeadlineExceeded",
+    "InvalidRequest",
+    "NotAllowed",
+    "NotAuthenticated",
+    "NotFound",
+    "NotSupported",
+    "Overloaded",
+    "Precondition",
+    "ServerFault",
+    "Unavailable",
+    "error_from",
+    "retry_after_seconds",
+]
 
 RETRY_AFTER_KEY = "retry-after-ms"
 
@@ -108,7 +125,11 @@ BY_CODE: dict[grpc.StatusCode, type[CallError]] = {
 
 
 def retry_after_seconds(metadata: Iterable[tuple[str, str | bytes]] | None) -> float | None:
-    """Read the server's hint (trailing metadata ``retry-after-ms``) in seconds; None if absent, negative or not a number."""
+    """Read the server's hint (trailing metadata ``retry-after-ms``) in seconds.
+
+    Returns:
+        None if it is absent, negative or not a number.
+    """
     for key, value in metadata or ():
         if key == RETRY_AFTER_KEY:
             try:

@@ -1,18 +1,17 @@
-"""What the client hands back: named, typed results instead of protobuf messages, and the conversions between the two."""
+"""Results of the clients: named and typed, unpacked from the protobuf messages of the answers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from grpc_health.v1 import health_pb2
 
-from encoders.errors import InvalidVectors
 from protos import retrieval_pb2 as pb
 
-AttributeValue = str | int | float | bool | list["AttributeValue"]
 Float32 = npt.NDArray[np.float32]
 
 
@@ -21,7 +20,7 @@ class Hit(NamedTuple):
 
     id: str
     score: float  # cosine with the query, -1 to 1
-    attributes: dict[str, Any]  # only the ones asked for
+    attributes: dict[str, Any]  # only the requested ones
 
 
 class Timings(NamedTuple):
@@ -51,7 +50,7 @@ class RetrieveResult:
     query_space_id: str = ""
     """Space of the query tower's bundle where it differs from ``space_id``; empty: the same."""
     answer_cached: bool = False
-    """The hits were kept from an earlier search of the same text and fields."""
+    """The hits come from the answer cache: an earlier search of the same text and fields."""
 
     @property
     def ids(self) -> list[str]:
@@ -82,7 +81,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Several searches answered from one release, in the order they were asked."""
+    """Several searches answered from one release, in the order of the request."""
 
     answers: list[Answer]
     release_id: str
@@ -93,7 +92,7 @@ class Answers:
 
 @dataclass(frozen=True, slots=True)
 class Embeddings:
-    """Query vectors: ``vectors`` is ``(B, D)`` float32 with unit rows, in the order of the queries."""
+    """Query vectors: ``vectors`` is ``(B, D)`` float32, unit rows in the order of the queries."""
 
     vectors: Float32
     release_id: str
@@ -105,7 +104,7 @@ class Embeddings:
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Cosines in the order of the ids asked for; NaN where the id is not in the index."""
+    """Cosines in the order of the requested ids; NaN where the id is not in the index."""
 
     scores: Float32
     missing: int
@@ -178,51 +177,6 @@ class Written:
     applied: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Target:
-    """One search of ``retrieve_multi`` or ``retrieve_batch``; the fields mean what they mean in ``retrieve``."""
-
-    entity_type: str
-    k: int = 10
-    filter: str = ""
-    exclude_ids: Sequence[str] = ()
-    min_score: float | None = None
-    min_recall: float | None = None
-    diversity: float | None = None
-    collapse_above: float | None = None
-    exact: bool = False
-    attributes: Sequence[str] = ()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EntityWrite:
-    """An entity to insert or replace: ``vector`` is ``(D,)`` float32, unit length."""
-
-    id: str
-    vector: npt.ArrayLike
-    attributes: Mapping[str, AttributeValue] | None = None
-
-
-def vector_bytes(vectors: npt.ArrayLike, axes: int) -> bytes:
-    """Pack ``(D,)`` (``axes=1``) or ``(B, D)`` (``axes=2``) numbers as little-endian float32.
-
-    Raises:
-        InvalidVectors: The array has another number of axes, no elements, or is not numeric.
-    """
-    try:
-        array = np.asarray(vectors, dtype="<f4")
-    except (TypeError, ValueError) as error:
-        raise InvalidVectors(
-            f"An embedding must be an array of numbers, but got {type(vectors).__name__}: {error}"
-        ) from error
-    if array.ndim != axes or array.size == 0:
-        wanted = "(D,)" if axes == 1 else "(B, D)"
-        raise InvalidVectors(
-            f"An embedding here must have shape {wanted} and not be empty, but got {array.shape}."
-        )
-    return array.tobytes()
-
-
 def value_to_python(value: pb.Value) -> Any:
     """Unpack an attribute value; an unset one is None."""
     kind = value.WhichOneof("kind")
@@ -233,64 +187,21 @@ def value_to_python(value: pb.Value) -> Any:
     return getattr(value, kind)
 
 
-def value_to_proto(value: AttributeValue) -> pb.Value:
-    """Pack an attribute value.
-
-    Raises:
-        TypeError: It is none of string, integer, float, boolean and list of these.
-    """
-    if isinstance(value, bool):
-        return pb.Value(bool_value=value)
-    if isinstance(value, str):
-        return pb.Value(string_value=value)
-    if isinstance(value, int):
-        return pb.Value(int_value=value)
-    if isinstance(value, float):
-        return pb.Value(double_value=value)
-    if isinstance(value, list | tuple):
-        return pb.Value(list_value=pb.ValueList(values=[value_to_proto(item) for item in value]))
-    raise TypeError(
-        "An attribute must be a string, number, boolean or list of these, but got"
-        f" {type(value).__name__}."
-    )
-
-
-def target_to_proto(target: Target) -> pb.Target:
-    """Pack a ``Target``."""
-    return pb.Target(
-        entity_type=target.entity_type,
-        k=target.k,
-        filter=target.filter,
-        exclude_ids=target.exclude_ids,
-        min_score=target.min_score,
-        min_recall=target.min_recall,
-        diversity=target.diversity,
-        collapse_above=target.collapse_above,
-        exact=target.exact,
-        attributes=target.attributes,
-    )
-
-
-def entity_to_proto(entity: EntityWrite) -> pb.Entity:
-    """Pack an ``EntityWrite``."""
-    attributes = {name: value_to_proto(value) for name, value in (entity.attributes or {}).items()}
-    return pb.Entity(id=entity.id, embedding=vector_bytes(entity.vector, 1), attributes=attributes)
-
-
 def _hits(hits: Iterable[pb.Hit]) -> list[Hit]:
-    return [
-        Hit(
-            hit.id,
-            hit.score,
-            {name: value_to_python(value) for name, value in hit.attributes.items()},
-        )
-        for hit in hits
-    ]
+    return [Hit(hit.id, hit.score, _attributes(hit)) for hit in hits]
+
+
+def _attributes(hit: pb.Hit) -> dict[str, Any]:
+    return {name: value_to_python(value) for name, value in hit.attributes.items()}
 
 
 def _timings(timings: pb.Timings) -> Timings:
     return Timings(
-        timings.total_ns, timings.queue_ns, timings.encode_ns, timings.search_ns, timings.rerank_ns
+        total_ns=timings.total_ns,
+        queue_ns=timings.queue_ns,
+        encode_ns=timings.encode_ns,
+        search_ns=timings.search_ns,
+        rerank_ns=timings.rerank_ns,
     )
 
 
@@ -301,107 +212,100 @@ def _optional(message: Any, name: str) -> float | None:
 def retrieve_result(response: pb.RetrieveResponse) -> RetrieveResult:
     """Unpack the answer of ``Retrieve``."""
     return RetrieveResult(
-        _hits(response.hits),
-        response.release_id,
-        response.space_id,
-        response.cache_hit,
-        response.plan,
-        response.ef,
-        _optional(response, "estimated_recall"),
-        _optional(response, "selectivity"),
-        _timings(response.timings),
-        response.request_id,
-        response.query_space_id,
-        response.answer_cached,
+        hits=_hits(response.hits),
+        release_id=response.release_id,
+        space_id=response.space_id,
+        cache_hit=response.cache_hit,
+        plan=response.plan,
+        ef=response.ef,
+        estimated_recall=_optional(response, "estimated_recall"),
+        selectivity=_optional(response, "selectivity"),
+        timings=_timings(response.timings),
+        request_id=response.request_id,
+        query_space_id=response.query_space_id,
+        answer_cached=response.answer_cached,
     )
 
 
 def _answer(answer: pb.Answer) -> Answer:
     return Answer(
-        _hits(answer.hits),
-        answer.entity_type,
-        answer.cache_hit,
-        answer.plan,
-        answer.ef,
-        _optional(answer, "estimated_recall"),
-        _optional(answer, "selectivity"),
-        answer.search_ns,
-        answer.answer_cached,
+        hits=_hits(answer.hits),
+        entity_type=answer.entity_type,
+        cache_hit=answer.cache_hit,
+        plan=answer.plan,
+        ef=answer.ef,
+        estimated_recall=_optional(answer, "estimated_recall"),
+        selectivity=_optional(answer, "selectivity"),
+        search_ns=answer.search_ns,
+        answer_cached=answer.answer_cached,
     )
 
 
 def answers(response: pb.RetrieveMultiResponse | pb.RetrieveBatchResponse) -> Answers:
     """Unpack the answer of ``RetrieveMulti`` or ``RetrieveBatch``."""
-    found = [_answer(answer) for answer in response.answers]
     return Answers(
-        found,
-        response.release_id,
-        response.space_id,
-        _timings(response.timings),
-        response.request_id,
+        answers=[_answer(answer) for answer in response.answers],
+        release_id=response.release_id,
+        space_id=response.space_id,
+        timings=_timings(response.timings),
+        request_id=response.request_id,
     )
 
 
 def embeddings(response: pb.EmbedResponse) -> Embeddings:
     """Unpack the answer of ``Embed``."""
-    vectors = (
-        np.frombuffer(response.embeddings, dtype="<f4")
-        .astype(np.float32)
-        .reshape(-1, max(response.dimension, 1))
-    )  # (B, D)
+    numbers = np.frombuffer(response.embeddings, dtype="<f4").astype(np.float32)
     return Embeddings(
-        vectors,
-        response.release_id,
-        response.space_id,
-        response.form_id,
-        list(response.cache_hits),
-        _timings(response.timings),
+        vectors=numbers.reshape(-1, max(response.dimension, 1)),  # (B, D)
+        release_id=response.release_id,
+        space_id=response.space_id,
+        form_id=response.form_id,
+        cache_hits=list(response.cache_hits),
+        timings=_timings(response.timings),
     )
 
 
 def scores(response: pb.ScoreResponse) -> Scores:
     """Unpack the answer of ``Score``."""
     return Scores(
-        np.array(response.scores, dtype=np.float32),
-        response.missing,
-        response.release_id,
-        response.space_id,
-        response.cache_hit,
-        _timings(response.timings),
+        scores=np.array(response.scores, dtype=np.float32),
+        missing=response.missing,
+        release_id=response.release_id,
+        space_id=response.space_id,
+        cache_hit=response.cache_hit,
+        timings=_timings(response.timings),
+    )
+
+
+def _entity(entity: pb.EntityDescription) -> EntityDescription:
+    return EntityDescription(
+        entity_type=entity.entity_type,
+        count=entity.count,
+        index_kind=entity.index_kind,
+        ann_recall_at_10=_optional(entity, "ann_recall_at_10"),
+        ann_recall_low=_optional(entity, "ann_recall_low"),
+        ann_recall_high=_optional(entity, "ann_recall_high"),
+        live_sequence=entity.live_sequence,
+        attributes=list(entity.attributes),
     )
 
 
 def release_description(response: pb.DescribeReleaseResponse) -> ReleaseDescription:
     """Unpack the answer of ``DescribeRelease``."""
-    entities = {
-        e.entity_type: EntityDescription(
-            e.entity_type,
-            e.count,
-            e.index_kind,
-            _optional(e, "ann_recall_at_10"),
-            _optional(e, "ann_recall_low"),
-            _optional(e, "ann_recall_high"),
-            e.live_sequence,
-            list(e.attributes),
-        )
-        for e in response.entities
-    }
-    limits = Limits(
-        **{name: getattr(response.limits, name) for name in Limits.__dataclass_fields__}
-    )
+    limits = {field.name: getattr(response.limits, field.name) for field in fields(Limits)}
     return ReleaseDescription(
-        response.release_id,
-        response.parent_release_id,
-        response.created,
-        response.space_id,
-        response.form_id,
-        response.dimension,
-        entities,
-        limits,
-        list(response.loaded_release_ids),
-        response.server_version,
-        response.manifest_json,
-        response.query_space_id,
+        release_id=response.release_id,
+        parent_release_id=response.parent_release_id,
+        created=response.created,
+        space_id=response.space_id,
+        form_id=response.form_id,
+        dimension=response.dimension,
+        entities={entity.entity_type: _entity(entity) for entity in response.entities},
+        limits=Limits(**limits),
+        loaded_release_ids=list(response.loaded_release_ids),
+        server_version=response.server_version,
+        manifest_json=response.manifest_json,
+        query_space_id=response.query_space_id,
     )
 
 
@@ -413,3 +317,8 @@ def activation(response: pb.ActivateResponse) -> Activation:
 def written(response: pb.WriteResponse) -> Written:
     """Unpack the answer of ``Upsert`` or ``Delete``."""
     return Written(response.sequence, response.applied)
+
+
+def is_serving(response: health_pb2.HealthCheckResponse) -> bool:
+    """Return whether a health answer says SERVING."""
+    return bool(response.status == health_pb2.HealthCheckResponse.SERVING)

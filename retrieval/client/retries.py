@@ -1,4 +1,7 @@
-"""When a failed call is tried again, and after how long: backoff with full jitter, the server's hint, a deadline and a retry budget."""
+"""Decide whether and when a failed call is tried again.
+
+Backoff with full jitter on top of the server's hint, within the deadline and a retry budget.
+"""
 
 from __future__ import annotations
 
@@ -11,31 +14,40 @@ import grpc
 from encoders.errors import ConfigError
 from retrieval.client.errors import retry_after_seconds
 
-UNAVAILABLE, FULL = grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED
+UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
+FULL = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RetryPolicy:
-    """How often and how patiently a call is repeated after UNAVAILABLE, or after RESOURCE_EXHAUSTED with the hint of a full server."""
+    """How often and how patiently a failed call is repeated.
+
+    Repeated are calls that ended with UNAVAILABLE, or with RESOURCE_EXHAUSTED and the hint of a
+    full server.
+    """
 
     max_attempts: int = 4
     """Tries in all, the first one included. 1: never retry."""
     first_backoff_seconds: float = 0.05
-    """Upper bound of the first wait; the wait is uniform between 0 and the bound (full jitter), the bound doubles each time."""
+    """Upper bound of the first wait; it doubles each time.
+
+    The wait is uniform between 0 and the bound (full jitter).
+    """
     max_backoff_seconds: float = 2.0
     """The bound stops growing here.
 
     A server's ``retry-after-ms`` is a lower bound on top of which the jitter is added.
     """
     budget: float = 20.0
-    """Retry tokens of a client: a failure takes one, a success gives back ``budget_refill``; no retry while half or fewer are left, so
-    that clients do not multiply the load of a server that is down.
+    """Retry tokens of a client: a failure takes one, a success gives back ``budget_refill``.
+
+    No retry while half or fewer are left, so that clients do not multiply the load of a server
+    that is down.
     """
     budget_refill: float = 0.1
     """Tokens given back per success."""
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
         if self.max_attempts < 1:
             raise ConfigError(
                 f"RetryPolicy.max_attempts must be 1 or more, but got {self.max_attempts}. Use 1"
@@ -62,11 +74,10 @@ class RetryBudget:
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Start full."""
         self.tokens = self.policy.budget
 
     def success(self) -> None:
-        """Give back a part of a token; free of charge (no lock) while the budget is full."""
+        """Give back a part of a token; takes no lock while the budget is full."""
         if self.tokens < self.policy.budget:
             with self._lock:
                 self.tokens = min(self.policy.budget, self.tokens + self.policy.budget_refill)

@@ -11,8 +11,8 @@ import click
 import numpy as np
 
 from encoders.commands.console import fail, handle_errors, json_option, print_json, print_table, say
+from retrieval.client import ClientConfig, RetrievalClient, TlsConfig
 from retrieval.client.results import Hit, RetrieveResult
-from retrieval.client.sync_client import ClientConfig, RetrievalClient, TlsConfig
 
 SHOWN_ATTRIBUTES = ("character", "title")
 

@@ -242,7 +242,7 @@ def publish(demo: Demo, dataset: Dataset) -> None:
 
 def serve_and_ask(demo: Demo, dataset: Dataset, keep_serving: bool, *, show: bool) -> None:
     """Start a real server, ask it real queries over gRPC, time it with and without the cache."""
-    from retrieval.client.sync_client import RetrievalClient
+    from retrieval.client import RetrievalClient
     from retrieval.demo.server_process import DemoServer
 
     with ExitStack() as running:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from retrieval.client.sync_client import RetrievalClient
+from retrieval.client import RetrievalClient
 from retrieval.errors import ServerDied
 
 

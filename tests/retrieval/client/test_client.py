@@ -1,6 +1,7 @@
-"""The client against real gRPC servers: a scripted one for failures, the real service for answers."""
+"""The client against real gRPC servers: a scripted one for failures, a real service for answers."""
 
 import asyncio
+import dataclasses
 import inspect
 import random
 import threading
@@ -20,6 +21,16 @@ from hypothesis import strategies as st
 from encoders.errors import ConfigError, InvalidVectors, OmniError
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as pb_grpc
+from retrieval.client import (
+    AsyncRetrievalClient,
+    ClientConfig,
+    EntityWrite,
+    RetrievalClient,
+    RetryPolicy,
+    Target,
+    TlsConfig,
+    requests,
+)
 from retrieval.client import errors as client_errors
 from retrieval.client.errors import (
     BY_CODE,
@@ -31,17 +42,9 @@ from retrieval.client.errors import (
     Precondition,
     Unavailable,
 )
-from retrieval.client.results import value_to_proto, value_to_python, vector_bytes
+from retrieval.client.requests import value_to_proto, vector_bytes
+from retrieval.client.results import value_to_python
 from retrieval.client.retries import RetryBudget, wait_before_retry
-from retrieval.client.sync_client import (
-    AsyncRetrievalClient,
-    ClientConfig,
-    EntityWrite,
-    RetrievalClient,
-    RetryPolicy,
-    Target,
-    TlsConfig,
-)
 from tests.helpers.real_server import Running, serving
 
 Step = Callable[[Any], Any]
@@ -119,7 +122,7 @@ def both(address: str, config: ClientConfig, ask: Callable[[Any], Any]) -> list[
 @pytest.mark.parametrize(
     ("code", "hint"), [(grpc.StatusCode.UNAVAILABLE, None), (grpc.StatusCode.RESOURCE_EXHAUSTED, 1)]
 )
-def test_a_refused_call_is_repeated_until_it_is_answered(
+def test_call_refused_with_hint_is_retried_until_answered(
     which: int, code: grpc.StatusCode, hint: int | None
 ) -> None:
     with scripted(fails(code, retry_after_ms=hint), fails(code, retry_after_ms=hint)) as (
@@ -134,7 +137,7 @@ def test_a_refused_call_is_repeated_until_it_is_answered(
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["sync", "async"])
-def test_without_a_hint_the_server_is_not_full_and_the_call_is_not_repeated(which: int) -> None:
+def test_call_resource_exhausted_without_hint_is_not_retried(which: int) -> None:
     with scripted(
         fails(grpc.StatusCode.RESOURCE_EXHAUSTED, "the disk is full. Free some space.")
     ) as (address, server):
@@ -147,7 +150,7 @@ def test_without_a_hint_the_server_is_not_full_and_the_call_is_not_repeated(whic
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["sync", "async"])
-def test_the_servers_hint_is_a_lower_bound_of_the_wait(which: int) -> None:
+def test_retry_wait_is_at_least_the_servers_hint(which: int) -> None:
     with scripted(fails(grpc.StatusCode.RESOURCE_EXHAUSTED, retry_after_ms=300)) as (
         address,
         server,
@@ -159,7 +162,7 @@ def test_the_servers_hint_is_a_lower_bound_of_the_wait(which: int) -> None:
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["sync", "async"])
-def test_no_wait_that_would_outlast_the_deadline_is_begun(which: int) -> None:
+def test_retry_hint_beyond_deadline_raises_at_once(which: int) -> None:
     with scripted(fails(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", retry_after_ms=60_000)) as (
         address,
         server,
@@ -175,7 +178,7 @@ def test_no_wait_that_would_outlast_the_deadline_is_begun(which: int) -> None:
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["sync", "async"])
-def test_the_number_of_tries_is_bounded_and_told(which: int) -> None:
+def test_retry_attempts_exhausted_error_says_how_many(which: int) -> None:
     with scripted(*[fails(grpc.StatusCode.UNAVAILABLE, "draining")] * 9) as (address, server):
         with pytest.raises(
             Unavailable, match=r"Retrieve on .* \(tried 4 times\): UNAVAILABLE: draining"
@@ -191,7 +194,7 @@ def test_the_number_of_tries_is_bounded_and_told(which: int) -> None:
     sorted(set(grpc.StatusCode) - {grpc.StatusCode.OK}, key=lambda c: c.name),
     ids=lambda c: c.name,
 )
-def test_every_status_becomes_its_exception(code: grpc.StatusCode) -> None:
+def test_errors_every_status_raises_its_class(code: grpc.StatusCode) -> None:
     with (
         scripted(fails(code, "why", retry_after_ms=5)) as (address, _),
         RetrievalClient(address, ClientConfig(retry=RetryPolicy(max_attempts=1))) as client,
@@ -203,7 +206,7 @@ def test_every_status_becomes_its_exception(code: grpc.StatusCode) -> None:
         assert isinstance(caught.value, OmniError)
 
 
-def test_other_errors_are_not_repeated() -> None:
+def test_retry_permanent_error_and_rollback_are_sent_once() -> None:
     steps = (fails(grpc.StatusCode.INVALID_ARGUMENT), fails(grpc.StatusCode.UNAVAILABLE))
     with scripted(*steps) as (address, server), RetrievalClient(address) as client:
         with pytest.raises(InvalidRequest):
@@ -215,12 +218,12 @@ def test_other_errors_are_not_repeated() -> None:
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["sync", "async"])
-def test_a_slow_server_meets_the_deadline(which: int) -> None:
+def test_deadline_slow_server_raises_deadline_exceeded(which: int) -> None:
     with scripted(lambda context: time.sleep(1.0)) as (address, _), pytest.raises(DeadlineExceeded):
         both(address, ClientConfig(), lambda c: c.retrieve("x", deadline_seconds=0.1))[which]()
 
 
-def test_nobody_listening_is_unavailable_and_never_ready() -> None:
+def test_client_nobody_listening_is_unavailable_and_not_ready() -> None:
     config = ClientConfig(retry=RetryPolicy(max_attempts=2, first_backoff_seconds=0.001))
     with RetrievalClient("127.0.0.1:9", config) as client:
         with pytest.raises(Unavailable):
@@ -230,7 +233,7 @@ def test_nobody_listening_is_unavailable_and_never_ready() -> None:
             client.wait_until_ready(0.1)
 
 
-def test_the_token_is_sent_but_not_in_the_clear_over_a_network() -> None:
+def test_token_is_sent_and_not_shown_in_repr() -> None:
     with (
         scripted() as (address, server),
         RetrievalClient(address, ClientConfig(token="secret")) as client,
@@ -257,7 +260,7 @@ def test_the_token_is_sent_but_not_in_the_clear_over_a_network() -> None:
         "",
     ],
 )
-def test_a_token_does_not_travel_in_the_clear_to_a_name_that_only_begins_like_this_machine(
+def test_token_plaintext_to_other_host_is_refused(
     target: str,
 ) -> None:
     with pytest.raises(ConfigError, match="unencrypted"):
@@ -278,11 +281,11 @@ def test_a_token_does_not_travel_in_the_clear_to_a_name_that_only_begins_like_th
         "unix:/run/omni.sock",
     ],
 )
-def test_a_token_may_travel_in_the_clear_inside_this_machine(target: str) -> None:
+def test_token_plaintext_to_loopback_is_allowed(target: str) -> None:
     RetrievalClient(target, ClientConfig(token="secret")).close()
 
 
-def test_impossible_configurations_are_refused() -> None:
+def test_config_impossible_values_raise_config_error() -> None:
     for make in (
         lambda: ClientConfig(deadline_seconds=0),
         lambda: RetryPolicy(max_attempts=0),
@@ -315,7 +318,7 @@ class _Failure(grpc.RpcError):
     seed=st.integers(0, 99),
 )
 @settings(max_examples=60, deadline=None)
-def test_the_wait_is_within_its_bounds(
+def test_retry_wait_stays_within_bounds(
     attempt: int, left: float, hint: int | None, seed: int
 ) -> None:
     policy = RetryPolicy()
@@ -338,11 +341,11 @@ def test_the_wait_is_within_its_bounds(
 
 
 @pytest.mark.parametrize("hint", ["soon", "-5", "inf", "nan", ""])
-def test_a_nonsensical_hint_is_ignored(hint: str) -> None:
+def test_retry_hint_malformed_is_ignored(hint: str) -> None:
     assert client_errors.retry_after_seconds([("retry-after-ms", hint)]) is None
 
 
-def test_the_budget_stops_retries_while_the_server_is_down_and_recovers() -> None:
+def test_retry_budget_failures_exhaust_and_successes_refill() -> None:
     policy = RetryPolicy(budget=10, budget_refill=1)
     budget = RetryBudget(policy)
     allowed = [budget.failure() for _ in range(20)]
@@ -361,20 +364,20 @@ values = st.recursive(
 
 @given(values)
 @settings(max_examples=80, deadline=None)
-def test_attribute_values_survive_the_wire(value: Any) -> None:
+def test_attribute_value_round_trip_keeps_value_and_type(value: Any) -> None:
     back = value_to_python(pb.Value.FromString(value_to_proto(value).SerializeToString()))
     assert back == value
     assert type(back) is type(value)
 
 
-def test_embeddings_are_packed_little_endian_and_checked() -> None:
+def test_vector_bytes_packs_little_endian_and_refuses_bad_shapes() -> None:
     assert vector_bytes([1.0, -2.0], 1) == b"\x00\x00\x80?\x00\x00\x00\xc0"
     for bad, axes in (([[1.0]], 1), ([], 1), ([1.0], 2), ("text", 1), (np.zeros((2, 0)), 2)):
         with pytest.raises(InvalidVectors):
             vector_bytes(bad, axes)
 
 
-def test_both_clients_have_the_same_methods_and_arguments() -> None:
+def test_clients_sync_and_async_have_equal_signatures() -> None:
     def public(cls: type) -> dict[str, Any]:
         return {
             n: inspect.signature(f).parameters
@@ -390,10 +393,46 @@ def test_both_clients_have_the_same_methods_and_arguments() -> None:
             for signatures in (sync, parallel)
         ]
         assert shape[0] == shape[1], name
-    fields = {f.name for f in pb.RetrieveRequest.DESCRIPTOR.fields}
-    assert fields | {"self", "deadline_seconds"} == set(sync["retrieve"]), (
-        "every field of the request can be set"
-    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "arguments"),
+    [
+        (requests.RetrieveOptions, pb.RetrieveRequest, {"query", "entity_type", "k"}),
+        (requests.MultiOptions, pb.RetrieveMultiRequest, {"query", "targets"}),
+        (requests.BatchOptions, pb.RetrieveBatchRequest, {"queries", "target"}),
+        (requests.ScoreOptions, pb.ScoreRequest, {"query", "ids", "entity_type"}),
+        (requests.SearchOptions, pb.Target, {"entity_type", "k", "deadline_seconds"}),
+    ],
+)
+def test_options_cover_every_field_of_the_message(
+    options: Any, message: Any, arguments: set[str]
+) -> None:
+    fields = {field.name for field in message.DESCRIPTOR.fields}
+    assert fields | {"deadline_seconds"} == options.__optional_keys__ | arguments
+
+
+def test_target_has_the_search_options() -> None:
+    names = {field.name for field in dataclasses.fields(Target)}
+    assert names == requests.SearchOptions.__optional_keys__ | {"entity_type", "k"}
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["sync", "async"])
+@pytest.mark.parametrize(
+    ("method", "keyword"),
+    [
+        ("retrieve", "filtr"),
+        ("retrieve_multi", "filter"),
+        ("retrieve_batch", "embedding"),
+        ("score", "k"),
+    ],
+)
+def test_options_unknown_keyword_raises_type_error(which: int, method: str, keyword: str) -> None:
+    def ask(client: Any) -> Any:
+        return getattr(client, method)("x", **{keyword: 1})
+
+    with pytest.raises(TypeError, match=rf"{method}\(\) got an unexpected .* '{keyword}'"):
+        both("127.0.0.1:9", ClientConfig(), ask)[which]()
 
 
 @pytest.fixture(scope="module")
@@ -402,7 +441,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield it
 
 
-def test_every_call_of_the_real_service(running: Running) -> None:
+def test_client_every_call_of_real_service_answers(running: Running) -> None:
     with RetrievalClient(running.address, ClientConfig(deadline_seconds=20)) as client:
         client.wait_until_ready(20)
         release = client.describe_release()
@@ -477,7 +516,7 @@ def test_every_call_of_the_real_service(running: Running) -> None:
                 call()
 
 
-def test_a_written_entity_is_found_and_a_deleted_one_is_not(running: Running) -> None:
+def test_client_upserted_entity_is_found_and_deleted_one_is_not(running: Running) -> None:
     async def main() -> None:
         async with AsyncRetrievalClient(
             running.address, ClientConfig(deadline_seconds=20)
@@ -516,7 +555,7 @@ async def _until(ask: Callable[[], Any], holds: Callable[[Any], bool]) -> None:
     raise AssertionError("the write did not become visible within ten seconds")
 
 
-def test_many_threads_share_one_client(running: Running) -> None:
+def test_client_shared_by_threads_keeps_answers_apart(running: Running) -> None:
     with (
         RetrievalClient(running.address, ClientConfig(deadline_seconds=30)) as client,
         futures.ThreadPoolExecutor(8) as pool,
@@ -531,7 +570,7 @@ def test_many_threads_share_one_client(running: Running) -> None:
         )
 
 
-def test_a_server_that_comes_back_is_found_again(tmp_path: Path) -> None:
+def test_client_restarted_server_is_found_again(tmp_path: Path) -> None:
     with scripted() as (address, _):
         client = RetrievalClient(
             address,

@@ -1,6 +1,4 @@
-"""What is too large for one side of the wire: tried once, said so, in no way confused with a full
-server.
-"""
+"""Messages beyond a limit of one side: tried once, named, never taken for a full server."""
 
 import asyncio
 from collections.abc import Iterator
@@ -8,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from retrieval.client import AsyncRetrievalClient, ClientConfig, RetrievalClient
 from retrieval.client.errors import CallError, InvalidRequest
-from retrieval.client.sync_client import AsyncRetrievalClient, ClientConfig, RetrievalClient
 from tests.helpers.real_server import Running, serving
 
 TEXTS = [f"text {i}" for i in range(200)]
@@ -44,9 +42,7 @@ def fails(
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-def test_a_request_that_the_server_does_not_take_is_sent_once(
-    running: Running, asynchronous: bool
-) -> None:
+def test_request_too_large_for_server_is_sent_once(running: Running, asynchronous: bool) -> None:
     config = ClientConfig(deadline_seconds=20)
     error, tokens = fails(running, config, asynchronous, "retrieve", "x" * (17 * 2**20))
     assert isinstance(error, InvalidRequest)
@@ -55,9 +51,7 @@ def test_a_request_that_the_server_does_not_take_is_sent_once(
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-def test_an_answer_that_the_client_does_not_take_is_computed_once(
-    running: Running, asynchronous: bool
-) -> None:
+def test_answer_too_large_for_client_is_computed_once(running: Running, asynchronous: bool) -> None:
     config = ClientConfig(deadline_seconds=20, max_message_bytes=20_000)
     before = running.server.metrics.value("omni_requests", ("Embed", "OK"))
     error, tokens = fails(running, config, asynchronous, "embed", TEXTS)
@@ -70,7 +64,7 @@ def test_an_answer_that_the_client_does_not_take_is_computed_once(
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
-def test_a_request_that_the_client_does_not_send_names_its_setting(
+def test_request_too_large_for_client_names_the_setting(
     running: Running, asynchronous: bool
 ) -> None:
     config = ClientConfig(deadline_seconds=20, max_message_bytes=1_000)

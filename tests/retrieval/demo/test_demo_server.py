@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from retrieval.client.sync_client import RetrievalClient
+from retrieval.client import RetrievalClient
 from retrieval.demo.questions import QUESTIONS
 from retrieval.demo.server_process import DemoServer
 from retrieval.errors import ServerDied

@@ -18,8 +18,8 @@ import pytest
 from encoders.errors import ConfigError
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
+from retrieval.client import ClientConfig, RetrievalClient, TlsConfig
 from retrieval.client.errors import CallError
-from retrieval.client.sync_client import ClientConfig, RetrievalClient, TlsConfig
 from retrieval.security import tls_context
 from tests.helpers.real_server import Running, serving
 

@@ -17,7 +17,10 @@ from __future__ import annotations
 
 
 class OmniError(Exception):
-    """Root of every error this project raises on purpose; the message says what was expected, what came and the next step."""
+    """Root of every error this project raises on purpose.
+
+    The message says what was expected, what it got and what to do next.
+    """
 
 
 class DataError(OmniError):
@@ -61,7 +64,10 @@ class TrainingDiverged(OmniError):
 
 
 class InvalidVectors(OmniError):
-    """Embeddings contain NaN or Inf, or have the wrong shape, dtype or norm; the message names the first bad row."""
+    """Embeddings contain NaN or Inf, or have the wrong shape, dtype or norm.
+
+    The message names the first bad row.
+    """
 
 
 class MissingDependency(OmniError):

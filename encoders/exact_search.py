@@ -1,4 +1,4 @@
-"""Exact maximum inner product search in blocks: the ground truth that every index and every metric is measured against."""
+"""Search exactly by inner product, in blocks: the reference for every index and every metric."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from encoders.errors import ConfigError, InvalidVectors
 
 SCORES_AT_ONCE = 1 << 24
-"""Scores held in memory at once (64 MiB of float32): queries are taken in chunks so that chunk x block stays below it."""
+"""Scores held in memory at once, 64 MiB of float32: bounds chunk of queries x block of corpus rows."""
 
 
 def exact_top_k(
@@ -65,11 +65,8 @@ def exact_top_k(
             part = slice(start, start + chunk)
             products = _tensor(queries[part], device) @ block.T  # (b, D) @ (D, n) -> (b, n)
             if mask is not None:
-                allowed = (
-                    mask[..., corpus_start : corpus_start + block_rows]
-                    if mask.ndim == 1
-                    else mask[part, corpus_start : corpus_start + block_rows]
-                )
+                allowed = mask if mask.ndim == 1 else mask[part]
+                allowed = allowed[..., corpus_start : corpus_start + block_rows]
                 products.masked_fill_(
                     ~torch.from_numpy(np.array(allowed, dtype=bool)).to(device), -torch.inf
                 )
@@ -82,14 +79,14 @@ def exact_top_k(
 
 
 def top_k_of_scores(scores: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Columns and values of the ``k`` highest scores per row, best first, equal scores by ascending column.
+    """Find the ``k`` highest scores of each row, best first, equal scores by ascending column.
 
     Args:
         scores: ``(b, n)`` float32; -inf marks a column that may not be returned.
         k: At least 1; may exceed ``n``.
 
     Returns:
-        int64 and float32 ``(b, min(k, n))``; -1 and -inf where a row runs out.
+        Columns int64 and scores float32, ``(b, min(k, n))``; -1 and -inf where a row runs out.
     """
     width = min(k, scores.shape[1])
     values, columns = torch.topk(scores, width, dim=1)
@@ -100,12 +97,11 @@ def top_k_of_scores(scores: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarra
         for row in tied.tolist():
             order = torch.sort(scores[row], descending=True, stable=True).indices[:width]
             columns[row], values[row] = order, scores[row, order]
-    found, best = columns.cpu().numpy(), values.cpu().numpy()
+    found = columns.cpu().numpy()
+    best = values.cpu().numpy()
     by_score = np.lexsort((found, -best), axis=1)
-    found, best = (
-        np.take_along_axis(found, by_score, axis=1),
-        np.take_along_axis(best, by_score, axis=1),
-    )
+    found = np.take_along_axis(found, by_score, axis=1)
+    best = np.take_along_axis(best, by_score, axis=1)
     found[np.isneginf(best)] = -1
     return found, best
 
@@ -118,10 +114,9 @@ def _tensor(values: np.ndarray, device: str) -> torch.Tensor:
 def _merge(
     first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray], k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    rows, scores = (
-        np.concatenate((first[0], second[0]), axis=1),
-        np.concatenate((first[1], second[1]), axis=1),
-    )
+    """Merge two lists of rows and scores per query into the ``k`` best of both."""
+    rows = np.concatenate((first[0], second[0]), axis=1)
+    scores = np.concatenate((first[1], second[1]), axis=1)
     last = np.where(rows < 0, np.iinfo(np.int64).max, rows)
     order = np.lexsort((last, -scores), axis=1)[:, :k]
     return np.take_along_axis(rows, order, axis=1), np.take_along_axis(scores, order, axis=1)

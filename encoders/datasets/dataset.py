@@ -20,7 +20,7 @@ import polars as pl
 
 from encoders.errors import ConfigError, SchemaError
 from encoders.tables.files import read_table
-from encoders.text.hashing import hash_texts, mix64
+from encoders.text.hashing import hash_texts, seeded_hash
 from encoders.text.normal_forms import fold_query
 
 DEFAULT_ENGAGED_QUERIES = 20
@@ -315,7 +315,7 @@ def split_by_query(
     )
     if not folded:
         return []
-    positions = mix64(hash_texts(folded), seed).astype(np.float64) / 2.0**64
+    positions = seeded_hash(hash_texts(folded), seed).astype(np.float64) / 2.0**64
     return ["heldout" if position < heldout_share else "train" for position in positions.tolist()]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 from scipy.sparse import csr_matrix
 
-from encoders.text.hashing import hash_texts, mix64
+from encoders.text.hashing import hash_texts, seeded_hash
 from encoders.text.normal_forms import fold_query
 
 RELATED_BLOCK = 4096
@@ -81,7 +81,7 @@ def related_query_pairs(
         degree=pl.len().over("query"),
         queries=pl.len().over("entity_id"),
         name=pl.col("kind").is_in(["name", "title"]),
-        luck=pl.Series(mix64(hash_texts(edges["query"].to_list()), seed)),
+        luck=pl.Series(seeded_hash(hash_texts(edges["query"].to_list()), seed)),
     ).filter(pl.col("degree") <= max_entities)
     if edges.is_empty():
         return _related_table(
@@ -148,7 +148,9 @@ def _best_partners(
     )
     different = same[rows] != same[columns]
     rows, columns, weights = rows[different], columns[different], weights[different]
-    luck = mix64(rows.astype(np.uint64) * np.uint64(len(same)) + columns.astype(np.uint64), seed)
+    luck = seeded_hash(
+        rows.astype(np.uint64) * np.uint64(len(same)) + columns.astype(np.uint64), seed
+    )
     order = np.lexsort((luck, -weights, rows))
     rows, columns, weights = rows[order], columns[order], weights[order]
     first = np.searchsorted(rows, rows, side="left")

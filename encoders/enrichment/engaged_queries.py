@@ -10,7 +10,7 @@ import polars as pl
 
 from encoders.errors import ConfigError
 from encoders.tables.schemas import ACTIONS
-from encoders.text.normal_forms import fold_query
+from encoders.text.normal_forms import fold_query, folded_queries
 
 FEATURE_SCHEMA: dict[str, pl.DataType] = {
     "entity_type": pl.String(),
@@ -109,21 +109,12 @@ def engaged_queries(
     if deleted_users:
         kept = kept.filter(~pl.col("user_id").is_in(list(deleted_users)))
     if deleted_queries:
-        kept = kept.filter(~fold_query(pl.col("query")).is_in(folded(deleted_queries)))
+        kept = kept.filter(~fold_query(pl.col("query")).is_in(folded_queries(deleted_queries)))
     totals = kept.group_by("entity_type", "entity_id", "query").agg(
         config.score().sum().alias("score"),
         pl.col("user_id").n_unique().cast(pl.Int64).alias("users"),
     )
     return best_queries(totals, config)
-
-
-def folded(queries: Collection[str]) -> list[str]:
-    """The forms under which ``fold_query`` counts these queries as one."""
-    return (
-        pl.select(fold_query(pl.lit(pl.Series(list(queries), dtype=pl.String))))
-        .to_series()
-        .to_list()
-    )
 
 
 def counted_events(events: pl.DataFrame, config: EngagedQueriesConfig) -> pl.DataFrame:

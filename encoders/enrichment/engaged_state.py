@@ -27,11 +27,10 @@ from encoders.enrichment.engaged_queries import (
     FEATURE_SCHEMA,
     EngagedQueriesConfig,
     counted_events,
-    folded,
 )
 from encoders.errors import ConfigError, DataError
 from encoders.tables.files import write_table
-from encoders.text.normal_forms import fold_query
+from encoders.text.normal_forms import fold_query, folded_queries
 
 FORMAT_VERSION = 2
 DAY_MICROSECONDS = 86_400_000_000
@@ -243,9 +242,12 @@ class EngagedQueriesState:
     def delete_queries(self, queries: Collection[str]) -> Merge:
         """Forget query texts, however spelt (``fold_query``): they stop counting, leave the disk, and are refused from then on."""
         self._db.executemany(
-            "INSERT OR IGNORE INTO deleted_queries VALUES (?)", ((q,) for q in folded(queries))
+            "INSERT OR IGNORE INTO deleted_queries VALUES (?)",
+            ((q,) for q in folded_queries(queries)),
         )
-        return self._forget(fold_query(pl.col("query")).is_in(folded(queries)), "delete queries")
+        return self._forget(
+            fold_query(pl.col("query")).is_in(folded_queries(queries)), "delete queries"
+        )
 
     def features(self) -> pl.DataFrame:
         """Engaged queries of every entity, as ``FEATURE_SCHEMA`` (reads the whole state)."""

@@ -15,7 +15,7 @@ from encoders.tables.checks import TableReport, check_frame
 from encoders.tables.files import OnBadRows, TableSource, raise_problems, read_raw, table_files
 from encoders.tables.schemas import LOG
 from encoders.tables.stream import log_rows
-from encoders.text.normal_forms import normalize_query
+from encoders.text.normal_forms import normalize_queries
 
 EVENT_SCHEMA: dict[str, pl.DataType] = {
     "timestamp": pl.Datetime("us", "UTC"),
@@ -90,22 +90,12 @@ def engaged_events(
             .otherwise(pl.col("action"))
             .alias("action")
         )
-    frame = frame.with_columns(tidy_queries(frame["query"]))
+    frame = frame.with_columns(normalize_queries(frame["query"]))
     suggested = frame["entity_type"] == "query"
     if suggested.any():
-        tidy = tidy_queries(frame["entity_id"].filter(suggested))
+        tidy = normalize_queries(frame["entity_id"].filter(suggested))
         frame = frame.with_columns(frame["entity_id"].scatter(suggested.arg_true(), tidy))
     return Events(frame.select(list(EVENT_SCHEMA)), checked.report)
-
-
-def tidy_queries(queries: pl.Series) -> pl.Series:
-    """The form in which queries are counted: what ``encoders.text.normal_forms.normalize_query`` makes of them; each distinct one is worked on once."""
-    suspects = queries.filter(queries.str.contains(r"^\s|\s$|\s\s|[^\S ]")).unique()
-    if not len(suspects):
-        return queries
-    return queries.replace(
-        suspects, pl.Series([normalize_query(q) for q in suspects.to_list()], dtype=pl.String)
-    )
 
 
 def merge_duplicates(events: pl.DataFrame) -> pl.DataFrame:

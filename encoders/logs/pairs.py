@@ -13,7 +13,7 @@ import polars as pl
 from encoders.errors import ConfigError, DataError
 from encoders.logs.events import merge_duplicates
 from encoders.tables.schemas import ACTIONS, ENTITY_TYPES
-from encoders.text.hashing import combine_keys, hash_texts, mix64
+from encoders.text.hashing import combine_keys, hash_texts, seeded_hash
 from encoders.text.normal_forms import fold_query
 
 PAIR_KEY = ["query", "language", "country", "entity_type", "entity_id", "action"]
@@ -238,7 +238,7 @@ def _cap(pairs: pl.DataFrame, config: PairsConfig, counts: Counter[str]) -> pl.D
     key = combine_keys(
         hash_texts(distinct["query"].to_list()), hash_texts(distinct["entity_id"].to_list())
     )
-    order = distinct.with_columns(pl.Series("luck", mix64(key, config.seed)))
+    order = distinct.with_columns(pl.Series("luck", seeded_hash(key, config.seed)))
     order = (
         order.sort("luck", "query")
         .with_columns(pl.int_range(pl.len()).over(group).alias("place"))

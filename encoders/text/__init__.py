@@ -1,1 +1,1 @@
-"""One normal form, one word splitter, hashing, n-grams and vocabularies of text."""
+"""Normal forms, hashing, n-grams and vocabularies of text."""

@@ -1,4 +1,4 @@
-"""An entity's fields read as one text: what zero-shot encoders, BM25 and the text embedding are given."""
+"""Join an entity's fields to one text, for zero-shot encoders, BM25 and the text embedding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ def entity_texts(
     catalogue: pl.DataFrame,
     fields: Sequence[str] = ("title", "description", "category", "board_titles", "engaged_queries"),
 ) -> list[str]:
-    """One text per catalogue row: its fields joined by full stops; lists are joined too, and what is missing is left out."""
+    """Return one text per catalogue row: its fields, and the items of lists, joined by full stops.
+
+    Empty and missing fields are left out.
+    """
     parts = []
     for name in fields:
         if name in catalogue.columns:

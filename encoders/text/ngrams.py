@@ -1,8 +1,8 @@
-"""Word unigrams, word bigrams and character trigrams of many texts at once, and the vocabulary that numbers them.
+"""Find the words, word bigrams and character trigrams of many texts at once.
 
 Notable: texts are one array of code points, so that every step is a few passes over numpy arrays;
 n-grams are 64-bit keys (a word is a polynomial hash of its characters, a trigram packs its three
-code points without loss); the vocabulary is counted in bounded memory.
+code points without loss). ``vocabulary.py`` counts and numbers them.
 
 What is a token, on folded text (`encoders.text.normal_forms.fold`):
 
@@ -26,36 +26,37 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from encoders.text.hashing import UInt64, splitmix64_finalise
 from encoders.text.normal_forms import fold
 
 UInt32 = npt.NDArray[np.uint32]
-UInt64 = npt.NDArray[np.uint64]
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
 
 KINDS = ("unigram", "bigram", "trigram")
 TEXT_END, LINE_END = "\x00", "\n"
-_SEPARATOR, _JOINS, _ALONE, _DROPPED = 0, 1, 2, 3
-_PRIME = 0x9E3779B97F4A7C15  # odd, so it has an inverse modulo 2**64
-_INVERSE = pow(_PRIME, -1, 1 << 64)
-_SALTS = np.array(
-    [0x243F6A8885A308D3, 0x13198A2E03707344, 0xA4093822299F31D0], dtype=np.uint64
-)  # one per kind
+SEPARATOR, JOINS, ALONE, DROPPED = 0, 1, 2, 3
+"""Character classes: separates words, belongs to a word, is a word by itself, is left out."""
+_BASE = 0x9E3779B97F4A7C15
+"""Base of the polynomial hash; odd, so it has an inverse modulo 2**64."""
+_INVERSE = pow(_BASE, -1, 1 << 64)
+_SALTS = np.array([0x243F6A8885A308D3, 0x13198A2E03707344, 0xA4093822299F31D0], dtype=np.uint64)
+"""One per kind."""
 _BATCH_CHARACTERS = 1 << 19
 
 
 def character_class(character: str) -> int:
-    """Class of one folded character: 0 separates, 1 joins a word, 2 is a word alone, 3 is dropped (the table's definition)."""
+    """Return the class of one folded character (``SEPARATOR``, ``JOINS``, ``ALONE``, ``DROPPED``)."""
     category, code = unicodedata.category(character), ord(character)
     if (
         (category == "Cf" and code != 0x200B)
         or 0xFE00 <= code <= 0xFE0F
         or 0xE0100 <= code <= 0xE01EF
     ):
-        return _DROPPED
+        return DROPPED
     if category == "So" or _is_ideograph(code):
-        return _ALONE
-    return _JOINS if category[0] in "LMN" or category == "Pc" else _SEPARATOR
+        return ALONE
+    return JOINS if category[0] in "LMN" or category == "Pc" else SEPARATOR
 
 
 def _is_ideograph(code: int) -> bool:
@@ -69,6 +70,7 @@ def _is_ideograph(code: int) -> bool:
 
 @functools.cache
 def _class_table() -> npt.NDArray[np.uint8]:
+    """Tabulate ``character_class`` of every code point."""
     return np.fromiter(
         (character_class(chr(code)) for code in range(0x110000)), dtype=np.uint8, count=0x110000
     )
@@ -76,8 +78,8 @@ def _class_table() -> npt.NDArray[np.uint8]:
 
 @functools.cache
 def _powers(length: int) -> tuple[UInt64, UInt64]:
-    """(length,) powers of P and of its inverse modulo 2**64, from exponent 0."""
-    return _geometric(_PRIME, length), _geometric(_INVERSE, length)
+    """Return (length,) powers of the base and of its inverse modulo 2**64, from exponent 0."""
+    return _geometric(_BASE, length), _geometric(_INVERSE, length)
 
 
 def _geometric(ratio: int, length: int) -> UInt64:
@@ -85,23 +87,6 @@ def _geometric(ratio: int, length: int) -> UInt64:
     factors[0] = 1
     with np.errstate(over="ignore"):
         return np.cumprod(factors, dtype=np.uint64)
-
-
-def mix64(values: UInt64) -> UInt64:
-    """Scramble 64-bit integers (the finaliser of SplitMix64): a bijection whose every output bit depends on every input bit.
-
-    Args:
-        values: uint64, any shape.
-
-    Returns:
-        uint64, same shape.
-    """
-    mixed = values ^ (values >> np.uint64(30))
-    mixed *= np.uint64(0xBF58476D1CE4E5B9)
-    mixed ^= mixed >> np.uint64(27)
-    mixed *= np.uint64(0x94D049BB133111EB)
-    mixed ^= mixed >> np.uint64(31)
-    return mixed
 
 
 class NgramOccurrences(NamedTuple):
@@ -129,7 +114,7 @@ class Analysis(NamedTuple):
 
 
 def _code_points(texts: Sequence[str]) -> UInt32:
-    """(L,) folded code points of all texts, each closed by one 0."""
+    """Fold texts and join their code points, each text closed by one 0: (L,)."""
     joined = TEXT_END.join(texts) + TEXT_END
     if joined.count(TEXT_END) != len(texts):
         joined = TEXT_END.join([text.replace(TEXT_END, " ") for text in texts]) + TEXT_END
@@ -157,11 +142,11 @@ def analyse(texts: Sequence[str]) -> Analysis:
         )
     codes = _code_points(texts)
     classes = _class_table()[codes]
-    dropped = classes == _DROPPED
+    dropped = classes == DROPPED
     if dropped.any():
         codes, classes = codes[~dropped], classes[~dropped]
     text_ends = np.flatnonzero(codes == 0)
-    joins, visible = classes == _JOINS, classes != _SEPARATOR
+    joins, visible = classes == JOINS, classes != SEPARATOR
 
     # Words. The array ends with a separator, so every word has an end and comparing with the
     # shifted array is safe.
@@ -176,43 +161,48 @@ def analyse(texts: Sequence[str]) -> Analysis:
     line = np.cumsum((codes == 0) | (codes == 10), dtype=np.int32)[starts]
     pairs = np.flatnonzero(line[1:] == line[:-1])
     with np.errstate(over="ignore"):
-        raw = words.keys[pairs] * np.uint64(_PRIME) + words.keys[pairs + 1]
+        raw = words.keys[pairs] * np.uint64(_BASE) + words.keys[pairs + 1]
     bigrams = NgramOccurrences(_finish(raw, 1), starts[pairs], ends[pairs + 1])
 
     # Trigrams: code points need 21 bits, so three of them fit a key without loss.
     middles = np.flatnonzero(visible)
     spaced = np.where(visible, codes, np.uint32(32)).astype(np.uint64)
-    left = np.where(
-        middles > 0, spaced[middles - 1], np.uint64(32)
-    )  # [-1] is the closing 0, a space
+    left = spaced[middles - 1]  # of the first character [-1], the closing 0: a space
     raw = (left << np.uint64(42)) | (spaced[middles] << np.uint64(21)) | spaced[middles + 1]
     trigrams = NgramOccurrences(_finish(raw, 2), middles, middles)
     return Analysis(codes, text_ends, classes, (words, bigrams, trigrams))
 
 
 def _word_keys(codes: UInt32, starts: Int64, ends: Int64) -> UInt64:
-    """(W,) position-free polynomial hashes: sum of mix(c[j]) * P**(j - start), from prefix sums modulo 2**64."""
+    """Hash each word wherever it stands, uint64 (W,): the sum of mixed(c[j]) * base**(j - start).
+
+    Taken from prefix sums modulo 2**64, so the cost does not depend on the words' lengths.
+    """
     forward, backward = _powers(_round_up(len(codes)))
     with np.errstate(over="ignore"):
-        terms = mix64(codes.astype(np.uint64) + np.uint64(_PRIME)) * forward[: len(codes)]
+        terms = (
+            splitmix64_finalise(codes.astype(np.uint64) + np.uint64(_BASE)) * forward[: len(codes)]
+        )
         sums = np.concatenate((np.zeros(1, np.uint64), np.cumsum(terms, dtype=np.uint64)))
         raw = (sums[ends] - sums[starts]) * backward[starts]
     return _finish(raw, 0)
 
 
 def _round_up(length: int) -> int:
+    """Return the power of two at or above ``length``, so that few lengths are cached."""
     return 1 << max(length - 1, 1).bit_length()
 
 
 def _finish(raw: UInt64, kind: int) -> UInt64:
+    """Mix raw hashes into keys that are distinct between kinds and never 0 (an empty table slot)."""
     with np.errstate(over="ignore"):
-        keys = mix64(raw + _SALTS[kind])
-    keys[keys == 0] = 1  # 0 marks an empty slot in the table
+        keys = splitmix64_finalise(raw + _SALTS[kind])
+    keys[keys == 0] = 1
     return keys
 
 
 def ngram_text(analysis: Analysis, kind: int, rows: Int64) -> list[str]:
-    """The n-grams of the given occurrences as text: ``"word"``, ``"two words"``, ``" tr"``.
+    """Spell the n-grams of the given occurrences: ``"word"``, ``"two words"``, ``" tr"``.
 
     Args:
         analysis: What ``analyse`` returned.
@@ -225,30 +215,26 @@ def ngram_text(analysis: Analysis, kind: int, rows: Int64) -> list[str]:
     found = analysis.kinds[kind]
     starts, ends = found.starts[rows], found.ends[rows]
     if kind == 2:
-        spaced = np.where(analysis.classes != _SEPARATOR, analysis.codes, np.uint32(32))
-        around = np.stack(
-            (spaced[starts - 1], spaced[starts], spaced[starts + 1]), axis=1
-        )  # (R, 3); [-1] is the closing 0, a space
+        spaced = np.where(analysis.classes != SEPARATOR, analysis.codes, np.uint32(32))
+        # (R, 3); before the first character comes [-1], the closing 0: a space
+        around = np.stack((spaced[starts - 1], spaced[starts], spaced[starts + 1]), axis=1)
         text = around.astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
         return [text[i : i + 3] for i in range(0, len(text), 3)]
     text = analysis.codes.astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
     if kind == 0:
-        return [text[a:b] for a, b in zip(starts.tolist(), ends.tolist())]
+        return [text[a:b] for a, b in zip(starts.tolist(), ends.tolist(), strict=True)]
     words = analysis.kinds[0]
     first = np.searchsorted(words.starts, starts)
+    first_ends, second_starts = words.ends[first], words.starts[first + 1]
+    spans = (starts, first_ends, second_starts, ends)
     return [
         f"{text[a:b]} {text[c:d]}"
-        for a, b, c, d in zip(
-            starts.tolist(),
-            words.ends[first].tolist(),
-            words.starts[first + 1].tolist(),
-            ends.tolist(),
-        )
+        for a, b, c, d in zip(*(span.tolist() for span in spans), strict=True)
     ]
 
 
 def batches_by_size(texts: Iterable[str], characters: int | None = None) -> Iterator[list[str]]:
-    """Cut a stream of texts into lists of about ``characters`` characters each, so that arrays stay small."""
+    """Cut a stream of texts into lists of about ``characters`` characters, so that arrays stay small."""
     characters = characters or _BATCH_CHARACTERS
     batch: list[str] = []
     held = 0

@@ -1,8 +1,21 @@
-"""The three normal forms of text: ids (NFC), queries (one space between words) and folded text (for n-grams and for comparing)."""
+r"""Bring texts to a normal form: ids, the queries that towers read, and folded text for comparing.
+
+| form | function | case and width | white space | used for |
+|---|---|---|---|---|
+| id | `normalize_id` | kept; NFC | kept | ids of tables, indexes and calls |
+| query | `normalize_query`, `normalize_queries` | kept | `str.split` | what towers read, cache keys |
+| folded | `fold` | NFKC, full case folding, NFKC | kept | n-grams, words, text buckets |
+| folded query | `fold_query`, `folded_queries` | NFKC, lower case | regex `\s` | one query or two? |
+
+The two folded forms differ: full case folding makes "ss" of "ß" and one letter of both small
+sigmas, lower-casing keeps them apart; and ``str.split`` takes U+001C to U+001F as white space,
+the regular expression does not.
+"""
 
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Collection
 
 import polars as pl
 
@@ -24,7 +37,7 @@ def normalize_id(value: str) -> str:
 
 
 def normalize_query(text: str) -> str:
-    """Trim and collapse white space (paper 4.1 form): the text the query tower reads and the cache keys.
+    """Trim and collapse white space (paper 4.1): the text the query tower reads and the cache keys.
 
     White space is Unicode's (``str.split``), so no-break and ideographic spaces count. Case and
     accents stay. A text of only white space becomes ``""``.
@@ -32,14 +45,25 @@ def normalize_query(text: str) -> str:
     return " ".join(text.split())
 
 
+def normalize_queries(queries: pl.Series) -> pl.Series:
+    """Apply ``normalize_query`` to a column; each distinct text that needs it is changed once.
+
+    A text whose only fault is U+001C to U+001F stays as it is.
+    """
+    suspects = queries.filter(queries.str.contains(r"^\s|\s$|\s\s|[^\S ]")).unique()
+    if not len(suspects):
+        return queries
+    return queries.replace(
+        suspects, pl.Series([normalize_query(q) for q in suspects.to_list()], dtype=pl.String)
+    )
+
+
 def fold(text: str) -> str:
     """Fold case and compatibility forms: NFKC, full case folding, NFKC again.
 
-    Idempotent on every single code point.
-
-    ``fold("Straße ＡＢＣ ﬁ")`` is ``"strasse abc fi"``. Length may change; no character ever crosses a
-    starter, so a joined batch of texts folds exactly as its parts do when they are joined by a
-    control character.
+    Idempotent on every single code point. ``fold("Straße ＡＢＣ ﬁ")`` is ``"strasse abc fi"``. Length
+    may change; no character ever crosses a starter, so a joined batch of texts folds exactly as its
+    parts do when they are joined by a control character.
     """
     if text.isascii():
         return text.lower()
@@ -47,10 +71,19 @@ def fold(text: str) -> str:
 
 
 def fold_query(texts: pl.Expr) -> pl.Expr:
-    """The form under which two query strings are one: NFKC, lower case, white space trimmed and collapsed."""
+    """Return the form in which equal query strings count as one query.
+
+    NFKC, lower case, white space trimmed and collapsed.
+    """
     return (
         texts.str.normalize("NFKC")
         .str.to_lowercase()
         .str.replace_all(r"\s+", " ")
         .str.strip_chars()
     )
+
+
+def folded_queries(queries: Collection[str]) -> list[str]:
+    """Apply ``fold_query`` to plain strings, in order."""
+    texts = pl.Series("query", list(queries), dtype=pl.String)
+    return texts.to_frame().select(fold_query(pl.col("query")))["query"].to_list()

@@ -1,4 +1,4 @@
-"""Vocabularies of n-grams: counting, the most frequent, and the token ids of a text."""
+"""Count n-grams in bounded memory, number the most frequent, and turn texts into token ids."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -31,7 +31,9 @@ class NgramConfig:
     min_count: int = 1
     """N-grams seen fewer times than this are left out."""
     max_tracked: int = 8_000_000
-    """Distinct n-grams of one kind held while counting; beyond it the rarest are forgotten (about 60 bytes each)."""
+    """Distinct n-grams of one kind held while counting, about 60 bytes each; beyond it the rarest are
+    forgotten.
+    """
 
     def __post_init__(self) -> None:
         for name in ("unigrams", "bigrams", "trigrams"):
@@ -52,12 +54,12 @@ class NgramConfig:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """Vocabulary sizes in the order of ``KINDS``."""
+        """Return the vocabulary sizes in the order of ``KINDS``."""
         return self.unigrams, self.bigrams, self.trigrams
 
 
 class NgramCounter:
-    """Counts n-grams of a stream of texts in bounded memory.
+    """Count the n-grams of a stream of texts in bounded memory.
 
     At most ``config.max_tracked`` distinct n-grams of each kind are held; when a merge exceeds
     that, the rarest are forgotten, and ``undercount`` says by how much the count of any remaining
@@ -91,13 +93,8 @@ class NgramCounter:
                 if self._waiting_rows[kind] >= max(self.config.max_tracked // 4, 1):
                     self._merge(kind)
 
-    def tracked_rows(self) -> int:
-        """Most rows held for one kind right now, merged and waiting; at most ``max_tracked`` and a quarter, and one batch."""
-        return max(
-            tracked.height + waiting for tracked, waiting in zip(self._tracked, self._waiting_rows)
-        )
-
     def _merge(self, kind: int) -> None:
+        """Add the waiting counts of a kind to its tracked ones, and forget the rarest beyond the bound."""
         if not self._waiting[kind]:
             return
         merged = (
@@ -105,7 +102,8 @@ class NgramCounter:
             .group_by("key")
             .agg(pl.col("count").sum(), pl.col("text").first())
         )
-        self._waiting[kind], self._waiting_rows[kind] = [], 0
+        self._waiting[kind] = []
+        self._waiting_rows[kind] = 0
         if merged.height > self.config.max_tracked:
             merged = _most_frequent(merged)
             self.undercount[kind] += int(merged["count"][self.config.max_tracked])
@@ -113,7 +111,7 @@ class NgramCounter:
         self._tracked[kind] = merged
 
     def vocabulary(self) -> Vocabulary:
-        """The most frequent n-grams of each kind, ties broken by the text.
+        """Return the most frequent n-grams of each kind, ties broken by the text.
 
         Raises:
             DataError: Not one n-gram was counted.
@@ -144,7 +142,7 @@ def _most_frequent(counts: pl.DataFrame) -> pl.DataFrame:
 
 
 class Vocabulary:
-    """One numbering of word unigrams, word bigrams and character trigrams; a token id is a row of ``table``.
+    """Number word unigrams, word bigrams and character trigrams: a token id is a row of ``table``.
 
     Attributes:
         table: ``kind``, ``text``, ``count``, ``key`` (uint64); unigrams first, then bigrams, then
@@ -157,20 +155,22 @@ class Vocabulary:
     def __init__(
         self, table: pl.DataFrame, config: NgramConfig, undercount: Sequence[int] = (0, 0, 0)
     ) -> None:
-        self.table, self.config, self.undercount = table, config, tuple(undercount)
+        self.table = table
+        self.config = config
+        self.undercount = tuple(undercount)
         keys = table["key"].to_numpy()
         if table["key"].n_unique() != len(keys):
             raise BundleError(
                 "the vocabulary lists an n-gram twice; count it again from the catalogue"
             )
-        self._keys, self._ids, self._shift = _build_table(keys)
+        self._slots = _build_table(keys)
 
     def __len__(self) -> int:
-        """Number of token ids."""
+        """Return the number of token ids."""
         return self.table.height
 
     def lookup(self, keys: UInt64) -> Int32:
-        """Token ids of n-gram keys.
+        """Look up the token ids of n-gram keys.
 
         Args:
             keys: (M,) uint64.
@@ -178,22 +178,23 @@ class Vocabulary:
         Returns:
             (M,) int32 ids, -1 for n-grams outside the vocabulary.
         """
-        slots = (keys >> self._shift).astype(np.int64)
-        held = self._keys[slots]
-        ids = np.where(held == keys, self._ids[slots], np.int32(-1))
+        table = self._slots
+        slots = (keys >> table.shift).astype(np.int64)
+        held = table.keys[slots]
+        ids = np.where(held == keys, table.ids[slots], np.int32(-1))
         open_rows = np.flatnonzero((held != keys) & (held != 0))
-        mask = len(self._keys) - 1
+        mask = len(table.keys) - 1
         while len(open_rows):
             slots_open = (slots[open_rows] + 1) & mask
             slots[open_rows] = slots_open
-            held, wanted = self._keys[slots_open], keys[open_rows]
-            hit = held == wanted
-            ids[open_rows[hit]] = self._ids[slots_open[hit]]
+            held = table.keys[slots_open]
+            hit = held == keys[open_rows]
+            ids[open_rows[hit]] = table.ids[slots_open[hit]]
             open_rows = open_rows[~hit & (held != 0)]
         return ids
 
     def tokenize(self, texts: Sequence[str]) -> tuple[Int32, Int64]:
-        """Token ids of many texts, ragged; n-grams outside the vocabulary are dropped, repeated ones repeat.
+        """Turn texts into token ids; unknown n-grams are dropped, repeated ones repeat.
 
         Args:
             texts: Any strings; may be empty.
@@ -224,7 +225,11 @@ class Vocabulary:
         return by_position[known], ends
 
     def save(self, folder: Path) -> None:
-        """Write ``vocabulary.parquet`` (kind, text, count, key; the row is the token id) and ``vocabulary.json`` into ``folder``."""
+        """Write the vocabulary into ``folder``.
+
+        ``vocabulary.parquet`` holds kind, text, count and key (the row number is the token id),
+        ``vocabulary.json`` the settings.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         self.table.write_parquet(
             folder / "vocabulary.parquet", compression="zstd", statistics=False
@@ -242,7 +247,7 @@ class Vocabulary:
 
     @classmethod
     def load(cls, folder: Path) -> Vocabulary:
-        """Read what ``save`` wrote.
+        """Read a vocabulary that ``save`` wrote.
 
         Raises:
             BundleError: A file is missing, damaged, of another format version, or does not hold the
@@ -264,11 +269,10 @@ class Vocabulary:
                 f"{folder}: vocabulary format {version!r}, but this code reads {VOCABULARY_FORMAT};"
                 " use the release of omnisearchsage that wrote it"
             )
-        if table.columns != ["kind", "text", "count", "key"] or table.height != described.get(
-            "rows"
-        ):
+        rows = described.get("rows")
+        if table.columns != ["kind", "text", "count", "key"] or table.height != rows:
             raise BundleError(
-                f"{folder}: expected {described.get('rows')} vocabulary rows, but got"
+                f"{folder}: expected {rows} vocabulary rows, but got"
                 f" {table.height}; the file was changed"
             )
         try:
@@ -280,18 +284,31 @@ class Vocabulary:
             ) from error
 
 
-def _build_table(keys: UInt64) -> tuple[UInt64, Int32, np.uint64]:
-    """Open addressing with linear probing at a load of at most 0.3: slot keys, slot ids, and the shift that maps a key to its slot."""
+class _HashTable(NamedTuple):
+    """Open addressing with linear probing at a load of at most 0.3."""
+
+    keys: UInt64
+    """(S,) key of each slot; 0: the slot is empty."""
+    ids: Int32
+    """(S,) token id of each slot."""
+    shift: np.uint64
+    """``key >> shift`` is the slot where probing begins."""
+
+
+def _build_table(keys: UInt64) -> _HashTable:
+    """Place every key, whose token id is its row, in a hash table of 2**n slots."""
     bits = max(int(np.ceil(np.log2(max(len(keys), 1) / 0.3))), 4)
-    slot_keys, slot_ids = np.zeros(1 << bits, np.uint64), np.full(1 << bits, -1, np.int32)
     shift = np.uint64(64 - bits)
-    rows, slots = np.arange(len(keys), dtype=np.int32), (keys >> shift).astype(np.int64)
+    slot_keys = np.zeros(1 << bits, np.uint64)
+    slot_ids = np.full(1 << bits, -1, np.int32)
+    rows = np.arange(len(keys), dtype=np.int32)
+    slots = (keys >> shift).astype(np.int64)
     while len(rows):
         free = slot_keys[slots] == 0
-        slot_keys[slots[free]] = keys[
-            rows[free]
-        ]  # where several meet, the last one wins and the others move on
+        # Where several keys meet in one free slot, the last one gets it and the others move on.
+        slot_keys[slots[free]] = keys[rows[free]]
         placed = slot_keys[slots] == keys[rows]
         slot_ids[slots[placed]] = rows[placed]
-        rows, slots = rows[~placed], (slots[~placed] + 1) & ((1 << bits) - 1)
-    return slot_keys, slot_ids, shift
+        rows = rows[~placed]
+        slots = (slots[~placed] + 1) & ((1 << bits) - 1)
+    return _HashTable(slot_keys, slot_ids, shift)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from encoders.text.ngrams import mix64
+from encoders.text.hashing import splitmix64_finalise
 
 HASHES = 2
 _SEED = np.uint64(0x9E3779B97F4A7C15)
@@ -35,7 +35,7 @@ def hash_rows(vocabulary_size: int, table_rows: int) -> npt.NDArray[np.int32]:
     """
     ids = np.arange(vocabulary_size, dtype=np.uint64)
     columns = [
-        mix64(ids * np.uint64(HASHES) + np.uint64(h) + _SEED) % np.uint64(table_rows)
+        splitmix64_finalise(ids * np.uint64(HASHES) + np.uint64(h) + _SEED) % np.uint64(table_rows)
         for h in range(HASHES)
     ]
     return np.stack(columns, axis=1).astype(np.int32)

@@ -8,7 +8,7 @@ import numpy as np
 
 from encoders.config.train_config import DEFAULT_DEPTH, DEFAULT_WIDTH
 from encoders.errors import CheckpointError, ConfigError
-from encoders.text.hashing import mix64
+from encoders.text.hashing import seeded_hash
 
 
 class CountMinSketch:
@@ -42,7 +42,9 @@ class CountMinSketch:
         """Sum of all counts added: N in the paper's C(e)/N."""
 
     def _columns(self, keys: np.ndarray, row: int) -> np.ndarray:
-        return (mix64(keys, self.seed * 1009 + row) & np.uint64(self.width - 1)).astype(np.int64)
+        return (seeded_hash(keys, self.seed * 1009 + row) & np.uint64(self.width - 1)).astype(
+            np.int64
+        )
 
     def add(self, keys: np.ndarray, counts: np.ndarray | None = None) -> None:
         """Count each key once, or ``counts`` times.

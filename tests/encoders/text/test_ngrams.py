@@ -13,11 +13,19 @@ from hypothesis import strategies as st
 
 from encoders.errors import BundleError, ConfigError, DataError
 from encoders.text import ngrams
-from encoders.text.ngrams import KINDS, analyse, batches_by_size, character_class, ngram_text
+from encoders.text.ngrams import (
+    ALONE,
+    DROPPED,
+    JOINS,
+    KINDS,
+    SEPARATOR,
+    analyse,
+    batches_by_size,
+    character_class,
+    ngram_text,
+)
 from encoders.text.normal_forms import fold
 from encoders.text.vocabulary import NgramConfig, NgramCounter, Vocabulary
-
-SPACED, JOINS, ALONE, DROPPED = 0, 1, 2, 3
 
 
 def slow_ngrams(text: str) -> dict[str, list[str]]:
@@ -39,7 +47,7 @@ def slow_ngrams(text: str) -> dict[str, list[str]]:
             lines.append([])
     if word:
         lines[-1].append(word)
-    spaced = [" "] + [c if character_class(c) != SPACED else " " for c in characters] + [" "]
+    spaced = [" "] + [c if character_class(c) != SEPARATOR else " " for c in characters] + [" "]
     return {
         "unigram": [w for line in lines for w in line],
         "bigram": [f"{a} {b}" for line in lines for a, b in itertools.pairwise(line)],
@@ -89,18 +97,18 @@ wordy_text = st.text(
     ]
 )
 @example(["\ud800 lone surrogate \udfff"])
-def test_vectorised_ngrams_equal_the_slow_ones(texts):
+def test_analyse_any_texts_equals_slow_reference(texts):
     assert fast_ngrams(texts) == [slow_ngrams(text) for text in texts]
 
 
-def test_every_code_point_between_letters():
+def test_analyse_every_code_point_between_letters_equals_slow_reference():
     texts = [f"a{chr(code)}b" for code in range(0x110000)]
     for start in range(0, len(texts), 16_384):
         part = texts[start : start + 16_384 : 23]
         assert fast_ngrams(part) == [slow_ngrams(text) for text in part]
 
 
-def test_examples_of_tokens():
+def test_slow_reference_words_and_ideographs_as_documented():
     assert slow_ngrams("Red-SHOES\n红鞋 🙂") == {
         "unigram": ["red", "shoes", "红", "鞋", "🙂"],
         "bigram": ["red shoes", "红 鞋", "鞋 🙂"],
@@ -122,7 +130,7 @@ def test_examples_of_tokens():
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(wordy_text, max_size=8))
-def test_equal_ngrams_have_equal_keys_and_others_differ(texts):
+def test_analyse_keys_are_equal_only_for_equal_ngrams(texts):
     analysis = analyse(texts)
     keys: dict[tuple[int, str], set[int]] = {}
     for kind, occurrences in enumerate(analysis.kinds):
@@ -134,7 +142,7 @@ def test_equal_ngrams_have_equal_keys_and_others_differ(texts):
     assert len(set().union(*keys.values())) == len(keys) if keys else True
 
 
-def test_keys_do_not_collide_among_many_similar_words():
+def test_analyse_many_similar_words_have_distinct_keys():
     words = [
         f"{a}{b}{c}{d}" for a in "ab01" for b in "abcdefgh" for c in "xyzxyz" for d in range(2_000)
     ]
@@ -144,7 +152,7 @@ def test_keys_do_not_collide_among_many_similar_words():
 GOLDEN_KEYS = [9961048005467401263, 13892106971209819163, 15780139749719867544]
 
 
-def test_keys_are_pinned():
+def test_analyse_keys_equal_pinned_values():
     """Keys are stored in vocabularies: changing them breaks every saved model."""
     words, bigrams, trigrams = analyse(["Red shoe"]).kinds
     assert [int(words.keys[0]), int(bigrams.keys[0]), int(trigrams.keys[0])] == GOLDEN_KEYS
@@ -156,7 +164,7 @@ def count(texts, **settings_):
     return counter.vocabulary()
 
 
-def test_vocabulary_is_ordered_by_frequency_then_text():
+def test_vocabulary_rows_are_by_frequency_then_text():
     vocabulary = count(["b a", "a b", "a c"])
     table = vocabulary.table.filter(pl.col("kind") == "unigram")
     assert table["text"].to_list() == ["a", "b", "c"]
@@ -170,7 +178,7 @@ def test_vocabulary_is_ordered_by_frequency_then_text():
     st.lists(wordy_text, max_size=10),
     st.integers(1, 5),
 )
-def test_tokenize_equals_looking_each_ngram_up(seen, unseen, size):
+def test_tokenize_any_texts_equals_lookup_of_each_ngram(seen, unseen, size):
     if not any(slow_ngrams(text)["unigram"] for text in seen):
         with pytest.raises(DataError, match="empty"):
             count(seen)
@@ -194,7 +202,7 @@ def test_tokenize_equals_looking_each_ngram_up(seen, unseen, size):
         assert Counter(ids[offsets[i] : offsets[i + 1]].tolist()) == wanted
 
 
-def test_counts_equal_a_counter_and_do_not_depend_on_batches(monkeypatch):
+def test_counter_any_batches_equals_exact_counts(monkeypatch):
     rng = random.Random(0)
     texts = [
         " ".join(rng.choices(["rot", "red", "赤", "schuhe", "x", "long-word"], k=rng.randrange(8)))
@@ -214,7 +222,7 @@ def test_counts_equal_a_counter_and_do_not_depend_on_batches(monkeypatch):
     assert whole.undercount == (0, 0, 0)
 
 
-def test_counting_in_bounded_memory_keeps_the_frequent_and_bounds_the_error():
+def test_counter_at_its_bound_keeps_frequent_ngrams_and_bounds_error():
     rng = np.random.default_rng(0)
     common = [f"common{i}" for i in range(20)]
     texts = [
@@ -227,7 +235,7 @@ def test_counting_in_bounded_memory_keeps_the_frequent_and_bounds_the_error():
     counter = NgramCounter(NgramConfig(unigrams=20, bigrams=0, trigrams=0, max_tracked=1_000))
     for text in texts:
         counter.add([text])
-        assert counter.tracked_rows() <= 1_000 + 250 + 10
+        assert counter._tracked[0].height + counter._waiting_rows[0] <= 1_000 + 250 + 10
     vocabulary = counter.vocabulary()
     assert set(vocabulary.table["text"]) == set(common)
     assert 0 < vocabulary.undercount[0] < 200
@@ -235,19 +243,19 @@ def test_counting_in_bounded_memory_keeps_the_frequent_and_bounds_the_error():
         assert exact[text] - vocabulary.undercount[0] <= found <= exact[text]
 
 
-def test_min_count_drops_rare_ngrams():
+def test_vocabulary_with_min_count_drops_rare_ngrams():
     assert count(["a b", "a"], min_count=2).table.filter(pl.col("kind") == "unigram")[
         "text"
     ].to_list() == ["a"]
 
 
-def test_a_vocabulary_of_one_word_works():
+def test_tokenize_one_word_vocabulary_drops_unknown_words():
     vocabulary = count(["x"], bigrams=0, trigrams=0)
     assert len(vocabulary) == 1
     assert vocabulary.tokenize(["x y x", "", "y"])[1].tolist() == [0, 2, 2, 2]
 
 
-def test_no_texts_and_empty_texts():
+def test_tokenize_empty_texts_returns_no_ids():
     vocabulary = count(["x"])
     for texts in ([], ["", " "]):
         ids, offsets = vocabulary.tokenize(texts)
@@ -255,7 +263,7 @@ def test_no_texts_and_empty_texts():
 
 
 @pytest.mark.parametrize("texts", [[], [""], [" \n"], ["...", "-"]])
-def test_a_catalogue_without_words_says_so(texts):
+def test_vocabulary_without_words_raises_data_error(texts):
     with pytest.raises(DataError, match="vocabulary would be empty"):
         count(texts)
 
@@ -269,21 +277,25 @@ def test_a_catalogue_without_words_says_so(texts):
         ({"max_tracked": 10}, "max_tracked \\(10\\)"),
     ],
 )
-def test_bad_settings_are_refused(settings_, message):
+def test_ngram_config_bad_value_raises_config_error(settings_, message):
     with pytest.raises(ConfigError, match=message):
         NgramConfig(**settings_)
 
 
-def test_saved_and_loaded_vocabulary_tokenises_alike(tmp_path):
+def test_vocabulary_saved_and_loaded_tokenizes_alike(tmp_path):
     vocabulary = count(["red shoes", "rote Schuhe", "赤い靴"], unigrams=5)
     vocabulary.save(tmp_path)
     loaded = Vocabulary.load(tmp_path)
     assert loaded.config == vocabulary.config
-    for a, b in zip(vocabulary.tokenize(["red schuhe 赤い"]), loaded.tokenize(["red schuhe 赤い"])):
+    for a, b in zip(
+        vocabulary.tokenize(["red schuhe 赤い"]),
+        loaded.tokenize(["red schuhe 赤い"]),
+        strict=True,
+    ):
         np.testing.assert_array_equal(a, b)
 
 
-def test_damaged_vocabularies_are_refused(tmp_path):
+def test_vocabulary_damaged_raises_bundle_error(tmp_path):
     vocabulary = count(["red shoes"])
     with pytest.raises(BundleError, match="no readable vocabulary"):
         Vocabulary.load(tmp_path)
@@ -304,7 +316,7 @@ def test_damaged_vocabularies_are_refused(tmp_path):
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(any_text, max_size=20), st.integers(1, 20))
-def test_batches_keep_order_and_every_text(texts, characters):
+def test_batches_by_size_keep_order_and_every_text(texts, characters):
     batches = list(batches_by_size(texts, characters))
     assert [text for batch in batches for text in batch] == texts
     assert all(batches)

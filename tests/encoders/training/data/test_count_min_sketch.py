@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from encoders.errors import CheckpointError, ConfigError
-from encoders.text.hashing import combine_keys, hash_texts, mix64
+from encoders.text.hashing import combine_keys, hash_texts, seeded_hash
 from encoders.training.data.count_min_sketch import CountMinSketch
 
 GOLDEN_KEYS = [12768359716712122028, 3244421341483603138, 4371156471240351089]
@@ -63,7 +63,7 @@ def test_counts_weigh_keys() -> None:
 
 def test_keys_are_the_same_on_every_machine() -> None:
     assert hash_texts(["pin", "", "Straße"]).tolist() == GOLDEN_KEYS
-    assert mix64(np.array([0, 1], dtype=np.uint64)).tolist() == [
+    assert seeded_hash(np.array([0, 1], dtype=np.uint64)).tolist() == [
         16294208416658607535,
         10451216379200822465,
     ]

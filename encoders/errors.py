@@ -71,10 +71,16 @@ class InvalidVectors(OmniError):
 
 
 class MissingDependency(OmniError):
-    """An optional dependency is not installed; the message names the extra to install."""
+    """An optional dependency is not installed; the message says what to install.
 
-    def __init__(self, package: str, extra: str, purpose: str) -> None:
+    Args:
+        package: Name of the distribution.
+        extra: Extra of omnisearchsage that brings it; None where none does.
+        purpose: What needs it; begins the message.
+    """
+
+    def __init__(self, package: str, extra: str | None, purpose: str) -> None:
+        what = package if extra is None else f"'omnisearchsage[{extra}]'"
         super().__init__(
-            f"{purpose} needs the package {package!r}. Install it with: pip install"
-            f" 'omnisearchsage[{extra}]'"
+            f"{purpose} needs the package {package!r}. Install it with: pip install {what}"
         )

@@ -1,4 +1,4 @@
-"""The error tree of index building, releases and the live log, below ``encoders.errors.OmniError``.
+"""Errors of index building, releases and the live log, below ``encoders.errors.OmniError``.
 
 OmniError
 ├── IndexBuildError        an index cannot be built from this input
@@ -6,26 +6,27 @@ OmniError
 │   └── BadAttribute       a column cannot become a filterable attribute
 ├── InvalidQuery           a request that can never succeed (k, ef, min_recall, NaN)
 │   ├── DimensionMismatch  the query vector has another dimension or dtype
-│   └── FilterError        a filter does not parse or does not fit the attributes; knows its position
+│   └── FilterError        a filter does not parse or does not fit the attributes
 ├── UnknownEntityType      the release has no such index
 ├── ReleaseError           a release is missing, damaged or cannot be made active
 │   ├── ReleaseNotFound    no release of that id
 │   ├── ReleaseCorrupt     sizes or checksums differ from the manifest
 │   │   └── IndexFormatError  index files are missing, damaged or do not fit each other
 │   ├── ReleaseVersionError  written by another format version
-│   ├── UnsupportedCpu     an index form needs instructions this CPU lacks
+│   ├── UnsupportedCpu     an index kind needs instructions this CPU lacks
 │   └── PublishError       a release was not published; what was active stays active
 │       ├── PublisherBusy  another publisher holds the lock, or the id is taken
 │       ├── GateFailed     a measured figure misses its target; the message says what to raise
 │       └── DiskFull       the disk is full or refuses writes
-└── LiveLogError           the live log cannot be read or written
-    ├── LiveLogCorrupt     an entry inside the log fails its checksum
-    └── LiveLogBusy        another writer owns the log
+├── LiveLogError           the live log cannot be read or written
+│   ├── LiveLogCorrupt     an entry inside the log fails its checksum
+│   └── LiveLogBusy        another writer owns the log
+└── MissingExtension       the compiled extension was not built (also a MissingDependency)
 """
 
 from __future__ import annotations
 
-from encoders.errors import OmniError
+from encoders.errors import MissingDependency, OmniError
 
 
 class IndexBuildError(OmniError):
@@ -41,7 +42,7 @@ class BadAttribute(IndexBuildError):
 
 
 class InvalidQuery(OmniError):
-    """A request that can never succeed: k or ef out of range, a vector with NaN, an unattainable min_recall."""
+    """A request can never succeed: k or ef out of range, NaN, or a min_recall beyond reach."""
 
 
 class DimensionMismatch(InvalidQuery):
@@ -101,7 +102,7 @@ class ReleaseVersionError(ReleaseError):
 
 
 class UnsupportedCpu(ReleaseError):
-    """An index form needs CPU instructions that this machine lacks."""
+    """An index kind needs CPU instructions that this machine lacks."""
 
     def __init__(self, kind: str, missing: list[str]) -> None:
         self.kind, self.missing = kind, missing
@@ -137,3 +138,14 @@ class LiveLogCorrupt(LiveLogError):
 
 class LiveLogBusy(LiveLogError):
     """Another writer owns the live log."""
+
+
+class MissingExtension(MissingDependency):
+    """The compiled extension was not built when omnisearchsage was installed."""
+
+    def __init__(self, purpose: str) -> None:
+        OmniError.__init__(
+            self,
+            f"{purpose} needs the compiled extension, which was not built when omnisearchsage was"
+            " installed. Install a C++ compiler and omnisearchsage again, or use --index hnsw.",
+        )

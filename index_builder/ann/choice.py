@@ -1,16 +1,16 @@
-"""Which kind of index to build: all kinds by name, what this CPU can run, and the choice of ``auto`` with its reason."""
+"""Index kinds by name: build, load, check the CPU, and choose for ``--index auto``."""
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from encoders.errors import ConfigError
+from index_builder.ann.cpu import cpu_features
 from index_builder.ann.exact import ExactIndex
-from index_builder.ann.faiss_index import FaissHnswIndex
+from index_builder.ann.faiss_index import FaissIndex
 from index_builder.ann.hnsw import HnswIndex
 from index_builder.ann.int8_graph import Int8GraphIndex
 from index_builder.ann.interface import AnnConfig, AnnIndex
@@ -26,10 +26,10 @@ from index_builder.errors import IndexFormatError, UnsupportedCpu
 from index_builder.native import Engine
 
 KINDS: dict[str, type[AnnIndex]] = {
-    cls.kind: cls for cls in (HnswIndex, SymqgIndex, Int8GraphIndex, ExactIndex, FaissHnswIndex)
+    cls.kind: cls for cls in (HnswIndex, SymqgIndex, Int8GraphIndex, ExactIndex, FaissIndex)
 }
 EXACT_BELOW = 2_000
-"""Corpora smaller than this are scanned: one matrix-vector product is as fast as a graph there and always right."""
+"""Smaller corpora are scanned: a matrix-vector product is as fast as a graph there, and exact."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +50,8 @@ class Choice:
     sketched_links: bool = True
 
 
-@functools.cache
-def cpu_features() -> frozenset[str]:
-    """Instruction set names of this CPU as /proc/cpuinfo spells them; empty where that file does not exist."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return frozenset()
-    line = next((line for line in text.splitlines() if line.startswith(("flags", "Features"))), "")
-    return frozenset(line.partition(":")[2].split())
-
-
 def missing_features(kind: str, features: frozenset[str] | None = None) -> list[str]:
-    """CPU features the kind needs and this CPU (or ``features``) lacks."""
+    """List the CPU features that the kind needs and this CPU (or ``features``) lacks."""
     have = cpu_features() if features is None else features
     return [name for name in _class_of(kind).cpu_features if name not in have]
 
@@ -95,7 +84,7 @@ def choose_kind(
     deterministic: bool = False,
     features: frozenset[str] | None = None,
 ) -> Choice:
-    """What ``--index auto`` builds.
+    """Choose what ``--index auto`` builds.
 
     Args:
         count: Distinct vectors of the corpus.
@@ -107,8 +96,7 @@ def choose_kind(
     if count < EXACT_BELOW:
         return Choice(
             "exact",
-            f"{count:,} vectors are fewer than {EXACT_BELOW:,}: an exact scan is as fast as a graph"
-            " and never wrong",
+            f"{count:,} vectors are fewer than {EXACT_BELOW:,}, so a scan is as fast as a graph",
         )
     if low_memory:
         return _choose_low_memory()
@@ -128,13 +116,9 @@ def choose_kind(
     if deterministic:
         return Choice(
             "hnsw",
-            "a deterministic build was asked for, and symqg draws a random rotation that cannot be"
-            " seeded",
+            "the build is deterministic, and symqg draws a random rotation that cannot be seeded",
         )
-    why = (
-        f"{count:,} vectors: the fastest immutable base on this CPU; live entries and tombstones"
-        " are kept beside it"
-    )
+    why = f"{count:,} vectors: the fastest immutable index on this CPU"
     return Choice("symqg", why, None if Engine is None else "int8-graph")
 
 
@@ -204,6 +188,7 @@ def check_kind(kind: str) -> None:
 
 
 def _class_of(kind: str) -> type[AnnIndex]:
+    """Return the implementation of a kind; a ``ConfigError`` where it has none."""
     check_kind(kind)
     return KINDS[kind]
 

@@ -1,4 +1,4 @@
-"""The exact index: the referee of every other one, and the right choice for small corpora."""
+"""The exact index: the reference for every other kind, and the right choice for small corpora."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ class ExactIndex(AnnIndex):
 
 
 def top_rows(scores: np.ndarray, k: int) -> np.ndarray:
-    """Rows of the ``k`` highest scores, best first, ties by row number; int64 ``(min(k, N),)``."""
+    """Return rows of the ``k`` highest scores, best first, ties by row; int64 ``(min(k, N),)``."""
     if k >= len(scores):
         return np.argsort(-scores, kind="stable")
     threshold = np.partition(scores, len(scores) - k)[len(scores) - k]
     above = np.flatnonzero(scores > threshold)
-    level = np.flatnonzero(scores == threshold)[: k - len(above)]
-    rows = np.concatenate([above, level])
+    tied = np.flatnonzero(scores == threshold)[: k - len(above)]
+    rows = np.concatenate([above, tied])
     return rows[np.lexsort((rows, -scores[rows]))]

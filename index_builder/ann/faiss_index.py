@@ -1,4 +1,4 @@
-"""The faiss forms: HNSW and IVF on a CPU; on a GPU, CAGRA builds the graph and CPUs serve it as an HNSW."""
+"""The faiss index: HNSW over float16, whose graph CAGRA builds where there is a GPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from index_builder.errors import IndexFormatError
 
 
 def faiss_library() -> Any:
-    """The faiss module.
+    """Import faiss.
 
     Raises:
         MissingDependency: Neither faiss-cpu nor a faiss-gpu build is installed.
@@ -21,12 +21,12 @@ def faiss_library() -> Any:
     try:
         import faiss
     except ImportError as error:
-        raise MissingDependency("faiss", "faiss", "The faiss index kinds") from error
+        raise MissingDependency("faiss", "faiss", "Index kind 'faiss'") from error
     return faiss
 
 
 def cagra_available() -> bool:
-    """Whether this faiss can build CAGRA graphs on a GPU of this machine."""
+    """Return whether this faiss can build CAGRA graphs on a GPU of this machine."""
     try:
         faiss = faiss_library()
     except MissingDependency:
@@ -34,15 +34,36 @@ def cagra_available() -> bool:
     return hasattr(faiss, "GpuIndexCagra") and getattr(faiss, "get_num_gpus", lambda: 0)() > 0
 
 
-class _FaissIndex(AnnIndex):
-    """What the faiss forms share: files, search and checks."""
+class FaissIndex(AnnIndex):
+    """faiss HNSW over float16 vectors, memory-mapped; on a GPU the graph is built by CAGRA."""
 
+    kind = "faiss"
     true_distances = False
 
     def __init__(self, index: Any, count: int, dimension: int, config: AnnConfig) -> None:
         self.count, self.dimension, self.config = count, dimension, config
         self._index = index
         self._faiss = faiss_library()
+
+    @classmethod
+    def build(cls, vectors: np.ndarray, config: AnnConfig) -> Self:
+        """Build over ``vectors`` float32 ``(N, D)``; on a GPU through CAGRA."""
+        count, dimension = vectors.shape
+        faiss = faiss_library()
+        contiguous = np.ascontiguousarray(vectors)
+        if cagra_available() and count >= 10_000:
+            index = _build_with_cagra(faiss, contiguous, config)
+        else:
+            index = faiss.IndexHNSWSQ(dimension, faiss.ScalarQuantizer.QT_fp16, config.m)
+            index.hnsw.efConstruction = config.ef_construction
+            before = faiss.omp_get_max_threads()
+            faiss.omp_set_num_threads(config.threads)
+            try:
+                index.train(contiguous)
+                index.add(contiguous)
+            finally:
+                faiss.omp_set_num_threads(before)
+        return cls(index, count, dimension, config)
 
     @classmethod
     def load(cls, prefix: Path, vectors: np.ndarray, config: AnnConfig) -> Self:
@@ -72,46 +93,16 @@ class _FaissIndex(AnnIndex):
         self._faiss.write_index(self._index, str(path))
         return [path]
 
-    def _parameters(self, ef: int) -> Any:
-        raise NotImplementedError
-
     def search(self, query: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
         """Search one ``(1, D)`` query; nearest first."""
-        distances, rows = self._index.search(query, k, params=self._parameters(ef))
+        parameters = self._faiss.SearchParametersHNSW(efSearch=ef)
+        distances, rows = self._index.search(query, k, params=parameters)
         found = rows[0] >= 0
         return rows[0][found], distances[0][found]
 
 
-class FaissHnswIndex(_FaissIndex):
-    """faiss HNSW over float16 vectors; with CAGRA on this machine the graph is built on the GPU in a fraction of the time."""
-
-    kind = "faiss"
-
-    @classmethod
-    def build(cls, vectors: np.ndarray, config: AnnConfig) -> Self:
-        """Build over ``vectors`` float32 ``(N, D)``; on a GPU through CAGRA."""
-        count, dimension = vectors.shape
-        faiss = faiss_library()
-        contiguous = np.ascontiguousarray(vectors)
-        if cagra_available() and count >= 10_000:
-            index = _build_with_cagra(faiss, contiguous, config)
-        else:
-            index = faiss.IndexHNSWSQ(dimension, faiss.ScalarQuantizer.QT_fp16, config.m)
-            index.hnsw.efConstruction = config.ef_construction
-            before = faiss.omp_get_max_threads()
-            faiss.omp_set_num_threads(config.threads)
-            try:
-                index.train(contiguous)
-                index.add(contiguous)
-            finally:
-                faiss.omp_set_num_threads(before)
-        return cls(index, count, dimension, config)
-
-    def _parameters(self, ef: int) -> Any:
-        return self._faiss.SearchParametersHNSW(efSearch=ef)
-
-
 def _build_with_cagra(faiss: Any, vectors: np.ndarray, config: AnnConfig) -> Any:
+    """Build the graph on the GPU, as an HNSW that CPUs search."""
     cagra_config = faiss.GpuIndexCagraConfig()
     cagra_config.graph_degree = 2 * config.m
     cagra_config.intermediate_graph_degree = 4 * config.m

@@ -1,4 +1,7 @@
-"""Out-links read from the files of the libraries that built them; checked against the vectors, never trusted."""
+"""Read out-links from the files of the libraries that built them, and check graphs.
+
+The formats are private to rabitqlib and hnswlib: what is read is checked against the vectors.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,12 @@ _HNSW_HEADER = struct.Struct("<QQQQQQiIQQQdQ")
 
 
 def read_symqg_links(path: Path, vectors: np.ndarray, degree: int) -> np.ndarray | None:
-    """Links of a SymphonyQG file with raw vectors: uint32 ``(N, degree)``, or None where the file is laid out otherwise.
+    """Read the links of a SymphonyQG file with raw vectors; None where its layout is another.
 
     A row holds the float32 vector, the codes and factors of its neighbours, and last their numbers.
+
+    Returns:
+        uint32 ``(N, degree)``.
     """
     count, dimension = vectors.shape
     stride = (path.stat().st_size - _SYMQG_HEADER) // count // 4 * 4
@@ -33,10 +39,13 @@ def read_symqg_links(path: Path, vectors: np.ndarray, degree: int) -> np.ndarray
 
 
 def read_hnsw_links(path: Path, count: int) -> np.ndarray | None:
-    """Base-layer links of an hnswlib file: uint32 ``(N, 2M)`` padded with the node itself, or None where the file is laid out otherwise.
+    """Read the base layer's links of an hnswlib file; None where its layout is another.
 
     hnswlib stores elements in the order they were added, which under several threads is not the
     order of their labels.
+
+    Returns:
+        uint32 ``(N, 2M)``, padded with the node itself.
     """
     with path.open("rb") as file:
         header = file.read(_HNSW_HEADER.size)
@@ -67,7 +76,7 @@ def read_hnsw_links(path: Path, count: int) -> np.ndarray | None:
 
 
 def unreachable_nodes(links: np.ndarray) -> int:
-    """Nodes outside the largest strongly connected part of the base layer that no path from it reaches.
+    """Count the nodes that no path from the largest strongly connected component reaches.
 
     Args:
         links: uint32 ``(N, degree)`` out-links.

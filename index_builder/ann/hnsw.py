@@ -1,4 +1,4 @@
-"""The HNSW index (hnswlib): runs on any CPU, the form every other one falls back to."""
+"""The HNSW index (hnswlib): runs on any CPU; every other kind can fall back to it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HEADER_BYTES = 96
 
 
 class HnswIndex(AnnIndex):
-    """hnswlib over float32 in squared Euclidean space, which orders unit vectors as the inner product does."""
+    """hnswlib over float32 in squared Euclidean space, which orders unit vectors as cosines do."""
 
     kind = "hnsw"
 
@@ -86,9 +86,8 @@ class HnswIndex(AnnIndex):
             try:
                 rows, distances = self._index.knn_query(query, wanted, num_threads=1)
                 return rows[0], distances[0]
-            except (
-                RuntimeError
-            ):  # fewer than `wanted` nodes can be reached: hnswlib returns all or nothing
+            except RuntimeError:
+                # Fewer than `wanted` nodes can be reached: hnswlib returns all or nothing.
                 if wanted == 1:
                     return np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.float32)
                 wanted = wanted * 3 // 4
@@ -104,7 +103,7 @@ class HnswIndex(AnnIndex):
         return rows.astype(np.int64), distances
 
     def neighbours(self) -> np.ndarray | None:
-        """The base-layer out-links, read from the saved file."""
+        """Read the base layer's out-links from a saved file."""
         with tempfile.TemporaryDirectory(prefix="omni-") as folder:
             path = Path(folder) / "links.hnsw"
             self._index.save_index(str(path))

@@ -7,11 +7,10 @@ from typing import Any, Self
 
 import numpy as np
 
-from encoders.errors import ConfigError
 from index_builder.ann.hnsw import HnswIndex
 from index_builder.ann.interface import AnnConfig, AnnIndex
 from index_builder.ann.symqg import MIN_ROWS, SymqgIndex, symqg_builds
-from index_builder.errors import IndexFormatError
+from index_builder.errors import IndexFormatError, MissingExtension
 from index_builder.native import Engine
 from index_builder.storage.corpus import Corpus
 from index_builder.storage.engine_arrays import EngineArrays, make_engine
@@ -36,11 +35,7 @@ class Int8GraphIndex(AnnIndex):
         self.config = config
         self.arrays = arrays
         if Engine is None:
-            raise ConfigError(
-                f"index kind {self.kind!r} needs the compiled extension, which was not built when"
-                " omnisearchsage was installed. Install a C++ compiler and omnisearchsage again,"
-                " or rebuild with --index hnsw."
-            )
+            raise MissingExtension(f"Index kind {self.kind!r}")
         self._nearest = make_engine(Corpus(vectors), None, arrays).nearest
 
     @classmethod
@@ -57,7 +52,7 @@ class Int8GraphIndex(AnnIndex):
 
     @classmethod
     def over(cls, vectors: np.ndarray, graph: np.ndarray, config: AnnConfig) -> Self:
-        """Search ``vectors`` float32 ``(N, D)`` along a given graph, out-links uint32 ``(N, L)``."""
+        """Search ``vectors`` float32 ``(N, D)`` along given out-links, uint32 ``(N, degree)``."""
         arrays = EngineArrays.build(vectors, graph, sketched_links=config.sketched_links)
         return cls(vectors, arrays, config)
 

@@ -1,4 +1,4 @@
-"""The one interface every approximate nearest neighbour index implements, and the configuration all of them share."""
+"""The interface of nearest neighbour indexes and the configuration that all of them share."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class AnnConfig:
     ef_construction: int = 200
     """Candidate-list size while inserting. Higher: better recall, slower build."""
     bits: int = 0
-    """What ``symqg`` scores the last candidates with: 0 float32 vectors, else 8 bits a dimension."""
+    """What ``symqg`` scores its last candidates with: 0 float32, else 8 bits a dimension."""
     sketched_links: bool = True
-    """Whether links of ``int8-graph`` carry one-bit sketches: faster, 1.5 instead of 0.4 kB."""
+    """Whether links of ``int8-graph`` carry one-bit sketches: faster, 1.5 not 0.4 kB a vector."""
     threads: int = 1
     """Build threads.
 
@@ -71,7 +71,7 @@ class AnnIndex(ABC):
     exact: ClassVar[bool] = False
     """Whether every answer is the exact top k whatever ``ef`` is."""
     true_distances: bool = True
-    """Whether ``search`` returns float32 distances of the vectors themselves, not estimates from codes."""
+    """Whether ``search`` returns float32 distances of the vectors, not estimates from codes."""
 
     count: int
     dimension: int
@@ -85,7 +85,12 @@ class AnnIndex(ABC):
     @classmethod
     @abstractmethod
     def load(cls, prefix: Path, vectors: np.ndarray, config: AnnConfig) -> Self:
-        """Load what ``save`` wrote; ``vectors`` is the corpus, usually memory-mapped, for the forms that share it.
+        """Load what ``save`` wrote.
+
+        Args:
+            prefix: ``<prefix>.*`` are the files.
+            vectors: The corpus, usually memory-mapped, for the kinds that share it.
+            config: As at the build.
 
         Raises:
             IndexFormatError: A file is missing, damaged or of another size.
@@ -93,7 +98,7 @@ class AnnIndex(ABC):
 
     @abstractmethod
     def save(self, prefix: Path) -> list[Path]:
-        """Write ``<prefix>.*`` and return the files written (none where the corpus itself is the index)."""
+        """Write ``<prefix>.*`` and return the files written; none where the corpus is the index."""
 
     @abstractmethod
     def search(self, query: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
@@ -110,7 +115,11 @@ class AnnIndex(ABC):
         """
 
     def search_batch(self, queries: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
-        """Search ``(B, D)`` queries; returns int64 rows ``(B, k)`` (-1 where missing) and float32 distances ``(B, k)``."""
+        """Search ``(B, D)`` queries.
+
+        Returns:
+            int64 rows ``(B, k)``, -1 where missing, and float32 distances ``(B, k)``.
+        """
         rows = np.full((len(queries), k), -1, dtype=np.int64)
         distances = np.full((len(queries), k), np.inf, dtype=np.float32)
         for i in range(len(queries)):
@@ -126,5 +135,8 @@ class AnnIndex(ABC):
         return values
 
     def neighbours(self) -> np.ndarray | None:
-        """Base-layer out-links, uint32 ``(N, degree)`` padded with the node itself, or None where there is no graph to show."""
+        """Return the base layer's out-links; None where there is no graph or it cannot be read.
+
+        uint32 ``(N, degree)``; a node with fewer links is padded with links to itself.
+        """
         return None

@@ -1,4 +1,4 @@
-"""The SymphonyQG index (rabitqlib): the fastest immutable base, a graph whose edges carry RaBitQ codes of their targets."""
+"""The SymphonyQG index (rabitqlib): a graph whose edges carry RaBitQ codes of their targets."""
 
 from __future__ import annotations
 
@@ -10,41 +10,45 @@ from typing import Any, Self
 import numpy as np
 
 from encoders.errors import ConfigError, MissingDependency
+from index_builder.ann.cpu import cpu_features
 from index_builder.ann.graph_files import read_symqg_links
 from index_builder.ann.interface import AnnConfig, AnnIndex
 from index_builder.errors import IndexFormatError
-from index_builder.native import SIMD
 
 MIN_ROWS = 1_000
-"""Below this the builder has too few points for its partitions; ``exact`` is faster there anyway."""
+"""Below this the builder has too few points for its partitions, and ``exact`` is faster."""
 
 MIN_DIMENSION, MAX_DIMENSION = 64, 4_095
 """Widths that the library's rotation knows."""
 
 
 def _library() -> Any:
+    """Import rabitqlib."""
     try:
         import rabitqlib
     except ImportError as error:
-        raise MissingDependency("rabitqlib", "symqg", "The symqg index") from error
+        raise MissingDependency("rabitqlib", None, "Index kind 'symqg'") from error
     return rabitqlib
 
 
 def symqg_available() -> bool:
-    """Whether rabitqlib is installed."""
+    """Return whether rabitqlib is installed."""
     return importlib.util.find_spec("rabitqlib") is not None
 
 
 def symqg_builds(dimension: int) -> bool:
-    """Whether rabitqlib is installed, runs on this CPU and knows vectors of that width."""
+    """Return whether rabitqlib is installed, runs on this CPU and knows vectors of that width."""
     return (
-        symqg_available() and SIMD.startswith("avx") and MIN_DIMENSION <= dimension <= MAX_DIMENSION
+        symqg_available()
+        and cpu_features().issuperset(SymqgIndex.cpu_features)
+        and MIN_DIMENSION <= dimension <= MAX_DIMENSION
     )
 
 
 class SymqgIndex(AnnIndex):
-    """SymphonyQG (Gou et al., SIGMOD 2025) in squared Euclidean space, re-ranked inside by the raw or the 8-bit store.
+    """SymphonyQG (Gou et al., SIGMOD 2025) in squared Euclidean space.
 
+    The library scores its last candidates by float32 vectors or 8-bit codes (``AnnConfig.bits``).
     Its inner-product mode reaches far lower recall at equal ``ef`` on unit vectors (0.80 against
     0.95 at ef 60 on 100k text embeddings).
     """
@@ -121,7 +125,7 @@ class SymqgIndex(AnnIndex):
         return rows.astype(np.int64), distances
 
     def neighbours(self) -> np.ndarray | None:
-        """The out-links, read from the saved file; None for the 8-bit store, whose layout is another."""
+        """Read the out-links from a saved file; None with 8-bit codes, whose layout is another."""
         if self.config.bits:
             return None
         with tempfile.TemporaryDirectory(prefix="omni-") as folder:

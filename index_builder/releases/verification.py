@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
+from index_builder.ann.cpu import cpu_features
 from index_builder.errors import ReleaseCorrupt, UnsupportedCpu
 from index_builder.releases.manifest import MANIFEST_NAME, FileRecord, Manifest
 
@@ -136,18 +137,6 @@ def check_contents(folder: Path, manifest: Manifest, threads: int | None = None)
             pass
 
 
-def this_cpu() -> frozenset[str]:
-    """Feature flags of this machine's first CPU; empty where ``/proc/cpuinfo`` does not tell."""
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return frozenset()
-    line = next(
-        (line for line in text.splitlines() if line.lower().startswith(("flags", "features"))), ""
-    )
-    return frozenset(line.partition(":")[2].split())
-
-
 def check_cpu(manifest: Manifest, features: frozenset[str] | None = None) -> None:
     """Refuse indexes that this CPU cannot search, before a library dies of an illegal instruction.
 
@@ -158,7 +147,7 @@ def check_cpu(manifest: Manifest, features: frozenset[str] | None = None) -> Non
     Raises:
         UnsupportedCpu: Features are missing.
     """
-    have = this_cpu() if features is None else features
+    have = cpu_features() if features is None else features
     for entity in manifest.entities.values():
         missing = sorted(set(entity.cpu_features) - have)
         if missing:

@@ -9,10 +9,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from encoders.errors import ConfigError
 from index_builder.ann import AnnConfig, AnnIndex, build_index
-from index_builder.ann.choice import missing_features
-from index_builder.ann.symqg import MIN_ROWS
+from index_builder.ann.symqg import MIN_ROWS, symqg_builds
 from index_builder.filters.attributes import is_of_one_type, json_columns
 from index_builder.live_log.records import LiveEntry
 from index_builder.native import live_scan
@@ -23,15 +21,8 @@ _ROWS_PER_GROUP = 8
 
 def _build_graph(vectors: np.ndarray) -> AnnIndex:
     """The fastest small graph this machine can search: SymphonyQG where it runs, else HNSW."""
-    if len(vectors) >= MIN_ROWS and not missing_features("symqg"):
-        try:
-            return build_index("symqg", vectors, _SEGMENT)
-        except (
-            ConfigError,
-            ImportError,
-            ValueError,
-        ):  # not installed, too few rows, or a dimension it does not know
-            pass
+    if len(vectors) >= MIN_ROWS and symqg_builds(vectors.shape[1]):
+        return build_index("symqg", vectors, _SEGMENT)
     return build_index("hnsw", vectors, _SEGMENT)
 
 

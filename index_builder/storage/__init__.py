@@ -1,1 +1,1 @@
-"""Vectors, ids and codes on disk, and files that survive a crash."""
+"""Vectors, ids and the arrays of the compiled engine on disk, and files that survive a crash."""

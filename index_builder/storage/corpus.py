@@ -18,7 +18,7 @@ _BLOCK = 65_536
 def check_vectors(
     vectors: np.ndarray, ids: Sequence[str] | None = None, dimension: int | None = None
 ) -> np.ndarray:
-    """Check that ``vectors`` may enter an index; returns them C-contiguous.
+    """Check that ``vectors`` may enter an index, and return them C-contiguous.
 
     Args:
         vectors: Expected float32 ``(N, D)`` with finite unit rows.
@@ -55,18 +55,18 @@ def check_vectors(
         if len(bad):
             row = start + int(bad[0])
             name = f" (id {ids[row]!r})" if ids is not None else ""
-            values = block[bad[0]]
-            if not np.isfinite(values).all():
-                what, fix = "holds NaN or Inf", "Remove it, or find what the encoder was given"
-            elif not values.any():
-                what, fix = "is all zeros", "Remove it: nothing can be near it"
-            else:
-                what, fix = (
-                    f"has norm {float(norms[bad[0]]):.4f}, not 1",
-                    "Divide each vector by its norm",
-                )
-            raise InvalidVectors(f"row {row}{name}: the vector {what}. {fix}.")
+            raise InvalidVectors(f"row {row}{name}: {_what_is_wrong(vectors[row])}")
     return np.ascontiguousarray(vectors)
+
+
+def _what_is_wrong(vector: np.ndarray) -> str:
+    """Describe why a vector may not enter an index, and the fix."""
+    if not np.isfinite(vector).all():
+        return "the vector holds NaN or Inf. Remove it, or find what the encoder was given."
+    if not vector.any():
+        return "the vector is all zeros. Remove it: nothing can be near it."
+    norm = float(np.sqrt(np.einsum("d,d->", vector, vector)))
+    return f"the vector has norm {norm:.4f}, not 1. Divide each vector by its norm."
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class Corpus:
 
     @property
     def rows(self) -> int:
-        """Number of rows, duplicates included."""
+        """Count the rows, duplicates included."""
         return len(self.vectors) if self.node_of_row is None else len(self.node_of_row)
 
     @classmethod
@@ -98,14 +98,15 @@ class Corpus:
         first, inverse = _distinct(vectors)
         if len(first) == len(vectors):
             return cls(vectors)
-        starts = np.zeros(len(first) + 1, dtype=np.uint32)
-        starts[1:] = np.cumsum(np.bincount(inverse, minlength=len(first)))
-        return cls(
-            np.ascontiguousarray(vectors[first]),
-            inverse.astype(np.uint32),
-            starts,
-            np.argsort(inverse, kind="stable").astype(np.uint32),
-        )
+        return cls._with_nodes(np.ascontiguousarray(vectors[first]), inverse.astype(np.uint32))
+
+    @classmethod
+    def _with_nodes(cls, vectors: np.ndarray, node_of_row: np.ndarray) -> Corpus:
+        """Derive which rows each node has."""
+        starts = np.zeros(len(vectors) + 1, dtype=np.uint32)
+        starts[1:] = np.cumsum(np.bincount(node_of_row, minlength=len(vectors)))
+        rows_by_node = np.argsort(node_of_row, kind="stable").astype(np.uint32)
+        return cls(vectors, node_of_row, starts, rows_by_node)
 
     def save(self, folder: Path) -> None:
         """Write ``vectors.npy`` and, with duplicates, ``vectors.nodes.npy``."""
@@ -121,9 +122,8 @@ class Corpus:
             IndexFormatError: A file is missing or no such array.
         """
         try:
-            vectors = np.asarray(
-                np.load(folder / "vectors.npy", mmap_mode="r")
-            )  # a plain view of the map: memmap indexing is slow
+            # A plain view of the map: indexing a memmap is slow.
+            vectors = np.asarray(np.load(folder / "vectors.npy", mmap_mode="r"))
             path = folder / "vectors.nodes.npy"
             nodes = np.load(path) if path.is_file() else None
         except (OSError, ValueError) as error:
@@ -141,36 +141,36 @@ class Corpus:
             raise IndexFormatError(
                 f"the nodes of {folder.name!r} point past its vectors. Rebuild this release."
             )
-        starts = np.zeros(len(vectors) + 1, dtype=np.uint32)
-        starts[1:] = np.cumsum(np.bincount(nodes, minlength=len(vectors)))
-        return cls(vectors, nodes, starts, np.argsort(nodes, kind="stable").astype(np.uint32))
+        return cls._with_nodes(vectors, nodes)
 
 
 def _distinct(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Row of the first copy of each distinct vector, ascending, and the number of the distinct vector of each row."""
-    count, dimension = vectors.shape
-    weights = np.random.default_rng(0).integers(
-        1, 2**63, size=dimension, dtype=np.uint64
-    ) | np.uint64(1)
-    keys = np.empty(count, dtype=np.uint64)
-    for start in range(0, count, _BLOCK):
-        bits = (vectors[start : start + _BLOCK] + np.float32(0)).view(
-            np.uint32
-        )  # adding 0 makes -0.0 and 0.0 one value
-        keys[start : start + _BLOCK] = (bits.astype(np.uint64) * weights).sum(axis=1)
+    """Find the distinct vectors among ``vectors`` ``(N, D)``.
+
+    Returns:
+        The row of the first copy of each, ascending, and for each row the number of its vector.
+    """
+    count = len(vectors)
+    keys = _hashes(vectors)
     _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
     if len(first) < count:
         twins = np.flatnonzero(first[inverse] != np.arange(count))
-        if not np.array_equal(
-            vectors[twins], vectors[first[inverse[twins]]]
-        ):  # a hash collision, about 1 in 10^7 builds of a million
-            rows = (
-                np.ascontiguousarray(vectors + np.float32(0))
-                .view(np.dtype((np.void, 4 * dimension)))
-                .ravel()
-            )
-            _, first, inverse = np.unique(rows, return_index=True, return_inverse=True)
+        # Hashes collide in about 1 of 10^7 builds of a million vectors.
+        if not np.array_equal(vectors[twins], vectors[first[inverse[twins]]]):
+            rows = np.ascontiguousarray(vectors + np.float32(0)).view(f"V{4 * vectors.shape[1]}")
+            _, first, inverse = np.unique(rows.ravel(), return_index=True, return_inverse=True)
     order = np.argsort(first, kind="stable")
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     return first[order], rank[inverse]
+
+
+def _hashes(vectors: np.ndarray) -> np.ndarray:
+    """Hash each row to a uint64; -0.0 and 0.0 are one value."""
+    rng = np.random.default_rng(0)
+    weights = rng.integers(1, 2**63, size=vectors.shape[1], dtype=np.uint64) | np.uint64(1)
+    keys = np.empty(len(vectors), dtype=np.uint64)
+    for start in range(0, len(vectors), _BLOCK):
+        bits = (vectors[start : start + _BLOCK] + np.float32(0)).view(np.uint32)
+        keys[start : start + _BLOCK] = (bits.astype(np.uint64) * weights).sum(axis=1)
+    return keys

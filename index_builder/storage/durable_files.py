@@ -1,4 +1,4 @@
-"""Files that survive a crash: fsync, atomic replacement, locks that die with their holder, a clear word when the disk is full."""
+"""Files that survive a crash: fsync, atomic replacement, locks, and a typed error when full."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def _free_space(path: Path) -> str:
+    """Describe the free space of a file system."""
     try:
         return f"{shutil.disk_usage(path).free / 2**20:,.0f} MiB are free"
     except OSError:
@@ -25,10 +26,10 @@ def _free_space(path: Path) -> str:
 
 @contextmanager
 def disk_full_is_clear(what: str, path: Path) -> Iterator[None]:
-    """Turn "no space left" (also quota and file size limits) into ``DiskFull`` with the free space and the next step.
+    """Turn "no space left" into ``DiskFull``, also for quotas and limits of file sizes.
 
     Raises:
-        DiskFull: The operating system refused to store more bytes.
+        DiskFull: The operating system refused to store more bytes; names the free space.
     """
     try:
         yield
@@ -75,7 +76,9 @@ def make_folder(folder: Path) -> None:
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Replace ``path`` by ``content``: after a crash at any moment the file holds all of the old bytes or all of the new.
+    """Replace ``path`` by ``content``.
+
+    After a crash at any moment the file holds all of the old bytes or all of the new ones.
 
     Raises:
         DiskFull: There was no room; the old content is untouched.
@@ -106,7 +109,7 @@ class FileLock:
         self._descriptor: int | None = None
 
     def acquire(self, *, shared: bool = False, timeout_seconds: float = 0.0) -> bool:
-        """Take the lock; False if another holder kept it for ``timeout_seconds``."""
+        """Take the lock; False if another holder keeps it for ``timeout_seconds``."""
         assert self._descriptor is None, "the lock is already held by this object"
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         deadline = time.monotonic() + timeout_seconds
@@ -121,22 +124,20 @@ class FileLock:
                     return False
                 time.sleep(0.005)
         if not shared:
-            with suppress(
-                OSError
-            ):  # on a full disk: the note is for messages, the lock is the kernel's
+            with suppress(OSError):  # a full disk: the lock is the kernel's, the pid for messages
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         self._descriptor = descriptor
         return True
 
     def release(self) -> None:
-        """Give the lock back; does nothing when it is not held."""
+        """Release the lock if it is held."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
     def holder(self) -> str:
-        """Process id of the last exclusive holder, or ``unknown``."""
+        """Read the process id of the last exclusive holder, or ``unknown``."""
         try:
             return self.path.read_text().strip() or "unknown"
         except OSError:
@@ -144,5 +145,5 @@ class FileLock:
 
     @property
     def held(self) -> bool:
-        """Whether this object holds the lock."""
+        """Return whether this object holds the lock."""
         return self._descriptor is not None

@@ -1,4 +1,4 @@
-"""The side store of filtered and lean searches, memory-mapped: 8-bit codes of the vectors, one-bit sketches, out-links of a graph."""
+"""Arrays that the compiled engine searches beside the vectors: codes, sketches and links."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from index_builder.native import Engine, link_records
 from index_builder.storage.corpus import Corpus
 from index_builder.storage.id_table import IdTable
 
-_BLOCK = 65_536
-CODE_ALIGNMENT = 64
-_SKETCH_ROWS = 32
 _ARRAYS = ("codes", "graph", "sketch", "factors", "links")
+_BLOCK = 65_536
+_CODE_ALIGNMENT = 64
+_ENTRY_SAMPLE = 2_000
+_SKETCH_ROWS = 32
+_ZERO_CODE = 128
 
 
 @dataclass(frozen=True, slots=True)
 class EngineArrays:
-    """Codes, sketches and links of a corpus.
+    """Codes, sketches and links of a corpus, each memory-mapped where it need not be resident.
 
     One scale serves all vectors: every component is a multiple of ``largest / 127``, stored with
     128 added. The order by codes is nearly that by inner product; the best candidates are scored
@@ -31,15 +33,15 @@ class EngineArrays:
 
     Attributes:
         codes: uint8 ``(U, stride)``; the stride is the dimension rounded up to 64.
-        graph: uint32 ``(U, degree)`` out-links, padded with the node itself; None where only scans
-            are wanted.
-        entry: Where walks begin.
+        graph: uint32 ``(U, degree)`` out-links, padded with the node itself; None where links are
+            sketched or only scans are wanted.
+        entry: Node at which walks begin.
         sketch: uint8 ``(blocks, stride / 4, 16)``, 32 rows a block: byte j holds four signs of row
             j and, times 16, of row j + 16; or None.
         factors: float32 ``(32 * blocks,)``, one a sketch; or None.
-        links: uint8 ``(U, record)``, what the compiled walk reads in place of ``graph``: a node's
-            out-links (uint32), a factor for each (float32), and sketches of the differences to
-            where they lead, in blocks of 32 laid out as in ``sketch``; or None.
+        links: uint8 ``(U, record)``, read in place of ``graph``: a node's out-links (uint32), a
+            factor for each (float32), and sketches of the differences to where they lead, in blocks
+            of 32 laid out as in ``sketch``; or None.
     """
 
     codes: np.ndarray
@@ -58,37 +60,37 @@ class EngineArrays:
         sketches: bool = False,
         sketched_links: bool = False,
     ) -> Self:
-        """Quantise ``vectors`` float32 ``(U, D)`` and keep ``graph``, in ``links`` if these carry sketches; ``sketches`` serve filters."""
-        count, dimension = vectors.shape
-        largest = max(
-            (float(np.abs(vectors[s : s + _BLOCK]).max()) for s in range(0, count, _BLOCK)),
-            default=1.0,
+        """Quantise vectors and keep the graph beside them.
+
+        Args:
+            vectors: float32 ``(U, D)``.
+            graph: Out-links, uint32 ``(U, degree)``; None where only scans are wanted.
+            sketches: Make ``sketch`` and ``factors``, which filters use.
+            sketched_links: Keep the graph as ``links`` instead of ``graph``.
+        """
+        scale = np.float32(127 / _largest_component(vectors))
+        arrays = cls(
+            _quantised(vectors, scale), None if sketched_links else graph, central_node(vectors)
         )
-        codes = _aligned((count, _stride(dimension)))
-        codes[:] = 128
-        for start in range(0, count, _BLOCK):
-            block = vectors[start : start + _BLOCK] * np.float32(127 / largest)
-            codes[start : start + _BLOCK, :dimension] = (np.rint(block) + 128).astype(np.uint8)
-        store = cls(codes, None if sketched_links else graph, central_node(vectors))
         if sketched_links:
             assert graph is not None, "links need a graph"
-            store = replace(store, links=_sketched_links(vectors, graph, 127 / largest))
-        return store.with_sketches(vectors) if sketches else store
+            arrays = replace(arrays, links=_sketched_links(vectors, graph, scale))
+        return arrays.with_sketches(vectors) if sketches else arrays
 
     def with_sketches(self, vectors: np.ndarray) -> Self:
-        """The same with sketches of ``vectors``, which filters need."""
+        """Return the same with sketches of ``vectors``, which filters use."""
         sketch, factors = _sketches(vectors)
         return replace(self, sketch=sketch, factors=factors)
 
     def neighbours(self) -> np.ndarray | None:
-        """Out-links, uint32 ``(U, degree)``; None where only scans are wanted."""
+        """Return the out-links, uint32 ``(U, degree)``; None where there are none."""
         if self.links is None:
             return self.graph
         degree = self.links.shape[1] // (8 + self.codes.shape[1] // 8)
         return np.ascontiguousarray(self.links[:, : 4 * degree]).view(np.uint32)
 
     def save(self, folder: Path) -> None:
-        """Write ``index.codes.npy`` and, where they are there, ``index.{graph,sketch,factors,links}.npy``."""
+        """Write ``index.<name>.npy`` for each array that is there."""
         for name in _ARRAYS:
             array = getattr(self, name)
             if array is not None:
@@ -98,76 +100,106 @@ class EngineArrays:
     def load(cls, folder: Path, vectors: np.ndarray) -> Self:
         """Map what ``save`` wrote.
 
-        Where links carry sketches, these and the codes are read into memory: walks read little from
+        Where links are sketched, these and the codes are read into memory: walks read little from
         many places, which huge pages make a tenth to a fifth faster.
 
         Raises:
             IndexFormatError: A file is missing or does not fit the vectors.
         """
         try:
-            codes, graph, sketch, factors, links = (
-                _mapped(folder / f"index.{name}.npy") for name in _ARRAYS
-            )
+            arrays = {name: _mapped(folder / f"index.{name}.npy") for name in _ARRAYS}
         except (OSError, ValueError) as error:
             raise IndexFormatError(
                 f"the codes of {folder.name!r} cannot be read ({error}). Rebuild this release."
             ) from error
-        count, dimension = vectors.shape
-        stride = _stride(dimension)
+        codes, graph, links = arrays["codes"], arrays["graph"], arrays["links"]
         if codes is None:
             raise IndexFormatError(
                 f"the codes of {folder.name!r} are missing. Rebuild this release."
             )
-        if codes.shape != (count, stride) or codes.dtype != np.uint8:
-            raise IndexFormatError(
-                f"the codes of {folder.name!r} are {codes.dtype} {codes.shape}, not uint8"
-                f" {(count, stride)}. Rebuild this release."
-            )
-        if graph is not None and (
-            graph.dtype != np.uint32 or graph.ndim != 2 or len(graph) != count
-        ):
-            raise IndexFormatError(
-                f"the graph of {folder.name!r} is {graph.dtype} {graph.shape}, not uint32 ({count},"
-                " degree). Rebuild this release."
-            )
-        record = _SKETCH_ROWS * (8 + stride // 8)
-        if links is not None and (
-            links.dtype != np.uint8
-            or links.ndim != 2
-            or len(links) != count
-            or links.shape[1] % record
-        ):
-            raise IndexFormatError(
-                f"the links of {folder.name!r} are {links.dtype} {links.shape}, not uint8 ({count},"
-                f" a multiple of {record}). Rebuild this release."
-            )
+        _check_shapes(folder.name, codes, graph, links, vectors.shape)
         if links is not None:
-            codes, links = _resident(codes), _resident(links)
-        return cls(codes, graph, central_node(vectors), sketch, factors, links)
+            codes = _resident(codes)
+            links = _resident(links)
+        return cls(codes, graph, central_node(vectors), arrays["sketch"], arrays["factors"], links)
+
+
+def _check_shapes(
+    name: str,
+    codes: np.ndarray,
+    graph: np.ndarray | None,
+    links: np.ndarray | None,
+    shape: tuple[int, ...],
+) -> None:
+    """Check codes, graph and links against the shape ``(U, D)`` of the vectors.
+
+    Raises:
+        IndexFormatError: They do not fit.
+    """
+    count, dimension = shape
+    stride = _stride(dimension)
+    record = _SKETCH_ROWS * (8 + stride // 8)
+    if codes.shape != (count, stride) or codes.dtype != np.uint8:
+        raise IndexFormatError(
+            f"the codes of {name!r} are {codes.dtype} {codes.shape}, not uint8"
+            f" {(count, stride)}. Rebuild this release."
+        )
+    if graph is not None and (graph.dtype != np.uint32 or graph.ndim != 2 or len(graph) != count):
+        raise IndexFormatError(
+            f"the graph of {name!r} is {graph.dtype} {graph.shape}, not uint32 ({count},"
+            " degree). Rebuild this release."
+        )
+    if links is None:
+        return
+    if links.dtype != np.uint8 or links.ndim != 2 or len(links) != count or links.shape[1] % record:
+        raise IndexFormatError(
+            f"the links of {name!r} are {links.dtype} {links.shape}, not uint8 ({count},"
+            f" a multiple of {record}). Rebuild this release."
+        )
+
+
+def _largest_component(vectors: np.ndarray) -> float:
+    """Return the largest absolute component of all vectors, 1 where there is no vector."""
+    starts = range(0, len(vectors), _BLOCK)
+    return max((float(np.abs(vectors[s : s + _BLOCK]).max()) for s in starts), default=1.0)
+
+
+def _quantised(vectors: np.ndarray, scale: np.float32) -> np.ndarray:
+    """Return codes uint8 ``(U, stride)`` of ``vectors``; padding holds the code of zero."""
+    count, dimension = vectors.shape
+    codes = _aligned((count, _stride(dimension)))
+    codes[:] = _ZERO_CODE
+    for start in range(0, count, _BLOCK):
+        block = np.rint(vectors[start : start + _BLOCK] * scale) + _ZERO_CODE
+        codes[start : start + _BLOCK, :dimension] = block.astype(np.uint8)
+    return codes
 
 
 def _stride(dimension: int) -> int:
-    """Bytes of a vector's codes."""
-    return -(-dimension // CODE_ALIGNMENT) * CODE_ALIGNMENT
+    """Return the bytes of a vector's codes."""
+    return -(-dimension // _CODE_ALIGNMENT) * _CODE_ALIGNMENT
 
 
 def _aligned(shape: tuple[int, int]) -> np.ndarray:
-    """Room of bytes that begins on a cache line; numpy asks for huge pages where an array is large."""
+    """Allocate bytes that begin on a cache line; numpy asks for huge pages where they are many."""
     size = shape[0] * shape[1]
-    room = np.empty(size + CODE_ALIGNMENT, dtype=np.uint8)
-    start = -room.ctypes.data % CODE_ALIGNMENT
+    room = np.empty(size + _CODE_ALIGNMENT, dtype=np.uint8)
+    start = -room.ctypes.data % _CODE_ALIGNMENT
     return room[start : start + size].reshape(shape)
 
 
 def _resident(array: np.ndarray) -> np.ndarray:
-    """A copy in this process's memory, aligned."""
+    """Copy an array into this process's memory, aligned."""
     copy = _aligned((array.shape[0], array.shape[1]))
     copy[:] = array
     return copy
 
 
-def _sketched_links(vectors: np.ndarray, graph: np.ndarray, scale: float) -> np.ndarray:
-    """The records of ``graph`` uint32 ``(U, degree)``, widened to a multiple of 32 links by links to the node itself."""
+def _sketched_links(vectors: np.ndarray, graph: np.ndarray, scale: np.float32) -> np.ndarray:
+    """Make the records of ``graph`` uint32 ``(U, degree)``.
+
+    Degrees that are no multiple of 32 are widened by links to the node itself.
+    """
     count, dimension = vectors.shape
     missing = -graph.shape[1] % _SKETCH_ROWS
     if missing:
@@ -176,52 +208,57 @@ def _sketched_links(vectors: np.ndarray, graph: np.ndarray, scale: float) -> np.
     links = _aligned((count, graph.shape[1] * (8 + _stride(dimension) // 8)))
     links[:] = 0
     link_records(
-        np.ascontiguousarray(vectors), dimension, np.ascontiguousarray(graph), scale, links
+        np.ascontiguousarray(vectors), dimension, np.ascontiguousarray(graph), float(scale), links
     )
     return links
 
 
 def _mapped(path: Path) -> np.ndarray | None:
+    """Map an array; None where there is no such file."""
     return np.asarray(np.load(path, mmap_mode="r")) if path.is_file() else None
 
 
 def _sketches(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sketches and factors of ``vectors`` float32 ``(U, D)``."""
+    """Make the sketches and factors of ``vectors`` float32 ``(U, D)``."""
     count, dimension = vectors.shape
-    stride, blocks = -(-dimension // CODE_ALIGNMENT) * CODE_ALIGNMENT, -(-count // _SKETCH_ROWS)
-    sketch, factors = (
-        np.zeros((blocks, stride // 4, 16), dtype=np.uint8),
-        np.zeros(blocks * _SKETCH_ROWS, dtype=np.float32),
-    )
+    stride = _stride(dimension)
+    blocks = -(-count // _SKETCH_ROWS)
+    sketch = np.zeros((blocks, stride // 4, 16), dtype=np.uint8)
+    factors = np.zeros(blocks * _SKETCH_ROWS, dtype=np.float32)
     mean = np.mean(vectors[:: max(1, count // _BLOCK)], axis=0, dtype=np.float32)
-    weights = np.array([1, 2, 4, 8], dtype=np.uint8)
     for start in range(0, count, _BLOCK):
         rest = vectors[start : start + _BLOCK] - mean
-        signs = np.zeros((-(-len(rest) // _SKETCH_ROWS) * _SKETCH_ROWS, stride), dtype=np.uint8)
-        signs[: len(rest), :dimension] = rest > 0
-        nibbles = (signs.reshape(-1, 2, 16, stride // 4, 4) * weights).sum(
-            axis=4, dtype=np.uint8
-        )  # (blocks, half, row, nibble)
+        nibbles = _sign_nibbles(rest, stride)  # (blocks, half, row, nibble)
         at = start // _SKETCH_ROWS
         sketch[at : at + len(nibbles)] = (nibbles[:, 0] | nibbles[:, 1] << 4).transpose(0, 2, 1)
-        width = np.abs(rest).sum(axis=1)
-        factors[start : start + len(rest)] = np.einsum("nd,nd->n", rest, rest) / np.maximum(
-            width, 1e-12
-        )
+        width = np.maximum(np.abs(rest).sum(axis=1), 1e-12)
+        factors[start : start + len(rest)] = np.einsum("nd,nd->n", rest, rest) / width
     return sketch, factors
 
 
+def _sign_nibbles(rest: np.ndarray, stride: int) -> np.ndarray:
+    """Pack four signs of ``rest`` ``(N, D)`` to a nibble: uint8 ``(blocks, 2, 16, stride / 4)``."""
+    rows = -(-len(rest) // _SKETCH_ROWS) * _SKETCH_ROWS
+    signs = np.zeros((rows, stride), dtype=np.uint8)
+    signs[: len(rest), : rest.shape[1]] = rest > 0
+    weights = np.array([1, 2, 4, 8], dtype=np.uint8)
+    nibbles: np.ndarray = (signs.reshape(-1, 2, 16, stride // 4, 4) * weights).sum(
+        axis=4, dtype=np.uint8
+    )
+    return nibbles
+
+
 def central_node(vectors: np.ndarray) -> int:
-    """The node nearest to the mean among a sample spread over the corpus: where walks begin."""
+    """Return the node nearest to the mean among a sample spread over the corpus."""
     if len(vectors) == 0:
         return 0
-    step = max(1, len(vectors) // 2_000)
+    step = max(1, len(vectors) // _ENTRY_SAMPLE)
     sample = np.asarray(vectors[::step])
     return int(np.argmax(sample @ sample.mean(axis=0))) * step
 
 
-def make_engine(corpus: Corpus, ids: IdTable | None, store: EngineArrays | None) -> Any:
-    """The compiled engine over these arrays, or None where it was not built.
+def make_engine(corpus: Corpus, ids: IdTable | None, arrays: EngineArrays | None) -> Any:
+    """Make the compiled engine over these arrays; None where the extension was not built.
 
     Raises:
         IndexFormatError: The arrays do not fit each other (a link or an offset points outside).
@@ -230,21 +267,17 @@ def make_engine(corpus: Corpus, ids: IdTable | None, store: EngineArrays | None)
         return None
     blob = ids.blob if ids is not None else np.zeros(1, dtype=np.uint8)
     offsets = ids.offsets if ids is not None else np.zeros(corpus.rows + 1, dtype=np.uint64)
+    held = {} if arrays is None else {n: getattr(arrays, n) for n in ("entry", *_ARRAYS)}
     try:
         return Engine(
             corpus.vectors,
             int(corpus.vectors.shape[1]),
             blob,
             offsets,
-            store.codes if store else None,
-            store.graph if store else None,
-            store.entry if store else 0,
-            corpus.node_of_row,
-            corpus.row_starts,
-            corpus.rows_by_node,
-            store.sketch if store else None,
-            store.factors if store else None,
-            store.links if store else None,
+            node_of_row=corpus.node_of_row,
+            row_starts=corpus.row_starts,
+            rows_by_node=corpus.rows_by_node,
+            **held,
         )
     except ValueError as error:
         raise IndexFormatError(

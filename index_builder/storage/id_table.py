@@ -1,4 +1,7 @@
-"""Row numbers <-> entity ids in three flat, memory-mapped arrays, so that processes share one copy and nothing is built at load."""
+"""Entity ids by row and rows by id, in flat memory-mapped arrays.
+
+Processes share one copy, and nothing is built at load.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ _FILES = ("ids.utf8", "ids.offsets.npy", "ids.hashes.npy", "ids.rows.npy")
 
 
 def check_id(value: object, row: int) -> str:
-    """The id, if it is a non-empty string in Unicode's composed form (NFC).
+    """Check that an id is a non-empty string in Unicode's composed form (NFC), and return it.
 
     Raises:
         IndexBuildError: It is not; names the row and the fix.
@@ -117,16 +120,14 @@ class IdTable(Sequence[str]):
         return str(self._view[int(self.offsets[row]) : int(self.offsets[row + 1])], "utf-8")
 
     def take(self, rows: np.ndarray) -> list[str]:
-        """Ids of ``rows``, in order."""
-        starts, ends, view = (
-            self.offsets[rows].tolist(),
-            self.offsets[rows + 1].tolist(),
-            self._view,
-        )
+        """Return the ids of ``rows``, in order."""
+        view = self._view
+        starts = self.offsets[rows].tolist()
+        ends = self.offsets[rows + 1].tolist()
         return [str(view[a:b], "utf-8") for a, b in zip(starts, ends)]
 
     def row_of(self, id_: str) -> int | None:
-        """The row of an id, or None."""
+        """Return the row of an id, or None."""
         try:
             encoded = id_.encode("utf-8")
         except UnicodeEncodeError:

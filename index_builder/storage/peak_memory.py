@@ -1,4 +1,7 @@
-"""Peak memory of a stage, measured: private pages (the part that cannot be evicted) are sampled, the resident peak is the kernel's own."""
+"""Measure the peak memory of a stage.
+
+Private pages, which cannot be evicted, are sampled; the resident peak is the kernel's own.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ _SAMPLE_SECONDS = 0.02
 
 
 def _status_kib(field: str) -> int:
+    """Read a field of ``/proc/self/status``, KiB; 0 where it is not there."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(field):
@@ -21,12 +25,12 @@ def _status_kib(field: str) -> int:
 
 
 def private_mib() -> float:
-    """Anonymous resident memory of this process, MiB (0 where the kernel does not tell)."""
+    """Measure the anonymous resident memory of this process, MiB; 0 where it is not reported."""
     return _status_kib("RssAnon:") / 1024
 
 
 class PeakMemory:
-    """Context manager that measures the peak between enter and exit.
+    """Measure the peak between enter and exit of a ``with`` block.
 
     Attributes:
         private_mib: Highest anonymous resident memory seen, sampled every 20 ms.
@@ -60,6 +64,7 @@ class PeakMemory:
         self.resident_mib = _status_kib("VmHWM:") / 1024
 
     def _sample(self) -> None:
+        """Keep the highest private memory until the block ends."""
         while True:
             self.private_mib = max(self.private_mib, private_mib())
             if self._stop.wait(_SAMPLE_SECONDS):

@@ -8,7 +8,7 @@ import torch
 from encoders.errors import ConfigError, InvalidVectors
 
 SCORES_AT_ONCE = 1 << 24
-"""Scores held in memory at once, 64 MiB of float32: bounds chunk of queries x block of corpus rows."""
+"""Most scores held at once (64 MiB of float32): a chunk of queries times a block of corpus rows."""
 
 
 def exact_top_k(

@@ -1,1 +1,1 @@
-"""What a table is: schemas, files, checks, cells, streams and profiles."""
+"""What a table is: schemas, files, checks, cell types, streams and profiles."""

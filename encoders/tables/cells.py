@@ -1,4 +1,4 @@
-"""What the cells of unknown columns in text files are: numbers, booleans or lists where nothing is lost, texts everywhere else.
+"""Choose types for unknown columns of text files: numbers, booleans or lists where nothing is lost.
 
 CSV and TSV hold texts alone. A column becomes more only where every cell of every file reads as one
 type without loss: ``007``, and decimals that a float64 does not give back, stay text.
@@ -23,7 +23,7 @@ _TYPES: dict[pl.DataType, str] = {
     pl.List(pl.Int64()): "JSON lists",
     pl.List(pl.Float64()): "JSON lists",
 }
-"""What the cells of an unknown catalogue column may be, first fit first; everything else stays text."""
+"""Types an unknown catalogue column may have, the first that fits; everything else stays text."""
 _WHOLE = r"^(0|-?[1-9][0-9]{0,18})$"
 _DECIMAL = r"^-?(0|[1-9][0-9]*)?\.[0-9]+$"
 _EXPONENT = r"^-?(0|[1-9][0-9]*)(\.[0-9]+[eE][+-]?|[eE][+-])[0-9]+$"
@@ -34,14 +34,14 @@ _LARGEST_EXACT = 2**53
 
 
 class AttributeTypes:
-    """Decides over all files of an open table what the cells of its unknown columns are."""
+    """Decide over all files of an open table what the cells of its unknown columns are."""
 
     def __init__(self, wanted: TableSchema) -> None:
         self._wanted = wanted
         self._seen: dict[str, _CellsSeen] = {}
 
     def add_texts(self, frame: pl.DataFrame, source: str) -> None:
-        """Count which types hold the cells of a file of texts, as it was read; ``source`` names it in notes."""
+        """Count which types hold the cells of a file of texts; ``source`` names it in notes."""
         for name in self._unknown(frame):
             self._seen.setdefault(name, _CellsSeen()).add_texts(frame[name], source)
 
@@ -51,14 +51,14 @@ class AttributeTypes:
             self._seen.setdefault(name, _CellsSeen()).add_typed(frame[name])
 
     def typed(self, frame: pl.DataFrame) -> pl.DataFrame:
-        """Checked rows of a file of texts, with their cells as what all files agree on."""
+        """Convert the cells of a text file's checked rows to the types that hold in all files."""
         chosen = {name: self._seen[name].dtype() for name in self._unknown(frame)}
         return frame.with_columns(
             _read_cells(frame[name], dtype) for name, dtype in chosen.items() if dtype is not None
         )
 
     def notes(self) -> list[str]:
-        """A line for each column that most cells, but not all, would have made more than text."""
+        """Return a line for each column that stays text though most of its cells are more."""
         return [note for name, seen in self._seen.items() if (note := seen.note(name))]
 
     def _unknown(self, frame: pl.DataFrame) -> list[str]:
@@ -70,7 +70,7 @@ class AttributeTypes:
 
 
 class _CellsSeen:
-    """How many filled cells of a column each type holds, and the first that it does not."""
+    """Count the filled cells of a column that each type holds, and keep the first it does not."""
 
     def __init__(self) -> None:
         self.filled = 0
@@ -89,7 +89,7 @@ class _CellsSeen:
                 self.misfits[dtype] = f"{source}, row {misfits[0] + 1}: {cells[misfits[0]][:60]!r}"
 
     def add_typed(self, values: pl.Series) -> None:
-        """Count the values of a file that has types: whole numbers also fit a column of floats."""
+        """Count the values of a file that has types; whole numbers also fit a column of floats."""
         count = len(values) - values.null_count()
         self.filled += count
         too_large = (
@@ -101,15 +101,13 @@ class _CellsSeen:
                 self.fitting[dtype] += count
 
     def dtype(self) -> pl.DataType | None:
-        """The first type that holds every cell; None: text."""
-        return (
-            next((dtype for dtype, count in self.fitting.items() if count == self.filled), None)
-            if self.filled
-            else None
-        )
+        """Return the first type that holds every cell; None: text."""
+        if not self.filled:
+            return None
+        return next((dtype for dtype, count in self.fitting.items() if count == self.filled), None)
 
     def note(self, name: str) -> str | None:
-        """What to say about a column that stays text although most of its cells are more."""
+        """Explain why a column stays text although most of its cells are more, else None."""
         best = max(self.fitting, key=lambda dtype: self.fitting[dtype])
         count = self.fitting[best]
         if count == self.filled or 2 * count <= self.filled or best not in self.misfits:
@@ -122,11 +120,14 @@ class _CellsSeen:
 
 
 def _same_or_wider(found: pl.DataType, wanted: pl.DataType) -> bool:
+    """Tell whether ``wanted`` holds the values of type ``found``, integers beyond 2**53 aside."""
     if isinstance(found, pl.List | pl.Array) and isinstance(wanted, pl.List):
         found, wanted = _inner(found), _inner(wanted)
     if found.is_integer():
         return wanted in (pl.Int64, pl.Float64)
-    return wanted == pl.Float64 if found.is_float() else found == wanted and not found.is_nested()
+    if found.is_float():
+        return wanted == pl.Float64
+    return found == wanted and not found.is_nested()
 
 
 def _inner(dtype: pl.List | pl.Array) -> pl.DataType:
@@ -135,13 +136,13 @@ def _inner(dtype: pl.List | pl.Array) -> pl.DataType:
 
 
 def _filled(cells: pl.Series) -> pl.Series:
-    """Stripped texts; blank ones are null."""
+    """Strip texts; blank ones become null."""
     texts = cells.cast(pl.String).str.strip_chars()
     return texts.set(texts == "", None)
 
 
 def _fitting(texts: pl.Series) -> dict[pl.DataType, pl.Series]:
-    """For each type, which texts (null: none) it holds so that the same value would be printed again."""
+    """Find for each type the texts that it gives back unchanged when printed; null fits none."""
     numbers = texts.cast(pl.Int64, strict=False)
     whole = texts.str.contains(_WHOLE) & numbers.is_not_null()
     small = whole & numbers.is_between(-_LARGEST_EXACT, _LARGEST_EXACT)
@@ -150,21 +151,18 @@ def _fitting(texts: pl.Series) -> dict[pl.DataType, pl.Series]:
         pl.Float64(): small | _exact_decimals(texts),
         pl.Boolean(): texts.str.to_lowercase().is_in(["true", "false"]),
     }
-    types_of = (
-        {text: _list_items(text) for text in texts.unique().to_list()}
-        if texts.str.starts_with("[").any()
-        else {}
-    )
-    types = [types_of.get(text) for text in texts.to_list()] if types_of else [None] * len(texts)
+    types: list[frozenset[type] | None] = [None] * len(texts)
+    if texts.str.starts_with("[").any():
+        types_of = {text: _list_items(text) for text in texts.unique().to_list()}
+        types = [types_of[text] for text in texts.to_list()]
     for item, kinds in ((pl.String(), {str}), (pl.Int64(), {int}), (pl.Float64(), {int, float})):
-        fits[pl.List(item)] = pl.Series(
-            [found is not None and found <= kinds for found in types], dtype=pl.Boolean
-        )
+        fitting = [found is not None and found <= kinds for found in types]
+        fits[pl.List(item)] = pl.Series(fitting, dtype=pl.Boolean)
     return {dtype: fit.fill_null(False) for dtype, fit in fits.items()}
 
 
 def _exact_decimals(texts: pl.Series) -> pl.Series:
-    """Which texts are decimals that a float64 gives back."""
+    """Find the texts that are decimals which a float64 gives back."""
     decimal = (texts.str.contains(_DECIMAL) | texts.str.contains(_EXPONENT)).fill_null(False)
     short = texts.str.contains(_DECIMAL) & (texts.str.len_bytes() <= _EXACT_DIGITS)
     doubtful = (decimal & ~short.fill_null(False)).arg_true()
@@ -178,24 +176,20 @@ def _is_exact(text: str) -> bool:
 
 
 def _list_items(text: str | None) -> frozenset[type] | None:
-    """The types in a JSON list whose values come back as they were written; None: it is not one."""
+    """Return the types in a JSON list whose values print as they were written; None: it is none."""
     if not text or not text.startswith("["):
         return None
     try:
         values = json.loads(
             text, parse_int=_exact_int, parse_float=_exact_float, parse_constant=_exact_float
         )
-        "".join(
-            value for value in values if isinstance(value, str)
-        ).encode()  # half a surrogate pair is no text
+        # Raises on half a surrogate pair, which is no text.
+        "".join(value for value in values if isinstance(value, str)).encode()
     except (ValueError, RecursionError):
         return None
     types = frozenset(map(type, values))
-    return (
-        None
-        if float in types and any(type(v) is int and abs(v) > _LARGEST_EXACT for v in values)
-        else types
-    )
+    inexact = any(type(value) is int and abs(value) > _LARGEST_EXACT for value in values)
+    return None if float in types and inexact else types
 
 
 def _exact_int(text: str) -> int:
@@ -212,14 +206,17 @@ def _exact_float(text: str) -> float:
 
 
 def _read_cells(cells: pl.Series, dtype: pl.DataType) -> pl.Series:
+    """Convert texts that ``dtype`` was found to hold."""
     texts = _filled(cells)
     if isinstance(dtype, pl.List):
         return texts.str.json_decode(dtype)
-    return texts.str.to_lowercase() == "true" if dtype == pl.Boolean else texts.cast(dtype)
+    if dtype == pl.Boolean:
+        return texts.str.to_lowercase() == "true"
+    return texts.cast(dtype)
 
 
 def cell_texts(values: pl.Series) -> pl.Series:
-    """The texts of a column, or the lists of texts of a column of lists.
+    """Convert a column to texts, or a column of lists to lists of texts.
 
     Numbers read as polars reads those of JSON files as text (38 and 38.0 as ``38``, 1e-7 as
     ``0.0000001``); NaN is missing.
@@ -232,6 +229,5 @@ def cell_texts(values: pl.Series) -> pl.Series:
     if not leaf.is_float() or values.is_empty():
         return values.cast(wanted)
     lines = values.alias("cell").to_frame().write_ndjson()
-    return pl.read_ndjson(io.BytesIO(lines.encode()), schema={"cell": wanted})["cell"].alias(
-        values.name
-    )
+    texts = pl.read_ndjson(io.BytesIO(lines.encode()), schema={"cell": wanted})["cell"]
+    return texts.alias(values.name)

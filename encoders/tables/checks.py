@@ -1,4 +1,4 @@
-"""Checks of one table against its schema: pure functions that repair what is safe, and list every value that is not."""
+"""Check a table against its schema: repair what is safe, and list every value that is not."""
 
 from __future__ import annotations
 
@@ -21,9 +21,50 @@ EPOCH_UNITS: tuple[tuple[str, float, int], ...] = (
     ("ms", 1e14, 1_000),
     ("us", 1e17, 1),
 )
-"""Unit of an epoch timestamp, the magnitude it stays below, and microseconds per unit; above all of them: nanoseconds."""
+"""Unit of an epoch timestamp, the magnitude it stays below, and microseconds per unit.
+
+Above all of them: nanoseconds.
+"""
 
 ROW = "__row"
+"""Column with a row's number in its file, from 1."""
+
+
+class Rule(NamedTuple):
+    """What a value must keep to, as messages say it, and how to mend a value that does not."""
+
+    text: str
+    fix: str
+
+
+KEEP_ONE = "Keep one version of each id (which one is right cannot be guessed)."
+_CORRECT = "Correct it, or drop the row."
+_REQUIRED = Rule("a value is required", "Fill it in, or drop the row.")
+_NO_NUL = Rule("text holds a NUL byte", "Remove the NUL bytes.")
+_NO_NUL_IN_TEXT = Rule(
+    _NO_NUL.text, "Remove the NUL bytes; the file was probably exported with a wrong encoding."
+)
+_NUMBER = Rule("must be a number", "Write it as digits with a point.")
+_FINITE = Rule("must be finite", "Leave it empty where it is unknown.")
+_WHOLE = Rule("must be a whole number", "Round it, or drop the row.")
+_64_BITS = Rule("must fit into 64 bits", _CORRECT)
+_FINITE_VECTOR = Rule("vector holds NaN or Inf", "Compute it again, or leave it out.")
+_VECTOR_CELL = Rule(
+    "vector must be a JSON list of numbers",
+    "For example [0.1, 0.2]; leave it empty where there is none.",
+)
+_ISO_OR_EPOCH = Rule(
+    "must be an ISO 8601 time or an epoch number", "For example 2026-01-31T23:59:59Z."
+)
+_ONE_CONTENT = Rule("id repeats with different content", KEEP_ONE)
+_ONE_UNIT = "Bring all rows to one unit; which one a row has cannot be guessed."
+
+
+def _short_enough(column: Column) -> Rule:
+    """Return the rule that a column's texts keep its length."""
+    return Rule(
+        f"text longer than {column.max_characters:,} characters", "Shorten it, or drop the row."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +78,7 @@ class Problem:
     fix: str
 
     def describe(self, source: str) -> str:
-        """One line that names file, row, column, value and fix."""
+        """Return one line that names file, row, column, value and fix."""
         return (
             f"{source}: row {self.row}, column {self.column!r}: {self.rule}, got {self.value}."
             f" {self.fix}"
@@ -60,7 +101,7 @@ class TableReport:
     """The first problems of each rule."""
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as plain values, for JSON."""
+        """Return the report as plain values, for JSON."""
         return {
             "source": self.source,
             "table": self.table,
@@ -78,29 +119,31 @@ class Checked(NamedTuple):
     frame: pl.DataFrame
     """The rows that keep every rule, in order, with ``ROW`` removed."""
     rejected: pl.DataFrame
-    """The other rows as they came in, with the columns ``row`` (from 1) and ``problem``."""
+    """The other rows as they were read, with the columns ``row`` (from 1) and ``problem``."""
     report: TableReport
 
 
 class _Checker:
-    """Collects broken rules while columns are converted one by one."""
+    """Collect broken rules while columns are converted one by one."""
 
     def __init__(self, frame: pl.DataFrame, report: TableReport, examples: int) -> None:
-        self.report, self.examples = report, examples
+        self.report = report
+        self.examples = examples
         self.bad: dict[int, str] = {}
         self.rows = frame[ROW]
 
-    def flag(self, mask: pl.Series, values: pl.Series, column: str, rule: str, fix: str) -> None:
-        """Record every row where ``mask`` is true as breaking ``rule``."""
-        hits = mask.fill_null(False).arg_true()
+    def flag(self, broken: pl.Series, values: pl.Series, column: str, rule: Rule) -> None:
+        """Record every row where ``broken`` is true; messages show ``values``."""
+        hits = broken.fill_null(False).arg_true()
         if not len(hits):
             return
-        self.report.rules_broken[rule] = self.report.rules_broken.get(rule, 0) + len(hits)
+        counts = self.report.rules_broken
+        counts[rule.text] = counts.get(rule.text, 0) + len(hits)
         row_numbers = self.rows.gather(hits).to_list()
         for row in row_numbers:
-            self.bad.setdefault(row, f"{column}: {rule}")
+            self.bad.setdefault(row, f"{column}: {rule.text}")
         for index, row in zip(hits.head(self.examples).to_list(), row_numbers, strict=False):
-            self.report.problems.append(Problem(row, column, _shown(values[index]), rule, fix))
+            self.report.problems.append(Problem(row, column, _shown(values[index]), *rule))
 
 
 def check_frame(
@@ -149,48 +192,49 @@ def check_frame(
     checker = _Checker(frame, report, examples)
     now = now or datetime.now(UTC)
     for column in schema.columns:
-        if column.name in frame.columns:
-            frame = frame.with_columns(
-                _convert(frame[column.name], column, checker, now).alias(column.name)
-            )
+        name = column.name
+        if name in frame.columns:
+            frame = frame.with_columns(_convert(frame[name], column, checker, now).alias(name))
         elif column.default is not None:
-            frame = frame.with_columns(
-                pl.lit(column.default, dtype=column.dtype).alias(column.name)
-            )
-    for name in [
-        n
-        for n in frame.columns
-        if schema.open and schema.column(n) is None and frame[n].dtype == pl.String
-    ]:
-        nul = frame[name].str.contains("\0", literal=True)
-        checker.flag(nul, frame[name], name, "text holds a NUL byte", "Remove the NUL bytes.")
+            frame = frame.with_columns(pl.lit(column.default, dtype=column.dtype).alias(name))
+    if schema.open:
+        _check_attributes(frame, schema, checker)
     if checker.bad:
         frame = frame.filter(~pl.col(ROW).is_in(list(checker.bad)))
     frame, clashing = _merge_identical(frame, schema, checker)
     report.rows_kept = frame.height
     # Ids that clash are found last; they come after the rows that break a rule by themselves.
+    problems = {row: checker.bad[row] for row in sorted(checker.bad)} | clashing
+    return Checked(frame.drop(ROW), _rejected_rows(original, problems), report)
+
+
+def _check_attributes(frame: pl.DataFrame, schema: TableSchema, checker: _Checker) -> None:
+    """Flag NUL bytes in the text columns that an open schema does not know."""
+    for name, dtype in frame.schema.items():
+        if schema.column(name) is None and dtype == pl.String:
+            nul = frame[name].str.contains("\0", literal=True)
+            checker.flag(nul, frame[name], name, _NO_NUL)
+
+
+def _rejected_rows(original: pl.DataFrame, problems: dict[int, str]) -> pl.DataFrame:
+    """Return the rows of ``problems`` (row number -> problem) as they were read, in its order."""
     reasons = pl.DataFrame(
-        {
-            ROW: [*sorted(checker.bad), *clashing],
-            "problem": (
-                [checker.bad[r] for r in sorted(checker.bad)] + [clashing[r] for r in clashing]
-            ),
-        },
+        {ROW: list(problems), "problem": list(problems.values())},
         schema={ROW: original[ROW].dtype, "problem": pl.String},
     )
     rejected = reasons.join(original, on=ROW, how="left", maintain_order="left")
-    rejected = rejected.select(
+    return rejected.select(
         *(n for n in original.columns if n != ROW),
         pl.col(ROW).cast(pl.Int64).alias("row"),
         "problem",
     )
-    return Checked(frame.drop(ROW), rejected, report)
 
 
 def _convert(values: pl.Series, column: Column, checker: _Checker, now: datetime) -> pl.Series:
+    """Convert a column's values to its kind, flagging those that break a rule."""
     match column.kind:
         case Kind.TIMESTAMP:
-            return parse_timestamps(values, column, checker, now)
+            return _timestamps(values, column, checker, now)
         case Kind.INTEGER | Kind.NUMBER:
             return _numbers(values, column, checker)
         case Kind.TEXT_LIST:
@@ -208,20 +252,11 @@ def _texts(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
             f" {values.dtype}. Export it as one text per row."
         )
     text = cell_texts(values)
-    fix_nul = "Remove the NUL bytes; the file was probably exported with a wrong encoding."
-    checker.flag(
-        text.str.contains("\0", literal=True), text, column.name, "text holds a NUL byte", fix_nul
-    )
+    checker.flag(text.str.contains("\0", literal=True), text, column.name, _NO_NUL_IN_TEXT)
     # len_bytes is free; only rows that may be too long are counted in characters.
     if (text.str.len_bytes().max() or 0) > column.max_characters:  # type: ignore[operator]
-        rule = f"text longer than {column.max_characters:,} characters"
-        checker.flag(
-            text.str.len_chars() > column.max_characters,
-            text,
-            column.name,
-            rule,
-            "Shorten it, or drop the row.",
-        )
+        too_long = text.str.len_chars() > column.max_characters
+        checker.flag(too_long, text, column.name, _short_enough(column))
     if column.kind is Kind.ID or column.name == "query":
         unified = text.str.normalize("NFC")
         changed = int((unified != text).sum())
@@ -234,18 +269,14 @@ def _texts(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
         text = text.fill_null(str(column.default))
     if column.required:
         blank = text.is_null() | (text.str.strip_chars() == "")
-        checker.flag(
-            blank, text, column.name, "a value is required", "Fill it in, or drop the row."
-        )
+        checker.flag(blank, text, column.name, _REQUIRED)
     if column.choices:
-        rule = f"must be one of {', '.join(column.choices)}"
-        checker.flag(
-            text.is_not_null() & ~text.is_in(list(column.choices)),
-            text,
-            column.name,
-            rule,
+        rule = Rule(
+            f"must be one of {', '.join(column.choices)}",
             "Map your names to these, or drop the row.",
         )
+        unknown = text.is_not_null() & ~text.is_in(list(column.choices))
+        checker.flag(unknown, text, column.name, rule)
     return text
 
 
@@ -260,47 +291,22 @@ def _numbers(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
             f" {values.dtype}."
         )
     numbers = values.cast(pl.Float64, strict=False)
-    checker.flag(
-        present & numbers.is_null(),
-        values,
-        column.name,
-        "must be a number",
-        "Write it as digits with a point.",
-    )
-    checker.flag(
-        present & ~numbers.is_finite(),
-        values,
-        column.name,
-        "must be finite",
-        "Leave it empty where it is unknown.",
-    )
+    checker.flag(present & numbers.is_null(), values, column.name, _NUMBER)
+    checker.flag(present & ~numbers.is_finite(), values, column.name, _FINITE)
     if column.required:
-        checker.flag(
-            ~present, values, column.name, "a value is required", "Fill it in, or drop the row."
-        )
+        checker.flag(~present, values, column.name, _REQUIRED)
     if column.minimum is not None:
-        rule = f"must be at least {column.minimum:g}"
-        checker.flag(
-            numbers < column.minimum, values, column.name, rule, "Correct it, or drop the row."
-        )
-    if column.kind is Kind.INTEGER:
-        checker.flag(
-            numbers != numbers.round(0),
-            values,
-            column.name,
-            "must be a whole number",
-            "Round it, or drop the row.",
-        )
-        # 64-bit counts above 2**53 do not survive a float: take the integer cast where the input is
-        # already an integer.
-        exact = values if values.dtype.is_integer() else numbers.round(0)
-        whole = exact.cast(pl.Int64, strict=False)
-        beyond = numbers.is_finite() & whole.is_null()
-        checker.flag(
-            beyond, values, column.name, "must fit into 64 bits", "Correct it, or drop the row."
-        )
-        return whole.fill_null(int(column.default)) if column.default is not None else whole
-    return numbers
+        rule = Rule(f"must be at least {column.minimum:g}", _CORRECT)
+        checker.flag(numbers < column.minimum, values, column.name, rule)
+    if column.kind is not Kind.INTEGER:
+        return numbers
+    checker.flag(numbers != numbers.round(0), values, column.name, _WHOLE)
+    # 64-bit counts above 2**53 do not survive a float: take the integer cast where the input is
+    # already an integer.
+    exact = values if values.dtype.is_integer() else numbers.round(0)
+    whole = exact.cast(pl.Int64, strict=False)
+    checker.flag(numbers.is_finite() & whole.is_null(), values, column.name, _64_BITS)
+    return whole.fill_null(int(column.default)) if column.default is not None else whole
 
 
 def _text_lists(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
@@ -317,20 +323,12 @@ def _text_lists(values: pl.Series, column: Column, checker: _Checker) -> pl.Seri
         )
     texts = cell_texts(values)
     nul = texts.list.eval(pl.element().str.contains("\0", literal=True)).list.any()
-    checker.flag(nul, texts, column.name, "text holds a NUL byte", "Remove the NUL bytes.")
+    checker.flag(nul, texts, column.name, _NO_NUL)
     longest = texts.list.eval(pl.element().str.len_chars()).list.max()
-    rule = f"text longer than {column.max_characters:,} characters"
-    checker.flag(
-        longest > column.max_characters, texts, column.name, rule, "Shorten it, or drop the row."
-    )
+    checker.flag(longest > column.max_characters, texts, column.name, _short_enough(column))
     if column.required:
-        checker.flag(
-            texts.is_null() | (texts.list.len() == 0),
-            texts,
-            column.name,
-            "a value is required",
-            "Fill it in, or drop the row.",
-        )
+        empty = texts.is_null() | (texts.list.len() == 0)
+        checker.flag(empty, texts, column.name, _REQUIRED)
     return texts
 
 
@@ -363,51 +361,27 @@ def _vectors(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
         return values.cast(pl.List(pl.List(pl.Float32)))
     vectors = values.cast(pl.List(pl.Float32))
     finite = vectors.list.eval(pl.element().is_finite()).list.all()
-    checker.flag(
-        ~finite,
-        vectors,
-        column.name,
-        "vector holds NaN or Inf",
-        "Compute it again, or leave it out.",
-    )
-    widths = vectors.list.len().drop_nulls().unique().to_list()
-    if len(widths) > 1:
-        common = int(vectors.list.len().drop_nulls().mode().sort()[0])
-        rule = f"vector must have {common} numbers"
-        checker.flag(
-            vectors.list.len() != common, vectors, column.name, rule, "Use one model for all rows."
-        )
+    checker.flag(~finite, vectors, column.name, _FINITE_VECTOR)
+    widths = vectors.list.len().drop_nulls()
+    if widths.n_unique() > 1:
+        common = int(widths.mode().sort()[0])
+        rule = Rule(f"vector must have {common} numbers", "Use one model for all rows.")
+        checker.flag(vectors.list.len() != common, vectors, column.name, rule)
     return vectors
 
 
 def _vector_cells(cells: pl.Series, column: Column, checker: _Checker) -> pl.Series:
-    """Vectors from text cells: JSON lists of numbers, or in all rows lists of such lists (several images)."""
-    parsed = [_json_or_none(cell) for cell in cells.to_list()]
+    """Parse vectors: JSON lists of numbers, or in all rows lists of such lists (several images)."""
+    texts = cells.to_list()
+    parsed = [_json_or_none(text) for text in texts]
     several = [isinstance(v, list) and bool(v) and all(map(_is_vector, v)) for v in parsed]
     nested = any(several) and not any(map(_is_vector, parsed))
     good = several if nested else [_is_vector(v) for v in parsed]
-    broken = pl.Series(
-        [
-            not ok and bool(cell and cell.strip())
-            for ok, cell in zip(good, cells.to_list(), strict=True)
-        ],
-        dtype=pl.Boolean,
-    )
-    rule = "vector must be a JSON list of numbers"
-    checker.flag(
-        broken,
-        cells,
-        column.name,
-        rule,
-        "For example [0.1, 0.2]; leave it empty where there is none.",
-    )
+    broken = [not ok and bool(text and text.strip()) for ok, text in zip(good, texts, strict=True)]
+    checker.flag(pl.Series(broken, dtype=pl.Boolean), cells, column.name, _VECTOR_CELL)
+    vectors = [v if ok else None for v, ok in zip(parsed, good, strict=True)]
     dtype = pl.List(pl.List(pl.Float32)) if nested else pl.List(pl.Float32)
-    return pl.Series(
-        cells.name,
-        [v if ok else None for v, ok in zip(parsed, good, strict=True)],
-        dtype=dtype,
-        strict=False,
-    )
+    return pl.Series(cells.name, vectors, dtype=dtype, strict=False)
 
 
 def _json_or_none(cell: str | None) -> Any:
@@ -423,13 +397,11 @@ def _is_vector(value: Any) -> bool:
     )
 
 
-def parse_timestamps(
-    values: pl.Series, column: Column, checker: _Checker, now: datetime
-) -> pl.Series:
-    """Read timestamps given as datetimes, dates, ISO 8601 texts, or seconds/ms/us/ns since 1970; times without a zone are UTC.
+def _timestamps(values: pl.Series, column: Column, checker: _Checker, now: datetime) -> pl.Series:
+    """Read datetimes, dates, ISO 8601 texts, or seconds, ms, us or ns since 1970.
 
-    One unit per column: a column that mixes seconds with milliseconds is an error that names the
-    rows of the rarer unit.
+    Times without a zone are UTC. One unit per column: a column that mixes seconds with milliseconds
+    is an error that names the rows of the rarer unit.
 
     Returns:
         ``Datetime("us", "UTC")``; null where the value was null or flagged.
@@ -437,35 +409,28 @@ def parse_timestamps(
     parsed = _parse_any_timestamp(values, column, checker)
     fix = "Check the unit and the time zone."
     early = datetime(EARLIEST_YEAR, 1, 1, tzinfo=UTC)
-    checker.flag(parsed < early, values, column.name, f"timestamp before {EARLIEST_YEAR}", fix)
-    future = parsed > now + FUTURE_TOLERANCE
-    checker.flag(
-        future, values, column.name, f"timestamp in the future (it is {now:%Y-%m-%d})", fix
-    )
+    not_early = Rule(f"timestamp before {EARLIEST_YEAR}", fix)
+    checker.flag(parsed < early, values, column.name, not_early)
+    not_future = Rule(f"timestamp in the future (it is {now:%Y-%m-%d})", fix)
+    checker.flag(parsed > now + FUTURE_TOLERANCE, values, column.name, not_future)
     if column.required:
-        blank = (
-            values.is_null()
-            if values.dtype != pl.String
-            else values.is_null() | (values.str.strip_chars() == "")
-        )
-        checker.flag(
-            blank, values, column.name, "a value is required", "Fill it in, or drop the row."
-        )
+        blank = values.is_null()
+        if values.dtype == pl.String:
+            blank = blank | (values.str.strip_chars() == "")
+        checker.flag(blank, values, column.name, _REQUIRED)
     return parsed
 
 
 def _parse_any_timestamp(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
+    """Bring times of any form to UTC; what cannot be read is flagged and null."""
     target = pl.Datetime("us", "UTC")
-    notes = checker.report.notes
     if values.dtype == pl.Null:
         return values.cast(target)
-    if values.dtype == pl.Date or (
-        isinstance(values.dtype, pl.Datetime) and values.dtype.time_zone is None
-    ):
-        notes.append(f"{column.name!r} has no time zone: read as UTC")
-        return values.cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
-    if isinstance(values.dtype, pl.Datetime):
+    if isinstance(values.dtype, pl.Datetime) and values.dtype.time_zone is not None:
         return values.dt.convert_time_zone("UTC").cast(target)
+    if isinstance(values.dtype, pl.Datetime) or values.dtype == pl.Date:
+        checker.report.notes.append(f"{column.name!r} has no time zone: read as UTC")
+        return values.cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
     if values.dtype.is_numeric():
         return _from_epoch(values.cast(pl.Float64), values, column, checker)
     if values.dtype != pl.String:
@@ -475,23 +440,14 @@ def _parse_any_timestamp(values: pl.Series, column: Column, checker: _Checker) -
         )
     text = values.str.strip_chars()
     numbers = text.cast(pl.Float64, strict=False)
-    if (
-        numbers.is_not_null().any()
-        and (numbers.is_not_null() | text.is_null() | (text == "")).all()
-    ):
+    is_number = numbers.is_not_null()
+    if is_number.any() and (is_number | text.is_null() | (text == "")).all():
         return _from_epoch(numbers, values, column, checker)
     uniques = text.drop_nulls().unique()
     moments = [_from_iso(t) for t in uniques.to_list()]
     lookup = pl.DataFrame({"t": uniques, "m": pl.Series(moments, dtype=target)})
     parsed = pl.DataFrame({"t": text}).join(lookup, on="t", how="left", maintain_order="left")["m"]
-    rule = "must be an ISO 8601 time or an epoch number"
-    checker.flag(
-        (text != "") & parsed.is_null(),
-        values,
-        column.name,
-        rule,
-        "For example 2026-01-31T23:59:59Z.",
-    )
+    checker.flag((text != "") & parsed.is_null(), values, column.name, _ISO_OR_EPOCH)
     return parsed
 
 
@@ -499,62 +455,53 @@ def _from_iso(text: str) -> datetime | None:
     try:
         moment = datetime.fromisoformat(text.replace(" UTC", "+00:00"))
         return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
-    except (
-        ValueError,
-        OverflowError,
-    ):  # overflow: the first or last day of the calendar in another zone
+    except (ValueError, OverflowError):  # overflow: the calendar's first or last day, another zone
         return None
 
 
 def _from_epoch(
     numbers: pl.Series, values: pl.Series, column: Column, checker: _Checker
 ) -> pl.Series:
+    """Read numbers since 1970 in the unit that most of them have; flag those of other units."""
     size = numbers.abs()
-    unit = pl.Series([0] * len(size), dtype=pl.Int8)
+    unit = pl.Series([0] * len(size), dtype=pl.Int8)  # place in EPOCH_UNITS; behind them: ns
     for _, limit, _ in EPOCH_UNITS:
         unit = unit + (size >= limit).fill_null(False).cast(pl.Int8)
     known = unit.filter(numbers.is_not_null())
     if not len(known):
         return numbers.cast(pl.Int64).cast(pl.Datetime("us", "UTC"))
-    counts = known.value_counts(sort=True)
-    main = int(
-        counts.sort(["count", counts.columns[0]], descending=[True, False])[counts.columns[0]][0]
-    )
-    names = [*(name for name, _, _ in EPOCH_UNITS), "ns"]
+    counts = known.alias("unit").value_counts()
+    main = int(counts.sort("count", "unit", descending=[True, False])["unit"][0])
+    name = [*(name for name, _, _ in EPOCH_UNITS), "ns"][main]
     mixed = numbers.is_not_null() & (unit != main)
-    fix = "Bring all rows to one unit; which one a row has cannot be guessed."
-    checker.flag(
-        mixed,
-        values,
-        column.name,
-        f"timestamp is not in {names[main]} as most of the column is",
-        fix,
-    )
-    scale = 0.001 if names[main] == "ns" else float(EPOCH_UNITS[main][2])
+    same_unit = Rule(f"timestamp is not in {name} as most of the column is", _ONE_UNIT)
+    checker.flag(mixed, values, column.name, same_unit)
+    scale = 0.001 if name == "ns" else float(EPOCH_UNITS[main][2])
     microseconds = (numbers * scale).round(0).cast(pl.Int64, strict=False)
     lost = numbers.is_not_null() & microseconds.is_null() & ~mixed
-    checker.flag(lost, values, column.name, "timestamp is out of range", fix)
-    checker.report.notes.append(f"{column.name!r} read as {names[main]} since 1970-01-01 UTC")
+    checker.flag(lost, values, column.name, Rule("timestamp is out of range", _ONE_UNIT))
+    checker.report.notes.append(f"{column.name!r} read as {name} since 1970-01-01 UTC")
     return microseconds.set(mixed, None).cast(pl.Datetime("us", "UTC"))
 
 
 def _merge_identical(
     frame: pl.DataFrame, schema: TableSchema, checker: _Checker
 ) -> tuple[pl.DataFrame, dict[int, str]]:
-    """Merge rows that repeat a key with the same content; take out rows that repeat a key with different content: row -> problem."""
+    """Merge rows that repeat a key with the same content; remove those with different content.
+
+    Returns:
+        The other rows, and the removed ones: row number -> problem.
+    """
     if not schema.key or frame.height == 0:
         return frame, {}
     repeated = frame.select(pl.struct(schema.key).is_duplicated()).to_series()
     if not repeated.any():
         return frame, {}
     groups = frame.filter(repeated)
-    content = [c for c in frame.columns if c != ROW]
-    texts = groups.select(
-        pl.struct(content)
-        .map_elements(lambda row: repr(row), return_dtype=pl.String)
-        .alias("content")
+    content = pl.struct(c for c in frame.columns if c != ROW)
+    groups = groups.with_columns(
+        content.map_elements(lambda row: repr(row), return_dtype=pl.String).alias("__content")
     )
-    groups = groups.with_columns(texts["content"].alias("__content"))
     versions = pl.col("__content").n_unique().over(schema.key)
     clash = groups.filter(versions > 1)
     same = groups.filter((versions == 1) & ~pl.struct(schema.key).is_first_distinct())
@@ -563,21 +510,19 @@ def _merge_identical(
             f"{same.height:,} row(s) repeat an earlier row exactly and were merged into it"
         )
     if clash.height:
-        rule = "id repeats with different content"
-        checker.report.rules_broken[rule] = clash.height
+        checker.report.rules_broken[_ONE_CONTENT.text] = clash.height
         for row in clash.head(2 * checker.examples).iter_rows(named=True):
-            fix = "Keep one version of each id (which one is right cannot be guessed)."
             checker.report.problems.append(
-                Problem(row[ROW], schema.key[-1], _shown(row[schema.key[-1]]), rule, fix)
+                Problem(row[ROW], schema.key[-1], _shown(row[schema.key[-1]]), *_ONE_CONTENT)
             )
     dropped = pl.concat([same[ROW], clash[ROW]])
-    problem = f"{schema.key[-1]}: id repeats with different content"
-    return frame.filter(~pl.col(ROW).is_in(dropped.implode())), dict.fromkeys(
-        clash[ROW].to_list(), problem
-    )
+    problem = f"{schema.key[-1]}: {_ONE_CONTENT.text}"
+    kept = frame.filter(~pl.col(ROW).is_in(dropped.implode()))
+    return kept, dict.fromkeys(clash[ROW].to_list(), problem)
 
 
 def _shown(value: Any) -> str:
+    """Print a value, shortened, for a message."""
     if isinstance(value, pl.Series):
         value = value.to_list()
     text = repr(value)

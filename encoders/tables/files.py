@@ -1,4 +1,4 @@
-"""Reading and writing tables as CSV, TSV, JSON Lines, Parquet or Arrow files, checked against their schema at the door."""
+"""Read and write tables as CSV, TSV, JSON Lines, Parquet or Arrow files; check what is read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import gzip
 import io
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from encoders.tables.checks import Checked, TableReport, check_frame
 from encoders.tables.schemas import TableSchema, schema
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".ipc")
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
 OnBadRows = Literal["raise", "drop"]
 TableSource = Path | str | Sequence[Path]
 """A file, a folder of part files, or several of them that make one table."""
@@ -33,7 +34,7 @@ def read_table(
     encoding: str = "utf-8",
     now: datetime | None = None,
 ) -> pl.DataFrame:
-    """Read one table and check it; see :func:`check_table` for the arguments and what else it can tell."""
+    """Read one table and check it; ``check_table`` explains the arguments and reports more."""
     return check_table(path, table, on_bad_rows=on_bad_rows, encoding=encoding, now=now).frame
 
 
@@ -97,8 +98,7 @@ def raise_problems(report: TableReport, *, droppable: bool = False) -> None:
 
     Args:
         report: Of the table.
-        droppable: Whether the commands that come here have the option ``--drop-bad-rows`` for this
-            table.
+        droppable: Whether the calling commands have the option ``--drop-bad-rows`` for this table.
 
     Raises:
         RowError: The report has problems.
@@ -116,7 +116,9 @@ def raise_problems(report: TableReport, *, droppable: bool = False) -> None:
 
 
 def table_files(path: TableSource) -> list[Path]:
-    """The files of a table: the file itself, or the table files of a folder in name order; of several paths one after the other.
+    """List the files of a table: the file itself, or a folder's table files by name.
+
+    Of several paths, one after the other.
 
     Raises:
         DataError: Nothing is there.
@@ -138,11 +140,12 @@ def table_files(path: TableSource) -> list[Path]:
 
 
 def _source_name(path: TableSource) -> str:
+    """Name a table's files in messages."""
     return Path(path).name if isinstance(path, str | Path) else ", ".join(one.name for one in path)
 
 
 def read_raw(path: Path, encoding: str = "utf-8") -> pl.DataFrame:
-    """Read a file as it is: text formats give text columns (CSV) or JSON values, nothing is checked yet.
+    """Read a file unchecked: CSV and TSV give text columns, JSON Lines JSON values.
 
     Raises:
         DataError: The file is unreadable, or its format unknown.
@@ -151,10 +154,8 @@ def read_raw(path: Path, encoding: str = "utf-8") -> pl.DataFrame:
     """
     suffix = _suffix(path)
     try:
-        if suffix in (".csv", ".tsv"):
-            return _read_delimited(
-                _text_bytes(path, encoding), "\t" if suffix == ".tsv" else ",", path.name
-            )
+        if suffix in SEPARATORS:
+            return _read_delimited(_text_bytes(path, encoding), SEPARATORS[suffix], path.name)
         if suffix in (".jsonl", ".ndjson"):
             return _read_json_lines(_text_bytes(path, encoding), path.name)
         if suffix == ".parquet":
@@ -186,15 +187,13 @@ def write_table(frame: pl.DataFrame, path: Path | str) -> Path:
             frame.write_ipc(partial)
         elif suffix in (".jsonl", ".ndjson"):
             frame.write_ndjson(partial)
-        elif suffix in (".csv", ".tsv"):
+        elif suffix in SEPARATORS:
             nested = [
                 pl.col(n).map_elements(_json_cell, return_dtype=pl.String)
                 for n, t in frame.schema.items()
                 if t.is_nested()
             ]
-            frame.with_columns(nested).write_csv(
-                partial, separator="\t" if suffix == ".tsv" else ","
-            )
+            frame.with_columns(nested).write_csv(partial, separator=SEPARATORS[suffix])
         else:
             raise DataError(f"{path.name}: unknown format. Expected one of {', '.join(SUFFIXES)}.")
         if path.suffix == ".gz":
@@ -210,27 +209,26 @@ def _json_cell(values: pl.Series | None) -> str | None:
 
 
 def is_delimited(path: Path) -> bool:
-    """Whether a file's cells are texts: CSV, TSV."""
-    return _suffix(path) in (".csv", ".tsv")
+    """Tell whether a file's cells are texts: CSV, TSV."""
+    return _suffix(path) in SEPARATORS
 
 
 def _suffix(path: Path) -> str:
+    """Return the suffix that names the format, without ``.gz`` and a part number."""
     name = path.name.removesuffix(".gz")
     # Unsplash ships parts as photos.tsv000, conversions.csv001, ...
     return Path(name).suffix.lower().rstrip("0123456789")
 
 
 def _plain(frame: pl.DataFrame) -> pl.DataFrame:
-    """Dictionary-encoded columns as ordinary text."""
-    return (
-        frame.with_columns(pl.col(pl.Categorical, pl.Enum).cast(pl.String))
-        if frame.width
-        else frame
-    )
+    """Turn dictionary-encoded columns into ordinary text."""
+    if not frame.width:
+        return frame
+    return frame.with_columns(pl.col(pl.Categorical, pl.Enum).cast(pl.String))
 
 
 def _text_bytes(path: Path, encoding: str) -> bytes:
-    """The file's text as UTF-8 bytes, after its encoding was checked."""
+    """Read a file's text as UTF-8 bytes, after checking its encoding."""
     raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")) and encoding == "utf-8":
         encoding = "utf-16"
@@ -253,6 +251,7 @@ def _text_bytes(path: Path, encoding: str) -> bytes:
 
 
 def _read_delimited(data: bytes, separator: str, source: str) -> pl.DataFrame:
+    """Parse CSV or TSV into text columns, naming the row that has too many cells."""
     if not data.strip():
         return pl.DataFrame()
     if b"\0" in data:
@@ -281,11 +280,17 @@ def _read_json_lines(data: bytes, source: str) -> pl.DataFrame:
     try:
         return pl.read_ndjson(io.BytesIO(data), infer_schema_length=None)
     except pl.exceptions.PolarsError:
-        return records_to_frame(_json_records(data, source), source)
+        lines = filter(bytes.strip, data.split(b"\n"))
+        return records_to_frame(json_records(enumerate(lines, start=1), source), source)
 
 
-def _json_records(data: bytes, source: str) -> Iterable[dict[str, Any]]:
-    for number, line in enumerate(filter(bytes.strip, data.split(b"\n")), start=1):
+def json_records(lines: Iterable[tuple[int, bytes]], source: str) -> Iterator[dict[str, Any]]:
+    """Parse numbered lines of JSON Lines one by one.
+
+    Raises:
+        RowError: A line is not a JSON object.
+    """
+    for number, line in lines:
         try:
             record = json.loads(line)
         except ValueError as error:
@@ -302,7 +307,7 @@ def _json_records(data: bytes, source: str) -> Iterable[dict[str, Any]]:
 
 
 def records_to_frame(records: Iterable[dict[str, Any]], source: str) -> pl.DataFrame:
-    """Build a frame from records whose keys and value types may differ; scalars of mixed types become text.
+    """Build a frame from records of differing keys and types; mixed scalars become text.
 
     Raises:
         SchemaError: A column mixes lists with scalars.
@@ -318,22 +323,15 @@ def records_to_frame(records: Iterable[dict[str, Any]], source: str) -> pl.DataF
     for name, cells in columns.items():
         kinds = {type(c) for c in cells if c is not None}
         if list in kinds and len(kinds) > 1:
-            row = next(
-                i for i, c in enumerate(cells, 1) if c is not None and not isinstance(c, list)
-            )
+            scalars = (c is not None and not isinstance(c, list) for c in cells)
+            row = next(i for i, is_scalar in enumerate(scalars, 1) if is_scalar)
             raise SchemaError(
                 f"{source}: row {row}, column {name!r}: expected a list as in other rows, got"
                 f" {str(cells[row - 1])[:60]!r}."
             )
         if len(kinds) > 1 and not kinds <= {int, float}:
             cells = [
-                (
-                    None
-                    if c is None
-                    else c
-                    if isinstance(c, str)
-                    else json.dumps(c, ensure_ascii=False)
-                )
+                c if c is None or isinstance(c, str) else json.dumps(c, ensure_ascii=False)
                 for c in cells
             ]
         series.append(pl.Series(name, cells, strict=False))
@@ -343,22 +341,25 @@ def records_to_frame(records: Iterable[dict[str, Any]], source: str) -> pl.DataF
 def _join_parts(
     parts: Sequence[Checked], wanted: TableSchema, source: str, now: datetime | None
 ) -> Checked:
+    """Join the checked files of a table; where it has a key, look for ids that two files hold."""
     frame = pl.concat([p.frame for p in parts], how="diagonal_relaxed")
     report = TableReport(source, wanted.name)
     rejected = [p.rejected.with_columns(pl.lit(p.report.source).alias("file")) for p in parts]
+    report.rows_read = sum(p.report.rows_read for p in parts)
     if wanted.key:  # the same id may appear in two parts
         again = check_frame(frame, wanted, source, now=now)
-        frame, parts = again.frame, [*parts, again]
+        frame = again.frame
+        parts = [*parts, again]
         rejected.append(again.rejected.with_columns(pl.lit(source).alias("file")))
     for part in parts:
         report.notes += [f"{part.report.source}: {note}" for note in part.report.notes]
         report.problems += part.report.problems
         for rule, count in part.report.rules_broken.items():
             report.rules_broken[rule] = report.rules_broken.get(rule, 0) + count
-    report.rows_read = sum(p.report.rows_read for p in (parts[:-1] if wanted.key else parts))
     report.rows_kept = frame.height
     return Checked(frame, pl.concat(rejected, how="diagonal_relaxed"), report)
 
 
 def _first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type's name."""
     return (str(error).splitlines() or [type(error).__name__])[0][:160]

@@ -1,4 +1,4 @@
-"""What is in a table: sizes, missing values, languages and scripts, duplicates, head and tail; as numbers and as plots."""
+"""Describe a table in numbers and plots: sizes, missing values, languages, duplicates."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def describe_table(frame: pl.DataFrame, schema: TableSchema) -> dict[str, Any]:
         ``rows``; ``columns``: per column its dtype, share missing (null, blank or empty list),
         distinct values and mean length; ``values``: the ten most frequent values of categories;
         ``scripts``: share of texts per script; ``duplicates``; ``head``: how unevenly queries,
-        entities and people are spread; ``time``: first and last timestamp.
+        entities and users are spread; ``time``: first and last timestamp.
     """
     return {
         "table": schema.name,
@@ -56,12 +56,15 @@ def _describe_column(values: pl.Series) -> dict[str, Any]:
     if isinstance(values.dtype, pl.List | pl.Array):
         sizes = values.list.len() if isinstance(values.dtype, pl.List) else values.arr.len()
         missing = int((sizes.fill_null(0) == 0).sum())
-        distinct, length = None, sizes.mean()
+        distinct = None
+        length = sizes.mean()
     elif values.dtype == pl.String:
         missing = int((values.fill_null("").str.strip_chars() == "").sum())
-        distinct, length = values.n_unique(), values.str.len_chars().mean()
+        distinct = values.n_unique()
+        length = values.str.len_chars().mean()
     else:
-        missing, length = values.null_count(), None
+        missing = values.null_count()
+        length = None
         distinct = None if values.dtype.is_nested() else values.n_unique()
     return {
         "column": values.name,
@@ -84,7 +87,7 @@ def _frequent(values: pl.Series, n: int = 10) -> dict[str, int]:
 
 
 def _scripts(frame: pl.DataFrame) -> dict[str, float]:
-    """Share of texts (queries, else titles) that hold a letter of each script."""
+    """Return the share of texts (queries, else titles) that hold a letter of each script."""
     name = next((n for n in ("query", "title") if n in frame.columns), None)
     if name is None or not frame.height:
         return {}
@@ -103,12 +106,9 @@ def _duplicates(frame: pl.DataFrame) -> dict[str, int]:
     if plain and frame.height:
         found["rows that repeat an earlier row"] = frame.height - frame.select(plain).n_unique()
     if "title" in frame.columns and "id" in frame.columns:
-        titles = frame.filter(pl.col("title").fill_null("") != "").select(
-            fold_query(pl.col("title")).alias("title")
-        )
-        found["entities whose title another entity has, too"] = int(
-            titles["title"].is_duplicated().sum()
-        )
+        titled = frame.filter(pl.col("title").fill_null("") != "")
+        titles = titled.select(fold_query(pl.col("title")))["title"]
+        found["entities whose title another entity has, too"] = int(titles.is_duplicated().sum())
     if "query" in frame.columns:
         queries = frame.select("query", fold_query(pl.col("query")).alias("folded")).unique()
         found["query forms that differ only in case, width or spaces"] = (
@@ -118,7 +118,7 @@ def _duplicates(frame: pl.DataFrame) -> dict[str, int]:
 
 
 def spread(values: pl.Series) -> dict[str, float]:
-    """How unevenly rows are spread over the values of a column.
+    """Measure how unevenly rows are spread over the values of a column.
 
     Returns:
         ``distinct`` values; the share of rows of the most frequent 1% and 10% of values; the share
@@ -148,7 +148,7 @@ def _time(frame: pl.DataFrame) -> dict[str, str]:
 
 
 def plot_table(frame: pl.DataFrame, description: dict[str, Any], folder: Path) -> list[Path]:
-    """Draw the description as PNG files: missing shares, languages, the head-to-tail curve, rows per day where there is time.
+    """Draw the description as PNG files: missing shares, languages, head to tail, rows per day.
 
     Returns:
         The files written.

@@ -1,4 +1,4 @@
-"""The tables of the project: their columns, types, meaning and limits, in one place that reading, validation and docs share."""
+"""Define the tables: their columns, types, meaning and limits, for reading, checks and docs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ACTIONS = ("impression", "click", "long_click", "save", "add_to_cart", "checkout
 MAX_ID_CHARACTERS = 1_024
 MAX_QUERY_CHARACTERS = 2_000
 MAX_TEXT_CHARACTERS = 100_000
-"""A text field longer than this is a broken export (a page pasted into a title), not a description."""
+"""A longer text field is a broken export (a page pasted into a title), not a description."""
 
 EARLIEST_YEAR = 1995
 """Timestamps before this year are unit mistakes (seconds read as milliseconds), not events."""
@@ -61,7 +61,7 @@ class Column:
     required: bool = False
     """The column must be there and no value may be null or blank."""
     default: str | int | None = None
-    """Value that fills a column that is absent, and nulls; None: an absent column stays absent and nulls stay null."""
+    """Value that fills nulls and a column that is absent; None: both stay as they are."""
     choices: tuple[str, ...] = ()
     """Allowed values of a CHOICE column."""
     minimum: float | None = None
@@ -71,7 +71,7 @@ class Column:
 
     @property
     def dtype(self) -> pl.DataType:
-        """The Polars type of the column once read."""
+        """Return the Polars type of the column once read."""
         return DTYPES[self.kind]
 
 
@@ -83,16 +83,16 @@ class TableSchema:
     doc: str
     columns: tuple[Column, ...]
     key: tuple[str, ...] = ()
-    """Columns that together name a row; two rows with one key and different content are an error."""
+    """Columns that name a row; two rows with one key and different content are an error."""
     open: bool = False
-    """Unknown columns are kept (attributes of the catalogue); elsewhere they are kept too, but never checked."""
+    """Unknown columns are attributes, their texts checked; elsewhere they are kept unchecked."""
 
     def column(self, name: str) -> Column | None:
-        """The column called ``name``, or None."""
+        """Return the column called ``name``, or None."""
         return next((c for c in self.columns if c.name == name), None)
 
     def empty(self) -> pl.DataFrame:
-        """A table without rows that has every required and defaulted column, typed."""
+        """Return a table without rows that has every required and defaulted column, typed."""
         return pl.DataFrame(
             schema={c.name: c.dtype for c in self.columns if c.required or c.default is not None}
         )
@@ -136,7 +136,7 @@ _COUNTRY = Column(
     max_characters=64,
 )
 _ACTION = Column(
-    name="action", kind=Kind.CHOICE, doc="What the person did.", required=True, choices=ACTIONS
+    name="action", kind=Kind.CHOICE, doc="What the user did.", required=True, choices=ACTIONS
 )
 _COUNT = Column(name="count", kind=Kind.INTEGER, doc="How often.", default=1, minimum=0)
 
@@ -165,7 +165,7 @@ CATALOGUE = TableSchema(
             doc="Queries that led to engagement, best first.",
         ),
         _text("domain", "Domain of the link."),
-        _text("image", "Path or URL of the picture."),
+        _text("image", "Path or URL of the image."),
         _text("brand", "Brand."),
         _text("category", "Product type or category."),
         _text("color", "Colours."),
@@ -199,7 +199,7 @@ LOG = TableSchema(
         Column(
             name="user_id",
             kind=Kind.ID,
-            doc="Hashed id of the person; empty: unknown.",
+            doc="Hashed id of the user; empty: unknown.",
             default="",
             max_characters=MAX_ID_CHARACTERS,
         ),
@@ -308,18 +308,22 @@ OTHER_NAMES: dict[str, tuple[str, ...]] = {
     "position": ("rank",),
     "language": ("lang", "locale"),
 }
-"""What other systems call our columns."""
+"""Names of the columns in other systems."""
 
 
 def lookalikes(columns: Sequence[str], table: TableSchema) -> dict[str, str]:
-    """Column of a file -> the column of ``table`` that it may be: spelt nearly like it or named so elsewhere, and absent from the file."""
+    """Find columns of a file that may be absent columns of ``table`` under another name.
+
+    Returns:
+        Column of the file, spelt nearly like one of the table or of that name in other systems ->
+        column of the table.
+    """
     absent = [c.name for c in table.columns if c.name not in columns]
     found = {}
     for column in columns:
         folded = column.strip().lower()
-        near = [
-            name for name in absent if folded in OTHER_NAMES.get(name, ())
-        ] or get_close_matches(folded, absent, n=1, cutoff=0.8)
+        near = [name for name in absent if folded in OTHER_NAMES.get(name, ())]
+        near = near or get_close_matches(folded, absent, n=1, cutoff=0.8)
         if near and table.column(column) is None:
             found[column] = near[0]
             absent.remove(near[0])
@@ -327,13 +331,19 @@ def lookalikes(columns: Sequence[str], table: TableSchema) -> dict[str, str]:
 
 
 def renames(near: Mapping[str, str], wanted: Sequence[str]) -> str:
-    """`` (rename 'ts' to 'timestamp', 'event' to 'action')``: what ``lookalikes`` found for the wanted columns; empty if nothing."""
+    """Word what ``lookalikes`` found for the wanted columns; empty if it found nothing.
+
+    For example `` (rename 'ts' to 'timestamp', 'event' to 'action')``.
+    """
     found = ", ".join(f"{name!r} to {known!r}" for name, known in near.items() if known in wanted)
     return f" (rename {found})" if found else ""
 
 
 def could_be_log(columns: Sequence[str]) -> bool:
-    """Whether a file that is complete as pairs may be a log instead: it says when or what happened, and has no split or count."""
+    """Tell whether a file with all columns of pairs may be a log instead.
+
+    It may where it says when or what happened, and has no split or count.
+    """
     events = {name for known in ("timestamp", "action") for name in (known, *OTHER_NAMES[known])}
     return not {"split", "count"} & set(columns) and any(
         column.strip().lower() in events for column in columns
@@ -341,7 +351,10 @@ def could_be_log(columns: Sequence[str]) -> bool:
 
 
 def guess_table(columns: list[str]) -> str | None:
-    """Name the table whose required columns are all present, the one with most of them first; None if none fits or pairs may be a log."""
+    """Name the table whose required columns are all present; of several, the one that has most.
+
+    None: none fits, or the columns fit pairs but may be a log's.
+    """
     fits = {
         s.name: sum(c.required for c in s.columns)
         for s in SCHEMAS.values()

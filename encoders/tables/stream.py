@@ -1,4 +1,4 @@
-"""Catalogues larger than memory, read and checked a few thousand rows at a time; where the chunks end changes nothing.
+"""Read and check catalogues larger than memory in chunks; where the chunks end changes nothing.
 
 Notable: 32 bytes of memory per row (hashes of its key and of its content) find a row that repeats
 one of an earlier chunk or file.
@@ -22,10 +22,11 @@ import xxhash
 
 from encoders.errors import DataError, RowError, SchemaError
 from encoders.tables.cells import AttributeTypes, cell_texts
-from encoders.tables.checks import Problem, check_frame
+from encoders.tables.checks import KEEP_ONE, Problem, check_frame
 from encoders.tables.files import (
     TableSource,
     is_delimited,
+    json_records,
     raise_problems,
     read_raw,
     records_to_frame,
@@ -97,7 +98,11 @@ def stream_catalogue(
 
 
 def count_rows(paths: Sequence[Path]) -> int | None:
-    """Rows in all files where that is known without reading them (Parquet only), else None."""
+    """Count the rows of all files where the footers tell (Parquet only), else return None.
+
+    Raises:
+        DataError: A Parquet file is unreadable.
+    """
     files = [file for path in paths for file in table_files(path)]
     if any(file.suffix != ".parquet" for file in files):
         return None
@@ -108,15 +113,13 @@ def count_rows(paths: Sequence[Path]) -> int | None:
 
 
 def _numbers_as_texts(rows: pl.DataFrame, columns: Collection[str]) -> pl.DataFrame:
-    attributes = [
-        name
-        for name in columns
-        if name in rows.columns and schema("catalogue").column(name) is None
-    ]
+    """Turn the attributes among ``columns`` that hold numbers or truth values into texts."""
     single = [
         name
-        for name in attributes
-        if rows.schema[name].is_numeric() or rows.schema[name] == pl.Boolean
+        for name in columns
+        if name in rows.columns
+        and schema("catalogue").column(name) is None
+        and (rows.schema[name].is_numeric() or rows.schema[name] == pl.Boolean)
     ]
     return rows.with_columns(cell_texts(rows[name]) for name in single)
 
@@ -129,17 +132,9 @@ def _checked(
     columns: Collection[str] | None,
     seen: _RowsSeen,
 ) -> pl.DataFrame:
+    """Check a chunk of a file whose first row is ``first_row``, and leave out repeated rows."""
     if "id" not in raw.columns and "query" in raw.columns:
-        report = check_frame(raw, schema("queries"), source, first_row=first_row)
-        raise_problems(report.report)
-        title = report.frame["query"].str.replace_all(r"\s+", " ").str.strip_chars()
-        return pl.DataFrame(
-            {
-                "id": title,
-                "entity_type": pl.Series(["query"] * len(title), dtype=pl.String),
-                "title": title,
-            }
-        )
+        return _query_entities(raw, source, first_row)
     if "entity_type" not in raw.columns:
         if entity_type is None:
             raise SchemaError(
@@ -160,30 +155,37 @@ def _checked(
     return checked.frame.select(wanted).filter(pl.Series(~repeated))
 
 
+def _query_entities(raw: pl.DataFrame, source: str, first_row: int) -> pl.DataFrame:
+    """Check a chunk of a table of queries and return them as entities."""
+    checked = check_frame(raw, schema("queries"), source, first_row=first_row)
+    raise_problems(checked.report)
+    title = checked.frame["query"].str.replace_all(r"\s+", " ").str.strip_chars()
+    entity_type = pl.Series(["query"] * len(title), dtype=pl.String)
+    return pl.DataFrame({"id": title, "entity_type": entity_type, "title": title})
+
+
 def _clash(row: dict[str, Any], raw: pl.DataFrame, source: str, first_row: int) -> RowError:
-    """The error for a row whose id stood in an earlier chunk with other content."""
-    same = (cell_texts(raw["id"]).str.normalize("NFC") == row["id"]) & (
-        raw["entity_type"].cast(pl.String) == row["entity_type"]
-    )
+    """Return the error for a row whose id stood in an earlier chunk with other content."""
+    same_id = cell_texts(raw["id"]).str.normalize("NFC") == row["id"]
+    same_type = raw["entity_type"].cast(pl.String) == row["entity_type"]
+    number = first_row + ((same_id & same_type).arg_max() or 0)
     rule = "id repeats an earlier one with different content"
-    fix = "Keep one version of each id (which one is right cannot be guessed)."
-    return RowError(
-        Problem(first_row + (same.arg_max() or 0), "id", repr(row["id"]), rule, fix).describe(
-            source
-        )
-    )
+    problem = Problem(number, "id", repr(row["id"]), rule, KEEP_ONE)
+    return RowError(problem.describe(source))
 
 
 class _RowsSeen:
-    """The rows that have passed, as sorted runs of hashes: per row two words of its key's hash and two of its content's."""
+    """Remember rows by hashes of their key and content, 32 bytes a row.
+
+    In sorted runs, each less than half as long as the one before. A run is (4, N): two words of
+    each key's hash, sorted by the first, and two of the content's.
+    """
 
     def __init__(self) -> None:
-        self._runs: list[
-            UInt64
-        ] = []  # (4, N) each, sorted by the first word, each less than half as long as the one before
+        self._runs: list[UInt64] = []
 
     def add(self, keys: UInt64, contents: UInt64) -> tuple[Bool, Bool]:
-        """Take rows with distinct keys.
+        """Add rows with distinct keys, except those whose key was there already.
 
         Args:
             keys: (2, N) hashes of what names the row.
@@ -197,9 +199,8 @@ class _RowsSeen:
         clashing = np.zeros(keys.shape[1], dtype=bool)
         for run in self._runs:
             places = np.searchsorted(run[0], keys[0])
-            for row in np.flatnonzero(
-                run[0][np.minimum(places, run.shape[1] - 1)] == keys[0]
-            ).tolist():
+            found = run[0][np.minimum(places, run.shape[1] - 1)] == keys[0]
+            for row in np.flatnonzero(found).tolist():
                 place = int(places[row])
                 while place < run.shape[1] and run[0, place] == keys[0, row]:
                     if run[1, place] == keys[1, row]:
@@ -212,42 +213,47 @@ class _RowsSeen:
         return repeated, clashing
 
     def _insert(self, run: UInt64) -> None:
+        """Add a run, merged with those that are not more than twice as long."""
         while self._runs and self._runs[-1].shape[1] <= 2 * run.shape[1]:
             run = np.concatenate([self._runs.pop(), run], axis=1)
         self._runs.append(np.ascontiguousarray(run[:, np.argsort(run[0], kind="stable")]))
 
 
 def _row_hashes(rows: pl.DataFrame) -> tuple[UInt64, UInt64]:
-    """(2, N) hashes of the keys (entity type and id) and (2, N) of the contents; null and absent cells do not count."""
+    """Hash the keys (entity type and id) and contents of rows; null cells count as absent.
+
+    Returns:
+        (2, N) of the keys and (2, N) of the contents.
+    """
     keys = [f"{kind}\x1f{id}" for kind, id in rows.select("entity_type", "id").iter_rows()]
-    cells = [
-        _cell_texts(rows[name]) for name in sorted(rows.columns) if rows.schema[name] != pl.Null
-    ]
-    contents = (
-        pl.DataFrame(cells).select(pl.concat_str(pl.all(), ignore_nulls=True)).to_series().to_list()
-    )
-    return _hash_words(keys), _hash_words(contents)
+    names = [name for name in sorted(rows.columns) if rows.schema[name] != pl.Null]
+    cells = pl.DataFrame([_content_texts(rows[name]) for name in names])
+    contents = cells.select(pl.concat_str(pl.all(), ignore_nulls=True)).to_series()
+    return _hash_words(keys), _hash_words(contents.to_list())
 
 
 def _hash_words(texts: Sequence[str]) -> UInt64:
+    """Hash texts to two words each (xxh3, 128 bits), uint64 (2, N)."""
     digests = b"".join(xxhash.xxh3_128_digest(text.encode()) for text in texts)
     return np.ascontiguousarray(np.frombuffer(digests, dtype=np.uint64).reshape(-1, 2).T)
 
 
-def _cell_texts(cells: pl.Series) -> pl.Series:
-    """Each cell with its column's name as text, null as null; 1, 1.0 and "1" read alike, as a file's other rows decide which it is."""
-    name, present = cells.name, cells.is_not_null()
-    cells = cells.arr.to_list() if isinstance(cells.dtype, pl.Array) else cells
+def _content_texts(cells: pl.Series) -> pl.Series:
+    """Write each cell with its column's name as text, null as null.
+
+    1, 1.0 and "1" give one text, since a file's other rows decide which of them it is.
+    """
+    name = cells.name
+    present = cells.is_not_null()
+    if isinstance(cells.dtype, pl.Array):
+        cells = cells.arr.to_list()
     dtype = cells.dtype
     leaf, depth = _leaf(dtype)
     sizes = cells.list.len() if depth else cells
     if dtype.is_float():
-        whole = (cells == cells.floor()) & (cells.abs() < 2**53)
-        cells = (
-            cells.cast(pl.Int64, strict=False)
-            .cast(pl.String)
-            .zip_with(whole.fill_null(False), cells.cast(pl.String))
-        )
+        whole = ((cells == cells.floor()) & (cells.abs() < 2**53)).fill_null(False)
+        integers = cells.cast(pl.Int64, strict=False).cast(pl.String)
+        cells = integers.zip_with(whole, cells.cast(pl.String))
     elif not dtype.is_nested() and dtype not in (pl.Binary, pl.Object, pl.Duration):
         cells = cells.cast(pl.String)
     elif depth == 1 and (leaf.is_numeric() or leaf == pl.Null):
@@ -262,57 +268,54 @@ def _cell_texts(cells: pl.Series) -> pl.Series:
         cells = pl.Series(name, values, dtype=pl.String)
     texts = cells.to_frame().select(pl.struct(pl.all()).struct.json_encode()).to_series()
     if depth:  # an empty list has any type
-        texts = texts.zip_with(
-            (sizes != 0).fill_null(True), pl.Series([f"{name}:[]"], dtype=pl.String)
-        )
+        empty = pl.Series([f"{name}:[]"], dtype=pl.String)
+        texts = texts.zip_with((sizes != 0).fill_null(True), empty)
     return texts.zip_with(present, pl.Series([None], dtype=pl.String)).alias(name)
 
 
 def _vector_digests(vectors: pl.Series) -> pl.Series:
-    """A hash of each list of float64; JSON text of long vectors takes longer than reading them."""
+    """Hash each list of float64; JSON text of long vectors takes longer than reading them."""
     ends = np.cumsum(vectors.list.len().fill_null(0).to_numpy(), dtype=np.int64)
     numbers = vectors.drop_nulls().filter(vectors.drop_nulls().list.len() > 0).explode().to_numpy()
     digests = [
         xxhash.xxh3_128_hexdigest(numbers[start:end].data)
-        for start, end in zip([0, *ends[:-1]], ends)
+        for start, end in zip([0, *ends[:-1]], ends, strict=True)
     ]
     return pl.Series(vectors.name, digests, dtype=pl.String)
 
 
 def _several_digests(lists: pl.Series) -> pl.Series:
-    """A hash of each vector of a cell, joined; null where there is none."""
+    """Hash each vector of a cell and join the hashes; null where there is no vector."""
     rows = pl.DataFrame({"row": np.arange(len(lists))})
-    vectors = (
-        rows.with_columns(lists.alias("vector"))
-        .filter(pl.col("vector").list.len() > 0)
-        .explode("vector")
-    )
+    filled = rows.with_columns(lists.alias("vector")).filter(pl.col("vector").list.len() > 0)
+    vectors = filled.explode("vector")
     vectors = vectors.with_columns(_vector_digests(vectors["vector"]))
     joined = vectors.group_by("row").agg(pl.col("vector").str.join(","))
-    return rows.join(joined, on="row", how="left", maintain_order="left")["vector"].alias(
-        lists.name
-    )
+    digests = rows.join(joined, on="row", how="left", maintain_order="left")["vector"]
+    return digests.alias(lists.name)
 
 
 def _leaf(dtype: pl.DataType) -> tuple[pl.DataType, int]:
-    """What lists of lists hold in the end, and how deep."""
+    """Return what lists of lists hold in the end, and how deep."""
     depth = 0
     while isinstance(dtype, pl.List | pl.Array):
-        dtype, depth = cast(pl.DataType, dtype.inner), depth + 1
+        dtype = cast(pl.DataType, dtype.inner)
+        depth += 1
     return dtype, depth
 
 
 def _plain(value: Any) -> Any:
-    """A nested value without what depends on the rows around it: fields that are null, whole numbers as floats."""
+    """Remove from a nested value what depends on the rows around it.
+
+    Fields that are null go, and whole numbers become floats.
+    """
     if isinstance(value, dict):
         return {name: _plain(inner) for name, inner in value.items() if inner is not None}
     if isinstance(value, list):
         return [_plain(inner) for inner in value]
-    return (
-        float(value)
-        if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53
-        else value
-    )
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
+        return float(value)
+    return value
 
 
 def _check_shapes(rows: pl.DataFrame, where: str, shapes: dict[str, tuple[str, str]]) -> None:
@@ -335,6 +338,7 @@ def _check_shapes(rows: pl.DataFrame, where: str, shapes: dict[str, tuple[str, s
 
 
 def _shape(dtype: pl.DataType) -> str | None:
+    """Name the shape of a column's cells; None: all of them are null."""
     leaf, depth = _leaf(dtype)
     if leaf == pl.Null:
         return None
@@ -380,13 +384,12 @@ def _json_chunks(
     file: Path, columns: Collection[str] | None, chunk_rows: int
 ) -> Iterator[pl.DataFrame]:
     first_row = 1
-    # an attribute that a tower reads is a text field, or else lists of numbers
+    # An attribute that a tower reads is a text field, or else lists of numbers.
     attributes = [name for name in columns or () if schema("catalogue").column(name) is None]
     texts = dict.fromkeys(attributes, DTYPES[Kind.TEXT]) | _TEXT_COLUMNS
+    open_file = gzip.open if file.suffix == ".gz" else open
     try:
-        with cast(
-            IO[bytes], gzip.open(file, "rb") if file.suffix == ".gz" else file.open("rb")
-        ) as lines:
+        with cast(IO[bytes], open_file(file, "rb")) as lines:
             held: list[bytes] = []
             for line in lines:
                 if line.strip():
@@ -404,7 +407,7 @@ def _json_chunks(
 def _json_frame(
     lines: list[bytes], source: str, first_row: int, texts: Mapping[str, pl.DataType]
 ) -> pl.DataFrame:
-    """Lines as a frame; the columns ``texts`` are text whatever the other rows hold (38 is "38", also beside 38.5)."""
+    """Parse lines; the columns ``texts`` are text: 38 is "38", also beside 38.5."""
     data = b"".join(lines)
     try:
         frame = pl.read_ndjson(io.BytesIO(data), infer_schema_length=None)
@@ -413,35 +416,19 @@ def _json_frame(
             for name, dtype in texts.items()
             if name in frame.columns and _is_number(frame.schema[name], dtype)
         }
-        return (
-            pl.read_ndjson(io.BytesIO(data), infer_schema_length=None, schema_overrides=as_text)
-            if as_text
-            else frame
-        )
+        if not as_text:
+            return frame
+        return pl.read_ndjson(io.BytesIO(data), infer_schema_length=None, schema_overrides=as_text)
     except pl.exceptions.PolarsError:
-        records = []
-        for number, line in enumerate(lines, first_row):
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise RowError(
-                    f"{source}: row {number}: not valid JSON ({error}), got {line[:60]!r}. Write"
-                    " one JSON object a line"
-                ) from error
-            if not isinstance(record, dict):
-                raise RowError(
-                    f"{source}: row {number}: expected a JSON object, got {line[:60]!r}. Write one"
-                    " JSON object a line"
-                ) from None
-            records.append(record)
-        for name, dtype in texts.items():
-            _cells_to_text(records, name, isinstance(dtype, pl.List))
-        _align_vectors(records)
-        return records_to_frame(records, source)
+        records = list(json_records(enumerate(lines, first_row), source))
+    for name, dtype in texts.items():
+        _cells_to_text(records, name, isinstance(dtype, pl.List))
+    _align_vectors(records)
+    return records_to_frame(records, source)
 
 
 def _is_number(found: pl.DataType, wanted: pl.DataType) -> bool:
-    """Whether a column was taken for numbers or truth values where the schema has text, alone or in lists alike."""
+    """Tell whether a column, or one of lists, was read as numbers where the schema has text."""
     if isinstance(found, pl.List) != isinstance(wanted, pl.List):
         return False
     leaf = found.inner if isinstance(found, pl.List) else found
@@ -449,7 +436,7 @@ def _is_number(found: pl.DataType, wanted: pl.DataType) -> bool:
 
 
 def _align_vectors(records: list[dict[str, Any]]) -> None:
-    """Where some rows hold several vectors and others one, make that one a list of one."""
+    """Make a single vector a list of one where other rows of its column hold several."""
     lists = [
         (record, name, value)
         for record in records
@@ -463,7 +450,7 @@ def _align_vectors(records: list[dict[str, Any]]) -> None:
 
 
 def _cells_to_text(records: list[dict[str, Any]], name: str, in_lists: bool) -> None:
-    """Write numbers and truth values of one column, alone or in lists, as the text that they have in ``_json_frame``."""
+    """Write a column's numbers and truth values, alone or in lists, as the JSON reader does."""
     for record in records:
         value = record.get(name)
         if in_lists and isinstance(value, list):
@@ -480,7 +467,7 @@ def _number_text(value: Any) -> Any:
 
 
 def log_rows(path: TableSource) -> int:
-    """Rows of a log, from Parquet footers; files of other formats count as one row per 80 bytes."""
+    """Count a log's rows by Parquet footers; other files count as one row per 80 bytes."""
     files = table_files(path)
     parquet = [f for f in files if f.suffix == ".parquet"]
     counted = pl.scan_parquet(parquet).select(pl.len()).collect().item() if parquet else 0

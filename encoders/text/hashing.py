@@ -71,6 +71,6 @@ def seeded_hash(keys: npt.NDArray[np.unsignedinteger], seed: int = 0) -> UInt64:
 
 
 def combine_keys(first: UInt64, second: UInt64) -> UInt64:
-    """Hash pairs of keys, order mattering, e.g. to the key of ``(query, entity)``; uint64 ``(N,)``."""
+    """Hash pairs of keys, such as (query, entity), to one key each; uint64 ``(N,)``."""
     with np.errstate(over="ignore"):
         return seeded_hash(seeded_hash(first, 17) + np.uint64(3) * second.astype(np.uint64), 23)

@@ -46,7 +46,7 @@ _BATCH_CHARACTERS = 1 << 19
 
 
 def character_class(character: str) -> int:
-    """Return the class of one folded character (``SEPARATOR``, ``JOINS``, ``ALONE``, ``DROPPED``)."""
+    """Return ``SEPARATOR``, ``JOINS``, ``ALONE`` or ``DROPPED`` for one folded character."""
     category, code = unicodedata.category(character), ord(character)
     if (
         (category == "Cf" and code != 0x200B)
@@ -194,7 +194,7 @@ def _round_up(length: int) -> int:
 
 
 def _finish(raw: UInt64, kind: int) -> UInt64:
-    """Mix raw hashes into keys that are distinct between kinds and never 0 (an empty table slot)."""
+    """Mix raw hashes into keys, distinct between kinds and never 0 (an empty table slot)."""
     with np.errstate(over="ignore"):
         keys = splitmix64_finalise(raw + _SALTS[kind])
     keys[keys == 0] = 1
@@ -234,7 +234,7 @@ def ngram_text(analysis: Analysis, kind: int, rows: Int64) -> list[str]:
 
 
 def batches_by_size(texts: Iterable[str], characters: int | None = None) -> Iterator[list[str]]:
-    """Cut a stream of texts into lists of about ``characters`` characters, so that arrays stay small."""
+    """Cut a stream of texts into lists of about ``characters`` characters, to bound memory."""
     characters = characters or _BATCH_CHARACTERS
     batch: list[str] = []
     held = 0

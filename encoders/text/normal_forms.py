@@ -1,11 +1,11 @@
 r"""Bring texts to a normal form: ids, the queries that towers read, and folded text for comparing.
 
-| form | function | case and width | white space | used for |
+| form | functions | Unicode | white space | used for |
 |---|---|---|---|---|
-| id | `normalize_id` | kept; NFC | kept | ids of tables, indexes and calls |
-| query | `normalize_query`, `normalize_queries` | kept | `str.split` | what towers read, cache keys |
+| id | `normalize_id` | NFC | kept | ids of tables, indexes and calls |
+| query | `normalize_query`, `normalize_queries` | kept | `str.split` | query tower, cache keys |
 | folded | `fold` | NFKC, full case folding, NFKC | kept | n-grams, words, text buckets |
-| folded query | `fold_query`, `folded_queries` | NFKC, lower case | regex `\s` | one query or two? |
+| folded query | `fold_query`, `folded_queries` | NFKC, lower case | regex `\s` | equal queries |
 
 The two folded forms differ: full case folding makes "ss" of "ß" and one letter of both small
 sigmas, lower-casing keeps them apart; and ``str.split`` takes U+001C to U+001F as white space,
@@ -61,9 +61,9 @@ def normalize_queries(queries: pl.Series) -> pl.Series:
 def fold(text: str) -> str:
     """Fold case and compatibility forms: NFKC, full case folding, NFKC again.
 
-    Idempotent on every single code point. ``fold("Straße ＡＢＣ ﬁ")`` is ``"strasse abc fi"``. Length
-    may change; no character ever crosses a starter, so a joined batch of texts folds exactly as its
-    parts do when they are joined by a control character.
+    Idempotent on every single code point. ``fold("Straße ＡＢＣ ﬁ")`` is ``"strasse abc fi"``.
+    Length may change; no character ever crosses a starter, so a joined batch of texts folds exactly
+    as its parts do when they are joined by a control character.
     """
     if text.isascii():
         return text.lower()

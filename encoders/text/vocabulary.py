@@ -13,14 +13,15 @@ import numpy as np
 import polars as pl
 
 from encoders.errors import BundleError, ConfigError, DataError
-from encoders.text.ngrams import KINDS, Int32, Int64, UInt64, analyse, batches_by_size, ngram_text
+from encoders.text.hashing import UInt64
+from encoders.text.ngrams import KINDS, Int32, Int64, analyse, batches_by_size, ngram_text
 
 VOCABULARY_FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class NgramConfig:
-    """How many n-grams of each kind the vocabulary keeps, and how much memory counting them may take."""
+    """How many n-grams of each kind are kept, and how much memory counting them may take."""
 
     unigrams: int = 200_000
     """Most frequent words kept (paper: 200k)."""
@@ -31,8 +32,9 @@ class NgramConfig:
     min_count: int = 1
     """N-grams seen fewer times than this are left out."""
     max_tracked: int = 8_000_000
-    """Distinct n-grams of one kind held while counting, about 60 bytes each; beyond it the rarest are
-    forgotten.
+    """Distinct n-grams of one kind held while counting, about 60 bytes each.
+
+    Beyond it the rarest are forgotten.
     """
 
     def __post_init__(self) -> None:
@@ -94,7 +96,7 @@ class NgramCounter:
                     self._merge(kind)
 
     def _merge(self, kind: int) -> None:
-        """Add the waiting counts of a kind to its tracked ones, and forget the rarest beyond the bound."""
+        """Add a kind's waiting counts to its tracked ones; beyond the bound, forget the rarest."""
         if not self._waiting[kind]:
             return
         merged = (

@@ -13,7 +13,7 @@ TUTORIAL = REPOSITORY / "docs" / "tutorial.md"
 PAGES = [
     page
     for page in pages()
-    if page != TUTORIAL
+    if page.parent.name == "howto"
     and any(block.language in RUN and not block.not_run for block in blocks_of(page))
 ]
 

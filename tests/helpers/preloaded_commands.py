@@ -42,7 +42,10 @@ def preloaded_commands(folder: Path) -> Iterator[Path]:
     programs = folder / "bin"
     programs.mkdir(parents=True)
     address = str(folder / "commands.sock")
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "OMP_NUM_THREADS": "1",
+    }
     process = subprocess.Popen(
         [sys.executable, __file__, address],
         stdout=subprocess.PIPE,
@@ -120,7 +123,14 @@ def _run(job: dict) -> int:
 
             if arguments[:1] == ["serve"] and "OMNI_TEST_PORTS" in os.environ:
                 port, metrics_port = os.environ["OMNI_TEST_PORTS"].split()
-                arguments = ["serve", "--port", port, "--metrics-port", metrics_port, *arguments[1:]]
+                arguments = [
+                    "serve",
+                    "--port",
+                    port,
+                    "--metrics-port",
+                    metrics_port,
+                    *arguments[1:],
+                ]
             sys.argv = ["omni", *arguments]
             main(arguments, prog_name="omni")
         elif arguments[0] == "-m":

@@ -13,7 +13,9 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "examples" / "daily_job.sh"
 FAKE = """#!/usr/bin/env bash
 printf '%s\\n' "$*" >> "$CALLS"
-[[ "$* " == *"--create "* ]] && mkdir -p "$DATA/engaged_queries" && touch "$DATA/engaged_queries/state.db"
+if [[ "$* " == *"--create "* ]]; then
+    mkdir -p "$DATA/engaged_queries" && touch "$DATA/engaged_queries/state.db"
+fi
 [[ "$1 $2" != "${FAILING:-none}" ]]
 """
 
@@ -44,7 +46,7 @@ def run(folder: Path, code: int = 0, **variables: str) -> list[str]:
     return calls.read_text().replace(str(folder / "data"), "DATA").splitlines()
 
 
-def test_without_boards_the_catalogue_goes_straight_to_the_engaged_queries(folder: Path) -> None:
+def test_daily_job_without_boards_enriches_the_catalogue_itself(folder: Path) -> None:
     calls = run(folder)
     assert [call.split(" --")[0] for call in calls[1:]] == [
         "enrich queries",
@@ -59,7 +61,7 @@ def test_without_boards_the_catalogue_goes_straight_to_the_engaged_queries(folde
     assert "--catalogue DATA/enriched.parquet" in calls[3]
 
 
-def test_boards_are_put_on_the_catalogue_first(folder: Path) -> None:
+def test_daily_job_with_boards_enriches_them_first(folder: Path) -> None:
     (folder / "data" / "boards.parquet").touch()
     calls = run(folder)
     assert (
@@ -70,7 +72,7 @@ def test_boards_are_put_on_the_catalogue_first(folder: Path) -> None:
     assert "--catalogue DATA/with_boards.parquet" in calls[3]
 
 
-def test_the_first_run_reads_the_history_until_it_is_through(folder: Path) -> None:
+def test_daily_job_first_run_repeats_history_until_it_is_read(folder: Path) -> None:
     fill = "enrich queries --state DATA/engaged_queries"
     assert run(folder, 1, FAILING="enrich queries")[1:] == [f"{fill} --create --log DATA/logs"]
     assert run(folder)[1] == f"{fill} --log DATA/logs"
@@ -78,7 +80,7 @@ def test_the_first_run_reads_the_history_until_it_is_through(folder: Path) -> No
     assert "--log DATA/logs/2026-01-31.parquet" in one_day
 
 
-def test_the_history_may_lie_elsewhere(folder: Path) -> None:
+def test_daily_job_history_elsewhere_is_read(folder: Path) -> None:
     calls = run(folder, HISTORY="/archive")
     assert calls[1].endswith("--create --log /archive")
     assert "--log DATA/logs/2026-01-31.parquet" in calls[2]

@@ -136,9 +136,10 @@ def _run(job: dict) -> int:
         elif arguments[0] == "-m":
             sys.argv = arguments[1:]
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-        elif arguments[0] == "-c":
-            sys.argv = ["-c", *arguments[2:]]
-            exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
+        elif arguments[0] in ("-", "-c"):
+            sys.argv = arguments
+            source = sys.stdin.read() if arguments[0] == "-" else arguments[1]
+            exec(compile(source, "<string>", "exec"), {"__name__": "__main__"})
         else:
             sys.argv = arguments
             runpy.run_path(arguments[0], run_name="__main__")

@@ -35,7 +35,7 @@ LABEL = (
 MEASURED_RUN = """
 import json, resource, sys, time
 from pathlib import Path
-from encoders.pipeline import PipelineConfig, run_pipeline
+from encoders.logs.pipeline import PipelineConfig, run_pipeline
 log, boards, out = (Path(a) for a in sys.argv[1:4])
 wall, cpu = time.perf_counter(), time.process_time()
 summary = run_pipeline(log, out, PipelineConfig(), boards=boards, overwrite=True)

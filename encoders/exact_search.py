@@ -106,6 +106,22 @@ def top_k_of_scores(scores: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarra
     return found, best
 
 
+def count_above(scores: torch.Tensor, limit: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+    """Count the columns that rank before a given one: a higher score, or as high and further left.
+
+    Args:
+        scores: ``(b, n)`` float32.
+        limit: ``(b,)`` float32: the score to compare with; ``scores`` at ``column`` may be another.
+        column: ``(b,)`` int64: the place that ties are broken by.
+
+    Returns:
+        int64 ``(b,)``: 0 where nothing ranks before it.
+    """
+    columns = torch.arange(scores.shape[1], device=scores.device, dtype=torch.int32)
+    limit, column = limit[:, None], column[:, None].int()
+    return ((scores > limit) | ((scores == limit) & (columns < column))).sum(dim=1)
+
+
 def _tensor(values: np.ndarray, device: str) -> torch.Tensor:
     array = np.ascontiguousarray(values, dtype=np.float32)
     return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device)

@@ -283,7 +283,7 @@ def train_and_evaluate(
         TrainConfig,
         ValidationConfig,
     )
-    from encoders.evaluation.ranking import build_task, rank_task, vector_scores
+    from encoders.evaluation.ranking import TaskSettings, build_task, rank_task, vector_scores
     from encoders.towers.entity_features import EntityFeatureConfig
     from encoders.training.data.source_tables import TrainingData
     from encoders.training.loop import train
@@ -318,7 +318,7 @@ def train_and_evaluate(
     drawn = train_pairs.sample(min(sizes["train_pairs"], train_pairs.height), seed=11)
     result = train(config, TrainingData(known, drawn), quiet=True)
     spoiled = Dataset(catalogue, dataset.pairs, {}, dataset.groups, dataset.name)
-    task = build_task(spoiled, "pin", max_queries=sizes["max_queries"], seed=5)
+    task = build_task(spoiled, "pin", TaskSettings(max_queries=sizes["max_queries"], seed=5))
     encoder = result.entity_encoders["pin"]
     vectors = encoder.encode(task.candidates)
     ranking = rank_task(

@@ -46,7 +46,13 @@ from encoders.config.train_config import (
 )
 from encoders.datasets.dataset import Dataset, with_engaged_queries
 from encoders.evaluation.baselines import unit_rows
-from encoders.evaluation.ranking import EvaluationTask, build_task, rank_task, vector_scores
+from encoders.evaluation.ranking import (
+    EvaluationTask,
+    TaskSettings,
+    build_task,
+    rank_task,
+    vector_scores,
+)
 from encoders.evaluation.slices import pair_slices
 from encoders.towers.entity_features import TEXT_FIELDS, EntityFeatureConfig, row_vectors
 from encoders.towers.entity_tower import EntityEncoder, create_entity_encoder
@@ -89,9 +95,7 @@ class Study:
             self._tasks[entity_type] = build_task(
                 self.data.dataset,
                 entity_type,
-                corpus_size=corpus,
-                max_queries=self.sizes["max_queries"],
-                seed=5,
+                TaskSettings(corpus_size=corpus, max_queries=self.sizes["max_queries"], seed=5),
             )
         return self._tasks[entity_type]
 

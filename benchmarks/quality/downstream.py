@@ -26,6 +26,7 @@ from encoders.evaluation.baselines import cached, default_cache, sentence_transf
 from encoders.evaluation.downstream import (
     LEVELS,
     FastTextConfig,
+    HeadSettings,
     HierarchicalScores,
     fit_linear_head,
     hierarchical_scores,
@@ -109,7 +110,7 @@ def command(
         with stage(f"embed {len(texts) + len(questions):,} queries with {name}", timings):
             vectors, asked = encode(texts), encode(questions)
         with stage(f"fit the head on {name}", timings):
-            head, classes = fit_linear_head(vectors, train_leaves, seed=seed)
+            head, classes = fit_linear_head(vectors, train_leaves, HeadSettings(seed=seed))
         predictions[name] = predict_leaves(head, classes, asked)
     figures = {name: _by_slice(found, test, test_leaves) for name, found in predictions.items()}
     path = write_record(

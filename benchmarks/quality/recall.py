@@ -24,7 +24,12 @@ from encoders.commands.console import (
 from encoders.commands.report_output import plot_report, print_report
 from encoders.datasets.dataset import Dataset, load_dataset
 from encoders.evaluation.baselines import BASELINES, Baseline, default_cache, make_baseline
-from encoders.evaluation.report import bundle_system, evaluate_systems, types_without_tower
+from encoders.evaluation.report import (
+    EvaluationSettings,
+    bundle_system,
+    evaluate_systems,
+    types_without_tower,
+)
 from encoders.tables.schemas import ENTITY_TYPES
 
 DEFAULT_BASELINES = "random,bm25,bm25-trigrams,use-title,use"
@@ -119,11 +124,13 @@ def command(
         report = evaluate_systems(
             dataset,
             systems,
-            entity_types=entity_types or None,
+            EvaluationSettings(
+                entity_types=entity_types or None,
+                max_queries=max_queries,
+                corpus_size=corpus_size,
+                slices=tuple(dict.fromkeys((*RECORDED_SLICES, *slices))),
+            ),
             without_tower=types_without_tower([loaded] if loaded else [], dataset.entity_types),
-            max_queries=max_queries,
-            corpus_size=corpus_size,
-            slices=tuple(dict.fromkeys((*RECORDED_SLICES, *slices))),
         )
     comparisons = (
         [(bundle.name, other) for other in systems if other != bundle.name] if bundle else []

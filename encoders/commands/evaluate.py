@@ -1,9 +1,13 @@
-"""``omni evaluate``: labelled metrics of bundles and baselines on held-out pairs, as tables, JSON, a plot or TREC files."""
+"""``omni evaluate``: labelled metrics of bundles and baselines on held-out pairs.
+
+The result is tables, JSON, a plot or TREC files.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +19,7 @@ from encoders.datasets.dataset import Dataset, load_dataset
 from encoders.errors import BundleError, ConfigError
 from encoders.evaluation.baselines import BASELINES, Baseline, default_cache, make_baseline
 from encoders.evaluation.report import (
+    EvaluationSettings,
     bundle_system,
     evaluate_systems,
     save_runs,
@@ -22,7 +27,7 @@ from encoders.evaluation.report import (
 )
 from encoders.tables.files import read_table
 from encoders.tables.schemas import ENTITY_TYPES
-from encoders.towers.bundle import load_bundle, read_space
+from encoders.towers.bundle import ModelBundle, load_bundle, read_space
 
 if TYPE_CHECKING:
     from encoders.compatibility.report import SpacesReport
@@ -161,8 +166,9 @@ def command(
     data_dir: Path | None,
     as_json: bool,
 ) -> None:
-    """Evaluate BUNDLE on held-out pairs: labelled Recall@1/10/100, MRR and nDCG@10, exact, with ceilings and 95% intervals.
+    """Evaluate BUNDLE on held-out pairs by exact search.
 
+    Measures are labelled Recall@1/10/100, MRR and nDCG@10, with ceilings and 95% intervals.
     Labelled Recall@10 asks whether the annotated entity ranks in the top 10; a query with 40
     correct entities cannot have more than a quarter of them there, so the ceiling stands beside it.
     Without BUNDLE only the baselines are measured. With --against, both bundles are compared on the
@@ -172,11 +178,15 @@ def command(
 
     Example: omni evaluate runs/model --baselines bm25,bm25-trigrams --slice language
     """
-    if against and not bundle:
-        raise ConfigError(
-            "--against compares two bundles, but only one was given. Usage: omni evaluate BUNDLE"
-            " --against BUNDLE2"
-        )
+    settings = EvaluationSettings(
+        entity_types=entity_types or None,
+        split=split,
+        corpus_size=corpus_size,
+        max_queries=max_queries,
+        runs=save_run is not None,
+        resamples=resamples,
+        seed=seed,
+    )
     if save_run and corpus_size:
         raise ConfigError(
             "--save-run writes ranked lists over the whole catalogue: leave --corpus-size out."
@@ -192,49 +202,32 @@ def command(
                 "--against-index takes one BUNDLE, and none of --against, --baselines,"
                 " --judgements, --save-run and --plot. Usage: omni evaluate NEW --against-index OLD"
             )
-        sizes = {
-            "corpus_size": corpus_size,
-            "max_queries": max_queries,
-            "resamples": resamples,
-            "split": split,
-        }
+        upgrade = _Upgrade(bundle, against_index, adapter, max_loss if declares else None)
         dataset = load_dataset(data_dir, engaged_queries=engaged_queries)
-        spaces = _compare_spaces(
-            bundle, against_index, dataset, adapter, entity_types, declares, seed, sizes
-        )
+        spaces = _compare_spaces(upgrade, dataset, settings)
         _note_other_data([bundle], data_dir)
-        _show_spaces(
-            spaces,
-            bundle,
-            against_index,
-            max_loss if declares else None,
-            slices,
-            as_json,
-            _source(split, data_dir),
-        )
+        _show_spaces(spaces, upgrade, slices, as_json, _source(split, data_dir))
         return
-    systems: dict[str, Baseline] = {}
-    bundles = {}
-    for path in [path for path in (bundle, against) if path]:
-        name = path.name if path.name not in systems else str(path)
-        bundles[name] = load_bundle(path)
-        systems[name] = bundle_system(bundles[name], device)
+    if against and not bundle:
+        raise ConfigError(
+            "--against compares two bundles, but only one was given. Usage: omni evaluate BUNDLE"
+            " --against BUNDLE2"
+        )
+    paths = [path for path in (bundle, against) if path]
+    bundles = _load_bundles(paths)
+    systems: dict[str, Baseline] = {
+        name: bundle_system(loaded, device) for name, loaded in bundles.items()
+    }
     for baseline in [part.strip() for part in baselines.split(",") if part.strip()]:
         systems[baseline] = make_baseline(baseline, cache=default_cache())
     dataset = load_dataset(data_dir, engaged_queries=engaged_queries)
-    _note_other_data([path for path in (bundle, against) if path], data_dir)
+    _note_other_data(paths, data_dir)
     report = evaluate_systems(
         dataset,
         systems,
-        entity_types=entity_types or None,
+        settings,
         without_tower=types_without_tower(bundles.values(), dataset.entity_types),
-        split=split,
-        corpus_size=corpus_size,
-        max_queries=max_queries,
         judgements=read_table(judgements, "judgements") if judgements else None,
-        runs=save_run is not None,
-        resamples=resamples,
-        seed=seed,
     )
     first = next(iter(bundles), None)
     comparisons = [(first, other) for other in systems if other != first] if first else []
@@ -249,18 +242,25 @@ def command(
         print_report(report, comparisons, slices, _source(split, data_dir, judgements))
 
 
+def _load_bundles(paths: Sequence[Path]) -> dict[str, ModelBundle]:
+    """Load bundles by their folder's name, or by the path where two folders are called alike."""
+    bundles: dict[str, ModelBundle] = {}
+    for path in paths:
+        name = path.name if path.name not in bundles else str(path)
+        bundles[name] = load_bundle(path)
+    return bundles
+
+
 def _source(split: str, data_dir: Path | None, judgements: Path | None = None) -> str:
-    """What is evaluated, for the titles of tables."""
+    """Describe what is evaluated, for the titles of tables."""
     data = "the sample data in the package" if data_dir is None else str(data_dir)
-    return (
-        f"{split} pairs of {data}"
-        if judgements is None
-        else f"judgements of {judgements}, entities of {data}"
-    )
+    if judgements is None:
+        return f"{split} pairs of {data}"
+    return f"judgements of {judgements}, entities of {data}"
 
 
 def _note_other_data(bundles: Sequence[Path], data_dir: Path | None) -> None:
-    """Say when the sample is evaluated for want of --data, and a bundle was trained on tables of its own."""
+    """Note that the sample is evaluated where a bundle was trained on other tables."""
     for path in bundles if data_dir is None else ():
         tables = trained_tables(path)
         if tables:
@@ -271,104 +271,115 @@ def _note_other_data(bundles: Sequence[Path], data_dir: Path | None) -> None:
             )
 
 
+@dataclass(frozen=True)
+class _Upgrade:
+    """The options around ``--against-index``."""
+
+    new: Path
+    old: Path
+    adapter: str
+    max_loss: float | None
+    """Largest loss that may be declared; None: declare nothing."""
+
+    def adapter_use(self) -> tuple[str, int]:
+        """Read ``--adapter`` as the use (``auto``, ``never``, ``always``) and the rank (0: full).
+
+        Raises:
+            ConfigError: It is neither a known word nor a rank above 0.
+        """
+        if self.adapter.isdecimal():
+            if int(self.adapter) == 0:
+                raise ConfigError(
+                    "--adapter 0: an adapter of rank 0 maps everything to nothing. Use full, none"
+                    " or a rank of at least 1."
+                )
+            return "always", int(self.adapter)
+        uses = {"auto": "auto", "none": "never", "full": "always"}
+        if self.adapter not in uses:
+            raise ConfigError(
+                "--adapter must be 'auto', 'full', 'none' or a rank such as 32, but got"
+                f" {self.adapter!r}."
+            )
+        return uses[self.adapter], 0
+
+
 def _compare_spaces(
-    bundle: Path,
-    old: Path,
-    dataset: Dataset,
-    adapter: str,
-    entity_types: tuple[str, ...],
-    declares: bool,
-    seed: int,
-    options: dict[str, Any],
+    upgrade: _Upgrade, dataset: Dataset, settings: EvaluationSettings
 ) -> SpacesReport:
     from encoders.compatibility.report import compare_spaces
 
-    if adapter not in ("auto", "full", "none") and not adapter.isdecimal():
-        raise ConfigError(
-            f"--adapter must be 'auto', 'full', 'none' or a rank such as 32, but got {adapter!r}."
-        )
-    rank = int(adapter) if adapter.isdecimal() else 0
-    if adapter.isdecimal() and rank == 0:
-        raise ConfigError(
-            "--adapter 0: an adapter of rank 0 maps everything to nothing. Use full, none or a rank"
-            " of at least 1."
-        )
-    new_bundle, old_bundle = load_bundle(bundle), load_bundle(old)
-    if (
-        declares and not entity_types
-    ):  # what is declared was measured on every type that an index can hold
-        for name, why in types_without_tower([old_bundle], dataset.entity_types).items():
+    use, rank = upgrade.adapter_use()
+    new, old = load_bundle(upgrade.new), load_bundle(upgrade.old)
+    if upgrade.max_loss is not None and settings.entity_types is None:
+        # A declaration holds for every type that an index can hold: all of them are measured.
+        for name, why in types_without_tower([old], dataset.entity_types).items():
             say(f"{name}: {why}; not evaluated")
-        entity_types = tuple(name for name in dataset.entity_types if old_bundle.embeds(name))
-    wanted = entity_types or None
-    use = {"auto": "auto", "none": "never"}.get(adapter, "always")
-    return compare_spaces(
-        new_bundle,
-        old_bundle,
-        dataset,
-        adapter=use,
-        rank=rank,
-        entity_types=wanted,
-        seed=seed,
-        **options,
-    )
+        embedded = [name for name in dataset.entity_types if old.embeds(name)]
+        settings = replace(settings, entity_types=embedded or None)
+    return compare_spaces(new, old, dataset, settings, adapter=use, rank=rank)
 
 
 def _show_spaces(
-    spaces: SpacesReport,
-    bundle: Path,
-    old: Path,
-    max_loss: float | None,
-    slices: tuple[str, ...],
-    as_json: bool,
-    source: str,
+    spaces: SpacesReport, upgrade: _Upgrade, slices: Sequence[str], as_json: bool, source: str
 ) -> None:
-    """Declare if asked and allowed (``max_loss`` is then a number), and print."""
-    from encoders.compatibility.declaration import declare
-
-    worst, loss = spaces.worst_loss()
-    learned = spaces.learned if spaces.adapter is not None else {}
+    """Print the measured compatibility; declare it if requested and the loss is small enough."""
     if not as_json:
         print_report(spaces.evaluation, spaces.comparisons, slices, source)
-    if max_loss is not None:
-        if not loss <= max_loss:
-            raise BundleError(
-                f"not declared: {spaces.way!r} loses {loss:.1%} of the old tower's labelled"
-                f" Recall@10 on {worst}, more than --max-loss {max_loss:g}. Train with the old"
-                " vectors as a compatibility task (docs/reference/training.md), or embed the index"
-                " again."
-            )
-        space = read_space(old)
-        declare(
-            bundle,
-            str(space["space_id"]),
-            int(space["dimension"]),
-            spaces.adapter,
-            spaces.measured,
-            learned,
-        )
+    worst, loss = spaces.worst_loss()
+    declared = upgrade.max_loss is not None
+    if upgrade.max_loss is not None:
+        _declare(spaces, upgrade, upgrade.max_loss)
     if as_json:
         about = {
             "way": spaces.way,
             "worst_type": worst,
             "worst_loss": loss,
-            "declared": max_loss is not None,
+            "declared": declared,
             "adapter": spaces.learned,
+            "measured": spaces.measured,
         }
-        print_json(
-            {**about, "measured": spaces.measured, **spaces.evaluation.as_dict(spaces.comparisons)}
-        )
+        print_json(about | spaces.evaluation.as_dict(spaces.comparisons))
         return
     say(f"{spaces.way}: largest loss of labelled Recall@10 {loss:.1%}, on {worst}")
-    if max_loss is not None:
+    if declared:
         say(
-            f"declared in {bundle / 'space.json'}. Next: omni rebuild --store STORE --query-tower"
-            f" {bundle}"
+            f"declared in {upgrade.new / 'space.json'}. Next: omni rebuild --store STORE"
+            f" --query-tower {upgrade.new}"
         )
+
+
+def _declare(spaces: SpacesReport, upgrade: _Upgrade, max_loss: float) -> None:
+    """Write the measured compatibility into the newer bundle.
+
+    Raises:
+        BundleError: A type loses more than ``max_loss``.
+    """
+    from encoders.compatibility.declaration import declare
+
+    worst, loss = spaces.worst_loss()
+    if not loss <= max_loss:
+        raise BundleError(
+            f"not declared: {spaces.way!r} loses {loss:.1%} of the old tower's labelled"
+            f" Recall@10 on {worst}, more than --max-loss {max_loss:g}. Train with the old"
+            " vectors as a compatibility task (docs/reference/training.md), or embed the index"
+            " again."
+        )
+    space = read_space(upgrade.old)
+    declare(
+        upgrade.new,
+        str(space["space_id"]),
+        int(space["dimension"]),
+        spaces.adapter,
+        spaces.measured,
+        spaces.learned if spaces.adapter is not None else {},
+    )
 
 
 def trained_tables(bundle: Path) -> list[str]:
-    """The tables that a bundle's training config names; empty: the sample or the larger data, or nothing is recorded."""
+    """List the tables that a bundle's training config names.
+
+    Empty: the sample or the larger data, or nothing is recorded.
+    """
     config: dict[str, Any] = json.loads((bundle / "config.json").read_text(encoding="utf-8"))
     data = config.get("training", {}).get("data", {})
     return [*data.get("catalogue", []), *data.get("pairs", [])]

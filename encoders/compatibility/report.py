@@ -1,4 +1,4 @@
-"""Measure whether a newer query tower can search an older index, and learn the adapter that lets it.
+"""Measure whether a newer query tower can search an older index, and learn an adapter for it.
 
 Everything is exact search: an index's own ANN recall comes on top and is measured by the index. The
 adapter is learned from train queries only; its ridge and its targets are chosen on train queries
@@ -8,7 +8,7 @@ that were held back, by labelled Recall@10.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from encoders.datasets.dataset import Dataset
 from encoders.errors import ConfigError
 from encoders.evaluation.report import (
     EvaluationReport,
+    EvaluationSettings,
+    TaskReport,
     bundle_system,
     comparison_dict,
     evaluate_systems,
@@ -34,22 +36,27 @@ log = logging.getLogger(__name__)
 
 Float32 = npt.NDArray[np.float32]
 
-OLD, PLAIN, ADAPTED, REEMBEDDED = (
-    "old queries, old index",
-    "new queries, old index",
-    "new + adapter, old index",
-    "new queries, new index",
-)
+OLD = "old queries, old index"
+PLAIN = "new queries, old index"
+ADAPTED = "new + adapter, old index"
+REEMBEDDED = "new queries, new index"
 FIT_QUERIES = 20_000
 """Most train queries an adapter is learned from: a matrix of 256 x 256 needs no more."""
 HELD_BACK = 0.1
+"""Part of the train queries that chooses the adapter's ridge and targets."""
 RIDGES = (1e-3, 1e-2, 1e-1)
 OLD_QUERY_SHARES = (1.0, 0.5, 0.0)
-"""What an adapted query should become: this share of the old tower's vector of it, and the rest of its train entities' old vectors."""
+"""Share of the old tower's query vector in the target of an adapted query.
+
+The rest is the mean of its train entities' old vectors.
+"""
 
 
 class CrossSpace:
-    """Queries through one function, entities through the older bundle; the entities last embedded are kept for the next system."""
+    """A system whose queries go through one function and whose entities through the older bundle.
+
+    The entities last embedded are cached for the next system.
+    """
 
     def __init__(
         self, embed_queries: Callable[[Sequence[str]], Float32], entities: _OldIndex
@@ -71,19 +78,21 @@ class _OldIndex:
 
 @dataclass(frozen=True)
 class SpacesReport:
-    """What was found."""
+    """How well a newer query tower searches an older index."""
 
     evaluation: EvaluationReport
     adapter: SpaceAdapter | None
-    """What a declaration would hold; None: query vectors search as they are."""
+    """The adapter of a declaration; None: query vectors search as they are."""
     learned: dict[str, Any]
     """How the adapter was learned; empty where none was."""
     measured: dict[str, Any]
-    """By entity type: labelled Recall@10 of every way with its interval, the paired difference to the old tower, and the share of the old
-    tower's exact top 10 that the way returns too.
+    """Entity type -> system -> labelled Recall@10 with its interval.
+
+    Beside it stand the paired difference to the old tower, and the share of the old tower's exact
+    top 10 that the system returns too.
     """
     way: str
-    """The way that a declaration would stand for."""
+    """The system that a declaration stands for: ``PLAIN`` or ``ADAPTED``."""
 
     @property
     def comparisons(self) -> list[tuple[str, str]]:
@@ -92,7 +101,11 @@ class SpacesReport:
         return [(name, OLD) for name in systems if name != OLD]
 
     def worst_loss(self) -> tuple[str, float]:
-        """The entity type that loses the largest part of the old tower's labelled Recall@10, and that part (negative: a gain)."""
+        """Find the entity type that loses the largest part of the old tower's labelled Recall@10.
+
+        Returns:
+            The type and that part (negative: a gain).
+        """
         losses = {}
         for entity_type, found in self.measured.items():
             before, after = found[OLD]["recall@10"], found[self.way]["recall@10"]
@@ -105,12 +118,10 @@ def compare_spaces(
     new: ModelBundle,
     old: ModelBundle,
     dataset: Dataset,
+    settings: EvaluationSettings | None = None,
     *,
     adapter: str = "auto",
     rank: int = 0,
-    entity_types: Sequence[str] | None = None,
-    seed: int = 0,
-    **options: Any,
 ) -> SpacesReport:
     """Evaluate the newer query tower on the older bundle's entity vectors.
 
@@ -118,14 +129,12 @@ def compare_spaces(
         new: The bundle whose query tower is to search.
         old: The bundle that embedded the index.
         dataset: Train pairs to learn from, held-out pairs to measure on.
+        settings: What to measure; None: all held-out pairs of the types that both bundles embed.
+            The seed also chooses the adapter's train queries.
         adapter: ``never``; ``always``: learn one, and a declaration goes through it; ``auto``:
-            learn one, and a declaration goes through it if train queries that it did not learn from
-            find more with it than without.
+            learn one, and a declaration goes through it if held-back train queries find more with
+            it than without.
         rank: Its rank; 0: full.
-        entity_types: Types to measure; None: all of the catalogue that both bundles embed.
-        seed: Of every choice.
-        options: Further ones of ``evaluate_systems``: ``split``, ``corpus_size``, ``max_queries``,
-            ``resamples``, ``slices``.
 
     Raises:
         ConfigError: Both bundles have one space, or vectors of different widths are to be compared
@@ -141,44 +150,46 @@ def compare_spaces(
             f"vectors of {new.dimension} numbers cannot search vectors of {old.dimension} as they"
             " are: leave --adapter none out, so that an adapter is learned."
         )
-    fitted, learned = (
-        learn_adapter(new, old, dataset, rank=rank, seed=seed) if adapter != "never" else (None, {})
-    )
+    settings = settings or EvaluationSettings()
+    fitted: SpaceAdapter | None = None
+    learned: dict[str, Any] = {}
+    if adapter != "never":
+        fitted, learned = learn_adapter(new, old, dataset, rank=rank, seed=settings.seed)
     index = _OldIndex(old)
-    ways = {OLD: CrossSpace(old.embed_queries, index)}
+    crossed = {OLD: CrossSpace(old.embed_queries, index)}
     if new.dimension == old.dimension:
-        ways[PLAIN] = CrossSpace(new.embed_queries, index)
+        crossed[PLAIN] = CrossSpace(new.embed_queries, index)
     if fitted is not None:
-        ways[ADAPTED] = CrossSpace(lambda texts: fitted.apply(new.embed_queries(texts)), index)
-    systems = {name: bundle_system(way) for name, way in ways.items()}
+        apply = fitted.apply
+        crossed[ADAPTED] = CrossSpace(lambda texts: apply(new.embed_queries(texts)), index)
+    systems = {name: bundle_system(system) for name, system in crossed.items()}
     systems[REEMBEDDED] = bundle_system(new)
     lacking = types_without_tower((old, new), dataset.entity_types)
-    report = evaluate_systems(
-        dataset, systems, entity_types=entity_types, without_tower=lacking, seed=seed, **options
+    report = evaluate_systems(dataset, systems, settings, without_tower=lacking)
+    measured = {name: _measure(task, crossed) for name, task in report.tasks.items()}
+    gain = learned.get("held_back_recall@10", 0.0) - learned.get(
+        "held_back_recall@10_without", -1.0
     )
-    measured: dict[str, Any] = {}
-    for entity_type, task in report.tasks.items():
-        found: dict[str, Any] = {}
-        entities = index.embed_entities(task.task.candidates)
-        rows = {
-            name: _top_10(way.embed_queries(task.task.queries), entities)
-            for name, way in ways.items()
-        }
-        for name, metrics in task.overall.items():
-            ten = metrics.recall[10]
-            found[name] = {"recall@10": ten.value, "low": ten.low, "high": ten.high}
-            if name != OLD:
-                found[name]["minus_old"] = comparison_dict(task.compare(name, OLD))
-            if name in rows:
-                found[name]["overlap@10_with_old"] = _overlap(rows[name], rows[OLD])
-        measured[entity_type] = {**found, "pairs": next(iter(task.overall.values())).pairs}
-    with_it, without = (
-        learned.get("held_back_recall@10", 0.0),
-        learned.get("held_back_recall@10_without", -1.0),
-    )
-    if fitted is None or (adapter == "auto" and with_it <= without):
+    if fitted is None or (adapter == "auto" and gain <= 0):
         return SpacesReport(report, None, learned, measured, PLAIN)
     return SpacesReport(report, fitted, learned, measured, ADAPTED)
+
+
+def _measure(task: TaskReport, crossed: Mapping[str, CrossSpace]) -> dict[str, Any]:
+    """Collect one entity type's figures of ``SpacesReport.measured``."""
+    rows = {}
+    for name, system in crossed.items():
+        entities = system.embed_entities(task.task.candidates)
+        rows[name] = _top_10(system.embed_queries(task.task.queries), entities)
+    found: dict[str, Any] = {}
+    for name, metrics in task.overall.items():
+        ten = metrics.recall[10]
+        found[name] = {"recall@10": ten.value, "low": ten.low, "high": ten.high}
+        if name != OLD:
+            found[name]["minus_old"] = comparison_dict(task.compare(name, OLD))
+        if name in rows:
+            found[name]["overlap@10_with_old"] = _overlap(rows[name], rows[OLD])
+    return {**found, "pairs": task.overall[OLD].pairs}
 
 
 def learn_adapter(
@@ -195,7 +206,7 @@ def learn_adapter(
     Args:
         new: Its query tower makes what is mapped.
         old: Its towers make what it is mapped to.
-        dataset: Only the train split is looked at.
+        dataset: Only the train split is read.
         rank: 0: full.
         queries: At most this many train queries.
         seed: Chooses them.
@@ -206,57 +217,92 @@ def learn_adapter(
     Raises:
         ConfigError: There are no train pairs.
     """
-    embedded = [name for name in dataset.entity_types if name != "query" and old.embeds(name)]
-    pairs = (
-        dataset.split("train")
-        .filter(pl.col("entity_type").is_in(embedded))
-        .select("query", "entity_type", "entity_id")
-        .unique(maintain_order=True)
-    )
-    texts = pairs["query"].unique(maintain_order=True)
-    if texts.is_empty():
-        raise ConfigError(
-            f"an adapter is learned from train pairs, but data set {dataset.name!r} has none. Use"
-            " --adapter none."
-        )
-    texts = texts.sample(min(queries, len(texts)), seed=seed, shuffle=True)
-    pairs = pairs.filter(pl.col("query").is_in(texts.implode()))
-    log.info(f"learning the adapter from {len(texts):,} train queries and {pairs.height:,} pairs")
-    source, old_queries = new.embed_queries(texts.to_list()), old.embed_queries(texts.to_list())
-    paired = pl.col("id").is_in(pairs["entity_id"].unique().implode())
-    known = dataset.catalogue.filter(paired & pl.col("entity_type").is_in(embedded))
-    entities = old.embed_entities(known)
-    place = known.select(
-        "entity_type", entity_id=pl.col("id"), row=pl.int_range(pl.len(), dtype=pl.Int64)
-    )
-    number = pl.DataFrame({"query": texts, "number": np.arange(len(texts))})
-    pairs = pairs.join(place, on=["entity_type", "entity_id"], how="inner").join(
-        number, on="query", how="inner"
-    )
-    of_query, of_entity = pairs["number"].to_numpy(), pairs["row"].to_numpy()
-    centres = np.zeros_like(old_queries)
-    np.add.at(centres, of_query, entities[of_entity])
-    centres /= np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), 1e-12)
-    held = text_bucket(texts, seed + 404, 1000) < HELD_BACK * 1000
+    train = _TrainQueries.sample(old, dataset, queries, seed)
+    count = len(train.texts)
+    log.info(f"learning the adapter from {count:,} train queries and {len(train.of_query):,} pairs")
+    source = new.embed_queries(train.texts)
+    old_queries = old.embed_queries(train.texts)
+    centres = train.entity_means()
+    held = text_bucket(pl.Series(train.texts), seed + 404, 1000) < HELD_BACK * 1000
     trial = {}
     for share in OLD_QUERY_SHARES:
         target = _mix(old_queries, centres, share)
         for ridge in RIDGES:
             fitted = fit_adapter(source[~held], target[~held], rank=rank, ridge=ridge)
-            rows = _top_10(fitted.apply(source[held]), entities)
-            trial[share, ridge] = _hits(rows, np.flatnonzero(held), of_query, of_entity)
+            trial[share, ridge] = train.recall_at_10(fitted.apply(source[held]), held)
     share, ridge = max(trial, key=lambda key: trial[key])
     fitted = fit_adapter(source, _mix(old_queries, centres, share), rank=rank, ridge=ridge)
     learned = {
-        "train_queries": len(texts),
+        "train_queries": count,
         "ridge": ridge,
         "old_query_share": share,
         "held_back_recall@10": round(trial[share, ridge], 6),
     }
     if new.dimension == old.dimension:
-        plain = _hits(_top_10(source[held], entities), np.flatnonzero(held), of_query, of_entity)
-        learned["held_back_recall@10_without"] = round(plain, 6)
+        learned["held_back_recall@10_without"] = round(train.recall_at_10(source[held], held), 6)
     return fitted, learned
+
+
+@dataclass(frozen=True)
+class _TrainQueries:
+    """Train queries with the older bundle's vectors of their entities."""
+
+    texts: list[str]
+    entities: Float32
+    """``(N, D)``: old vectors of the train entities."""
+    of_query: npt.NDArray[np.int64]
+    """``(P,)``: place in ``texts`` of each pair's query."""
+    of_entity: npt.NDArray[np.int64]
+    """``(P,)``: row in ``entities`` of each pair's entity."""
+
+    @classmethod
+    def sample(cls, old: ModelBundle, dataset: Dataset, queries: int, seed: int) -> _TrainQueries:
+        """Choose at most ``queries`` random train queries and embed their entities."""
+        embedded = [name for name in dataset.entity_types if name != "query" and old.embeds(name)]
+        pairs = (
+            dataset.split("train")
+            .filter(pl.col("entity_type").is_in(embedded))
+            .select("query", "entity_type", "entity_id")
+            .unique(maintain_order=True)
+        )
+        texts = pairs["query"].unique(maintain_order=True)
+        if texts.is_empty():
+            raise ConfigError(
+                f"an adapter is learned from train pairs, but data set {dataset.name!r} has none."
+                " Use --adapter none."
+            )
+        texts = texts.sample(min(queries, len(texts)), seed=seed, shuffle=True)
+        pairs = pairs.filter(pl.col("query").is_in(texts.implode()))
+        paired = pl.col("id").is_in(pairs["entity_id"].unique().implode())
+        known = dataset.catalogue.filter(paired & pl.col("entity_type").is_in(embedded))
+        row = pl.int_range(pl.len(), dtype=pl.Int64)
+        place = known.select("entity_type", entity_id="id", row=row)
+        number = pl.DataFrame({"query": texts, "number": np.arange(len(texts))})
+        pairs = pairs.join(place, on=["entity_type", "entity_id"], how="inner")
+        pairs = pairs.join(number, on="query", how="inner")
+        return cls(
+            texts.to_list(),
+            old.embed_entities(known),
+            pairs["number"].to_numpy(),
+            pairs["row"].to_numpy(),
+        )
+
+    def entity_means(self) -> Float32:
+        """Average the vectors of each query's entities; ``(Q, D)`` unit rows, zeros without any."""
+        sums = np.zeros((len(self.texts), self.entities.shape[1]), np.float32)
+        np.add.at(sums, self.of_query, self.entities[self.of_entity])
+        means: Float32 = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
+        return means
+
+    def recall_at_10(self, vectors: Float32, held: npt.NDArray[np.bool_]) -> float:
+        """Measure the share of the held-back queries' pairs that ``vectors`` find in the top 10."""
+        rows = _top_10(vectors, self.entities)
+        place = np.cumsum(held) - 1  # of each held-back query among the held-back ones
+        chosen = held[self.of_query]
+        if not chosen.any():
+            return 0.0
+        found = rows[place[self.of_query[chosen]]] == self.of_entity[chosen, None]
+        return float(found.any(axis=1).mean())
 
 
 def _mix(first: Float32, second: Float32, share: float) -> Float32:
@@ -269,27 +315,9 @@ def _top_10(queries: Float32, entities: Float32) -> npt.NDArray[np.int64]:
 
 
 def _overlap(rows: npt.NDArray[np.int64], reference: npt.NDArray[np.int64]) -> float:
-    return float(
-        np.mean(
-            [
-                len(set(a) & set(b)) / max(1, len(b))
-                for a, b in zip(rows.tolist(), reference.tolist(), strict=True)
-            ]
-        )
-    )
-
-
-def _hits(
-    rows: npt.NDArray[np.int64],
-    numbers: npt.NDArray[np.int64],
-    of_query: npt.NDArray[np.int64],
-    of_entity: npt.NDArray[np.int64],
-) -> float:
-    """Share of the held-back queries' pairs whose entity is among the query's rows."""
-    where = np.full(int(of_query.max(initial=0)) + 1, -1)
-    numbers = numbers[numbers < len(where)]
-    where[numbers] = np.arange(len(numbers))
-    chosen = where[of_query] >= 0
-    if not chosen.any():
-        return 0.0
-    return float((rows[where[of_query[chosen]]] == of_entity[chosen, None]).any(axis=1).mean())
+    """Average the share of each query's reference rows that are among its rows."""
+    shares = [
+        len(set(mine) & set(theirs)) / max(1, len(theirs))
+        for mine, theirs in zip(rows.tolist(), reference.tolist(), strict=True)
+    ]
+    return float(np.mean(shares))

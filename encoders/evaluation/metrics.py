@@ -1,4 +1,4 @@
-"""Labelled retrieval metrics as pure functions of ranks: Recall@k, reciprocal rank, nDCG, their ceilings and their intervals.
+"""Labelled retrieval metrics as pure functions of ranks, with their ceilings and intervals.
 
 A *pair* is one row (query, entity that a person annotated). Its *rank* is the entity's place, from
 1, in the list of its query. *Labelled Recall@k* is the share of pairs with rank <= k (paper section
@@ -14,7 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 UNRANKED = np.iinfo(np.int32).max
-"""Rank of an entity that a system does not return at all, e.g. a text without any word of the query under BM25."""
+"""Rank of an entity that a system does not return.
+
+BM25, for one, returns no text without a word of the query.
+"""
 
 
 class Interval(NamedTuple):
@@ -52,25 +55,15 @@ def sums_by_query(query_index: np.ndarray, values: np.ndarray, queries: int) -> 
     return QuerySums(hits, np.bincount(query_index, minlength=queries).astype(np.float64))
 
 
-def recall_at_k(ranks: np.ndarray, k: int) -> float:
-    """Labelled Recall@k: the share of pairs whose entity has rank <= k; NaN without pairs."""
-    return float((ranks <= k).mean()) if len(ranks) else float("nan")
-
-
-def mean_reciprocal_rank(ranks: np.ndarray) -> float:
-    """Mean of 1/rank over pairs; an unranked entity counts 0. NaN without pairs."""
-    return float(reciprocal_ranks(ranks).mean()) if len(ranks) else float("nan")
-
-
 def reciprocal_ranks(ranks: np.ndarray) -> np.ndarray:
-    """1/rank, 0 for ``UNRANKED``; float64 of the same shape."""
+    """Compute 1/rank, 0 for ``UNRANKED``; float64 of the same shape."""
     return np.where(ranks >= UNRANKED, 0.0, 1.0 / np.maximum(ranks, 1))
 
 
 def recall_ceiling(
     query_index: np.ndarray, target: np.ndarray, takes_place: np.ndarray, k: int, queries: int
 ) -> QuerySums:
-    """The most pairs of each query that any ranking could put into its top k.
+    """Count the most pairs of each query that any ranking could put into its top k.
 
     A query's distinct targets compete for k places; a target counts as often as it has pairs.
     Without repeats, and with every target in the corpus, the ceiling of a query with R targets is
@@ -110,9 +103,10 @@ def recall_ceiling(
 def ndcg_at_k(
     query_index: np.ndarray, ranks: np.ndarray, gains: np.ndarray, k: int, queries: int
 ) -> np.ndarray:
-    """Graded nDCG@k of each query: sum of ``gain / log2(1 + rank)`` over its targets with rank <= k, divided by the best possible sum.
+    """Compute the graded nDCG@k of each query.
 
-    Gains are used as they are (pass ``2**grade - 1`` for the exponential form).
+    That is the sum of ``gain / log2(1 + rank)`` over its targets with rank <= k, divided by the
+    best possible sum. Gains are used as they are (pass ``2**grade - 1`` for the exponential form).
 
     Args:
         query_index: int ``(T,)``: one row per (query, target).
@@ -136,10 +130,11 @@ def ndcg_at_k(
 
 
 def bootstrap_interval(sums: QuerySums, *, resamples: int = 1000, seed: int = 0) -> Interval:
-    """95% interval of a ratio metric by resampling queries (a query's pairs stay together, for they are not independent).
+    """Compute the 95% interval of a ratio metric by resampling queries.
 
-    Poisson bootstrap: every query gets a Poisson(1) weight in each resample, which is the usual
-    bootstrap up to O(1/Q). Fewer than two queries give no interval (NaN).
+    A query's pairs stay together, for they are not independent. Poisson bootstrap: every query gets
+    a Poisson(1) weight in each resample, which is the usual bootstrap up to O(1/Q). Fewer than two
+    queries give no interval (NaN).
 
     Args:
         sums: Hits and counts of each query; queries without pairs are left out.
@@ -160,7 +155,10 @@ class PairedDifference(NamedTuple):
 
     difference: Interval
     p_value: float
-    """Two-sided bootstrap p-value: twice the smaller share of resamples on either side of zero, at least 1/resamples."""
+    """Two-sided bootstrap p-value.
+
+    Twice the smaller share of resamples on either side of zero, at least 1/resamples.
+    """
     wins: int
     """Queries on which the first is better."""
     losses: int
@@ -170,7 +168,9 @@ class PairedDifference(NamedTuple):
 def paired_difference(
     first: QuerySums, second: QuerySums, *, resamples: int = 2000, seed: int = 0
 ) -> PairedDifference:
-    """Compare two systems on the same pairs; resampling queries keeps the pairing, so common difficulty cancels.
+    """Compare two systems on the same pairs.
+
+    Resampling queries keeps the pairing, so common difficulty cancels.
 
     Args:
         first: Sums of the first system.
@@ -206,7 +206,7 @@ def paired_difference(
 
 
 def _poisson_totals(columns: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """``(resamples, C)``: column sums under Poisson(1) row weights, in blocks of bounded memory."""
+    """Sum columns under Poisson(1) row weights, in blocks of bounded memory; ``(resamples, C)``."""
     rng = np.random.default_rng(seed)
     block = max(1, (1 << 22) // len(columns))
     parts = []

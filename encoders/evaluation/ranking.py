@@ -1,40 +1,69 @@
-"""Rank every labelled pair exactly, against the whole catalogue or a random corpus, and sum the ranks up by slice.
+"""Rank every labelled pair exactly, against the whole catalogue or a random corpus.
 
 The rank of a pair (query q, entity e) against a corpus C is 1 + the number of entities in C, other
 than e and its near-duplicates, that score higher for q (or as high and stand earlier in the
 catalogue). With C the whole catalogue that is e's place in the result list; with a random C it is
 the protocol of the paper (5.1), where e itself need not be in C. Any near-duplicate of e counts as
-e, at its best score.
+e, at its best score. Letters: Q queries, N candidates, P pairs, T targets.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import torch
+from torch import Tensor
 
 from encoders.datasets.dataset import Dataset
 from encoders.datasets.related_queries import query_entities
 from encoders.errors import ConfigError, InvalidVectors, SchemaError
-from encoders.evaluation.metrics import (
-    UNRANKED,
-)
-from encoders.exact_search import top_k_of_scores
+from encoders.evaluation.metrics import UNRANKED
+from encoders.exact_search import count_above, top_k_of_scores
 
 SCORES_AT_ONCE = 1 << 25
 """Scores held at once (128 MiB of float32)."""
 
+PAIR_KEY = ("query", "language", "country", "entity_id", "kind")
+"""Columns that tell pairs apart; of equal rows the first is evaluated."""
 
-ScoreRows = Callable[[int, int], torch.Tensor]
-"""``score(start, stop)``: fresh float32 scores ``(stop - start, N)`` of queries ``start..stop`` for all candidates; -inf: not returned."""
+Int64 = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
+
+ScoreRows = Callable[[int, int], Tensor]
+"""``score(start, stop)``: float32 scores ``(stop - start, N)`` of queries ``start..stop``.
+
+The tensor is fresh on every call, for the caller overwrites it; -inf marks a candidate that the
+system does not return.
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """Which pairs are evaluated, and against how many candidates."""
+
+    split: str = "heldout"
+    """Split of the pairs."""
+    corpus_size: int | None = None
+    """Rank against this many random candidates; None: against all."""
+    max_queries: int | None = None
+    """Evaluate only this many random queries; None: all."""
+    seed: int = 0
+    """Chooses corpus and queries."""
+
+    def __post_init__(self) -> None:
+        if self.corpus_size is not None and self.corpus_size < 1:
+            raise ConfigError(
+                f"the corpus needs at least 1 entity, but corpus_size is {self.corpus_size}."
+            )
 
 
 @dataclass(frozen=True)
 class EvaluationTask:
-    """One entity type's held-out pairs and the candidates they are ranked against."""
+    """The pairs of one entity type and the candidates they are ranked against."""
 
     entity_type: str
     candidates: pl.DataFrame
@@ -42,27 +71,32 @@ class EvaluationTask:
     queries: list[str]
     """``(Q,)`` distinct query strings."""
     pairs: pl.DataFrame
-    """``(P,)`` rows ``query, language, country, kind, entity_id, ...`` plus ``query_index`` and ``target``."""
+    """``(P,)`` rows ``query, language, country, kind, entity_id, ...`` with ``query_index`` and
+    ``target``.
+    """
     targets: pl.DataFrame
-    """``(T,)`` distinct (query_index, group): ``target, query_index, group, gain, positives``."""
-    members: tuple[np.ndarray, np.ndarray]
+    """``(T,)`` distinct (query_index, group), sorted by query.
+
+    Columns: ``target, query_index, group, gain, positives``.
+    """
+    members: tuple[Int64, Int64]
     """(target, candidate row), sorted: the near-duplicates that answer each target."""
-    in_corpus: np.ndarray
+    in_corpus: Bool
     """bool ``(N,)``: which candidates every pair is ranked against."""
     corpus_description: str
-    own_row: np.ndarray | None = None
-    """Int64 ``(Q,)``, for related queries: the candidate that is the query itself (-1: none); it is never an answer."""
+    own_row: Int64 | None = None
+    """int64 ``(Q,)``, for related queries: the candidate that is the query itself (-1: none).
+
+    A query is never an answer to itself.
+    """
 
 
 def build_task(
     dataset: Dataset,
     entity_type: str,
+    settings: TaskSettings | None = None,
     *,
     pairs: pl.DataFrame | None = None,
-    split: str = "heldout",
-    corpus_size: int | None = None,
-    max_queries: int | None = None,
-    seed: int = 0,
 ) -> EvaluationTask:
     """Gather what evaluating one entity type needs.
 
@@ -70,112 +104,100 @@ def build_task(
         dataset: Catalogue, pairs and near-duplicate groups.
         entity_type: ``pin``, ``product``, ``ad``, or ``query`` (candidates are then the train-split
             query strings).
+        settings: Which pairs and candidates; None: all held-out pairs against all candidates.
         pairs: Use these instead of the data set's (e.g. derived related-query pairs, judgements
             with a ``grade``, or new logs).
-        split: Which split to evaluate.
-        corpus_size: Rank against this many random candidates; None: against all.
-        max_queries: Evaluate only this many random queries; None: all.
-        seed: Chooses corpus and queries.
 
     Raises:
-        ConfigError: No pair of this type and split, or a corpus size below 1.
+        ConfigError: No pair of this type and split.
         SchemaError: A pair names an entity that the catalogue does not hold.
     """
-    if corpus_size is not None and corpus_size < 1:
-        raise ConfigError(f"the corpus needs at least 1 entity, but corpus_size is {corpus_size}.")
-    rng = np.random.default_rng(seed)
+    settings = settings or TaskSettings()
+    rng = np.random.default_rng(settings.seed)
     source = dataset.pairs if pairs is None else pairs
-    rows = source.filter((pl.col("entity_type") == entity_type) & (pl.col("split") == split))
-    rows = rows.unique(
-        [c for c in ("query", "language", "country", "entity_id", "kind") if c in rows.columns],
-        keep="first",
-        maintain_order=True,
+    rows = source.filter(
+        (pl.col("entity_type") == entity_type) & (pl.col("split") == settings.split)
     )
+    key = [name for name in PAIR_KEY if name in rows.columns]
+    rows = rows.unique(key, keep="first", maintain_order=True)
     if rows.is_empty():
         raise ConfigError(
-            f"there are no {split!r} pairs of entity type {entity_type!r} to evaluate in data set"
-            f" {dataset.name!r}."
+            f"there are no {settings.split!r} pairs of entity type {entity_type!r} to evaluate in"
+            f" data set {dataset.name!r}."
         )
-    if max_queries is not None:
-        distinct = rows["query"].unique(maintain_order=True)
-        if max_queries < len(distinct):
-            rows = rows.filter(
-                pl.col("query").is_in(
-                    distinct.gather(np.sort(rng.permutation(len(distinct))[:max_queries])).implode()
-                )
-            )
+    if settings.max_queries is not None:
+        rows = _sample_queries(rows, settings.max_queries, rng)
     catalogue = (
         _query_candidates(dataset.pairs, rows)
         if entity_type == "query"
         else dataset.of_type(entity_type)
     )
-    group_of = [dataset.groups.get(id, id) for id in catalogue["id"].to_list()]
-    catalogue = catalogue.with_columns(pl.Series("__group", group_of, dtype=pl.String))
     unknown = set(rows["entity_id"].to_list()).difference(catalogue["id"].to_list())
     if unknown:
         raise SchemaError(
             f"{len(unknown):,} pairs' entities are not in the catalogue of type {entity_type!r},"
             f" e.g. {min(unknown)!r}. Evaluate with the catalogue that the pairs were made from."
         )
-    return _assemble(entity_type, catalogue, rows, corpus_size, rng)
+    groups = [dataset.groups.get(id, id) for id in catalogue["id"].to_list()]
+    catalogue = catalogue.with_columns(pl.Series("__group", groups, dtype=pl.String))
+    in_corpus = _sample_corpus(catalogue.height, settings.corpus_size, rng)
+    return _assemble(entity_type, catalogue, rows, in_corpus)
+
+
+def _sample_queries(rows: pl.DataFrame, count: int, rng: np.random.Generator) -> pl.DataFrame:
+    """Keep the pairs of ``count`` random queries; all pairs when there are no more queries."""
+    queries = rows["query"].unique(maintain_order=True)
+    if count >= len(queries):
+        return rows
+    chosen = queries.gather(np.sort(rng.permutation(len(queries))[:count]))
+    return rows.filter(pl.col("query").is_in(chosen.implode()))
+
+
+def _sample_corpus(size: int, corpus_size: int | None, rng: np.random.Generator) -> Bool:
+    """Choose the candidates that every pair is ranked against; bool ``(size,)``."""
+    in_corpus = np.zeros(size, dtype=bool)
+    in_corpus[rng.permutation(size)[:corpus_size]] = True
+    return in_corpus
 
 
 def _query_candidates(pairs: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
-    """Train-split query strings as candidates, and the answers that are not among them."""
+    """List the train-split query strings as candidates, then the answers not among them."""
     known = query_entities(pairs, "train")
-    more = rows.select(pl.col("entity_id").unique(maintain_order=True).alias("id")).filter(
-        ~pl.col("id").is_in(known["id"].implode())
-    )
-    return pl.concat(
-        [known, more.with_columns(entity_type=pl.lit("query"), title=pl.col("id"))], how="diagonal"
-    )
+    answers = rows.select(pl.col("entity_id").unique(maintain_order=True).alias("id"))
+    more = answers.filter(~pl.col("id").is_in(known["id"].implode()))
+    more = more.with_columns(entity_type=pl.lit("query"), title=pl.col("id"))
+    return pl.concat([known, more], how="diagonal")
 
 
 def _assemble(
-    entity_type: str,
-    catalogue: pl.DataFrame,
-    rows: pl.DataFrame,
-    corpus_size: int | None,
-    rng: np.random.Generator,
+    entity_type: str, catalogue: pl.DataFrame, rows: pl.DataFrame, in_corpus: Bool
 ) -> EvaluationTask:
-    rows = rows.join(
-        catalogue.select(pl.col("id").alias("entity_id"), pl.col("__group").alias("group")),
-        on="entity_id",
-        maintain_order="left",
-    )
+    """Number queries, targets and candidates; ``catalogue`` holds each row's ``__group``."""
+    groups = catalogue.select(entity_id="id", group="__group")
+    rows = rows.join(groups, on="entity_id", maintain_order="left")
     queries = rows["query"].unique(maintain_order=True)
     rows = rows.with_columns(
         query_index=rows["query"].cast(pl.Enum(queries)).to_physical().cast(pl.Int64)
     )
-    gain = pl.col("grade").cast(pl.Float64) if "grade" in rows.columns else pl.lit(1.0)
-    targets = rows.group_by("query_index", "group", maintain_order=True).agg(
-        gain.max().alias("gain")
-    )
-    targets = targets.with_row_index("target").with_columns(
-        pl.col("target").cast(pl.Int64), positives=pl.len().over("query_index")
-    )
-    rows = rows.join(
-        targets.select("query_index", "group", "target", "positives"),
-        on=["query_index", "group"],
-        maintain_order="left",
-    )
-    size = catalogue.height
-    wanted = size if corpus_size is None else min(corpus_size, size)
-    in_corpus = np.zeros(size, dtype=bool)
-    in_corpus[rng.permutation(size)[:wanted]] = True
+    targets = _number_targets(rows)
+    key = ["query_index", "group"]
+    rows = rows.join(targets.drop("gain"), on=key, maintain_order="left")
     answers = catalogue["__group"].is_in(targets["group"].unique().implode()).to_numpy()
     scored = in_corpus | answers
-    candidates, in_corpus = catalogue.filter(pl.Series(scored)), in_corpus[scored]
-    numbered = (
-        candidates.select(pl.col("__group").alias("group"))
-        .with_row_index("row")
-        .with_columns(pl.col("row").cast(pl.Int64))
+    candidates = catalogue.filter(pl.Series(scored))
+    row = pl.int_range(pl.len(), dtype=pl.Int64)
+    members = (
+        targets.select("target", "group")
+        .join(candidates.select(group="__group", row=row), on="group")
+        .sort("target", "row")
     )
-    members = targets.select("target", "group").join(numbered, on="group").sort("target", "row")
-    own = None
+    own_row = None
     if entity_type == "query":
         row_of = {id: row for row, id in enumerate(candidates["id"].to_list())}
-        own = np.array([row_of.get(query, -1) for query in queries.to_list()], dtype=np.int64)
+        own_row = np.array([row_of.get(query, -1) for query in queries.to_list()], dtype=np.int64)
+    size = len(in_corpus)
+    chosen = int(in_corpus.sum())
+    description = f"all {size:,}" if chosen == size else f"{chosen:,} random of {size:,}"
     return EvaluationTask(
         entity_type=entity_type,
         candidates=candidates.drop("__group"),
@@ -183,14 +205,26 @@ def _assemble(
         pairs=rows,
         targets=targets,
         members=(members["target"].to_numpy(), members["row"].to_numpy()),
-        in_corpus=in_corpus,
-        corpus_description=f"all {size:,}" if wanted == size else f"{wanted:,} random of {size:,}",
-        own_row=own,
+        in_corpus=in_corpus[scored],
+        corpus_description=description,
+        own_row=own_row,
     )
 
 
+def _number_targets(rows: pl.DataFrame) -> pl.DataFrame:
+    """Collect the distinct (query, near-duplicate group), with the best grade as gain."""
+    gain = pl.col("grade").cast(pl.Float64) if "grade" in rows.columns else pl.lit(1.0)
+    targets = (
+        rows.group_by("query_index", "group", maintain_order=True)
+        .agg(gain.max().alias("gain"))
+        .sort("query_index", maintain_order=True)
+    )
+    number = pl.int_range(pl.len(), dtype=pl.Int64)
+    return targets.with_columns(target=number, positives=pl.len().over("query_index"))
+
+
 def vector_scores(queries: np.ndarray, candidates: np.ndarray, device: str = "cpu") -> ScoreRows:
-    """Inner products of two arrays as a scoring function.
+    """Make a scoring function of the inner products of two arrays.
 
     Args:
         queries: ``(Q, D)`` float32, unit rows.
@@ -223,11 +257,14 @@ class Ranking:
 
     task: EvaluationTask
     system: str
-    ranks: np.ndarray
+    ranks: Int64
     """int64 ``(P,)``: rank of each pair; ``UNRANKED`` if not returned."""
-    list_ranks: np.ndarray
-    """int64 ``(T,)``: place of each target in the list of corpus and targets, near-duplicates counted once."""
-    run: tuple[np.ndarray, np.ndarray] | None = None
+    list_ranks: Int64
+    """int64 ``(T,)``: place of each target in the list of corpus and targets.
+
+    Near-duplicates are counted once.
+    """
+    run: tuple[Int64, npt.NDArray[np.float32]] | None = None
     """Top candidates of each query, rows and scores ``(Q, depth)``, when asked for."""
 
 
@@ -243,112 +280,115 @@ def rank_task(
         run_depth: Also keep this many best corpus entities per query.
     """
     count, width = len(task.queries), len(task.in_corpus)
-    owner = task.targets["query_index"].to_numpy()
-    order = np.argsort(owner, kind="stable")
-    member_target, member_row = task.members
-    above = np.zeros(len(owner), dtype=np.int64)
-    correction = np.zeros(len(owner), dtype=np.int64)
-    missing = np.zeros(len(owner), dtype=bool)
-    runs = []
-    outside = torch.from_numpy(~task.in_corpus)
-    chunk = max(1, SCORES_AT_ONCE // max(1, width))
-    first_member = np.searchsorted(member_target, np.arange(len(owner)))
-    for start in range(0, count, chunk):
-        scores = score(start, min(start + chunk, count))
-        if task.own_row is not None:
-            selves = torch.from_numpy(task.own_row[start : start + chunk])
-            found = torch.nonzero(selves >= 0).flatten()
-            scores[found.to(scores.device), selves[found].to(scores.device)] = -torch.inf
-        mine = order[
-            np.searchsorted(owner[order], start) : np.searchsorted(owner[order], start + chunk)
-        ]
-        picked = np.concatenate(
-            [
-                np.arange(first, last)
-                for first, last in _spans(first_member, len(member_target), mine)
-            ]
-        )
-        local = owner[member_target[picked]] - start
-        values = (
-            scores[
-                torch.from_numpy(local).to(scores.device),
-                torch.from_numpy(member_row[picked]).to(scores.device),
-            ]
-            .cpu()
-            .numpy()
-        )
-        if outside.any():
-            scores[:, outside.to(scores.device)] = -torch.inf
-        segments = np.flatnonzero(np.diff(member_target[picked], prepend=-1))
-        best = np.maximum.reduceat(values, segments)
-        # Members are sorted by row, so the first that reaches the maximum has the lowest row.
-        winners = np.flatnonzero(values == np.repeat(best, np.diff(segments, append=len(values))))
-        keep = np.diff(member_target[picked][winners], prepend=-1) != 0
-        best_row = member_row[picked][winners[keep]]
-        above[mine] = _count_above(scores, owner[mine] - start, best, best_row)
-        missing[mine] = np.isneginf(best)
-        correction[mine] = _list_correction(
-            task, owner[mine], best, best_row, member_target[picked], member_row[picked], values
-        )
+    outside = torch.from_numpy(np.flatnonzero(~task.in_corpus))
+    ranks: list[Int64] = []
+    list_ranks: list[Int64] = []
+    runs: list[tuple[Int64, npt.NDArray[np.float32]]] = []
+    block = max(1, SCORES_AT_ONCE // max(1, width))
+    for start in range(0, count, block):
+        stop = min(start + block, count)
+        scores = score(start, stop)
+        _exclude_own_rows(task, scores, start, stop)
+        answers = _Answers.find(task, scores, start, stop)
+        scores[:, outside.to(scores.device)] = -torch.inf
+        rank = 1 + _count_above(scores, answers)
+        missing = np.isneginf(answers.best_score)
+        ranks.append(np.where(missing, UNRANKED, rank))
+        list_ranks.append(np.where(missing, UNRANKED, rank + answers.list_correction(task)))
         if run_depth:
             runs.append(top_k_of_scores(scores, run_depth))
-    ranks = np.where(missing, UNRANKED, above + 1)
-    list_ranks = np.where(missing, UNRANKED, above + 1 + correction)
-    run = (
-        None
-        if not runs
-        else (np.concatenate([r for r, _ in runs]), np.concatenate([s for _, s in runs]))
-    )
-    return Ranking(task, system, ranks[task.pairs["target"].to_numpy()], list_ranks, run)
+    of_pair = task.pairs["target"].to_numpy()
+    run = None
+    if runs:
+        run = np.concatenate([rows for rows, _ in runs]), np.concatenate([s for _, s in runs])
+    return Ranking(task, system, np.concatenate(ranks)[of_pair], np.concatenate(list_ranks), run)
 
 
-def _spans(first_member: np.ndarray, total: int, targets: np.ndarray) -> Iterable[tuple[int, int]]:
-    ends = np.append(first_member[1:], total)
-    return zip(first_member[targets].tolist(), ends[targets].tolist(), strict=True)
+def _exclude_own_rows(task: EvaluationTask, scores: Tensor, start: int, stop: int) -> None:
+    """Set the score of each query of ``start..stop`` for itself to -inf."""
+    if task.own_row is None:
+        return
+    own = torch.from_numpy(task.own_row[start:stop])
+    rows = torch.nonzero(own >= 0).flatten()
+    scores[rows.to(scores.device), own[rows].to(scores.device)] = -torch.inf
 
 
-def _count_above(
-    scores: torch.Tensor, rows: np.ndarray, best: np.ndarray, best_row: np.ndarray
-) -> np.ndarray:
-    """How many columns of each target's score row beat it: a higher score, or the same score in an earlier column."""
-    counts = np.empty(len(rows), dtype=np.int64)
+@dataclass(frozen=True)
+class _Answers:
+    """The targets of a block of queries with the scores of their near-duplicates.
+
+    ``t`` targets sorted by query, ``m`` members (near-duplicates) sorted by target and row.
+    """
+
+    query: Int64
+    """``(t,)``: row of the block's scores."""
+    best_score: npt.NDArray[np.float32]
+    """``(t,)``: the best member's score."""
+    best_row: Int64
+    """``(t,)``: candidate row of the best member, the first of equal ones."""
+    member_query: Int64
+    """``(m,)``."""
+    member_row: Int64
+    """``(m,)``: candidate rows."""
+    member_score: npt.NDArray[np.float32]
+    """``(m,)``."""
+
+    @classmethod
+    def find(cls, task: EvaluationTask, scores: Tensor, start: int, stop: int) -> _Answers:
+        """Look the targets of queries ``start..stop`` up in their scores."""
+        owner = task.targets["query_index"].to_numpy()
+        first, last = np.searchsorted(owner, [start, stop])
+        member_target, member_row = task.members
+        low, high = np.searchsorted(member_target, [first, last])
+        target = member_target[low:high] - first
+        row = member_row[low:high]
+        query = owner[first:last] - start
+        queries = torch.from_numpy(query[target]).to(scores.device)
+        columns = torch.tensor(row, device=scores.device)
+        score = scores[queries, columns].cpu().numpy()
+        starts = np.flatnonzero(np.diff(target, prepend=-1))
+        best = np.maximum.reduceat(score, starts)
+        # Members are sorted by row, so the first that reaches the maximum has the lowest row.
+        reaching = np.flatnonzero(score == best[target])
+        winner = reaching[np.diff(target[reaching], prepend=-1) != 0]
+        return cls(query, best, row[winner], query[target], row, score)
+
+    def list_correction(self, task: EvaluationTask) -> Int64:
+        """Count each query's other answers once per target, instead of once per row of the corpus.
+
+        Returns:
+            int64 ``(t,)``: what to add to the number of corpus rows above each target.
+        """
+        correction = np.zeros(len(self.query), dtype=np.int64)
+        if len(self.member_row) == len(self.query) and task.in_corpus[self.member_row].all():
+            return correction
+        inside = np.flatnonzero(task.in_corpus[self.member_row])
+        query_inside = self.member_query[inside]
+        starts = np.flatnonzero(np.diff(self.query, prepend=-1))
+        for first, last in zip(starts, np.append(starts[1:], len(self.query)), strict=True):
+            query = self.query[first]
+            low, high = np.searchsorted(query_inside, [query, query + 1])
+            scores = self.member_score[inside[low:high]]
+            columns = self.member_row[inside[low:high]]
+            best_scores = self.best_score[first:last]
+            best_rows = self.best_row[first:last]
+            for target in range(first, last):
+                score, row = self.best_score[target], self.best_row[target]
+                listed = (best_scores > score) | ((best_scores == score) & (best_rows < row))
+                counted = (scores > score) | ((scores == score) & (columns < row))
+                correction[target] = int(listed.sum()) - int(counted.sum())
+        return correction
+
+
+def _count_above(scores: Tensor, answers: _Answers) -> Int64:
+    """Count the columns of its query's scores that rank before each target; int64 ``(t,)``."""
+    counts = np.empty(len(answers.query), dtype=np.int64)
     batch = max(1, SCORES_AT_ONCE // max(1, scores.shape[1]))
-    for start in range(0, len(rows), batch):
+    for start in range(0, len(counts), batch):
         part = slice(start, start + batch)
-        mine = scores[torch.from_numpy(rows[part]).to(scores.device)]
-        limit = torch.from_numpy(best[part]).to(scores.device)[:, None]
-        higher, at_least = (mine > limit).sum(dim=1), (mine >= limit).sum(dim=1)
-        for i in torch.nonzero(at_least - higher > 0).flatten().tolist():
-            before = int(best_row[start + i])
-            higher[i] += (mine[i, :before] == limit[i]).sum()
-        counts[part] = higher.cpu().numpy()
+        query, limit, column = (
+            torch.from_numpy(values[part]).to(scores.device)
+            for values in (answers.query, answers.best_score, answers.best_row)
+        )
+        counts[part] = count_above(scores[query], limit, column).cpu().numpy()
     return counts
-
-
-def _list_correction(
-    task: EvaluationTask,
-    owners: np.ndarray,
-    best: np.ndarray,
-    best_row: np.ndarray,
-    member_target: np.ndarray,
-    member_row: np.ndarray,
-    values: np.ndarray,
-) -> np.ndarray:
-    """Replace, in each target's count, the query's other answers that stand in the corpus by one entry per other target."""
-    if len(member_row) == len(best) and bool(task.in_corpus[member_row].all()):
-        return np.zeros(len(best), dtype=np.int64)
-    correction = np.zeros(len(best), dtype=np.int64)
-    owner_of_member = task.targets["query_index"].to_numpy()[member_target]
-    bounds = np.flatnonzero(np.diff(owners, prepend=-1))
-    for start, stop in zip(bounds, np.append(bounds[1:], len(owners)), strict=True):
-        low, high = np.searchsorted(owner_of_member, [owners[start], owners[start] + 1])
-        inside = np.flatnonzero(task.in_corpus[member_row[low:high]]) + low
-        for i in range(start, stop):
-            others = (best[start:stop] > best[i]) | (
-                (best[start:stop] == best[i]) & (best_row[start:stop] < best_row[i])
-            )
-            counted = (values[inside] > best[i]) | (
-                (values[inside] == best[i]) & (member_row[inside] < best_row[i])
-            )
-            correction[i] = int(others.sum()) - int(counted.sum())
-    return correction

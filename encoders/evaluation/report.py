@@ -1,11 +1,11 @@
-"""Evaluate several systems on the same tasks and write what came out: tables, JSON, a plot, and files for other evaluation tools."""
+"""Evaluate several systems on the same tasks; results as plain values and as TREC files."""
 
 from __future__ import annotations
 
 import logging
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from encoders.evaluation.ranking import (
     EvaluationTask,
     Ranking,
     ScoreRows,
+    TaskSettings,
     build_task,
     rank_task,
     vector_scores,
@@ -38,6 +39,25 @@ from encoders.towers.bundle import ModelBundle
 log = logging.getLogger(__name__)
 
 RUN_DEPTH = 100
+"""Entities of a ranked list in ``save_runs``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationSettings(TaskSettings):
+    """What ``evaluate_systems`` measures; ``seed`` also chooses the resamples."""
+
+    entity_types: Sequence[str] | None = None
+    """Types to evaluate, each of which must have pairs and towers.
+
+    None: those of the catalogue that have, and a line about the others. ``query`` evaluates derived
+    related-query pairs, or the data's own.
+    """
+    slices: Sequence[str] | None = None
+    """Slices to report; None: all that ``pair_slices`` makes; empty: none."""
+    runs: bool = False
+    """Keep ranked lists, for ``save_runs``."""
+    resamples: int = 1000
+    """Bootstrap resamples of the overall figures; slices take a third."""
 
 
 class Embeds(Protocol):
@@ -53,7 +73,7 @@ class Embeds(Protocol):
 
 
 def bundle_system(bundle: Embeds, device: str = "cpu") -> Baseline:
-    """A trained bundle as a system to evaluate: inner products of its query and entity vectors, exact, in float32 on ``device``."""
+    """Make a system of a trained bundle: exact float32 inner products on ``device``."""
 
     def score(task: EvaluationTask, dataset: Dataset) -> ScoreRows:
         return vector_scores(
@@ -66,7 +86,7 @@ def bundle_system(bundle: Embeds, device: str = "cpu") -> Baseline:
 def types_without_tower(
     bundles: Iterable[ModelBundle], entity_types: Sequence[str]
 ) -> dict[str, str]:
-    """The entity types that one of the bundles cannot embed, and why, for ``evaluate_systems``."""
+    """List the entity types that one of the bundles cannot embed, and why."""
     found: dict[str, str] = {}
     for bundle in bundles:
         found |= {
@@ -167,61 +187,41 @@ def _finite(value: Any) -> Any:
 def evaluate_systems(
     dataset: Dataset,
     systems: Mapping[str, Baseline],
+    settings: EvaluationSettings | None = None,
     *,
-    entity_types: Sequence[str] | None = None,
     without_tower: Mapping[str, str] | None = None,
-    split: str = "heldout",
-    corpus_size: int | None = None,
-    max_queries: int | None = None,
-    slices: Sequence[str] | None = None,
     judgements: pl.DataFrame | None = None,
-    runs: bool = False,
-    resamples: int = 1000,
-    seed: int = 0,
-    progress: Callable[[str], None] = log.info,
 ) -> EvaluationReport:
-    """Rank every held-out pair under every system and sum up.
+    """Rank every held-out pair under every system and sum up; logs one line per system and type.
 
     Args:
         dataset: Catalogue and pairs.
         systems: Name -> system (``bundle_system``, ``make_baseline``, or any function of the same
             form).
-        entity_types: Types to evaluate, each of which must have pairs and towers; None: those of
-            the catalogue that have, and a line about the others. ``query`` evaluates derived
-            related-query pairs, or the data's own.
+        settings: What to measure; None: all held-out pairs of all types.
         without_tower: From ``types_without_tower``: what a system cannot embed.
-        split: Which split.
-        corpus_size: Rank against this many random candidates per type; None: all.
-        max_queries: Random queries per type; None: all.
-        slices: Slices to report; None: all that ``pair_slices`` makes; empty: none.
         judgements: Evaluate these graded judgements (``query, entity_id, grade``) instead of pairs.
-        runs: Keep ranked lists, for ``save_runs``.
-        resamples: Bootstrap resamples of the overall figures; slices take a third.
-        seed: Chooses corpus, queries and resamples.
-        progress: Called with one line per system and type; logged as INFO by default.
 
     Raises:
-        ConfigError: No system, no pairs, no tower for a type that was asked for, or an impossible
-            setting.
+        ConfigError: No system, no pairs, no tower for a requested type, or an impossible setting.
     """
     if not systems:
         raise ConfigError(
             "there is no system to evaluate. Give a model bundle, or baselines such as --baselines"
             " bm25,random."
         )
-    train = dataset.split("train")
-    judged = None if judgements is None else pairs_of_judgements(dataset, judgements, split)
+    settings = settings or EvaluationSettings()
     without_tower = without_tower or {}
-    left_out = (
-        _types_left_out(dataset, judged, split, without_tower) if entity_types is None else {}
-    )
+    judged = None
+    if judgements is not None:
+        judged = pairs_of_judgements(dataset, judgements, settings.split)
+    left_out: dict[str, str] = {}
+    wanted = settings.entity_types
+    if wanted is None:
+        left_out = _types_left_out(dataset, judged, settings.split, without_tower)
+        wanted = [name for name in dataset.entity_types if name not in left_out]
     for name, why in left_out.items():
-        progress(f"{name}: {why}; not evaluated")
-    wanted = (
-        entity_types
-        if entity_types is not None
-        else [name for name in dataset.entity_types if name not in left_out]
-    )
+        log.info("%s: %s; not evaluated", name, why)
     missing = [f"{name}: {without_tower[name]}" for name in wanted if name in without_tower]
     if missing:
         raise ConfigError(
@@ -230,49 +230,50 @@ def evaluate_systems(
         )
     tasks = {}
     for entity_type in wanted:
-        pairs = judged
-        if (
-            judged is None
-            and entity_type == "query"
-            and dataset.pairs.filter(pl.col("entity_type") == "query").is_empty()
-        ):
-            pairs = related_query_pairs(dataset.pairs)
-        task = build_task(
-            dataset,
-            entity_type,
-            pairs=pairs,
-            split=split,
-            corpus_size=corpus_size,
-            max_queries=max_queries,
-            seed=seed,
+        pairs = judged if judged is not None else _own_pairs(dataset, entity_type)
+        task = build_task(dataset, entity_type, settings, pairs=pairs)
+        tasks[entity_type] = _evaluate_task(task, dataset, systems, settings)
+    return EvaluationReport(dataset.name, dataset.label, settings.split, tasks, left_out)
+
+
+def _own_pairs(dataset: Dataset, entity_type: str) -> pl.DataFrame:
+    """Return the data's pairs, or derived related-query pairs for ``query`` without any."""
+    has_related = (dataset.pairs["entity_type"] == "query").any()
+    if entity_type == "query" and not has_related:
+        return related_query_pairs(dataset.pairs)
+    return dataset.pairs
+
+
+def _evaluate_task(
+    task: EvaluationTask,
+    dataset: Dataset,
+    systems: Mapping[str, Baseline],
+    settings: EvaluationSettings,
+) -> TaskReport:
+    """Rank one task's pairs under every system, and sum up by slice."""
+    labels = pair_slices(task, dataset.split("train"))
+    if settings.slices is not None:
+        labels = {name: labels[name] for name in settings.slices if name in labels}
+    report = TaskReport(task, {}, {}, {}, labels)
+    depth = RUN_DEPTH if settings.runs else 0
+    for name, system in systems.items():
+        ranking = rank_task(task, system(task, dataset), name, run_depth=depth)
+        overall = slice_metrics(ranking, resamples=settings.resamples, seed=settings.seed)
+        report.rankings[name] = ranking
+        report.overall[name] = overall
+        report.slices[name] = metrics_by_slice(
+            ranking, labels, resamples=max(100, settings.resamples // 3)
         )
-        labels = pair_slices(task, train)
-        labels = (
-            labels if slices is None else {name: labels[name] for name in slices if name in labels}
-        )
-        rankings, overall, sliced = {}, {}, {}
-        for name, system in systems.items():
-            ranking = rank_task(
-                task, system(task, dataset), name, run_depth=RUN_DEPTH if runs else 0
-            )
-            rankings[name], overall[name] = (
-                ranking,
-                slice_metrics(ranking, resamples=resamples, seed=seed),
-            )
-            sliced[name] = metrics_by_slice(ranking, labels, resamples=max(100, resamples // 3))
-            recall = overall[name].recall[10]
-            progress(
-                f"{entity_type:8} {name:20} Recall@10 {recall.value:.3f} [{recall.low:.3f},"
-                f" {recall.high:.3f}]"
-            )
-        tasks[entity_type] = TaskReport(task, rankings, overall, sliced, labels)
-    return EvaluationReport(dataset.name, dataset.label, split, tasks, left_out)
+        value, low, high = overall.recall[10]
+        interval = f"{value:.3f} [{low:.3f}, {high:.3f}]"
+        log.info(f"{task.entity_type:8} {name:20} Recall@10 {interval}")
+    return report
 
 
 def _types_left_out(
     dataset: Dataset, judged: pl.DataFrame | None, split: str, without_tower: Mapping[str, str]
 ) -> dict[str, str]:
-    """The catalogue's types that cannot be evaluated, and why; an error if all are."""
+    """List the catalogue's types that cannot be evaluated, and why; an error if all are."""
     pairs = dataset.pairs if judged is None else judged
     what = f"{split!r} pairs" if judged is None else "judgements with a grade above 0"
     present = set(pairs.filter(pl.col("split") == split)["entity_type"].to_list())
@@ -294,7 +295,7 @@ def _types_left_out(
 
 
 def pairs_of_judgements(dataset: Dataset, judgements: pl.DataFrame, split: str) -> pl.DataFrame:
-    """Graded judgements in the form of the pairs table; grade 0 rows are left out (they ask nothing of a ranking).
+    """Bring graded judgements into the form of the pairs table; rows of grade 0 are left out.
 
     Raises:
         ConfigError: No judged entity is in the catalogue.
@@ -318,8 +319,9 @@ def pairs_of_judgements(dataset: Dataset, judgements: pl.DataFrame, split: str) 
 
 
 def save_runs(report: EvaluationReport, folder: Path) -> list[Path]:
-    """Write TREC files for ``ir_measures`` and the like: per entity type ``queries.tsv``, ``qrels.txt`` and one ``run-SYSTEM.txt`` each.
+    """Write TREC files for ``ir_measures`` and the like.
 
+    Each entity type gets ``queries.tsv``, ``qrels.txt`` and one ``run-SYSTEM.txt`` per system.
     TREC files are split at white space, so query ids are row numbers (``queries.tsv`` names them)
     and white space and ``%`` in entity ids are percent-encoded. Near-duplicates are one document,
     named by their group, at its best place.
@@ -333,7 +335,7 @@ def save_runs(report: EvaluationReport, folder: Path) -> list[Path]:
         task = report_of_type.task
         if not task.in_corpus.all():
             raise ConfigError(
-                "runs are ranked lists over the whole catalogue, but a random corpus was asked for."
+                "runs are ranked lists over the whole catalogue, but a random corpus was requested."
                 " Leave --corpus-size out."
             )
         root = folder / entity_type

@@ -24,13 +24,10 @@ from encoders.evaluation.metrics import (
 from encoders.evaluation.ranking import EvaluationTask, Ranking
 
 POPULARITY = pl.Enum(["head", "torso", "tail"])
-
-
 POPULARITY_SHARES = (0.1, 0.5)
 """Head: the top tenth of entities by train pairs; torso: the next four tenths; tail: the rest."""
-
-
 FEW_POSITIVES = 10
+"""Most answers to a query with ``few`` positives."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +124,10 @@ def slice_metrics(
 
 
 def target_takes_place(task: EvaluationTask) -> np.ndarray:
-    """Whether all answers of a target stand in the corpus, so that it takes a place in the lists of its query's others: bool ``(T,)``."""
+    """Tell which targets have all their answers in the corpus; bool ``(T,)``.
+
+    Such a target takes a place in the lists of its query's other targets.
+    """
     member_target, member_row = task.members
     free = np.zeros(task.targets.height, dtype=bool)
     free[member_target[~task.in_corpus[member_row]]] = True
@@ -135,7 +135,7 @@ def target_takes_place(task: EvaluationTask) -> np.ndarray:
 
 
 def pair_slices(task: EvaluationTask, train_pairs: pl.DataFrame) -> dict[str, pl.Series]:
-    """The slices each pair belongs to.
+    """Label each pair in every slice.
 
     Args:
         task: From ``build_task``.
@@ -148,66 +148,20 @@ def pair_slices(task: EvaluationTask, train_pairs: pl.DataFrame) -> dict[str, pl
         (whether it has engaged queries), ``positives`` (few: 10 or fewer answers to the query),
         ``source`` (of the entity, if known).
     """
-    pairs, candidates = task.pairs, task.candidates
-    counts = (
-        train_pairs.filter(pl.col("entity_type") == task.entity_type)
-        .group_by("entity_id")
-        .agg(pl.len().alias("train"))
-    )
-    ranked = (
-        candidates.select(pl.col("id").alias("entity_id"))
-        .join(counts, on="entity_id", how="left")
-        .with_columns(pl.col("train").fill_null(0))
-    )
-    ranked = ranked.sort(["train", "entity_id"], descending=[True, False]).with_row_index("place")
-    share = pl.col("place") / max(1, ranked.height)
-    head, torso = POPULARITY_SHARES
-    popularity = (
-        pl.when(share < head)
-        .then(pl.lit("head"))
-        .when(share < torso)
-        .then(pl.lit("torso"))
-        .otherwise(pl.lit("tail"))
-    )
-    ranked = ranked.with_columns(popularity=popularity.cast(POPULARITY))
-    text = [
-        pl.col(c).fill_null("").str.strip_chars() != ""
-        for c in ("title", "description", "caption")
-        if c in candidates.columns
-    ]
-    has_text = pl.any_horizontal(text) if text else pl.lit(False)
-    has_queries = (
-        pl.col("engaged_queries").list.len() > 0
-        if "engaged_queries" in candidates.columns
-        else pl.lit(False)
-    )
-    about = candidates.select(
-        pl.col("id").alias("entity_id"),
-        pl.when(has_text).then(pl.lit("present")).otherwise(pl.lit("absent")).alias("text"),
-        pl.when(has_queries).then(pl.lit("yes")).otherwise(pl.lit("no")).alias("engaged"),
-        *([pl.col("source").cast(pl.String)] if "source" in candidates.columns else []),
+    pairs = task.pairs
+    language = pl.col("language").str.split("-").list.first()
+    few = pl.col("positives") <= FEW_POSITIVES
+    entities = _popularity(task, train_pairs).join(
+        _about_entities(task.candidates), on="entity_id", how="left"
     )
     joined = pairs.select("entity_id").join(
-        ranked.select("entity_id", "popularity"), on="entity_id", how="left", maintain_order="left"
+        entities, on="entity_id", how="left", maintain_order="left"
     )
-    joined = joined.join(about, on="entity_id", how="left", maintain_order="left")
     labels = {
         "language": pairs["language"],
-        "english": (
-            pairs.select(
-                pl.when(pl.col("language").str.split("-").list.first() == "en")
-                .then(pl.lit("en"))
-                .otherwise(pl.lit("not en"))
-            ).to_series()
-        ),
+        "english": pairs.select(_label(language == "en", "en", "not en")).to_series(),
         "action": pairs["kind" if "kind" in pairs.columns else "action"],
-        "positives": (
-            pairs.select(
-                pl.when(pl.col("positives") <= FEW_POSITIVES)
-                .then(pl.lit("few"))
-                .otherwise(pl.lit("many"))
-            ).to_series()
-        ),
+        "positives": pairs.select(_label(few, "few", "many")).to_series(),
         **{name: joined[name] for name in joined.columns if name != "entity_id"},
     }
     if "country" in pairs.columns and (pairs["country"] != "").any():
@@ -218,6 +172,51 @@ def pair_slices(task: EvaluationTask, train_pairs: pl.DataFrame) -> dict[str, pl
     return labels
 
 
+def _label(condition: pl.Expr, yes: str, no: str) -> pl.Expr:
+    return pl.when(condition).then(pl.lit(yes)).otherwise(pl.lit(no))
+
+
+def _popularity(task: EvaluationTask, train_pairs: pl.DataFrame) -> pl.DataFrame:
+    """Sort the candidates into head, torso and tail by train pairs; ``entity_id, popularity``."""
+    counts = (
+        train_pairs.filter(pl.col("entity_type") == task.entity_type)
+        .group_by("entity_id")
+        .agg(pl.len().alias("train"))
+    )
+    ranked = (
+        task.candidates.select(entity_id="id")
+        .join(counts, on="entity_id", how="left")
+        .with_columns(pl.col("train").fill_null(0))
+        .sort(["train", "entity_id"], descending=[True, False])
+        .with_row_index("place")
+    )
+    share = pl.col("place") / max(1, ranked.height)
+    head, torso = POPULARITY_SHARES
+    tail_or_torso = _label(share < torso, "torso", "tail")
+    popularity = pl.when(share < head).then(pl.lit("head")).otherwise(tail_or_torso)
+    return ranked.select("entity_id", popularity=popularity.cast(POPULARITY))
+
+
+def _about_entities(candidates: pl.DataFrame) -> pl.DataFrame:
+    """Label what is known of each candidate: ``entity_id, text, engaged`` and ``source`` if any."""
+    texts = [
+        pl.col(name).fill_null("").str.strip_chars() != ""
+        for name in ("title", "description", "caption")
+        if name in candidates.columns
+    ]
+    has_text = pl.any_horizontal(texts) if texts else pl.lit(False)
+    has_queries = pl.lit(False)
+    if "engaged_queries" in candidates.columns:
+        has_queries = pl.col("engaged_queries").list.len() > 0
+    source = [pl.col("source").cast(pl.String)] if "source" in candidates.columns else []
+    return candidates.select(
+        _label(has_text, "present", "absent").alias("text"),
+        _label(has_queries, "yes", "no").alias("engaged"),
+        *source,
+        entity_id="id",
+    )
+
+
 def metrics_by_slice(
     ranking: Ranking,
     slices: dict[str, pl.Series],
@@ -225,7 +224,12 @@ def metrics_by_slice(
     ks: Sequence[int] = (10,),
     resamples: int = 300,
 ) -> dict[str, dict[str, SliceMetrics]]:
-    """``{slice: {label: metrics}}``, labels in the order of their ``Enum``, else most pairs first; pairs without one are ``unknown``."""
+    """Sum the ranks of a task up by slice and label.
+
+    Returns:
+        ``{slice: {label: metrics}}``; labels stand in the order of their ``Enum``, else most pairs
+        first. Pairs without a label are ``unknown``.
+    """
     result: dict[str, dict[str, SliceMetrics]] = {}
     for name, given in slices.items():
         labels = given.cast(pl.String).fill_null("unknown")
@@ -253,7 +257,7 @@ def compare(
     resamples: int = 2000,
     seed: int = 0,
 ) -> PairedDifference:
-    """Labelled Recall@k of ``first`` minus ``second`` on the same pairs, with a paired bootstrap over queries.
+    """Compare the labelled Recall@k of two systems, paired, with a bootstrap over queries.
 
     Raises:
         ConfigError: The two rank different tasks.

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from encoders.config.train_config import ENTITY, VECTOR_PREFIX
+from encoders.exact_search import count_above
 from encoders.training.inputs import Towers, TrainInputs
 
 QUERY_POOL = 20_000
@@ -118,7 +119,6 @@ def _hits(
     """Bool ``(P,)``: fewer than ``k`` candidates score higher, or as high in an earlier row, as in ``encoders.evaluation.ranking``."""
     hits = []
     pool_numbers = torch.from_numpy(pool)
-    columns = torch.arange(len(candidates), device=candidates.device)
     for start in range(0, len(queries), _BLOCK):
         block = slice(start, start + _BLOCK)
         scores = queries[block] @ candidates.T  # (B, N)
@@ -126,8 +126,7 @@ def _hits(
             scores = scores.masked_fill(
                 (own[block][:, None] == pool_numbers[None, :]).to(scores.device), -2.0
             )
-        place = places[block][:, None]
-        positive = scores.gather(1, place)
-        before = (scores > positive) | ((scores == positive) & (columns < place))
-        hits.append((before.sum(dim=1) < k).cpu().numpy())
+        place = places[block]
+        positive = scores.gather(1, place[:, None]).squeeze(1)
+        hits.append((count_above(scores, positive, place) < k).cpu().numpy())
     return np.concatenate(hits)

@@ -179,7 +179,7 @@ def evaluate(demo: Demo, dataset: Dataset, *, show: bool) -> None:
     """Labelled Recall@10 on held-out pairs beside ceiling, chance and BM25; per entity type and language."""
     from encoders.commands.report_output import print_report
     from encoders.evaluation.baselines import make_baseline
-    from encoders.evaluation.report import bundle_system, evaluate_systems
+    from encoders.evaluation.report import EvaluationSettings, bundle_system, evaluate_systems
     from encoders.towers.bundle import load_bundle
 
     systems = {"towers": bundle_system(load_bundle(demo.bundle))}
@@ -192,9 +192,11 @@ def evaluate(demo: Demo, dataset: Dataset, *, show: bool) -> None:
         report = evaluate_systems(
             dataset,
             systems,
-            slices=["english", "language", "kind"],
-            max_queries=QUICK_EVALUATION_QUERIES if demo.quick else None,
-            resamples=300,
+            EvaluationSettings(
+                slices=["english", "language", "kind"],
+                max_queries=QUICK_EVALUATION_QUERIES if demo.quick else None,
+                resamples=300,
+            ),
         )
     comparisons = [("towers", other) for other in systems if other not in ("towers", "random")]
     demo.summary["recall"] = report.as_dict(comparisons)

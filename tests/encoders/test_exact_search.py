@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from encoders.errors import ConfigError, InvalidVectors
-from encoders.exact_search import exact_top_k
+from encoders.exact_search import count_above, exact_top_k
 
 
 def slow_top_k(queries, corpus, k, mask=None):
@@ -34,7 +34,7 @@ def slow_top_k(queries, corpus, k, mask=None):
     st.integers(1, 50),
     st.sampled_from([None, 1, 2]),
 )
-def test_equals_a_slow_search_with_many_ties(seed, b, n, k, block_rows, mask_dims):
+def test_exact_top_k_many_ties_equals_a_slow_search(seed, b, n, k, block_rows, mask_dims):
     rng = np.random.default_rng(seed)
     # Small integers: products are exact in float32 and tie all the time.
     queries, corpus = (
@@ -49,7 +49,7 @@ def test_equals_a_slow_search_with_many_ties(seed, b, n, k, block_rows, mask_dim
     assert rows.dtype == np.int64 and scores.dtype == np.float32
 
 
-def test_reads_a_memory_map_block_by_block(tmp_path):
+def test_exact_top_k_memory_map_is_read_block_by_block(tmp_path):
     rng = np.random.default_rng(0)
     corpus, queries = (
         rng.standard_normal((1000, 16)).astype(np.float32),
@@ -66,12 +66,12 @@ def test_reads_a_memory_map_block_by_block(tmp_path):
     )
 
 
-def test_dimension_mismatch_names_both_shapes():
+def test_exact_top_k_dimension_mismatch_names_both_shapes():
     with pytest.raises(InvalidVectors, match=r"\(2, 4\) and \(3, 5\)"):
         exact_top_k(np.zeros((2, 4), np.float32), np.zeros((3, 5), np.float32), 1)
 
 
-def test_wrong_mask_and_k_are_refused():
+def test_exact_top_k_wrong_mask_or_k_is_refused():
     with pytest.raises(InvalidVectors, match=r"\(4,\)"):
         exact_top_k(
             np.zeros((2, 4), np.float32), np.zeros((3, 4), np.float32), 1, mask=np.ones(4, bool)
@@ -80,14 +80,21 @@ def test_wrong_mask_and_k_are_refused():
         exact_top_k(np.zeros((2, 4), np.float32), np.zeros((3, 4), np.float32), 0)
 
 
+def test_count_above_ties_count_further_left_only():
+    scores = torch.tensor([[2.0, 1.0, 2.0, 3.0], [1.0, 1.0, -torch.inf, 1.0]])
+    limit = torch.tensor([2.0, 1.0])
+    assert count_above(scores, limit, torch.tensor([2, 0])).tolist() == [2, 0]
+    assert count_above(scores, limit, torch.tensor([0, 3])).tolist() == [1, 2]
+    hidden = torch.tensor([-torch.inf, -torch.inf])
+    assert count_above(scores, hidden, torch.tensor([0, 2])).tolist() == [4, 3]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_gpu_equals_cpu():
+def test_exact_top_k_on_gpu_equals_cpu():
     rng = np.random.default_rng(1)
-    corpus, queries = (
-        rng.integers(-2, 3, (5000, 8)).astype(np.float32),
-        rng.integers(-2, 3, (50, 8)).astype(np.float32),
-    )
+    corpus = rng.integers(-2, 3, (5000, 8)).astype(np.float32)
+    queries = rng.integers(-2, 3, (50, 8)).astype(np.float32)
     for got, want in zip(
         exact_top_k(queries, corpus, 10, device="cuda"),
         exact_top_k(queries, corpus, 10),

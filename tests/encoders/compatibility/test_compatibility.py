@@ -24,6 +24,7 @@ from encoders.compatibility.declaration import (
 from encoders.compatibility.report import ADAPTED, OLD, PLAIN, REEMBEDDED, compare_spaces
 from encoders.datasets.dataset import Dataset
 from encoders.errors import BundleError, ConfigError, InvalidVectors, SpaceMismatch
+from encoders.evaluation.report import EvaluationSettings
 from encoders.towers.bundle import ModelBundle, load_bundle, read_space, read_space_id, save_bundle
 from encoders.towers.query_tower import QueryEncoder
 from encoders.training.loop import train
@@ -167,7 +168,9 @@ def test_a_learned_adapter_restores_the_recall_that_a_turned_space_loses(
     bundles: tuple[Path, Path],
 ) -> None:
     old, new = map(load_bundle, bundles)
-    spaces = compare_spaces(new, old, dataset(), entity_types=["pin"], resamples=100)
+    spaces = compare_spaces(
+        new, old, dataset(), EvaluationSettings(entity_types=["pin"], resamples=100)
+    )
     found = spaces.measured["pin"]
     assert found[PLAIN]["recall@10"] < found[OLD]["recall@10"] - 0.2
     assert found[ADAPTED]["recall@10"] > found[OLD]["recall@10"] - 0.1
@@ -186,12 +189,13 @@ def test_an_adapter_that_gains_nothing_is_not_declared(
 ) -> None:
     old = load_bundle(bundles[0])
     twin = ModelBundle(tmp_path, "c" * 64, DIMENSION, {}, old.query_encoder, old.entity_encoders)
-    options = {"entity_types": ["pin"], "resamples": 100, "rank": 1}  # too narrow to be of use
-    auto = compare_spaces(twin, old, dataset(), **options)
+    settings = EvaluationSettings(entity_types=["pin"], resamples=100)
+    auto = compare_spaces(twin, old, dataset(), settings, rank=1)  # too narrow to be of use
     assert auto.learned["held_back_recall@10"] <= auto.learned["held_back_recall@10_without"]
     assert auto.adapter is None and auto.way == PLAIN and auto.worst_loss()[1] == 0.0
     assert ADAPTED in auto.measured["pin"]  # shown all the same
-    assert compare_spaces(twin, old, dataset(), adapter="always", **options).way == ADAPTED
+    always = compare_spaces(twin, old, dataset(), settings, adapter="always", rank=1)
+    assert always.way == ADAPTED
 
 
 def test_held_out_pairs_teach_the_adapter_nothing(bundles: tuple[Path, Path]) -> None:

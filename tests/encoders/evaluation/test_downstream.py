@@ -10,6 +10,7 @@ from encoders.datasets.dataset import Dataset
 from encoders.errors import ConfigError, InvalidVectors
 from encoders.evaluation.downstream import (
     FastTextConfig,
+    HeadSettings,
     class_path,
     fit_linear_head,
     hierarchical_scores,
@@ -94,7 +95,7 @@ def test_head_learns_separable_classes_and_shared_labels():
         [centres[row[0]] + 0.3 * rng.standard_normal(16) for row in leaves], dtype=np.float32
     )
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    head, classes = fit_linear_head(vectors[:500], leaves[:500], epochs=10, batch=64)
+    head, classes = fit_linear_head(vectors[:500], leaves[:500], HeadSettings(epochs=10, batch=64))
     assert classes == ["11H", "25D", "31A"]
     right = [
         found == row[0]
@@ -103,11 +104,11 @@ def test_head_learns_separable_classes_and_shared_labels():
         )
     ]
     assert np.mean(right) > 0.95
-    again, _ = fit_linear_head(vectors[:500], leaves[:500], epochs=10, batch=64)
+    again, _ = fit_linear_head(vectors[:500], leaves[:500], HeadSettings(epochs=10, batch=64))
     assert all((a == b).all() for a, b in zip(head.parameters(), again.parameters(), strict=True))
     # A class that half of the queries share with another wins over the other.
     both, names = fit_linear_head(
-        np.ones((200, 4), np.float32), [["25D", "31A"], ["31A"]] * 100, epochs=5
+        np.ones((200, 4), np.float32), [["25D", "31A"], ["31A"]] * 100, HeadSettings(epochs=5)
     )
     assert predict_leaves(both, names, np.ones((1, 4), np.float32)) == ["31A"]
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from encoders.datasets.dataset import Dataset
 from encoders.errors import ConfigError, InvalidVectors, SchemaError
 from encoders.evaluation.metrics import UNRANKED
-from encoders.evaluation.ranking import build_task, rank_task, vector_scores
+from encoders.evaluation.ranking import TaskSettings, build_task, rank_task, vector_scores
 from encoders.evaluation.slices import compare, metrics_by_slice, pair_slices, slice_metrics
 
 
@@ -42,7 +42,7 @@ def make_dataset(positives, entities=12, groups=None, **columns):
 
 
 def slow_rank(scores, entity, corpus, group):
-    """Rank of ``entity`` among ``corpus`` for one query; ``group[i]``: near-duplicate set of row i."""
+    """Rank of ``entity`` among ``corpus`` for one query; ``group[i]``: near-duplicates of row i."""
     members = [i for i in range(len(scores)) if group[i] == group[entity]]
     best = max(members, key=lambda i: (scores[i], -i))
     if scores[best] == -np.inf:
@@ -55,7 +55,7 @@ def slow_rank(scores, entity, corpus, group):
 
 
 def slow_list_rank(scores, entity, corpus, group, answers):
-    """Place of the answer in the list of corpus and answers, each answer once, at its best picture."""
+    """Place of the answer in the list of corpus and answers, each answer once at its best row."""
     best = {
         g: max((i for i in range(len(scores)) if group[i] == g), key=lambda i: (scores[i], -i))
         for g in {group[a] for a in answers}
@@ -73,7 +73,8 @@ def test_ranks_equal_a_slow_ranking(seed, corpus_size, grouped, holes):
     n, q = 12, 5
     positives = sorted({(f"q{rng.integers(q)}", int(rng.integers(n))) for _ in range(14)})
     group = {f"e{i}": f"g{i // 3}" for i in range(n)} if grouped else {}
-    task = build_task(make_dataset(positives, n, group), "pin", corpus_size=corpus_size, seed=seed)
+    sizes = TaskSettings(corpus_size=corpus_size, seed=seed)
+    task = build_task(make_dataset(positives, n, group), "pin", sizes)
     full = rng.integers(-2, 3, (q, n)).astype(np.float32)  # few values: ties all the time
     if holes:
         full[rng.random((q, n)) < 0.4] = -np.inf
@@ -147,7 +148,7 @@ def test_a_random_corpus_makes_it_easier_and_is_replayable():
     )
 
     def recall(size, seed=0):
-        task = build_task(dataset, "pin", corpus_size=size, seed=seed)
+        task = build_task(dataset, "pin", TaskSettings(corpus_size=size, seed=seed))
         rows = [int(id[1:]) for id in task.candidates["id"]]
         return (
             slice_metrics(rank_task(task, vector_scores(queries, candidates[rows]), "x"))
@@ -183,16 +184,12 @@ def test_slices_partition_the_pairs_and_comparison_is_paired():
     french = (slices["language"] == "fr").to_numpy()
     assert compare(two, one, french).difference.value == 0
     with pytest.raises(ConfigError, match="same task"):
-        compare(
-            two,
-            rank_task(
-                build_task(dataset, "pin", max_queries=10), lambda a, b: torch.zeros(b - a, 40), "x"
-            ),
-        )
+        part = build_task(dataset, "pin", TaskSettings(max_queries=10))
+        compare(two, rank_task(part, lambda a, b: torch.zeros(b - a, 40), "x"))
 
 
 def test_labels_that_have_an_order_keep_it() -> None:
-    """Popularity was listed by pairs, and by the alphabet where those are equal: head, tail, torso."""
+    """Labels of equal size keep the order of their ``Enum``, not the alphabet's."""
     dataset = make_dataset([("a", 0), ("b", 1), ("c", 8), ("d", 8)], entities=10)
     task = build_task(dataset, "pin")
     ranking = rank_task(task, lambda a, b: torch.zeros(b - a, 10), "x")
@@ -208,7 +205,7 @@ def test_bad_input_is_named():
     with pytest.raises(ConfigError, match="no 'heldout' pairs of entity type 'ad'"):
         build_task(dataset, "ad")
     with pytest.raises(ConfigError, match="corpus_size is 0"):
-        build_task(dataset, "pin", corpus_size=0)
+        build_task(dataset, "pin", TaskSettings(corpus_size=0))
     with pytest.raises(SchemaError, match="'e77'"):
         build_task(make_dataset([("a", 77)]), "pin")
     with pytest.raises(InvalidVectors, match=r"\(1, 3\) and \(2, 4\)"):

@@ -14,7 +14,12 @@ from encoders.commands.evaluate import command
 from encoders.commands.report_output import plot_report
 from encoders.datasets.dataset import Dataset, load_sample
 from encoders.errors import ConfigError
-from encoders.evaluation.report import bundle_system, evaluate_systems, save_runs
+from encoders.evaluation.report import (
+    EvaluationSettings,
+    bundle_system,
+    evaluate_systems,
+    save_runs,
+)
 from encoders.tables.files import write_table
 
 
@@ -66,14 +71,10 @@ def dataset(groups=None):
     return Dataset(catalogue, pairs, groups=groups or {})
 
 
-def quiet(line):
-    assert line
-
-
 def test_exported_files_give_the_same_figures_in_ir_measures(tmp_path):
     ir_measures = pytest.importorskip("ir_measures")
     report = evaluate_systems(
-        dataset(), {"my model": bundle_system(SpellingModel())}, runs=True, progress=quiet
+        dataset(), {"my model": bundle_system(SpellingModel())}, EvaluationSettings(runs=True)
     )
     save_runs(report, tmp_path)
     qrels = list(ir_measures.read_trec_qrels(str(tmp_path / "pin" / "qrels.txt")))
@@ -93,7 +94,7 @@ def test_near_duplicates_are_one_document_in_the_files(tmp_path):
     groups = {"id fig": "fruit", "id date": "fruit"}
     save_runs(
         evaluate_systems(
-            dataset(groups), {"m": bundle_system(SpellingModel())}, runs=True, progress=quiet
+            dataset(groups), {"m": bundle_system(SpellingModel())}, EvaluationSettings(runs=True)
         ),
         tmp_path,
     )
@@ -105,13 +106,15 @@ def test_near_duplicates_are_one_document_in_the_files(tmp_path):
 
 def test_runs_need_the_whole_catalogue(tmp_path):
     report = evaluate_systems(
-        dataset(), {"m": bundle_system(SpellingModel())}, corpus_size=3, runs=True, progress=quiet
+        dataset(),
+        {"m": bundle_system(SpellingModel())},
+        EvaluationSettings(corpus_size=3, runs=True),
     )
     with pytest.raises(ConfigError, match="corpus-size"):
         save_runs(report, tmp_path)
     with pytest.raises(ConfigError, match="runs=True"):
         save_runs(
-            evaluate_systems(dataset(), {"m": bundle_system(SpellingModel())}, progress=quiet),
+            evaluate_systems(dataset(), {"m": bundle_system(SpellingModel())}),
             tmp_path,
         )
 
@@ -121,9 +124,7 @@ def test_graded_judgements_become_gains():
     judgements = data.pairs.select("query", "country", "entity_id", "grade").with_columns(
         grade=pl.when(pl.col("query") == "fig5").then(0).otherwise("grade")
     )
-    report = evaluate_systems(
-        data, {"m": bundle_system(SpellingModel())}, judgements=judgements, progress=quiet
-    )
+    report = evaluate_systems(data, {"m": bundle_system(SpellingModel())}, judgements=judgements)
     task = report.tasks["pin"].task
     assert "fig5" not in task.queries
     assert sorted(task.targets["gain"].to_list()) == sorted(
@@ -136,15 +137,12 @@ def test_graded_judgements_become_gains():
             data,
             {"m": bundle_system(SpellingModel())},
             judgements=judgements.with_columns(entity_id=pl.lit("?")),
-            progress=quiet,
         )
 
 
 def test_report_is_strict_json_and_a_picture(tmp_path):
     report = evaluate_systems(
-        dataset(),
-        {"a": bundle_system(SpellingModel()), "b": bundle_system(SpellingModel())},
-        progress=quiet,
+        dataset(), {"a": bundle_system(SpellingModel()), "b": bundle_system(SpellingModel())}
     )
     plot_report(report, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
@@ -163,10 +161,7 @@ def test_related_queries_are_evaluated_without_finding_themselves():
     report = evaluate_systems(
         sample,
         {"spelling": bundle_system(SpellingModel())},
-        entity_types=["query"],
-        max_queries=200,
-        slices=["action"],
-        progress=quiet,
+        EvaluationSettings(entity_types=["query"], max_queries=200, slices=["action"]),
     )
     task = report.tasks["query"]
     assert set(task.slices["spelling"]["action"]) <= {"derived_translation", "derived_shared"}
@@ -175,12 +170,9 @@ def test_related_queries_are_evaluated_without_finding_themselves():
     train = evaluate_systems(
         sample,
         {"spelling": bundle_system(SpellingModel())},
-        entity_types=["query"],
-        split="train",
-        max_queries=50,
-        slices=[],
-        runs=True,
-        progress=quiet,
+        EvaluationSettings(
+            entity_types=["query"], split="train", max_queries=50, slices=[], runs=True
+        ),
     ).tasks["query"]
     rows = train.rankings["spelling"].run[0]
     ids = train.task.candidates["id"].to_list()
@@ -252,37 +244,32 @@ def with_products_of(split):
     return Dataset(pl.concat((data.catalogue, products)), pl.concat((data.pairs, pairs)))
 
 
-def test_a_type_without_pairs_is_told_and_the_others_are_evaluated():
-    lines = []
-    report = evaluate_systems(
-        with_products_of("train"), {"m": bundle_system(SpellingModel())}, progress=lines.append
-    )
+def test_a_type_without_pairs_is_told_and_the_others_are_evaluated(caplog):
+    caplog.set_level("INFO", "encoders")
+    report = evaluate_systems(with_products_of("train"), {"m": bundle_system(SpellingModel())})
     assert list(report.tasks) == ["pin"]
-    assert any("product" in line and "no 'heldout' pairs" in line for line in lines)
+    assert any("product" in line and "no 'heldout' pairs" in line for line in caplog.messages)
     with pytest.raises(ConfigError, match="no 'heldout' pairs of entity type 'product'"):
         evaluate_systems(
             with_products_of("train"),
             {"m": bundle_system(SpellingModel())},
-            entity_types=["pin", "product"],
-            progress=quiet,
+            EvaluationSettings(entity_types=["pin", "product"]),
         )
     with pytest.raises(ConfigError, match=r"no 'test' pairs.*has heldout, train"):
         evaluate_systems(
             with_products_of("train"),
             {"m": bundle_system(SpellingModel())},
-            split="test",
-            progress=quiet,
+            EvaluationSettings(split="test"),
         )
 
 
-def test_judgements_of_one_type_are_evaluated_without_the_others():
-    data, lines = with_products_of("heldout"), []
+def test_judgements_of_one_type_are_evaluated_without_the_others(caplog):
+    caplog.set_level("INFO", "encoders")
+    data = with_products_of("heldout")
     judgements = dataset().pairs.select("query", "country", "entity_id", "grade")
-    report = evaluate_systems(
-        data, {"m": bundle_system(SpellingModel())}, judgements=judgements, progress=lines.append
-    )
+    report = evaluate_systems(data, {"m": bundle_system(SpellingModel())}, judgements=judgements)
     assert list(report.tasks) == ["pin"]
-    assert any("product" in line and "judgements" in line for line in lines)
+    assert any("product" in line and "judgements" in line for line in caplog.messages)
 
 
 def test_the_title_names_the_data_that_was_evaluated(tmp_path, monkeypatch):

@@ -176,7 +176,7 @@ def fit_linear_head(
 def _head_inputs(vectors: np.ndarray) -> torch.Tensor:
     """Bring unit rows to entries of unit scale, so that one learning rate fits every width."""
     rows = torch.from_numpy(np.ascontiguousarray(vectors, dtype=np.float32))
-    return rows * vectors.shape[1] ** 0.5
+    return rows * float(np.sqrt(vectors.shape[1]))
 
 
 def _weights(head: torch.nn.Linear) -> dict[str, torch.Tensor]:
@@ -210,8 +210,7 @@ class _SoftTargets:
         offset = torch.arange(len(owner)) - first
         leaf = self.leaves[self.starts[rows][owner] + offset]
         log_p = F.log_softmax(logits, dim=1)
-        loss: torch.Tensor = -(log_p[owner, leaf] / count[owner]).sum() / len(rows)
-        return loss
+        return -(log_p[owner, leaf] / count[owner]).sum() / len(rows)
 
 
 def predict_leaves(head: torch.nn.Linear, classes: Sequence[str], vectors: np.ndarray) -> list[str]:

@@ -36,7 +36,7 @@ from encoders.commands.console import (
     stage,
 )
 from protos import retrieval_pb2 as pb
-from retrieval.http2 import frames as wire
+from retrieval.http2 import frames
 
 TYPED = frozenset(
     {
@@ -296,7 +296,7 @@ class Generator:
     def calls(self) -> bytes:
         """Make whole calls on a fresh connection, header and data frames sometimes shuffled."""
         rng, encoder = self.rng, hpack.Encoder()
-        frames: list[bytes] = []
+        sent: list[bytes] = []
         for number in range(rng.randrange(1, 6)):
             path, content = self.request()
             fields = [
@@ -309,21 +309,23 @@ class Generator:
             if rng.random() < 0.3:
                 fields.append(("grpc-timeout", rng.choice(("1n", "0S", "99999999H", "x", "10m"))))
             body = bytes((rng.random() < 0.1,)) + len(content).to_bytes(4, "big") + content
-            frames.append(
-                wire.frame(wire.HEADERS, wire.END_HEADERS, 2 * number + 1, encoder.encode(fields))
+            sent.append(
+                frames.frame(
+                    frames.HEADERS, frames.END_HEADERS, 2 * number + 1, encoder.encode(fields)
+                )
             )
-            frames += [
-                wire.frame(
-                    wire.DATA,
-                    wire.END_STREAM if at + 16_384 >= len(body) else 0,
+            sent += [
+                frames.frame(
+                    frames.DATA,
+                    frames.END_STREAM if at + 16_384 >= len(body) else 0,
                     2 * number + 1,
                     body[at : at + 16_384],
                 )
                 for at in range(0, len(body), 16_384)
             ]
         if rng.random() < 0.3:
-            rng.shuffle(frames)
-        return b"".join(frames)
+            rng.shuffle(sent)
+        return b"".join(sent)
 
 
 @dataclass(slots=True)

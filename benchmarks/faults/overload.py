@@ -21,7 +21,7 @@ from benchmarks.faults.servers import ServerProcess, percentiles
 from benchmarks.serving.frames_load import FrameClient
 from benchmarks.small_releases import entity_texts
 from protos import retrieval_pb2 as pb
-from retrieval.http2 import frames as wire
+from retrieval.http2 import frames
 
 RETRIEVE = "/omnisearchsage.v1.Retrieval/Retrieve"
 CONNECTIONS = 8
@@ -131,7 +131,7 @@ class Asker(FrameClient):
             self.ask(now)
 
     def _control(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
-        if kind == wire.RST_STREAM and stream in self._sent:
+        if kind == frames.RST_STREAM and stream in self._sent:
             self._answered(stream, ((b"grpc-status", b"reset"),))
         else:
             super()._control(kind, flags, stream, payload)

@@ -18,7 +18,8 @@ from typing import Any
 import hpack
 
 from benchmarks.serving.load import Load, Outcome, Recorder, run_processes
-from retrieval.http2 import frames as wire
+from retrieval.http2 import frames
+from retrieval.http2.headers import HeaderReader
 
 WINDOW = 2**30
 
@@ -46,8 +47,8 @@ class FrameClient(asyncio.Protocol):
         self._stream = 1
         self._sent: dict[int, float] = {}
         self._ready: deque[None] = deque()
-        self._reader = wire.HeaderReader()
-        self._window, self._peer_stream_window = wire.DEFAULT_WINDOW, wire.DEFAULT_WINDOW
+        self._reader = HeaderReader()
+        self._window, self._peer_stream_window = frames.DEFAULT_WINDOW, frames.DEFAULT_WINDOW
         self._received = 0
         self._rest = b""
         self._out: list[bytes] = []
@@ -72,9 +73,9 @@ class FrameClient(asyncio.Protocol):
         """Greet, with windows that never close."""
         self._transport = transport
         transport.write(  # type: ignore[attr-defined]
-            wire.PREFACE
-            + wire.settings({wire.INITIAL_WINDOW_SIZE: WINDOW, wire.ENABLE_PUSH: 0})
-            + wire.window_update(0, WINDOW)
+            frames.PREFACE
+            + frames.settings({frames.INITIAL_WINDOW_SIZE: WINDOW, frames.ENABLE_PUSH: 0})
+            + frames.window_update(0, WINDOW)
         )
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -103,11 +104,13 @@ class FrameClient(asyncio.Protocol):
         stream, self._stream = self._stream, self._stream + 2
         self._window -= len(body)
         block = self._blocks[0] if stream == 1 else self._blocks[1]
-        self._out.append(wire.frame(wire.HEADERS, wire.END_HEADERS, stream, block))
-        for at in range(0, len(body), wire.DEFAULT_FRAME_BYTES):
-            last = at + wire.DEFAULT_FRAME_BYTES >= len(body)
-            piece = body[at : at + wire.DEFAULT_FRAME_BYTES]
-            self._out.append(wire.frame(wire.DATA, wire.END_STREAM if last else 0, stream, piece))
+        self._out.append(frames.frame(frames.HEADERS, frames.END_HEADERS, stream, block))
+        for at in range(0, len(body), frames.DEFAULT_FRAME_BYTES):
+            last = at + frames.DEFAULT_FRAME_BYTES >= len(body)
+            piece = body[at : at + frames.DEFAULT_FRAME_BYTES]
+            self._out.append(
+                frames.frame(frames.DATA, frames.END_STREAM if last else 0, stream, piece)
+            )
         self._sent[stream] = time.perf_counter()
 
     def _flush(self) -> None:
@@ -121,23 +124,23 @@ class FrameClient(asyncio.Protocol):
             data = self._rest + data
         at, end = 0, len(data)
         while end - at >= 9:
-            high, low, kind, flags, stream = wire.FRAME.unpack_from(data, at)
+            high, low, kind, flags, stream = frames.FRAME.unpack_from(data, at)
             start = at + 9
             stop = start + (high << 16) + low
             if stop > end:
                 break
             at = stop
-            if kind == wire.DATA:
+            if kind == frames.DATA:
                 self._received += stop - start
-            elif kind == wire.HEADERS:
+            elif kind == frames.HEADERS:
                 headers = self._reader.read(data[start:stop])
-                if flags & wire.END_STREAM:
+                if flags & frames.END_STREAM:
                     self._answered(stream, headers)
             else:
                 self._control(kind, flags, stream, data[start:stop])
         self._rest = data[at:]
         if self._received > WINDOW // 4:
-            self._out.append(wire.window_update(0, self._received))
+            self._out.append(frames.window_update(0, self._received))
             self._received = 0
         self._flush()
 
@@ -156,21 +159,21 @@ class FrameClient(asyncio.Protocol):
             self.done.set_result(None)
 
     def _control(self, kind: int, flags: int, stream: int, payload: bytes) -> None:
-        if kind == wire.SETTINGS and not flags & wire.ACK:
+        if kind == frames.SETTINGS and not flags & frames.ACK:
             for at in range(0, len(payload), 6):
-                if int.from_bytes(payload[at : at + 2], "big") == wire.INITIAL_WINDOW_SIZE:
+                if int.from_bytes(payload[at : at + 2], "big") == frames.INITIAL_WINDOW_SIZE:
                     self._peer_stream_window = int.from_bytes(payload[at + 2 : at + 6], "big")
-            self._out.append(wire.frame(wire.SETTINGS, wire.ACK, 0))
+            self._out.append(frames.frame(frames.SETTINGS, frames.ACK, 0))
             if not self.greeted.done():
                 self.greeted.set_result(None)
-        elif kind == wire.PING and not flags & wire.ACK:
-            self._out.append(wire.frame(wire.PING, wire.ACK, 0, payload))
-        elif kind == wire.WINDOW_UPDATE and stream == 0:
+        elif kind == frames.PING and not flags & frames.ACK:
+            self._out.append(frames.frame(frames.PING, frames.ACK, 0, payload))
+        elif kind == frames.WINDOW_UPDATE and stream == 0:
             self._window += int.from_bytes(payload, "big")
             for _ in range(len(self._ready)):
                 self._ready.popleft()
                 self._ask()
-        elif kind in (wire.GOAWAY, wire.RST_STREAM) and not self.done.done():
+        elif kind in (frames.GOAWAY, frames.RST_STREAM) and not self.done.done():
             self.done.set_exception(ConnectionError(f"frame {kind}: {payload[:200]!r}"))
 
 

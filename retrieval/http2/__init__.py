@@ -1,1 +1,1 @@
-"""gRPC over HTTP/2 for the hot path: one protocol object per connection, no task and no copy where an answer is ready at once."""
+"""gRPC over HTTP/2: one protocol object a connection, no task and no copy for instant answers."""

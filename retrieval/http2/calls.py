@@ -1,233 +1,104 @@
-"""Methods that a server knows, and one call of one of them: its message, its deadline, its way out."""
+"""Methods that a server knows, and calls of them."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Protocol
 
 import grpc
 
-from retrieval.http2.frames import Metadata, Refusal, metadata_of, timeout_seconds
+from retrieval.http2.headers import Headers, Metadata, metadata_of, timeout_seconds
+from retrieval.http2.refusals import Aborted, Refusal
 
-if TYPE_CHECKING:
-    from retrieval.http2.connection import Connection
-
-Headers = Sequence[tuple[bytes, bytes]]
-
-
-class Aborted(Exception):
-    """A handler ended the call with a status."""
-
-    def __init__(
-        self,
-        code: grpc.StatusCode,
-        message: str = "",
-        trailing: Sequence[tuple[str, str | bytes]] = (),
-    ) -> None:
-        super().__init__(message)
-        self.code, self.message, self.trailing = code, message, tuple(trailing)
+PREFIX_BYTES = 5
+"""Before each message of a stream: a compressed flag, and the length in four bytes."""
 
 
 class Method(NamedTuple):
     """One RPC.
 
     Attributes:
-        now: Answers or refuses at once from request bytes and call, or returns None and leaves the
-            call to ``later``; never raises.
-        later: Unary calls: request bytes and call to response bytes.
+        answer_now: Unary calls: answers or refuses at once from request bytes and call, or returns
+            None and leaves the call to ``answer_later``; never raises.
+        answer_later: Unary calls: request bytes and call to response bytes.
         stream: Streaming calls: takes the call, reads ``call.messages()`` or ``call.message``,
             writes with ``call.write``.
-        door: Asked when a call's headers are here and its message is not: refuses it, or returns
-            None and lets it in; never raises.
-        many: Whether ``stream`` reads messages while they come; otherwise it begins, as ``later``
-            does, when the one message is here.
+        refuse: Called when a call's headers are here and its message is not: returns its refusal,
+            or None to admit it; never raises.
+        client_streaming: Whether ``stream`` reads messages while they arrive; otherwise it begins,
+            as ``answer_later`` does, when the one message is here.
     """
 
-    now: Callable[[bytes, Call], bytes | Refusal | None] | None = None
-    later: Callable[[bytes, Call], Awaitable[bytes]] | None = None
+    answer_now: Callable[[bytes, Call], bytes | Refusal | None] | None = None
+    answer_later: Callable[[bytes, Call], Awaitable[bytes]] | None = None
     stream: Callable[[Call], Awaitable[None]] | None = None
-    door: Callable[[], Refusal | None] | None = None
-    many: bool = False
+    refuse: Callable[[], Refusal | None] | None = None
+    client_streaming: bool = False
 
 
-class Details(NamedTuple):
-    """What ``grpc.GenericRpcHandler.service`` is asked with."""
-
-    method: str
-    invocation_metadata: Metadata
+NO_METHOD = Method()
 
 
 class Head(NamedTuple):
     """A request's headers, understood.
 
-    ``refusal``: an HTTP status or a gRPC one for what cannot be served.
+    Attributes:
+        method: What is called.
+        timeout: Seconds until the caller's deadline; None without one.
+        metadata: As handlers see it.
+        compression: Of the request's messages.
+        error: An HTTP status or a gRPC one, of a request that cannot be served.
     """
 
-    method: Method
-    timeout: float | None
-    metadata: Metadata
-    compression: str
-    refusal: int | Aborted | None
+    method: Method = NO_METHOD
+    timeout: float | None = None
+    metadata: Metadata = ()
+    compression: str = "identity"
+    error: int | Aborted | None = None
 
 
-NOTHING = Method()
+class Writer(Protocol):
+    """The side of a connection that a call's handler reaches."""
 
+    def send_message(self, call: Call, message: bytes) -> None:
+        """Send one message of a call's answer, as far as the peer's windows allow."""
 
-class Methods:
-    """Finds methods by path among the handlers that were registered, as ``grpc.aio.Server`` does."""
-
-    def __init__(self) -> None:
-        self._handlers: list[grpc.GenericRpcHandler] = []
-        self._known: dict[str, Method] = {}
-
-    def add(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
-        """Register handlers; the first that knows a path serves it."""
-        self._handlers.extend(handlers)
-
-    def find(self, path: str, metadata: Metadata) -> Method | None:
-        """The method at a path, or None."""
-        known = self._known.get(path)
-        if known is None:
-            for handler in self._handlers:
-                found = handler.service(Details(path, metadata))
-                if found is not None:
-                    known = self._known[path] = _adapt(found)
-                    break
-        return known
-
-    def head(self, headers: Headers) -> Head:
-        """Understand the headers of a request."""
-        fields = dict(headers)
-        if fields.get(b":method") != b"POST":
-            return Head(NOTHING, None, (), "", 405)
-        if not fields.get(b"content-type", b"").startswith(b"application/grpc"):
-            return Head(NOTHING, None, (), "", 415)
-        try:
-            metadata = metadata_of(headers)
-        except ValueError as error:
-            return Head(
-                NOTHING,
-                None,
-                (),
-                "",
-                Aborted(grpc.StatusCode.INVALID_ARGUMENT, f"metadata: {error}"),
-            )
-        timeout = None
-        if b"grpc-timeout" in fields:
-            timeout = timeout_seconds(fields[b"grpc-timeout"].decode("latin-1"))
-            if timeout is None:
-                return Head(
-                    NOTHING,
-                    None,
-                    (),
-                    "",
-                    Aborted(
-                        grpc.StatusCode.INVALID_ARGUMENT, "grpc-timeout: not a number with a unit"
-                    ),
-                )
-        path = fields.get(b":path", b"").decode("latin-1")
-        method = self.find(path, metadata)
-        if method is None:
-            return Head(
-                NOTHING,
-                None,
-                (),
-                "",
-                Aborted(grpc.StatusCode.UNIMPLEMENTED, f"there is no method {path[:200]}"),
-            )
-        return Head(
-            method,
-            timeout,
-            metadata,
-            fields.get(b"grpc-encoding", b"identity").decode("latin-1"),
-            None,
-        )
-
-
-def _adapt(handler: Any) -> Method:
-    """A grpc handler with deserializer and serializer as a method over bytes."""
-    parse: Callable[[bytes], Any] = handler.request_deserializer or (lambda content: content)
-    pack: Callable[[Any], bytes] = handler.response_serializer or (lambda message: message)
-    if not handler.request_streaming and not handler.response_streaming:
-        behaviour = handler.unary_unary
-        if handler.request_deserializer is None and handler.response_serializer is None:
-            return Method(
-                getattr(behaviour, "now", None), behaviour, None, getattr(behaviour, "door", None)
-            )
-
-        async def later(content: bytes, call: Call) -> bytes:
-            return pack(await behaviour(_parsed(parse, content), call))
-
-        return Method(None, later)
-
-    async def requests(call: Call) -> AsyncIterator[Any]:
-        async for content in call.messages():
-            yield _parsed(parse, content)
-
-    async def stream(call: Call) -> None:
-        call.pack = pack
-        if handler.request_streaming:
-            behaviour, request = handler.stream_stream or handler.stream_unary, requests(call)
-        else:
-            assert call.message is not None, "a call of one message begins with it"
-            behaviour, request = handler.unary_stream, _parsed(parse, call.message)
-        answers = behaviour(request, call)
-        if hasattr(answers, "__aiter__"):
-            async for answer in answers:
-                await call.write(answer)
-        else:
-            last = await answers
-            if last is not None:
-                await call.write(last)
-
-    return Method(stream=stream, many=handler.request_streaming)
-
-
-def _parsed(parse: Callable[[bytes], Any], content: bytes) -> Any:
-    try:
-        return parse(content)
-    except Exception as error:
-        raise Aborted(
-            grpc.StatusCode.INVALID_ARGUMENT,
-            f"the bytes are not the message of this method ({error}).",
-        ) from error
+    def message_taken(self, call: Call, size: int) -> None:
+        """Count no more a message of this size that a handler has taken off the call's queue."""
 
 
 class Call:
     """One call on one stream; handlers see it as their gRPC context."""
 
     __slots__ = (
-        *(
-            "body",
-            "connection",
-            "ended",
-            "ends",
-            "finishing",
-            "head",
-            "held",
-            "message",
-            "pack",
-            "pending",
-            "queue",
-            "queued",
-            "responding",
-            "stream",
-        ),
-        *("task", "timer", "window"),
+        "body",
+        "deadline",
+        "ended",
+        "finishing",
+        "head",
+        "held",
+        "message",
+        "pack",
+        "pending",
+        "queue",
+        "queued",
+        "responding",
+        "stream",
+        "task",
+        "timer",
+        "window",
+        "writer",
     )
 
-    def __init__(self, connection: Connection, stream: int, head: Head) -> None:
-        self.connection = connection
+    def __init__(self, writer: Writer, stream: int, head: Head) -> None:
+        self.writer = writer
         self.stream = stream
         self.head = head
-        self.ends = None if head.timeout is None else time.monotonic() + head.timeout
+        self.deadline = None if head.timeout is None else time.monotonic() + head.timeout
         self.body: bytes | bytearray = b""  # of a message that is not whole yet
-        self.message: bytes | None = (
-            None  # whole; kept and counted until the answer is here, as the method holds it
-        )
+        self.message: bytes | None = None  # whole; held until the answer is here
         self.ended = False  # the client has sent all
         self.task: asyncio.Task[Any] | None = None
         self.timer: asyncio.TimerHandle | None = None
@@ -241,11 +112,11 @@ class Call:
         self.pack: Callable[[Any], bytes] | None = None
 
     def time_remaining(self) -> float | None:
-        """Seconds until the caller's deadline; None without one."""
-        return None if self.ends is None else self.ends - time.monotonic()
+        """Return the seconds until the caller's deadline; None without one."""
+        return None if self.deadline is None else self.deadline - time.monotonic()
 
     def invocation_metadata(self) -> Metadata:
-        """The request's metadata."""
+        """Return the request's metadata."""
         return self.head.metadata
 
     async def abort(
@@ -254,70 +125,189 @@ class Call:
         details: str = "",
         trailing_metadata: Sequence[tuple[str, str | bytes]] = (),
     ) -> NoReturn:
-        """Leave with a status."""
+        """End the call with a status."""
         raise Aborted(code, details, trailing_metadata)
 
     async def write(self, message: Any) -> None:
         """Send one message of a streaming answer."""
-        self.connection.send_message(self, self.pack(message) if self.pack is not None else message)
+        self.writer.send_message(self, self.pack(message) if self.pack is not None else message)
 
     async def messages(self) -> AsyncIterator[bytes]:
-        """The messages of a streaming request."""
+        """Yield the messages of a streaming request."""
         assert self.queue is not None, "only calls of many messages have a queue"
         while (content := await self.queue.get()) is not None:
-            self.connection.took(self, len(content))
+            self.writer.message_taken(self, len(content))
             yield content
 
+    def add_message(self, message: bytes) -> None:
+        """Queue a message of a call of many; any other call has one.
+
+        Raises:
+            Aborted: A second message of a call of one.
+        """
+        if self.queue is not None:
+            self.queue.put_nowait(message)
+            self.queued += len(message)
+        elif self.message is None:
+            self.message = message
+        else:
+            raise Aborted(
+                grpc.StatusCode.INVALID_ARGUMENT, "expected one message, but got several."
+            )
+
+    def size_bytes(self) -> int:
+        """Count the bytes that the connection holds for this call."""
+        return len(self.body) + len(self.message or b"") + self.queued + len(self.pending)
+
     def drop(self) -> None:
-        """Stop the work and the clock of a call that nobody waits for any more."""
+        """Stop the work and the timer of a call that nobody waits for any more."""
         if self.timer is not None:
             self.timer.cancel()
         if self.task is not None:
             self.task.cancel()
 
 
-def take_messages(body: bytearray, compression: str, max_bytes: int) -> list[bytes]:
-    """Cut whole messages off the front of ``body``.
+class UnaryHandler:
+    """A unary method over bytes that this transport may answer, or refuse, without a task.
 
-    Raises:
-        Aborted: One is too large, or compressed in a way that is not known.
+    Has the attributes of ``grpc.RpcMethodHandler``, so that any gRPC server takes it and calls
+    ``unary_unary``; this transport calls the other functions, where there are any.
+
+    Args:
+        unary_unary: Answers a call, however long that takes.
+        answer_now: As in ``Method``.
+        answer_later: What ``unary_unary`` does after ``answer_now``; by default all of it.
+        refuse: As in ``Method``.
     """
-    found: list[bytes] = []
-    while len(body) >= 5:
-        length = int.from_bytes(body[1:5], "big")
-        if length > max_bytes:
-            raise Aborted(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"a message may have {max_bytes} bytes, but {length} were announced.",
-            )
-        if len(body) < 5 + length:
-            break
-        content = bytes(body[5 : 5 + length])
-        if body[0]:
-            content = _inflated(content, compression, max_bytes)
-        del body[: 5 + length]
-        found.append(content)
-    return found
+
+    request_streaming = False
+    response_streaming = False
+    request_deserializer = None
+    response_serializer = None
+    unary_stream = None
+    stream_unary = None
+    stream_stream = None
+
+    def __init__(
+        self,
+        unary_unary: Callable[[bytes, Any], Awaitable[bytes]],
+        *,
+        answer_now: Callable[[bytes, Any], bytes | Refusal | None] | None = None,
+        answer_later: Callable[[bytes, Any], Awaitable[bytes]] | None = None,
+        refuse: Callable[[], Refusal | None] | None = None,
+    ) -> None:
+        self.unary_unary = unary_unary
+        self.answer_now = answer_now
+        self.answer_later = answer_later or unary_unary
+        self.refuse = refuse
 
 
-def _inflated(content: bytes, compression: str, max_bytes: int) -> bytes:
-    if compression not in ("gzip", "deflate"):
-        raise Aborted(
-            grpc.StatusCode.UNIMPLEMENTED,
-            f"compression {compression[:40]!r} is not known; send gzip, deflate or identity.",
+class HandlerCallDetails(NamedTuple):
+    """Argument of ``grpc.GenericRpcHandler.service``."""
+
+    method: str
+    invocation_metadata: Metadata
+
+
+def _invalid(code: grpc.StatusCode, message: str) -> Head:
+    return Head(error=Aborted(code, message))
+
+
+class MethodTable:
+    """Finds methods by path among the registered handlers, as ``grpc.aio.Server`` does."""
+
+    def __init__(self) -> None:
+        self._handlers: list[grpc.GenericRpcHandler] = []
+        self._known: dict[str, Method] = {}
+
+    def add(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
+        """Register handlers; the first that knows a path serves it."""
+        self._handlers.extend(handlers)
+
+    def find(self, path: str, metadata: Metadata) -> Method | None:
+        """Return the method at a path, or None."""
+        known = self._known.get(path)
+        if known is None:
+            for handler in self._handlers:
+                found = handler.service(HandlerCallDetails(path, metadata))
+                if found is not None:
+                    known = self._known[path] = _adapt(found)
+                    break
+        return known
+
+    def read_head(self, headers: Headers) -> Head:
+        """Understand the headers of a request."""
+        fields = dict(headers)
+        if fields.get(b":method") != b"POST":
+            return Head(error=405)
+        if not fields.get(b"content-type", b"").startswith(b"application/grpc"):
+            return Head(error=415)
+        try:
+            metadata = metadata_of(headers)
+        except ValueError as error:
+            return _invalid(grpc.StatusCode.INVALID_ARGUMENT, f"metadata: {error}")
+        timeout = None
+        if b"grpc-timeout" in fields:
+            timeout = timeout_seconds(fields[b"grpc-timeout"].decode("latin-1"))
+            if timeout is None:
+                reason = "grpc-timeout: not a number with a unit"
+                return _invalid(grpc.StatusCode.INVALID_ARGUMENT, reason)
+        path = fields.get(b":path", b"").decode("latin-1")
+        method = self.find(path, metadata)
+        if method is None:
+            return _invalid(grpc.StatusCode.UNIMPLEMENTED, f"there is no method {path[:200]}")
+        compression = fields.get(b"grpc-encoding", b"identity").decode("latin-1")
+        return Head(method, timeout, metadata, compression)
+
+
+def _adapt(handler: Any) -> Method:
+    """Turn a grpc handler with deserializer and serializer into a method over bytes."""
+    if isinstance(handler, UnaryHandler):
+        return Method(
+            answer_now=handler.answer_now, answer_later=handler.answer_later, refuse=handler.refuse
         )
-    reader = zlib.decompressobj(31 if compression == "gzip" else 15)
+    parse: Callable[[bytes], Any] = handler.request_deserializer or (lambda content: content)
+    pack: Callable[[Any], bytes] = handler.response_serializer or (lambda message: message)
+    if handler.request_streaming or handler.response_streaming:
+        return _adapt_streaming(handler, parse, pack)
+
+    async def unary(content: bytes, call: Call) -> bytes:
+        return pack(await handler.unary_unary(_parsed(parse, content), call))
+
+    return Method(answer_later=unary)
+
+
+def _adapt_streaming(
+    handler: Any, parse: Callable[[bytes], Any], pack: Callable[[Any], bytes]
+) -> Method:
+    async def requests(call: Call) -> AsyncIterator[Any]:
+        async for content in call.messages():
+            yield _parsed(parse, content)
+
+    async def stream(call: Call) -> None:
+        call.pack = pack
+        if handler.request_streaming:
+            behaviour = handler.stream_stream or handler.stream_unary
+            answers = behaviour(requests(call), call)
+        else:
+            assert call.message is not None, "a call of one message begins with it"
+            answers = handler.unary_stream(_parsed(parse, call.message), call)
+        if hasattr(answers, "__aiter__"):
+            async for answer in answers:
+                await call.write(answer)
+        else:
+            last = await answers
+            if last is not None:
+                await call.write(last)
+
+    return Method(stream=stream, client_streaming=handler.request_streaming)
+
+
+def _parsed(parse: Callable[[bytes], Any], content: bytes) -> Any:
     try:
-        plain = reader.decompress(content, max_bytes + 1)
-    except zlib.error as error:
+        return parse(content)
+    except Exception as error:
         raise Aborted(
-            grpc.StatusCode.INVALID_ARGUMENT, f"the message cannot be decompressed: {error}"
+            grpc.StatusCode.INVALID_ARGUMENT,
+            f"the bytes are not the message of this method ({error}).",
         ) from error
-    if len(plain) > max_bytes:
-        raise Aborted(
-            grpc.StatusCode.RESOURCE_EXHAUSTED,
-            f"a message may have {max_bytes} bytes, but this one grows beyond that.",
-        )
-    if not reader.eof:
-        raise Aborted(grpc.StatusCode.INVALID_ARGUMENT, "the compressed message is cut off.")
-    return plain

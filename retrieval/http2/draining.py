@@ -1,70 +1,83 @@
-"""How the server leaves a connection: without losing a call."""
+"""Draining: a server ends a connection without losing a call (RFC 9113, section 6.8)."""
 
 from __future__ import annotations
 
-import struct
-from typing import TYPE_CHECKING
+import asyncio
+from collections.abc import Callable
 
-from retrieval.http2 import frames as wire
-from retrieval.http2.flow_control import ControlFrames
-from retrieval.http2.frames import frame
-
-if TYPE_CHECKING:
-    from retrieval.http2.server import Http2Server
+from retrieval.http2 import frames
+from retrieval.http2.frames import frame, goaway
+from retrieval.http2.streams import FrameWriter, Streams
 
 LINGER_SECONDS = 2.0
-"""How long a leaving server waits for a client to take notice; clients of grpc take a round trip."""
+"""How long a draining server waits for a client to notice; clients of grpc take a round trip."""
 
 
-class Leaving(ControlFrames):
-    """The part of a connection that says goodbye; ``Connection`` sets the attributes."""
+class Drain:
+    """Ends one connection in four steps.
 
-    server: Http2Server
-    closed: bool
-    pinged: bool
+    A GOAWAY that names no stream asks the client to go elsewhere; a PING finds out when it has
+    heard; a second GOAWAY names the last stream that is served; when its calls are answered the
+    client closes.
 
-    def _flush(self) -> None:
-        """Write what is ready."""
-        raise NotImplementedError
+    Args:
+        out: Where frames go.
+        streams: Of the connection.
+        loop: Keeps the time.
+        close: Closes the connection.
+    """
 
-    def close(self) -> None:
-        """End the connection once what was written has left."""
-        raise NotImplementedError
+    __slots__ = ("_announced", "_close", "_closed", "_loop", "_out", "_streams")
 
-    def drain(self) -> None:
-        """Tell the client to go elsewhere, without losing a call: announce, wait for a round trip, name the last stream, finish, close."""
-        if self.closed or self.draining or self._farewell is not None:
+    def __init__(
+        self,
+        out: FrameWriter,
+        streams: Streams,
+        loop: asyncio.AbstractEventLoop,
+        close: Callable[[], None],
+    ) -> None:
+        self._out = out
+        self._streams = streams
+        self._loop = loop
+        self._close = close
+        self._announced = False  # the first GOAWAY is out, the second is not
+        self._closed = False
+        streams.on_drained = self._linger
+
+    def begin(self) -> None:
+        """Announce that the connection will end; does nothing the second time."""
+        if self._closed or self._announced or self._streams.draining:
             return
-        self._farewell = self._say_goodbye
-        self._out.append(
-            frame(wire.GOAWAY, 0, 0, struct.pack(">LL", wire.MAX_WINDOW, wire.NO_ERROR))
-        )
-        self._out.append(frame(wire.PING, 0, 0, b"goodbye!"))
-        self._flush()
-        self.server.loop.call_later(LINGER_SECONDS, self._say_goodbye)
+        self._announced = True
+        self._out.frames.append(goaway(frames.MAX_WINDOW, frames.NO_ERROR))
+        self._out.frames.append(frame(frames.PING, 0, 0, b"draining"))
+        self._out.flush()
+        self._loop.call_later(LINGER_SECONDS, self._name_last_stream)
 
-    def _say_goodbye(self) -> None:
-        if self.draining or self.closed:
+    def acknowledged(self) -> None:
+        """The client has answered a PING: it has read what was sent before it."""
+        if self._announced:
+            self._name_last_stream()
+
+    def stop(self) -> None:
+        """Do nothing any more: the connection has ended."""
+        self._closed = True
+
+    def _name_last_stream(self) -> None:
+        if self._streams.draining or self._closed:
             return
-        self.draining = True
-        self._farewell = None
-        self._out.append(
-            frame(wire.GOAWAY, 0, 0, struct.pack(">LL", self.last_stream, wire.NO_ERROR))
-        )
-        self._flush()
-        if not self.calls:
-            self._leave()
+        self._streams.draining = True
+        self._announced = False
+        self._out.frames.append(goaway(self._streams.last, frames.NO_ERROR))
+        self._out.flush()
+        if not self._streams.calls:
+            self._linger()
 
-    def _leave(self) -> None:
-        """All calls are answered: the client closes.
+    def _linger(self) -> None:
+        """Leave it to the client to close, as all calls are answered.
 
-        Closing first, with frames of it unread, would reset the connection under its eyes.
+        Closing first, with frames of it unread, would reset the connection before it has read the
+        last answer.
         """
-        self._flush()
-        self.server.loop.call_later(LINGER_SECONDS, self.close)
-
-    def ping(self) -> None:
-        """Ask whether the peer is still there."""
-        self.pinged = True
-        self._out.append(frame(wire.PING, 0, 0, b"there??\n"))
-        self._flush()
+        self._out.flush()
+        self._loop.call_later(LINGER_SECONDS, self._close)

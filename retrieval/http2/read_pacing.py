@@ -1,7 +1,7 @@
-"""A full server listens in turns: while it refuses calls it reads each connection every few milliseconds instead of at every packet.
+"""Paced reads: a full server reads each connection every few milliseconds, not at every packet.
 
 Calls are then refused by the handful, and what the reads would have cost goes to the calls that
-were accepted.
+were admitted.
 """
 
 from __future__ import annotations
@@ -10,32 +10,33 @@ import asyncio
 from typing import Protocol
 
 
-class Listener(Protocol):
+class PausableReader(Protocol):
     """A connection."""
 
-    def rest(self) -> None:
-        """Read nothing until ``listen_again``."""
+    def pause_reads(self) -> None:
+        """Read nothing until ``resume_reads``."""
 
-    def listen_again(self) -> None:
+    def resume_reads(self) -> None:
         """Read what has come meanwhile, and go on reading."""
 
 
-class Pacer:
-    """The pauses of one server's connections: those that pause together wake together."""
+class ReadPacer:
+    """The pauses of one server's connections: those that pause together resume together."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._resting: list[Listener] = []
+        self._paused: list[PausableReader] = []
 
-    def rest(self, listener: Listener, seconds: float) -> None:
+    def pause(self, reader: PausableReader, seconds: float) -> None:
         """Let a connection pause for ``seconds``, less if others pause already."""
-        if not self._resting:
-            self._loop.call_later(seconds, self._wake)
-        self._resting.append(listener)
-        listener.rest()
+        if not self._paused:
+            self._loop.call_later(seconds, self._resume)
+        self._paused.append(reader)
+        reader.pause_reads()
 
-    def _wake(self) -> None:
-        """Who was refused last is read first."""
-        resting, self._resting = self._resting, []
-        for listener in reversed(resting):
-            listener.listen_again()
+    def _resume(self) -> None:
+        """Resume all; who was refused last is read first."""
+        paused = self._paused
+        self._paused = []
+        for reader in reversed(paused):
+            reader.resume_reads()

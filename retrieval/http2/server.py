@@ -1,4 +1,7 @@
-"""A gRPC server on asyncio protocols; takes the same handlers as ``grpc.aio.server`` and serves them at a fraction of the cost per call."""
+"""A gRPC server on asyncio protocols.
+
+It takes the same handlers as ``grpc.aio.server`` and serves them at a fraction of the cost a call.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +9,31 @@ import asyncio
 import logging
 import socket
 import ssl
-import time
 from collections.abc import Mapping, Sequence
+from time import monotonic
 from typing import Any
 
 import grpc
 
-from retrieval.http2.calls import Methods
+from retrieval.http2.calls import MethodTable
 from retrieval.http2.connection import Connection
-from retrieval.http2.read_pacing import Pacer
+from retrieval.http2.limits import TransportLimits
+from retrieval.http2.read_pacing import ReadPacer
 
-log = logging.getLogger("omni.http2")
+log = logging.getLogger(__name__)
 
 BACKLOG = 1024
-LOOK_AROUND_SECONDS = 5.0
-GREETING_SECONDS = 20.0
+IDLE_CHECK_SECONDS = 5.0
+HANDSHAKE_SECONDS = 20.0
 """How long a connection may stay silent before it has said that it speaks HTTP/2."""
 PING_AFTER_SECONDS = 60.0
-GONE_AFTER_SECONDS = 80.0
+DEAD_AFTER_SECONDS = 80.0
+ACCEPT_RETRY_SECONDS = 0.5
 YIELD_SECONDS = 0.0002
-"""Workers that share a listening socket: one that holds connections waits this long per connection, so that an emptier one accepts."""
+"""Of workers that share a socket, one waits this long per connection that it holds.
+
+So an emptier one accepts first.
+"""
 
 
 class Http2Server:
@@ -46,20 +54,17 @@ class Http2Server:
         max_streams: int,
         listener: socket.socket | None = None,
     ) -> None:
-        self.max_receive_bytes = max_receive_bytes
-        self.max_send_bytes = max_send_bytes
-        self.max_streams = max_streams
+        self.limits = TransportLimits(max_receive_bytes, max_send_bytes, max_streams)
         self.loop = asyncio.get_running_loop()
         self.connections: set[Connection] = set()
-        self.methods = Methods()
-        self.pacer = Pacer(self.loop)
-        self.now = time.monotonic
+        self.methods = MethodTable()
+        self.pacer = ReadPacer(self.loop)
         self._shared = listener is not None
         self._listeners: list[tuple[socket.socket, ssl.SSLContext | None]] = (
             [] if listener is None else [(listener, None)]
         )
-        self._pending: set[asyncio.Task[Any]] = set()
-        self._watcher: asyncio.Task[None] | None = None
+        self._handshakes: set[asyncio.Task[Any]] = set()
+        self._idle_check: asyncio.Task[None] | None = None
         self._stopped = asyncio.Event()
         self._accepting = False
 
@@ -74,25 +79,28 @@ class Http2Server:
     def add_registered_method_handlers(
         self, service_name: str, method_handlers: Mapping[str, Any]
     ) -> None:
-        """Generated code registers everything twice; once is enough here."""
+        """Do nothing: generated code registers everything twice, and once is enough here."""
 
     def add_port(self, address: str, tls: ssl.SSLContext | None = None) -> int:
         """Bind ``host:port`` and return the port; raises ``OSError``."""
         host, _, port = address.rpartition(":")
         host = host.strip("[]")
-        held = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        bound = socket.socket(family, socket.SOCK_STREAM)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            held.bind((host, int(port)))
+            bound.bind((host, int(port)))
         except OSError:
-            held.close()
+            bound.close()
             raise
-        self._listeners.append((held, tls))
-        return int(held.getsockname()[1])
+        self._listeners.append((bound, tls))
+        return int(bound.getsockname()[1])
 
     def secure(self, tls: ssl.SSLContext) -> None:
         """Speak TLS on a shared listener."""
         self._listeners = [(listener, tls) for listener, _ in self._listeners]
+
+    # --- connections ---
 
     async def start(self) -> None:
         """Accept connections."""
@@ -101,14 +109,17 @@ class Http2Server:
             listener.setblocking(False)
             listener.listen(BACKLOG)
             self.loop.add_reader(listener, self._on_connection, listener, tls)
-        self._watcher = self.loop.create_task(self._look_around())
+        self._idle_check = self.loop.create_task(self._check_idle())
+
+    def make_connection(self) -> Connection:
+        """Make the protocol object of a connection."""
+        return Connection(self.methods, self.limits, self.loop, self.pacer, self.connections)
 
     def _on_connection(self, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
         if self._shared and self.connections:
             self.loop.remove_reader(listener)
-            self.loop.call_later(
-                min(len(self.connections), 25) * YIELD_SECONDS, self._accept, listener, tls, True
-            )
+            delay = min(len(self.connections), 25) * YIELD_SECONDS
+            self.loop.call_later(delay, self._accept, listener, tls, True)
         else:
             self._accept(listener, tls, False)
 
@@ -126,72 +137,77 @@ class Http2Server:
         except OSError as error:  # out of file descriptors, for one: what is open goes on
             log.warning("a connection was not accepted: %s", error)
             self.loop.remove_reader(listener)
-            self.loop.call_later(0.5, self._accept, listener, tls, True)
+            self.loop.call_later(ACCEPT_RETRY_SECONDS, self._accept, listener, tls, True)
             return
-        self._welcome(accepted, tls)
+        self._begin_handshake(accepted, tls)
 
-    def _accept_waiting(self, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
+    def _accept_backlog(self, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
+        """Accept all that wait in the queue of a listener that will close."""
         while self._accepting:
             try:
                 accepted, _ = listener.accept()
             except OSError:
                 return
-            self._welcome(accepted, tls)
+            self._begin_handshake(accepted, tls)
 
-    def _welcome(self, accepted: socket.socket, tls: ssl.SSLContext | None) -> None:
+    def _begin_handshake(self, accepted: socket.socket, tls: ssl.SSLContext | None) -> None:
         accepted.setblocking(False)
         accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        task = self.loop.create_task(self._greet(accepted, tls))
-        self._pending.add(task)
-        task.add_done_callback(self._pending.discard)
+        task = self.loop.create_task(self._handshake(accepted, tls))
+        self._handshakes.add(task)
+        task.add_done_callback(self._handshakes.discard)
 
-    async def _greet(self, accepted: socket.socket, tls: ssl.SSLContext | None) -> None:
-        options: dict[str, Any] = (
-            {} if tls is None else {"ssl": tls, "ssl_handshake_timeout": GREETING_SECONDS}
-        )
+    async def _handshake(self, accepted: socket.socket, tls: ssl.SSLContext | None) -> None:
+        options: dict[str, Any] = {}
+        if tls is not None:
+            options = {"ssl": tls, "ssl_handshake_timeout": HANDSHAKE_SECONDS}
         try:
-            await self.loop.connect_accepted_socket(lambda: Connection(self), accepted, **options)
+            await self.loop.connect_accepted_socket(self.make_connection, accepted, **options)
         except (OSError, ssl.SSLError, EOFError) as error:
             log.debug("a handshake failed: %s", error)
             accepted.close()
 
-    async def _look_around(self) -> None:
-        """Ping the silent, close the gone and those who never greeted."""
+    async def _check_idle(self) -> None:
+        """Ping silent peers, and close connections of dead ones and of those without a preface."""
         while True:
-            await asyncio.sleep(LOOK_AROUND_SECONDS)
-            now = self.now()
+            await asyncio.sleep(IDLE_CHECK_SECONDS)
+            now = monotonic()
             for connection in list(self.connections):
-                silent = now - connection.heard
-                if (
-                    not connection.greeted and silent > GREETING_SECONDS
-                ) or silent > GONE_AFTER_SECONDS:
+                silent = now - connection.last_read
+                patience = DEAD_AFTER_SECONDS if connection.preface_received else HANDSHAKE_SECONDS
+                if silent > patience:
                     connection.abort()
-                elif silent > PING_AFTER_SECONDS and not connection.pinged:
+                elif silent > PING_AFTER_SECONDS and not connection.ping_sent:
                     connection.ping()
 
+    # --- the end ---
+
     async def stop(self, grace: float | None) -> None:
-        """Accept no more, tell clients to go elsewhere, wait for calls under way, at most ``grace`` seconds."""
+        """Accept no more, drain connections, and wait at most ``grace`` seconds for their calls."""
         for listener, tls in self._listeners:
             self.loop.remove_reader(listener)
-            # Closing would reset those who wait in the queue; a shared queue is served by others
+            # Closing would reset those in the queue; a shared queue is served by others
             if not self._shared:
-                self._accept_waiting(listener, tls)
+                self._accept_backlog(listener, tls)
             listener.close()
-        self._listeners, self._accepting = [], False
-        if self._watcher is not None:
-            self._watcher.cancel()
-        for connection in list(self.connections):
-            connection.drain()
-        until = self.now() + (grace or 0.0)
-        while (self.connections or self._pending) and self.now() < until:
-            for connection in list(self.connections):
-                connection.drain()  # those whose handshake ended meanwhile
+        self._listeners = []
+        self._accepting = False
+        if self._idle_check is not None:
+            self._idle_check.cancel()
+        self._drain_all()
+        until = monotonic() + (grace or 0.0)
+        while (self.connections or self._handshakes) and monotonic() < until:
+            self._drain_all()  # those whose handshake has ended meanwhile
             await asyncio.sleep(0.01)
         for connection in list(self.connections):
             connection.abort()
-        for task in list(self._pending):
+        for task in list(self._handshakes):
             task.cancel()
         self._stopped.set()
+
+    def _drain_all(self) -> None:
+        for connection in list(self.connections):
+            connection.drain.begin()
 
     async def wait_for_termination(self) -> None:
         """Return when stopped."""

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from retrieval.errors import DeadlinePassed, Overloaded
-from retrieval.http2.frames import Refusal, refusal
+from retrieval.http2.refusals import Refusal, refusal
 from retrieval.status import status_for
 
 KEPT_REFUSALS = 1000

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from protos import retrieval_pb2 as pb
-from retrieval.http2.frames import Refusal
+from retrieval.http2.refusals import Refusal
 from retrieval.security import EVERYONE
 from retrieval.service.admission import Refusals
 from retrieval.service.answer_cache import KeptAnswer, Key, Shape, hits_on_the_wire, shape_of

@@ -20,8 +20,8 @@ from index_builder.search.entity_index import EntityIndex
 from protos import retrieval_pb2 as pb
 from retrieval.config import ServeConfig
 from retrieval.errors import EmptyQuery, InvalidRequest, Overloaded
-from retrieval.http2.calls import Call
-from retrieval.http2.frames import Refusal
+from retrieval.http2.calls import Call, UnaryHandler
+from retrieval.http2.refusals import Refusal
 from retrieval.observability.impressions import Impression, ImpressionLog
 from retrieval.observability.metrics import STAGES, Metrics
 from retrieval.observability.shadow_recall import Sample, ShadowRecall
@@ -171,7 +171,10 @@ class RetrievalService:
         def grpc_handlers(service: str, calls: dict[str, Any]) -> grpc.GenericRpcHandler:
             return grpc.method_handlers_generic_handler(
                 service,
-                {name: grpc.unary_unary_rpc_method_handler(call) for name, call in calls.items()},
+                {
+                    name: UnaryHandler(call, answer_now=call.answer_now, refuse=call.refuse)
+                    for name, call in calls.items()
+                },
             )
 
         return grpc_handlers(RETRIEVAL, retrieval), grpc_handlers(ADMIN, admin)
@@ -196,9 +199,8 @@ class RetrievalService:
             admin: Whether the call needs the admin right.
             control: Whether the call is about the server: admitted, as admin calls are, however
                 many questions are inside.
-            now: Asked first; answers or refuses what needs no waiting. A transport that finds it as
-                attribute ``now`` may call it itself, and may ask the attribute ``door`` before the
-                message has come.
+            now: Asked first; answers or refuses what needs no waiting. Our transport calls it
+                itself (``answer_now``), and ``refuse`` before the message has come.
         """
         parse = request_class.FromString
         seconds = self.metrics.histogram("omni_request_seconds", (method,))
@@ -269,8 +271,8 @@ class RetrievalService:
                     admission.leave(places, took)
                 seconds.observe(took)
 
-        handle.now = now  # type: ignore[attr-defined]
-        handle.door = None if apart else Refusals(method, admission, count).at_the_door  # type: ignore[attr-defined]
+        handle.answer_now = now  # type: ignore[attr-defined]
+        handle.refuse = None if apart else Refusals(method, admission, count).at_the_door  # type: ignore[attr-defined]
         return handle
 
     # --- questions ---

@@ -11,21 +11,24 @@ from dataclasses import dataclass, field
 import grpc
 import hpack
 
-from retrieval.http2 import frames as wire
+from retrieval.http2 import frames
+from retrieval.http2.calls import UnaryHandler
+from retrieval.http2.refusals import Refusal, refusal
 from retrieval.http2.server import Http2Server
 
 Code = grpc.StatusCode
 MAX_RECEIVE = 6 * 2**20
-FULL = wire.refusal(Code.RESOURCE_EXHAUSTED, "100% full", (("retry-after-ms", "9"),))
+FULL = refusal(Code.RESOURCE_EXHAUSTED, "100% full", (("retry-after-ms", "9"),))
 
 
 @dataclass
 class Behaviour:
     cancelled: int = 0
     seen: list = field(default_factory=list)
-    closed: bool = False
+    full: bool = False
+    """Whether calls of Guarded are refused before their message."""
     pause: float = 0.0
-    """Seconds that a refusal at the door asks the transport to rest."""
+    """Seconds for which such a refusal asks the transport to read nothing."""
     gate: asyncio.Event = field(default_factory=asyncio.Event)
 
     def handlers(self) -> grpc.GenericRpcHandler:
@@ -34,18 +37,17 @@ class Behaviour:
             self.seen.append(context.invocation_metadata())
             return content
 
-        def now(content: bytes, context) -> bytes | wire.Refusal | None:
+        def now(content: bytes, context) -> bytes | Refusal | None:
             if content == b"now boom":
                 raise RuntimeError("a bug")
             return FULL if content[:4] == b"full" else content if content[:3] == b"now" else None
-
-        echo.now = now  # type: ignore[attr-defined]
 
         async def guarded(content: bytes, context) -> bytes:
             self.seen.append(content)
             return content
 
-        guarded.door = lambda: FULL._replace(pause_seconds=self.pause) if self.closed else None  # type: ignore[attr-defined]
+        def refuse() -> Refusal | None:
+            return FULL._replace(pause_seconds=self.pause) if self.full else None
 
         async def slow(content: bytes, context) -> bytes:
             try:
@@ -81,8 +83,8 @@ class Behaviour:
 
         unary = grpc.unary_unary_rpc_method_handler
         calls = {
-            "Echo": unary(echo),
-            "Guarded": unary(guarded),
+            "Echo": UnaryHandler(echo, answer_now=now),
+            "Guarded": UnaryHandler(guarded, refuse=refuse),
             "Slow": unary(slow),
             "Fail": unary(fail),
             "Crash": unary(crash),
@@ -145,7 +147,7 @@ FIELDS = [
     ("content-type", "application/grpc"),
     ("te", "trailers"),
 ]
-HELLO = wire.PREFACE + wire.settings({})
+HELLO = frames.PREFACE + frames.settings({})
 
 
 def fields_of(method: str, *more: tuple[str, str]) -> list[tuple[str, str]]:
@@ -157,8 +159,8 @@ def fields_of(method: str, *more: tuple[str, str]) -> list[tuple[str, str]]:
 
 def opening(stream: int, fields=FIELDS, flags: int = 0) -> bytes:
     """The headers of a call, by themselves."""
-    return wire.frame(
-        wire.HEADERS, wire.END_HEADERS | flags, stream, hpack.Encoder().encode(fields)
+    return frames.frame(
+        frames.HEADERS, frames.END_HEADERS | flags, stream, hpack.Encoder().encode(fields)
     )
 
 
@@ -171,12 +173,12 @@ def request(
     stream: int, content: bytes, fields=FIELDS, encoder: hpack.Encoder | None = None
 ) -> bytes:
     block = (encoder or hpack.Encoder()).encode(fields)
-    return wire.frame(wire.HEADERS, wire.END_HEADERS, stream, block) + wire.frame(
-        wire.DATA, wire.END_STREAM, stream, message(content)
+    return frames.frame(frames.HEADERS, frames.END_HEADERS, stream, block) + frames.frame(
+        frames.DATA, frames.END_STREAM, stream, message(content)
     )
 
 
-def frames(connection: socket.socket, enough) -> list[tuple[int, int, int, bytes]]:
+def read_frames(connection: socket.socket, enough) -> list[tuple[int, int, int, bytes]]:
     """Read until ``enough(frames)``, and no frame is left half read, or the server closes."""
     found: list[tuple[int, int, int, bytes]] = []
     rest = b""
@@ -196,15 +198,15 @@ def frames(connection: socket.socket, enough) -> list[tuple[int, int, int, bytes
 
 def ended(*streams: int):
     return lambda found: (
-        {s for kind, flags, s, _ in found if kind == wire.HEADERS and flags & wire.END_STREAM}
+        {s for kind, flags, s, _ in found if kind == frames.HEADERS and flags & frames.END_STREAM}
         >= set(streams)
     )
 
 
 def body(found, stream: int) -> bytes:
-    return b"".join(payload for kind, _, s, payload in found if kind == wire.DATA and s == stream)[
-        5:
-    ]
+    return b"".join(
+        payload for kind, _, s, payload in found if kind == frames.DATA and s == stream
+    )[5:]
 
 
 def statuses(found) -> dict[int, int]:
@@ -213,26 +215,26 @@ def statuses(found) -> dict[int, int]:
     fields = [
         (stream, dict(decoder.decode(payload)))
         for kind, _, stream, payload in found
-        if kind == wire.HEADERS
+        if kind == frames.HEADERS
     ]
     return {stream: int(named["grpc-status"]) for stream, named in fields if "grpc-status" in named}
 
 
-def heard(connection: socket.socket) -> list[tuple[int, int, int, bytes]]:
-    """All that the server says until it has read everything that was sent so far."""
-    connection.sendall(wire.frame(wire.PING, 0, 0, b"so far ?"))
-    return frames(
+def read_until_pong(connection: socket.socket) -> list[tuple[int, int, int, bytes]]:
+    """Read what the server sends until it has read everything that was sent so far."""
+    connection.sendall(frames.frame(frames.PING, 0, 0, b"so far ?"))
+    return read_frames(
         connection,
-        lambda found: any(kind == wire.PING and flags & wire.ACK for kind, flags, *_ in found),
+        lambda found: any(kind == frames.PING and flags & frames.ACK for kind, flags, *_ in found),
     )
 
 
-def goaway(found) -> int | None:
+def goaway_code(found) -> int | None:
     return next(
         (
             struct.unpack(">LL", payload[:8])[1]
             for kind, _, _, payload in found
-            if kind == wire.GOAWAY
+            if kind == frames.GOAWAY
         ),
         None,
     )

@@ -1,4 +1,4 @@
-"""What a connection remembers of the headers that came on it: little, and only what can come again."""
+"""Memory of decoded header blocks: bounded, and kept only for blocks that can come again."""
 
 import gc
 import tracemalloc
@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import hpack
 import pytest
 
-from retrieval.http2 import frames as wire
-from retrieval.http2.calls import Methods
+from retrieval.http2 import frames, headers
+from retrieval.http2.calls import MethodTable
 from retrieval.http2.connection import Connection
 from retrieval.http2.server import Http2Server
 from tests.helpers.raw_http2 import FIELDS, HELLO, Behaviour, request
@@ -24,7 +24,7 @@ class Sink:
         self.answers = 0
 
     def write(self, content: bytes) -> None:
-        self.answers += content.count(wire.OK_BLOCK)
+        self.answers += content.count(headers.OK_BLOCK)
 
     def close(self) -> None:
         """The connection has ended."""
@@ -39,7 +39,7 @@ async def server() -> Http2Server:
 
 def connected(server: Http2Server) -> tuple[Connection, Sink]:
     """One end of a connection without the other."""
-    connection, sink = Connection(server), Sink()
+    connection, sink = server.make_connection(), Sink()
     connection.connection_made(sink)  # type: ignore[arg-type]
     connection.data_received(HELLO)
     return connection, sink
@@ -47,13 +47,15 @@ def connected(server: Http2Server) -> tuple[Connection, Sink]:
 
 def plain(*more: tuple[str, str]) -> bytes:
     """A header block that changes no table, as of a client that never indexes."""
-    return b"".join(wire.literal(name.encode(), value.encode()) for name, value in [*FIELDS, *more])
+    return b"".join(
+        headers.literal(name.encode(), value.encode()) for name, value in [*FIELDS, *more]
+    )
 
 
 def call(stream: int, block: bytes) -> bytes:
     message = b"\x00\x00\x00\x00\x03now"
-    return wire.frame(wire.HEADERS, wire.END_HEADERS, stream, block) + wire.frame(
-        wire.DATA, wire.END_STREAM, stream, message
+    return frames.frame(frames.HEADERS, frames.END_HEADERS, stream, block) + frames.frame(
+        frames.DATA, frames.END_STREAM, stream, message
     )
 
 
@@ -71,12 +73,10 @@ UNIQUE: dict[str, Callable[[int], bytes]] = {
 
 
 @pytest.mark.parametrize("block", UNIQUE.values(), ids=UNIQUE.keys())
-async def test_headers_that_never_come_again_are_not_hoarded(
+async def test_header_reader_unique_blocks_take_bounded_memory(
     server: Http2Server, block: Callable[[int], bytes]
 ) -> None:
-    """512 blocks of 16 KiB, and as many heads, made 23 MiB of an idle connection that no limit knew
-    of.
-    """
+    """Blocks of 16 KiB, and what is made of them, count against the connection's memory."""
     connection, sink = connected(server)
     connection.data_received(call(1, block(0)))
     gc.collect()
@@ -95,14 +95,16 @@ async def test_headers_that_never_come_again_are_not_hoarded(
 def understood(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """A number for every time that headers were looked at."""
     found: list[int] = []
-    head = Methods.head
+    read_head = MethodTable.read_head
     monkeypatch.setattr(
-        Methods, "head", lambda self, headers: (found.append(1), head(self, headers))[1]
+        MethodTable,
+        "read_head",
+        lambda self, headers: (found.append(1), read_head(self, headers))[1],
     )
     yield found
 
 
-async def test_headers_that_come_again_are_understood_once(
+async def test_header_reader_repeated_block_is_understood_once(
     server: Http2Server, understood: list[int]
 ) -> None:
     connection, sink = connected(server)
@@ -114,7 +116,7 @@ async def test_headers_that_come_again_are_understood_once(
     )
 
 
-async def test_a_few_kinds_of_calls_are_remembered_side_by_side(
+async def test_header_reader_several_kinds_of_calls_are_remembered(
     server: Http2Server, understood: list[int]
 ) -> None:
     connection, sink = connected(server)
@@ -127,7 +129,7 @@ async def test_a_few_kinds_of_calls_are_remembered_side_by_side(
 @pytest.mark.parametrize(
     ("size", "times"), [(2 * KIB, 1), (15_000, 5)], ids=["a token", "more than is remembered"]
 )
-async def test_large_headers_are_remembered_if_they_fit(
+async def test_header_reader_large_block_is_remembered_if_it_fits(
     server: Http2Server, understood: list[int], size: int, times: int
 ) -> None:
     connection, sink = connected(server)
@@ -136,11 +138,11 @@ async def test_large_headers_are_remembered_if_they_fit(
     assert sink.answers == 5 and len(understood) == times
 
 
-async def test_headers_are_forgotten_with_the_table_that_they_point_into(
+async def test_header_reader_table_change_forgets_blocks(
     server: Http2Server,
 ) -> None:
     seen: list[bytes] = []
-    reader = wire.HeaderReader()
+    reader = headers.HeaderReader()
     encoder = hpack.Encoder()
     for value in ("a", "a", "b", "b", "b"):
         seen.append(dict(reader.read(encoder.encode([("x", value), ("y", "c")])))[b"x"])

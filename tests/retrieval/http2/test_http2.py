@@ -1,6 +1,4 @@
-"""The HTTP/2 transport against grpcio's clients and against bytes that no client of grpcio would
-send.
-"""
+"""The HTTP/2 transport against clients of grpcio, and against bytes that none of them sends."""
 
 import contextlib
 import threading
@@ -14,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrieval.http2 import frames as wire
-from retrieval.http2.connection import NOISE_ALLOWANCE
+from retrieval.http2 import frames
+from retrieval.http2.limits import CONTROL_FRAME_BUDGET
 from tests.helpers.raw_http2 import (
     FIELDS,
     HELLO,
@@ -24,9 +22,9 @@ from tests.helpers.raw_http2 import (
     Running,
     body,
     ended,
-    frames,
-    goaway,
+    goaway_code,
     open_channel,
+    read_frames,
     request,
 )
 
@@ -55,12 +53,14 @@ def fails(call, content, code: grpc.StatusCode, **options) -> grpc.RpcError:
     "size", [0, 1, 5, 100, 16_374, 16_375, 16_384, 65_535, 70_000, 1_100_000, 5_000_000]
 )
 @pytest.mark.parametrize("start", [b"now", b"later"])
-def test_messages_of_all_sizes_come_back(channel: grpc.Channel, size: int, start: bytes) -> None:
+def test_unary_call_any_message_size_is_echoed(
+    channel: grpc.Channel, size: int, start: bytes
+) -> None:
     content = (start + bytes(range(256)) * (size // 256 + 1))[:size]
     assert channel.unary_unary("/t.T/Echo")(content, timeout=20) == content
 
 
-def test_many_calls_at_once_on_one_connection_keep_their_answers(channel: grpc.Channel) -> None:
+def test_connection_many_calls_at_once_keep_answers_apart(channel: grpc.Channel) -> None:
     echo = channel.unary_unary("/t.T/Echo")
     contents = [
         (b"now" if i % 3 else b"") + str(i).encode() * (1 + i * 37 % 40_000) for i in range(400)
@@ -70,7 +70,7 @@ def test_many_calls_at_once_on_one_connection_keep_their_answers(channel: grpc.C
 
 
 @pytest.mark.parametrize("compression", [grpc.Compression.Gzip, grpc.Compression.Deflate])
-def test_compressed_requests_are_read(running: Running, compression: grpc.Compression) -> None:
+def test_request_compressed_is_read(running: Running, compression: grpc.Compression) -> None:
     with open_channel(running) as channel:
         content = b"again " * 10_000
         assert (
@@ -79,7 +79,7 @@ def test_compressed_requests_are_read(running: Running, compression: grpc.Compre
         )
 
 
-def test_metadata_arrives_and_errors_carry_their_message_and_trailers(
+def test_call_metadata_arrives_and_error_carries_message_and_trailers(
     running: Running, channel: grpc.Channel
 ) -> None:
     channel.unary_unary("/t.T/Echo")(
@@ -96,7 +96,7 @@ def test_metadata_arrives_and_errors_carry_their_message_and_trailers(
     assert channel.unary_unary("/t.T/Echo")(b"fine", timeout=20) == b"fine"
 
 
-def test_a_passed_deadline_and_a_cancelled_call_stop_the_work(
+def test_call_deadline_passed_or_cancelled_stops_the_work(
     running: Running, channel: grpc.Channel
 ) -> None:
     before = running.behaviour.cancelled
@@ -110,7 +110,7 @@ def test_a_passed_deadline_and_a_cancelled_call_stop_the_work(
     assert running.behaviour.cancelled == before + 2
 
 
-def test_streams_flow_both_ways(channel: grpc.Channel) -> None:
+def test_streaming_calls_send_and_receive_messages(channel: grpc.Channel) -> None:
     assert [int(x) for x in channel.unary_stream("/t.T/Count")(b"500", timeout=20)] == list(
         range(500)
     )
@@ -118,7 +118,7 @@ def test_streams_flow_both_ways(channel: grpc.Channel) -> None:
     assert list(channel.stream_stream("/t.T/Chat")(iter(sent), timeout=20)) == [x * 2 for x in sent]
 
 
-def test_a_server_that_leaves_fails_no_call() -> None:
+def test_server_stop_drains_without_failing_a_call() -> None:
     """Calls under way finish; later ones go to the server that took the port over; none fails."""
     first = Running()
     channel = open_channel(first)
@@ -144,7 +144,9 @@ def test_a_server_that_leaves_fails_no_call() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, 400), max_size=12), st.sampled_from([b"now", b"later"]))
-def test_frames_may_be_cut_anywhere(running: Running, cuts: list[int], content: bytes) -> None:
+def test_connection_frames_cut_anywhere_are_read(
+    running: Running, cuts: list[int], content: bytes
+) -> None:
     encoder = (
         hpack.Encoder()
     )  # the second request's headers are indexes into the table that the first filled
@@ -156,54 +158,60 @@ def test_frames_may_be_cut_anywhere(running: Running, cuts: list[int], content: 
             if sent[start:end]:
                 connection.sendall(sent[start:end])
                 time.sleep(0.0005)
-        found = frames(connection, ended(1, 3))
+        found = read_frames(connection, ended(1, 3))
     assert (body(found, 1), body(found, 3)) == (content, content + b"!")
 
 
-def test_padding_priority_and_continuation_are_understood(running: Running) -> None:
+def test_request_with_padding_priority_and_continuation_is_read(running: Running) -> None:
     block = hpack.Encoder().encode([*FIELDS, ("x-long", "y" * 300)])
     start = b"\x04" + b"\x00\x00\x00\x00\x10" + block[:20] + b"\x00" * 4
     message = b"\x03" + b"\x00\x00\x00\x00\x05" + b"hello" + b"\x00" * 3
     sent = (
-        wire.frame(wire.HEADERS, wire.PADDED | wire.PRIORITISED, 1, start)
-        + wire.frame(wire.CONTINUATION, 0, 1, block[20:50])
-        + wire.frame(wire.CONTINUATION, wire.END_HEADERS, 1, block[50:])
-        + wire.frame(wire.DATA, wire.PADDED, 1, message)
-        + wire.frame(wire.DATA, wire.END_STREAM, 1, b"")
+        frames.frame(frames.HEADERS, frames.PADDED | frames.PRIORITISED, 1, start)
+        + frames.frame(frames.CONTINUATION, 0, 1, block[20:50])
+        + frames.frame(frames.CONTINUATION, frames.END_HEADERS, 1, block[50:])
+        + frames.frame(frames.DATA, frames.PADDED, 1, message)
+        + frames.frame(frames.DATA, frames.END_STREAM, 1, b"")
     )
     with running.connect() as connection:
         connection.sendall(HELLO + sent)
-        assert body(frames(connection, ended(1)), 1) == b"hello"
+        assert body(read_frames(connection, ended(1)), 1) == b"hello"
 
 
 @pytest.mark.parametrize("content", [b"now" * 200, b"later" * 200])
-def test_an_answer_waits_for_the_clients_window(running: Running, content: bytes) -> None:
+def test_answer_larger_than_stream_window_waits_for_updates(
+    running: Running, content: bytes
+) -> None:
     with running.connect() as connection:
         connection.sendall(
-            wire.PREFACE + wire.settings({wire.INITIAL_WINDOW_SIZE: 10}) + request(1, content)
+            frames.PREFACE + frames.settings({frames.INITIAL_WINDOW_SIZE: 10}) + request(1, content)
         )
-        first = frames(connection, lambda found: any(kind == wire.DATA for kind, *_ in found))
-        assert sum(len(payload) for kind, _, _, payload in first if kind == wire.DATA) == 10
-        connection.sendall(wire.window_update(1, 90))
-        second = frames(connection, lambda found: any(kind == wire.DATA for kind, *_ in found))
+        first = read_frames(
+            connection, lambda found: any(kind == frames.DATA for kind, *_ in found)
+        )
+        assert sum(len(payload) for kind, _, _, payload in first if kind == frames.DATA) == 10
+        connection.sendall(frames.window_update(1, 90))
+        second = read_frames(
+            connection, lambda found: any(kind == frames.DATA for kind, *_ in found)
+        )
         assert sum(
-            len(payload) for kind, _, _, payload in second if kind == wire.DATA
+            len(payload) for kind, _, _, payload in second if kind == frames.DATA
         ) == 90 and not ended(1)(second)
-        connection.sendall(wire.settings({wire.INITIAL_WINDOW_SIZE: 100_000}))
-        found = first + second + frames(connection, ended(1))
+        connection.sendall(frames.settings({frames.INITIAL_WINDOW_SIZE: 100_000}))
+        found = first + second + read_frames(connection, ended(1))
     assert body(found, 1) == content
 
 
-def test_a_smaller_header_table_is_acknowledged_in_the_next_block(running: Running) -> None:
+def test_settings_smaller_header_table_is_acknowledged_in_next_block(running: Running) -> None:
     with running.connect() as connection:
         connection.sendall(
-            wire.PREFACE + wire.settings({wire.HEADER_TABLE_SIZE: 0}) + request(1, b"now")
+            frames.PREFACE + frames.settings({frames.HEADER_TABLE_SIZE: 0}) + request(1, b"now")
         )
-        found = frames(connection, ended(1))
+        found = read_frames(connection, ended(1))
     decoder = hpack.Decoder()
     decoder.max_allowed_table_size = 0
     for kind, _, _, payload in found:
-        if kind == wire.HEADERS:
+        if kind == frames.HEADERS:
             decoder.decode(payload)
     assert body(found, 1) == b"now"
 
@@ -211,53 +219,58 @@ def test_a_smaller_header_table_is_acknowledged_in_the_next_block(running: Runni
 @pytest.mark.parametrize(
     ("sent", "code"),
     [
-        (b"GET / HTTP/1.1\r\n\r\n" + b" " * 20, wire.PROTOCOL_ERROR),
-        (HELLO + wire.frame(wire.DATA, 0, 1, b"x"), wire.PROTOCOL_ERROR),
-        (HELLO + wire.frame(wire.CONTINUATION, 0, 1, b"x"), wire.PROTOCOL_ERROR),
+        (b"GET / HTTP/1.1\r\n\r\n" + b" " * 20, frames.PROTOCOL_ERROR),
+        (HELLO + frames.frame(frames.DATA, 0, 1, b"x"), frames.PROTOCOL_ERROR),
+        (HELLO + frames.frame(frames.CONTINUATION, 0, 1, b"x"), frames.PROTOCOL_ERROR),
         (
-            HELLO + wire.frame(wire.HEADERS, 0, 1, b"") + wire.frame(wire.PING, 0, 0, b"12345678"),
-            wire.PROTOCOL_ERROR,
-        ),
-        (HELLO + wire.frame(wire.HEADERS, wire.END_HEADERS, 2, b"\x82"), wire.PROTOCOL_ERROR),
-        (
-            HELLO + wire.frame(wire.HEADERS, wire.END_HEADERS, 1, b"\xff\xff\xff\xff\xff"),
-            wire.COMPRESSION_ERROR,
+            HELLO
+            + frames.frame(frames.HEADERS, 0, 1, b"")
+            + frames.frame(frames.PING, 0, 0, b"12345678"),
+            frames.PROTOCOL_ERROR,
         ),
         (
-            HELLO + wire.frame(wire.HEADERS, wire.END_HEADERS | wire.PADDED, 1, b"\x09"),
-            wire.PROTOCOL_ERROR,
+            HELLO + frames.frame(frames.HEADERS, frames.END_HEADERS, 2, b"\x82"),
+            frames.PROTOCOL_ERROR,
         ),
-        (HELLO + b"\x01\x00\x00" + bytes(6) + bytes(20), wire.FRAME_SIZE_ERROR),
-        (HELLO + wire.frame(wire.SETTINGS, 0, 0, b"12345"), wire.FRAME_SIZE_ERROR),
-        (HELLO + wire.settings({wire.INITIAL_WINDOW_SIZE: 2**31}), wire.FLOW_CONTROL_ERROR),
-        (HELLO + wire.settings({wire.MAX_FRAME_SIZE: 1}), wire.PROTOCOL_ERROR),
-        (HELLO + wire.window_update(0, 0), wire.PROTOCOL_ERROR),
-        (HELLO + wire.window_update(0, 2**31 - 1), wire.FLOW_CONTROL_ERROR),
-        (HELLO + wire.frame(wire.RST_STREAM, 0, 5, bytes(4)), wire.PROTOCOL_ERROR),
-        (HELLO + wire.frame(wire.PUSH_PROMISE, 0, 1, bytes(8)), wire.PROTOCOL_ERROR),
+        (
+            HELLO + frames.frame(frames.HEADERS, frames.END_HEADERS, 1, b"\xff\xff\xff\xff\xff"),
+            frames.COMPRESSION_ERROR,
+        ),
+        (
+            HELLO + frames.frame(frames.HEADERS, frames.END_HEADERS | frames.PADDED, 1, b"\x09"),
+            frames.PROTOCOL_ERROR,
+        ),
+        (HELLO + b"\x01\x00\x00" + bytes(6) + bytes(20), frames.FRAME_SIZE_ERROR),
+        (HELLO + frames.frame(frames.SETTINGS, 0, 0, b"12345"), frames.FRAME_SIZE_ERROR),
+        (HELLO + frames.settings({frames.INITIAL_WINDOW_SIZE: 2**31}), frames.FLOW_CONTROL_ERROR),
+        (HELLO + frames.settings({frames.MAX_FRAME_SIZE: 1}), frames.PROTOCOL_ERROR),
+        (HELLO + frames.window_update(0, 0), frames.PROTOCOL_ERROR),
+        (HELLO + frames.window_update(0, 2**31 - 1), frames.FLOW_CONTROL_ERROR),
+        (HELLO + frames.frame(frames.RST_STREAM, 0, 5, bytes(4)), frames.PROTOCOL_ERROR),
+        (HELLO + frames.frame(frames.PUSH_PROMISE, 0, 1, bytes(8)), frames.PROTOCOL_ERROR),
     ],
 )
-def test_a_peer_that_breaks_the_protocol_is_told_and_let_go(
+def test_connection_protocol_error_ends_with_goaway_code(
     running: Running, sent: bytes, code: int
 ) -> None:
     with running.connect() as connection:
         connection.sendall(sent)
-        assert goaway(frames(connection, lambda found: False)) == code
+        assert goaway_code(read_frames(connection, lambda found: False)) == code
 
 
 @pytest.fixture
-def closed(running: Running) -> Iterator[None]:
-    running.behaviour.closed = True
+def full(running: Running) -> Iterator[None]:
+    running.behaviour.full = True
     yield
-    running.behaviour.closed = False
+    running.behaviour.full = False
 
 
 @pytest.mark.parametrize(
     ("path", "content"),
     [("/t.T/Guarded", b"x"), ("/t.T/Guarded", b"x" * 3_000_000), ("/t.T/Echo", b"full")],
 )
-def test_a_refused_call_of_grpcio_has_its_status_and_hint(
-    running: Running, channel: grpc.Channel, closed: None, path, content
+def test_refusal_grpcio_client_gets_status_and_hint(
+    running: Running, channel: grpc.Channel, full: None, path, content
 ) -> None:
     running.behaviour.seen.clear()
     for _ in range(3):
@@ -272,18 +285,19 @@ def test_a_refused_call_of_grpcio_has_its_status_and_hint(
 GUARDED = [(name, "/t.T/Guarded" if name == ":path" else value) for name, value in FIELDS]
 
 
-def test_a_refusal_does_not_wait_for_the_message_and_forgets_it_when_it_comes(
-    running: Running, closed: None
+def test_refusal_before_message_is_sent_at_once_and_message_is_dropped(
+    running: Running, full: None
 ) -> None:
     with running.connect() as connection:
         block = hpack.Encoder().encode(GUARDED)
         connection.sendall(
             HELLO
             + b"".join(
-                wire.frame(wire.HEADERS, wire.END_HEADERS, stream, block) for stream in (1, 3, 5)
+                frames.frame(frames.HEADERS, frames.END_HEADERS, stream, block)
+                for stream in (1, 3, 5)
             )
         )
-        found = frames(connection, ended(1, 3, 5))
+        found = read_frames(connection, ended(1, 3, 5))
         fields = dict(
             hpack.Decoder().decode(next(payload for kind, _, s, payload in found if s == 3))
         )
@@ -293,68 +307,68 @@ def test_a_refusal_does_not_wait_for_the_message_and_forgets_it_when_it_comes(
             "9",
         )
         connection.sendall(
-            wire.frame(wire.DATA, 0, 1, bytes(1000))
-            + wire.frame(wire.DATA, wire.END_STREAM, 3, bytes(1000))
+            frames.frame(frames.DATA, 0, 1, bytes(1000))
+            + frames.frame(frames.DATA, frames.END_STREAM, 3, bytes(1000))
         )
         connection.sendall(
-            wire.frame(wire.RST_STREAM, 0, 5, bytes(4))
-            + wire.frame(wire.DATA, 0, 1, bytes(1000))
+            frames.frame(frames.RST_STREAM, 0, 5, bytes(4))
+            + frames.frame(frames.DATA, 0, 1, bytes(1000))
             + request(7, b"now")
         )
-        late = frames(connection, ended(7))
+        late = read_frames(connection, ended(7))
         assert body(late, 7) == b"now"
-        resets = [stream for kind, _, stream, _ in late if kind == wire.RST_STREAM]
-        assert resets == [1], "who goes on sending is told to stop, once"
+        resets = [stream for kind, _, stream, _ in late if kind == frames.RST_STREAM]
+        assert resets == [1], "a client that goes on sending is reset, once"
         inside = next(iter(running.server.connections))
-        assert not inside._turned_away and not inside.calls
+        assert not inside.streams.refused and not inside.streams.calls
 
 
-def test_refused_streams_that_stay_open_count_as_open(closed: None) -> None:
+def test_refusal_stream_without_message_counts_as_open_stream(full: None) -> None:
     small = Running(max_streams=4)
-    small.behaviour.closed = True
+    small.behaviour.full = True
     with small.connect() as connection:
         block = hpack.Encoder().encode(GUARDED)
         connection.sendall(
             HELLO
             + b"".join(
-                wire.frame(wire.HEADERS, wire.END_HEADERS, stream, block)
+                frames.frame(frames.HEADERS, frames.END_HEADERS, stream, block)
                 for stream in range(1, 13, 2)
             )
         )
-        found = frames(
-            connection, lambda found: sum(kind == wire.RST_STREAM for kind, _, _, _ in found) == 2
+        found = read_frames(
+            connection, lambda found: sum(kind == frames.RST_STREAM for kind, _, _, _ in found) == 2
         )
-        assert [stream for kind, _, stream, _ in found if kind == wire.HEADERS] == [1, 3, 5, 7]
-        assert [stream for kind, _, stream, _ in found if kind == wire.RST_STREAM] == [9, 11]
+        assert [stream for kind, _, stream, _ in found if kind == frames.HEADERS] == [1, 3, 5, 7]
+        assert [stream for kind, _, stream, _ in found if kind == frames.RST_STREAM] == [9, 11]
     small.stop(0.5)
 
 
-def test_floods_of_cheap_frames_end_the_connection(running: Running) -> None:
+def test_control_frame_flood_ends_connection(running: Running) -> None:
     """Opening and resetting streams, or pinging, without end (the rapid-reset attack) costs the
     attacker the connection.
     """
     encoder = hpack.Encoder()
     opening = [request(1, b"later", encoder=encoder)]
     opening += [
-        wire.frame(wire.HEADERS, wire.END_HEADERS, 2 * i + 3, encoder.encode(FIELDS))
-        + wire.frame(wire.RST_STREAM, 0, 2 * i + 3, bytes(4))
-        for i in range(2 * NOISE_ALLOWANCE)
+        frames.frame(frames.HEADERS, frames.END_HEADERS, 2 * i + 3, encoder.encode(FIELDS))
+        + frames.frame(frames.RST_STREAM, 0, 2 * i + 3, bytes(4))
+        for i in range(2 * CONTROL_FRAME_BUDGET)
     ]
     for flood in (
         b"".join(opening),
-        wire.frame(wire.PING, 0, 0, b"12345678") * (3 * NOISE_ALLOWANCE),
+        frames.frame(frames.PING, 0, 0, b"12345678") * (3 * CONTROL_FRAME_BUDGET),
     ):
         with running.connect() as connection:
             reader = ThreadPoolExecutor(1).submit(
-                frames, connection, lambda found: goaway(found) is not None
+                read_frames, connection, lambda found: goaway_code(found) is not None
             )
-            with contextlib.suppress(OSError):  # it may be closed while we are still shouting
+            with contextlib.suppress(OSError):  # it may be closed while frames are still sent
                 connection.sendall(HELLO + flood)
             with contextlib.suppress(OSError):  # or reset, which is as good
-                assert goaway(reader.result(30)) == wire.ENHANCE_YOUR_CALM
+                assert goaway_code(reader.result(30)) == frames.ENHANCE_YOUR_CALM
 
 
-def test_what_is_no_grpc_call_gets_an_http_status(running: Running) -> None:
+def test_request_not_grpc_gets_http_status(running: Running) -> None:
     for fields, status in (
         ([(":method", "GET"), *FIELDS[1:]], "405"),
         ([*FIELDS[:3], ("content-type", "text/html")], "415"),
@@ -363,8 +377,8 @@ def test_what_is_no_grpc_call_gets_an_http_status(running: Running) -> None:
             connection.sendall(HELLO + request(1, b"", fields))
             headers = [
                 payload
-                for kind, _, _, payload in frames(connection, ended(1))
-                if kind == wire.HEADERS
+                for kind, _, _, payload in read_frames(connection, ended(1))
+                if kind == frames.HEADERS
             ]
         assert (":status", status) in hpack.Decoder().decode(headers[0])
 
@@ -379,16 +393,18 @@ def test_what_is_no_grpc_call_gets_an_http_status(running: Running) -> None:
         (b"\x00\x7f\xff\xff\xff", Code.RESOURCE_EXHAUSTED),
     ],
 )
-def test_bytes_that_are_no_message_get_a_typed_error(
+def test_request_malformed_message_gets_typed_error(
     running: Running, content: bytes, code: grpc.StatusCode
 ) -> None:
-    sent = wire.frame(
-        wire.HEADERS, wire.END_HEADERS, 1, hpack.Encoder().encode(FIELDS)
-    ) + wire.frame(wire.DATA, wire.END_STREAM, 1, content)
+    sent = frames.frame(
+        frames.HEADERS, frames.END_HEADERS, 1, hpack.Encoder().encode(FIELDS)
+    ) + frames.frame(frames.DATA, frames.END_STREAM, 1, content)
     with running.connect() as connection:
         connection.sendall(HELLO + sent)
         headers = [
-            payload for kind, _, _, payload in frames(connection, ended(1)) if kind == wire.HEADERS
+            payload
+            for kind, _, _, payload in read_frames(connection, ended(1))
+            if kind == frames.HEADERS
         ]
     assert ("grpc-status", str(code.value[0])) in hpack.Decoder().decode(headers[-1])
 
@@ -403,28 +419,29 @@ def test_bytes_that_are_no_message_get_a_typed_error(
     ),
     st.binary(),
 )
-def test_no_bytes_stop_the_server(
-    running: Running, sent: list[tuple[int, int, int, bytes]], noise: bytes
+def test_server_random_frames_do_not_stop_it(
+    running: Running, sent: list[tuple[int, int, int, bytes]], garbage: bytes
 ) -> None:
     with running.connect() as connection:
         connection.sendall(
             HELLO
             + b"".join(
-                wire.frame(kind, flags, stream, payload) for kind, flags, stream, payload in sent
+                frames.frame(kind, flags, stream, payload) for kind, flags, stream, payload in sent
             )
-            + noise
+            + garbage
         )
     with running.connect() as connection:
         connection.sendall(HELLO + request(1, b"now"))
-        assert body(frames(connection, ended(1)), 1) == b"now"
+        assert body(read_frames(connection, ended(1)), 1) == b"now"
 
 
-def test_nothing_is_left_behind(running: Running) -> None:
+def test_server_after_all_tests_holds_no_call_and_no_byte(running: Running) -> None:
     until = time.monotonic() + 10
     while time.monotonic() < until and any(
-        connection.calls for connection in running.server.connections
+        connection.streams.calls for connection in running.server.connections
     ):
         time.sleep(0.05)
     assert not any(
-        connection.calls or connection._buffered for connection in running.server.connections
+        connection.streams.calls or connection.streams.buffers.held
+        for connection in running.server.connections
     )

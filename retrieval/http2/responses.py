@@ -1,0 +1,209 @@
+"""Answers as frames: sent at once where the peer's windows allow it, else when they open."""
+
+from __future__ import annotations
+
+import grpc
+
+from retrieval.http2 import frames, headers
+from retrieval.http2.calls import PREFIX_BYTES, Call
+from retrieval.http2.frames import END_HEADERS, END_STREAM, frame
+from retrieval.http2.refusals import Aborted, Refusal
+from retrieval.http2.streams import FrameWriter, Streams
+
+ANSWERS_PER_WRITE = 8
+
+RESPONSE_START = frames.FRAME.pack(0, len(headers.RESPONSE_BLOCK), frames.HEADERS, END_HEADERS, 0)[
+    :5
+]
+OK_START = frames.FRAME.pack(0, len(headers.OK_BLOCK), frames.HEADERS, END_HEADERS | END_STREAM, 0)[
+    :5
+]
+RESPONSE_BLOCK = headers.RESPONSE_BLOCK
+OK_BLOCK = headers.OK_BLOCK
+
+_pack_data = frames.FRAME_AND_PREFIX.pack
+
+
+class ResponseWriter:
+    """Writes the answers of one connection.
+
+    Args:
+        out: Where frames go.
+        streams: The calls that are answered.
+        max_send_bytes: Of one message.
+
+    Attributes:
+        table_shrunk: The peer has made its header table smaller: the next header block says that
+            ours is empty.
+        pause_seconds: For how long a refusal in this read asks to read nothing.
+    """
+
+    __slots__ = ("_flow", "_max_send_bytes", "_streams", "out", "pause_seconds", "table_shrunk")
+
+    def __init__(self, out: FrameWriter, streams: Streams, max_send_bytes: int) -> None:
+        self.out = out
+        self.table_shrunk = False
+        self.pause_seconds = 0.0
+        self._streams = streams
+        self._flow = streams.flow
+        self._max_send_bytes = max_send_bytes
+
+    # --- whole answers ---
+
+    def answer(self, call: Call, message: bytes) -> None:
+        """Send the whole answer of a unary call."""
+        flow = self._flow
+        stream = call.stream
+        size = len(message) + PREFIX_BYTES
+        if (
+            size > flow.window
+            or size > flow.stream_window + call.window
+            or size > flow.frame_bytes
+            or self.table_shrunk
+        ):
+            self._answer_in_parts(call, message)
+            return
+        flow.window -= size
+        place = stream.to_bytes(4, "big")
+        out = self.out
+        out.frames.append(
+            b"".join(
+                (
+                    RESPONSE_START,
+                    place,
+                    RESPONSE_BLOCK,
+                    _pack_data(size >> 16, size & 0xFFFF, 0, 0, stream, 0, size - 5),
+                    message,
+                    OK_START,
+                    place,
+                    OK_BLOCK,
+                )
+            )
+        )
+        self._streams.close(call)
+        out.answers += 1
+        if out.answers >= ANSWERS_PER_WRITE:
+            out.flush()
+
+    def _answer_in_parts(self, call: Call, message: bytes) -> None:
+        """Send an answer that the windows stop, or that is longer than a frame."""
+        call.message = None
+        try:
+            self.send_message(call, message)
+        except Aborted as error:
+            self.fail(call, error)
+        else:
+            self.end(call)
+
+    def refuse(self, stream: int, refusal: Refusal) -> None:
+        """Answer a call that is refused; the answer leaves with the others of this read."""
+        self.pause_seconds = refusal.pause_seconds
+        if self.table_shrunk:
+            self._send_headers(stream, refusal.block, END_STREAM)
+        else:
+            self.out.frames.append(refusal.start + stream.to_bytes(4, "big") + refusal.block)
+
+    def fail(self, call: Call, error: Aborted) -> None:
+        """End a call with a status; with nothing else if its answer had not begun."""
+        block = headers.status_block(error.code, error.message, error.trailing)
+        if not call.responding:
+            block = RESPONSE_BLOCK + block
+        self._send_headers(call.stream, block, END_STREAM)
+        if not call.ended:
+            self.reset(call.stream, frames.NO_ERROR)
+        self._streams.close(call)
+
+    def reject(self, call: Call, error: int | Aborted) -> None:
+        """End a call that cannot be served, with an HTTP status or a gRPC one."""
+        if isinstance(error, Aborted):
+            self.fail(call, error)
+            return
+        status = headers.literal(b":status", str(error).encode())
+        self._send_headers(call.stream, status, END_STREAM)
+        self._streams.close(call)
+
+    def reset(self, stream: int, code: int) -> None:
+        """End a stream with RST_STREAM."""
+        self.out.frames.append(frames.reset_stream(stream, code))
+
+    # --- answers in parts ---
+
+    def send_message(self, call: Call, message: bytes) -> None:
+        """Queue one message, after the response headers, and send what the windows allow."""
+        if not self._streams.is_open(call):
+            return
+        if len(message) > self._max_send_bytes:
+            raise Aborted(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"the answer has {len(message)} bytes, more than {self._max_send_bytes}. Ask"
+                " for less.",
+            )
+        self._begin(call)
+        if not isinstance(call.pending, bytearray):
+            call.pending = bytearray(call.pending)
+        call.pending += b"\x00" + len(message).to_bytes(4, "big") + message
+        self._streams.buffers.hold(call)
+        self.resume(call)
+        if call.head.method.stream is not None:
+            self.out.flush()
+
+    def message_taken(self, call: Call, size: int) -> None:
+        """Count no more a message that a handler has taken off the call's queue."""
+        call.queued -= size
+        if self._streams.is_open(call):
+            self._streams.buffers.count(call)
+
+    def end(self, call: Call) -> None:
+        """End a call whose whole answer has been handed over; trailers follow its last byte."""
+        call.task = None
+        if call.pending:
+            call.finishing = True
+        else:
+            self._begin(call)
+            self._send_ok(call)
+
+    def resume(self, call: Call) -> None:
+        """Send what the windows allow of an answer that waits."""
+        flow = self._flow
+        pending = call.pending
+        while pending and isinstance(pending, bytearray):
+            room = min(flow.room(call), len(pending))
+            if room <= 0:
+                flow.block(call)
+                return
+            self.out.frames.append(frame(frames.DATA, 0, call.stream, bytes(pending[:room])))
+            del pending[:room]
+            flow.window -= room
+            call.window -= room
+            self._streams.buffers.release(call, room)
+        if call.finishing:
+            self._send_ok(call)
+
+    def resume_blocked(self) -> None:
+        """Send on after a larger window of the connection, those that wait for it alone."""
+        flow = self._flow
+        while flow.blocked and flow.window > 0:
+            _, call = flow.blocked.popitem(last=False)
+            self.resume(call)
+
+    def resume_all(self) -> None:
+        """Send on after a larger window of every stream, at the price of that much work."""
+        waiting = [call for call in self._streams.calls.values() if call.pending]
+        self._streams.budget.spend_on_calls(len(waiting))
+        for call in waiting:
+            self.resume(call)
+
+    def _begin(self, call: Call) -> None:
+        if not call.responding:
+            call.responding = True
+            self._send_headers(call.stream, RESPONSE_BLOCK)
+
+    def _send_ok(self, call: Call) -> None:
+        self._send_headers(call.stream, OK_BLOCK, END_STREAM)
+        self._streams.close(call)
+
+    def _send_headers(self, stream: int, block: bytes, flags: int = 0) -> None:
+        if self.table_shrunk:
+            self.table_shrunk = False
+            block = headers.EMPTY_TABLE + block
+        self.out.frames.append(frame(frames.HEADERS, END_HEADERS | flags, stream, block))

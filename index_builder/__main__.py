@@ -1,4 +1,4 @@
-"""``python -m index_builder rebuild|update|release|explain``: the same commands as ``omni``."""
+"""Run the commands of releases: ``python -m index_builder rebuild|update|release|explain``."""
 
 from __future__ import annotations
 

@@ -12,12 +12,8 @@ import polars as pl
 
 from encoders.errors import InvalidVectors, SpaceMismatch
 from index_builder.errors import DuplicateIds, LiveLogError
-from index_builder.filters.attributes import (
-    can_be_attribute,
-    fitted_column,
-    is_of_one_type,
-    of_one_type,
-)
+from index_builder.filters.field_types import can_be_attribute
+from index_builder.filters.json_values import fitted_column, is_part, of_one_type
 from index_builder.live_log.files import log_files
 from index_builder.live_log.reader import LiveLogReader
 from index_builder.live_log.records import LiveEntry
@@ -217,7 +213,7 @@ def _fold_attributes(
     new = [
         of_one_type(series)
         for series in added
-        if series.name not in known and not is_of_one_type(series.name)
+        if series.name not in known and not is_part(series.name)
     ]
     new = [series for series in new if can_be_attribute(series)]
     if not known and not new:

@@ -17,7 +17,7 @@ from encoders.tables.checks import ROW, check_frame
 from encoders.tables.files import raise_problems, read_raw, table_files
 from encoders.tables.schemas import ENTITY_TYPES, Kind, schema
 from index_builder.errors import UnknownEntityType
-from index_builder.filters.attributes import check_attributes
+from index_builder.filters.json_values import check_attributes
 from index_builder.live_log.records import LiveEntry, check_entry
 from index_builder.live_log.writer import LiveLogWriter
 from index_builder.releases.manifest import Manifest

@@ -1,14 +1,7 @@
-"""Filter expressions: a safe parser for a typed subset of Milvus's boolean grammar, and their evaluation to rows.
+"""Evaluate parsed filters over attribute columns to the rows that pass.
 
-    expression := and_part ("or" and_part)*
-    and_part   := factor ("and" factor)*
-    factor     := "not" factor | "(" expression ")" | "array_contains" "(" field "," literal ")" | comparison
-    comparison := field op literal | literal op field | field ["not"] "in" "[" literal ("," literal)* "]"
-    op         := "==" | "!=" | "<" | "<=" | ">" | ">="
-
-A missing value satisfies no comparison, nor its negation (SQL's three-valued logic): ``not`` is
-pushed down to the comparisons, where it turns one into its opposite, so that only "true" ever has
-to be computed.
+A missing value satisfies no comparison, nor its negation (SQL's three-valued logic). The parser
+pushes ``not`` down to the comparisons, so that only "true" has to be computed.
 """
 
 from __future__ import annotations
@@ -19,18 +12,20 @@ from typing import Any
 import numpy as np
 
 from index_builder.errors import FilterError
-from index_builder.filters.attributes import AttributeTable, Column, Slices
-from index_builder.filters.expression import Both, Either, Filter, Leaf, Node
+from index_builder.filters.attributes import AttributeTable
+from index_builder.filters.columns import Column, Slices
+from index_builder.filters.expression import Both, Either, Filter, Leaf, Node, Value
 
 _LOWEST_INT = np.iinfo(np.int64).min  # also the key of a missing integer
 
 
 @dataclass(slots=True)
 class Selection:
-    """The rows a filter selects: a mask, the row numbers, or both.
+    """The rows that a filter selects, as a mask, as row numbers, or both.
 
     Attributes:
         count: Matching rows.
+        total: All rows.
         mask: bool ``(N,)`` or None.
         rows: uint32 ``(count,)`` in no particular order, without repetitions, or None.
     """
@@ -41,7 +36,7 @@ class Selection:
     rows: np.ndarray | None = None
 
     def as_mask(self) -> np.ndarray:
-        """The mask, made from the rows if need be."""
+        """Return the mask; made from the rows if need be."""
         if self.mask is None:
             mask = np.zeros(self.total, dtype=np.bool_)
             mask[self.rows] = True
@@ -49,7 +44,7 @@ class Selection:
         return self.mask
 
     def as_rows(self) -> np.ndarray:
-        """The row numbers, made from the mask if need be."""
+        """Return the row numbers; made from the mask if need be."""
         if self.rows is None:
             assert self.mask is not None, "a selection has a mask or rows"
             self.rows = np.flatnonzero(self.mask).astype(np.uint32)
@@ -57,65 +52,80 @@ class Selection:
 
 
 @dataclass(slots=True)
-class _Piece:
-    """A leaf bound to its column: ranges of the sorted order and how many rows they hold."""
+class _BoundLeaf:
+    """A comparison bound to its column.
+
+    Attributes:
+        column: What is compared.
+        slices: Ranges of the column's order that satisfy the comparison; those that do not where
+            ``negated_list``.
+        count: Rows that satisfy it.
+        negated_list: Whether it is ``not array_contains``.
+    """
 
     column: Column
     slices: Slices
     count: int
-    negated_list: bool
+    negated_list: bool = False
 
     def select(self, total: int) -> Selection:
+        """Select by rows where few of ``total`` match, else by a mask."""
         if self.count * 8 <= total and not self.negated_list:
             return Selection(self.count, total, rows=self.rows())
         return Selection(self.count, total, mask=self.mask())
 
     def rows(self) -> np.ndarray:
+        """Return the matching rows, uint32."""
         if self.negated_list:
             return np.flatnonzero(self.mask()).astype(np.uint32)
+        if len(self.slices) == 1:
+            a, b = self.slices[0]
+            return self.column.order[a:b]
         parts = [self.column.order[a:b] for a, b in self.slices]
-        return (
-            parts[0]
-            if len(parts) == 1
-            else np.concatenate(parts)
-            if parts
-            else np.empty(0, dtype=np.uint32)
-        )
+        return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint32)
 
     def mask(self) -> np.ndarray:
+        """Return the matching rows, bool ``(N,)``."""
         column = self.column
         if column.present is not None:
-            hit = np.zeros(len(column.present), dtype=np.bool_)
-            for a, b in self.slices:
-                hit[column.order[a:b]] = True
+            hit = self._marked(len(column.present))
             return column.present & ~hit if self.negated_list else hit
         if len(self.slices) > 4 or self.count * 16 < len(column.keys) or self._looks_missing():
-            hit = np.zeros(len(column.keys), dtype=np.bool_)
-            for a, b in self.slices:
-                hit[column.order[a:b]] = True
-            return hit
+            return self._marked(len(column.keys))
         if len(self.slices) == 1:
             return column.mask(*self.slices[0])
         return self._compare(column.keys)
 
+    def _marked(self, total: int) -> np.ndarray:
+        """Mark the rows of the slices one by one."""
+        hit = np.zeros(total, dtype=np.bool_)
+        for a, b in self.slices:
+            hit[self.column.order[a:b]] = True
+        return hit
+
     def test(self, rows: np.ndarray) -> np.ndarray:
+        """Return which of ``rows`` match, bool."""
         if self.column.present is not None or len(self.slices) > 4 or self._looks_missing():
             hit: np.ndarray = self.mask()[rows]
             return hit
         return self._compare(self.column.keys[rows])
 
     def _looks_missing(self) -> bool:
-        """Whether rows without a value have the key of a row that is selected: comparing keys would select them, too."""
+        """Return whether a selected row has the key that stands for missing values.
+
+        Comparing keys would then select rows without a value, too.
+        """
         if not self.slices or self.slices[0][0] > 0:
             return False
         ranked = self.column.ranked
         return len(ranked) < len(self.column.keys) and bool(ranked[0] == _LOWEST_INT)
 
     def _compare(self, keys: np.ndarray) -> np.ndarray:
-        ranked, size = self.column.ranked, len(self.column.ranked)
-        complete = size == len(
-            self.column.keys
-        )  # no missing values: an end of the order needs no comparison
+        """Return which keys lie in the slices, bool, by comparisons with the ends of each."""
+        ranked = self.column.ranked
+        size = len(ranked)
+        # Without missing values an end of the order needs no comparison.
+        complete = size == len(self.column.keys)
         hit: Any = None
         for a, b in self.slices:
             if complete and a == 0 and b == size:
@@ -134,13 +144,19 @@ class _Piece:
 
 
 def select_slices(column: Column, slices: Slices) -> Selection:
-    """The rows of a column that is not a list at ``slices`` of its order."""
-    return _Piece(column, slices, sum(b - a for a, b in slices), False).select(len(column.keys))
+    """Select the rows at ``slices`` of the order of a column that is not a list."""
+    return _BoundLeaf(column, slices, _rows_in(slices)).select(len(column.keys))
+
+
+def _rows_in(slices: Slices) -> int:
+    """Count the rows of disjoint ranges."""
+    return sum(b - a for a, b in slices)
 
 
 def _intersect(first: Slices, second: Slices) -> Slices:
-    """Ranges in both of two ascending lists of disjoint ranges."""
-    result, i, j = [], 0, 0
+    """Intersect two ascending lists of disjoint ranges."""
+    result = []
+    i = j = 0
     while i < len(first) and j < len(second):
         low, high = max(first[i][0], second[j][0]), min(first[i][1], second[j][1])
         if low < high:
@@ -153,120 +169,114 @@ def _intersect(first: Slices, second: Slices) -> Slices:
 
 
 class BoundFilter:
-    """A filter tied to a table: types are checked, sizes of the leaves known, rows computed on demand."""
+    """A filter bound to a table: its types are checked and the sizes of its leaves known."""
 
     def __init__(self, parsed: Filter, table: AttributeTable) -> None:
         self._expression, self._table = parsed.expression, table
-        self._pieces: dict[Leaf, _Piece] = {}
+        self._leaves: dict[Leaf, _BoundLeaf] = {}
         self._bind(parsed.root)
         self._root = self._merged(parsed.root)
 
     def _bind(self, node: Node) -> None:
+        """Bind every leaf below ``node``."""
         if isinstance(node, Leaf):
-            if node not in self._pieces:
-                self._pieces[node] = self._piece(node)
+            if node not in self._leaves:
+                self._leaves[node] = self._bound(node)
             return
         for part in node.parts:
             self._bind(part)
 
     def _merged(self, node: Node) -> Node:
-        """The same tree where comparisons of one field joined by ``and`` (a range) are one leaf, whose size is known exactly."""
+        """Join comparisons of one field under ``and`` (a range) to one leaf of known size."""
         if isinstance(node, Leaf):
             return node
         parts = [self._merged(part) for part in node.parts]
-        if isinstance(node, Both):
-            by_field: dict[str, list[Leaf]] = {}
-            rest: list[Node] = []
-            for part in parts:
-                if isinstance(part, Leaf) and not self._pieces[part].column.is_list:
-                    by_field.setdefault(part.field, []).append(part)
-                else:
-                    rest.append(part)
-            for leaves in by_field.values():
-                first = leaves[0]
-                if len(leaves) > 1:
-                    slices = self._pieces[first].slices
-                    for leaf in leaves[1:]:
-                        slices = _intersect(slices, self._pieces[leaf].slices)
-                    first = Leaf(
-                        first.field,
-                        "and",
-                        tuple(f"{leaf.op} {leaf.values}" for leaf in leaves),
-                        first.at,
-                        first.value_at,
-                    )
-                    column = self._pieces[leaves[0]].column
-                    self._pieces[first] = _Piece(
-                        column, slices, sum(b - a for a, b in slices), False
-                    )
-                rest.append(first)
-            return rest[0] if len(rest) == 1 else Both(tuple(rest))
-        return Either(tuple(parts))
+        if isinstance(node, Either):
+            return Either(tuple(parts))
+        by_field: dict[str, list[Leaf]] = {}
+        joined: list[Node] = []
+        for part in parts:
+            if isinstance(part, Leaf) and not self._leaves[part].column.is_list:
+                by_field.setdefault(part.field, []).append(part)
+            else:
+                joined.append(part)
+        joined += [self._join(leaves) for leaves in by_field.values()]
+        return joined[0] if len(joined) == 1 else Both(tuple(joined))
 
-    def _piece(self, leaf: Leaf) -> _Piece:
-        schema = self._table.schema
-        if leaf.field not in schema:
-            known = ", ".join(sorted(schema)) or "none"
-            raise FilterError(
-                f"unknown attribute {leaf.field!r}; this index has {known}.",
-                self._expression,
-                leaf.at,
-            )
-        type_ = schema[leaf.field]
-        contains = leaf.op in ("contains", "not contains")
-        if contains != type_.startswith("list"):
-            hint = (
-                f"compare it with array_contains({leaf.field}, ...)."
-                if not contains
-                else "array_contains needs a list."
-            )
-            raise FilterError(
-                f"attribute {leaf.field!r} is of type {type_}: {hint}", self._expression, leaf.at
-            )
-        inner = type_[5:-1] if contains else type_
-        for value in leaf.values:
-            kind = (
-                "bool"
-                if isinstance(value, bool)
-                else "string"
-                if isinstance(value, str)
-                else "number"
-            )
-            wanted = {"int": "number", "float": "number"}.get(inner, inner)
-            if kind != wanted:
-                raise FilterError(
-                    f"attribute {leaf.field!r} is of type {type_}, but {value!r} is a {kind}.",
-                    self._expression,
-                    leaf.value_at,
-                )
-        if inner == "bool" and leaf.op not in ("==", "!=", "in", "not in"):
-            raise FilterError(
-                f"attribute {leaf.field!r} is of type bool: only == and != compare it.",
-                self._expression,
-                leaf.at,
-            )
+    def _join(self, leaves: list[Leaf]) -> Leaf:
+        """Make one leaf of comparisons of one field that all must hold."""
+        first = leaves[0]
+        if len(leaves) == 1:
+            return first
+        slices = self._leaves[first].slices
+        for leaf in leaves[1:]:
+            slices = _intersect(slices, self._leaves[leaf].slices)
+        values = tuple(f"{leaf.op} {leaf.values}" for leaf in leaves)
+        joined = Leaf(first.field, "and", values, first.at, first.value_at)
+        self._leaves[joined] = _BoundLeaf(self._leaves[first].column, slices, _rows_in(slices))
+        return joined
+
+    def _bound(self, leaf: Leaf) -> _BoundLeaf:
+        """Check the types of a leaf and find its slices.
+
+        Raises:
+            FilterError: The attribute is unknown, or of another type.
+        """
+        self._check(leaf)
         column = self._table.column(leaf.field)
-        if contains:
+        if leaf.op in ("contains", "not contains"):
             slices = column.slices("==", leaf.values[0])
-            found = sum(b - a for a, b in slices)
-            negated = leaf.op == "not contains"
+            found = _rows_in(slices)
+            if leaf.op == "contains":
+                return _BoundLeaf(column, slices, found)
             assert column.present is not None, "a list column knows which rows have a list"
-            return _Piece(
-                column, slices, int(column.present.sum()) - found if negated else found, negated
-            )
+            return _BoundLeaf(column, slices, int(column.present.sum()) - found, True)
         if leaf.op in ("in", "not in"):
             slices = column.slices_in(leaf.values, negated=leaf.op == "not in")
         else:
             slices = column.slices(leaf.op, leaf.values[0])
-        return _Piece(column, slices, sum(b - a for a, b in slices), False)
+        return _BoundLeaf(column, slices, _rows_in(slices))
+
+    def _check(self, leaf: Leaf) -> None:
+        """Check that the leaf's attribute exists and that its type fits operator and values."""
+        schema = self._table.schema
+        if leaf.field not in schema:
+            known = ", ".join(sorted(schema)) or "none"
+            message = f"unknown attribute {leaf.field!r}; this index has {known}."
+            raise FilterError(message, self._expression, leaf.at)
+        type_ = schema[leaf.field]
+        contains = leaf.op in ("contains", "not contains")
+        if contains and not type_.startswith("list"):
+            message = f"attribute {leaf.field!r} is of type {type_}: array_contains needs a list."
+            raise FilterError(message, self._expression, leaf.at)
+        if type_.startswith("list") and not contains:
+            message = (
+                f"attribute {leaf.field!r} is of type {type_}: compare it with"
+                f" array_contains({leaf.field}, ...)."
+            )
+            raise FilterError(message, self._expression, leaf.at)
+        inner = type_[5:-1] if contains else type_
+        wanted = "number" if inner in ("int", "float") else inner
+        for value in leaf.values:
+            kind = _kind_of(value)
+            if kind != wanted:
+                message = f"attribute {leaf.field!r} is of type {type_}, but {value!r} is a {kind}."
+                raise FilterError(message, self._expression, leaf.value_at)
+        if inner == "bool" and leaf.op not in ("==", "!=", "in", "not in"):
+            message = f"attribute {leaf.field!r} is of type bool: only == and != compare it."
+            raise FilterError(message, self._expression, leaf.at)
 
     def estimate(self) -> float:
-        """Estimated share of rows selected, from exact leaf sizes and independence between them; within [0, 1]."""
+        """Estimate the share of rows selected, within [0, 1].
+
+        Sizes of leaves are exact; leaves are taken for independent.
+        """
         return self._estimate(self._root)
 
     def _estimate(self, node: Node) -> float:
+        """Estimate the share of rows that a part of the filter selects."""
         if isinstance(node, Leaf):
-            return self._pieces[node].count / max(1, self._table.count)
+            return self._leaves[node].count / max(1, self._table.count)
         shares = [self._estimate(part) for part in node.parts]
         if isinstance(node, Both):
             return float(np.prod(shares))
@@ -277,9 +287,10 @@ class BoundFilter:
         return self._select(self._root)
 
     def _select(self, node: Node) -> Selection:
+        """Evaluate a part of the filter."""
         total = self._table.count
         if isinstance(node, Leaf):
-            return self._pieces[node].select(total)
+            return self._leaves[node].select(total)
         if isinstance(node, Both):
             first, *rest = sorted(node.parts, key=self._estimate)
             selection = self._select(first)
@@ -298,12 +309,17 @@ class BoundFilter:
         return Selection(int(np.count_nonzero(mask)), total, mask=mask)
 
     def _test(self, node: Node, rows: np.ndarray) -> np.ndarray:
+        """Return which of ``rows`` a part of the filter selects, bool."""
         if isinstance(node, Leaf):
-            return self._pieces[node].test(rows)
+            return self._leaves[node].test(rows)
         results = [self._test(part, rows) for part in node.parts]
-        hit: np.ndarray = (
-            np.logical_and.reduce(results)
-            if isinstance(node, Both)
-            else np.logical_or.reduce(results)
-        )
+        reduce = np.logical_and.reduce if isinstance(node, Both) else np.logical_or.reduce
+        hit: np.ndarray = reduce(results)
         return hit
+
+
+def _kind_of(value: Value) -> str:
+    """Return what a literal is: bool, string or number."""
+    if isinstance(value, bool):
+        return "bool"
+    return "string" if isinstance(value, str) else "number"

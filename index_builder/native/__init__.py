@@ -1,4 +1,4 @@
-"""The compiled parts of filtered search and of live entries; without them everything works, only slower."""
+"""Compiled parts of filtered search and of live entries; without them the rest works, slower."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ except ImportError:
     live_scan = None
 
 Engine: Any = getattr(_engine, "Engine", None)
+"""Searches of one entity type, see ``engine.cpp``; None where the extension was not built."""
 link_records: Any = getattr(_engine, "link_records", None)
-"""``link_records(vectors, dimension, graph, scale, out)``: see ``links.h``; None where the extension was not built."""
+"""``link_records(vectors, dimension, graph, scale, out)``, see ``links.h``; None likewise."""
 SIMD: str = getattr(_engine, "simd", "none")
-"""Instruction set chosen for this CPU: ``avx512vnni``, ``avx2``, ``plain``, or ``none`` where the extension was not built."""
+"""Instruction set of the kernels: ``avx512vnni``, ``avx2``, ``plain``; ``none`` without them."""

@@ -11,7 +11,7 @@ import polars as pl
 
 from index_builder.ann import AnnConfig, AnnIndex, build_index
 from index_builder.ann.symqg import MIN_ROWS, symqg_builds
-from index_builder.filters.attributes import is_of_one_type, json_columns
+from index_builder.filters.json_values import is_part, json_columns
 from index_builder.live_log.records import LiveEntry
 from index_builder.native import live_scan
 
@@ -131,9 +131,7 @@ def join_frames(frames: Sequence[pl.DataFrame], heights: Sequence[int]) -> pl.Da
         heights: Rows of each.
     """
     names = list(
-        dict.fromkeys(
-            name for frame in frames for name in frame.columns if not is_of_one_type(name)
-        )
+        dict.fromkeys(name for frame in frames for name in frame.columns if not is_part(name))
     )
     columns = []
     for name in names:

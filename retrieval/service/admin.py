@@ -10,7 +10,7 @@ from typing import Any
 
 from encoders.errors import SpaceMismatch
 from index_builder.errors import BadAttribute, UnknownEntityType
-from index_builder.filters.attributes import check_attributes
+from index_builder.filters.json_values import check_attributes
 from index_builder.live_log.records import LiveEntry
 from protos import retrieval_pb2 as pb
 from retrieval.config import ServeConfig

@@ -16,7 +16,7 @@ from index_builder.building.inputs import EntityInput, fold_live
 from index_builder.building.update import attributes_of, read_changes
 from index_builder.commands import update as update_command
 from index_builder.errors import BadAttribute
-from index_builder.filters.attributes import check_attributes
+from index_builder.filters.json_values import check_attributes
 from index_builder.live_log.records import LiveEntry
 from index_builder.releases.release import read_manifest
 from index_builder.releases.store import ReleaseStore

@@ -1,12 +1,13 @@
-"""What a training reads and builds before its first step: tables, features, towers, fingerprint."""
+"""Build what training reads and learns before its first step: features, towers, fingerprint."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import polars as pl
 import torch
@@ -34,7 +35,10 @@ UNIFIED = "unified"
 
 
 class Towers(nn.Module):
-    """All that is learned: the query tower, entity towers by key and one log scale per task."""
+    """All that is learned: the query tower, entity towers by key, and one log scale per task.
+
+    Attribute names are the keys of checkpoints.
+    """
 
     def __init__(
         self,
@@ -48,16 +52,26 @@ class Towers(nn.Module):
         self.entities = nn.ModuleDict(dict(entity_encoders))
         self.log_scales = nn.Parameter(torch.full((tasks,), initial_log_scale(temperature)))
 
+    def by_type(self, entity_types: Iterable[str]) -> dict[str, EntityEncoder]:
+        """Return the tower of each entity type: of those given when one tower serves all."""
+        towers: dict[str, EntityEncoder] = dict(self.entities.items())  # type: ignore[arg-type]
+        if UNIFIED in towers:
+            return {name: towers[UNIFIED] for name in sorted(entity_types)}
+        return towers
+
 
 @dataclass(frozen=True)
 class TrainInputs:
     """Everything the towers read, as tensors."""
 
     prepared: PreparedData
+    featurizer: EntityFeaturizer
     tokens: TokenisedTexts
+    """Of ``prepared.texts``."""
     features: EntityBatch
     """All catalogue views below each other: view v of row r is at ``v * rows + r``."""
     vectors: dict[str, Tensor]
+    """``prepared.vectors`` on the device."""
     device: torch.device
     config: TrainConfig
 
@@ -66,28 +80,15 @@ class TrainInputs:
         """Tasks of all datasets."""
         return sum(len(pair_set.tasks) for pair_set in self.prepared.pair_sets)
 
-    @property
-    def task_names(self) -> list[str]:
-        """Names of the tasks, in the order of their log scales."""
-        return [task.name for pair_set in self.prepared.pair_sets for task in pair_set.tasks]
-
     def autocast(self) -> AbstractContextManager[object]:
-        """bf16 autocast when the config asks for it and the device computes in it."""
+        """Return bf16 autocast when the config asks for it and the device computes in it."""
         if self.config.precision == "bf16" and computes_bf16(self.device.type):
             return torch.autocast(self.device.type, torch.bfloat16)
         return nullcontext()
 
     def tower_of(self, entity_type: str) -> str:
-        """Key of the entity tower for a type."""
+        """Return the key of the entity tower for a type."""
         return UNIFIED if self.config.model.entity_towers == UNIFIED else entity_type
-
-
-_MAY_CHANGE = ("log_every", "checkpoint_every", "tensorboard", "max_seconds")
-"""Config keys a resumed run may change without becoming another run."""
-
-
-_AT_THE_END = ("residual_weights", "query_interpolation")
-"""Keys of ``validation`` that act after the last step: a finished run may be ended again with others."""
 
 
 def build_inputs(
@@ -97,8 +98,16 @@ def build_inputs(
     device: torch.device,
     processes: int = 1,
     featurizer: EntityFeaturizer | None = None,
-) -> tuple[TrainInputs, EntityFeaturizer]:
-    """Tables to integers and tensors, and the featuriser fitted on the catalogue (or the one given).
+) -> TrainInputs:
+    """Turn tables into tensors.
+
+    Args:
+        data: Catalogue and pairs.
+        config: The run.
+        query_encoder: Its tokenizer reads the queries.
+        device: Where the tensors go.
+        processes: Batches are cut into this many equal parts.
+        featurizer: What makes the features of entities; None: fitted on the catalogue.
 
     Raises:
         SchemaError, DataError, ConfigError: The tables or the config cannot be trained on.
@@ -109,22 +118,33 @@ def build_inputs(
             f" {config.model.dimension}."
         )
     prepared = prepare(data, config, processes)
-    featurizer = featurizer or EntityFeaturizer.fit(prepared.visible_catalogue, config.features)
+    if featurizer is None:
+        featurizer = EntityFeaturizer.fit(prepared.visible_catalogue, config.features)
     features = concatenate([featurizer(view) for view in prepared.catalogue_views]).to(device)
-    tokens = TokenisedTexts(
-        query_encoder.tokenize(prepared.texts), int(query_encoder.tokenizer.pad_token_id or 0)
+    pad_id = int(query_encoder.tokenizer.pad_token_id or 0)
+    return TrainInputs(
+        prepared=prepared,
+        featurizer=featurizer,
+        tokens=TokenisedTexts(query_encoder.tokenize(prepared.texts), pad_id),
+        features=features,
+        vectors={name: value.to(device) for name, value in prepared.vectors.items()},
+        device=device,
+        config=config,
     )
-    vectors = {name: value.to(device) for name, value in prepared.vectors.items()}
-    return TrainInputs(prepared, tokens, features, vectors, device, config), featurizer
 
 
 def build_towers(
     query_encoder: QueryEncoder,
-    featurizer: EntityFeaturizer,
     inputs: TrainInputs,
     known: Mapping[str, EntityEncoder] | None = None,
 ) -> Towers:
-    """All that is learned, on the inputs' device; ``known`` entity towers (by entity type) go on, the others are new."""
+    """Put together all that is learned, on the inputs' device.
+
+    Args:
+        query_encoder: The query tower.
+        inputs: What the towers will read.
+        known: Entity towers to go on with, by entity type; the others are new.
+    """
     config, known = inputs.config, known or {}
     types = sorted(
         {s.config.entity_type for s in inputs.prepared.pair_sets if ENTITY in s.config.candidates}
@@ -133,61 +153,75 @@ def build_towers(
     entity_encoders: dict[str, EntityEncoder] = {}
     for key in dict.fromkeys(inputs.tower_of(name) for name in types):
         old = next(iter(known.values()), None) if key == UNIFIED else known.get(key)
-        entity_encoders[key] = old or create_entity_encoder(featurizer, **shape)
-    return Towers(query_encoder, entity_encoders, inputs.task_count, config.loss.temperature).to(
-        inputs.device
-    )
+        entity_encoders[key] = old or create_entity_encoder(inputs.featurizer, **shape)
+    towers = Towers(query_encoder, entity_encoders, inputs.task_count, config.loss.temperature)
+    return towers.to(inputs.device)
+
+
+_MAY_CHANGE = ("log_every", "checkpoint_every", "tensorboard", "max_seconds")
+"""Config keys a resumed run may change without becoming another run."""
+
+_AT_THE_END = ("residual_weights", "query_interpolation")
+"""Keys of ``validation`` that act after the last step: a finished run may be ended with others."""
 
 
 def run_fingerprint(inputs: TrainInputs) -> str:
-    """SHA-256 of what decides a run's course: the config (but for logging and saving), the pairs, and all that the towers read.
+    """Hash what decides a run's course: config, pairs and all that the towers read (SHA-256).
 
-    Vectors that a frozen tower makes of texts are not hashed, their texts are: the last bits of the
-    former depend on the number of threads.
+    Logging and saving do not count. Vectors that a frozen tower makes of texts are not hashed,
+    their texts are: the last bits of the former depend on the number of threads.
     """
-    prepared, features, read = inputs.prepared, inputs.features, inputs.config.features
-    table = {key: value for key, value in to_table(inputs.config).items() if key not in _MAY_CHANGE}
-    table["datasets"] = [
-        {key: value for key, value in d.items() if key != "optional"} for d in table["datasets"]
-    ]  # their pairs are hashed
-    table["validation"] = {
-        key: value for key, value in table["validation"].items() if key not in _AT_THE_END
-    }
+    prepared = inputs.prepared
+    table = json.dumps(_hashed_config(inputs.config), sort_keys=True, default=str)
+    digest = hashlib.sha256(table.encode())
+    for pair_set in prepared.pair_sets:
+        digest.update(pair_set.queries.tobytes())
+        digest.update(pair_set.candidates.tobytes())
+        digest.update(pair_set.weights.tobytes())
+        digest.update(pair_set.folds.tobytes())
+        digest.update(pair_set.pool.tobytes())
+    for name, held_back in sorted(prepared.validation.items()):
+        digest.update(name.encode())
+        digest.update(held_back.queries.tobytes() + held_back.candidates.tobytes())
+    for texts in _texts_read(inputs):
+        digest.update("\x1e".join(texts).encode("utf-8", "surrogatepass"))
+    for tensor in _tensors_read(inputs):
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _hashed_config(config: TrainConfig) -> dict[str, Any]:
+    table = {key: value for key, value in to_table(config).items() if key not in _MAY_CHANGE}
+    # Which optional datasets are left out shows in the pairs.
+    table["datasets"] = [_without(dataset, ("optional",)) for dataset in table["datasets"]]
+    table["validation"] = _without(table["validation"], _AT_THE_END)
     # Under the names that checkpoints of version 0.1 were made with, so that those runs resume.
     former = {name: old for old, name in EntityFeatureConfig.FORMER_NAMES.items()}
     table["features"] = {former.get(key, key): value for key, value in table["features"].items()}
-    digest = hashlib.sha256(json.dumps(table, sort_keys=True, default=str).encode())
-    for pair_set in prepared.pair_sets:
-        for array in (
-            pair_set.queries,
-            pair_set.candidates,
-            pair_set.weights,
-            pair_set.folds,
-            pair_set.pool,
-        ):
-            digest.update(array.tobytes())
-    for name, (queries, candidates) in sorted(prepared.validation.items()):
-        digest.update(name.encode() + queries.tobytes() + candidates.tobytes())
-    texts = [
-        prepared.texts,
-        prepared.catalogue["id"].to_list(),
-        prepared.catalogue["entity_type"].cast(pl.String).to_list(),
-    ]
-    for view in prepared.catalogue_views:
-        texts += [
-            [name, *row_texts(view[name])]
-            for name in sorted(read.text_columns)
-            if name in view.columns
-        ]
-    for part in texts:
-        digest.update("\x1e".join(part).encode("utf-8", "surrogatepass"))
-    continuous = features.continuous
-    given = (
-        None
-        if continuous is None
-        else continuous[:, : continuous.shape[1] - read.text_embedding_width]
-    )
-    for tensor in (features.token_ids, features.offsets, given, *inputs.vectors.values()):
-        if tensor is not None:
-            digest.update(tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()
+    return table
+
+
+def _without(table: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    return {key: value for key, value in table.items() if key not in keys}
+
+
+def _texts_read(inputs: TrainInputs) -> Iterator[list[str]]:
+    catalogue = inputs.prepared.catalogue
+    yield inputs.prepared.texts
+    yield catalogue["id"].to_list()
+    yield catalogue["entity_type"].cast(pl.String).to_list()
+    columns = sorted(inputs.config.features.text_columns)
+    for view in inputs.prepared.catalogue_views:
+        for name in columns:
+            if name in view.columns:
+                yield [name, *row_texts(view[name])]
+
+
+def _tensors_read(inputs: TrainInputs) -> Iterator[Tensor]:
+    features = inputs.features
+    yield features.token_ids
+    yield features.offsets
+    if features.continuous is not None:
+        embedded = inputs.config.features.text_embedding_width
+        yield features.continuous[:, : features.continuous.shape[1] - embedded]
+    yield from inputs.vectors.values()

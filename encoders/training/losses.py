@@ -1,14 +1,17 @@
-"""The paper's training loss (section 4.3): two sampled softmax terms per task, logQ-corrected, masked, with Matryoshka prefixes.
+"""Compute the paper's training loss (section 4.3): sampled softmax, logQ, masks, Matryoshka.
+
+Each task adds two terms: against the other positives of the batch, and against random candidates of
+the catalogue. Everything here is a pure function of tensors; logits are float32 whatever the towers
+ran in.
 
 Letters: ``B`` rows (pairs of this process), ``G`` in-batch candidates (the positives of all
-processes; ``G == B`` on one), ``R`` random negatives, ``D`` dimension. Everything here is a pure
-function of tensors; logits are float32 whatever the towers ran in.
+processes; ``G == B`` on one), ``R`` random negatives, ``N`` either of the two, ``D`` dimension.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -21,16 +24,16 @@ from encoders.errors import ConfigError
 MAXIMUM_SCALE = 100.0
 
 MASKED = -1e30
-"""The logit of a masked negative: exp() of it is exactly 0, and unlike -inf it never makes a gradient NaN."""
+"""Logit of a masked negative: its exp() is exactly 0, and unlike -inf it makes no gradient NaN."""
 
 
 def scale_of(log_scale: Tensor) -> Tensor:
-    """The factor on cosines, ``exp(log_scale)`` clamped at 100; learned in log space from ``-log(0.07)``."""
+    """Return the factor on cosines: ``exp(log_scale)``, clamped at 100."""
     return log_scale.exp().clamp(max=MAXIMUM_SCALE)
 
 
 def initial_log_scale(temperature: float = INITIAL_TEMPERATURE) -> float:
-    """The log scale that stands for a temperature.
+    """Return the log scale that stands for a temperature.
 
     Raises:
         ConfigError: The temperature is not positive.
@@ -40,50 +43,32 @@ def initial_log_scale(temperature: float = INITIAL_TEMPERATURE) -> float:
     return -math.log(temperature)
 
 
-def negative_log_q(counts: Tensor, total: float, negatives: int) -> Tensor:
-    """``log(n * C(e) / N)``: the log of how often item e is expected among ``n`` negatives; subtracted from its logit.
+def negative_log_q(frequencies: Tensor, negatives: int) -> Tensor:
+    """Return ``log(n * C(e) / N)``, what the logits of negatives are lowered by.
+
+    It is the log of how often candidate ``e`` is expected among ``n`` negatives.
 
     Args:
-        counts: ``C(e)`` of each candidate, ``(N,)``, from the sketch of the distribution the
-            negatives are drawn from.
-        total: ``N``, the items counted.
+        frequencies: ``C(e) / N`` of each candidate, float32 ``(N,)`` and above 0: its share of what
+            the negatives are drawn from.
         negatives: ``n``, the number of negatives in the term.
-
-    Returns:
-        float32 ``(N,)``. A count of zero (an item the sketch never saw) is read as one.
     """
-    return torch.log(counts.clamp(min=1).float()) + (
-        math.log(max(negatives, 1)) - math.log(max(total, 1))
-    )
-
-
-def positive_log_q(pair_counts: Tensor, query_counts: Tensor) -> Tensor:
-    """``log(C(q, p) / C(q))``: the log of how often the positive is drawn given the query; subtracted from the positive's logit.
-
-    Args:
-        pair_counts: ``C(q, p)`` of each pair, ``(B,)``.
-        query_counts: ``C(q)`` of each pair's query, ``(B,)``.
-
-    Returns:
-        float32 ``(B,)``, never above 0 (a sketch may over-count a pair beyond its query).
-    """
-    return (
-        torch.log(pair_counts.clamp(min=1).float()) - torch.log(query_counts.clamp(min=1).float())
-    ).clamp(max=0)
+    return torch.log(frequencies * max(negatives, 1))
 
 
 def random_mask(positive_ids: Tensor, random_ids: Tensor) -> Tensor:
-    """Negatives of the random term that are the row's own positive: bool ``(B, R)``, True where masked."""
+    """Mask negatives of the random term that are the row's own positive: bool ``(B, R)``."""
     return positive_ids[:, None] == random_ids[None, :]
 
 
 def in_batch_mask(
     query_ids: Tensor, positive_ids: Tensor, all_query_ids: Tensor, all_positive_ids: Tensor
 ) -> Tensor:
-    """Candidates of the in-batch term that are a positive of the row's query anywhere in the batch: bool ``(B, G)``, True where masked.
+    """Mask candidates of the in-batch term that are positives of the row's query: bool ``(B, G)``.
 
-    That covers the row's own positive (which enters the term once, as the positive), the same
-    entity under another query, and every other positive of the same query.
+    They may be so anywhere in the batch. That covers the row's own positive (which enters the term
+    once, as the positive), the same entity under another query, and every other positive of the
+    same query.
 
     Args:
         query_ids: int64 ``(B,)``, equal for equal queries.
@@ -106,7 +91,7 @@ def in_batch_mask(
 
 
 def sampled_softmax(positive: Tensor, negatives: Tensor) -> Tensor:
-    """``-log(exp(positive) / (exp(positive) + sum_j exp(negatives_j)))`` per row, float32 ``(B,)``.
+    """Return ``-log(exp(positive) / (exp(positive) + sum_j exp(negatives_j)))``, float32 ``(B,)``.
 
     Args:
         positive: Logits ``(B,)``.
@@ -118,17 +103,17 @@ def sampled_softmax(positive: Tensor, negatives: Tensor) -> Tensor:
     return F.softplus(torch.logsumexp(negatives, dim=1) - positive)
 
 
-def corrected_logits(
-    queries: Tensor, candidates: Tensor, scale: Tensor, log_q: Tensor | None, mask: Tensor
-) -> Tensor:
-    """``scale * <q, c> - log_q`` with masked entries at ``MASKED``: ``(B, D) x (N, D) -> (B, N)``."""
-    scaled = queries * scale
-    logits = (
-        scaled @ candidates.T
-        if log_q is None
-        else torch.addmm(-log_q[None, :], scaled, candidates.T)
-    )
-    return logits.masked_fill_(mask, MASKED)
+class Pairs(NamedTuple):
+    """The rows of a task: queries and the positives that answer them."""
+
+    queries: Tensor
+    """``(B, D)`` unit rows."""
+    positives: Tensor
+    """``(B, D)`` unit rows; row ``i`` answers ``queries[i]``."""
+    log_q: Tensor | None = None
+    """``log(C(q, p) / C(q))`` of each pair, ``(B,)``; None: uncorrected."""
+    weights: Tensor | None = None
+    """What each row counts, ``(B,)``; None: ``1 / B``, which makes the mean. 0 leaves a row out."""
 
 
 class Negatives(NamedTuple):
@@ -142,42 +127,36 @@ class Negatives(NamedTuple):
     """``(N,)`` from ``negative_log_q``; None: uncorrected."""
 
 
-class TaskLoss(NamedTuple):
-    """The loss of one task and what it is made of (full dimension, detached)."""
-
-    total: Tensor
-    in_batch: Tensor
-    random: Tensor
+def corrected_logits(queries: Tensor, negatives: Negatives, scale: Tensor) -> Tensor:
+    """Return ``scale * <q, c> - log_q`` with masked entries at ``MASKED``, float32 ``(B, N)``."""
+    scaled = queries * scale
+    if negatives.log_q is None:
+        logits = scaled @ negatives.vectors.T  # (B, D) @ (D, N)
+    else:
+        logits = torch.addmm(-negatives.log_q[None, :], scaled, negatives.vectors.T)
+    return logits.masked_fill_(negatives.mask, MASKED)
 
 
 def task_loss(
-    queries: Tensor,
-    positives: Tensor,
+    pairs: Pairs,
     in_batch: Negatives | None,
     random: Negatives | None,
     scale: Tensor,
-    *,
-    positive_log_q: Tensor | None = None,
     matryoshka: Mapping[int, float] = MATRYOSHKA_WEIGHTS,
-    row_weights: Tensor | None = None,
-) -> TaskLoss:
-    """Loss of one task (dataset, candidate tower): in-batch term + random term, summed over Matryoshka prefixes by weight.
+) -> Tensor:
+    """Return the loss of one task: in-batch plus random term, summed over Matryoshka prefixes.
 
     Args:
-        queries: ``(B, D)`` unit rows.
-        positives: ``(B, D)`` unit rows; row ``i`` answers ``queries[i]``.
+        pairs: Queries and positives.
         in_batch: The positives of the whole batch (``G`` rows, the row's own masked); None leaves
             the term out.
-        random: Uniform catalogue negatives; None leaves the term out.
+        random: Random candidates of the catalogue (``R`` rows); None leaves the term out.
         scale: Scalar, from ``scale_of``.
-        positive_log_q: ``(B,)`` from ``positive_log_q``; None: uncorrected.
-        matryoshka: Prefix length -> weight. Prefixes of ``D`` or longer are ignored; both sides are
-            normalised again.
-        row_weights: ``(B,)``, what each row counts; None: ``1 / B``, which makes the mean. 0 leaves
-            a row out.
+        matryoshka: Prefix length -> weight; the full length has weight 1. Prefixes of ``D`` or
+            longer are ignored; both sides of a prefix are normalised again.
 
     Returns:
-        ``TaskLoss``; ``total`` carries the gradient.
+        A scalar with the gradient.
 
     Raises:
         ConfigError: Both terms are left out.
@@ -185,39 +164,52 @@ def task_loss(
     terms = [term for term in (in_batch, random) if term is not None]
     if not terms:
         raise ConfigError("task_loss needs in-batch or random negatives, but got neither.")
-    queries, positives = queries.float(), positives.float()
-    vectors = [term.vectors.float() for term in terms]
-    dimension = queries.shape[1]
-    total = queries.new_zeros(())
-    parts: list[Tensor] = []
-    for prefix, weight in [
-        *((d, w) for d, w in sorted(matryoshka.items()) if d < dimension and w),
-        (dimension, 1.0),
-    ]:
-        full = prefix == dimension
-        q = queries if full else F.normalize(queries[:, :prefix], dim=1)
-        p = positives if full else F.normalize(positives[:, :prefix], dim=1)
-        positive = scale * (q * p).sum(dim=1)  # (B,)
-        if positive_log_q is not None:
-            positive = positive - positive_log_q
-        parts = []
-        for term, candidates in zip(terms, vectors, strict=True):
-            c = candidates if full else F.normalize(candidates[:, :prefix], dim=1)
-            parts.append(
-                _reduce(
-                    sampled_softmax(positive, corrected_logits(q, c, scale, term.log_q, term.mask)),
-                    row_weights,
-                )
-            )
-        total = total + weight * torch.stack(parts).sum()
-    values = iter(part.detach() for part in parts)
-    zero = queries.new_zeros(())
-    return TaskLoss(
-        total,
-        next(values) if in_batch is not None else zero,
-        next(values) if random is not None else zero,
-    )
+    pairs = pairs._replace(queries=pairs.queries.float(), positives=pairs.positives.float())
+    terms = [term._replace(vectors=term.vectors.float()) for term in terms]
+    total = pairs.queries.new_zeros(())
+    for prefix, weight in _prefixes(matryoshka, pairs.queries.shape[1]):
+        queries = _cut(pairs.queries, prefix)
+        positive = scale * (queries * _cut(pairs.positives, prefix)).sum(dim=1)  # (B,)
+        if pairs.log_q is not None:
+            positive = positive - pairs.log_q
+        losses = []
+        for term in terms:
+            negatives = term._replace(vectors=_cut(term.vectors, prefix))
+            logits = corrected_logits(queries, negatives, scale)  # (B, N)
+            losses.append(_reduce(sampled_softmax(positive, logits), pairs.weights))
+        total = total + weight * torch.stack(losses).sum()
+    return total
+
+
+def _prefixes(matryoshka: Mapping[int, float], dimension: int) -> Iterator[tuple[int, float]]:
+    """Yield prefix lengths and weights: the shorter ones in order, then all of the vector."""
+    for prefix, weight in sorted(matryoshka.items()):
+        if prefix < dimension and weight:
+            yield prefix, weight
+    yield dimension, 1.0
+
+
+def _cut(vectors: Tensor, prefix: int) -> Tensor:
+    """Return the first ``prefix`` numbers of unit rows as unit rows."""
+    if prefix == vectors.shape[1]:
+        return vectors
+    return F.normalize(vectors[:, :prefix], dim=1)
 
 
 def _reduce(losses: Tensor, weights: Tensor | None) -> Tensor:
     return losses.mean() if weights is None else (losses * weights).sum()
+
+
+@torch.no_grad()
+def batch_recall(pairs: Pairs, in_batch: Negatives, random: Negatives | None, k: int = 10) -> float:
+    """Return the share of rows whose positive is among the best ``k`` of it and all negatives."""
+    positive = (pairs.queries * pairs.positives).sum(dim=1, keepdim=True)  # (B, 1)
+    above = _count_above(positive, pairs.queries, in_batch)
+    if random is not None:
+        above = above + _count_above(positive, pairs.queries, random)
+    return float((above < k).float().mean())
+
+
+def _count_above(positive: Tensor, queries: Tensor, negatives: Negatives) -> Tensor:
+    """Count each row's unmasked negatives that score above its positive: int64 ``(B,)``."""
+    return ((queries @ negatives.vectors.T > positive) & ~negatives.mask).sum(dim=1)

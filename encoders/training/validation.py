@@ -69,7 +69,7 @@ def validation_hits(
             or (entity_types is not None and entity_type not in entity_types)
         ):
             continue
-        pool = inputs.prepared.validation_pools[entity_type]
+        pool = inputs.prepared.pools[entity_type]
         if entity_type == "query":
             pool = np.unique(
                 np.concatenate((candidates, pool[: max(QUERY_POOL - len(candidates), 0)]))

@@ -1,7 +1,7 @@
-"""Which pairs and random negatives each step sees, over all processes: a few numpy selections, derived from seed and step alone.
+"""Choose the pairs and random negatives of each step, over all processes, from seed and step alone.
 
-Notable: nothing remembers the previous step, so a run resumed at any step sees the same batches to
-the bit, on any number of processes.
+Nothing remembers the previous step, so a run resumed at any step sees the same batches to the bit,
+on any number of processes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from encoders.config.train_config import TrainConfig
 from encoders.training.data.prepare import PreparedData
+from encoders.training.data.sampling import PairSet
 
 Int64 = npt.NDArray[np.int64]
 
@@ -30,8 +31,28 @@ class DatasetBatch:
     """Cross-fit view each negative is seen in, ``(R,)``."""
 
 
+@dataclass(frozen=True)
+class ShardedBatch:
+    """One dataset's part of a batch, and which rows of it one process works on."""
+
+    pair_set: PairSet
+    batch: DatasetBatch
+    rank: int
+    processes: int
+
+    @property
+    def own_pairs(self) -> slice:
+        """This process's part of ``batch.pairs``."""
+        return process_slice(len(self.batch.pairs), self.rank, self.processes)
+
+    @property
+    def own_negatives(self) -> slice:
+        """This process's part of ``batch.negatives``."""
+        return process_slice(len(self.batch.negatives), self.rank, self.processes)
+
+
 class BatchPlan:
-    """Which pairs and negatives each step sees: a pure function of seed and step, the same on every process.
+    """Chooses what each step sees: a pure function of seed and step, the same on every process.
 
     Args:
         prepared: From ``prepare``.
@@ -47,41 +68,42 @@ class BatchPlan:
         ]
 
     def negatives_per_step(self, dataset: int) -> int:
-        """Random negatives of a dataset per step: the wanted ratio, at most the pool, a multiple of the processes."""
-        pair_set, pairs = self._prepared.pair_sets[dataset], self._prepared.pairs_per_step[dataset]
-        loss = self._config.loss
-        ratio = (
-            loss.random_query_negatives if pair_set.is_related_queries else loss.random_negatives
-        )
-        wanted = min(round(ratio * pairs), len(pair_set.pool))
+        """Return how many random negatives a dataset has per step, a multiple of the processes."""
+        pair_set, loss = self._prepared.pair_sets[dataset], self._config.loss
+        ratio = loss.random_negatives
+        if pair_set.is_related_queries:
+            ratio = loss.random_query_negatives
+        wanted = min(round(ratio * self._prepared.pairs_per_step[dataset]), len(pair_set.pool))
         return wanted // self._processes * self._processes
 
     def step(self, step: int) -> list[DatasetBatch]:
-        """The batch of one step, per dataset, of all processes together."""
+        """Return the batch of one step, per dataset, of all processes together."""
         return [self._dataset(step, dataset) for dataset in range(len(self._prepared.pair_sets))]
 
     def _dataset(self, step: int, dataset: int) -> DatasetBatch:
-        seed, pair_set = self._config.seed, self._prepared.pair_sets[dataset]
-        rng = np.random.default_rng((seed, 2, dataset, step))
-        size, wanted = len(pair_set.queries), self._prepared.pairs_per_step[dataset]
-        cumulative = self._cumulative[dataset]
-        if cumulative is not None:
-            pairs = np.minimum(
-                np.searchsorted(cumulative, rng.random(wanted) * cumulative[-1], side="right"),
-                size - 1,
-            )
-        else:
-            places = np.arange(step * wanted, (step + 1) * wanted)
-            epochs = places // size
-            pairs = np.empty(wanted, dtype=np.int64)
-            for epoch in np.unique(epochs).tolist():
-                chosen = epochs == epoch
-                pairs[chosen] = _permutation(seed, dataset, epoch, size)[places[chosen] % size]
-        count = self.negatives_per_step(dataset)
-        pool = len(pair_set.pool)
+        rng = np.random.default_rng((self._config.seed, 2, dataset, step))
+        pairs = self._pairs(step, dataset, rng)
+        pool, count = len(self._prepared.pair_sets[dataset].pool), self.negatives_per_step(dataset)
         negatives = np.arange(pool) if count == pool else rng.choice(pool, count, replace=False)
         folds = rng.integers(0, len(self._prepared.catalogue_views), count)
         return DatasetBatch(pairs=pairs, negatives=negatives, negative_folds=folds)
+
+    def _pairs(self, step: int, dataset: int, rng: np.random.Generator) -> Int64:
+        """Draw pairs by weight, or take the next of this epoch's order."""
+        size = len(self._prepared.pair_sets[dataset].queries)
+        wanted = self._prepared.pairs_per_step[dataset]
+        cumulative = self._cumulative[dataset]
+        if cumulative is not None:
+            drawn = rng.random(wanted) * cumulative[-1]
+            return np.minimum(np.searchsorted(cumulative, drawn, side="right"), size - 1)
+        places = np.arange(step * wanted, (step + 1) * wanted)
+        epochs = places // size
+        pairs = np.empty(wanted, dtype=np.int64)
+        for epoch in np.unique(epochs).tolist():
+            chosen = epochs == epoch
+            order = _permutation(self._config.seed, dataset, epoch, size)
+            pairs[chosen] = order[places[chosen] % size]
+        return pairs
 
 
 @lru_cache(maxsize=32)
@@ -90,6 +112,6 @@ def _permutation(seed: int, dataset: int, epoch: int, size: int) -> Int64:
 
 
 def process_slice(size: int, rank: int, processes: int) -> slice:
-    """The part of ``size`` rows that process ``rank`` works on; parts are equal because sizes are multiples."""
+    """Return the part of ``size`` rows that a process works on; ``size`` is a multiple of them."""
     share = size // processes
     return slice(rank * share, (rank + 1) * share)

@@ -1,9 +1,10 @@
-"""Tables to everything the training loop reads, made once: texts, views of the catalogue, pairs per dataset, frozen vectors."""
+"""Turn tables into what the training loop reads: texts, catalogue views, pairs, frozen vectors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -11,20 +12,35 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from encoders.config.train_config import ENTITY, VECTOR_PREFIX, TrainConfig
+from encoders.config.train_config import ENTITY, DatasetConfig, TrainConfig
 from encoders.errors import ConfigError, SchemaError
 from encoders.towers.entity_features import row_vectors
 from encoders.training.data.cross_fitting import catalogue_views, fold_of, without_held_back
 from encoders.training.data.pairs import number_pairs, query_texts, usable_pairs
-from encoders.training.data.sampling import PairSet, choose_datasets, make_pair_set
+from encoders.training.data.sampling import (
+    PairSet,
+    SharedTables,
+    choose_datasets,
+    make_pair_set,
+    vector_column,
+)
 from encoders.training.data.source_tables import TrainingData
 
 Int64 = npt.NDArray[np.int64]
 
 
+class HeldBackPairs(NamedTuple):
+    """The validation pairs of an entity type."""
+
+    queries: Int64
+    """Query numbers, ``(P,)``."""
+    candidates: Int64
+    """Catalogue rows, or query numbers for type query, ``(P,)``."""
+
+
 @dataclass(frozen=True)
 class PreparedData:
-    """Everything the loop reads; made once by ``prepare``."""
+    """The tables of a run as integers and vectors, made once by ``prepare``."""
 
     texts: list[str]
     """Distinct normalised query texts; a query number is a place here."""
@@ -33,16 +49,18 @@ class PreparedData:
     visible_catalogue: pl.DataFrame
     """The catalogue without the held-back queries: what n-grams are counted in."""
     catalogue_views: list[pl.DataFrame]
-    """The visible catalogue per cross-fit fold, without the queries of the fold; one view when cross-fitting is off."""
+    """The visible catalogue per cross-fit fold, without the queries of the fold."""
     pair_sets: list[PairSet]
-    validation: dict[str, tuple[Int64, Int64]]
-    """Per entity type: query numbers and catalogue rows (query numbers for type query) of the held-back pairs."""
-    validation_pools: dict[str, Int64]
+    validation: dict[str, HeldBackPairs]
+    """By entity type."""
+    pools: dict[str, Int64]
+    """Candidates of each entity type: catalogue rows, or all query numbers for type query."""
     pairs_per_step: list[int]
+    """Pairs of each dataset in a step, over all processes."""
     vectors: dict[str, Tensor] = field(default_factory=dict)
     """Frozen vector columns, ``(catalogue rows, D)`` unit rows; zeros where absent."""
     notes: tuple[str, ...] = ()
-    """What the start of a run says: types of pairs that no dataset trains, and optional datasets that have no pairs."""
+    """For the start of a run: pairs that no dataset trains, optional datasets without pairs."""
 
     @property
     def pairs_total(self) -> int:
@@ -72,32 +90,16 @@ def prepare(data: TrainingData, config: TrainConfig, processes: int = 1) -> Prep
     )
     train = pairs.filter(pl.col("split") == "train")
     datasets, notes = choose_datasets(train, config)
-    folds = fold_of(texts, config)
-    vectors = {
-        name: _frozen_vectors(data.catalogue, name, config.model.dimension)
-        for name in sorted(
-            {
-                c.removeprefix(VECTOR_PREFIX)
-                for d in datasets
-                for c in d.candidates
-                if c.startswith(VECTOR_PREFIX)
-            }
-        )
-    }
-    pools = {
-        entity_type: (
-            np.arange(len(texts))
-            if entity_type == "query"
-            else np.flatnonzero((data.catalogue["entity_type"] == entity_type).to_numpy())
-        )
-        for entity_type in sorted({d.entity_type for d in datasets})
-    }
-    pair_sets = [
-        make_pair_set(
-            dataset, train, data.catalogue, pools[dataset.entity_type], folds, vectors, config
-        )
-        for dataset in datasets
-    ]
+    tables = SharedTables(
+        train=train,
+        catalogue=data.catalogue,
+        pools=_pools(datasets, data.catalogue, len(texts)),
+        folds=fold_of(texts, config),
+        vectors={
+            column: _frozen_vectors(data.catalogue, column, config.model.dimension)
+            for column in _vector_columns(datasets)
+        },
+    )
     validation = pairs.filter(pl.col("split") == "validation")
     visible = without_held_back(data.catalogue, validation["query"].unique())
     return PreparedData(
@@ -105,17 +107,35 @@ def prepare(data: TrainingData, config: TrainConfig, processes: int = 1) -> Prep
         catalogue=data.catalogue,
         visible_catalogue=visible,
         catalogue_views=catalogue_views(visible, config),
-        pair_sets=pair_sets,
+        pair_sets=[make_pair_set(dataset, tables, config) for dataset in datasets],
         validation=_validation_pairs(validation, config),
-        validation_pools=pools,
+        pools=dict(tables.pools),
         pairs_per_step=split_by_share([d.share for d in datasets], config.batch.pairs, processes),
-        vectors=vectors,
+        vectors=dict(tables.vectors),
         notes=notes,
     )
 
 
+def _pools(
+    datasets: Sequence[DatasetConfig], catalogue: pl.DataFrame, queries: int
+) -> dict[str, Int64]:
+    pools: dict[str, Int64] = {}
+    for entity_type in sorted({dataset.entity_type for dataset in datasets}):
+        if entity_type == "query":
+            pools[entity_type] = np.arange(queries)
+        else:
+            is_of_type = (catalogue["entity_type"] == entity_type).to_numpy()
+            pools[entity_type] = np.flatnonzero(is_of_type)
+    return pools
+
+
+def _vector_columns(datasets: Sequence[DatasetConfig]) -> list[str]:
+    columns = {vector_column(c) for dataset in datasets for c in dataset.candidates}
+    return sorted(column for column in columns if column is not None)
+
+
 def split_by_share(shares: Sequence[float], pairs: int, multiple: int = 1) -> list[int]:
-    """Pairs per dataset: proportional to ``shares``, each a positive multiple of ``multiple``, together at most ``pairs``.
+    """Split ``pairs`` in proportion to ``shares`` into positive multiples of ``multiple``.
 
     Raises:
         ConfigError: ``pairs`` cannot give every dataset ``multiple`` pairs.
@@ -136,7 +156,7 @@ def split_by_share(shares: Sequence[float], pairs: int, multiple: int = 1) -> li
 
 
 def _frozen_vectors(catalogue: pl.DataFrame, name: str, dimension: int) -> Tensor:
-    """A vector column as unit rows ``(N, D)``; null is a row of zeros, several vectors their mean."""
+    """Read a vector column as unit rows ``(N, D)``: zeros for null, the mean of several vectors."""
     if name not in catalogue.columns:
         raise SchemaError(
             f"compatibility column {name!r} is not in the catalogue; it has"
@@ -156,36 +176,29 @@ def _frozen_vectors(catalogue: pl.DataFrame, name: str, dimension: int) -> Tenso
     )
 
 
-def _validation_pairs(
-    validation: pl.DataFrame, config: TrainConfig
-) -> dict[str, tuple[Int64, Int64]]:
-    chosen: dict[str, tuple[Int64, Int64]] = {}
+def _validation_pairs(validation: pl.DataFrame, config: TrainConfig) -> dict[str, HeldBackPairs]:
+    chosen: dict[str, HeldBackPairs] = {}
     for entity_type in sorted(validation["entity_type"].unique().to_list()):
         rows = validation.filter(pl.col("entity_type") == entity_type)
-        order = np.random.default_rng((config.seed, 303)).permutation(rows.height)[
-            : config.validation.pairs
-        ]
-        chosen[entity_type] = (
-            rows["query_number"].to_numpy()[order],
-            rows["candidate"].to_numpy()[order],
-        )
+        order = np.random.default_rng((config.seed, 303)).permutation(rows.height)
+        order = order[: config.validation.pairs]
+        queries, candidates = rows["query_number"].to_numpy(), rows["candidate"].to_numpy()
+        chosen[entity_type] = HeldBackPairs(queries[order], candidates[order])
     return chosen
 
 
 def require_entity_tower(prepared: PreparedData) -> None:
-    """Refuse what trains a query tower alone: a model bundle holds both.
+    """Refuse a run that trains a query tower alone: a model bundle holds both towers.
 
     Raises:
         ConfigError: No dataset has candidates that the entity tower embeds.
     """
-    tasks = {
-        pair_set.config.name: ", ".join(pair_set.config.candidates)
-        for pair_set in prepared.pair_sets
-    }
-    if not any(ENTITY in pair_set.config.candidates for pair_set in prepared.pair_sets):
-        found = "; ".join(f"{name}: {candidates}" for name, candidates in tasks.items())
-        raise ConfigError(
-            f"no dataset trains an entity tower, and a bundle needs one (candidates of {found})."
-            ' Add a dataset of an entity type to the config, e.g. [[datasets]] name = "pin", or'
-            ' candidates = ["entity"] to one that is there, and such pairs to the data.'
-        )
+    datasets = [pair_set.config for pair_set in prepared.pair_sets]
+    if any(ENTITY in dataset.candidates for dataset in datasets):
+        return
+    found = "; ".join(f"{dataset.name}: {', '.join(dataset.candidates)}" for dataset in datasets)
+    raise ConfigError(
+        f"no dataset trains an entity tower, and a bundle needs one (candidates of {found})."
+        ' Add a dataset of an entity type to the config, e.g. [[datasets]] name = "pin", or'
+        ' candidates = ["entity"] to one that is there, and such pairs to the data.'
+    )

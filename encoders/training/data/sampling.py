@@ -1,12 +1,14 @@
-"""The training pairs of each dataset as integers: which are drawn how often, and how often each candidate is then met.
+"""Turn each dataset's pairs into integers: what is drawn how often, and each candidate's frequency.
 
-The frequencies are those of the loss's correction for sampling (paper section 4.3), counted with
-sketches.
+The sampling frequencies are those of the loss's logQ correction (paper section 4.3), counted with
+count-min sketches.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,16 +33,22 @@ Float32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class TaskData:
-    """One (dataset, candidate tower): whose vectors are candidates, and how often each candidate is met."""
+    """One (dataset, candidate tower): what embeds the candidates, and how often each is drawn."""
 
     name: str
     candidate: str
+    """As in ``DatasetConfig.candidates``."""
     pair_log_q: Float32
     """``log(C(q, p) / C(q))`` of each pair of the dataset, ``(P,)``."""
     in_batch_frequency: Float32
     """``C(e) / N`` of each pair's candidate among the positives, ``(P,)``."""
     random_frequency: Float32
     """``C(e) / N`` of each member of the pool, ``(pool,)``."""
+
+    @property
+    def vector_column(self) -> str | None:
+        """Name of the frozen vector column that the candidates are; None: a tower embeds them."""
+        return vector_column(self.candidate)
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,7 @@ class PairSet:
     folds: Int64
     """Cross-fit fold of each pair's query, ``(P,)``."""
     pool: Int64
-    """Candidates random negatives are drawn from: every catalogue row of the entity type, or every query, ``(pool,)``."""
+    """What random negatives are drawn from, ``(pool,)``: rows of the type, or all query numbers."""
     tasks: tuple[TaskData, ...]
 
     @property
@@ -68,10 +76,32 @@ class PairSet:
         return self.config.entity_type == "query"
 
 
+class SharedTables(NamedTuple):
+    """What the pairs of all datasets are made from."""
+
+    train: pl.DataFrame
+    """All train pairs, from ``pairs.number_pairs``."""
+    catalogue: pl.DataFrame
+    """What ``candidate`` of the pairs counts rows of."""
+    pools: Mapping[str, Int64]
+    """Candidates of random negatives, by entity type."""
+    folds: Int64
+    """Cross-fit fold of every query."""
+    vectors: Mapping[str, Tensor]
+    """Frozen vector columns, by name."""
+
+
+def vector_column(candidate: str) -> str | None:
+    """Return the column that a candidate ``vector:COLUMN`` names; None: a tower embeds it."""
+    if not candidate.startswith(VECTOR_PREFIX):
+        return None
+    return candidate.removeprefix(VECTOR_PREFIX)
+
+
 def choose_datasets(
     train: pl.DataFrame, config: TrainConfig
 ) -> tuple[tuple[DatasetConfig, ...], tuple[str, ...]]:
-    """The datasets to train, and what to say about those and about pairs that are left out."""
+    """Choose the datasets to train; also return notes on datasets and pairs that are left out."""
     counts = dict(train.group_by("entity_type").len().sort("entity_type").iter_rows())
     if not config.datasets:
         if not counts:
@@ -100,8 +130,8 @@ def choose_datasets(
         if name not in {d.entity_type for d in config.datasets}
     }
     if unused:
-        told = ", ".join(f"{count:,} {name}" for name, count in unused.items())
-        notes.append(f"not trained on: {told} pairs, which no [[datasets]] of the config takes")
+        found = ", ".join(f"{count:,} {name}" for name, count in unused.items())
+        notes.append(f"not trained on: {found} pairs, which no [[datasets]] of the config takes")
     return datasets, tuple(notes)
 
 
@@ -114,7 +144,7 @@ def _default_datasets(train: pl.DataFrame) -> tuple[DatasetConfig, ...]:
 
 
 def _rows_of(dataset: DatasetConfig, train: pl.DataFrame) -> pl.DataFrame:
-    """The train pairs of a dataset; a query that is its own related query teaches nothing."""
+    """Select the train pairs of a dataset; a query that is its own related query is left out."""
     rows = train.filter(pl.col("entity_type") == dataset.entity_type)
     if dataset.actions:
         rows = rows.filter(pl.col("action").is_in(dataset.actions))
@@ -123,90 +153,93 @@ def _rows_of(dataset: DatasetConfig, train: pl.DataFrame) -> pl.DataFrame:
     return rows
 
 
-def make_pair_set(
-    dataset: DatasetConfig,
-    train: pl.DataFrame,
-    catalogue: pl.DataFrame,
-    pool: Int64,
-    folds: Int64,
-    vectors: dict[str, Tensor],
-    config: TrainConfig,
-) -> PairSet:
-    """The pairs of one dataset.
+def make_pair_set(dataset: DatasetConfig, tables: SharedTables, config: TrainConfig) -> PairSet:
+    """Make the pairs of one dataset.
 
     Args:
         dataset: Which of the train pairs, and which candidates they have.
-        train: All train pairs, from ``training_pairs.number_pairs``.
-        catalogue: What ``candidate`` of the pairs counts rows of.
-        pool: Candidates of random negatives.
-        folds: Cross-fit fold of every query.
-        vectors: Frozen vector columns, by name.
+        tables: What they are made from.
         config: The run.
 
     Raises:
         SchemaError: The column to balance by is nowhere.
         DataError: There is no such pair, none of them has a vector, or their counts are no weights.
     """
-    rows = _rows_of(dataset, train)
-    if rows.is_empty():
-        actions = f" with action {' or '.join(dataset.actions)}" if dataset.actions else ""
-        types = ", ".join(sorted(train["entity_type"].unique().to_list()))
-        raise DataError(
-            f"dataset {dataset.name!r} is empty: no training pair of entity type"
-            f" {dataset.entity_type!r}{actions}; the pairs have {types}. Remove the dataset, say"
-            " optional = true in it, or add pairs."
-        )
-    by_count = config.batch.weighting == "count"
-    counts = rows["count"].to_numpy().astype(np.float64)
-    if by_count and not (np.isfinite(counts).all() and counts.min() >= 0 and counts.sum() > 0):
-        raise DataError(
-            f"dataset {dataset.name!r}: weighting by count needs counts of 0 or more that are not"
-            " all 0."
-        )
-    weights = counts if by_count else np.ones(len(counts))
-    if dataset.balance_by:
-        weights = balance_weights(
-            balance_values(dataset, rows, catalogue), weights, dataset.balance_exponent
-        )
-    queries, candidates = rows["query_number"].to_numpy(), rows["candidate"].to_numpy()
-    counted = whole_counts(weights)
+    rows = _rows_of(dataset, tables.train)
+    _require_rows(rows, dataset, tables.train)
+    weights = _weights(rows, dataset, tables.catalogue, config)
+    draws = _Draws(
+        rows["query_number"].to_numpy(), rows["candidate"].to_numpy(), whole_counts(weights)
+    )
+    pool = tables.pools[dataset.entity_type]
     tasks = []
     for candidate in dataset.candidates:
-        present = np.ones(len(rows), dtype=bool)
-        if candidate.startswith(VECTOR_PREFIX):
-            has = vectors[candidate.removeprefix(VECTOR_PREFIX)].abs().sum(dim=1).numpy() > 0
-            present = has[candidates]
-            if not present.any():
-                raise DataError(
-                    f"dataset {dataset.name!r}: no positive has a vector in column"
-                    f" {candidate.removeprefix(VECTOR_PREFIX)!r}."
-                )
-        tasks.append(
-            _task(
-                f"{dataset.name}/{candidate}",
-                candidate,
-                queries,
-                candidates,
-                counted,
-                present,
-                pool,
-                config.loss,
-            )
+        present = _have_vector(draws.candidates, candidate, dataset, tables.vectors)
+        pair_log_q, in_batch_frequency = _count_draws(draws, present, config.loss)
+        task = TaskData(
+            name=f"{dataset.name}/{candidate}",
+            candidate=candidate,
+            pair_log_q=pair_log_q,
+            in_batch_frequency=in_batch_frequency,
+            random_frequency=np.full(len(pool), 1 / len(pool), np.float32),
         )
+        tasks.append(task)
     return PairSet(
         config=dataset,
-        queries=queries,
-        candidates=candidates,
+        queries=draws.queries,
+        candidates=draws.candidates,
         weights=weights.astype(np.float32),
-        weighted=by_count or bool(dataset.balance_by),
-        folds=folds[queries],
+        weighted=config.batch.weighting == "count" or bool(dataset.balance_by),
+        folds=tables.folds[draws.queries],
         pool=pool,
         tasks=tuple(tasks),
     )
 
 
+class _Draws(NamedTuple):
+    """The pairs of a dataset and how often each is drawn."""
+
+    queries: Int64
+    candidates: Int64
+    counts: Int64
+    """Relative, ``(P,)``."""
+
+
+def _require_rows(rows: pl.DataFrame, dataset: DatasetConfig, train: pl.DataFrame) -> None:
+    if not rows.is_empty():
+        return
+    actions = f" with action {' or '.join(dataset.actions)}" if dataset.actions else ""
+    types = ", ".join(sorted(train["entity_type"].unique().to_list()))
+    raise DataError(
+        f"dataset {dataset.name!r} is empty: no training pair of entity type"
+        f" {dataset.entity_type!r}{actions}; the pairs have {types}. Remove the dataset, say"
+        " optional = true in it, or add pairs."
+    )
+
+
+def _weights(
+    rows: pl.DataFrame, dataset: DatasetConfig, catalogue: pl.DataFrame, config: TrainConfig
+) -> npt.NDArray[np.float64]:
+    """Compute how often each pair is drawn, relative, ``(P,)``."""
+    weights = np.ones(rows.height)
+    if config.batch.weighting == "count":
+        weights = rows["count"].to_numpy().astype(np.float64)
+        if not (np.isfinite(weights).all() and weights.min() >= 0 and weights.sum() > 0):
+            raise DataError(
+                f"dataset {dataset.name!r}: weighting by count needs counts of 0 or more that are"
+                " not all 0."
+            )
+    if dataset.balance_by:
+        values = balance_values(dataset, rows, catalogue)
+        weights = balance_weights(values, weights, dataset.balance_exponent)
+    return weights
+
+
 def whole_counts(weights: npt.NDArray[np.float64]) -> Int64:
-    """Weights as the whole numbers a sketch counts: as they are when whole, else scaled so that the least is 100, or their sum 2^52."""
+    """Turn weights into the whole numbers that a sketch counts, int64 ``(N,)``.
+
+    Whole weights stay as they are; others are scaled so that the least is 100, or their sum 2^52.
+    """
     whole = np.rint(weights)
     if not np.array_equal(whole, weights):
         scale = 100 / max(weights[weights > 0].min(), 100 * weights.sum() / 2.0**52)
@@ -214,39 +247,47 @@ def whole_counts(weights: npt.NDArray[np.float64]) -> Int64:
     return whole.astype(np.int64)
 
 
-def _task(
-    name: str,
-    candidate: str,
-    queries: Int64,
-    candidates: Int64,
-    counted: Int64,
-    present: npt.NDArray[np.bool_],
-    pool: Int64,
-    loss: LossConfig,
-) -> TaskData:
-    """Count with sketches: the conditional of positives given the query, and the in-batch distribution; the random one is uniform.
+def _have_vector(
+    candidates: Int64, candidate: str, dataset: DatasetConfig, vectors: Mapping[str, Tensor]
+) -> npt.NDArray[np.bool_]:
+    """Say of each pair whether its candidate has a vector, bool ``(P,)``; with a tower all have."""
+    column = vector_column(candidate)
+    if column is None:
+        return np.ones(len(candidates), dtype=bool)
+    present: npt.NDArray[np.bool_] = (vectors[column].abs().sum(dim=1).numpy() > 0)[candidates]
+    if not present.any():
+        raise DataError(f"dataset {dataset.name!r}: no positive has a vector in column {column!r}.")
+    return present
+
+
+def _count_draws(
+    draws: _Draws, present: npt.NDArray[np.bool_], loss: LossConfig
+) -> tuple[Float32, Float32]:
+    """Count with sketches ``log(C(q, p) / C(q))`` and ``C(e) / N`` of each pair, ``(P,)`` each.
 
     Candidates without a vector are drawn like the others and then left out, so the share of one
     that has a vector is of all draws.
     """
-    pair_counts, query_counts, in_batch = (
+    pair_counts, query_counts, candidate_counts = (
         CountMinSketch(loss.sketch_width, loss.sketch_depth, seed) for seed in range(3)
     )
-    query_keys, candidate_keys = queries.astype(np.uint64), candidates.astype(np.uint64)
-    pair_keys = combine_keys(query_keys, candidate_keys)
-    whole = counted * present
-    pair_counts.add(pair_keys, whole)
-    query_counts.add(query_keys, whole)
-    in_batch.add(candidate_keys, whole)
-    conditional = np.log(
-        np.maximum(pair_counts.count(pair_keys), 1) / np.maximum(query_counts.count(query_keys), 1)
-    )
-    return TaskData(
-        name=name,
-        candidate=candidate,
-        pair_log_q=np.minimum(conditional, 0).astype(np.float32),
-        in_batch_frequency=(
-            np.maximum(in_batch.count(candidate_keys), 1) / max(counted.sum(), 1)
-        ).astype(np.float32),
-        random_frequency=np.full(len(pool), 1 / len(pool), np.float32),
-    )
+    queries, candidates = draws.queries.astype(np.uint64), draws.candidates.astype(np.uint64)
+    pairs = combine_keys(queries, candidates)
+    counted = draws.counts * present
+    pair_counts.add(pairs, counted)
+    query_counts.add(queries, counted)
+    candidate_counts.add(candidates, counted)
+    pair_log_q = positive_log_q(pair_counts.count(pairs), query_counts.count(queries))
+    total = max(draws.counts.sum(), 1)
+    frequency = np.maximum(candidate_counts.count(candidates), 1) / total
+    return pair_log_q, frequency.astype(np.float32)
+
+
+def positive_log_q(pair_counts: Int64, query_counts: Int64) -> Float32:
+    """Return ``log(C(q, p) / C(q))`` of each pair, what the logit of its positive is lowered by.
+
+    It is the log of how often the positive is drawn given the query, never above 0: a sketch may
+    over-count a pair beyond its query. A count of 0 is read as 1.
+    """
+    conditional = np.log(np.maximum(pair_counts, 1) / np.maximum(query_counts, 1))
+    return np.minimum(conditional, 0).astype(np.float32)

@@ -60,7 +60,7 @@ from encoders.towers.query_tower import QueryEncoder, create_query_encoder
 from encoders.training.data.batches import BatchPlan
 from encoders.training.data.source_tables import TrainingData
 from encoders.training.inputs import UNIFIED, Towers, build_inputs
-from encoders.training.loop import TrainResult, train
+from encoders.training.loop import TrainResult, TrainStart, train
 from encoders.training.step import loss_and_gradients
 
 QUERY_CORPUS = 10_000
@@ -125,8 +125,10 @@ def run(study: Study, training: Training, seed: int) -> dict[str, Any]:
 def _plain(study: Study, training: Training, seed: int) -> dict[str, Any]:
     data = training_data(study.data.dataset, training)
     config = train_settings(training, study, seed)
-    initial = _one_row_per_token(data, config) if training.table_rows == ONE_ROW_PER_TOKEN else None
-    result = train(config, data, initial=initial, quiet=True)
+    start = None
+    if training.table_rows == ONE_ROW_PER_TOKEN:
+        start = _one_row_per_token(data, config)
+    result = train(config, data, start=start, quiet=True)
     learns_entities = ENTITY in training.towers
     towers = (
         {
@@ -188,15 +190,13 @@ def _new_type(study: Study, training: Training, seed: int) -> dict[str, Any]:
         setting = replace(
             training, datasets=datasets, entity_towers="separate" if own else "unified"
         )
-        start = copy.deepcopy(result)
+        known = copy.deepcopy(result)
+        start = known.start
         if own:
-            start = replace(
-                start,
-                query_encoder=fixed(start.query_encoder),
-                entity_encoders={"ad": start.entity_encoders["pin"]},
-            )
+            own_tower = {"ad": known.entity_encoders["pin"]}
+            start = TrainStart(fixed(known.query_encoder), own_tower, known.featurizer)
         config = going_on(train_settings(setting, study, seed), frozen_queries=own)
-        after = train(config, TrainingData(catalogue, pairs), initial=start, quiet=True)
+        after = train(config, TrainingData(catalogue, pairs), start=start, quiet=True)
         encoders = (
             everything | after.entity_encoders
             if own
@@ -229,7 +229,8 @@ def _versions(study: Study, training: Training, seed: int) -> dict[str, Any]:
             batch=_batch(setting, study, 0),
         )
         config = going_on(config) if number else config
-        result = train(config, TrainingData(pins, pairs), query_encoder=query_encoder, quiet=True)
+        start = TrainStart(query_encoder)
+        result = train(config, TrainingData(pins, pairs), start=start, quiet=True)
         query_encoder = result.query_encoder
         queries = query_encoder.encode(task.queries)
         recall = {
@@ -269,7 +270,7 @@ def frozen_versions(study: Study, training: Training) -> dict[str, Float32]:
                 result = train(
                     config,
                     TrainingData(pins, part),
-                    initial=result if goes_on else None,
+                    start=result.start if result and goes_on else None,
                     quiet=True,
                 )
             vectors[name] = result.entity_encoders["pin"].encode(pins)
@@ -364,10 +365,10 @@ def fixed(encoder: QueryEncoder) -> QueryEncoder:
     return encoder
 
 
-def _one_row_per_token(data: TrainingData, config: TrainConfig) -> TrainResult:
+def _one_row_per_token(data: TrainingData, config: TrainConfig) -> TrainStart:
     """Make towers where each token id reads one row twice: ``(w[i, 0] + w[i, 1]) * E[i]``."""
     query_encoder = create_query_encoder(config.model.query_encoder, config.model.dimension)
-    _, featurizer = build_inputs(data, config, query_encoder, torch.device("cpu"))
+    featurizer = build_inputs(data, config, query_encoder, torch.device("cpu")).featurizer
     size = len(featurizer.vocabulary)
     torch.manual_seed(config.seed)
     shape = {
@@ -377,7 +378,7 @@ def _one_row_per_token(data: TrainingData, config: TrainConfig) -> TrainResult:
     }
     encoder = create_entity_encoder(featurizer, **shape)
     encoder.rows.copy_(torch.arange(size, dtype=encoder.rows.dtype)[:, None].expand(size, 2))
-    return TrainResult(query_encoder, {UNIFIED: encoder}, featurizer, {}, 0.0, 0.0, 0, config)
+    return TrainStart(query_encoder, {UNIFIED: encoder}, featurizer)
 
 
 def gradient_norms(
@@ -390,7 +391,7 @@ def gradient_norms(
     Returns:
         ``{dataset: {"query tower": norm, "entity tower": norm}}``.
     """
-    inputs, _ = build_inputs(
+    inputs = build_inputs(
         data, config, result.query_encoder, torch.device("cpu"), featurizer=result.featurizer
     )
     plan = BatchPlan(inputs.prepared, config)

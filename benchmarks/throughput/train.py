@@ -43,7 +43,7 @@ from encoders.evaluation.report import comparison_dict
 from encoders.evaluation.slices import compare
 from encoders.towers.query_tower import QueryEncoder, create_query_encoder
 from encoders.training.data.source_tables import TrainingData
-from encoders.training.loop import TrainResult, train
+from encoders.training.loop import TrainResult, TrainStart, train
 
 SPEED_PAIRS = 20_000
 """Pairs the speed figures draw their batches from; set-up (tokenising, vocabulary) is outside the
@@ -413,7 +413,7 @@ def _ours(
     seconds: float = 0.0,
 ) -> TrainResult:
     config = _config(kind, variant, batch, steps, precision, seconds)
-    return train(config, data, query_encoder=QueryEncoder.load(start), quiet=True)
+    return train(config, data, start=TrainStart(QueryEncoder.load(start)), quiet=True)
 
 
 def _quality(

@@ -148,15 +148,18 @@ def command(
     config = dataclasses.replace(
         config, **{key: value for key, value in changes.items() if value is not None}
     )
+    from encoders.training.data.prepare import require_entity_tower
     from encoders.training.data.source_tables import load_training_data
     from encoders.training.distributed import process_rank
-    from encoders.training.loop import train
+    from encoders.training.loop import Trainer
 
     if out.is_file():
         raise ConfigError(f"--out {out} is a file; give a folder.")
     with _process_group(config.device):
         data = load_training_data(config, data_dir)
-        result = train(config, data, output=out, resume=resume, for_bundle=True)
+        trainer = Trainer(config, data, output=out)
+        require_entity_tower(trainer.prepared)
+        result = trainer.run(resume=resume)
         if process_rank() != 0:
             return
         bundle = _save(out / "model", result)

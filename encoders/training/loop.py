@@ -1,23 +1,21 @@
-"""Train the query and entity towers together: flags, data, model, optimiser, loop, save, in the order they happen.
+"""Train the query and entity towers together: set up, steps, validation, checkpoints, end.
 
-Notable: each distinct query and entity of a batch is encoded once, for all tasks; queries are
-encoded in order of length, so little is padding; the batch follows from seed and step alone, so a
-resumed run equals an uninterrupted one to the bit (CPU); with torchrun every process takes a slice
-of the same batch, and vectors are gathered with gradients.
+Each distinct query and entity of a batch is encoded once, for all tasks. The batch follows from
+seed and step alone, so a resumed run equals an uninterrupted one to the bit (CPU). With torchrun
+every process takes a slice of the same batch, and vectors are gathered with gradients.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-import polars as pl
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 
 from encoders.config.train_config import TrainConfig, to_table
 from encoders.errors import CheckpointError, ConfigError
@@ -25,8 +23,8 @@ from encoders.towers.entity_features import EntityFeaturizer
 from encoders.towers.entity_tower import EntityEncoder
 from encoders.towers.query_tower import QueryEncoder, create_query_encoder
 from encoders.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
-from encoders.training.data.batches import BatchPlan
-from encoders.training.data.prepare import require_entity_tower
+from encoders.training.data.batches import BatchPlan, DatasetBatch
+from encoders.training.data.prepare import PreparedData
 from encoders.training.data.source_tables import TrainingData
 from encoders.training.device import choose_device, computes_bf16
 from encoders.training.distributed import (
@@ -35,32 +33,33 @@ from encoders.training.distributed import (
     process_rank,
     world_size,
 )
-from encoders.training.inputs import UNIFIED, Towers, build_inputs, build_towers, run_fingerprint
+from encoders.training.inputs import Towers, build_inputs, build_towers, run_fingerprint
 from encoders.training.optimisers import (
     create_optimiser,
     parameter_groups,
     schedule,
     set_learning_rates,
 )
-from encoders.training.progress import (
-    Talk,
-    announce,
-    log_step,
-    open_tensorboard,
-    show_recalls,
-    silent,
-    stop_diverged,
-)
-from encoders.training.step import loss_and_gradients
+from encoders.training.progress import BrokenStep, Position, RunLog, Stopwatch, stop_diverged
+from encoders.training.step import StepReport, loss_and_gradients
 from encoders.training.validation import validation_recall
 from encoders.training.weight_interpolation import (
-    choose_query_scale,
-    choose_residual_scales,
+    choose_weights,
     learned_parameters,
-    scaled_towers,
+    with_residual_weights,
 )
 
-log = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class TrainStart:
+    """Towers that a run goes on with."""
+
+    query_encoder: QueryEncoder | None = None
+    """Changed in place; None: a new one, from ``config.model.query_encoder``."""
+    entity_encoders: Mapping[str, EntityEncoder] = field(default_factory=dict)
+    """By entity type; types without one get a new tower."""
+    featurizer: EntityFeaturizer | None = None
+    """Made the features of ``entity_encoders``, and must fit the catalogue; None: a new one."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +71,13 @@ class TrainResult:
     """By entity type; with unified towers every type holds the same object."""
     featurizer: EntityFeaturizer
     metrics: dict[str, float]
-    """Last loss, and validation labelled Recall@10 per entity type (``validation/recall@10/pin``) where there is validation. A finished run
-    whose checkpoint was written before losses were kept there has no ``loss``.
+    """Last loss, and validation labelled Recall@10 per entity type (``validation/recall@10/pin``)
+    where there is validation. ``loss`` is missing when a finished run's checkpoint does not hold it.
     """
     pairs_per_second: float
-    """Training pairs per second of step time since the start or the resume, validation and checkpoints not counted; 0: no step was left."""
+    """Training pairs per second of step time since the start or the resume, validation and
+    checkpoints not counted; 0: no step was left.
+    """
     pairs_per_cpu_second: float
     """The same by processor time, all threads: what a busy machine does not distort."""
     steps: int
@@ -85,33 +86,32 @@ class TrainResult:
     history: list[dict[str, float]] = field(default_factory=list)
     """One entry per log line or validation since the start or the resume."""
 
+    @property
+    def start(self) -> TrainStart:
+        """What another run goes on with."""
+        return TrainStart(self.query_encoder, self.entity_encoders, self.featurizer)
+
 
 def train(
     config: TrainConfig,
     data: TrainingData,
     *,
+    start: TrainStart | None = None,
     output: Path | None = None,
     resume: bool = True,
-    query_encoder: QueryEncoder | None = None,
-    initial: TrainResult | None = None,
     quiet: bool = False,
-    for_bundle: bool = False,
 ) -> TrainResult:
     """Train the towers on pairs.
 
     Args:
         config: The run.
         data: Catalogue and pairs.
+        start: Towers to go on with; None: new ones, as the config says.
         output: Folder for checkpoints, TensorBoard events and a diverged batch; None: nothing is
             written.
         resume: Continue from the last checkpoint in ``output`` when there is one. False: an output
             folder with checkpoints is refused.
-        query_encoder: Start from this query tower (changed in place) instead of
-            ``config.model.query_encoder``.
-        initial: Start from the towers and featuriser of an earlier run; what the new catalogue adds
-            must fit its features.
-        quiet: Log nothing (otherwise INFO lines of this module, one per logged step).
-        for_bundle: Refuse, before the first step, a run that would make no entity tower.
+        quiet: Log nothing (otherwise INFO lines, one per logged step).
 
     Returns:
         The trained towers, in evaluation mode, on the CPU.
@@ -122,266 +122,300 @@ def train(
         TrainingDiverged: The loss became NaN or infinite; the batch was saved, and no checkpoint
             was touched.
     """
-    # --------------------------------------------------------------------------------------- device
-    processes, rank = world_size(), process_rank()
-    if processes > 1 and config.max_seconds:
-        raise ConfigError(
-            "max_seconds needs a single process: clocks of several would disagree about the"
-            " schedule. Set steps instead."
-        )
-    device = choose_device(config.device)
-    talk: Talk = log.info if rank == 0 and not quiet else silent
-    if config.precision == "bf16" and not computes_bf16(device.type):
-        talk(
-            "note: this processor has no instructions for bf16 and would imitate them, many times"
-            " slower than fp32: training in fp32"
-        )
-    torch.manual_seed(config.seed)
+    return Trainer(config, data, start, output=output, quiet=quiet).run(resume=resume)
 
-    # ----------------------------------------------------------------------------------------- data
-    started = time.perf_counter()
-    if query_encoder is None:
-        query_encoder = (
-            initial.query_encoder
-            if initial
-            else create_query_encoder(config.model.query_encoder, config.model.dimension)
+
+class Trainer:
+    """One training run: made with its data and towers, then ``run`` once.
+
+    Args are those of ``train``.
+
+    Attributes:
+        prepared: The data that will be trained on.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        data: TrainingData,
+        start: TrainStart | None = None,
+        *,
+        output: Path | None = None,
+        quiet: bool = False,
+    ) -> None:
+        begun = time.perf_counter()
+        start = start or TrainStart()
+        self._config = config
+        self._output = output
+        self._log = RunLog(quiet=quiet or process_rank() != 0)
+        device = self._choose_device()
+        torch.manual_seed(config.seed)
+        model, query_encoder = config.model, start.query_encoder
+        if query_encoder is None:
+            query_encoder = create_query_encoder(model.query_encoder, model.dimension)
+        self._inputs = build_inputs(
+            data, config, query_encoder, device, world_size(), start.featurizer
         )
-    inputs, featurizer = build_inputs(
-        data, config, query_encoder, device, processes, initial.featurizer if initial else None
-    )
-    prepared = inputs.prepared
-    if for_bundle:
-        require_entity_tower(prepared)
-    for note in prepared.notes:
-        talk(note)
-    plan = BatchPlan(prepared, config, processes)
-    steps = config.steps or max(
-        1, math.ceil(config.epochs * prepared.pairs_total / sum(prepared.pairs_per_step))
-    )
+        self.prepared = self._inputs.prepared
+        self._plan = BatchPlan(self.prepared, config, world_size())
+        self._steps = config.steps or steps_of_epochs(config.epochs, self.prepared)
+        self._towers = build_towers(query_encoder, self._inputs, start.entity_encoders)
+        broadcast_parameters(self._towers)
+        self._optimiser = self._create_optimiser()
+        self._parameters = [p for p in self._towers.parameters() if p.requires_grad]
+        self._initial_query_weights: dict[str, Tensor] = {}
+        if config.validation.query_interpolation:
+            self._initial_query_weights = learned_parameters(query_encoder)
+        self._checkpoints = output / "checkpoints" if output else None
+        self._fingerprint = run_fingerprint(self._inputs) if output else ""
+        self._best = BestTowers(self._checkpoints)
+        self._state = LoopState()
+        self._watch = Stopwatch()
+        self._setup_seconds = time.perf_counter() - begun
 
-    # ---------------------------------------------------------------------------------------- model
-    towers = build_towers(
-        query_encoder, featurizer, inputs, initial.entity_encoders if initial else None
-    )
-    broadcast_parameters(towers)
-    optimiser = create_optimiser(
-        parameter_groups(
-            towers.query, towers.entities.values(), [towers.log_scales], config.optimiser
-        ),
-        config.optimiser,
-    )
-    start = learned_parameters(towers.query) if config.validation.query_interpolation else {}
-    announce(talk, prepared, plan, featurizer, towers, steps, device, time.perf_counter() - started)
+    def _choose_device(self) -> torch.device:
+        config = self._config
+        if world_size() > 1 and config.max_seconds:
+            raise ConfigError(
+                "max_seconds needs a single process: clocks of several would disagree about the"
+                " schedule. Set steps instead."
+            )
+        device = choose_device(config.device)
+        if config.precision == "bf16" and not computes_bf16(device.type):
+            self._log.say(
+                "note: this processor has no instructions for bf16 and would imitate them, many"
+                " times slower than fp32: training in fp32"
+            )
+        return device
 
-    # --------------------------------------------------------------------------------------- resume
-    run = run_fingerprint(inputs)
-    checkpoints = output / "checkpoints" if output else None
-    loop = _LoopState()
-    if checkpoints and (found := list_checkpoints(checkpoints)):
-        if not resume:
+    def _create_optimiser(self) -> torch.optim.Optimizer:
+        towers, config = self._towers, self._config.optimiser
+        groups = parameter_groups(
+            towers.query, towers.entities.values(), [towers.log_scales], config
+        )
+        return create_optimiser(groups, config)
+
+    def run(self, *, resume: bool = True) -> TrainResult:
+        """Train to the end, from the last checkpoint in the output folder when there is one.
+
+        Raises:
+            CheckpointError, TrainingDiverged: As ``train``.
+        """
+        self._log.announce(self._inputs, self._plan, self._towers, self._steps, self._setup_seconds)
+        self._load_checkpoint(allowed=resume)
+        if self._config.tensorboard and process_rank() == 0:
+            self._log.open_tensorboard(self._output)
+        self._towers.train()
+        self._watch = Stopwatch(earlier=self._state.seconds)
+        while not self._is_over():
+            is_logged = self._is_logged(self._state.step + 1)
+            report = self._take_step(measure=is_logged)
+            if is_logged or self._is_over():
+                self._log.step(report, self._position(), self._watch)
+            if self._validation_is_due():
+                self._validate()
+            if self._checkpoint_is_due():
+                self._save_checkpoint()
+        return self._finish()
+
+    # ------------------------------------------------------------------------------------- one step
+    def _take_step(self, *, measure: bool) -> StepReport:
+        """Move the towers by one batch."""
+        config, state = self._config, self._state
+        with self._watch.step(sum(self.prepared.pairs_per_step)):
+            torch.manual_seed((config.seed * 1_000_003 + state.step) * 4099 + process_rank())
+            time_spent = self._time_spent(self._watch.total) if config.max_seconds else None
+            factor = schedule(state.step, self._steps, config.optimiser, time_spent)
+            set_learning_rates(self._optimiser, factor)
+            batch = self._plan.step(state.step)
+            report = loss_and_gradients(self._towers, self._inputs, batch, measure=measure)
+            average_gradients(self._parameters)
+            state.loss = float(report.loss)
+            self._require_finite(state.loss, batch, report)
+            if config.optimiser.clip_norm:
+                norm = clip_grad_norm_(self._parameters, config.optimiser.clip_norm)
+                self._require_finite(float(norm), batch, report)
+            self._optimiser.step()
+            self._optimiser.zero_grad(set_to_none=True)
+        state.step += 1
+        state.seconds = self._watch.total
+        return report
+
+    def _require_finite(self, value: float, batch: list[DatasetBatch], report: StepReport) -> None:
+        if math.isfinite(value):
+            return
+        losses = {name: float(loss) for name, loss in report.task_losses.items()}
+        broken = BrokenStep(self._state.step, value, losses, batch)
+        stop_diverged(broken, self.prepared, self._output)
+
+    # --------------------------------------------------------------------------- what is due, when
+    def _time_spent(self, seconds: float) -> float:
+        """Return the part of the time limit that is over; 0 without a limit."""
+        return seconds / self._config.max_seconds if self._config.max_seconds else 0.0
+
+    def _position(self) -> Position:
+        return Position(self._state.step, self._steps, self._time_spent(self._state.seconds))
+
+    def _is_over(self) -> bool:
+        state = self._state
+        return (
+            state.step >= self._steps
+            or self._time_spent(state.seconds) >= 1.0
+            or 0 < self._config.validation.patience <= state.without_gain
+        )
+
+    def _is_logged(self, step: int) -> bool:
+        """Say whether the ``step``-th step, from 1, is measured and logged."""
+        return step % self._config.log_every == 0 or step in (1, self._steps)
+
+    def _validation_is_due(self) -> bool:
+        if not self.prepared.validation:
+            return False
+        return self._is_over() or is_multiple(self._state.step, self._config.validation.every_steps)
+
+    def _checkpoint_is_due(self) -> bool:
+        if self._checkpoints is None or process_rank() != 0:
+            return False
+        return self._is_over() or is_multiple(self._state.step, self._config.checkpoint_every)
+
+    # ------------------------------------------------------------------- validation and checkpoints
+    def _validate(self) -> None:
+        """Measure held-back pairs; with patience, keep the best towers."""
+        state, patience = self._state, self._config.validation.patience
+        recalls = validation_recall(self._towers, self._inputs)
+        self._log.validation(recalls, state.step)
+        if not patience:
+            state.metrics = recalls
+        elif state.record(recalls):
+            self._best.keep(self._towers, state)
+        elif state.without_gain >= patience:
+            self._log.say(
+                f"early stop: {patience} validations without a better mean Recall@10 than"
+                f" {state.best:.4f} at step {state.best_step}"
+            )
+
+    def _load_checkpoint(self, *, allowed: bool) -> None:
+        """Go on from the last checkpoint, if there is one."""
+        found = list_checkpoints(self._checkpoints) if self._checkpoints else []
+        if not found:
+            return
+        if not allowed:
             raise CheckpointError(
-                f"{checkpoints} already holds a run (at {found[-1].name}). Resume it, or train into"
-                " an empty output folder."
+                f"{self._checkpoints} already holds a run (at {found[-1].name}). Resume it, or"
+                " train into an empty output folder."
             )
-        state, _ = load_checkpoint(found[-1], run)
-        towers.load_state_dict(state["towers"])
-        optimiser.load_state_dict(state["optimiser"])
-        loop = _LoopState(**state["loop"])
-        talk(f"resumed from {found[-1].name}")
-    writer = open_tensorboard(output, config) if rank == 0 else None
+        state, _ = load_checkpoint(found[-1], self._fingerprint)
+        self._towers.load_state_dict(state["towers"])
+        self._optimiser.load_state_dict(state["optimiser"])
+        self._state = LoopState(**state["loop"])
+        self._log.say(f"resumed from {found[-1].name}")
 
-    # ----------------------------------------------------------------------------------------- loop
-    towers.train()
-    parameters = [p for p in towers.parameters() if p.requires_grad]
-    history: list[dict[str, float]] = []
-    step_seconds, cpu_seconds, pairs_seen, begun = 0.0, 0.0, 0, time.perf_counter()
-    patience = config.validation.patience
-    earlier = loop.seconds  # spent before this call
-    stopped = (
-        loop.step >= steps
-        or bool(patience and loop.without_gain >= patience)
-        or 0 < config.max_seconds <= loop.seconds
-    )
-    while not stopped:
-        step = loop.step
-        tick, cpu_tick = time.perf_counter(), time.process_time()
-        torch.manual_seed((config.seed * 1_000_003 + step) * 4099 + rank)
-        elapsed = (earlier + tick - begun) / config.max_seconds if config.max_seconds else None
-        set_learning_rates(optimiser, schedule(step, steps, config.optimiser, elapsed))
-        logs = (step + 1) % config.log_every == 0 or step in (0, steps - 1)
-        batch = plan.step(step)
-        report = loss_and_gradients(towers, inputs, batch, measure=logs)
-        average_gradients(parameters)
-        loss = loop.loss = float(report.loss)
-        if not math.isfinite(loss):
-            stop_diverged(output, step, loss, batch, prepared, report)
-        if config.optimiser.clip_norm:
-            norm = torch.nn.utils.clip_grad_norm_(parameters, config.optimiser.clip_norm)
-            if not bool(torch.isfinite(norm)):
-                stop_diverged(output, step, float(norm), batch, prepared, report)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        seconds = time.perf_counter() - tick
-        cpu_seconds += time.process_time() - cpu_tick
-        step_seconds, pairs_seen, loop.step = (
-            step_seconds + seconds,
-            pairs_seen + sum(prepared.pairs_per_step),
-            step + 1,
-        )
-        loop.seconds = earlier + time.perf_counter() - begun
-        spent = loop.seconds / config.max_seconds if config.max_seconds else 0.0
-        stopped = loop.step >= steps or spent >= 1.0
-
-        if logs or stopped:
-            entry = log_step(
-                talk,
-                writer,
-                report,
-                loop.step,
-                steps,
-                seconds,
-                pairs_seen,
-                step_seconds,
-                spent,
-                begun,
-            )
-            history.append(entry)
-        if prepared.validation and (
-            stopped
-            or (config.validation.every_steps and loop.step % config.validation.every_steps == 0)
-        ):
-            recalls = validation_recall(towers, inputs)
-            history.append({"step": loop.step, **recalls})
-            show_recalls(talk, writer, recalls, loop.step)
-            stopped = (
-                loop.keep_score(recalls, towers, checkpoints if rank == 0 else None, patience, talk)
-                or stopped
-            )
-        due = config.checkpoint_every and loop.step % config.checkpoint_every == 0
-        if checkpoints and rank == 0 and (due or stopped):
-            state = {
-                "towers": towers.state_dict(),
-                "optimiser": optimiser.state_dict(),
-                "loop": loop.plain(),
-            }
-            save_checkpoint(
-                checkpoints,
-                loop.step,
-                state,
-                {"run": run, "config": to_table(config), "metrics": loop.metrics},
-            )
-    # ----------------------------------------------------------------------------------------- save
-    loop.restore_best(towers, checkpoints)
-    scales: dict[str, float] = {}
-    if config.validation.residual_weights and prepared.validation:
-        scales, recalls = choose_residual_scales(towers, inputs, talk)
-        loop.metrics = {
-            **loop.metrics,
-            **recalls,
-            **{f"residual_scale/{name}": scale for name, scale in scales.items()},
+    def _save_checkpoint(self) -> None:
+        assert self._checkpoints is not None, "a checkpoint is due only where there is a folder"
+        state = {
+            "towers": self._towers.state_dict(),
+            "optimiser": self._optimiser.state_dict(),
+            "loop": asdict(self._state),
         }
-    if config.validation.query_interpolation and prepared.validation:
-        kept, recalls = choose_query_scale(towers, inputs, start, scales, talk)
-        loop.metrics = {**loop.metrics, **recalls, "query_scale": kept}
-    if writer is not None:
-        writer.close()
-    towers.eval().cpu()
-    last = {} if loop.loss is None else {"loss": loop.loss}
-    return TrainResult(
-        query_encoder=towers.query,
-        entity_encoders=scaled_towers(_by_type(towers, data.catalogue), scales),
-        featurizer=featurizer,
-        metrics={**last, **loop.metrics},
-        pairs_per_second=pairs_seen / step_seconds if step_seconds else 0.0,
-        pairs_per_cpu_second=pairs_seen / cpu_seconds if cpu_seconds else 0.0,
-        steps=loop.step,
-        config=config,
-        history=history,
-    )
+        meta = {
+            "run": self._fingerprint,
+            "config": to_table(self._config),
+            "metrics": self._state.metrics,
+        }
+        save_checkpoint(self._checkpoints, self._state.step, state, meta)
 
-
-def _by_type(towers: Towers, catalogue: pl.DataFrame) -> dict[str, EntityEncoder]:
-    if UNIFIED in towers.entities:
-        return {
-            str(name): towers.entities[UNIFIED]
-            for name in sorted(catalogue["entity_type"].unique().to_list())
-        }  # type: ignore[misc]
-    return dict(towers.entities.items())  # type: ignore[arg-type]
+    # ------------------------------------------------------------------------------------------ end
+    def _finish(self) -> TrainResult:
+        """Put the best towers back, interpolate weights as validation says, and hand them out."""
+        state, watch, towers = self._state, self._watch, self._towers
+        if state.best_step not in (0, state.step):
+            self._best.restore(towers)
+        chosen = choose_weights(towers, self._inputs, self._initial_query_weights, self._log.say)
+        self._log.close()
+        towers.eval().cpu()
+        by_type = towers.by_type(self.prepared.catalogue["entity_type"].unique().to_list())
+        loss = {} if state.loss is None else {"loss": state.loss}
+        return TrainResult(
+            query_encoder=towers.query,
+            entity_encoders=with_residual_weights(by_type, chosen.residual),
+            featurizer=self._inputs.featurizer,
+            metrics=loss | state.metrics | chosen.metrics,
+            pairs_per_second=watch.pairs / watch.step_seconds if watch.steps else 0.0,
+            pairs_per_cpu_second=watch.pairs / watch.cpu_seconds if watch.cpu_seconds else 0.0,
+            steps=state.step,
+            config=self._config,
+            history=self._log.history,
+        )
 
 
 @dataclass
-class _LoopState:
-    """What the loop remembers between steps, beyond towers and optimiser."""
+class LoopState:
+    """What the loop remembers between steps, beyond towers and optimiser.
+
+    Field names are keys of checkpoints.
+    """
 
     step: int = 0
     best: float = -1.0
+    """The best mean validation recall; noted only with patience, like the next two."""
     best_step: int = 0
     without_gain: int = 0
+    """Validations since the best."""
     seconds: float = 0.0
     """Spent in the loop, earlier calls included: what ``max_seconds`` bounds."""
     loss: float | None = None
     """Of the last step; None before the first."""
     metrics: dict[str, float] = field(default_factory=dict)
-    _memory: dict[str, Tensor] | None = None
+    """Of the last validation, with patience of the best one."""
 
-    def plain(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "best": self.best,
-            "best_step": self.best_step,
-            "without_gain": self.without_gain,
-            "seconds": self.seconds,
-            "loss": self.loss,
-            "metrics": self.metrics,
-        }
-
-    def keep_score(
-        self,
-        recalls: dict[str, float],
-        towers: Towers,
-        checkpoints: Path | None,
-        patience: int,
-        talk: Talk,
-    ) -> bool:
-        """Note a validation; True when patience has run out.
-
-        With patience the best towers are kept.
-        """
+    def record(self, recalls: dict[str, float]) -> bool:
+        """Record a validation; True when its towers are the best so far."""
         score = recalls.get("validation/recall@10", 0.0)
-        if not patience:
-            self.metrics = recalls
+        if score <= self.best:
+            self.without_gain += 1
             return False
-        if score > self.best:
-            self.best, self.best_step, self.without_gain, self.metrics = (
-                score,
-                self.step,
-                0,
-                recalls,
-            )
-            weights = {
-                name: value.detach().cpu().clone() for name, value in towers.state_dict().items()
-            }
-            if checkpoints:
-                save_checkpoint(
-                    checkpoints, self.step, {"towers": weights}, {"metrics": recalls}, name="best"
-                )
-            else:
-                self._memory = weights
-            return False
-        self.without_gain += 1
-        if self.without_gain >= patience:
-            talk(
-                f"early stop: {patience} validations without a better mean Recall@10 than"
-                f" {self.best:.4f} at step {self.best_step}"
-            )
-            return True
-        return False
+        self.best = score
+        self.best_step = self.step
+        self.without_gain = 0
+        self.metrics = recalls
+        return True
 
-    def restore_best(self, towers: Towers, checkpoints: Path | None) -> None:
-        """Put the best towers back when validation chose some."""
-        if self.best_step in (0, self.step):
-            return
-        if self._memory is not None:
-            towers.load_state_dict(self._memory)
-        elif checkpoints:
-            towers.load_state_dict(load_checkpoint(checkpoints / "best")[0]["towers"])
+
+class BestTowers:
+    """Keeps the towers of the best validation: in a checkpoint of process 0, otherwise in memory.
+
+    Args:
+        checkpoints: Where checkpoints live; None: nothing is written.
+    """
+
+    def __init__(self, checkpoints: Path | None) -> None:
+        self._checkpoints = checkpoints
+        self._weights: dict[str, Tensor] | None = None
+
+    def keep(self, towers: Towers, state: LoopState) -> None:
+        """Replace what is kept."""
+        weights = {
+            name: value.detach().cpu().clone() for name, value in towers.state_dict().items()
+        }
+        if self._checkpoints and process_rank() == 0:
+            content, meta = {"towers": weights}, {"metrics": state.metrics}
+            save_checkpoint(self._checkpoints, state.step, content, meta, name="best")
+        else:
+            self._weights = weights
+
+    def restore(self, towers: Towers) -> None:
+        """Put the best weights back; after a resume they are in the checkpoint."""
+        if self._weights is not None:
+            towers.load_state_dict(self._weights)
+        elif self._checkpoints:
+            towers.load_state_dict(load_checkpoint(self._checkpoints / "best")[0]["towers"])
+
+
+def steps_of_epochs(epochs: float, prepared: PreparedData) -> int:
+    """Return the steps that pass ``epochs`` times over all pairs, at least one."""
+    return max(1, math.ceil(epochs * prepared.pairs_total / sum(prepared.pairs_per_step)))
+
+
+def is_multiple(step: int, every: int) -> bool:
+    """Say whether something that happens every so many steps, 0 for never, happens now."""
+    return every > 0 and step % every == 0

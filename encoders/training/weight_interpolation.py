@@ -1,16 +1,23 @@
-"""How much of what the entity tower learned to add to an entity's text embedding, per entity type, decided on held-back queries.
+"""Interpolate trained weights with those they started from (WiSE-FT), by held-back recall.
 
-A tower with a residual gives ``normalise(MLP(x) + text embedding)``. Where an entity type has few
-pairs the MLP knows its entities by heart and held-out queries suffer; scaling its output down,
-towards the embedding it started from, is the interpolation between start and fine-tuned weights of
-WiSE-FT (Wortsman et al., CVPR 2022) for the one layer that is linear in the output.
+Towers that are fine-tuned on few pairs overfit: they learn what the pairs say and lose what they
+knew. WiSE-FT (Wortsman et al., CVPR 2022) takes ``start + w * (trained - start)``, with ``w``
+chosen on held-back data after training. Here two things are interpolated:
+
+- **Residual weight**, one per entity type: an entity tower with a residual gives
+  ``normalise(MLP(x) + text embedding)`` and starts at the text embedding alone. Its last layer is
+  linear in the output, so ``w`` scales that layer.
+- **Query interpolation**, one for all types: all trained parameters of the query tower.
+
+Both take the smallest weight whose recall is within one standard error of the best one's.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -19,100 +26,186 @@ from torch import Tensor, nn
 
 from encoders.towers.entity_tower import EntityEncoder
 from encoders.training.inputs import Towers, TrainInputs
-from encoders.training.progress import Talk
 from encoders.training.validation import validation_hits
 
-SMALLEST_SCALE = 1e-3
-"""What scale 0 stands for: an entity without title and engaged queries has no text embedding, and a zero vector would be left of it."""
+SMALLEST_RESIDUAL = 1e-3
+"""What residual weight 0 stands for: an entity without title and engaged queries has no text
+embedding, and at 0 its vector would be zero.
+"""
+
+Bools = npt.NDArray[np.bool_]
 
 
-def choose_residual_scales(
-    towers: Towers, inputs: TrainInputs, talk: Talk
-) -> tuple[dict[str, float], dict[str, float]]:
-    """The scale of ``config.validation.residual_weights`` for each entity type with held-back pairs, by ``smallest_within_error``.
+@dataclass(frozen=True)
+class ChosenWeights:
+    """What held-back pairs chose."""
 
-    Returns:
-        Entity type -> scale, and the validation Recall@10 under these scales. The towers are left
-        as they were.
-    """
-    pairs = {
-        name: queries
-        for name, (queries, _) in inputs.prepared.validation.items()
-        if name != "query"
-    }
-    hits: dict[str, dict[float, npt.NDArray[np.bool_]]] = {name: {} for name in pairs}
-    for scale in sorted(set(inputs.config.validation.residual_weights)):
-        with residuals_scaled(towers, scale):
-            found = validation_hits(towers, inputs, entity_types=pairs)
-        talk(
-            f"residual scale {scale:g} | "
-            + " | ".join(f"{name} recall@10 {hit.mean():.4f}" for name, hit in found.items())
-        )
-        for name, hit in found.items():
-            hits[name][scale] = hit
-    scales = {
-        name: smallest_within_error(by_scale, pairs[name])
-        for name, by_scale in hits.items()
-        if by_scale
-    }
-    return scales, {
-        f"validation/recall@10/{name}": float(hits[name][scale].mean())
-        for name, scale in scales.items()
-    }
+    residual: dict[str, float] = field(default_factory=dict)
+    """By entity type; types that are not named have weight 1."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The weights, and the validation Recall@10 by entity type under them."""
 
 
-@contextmanager
-def residuals_scaled(towers: Towers, scale: float) -> Iterator[None]:
-    """Inside the block all entity towers add ``scale`` times what they learned; afterwards they are as they were."""
-    last = [
-        _last_layer(tower) for tower in towers.entities.values() if isinstance(tower, EntityEncoder)
-    ]
-    learned = [(layer.weight.detach().clone(), layer.bias.detach().clone()) for layer in last]
-    for layer, (weight, bias) in zip(last, learned, strict=True):
-        _scale(layer, weight, bias, scale)
-    try:
-        yield
-    finally:
-        for layer, (weight, bias) in zip(last, learned, strict=True):
-            _scale(layer, weight, bias, 1.0)
+def choose_weights(
+    towers: Towers,
+    inputs: TrainInputs,
+    initial: Mapping[str, Tensor],
+    say: Callable[[str], None],
+) -> ChosenWeights:
+    """Choose what ``config.validation`` asks for: residual weights, then the query interpolation.
 
-
-def smallest_within_error(
-    hits: Mapping[float, npt.NDArray[np.bool_]], queries: npt.NDArray[np.integer]
-) -> float:
-    """The smallest scale whose recall is less than one standard error below the best one's (Breiman's rule, on paired differences).
-
-    With few held-back pairs that is close to the text embedding, which needs no proof; with many
-    the best scale wins.
+    The query tower is left interpolated, the entity towers as they were trained.
 
     Args:
-        hits: Scale -> bool ``(P,)``, the same pairs under each.
+        towers: Trained.
+        inputs: What they read, and the held-back pairs.
+        initial: ``learned_parameters`` of the query tower before the first step.
+        say: Takes a line for each weight that is tried.
+    """
+    settings, held_back = inputs.config.validation, inputs.prepared.validation
+    queries = {name: pairs.queries for name, pairs in held_back.items() if name != "query"}
+    residual: dict[str, float] = {}
+    metrics: dict[str, float] = {}
+    if held_back and settings.residual_weights:
+        hits = _try(
+            "residual weight",
+            settings.residual_weights,
+            lambda weight: _hits(towers, inputs, dict.fromkeys(queries, weight)),
+            say,
+        )
+        residual = {name: smallest_within_error(hits[name], queries[name]) for name in hits}
+        metrics |= _recalls(hits, residual)
+        metrics |= {f"residual_weight/{name}": weight for name, weight in residual.items()}
+    if held_back and settings.query_interpolation:
+        trained = learned_parameters(towers.query)
+
+        def hits_at(weight: float) -> dict[str, Bools]:
+            interpolate(towers.query, initial, trained, weight)
+            return _hits(towers, inputs, {name: residual.get(name, 1.0) for name in queries})
+
+        hits = _try("query interpolation", settings.query_interpolation, hits_at, say)
+        # One weight serves all types: the largest that one of them needs.
+        needed = [smallest_within_error(hits[name], queries[name]) for name in hits]
+        chosen = max(needed, default=1.0)
+        interpolate(towers.query, initial, trained, chosen)
+        metrics |= _recalls(hits, dict.fromkeys(hits, chosen))
+        metrics["query_interpolation"] = chosen
+    return ChosenWeights(residual, metrics)
+
+
+def _try(
+    what: str,
+    weights: Iterable[float],
+    hits_at: Callable[[float], Mapping[str, Bools]],
+    say: Callable[[str], None],
+) -> dict[str, dict[float, Bools]]:
+    """Find the hits of held-back pairs under each weight: entity type -> weight -> hits."""
+    hits: dict[str, dict[float, Bools]] = {}
+    for weight in sorted(set(weights)):
+        found = hits_at(weight)
+        for name, of_type in found.items():
+            hits.setdefault(name, {})[weight] = of_type
+        recalls = (f"{name} recall@10 {of_type.mean():.4f}" for name, of_type in found.items())
+        say(f"{what} {weight:g} | {' | '.join(recalls)}")
+    return hits
+
+
+def _recalls(
+    hits: Mapping[str, Mapping[float, Bools]], weights: Mapping[str, float]
+) -> dict[str, float]:
+    return {
+        f"validation/recall@10/{name}": float(hits[name][weight].mean())
+        for name, weight in weights.items()
+    }
+
+
+def _hits(
+    towers: Towers, inputs: TrainInputs, residual_weights: Mapping[str, float]
+) -> dict[str, Bools]:
+    """Find the hits of entity types, each with its residual weight."""
+    hits: dict[str, Bools] = {}
+    for name, weight in residual_weights.items():
+        with residuals_weighted(towers, weight):
+            hits |= validation_hits(towers, inputs, entity_types=[name])
+    return hits
+
+
+def smallest_within_error(hits: Mapping[float, Bools], queries: npt.NDArray[np.integer]) -> float:
+    """Return the smallest weight whose recall is less than a standard error below the best one's.
+
+    That is Breiman's rule, on paired differences. With few held-back pairs it stays close to the
+    start, which needs no proof; with many the best weight wins.
+
+    Args:
+        hits: Weight -> bool ``(P,)``, the same pairs under each.
         queries: ``(P,)``, equal for pairs of one query, which are not independent.
     """
-    best = max(sorted(hits), key=lambda scale: hits[scale].mean())
+    best = max(sorted(hits), key=lambda weight: hits[weight].mean())
     _, query = np.unique(queries, return_inverse=True)
-    for scale in sorted(hits):
-        lost = np.bincount(query, weights=hits[best].astype(np.float64) - hits[scale])  # (Q,)
-        if lost.sum() <= np.sqrt(
-            np.square(lost).sum()
-        ):  # the error of the sum if there were no difference
-            return scale
+    for weight in sorted(hits):
+        lost = np.bincount(query, weights=hits[best].astype(np.float64) - hits[weight])  # (Q,)
+        error = np.sqrt(np.square(lost).sum())  # of the sum, if there were no difference
+        if lost.sum() <= error:
+            return weight
     return best
 
 
-def scaled_towers(
-    encoders: dict[str, EntityEncoder], scales: dict[str, float]
+# ------------------------------------------------------------------------------------- query tower
+def learned_parameters(tower: nn.Module) -> dict[str, Tensor]:
+    """Copy the parameters that training changes, by name."""
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in tower.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def interpolate(
+    tower: nn.Module, start: Mapping[str, Tensor], trained: Mapping[str, Tensor], weight: float
+) -> None:
+    """Set parameters to ``start + weight * (trained - start)``, exactly so at 0 and 1."""
+    with torch.no_grad():
+        for name, parameter in tower.named_parameters():
+            if name in trained:
+                initial = start[name].to(parameter.device)
+                parameter.copy_(torch.lerp(initial, trained[name], weight))
+
+
+# ----------------------------------------------------------------------------------- entity towers
+@contextmanager
+def residuals_weighted(towers: Towers, weight: float) -> Iterator[None]:
+    """Weight what all entity towers add to the text embedding, inside the block only."""
+    last = [
+        _last_layer(tower) for tower in towers.entities.values() if isinstance(tower, EntityEncoder)
+    ]
+    trained = [copy.deepcopy(layer) for layer in last]
+    for layer in last:
+        _weigh(layer, weight)
+    try:
+        yield
+    finally:
+        for layer, kept in zip(last, trained, strict=True):
+            layer.load_state_dict(kept.state_dict())
+
+
+def with_residual_weights(
+    encoders: Mapping[str, EntityEncoder], weights: Mapping[str, float]
 ) -> dict[str, EntityEncoder]:
-    """Towers with the MLP's output scaled; types of one tower and one scale share one object, and scale 1 is the tower itself."""
+    """Return towers with the MLP's output weighted, by entity type; weight 1 is the tower itself.
+
+    Types of one tower and one weight share one object.
+    """
     made: dict[tuple[int, float], EntityEncoder] = {}
+    weighted: dict[str, EntityEncoder] = {}
     for name, tower in encoders.items():
-        key = id(tower), scales.get(name, 1.0)
+        weight = weights.get(name, 1.0)
+        key = id(tower), weight
         if key not in made:
-            made[key] = tower if key[1] == 1.0 else copy.deepcopy(tower)
-            if made[key] is not tower:
-                layer = _last_layer(made[key])
-                _scale(layer, layer.weight.detach(), layer.bias.detach(), key[1])
-    return {name: made[id(tower), scales.get(name, 1.0)] for name, tower in encoders.items()}
+            made[key] = tower if weight == 1.0 else copy.deepcopy(tower)
+            if weight != 1.0:
+                _weigh(_last_layer(made[key]), weight)
+        weighted[name] = made[key]
+    return weighted
 
 
 def _last_layer(tower: EntityEncoder) -> nn.Linear:
@@ -121,78 +214,7 @@ def _last_layer(tower: EntityEncoder) -> nn.Linear:
     return layer
 
 
-def _scale(layer: nn.Linear, weight: torch.Tensor, bias: torch.Tensor, scale: float) -> None:
+def _weigh(layer: nn.Linear, weight: float) -> None:
     with torch.no_grad():
-        layer.weight.copy_(weight * max(scale, SMALLEST_SCALE))
-        layer.bias.copy_(bias * max(scale, SMALLEST_SCALE))
-
-
-def learned_parameters(tower: nn.Module) -> dict[str, Tensor]:
-    """Copies of the parameters that training changes, by name."""
-    return {
-        name: parameter.detach().clone()
-        for name, parameter in tower.named_parameters()
-        if parameter.requires_grad
-    }
-
-
-def choose_query_scale(
-    towers: Towers,
-    inputs: TrainInputs,
-    start: Mapping[str, Tensor],
-    residual_scales: Mapping[str, float],
-    talk: Talk,
-) -> tuple[float, dict[str, float]]:
-    """The scale of ``config.validation.query_interpolation`` for the query tower, which is left with it.
-
-    Args:
-        towers: Trained.
-        inputs: What they read, and the held-back pairs.
-        start: ``learned_parameters`` of the query tower before the first step.
-        residual_scales: What was chosen for each entity type before; others are 1.
-        talk: Says each scale's recall.
-
-    Returns:
-        The largest of the types' ``smallest_within_error``, and the validation Recall@10 under it.
-        1 without held-back pairs of entities.
-    """
-    pairs = {
-        name: queries
-        for name, (queries, _) in inputs.prepared.validation.items()
-        if name != "query"
-    }
-    trained = learned_parameters(towers.query)
-    hits: dict[str, dict[float, npt.NDArray[np.bool_]]] = {name: {} for name in pairs}
-    for scale in sorted(set(inputs.config.validation.query_interpolation)):
-        interpolate(towers.query, start, trained, scale)
-        for name in pairs:
-            with residuals_scaled(towers, residual_scales.get(name, 1.0)):
-                found = validation_hits(towers, inputs, entity_types=[name])
-            if name in found:
-                hits[name][scale] = found[name]
-        shown = " | ".join(
-            f"{name} recall@10 {by_scale[scale].mean():.4f}"
-            for name, by_scale in hits.items()
-            if by_scale
-        )
-        talk(f"query scale {scale:g} | {shown}")
-    measured = {name: by_scale for name, by_scale in hits.items() if by_scale}
-    chosen = max(
-        (smallest_within_error(by_scale, pairs[name]) for name, by_scale in measured.items()),
-        default=1.0,
-    )
-    interpolate(towers.query, start, trained, chosen)
-    return chosen, {
-        f"validation/recall@10/{name}": float(by_scale[chosen].mean())
-        for name, by_scale in measured.items()
-    }
-
-
-def interpolate(
-    tower: nn.Module, start: Mapping[str, Tensor], trained: Mapping[str, Tensor], scale: float
-) -> None:
-    """Set the parameters to ``start + scale * (trained - start)``; exactly the trained ones at 1 and the start at 0."""
-    with torch.no_grad():
-        for name, parameter in tower.named_parameters():
-            if name in trained:
-                parameter.copy_(torch.lerp(start[name].to(parameter.device), trained[name], scale))
+        for parameter in layer.parameters():
+            parameter.mul_(max(weight, SMALLEST_RESIDUAL))

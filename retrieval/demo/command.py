@@ -124,7 +124,7 @@ def train_towers(demo: Demo, dataset: Dataset) -> None:
     from encoders.towers.bundle import save_bundle
     from encoders.towers.query_tower import create_query_encoder
     from encoders.training.data.source_tables import TrainingData
-    from encoders.training.loop import train
+    from encoders.training.loop import TrainStart, train
 
     config = load_train_config(RECIPES / ("sample_quick.toml" if demo.quick else "sample.toml"))
     with stage("derive related-query pairs", demo.timings):
@@ -142,7 +142,7 @@ def train_towers(demo: Demo, dataset: Dataset) -> None:
             start = create_query_encoder(
                 config.model.query_encoder, config.model.dimension, pretrained=pretrained
             )
-            result = train(config, data, query_encoder=start)
+            result = train(config, data, start=TrainStart(start))
         say(f"{result.steps:,} steps, {result.pairs_per_second:,.0f} pairs/s")
         demo.summary[f"pairs_per_second_{name}"] = round(result.pairs_per_second)
         save_bundle(

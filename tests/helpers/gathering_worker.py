@@ -34,12 +34,11 @@ def step_results(rank: int, cached: bool) -> dict[str, Any]:
     one alone).
     """
     config = small_config(datasets=DATASETS, batch={"pairs": 32, "gradient_cache": cached}, seed=3)
-    inputs, featurizer = build_inputs(
+    inputs = build_inputs(
         world(vectors=True), config, tiny_query_encoder(), torch.device("cpu"), processes=2
     )
-    towers = build_towers(
-        tiny_query_encoder(seed=rank), featurizer, inputs
-    )  # other weights on rank 1: broadcasting must level them
+    # Other weights on rank 1: broadcasting must level them.
+    towers = build_towers(tiny_query_encoder(seed=rank), inputs)
     broadcast_parameters(towers)
     towers.eval()  # dropout falls differently on different slices; everything else must agree
     losses = []

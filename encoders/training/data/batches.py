@@ -95,7 +95,8 @@ class BatchPlan:
         cumulative = self._cumulative[dataset]
         if cumulative is not None:
             drawn = rng.random(wanted) * cumulative[-1]
-            return np.minimum(np.searchsorted(cumulative, drawn, side="right"), size - 1)
+            found: Int64 = np.searchsorted(cumulative, drawn, side="right")
+            return np.minimum(found, size - 1)
         places = np.arange(step * wanted, (step + 1) * wanted)
         epochs = places // size
         pairs = np.empty(wanted, dtype=np.int64)

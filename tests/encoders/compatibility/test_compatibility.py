@@ -27,7 +27,7 @@ from encoders.errors import BundleError, ConfigError, InvalidVectors, SpaceMisma
 from encoders.evaluation.report import EvaluationSettings
 from encoders.towers.bundle import ModelBundle, load_bundle, read_space, read_space_id, save_bundle
 from encoders.towers.query_tower import QueryEncoder
-from encoders.training.loop import train
+from encoders.training.loop import TrainStart, train
 from tests.helpers.training_examples import DIMENSION, small_config, tiny_query_encoder, world
 
 
@@ -45,7 +45,9 @@ def rotated(tower: QueryEncoder, turn: np.ndarray) -> QueryEncoder:
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """An old bundle, and a new one whose space is the old one turned: a perfect adapter exists."""
     folder = tmp_path_factory.mktemp("bundles")
-    result = train(small_config(steps=40), world(), query_encoder=tiny_query_encoder(), quiet=True)
+    result = train(
+        small_config(steps=40), world(), start=TrainStart(tiny_query_encoder()), quiet=True
+    )
     save_bundle(folder / "old", result.query_encoder, result.entity_encoders)
     save_bundle(folder / "new", rotated(result.query_encoder, rotation()), result.entity_encoders)
     return folder / "old", folder / "new"

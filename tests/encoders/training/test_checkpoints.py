@@ -72,10 +72,11 @@ def test_another_run_another_version_and_no_meta_are_refused(tmp_path: Path) -> 
 WRITER = """
 import sys, itertools, torch
 from pathlib import Path
-from encoders.checkpoints import save_checkpoint
+from encoders.training.checkpoints import save_checkpoint
 print("ready", flush=True)
 for step in itertools.count(1):
-    save_checkpoint(Path(sys.argv[1]), step, {"weights": torch.full((200_000,), float(step))}, {"run": "r"})
+    state = {"weights": torch.full((200_000,), float(step))}
+    save_checkpoint(Path(sys.argv[1]), step, state, {"run": "r"})
 """
 
 

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import torch
 
+from tests.helpers import gathering_worker
 from tests.helpers.gathering_worker import step_results
 
-WORKER = Path(__file__).with_name("gathering_worker.py")
+ROOT = Path(__file__).parents[3]
 
 
 def run_two(folder: Path) -> list[dict]:
-    path = os.pathsep.join((str(WORKER.parents[2]), str(WORKER.parent)))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     started = [
         subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), "2", str(folder)],
+            [sys.executable, gathering_worker.__file__, str(rank), "2", str(folder)],
             env=environment,
             stderr=subprocess.PIPE,
         )

@@ -28,18 +28,14 @@ from encoders.towers.text_embedding import TextEmbedding
 from encoders.training.checkpoints import list_checkpoints
 from encoders.training.data.source_tables import TrainingData
 from encoders.training.inputs import build_inputs, run_fingerprint
-from encoders.training.loop import TrainResult, train
+from encoders.training.loop import TrainResult, TrainStart, train
 from encoders.training.optimisers import schedule
 from tests.helpers.training_examples import small_config, tiny_query_encoder, world
 
 
 def run(data: TrainingData | None = None, **changes) -> TrainResult:
-    options = {
-        name: changes.pop(name)
-        for name in ("output", "resume", "query_encoder", "initial")
-        if name in changes
-    }
-    options.setdefault("query_encoder", tiny_query_encoder())
+    options = {name: changes.pop(name) for name in ("output", "resume", "start") if name in changes}
+    options.setdefault("start", TrainStart(tiny_query_encoder()))
     return train(small_config(**changes), data or world(), quiet=True, **options)
 
 
@@ -160,21 +156,20 @@ def test_every_precision_and_optimiser_lowers_the_loss(precision: str, optimiser
 
 
 def test_frozen_parts_stay_and_the_projection_learns() -> None:
-    start = tiny_query_encoder()
-    before = {name: value.clone() for name, value in start.state_dict().items()}
+    tower = tiny_query_encoder()
+    before = {name: value.clone() for name, value in tower.state_dict().items()}
     rates = {"query_learning_rate": 0.0, "token_embedding_learning_rate": 0.0}
-    after = run(steps=3, optimiser=rates, query_encoder=start).query_encoder.state_dict()
+    after = run(steps=3, optimiser=rates, start=TrainStart(tower)).query_encoder.state_dict()
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
     assert changed == {"projection.weight", "projection.bias"}
 
 
 def test_frozen_token_embeddings_stay_while_the_transformer_learns() -> None:
-    start = tiny_query_encoder()
-    before = start.transformer.embeddings.word_embeddings.weight.detach().clone()
-    layer = start.transformer.transformer.layer[0].ffn.lin1.weight.detach().clone()
-    after = run(
-        steps=3, optimiser={"token_embedding_learning_rate": 0.0}, query_encoder=start
-    ).query_encoder
+    tower = tiny_query_encoder()
+    before = tower.transformer.embeddings.word_embeddings.weight.detach().clone()
+    layer = tower.transformer.transformer.layer[0].ffn.lin1.weight.detach().clone()
+    rates = {"token_embedding_learning_rate": 0.0}
+    after = run(steps=3, optimiser=rates, start=TrainStart(tower)).query_encoder
     assert torch.equal(after.transformer.embeddings.word_embeddings.weight, before)
     assert not torch.equal(after.transformer.transformer.layer[0].ffn.lin1.weight, layer)
 
@@ -200,7 +195,7 @@ def test_patience_stops_early_and_gives_the_best_towers_back(tmp_path: Path) -> 
 
 def test_a_run_goes_on_from_another_runs_towers() -> None:
     first = run(steps=30)
-    second = run(steps=1, initial=first, query_encoder=first.query_encoder)
+    second = run(steps=1, start=first.start)
     assert second.entity_encoders["pin"] is first.entity_encoders["pin"]
     assert second.history[0]["loss"] < first.history[0]["loss"]
 
@@ -217,7 +212,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_the_batch(tmp_path: P
         TrainingDiverged,
         match=r"the loss of step 0 is nan.*diverged-step-00000000\.json.*learning_rate",
     ):
-        run(steps=4, output=tmp_path / "other", query_encoder=broken)
+        run(steps=4, output=tmp_path / "other", start=TrainStart(broken))
     saved = json.loads((tmp_path / "other" / "diverged-step-00000000.json").read_text())
     assert (
         len(saved["datasets"]["pin"]["queries"]) == len(saved["datasets"]["pin"]["positives"]) > 0
@@ -275,8 +270,8 @@ def test_a_run_that_the_clock_ended_is_not_begun_again(tmp_path: Path) -> None:
 
 def vocabulary_counts(data: TrainingData, **changes: object) -> dict[str, int]:
     config = small_config(features={"ngrams": {"min_count": 2}}, **changes)
-    _, featurizer = build_inputs(data, config, tiny_query_encoder(), torch.device("cpu"))
-    return dict(featurizer.vocabulary.table.select("text", "count").iter_rows())
+    inputs = build_inputs(data, config, tiny_query_encoder(), torch.device("cpu"))
+    return dict(inputs.featurizer.vocabulary.table.select("text", "count").iter_rows())
 
 
 def test_cross_fitting_counts_every_text_once() -> None:
@@ -311,7 +306,7 @@ def test_cross_fitting_counts_every_text_once() -> None:
 
 
 def fingerprint(data: TrainingData | None = None, **changes: object) -> str:
-    inputs, _ = build_inputs(
+    inputs = build_inputs(
         data or world(), small_config(**changes), tiny_query_encoder(), torch.device("cpu")
     )
     return run_fingerprint(inputs)

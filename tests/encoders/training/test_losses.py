@@ -14,10 +14,11 @@ from encoders.errors import ConfigError
 from encoders.training.losses import (
     MASKED,
     Negatives,
+    Pairs,
+    batch_recall,
     in_batch_mask,
     initial_log_scale,
     negative_log_q,
-    positive_log_q,
     random_mask,
     sampled_softmax,
     scale_of,
@@ -63,49 +64,31 @@ def slow_loss(queries, positives, terms, scale, positive_correction, matryoshka)
 
 @few
 @given(st.integers(1, 6), st.integers(1, 7), st.integers(0, 10_000))
-def test_task_loss_equals_the_slow_loop(batch: int, randoms: int, seed: int) -> None:
+def test_task_loss_random_batches_equals_slow_loop(batch: int, randoms: int, seed: int) -> None:
     generator = np.random.default_rng(seed)
-    queries, positives, negatives = (
-        unit(batch, 8, seed),
-        unit(batch, 8, seed + 1),
-        unit(randoms, 8, seed + 2),
-    )
+    queries, positives = unit(batch, 8, seed), unit(batch, 8, seed + 1)
     query_ids, positive_ids = (torch.from_numpy(generator.integers(0, 3, batch)) for _ in range(2))
     random_ids = torch.from_numpy(generator.integers(0, 3, randoms))
     in_batch_counts, random_counts = (
         torch.from_numpy(generator.integers(1, 9, n)) for n in (batch, randoms)
     )
-    pair_counts = torch.from_numpy(generator.integers(1, 4, batch))
-    log_q_in_batch, log_q_random = (
-        negative_log_q(in_batch_counts, 50, batch - 1),
-        negative_log_q(random_counts, 30, randoms),
-    )
-    log_q_positive = positive_log_q(pair_counts, pair_counts + 2)
-    masks = (
-        in_batch_mask(query_ids, positive_ids, query_ids, positive_ids),
-        random_mask(positive_ids, random_ids),
-    )
-    matryoshka = {
-        2: 0.05,
-        4: 0.1,
-        8: 0.5,
-        99: 0.5,
-    }  # prefixes of the full width or more do not count
-    fast = task_loss(
-        queries,
+    pairs = Pairs(queries, positives, torch.from_numpy(np.log(generator.uniform(0.1, 1, batch))))
+    in_batch = Negatives(
         positives,
-        Negatives(positives, masks[0], log_q_in_batch),
-        Negatives(negatives, masks[1], log_q_random),
-        torch.tensor(5.0),
-        positive_log_q=log_q_positive,
-        matryoshka=matryoshka,
+        in_batch_mask(query_ids, positive_ids, query_ids, positive_ids),
+        negative_log_q(in_batch_counts / 50, batch - 1),
     )
-    terms = [
-        (positives, masks[0].tolist(), log_q_in_batch.tolist()),
-        (negatives, masks[1].tolist(), log_q_random.tolist()),
-    ]
-    slow = slow_loss(queries, positives, terms, 5.0, log_q_positive.tolist(), {2: 0.05, 4: 0.1})
-    assert float(fast.total) == pytest.approx(slow, rel=1e-4, abs=1e-5)
+    random = Negatives(
+        unit(randoms, 8, seed + 2),
+        random_mask(positive_ids, random_ids),
+        negative_log_q(random_counts / 30, randoms),
+    )
+    # Prefixes of the full width or more do not count.
+    matryoshka = {2: 0.05, 4: 0.1, 8: 0.5, 99: 0.5}
+    fast = task_loss(pairs, in_batch, random, torch.tensor(5.0), matryoshka)
+    terms = [(term.vectors, term.mask.tolist(), term.log_q.tolist()) for term in (in_batch, random)]
+    slow = slow_loss(queries, positives, terms, 5.0, pairs.log_q.tolist(), {2: 0.05, 4: 0.1})
+    assert float(fast) == pytest.approx(slow, rel=1e-4, abs=1e-5)
 
 
 @few
@@ -113,7 +96,9 @@ def test_task_loss_equals_the_slow_loop(batch: int, randoms: int, seed: int) -> 
     st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4)), min_size=1, max_size=12),
     st.integers(0, 12),
 )
-def test_in_batch_mask_equals_the_slow_loop(pairs: list[tuple[int, int]], own: int) -> None:
+def test_in_batch_mask_random_pairs_equals_slow_loop(
+    pairs: list[tuple[int, int]], own: int
+) -> None:
     rows = pairs[: max(own, 1)]
     mask = in_batch_mask(
         *(torch.tensor(column) for side in (rows, pairs) for column in zip(*side, strict=True))
@@ -122,12 +107,12 @@ def test_in_batch_mask_equals_the_slow_loop(pairs: list[tuple[int, int]], own: i
     assert mask.tolist() == [[entity in positives_of[q] for _, entity in pairs] for q, _ in rows]
 
 
-def test_random_mask_hides_only_the_rows_own_positive() -> None:
+def test_random_mask_repeated_positive_hides_only_own_row() -> None:
     mask = random_mask(torch.tensor([7, 8]), torch.tensor([8, 9, 7, 7]))
     assert mask.tolist() == [[False, False, True, True], [True, False, False, False]]
 
 
-def test_other_positives_of_the_query_stay_negatives_in_the_random_term() -> None:
+def test_masks_other_positive_of_query_hidden_only_in_batch() -> None:
     """DESIGN section 7: the in-batch term hides every positive of the query, the random term only
     the row's own.
     """
@@ -136,7 +121,7 @@ def test_other_positives_of_the_query_stay_negatives_in_the_random_term() -> Non
     assert random_mask(positive_ids, positive_ids).tolist() == [[True, False], [False, True]]
 
 
-def test_sampled_softmax_is_cross_entropy() -> None:
+def test_sampled_softmax_random_logits_equals_cross_entropy() -> None:
     generator = torch.Generator().manual_seed(0)
     positive, negatives = (
         torch.randn(5, generator=generator),
@@ -152,92 +137,72 @@ def test_sampled_softmax_is_cross_entropy() -> None:
 
 @few
 @given(st.integers(1, 50), st.integers(2, 1000))
-def test_uniform_frequencies_are_the_plain_softmax_up_to_a_constant(count: int, items: int) -> None:
-    """With C(e) = c for all e the correction is one constant, so all negatives move together: log(n
-    c / N).
-    """
+def test_task_loss_uniform_frequencies_equals_shifted_softmax(count: int, items: int) -> None:
+    """With C(e) = c for all e all negatives move together, by log(n c / N)."""
     negatives = 6
-    log_q = negative_log_q(torch.full((negatives,), count), count * items, negatives)
+    log_q = negative_log_q(torch.full((negatives,), count) / (count * items), negatives)
     torch.testing.assert_close(
         log_q, torch.full((negatives,), math.log(negatives / items)), rtol=1e-4, atol=1e-5
     )
     queries, positives, vectors = unit(4, 8, 1), unit(4, 8, 2), unit(negatives, 8, 3)
     mask = torch.zeros(4, negatives, dtype=torch.bool)
-    corrected = task_loss(
-        queries, positives, None, Negatives(vectors, mask, log_q), torch.tensor(3.0), matryoshka={}
-    )
-    logits = torch.cat(
-        (
-            (queries * positives).sum(1, keepdim=True) * 3,
-            queries @ vectors.T * 3 - math.log(negatives / items),
-        ),
-        dim=1,
-    )
-    torch.testing.assert_close(
-        corrected.total,
-        F.cross_entropy(logits, torch.zeros(4, dtype=torch.long)),
-        rtol=1e-4,
-        atol=1e-5,
-    )
+    random = Negatives(vectors, mask, log_q)
+    corrected = task_loss(Pairs(queries, positives), None, random, torch.tensor(3.0), {})
+    positive = (queries * positives).sum(1, keepdim=True) * 3
+    logits = torch.cat((positive, queries @ vectors.T * 3 - math.log(negatives / items)), dim=1)
+    plain = F.cross_entropy(logits, torch.zeros(4, dtype=torch.long))
+    torch.testing.assert_close(corrected, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_every_catalogue_item_once_needs_no_correction() -> None:
-    log_q = negative_log_q(torch.ones(40), 40, 40)
+def test_negative_log_q_every_item_once_is_zero() -> None:
+    log_q = negative_log_q(torch.ones(40) / 40, 40)
     torch.testing.assert_close(log_q, torch.zeros(40))
 
 
-def test_masked_duplicate_has_no_gradient() -> None:
+def test_task_loss_masked_duplicate_has_no_gradient() -> None:
     queries, positives = unit(3, 8, 0), unit(3, 8, 1)
     negatives = torch.cat((positives[:1], unit(2, 8, 2))).requires_grad_()
     mask = random_mask(torch.tensor([0, 1, 2]), torch.tensor([0, 10, 11]))
-    result = task_loss(
-        queries[:1], positives[:1], None, Negatives(negatives, mask[:1]), torch.tensor(20.0)
-    )
-    result.total.backward()
+    pairs = Pairs(queries[:1], positives[:1])
+    task_loss(pairs, None, Negatives(negatives, mask[:1]), torch.tensor(20.0)).backward()
     assert negatives.grad is not None
     assert negatives.grad[0].abs().max() == 0
     assert negatives.grad[1:].abs().max() > 0
 
 
-def test_all_negatives_masked_is_zero_loss_and_finite_gradient() -> None:
+def test_task_loss_all_negatives_masked_is_zero_with_zero_gradient() -> None:
     queries = unit(2, 8, 0).requires_grad_()
     positives = unit(2, 8, 1)
     mask = torch.ones(2, 2, dtype=torch.bool)
-    result = task_loss(queries, positives, Negatives(positives, mask), None, torch.tensor(100.0))
-    result.total.backward()
-    assert float(result.total.detach()) == 0.0
+    in_batch = Negatives(positives, mask)
+    loss = task_loss(Pairs(queries, positives), in_batch, None, torch.tensor(100.0))
+    loss.backward()
+    assert float(loss.detach()) == 0.0
     assert queries.grad is not None
     assert queries.grad.abs().max() == 0
 
 
-def test_no_negatives_at_all_is_zero_loss() -> None:
+def test_sampled_softmax_no_negatives_is_zero() -> None:
     assert float(sampled_softmax(torch.tensor([3.0]), torch.empty(1, 0))) == 0.0
 
 
-def test_neither_term_is_refused() -> None:
+def test_task_loss_neither_term_raises_config_error() -> None:
     with pytest.raises(ConfigError, match="got neither"):
-        task_loss(unit(1, 4, 0), unit(1, 4, 1), None, None, torch.tensor(1.0))
+        task_loss(Pairs(unit(1, 4, 0), unit(1, 4, 1)), None, None, torch.tensor(1.0))
 
 
-def test_row_weight_zero_leaves_a_row_out() -> None:
+def test_task_loss_row_weight_zero_leaves_row_out() -> None:
     queries, positives, negatives = unit(3, 8, 0), unit(3, 8, 1), unit(5, 8, 2)
     mask = torch.zeros(3, 5, dtype=torch.bool)
-    weighted = task_loss(
-        queries,
-        positives,
-        None,
-        Negatives(negatives, mask),
-        torch.tensor(9.0),
-        row_weights=torch.tensor([0.5, 0.0, 0.5]),
-    )
+    pairs = Pairs(queries, positives, weights=torch.tensor([0.5, 0.0, 0.5]))
+    weighted = task_loss(pairs, None, Negatives(negatives, mask), torch.tensor(9.0))
     kept = [0, 2]
-    alone = task_loss(
-        queries[kept], positives[kept], None, Negatives(negatives, mask[kept]), torch.tensor(9.0)
-    )
-    torch.testing.assert_close(weighted.total, alone.total)
+    pairs = Pairs(queries[kept], positives[kept])
+    alone = task_loss(pairs, None, Negatives(negatives, mask[kept]), torch.tensor(9.0))
+    torch.testing.assert_close(weighted, alone)
 
 
-def test_temperature_starts_at_0_07_and_its_scale_stops_at_100() -> None:
+def test_scale_of_large_log_scale_stops_at_100_without_gradient() -> None:
     assert float(scale_of(torch.tensor(initial_log_scale()))) == pytest.approx(1 / 0.07)
     log_scale = torch.tensor(9.0, requires_grad=True)
     assert float(scale_of(log_scale)) == 100.0
@@ -248,15 +213,14 @@ def test_temperature_starts_at_0_07_and_its_scale_stops_at_100() -> None:
         initial_log_scale(0.0)
 
 
-def test_scale_and_vectors_have_the_gradients_of_the_formula() -> None:
+def test_task_loss_gradients_equal_finite_differences() -> None:
     queries = unit(3, 6, 0).double().requires_grad_()
     log_scale = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
     mask = torch.zeros(3, 4, dtype=torch.bool)
 
     def loss(q, s):
-        return task_loss(
-            q, unit(3, 6, 1), None, Negatives(unit(4, 6, 2), mask), scale_of(s), matryoshka={2: 0.3}
-        ).total
+        random = Negatives(unit(4, 6, 2), mask)
+        return task_loss(Pairs(q, unit(3, 6, 1)), None, random, scale_of(s), {2: 0.3})
 
     loss(queries, log_scale).backward()
     for tensor, index in ((queries, (1, 2)), (log_scale, ())):
@@ -276,24 +240,26 @@ def test_scale_and_vectors_have_the_gradients_of_the_formula() -> None:
         )
 
 
-def test_matryoshka_weights_are_the_papers() -> None:
+def test_constants_matryoshka_and_mask_are_the_papers() -> None:
     assert MATRYOSHKA_WEIGHTS == {16: 0.05, 32: 0.05, 64: 0.05, 128: 0.05}
     assert math.exp(MASKED) == 0.0
 
 
-def test_positive_correction_is_zero_for_a_query_with_one_positive_and_never_raises_a_logit_the_other_way() -> (
-    None
-):
-    assert positive_log_q(torch.tensor([3]), torch.tensor([3])).tolist() == [0.0]
-    assert float(positive_log_q(torch.tensor([1]), torch.tensor([4]))) == pytest.approx(
-        -math.log(4)
-    )
-    assert (
-        float(positive_log_q(torch.tensor([9]), torch.tensor([4]))) == 0.0
-    )  # an over-counted pair
+def test_batch_recall_counts_rows_with_fewer_than_k_better_negatives() -> None:
+    """Four candidates on a quarter circle; the positive of a row is the i-th best of its term."""
+    angles = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    candidates = torch.stack((torch.cos(angles), torch.sin(angles)), dim=1)
+    queries = torch.tensor([[1.0, 0.0]]).expand(4, 2)
+    own = torch.eye(4, dtype=torch.bool)
+    nothing = torch.zeros(4, 4, dtype=torch.bool)
+    pairs, in_batch = Pairs(queries, candidates), Negatives(candidates, own)
+    assert [batch_recall(pairs, in_batch, None, k) for k in (1, 2, 4)] == [0.25, 0.5, 1.0]
+    # A second set of the same candidates doubles what stands above.
+    assert batch_recall(pairs, in_batch, Negatives(candidates, nothing), 3) == 0.5
+    assert batch_recall(pairs, Negatives(candidates, ~nothing), None, 1) == 1.0, "all are masked"
 
 
-def test_corrected_softmax_is_unbiased_in_a_skewed_catalogue_and_the_uncorrected_is_not() -> None:
+def test_negative_log_q_skewed_catalogue_makes_partition_sum_unbiased() -> None:
     """Negatives drawn with Zipf popularity: the mean of the corrected partition sum over many draws
     is the full sum over the catalogue.
 
@@ -309,7 +275,7 @@ def test_corrected_softmax_is_unbiased_in_a_skewed_catalogue_and_the_uncorrected
     choices = torch.from_numpy(
         generator.choice(items, size=(trials, drawn), p=counts.numpy() / total)
     )
-    log_q = negative_log_q(counts, total, drawn)
+    log_q = negative_log_q(counts / total, drawn)
     corrected = (scores[choices] - log_q[choices]).exp().sum(dim=1)
     plain = scores[choices].exp().mean(dim=1) * items
     error = float(corrected.std()) / math.sqrt(trials)
@@ -317,9 +283,7 @@ def test_corrected_softmax_is_unbiased_in_a_skewed_catalogue_and_the_uncorrected
     assert abs(float(plain.mean()) / truth - 1) > 0.5
 
 
-def test_training_with_the_correction_learns_the_true_scores_and_without_it_punishes_popular_items() -> (
-    None
-):
+def test_negative_log_q_popular_negatives_learn_level_scores() -> None:
     """All items are relevant equally often, but four are ten times as often negatives: only logQ
     keeps their scores level.
     """
@@ -338,7 +302,7 @@ def test_training_with_the_correction_learns_the_true_scores_and_without_it_puni
             negatives = torch.from_numpy(generator.choice(items, drawn, p=probabilities))
             logits = scores[negatives].expand(32, -1)
             if corrected:
-                logits = logits - negative_log_q(counts, int(counts.sum()), drawn)[negatives]
+                logits = logits - negative_log_q(counts / counts.sum(), drawn)[negatives]
             logits = logits.masked_fill(random_mask(positives, negatives), MASKED)
             loss = sampled_softmax(scores[positives], logits).mean()
             optimiser.zero_grad()

@@ -10,7 +10,7 @@ import torch
 
 from encoders.training import inputs, loop
 from encoders.training.device import computes_bf16
-from encoders.training.loop import TrainResult, train
+from encoders.training.loop import TrainResult, TrainStart, train
 from tests.helpers.training_examples import small_config, tiny_query_encoder, world
 
 
@@ -39,9 +39,8 @@ def test_where_nothing_is_said_bf16_is_used(tmp_path: Path) -> None:
 def run(precision: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> TrainResult:
     for module in (inputs, loop):
         monkeypatch.setattr(module, "computes_bf16", lambda device_type: native)
-    return train(
-        small_config(steps=3, precision=precision), world(), query_encoder=tiny_query_encoder(0)
-    )
+    start = TrainStart(tiny_query_encoder(0))
+    return train(small_config(steps=3, precision=precision), world(), start=start)
 
 
 def test_without_the_instructions_the_run_is_the_fp32_run(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from encoders.errors import ConfigError
-from encoders.training.loop import TrainResult, train
+from encoders.training.loop import TrainResult, TrainStart, train
 from encoders.training.weight_interpolation import interpolate, learned_parameters
 from tests.helpers.training_examples import small_config, tiny_query_encoder, world
 
@@ -30,9 +30,8 @@ def run(
         features={"text_embedding": str(folder / "frozen")},
         validation=validation,
     )
-    return train(
-        config, world(), output=folder / "run", query_encoder=tiny_query_encoder(0, 256), quiet=True
-    )
+    start = TrainStart(tiny_query_encoder(0, 256))
+    return train(config, world(), start=start, output=folder / "run", quiet=True)
 
 
 def test_the_tower_lies_between_its_start_and_what_was_trained(tmp_path: Path) -> None:
@@ -42,7 +41,7 @@ def test_the_tower_lies_between_its_start_and_what_was_trained(tmp_path: Path) -
     )
     for scale in (0.0, 0.25, 1.0):
         result = run(tmp_path, [scale])
-        assert result.metrics["query_scale"] == scale
+        assert result.metrics["query_interpolation"] == scale
         for name, value in result.query_encoder.state_dict().items():
             torch.testing.assert_close(
                 value,
@@ -63,13 +62,13 @@ def test_the_scale_that_is_taken_is_the_one_whose_recall_is_told(tmp_path: Path)
     scales = [0.5, 0.0, 1.0]
     chosen = run(tmp_path, scales, (0.25, 1.0))
     alone = {scale: run(tmp_path, [scale], (0.25, 1.0)).metrics for scale in scales}
-    picked = chosen.metrics["query_scale"]
+    picked = chosen.metrics["query_interpolation"]
     assert picked in scales
     for name in ("pin", "product"):
         key = f"validation/recall@10/{name}"
         assert chosen.metrics[key] == alone[picked][key]
         assert (
-            chosen.metrics[f"residual_scale/{name}"] == alone[picked][f"residual_scale/{name}"]
+            chosen.metrics[f"residual_weight/{name}"] == alone[picked][f"residual_weight/{name}"]
         ), "chosen before, with the trained tower"
 
 

@@ -11,11 +11,11 @@ import torch
 
 from encoders.errors import ConfigError
 from encoders.towers.text_embedding import text_embedding
-from encoders.training.loop import TrainResult, train
+from encoders.training.loop import TrainResult, TrainStart, train
 from encoders.training.weight_interpolation import (
-    SMALLEST_SCALE,
-    scaled_towers,
+    SMALLEST_RESIDUAL,
     smallest_within_error,
+    with_residual_weights,
 )
 from tests.helpers.training_examples import small_config, tiny_query_encoder, world
 
@@ -36,21 +36,20 @@ def run(folder: Path, scales: list[float]) -> TrainResult:
     config = small_config(
         steps=25, model={"dimension": 256}, features=features, validation=validation
     )
-    return train(
-        config, world(), output=folder / "run", query_encoder=tiny_query_encoder(0, 256), quiet=True
-    )
+    start = TrainStart(tiny_query_encoder(0, 256))
+    return train(config, world(), start=start, output=folder / "run", quiet=True)
 
 
 def test_each_type_gets_a_scale_and_what_was_trained_stays(folder: Path) -> None:
     chosen, trained = run(folder, SCALES), run(folder, [])
-    assert "residual_scale/pin" not in trained.metrics
+    assert "residual_weight/pin" not in trained.metrics
     alone = {scale: run(folder, [scale]).metrics for scale in SCALES}
     for name in ("pin", "product"):
-        key, scale = f"validation/recall@10/{name}", chosen.metrics[f"residual_scale/{name}"]
+        key, scale = f"validation/recall@10/{name}", chosen.metrics[f"residual_weight/{name}"]
         assert chosen.metrics[key] == alone[scale][key]
         assert torch.equal(
             chosen.entity_encoders[name].mlp[-1].weight,
-            trained.entity_encoders[name].mlp[-1].weight * max(scale, SMALLEST_SCALE),
+            trained.entity_encoders[name].mlp[-1].weight * max(scale, SMALLEST_RESIDUAL),
         )
         assert torch.equal(chosen.entity_encoders[name].table, trained.entity_encoders[name].table)
         assert alone[1.0][key] == trained.metrics[key]
@@ -91,7 +90,7 @@ def test_at_scale_zero_an_entity_without_title_and_queries_still_has_a_unit_vect
 def test_types_with_one_tower_and_one_scale_share_it(folder: Path) -> None:
     towers = run(folder, []).entity_encoders
     towers["ad"] = towers["pin"]
-    scaled = scaled_towers(towers, {"pin": 0.5, "product": 0.5})
+    scaled = with_residual_weights(towers, {"pin": 0.5, "product": 0.5})
     assert scaled["pin"] is scaled["product"] is not towers["pin"]
     assert scaled["ad"] is towers["pin"]
 

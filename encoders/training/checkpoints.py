@@ -1,4 +1,8 @@
-"""Training checkpoints that survive kill -9: written beside their place, verified by checksum, renamed in one step, the last two kept."""
+"""Write and read training checkpoints that survive kill -9.
+
+They are written beside their place, renamed in one step and verified by checksum; the last two are
+kept.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,12 @@ from encoders.errors import CheckpointError
 
 CHECKPOINT_FORMAT = 1
 KEPT = 2
-_STATE, _META = "state.pt", "meta.json"
+_STATE = "state.pt"
+_META = "meta.json"
+_REMEDY = (
+    "Remove this folder to fall back to the checkpoint before it, or start again in an empty output"
+    " folder."
+)
 
 
 def _sha256(path: Path) -> str:
@@ -71,8 +80,8 @@ def save_checkpoint(
     )
     for path in (partial / _STATE, partial / _META, partial):
         _sync(path)
-    # A folder cannot be replaced in one step: move the old one aside, so that one of the two is
-    # always whole
+    # A folder cannot be replaced in one step: with the old one moved aside, one of them is always
+    # whole.
     if place.exists():
         old = folder / f"{place.name}.old.partial"
         place.rename(old)
@@ -88,14 +97,13 @@ def save_checkpoint(
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete step checkpoints in ``folder``, oldest first; empty when there is none."""
-    return sorted(
-        path for path in folder.glob("step-*") if path.suffix != ".partial" and path.is_dir()
-    )
+    """List the complete step checkpoints in ``folder``, oldest first; none where it is missing."""
+    found = (path for path in folder.glob("step-*") if path.suffix != ".partial")
+    return sorted(path for path in found if path.is_dir())
 
 
 def read_meta(checkpoint: Path) -> dict[str, Any]:
-    """``meta.json`` of a checkpoint.
+    """Read ``meta.json`` of a checkpoint.
 
     Raises:
         CheckpointError: It is missing, not JSON, or of another format version.
@@ -113,12 +121,6 @@ def read_meta(checkpoint: Path) -> dict[str, Any]:
             f" {CHECKPOINT_FORMAT}. {_REMEDY}"
         )
     return meta
-
-
-_REMEDY = (
-    "Remove this folder to fall back to the checkpoint before it, or start again in an empty output"
-    " folder."
-)
 
 
 def load_checkpoint(

@@ -1,4 +1,7 @@
-"""Whether bfloat16 is worth asking for: a processor without instructions for it imitates them, many times slower than float32."""
+"""Choose the device of a run, and say whether it computes in bfloat16.
+
+A processor without bfloat16 instructions emulates them, many times slower than float32.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,14 @@ from encoders.errors import ConfigError
 from encoders.training.distributed import process_rank
 
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
-"""What /proc/cpuinfo calls the instructions: x86 with AVX-512 or AMX, Arm."""
+"""Names of the instructions in /proc/cpuinfo: x86 with AVX-512 or AMX, Arm."""
 
 
 @lru_cache
 def computes_bf16(device_type: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether a device (``cuda``, ``cpu``) computes in bfloat16 itself.
+    """Say whether a device (``cuda``, ``cpu``) has bfloat16 instructions.
 
-    Where the processor does not say what it can, it is believed to.
+    A processor that does not list its instructions is believed to.
     """
     if device_type != "cpu":
         return True
@@ -26,23 +29,18 @@ def computes_bf16(device_type: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> bo
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return True
-    flags = next(
-        (
-            line.partition(":")[2].split()
-            for line in lines
-            if line.partition(":")[0].strip() in ("flags", "Features")
-        ),
-        None,
-    )
-    return flags is None or not BF16_FLAGS.isdisjoint(flags)
+    for line in lines:
+        name, _, flags = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return not BF16_FLAGS.isdisjoint(flags.split())
+    return True
 
 
-# -------------------------------------------------------------------------------------------- parts
 def choose_device(name: str) -> torch.device:
-    """The device a config names; ``auto`` takes CUDA (this process's local rank) when there is one.
+    """Return the device a config names; ``auto`` takes CUDA (by local rank) when there is one.
 
     Raises:
-        ConfigError: The device is unknown or not there.
+        ConfigError: The device is unknown or not available.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,9 +1,9 @@
-"""Share vectors between the processes of one training run, with gradients that equal those of one process holding the whole batch.
+"""Share vectors between the processes of a training run, with the gradients of the whole batch.
 
 Every process takes the mean loss over its own rows against the candidates of all processes, and
-parameter gradients are averaged. The gradient of a gathered vector is therefore the sum of what
-every process says about it, and the average makes it the gradient of the mean over the union of all
-rows.
+parameter gradients are averaged. The gradient of a gathered vector is the sum of its gradients on
+all processes, and the average makes it the gradient of the mean over the union of all rows: that of
+one process with the whole batch.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 
 
 def world_size() -> int:
-    """Processes in this run; 1 when ``torch.distributed`` is not initialised."""
+    """Return the number of processes; 1 when ``torch.distributed`` is not initialised."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def process_rank() -> int:
-    """This process's rank; 0 when ``torch.distributed`` is not initialised."""
+    """Return this process's rank; 0 when ``torch.distributed`` is not initialised."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
@@ -58,7 +58,7 @@ def gather_with_gradient(vectors: Tensor) -> Tensor:
 
 
 def all_processes(condition: bool, device: torch.device) -> bool:
-    """Whether a condition holds on every process; every process gets the same answer."""
+    """Say whether a condition holds on every process; every process gets the same answer."""
     if world_size() == 1:
         return condition
     agreed = torch.tensor(int(condition), device=device)
@@ -67,9 +67,9 @@ def all_processes(condition: bool, device: torch.device) -> bool:
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace each parameter's gradient by its mean over the processes; a missing gradient counts as zero.
+    """Replace each gradient by its mean over the processes; a missing one counts as zero.
 
-    Gradients travel in one flat tensor per dtype. Every process must pass the same parameters in
+    They are reduced in one flat tensor per dtype. Every process must pass the same parameters in
     the same order.
     """
     if world_size() == 1:
@@ -85,9 +85,8 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         dist.all_reduce(flat, op=dist.ReduceOp.SUM)
         flat /= world_size()
-        for gradient, part in zip(
-            gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True
-        ):
+        parts = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
 
 

@@ -1,8 +1,9 @@
-"""Batches larger than memory: encode in chunks without a graph, take the loss on the vectors, then replay each chunk for its gradient.
+"""Train on batches larger than memory: encode chunks without a graph, replay each for its gradient.
 
-This is GradCache (Gao et al., 2021). The memory of activations is one chunk's, whatever the batch;
-the price is a second forward pass. Random state is kept per chunk, so that dropout falls the same
-way in both passes and the gradients equal those of one big pass.
+This is GradCache (Gao et al., 2021): the loss is taken on all vectors in between. The memory of
+activations is one chunk's, whatever the batch; the price is a second forward pass. Random state is
+kept per chunk, so that dropout is the same in both passes and the gradients equal those of one big
+pass.
 """
 
 from __future__ import annotations
@@ -17,15 +18,13 @@ C = TypeVar("C")
 
 
 class _RandomState:
-    """The generators' state at a moment, CPU and the current CUDA device."""
+    """The state of torch's generators at a moment: CPU and the current CUDA device."""
 
     def __init__(self) -> None:
         self.cpu = torch.get_rng_state()
-        self.cuda = (
-            torch.cuda.get_rng_state()
-            if torch.cuda.is_available() and torch.cuda.is_initialized()
-            else None
-        )
+        self.cuda: Tensor | None = None
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            self.cuda = torch.cuda.get_rng_state()
 
     def restore(self) -> None:
         torch.set_rng_state(self.cpu)
@@ -34,7 +33,7 @@ class _RandomState:
 
 
 class Encoding(Generic[C]):
-    """Vectors of all chunks of one tower, and the way back from their gradient to the tower's parameters.
+    """Encodes chunks with one tower, and hands the vectors' gradient on to the tower's parameters.
 
     Args:
         encode: Tower forward of one chunk: ``chunk -> (rows, D)``. Deterministic but for torch's
@@ -57,27 +56,30 @@ class Encoding(Generic[C]):
         cached: bool,
         after_backward: Callable[[], None] | None = None,
     ) -> None:
-        self._encode, self._chunks, self._cached, self._after_backward = (
-            encode,
-            chunks,
-            cached,
-            after_backward,
-        )
+        self._encode = encode
+        self._chunks = chunks
+        self._after_backward = after_backward
+        self._cached = cached and torch.is_grad_enabled()
         self._states: list[_RandomState] = []
-        parts: list[Tensor] = []
-        if cached and torch.is_grad_enabled():
-            with torch.no_grad():
-                for chunk in chunks:
-                    self._states.append(_RandomState())
-                    parts.append(encode(chunk))
-            self.vectors = torch.cat(parts).requires_grad_()
+        if self._cached:
+            self.vectors = self._encode_without_graph().requires_grad_()
         else:
-            self._cached = False
             parts = [encode(chunk) for chunk in chunks]
             self.vectors = torch.cat(parts) if len(parts) > 1 else parts[0]
 
+    def _encode_without_graph(self) -> Tensor:
+        parts: list[Tensor] = []
+        with torch.no_grad():
+            for chunk in self._chunks:
+                self._states.append(_RandomState())
+                parts.append(self._encode(chunk))
+        return torch.cat(parts)
+
     def backward(self) -> None:
-        """After ``loss.backward()``: replay each chunk and add its gradient to the parameters; without caching nothing is replayed."""
+        """Add each chunk's gradient to the parameters, after ``loss.backward()``.
+
+        With caching each chunk is replayed; without, ``loss.backward()`` did it.
+        """
         if self._cached and self.vectors.grad is not None:
             self._replay(self.vectors.grad)
         if self._after_backward is not None:

@@ -72,7 +72,7 @@ class TrainResult:
     featurizer: EntityFeaturizer
     metrics: dict[str, float]
     """Last loss, and validation labelled Recall@10 per entity type (``validation/recall@10/pin``)
-    where there is validation. ``loss`` is missing when a finished run's checkpoint does not hold it.
+    where there is validation. No ``loss`` where a finished run's checkpoint does not hold it.
     """
     pairs_per_second: float
     """Training pairs per second of step time since the start or the resume, validation and

@@ -1,4 +1,4 @@
-"""Which parameter moves how fast: groups with their own peak learning rate and weight decay, and the schedule over a run."""
+"""Make the optimiser: parameter groups with peak rate and weight decay, and the rate schedule."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from encoders.towers.query_tower import QueryEncoder
 def parameter_groups(
     query_encoder: QueryEncoder,
     entity_encoders: Iterable[nn.Module],
-    scales: Iterable[nn.Parameter],
+    log_scales: Iterable[nn.Parameter],
     config: OptimiserConfig,
 ) -> list[dict[str, Any]]:
-    """Optimiser groups with ``lr`` and ``peak_lr``; parameters whose rate is 0 are frozen (``requires_grad`` off) and in no group.
+    """Sort parameters into groups with ``lr`` and ``peak_lr``; those of rate 0 are frozen.
+
+    Frozen parameters are in no group, and their ``requires_grad`` is off.
 
     Args:
         query_encoder: Its token embeddings and its transformer have rates of their own; its
             projection moves like the entity towers.
         entity_encoders: Distinct entity towers.
-        scales: Learned log scales, one per task.
+        log_scales: One learned log scale per task.
         config: Rates and decay. Matrices decay; embeddings, biases, norms and scales do not.
     """
     embeddings = {id(p) for p in query_encoder.transformer.get_input_embeddings().parameters()}  # type: ignore[operator]
@@ -41,7 +43,7 @@ def parameter_groups(
             rated.append(
                 (parameter, config.learning_rate, parameter.ndim >= 2 and name.startswith("mlp."))
             )
-    rated += [(scale, config.learning_rate, False) for scale in scales]
+    rated += [(scale, config.learning_rate, False) for scale in log_scales]
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for parameter, rate, decays in rated:
         parameter.requires_grad_(rate > 0)
@@ -61,7 +63,7 @@ def parameter_groups(
 def create_optimiser(
     groups: list[dict[str, Any]], config: OptimiserConfig
 ) -> torch.optim.Optimizer:
-    """AdamW (fused) or LAMB.
+    """Make AdamW (fused) or LAMB.
 
     Raises:
         MissingDependency: LAMB was asked for and pytorch_optimizer is not installed.
@@ -82,7 +84,7 @@ def create_optimiser(
 def schedule(
     step: int, steps: int, config: OptimiserConfig, progress: float | None = None
 ) -> float:
-    """Factor on the peak learning rate: linear warm-up, then a cosine down to ``final_fraction``.
+    """Return the factor on peak rates: linear warm-up, then a cosine to ``final_fraction``.
 
     Args:
         step: The step about to be taken, from 0.

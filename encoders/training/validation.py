@@ -1,4 +1,4 @@
-"""Labelled Recall@10 of held-back pairs while training: exact, against every entity of the type."""
+"""Measure labelled Recall@10 of held-back pairs: exact, against every entity of the type."""
 
 from __future__ import annotations
 
@@ -10,38 +10,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from encoders.config.train_config import ENTITY, VECTOR_PREFIX
+from encoders.config.train_config import ENTITY
 from encoders.exact_search import count_above
+from encoders.training.data.sampling import vector_column
 from encoders.training.inputs import Towers, TrainInputs
 
 QUERY_POOL = 20_000
-"""Related-query validation searches at most so many queries (those of the pairs, then the first others): each costs a transformer pass."""
+"""Most queries that related-query validation searches: those of the pairs, then the first others.
+
+Each costs a pass through the transformer.
+"""
 _BLOCK = 1024
+"""Queries ranked together."""
+_ENTITIES = 4096
+"""Entities encoded together."""
+_QUERIES = 256
+"""Queries encoded together."""
 
 
 def validation_recall(towers: Towers, inputs: TrainInputs, k: int = 10) -> dict[str, float]:
-    """Share of the held-back pairs whose annotated candidate ranks in the top ``k``.
+    """Measure the share of held-back pairs whose annotated candidate ranks in the top ``k``.
 
     Returns:
         ``validation/recall@{k}/<entity type>`` per type with held-back pairs, and
-        ``validation/recall@{k}``, their mean.
+        ``validation/recall@{k}``, their mean; empty without any.
     """
     recalls = {
         f"validation/recall@{k}/{name}": float(hits.mean())
         for name, hits in validation_hits(towers, inputs, k).items()
     }
-    return (
-        {**recalls, f"validation/recall@{k}": float(np.mean(list(recalls.values())))}
-        if recalls
-        else {}
-    )
+    if recalls:
+        recalls[f"validation/recall@{k}"] = float(np.mean(list(recalls.values())))
+    return recalls
 
 
 @torch.no_grad()
 def validation_hits(
     towers: Towers, inputs: TrainInputs, k: int = 10, entity_types: Collection[str] | None = None
 ) -> dict[str, npt.NDArray[np.bool_]]:
-    """Does the annotated candidate of each held-back pair rank in the top ``k``?
+    """Say of each held-back pair whether its annotated candidate ranks in the top ``k``.
 
     Entities are seen with their engaged queries but for the held-back ones (cross-fit view 0 when
     cross-fitting, so a fold is missing).
@@ -57,76 +64,95 @@ def validation_hits(
     """
     towers.query.eval()
     towers.entities.eval()
+    trained = {pair_set.config.entity_type for pair_set in inputs.prepared.pair_sets}
     found: dict[str, npt.NDArray[np.bool_]] = {}
-    learned = {
-        pair_set.config.entity_type: pair_set.config.candidates
-        for pair_set in inputs.prepared.pair_sets
-    }
-    for entity_type, (queries, candidates) in inputs.prepared.validation.items():
-        if (
-            entity_type not in learned
-            or not len(queries)
-            or (entity_types is not None and entity_type not in entity_types)
-        ):
-            continue
-        pool = inputs.prepared.pools[entity_type]
-        if entity_type == "query":
-            pool = np.unique(
-                np.concatenate((candidates, pool[: max(QUERY_POOL - len(candidates), 0)]))
-            )
-            vectors = _queries(towers, inputs, pool)
-        elif ENTITY in learned[entity_type]:
-            tower = towers.entities[inputs.tower_of(entity_type)]
-            blocks = [pool[start : start + 4096] for start in range(0, len(pool), 4096)]
-            vectors = torch.cat(
-                [
-                    F.normalize(tower(inputs.features.select(rows)).float(), dim=-1)
-                    for rows in blocks
-                ]
-            )
-        else:
-            vectors = inputs.vectors[learned[entity_type][0].removeprefix(VECTOR_PREFIX)][
-                torch.from_numpy(pool).to(inputs.device)
-            ]
-        places = torch.from_numpy(np.searchsorted(pool, candidates)).to(inputs.device)
-        own = torch.from_numpy(queries) if entity_type == "query" else None
-        found[entity_type] = _hits(_queries(towers, inputs, queries), vectors, places, own, pool, k)
+    for entity_type, held_back in inputs.prepared.validation.items():
+        is_wanted = entity_types is None or entity_type in entity_types
+        if is_wanted and entity_type in trained and len(held_back.queries):
+            found[entity_type] = _hits_of_type(towers, inputs, entity_type, k)
     towers.query.train()
     towers.entities.train()
     return found
 
 
-def _queries(towers: Towers, inputs: TrainInputs, rows: np.ndarray) -> Tensor:
-    out: Tensor | None = None
-    distinct, inverse = np.unique(rows, return_inverse=True)
-    for chunk in inputs.tokens.by_length(distinct, 256):
+def _hits_of_type(
+    towers: Towers, inputs: TrainInputs, entity_type: str, k: int
+) -> npt.NDArray[np.bool_]:
+    queries, candidates = inputs.prepared.validation[entity_type]
+    pool = inputs.prepared.pools[entity_type]
+    own: npt.NDArray[np.int64] | None = None
+    if entity_type == "query":
+        others = pool[: max(QUERY_POOL - len(candidates), 0)]
+        pool = np.unique(np.concatenate((candidates, others)))
+        vectors = _query_vectors(towers, inputs, pool)
+        own = _places(pool, queries)
+    else:
+        vectors = _entity_vectors(towers, inputs, entity_type, pool)
+    query_vectors = _query_vectors(towers, inputs, queries)
+    return top_k_hits(query_vectors, vectors, _places(pool, candidates), own, k)
+
+
+def _places(pool: npt.NDArray[np.int64], members: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Find where members stand in a sorted pool, ``(P,)``; -1 where they do not."""
+    places = np.searchsorted(pool, members).clip(max=len(pool) - 1)
+    return np.where(pool[places] == members, places, -1)
+
+
+def _entity_vectors(
+    towers: Towers, inputs: TrainInputs, entity_type: str, rows: npt.NDArray[np.int64]
+) -> Tensor:
+    """Embed catalogue rows with what is trained for their type: its tower, or a frozen column."""
+    candidates = {s.config.entity_type: s.config.candidates for s in inputs.prepared.pair_sets}
+    column = vector_column(candidates[entity_type][0])
+    if ENTITY not in candidates[entity_type] and column is not None:
+        return inputs.vectors[column][torch.from_numpy(rows).to(inputs.device)]
+    tower = towers.entities[inputs.tower_of(entity_type)]
+    blocks = [rows[start : start + _ENTITIES] for start in range(0, len(rows), _ENTITIES)]
+    vectors = [tower(inputs.features.select(block)).float() for block in blocks]
+    return F.normalize(torch.cat(vectors), dim=-1)
+
+
+def _query_vectors(towers: Towers, inputs: TrainInputs, numbers: npt.NDArray[np.int64]) -> Tensor:
+    """Embed queries by number, ``(len(numbers), D)``; repeats are encoded once."""
+    distinct, inverse = np.unique(numbers, return_inverse=True)
+    vectors: list[Tensor] = []
+    chunks = inputs.tokens.by_length(distinct, _QUERIES)
+    for chunk in chunks:
         ids, mask = inputs.tokens.padded(chunk)
-        vectors = towers.query(ids.to(inputs.device), mask.to(inputs.device)).float()
-        out = vectors.new_empty((len(distinct), vectors.shape[1])) if out is None else out
-        out[torch.from_numpy(np.searchsorted(distinct, chunk)).to(inputs.device)] = vectors
-    assert out is not None, "there is at least one query"
-    return out[torch.from_numpy(inverse).to(inputs.device)]
+        vectors.append(towers.query(ids.to(inputs.device), mask.to(inputs.device)).float())
+    place = np.empty(len(distinct), dtype=np.int64)
+    place[np.searchsorted(distinct, np.concatenate(chunks))] = np.arange(len(distinct))
+    return torch.cat(vectors)[torch.from_numpy(place[inverse]).to(inputs.device)]
 
 
-def _hits(
+def top_k_hits(
     queries: Tensor,
     candidates: Tensor,
-    places: Tensor,
-    own: Tensor | None,
-    pool: np.ndarray,
+    positives: npt.NDArray[np.int64],
+    hidden: npt.NDArray[np.int64] | None,
     k: int,
 ) -> npt.NDArray[np.bool_]:
-    """Bool ``(P,)``: fewer than ``k`` candidates score higher, or as high in an earlier row, as in ``encoders.evaluation.ranking``."""
+    """Say of each query whether its positive is in the exact top ``k``, bool ``(P,)``.
+
+    Of equal scores the earlier row is first, as in ``encoders.evaluation.ranking``.
+
+    Args:
+        queries: Unit rows ``(P, D)``.
+        candidates: Unit rows ``(N, D)``.
+        positives: Row of each query's positive, ``(P,)``.
+        hidden: Row that each query must not find (itself), -1 for none, ``(P,)``; None: no row is
+            hidden.
+        k: Depth.
+    """
+    columns = torch.arange(len(candidates), device=candidates.device)
     hits = []
-    pool_numbers = torch.from_numpy(pool)
     for start in range(0, len(queries), _BLOCK):
         block = slice(start, start + _BLOCK)
         scores = queries[block] @ candidates.T  # (B, N)
-        if own is not None:  # a query must not find itself
-            scores = scores.masked_fill(
-                (own[block][:, None] == pool_numbers[None, :]).to(scores.device), -2.0
-            )
-        place = places[block]
+        if hidden is not None:
+            own = torch.from_numpy(hidden[block]).to(columns.device)
+            scores = scores.masked_fill(own[:, None] == columns, -2.0)
+        place = torch.from_numpy(positives[block]).to(columns.device)
         positive = scores.gather(1, place[:, None]).squeeze(1)
         hits.append((count_above(scores, positive, place) < k).cpu().numpy())
     return np.concatenate(hits)

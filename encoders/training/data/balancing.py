@@ -1,4 +1,4 @@
-"""Pairs of rare values drawn more often: ``balance_by`` of a dataset, from the column it names to a weight per pair."""
+"""Weigh pairs so that rare values are drawn more often: ``balance_by`` of a dataset."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from encoders.errors import SchemaError
 
 
 def balance_column(name: str) -> str:
-    """Where a pairs column to balance by is kept while the pairs are prepared: apart from the columns that are rewritten on the way."""
+    """Name the copy of a pairs column to balance by.
+
+    The copy is not rewritten while pairs are prepared, as ``query`` and ``entity_id`` are.
+    """
     return f"balance:{name}"
 
 
@@ -34,7 +37,11 @@ def require_plain(frame: pl.DataFrame, columns: Sequence[str], table: str) -> No
 def balance_values(
     dataset: DatasetConfig, rows: pl.DataFrame, catalogue: pl.DataFrame
 ) -> pl.Series:
-    """The value each pair of a dataset is balanced by: of the pair itself, else of its entity."""
+    """Read the value each pair of a dataset is balanced by: of the pair, else of its entity.
+
+    Raises:
+        SchemaError: The column is in neither table, or nested.
+    """
     name = dataset.balance_by
     if balance_column(name) in rows.columns:
         return rows[balance_column(name)]
@@ -55,10 +62,11 @@ def balance_values(
 def balance_weights(
     values: pl.Series, weights: npt.NDArray[np.float64], exponent: float
 ) -> npt.NDArray[np.float64]:
-    """Weights that draw value v, whose rows weigh n(v) together, in proportion to ``n(v) ** exponent``; mean 1, float64 ``(N,)``.
+    """Weigh rows so that value v is drawn in proportion to ``n(v) ** exponent``: float64 ``(N,)``.
 
-    The sampling of languages in multilingual pretraining (Conneau and Lample, 2019, section 3.1),
-    for any column; null is a value too.
+    ``n(v)`` is what the rows of v weigh together; the mean of the new weights is 1. This is the
+    sampling of languages in multilingual pretraining (Conneau and Lample, 2019, section 3.1), for
+    any column; null is a value too.
     """
     totals = (
         pl.DataFrame({"value": values, "weight": weights})

@@ -1,4 +1,4 @@
-"""How often each item was seen, in fixed memory: the frequencies behind the logQ correction of the loss (paper section 4.3)."""
+"""Count items in fixed memory, for the logQ correction of the loss (paper section 4.3)."""
 
 from __future__ import annotations
 
@@ -53,11 +53,9 @@ class CountMinSketch:
             keys: uint64 ``(N,)``, e.g. from ``hash_texts``; repeats allowed.
             counts: Non-negative integers ``(N,)``.
         """
-        weights = (
-            np.ones(len(keys), dtype=np.int64)
-            if counts is None
-            else np.asarray(counts, dtype=np.int64)
-        )
+        if counts is None:
+            counts = np.ones(len(keys), dtype=np.int64)
+        weights = np.asarray(counts, dtype=np.int64)
         if weights.shape != keys.shape:
             raise ConfigError(
                 f"CountMinSketch.add: expected as many counts as keys, but got {weights.shape} for"
@@ -73,7 +71,7 @@ class CountMinSketch:
         self.total += int(weights.sum())
 
     def count(self, keys: np.ndarray) -> np.ndarray:
-        """Estimated counts, int64 ``(N,)``: the true count or more, 0 or more for a key never added."""
+        """Estimate counts, int64 ``(N,)``: never below the true count, which may be 0."""
         estimate: np.ndarray = self.table[0][self._columns(keys, 0)]
         for row in range(1, self.depth):
             estimate = np.minimum(estimate, self.table[row][self._columns(keys, row)])

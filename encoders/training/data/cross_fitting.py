@@ -1,4 +1,4 @@
-"""What a pair may read of an entity: no engaged query that is held back, and none of the pair's own fold.
+"""Hide engaged queries from the entities that pairs read: held-back ones, and the pair's own fold.
 
 A train query usually stands among the engaged queries of its entity, and would be found by matching
 the text with itself.
@@ -15,29 +15,26 @@ from encoders.text.hashing import text_bucket
 
 
 def fold_of(texts: pl.Series, config: TrainConfig) -> npt.NDArray[np.int64]:
-    """The fold of each query, ``(N,)``; all 0 when cross-fitting is off."""
+    """Deal queries into folds, ``(N,)``; all 0 when cross-fitting is off."""
     if not config.batch.cross_fit:
         return np.zeros(len(texts), dtype=np.int64)
     return text_bucket(texts, config.seed + 202, config.batch.cross_fit)
 
 
 def without_held_back(catalogue: pl.DataFrame, held_back: pl.Series) -> pl.DataFrame:
-    """The catalogue without the engaged queries that are held back for validation."""
+    """Remove the engaged queries that are held back for validation from a catalogue."""
     if held_back.is_empty() or not _has_engaged_queries(catalogue):
         return catalogue
     long = _engaged_queries(catalogue)
     distinct = long["text"].unique(maintain_order=True)
-    hidden = set(text_bucket(held_back, 0, 1 << 62).tolist())
-    held = distinct.filter(
-        pl.Series(
-            [key in hidden for key in text_bucket(distinct, 0, 1 << 62).tolist()], dtype=pl.Boolean
-        )
-    )
+    hidden = set(_keys(held_back))
+    is_held = pl.Series([key in hidden for key in _keys(distinct)], dtype=pl.Boolean)
+    held = distinct.filter(is_held)
     return _with_engaged_queries(catalogue, long.filter(~pl.col("text").is_in(held.implode())))
 
 
 def catalogue_views(visible: pl.DataFrame, config: TrainConfig) -> list[pl.DataFrame]:
-    """The catalogue as pairs of each fold see it: without the engaged queries of the fold."""
+    """Make the catalogue that pairs of each fold see: without the engaged queries of the fold."""
     folds = config.batch.cross_fit
     if not folds or not _has_engaged_queries(visible):
         return [visible]
@@ -48,6 +45,12 @@ def catalogue_views(visible: pl.DataFrame, config: TrainConfig) -> list[pl.DataF
     return [_with_engaged_queries(visible, long.filter(pl.col("fold") != f)) for f in range(folds)]
 
 
+def _keys(texts: pl.Series) -> list[int]:
+    """Hash the normal forms of texts."""
+    keys: list[int] = text_bucket(texts, 0, 1 << 62).tolist()
+    return keys
+
+
 def _has_engaged_queries(catalogue: pl.DataFrame) -> bool:
     return "engaged_queries" in catalogue.columns and isinstance(
         catalogue["engaged_queries"].dtype, pl.List
@@ -55,7 +58,7 @@ def _has_engaged_queries(catalogue: pl.DataFrame) -> bool:
 
 
 def _engaged_queries(catalogue: pl.DataFrame) -> pl.DataFrame:
-    """One row per engaged query: ``row`` of the catalogue and ``text``."""
+    """List engaged queries, one a row: ``row`` of the catalogue and ``text``."""
     rows = pl.int_range(pl.len(), dtype=pl.Int64)
     return (
         catalogue.select(row=rows, text=pl.col("engaged_queries"))
@@ -65,7 +68,7 @@ def _engaged_queries(catalogue: pl.DataFrame) -> pl.DataFrame:
 
 
 def _with_engaged_queries(catalogue: pl.DataFrame, kept: pl.DataFrame) -> pl.DataFrame:
-    """The catalogue with these rows of ``_engaged_queries`` as its lists."""
+    """Put rows of ``_engaged_queries`` back into a catalogue as its lists."""
     lists = kept.group_by("row", maintain_order=True).agg(pl.col("text").alias("engaged_queries"))
     rows = catalogue.drop("engaged_queries").with_columns(
         row=pl.int_range(pl.len(), dtype=pl.Int64)

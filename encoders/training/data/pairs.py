@@ -1,6 +1,6 @@
-"""The pairs table of a run on its way to numbers: checked and completed, validation queries held back, names become places.
+"""Turn a pairs table into numbers: check it, hold validation queries back, replace names by rows.
 
-Notable: texts become integers once, here; everything after works on numbers.
+Texts become integers once, here; everything after works on numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ VALIDATION_BUCKETS = 1_000_000
 
 
 def usable_pairs(data: TrainingData, config: TrainConfig) -> pl.DataFrame:
-    """The train and validation pairs with every column that training reads, validation queries held back.
+    """Select the train and validation pairs, with every column that training reads.
+
+    Validation queries are held back where the pairs bring no validation split.
 
     Raises:
         SchemaError: A column is missing.
@@ -60,11 +62,13 @@ def _require(frame: pl.DataFrame, columns: Sequence[str], table: str) -> None:
 def _with_defaults(
     pairs: pl.DataFrame, validation_split: str, balances: Sequence[str]
 ) -> pl.DataFrame:
+    """Complete the columns, keep train and validation pairs, collapse white space in queries."""
     defaults = {"count": pl.lit(1), "action": pl.lit(""), "split": pl.lit("train")}
     pairs = pairs.with_columns(
         expr.alias(name) for name, expr in defaults.items() if name not in pairs.columns
     )
-    collapsed = pl.col("query").fill_null("").str.replace_all(r"\s+", " ").str.strip_chars()
+    is_validation = pl.col("split") == validation_split
+    related = pl.when(pl.col("entity_type") == "query").then(_collapsed(pl.col("entity_id")))
     return (
         pairs.select(
             "query",
@@ -77,21 +81,19 @@ def _with_defaults(
         )
         .filter(pl.col("split").is_in(["train", validation_split]))
         .with_columns(
-            collapsed,
-            pl.when(pl.col("split") == validation_split)
-            .then(pl.lit("validation"))
-            .otherwise(pl.lit("train"))
-            .alias("split"),
-            pl.when(pl.col("entity_type") == "query")
-            .then(pl.col("entity_id").str.replace_all(r"\s+", " ").str.strip_chars())
-            .otherwise(pl.col("entity_id"))
-            .alias("entity_id"),
+            query=_collapsed(pl.col("query").fill_null("")),
+            split=pl.when(is_validation).then(pl.lit("validation")).otherwise(pl.lit("train")),
+            entity_id=related.otherwise(pl.col("entity_id")),
         )
     )
 
 
+def _collapsed(text: pl.Expr) -> pl.Expr:
+    return text.str.replace_all(r"\s+", " ").str.strip_chars()
+
+
 def _hold_back(pairs: pl.DataFrame, config: TrainConfig) -> pl.DataFrame:
-    """Move ``fraction`` of the distinct train queries to the validation split when no pair is in it.
+    """Move ``fraction`` of the train queries to the validation split when no pair is in it.
 
     Both sides of a related-query pair are read by the query tower: train pairs whose related query
     is a validation query are left out.
@@ -139,9 +141,9 @@ def _require_train_pairs(given: pl.DataFrame, pairs: pl.DataFrame, config: Train
 
 
 def query_texts(pairs: pl.DataFrame) -> pl.Series:
-    """The distinct texts that the query tower reads: queries and related queries.
+    """List the distinct texts that the query tower reads: queries and related queries.
 
-    A query number is a place here.
+    A text's position is its query number.
     """
     related = pairs.filter(pl.col("entity_type") == "query")["entity_id"]
     return pl.concat((pairs["query"], related)).unique(maintain_order=True)
@@ -150,47 +152,28 @@ def query_texts(pairs: pl.DataFrame) -> pl.Series:
 def number_pairs(
     pairs: pl.DataFrame, texts: pl.Series, catalogue: pl.DataFrame, trained: Collection[str]
 ) -> pl.DataFrame:
-    """Add ``query_number`` and ``candidate`` (catalogue row or query number); leave out pairs whose entity is not in the catalogue.
+    """Add ``query_number`` and ``candidate``, which is a catalogue row or a query number.
 
-    When that is more than half of the pairs of the entity types in ``trained`` (empty: of all), it
-    is a mistake in the ids: an error.
+    Pairs whose entity is not in the catalogue are left out.
+
+    Args:
+        pairs: From ``usable_pairs``.
+        texts: From ``query_texts``.
+        catalogue: What the entity ids name.
+        trained: Entity types that are trained; empty: all.
+
+    Raises:
+        DataError: The catalogue holds an id twice, or lacks more than half of the entities that
+            pairs of trained types name: the ids are written differently.
     """
+    pairs = pairs.with_columns(pl.col("entity_type").cast(pl.String))
+    pairs = _left_join(pairs, _catalogue_rows(catalogue), ["entity_type", "entity_id"])
     numbers = pl.DataFrame({"text": texts, "number": np.arange(len(texts), dtype=np.int64)})
-    rows = catalogue.select(
-        pl.col("entity_type").cast(pl.String),
-        entity_id=pl.col("id"),
-        row=pl.int_range(pl.len(), dtype=pl.Int64),
-    )
-    if rows.select("entity_type", "entity_id").is_duplicated().any():
-        doubled = rows.filter(rows.select("entity_type", "entity_id").is_duplicated())["entity_id"][
-            0
-        ]
-        raise DataError(
-            f"the catalogue holds {doubled!r} twice under one entity type; ids must be unique."
-            " `omni data validate` lists them."
-        )
-    pairs = pairs.with_columns(pl.col("entity_type").cast(pl.String)).join(
-        rows, on=["entity_type", "entity_id"], how="left", maintain_order="left"
-    )
-    pairs = pairs.join(
-        numbers.rename({"text": "query", "number": "query_number"}),
-        on="query",
-        how="left",
-        maintain_order="left",
-    )
-    pairs = pairs.join(
-        numbers.rename({"text": "entity_id", "number": "candidate_number"}),
-        on="entity_id",
-        how="left",
-        maintain_order="left",
-    )
+    for text, number in (("query", "query_number"), ("entity_id", "candidate_number")):
+        pairs = _left_join(pairs, numbers.rename({"text": text, "number": number}), [text])
     is_query = pl.col("entity_type") == "query"
-    pairs = pairs.with_columns(
-        pl.when(is_query)
-        .then(pl.col("candidate_number"))
-        .otherwise(pl.col("row"))
-        .alias("candidate")
-    )
+    candidate = pl.when(is_query).then(pl.col("candidate_number")).otherwise(pl.col("row"))
+    pairs = pairs.with_columns(candidate.alias("candidate"))
     lost = pairs.filter(pl.col("candidate").is_null())
     if lost.height == pairs.height:
         raise DataError(
@@ -204,6 +187,26 @@ def number_pairs(
             f" (first: {lost['entity_id'][0]!r}); left out"
         )
     return pairs.filter(pl.col("candidate").is_not_null())
+
+
+def _catalogue_rows(catalogue: pl.DataFrame) -> pl.DataFrame:
+    """Number the rows of the catalogue: ``entity_type``, ``entity_id``, ``row``."""
+    rows = catalogue.select(
+        pl.col("entity_type").cast(pl.String),
+        entity_id=pl.col("id"),
+        row=pl.int_range(pl.len(), dtype=pl.Int64),
+    )
+    twice = rows.filter(rows.select("entity_type", "entity_id").is_duplicated())
+    if twice.height:
+        raise DataError(
+            f"the catalogue holds {twice['entity_id'][0]!r} twice under one entity type; ids must"
+            " be unique. `omni data validate` lists them."
+        )
+    return rows
+
+
+def _left_join(left: pl.DataFrame, right: pl.DataFrame, on: list[str]) -> pl.DataFrame:
+    return left.join(right, on=on, how="left", maintain_order="left")
 
 
 def _refuse_most_lost(

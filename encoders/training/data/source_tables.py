@@ -1,8 +1,9 @@
-"""The tables of a training run, and where they come from: the files a config names, the larger data set, or the sample in the package."""
+"""Load the tables of a training run: files that a config names, a data folder, or the sample."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run learns from.
+    """The tables that a run learns from.
 
     Attributes:
         catalogue: Entities of all types (DESIGN section 4, table catalogue).
@@ -34,7 +35,7 @@ class TrainingData:
 
 
 def load_training_data(config: TrainConfig, data_dir: Path | None = None) -> TrainingData:
-    """Read catalogue and pairs, and derive related-query pairs where a dataset wants them and the tables hold none.
+    """Read catalogue and pairs; derive related-query pairs where they are wanted and missing.
 
     Args:
         config: ``config.data`` names the files; both lists empty: the data set below ``data_dir``,
@@ -52,12 +53,7 @@ def load_training_data(config: TrainConfig, data_dir: Path | None = None) -> Tra
             " data."
         )
     if files.catalogue:
-        catalogue = pl.concat(
-            [read_table(path, "catalogue") for path in files.catalogue], how="diagonal_relaxed"
-        )
-        pairs = pl.concat(
-            [read_table(path, "pairs") for path in files.pairs], how="diagonal_relaxed"
-        )
+        catalogue, pairs = _read(files.catalogue, "catalogue"), _read(files.pairs, "pairs")
     else:
         dataset = load_dataset(data_dir)
         catalogue, pairs = dataset.catalogue, dataset.pairs
@@ -65,12 +61,22 @@ def load_training_data(config: TrainConfig, data_dir: Path | None = None) -> Tra
         not config.datasets and not files.catalogue
     )
     if files.related_queries and wants_queries and not (pairs["entity_type"] == "query").any():
-        for name, default in (
-            ("kind", pl.col("action") if "action" in pairs.columns else pl.lit("")),
-            ("language", pl.lit("")),
-        ):
-            pairs = pairs if name in pairs.columns else pairs.with_columns(default.alias(name))
-        related = related_query_pairs(pairs)
-        log.info(f"derived {related.height:,} related-query pairs from queries that share entities")
-        pairs = pl.concat((pairs, related), how="diagonal_relaxed")
+        pairs = _with_related_queries(pairs)
     return TrainingData(catalogue, pairs)
+
+
+def _read(paths: Sequence[Path], table: str) -> pl.DataFrame:
+    return pl.concat([read_table(path, table) for path in paths], how="diagonal_relaxed")
+
+
+def _with_related_queries(pairs: pl.DataFrame) -> pl.DataFrame:
+    """Add pairs of queries that share entities."""
+    defaults = {
+        "kind": pl.col("action") if "action" in pairs.columns else pl.lit(""),
+        "language": pl.lit(""),
+    }
+    missing = {name: expr for name, expr in defaults.items() if name not in pairs.columns}
+    pairs = pairs.with_columns(**missing)
+    related = related_query_pairs(pairs)
+    log.info(f"derived {related.height:,} related-query pairs from queries that share entities")
+    return pl.concat((pairs, related), how="diagonal_relaxed")

@@ -1,4 +1,4 @@
-"""Texts tokenised once for a whole run, held so that a padded batch is two numpy selections."""
+"""Hold texts tokenised once for a whole run, so that a padded batch is two numpy selections."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Int64 = npt.NDArray[np.int64]
 
 
 class TokenisedTexts:
-    """Token ids of many texts, ragged and flat, so that a padded batch is two numpy selections.
+    """Holds the token ids of many texts, ragged and flat.
 
     Args:
         sequences: Token ids of each text, special tokens included.
@@ -31,23 +31,22 @@ class TokenisedTexts:
         self.pad_id = pad_id
 
     def padded(self, rows: Int64) -> tuple[Tensor, Tensor]:
-        """``input_ids`` and ``attention_mask`` of some texts, int64 ``(len(rows), longest)`` each."""
+        """Return ``input_ids`` and ``attention_mask`` of texts, int64 ``(len(rows), longest)``."""
         lengths = self.lengths[rows]
         columns = np.arange(int(lengths.max()))
         inside = columns[None, :] < lengths[:, None]
         places = np.where(inside, self.offsets[rows][:, None] + columns, 0)
-        return torch.from_numpy(np.where(inside, self.ids[places], self.pad_id)), torch.from_numpy(
-            inside.astype(np.int64)
-        )
+        ids = np.where(inside, self.ids[places], self.pad_id)
+        return torch.from_numpy(ids), torch.from_numpy(inside.astype(np.int64))
 
     def tokens_of(self, rows: Int64) -> Int64:
-        """The token ids of some texts one after another, int64 ``(sum of their lengths,)``."""
+        """Return the token ids of texts one after another, int64 ``(sum of their lengths,)``."""
         lengths = self.lengths[rows]
         within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         tokens: Int64 = self.ids[np.repeat(self.offsets[rows], lengths) + within]
         return tokens
 
     def by_length(self, rows: Int64, chunk: int) -> list[Int64]:
-        """Cut ``rows`` into chunks of similar length (ties by place), so that little padding is computed."""
+        """Cut ``rows`` into chunks of similar length (ties by place), so that padding is short."""
         order = np.argsort(self.lengths[rows], kind="stable")
         return [rows[order[start : start + chunk]] for start in range(0, len(rows), chunk)]

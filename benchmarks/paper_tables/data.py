@@ -92,11 +92,11 @@ def _make_vectors(source: Dataset, path: Path) -> None:
         # normalises them.
         frozen = unit_rows(vectors @ projection) * np.float32(FROZEN_WIDTH**0.5)
         arrays = {FROZEN: frozen, "projection": projection}
-        if source.pictures:
+        if source.images:
             blank = np.zeros(VISUAL_WIDTH, np.float32)
             ids = source.catalogue["id"].to_list()
             arrays[VISUAL] = np.stack(
-                [_thumbnail(source.pictures[i]) if i in source.pictures else blank for i in ids]
+                [_thumbnail(source.images[i]) if i in source.images else blank for i in ids]
             )
     partial = path.with_suffix(".partial.npz")
     np.savez(partial, allow_pickle=False, **arrays)

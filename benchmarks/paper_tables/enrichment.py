@@ -236,7 +236,7 @@ def load_pins() -> Dataset:
     sample = load_sample()
     pins = sample.of_type("pin")
     vectors = [
-        _thumbnail(sample.pictures[i]) if i in sample.pictures else [0.0] * (3 * THUMBNAIL**2)
+        _thumbnail(sample.images[i]) if i in sample.images else [0.0] * (3 * THUMBNAIL**2)
         for i in pins["id"].to_list()
     ]
     pins = pins.with_columns(pl.Series("visual", vectors, dtype=pl.List(pl.Float32)))

@@ -83,7 +83,7 @@ def labelled_queries(
     """Held-out queries of the sample data with the annotated entities that are in the index."""
     from encoders.datasets.dataset import load_sample
 
-    pairs = load_sample(engaged_queries=0, pictures=False).pairs
+    pairs = load_sample(engaged_queries=0, images=False).pairs
     chosen = pairs.filter((pairs["split"] == "heldout") & (pairs["entity_type"] == entity_type))
     labels: dict[str, set[str]] = {}
     for query, entity in zip(chosen["query"].to_list(), chosen["entity_id"].to_list(), strict=True):

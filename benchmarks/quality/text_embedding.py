@@ -166,7 +166,7 @@ def command(
     Example: python -m encoders.pretraining.use_query_tower --out use_tower; omni bench text --tower
     use_tower
     """
-    dataset = load_sample(engaged_queries=0, pictures=False)
+    dataset = load_sample(engaged_queries=0, images=False)
     train = dataset.split("train")
     embedding = TextEmbedding(tower)
     mixes = [(0.0, 0), *((weight, count) for count, weight in combinations(counts, weights))]

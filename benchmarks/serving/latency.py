@@ -130,7 +130,7 @@ def sample_queries(count: int, seed: int = 0) -> list[str]:
     """Return distinct held-out sample queries in random order (annotations, not clicks)."""
     from encoders.datasets.dataset import load_sample
 
-    pairs = load_sample(engaged_queries=0, pictures=False).pairs
+    pairs = load_sample(engaged_queries=0, images=False).pairs
     texts = sorted(set(pairs.filter(pairs["split"] == "heldout")["query"].to_list()))
     order = np.random.default_rng(seed).permutation(len(texts))[:count]
     return [texts[i] for i in order]

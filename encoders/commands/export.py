@@ -93,7 +93,7 @@ def _trained_on(bundle: ModelBundle) -> pl.Series:
         f"note: texts: train queries of the sample data in the package ({why}). Name other data"
         " with --data FOLDER."
     )
-    return _train_queries(load_sample(pictures=False).pairs)
+    return _train_queries(load_sample(images=False).pairs)
 
 
 def _train_queries(pairs: pl.DataFrame) -> pl.Series:
@@ -109,7 +109,7 @@ def _chosen(queries: pl.Series, texts: int) -> list[str]:
         f"note: texts: only {len(own)} train queries, but parity needs {FEWEST_TEXTS}: queries of"
         " the sample data fill them up"
     )
-    more = _train_queries(load_sample(pictures=False).pairs)
+    more = _train_queries(load_sample(images=False).pairs)
     return own + _spread(more.filter(~more.is_in(own)), texts - len(own))
 
 

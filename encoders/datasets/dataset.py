@@ -1,8 +1,8 @@
-"""Load data sets of real pairs (the sample in the package, the larger folder) and derive from them queries as entities and related queries.
+"""Load data sets of pairs: the sample in the package, the larger folder, or your own tables.
 
-The pairs are human annotations and translations, standing in for engagement: people chose these
-words for these pictures. They are not clicks, and nothing is simulated. A query string is held out
-as a whole, so held-out text never reaches training through any function here.
+The pairs of the first two are human annotations and translations, standing in for engagement. They
+are not clicks, and nothing is simulated. A query string is held out as a whole, so held-out text
+never reaches training through any function here.
 """
 
 from __future__ import annotations
@@ -21,25 +21,10 @@ import polars as pl
 from encoders.errors import ConfigError, SchemaError
 from encoders.tables.files import read_table
 from encoders.text.hashing import hash_texts, seeded_hash
-from encoders.text.normal_forms import fold_query
+from encoders.text.normal_forms import folded_queries
 
 DEFAULT_ENGAGED_QUERIES = 20
 """Engaged queries kept per entity (paper: top ones by weighted engagement; the number is ours)."""
-
-TEXT_COLUMNS = (
-    "title",
-    "description",
-    "caption",
-    "board_titles",
-    "engaged_queries",
-    "category",
-    "brand",
-    "color",
-    "material",
-    "pattern",
-)
-"""Catalogue columns that hold text to search."""
-
 
 ANNOTATIONS = "real: human annotations and translations standing in for engagement, not clicks"
 
@@ -51,43 +36,46 @@ class Dataset:
     """A catalogue and the pairs that train and test retrieval over it."""
 
     catalogue: pl.DataFrame
-    """Pins, products and ads in the catalogue table's columns; ``board_titles`` and ``engaged_queries`` are lists of strings."""
+    """Pins, products and ads in the catalogue table's columns.
+
+    ``board_titles`` and ``engaged_queries`` are lists of strings.
+    """
     pairs: pl.DataFrame
-    """``query, language, country, entity_type, entity_id, action, kind, count, timestamp, split``; split is ``train`` or ``heldout``."""
-    pictures: dict[str, str] = field(default_factory=dict)
+    """The pairs table's columns and ``kind``; ``split`` is ``train`` or ``heldout``."""
+    images: dict[str, str] = field(default_factory=dict)
     """Entity id -> a whole SVG document."""
     groups: dict[str, str] = field(default_factory=dict)
-    """Entity id -> name of its set of near-duplicates; any member counts as a correct answer.
+    """Entity id -> name of its set of near-duplicates, any of which counts as a correct answer.
 
-    An id without a line stands alone.
+    An id that is not there has no near-duplicate.
     """
     name: str = "sample"
     label: str = ""
     """What the pairs are, for every table that shows them."""
 
     def of_type(self, entity_type: str) -> pl.DataFrame:
-        """The catalogue rows of one entity type, in order."""
+        """Return the catalogue rows of one entity type, in order."""
         return self.catalogue.filter(pl.col("entity_type") == entity_type)
 
     def split(self, split: str) -> pl.DataFrame:
-        """The pairs of one split, ``train`` or ``heldout``."""
+        """Return the pairs of one split, ``train`` or ``heldout``."""
         return self.pairs.filter(pl.col("split") == split)
 
     @property
     def entity_types(self) -> list[str]:
-        """Entity types of the catalogue, in order of first appearance."""
+        """Return the catalogue's entity types, in order of first appearance."""
         return self.catalogue["entity_type"].unique(maintain_order=True).to_list()
 
 
-def load_sample(
-    *, engaged_queries: int = DEFAULT_ENGAGED_QUERIES, pictures: bool = True
-) -> Dataset:
-    """The data set in the package: 1,594 pins, 4,855 products, 378 ads, 217,198 pairs in 17 languages.
+def load_sample(*, engaged_queries: int = DEFAULT_ENGAGED_QUERIES, images: bool = True) -> Dataset:
+    """Load the data set in the package: 6,827 entities and 217,198 pairs in 17 languages.
+
+    It has 1,594 pins, 4,855 products and 378 ads.
 
     Args:
         engaged_queries: At most this many train-split queries per entity in the column
             ``engaged_queries``; 0: empty lists.
-        pictures: Also read the SVG pictures.
+        images: Also read the SVG images.
 
     Returns:
         The data set; ``character`` holds the emoji of a pin.
@@ -95,7 +83,7 @@ def load_sample(
     folder = resources.files("encoders.sample_data")
     entities = _read_json_lines(folder.joinpath("entities.jsonl.gz").read_bytes())
     pairs = _read_json_lines(folder.joinpath("pairs.jsonl.gz").read_bytes())
-    svg = _read_svg(folder.joinpath("pictures.jsonl.gz").read_bytes()) if pictures else {}
+    svg = _read_svg(folder.joinpath("pictures.jsonl.gz").read_bytes()) if images else {}
     return _assemble("sample", entities, pairs, svg, {}, engaged_queries)
 
 
@@ -105,9 +93,9 @@ def load_large(
     engaged_queries: int = DEFAULT_ENGAGED_QUERIES,
     sources: Iterable[str] | None = None,
 ) -> Dataset:
-    """The larger data set: 75,439 entities and 1.86 million pairs in more than 190 languages, for training and evaluation runs.
+    """Load the larger data set: 75,439 entities, 1.86 million pairs, more than 190 languages.
 
-    Pictures of one emoji by several artists form one group, so any of them counts as a correct
+    Images of one emoji by several artists form one group, so any of them counts as a correct
     answer.
 
     Args:
@@ -133,9 +121,8 @@ def load_large(
             " OMNI_DATA) at the folder with large/, or at one with your tables catalogue and pairs"
             " (`omni pairs` writes both)."
         )
-    entities = _read_json_lines((folder / "entities.jsonl.gz").read_bytes()).unique(
-        "id", keep="first", maintain_order=True
-    )  # one row is there twice
+    entities = _read_json_lines((folder / "entities.jsonl.gz").read_bytes())
+    entities = entities.unique("id", keep="first", maintain_order=True)  # one row is there twice
     if sources is not None:
         entities = entities.filter(
             pl.any_horizontal([pl.col("source").str.starts_with(source) for source in sources])
@@ -150,24 +137,18 @@ def load_large(
         entities = entities.with_columns(
             pl.col("advertiser").map_elements(_one_name, return_dtype=pl.String)
         )
-    groups = {
-        id: "emoji:" + id.rsplit(":", 1)[1]
-        for id in entities["id"].to_list()
-        if id.startswith("emoji:")
-    }
-    entities = entities.with_columns(
-        character=pl.Series(
-            [_character(groups[id]) if id in groups else None for id in entities["id"].to_list()],
-            dtype=pl.String,
-        )
-    )
+    ids = entities["id"].to_list()
+    groups = {id: "emoji:" + id.rsplit(":", 1)[1] for id in ids if id.startswith("emoji:")}
+    characters = [_character(groups[id]) if id in groups else None for id in ids]
+    entities = entities.with_columns(character=pl.Series(characters, dtype=pl.String))
     return _assemble("large", entities, pairs, {}, groups, engaged_queries)
 
 
 def load_tables(folder: Path, *, engaged_queries: int = DEFAULT_ENGAGED_QUERIES) -> Dataset:
-    """Your own data: the tables ``catalogue`` and ``pairs`` of a folder, each a file or a folder of part files in any format we read.
+    """Load your own tables ``catalogue`` and ``pairs`` from a folder.
 
-    A catalogue without ``engaged_queries`` gets them from the train-split pairs.
+    Each is a file, or a folder of part files, of any format that ``read_table`` reads. A catalogue
+    without ``engaged_queries`` gets them from the train-split pairs.
 
     Raises:
         ConfigError: A table is missing.
@@ -188,7 +169,8 @@ def load_tables(folder: Path, *, engaged_queries: int = DEFAULT_ENGAGED_QUERIES)
             )
         tables[table] = read_table(found[0], table)
     catalogue, pairs = tables["catalogue"], tables["pairs"]
-    pairs = pairs.with_columns(kind=pl.col("action")) if "kind" not in pairs.columns else pairs
+    if "kind" not in pairs.columns:
+        pairs = pairs.with_columns(kind=pl.col("action"))
     if "engaged_queries" not in catalogue.columns:
         catalogue = with_engaged_queries(catalogue, pairs, engaged_queries)
     return Dataset(catalogue, pairs, name=folder.name, label="your data")
@@ -197,9 +179,9 @@ def load_tables(folder: Path, *, engaged_queries: int = DEFAULT_ENGAGED_QUERIES)
 def load_dataset(
     data_dir: Path | None, *, engaged_queries: int = DEFAULT_ENGAGED_QUERIES
 ) -> Dataset:
-    """The sample in the package when ``data_dir`` is None; else the larger data set or your own tables, whichever the folder holds."""
+    """Load the sample if ``data_dir`` is None, else the larger data set or tables it holds."""
     if data_dir is None:
-        return load_sample(engaged_queries=engaged_queries, pictures=False)
+        return load_sample(engaged_queries=engaged_queries, images=False)
     large = data_dir / "large" if (data_dir / "large").is_dir() else data_dir
     if not (large / LARGE_FILES[0]).is_file() and any(data_dir.glob("catalogue*")):
         return load_tables(data_dir, engaged_queries=engaged_queries)
@@ -207,33 +189,31 @@ def load_dataset(
 
 
 def _one_name(name: str) -> str:
-    """An advertiser's name; some come as the text of a dict from locale to name: the untranslated one (``C``), else English, else any."""
+    """Return an advertiser's name, given as such or as the text of a dict from locale to name.
+
+    Of a dict: the untranslated name (``C``), else the English one, else any.
+    """
     if not name.startswith("{"):
         return name
     try:
         names = ast.literal_eval(name)
     except (ValueError, SyntaxError):
         return name
-    return str(
-        names.get("C")
-        or names.get("en")
-        or names.get("en_GB")
-        or names.get("en-GB")
-        or next(iter(names.values()), "")
-    )
+    preferred = (names.get(locale) for locale in ("C", "en", "en_GB", "en-GB"))
+    return str(next(filter(None, preferred), None) or next(iter(names.values()), ""))
 
 
 def _assemble(
     name: str,
     entities: pl.DataFrame,
     pairs: pl.DataFrame,
-    pictures: dict[str, str],
+    images: dict[str, str],
     groups: dict[str, str],
     cap: int,
 ) -> Dataset:
-    entities = (
-        entities.rename({"boards": "board_titles"}) if "boards" in entities.columns else entities
-    )
+    """Bring annotated images and their pairs to the columns of the tables."""
+    if "boards" in entities.columns:
+        entities = entities.rename({"boards": "board_titles"})
     if "board_titles" in entities.columns:
         entities = entities.with_columns(pl.col("board_titles").fill_null([]))
     types = entities.select(pl.col("id").alias("entity_id"), "entity_type")
@@ -249,18 +229,17 @@ def _assemble(
         pl.lit(None, dtype=pl.Datetime("us", "UTC")).alias("timestamp"),
         "split",
     )
-    return Dataset(
-        with_engaged_queries(entities, pairs, cap), pairs, pictures, groups, name, ANNOTATIONS
-    )
+    catalogue = with_engaged_queries(entities, pairs, cap)
+    return Dataset(catalogue, pairs, images, groups, name, ANNOTATIONS)
 
 
 def with_engaged_queries(
     catalogue: pl.DataFrame, pairs: pl.DataFrame, cap: int = DEFAULT_ENGAGED_QUERIES
 ) -> pl.DataFrame:
-    """Add ``engaged_queries``: up to ``cap`` distinct train-split queries of each entity, languages taken in turn, specific ones first.
+    """Add ``engaged_queries``: up to ``cap`` distinct train-split queries of each entity.
 
-    Within one language a query that few entities share comes before one that many share (then
-    alphabetical); English goes first in each turn, the others by code. Held-out pairs are never
+    Languages take turns, English first, the others by code; within one language a query that few
+    entities share comes before one that many share (then alphabetical). Held-out pairs are never
     looked at.
 
     Args:
@@ -274,12 +253,11 @@ def with_engaged_queries(
     if cap < 0:
         raise ConfigError(f"engaged_queries must be 0 or more, but got {cap}.")
     train = pairs.lazy().filter(pl.col("split") == "train").select("query", "language", "entity_id")
-    unique = train.with_columns(english=(pl.col("language") == "en")).sort(
-        "english", "language", descending=[True, False]
-    )
-    unique = unique.unique(["query", "entity_id"], keep="first", maintain_order=True)
     ranked = (
-        unique.with_columns(shared=pl.len().over("query"))
+        train.with_columns(english=(pl.col("language") == "en"))
+        .sort("english", "language", descending=[True, False])
+        .unique(["query", "entity_id"], keep="first", maintain_order=True)
+        .with_columns(shared=pl.len().over("query"))
         .sort("entity_id", "language", "shared", "query")
         .with_columns(turn=pl.int_range(pl.len()).over("entity_id", "language"))
         .sort(["entity_id", "turn", "english", "language"], descending=[False, False, True, False])
@@ -288,15 +266,16 @@ def with_engaged_queries(
         .rename({"entity_id": "id"})
     )
     kept = catalogue.drop("engaged_queries", strict=False)
-    return kept.join(ranked.collect(), on="id", how="left", maintain_order="left").with_columns(
-        pl.col("engaged_queries").fill_null([])
-    )
+    joined = kept.join(ranked.collect(), on="id", how="left", maintain_order="left")
+    return joined.with_columns(pl.col("engaged_queries").fill_null([]))
 
 
 def split_by_query(
     queries: Iterable[str], *, heldout_share: float = 0.1, seed: int = 0
 ) -> list[str]:
-    """``train`` or ``heldout`` for each query, decided by a hash of its folded string: equal strings always fall on one side.
+    """Put each query in ``train`` or ``heldout`` by a hash of its folded string.
+
+    Queries whose folded strings are equal get the same split.
 
     Args:
         queries: Query strings.
@@ -308,14 +287,8 @@ def split_by_query(
     """
     if not 0 <= heldout_share <= 1:
         raise ConfigError(f"heldout_share must lie in [0, 1], but got {heldout_share}.")
-    folded = (
-        pl.DataFrame({"query": list(queries)}, schema={"query": pl.String})
-        .select(fold_query(pl.col("query")))["query"]
-        .to_list()
-    )
-    if not folded:
-        return []
-    positions = seeded_hash(hash_texts(folded), seed).astype(np.float64) / 2.0**64
+    keys = hash_texts(folded_queries(list(queries)))
+    positions = seeded_hash(keys, seed).astype(np.float64) / 2.0**64
     return ["heldout" if position < heldout_share else "train" for position in positions.tolist()]
 
 
@@ -324,6 +297,7 @@ def _read_json_lines(packed: bytes) -> pl.DataFrame:
 
 
 def _read_array_lines(path: Path) -> pl.DataFrame:
+    """Read gzipped lines of JSON arrays ``[language, query, entity_id, kind]``."""
     lines = gzip.decompress(path.read_bytes()).decode("utf-8").rstrip("\n").split("\n")
     rows = pl.Series("row", lines).str.json_decode(pl.List(pl.String))
     frame = rows.to_frame().select(
@@ -351,4 +325,5 @@ def _svg(viewbox: list[float], body: str) -> str:
 
 
 def _character(group: str) -> str:
+    """Return the emoji of a group ``emoji:1F600-...``."""
     return "".join(chr(int(code, 16)) for code in group.removeprefix("emoji:").split("-"))

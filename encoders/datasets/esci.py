@@ -1,4 +1,4 @@
-"""Amazon shopping queries data set (ESCI): products in us, es, jp; judgements Exact, Substitute, Complement, Irrelevant.
+"""Read the Amazon shopping queries data set (ESCI): products and judgements of us, es and jp.
 
 Published columns used: examples(query, product_id, product_locale, esci_label, split) and
 products(product_id, product_title, product_description, product_bullet_point, product_brand,
@@ -31,7 +31,7 @@ PRODUCTS = (
 
 
 def read(folder: Path) -> dict[str, pl.DataFrame]:
-    """Read the folder with ``shopping_queries_dataset_examples.parquet`` and ``..._products.parquet``.
+    """Read ``shopping_queries_dataset_examples.parquet`` and ``..._products.parquet``.
 
     Returns:
         ``catalogue`` (ids are ``locale:product_id``, as one product id is sold in several locales),
@@ -42,7 +42,8 @@ def read(folder: Path) -> dict[str, pl.DataFrame]:
         DataError: A file is missing.
         SchemaError: A published column is missing.
     """
-    examples, products = _read(folder, "examples", EXAMPLES), _read(folder, "products", PRODUCTS)
+    examples = _read(folder, "examples", EXAMPLES)
+    products = _read(folder, "products", PRODUCTS)
     identifier = pl.format("{}:{}", "product_locale", "product_id")
     catalogue = products.select(
         identifier.alias("id"),
@@ -77,6 +78,7 @@ def read(folder: Path) -> dict[str, pl.DataFrame]:
 
 
 def _read(folder: Path, name: str, columns: tuple[str, ...]) -> pl.DataFrame:
+    """Read the published columns of one file."""
     path = folder / f"shopping_queries_dataset_{name}.parquet"
     if not path.is_file():
         raise DataError(

@@ -1,4 +1,4 @@
-"""Public data sets as tables of this project: one module per source, each read by a function ``folder -> {table name: frame}``."""
+"""Import public data sets as tables: one module a source, with ``folder -> {table: frame}``."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ ADAPTERS: dict[str, tuple[str, str]] = {
         "Wayfair WANDS: products and graded judgements, English",
     ),
     "small": (
-        "encoders.datasets.picture_sets:read_small",
+        "encoders.datasets.annotated_images:read_small",
         "Emoji and icons with human annotations in 17 languages",
     ),
     "large": (
-        "encoders.datasets.picture_sets:read_large",
+        "encoders.datasets.annotated_images:read_large",
         "Museum art, emoji, clip art, icons, apps; human annotations in 190 languages",
     ),
 }
@@ -64,7 +64,7 @@ def import_tables(name: str, path: Path) -> dict[str, Checked]:
 
 
 def find_parts(folder: Path, stem: str, suffixes: tuple[str, ...]) -> list[Path]:
-    """The files of one table of a data set: ``stem`` plus a suffix, also in numbered parts (``photos.tsv000``).
+    """List the files of one table: ``stem`` plus a suffix, also in numbered parts (``.tsv000``).
 
     Raises:
         DataError: There is none.

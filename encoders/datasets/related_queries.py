@@ -1,20 +1,27 @@
-"""Related-query pairs derived from entities that queries share."""
+"""Derive queries as entities, and related-query pairs from the entities that queries share."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 from scipy.sparse import csr_matrix
 
 from encoders.text.hashing import hash_texts, seeded_hash
 from encoders.text.normal_forms import fold_query
 
+Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+Bool = npt.NDArray[np.bool_]
+
 RELATED_BLOCK = 4096
 """Queries whose partners are found at once; bounds the memory of the product."""
 
 
 def query_entities(pairs: pl.DataFrame, split: str | None = None) -> pl.DataFrame:
-    """The fourth entity type: distinct query strings as catalogue rows.
+    """Return distinct query strings as catalogue rows, the fourth entity type.
 
     Args:
         pairs: With ``query, language, split`` and ``count``.
@@ -52,21 +59,21 @@ def related_query_pairs(
     partners_per_entity: int = 200,
     seed: int = 0,
 ) -> pl.DataFrame:
-    """Derive related-query pairs: names of one entity in two languages, and queries that share rare entities. Derived, not logged.
+    """Derive related-query pairs from entities that queries share; nothing is logged.
 
-    The weight of two queries is the sum over the entities they share of ``1 / log2(1 + n)``, n
-    being the entity's number of queries (an Adamic-Adar score), divided by ``sqrt(d1 * d2)``, d
-    being a query's number of entities; translations of a name (``kind`` ``name`` or ``title`` on
-    both sides) get 1 on top. The right-hand side is always a train-split query. A pair is ``train``
-    when its left query is, else ``heldout``: no held-out string stands in a train pair on either
-    side.
+    Two queries are related when they name one entity in two languages, or share rare entities. The
+    weight of two queries is the sum over the entities they share of ``1 / log2(1 + n)``, n being
+    the entity's number of queries (an Adamic-Adar score), divided by ``sqrt(d1 * d2)``, d being a
+    query's number of entities; translations of a name (``kind`` ``name`` or ``title`` on both
+    sides) get 1 on top. The right-hand side is always a train-split query. A pair is ``train`` when
+    its left query is, else ``heldout``: no held-out string stands in a train pair on either side.
 
     Args:
         pairs: Query-entity pairs with ``query, language, entity_id, kind, split``.
         per_query: Keep this many of the best partners of each query.
         max_entities: Ignore queries with more entities than this: they are related to everything.
-        partners_per_entity: An entity with more train queries than this lends only so many, drawn
-            by ``seed``, as partners.
+        partners_per_entity: Of an entity's train queries at most this many, drawn by ``seed``, are
+            partners of its other queries.
         seed: Chooses those, and the order of partners with equal weight.
 
     Returns:
@@ -77,107 +84,134 @@ def related_query_pairs(
     edges = pairs.select("query", "language", "entity_id", "kind", "split").unique(
         ["query", "entity_id"], keep="first", maintain_order=True
     )
+    random_order = seeded_hash(hash_texts(edges["query"].to_list()), seed)
     edges = edges.with_columns(
         degree=pl.len().over("query"),
         queries=pl.len().over("entity_id"),
         name=pl.col("kind").is_in(["name", "title"]),
-        luck=pl.Series(seeded_hash(hash_texts(edges["query"].to_list()), seed)),
+        random_order=pl.Series(random_order),
     ).filter(pl.col("degree") <= max_entities)
-    if edges.is_empty():
-        return _related_table(
-            pairs.head(0).select("query", "language", "split"),
-            [],
-            np.zeros(0, np.float32),
-            np.zeros(0, bool),
-        )
     nodes = (
         edges.group_by("query", maintain_order=True)
         .agg(pl.col("language").first(), pl.col("split").first())
         .sort("query")
     )
-    nodes = nodes.with_columns(same=fold_query(pl.col("query")).rank("dense"))
-    rows = edges["query"].cast(pl.Enum(nodes["query"])).to_physical().to_numpy().astype(np.int64)
-    columns = edges["entity_id"].rank("dense").to_numpy().astype(np.int64) - 1
-    lent = (pl.col("split") == "train") & (
-        pl.col("luck").rank("ordinal").over("entity_id", "split") <= partners_per_entity
+    if edges.is_empty():
+        return _related_table(nodes, _no_partners())
+    is_partner = (pl.col("split") == "train") & (
+        pl.col("random_order").rank("ordinal").over("entity_id", "split") <= partners_per_entity
     )
-    right = edges.select(lent.alias("lent"))["lent"].to_numpy()
-    shape = (nodes.height, int(columns.max()) + 1)
-    value = (1.0 / np.sqrt(edges["degree"].to_numpy())).astype(np.float32)
-    rarity = (1.0 / np.log2(1.0 + edges["queries"].to_numpy())).astype(np.float32)
-    named = edges["name"].to_numpy()
-    left_side = csr_matrix((value * rarity, (rows, columns)), shape)
-    right_side = csr_matrix((value[right], (columns[right], rows[right])), shape[::-1])
-    left_names = csr_matrix(
-        (np.ones(named.sum(), np.float32), (rows[named], columns[named])), shape
-    )
-    both = named & right
-    right_names = csr_matrix(
-        (np.ones(both.sum(), np.float32), (columns[both], rows[both])), shape[::-1]
-    )
-    same = nodes["same"].to_numpy()
-    found: list[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]] = []
+    graph = _query_graph(edges.with_columns(is_partner=is_partner), nodes["query"])
+    folded = nodes.select(fold_query(pl.col("query")).rank("dense")).to_series().to_numpy()
+    found = []
     for start in range(0, nodes.height, RELATED_BLOCK):
         block = slice(start, start + RELATED_BLOCK)
-        names = left_names[block] @ right_names
+        names = graph.names[block] @ graph.partner_names
         names.data[:] = 1.0
-        found.append(
-            _best_partners(left_side[block] @ right_side, names, start, same, per_query, seed)
-        )
-    from_row, to_row, weight, translated = (
-        np.concatenate(parts) for parts in zip(*found, strict=True)
-    )
-    queries = nodes["query"]
-    return _related_table(
-        nodes[from_row].select("query", "language", "split"),
-        queries.gather(to_row).to_list(),
-        weight,
-        translated,
+        weights = graph.shared[block] @ graph.partners + names
+        found.append(_best_partners(_partners_of(weights, start), folded, per_query, seed))
+    joined = _Partners(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+    return _related_table(nodes, joined)
+
+
+class _QueryGraph(NamedTuple):
+    """Sparse matrices between Q queries and E entities, whose products weigh pairs of queries."""
+
+    shared: csr_matrix
+    """(Q, E) ``1 / log2(1 + n) / sqrt(d)`` where the query has the entity."""
+    partners: csr_matrix
+    """(E, Q) ``1 / sqrt(d)`` where the query may be the entity's partner."""
+    names: csr_matrix
+    """(Q, E) 1 where the query names the entity."""
+    partner_names: csr_matrix
+    """(E, Q) 1 where the query names the entity and may be its partner."""
+
+
+def _query_graph(edges: pl.DataFrame, queries: pl.Series) -> _QueryGraph:
+    """Build the matrices from edges with ``degree, queries, name, is_partner``."""
+    query = edges["query"].cast(pl.Enum(queries)).to_physical().to_numpy().astype(np.int64)
+    entity = edges["entity_id"].rank("dense").to_numpy().astype(np.int64) - 1
+    shape = (len(queries), int(entity.max()) + 1)
+    per_query = (1.0 / np.sqrt(edges["degree"].to_numpy())).astype(np.float32)
+    rarity = (1.0 / np.log2(1.0 + edges["queries"].to_numpy())).astype(np.float32)
+    ones = np.ones(edges.height, np.float32)
+    is_partner = edges["is_partner"].to_numpy()
+    names = edges["name"].to_numpy()
+
+    def matrix(values: Float32, kept: Bool) -> csr_matrix:
+        return csr_matrix((values[kept], (query[kept], entity[kept])), shape)
+
+    every = np.ones(edges.height, bool)
+    return _QueryGraph(
+        shared=matrix(per_query * rarity, every),
+        partners=matrix(per_query, is_partner).T.tocsr(),
+        names=matrix(ones, names),
+        partner_names=matrix(ones, names & is_partner).T.tocsr(),
     )
 
 
-def _best_partners(
-    shared: csr_matrix, names: csr_matrix, start: int, same: np.ndarray, per_query: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The best partners of a block of queries: (query rows, partner rows, weights, whether a translation), best first per query."""
-    total = (shared + names).tocoo()
-    rows, columns, weights = (
-        total.row.astype(np.int64) + start,
-        total.col.astype(np.int64),
-        total.data,
+class _Partners(NamedTuple):
+    """Pairs of related queries, P of them."""
+
+    query: Int64
+    """(P,) row of the left query."""
+    partner: Int64
+    """(P,) row of the right query."""
+    weight: Float32
+    """(P,) above 1: the two are translations of a name."""
+
+    def take(self, chosen: npt.NDArray[np.int64] | Bool) -> _Partners:
+        """Return the chosen pairs."""
+        return _Partners(self.query[chosen], self.partner[chosen], self.weight[chosen])
+
+
+def _no_partners() -> _Partners:
+    none = np.zeros(0, np.int64)
+    return _Partners(none, none, np.zeros(0, np.float32))
+
+
+def _partners_of(weights: csr_matrix, start: int) -> _Partners:
+    """Read the pairs of a block of rows, the first of which is row ``start``."""
+    entries = weights.tocoo()
+    return _Partners(
+        entries.row.astype(np.int64) + start, entries.col.astype(np.int64), entries.data
     )
-    different = same[rows] != same[columns]
-    rows, columns, weights = rows[different], columns[different], weights[different]
-    luck = seeded_hash(
-        rows.astype(np.uint64) * np.uint64(len(same)) + columns.astype(np.uint64), seed
+
+
+def _best_partners(found: _Partners, folded: Int64, per_query: int, seed: int) -> _Partners:
+    """Keep the best partners of each query, best first, ties in an order drawn by ``seed``.
+
+    Args:
+        found: Pairs of any two queries.
+        folded: (Q,) queries with equal numbers are spellings of one query, and no pair.
+        per_query: At most this many per query.
+        seed: Orders partners of equal weight.
+    """
+    found = found.take(folded[found.query] != folded[found.partner])
+    pair_keys = found.query.astype(np.uint64) * np.uint64(len(folded)) + found.partner.astype(
+        np.uint64
     )
-    order = np.lexsort((luck, -weights, rows))
-    rows, columns, weights = rows[order], columns[order], weights[order]
-    first = np.searchsorted(rows, rows, side="left")
-    kept = np.arange(len(rows)) - first < per_query
+    found = found.take(np.lexsort((seeded_hash(pair_keys, seed), -found.weight, found.query)))
+    first = np.searchsorted(found.query, found.query, side="left")
+    return found.take(np.arange(len(found.query)) - first < per_query)
+
+
+def _related_table(nodes: pl.DataFrame, found: _Partners) -> pl.DataFrame:
+    """Return pairs of queries as rows of the pairs table."""
     # A shared-entity weight never exceeds 1 (degrees and rarities are at most 1 each), so above 1
     # there is a translation in it.
-    return rows[kept], columns[kept], weights[kept], weights[kept] > 1.0
-
-
-def _related_table(
-    left: pl.DataFrame, right: list[str], weight: np.ndarray, translated: np.ndarray
-) -> pl.DataFrame:
-    kind = pl.Series(
-        "kind",
-        np.where(translated, "derived_translation", "derived_shared").tolist(),
-        dtype=pl.String,
-    )
-    return left.select(
+    kinds = np.where(found.weight > 1.0, "derived_translation", "derived_shared").tolist()
+    kind = pl.Series("kind", kinds, dtype=pl.String)
+    return nodes[found.query].select(
         "query",
         "language",
         pl.lit("").alias("country"),
         pl.lit("query").alias("entity_type"),
-        pl.Series("entity_id", right, dtype=pl.String),
+        nodes["query"].gather(found.partner).alias("entity_id"),
         kind.alias("action"),
         kind,
         pl.lit(1, dtype=pl.Int64).alias("count"),
         pl.lit(None, dtype=pl.Datetime("us", "UTC")).alias("timestamp"),
         "split",
-        pl.Series("weight", weight, dtype=pl.Float32),
+        pl.Series("weight", found.weight, dtype=pl.Float32),
     )

@@ -1,5 +1,6 @@
-"""Unsplash data set (Lite or Full): photos become pins, collections boards, downloads after a search a log with time and country.
+"""Read the Unsplash data set (Lite or Full) as pins, boards, a log and pairs.
 
+Photos are the pins, collections the boards, downloads after a search the log.
 Published columns used: photos(photo_id, photo_image_url, photo_description, ai_description,
 photographer_username, photo_location_country, stats_views, stats_downloads), keywords(photo_id,
 keyword, suggested_by_user), collections(photo_id, collection_id, collection_title),
@@ -39,7 +40,7 @@ def read(folder: Path) -> dict[str, pl.DataFrame]:
 
     Returns:
         ``catalogue`` (pins; keywords as the attribute ``keywords``), ``boards``, ``log`` (every
-        download is a ``save``), and ``pairs``: keywords that people suggested for a photo, split by
+        download is a ``save``), and ``pairs``: keywords that users suggested for a photo, split by
         keyword.
 
     Raises:
@@ -84,17 +85,15 @@ def read(folder: Path) -> dict[str, pl.DataFrame]:
         pl.col("photo_id").alias("entity_id"),
         pl.lit("keyword").alias("action"),
     )
-    pairs = pairs.with_columns(
-        pl.Series("split", split_by_query(pairs["query"].to_list()), dtype=pl.String)
-    )
+    split = split_by_query(pairs["query"].to_list())
+    pairs = pairs.with_columns(pl.Series("split", split, dtype=pl.String))
     return {"catalogue": catalogue, "boards": boards, "log": log, "pairs": pairs}
 
 
 def _read(folder: Path, name: str) -> pl.DataFrame:
-    frame = pl.concat(
-        [read_raw(part) for part in find_parts(folder, name, (".tsv", ".csv"))],
-        how="diagonal_relaxed",
-    )
+    """Read the parts of one table and check that they have the published columns."""
+    parts = find_parts(folder, name, (".tsv", ".csv"))
+    frame = pl.concat([read_raw(part) for part in parts], how="diagonal_relaxed")
     missing = [c for c in COLUMNS[name] if c not in frame.columns]
     if missing:
         raise SchemaError(

@@ -1,4 +1,4 @@
-"""Wayfair annotation data set (WANDS): furniture and home products; judgements Exact, Partial, Irrelevant. English.
+"""Read the Wayfair annotation data set (WANDS): English furniture and home products, judged.
 
 Published columns used, tab-separated: query.csv(query_id, query, query_class),
 product.csv(product_id, product_name, product_class, category hierarchy, product_description,
@@ -69,21 +69,16 @@ def read(folder: Path) -> dict[str, pl.DataFrame]:
         pl.col("product_id").alias("entity_id"),
         pl.lit("exact").alias("action"),
     )
-    pairs = pairs.with_columns(
-        pl.Series("split", split_by_query(pairs["query"].to_list()), dtype=pl.String)
-    )
+    split = split_by_query(pairs["query"].to_list())
+    pairs = pairs.with_columns(pl.Series("split", split, dtype=pl.String))
     classes = queries.filter(pl.col("query_class").fill_null("") != "")
-    paths = classes.select(
-        "query",
-        pl.col("query_class")
-        .str.split("/")
-        .list.eval(pl.element().str.strip_chars())
-        .alias("path"),
-    )
+    parts = pl.col("query_class").str.split("/").list.eval(pl.element().str.strip_chars())
+    paths = classes.select("query", parts.alias("path"))
     return {"catalogue": catalogue, "judgements": judgements, "pairs": pairs, "labels": paths}
 
 
 def _read(folder: Path, name: str) -> pl.DataFrame:
+    """Read one file and check that it has the published columns."""
     path = folder / f"{name}.csv"
     if not path.is_file():
         raise DataError(

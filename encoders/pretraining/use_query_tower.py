@@ -48,7 +48,7 @@ def command(out: Path) -> None:
 
     Example: python -m encoders.pretraining.use_query_tower --out use_tower
     """
-    pairs = load_sample(pictures=False).split("train")
+    pairs = load_sample(images=False).split("train")
     texts = pairs["query"].unique(maintain_order=True)
     with stage(f"turn {min(PRINCIPAL_TEXTS, len(texts)):,} queries to their principal directions"):
         tower = create_query_tower(texts.sample(min(PRINCIPAL_TEXTS, len(texts)), seed=1).to_list())

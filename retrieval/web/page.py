@@ -214,7 +214,7 @@ def _is_of_the_sample(serving: ServingRelease, entity_type: str) -> bool:
 def _sample_pictures() -> Mapping[str, str]:
     from encoders.datasets.dataset import load_sample
 
-    return load_sample(engaged_queries=0).pictures
+    return load_sample(engaged_queries=0).images
 
 
 def _how(result: RetrieveResult) -> dict[str, Any]:

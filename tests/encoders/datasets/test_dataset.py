@@ -32,7 +32,7 @@ def folded(queries):
     return set(queries.to_frame("q").select(fold_query(pl.col("q")))["q"].to_list())
 
 
-def test_sample_holds_what_its_page_says(sample):
+def test_load_sample_has_documented_sizes(sample):
     assert dict(sample.catalogue.group_by("entity_type").len().iter_rows()) == {
         "pin": 1594,
         "product": 4855,
@@ -43,8 +43,8 @@ def test_sample_holds_what_its_page_says(sample):
         "heldout": 21_953,
     }
     assert sample.pairs["language"].n_unique() == 17
-    assert len(sample.pictures) == 6760 and set(sample.pictures) <= set(sample.catalogue["id"])
-    assert sample.pictures["pin:1f480"].startswith(
+    assert len(sample.images) == 6760 and set(sample.images) <= set(sample.catalogue["id"])
+    assert sample.images["pin:1f480"].startswith(
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 32 32">'
     )
     skull = sample.catalogue.row(by_predicate=pl.col("id") == "pin:1f480", named=True)
@@ -55,14 +55,14 @@ def test_sample_holds_what_its_page_says(sample):
     )
 
 
-def test_no_held_out_string_occurs_in_training_or_in_entity_features(sample):
+def test_load_sample_held_out_queries_are_in_no_training_text(sample):
     train, heldout = sample.split("train"), sample.split("heldout")
     held = folded(heldout["query"])
     assert not held & folded(train["query"])
     assert not held & folded(sample.catalogue["engaged_queries"].explode().drop_nulls())
 
 
-def test_engaged_queries_are_the_entities_own_capped_and_spread_over_languages(sample):
+def test_engaged_queries_are_own_capped_and_spread_over_languages(sample):
     assert sample.catalogue["engaged_queries"].list.len().max() == 20
     own = sample.split("train").filter(pl.col("entity_id") == "pin:1f480")
     queries = sample.catalogue.filter(pl.col("id") == "pin:1f480")["engaged_queries"][0].to_list()
@@ -77,7 +77,7 @@ def test_engaged_queries_are_the_entities_own_capped_and_spread_over_languages(s
         with_engaged_queries(sample.catalogue, sample.pairs, -1)
 
 
-def test_rarer_queries_come_first_within_a_language():
+def test_engaged_queries_within_language_are_rarest_first():
     pairs = pl.DataFrame(
         {
             "query": ["common", "common", "rare", "late"],
@@ -100,7 +100,7 @@ def test_query_entities_are_distinct_strings_by_count(sample):
     assert set(train["split"]) == {"train"} and train.height < queries.height
 
 
-def test_related_queries_never_leak_and_never_repeat_the_query(sample):
+def test_related_query_pairs_never_leak_and_never_repeat_query(sample):
     few = sample.pairs.filter(
         pl.col("entity_id").is_in(sample.of_type("pin")["id"].head(150).implode())
     )
@@ -115,7 +115,7 @@ def test_related_queries_never_leak_and_never_repeat_the_query(sample):
     assert related.equals(related_query_pairs(few, per_query=4))
 
 
-def test_related_weights_by_hand():
+def test_related_query_pairs_weights_equal_hand_computed():
     # x: queries p, q (both only on x). y: queries p2, q2, r. p2 and q2 also share z.
     rows = [("p", "x"), ("q", "x"), ("p2", "y"), ("q2", "y"), ("r", "y"), ("p2", "z"), ("q2", "z")]
     pairs = pl.DataFrame(rows, schema=["query", "entity_id"], orient="row").with_columns(
@@ -141,7 +141,7 @@ def test_related_weights_by_hand():
     )
 
 
-def test_queries_on_very_many_entities_are_related_to_nothing():
+def test_related_query_pairs_query_of_many_entities_has_none():
     pairs = pl.DataFrame(
         {"query": ["off"] * 50 + ["one"], "entity_id": [f"e{i}" for i in range(50)] + ["e0"]}
     ).with_columns(language=pl.lit("en"), kind=pl.lit("tag"), split=pl.lit("train"))
@@ -151,14 +151,14 @@ def test_queries_on_very_many_entities_are_related_to_nothing():
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(max_size=8), max_size=20), st.floats(0, 1), st.integers(0, 5))
-def test_split_puts_equal_strings_on_one_side(queries, share, seed):
+def test_split_by_query_equal_strings_share_a_split(queries, share, seed):
     got = split_by_query(queries, heldout_share=share, seed=seed)
     respelt = [f"  {query.replace(' ', '  ')}\n" for query in queries]
     assert split_by_query(respelt, heldout_share=share, seed=seed) == got
     assert split_by_query(queries[::-1], heldout_share=share, seed=seed) == got[::-1]
 
 
-def test_split_share_is_about_right():
+def test_split_by_query_share_is_about_as_asked():
     sides = split_by_query([f"query {i}" for i in range(5000)], heldout_share=0.2)
     assert 0.17 < sides.count("heldout") / 5000 < 0.23
     with pytest.raises(ConfigError, match=r"1\.5"):
@@ -196,7 +196,7 @@ def write_large(folder):
             file.writelines(json.dumps(line) + "\n" for line in lines)
 
 
-def test_large_groups_one_emoji_by_several_artists(tmp_path):
+def test_load_large_groups_one_emoji_by_several_artists(tmp_path):
     (tmp_path / "large").mkdir()
     write_large(tmp_path / "large")
     large = load_dataset(tmp_path)
@@ -212,7 +212,7 @@ def test_large_groups_one_emoji_by_several_artists(tmp_path):
     ).rows() == [("ad:x", "The Project")]
 
 
-def test_own_tables_are_read_and_missing_ones_named(tmp_path):
+def test_load_tables_reads_own_tables_and_names_missing(tmp_path):
     with pytest.raises(ConfigError, match=r"entities\.jsonl\.gz"):
         load_dataset(tmp_path)
     write_table(

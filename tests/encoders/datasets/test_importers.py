@@ -69,7 +69,7 @@ def test_unsplash_becomes_catalogue_boards_log_and_pairs(unsplash: Path) -> None
     assert tables["pairs"]["query"].to_list() == ["winter"]
 
 
-def test_unsplash_with_another_shape_is_refused(unsplash: Path) -> None:
+def test_unsplash_of_another_shape_is_refused(unsplash: Path) -> None:
     tsv(unsplash / "conversions.tsv000", "converted_at|keyword", "2020-04-01|x")
     with pytest.raises(
         SchemaError, match=r"conversions: the published column\(s\) conversion_type"
@@ -122,7 +122,7 @@ def esci(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_esci_keeps_locales_apart_and_grades(esci: Path) -> None:
+def test_esci_ids_keep_locales_apart_with_grades(esci: Path) -> None:
     tables = {name: checked.frame for name, checked in import_tables("esci", esci).items()}
     assert tables["catalogue"]["id"].to_list() == [
         "us:B000MOO21W",
@@ -171,7 +171,7 @@ def wands(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_wands_becomes_graded_judgements_and_a_taxonomy(wands: Path) -> None:
+def test_wands_becomes_graded_judgements_and_taxonomy(wands: Path) -> None:
     tables = {name: checked.frame for name, checked in import_tables("wands", wands).items()}
     assert tables["catalogue"].select("id", "category", "average_rating").rows() == [
         ("0", "Furniture / Bedroom", 4.5),
@@ -186,7 +186,7 @@ def test_wands_becomes_graded_judgements_and_a_taxonomy(wands: Path) -> None:
     assert tables["pairs"].select("query", "entity_id").rows() == [("salon chair", "1")]
 
 
-def test_labels_nobody_published_are_left_out_and_counted(wands: Path) -> None:
+def test_wands_unknown_labels_are_left_out_and_counted(wands: Path) -> None:
     tsv(
         wands / "label.csv",
         "id|query_id|product_id|label",
@@ -199,7 +199,7 @@ def test_labels_nobody_published_are_left_out_and_counted(wands: Path) -> None:
     assert checked.rejected.height == 2
 
 
-def test_the_small_set_in_its_own_format(tmp_path: Path) -> None:
+def test_small_set_is_read_in_its_own_format(tmp_path: Path) -> None:
     entity = {
         "id": "pin:1",
         "entity_type": "pin",
@@ -225,13 +225,13 @@ def test_the_small_set_in_its_own_format(tmp_path: Path) -> None:
     ]
 
 
-def test_every_adapter_names_what_it_misses(tmp_path: Path) -> None:
+def test_every_adapter_empty_folder_names_missing_files(tmp_path: Path) -> None:
     for name in ADAPTERS:
         with pytest.raises((DataError, ConfigError), match="expected"):
             import_tables(name, tmp_path)
 
 
-def test_the_import_command_writes_parquet(wands: Path, tmp_path: Path) -> None:
+def test_import_command_writes_parquet(wands: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(
         group, ["import", "wands", str(wands), "--out", str(tmp_path / "o"), "--json"]
     )

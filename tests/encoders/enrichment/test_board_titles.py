@@ -42,7 +42,7 @@ def titles_of(frame: pl.DataFrame, entity: str, config: BoardTitlesConfig = LENI
     return board_titles(frame, config).filter(entity_id=entity)["title"].to_list()
 
 
-def test_frequent_titles_of_words_that_are_rare_elsewhere_come_first() -> None:
+def test_board_titles_frequent_of_rare_words_come_first() -> None:
     others = [(f"e{i}", "home", 2) for i in range(30)]
     assert titles_of(
         boards_of(("x", "kitchen shelves", 5), ("x", "home", 5), ("x", "oak", 1), *others), "x"
@@ -53,7 +53,7 @@ def test_frequent_titles_of_words_that_are_rare_elsewhere_come_first() -> None:
     ]
 
 
-def test_ties_go_to_more_words_then_to_more_letters() -> None:
+def test_board_titles_ties_go_to_more_words_then_letters() -> None:
     rows = boards_of(("x", "aa", 1), ("x", "bbbb", 1), ("x", "cc dd", 1))
     assert titles_of(rows, "x") == ["cc dd", "bbbb", "aa"]
 
@@ -62,18 +62,18 @@ def test_ties_go_to_more_words_then_to_more_letters() -> None:
     "noise",
     ["!!!", "123", "x", " ", "www.example.com", "https://a.b", "me@example.com", "long " * 40],
 )
-def test_noise_is_dropped(noise: str) -> None:
+def test_board_titles_noise_is_dropped(noise: str) -> None:
     assert titles_of(boards_of(("x", noise, 9), ("x", "red shoes", 1)), "x") == ["red shoes"]
 
 
-def test_words_that_are_everywhere_say_nothing() -> None:
+def test_board_titles_of_prevalent_words_are_dropped() -> None:
     rows = boards_of(
         ("x", "my ideas", 9), ("x", "red shoes", 1), *((f"e{i}", "my ideas", 1) for i in range(20))
     )
     assert titles_of(rows, "x", BoardTitlesConfig(max_word_prevalence=0.5)) == ["red shoes"]
 
 
-def test_titles_of_the_same_words_are_one_and_a_title_without_a_new_word_is_redundant() -> None:
+def test_board_titles_without_a_new_word_are_redundant() -> None:
     rows = boards_of(
         ("x", "Red Shoes", 1),
         ("x", "shoes, red!", 3),
@@ -86,18 +86,18 @@ def test_titles_of_the_same_words_are_one_and_a_title_without_a_new_word_is_redu
     assert found["boards"].to_list() == [5, 1]
 
 
-def test_marks_of_devanagari_do_not_split_words() -> None:
+def test_board_titles_devanagari_marks_do_not_split_words() -> None:
     assert titles_of(boards_of(("x", "हिन्दी कविता", 1)), "x") == ["हिन्दी कविता"]
     words = word_prevalence(boards_of(("x", "हिन्दी कविता", 1)), LENIENT).words["word"].to_list()
     assert len(words) == 2
 
 
-def test_a_board_counts_once_however_often_it_is_exported() -> None:
+def test_board_titles_repeated_board_counts_once() -> None:
     rows = boards_of(("x", "red", 2))
     assert board_titles(pl.concat([rows, rows, rows]), LENIENT)["boards"].to_list() == [2]
 
 
-def test_at_most_ten_and_none_for_an_empty_table() -> None:
+def test_board_titles_at_most_ten_and_none_of_empty_table() -> None:
     rows = boards_of(*(("x", f"word{chr(97 + i)}", 1) for i in range(15)))
     assert len(titles_of(rows, "x", BoardTitlesConfig(max_word_prevalence=1.0))) == 10
     assert board_titles(rows.clear(), LENIENT).height == 0
@@ -117,7 +117,7 @@ board_rows = st.lists(
 
 @settings(max_examples=30, deadline=None)
 @given(board_rows, st.randoms(use_true_random=False))
-def test_partitions_and_row_order_do_not_matter(rows: list, random: object) -> None:
+def test_board_titles_do_not_depend_on_partitions_and_order(rows: list, random: object) -> None:
     frame = boards_of(*rows)
     whole = board_titles(frame, LENIENT)
     parts = frame.partition_by("entity_id")
@@ -137,7 +137,7 @@ def test_partitions_and_row_order_do_not_matter(rows: list, random: object) -> N
         assert scores == sorted(scores)
 
 
-def test_the_command_enriches_a_catalogue_and_counts_strangers(tmp_path: Path) -> None:
+def test_command_enriches_catalogue_and_counts_unknown_entities(tmp_path: Path) -> None:
     write_table(boards_of(("p", "red shoes", 2), ("gone", "x y", 1)), tmp_path / "b.csv")
     write_table(pl.DataFrame({"id": ["p", "lonely"], "entity_type": "pin"}), tmp_path / "c.jsonl")
     arguments = [
@@ -155,7 +155,7 @@ def test_the_command_enriches_a_catalogue_and_counts_strangers(tmp_path: Path) -
     assert pl.read_ndjson(tmp_path / "o.jsonl")["board_titles"].to_list() == [["red shoes"], []]
 
 
-def test_the_command_reads_every_table_that_is_named(tmp_path: Path) -> None:
+def test_command_reads_every_named_table(tmp_path: Path) -> None:
     """All but the last --catalogue and --boards were dropped without a word."""
     arguments = [
         "boards",

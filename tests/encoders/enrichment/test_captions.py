@@ -113,7 +113,7 @@ def catalogue_of(*names: str | None) -> pl.DataFrame:
     )
 
 
-def test_blip_captions_every_image_once_and_again_only_when_the_bytes_change(
+def test_blip_captions_an_image_again_only_when_bytes_change(
     blip_folder: Path, images: Path, tmp_path: Path
 ) -> None:
     config = CaptionConfig(
@@ -132,7 +132,7 @@ def test_blip_captions_every_image_once_and_again_only_when_the_bytes_change(
     assert attach_captions(rows, tmp_path / "state")["caption"].null_count() == 3
 
 
-def test_captions_do_not_depend_on_the_batch_size(blip_folder: Path, images: Path) -> None:
+def test_captions_do_not_depend_on_batch_size(blip_folder: Path, images: Path) -> None:
     pictures = [decode_image((images / f"{n}.png").read_bytes(), 32) for n in range(3)]
     captioner = BlipCaptioner(
         CaptionConfig(model=str(blip_folder), max_new_tokens=5, beams=1, device="cpu")
@@ -156,9 +156,7 @@ class Stub:
         return [f"{image.size[0]} wide" for image in images]
 
 
-def test_a_stopped_run_goes_on_where_it_was_even_after_half_a_line(
-    images: Path, tmp_path: Path
-) -> None:
+def test_stopped_run_resumes_even_after_half_a_line(images: Path, tmp_path: Path) -> None:
     config = CaptionConfig(batch_size=1)
     rows = catalogue_of("0.png", "1.png", "2.png")
     with pytest.raises(KeyboardInterrupt):
@@ -177,27 +175,25 @@ def test_another_model_captions_everything_again(images: Path, tmp_path: Path) -
     assert caption_catalogue(rows, tmp_path, other, config, images).captioned == 1
 
 
-def test_a_damaged_state_line_is_named(tmp_path: Path) -> None:
+def test_damaged_state_line_is_named(tmp_path: Path) -> None:
     (tmp_path / CAPTIONS_FILE).write_text("{}\nnonsense\n{}\n")
     with pytest.raises(DataError, match="line 2"):
         read_captions(tmp_path)
 
 
-def test_image_paths_may_not_leave_their_folder(images: Path) -> None:
+def test_image_path_outside_folder_is_refused(images: Path) -> None:
     (images.parent / "secret.png").write_bytes(b"x")
     with pytest.raises(DataError, match="outside"):
         read_image_bytes("../secret.png", images)
 
 
-def test_a_model_that_is_not_there_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(BundleError, match="--model"):
         BlipCaptioner(CaptionConfig(model=str(tmp_path / "nothing")))
 
 
-def test_quality_report_sees_repetition_length_script_and_titles() -> None:
+def test_quality_report_counts_repetition_length_script_and_titles() -> None:
     rows = pl.DataFrame(
         {
             "title": ["red cat", "dog", "tree", None],
@@ -217,7 +213,7 @@ def test_quality_report_sees_repetition_length_script_and_titles() -> None:
     }
 
 
-def test_every_judge_gets_the_same_items_in_another_order() -> None:
+def test_judgement_sheet_same_items_in_another_order_per_judge() -> None:
     rows = pl.DataFrame(
         {"id": [str(i) for i in range(50)], "caption": [f"caption {i}" for i in range(50)]}
     )
@@ -227,7 +223,7 @@ def test_every_judge_gets_the_same_items_in_another_order() -> None:
     assert a != b
 
 
-def test_krippendorff_alpha_agrees_with_his_worked_example() -> None:
+def test_krippendorff_alpha_equals_worked_example() -> None:
     """Krippendorff (2011), example C reduced to two observers and two values: alpha = 0.095."""
     first = [0, 1, 0, 0, 0, 0, 0, 0, 1, 0]
     second = [1, 1, 1, 0, 0, 1, 0, 0, 0, 0]
@@ -242,7 +238,7 @@ def test_krippendorff_alpha_agrees_with_his_worked_example() -> None:
     assert found["identical"] == pytest.approx(0.6)
 
 
-def test_agreement_edges() -> None:
+def test_agreement_edge_cases() -> None:
     perfect = agreement({"a": {"1": 2, "2": 0}, "b": {"1": 2, "2": 0}, "c": {"1": 2}})
     assert perfect["alpha_nominal"] == perfect["alpha_interval"] == 1.0
     assert agreement({"a": {"1": 2}, "b": {"1": 2}})["alpha_nominal"] is None
@@ -252,7 +248,7 @@ def test_agreement_edges() -> None:
         read_grades(pl.DataFrame({"item": ["1"], "judge": ["a"], "grade": ["great"]}))
 
 
-def test_the_commands_go_from_images_to_agreement(
+def test_commands_go_from_images_to_agreement(
     blip_folder: Path, images: Path, tmp_path: Path
 ) -> None:
     catalogue_of("0.png", "1.png", "2.png").with_columns(title=pl.lit("cat")).write_parquet(

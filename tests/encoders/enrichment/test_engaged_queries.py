@@ -60,7 +60,7 @@ def test_engaged_queries_equal_a_slow_loop(rows: list, min_users: int, until_day
     )
 
 
-def test_a_query_needs_enough_different_people() -> None:
+def test_engaged_queries_need_enough_different_users() -> None:
     events = events_of(
         *((d, "private", "u1", "pin", "p", "save") for d in range(9)),
         *((1, "shared", u, "pin", "p", "click") for u in ("a", "b", "c")),
@@ -74,7 +74,7 @@ def test_a_query_needs_enough_different_people() -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.lists(event_rows, max_size=15), max_size=8), st.data())
-def test_merging_slices_in_any_order_equals_counting_the_window_at_once(
+def test_state_slices_in_any_order_equal_the_whole_window(
     slices: list[list], data: st.DataObject
 ) -> None:
     """Slices hold late events, events of other slices and events older than the window; people and
@@ -119,7 +119,7 @@ def test_merging_slices_in_any_order_equals_counting_the_window_at_once(
         assert until > everything["timestamp"].max()
 
 
-def test_a_merge_returns_the_new_features_of_what_it_touched(tmp_path: Path) -> None:
+def test_merge_returns_features_of_touched_entities(tmp_path: Path) -> None:
     with EngagedQueriesState.create(tmp_path / "s", config_of()) as state:
         state.merge(events_of((1, "a", "u", "pin", "p", "save"), (1, "b", "u", "pin", "q", "save")))
         merge = state.merge(events_of((2, "c", "u", "pin", "q", "checkout")))
@@ -140,7 +140,7 @@ def test_a_merge_returns_the_new_features_of_what_it_touched(tmp_path: Path) -> 
         assert [v["version"] for v in state.versions()] == [1, 2, 3]
 
 
-def test_rare_queries_below_the_threshold_touch_no_features_until_they_reach_it(
+def test_merge_below_user_threshold_touches_no_features(
     tmp_path: Path,
 ) -> None:
     with EngagedQueriesState.create(tmp_path / "s", config_of(min_users=2)) as state:
@@ -152,7 +152,7 @@ def test_rare_queries_below_the_threshold_touch_no_features_until_they_reach_it(
         assert (gone.touched.rows(), gone.changed.height) == ([("pin", "p")], 0)
 
 
-def test_another_threshold_for_people_shows_other_features_of_the_same_totals(
+def test_state_with_another_min_users_shows_other_features(
     tmp_path: Path,
 ) -> None:
     with EngagedQueriesState.create(tmp_path / "s", config_of(min_users=1)) as state:
@@ -167,7 +167,7 @@ def test_another_threshold_for_people_shows_other_features_of_the_same_totals(
             assert state.features()["query"].to_list() == expected
 
 
-def test_repeated_late_and_expired_events_are_told_apart(tmp_path: Path) -> None:
+def test_merge_counts_repeated_late_and_expired_events_apart(tmp_path: Path) -> None:
     day30 = events_of((30, "a", "u", "pin", "p", "save"))
     with EngagedQueriesState.create(tmp_path / "s", config_of()) as state:
         state.merge(day30)
@@ -179,7 +179,7 @@ def test_repeated_late_and_expired_events_are_told_apart(tmp_path: Path) -> None
         assert set(state.features()["query"]) == {"a", "late"}
 
 
-def test_forgotten_people_leave_no_trace_and_do_not_come_back(tmp_path: Path) -> None:
+def test_deleted_users_leave_no_trace_and_stay_deleted(tmp_path: Path) -> None:
     events = events_of(
         (1, "visible", "u1", "pin", "p", "save"), (1, "secret words", "u2", "pin", "p", "save")
     )
@@ -194,7 +194,7 @@ def test_forgotten_people_leave_no_trace_and_do_not_come_back(tmp_path: Path) ->
     assert b"u1" not in content
 
 
-def test_requests_to_forget_match_other_spellings(tmp_path: Path) -> None:
+def test_deleted_queries_match_other_spellings(tmp_path: Path) -> None:
     events = events_of(
         (1, "Ann  Smith", "u1", "pin", "p", "save"), (1, "cat", "ve\u0301ra", "pin", "p", "save")
     )
@@ -210,7 +210,7 @@ def test_requests_to_forget_match_other_spellings(tmp_path: Path) -> None:
     ].to_list() == ["cat"]
 
 
-def test_a_crash_between_files_and_commit_changes_nothing(
+def test_crash_between_files_and_commit_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of()
@@ -234,7 +234,7 @@ def test_a_crash_between_files_and_commit_changes_nothing(
         assert set(state.features()["query"]) == {"a", "b"}
 
 
-def test_states_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_state_of_other_settings_is_refused(tmp_path: Path) -> None:
     EngagedQueriesState.create(tmp_path / "s", config_of()).close()
     with pytest.raises(StateError, match="already holds"):
         EngagedQueriesState.create(tmp_path / "s", config_of())
@@ -252,7 +252,7 @@ def test_states_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         EngagedQueriesState(tmp_path / "s", config_of())
 
 
-def test_a_missing_event_file_is_named(tmp_path: Path) -> None:
+def test_missing_event_file_is_named(tmp_path: Path) -> None:
     with EngagedQueriesState.create(tmp_path / "s", config_of()) as state:
         state.merge(events_of((1, "a", "u", "pin", "p", "save")))
         next((tmp_path / "s" / "events").iterdir()).unlink()
@@ -260,7 +260,7 @@ def test_a_missing_event_file_is_named(tmp_path: Path) -> None:
             state.merge(events_of((1, "b", "u", "pin", "p", "save")))
 
 
-def test_windows_end_at_midnight(tmp_path: Path) -> None:
+def test_merge_windows_end_at_midnight(tmp_path: Path) -> None:
     with EngagedQueriesState.create(tmp_path / "s", config_of()) as state:
         assert state.merge(pl.DataFrame(schema=EVENT_SCHEMA)).counts["added"] == 0
         with pytest.raises(ConfigError, match="midnight"):
@@ -279,12 +279,12 @@ def test_windows_end_at_midnight(tmp_path: Path) -> None:
         {"min_users": 0},
     ],
 )
-def test_impossible_settings_are_refused(bad: dict) -> None:
+def test_config_impossible_settings_are_refused(bad: dict) -> None:
     with pytest.raises(ConfigError, match="EngagedQueriesConfig"):
         EngagedQueriesConfig(**bad)
 
 
-def test_lists_go_onto_the_catalogue_in_rank_order() -> None:
+def test_attach_lists_are_in_rank_order() -> None:
     catalogue = pl.DataFrame(
         {"id": ["b", "a"], "entity_type": "pin", "engaged_queries": [["old"], ["old"]]}
     )
@@ -301,7 +301,7 @@ def test_lists_go_onto_the_catalogue_in_rank_order() -> None:
     ].to_list() == [[], ["first", "second"]]
 
 
-def test_the_command_merges_days_and_forgets(tmp_path: Path) -> None:
+def test_command_merges_days_and_deletes(tmp_path: Path) -> None:
     for day in (1, 2):
         events = events_of(
             *((day, "red cat", f"u{n}", "pin", "p", "save") for n in range(3)),
@@ -346,7 +346,7 @@ def test_the_command_merges_days_and_forgets(tmp_path: Path) -> None:
     assert run(group, [*state, "--catalogue", str(tmp_path / "c.jsonl")]).exit_code == 2
 
 
-def test_the_command_reads_every_file_that_is_named(tmp_path: Path) -> None:
+def test_command_reads_every_named_file(tmp_path: Path) -> None:
     """All but the last --log, --catalogue, --delete-users and --delete-queries were dropped without
     a word: forgotten people stayed.
     """
@@ -389,7 +389,7 @@ def test_the_command_reads_every_file_that_is_named(tmp_path: Path) -> None:
     assert run(delete_queries="query{}.txt")["events removed"] == 6
 
 
-def test_the_command_counts_the_bad_rows_it_left_out(tmp_path: Path) -> None:
+def test_command_counts_the_bad_rows_it_left_out(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text(
         "timestamp,query,entity_type,entity_id,action\n1700000000,q,pin,a,save\n1700000001,q,shoe,a,save\n"
     )

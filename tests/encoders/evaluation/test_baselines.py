@@ -26,7 +26,7 @@ from encoders.text.entity_texts import entity_texts
 
 @pytest.fixture(scope="module")
 def sample():
-    return load_sample(pictures=False)
+    return load_sample(images=False)
 
 
 def tiny():

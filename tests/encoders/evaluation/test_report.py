@@ -155,7 +155,7 @@ def test_report_is_strict_json_and_a_picture(tmp_path):
 
 
 def test_related_queries_are_evaluated_without_finding_themselves():
-    whole = load_sample(pictures=False)
+    whole = load_sample(images=False)
     pins = whole.of_type("pin").head(60)
     sample = Dataset(pins, whole.pairs.filter(pl.col("entity_id").is_in(pins["id"].implode())))
     report = evaluate_systems(

@@ -22,7 +22,7 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(group, [str(a) for a in arguments])
 
 
-def test_a_log_with_other_column_names_is_not_called_good_pairs(tmp_path: Path) -> None:
+def test_validate_log_of_other_column_names_is_not_called_pairs(tmp_path: Path) -> None:
     path = put(tmp_path, "log.csv", LOG)
     result = run("validate", path)
     assert result.exit_code == 1 and result.stdout == ""
@@ -44,13 +44,13 @@ def test_a_log_with_other_column_names_is_not_called_good_pairs(tmp_path: Path) 
         (["timestamp", "action"], "log"),
     ],
 )
-def test_pairs_are_guessed_only_where_the_file_cannot_be_a_log(
+def test_guess_table_pairs_only_where_it_cannot_be_a_log(
     more: list[str], table: str | None
 ) -> None:
     assert guess_table(["query", "entity_type", "entity_id", *more]) == table
 
 
-def test_columns_close_to_known_names_are_noted(tmp_path: Path) -> None:
+def test_validate_columns_close_to_known_names_are_noted(tmp_path: Path) -> None:
     path = put(tmp_path, "log.csv", LOG.replace("ts,", "timestamp,").replace("event", "action"))
     result = run("validate", path)
     assert result.exit_code == 0, result.stderr
@@ -61,7 +61,7 @@ def test_columns_close_to_known_names_are_noted(tmp_path: Path) -> None:
     assert result.exit_code == 1 and "'ts' to 'timestamp'" in result.stderr
 
 
-def test_only_names_that_the_file_lacks_are_suggested() -> None:
+def test_lookalikes_only_absent_names_are_suggested() -> None:
     assert lookalikes(["uid", "user_id", "querry", "query"], schema("log")) == {}
     assert lookalikes(["ts", "date"], schema("log")) == {"ts": "timestamp"}
     assert lookalikes(["UID", "querry", "colour"], schema("log")) == {

@@ -57,7 +57,7 @@ def log_of(*rows: tuple[str, str, float | None]) -> pl.DataFrame:
     )
 
 
-def test_dwell_decides_between_click_and_long_click() -> None:
+def test_engaged_events_dwell_decides_click_or_long_click() -> None:
     log = log_of(
         ("q1", "click", 10),
         ("q2", "click", 9.9),
@@ -69,7 +69,7 @@ def test_dwell_decides_between_click_and_long_click() -> None:
     assert found["action"].to_list() == ["long_click", "click", "click", "long_click", "click"]
 
 
-def test_queries_are_tidied_impressions_left_out_and_bad_rows_reported() -> None:
+def test_engaged_events_normalise_queries_and_report_bad_rows() -> None:
     log = log_of(
         ("  red\u00a0 cat ", "save", None),
         ("cafe\u0301", "save", None),
@@ -81,14 +81,14 @@ def test_queries_are_tidied_impressions_left_out_and_bad_rows_reported() -> None
     assert list(found.report.rules_broken.values()) == [1]
 
 
-def test_suggested_queries_are_tidied_as_queries_are() -> None:
+def test_engaged_events_suggested_queries_are_normalised() -> None:
     log = log_of(("q", "query_click", None)).with_columns(
         entity_type=pl.lit("query"), entity_id=pl.lit(" a  b ")
     )
     assert engaged_events(log, EngagementRules()).frame["entity_id"].to_list() == ["a b"]
 
 
-def test_batches_of_a_parquet_log_name_rows_of_the_file(tmp_path: Path) -> None:
+def test_read_events_parquet_batches_name_rows_of_the_file(tmp_path: Path) -> None:
     log = log_of(*[("q", "impression", None)] * 5, ("q", "save", None), ("q", "save", -1.0))
     write_table(log, tmp_path / "log.parquet")
     frames = [
@@ -100,7 +100,7 @@ def test_batches_of_a_parquet_log_name_rows_of_the_file(tmp_path: Path) -> None:
         list(read_events(tmp_path, EngagementRules(), batch_rows=3))
 
 
-def test_only_the_paper_s_actions_make_pairs() -> None:
+def test_build_pairs_only_paper_actions_count() -> None:
     events = events_of(
         (1, "q", "u", "pin", "p", "save"),
         (1, "q", "u", "pin", "p", "add_to_cart"),
@@ -119,7 +119,7 @@ def test_only_the_paper_s_actions_make_pairs() -> None:
     assert pairs.counts["dropped: clicks on a suggestion equal to the query"] == 1
 
 
-def test_equal_events_count_once_and_equal_pairs_become_one_row() -> None:
+def test_build_pairs_equal_events_count_once() -> None:
     one = (1.0, "q", "u", "pin", "p", "save")
     pairs = build_pairs(
         events_of(one, one, (2, "q", "u", "pin", "p", "save"), (2, "q", "v", "pin", "p", "save")),
@@ -130,7 +130,7 @@ def test_equal_events_count_once_and_equal_pairs_become_one_row() -> None:
     assert pairs.counts["dropped: duplicate events"] == 1
 
 
-def test_the_split_is_in_time_with_a_gap_and_half_open_windows() -> None:
+def test_build_pairs_split_in_time_has_gap_and_half_open_windows() -> None:
     days = {
         "before": -0.1,
         "first": 0.0,
@@ -154,7 +154,7 @@ def test_the_split_is_in_time_with_a_gap_and_half_open_windows() -> None:
     ) == (2, 2)
 
 
-def test_default_windows_end_with_the_log() -> None:
+def test_split_at_default_windows_end_with_the_log() -> None:
     last = datetime(2026, 1, 1, tzinfo=UTC) - timedelta(microseconds=1)
     split = PairsConfig(gap_days=15, heldout_days=30, train_days=365).split_at(last)
     assert split.heldout_end == datetime(2026, 1, 1, tzinfo=UTC)
@@ -166,7 +166,7 @@ def test_default_windows_end_with_the_log() -> None:
     assert everything.train_end == everything.heldout_end == datetime(2026, 1, 1, tzinfo=UTC)
 
 
-def test_heldout_pairs_seen_in_training_are_dropped_whatever_their_case() -> None:
+def test_build_pairs_heldout_seen_in_training_is_dropped() -> None:
     events = events_of(
         (1, "Red Cat", "u", "pin", "p", "save"),
         (30, "red cat", "u", "pin", "p", "long_click"),
@@ -182,7 +182,7 @@ def test_heldout_pairs_seen_in_training_are_dropped_whatever_their_case() -> Non
         refuse_leaks(leaks, 2)
 
 
-def test_heldout_pairs_visible_in_features_are_found_and_can_be_dropped() -> None:
+def test_build_pairs_heldout_visible_in_features_is_dropped() -> None:
     events = events_of(
         (30, "red cat", "u", "pin", "p", "save"), (31, "blue", "u", "pin", "p", "save")
     )
@@ -195,7 +195,7 @@ def test_heldout_pairs_visible_in_features_are_found_and_can_be_dropped() -> Non
     refuse_leaks(find_leaks(clean.frame, features), 1)
 
 
-def test_the_popularity_cap_keeps_whole_queries_and_is_fair_and_seeded() -> None:
+def test_build_pairs_cap_keeps_whole_queries_fair_and_seeded() -> None:
     events = events_of(
         *((day % 19, f"q{day % 40}", f"u{day}", "pin", "giant", "save") for day in range(400)),
         (1, "x", "u", "pin", "small", "save"),
@@ -224,7 +224,7 @@ def test_the_popularity_cap_keeps_whole_queries_and_is_fair_and_seeded() -> None
     assert again[0].equals(again[1])
 
 
-def test_one_giant_entity_does_not_crowd_out_the_others() -> None:
+def test_build_pairs_one_giant_entity_leaves_others_alone() -> None:
     events = events_of(
         *((1, f"q{i}", f"u{i}", "pin", "giant", "save") for i in range(5000)),
         (1, "x", "u", "pin", "small", "save"),
@@ -237,7 +237,7 @@ def test_one_giant_entity_does_not_crowd_out_the_others() -> None:
     assert pairs.counts["dropped: pairs above the popularity cap"] == 4950
 
 
-def test_entities_that_are_not_in_the_catalogue_are_left_out_and_counted() -> None:
+def test_build_pairs_unknown_entities_are_left_out_and_counted() -> None:
     events = events_of(
         (1, "q", "u", "pin", "known", "save"),
         (1, "q", "u", "pin", "gone", "save"),
@@ -251,7 +251,7 @@ def test_entities_that_are_not_in_the_catalogue_are_left_out_and_counted() -> No
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(event_rows, max_size=40))
-def test_every_event_is_a_pair_or_has_a_reason(rows: list) -> None:
+def test_build_pairs_every_event_is_a_pair_or_has_a_reason(rows: list) -> None:
     pairs = build_pairs(events_of(*rows), PairsConfig(keep_seen=True), SPLIT)
     dropped = sum(
         n
@@ -270,7 +270,7 @@ def test_every_event_is_a_pair_or_has_a_reason(rows: list) -> None:
         assert sum((p.counts for p in apart), Counter()) == +whole.counts
 
 
-def test_an_empty_log_gives_no_pairs() -> None:
+def test_build_pairs_empty_log_gives_none() -> None:
     pairs = build_pairs(pl.DataFrame(schema=EVENT_SCHEMA), PairsConfig(), SPLIT)
     assert pairs.frame.height == 0
     assert pairs_table(pairs.frame).height == 0
@@ -288,7 +288,7 @@ def test_an_empty_log_gives_no_pairs() -> None:
         {"train_end": datetime(2026, 1, 1)},
     ],
 )
-def test_impossible_settings_are_refused(arguments: dict) -> None:
+def test_config_impossible_settings_are_refused(arguments: dict) -> None:
     with pytest.raises(ConfigError, match="PairsConfig"):
         PairsConfig(**arguments)
     with pytest.raises(ConfigError, match="2026-01-31"):
@@ -308,7 +308,7 @@ def log_file(tmp_path: Path) -> Path:
     return tmp_path / "log.parquet"
 
 
-def test_the_command_writes_pairs_features_and_a_summary(log_file: Path, tmp_path: Path) -> None:
+def test_command_writes_pairs_features_and_summary(log_file: Path, tmp_path: Path) -> None:
     write_table(
         pl.DataFrame({"id": ["p1", "lonely"], "entity_type": "pin", "title": ["x", "y"]}),
         tmp_path / "c.jsonl",
@@ -338,7 +338,7 @@ def test_the_command_writes_pairs_features_and_a_summary(log_file: Path, tmp_pat
     assert CliRunner().invoke(command, [*arguments, "--overwrite"]).exit_code == 0
 
 
-def test_every_table_named_is_read(log_file: Path, tmp_path: Path) -> None:
+def test_command_reads_every_named_table(log_file: Path, tmp_path: Path) -> None:
     """All but the last --catalogue, --boards and --engaged were dropped without a word, and with
     them the events of their entities.
     """
@@ -380,9 +380,7 @@ def test_every_table_named_is_read(log_file: Path, tmp_path: Path) -> None:
     )
 
 
-def test_the_command_fails_on_a_leak_and_leaves_nothing_behind(
-    log_file: Path, tmp_path: Path
-) -> None:
+def test_command_on_a_leak_fails_and_leaves_nothing(log_file: Path, tmp_path: Path) -> None:
     features = pl.DataFrame({"entity_type": ["pin"], "entity_id": ["p9"], "query": ["Q0"]})
     write_table(features, tmp_path / "f.parquet")
     arguments = [
@@ -410,7 +408,7 @@ def test_the_command_fails_on_a_leak_and_leaves_nothing_behind(
     )
 
 
-def test_bad_rows_of_boards_are_counted_as_well(log_file: Path, tmp_path: Path) -> None:
+def test_command_bad_rows_of_boards_are_counted(log_file: Path, tmp_path: Path) -> None:
     (tmp_path / "b.csv").write_text("board_id,title,entity_id\n1,red shoes,p1\n,blue hats,p2\n")
     arguments = [
         "--log",
@@ -427,7 +425,7 @@ def test_bad_rows_of_boards_are_counted_as_well(log_file: Path, tmp_path: Path) 
     assert json.loads(result.stdout)["bad_rows_dropped"] == {"boards: a value is required": 1}
 
 
-def test_the_command_says_how_many_bad_rows_it_left_out(tmp_path: Path) -> None:
+def test_command_says_how_many_bad_rows_it_left_out(tmp_path: Path) -> None:
     rows = "timestamp,query,entity_type,entity_id,action\n1700000000,q,pin,a,save\n1700000001,q,shoe,a,save\n"
     (tmp_path / "log.csv").write_text(rows)
     arguments = [

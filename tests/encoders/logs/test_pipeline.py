@@ -59,7 +59,7 @@ def read(folder: Path, name: str) -> pl.DataFrame:
     return frame.sort(frame.columns)
 
 
-def test_the_simulated_log_is_a_valid_labelled_log(simulation: Path) -> None:
+def test_simulate_log_is_a_valid_labelled_log(simulation: Path) -> None:
     log = pl.concat([pl.read_parquet(p) for p in sorted((simulation / "log").iterdir())])
     assert not check_frame(log, LOG, "log").report.rules_broken
     assert not check_frame(
@@ -89,7 +89,7 @@ def test_the_simulated_log_is_a_valid_labelled_log(simulation: Path) -> None:
     assert files[1].min() < files[0].max()  # late events
 
 
-def test_the_same_seed_makes_the_same_log_and_another_makes_another(
+def test_simulate_log_depends_on_seed_alone(
     annotations: pl.DataFrame,
 ) -> None:
     small = replace(CONFIG, rows=2_000)
@@ -99,7 +99,7 @@ def test_the_same_seed_makes_the_same_log_and_another_makes_another(
     assert simulate_boards(annotations, small).equals(simulate_boards(annotations, small))
 
 
-def test_impossible_simulations_are_refused(annotations: pl.DataFrame) -> None:
+def test_simulator_config_impossible_settings_are_refused(annotations: pl.DataFrame) -> None:
     for bad in ({"rows": 0}, {"noise": 1.5}, {"searches_per_session": 0.5}):
         with pytest.raises(ConfigError, match="SimulatorConfig"):
             SimulatorConfig(**bad)  # type: ignore[arg-type]
@@ -116,7 +116,7 @@ def local(simulation: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return out, summary
 
 
-def test_the_number_of_partitions_changes_nothing(
+def test_pipeline_number_of_partitions_changes_nothing(
     local: tuple[Path, dict], simulation: Path, tmp_path: Path
 ) -> None:
     out, summary = local
@@ -134,7 +134,7 @@ def test_the_number_of_partitions_changes_nothing(
     assert not list(tmp_path.glob(".out*"))
 
 
-def test_no_heldout_pair_is_visible_in_what_training_sees(local: tuple[Path, dict]) -> None:
+def test_pipeline_heldout_pairs_are_not_visible_to_training(local: tuple[Path, dict]) -> None:
     out, summary = local
     leaks = find_leaks(read(out, "pairs"), read(out, "engaged_queries"))
     assert leaks.through_pairs.height == leaks.through_features.height == 0
@@ -142,7 +142,7 @@ def test_no_heldout_pair_is_visible_in_what_training_sees(local: tuple[Path, dic
     assert read(out, "pairs")["split"].n_unique() == 2
 
 
-def test_every_event_is_accounted_for(simulation: Path, tmp_path: Path) -> None:
+def test_pipeline_every_event_is_accounted_for(simulation: Path, tmp_path: Path) -> None:
     summary = run_pipeline(
         simulation / "log", tmp_path / "out", PipelineConfig(pairs=PairsConfig(keep_seen=True))
     )
@@ -153,7 +153,7 @@ def test_every_event_is_accounted_for(simulation: Path, tmp_path: Path) -> None:
     assert counts["events"] == events_dropped + read(tmp_path / "out", "pairs")["count"].sum()
 
 
-def test_an_empty_log_gives_empty_tables(tmp_path: Path) -> None:
+def test_pipeline_empty_log_gives_empty_tables(tmp_path: Path) -> None:
     write_table(LOG.empty(), tmp_path / "log.parquet")
     for partitions in (1, 3):
         summary = run_pipeline(
@@ -166,7 +166,7 @@ def test_an_empty_log_gives_empty_tables(tmp_path: Path) -> None:
         assert read(tmp_path / f"out{partitions}", "pairs").height == 0
 
 
-def test_a_failed_run_leaves_the_old_result(
+def test_pipeline_failed_run_leaves_the_old_result(
     local: tuple[Path, dict], simulation: Path, tmp_path: Path
 ) -> None:
     write_table(LOG.empty(), tmp_path / "log.parquet")
@@ -180,7 +180,7 @@ def test_a_failed_run_leaves_the_old_result(
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["counts"]["pairs"] == 0
 
 
-def test_the_simulate_command_labels_its_log(tmp_path: Path) -> None:
+def test_simulate_command_labels_its_log(tmp_path: Path) -> None:
     arguments = [
         "simulate-logs",
         "--out",
@@ -217,7 +217,7 @@ def cluster() -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_ray_cluster_of_two_nodes_gives_the_local_result_row_for_row(
+def test_ray_pipeline_two_nodes_equal_the_local_result(
     cluster: str, local: tuple[Path, dict], simulation: Path, tmp_path: Path
 ) -> None:
     from encoders.logs.ray_pipeline import run_ray_pipeline
@@ -241,7 +241,7 @@ def test_a_ray_cluster_of_two_nodes_gives_the_local_result_row_for_row(
     assert remote["windows"] == summary["windows"]
 
 
-def test_every_log_named_is_read(
+def test_pipeline_reads_every_named_log(
     local: tuple[Path, dict], simulation: Path, tmp_path: Path
 ) -> None:
     arguments = ["--out", str(tmp_path / "out"), "--boards", str(simulation / "boards.parquet")]

@@ -44,7 +44,7 @@ def catalogue(folder: Path, cells: list[str], name: str = "c.csv", *, first: int
         (["[1, 2.5]", "[]"], pl.List(pl.Float64), [[1.0, 2.5], []]),
     ],
 )
-def test_cells_that_all_read_as_one_type_become_it(
+def test_attributes_all_cells_of_one_type_become_it(
     tmp_path: Path, cells: list[str], dtype: pl.DataType, values: list
 ) -> None:
     found = check_table(catalogue(tmp_path, cells), "catalogue")
@@ -94,9 +94,7 @@ def test_cells_that_all_read_as_one_type_become_it(
         ),
     ],
 )
-def test_a_cell_that_would_not_come_back_as_it_was_keeps_its_text(
-    tmp_path: Path, cell: str
-) -> None:
+def test_attributes_cell_that_would_lose_digits_stays_text(tmp_path: Path, cell: str) -> None:
     found = read_table(catalogue(tmp_path, [cell, cell]), "catalogue")
     assert found["x"].to_list() == [cell, cell]
 
@@ -112,7 +110,9 @@ def test_a_cell_that_would_not_come_back_as_it_was_keeps_its_text(
         )
     )
 )
-def test_no_number_is_changed(tmp_path_factory: pytest.TempPathFactory, values: list) -> None:
+def test_attributes_numbers_are_never_changed(
+    tmp_path_factory: pytest.TempPathFactory, values: list
+) -> None:
     cells = [str(value) for value in values]
     frame = read_table(catalogue(tmp_path_factory.mktemp("n"), cells), "catalogue")
     if not cells:
@@ -125,7 +125,7 @@ def test_no_number_is_changed(tmp_path_factory: pytest.TempPathFactory, values: 
         ]
 
 
-def test_a_column_that_mostly_fits_stays_text_and_the_first_misfit_is_named(tmp_path: Path) -> None:
+def test_attributes_mostly_numbers_stay_text_and_misfit_is_named(tmp_path: Path) -> None:
     path = catalogue(tmp_path, ["3.5", "", "n/a", "12", "7"])
     found = check_table(path, "catalogue")
     assert found.frame["x"].to_list() == ["3.5", None, "n/a", "12", "7"]
@@ -137,7 +137,7 @@ def test_a_column_that_mostly_fits_stays_text_and_the_first_misfit_is_named(tmp_
     assert check_table(catalogue(tmp_path, ["red", "12", "blue"]), "catalogue").report.notes == []
 
 
-def test_the_files_of_a_folder_agree(tmp_path: Path) -> None:
+def test_attributes_of_a_folder_have_one_type_in_all_files(tmp_path: Path) -> None:
     for name, parts, dtype in (
         ("wider", (["1", "2"], ["3.5"]), pl.Float64),
         ("empty", (["", ""], ["3"]), pl.Int64),
@@ -165,7 +165,7 @@ def test_the_files_of_a_folder_agree(tmp_path: Path) -> None:
         ([None], pl.Int64),
     ],
 )
-def test_a_file_with_types_beside_a_text_file_has_a_say(
+def test_attributes_typed_file_beside_text_file_counts_too(
     tmp_path: Path, typed: list, dtype: pl.DataType
 ) -> None:
     catalogue(tmp_path, ["1", "2"])
@@ -175,7 +175,7 @@ def test_a_file_with_types_beside_a_text_file_has_a_say(
     assert read_table(tmp_path, "catalogue")["x"].dtype == dtype
 
 
-def test_large_whole_numbers_of_another_file_are_not_rounded(tmp_path: Path) -> None:
+def test_attributes_large_integers_of_another_file_are_not_rounded(tmp_path: Path) -> None:
     catalogue(tmp_path, ["0.5"])
     write_table(
         pl.DataFrame({"id": ["q"], "entity_type": ["pin"], "x": [2**53 + 1]}),
@@ -184,7 +184,7 @@ def test_large_whole_numbers_of_another_file_are_not_rounded(tmp_path: Path) -> 
     assert read_table(tmp_path, "catalogue")["x"].to_list() == ["0.5", "9007199254740993"]
 
 
-def test_several_paths_are_one_table(tmp_path: Path) -> None:
+def test_check_table_several_paths_are_one_table(tmp_path: Path) -> None:
     first, second = (
         catalogue(tmp_path, ["1"], "a.csv"),
         catalogue(tmp_path, ["2.5"], "b.csv", first=1),
@@ -194,7 +194,7 @@ def test_several_paths_are_one_table(tmp_path: Path) -> None:
     assert both.report.source == "a.csv, b.csv"
 
 
-def test_rows_are_rejected_as_they_came_in(tmp_path: Path) -> None:
+def test_check_table_rejected_rows_are_as_they_were_read(tmp_path: Path) -> None:
     path = tmp_path / "c.csv"
     path.write_text("id,entity_type,x\na,pin,3.50\nb,shoe,4.50\n")
     checked = check_table(path, "catalogue", on_bad_rows="drop")

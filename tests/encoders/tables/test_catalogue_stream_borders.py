@@ -52,7 +52,7 @@ def streamed(*paths, chunk_rows: int, columns=None) -> pl.DataFrame:
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet", "csv"])
 @pytest.mark.parametrize("chunk_rows", [1, 2, 5, 100])
-def test_exact_repeats_are_left_out_as_read_table_does(tmp_path, suffix, chunk_rows):
+def test_stream_exact_repeats_are_left_out_as_read_table_does(tmp_path, suffix, chunk_rows):
     from encoders.tables.files import write_table
 
     rows = pl.DataFrame([pin(f"e{i % 10}", title=f"red {i % 10}", price=i % 10) for i in range(23)])
@@ -60,7 +60,7 @@ def test_exact_repeats_are_left_out_as_read_table_does(tmp_path, suffix, chunk_r
     assert streamed(path, chunk_rows=chunk_rows).equals(read_table(path, "catalogue"))
 
 
-def test_all_text_files_decide_what_attributes_are_but_a_tower_reads_texts(tmp_path):
+def test_stream_attributes_are_typed_by_all_files_except_tower_fields(tmp_path):
     (tmp_path / "1.csv").write_text(
         "id,entity_type,title,price,stock,code\na,pin,red,3,true,007\nb,pin,red,,FALSE,8\n"
     )
@@ -80,7 +80,7 @@ def test_all_text_files_decide_what_attributes_are_but_a_tower_reads_texts(tmp_p
     ]
 
 
-def test_repeats_across_files_are_left_out_and_the_store_can_be_written(bundle, tmp_path):
+def test_stream_repeats_across_files_are_left_out(bundle, tmp_path):
     first = write(
         tmp_path / "1.jsonl",
         [pin("a"), pin("b", price=2, tags=[1, 2], more={"x": 1, "y": None}), pin("c")],
@@ -101,7 +101,7 @@ def test_repeats_across_files_are_left_out_and_the_store_can_be_written(bundle, 
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 2, 7])
-def test_a_repeat_with_other_content_names_id_file_and_row(tmp_path, chunk_rows):
+def test_stream_repeat_with_other_content_names_id_file_and_row(tmp_path, chunk_rows):
     path = write(tmp_path / "c.jsonl", [pin(f"e{i}") for i in range(6)] + [pin("e1", price=3)])
     with pytest.raises(
         RowError,
@@ -114,12 +114,12 @@ def test_a_repeat_with_other_content_names_id_file_and_row(tmp_path, chunk_rows)
         streamed(path, other, chunk_rows=chunk_rows)
 
 
-def test_one_id_of_two_entity_types_is_no_repeat(tmp_path):
+def test_stream_one_id_of_two_entity_types_is_no_repeat(tmp_path):
     path = write(tmp_path / "c.jsonl", [pin("a"), pin("a") | {"entity_type": "product"}])
     assert streamed(path, chunk_rows=1).height == 2
 
 
-def test_rows_seen_are_found_in_every_run_and_hash_collisions_are_told_apart():
+def test_rows_seen_finds_rows_in_every_run_despite_collisions():
     seen = _RowsSeen()
     words = np.random.default_rng(0).integers(0, 2**63, (4, 1_000), dtype=np.uint64)
     words[0, ::10] = 7  # one first word, different second words
@@ -135,7 +135,7 @@ def test_rows_seen_are_found_in_every_run_and_hash_collisions_are_told_apart():
     assert sum(run.nbytes for run in seen._runs) == 32 * 1_000 and len(seen._runs) < 12
 
 
-def test_row_hashes_do_not_depend_on_the_types_that_other_rows_gave():
+def test_row_hashes_do_not_depend_on_types_of_other_rows():
     base = pl.DataFrame(
         {"id": ["a"], "entity_type": ["pin"], "n": [1], "v": [[1, 2]], "e": [[]], "t": ["x"]}
     )
@@ -176,9 +176,7 @@ SIZES = [38, 38.5, 39.0, None, "M", True, 38, 1e30, 40]
 
 @pytest.mark.parametrize("chunk_rows", [1, 2, 4, 100])
 @pytest.mark.parametrize("sizes", [SIZES, SIZES[:4], SIZES[:1] * 9])
-def test_text_columns_of_json_lines_are_text_whatever_the_neighbours_are(
-    tmp_path, chunk_rows, sizes
-):
+def test_stream_json_text_columns_are_text_beside_any_numbers(tmp_path, chunk_rows, sizes):
     records = [
         pin(f"e{i}", size=size, shade=size, board_titles=[size, "x"][: 1 + i % 2])
         for i, size in enumerate(sizes)
@@ -202,7 +200,7 @@ def test_text_columns_of_json_lines_are_text_whatever_the_neighbours_are(
     assert rows["board_titles"].list.first().to_list() == [texts[size] for size in sizes]
 
 
-def test_text_is_the_same_where_the_fast_reader_gives_up(tmp_path):
+def test_stream_json_text_is_equal_without_fast_reader(tmp_path):
     """Vectors of two shapes in one chunk are read line by line."""
     records = [
         pin("a", size=38, visual=VECTOR),
@@ -217,7 +215,7 @@ def test_text_is_the_same_where_the_fast_reader_gives_up(tmp_path):
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
-def test_one_vector_a_row_and_several_may_meet(bundle, tmp_path, order, suffix):
+def test_stream_one_vector_a_row_may_meet_several(bundle, tmp_path, order, suffix):
     from encoders.tables.files import write_table
 
     shapes = [[VECTOR, None, [-0.0, 0.5, 1.0]], [[VECTOR], None, [VECTOR, VECTOR]]]
@@ -246,7 +244,7 @@ def test_one_vector_a_row_and_several_may_meet(bundle, tmp_path, order, suffix):
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 2, 100])
-def test_vector_shapes_may_change_inside_a_json_lines_file(bundle, tmp_path, chunk_rows):
+def test_stream_json_vector_shapes_may_change_inside_a_file(bundle, tmp_path, chunk_rows):
     path = write(
         tmp_path / "c.jsonl",
         [pin("a", visual=VECTOR), pin("b", visual=[VECTOR, VECTOR]), pin("c"), pin("d", visual=[])],
@@ -259,7 +257,7 @@ def test_vector_shapes_may_change_inside_a_json_lines_file(bundle, tmp_path, chu
     assert one == mean_of_two != absent == empty
 
 
-def test_a_column_of_lists_in_one_file_and_texts_in_another_names_both(bundle, tmp_path):
+def test_stream_lists_in_one_file_texts_in_another_names_both(bundle, tmp_path):
     first = write(tmp_path / "1.jsonl", [pin("a", shade="red")])
     second = write(tmp_path / "2.jsonl", [pin("b", shade=["red"])])
     with pytest.raises(

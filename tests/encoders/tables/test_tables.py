@@ -39,7 +39,7 @@ def put(folder: Path, name: str, content: str | bytes) -> Path:
 @pytest.mark.parametrize(
     "suffix", ["csv", "tsv", "jsonl", "jsonl.gz", "csv.gz", "parquet", "arrow"]
 )
-def test_a_table_comes_back_as_it_was_written(tmp_path: Path, suffix: str) -> None:
+def test_write_table_read_back_is_equal(tmp_path: Path, suffix: str) -> None:
     frame = pl.DataFrame(
         {
             "id": ["a", "b"],
@@ -71,7 +71,7 @@ def test_a_table_comes_back_as_it_was_written(tmp_path: Path, suffix: str) -> No
         ),
     ],
 )
-def test_bad_catalogue_rows_name_file_row_column_and_value(
+def test_read_table_bad_catalogue_row_names_file_row_column_value(
     tmp_path: Path, rows: str, column: str, parts: list[str]
 ) -> None:
     with pytest.raises(RowError) as caught:
@@ -95,7 +95,9 @@ def test_bad_catalogue_rows_name_file_row_column_and_value(
         ("nan,q,pin,a,click,1,u", "timestamp"),
     ],
 )
-def test_bad_log_rows_are_refused_or_counted(tmp_path: Path, row: str, rule: str) -> None:
+def test_check_table_bad_log_rows_are_refused_or_counted(
+    tmp_path: Path, row: str, rule: str
+) -> None:
     path = put(
         tmp_path,
         "log.csv",
@@ -129,13 +131,13 @@ def test_timestamps_of_every_unit_mean_the_same_moment(tmp_path: Path, stamps: l
     ]
 
 
-def test_a_column_that_mixes_seconds_and_milliseconds_is_refused(tmp_path: Path) -> None:
+def test_timestamps_mixed_units_are_refused(tmp_path: Path) -> None:
     rows = "1700000000,q,pin,a,save,,u\n1700000000,q,pin,a,save,,u\n1700000000000,q,pin,a,save,,u\n"
     with pytest.raises(RowError, match=r"row 3.*not in s as most of the column"):
         read_table(put(tmp_path, "log.csv", LOG_HEADER + rows), "log", now=NOW)
 
 
-def test_numbers_and_datetimes_without_a_zone_are_read_as_utc() -> None:
+def test_timestamps_without_zone_are_utc() -> None:
     base = {"query": ["q"], "entity_type": ["pin"], "entity_id": ["a"], "action": ["save"]}
     for stamp in ([1_700_000_000], [datetime(2023, 11, 14, 22, 13, 20)]):
         checked = check_frame(pl.DataFrame({"timestamp": stamp, **base}), LOG, "x", now=NOW)
@@ -145,7 +147,7 @@ def test_numbers_and_datetimes_without_a_zone_are_read_as_utc() -> None:
         assert len(checked.report.notes) == 1
 
 
-def test_an_empty_log_is_a_table_without_rows(tmp_path: Path) -> None:
+def test_read_table_empty_log_has_no_rows(tmp_path: Path) -> None:
     frame = read_table(put(tmp_path, "log.csv", LOG_HEADER), "log")
     assert frame.height == 0
     assert frame.schema["timestamp"] == pl.Datetime("us", "UTC")
@@ -153,7 +155,7 @@ def test_an_empty_log_is_a_table_without_rows(tmp_path: Path) -> None:
         read_table(put(tmp_path, "nothing.csv", ""), "log")
 
 
-def test_ids_that_differ_by_unicode_form_are_one_id(tmp_path: Path) -> None:
+def test_ids_of_other_unicode_forms_are_one_id(tmp_path: Path) -> None:
     nfd, nfc = unicodedata.normalize("NFD", "café"), unicodedata.normalize("NFC", "café")
     path = put(
         tmp_path,
@@ -166,7 +168,7 @@ def test_ids_that_differ_by_unicode_form_are_one_id(tmp_path: Path) -> None:
     assert any("repeat an earlier row exactly" in note for note in checked.report.notes)
 
 
-def test_mixed_encodings_are_found_and_a_named_encoding_is_read(tmp_path: Path) -> None:
+def test_read_table_wrong_encoding_is_found_and_named_one_is_read(tmp_path: Path) -> None:
     text = "id,entity_type,title\na,pin,café\n"
     path = put(tmp_path, "c.csv", text.encode("latin-1"))
     with pytest.raises(RowError, match=r"line 2: byte 0xe9 is not utf-8"):
@@ -185,7 +187,7 @@ def test_mixed_encodings_are_found_and_a_named_encoding_is_read(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
-def test_nul_bytes_are_refused(tmp_path: Path, suffix: str) -> None:
+def test_read_table_nul_bytes_are_refused(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"t.{suffix}"
     pl.DataFrame({"id": ["a"], "entity_type": ["pin"], "title": ["x\0y"]}).pipe(write_table, path)
     with pytest.raises(RowError, match="NUL"):
@@ -206,19 +208,19 @@ def test_nul_bytes_are_refused(tmp_path: Path, suffix: str) -> None:
         ),
     ],
 )
-def test_bad_json_lines_name_the_row(tmp_path: Path, content: str, message: str) -> None:
+def test_read_table_bad_json_line_names_row(tmp_path: Path, content: str, message: str) -> None:
     with pytest.raises(DataError, match=message.replace("[", r"\[")):
         read_table(put(tmp_path, "t.jsonl", content), "catalogue")
 
 
-def test_a_row_with_too_many_cells_is_named(tmp_path: Path) -> None:
+def test_read_table_row_with_too_many_cells_is_named(tmp_path: Path) -> None:
     with pytest.raises(RowError, match=r"row 2: expected 3 cells, got 4"):
         read_table(
             put(tmp_path, "t.csv", "id,entity_type,title\na,pin,x\nb,pin,x,y\n"), "catalogue"
         )
 
 
-def test_truncated_and_unknown_files_are_refused(tmp_path: Path) -> None:
+def test_read_table_truncated_and_unknown_files_are_refused(tmp_path: Path) -> None:
     write_table(pl.DataFrame({"id": ["a"], "entity_type": ["pin"]}), tmp_path / "t.parquet")
     put(tmp_path, "cut.parquet", (tmp_path / "t.parquet").read_bytes()[:60])
     put(tmp_path, "cut.jsonl.gz", gzip.compress(b'{"id": "a"}' * 100)[:30])
@@ -234,7 +236,7 @@ def test_truncated_and_unknown_files_are_refused(tmp_path: Path) -> None:
             read_table(tmp_path / name, "catalogue")
 
 
-def test_numeric_ids_and_mixed_types_become_text(tmp_path: Path) -> None:
+def test_read_table_numeric_ids_and_mixed_types_become_text(tmp_path: Path) -> None:
     path = put(
         tmp_path,
         "t.jsonl",
@@ -243,7 +245,7 @@ def test_numeric_ids_and_mixed_types_become_text(tmp_path: Path) -> None:
     assert read_table(path, "catalogue")["id"].to_list() == ["1", "b"]
 
 
-def test_a_folder_of_parts_is_one_table_whose_ids_must_not_clash(tmp_path: Path) -> None:
+def test_read_table_folder_is_one_table_whose_ids_must_not_clash(tmp_path: Path) -> None:
     for n, title in enumerate(["x", "y"]):
         write_table(
             pl.DataFrame({"id": [f"a{n}", "same"], "entity_type": "pin", "title": ["t", title]}),
@@ -256,7 +258,7 @@ def test_a_folder_of_parts_is_one_table_whose_ids_must_not_clash(tmp_path: Path)
     assert (checked.report.rows_read, checked.rejected.height) == (4, 2)
 
 
-def test_negative_and_fractional_counts_are_refused_and_large_ones_survive() -> None:
+def test_counts_negative_or_fractional_are_refused_large_ones_exact() -> None:
     base = {"query": ["q"], "entity_type": ["pin"], "entity_id": ["a"]}
     for count in (-1, 1.5):
         assert (
@@ -292,14 +294,14 @@ def test_counts_beyond_64_bits_are_refused(count: float | str) -> None:
 
 
 @pytest.mark.parametrize("cell", ["[1,2", '[1,"a"]', "[[1],[2]]", "1 2", "{}"])
-def test_vector_cells_that_are_no_list_of_numbers_are_refused_and_named(cell: str) -> None:
+def test_vector_cells_not_lists_of_numbers_are_refused(cell: str) -> None:
     frame = pl.DataFrame({"id": list("abc"), "entity_type": "pin", "pinsage": ["[1,2]", cell, ""]})
     checked = check_frame(frame, CATALOGUE, "x")
     assert checked.frame.select("id", "pinsage").rows() == [("a", [1.0, 2.0]), ("c", None)]
     assert "row 2, column 'pinsage'" in checked.report.problems[0].describe("x")
 
 
-def test_cells_may_hold_the_vectors_of_several_images() -> None:
+def test_vector_cells_may_hold_vectors_of_several_images() -> None:
     frame = pl.DataFrame({"id": ["a", "b"], "entity_type": "pin", "visual": ["[[1,2],[3,4]]", ""]})
     assert check_frame(frame, CATALOGUE, "x").frame["visual"].to_list() == [
         [[1.0, 2.0], [3.0, 4.0]],
@@ -307,7 +309,7 @@ def test_cells_may_hold_the_vectors_of_several_images() -> None:
     ]
 
 
-def test_lists_where_texts_belong_are_refused_and_required_lists_may_not_be_null() -> None:
+def test_lists_in_text_columns_and_null_required_lists_are_refused() -> None:
     with pytest.raises(SchemaError, match="board_titles"):
         check_frame(
             pl.DataFrame({"id": ["a"], "entity_type": "pin", "board_titles": [[["x"]]]}),
@@ -322,7 +324,7 @@ def test_lists_where_texts_belong_are_refused_and_required_lists_may_not_be_null
     )
 
 
-def test_times_at_the_end_of_the_calendar_are_refused() -> None:
+def test_timestamps_at_the_end_of_the_calendar_are_refused() -> None:
     for stamp in ("9999-12-31T23:59:59-10:00", "0001-01-01T00:00:00+05:00"):
         frame = pl.DataFrame(
             {
@@ -336,7 +338,7 @@ def test_times_at_the_end_of_the_calendar_are_refused() -> None:
         assert check_frame(frame, LOG, "x", now=NOW).rejected.height == 1
 
 
-def test_clashing_ids_are_rejected_beside_other_bad_rows_as_they_came_in() -> None:
+def test_check_frame_clashing_ids_are_rejected_beside_other_bad_rows() -> None:
     frame = pl.DataFrame(
         {
             "id": ["a", "a", "b"],
@@ -365,7 +367,9 @@ texts = st.text(
         max_size=12,
     )
 )
-def test_every_row_is_kept_merged_or_rejected(rows: list[tuple[str, str, str | None]]) -> None:
+def test_check_frame_every_row_is_kept_merged_or_rejected(
+    rows: list[tuple[str, str, str | None]],
+) -> None:
     frame = pl.DataFrame(
         rows, schema={"id": pl.String, "entity_type": pl.String, "title": pl.String}, orient="row"
     )
@@ -408,9 +412,7 @@ odd_cells = st.sampled_from([*ODD_NUMBERS, *ODD_TEXTS, *ODD_LISTS, None])
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(sorted(SCHEMAS)), st.data())
-def test_whatever_stands_in_the_cells_rows_are_good_or_rejected(
-    name: str, data: st.DataObject
-) -> None:
+def test_check_frame_any_cells_are_good_or_rejected(name: str, data: st.DataObject) -> None:
     """No cell crashes the checks, and no required value is missing in what they let through."""
     wanted = SCHEMAS[name]
     usual = {
@@ -436,7 +438,7 @@ def test_whatever_stands_in_the_cells_rows_are_good_or_rejected(
     assert {c.name for c in wanted.columns} <= set(checked.frame.columns)
 
 
-def test_schemas_know_their_tables() -> None:
+def test_guess_table_columns_of_each_schema_name_it() -> None:
     assert guess_table(["id", "entity_type", "title"]) == "catalogue"
     assert guess_table([c.name for c in LOG.columns]) == "log"
     assert guess_table([c.name for c in SCHEMAS["pairs"].columns]) == "pairs"
@@ -455,7 +457,7 @@ def test_spread_tells_head_from_tail() -> None:
     assert spread(pl.Series([], dtype=pl.String))["distinct"] == 0
 
 
-def test_describe_counts_what_is_missing_and_repeated() -> None:
+def test_describe_table_counts_missing_and_repeated() -> None:
     frame = pl.DataFrame(
         {
             "id": list("abcd"),
@@ -471,7 +473,7 @@ def test_describe_counts_what_is_missing_and_repeated() -> None:
     assert found["scripts"] == {"Latin": pytest.approx(2 / 3)}
 
 
-def test_the_data_commands_tell_the_truth_in_their_exit_code(tmp_path: Path) -> None:
+def test_data_commands_exit_code_is_honest(tmp_path: Path) -> None:
     good = put(tmp_path, "good.csv", "id,entity_type,title\na,pin,x\n")
     bad = put(tmp_path, "bad.csv", "id,entity_type,title\na,shoe,x\nb,pin,y\n")
     run = CliRunner().invoke
@@ -491,7 +493,7 @@ def test_the_data_commands_tell_the_truth_in_their_exit_code(tmp_path: Path) -> 
     )
 
 
-def test_the_way_to_drop_bad_rows_is_named_where_there_is_one(tmp_path: Path) -> None:
+def test_commands_name_drop_bad_rows_only_where_it_exists(tmp_path: Path) -> None:
     """Every command named --drop-bad-rows, also those that refuse the option."""
     catalogue = put(
         tmp_path, "c.csv", "id,entity_type\n" + "".join(f"{n},shoe\n" for n in range(6))

@@ -23,7 +23,7 @@ def tower() -> QueryEncoder:
 @pytest.fixture(scope="module")
 def queries() -> list[str]:
     return (
-        load_sample(pictures=False)
+        load_sample(images=False)
         .split("train")["query"]
         .unique(maintain_order=True)
         .gather_every(200)
@@ -114,7 +114,7 @@ def test_a_changed_bundle_file_is_refused(tower: QueryEncoder, tmp_path: Path) -
     from encoders.towers.entity_features import EntityFeaturizer
     from encoders.towers.entity_tower import create_entity_encoder
 
-    catalogue = load_sample(pictures=False).catalogue
+    catalogue = load_sample(images=False).catalogue
     entity = create_entity_encoder(EntityFeaturizer.fit(catalogue), table_rows=100, hidden=(32,))
     bundle = save_bundle(
         tmp_path / "model", tower, {"pin": entity, "product": entity, "ad": entity}
@@ -148,7 +148,7 @@ def test_a_config_of_another_shape_is_named(
     from encoders.towers.entity_tower import create_entity_encoder
 
     entity = create_entity_encoder(
-        EntityFeaturizer.fit(load_sample(pictures=False).catalogue.head(50)),
+        EntityFeaturizer.fit(load_sample(images=False).catalogue.head(50)),
         table_rows=10,
         hidden=(8,),
     )

@@ -183,7 +183,7 @@ def test_the_marks_of_the_sample_are_its_own() -> None:
     )
     assert dict(zip(rows["entity_type"], rows["id"], strict=True)) == web_page.SAMPLE_MARKS
     assert set(web_page.SAMPLE_MARKS) == set(sample.entity_types)
-    assert set(web_page.SAMPLE_MARKS.values()) <= set(sample.pictures)
+    assert set(web_page.SAMPLE_MARKS.values()) <= set(sample.images)
 
 
 def test_exact_compares_within_one_release_though_another_is_activated_meanwhile(

@@ -1,4 +1,4 @@
-"""The annotated picture sets in this project's own format: ``small`` (also in the package) and ``large``.
+"""Read the annotated images ``small`` (also in the package) and ``large``, in their own format.
 
 All pairs are human annotations and translations, standing in for engagement. They are not clicks.
 """
@@ -13,9 +13,11 @@ from encoders.datasets.dataset import load_large
 from encoders.errors import DataError
 from encoders.tables.files import read_raw
 
+SMALL_FILES = ("entities.jsonl.gz", "pairs.jsonl.gz")
+
 
 def read_small(folder: Path) -> dict[str, pl.DataFrame]:
-    """Read a folder (or its sub-folder ``small``) with ``entities.jsonl.gz`` and ``pairs.jsonl.gz``.
+    """Read ``entities.jsonl.gz`` and ``pairs.jsonl.gz`` of a folder or its sub-folder ``small``.
 
     Returns:
         ``catalogue`` without engaged queries, ``boards`` (small groups as boards) and ``pairs``
@@ -25,9 +27,7 @@ def read_small(folder: Path) -> dict[str, pl.DataFrame]:
         DataError: The files are not there.
     """
     folder = folder / "small" if (folder / "small").is_dir() else folder
-    missing = [
-        name for name in ("entities.jsonl.gz", "pairs.jsonl.gz") if not (folder / name).is_file()
-    ]
+    missing = [name for name in SMALL_FILES if not (folder / name).is_file()]
     if missing:
         raise DataError(f"{folder}: expected {', '.join(missing)}, found none.")
     catalogue = read_raw(folder / "entities.jsonl.gz").rename({"boards": "board_titles"})
@@ -43,10 +43,10 @@ def read_small(folder: Path) -> dict[str, pl.DataFrame]:
 
 
 def read_large(folder: Path) -> dict[str, pl.DataFrame]:
-    """Read a folder (or its sub-folder ``large``) with ``entities.jsonl.gz``, ``pairs_train.jsonl.gz`` and ``pairs_dev.jsonl.gz``.
+    """Read ``LARGE_FILES`` of a folder or its sub-folder ``large``.
 
     Returns:
-        As :func:`read_small`.
+        As ``read_small``.
 
     Raises:
         ConfigError: The files are not there.
@@ -57,6 +57,7 @@ def read_large(folder: Path) -> dict[str, pl.DataFrame]:
 
 
 def _boards(catalogue: pl.DataFrame) -> pl.DataFrame:
+    """Return the groups that entities belong to as boards."""
     rows = (
         catalogue.select(pl.col("board_titles").alias("title"), pl.col("id").alias("entity_id"))
         .explode("title")

@@ -1,4 +1,4 @@
-"""Board titles: for each entity the titles people filed it under, specific ones first, without noise and repetition (paper 4.2).
+"""Choose each entity's board titles: specific ones first, no noise, no repetition (paper 4.2).
 
 The paper ranks titles by a score of the title's frequency and its words' prevalence, ascending,
 then by word count and length, descending, and keeps ten. Its formula is not published; ours, for a
@@ -43,7 +43,7 @@ class BoardTitlesConfig:
     max_characters: int = 100
     """Longer titles are noise."""
     max_word_prevalence: float = 0.1
-    """A title all of whose words are on boards of more than this share of entities says nothing ("ideas") and is noise."""
+    """A title ("ideas") whose words all are on boards of a larger share of entities is noise."""
 
     def __post_init__(self) -> None:
         if self.top < 1 or self.max_characters < 1 or not 0 < self.max_word_prevalence <= 1:
@@ -54,7 +54,7 @@ class BoardTitlesConfig:
 
 
 class Prevalence(NamedTuple):
-    """In how many entities each word occurs; of disjoint sets of entities: add up with :func:`add_prevalence`."""
+    """In how many entities each word occurs; ``add_prevalence`` sums disjoint sets of entities."""
 
     words: pl.DataFrame
     """``word``, ``entities``."""
@@ -85,7 +85,7 @@ def word_prevalence(boards: pl.DataFrame, config: BoardTitlesConfig) -> Prevalen
 
 
 def add_prevalence(parts: list[Prevalence]) -> Prevalence:
-    """Prevalence over the union of disjoint sets of entities."""
+    """Sum prevalence over disjoint sets of entities."""
     words = pl.concat([p.words for p in parts]).group_by("word").agg(pl.col("entities").sum())
     return Prevalence(words.sort("word"), sum(p.entities for p in parts))
 
@@ -110,9 +110,8 @@ def board_titles(
     """
     prevalence = prevalence or word_prevalence(boards, config)
     titles = _read_titles(boards["title"].unique(), config)
-    # A board that comes with two titles (it was renamed) keeps the first in alphabetical order.
+    # A board that has two titles (it was renamed) keeps the first in alphabetical order.
     filed = boards.group_by("entity_id", "board_id").agg(pl.col("title").min())
-    all_boards = filed.group_by("entity_id").agg(pl.len().alias("all_boards"))
     forms = (
         filed.group_by("entity_id", "title").agg(pl.len().alias("uses")).join(titles, on="title")
     )
@@ -127,39 +126,13 @@ def board_titles(
             pl.col("words").first(),
         )
     )
-    on_entity = (
-        forms.select("entity_id", "uses", "words")
-        .explode("words")
-        .group_by("entity_id", "words")
-        .agg(pl.col("uses").sum().alias("with_word"))
-        .join(all_boards, on="entity_id")
-    )
-    share = pl.col("entities") / prevalence.entities
-    # Whole thousandths, so that sums do not depend on the order in which words come.
-    surprise = (
-        (1000 * (share / (pl.col("with_word") / pl.col("all_boards"))).log(2))
-        .round(0)
-        .cast(pl.Int64)
-    )
-    words = (
-        best.select("entity_id", "key", "words")
-        .explode("words")
-        .join(on_entity, on=["entity_id", "words"])
-        .join(prevalence.words, left_on="words", right_on="word")
-    )
-    scored = words.group_by("entity_id", "key").agg(
-        surprise.sum().alias("sum"),
-        share.min().alias("rarest"),
-        pl.len().cast(pl.Int64).alias("word_count"),
-    )
-    mean = pl.col("sum") / pl.col("word_count") / 1000
+    all_boards = filed.group_by("entity_id").agg(pl.len().alias("all_boards"))
+    scores = _scores(best, _word_surprise(forms, all_boards, prevalence))
+    common_words_say_nothing = prevalence.entities * config.max_word_prevalence >= 1
     ranked = (
-        best.join(scored, on=["entity_id", "key"])
-        .filter(
-            (pl.col("rarest") <= config.max_word_prevalence)
-            | (prevalence.entities * config.max_word_prevalence < 1)
+        scores.filter(
+            (pl.col("rarest") <= config.max_word_prevalence) | (not common_words_say_nothing)
         )
-        .with_columns((mean - (1 + pl.col("boards")).log(2)).round(1).alias("score"))
         .sort(
             "entity_id",
             "score",
@@ -170,6 +143,68 @@ def board_titles(
         )
         .with_columns(pl.int_range(pl.len()).over("entity_id").alias("place"))
     )
+    chosen = _without_redundant(ranked)
+    rank = (pl.int_range(pl.len()) + 1).over("entity_id").alias("rank")
+    chosen = chosen.with_columns(rank).filter(pl.col("rank") <= config.top)
+    return chosen.select(pl.col(name).cast(dtype) for name, dtype in FEATURE_SCHEMA.items())
+
+
+def _word_surprise(
+    forms: pl.DataFrame, all_boards: pl.DataFrame, prevalence: Prevalence
+) -> pl.DataFrame:
+    """Measure for each entity and word how common the word is elsewhere, and how rare here.
+
+    Args:
+        forms: ``entity_id, title, uses, words``: an entity's titles, each on ``uses`` boards.
+        all_boards: ``entity_id, all_boards``: how many boards hold the entity.
+        prevalence: Of all entities.
+
+    Returns:
+        ``entity_id``, ``words`` (one word), ``share`` (p(w)) and ``surprise``
+        (1000 log2(p(w) / s(w, e)), whole, so that sums do not depend on the order of words).
+    """
+    on_entity = (
+        forms.select("entity_id", "uses", "words")
+        .explode("words")
+        .group_by("entity_id", "words")
+        .agg(pl.col("uses").sum().alias("with_word"))
+        .join(all_boards, on="entity_id")
+        .join(prevalence.words, left_on="words", right_on="word")
+    )
+    share = pl.col("entities") / prevalence.entities
+    surprise = 1000 * (share / (pl.col("with_word") / pl.col("all_boards"))).log(2)
+    return on_entity.select(
+        "entity_id",
+        "words",
+        share.alias("share"),
+        surprise.round(0).cast(pl.Int64).alias("surprise"),
+    )
+
+
+def _scores(titles: pl.DataFrame, words: pl.DataFrame) -> pl.DataFrame:
+    """Score titles (``entity_id, key, title, boards, words``) by what ``_word_surprise`` returned.
+
+    Returns:
+        The titles with ``score``, ``word_count`` and ``rarest``, the least prevalence of a word.
+    """
+    sums = (
+        titles.select("entity_id", "key", "words")
+        .explode("words")
+        .join(words, on=["entity_id", "words"])
+        .group_by("entity_id", "key")
+        .agg(
+            pl.col("surprise").sum().alias("sum"),
+            pl.col("share").min().alias("rarest"),
+            pl.len().cast(pl.Int64).alias("word_count"),
+        )
+    )
+    mean = pl.col("sum") / pl.col("word_count") / 1000
+    score = (mean - (1 + pl.col("boards")).log(2)).round(1)
+    return titles.join(sums, on=["entity_id", "key"]).with_columns(score.alias("score"))
+
+
+def _without_redundant(ranked: pl.DataFrame) -> pl.DataFrame:
+    """Keep titles that hold a word which no title ranked above (``place``) has on the entity."""
     first = (
         ranked.select("entity_id", "words", "place")
         .explode("words")
@@ -177,15 +212,15 @@ def board_titles(
         .agg(pl.col("place").min())
     )
     kept = first.select("entity_id", "place").unique()
-    chosen = ranked.join(kept, on=["entity_id", "place"], how="semi", maintain_order="left")
-    chosen = chosen.with_columns(
-        (pl.int_range(pl.len()) + 1).over("entity_id").alias("rank")
-    ).filter(pl.col("rank") <= config.top)
-    return chosen.select(pl.col(name).cast(dtype) for name, dtype in FEATURE_SCHEMA.items())
+    return ranked.join(kept, on=["entity_id", "place"], how="semi", maintain_order="left")
 
 
 def _read_titles(titles: pl.Series, config: BoardTitlesConfig) -> pl.DataFrame:
-    """``title, words, key`` of the titles that are not noise; every distinct title is looked at once."""
+    """Split titles that are not noise into words.
+
+    Returns:
+        ``title``, ``words`` (distinct and sorted) and ``key`` (the words as one text).
+    """
     title = pl.col("title")
     plausible = (title.str.len_chars() <= config.max_characters) & (
         title.str.strip_chars().str.len_chars() > 1

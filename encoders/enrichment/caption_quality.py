@@ -1,4 +1,4 @@
-"""How good captions are: automatic signs of trouble, a sheet for people to judge, and how far those people agree."""
+"""Measure caption quality: automatic signs, sheets for judges, and how far the judges agree."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHEET_COLUMNS = ("item", "judge", "id", "image", "title", "caption", "grade", "c
 
 
 def quality_report(catalogue: pl.DataFrame) -> dict[str, Any]:
-    """Automatic signs of caption quality.
+    """Count automatic signs of caption quality.
 
     Args:
         catalogue: With ``caption`` and perhaps ``title``.
@@ -50,22 +50,20 @@ def quality_report(catalogue: pl.DataFrame) -> dict[str, Any]:
     )
     twice = pl.Series([any(a == b for a, b in itertools.pairwise(ws)) for ws in words.to_list()])
     thrice = frame.join(most, on="row", how="left", maintain_order="left")["len"] >= 3
+    not_latin = rows["caption"].str.replace_all(r"\p{Latin}", "").str.contains(r"\p{L}")
     report |= {
         "words": {"mean": _mean(counts), "shortest": min(sizes), "longest": max(sizes)},
         "repeat": _mean(twice | thrice),
         "shorter_than_3_words": _mean(counts < 3),
         "look_english": _mean(words.list.set_intersection(list(ENGLISH_SIGNS)).list.len() > 0),
-        "letters_not_latin": _mean(
-            rows["caption"].str.replace_all(r"\p{Latin}", "").str.contains(r"\p{L}")
-        ),
+        "letters_not_latin": _mean(not_latin),
         "shared_captions": _mean(rows["caption"].is_duplicated()),
     }
     if "title" in rows.columns:
         titles = _words(rows["title"].fill_null(""))
         named = titles.list.len() > 0
-        shared = titles.list.set_intersection(words).list.len().filter(
-            named
-        ) / titles.list.unique().list.len().filter(named)
+        in_caption = titles.list.set_intersection(words).list.len()
+        shared = in_caption.filter(named) / titles.list.unique().list.len().filter(named)
         report["agreement_with_title"] = {
             "titles": len(shared),
             "mean_share": _mean(shared),
@@ -92,7 +90,9 @@ def _mean(values: pl.Series) -> float:
 def judgement_sheet(
     catalogue: pl.DataFrame, *, items: int, judges: Sequence[str], seed: int = 0
 ) -> pl.DataFrame:
-    """A sheet for people: every judge sees the same random captions, in an order of their own, and fills in ``grade``.
+    """Draw captions to judge: the same for each judge, in an order of their own.
+
+    Judges fill in ``grade``.
 
     Args:
         catalogue: With ``id``, ``caption`` and perhaps ``image`` and ``title``.
@@ -123,7 +123,7 @@ def judgement_sheet(
 
 
 def read_grades(sheet: pl.DataFrame) -> dict[str, dict[str, int]]:
-    """Grades by judge and item out of filled-in sheets; items without a grade are missing.
+    """Read grades by judge and item from filled-in sheets; items without a grade are left out.
 
     Raises:
         DataError: A column is missing or a grade is none of ``GRADES``.
@@ -149,7 +149,7 @@ def read_grades(sheet: pl.DataFrame) -> dict[str, dict[str, int]]:
 
 
 def agreement(grades: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
-    """How far judges agree.
+    """Measure how far judges agree.
 
     Args:
         grades: Grade by item, by judge; judges may miss items.
@@ -163,9 +163,8 @@ def agreement(grades: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
         DataError: No item was graded by two judges.
     """
     items = sorted({item for by_item in grades.values() for item in by_item})
-    table = np.array(
-        [[by_item.get(item, -1) for item in items] for by_item in grades.values()], dtype=np.int64
-    ).reshape(len(grades), len(items))
+    rows = [[by_item.get(item, -1) for item in items] for by_item in grades.values()]
+    table = np.array(rows, dtype=np.int64).reshape(len(grades), len(items))
     several = (table >= 0).sum(axis=0) >= 2
     if not several.any():
         raise DataError("agreement needs items that at least two judges graded, but there is none")
@@ -182,20 +181,26 @@ def agreement(grades: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
 
 
 def _krippendorff(table: np.ndarray) -> tuple[dict[str, float | None], float]:
-    """Alpha from the coincidence matrix (Krippendorff, Computing alpha-reliability, 2011); ``table`` is (judges, items), -1 missing."""
+    """Compute alpha from the coincidence matrix (Krippendorff, Computing alpha-reliability, 2011).
+
+    Args:
+        table: (judges, items) grades, -1: missing.
+
+    Returns:
+        Alpha by distance, and the share of pairs of judges and items with equal grades.
+    """
     values = len(GRADES)
     coincidence = np.zeros((values, values))
     for column in table.T:
         counts = np.bincount(column[column >= 0], minlength=values).astype(float)
         coincidence += (np.outer(counts, counts) - np.diag(counts)) / (counts.sum() - 1)
-    totals, n = coincidence.sum(axis=0), coincidence.sum()
+    totals = coincidence.sum(axis=0)
+    n = coincidence.sum()
     expected = (np.outer(totals, totals) - np.diag(totals)) / (n - 1)
     grid = np.subtract.outer(np.arange(values), np.arange(values)).astype(float)
     alphas: dict[str, float | None] = {}
-    for name, distance in (
-        ("alpha_nominal", (grid != 0).astype(float)),
-        ("alpha_interval", grid**2),
-    ):
+    distances = {"alpha_nominal": (grid != 0).astype(float), "alpha_interval": grid**2}
+    for name, distance in distances.items():
         chance = float((expected * distance).sum())
         alphas[name] = 1.0 - float((coincidence * distance).sum()) / chance if chance > 0 else None
     return alphas, float(np.trace(coincidence) / n)

@@ -1,4 +1,4 @@
-"""Synthetic captions with BLIP (paper 4.2): batched, resumable, and only for images that are new or changed.
+"""Caption images with BLIP (paper 4.2), in batches, and only those that are new or changed.
 
 State: an append-only ``captions.jsonl``, one line per image and outcome with the hash of the
 image's bytes and of the model. A run that was stopped loses at most one batch. An image whose bytes
@@ -12,10 +12,10 @@ import io
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import polars as pl
 
@@ -23,6 +23,7 @@ from encoders.errors import BundleError, ConfigError, DataError, MissingDependen
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -55,7 +56,7 @@ class CaptionConfig:
     device: str = "auto"
     """``auto`` (GPU if there is one), ``cpu``, ``cuda``."""
     svg_pixels: int = 384
-    """Width at which SVG pictures are drawn."""
+    """Width at which SVG images are drawn."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "max_new_tokens", "beams", "svg_pixels"):
@@ -66,17 +67,17 @@ class CaptionConfig:
 
 
 class Captioner(Protocol):
-    """Anything that writes captions; ``BlipCaptioner`` is the one in use."""
+    """Write captions for images, as ``BlipCaptioner`` does."""
 
     fingerprint: str
     """Changes when the captions would."""
 
     def caption(self, images: Sequence[Image]) -> list[str]:
-        """One caption per RGB image."""
+        """Write one caption per RGB image."""
 
 
 class BlipCaptioner:
-    """BLIP through transformers."""
+    """Write captions with BLIP, through transformers."""
 
     def __init__(self, config: CaptionConfig) -> None:
         """Load the model.
@@ -103,15 +104,10 @@ class BlipCaptioner:
                 " model, or run once with network access."
             ) from error
         self.model = model.to(self.device).eval()
-        settings = f"{config.max_new_tokens}:{config.beams}:{config.svg_pixels}"
-        digest = hashlib.sha256(settings.encode())
-        for name, tensor in sorted(model.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().float().numpy().tobytes())
-        self.fingerprint = digest.hexdigest()[:16]
+        self.fingerprint = _fingerprint(config, model.state_dict())
 
     def caption(self, images: Sequence[Image]) -> list[str]:
-        """One caption per RGB image."""
+        """Write one caption per RGB image."""
         import torch
 
         inputs = self.processor(images=list(images), return_tensors="pt").to(self.device)
@@ -124,8 +120,17 @@ class BlipCaptioner:
         ]
 
 
+def _fingerprint(config: CaptionConfig, weights: Mapping[str, Tensor]) -> str:
+    """Hash what decides the captions of an image: settings and weights."""
+    digest = hashlib.sha256(f"{config.max_new_tokens}:{config.beams}:{config.svg_pixels}".encode())
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 class CaptionRun(NamedTuple):
-    """What one run did."""
+    """Entities by what one run did with them."""
 
     captioned: int
     unchanged: int
@@ -153,7 +158,7 @@ def caption_catalogue(
     images: Path,
     track: Track = untracked,
 ) -> CaptionRun:
-    """Caption every image of a catalogue that is new or changed, and record the outcome batch by batch.
+    """Caption every new or changed image of a catalogue, recording the outcome of each batch.
 
     Args:
         catalogue: With ``entity_type``, ``id`` and ``image`` (a path relative to ``images``, or a
@@ -173,61 +178,74 @@ def caption_catalogue(
             f" {', '.join(catalogue.columns)}."
         )
     state.mkdir(parents=True, exist_ok=True)
-    known = {
-        (r["entity_type"], r["id"]): r["image_hash"]
-        for r in read_captions(state).iter_rows(named=True)
-        if _done(r, captioner)
-    }
-    rows = catalogue.filter(pl.col("image").fill_null("").str.strip_chars() != "").select(
-        "entity_type", "id", "image"
+    known = _captioned_hashes(state, captioner)
+    filled = pl.col("image").fill_null("").str.strip_chars() != ""
+    rows = catalogue.filter(filled).select("entity_type", "id", "image")
+    batches = (
+        rows.slice(start, config.batch_size).to_dicts()
+        for start in range(0, rows.height, config.batch_size)
     )
-    counts = {"captioned": 0, "unchanged": 0, "failed": 0}
+    captioned = failed = 0
     with (state / CAPTIONS_FILE).open("a", encoding="utf-8") as file:
-        for batch in track(
-            _batches(rows, config.batch_size),
-            "captions",
-            total=-(-rows.height // config.batch_size),
-        ):
-            pending: list[tuple[dict[str, Any], Image]] = []
-            records: list[dict[str, Any]] = []
-            for row in batch:
-                record = {
-                    "entity_type": row["entity_type"],
-                    "id": row["id"],
-                    "model": captioner.fingerprint,
-                }
-                try:
-                    content = read_image_bytes(row["image"], images)
-                    record["image_hash"] = hashlib.sha256(content).hexdigest()[:32]
-                    if known.get((row["entity_type"], row["id"])) == record["image_hash"]:
-                        counts["unchanged"] += 1
-                        continue
-                    pending.append((record, decode_image(content, config.svg_pixels)))
-                except DataError as error:
-                    records.append(record | {"error": str(error)})
+        for batch in track(batches, "captions", total=-(-rows.height // config.batch_size)):
+            pending, failures = _read_images(batch, known, config, images)
             captions = captioner.caption([image for _, image in pending]) if pending else []
-            records += [
+            records = failures + [
                 record | {"caption": text}
                 for (record, _), text in zip(pending, captions, strict=True)
             ]
-            counts["captioned"] += len(captions)
-            counts["failed"] += len(records) - len(captions)
-            file.write("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+            captioned += len(captions)
+            failed += len(failures)
+            for record in records:
+                line = record | {"model": captioner.fingerprint}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
-    return CaptionRun(**counts, without_image=catalogue.height - rows.height)
+    return CaptionRun(
+        captioned=captioned,
+        unchanged=rows.height - captioned - failed,
+        failed=failed,
+        without_image=catalogue.height - rows.height,
+    )
 
 
-def _done(record: dict[str, Any], captioner: Captioner) -> bool:
-    return record["caption"] is not None and record["model"] == captioner.fingerprint
+def _captioned_hashes(state: Path, captioner: Captioner) -> dict[tuple[str, str], str]:
+    """Return the image hash of each entity (type, id) that this captioner has captioned."""
+    return {
+        (record["entity_type"], record["id"]): record["image_hash"]
+        for record in read_captions(state).iter_rows(named=True)
+        if record["caption"] is not None and record["model"] == captioner.fingerprint
+    }
 
 
-def _batches(rows: pl.DataFrame, size: int) -> Iterator[list[dict[str, Any]]]:
-    for start in range(0, rows.height, size):
-        yield rows.slice(start, size).to_dicts()
+def _read_images(
+    batch: list[dict[str, str]],
+    known: Mapping[tuple[str, str], str],
+    config: CaptionConfig,
+    images: Path,
+) -> tuple[list[tuple[dict[str, str], Image]], list[dict[str, str]]]:
+    """Read the images of a batch whose bytes are not ``known``.
+
+    Returns:
+        Records to caption with their images, and records of images that cannot be read, with the
+        ``error``.
+    """
+    pending, failures = [], []
+    for row in batch:
+        record = {"entity_type": row["entity_type"], "id": row["id"]}
+        try:
+            content = read_image_bytes(row["image"], images)
+            record["image_hash"] = hashlib.sha256(content).hexdigest()[:32]
+            if known.get((row["entity_type"], row["id"])) != record["image_hash"]:
+                pending.append((record, decode_image(content, config.svg_pixels)))
+        except DataError as error:
+            failures.append(record | {"error": str(error)})
+    return pending, failures
 
 
 def read_captions(state: Path) -> pl.DataFrame:
-    """The last outcome of every entity (columns of ``SCHEMA``); a last line cut short by a crash is ignored.
+    """Read the last outcome of every entity (columns of ``SCHEMA``).
+
+    A last line that a crash cut short is removed from the file.
 
     Raises:
         DataError: Another line is damaged.
@@ -245,30 +263,24 @@ def read_captions(state: Path) -> pl.DataFrame:
                 f"{path}: line {number} is not a record ({error}). Delete the line; its images are"
                 " captioned again."
             ) from error
-    if lines[-1]:  # repair: the next run appends after it
+    if lines[-1]:  # the next run appends here
         path.write_text("\n".join(lines[:-1]) + ("\n" if len(lines) > 1 else ""), encoding="utf-8")
     frame = pl.DataFrame([{name: r.get(name) for name in SCHEMA} for r in records], schema=SCHEMA)
     return frame.unique(["entity_type", "id"], keep="last", maintain_order=True)
 
 
 def attach_captions(catalogue: pl.DataFrame, state: Path) -> pl.DataFrame:
-    """The catalogue with ``caption`` from the state; entities without one keep what they have."""
-    captions = (
-        read_captions(state)
-        .filter(pl.col("caption").is_not_null())
-        .select("entity_type", "id", pl.col("caption").alias("__new"))
-    )
-    base = (
-        catalogue
-        if "caption" in catalogue.columns
-        else catalogue.with_columns(pl.lit(None, pl.String).alias("caption"))
-    )
-    joined = base.join(captions, on=["entity_type", "id"], how="left", maintain_order="left")
+    """Put the state's captions on the catalogue; entities without one keep what they have."""
+    written = read_captions(state).filter(pl.col("caption").is_not_null())
+    captions = written.select("entity_type", "id", pl.col("caption").alias("__new"))
+    if "caption" not in catalogue.columns:
+        catalogue = catalogue.with_columns(pl.lit(None, pl.String).alias("caption"))
+    joined = catalogue.join(captions, on=["entity_type", "id"], how="left", maintain_order="left")
     return joined.with_columns(pl.coalesce("__new", "caption").alias("caption")).drop("__new")
 
 
 def read_image_bytes(reference: str, images: Path) -> bytes:
-    """The bytes behind a path (relative to ``images``) or an http(s) URL.
+    """Read the bytes of a path (relative to ``images``) or an http(s) URL.
 
     Raises:
         DataError: Nothing is there, it is too large, or a relative path leaves the folder.
@@ -293,7 +305,7 @@ def read_image_bytes(reference: str, images: Path) -> bytes:
 
 
 def decode_image(content: bytes, svg_pixels: int) -> Image:
-    """An RGB image from the bytes of a PNG, JPEG, WebP, ... or SVG; transparent parts become white.
+    """Decode a PNG, JPEG, WebP, ... or SVG to RGB; transparent parts become white.
 
     Raises:
         DataError: The bytes are no image.
@@ -314,10 +326,11 @@ def decode_image(content: bytes, svg_pixels: int) -> Image:
 
 
 def _draw_svg(content: bytes, pixels: int) -> bytes:
+    """Draw an SVG as a PNG ``pixels`` wide."""
     try:
         import resvg_py
     except ImportError as error:
-        raise MissingDependency("resvg-py", "captions", "drawing SVG pictures") from error
+        raise MissingDependency("resvg-py", "captions", "drawing SVG images") from error
     try:
         return bytes(resvg_py.svg_to_bytes(svg_string=content.decode("utf-8"), width=pixels))
     except Exception as error:  # the renderer raises plain ValueErrors and worse

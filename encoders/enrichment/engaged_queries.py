@@ -1,4 +1,4 @@
-"""Engaged queries: for each entity the queries that led people to engage with it, best first (paper 4.2), from a whole window of events."""
+"""Find each entity's engaged queries, best first, in a window of events (paper 4.2)."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ class EngagedQueriesConfig:
             "checkout": 10,
         }
     )
-    """Whole-number weight of each action in the score; whole, so that sums do not depend on their order."""
+    """Weight of each action in the score; whole, so that sums do not depend on their order."""
     top: int = 20
     """Most queries per entity."""
     window_days: int = 730
     """Events older than this, counted back from the end of the window, no longer count."""
     min_users: int = 3
-    """A query becomes a feature only when this many different people engaged through it.
+    """A query becomes a feature only when this many different users engaged through it.
 
-    Events without a user id are one person.
+    Events without a user id are one user.
     """
 
     def __post_init__(self) -> None:
@@ -71,7 +71,7 @@ class EngagedQueriesConfig:
             )
 
     def score(self) -> pl.Expr:
-        """Weight of an event by its ``action``."""
+        """Return an expression for the weight of an event by its ``action``."""
         weights = {a: int(self.weights.get(a, 0)) for a in ACTIONS}
         return pl.col("action").replace_strict(weights, return_dtype=pl.Int64)
 
@@ -94,7 +94,7 @@ def engaged_queries(
             entity must be in one call.
         config: Weights, sizes and the privacy threshold.
         until: End of the window (exclusive): its start is ``config.window_days`` earlier.
-        deleted_users: People who asked to be forgotten; their events do not count.
+        deleted_users: Users who asked to be deleted; their events do not count.
         deleted_queries: Queries that must not appear, however they are spelt (case, width, white
             space).
 
@@ -102,9 +102,8 @@ def engaged_queries(
         Columns of ``FEATURE_SCHEMA``, sorted by entity and rank. Ranked by score, then users (both
         descending), then query.
     """
-    inside = (pl.col("timestamp") >= until - timedelta(days=config.window_days)) & (
-        pl.col("timestamp") < until
-    )
+    start = until - timedelta(days=config.window_days)
+    inside = (pl.col("timestamp") >= start) & (pl.col("timestamp") < until)
     kept = counted_events(events.filter(inside), config)
     if deleted_users:
         kept = kept.filter(~pl.col("user_id").is_in(list(deleted_users)))
@@ -118,7 +117,10 @@ def engaged_queries(
 
 
 def counted_events(events: pl.DataFrame, config: EngagedQueriesConfig) -> pl.DataFrame:
-    """The distinct events that count for engaged queries, with the columns of ``ENGAGED_KEY``; their language and country do not matter."""
+    """Select the distinct events that count, with the columns of ``ENGAGED_KEY``.
+
+    Events that differ in language or country alone are one.
+    """
     actions = [a for a in ENGAGEMENTS if config.weights.get(a, 0) > 0]
     return (
         events.filter(pl.col("action").is_in(actions) & (pl.col("entity_type") != "query"))
@@ -128,7 +130,12 @@ def counted_events(events: pl.DataFrame, config: EngagedQueriesConfig) -> pl.Dat
 
 
 def best_queries(totals: pl.DataFrame, config: EngagedQueriesConfig) -> pl.DataFrame:
-    """Rank totals (``entity_type, entity_id, query, score, users``) and keep the best of each entity, as ``FEATURE_SCHEMA``."""
+    """Rank totals and keep the best queries of each entity, as ``FEATURE_SCHEMA``.
+
+    Args:
+        totals: ``entity_type, entity_id, query, score, users``.
+        config: How many users a query needs, and how many queries are kept.
+    """
     order = totals.filter((pl.col("users") >= config.min_users) & (pl.col("score") > 0)).sort(
         "entity_type",
         "entity_id",
@@ -148,7 +155,7 @@ def best_queries(totals: pl.DataFrame, config: EngagedQueriesConfig) -> pl.DataF
 def attach_lists(
     catalogue: pl.DataFrame, features: pl.DataFrame, column: str, value: str
 ) -> pl.DataFrame:
-    """Put ranked features on the catalogue as one list column; entities without any get an empty list.
+    """Put ranked features on the catalogue as one list column; entities without get an empty list.
 
     Args:
         catalogue: With ``id``, and ``entity_type`` where the features have it.
@@ -162,7 +169,6 @@ def attach_lists(
     key = ["entity_type", "id"] if "entity_type" in features.columns else ["id"]
     ordered = features.rename({"entity_id": "id"}).sort(*key, "rank")
     lists = ordered.group_by(key, maintain_order=True).agg(pl.col(value).alias(column))
-    joined = catalogue.drop(column, strict=False).join(
-        lists, on=key, how="left", maintain_order="left"
-    )
+    kept = catalogue.drop(column, strict=False)
+    joined = kept.join(lists, on=key, how="left", maintain_order="left")
     return joined.with_columns(pl.col(column).fill_null([]))

@@ -40,6 +40,7 @@ from index_builder.releases.release import BUNDLE_PARTS
 from index_builder.releases.store import ReleaseStore
 from index_builder.releases.verification import record_files
 from index_builder.search.calibration import check_gate
+from index_builder.search.construction import CalibrationQueries
 from index_builder.search.entity_index import EntityIndex
 from index_builder.search.golden import (
     GOLDEN_K,
@@ -285,8 +286,7 @@ def _build_entity(
             entities.vectors,
             entities.attributes,
             index_config,
-            calibration_queries=calibration,
-            calibration_source=kind,
+            calibration_queries=CalibrationQueries(calibration, kind),
         )
         clock = lap("index and calibrate", clock)
         if index.calibration is not None and index.count:

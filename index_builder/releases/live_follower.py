@@ -11,7 +11,8 @@ from index_builder.errors import LiveLogError
 from index_builder.live_log.maintenance import adopt_tail
 from index_builder.live_log.reader import LiveLogReader
 from index_builder.releases.release import Release
-from index_builder.search.live_segments import LiveState, LiveView
+from index_builder.search.live_segments import LiveView
+from index_builder.search.live_state import LiveBase, LiveState
 
 POLL_SECONDS = 0.1
 IDLE_SECONDS = 2.0
@@ -55,17 +56,11 @@ class LiveFollower:
         self._followed: dict[str, tuple[LiveLogReader, LiveState]] = {}
         for entity_type, index in release.entities.items():
             watermark = release.manifest.entities[entity_type].watermark
-            state = LiveState(
-                dimension=release.dimension,
-                space_id=release.space_id,
-                row_of=index.row_of,
-                base_count=len(index.ids),
-                sequence=watermark,
+            base = LiveBase(
+                release.dimension, release.space_id, index.row_of, len(index.ids), watermark
             )
-            self._followed[entity_type] = (
-                LiveLogReader(store.live_root, entity_type, after=watermark),
-                state,
-            )
+            reader = LiveLogReader(store.live_root, entity_type, after=watermark)
+            self._followed[entity_type] = (reader, LiveState(base))
 
     def poll(self) -> int:
         """Read and apply what is new in every log; returns how many entries there were.

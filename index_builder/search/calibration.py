@@ -1,4 +1,4 @@
-"""Calibration: ANN recall@k against exact search over real queries, the ef -> recall and latency curve, and the gate on it."""
+"""Calibration: the ef -> ANN recall@k and latency curve over real queries, and the gate on it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,32 @@ from index_builder.errors import GateFailed
 
 TARGETS = (0.90, 0.95, 0.99)
 MIN_QUERIES = 2_000
+K = 10
+"""Depth of the recall that targets and gates are about."""
+DEEP_K = 100
+"""Second depth, for requests with larger k."""
+DEEP_QUERIES = 500
+"""How many queries the second depth rests on."""
 EF_GRID = (10, 14, 20, 28, 40, 56, 80, 112, 160, 224, 320, 448, 640, 896, 1280, 1792, 2560)
 SKETCH_GRID = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 SKETCH_SHARES = (0.1, 0.3)
+"""Selectivities at which scans of sketches are measured; the worse of them counts."""
+SKETCH_QUERIES = 200
 STOP_RECALL = 0.9995
+"""Lower bound of the recall at which larger settings are no longer tried."""
 TIE = 1e-5
 """Inner products closer than this are ties: either entity is a right answer."""
+_EXACT_RUNS = 20
+
+Search = Callable[[np.ndarray, int, int], np.ndarray]
+"""``(query (1, D), k, ef) -> rows``."""
+SketchScan = Callable[[np.ndarray, int, int, np.ndarray], np.ndarray]
+"""``(query (1, D), k, sketches, mask (N,)) -> inner products``, best first."""
 
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
-    """One setting of ``ef``: mean ANN recall@k with its 95% interval over queries, and the time of one call.
+    """Mean ANN recall@k at one ef, with its 95% interval over queries, and the time of one call.
 
     Attributes:
         ef: Candidate-list size.
@@ -60,7 +75,7 @@ class Calibration:
         exact_latency_us: Median time of an exact scan, microseconds.
         sketch_points: Recall of the scan of sketches under filters that disagree with the query
             (10% and 30%, the worse at each point); ``ef`` is how many of the best sketches are
-            looked at more closely.
+            scored by their codes.
     """
 
     queries: int
@@ -73,12 +88,18 @@ class Calibration:
     sketch_points: tuple[CurvePoint, ...] = ()
 
     def sketches_for(self, target: float) -> int | None:
-        """How many sketches to look at for a recall whose lower bound is ``target``; the most measured if need be, None if nothing was."""
+        """Return how many sketches to score for a recall whose lower bound is ``target``.
+
+        The most that was measured if need be; None if nothing was.
+        """
         points = self.sketch_points
         return _ef_for(points, target) or (points[-1].ef if points else None)
 
     def ef_for(self, target: float, k: int | None = None) -> int | None:
-        """The smallest measured or interpolated ef whose recall's lower bound reaches ``target`` at depth ``k``; None if none does."""
+        """Return the smallest measured or interpolated ef for a target at depth ``k``.
+
+        The lower bound of the recall has to reach it; None if it does at no ef.
+        """
         k = self.k if k is None else k
         base = _ef_for(self.points, target)
         if base is None:
@@ -92,7 +113,7 @@ class Calibration:
         return max(k, base, int(np.ceil(base + share * (deep - base))))
 
     def recall_at(self, ef: int, k: int | None = None) -> float | None:
-        """Expected recall at ``ef`` and depth ``k``, interpolated; None where nothing was measured."""
+        """Return the expected recall at ``ef`` and depth ``k``, interpolated; None: unmeasured."""
         k = self.k if k is None else k
         shallow = _recall_at(self.points, ef)
         if shallow is None or k <= self.k or not self.deep_points:
@@ -103,18 +124,17 @@ class Calibration:
         return shallow + share * (min(deep, shallow) - shallow)
 
     def settings(self) -> dict[str, int | None]:
-        """Ef for each target recall."""
+        """Return ef for each target recall."""
         return {f"{target:.2f}": self.ef_for(target) for target in TARGETS}
 
     def as_dict(self, *, latencies: bool = True) -> dict[str, Any]:
-        """JSON for the manifest; without ``latencies`` the same build always gives the same values."""
+        """Return JSON for the manifest; without ``latencies`` a build always gives the same."""
+        times = ("latency_us", "latency_p95_us")
 
         def rows(points: Sequence[CurvePoint]) -> list[dict[str, Any]]:
-            keep = ("ef", "recall", "low", "high") + (
-                ("latency_us", "latency_p95_us") if latencies else ()
-            )
             return [
-                {name: value for name, value in asdict(p).items() if name in keep} for p in points
+                {name: value for name, value in asdict(p).items() if latencies or name not in times}
+                for p in points
             ]
 
         result: dict[str, Any] = {
@@ -122,13 +142,11 @@ class Calibration:
             "source": self.source,
             "k": self.k,
             "settings": self.settings(),
-        }
-        result |= {
             "points": rows(self.points),
             "deep_k": self.deep_k,
             "deep_points": rows(self.deep_points),
+            "sketch_points": rows(self.sketch_points),
         }
-        result |= {"sketch_points": rows(self.sketch_points)}
         return result | ({"exact_latency_us": self.exact_latency_us} if latencies else {})
 
     @classmethod
@@ -174,7 +192,7 @@ def _recall_at(points: Sequence[CurvePoint], ef: int) -> float | None:
 def recall_per_query(
     found: Sequence[np.ndarray], queries: np.ndarray, vectors: np.ndarray, exact_scores: np.ndarray
 ) -> np.ndarray:
-    """ANN recall@k of each query: the share of the exact top k found, ties counted as found.
+    """Return ANN recall@k of each query: the share of the exact top k found, ties included.
 
     Args:
         found: Rows returned per query, without repetition.
@@ -191,7 +209,7 @@ def recall_per_query(
 
 
 def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
-    """Mean and its 95% interval over queries.
+    """Return the mean and its 95% interval over queries.
 
     The normal interval of the mean, but never narrower below than Wilson's for that many queries
     all of which succeeded, so that a perfect sample does not claim certainty.
@@ -204,61 +222,62 @@ def mean_interval(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def calibrate(
-    search: Callable[[np.ndarray, int, int], np.ndarray],
+    search: Search,
     vectors: np.ndarray,
     queries: np.ndarray,
     *,
     source: str,
-    k: int = 10,
-    deep_k: int = 100,
     ef_grid: Sequence[int] = EF_GRID,
-    deep_queries: int = 500,
 ) -> Calibration:
-    """Measure an index.
+    """Measure recall and latency of an index at two depths.
 
     Args:
-        search: ``(query (1, D), k, ef) -> rows``, the call that is measured and timed.
+        search: The call that is measured and timed.
         vectors: float32 ``(N, D)``, what the rows are rows of.
         queries: float32 ``(Q, D)``; not those whose recall is reported elsewhere.
         source: ``real queries`` or ``perturbed entities``.
-        k: Depth, cut to N.
-        deep_k: Second depth, measured on the first ``deep_queries`` queries where N is larger than
-            it.
         ef_grid: Settings tried, ascending, until recall passes 0.9995.
-        deep_queries: How many queries the second depth rests on.
+
+    Raises:
+        ConfigError: There are no queries.
     """
     if len(queries) == 0:
         raise ConfigError(
             "calibration needs at least one query, but got none. Give golden queries, or let"
             " perturbed entities stand in."
         )
-    k = min(k, len(vectors))
+    k = min(K, len(vectors))
     _, scores = exact_top_k(queries, vectors, k)
+    exact_latency = _exact_latency_us(vectors, queries)
+    points = _curve(search, vectors, queries, scores, ef_grid)
+    deep_k = 0
+    deep_points: tuple[CurvePoint, ...] = ()
+    if len(vectors) > 2 * DEEP_K > 2 * k:
+        deep_k, deep_queries = DEEP_K, queries[:DEEP_QUERIES]
+        _, deep_scores = exact_top_k(deep_queries, vectors, DEEP_K)
+        deep_grid = [ef for ef in ef_grid if ef >= DEEP_K]
+        deep_points = _curve(search, vectors, deep_queries, deep_scores, deep_grid)
+    return Calibration(len(queries), source, k, points, deep_k, deep_points, exact_latency)
+
+
+def _exact_latency_us(vectors: np.ndarray, queries: np.ndarray) -> float:
+    """Return the mean time of an exact scan, microseconds."""
+    runs = min(_EXACT_RUNS, len(queries))
     start = time.perf_counter_ns()
-    for i in range(min(20, len(queries))):
+    for i in range(runs):
         _ = vectors @ queries[i]
-    exact_latency = (time.perf_counter_ns() - start) / 1000 / min(20, len(queries))
-    points = _curve(search, vectors, queries, scores, k, ef_grid)
-    deep: tuple[CurvePoint, ...] = ()
-    if len(vectors) > 2 * deep_k > 2 * k:
-        some = queries[:deep_queries]
-        _, deep_scores = exact_top_k(some, vectors, deep_k)
-        deep = _curve(
-            search, vectors, some, deep_scores, deep_k, [ef for ef in ef_grid if ef >= deep_k]
-        )
-    return Calibration(
-        len(queries), source, k, points, deep_k if deep else 0, deep, round(exact_latency, 1)
-    )
+    return round((time.perf_counter_ns() - start) / 1000 / runs, 1)
 
 
 def _curve(
-    search: Callable[[np.ndarray, int, int], np.ndarray],
+    search: Search,
     vectors: np.ndarray,
     queries: np.ndarray,
     scores: np.ndarray,
-    k: int,
     ef_grid: Sequence[int],
 ) -> tuple[CurvePoint, ...]:
+    """Measure each ef that is at least k; ``scores`` float32 ``(Q, k)`` of the exact top k."""
+    k = scores.shape[1]
     points = []
     for ef in [ef for ef in ef_grid if ef >= k] or [k]:
         found, times = [], np.empty(len(queries))
@@ -266,106 +285,104 @@ def _curve(
             start = time.perf_counter_ns()
             found.append(search(queries[i : i + 1], k, ef))
             times[i] = time.perf_counter_ns() - start
-        mean, low, high = mean_interval(recall_per_query(found, queries, vectors, scores))
+        recalls = recall_per_query(found, queries, vectors, scores)
         median, p95 = (round(float(t) / 1000, 1) for t in np.percentile(times, (50, 95)))
-        points.append(CurvePoint(ef, round(mean, 5), round(low, 5), round(high, 5), median, p95))
-        if low >= STOP_RECALL:
+        points.append(_point(ef, recalls, median, p95))
+        if points[-1].low >= STOP_RECALL:
             break
     return tuple(points)
 
 
+def _point(
+    ef: int, recalls: np.ndarray, latency_us: float, latency_p95_us: float | None = None
+) -> CurvePoint:
+    mean, low, high = (round(value, 5) for value in mean_interval(recalls))
+    return CurvePoint(ef, mean, low, high, latency_us, latency_p95_us)
+
+
 def latency_at_recall(
-    search: Callable[[np.ndarray, int, int], np.ndarray],
-    vectors: np.ndarray,
-    queries: np.ndarray,
-    scores: np.ndarray,
-    target: float,
-    ef_grid: Sequence[int] = EF_GRID,
+    search: Search, vectors: np.ndarray, queries: np.ndarray, scores: np.ndarray, target: float
 ) -> float | None:
-    """Median microseconds of one search at a mean recall of ``target``, interpolated over ``ef``; None where no setting reaches it.
+    """Return the median microseconds of one search at a mean recall of ``target``.
+
+    Interpolated over ``ef``; None where no setting reaches the target.
 
     Args: as ``calibrate``; ``scores`` float32 ``(Q, k)`` of the exact top k.
     """
     before: CurvePoint | None = None
-    for ef in ef_grid:
-        (point,) = _curve(search, vectors, queries, scores, scores.shape[1], [ef])
-        now = float(point.latency_us or 0.0)
-        if point.recall >= target:
-            if before is None:
-                return now
-            share = (target - before.recall) / max(point.recall - before.recall, 1e-9)
-            return float(before.latency_us or 0.0) + share * (now - float(before.latency_us or 0.0))
-        before = point
+    for ef in EF_GRID:
+        (point,) = _curve(search, vectors, queries, scores, [ef])
+        latency = float(point.latency_us or 0.0)
+        if point.recall < target:
+            before = point
+            continue
+        if before is None:
+            return latency
+        share = (target - before.recall) / max(point.recall - before.recall, 1e-9)
+        latency_before = float(before.latency_us or 0.0)
+        return latency_before + share * (latency - latency_before)
     return None
 
 
 def calibrate_sketches(
-    scan: Callable[[np.ndarray, int, int, np.ndarray], np.ndarray],
-    vectors: np.ndarray,
-    queries: np.ndarray,
-    *,
-    shares: Sequence[float] = SKETCH_SHARES,
-    k: int = 10,
-    sample: int = 200,
-    grid: Sequence[int] = SKETCH_GRID,
+    scan: SketchScan, vectors: np.ndarray, queries: np.ndarray
 ) -> tuple[CurvePoint, ...]:
     """Measure the scan of sketches under filters that disagree with the query, the hardest kind.
 
     Rows are ranked along the corpus' first principal direction, and each query may only see the end
-    of the ranking away from it.
+    of the ranking away from it. The worst selectivity counts at each point.
 
     Args:
-        scan: ``(query (1, D), k, wanted, mask (N,)) -> inner products``, best first.
+        scan: The call that is measured and timed.
         vectors: float32 ``(N, D)``, one row per row of the mask.
-        queries: float32 ``(Q, D)``; the first ``sample`` are used.
-        shares: Selectivities; the worst of them counts at each ef.
-        k: Depth.
-        sample: Queries used.
-        grid: How many sketches are looked at more closely, ascending.
+        queries: float32 ``(Q, D)``; the first 200 are used.
     """
-    queries, count = queries[:sample], len(vectors)
-    some = np.asarray(vectors[:: max(1, count // 2_000)])
+    queries = queries[:SKETCH_QUERIES]
+    some = np.asarray(vectors[:: max(1, len(vectors) // 2_000)])
     direction = np.linalg.svd(some - some.mean(axis=0), full_matrices=False)[2][0]
     along = vectors @ direction
-    order, above = np.argsort(along), queries @ direction > np.median(along)
+    order = np.argsort(along)
+    above = queries @ direction > np.median(along)
     curves = []
-    for share in shares:
-        size = int(share * count)
-        if size < 10 * k:
-            continue
-        ends = (
-            np.sort(order[-size:]),
-            np.sort(order[:size]),
-        )  # for queries below the median, and above
-        masks, exact = [], np.empty((len(queries), k), dtype=np.float32)
-        for end, rows in enumerate(ends):
-            mask = np.zeros(count, dtype=np.bool_)
-            mask[rows] = True
-            masks.append(mask)
-            mine = np.flatnonzero(above == bool(end))
-            if len(mine):
-                exact[mine] = exact_top_k(
-                    np.ascontiguousarray(queries[mine]), np.ascontiguousarray(vectors[rows]), k
-                )[1]
-        curve = []
-        for wanted in grid:
-            start = time.perf_counter_ns()
-            answers = [
-                scan(queries[i : i + 1], k, wanted, masks[int(above[i])])
-                for i in range(len(queries))
-            ]
-            elapsed = (time.perf_counter_ns() - start) / 1000 / len(queries)
-            recalls = np.array(
-                [np.count_nonzero(a >= s[-1] - TIE) / k for a, s in zip(answers, exact)]
-            )
-            mean, low, high = mean_interval(recalls)
-            curve.append(
-                CurvePoint(wanted, round(mean, 5), round(low, 5), round(high, 5), round(elapsed, 1))
-            )
-            if low >= max(TARGETS) or wanted >= size:
-                break
-        curves.append(curve)
+    for share in SKETCH_SHARES:
+        size = int(share * len(vectors))
+        if size >= 10 * K:
+            # What queries below the median see, and those above
+            ends = (np.sort(order[-size:]), np.sort(order[:size]))
+            curves.append(_sketch_curve(scan, vectors, queries, above, ends))
     return tuple(min(points, key=lambda p: p.low) for points in zip(*curves))
+
+
+def _sketch_curve(
+    scan: SketchScan,
+    vectors: np.ndarray,
+    queries: np.ndarray,
+    above: np.ndarray,
+    ends: tuple[np.ndarray, np.ndarray],
+) -> list[CurvePoint]:
+    """Measure each number of sketches; query ``i`` sees the rows ``ends[above[i]]`` only."""
+    masks = []
+    exact = np.empty((len(queries), K), dtype=np.float32)
+    for end, rows in enumerate(ends):
+        mask = np.zeros(len(vectors), dtype=np.bool_)
+        mask[rows] = True
+        masks.append(mask)
+        mine = np.flatnonzero(above == bool(end))
+        if len(mine):
+            visible = np.ascontiguousarray(vectors[rows])
+            _, exact[mine] = exact_top_k(np.ascontiguousarray(queries[mine]), visible, K)
+    curve = []
+    for sketches in SKETCH_GRID:
+        start = time.perf_counter_ns()
+        answers = [
+            scan(queries[i : i + 1], K, sketches, masks[int(above[i])]) for i in range(len(queries))
+        ]
+        latency = round((time.perf_counter_ns() - start) / 1000 / len(queries), 1)
+        found = [np.count_nonzero(a >= s[-1] - TIE) for a, s in zip(answers, exact)]
+        curve.append(_point(sketches, np.array(found) / K, latency))
+        if curve[-1].low >= max(TARGETS) or sketches >= len(ends[0]):
+            break
+    return curve
 
 
 def check_gate(calibration: Calibration, target: float, what: str) -> None:
@@ -377,11 +394,9 @@ def check_gate(calibration: Calibration, target: float, what: str) -> None:
     if calibration.ef_for(target) is not None:
         return
     best = max(calibration.points, key=lambda p: p.low)
-    few = (
-        f" The interval rests on {calibration.queries:,} queries: more queries narrow it."
-        if best.recall >= target or calibration.queries < MIN_QUERIES
-        else ""
-    )
+    few = ""
+    if best.recall >= target or calibration.queries < MIN_QUERIES:
+        few = f" The interval rests on {calibration.queries:,} queries: more queries narrow it."
     raise GateFailed(
         f"{what}: ANN recall@{calibration.k} = {best.recall:.4f} (95% interval"
         f" {best.low:.4f}-{best.high:.4f}, {calibration.source}) at ef {best.ef}, and its lower"

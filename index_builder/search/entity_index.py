@@ -1,105 +1,81 @@
-"""One entity type's searchable index: a base ANN index, attributes, hidden rows and live entries behind one ``search``."""
+"""One entity type's searchable index: ANN base, attributes, hidden rows and live entries."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import EllipsisType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import numpy as np
 import polars as pl
 
-from encoders.errors import ConfigError
-from index_builder.ann import AnnConfig, AnnIndex, build_index, choose_kind, load_index
-from index_builder.ann.choice import KINDS
-from index_builder.ann.graph_files import unreachable_nodes
-from index_builder.ann.int8_graph import Int8GraphIndex
-from index_builder.ann.old_kinds import current_kind
-from index_builder.errors import DimensionMismatch, IndexFormatError, InvalidQuery
-from index_builder.filters.attributes import AttributeTable
+from index_builder.ann import AnnIndex
+from index_builder.errors import DimensionMismatch, InvalidQuery
 from index_builder.filters.cache import SelectionCache
-from index_builder.filters.expression import parse_filter
-from index_builder.filters.selection import BoundFilter, Selection
 from index_builder.search.calibration import Calibration, CurvePoint, calibrate, calibrate_sketches
+from index_builder.search.construction import CalibrationQueries, build_parts
 from index_builder.search.ef_choice import SearchSettings
-from index_builder.search.graph_race import RACE_QUERIES, faster_of_graph
-from index_builder.search.index_config import DEFAULT_RECALL, IndexConfig
-from index_builder.search.plans import BaseHits, BaseSearch
+from index_builder.search.index_config import IndexConfig
+from index_builder.search.index_files import (
+    INDEX_FILE,
+    INDEX_FORMAT,
+    IndexParts,
+    IndexRecord,
+    load_ann,
+)
+from index_builder.search.live_merge import LiveConditions, merge_live, merge_plain
+from index_builder.search.plans import AllowedRows, BaseHits, BaseSearch
+from index_builder.search.request import (
+    MAX_K,
+    OPTION_NAMES,
+    SearchOptions,
+    SearchResult,
+)
 from index_builder.storage.corpus import Corpus, check_vectors
-from index_builder.storage.engine_arrays import EngineArrays
-from index_builder.storage.id_table import IdTable
 
 if TYPE_CHECKING:
     from index_builder.search.live_segments import LiveView
 
-__all__ = ["INDEX_FILE", "INDEX_FORMAT", "MAX_K", "EntityIndex", "IndexConfig", "SearchResult"]
-
-INDEX_FILE = "index.json"
-INDEX_FORMAT = 1
-MAX_K = 10_000
-
-
-@dataclass(slots=True)
-class SearchResult:
-    """Answers of one search, best first.
-
-    Attributes:
-        ids: Entity ids; fewer than k only when fewer entities match.
-        scores: float32, their inner products with the query.
-        plan: ``graph``, ``exact``, ``scan`` (all matching rows), ``sketch`` (all rows' sketches),
-            ``filtered-graph`` or ``empty``.
-        ef: Candidate-list size of the graph search; 0 where no graph was walked.
-        estimated_recall: Expected ANN recall at k; 1.0 where the plan is exact, None where the
-            index was never calibrated.
-        selectivity: Share of base rows that pass the filter; None without a filter.
-    """
-
-    ids: list[str]
-    scores: np.ndarray
-    plan: str
-    ef: int
-    estimated_recall: float | None
-    selectivity: float | None
+__all__ = [
+    "INDEX_FILE",
+    "INDEX_FORMAT",
+    "MAX_K",
+    "CalibrationQueries",
+    "EntityIndex",
+    "IndexConfig",
+    "SearchOptions",
+    "SearchResult",
+]
 
 
 class EntityIndex:
-    """An immutable base plus a reference to live entries, swapped whole by ``set_live``; searches take no lock."""
+    """An immutable base and a reference to live entries, which ``set_live`` swaps whole.
 
-    def __init__(
-        self,
-        entity_type: str,
-        ids: IdTable,
-        corpus: Corpus,
-        ann: AnnIndex,
-        attributes: AttributeTable,
-        facts: dict[str, Any],
-        calibration: Calibration | None,
-        default_recall: float = DEFAULT_RECALL,
-        store: EngineArrays | None = None,
-    ) -> None:
-        self.entity_type = entity_type
-        # Stands for this index where holding the index itself would keep a retired release in
-        # memory
+    Searches take no lock.
+
+    Attributes:
+        token: Stands for this index where the index itself would keep a retired release in memory.
+        version: Stands for this index with its current live entries; while it is the same object,
+            answers are the same.
+    """
+
+    def __init__(self, parts: IndexParts, record: IndexRecord) -> None:
+        self.entity_type = record.entity_type
         self.token = object()
-        # Stands for this index with the live entries of now: while it is the same, answers are the
-        # same
         self.version = object()
-        self.ids = ids
-        self.corpus = corpus
-        self.ann = ann
-        self.attribute_table = attributes
-        self.calibration = calibration
-        self.default_recall = default_recall
-        self._facts = facts
+        self.ids = parts.ids
+        self.corpus = parts.corpus
+        self.ann = parts.ann
+        self.attribute_table = parts.attributes
+        self._parts = parts
+        self._record = record
         self._live: LiveView | None = None
-        self._store = store
-        self._base = BaseSearch(corpus, ann, ids, store)
-        self._selections = SelectionCache(attributes)
-        self._settings = SearchSettings(calibration, default_recall, len(corpus.vectors), ann.exact)
-        self._shape_1, self._shape_2 = (self.dimension,), (1, self.dimension)
+        self._base = BaseSearch(parts)
+        self._selections = SelectionCache(parts.attributes)
+        self._settings = self._choose_settings()
+        self._shape_1 = (self.dimension,)
+        self._shape_2 = (1, self.dimension)
 
     # ---- build, save, load -----------------------------------------------------------------------
 
@@ -112,8 +88,7 @@ class EntityIndex:
         attributes: pl.DataFrame | None = None,
         config: IndexConfig | None = None,
         *,
-        calibration_queries: np.ndarray | None = None,
-        calibration_source: str = "real queries",
+        calibration_queries: CalibrationQueries | np.ndarray | None = None,
     ) -> EntityIndex:
         """Check, deduplicate, build and (given queries) calibrate.
 
@@ -123,136 +98,68 @@ class EntityIndex:
             vectors: float32 ``(N, D)``, finite unit rows.
             attributes: One row per id, or None.
             config: How to build; ``auto`` by default.
-            calibration_queries: float32 ``(Q, D)``; at least 2,000 for a tight interval. None: not
+            calibration_queries: Real ones as float32 ``(Q, D)``, or with their source; None: not
                 calibrated.
-            calibration_source: ``real queries`` or ``perturbed entities``.
 
         Raises:
             IndexBuildError: A bad or repeated id, or an impossible attribute; names the row.
             InvalidVectors: A row that may not enter an index.
-            UnsupportedCpu: This CPU cannot run the kind asked for.
+            UnsupportedCpu: This CPU cannot run the requested kind.
         """
         config = config or IndexConfig()
-        vectors = check_vectors(vectors, ids)
-        table = IdTable.build(ids)
-        attribute_table = (
-            AttributeTable.empty(len(table))
-            if attributes is None or not attributes.columns
-            else AttributeTable(attributes)
+        queries = calibration_queries
+        if isinstance(queries, np.ndarray):
+            queries = CalibrationQueries(queries)
+        racing = None if queries is None else queries.vectors
+        parts, facts = build_parts(ids, vectors, attributes, config, racing)
+        record = IndexRecord(
+            entity_type=entity_type, default_recall=config.default_recall, facts=facts
         )
-        if attribute_table.count != len(table):
-            raise ConfigError(
-                f"expected one row of attributes per id, but got {attribute_table.count} rows and"
-                f" {len(table)} ids."
-            )
-        corpus = Corpus.build(vectors)
-        parameters = replace(
-            config.ann, reproducible=config.ann.reproducible or config.deterministic
-        )
-        kind, why, choice = config.kind, "asked for", None
-        if len(corpus.vectors) == 0:
-            kind, why = "exact", "there are no vectors"
-        elif kind == "auto":
-            choice = choose_kind(
-                len(corpus.vectors),
-                dimension=int(vectors.shape[1]),
-                low_memory=config.low_memory,
-                deterministic=parameters.reproducible,
-            )
-            kind, why = choice.kind, choice.why
-            parameters = replace(parameters, sketched_links=choice.sketched_links)
-        ann = build_index(kind, corpus.vectors, parameters)
-        if (
-            config.kind == "auto"
-            and choice is not None
-            and choice.rival
-            and calibration_queries is not None
-        ):
-            queries = check_vectors(
-                np.ascontiguousarray(calibration_queries[:RACE_QUERIES]),
-                None,
-                int(vectors.shape[1]),
-            )
-            ann, why = faster_of_graph(
-                ann, corpus.vectors, queries, config.default_recall, parameters
-            )
-            kind = ann.kind
-        links = ann.neighbours()
-        facts = {
-            "kind": kind,
-            "parameters": ann.parameters(),
-            "why": why,
-            "cpu_features": list(KINDS[kind].cpu_features),
-            "rows": len(table),
-            "nodes": len(corpus.vectors),
-            "duplicates": len(table) - len(corpus.vectors),
-            "unreachable": 0 if ann.exact else None if links is None else unreachable_nodes(links),
-            "dimension": int(vectors.shape[1]),
-            "attributes": dict(attribute_table.schema),
-            "codes": isinstance(ann, Int8GraphIndex)
-            or bool(attribute_table.schema and not ann.exact),
-        }
-        store = ann.arrays if isinstance(ann, Int8GraphIndex) else None
-        if attribute_table.schema and not ann.exact:
-            store = (
-                store.with_sketches(corpus.vectors)
-                if store
-                else EngineArrays.build(corpus.vectors, None, sketches=True)
-            )
-        index = cls(
-            entity_type,
-            table,
-            corpus,
-            ann,
-            attribute_table,
-            facts,
-            None,
-            config.default_recall,
-            store,
-        )
-        if calibration_queries is not None and len(table):
-            index.calibrate(calibration_queries, calibration_source)
+        index = cls(parts, record)
+        if queries is not None and len(parts.ids):
+            index.calibrate(*queries)
         return index
 
     def calibrate(self, queries: np.ndarray, source: str) -> Calibration:
-        """Measure recall and latency over ``queries`` float32 ``(Q, D)``, plain and under filters, and keep the result."""
+        """Measure recall and latency, plain and under filters, and keep the result.
+
+        Args:
+            queries: float32 ``(Q, D)``, unit rows.
+            source: ``real queries`` or ``perturbed entities``.
+        """
         queries = check_vectors(np.ascontiguousarray(queries), None, self.dimension)
+        calibration = self._measure(queries, source)
+        self._record = replace(self._record, calibration=calibration)
+        self._settings = self._choose_settings()
+        return calibration
+
+    def _measure(self, queries: np.ndarray, source: str) -> Calibration:
         vectors = self.corpus.vectors
         if self.ann.exact:
-            self.calibration = Calibration(
-                len(queries), source, min(10, len(vectors)), (CurvePoint(10, 1.0, 1.0, 1.0),)
-            )
-        else:
-            self.calibration = calibrate(
-                lambda q, k, ef: self.ann.search(q, k, ef)[0], vectors, queries, source=source
-            )
-            if self._base.sketches:
-                points = calibrate_sketches(self._base.sketch_scores, self.base_vectors(), queries)
-                self.calibration = replace(self.calibration, sketch_points=points)
-        self._settings = SearchSettings(
-            self.calibration, self.default_recall, len(vectors), self.ann.exact
-        )
-        return self.calibration
+            curve = (CurvePoint(10, 1.0, 1.0, 1.0),)
+            return Calibration(len(queries), source, min(10, len(vectors)), curve)
+
+        def search(query: np.ndarray, k: int, ef: int) -> np.ndarray:
+            return self.ann.search(query, k, ef)[0]
+
+        calibration = calibrate(search, vectors, queries, source=source)
+        if not self._base.sketches:
+            return calibration
+        points = calibrate_sketches(self._base.sketch_scores, self.base_vectors(), queries)
+        return replace(calibration, sketch_points=points)
+
+    def _choose_settings(self) -> SearchSettings:
+        exact, nodes = self.ann.exact, len(self.corpus.vectors)
+        return SearchSettings(self.calibration, self.default_recall, nodes, exact)
 
     def save(self, folder: Path) -> None:
-        """Write ``index.*``, ``ids.*``, ``vectors.*`` and ``attributes.parquet``; the same index gives the same bytes."""
+        """Write all files of the index; the same index gives the same bytes.
+
+        They are ``index.*``, ``ids.*``, ``vectors.*`` and ``attributes.parquet``.
+        """
         folder.mkdir(parents=True, exist_ok=True)
-        self.corpus.save(folder)
-        self.ids.save(folder)
-        self.ann.save(folder / "index")
-        if self._store is not None:
-            self._store.save(folder)
-        self.attribute_table.save(folder / "attributes.parquet")
-        meta = {
-            "format": INDEX_FORMAT,
-            "entity_type": self.entity_type,
-            "default_recall": self.default_recall,
-            "facts": self._facts,
-            "calibration": self.calibration.as_dict(latencies=False) if self.calibration else None,
-        }
-        (folder / INDEX_FILE).write_text(
-            json.dumps(meta, ensure_ascii=False, indent=1, sort_keys=True) + "\n", encoding="utf-8"
-        )
+        self._parts.save(folder)
+        self._record.write(folder)
 
     @classmethod
     def load(cls, folder: Path, *, graph: AnnIndex | None = None) -> EntityIndex:
@@ -269,66 +176,25 @@ class EntityIndex:
             IndexFormatError: Files are missing, damaged or of another format version.
             UnsupportedCpu: This CPU cannot run the index.
         """
-        meta, kind, config = _read_meta(folder)
-        facts = {**meta["facts"], "kind": kind}
-        corpus, ids = Corpus.load(folder), IdTable.load(folder)
-        if corpus.rows != len(ids):
-            raise IndexFormatError(
-                f"{folder.name} holds {len(ids)} ids and {corpus.rows} vectors. Rebuild this"
-                " release."
-            )
-        try:
-            attributes = AttributeTable.load(folder / "attributes.parquet", len(ids))
-        except (OSError, pl.exceptions.PolarsError) as error:
-            raise IndexFormatError(
-                f"{folder.name}/attributes.parquet cannot be read ({error}). Rebuild this release."
-            ) from error
-        ann = (
-            graph
-            if graph is not None
-            else load_index(kind, folder / "index", corpus.vectors, config)
-        )
-        calibration = Calibration.from_dict(meta["calibration"]) if meta["calibration"] else None
-        store = (
-            ann.arrays
-            if isinstance(ann, Int8GraphIndex)
-            else (
-                EngineArrays.load(folder, corpus.vectors)
-                if facts.get("codes", facts.get("filtered_walks"))
-                else None
-            )
-        )
-        return cls(
-            meta["entity_type"],
-            ids,
-            corpus,
-            ann,
-            attributes,
-            facts,
-            calibration,
-            meta["default_recall"],
-            store,
-        )
+        record = IndexRecord.read(folder)
+        return cls(IndexParts.load(folder, record, graph), record)
 
     @staticmethod
     def load_graph(folder: Path) -> AnnIndex:
-        """The ANN index of a checked folder and nothing else.
+        """Load the ANN index of a checked folder and nothing else.
 
         Starts no threads, so a process may fork afterwards and share its memory; attributes
         (polars) cannot be read before a fork. Raises as ``load``.
         """
-        _, kind, config = _read_meta(folder)
-        return load_index(kind, folder / "index", Corpus.load(folder).vectors, config)
+        return load_ann(folder, IndexRecord.read(folder), Corpus.load(folder))
 
     # ---- facts -----------------------------------------------------------------------------------
 
     @property
     def count(self) -> int:
         """Rows of the base that are not hidden, plus living live entries."""
-        live = self._live
-        return (
-            len(self.ids) if live is None else len(self.ids) - live.hidden_count + live.live_count
-        )
+        rows, live = len(self.ids), self._live
+        return rows if live is None else rows - live.hidden_count + live.live_count
 
     @property
     def dimension(self) -> int:
@@ -340,58 +206,65 @@ class EntityIndex:
         """Kind of the base index."""
         return self.ann.kind
 
+    @property
+    def calibration(self) -> Calibration | None:
+        """What was measured; None where nothing was."""
+        return self._record.calibration
+
+    @property
+    def default_recall(self) -> float:
+        """ANN recall@10 that searches aim at when they do not say."""
+        return self._record.default_recall
+
     def describe(self) -> dict[str, Any]:
-        """Facts for the manifest, without times."""
-        return dict(self._facts)
+        """Return the facts for the manifest, without times."""
+        return dict(self._record.facts)
 
     def row_of(self, id_: str) -> int | None:
-        """Base row of an id (whether hidden or not), or None."""
+        """Return the base row of an id, hidden or not, or None."""
         return self.ids.row_of(id_)
 
     def base_vectors(self) -> np.ndarray:
-        """float32 ``(N, D)``, one row per base id (a copy only when duplicates share nodes)."""
-        corpus = self.corpus
-        return (
-            corpus.vectors
-            if corpus.node_of_row is None
-            else np.asarray(corpus.vectors[corpus.node_of_row])
-        )
+        """Return float32 ``(N, D)``, one row per base id (a copy where duplicates share nodes)."""
+        nodes = self.corpus.node_of_row
+        return self.corpus.vectors if nodes is None else np.asarray(self.corpus.vectors[nodes])
 
     def vector(self, id_: str) -> np.ndarray | None:
-        """The current vector of an id, live entries first; None if it does not exist or was deleted."""
+        """Return the current vector of an id, live first; None if it is unknown or deleted."""
         live = self._live
-        if live is not None:
-            place = live.find(id_)
-            if place is not None:
-                return np.asarray(place[0].vectors[place[1]])
+        place = None if live is None else live.find(id_)
+        if place is not None:
+            segment, live_row = place
+            return np.asarray(segment.vectors[live_row])
         row = self.ids.row_of(id_)
-        if row is None or (
-            live is not None and live.hidden_rows is not None and live.hidden_rows[row]
-        ):
+        if row is None or (live is not None and live.hides(row)):
             return None
-        corpus = self.corpus
-        return np.asarray(
-            corpus.vectors[row if corpus.node_of_row is None else corpus.node_of_row[row]]
-        )
+        nodes = self.corpus.node_of_row
+        return np.asarray(self.corpus.vectors[row if nodes is None else nodes[row]])
 
     def attributes(self, ids: Sequence[str], names: Sequence[str]) -> list[dict[str, Any]]:
-        """Attribute values of ids, in order; an unknown id or attribute gives nothing, and a name asked for twice comes once."""
-        live, names = self._live, list(dict.fromkeys(names))
+        """Return attribute values of ids, in order.
+
+        An unknown id or attribute gives nothing, and a repeated name comes once.
+        """
+        live = self._live
+        names = list(dict.fromkeys(names))
         result: list[dict[str, Any]] = [{} for _ in ids]
         base: list[tuple[int, int]] = []
         for i, id_ in enumerate(ids):
             place = live.find(id_) if live is not None else None
             if place is not None:
-                frame = place[0].attributes
+                segment, live_row = place
+                frame = segment.attributes
                 known = [name for name in names if name in frame.columns]
-                result[i] = frame.select(known).row(place[1], named=True) if known else {}
+                if known:
+                    result[i] = frame.select(known).row(live_row, named=True)
                 continue
             row = self.ids.row_of(id_)
             if row is not None:
                 base.append((i, row))
-        for (i, _), values in zip(
-            base, self.attribute_table.values([row for _, row in base], names)
-        ):
+        found = self.attribute_table.values([row for _, row in base], names)
+        for (i, _), values in zip(base, found):
             result[i] = values
         return result
 
@@ -404,9 +277,8 @@ class EntityIndex:
         """Replace the live entries; searches that began before keep the old ones."""
         if view is not self._live:
             self._live = view
-            self.version = (
-                object()
-            )  # after the entries: who reads this version searches these entries, or later ones
+            # After the entries: who reads this version searches these entries, or later ones
+            self.version = object()
 
     def forget_filters(self) -> None:
         """Drop cached filter results (benchmarks measure each filter afresh)."""
@@ -415,31 +287,15 @@ class EntityIndex:
     # ---- search ----------------------------------------------------------------------------------
 
     def search(
-        self,
-        query: np.ndarray,
-        k: int = 10,
-        *,
-        ef: int | None = None,
-        min_recall: float | None = None,
-        filter: str | None = None,
-        exclude_ids: Collection[str] = (),
-        min_score: float | None = None,
-        exact: bool = False,
-        live: LiveView | EllipsisType | None = ...,
+        self, query: np.ndarray, k: int = 10, **options: Unpack[SearchOptions]
     ) -> SearchResult:
-        """The k best entities for one query.
+        """Find the k best entities for one query.
 
         Args:
             query: float32 ``(D,)`` or ``(1, D)``, unit norm.
             k: 1 to 10,000; fewer come back only when fewer entities match.
-            ef: Candidate-list size; chosen from the calibrated curve when not given.
-            min_recall: Expected ANN recall to reach; an exact scan where the curve does not reach
-                it.
-            filter: An expression over attributes, see ``index_builder.filters.selection``.
-            exclude_ids: Never return these.
-            min_score: Return only scores at or above it.
-            exact: Scan everything.
-            live: Live entries of another moment (``self.live`` then) instead of those of now.
+            options: See ``SearchOptions``: ef, min_recall, filter, exclude_ids, min_score, exact,
+                live.
 
         Raises:
             InvalidQuery: k, ef or min_recall out of range, or a query with NaN or another norm than
@@ -448,30 +304,22 @@ class EntityIndex:
             FilterError: The filter does not parse or does not fit the attributes.
         """
         query = self._checked(query, k)
-        ef_search, expected = self._settings.choose(k, ef, min_recall)
-        if ef_search == 0:
-            exact = True
-        if live is ...:
-            live = self._live
-        if filter is None and not exclude_ids and not exact:
-            hits, selectivity = self._plain(query, k, ef_search, live), None
-        else:
-            hits, selectivity = self._general(query, k, ef_search, filter, exclude_ids, exact, live)
-        if min_score is not None:
-            keep = int(np.count_nonzero(hits.scores >= min_score))
-            hits = hits._replace(ids=hits.ids[:keep], scores=hits.scores[:keep])
-        recall = hits.recall
-        return SearchResult(
-            hits.ids,
-            hits.scores,
-            hits.plan,
-            hits.ef,
-            expected if recall is None else recall,
-            selectivity,
-        )
+        if options:
+            return self._search_with(query, k, options)
+        ef, expected = self._settings.choose(k, None, None)
+        if ef == 0:
+            return self._search_with(query, k, {"exact": True})
+        hits = self._plain(query, k, ef, self._live)
+        recall = expected if hits.recall is None else hits.recall
+        return SearchResult(hits.ids, hits.scores, hits.plan, hits.ef, recall, None)
 
-    def search_batch(self, queries: np.ndarray, k: int = 10, **options: Any) -> list[SearchResult]:
-        """``search`` for each row of ``queries`` float32 ``(B, D)``; plain searches of a graph share one call of its library."""
+    def search_batch(
+        self, queries: np.ndarray, k: int = 10, **options: Unpack[SearchOptions]
+    ) -> list[SearchResult]:
+        """Search for each row of ``queries`` float32 ``(B, D)``, as ``search`` does.
+
+        Plain searches of a graph share one call of its library.
+        """
         if queries.ndim != 2:
             raise DimensionMismatch(self.dimension, f"a batch of shape {queries.shape}")
         if len(queries) == 0:
@@ -479,30 +327,28 @@ class EntityIndex:
         queries = np.ascontiguousarray(queries)
         ef, expected = (0, None) if options else self._settings.choose(k, None, None)
         if ef == 0:
-            return [self.search(queries[i], k, **options) for i in range(len(queries))]
+            return [self.search(query, k, **options) for query in queries]
         for query in queries:
             self._checked(query, k)
         live = self._live
         hidden, hidden_count = (None, 0) if live is None else (live.hidden_rows, live.hidden_count)
-        found = self._base.nearest_batch(queries, k, ef, hidden, hidden_count)
-        found = [self._plain(queries[i : i + 1], k, ef, live, hits) for i, hits in enumerate(found)]
-        return [
-            SearchResult(
-                h.ids, h.scores, h.plan, h.ef, expected if h.recall is None else h.recall, None
-            )
-            for h in found
-        ]
+        results = []
+        for i, hits in enumerate(self._base.nearest_batch(queries, k, ef, hidden, hidden_count)):
+            hits = self._plain(queries[i : i + 1], k, ef, live, hits)
+            recall = expected if hits.recall is None else hits.recall
+            results.append(SearchResult(hits.ids, hits.scores, hits.plan, hits.ef, recall, None))
+        return results
 
     def _checked(self, query: np.ndarray, k: int) -> np.ndarray:
+        """Return the query as a C-contiguous ``(1, D)``; refuse what no search can answer."""
         shape = getattr(query, "shape", None)
         if shape == self._shape_1:
             flat, query = query, query.reshape(1, -1)
         elif shape == self._shape_2:
             flat = query[0]
         else:
-            raise DimensionMismatch(
-                self.dimension, f"shape {shape}" if shape is not None else type(query).__name__
-            )
+            got = f"shape {shape}" if shape is not None else type(query).__name__
+            raise DimensionMismatch(self.dimension, got)
         if query.dtype != np.float32:
             raise DimensionMismatch(self.dimension, f"dtype {query.dtype}")
         norm2 = flat.dot(flat)
@@ -516,6 +362,28 @@ class EntityIndex:
             raise InvalidQuery(f"k must be between 1 and {MAX_K:,}, but got {k}.")
         return query if query.flags.c_contiguous else np.ascontiguousarray(query)
 
+    def _search_with(self, query: np.ndarray, k: int, options: SearchOptions) -> SearchResult:
+        """Answer a checked query that asks for more than its k best."""
+        for name in options:
+            if name not in OPTION_NAMES:
+                known = ", ".join(sorted(OPTION_NAMES))
+                raise TypeError(f"search() expected options among {known}, but got {name!r}")
+        ef, expected = self._settings.choose(k, options.get("ef"), options.get("min_recall"))
+        live = options.get("live", ...)
+        if live is ...:
+            live = self._live
+        selectivity = None
+        if ef and _is_plain(options):
+            hits = self._plain(query, k, ef, live)
+        else:
+            hits, selectivity = self._full(query, k, ef, options, live)
+        min_score = options.get("min_score")
+        if min_score is not None:
+            keep = int(np.count_nonzero(hits.scores >= min_score))
+            hits = hits._replace(ids=hits.ids[:keep], scores=hits.scores[:keep])
+        recall = expected if hits.recall is None else hits.recall
+        return SearchResult(hits.ids, hits.scores, hits.plan, hits.ef, recall, selectivity)
+
     def _plain(
         self,
         query: np.ndarray,
@@ -524,129 +392,59 @@ class EntityIndex:
         live: LiveView | None,
         hits: BaseHits | None = None,
     ) -> BaseHits:
-        """No filter and nothing excluded; ``hits``: what the base's graph answers, where it is known."""
+        """Answer without filter and exclusions; ``hits``: the base's answer where it is known."""
         hidden, hidden_count = (None, 0) if live is None else (live.hidden_rows, live.hidden_count)
         if hits is None:
             hits = self._base.nearest(query, k, ef, hidden, hidden_count)
-        if (
-            len(hits.ids) < k and hits.recall is None
-        ):  # the graph leads to fewer: look wider, at last everywhere
-            hits = self._base.search(query, k, ef, 0, None, hidden, hidden_count, False)
-        if live is None:
-            return hits
-        ids, scores = hits.ids, hits.scores
-        for segment in live.segments:
-            ids, scores = segment.merge(query, k, ids, scores)
-        return _with_live(hits, ids, scores)
+        if len(hits.ids) < k and hits.recall is None:
+            # The graph leads to fewer: look wider, at last everywhere
+            hits = self._base.search(query, k, ef, AllowedRows(None, hidden, hidden_count))
+        return hits if live is None else merge_plain(query, k, hits, live.segments)
 
-    def _general(
-        self,
-        query: np.ndarray,
-        k: int,
-        ef: int,
-        expression: str | None,
-        exclude_ids: Collection[str],
-        exact: bool,
-        live: LiveView | None,
+    def _full(
+        self, query: np.ndarray, k: int, ef: int, options: SearchOptions, live: LiveView | None
     ) -> tuple[BaseHits, float | None]:
-        """Any mix of filter, excluded ids, hidden rows, live entries and the exact plan."""
+        """Answer any mix of filter, exclusions, hidden rows, live entries and the exact plan.
+
+        Returns:
+            The hits, and the share of base rows that pass the filter.
+        """
+        expression = options.get("filter")
+        exclude_ids = options.get("exclude_ids", ())
+        exact = ef == 0 or options.get("exact", False)
         selection = selectivity = None
+        sketches = 0
         if expression is not None:
             selection = self._selections.get(expression)
             selectivity = selection.count / max(1, len(self.ids))
-        hidden, hidden_count = (
-            (live.hidden_rows, live.hidden_count)
-            if live is not None and live.hidden_count
-            else (None, 0)
-        )
-        excluded = (
-            [row for row in map(self.ids.row_of, exclude_ids) if row is not None]
-            if exclude_ids
-            else []
-        )
+            sketches = self._settings.sketches(k, ef)
+        hidden, hidden_count = (None, 0) if live is None else (live.hidden_rows, live.hidden_count)
+        excluded: list[int] = []
+        if exclude_ids:
+            excluded = [row for row in map(self.ids.row_of, exclude_ids) if row is not None]
         if len(excluded) > 2 * k + 100:  # many: cheaper to hide them than to fetch past them
             hidden = np.zeros(len(self.ids), dtype=np.bool_) if hidden is None else hidden.copy()
             hidden[excluded] = True
-            hidden_count, excluded = int(np.count_nonzero(hidden)), []
-        wanted = self._settings.sketches(k, ef) if selection is not None else 0
-        hits = self._base.search(
-            query, k + len(excluded), ef, wanted, selection, hidden, hidden_count, exact
-        )
-        banned = set(exclude_ids)
+            hidden_count = int(np.count_nonzero(hidden))
+            excluded = []
+        allowed = AllowedRows(selection, hidden, hidden_count)
+        fetch = k + len(excluded)
+        if exact:
+            hits = self._base.exact(query, fetch, allowed)
+        else:
+            hits = self._base.search(query, fetch, ef, allowed, sketches)
         if excluded:
+            banned = set(exclude_ids)
             keep = [i for i, id_ in enumerate(hits.ids) if id_ not in banned][:k]
             hits = hits._replace(ids=[hits.ids[i] for i in keep], scores=hits.scores[keep])
         if live is not None and live.live_count:
-            hits = self._merge(query, k, hits, live, expression, exclude_ids, exact)
+            conditions = LiveConditions(expression, exclude_ids, exact, self.attribute_table)
+            hits = merge_live(query, k, hits, live, conditions)
         return hits, selectivity
 
-    def _merge(
-        self,
-        query: np.ndarray,
-        k: int,
-        hits: BaseHits,
-        live: LiveView,
-        expression: str | None = None,
-        excluded: Collection[str] = (),
-        exact: bool = False,
-    ) -> BaseHits:
-        """Merge base hits with the best of each live segment; live ids are hidden in the base, so that none comes twice."""
-        ids, scores = hits.ids, hits.scores
-        gone = (
-            [place for place in map(live.find, excluded) if place is not None] if excluded else []
-        )
-        while True:
-            for segment in live.segments:
-                mask = (
-                    None
-                    if expression is None
-                    else self._live_selection(segment, expression).as_mask()
-                )
-                dead = [row for other, row in gone if other is segment] if gone else ()
-                if dead:
-                    mask = np.ones(len(segment), np.bool_) if mask is None else mask.copy()
-                    mask[dead] = False
-                ids, scores = segment.merge(query, k, ids, scores, mask, exact)
-            leaked = set(excluded).intersection(ids) if excluded else ()
-            if not leaked:
-                break
-            # Deleted by a writer while this search goes on, and so not found above: hide them, too,
-            # and merge again.
-            gone += [place for place in map(live.search_for, leaked) if place is not None]
-            ids, scores = hits.ids, hits.scores
-        return _with_live(hits, ids, scores)
 
-    def _live_selection(self, segment: Any, expression: str) -> Selection:
-        table = AttributeTable.aligned(segment.attributes, self.attribute_table, len(segment))
-        return BoundFilter(parse_filter(expression), table).select()
-
-
-def _with_live(hits: BaseHits, ids: list[str], scores: np.ndarray) -> BaseHits:
-    """The base's answer with what live segments made of its ids and scores."""
-    if ids is hits.ids:
-        return hits
-    return BaseHits(
-        ids, scores, hits.plan if hits.plan != "empty" else "live", hits.ef, hits.recall
-    )
-
-
-def _read_meta(folder: Path) -> tuple[dict[str, Any], str, AnnConfig]:
-    """Read ``index.json``: all of it, the kind under its name of today, and the kind's settings.
-
-    Raises:
-        IndexFormatError: It is damaged or of another format version.
-    """
-    try:
-        meta = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-        version, facts = meta["format"], meta["facts"]
-        kind, config = current_kind(facts["kind"], AnnConfig(**facts["parameters"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise IndexFormatError(
-            f"{folder.name}/{INDEX_FILE} cannot be read ({error!r}). Rebuild this release."
-        ) from error
-    if version != INDEX_FORMAT:
-        raise IndexFormatError(
-            f"{folder.name}/{INDEX_FILE} has format {version}, but this version reads"
-            f" {INDEX_FORMAT}. Upgrade, or rebuild."
-        )
-    return meta, kind, config
+def _is_plain(options: SearchOptions) -> bool:
+    """Return whether a search is a walk of the graph only: no filter, no exclusions, not exact."""
+    if options.get("filter") is not None:
+        return False
+    return not options.get("exclude_ids") and not options.get("exact")

@@ -17,7 +17,7 @@ class IndexConfig:
     """How one entity type is indexed."""
 
     kind: str = "auto"
-    """``auto`` or one of hnsw, symqg, int8-graph, exact, faiss; ``swift`` and ``lean`` still read."""
+    """``auto``, hnsw, symqg, int8-graph, exact or faiss; ``swift`` and ``lean`` are still read."""
     ann: AnnConfig = field(default_factory=AnnConfig)
     """Parameters of the graph."""
     low_memory: bool = False

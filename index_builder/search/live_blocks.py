@@ -1,4 +1,4 @@
-"""Storage of live entries: a block of rows that only ever grows, what makes it fast to search, and its attributes as a table."""
+"""Storage of live entries: blocks of rows that only ever grow, and their attributes as tables."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+from polars.datatypes import DataTypeClass
 
 from index_builder.ann import AnnConfig, AnnIndex, build_index
 from index_builder.ann.symqg import MIN_ROWS, symqg_builds
@@ -20,14 +21,16 @@ _ROWS_PER_GROUP = 8
 
 
 def _build_graph(vectors: np.ndarray) -> AnnIndex:
-    """The fastest small graph this machine can search: SymphonyQG where it runs, else HNSW."""
+    """Build the fastest small graph this machine searches: SymphonyQG where it runs, else HNSW."""
     if len(vectors) >= MIN_ROWS and symqg_builds(vectors.shape[1]):
         return build_index("symqg", vectors, _SEGMENT)
     return build_index("hnsw", vectors, _SEGMENT)
 
 
 class Block:
-    """Storage shared by the pictures of one segment: rows are only ever appended, so a picture of ``n`` rows stays true.
+    """Storage shared by the views of one segment.
+
+    Rows are only ever appended, so that a view of ``n`` rows stays true.
 
     Args:
         capacity: Rows there is room for.
@@ -46,9 +49,8 @@ class Block:
         if scanned:
             groups = -(-capacity // _ROWS_PER_GROUP)
             words = max(64, 1 << (dimension - 1).bit_length()) // 64
-            self.bits = np.zeros(
-                (groups, words, _ROWS_PER_GROUP), np.uint64
-            )  # signs of the rotated vectors
+            # Signs of the rotated vectors
+            self.bits = np.zeros((groups, words, _ROWS_PER_GROUP), np.uint64)
             self.facts = np.zeros((3, groups * _ROWS_PER_GROUP), np.float32)
         self._encoded = 0
         self._frame = pl.DataFrame()
@@ -76,7 +78,10 @@ class Block:
         return row
 
     def encode(self) -> None:
-        """Keep the signs of rows added since the last call; one thread at a time, before a picture shows the rows."""
+        """Keep the signs of rows added since the last call.
+
+        One thread at a time, and before a view shows the rows.
+        """
         if self.bits is not None and self._encoded < self.count:
             live_scan.encode(
                 self.vectors,
@@ -89,7 +94,7 @@ class Block:
             self._encoded = self.count
 
     def attributes(self, size: int) -> pl.DataFrame:
-        """Attributes of the first ``size`` rows; columns that no entry set are missing."""
+        """Return attributes of the first ``size`` rows; columns that no entry set are missing."""
         with self._frame_lock:
             if self._frame_rows < size:
                 fresh = attribute_frame(self.values[self._frame_rows : size])
@@ -110,7 +115,7 @@ class Block:
 
 
 def attribute_frame(values: Sequence[dict[str, Any]]) -> pl.DataFrame:
-    """Attribute dictionaries as a table with as many rows, whose columns are those of ``json_columns``.
+    """Make a table of attribute dictionaries, one a row; its columns are those of ``json_columns``.
 
     Args:
         values: One dictionary per row.
@@ -148,13 +153,12 @@ def join_frames(frames: Sequence[pl.DataFrame], heights: Sequence[int]) -> pl.Da
     return pl.DataFrame(columns)
 
 
-def _are_alike(dtypes: Sequence[pl.DataType]) -> bool:
-    """Whether values of these types fit one column as they are: equal types, numbers, and lists of these."""
+def _are_alike(dtypes: Sequence[pl.DataType | DataTypeClass]) -> bool:
+    """Return whether values fit one column as they are: equal types, numbers, lists of these."""
     known = [dtype for dtype in dtypes if dtype != pl.Null]
     if pl.Object in known:
         return False
-    if any(isinstance(dtype, pl.List) for dtype in known):
-        return all(isinstance(dtype, pl.List) for dtype in known) and _are_alike(
-            [dtype.inner for dtype in known]
-        )  # type: ignore[attr-defined]
+    lists = [dtype for dtype in known if isinstance(dtype, pl.List)]
+    if lists:
+        return len(lists) == len(known) and _are_alike([dtype.inner for dtype in lists])
     return len(set(known)) <= 1 or all(dtype.is_numeric() for dtype in known)

@@ -14,6 +14,7 @@ from index_builder.ann.int8_graph import Int8GraphIndex
 from index_builder.filters.attributes import AttributeTable
 from index_builder.native import Engine
 from index_builder.search.entity_index import EntityIndex
+from index_builder.search.index_files import IndexParts, IndexRecord
 from index_builder.storage.corpus import Corpus
 from index_builder.storage.engine_arrays import EngineArrays, make_engine
 from index_builder.storage.id_table import IdTable
@@ -147,16 +148,14 @@ def test_a_batch_on_a_graph_that_leads_nowhere_is_answered_as_its_queries_are(
         AnnConfig(sketched_links=False),
     )
     ids = [str(row) for row in range(N)]
-    index = EntityIndex(
-        "pin",
-        IdTable.build(ids),
-        Corpus(vectors),
-        ann,
-        AttributeTable.empty(N),
-        {},
-        None,
-        store=ann.arrays,
+    parts = IndexParts(
+        ids=IdTable.build(ids),
+        attributes=AttributeTable.empty(N),
+        corpus=Corpus(vectors),
+        ann=ann,
+        arrays=ann.arrays,
     )
+    index = EntityIndex(parts, IndexRecord(entity_type="pin", default_recall=0.95, facts={}))
     batch = index.search_batch(np.asfortranarray(vectors[:3]), 10)
     for one, of_batch in zip(
         [index.search(query, 10) for query in vectors[:3]], batch, strict=True

@@ -29,9 +29,9 @@ from index_builder.errors import (
 )
 from index_builder.live_log.records import LiveEntry
 from index_builder.native import Engine
-from index_builder.search import plans as base_search
 from index_builder.search.entity_index import EntityIndex, IndexConfig
-from index_builder.search.live_segments import LiveState, LiveView
+from index_builder.search.live_segments import LiveView
+from index_builder.search.live_state import LiveBase, LiveState
 from tests.helpers.real_vectors import islands, text_vectors
 
 N = 3_000
@@ -89,10 +89,7 @@ LIVE_FRAME = pl.DataFrame({"rank": [5, 2_999, None, 2_000]})
 def _live_view(vectors: np.ndarray, hidden: np.ndarray, scans: bool) -> LiveView:
     """Three living entries and a dead one, ``vectors`` (4, D), with these base rows hidden."""
     state = LiveState(
-        dimension=vectors.shape[1],
-        space_id=SPACE,
-        row_of=lambda _: None,
-        base_count=N,
+        LiveBase(vectors.shape[1], SPACE, row_of=lambda _: None, rows=N),
         exact_limit=64,
         background=False,
         scans=scans,
@@ -191,10 +188,9 @@ def test_never_fewer_than_k_and_never_a_forbidden_id(
 def test_recall_under_filters_with_and_against_the_query(
     index: EntityIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        base_search, "SCAN_COST", 100_000
-    )  # so that sketches are scanned for so few rows
-    monkeypatch.setattr(base_search, "SCAN_ROWS", 50)
+    # So that sketches are scanned for so few rows
+    monkeypatch.setattr("index_builder.search.plans.SCAN_COST", 100_000)
+    monkeypatch.setattr("index_builder.search.plans.SCAN_ROWS", 50)
     corpus, queries = _corpus()
     direction = np.linalg.svd(corpus - corpus.mean(axis=0), full_matrices=False)[2][0]
     place = np.argsort(np.argsort(corpus @ direction))
@@ -478,7 +474,7 @@ def test_calibration_queries_decide_between_the_two_searches_of_a_graph(
     for winner, loser in (("int8-graph", "symqg"), ("symqg", "int8-graph")):
         times = iter((20.0, 10.0) if winner == "int8-graph" else (10.0, None))
         monkeypatch.setattr(
-            "index_builder.search.graph_race.latency_at_recall", lambda *_, left=times: next(left)
+            "index_builder.search.construction.latency_at_recall", lambda *_, left=times: next(left)
         )
         index = EntityIndex.build(
             "pin", ids, vectors[:2_900], None, IndexConfig(ann=CONFIG), calibration_queries=queries

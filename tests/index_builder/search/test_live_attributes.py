@@ -22,7 +22,7 @@ from index_builder.releases.release import read_manifest
 from index_builder.releases.store import ReleaseStore
 from index_builder.search.entity_index import EntityIndex, IndexConfig
 from index_builder.search.live_blocks import attribute_frame
-from index_builder.search.live_segments import LiveState
+from index_builder.search.live_state import LiveBase, LiveState
 from tests.helpers.release_makers import SPACE, D, make_bundle, quick, unit_vectors
 
 COUNT = 50
@@ -56,10 +56,7 @@ def make_index() -> EntityIndex:
 
 def make_state(index: EntityIndex) -> LiveState:
     return LiveState(
-        dimension=D,
-        space_id=SPACE,
-        row_of=index.row_of,
-        base_count=COUNT,
+        LiveBase(D, SPACE, index.row_of, rows=COUNT),
         exact_limit=1000,
         background=False,
     )

@@ -23,7 +23,7 @@ from index_builder.releases.release import Release
 from index_builder.releases.store import ReleaseStore
 from index_builder.search.entity_index import EntityIndex
 from index_builder.search.live_blocks import attribute_frame, join_frames
-from index_builder.search.live_segments import LiveState
+from index_builder.search.live_state import LiveBase, LiveState
 from tests.helpers.release_makers import SPACE, D, make_bundle, make_input, quick, unit_vectors
 
 BASE = 40
@@ -35,10 +35,7 @@ def make_state(limit: int = 8, background: bool = False) -> LiveState:
         return int(identifier[1:]) if int(identifier[1:]) < BASE else None
 
     return LiveState(
-        dimension=D,
-        space_id=SPACE,
-        row_of=row_of,
-        base_count=BASE,
+        LiveBase(D, SPACE, row_of, rows=BASE),
         exact_limit=limit,
         background=background,
     )
@@ -293,10 +290,7 @@ def test_merging_keeps_the_best_of_both_with_true_scores(dimension: int, scans: 
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     live, base, queries = vectors[:1000], vectors[1000:1040], vectors[1040:]
     state = LiveState(
-        dimension=dimension,
-        space_id=SPACE,
-        row_of=lambda _: None,
-        base_count=0,
+        LiveBase(dimension, SPACE, row_of=lambda _: None, rows=0),
         background=False,
         scans=scans,
     )
@@ -341,9 +335,7 @@ def test_an_id_left_out_stays_out_while_a_writer_deletes_or_replaces_it() -> Non
     """
     base = VECTORS[:BASE]
     index = EntityIndex.build("pin", [f"e{i}" for i in range(BASE)], base)
-    state = LiveState(
-        dimension=D, space_id=SPACE, row_of=index.row_of, base_count=BASE, background=False
-    )
+    state = LiveState(LiveBase(D, SPACE, index.row_of, rows=BASE), background=False)
     state.apply([entry(50, 300, 1), entry(51, 301, 2)])
     index.set_live(state.view)
     query = VECTORS[300]

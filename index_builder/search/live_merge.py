@@ -1,0 +1,90 @@
+"""Merging: the base's answer with the best of each live segment, under filters and exclusions."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+import numpy as np
+
+from index_builder.filters.attributes import AttributeTable
+from index_builder.filters.expression import parse_filter
+from index_builder.filters.selection import BoundFilter
+from index_builder.search.live_segments import LiveSegment, LiveView
+from index_builder.search.plans import BaseHits
+
+
+class LiveConditions(NamedTuple):
+    """What living entries have to meet to be merged."""
+
+    filter: str | None
+    exclude_ids: Collection[str]
+    exact: bool
+    """Whether to score every entry in float32."""
+    table: AttributeTable
+    """Of the base: its types hold for live attributes, too."""
+
+
+def live_mask(segment: LiveSegment, expression: str, table: AttributeTable) -> np.ndarray:
+    """Return which rows of a segment pass a filter, bool ``(n,)``; ``table`` gives the types.
+
+    Raises:
+        FilterError: The filter does not parse or does not fit the attributes.
+    """
+    aligned = AttributeTable.aligned(segment.attributes, table, len(segment))
+    return BoundFilter(parse_filter(expression), aligned).select().as_mask()
+
+
+def merge_plain(
+    query: np.ndarray, k: int, hits: BaseHits, segments: tuple[LiveSegment, ...]
+) -> BaseHits:
+    """Merge a plain answer with all living entries; ids are hidden in the base where they live."""
+    ids, scores = hits.ids, hits.scores
+    for segment in segments:
+        ids, scores = segment.merge(query, k, ids, scores)
+    return _merged(hits, ids, scores)
+
+
+def merge_live(
+    query: np.ndarray,
+    k: int,
+    hits: BaseHits,
+    live: LiveView,
+    conditions: LiveConditions,
+) -> BaseHits:
+    """Merge an answer with the living entries that meet the conditions."""
+    excluded = set(conditions.exclude_ids)
+    dead = [place for place in map(live.find, excluded) if place is not None]
+    while True:
+        ids, scores = hits.ids, hits.scores
+        for segment in live.segments:
+            mask = _allowed(segment, conditions, dead)
+            ids, scores = segment.merge(query, k, ids, scores, mask, conditions.exact)
+        leaked = excluded.intersection(ids) if excluded else ()
+        if not leaked:
+            return _merged(hits, ids, scores)
+        # A writer deleted these after this search began, so that ``find`` missed them
+        dead += [place for place in map(live.search_for, leaked) if place is not None]
+
+
+def _allowed(
+    segment: LiveSegment, conditions: LiveConditions, dead: list[tuple[LiveSegment, int]]
+) -> np.ndarray | None:
+    """Return which rows may come back, bool ``(n,)``; None: all that live."""
+    mask = None
+    if conditions.filter is not None:
+        mask = live_mask(segment, conditions.filter, conditions.table)
+    rows = [row for other, row in dead if other is segment]
+    if not rows:
+        return mask
+    mask = np.ones(len(segment), np.bool_) if mask is None else mask.copy()
+    mask[rows] = False
+    return mask
+
+
+def _merged(hits: BaseHits, ids: list[str], scores: np.ndarray) -> BaseHits:
+    """Return the base's answer with what live segments made of its ids and scores."""
+    if ids is hits.ids:
+        return hits
+    plan = "live" if hits.plan == "empty" else hits.plan
+    return BaseHits(ids, scores, plan, hits.ef, hits.recall)

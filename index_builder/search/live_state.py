@@ -1,0 +1,267 @@
+"""The state of live entries over one base: entries applied in order, small segments merged.
+
+One thread applies entries (``LiveState.apply``) and publishes immutable views (``LiveView``);
+searches never lock.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from index_builder.live_log.records import LiveEntry
+from index_builder.native import live_scan
+from index_builder.search.live_blocks import Block
+from index_builder.search.live_segments import EXACT_LIMIT, LiveSegment, LiveView
+
+MERGE_FACTOR = 4
+"""Segments of about one size that are merged into one; keeps their number logarithmic."""
+_CROWDED_SHARE = 0.8
+"""Below this share of living rows a segment is worth merging alone."""
+_WAITS = 16
+"""A finished build may start a merge, which may start another."""
+
+
+class LiveBase(NamedTuple):
+    """What live entries are applied over."""
+
+    dimension: int
+    """Length of the vectors."""
+    space_id: str
+    """Space of the base; upserts of another space are counted and skipped."""
+    row_of: Callable[[str], int | None]
+    """Base row of an id, or None."""
+    rows: int
+    """Rows of the base."""
+    watermark: int = 0
+    """Sequence of the last entry that the base contains."""
+
+
+class LiveState:
+    """Applies live entries over one base index.
+
+    Args:
+        base: What they are applied over.
+        exact_limit: Entries in the tail before it is sealed; segments up to this size are scanned.
+        scans: Whether the compiled scan is used where it was built.
+        background: False builds graphs at once (tests, batch tools).
+    """
+
+    def __init__(
+        self,
+        base: LiveBase,
+        *,
+        exact_limit: int = EXACT_LIMIT,
+        background: bool = True,
+        scans: bool = True,
+    ) -> None:
+        self._base = base
+        self._exact_limit = exact_limit
+        self._scans = scans and live_scan is not None
+        self._sequence = base.watermark
+        self._tail = self._new_block(exact_limit)
+        self._sealed: list[Block] = []
+        self._where: dict[str, tuple[Block, int]] = {}
+        self._hidden = np.zeros(base.rows, bool)
+        self._hidden_count = 0
+        self._foreign: set[str] = set()
+        self._lock = threading.Lock()
+        self._executor = (
+            ThreadPoolExecutor(1, thread_name_prefix="live-segments") if background else None
+        )
+        self._merging = False
+        self._view = LiveView(base.watermark)
+
+    @property
+    def view(self) -> LiveView:
+        """The newest view."""
+        return self._view
+
+    def apply(self, entries: Iterable[LiveEntry]) -> LiveView:
+        """Apply entries in order and return the new view.
+
+        An entry at or below the current sequence number is skipped.
+        """
+        with self._lock:
+            for entry in entries:
+                if entry.sequence and entry.sequence <= self._sequence:
+                    continue
+                self._apply(entry)
+                self._sequence = max(self._sequence, entry.sequence)
+            self._view = self._new_view()
+            return self._view
+
+    def close(self) -> None:
+        """Stop building segments."""
+        if self._executor is not None:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def compact(self) -> bool:
+        """Start merging everything but a short tail into one segment.
+
+        Call it when no writes come, since each segment costs every search.
+
+        Returns:
+            Whether a merge was started; False when it would change nothing or one is running.
+        """
+        with self._lock:
+            blocks = list(self._sealed)
+            if self._tail.count > self._exact_limit // 4:
+                blocks.append(self._tail)
+            if self._merging or not _worth_merging(blocks):
+                return False
+            if blocks[-1] is self._tail:
+                self._sealed.append(self._tail)
+                self._tail = self._new_block(self._exact_limit)
+            self._merging = True
+            if self._executor is None:
+                self._install(blocks, self._merged(blocks))
+                self._view = self._new_view()
+            else:
+                self._executor.submit(self._merge, blocks)
+            return True
+
+    def wait(self) -> None:
+        """Block until no segment is being built (tests and tools)."""
+        if self._executor is not None:
+            for _ in range(_WAITS):
+                self._executor.submit(lambda: None).result()
+        with self._lock:
+            self._view = self._new_view()
+
+    def _new_block(self, capacity: int) -> Block:
+        scanned = self._scans and capacity <= self._exact_limit
+        return Block(capacity, self._base.dimension, scanned=scanned)
+
+    def _apply(self, entry: LiveEntry) -> None:
+        if entry.vector is not None and entry.space_id != self._base.space_id:
+            self._foreign.add(entry.id)
+            return
+        self._foreign.discard(entry.id)
+        # What replaces an entry overwrites its place below: a search that holds the old view must
+        # not miss the id meanwhile.
+        if entry.vector is None:
+            replaced = self._where.pop(entry.id, None)
+        else:
+            replaced = self._where.get(entry.id)
+        if replaced is not None:
+            block, live_row = replaced
+            block.alive[live_row] = False
+        row = self._base.row_of(entry.id)
+        if row is not None and not self._hidden[row]:
+            self._hidden[row] = True
+            self._hidden_count += 1
+        if entry.vector is None:
+            return
+        if self._tail.count >= self._exact_limit:
+            self._seal()
+        self._where[entry.id] = (self._tail, self._tail.append(entry))
+
+    def _seal(self) -> None:
+        block = self._tail
+        self._tail = self._new_block(self._exact_limit)
+        self._sealed.append(block)
+        if self._executor is None:
+            block.build_graph()
+            self._merge_if_due()
+        else:
+            self._executor.submit(self._build, block)
+
+    def _build(self, block: Block) -> None:
+        block.build_graph()
+        with self._lock:
+            self._merge_if_due()
+
+    def _merge_if_due(self) -> None:
+        """Start merging when enough segments of one size class wait; the lock is held."""
+        if self._merging:
+            return
+        due = self._due()
+        if due is None:
+            return
+        self._merging = True
+        if self._executor is None:
+            self._install(due, self._merged(due))
+        else:
+            self._executor.submit(self._merge, due)
+
+    def _due(self) -> list[Block] | None:
+        """Return blocks of one size class that are enough for a merge."""
+        classes: dict[int, list[Block]] = {}
+        for block in self._sealed:
+            tails = max(block.count, 1) / self._exact_limit
+            level = int(np.log(tails + 1e-9) / np.log(MERGE_FACTOR) + 0.5)
+            classes.setdefault(level, []).append(block)
+        for blocks in classes.values():
+            if len(blocks) >= MERGE_FACTOR and all(block.ready for block in blocks):
+                return blocks
+        return None
+
+    def _merge(self, blocks: list[Block]) -> None:
+        merged = self._merged(blocks)
+        with self._lock:
+            self._install(blocks, merged)
+            self._view = self._new_view()
+
+    def _merged(self, blocks: list[Block]) -> Block:
+        """Copy the living rows of some blocks into one block that is fast to search."""
+        parts = [(block, np.flatnonzero(block.alive[: block.count])) for block in blocks]
+        merged = self._new_block(max(sum(len(rows) for _, rows in parts), 1))
+        for block, rows in parts:
+            start = len(merged.ids)
+            merged.vectors[start : start + len(rows)] = block.vectors[rows]
+            merged.ids.extend(block.ids[int(r)] for r in rows)
+            merged.values.extend(block.values[int(r)] for r in rows)
+        merged.alive[: merged.count] = True
+        if merged.count:
+            merged.encode()
+            merged.build_graph()
+        return merged
+
+    def _install(self, blocks: list[Block], merged: Block) -> None:
+        """Put ``merged`` in the place of ``blocks``; the lock is held.
+
+        Ids replaced or deleted while it was built are dead in it.
+        """
+        gone = set(map(id, blocks))
+        for row, identifier in enumerate(merged.ids):
+            place = self._where.get(identifier)
+            if place is not None and id(place[0]) in gone:
+                self._where[identifier] = (merged, row)
+            else:
+                merged.alive[row] = False
+        self._sealed = [block for block in self._sealed if id(block) not in gone]
+        if merged.count:
+            self._sealed.append(merged)
+        self._merging = False
+        self._merge_if_due()
+
+    def _new_view(self) -> LiveView:
+        blocks = [block for block in [*self._sealed, self._tail] if block.count]
+        for block in blocks:
+            block.encode()
+        segments = tuple(
+            LiveSegment(block, block.count, block.alive[: block.count].copy()) for block in blocks
+        )
+        return LiveView(
+            sequence=self._sequence,
+            segments=tuple(segment for segment in segments if segment.alive_count),
+            hidden_rows=self._hidden.copy() if self._hidden_count else None,
+            hidden_count=self._hidden_count,
+            live_count=len(self._where),
+            foreign_count=len(self._foreign),
+            places=self._where,
+        )
+
+
+def _worth_merging(blocks: list[Block]) -> bool:
+    """Return whether one block would be faster to search than these."""
+    if len(blocks) != 1:
+        return bool(blocks)
+    block = blocks[0]
+    living = np.count_nonzero(block.alive[: block.count])
+    return not block.ready or bool(living < _CROWDED_SHARE * block.count)

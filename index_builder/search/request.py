@@ -1,0 +1,60 @@
+"""What a search may ask for and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from types import EllipsisType
+from typing import TYPE_CHECKING, TypedDict
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from index_builder.search.live_segments import LiveView
+
+MAX_K = 10_000
+
+
+class SearchOptions(TypedDict, total=False):
+    """What a search may ask for beside its query and k, as keyword arguments."""
+
+    ef: int | None
+    """Candidate-list size; chosen from the calibrated curve when not given."""
+    min_recall: float | None
+    """Expected ANN recall to reach; the search is exact where the curve does not reach it."""
+    filter: str | None
+    """Expression over attributes, see ``index_builder.filters.selection``."""
+    exclude_ids: Collection[str]
+    """Ids never to return."""
+    min_score: float | None
+    """Return only scores at or above it."""
+    exact: bool
+    """Whether to score everything."""
+    live: LiveView | EllipsisType | None
+    """Live entries of another moment (``EntityIndex.live`` then) instead of the current ones."""
+
+
+OPTION_NAMES = frozenset(SearchOptions.__annotations__)
+
+
+@dataclass(slots=True)
+class SearchResult:
+    """Answers of one search, best first.
+
+    Attributes:
+        ids: Entity ids; fewer than k only when fewer entities match.
+        scores: float32, their inner products with the query.
+        plan: ``graph``, ``exact``, ``scan`` (all matching rows), ``sketch`` (all rows' sketches),
+            ``filtered-graph``, ``live`` or ``empty``.
+        ef: Candidate-list size of the graph search; 0 where no graph was walked.
+        estimated_recall: Expected ANN recall at k; 1.0 where the plan is exact, None where the
+            index was never calibrated.
+        selectivity: Share of base rows that pass the filter; None without a filter.
+    """
+
+    ids: list[str]
+    scores: np.ndarray
+    plan: str
+    ef: int
+    estimated_recall: float | None
+    selectivity: float | None

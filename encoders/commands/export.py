@@ -17,9 +17,10 @@ from encoders.commands.console import (
     say,
 )
 from encoders.datasets.dataset import load_dataset, load_sample
-from encoders.inference.onnx_forms import FEWEST_TEXTS, FORM_FILES, export_forms
+from encoders.inference.onnx_forms import FEWEST_TEXTS, export_forms
 from encoders.tables.files import read_table
 from encoders.towers.bundle import ModelBundle, load_bundle
+from encoders.towers.forms import FORM_FILES
 
 
 @click.command()

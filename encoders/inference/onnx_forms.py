@@ -24,9 +24,9 @@ import torch
 
 from encoders.errors import BundleError, MissingDependency
 from encoders.exact_search import exact_top_k
+from encoders.towers.forms import FORM_FILES
 from encoders.towers.query_tower import QueryEncoder, pad
 
-FORM_FILES = {"onnx-fp32": "query_encoder.onnx", "onnx-int8": "query_encoder.int8.onnx"}
 REPORT = "forms.json"
 BATCH_SIZES = (1, 8, 64)
 """Parity is measured at each of these batch sizes; texts of all lengths meet in a batch, so padding is covered."""

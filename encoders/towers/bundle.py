@@ -1,4 +1,6 @@
-"""The model bundle: both towers in one folder under one space id, written whole or not at all and checked on load.
+"""Save and load model bundles: both towers in one folder under one space id.
+
+A bundle is written whole or not at all, and checked on load.
 
 ```
 config.json       format version, dimension, entity types, the resolved training config
@@ -6,7 +8,8 @@ space.json        the space id, and older spaces declared compatible with their 
 query_encoder/    a valid Sentence-Transformers model
 entity_encoder/   one tower for all entity types, or one folder per entity type
 forms/            exports (ONNX) of the query tower; not part of the space
-compatibility/    adapters from this space to older ones (encoders/compatibility/declaration.py); not part of the space
+compatibility/    adapters from this space to older ones, not part of the space
+                  (encoders/compatibility/declaration.py)
 metrics.json      evaluation figures; not part of the space
 README.md         model card
 ```
@@ -34,7 +37,10 @@ from encoders.towers.query_tower import QueryEncoder
 FORMAT_VERSION = 1
 _TOWERS = ("query_encoder", "entity_encoder")
 QUERY_UPGRADE = "query_upgrade"
-"""Key of ``space.json`` where the query tower is a newer bundle's; its ``files_id`` then stands for the files instead of the space id."""
+"""Key of ``space.json`` where the query tower is a newer bundle's.
+
+Its ``files_id`` then stands for the files instead of the space id.
+"""
 
 
 @dataclass
@@ -60,7 +66,7 @@ class ModelBundle:
     entity_encoders: dict[str, EntityEncoder] = field(default_factory=dict)
 
     def embeds(self, entity_type: str) -> bool:
-        """Whether there is a tower for this entity type."""
+        """Tell whether there is a tower for this entity type."""
         return entity_type == "query" or entity_type in self.entity_encoders
 
     def embed_queries(self, texts: Sequence[str], batch_size: int = 256) -> np.ndarray:
@@ -68,7 +74,9 @@ class ModelBundle:
         return self.query_encoder.encode(texts, batch_size)
 
     def embed_entities(self, catalogue: pl.DataFrame, batch_size: int = 1024) -> np.ndarray:
-        """Embed catalogue rows (``entity_type`` chooses the tower; a query goes through the query tower by its title, or else its id).
+        """Embed catalogue rows; ``entity_type`` chooses the tower.
+
+        A row of type ``query`` goes through the query tower by its title, or else its id.
 
         Returns:
             float32 (N, D), unit rows, in the order of the rows.
@@ -102,7 +110,9 @@ def save_bundle(
     training: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
 ) -> ModelBundle:
-    """Write a bundle beside ``path`` and rename it into place; an existing bundle there is replaced only when the new one is whole.
+    """Write a bundle beside ``path`` and rename it into place.
+
+    An existing bundle there is replaced only when the new one is whole.
 
     Args:
         path: Target folder.
@@ -174,7 +184,7 @@ def load_bundle(path: Path) -> ModelBundle:
 
 
 def _shape(path: Path, config: Mapping[str, Any]) -> tuple[int, list[str], bool]:
-    """Dimension, entity types and whether one tower serves them all."""
+    """Read dimension, entity types and whether one tower serves them all."""
     dimension, types, unified = (
         config.get(name) for name in ("dimension", "entity_types", "unified_entity_tower")
     )
@@ -192,7 +202,7 @@ def _shape(path: Path, config: Mapping[str, Any]) -> tuple[int, list[str], bool]
 
 
 def read_space(path: Path) -> dict[str, Any]:
-    """``space.json`` of a bundle, or of a release's copy of its files.
+    """Read ``space.json`` of a bundle, or of a release's copy of its files.
 
     Raises:
         BundleError: Missing, unreadable, or without ``space_id``.
@@ -206,12 +216,12 @@ def read_space(path: Path) -> dict[str, Any]:
 
 
 def read_space_id(path: Path) -> str:
-    """The space id a bundle (or a release's copy of its files) declares, without loading any weights."""
+    """Read the space id that a bundle, or a release's copy of its files, declares."""
     return str(read_space(path)["space_id"])
 
 
 def check_space_id(path: Path) -> str:
-    """The space id of a bundle whose files are as they were saved.
+    """Check that the towers' files are those that were saved, and return the space id.
 
     Raises:
         BundleError: A tower's file was changed, is missing or was added.
@@ -231,7 +241,7 @@ def check_space_id(path: Path) -> str:
 
 
 def compute_space_id(path: Path) -> str:
-    """SHA-256 over the relative names and contents of every file of both towers, in sorted order.
+    """Hash the relative names and contents of every file of both towers, in sorted order (SHA-256).
 
     Raises:
         BundleError: A tower's folder is missing.
@@ -252,7 +262,7 @@ def compute_space_id(path: Path) -> str:
 
 
 def _replace_folder(staging: Path, path: Path) -> None:
-    """Rename ``staging`` to ``path``; an old folder is moved aside first and removed last."""
+    """Rename ``staging`` to ``path``; an existing folder is moved aside first and removed last."""
     if path.exists():
         aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
         os.rename(path, aside / "bundle")
@@ -272,7 +282,7 @@ def _model_card(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
         ),
         (
             "`query_encoder/` loads with Sentence-Transformers; the whole folder with"
-            " `encoders.towers.bundle.load_bundle`."
+            " `encoders.load_bundle`."
         ),
         "",
         "## Metrics",

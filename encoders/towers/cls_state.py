@@ -1,4 +1,4 @@
-"""The [CLS] state of a transformer, computing no more than it needs.
+"""Compute the [CLS] state of a transformer and no more than it needs.
 
 Only the first token leaves the query tower, so the last layer's feed-forward, its query projection
 and its output projection run for that token alone; keys and values still come from every token. The
@@ -22,10 +22,10 @@ def cls_state(
     attention_mask: Tensor,
     token_vectors: Tensor | None = None,
 ) -> Tensor:
-    """The last hidden state of each text's first token.
+    """Compute the last hidden state of each text's first token.
 
     Args:
-        transformer: Any Hugging Face encoder; a DistilBERT takes the short way.
+        transformer: Any Hugging Face encoder; a DistilBERT takes the fast path.
         input_ids: int64 (B, T), [CLS] in column 0.
         attention_mask: int64 or bool (B, T), 1 where a token is real.
         token_vectors: Float (U, H), rows of the token embedding table; ``input_ids`` are then
@@ -37,15 +37,19 @@ def cls_state(
     vectors = None if token_vectors is None else F.embedding(input_ids, token_vectors)  # (B, T, H)
     if type(transformer) is DistilBertModel:
         return _distilbert_cls(transformer, input_ids, attention_mask, vectors)
-    given: dict[str, Any] = (
-        {"input_ids": input_ids} if vectors is None else {"inputs_embeds": vectors}
-    )
-    state: Tensor = transformer(**given, attention_mask=attention_mask).last_hidden_state[:, 0]
+    if vectors is None:
+        output = transformer(input_ids=input_ids, attention_mask=attention_mask)
+    else:
+        output = transformer(inputs_embeds=vectors, attention_mask=attention_mask)
+    state: Tensor = output.last_hidden_state[:, 0]
     return state
 
 
 def takes_token_vectors(transformer: nn.Module) -> bool:
-    """Whether the transformer reads its token embeddings as plain table rows, which may then be looked up once for many batches."""
+    """Tell whether the transformer reads its token embeddings as plain rows of a table.
+
+    Such rows may be looked up once for many batches.
+    """
     table = transformer.get_input_embeddings()  # type: ignore[operator]
     return (
         type(table) is nn.Embedding
@@ -57,9 +61,7 @@ def _distilbert_cls(
     model: Any, input_ids: Tensor, attention_mask: Tensor, vectors: Tensor | None
 ) -> Tensor:
     mask = attention_mask[:, None, None, :].bool()  # (B, 1, 1, T)
-    state = (
-        model.embeddings(input_ids, vectors) if vectors is None else model.embeddings(None, vectors)
-    )
+    state = model.embeddings(input_ids if vectors is None else None, vectors)
     layers = list(model.transformer.layer)
     for number, layer in enumerate(layers):
         state = _distilbert_layer(layer, state, mask, first_token_only=number == len(layers) - 1)
@@ -68,22 +70,21 @@ def _distilbert_cls(
 
 
 def _distilbert_layer(layer: Any, state: Tensor, mask: Tensor, *, first_token_only: bool) -> Tensor:
-    """One layer: (B, T, H) -> (B, T, H), or (B, 1, H) when only the first token's state is wanted."""
+    """Run one layer: (B, T, H) -> (B, T, H), or (B, 1, H) for the first token's state alone."""
     attention = layer.attention
-    asking = state[:, :1] if first_token_only else state
+    queries = state[:, :1] if first_token_only else state
 
     def heads(values: Tensor) -> Tensor:
-        return values.view(*values.shape[:2], attention.n_heads, -1).transpose(
-            1, 2
-        )  # (B, heads, T, H / heads)
+        split = values.view(*values.shape[:2], attention.n_heads, -1)
+        return split.transpose(1, 2)  # (B, heads, T, H / heads)
 
     mixed = F.scaled_dot_product_attention(
-        heads(attention.q_lin(asking)),
+        heads(attention.q_lin(queries)),
         heads(attention.k_lin(state)),
         heads(attention.v_lin(state)),
         attn_mask=mask,
         dropout_p=attention.dropout.p if layer.training else 0.0,
     )
-    out = layer.sa_layer_norm(attention.out_lin(mixed.transpose(1, 2).flatten(2)) + asking)
+    out = layer.sa_layer_norm(attention.out_lin(mixed.transpose(1, 2).flatten(2)) + queries)
     result: Tensor = layer.output_layer_norm(layer.ffn(out) + out)
     return result

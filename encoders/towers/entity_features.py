@@ -1,4 +1,6 @@
-"""Catalogue rows to entity tower inputs: ragged n-gram ids per text field and one row of continuous features.
+"""Turn catalogue rows into inputs of the entity tower.
+
+These are ragged n-gram ids per text field and one row of continuous features.
 
 Notable: a whole catalogue is featurised once into flat tensors; a training batch is then a
 vectorised selection of rows.
@@ -22,8 +24,8 @@ from encoders.errors import BundleError, ConfigError, RowError, SchemaError
 from encoders.tables.cells import cell_texts
 from encoders.text.vocabulary import NgramConfig, NgramCounter, Vocabulary
 from encoders.towers.text_embedding import (
-    TEXT_EMBEDDING_FIELDS,
     FULL_TEXT_FIELDS,
+    TEXT_EMBEDDING_FIELDS,
     text_embedding,
     tower_fingerprint,
 )
@@ -53,7 +55,7 @@ class EntityFeatureConfig:
         "whole_text_weight": "full_text_weight",
         "whole_text_queries": "full_text_queries",
     }
-    """Names of settings in the TOML files and ``features.json`` of version 0.1 -> those of today."""
+    """Names of settings in TOML files and ``features.json`` of version 0.1 -> present names."""
 
     text_fields: tuple[str, ...] = TEXT_FIELDS
     """Text or list-of-text columns, one bag of n-grams each.
@@ -67,11 +69,15 @@ class EntityFeatureConfig:
     ngrams: NgramConfig = field(default_factory=NgramConfig)
     """Vocabulary sizes."""
     text_embedding: str = ""
-    """A query tower (shipped name or folder) whose frozen vector of title and engaged queries is one more continuous feature, the last;
-    empty: none. Costs a transformer pass per distinct text.
+    """A query tower (shipped name or folder) that embeds title and engaged queries; empty: none.
+
+    Its frozen vector is one more continuous feature, the last. It costs a transformer pass per
+    distinct text.
     """
     full_text_weight: float = 0.0
-    """Weight of the full text (title, description, category and boards in one) in the text embedding.
+    """Weight of the full text in the text embedding; 0: without it.
+
+    The full text is title, description, category and boards in one.
 
     The engaged queries weigh 1, the title 0.5.
     """
@@ -128,7 +134,10 @@ class EntityFeatureConfig:
 
     @property
     def text_columns(self) -> frozenset[str]:
-        """Every text column that a vector depends on: the fields with n-grams, and those only the text embedding reads."""
+        """Every text column that a vector depends on.
+
+        These are the fields with n-grams, and those that only the text embedding reads.
+        """
         embedded = TEXT_EMBEDDING_FIELDS if self.text_embedding else ()
         full = FULL_TEXT_FIELDS if self.full_text_weight else ()
         return frozenset((*self.text_fields, *embedded, *full))
@@ -146,12 +155,15 @@ class EntityFeatureConfig:
 
 @dataclass(frozen=True)
 class EntityBatch:
-    """Inputs of ``N`` entities with ``F`` text fields, ``T`` tokens in all and ``C`` continuous features."""
+    """Inputs of N entities with F text fields, T tokens in all and C continuous features."""
 
     token_ids: Tensor
     """(T,) int32 vocabulary ids."""
     offsets: Tensor
-    """(N * F + 1,) int64; field f of entity n owns ``token_ids[offsets[n * F + f]:offsets[n * F + f + 1]]``."""
+    """(N * F + 1,) int64; field f of entity n is bag ``n * F + f``.
+
+    Bag b owns ``token_ids[offsets[b] : offsets[b + 1]]``.
+    """
     continuous: Tensor | None
     """(N, C) float32, or None when no continuous feature is declared."""
     fields: int
@@ -162,11 +174,10 @@ class EntityBatch:
         return (len(self.offsets) - 1) // self.fields
 
     def select(self, rows: Tensor | npt.NDArray[np.int64] | Sequence[int]) -> EntityBatch:
-        """The entities at ``rows`` (int, any order, repeats allowed), as a new batch on the same device."""
+        """Select the entities at ``rows`` (any order, repeats allowed), on the same device."""
         index = torch.as_tensor(rows, dtype=torch.int64, device=self.offsets.device)
-        bags = (
-            index[:, None] * self.fields + torch.arange(self.fields, device=index.device)
-        ).reshape(-1)  # (R * F,)
+        field = torch.arange(self.fields, device=index.device)
+        bags = (index[:, None] * self.fields + field).reshape(-1)  # (R * F,)
         starts = self.offsets[bags]
         lengths = self.offsets[bags + 1] - starts
         offsets = torch.zeros(len(bags) + 1, dtype=torch.int64, device=index.device)
@@ -180,26 +191,23 @@ class EntityBatch:
         return EntityBatch(self.token_ids[positions], offsets, continuous, self.fields)
 
     def slice(self, start: int, stop: int) -> EntityBatch:
-        """Entities ``start`` to ``stop`` (exclusive) without copying tokens."""
+        """Take entities ``start`` to ``stop`` (exclusive) without copying tokens."""
         offsets = self.offsets[start * self.fields : stop * self.fields + 1]
         tokens = self.token_ids[int(offsets[0]) : int(offsets[-1])]
         continuous = None if self.continuous is None else self.continuous[start:stop]
         return EntityBatch(tokens, offsets - offsets[0], continuous, self.fields)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> EntityBatch:
-        """The same batch on another device."""
-        continuous = (
-            None
-            if self.continuous is None
-            else self.continuous.to(device, non_blocking=non_blocking)
-        )
+        """Copy the batch to another device."""
+        continuous = self.continuous
+        if continuous is not None:
+            continuous = continuous.to(device, non_blocking=non_blocking)
         token_ids = self.token_ids.to(device, non_blocking=non_blocking)
-        return EntityBatch(
-            token_ids, self.offsets.to(device, non_blocking=non_blocking), continuous, self.fields
-        )
+        offsets = self.offsets.to(device, non_blocking=non_blocking)
+        return EntityBatch(token_ids, offsets, continuous, self.fields)
 
     def pin_memory(self) -> EntityBatch:
-        """The same batch in page-locked memory, for asynchronous copies to a GPU."""
+        """Copy the batch to page-locked memory, for asynchronous copies to a GPU."""
         continuous = None if self.continuous is None else self.continuous.pin_memory()
         return EntityBatch(
             self.token_ids.pin_memory(), self.offsets.pin_memory(), continuous, self.fields
@@ -207,22 +215,18 @@ class EntityBatch:
 
 
 def concatenate(batches: Sequence[EntityBatch]) -> EntityBatch:
-    """One batch from several of the same featuriser, in order.
+    """Join batches of the same featuriser, in order.
 
     Raises:
         ValueError: There is no batch, or they differ in fields or continuous features.
     """
     if not batches:
         raise ValueError("concatenate needs at least one batch")
-    if (
-        len(
-            {
-                (batch.fields, None if batch.continuous is None else batch.continuous.shape[1])
-                for batch in batches
-            }
-        )
-        > 1
-    ):
+    shapes = {
+        (batch.fields, None if batch.continuous is None else batch.continuous.shape[1])
+        for batch in batches
+    }
+    if len(shapes) > 1:
         raise ValueError("batches of different featurisers cannot be concatenated")
     lengths = torch.cat([batch.offsets.diff() for batch in batches])
     offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64, device=lengths.device)
@@ -237,10 +241,11 @@ def concatenate(batches: Sequence[EntityBatch]) -> EntityBatch:
 
 
 class EntityFeaturizer:
-    """Turns catalogue rows into ``EntityBatch``; holds the vocabulary counted from the catalogue."""
+    """Turns catalogue rows into ``EntityBatch`` by the vocabulary counted from a catalogue."""
 
     def __init__(self, config: EntityFeatureConfig, vocabulary: Vocabulary) -> None:
-        self.config, self.vocabulary = config, vocabulary
+        self.config = config
+        self.vocabulary = vocabulary
 
     @classmethod
     def fit(
@@ -248,7 +253,7 @@ class EntityFeaturizer:
         catalogue: pl.DataFrame | Iterable[pl.DataFrame],
         config: EntityFeatureConfig | None = None,
     ) -> EntityFeaturizer:
-        """Count the vocabulary from a catalogue, or from a stream of its parts (bounded memory, one pass).
+        """Count the vocabulary of a catalogue, or of a stream of its parts, in bounded memory.
 
         Args:
             catalogue: Catalogue rows (DESIGN section 4) or an iterable of such frames.
@@ -281,7 +286,7 @@ class EntityFeaturizer:
         return cls(config, counter.vocabulary())
 
     def missing_columns(self, catalogue: pl.DataFrame) -> list[str]:
-        """Declared columns that this catalogue lacks; they read as empty texts and zero vectors, so callers should say so."""
+        """List the declared columns that this catalogue lacks; they read as empty and zero."""
         return [
             name
             for name in (*self.config.text_fields, *self.config.continuous)
@@ -318,9 +323,8 @@ class EntityFeaturizer:
         token_ids = np.empty(int(offsets[-1]), dtype=np.int32)
         for i, (ids, own) in enumerate(per_field):
             if len(ids):
-                shift = (
-                    offsets[i : -1 : len(names)] - own[:-1]
-                )  # (N,) from a place in the field's ids to its place among all
+                # (N,) from a place in the field's ids to its place among all
+                shift = offsets[i : -1 : len(names)] - own[:-1]
                 token_ids[np.arange(len(ids)) + np.repeat(shift, lengths[:, i])] = ids
         continuous = [
             row_vectors(catalogue, name, width) for name, width in self.config.continuous.items()
@@ -377,7 +381,10 @@ class EntityFeaturizer:
 
 
 def row_texts(column: pl.Series) -> list[str]:
-    """A text or list-of-text column as one string per row; list items on lines of their own, null as empty."""
+    """Read a text or list-of-text column as one string per row.
+
+    List items stand on lines of their own; null is empty.
+    """
     if isinstance(column.dtype, pl.List | pl.Array):
         column = cell_texts(column).list.join("\n", ignore_nulls=True)
     elif isinstance(column.dtype, pl.Struct | pl.Object | pl.Binary):
@@ -389,7 +396,10 @@ def row_texts(column: pl.Series) -> list[str]:
 
 
 def row_vectors(catalogue: pl.DataFrame, name: str, width: int) -> npt.NDArray[np.float32]:
-    """(N, width) float32 of one vector column; null, absent and empty are zeros, several vectors their mean."""
+    """Read one vector column as float32 (N, width).
+
+    Null, absent and empty are zeros; several vectors are averaged.
+    """
     vectors = np.zeros((catalogue.height, width), dtype=np.float32)
     if name not in catalogue.columns or catalogue[name].dtype == pl.Null:
         return vectors
@@ -431,12 +441,14 @@ def row_vectors(catalogue: pl.DataFrame, name: str, width: int) -> npt.NDArray[n
         vectors[present] = flat
         return vectors
     np.add.at(vectors, present, flat)
-    vectors /= np.maximum(np.bincount(present, minlength=len(vectors)), 1).astype(np.float32)[
-        :, None
-    ]
+    counts = np.maximum(np.bincount(present, minlength=len(vectors)), 1).astype(np.float32)
+    vectors /= counts[:, None]
     return vectors
 
 
 def _where(catalogue: pl.DataFrame, row: int) -> str:
-    """The entity's id; a row number only where there is none, since rows may be part of a longer stream."""
+    """Name the entity by its id.
+
+    A row number stands in only without ids, since rows may be part of a longer stream.
+    """
     return f"entity {catalogue['id'][int(row)]!r}" if "id" in catalogue.columns else f"row {row}"

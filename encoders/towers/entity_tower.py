@@ -1,4 +1,6 @@
-"""The entity tower: hash embeddings of n-grams per field, continuous features, an MLP, one unit vector per pin, product or ad.
+"""The entity tower: one unit vector per pin, product or ad.
+
+It reads hash embeddings of n-grams per field and continuous features, through an MLP.
 
 Paper section 4.2, formulas in `EntityEncoder`. Letters: N entities, F text fields, T tokens, C
 continuous features, H hashes, D dimension.
@@ -26,7 +28,7 @@ from encoders.towers.hash_embedding import HASHES, hash_rows, sum_bags
 
 TOWER_FORMAT = 1
 RESIDUAL_START = 0.03
-"""Scale of the MLP's last weights when a residual carries the vector at the start."""
+"""Initial scale of the MLP's last weights where there is a residual, which then dominates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,10 @@ class EntityTowerConfig:
     dimension: int = 256
     """Width of the entity vector D."""
     residual_width: int = 0
-    """The last so many continuous features (0 or D) are added to the MLP's output: an entity starts at its text embedding."""
+    """Number of the last continuous features that are added to the MLP's output: 0 or D.
+
+    An entity then starts at its text embedding.
+    """
     dropout: float = 0.0
     """Share of the last hidden layer dropped in training."""
 
@@ -78,7 +83,10 @@ class EntityTowerConfig:
 
     @classmethod
     def for_featurizer(cls, featurizer: EntityFeaturizer, **settings: Any) -> EntityTowerConfig:
-        """The configuration whose inputs are what this featuriser makes; ``settings`` are the other fields."""
+        """Make the configuration whose inputs are what this featuriser makes.
+
+        ``settings`` are the other fields.
+        """
         return cls(
             vocabulary_size=len(featurizer.vocabulary),
             fields=len(featurizer.config.text_fields),
@@ -119,7 +127,8 @@ class EntityEncoder(nn.Module):
         self, config: EntityTowerConfig, featurizer: EntityFeaturizer | None = None
     ) -> None:
         super().__init__()
-        self.config, self.featurizer = config, featurizer
+        self.config = config
+        self.featurizer = featurizer
         self.table = nn.Parameter(torch.empty(config.table_rows, config.token_dimension))
         self.token_weights = nn.Parameter(torch.empty(config.vocabulary_size, HASHES))
         self.field_scale = nn.Parameter(torch.ones(config.fields, config.token_dimension))
@@ -158,33 +167,26 @@ class EntityEncoder(nn.Module):
         return functional.normalize(self.mlp(self._inputs(features)), dim=-1)
 
     def _inputs(self, features: EntityBatch) -> Tensor:
-        """(N, token_dimension + C): what the MLP reads."""
+        """Compute the MLP's inputs, (N, token_dimension + C)."""
         ids = features.token_ids
         rows = self.rows[ids].reshape(-1)  # (T * H,)
         weights = functional.embedding(ids, self.token_weights).reshape(-1)  # (T * H,)
         offsets = (features.offsets * HASHES).to(rows.dtype)  # (N * F + 1,)
         if rows.is_cuda:
-            sums = sum_bags(self.table, rows, weights, offsets).view(
-                len(features), features.fields, -1
-            )
-            text = torch.einsum(
-                "nfd,fd->nd", functional.layer_norm(sums, sums.shape[-1:]), self.field_scale
-            )
+            bags = sum_bags(self.table, rows, weights, offsets)  # (N * F, token_dimension)
+            sums = bags.view(len(features), features.fields, -1)
+            normed = functional.layer_norm(sums, sums.shape[-1:])
+            text = torch.einsum("nfd,fd->nd", normed, self.field_scale)
         else:
-            # Most fields of most entities are empty and an empty field adds nothing: work on the
-            # others only.
-            present = torch.nonzero(offsets.diff()).squeeze(
-                1
-            )  # (P,) numbers of the bags that hold tokens
-            bags = torch.cat((offsets[present], offsets[-1:]))
-            sums = sum_bags(self.table, rows, weights, bags)  # (P, token_dimension)
-            scaled = (
-                functional.layer_norm(sums, sums.shape[-1:])
-                * self.field_scale[present % features.fields]
-            )
-            text = scaled.new_zeros(len(features), scaled.shape[1]).index_add(
-                0, present // features.fields, scaled
-            )
+            # Most fields of most entities are empty, and an empty field adds nothing: only the P
+            # bags that hold tokens are summed.
+            present = torch.nonzero(offsets.diff()).squeeze(1)  # (P,)
+            starts = torch.cat((offsets[present], offsets[-1:]))
+            sums = sum_bags(self.table, rows, weights, starts)  # (P, token_dimension)
+            normed = functional.layer_norm(sums, sums.shape[-1:])
+            scaled = normed * self.field_scale[present % features.fields]
+            text = scaled.new_zeros(len(features), scaled.shape[1])
+            text = text.index_add(0, present // features.fields, scaled)
         text = text + self.field_bias
         if features.continuous is not None:
             return torch.cat((text, features.continuous.to(text.dtype)), dim=-1)
@@ -220,21 +222,18 @@ class EntityEncoder(nn.Module):
         self.eval()
         vectors = np.empty((len(features), self.config.dimension), dtype=np.float32)
         for start in range(0, len(features), batch_size):
-            part = features.slice(start, min(start + batch_size, len(features))).to(
-                self.table.device
-            )
-            vectors[start : start + batch_size] = (
-                functional.normalize(self(part).float(), dim=-1).cpu().numpy()
-            )
+            part = features.slice(start, min(start + batch_size, len(features)))
+            output = self(part.to(self.table.device)).float()
+            vectors[start : start + batch_size] = functional.normalize(output, dim=-1).cpu().numpy()
         self.train(was_training)
         return vectors
 
     def for_inference(self, dtype: torch.dtype = torch.float32) -> InferenceTower:
-        """This tower's weights arranged for inference on their device; see ``InferenceTower``."""
+        """Arrange this tower's weights for inference on their device; see ``InferenceTower``."""
         return InferenceTower(self, dtype)
 
     def save(self, folder: Path) -> None:
-        """Write ``model.safetensors`` (fp32), ``config.json`` and the featuriser's files into ``folder``."""
+        """Write ``model.safetensors`` (fp32), ``config.json`` and the featuriser's files."""
         folder.mkdir(parents=True, exist_ok=True)
         weights = {
             name: value.detach().float().cpu().contiguous()
@@ -290,7 +289,9 @@ class EntityEncoder(nn.Module):
 
 
 class InferenceTower:
-    """An entity tower's forward pass with its big layers in another precision; sums, LayerNorms and normalisation stay in float32.
+    """An entity tower's forward pass with its MLP in another precision.
+
+    Sums over n-grams and the final normalisation stay in float32.
 
     Args:
         encoder: The tower; its table and token weights are shared, not copied.
@@ -298,17 +299,20 @@ class InferenceTower:
     """
 
     def __init__(self, encoder: EntityEncoder, dtype: torch.dtype) -> None:
-        self._encoder, self._dtype = encoder, dtype
+        self._encoder = encoder
+        self._dtype = dtype
         self._mlp = encoder.mlp if dtype == torch.float32 else copy.deepcopy(encoder.mlp).to(dtype)
 
     @torch.inference_mode()
     def __call__(self, features: EntityBatch) -> Tensor:
         """Embed N entities; (N, D) float32 unit rows on the tower's device."""
-        return functional.normalize(
-            self._mlp(self._encoder._inputs(features).to(self._dtype)).float(), dim=-1
-        )
+        output = self._mlp(self._encoder._inputs(features).to(self._dtype))
+        return functional.normalize(output.float(), dim=-1)
 
 
 def create_entity_encoder(featurizer: EntityFeaturizer, **settings: Any) -> EntityEncoder:
-    """A new entity tower on this featuriser; ``settings`` are fields of ``EntityTowerConfig`` (``table_rows``, ``hidden``, ...)."""
+    """Create an entity tower on this featuriser.
+
+    ``settings`` are fields of ``EntityTowerConfig`` (``table_rows``, ``hidden``, ...).
+    """
     return EntityEncoder(EntityTowerConfig.for_featurizer(featurizer, **settings), featurizer)

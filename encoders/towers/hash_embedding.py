@@ -1,4 +1,4 @@
-"""Hash embeddings summed per bag: two table rows per token id, signed learned weights, and their gradients.
+"""Sum hash embeddings per bag: two table rows per token id, signed learned weights.
 
 Paper section 4.2.1: ``token(i) = w[i, 0] * E[h0(i)] + w[i, 1] * E[h1(i)]``. Letters: V token ids, R
 table rows, d width, B bags, M rows read. Notable: on a CPU the gradient of the table is itself a
@@ -24,7 +24,9 @@ _SEED = np.uint64(0x9E3779B97F4A7C15)
 
 
 def hash_rows(vocabulary_size: int, table_rows: int) -> npt.NDArray[np.int32]:
-    """Table rows of every token id under the two hash functions: part of the model, pinned by golden values in the tests.
+    """Hash every token id to its two table rows.
+
+    The functions are part of the model, pinned by golden values in the tests.
 
     Args:
         vocabulary_size: Number of token ids V.
@@ -42,7 +44,7 @@ def hash_rows(vocabulary_size: int, table_rows: int) -> npt.NDArray[np.int32]:
 
 
 def sum_bags(table: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
-    """Weighted sums of table rows.
+    """Sum weighted table rows per bag.
 
     Args:
         table: (R, d) float.
@@ -75,18 +77,16 @@ class _SumBags(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
         table, rows, weights, offsets = ctx.saved_tensors
         gradient = gradient.contiguous()
-        bags = torch.repeat_interleave(
-            torch.arange(len(offsets) - 1, dtype=rows.dtype), offsets.diff()
-        )  # (M,) the bag of each row read
+        numbers = torch.arange(len(offsets) - 1, dtype=rows.dtype)
+        bags = torch.repeat_interleave(numbers, offsets.diff())  # (M,) the bag of each row read
         for_table = for_weights = None
         if ctx.needs_input_grad[0]:
             # A table row's gradient is itself a bag: the weighted sum of the gradients of the bags
             # that read it.
             order = torch.sort(rows, stable=True).indices
             starts = torch.zeros(len(table), dtype=rows.dtype)
-            torch.cumsum(
-                torch.bincount(rows, minlength=len(table))[:-1], 0, out=starts[1:], dtype=rows.dtype
-            )
+            reads = torch.bincount(rows, minlength=len(table))[:-1]
+            torch.cumsum(reads, 0, out=starts[1:], dtype=rows.dtype)
             for_table = functional.embedding_bag(
                 bags[order], gradient, starts, mode="sum", per_sample_weights=weights[order]
             )

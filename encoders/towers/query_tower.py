@@ -1,4 +1,7 @@
-"""The query tower: text -> transformer -> [CLS] -> linear -> unit vector (paper section 4.1), saved as a Sentence-Transformers model."""
+"""The query tower: text -> transformer -> [CLS] -> linear -> unit vector (paper section 4.1).
+
+It is saved as a Sentence-Transformers model.
+"""
 
 from __future__ import annotations
 
@@ -17,26 +20,20 @@ from transformers.utils import logging as transformers_logging
 
 from encoders.errors import BundleError, ConfigError
 from encoders.towers.cls_state import cls_state
+from encoders.towers.forms import MAX_TOKENS
 from encoders.towers.shipped_tower import SHIPPED_TOWERS, unpack_shipped_tower
 from encoders.towers.universal_sentence_encoder import register_universal_sentence_encoder
 
 register_universal_sentence_encoder()
-# A tower loads in a second; its bar would cut into our own lines
+# A tower loads in a second; its progress bar would cut into our own lines.
 transformers_logging.disable_progress_bar()
 
-MAX_TOKENS = 64
-"""Longer queries are cut (paper: at most 64 tokens)."""
-
+_PACKAGE = "sentence_transformers.models"
 _MODULES = [
-    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
-    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
-    {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"},
-    {
-        "idx": 3,
-        "name": "3",
-        "path": "3_Normalize",
-        "type": "sentence_transformers.models.Normalize",
-    },
+    {"idx": 0, "name": "0", "path": "", "type": f"{_PACKAGE}.Transformer"},
+    {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{_PACKAGE}.Pooling"},
+    {"idx": 2, "name": "2", "path": "2_Dense", "type": f"{_PACKAGE}.Dense"},
+    {"idx": 3, "name": "3", "path": "3_Normalize", "type": f"{_PACKAGE}.Normalize"},
 ]
 
 
@@ -106,7 +103,7 @@ class QueryEncoder(nn.Module):
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], batch_size: int = 256) -> np.ndarray:
-        """Encode texts of any number and length, batched by length so that little is spent on padding.
+        """Encode any number of texts, batched by length so that there is little padding.
 
         Args:
             texts: Any strings; the tokenizer trims and collapses white space.
@@ -130,28 +127,24 @@ class QueryEncoder(nn.Module):
         return out
 
     def save(self, folder: Path) -> None:
-        """Write a folder that Sentence-Transformers, transformers and ``QueryEncoder.load`` all read."""
+        """Write a folder that Sentence-Transformers, transformers and ``load`` all read."""
         folder.mkdir(parents=True, exist_ok=True)
         self.transformer.save_pretrained(folder)  # type: ignore[operator]
         self.tokenizer.save_pretrained(folder)
-        hidden, dimension = self.projection.in_features, self.projection.out_features
         _write_json(folder / "modules.json", _MODULES)
-        _write_json(
-            folder / "sentence_bert_config.json",
-            {"max_seq_length": self.max_tokens, "do_lower_case": False},
-        )
+        limits = {"max_seq_length": self.max_tokens, "do_lower_case": False}
+        _write_json(folder / "sentence_bert_config.json", limits)
         pooling = {
-            "word_embedding_dimension": hidden,
+            "word_embedding_dimension": self.projection.in_features,
             "pooling_mode_cls_token": True,
             "pooling_mode_mean_tokens": False,
         }
         _write_json(folder / "1_Pooling" / "config.json", pooling)
-        activation = "torch.nn.modules.linear.Identity"
         dense = {
-            "in_features": hidden,
-            "out_features": dimension,
+            "in_features": self.projection.in_features,
+            "out_features": self.projection.out_features,
             "bias": True,
-            "activation_function": activation,
+            "activation_function": "torch.nn.modules.linear.Identity",
         }
         _write_json(folder / "2_Dense" / "config.json", dense)
         weights = {
@@ -175,11 +168,8 @@ class QueryEncoder(nn.Module):
                 " the query_encoder/ folder of a bundle."
             )
         try:
-            max_tokens = int(
-                json.loads((folder / "sentence_bert_config.json").read_text(encoding="utf-8"))[
-                    "max_seq_length"
-                ]
-            )
+            limits = (folder / "sentence_bert_config.json").read_text(encoding="utf-8")
+            max_tokens = int(json.loads(limits)["max_seq_length"])
             weights = load_file(dense)
             transformer = AutoModel.from_pretrained(folder, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -217,40 +207,41 @@ def create_query_encoder(
             transformer, tokenizer, projection = unpack_shipped_tower(name_or_path)
         elif (Path(name_or_path) / "2_Dense" / "model.safetensors").is_file():
             saved = QueryEncoder.load(Path(name_or_path))
-            transformer, tokenizer, projection = (
-                saved.transformer,
-                saved.tokenizer,
-                saved.projection.state_dict(),
-            )
+            transformer, tokenizer = saved.transformer, saved.tokenizer
+            projection = saved.projection.state_dict()
         else:
-            transformer, tokenizer, projection = _load_hub_model(name_or_path)
+            transformer, tokenizer = _load_hub_model(name_or_path)
+            projection = None
     finally:
         torch.random.set_rng_state(torch_state)
     if not pretrained:
         config: Any = transformer.config
-        transformer, projection = AutoModel.from_config(config), None
+        transformer = AutoModel.from_config(config)
+        projection = None
     tower = QueryEncoder(transformer, tokenizer, dimension)
     if projection is not None and projection["weight"].shape == tower.projection.weight.shape:
         tower.projection.load_state_dict(projection)
     return tower
 
 
-def _load_hub_model(name: str) -> tuple[nn.Module, PreTrainedTokenizerFast, None]:
+_DROPOUT_RATES = (
+    "dropout",
+    "attention_dropout",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+)
+"""Names of the dropout rates in the configurations of Hugging Face encoders."""
+
+
+def _load_hub_model(name: str) -> tuple[nn.Module, PreTrainedTokenizerFast]:
+    """Load encoder and tokenizer by name, in float32 and without dropout."""
     try:
         config = AutoConfig.from_pretrained(name)
-        for rate in (
-            "dropout",
-            "attention_dropout",
-            "hidden_dropout_prob",
-            "attention_probs_dropout_prob",
-        ):
+        for rate in _DROPOUT_RATES:
             if hasattr(config, rate):
                 setattr(config, rate, 0.0)
-        return (
-            AutoModel.from_pretrained(name, config=config, dtype=torch.float32),
-            AutoTokenizer.from_pretrained(name),
-            None,
-        )
+        model = AutoModel.from_pretrained(name, config=config, dtype=torch.float32)
+        return model, AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         shipped = ", ".join(SHIPPED_TOWERS)
         raise ConfigError(
@@ -272,9 +263,8 @@ def length_buckets(
     token_ids: Sequence[Sequence[int]], batch_size: int
 ) -> Iterator[tuple[np.ndarray, list[Sequence[int]]]]:
     """Yield (rows, token ids) batches of similar length."""
-    order = np.argsort(
-        np.fromiter((len(row) for row in token_ids), np.int64, len(token_ids)), kind="stable"
-    )
+    lengths = np.fromiter((len(row) for row in token_ids), np.int64, len(token_ids))
+    order = np.argsort(lengths, kind="stable")
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         yield rows, [token_ids[row] for row in rows]

@@ -1,4 +1,6 @@
-"""The query towers that ship with the package: packed to a few megabytes (int8 token embeddings, float16 rest) and unpacked on use.
+"""Pack and unpack the query towers that ship with the package.
+
+Packed to a few megabytes: int8 token embeddings, float16 for the rest.
 
 ``encoders/pretraining/tiny_multilingual.py`` is the recipe that made them. A packed tower is one
 folder with ``config.json`` (transformers configuration), ``tokenizer.json.gz`` and
@@ -40,7 +42,10 @@ def fast_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
 def pack_tower(
     folder: Path, transformer: nn.Module, tokenizer: PreTrainedTokenizerFast, projection: nn.Linear
 ) -> None:
-    """Write a packed tower: each token embedding row as int8 with a float16 scale, every other tensor as float16."""
+    """Write a packed tower.
+
+    Each row of the token table is int8 with a float16 scale, every other tensor float16.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     weights = {f"transformer.{name}": value for name, value in transformer.state_dict().items()}
     weights |= {f"projection.{name}": value for name, value in projection.state_dict().items()}

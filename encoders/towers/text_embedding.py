@@ -1,4 +1,4 @@
-"""A pre-existing embedding for entities that have none: a frozen query tower's view of an entity's texts and engaged queries.
+"""Embed an entity's texts and engaged queries by a frozen query tower, as an input feature.
 
 It stands where the paper has PinSage and ItemSage: a continuous feature made before training.
 Unlike those it costs a transformer pass per distinct text; vectors are kept per process, so a text
@@ -30,18 +30,23 @@ TITLE_WEIGHT = 0.5
 TEXT_EMBEDDING_FIELDS = ("title", "engaged_queries")
 """Fields that are always read."""
 FULL_TEXT_FIELDS = ("title", "description", "category", "board_titles")
-"""Fields that are read together as one text, then the first engaged queries if some are asked for."""
-KEPT_TEXTS = 1_000_000
-"""Texts whose vectors are kept from call to call, about 0.7 GiB; beyond that only those of the call at hand stay."""
+"""Fields of the full text, in this order; engaged queries may follow."""
+CACHED_TEXTS = 1_000_000
+"""Most texts whose vectors are cached from call to call, about 0.7 GiB.
+
+Beyond that only the texts of the present call stay.
+"""
 _ENGAGED = {"engaged_queries": pl.List(pl.String)}
 _PART = 8192
-"""Texts embedded between two looks at the clock."""
+"""Texts embedded between two checks of the time."""
 _PROGRESS_SECONDS = 10.0
 """Time between two progress lines of a long call."""
 
 
 class TextEmbedding:
-    """``unit(unit(mean of the engaged queries' vectors) + 0.5 * title + w * full text)`` under a frozen query tower.
+    """Mixes the vectors of title, engaged queries and full text under a frozen query tower.
+
+    The formula is ``unit(unit(mean of engaged queries) + 0.5 * title + w * full text)``.
 
     The full text is title, description, category, boards and the first engaged queries in one
     sentence-like string: read together they tell more than apart, most of all where an entity has
@@ -53,7 +58,7 @@ class TextEmbedding:
 
     def __init__(self, tower: str) -> None:
         self.encoder: QueryEncoder = create_query_encoder(tower).eval()
-        self._known: dict[str, npt.NDArray[np.float16]] = {}
+        self._cache: dict[str, npt.NDArray[np.float16]] = {}
         self._lock = threading.Lock()  # tokenizers are not safe under threads
 
     @property
@@ -77,24 +82,15 @@ class TextEmbedding:
             float32 (N, D), unit rows or zeros.
         """
         rows = catalogue.height
-        titles = (
-            catalogue["title"].cast(pl.String).fill_null("").to_list()
-            if "title" in catalogue.columns
-            else [""] * rows
-        )
+        titles = [""] * rows
+        if "title" in catalogue.columns:
+            titles = catalogue["title"].cast(pl.String).fill_null("").to_list()
         queries = _lists(catalogue, "engaged_queries")
         owner = np.repeat(np.arange(rows), [len(texts) for texts in queries])
         flat = [text for texts in queries for text in texts]
         full: list[str] = []
         if full_text_weight:
-            first = pl.DataFrame(
-                {"engaged_queries": [texts[:full_text_queries] for texts in queries]},
-                schema=_ENGAGED,
-            )
-            read = catalogue.select(name for name in FULL_TEXT_FIELDS if name in catalogue.columns)
-            full = entity_texts(
-                pl.concat([read, first], how="horizontal"), (*FULL_TEXT_FIELDS, "engaged_queries")
-            )
+            full = _full_texts(catalogue, [texts[:full_text_queries] for texts in queries])
         vectors = self._vectors([*titles, *flat, *full])
         engaged = np.zeros((rows, self.dimension), np.float32)
         np.add.at(engaged, owner, vectors[rows : rows + len(flat)])
@@ -104,40 +100,51 @@ class TextEmbedding:
         return _unit(mixed)
 
     def _vectors(self, texts: list[str]) -> npt.NDArray[np.float32]:
+        """Look the texts' vectors up, (N, D) float32; texts that are not cached are embedded."""
         texts = [normalize_query(text) for text in texts]
         with self._lock:
-            fresh = [text for text in dict.fromkeys(texts) if text and text not in self._known]
-            if len(self._known) + len(fresh) > KEPT_TEXTS:
-                self._known = {text: self._known[text] for text in set(texts) & self._known.keys()}
+            fresh = [text for text in dict.fromkeys(texts) if text and text not in self._cache]
+            if len(self._cache) + len(fresh) > CACHED_TEXTS:
+                self._cache = {text: self._cache[text] for text in set(texts) & self._cache.keys()}
             reported = time.monotonic()
             for start in range(0, len(fresh), _PART):
                 part = fresh[start : start + _PART]
-                self._known.update(
-                    zip(part, self.encoder.encode(part).astype(np.float16), strict=True)
-                )
+                vectors = self.encoder.encode(part).astype(np.float16)
+                self._cache.update(zip(part, vectors, strict=True))
                 if time.monotonic() - reported > _PROGRESS_SECONDS:
                     reported = time.monotonic()
                     done = start + len(part)
                     log.info(f"frozen tower: {done:,} of {len(fresh):,} texts embedded")
-            self._known.setdefault("", np.zeros(self.dimension, np.float16))
-            return np.stack([self._known[text] for text in texts]).astype(np.float32)
+            self._cache.setdefault("", np.zeros(self.dimension, np.float16))
+            return np.stack([self._cache[text] for text in texts]).astype(np.float32)
 
 
 @lru_cache(maxsize=4)
 def text_embedding(tower: str) -> TextEmbedding:
-    """The one text embedding of this process for a tower."""
+    """Return this process's one text embedding for a tower."""
     return TextEmbedding(tower)
 
 
 @lru_cache(maxsize=4)
 def tower_fingerprint(tower: str) -> str:
-    """SHA-256 (64 hex digits) over a tower's files; empty for one that is neither shipped nor a folder."""
+    """Hash a tower's files (SHA-256, 64 hex digits).
+
+    Empty for a tower that is neither shipped nor a folder.
+    """
     folder = SHIPPED_TOWERS.get(tower, Path(tower))
     digest = hashlib.sha256()
     files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
     for file in files:
         digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
     return digest.hexdigest() if files else ""
+
+
+def _full_texts(catalogue: pl.DataFrame, queries: list[list[str]]) -> list[str]:
+    """Join the fields of the full text and these queries to one text per row."""
+    engaged = pl.DataFrame({"engaged_queries": queries}, schema=_ENGAGED)
+    read = catalogue.select(name for name in FULL_TEXT_FIELDS if name in catalogue.columns)
+    columns = (*FULL_TEXT_FIELDS, "engaged_queries")
+    return entity_texts(pl.concat([read, engaged], how="horizontal"), columns)
 
 
 def _lists(catalogue: pl.DataFrame, name: str) -> list[list[str]]:

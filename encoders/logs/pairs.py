@@ -1,4 +1,4 @@
-"""Training and evaluation pairs from engaged events: actions, popularity caps, counts, a split in time, a check for leaks (paper 4.1)."""
+"""Turn engaged events into training and held-out pairs, and check for leaks (paper 4.1)."""
 
 from __future__ import annotations
 
@@ -41,9 +41,12 @@ class PairsConfig:
     caps: Mapping[str, int] = field(
         default_factory=lambda: {"pin": 50, "product": 200, "ad": 200, "query": 200}
     )
-    """Most distinct queries one entity may have in one split; which ones survive is uniformly random."""
+    """Most distinct queries of one entity in one split; which ones are kept is uniformly random."""
     train_end: datetime | None = None
-    """Training events are before this time; None: ``heldout_days`` plus ``gap_days`` before the end of the log."""
+    """Training events are before this time.
+
+    None: ``heldout_days`` plus ``gap_days`` before the end of the log.
+    """
     train_days: int = 365
     """Length of the training window."""
     gap_days: int = 15
@@ -51,9 +54,12 @@ class PairsConfig:
     heldout_days: int = 30
     """Length of the held-out window; 0: everything up to the end of the log is training data."""
     keep_seen: bool = False
-    """Keep held-out pairs whose query and entity also are a training pair (they measure memory, not retrieval)."""
+    """Keep held-out pairs whose query and entity are a training pair, too.
+
+    They measure memory, not retrieval.
+    """
     seed: int = 0
-    """Chooses the pairs that survive a cap."""
+    """Chooses the queries that a cap keeps."""
 
     def __post_init__(self) -> None:
         for entity_type, names in self.actions.items():
@@ -79,7 +85,7 @@ class PairsConfig:
             )
 
     def split_at(self, last_event: datetime) -> TimeSplit:
-        """The windows for a log whose last event is at ``last_event``."""
+        """Return the windows for a log whose last event is at ``last_event``."""
         held = timedelta(days=self.heldout_days)
         gap = timedelta(days=self.gap_days if self.heldout_days else 0)
         after = last_event + timedelta(microseconds=1)
@@ -97,7 +103,7 @@ class TimeSplit(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Pairs of some entities, and where every event went."""
+    """Pairs of some entities, and what became of every event."""
 
     frame: pl.DataFrame
     """``PAIR_COLUMNS``, sorted."""
@@ -143,29 +149,18 @@ def build_pairs(
     events = _count_dropped(
         events, ~itself, counts, "dropped: clicks on a suggestion equal to the query"
     )
-    windows = (
-        pl.when(pl.col("timestamp").is_between(split.train_start, split.train_end, closed="left"))
-        .then(pl.lit("train"))
-        .when(pl.col("timestamp").is_between(split.heldout_start, split.heldout_end, closed="left"))
-        .then(pl.lit("heldout"))
-        .when(pl.col("timestamp").is_between(split.train_end, split.heldout_start, closed="left"))
-        .then(pl.lit("gap"))
-        .otherwise(pl.lit("outside"))
-    )
-    events = events.with_columns(windows.alias("split"))
+    events = events.with_columns(_window(split).alias("split"))
     events = _count_dropped(events, pl.col("split") != "gap", counts, "dropped: events in the gap")
     events = _count_dropped(
         events, pl.col("split") != "outside", counts, "dropped: events outside the windows"
     )
     if known is not None:
-        here = events.height
-        in_catalogue = events.join(
-            known.select("entity_type", "entity_id").unique(),
-            on=["entity_type", "entity_id"],
-            how="semi",
-        )
-        events = pl.concat([in_catalogue, events.filter(pl.col("entity_type") == "query")])
-        counts["dropped: events of entities that are not in the catalogue"] = here - events.height
+        key = ["entity_type", "entity_id"]
+        in_catalogue = events.join(known.select(key).unique(), on=key, how="semi")
+        kept = pl.concat([in_catalogue, events.filter(pl.col("entity_type") == "query")])
+        unknown = events.height - kept.height
+        counts["dropped: events of entities that are not in the catalogue"] = unknown
+        events = kept
     pairs = events.group_by([*PAIR_KEY, "split"]).agg(
         pl.len().cast(pl.Int64).alias("count"), pl.col("timestamp").max()
     )
@@ -178,15 +173,34 @@ def build_pairs(
     return Pairs(pairs.select(PAIR_COLUMNS).sort([*PAIR_KEY[3:], *PAIR_KEY[:3], "split"]), counts)
 
 
+def _window(split: TimeSplit) -> pl.Expr:
+    """Name the window of a ``timestamp``: train, gap, heldout or outside."""
+
+    def between(start: datetime, end: datetime) -> pl.Expr:
+        return pl.col("timestamp").is_between(start, end, closed="left")
+
+    return (
+        pl.when(between(split.train_start, split.train_end))
+        .then(pl.lit("train"))
+        .when(between(split.heldout_start, split.heldout_end))
+        .then(pl.lit("heldout"))
+        .when(between(split.train_end, split.heldout_start))
+        .then(pl.lit("gap"))
+        .otherwise(pl.lit("outside"))
+    )
+
+
 def _count_dropped(
     events: pl.DataFrame, keep: pl.Expr, counts: Counter[str], reason: str
 ) -> pl.DataFrame:
+    """Filter events and count those that are dropped."""
     kept = events.filter(keep)
     counts[reason] += events.height - kept.height
     return kept
 
 
 def _action_filter(config: PairsConfig) -> pl.Expr:
+    """Select events whose action makes a pair for their entity type."""
     wanted = [
         (pl.col("entity_type") == t) & pl.col("action").is_in(list(names))
         for t, names in config.actions.items()
@@ -195,12 +209,12 @@ def _action_filter(config: PairsConfig) -> pl.Expr:
 
 
 def _drop_seen(pairs: pl.DataFrame, counts: Counter[str]) -> pl.DataFrame:
+    """Drop the held-out pairs whose folded query and entity are a training pair."""
     heldout = pairs.filter(pl.col("split") == "heldout")
     if not heldout.height:
         return pairs
     folded = fold_query(pl.col("query")).alias("folded")
-    # Only entities with held-out pairs can have seen ones; folding the others would be work for
-    # nothing.
+    # Only entities with held-out pairs can have seen ones: the others are not folded.
     train = (
         pairs.filter(pl.col("split") == "train")
         .join(heldout, on=["entity_type", "entity_id"], how="semi")
@@ -216,37 +230,39 @@ def _drop_seen(pairs: pl.DataFrame, counts: Counter[str]) -> pl.DataFrame:
 
 
 def drop_visible(pairs: pl.DataFrame, features: pl.DataFrame, counts: Counter[str]) -> pl.DataFrame:
-    """Drop the held-out pairs whose query is an engaged-query feature of the entity, and count them."""
+    """Drop the held-out pairs whose query is an engaged query of the entity, and count them."""
     leaking = find_leaks(pairs, features).through_features.select([*PAIR_KEY, "split"])
     counts["dropped: heldout pairs visible in an engaged-query feature"] = leaking.height
     return pairs.join(leaking, on=[*PAIR_KEY, "split"], how="anti", nulls_equal=True)
 
 
 def _cap(pairs: pl.DataFrame, config: PairsConfig, counts: Counter[str]) -> pl.DataFrame:
-    """Keep at most ``caps[entity_type]`` distinct queries per entity and split: those whose seeded hash is smallest."""
+    """Keep at most ``caps[entity_type]`` distinct queries per entity and split.
+
+    Kept are those whose seeded hash is smallest.
+    """
     group = ["entity_type", "entity_id", "split"]
     crowded = pairs.group_by(group).agg(pl.col("query").n_unique().alias("queries"))
-    cap = pl.col("entity_type").replace_strict(
-        dict(config.caps), default=None, return_dtype=pl.Int64
-    )
+    caps = dict(config.caps)
+    cap = pl.col("entity_type").replace_strict(caps, default=None, return_dtype=pl.Int64)
     crowded = crowded.filter(pl.col("queries") > cap)
     if not crowded.height:
         return pairs
     within = pairs.join(crowded, on=group, how="anti")
     over = pairs.join(crowded, on=group, how="semi")
     distinct = over.select([*group, "query"]).unique()
-    key = combine_keys(
-        hash_texts(distinct["query"].to_list()), hash_texts(distinct["entity_id"].to_list())
-    )
-    order = distinct.with_columns(pl.Series("luck", seeded_hash(key, config.seed)))
-    order = (
-        order.sort("luck", "query")
+    queries = hash_texts(distinct["query"].to_list())
+    entities = hash_texts(distinct["entity_id"].to_list())
+    random_order = seeded_hash(combine_keys(queries, entities), config.seed)
+    chosen = (
+        distinct.with_columns(pl.Series("random_order", random_order))
+        .sort("random_order", "query")
         .with_columns(pl.int_range(pl.len()).over(group).alias("place"))
         .filter(pl.col("place") < cap)
     )
-    survivors = over.join(order, on=[*group, "query"], how="semi")
-    counts["dropped: pairs above the popularity cap"] = over.height - survivors.height
-    return pl.concat([within, survivors])
+    kept = over.join(chosen, on=[*group, "query"], how="semi")
+    counts["dropped: pairs above the popularity cap"] = over.height - kept.height
+    return pl.concat([within, kept])
 
 
 class Leaks(NamedTuple):
@@ -259,7 +275,7 @@ class Leaks(NamedTuple):
 
 
 def find_leaks(pairs: pl.DataFrame, engaged: pl.DataFrame | None = None) -> Leaks:
-    """Look for held-out pairs that are visible through a training pair or an engaged-query feature.
+    """Find held-out pairs that a training pair or an engaged-query feature shows.
 
     Args:
         pairs: The pairs table.
@@ -268,10 +284,8 @@ def find_leaks(pairs: pl.DataFrame, engaged: pl.DataFrame | None = None) -> Leak
     """
     keys = ["folded", "entity_type", "entity_id"]
     folded = pairs.with_columns(fold_query(pl.col("query")).alias("folded"))
-    heldout, train = (
-        folded.filter(pl.col("split") == "heldout"),
-        folded.filter(pl.col("split") == "train"),
-    )
+    heldout = folded.filter(pl.col("split") == "heldout")
+    train = folded.filter(pl.col("split") == "train")
     seen = heldout.join(train, on=keys, how="semi").drop("folded")
     if engaged is None:
         return Leaks(seen, seen.clear())
@@ -285,23 +299,19 @@ def refuse_leaks(leaks: Leaks, heldout_rows: int) -> None:
     """Fail when there is a leak.
 
     Raises:
-        LeakError: Names the number of leaking pairs, three of them, and the way out.
+        LeakError: Names the number of leaking pairs, three of them, and how to mend it.
     """
+    fix_features = (
+        "Use features from events before the training end (omni pairs writes them), or drop these"
+        " pairs (--drop-leaks)."
+    )
     for leaking, through, fix in (
         (leaks.through_pairs, "a training pair", "Build the pairs without --keep-seen."),
-        (
-            leaks.through_features,
-            "an engaged-query feature",
-            (
-                "Use features from events before the training end (omni pairs writes them), or drop"
-                " these pairs (--drop-leaks)."
-            ),
-        ),
+        (leaks.through_features, "an engaged-query feature", fix_features),
     ):
         if leaking.height:
-            examples = "; ".join(
-                f"{r['query']!r} -> {r['entity_id']}" for r in leaking.head(3).iter_rows(named=True)
-            )
+            some = leaking.select("query", "entity_id").head(3).iter_rows()
+            examples = "; ".join(f"{query!r} -> {entity}" for query, entity in some)
             raise LeakError(
                 f"{leaking.height:,} of {heldout_rows:,} evaluation pairs are visible through"
                 f" {through}: {examples}. {fix}"
@@ -309,7 +319,7 @@ def refuse_leaks(leaks: Leaks, heldout_rows: int) -> None:
 
 
 def pairs_table(pairs: pl.DataFrame) -> pl.DataFrame:
-    """Table 1 of the paper for these pairs: size per pair source.
+    """Make table 1 of the paper for these pairs: size per pair source.
 
     Returns:
         Per entity type and split, sorted: ``source``, ``actions``, ``pairs`` (rows), ``events``
@@ -338,7 +348,7 @@ def pairs_table(pairs: pl.DataFrame) -> pl.DataFrame:
 
 
 def parse_day(text: str) -> datetime:
-    """A date or ISO time as UTC.
+    """Read a date or ISO 8601 time as UTC.
 
     Raises:
         ConfigError: It is neither.

@@ -1,7 +1,7 @@
-"""The whole way from logs and boards to pairs, engaged queries and board titles, in memory that does not grow with the log.
+"""Turn logs and boards into pairs, engaged queries and board titles, one partition at a time.
 
 Every step works within one entity. Events are spread over hash partitions of entities while they
-are read, and each partition is worked on by itself: the same :func:`process_events` runs here one
+are read, and each partition is processed by itself: the same ``process_events`` runs here one
 partition after another and on Ray many at once (``encoders.logs.ray_pipeline``).
 """
 
@@ -21,7 +21,6 @@ import polars as pl
 
 from encoders.enrichment.board_titles import (
     BoardTitlesConfig,
-    Prevalence,
     add_prevalence,
     board_titles,
     word_prevalence,
@@ -54,6 +53,18 @@ PARTITION_ROWS = 15_000_000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class PipelineInputs:
+    """What a run reads."""
+
+    log: TableSource
+    """Log file or folder, or several that are one log together."""
+    boards: TableSource | None = None
+    """Boards file or folder, or several; None: no board titles."""
+    known: pl.DataFrame | None = None
+    """``entity_type, entity_id`` of the catalogue; None: every entity of the log is known."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class PipelineConfig:
     """Settings of every step."""
 
@@ -62,7 +73,15 @@ class PipelineConfig:
     engaged: EngagedQueriesConfig = field(default_factory=EngagedQueriesConfig)
     boards: BoardTitlesConfig = field(default_factory=BoardTitlesConfig)
     on_bad_rows: OnBadRows = "raise"
+    """``raise`` fails at bad rows of log and boards, ``drop`` leaves them out and counts them."""
     encoding: str = "utf-8"
+    """Encoding of text files."""
+    partitions: int | None = None
+    """Hash partitions of entities; None: one per ``PARTITION_ROWS`` log rows."""
+    batch_rows: int = BATCH_ROWS
+    """Log rows read at a time."""
+    now: datetime | None = None
+    """Time that "in the future" is measured from; None: the clock."""
 
 
 class Partition(NamedTuple):
@@ -79,7 +98,7 @@ def process_events(
     split: TimeSplit,
     known: pl.DataFrame | None = None,
 ) -> Partition:
-    """Engaged queries and pairs of the entities of one partition.
+    """Find engaged queries and build pairs of the entities of one partition.
 
     Engaged queries are taken from the window that ends where training ends, so that no feature has
     seen the held-out events; held-out pairs that are visible all the same (the same pair happened
@@ -97,52 +116,35 @@ def process_events(
     """
     features = engaged_queries(events, config.engaged, split.train_end)
     if known is not None:
-        features = features.join(
-            known.select("entity_type", "entity_id").unique(),
-            on=["entity_type", "entity_id"],
-            how="semi",
-        )
-    pairs = build_pairs(
-        events,
-        config.pairs,
-        split,
-        known=known,
-        features=None if config.pairs.keep_seen else features,
-    )
+        key = ["entity_type", "entity_id"]
+        features = features.join(known.select(key).unique(), on=key, how="semi")
+    visible = None if config.pairs.keep_seen else features
+    pairs = build_pairs(events, config.pairs, split, known=known, features=visible)
     if not config.pairs.keep_seen:
-        refuse_leaks(
-            find_leaks(pairs.frame, features), int((pairs.frame["split"] == "heldout").sum())
-        )
+        heldout_rows = int((pairs.frame["split"] == "heldout").sum())
+        refuse_leaks(find_leaks(pairs.frame, features), heldout_rows)
     return Partition(features, pairs.frame, pairs.counts)
 
 
 def partition_of(partitions: int) -> pl.Expr:
-    """Number of the partition of each row, from ``entity_id`` alone, so that logs and boards of one entity meet."""
+    """Return an expression for the partition of a row, from ``entity_id`` alone.
+
+    So log and boards of one entity have one partition.
+    """
     return (pl.col("entity_id").hash(seed=17) % partitions).cast(pl.Int32)
 
 
 def run_pipeline(
-    log: TableSource,
-    out: Path,
-    config: PipelineConfig,
-    *,
-    boards: TableSource | None = None,
-    known: pl.DataFrame | None = None,
-    partitions: int | None = None,
-    overwrite: bool = False,
-    now: datetime | None = None,
+    inputs: PipelineInputs, out: Path, config: PipelineConfig, *, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Turn a log (and boards) into ``out/pairs``, ``out/engaged_queries``, ``out/board_titles`` and ``out/summary.json``.
+    """Turn a log and boards into pairs, engaged queries and board titles.
 
     Args:
-        log: Log file or folder, or several that are one log together.
-        out: Folder to make; it appears when everything in it is complete.
+        inputs: What to read.
+        out: Folder to make, with ``pairs``, ``engaged_queries``, ``board_titles`` and
+            ``summary.json``; it appears when everything in it is complete.
         config: Settings.
-        boards: Boards file, folder or several; None: no board titles.
-        known: ``entity_type, entity_id`` of the catalogue; None: every entity of the log is known.
-        partitions: Hash partitions; None: one per ``PARTITION_ROWS`` log rows.
         overwrite: Replace ``out`` if it is there.
-        now: Time that "in the future" is measured from; None: the clock.
 
     Returns:
         The summary: windows, counts of everything kept and dropped, table 1.
@@ -152,45 +154,73 @@ def run_pipeline(
         DataError: See ``events.read_events``.
     """
     work = prepare_output(out, overwrite)
-    partitions = partitions or max(1, math.ceil(log_rows(log) / PARTITION_ROWS))
+    partitions = config.partitions or max(1, math.ceil(log_rows(inputs.log) / PARTITION_ROWS))
     spill = Spill(work / "spill", partitions)
-    bad: Counter[str] = Counter()
+    bad_rows: Counter[str] = Counter()
     last: datetime | None = None
     for batch in read_events(
-        log, config.rules, on_bad_rows=config.on_bad_rows, encoding=config.encoding, now=now
+        inputs.log,
+        config.rules,
+        on_bad_rows=config.on_bad_rows,
+        encoding=config.encoding,
+        now=config.now,
+        batch_rows=config.batch_rows,
     ):
-        bad.update(batch.report.rules_broken)
+        bad_rows.update(batch.report.rules_broken)
         latest = batch.frame["timestamp"].max()
-        last = max(last or latest, latest) if isinstance(latest, datetime) else last
+        if isinstance(latest, datetime):
+            last = max(last or latest, latest)
         spill.add(batch.frame)
     split = config.pairs.split_at(last or datetime.now(UTC))
     counts: Counter[str] = Counter()
     for number, events in spill.drain(EVENT_SCHEMA):
-        done = process_events(events, config, split, known)
+        done = process_events(events, config, split, inputs.known)
         counts.update(done.counts)
         write_table(done.engaged, work / "engaged_queries" / part_name(number))
         write_table(done.pairs, work / "pairs" / part_name(number))
-    titles = write_board_titles(boards, work, config, partitions, bad) if boards is not None else 0
-    return finish_output(work, out, config, split, counts, bad, partitions, titles)
+    titles = 0
+    if inputs.boards is not None:
+        titles = _write_board_titles(inputs.boards, work, config, partitions, bad_rows)
+    facts = RunFacts(
+        split=split, partitions=partitions, counts=counts, bad_rows=bad_rows, board_titles=titles
+    )
+    return finish_output(work, out, facts)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunFacts:
+    """What a run counted, for its summary."""
+
+    split: TimeSplit
+    partitions: int
+    counts: Counter[str]
+    """Events and pairs by what happened to them."""
+    bad_rows: Counter[str]
+    """Rows left out, by the rule that they break."""
+    board_titles: int
+    """Rows of board titles."""
 
 
 class Spill:
-    """Frames spread over hash partitions: in memory when there is one partition, else in Arrow files that are read once and removed."""
+    """Spread frames over hash partitions, in Arrow files that are read once and removed.
+
+    A single partition stays in memory.
+    """
 
     def __init__(self, folder: Path, partitions: int) -> None:
-        self.folder, self.partitions = folder, partitions
+        self.folder = folder
+        self.partitions = partitions
         self._frames: list[pl.DataFrame] = []
         self._files = 0
 
     def add(self, frame: pl.DataFrame) -> None:
-        """Take a frame with ``entity_id``."""
+        """Add a frame with ``entity_id``."""
         if self.partitions == 1:
             self._frames.append(frame)
             return
         marked = frame.with_columns(partition_of(self.partitions).alias("__part"))
-        for (number,), part in marked.partition_by(
-            "__part", as_dict=True, include_key=False
-        ).items():
+        parts = marked.partition_by("__part", as_dict=True, include_key=False)
+        for (number,), part in parts.items():
             target = self.folder / f"{number:05d}"
             target.mkdir(parents=True, exist_ok=True)
             part.write_ipc(target / f"{self._files:06d}.arrow", compression="lz4")
@@ -199,72 +229,75 @@ class Spill:
     def drain(
         self, schema: dict[str, pl.DataType], *, keep: bool = False
     ) -> Iterator[tuple[int, pl.DataFrame]]:
-        """Yield each partition whole, in order; its files are removed afterwards unless ``keep``."""
+        """Yield each partition whole, in order, and remove its files afterwards unless ``keep``."""
+        empty = pl.DataFrame(schema=schema)
+        if self.partitions == 1:
+            yield 0, pl.concat([empty, *self._frames])
+            return
         for number in range(self.partitions):
-            if self.partitions == 1:
-                yield (
-                    number,
-                    pl.concat(self._frames) if self._frames else pl.DataFrame(schema=schema),
-                )
-                continue
             files = sorted((self.folder / f"{number:05d}").glob("*.arrow"))
-            yield (
-                number,
-                (
-                    pl.concat([pl.read_ipc(f) for f in files])
-                    if files
-                    else pl.DataFrame(schema=schema)
-                ),
-            )
+            yield number, pl.concat([empty, *(pl.read_ipc(file) for file in files)])
             if not keep:
                 shutil.rmtree(self.folder / f"{number:05d}", ignore_errors=True)
 
 
+_BOARD_ROWS: dict[str, pl.DataType] = {
+    "board_id": pl.String(),
+    "title": pl.String(),
+    "entity_id": pl.String(),
+}
+
+
 def read_boards(
-    path: TableSource, config: PipelineConfig, bad: Counter[str], batch_rows: int = BATCH_ROWS
+    path: TableSource, config: PipelineConfig, bad_rows: Counter[str]
 ) -> Iterator[pl.DataFrame]:
-    """Read and check a boards table batch by batch: ``board_id, title, entity_id``; bad rows that are left out are counted in ``bad``.
+    """Read and check a boards table batch by batch: ``board_id, title, entity_id``.
+
+    Args:
+        path: The table.
+        config: Settings.
+        bad_rows: Bad rows that are left out are counted here.
 
     Raises:
         DataError: The table is missing or unreadable.
         RowError: A row breaks a rule and ``config.on_bad_rows`` is ``raise``.
     """
     for file in table_files(path):
-        total = log_rows(file) if file.suffix == ".parquet" else batch_rows
-        for start in range(0, max(total, 1), batch_rows):
-            whole = file.suffix != ".parquet"
-            raw = (
-                read_raw(file, config.encoding)
-                if whole
-                else pl.scan_parquet(file).slice(start, batch_rows).collect()
-            )
+        for start, raw in _raw_boards(file, config):
             checked = check_frame(raw, BOARDS, file.name, first_row=start + 1)
             if config.on_bad_rows == "raise":
                 raise_problems(checked.report, droppable=True)
-            bad.update(
-                {f"boards: {rule}": rows for rule, rows in checked.report.rules_broken.items()}
-            )
-            yield checked.frame.select("board_id", "title", "entity_id")
+            for rule, rows in checked.report.rules_broken.items():
+                bad_rows[f"boards: {rule}"] += rows
+            yield checked.frame.select(list(_BOARD_ROWS))
 
 
-def write_board_titles(
-    boards: TableSource, work: Path, config: PipelineConfig, partitions: int, bad: Counter[str]
+def _raw_boards(file: Path, config: PipelineConfig) -> Iterator[tuple[int, pl.DataFrame]]:
+    """Read batches of a Parquet file, or another file whole, each with its first row's place."""
+    if file.suffix != ".parquet":
+        yield 0, read_raw(file, config.encoding)
+        return
+    for start in range(0, max(log_rows(file), 1), config.batch_rows):
+        yield start, pl.scan_parquet(file).slice(start, config.batch_rows).collect()
+
+
+def _write_board_titles(
+    boards: TableSource, work: Path, config: PipelineConfig, partitions: int, bad_rows: Counter[str]
 ) -> int:
-    """Write ``work/board_titles``; two passes over the partitions: words of all entities first, then the titles of each. Returns rows."""
-    schema: dict[str, pl.DataType] = {
-        "board_id": pl.String(),
-        "title": pl.String(),
-        "entity_id": pl.String(),
-    }
+    """Write ``work/board_titles``: count the words of all entities first, then choose titles.
+
+    Returns:
+        Rows written.
+    """
     spill = Spill(work / "spill-boards", partitions)
-    for frame in read_boards(boards, config, bad):
+    for frame in read_boards(boards, config, bad_rows):
         spill.add(frame)
-    parts: list[Prevalence] = [
-        word_prevalence(frame, config.boards) for _, frame in spill.drain(schema, keep=True)
+    parts = [
+        word_prevalence(frame, config.boards) for _, frame in spill.drain(_BOARD_ROWS, keep=True)
     ]
     everywhere = add_prevalence(parts)
     rows = 0
-    for number, frame in spill.drain(schema):
+    for number, frame in spill.drain(_BOARD_ROWS):
         titles = board_titles(frame, config.boards, everywhere)
         rows += titles.height
         write_table(titles, work / "board_titles" / part_name(number))
@@ -272,12 +305,12 @@ def write_board_titles(
 
 
 def part_name(number: int) -> str:
-    """File name of a partition's output."""
+    """Return the file name of a partition's output."""
     return f"part-{number:05d}.parquet"
 
 
 def prepare_output(out: Path, overwrite: bool) -> Path:
-    """Make the hidden folder in which the output grows.
+    """Make the hidden folder that the output is written to.
 
     Raises:
         ConfigError: ``out`` is there and may not be replaced.
@@ -292,34 +325,21 @@ def prepare_output(out: Path, overwrite: bool) -> Path:
     return work
 
 
-def finish_output(
-    work: Path,
-    out: Path,
-    config: PipelineConfig,
-    split: TimeSplit,
-    counts: Counter[str],
-    bad: Counter[str],
-    partitions: int,
-    titles: int,
-) -> dict[str, Any]:
-    """Write the summary, then move the finished folder into place."""
+def finish_output(work: Path, out: Path, facts: RunFacts) -> dict[str, Any]:
+    """Write the summary, then move the finished folder into place; returns the summary."""
     for spilled in ("spill", "spill-boards"):
         shutil.rmtree(work / spilled, ignore_errors=True)
     pairs = pl.scan_parquet(work / "pairs" / "*.parquet").select(
         "query", "entity_type", "entity_id", "action", "count", "split"
     )
+    engaged = pl.scan_parquet(work / "engaged_queries" / "*.parquet")
     summary = {
-        "windows": {name: moment.isoformat() for name, moment in split._asdict().items()},
-        "counts": dict(sorted(counts.items())),
-        "bad_rows_dropped": dict(bad),
-        "engaged_queries": (
-            pl.scan_parquet(work / "engaged_queries" / "*.parquet")
-            .select(pl.len())
-            .collect()
-            .item()
-        ),
-        "board_titles": titles,
-        "partitions": partitions,
+        "windows": {name: moment.isoformat() for name, moment in facts.split._asdict().items()},
+        "counts": dict(sorted(facts.counts.items())),
+        "bad_rows_dropped": dict(facts.bad_rows),
+        "engaged_queries": engaged.select(pl.len()).collect().item(),
+        "board_titles": facts.board_titles,
+        "partitions": facts.partitions,
         "table_1": pairs_table(pairs.collect()).to_dicts(),
     }
     write_summary(summary, work)

@@ -1,7 +1,8 @@
-"""The pipeline on many machines: Ray Data reads and partitions the log, and the same per-entity functions run on every partition at once.
+"""Run the pipeline on many machines: Ray Data reads and partitions the log.
 
-Results equal the local ones, row for row. All machines must see the log under the same path and
-have this package installed; the output is written by the machine that asked for it.
+The same functions run on all partitions at once, and results equal the local ones, row for row. All
+machines must see the log under the same path and have this package installed; the calling machine
+writes the output.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import logging
 import math
 from collections import Counter
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,10 +26,12 @@ from encoders.enrichment.board_titles import (
     word_prevalence,
 )
 from encoders.errors import DataError, MissingDependency
-from encoders.logs.events import BATCH_ROWS, engaged_events, raw_batch
+from encoders.logs.events import engaged_events, raw_batch
 from encoders.logs.pipeline import (
     PARTITION_ROWS,
     PipelineConfig,
+    PipelineInputs,
+    RunFacts,
     finish_output,
     part_name,
     partition_of,
@@ -45,85 +49,74 @@ LABEL = "partition"
 
 
 def run_ray_pipeline(
-    log: TableSource,
+    inputs: PipelineInputs,
     out: Path,
     config: PipelineConfig,
     *,
     address: str,
-    boards: TableSource | None = None,
-    known: pl.DataFrame | None = None,
-    partitions: int | None = None,
     overwrite: bool = False,
-    now: datetime | None = None,
-    batch_rows: int = BATCH_ROWS,
 ) -> dict[str, Any]:
-    """``pipeline.run_pipeline`` on a Ray cluster; see there for the arguments.
+    """Do what ``pipeline.run_pipeline`` does, on a Ray cluster.
 
     Args:
-        log: As there.
-        out: As there.
-        config: As there.
+        inputs: What to read.
+        out: Folder to make.
+        config: Settings; ``partitions`` None: one per core of the cluster, or per
+            ``PARTITION_ROWS`` log rows if that is more. One task reads ``batch_rows`` log rows.
         address: Address of a running cluster (``host:port``, ``auto``), or ``local`` to start one
             here.
-        boards: As there.
-        known: As there.
-        partitions: As there; at least one per core of the cluster is a good number.
-        overwrite: As there.
-        now: As there.
-        batch_rows: Log rows read by one task.
+        overwrite: Replace ``out`` if it is there.
 
     Returns:
-        The summary, as there.
+        The summary.
 
     Raises:
         MissingDependency: Ray is not installed.
+        ConfigError: ``out`` is there and ``overwrite`` is not set.
         DataError: The log is unreadable, or a row breaks a rule.
     """
     ray = connect(address)
     work = prepare_output(out, overwrite)
-    partitions = partitions or max(
-        int(ray.cluster_resources().get("CPU", 1)), math.ceil(log_rows(log) / PARTITION_ROWS)
-    )
-    now = now or datetime.now(UTC)
+    cores = int(ray.cluster_resources().get("CPU", 1))
+    partitions = config.partitions or max(cores, math.ceil(log_rows(inputs.log) / PARTITION_ROWS))
+    now = config.now or datetime.now(UTC)
 
     def read(batch: pa.Table) -> pa.Table:
         return _read_task(batch, config, partitions, now)
 
     events = (
-        ray.data.from_items(_reading_tasks(log, batch_rows))
+        ray.data.from_items(_reading_tasks(inputs.log, config.batch_rows))
         .map_batches(read, batch_size=1, batch_format="pyarrow")
         .materialize()
     )
-    bad: Counter[str] = Counter()
+    bad_rows: Counter[str] = Counter()
     for row in events.map_batches(_reports, batch_format="pyarrow").iter_rows():
-        bad.update(json.loads(row["report"]))
-    latest = events.max("timestamp")
-    last = latest.replace(tzinfo=UTC) if latest is not None and latest.tzinfo is None else latest
+        bad_rows.update(json.loads(row["report"]))
+    last = events.max("timestamp")
+    if last is not None and last.tzinfo is None:
+        last = last.replace(tzinfo=UTC)
     split = config.pairs.split_at(last or now)
+    known = inputs.known
 
     def process(group: pa.Table) -> pa.Table:
         frame = _frame(group)
-        done = process_events(
-            frame.filter(pl.col("timestamp").is_not_null()).drop(LABEL, "report"),
-            config,
-            split,
-            known,
-        )
-        return _pack(
-            frame[LABEL][0], {"engaged_queries": done.engaged, "pairs": done.pairs}, done.counts
-        )
+        rows = frame.filter(pl.col("timestamp").is_not_null()).drop(LABEL, "report")
+        done = process_events(rows, config, split, known)
+        outputs = {"engaged_queries": done.engaged, "pairs": done.pairs}
+        return _pack(frame[LABEL][0], outputs, done.counts)
 
     counts: Counter[str] = Counter()
-    for row in (
-        events.groupby(LABEL, num_partitions=partitions)
-        .map_groups(process, batch_format="pyarrow")
-        .iter_rows()
-    ):
+    grouped = events.groupby(LABEL, num_partitions=partitions)
+    for row in grouped.map_groups(process, batch_format="pyarrow").iter_rows():
         counts.update(_unpack(row, work))
-    titles = (
-        _ray_board_titles(ray, boards, work, config, partitions, bad) if boards is not None else 0
+    titles = 0
+    if inputs.boards is not None:
+        frames = read_boards(inputs.boards, config, bad_rows)
+        titles = _ray_board_titles(ray, frames, work, config, partitions)
+    facts = RunFacts(
+        split=split, partitions=partitions, counts=counts, bad_rows=bad_rows, board_titles=titles
     )
-    return finish_output(work, out, config, split, counts, bad, partitions, titles)
+    return finish_output(work, out, facts)
 
 
 def connect(address: str) -> Any:
@@ -153,6 +146,7 @@ def connect(address: str) -> Any:
 
 
 def _reading_tasks(log: TableSource, batch_rows: int) -> list[dict[str, Any]]:
+    """List the pieces of a log that one task each reads."""
     tasks = []
     for file in table_files(log):
         rows = log_rows(file) if file.suffix == ".parquet" else 1
@@ -164,7 +158,10 @@ def _reading_tasks(log: TableSource, batch_rows: int) -> list[dict[str, Any]]:
 
 
 def _read_task(batch: pa.Table, config: PipelineConfig, partitions: int, now: datetime) -> pa.Table:
-    """Events of some reading tasks with their partition; the report travels in one extra row per task, which has no timestamp."""
+    """Read the events of some tasks, with their partition.
+
+    The report is carried by one more row a task, which has no timestamp.
+    """
     frames = []
     for task in batch.to_pylist():
         raw = raw_batch(Path(task["file"]), config.encoding, task["start"], task["rows"])
@@ -183,22 +180,21 @@ def _read_task(batch: pa.Table, config: PipelineConfig, partitions: int, now: da
 
 
 def _reports(batch: pa.Table) -> pa.Table:
+    """Keep the reports of reading tasks."""
     return _table(_frame(batch.select(["report"])).drop_nulls())
 
 
 def _ray_board_titles(
-    ray: Any,
-    boards: TableSource,
-    work: Path,
-    config: PipelineConfig,
-    partitions: int,
-    bad: Counter[str],
+    ray: Any, boards: Iterator[pl.DataFrame], work: Path, config: PipelineConfig, partitions: int
 ) -> int:
-    frames = [
-        frame.with_columns(partition_of(partitions).alias(LABEL))
-        for frame in read_boards(boards, config, bad)
-    ]
-    data = ray.data.from_arrow([_table(frame) for frame in frames]).materialize()
+    """Write ``work/board_titles``: count the words of all entities first, then choose titles.
+
+    Returns:
+        Rows written.
+    """
+    label = partition_of(partitions).alias(LABEL)
+    tables = [_table(frame.with_columns(label)) for frame in boards]
+    data = ray.data.from_arrow(tables).materialize()
     grouped = data.groupby(LABEL, num_partitions=partitions)
 
     def count(group: pa.Table) -> pa.Table:
@@ -209,11 +205,8 @@ def _ray_board_titles(
         Prevalence(_from_bytes(row["words"]), json.loads(row["counts"])["entities"])
         for row in grouped.map_groups(count, batch_format="pyarrow").iter_rows()
     ]
-    everywhere = (
-        add_prevalence(parts)
-        if parts
-        else Prevalence(pl.DataFrame(schema={"word": pl.String, "entities": pl.Int64}), 0)
-    )
+    nowhere = Prevalence(pl.DataFrame(schema={"word": pl.String, "entities": pl.Int64}), 0)
+    everywhere = add_prevalence([nowhere, *parts])
 
     def rank(group: pa.Table) -> pa.Table:
         frame = _frame(group)
@@ -237,7 +230,7 @@ def _table(frame: pl.DataFrame) -> pa.Table:
 
 
 def _pack(number: int, frames: dict[str, pl.DataFrame], counts: Counter[str]) -> pa.Table:
-    """One row that carries whole frames: the outputs of a partition have different columns, a Ray data set has one schema."""
+    """Pack frames into one row: a partition's outputs differ in columns, a Ray data set may not."""
     row: dict[str, Any] = {LABEL: [int(number)], "counts": [json.dumps(counts)]}
     for name, frame in frames.items():
         buffer = io.BytesIO()
@@ -251,6 +244,7 @@ def _from_bytes(packed: bytes) -> pl.DataFrame:
 
 
 def _unpack(row: dict[str, Any], work: Path) -> Counter[str]:
+    """Write the frames of a packed row to ``work`` and return its counts."""
     for name in row.keys() - {LABEL, "counts"}:
         write_table(_from_bytes(row[name]), work / name / part_name(row[LABEL]))
     return Counter(json.loads(row["counts"]))

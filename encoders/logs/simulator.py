@@ -1,4 +1,4 @@
-"""A seeded simulator that turns annotation pairs into a search log of any size, to test the pipeline's correctness and scale.
+"""Simulate a search log of any size from annotation pairs, to test correctness and scale.
 
 Everything it makes is simulated. It is fit for correctness, scale and cache studies, and unfit for
 any claim about quality.
@@ -39,7 +39,7 @@ COUNTRIES: dict[str, tuple[str, ...]] = {
     "uk": ("UA",),
     "ar": ("EG", "SA"),
 }
-"""Countries of a language's searchers; a language that is not here is its own country in capitals."""
+"""Countries of a language's users; a language that is not here is a country, in capitals."""
 
 BLAND_TITLES = (
     "ideas",
@@ -70,7 +70,7 @@ class SimulatorConfig:
     rows_per_file: int = 1_000_000
     """Size of the part files; each covers an equal share of the time. Peak memory grows with it."""
     users: int = 50_000
-    """People who search."""
+    """Users who search."""
     query_exponent: float = 0.9
     """Zipf exponent of query popularity."""
     entity_exponent: float = 0.6
@@ -113,7 +113,7 @@ class SimulatorConfig:
 
 
 class _World(NamedTuple):
-    """The fixed part of the simulation: who searches for what.
+    """The fixed part of the simulation: which user searches for what.
 
     ``P`` pairs, sorted by language, query.
     """
@@ -124,7 +124,7 @@ class _World(NamedTuple):
     language_range: Floats
     """``(L + 1,)`` cumulative popularity where each language starts."""
     popularity: Floats
-    """``(P,)`` cumulative popularity of pairs (query popularity shared out by entity popularity)."""
+    """``(P,)`` cumulative popularity of pairs: the query's, divided by entity popularity."""
     pair_query: Ints
     pair_entity: Ints
     entity_pairs: Ints
@@ -141,7 +141,7 @@ class _World(NamedTuple):
 
 
 def _zipf(n: int, exponent: float, rng: np.random.Generator) -> Floats:
-    """Popularity of ``n`` things whose ranks are shuffled; sums to 1."""
+    """Return the popularity of ``n`` things whose ranks are shuffled; sums to 1."""
     weights = (np.arange(n) + 2.7) ** -exponent
     rng.shuffle(weights)
     normalised: Floats = weights / weights.sum()
@@ -149,10 +149,10 @@ def _zipf(n: int, exponent: float, rng: np.random.Generator) -> Floats:
 
 
 def _build_world(pairs: pl.DataFrame, config: SimulatorConfig) -> _World:
+    """Number queries, entities and users, and draw their popularity."""
     rng = np.random.default_rng([config.seed, 1])
-    pairs = pairs.select("language", "query", "entity_type", "entity_id").unique(
-        maintain_order=True
-    )
+    columns = ("language", "query", "entity_type", "entity_id")
+    pairs = pairs.select(columns).unique(maintain_order=True)
     pairs = pairs.filter(pl.col("entity_type") != "query").sort("language", "query", "entity_id")
     if not pairs.height:
         raise DataError(
@@ -165,7 +165,8 @@ def _build_world(pairs: pl.DataFrame, config: SimulatorConfig) -> _World:
     coded = pairs.join(queries, on=["language", "query"], maintain_order="left").join(
         entities, on=["entity_type", "entity_id"], maintain_order="left"
     )
-    q, e = coded["q"].to_numpy().astype(np.int64), coded["e"].to_numpy().astype(np.int64)
+    q = coded["q"].to_numpy().astype(np.int64)
+    e = coded["e"].to_numpy().astype(np.int64)
     by_entity = _zipf(entities.height, config.entity_exponent, rng)
     by_query = _zipf(queries.height, config.query_exponent, rng)
     share = by_entity[e] / np.bincount(q, weights=by_entity[e])[q]
@@ -205,7 +206,7 @@ def _build_world(pairs: pl.DataFrame, config: SimulatorConfig) -> _World:
 
 
 def simulate_log(pairs: pl.DataFrame, config: SimulatorConfig) -> Iterator[pl.DataFrame]:
-    """Make the log part by part, in the order in which it would have been written (late events come in later parts).
+    """Make the log part by part, in the order of writing: late events are in later parts.
 
     Args:
         pairs: Pairs table; ``language``, ``query``, ``entity_type`` and ``entity_id`` are read.
@@ -228,26 +229,25 @@ def simulate_log(pairs: pl.DataFrame, config: SimulatorConfig) -> Iterator[pl.Da
         wanted = config.rows * (part + 1) // parts - config.rows * part // parts
         events = _events(world, config, wanted, begin, end, rng)
         late = rng.random(events.height) < config.late
-        arrival = events["timestamp"].to_physical().to_numpy() + np.where(
-            late, rng.integers(DAY, 14 * DAY, events.height), 0
-        )
+        delay = np.where(late, rng.integers(DAY, 14 * DAY, events.height), 0)
+        arrival = events["timestamp"].to_physical().to_numpy() + delay
         later = (arrival >= end) & (part + 1 < parts)
-        held = events.filter(pl.Series(later))
         due = [frame for when, frame in postponed if when == part]
         postponed = [item for item in postponed if item[0] != part]
-        if held.height:
-            for target in np.unique(np.minimum((arrival[later] - origin) // span, parts - 1)):
-                chosen = np.minimum((arrival[later] - origin) // span, parts - 1) == target
-                postponed.append((int(target), held.filter(pl.Series(chosen))))
+        held = events.filter(pl.Series(later))
+        part_of_held = np.minimum((arrival[later] - origin) // span, parts - 1)
+        for target in np.unique(part_of_held):
+            chosen = held.filter(pl.Series(part_of_held == target))
+            postponed.append((int(target), chosen))
         written = pl.concat([events.filter(pl.Series(~later)), *due])
         again = written.filter(pl.Series(rng.random(written.height) < config.duplicates))
         yield pl.concat([written, again])
 
 
 def _draw(cumulative: Floats, uniform: Floats) -> Ints:
-    return np.minimum(
-        np.searchsorted(cumulative, uniform, side="right"), len(cumulative) - 1
-    ).astype(np.int64)
+    """Draw rows by cumulative popularity, for uniform numbers between 0 and its last value."""
+    rows = np.searchsorted(cumulative, uniform, side="right")
+    return np.minimum(rows, len(cumulative) - 1).astype(np.int64)
 
 
 def _events(
@@ -258,7 +258,7 @@ def _events(
     end: int,
     rng: np.random.Generator,
 ) -> pl.DataFrame:
-    """``wanted`` events between two times (microseconds since 1970), in time order."""
+    """Make ``wanted`` events between two times (microseconds since 1970), in time order."""
     searches = max(1, int(wanted / (config.results_per_search + 0.9)))
     frames, rows = [], 0
     while rows < wanted:
@@ -270,6 +270,42 @@ def _events(
     return merged.sort("timestamp", maintain_order=True)
 
 
+class _Searches(NamedTuple):
+    """Searches, ``n`` of them, in time order within a session."""
+
+    user: Ints
+    when: Ints
+    """Microseconds since 1970."""
+    language: Ints
+    pair: Ints
+    """The pair that the user has in mind: query and wanted entity."""
+    query: Ints
+
+
+class _Results(NamedTuple):
+    """What ``n`` searches showed, ``k`` results each."""
+
+    entity: Ints
+    """(n, k)"""
+    relevant: npt.NDArray[np.bool_]
+    """(n, k) annotated with the query."""
+
+
+class _Rows(NamedTuple):
+    """Log rows of one kind; every field has one value per row."""
+
+    search: Ints
+    when: Ints
+    entity: Ints
+    """Meaningless for clicks on suggestions."""
+    action: Ints
+    """Place in ``ACTIONS``."""
+    dwell: Floats
+    """Seconds; NaN: none."""
+    position: Ints
+    """Rank, from 1."""
+
+
 def _search_events(
     world: _World,
     config: SimulatorConfig,
@@ -278,161 +314,193 @@ def _search_events(
     end: int,
     rng: np.random.Generator,
 ) -> pl.DataFrame:
-    n, k = searches, config.results_per_search
-    # Sessions: a person sits down once and searches a few times, about a minute apart.
-    fresh = rng.random(n) < 1 / config.searches_per_session
-    fresh[0] = True
-    session = np.cumsum(fresh) - 1
-    count = int(session[-1]) + 1
-    user = (config.users * rng.random(count) ** 2).astype(np.int64)[
-        session
-    ]  # some people search far more than others
-    since = np.arange(n) - np.flatnonzero(fresh)[session]
-    when = (
-        _evening_times(count, begin, end, rng)[session]
-        + since * 60 * MICROSECONDS
-        + rng.integers(0, 30 * MICROSECONDS, n)
+    """Make the events of some searches, search by search."""
+    made = _make_searches(world, config, _session_times(config, searches, begin, end, rng), rng)
+    shown = _make_results(world, config, made, rng)
+    impressions = _impressions(made, shown)
+    clicks, follow_ups = _make_clicks(world, made, shown, rng)
+    suggestions, suggested = _make_suggestion_clicks(world, config, made, rng)
+    kinds = (impressions, clicks, follow_ups, suggestions)
+    rows = _Rows(*(np.concatenate(values) for values in zip(*kinds, strict=True)))
+    rows = rows._replace(when=np.clip(rows.when, begin, end - 1))
+    # How each search was typed: as annotated, or in one of three messy forms.
+    variant = np.where(rng.random(searches) < config.messy, rng.integers(1, 4, searches), 0)
+    typed = world.texts.gather(made.query + variant * (len(world.texts) // 4))
+    events = _event_table(world, made, rows, typed)
+    # The last rows are clicks on suggestions: their entity is the suggested query.
+    suggested_text = world.texts.gather(suggested)
+    first = events.height - len(suggested_text)
+    of_query = events[first:].with_columns(
+        entity_type=pl.lit("query"), entity_id=suggested_text.alias("entity_id")
     )
-    language = world.user_language[user]
-    low, high = world.language_range[language], world.language_range[language + 1]
-    pair = _draw(world.popularity, low + rng.random(n) * (high - low))
-    query = world.pair_query[pair]
-    # Results: the annotated entity somewhere near the top, others that were annotated with the
-    # query too, and noise.
-    block = np.arange(k)
-    related = _draw(world.popularity, np.repeat(world.popularity[pair], k) + 0.0)
-    neighbour = np.clip(
-        related.reshape(n, k) + block - rng.integers(0, k, (n, 1)), 0, len(world.pair_query) - 1
-    )
-    same = world.pair_query[neighbour] == query[:, None]
-    shown = np.where(
-        same,
-        world.pair_entity[neighbour],
-        _draw(world.entity_popularity, rng.random(n * k) * world.entity_popularity[-1]).reshape(
-            n, k
-        ),
-    )
-    noisy = rng.random((n, k)) < config.noise
-    shown = np.where(
-        noisy,
-        _draw(world.entity_popularity, rng.random(n * k) * world.entity_popularity[-1]).reshape(
-            n, k
-        ),
-        shown,
-    )
-    top = np.minimum(rng.geometric(0.5, n) - 1, k - 1)
-    shown[np.arange(n), top] = world.pair_entity[pair]
-    relevant = same & ~noisy
-    relevant[np.arange(n), top] = True
-    # Position bias: the chance that a result is looked at falls with its rank; relevance decides
-    # what happens then.
-    looked = rng.random((n, k)) < 1 / (1 + 0.35 * block)
-    clicked = looked & (rng.random((n, k)) < np.where(relevant, 0.55, 0.04))
-    dwell = np.exp(rng.normal(np.where(relevant, 2.9, 1.4), 1.0))
-    row, position = np.nonzero(clicked)
-    entity, seconds = shown[row, position], dwell[row, position].round(1)
-    opened = when[row] + (2 + 3 * position) * MICROSECONDS
-    product = (world.entity_types.gather(entity) != "pin").to_numpy()
-    strong = rng.random(len(row)) < np.where(seconds >= 10, 0.35, 0.05)
-    done = np.where(
-        product,
-        np.where(
-            rng.random(len(row)) < 0.3, ACTIONS.index("checkout"), ACTIONS.index("add_to_cart")
-        ),
-        ACTIONS.index("save"),
-    )
-    action = np.where(
-        (seconds >= 10) & (rng.random(len(row)) < 0.8),
-        ACTIONS.index("long_click"),
-        ACTIONS.index("click"),
-    )
-    # A click on a suggested query: another query that was annotated with the wanted entity.
-    follows = np.flatnonzero(rng.random(n) < config.suggestion_clicks)
-    aim = world.pair_entity[pair[follows]]
-    start, stop = world.entity_start[aim], world.entity_start[aim + 1]
-    suggested = world.pair_query[
-        world.entity_pairs[start + (rng.random(len(follows)) * (stop - start)).astype(np.int64)]
-    ]
-    follows, suggested = (
-        follows[suggested != query[follows]],
-        suggested[suggested != query[follows]],
-    )
-
-    total_impressions = n * k
-    search = np.concatenate([np.repeat(np.arange(n), k), row, row[strong], follows])
-    stamps = np.concatenate(
-        [
-            np.repeat(when, k),
-            opened,
-            opened[strong] + (seconds[strong] * MICROSECONDS).astype(np.int64),
-            when[follows] + DAY // 2880,
-        ]
-    )
-    entities = np.concatenate(
-        [shown.ravel(), entity, entity[strong], np.zeros(len(follows), np.int64)]
-    )
-    actions = np.concatenate(
-        [
-            np.zeros(total_impressions, np.int64),
-            action,
-            done[strong],
-            np.full(len(follows), ACTIONS.index("query_click")),
-        ]
-    )
-    dwells = np.concatenate(
-        [
-            np.full(total_impressions, np.nan),
-            seconds,
-            np.full(int(strong.sum()) + len(follows), np.nan),
-        ]
-    )
-    positions = np.concatenate(
-        [np.tile(block + 1, n), position + 1, position[strong] + 1, np.ones(len(follows), np.int64)]
-    )
-    is_query = np.arange(len(search)) >= len(search) - len(follows)
-    variant = np.where(rng.random(n) < config.messy, rng.integers(1, 4, n), 0)
-    text_rows = query + variant * (len(world.texts) // 4)
-    suggestion_rows = np.zeros(len(search), np.int64)
-    suggestion_rows[is_query] = suggested
-    pick = (user * 2_654_435_761) % 997
-    table = _countries(world)
-    frame = pl.DataFrame(
-        {
-            "timestamp": pl.Series(np.clip(stamps, begin, end - 1)).cast(pl.Datetime("us", "UTC")),
-            "query": world.texts.gather(text_rows[search]),
-            "language": pl.Series(world.languages).gather(language[search]),
-            "country": (
-                pl.Series(table.ravel()).gather(
-                    (language * table.shape[1] + pick % table.shape[1])[search]
-                )
-            ),
-            "user_id": world.user_ids.gather(user[search]),
-            "entity_type": world.entity_types.gather(entities),
-            "entity_id": world.entity_ids.gather(entities),
-            "action": pl.Series(list(ACTIONS)).gather(actions),
-            "dwell_seconds": pl.Series(dwells).fill_nan(None),
-            "position": positions,
-        }
-    )
-    asked = pl.Series(is_query)
-    frame = frame.with_columns(
-        pl.when(asked).then(pl.lit("query")).otherwise(pl.col("entity_type")).alias("entity_type"),
-        pl.when(asked)
-        .then(world.texts.gather(suggestion_rows))
-        .otherwise(pl.col("entity_id"))
-        .alias("entity_id"),
-    )
-    # Chronological within a person's search, so that cutting at a row count keeps whole prefixes.
+    # In time order within a user's search, so that cutting at a row count keeps whole prefixes.
+    order = pl.Series("__s", rows.search)
     return (
-        frame.with_columns(pl.Series("__s", search))
+        pl.concat([events[:first], of_query])
+        .with_columns(order)
         .sort("__s", maintain_order=True)
         .drop("__s")
         .select(c.name for c in LOG.columns)
     )
 
 
+def _session_times(
+    config: SimulatorConfig, searches: int, begin: int, end: int, rng: np.random.Generator
+) -> tuple[Ints, Ints]:
+    """Draw who searches when: a session is a few searches of one user, about a minute apart.
+
+    Returns:
+        ``(n,)`` user and time of each search.
+    """
+    fresh = rng.random(searches) < 1 / config.searches_per_session
+    fresh[0] = True
+    session = np.cumsum(fresh) - 1
+    count = int(session[-1]) + 1
+    # The square: some users search far more than others.
+    user = (config.users * rng.random(count) ** 2).astype(np.int64)[session]
+    place = np.arange(searches) - np.flatnonzero(fresh)[session]
+    start = _evening_times(count, begin, end, rng)[session]
+    when = start + place * 60 * MICROSECONDS + rng.integers(0, 30 * MICROSECONDS, searches)
+    return user, when
+
+
+def _make_searches(
+    world: _World, config: SimulatorConfig, times: tuple[Ints, Ints], rng: np.random.Generator
+) -> _Searches:
+    """Draw what each user has in mind, by popularity in the user's language."""
+    user, when = times
+    language = world.user_language[user]
+    low, high = world.language_range[language], world.language_range[language + 1]
+    pair = _draw(world.popularity, low + rng.random(len(user)) * (high - low))
+    return _Searches(user, when, language, pair, world.pair_query[pair])
+
+
+def _make_results(
+    world: _World, config: SimulatorConfig, made: _Searches, rng: np.random.Generator
+) -> _Results:
+    """Draw results: the wanted entity near the top, others of the query, and noise."""
+    n, k = len(made.user), config.results_per_search
+    block = np.arange(k)
+    related = _draw(world.popularity, np.repeat(world.popularity[made.pair], k) + 0.0)
+    neighbour = related.reshape(n, k) + block - rng.integers(0, k, (n, 1))
+    neighbour = np.clip(neighbour, 0, len(world.pair_query) - 1)
+    same = world.pair_query[neighbour] == made.query[:, None]
+
+    def any_entities() -> Ints:
+        uniform = rng.random(n * k) * world.entity_popularity[-1]
+        return _draw(world.entity_popularity, uniform).reshape(n, k)
+
+    entity = np.where(same, world.pair_entity[neighbour], any_entities())
+    noisy = rng.random((n, k)) < config.noise
+    entity = np.where(noisy, any_entities(), entity)
+    relevant = same & ~noisy
+    top = np.minimum(rng.geometric(0.5, n) - 1, k - 1)
+    entity[np.arange(n), top] = world.pair_entity[made.pair]
+    relevant[np.arange(n), top] = True
+    return _Results(entity, relevant)
+
+
+def _impressions(made: _Searches, shown: _Results) -> _Rows:
+    """List every result as an impression."""
+    n, k = shown.entity.shape
+    return _Rows(
+        search=np.repeat(np.arange(n), k),
+        when=np.repeat(made.when, k),
+        entity=shown.entity.ravel(),
+        action=np.full(n * k, ACTIONS.index("impression")),
+        dwell=np.full(n * k, np.nan),
+        position=np.tile(np.arange(k) + 1, n),
+    )
+
+
+def _make_clicks(
+    world: _World, made: _Searches, shown: _Results, rng: np.random.Generator
+) -> tuple[_Rows, _Rows]:
+    """Draw clicks, and what some of them lead to: saves, carts and checkouts.
+
+    Position bias: the chance that a result is looked at falls with its rank; relevance decides what
+    happens then.
+    """
+    n, k = shown.entity.shape
+    looked = rng.random((n, k)) < 1 / (1 + 0.35 * np.arange(k))
+    clicked = looked & (rng.random((n, k)) < np.where(shown.relevant, 0.55, 0.04))
+    dwell = np.exp(rng.normal(np.where(shown.relevant, 2.9, 1.4), 1.0))
+    search, place = np.nonzero(clicked)
+    seconds = dwell[search, place].round(1)
+    entity = shown.entity[search, place]
+    strong = rng.random(len(search)) < np.where(seconds >= 10, 0.35, 0.05)
+    checkout = rng.random(len(search)) < 0.3
+    long_click = (seconds >= 10) & (rng.random(len(search)) < 0.8)
+    clicks = _Rows(
+        search=search,
+        when=made.when[search] + (2 + 3 * place) * MICROSECONDS,
+        entity=entity,
+        action=np.where(long_click, ACTIONS.index("long_click"), ACTIONS.index("click")),
+        dwell=seconds,
+        position=place + 1,
+    )
+    bought = np.where(checkout, ACTIONS.index("checkout"), ACTIONS.index("add_to_cart"))
+    is_product = (world.entity_types.gather(entity) != "pin").to_numpy()
+    follow_ups = _Rows(
+        search=search[strong],
+        when=clicks.when[strong] + (seconds[strong] * MICROSECONDS).astype(np.int64),
+        entity=entity[strong],
+        action=np.where(is_product, bought, ACTIONS.index("save"))[strong],
+        dwell=np.full(int(strong.sum()), np.nan),
+        position=place[strong] + 1,
+    )
+    return clicks, follow_ups
+
+
+def _make_suggestion_clicks(
+    world: _World, config: SimulatorConfig, made: _Searches, rng: np.random.Generator
+) -> tuple[_Rows, Ints]:
+    """Draw clicks on suggested queries: others that were annotated with the wanted entity.
+
+    Returns:
+        The rows, and the suggested query of each.
+    """
+    search = np.flatnonzero(rng.random(len(made.user)) < config.suggestion_clicks)
+    wanted = world.pair_entity[made.pair[search]]
+    start, stop = world.entity_start[wanted], world.entity_start[wanted + 1]
+    place = start + (rng.random(len(search)) * (stop - start)).astype(np.int64)
+    suggested = world.pair_query[world.entity_pairs[place]]
+    another = suggested != made.query[search]
+    search = search[another]
+    rows = _Rows(
+        search=search,
+        when=made.when[search] + DAY // 2880,
+        entity=np.zeros(len(search), np.int64),
+        action=np.full(len(search), ACTIONS.index("query_click")),
+        dwell=np.full(len(search), np.nan),
+        position=np.ones(len(search), np.int64),
+    )
+    return rows, suggested[another]
+
+
+def _event_table(world: _World, made: _Searches, rows: _Rows, typed: pl.Series) -> pl.DataFrame:
+    """Write rows as the log's columns; ``typed`` holds the query text of each search."""
+    countries = _countries(world)
+    number = made.language * countries.shape[1]
+    number += (made.user * 2_654_435_761) % 997 % countries.shape[1]
+    return pl.DataFrame(
+        {
+            "timestamp": pl.Series(rows.when).cast(pl.Datetime("us", "UTC")),
+            "query": typed.gather(rows.search),
+            "language": pl.Series(world.languages).gather(made.language[rows.search]),
+            "country": pl.Series(countries.ravel()).gather(number[rows.search]),
+            "user_id": world.user_ids.gather(made.user[rows.search]),
+            "entity_type": world.entity_types.gather(rows.entity),
+            "entity_id": world.entity_ids.gather(rows.entity),
+            "action": pl.Series(list(ACTIONS)).gather(rows.action),
+            "dwell_seconds": pl.Series(rows.dwell).fill_nan(None),
+            "position": rows.position,
+        }
+    )
+
+
 def _evening_times(count: int, begin: int, end: int, rng: np.random.Generator) -> Ints:
-    """Start times: uniform over days, twice as likely in the evening."""
+    """Draw start times: uniform over days, twice as likely in the evening."""
     times = rng.integers(begin, end, count)
     hour = (times // (3600 * MICROSECONDS)) % 24
     redraw = (hour < 6) & (rng.random(count) < 0.7)
@@ -441,12 +509,12 @@ def _evening_times(count: int, begin: int, end: int, rng: np.random.Generator) -
 
 
 def _countries(world: _World) -> npt.NDArray[np.str_]:
-    """``(L, 12)`` countries per language, repeated to one length."""
+    """Return ``(L, 12)`` countries per language, repeated to one length."""
     return np.array([[names[i % len(names)] for i in range(12)] for names in world.countries])
 
 
 def simulate_boards(pairs: pl.DataFrame, config: SimulatorConfig) -> pl.DataFrame:
-    """Make a boards table: people file entities under a query that was annotated with it, or under a bland title.
+    """Make a boards table: users file entities under an annotated query or a bland title.
 
     Returns:
         ``config.board_rows`` rows of the boards schema (some repeat an earlier one, as exports do).
@@ -461,13 +529,10 @@ def simulate_boards(pairs: pl.DataFrame, config: SimulatorConfig) -> pl.DataFram
         bland, rng.integers(0, len(BLAND_TITLES), n), world.pair_query[pair] + len(BLAND_TITLES)
     )
     titles = pl.concat([pl.Series(list(BLAND_TITLES)), world.texts])
+    board_ids = pl.select(pl.format("{}-{}", world.user_ids.gather(user), pl.Series(number)))
     return pl.DataFrame(
         {
-            "board_id": (
-                pl.select(
-                    pl.format("{}-{}", world.user_ids.gather(user), pl.Series(number))
-                ).to_series()
-            ),
+            "board_id": board_ids.to_series(),
             "title": titles.gather(number),
             "entity_id": world.entity_ids.gather(world.pair_entity[pair]),
         }
@@ -483,9 +548,10 @@ def write_simulation(
         What was made: rows, files, config, and the label ``simulated``.
     """
     rows = files = 0
-    for files, part in enumerate(simulate_log(pairs, config), start=1):
-        write_table(part, folder / "log" / f"part-{files - 1:05d}.parquet")
+    for part in simulate_log(pairs, config):
+        write_table(part, folder / "log" / f"part-{files:05d}.parquet")
         rows += part.height
+        files += 1
     boards = simulate_boards(pairs, config)
     write_table(boards, folder / "boards.parquet")
     summary: dict[str, object] = {

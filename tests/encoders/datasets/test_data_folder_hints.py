@@ -1,4 +1,4 @@
-"""A wrong --data is named for what is wrong with it, with the command that makes what is missing."""
+"""A wrong --data folder: the error says what is missing, and which command makes it."""
 
 from pathlib import Path
 

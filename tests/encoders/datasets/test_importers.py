@@ -23,8 +23,8 @@ def tsv(path: Path, *rows: str) -> None:
 
 @pytest.fixture()
 def unsplash(tmp_path: Path) -> Path:
-    photos = "photo_id|photo_url|photo_image_url|photo_description|photographer_username|photo_location_country|"
-    photos += "stats_views|stats_downloads|ai_description|blur_hash"
+    photos = "photo_id|photo_url|photo_image_url|photo_description|photographer_username|"
+    photos += "photo_location_country|stats_views|stats_downloads|ai_description|blur_hash"
     tsv(
         tmp_path / "photos.tsv000",
         photos,

@@ -426,8 +426,9 @@ def test_command_bad_rows_of_boards_are_counted(log_file: Path, tmp_path: Path) 
 
 
 def test_command_says_how_many_bad_rows_it_left_out(tmp_path: Path) -> None:
-    rows = "timestamp,query,entity_type,entity_id,action\n1700000000,q,pin,a,save\n1700000001,q,shoe,a,save\n"
-    (tmp_path / "log.csv").write_text(rows)
+    rows = ("1700000000,q,pin,a,save", "1700000001,q,shoe,a,save")
+    header = "timestamp,query,entity_type,entity_id,action"
+    (tmp_path / "log.csv").write_text("\n".join((header, *rows)) + "\n")
     arguments = [
         "--log",
         str(tmp_path / "log.csv"),

@@ -18,7 +18,7 @@ from encoders.commands import pairs as pairs_command
 from encoders.commands.data import group
 from encoders.errors import ConfigError, DataError, RowError
 from encoders.logs.pairs import PairsConfig, find_leaks
-from encoders.logs.pipeline import PipelineConfig, run_pipeline
+from encoders.logs.pipeline import PipelineConfig, PipelineInputs, run_pipeline
 from encoders.logs.simulator import SimulatorConfig, simulate_boards, simulate_log, write_simulation
 from encoders.tables.checks import check_frame
 from encoders.tables.files import write_table
@@ -107,26 +107,22 @@ def test_simulator_config_impossible_settings_are_refused(annotations: pl.DataFr
         next(simulate_log(annotations.clear(), CONFIG))
 
 
+def inputs_of(simulation: Path) -> PipelineInputs:
+    """The log and boards of a simulation."""
+    return PipelineInputs(log=simulation / "log", boards=simulation / "boards.parquet")
+
+
 @pytest.fixture(scope="module")
 def local(simulation: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     out = tmp_path_factory.mktemp("local") / "out"
-    summary = run_pipeline(
-        simulation / "log", out, PipelineConfig(), boards=simulation / "boards.parquet"
-    )
-    return out, summary
+    return out, run_pipeline(inputs_of(simulation), out, PipelineConfig())
 
 
 def test_pipeline_number_of_partitions_changes_nothing(
     local: tuple[Path, dict], simulation: Path, tmp_path: Path
 ) -> None:
     out, summary = local
-    cut = run_pipeline(
-        simulation / "log",
-        tmp_path / "out",
-        PipelineConfig(),
-        boards=simulation / "boards.parquet",
-        partitions=5,
-    )
+    cut = run_pipeline(inputs_of(simulation), tmp_path / "out", PipelineConfig(partitions=5))
     for name in NAMES:
         assert read(out, name).equals(read(tmp_path / "out", name)), name
         assert read(out, name).height > 0
@@ -143,9 +139,8 @@ def test_pipeline_heldout_pairs_are_not_visible_to_training(local: tuple[Path, d
 
 
 def test_pipeline_every_event_is_accounted_for(simulation: Path, tmp_path: Path) -> None:
-    summary = run_pipeline(
-        simulation / "log", tmp_path / "out", PipelineConfig(pairs=PairsConfig(keep_seen=True))
-    )
+    config = PipelineConfig(pairs=PairsConfig(keep_seen=True))
+    summary = run_pipeline(PipelineInputs(log=simulation / "log"), tmp_path / "out", config)
     counts = summary["counts"]
     events_dropped = sum(
         n for name, n in counts.items() if name.startswith("dropped: ") and "pairs" not in name
@@ -157,10 +152,9 @@ def test_pipeline_empty_log_gives_empty_tables(tmp_path: Path) -> None:
     write_table(LOG.empty(), tmp_path / "log.parquet")
     for partitions in (1, 3):
         summary = run_pipeline(
-            tmp_path / "log.parquet",
+            PipelineInputs(log=tmp_path / "log.parquet"),
             tmp_path / f"out{partitions}",
-            PipelineConfig(),
-            partitions=partitions,
+            PipelineConfig(partitions=partitions),
         )
         assert summary["counts"]["pairs"] == 0
         assert read(tmp_path / f"out{partitions}", "pairs").height == 0
@@ -170,14 +164,15 @@ def test_pipeline_failed_run_leaves_the_old_result(
     local: tuple[Path, dict], simulation: Path, tmp_path: Path
 ) -> None:
     write_table(LOG.empty(), tmp_path / "log.parquet")
-    run_pipeline(tmp_path / "log.parquet", tmp_path / "out", PipelineConfig())
+    out, config = tmp_path / "out", PipelineConfig()
+    run_pipeline(PipelineInputs(log=tmp_path / "log.parquet"), out, config)
     bad = pl.read_parquet(simulation / "log" / "part-00000.parquet").with_columns(
         pl.lit("x\0").alias("query")
     )
     write_table(bad, tmp_path / "bad.parquet")
     with pytest.raises(RowError, match="NUL"):
-        run_pipeline(tmp_path / "bad.parquet", tmp_path / "out", PipelineConfig(), overwrite=True)
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["counts"]["pairs"] == 0
+        run_pipeline(PipelineInputs(log=tmp_path / "bad.parquet"), out, config, overwrite=True)
+    assert json.loads((out / "summary.json").read_text())["counts"]["pairs"] == 0
 
 
 def test_simulate_command_labels_its_log(tmp_path: Path) -> None:
@@ -223,15 +218,8 @@ def test_ray_pipeline_two_nodes_equal_the_local_result(
     from encoders.logs.ray_pipeline import run_ray_pipeline
 
     out, summary = local
-    boards = simulation / "boards.parquet"
-    remote = run_ray_pipeline(
-        simulation / "log",
-        tmp_path / "out",
-        PipelineConfig(),
-        address=cluster,
-        boards=boards,
-        batch_rows=2_500,
-    )
+    config = PipelineConfig(batch_rows=2_500)
+    remote = run_ray_pipeline(inputs_of(simulation), tmp_path / "out", config, address=cluster)
     import ray
 
     assert len(ray.nodes()) == 2

@@ -106,7 +106,9 @@ class Overloaded(ServingError):
     """A queue is full; ``retry_after_ms`` says when to come again."""
 
     def __init__(self, what: str, limit: int, retry_after_ms: int) -> None:
-        self.what, self.limit, self.retry_after_ms = what, limit, retry_after_ms
+        self.what = what
+        self.limit = limit
+        self.retry_after_ms = retry_after_ms
         super().__init__(
             f"{what}: all {limit} places are taken. Try again in {retry_after_ms} ms, with jitter."
         )

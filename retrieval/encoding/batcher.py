@@ -102,33 +102,30 @@ class Batcher:
             left = max(0.0, left - (time.perf_counter() - self._running_since))
         return left + self._text_seconds * (len(self._queue) + 1)
 
-    def full(self) -> tuple[str, int, int] | None:
-        """If no text can be taken in: what is full, how many places it has, ms until it is worth trying; else None."""
-        if len(self._queue) >= self._max_queue:
-            if self._abandoned:
-                self._drop_abandoned()
-            if len(self._queue) >= self._max_queue:
-                return (
-                    "query encoder",
-                    self._max_queue,
-                    max(5, int(self.expected_wait_seconds() * 500)),
-                )
-        return None
+    def full(self) -> Overloaded | None:
+        """Return the error for one more text when the queue has no place; callers gone have none."""
+        if len(self._queue) < self._max_queue:
+            return None
+        if self._abandoned:
+            self._drop_abandoned()
+            if len(self._queue) < self._max_queue:
+                return None
+        retry_after_ms = max(5, int(self.expected_wait_seconds() * 500))
+        return Overloaded("query encoder", self._max_queue, retry_after_ms)
 
-    def late(self, remaining_seconds: float | None) -> tuple[str, int, int] | None:
-        """As ``full``, if a text that arrives now would probably not be encoded in this time.
+    def late(self, remaining_seconds: float | None) -> Overloaded | None:
+        """Return the error for a text that would probably not be encoded in this time.
 
         An idle encoder refuses nothing.
         """
-        if remaining_seconds is not None and (self._queue or self._running):
-            wait = self.expected_wait_seconds()
-            if wait > remaining_seconds:
-                return (
-                    "query encoder (within your deadline)",
-                    len(self._queue) + self._running,
-                    max(5, int(wait * 1e3)),
-                )
-        return None
+        if remaining_seconds is None or not (self._queue or self._running):
+            return None
+        wait = self.expected_wait_seconds()
+        if wait <= remaining_seconds:
+            return None
+        places = len(self._queue) + self._running
+        retry_after_ms = max(5, int(wait * 1e3))
+        return Overloaded("query encoder (within your deadline)", places, retry_after_ms)
 
     async def submit(self, text: str) -> Encoded:
         """Encode one normalised text; cancelling the call takes it out of the queue.
@@ -140,7 +137,7 @@ class Batcher:
         """
         full = self.full()
         if full is not None:
-            raise Overloaded(*full)
+            raise full
         future: asyncio.Future[Encoded] = asyncio.get_running_loop().create_future()
         self._queue.append(_Waiting(text, bucket_of(estimated_tokens(text)), future))
         if self._runner is None:

@@ -47,18 +47,18 @@ CATALOGUE: dict[str, tuple[str, str, Labels]] = {
     "omni_cache_evictions": ("counter", "Entries that left the cache.", ()),
     "omni_cache_entries": ("gauge", "Entries in the cache.", ()),
     "omni_cache_bytes": ("gauge", "Estimated bytes in the cache.", ()),
-    "omni_answers_kept_hits": (
+    "omni_cached_answers_hits": ("counter", "Answers found in the answer cache.", ()),
+    "omni_cached_answers_misses": (
         "counter",
-        "Answers that an earlier search of the same text and target had found.",
+        "Answers that could have been cached and were searched for.",
         (),
     ),
-    "omni_answers_kept_misses": (
-        "counter",
-        "Answers that could have been kept and were searched for.",
-        (),
-    ),
-    "omni_answers_kept": ("gauge", "Answers kept.", ()),
-    "omni_answers_kept_bytes": ("gauge", "Estimated bytes of kept answers.", ()),
+    "omni_cached_answers": ("gauge", "Answers in the cache.", ()),
+    "omni_cached_answers_bytes": ("gauge", "Estimated bytes of cached answers.", ()),
+    "omni_answers_kept_hits": ("counter", "Former name of omni_cached_answers_hits.", ()),
+    "omni_answers_kept_misses": ("counter", "Former name of omni_cached_answers_misses.", ()),
+    "omni_answers_kept": ("gauge", "Former name of omni_cached_answers.", ()),
+    "omni_answers_kept_bytes": ("gauge", "Former name of omni_cached_answers_bytes.", ()),
     "omni_redis": (
         "counter",
         (

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -41,6 +42,13 @@ RETRY_REFUSED_SECONDS = 30.0
 """A refused release is tried again after this (its files may have been restored); at once when CURRENT changes."""
 PREWARM_CHUNK = 8
 """Texts encoded at a time: a live text of a pinned release waits behind one such part at most."""
+
+
+class ReleaseChange(NamedTuple):
+    """What an activation or a rollback has changed, by release id; the former one may be empty."""
+
+    release_id: str
+    previous_release_id: str
 
 
 class LiveReleases:
@@ -191,8 +199,8 @@ class LiveReleases:
         self.active = None
         self._loader.shutdown(wait=False, cancel_futures=True)
 
-    async def activate(self, release_id: str) -> tuple[str, str]:
-        """Load, prove, make active in the store, swap. Returns the new and the previous release id.
+    async def activate(self, release_id: str) -> ReleaseChange:
+        """Load, prove, make active in the store, swap.
 
         Raises:
             InvalidRequest: No release can have this id.
@@ -205,12 +213,10 @@ class LiveReleases:
             async with self._ready(release_id) as serving:
                 await self._in_loader(lambda: self.store.activate(release_id, verify=False))
                 await self._swap(serving)
-            return release_id, before
+            return ReleaseChange(release_id, before)
 
-    async def rollback(self) -> tuple[str, str]:
-        """Go back to the release that was active before; at once if it is still in memory.
-
-        Returns the new and the previous release id.
+    async def rollback(self) -> ReleaseChange:
+        """Serve the previously active release again; at once if it is still in memory.
 
         Raises:
             NothingToRollBack: There is no earlier release.
@@ -234,7 +240,7 @@ class LiveReleases:
                 except ReleaseNotFound as error:
                     raise NothingToRollBack(str(error)) from error
                 await self._swap(serving)
-            return target, before
+            return ReleaseChange(target, before)
 
     async def _in_loader(self, work: Callable[[], object]) -> None:
         await asyncio.get_running_loop().run_in_executor(self._loader, work)

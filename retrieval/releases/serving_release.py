@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 
@@ -21,7 +23,10 @@ MIN_PARITY_COSINE = 0.95
 
 
 class ServingRelease:
-    """One release with what is needed to answer from it: indexes, encoder, its part of the cache, live entries."""
+    """A release and what is needed to answer from it: indexes, encoder, cache, live entries.
+
+    As a context manager it counts a call in ``in_flight``: it is not closed before that is 0.
+    """
 
     def __init__(
         self,
@@ -42,7 +47,6 @@ class ServingRelease:
         self.dimension = release.dimension
         self.entities = release.entities
         self.form_id = encoding.form_id
-        self.limits = config.limits
         self.encoding = encoding
         self.follower = follower
         self.in_flight = 0
@@ -64,6 +68,18 @@ class ServingRelease:
             redis,
             max_queue=config.max_encode_queue,
         )
+
+    def __enter__(self) -> Self:
+        self.in_flight += 1
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.in_flight -= 1
 
     def close(self) -> None:
         """Stop following the log and the encoder's thread; nobody may use this release any more."""

@@ -20,7 +20,8 @@ from index_builder.errors import DiskFull, PublisherBusy, ReleaseNotFound
 from retrieval.config import ServeConfig
 from retrieval.errors import NothingToRollBack, NotReady, ReleaseRefused, UnknownRelease
 from retrieval.process_tuning import freeze_start_up_objects
-from retrieval.server.server import Crew, Server, create_server
+from retrieval.releases.manager import ReleaseChange
+from retrieval.server.server import Server, WorkerContext, create_server
 
 log = logging.getLogger("omni.workers")
 
@@ -82,7 +83,7 @@ async def _serve(control: socket.socket, given: Assignment) -> int:
     def send(message: dict[str, Any]) -> None:
         writer.write(json.dumps(message).encode() + b"\n")
 
-    async def change_release(wanted: str) -> tuple[str, str]:
+    async def change_release(wanted: str) -> ReleaseChange:
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         changes.append(future)
         send({"type": "change", "release_id": wanted})
@@ -100,14 +101,14 @@ async def _serve(control: socket.socket, given: Assignment) -> int:
             raise next((kind for kind in kinds if kind.__name__ == reply["kind"]), ReleaseRefused)(
                 reply["error"]
             )
-        return str(reply["now"]), str(reply["before"])
+        return ReleaseChange(str(reply["now"]), str(reply["before"]))
 
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, stop.set)
     server: Server = await create_server(
         given.config,
-        crew=Crew(
+        worker=WorkerContext(
             number=given.number,
             graphs=given.graphs,
             change_release=change_release,

@@ -1,12 +1,11 @@
-"""The calls of the Admin service: activate, roll back, upsert, delete."""
+"""The calls of the service ``Admin``: activate, roll back, upsert, delete."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
 
 from encoders.errors import SpaceMismatch
 from index_builder.errors import BadAttribute, UnknownEntityType
@@ -16,30 +15,32 @@ from protos import retrieval_pb2 as pb
 from retrieval.config import ServeConfig
 from retrieval.errors import InvalidRequest, WritesDisabled
 from retrieval.releases.live_writes import LiveWrites
-from retrieval.releases.manager import LiveReleases
+from retrieval.releases.manager import LiveReleases, ReleaseChange
 from retrieval.releases.serving_release import ServingRelease
-from retrieval.security import Caller
+from retrieval.service.calls import CallInfo
 from retrieval.service.validation import checked_embedding, checked_id, from_value, require_count
 
 log = logging.getLogger("omni.service")
 
-Context = Any
+ChangeRelease = Callable[[str], Awaitable[ReleaseChange]]
+"""Carries out Activate of a release id, or Rollback for an empty one."""
 
 
-class Changes:
-    """Admin calls of one worker; methods run on its event loop.
+class AdminService:
+    """Activates releases and takes live writes. Methods run on the event loop of one worker.
 
     Args:
         config: Limits, and whether writes are taken.
         releases: What Activate and Rollback change.
-        change_release: Carries them out instead (a supervisor, when there are several workers).
+        change_release: Carries them out (a supervisor's, when there are several workers); None:
+            ``releases`` does.
     """
 
     def __init__(
         self,
         config: ServeConfig,
         releases: LiveReleases,
-        change_release: Callable[[str], Awaitable[tuple[str, str]]] | None,
+        change_release: ChangeRelease | None,
     ) -> None:
         self.config = config
         self.limits = config.limits
@@ -51,89 +52,70 @@ class Changes:
         """Give the live log back."""
         self.writes.close()
 
-    async def activate(
-        self, request: pb.ActivateRequest, context: Context, caller: Caller, started: int
-    ) -> pb.ActivateResponse:
+    async def activate(self, message: pb.ActivateRequest, call: CallInfo) -> pb.ActivateResponse:
         """Serve another release."""
-        if not request.release_id:
+        if not message.release_id:
             raise InvalidRequest(
                 "release_id: expected the id of a published release, but got none. `omni release"
                 " list` shows them."
             )
-        self.releases.check_published(
-            request.release_id
-        )  # here, because a supervisor is not asked for what there is not
-        return await self._change(request.release_id, caller, started)
+        # A supervisor is not asked to load what does not exist
+        self.releases.check_published(message.release_id)
+        return await self._change(message.release_id, call)
 
-    async def rollback(
-        self, request: pb.RollbackRequest, context: Context, caller: Caller, started: int
-    ) -> pb.ActivateResponse:
-        """Serve the release that was active before."""
-        return await self._change("", caller, started)
+    async def rollback(self, message: pb.RollbackRequest, call: CallInfo) -> pb.ActivateResponse:
+        """Serve the previously active release again."""
+        return await self._change("", call)
 
-    async def _change(self, release_id: str, caller: Caller, started: int) -> pb.ActivateResponse:
+    async def _change(self, release_id: str, call: CallInfo) -> pb.ActivateResponse:
         if self.change_release is not None:
-            change = self.change_release(release_id)
+            changing = self.change_release(release_id)
         elif release_id:
-            change = self.releases.activate(release_id)
+            changing = self.releases.activate(release_id)
         else:
-            change = self.releases.rollback()
-        # A swap that has begun is carried through even if the caller goes away.
-        now, before = await asyncio.shield(asyncio.ensure_future(change))
-        log.info("%s: release %s -> %s", caller.name, before, now)
+            changing = self.releases.rollback()
+        # A swap that has begun is carried through even if the caller goes away
+        change = await asyncio.shield(asyncio.ensure_future(changing))
+        log.info(
+            "%s: release %s -> %s",
+            call.caller.name,
+            change.previous_release_id,
+            change.release_id,
+        )
         return pb.ActivateResponse(
-            release_id=now, previous_release_id=before, total_ns=time.perf_counter_ns() - started
+            release_id=change.release_id,
+            previous_release_id=change.previous_release_id,
+            total_ns=time.perf_counter_ns() - call.started_ns,
         )
 
-    async def upsert(
-        self, request: pb.UpsertRequest, context: Context, caller: Caller, started: int
-    ) -> pb.WriteResponse:
+    async def upsert(self, message: pb.UpsertRequest, call: CallInfo) -> pb.WriteResponse:
         """Insert or replace entities, all or none."""
-        serving = self._writable(request.entity_type)
-        require_count("entities", len(request.entities), self.limits.max_batch)
-        if not request.space_id:
+        serving = self._writable(message.entity_type)
+        require_count("entities", len(message.entities), self.limits.max_batch)
+        if not message.space_id:
             raise InvalidRequest(
                 "space_id: expected the space id that made the embeddings, but got none."
             )
-        if request.space_id != serving.space_id:
-            raise SpaceMismatch(serving.space_id, request.space_id, "space_id")
-        known_types = serving.entities[request.entity_type].attribute_table.schema
-        entries = []
-        for row, entity in enumerate(request.entities):
-            vector = checked_embedding(
-                entity.embedding,
-                request.space_id,
-                serving.dimension,
-                serving.space_id,
-                f"entities[{row}].embedding",
-            )
-            attributes = {name: from_value(value) for name, value in entity.attributes.items()}
-            try:
-                check_attributes(attributes, known_types, f"entities[{row}]")
-            except BadAttribute as error:
-                raise InvalidRequest(str(error)) from error
-            entries.append(
-                LiveEntry(
-                    id=checked_id(entity.id, f"entities[{row}].id"),
-                    vector=vector.copy(),
-                    space_id=request.space_id,
-                    attributes=attributes,
-                )
-            )
-        return await self._write(serving, request.entity_type, entries)
-
-    async def delete(
-        self, request: pb.DeleteRequest, context: Context, caller: Caller, started: int
-    ) -> pb.WriteResponse:
-        """Remove entities."""
-        serving = self._writable(request.entity_type)
-        require_count("ids", len(request.ids), self.limits.max_batch)
+        if message.space_id != serving.space_id:
+            raise SpaceMismatch(serving.space_id, message.space_id, "space_id")
+        schema = serving.entities[message.entity_type].attribute_table.schema
         entries = [
-            LiveEntry(id=checked_id(id, f"ids[{row}]")) for row, id in enumerate(request.ids)
+            _checked_entry(entity, f"entities[{row}]", message.space_id, serving, schema)
+            for row, entity in enumerate(message.entities)
         ]
-        return await self._write(serving, request.entity_type, entries)
+        return await self._write(serving, message.entity_type, entries)
+
+    async def delete(self, message: pb.DeleteRequest, call: CallInfo) -> pb.WriteResponse:
+        """Remove entities."""
+        serving = self._writable(message.entity_type)
+        require_count("ids", len(message.ids), self.limits.max_batch)
+        entries = [
+            LiveEntry(id=checked_id(id_, f"ids[{row}]")) for row, id_ in enumerate(message.ids)
+        ]
+        return await self._write(serving, message.entity_type, entries)
 
     def _writable(self, entity_type: str) -> ServingRelease:
+        """Return the active release, if it has the type and this server takes writes."""
         serving = self.releases.resolve("")
         if entity_type not in serving.entities:
             raise UnknownEntityType(entity_type[:64], list(serving.entities))
@@ -154,3 +136,23 @@ class Changes:
             )
         )
         return pb.WriteResponse(sequence=await asyncio.shield(write), applied=len(entries))
+
+
+def _checked_entry(
+    entity: pb.Entity, where: str, space_id: str, serving: ServingRelease, schema: Mapping[str, str]
+) -> LiveEntry:
+    """Read one entity of an upsert; ``where`` names it in errors."""
+    vector = checked_embedding(
+        entity.embedding, space_id, serving.dimension, serving.space_id, f"{where}.embedding"
+    )
+    attributes = {name: from_value(value) for name, value in entity.attributes.items()}
+    try:
+        check_attributes(attributes, schema, where)
+    except BadAttribute as error:
+        raise InvalidRequest(str(error)) from error
+    return LiveEntry(
+        id=checked_id(entity.id, f"{where}.id"),
+        vector=vector.copy(),
+        space_id=space_id,
+        attributes=attributes,
+    )

@@ -1,4 +1,4 @@
-"""Who gets in: a bounded number of requests per worker, early refusal with an honest retry hint, deadlines checked at the door."""
+"""Who gets in: bounded places per worker, early refusals with an honest hint, deadlines."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from retrieval.errors import DeadlinePassed, Overloaded
 from retrieval.http2.refusals import Refusal, refusal
 from retrieval.status import status_for
 
-KEPT_REFUSALS = 1000
-LONGEST_PAUSE_MS = 20.0
+MAX_ENCODED_REFUSALS = 1000
+MAX_PAUSE_MS = 20.0
 PAUSES_PER_PLACE = 8
-"""A full server reads each connection this often in the time that a request is inside: few places are free by then, and none for long."""
+"""How often a full server reads each connection in the time that a request is inside.
+
+Few places are free by then, and none for long.
+"""
 
 
 class Admission:
@@ -25,9 +28,9 @@ class Admission:
     """
 
     __slots__ = (
-        "_service_ms",
+        "_place_ms",
         "accepted",
-        "coming",
+        "announced",
         "in_flight",
         "limit",
         "peak",
@@ -38,33 +41,37 @@ class Admission:
     def __init__(self, limit: int) -> None:
         self.limit = limit
         self.in_flight = 0
-        self.coming = 0
+        self.announced = 0
         self.requests = 0
         self.peak = 0
         self.accepted = 0
         self.refused = 0
-        self._service_ms = 1.0  # exponential average of time inside per place
+        self._place_ms = 1.0  # exponential average of the time that a place is held
 
     def cost_of(self, searches: int) -> int:
-        """Places that a request with this many searches takes: all it holds, but never more than half of the limit."""
+        """Return the places of a request with so many searches: one each, at most half of all."""
         return max(1, min(searches, self.limit // 2))
 
     @property
-    def full(self) -> bool:
-        """Whether no place is free, once those who are coming have theirs."""
-        return self.in_flight + self.coming >= self.limit
+    def is_full(self) -> bool:
+        """Whether no place is free, announced requests counted."""
+        return self.in_flight + self.announced >= self.limit
 
     def announce(self) -> None:
-        """Hold a place for a request that has passed the door and will ``enter`` in the event loop's next turn."""
-        if not self.coming:
-            asyncio.get_running_loop().call_soon(self._all_enter)
-        self.coming += 1
+        """Reserve a place for a request that will ``enter`` in the event loop's next turn."""
+        if not self.announced:
+            asyncio.get_running_loop().call_soon(self._forget_announced)
+        self.announced += 1
 
-    def _all_enter(self) -> None:
-        self.coming = 0
+    def _forget_announced(self) -> None:
+        self.announced = 0
 
     def enter(self, places: int = 1) -> None:
-        """Take places, or raise ``Overloaded`` with a hint. Pair with ``leave``."""
+        """Take places. Pair with ``leave``.
+
+        Raises:
+            Overloaded: There are not so many; its hint says when to come again.
+        """
         inside = self.in_flight + places
         if inside > self.limit:
             self.refused += 1
@@ -79,20 +86,22 @@ class Admission:
         """Give the places back and learn how long a place is held."""
         self.in_flight -= places
         self.requests -= 1
-        self._service_ms += 0.02 * (seconds * 1e3 - self._service_ms)
+        self._place_ms += 0.02 * (seconds * 1e3 - self._place_ms)
 
     def pause_ms(self) -> float:
-        """Milliseconds for which a full server may leave its callers unread; 0 when it is too fast for that to pay."""
-        pause = min(LONGEST_PAUSE_MS, self._service_ms / PAUSES_PER_PLACE)
-        return float(int(pause))
+        """Return for how long a full server may leave its callers unread.
+
+        0 when it is too fast for that to pay.
+        """
+        return float(int(min(MAX_PAUSE_MS, self._place_ms / PAUSES_PER_PLACE)))
 
     def retry_after_ms(self) -> int:
-        """Milliseconds after which about half of those inside now will have left; 5 to 5000."""
-        return int(min(5000.0, max(5.0, self._service_ms)))
+        """Return when about half of those inside now will have left; 5 to 5000 ms."""
+        return int(min(5000.0, max(5.0, self._place_ms)))
 
 
 class Refusals:
-    """The refusals of one method: encoded once per hint, counted, handed to the transport as they are.
+    """Refusals of one method: encoded once per hint, counted, sent by the transport as they are.
 
     Args:
         method: RPC name.
@@ -106,38 +115,46 @@ class Refusals:
         self._admission = admission
         self._count = count
         self._labels = (method, "RESOURCE_EXHAUSTED")
-        self._made: dict[tuple[str, int, int, float], Refusal] = {}
+        self._encoded: dict[tuple[str, int, int, float], Refusal] = {}
 
-    def at_the_door(self) -> Refusal | None:
-        """The refusal of a call whose message has not come yet, when not one place is free; None lets it in."""
+    def when_full(self) -> Refusal | None:
+        """Refuse a call whose message has not come yet if no place is free; None lets it in."""
         admission = self._admission
-        if not admission.full:
+        if not admission.is_full:
             return None
         admission.refused += 1
-        return self.of("server", admission.limit, admission.retry_after_ms(), admission.pause_ms())
+        return self._refuse(
+            "server", admission.limit, admission.retry_after_ms(), admission.pause_ms()
+        )
 
-    def of(self, what: str, limit: int, retry_after_ms: int, pause_ms: float = 0.0) -> Refusal:
-        """Count and return the refusal that ``Overloaded`` with these values would become."""
+    def of(self, error: Overloaded) -> Refusal:
+        """Return, and count, the refusal that says what the error says."""
+        return self._refuse(error.what, error.limit, error.retry_after_ms, 0.0)
+
+    def _refuse(self, what: str, limit: int, retry_after_ms: int, pause_ms: float) -> Refusal:
+        """Count a refusal and return it; a full server makes thousands a second, hence no error."""
         self._count("omni_requests", self._labels)
         key = what, limit, retry_after_ms, pause_ms
-        made = self._made.get(key)
-        if made is None:
-            if len(self._made) >= KEPT_REFUSALS:
-                self._made.clear()
+        encoded = self._encoded.get(key)
+        if encoded is None:
+            if len(self._encoded) >= MAX_ENCODED_REFUSALS:
+                self._encoded.clear()
             error = Overloaded(what, limit, retry_after_ms)
-            made = self._made[key] = refusal(
-                *status_for(error), retry_trailer(error), pause_ms / 1e3
-            )
-        return made
+            code, message = status_for(error)
+            encoded = refusal(code, message, retry_trailer(error), pause_ms / 1e3)
+            self._encoded[key] = encoded
+        return encoded
 
 
 def retry_trailer(error: BaseException) -> tuple[tuple[str, str], ...]:
-    """Trailing metadata of an error: when to come again, if it says so."""
-    return (("retry-after-ms", str(error.retry_after_ms)),) if isinstance(error, Overloaded) else ()
+    """Return the trailing metadata of an error: when to come again, if it says so."""
+    if isinstance(error, Overloaded):
+        return (("retry-after-ms", str(error.retry_after_ms)),)
+    return ()
 
 
 def check_deadline(remaining_seconds: float | None) -> None:
-    """Raise ``DeadlinePassed`` when nothing is left of the caller's time; None means that it set no deadline."""
+    """Raise ``DeadlinePassed`` when nothing is left of the caller's time; None: no deadline."""
     if remaining_seconds is not None and remaining_seconds <= 0:
         raise DeadlinePassed(
             "the deadline passed before the request was looked at. Give it more time, or send less"

@@ -1,9 +1,9 @@
-"""Answers that were already searched for: kept by query text and target until a live write or another release can change them.
+"""Answers of earlier searches, cached until a live write or another release can change them.
 
-Search traffic repeats itself, and the top k of a query under one index and one picture of its live
-entries is always the same. What is kept is the hits as they go over the wire, so that an answer
-that comes again costs a look-up. Not kept: answers to ready vectors, and those that leave out ids,
-are re-ranked, carry attributes or were asked to be exact.
+Search traffic repeats itself, and the top k of a query under one index and one view of its live
+entries is always the same. An entry holds the hits as they go over the wire, so that a cached
+answer costs a look-up. Not cached: answers to ready vectors, and those that exclude ids, are
+re-ranked, carry attributes or have to be exact.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,92 +18,94 @@ from cachetools import LRUCache
 
 from index_builder.search.entity_index import EntityIndex, SearchResult
 from protos import retrieval_pb2 as pb
+from retrieval.service.search_request import SearchRequest
 
 Float32 = npt.NDArray[np.float32]
 
 ENTRY_OVERHEAD_BYTES = 640
-"""Python objects of one answer beside its hits and text: key, links, fields (measured with tracemalloc, rounded up)."""
+"""Python objects of one entry beside its hits and text: key, links, fields.
+
+Measured with tracemalloc, rounded up.
+"""
 
 
-class Shape(NamedTuple):
-    """What of a target decides the answer, beside the index and the query."""
+CacheKey = tuple[object, int, str, float | None, float | None, str]
+"""All that decides an answer: ``EntityIndex.version``, k, filter, min_recall, min_score, text.
 
-    k: int
-    min_recall: float | None
-    filter: str
-    min_score: float | None
+The version is a new object with every release and every live write that a search can see. A plain
+tuple, because every call makes one.
+"""
 
 
-class Key(NamedTuple):
-    """What an answer is kept under.
+def cache_key(index: EntityIndex, request: SearchRequest, text: str) -> CacheKey:
+    """Make the key of the answer to a text.
 
-    ``version`` is a new object with every release and every live write that a search can see.
+    Args:
+        index: What is searched.
+        request: How; must be cacheable (``SearchRequest.is_cacheable``).
+        text: Normalised, not empty.
     """
-
-    version: object
-    shape: Shape
-    text: str
-
-
-def shape_of(target: Any) -> Shape | None:
-    """The shape of a RetrieveRequest or Target; None if its answers are not kept."""
-    has = target.HasField
-    if (
-        target.exclude_ids
-        or target.exact
-        or target.attributes
-        or has("diversity")
-        or has("collapse_above")
-    ):
-        return None
-    return Shape(
-        target.k,
-        target.min_recall if has("min_recall") else None,
-        target.filter,
-        target.min_score if has("min_score") else None,
+    return (
+        index.version,
+        request.k,
+        request.filter,
+        request.min_recall,
+        request.min_score,
+        text,
     )
 
 
-class KeptAnswer:
-    """One answer.
+class CachedAnswer:
+    """What an earlier search found, with its hits as they go over the wire.
 
-    ``hits`` is the serialised field ``hits``, which has the same number in RetrieveResponse and
-    Answer.
+    Has what ``searcher.Found`` has, so that a caller need not tell them apart.
+
+    Attributes:
+        hits: The serialised field ``hits``, which has the same number in RetrieveResponse and
+            Answer.
+        plan: This and the following as in ``SearchResult``.
+        ef: Likewise.
+        estimated_recall: Likewise.
+        selectivity: Likewise.
+        size_bytes: What it takes in a cache, once it is in one.
     """
 
-    __slots__ = ("ef", "estimated_recall", "hits", "plan", "selectivity", "size")
+    __slots__ = ("ef", "estimated_recall", "hits", "plan", "selectivity", "size_bytes")
 
-    def __init__(self, hits: bytes, result: SearchResult, size: int) -> None:
-        self.hits = hits
+    search_ns = 0
+    rerank_ns = 0
+    is_reranked = False
+    is_cached = True
+
+    def __init__(self, result: SearchResult) -> None:
+        self.hits = _serialize_hits(result.ids, result.scores)
         self.plan = result.plan
         self.ef = result.ef
         self.estimated_recall = result.estimated_recall
         self.selectivity = result.selectivity
-        self.size = size
+        self.size_bytes = 0
 
+    @property
     def result(self) -> SearchResult:
-        """The answer as the index gave it."""
-        ids, scores = ids_and_scores(pb.Answer.FromString(self.hits).hits)
+        """The answer as the index gave it; parsed anew each time."""
+        hits = pb.Answer.FromString(self.hits).hits
         return SearchResult(
-            ids, scores, self.plan, self.ef, self.estimated_recall, self.selectivity
+            ids=[hit.id for hit in hits],
+            scores=np.array([hit.score for hit in hits], dtype=np.float32),
+            plan=self.plan,
+            ef=self.ef,
+            estimated_recall=self.estimated_recall,
+            selectivity=self.selectivity,
         )
 
 
-def hits_on_the_wire(ids: Sequence[str], scores: Float32) -> bytes:
-    """Hits as field ``hits`` of a message."""
+def _serialize_hits(ids: Sequence[str], scores: Float32) -> bytes:
     message = pb.Answer()
     add = message.hits.add
-    for id, score in zip(ids, scores.tolist()):
-        add(id=id, score=score)
-    serialised: bytes = message.SerializeToString()
-    return serialised
-
-
-def ids_and_scores(hits: Any) -> tuple[list[str], Float32]:
-    """Ids and float32 scores of a message's ``hits``, best first."""
-    return [hit.id for hit in hits], np.fromiter(
-        (hit.score for hit in hits), dtype=np.float32, count=len(hits)
-    )
+    for id_, score in zip(ids, scores.tolist()):
+        add(id=id_, score=score)
+    serialized: bytes = message.SerializeToString()
+    return serialized
 
 
 class AnswerCache:
@@ -118,8 +119,8 @@ class AnswerCache:
         self.max_bytes = max_bytes
         self.hits = 0
         self.misses = 0
-        self._answers: LRUCache[Key, KeptAnswer] = LRUCache(
-            max(1, max_bytes), getsizeof=attrgetter("size")
+        self._answers: LRUCache[CacheKey, CachedAnswer] = LRUCache(
+            max(1, max_bytes), getsizeof=attrgetter("size_bytes")
         )
 
     def __len__(self) -> int:
@@ -130,37 +131,29 @@ class AnswerCache:
         """Estimated bytes held."""
         return int(self._answers.currsize)
 
-    def find(self, key: Key) -> KeptAnswer | None:
-        """The answer kept under ``key``, or None.
+    def find(self, key: CacheKey) -> CachedAnswer | None:
+        """Return the answer under ``key``, or None.
 
-        A miss is counted by ``keep``: until then another way may look as well.
+        A hit is counted here, a miss in ``put``: both paths of a request may look.
         """
         try:
-            answer: KeptAnswer = self._answers[key]
+            answer: CachedAnswer = self._answers[key]
         except KeyError:
             return None
         self.hits += 1
         return answer
 
-    def keep(self, key: Key, result: SearchResult, hits: bytes | None = None) -> None:
-        """Keep what a search found.
+    def put(self, key: CacheKey, answer: CachedAnswer) -> None:
+        """Cache what a search found.
 
         Args:
-            key: Made before the search began: a write that came meanwhile then has another version.
-            result: What the index found.
-            hits: ``hits_on_the_wire`` of it, where they are known already.
+            key: Made before the search began: a write during it gives the index another version.
+            answer: To be put under one key only.
         """
         if not self.max_bytes:
             return
         self.misses += 1
-        if hits is None:
-            hits = hits_on_the_wire(result.ids, result.scores)
-        size = len(hits) + sys.getsizeof(key.text) + ENTRY_OVERHEAD_BYTES
+        size = len(answer.hits) + sys.getsizeof(key[-1]) + ENTRY_OVERHEAD_BYTES
         if size <= self.max_bytes:
-            self._answers[key] = KeptAnswer(hits, result, size)
-
-
-def key_of(index: EntityIndex, target: Any, text: str) -> Key | None:
-    """What the answer to ``text`` is kept under; None for a ready vector (its text is empty) or a shape whose answers are not kept."""
-    shape = shape_of(target) if text else None
-    return None if shape is None else Key(index.version, shape, text)
+            answer.size_bytes = size
+            self._answers[key] = answer

@@ -1,71 +1,197 @@
-"""What was found as the messages of protos/retrieval.proto."""
+"""Answers and descriptions as the messages of protos/retrieval.proto."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from functools import lru_cache
+from importlib import metadata
 from typing import Any
 
-from index_builder.search.entity_index import EntityIndex
+from index_builder.search.calibration import CurvePoint
+from index_builder.search.entity_index import EntityIndex, SearchResult
 from protos import retrieval_pb2 as pb
-from retrieval.service.answer_cache import KeptAnswer
-from retrieval.service.searcher import Found
+from retrieval.config import Limits
+from retrieval.releases.serving_release import ServingRelease
+from retrieval.service.answer_cache import CachedAnswer
+from retrieval.service.cached_search import Answer
+from retrieval.service.query_vectors import Query, QueryBatch
 from retrieval.service.validation import to_value
 
 
-def fill_answer(
-    answer: pb.Answer, index: EntityIndex, target: pb.Target, cached: bool, found: Found
-) -> pb.Answer:
-    """Write one search's results and how they were found into ``answer``; returns it."""
-    result = found.result
-    answer.plan, answer.ef, answer.search_ns, answer.cache_hit = (
-        result.plan,
-        result.ef,
-        found.search_ns,
-        cached,
+def retrieve_response(
+    serving: ServingRelease, query: Query, answer: Answer, request_id: str
+) -> pb.RetrieveResponse:
+    """Make the answer to Retrieve, but for attributes and timings."""
+    source = answer if isinstance(answer, CachedAnswer) else answer.result
+    response = pb.RetrieveResponse(
+        release_id=serving.release_id,
+        space_id=serving.space_id,
+        query_space_id=serving.query_space_id,
+        cache_hit=query.is_cached,
+        plan=source.plan,
+        ef=source.ef,
+        estimated_recall=source.estimated_recall,
+        selectivity=source.selectivity,
+        request_id=request_id,
+        answer_cached=answer.is_cached,
     )
-    answer.answer_cached = found.kept
+    if isinstance(source, CachedAnswer):
+        response.MergeFromString(source.hits)
+    else:
+        _add_hits(response.hits, source)
+    return response
+
+
+def fill_answer(message: pb.Answer, answer: Answer, *, query_cached: bool) -> None:
+    """Write the hits of one search, and how they were found, into an empty message."""
+    if isinstance(answer, CachedAnswer):
+        fields = _cached_answer_fields(
+            answer.plan, answer.ef, answer.estimated_recall, answer.selectivity, query_cached
+        )
+        message.MergeFromString(answer.hits + fields)
+        return
+    result = answer.result
+    message.plan = result.plan
+    message.ef = result.ef
+    message.search_ns = answer.search_ns
+    message.cache_hit = query_cached
     if result.estimated_recall is not None:
-        answer.estimated_recall = result.estimated_recall
+        message.estimated_recall = result.estimated_recall
     if result.selectivity is not None:
-        answer.selectivity = result.selectivity
-    add = answer.hits.add
-    for id, score in zip(found.ids, found.scores.tolist()):
-        add(id=id, score=score)
-    if target.attributes:
-        add_attributes(answer.hits, index, found.ids, target.attributes)
-    return answer
+        message.selectivity = result.selectivity
+    _add_hits(message.hits, result)
 
 
-def fill_kept(answer: pb.Answer, known: KeptAnswer, cached: bool) -> None:
-    """Write what an earlier search found into ``answer``."""
-    answer.MergeFromString(
-        known.hits
-        + _how_kept(known.plan, known.ef, known.estimated_recall, known.selectivity, cached)
-    )
+def _add_hits(hits: Any, result: SearchResult) -> None:
+    add = hits.add
+    for id_, score in zip(result.ids, result.scores.tolist()):
+        add(id=id_, score=score)
 
 
 @lru_cache(1000)
-def _how_kept(
-    plan: str, ef: int, recall: float | None, selectivity: float | None, cached: bool
+def _cached_answer_fields(
+    plan: str, ef: int, recall: float | None, selectivity: float | None, query_cached: bool
 ) -> bytes:
-    """The fields that repeat from answer to answer, serialised."""
+    """Serialise how a cached answer was found; the same few values come again and again."""
     answer = pb.Answer(
         plan=plan,
         ef=ef,
         estimated_recall=recall,
         selectivity=selectivity,
-        cache_hit=cached,
+        cache_hit=query_cached,
         answer_cached=True,
     )
-    serialised: bytes = answer.SerializeToString()
-    return serialised
+    serialized: bytes = answer.SerializeToString()
+    return serialized
+
+
+def fill_timings(timings: pb.Timings, query: Query | QueryBatch, started_ns: int) -> None:
+    """Write how long encoding took, and the time since ``started_ns``."""
+    timings.queue_ns = query.queue_ns
+    timings.encode_ns = query.encode_ns
+    timings.total_ns = time.perf_counter_ns() - started_ns
 
 
 def add_attributes(hits: Any, index: EntityIndex, ids: Sequence[str], names: Sequence[str]) -> None:
-    """Give each hit the attributes that were asked for; ``*`` stands for all, missing values stay out."""
+    """Give each hit the attributes asked for; missing values stay out.
+
+    Args:
+        hits: The repeated field of a message.
+        index: Holds the attributes.
+        ids: Of the hits, in their order.
+        names: Of attributes; ``*`` stands for all.
+    """
     wanted = list(index.attribute_table.schema) if "*" in names else list(names)
     for hit, attributes in zip(hits, index.attributes(list(ids), wanted), strict=True):
         for name, value in attributes.items():
             if value is not None:
                 hit.attributes[name].CopyFrom(to_value(value))
+
+
+# ---- DescribeRelease -----------------------------------------------------------------------------
+
+
+def describe_release(
+    serving: ServingRelease, loaded: Iterable[str], limits: Limits
+) -> pb.DescribeReleaseResponse:
+    """Describe one release.
+
+    Args:
+        serving: The release.
+        loaded: Ids of all releases in memory.
+        limits: Of this server.
+    """
+    manifest = serving.release.manifest
+    content = {**asdict(manifest), "files": len(manifest.files)}
+    return pb.DescribeReleaseResponse(
+        release_id=serving.release_id,
+        parent_release_id=manifest.parent or "",
+        created=str(manifest.measured.get("created", "")),
+        space_id=serving.space_id,
+        query_space_id=serving.query_space_id,
+        form_id=serving.form_id,
+        dimension=serving.dimension,
+        entities=[_describe_entity(serving, entity_type) for entity_type in serving.entities],
+        limits=_limits_message(limits),
+        loaded_release_ids=list(loaded),
+        server_version=_server_version(),
+        manifest_json=json.dumps(content, ensure_ascii=False, default=str),
+    )
+
+
+def _describe_entity(serving: ServingRelease, entity_type: str) -> pb.EntityDescription:
+    index = serving.entities[entity_type]
+    description = pb.EntityDescription(
+        entity_type=entity_type,
+        count=index.count,
+        index_kind=index.kind,
+        live_sequence=serving.follower.view(entity_type).sequence,
+        attributes=sorted(index.attribute_table.schema),
+    )
+    if index.ann.exact:
+        description.ann_recall_at_10 = 1.0
+        description.ann_recall_low = 1.0
+        description.ann_recall_high = 1.0
+    elif (point := _default_point(index)) is not None:
+        description.ann_recall_at_10 = point.recall
+        description.ann_recall_low = point.low
+        description.ann_recall_high = point.high
+    return description
+
+
+def _default_point(index: EntityIndex) -> CurvePoint | None:
+    """Return the point of the calibration curve at which searches run by default.
+
+    The first measured ef at or above the chosen one; the last one if the curve does not reach it.
+    """
+    if index.calibration is None or not index.calibration.points:
+        return None
+    points = index.calibration.points
+    ef = index.calibration.ef_for(index.default_recall)
+    if ef is None:
+        return points[-1]
+    return next((point for point in points if point.ef >= ef), points[-1])
+
+
+def _limits_message(limits: Limits) -> pb.Limits:
+    return pb.Limits(
+        max_k=limits.max_k,
+        max_batch=limits.max_batch,
+        max_query_bytes=limits.max_query_bytes,
+        max_message_bytes=limits.max_message_bytes,
+        max_score_ids=limits.max_score_ids,
+        max_filter_bytes=limits.max_filter_bytes,
+        max_exclude_ids=limits.max_exclude_ids,
+    )
+
+
+@lru_cache(maxsize=1)
+def _server_version() -> str:
+    """Return the version of the installed distribution."""
+    try:
+        return metadata.version("omnisearchsage")
+    except metadata.PackageNotFoundError:
+        return "unknown"

@@ -1,65 +1,59 @@
-"""One search of one index for one request: options, inline or in a thread, re-ranking, attributes; no gRPC in here."""
+"""One search of one index: inline or in a thread, then re-ranking. No gRPC in here."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from index_builder.search.entity_index import EntityIndex, SearchResult
-from retrieval.service.diversity import POOL_FACTOR, rerank
+from retrieval.service.search_request import SearchRequest, stored_id
 
 Float32 = npt.NDArray[np.float32]
+T = TypeVar("T")
 
+POOL_FACTOR = 4
+"""Results fetched per wanted result when re-ranking is asked for."""
+MAX_POOL = 1000
+"""A pool is never made larger than this by its factor."""
 INLINE_RERANK_K = 20
-KEPT_TIMES = 2000
+INLINE_FIRST_K = 100
+"""A plain search for at most so many runs on the event loop when nothing is known of its like."""
+KNOWN_COSTS = 2000
 """Kinds of searches whose times are remembered; beyond that all are learned anew."""
 
 
 class Found(NamedTuple):
-    """The answer to one search."""
+    """What one search found, and what it cost.
 
-    ids: Sequence[str]
-    scores: Float32
+    Attributes:
+        result: Ids and scores, and how they were found.
+        search_ns: Of the index.
+        rerank_ns: 0 where nothing was re-ranked.
+        is_reranked: The hits are not the index's top k, and must not be compared with the exact
+            ones.
+    """
+
     result: SearchResult
     search_ns: int
-    rerank_ns: int
-    plain: (
-        bool  # no re-ranking: the ids are the index's top k and may be compared with the exact ones
-    )
-    kept: bool = False  # by an earlier search
+    rerank_ns: int = 0
+    is_reranked: bool = False
 
-
-def as_stored(id: str) -> str:
-    """An id as indexes and logs hold it: in Unicode form NFC."""
-    return id if id.isascii() else unicodedata.normalize("NFC", id)
-
-
-def options_of(target: Any) -> dict[str, Any]:
-    """Keyword arguments for ``EntityIndex.search`` that differ from its defaults."""
-    options: dict[str, Any] = {}
-    if target.filter:
-        options["filter"] = target.filter
-    if target.exclude_ids:
-        options["exclude_ids"] = tuple(map(as_stored, target.exclude_ids))
-    if target.exact:
-        options["exact"] = True
-    if target.HasField("min_recall"):
-        options["min_recall"] = target.min_recall
-    if target.HasField("min_score"):
-        options["min_score"] = target.min_score
-    return options
+    @property
+    def is_cached(self) -> bool:
+        """False: see ``answer_cache.CachedAnswer``, which stands where this does."""
+        return False
 
 
 class Searcher:
-    """Runs searches where they disturb others least: short ones on the event loop, longer ones in threads.
+    """Runs short searches on the event loop and longer ones in threads, where others do not wait.
 
     Args:
         inline_seconds: Searches expected to take less run on the event loop.
@@ -69,123 +63,205 @@ class Searcher:
     def __init__(self, inline_seconds: float, threads: int) -> None:
         self.inline_seconds = inline_seconds
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="search")
-        self._expected: dict[tuple[Any, ...], float] = {}
+        self._expected: dict[Hashable, float] = {}
 
-    async def search(self, index: EntityIndex, vector: Float32, target: Any) -> Found:
-        """Search for one target with checked fields. Raises as ``EntityIndex.search`` does."""
-        options = options_of(target)
-        diversity = target.diversity if target.HasField("diversity") else None
-        collapse = target.collapse_above if target.HasField("collapse_above") else None
-        k: int = target.k
-        if diversity is None and collapse is None:
-            result, search_ns = await self.timed(
-                index, options, k, partial(index.search, vector, k, **options)
-            )
-            return Found(result.ids, result.scores, result, search_ns, 0, True)
-        pool = min(POOL_FACTOR * k, max(k, 1000))
-        result, search_ns = await self.timed(
-            index, options, pool, partial(index.search, vector, pool, **options)
+    async def search(self, index: EntityIndex, vector: Float32, request: SearchRequest) -> Found:
+        """Search for one query vector. Raises as ``EntityIndex.search`` does."""
+        k = request.k
+        if request.is_reranked:
+            k = min(POOL_FACTOR * k, max(k, MAX_POOL))
+        result, search_ns = await self.run(
+            cost_key(index, request, k),
+            partial(index.search, vector, k, **request.options()),
+            inline_first=request.is_plain and k <= INLINE_FIRST_K,
         )
+        if not request.is_reranked:
+            return Found(result, search_ns)
         started = time.perf_counter_ns()
-        work = partial(_rerank, index, result, k, diversity, collapse)
-        if k <= INLINE_RERANK_K:
-            ids, scores = work()
+        rerank_work = partial(_rerank_result, index, result, request)
+        if request.k <= INLINE_RERANK_K:
+            result = rerank_work()
         else:
-            ids, scores = await asyncio.get_running_loop().run_in_executor(self.pool, work)
-        return Found(ids, scores, result, search_ns, time.perf_counter_ns() - started, False)
+            result = await asyncio.get_running_loop().run_in_executor(self.pool, rerank_work)
+        return Found(result, search_ns, time.perf_counter_ns() - started, is_reranked=True)
 
-    @staticmethod
-    def plain_key(index: EntityIndex, k: int, min_recall: float | None) -> tuple[Any, ...]:
-        """What searches of this shape without other options are remembered by."""
-        return index.token, k.bit_length(), min_recall
-
-    @staticmethod
-    def _key(index: EntityIndex, k: int, options: dict[str, Any]) -> tuple[Any, ...]:
-        """What a search is remembered by: everything that makes one search slow beside another that looks like it."""
-        plain = index.token, k.bit_length(), options.get("min_recall")
-        if not options:
-            return plain
-        return (
-            *plain,
-            "exact" in options,
-            hash(options.get("filter")),
-            len(options.get("exclude_ids", ())).bit_length(),
+    async def search_batch(
+        self, index: EntityIndex, vectors: Float32, request: SearchRequest
+    ) -> list[Found]:
+        """Search for each row of ``vectors``, shape (B, D), without re-ranking, in one thread."""
+        results, took_ns = await self.in_thread(
+            partial(index.search_batch, vectors, request.k, **request.options())
         )
+        each_ns = took_ns // max(1, len(vectors))
+        return [Found(result, each_ns) for result in results]
 
-    def is_short(self, key: tuple[Any, ...]) -> bool:
+    def is_short(self, key: Hashable) -> bool:
         """Whether searches like this one are known to be short enough for the event loop."""
         return self._expected.get(key, 1.0) <= self.inline_seconds
 
-    def learn(self, key: tuple[Any, ...], seconds: float) -> None:
-        """Remember what a search took: falls fast and rises slowly, as what a busy machine adds says little about the next search."""
+    def learn(self, key: Hashable, seconds: float) -> None:
+        """Remember what a search took.
+
+        The estimate falls fast and rises slowly: what a busy machine adds says little about the
+        next search.
+        """
         known = self._expected.get(key)
         if known is None:
-            if len(self._expected) >= KEPT_TIMES:
+            if len(self._expected) >= KNOWN_COSTS:
                 self._expected.clear()
             self._expected[key] = seconds
+            return
+        error = seconds - known
+        if error < 0:
+            self._expected[key] = known + 0.25 * error
         else:
-            error = seconds - known
-            self._expected[key] = known + (
-                0.25 * error if error < 0 else 0.01 * min(error, 4 * known)
-            )
+            self._expected[key] = known + 0.01 * min(error, 4 * known)
 
-    async def timed(
-        self, index: EntityIndex, options: dict[str, Any], k: int, work: Callable[[], Any]
-    ) -> tuple[Any, int]:
-        """Run ``work`` inline or in a thread, by what such searches took before; returns its result and nanoseconds."""
-        key = self._key(index, k, options)
-        expected = self._expected.get(key)
-        if expected is None:
-            expected = 0.0 if not options and k <= 100 else 1.0
+    async def run(
+        self, key: Hashable, work: Callable[[], T], *, inline_first: bool = False
+    ) -> tuple[T, int]:
+        """Run ``work`` inline or in a thread; returns its result and nanoseconds.
+
+        Args:
+            key: What the time of such work is remembered by.
+            work: A search.
+            inline_first: Whether to run inline when no such work is remembered.
+        """
+        expected = self._expected.get(key, 0.0 if inline_first else 1.0)
         if expected <= self.inline_seconds:
-            result, took = _timed(work)
+            result, took_ns = _timed(work)
         else:
-            result, took = await asyncio.get_running_loop().run_in_executor(self.pool, _timed, work)
-        self.learn(key, took / 1e9)
-        return result, took
+            result, took_ns = await self.in_thread(work)
+        self.learn(key, took_ns / 1e9)
+        return result, took_ns
 
-    async def in_thread(self, work: Callable[[], Any]) -> tuple[Any, int]:
+    async def in_thread(self, work: Callable[[], T]) -> tuple[T, int]:
         """Run ``work`` in a thread; returns its result and nanoseconds."""
-        found: tuple[Any, int] = await asyncio.get_running_loop().run_in_executor(
-            self.pool, _timed, work
-        )
-        return found
+        return await asyncio.get_running_loop().run_in_executor(self.pool, _timed, work)
 
     def close(self) -> None:
         """Stop the threads."""
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _timed(work: Callable[[], Any]) -> tuple[Any, int]:
+def cost_key(index: EntityIndex, request: SearchRequest, k: int) -> Hashable:
+    """Return what the time of a search is remembered by: all that makes one slower than another.
+
+    Holds the index's token and not the index, which would keep a retired release in memory.
+    """
+    plain = index.token, k.bit_length(), request.min_recall
+    if not (request.exact or request.filter or request.exclude_ids):
+        return plain
+    excluded = len(request.exclude_ids).bit_length()
+    return (*plain, request.exact, hash(request.filter), excluded)
+
+
+def scores_of(index: EntityIndex, ids: Sequence[str], vector: Float32) -> Float32:
+    """Return the cosine per id, NaN where the index has none; shape (N,) float32."""
+    out = np.full(len(ids), np.nan, dtype=np.float32)
+    for row, id_ in enumerate(ids):
+        held = index.vector(stored_id(id_))
+        if held is not None:
+            out[row] = np.dot(held, vector)
+    return out
+
+
+def _timed(work: Callable[[], T]) -> tuple[T, int]:
     started = time.perf_counter_ns()
     result = work()
     return result, time.perf_counter_ns() - started
 
 
-def _rerank(
-    index: EntityIndex,
-    result: SearchResult,
-    k: int,
-    diversity: float | None,
-    collapse: float | None,
-) -> tuple[list[str], Float32]:
+# ---- re-ranking ----------------------------------------------------------------------------------
+
+
+def _rerank_result(index: EntityIndex, pool: SearchResult, request: SearchRequest) -> SearchResult:
+    """Choose ``request.k`` of the pool; entities deleted since the search are left out."""
     held = [
-        (i, vector) for i, id in enumerate(result.ids) if (vector := index.vector(id)) is not None
+        (row, vector)
+        for row, id_ in enumerate(pool.ids)
+        if (vector := index.vector(id_)) is not None
     ]
     if not held:
-        return [], np.zeros(0, dtype=np.float32)
-    positions = [i for i, _ in held]
+        return replace(pool, ids=[], scores=np.zeros(0, dtype=np.float32))
+    rows = [row for row, _ in held]
     vectors = np.stack([vector for _, vector in held])
-    scores = np.asarray(result.scores, dtype=np.float32)[positions]
-    rows = rerank(scores, vectors, k, diversity, collapse)
-    return [result.ids[positions[row]] for row in rows], scores[rows]
+    scores = np.asarray(pool.scores, dtype=np.float32)[rows]
+    chosen = rerank(scores, vectors, request.k, request.diversity, request.collapse_above)
+    return replace(pool, ids=[pool.ids[rows[i]] for i in chosen], scores=scores[chosen])
 
 
-def scores_of(index: EntityIndex, ids: Sequence[str], vector: Float32) -> Float32:
-    """Cosine per id, NaN where the index has none; shape (N,) float32."""
-    out = np.full(len(ids), np.nan, dtype=np.float32)
-    for row, id in enumerate(ids):
-        held = index.vector(as_stored(id))
-        if held is not None:
-            out[row] = np.dot(held, vector)
-    return out
+def rerank(
+    scores: Float32, vectors: Float32, k: int, diversity: float | None, collapse_above: float | None
+) -> list[int]:
+    """Collapse near-duplicates, then diversify, then cut to ``k`` rows of a pool.
+
+    Args:
+        scores: ``(N,)`` float32, cosine of each row with the query, best first.
+        vectors: ``(N, D)`` float32 unit rows.
+        k: Rows wanted.
+        diversity: As ``trade_off`` of ``maximal_marginal_relevance``; None or 1: no diversifying.
+        collapse_above: As ``threshold`` of ``collapse_near_duplicates``; None: no collapsing.
+
+    Returns:
+        Row numbers of the pool in their new order.
+    """
+    if collapse_above is None:
+        rows = list(range(len(scores)))
+    else:
+        rows = collapse_near_duplicates(vectors, collapse_above)
+    if diversity is None or diversity >= 1.0:
+        return rows[:k]
+    picked = maximal_marginal_relevance(scores[rows], vectors[rows], k, diversity)
+    return [rows[i] for i in picked]
+
+
+def maximal_marginal_relevance(
+    scores: Float32, vectors: Float32, k: int, trade_off: float
+) -> list[int]:
+    """Choose ``k`` rows one by one, each relevant to the query and unlike those chosen before.
+
+    Each maximises ``trade_off * score - (1 - trade_off) * highest cosine to a chosen row``
+    (Carbonell and Goldstein, 1998).
+
+    Args:
+        scores: ``(N,)`` float32, cosine of each pool row with the query.
+        vectors: ``(N, D)`` float32 unit rows.
+        k: Rows to choose; all of them if the pool is smaller.
+        trade_off: Their lambda, 0 (variety only) to 1 (relevance only).
+
+    Returns:
+        Chosen row numbers in the order of choice; the first is always the most relevant row; ties
+        keep the order of the pool.
+    """
+    count = len(scores)
+    if count == 0 or k < 1:
+        return []
+    chosen = [int(np.argmax(scores))]
+    available = np.ones(count, dtype=bool)
+    available[chosen[0]] = False
+    closest = vectors @ vectors[chosen[0]]  # (N,) highest cosine to a chosen row
+    while len(chosen) < min(k, count):
+        value = np.where(available, trade_off * scores - (1.0 - trade_off) * closest, -np.inf)
+        best = int(np.argmax(value))
+        chosen.append(best)
+        available[best] = False
+        np.maximum(closest, vectors @ vectors[best], out=closest)
+    return chosen
+
+
+def collapse_near_duplicates(vectors: Float32, threshold: float) -> list[int]:
+    """Keep, walking from best to worst, each row that is like no row kept before it.
+
+    Args:
+        vectors: ``(N, D)`` float32 unit rows, best first.
+        threshold: Cosine to a kept row above which a row is dropped.
+
+    Returns:
+        Kept row numbers, ascending.
+    """
+    kept: list[int] = []
+    for row in range(len(vectors)):
+        if not kept or float(np.max(vectors[kept] @ vectors[row])) <= threshold:
+            kept.append(row)
+    return kept

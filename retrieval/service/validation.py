@@ -1,10 +1,9 @@
-"""Requests checked at the door: every field against its meaning and the limits, before any work is done."""
+"""Fields of requests checked against their meaning and the limits, before any work is done."""
 
 from __future__ import annotations
 
 import math
 import unicodedata
-from typing import Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -13,28 +12,12 @@ from encoders.errors import DataError, SpaceMismatch
 from encoders.text.normal_forms import normalize_id, normalize_query
 from protos import retrieval_pb2 as pb
 from retrieval.config import Limits
-from retrieval.errors import EmptyQuery, InvalidEmbedding, InvalidK, InvalidRequest, RequestTooLarge
+from retrieval.errors import EmptyQuery, InvalidEmbedding, InvalidRequest, RequestTooLarge
 
 Float32 = npt.NDArray[np.float32]
 
 NORM_TOLERANCE = 1e-3
-
-
-class Target(Protocol):
-    """The fields that RetrieveRequest and Target share."""
-
-    entity_type: str
-    k: int
-    filter: str
-    min_score: float
-    min_recall: float
-    diversity: float
-    collapse_above: float
-    exact: bool
-
-    def HasField(self, name: str) -> bool:
-        """Whether an optional field was set."""
-        ...
+"""A ready vector's length may differ from 1 by so much."""
 
 
 def checked_query(text: str, limits: Limits, field: str = "query") -> str:
@@ -47,40 +30,6 @@ def checked_query(text: str, limits: Limits, field: str = "query") -> str:
     if not normal or not any(unicodedata.category(letter)[0] not in "CZ" for letter in normal):
         raise EmptyQuery(field)
     return normal
-
-
-def checked_target(target: Target | pb.RetrieveRequest | pb.Target, limits: Limits) -> None:
-    """Check the fields of one search.
-
-    Raises:
-        InvalidK: k outside 1..max_k.
-        InvalidRequest: A number outside its range, or NaN.
-        RequestTooLarge: Filter or excluded ids beyond the limits.
-    """
-    if not 0 < target.k <= limits.max_k:
-        raise InvalidK(target.k, limits.max_k)
-    if target.filter and len(target.filter.encode()) > limits.max_filter_bytes:
-        raise RequestTooLarge(
-            "filter", limits.max_filter_bytes, len(target.filter.encode()), " bytes"
-        )
-    message = cast(pb.Target, target)
-    if len(message.exclude_ids) > limits.max_exclude_ids:
-        raise RequestTooLarge(
-            "exclude_ids", limits.max_exclude_ids, len(message.exclude_ids), " ids"
-        )
-    for name, low, high in (
-        ("min_score", -1.0, 1.0),
-        ("min_recall", 0.0, 1.0),
-        ("diversity", 0.0, 1.0),
-        ("collapse_above", 0.0, 1.0),
-    ):
-        if target.HasField(name):
-            value = getattr(target, name)
-            if not low <= value <= high or (name == "min_recall" and value == 0.0):
-                bounds = (
-                    "more than 0 and at most 1" if name == "min_recall" else f"{low:g} to {high:g}"
-                )
-                raise InvalidRequest(f"{name}: expected {bounds}, but got {value:g}.")
 
 
 def checked_embedding(
@@ -105,7 +54,10 @@ def checked_embeddings(
     max_rows: int,
     field: str = "embeddings",
 ) -> Float32:
-    """Read ready vectors, shape (B, D) float32; raises as ``checked_embedding``, and ``RequestTooLarge`` above ``max_rows``."""
+    """Read ready vectors, shape (B, D) float32.
+
+    Raises as ``checked_embedding``, and ``RequestTooLarge`` for more than ``max_rows``.
+    """
     row_bytes = 4 * dimension
     if len(content) % row_bytes or not content:
         raise InvalidEmbedding(
@@ -139,10 +91,10 @@ def checked_embeddings(
     return vectors.astype(np.float32, copy=False)
 
 
-def checked_id(id: str, field: str) -> str:
-    """An id in NFC, or ``InvalidRequest``."""
+def checked_id(id_: str, field: str) -> str:
+    """Return an id in NFC, or raise ``InvalidRequest``."""
     try:
-        normal = normalize_id(id)
+        normal = normalize_id(id_)
     except DataError as error:
         raise InvalidRequest(f"{field}: {error}") from error
     if len(normal.encode()) > 65535:
@@ -160,33 +112,24 @@ def require_count(field: str, count: int, limit: int) -> None:
         raise RequestTooLarge(field, limit, count)
 
 
-def one_of(text: str, embedding: bytes) -> None:
-    """Raise unless exactly one of query text and ready embedding came."""
-    if text and embedding:
-        raise InvalidRequest("query: expected either text or an embedding, but got both.")
-
-
 def to_value(value: object) -> pb.Value:
-    """An attribute value for the wire."""
+    """Convert an attribute value for the wire."""
     if isinstance(value, bool):
         return pb.Value(bool_value=value)
     if isinstance(value, int):
-        return (
-            pb.Value(int_value=value)
-            if -(2**63) <= value < 2**63
-            else pb.Value(double_value=float(value))
-        )
+        if -(2**63) <= value < 2**63:
+            return pb.Value(int_value=value)
+        return pb.Value(double_value=float(value))
     if isinstance(value, float):
         return pb.Value(double_value=value)
     if isinstance(value, list | tuple):
-        return pb.Value(
-            list_value=pb.ValueList(values=[to_value(item) for item in value if item is not None])
-        )
+        values = [to_value(item) for item in value if item is not None]
+        return pb.Value(list_value=pb.ValueList(values=values))
     return pb.Value(string_value=str(value))
 
 
 def from_value(value: pb.Value) -> object:
-    """An attribute value from the wire; raises ``InvalidRequest`` if nothing is set."""
+    """Convert an attribute value from the wire; raises ``InvalidRequest`` if nothing is set."""
     kind = value.WhichOneof("kind")
     if kind is None:
         raise InvalidRequest("attributes: expected a value, but got one with nothing set.")

@@ -16,6 +16,12 @@ from google.protobuf.message import Message
 from protos import retrieval_pb2 as pb
 from retrieval.client.results import Hit, RetrieveResult, release_description, retrieve_result
 from retrieval.releases.serving_release import ServingRelease
+from retrieval.service.handlers import (
+    MethodHandler,
+    describe_method,
+    retrieve_method,
+    search_gate,
+)
 from retrieval.service.service import RetrievalService
 from retrieval.web.http_server import Handler, Request, Response
 
@@ -96,10 +102,9 @@ class Page:
         self._pictures = pictures
         self._sample: Mapping[str, str] | None = None
         self._reading = asyncio.Lock()
-        self._retrieve: Call = service.handler("Retrieve", pb.RetrieveRequest, service.retrieve)
-        self._describe: Call = service.handler(
-            "DescribeRelease", pb.DescribeReleaseRequest, service.describe_release
-        )
+        gate = search_gate(service)
+        self._retrieve: Call = MethodHandler(retrieve_method(service), gate).handle
+        self._describe: Call = MethodHandler(describe_method(service), gate).handle
 
     async def _ask(self, call: Call, message: Message, request: Request) -> bytes:
         authorization = request.headers.get("authorization")

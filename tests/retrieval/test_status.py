@@ -22,13 +22,13 @@ EXPECTED_INTERNAL = {"OmniError", "ServingError", "EncoderFailed"}
 
 
 @pytest.mark.parametrize("cls", TREE, ids=lambda c: c.__name__)
-def test_every_error_of_the_tree_has_a_status_of_its_own(cls: type[OmniError]) -> None:
+def test_code_for_class_every_error_has_a_status(cls: type[OmniError]) -> None:
     code = code_for_class(cls)
     assert (code is grpc.StatusCode.INTERNAL) == (cls.__name__ in EXPECTED_INTERNAL)
     assert code is not grpc.StatusCode.OK
 
 
-def test_the_most_specific_entry_wins() -> None:
+def test_code_for_class_most_specific_entry_wins() -> None:
     assert code_for_class(index_builder.errors.ReleaseNotFound) is grpc.StatusCode.NOT_FOUND
     assert (
         code_for_class(index_builder.errors.ReleaseCorrupt) is grpc.StatusCode.FAILED_PRECONDITION
@@ -37,13 +37,13 @@ def test_the_most_specific_entry_wins() -> None:
     assert code_for_class(encoders.errors.SpaceMismatch) is grpc.StatusCode.FAILED_PRECONDITION
 
 
-def test_foreign_errors_do_not_leak_their_text() -> None:
+def test_status_for_foreign_error_does_not_leak_its_text() -> None:
     code, message = status_for(ValueError("secret query text"))
     assert code is grpc.StatusCode.INTERNAL
     assert "secret" not in message
 
 
-def test_every_entry_of_the_table_is_in_the_tree_and_serving_errors_are_documented() -> None:
+def test_status_table_holds_only_errors_of_the_tree() -> None:
     assert set(STATUS) <= set(subclasses(OmniError))
     doc = retrieval.errors.__doc__ or ""
     for cls in subclasses(retrieval.errors.ServingError):

@@ -485,9 +485,9 @@ async def test_health_over_http_says_that_a_server_is_leaving(store: ReleaseStor
     server, _, _, channel = await start(store)
     health = _routes(server.service, server.metrics, None)["/healthz"]
     assert (await health(None)).status == 200  # type: ignore[arg-type]
-    server.service.leaving = True
+    server.service.draining = True
     answer = await health(None)  # type: ignore[arg-type]
     assert answer.status == 503 and b"draining" in answer.body
     await channel.close()
     await server.stop(0)
-    assert server.service.leaving
+    assert server.service.draining

@@ -1,6 +1,4 @@
-"""Release ids from callers: what can be none is their mistake, and none of them writes lines into
-the log.
-"""
+"""Release ids from callers: impossible ones are their mistake, and none writes into the log."""
 
 import logging
 import shutil
@@ -18,10 +16,11 @@ from retrieval.config import ServeConfig
 from retrieval.encoding.query_cache import QueryCache
 from retrieval.errors import InvalidRequest, UnknownRelease
 from retrieval.observability.metrics import Metrics
-from retrieval.releases.manager import LiveReleases
-from retrieval.security import Caller
+from retrieval.releases.manager import LiveReleases, ReleaseChange
+from retrieval.security import EVERYONE
 from retrieval.server.supervisor import Supervisor
-from retrieval.service.admin import Changes
+from retrieval.service.admin import AdminService
+from retrieval.service.calls import CallInfo
 from retrieval.status import status_for
 
 FORGED = "x\n2026-01-01 00:00:00,000 INFO omni.service: anonymous: release good -> FORGED"
@@ -49,7 +48,7 @@ def releases_of(folder: Path) -> LiveReleases:
 @pytest.mark.parametrize(
     "release_id", [FORGED, "../escape", ".hidden", "a" * 129, "a/b", "a\x1b[2J"]
 )
-async def test_an_id_that_can_be_none_is_the_callers_mistake(
+async def test_activate_impossible_id_is_the_callers_mistake(
     tmp_path: Path, lines: list[str], release_id: str
 ) -> None:
     releases = releases_of(tmp_path)
@@ -63,10 +62,10 @@ async def test_an_id_that_can_be_none_is_the_callers_mistake(
     await releases.stop()
 
 
-async def test_a_release_that_is_not_there_is_the_callers_mistake(
+async def test_activate_unknown_release_is_the_callers_mistake(
     tmp_path: Path, lines: list[str]
 ) -> None:
-    """It counted as a refused release, so that a mistyped id set off the alert on damaged ones."""
+    """A mistyped id must not set off the alert on damaged releases."""
     releases = releases_of(tmp_path)
     with pytest.raises(UnknownRelease) as refused:
         await releases.activate("r7")
@@ -75,10 +74,10 @@ async def test_a_release_that_is_not_there_is_the_callers_mistake(
     await releases.stop()
 
 
-async def test_an_active_release_that_is_not_there_is_refused_in_one_line(
+async def test_start_active_release_that_is_gone_is_refused_in_one_line(
     tmp_path: Path, lines: list[str]
 ) -> None:
-    """Here the store is at fault, and somebody has to look after it."""
+    """Here the store is at fault, and an operator has to look after it."""
     (tmp_path / "releases" / "r7").mkdir(parents=True)
     (tmp_path / "releases" / "r7" / "manifest.json").write_text("{}")
     releases = releases_of(tmp_path)
@@ -91,35 +90,35 @@ async def test_an_active_release_that_is_not_there_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize("release_id", [FORGED, "../escape", "a" * 129])
-async def test_with_several_workers_it_does_not_reach_the_supervisor(
+async def test_activate_impossible_id_does_not_reach_the_supervisor(
     tmp_path: Path, release_id: str
 ) -> None:
-    """It came back FAILED_PRECONDITION there, and INVALID_ARGUMENT from a server of one worker."""
+    """One worker or several: the caller gets INVALID_ARGUMENT."""
     asked: list[str] = []
 
-    async def supervisor(wanted: str) -> tuple[str, str]:
+    async def supervisor(wanted: str) -> ReleaseChange:
         asked.append(wanted)
-        return wanted, ""
+        return ReleaseChange(wanted, "")
 
     (tmp_path / "releases" / "r7").mkdir(parents=True)
     releases = releases_of(tmp_path)
-    changes = Changes(releases.config, releases, supervisor)
-    caller = Caller("anonymous", True)
+    admin = AdminService(releases.config, releases, supervisor)
+    call: Any = CallInfo(None, EVERYONE, 0)  # type: ignore[arg-type]
     with pytest.raises(
         InvalidRequest, match="release_id: a release id has 1 to 128 letters"
     ) as refused:
-        await changes.activate(pb.ActivateRequest(release_id=release_id), None, caller, 0)
+        await admin.activate(pb.ActivateRequest(release_id=release_id), call)
     assert status_for(refused.value)[0] is grpc.StatusCode.INVALID_ARGUMENT and not asked
-    await changes.activate(pb.ActivateRequest(release_id="r7"), None, caller, 0)
+    await admin.activate(pb.ActivateRequest(release_id="r7"), call)
     assert asked == ["r7"]
     with pytest.raises(UnknownRelease):
-        await changes.activate(pb.ActivateRequest(release_id="r8"), None, caller, 0)
+        await admin.activate(pb.ActivateRequest(release_id="r8"), call)
     assert asked == ["r7"]
-    changes.close()
+    admin.close()
     await releases.stop()
 
 
-def test_a_dropped_change_is_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_supervisor_dropped_change_is_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     supervisor: Any = SimpleNamespace(fleet=deque())
     Supervisor._carry_out(supervisor, SimpleNamespace(), FORGED)  # type: ignore[arg-type]
     Supervisor._carry_out(supervisor, SimpleNamespace(), "")  # type: ignore[arg-type]

@@ -1,6 +1,4 @@
-"""Kept answers: the same as searched ones, bounded, and gone with the first write or release that
-could change them.
-"""
+"""Cached answers: the same as searched ones, bounded, gone with whatever could change them."""
 
 import sys
 import time
@@ -20,14 +18,15 @@ from benchmarks.small_releases import entity_texts, small_release
 from index_builder.search.entity_index import SearchResult
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
+from retrieval.config import Limits
 from retrieval.service.answer_cache import (
     ENTRY_OVERHEAD_BYTES,
     AnswerCache,
-    Key,
-    Shape,
-    hits_on_the_wire,
-    key_of,
+    CachedAnswer,
+    CacheKey,
+    cache_key,
 )
+from retrieval.service.search_request import SearchRequest
 from tests.helpers.real_server import Running, serving
 
 TEXTS = entity_texts(30)
@@ -39,80 +38,65 @@ def found(*ids: str) -> SearchResult:
     )
 
 
-def key(text: str, k: int = 3, version: object = None) -> Key:
-    return Key(version, Shape(k, None, "", None), text)
+def key(text: str, k: int = 3, version: object = None) -> CacheKey:
+    return (version, k, "", None, None, text)
 
 
-def test_what_is_kept_comes_back_as_it_was() -> None:
+def test_answer_cache_find_returns_what_was_put() -> None:
     cache = AnswerCache(10_000)
-    cache.keep(key("red cat"), found("a", "é", "c"))
-    kept = cache.find(key("red cat"))
-    assert kept is not None
-    result = kept.result()
+    cache.put(key("red cat"), CachedAnswer(found("a", "é", "c")))
+    cached = cache.find(key("red cat"))
+    assert cached is not None and cached.is_cached and cached.search_ns == 0
+    result = cached.result
     assert result.ids == ["a", "é", "c"] and result.scores.dtype == np.float32
     np.testing.assert_array_equal(result.scores, found("a", "b", "c").scores)
-    assert (result.plan, result.ef, result.estimated_recall, result.selectivity) == (
-        "graph",
-        32,
-        0.97,
-        None,
-    )
-    assert (
-        cache.find(key("red cat", k=4)) is None
-        and cache.find(key("red cat", version=object())) is None
-    )
+    assert (result.plan, result.ef) == ("graph", 32)
+    assert (result.estimated_recall, result.selectivity) == (0.97, None)
+    assert cache.find(key("red cat", k=4)) is None
+    assert cache.find(key("red cat", version=object())) is None
     assert (cache.hits, cache.misses) == (1, 1)
 
 
-def test_the_hits_are_the_same_field_in_both_messages() -> None:
-    hits = hits_on_the_wire(["a", "b"], np.array([0.5, 0.25], np.float32))
-    assert pb.RetrieveResponse.FromString(hits).hits == pb.Answer.FromString(hits).hits
-    assert [(hit.id, hit.score) for hit in pb.Answer.FromString(hits).hits] == [
-        ("a", 0.5),
-        ("b", 0.25),
-    ]
+def test_cached_answer_hits_are_the_same_field_in_both_messages() -> None:
+    result = found("a", "b")
+    result.scores = np.array([0.5, 0.25], np.float32)
+    serialized = CachedAnswer(result).hits
+    assert pb.RetrieveResponse.FromString(serialized).hits == pb.Answer.FromString(serialized).hits
+    hits = [(hit.id, hit.score) for hit in pb.Answer.FromString(serialized).hits]
+    assert hits == [("a", 0.5), ("b", 0.25)]
 
 
 @settings(max_examples=50, deadline=None)
 @given(
     st.lists(st.tuples(st.text(max_size=8), st.integers(0, 40)), max_size=60), st.integers(0, 8000)
 )
-def test_the_bound_holds_and_the_last_used_stay(asked: list[tuple[str, int]], bound: int) -> None:
+def test_answer_cache_bound_holds_and_last_used_stay(
+    entries: list[tuple[str, int]], bound: int
+) -> None:
     cache = AnswerCache(bound)
-    for text, count in asked:
-        cache.keep(key(text), found(*(f"id-{i}" for i in range(count))))
+    for text, count in entries:
+        cache.put(key(text), CachedAnswer(found(*(f"id-{i}" for i in range(count)))))
         assert cache.size_bytes <= bound
-    if (
-        asked
-        and bound
-        >= len(hits_on_the_wire(["id-00"] * 40, np.ones(40, np.float32)))
-        + 200
-        + ENTRY_OVERHEAD_BYTES
-    ):
-        assert cache.find(key(asked[-1][0])) is not None
+    largest = len(CachedAnswer(found(*["id-00"] * 40)).hits) + 200 + ENTRY_OVERHEAD_BYTES
+    if entries and bound >= largest:
+        assert cache.find(key(entries[-1][0])) is not None
 
 
-def test_nothing_is_kept_when_switched_off() -> None:
+def test_answer_cache_of_no_bytes_holds_nothing() -> None:
     cache = AnswerCache(0)
-    cache.keep(key("red cat"), found("a"))
-    assert (
-        cache.find(key("red cat")) is None
-        and len(cache) == 0
-        and cache.size_bytes == 0
-        and cache.misses == 0
-    )
+    cache.put(key("red cat"), CachedAnswer(found("a")))
+    assert cache.find(key("red cat")) is None
+    assert (len(cache), cache.size_bytes, cache.misses) == (0, 0, 0)
 
 
-def test_the_estimate_of_an_entry_covers_what_it_takes() -> None:
-    version, results = (
-        object(),
-        [found(*(f"entity-{i}-{n}" for n in range(10))) for i in range(2000)],
-    )
+def test_answer_cache_estimated_size_covers_what_an_entry_takes() -> None:
+    version = object()
+    results = [found(*(f"entity-{i}-{n}" for n in range(10))) for i in range(2000)]
     cache = AnswerCache(100_000_000)
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
     for i, result in enumerate(results):
-        cache.keep(Key(version, Shape(10, None, "", None), f"query number {i}"), result)
+        cache.put(key(f"query number {i}", 10, version), CachedAnswer(result))
     taken = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     assert 0.7 * cache.size_bytes < taken <= cache.size_bytes, taken / len(results)
@@ -121,34 +105,21 @@ def test_the_estimate_of_an_entry_covers_what_it_takes() -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [
-        {"exclude_ids": ["a"]},
-        {"exact": True},
-        {"attributes": ["title"]},
-        {"diversity": 0.5},
-        {"collapse_above": 0.9},
-    ],
-    ids=lambda fields: next(iter(fields)),
-)
-def test_answers_that_depend_on_more_have_no_key(fields: dict[str, Any]) -> None:
-    index: Any = SimpleNamespace(version=object())
-    assert key_of(index, pb.RetrieveRequest(k=3), "red cat") is not None
-    assert key_of(index, pb.Target(k=3), "") is None, "a ready vector"
-    for message in (pb.RetrieveRequest, pb.Target):
-        assert key_of(index, message(k=3, **fields), "red cat") is None
-
-
-@pytest.mark.parametrize(
-    "fields",
     [{"k": 4}, {"filter": "price < 5"}, {"min_score": 0.0}, {"min_recall": 0.9}],
     ids=lambda fields: next(iter(fields)),
 )
-def test_every_field_that_changes_an_answer_is_in_its_key(fields: dict[str, Any]) -> None:
+def test_cache_key_other_search_has_another_key(fields: dict[str, Any]) -> None:
     index: Any = SimpleNamespace(version=object())
-    plain = pb.RetrieveRequest(k=3)
-    other = pb.RetrieveRequest(**{"k": 3, **fields})
-    assert key_of(index, plain, "a") != key_of(index, other, "a")
-    assert key_of(index, other, "a") == key_of(index, pb.Target(**{"k": 3, **fields}), "a")
+    plain, other, same = (
+        SearchRequest.parse(message, Limits())
+        for message in (
+            pb.RetrieveRequest(k=3),
+            pb.RetrieveRequest(**{"k": 3, **fields}),
+            pb.Target(**{"k": 3, **fields}),
+        )
+    )
+    assert cache_key(index, plain, "a") != cache_key(index, other, "a")
+    assert cache_key(index, other, "a") == cache_key(index, same, "a")
 
 
 # --- in a server ---
@@ -195,7 +166,7 @@ def until(condition: Callable[[], bool]) -> None:
     min_score=st.sampled_from([None, 0.2]),
     min_recall=st.sampled_from([None, 0.9, 1.0]),
 )
-def test_an_answer_that_comes_again_is_the_one_that_was_searched(
+def test_retrieve_repeated_request_gets_the_searched_answer(
     running: Running,
     stub: rpc.RetrievalStub,
     text: str,
@@ -236,7 +207,7 @@ def test_an_answer_that_comes_again_is_the_one_that_was_searched(
         )
 
 
-def test_a_batch_searches_for_what_is_not_kept(stub: rpc.RetrievalStub) -> None:
+def test_retrieve_batch_searches_only_for_what_is_not_cached(stub: rpc.RetrievalStub) -> None:
     texts = [f"{text} again" for text in TEXTS[:8]]
     target = pb.Target(entity_type="product", k=5)
     single = [
@@ -252,7 +223,7 @@ def test_a_batch_searches_for_what_is_not_kept(stub: rpc.RetrievalStub) -> None:
     assert [hits(answer) for answer in again.answers] == [hits(answer) for answer in batch.answers]
 
 
-def test_a_live_write_is_seen_by_answers_that_were_kept(
+def test_cached_answer_after_live_write_is_searched_anew(
     running: Running, stub: rpc.RetrievalStub, channel: grpc.Channel
 ) -> None:
     admin = rpc.AdminStub(channel)
@@ -280,17 +251,16 @@ def test_a_live_write_is_seen_by_answers_that_were_kept(
     assert after.answer_cached and hits(after) == hits(before)
 
 
-def test_any_order_of_writes_and_questions_gives_what_a_search_gives(
+def test_cached_answers_random_writes_give_what_a_search_gives(
     running: Running, stub: rpc.RetrievalStub, channel: grpc.Channel
 ) -> None:
-    """Upserts, deletes and questions in random order; each text's answer, kept or not, beside a
-    search for its vector right after it.
-    """
+    """Each text's answer, cached or not, beside a search for its vector right after it."""
     admin, rng = rpc.AdminStub(channel), np.random.default_rng(7)
     texts = [f"{text} in the rain" for text in TEXTS[:4]]
     packed = stub.Embed(pb.EmbedRequest(queries=texts)).embeddings
     vectors = [packed[i : i + len(packed) // 4] for i in range(0, len(packed), len(packed) // 4)]
-    follower, kept = running.server.releases.resolve("").follower, 0
+    follower = running.server.releases.resolve("").follower
+    cached = 0
     for _ in range(120):
         which, action = int(rng.integers(4)), rng.random()
         if action < 0.2:
@@ -314,25 +284,25 @@ def test_any_order_of_writes_and_questions_gives_what_a_search_gives(
             embedding=vectors[which], space_id=running.space_id, entity_type="product", k=8
         )
         assert hits(answer) == hits(stub.Retrieve(ready))
-        kept += answer.answer_cached
-    assert 20 < kept < 110
+        cached += answer.answer_cached
+    assert 20 < cached < 110
 
 
-def test_metrics_count_kept_answers(running: Running, stub: rpc.RetrievalStub) -> None:
-    answers = running.server.service.answers
+def test_metrics_count_cached_answers_under_both_names(
+    running: Running, stub: rpc.RetrievalStub
+) -> None:
+    answers = running.server.service.searches.answers
     before = answers.hits, answers.misses
     request = pb.RetrieveRequest(query="counted once and found twice", entity_type="pin", k=3)
     for _ in range(3):
         stub.Retrieve(request)
     assert (answers.hits - before[0], answers.misses - before[1]) == (2, 1)
     rows = {name: value for name, _, value in running.server.service._measurements()}
-    assert (
-        rows["omni_answers_kept_hits"] == answers.hits
-        and rows["omni_answers_kept"] == len(answers) > 0
-    )
+    for name in ("omni_cached_answers", "omni_answers_kept"):
+        assert rows[f"{name}_hits"] == answers.hits and rows[name] == len(answers) > 0
 
 
-def test_kept_answers_of_another_release_are_never_given(tmp_path: Path) -> None:
+def test_cached_answer_of_another_release_is_never_given(tmp_path: Path) -> None:
     """Two releases of one space whose ids tell them apart, activated in turns while one text is
     asked.
     """
@@ -358,7 +328,7 @@ def test_kept_answers_of_another_release_are_never_given(tmp_path: Path) -> None
                 assert answers[1].answer_cached
 
 
-def test_kept_answers_are_logged_and_replayed_like_others(tmp_path: Path) -> None:
+def test_cached_answers_are_logged_and_sampled_like_others(tmp_path: Path) -> None:
     with serving(
         tmp_path, shadow_fraction=1.0, shadow_cpu=1.0, impression_log=tmp_path / "log"
     ) as running:
@@ -380,8 +350,10 @@ def test_kept_answers_are_logged_and_replayed_like_others(tmp_path: Path) -> Non
             True,
         ]
         assert all(answer.request_id for answer in (*answers, batch))
-        until(lambda: service.shadow.done == 5)
-        assert all(estimate.recall > 0.9 for estimate in service.shadow.estimates().values())
+        until(lambda: service.recorder.shadow.done == 5)
+        assert all(
+            estimate.recall > 0.9 for estimate in service.recorder.shadow.estimates().values()
+        )
 
     lines = [
         line
@@ -392,17 +364,17 @@ def test_kept_answers_are_logged_and_replayed_like_others(tmp_path: Path) -> Non
     assert len(lines) == 5 * 4
 
 
-def test_the_short_way_answers_what_is_kept_without_a_search(
+def test_fast_path_cached_answer_needs_no_search(
     running: Running, stub: rpc.RetrievalStub, monkeypatch: Any
 ) -> None:
-    """Also with a filter and a large k, for which a new search would take the general way."""
+    """Also with a filter and a large k, for which a new search would take the full path."""
     service = running.server.service
     request = pb.RetrieveRequest(
         query="small glass boat", entity_type="pin", k=150, filter="price < 30", request_id="r-9"
     )
     first = stub.Retrieve(request)
-    monkeypatch.setattr(service, "_query", None)  # the general way is broken
-    monkeypatch.setattr(service.searcher, "is_short", lambda key: False)
+    monkeypatch.setattr(service.queries, "of_message", None)  # the full path is broken
+    monkeypatch.setattr(service.searches.searcher, "is_short", lambda key: False)
     again = stub.Retrieve(request)
     assert again.answer_cached and hits(again) == hits(first) and again.request_id == "r-9"
 

@@ -1,6 +1,4 @@
-"""The short way of Retrieve against the general one: the same answers, and it declines whatever it
-may not answer.
-"""
+"""The fast path of Retrieve beside the full path: the same answers, and it declines the rest."""
 
 import asyncio
 import contextlib
@@ -19,8 +17,13 @@ from index_builder.search.entity_index import EntityIndex
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
 from retrieval.config import Limits
+from retrieval.http2.refusals import Refusal
 from retrieval.service.answer_cache import AnswerCache
-from retrieval.service.fast_path import ReadyAnswers
+from retrieval.service.fast_path import FastPath
+from retrieval.service.handlers import MethodHandler, retrieve_method, search_gate
+from retrieval.service.search_request import SearchRequest
+from retrieval.service.searcher import cost_key
+from retrieval.service.service import RetrievalService
 from tests.helpers.real_server import Running, serving
 
 TEXTS = entity_texts(30)
@@ -35,7 +38,7 @@ class Caller:
     def invocation_metadata(self) -> tuple[()]:
         return ()
 
-    async def abort(self, code: grpc.StatusCode, details: str = "", trailing: Any = ()) -> None:
+    async def abort(self, code: grpc.StatusCode, details: str = "", trailing: Any = ()) -> Any:
         raise RuntimeError(code)
 
 
@@ -50,49 +53,59 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield found
 
 
-def asked(ready: ReadyAnswers, content: bytes) -> Any:
-    """What the short way says, on a loop of its own."""
+def fast_path_of(service: RetrievalService) -> FastPath:
+    return FastPath(
+        search_gate(service),
+        service.releases,
+        service.queries,
+        service.searches,
+        service.recorder,
+    )
+
+
+def ask_fast_path(fast_path: FastPath, content: bytes) -> Any:
+    """What the fast path says, on a loop of its own."""
 
     async def ask() -> Any:
-        return ready(content, Caller())
+        return fast_path(content, Caller())
 
     return asyncio.run(ask())
 
 
-def both_ways(
-    running: Running, request: pb.RetrieveRequest, kept: bool = False
+def expect_short(service: RetrievalService, k: int, min_recall: float | None = None) -> None:
+    """Have the searcher expect that such searches are short."""
+    active = service.releases.active
+    assert active is not None
+    request = SearchRequest("pin", k, min_recall=min_recall)
+    service.searches.searcher.learn(cost_key(active.entities["pin"], request, k), 1e-5)
+
+
+def ask_both_paths(
+    running: Running, message: pb.RetrieveRequest, cached: bool = False
 ) -> tuple[pb.RetrieveResponse | None, pb.RetrieveResponse]:
-    """What the short way and the general way answer; both run on the server's loop, and both search
-    unless answers may be kept.
+    """What the fast path and the full path answer, both on the server's loop.
+
+    Both search unless answers may be cached.
     """
     service = running.server.service
-    answers = service.answers
-    ready = ReadyAnswers(service)
+    answers = service.searches.answers
 
     async def ask() -> tuple[pb.RetrieveResponse | None, pb.RetrieveResponse]:
-        if not kept:
-            service.answers = ready.answers = AnswerCache(0)
-        service.searcher.learn(
-            service.searcher.plain_key(
-                service.releases.active.entities["pin"],
-                request.k,
-                request.min_recall if request.HasField("min_recall") else None,
-            ),
-            1e-5,
-        )
-        content = request.SerializeToString()
-        short = ready(content, Caller())
-        general = await service.handler("Retrieve", pb.RetrieveRequest, service.retrieve)(
-            content, Caller()
-        )
-        return (
-            pb.RetrieveResponse.FromString(short) if short is not None else None
-        ), pb.RetrieveResponse.FromString(general)
+        if not cached:
+            service.searches.answers = AnswerCache(0)
+        min_recall = message.min_recall if message.HasField("min_recall") else None
+        expect_short(service, message.k, min_recall)
+        content = message.SerializeToString()
+        fast = fast_path_of(service)(content, Caller())
+        assert not isinstance(fast, Refusal)
+        full_path = MethodHandler(retrieve_method(service), search_gate(service))
+        full = pb.RetrieveResponse.FromString(await full_path.handle(content, Caller()))
+        return (None if fast is None else pb.RetrieveResponse.FromString(fast)), full
 
     try:
         return asyncio.run_coroutine_threadsafe(ask(), running.loop).result(30)
     finally:
-        service.answers = answers
+        service.searches.answers = answers
 
 
 @settings(max_examples=40, deadline=None)
@@ -105,7 +118,7 @@ def both_ways(
     st.booleans(),
     st.booleans(),
 )
-def test_it_answers_as_the_general_way_does(
+def test_fast_path_answer_is_that_of_the_full_path(
     running: Running,
     text: str,
     k: int,
@@ -113,7 +126,7 @@ def test_it_answers_as_the_general_way_does(
     request_id: str,
     pinned: bool,
     ready_vector: bool,
-    kept: bool,
+    cached: bool,
 ) -> None:
     request = pb.RetrieveRequest(
         entity_type="pin", k=k, request_id=request_id, min_recall=min_recall
@@ -121,20 +134,18 @@ def test_it_answers_as_the_general_way_does(
     if pinned:
         request.release_id = running.release_id
     if ready_vector:
-        request.embedding, request.space_id = (
-            running.encoder.encode([text])[0].astype("<f4").tobytes(),
-            running.space_id,
-        )
+        request.embedding = running.encoder.encode([text])[0].astype("<f4").tobytes()
+        request.space_id = running.space_id
     else:
         request.query = f"  {text}\t"  # not yet normalised
-    if kept:
-        both_ways(running, request, kept)
-    short, general = both_ways(running, request, kept)
-    assert short is not None and short.answer_cached == (kept and not ready_vector)
-    for answer in (short, general):
+    if cached:
+        ask_both_paths(running, request, cached)
+    fast, full = ask_both_paths(running, request, cached)
+    assert fast is not None and fast.answer_cached == (cached and not ready_vector)
+    for answer in (fast, full):
         assert answer.timings.total_ns > 0
         answer.ClearField("timings")
-    assert short == general
+    assert fast == full
 
 
 @pytest.mark.parametrize(
@@ -151,15 +162,15 @@ def test_it_answers_as_the_general_way_does(
         {"query": "never asked before"},
     ],
 )
-def test_what_is_not_plain_is_left_to_the_general_way(running: Running, fields: dict) -> None:
-    short, general = both_ways(
+def test_fast_path_request_that_is_not_plain_is_declined(running: Running, fields: dict) -> None:
+    fast, full = ask_both_paths(
         running, pb.RetrieveRequest(**{"query": TEXTS[0], "entity_type": "pin", "k": 3, **fields})
     )
-    assert short is None and general.hits
+    assert fast is None and full.hits
 
 
-def test_it_never_raises_and_never_answers_a_mistake(running: Running) -> None:
-    ready = ReadyAnswers(running.server.service)
+def test_fast_path_invalid_request_is_declined_and_raises_nothing(running: Running) -> None:
+    fast_path = fast_path_of(running.server.service)
     good = running.encoder.encode(["red cat"])[0].astype("<f4")
     for request in (
         pb.RetrieveRequest(),
@@ -186,14 +197,14 @@ def test_it_never_raises_and_never_answers_a_mistake(running: Running) -> None:
             k=3,
         ),
     ):
-        assert asked(ready, request.SerializeToString()) is None
-    assert asked(ready, b"\xff\xff\xff") is None
+        assert ask_fast_path(fast_path, request.SerializeToString()) is None
+    assert ask_fast_path(fast_path, b"\xff\xff\xff") is None
 
 
-def test_plain_cached_calls_take_the_short_way(
+def test_retrieve_plain_cached_call_takes_the_fast_path(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The general way is broken on purpose once the search is known to be short; nobody notices."""
+    """The full path is broken on purpose once the search is known to be short; nobody notices."""
     service = running.server.service
     with grpc.insecure_channel(running.address) as channel:
         stub = rpc.RetrievalStub(channel)
@@ -201,7 +212,7 @@ def test_plain_cached_calls_take_the_short_way(
             assert stub.Retrieve(
                 pb.RetrieveRequest(query=TEXTS[0], entity_type="pin", k=3)
             ).cache_hit
-        monkeypatch.setattr(service, "_query", None)
+        monkeypatch.setattr(service.queries, "of_message", None)
         answers = [
             stub.Retrieve(pb.RetrieveRequest(query=TEXTS[0], entity_type="pin", k=3))
             for _ in range(20)
@@ -209,7 +220,7 @@ def test_plain_cached_calls_take_the_short_way(
     assert all(answer.cache_hit for answer in answers) and service.admission.in_flight == 0
 
 
-def test_the_operators_limit_of_k_holds_on_the_short_way(tmp_path: Path) -> None:
+def test_fast_path_k_above_the_operators_limit_is_refused(tmp_path: Path) -> None:
     """A search of 40 teaches the searcher what one of 60 costs; that does not let it in."""
     with (
         serving(tmp_path, shadow_fraction=0.0, limits=Limits(max_k=50)) as small,
@@ -232,7 +243,7 @@ def test_the_operators_limit_of_k_holds_on_the_short_way(tmp_path: Path) -> None
     ("error", "code"),
     [(MemoryError, grpc.StatusCode.RESOURCE_EXHAUSTED), (RuntimeError, grpc.StatusCode.INTERNAL)],
 )
-def test_an_error_of_the_index_fails_its_own_call_and_no_other(
+def test_retrieve_error_of_the_index_fails_its_own_call_and_no_other(
     running: Running, monkeypatch: pytest.MonkeyPatch, error: type[Exception], code: grpc.StatusCode
 ) -> None:
     service = running.server.service
@@ -244,11 +255,9 @@ def test_an_error_of_the_index_fails_its_own_call_and_no_other(
         return search(self, vector, k, **options)
 
     monkeypatch.setattr(EntityIndex, "search", failing)
-    service.searcher.learn(
-        service.searcher.plain_key(service.releases.active.entities["pin"], 7, None), 1e-5
-    )
+    expect_short(service, 7)
     content = pb.RetrieveRequest(query=TEXTS[0], entity_type="pin", k=7)
-    assert asked(ReadyAnswers(service), content.SerializeToString()) is None
+    assert ask_fast_path(fast_path_of(service), content.SerializeToString()) is None
     with grpc.insecure_channel(running.address) as channel:
         stub = rpc.RetrievalStub(channel)
         waiting = stub.Retrieve.future(
@@ -265,16 +274,18 @@ def fails(*args: Any, **options: Any) -> Any:
     raise RuntimeError("broken")
 
 
-@pytest.mark.parametrize("way", ["short", "too long for the event loop", "the short search fails"])
-def test_one_request_is_one_hit_of_the_cache(
-    running: Running, monkeypatch: pytest.MonkeyPatch, way: str
+@pytest.mark.parametrize(
+    "case", ["fast path", "too long for the event loop", "search of the fast path fails"]
+)
+def test_retrieve_one_request_is_one_hit_of_the_query_cache(
+    running: Running, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     service = running.server.service
-    cache, index = service.releases.active.encoder.cache, service.releases.active.entities["pin"]
-    service.searcher.learn(service.searcher.plain_key(index, 3, None), 1e-5)
-    if way == "too long for the event loop":
-        monkeypatch.setattr(service.searcher, "is_short", lambda key: False)
-    elif way == "the short search fails":
+    cache = service.releases.active.encoder.cache
+    expect_short(service, 3)
+    if case == "too long for the event loop":
+        monkeypatch.setattr(service.searches.searcher, "is_short", lambda key: False)
+    elif case == "the short search fails":
         monkeypatch.setattr(EntityIndex, "search", fails)
     before = cache.hits, cache.misses
     with grpc.insecure_channel(running.address) as channel, contextlib.suppress(grpc.RpcError):

@@ -52,7 +52,7 @@ def fails(call, request, code: grpc.StatusCode, *words: str) -> None:
         assert word in caught.value.details()
 
 
-def test_a_text_finds_its_own_entity_and_the_answer_says_what_was_done(
+def test_retrieve_text_finds_its_own_entity_and_reports_how(
     running: Running, stub: rpc.RetrievalStub
 ) -> None:
     text = entity_texts(20)[7]
@@ -85,7 +85,7 @@ def test_a_text_finds_its_own_entity_and_the_answer_says_what_was_done(
     assert list(first.hits) == list(second.hits)
 
 
-def test_an_attribute_that_is_named_twice_comes_once(stub: rpc.RetrievalStub) -> None:
+def test_retrieve_attribute_named_twice_comes_once(stub: rpc.RetrievalStub) -> None:
     """Found by the fuzzer: polars refused the column that was asked for twice, and the caller was
     told INTERNAL.
     """
@@ -152,7 +152,7 @@ def test_embed_score_and_ready_vectors_agree_with_text(
     assert [h.id for h in batch.answers[0].hits] == ids
 
 
-def test_exact_filter_exclude_score_floor_and_variety(stub: rpc.RetrievalStub) -> None:
+def test_retrieve_each_option_changes_the_answer_as_documented(stub: rpc.RetrievalStub) -> None:
     plain = stub.Retrieve(pb.RetrieveRequest(query="red cat", entity_type="pin", k=10))
     exact = stub.Retrieve(pb.RetrieveRequest(query="red cat", entity_type="pin", k=10, exact=True))
     assert (
@@ -202,7 +202,7 @@ def test_exact_filter_exclude_score_floor_and_variety(stub: rpc.RetrievalStub) -
     assert 0 < len(collapsed.hits) <= 10
 
 
-def test_describe_tells_release_recall_attributes_and_limits(
+def test_describe_release_reports_recall_attributes_and_limits(
     running: Running, stub: rpc.RetrievalStub
 ) -> None:
     found = stub.DescribeRelease(pb.DescribeReleaseRequest())
@@ -254,13 +254,13 @@ BAD = [
 
 
 @pytest.mark.parametrize(("fields", "code", "word"), BAD, ids=range(len(BAD)))
-def test_bad_requests_get_typed_errors_that_say_what_to_do(
+def test_retrieve_bad_request_gets_a_typed_error_with_the_way_out(
     stub: rpc.RetrievalStub, fields: dict, code: Code, word: str
 ) -> None:
     fails(stub.Retrieve, pb.RetrieveRequest(**fields), code, word)
 
 
-def test_the_other_calls_refuse_what_makes_no_sense(
+def test_other_calls_bad_request_gets_a_typed_error(
     running: Running, stub: rpc.RetrievalStub, channel: grpc.Channel
 ) -> None:
     admin = rpc.AdminStub(channel)
@@ -336,7 +336,7 @@ def test_the_other_calls_refuse_what_makes_no_sense(
     )
 
 
-def test_upserts_and_deletes_become_visible(
+def test_upsert_and_delete_become_visible(
     running: Running, stub: rpc.RetrievalStub, channel: grpc.Channel
 ) -> None:
     admin = rpc.AdminStub(channel)
@@ -362,7 +362,7 @@ def test_upserts_and_deletes_become_visible(
     assert len(left.hits) == 59 and not {"dragon", "ad-3"} & {h.id for h in left.hits}
 
 
-def test_health_overall_and_per_entity_type_and_reflection(channel: grpc.Channel) -> None:
+def test_health_and_reflection_know_services_and_entity_types(channel: grpc.Channel) -> None:
     health = health_pb2_grpc.HealthStub(channel)
     for name in ("", "omnisearchsage.v1.Retrieval", "pin", "ad"):
         assert (
@@ -382,7 +382,7 @@ def test_health_overall_and_per_entity_type_and_reflection(channel: grpc.Channel
     assert {service.name for service in described.service} == {"Retrieval", "Admin"}
 
 
-def test_health_can_be_watched_on_both_transports(channel: grpc.Channel) -> None:
+def test_health_watch_streams_on_both_transports(channel: grpc.Channel) -> None:
     """The one method of ours that streams answers to a single message."""
     watching = health_pb2_grpc.HealthStub(channel).Watch(
         health_pb2.HealthCheckRequest(service="pin"), timeout=20
@@ -444,7 +444,7 @@ def test_malformed_bytes_get_typed_errors_and_the_server_lives(
     assert running.server.service.admission.in_flight == 0
 
 
-def test_metrics_can_be_scraped_and_hold_no_query_text(
+def test_metrics_scrape_holds_counts_and_no_query_text(
     running: Running, stub: rpc.RetrievalStub
 ) -> None:
     stub.Retrieve(
@@ -471,7 +471,7 @@ def test_shadow_recall_agrees_with_exact_search(running: Running, stub: rpc.Retr
 
     for word in entity_texts(40, seed=9):
         stub.Retrieve(pb.RetrieveRequest(query=word, entity_type="product", k=10, language="en"))
-    shadow = running.server.service.shadow
+    shadow = running.server.service.recorder.shadow
     until = time.monotonic() + 20
     while time.monotonic() < until and not any(
         labels[0] == "product" and found.samples >= 30

@@ -1,6 +1,4 @@
-"""Long work of one caller does not hold up the others, and what is measured beside the answers is
-about those answers.
-"""
+"""Long work of one caller does not hold up the others; measurements are about the answers given."""
 
 import asyncio
 import threading
@@ -19,7 +17,8 @@ import pytest
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
 from retrieval.service.admission import Admission
-from retrieval.service.searcher import Searcher
+from retrieval.service.search_request import SearchRequest
+from retrieval.service.searcher import Searcher, cost_key
 from tests.helpers.real_server import Running, serving
 
 
@@ -53,41 +52,39 @@ def metrics(running: Running, name: str) -> dict[str, float]:
     return {labels: float(value) for labels, value in rows}
 
 
-SLOW = [
-    {"min_recall": 1.0},
-    {"exclude_ids": tuple(map(str, range(5000)))},
-    {"filter": "price < 3"},
-    {"exact": True},
+SEARCHES = [  # a fast kind and a slow kind of search that must not be taken for each other
+    ({"min_recall": 0.9}, {"min_recall": 1.0}),
+    ({"exclude_ids": ("a",)}, {"exclude_ids": tuple(map(str, range(5000)))}),
+    ({"filter": "sale"}, {"filter": "price < 3"}),
+    ({}, {"exact": True}),
 ]
 
 
-@pytest.mark.parametrize("slow", SLOW)
-def test_a_slow_kind_of_search_is_not_taken_for_a_fast_one(slow: dict[str, Any]) -> None:
-    searcher, index = Searcher(2e-4, 1), SimpleNamespace(token=object())
-    fast = (
-        {"min_recall": 0.9}
-        if "min_recall" in slow
-        else {"exclude_ids": ("a",)}
-        if "exclude_ids" in slow
-        else {"filter": "sale"}
-    )
-    where: list[int] = []
+@pytest.mark.parametrize(("fast", "slow"), SEARCHES)
+def test_searcher_slow_kind_of_search_never_runs_on_the_event_loop(
+    fast: dict[str, Any], slow: dict[str, Any]
+) -> None:
+    searcher = Searcher(2e-4, 1)
+    index: Any = SimpleNamespace(token=object())
+    threads: list[int] = []
 
-    def work() -> None:
-        where.append(threading.get_ident())
+    def slow_search() -> None:
+        threads.append(threading.get_ident())
         time.sleep(0.001)
 
     async def run() -> None:
+        fast_key = cost_key(index, SearchRequest("pin", 10, **fast), 10)
+        slow_key = cost_key(index, SearchRequest("pin", 10, **slow), 10)
         for _ in range(20):
-            await searcher.timed(index, fast, 10, lambda: None)  # type: ignore[arg-type]
-            await searcher.timed(index, slow, 10, work)  # type: ignore[arg-type]
+            await searcher.run(fast_key, lambda: None)
+            await searcher.run(slow_key, slow_search)
 
     asyncio.run(run())
     searcher.close()
-    assert len(where) == 20 and threading.get_ident() not in where
+    assert len(threads) == 20 and threading.get_ident() not in threads
 
 
-def test_a_ready_vector_takes_as_many_places_as_a_text(
+def test_retrieve_batch_ready_vectors_take_as_many_places_as_texts(
     running: Running, stub: rpc.RetrievalStub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
@@ -114,7 +111,7 @@ def test_a_ready_vector_takes_as_many_places_as_a_text(
         pb.Target(entity_type="pin", k=20, collapse_above=0.9),
     ],
 )
-def test_others_are_answered_while_a_batch_is_re_ranked(
+def test_retrieve_batch_reranking_lets_others_be_answered(
     running: Running, stub: rpc.RetrievalStub, target: pb.Target
 ) -> None:
     request = pb.RetrieveBatchRequest(
@@ -134,7 +131,7 @@ def test_others_are_answered_while_a_batch_is_re_ranked(
     assert answered > 3
 
 
-def test_a_batch_ends_with_its_deadline_and_is_counted_so(
+def test_retrieve_batch_past_its_deadline_ends_and_is_counted_so(
     running: Running, stub: rpc.RetrievalStub
 ) -> None:
     name = 'omni_requests_total{code="DEADLINE_EXCEEDED",method="RetrieveBatch"}'
@@ -152,7 +149,7 @@ def test_a_batch_ends_with_its_deadline_and_is_counted_so(
         time.sleep(0.02)
 
 
-def test_one_query_is_encoded_once_whatever_its_targets(
+def test_retrieve_multi_counts_one_encoding_for_all_targets(
     running: Running, stub: rpc.RetrievalStub
 ) -> None:
     name = 'omni_stage_seconds_count{stage="encode"}'
@@ -162,7 +159,7 @@ def test_one_query_is_encoded_once_whatever_its_targets(
     assert metrics(running, name)[name] == before + 1
 
 
-def test_ids_are_compared_as_they_are_stored(running: Running, stub: rpc.RetrievalStub) -> None:
+def test_ids_in_another_unicode_form_are_found(running: Running, stub: rpc.RetrievalStub) -> None:
     spelled = unicodedata.normalize("NFD", "café")
     vector = running.encoder.encode(["a river that no other entity is about"])[0].tobytes()
     with grpc.insecure_channel(running.address) as channel:
@@ -181,12 +178,12 @@ def test_ids_are_compared_as_they_are_stored(running: Running, stub: rpc.Retriev
     assert stub.Score(pb.ScoreRequest(ids=[spelled], **ready)).missing == 0
 
 
-def test_shadow_recall_is_about_the_answers_as_they_were(tmp_path: Path) -> None:
+def test_shadow_recall_judges_answers_by_the_entries_they_saw(tmp_path: Path) -> None:
     with (
         serving(tmp_path, shadow_fraction=1.0, shadow_cpu=0.01, live_poll_seconds=0.05) as running,
         grpc.insecure_channel(running.address) as channel,
     ):
-        stub, shadow = rpc.RetrievalStub(channel), running.server.service.shadow
+        stub, shadow = rpc.RetrievalStub(channel), running.server.service.recorder.shadow
         vector = stub.Embed(pb.EmbedRequest(queries=["red cat"])).embeddings
         for _ in range(5):
             stub.Retrieve(pb.RetrieveRequest(query="red cat", entity_type="pin", k=3, exact=True))

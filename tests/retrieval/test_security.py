@@ -1,6 +1,4 @@
-"""A token file with values of the wrong kind: refused by name, for a right must not come from a
-typing mistake.
-"""
+"""Tokens, the rights that they hold, and token files with mistakes."""
 
 from hashlib import sha256
 from pathlib import Path
@@ -8,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from encoders.errors import ConfigError
+from retrieval.errors import PermissionDenied, Unauthenticated
 from retrieval.security import Tokens
 
 DIGEST = sha256(b"secret").hexdigest()
@@ -23,7 +22,7 @@ def load(folder: Path, line: str) -> Tokens:
 
 
 @pytest.mark.parametrize("value", ['"false"', '"true"', "0", "1", "[]", "1.0"])
-def test_the_admin_right_is_true_or_false_and_nothing_else(tmp_path: Path, value: str) -> None:
+def test_token_file_admin_not_boolean_is_refused(tmp_path: Path, value: str) -> None:
     with pytest.raises(
         ConfigError,
         match=(
@@ -37,7 +36,7 @@ def test_the_admin_right_is_true_or_false_and_nothing_else(tmp_path: Path, value
 @pytest.mark.parametrize(
     "value", ['"pin"', "true", "1", '["pin", 1]', '[["pin"]]', '{pin = "product"}']
 )
-def test_entity_types_are_a_list_of_strings_and_nothing_else(tmp_path: Path, value: str) -> None:
+def test_token_file_entity_types_not_strings_are_refused(tmp_path: Path, value: str) -> None:
     with pytest.raises(
         ConfigError,
         match=(
@@ -58,8 +57,40 @@ def test_entity_types_are_a_list_of_strings_and_nothing_else(tmp_path: Path, val
         ("entity_types = []", set(), False),
     ],
 )
-def test_what_is_well_formed_means_what_it_says(
+def test_token_file_well_formed_gives_its_rights(
     tmp_path: Path, line: str, types: set[str] | None, admin: bool
 ) -> None:
     caller = load(tmp_path, line).caller([("authorization", "Bearer secret")])
     assert (caller.name, caller.entity_types, caller.admin) == ("web", types, admin)
+
+
+def test_tokens_known_token_has_its_rights_and_no_other_gets_in(tmp_path: Path) -> None:
+    digest = sha256(b"web-secret").hexdigest()
+    (tmp_path / "t.toml").write_text(
+        f'[[token]]\nname = "web"\nsha256 = "{digest}"\nentity_types = ["pin"]\n'
+    )
+    tokens = Tokens.load(tmp_path / "t.toml")
+    caller = tokens.caller([("user-agent", "x"), ("authorization", "Bearer web-secret")])
+    caller.require_entity_types(["pin"])
+    with pytest.raises(PermissionDenied, match="may retrieve pin"):
+        caller.require_entity_types(["pin", "ad"])
+    with pytest.raises(PermissionDenied, match="admin"):
+        caller.require_admin()
+    for metadata in (
+        [],
+        [("authorization", "Bearer wrong")],
+        [("authorization", "Basic web-secret")],
+        [("authorization", digest)],
+    ):
+        with pytest.raises(Unauthenticated):
+            tokens.caller(metadata)
+    for content in (
+        "",
+        "[[token]]\nname='a'",
+        "[[token]]\nname='a'\nsha256='00'",
+        "not toml",
+        f"[[token]]\nname='a'\nsha256='{digest}'\nadmn=true",
+    ):
+        (tmp_path / "bad.toml").write_text(content)
+        with pytest.raises(ConfigError):
+            Tokens.load(tmp_path / "bad.toml")

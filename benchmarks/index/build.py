@@ -26,7 +26,6 @@ from encoders.commands.console import (
     json_option,
     print_json,
     print_table,
-    say,
 )
 from encoders.errors import ConfigError
 from index_builder.ann import AnnConfig
@@ -71,7 +70,7 @@ def build_once(
     config = RebuildConfig(
         index=index, deterministic=deterministic, min_recall=0.9, max_memory_mib=max_memory_mib
     )
-    return build_release(inputs, bundle, store, config, queries, progress=say)
+    return build_release(inputs, bundle, store, config, queries)
 
 
 def build_apart(

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.index.vectors import VectorSet, default_cache, load_vectors
-from encoders.commands.console import say, stage
+from encoders.commands.console import stage
 from encoders.exact_search import exact_top_k
 from index_builder.building.build import RebuildConfig, build_release
 from index_builder.building.inputs import EntityInput, QuerySet
@@ -83,7 +83,6 @@ def serving_release(
                 store,
                 RebuildConfig(index=IndexConfig(kind=kind)),
                 {"*": calibration},
-                progress=say,
             )
     manifest = store.open_current()
     entity = manifest.manifest.entities["pin"]

@@ -1,12 +1,13 @@
-"""Build a release: check, fold the live log in, index, calibrate, gate, prove, publish; interrupted builds go on where they stopped."""
+"""Build a release: index each entity type, prove it, publish; interrupted builds are resumed."""
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from hashlib import sha256
 from importlib import metadata
@@ -15,54 +16,36 @@ from typing import Any
 
 import numpy as np
 
-from index_builder.building.carry_over import _carry
-from index_builder.building.inputs import (
-    EntityInput,
-    Folded,
-    QuerySet,
-    check_input,
-    fingerprint,
-    fold_live,
-    read_live,
-    refuse_foreign,
-)
+from index_builder.building.carry_over import carry_entity
+from index_builder.building.entity_build import BuiltEntity, EntityBuild, build_or_resume
+from index_builder.building.inputs import EntityInput, QuerySet, fingerprint
+from index_builder.building.parity import require_forms
 from index_builder.building.plan import (
     Bundle,
     RebuildConfig,
     carried_types,
-    fit_memory,
+    live_writes,
     plan_release,
     read_bundle,
 )
-from index_builder.errors import DiskFull, GateFailed, ReleaseCorrupt
+from index_builder.building.proof import REAL
+from index_builder.errors import DiskFull, GateFailed
 from index_builder.releases.manifest import EntityManifest, FileRecord, Manifest, content_digest
 from index_builder.releases.release import BUNDLE_PARTS
 from index_builder.releases.store import ReleaseStore
 from index_builder.releases.verification import record_files
-from index_builder.search.calibration import check_gate
-from index_builder.search.construction import CalibrationQueries
-from index_builder.search.entity_index import EntityIndex
-from index_builder.search.golden import (
-    GOLDEN_K,
-    GOLDEN_NAME,
-    GoldenQueries,
-    answer_exactly,
-    perturbed_entities,
-    recall_of,
-    write_golden,
-)
-from index_builder.storage.durable_files import disk_full_is_clear, write_durably
+from index_builder.search.golden import GOLDEN_NAME, GoldenQueries, read_golden
+from index_builder.storage.durable_files import disk_full_is_clear
 from index_builder.storage.peak_memory import PeakMemory
 
+log = logging.getLogger(__name__)
+
 ParityGate = Callable[[Path, GoldenQueries], dict[str, dict[str, Any]]]
-"""(staged release folder, golden queries with texts) -> export form -> report with ``passed``; a form that fails stops the build."""
-Progress = Callable[[str], None]
+"""Compares the export forms in a staged release with golden queries.
 
-
-@dataclass(slots=True)
-class _Built:
-    entity: EntityManifest
-    measured: dict[str, Any]
+Returns a report for each form; one without ``passed`` stops the build.
+"""
+_DISK_MARGIN = 1.2
 
 
 def build_release(
@@ -73,9 +56,8 @@ def build_release(
     queries: Mapping[str, QuerySet] | None = None,
     *,
     parity: ParityGate | None = None,
-    progress: Progress = lambda _: None,
 ) -> str:
-    """Build, prove and publish one release.
+    """Build, prove and publish one release; steps are logged.
 
     Entity types of the active release that are not among ``inputs`` are taken over unchanged if
     they were made with the same bundle.
@@ -89,7 +71,6 @@ def build_release(
         queries: Real queries by entity type (key ``"*"``: for all types without their own); without
             them perturbed entities stand in, labelled so.
         parity: Checks the export forms against the trained tower.
-        progress: Called with one line per step.
 
     Returns:
         Id of the published release.
@@ -102,288 +83,198 @@ def build_release(
         PublisherBusy: Another build is running in this store.
         DiskFull: No room; nothing was published.
     """
-    config = config or RebuildConfig()
+    config = _settled(config or RebuildConfig())
     bundle = read_bundle(bundle_path)
-    if config.deterministic:
-        config = replace(
-            config,
-            index=replace(
-                config.index, ann=replace(config.index.ann, threads=1), deterministic=True
-            ),
-        )
-    started = time.perf_counter()
-    timings: dict[str, float] = {}
     with store.lock("build", config.wait_seconds):
         plan_release(inputs, bundle, store, config)
-        parent = store.current()
-        carried = carried_types(inputs, bundle, store, parent)
-        if set(inputs) & set(carried):
-            raise AssertionError("an entity type is either built or carried")
-        _check_disk(inputs, bundle, store)
-        key = _key(inputs, bundle, config, parent if carried else None, queries)
-        staging = store.staging(key)
-        if not config.resume:
-            shutil.rmtree(staging)
-            staging = store.staging(key)
+        build = _Build(
+            inputs=inputs,
+            bundle=bundle,
+            store=store,
+            config=config,
+            queries=queries or {},
+            parity=parity,
+            parent=store.current(),
+        )
+        return build.run()
+
+
+def _settled(config: RebuildConfig) -> RebuildConfig:
+    """Apply what a deterministic build needs to the settings of its indexes."""
+    if not config.deterministic:
+        return config
+    ann = replace(config.index.ann, threads=1)
+    return replace(config, index=replace(config.index, ann=ann, deterministic=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Build:
+    """One build under way; the store's ``build`` lock is held."""
+
+    inputs: Mapping[str, EntityInput]
+    bundle: Bundle
+    store: ReleaseStore
+    config: RebuildConfig
+    queries: Mapping[str, QuerySet]
+    parity: ParityGate | None
+    parent: str | None
+
+    def run(self) -> str:
+        """Stage everything, check it as a whole and publish it."""
+        started = time.perf_counter()
+        config, store = self.config, self.store
+        carried = carried_types(self.inputs, self.bundle, store, self.parent)
+        assert not set(self.inputs) & set(carried), "an entity type is either built or carried"
+        _check_disk(self.inputs, self.bundle, store)
+        staging = self._staging(partial=bool(carried))
         content = staging / "content"
         content.mkdir(exist_ok=True)
+        seconds: dict[str, float] = {}
         with PeakMemory() as peak, disk_full_is_clear("building the release", store.releases):
-            entities: dict[str, EntityManifest] = {}
-            measured: dict[str, Any] = {}
-            for entity_type in sorted(inputs):
-                built = _build_or_resume(
-                    entity_type,
-                    inputs[entity_type],
-                    bundle,
-                    store,
-                    config,
-                    queries,
-                    staging,
-                    progress,
-                )
-                entities[entity_type], measured[entity_type] = built.entity, built.measured
+            built = {
+                entity_type: build_or_resume(self._entity_build(entity_type, staging))
+                for entity_type in sorted(self.inputs)
+            }
+            entities = {entity_type: item.entity for entity_type, item in built.items()}
             for entity_type in carried:
-                progress(f"{entity_type}: taken over from {parent}")
-                entities[entity_type] = _carry(entity_type, store, str(parent), content)
+                log.info("%s: taken over from %s", entity_type, self.parent)
+                entities[entity_type] = carry_entity(entity_type, store, str(self.parent), content)
             step = time.perf_counter()
-            _copy_bundle(bundle, content)
-            forms = _parity(content, entities, parity, progress)
-            timings["bundle and parity"] = round(time.perf_counter() - step, 3)
+            _copy_bundle(self.bundle, content)
+            forms = self._check_forms(content, entities)
+            seconds["bundle and parity"] = _seconds_since(step)
             step = time.perf_counter()
             files = record_files(content)
-            timings["checksums"] = round(time.perf_counter() - step, 3)
-        if config.max_memory_mib is not None and peak.private_mib > config.max_memory_mib:
-            raise GateFailed(
-                f"the build used {peak.private_mib:,.0f} MiB of private memory at its peak, more"
-                f" than --max-memory {config.max_memory_mib:,}. Nothing was published. Choose a"
-                " leaner kind (--index rabitq) or raise the limit."
-            )
-        timings["total"] = round(time.perf_counter() - started, 3)
+            seconds["checksums"] = _seconds_since(step)
+        self._check_memory(peak)
+        seconds["total"] = _seconds_since(started)
         manifest = Manifest(
             release_id=config.release_id or _release_id(files, entities, config),
-            parent=parent,
+            parent=self.parent,
             code_version=_code_version(),
-            space_id=bundle.space_id,
-            dimension=bundle.dimension,
+            space_id=self.bundle.space_id,
+            dimension=self.bundle.dimension,
             entities=dict(sorted(entities.items())),
             files=files,
             forms=forms,
             deterministic=config.deterministic,
             seed=config.seed,
-            query_upgrade=bundle.query_upgrade,
-            measured={
-                "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
-                "seconds": timings,
-                "peak_private_mib": round(peak.private_mib, 1),
-                "peak_resident_mib": round(peak.resident_mib, 1),
-                "entities": measured,
-            },
+            query_upgrade=self.bundle.query_upgrade,
+            measured=_measured(built, seconds, peak),
         )
         release_id = store.publish(
             content, manifest, activate=config.activate, require_parent=bool(carried)
         )
         shutil.rmtree(staging, ignore_errors=True)
-        progress(f"published {release_id}{' and made it active' if config.activate else ''}")
+        log.info(published(release_id, config))
         return release_id
 
+    def _staging(self, partial: bool) -> Path:
+        """Return the folder of this build, with what an interrupted run left unless unwanted."""
+        key = self._key(self.parent if partial else None)
+        staging = self.store.staging(key)
+        if not self.config.resume:
+            shutil.rmtree(staging)
+            staging = self.store.staging(key)
+        return staging
 
-# --- one entity type ------------------------------------------------------------------------------
-
-
-def _build_or_resume(
-    entity_type: str,
-    entities: EntityInput,
-    bundle: Bundle,
-    store: ReleaseStore,
-    config: RebuildConfig,
-    queries: Mapping[str, QuerySet] | None,
-    staging: Path,
-    progress: Progress,
-) -> _Built:
-    marker = staging / f"{entity_type}.done.json"
-    folder = staging / "content" / entity_type
-    latest, watermark = (
-        read_live(store.live_root, entity_type, entities.base_watermark)
-        if config.fold_live
-        else ({}, entities.base_watermark)
-    )
-    if marker.is_file() and folder.is_dir():
-        done = json.loads(marker.read_text())
-        if (
-            done["watermark"] == watermark
-            and {k: asdict(v) for k, v in record_files(folder).items()} == done["files"]
-        ):
-            progress(f"{entity_type}: finished by an earlier run, taken over")
-            entity = EntityManifest(
-                **{**done["entity"], "cpu_features": tuple(done["entity"]["cpu_features"])}
-            )
-            return _Built(entity, done["measured"])
-    marker.unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    built = _build_entity(
-        entity_type,
-        entities,
-        latest,
-        watermark,
-        bundle,
-        config,
-        _queries_for(entity_type, queries),
-        staging,
-        folder,
-        progress,
-    )
-    files = {name: asdict(record) for name, record in record_files(folder).items()}
-    write_durably(
-        marker,
-        json.dumps(
-            {
-                "watermark": watermark,
-                "files": files,
-                "entity": asdict(built.entity),
-                "measured": built.measured,
-            }
-        ).encode(),
-    )
-    return built
-
-
-def _build_entity(
-    entity_type: str,
-    entities: EntityInput,
-    latest: dict[str, Any],
-    watermark: int,
-    bundle: Bundle,
-    config: RebuildConfig,
-    queries: QuerySet | None,
-    staging: Path,
-    folder: Path,
-    progress: Progress,
-) -> _Built:
-    seconds: dict[str, float] = {}
-
-    def lap(name: str, since: float) -> float:
-        now = time.perf_counter()
-        seconds[name] = round(now - since, 3)
-        return now
-
-    with PeakMemory() as peak:
-        clock = time.perf_counter()
-        input_file = staging / f"{entity_type}.input.f32"
-        entities, folded = fold_live(entities, latest, watermark, input_file)
-        if not config.drop_foreign_live:
-            refuse_foreign(entity_type, folded)
-        check_input(entity_type, entities, bundle.space_id, bundle.dimension)
-        clock = lap("check and fold", clock)
-        progress(f"{entity_type}: {len(entities.ids):,} entities checked" + _folded_text(folded))
-        golden_texts, golden_vectors, calibration, kind = _split_queries(entities, queries, config)
-        golden = answer_exactly(golden_texts, golden_vectors, entities.ids, entities.vectors, kind)
-        clock = lap("golden answers", clock)
-        index_config = fit_memory(entity_type, len(entities.ids), bundle.dimension, config)
-        index = EntityIndex.build(
-            entity_type,
-            entities.ids,
-            entities.vectors,
-            entities.attributes,
-            index_config,
-            calibration_queries=CalibrationQueries(calibration, kind),
+    def _key(self, parent: str | None) -> str:
+        """Return a digest of everything that decides what is built."""
+        config = self.config
+        digest = sha256(
+            f"{self.bundle.space_id} {config.index!r} {config.golden_queries}"
+            f" {config.calibration_queries} {config.min_recall} {config.deterministic}"
+            f" {config.seed} {config.max_memory_mib} {parent}".encode()
         )
-        clock = lap("index and calibrate", clock)
-        if index.calibration is not None and index.count:
-            check_gate(index.calibration, config.min_recall, entity_type)
-        index.save(folder)
-        write_golden(golden, folder / GOLDEN_NAME)
-        description, curve = index.describe(), index.calibration
-        before = _replay(index, golden)
-        del index
-        clock = lap("save", clock)
-        # Loaded again as a server will: catches a library that saved less than it built (a full
-        # disk, a bug), before anything is published.
-        after = _replay(EntityIndex.load(folder), golden)
-        if after + 1e-9 < before:
-            raise ReleaseCorrupt(
-                f"{entity_type}: golden recall is {before:.4f} in memory but {after:.4f} after"
-                " loading what was saved; nothing was published"
+        for entity_type in sorted(self.inputs):
+            digest.update(f"{entity_type} {fingerprint(self.inputs[entity_type])}".encode())
+            chosen = self._queries_for(entity_type)
+            if chosen is not None:
+                digest.update("\0".join(chosen.texts).encode())
+                digest.update(np.ascontiguousarray(chosen.vectors, np.float32).data)
+        return digest.hexdigest()[:16]
+
+    def _queries_for(self, entity_type: str) -> QuerySet | None:
+        return self.queries.get(entity_type, self.queries.get("*"))
+
+    def _entity_build(self, entity_type: str, staging: Path) -> EntityBuild:
+        entities = self.inputs[entity_type]
+        return EntityBuild(
+            entity_type=entity_type,
+            entities=entities,
+            live=live_writes(entity_type, entities, self.store, self.config),
+            queries=self._queries_for(entity_type),
+            bundle=self.bundle,
+            config=self.config,
+            staging=staging,
+        )
+
+    def _check_forms(
+        self, content: Path, entities: Mapping[str, EntityManifest]
+    ) -> dict[str, dict[str, Any]]:
+        """Run the parity gate over the golden queries that have texts; return its reports.
+
+        Raises:
+            GateFailed: A form differs from the trained tower.
+        """
+        if self.parity is None:
+            return {}
+        vectors: dict[str, np.ndarray] = {}
+        for entity_type, entity in entities.items():
+            if entity.golden.get("kind") == REAL:
+                golden = read_golden(content / entity_type / GOLDEN_NAME)
+                pairs = zip(golden.texts, golden.vectors)
+                vectors.update((text, vector) for text, vector in pairs if text)
+        if not vectors:
+            return {}
+        texts = list(vectors)
+        no_scores = [np.zeros(0, np.float32) for _ in texts]
+        some = GoldenQueries(
+            texts, np.stack(list(vectors.values())), [[] for _ in texts], no_scores, REAL
+        )
+        return require_forms(self.parity(content, some), "the trained tower")
+
+    def _check_memory(self, peak: PeakMemory) -> None:
+        """Check the peak of the build.
+
+        Raises:
+            GateFailed: It is above the limit.
+        """
+        limit = self.config.max_memory_mib
+        if limit is not None and peak.private_mib > limit:
+            raise GateFailed(
+                f"the build used {peak.private_mib:,.0f} MiB of private memory at its peak, more"
+                f" than --max-memory {limit:,}. Nothing was published. Choose a kind that needs"
+                " less (--index int8-graph --no-sketched-links) or raise the limit."
             )
-        lap("load and replay", clock)
-        input_file.unlink(missing_ok=True)
-    progress(
-        f"{entity_type}: {description.get('kind')} index, golden recall@{GOLDEN_K} {after:.3f},"
-        f" peak {peak.private_mib:,.0f} MiB, {sum(seconds.values()):.1f} s"
-    )
-    entity = EntityManifest(
-        count=len(entities.ids),
-        watermark=watermark,
-        index=description,
-        cpu_features=tuple(description.get("cpu_features", ())),
-        calibration=curve.as_dict(latencies=False) if curve is not None else None,
-        golden={"queries": len(golden), "k": GOLDEN_K, "kind": kind, "recall": round(after, 6)},
-        built_from=fingerprint(entities),
-    )
-    measured = {
-        "seconds": seconds,
+
+
+def published(release_id: str, config: RebuildConfig) -> str:
+    """Return the last line of progress."""
+    return f"published {release_id}{' and made it active' if config.activate else ''}"
+
+
+def _seconds_since(start: float) -> float:
+    return round(time.perf_counter() - start, 3)
+
+
+def _measured(
+    built: Mapping[str, BuiltEntity], seconds: Mapping[str, float], peak: PeakMemory
+) -> dict[str, Any]:
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "seconds": dict(seconds),
         "peak_private_mib": round(peak.private_mib, 1),
         "peak_resident_mib": round(peak.resident_mib, 1),
-        "live": {
-            "upserts": folded.upserts,
-            "deletes": folded.deletes,
-            "stale": folded.stale,
-            "foreign": len(folded.foreign),
-        },
-        "curve": curve.as_dict()["points"] if curve is not None else [],
+        "entities": {entity_type: item.measured for entity_type, item in built.items()},
     }
-    return _Built(entity, measured)
-
-
-def _folded_text(folded: Folded) -> str:
-    if not (folded.upserts or folded.deletes or folded.stale or folded.foreign):
-        return ""
-    return (
-        f"; live log up to {folded.watermark}: {folded.upserts:,} upserts and {folded.deletes:,}"
-        f" deletes folded in, {folded.stale:,} stale, {len(folded.foreign):,} foreign"
-    )
-
-
-def _replay(index: EntityIndex, golden: GoldenQueries) -> float:
-    if not len(golden) or not index.count:
-        return 1.0
-    answers = [index.search(query, GOLDEN_K) for query in golden.vectors]
-    return float(recall_of(golden, [a.ids for a in answers], [a.scores for a in answers]).mean())
-
-
-def _queries_for(entity_type: str, queries: Mapping[str, QuerySet] | None) -> QuerySet | None:
-    return None if queries is None else queries.get(entity_type, queries.get("*"))
-
-
-def _split_queries(
-    entities: EntityInput, queries: QuerySet | None, config: RebuildConfig
-) -> tuple[list[str], np.ndarray, np.ndarray, str]:
-    """Golden texts and vectors, calibration vectors, and where they come from; the two sets are disjoint."""
-    if queries is not None and len(queries.texts):
-        order = np.random.default_rng(config.seed).permutation(len(queries.texts))
-        golden = min(config.golden_queries, max(1, len(order) // 4))
-        first, rest = order[:golden], order[golden : golden + config.calibration_queries]
-        if len(rest) == 0:
-            rest = first
-        vectors = np.ascontiguousarray(queries.vectors, np.float32)
-        return [queries.texts[int(i)] for i in first], vectors[first], vectors[rest], "real queries"
-    if len(entities.ids) == 0:
-        empty = np.zeros((0, entities.vectors.shape[1]), np.float32)
-        return [], empty, empty, "perturbed entities"
-    golden_vectors = perturbed_entities(entities.vectors, config.golden_queries, config.seed)
-    calibration = perturbed_entities(entities.vectors, config.calibration_queries, config.seed + 1)
-    return [""] * len(golden_vectors), golden_vectors, calibration, "perturbed entities"
-
-
-# --- the rest of the release ----------------------------------------------------------------------
 
 
 def _copy_bundle(bundle: Bundle, content: Path) -> None:
     for part in (*BUNDLE_PARTS, "space.json", "config.json"):
         source, target = bundle.path / part, content / part
-        if (
-            target.is_dir()
-        ):  # of an interrupted build; what the bundle no longer holds must not be published ungated
+        # An interrupted build may have left more than the bundle holds, which must not be published
+        if target.is_dir():
             shutil.rmtree(target)
         else:
             target.unlink(missing_ok=True)
@@ -393,81 +284,19 @@ def _copy_bundle(bundle: Bundle, content: Path) -> None:
             shutil.copyfile(source, target)
 
 
-def _parity(
-    content: Path,
-    entities: Mapping[str, EntityManifest],
-    parity: ParityGate | None,
-    progress: Progress,
-) -> dict[str, dict[str, Any]]:
-    from index_builder.search.golden import read_golden
-
-    if parity is None:
-        return {}
-    texts: dict[str, np.ndarray] = {}
-    for entity_type, entity in entities.items():
-        if entity.golden.get("kind") == "real queries":
-            golden = read_golden(content / entity_type / GOLDEN_NAME)
-            texts.update(
-                (text, vector) for text, vector in zip(golden.texts, golden.vectors) if text
-            )
-    if not texts:
-        return {}
-    some = GoldenQueries(
-        list(texts),
-        np.stack(list(texts.values())),
-        [[] for _ in texts],
-        [np.zeros(0, np.float32) for _ in texts],
-        "real queries",
-    )
-    reports = parity(content, some)
-    for form, report in reports.items():
-        progress(
-            f"form {form}:"
-            f" {'agrees with the trained tower' if report.get('passed') else 'DIFFERS from the trained tower'}"
-        )
-        if not report.get("passed"):
-            raise GateFailed(
-                f"export form {form!r} does not agree with the trained tower: {json.dumps(report)}."
-                " Nothing was published; export again or remove the form."
-            )
-    return reports
-
-
-def _key(
-    inputs: Mapping[str, EntityInput],
-    bundle: Bundle,
-    config: RebuildConfig,
-    parent: str | None,
-    queries: Mapping[str, QuerySet] | None,
-) -> str:
-    digest = sha256(
-        f"{bundle.space_id} {config.index!r} {config.golden_queries} {config.calibration_queries}"
-        f" {config.min_recall} {config.deterministic} {config.seed} {config.max_memory_mib}"
-        f" {parent}".encode()
-    )
-    for entity_type in sorted(inputs):
-        digest.update(f"{entity_type} {fingerprint(inputs[entity_type])}".encode())
-        chosen = _queries_for(entity_type, queries)
-        if chosen is not None:
-            digest.update("\0".join(chosen.texts).encode())
-            digest.update(np.ascontiguousarray(chosen.vectors, np.float32).data)
-    return digest.hexdigest()[:16]
-
-
 def _release_id(
     files: Mapping[str, FileRecord], entities: Mapping[str, EntityManifest], config: RebuildConfig
 ) -> str:
     watermarks = json.dumps({name: entity.watermark for name, entity in sorted(entities.items())})
     content = sha256((content_digest(files) + watermarks).encode()).hexdigest()[:12]
-    return (
-        f"content-{content}"
-        if config.deterministic
-        else f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%SZ}-{content}"
-    )
+    if config.deterministic:
+        return f"content-{content}"
+    return f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%SZ}-{content}"
 
 
 def _check_disk(inputs: Mapping[str, EntityInput], bundle: Bundle, store: ReleaseStore) -> None:
-    need = sum(len(e.ids) for e in inputs.values()) * bundle.dimension * 4 * 1.2
+    rows = sum(len(entities.ids) for entities in inputs.values())
+    need = rows * bundle.dimension * 4 * _DISK_MARGIN
     free = shutil.disk_usage(store.releases).free
     if need > free:
         raise DiskFull(

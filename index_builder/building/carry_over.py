@@ -1,9 +1,10 @@
-"""Carry what a release keeps from its parent: link or copy the files of entity types that are not rebuilt."""
+"""Carry what a release keeps from its parent: entity types that are not built again."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,29 +15,45 @@ from index_builder.releases.store import ReleaseStore
 from index_builder.releases.verification import record_files
 
 
-def _carry(entity_type: str, store: ReleaseStore, parent: str, content: Path) -> EntityManifest:
+def link_files(names: Iterable[str], source: Path, target: Path) -> None:
+    """Link files from one folder into another; copy them where links are not possible."""
+    for name in names:
+        path = target / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source / name, path)
+        except OSError:
+            shutil.copyfile(source / name, path)
+
+
+def carry_entity(
+    entity_type: str, store: ReleaseStore, parent: str, content: Path
+) -> EntityManifest:
+    """Take one entity type over from the release ``parent`` unchanged, and check its files.
+
+    Raises:
+        ReleaseCorrupt: The files differ from the parent's manifest.
+    """
     source = store.path_of(parent)
     manifest = read_manifest(source)
     target = content / entity_type
-    shutil.rmtree(target, ignore_errors=True)
-    for name in manifest.files:
-        if name.startswith(f"{entity_type}/"):
-            path = content / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(source / name, path)
-            except OSError:
-                shutil.copyfile(source / name, path)
-    entity = manifest.entities[entity_type]
-    found = record_files(target)
+    prefix = f"{entity_type}/"
     expected = {
-        name[len(entity_type) + 1 :]: record
+        name.removeprefix(prefix): record
         for name, record in manifest.files.items()
-        if name.startswith(f"{entity_type}/")
+        if name.startswith(prefix)
     }
-    if found != expected:
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    link_files(expected, source / entity_type, target)
+    if record_files(target) != expected:
         raise ReleaseCorrupt(
             f"{parent}/{entity_type}: the files to take over differ from their manifest; rebuild"
             f" {entity_type} too, or roll back"
         )
+    return carried_from(manifest.entities[entity_type], parent)
+
+
+def carried_from(entity: EntityManifest, parent: str) -> EntityManifest:
+    """Return an entity's manifest with the release that its index was first taken over from."""
     return replace(entity, carried_from=entity.carried_from or parent)

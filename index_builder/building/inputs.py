@@ -1,4 +1,4 @@
-"""What goes into a build: embedded entities as arrays on disk or in memory, checked row by row, with the live log folded in."""
+"""What goes into a build: embedded entities, checked row by row, with the live log folded in."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import polars as pl
@@ -21,6 +22,7 @@ from index_builder.search.live_blocks import attribute_frame
 from index_builder.storage.corpus import check_vectors
 
 _BLOCK_ROWS = 65_536
+_BATCH_ENTRIES = 50_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +60,15 @@ class QuerySet:
     vectors: np.ndarray
 
 
+class LiveWrites(NamedTuple):
+    """What the live log holds behind a watermark."""
+
+    latest: dict[str, LiveEntry]
+    """The last write per id."""
+    watermark: int
+    """Sequence of the last write."""
+
+
 @dataclass(frozen=True, slots=True)
 class Folded:
     """How the live log changed an input."""
@@ -68,7 +79,25 @@ class Folded:
     stale: int = 0
     """Writes older than the row they would change."""
     foreign: list[str] = field(default_factory=list)
-    """Ids whose live vector belongs to another space and that carry no source row to embed again."""
+    """Ids whose live vector belongs to another space, without a source row to embed again."""
+
+    def __str__(self) -> str:
+        """Say what was folded; empty where nothing was."""
+        if not (self.upserts or self.deletes or self.stale or self.foreign):
+            return ""
+        return (
+            f"live log up to {self.watermark}: {self.upserts:,} upserts and {self.deletes:,}"
+            f" deletes folded in, {self.stale:,} stale, {len(self.foreign):,} foreign"
+        )
+
+    def counts(self) -> dict[str, int]:
+        """Return the counts for the manifest."""
+        return {
+            "upserts": self.upserts,
+            "deletes": self.deletes,
+            "stale": self.stale,
+            "foreign": len(self.foreign),
+        }
 
 
 def check_input(entity_type: str, entities: EntityInput, space_id: str, dimension: int) -> None:
@@ -92,23 +121,27 @@ def check_input(entity_type: str, entities: EntityInput, space_id: str, dimensio
             f"{entity_type}: expected one row of attributes per id, but got"
             f" {entities.attributes.height:,} rows for {len(ids):,} ids"
         )
-    if len(set(ids)) != len(ids):
-        seen: dict[str, int] = {}
-        for row, identifier in enumerate(ids):
-            if identifier in seen:
-                raise DuplicateIds(
-                    f"{entity_type}: id {identifier!r} occurs in rows {seen[identifier]} and {row};"
-                    " keep one of them"
-                )
-            seen[identifier] = row
+    _check_distinct(entity_type, ids)
     try:
         check_vectors(entities.vectors, ids, dimension)
     except InvalidVectors as error:
         raise InvalidVectors(f"{entity_type}: {error}") from error
 
 
-def read_live(live_root: Path, entity_type: str, after: int) -> tuple[dict[str, LiveEntry], int]:
-    """The last live write per id behind sequence ``after``, and the sequence of the last one.
+def _check_distinct(entity_type: str, ids: Sequence[str]) -> None:
+    if len(set(ids)) == len(ids):
+        return
+    seen: dict[str, int] = {}
+    for row, id_ in enumerate(ids):
+        if id_ in seen:
+            raise DuplicateIds(
+                f"{entity_type}: id {id_!r} occurs in rows {seen[id_]} and {row}; keep one of them"
+            )
+        seen[id_] = row
+
+
+def read_live(live_root: Path, entity_type: str, after: int) -> LiveWrites:
+    """Read the live writes behind sequence ``after``.
 
     Args:
         live_root: ``<store>/live``.
@@ -118,47 +151,75 @@ def read_live(live_root: Path, entity_type: str, after: int) -> tuple[dict[str, 
     """
     files = log_files(live_root / entity_type)
     if not files:
-        return {}, after
+        return LiveWrites({}, after)
     reader = LiveLogReader(live_root, entity_type, after=max(after, files[0][0] - 1))
     latest: dict[str, LiveEntry] = {}
     try:
-        while batch := reader.poll(50_000):
+        while batch := reader.poll(_BATCH_ENTRIES):
             for entry in batch:
                 latest[entry.id] = entry
-        return latest, reader.sequence
+        return LiveWrites(latest, reader.sequence)
     finally:
         reader.close()
 
 
-def fold_live(
-    entities: EntityInput, latest: dict[str, LiveEntry], watermark: int, into: Path
-) -> tuple[EntityInput, Folded]:
+class _Changes(NamedTuple):
+    """What live writes do to the rows of an input."""
+
+    dead: list[int]
+    """Rows replaced or deleted."""
+    fresh: list[LiveEntry]
+    """Upserts, to be appended."""
+    folded: Folded
+
+
+def fold_live(entities: EntityInput, live: LiveWrites, into: Path) -> tuple[EntityInput, Folded]:
     """Apply live writes to an input.
 
     Args:
         entities: The input.
-        latest: Last write per id.
-        watermark: Sequence of the last write read.
+        live: Writes behind its watermark.
         into: File for the new vectors (raw float32), written only when something changes.
 
     Returns:
         The changed input (its vectors memory-mapped) and what was done.
     """
-    row_of = {
-        identifier: row for row, identifier in enumerate(entities.ids) if identifier in latest
-    }
+    dead, fresh, folded = _changes(entities, live)
+    if not dead and not fresh:
+        return entities, folded
+    keep = np.ones(len(entities.ids), bool)
+    keep[dead] = False
+    _write_vectors(into, entities.vectors, keep, fresh)
+    ids = [id_ for id_, stays in zip(entities.ids, keep) if stays] + [e.id for e in fresh]
+    shape = (len(ids), entities.vectors.shape[1])
+    vectors: np.ndarray = np.zeros(shape, np.float32)
+    if ids:
+        vectors = np.memmap(into, np.float32, "r", shape=shape)
+    changed = EntityInput(
+        ids=ids,
+        vectors=vectors,
+        space_id=entities.space_id,
+        attributes=_fold_attributes(entities.attributes, keep, fresh),
+        base_watermark=live.watermark,
+    )
+    return changed, folded
+
+
+def _changes(entities: EntityInput, live: LiveWrites) -> _Changes:
+    """Decide for each live write whether it is stale, of another space, or changes a row."""
+    row_of = {id_: row for row, id_ in enumerate(entities.ids) if id_ in live.latest}
     times = entities.updated_at_ns
     dead: list[int] = []
     fresh: list[LiveEntry] = []
-    deletes = stale = 0
     foreign: list[str] = []
-    for identifier in sorted(latest):
-        entry, row = latest[identifier], row_of.get(identifier)
+    deletes = stale = 0
+    for id_ in sorted(live.latest):
+        entry, row = live.latest[id_], row_of.get(id_)
         if row is not None and times is not None and int(times[row]) > entry.time_ns:
             stale += 1
             continue
         if entry.vector is not None and entry.space_id != entities.space_id:
-            foreign.append(identifier)
+            foreign.append(id_)
             continue
         if row is not None:
             dead.append(row)
@@ -166,47 +227,29 @@ def fold_live(
             fresh.append(entry)
         else:
             deletes += 1
-    if not dead and not fresh:
-        return entities, Folded(watermark, 0, deletes, stale, foreign)
-    keep = np.ones(len(entities.ids), bool)
-    keep[dead] = False
-    dimension = entities.vectors.shape[1]
-    with open(into, "wb") as file:
+    return _Changes(dead, fresh, Folded(live.watermark, len(fresh), deletes, stale, foreign))
+
+
+def _write_vectors(
+    path: Path, vectors: np.ndarray, keep: np.ndarray, fresh: list[LiveEntry]
+) -> None:
+    """Write the rows that stay and those of fresh entries, raw float32."""
+    with open(path, "wb") as file:
         for start in range(0, len(keep), _BLOCK_ROWS):
-            np.asarray(entities.vectors[start : start + _BLOCK_ROWS])[
-                keep[start : start + _BLOCK_ROWS]
-            ].tofile(file)
+            block = np.asarray(vectors[start : start + _BLOCK_ROWS])
+            block[keep[start : start + _BLOCK_ROWS]].tofile(file)
         for entry in fresh:
             assert entry.vector is not None
             entry.vector.tofile(file)
-    ids = [identifier for identifier, stays in zip(entities.ids, keep) if stays] + [
-        entry.id for entry in fresh
-    ]
-    vectors: np.ndarray = (
-        np.memmap(into, np.float32, "r", shape=(len(ids), dimension))
-        if ids
-        else np.zeros((0, dimension), np.float32)
-    )
-    attributes = _fold_attributes(entities.attributes, keep, fresh)
-    return (
-        EntityInput(
-            ids=ids,
-            vectors=vectors,
-            space_id=entities.space_id,
-            attributes=attributes,
-            base_watermark=watermark,
-        ),
-        Folded(watermark, len(fresh), deletes, stale, foreign),
-    )
 
 
 def _fold_attributes(
     frame: pl.DataFrame | None, keep: np.ndarray, fresh: list[LiveEntry]
 ) -> pl.DataFrame | None:
-    """Rows of ``frame`` that stay, then those of the fresh entries, cast to the types the base already has (what does not fit is null).
+    """Append the attributes of fresh entries to the rows of ``frame`` that stay.
 
-    What no column can hold is left out: a log may have entries of before writes were checked, or
-    checked against another release.
+    They are cast to the types the base has; what does not fit is null. What no column can hold is
+    left out: a log may hold entries that were checked against another release, or never.
     """
     added = attribute_frame([entry.attributes for entry in fresh]) if fresh else pl.DataFrame()
     known = frame.columns if frame is not None else []
@@ -235,7 +278,10 @@ def _fold_attributes(
 
 
 def fingerprint(entities: EntityInput) -> str:
-    """SHA-256 over ids, vectors, attributes and space of an input: by it an interrupted build knows its own work again."""
+    """Return SHA-256 over ids, vectors, attributes and space of an input.
+
+    By it an interrupted build recognises its own work.
+    """
     digest = hashlib.sha256(entities.space_id.encode())
     digest.update("\0".join(entities.ids).encode())
     for start in range(0, len(entities.vectors), _BLOCK_ROWS):
@@ -249,7 +295,7 @@ def fingerprint(entities: EntityInput) -> str:
 def align_attributes(
     catalogue: pl.DataFrame, ids: Sequence[str], drop: Sequence[str] = ()
 ) -> pl.DataFrame:
-    """Catalogue rows in the order of ``ids``; an id without a row gets nulls.
+    """Return catalogue rows in the order of ``ids``; an id without a row gets nulls.
 
     Args:
         catalogue: With an ``id`` column.

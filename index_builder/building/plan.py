@@ -1,4 +1,4 @@
-"""What a rebuild is asked to do, and the plan of it: what is built, what is taken over, what it needs; checked before any work."""
+"""The configuration of a rebuild and its plan, checked before any work is done."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from encoders.errors import BundleError, ConfigError, SpaceMismatch
 from index_builder.ann.choice import kind_available
 from index_builder.ann.symqg import MIN_ROWS
-from index_builder.building.inputs import EntityInput, read_live
+from index_builder.building.inputs import EntityInput, LiveWrites, read_live
 from index_builder.errors import PublishError
 from index_builder.releases.release import read_manifest
 from index_builder.releases.store import ReleaseStore, check_release_id
@@ -20,7 +20,7 @@ from index_builder.search.entity_index import IndexConfig
 CALIBRATION_QUERIES = 2_000
 DEFAULT_DIMENSION = 256
 FIXED_MIB = 430
-"""Private memory of a build that does not grow with the corpus: interpreter, libraries, blocks of exact scores."""
+"""Private memory of a build of any size: interpreter, libraries, blocks of exact scores."""
 BYTES_PER_VECTOR_256 = {
     "auto": 6000,
     "symqg": 4400,
@@ -46,13 +46,16 @@ class RebuildConfig:
     index: IndexConfig = field(default_factory=IndexConfig)
     """Kind and parameters of the indexes, the recall target of the gate, seed and threads."""
     min_recall: float = 0.95
-    """The gate: the lower 95% bound of the measured ANN recall@10 must reach this at some ef, else nothing is published."""
+    """The gate: what the lower 95% bound of the measured ANN recall@10 must reach at some ef."""
     calibration_queries: int = CALIBRATION_QUERIES
     """Queries that calibrate, apart from the golden ones."""
     golden_queries: int = 64
     """Golden queries kept per entity type."""
     deterministic: bool = False
-    """Same input and seed give the same bytes but for the manifest's ``measured`` part; the release id is derived from the content."""
+    """Same input and seed give the same bytes, but for the manifest's ``measured`` part.
+
+    The release id is derived from the content.
+    """
     seed: int = 0
     """Of the choice of golden and calibration queries."""
     max_memory_mib: int | None = None
@@ -66,7 +69,7 @@ class RebuildConfig:
     fold_live: bool = True
     """Put the live log's entries into the base."""
     drop_foreign_live: bool = False
-    """Leave out live entries written under another space id (they cannot be searched with this bundle)."""
+    """Leave out live entries of another space id, which this bundle cannot search."""
     wait_seconds: float = 0.0
     """How long to wait for another build in the same store."""
 
@@ -124,7 +127,7 @@ def read_bundle(path: Path) -> Bundle:
 def plan_release(
     inputs: Mapping[str, EntityInput], bundle: Bundle, store: ReleaseStore, config: RebuildConfig
 ) -> dict[str, Any]:
-    """What ``build_release`` would do; checks all it can without building.
+    """Plan what ``build_release`` would do; check all that can be checked without building.
 
     Returns:
         JSON: per entity type what is built, taken over or refused, and the memory and disk it
@@ -153,16 +156,13 @@ def plan_release(
         if entities.space_id != bundle.space_id:
             raise SpaceMismatch(bundle.space_id, entities.space_id, f"signals of {entity_type!r}")
         index = fit_memory(entity_type, len(entities.ids), bundle.dimension, config)
-        latest, watermark = (
-            read_live(store.live_root, entity_type, entities.base_watermark)
-            if config.fold_live
-            else ({}, entities.base_watermark)
-        )
+        live = live_writes(entity_type, entities, store, config)
+        deletes = sum(entry.is_delete for entry in live.latest.values())
         plan["build"][entity_type] = {
             "entities": len(entities.ids),
-            "live_upserts": sum(not e.is_delete for e in latest.values()),
-            "live_deletes": sum(e.is_delete for e in latest.values()),
-            "watermark": watermark,
+            "live_upserts": len(live.latest) - deletes,
+            "live_deletes": deletes,
+            "watermark": live.watermark,
             "index": index.kind,
             "peak_private_mib_estimate": round(
                 estimate_mib(index, len(entities.ids), bundle.dimension)
@@ -170,6 +170,15 @@ def plan_release(
             "disk_mib_estimate": round(len(entities.ids) * bundle.dimension * 4 * 3.3 / 2**20),
         }
     return plan
+
+
+def live_writes(
+    entity_type: str, entities: EntityInput, store: ReleaseStore, config: RebuildConfig
+) -> LiveWrites:
+    """Read the live writes to fold into an input; none where the log is left alone."""
+    if not config.fold_live:
+        return LiveWrites({}, entities.base_watermark)
+    return read_live(store.live_root, entity_type, entities.base_watermark)
 
 
 def estimate_mib(index: IndexConfig, count: int, dimension: int) -> float:
@@ -181,15 +190,14 @@ def estimate_mib(index: IndexConfig, count: int, dimension: int) -> float:
 
 
 def fit_memory(entity_type: str, count: int, dimension: int, config: RebuildConfig) -> IndexConfig:
-    """The index configuration, with ``auto`` narrowed to kinds that fit into the memory limit.
+    """Return the index configuration, ``auto`` narrowed to kinds that fit the memory limit.
 
     Raises:
-        ConfigError: The kind asked for (or every kind) needs more.
+        ConfigError: The requested kind (or every kind) needs more.
     """
     if config.index.kind == "symqg" and count < 2 * MIN_ROWS:
-        return replace(
-            config.index, kind="auto"
-        )  # too few for that graph: auto scans them, which is as fast
+        # Too few for that graph: auto scans them, which is as fast
+        return replace(config.index, kind="auto")
     limit = config.max_memory_mib
     needed = estimate_mib(config.index, count, dimension)
     if limit is None or needed <= limit:
@@ -212,7 +220,11 @@ def fit_memory(entity_type: str, count: int, dimension: int, config: RebuildConf
 def carried_types(
     inputs: Mapping[str, EntityInput], bundle: Bundle, store: ReleaseStore, parent: str | None
 ) -> list[str]:
-    """Entity types to take over from the active release."""
+    """Return the entity types to take over from the active release.
+
+    Raises:
+        PublishError: The release was proven with another query tower, or has another space.
+    """
     if parent is None:
         return []
     manifest = read_manifest(store.path_of(parent))

@@ -1,4 +1,4 @@
-"""A newer query tower over the indexes that are there: no entity is embedded again, no graph is built again.
+"""A newer query tower over the indexes that are there: nothing is embedded or built again.
 
 The new release takes every index of the active one over (hard links), with the query tower of a
 bundle that declares itself compatible, and golden queries and calibration made anew by that tower;
@@ -7,11 +7,10 @@ both gates of a rebuild apply. Going back is ``omni release rollback``.
 
 from __future__ import annotations
 
-import json
-import os
+import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,28 +23,37 @@ from encoders.errors import ConfigError
 from encoders.inference.onnx_forms import export_forms
 from encoders.towers.forms import FORM_FILES
 from encoders.towers.query_tower import QueryEncoder
-from index_builder.building.parity import check_forms
+from index_builder.building.build import published
+from index_builder.building.carry_over import carried_from, link_files
+from index_builder.building.inputs import QuerySet
+from index_builder.building.parity import check_forms, require_forms
 from index_builder.building.plan import RebuildConfig, read_bundle
-from index_builder.errors import GateFailed, ReleaseNotFound
-from index_builder.releases.manifest import EntityManifest, Manifest, content_digest
+from index_builder.building.proof import REAL, golden_record, replay, split_queries
+from index_builder.errors import ReleaseNotFound
+from index_builder.releases.manifest import EntityManifest, FileRecord, Manifest, content_digest
 from index_builder.releases.release import Release
 from index_builder.releases.store import ReleaseStore
 from index_builder.releases.verification import record_files
 from index_builder.search.calibration import check_gate
 from index_builder.search.entity_index import INDEX_FILE, EntityIndex
 from index_builder.search.golden import (
+    GOLDEN_K,
     GOLDEN_NAME,
     GoldenQueries,
     answer_exactly,
     read_golden,
-    recall_of,
     write_golden,
 )
+from index_builder.search.index_files import IndexRecord
 from index_builder.storage.durable_files import disk_full_is_clear
 from index_builder.storage.peak_memory import PeakMemory
 
+log = logging.getLogger(__name__)
+
 LEAST_FORM_TEXTS = 100
 """Texts without which export forms cannot be checked; the release then serves its torch tower."""
+_CALIBRATION_TEXTS = 2_000
+"""Texts that calibrate an export form."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,6 @@ def upgrade_query_tower(
     bundle: Path,
     texts: Sequence[str] = (),
     config: RebuildConfig | None = None,
-    progress: Callable[[str], None] = lambda _: None,
 ) -> Upgrade:
     """Publish a release with the active one's indexes and another bundle's query tower.
 
@@ -71,7 +78,6 @@ def upgrade_query_tower(
             --against-index OLD --declare``).
         texts: Real queries, to calibrate and prove with; none: the release's golden queries.
         config: Gate, number of golden queries, seed, release id, whether to activate.
-        progress: Called with one line per step.
 
     Raises:
         ReleaseNotFound: Nothing is active.
@@ -82,7 +88,6 @@ def upgrade_query_tower(
             nothing was published.
     """
     config = config or RebuildConfig()
-    started = time.perf_counter()
     with store.lock("build", config.wait_seconds):
         if store.current() is None:
             raise ReleaseNotFound(
@@ -96,58 +101,59 @@ def upgrade_query_tower(
             content = staging / "content"
             content.mkdir(parents=True)
             try:
-                manifest, declaration = _stage(
-                    release, bundle, texts, config, content, progress, started
-                )
+                work = _Upgrade(release, bundle, texts, config, content)
+                manifest, declaration = work.stage()
                 release_id = store.publish(
                     content, manifest, activate=config.activate, require_parent=True
                 )
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
-        progress(f"published {release_id}{' and made it active' if config.activate else ''}")
+        log.info(published(release_id, config))
         return Upgrade(release_id, declaration)
 
 
-def _stage(
-    release: Release,
-    bundle: Path,
-    texts: Sequence[str],
-    config: RebuildConfig,
-    content: Path,
-    progress: Callable[[str], None],
-    started: float,
-) -> tuple[Manifest, Declaration]:
-    with PeakMemory() as peak, disk_full_is_clear("building the release", content):
-        declaration = write_upgraded_bundle(release.path, bundle, content)
-        tower = QueryEncoder.load(content / "query_encoder")
-        wanted = [form for form, file in FORM_FILES.items() if (bundle / "forms" / file).is_file()]
-        if wanted and len(texts) < LEAST_FORM_TEXTS:
-            progress(
-                f"{', '.join(wanted)} left out: {len(texts)} queries cannot prove a form,"
-                f" {LEAST_FORM_TEXTS} can (--queries)"
-            )
-        elif wanted:
-            export_forms(tower, content / "forms", texts[:2000], wanted)
-        vectors = np.ascontiguousarray(tower.encode(list(texts)), np.float32)
-        entities, golden = {}, None
-        for name, index in release.entities.items():
-            entities[name], golden = _take_over(
-                release, name, index, texts, vectors, config, content / name, progress
-            )
-        forms = check_forms(content, golden) if golden is not None else {}
-        for form, report in forms.items():
-            if not report["passed"]:
-                raise GateFailed(
-                    f"export form {form!r} does not agree with the adapted tower:"
-                    f" {json.dumps(report)}. Nothing was published."
-                )
-        files = record_files(content)
-    upgraded = read_bundle(content)
-    digest = content_digest(files)[:12]
-    created = datetime.now(UTC)
-    return (
-        Manifest(
-            release_id=config.release_id or f"{created:%Y-%m-%dT%H-%M-%SZ}-{digest}",
+@dataclass(frozen=True)
+class _Upgrade:
+    """One upgrade under way; the store's ``build`` lock is held."""
+
+    release: Release
+    bundle: Path
+    texts: list[str]
+    config: RebuildConfig
+    content: Path
+    """Folder of the new release's files."""
+
+    def stage(self) -> tuple[Manifest, Declaration]:
+        """Write and prove the new release's files; return its manifest."""
+        started = time.perf_counter()
+        content = self.content
+        with PeakMemory() as peak, disk_full_is_clear("building the release", content):
+            declaration = write_upgraded_bundle(self.release.path, self.bundle, content)
+            tower = QueryEncoder.load(content / "query_encoder")
+            self._export_forms(tower)
+            vectors = np.ascontiguousarray(tower.encode(self.texts), np.float32)
+            queries = QuerySet(self.texts, vectors)
+            entities: dict[str, EntityManifest] = {}
+            golden: GoldenQueries | None = None
+            for entity_type, index in self.release.entities.items():
+                entities[entity_type], golden = self._take_over(entity_type, index, queries)
+            reports = check_forms(content, golden) if golden is not None else {}
+            forms = require_forms(reports, "the adapted tower")
+            files = record_files(content)
+        seconds = round(time.perf_counter() - started, 3)
+        return self._manifest(entities, files, forms, _measured(seconds, peak)), declaration
+
+    def _manifest(
+        self,
+        entities: dict[str, EntityManifest],
+        files: dict[str, FileRecord],
+        forms: dict[str, dict[str, Any]],
+        measured: dict[str, Any],
+    ) -> Manifest:
+        release, config = self.release, self.config
+        unique = f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%SZ}-{content_digest(files)[:12]}"
+        return Manifest(
+            release_id=config.release_id or unique,
             parent=release.release_id,
             code_version=release.manifest.code_version,
             space_id=release.space_id,
@@ -156,84 +162,71 @@ def _stage(
             files=files,
             forms=forms,
             seed=config.seed,
-            query_upgrade=upgraded.query_upgrade,
-            measured={
-                "created": created.isoformat(timespec="milliseconds"),
-                "seconds": {"total": round(time.perf_counter() - started, 3)},
-                "peak_private_mib": round(peak.private_mib, 1),
-                "peak_resident_mib": round(peak.resident_mib, 1),
-            },
-        ),
-        declaration,
-    )
-
-
-def _take_over(
-    release: Release,
-    name: str,
-    index: EntityIndex,
-    texts: Sequence[str],
-    vectors: np.ndarray,
-    config: RebuildConfig,
-    folder: Path,
-    progress: Callable[[str], None],
-) -> tuple[EntityManifest, GoldenQueries]:
-    """Link an index's files, and calibrate and prove it with the new query vectors."""
-    folder.mkdir()
-    for file in (release.path / name).iterdir():
-        if file.name not in (GOLDEN_NAME, INDEX_FILE):
-            try:
-                os.link(file, folder / file.name)
-            except OSError:
-                shutil.copyfile(file, folder / file.name)
-    order = np.random.default_rng(config.seed).permutation(len(texts))
-    count = min(config.golden_queries, max(1, len(order) // 4))
-    first, rest = order[:count], order[count : count + config.calibration_queries]
-    rest = rest if len(rest) else first
-    shutil.copyfile(release.path / name / INDEX_FILE, folder / INDEX_FILE)
-    if index.count and index.calibration is not None:
-        index.calibrate(vectors[rest], "real queries")
-        check_gate(index.calibration, config.min_recall, name)
-        settings: dict[str, Any] = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-        settings["calibration"] = index.calibration.as_dict(latencies=False)
-        (folder / INDEX_FILE).write_text(
-            json.dumps(settings, ensure_ascii=False, indent=1, sort_keys=True) + "\n",
-            encoding="utf-8",
+            query_upgrade=read_bundle(self.content).query_upgrade,
+            measured=measured,
         )
-    ids = index.ids.take(np.arange(len(index.ids)))
-    golden = answer_exactly(
-        [texts[i] for i in first], vectors[first], ids, index.base_vectors(), "real queries"
-    )
-    write_golden(golden, folder / GOLDEN_NAME)
-    proven = EntityIndex.load(folder)
-    answers = [proven.search(query, 10) for query in golden.vectors] if proven.count else []
-    recall = (
-        float(recall_of(golden, [a.ids for a in answers], [a.scores for a in answers]).mean())
-        if answers
-        else 1.0
-    )
-    progress(
-        f"{name}: {index.count:,} entities taken over from {release.release_id}, golden recall@10"
-        f" {recall:.3f} with the new query tower"
-    )
-    before = release.manifest.entities[name]
-    entity = replace(
-        before,
-        calibration=(
-            index.calibration.as_dict(latencies=False) if index.calibration is not None else None
-        ),
-        golden={"queries": len(golden), "k": 10, "kind": golden.kind, "recall": round(recall, 6)},
-        carried_from=before.carried_from or release.release_id,
-    )
-    return entity, golden
+
+    def _export_forms(self, tower: QueryEncoder) -> None:
+        """Export the forms that the bundle has, if there are texts enough to prove them."""
+        forms = self.bundle / "forms"
+        wanted = [form for form, file in FORM_FILES.items() if (forms / file).is_file()]
+        if wanted and len(self.texts) < LEAST_FORM_TEXTS:
+            log.info(
+                f"{', '.join(wanted)} left out: {len(self.texts)} queries cannot prove a form,"
+                f" {LEAST_FORM_TEXTS} can (--queries)"
+            )
+        elif wanted:
+            export_forms(tower, self.content / "forms", self.texts[:_CALIBRATION_TEXTS], wanted)
+
+    def _take_over(
+        self, entity_type: str, index: EntityIndex, queries: QuerySet
+    ) -> tuple[EntityManifest, GoldenQueries]:
+        """Link an index's files, and calibrate and prove it with the new query vectors."""
+        release, config = self.release, self.config
+        source, folder = release.path / entity_type, self.content / entity_type
+        folder.mkdir()
+        names = {path.name for path in source.iterdir()} - {GOLDEN_NAME, INDEX_FILE}
+        link_files(sorted(names), source, folder)
+        proof = split_queries(queries, config)
+        record = IndexRecord.read(source)
+        if index.count and index.calibration is not None:
+            calibration = index.calibrate(proof.calibration, proof.source)
+            check_gate(calibration, config.min_recall, entity_type)
+            record = replace(record, calibration=calibration)
+        record.write(folder)
+        ids = index.ids.take(np.arange(len(index.ids)))
+        golden = answer_exactly(
+            proof.golden_texts, proof.golden_vectors, ids, index.base_vectors(), REAL
+        )
+        write_golden(golden, folder / GOLDEN_NAME)
+        recall = replay(EntityIndex.load(folder), golden)
+        log.info(
+            f"{entity_type}: {index.count:,} entities taken over from {release.release_id}, golden"
+            f" recall@{GOLDEN_K} {recall:.3f} with the new query tower"
+        )
+        curve = index.calibration
+        entity = replace(
+            carried_from(release.manifest.entities[entity_type], release.release_id),
+            calibration=curve.as_dict(latencies=False) if curve is not None else None,
+            golden=golden_record(golden, recall),
+        )
+        return entity, golden
+
+
+def _measured(seconds: float, peak: PeakMemory) -> dict[str, Any]:
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
+        "seconds": {"total": seconds},
+        "peak_private_mib": round(peak.private_mib, 1),
+        "peak_resident_mib": round(peak.resident_mib, 1),
+    }
 
 
 def _golden_texts(release: Release) -> list[str]:
     texts: dict[str, None] = {}
     for name in release.entities:
-        texts.update(
-            (text, None) for text in read_golden(release.path / name / GOLDEN_NAME).texts if text
-        )
+        golden = read_golden(release.path / name / GOLDEN_NAME)
+        texts.update(dict.fromkeys(text for text in golden.texts if text))
     if not texts:
         raise ConfigError(
             f"release {release.release_id} holds no golden queries with texts, to prove another"

@@ -294,7 +294,6 @@ def command(store_path: Path, as_json: bool, dry_run: bool, **options: Any) -> N
             config,
             queries,
             parity=_parity_gate(bundle_path),
-            progress=say,
         )
     _report(store, release_id, as_json)
 
@@ -374,7 +373,7 @@ def _upgrade_query_tower(
         if path
         else []
     )
-    _report(store, upgrade_query_tower(store, bundle, texts, config, say).release_id, as_json)
+    _report(store, upgrade_query_tower(store, bundle, texts, config).release_id, as_json)
 
 
 def _config(options: dict[str, Any]) -> RebuildConfig:
@@ -547,10 +546,10 @@ def _embed_foreign_live(
     bundle = read_bundle(bundle_path)
     for entity_type, entities in inputs.items():
         for _ in range(_EMBED_ROUNDS):
-            latest, known = read_live(store.live_root, entity_type, entities.base_watermark)
+            live = read_live(store.live_root, entity_type, entities.base_watermark)
             foreign = [
                 e
-                for e in latest.values()
+                for e in live.latest.values()
                 if not e.is_delete and e.space_id != bundle.space_id and e.source
             ]
             if not foreign:
@@ -564,7 +563,7 @@ def _embed_foreign_live(
                 ) as writer,
             ):
                 writer.write_unless_changed(
-                    embed_again(foreign, load_bundle(bundle_path)), since=known
+                    embed_again(foreign, load_bundle(bundle_path)), since=live.watermark
                 )
 
 

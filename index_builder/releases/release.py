@@ -1,4 +1,4 @@
-"""An opened release: one immutable, verified folder with both towers and every entity index, ready to be searched."""
+"""An opened release: one immutable, verified folder with both towers and every entity index."""
 
 from __future__ import annotations
 
@@ -8,19 +8,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from index_builder.ann import AnnIndex
 from index_builder.errors import ReleaseCorrupt, ReleaseNotFound, UnknownEntityType
 from index_builder.releases.manifest import MANIFEST_NAME, Manifest
 from index_builder.releases.verification import check_contents, check_cpu, check_names_and_sizes
 from index_builder.search.entity_index import EntityIndex
-from index_builder.search.golden import GOLDEN_NAME, GoldenQueries, read_golden, recall_of
+from index_builder.search.golden import (
+    GOLDEN_K,
+    GOLDEN_NAME,
+    GoldenQueries,
+    read_golden,
+    replayed_recall,
+)
 from index_builder.storage.durable_files import FileLock
 
 BUNDLE_PARTS = ("query_encoder", "entity_encoder", "forms")
 REPLAY_SLACK = 0.02
-"""How far below the build's own figure the replayed golden recall may be (threads and libraries may break ties differently)."""
+"""How far below the build's own figure the replayed golden recall may be.
+
+Threads and libraries may break ties differently.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,13 +161,13 @@ class Release:
 
     @property
     def query_space_id(self) -> str:
-        """Space of the bundle that the query tower comes from: ``space_id``, unless a newer tower searches these indexes."""
+        """Space of the query tower's bundle: ``space_id``, unless a newer tower searches here."""
         upgrade = self.manifest.query_upgrade
         return self.space_id if upgrade is None else str(upgrade["space_id"])
 
     @property
     def query_vectors_id(self) -> str:
-        """Names the query vectors this release makes; vectors cached under one name are never answered under another."""
+        """Name of the query vectors this release makes; vectors cached under another are foreign."""
         upgrade = self.manifest.query_upgrade
         return self.space_id if upgrade is None else str(upgrade["files_id"])
 
@@ -203,14 +210,10 @@ class Release:
                 self._golden[entity_type] = read_golden(self.path / entity_type / GOLDEN_NAME)
             return self._golden[entity_type]
 
-    def replay_golden(
-        self, vectors: dict[str, np.ndarray] | None = None
-    ) -> dict[str, ReplayResult]:
-        """Replay every golden query through the indexes as they are served; call it before live entries are attached.
+    def replay_golden(self) -> dict[str, ReplayResult]:
+        """Replay every golden query through the indexes as they are served.
 
-        Args:
-            vectors: Query vectors to use instead of the stored ones (for example as a served form
-                encodes them), by entity type.
+        Call it before live entries are attached.
 
         Returns:
             Measured and expected recall per entity type.
@@ -222,19 +225,11 @@ class Release:
         results = {}
         for entity_type, index in self.entities.items():
             golden = self.golden(entity_type)
-            queries = (
-                golden.vectors if vectors is None else vectors.get(entity_type, golden.vectors)
-            )
-            k = int(self.manifest.entities[entity_type].golden.get("k", 10))
-            answers = [index.search(query, k) for query in queries] if index.count else []
-            recall = (
-                float(
-                    recall_of(golden, [a.ids for a in answers], [a.scores for a in answers]).mean()
-                )
-                if answers
-                else 1.0
-            )
-            expected = float(self.manifest.entities[entity_type].golden.get("recall", 1.0))
+            built = self.manifest.entities[entity_type].golden
+            k = int(built.get("k", GOLDEN_K))
+            answers = [index.search(query, k) for query in golden.vectors] if index.count else []
+            recall = replayed_recall(golden, answers)
+            expected = float(built.get("recall", 1.0))
             results[entity_type] = ReplayResult(len(answers), recall, expected)
             if recall < expected - REPLAY_SLACK:
                 raise ReleaseCorrupt(

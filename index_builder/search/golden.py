@@ -1,4 +1,4 @@
-"""Golden queries: a few queries per entity type with their exact answers, stored in the release and replayed before it may serve."""
+"""Golden queries: real queries with their exact answers, replayed before a release may serve."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ import pyarrow.parquet as pq
 
 from encoders.exact_search import exact_top_k
 from index_builder.errors import ReleaseCorrupt
+from index_builder.search.request import SearchResult
 
 GOLDEN_NAME = "golden.parquet"
 GOLDEN_K = 10
+"""Answers kept a query."""
+_NOISE = 0.3
+_TIE = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +45,7 @@ class GoldenQueries:
 
 
 def answer_exactly(
-    texts: Sequence[str],
-    queries: np.ndarray,
-    ids: Sequence[str],
-    vectors: np.ndarray,
-    kind: str,
-    k: int = GOLDEN_K,
+    texts: Sequence[str], queries: np.ndarray, ids: Sequence[str], vectors: np.ndarray, kind: str
 ) -> GoldenQueries:
     """Attach exact answers to golden queries.
 
@@ -56,28 +55,20 @@ def answer_exactly(
         ids: Ids of the base, in row order.
         vectors: float32 ``(N, D)``, the base.
         kind: Where the queries come from.
-        k: Answers kept per query (fewer when N is smaller).
     """
+    queries = np.ascontiguousarray(queries, np.float32)
     if len(ids) == 0 or len(queries) == 0:
-        return GoldenQueries(
-            list(texts),
-            np.ascontiguousarray(queries, np.float32),
-            [[] for _ in texts],
-            [np.zeros(0, np.float32) for _ in texts],
-            kind,
-        )
-    rows, scores = exact_top_k(np.ascontiguousarray(queries, np.float32), vectors, min(k, len(ids)))
+        no_scores = [np.zeros(0, np.float32) for _ in texts]
+        return GoldenQueries(list(texts), queries, [[] for _ in texts], no_scores, kind)
+    rows, scores = exact_top_k(queries, vectors, min(GOLDEN_K, len(ids)))
+    answers = [[ids[int(r)] for r in row] for row in rows]
     return GoldenQueries(
-        list(texts),
-        np.ascontiguousarray(queries, np.float32),
-        [[ids[int(r)] for r in row] for row in rows],
-        [np.asarray(s, np.float32) for s in scores],
-        kind,
+        list(texts), queries, answers, [np.asarray(s, np.float32) for s in scores], kind
     )
 
 
 def perturbed_entities(vectors: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Stand-ins for queries where there are none: entities moved by noise of 0.3 of their norm, and re-normalised.
+    """Make stand-ins for queries: entities moved by noise of 0.3 of their norm, normalised again.
 
     Args:
         vectors: float32 ``(N, D)``.
@@ -90,7 +81,7 @@ def perturbed_entities(vectors: np.ndarray, count: int, seed: int) -> np.ndarray
     rng = np.random.default_rng(seed)
     rows = np.sort(rng.choice(len(vectors), size=min(count, len(vectors)), replace=False))
     noise = rng.standard_normal((len(rows), vectors.shape[1]), dtype=np.float32)
-    noise *= 0.3 / np.linalg.norm(noise, axis=1, keepdims=True)
+    noise *= _NOISE / np.linalg.norm(noise, axis=1, keepdims=True)
     moved = np.asarray(vectors[rows], np.float32) + noise
     return np.ascontiguousarray(moved / np.linalg.norm(moved, axis=1, keepdims=True), np.float32)
 
@@ -120,11 +111,9 @@ def read_golden(path: Path) -> GoldenQueries:
     """
     try:
         table = pq.read_table(path)
-        flat = table["embedding"].combine_chunks()
-        dimension = flat.type.list_size
-        vectors = np.ascontiguousarray(
-            flat.flatten().to_numpy(zero_copy_only=False), np.float32
-        ).reshape(-1, dimension)
+        column = table["embedding"].combine_chunks()
+        flat = np.ascontiguousarray(column.flatten().to_numpy(zero_copy_only=False), np.float32)
+        vectors = flat.reshape(-1, column.type.list_size)
         scores = [np.asarray(s, np.float32) for s in table["scores"].to_pylist()]
         kind = (table.schema.metadata or {}).get(b"kind", b"unknown").decode()
         return GoldenQueries(
@@ -136,28 +125,30 @@ def read_golden(path: Path) -> GoldenQueries:
         ) from error
 
 
-def recall_of(
-    golden: GoldenQueries, returned: Sequence[Sequence[str]], scores: Sequence[np.ndarray]
-) -> np.ndarray:
-    """ANN recall@k per golden query: the share of the exact top k that came back; a tie with the k-th score counts as found.
+def replayed_recall(golden: GoldenQueries, answers: Sequence[SearchResult]) -> float:
+    """Return the mean ANN recall@k of an index's answers to golden queries; 1.0 without answers.
 
     Args:
         golden: With exact answers.
-        returned: Ids per query, as the index answered.
-        scores: Their inner products.
-
-    Returns:
-        float64 ``(G,)``; 1.0 where the exact answer is empty.
+        answers: One per golden query, or none at all.
     """
-    result = np.ones(len(golden))
-    for i, (wanted, got, got_scores) in enumerate(zip(golden.ids, returned, scores)):
-        if wanted:
-            threshold = float(golden.scores[i][-1]) - 1e-5
-            known = set(wanted)
-            hits = sum(
-                1
-                for id_, score in zip(got[: len(wanted)], got_scores)
-                if id_ in known or score >= threshold
-            )
-            result[i] = hits / len(wanted)
-    return result
+    if not answers:
+        return 1.0
+    shares = [
+        _share_found(wanted, scores, answer)
+        for wanted, scores, answer in zip(golden.ids, golden.scores, answers, strict=True)
+    ]
+    return float(np.mean(shares))
+
+
+def _share_found(wanted: list[str], exact_scores: np.ndarray, answer: SearchResult) -> float:
+    """Return the share of the exact top k that came back; a tie with the k-th score is a hit."""
+    if not wanted:
+        return 1.0
+    threshold = float(exact_scores[-1]) - _TIE
+    known = set(wanted)
+    hits = sum(
+        id_ in known or float(score) >= threshold
+        for id_, score in zip(answer.ids[: len(wanted)], answer.scores)
+    )
+    return hits / len(wanted)

@@ -237,7 +237,7 @@ def publish(demo: Demo, dataset: Dataset) -> None:
             proof = {"*": QuerySet(heldout, bundle.embed_queries(heldout))}
             config = RebuildConfig(index=IndexConfig(kind="auto", ann=AnnConfig(threads=2)))
             release_id = build_release(
-                inputs, demo.bundle, store, config, proof, parity=check_forms, progress=say
+                inputs, demo.bundle, store, config, proof, parity=check_forms
             )
     demo.summary["release_id"] = release_id
 

@@ -7,6 +7,7 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -28,7 +29,7 @@ from index_builder.live_log.records import LiveEntry
 from index_builder.live_log.writer import LiveLogWriter
 from index_builder.releases.release import read_manifest
 from index_builder.releases.store import ReleaseStore
-from index_builder.search.index_config import IndexConfig
+from index_builder.search.entity_index import EntityIndex, IndexConfig
 from tests.helpers.release_makers import SPACE, D, make_bundle, make_input, quick, unit_vectors
 
 OTHER = "0b" * 32
@@ -225,45 +226,57 @@ def test_rebuilding_from_the_active_release_folds_the_log_in(
     assert list(store.gc(keep=1, drop_folded_log=True)) == []
 
 
-def test_an_interrupted_build_goes_on_where_it_stopped(bundle: Path, store: ReleaseStore) -> None:
+def interrupt(monkeypatch: pytest.MonkeyPatch, step: str, entity_type: str) -> None:
+    """Make one step (``build`` or ``load``) of an entity type's index raise KeyboardInterrupt."""
+    original = getattr(EntityIndex, step)
+
+    def interrupted(first: str | Path, *rest: Any, **options: Any) -> EntityIndex:
+        if Path(first).name == entity_type:
+            raise KeyboardInterrupt
+        return original(first, *rest, **options)
+
+    monkeypatch.setattr(EntityIndex, step, interrupted)
+
+
+def test_build_after_interruption_takes_over_what_was_finished(
+    bundle: Path,
+    store: ReleaseStore,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     inputs = {
         "ad": make_input("ad", 20),
         "pin": make_input("pin", 400),
         "product": make_input("product", 400, seed=3),
     }
-
-    def stop_at_pin(line: str) -> None:
-        if line.startswith("pin: hnsw"):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build_release(inputs, bundle, store, quick(), progress=stop_at_pin)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, "load", "pin")
+        build_release(inputs, bundle, store, quick())
     assert store.current() is None
-    lines: list[str] = []
-    build_release(inputs, bundle, store, quick(), progress=lines.append)
-    assert [line for line in lines if "taken over" in line] == [
+    with caplog.at_level("INFO", "index_builder"):
+        build_release(inputs, bundle, store, quick())
+    assert [line for line in caplog.messages if "taken over" in line] == [
         "ad: finished by an earlier run, taken over"
     ]
     store.verify(store.current() or "")
     assert not list(store.releases.glob(".staging-*"))
 
 
-def test_damage_to_a_finished_part_of_an_interrupted_build_is_noticed(
-    bundle: Path, store: ReleaseStore
+def test_build_after_interruption_builds_a_damaged_part_again(
+    bundle: Path,
+    store: ReleaseStore,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     inputs = {"ad": make_input("ad", 20), "pin": make_input("pin", 400)}
-
-    def stop(line: str) -> None:
-        if line.startswith("pin: 400"):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build_release(inputs, bundle, store, quick(), progress=stop)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, "build", "pin")
+        build_release(inputs, bundle, store, quick())
     (victim,) = store.releases.glob(".staging-*/content/ad/vectors.npy")
     victim.write_bytes(victim.read_bytes()[:-4])
-    lines: list[str] = []
-    build_release(inputs, bundle, store, quick(), progress=lines.append)
-    assert not any("taken over" in line for line in lines)
+    with caplog.at_level("INFO", "index_builder"):
+        build_release(inputs, bundle, store, quick())
+    assert caplog.messages and not any("taken over" in line for line in caplog.messages)
     store.verify(store.current() or "")
 
 
@@ -285,8 +298,8 @@ def test_kill_minus_nine_in_a_rebuild_leaves_the_active_release_whole(
         store.verify(first)
 
 
-def test_memory_limits_choose_leaner_kinds_or_refuse_with_figures(
-    bundle: Path, store: ReleaseStore
+def test_memory_limit_chooses_smaller_kinds_or_refuses_with_figures(
+    bundle: Path, store: ReleaseStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert (
         estimate_mib(IndexConfig(kind="symqg"), 10**6, 256)
@@ -299,14 +312,15 @@ def test_memory_limits_choose_leaner_kinds_or_refuse_with_figures(
     with pytest.raises(ConfigError, match="needs least"):
         plan_release(inputs, read_bundle(bundle), store, quick("symqg", max_memory_mib=70))
     waste: list[np.ndarray] = []
+    original = EntityIndex.build
+
+    def wasteful(*arguments: Any, **options: Any) -> EntityIndex:
+        waste.append(np.ones(60_000_000))
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(EntityIndex, "build", wasteful)
     with pytest.raises(GateFailed, match="private memory at its peak"):
-        build_release(
-            inputs,
-            bundle,
-            store,
-            quick("hnsw", max_memory_mib=450),
-            progress=lambda _: waste.append(np.ones(30_000_000)),
-        )
+        build_release(inputs, bundle, store, quick("hnsw", max_memory_mib=450))
     assert store.current() is None
 
 

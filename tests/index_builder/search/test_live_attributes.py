@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from index_builder.building.build import build_release
-from index_builder.building.inputs import EntityInput, fold_live
+from index_builder.building.inputs import EntityInput, LiveWrites, fold_live
 from index_builder.building.update import attributes_of, read_changes
 from index_builder.commands import update as update_command
 from index_builder.errors import BadAttribute
@@ -73,7 +73,7 @@ def entry(name: str, sequence: int, attributes: dict[str, Any] | None = None) ->
 
 
 def fold(into: Path, new: LiveEntry) -> pl.DataFrame:
-    folded, _ = fold_live(BASE, {new.id: new}, 1, into / "folded")
+    folded, _ = fold_live(BASE, LiveWrites({new.id: new}, 1), into / "folded")
     assert folded.attributes is not None
     return folded.attributes
 
@@ -142,7 +142,7 @@ def test_an_entry_that_clashes_does_not_hide_those_of_its_block_that_fit(
         bad,
         {name: GOOD[name]},
     ], "answers show what was written"
-    folded, _ = fold_live(BASE, entries, 2, tmp_path / "folded")
+    folded, _ = fold_live(BASE, LiveWrites(entries, 2), tmp_path / "folded")
     assert folded.attributes is not None and folded.attributes.schema == FRAME.schema
     assert dict(zip(folded.ids, folded.attributes[name].to_list()))["good"] == GOOD[name]
     assert dict(zip(folded.ids, folded.attributes[name].to_list()))["bad"] is None
@@ -318,7 +318,7 @@ def test_a_new_attribute_of_several_types_is_text_in_the_next_release(tmp_path: 
         f"n{i}": entry(f"n{i}", i + 1, {"new": value})
         for i, value in enumerate([1, "m", [2], [[3]], None])
     }
-    folded, _ = fold_live(BASE, entries, 5, tmp_path / "folded")
+    folded, _ = fold_live(BASE, LiveWrites(entries, 5), tmp_path / "folded")
     assert folded.attributes is not None and folded.attributes["new"].to_list()[-5:] == [
         "1",
         "m",

@@ -1,4 +1,4 @@
-"""A linear map from one embedding space to another, learned in closed form from texts embedded in both.
+"""Map one embedding space to another linearly, learned from texts embedded in both.
 
 ``x -> normalise(W x)``, without a bias: lengths do not matter on the sphere, so a query tower that
 ends in a linear layer takes the whole adapter into that layer (``fold``), and an adapted tower
@@ -25,7 +25,10 @@ Float32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class SpaceAdapter:
-    """``matrix = left @ right`` float32 ``(to, from)``; at full rank ``left`` is the matrix itself and ``right`` is None."""
+    """A linear map ``left @ right``, float32 ``(to, from)``.
+
+    At full rank ``left`` is the matrix itself and ``right`` is None.
+    """
 
     left: Float32
     right: Float32 | None = None
@@ -55,7 +58,7 @@ class SpaceAdapter:
         return _unit(vectors @ matrix.T)
 
     def fold(self, tower: QueryEncoder) -> QueryEncoder:
-        """A copy of a query tower that gives adapted vectors: its last linear layer is multiplied by the matrix.
+        """Copy a query tower with the matrix multiplied into its last linear layer.
 
         Raises:
             BundleError: The tower gives vectors of another width.
@@ -79,14 +82,10 @@ class SpaceAdapter:
 
     def save(self, path: Path) -> None:
         """Write a safetensors file: ``matrix``, or ``left`` and ``right``."""
-        save_file(
-            (
-                {"matrix": self.left}
-                if self.right is None
-                else {"left": self.left, "right": self.right}
-            ),
-            path,
-        )
+        if self.right is None:
+            save_file({"matrix": self.left}, path)
+        else:
+            save_file({"left": self.left, "right": self.right}, path)
 
     @classmethod
     def load(cls, path: Path, shape: tuple[int, int]) -> SpaceAdapter:
@@ -106,7 +105,8 @@ class SpaceAdapter:
             raise BundleError(
                 f"{path}: the adapter cannot be read ({error}). Declare the compatibility again."
             ) from error
-        left, right = parts.get("matrix", parts.get("left")), parts.get("right")
+        left = parts.get("matrix", parts.get("left"))
+        right = parts.get("right")
         shapes = {name: f"{value.dtype} {value.shape}" for name, value in parts.items()}
         if (
             left is None
@@ -117,12 +117,8 @@ class SpaceAdapter:
                 f"{path}: expected float32 'matrix', or 'left' and 'right', of two dimensions, but"
                 f" got {shapes}."
             )
-        fits = (
-            left.shape == shape
-            if right is None
-            else (left.shape[0], right.shape[1], left.shape[1]) == (*shape, right.shape[0])
-        )
-        if not fits:
+        found = left.shape if right is None else (left.shape[0], right.shape[1])
+        if found != shape or (right is not None and left.shape[1] != right.shape[0]):
             raise BundleError(
                 f"{path}: the adapter should map {shape[1]} numbers to {shape[0]}, but holds"
                 f" {shapes}."
@@ -137,7 +133,7 @@ class SpaceAdapter:
 def fit_adapter(
     source: Float32, target: Float32, *, rank: int = 0, ridge: float = 1e-2
 ) -> SpaceAdapter:
-    """The linear map with the least squared error from ``source`` rows to ``target`` rows, shrunk by ridge regression.
+    """Fit a linear map from ``source`` rows to ``target`` rows by ridge regression.
 
     Args:
         source: ``(N, from)`` unit rows.
@@ -174,17 +170,14 @@ def fit_adapter(
     solution = np.linalg.solve(moments + shrink * np.eye(len(moments)), x.T @ y)  # (from, to)
     if rank == 0 or rank == min(widths):
         return SpaceAdapter(np.ascontiguousarray(solution.T, dtype=np.float32))
-    _, _, directions = np.linalg.svd(
-        np.linalg.cholesky(moments + shrink * np.eye(len(moments))).T @ solution,
-        full_matrices=False,
-    )
+    root = np.linalg.cholesky(moments + shrink * np.eye(len(moments))).T
+    _, _, directions = np.linalg.svd(root @ solution, full_matrices=False)
     kept = directions[:rank]  # (rank, to)
     left = np.ascontiguousarray(kept.T, dtype=np.float32)
     return SpaceAdapter(left, np.ascontiguousarray((solution @ kept.T).T, dtype=np.float32))
 
 
 def _unit(vectors: Float32) -> Float32:
-    result: Float32 = (
-        vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
-    ).astype(np.float32)
-    return result
+    norms = np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    unit: Float32 = (vectors / norms).astype(np.float32)
+    return unit

@@ -1,11 +1,12 @@
-"""Upgrades without backfill: a new bundle may declare that its query tower searches vectors of an older space, with the measured recall.
+"""Declare that a newer query tower may search vectors of an older space (no backfill).
 
 A declaration is an entry of ``compatible`` in the new bundle's ``space.json``; a learned adapter
 lies in ``compatibility/``. Neither is in the space id, for both towers still write the same
 vectors; an adapter is guarded by the SHA-256 in its entry instead.
 
 ```
-space.json       "compatible": [{"space_id": OLD, "dimension": 256, "adapter": {"file", "sha256", "rank", ...} or null, "measured": {...}}]
+space.json       "compatible": [{"space_id": OLD, "dimension": 256, "measured": {...},
+                                 "adapter": {"file", "sha256", "rank", ...} or null}]
 compatibility/   adapters, safetensors
 ```
 """
@@ -34,7 +35,7 @@ _HEX64 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Declaration:
-    """That queries of one space may search vectors of another.
+    """The statement that queries of one space may search vectors of another, with measured recall.
 
     Attributes:
         space_id: The older space, of the vectors that are searched.
@@ -51,7 +52,7 @@ class Declaration:
 
 
 def read_declarations(bundle: Path) -> list[Declaration]:
-    """The older spaces a bundle declares itself compatible with.
+    """Read the older spaces that a bundle declares itself compatible with.
 
     Raises:
         BundleError: ``space.json`` is missing or a declaration has not the expected shape.
@@ -66,11 +67,8 @@ def read_declarations(bundle: Path) -> list[Declaration]:
             )
             fits = bool(_HEX64.fullmatch(declaration.space_id)) and declaration.dimension > 0
             if adapter is not None:
-                fits = (
-                    fits
-                    and Path(adapter["file"]).name == adapter["file"]
-                    and bool(_HEX64.fullmatch(adapter["sha256"]))
-                )
+                fits &= Path(adapter["file"]).name == adapter["file"]
+                fits &= bool(_HEX64.fullmatch(adapter["sha256"]))
         except (KeyError, TypeError, ValueError) as error:
             raise BundleError(
                 f"{bundle}/space.json: a declaration of compatibility is damaged ({error!r})."
@@ -86,7 +84,7 @@ def read_declarations(bundle: Path) -> list[Declaration]:
 
 
 def require_declaration(bundle: Path, space_id: str, where: str) -> Declaration:
-    """The declaration that lets a bundle's queries search vectors of ``space_id``.
+    """Return the declaration that lets a bundle's queries search vectors of ``space_id``.
 
     Raises:
         SpaceMismatch: There is none.
@@ -103,7 +101,7 @@ def require_declaration(bundle: Path, space_id: str, where: str) -> Declaration:
 
 
 def load_adapter(bundle: Path, declaration: Declaration) -> SpaceAdapter | None:
-    """The adapter of a declaration, or None where vectors search as they are.
+    """Load the adapter of a declaration; None where vectors search as they are.
 
     Raises:
         BundleError: The file is missing, was changed, or does not map this bundle's vectors to the
@@ -164,14 +162,7 @@ def declare(
         )
     about = None
     if adapter is not None:
-        (bundle / FOLDER).mkdir(exist_ok=True)
-        handle, scratch = tempfile.mkstemp(dir=bundle / FOLDER, prefix=".adapter-")
-        os.close(handle)
-        adapter.save(Path(scratch))
-        digest = hashlib.sha256(Path(scratch).read_bytes()).hexdigest()
-        name = f"{space_id[:16]}-{digest[:16]}.safetensors"
-        os.replace(scratch, bundle / FOLDER / name)
-        about = {"file": name, "sha256": digest, "rank": adapter.rank, **(learned or {})}
+        about = {**_save_adapter(bundle / FOLDER, adapter, space_id[:16]), **(learned or {})}
     entry = {
         "space_id": space_id,
         "dimension": dimension,
@@ -181,15 +172,27 @@ def declare(
     others = [other for other in space.get("compatible", []) if other["space_id"] != space_id]
     _write_atomically(bundle / "space.json", {**space, "compatible": [*others, entry]})
     declared = read_declarations(bundle)
-    kept = {d.adapter["file"] for d in declared if d.adapter}
+    named = {d.adapter["file"] for d in declared if d.adapter}
     for path in (bundle / FOLDER).glob("*"):
-        if path.name not in kept:
+        if path.name not in named:
             path.unlink()
     return next(d for d in declared if d.space_id == space_id)
 
 
+def _save_adapter(folder: Path, adapter: SpaceAdapter, prefix: str) -> dict[str, Any]:
+    """Write an adapter under a name that holds its hash; returns its part of a declaration."""
+    folder.mkdir(exist_ok=True)
+    handle, scratch = tempfile.mkstemp(dir=folder, prefix=".adapter-")
+    os.close(handle)
+    adapter.save(Path(scratch))
+    digest = hashlib.sha256(Path(scratch).read_bytes()).hexdigest()
+    name = f"{prefix}-{digest[:16]}.safetensors"
+    os.replace(scratch, folder / name)
+    return {"file": name, "sha256": digest, "rank": adapter.rank}
+
+
 def write_upgraded_bundle(old: Path, new: Path, target: Path) -> Declaration:
-    """Write a bundle of the older space whose query tower is the newer one, with the adapter folded in.
+    """Write a bundle of the older space with the newer query tower, adapter folded in.
 
     ``space.json`` keeps the older space id (entities are embedded as before) and names under
     ``query_upgrade`` the space of the query tower, the measured recall, and ``files_id``, the

@@ -1,4 +1,8 @@
-"""TOML tables to frozen dataclasses: all unknown keys, wrong types and impossible values are told at once, with the nearest known name."""
+"""Read TOML tables into frozen dataclasses.
+
+All unknown keys, wrong types and impossible values are reported at once, each with the nearest
+known name.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ T = TypeVar("T")
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """``" (did you mean 'x'?)"`` for the known name most like ``name``, or an empty string."""
+    """Suggest the known name most like ``name``: ``" (did you mean 'x'?)"``, or ``""``."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean {match[0]!r}?)" if match else ""
 
@@ -69,6 +73,7 @@ def build_config(cls: type[T], table: Mapping[str, Any], where: str = "config") 
 
 
 def _build(cls: type[T], table: Mapping[str, Any], prefix: str, problems: list[str]) -> T | None:
+    """Make a dataclass from a table; mistakes are added to ``problems``, and there is no result."""
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     before = len(problems)
@@ -85,19 +90,13 @@ def _build(cls: type[T], table: Mapping[str, Any], prefix: str, problems: list[s
         value = _convert(hints[key], raw, name, problems)
         if len(problems) == seen:
             values[key] = value
-    missing = [
-        f.name
-        for f in fields.values()
-        if f.default is f.default_factory is dataclasses.MISSING and f.name not in table
-    ]
-    problems.extend(f"missing key '{prefix}{name}'" for name in missing)
-    required = {
-        f.name for f in fields.values() if f.default is f.default_factory is dataclasses.MISSING
-    }
-    if not required <= values.keys():
+    absent = dataclasses.MISSING
+    required = [f.name for f in fields.values() if f.default is f.default_factory is absent]
+    problems.extend(f"missing key '{prefix}{name}'" for name in required if name not in table)
+    if not set(required) <= values.keys():
         return None
-    # Also when a key was wrong: the good values may break rules of their own, and all mistakes are
-    # told at once
+    # Also when a key was wrong: the other values may break rules of their own, and all mistakes are
+    # reported at once.
     try:
         built = cls(**values)
     except ConfigError as error:
@@ -128,6 +127,7 @@ def _current_names(
 
 
 def _convert(hint: Any, raw: Any, name: str, problems: list[str]) -> Any:
+    """Convert a raw value to the type ``hint``; a mistake is added to ``problems``."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         hint = next(a for a in arguments if a is not type(None))
@@ -185,7 +185,10 @@ def _mapping(
 
 
 def to_table(config: Any) -> dict[str, Any]:
-    """A dataclass as plain tables, lists and values: what ``build_config`` reads, and what JSON and TOML can hold."""
+    """Turn a dataclass into plain tables, lists and values, as JSON and TOML hold them.
+
+    ``build_config`` reads them.
+    """
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):

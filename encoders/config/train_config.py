@@ -1,4 +1,7 @@
-"""Everything a training run can be told, as frozen dataclasses read from TOML; checked on creation and saved beside what it made."""
+"""The settings of a training run, as frozen dataclasses read from TOML.
+
+They are checked on creation and saved in the bundle.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,7 @@ from encoders.errors import ConfigError
 from encoders.towers.entity_features import EntityFeatureConfig
 
 DEFAULT_DEPTH = 2
-
-
+"""Rows of a count-min sketch."""
 DEFAULT_WIDTH = 1 << 20
 """Counters per row.
 
@@ -22,15 +24,14 @@ items.
 """
 
 INITIAL_TEMPERATURE = 0.07
-
-
 MATRYOSHKA_WEIGHTS: dict[int, float] = {16: 0.05, 32: 0.05, 64: 0.05, 128: 0.05}
 """Weight of the loss on each prefix of the vectors; the full vector always has weight 1."""
 
-
-ENTITY, QUERY, VECTOR_PREFIX = "entity", "query", "vector:"
+ENTITY = "entity"
+QUERY = "query"
+VECTOR_PREFIX = "vector:"
 PAPER_SHARES = {"pin": 8.0, "product": 4.0, "query": 2.0, "product-offsite": 2.0, "ad": 2.0}
-"""Shares of a batch (paper: pin : product : related query : product-offsite = 8 : 4 : 2 : 2; the one of ads is ours)."""
+"""Shares of a batch by dataset; the paper gives none for ads."""
 
 
 def _check(*rules: tuple[bool, str]) -> None:
@@ -42,7 +43,10 @@ def _check(*rules: tuple[bool, str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
-    """One source of pairs and the candidate towers it trains: each (dataset, candidate) is a task with a loss of its own."""
+    """One source of pairs and the candidate towers it trains.
+
+    Each (dataset, candidate) is a task with a loss of its own.
+    """
 
     name: str
     """Name of the dataset, e.g. ``pin``; names its tasks in logs."""
@@ -52,22 +56,32 @@ class DatasetConfig:
     ``query`` means related queries: ``entity_id`` is the candidate's text.
     """
     actions: tuple[str, ...] = ()
-    """Keep pairs with one of these actions (e.g. add_to_cart, checkout for product-offsite); empty: all."""
+    """Keep pairs with one of these actions; empty: all.
+
+    product-offsite, for one, has add_to_cart and checkout.
+    """
     share: float = 0.0
     """Part of each batch, relative to the other datasets; 0: the paper's for this name, or 1."""
     balance_by: str = ""
-    """A column of the pairs or the catalogue (e.g.
-    ``language``, ``source``): pairs are drawn so that rare values of it are met more often
-    than they occur. Empty: every pair once per epoch.
+    """A column of the pairs or the catalogue, e.g. ``language``; empty: every pair once per epoch.
+
+    Pairs are drawn so that rare values of it come more often than they occur.
     """
     balance_exponent: float = 0.5
-    """A value of ``balance_by`` with n pairs is drawn in proportion to n to this power: 1 as it occurs, 0 all values equally often."""
+    """A value of ``balance_by`` with n pairs is drawn in proportion to n to this power.
+
+    1: as often as it occurs; 0: all values equally often.
+    """
     candidates: tuple[str, ...] = ()
-    """Towers on the candidate side: ``entity``, ``query`` (related queries) or ``vector:COLUMN`` (compatibility with a frozen embedding).
-    Empty: ``query`` for related queries, else ``entity``.
+    """Towers on the candidate side; empty: ``query`` for related queries, else ``entity``.
+
+    ``entity``, ``query`` or ``vector:COLUMN`` (compatibility with a frozen embedding).
     """
     optional: bool = False
-    """Leave the dataset out, with a note, when the data holds no train pair of it; otherwise that stops the run."""
+    """Leave the dataset out, with a note, when there is no train pair of it.
+
+    Otherwise that stops the run.
+    """
 
     def __post_init__(self) -> None:
         entity_type = self.entity_type or self.name
@@ -112,11 +126,14 @@ class ModelConfig:
     """The towers."""
 
     query_encoder: str = "tiny-multilingual"
-    """Pretrained query tower: the shipped one, a folder, or a Hugging Face name such as ``distilbert-base-multilingual-cased``."""
+    """Pretrained query tower: the shipped one, a folder, or a Hugging Face name.
+
+    For example ``distilbert-base-multilingual-cased``.
+    """
     dimension: int = 256
     """Width of all embeddings."""
     entity_towers: str = "unified"
-    """``unified``: one entity tower for pins, products and ads (paper); ``separate``: one per entity type."""
+    """``unified``: one entity tower for all entity types (paper); ``separate``: one per type."""
 
     def __post_init__(self) -> None:
         _check(
@@ -139,7 +156,7 @@ class EntityTowerSettings:
     hidden: tuple[int, ...] = (1024, 1024)
     """Widths of the hidden layers."""
     dropout: float = 0.0
-    """Share of the last hidden layer dropped in training: for types with few pairs, whose entities are soon known by heart."""
+    """Dropout of the last hidden layer, for entity types with few pairs, which overfit."""
 
     def __post_init__(self) -> None:
         _check(
@@ -163,13 +180,15 @@ class LossConfig:
     temperature: float = INITIAL_TEMPERATURE
     """Where the learned temperature starts."""
     random_negatives: float = 4.0
-    """Uniform random catalogue negatives per positive, drawn without repeats; 0 leaves the term out. Never more than the catalogue holds:
-    then every entity is a negative once, and the term is the full softmax.
+    """Uniform random catalogue negatives per positive, drawn without repeats; 0: no such term.
+
+    Never more than the catalogue holds: then every entity is a negative once, and the term is the
+    full softmax.
     """
     random_query_negatives: float = 4.0
     """The same for related-query tasks, whose negatives cost a transformer pass each."""
     log_q: bool = True
-    """Correct every logit for how often it is sampled."""
+    """Correct every logit for the sampling frequency of its candidate."""
     matryoshka: Mapping[int, float] = field(default_factory=lambda: dict(MATRYOSHKA_WEIGHTS))
     """Prefix length -> weight of the loss on that prefix."""
     sketch_width: int = DEFAULT_WIDTH
@@ -213,17 +232,21 @@ class BatchConfig:
     pairs: int = 1024
     """Pairs of all datasets together, over all processes (paper: 10,240)."""
     weighting: str = "uniform"
-    """``uniform``: every pair once per epoch; ``count``: drawn in proportion to the pairs' ``count``."""
+    """``uniform``: every pair once per epoch; ``count``: in proportion to the pairs' ``count``."""
     gradient_cache: bool = False
-    """Encode in chunks twice instead of keeping activations of the whole batch: memory of one chunk, same gradients."""
+    """Encode in chunks twice instead of keeping activations of the whole batch.
+
+    Takes the memory of one chunk; the gradients are the same.
+    """
     query_chunk: int = 0
-    """Queries encoded together, sorted by length first so that little padding is computed; 0: 64 on a CPU, 1024 on a GPU."""
+    """Queries encoded together, after sorting by length; 0: 64 on a CPU, 1024 on a GPU."""
     entity_chunk: int = 4096
     """Entities encoded together."""
     cross_fit: int = 0
-    """Above 1: train queries are dealt into this many folds, and a pair of fold f sees its entity without the engaged queries of fold f.
-    Without it the answer stands in the entity's text, which no query met after training enjoys. 0:
-    off.
+    """Number of folds of train queries for cross-fitting; 0: off.
+
+    A pair of fold f reads its entity without the engaged queries of fold f. Otherwise the answer
+    stands in the entity's text, as it never does for a new query.
     """
 
     def __post_init__(self) -> None:
@@ -255,7 +278,7 @@ class OptimiserConfig:
     name: str = "adamw"
     """``adamw`` (fused) or ``lamb`` (paper; from the package pytorch_optimizer)."""
     learning_rate: float = 2e-3
-    """Entity tower, temperatures and the query tower's projection (paper: 10^-2.7, i.e. about 2e-3, with LAMB)."""
+    """Entity tower, temperatures and the query tower's projection (paper: 10^-2.7 with LAMB)."""
     query_learning_rate: float = 3e-4
     """The pretrained query tower; 0 freezes it."""
     token_embedding_learning_rate: float = 3e-4
@@ -377,7 +400,7 @@ class DataConfig:
     pairs: tuple[Path, ...] = ()
     """Pairs tables."""
     related_queries: bool = True
-    """Derive related-query pairs from the pairs when the tables hold none and a dataset asks for them."""
+    """Derive related-query pairs when the tables hold none and a dataset names them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,13 +408,16 @@ class TrainConfig:
     """One training run. ``load_train_config`` reads it from TOML."""
 
     steps: int = 0
-    """Optimiser steps (paper: 150,000); 0: as many as ``epochs`` says, or 1,000 when that is 0 too."""
+    """Optimiser steps (paper: 150,000); 0: by ``epochs``, or 1,000 when that is 0 too."""
     epochs: float = 0.0
-    """In the place of ``steps``: as many as pass this often over all pairs (datasets with a small share pass less often)."""
+    """Passes over all pairs, instead of ``steps``; datasets with a small share pass less often."""
     max_seconds: float = 0.0
-    """Stop, with the learning rate schedule completed, after this much time in the loop; 0: no limit. Not reproducible to the bit."""
+    """Stop after this much time in the loop, with a complete learning rate schedule; 0: no limit.
+
+    Not reproducible to the bit.
+    """
     seed: int = 0
-    """Everything random follows from it and the step."""
+    """Seed of everything random, together with the step."""
     device: str = "auto"
     """``auto`` (CUDA if there is one), ``cpu``, ``cuda``."""
     precision: str = "fp32"

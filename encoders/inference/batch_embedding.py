@@ -1,4 +1,6 @@
-"""Batch embedding: a stream of catalogue rows becomes the signal store; unchanged rows are not embedded again, a killed run resumes.
+"""Embed a stream of catalogue rows into the signal store.
+
+Unchanged rows are not embedded again, and a killed run resumes.
 
 Notable: each worker thread takes rows through tokenising, features and tower by itself, on one
 core; that keeps every core busy where parallel kernels would wait for the tokeniser.
@@ -57,16 +59,14 @@ class EmbedConfig:
                 )
 
     def resolved_device(self) -> torch.device:
-        """The device itself.
+        """Look the device up.
 
         Raises:
             ConfigError: There is no such device here.
         """
-        name = (
-            ("cuda" if torch.cuda.is_available() else "cpu")
-            if self.device == "auto"
-            else self.device
-        )
+        name = self.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             device = torch.device(name)
         except RuntimeError as error:
@@ -75,12 +75,12 @@ class EmbedConfig:
             ) from error
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ConfigError(
-                f"device {name!r} was asked for, but PyTorch finds no GPU here; use --device cpu"
+                f"device {name!r} was requested, but PyTorch finds no GPU here; use --device cpu"
             )
         return device
 
     def form_id(self) -> str:
-        """Which runtime form makes the vectors: ``torch-fp32`` or ``torch-bf16``."""
+        """Name the runtime form that makes the vectors: ``torch-fp32`` or ``torch-bf16``."""
         if self.precision == "auto":
             return "torch-bf16" if self.resolved_device().type == "cuda" else "torch-fp32"
         return f"torch-{self.precision}"
@@ -95,11 +95,11 @@ class TypeReport:
     embedded: int = 0
     """Rows that went through a tower in this run."""
     unchanged: int = 0
-    """Rows taken over from the published store because id, content and space are the same."""
+    """Rows copied from the published store because id, content and space are the same."""
     resumed: int = 0
-    """Rows taken over from parts that an earlier, unfinished run had staged."""
+    """Rows of parts that an earlier, unfinished run had staged."""
     other_form: int = 0
-    """Embedded rows that were there with the same content, published or staged, but made in another form (fp32, bf16)."""
+    """Embedded rows whose content was stored already, but made in another form (fp32, bf16)."""
     without_features: int = 0
     """Embedded rows with no known n-gram and no vector: they all share one meaningless vector."""
     missing_columns: list[str] = field(default_factory=list)
@@ -117,14 +117,14 @@ class EmbedReport:
     entity_types: dict[str, TypeReport] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as JSON values, with rows embedded per second."""
+        """Return the report as JSON values, with rows embedded per second."""
         embedded = sum(report.embedded for report in self.entity_types.values())
         return asdict(self) | {
             "embedded_per_second": round(embedded / self.seconds, 1) if self.seconds else None
         }
 
     def notes(self) -> list[str]:
-        """What whoever ran this should know: what the towers could not read, and what was made again for another form."""
+        """List what the towers could not read, and what was embedded again for another form."""
         lines = []
         for name, one in self.entity_types.items():
             if one.missing_columns:
@@ -144,7 +144,7 @@ class EmbedReport:
 
 
 def content_hashes(catalogue: pl.DataFrame, config: EntityFeatureConfig) -> list[str]:
-    """Hash of everything in a row that its tower reads, 32 hex digits (XXH3-128).
+    """Hash everything in a row that its tower reads, to 32 hex digits (XXH3-128).
 
     Empty fields do not count, so a new, empty column changes nothing. Pinned by golden values:
     stores keep these hashes.
@@ -177,26 +177,24 @@ def content_hashes(catalogue: pl.DataFrame, config: EntityFeatureConfig) -> list
         for name, values in vectors:
             vector = values[row]
             if vector.any():
-                state.update(
-                    b"%b\x1e" % name + (vector + np.float32(0)).astype("<f4").tobytes()
-                )  # + 0: one zero, as a mean has it
+                positive_zeros = vector + np.float32(0)  # -0 becomes 0, as a mean has it
+                state.update(b"%b\x1e" % name + positive_zeros.astype("<f4").tobytes())
         hashes.append(state.hexdigest())
     return hashes
 
 
 def columns_read(bundle: ModelBundle) -> set[str]:
-    """Catalogue columns that any tower of the bundle reads, beside id and entity type."""
+    """List the catalogue columns that the bundle's towers read, beside id and entity type."""
     columns = {"title"}  # the text of query entities
     for encoder in bundle.entity_encoders.values():
         if encoder.featurizer is not None:
-            columns |= (
-                encoder.featurizer.config.text_columns | encoder.featurizer.config.continuous.keys()
-            )
+            config = encoder.featurizer.config
+            columns |= config.text_columns | config.continuous.keys()
     return columns
 
 
 def query_hashes(texts: Sequence[str]) -> list[str]:
-    """Hash of each query's normalised text, 32 hex digits (XXH3-128)."""
+    """Hash each query's normalised text, to 32 hex digits (XXH3-128)."""
     return [xxhash.xxh3_128_hexdigest(text.encode("utf-8", "surrogatepass")) for text in texts]
 
 
@@ -213,13 +211,11 @@ class EntityEmbedder:
         self.config = config
         self.device = config.resolved_device()
         self.dimension = encoder.config.dimension
-        self.without_features = 0  # among the rows of the last call
+        self.without_features = 0
+        """Rows of the last call with no known n-gram and no vector."""
         tower = copy.deepcopy(encoder) if self.device.type != "cpu" else encoder
-        self.tower = (
-            tower.to(self.device)
-            .eval()
-            .for_inference(torch.bfloat16 if config.form_id() == "torch-bf16" else torch.float32)
-        )
+        dtype = torch.bfloat16 if config.form_id() == "torch-bf16" else torch.float32
+        self.tower = tower.to(self.device).eval().for_inference(dtype)
 
     def __call__(self, catalogue: pl.DataFrame) -> Float32:
         """Embed rows.
@@ -243,9 +239,8 @@ class EntityEmbedder:
             if features.continuous is not None:
                 blank &= ~features.continuous.any(dim=1)
             with torch.inference_mode():
-                vectors[start : start + len(features)] = (
-                    self.tower(features.to(self.device)).cpu().numpy()
-                )
+                output = self.tower(features.to(self.device))
+            vectors[start : start + len(features)] = output.cpu().numpy()
             return int(blank.sum())
 
         if len(starts) < 2:
@@ -258,7 +253,10 @@ class EntityEmbedder:
 
 @contextmanager
 def one_kernel_thread_each(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool whose threads run PyTorch kernels on their own core only; PyTorch's own setting is restored afterwards."""
+    """Open a pool whose threads run PyTorch kernels on their own core only.
+
+    PyTorch's own setting is restored afterwards.
+    """
     before = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -286,12 +284,10 @@ class _TypeRun:
                 f"{bundle.path}: no tower for entity type {entity_type!r}; this bundle embeds"
                 f" {known}. Train with pairs of it"
             )
-        on_gpu = config.resolved_device().type == "cuda"
-        form_id = (
-            ("torch-bf16" if on_gpu else "torch-fp32")
-            if entity_type == "query"
-            else config.form_id()
-        )  # as QueryEncoder.encode does
+        form_id = config.form_id()
+        if entity_type == "query":  # QueryEncoder.encode chooses by the device alone
+            on_gpu = config.resolved_device().type == "cuda"
+            form_id = "torch-bf16" if on_gpu else "torch-fp32"
         self.known = KnownSignals.open(store, entity_type, bundle.space_id, form_id)
         self.writer = SignalWriter(
             store, entity_type, bundle.space_id, bundle.dimension, form_id=form_id
@@ -303,7 +299,7 @@ class _TypeRun:
         self._queries_seen: set[str] = set()
 
     def add(self, rows: pl.DataFrame) -> None:
-        """Take rows; write every part that is full.
+        """Add rows, and write every part that is full.
 
         Raises:
             SchemaError: A column is of one type here and of an incompatible one in the rows before.
@@ -317,10 +313,8 @@ class _TypeRun:
         while self._waiting_rows >= self.config.part_rows:
             waiting = _joined(self._waiting)
             self._write(waiting[: self.config.part_rows])
-            self._waiting, self._waiting_rows = (
-                [waiting[self.config.part_rows :]],
-                self._waiting_rows - self.config.part_rows,
-            )
+            self._waiting = [waiting[self.config.part_rows :]]
+            self._waiting_rows -= self.config.part_rows
 
     def finish(self) -> None:
         """Write the last part."""
@@ -328,48 +322,52 @@ class _TypeRun:
             self._write(_joined(self._waiting))
 
     def _distinct_queries(self, rows: pl.DataFrame) -> pl.DataFrame:
-        """A query may stand in several rows (one per country); it is one entity."""
+        """Keep the first row of each query, which may stand in several (one per country)."""
+        rows = rows.unique("id", keep="first", maintain_order=True)
+        fresh = [id not in self._queries_seen for id in rows["id"].to_list()]
+        rows = rows.filter(pl.Series(fresh, dtype=pl.Boolean))
+        self._queries_seen.update(rows["id"].to_list())
         titles = rows["title"] if "title" in rows.columns else rows["id"]
         texts = [normalize_query(text) for text in titles.fill_null(rows["id"]).to_list()]
-        fresh = [
-            not (key in self._queries_seen or self._queries_seen.add(key))
-            for key in rows["id"].to_list()
-        ]  # type: ignore[func-returns-value]
-        return pl.DataFrame({"id": rows["id"], "title": pl.Series(texts, dtype=pl.String)}).filter(
-            pl.Series(fresh, dtype=pl.Boolean)
-        )
+        return pl.DataFrame({"id": rows["id"], "title": pl.Series(texts, dtype=pl.String)})
 
     def _write(self, rows: pl.DataFrame) -> None:
+        """Write rows as the next part, with vectors that exist already or new ones."""
         ids: list[str] = rows["id"].to_list()
-        query_texts = rows["title"].to_list() if isinstance(self.embedder, QueryEncoder) else []
-        hashes = (
-            query_hashes(query_texts)
-            if isinstance(self.embedder, QueryEncoder)
-            else content_hashes(rows, self.embedder.featurizer.config)
-        )
+        hashes = self._hashes(rows)
         self.report.rows += len(ids)
         staged_form = self._staged_form(ids, hashes)
+        self._part += 1
         if staged_form == self.writer.form_id:
             self.report.resumed += len(ids)
             self.writer.keep(ids)
-        else:
-            vectors, stamps, found = self.known.find(ids, hashes, self.writer.dimension)
-            new = np.flatnonzero(~found)
-            if not len(new):
-                pass
-            elif isinstance(self.embedder, QueryEncoder):
-                vectors[new] = self.embedder.encode([query_texts[row] for row in new])
-            else:
-                vectors[new] = self.embedder(rows[new])
-                self.report.without_features += self.embedder.without_features
-            self.report.embedded += len(new)
-            self.report.other_form += self.known.in_other_form if staged_form is None else len(new)
-            self.report.unchanged += len(ids) - len(new)
-            self.writer.add(ids, vectors, hashes, stamps)
-        self._part += 1
+            return
+        vectors, stamps, found = self.known.find(ids, hashes, self.writer.dimension)
+        new = np.flatnonzero(~found)
+        if len(new):
+            vectors[new] = self._embed(rows[new])
+        self.report.embedded += len(new)
+        self.report.other_form += self.known.in_other_form if staged_form is None else len(new)
+        self.report.unchanged += len(ids) - len(new)
+        self.writer.add(ids, vectors, hashes, stamps)
+
+    def _hashes(self, rows: pl.DataFrame) -> list[str]:
+        if isinstance(self.embedder, QueryEncoder):
+            return query_hashes(rows["title"].to_list())
+        return content_hashes(rows, self.embedder.featurizer.config)
+
+    def _embed(self, rows: pl.DataFrame) -> Float32:
+        if isinstance(self.embedder, QueryEncoder):
+            return self.embedder.encode(rows["title"].to_list())
+        vectors = self.embedder(rows)
+        self.report.without_features += self.embedder.without_features
+        return vectors
 
     def _staged_form(self, ids: list[str], hashes: list[str]) -> str | None:
-        """The form in which an earlier run staged exactly these rows as this part; "" if it left no mark, None if it staged other rows."""
+        """Read the form in which an earlier run staged exactly these rows as this part.
+
+        "" if it left no mark, None if it staged other rows.
+        """
         path = self.writer.staged(self._part)
         if not path.exists():
             return None
@@ -386,7 +384,9 @@ class _TypeRun:
 
 
 def _joined(frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
-    """Frames below each other; a vector column that holds one vector a row in some and several in others holds several.
+    """Stack frames.
+
+    A vector column that holds one vector a row in some and several in others holds several.
 
     Raises:
         SchemaError: A column's types cannot be brought together.
@@ -397,14 +397,12 @@ def _joined(frames: Sequence[pl.DataFrame]) -> pl.DataFrame:
         for name, dtype in frame.schema.items()
         if isinstance(getattr(dtype, "inner", None), pl.List)
     }
-    aligned = [
-        frame.with_columns(
-            _as_several(frame[name])
-            for name in frame.columns
-            if name in several and _is_one_vector(frame.schema[name])
-        )
-        for frame in frames
-    ]
+    aligned = []
+    for frame in frames:
+        single = [
+            name for name in several & set(frame.columns) if _is_one_vector(frame.schema[name])
+        ]
+        aligned.append(frame.with_columns(_as_several(frame[name]) for name in single))
     try:
         return pl.concat(aligned, how="diagonal_relaxed")
     except pl.exceptions.PolarsError as error:
@@ -421,7 +419,7 @@ def _is_one_vector(dtype: pl.DataType) -> bool:
 
 
 def _as_several(vectors: pl.Series) -> pl.Series:
-    """Each vector as a list of one."""
+    """Wrap each vector in a list of one."""
     lists = vectors.cast(pl.List(vectors.dtype.inner))  # type: ignore[attr-defined]
     rows = pl.DataFrame({"row": np.arange(len(lists)), "vector": lists})
     return rows.group_by("row", maintain_order=True).agg("vector")["vector"].alias(vectors.name)
@@ -434,7 +432,9 @@ def embed_catalogue(
     config: EmbedConfig | None = None,
     progress: Callable[[str, TypeReport], None] | None = None,
 ) -> EmbedReport:
-    """Embed a stream of catalogue rows into the signal store; each entity type that occurs is replaced, at the end, all at once.
+    """Embed a stream of catalogue rows into the signal store.
+
+    Each entity type that occurs is replaced at the end, all at once.
 
     Args:
         bundle: The towers.

@@ -29,15 +29,16 @@ from encoders.towers.query_tower import QueryEncoder, pad
 
 REPORT = "forms.json"
 BATCH_SIZES = (1, 8, 64)
-"""Parity is measured at each of these batch sizes; texts of all lengths meet in a batch, so padding is covered."""
+"""Batch sizes at which parity is measured; lengths are mixed, so padding is covered."""
 
 FEWEST_TEXTS = 100
 """Parity on fewer texts says too little to write a form."""
 
 _QUANTISED: tuple[tuple[str, ...], ...] = (("MatMul", "Gemm"), ("MatMul",), ())
-"""Operators whose products become int8, tried in turn until the form is inside its tolerance: Gemm is the last linear layer (and every
-layer of the Universal Sentence Encoder behind its pooling); with none, the token table alone is
-int8.
+"""Operators whose products become int8, tried in turn until the form is inside its tolerance.
+
+Gemm is the last linear layer (and every layer of the Universal Sentence Encoder behind its
+pooling); with none, the token table alone is int8.
 """
 
 Encode = Callable[[Sequence[Sequence[int]]], np.ndarray]
@@ -77,6 +78,48 @@ class FormReport:
     within_tolerance: bool
 
 
+@dataclass(frozen=True)
+class _Reference:
+    """The texts of a parity measurement under the trained tower."""
+
+    token_ids: Sequence[Sequence[int]]
+    vectors: np.ndarray
+    """``(N, D)`` unit rows."""
+    p50_ms: float
+
+    @classmethod
+    def of(cls, tower: QueryEncoder, texts: Sequence[str]) -> _Reference:
+        """Encode and time texts by the trained tower."""
+        token_ids = tower.tokenize(texts)
+        vectors = tower.encode(texts)
+        return cls(token_ids, vectors, _median_ms(_torch_encode(tower), token_ids))
+
+    def compare(self, form: str, path: Path) -> FormReport:
+        """Measure the exported form in file ``path``."""
+        encode = onnx_encode(path)
+        vectors = np.empty_like(self.vectors)
+        cosines = []
+        for size in BATCH_SIZES:
+            for start in range(0, len(self.token_ids), size):
+                vectors[start : start + size] = encode(self.token_ids[start : start + size])
+            cosines.append(np.einsum("nd,nd->n", vectors, self.vectors))
+        overlap = _overlap_at_10(self.vectors, vectors)
+        smallest = float(np.min(cosines))
+        tolerance = TOLERANCES[form]
+        return FormReport(
+            form_id=form,
+            file=path.name,
+            bytes=path.stat().st_size,
+            texts=len(self.token_ids),
+            cosine_min=smallest,
+            cosine_mean=float(np.mean(cosines)),
+            overlap_at_10=overlap,
+            p50_ms=_median_ms(encode, self.token_ids),
+            torch_p50_ms=self.p50_ms,
+            within_tolerance=smallest >= tolerance.cosine and overlap >= tolerance.overlap,
+        )
+
+
 def export_forms(
     tower: QueryEncoder,
     folder: Path,
@@ -101,9 +144,7 @@ def export_forms(
     if len(texts) < FEWEST_TEXTS:
         raise ValueError(f"parity needs at least {FEWEST_TEXTS} texts, but got {len(texts)}")
     folder.mkdir(parents=True, exist_ok=True)
-    token_ids = tower.tokenize(texts)
-    expected = tower.encode(texts)
-    torch_ms = _median_ms(_torch_encode(tower), token_ids)
+    reference = _Reference.of(tower, texts)
     reports = []
     with tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as scratch:
         fp32 = Path(scratch) / FORM_FILES["onnx-fp32"]
@@ -111,13 +152,9 @@ def export_forms(
         for form in forms:
             path = Path(scratch) / FORM_FILES[form]
             if form == "onnx-int8":
-                for operators in _QUANTISED:
-                    _quantise(fp32, path, operators)
-                    report = _parity(form, path, token_ids, expected, torch_ms)
-                    if report.within_tolerance:
-                        break
+                report = _quantise_within_tolerance(fp32, path, reference)
             else:
-                report = _parity(form, path, token_ids, expected, torch_ms)
+                report = reference.compare(form, path)
             if not report.within_tolerance:
                 raise BundleError(
                     f"{form}: smallest cosine {report.cosine_min:.4f} and top-10 overlap"
@@ -140,21 +177,13 @@ def export_forms(
 def measure_parity(
     tower: QueryEncoder, folder: Path, form: str, texts: Sequence[str]
 ) -> FormReport:
-    """Measure a form that was exported before against the trained tower, on any texts."""
-    expected = tower.encode(texts)
-    token_ids = tower.tokenize(texts)
-    return _parity(
-        form,
-        folder / FORM_FILES[form],
-        token_ids,
-        expected,
-        _median_ms(_torch_encode(tower), token_ids),
-    )
+    """Measure an exported form against the trained tower, on any texts."""
+    return _Reference.of(tower, texts).compare(form, folder / FORM_FILES[form])
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporters' advice, which is about packages and passes that this model does not need; errors still raise."""
+    """Silence the exporters' advice, which does not concern this model; errors still raise."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -171,14 +200,10 @@ def _export_fp32(tower: QueryEncoder, path: Path) -> None:
     except ImportError as error:
         raise MissingDependency("onnxscript", "dev", "Exporting the query tower to ONNX") from error
     tower.eval()
-    ids, mask = pad(
-        tower.tokenize(["a short query", "another query that is longer"]),
-        int(tower.tokenizer.pad_token_id),
-    )
-    batch, tokens = (
-        torch.export.Dim("batch", min=1, max=4096),
-        torch.export.Dim("tokens", min=2, max=tower.max_tokens),
-    )
+    example = tower.tokenize(["a short query", "another query that is longer"])
+    ids, mask = pad(example, int(tower.tokenizer.pad_token_id))
+    batch = torch.export.Dim("batch", min=1, max=4096)
+    tokens = torch.export.Dim("tokens", min=2, max=tower.max_tokens)
     dynamic = {0: batch, 1: tokens}
     with _quiet(), torch.inference_mode():
         torch.onnx.export(
@@ -194,15 +219,27 @@ def _export_fp32(tower: QueryEncoder, path: Path) -> None:
         )
 
 
+def _quantise_within_tolerance(fp32: Path, int8: Path, reference: _Reference) -> FormReport:
+    """Write the int8 form with as many int8 products as stay inside its tolerance."""
+    for operators in _QUANTISED:
+        _quantise(fp32, int8, operators)
+        report = reference.compare("onnx-int8", int8)
+        if report.within_tolerance:
+            break
+    return report
+
+
 def _quantise(fp32: Path, int8: Path, operators: Sequence[str]) -> None:
-    """Write the int8 form of an fp32 export: the token table always, and the products of these operators."""
+    """Write the int8 form of an fp32 export.
+
+    The token table becomes int8 always, and the products of these operators.
+    """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     plain = onnx.load(fp32)
-    del plain.graph.value_info[
-        :
-    ]  # shapes from the exporter go stale when the quantiser turns a Gemm round
+    # Shapes from the exporter go stale when the quantiser transposes a Gemm.
+    del plain.graph.value_info[:]
     if operators:
         with _quiet():
             quantize_dynamic(
@@ -219,7 +256,10 @@ def _quantise(fp32: Path, int8: Path, operators: Sequence[str]) -> None:
 
 
 def _quantise_embeddings(model: Any) -> None:
-    """Replace the largest gathered fp32 table (V, H) by int8 rows and one fp32 scale per row, dequantised after the gather."""
+    """Replace the largest gathered fp32 table (V, H) by int8 rows and one fp32 scale per row.
+
+    Rows are dequantised after the gather.
+    """
     from onnx import helper, numpy_helper
 
     graph = model.graph
@@ -246,53 +286,25 @@ def _quantise_embeddings(model: Any) -> None:
         graph.node.insert(position + offset, new)
 
 
-def _parity(
-    form: str, path: Path, token_ids: Sequence[Sequence[int]], expected: np.ndarray, torch_ms: float
-) -> FormReport:
-    encode = onnx_encode(path)
-    cosines, got = [], np.empty_like(expected)
-    for size in BATCH_SIZES:
-        for start in range(0, len(token_ids), size):
-            got[start : start + size] = encode(token_ids[start : start + size])
-        cosines.append(np.einsum("nd,nd->n", got, expected))
-    overlap = _overlap_at_10(expected, got)
-    smallest = float(np.min(cosines))
-    tolerance = TOLERANCES[form]
-    return FormReport(
-        form_id=form,
-        file=path.name,
-        bytes=path.stat().st_size,
-        texts=len(token_ids),
-        cosine_min=smallest,
-        cosine_mean=float(np.mean(cosines)),
-        overlap_at_10=overlap,
-        p50_ms=_median_ms(encode, token_ids),
-        torch_p50_ms=torch_ms,
-        within_tolerance=smallest >= tolerance.cosine and overlap >= tolerance.overlap,
-    )
-
-
 def _overlap_at_10(expected: np.ndarray, got: np.ndarray) -> float:
-    """Share of each text's ten nearest other texts that stays when the text alone is encoded by the other form.
+    """Average the share of each text's ten nearest other texts that its other form finds as well.
 
     Among fewer texts it is the share of all others; a text that is alone has none to lose, and
     counts as 1.
     """
-    nearest = []
-    for queries in (expected, got):
-        rows, _ = exact_top_k(queries, expected, min(11, len(expected)))
-        nearest.append(
-            [[row for row in found.tolist() if row != own][:10] for own, found in enumerate(rows)]
-        )
-    return float(
-        np.mean(
-            [len(set(a) & set(b)) / len(a) if a else 1.0 for a, b in zip(*nearest, strict=True)]
-        )
-    )
+    depth = min(11, len(expected))
+    before = exact_top_k(expected, expected, depth)[0].tolist()
+    after = exact_top_k(got, expected, depth)[0].tolist()
+    shares = []
+    for own in range(len(expected)):
+        wanted = [row for row in before[own] if row != own][:10]
+        found = [row for row in after[own] if row != own][:10]
+        shares.append(len(set(wanted) & set(found)) / len(wanted) if wanted else 1.0)
+    return float(np.mean(shares))
 
 
 def onnx_encode(path: Path, threads: int = 1) -> Encode:
-    """A function from token ids to vectors (B, D) that runs an exported form on the CPU."""
+    """Make a function from token ids to vectors (B, D) that runs an exported form on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -322,7 +334,7 @@ def _torch_encode(tower: QueryEncoder) -> Encode:
 
 
 def _median_ms(encode: Encode, token_ids: Sequence[Sequence[int]], rounds: int = 200) -> float:
-    """Median milliseconds of one text of at most 16 tokens at batch 1, on one thread."""
+    """Measure the median milliseconds of a text of at most 16 tokens, batch 1, on one thread."""
     short = [ids for ids in token_ids if len(ids) <= 16][:rounds] or list(token_ids[:rounds])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

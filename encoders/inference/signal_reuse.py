@@ -1,4 +1,6 @@
-"""Finds rows of an earlier signal store by id, content hash and form, so that unchanged rows need not be embedded again.
+"""Find rows of an earlier signal store, so that unchanged rows need not be embedded again.
+
+Rows are found by id, content hash and runtime form.
 
 Notable: 32 bytes of memory per stored row; vectors are read from the part files only when rows of a
 part are asked for.
@@ -41,15 +43,16 @@ class KnownSignals:
         self._paths = list(paths)
         self._other_form = frozenset(other_form)
         self._held: OrderedDict[int, Signals] = OrderedDict()
-        self.in_other_form = (
-            0  # rows of the last call that are here with the same content, but made in another form
-        )
+        self.in_other_form = 0
+        """Rows of the last ``find`` with the same content, but made in another form."""
 
     @classmethod
     def open(
         cls, store: SignalStore, entity_type: str, space_id: str, form_id: str = ""
     ) -> KnownSignals:
-        """Index what the store holds of this type; empty if it holds nothing, nothing readable, or another space.
+        """Index what the store holds of this type.
+
+        Empty if it holds nothing, nothing readable, or another space.
 
         Args:
             store: The earlier store.
@@ -75,13 +78,8 @@ class KnownSignals:
                 ]
                 parts += [number] * len(table)
                 rows += range(len(table))
-        except (
-            DataError,
-            OSError,
-            KeyError,
-            ValueError,
-        ):  # nothing usable there: everything is embedded
-            keys, parts, rows, paths = [], [], [], []
+        except (DataError, OSError, KeyError, ValueError):
+            return cls(np.empty(0, np.uint64), np.empty(0, np.int32), np.empty(0, np.int32), [])
         return cls(
             np.array(keys, np.uint64),
             np.array(parts, np.int32),

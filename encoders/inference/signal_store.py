@@ -1,10 +1,14 @@
-"""Embeddings on disk, one row per entity: written in parts, published at once, read by index builds and by ranking models.
+"""Store embeddings on disk, one row per entity, for index builds and ranking models.
+
+They are written in parts and published all at once.
 
 Layout of ``<root>/<entity_type>/``::
 
-    signals.json            names the parts that belong together, with rows, dimension and space id; replaced atomically
-    part-<run>-00000.parquet   id, embedding fixed_size_list<float>[D], space_id, content_hash, updated_at
-    _staging/               parts of a run that is not finished; a later run takes them over
+    signals.json              names the parts that belong together, with rows, dimension and
+                              space id; replaced atomically
+    part-<run>-00000.parquet  id, embedding fixed_size_list<float>[D], space_id, content_hash,
+                              updated_at
+    _staging/                 parts of a run that is not finished; a later run resumes with them
 
 Each part's schema metadata names the runtime form that made its vectors (``form_id``); vectors of
 two forms never stand in one run's parts.
@@ -56,7 +60,10 @@ class Signals:
     )
     """(N,) UTC times at which the vectors were computed; empty where unknown."""
     form_id: str = ""
-    """Runtime form that made the vectors (``torch-fp32``, ...), as a part file states it; ``""`` where it states none."""
+    """Runtime form that made the vectors (``torch-fp32``, ...), as a part file states it.
+
+    ``""`` where it states none.
+    """
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -103,11 +110,11 @@ class SignalStore:
         self.root = Path(root)
 
     def entity_types(self) -> list[str]:
-        """Entity types that have been published, sorted."""
+        """List the entity types that have been published, sorted."""
         return sorted(path.parent.name for path in self.root.glob("*/signals.json"))
 
     def describe(self, entity_type: str) -> dict[str, Any]:
-        """Rows, dimension, space id and parts of one entity type.
+        """Read the rows, dimension, space id and parts of one entity type.
 
         Raises:
             DataError: Nothing was published for it, or ``signals.json`` is damaged or of another
@@ -133,7 +140,7 @@ class SignalStore:
         return described
 
     def part_paths(self, entity_type: str) -> list[Path]:
-        """Published part files in row order. See ``describe`` for errors."""
+        """List the published part files in row order. See ``describe`` for errors."""
         return [
             self.root / entity_type / part["file"] for part in self.describe(entity_type)["parts"]
         ]
@@ -155,11 +162,8 @@ class SignalStore:
         for part in described["parts"]:
             held = read_part(self.root / entity_type / part["file"])
             if held.space_id != described["space_id"]:
-                raise SpaceMismatch(
-                    described["space_id"],
-                    held.space_id,
-                    str(self.root / entity_type / part["file"]),
-                )
+                path = self.root / entity_type / part["file"]
+                raise SpaceMismatch(described["space_id"], held.space_id, str(path))
             if (
                 len(held) != part["rows"]
                 or held.vectors.shape[1] != vectors.shape[1]
@@ -217,8 +221,7 @@ class SignalWriter:
     """Writes one entity type part by part into a staging folder, and publishes all parts at once.
 
     A part is complete or absent (it is renamed into place), so after a kill the staged parts are
-    worth keeping: with ``resume`` they can be read through ``staged`` and kept by adding nothing in
-    their place (``keep``).
+    worth keeping: with ``resume`` they can be read through ``staged`` and reused by ``keep``.
     """
 
     def __init__(
@@ -233,15 +236,16 @@ class SignalWriter:
     ) -> None:
         self.folder = store.root / entity_type
         self.staging = self.folder / STAGING
-        self.space_id, self.dimension, self.form_id = space_id, dimension, form_id
+        self.space_id = space_id
+        self.dimension = dimension
+        self.form_id = form_id
         self._parts: list[dict[str, Any]] = []
         self._ids: set[str] = set()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / ".lock").open("w")
         try:
-            fcntl.flock(
-                self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # released by the system when the process dies
+            # Released by the system when the process dies.
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._lock.close()
             raise DataError(
@@ -253,7 +257,10 @@ class SignalWriter:
         self.staging.mkdir(parents=True, exist_ok=True)
 
     def staged(self, number: int) -> Path:
-        """Where part ``number`` of this run is staged; exists if an earlier run finished it."""
+        """Name the file where part ``number`` of this run is staged.
+
+        It exists if an earlier run finished that part.
+        """
         return self.staging / f"part-{number:05d}.parquet"
 
     def add(
@@ -284,22 +291,19 @@ class SignalWriter:
                 f" {len(content_hashes)}; pass one per row"
             )
         self._check_ids(ids)
-        stamps = (
-            updated_at if updated_at is not None else np.full(len(ids), np.datetime64("now", "us"))
+        stamps = updated_at
+        if stamps is None:
+            stamps = np.full(len(ids), np.datetime64("now", "us"))
+        part = Signals(
+            list(ids), vectors, self.space_id, list(content_hashes), stamps, self.form_id
         )
-        _write_part(
-            self.staged(len(self._parts)),
-            ids,
-            vectors,
-            self.space_id,
-            content_hashes,
-            stamps,
-            self.form_id,
-        )
+        _write_part(self.staged(len(self._parts)), part)
         self._note(ids)
 
     def keep(self, ids: Sequence[str]) -> None:
-        """Take over the staged part at the next place, which the caller has found to hold exactly ``ids`` under this space id and form.
+        """Take the staged part at the next place as it is, instead of adding one.
+
+        The caller has found that it holds exactly ``ids`` under this space id and form.
 
         Raises:
             DataError: An id was added before.
@@ -323,7 +327,7 @@ class SignalWriter:
         self._ids.update(ids)
 
     def publish(self) -> None:
-        """Make the parts the published ones, all at once; the earlier parts are deleted afterwards."""
+        """Publish the parts all at once; the earlier parts are deleted afterwards."""
         run = datetime.now(UTC).strftime("%Y%m%dT%H%M%S%f")
         parts = [
             {"file": f"part-{run}-{number:05d}.parquet", **part}
@@ -352,7 +356,7 @@ class SignalWriter:
         self.close()
 
     def close(self) -> None:
-        """Let another writer in; staged parts stay for it to resume."""
+        """Release the lock; staged parts stay for the next writer to resume with."""
         self._lock.close()
 
     def __enter__(self) -> SignalWriter:
@@ -374,9 +378,8 @@ def read_part(path: Path) -> Signals:
         )
         lists = table["embedding"].combine_chunks()
         lists = lists if isinstance(lists, pa.FixedSizeListArray) else lists.chunk(0)
-        vectors = (
-            lists.flatten().to_numpy(zero_copy_only=False).reshape(len(table), lists.type.list_size)
-        )
+        flat = lists.flatten().to_numpy(zero_copy_only=False)
+        vectors = flat.reshape(len(table), lists.type.list_size)
     except (OSError, pa.ArrowException, AttributeError, ValueError, IndexError) as error:
         raise DataError(
             f"{path} is not a readable part of a signal store ({error}); embed again"
@@ -400,38 +403,28 @@ def read_part(path: Path) -> Signals:
 
 
 def part_form(part: pa.Schema) -> str:
-    """The runtime form that a part's schema states; ``""`` if it states none, as parts written before forms were marked."""
+    """Read the runtime form that a part's schema states; ``""`` if it states none."""
     mark: bytes = (part.metadata or {}).get(_FORM_MARK, b"")
     return mark.decode("utf-8", "replace")
 
 
-def _write_part(
-    path: Path,
-    ids: Sequence[str],
-    vectors: Float32,
-    space_id: str,
-    hashes: Sequence[str],
-    stamps: npt.NDArray[np.datetime64],
-    form_id: str,
-) -> None:
-    flat = pa.array(np.ascontiguousarray(vectors).reshape(-1))
+def _write_part(path: Path, part: Signals) -> None:
+    """Write one part file durably and rename it into place."""
+    rows = len(part)
+    flat = pa.array(np.ascontiguousarray(part.vectors).reshape(-1))
+    one_space = pa.array([part.space_id], pa.string())
+    stamps = pa.array(part.updated_at.astype("datetime64[us]").astype(np.int64), pa.int64())
     table = pa.table(
         {
-            "id": pa.array(list(ids), pa.string()),
-            "embedding": pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1]),
-            "space_id": (
-                pa.array([space_id], pa.string()).take(pa.array(np.zeros(len(ids), np.int32)))
-            ),
-            "content_hash": pa.array(list(hashes), pa.string()),
-            "updated_at": (
-                pa.array(stamps.astype("datetime64[us]").astype(np.int64), pa.int64()).cast(
-                    pa.timestamp("us", "UTC")
-                )
-            ),
+            "id": pa.array(part.ids, pa.string()),
+            "embedding": pa.FixedSizeListArray.from_arrays(flat, part.vectors.shape[1]),
+            "space_id": one_space.take(pa.array(np.zeros(rows, np.int32))),
+            "content_hash": pa.array(part.content_hashes, pa.string()),
+            "updated_at": stamps.cast(pa.timestamp("us", "UTC")),
         }
     )
-    if form_id:
-        table = table.replace_schema_metadata({_FORM_MARK: form_id.encode()})
+    if part.form_id:
+        table = table.replace_schema_metadata({_FORM_MARK: part.form_id.encode()})
     partial = path.with_suffix(".partial")
     with partial.open("wb") as file:
         pq.write_table(
@@ -447,6 +440,7 @@ def _write_part(
 
 
 def _replace_durably(path: Path, content: bytes) -> None:
+    """Replace a file so that a crash leaves the old content or the new."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as file:
         file.write(content)

@@ -80,20 +80,27 @@ def save_checkpoint(
     )
     for path in (partial / _STATE, partial / _META, partial):
         _sync(path)
-    # A folder cannot be replaced in one step: with the old one moved aside, one of them is always
-    # whole.
-    if place.exists():
-        old = folder / f"{place.name}.old.partial"
-        place.rename(old)
-        partial.rename(place)
-        shutil.rmtree(old)
-    else:
-        partial.rename(place)
+    _put_in_place(partial, place)
     _sync(folder)
     if name is None:
         for older in list_checkpoints(folder)[:-KEPT]:
             shutil.rmtree(older)
     return place
+
+
+def _put_in_place(partial: Path, place: Path) -> None:
+    """Rename a complete folder to its place.
+
+    A folder cannot be replaced in one step: the old one is moved aside, so that one of the two is
+    always whole.
+    """
+    if not place.exists():
+        partial.rename(place)
+        return
+    old = place.with_name(f"{place.name}.old.partial")
+    place.rename(old)
+    partial.rename(place)
+    shutil.rmtree(old)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

@@ -66,7 +66,7 @@ def create_optimiser(
     """Make AdamW (fused) or LAMB.
 
     Raises:
-        MissingDependency: LAMB was asked for and pytorch_optimizer is not installed.
+        MissingDependency: The config names LAMB, and pytorch_optimizer is not installed.
     """
     betas = (config.beta1, config.beta2)
     if config.name == "adamw":

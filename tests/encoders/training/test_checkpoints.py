@@ -1,3 +1,5 @@
+"""Checkpoints come back whole or are refused, also after kill -9 in the middle of a save."""
+
 import json
 import os
 import signal
@@ -21,7 +23,7 @@ def save(folder: Path, step: int, run: str = "r") -> Path:
     )
 
 
-def test_state_and_meta_come_back(tmp_path: Path) -> None:
+def test_load_checkpoint_saved_state_and_meta_come_back(tmp_path: Path) -> None:
     place = save(tmp_path, 7)
     state, meta = load_checkpoint(place, "r")
     assert state["step"] == 7
@@ -29,7 +31,7 @@ def test_state_and_meta_come_back(tmp_path: Path) -> None:
     assert (meta["step"], meta["metrics"]) == (7, {"loss": 0.5})
 
 
-def test_the_last_two_are_kept_and_a_named_one_is_replaced(tmp_path: Path) -> None:
+def test_save_checkpoint_keeps_last_two_and_replaces_named(tmp_path: Path) -> None:
     for step in (1, 2, 30):
         save(tmp_path, step)
         save_checkpoint(tmp_path, step, {"step": step}, {}, name="best")
@@ -38,7 +40,7 @@ def test_the_last_two_are_kept_and_a_named_one_is_replaced(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty", "missing"])
-def test_damage_is_found_before_anything_is_parsed(tmp_path: Path, damage: str) -> None:
+def test_load_checkpoint_damaged_is_refused_before_parsing(tmp_path: Path, damage: str) -> None:
     place = save(tmp_path, 1)
     state = place / "state.pt"
     content = bytearray(state.read_bytes())
@@ -56,7 +58,7 @@ def test_damage_is_found_before_anything_is_parsed(tmp_path: Path, damage: str) 
         load_checkpoint(place)
 
 
-def test_another_run_another_version_and_no_meta_are_refused(tmp_path: Path) -> None:
+def test_load_checkpoint_other_run_version_or_no_meta_is_refused(tmp_path: Path) -> None:
     place = save(tmp_path, 1)
     with pytest.raises(CheckpointError, match="another run"):
         load_checkpoint(place, "other")
@@ -80,7 +82,7 @@ for step in itertools.count(1):
 """
 
 
-def test_kill_9_while_saving_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+def test_save_checkpoint_kill_9_leaves_whole_checkpoint(tmp_path: Path) -> None:
     """A process that saves without pause is killed; the newest checkpoint is whole, and the next
     save clears what was left half-done.
     """

@@ -31,7 +31,7 @@ def run_two(folder: Path) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
-def test_two_processes_give_the_loss_and_gradient_of_one_with_the_union_batch(
+def test_step_two_processes_equal_one_with_union_batch(
     tmp_path: Path,
 ) -> None:
     two = run_two(tmp_path)

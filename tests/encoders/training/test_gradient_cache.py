@@ -34,7 +34,7 @@ def gradients(
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("towers", [1, 2])
-def test_cached_gradients_equal_uncached_ones(dropout: float, towers: int) -> None:
+def test_encoding_cached_gradients_equal_uncached(dropout: float, towers: int) -> None:
     """With dropout too: each chunk's random state is replayed in the second pass."""
     plain, plain_gradients = gradients(dropout, [3, 4, 1], cached=False, towers=towers)
     cached, cached_gradients = gradients(dropout, [3, 4, 1], cached=True, towers=towers)
@@ -44,21 +44,21 @@ def test_cached_gradients_equal_uncached_ones(dropout: float, towers: int) -> No
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
 
 
-def test_chunks_do_not_change_the_gradient() -> None:
+def test_encoding_other_chunks_same_gradient() -> None:
     _, whole = gradients(0.0, [8], cached=False)
     _, pieces = gradients(0.0, [1, 5, 2], cached=True)
     for expected, got in zip(whole, pieces, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_cached_vectors_hold_no_graph_of_the_tower() -> None:
+def test_encoding_cached_vectors_hold_no_graph() -> None:
     model = tower(0.0)
     encoding = Encoding(model, [torch.ones(2, 6, dtype=torch.float64)], cached=True)
     assert encoding.vectors.is_leaf
     assert encoding.vectors.requires_grad
 
 
-def test_replaying_leaves_the_random_stream_where_it_was() -> None:
+def test_encoding_replay_leaves_random_state() -> None:
     model = tower(0.5)
     encoding = Encoding(model, [torch.ones(2, 6, dtype=torch.float64)] * 2, cached=True)
     encoding.vectors.sum().backward()
@@ -67,14 +67,14 @@ def test_replaying_leaves_the_random_stream_where_it_was() -> None:
     torch.testing.assert_close(torch.get_rng_state(), expected)
 
 
-def test_without_gradients_nothing_is_cached() -> None:
+def test_encoding_without_grad_caches_nothing() -> None:
     with torch.no_grad():
         encoding = Encoding(tower(0.0), [torch.ones(2, 6, dtype=torch.float64)], cached=True)
     assert not encoding.vectors.requires_grad
     encoding.backward()
 
 
-def test_a_frozen_tower_needs_no_replay() -> None:
+def test_encoding_frozen_tower_gets_no_gradient() -> None:
     model = tower(0.0).requires_grad_(False)
     encoding = Encoding(model, [torch.ones(2, 6, dtype=torch.float64)], cached=True)
     encoding.vectors.sum().backward()

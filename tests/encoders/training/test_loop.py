@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +20,12 @@ import torch
 from click.testing import CliRunner
 
 from encoders.commands.train import command
-from encoders.config.train_config import OptimiserConfig, to_table
+from encoders.config.train_config import to_table
 from encoders.errors import CheckpointError, ConfigError, TrainingDiverged
 from encoders.towers.bundle import load_bundle
-from encoders.towers.text_embedding import TextEmbedding
 from encoders.training.checkpoints import list_checkpoints
 from encoders.training.data.source_tables import TrainingData
-from encoders.training.inputs import build_inputs, run_fingerprint
 from encoders.training.loop import TrainResult, TrainStart, train
-from encoders.training.optimisers import schedule
 from tests.helpers.training_examples import small_config, tiny_query_encoder, world
 
 
@@ -37,12 +33,6 @@ def run(data: TrainingData | None = None, **changes) -> TrainResult:
     options = {name: changes.pop(name) for name in ("output", "resume", "start") if name in changes}
     options.setdefault("start", TrainStart(tiny_query_encoder()))
     return train(small_config(**changes), data or world(), quiet=True, **options)
-
-
-def test_every_figure_of_a_log_line_was_measured() -> None:
-    for changes in ({"steps": 3}, {"steps": 100_000, "max_seconds": 0.05}):
-        history = run(log_every=1000, **changes).history
-        assert all(math.isfinite(value) for entry in history for value in entry.values())
 
 
 FAST = {"learning_rate": 0.02, "query_learning_rate": 0.02, "token_embedding_learning_rate": 0.02}
@@ -64,11 +54,16 @@ def assert_equal(first: TrainResult, second: TrainResult) -> None:
         assert torch.equal(value, b[name]), name
 
 
-def test_training_finds_the_right_entity_for_queries_it_never_saw() -> None:
+def test_train_history_all_figures_are_finite() -> None:
+    for changes in ({"steps": 3}, {"steps": 100_000, "max_seconds": 0.05}):
+        history = run(log_every=1000, **changes).history
+        assert all(math.isfinite(value) for entry in history for value in entry.values())
+
+
+def test_train_held_back_queries_find_their_entities() -> None:
     recalls = []
-    for seed in range(
-        3
-    ):  # a single one finds between none and all of its ten or so held-back related queries
+    # A single run finds between none and all of its ten or so held-back related queries.
+    for seed in range(3):
         result = run(
             steps=80,
             seed=seed,
@@ -93,7 +88,7 @@ def test_training_finds_the_right_entity_for_queries_it_never_saw() -> None:
     assert vectors.shape == (3, 16)
 
 
-def test_resume_equals_an_uninterrupted_run_to_the_bit(tmp_path: Path) -> None:
+def test_train_resumed_run_equals_uninterrupted_bitwise(tmp_path: Path) -> None:
     options = {
         "batch": {"cross_fit": 2},
         "checkpoint_every": 10,
@@ -114,7 +109,7 @@ def test_resume_equals_an_uninterrupted_run_to_the_bit(tmp_path: Path) -> None:
     assert_equal(whole, again)
 
 
-def test_gradient_cache_trains_the_same_towers() -> None:
+def test_train_gradient_cache_gives_same_towers() -> None:
     plain, cached = (
         run(steps=4, batch={"gradient_cache": on, "query_chunk": 8, "entity_chunk": 20})
         for on in (False, True)
@@ -123,7 +118,7 @@ def test_gradient_cache_trains_the_same_towers() -> None:
         torch.testing.assert_close(weights(cached)[name], value, rtol=1e-4, atol=1e-5)
 
 
-def test_compatibility_tasks_pull_queries_towards_the_frozen_vectors() -> None:
+def test_train_compatibility_task_pulls_queries_to_frozen_vectors() -> None:
     data = world(vectors=True)
     task = {"name": "pin", "candidates": ["entity", "vector:pinsage"]}
     result = run(data, steps=60, datasets=[task], optimiser=FAST)
@@ -135,7 +130,7 @@ def test_compatibility_tasks_pull_queries_towards_the_frozen_vectors() -> None:
     assert {"loss/pin/entity", "loss/pin/vector:pinsage"} <= result.history[0].keys()
 
 
-def test_unified_towers_are_one_object_and_separate_towers_are_not() -> None:
+def test_train_unified_towers_are_one_object_separate_are_not() -> None:
     unified = run(steps=2)
     assert unified.entity_encoders["pin"] is unified.entity_encoders["product"]
     separate = run(steps=2, model={"entity_towers": "separate"})
@@ -145,7 +140,7 @@ def test_unified_towers_are_one_object_and_separate_towers_are_not() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("optimiser", ["adamw", "lamb"])
-def test_every_precision_and_optimiser_lowers_the_loss(precision: str, optimiser: str) -> None:
+def test_train_each_precision_and_optimiser_lowers_loss(precision: str, optimiser: str) -> None:
     result = run(steps=20, precision=precision, optimiser={"name": optimiser})
     assert result.metrics["loss"] < result.history[0]["loss"]
     assert all(
@@ -155,7 +150,7 @@ def test_every_precision_and_optimiser_lowers_the_loss(precision: str, optimiser
     )
 
 
-def test_frozen_parts_stay_and_the_projection_learns() -> None:
+def test_train_zero_query_rates_move_only_projection() -> None:
     tower = tiny_query_encoder()
     before = {name: value.clone() for name, value in tower.state_dict().items()}
     rates = {"query_learning_rate": 0.0, "token_embedding_learning_rate": 0.0}
@@ -164,7 +159,7 @@ def test_frozen_parts_stay_and_the_projection_learns() -> None:
     assert changed == {"projection.weight", "projection.bias"}
 
 
-def test_frozen_token_embeddings_stay_while_the_transformer_learns() -> None:
+def test_train_zero_token_rate_moves_only_transformer() -> None:
     tower = tiny_query_encoder()
     before = tower.transformer.embeddings.word_embeddings.weight.detach().clone()
     layer = tower.transformer.transformer.layer[0].ffn.lin1.weight.detach().clone()
@@ -174,7 +169,7 @@ def test_frozen_token_embeddings_stay_while_the_transformer_learns() -> None:
     assert not torch.equal(after.transformer.transformer.layer[0].ffn.lin1.weight, layer)
 
 
-def test_patience_stops_early_and_gives_the_best_towers_back(tmp_path: Path) -> None:
+def test_train_patience_stops_early_with_best_towers(tmp_path: Path) -> None:
     options = {
         "validation": {"fraction": 0.2, "every_steps": 2, "patience": 2},
         "optimiser": {"learning_rate": 1.0, "clip_norm": 0.0},
@@ -193,14 +188,14 @@ def test_patience_stops_early_and_gives_the_best_towers_back(tmp_path: Path) -> 
     assert_equal(again, on_disk)
 
 
-def test_a_run_goes_on_from_another_runs_towers() -> None:
+def test_train_start_of_other_run_goes_on_with_its_towers() -> None:
     first = run(steps=30)
     second = run(steps=1, start=first.start)
     assert second.entity_encoders["pin"] is first.entity_encoders["pin"]
     assert second.history[0]["loss"] < first.history[0]["loss"]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_saves_the_batch(tmp_path: Path) -> None:
+def test_train_loss_not_finite_stops_and_saves_batch(tmp_path: Path) -> None:
     run(steps=4, checkpoint_every=2, output=tmp_path)
     before = {
         path: path.read_bytes() for path in (tmp_path / "checkpoints").rglob("*") if path.is_file()
@@ -223,7 +218,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_the_batch(tmp_path: P
     }
 
 
-def test_checkpoints_of_another_run_are_refused_and_kept(tmp_path: Path) -> None:
+def test_train_checkpoint_of_other_run_is_refused_and_kept(tmp_path: Path) -> None:
     run(steps=2, output=tmp_path)
     with pytest.raises(CheckpointError, match="belongs to another run"):
         run(steps=2, seed=1, output=tmp_path)
@@ -235,7 +230,7 @@ def test_checkpoints_of_another_run_are_refused_and_kept(tmp_path: Path) -> None
         run(steps=2, output=tmp_path)
 
 
-def test_what_cannot_be_trained_is_said_before_training() -> None:
+def test_train_bad_settings_are_refused_before_training() -> None:
     with pytest.raises(
         ConfigError, match=r"the query tower gives 16 numbers, but model.dimension is 24"
     ):
@@ -246,7 +241,7 @@ def test_what_cannot_be_trained_is_said_before_training() -> None:
         run(tensorboard=True)
 
 
-def test_a_vocabulary_of_one_word_trains() -> None:
+def test_train_one_word_vocabulary_trains() -> None:
     catalogue = pl.DataFrame({"id": ["a", "b"], "entity_type": ["pin", "pin"], "title": ["x", "x"]})
     pairs = pl.DataFrame(
         {"query": ["red", "blue"], "entity_type": ["pin"] * 2, "entity_id": ["a", "b"]}
@@ -255,12 +250,12 @@ def test_a_vocabulary_of_one_word_trains() -> None:
     assert result.steps == 2
 
 
-def test_time_limit_ends_a_run() -> None:
+def test_train_max_seconds_ends_run() -> None:
     result = run(steps=100_000, max_seconds=0.5)
     assert 0 < result.steps < 100_000
 
 
-def test_a_run_that_the_clock_ended_is_not_begun_again(tmp_path: Path) -> None:
+def test_train_finished_by_clock_is_not_trained_again(tmp_path: Path) -> None:
     settings = {"steps": 100_000, "max_seconds": 0.5, "output": tmp_path}
     first, again = run(**settings), run(**settings)
     assert again.steps == first.steps > 0
@@ -268,105 +263,7 @@ def test_a_run_that_the_clock_ended_is_not_begun_again(tmp_path: Path) -> None:
     assert run(**settings | {"max_seconds": 1.0}).steps > first.steps, "more time goes on"
 
 
-def vocabulary_counts(data: TrainingData, **changes: object) -> dict[str, int]:
-    config = small_config(features={"ngrams": {"min_count": 2}}, **changes)
-    inputs = build_inputs(data, config, tiny_query_encoder(), torch.device("cpu"))
-    return dict(inputs.featurizer.vocabulary.table.select("text", "count").iter_rows())
-
-
-def test_cross_fitting_counts_every_text_once() -> None:
-    """A text counted once per view, so that min_count dropped nothing: a word of one title counted
-    as many times as there are folds.
-    """
-    titles = ["lonely chair", *("chair", "lamp") * 6]
-    catalogue = pl.DataFrame(
-        {
-            "id": [str(n) for n in range(13)],
-            "entity_type": "pin",
-            "title": titles,
-            "engaged_queries": [["seldom seen"], *[[f"often {n}"] for n in range(12)]],
-        }
-    )
-    pairs = pl.DataFrame(
-        {
-            "query": [f"often {n}" for n in range(12)],
-            "entity_type": "pin",
-            "entity_id": [str(n + 1) for n in range(12)],
-        }
-    )
-    data = TrainingData(catalogue, pairs)
-    crossed = vocabulary_counts(data, batch={"pairs": 12, "cross_fit": 3})
-    assert crossed == vocabulary_counts(data, batch={"pairs": 12})
-    assert (crossed["chair"], crossed["lamp"], crossed["often"]) == (7, 6, 12)
-    assert not {"lonely", "seldom"} & crossed.keys()
-    held_back = vocabulary_counts(
-        data, batch={"pairs": 2, "cross_fit": 3}, validation={"fraction": 0.5}
-    )
-    assert 0 < held_back["often"] < 12, "held-back queries are not counted"
-
-
-def fingerprint(data: TrainingData | None = None, **changes: object) -> str:
-    inputs = build_inputs(
-        data or world(), small_config(**changes), tiny_query_encoder(), torch.device("cpu")
-    )
-    return run_fingerprint(inputs)
-
-
-def test_whatever_the_towers_read_makes_another_run(tmp_path: Path) -> None:
-    data = world()
-    assert fingerprint() == fingerprint(log_every=7)
-    moved = data.catalogue.with_columns(description=pl.col("title"), title=pl.lit(""))
-    other_type = data.catalogue.with_columns(
-        entity_type=pl.col("entity_type").str.replace("product", "ad")
-    )
-    for catalogue in (moved, other_type):
-        pairs = (
-            data.pairs.with_columns(entity_type=pl.col("entity_type").str.replace("product", "ad"))
-            if catalogue is other_type
-            else data.pairs
-        )
-        assert fingerprint(TrainingData(catalogue, pairs)) != fingerprint()
-    held = {"validation": {"fraction": 0.2}}
-    split = data.pairs.with_columns(
-        split=pl.when(pl.int_range(pl.len()) % 5 == 0)
-        .then(pl.lit("validation"))
-        .otherwise(pl.lit("train"))
-    )
-    is_held = (pl.col("split") == "validation") & (pl.col("entity_type") == "pin")
-    pin = data.catalogue.filter(pl.col("entity_type") == "pin")["id"][0]
-    relabelled = split.with_columns(
-        entity_id=pl.when(is_held).then(pl.lit(pin)).otherwise(pl.col("entity_id"))
-    )
-    assert fingerprint(TrainingData(data.catalogue, split), **held) != fingerprint(
-        TrainingData(data.catalogue, relabelled), **held
-    )
-
-
-def test_the_last_bits_of_a_text_embedding_make_no_other_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """They depend on the number of threads."""
-    tiny_query_encoder(1).save(tmp_path / "frozen")
-    settings = {"features": {"text_embedding": str(tmp_path / "frozen")}}
-    before = fingerprint(**settings)
-    embed = TextEmbedding.__call__
-    monkeypatch.setattr(TextEmbedding, "__call__", lambda *arguments: embed(*arguments) + 1e-7)
-    assert fingerprint(**settings) == before
-
-
-def test_schedule_warms_up_and_falls_to_its_end() -> None:
-    config = OptimiserConfig(warmup_steps=10, final_fraction=0.1)
-    factors = [schedule(step, 110, config) for step in range(110)]
-    assert factors[0] == pytest.approx(1 / 11)
-    assert factors[10] == 1.0
-    assert all(a < b for a, b in pairwise(factors[:11]))
-    assert all(a > b for a, b in pairwise(factors[10:]))
-    assert schedule(110, 110, config) == pytest.approx(0.1)
-    assert schedule(60, 110, config) == pytest.approx(0.55)
-    assert schedule(60, 110, config, progress=1.0) == pytest.approx(0.1)
-
-
-def test_tensorboard_events_are_written(tmp_path: Path) -> None:
+def test_train_tensorboard_writes_events(tmp_path: Path) -> None:
     run(steps=2, output=tmp_path, tensorboard=True)
     assert list((tmp_path / "tensorboard").glob("events*"))
 
@@ -418,9 +315,7 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def test_omni_train_survives_kill_9_and_ends_with_a_bundle(
-    files: Path, one_torch_thread: None
-) -> None:
+def test_train_command_kill_9_resumes_to_same_bundle(files: Path, one_torch_thread: None) -> None:
     """A real process is killed in the middle; the same command goes on from its checkpoint and ends
     as if nothing had happened.
     """
@@ -464,7 +359,7 @@ def test_omni_train_survives_kill_9_and_ends_with_a_bundle(
     )
 
 
-def test_omni_train_refuses_mistakes_with_exit_code_2(files: Path) -> None:
+def test_train_command_mistakes_exit_with_code_2(files: Path) -> None:
     assert CliRunner().invoke(command, []).exit_code == 2
     config = files / "run.toml"
     config.write_text("stepz = 3\n" + config.read_text())

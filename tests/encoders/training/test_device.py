@@ -25,14 +25,14 @@ from tests.helpers.training_examples import small_config, tiny_query_encoder, wo
         ("vendor: unknown\n", True),
     ],
 )
-def test_the_processor_says_what_it_can(tmp_path: Path, content: str, expected: bool) -> None:
+def test_computes_bf16_follows_cpuinfo_flags(tmp_path: Path, content: str, expected: bool) -> None:
     path = tmp_path / "cpuinfo"
     path.write_text(content)
     assert computes_bf16("cpu", path) is expected
     assert computes_bf16("cuda", path)
 
 
-def test_where_nothing_is_said_bf16_is_used(tmp_path: Path) -> None:
+def test_computes_bf16_no_cpuinfo_is_true(tmp_path: Path) -> None:
     assert computes_bf16("cpu", tmp_path / "missing")
 
 
@@ -43,13 +43,13 @@ def run(precision: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> TrainR
     return train(small_config(steps=3, precision=precision), world(), start=start)
 
 
-def test_without_the_instructions_the_run_is_the_fp32_run(
+def test_train_bf16_without_instructions_equals_fp32_run(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "encoders")
-    imitated, native, full = (
+    emulated, native, full = (
         run(*case, monkeypatch) for case in (("bf16", False), ("bf16", True), ("fp32", False))
     )
-    weights = [result.query_encoder.projection.weight for result in (imitated, native, full)]
+    weights = [result.query_encoder.projection.weight for result in (emulated, native, full)]
     assert torch.equal(weights[0], weights[2]) and not torch.equal(weights[1], weights[2])
     assert sum("training in fp32" in line for line in caplog.messages) == 1

@@ -1,4 +1,4 @@
-"""What every command prints and how it fails: progress to stderr, results to stdout, one-line errors, honest exit codes."""
+"""Print for commands: progress to stderr, results to stdout, errors in one line, exit codes."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class _SayHandler(logging.Handler):
 
 @contextmanager
 def log_lines_on_stderr() -> Iterator[None]:
-    """Print what ``LOGGED_PACKAGES`` log at INFO and above to stderr, as ``say`` does, inside the block.
+    """Print the INFO lines of ``LOGGED_PACKAGES`` to stderr, as ``say`` does, inside the block.
 
     Only commands do this: importing the packages installs no handler.
     """
@@ -122,7 +122,7 @@ def log_lines_on_stderr() -> Iterator[None]:
 
 @contextmanager
 def stage(title: str, timings: dict[str, float] | None = None) -> Iterator[None]:
-    """Time a stage, print ``title ... seconds`` to stderr and record the seconds in ``timings[title]``."""
+    """Time a stage: print it and its seconds to stderr, and record them in ``timings[title]``."""
     start = time.perf_counter()
     stderr.print(f"{title} ...", markup=False)
     yield
@@ -149,7 +149,7 @@ def track(items: Iterable[T], title: str, total: int | None = None) -> Iterator[
 
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table to stdout; numbers are right-aligned, floats get three decimals, None a dash."""
+    """Print a table to stdout: numbers right-aligned, floats to three decimals, None as a dash."""
     table = Table()
     materialised = [list(row) for row in rows]
     for i, name in enumerate(columns):
@@ -158,15 +158,19 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
         )
         table.add_column(name, justify="right" if numeric else "left")
     for row in materialised:
-        table.add_row(
-            *(f"{v:.3f}" if isinstance(v, float) else "-" if v is None else str(v) for v in row)
-        )
+        table.add_row(*map(_cell, row))
     console = Console(highlight=False, width=None if stdout.is_terminal else 160)
     if title:
-        console.print(
-            title, style="bold", markup=False, soft_wrap=True
-        )  # a title of the table would wrap at the table's width
+        # Printed apart: rich wraps a table's own title at the table's width.
+        console.print(title, style="bold", markup=False, soft_wrap=True)
     console.print(table)
+
+
+def _cell(value: object) -> str:
+    """Print one value of a table."""
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def print_json(value: Any) -> None:
@@ -175,5 +179,5 @@ def print_json(value: Any) -> None:
 
 
 def peak_memory_mib() -> float:
-    """Peak resident memory of this process so far, MiB."""
+    """Return the peak resident memory of this process so far, MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -46,7 +46,9 @@ def group() -> None:
 @json_option
 @handle_errors
 def import_(name: str, path: Path, out: Path, as_json: bool) -> None:
-    """Turn public data into tables: NAME is unsplash, esci, wands, small or large; PATH is the folder it was unpacked to.
+    """Turn public data into tables.
+
+    NAME is unsplash, esci, wands, small or large; PATH is the folder it was unpacked to.
 
     \b
     unsplash  photos, keywords, collections, conversions (Lite or Full, *.tsv000 or *.csv000)
@@ -67,8 +69,8 @@ def import_(name: str, path: Path, out: Path, as_json: bool) -> None:
         print_json({table: checked.report.as_dict() for table, checked in imported.items()})
         return
     rows = [
-        (t, c.report.rows_read, c.frame.height, ", ".join(c.frame.columns))
-        for t, c in imported.items()
+        (table, checked.report.rows_read, checked.frame.height, ", ".join(checked.frame.columns))
+        for table, checked in imported.items()
     ]
     print_table(f"{name} -> {out}", ["table", "rows read", "rows kept", "columns"], rows)
     for table, checked in imported.items():
@@ -100,9 +102,8 @@ def validate(
     """
     from encoders.tables.files import check_table, write_table
 
-    checked = check_table(
-        path, table or _guess(path, encoding), on_bad_rows="drop", encoding=encoding
-    )
+    table = table or _guess(path, encoding)
+    checked = check_table(path, table, on_bad_rows="drop", encoding=encoding)
     report = checked.report
     if rejects is not None and checked.rejected.height:
         write_table(checked.rejected, rejects)
@@ -144,7 +145,7 @@ def describe(
     drop_bad_rows: bool,
     as_json: bool,
 ) -> None:
-    """Say what is in a table: counts, missing shares, languages, scripts, duplicates, head and tail.
+    """Describe a table: counts, missing shares, languages, scripts, duplicates, head and tail.
 
     Example: omni data describe log.parquet --plots plots
     """
@@ -193,7 +194,7 @@ def describe(
 @click.option("--rows", default=1_000_000, show_default=True, help="Events to make.")
 @click.option("--days", default=730, show_default=True, help="Length of the log.")
 @click.option("--start", default="2024-01-01", show_default=True, help="First day (UTC).")
-@click.option("--users", default=50_000, show_default=True, help="People who search.")
+@click.option("--users", default=50_000, show_default=True, help="Users who search.")
 @click.option("--results-per-search", default=4, show_default=True, help="Impressions per search.")
 @click.option(
     "--duplicates", default=0.01, show_default=True, help="Share of events written twice."
@@ -237,12 +238,16 @@ def simulate_logs(
     if as_json:
         print_json(summary)
     else:
-        print_table(
-            "SIMULATED log", ["", "value"], ((k, v) for k, v in summary.items() if k != "config")
-        )
+        facts = ((name, value) for name, value in summary.items() if name != "config")
+        print_table("SIMULATED log", ["", "value"], facts)
 
 
 def _guess(path: Path, encoding: str) -> str:
+    """Guess from its columns which table a file holds.
+
+    Raises:
+        DataError: No table fits, or it may be a log or pairs.
+    """
     from encoders.tables.files import read_raw, table_files
     from encoders.tables.schemas import LOG, could_be_log, guess_table, lookalikes, renames
 
@@ -250,20 +255,16 @@ def _guess(path: Path, encoding: str) -> str:
     if not columns:
         raise DataError(f"{path}: the file is empty: it has no header. Was the export cut short?")
     guess = guess_table(columns)
-    if (
-        guess is None
-        and {"query", "entity_type", "entity_id"} <= set(columns)
-        and could_be_log(columns)
-    ):
+    if guess is not None:
+        return guess
+    if {"query", "entity_type", "entity_id"} <= set(columns) and could_be_log(columns):
         lacks = [c.name for c in LOG.columns if c.required and c.name not in columns]
         raise DataError(
             f"{path}: the columns {', '.join(columns)} may be a log or pairs. A log needs"
             f" {', '.join(lacks)} too{renames(lookalikes(columns, LOG), lacks)}: say --table log"
             " once they are there, or --table pairs if it is pairs."
         )
-    if guess is None:
-        raise DataError(
-            f"{path}: the columns {', '.join(columns)} fit no table. Say which one it is with"
-            " --table, or rename the columns."
-        )
-    return guess
+    raise DataError(
+        f"{path}: the columns {', '.join(columns)} fit no table. Say which one it is with --table,"
+        " or rename the columns."
+    )

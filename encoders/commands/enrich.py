@@ -21,7 +21,7 @@ from encoders.commands.console import (
 from encoders.errors import ConfigError
 
 if TYPE_CHECKING:
-    from encoders.enrichment.engaged_state import Merge
+    from encoders.enrichment.engaged_state import EngagedQueriesState, Merge
 
 catalogue_option = click.option(
     "--catalogue",
@@ -43,7 +43,9 @@ encoding_option = click.option(
 
 @click.group()
 def group() -> None:
-    """Board titles, engaged queries and captions: the text features that lift recall most (paper tables 3 and 4).
+    """Add the text features that lift recall most (paper tables 3 and 4).
+
+    They are board titles, engaged queries and captions.
 
     Example: omni enrich boards --catalogue catalogue.parquet --boards boards.csv --out
     enriched.parquet
@@ -151,7 +153,7 @@ def boards(
     "--delete-users",
     multiple=True,
     type=click.Path(exists=True, path_type=Path),
-    help="File with a user id per line: forget these people. Repeatable.",
+    help="File with a user id per line: delete these users' events. Repeatable.",
 )
 @click.option(
     "--delete-queries",
@@ -170,7 +172,7 @@ def boards(
     "--min-users",
     default=3,
     show_default=True,
-    help="Different people needed before a query becomes a feature.",
+    help="Different users needed before a query becomes a feature.",
 )
 @click.option(
     "--weight",
@@ -198,10 +200,10 @@ def queries(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Keep each entity's engaged queries current: merge a new slice of the log into the state, at the cost of the slice.
+    """Merge a new slice of the log into the engaged queries, at the cost of the slice.
 
     Merging day by day gives what counting the whole window at once gives. Late and repeated events
-    are recognised, events older than the window drop out. People and queries can be forgotten. One
+    are recognised, events older than the window drop out. Users and queries can be deleted. One
     line per change is kept (version, what, counts).
 
     Example: omni enrich queries --state state --create --log sim/log --catalogue catalogue.parquet
@@ -210,9 +212,7 @@ def queries(
     from encoders.commands.pairs import parse_assignments
     from encoders.enrichment.engaged_queries import EngagedQueriesConfig, attach_lists
     from encoders.enrichment.engaged_state import EngagedQueriesState
-    from encoders.logs.events import EVENT_SCHEMA, EngagementRules, read_events
-    from encoders.logs.pairs import parse_day
-    from encoders.tables.files import OnBadRows, read_table, write_table
+    from encoders.tables.files import read_table, write_table
 
     if catalogue and not out:
         raise ConfigError("--catalogue needs --out for the enriched catalogue")
@@ -223,31 +223,15 @@ def queries(
         window_days=flags["window_days"],
         min_users=flags["min_users"],
     )
-    merges, bad = [], Counter[str]()
+    merges = []
+    bad_rows = Counter[str]()
     open_state = EngagedQueriesState.create if create else EngagedQueriesState
     with open_state(state, config) as current, stage("engaged queries"):
         if flags["delete_users"]:
             merges.append(current.delete_users(_lines(flags["delete_users"])))
         if flags["delete_queries"]:
             merges.append(current.delete_queries(_lines(flags["delete_queries"])))
-        if logs or flags["until"]:
-            until = parse_day(flags["until"]) if flags["until"] else None
-            rules = EngagementRules(min_dwell_seconds=flags["min_dwell"])
-            on_bad_rows: OnBadRows = "drop" if flags["drop_bad_rows"] else "raise"
-            # Batch by batch: memory stays bounded however long the history, and a stopped load can
-            # simply be run again.
-            for log in logs:
-                for batch in read_events(
-                    log, rules, on_bad_rows=on_bad_rows, encoding=flags["encoding"]
-                ):
-                    bad.update(batch.report.rules_broken)
-                    merges.append(current.merge(batch.frame, what=log.name))
-            if until is not None:
-                merges.append(
-                    current.merge(
-                        pl.DataFrame(schema=EVENT_SCHEMA), until=until, what="move the window"
-                    )
-                )
+        merges += _merge_logs(current, logs, flags, bad_rows)
         if catalogue and out:
             rows = read_table(catalogue, "catalogue", encoding=flags["encoding"])
             write_table(attach_lists(rows, current.features(), "engaged_queries", "query"), out)
@@ -261,8 +245,34 @@ def queries(
             for name, number in merge.counts.items():
                 summary[f"events {name}"] = summary.get(f"events {name}", 0) + number
             summary["entities touched"] = summary.get("entities touched", 0) + merge.touched.height
-        summary |= {f"bad rows left out: {rule}": rows for rule, rows in bad.items()}
+        summary |= {f"bad rows left out: {rule}": rows for rule, rows in bad_rows.items()}
     _report(summary, as_json)
+
+
+def _merge_logs(
+    state: EngagedQueriesState, logs: Sequence[Path], flags: dict[str, Any], bad_rows: Counter[str]
+) -> list[Merge]:
+    """Merge logs, then move the window to ``--until``; bad rows left out are counted.
+
+    Batch by batch: memory stays bounded however long the history, and a stopped load can simply be
+    run again.
+    """
+    from encoders.logs.events import EVENT_SCHEMA, EngagementRules, read_events
+    from encoders.logs.pairs import parse_day
+    from encoders.tables.files import OnBadRows
+
+    until = parse_day(flags["until"]) if flags["until"] else None
+    rules = EngagementRules(min_dwell_seconds=flags["min_dwell"])
+    on_bad_rows: OnBadRows = "drop" if flags["drop_bad_rows"] else "raise"
+    merges = []
+    for log in logs:
+        for batch in read_events(log, rules, on_bad_rows=on_bad_rows, encoding=flags["encoding"]):
+            bad_rows.update(batch.report.rules_broken)
+            merges.append(state.merge(batch.frame, what=log.name))
+    if until is not None:
+        nothing = pl.DataFrame(schema=EVENT_SCHEMA)
+        merges.append(state.merge(nothing, until=until, what="move the window"))
+    return merges
 
 
 @group.command()
@@ -301,7 +311,7 @@ def captions(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Write a caption for every image that is new or changed (column caption), and report their quality.
+    """Write a caption for every new or changed image (column caption), and report their quality.
 
     Stopping loses at most one batch: run the command again to go on. Images that fail are named in
     the state and tried again.
@@ -346,7 +356,7 @@ def captions(
 def caption_sheet(
     catalogue: tuple[Path, ...], out: Path, items: int, judges: tuple[str, ...], seed: int
 ) -> None:
-    """Write a sheet on which people grade captions: good, usable or wrong.
+    """Write a sheet on which judges grade captions: good, usable or wrong.
 
     Example: omni enrich caption-sheet --catalogue captioned.parquet --out sheet.csv --judge ann
     --judge bo
@@ -369,30 +379,31 @@ def caption_sheet(
 @json_option
 @handle_errors
 def caption_agreement(sheets: tuple[Path, ...], as_json: bool) -> None:
-    """Read graded sheets back: how good the captions are, and how far the judges agree (Krippendorff's alpha).
+    """Read graded sheets: how good the captions are, and how far the judges agree.
+
+    Agreement is Krippendorff's alpha.
 
     Example: omni enrich caption-agreement sheet.csv
     """
     from encoders.enrichment.caption_quality import agreement, read_grades
     from encoders.tables.files import read_raw
 
-    _report(
-        agreement(read_grades(pl.concat([read_raw(s) for s in sheets], how="diagonal_relaxed"))),
-        as_json,
-    )
+    graded = pl.concat([read_raw(sheet) for sheet in sheets], how="diagonal_relaxed")
+    _report(agreement(read_grades(graded)), as_json)
 
 
 def _last_features(merges: list[Merge]) -> pl.DataFrame:
-    """The features of every touched entity after the last merge that touched it; one row without a query where none is left."""
+    """Return the features of touched entities after the last merge that touched each.
+
+    An entity that has none left gets one row without a query.
+    """
     key = ["entity_type", "entity_id"]
-    touched = pl.concat(
-        [m.touched.with_columns(pl.lit(n).alias("merge")) for n, m in enumerate(merges)]
-    )
-    last = touched.group_by(key).agg(pl.col("merge").max())
-    changed = pl.concat(
-        [m.changed.with_columns(pl.lit(n).alias("merge")) for n, m in enumerate(merges)]
-    )
-    features = changed.join(last, on=[*key, "merge"], how="semi").drop("merge")
+    touched, changed = [], []
+    for number, merge in enumerate(merges):
+        touched.append(merge.touched.with_columns(merge=pl.lit(number)))
+        changed.append(merge.changed.with_columns(merge=pl.lit(number)))
+    last = pl.concat(touched).group_by(key).agg(pl.col("merge").max())
+    features = pl.concat(changed).join(last, on=[*key, "merge"], how="semi").drop("merge")
     emptied = last.select(key).join(features, on=key, how="anti")
     return pl.concat([features, emptied], how="diagonal").sort(*key, "rank")
 
@@ -404,6 +415,7 @@ def _lines(paths: Sequence[Path]) -> list[str]:
 
 
 def _report(summary: dict[str, Any], as_json: bool) -> None:
+    """Print a summary as JSON or as a table."""
     if as_json:
         print_json(summary)
     else:

@@ -1,4 +1,4 @@
-"""A click group that imports a command's module when the command is called: ``--help`` stays fast and imports no torch."""
+"""Import a command's module when the command is called, so that ``--help`` imports no torch."""
 
 from __future__ import annotations
 

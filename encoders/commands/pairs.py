@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import polars as pl
@@ -19,6 +19,9 @@ from encoders.commands.console import (
     stage,
 )
 from encoders.errors import ConfigError
+
+if TYPE_CHECKING:
+    from encoders.logs.pipeline import PipelineConfig
 
 CAPS = {"pin": 50, "product": 200, "ad": 200, "query": 200}
 
@@ -101,7 +104,7 @@ def parse_assignments(values: tuple[str, ...], option: str) -> dict[str, int]:
     "--min-users",
     default=3,
     show_default=True,
-    help="People behind a query before it becomes an engaged-query feature.",
+    help="Users behind a query before it becomes an engaged-query feature.",
 )
 @click.option(
     "--engaged",
@@ -119,7 +122,7 @@ def parse_assignments(values: tuple[str, ...], option: str) -> dict[str, int]:
     is_flag=True,
     help="Keep held-out pairs that also are training pairs: they measure memory.",
 )
-@click.option("--seed", default=0, show_default=True, help="Chooses the pairs that survive a cap.")
+@click.option("--seed", default=0, show_default=True, help="Chooses the queries that a cap keeps.")
 @click.option("--encoding", default="utf-8", show_default=True, help="Encoding of text files.")
 @click.option(
     "--drop-bad-rows",
@@ -158,30 +161,11 @@ def command(
     Example: omni data simulate-logs --out sim --rows 100000 && omni pairs --log sim/log --boards
     sim/boards.parquet --out train
     """
-    from encoders.enrichment.board_titles import BoardTitlesConfig
-    from encoders.enrichment.engaged_queries import EngagedQueriesConfig
-    from encoders.logs.events import EngagementRules
-    from encoders.logs.pairs import LeakError, PairsConfig, pairs_table, parse_day
-    from encoders.logs.pipeline import PipelineConfig, PipelineInputs, run_pipeline, write_summary
+    from encoders.logs.pairs import LeakError, pairs_table
+    from encoders.logs.pipeline import PipelineInputs, run_pipeline, write_summary
     from encoders.tables.files import read_table
 
-    config = PipelineConfig(
-        rules=EngagementRules(min_dwell_seconds=flags["min_dwell"]),
-        pairs=PairsConfig(
-            caps=CAPS | parse_assignments(flags["caps"], "--cap"),
-            train_end=parse_day(flags["train_end"]) if flags["train_end"] else None,
-            train_days=flags["train_days"],
-            gap_days=flags["gap_days"],
-            heldout_days=flags["heldout_days"],
-            keep_seen=flags["keep_seen"],
-            seed=flags["seed"],
-        ),
-        engaged=EngagedQueriesConfig(min_users=flags["min_users"]),
-        boards=BoardTitlesConfig(),
-        on_bad_rows="drop" if flags["drop_bad_rows"] else "raise",
-        encoding=flags["encoding"],
-        partitions=flags["partitions"],
-    )
+    config = _pipeline_config(flags)
     rows = read_table(catalogue, "catalogue", encoding=config.encoding) if catalogue else None
     known = None
     if rows is not None:
@@ -212,7 +196,37 @@ def command(
         write_summary(summary, out)
     if as_json:
         print_json(summary)
-        return
+    else:
+        _print_summary(summary)
+
+
+def _pipeline_config(flags: dict[str, Any]) -> PipelineConfig:
+    """Turn the command's flags into settings."""
+    from encoders.enrichment.engaged_queries import EngagedQueriesConfig
+    from encoders.logs.events import EngagementRules
+    from encoders.logs.pairs import PairsConfig, parse_day
+    from encoders.logs.pipeline import PipelineConfig
+
+    return PipelineConfig(
+        rules=EngagementRules(min_dwell_seconds=flags["min_dwell"]),
+        pairs=PairsConfig(
+            caps=CAPS | parse_assignments(flags["caps"], "--cap"),
+            train_end=parse_day(flags["train_end"]) if flags["train_end"] else None,
+            train_days=flags["train_days"],
+            gap_days=flags["gap_days"],
+            heldout_days=flags["heldout_days"],
+            keep_seen=flags["keep_seen"],
+            seed=flags["seed"],
+        ),
+        engaged=EngagedQueriesConfig(min_users=flags["min_users"]),
+        on_bad_rows="drop" if flags["drop_bad_rows"] else "raise",
+        encoding=flags["encoding"],
+        partitions=flags["partitions"],
+    )
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    """Print table 1 and what became of events and pairs."""
     print_table(
         "Table 1: pairs",
         ["source", "split", "actions", "pairs", "events", "queries", "entities"],

@@ -66,7 +66,7 @@ def related_query_pairs(
     the entity's number of queries (an Adamic-Adar score), divided by ``sqrt(d1 * d2)``, d being a
     query's number of entities; translations of a name (``kind`` ``name`` or ``title`` on both
     sides) get 1 on top. The right-hand side is always a train-split query. A pair is ``train`` when
-    its left query is, else ``heldout``: no held-out string stands in a train pair on either side.
+    its left query is, else ``heldout``: no held-out string is in a train pair, on either side.
 
     Args:
         pairs: Query-entity pairs with ``query, language, entity_id, kind, split``.

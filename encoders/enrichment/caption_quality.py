@@ -30,7 +30,7 @@ def quality_report(catalogue: pl.DataFrame) -> dict[str, Any]:
         ``repeat`` a word three times or the same word twice in a row, are ``shorter_than_3_words``,
         ``look_english`` (hold an English article or preposition), hold letters that are not Latin;
         ``shared_captions`` (share of captions another entity has, too); ``agreement_with_title``:
-        mean share of the title's words that stand in the caption, and the share of captions without
+        mean share of the title's words that are in the caption, and the share of captions without
         any.
     """
     rows = catalogue.filter(pl.col("caption").fill_null("").str.strip_chars() != "")
@@ -131,8 +131,8 @@ def read_grades(sheet: pl.DataFrame) -> dict[str, dict[str, int]]:
     missing = [c for c in ("item", "judge", "grade") if c not in sheet.columns]
     if missing:
         raise DataError(
-            f"the sheet lacks the column(s) {', '.join(missing)}: give back the sheet that was"
-            " written, with grades filled in"
+            f"the sheet lacks the column(s) {', '.join(missing)}: give the sheet that was written,"
+            " with grades filled in"
         )
     grades: dict[str, dict[str, int]] = {}
     for number, row in enumerate(sheet.iter_rows(named=True), start=1):

@@ -358,6 +358,7 @@ class EngagedQueriesState:
         return [self.folder / "events" / name for (name,) in rows]
 
     def _read(self, files: list[Path]) -> pl.DataFrame:
+        """Read the events of part files."""
         if not files:
             return pl.DataFrame(schema=STORED)
         missing = [f.name for f in files if not f.is_file()]

@@ -69,7 +69,7 @@ def _short_enough(column: Column) -> Rule:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One value that may not enter: where it is, what it is, and what to do."""
+    """One value that breaks a rule: where it is, what it is, and how to mend it."""
 
     row: int
     column: str
@@ -246,6 +246,7 @@ def _convert(values: pl.Series, column: Column, checker: _Checker, now: datetime
 
 
 def _texts(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
+    """Convert to text, ids and queries in NFC; flag what is too long, blank or no choice."""
     if values.dtype.is_nested() or values.dtype == pl.Binary:
         raise SchemaError(
             f"{checker.report.source}: column {column.name!r} should hold text, but holds"
@@ -281,6 +282,7 @@ def _texts(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
 
 
 def _numbers(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
+    """Convert to integers or floats; flag what is no number or breaks the column's limits."""
     present = values.is_not_null()
     if values.dtype == pl.String:
         present = present & (values.str.strip_chars() != "")
@@ -301,8 +303,7 @@ def _numbers(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
     if column.kind is not Kind.INTEGER:
         return numbers
     checker.flag(numbers != numbers.round(0), values, column.name, _WHOLE)
-    # 64-bit counts above 2**53 do not survive a float: take the integer cast where the input is
-    # already an integer.
+    # A float does not hold 64-bit counts above 2**53: integers are cast as they are.
     exact = values if values.dtype.is_integer() else numbers.round(0)
     whole = exact.cast(pl.Int64, strict=False)
     checker.flag(numbers.is_finite() & whole.is_null(), values, column.name, _64_BITS)
@@ -310,6 +311,7 @@ def _numbers(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
 
 
 def _text_lists(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
+    """Convert to lists of text, from cells of JSON or of parts separated by ``|``, too."""
     if values.dtype == pl.Null:
         values = values.cast(column.dtype)
     if values.dtype == pl.String:
@@ -333,6 +335,7 @@ def _text_lists(values: pl.Series, column: Column, checker: _Checker) -> pl.Seri
 
 
 def _split_cell(cell: str | None) -> list[str] | None:
+    """Split a cell: a JSON list, or parts separated by ``|``; None: it is blank."""
     if cell is None or not cell.strip():
         return None
     if cell.lstrip().startswith("["):
@@ -346,6 +349,7 @@ def _split_cell(cell: str | None) -> list[str] | None:
 
 
 def _vectors(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
+    """Convert to float32 vectors of one width; several images have lists of vectors."""
     if values.dtype == pl.String:
         values = _vector_cells(values, column, checker)
     if values.dtype == pl.Null:

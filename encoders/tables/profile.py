@@ -53,6 +53,7 @@ def describe_table(frame: pl.DataFrame, schema: TableSchema) -> dict[str, Any]:
 
 
 def _describe_column(values: pl.Series) -> dict[str, Any]:
+    """Describe one column: type, share missing, distinct values, mean length."""
     if isinstance(values.dtype, pl.List | pl.Array):
         sizes = values.list.len() if isinstance(values.dtype, pl.List) else values.arr.len()
         missing = int((sizes.fill_null(0) == 0).sum())
@@ -76,6 +77,7 @@ def _describe_column(values: pl.Series) -> dict[str, Any]:
 
 
 def _frequent(values: pl.Series, n: int = 10) -> dict[str, int]:
+    """Count the most frequent values of a column."""
     counts = (
         values.cast(pl.String)
         .fill_null("")
@@ -101,6 +103,7 @@ def _scripts(frame: pl.DataFrame) -> dict[str, float]:
 
 
 def _duplicates(frame: pl.DataFrame) -> dict[str, int]:
+    """Count repeated rows, titles and spellings of queries."""
     found: dict[str, int] = {}
     plain = [n for n, t in frame.schema.items() if not t.is_nested()]
     if plain and frame.height:

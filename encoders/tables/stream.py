@@ -350,6 +350,7 @@ def _shape(dtype: pl.DataType) -> str | None:
 def _raw_chunks(
     file: Path, columns: Collection[str] | None, chunk_rows: int
 ) -> Iterator[pl.DataFrame]:
+    """Read a file in chunks, as it is."""
     name = file.name.removesuffix(".gz")
     if name.endswith(".parquet"):
         yield from _parquet_chunks(file, columns, chunk_rows)
@@ -364,6 +365,7 @@ def _raw_chunks(
 def _parquet_chunks(
     file: Path, columns: Collection[str] | None, chunk_rows: int
 ) -> Iterator[pl.DataFrame]:
+    """Read the wanted columns of a Parquet file in chunks."""
     try:
         parquet = pq.ParquetFile(file)
         present = parquet.schema_arrow.names
@@ -383,6 +385,7 @@ def _parquet_chunks(
 def _json_chunks(
     file: Path, columns: Collection[str] | None, chunk_rows: int
 ) -> Iterator[pl.DataFrame]:
+    """Read JSON Lines in chunks, text columns as text."""
     first_row = 1
     # An attribute that a tower reads is a text field, or else lists of numbers.
     attributes = [name for name in columns or () if schema("catalogue").column(name) is None]

@@ -174,7 +174,7 @@ def analyse(texts: Sequence[str]) -> Analysis:
 
 
 def _word_keys(codes: UInt32, starts: Int64, ends: Int64) -> UInt64:
-    """Hash each word wherever it stands, uint64 (W,): the sum of mixed(c[j]) * base**(j - start).
+    """Hash each word, whatever its place, uint64 (W,): the sum of mixed(c[j]) * base**(j - start).
 
     Taken from prefix sums modulo 2**64, so the cost does not depend on the words' lengths.
     """

@@ -34,7 +34,7 @@ class NgramConfig:
     max_tracked: int = 8_000_000
     """Distinct n-grams of one kind held while counting, about 60 bytes each.
 
-    Beyond it the rarest are forgotten.
+    Beyond it the rarest are dropped.
     """
 
     def __post_init__(self) -> None:
@@ -64,7 +64,7 @@ class NgramCounter:
     """Count the n-grams of a stream of texts in bounded memory.
 
     At most ``config.max_tracked`` distinct n-grams of each kind are held; when a merge exceeds
-    that, the rarest are forgotten, and ``undercount`` says by how much the count of any remaining
+    that, the rarest are dropped, and ``undercount`` says by how much the count of any remaining
     n-gram may then be too small.
     """
 
@@ -96,7 +96,7 @@ class NgramCounter:
                     self._merge(kind)
 
     def _merge(self, kind: int) -> None:
-        """Add a kind's waiting counts to its tracked ones; beyond the bound, forget the rarest."""
+        """Add a kind's waiting counts to its tracked ones; beyond the bound, drop the rarest."""
         if not self._waiting[kind]:
             return
         merged = (

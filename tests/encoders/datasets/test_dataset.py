@@ -1,6 +1,4 @@
-"""The shipped data set: its counts, its split, what is derived from it, and that nothing held out
-leaks.
-"""
+"""The shipped data set: its counts, its split, what is derived from it, and no leak."""
 
 import gzip
 import json

@@ -1,6 +1,4 @@
-"""Adapters of public data sets, on small files of exactly the published shape (the data sets
-themselves were not at hand).
-"""
+"""Importers of public data sets, on small files of exactly the published shape."""
 
 from __future__ import annotations
 

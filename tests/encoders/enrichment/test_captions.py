@@ -1,6 +1,4 @@
-"""Captions: what is captioned again and what is not, what broken images do, quality signs, judges'
-agreement. A tiny random BLIP.
-"""
+"""Captions by a tiny random BLIP: what is captioned again, broken images, quality, judges."""
 
 from __future__ import annotations
 
@@ -133,12 +131,12 @@ def test_blip_captions_an_image_again_only_when_bytes_change(
 
 
 def test_captions_do_not_depend_on_batch_size(blip_folder: Path, images: Path) -> None:
-    pictures = [decode_image((images / f"{n}.png").read_bytes(), 32) for n in range(3)]
+    loaded = [decode_image((images / f"{n}.png").read_bytes(), 32) for n in range(3)]
     captioner = BlipCaptioner(
         CaptionConfig(model=str(blip_folder), max_new_tokens=5, beams=1, device="cpu")
     )
-    together = captioner.caption(pictures)
-    assert together == [captioner.caption([picture])[0] for picture in pictures]
+    together = captioner.caption(loaded)
+    assert together == [captioner.caption([image])[0] for image in loaded]
 
 
 class Stub:

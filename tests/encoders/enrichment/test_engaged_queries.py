@@ -1,6 +1,4 @@
-"""Engaged queries: what counts, and that a state merged slice by slice is what counting everything
-at once gives.
-"""
+"""Engaged queries: what counts, and that merged slices equal the whole window."""
 
 from __future__ import annotations
 
@@ -77,8 +75,8 @@ def test_engaged_queries_need_enough_different_users() -> None:
 def test_state_slices_in_any_order_equal_the_whole_window(
     slices: list[list], data: st.DataObject
 ) -> None:
-    """Slices hold late events, events of other slices and events older than the window; people and
-    queries are forgotten midway.
+    """Slices hold late events, repeats and events older than the window; users and queries are
+    deleted midway.
     """
     config = config_of(min_users=2)
     everything = events_of(*(row for part in slices for row in part))
@@ -328,28 +326,26 @@ def test_command_merges_days_and_deletes(tmp_path: Path) -> None:
     )
     assert json.loads(second.stdout)["events added"] == 4
     assert json.loads(out.read_text())["engaged_queries"] == ["red cat"]
-    (tmp_path / "forget.txt").write_text("red cat\n")
+    (tmp_path / "delete.txt").write_text("red cat\n")
     third = run(
         group,
         [
             *state,
             "--delete-queries",
-            str(tmp_path / "forget.txt"),
+            str(tmp_path / "delete.txt"),
             "--out",
             str(tmp_path / "changed.parquet"),
         ],
     )
     assert json.loads(third.stdout)["events removed"] == 6
-    assert pl.read_parquet(tmp_path / "changed.parquet").rows() == [
-        ("pin", "p", None, None, None, None)
-    ]  # so that others drop it, too
+    # The row without a query tells readers of the changes to drop the entity's features, too.
+    changed = pl.read_parquet(tmp_path / "changed.parquet")
+    assert changed.rows() == [("pin", "p", None, None, None, None)]
     assert run(group, [*state, "--catalogue", str(tmp_path / "c.jsonl")]).exit_code == 2
 
 
 def test_command_reads_every_named_file(tmp_path: Path) -> None:
-    """All but the last --log, --catalogue, --delete-users and --delete-queries were dropped without
-    a word: forgotten people stayed.
-    """
+    """Once only the last --log, --catalogue, --delete-users and --delete-queries was read."""
     for day in (1, 2):
         events = events_of(
             *((day, f"red cat {day}", f"u{n}", "pin", f"p{day}", "save") for n in range(5))

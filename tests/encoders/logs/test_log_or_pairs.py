@@ -1,6 +1,4 @@
-"""A file that could be a log or pairs is asked about, and a column that is nearly one of ours is
-named.
-"""
+"""A file that may be a log or pairs is refused, and near names of columns are noted."""
 
 from pathlib import Path
 

@@ -339,9 +339,7 @@ def test_command_writes_pairs_features_and_summary(log_file: Path, tmp_path: Pat
 
 
 def test_command_reads_every_named_table(log_file: Path, tmp_path: Path) -> None:
-    """All but the last --catalogue, --boards and --engaged were dropped without a word, and with
-    them the events of their entities.
-    """
+    """Once only the last --catalogue, --boards and --engaged was read."""
     boards = pl.DataFrame(
         {"board_id": ["b1", "b2"], "title": ["red shoes", "blue hats"], "entity_id": ["p1", "p2"]}
     )

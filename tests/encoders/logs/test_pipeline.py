@@ -1,6 +1,4 @@
-"""The simulator makes the log it says; the pipeline gives one result however it is cut, here and on
-a Ray cluster of two nodes.
-"""
+"""The simulator, and the pipeline: one result for any partitions, here and on Ray."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Unknown catalogue columns of CSV and TSV: numbers, booleans and lists where nothing is lost, text
-everywhere else.
-"""
+"""Unknown columns of CSV and TSV become numbers, booleans and lists where nothing is lost."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Where a chunk or a file of a streamed catalogue ends changes nothing: repeats, types, vector
-shapes.
-"""
+"""A streamed catalogue is the same wherever its chunks and files end."""
 
 import json
 

@@ -1,6 +1,4 @@
-"""Reading tables: every kind of bad input has a stated outcome, and nothing is changed or lost
-without a word.
-"""
+"""Reading tables: every kind of bad input has a stated outcome; no change goes unreported."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def describe(
     drop_bad_rows: bool,
     as_json: bool,
 ) -> None:
-    """Describe a table: counts, missing shares, languages, scripts, duplicates, head and tail.
+    """Describe a table: missing values, languages, duplicates, head and tail.
 
     Example: omni data describe log.parquet --plots plots
     """

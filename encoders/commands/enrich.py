@@ -200,11 +200,11 @@ def queries(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Merge a new slice of the log into the engaged queries, at the cost of the slice.
+    """Merge a new slice of the log into the engaged queries.
 
-    Merging day by day gives what counting the whole window at once gives. Late and repeated events
-    are recognised, events older than the window drop out. Users and queries can be deleted. One
-    line per change is kept (version, what, counts).
+    The cost is that of the slice. Merging day by day gives what counting the whole window at once
+    gives. Late and repeated events are recognised, events older than the window drop out. Users and
+    queries can be deleted. One line per change is kept (version, what, counts).
 
     Example: omni enrich queries --state state --create --log sim/log --catalogue catalogue.parquet
     --out enriched.parquet
@@ -311,10 +311,10 @@ def captions(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Write a caption for every new or changed image (column caption), and report their quality.
+    """Write a caption for every new or changed image, and report their quality.
 
-    Stopping loses at most one batch: run the command again to go on. Images that fail are named in
-    the state and tried again.
+    The captions are in the column caption. Stopping loses at most one batch: run the command again
+    to go on. Images that fail are named in the state and tried again.
 
     Example: omni enrich captions --catalogue catalogue.parquet --images images --state captions
     --out captioned.parquet

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-log = logging.getLogger("omni.process")
+log = logging.getLogger(__name__)
 
 
 def freeze_start_up_objects(on_change: list[Callable[[Any], Awaitable[None]]]) -> None:

@@ -1,4 +1,4 @@
-"""Texts that arrive together are encoded together: batches by token budget and delay, within length buckets."""
+"""Dynamic batching: texts that arrive together are encoded together, within length buckets."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from encoders.errors import OmniError
+from encoders.towers.forms import MAX_TOKENS
 from retrieval.encoding.cached_encoder import Encoded
 from retrieval.errors import EncoderFailed, Overloaded
 
@@ -22,12 +23,12 @@ LENGTH_BUCKETS = (8, 16, 32, 64)
 
 
 def estimated_tokens(text: str) -> int:
-    """A quick guess at the token count, special tokens included: three UTF-8 bytes per token, 3 to 64."""
-    return min(64, 3 + len(text.encode("utf-8", "surrogatepass")) // 3)
+    """Estimate the token count, special tokens included: three UTF-8 bytes per token, 3 to 64."""
+    return min(MAX_TOKENS, 3 + len(text.encode("utf-8", "surrogatepass")) // 3)
 
 
 def bucket_of(tokens: int) -> int:
-    """The smallest padded length that holds this many tokens."""
+    """Return the smallest padded length that holds this many tokens."""
     for length in LENGTH_BUCKETS:
         if tokens <= length:
             return length
@@ -96,7 +97,7 @@ class Batcher:
         return len(self._queue)
 
     def expected_wait_seconds(self) -> float:
-        """How long a text that arrives now will probably take: what is in the encoder, what waits, and itself."""
+        """Estimate how long a text that arrives now takes: behind those in the encoder and queue."""
         left = self._text_seconds * self._running
         if left:
             left = max(0.0, left - (time.perf_counter() - self._running_since))
@@ -155,7 +156,10 @@ class Batcher:
         self._queue = deque(alive)
 
     def _close_batch(self) -> list[_Waiting]:
-        """Take the oldest text and those of its bucket, up to the token budget; drop those whose caller has gone."""
+        """Take the oldest text and those of its bucket, up to the token budget.
+
+        Texts whose caller has gone are dropped.
+        """
         self._drop_abandoned()
         if not self._queue:
             return []
@@ -191,25 +195,21 @@ class Batcher:
 
     async def _encode_batch(self, batch: list[_Waiting]) -> None:
         started = time.perf_counter_ns()
-        self._running, self._running_since = len(batch), started / 1e9
+        self._running = len(batch)
+        self._running_since = started / 1e9
         try:
             vectors = await self._run_encoder([item.text for item in batch])
-        except (
-            Exception
-        ) as error:  # whatever the encoder raised must reach the callers, not kill the runner
+        except Exception as error:  # of the encoder: it must reach the callers, not end the runner
             if len(batch) > 1:  # one bad text must not fail its neighbours
                 for item in batch:
                     if not item.future.done():
                         await self._encode_batch([item])
                 return
             self.failed += 1
-            failure = (
-                error
-                if isinstance(error, OmniError)
-                else EncoderFailed(f"the query tower failed: {type(error).__name__}: {error}")
-            )
+            if not isinstance(error, OmniError):
+                error = EncoderFailed(f"the query tower failed: {type(error).__name__}: {error}")
             if not batch[0].future.done():
-                batch[0].future.set_exception(failure)
+                batch[0].future.set_exception(error)
             return
         encode_ns = time.perf_counter_ns() - started
         self.batches += 1

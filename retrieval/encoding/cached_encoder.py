@@ -12,7 +12,7 @@ from retrieval.encoding.query_cache import Entry, Float32, QueryCache
 from retrieval.encoding.redis_tier import RedisTier
 
 
-class Looked(NamedTuple):
+class Lookup(NamedTuple):
     """A query vector and what it cost."""
 
     vector: Float32  # (D,)
@@ -21,8 +21,17 @@ class Looked(NamedTuple):
     encode_ns: int
 
 
+class Lookups(NamedTuple):
+    """Vectors of many texts and what they cost."""
+
+    vectors: Float32  # (B, D)
+    cached: list[bool]
+    queue_ns: int  # the longest
+    encode_ns: int  # the longest
+
+
 class Encoded(NamedTuple):
-    """What a batcher returns for one text."""
+    """Result of a batcher for one text."""
 
     vector: Float32  # (D,)
     queue_ns: int
@@ -30,7 +39,7 @@ class Encoded(NamedTuple):
 
 
 class Encoder(Protocol):
-    """The part of ``retrieval.encoding.batcher.Batcher`` that the cache calls."""
+    """The side of ``retrieval.encoding.batcher.Batcher`` that the cache calls."""
 
     async def submit(self, text: str) -> Encoded:
         """Encode one normalised text."""
@@ -38,11 +47,11 @@ class Encoder(Protocol):
 
 
 class _Flight:
-    """One encode that is under way and the number of callers who wait for it."""
+    """One encode under way and the number of callers who wait for it."""
 
     __slots__ = ("task", "waiters")
 
-    def __init__(self, task: asyncio.Task[Looked]) -> None:
+    def __init__(self, task: asyncio.Task[Lookup]) -> None:
         self.task = task
         self.waiters = 0
 
@@ -82,23 +91,26 @@ class CachedEncoder:
         self._flights: dict[str, _Flight] = {}
 
     def peek(self, text: str) -> Float32 | None:
-        """The vector if it is in this process, without waiting. ``text`` is normalised."""
+        """Return the vector of a normalised text if it is in this process, or None."""
         return self.cache.get(self.prefix + text)
 
     def find(self, text: str) -> Entry | None:
-        """As ``peek``, but nothing is counted until ``cache.used`` is told."""
+        """Return the entry of a normalised text, or None; ``cache.used`` counts its use."""
         return self.cache.find(self.prefix + text)
 
     def must_encode(self, text: str) -> bool:
-        """Whether the vector of a missed text can only come from the encoder: nobody waits for it, no second tier may know it."""
+        """Return whether the vector of a missed text can only come from the encoder.
+
+        That is so when no encode of it is under way and there is no second tier.
+        """
         return self.redis is None and text not in self._flights
 
     def joins(self, text: str) -> bool:
-        """Whether ``load`` would join an encode that is under way."""
+        """Return whether ``load`` would join an encode under way."""
         return text in self._flights
 
-    async def load(self, text: str) -> Looked:
-        """The vector after a miss of ``peek``: joins an encode under way, asks Redis, or encodes.
+    async def load(self, text: str) -> Lookup:
+        """Get the vector after a miss of ``peek``: join an encode, ask Redis, or encode.
 
         Raises:
             Overloaded: The encoder's queue is full.
@@ -121,19 +133,19 @@ class CachedEncoder:
                     del self._flights[text]
                 flight.task.cancel()
 
-    async def lookup(self, text: str) -> Looked:
-        """``peek``, then ``load``."""
+    async def lookup(self, text: str) -> Lookup:
+        """Get the vector from the cache, else ``load`` it."""
         vector = self.peek(text)
-        return Looked(vector, True, 0, 0) if vector is not None else await self.load(text)
+        return Lookup(vector, True, 0, 0) if vector is not None else await self.load(text)
 
-    async def lookup_many(self, texts: Sequence[str]) -> tuple[Float32, list[bool], int, int]:
-        """Vectors of many texts: ``(B, D)`` float32, cached flags, longest queue and encode times in ns.
+    async def lookup_many(self, texts: Sequence[str]) -> Lookups:
+        """Get the vectors of many texts, in their order.
 
         Missed texts are started in parts that leave room in the encoder's queue. What a finished
         part has encoded stays cached, even if a later part fails.
 
         Raises:
-            Overloaded: The encoder's queue is full of the work of others.
+            Overloaded: The encoder's queue is full of other callers' texts.
             EncoderFailed: The encoder raised or made a bad vector.
         """
         out = np.empty((len(texts), self.dimension), dtype=np.float32)
@@ -149,22 +161,22 @@ class CachedEncoder:
         missing = list(rows)
         while missing:
             size = max(1, (self.max_queue - self._in_parts) // 2)
-            part, missing = missing[:size], missing[size:]
+            part = missing[:size]
+            missing = missing[size:]
             for text, looked in zip(part, await self._load_part(part), strict=True):
                 for row in rows[text]:
-                    out[row], cached[row] = looked.vector, looked.cached
-                queue_ns, encode_ns = (
-                    max(queue_ns, looked.queue_ns),
-                    max(encode_ns, looked.encode_ns),
-                )
-        return out, cached, queue_ns, encode_ns
+                    out[row] = looked.vector
+                    cached[row] = looked.cached
+                queue_ns = max(queue_ns, looked.queue_ns)
+                encode_ns = max(encode_ns, looked.encode_ns)
+        return Lookups(out, cached, queue_ns, encode_ns)
 
-    async def _load_part(self, texts: Sequence[str]) -> list[Looked]:
+    async def _load_part(self, texts: Sequence[str]) -> list[Lookup]:
         """Load these texts at the same time.
 
-        If one fails or the caller leaves, nobody waits for the others any more.
+        If one fails or the call is cancelled, nobody waits for the others any more.
         """
-        tasks = [asyncio.ensure_future(self._load_anew(text)) for text in texts]
+        tasks = [asyncio.ensure_future(self._load_again(text)) for text in texts]
         self._in_parts += len(texts)
         try:
             return await asyncio.gather(*tasks)
@@ -176,25 +188,25 @@ class CachedEncoder:
         finally:
             self._in_parts -= len(texts)
 
-    async def _load_anew(self, text: str) -> Looked:
-        """As ``load``, unless somebody else's encode has ended since the text was missed."""
+    async def _load_again(self, text: str) -> Lookup:
+        """Load a text, unless another caller's encode has ended since it was missed."""
         entry = self.find(text)
-        return Looked(entry.vector, True, 0, 0) if entry is not None else await self.load(text)
+        return Lookup(entry.vector, True, 0, 0) if entry is not None else await self.load(text)
 
-    async def _fetch(self, text: str) -> Looked:
+    async def _fetch(self, text: str) -> Lookup:
         key = self.prefix + text
         if self.redis is not None:
             shared = await self.redis.get(key)
             if shared is not None:
                 self.cache.put(key, shared)
-                return Looked(shared, True, 0, 0)
+                return Lookup(shared, True, 0, 0)
         encoded = await self.encoder.submit(text)
         self.cache.put(key, encoded.vector)
         if self.redis is not None:
             self.redis.put_soon(key, encoded.vector)
-        return Looked(encoded.vector, False, encoded.queue_ns, encoded.encode_ns)
+        return Lookup(encoded.vector, False, encoded.queue_ns, encoded.encode_ns)
 
 
-def _retrieve_exception(task: asyncio.Task[Looked]) -> None:
+def _retrieve_exception(task: asyncio.Task[Lookup]) -> None:
     if not task.cancelled():
         task.exception()

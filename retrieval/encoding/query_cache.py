@@ -1,9 +1,8 @@
-"""Query vectors that were already paid for: an in-process cache, one encode per distinct miss, and an optional Redis tier behind it."""
+"""The in-process cache of query vectors."""
 
 from __future__ import annotations
 
 import heapq
-import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -14,19 +13,21 @@ import numpy.typing as npt
 from cachetools import TTLCache
 
 Float32 = npt.NDArray[np.float32]
-log = logging.getLogger("omni.cache")
 
 ENTRY_OVERHEAD_BYTES = 480
-"""Python objects of one entry beside the vector and the text: links, array header (measured with tracemalloc, rounded up)."""
+"""Python objects of one entry beside vector and text, as tracemalloc measures them, rounded up."""
 
 
 def namespace(space_id: str, form_id: str) -> str:
-    """Prefix of every key of one encoder: 128 bits of the space id and the form id, so that two encoders never share a vector."""
+    """Return the prefix of every key of one encoder, so that two encoders never share a vector.
+
+    It holds 128 bits of the space id, and the form id.
+    """
     return f"{space_id[:32]}/{form_id}/"
 
 
 class Entry:
-    """A cached vector, how often it was asked for, and the bytes that it and its key take."""
+    """A cached vector, its number of uses, and the bytes that it and its key take."""
 
     __slots__ = ("hits", "size", "vector")
 
@@ -72,7 +73,7 @@ class QueryCache:
         return self.insertions - len(self._entries)
 
     def get(self, key: str) -> Float32 | None:
-        """Return the vector, shape (D,) float32, read-only, or None. Counts a hit or a miss."""
+        """Return the vector, ``(D,)`` float32, read-only, or None; counts a hit or a miss."""
         try:
             entry = self._entries[key]
         except KeyError:
@@ -83,7 +84,7 @@ class QueryCache:
         return entry.vector
 
     def find(self, key: str) -> Entry | None:
-        """As ``get``, but nothing is counted: the caller may ask again, and says ``used`` if it need not."""
+        """Return the entry, or None, and count nothing; a caller that uses it calls ``used``."""
         try:
             entry: Entry = self._entries[key]
         except KeyError:
@@ -91,12 +92,12 @@ class QueryCache:
         return entry
 
     def used(self, entry: Entry) -> None:
-        """Count what ``find`` found as a hit."""
+        """Count what ``find`` returned as a hit."""
         entry.hits += 1
         self.hits += 1
 
     def put(self, key: str, vector: Float32) -> None:
-        """Keep a vector; an entry larger than the whole cache is not kept."""
+        """Store a vector, unless its entry is larger than the whole cache."""
         if self.max_bytes <= 0:
             return
         held = np.array(vector, dtype=np.float32)
@@ -108,22 +109,23 @@ class QueryCache:
         self.insertions += 1
 
     def frequent(self, prefix: str, count: int) -> list[str]:
-        """Texts under ``prefix``, most often asked for first, at most ``count``; then halves all counts, so that old fame fades."""
+        """Return at most ``count`` texts under ``prefix``, most used first; see ``most_frequent``."""
         return [text for text, _ in most_frequent(self.items(), prefix, count)]
 
     def items(self) -> list[tuple[str, Entry]]:
-        """Keys and entries as they are now, for ``most_frequent``, which may run in another thread."""
+        """Copy keys and entries for ``most_frequent``, which may run in another thread."""
         self._entries.expire()
-        mapping: dict[str, Entry] = getattr(self._entries, "_Cache__data")  # noqa: B009 (items() would count as uses and reorder the LRU)
+        # The class's own items() would count as uses and reorder the LRU
+        mapping: dict[str, Entry] = getattr(self._entries, "_Cache__data")  # noqa: B009
         return list(mapping.items())
 
 
 def most_frequent(
     items: Sequence[tuple[str, Entry]], prefix: str, count: int
 ) -> list[tuple[str, Entry]]:
-    """Texts under ``prefix`` with their entries, most often asked for first, at most ``count``; then halves the counts of all.
+    """Return at most ``count`` texts under ``prefix`` with their entries, most used first.
 
-    A full cache has 180,000 items, which takes some 0.2 s: not for the event loop. A use that is
+    The counts of all are then halved, so that old use counts for less. A full cache has 180,000 items, which takes some 0.2 s: not for the event loop. A use that is
     counted meanwhile may get lost.
     """
     best = heapq.nlargest(
@@ -137,5 +139,5 @@ def most_frequent(
 
 
 def entry_bytes(key: str, vector_bytes: int) -> int:
-    """What an entry takes of the cache's bound."""
+    """Return what an entry takes of the cache's bound."""
     return vector_bytes + sys.getsizeof(key) + ENTRY_OVERHEAD_BYTES

@@ -1,4 +1,4 @@
-"""The query tower at serving time: tokenise, pad to a length bucket, run the fastest form that this machine and this release have.
+"""The query tower at serving time: tokenise, pad to a length bucket, run the fastest form.
 
 On a GPU: torch in bfloat16, one CUDA graph per (batch, length) bucket. On CPU: ONNX Runtime with
 the release's int8 form, else torch. Every form carries its own form id, which is part of the cache
@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,7 +23,7 @@ from retrieval.encoding.batcher import LENGTH_BUCKETS, bucket_of
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
-log = logging.getLogger("omni.encoding")
+log = logging.getLogger(__name__)
 
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Batch sizes for which CUDA graphs are captured; a batch is padded up to the next one."""
@@ -54,14 +54,8 @@ class QueryTokenizer:
     """
 
     def __init__(self, folder: Path) -> None:
-        path = next(
-            (
-                p
-                for p in (folder / "tokenizer.json", folder / "0_Transformer" / "tokenizer.json")
-                if p.is_file()
-            ),
-            None,
-        )
+        places = (folder / "tokenizer.json", folder / "0_Transformer" / "tokenizer.json")
+        path = next((place for place in places if place.is_file()), None)
         if path is None:
             raise BundleError(
                 f"{folder.name}: expected tokenizer.json in the query encoder, but there is none."
@@ -97,11 +91,11 @@ class QueryTokenizer:
         return 0
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, special tokens included, at most 64."""
+        """Return the token ids of each text, special tokens included, at most 64."""
         return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
 
     def pad(self, rows: Sequence[Sequence[int]], length: int) -> tuple[Int64, Int64]:
-        """Pad to ``(B, length)``: token ids and attention mask, int64."""
+        """Pad to ``(B, length)`` and return token ids and attention mask, int64."""
         ids = np.full((len(rows), length), self.pad_id, dtype=np.int64)
         mask = np.zeros((len(rows), length), dtype=np.int64)
         for i, row in enumerate(rows):
@@ -138,6 +132,12 @@ def encode_by_length(
     return out
 
 
+def probed_dimension(tokenizer: QueryTokenizer, forward: Callable[[Int64, Int64], Float32]) -> int:
+    """Encode one short text to learn the length of the vectors."""
+    ids, mask = tokenizer.pad(tokenizer.token_ids(["a"]), LENGTH_BUCKETS[0])
+    return int(forward(ids, mask).shape[1])
+
+
 class OnnxQueryEncoding:
     """ONNX Runtime on CPU; imports no torch.
 
@@ -155,15 +155,14 @@ class OnnxQueryEncoding:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.add_session_config_entry(
-            "session.intra_op.allow_spinning", "0"
-        )  # idle threads must not burn the search's core
+        # Idle threads must not burn the search's core
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         try:
             self._session = onnxruntime.InferenceSession(
                 str(model), options, providers=["CPUExecutionProvider"]
             )
-        except Exception as error:  # onnxruntime raises its own types, all of them mean that the file cannot be run
+        except Exception as error:  # of any type: they all mean that the file cannot be run
             raise BundleError(
                 f"{model.name}: ONNX Runtime cannot load this form: {error}. Export it again (omni"
                 " export)."
@@ -181,11 +180,7 @@ class OnnxQueryEncoding:
         self._output = self._session.get_outputs()[0].name
         self._tokenizer = QueryTokenizer(folder)
         self.form_id = form_id
-        self.dimension = int(
-            self._forward(
-                *self._tokenizer.pad(self._tokenizer.token_ids(["a"]), LENGTH_BUCKETS[0])
-            ).shape[1]
-        )
+        self.dimension = probed_dimension(self._tokenizer, self._forward)
 
     def _forward(self, ids: Int64, mask: Int64) -> Float32:
         feeds = {"input_ids": ids, "attention_mask": mask}
@@ -217,11 +212,7 @@ class TorchQueryEncoding:
         self._torch = torch
         self._model = QueryEncoder.load(folder).eval()
         self._tokenizer = QueryTokenizer(folder)
-        self.dimension = int(
-            self._forward(
-                *self._tokenizer.pad(self._tokenizer.token_ids(["a"]), LENGTH_BUCKETS[0])
-            ).shape[1]
-        )
+        self.dimension = probed_dimension(self._tokenizer, self._forward)
 
     def _forward(self, ids: Int64, mask: Int64) -> Float32:
         with self._torch.inference_mode():
@@ -239,10 +230,20 @@ class TorchQueryEncoding:
         )
 
 
-class CudaQueryEncoding:
-    """torch on a GPU in bfloat16, replaying one CUDA graph per (batch, length) bucket; a shape that cannot be captured runs eagerly.
+class CapturedGraph(NamedTuple):
+    """A CUDA graph of the tower for one shape, with the tensors that it reads and writes."""
 
-    Graphs are captured on first use of a bucket, small batches (``warm``) when the encoder is made.
+    graph: Any
+    ids: Any  # (B, L)
+    mask: Any  # (B, L)
+    vectors: Any  # (B, D)
+
+
+class CudaQueryEncoding:
+    """torch on a GPU in bfloat16, replaying one CUDA graph per (batch, length) bucket.
+
+    A shape that cannot be captured runs eagerly. Graphs are captured on first use of a bucket,
+    those of small batches (``warm``) when the encoder is made.
     """
 
     form_id = "torch-bf16"
@@ -259,7 +260,7 @@ class CudaQueryEncoding:
         self._model = QueryEncoder.load(folder).eval().to(self._device, dtype=torch.bfloat16)
         self._tokenizer = QueryTokenizer(folder)
         self._stream = torch.cuda.Stream(self._device)
-        self._graphs: dict[tuple[int, int], tuple[Any, Any, Any, Any] | None] = {}
+        self._graphs: dict[tuple[int, int], CapturedGraph | None] = {}
         self.dimension = int(
             self._eager(torch.ones((1, 8), dtype=torch.long, device=self._device)).shape[1]
         )
@@ -273,7 +274,7 @@ class CudaQueryEncoding:
             vectors = self._model(ids, torch.ones_like(ids) if mask is None else mask).float()
             return torch.nn.functional.normalize(vectors, dim=-1)
 
-    def _graph(self, size: int, length: int) -> tuple[Any, Any, Any, Any] | None:
+    def _graph(self, size: int, length: int) -> CapturedGraph | None:
         key = (size, length)
         if key not in self._graphs:
             torch = self._torch
@@ -289,7 +290,7 @@ class CudaQueryEncoding:
                 graph = torch.cuda.CUDAGraph()
                 with torch.inference_mode(), torch.cuda.graph(graph, stream=self._stream):
                     out = torch.nn.functional.normalize(self._model(ids, mask).float(), dim=-1)
-                self._graphs[key] = (graph, ids, mask, out)
+                self._graphs[key] = CapturedGraph(graph, ids, mask, out)
             except RuntimeError as error:
                 log.warning(
                     "no CUDA graph for batch %d, length %d (%s); this shape runs eagerly",
@@ -316,10 +317,10 @@ class CudaQueryEncoding:
                     torch.from_numpy(ids).to(self._device), torch.from_numpy(mask).to(self._device)
                 )
             else:
-                graph, static_ids, static_mask, out = captured
-                static_ids[:count].copy_(torch.from_numpy(ids), non_blocking=True)
-                static_mask[:count].copy_(torch.from_numpy(mask), non_blocking=True)
-                graph.replay()
+                captured.ids[:count].copy_(torch.from_numpy(ids), non_blocking=True)
+                captured.mask[:count].copy_(torch.from_numpy(mask), non_blocking=True)
+                captured.graph.replay()
+                out = captured.vectors
             vectors: Float32 = out[:count].cpu().numpy()
         return vectors
 
@@ -331,7 +332,10 @@ class CudaQueryEncoding:
 
 
 def gpu_available() -> bool:
-    """Whether torch sees a CUDA device; looks for the driver first, so that CPU servers need not import torch."""
+    """Return whether torch sees a CUDA device.
+
+    Looks for the driver first, so that CPU servers need not import torch.
+    """
     if not Path("/dev/nvidiactl").exists() and not Path("/dev/nvidia0").exists():
         return False
     import torch
@@ -340,10 +344,12 @@ def gpu_available() -> bool:
 
 
 def choose_form(device: str, form: str, forms_path: Path, has_gpu: bool) -> str:
-    """Pick the form to run: ``torch-bf16`` on a GPU; on CPU what was asked for, or the first there is of int8, torch.
+    """Choose the form to run: ``torch-bf16`` on a GPU; on CPU the requested one.
+
+    On ``auto`` a CPU runs int8 where the release has it, else torch.
 
     Raises:
-        ConfigError: CUDA was asked for without a GPU, or a form that the release does not hold.
+        ConfigError: CUDA is requested without a GPU, or a form that the release does not hold.
     """
     if device == "cuda" and not has_gpu:
         raise ConfigError(
@@ -382,7 +388,7 @@ def open_query_encoding(
         threads: CPU threads of one forward pass.
 
     Raises:
-        ConfigError: The device or form is not to be had.
+        ConfigError: The device or form is not available.
         BundleError: The files cannot be loaded.
     """
     chosen = choose_form(device, form, forms_path, device != "cpu" and gpu_available())

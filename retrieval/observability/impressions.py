@@ -1,4 +1,4 @@
-"""The impression log: what was shown, in the form of the log table, so that the next training can use it."""
+"""The impression log: answers in the form of the log table, for the next training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-log = logging.getLogger("omni.impressions")
+log = logging.getLogger(__name__)
 
 
 class Impression(NamedTuple):
@@ -27,14 +27,15 @@ class Impression(NamedTuple):
 
 
 class ImpressionLog:
-    """Appends one JSON line per returned id, in the columns of the log table plus ``request_id`` and ``release_id``.
+    """Appends one JSON line per returned id.
 
-    The action is ``impression``, positions start at 1, the user is left empty. One file per day and
+    Its columns are those of the log table, ``request_id`` and ``release_id``. The action is
+    ``impression``, positions start at 1, the user is left empty. There is one file a day and
     process; a slow disk loses lines, it never delays an answer.
 
     Args:
         folder: Where ``impressions-<date>-<worker>.jsonl`` go; created when missing.
-        worker: Told apart by this in the file name.
+        worker: Number of the process, in the file name.
         max_pending: Searches that may wait to be written.
     """
 

@@ -8,6 +8,9 @@ import sys
 import time
 from typing import Any
 
+PACKAGES = ("retrieval", "index_builder", "encoders", "benchmarks", "omni")
+"""Loggers whose lines a server writes."""
+
 
 class JsonFormatter(logging.Formatter):
     """One JSON object per line: time, level, logger, message and the ``extra`` fields."""
@@ -38,14 +41,15 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure_logging(as_json: bool, level: int = logging.INFO) -> None:
-    """Send the project's log lines to stderr, as text or JSON."""
+    """Send the log lines of our packages to stderr, as text or JSON."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         JsonFormatter()
         if as_json
         else logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
     )
-    root = logging.getLogger("omni")
-    root.handlers[:] = [handler]
-    root.setLevel(level)
-    root.propagate = False
+    for name in PACKAGES:
+        logger = logging.getLogger(name)
+        logger.handlers[:] = [handler]
+        logger.setLevel(level)
+        logger.propagate = False

@@ -1,10 +1,10 @@
-"""What operators see: Prometheus metrics at under a microsecond per event, structured logs without query text, traces per stage."""
+"""Prometheus metrics of one worker at under a microsecond an event, and how workers are merged."""
 
 from __future__ import annotations
 
-import logging
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
+from itertools import accumulate
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -15,7 +15,15 @@ from prometheus_client.core import (
     Metric,
 )
 
-log = logging.getLogger("omni")
+from retrieval.observability.metric_catalogue import (
+    AVERAGED,
+    CATALOGUE,
+    FORMER_NAMES,
+    MAXIMUM,
+    MINIMUM,
+    Labels,
+    MetricDefinition,
+)
 
 SECONDS_BOUNDS = (
     *(round(base * 10.0**power, 7) for power in range(-5, 1) for base in (1.0, 1.8, 3.2, 5.6)),
@@ -24,121 +32,8 @@ SECONDS_BOUNDS = (
 )
 """Upper bounds of the latency histograms, 10 microseconds to 30 seconds, four per decade."""
 
-Labels = tuple[str, ...]
-
-STAGES = ("queue", "encode", "search", "rerank")
-"""Of a call, in the order in which they run; the names of the fields ``*_ns`` of ``Timings``."""
-
-CATALOGUE: dict[str, tuple[str, str, Labels]] = {
-    "omni_requests": ("counter", "Finished calls by method and gRPC code.", ("method", "code")),
-    "omni_request_seconds": ("histogram", "Time inside the server per call.", ("method",)),
-    "omni_stage_seconds": (
-        "histogram",
-        "Time per stage: queue, encode, search, rerank.",
-        ("stage",),
-    ),
-    "omni_searches": ("counter", "Searches by entity type and plan.", ("entity_type", "plan")),
-    "omni_in_flight": ("gauge", "Places taken by requests inside the server.", ()),
-    "omni_refused": ("counter", "Requests refused because the server was full.", ()),
-    "omni_ready": ("gauge", "1 when a release is served.", ()),
-    "omni_cache_hits": ("counter", "Query vectors found in the in-process cache.", ()),
-    "omni_cache_misses": ("counter", "Query vectors not found in the in-process cache.", ()),
-    "omni_cache_shared": ("counter", "Misses that joined an encode under way.", ()),
-    "omni_cache_evictions": ("counter", "Entries that left the cache.", ()),
-    "omni_cache_entries": ("gauge", "Entries in the cache.", ()),
-    "omni_cache_bytes": ("gauge", "Estimated bytes in the cache.", ()),
-    "omni_cached_answers_hits": ("counter", "Answers found in the answer cache.", ()),
-    "omni_cached_answers_misses": (
-        "counter",
-        "Answers that could have been cached and were searched for.",
-        (),
-    ),
-    "omni_cached_answers": ("gauge", "Answers in the cache.", ()),
-    "omni_cached_answers_bytes": ("gauge", "Estimated bytes of cached answers.", ()),
-    "omni_answers_kept_hits": ("counter", "Former name of omni_cached_answers_hits.", ()),
-    "omni_answers_kept_misses": ("counter", "Former name of omni_cached_answers_misses.", ()),
-    "omni_answers_kept": ("gauge", "Former name of omni_cached_answers.", ()),
-    "omni_answers_kept_bytes": ("gauge", "Former name of omni_cached_answers_bytes.", ()),
-    "omni_redis": (
-        "counter",
-        (
-            "Redis look-ups by outcome: hit, miss, failure, refused (the value was not what its key"
-            " says)."
-        ),
-        ("outcome",),
-    ),
-    "omni_encode_batches": ("counter", "Batches run by the query tower.", ()),
-    "omni_encode_texts": ("counter", "Texts encoded.", ()),
-    "omni_encode_dropped": (
-        "counter",
-        "Texts dropped from the queue because their caller had gone.",
-        (),
-    ),
-    "omni_encode_waiting": ("gauge", "Texts waiting for the query tower.", ()),
-    "omni_release_info": (
-        "gauge",
-        "1 for the release being served.",
-        ("release_id", "space_id", "form_id"),
-    ),
-    "omni_release_swaps": ("counter", "Releases taken into service.", ()),
-    "omni_releases_refused": ("counter", "Releases refused, by kind of error.", ("reason",)),
-    "omni_release_load_seconds": ("gauge", "Load, verify and prove of the last release.", ()),
-    "omni_prewarmed_queries": (
-        "counter",
-        "Cached queries encoded again before a swap to a new space.",
-        (),
-    ),
-    "omni_live_sequence": ("gauge", "Last live-log entry visible.", ("entity_type",)),
-    "omni_live_failing": ("gauge", "1 while the live log cannot be read.", ()),
-    "omni_shadow_samples": (
-        "counter",
-        "Live searches answered again exactly.",
-        ("entity_type", "selectivity", "language"),
-    ),
-    "omni_shadow_recall": (
-        "gauge",
-        "ANN recall@k of live searches over the last window.",
-        ("entity_type", "selectivity", "language"),
-    ),
-    "omni_shadow_recall_low": (
-        "gauge",
-        "Lower end of the 95% interval.",
-        ("entity_type", "selectivity", "language"),
-    ),
-    "omni_shadow_recall_high": (
-        "gauge",
-        "Upper end of the 95% interval.",
-        ("entity_type", "selectivity", "language"),
-    ),
-    "omni_shadow_recall_minute": (
-        "gauge",
-        "The same over the last minute.",
-        ("entity_type", "selectivity", "language"),
-    ),
-    "omni_shadow_recall_minute_high": (
-        "gauge",
-        "Upper end of its 95% interval: alert when it is below the target.",
-        ("entity_type", "selectivity", "language"),
-    ),
-    "omni_shadow_skipped": (
-        "counter",
-        "Sampled searches not replayed: budget spent or queue full.",
-        (),
-    ),
-    "omni_impressions_dropped": (
-        "counter",
-        "Impressions lost because the log could not keep up.",
-        (),
-    ),
-    "omni_process_rss_bytes": ("gauge", "Resident memory.", ()),
-}
-"""Every metric: kind, help, label names. Counters get the suffix _total."""
-
 Snapshot = dict[str, dict[str, Any]]
-"""Metric -> labels joined by U+001F -> number, or [bucket counts..., sum] for a histogram.
-
-Plain JSON.
-"""
+"""Metric -> labels joined by U+001F -> number, or [bucket counts..., sum] for a histogram."""
 
 SEPARATOR = "\x1f"
 
@@ -177,11 +72,11 @@ class Metrics:
         family[labels] = family.get(labels, 0) + amount
 
     def histogram(self, name: str, labels: Labels = ()) -> Histogram:
-        """The histogram of these labels; keep it, so that the hot path need not look it up."""
+        """Return the histogram of these labels, to be kept by whoever observes often."""
         return self._histograms.setdefault(name, {}).setdefault(labels, Histogram())
 
     def value(self, name: str, labels: Labels = ()) -> float:
-        """Current value of a counter or of a source's metric; 0 if there is none."""
+        """Return the current value of a counter or of a source's metric; 0 if there is none."""
         found = self.snapshot().get(name, {}).get(SEPARATOR.join(labels), 0)
         return float(found) if not isinstance(found, list) else float(sum(found[:-1]))
 
@@ -190,7 +85,7 @@ class Metrics:
         self._sources.append(source)
 
     def snapshot(self) -> Snapshot:
-        """Everything as plain JSON values."""
+        """Return everything as plain JSON values."""
         out: Snapshot = {}
         for name, family in self._counters.items():
             out[name] = {SEPARATOR.join(labels): value for labels, value in list(family.items())}
@@ -205,57 +100,66 @@ class Metrics:
         return out
 
 
-AVERAGED = frozenset(
-    f"omni_shadow_recall{end}" for end in ("", "_low", "_high", "_minute", "_minute_high")
-)
-MAXIMUM = frozenset({"omni_ready", "omni_release_info", "omni_release_load_seconds"})
-MINIMUM = frozenset({"omni_live_sequence"})
-
-
 def merge_snapshots(snapshots: Iterable[Snapshot]) -> Snapshot:
-    """One picture of several workers: sums; the slowest worker's live sequence; recalls averaged."""
+    """Merge the snapshots of several workers: sums, but recalls are averaged.
+
+    Of live sequences the slowest worker's counts.
+    """
     collected: dict[str, dict[str, list[Any]]] = {}
     for snapshot in snapshots:
         for name, family in snapshot.items():
             for labels, value in family.items():
                 collected.setdefault(name, {}).setdefault(labels, []).append(value)
-    out: Snapshot = {}
-    for name, families in collected.items():
-        out[name] = {}
-        for labels, values in families.items():
-            if isinstance(values[0], list):
-                out[name][labels] = [sum(column) for column in zip(*values, strict=True)]
-            elif name in AVERAGED:
-                out[name][labels] = sum(values) / len(values)
-            else:
-                out[name][labels] = (max if name in MAXIMUM else min if name in MINIMUM else sum)(
-                    values
-                )
-    return out
+    return {
+        name: {labels: _merged(name, values) for labels, values in family.items()}
+        for name, family in collected.items()
+    }
+
+
+def _merged(name: str, values: list[Any]) -> Any:
+    """Merge the values of one metric under one set of labels."""
+    if isinstance(values[0], list):
+        return [sum(column) for column in zip(*values, strict=True)]
+    if name in AVERAGED:
+        return sum(values) / len(values)
+    if name in MAXIMUM:
+        return max(values)
+    return min(values) if name in MINIMUM else sum(values)
 
 
 def families(snapshot: Snapshot) -> Iterator[Metric]:
-    """Turn a snapshot into Prometheus families; every metric of the catalogue appears, with or without samples."""
-    for name, (kind, help_text, label_names) in CATALOGUE.items():
-        samples = snapshot.get(name, {})
-        if not label_names and not samples and kind != "histogram":
-            samples = {"": 0}
-        family: Any
-        if kind == "histogram":
-            family = HistogramMetricFamily(name, help_text, labels=label_names)
-            for labels, row in samples.items():
-                cumulative, buckets = 0, []
-                for bound, value in zip((*SECONDS_BOUNDS, float("inf")), row[:-1], strict=True):
-                    cumulative += value
-                    buckets.append((f"{bound:g}" if bound != float("inf") else "+Inf", cumulative))
-                family.add_metric(_labels(labels, label_names), buckets, row[-1])
-        else:
-            family = (CounterMetricFamily if kind == "counter" else GaugeMetricFamily)(
-                name, help_text, labels=label_names
-            )
-            for labels, value in samples.items():
-                family.add_metric(_labels(labels, label_names), value)
-        yield family
+    """Turn a snapshot into Prometheus families, one for every metric of the catalogue."""
+    for name, definition in CATALOGUE.items():
+        yield _family(name, definition, snapshot.get(name, {}))
+    for former, name in FORMER_NAMES.items():
+        help_text = f"Former name of {name}; will go in the next version."
+        yield _family(former, CATALOGUE[name]._replace(help=help_text), snapshot.get(name, {}))
+
+
+def _family(name: str, definition: MetricDefinition, samples: dict[str, Any]) -> Metric:
+    """Make one Prometheus family; one without labels has a sample even before the first event."""
+    kind, help_text, label_names = definition
+    if kind == "histogram":
+        histogram = HistogramMetricFamily(name, help_text, labels=label_names)
+        for labels, row in samples.items():
+            histogram.add_metric(_labels(labels, label_names), _buckets(row[:-1]), row[-1])
+        return histogram
+    family: CounterMetricFamily | GaugeMetricFamily
+    if kind == "counter":
+        family = CounterMetricFamily(name, help_text, labels=label_names)
+    else:
+        family = GaugeMetricFamily(name, help_text, labels=label_names)
+    if not label_names and not samples:
+        samples = {"": 0}
+    for labels, value in samples.items():
+        family.add_metric(_labels(labels, label_names), value)
+    return family
+
+
+def _buckets(counts: list[int]) -> list[tuple[str, int]]:
+    """Return upper bounds, as Prometheus writes them, with cumulative counts."""
+    bounds = [*(f"{bound:g}" for bound in SECONDS_BOUNDS), "+Inf"]
+    return list(zip(bounds, accumulate(counts), strict=True))
 
 
 def _labels(joined: str, names: Labels) -> list[str]:
@@ -271,16 +175,16 @@ class _Collector:
 
 
 def exposition(snapshot: Snapshot) -> bytes:
-    """The text that Prometheus scrapes."""
+    """Return the text that Prometheus scrapes."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Collector(snapshot))  # type: ignore[arg-type]
     return generate_latest(registry)
 
 
 def lasting(snapshot: Snapshot) -> Snapshot:
-    """What a worker leaves behind when it ends: its counters and histograms, not its gauges."""
+    """Return what outlives a worker: its counters and histograms, not its gauges."""
     return {
         name: family
         for name, family in snapshot.items()
-        if name in CATALOGUE and CATALOGUE[name][0] != "gauge"
+        if name in CATALOGUE and CATALOGUE[name].kind != "gauge"
     }

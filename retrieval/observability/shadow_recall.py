@@ -1,4 +1,4 @@
-"""Always-on recall: a sample of live searches is answered again exactly, off the hot path, within a CPU budget."""
+"""Shadow recall: a sample of live searches is answered again exactly, within a CPU budget."""
 
 from __future__ import annotations
 
@@ -17,22 +17,24 @@ import numpy.typing as npt
 
 from index_builder.search.entity_index import EntityIndex
 from index_builder.search.live_segments import LiveView
-from retrieval.observability.metrics import Labels, Metrics
+from retrieval.observability.metric_catalogue import Labels
+from retrieval.observability.metrics import Metrics
 
 Float32 = npt.NDArray[np.float32]
-log = logging.getLogger("omni.shadow")
+log = logging.getLogger(__name__)
 
 WINDOW = 2000
 """Samples per label that the estimate looks back on."""
 WINDOW_SECONDS = 900.0
 MINUTE_SECONDS = 60.0
-"""The short window: what has just broken must not hide behind a quarter of an hour of good answers."""
+"""The short window, so that new damage does not hide behind 15 minutes of good answers."""
+Z_95 = 1.959964
 TIE = 1e-5
 """A returned score this close to the k-th exact score counts as found."""
 
 
 class Sample(NamedTuple):
-    """One answered search, and the live entries that it saw."""
+    """One answered search, with the live entries that it saw."""
 
     entity_index: EntityIndex
     live: LiveView | None
@@ -59,7 +61,10 @@ class Estimate(NamedTuple):
 def recall_of_answer(
     ids: Sequence[str], scores: Float32, exact_ids: Sequence[str], exact_scores: Float32
 ) -> float:
-    """Share of the exact top k that was returned; ties with the k-th score count as found; 1 if the exact answer is empty."""
+    """Return the share of the exact top k that was returned; ties with the k-th score count.
+
+    It is 1 if the exact answer is empty.
+    """
     if not exact_ids:
         return 1.0
     known = set(exact_ids)
@@ -73,7 +78,9 @@ def recall_of_answer(
 
 
 def estimate(recalls: Sequence[float]) -> Estimate:
-    """Mean of per-query recalls with Wilson's 95% interval, widened by the observed variance; 1.0 on few samples is not certain.
+    """Estimate the mean of per-query recalls with Wilson's 95% interval.
+
+    The interval is widened by the observed variance; 1.0 on few samples is not certain.
 
     Args:
         recalls: One value in 0..1 per query.
@@ -89,18 +96,15 @@ def estimate(recalls: Sequence[float]) -> Estimate:
     # their variance says so.
     effective = count * (binomial / spread) if spread > 0 and binomial > 0 else float(count)
     effective = max(1.0, effective)
-    z = 1.959964
-    centre = (mean + z * z / (2 * effective)) / (1 + z * z / effective)
-    half = (
-        z
-        * math.sqrt(mean * (1 - mean) / effective + z * z / (4 * effective * effective))
-        / (1 + z * z / effective)
-    )
+    z = Z_95
+    scale = 1 + z * z / effective
+    centre = (mean + z * z / (2 * effective)) / scale
+    half = z * math.sqrt(binomial / effective + z * z / (4 * effective * effective)) / scale
     return Estimate(mean, max(0.0, centre - half), min(1.0, centre + half), count)
 
 
 def selectivity_bucket(selectivity: float | None) -> str:
-    """Coarse class of a filter: none, >50%, 10-50%, 1-10%, <1%."""
+    """Return the class of a filter: none, >50%, 10-50%, 1-10%, <1%."""
     if selectivity is None:
         return "none"
     for bound, name in ((0.5, ">50%"), (0.1, "10-50%"), (0.01, "1-10%")):
@@ -110,7 +114,7 @@ def selectivity_bucket(selectivity: float | None) -> str:
 
 
 class ShadowRecall:
-    """Replays sampled searches exactly in one thread that sleeps enough to stay within its share of a core.
+    """Replays sampled searches exactly in one thread that keeps to its share of a core.
 
     Args:
         fraction: Share of searches offered that are sampled.
@@ -150,7 +154,7 @@ class ShadowRecall:
             metrics.add_source(self._measurements)
 
     def wants(self) -> bool:
-        """Draw: should this search be offered? Takes about 50 ns."""
+        """Draw whether this search is sampled; takes about 50 ns."""
         return self._random() < self._fraction
 
     def offer(self, sample: Sample) -> None:
@@ -172,13 +176,13 @@ class ShadowRecall:
             self._thread.join(timeout=5)
 
     def forget(self) -> None:
-        """Begin anew: another release is served now, and samples of the old one say nothing about it."""
+        """Drop all samples: another release is served, and they say nothing about it."""
         with self._lock:
             self._generation += 1
             self._windows.clear()
 
     def estimates(self, seconds: float = WINDOW_SECONDS) -> dict[Labels, Estimate]:
-        """Estimate per (entity type, selectivity class, language) over the last ``seconds``."""
+        """Estimate recall per (entity type, selectivity, language) over the last ``seconds``."""
         now = time.monotonic()
         oldest = now - seconds
         with self._lock:
@@ -203,18 +207,15 @@ class ShadowRecall:
             started = time.thread_time()
             try:
                 self.replay(queued[1], queued[0])
-            except (
-                Exception
-            ) as error:  # a replay is a measurement: whatever goes wrong, serving must not notice
+            except Exception as error:  # of a measurement: serving must not notice
                 log.warning("a shadow search failed: %s: %s", type(error).__name__, error)
-            # It holds the index, which must not outlive its release while this thread waits for the
-            # next sample
+            # It holds the index, which must not outlive its release while this thread waits
             del queued
             spent = time.thread_time() - started
             time.sleep(min(60.0, spent * (1.0 / self._cpu - 1.0)))
 
     def replay(self, sample: Sample, generation: int | None = None) -> float | None:
-        """Answer one sample exactly and record its recall; None if it is of a release that is served no more."""
+        """Answer one sample exactly and record its recall; None if its release is not served."""
         if generation not in (None, self._generation):
             return None
         options: dict[str, Any] = {
@@ -222,7 +223,7 @@ class ShadowRecall:
             "exclude_ids": sample.exclude_ids,
             "min_score": sample.min_score,
             "filter": sample.filter or None,
-            "live": sample.live,  # what was written since is no fault of the answer
+            "live": sample.live,  # later writes are no fault of the answer
         }
         exact = sample.entity_index.search(sample.vector, sample.k, **options)
         recall = recall_of_answer(sample.ids, sample.scores, exact.ids, exact.scores)

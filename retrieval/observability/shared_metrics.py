@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from retrieval.observability.metrics import Metrics, Snapshot, lasting, log, merge_snapshots
+from retrieval.observability.metrics import Metrics, Snapshot, lasting, merge_snapshots
+
+log = logging.getLogger(__name__)
+
+
+class _Ended(NamedTuple):
+    """Content of ``gone.json``: names of the files added to the sum, and the sum."""
+
+    text: str
+    names: list[str]
+    snapshot: Snapshot
 
 
 class SharedSnapshots:
-    """Snapshots of all workers of a server, exchanged as small files in a private folder, so that any worker answers a scrape for all.
+    """Exchanges the snapshots of a server's workers as small files in a private folder.
+
+    So any worker answers a scrape for all.
 
     Counters never go down when a worker ends, which Prometheus would take for a restart: what it
     counted is added once to ``gone.json``, by whoever scrapes next and gets the lock. That file
@@ -28,7 +41,7 @@ class SharedSnapshots:
         self._gone_path = folder / "gone.json"
 
     def write(self) -> Snapshot:
-        """Replace this worker's file; returns what it says."""
+        """Replace this worker's file and return its content."""
         snapshot = self._metrics.snapshot()
         _replace(self._path, snapshot)
         return snapshot
@@ -42,12 +55,11 @@ class SharedSnapshots:
             log.warning("the last metrics of this worker could not be shared: %s", error)
 
     def merged(self) -> Snapshot:
-        """This worker's numbers now, the others' latest, and the counts of those who have ended."""
+        """Merge this worker's numbers, the others' latest, and the counts of ended ones."""
         own = self._metrics.snapshot()
         try:
-            _replace(
-                self._path, own
-            )  # what this scrape says is there for the next, even if this worker dies at once
+            # What this scrape says must be there for the next, even if this worker dies at once
+            _replace(self._path, own)
             self._add_up([path for path in self._others() if self._has_ended(path)])
         except OSError as error:
             log.warning("metrics of the workers that have ended could not be added up: %s", error)
@@ -57,34 +69,40 @@ class SharedSnapshots:
         return [path for path in self._folder.glob("[0-9]*.json") if path != self._path]
 
     def _has_ended(self, path: Path) -> bool:
-        """Whether the worker of another file has ended; one with our process number has."""
+        """Return whether the worker of another file has ended; one with our process id has."""
         pid = path.name.partition("-")[0]
         return pid == str(os.getpid()) or not _alive(pid)
 
-    def _gone(self) -> tuple[str, list[str], Snapshot]:
-        """The text of ``gone.json``; from it the names of the files already taken in, and the sum of all who have ended."""
+    def _ended(self) -> _Ended:
+        """Read ``gone.json``; one that is missing or damaged counts as empty."""
         text = ""
         try:
             text = self._gone_path.read_text(encoding="utf-8")
             content = json.loads(text)
-            return text, content["names"], content["snapshot"]
+            return _Ended(text, content["names"], content["snapshot"])
         except (OSError, ValueError, KeyError, TypeError):
-            return text, [], {}
+            return _Ended(text, [], {})
 
     def _read(self) -> list[Snapshot]:
-        """The others' latest and the sum of those who have ended; begins again when somebody is added to the sum meanwhile."""
+        """Read the others' latest and the sum of ended ones.
+
+        Begins again when a worker is added to the sum meanwhile.
+        """
         while True:
-            text, names, total = self._gone()
-            found = [total]
+            ended = self._ended()
+            found = [ended.snapshot]
             for path in self._others():
-                snapshot = _loaded(path) if path.name not in names else None
+                snapshot = _loaded(path) if path.name not in ended.names else None
                 if snapshot is not None:
                     found.append(lasting(snapshot) if self._has_ended(path) else snapshot)
-            if self._gone()[0] == text:
+            if self._ended().text == ended.text:
                 return found
 
     def _add_up(self, paths: list[Path]) -> None:
-        """Add the files of workers that have ended to the sum and remove them; does nothing while another worker is at it."""
+        """Add the files of ended workers to the sum and remove them.
+
+        Does nothing while another worker does it.
+        """
         if not paths:
             return
         with open(self._folder / "lock", "wb") as lock:
@@ -92,14 +110,14 @@ class SharedSnapshots:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return
-            _, names, total = self._gone()
+            ended = self._ended()
             fresh = {
                 path.name: snapshot
                 for path in paths
-                if path.name not in names and (snapshot := _loaded(path)) is not None
+                if path.name not in ended.names and (snapshot := _loaded(path)) is not None
             }
-            left = [name for name in names if (self._folder / name).exists()]
-            total = merge_snapshots([total, *map(lasting, fresh.values())])
+            left = [name for name in ended.names if (self._folder / name).exists()]
+            total = merge_snapshots([ended.snapshot, *map(lasting, fresh.values())])
             _replace(self._gone_path, {"names": [*left, *fresh], "snapshot": total})
             for path in paths:
                 path.unlink(missing_ok=True)
@@ -113,7 +131,7 @@ def _replace(path: Path, content: Any) -> None:
 
 
 def _loaded(path: Path) -> Snapshot | None:
-    """A worker's snapshot; None when it has just been taken in, or is none."""
+    """Read a worker's snapshot; None when it has just been added to the sum, or is damaged."""
     try:
         snapshot: Snapshot = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -7,11 +7,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from encoders.errors import MissingDependency
-from retrieval.observability.metrics import STAGES
+from retrieval.observability.metric_catalogue import STAGES
 
 
 class Tracer:
-    """OpenTelemetry spans, one per call and one per stage, written after the call from its timings: the hot path pays nothing for them.
+    """Writes OpenTelemetry spans, one per call and one per stage.
+
+    They are written after the call, from its timings: the hot path pays nothing for them.
 
     Args:
         endpoint: OTLP/gRPC collector, e.g. ``http://localhost:4317``; None uses the tracer provider
@@ -49,7 +51,7 @@ class Tracer:
         )
 
     def close(self) -> None:
-        """Send what waits to the collector, where this object made the connection to it."""
+        """Send what waits to the collector, if this object made the connection to it."""
         if self._owned is not None:
             self._owned.shutdown()
 
@@ -61,22 +63,16 @@ class Tracer:
         took_ns: int,
         metadata: Iterable[tuple[str, Any]],
     ) -> None:
-        """Spans of a call that has just been answered: one for the call and one per stage that its answer reports; never query text."""
+        """Write the spans of a call that has just been answered; never query text."""
         ended = time.time_ns()
         timings = getattr(response, "timings", None)
-        stages = (
-            {stage: int(getattr(timings, f"{stage}_ns")) for stage in STAGES}
-            if timings is not None
-            else {}
-        )
+        stages = {}
+        if timings is not None:
+            stages = {stage: int(getattr(timings, f"{stage}_ns")) for stage in STAGES}
+        fields = [(request, name) for name in ("entity_type", "k")]
+        fields += [(response, name) for name in ("release_id", "plan", "cache_hit")]
         attributes = {
-            name: value
-            for held, names in (
-                (request, ("entity_type", "k")),
-                (response, ("release_id", "plan", "cache_hit")),
-            )
-            for name in names
-            if (value := getattr(held, name, "")) != ""
+            name: value for message, name in fields if (value := getattr(message, name, "")) != ""
         }
         self.record(method, ended - took_ns, ended, stages, attributes, metadata)
 

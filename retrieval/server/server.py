@@ -24,7 +24,7 @@ from index_builder.ann import AnnIndex
 from protos import retrieval_pb2 as pb
 from retrieval.config import ServeConfig
 from retrieval.encoding.query_cache import QueryCache
-from retrieval.encoding.redis_tier import RedisTier
+from retrieval.encoding.redis_tier import RedisSettings, RedisTier
 from retrieval.errors import AddressInUse
 from retrieval.http2.server import Http2Server
 from retrieval.observability.impressions import ImpressionLog
@@ -267,13 +267,13 @@ class RedisTiers:
             return None
         tier = self._by_dimension.get(dimension)
         if tier is None:
-            tier = RedisTier(
-                config.redis_url,
-                dimension,
-                config.cache_ttl_seconds,
-                config.redis_timeout_ms / 1e3,
-                config.redis_secret,
+            settings = RedisSettings(
+                url=config.redis_url,
+                ttl_seconds=config.cache_ttl_seconds,
+                timeout_seconds=config.redis_timeout_ms / 1e3,
+                secret=config.redis_secret,
             )
+            tier = RedisTier(settings, dimension)
             self._by_dimension[dimension] = tier
             self.opened.append(tier)
         return tier

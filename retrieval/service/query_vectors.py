@@ -189,13 +189,11 @@ class QueryVectors:
         cached = [True] * len(texts)
         if not missing:
             return QueryBatch(vectors, texts, cached)
-        looked, hits, queue_ns, encode_ns = await encoder.lookup_many(
-            [texts[row] for row in missing]
-        )
-        vectors[missing] = looked
-        for row, hit in zip(missing, hits, strict=True):
+        found = await encoder.lookup_many([texts[row] for row in missing])
+        vectors[missing] = found.vectors
+        for row, hit in zip(missing, found.cached, strict=True):
             cached[row] = hit
-        return QueryBatch(vectors, texts, cached, queue_ns, encode_ns)
+        return QueryBatch(vectors, texts, cached, found.queue_ns, found.encode_ns)
 
     @staticmethod
     def _check_time(serving: ServingRelease, context: CallContext, *, must_encode: bool) -> None:

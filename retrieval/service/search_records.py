@@ -9,7 +9,8 @@ from typing import NamedTuple, Protocol
 from index_builder.search.entity_index import EntityIndex
 from retrieval.config import ServeConfig
 from retrieval.observability.impressions import Impression, ImpressionLog
-from retrieval.observability.metrics import STAGES, Metrics
+from retrieval.observability.metric_catalogue import STAGES
+from retrieval.observability.metrics import Metrics
 from retrieval.observability.shadow_recall import Sample, ShadowRecall
 from retrieval.releases.manager import LiveReleases
 from retrieval.releases.serving_release import ServingRelease

@@ -13,7 +13,8 @@ from index_builder.search.entity_index import EntityIndex
 from protos import retrieval_pb2 as pb
 from retrieval.config import ServeConfig
 from retrieval.observability.impressions import ImpressionLog
-from retrieval.observability.metrics import Labels, Metrics
+from retrieval.observability.metric_catalogue import Labels
+from retrieval.observability.metrics import Metrics
 from retrieval.observability.tracing import Tracer
 from retrieval.releases.manager import LiveReleases
 from retrieval.releases.serving_release import ServingRelease
@@ -270,15 +271,11 @@ class RetrievalService:
         rows: list[tuple[str, Labels, float]] = [
             ("omni_in_flight", (), float(self.admission.in_flight)),
             ("omni_refused", (), float(refused)),
+            ("omni_cached_answers_hits", (), float(answers.hits)),
+            ("omni_cached_answers_misses", (), float(answers.misses)),
+            ("omni_cached_answers", (), float(len(answers))),
+            ("omni_cached_answers_bytes", (), float(answers.size_bytes)),
         ]
-        # The second name is the former one, exported for one version
-        for name in ("omni_cached_answers", "omni_answers_kept"):
-            rows += [
-                (f"{name}_hits", (), float(answers.hits)),
-                (f"{name}_misses", (), float(answers.misses)),
-                (name, (), float(len(answers))),
-                (f"{name}_bytes", (), float(answers.size_bytes)),
-            ]
         impressions = self.recorder.impressions
         if impressions is not None:
             rows.append(("omni_impressions_dropped", (), float(impressions.dropped)))

@@ -1,3 +1,5 @@
+"""Batches by token budget, delay and length; and lists of texts longer than the queue."""
+
 import asyncio
 import threading
 from collections.abc import Sequence
@@ -56,9 +58,7 @@ async def until(condition) -> None:
     raise AssertionError("did not happen")
 
 
-async def test_texts_that_wait_together_are_encoded_together_by_length(
-    tower: Tower, executor
-) -> None:
+async def test_batcher_waiting_texts_are_batched_by_length(tower: Tower, executor) -> None:
     batcher = Batcher(tower, executor, DIMENSION)
     tower.gate.clear()
     first = asyncio.ensure_future(batcher.submit("first"))
@@ -74,7 +74,7 @@ async def test_texts_that_wait_together_are_encoded_together_by_length(
         assert answer.queue_ns >= 0 and answer.encode_ns > 0
 
 
-async def test_a_batch_closes_at_its_token_budget(tower: Tower, executor) -> None:
+async def test_batcher_batch_closes_at_token_budget(tower: Tower, executor) -> None:
     batcher = Batcher(tower, executor, DIMENSION, max_tokens=32)
     tower.gate.clear()
     tasks = [asyncio.ensure_future(batcher.submit("x")) for _ in range(11)]
@@ -85,7 +85,7 @@ async def test_a_batch_closes_at_its_token_budget(tower: Tower, executor) -> Non
     assert sum(map(len, tower.batches)) == 11
 
 
-async def test_an_idle_encoder_waits_for_company_when_told_to(tower: Tower, executor) -> None:
+async def test_batcher_max_delay_idle_encoder_waits_for_more_texts(tower: Tower, executor) -> None:
     batcher = Batcher(tower, executor, DIMENSION, max_delay_seconds=0.2)
     tasks = [asyncio.ensure_future(batcher.submit("x"))]
     await asyncio.sleep(0.01)
@@ -94,7 +94,7 @@ async def test_an_idle_encoder_waits_for_company_when_told_to(tower: Tower, exec
     assert tower.batches == [["x", "y"]]
 
 
-async def test_work_of_callers_who_have_gone_is_never_encoded(tower: Tower, executor) -> None:
+async def test_batcher_cancelled_texts_are_not_encoded(tower: Tower, executor) -> None:
     batcher = Batcher(tower, executor, DIMENSION)
     tower.gate.clear()
     first = asyncio.ensure_future(batcher.submit("first"))
@@ -111,7 +111,7 @@ async def test_work_of_callers_who_have_gone_is_never_encoded(tower: Tower, exec
     assert batcher.dropped == 1
 
 
-async def test_a_full_queue_refuses_with_a_hint_and_makes_room_for_those_who_left(
+async def test_batcher_full_queue_refuses_with_hint_and_frees_cancelled_places(
     tower: Tower, executor
 ) -> None:
     batcher = Batcher(tower, executor, DIMENSION, max_queue=2)
@@ -131,7 +131,7 @@ async def test_a_full_queue_refuses_with_a_hint_and_makes_room_for_those_who_lef
     await asyncio.gather(running, waiting[1], late)
 
 
-async def test_one_bad_text_does_not_fail_its_neighbours(tower: Tower, executor) -> None:
+async def test_batcher_bad_text_fails_alone(tower: Tower, executor) -> None:
     batcher = Batcher(tower, executor, DIMENSION)
     tower.bad, tower.nan = {"bad"}, {"nan"}
     tower.gate.clear()
@@ -149,7 +149,7 @@ def cached_encoder(tower: Tower, executor, **settings: int) -> tuple[CachedEncod
     return CachedEncoder(QueryCache(1_000_000, 1e6), batcher, "s/", DIMENSION, max_queue=8), batcher
 
 
-async def test_a_list_longer_than_the_queue_is_encoded_in_parts_that_leave_room_for_others(
+async def test_lookup_many_longer_than_queue_leaves_room_for_other_callers(
     tower: Tower, executor
 ) -> None:
     encoder, batcher = cached_encoder(tower, executor)
@@ -172,7 +172,7 @@ async def test_a_list_longer_than_the_queue_is_encoded_in_parts_that_leave_room_
     assert all((await encoder.lookup_many(lists[0]))[1])
 
 
-async def test_a_list_is_refused_by_the_work_of_others_and_keeps_what_it_has_encoded(
+async def test_lookup_many_refused_by_full_queue_keeps_encoded_part_cached(
     tower: Tower, executor
 ) -> None:
     encoder, batcher = cached_encoder(tower, executor, max_tokens=8)  # one text at a time
@@ -195,9 +195,7 @@ async def test_a_list_is_refused_by_the_work_of_others_and_keeps_what_it_has_enc
     assert cached == [True] * 4 + [False] * 16
 
 
-async def test_a_caller_who_leaves_a_list_takes_only_its_own_waits_along(
-    tower: Tower, executor
-) -> None:
+async def test_lookup_many_cancelled_leaves_other_callers_encodes(tower: Tower, executor) -> None:
     encoder, batcher = cached_encoder(tower, executor)
     tower.gate.clear()
     running = asyncio.ensure_future(encoder.lookup("running"))
@@ -216,6 +214,6 @@ async def test_a_caller_who_leaves_a_list_takes_only_its_own_waits_along(
     )
 
 
-def test_token_estimates_stay_within_the_towers_limit() -> None:
+def test_estimated_tokens_stay_within_tower_limit() -> None:
     assert estimated_tokens("") == 3 and estimated_tokens("x" * 10_000) == 64
     assert [bucket_of(n) for n in (1, 8, 9, 33, 64, 500)] == [8, 8, 16, 64, 64, 64]

@@ -1,9 +1,12 @@
+"""The query cache, one encode per distinct miss, and the Redis tier behind it."""
+
 import asyncio
 import shutil
 import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from hypothesis import strategies as st
 
 from retrieval.encoding.cached_encoder import CachedEncoder, Encoded
 from retrieval.encoding.query_cache import QueryCache, entry_bytes, namespace
-from retrieval.encoding.redis_tier import RedisTier
+from retrieval.encoding.redis_tier import RedisSettings, RedisTier
 from retrieval.errors import Overloaded
 
 DIMENSION = 8
@@ -32,7 +35,7 @@ class Clock:
 
 
 class SlowEncoder:
-    """Encodes when told to."""
+    """Encodes once its gate is open."""
 
     def __init__(self) -> None:
         self.gate = asyncio.Event()
@@ -52,7 +55,7 @@ class SlowEncoder:
         return Encoded(unit(len(text)), 1, 2)
 
 
-def test_long_texts_count() -> None:
+def test_cache_long_keys_count_against_byte_bound() -> None:
     cache = QueryCache(100_000, 100.0, Clock())
     for i in range(200):
         cache.put(f"{i} " + "x" * 9_000, unit(i))
@@ -60,7 +63,7 @@ def test_long_texts_count() -> None:
     assert len(cache) == 100_000 // entry_bytes("199 " + "x" * 9_000, unit(0).nbytes) == 10
 
 
-def test_entries_expire_by_age_and_the_byte_bound_holds() -> None:
+def test_cache_entries_expire_by_age_within_byte_bound() -> None:
     clock = Clock()
     cache = QueryCache(20_000, 100.0, clock)
     for i in range(200):
@@ -78,7 +81,7 @@ def test_entries_expire_by_age_and_the_byte_bound_holds() -> None:
 @given(
     st.lists(st.tuples(st.sampled_from(["get", "put", "wait"]), st.integers(0, 12)), max_size=60)
 )
-def test_the_cache_never_returns_another_keys_vector_nor_an_old_one(
+def test_cache_any_sequence_returns_only_fresh_vector_of_the_key(
     steps: list[tuple[str, int]],
 ) -> None:
     clock, cache, written = Clock(), QueryCache(5_000, 10.0, lambda: clock.now), dict[str, float]()
@@ -96,7 +99,7 @@ def test_the_cache_never_returns_another_keys_vector_nor_an_old_one(
                 assert clock.now - written[key] < 10.0
 
 
-def test_cached_vectors_cannot_be_changed_by_callers() -> None:
+def test_cache_vector_is_a_read_only_copy() -> None:
     cache, vector = QueryCache(10_000, 10.0), unit(1)
     cache.put("a", vector)
     vector[:] = 0
@@ -106,7 +109,7 @@ def test_cached_vectors_cannot_be_changed_by_callers() -> None:
         found[0] = 5
 
 
-def test_frequent_names_the_most_used_texts_of_one_encoder_only() -> None:
+def test_cache_frequent_lists_most_used_texts_of_one_encoder() -> None:
     cache = QueryCache(100_000, 100.0)
     old, new = namespace("a" * 64, "torch-fp32"), namespace("a" * 64, "onnx-int8")
     for i in range(5):
@@ -118,7 +121,7 @@ def test_frequent_names_the_most_used_texts_of_one_encoder_only() -> None:
     assert cache.frequent(new, 5) == ["other"]
 
 
-async def test_concurrent_misses_of_one_text_are_encoded_once() -> None:
+async def test_cached_encoder_concurrent_misses_are_encoded_once() -> None:
     encoder = SlowEncoder()
     cached = CachedEncoder(QueryCache(10_000, 10.0), encoder, "s/", DIMENSION)
     waiting = [asyncio.ensure_future(cached.lookup("blue")) for _ in range(20)]
@@ -130,7 +133,7 @@ async def test_concurrent_misses_of_one_text_are_encoded_once() -> None:
     assert (await cached.lookup("blue")).cached
 
 
-async def test_work_is_dropped_only_when_every_caller_has_gone() -> None:
+async def test_cached_encoder_all_callers_cancelled_drops_the_encode() -> None:
     encoder = SlowEncoder()
     cached = CachedEncoder(QueryCache(10_000, 10.0), encoder, "s/", DIMENSION)
     first, second = (asyncio.ensure_future(cached.lookup("blue")) for _ in range(2))
@@ -146,7 +149,7 @@ async def test_work_is_dropped_only_when_every_caller_has_gone() -> None:
     assert not (await cached.lookup("blue")).cached, "a later caller starts afresh"
 
 
-async def test_a_failure_reaches_every_caller_and_is_not_cached() -> None:
+async def test_cached_encoder_failure_reaches_all_callers_and_is_not_cached() -> None:
     encoder = SlowEncoder()
     encoder.error = Overloaded("encoder", 1, 10)
     encoder.gate.set()
@@ -159,7 +162,7 @@ async def test_a_failure_reaches_every_caller_and_is_not_cached() -> None:
     assert not (await cached.lookup("blue")).cached
 
 
-async def test_lookup_many_keeps_the_order_and_encodes_a_repeated_text_once() -> None:
+async def test_cached_encoder_lookup_many_keeps_order_and_encodes_repeats_once() -> None:
     encoder = SlowEncoder()
     encoder.gate.set()
     cached = CachedEncoder(QueryCache(10_000, 10.0), encoder, "s/", DIMENSION)
@@ -169,6 +172,10 @@ async def test_lookup_many_keeps_the_order_and_encodes_a_repeated_text_once() ->
 
 
 Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], object]
+
+
+def tier_at(url: str, **settings: Any) -> RedisTier:
+    return RedisTier(RedisSettings(url=url, ttl_seconds=100.0, **settings), DIMENSION)
 
 
 async def fake_redis(answer: bytes | None) -> tuple[asyncio.Server, str]:
@@ -193,9 +200,9 @@ def bulk(value: bytes) -> bytes:
     [None, b"garbage\r\n", b"$-5\r\n", bulk(b""), bulk(b"x" * 32), b"*3\r\n:1\r\n"],
     ids=repr,
 )
-async def test_a_slow_or_lying_redis_is_a_miss_and_never_an_error(answer: bytes | None) -> None:
+async def test_redis_tier_late_or_malformed_answer_is_a_miss(answer: bytes | None) -> None:
     server, url = await fake_redis(answer)
-    tier = RedisTier(url, DIMENSION, 100.0, 0.05)
+    tier = tier_at(url, timeout_seconds=0.05)
     encoder = SlowEncoder()
     encoder.gate.set()
     cached = CachedEncoder(QueryCache(10_000, 10.0), encoder, "s/", DIMENSION, tier)
@@ -207,7 +214,7 @@ async def test_a_slow_or_lying_redis_is_a_miss_and_never_an_error(answer: bytes 
 
 
 @pytest.mark.skipif(shutil.which("redis-server") is None, reason="needs redis-server")
-async def test_more_keys_at_once_than_connections_are_no_failure(tmp_path: Path) -> None:
+async def test_redis_tier_more_keys_than_connections_all_answer(tmp_path: Path) -> None:
     socket_path = tmp_path / "redis.sock"
     command = [
         "redis-server",
@@ -226,40 +233,34 @@ async def test_more_keys_at_once_than_connections_are_no_failure(tmp_path: Path)
             if socket_path.exists():
                 break
             await asyncio.sleep(0.01)
-        tier = RedisTier(f"unix://{socket_path}", DIMENSION, 100.0, 5.0)
+        tier = tier_at(f"unix://{socket_path}", timeout_seconds=5.0)
         assert await asyncio.gather(*(tier.get(f"k{i}") for i in range(300))) == [None] * 300
-        assert (tier.misses, tier.failures) == (300, 0) and not tier.resting
+        assert (tier.misses, tier.failures) == (300, 0) and not tier.suspended
         await tier.close()
     finally:
         process.kill()
         process.wait()
 
 
-async def test_a_dead_redis_is_left_alone_after_some_failures() -> None:
+async def test_redis_tier_repeated_failures_suspend_it() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     clock = Clock()
-    tier = RedisTier(
-        f"redis://127.0.0.1:{port}/0",
-        DIMENSION,
-        100.0,
-        0.2,
-        max_failures=3,
-        rest_seconds=5.0,
-        clock=clock,
-    )
+    url = f"redis://127.0.0.1:{port}/0"
+    settings = RedisSettings(url=url, ttl_seconds=100.0, timeout_seconds=0.2, max_failures=3)
+    tier = RedisTier(settings, DIMENSION, clock)
     for _ in range(10):
         assert await tier.get("k") is None
-    assert tier.failures == 3 and tier.resting
+    assert tier.failures == 3 and tier.suspended
     clock.now = 5.1
-    assert not tier.resting
+    assert not tier.suspended
     await tier.close()
 
 
-def test_a_value_is_good_only_under_its_own_key_and_secret() -> None:
-    tier = RedisTier("redis://127.0.0.1:1/0", DIMENSION, 100.0, secret="s")
-    other = RedisTier("redis://127.0.0.1:1/0", DIMENSION, 100.0, secret="t")
+def test_redis_tier_value_is_valid_only_under_its_key_and_secret() -> None:
+    tier = tier_at("redis://127.0.0.1:1/0", secret="s")
+    other = tier_at("redis://127.0.0.1:1/0", secret="t")
     value = tier.pack("space/a", unit(1))
     assert len(value) == 16 + 2 * DIMENSION
     found = tier.unpack("space/a", value)

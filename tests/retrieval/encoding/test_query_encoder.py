@@ -35,19 +35,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_server_encodes_as_the_trainer_does(folder: Path) -> None:
+def test_torch_form_equals_trained_tower(folder: Path) -> None:
     served = TorchQueryEncoding(folder).encode(TEXTS)
     np.testing.assert_allclose(served, tiny_query_encoder(1).encode(TEXTS), atol=2e-5)
     np.testing.assert_allclose(np.linalg.norm(served, axis=1), 1.0, atol=1e-5)
 
 
-def test_tokens_are_those_of_the_towers_tokenizer_and_at_most_64(folder: Path) -> None:
+def test_tokenizer_equals_towers_and_cuts_at_64(folder: Path) -> None:
     rows = QueryTokenizer(folder).token_ids(TEXTS)
     assert rows == tiny_query_encoder(1).tokenize(TEXTS)
     assert max(map(len, rows)) == 64
 
 
-def test_a_batch_gives_each_text_what_it_gets_alone(folder: Path) -> None:
+def test_encode_batch_equals_each_text_alone(folder: Path) -> None:
     encoding = TorchQueryEncoding(folder)
     together = encoding.encode(TEXTS)
     for row, text in enumerate(TEXTS):
@@ -55,7 +55,7 @@ def test_a_batch_gives_each_text_what_it_gets_alone(folder: Path) -> None:
     assert encoding.encode([]).shape == (0, 32)
 
 
-def test_padding_to_a_bucket_keeps_the_order_and_one_shape_per_bucket(folder: Path) -> None:
+def test_encode_by_length_pads_to_buckets_and_keeps_order(folder: Path) -> None:
     shapes = []
 
     def forward(ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -68,7 +68,7 @@ def test_padding_to_a_bucket_keeps_the_order_and_one_shape_per_bucket(folder: Pa
     assert set(shapes) <= {8, 16, 32, 64} and len(shapes) == len(set(shapes))
 
 
-def test_an_exported_form_agrees_and_the_int8_file_is_taken_where_the_release_has_it(
+def test_open_query_encoding_exported_int8_is_chosen_and_agrees(
     folder: Path, tmp_path: Path
 ) -> None:
     from encoders.inference.onnx_forms import export_forms
@@ -88,7 +88,7 @@ def test_an_exported_form_agrees_and_the_int8_file_is_taken_where_the_release_ha
     np.testing.assert_allclose(chosen.encode(TEXTS), reference, atol=1e-4)
 
 
-def test_the_form_follows_the_machine_and_the_release(tmp_path: Path) -> None:
+def test_choose_form_follows_machine_and_release(tmp_path: Path) -> None:
     assert choose_form("auto", "auto", tmp_path, has_gpu=True) == "torch-bf16"
     assert choose_form("auto", "auto", tmp_path, has_gpu=False) == "torch-fp32"
     assert choose_form("cpu", "torch", tmp_path, has_gpu=True) == "torch-fp32"
@@ -100,7 +100,7 @@ def test_the_form_follows_the_machine_and_the_release(tmp_path: Path) -> None:
         choose_form("cuda", "auto", tmp_path, has_gpu=False)
 
 
-def test_files_that_are_no_model_are_refused(folder: Path, tmp_path: Path) -> None:
+def test_open_query_encoding_damaged_files_raise_bundle_error(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"tokenizer\.json"):
         QueryTokenizer(tmp_path)
     (tmp_path / "broken.onnx").write_bytes(b"not a model")
@@ -110,7 +110,7 @@ def test_files_that_are_no_model_are_refused(folder: Path, tmp_path: Path) -> No
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not gpu_available(), reason="no CUDA device")
-def test_cuda_graphs_agree_with_the_reference(folder: Path) -> None:
+def test_cuda_form_agrees_with_torch_fp32(folder: Path) -> None:
     from retrieval.encoding.query_encoder import CudaQueryEncoding
 
     made = CudaQueryEncoding(folder).encode(TEXTS)

@@ -8,8 +8,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from retrieval.errors import AddressInUse
-from retrieval.observability.logs import JsonFormatter
-from retrieval.observability.metrics import CATALOGUE, Metrics, exposition, merge_snapshots
+from retrieval.observability.logs import PACKAGES, JsonFormatter, configure_logging
+from retrieval.observability.metric_catalogue import CATALOGUE, FORMER_NAMES
+from retrieval.observability.metrics import Metrics, exposition, merge_snapshots
 from retrieval.observability.tracing import Tracer
 from retrieval.web.http_server import HttpServer, Request, Response
 
@@ -20,12 +21,12 @@ def sample(metrics: Metrics) -> dict:
     }
 
 
-def test_every_metric_of_the_catalogue_is_exposed_with_its_help() -> None:
+def test_exposition_holds_every_metric_of_the_catalogue() -> None:
     metrics = Metrics()
     metrics.count("omni_requests", ("Retrieve", "OK"), 3)
     metrics.histogram("omni_request_seconds", ("Retrieve",)).observe(0.004)
     families = sample(metrics)
-    assert set(families) == set(CATALOGUE)
+    assert set(families) == set(CATALOGUE) | set(FORMER_NAMES)
     assert families["omni_requests"].samples[0].value == 3
     buckets = {
         s.labels["le"]: s.value
@@ -39,7 +40,19 @@ def test_every_metric_of_the_catalogue_is_exposed_with_its_help() -> None:
     )
 
 
-def test_workers_are_merged_as_their_meaning_demands() -> None:
+def test_exposition_former_name_has_the_values_of_the_new_one() -> None:
+    metrics = Metrics()
+    metrics.add_source(
+        lambda: [("omni_cached_answers_hits", (), 4.0), ("omni_cached_answers_bytes", (), 90.0)]
+    )
+    families = sample(metrics)
+    for former, value in (("omni_answers_kept_hits", 4.0), ("omni_answers_kept_bytes", 90.0)):
+        (found,) = families[former].samples
+        assert found.value == value
+        assert FORMER_NAMES[former] in families[former].documentation
+
+
+def test_merge_snapshots_sums_counters_and_takes_slowest_sequence() -> None:
     a, b = Metrics(), Metrics()
     for metrics, sequence, ready in ((a, 7.0, 1.0), (b, 5.0, 0.0)):
         metrics.count("omni_requests", ("Retrieve", "OK"), 2)
@@ -54,14 +67,32 @@ def test_workers_are_merged_as_their_meaning_demands() -> None:
     assert merged["omni_ready"] == {"": 1.0}
 
 
-def test_json_log_lines_carry_extra_fields() -> None:
+def test_json_formatter_extra_fields_are_in_the_line() -> None:
     record = logging.LogRecord("omni.x", logging.INFO, "f", 1, "served %s", ("r1",), None)
     record.release_id = "r1"
     line = json.loads(JsonFormatter().format(record))
     assert line["message"] == "served r1" and line["release_id"] == "r1" and line["level"] == "info"
 
 
-def test_a_trace_joins_the_callers_and_has_a_span_per_stage() -> None:
+def test_configure_logging_library_lines_are_written_once_in_the_same_form(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    loggers = [logging.getLogger(name) for name in PACKAGES]
+    before = [(list(one.handlers), one.level, one.propagate) for one in loggers]
+    try:
+        configure_logging(as_json=True)
+        for name in ("retrieval.x", "index_builder.y", "encoders.z"):
+            logging.getLogger(name).warning("hello from %s", name)
+    finally:
+        for one, (handlers, level, propagate) in zip(loggers, before, strict=True):
+            one.handlers[:] = handlers
+            one.setLevel(level)
+            one.propagate = propagate
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [line["logger"] for line in lines] == ["retrieval.x", "index_builder.y", "encoders.z"]
+
+
+def test_tracer_call_joins_callers_trace_with_a_span_per_stage() -> None:
     trace = pytest.importorskip("opentelemetry.sdk.trace")
     export = pytest.importorskip("opentelemetry.sdk.trace.export")
     memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
@@ -87,7 +118,7 @@ async def exchange(port: int, content: bytes, to_the_end: bool = False) -> bytes
         writer.close()
 
 
-async def test_http_routes_methods_limits_and_failures() -> None:
+async def test_http_server_routes_methods_limits_and_failures() -> None:
     async def hello(request: Request) -> Response:
         return Response.of_json(
             {

@@ -1,6 +1,4 @@
-"""Samples of a release that is served no more say nothing about the one that is, and hold nothing
-of it in memory.
-"""
+"""Shadow samples: of the served release only, and released once replayed."""
 
 import gc
 import time
@@ -47,7 +45,7 @@ def until(condition) -> None:
     raise AssertionError("did not happen in time")
 
 
-def test_queued_samples_of_the_old_release_are_dropped() -> None:
+def test_shadow_queued_sample_of_former_release_is_dropped() -> None:
     shadow = ShadowRecall(0.0, 1.0, Metrics())
     shadow.offer(sample(Index()))
     shadow.forget()
@@ -57,7 +55,7 @@ def test_queued_samples_of_the_old_release_are_dropped() -> None:
     assert shadow.replay(sample(Index())) == 1.0 and len(shadow.estimates()) == 1
 
 
-def test_a_replayed_sample_is_not_kept_while_none_follows() -> None:
+def test_shadow_replayed_sample_is_released_before_the_next() -> None:
     shadow = ShadowRecall(1.0, 1.0, Metrics())
     index = Index()
     gone = weakref.ref(index)
@@ -68,7 +66,7 @@ def test_a_replayed_sample_is_not_kept_while_none_follows() -> None:
     shadow.close()
 
 
-def test_what_is_older_than_the_window_is_forgotten(monkeypatch) -> None:
+def test_shadow_samples_older_than_window_are_dropped(monkeypatch) -> None:
     shadow = ShadowRecall(0.0, 1.0, Metrics())
     now = time.monotonic()
     for age in (3 * WINDOW_SECONDS, 2 * WINDOW_SECONDS, 1.0):
@@ -84,11 +82,12 @@ def test_what_is_older_than_the_window_is_forgotten(monkeypatch) -> None:
     assert not shadow.estimates() and not shadow._windows
 
 
-def test_a_server_keeps_blas_to_one_thread_so_that_exact_scans_stay_within_their_share_of_a_core(
+def test_server_blas_has_one_thread(
     tmp_path: Path,
 ) -> None:
     with threadpool_limits(2, user_api="blas"):
-        pass  # whoever set the number before controls it no longer
+        pass  # a limit set earlier is lifted again
+    # Exact scans of shadow recall must stay within their share of a core
     with serving(tmp_path):
         threads = [
             pool["num_threads"]

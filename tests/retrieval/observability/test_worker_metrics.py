@@ -1,6 +1,4 @@
-"""What the workers of a server have counted outlives them: a counter that goes down is a restart to
-Prometheus.
-"""
+"""Metrics of several workers: counts outlive a worker, as Prometheus takes a drop for a restart."""
 
 import fcntl
 import json
@@ -44,7 +42,7 @@ def ended_process() -> int:
 
 
 def killed(folder: Path, calls: int) -> None:
-    """Leave the file of a worker that ended without a word."""
+    """Leave the file of a worker that was killed."""
     path = folder / f"{ended_process()}-{time.time_ns()}.json"
     path.with_suffix(".part").write_text(json.dumps(worker(folder, calls)[0].snapshot()))
     path.with_suffix(".part").rename(path)
@@ -55,7 +53,7 @@ def counted(shared: SharedSnapshots) -> tuple[float, int]:
     return merged["omni_requests"][CALLS], sum(merged["omni_request_seconds"]["Retrieve"][:-1])
 
 
-def test_counts_of_a_killed_worker_stay_and_its_gauges_go(tmp_path: Path) -> None:
+def test_merged_killed_worker_keeps_counts_and_loses_gauges(tmp_path: Path) -> None:
     killed(tmp_path, 5)
     _, shared = worker(tmp_path, 2)
     for _ in range(3):
@@ -68,7 +66,7 @@ def test_counts_of_a_killed_worker_stay_and_its_gauges_go(tmp_path: Path) -> Non
     assert counted(shared) == (17, 17)
 
 
-def test_a_worker_that_leaves_hands_its_last_counts_over(tmp_path: Path) -> None:
+def test_remove_ended_worker_hands_over_its_last_counts(tmp_path: Path) -> None:
     metrics, first = worker(tmp_path, 5)
     first.write()
     metrics.count("omni_requests", ("Retrieve", "OK"), 4)  # after its last file
@@ -80,13 +78,13 @@ def test_a_worker_that_leaves_hands_its_last_counts_over(tmp_path: Path) -> None
     assert counted(worker(tmp_path, 0)[1])[0] == 10
 
 
-def test_what_a_scrape_has_said_is_kept_though_the_worker_dies_at_once(tmp_path: Path) -> None:
+def test_merged_scraped_counts_outlive_the_worker(tmp_path: Path) -> None:
     _, first = worker(tmp_path, 5)
     assert counted(first) == (5, 5)  # nobody called write
     assert counted(worker(tmp_path, 1)[1]) == (6, 6)
 
 
-def test_files_of_the_dead_do_not_pile_up(tmp_path: Path) -> None:
+def test_merged_files_of_ended_workers_are_removed(tmp_path: Path) -> None:
     for _ in range(5):
         killed(tmp_path, 1)
     _, shared = worker(tmp_path, 0)
@@ -94,7 +92,7 @@ def test_files_of_the_dead_do_not_pile_up(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("[0-9]*.json"))) == 1
 
 
-def test_while_another_worker_adds_up_the_dead_are_counted_where_they_lie(tmp_path: Path) -> None:
+def test_merged_while_sum_is_locked_counts_ended_workers_from_their_files(tmp_path: Path) -> None:
     killed(tmp_path, 5)
     _, shared = worker(tmp_path, 2)
     with open(tmp_path / "lock", "wb") as lock:
@@ -106,7 +104,7 @@ def test_while_another_worker_adds_up_the_dead_are_counted_where_they_lie(tmp_pa
     assert len(list(tmp_path.glob("[0-9]*.json"))) == 1
 
 
-def test_a_worker_killed_between_adding_up_and_removing_counts_no_one_twice(
+def test_merged_killed_between_sum_and_removal_counts_nobody_twice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed(tmp_path, 5)
@@ -122,7 +120,8 @@ def test_a_worker_killed_between_adding_up_and_removing_counts_no_one_twice(
 SCRAPER = """
 import sys
 from pathlib import Path
-from retrieval.observability import Metrics, SharedSnapshots
+from retrieval.observability.metrics import Metrics
+from retrieval.observability.shared_metrics import SharedSnapshots
 
 metrics, said = Metrics(), []
 shared = SharedSnapshots(Path(sys.argv[1]), metrics)
@@ -133,7 +132,7 @@ assert said == sorted(said) and said[-1] == 40, said
 """
 
 
-def test_workers_that_scrape_at_the_same_time_see_no_count_go_down_or_come_twice(
+def test_merged_concurrent_scrapes_see_counts_only_grow(
     tmp_path: Path,
 ) -> None:
     scrapers = [
@@ -149,7 +148,7 @@ def test_workers_that_scrape_at_the_same_time_see_no_count_go_down_or_come_twice
     assert [scraper.wait(60) for scraper in scrapers] == [0, 0, 0]
 
 
-def test_a_folder_that_is_gone_or_holds_nonsense_does_not_fail_a_scrape(tmp_path: Path) -> None:
+def test_merged_missing_folder_or_damaged_files_do_not_fail(tmp_path: Path) -> None:
     folder = tmp_path / "shared"
     folder.mkdir()
     (folder / "1-1.json").write_text("half a fi")

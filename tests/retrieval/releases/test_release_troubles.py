@@ -19,7 +19,7 @@ from index_builder.releases.release import Release
 from index_builder.releases.store import ReleaseStore
 from retrieval.config import ServeConfig
 from retrieval.encoding.query_cache import QueryCache
-from retrieval.encoding.redis_tier import RedisTier
+from retrieval.encoding.redis_tier import RedisSettings, RedisTier
 from retrieval.observability.metrics import Metrics
 from retrieval.releases import manager as live_releases
 from retrieval.releases.manager import LiveReleases
@@ -205,7 +205,9 @@ async def test_a_redis_address_that_is_none_is_named_and_leaves_nothing_behind(
 ) -> None:
     releases = releases_of(
         store,
-        redis=lambda dimension: RedisTier("user:secret@cache:6379", dimension, 60.0),
+        redis=lambda dimension: RedisTier(
+            RedisSettings(url="user:secret@cache:6379", ttl_seconds=60.0), dimension
+        ),
         watch=False,
     )
     for _ in range(2):

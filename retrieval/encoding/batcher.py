@@ -97,14 +97,14 @@ class Batcher:
         return len(self._queue)
 
     def expected_wait_seconds(self) -> float:
-        """Estimate how long a text that arrives now takes: behind those in the encoder and queue."""
+        """Estimate how long a text that arrives now takes, behind those that are here."""
         left = self._text_seconds * self._running
         if left:
             left = max(0.0, left - (time.perf_counter() - self._running_since))
         return left + self._text_seconds * (len(self._queue) + 1)
 
     def full(self) -> Overloaded | None:
-        """Return the error for one more text when the queue has no place; callers gone have none."""
+        """Return the error for one more text, or None when the queue has a place."""
         if len(self._queue) < self._max_queue:
             return None
         if self._abandoned:

@@ -109,7 +109,7 @@ class QueryCache:
         self.insertions += 1
 
     def frequent(self, prefix: str, count: int) -> list[str]:
-        """Return at most ``count`` texts under ``prefix``, most used first; see ``most_frequent``."""
+        """Return at most ``count`` texts under ``prefix``, most used first, and halve all counts."""
         return [text for text, _ in most_frequent(self.items(), prefix, count)]
 
     def items(self) -> list[tuple[str, Entry]]:
@@ -125,8 +125,9 @@ def most_frequent(
 ) -> list[tuple[str, Entry]]:
     """Return at most ``count`` texts under ``prefix`` with their entries, most used first.
 
-    The counts of all are then halved, so that old use counts for less. A full cache has 180,000 items, which takes some 0.2 s: not for the event loop. A use that is
-    counted meanwhile may get lost.
+    The counts of all are then halved, so that old use counts for less. A full cache has 180,000
+    items, which takes some 0.2 s: not for the event loop. A use that is counted meanwhile may get
+    lost.
     """
     best = heapq.nlargest(
         count,

@@ -9,7 +9,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from retrieval.encoding.redis_tier import RedisSettings, RedisTier
 from retrieval.errors import AddressInUse
 from retrieval.http2.server import Http2Server
 from retrieval.observability.impressions import ImpressionLog
-from retrieval.observability.metrics import Labels, Metrics, exposition
+from retrieval.observability.metric_catalogue import Labels
+from retrieval.observability.metrics import Metrics, exposition
 from retrieval.observability.shared_metrics import SharedSnapshots
 from retrieval.observability.tracing import Tracer
 from retrieval.releases.manager import LiveReleases

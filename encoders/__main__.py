@@ -1,4 +1,4 @@
-"""``python -m encoders data|enrich|pairs|train|evaluate|embed|export``: the same commands as ``omni``."""
+"""``python -m encoders data|enrich|pairs|train|evaluate|embed|export``: the commands of ``omni``."""
 
 from __future__ import annotations
 

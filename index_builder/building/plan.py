@@ -20,7 +20,7 @@ from index_builder.search.entity_index import IndexConfig
 CALIBRATION_QUERIES = 2_000
 DEFAULT_DIMENSION = 256
 FIXED_MIB = 430
-"""Private memory of a build of any size: interpreter, libraries, blocks of exact scores."""
+"""Private memory of any build, MiB: interpreter, libraries, blocks of exact scores."""
 BYTES_PER_VECTOR_256 = {
     "auto": 6000,
     "symqg": 4400,

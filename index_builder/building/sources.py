@@ -1,4 +1,4 @@
-"""Where a rebuild's vectors come from: a signal store (streamed to disk) or the active release; and its attributes and queries."""
+"""Where a rebuild's vectors, attributes and queries come from: signal stores and releases."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ _VECTOR_COLUMNS = frozenset(
 
 @contextmanager
 def scratch_folder(store: ReleaseStore) -> Iterator[Path]:
-    """A folder inside the store for streamed vectors, removed at the end; leftovers of dead processes are removed at the start."""
+    """Make a folder inside the store for streamed vectors; it is removed at the end.
+
+    What dead processes left is removed at the start.
+    """
     store.root.mkdir(parents=True, exist_ok=True)
     for path in store.root.glob(".input-*"):
         pid = path.name.rpartition("-")[2]
@@ -45,7 +48,7 @@ def scratch_folder(store: ReleaseStore) -> Iterator[Path]:
 def from_signals(
     signals: SignalStore, entity_types: Sequence[str], catalogue: pl.DataFrame | None, scratch: Path
 ) -> dict[str, EntityInput]:
-    """Stream embeddings out of a signal store: only one part and the ids are in memory at a time.
+    """Stream embeddings out of a signal store; one part and the ids are in memory at a time.
 
     Args:
         signals: The signal store.
@@ -60,45 +63,60 @@ def from_signals(
     inputs = {}
     for entity_type in entity_types or signals.entity_types():
         described = signals.describe(entity_type)
-        ids: list[str] = []
-        times: list[np.ndarray] = []
         path = scratch / f"{entity_type}.f32"
-        with open(path, "wb") as file:
-            for part_path in signals.part_paths(entity_type):
-                part = read_part(part_path)
-                if part.space_id != described["space_id"]:
-                    raise SpaceMismatch(described["space_id"], part.space_id, str(part_path))
-                part.vectors.tofile(file)
-                ids += part.ids
-                stamps = (
-                    pq.read_table(part_path, columns=["updated_at"])["updated_at"]
-                    .cast(pa.timestamp("ns", "UTC"))
-                    .cast(pa.int64())
-                )
-                times.append(stamps.combine_chunks().to_numpy(zero_copy_only=False))
+        ids, times = _stream_parts(signals, entity_type, described["space_id"], path)
         if len(ids) != described["rows"]:
             raise DataError(
                 f"signals.json of {entity_type!r} promises {described['rows']} rows, but the parts"
                 f" hold {len(ids)}; embed again"
             )
         shape = (len(ids), int(described["dimension"]))
-        vectors = (
-            np.memmap(path, np.float32, "r", shape=shape) if ids else np.zeros(shape, np.float32)
-        )
+        vectors: np.ndarray = np.zeros(shape, np.float32)
+        if ids:
+            vectors = np.memmap(path, np.float32, "r", shape=shape)
         inputs[entity_type] = EntityInput(
             ids=ids,
             vectors=vectors,
             space_id=described["space_id"],
             attributes=attributes_for(catalogue, entity_type, ids),
-            updated_at_ns=np.concatenate(times) if times else None,
+            updated_at_ns=times,
         )
     return inputs
+
+
+def _stream_parts(
+    signals: SignalStore, entity_type: str, space_id: str, path: Path
+) -> tuple[list[str], np.ndarray | None]:
+    """Write the vectors of all parts to ``path``, raw float32.
+
+    Returns:
+        Ids and int64 ``(N,)`` times, nanoseconds since 1970, in row order.
+
+    Raises:
+        SpaceMismatch: A part was made under another space id.
+    """
+    ids: list[str] = []
+    times: list[np.ndarray] = []
+    with open(path, "wb") as file:
+        for part_path in signals.part_paths(entity_type):
+            part = read_part(part_path)
+            if part.space_id != space_id:
+                raise SpaceMismatch(space_id, part.space_id, str(part_path))
+            part.vectors.tofile(file)
+            ids += part.ids
+            column = pq.read_table(part_path, columns=["updated_at"])["updated_at"]
+            stamps = column.cast(pa.timestamp("ns", "UTC")).cast(pa.int64()).combine_chunks()
+            times.append(stamps.to_numpy(zero_copy_only=False))
+    return ids, np.concatenate(times) if times else None
 
 
 def from_release(
     store: ReleaseStore, entity_types: Sequence[str]
 ) -> tuple[dict[str, EntityInput], Path]:
-    """The active release's own vectors and attributes, to fold the live log into them; and its folder, which serves as the bundle.
+    """Read the active release's own vectors and attributes, to fold the live log into them.
+
+    Returns:
+        Inputs by entity type, and the release's folder, which serves as the bundle.
 
     Raises:
         ReleaseNotFound: Nothing is active.
@@ -130,7 +148,10 @@ def from_release(
 def attributes_for(
     catalogue: pl.DataFrame | None, entity_type: str, ids: Sequence[str]
 ) -> pl.DataFrame | None:
-    """Attributes of one entity type, in row order: every catalogue column but ids, declared vectors and nested values."""
+    """Return attributes of one entity type, in row order.
+
+    They are every catalogue column but ids, declared vectors and nested values.
+    """
     if catalogue is None:
         return None
     rows = (
@@ -154,10 +175,11 @@ def _nested(dtype: pl.DataType) -> bool:
 
 
 def read_query_texts(path: Path, limit: int, seed: int) -> list[str]:
-    """Distinct query strings for calibration and golden queries: a text file (one per line) or a table with a ``query`` column.
+    """Read distinct query strings for calibration and golden queries.
 
     Args:
-        path: The file, or a folder of part files.
+        path: A text file (one per line), or a table with a column ``query`` (also a folder of part
+            files).
         limit: At most this many, drawn at random.
         seed: Of the draw.
 

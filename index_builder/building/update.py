@@ -1,10 +1,10 @@
-"""Apply a file of changes to a running store: embed the new rows with the active release's own towers and append them to the live log."""
+"""Apply a file of changes to a store: embed its rows and append them to the live log."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,15 +54,20 @@ class Changes:
     deletes: dict[str, list[str]]
 
     def counts(self) -> dict[str, dict[str, int]]:
-        """Upserts and deletes per entity type."""
+        """Count upserts and deletes per entity type."""
         result: dict[str, dict[str, int]] = {}
-        by_type = self.upserts["entity_type"].value_counts().rows() if self.upserts.height else []
-        for entity_type, count in by_type:
-            result.setdefault(entity_type, {"upserts": 0, "deletes": 0})["upserts"] += count
+
+        def add(entity_type: str, operation: str, count: int) -> None:
+            counted = result.setdefault(entity_type, {"upserts": 0, "deletes": 0})
+            counted[operation] += count
+
+        if self.upserts.height:
+            for entity_type, count in self.upserts["entity_type"].value_counts().rows():
+                add(entity_type, "upserts", count)
         for entity_type, entries in self.ready.items():
-            result.setdefault(entity_type, {"upserts": 0, "deletes": 0})["upserts"] += len(entries)
+            add(entity_type, "upserts", len(entries))
         for entity_type, ids in self.deletes.items():
-            result.setdefault(entity_type, {"upserts": 0, "deletes": 0})["deletes"] += len(ids)
+            add(entity_type, "deletes", len(ids))
         return dict(sorted(result.items()))
 
 
@@ -84,74 +89,99 @@ def read_changes(path: Path, manifest: Manifest) -> Changes:
         BadAttribute: A value does not fit the release's attribute.
         InvalidVectors: A row's own embedding must not enter an index.
     """
-    raw = pl.concat(
-        [read_raw(file).with_row_index(ROW, offset=1) for file in table_files(path)],
-        how="diagonal_relaxed",
-    )
+    raw = _read_last_rows(path)
+    is_delete = _operations(raw, path) == "delete"
+    rest = raw.drop("op", strict=False)
+    deletes = _deletes(rest.filter(is_delete), path, manifest.dimension)
+    checked = check_frame(rest.filter(~is_delete), schema("catalogue"), path.name)
+    raise_problems(checked.report)
+    frame = _parsed(checked.frame, manifest)
+    _check_attributes(frame, manifest, path.name)
+    ready: dict[str, list[LiveEntry]] = {}
+    if "embedding" in frame.columns:
+        has_vector = frame["embedding"].is_not_null()
+        ready = _ready(frame.filter(has_vector), manifest)
+        frame = frame.filter(~has_vector).drop("embedding")
+    embedded = frame["entity_type"].unique().to_list() if frame.height else []
+    for entity_type in {*deletes, *ready, *embedded} - set(manifest.entities):
+        raise UnknownEntityType(entity_type, sorted(manifest.entities))
+    return Changes(frame, ready, deletes)
+
+
+def _read_last_rows(path: Path) -> pl.DataFrame:
+    """Read the last row about each entity; it wins, as it would one by one."""
+    frames = [read_raw(file).with_row_index(ROW, offset=1) for file in table_files(path)]
+    raw = pl.concat(frames, how="diagonal_relaxed")
     for name in ("id", "entity_type"):
         if name not in raw.columns:
             raise SchemaError(
                 f"{path}: expected columns id, entity_type (and op, title, ...), but {name!r} is"
                 f" missing; got {', '.join(raw.columns[:12])}"
             )
-    raw = raw.unique(
-        ["entity_type", "id"], keep="last", maintain_order=True
-    )  # the last row about an entity wins, as it would one by one
-    operations = (
-        raw["op"].fill_null("upsert").cast(pl.String).str.strip_chars().str.to_lowercase()
-        if "op" in raw.columns
-        else pl.Series(["upsert"] * raw.height)
-    )
+    return raw.unique(["entity_type", "id"], keep="last", maintain_order=True)
+
+
+def _operations(raw: pl.DataFrame, path: Path) -> pl.Series:
+    """Return ``upsert``, ``delete`` or an empty string for each row.
+
+    Raises:
+        RowError: Anything else.
+    """
+    if "op" not in raw.columns:
+        return pl.Series(["upsert"] * raw.height)
+    filled = raw["op"].fill_null("upsert").cast(pl.String)
+    operations = filled.str.strip_chars().str.to_lowercase()
     bad = (~operations.is_in(["upsert", "delete", ""])).arg_true()
     if len(bad):
+        row = int(bad[0])
         raise RowError(
-            f"{path}, row {raw[ROW][int(bad[0])]}: op must be 'upsert' or 'delete', but got"
-            f" {operations[bad[0]]!r}"
+            f"{path}, row {raw[ROW][row]}: op must be 'upsert' or 'delete', but got"
+            f" {operations[row]!r}"
         )
-    is_delete = operations == "delete"
-    rest = raw.drop("op", strict=False)
+    return operations
+
+
+def _deletes(removed: pl.DataFrame, path: Path, dimension: int) -> dict[str, list[str]]:
+    """Return the ids to delete by entity type.
+
+    Raises:
+        RowError: A row lacks an id, or names no entity type.
+    """
     deletes: dict[str, list[str]] = {}
-    removed = rest.filter(is_delete)
-    for row, identifier, entity_type in zip(
-        removed[ROW], cell_texts(removed["id"]), removed["entity_type"]
-    ):
-        if identifier is None or entity_type not in ENTITY_TYPES:
+    ids = cell_texts(removed["id"])
+    for row, id_, entity_type in zip(removed[ROW], ids, removed["entity_type"]):
+        if id_ is None or entity_type not in ENTITY_TYPES:
             raise RowError(
                 f"{path}, row {row}: a delete needs an id and an entity_type among"
-                f" {', '.join(ENTITY_TYPES)}, but got {identifier!r}, {entity_type!r}"
+                f" {', '.join(ENTITY_TYPES)}, but got {id_!r}, {entity_type!r}"
             )
-        check_entry(LiveEntry(id=identifier), manifest.dimension)
-        deletes.setdefault(entity_type, []).append(identifier)
-    checked = check_frame(rest.filter(~is_delete), schema("catalogue"), path.name)
-    raise_problems(checked.report)
-    frame, ready = _parsed(checked.frame, manifest), {}
+        check_entry(LiveEntry(id=id_), dimension)
+        deletes.setdefault(entity_type, []).append(id_)
+    return deletes
+
+
+def _check_attributes(frame: pl.DataFrame, manifest: Manifest, name: str) -> None:
+    """Check every row's attributes against the types the release has.
+
+    Raises:
+        BadAttribute: A value does not fit.
+    """
     for row in frame.drop("embedding", strict=False).iter_rows(named=True):
         entity = manifest.entities.get(row["entity_type"])
         if entity is not None:
-            check_attributes(
-                attributes_of(row),
-                entity.index.get("attributes", {}),
-                f"{path.name}, {row['entity_type']} {row['id']!r}",
-            )
-    if "embedding" in frame.columns:
-        has = frame["embedding"].is_not_null()
-        ready = _ready(frame.filter(has), manifest)
-        frame = frame.filter(~has).drop("embedding")
-    known = set(manifest.entities)
-    for entity_type in {
-        *deletes,
-        *ready,
-        *(frame["entity_type"].unique().to_list() if frame.height else []),
-    } - known:
-        raise UnknownEntityType(entity_type, sorted(known))
-    return Changes(frame, ready, deletes)
+            types = entity.index.get("attributes", {})
+            where = f"{name}, {row['entity_type']} {row['id']!r}"
+            check_attributes(attributes_of(row), types, where)
 
 
 def _parsed(frame: pl.DataFrame, manifest: Manifest) -> pl.DataFrame:
-    """Texts of columns that are numbers or booleans in the release become such, where all of them can: CSV knows no types."""
-    for name in (
-        n for n in frame.columns if frame[n].dtype == pl.String and n not in {"id", "entity_type"}
-    ):
+    """Turn texts into the numbers or booleans the release has, where all of a column can be.
+
+    CSV knows no types.
+    """
+    for name in frame.columns:
+        if frame[name].dtype != pl.String or name in {"id", "entity_type"}:
+            continue
         wanted = {
             entity.index.get("attributes", {}).get(name) for entity in manifest.entities.values()
         } - {None}
@@ -191,12 +221,15 @@ def _ready(frame: pl.DataFrame, manifest: Manifest) -> dict[str, list[LiveEntry]
 
 
 def source_of(row: dict[str, Any]) -> dict[str, Any]:
-    """The catalogue row as JSON values, so that another bundle can embed it again; empty cells are left out."""
+    """Return a catalogue row as JSON values, so that another bundle can embed it again.
+
+    Empty cells are left out.
+    """
     return {name: _json_value(value) for name, value in row.items() if not _missing(value)}
 
 
 def attributes_of(row: dict[str, Any]) -> dict[str, Any]:
-    """What filters and answers see of a catalogue row: every column but ids, vectors and nested values."""
+    """Return what filters and answers see of a row: all but ids, vectors and nested values."""
     return {
         name: _json_value(value)
         for name, value in row.items()
@@ -208,9 +241,8 @@ def attributes_of(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _missing(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, float) and value != value
-    )  # NaN is how pandas says that a number is missing
+    # NaN is how pandas says that a number is missing
+    return value is None or (isinstance(value, float) and value != value)
 
 
 def _nested(value: Any) -> bool:
@@ -223,13 +255,7 @@ def _json_value(value: Any) -> Any:
     return value.isoformat() if hasattr(value, "isoformat") else str(value)
 
 
-def apply_changes(
-    changes: Changes,
-    store: ReleaseStore,
-    bundle: Embedder | None,
-    *,
-    progress: Callable[[int], None] = lambda _: None,
-) -> dict[str, int]:
+def apply_changes(changes: Changes, store: ReleaseStore, bundle: Embedder | None) -> dict[str, int]:
     """Write changes to the live log; each batch is durable before the next is embedded.
 
     Running it again does no harm.
@@ -238,7 +264,6 @@ def apply_changes(
         changes: From ``read_changes``.
         store: With an active release.
         bundle: Its towers; may be None when every upsert brought its vector.
-        progress: Called with the number of changes written so far.
 
     Returns:
         Last sequence number per entity type.
@@ -248,7 +273,6 @@ def apply_changes(
     manifest = read_manifest(store.path_of(current))
     writers: dict[str, LiveLogWriter] = {}
     last: dict[str, int] = {}
-    done = 0
     try:
         for entity_type, entries in _batches(changes, bundle):
             writer = writers.get(entity_type)
@@ -260,8 +284,6 @@ def apply_changes(
                     after=manifest.entities[entity_type].watermark,
                 )
             last[entity_type] = writer.write(entries)
-            done += len(entries)
-            progress(done)
     finally:
         for writer in writers.values():
             writer.close()
@@ -272,23 +294,18 @@ def _batches(changes: Changes, bundle: Embedder | None) -> Iterator[tuple[str, l
     for entity_type, entries in changes.ready.items():
         for start in range(0, len(entries), BATCH_ROWS):
             yield entity_type, entries[start : start + BATCH_ROWS]
-    for (entity_type,), frame in (
-        changes.upserts.group_by("entity_type", maintain_order=True)
-        if changes.upserts.height
-        else ()
-    ):
-        for start in range(0, frame.height, BATCH_ROWS):
-            yield str(entity_type), embed_rows(frame[start : start + BATCH_ROWS], bundle)
+    if changes.upserts.height:
+        by_type = changes.upserts.group_by("entity_type", maintain_order=True)
+        for (name,), frame in by_type:
+            for start in range(0, frame.height, BATCH_ROWS):
+                yield str(name), embed_rows(frame[start : start + BATCH_ROWS], bundle)
     for entity_type, ids in changes.deletes.items():
         for start in range(0, len(ids), BATCH_ROWS):
-            yield (
-                entity_type,
-                [LiveEntry(id=identifier) for identifier in ids[start : start + BATCH_ROWS]],
-            )
+            yield entity_type, [LiveEntry(id=id_) for id_ in ids[start : start + BATCH_ROWS]]
 
 
 def embed_rows(frame: pl.DataFrame, bundle: Embedder | None) -> list[LiveEntry]:
-    """Catalogue rows as upserts with vectors of the bundle's space."""
+    """Embed catalogue rows; return them as upserts with vectors of the bundle's space."""
     assert bundle is not None, "rows without an embedding need a bundle"
     vectors = np.ascontiguousarray(bundle.embed_entities(frame), np.float32)
     return [
@@ -304,27 +321,18 @@ def embed_rows(frame: pl.DataFrame, bundle: Embedder | None) -> list[LiveEntry]:
 
 
 def embed_again(entries: list[LiveEntry], bundle: Embedder) -> list[LiveEntry]:
-    """Live entries of another space as upserts of this bundle's space, from the catalogue rows they carry; their times are kept.
+    """Embed live entries of another space again, from the catalogue rows they carry.
+
+    Their times are kept.
 
     Args:
         entries: Upserts with a ``source``.
         bundle: Of the new space.
     """
-    frame = pl.from_dicts(
-        [{**(entry.source or {}), "id": entry.id} for entry in entries], infer_schema_length=None
-    )
+    rows = [{**(entry.source or {}), "id": entry.id} for entry in entries]
+    frame = pl.from_dicts(rows, infer_schema_length=None)
     checked = check_frame(frame, schema("catalogue"), "live log")
     raise_problems(checked.report)
     times = {entry.id: entry.time_ns for entry in entries}
     fresh = embed_rows(checked.frame, bundle)
-    return [
-        LiveEntry(
-            id=e.id,
-            vector=e.vector,
-            space_id=e.space_id,
-            attributes=e.attributes,
-            source=e.source,
-            time_ns=times[e.id],
-        )
-        for e in fresh
-    ]
+    return [replace(entry, time_ns=times[entry.id]) for entry in fresh]

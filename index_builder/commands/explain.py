@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
@@ -24,14 +24,22 @@ from index_builder.commands.store_option import full_release_id, open_store, sto
 from index_builder.errors import InvalidQuery
 from index_builder.releases.live_follower import LiveFollower
 from index_builder.releases.release import Release
-from index_builder.search.entity_index import EntityIndex
+from index_builder.search.entity_index import EntityIndex, SearchResult
 from index_builder.search.explain import (
     STEPS,
+    FreshVectors,
+    LabelledPairs,
     Waterfall,
     dimension_curve,
     explain_id,
     recall_waterfall,
 )
+
+if TYPE_CHECKING:
+    from encoders.towers.query_tower import QueryEncoder
+
+DIMENSIONS = (16, 32, 64, 128, 256, 512)
+"""Prefix lengths whose recall is shown."""
 
 
 @click.group()
@@ -74,39 +82,26 @@ def query_command(
     release_id: str | None,
     as_json: bool,
 ) -> None:
-    """Show the answers of a query (or the neighbours of an id) beside exact search, and why an id is not among them.
+    """Show the answers of a query beside exact search, and why an id is not among them.
+
+    The query is a text, or the vector of an id, whose neighbours are shown.
 
     Example: omni explain query --entity-type pin --like fluent:heart --id fluent:broken-heart
     --store store
     """
     if (text is None) == (like_id is None):
         raise ConfigError("give either --text or --like")
-    release, follower = _open(store_path, release_id)
-    index, live = release.entity(entity_type), follower.view(entity_type)
-    if like_id is not None:
-        vector = index.vector(like_id)
-        if vector is None:
-            raise InvalidQuery(
-                f"{like_id!r} is not in the {entity_type} index; choose an id that is (omni explain"
-                " query --text ...)"
-            )
-        query = np.ascontiguousarray(vector, np.float32)
-    else:
-        from encoders.towers.query_tower import QueryEncoder
-
-        query = np.asarray(
-            QueryEncoder.load(release.query_encoder_path).encode([text or ""])[0], np.float32
-        )
+    release, _ = _open(store_path, release_id)
+    index = release.entity(entity_type)
+    query = _encoded(release, text) if text is not None else _vector_of(index, str(like_id))
     served = index.search(query, k, filter=expression)
     exact = index.search(query, k, filter=expression, exact=True)
     verdicts = [
-        asdict(explain_id(index, live, query, identifier, k, expression)) for identifier in wanted
+        asdict(explain_id(index, query, identifier, k, expression)) for identifier in wanted
     ]
     release.close()
     if as_json:
-        answers = [
-            {"id": i, "score": round(float(s), 6)} for i, s in zip(served.ids, served.scores)
-        ]
+        scored = zip(served.ids, served.scores)
         print_json(
             {
                 "release_id": release.release_id,
@@ -114,35 +109,53 @@ def query_command(
                 "ef": served.ef,
                 "estimated_recall": served.estimated_recall,
                 "selectivity": served.selectivity,
-                "answers": answers,
+                "answers": [{"id": i, "score": round(float(s), 6)} for i, s in scored],
                 "exact": exact.ids,
                 "why": verdicts,
             }
         )
         return
-    ranks = {identifier: rank + 1 for rank, identifier in enumerate(exact.ids)}
-    title = "title" if "title" in index.attribute_table.schema else None
-    titles = (
-        [row.get("title") for row in index.attributes(served.ids, ["title"])]
-        if title
-        else [None] * len(served.ids)
-    )
-    rows = [
-        (n + 1, i, round(float(s), 4), ranks.get(i), t)
-        for n, (i, s, t) in enumerate(zip(served.ids, served.scores, titles))
-    ]
     say(
         f"release {release.release_id}, plan {served.plan}, ef {served.ef}, estimated recall"
         f" {served.estimated_recall}, selectivity {served.selectivity}"
     )
-    print_table(
-        f"answers of {text or like_id!r}", ("rank", "id", "score", "exact rank", "title"), rows
-    )
+    _print_answers(f"answers of {text or like_id!r}", index, served, exact)
     for verdict in verdicts:
         click.echo(
             f"{verdict['id']}: {verdict['reason']} [{verdict['state']}, score {verdict['score']},"
             f" exact rank {verdict['exact_rank']}]"
         )
+
+
+def _vector_of(index: EntityIndex, identifier: str) -> np.ndarray:
+    vector = index.vector(identifier)
+    if vector is None:
+        raise InvalidQuery(
+            f"{identifier!r} is not in the {index.entity_type} index; choose an id that is (omni"
+            " explain query --text ...)"
+        )
+    return np.ascontiguousarray(vector, np.float32)
+
+
+def _encoded(release: Release, text: str) -> np.ndarray:
+    from encoders.towers.query_tower import QueryEncoder
+
+    tower = QueryEncoder.load(release.query_encoder_path)
+    return np.asarray(tower.encode([text])[0], np.float32)
+
+
+def _print_answers(
+    caption: str, index: EntityIndex, served: SearchResult, exact: SearchResult
+) -> None:
+    ranks = {identifier: rank + 1 for rank, identifier in enumerate(exact.ids)}
+    titles: list[Any] = [None] * len(served.ids)
+    if "title" in index.attribute_table.schema:
+        titles = [row.get("title") for row in index.attributes(served.ids, ["title"])]
+    rows = [
+        (place + 1, id_, round(float(score), 4), ranks.get(id_), title)
+        for place, (id_, score, title) in enumerate(zip(served.ids, served.scores, titles))
+    ]
+    print_table(caption, ("rank", "id", "score", "exact rank", "title"), rows)
 
 
 @group.command("misses")
@@ -211,35 +224,18 @@ def misses_command(
     release, _ = _open(store_path, release_id)
     _require_held(pairs, release, _source(pairs_path, data_dir, split))
     tower = QueryEncoder.load(release.query_encoder_path)
-    waterfalls, curves = [], {}
+    waterfalls: list[Waterfall] = []
+    curves: dict[str, Any] = {}
     for entity_type, index in release.entities.items():
-        rows = pairs.filter(pl.col("entity_type") == entity_type)
-        if not rows.height:
+        labelled = _labelled(pairs, entity_type, limit, expression, tower)
+        if labelled is None:
             continue
-        rows = rows.with_columns(pl.col("entity_id").n_unique().over("query").alias("positives"))
-        rows = rows.sample(min(limit, rows.height), seed=0, shuffle=True)
-        say(f"{entity_type}: {rows.height:,} labelled pairs over {index.count:,} entities")
-        texts = rows["query"].to_list()
-        distinct = list(dict.fromkeys(texts))
-        encoded = dict(zip(distinct, np.asarray(tower.encode(distinct), np.float32)))
-        queries = np.stack([encoded[text] for text in texts])
-        targets = rows["entity_id"].to_list()
-        own = rows["filter"].to_list() if "filter" in rows.columns else None
-        expressions = own or ([expression] * len(texts) if expression else None)
-        waterfalls.append(
-            recall_waterfall(
-                index,
-                queries,
-                targets,
-                k=k,
-                fresh=_fresh(signals, entity_type, release),
-                expressions=expressions,
-                positives=rows["positives"].to_list(),
-            )
+        say(
+            f"{entity_type}: {len(labelled.targets):,} labelled pairs over {index.count:,} entities"
         )
-        curves[entity_type] = dimension_curve(
-            index, queries, targets, k, (16, 32, 64, 128, 256, 512)
-        )
+        fresh = _fresh(signals, entity_type, release)
+        waterfalls.append(recall_waterfall(index, labelled, k=k, fresh=fresh))
+        curves[entity_type] = dimension_curve(index, labelled, k, DIMENSIONS)
     release.close()
     if plot_path is not None:
         plot_waterfalls(waterfalls, plot_path)
@@ -253,6 +249,27 @@ def misses_command(
         )
         return
     _print(waterfalls, curves, k)
+
+
+def _labelled(
+    pairs: pl.DataFrame, entity_type: str, limit: int, expression: str | None, tower: QueryEncoder
+) -> LabelledPairs | None:
+    """Draw pairs of one entity type and embed their queries; None where there are none."""
+    rows = pairs.filter(pl.col("entity_type") == entity_type)
+    if not rows.height:
+        return None
+    rows = rows.with_columns(pl.col("entity_id").n_unique().over("query").alias("positives"))
+    rows = rows.sample(min(limit, rows.height), seed=0, shuffle=True)
+    texts = rows["query"].to_list()
+    distinct = list(dict.fromkeys(texts))
+    encoded = dict(zip(distinct, np.asarray(tower.encode(distinct), np.float32)))
+    filters = rows["filter"].to_list() if "filter" in rows.columns else None
+    return LabelledPairs(
+        queries=np.stack([encoded[text] for text in texts]),
+        targets=rows["entity_id"].to_list(),
+        filters=filters or ([expression] * len(texts) if expression else None),
+        positives=rows["positives"].to_list(),
+    )
 
 
 def _pairs(path: Path | None, data_dir: Path | None, split: str) -> pl.DataFrame:
@@ -322,9 +339,7 @@ def _shown(index: EntityIndex) -> str:
     return f"{index.entity_type} {index.count:,}" + (f" (e.g. {first[0]!r})" if first else "")
 
 
-def _fresh(
-    signals: Path | None, entity_type: str, release: Release
-) -> tuple[list[str], np.ndarray] | None:
+def _fresh(signals: Path | None, entity_type: str, release: Release) -> FreshVectors | None:
     if signals is None:
         return None
     from encoders.errors import SpaceMismatch
@@ -333,7 +348,7 @@ def _fresh(
     found = SignalStore(signals).read(entity_type)
     if found.space_id != release.space_id:
         raise SpaceMismatch(release.space_id, found.space_id, f"signals of {entity_type!r}")
-    return found.ids, found.vectors
+    return FreshVectors(found.ids, found.vectors)
 
 
 def _print(waterfalls: list[Waterfall], curves: dict[str, Any], k: int) -> None:

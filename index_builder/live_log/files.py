@@ -1,11 +1,12 @@
-"""Files of the live log: their names and headers, and how far writes were promised.
+"""Files of the live log: their names and headers, and how far writes were acknowledged.
 
 Layout of ``<store>/live/<entity_type>/``:
 
 - ``log-<first sequence>.bin``: append-only records, a new file every 64 MiB.
-- ``acknowledged``: how far writes were promised. What is invalid before that point is corruption
-  and refused. Readers stop there: behind it lies a write under way, which may still fail, or what a
-  crash left; the next writer promises what is whole of it and cuts off the rest.
+- ``acknowledged``: how far writes were acknowledged. What is invalid before that point is
+  corruption and refused. Readers stop there: behind it lies a write under way, which may still
+  fail, or what a crash left; the next writer acknowledges what is whole of it and cuts off the
+  rest.
 - ``writer.lock``: an ``flock``; the kernel frees it when its holder dies.
 """
 
@@ -24,24 +25,28 @@ from index_builder.errors import LiveLogCorrupt, LiveLogError
 from index_builder.live_log.records import FILE_HEADER, FILE_MAGIC, FILE_VERSION
 from index_builder.storage.durable_files import write_durably
 
-_ACKNOWLEDGED = struct.Struct(
-    "<8sQQQ"
-)  # magic, first sequence of the file, end offset in it, last sequence
+# Magic, first sequence of the file, end offset in it, last sequence
+_ACKNOWLEDGED = struct.Struct("<8sQQQ")
 _ACK_MAGIC = b"OMNIACK1"
 ACKNOWLEDGED_NAME = "acknowledged"
+_READ_ATTEMPTS = 20
+_RETRY_SECONDS = 0.001
 
 
 @dataclass(frozen=True, slots=True)
 class Acknowledged:
-    """How far writes were promised: file (by its first sequence number), offset behind the last promised record, its sequence number."""
+    """How far writes were acknowledged."""
 
     file: int = 0
+    """First sequence number of the file that holds the last acknowledged record."""
     offset: int = 0
+    """Offset behind that record."""
     sequence: int = 0
+    """Its sequence number."""
 
 
 def log_files(folder: Path) -> list[tuple[int, Path]]:
-    """The log's files as ``(first sequence, path)``, in order."""
+    """Return the log's files as ``(first sequence, path)``, in order."""
     found = []
     for path in folder.glob("log-*.bin"):
         digits = path.stem[4:]
@@ -51,32 +56,30 @@ def log_files(folder: Path) -> list[tuple[int, Path]]:
 
 
 def read_acknowledged(folder: Path) -> Acknowledged:
-    """Read how far writes were promised; zeros for a new log.
+    """Read how far writes were acknowledged; zeros for a new log.
 
     Raises:
         LiveLogCorrupt: The file does not check, or is gone while the log's files are there.
     """
     path = folder / ACKNOWLEDGED_NAME
-    for attempt in range(20):
+    content = b""
+    for _ in range(_READ_ATTEMPTS):
         try:
             content = path.read_bytes()
         except FileNotFoundError:
             if not log_files(folder):
                 return Acknowledged()
-            if path.exists():  # the log was begun this moment: the promise comes first
+            if path.exists():  # the log was begun this moment: this file comes first
                 continue
             raise LiveLogCorrupt(
                 f"{path}: the file is missing, so nothing tells whether the log lost its end."
                 " Restore it from a replica or backup; or take what the log's own checksums prove"
                 " as all that was written: omni release verify --live --trust-log"
             ) from None
-        if len(content) == _ACKNOWLEDGED.size + 8:
-            body, checksum = content[:-8], struct.unpack("<Q", content[-8:])[0]
-            magic, file, offset, sequence = _ACKNOWLEDGED.unpack(body)
-            if magic == _ACK_MAGIC and xxhash.xxh3_64_intdigest(body) == checksum:
-                return Acknowledged(file, offset, sequence)
-        if attempt < 19:
-            time.sleep(0.001)  # a write of these 40 bytes may be under way
+        value = _decoded(content)
+        if value is not None:
+            return value
+        time.sleep(_RETRY_SECONDS)  # a write of these 40 bytes may be under way
     raise LiveLogCorrupt(
         f"{path}: expected {_ACKNOWLEDGED.size + 8} bytes with a valid checksum, but got"
         f" {len(content)} bytes that do not check. The log itself may be whole: to take what its"
@@ -85,13 +88,26 @@ def read_acknowledged(folder: Path) -> Acknowledged:
     )
 
 
+def _decoded(content: bytes) -> Acknowledged | None:
+    """Return what ``_content`` encoded; None if it does not check."""
+    if len(content) != _ACKNOWLEDGED.size + 8:
+        return None
+    body, checksum = content[:-8], struct.unpack("<Q", content[-8:])[0]
+    magic, file, offset, sequence = _ACKNOWLEDGED.unpack(body)
+    if magic != _ACK_MAGIC or xxhash.xxh3_64_intdigest(body) != checksum:
+        return None
+    return Acknowledged(file, offset, sequence)
+
+
 def _content(value: Acknowledged) -> bytes:
     body = _ACKNOWLEDGED.pack(_ACK_MAGIC, value.file, value.offset, value.sequence)
     return body + struct.pack("<Q", xxhash.xxh3_64_intdigest(body))
 
 
 def still_named(path: Path, descriptor: int, end: int) -> bool:
-    """Whether ``path`` names the open file and it reaches ``end``; False after a restore, be it by rename or in place.
+    """Return whether ``path`` names the open file and it reaches ``end``.
+
+    False after a restore, be it by rename or in place.
 
     Raises:
         FileNotFoundError: Nothing has that name.
@@ -101,7 +117,9 @@ def still_named(path: Path, descriptor: int, end: int) -> bool:
 
 
 def begin_acknowledged(folder: Path, value: Acknowledged) -> None:
-    """Put the file there durably, whole or not at all; before the first file of a log, so that a log without it is known to be damaged.
+    """Create ``acknowledged`` durably, whole or not at all.
+
+    It comes before the first file of a log, so that a log without it is known to be damaged.
 
     Raises:
         DiskFull: No room.
@@ -110,13 +128,13 @@ def begin_acknowledged(folder: Path, value: Acknowledged) -> None:
 
 
 def write_acknowledged(folder: Path, value: Acknowledged) -> None:
-    """Promise more.
+    """Acknowledge more.
 
-    Not synced: losing power may lose promises, which then guard less, but never the entries they
-    are about.
+    Not synced: losing power may lose what it says, which then guards less, but never the entries it
+    is about.
 
     Raises:
-        OSError: The promise is the old one, the new one, or torn.
+        OSError: The file is the old one, the new one, or torn.
     """
     descriptor = os.open(folder / ACKNOWLEDGED_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
@@ -137,7 +155,12 @@ def write_all(descriptor: int, content: bytes, offset: int) -> None:
 
 
 def check_header(content: bytes | memoryview, first: int, path: Path) -> bool:
-    """Whether a whole, valid file header stands at the start; False if it is still being written."""
+    """Return whether a whole file header stands at the start; False while it is being written.
+
+    Raises:
+        LiveLogCorrupt: The header belongs to another log or file.
+        LiveLogError: A newer engine wrote it.
+    """
     if len(content) < FILE_HEADER.size:
         return False
     magic, version, reserved, found = FILE_HEADER.unpack_from(content)
@@ -155,7 +178,7 @@ def check_header(content: bytes | memoryview, first: int, path: Path) -> bool:
 
 
 def ends_early(entity_type: str, watermark: int, last: int) -> str:
-    """The message about a log that ends before the watermark of the release over which it is read or written."""
+    """Return the message about a log that ends before the watermark of its release."""
     return (
         f"live log of {entity_type!r}: entries up to {watermark} are in the release, but the log"
         f" ends at {last}: it was removed and begun again, or belongs to another store. Restore it;"
@@ -165,7 +188,7 @@ def ends_early(entity_type: str, watermark: int, last: int) -> str:
 
 
 def was_cut(entity_type: str, known: int, last: int) -> str:
-    """The message about a log that lost entries which this process knows."""
+    """Return the message about a log that lost entries which this process knows."""
     return (
         f"live log of {entity_type!r}: entries up to {known} were acknowledged and seen here, but"
         f" the log now ends at {last}: it was put back without its end. Put it back whole; to give"

@@ -1,4 +1,4 @@
-"""Care of a live log between writes: adopt what a crash left whole, trust its checksums alone, collect files that releases hold."""
+"""Care of a live log between writes: adopt what a crash left, trust checksums, collect files."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ ADOPT_SECONDS = 5.0
 
 
 def adopt_tail(live_root: Path, entity_type: str) -> None:
-    """Promise what a crash left whole behind the last promise, as the next writer would; costs a glance where there is nothing.
+    """Acknowledge what a crash left whole, as the next writer would.
 
-    A power failure may lose promises of durable writes, so whoever begins to read a log should not
-    wait for the next write to see them. Nothing is done where that is impossible: for a damaged log
-    (which reading it reports), or one that only others may write.
+    A power failure may lose acknowledgements of durable writes, so whoever begins to read a log
+    should not wait for the next write to see them. Nothing is done where that is impossible: for a
+    damaged log (which reading it reports), or one that only others may write.
     """
     folder = live_root / entity_type
     try:
         files = log_files(folder)
         if not files:
             return
-        promised = read_acknowledged(folder)
-        if promised.file == files[-1][0] and promised.offset == files[-1][1].stat().st_size:
+        acknowledged = read_acknowledged(folder)
+        first, path = files[-1]
+        if acknowledged.file == first and acknowledged.offset == path.stat().st_size:
             return
         end = LiveLogEnd(live_root, entity_type, lock_timeout_seconds=ADOPT_SECONDS)
         try:
@@ -41,16 +42,15 @@ def adopt_tail(live_root: Path, entity_type: str) -> None:
                 pass
         finally:
             end.close()
-    except (
-        LiveLogError,
-        DiskFull,
-        OSError,
-    ):  # a writer that holds the lock for so long has adopted it itself
+    except (LiveLogError, DiskFull, OSError):
+        # A writer that holds the lock for so long has adopted it itself
         return
 
 
 def trust_log(live_root: Path, entity_type: str) -> int:
-    """Take what a log's own checksums prove as all that was ever promised: the way out when ``acknowledged`` was lost or damaged.
+    """Take what a log's own checksums prove as all that was ever acknowledged.
+
+    For a log whose file ``acknowledged`` was lost or damaged.
 
     Returns:
         Sequence number of the last entry.
@@ -86,7 +86,9 @@ def trust_log(live_root: Path, entity_type: str) -> int:
 
 
 def collect_files(live_root: Path, entity_type: str, watermark: int) -> list[Path]:
-    """Remove whole log files whose entries are all at or below ``watermark``; the newest file always stays.
+    """Remove whole log files whose entries are all at or below ``watermark``.
+
+    The newest file always stays.
 
     Args:
         live_root: ``<store>/live``.

@@ -1,4 +1,7 @@
-"""Reading a live log: acknowledged entries in order as they come, damage told and never passed over, files that are put back taken up."""
+"""Reading a live log: acknowledged entries in order as they come.
+
+Damage is reported and never skipped; files that are restored are read on.
+"""
 
 from __future__ import annotations
 
@@ -50,10 +53,10 @@ class LiveLogReader:
         self.close()
 
     def poll(self, limit: int = 1_000_000) -> list[LiveEntry]:
-        """Entries acknowledged since the last call, in order; empty when there is nothing new.
+        """Read the entries acknowledged since the last call, in order.
 
         What lies before a damage is returned; it is the next call that raises, and each one after
-        it until the damage is put right.
+        it until the damage is repaired.
 
         Args:
             limit: At most about this many entries in one call.
@@ -66,26 +69,30 @@ class LiveLogReader:
             LiveLogError: Entries behind ``after`` were already collected, or a newer engine wrote
                 the log.
         """
-        return self.read(
-            limit, read_acknowledged(self.folder)
-        )  # read first: what it promises must be in the files read afterwards
+        # Read first: what it acknowledges must be in the files read afterwards
+        acknowledged = read_acknowledged(self.folder)
+        return self.read(limit, acknowledged)
 
-    def read(self, limit: int, promised: Acknowledged | None) -> list[LiveEntry]:
-        """``poll`` with a promise that was read before; None reads whatever checks."""
+    def read(self, limit: int, acknowledged: Acknowledged | None) -> list[LiveEntry]:
+        """Read up to what was acknowledged; None reads whatever checks."""
         entries: list[LiveEntry] = []
         try:
-            self._collect(entries, limit, promised)
+            self._collect(entries, limit, acknowledged)
         except Exception:
-            # They count as delivered: the caller gets them first, and what is wrong is found again
-            # by the next call
+            # They count as delivered: the caller gets them first, and the next call finds what is
+            # wrong again
             if not entries:
                 raise
         return entries
 
-    def _collect(self, entries: list[LiveEntry], limit: int, promised: Acknowledged | None) -> None:
-        # Behind the promise lie writes that may still fail. What is in the release already is only
-        # checked, promised or not.
-        last_readable = sys.maxsize if promised is None else max(promised.sequence, self.sequence)
+    def _collect(
+        self, entries: list[LiveEntry], limit: int, acknowledged: Acknowledged | None
+    ) -> None:
+        # Behind what was acknowledged lie writes that may still fail. What is in the release
+        # already is only checked, acknowledged or not.
+        last_readable = (
+            sys.maxsize if acknowledged is None else max(acknowledged.sequence, self.sequence)
+        )
         while self._open():
             grown = self._read_file(entries, limit, last_readable)
             if len(entries) >= limit:
@@ -97,9 +104,9 @@ class LiveLogReader:
             elif not grown:
                 break
         last = max(self._next - 1, 0)
-        if promised is not None and last < promised.sequence:
+        if acknowledged is not None and last < acknowledged.sequence:
             raise LiveLogCorrupt(
-                f"live log of {self.entity_type!r}: entries up to {promised.sequence} were"
+                f"live log of {self.entity_type!r}: entries up to {acknowledged.sequence} were"
                 f" acknowledged, but the files hold valid entries only up to {last}"
                 f" ({self._file_path().name if self._file else 'no file'}, byte {self._offset})."
                 " Restore the file from a replica or backup; serving goes on with what was read"
@@ -113,7 +120,7 @@ class LiveLogReader:
 
     @property
     def position(self) -> tuple[int, int]:
-        """First sequence number of the file being read, and the offset behind the last entry."""
+        """First sequence number of the open file, and the offset behind the last entry."""
         return (self._file[0] if self._file else 0), self._offset
 
     def _file_path(self) -> Path:
@@ -148,13 +155,12 @@ class LiveLogReader:
         return whole
 
     def _is_current(self) -> bool:
-        """Whether the open file is the one to go on in."""
+        """Return whether the open file is the one to go on in."""
         assert self._descriptor is not None and self._file is not None
         try:
             return still_named(self._file[1], self._descriptor, self._offset)
-        except (
-            FileNotFoundError
-        ):  # collected, since every release holds its entries: what is open is read to its end
+        except FileNotFoundError:
+            # Collected, since every release holds its entries: what is open is read to its end
             return True
 
     def _read_file(self, entries: list[LiveEntry], limit: int, last_readable: int) -> bool:

@@ -1,4 +1,4 @@
-"""The bytes of the live log: one entry per record, each with its length, sequence number and checksum."""
+"""The bytes of the live log: records with length, sequence number and checksum, one an entry."""
 
 from __future__ import annotations
 
@@ -18,12 +18,10 @@ FILE_MAGIC = b"OMNILIVE"
 FILE_VERSION = 1
 FILE_HEADER = struct.Struct("<8sIIQ")  # magic, version, reserved, first sequence
 RECORD_MAGIC = b"OLR1"
-RECORD_HEADER = struct.Struct(
-    "<4sIQQ"
-)  # magic, payload bytes, sequence, xxh3-64 of (length, sequence, payload)
-_PAYLOAD_HEADER = struct.Struct(
-    "<BQ32sHII"
-)  # operation, time ns, space id, id bytes, dimension, JSON bytes
+# Magic, payload bytes, sequence, xxh3-64 of (length, sequence, payload)
+RECORD_HEADER = struct.Struct("<4sIQQ")
+# Operation, time ns, space id, id bytes, dimension, JSON bytes
+_PAYLOAD_HEADER = struct.Struct("<BQ32sHII")
 MAX_PAYLOAD_BYTES = 16 * 2**20
 UPSERT, DELETE = 1, 2
 _NO_SPACE = bytes(32)
@@ -54,7 +52,7 @@ class LiveEntry:
 
     @property
     def is_delete(self) -> bool:
-        """Whether this entry removes the entity."""
+        """Whether this entry deletes the entity."""
         return self.vector is None
 
 
@@ -115,7 +113,7 @@ def _checksum(length: int, sequence: int, payload: bytes | memoryview) -> int:
 
 
 def encode_payload(entry: LiveEntry, time_ns: int) -> bytes:
-    """Everything of an entry but its sequence number, as bytes.
+    """Encode everything of an entry but its sequence number.
 
     Raises:
         LiveLogError: Attributes or source cannot be written as JSON, or the entry is larger than 16
@@ -129,11 +127,10 @@ def encode_payload(entry: LiveEntry, time_ns: int) -> bytes:
     if entry.source is not None:
         extra["source"] = entry.source
     try:
-        text = (
-            json.dumps(extra, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
-            if extra
-            else b""
-        )
+        text = b""
+        if extra:
+            compact = json.dumps(extra, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+            text = compact.encode()
         space = bytes.fromhex(entry.space_id) if entry.space_id else _NO_SPACE
     except (TypeError, ValueError) as error:
         raise LiveLogError(
@@ -159,19 +156,14 @@ def encode_payload(entry: LiveEntry, time_ns: int) -> bytes:
 
 def frame(payload: bytes, sequence: int) -> bytes:
     """Put the record header before a payload."""
-    return (
-        RECORD_HEADER.pack(
-            RECORD_MAGIC, len(payload), sequence, _checksum(len(payload), sequence, payload)
-        )
-        + payload
-    )
+    checksum = _checksum(len(payload), sequence, payload)
+    return RECORD_HEADER.pack(RECORD_MAGIC, len(payload), sequence, checksum) + payload
 
 
 def decode_payload(payload: memoryview, sequence: int) -> LiveEntry:
-    """Inverse of ``encode_payload``; the vector is a private read-only copy."""
-    operation, time_ns, space, id_bytes, dimension, text_bytes = _PAYLOAD_HEADER.unpack_from(
-        payload
-    )
+    """Decode what ``encode_payload`` encoded; the vector is a private read-only copy."""
+    fields = _PAYLOAD_HEADER.unpack_from(payload)
+    operation, time_ns, space, id_bytes, dimension, text_bytes = fields
     start = _PAYLOAD_HEADER.size
     identifier = str(payload[start : start + id_bytes], "utf-8")
     start += id_bytes
@@ -192,7 +184,10 @@ def decode_payload(payload: memoryview, sequence: int) -> LiveEntry:
 
 
 def next_record(content: memoryview, offset: int, sequence: int) -> tuple[memoryview, int] | None:
-    """The payload of the record at ``offset`` and the offset after it; None if no whole, valid record of that number stands there."""
+    """Return the payload of the record at ``offset`` and the offset after it.
+
+    None if no whole, valid record of that sequence number stands there.
+    """
     body = offset + RECORD_HEADER.size
     if body > len(content):
         return None

@@ -1,9 +1,12 @@
-"""The end of a live log, where one writer at a time appends: found, cleaned of what a crash left, written all or nothing."""
+"""The end of a live log, where one writer at a time appends, all or nothing.
+
+It is found again before each write, and cleaned of what a crash left.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -49,7 +52,6 @@ class LiveLogEnd:
         entity_type: Which log.
         file_bytes: A new file is begun when the last one is larger.
         lock_timeout_seconds: How long to wait for another writing process.
-        before_sync: Called between write and fsync; for fault injection only.
 
     Attributes:
         sequence: Number of the last entry, as this object knows it.
@@ -62,20 +64,16 @@ class LiveLogEnd:
         *,
         file_bytes: int = DEFAULT_FILE_BYTES,
         lock_timeout_seconds: float = 30.0,
-        before_sync: Callable[[], None] | None = None,
     ) -> None:
         self.folder = live_root / entity_type
         self.entity_type = entity_type
         self.sequence = 0
-        self._file_bytes, self._timeout, self._before_sync = (
-            file_bytes,
-            lock_timeout_seconds,
-            before_sync,
-        )
+        self._file_bytes = file_bytes
+        self._timeout = lock_timeout_seconds
         self._file: tuple[int, Path] | None = None
         self._descriptor: int | None = None
         self._offset = 0  # behind the last entry
-        self._promised = Acknowledged()
+        self._acknowledged = Acknowledged()
         self._failed: _Failed | None = None
 
     @contextmanager
@@ -88,8 +86,8 @@ class LiveLogEnd:
 
         Raises:
             LiveLogBusy: Another process kept the lock.
-            LiveLogCorrupt: What was promised does not check any more.
-            DiskFull: No room for what has to be mended first.
+            LiveLogCorrupt: What was acknowledged does not check any more.
+            DiskFull: No room for what has to be repaired first.
         """
         lock = self._locked()
         try:
@@ -99,9 +97,9 @@ class LiveLogEnd:
             lock.release()
 
     def append(self, payloads: Sequence[bytes]) -> int:
-        """Write records, make them durable and promise them; within ``held``.
+        """Write records, make them durable and acknowledge them; within ``held``.
 
-        What fails before the promise stands is taken back.
+        What fails before that is taken back.
 
         Returns:
             Sequence number of the last one.
@@ -115,20 +113,23 @@ class LiveLogEnd:
         content = b"".join(
             frame(payload, sequence) for sequence, payload in enumerate(payloads, self.sequence + 1)
         )
-        promise = Acknowledged(
+        end = Acknowledged(
             self._file[0], self._offset + len(content), self.sequence + len(payloads)
         )
         with (
-            self._all_or_nothing(self._offset, promise),
+            self._all_or_nothing(self._offset, end),
             disk_full_is_clear("writing the live log", self.folder),
         ):
             write_all(self._descriptor, content, self._offset)
-            if self._before_sync is not None:
-                self._before_sync()
-            os.fdatasync(self._descriptor)
-            write_acknowledged(self.folder, promise)
-        self._offset, self.sequence = promise.offset, promise.sequence
+            self._sync()
+            write_acknowledged(self.folder, end)
+        self._offset = end.offset
+        self.sequence = end.sequence
         return self.sequence
+
+    def _sync(self) -> None:
+        assert self._descriptor is not None
+        os.fdatasync(self._descriptor)
 
     def close(self) -> None:
         """Close the open file; what was written is durable already."""
@@ -148,51 +149,53 @@ class LiveLogEnd:
         return lock
 
     @contextmanager
-    def _all_or_nothing(self, end: int, promise: Acknowledged) -> Iterator[None]:
-        """What fails in here has happened where ``promise`` stands all the same; else nothing of it stays behind ``end``."""
+    def _all_or_nothing(self, start: int, wanted: Acknowledged) -> Iterator[None]:
+        """Let a write count if ``wanted`` is on disk in the end; else leave nothing of it.
+
+        Args:
+            start: Offset where the write began.
+            wanted: What it acknowledges.
+        """
         assert self._file is not None
         try:
             yield
         except BaseException as error:
-            self._failed = _Failed(self._file, end, self._promised, promise)
-            stands = False
+            self._failed = _Failed(self._file, start, self._acknowledged, wanted)
+            happened = False
             with suppress(OSError, LiveLogError):
-                stands = self._settle()
-            if not (stands and isinstance(error, OSError | DiskFull)):
+                happened = self._settle()
+            if not (happened and isinstance(error, OSError | DiskFull)):
                 raise
-        self._promised = promise
+        self._acknowledged = wanted
 
     def _settle(self) -> bool:
-        """Decide a write that failed: it counts if its promise stands, else nothing may stay of it.
+        """Decide a write that failed: it counts if it was acknowledged, else nothing of it stays.
 
-        Holds the writer's lock.
-
-        A disk that fails may refuse this, too. The next write begins with it, so that what was
-        refused is not found whole and promised.
+        The writer's lock is held. A disk that fails may refuse this, too. The next write begins
+        with it, so that what was refused is not found whole and acknowledged.
 
         Returns:
-            Whether the promise of that write stands.
+            Whether that write was acknowledged.
 
         Raises:
-            OSError: Not yet.
+            OSError: The disk refuses.
             LiveLogCorrupt: ``acknowledged`` is gone.
         """
         failed = self._failed
         if failed is None:
             return False
         try:
-            promised = read_acknowledged(self.folder)
+            acknowledged = read_acknowledged(self.folder)
         except LiveLogCorrupt:
             if not (self.folder / ACKNOWLEDGED_NAME).exists():
                 raise
-            promised = failed.before  # torn by the write that failed
-            write_acknowledged(self.folder, promised)
-        if (
-            promised == failed.before
-        ):  # else nobody may cut off what stands behind it: it was promised, by this writer or the next
-            _cut(failed.file[1], failed.end)
+            acknowledged = failed.before  # torn by the write that failed
+            write_acknowledged(self.folder, acknowledged)
+        # Else what follows was acknowledged, by this writer or the next: nobody may cut it off
+        if acknowledged == failed.before:
+            _cut(failed.file[1], failed.start)
         self._failed = None
-        return promised == failed.promise
+        return acknowledged == failed.wanted
 
     def _new_file(self) -> None:
         self.close()
@@ -215,16 +218,16 @@ class LiveLogEnd:
     def _catch_up(self, after: int) -> None:
         """Find the end of the log: other processes may have written, or died while writing.
 
-        Holds the writer's lock.
+        The writer's lock is held.
         """
         with disk_full_is_clear("taking back a write that failed", self.folder):
             self._settle()
-        promised = self._promised = read_acknowledged(self.folder)
+        acknowledged = self._acknowledged = read_acknowledged(self.folder)
         files = log_files(self.folder)
         if not files:
             self.close()  # of a file that was removed
             self._file = None
-            if (lost := max(promised.sequence, self.sequence)) > after:
+            if (lost := max(acknowledged.sequence, self.sequence)) > after:
                 raise LiveLogCorrupt(
                     f"live log of {self.entity_type!r}: entries up to {lost} were acknowledged, but"
                     " its files are gone; restore them"
@@ -232,33 +235,40 @@ class LiveLogEnd:
             self.sequence = after
             return
         known = self.sequence
+        first, path = files[-1]
         try:
-            if (
-                self._file != files[-1]
-                or self._descriptor is None
-                or not still_named(files[-1][1], self._descriptor, self._offset)
-            ):
-                first, path = files[-1]
-                if not self._reopen(
-                    first, path, promised
-                ):  # died while starting the file: nothing in it was promised
-                    path.unlink()
-                    fsync_folder(self.folder)
-                    self._catch_up(after)
-                    return
-            self._find_end(files[-1][1], promised, known, after)
-        except BaseException:  # the next call begins at the start of the file, which may have been restored, and knows what it has to hold
+            if not self._is_open(first, path) and not self._reopen(first, path, acknowledged):
+                # A writer died while starting the file: nothing in it was acknowledged
+                path.unlink()
+                fsync_folder(self.folder)
+                self._catch_up(after)
+                return
+            self._find_end()
+            self._check_end(path, acknowledged, known, after)
+            self._adopt_end(acknowledged)
+        except BaseException:
+            # The next call begins at the start of the file, which may have been restored, and knows
+            # what it has to hold
             self.close()
             self.sequence = known
             raise
 
-    def _reopen(self, first: int, path: Path, promised: Acknowledged) -> bool:
-        """Open a file at its start; False, with none open, if its header was not finished and nothing in it was promised."""
+    def _is_open(self, first: int, path: Path) -> bool:
+        """Return whether this very file is open, and was not replaced or shortened."""
+        if self._file != (first, path) or self._descriptor is None:
+            return False
+        return still_named(path, self._descriptor, self._offset)
+
+    def _reopen(self, first: int, path: Path, acknowledged: Acknowledged) -> bool:
+        """Open a file at its start.
+
+        False, with none open, if its header was not finished and nothing in it was acknowledged.
+        """
         self.close()
         self._file = (first, path)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         head = os.pread(self._descriptor, FILE_HEADER.size, 0)
-        if len(head) < FILE_HEADER.size and promised.file != first:
+        if len(head) < FILE_HEADER.size and acknowledged.file != first:
             self.close()
             self._file = None
             return False
@@ -267,14 +277,13 @@ class LiveLogEnd:
         self._offset, self.sequence = FILE_HEADER.size, first - 1
         return True
 
-    def _find_end(self, path: Path, promised: Acknowledged, known: int, after: int) -> None:
-        """Go to the end of the open file's valid entries, promise those that are not, and cut off what is behind them."""
-        assert self._descriptor is not None and self._file is not None
+    def _find_end(self) -> None:
+        """Go to the end of the open file's valid entries."""
+        assert self._descriptor is not None
         size = os.fstat(self._descriptor).st_size
         while self._offset < size:
-            content = memoryview(
-                os.pread(self._descriptor, min(_READ_BYTES, size - self._offset), self._offset)
-            )
+            wanted = min(_READ_BYTES, size - self._offset)
+            content = memoryview(os.pread(self._descriptor, wanted, self._offset))
             position = 0
             while (found := next_record(content, position, self.sequence + 1)) is not None:
                 position = found[1]
@@ -282,9 +291,17 @@ class LiveLogEnd:
             self._offset += position
             if position == 0:
                 break
-        if self.sequence < promised.sequence:
+
+    def _check_end(self, path: Path, acknowledged: Acknowledged, known: int, after: int) -> None:
+        """Check that the valid entries reach as far as they must.
+
+        Raises:
+            LiveLogCorrupt: Entries are missing that were acknowledged, are known here, or are in
+                the release.
+        """
+        if self.sequence < acknowledged.sequence:
             raise LiveLogCorrupt(
-                f"live log of {self.entity_type!r}: entries up to {promised.sequence} were"
+                f"live log of {self.entity_type!r}: entries up to {acknowledged.sequence} were"
                 f" acknowledged, but {path.name} is valid only up to entry {self.sequence} (byte"
                 f" {self._offset}). Nothing was written or cut off; restore the file from a replica"
                 " or backup."
@@ -293,34 +310,45 @@ class LiveLogEnd:
             raise LiveLogCorrupt(ends_early(self.entity_type, after, self.sequence))
         if self.sequence < known:
             raise LiveLogCorrupt(was_cut(self.entity_type, known, self.sequence))
-        if self._offset < size:  # the torn tail of a writer that died before it promised anything
+
+    def _adopt_end(self, acknowledged: Acknowledged) -> None:
+        """Acknowledge valid entries that are not yet, and cut off what is behind them."""
+        assert self._descriptor is not None and self._file is not None
+        if self._offset < os.fstat(self._descriptor).st_size:
+            # The torn tail of a writer that died before it acknowledged anything
             os.ftruncate(self._descriptor, self._offset)
             os.fdatasync(self._descriptor)
-        is_begun = promised.file == self._file[0]
-        is_promised = self.sequence <= promised.sequence or self._offset == FILE_HEADER.size
-        if is_begun and is_promised:
+        is_begun = acknowledged.file == self._file[0]
+        nothing_new = self.sequence <= acknowledged.sequence or self._offset == FILE_HEADER.size
+        if is_begun and nothing_new:
             return
         with disk_full_is_clear("making the end of the live log durable", self.folder):
-            _write_again(self._descriptor, promised.offset if is_begun else 0, self._offset)
+            _write_again(self._descriptor, acknowledged.offset if is_begun else 0, self._offset)
             os.fdatasync(self._descriptor)
             if not is_begun:
                 fsync_folder(self.folder)
-        if not is_promised:  # whole entries of a writer that died, or its promise was lost
-            promise = Acknowledged(self._file[0], self._offset, self.sequence)
-            with (
-                self._all_or_nothing(self._offset, promise),
-                disk_full_is_clear("promising the end of the live log", self.folder),
-            ):
-                write_acknowledged(self.folder, promise)
+        if nothing_new:
+            return
+        # Whole entries of a writer that died, or whose acknowledgement was lost
+        end = Acknowledged(self._file[0], self._offset, self.sequence)
+        with (
+            self._all_or_nothing(self._offset, end),
+            disk_full_is_clear("acknowledging the end of the live log", self.folder),
+        ):
+            write_acknowledged(self.folder, end)
 
 
 class _Failed(NamedTuple):
-    """A write about which nothing is decided: where it began, what was promised before, and what it was to promise."""
+    """A write about which nothing is decided."""
 
     file: tuple[int, Path]
-    end: int
+    """First sequence number and path of its file."""
+    start: int
+    """Offset where it began."""
     before: Acknowledged
-    promise: Acknowledged
+    """What was acknowledged before it."""
+    wanted: Acknowledged
+    """What it was to acknowledge."""
 
 
 def _cut(path: Path, end: int) -> None:
@@ -344,6 +372,9 @@ def _cut(path: Path, end: int) -> None:
 
 
 def _write_again(descriptor: int, start: int, end: int) -> None:
-    """Write what stands there once more: after an fsync that failed, the next one says nothing of pages that never reached the disk."""
+    """Write the same bytes once more.
+
+    After an fsync that failed, the next one says nothing of pages that never reached the disk.
+    """
     for offset in range(start, end, _READ_BYTES):
         write_all(descriptor, os.pread(descriptor, min(_READ_BYTES, end - offset), offset), offset)

@@ -1,4 +1,7 @@
-"""Writing a live log: upserts and deletes of many threads, durable before they return, with one fsync for those who wait together."""
+"""Writing a live log: upserts and deletes of many threads, durable before they return.
+
+Threads that wait together share one fsync.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from index_builder.live_log.reader import LiveLogReader
 from index_builder.live_log.records import LiveEntry, check_entry, encode_payload
@@ -28,7 +28,6 @@ class LiveLogWriter:
         after: Watermark of the active release: a log that is not there begins behind it, one that
             ends before it is refused.
         lock_timeout_seconds: How long to wait for another writing process.
-        before_sync: Called between write and fsync; for fault injection only.
     """
 
     def __init__(
@@ -40,21 +39,20 @@ class LiveLogWriter:
         file_bytes: int = DEFAULT_FILE_BYTES,
         after: int = 0,
         lock_timeout_seconds: float = 30.0,
-        before_sync: Callable[[], None] | None = None,
     ) -> None:
         self.folder = live_root / entity_type
         self.after = after
-        self.entity_type, self.dimension = entity_type, dimension
+        self.entity_type = entity_type
+        self.dimension = dimension
         self._end = LiveLogEnd(
             live_root,
             entity_type,
             file_bytes=file_bytes,
             lock_timeout_seconds=lock_timeout_seconds,
-            before_sync=before_sync,
         )
         self._queue: list[_Batch] = []
-        self._queue_lock, self._commit_lock = threading.Lock(), threading.Lock()
-        self._pending: list[LiveEntry] = []
+        self._queue_lock = threading.Lock()
+        self._commit_lock = threading.Lock()
         with self._end.held(after):
             pass
 
@@ -63,35 +61,10 @@ class LiveLogWriter:
         """Sequence number of the last entry that this writer knows."""
         return self._end.sequence
 
-    def upsert(
-        self,
-        id: str,
-        vector: np.ndarray,
-        attributes: dict[str, Any] | None = None,
-        *,
-        space_id: str,
-        source: dict[str, Any] | None = None,
-    ) -> None:
-        """Queue an upsert; it is durable after ``sync``. Raises as ``write`` does."""
-        entry = LiveEntry(
-            id=id, vector=vector, space_id=space_id, attributes=attributes or {}, source=source
-        )
-        check_entry(entry, self.dimension)
-        self._pending.append(entry)
-
-    def delete(self, id: str) -> None:
-        """Queue a delete; it is durable after ``sync``."""
-        entry = LiveEntry(id=id)
-        check_entry(entry, self.dimension)
-        self._pending.append(entry)
-
-    def sync(self) -> int:
-        """Write what is queued and return its last sequence number once it is durable."""
-        pending, self._pending = self._pending, []
-        return self.write(pending)
-
     def write(self, entries: Iterable[LiveEntry]) -> int:
-        """Append entries; returns when they are on disk (fsync), and only then may the caller acknowledge them.
+        """Append entries; return when they are on disk (fsync).
+
+        Only then may the caller acknowledge them.
 
         Args:
             entries: In order. All of them are checked before the first is written.
@@ -127,10 +100,10 @@ class LiveLogWriter:
         return batch.sequence
 
     def write_unless_changed(self, entries: Iterable[LiveEntry], since: int) -> int:
-        """Append those entries about whose id nobody has written behind sequence ``since``, as ``write`` does.
+        """Append those entries whose id has no newer write than sequence ``since``.
 
         That is looked up under the writer's lock, so that what is made from an older entry never
-        undoes a newer one.
+        undoes a newer one. Otherwise as ``write``.
 
         Args:
             entries: In order, with different ids.
@@ -157,7 +130,7 @@ class LiveLogWriter:
             batch.payloads = list(payloads.values())
 
         try:
-            drop_changed()  # most of it before others have to wait
+            drop_changed()  # most of them before others have to wait
             with self._commit_lock:
                 self._commit([batch], drop_changed)
         finally:
@@ -177,7 +150,10 @@ class LiveLogWriter:
         self.close()
 
     def _commit(self, group: Sequence[_Batch], prepare: Callable[[], None] = lambda: None) -> None:
-        """Write a group of batches; ``prepare`` is called when the log's end is known and nobody else can write."""
+        """Write a group of batches.
+
+        ``prepare`` is called when the log's end is known and nobody else can write.
+        """
         try:
             with self._end.held(self.after):
                 prepare()

@@ -1,21 +1,23 @@
-"""Why an id was not returned, and where labelled recall is lost: every step against its exact oracle."""
+"""Why an id was not returned, and at which step labelled recall is lost."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Unpack
 
 import numpy as np
 
-from index_builder.filters.attributes import AttributeTable
+from encoders.exact_search import exact_top_k
 from index_builder.filters.expression import parse_filter
 from index_builder.filters.selection import BoundFilter
-from index_builder.search.entity_index import EntityIndex
-from index_builder.search.live_segments import LiveView
+from index_builder.search.entity_index import EntityIndex, SearchOptions
+from index_builder.search.live_merge import live_mask
+from index_builder.search.request import SearchResult
 
 STEPS = ("labels", "encoder", "dimension cut", "staleness", "quantisation", "graph", "filter")
 _WIDE_EF = 20_000
+_SAME_SCORE = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,123 +44,125 @@ class Verdict:
     returned_at: int | None = None
 
 
+class _Visible(NamedTuple):
+    """All entities that a search could return, base rows first."""
+
+    scores: np.ndarray
+    """float32 ``(V,)``, inner products with the query."""
+    passing: np.ndarray | None
+    """bool ``(V,)``, which pass the filter; None without one."""
+
+    def rank(self, score: float, filtered: bool = False) -> int:
+        """Return the rank from 1 of a score among all, or among those that pass the filter."""
+        scores = self.scores[self.passing] if filtered else self.scores
+        return 1 + int(np.count_nonzero(scores > score + _SAME_SCORE))
+
+
 def explain_id(
-    index: EntityIndex,
-    live: LiveView | None,
-    query: np.ndarray,
-    identifier: str,
-    k: int,
-    expression: str | None = None,
+    index: EntityIndex, query: np.ndarray, identifier: str, k: int, expression: str | None = None
 ) -> Verdict:
     """Follow one id through everything a search does.
 
     Args:
         index: With its live entries attached.
-        live: The same live entries, or None.
         query: float32 ``(D,)``, unit norm.
         identifier: The id that was (not) returned.
-        k: Answers asked for.
+        k: Answers wanted.
         expression: Filter of the search, or None.
 
     Raises:
         FilterError: The filter does not parse or does not fit.
     """
+    live = index.live
     row = index.row_of(identifier)
     place = live.find(identifier) if live is not None else None
-    hidden = (
-        live is not None
-        and live.hidden_rows is not None
-        and row is not None
-        and bool(live.hidden_rows[row])
-    )
     if place is None and row is None:
-        return Verdict(
-            identifier,
-            "missing",
+        reason = (
             "it is neither in the release nor in the live log: it was never indexed, or its id is"
-            " spelled differently",
+            " spelled differently"
         )
-    if place is None and hidden:
-        return Verdict(
-            identifier, "tombstoned", "it was deleted by a live write after the release was built"
-        )
+        return Verdict(identifier, "missing", reason)
     vector = index.vector(identifier)
-    assert vector is not None, "a visible id has a vector"
+    if vector is None:
+        reason = "it was deleted by a live write after the release was built"
+        return Verdict(identifier, "tombstoned", reason)
     score = float(vector @ query)
-    scores, passing = _visible(index, live, query, expression)
-    rank = 1 + int(np.count_nonzero(scores > score + 1e-6))
+    visible = _visible(index, query, expression)
     answer = index.search(query, k, filter=expression)
-    returned = answer.ids.index(identifier) + 1 if identifier in answer.ids else None
-    state = "live" if place is not None else "base"
-    passes, filtered_rank = True, None
-    if expression is not None:
-        assert passing is not None
-        passes = _passes(index, live, identifier, expression)
-        filtered_rank = (
-            1 + int(np.count_nonzero(scores[passing] > score + 1e-6)) if passes else None
-        )
-    effective = filtered_rank if expression is not None else rank
-    if returned is not None:
-        reason = f"it is answer {returned} of {len(answer.ids)}"
-    elif not passes:
-        values = index.attributes([identifier], list(index.attribute_table.schema))[0]
-        named = {
-            name: values.get(name)
-            for name in index.attribute_table.schema
-            if name in (expression or "")
-        }
-        reason = (
-            f"the filter excludes it: {named or 'it has none of the attributes'} does not satisfy"
-            f" {expression!r}"
-        )
-    elif effective is not None and effective > k:
-        last = f"{float(answer.scores[-1]):.4f}" if len(answer.scores) else "none"
-        reason = (
-            f"exact search ranks it {effective}, below the top {k}: its score is {score:.4f}, the"
-            f" last answer's {last}"
-        )
+    passes = expression is None or _passes(index, identifier, expression)
+    filtered_rank = None
+    if expression is not None and passes:
+        filtered_rank = visible.rank(score, filtered=True)
+    verdict = Verdict(
+        identifier,
+        "live" if place is not None else "base",
+        "",
+        score,
+        visible.rank(score),
+        filtered_rank,
+        answer.ids.index(identifier) + 1 if identifier in answer.ids else None,
+    )
+    if not passes and verdict.returned_at is None:
+        reason = _why_excluded(index, identifier, str(expression))
     else:
-        reason = (
-            f"the graph missed it: exact search ranks it {effective}; ask for a higher min_recall"
-            f" (plan {answer.plan}, ef {answer.ef})"
+        reason = _why(verdict, answer, k)
+    return replace(verdict, reason=reason)
+
+
+def _why(verdict: Verdict, answer: SearchResult, k: int) -> str:
+    """Say where an id that passes the filter was lost, or at which place it was returned."""
+    if verdict.returned_at is not None:
+        return f"it is answer {verdict.returned_at} of {len(answer.ids)}"
+    rank = verdict.exact_rank if verdict.rank_after_filter is None else verdict.rank_after_filter
+    if rank is not None and rank > k:
+        last = f"{float(answer.scores[-1]):.4f}" if len(answer.scores) else "none"
+        return (
+            f"exact search ranks it {rank}, below the top {k}: its score is {verdict.score:.4f},"
+            f" the last answer's {last}"
         )
-    return Verdict(identifier, state, reason, score, rank, filtered_rank, returned)
+    return (
+        f"the graph missed it: exact search ranks it {rank}; ask for a higher min_recall (plan"
+        f" {answer.plan}, ef {answer.ef})"
+    )
 
 
-def _visible(
-    index: EntityIndex, live: LiveView | None, query: np.ndarray, expression: str | None
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Scores of all visible entities, and which of them pass the filter."""
+def _why_excluded(index: EntityIndex, identifier: str, expression: str) -> str:
+    names = [name for name in index.attribute_table.schema if name in expression]
+    values = index.attributes([identifier], list(index.attribute_table.schema))[0]
+    named = {name: values.get(name) for name in names}
+    shown = named or "it has none of the attributes"
+    return f"the filter excludes it: {shown} does not satisfy {expression!r}"
+
+
+def _visible(index: EntityIndex, query: np.ndarray, expression: str | None) -> _Visible:
+    """Score all visible entities, and filter them."""
+    live = index.live
     base = index.base_vectors() @ query
-    keep = (
-        np.ones(len(base), bool) if live is None or live.hidden_rows is None else ~live.hidden_rows
-    )
+    keep = np.ones(len(base), bool)
+    if live is not None and live.hidden_rows is not None:
+        keep = ~live.hidden_rows
     scores = [base[keep]]
-    masks = (
-        [BoundFilter(parse_filter(expression), index.attribute_table).select().as_mask()[keep]]
-        if expression is not None
-        else []
-    )
+    masks = [] if expression is None else [_base_mask(index, expression)[keep]]
     for segment in live.segments if live is not None else ():
         scores.append(segment.vectors[segment.alive] @ query)
         if expression is not None:
-            table = AttributeTable.aligned(segment.attributes, index.attribute_table, len(segment))
-            masks.append(
-                BoundFilter(parse_filter(expression), table).select().as_mask()[segment.alive]
-            )
-    return np.concatenate(scores), np.concatenate(masks) if masks else None
+            mask = live_mask(segment, expression, index.attribute_table)
+            masks.append(mask[segment.alive])
+    return _Visible(np.concatenate(scores), np.concatenate(masks) if masks else None)
 
 
-def _passes(index: EntityIndex, live: LiveView | None, identifier: str, expression: str) -> bool:
-    place = live.find(identifier) if live is not None else None
+def _base_mask(index: EntityIndex, expression: str) -> np.ndarray:
+    bound = BoundFilter(parse_filter(expression), index.attribute_table)
+    return bound.select().as_mask()
+
+
+def _passes(index: EntityIndex, identifier: str, expression: str) -> bool:
+    place = index.live.find(identifier) if index.live is not None else None
     if place is not None:
-        segment, row = place
-        table = AttributeTable.aligned(segment.attributes, index.attribute_table, len(segment))
-        return bool(BoundFilter(parse_filter(expression), table).select().as_mask()[row])
-    row_in_base = index.row_of(identifier)
-    return row_in_base is not None and bool(
-        BoundFilter(parse_filter(expression), index.attribute_table).select().as_mask()[row_in_base]
-    )
+        segment, live_row = place
+        return bool(live_mask(segment, expression, index.attribute_table)[live_row])
+    row = index.row_of(identifier)
+    return row is not None and bool(_base_mask(index, expression)[row])
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,18 +189,45 @@ class Waterfall:
     measured: dict[str, bool]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelledPairs:
+    """Labelled pairs of one entity type.
+
+    Attributes:
+        queries: float32 ``(P, D)``, one row per pair, in the served dimension.
+        targets: The labelled entity of each pair.
+        filters: Filter of each pair's query; None: no filters.
+        positives: How many entities are labelled for each pair's query, at least 1; None: one each,
+            so that the ceiling is 1.
+    """
+
+    queries: np.ndarray
+    targets: Sequence[str]
+    filters: Sequence[str | None] | None = None
+    positives: Sequence[int] | None = None
+
+
+class FreshVectors(NamedTuple):
+    """The catalogue as the encoder would embed it today."""
+
+    ids: Sequence[str]
+    vectors: np.ndarray
+    """float32 ``(N, F)``, F >= D."""
+    queries: np.ndarray | None = None
+    """float32 ``(P, F)``, those of the pairs; None where F is the served dimension."""
+
+
+class _Step(NamedTuple):
+    name: str
+    found: list[bool]
+    """Per pair: whether it is found after this step."""
+    measured: bool
+
+
 def recall_waterfall(
-    index: EntityIndex,
-    queries: np.ndarray,
-    targets: Sequence[str],
-    *,
-    k: int = 10,
-    fresh: tuple[Sequence[str], np.ndarray] | None = None,
-    full_queries: np.ndarray | None = None,
-    expressions: Sequence[str | None] | None = None,
-    positives: Sequence[int] | None = None,
+    index: EntityIndex, pairs: LabelledPairs, *, k: int = 10, fresh: FreshVectors | None = None
 ) -> Waterfall:
-    """Labelled Recall@k after every step, and to which step each lost pair was lost.
+    """Measure labelled Recall@k after every step, and at which step each pair was lost.
 
     The chain of oracles: exact search over fresh vectors at full dimension (what the encoder can
     do), the same at the served dimension, exact search over what is served, live entries included
@@ -206,91 +237,107 @@ def recall_waterfall(
 
     Args:
         index: As it is served, live entries attached.
-        queries: float32 ``(P, D)``, one row per pair, in the served dimension.
-        targets: The labelled entity of each pair.
+        pairs: Labelled pairs.
         k: Depth.
-        fresh: Ids and vectors ``(N, F)``, F >= D, as the encoder would embed the catalogue today;
-            None: what is served stands in, and the first three steps are one.
-        full_queries: ``(P, F)`` for ``fresh``; None: ``queries``.
-        expressions: Filter of each pair's query, or None.
-        positives: How many entities are labelled for each pair's query, at least 1; None: one each,
-            so that the ceiling is 1.
+        fresh: None: what is served stands in, and the first three steps are one.
     """
-    dimension = queries.shape[1]
-    stages: list[tuple[str, list[bool], bool]] = []
-    served = [
-        _found(index, query, target, k, exact=True) for query, target in zip(queries, targets)
-    ]
-    if fresh is None:
-        stages += [
-            ("encoder", served, True),
-            ("dimension cut", served, False),
-            ("staleness", served, False),
-        ]
-    else:
-        ids, vectors = fresh
-        full = queries if full_queries is None else full_queries
-        encoder = _exact_found(ids, vectors, full, targets, k)
-        cut = (
-            encoder
-            if vectors.shape[1] == dimension
-            else _exact_found(ids, _cut(vectors, dimension), _cut(full, dimension), targets, k)
-        )
-        stages += [
-            ("encoder", encoder, True),
-            ("dimension cut", cut, vectors.shape[1] > dimension),
-            ("staleness", served, True),
-        ]
-    wide = (
-        served
-        if index.ann.exact
-        else [
-            _found(index, query, target, k, ef=min(_WIDE_EF, max(k, len(index.ids))))
-            for query, target in zip(queries, targets)
-        ]
-    )
-    plain = [_found(index, query, target, k) for query, target in zip(queries, targets)]
-    stages += [("quantisation", wide, not index.ann.exact), ("graph", plain, not index.ann.exact)]
-    if expressions is not None and any(expressions):
-        filtered = [
-            _found(index, query, target, k, filter=e)
-            for query, target, e in zip(queries, targets, expressions)
-        ]
-        stages.append(("filter", filtered, True))
-    else:
-        stages.append(("filter", plain, False))
-    possible = (
-        np.minimum(1.0, k / np.maximum(1, np.asarray(positives)))
-        if positives is not None
-        else np.ones(len(targets))
-    )
+    served = _found(index, pairs, k, exact=True)
+    steps = [*_encoder_steps(pairs, fresh, served, k), *_index_steps(index, pairs, served, k)]
+    possible = np.ones(len(pairs.targets))
+    if pairs.positives is not None:
+        possible = np.minimum(1.0, k / np.maximum(1, np.asarray(pairs.positives)))
     ceiling = float(possible.mean()) if len(possible) else 1.0
-    recall = {"labelled": 1.0, "labels": ceiling} | {
-        name: float(np.mean(found)) if found else 0.0 for name, found, _ in stages
-    }
-    lost = dict.fromkeys(STEPS, 0)
-    for i in range(len(targets)):
-        if stages[-1][1][i]:
-            continue
-        last = max((s for s in range(len(stages)) if stages[s][1][i]), default=-1)
-        lost[stages[last + 1][0]] += 1
-    lost["labels"] = min(
-        round(float((1 - possible).sum())), lost["encoder"]
-    )  # no ranking finds these, so they are not the encoder's
+    recall = {step.name: float(np.mean(step.found)) if step.found else 0.0 for step in steps}
+    lost = _lost(steps)
+    # No ranking finds these, so they are not the encoder's
+    lost["labels"] = min(round(float((1 - possible).sum())), lost["encoder"])
     lost["encoder"] -= lost["labels"]
-    measured = {"labels": positives is not None} | {name: known for name, _, known in stages}
-    return Waterfall(index.entity_type, len(targets), k, recall, lost, measured)
+    measured = {step.name: step.measured for step in steps}
+    return Waterfall(
+        entity_type=index.entity_type,
+        pairs=len(pairs.targets),
+        k=k,
+        recall={"labelled": 1.0, "labels": ceiling, **recall},
+        lost_to=lost,
+        measured={"labels": pairs.positives is not None, **measured},
+    )
 
 
-def _found(index: EntityIndex, query: np.ndarray, target: str, k: int, **options: Any) -> bool:
-    return target in index.search(query, k, **options).ids
+def _encoder_steps(
+    pairs: LabelledPairs, fresh: FreshVectors | None, served: list[bool], k: int
+) -> list[_Step]:
+    """Measure the steps before the index, by exact search."""
+    if fresh is None:
+        return [
+            _Step("encoder", served, True),
+            _Step("dimension cut", served, False),
+            _Step("staleness", served, False),
+        ]
+    dimension = pairs.queries.shape[1]
+    queries = pairs.queries if fresh.queries is None else fresh.queries
+    encoder = _exact_found(fresh.ids, fresh.vectors, queries, pairs.targets, k)
+    is_cut = fresh.vectors.shape[1] > dimension
+    cut = encoder
+    if is_cut:
+        vectors, queries = _cut(fresh.vectors, dimension), _cut(queries, dimension)
+        cut = _exact_found(fresh.ids, vectors, queries, pairs.targets, k)
+    return [
+        _Step("encoder", encoder, True),
+        _Step("dimension cut", cut, is_cut),
+        _Step("staleness", served, True),
+    ]
+
+
+def _index_steps(
+    index: EntityIndex, pairs: LabelledPairs, served: list[bool], k: int
+) -> list[_Step]:
+    """Measure the steps inside the index."""
+    approximate = not index.ann.exact
+    wide = served
+    if approximate:
+        wide = _found(index, pairs, k, ef=min(_WIDE_EF, max(k, len(index.ids))))
+    plain = _found(index, pairs, k)
+    filtered = plain
+    has_filters = pairs.filters is not None and any(pairs.filters)
+    if has_filters:
+        filtered = _found_filtered(index, pairs, k)
+    return [
+        _Step("quantisation", wide, approximate),
+        _Step("graph", plain, approximate),
+        _Step("filter", filtered, has_filters),
+    ]
+
+
+def _lost(steps: Sequence[_Step]) -> dict[str, int]:
+    """Count the pairs not found in the end, by the step behind the last one that found them."""
+    lost = dict.fromkeys(STEPS, 0)
+    for pair, found in enumerate(steps[-1].found):
+        if not found:
+            last = max((s for s, step in enumerate(steps) if step.found[pair]), default=-1)
+            lost[steps[last + 1].name] += 1
+    return lost
+
+
+def _found(
+    index: EntityIndex, pairs: LabelledPairs, k: int, **options: Unpack[SearchOptions]
+) -> list[bool]:
+    return [
+        target in index.search(query, k, **options).ids
+        for query, target in zip(pairs.queries, pairs.targets)
+    ]
+
+
+def _found_filtered(index: EntityIndex, pairs: LabelledPairs, k: int) -> list[bool]:
+    assert pairs.filters is not None
+    return [
+        target in index.search(query, k, filter=expression).ids
+        for query, target, expression in zip(pairs.queries, pairs.targets, pairs.filters)
+    ]
 
 
 def _exact_found(
     ids: Sequence[str], vectors: np.ndarray, queries: np.ndarray, targets: Sequence[str], k: int
 ) -> list[bool]:
-    from encoders.exact_search import exact_top_k
-
     if not len(ids):
         return [False] * len(targets)
     rows, _ = exact_top_k(np.ascontiguousarray(queries, np.float32), vectors, min(k, len(ids)))
@@ -300,33 +347,29 @@ def _exact_found(
 
 
 def _cut(vectors: np.ndarray, dimension: int) -> np.ndarray:
-    """The leading ``dimension`` values of each row, re-normalised (Matryoshka prefix)."""
+    """Return the leading values of each row, normalised again (Matryoshka prefix)."""
     head = np.array(vectors[:, :dimension], np.float32)
-    return np.ascontiguousarray(
-        head / np.maximum(np.linalg.norm(head, axis=1, keepdims=True), 1e-12)
-    )
+    norms = np.maximum(np.linalg.norm(head, axis=1, keepdims=True), 1e-12)
+    return np.ascontiguousarray(head / norms)
 
 
 def dimension_curve(
-    index: EntityIndex,
-    queries: np.ndarray,
-    targets: Sequence[str],
-    k: int,
-    dimensions: Sequence[int],
+    index: EntityIndex, pairs: LabelledPairs, k: int, dimensions: Sequence[int]
 ) -> Mapping[int, float]:
-    """Labelled Recall@k of exact search over prefixes of the served vectors: what serving fewer dimensions would cost.
+    """Measure labelled Recall@k of exact search over prefixes of the served vectors.
 
     Args:
         index: Whose base is searched.
-        queries: float32 ``(P, D)``.
-        targets: Labelled entity of each.
+        pairs: Labelled pairs.
         k: Depth.
         dimensions: Prefix lengths; those above D are left out.
     """
     ids = index.ids.take(np.arange(len(index.ids)))
     vectors = index.base_vectors()
-    return {
-        d: float(np.mean(_exact_found(ids, _cut(vectors, d), _cut(queries, d), targets, k)))
-        for d in dimensions
-        if d <= queries.shape[1]
-    }
+    curve = {}
+    for dimension in dimensions:
+        if dimension <= pairs.queries.shape[1]:
+            queries = _cut(pairs.queries, dimension)
+            found = _exact_found(ids, _cut(vectors, dimension), queries, pairs.targets, k)
+            curve[dimension] = float(np.mean(found))
+    return curve

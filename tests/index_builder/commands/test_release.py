@@ -25,7 +25,12 @@ from index_builder.live_log.writer import LiveLogWriter
 from index_builder.releases.live_follower import LiveFollower
 from index_builder.releases.release import read_manifest
 from index_builder.releases.store import ReleaseStore
-from index_builder.search.explain import explain_id, recall_waterfall
+from index_builder.search.explain import (
+    FreshVectors,
+    LabelledPairs,
+    explain_id,
+    recall_waterfall,
+)
 from tests.helpers.release_makers import SPACE, make_bundle, make_input, quick, unit_vectors
 
 
@@ -418,10 +423,10 @@ def test_explain_says_why_an_id_was_not_returned(store: ReleaseStore) -> None:
     with store.open_current() as release:
         follower = LiveFollower(store, release)
         follower.catch_up()
-        index, live = release.entity("pin"), follower.view("pin")
+        index = release.entity("pin")
 
         def why(identifier: str, k: int = 3, expression: str | None = None) -> tuple[str, str]:
-            verdict = explain_id(index, live, query, identifier, k, expression)
+            verdict = explain_id(index, query, identifier, k, expression)
             return verdict.state, verdict.reason
 
         assert why("nope")[0] == "missing"
@@ -430,9 +435,9 @@ def test_explain_says_why_an_id_was_not_returned(store: ReleaseStore) -> None:
         assert why("live")[1] in ("it is answer 1 of 3", "it is answer 2 of 3")
         far = index.search(query, 199).ids[-1]
         assert "below the top 3" in why(far)[1]
-        assert explain_id(index, live, query, far, 3).exact_rank in (199, 200)
+        assert explain_id(index, query, far, 3).exact_rank in (199, 200)
         assert "the filter excludes it" in why("pin-3", 3, "colour == 'green'")[1]
-        assert explain_id(index, live, query, "live", 3, "colour == 'green'").rank_after_filter == 1
+        assert explain_id(index, query, "live", 3, "colour == 'green'").rank_after_filter == 1
         follower.stop()
     result = run(
         explain_commands.group,
@@ -461,24 +466,20 @@ def test_the_waterfall_attributes_every_loss_to_its_step(store: ReleaseStore) ->
     """Each target is made to be lost at one known step."""
     vectors = unit_vectors(200, 1)
     with LiveLogWriter(store.live_root, "pin", 64) as writer:
-        writer.write(
-            [LiveEntry(id="pin-7")]
-        )  # stale: the encoder would find it, what is served does not hold it
+        # Stale: the encoder would find it, what is served does not hold it
+        writer.write([LiveEntry(id="pin-7")])
     with store.open_current() as release:
         LiveFollower(store, release).catch_up()
         index = release.entity("pin")
         queries = np.stack([vectors[3], vectors[7], vectors[9], -vectors[11]])
-        targets = [
-            "pin-3",
-            "pin-7",
-            "pin-9",
-            "pin-11",
-        ]  # found, stale, filtered out (odd is blue), the encoder's own miss
-        fresh = ([f"pin-{i}" for i in range(200)], vectors)
-        expressions = [None, None, "colour == 'red'", None]
-        waterfall = recall_waterfall(
-            index, queries, targets, k=5, fresh=fresh, expressions=expressions
+        pairs = LabelledPairs(
+            queries=queries,
+            # Found, stale, filtered out (odd is blue), the encoder's own miss
+            targets=["pin-3", "pin-7", "pin-9", "pin-11"],
+            filters=[None, None, "colour == 'red'", None],
         )
+        fresh = FreshVectors([f"pin-{i}" for i in range(200)], vectors)
+        waterfall = recall_waterfall(index, pairs, k=5, fresh=fresh)
         assert waterfall.lost_to == {
             "labels": 0,
             "encoder": 1,
@@ -488,15 +489,8 @@ def test_the_waterfall_attributes_every_loss_to_its_step(store: ReleaseStore) ->
             "graph": 0,
             "filter": 1,
         }
-        crowded = recall_waterfall(
-            index,
-            queries,
-            targets,
-            k=5,
-            fresh=fresh,
-            expressions=expressions,
-            positives=[10, 10, 1, 1],
-        )
+        many = replace(pairs, positives=[10, 10, 1, 1])
+        crowded = recall_waterfall(index, many, k=5, fresh=fresh)
         assert crowded.recall["labels"] == 0.75
         assert (crowded.lost_to["labels"], crowded.lost_to["encoder"]) == (1, 0)
         assert list(waterfall.recall.values()) == [1.0, 1.0, 0.75, 0.75, 0.5, 0.5, 0.5, 0.25]
@@ -505,9 +499,8 @@ def test_the_waterfall_attributes_every_loss_to_its_step(store: ReleaseStore) ->
         )
         wide[:, :64] = 0.01 * vectors[::-1]
         wide /= np.linalg.norm(wide, axis=1, keepdims=True)
-        cut = recall_waterfall(
-            index, vectors[:1], ["pin-0"], k=1, fresh=(fresh[0], wide), full_queries=wide[:1]
-        )
+        first = LabelledPairs(queries=vectors[:1], targets=["pin-0"])
+        cut = recall_waterfall(index, first, k=1, fresh=FreshVectors(fresh.ids, wide, wide[:1]))
         assert cut.measured["dimension cut"]
 
 

@@ -19,6 +19,7 @@ from index_builder.live_log.maintenance import collect_files, trust_log
 from index_builder.live_log.reader import LiveLogReader
 from index_builder.live_log.records import LiveEntry
 from index_builder.live_log.writer import LiveLogWriter
+from tests.helpers.live_logs import before_sync, kill_before_sync
 
 D = 8
 SPACE = "ab" * 32
@@ -211,8 +212,9 @@ def test_a_full_disk_refuses_the_write_and_leaves_the_log_whole(tmp_path: Path) 
         raise OSError(28, "No space left on device")
 
     LiveLogWriter(tmp_path, "pin", D).write([upsert("a")])
-    with pytest.raises(DiskFull, match="full"):
-        LiveLogWriter(tmp_path, "pin", D, before_sync=fails).write([upsert("b")])
+    refused = LiveLogWriter(tmp_path, "pin", D)
+    with before_sync(refused, fails), pytest.raises(DiskFull, match="full"):
+        refused.write([upsert("b")])
     assert LiveLogWriter(tmp_path, "pin", D).write([upsert("c")]) == 2
     assert [e.id for e in read_all(tmp_path)] == ["a", "c"]
 
@@ -355,13 +357,7 @@ def test_a_log_with_a_hole_cannot_be_trusted(tmp_path: Path) -> None:
 
 
 def test_a_writer_killed_before_its_first_promise_leaves_a_usable_log(tmp_path: Path) -> None:
-    def dies() -> None:
-        os._exit(9)
-
-    child = os.fork()
-    if child == 0:
-        LiveLogWriter(tmp_path, "pin", D, before_sync=dies).write([upsert("a")])
-    os.waitpid(child, 0)
+    kill_before_sync(tmp_path, D, [upsert("a")])
     assert read_acknowledged(tmp_path / "pin").sequence == 0
     assert LiveLogWriter(tmp_path, "pin", D).write([upsert("b")]) in (1, 2)
 

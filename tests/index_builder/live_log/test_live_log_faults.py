@@ -22,6 +22,7 @@ from index_builder.live_log.maintenance import trust_log
 from index_builder.live_log.reader import LiveLogReader
 from index_builder.live_log.records import LiveEntry
 from index_builder.live_log.writer import LiveLogWriter
+from tests.helpers.live_logs import kill_before_sync
 
 D = 8
 VECTOR = np.full(D, D**-0.5, np.float32)
@@ -144,16 +145,9 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     return Disk(monkeypatch)
 
 
-def dies() -> None:
-    os._exit(9)
-
-
 def killed_writer(root: Path) -> None:
-    """Leave a whole record and a torn one behind what was promised."""
-    child = os.fork()
-    if child == 0:
-        LiveLogWriter(root, "pin", D, before_sync=dies).write(upserts("x"))
-    os.waitpid(child, 0)
+    """Leave a whole record and a torn one behind what was acknowledged."""
+    kill_before_sync(root, D, upserts("x"))
     with open(log_files(root / "pin")[-1][1], "ab") as file:
         file.write(b"OLR1 torn")
 

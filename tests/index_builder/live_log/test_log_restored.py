@@ -20,6 +20,7 @@ from index_builder.live_log.records import LiveEntry
 from index_builder.live_log.writer import LiveLogWriter
 from index_builder.releases.live_follower import LiveFollower
 from index_builder.search.entity_index import EntityIndex
+from tests.helpers.live_logs import before_sync, kill_before_sync
 
 D = 8
 SPACE = "ab" * 32
@@ -52,18 +53,6 @@ def follower(root: Path) -> LiveFollower:
         entities={"pin": index}, manifest=manifest, dimension=D, space_id=SPACE, release_id="r"
     )
     return LiveFollower(SimpleNamespace(live_root=root), release)
-
-
-def dies() -> None:
-    os._exit(9)
-
-
-def killed_before_its_fsync(root: Path, *identifiers: str) -> None:
-    """Leave whole records behind what was promised."""
-    child = os.fork()
-    if child == 0:
-        LiveLogWriter(root, "pin", D, before_sync=dies).write([upsert(i) for i in identifiers])
-    os.waitpid(child, 0)
 
 
 def damage(path: Path, share: float = 0.6) -> bytes:
@@ -101,10 +90,8 @@ def test_a_write_that_fails_is_never_shown_and_the_next_ones_are(tmp_path: Path)
     writer = LiveLogWriter(tmp_path, "pin", D)
     writer.write([upsert("a")])
     assert ids(reader) == ["a"]
-    writer._end._before_sync = full
-    with pytest.raises(DiskFull):
+    with before_sync(writer, full), pytest.raises(DiskFull):
         writer.write([upsert("a much longer name that is refused")])
-    writer._end._before_sync = None
     assert seen == []
     for name in ("c", "d"):
         writer.write([upsert(name)])
@@ -113,18 +100,17 @@ def test_a_write_that_fails_is_never_shown_and_the_next_ones_are(tmp_path: Path)
 
 def test_an_entry_is_not_shown_before_it_is_durable_and_at_once_after(tmp_path: Path) -> None:
     reader, seen = LiveLogReader(tmp_path, "pin"), list[str]()
-    writer = LiveLogWriter(
-        tmp_path, "pin", D, file_bytes=100, before_sync=lambda: seen.extend(ids(reader))
-    )
+    writer = LiveLogWriter(tmp_path, "pin", D, file_bytes=100)
     for n in range(5):  # each in a file of its own
-        writer.write([upsert(f"e{n}")])
+        with before_sync(writer, lambda: seen.extend(ids(reader))):
+            writer.write([upsert(f"e{n}")])
         assert seen == []
         assert ids(reader) == [f"e{n}"]
 
 
 def test_what_a_killed_writer_left_whole_is_promised_by_the_next_one(tmp_path: Path) -> None:
     LiveLogWriter(tmp_path, "pin", D).write([upsert("a")])
-    killed_before_its_fsync(tmp_path, "b", "c")
+    kill_before_sync(tmp_path, D, [upsert("b"), upsert("c")])
     assert all_ids(tmp_path) == ["a"]
     LiveLogWriter(tmp_path, "pin", D)
     assert read_acknowledged(tmp_path / "pin").sequence == 3
@@ -136,7 +122,7 @@ def test_a_follower_that_opens_a_log_shows_what_a_crash_left_whole(tmp_path: Pat
     seen again.
     """
     LiveLogWriter(tmp_path, "pin", D).write([upsert("a")])
-    killed_before_its_fsync(tmp_path, "b", "c")
+    kill_before_sync(tmp_path, D, [upsert("b"), upsert("c")])
     opened = follower(tmp_path)
     assert opened.catch_up() == 3
     assert opened.view("pin").live_count == 3
@@ -149,7 +135,7 @@ def test_a_follower_opens_a_log_that_it_may_only_read_or_that_is_being_written(
     from index_builder.storage.durable_files import FileLock
 
     LiveLogWriter(tmp_path, "pin", D).write([upsert("a")])
-    killed_before_its_fsync(tmp_path, "b")
+    kill_before_sync(tmp_path, D, [upsert("b")])
     lock = FileLock(tmp_path / "pin" / "writer.lock")
     assert lock.acquire()
     monkeypatch.setattr(live_log_upkeep, "ADOPT_SECONDS", 0.01)

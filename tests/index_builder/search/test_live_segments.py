@@ -202,10 +202,14 @@ def test_every_reader_sees_a_write_within_a_second_and_replacing_an_id_gives_one
     followers = [LiveFollower(store, release).start() for release in releases]
     query = unit_vectors(200, 0)[11]
     with LiveLogWriter(store.live_root, "pin", D) as writer:
-        writer.upsert("new", query, {"colour": "green", "number": 7}, space_id=SPACE)
-        writer.upsert("pin-11", -query, {"colour": "red"}, space_id=SPACE)
-        writer.delete("pin-12")
-        last = writer.sync()
+        green, red = {"colour": "green", "number": 7}, {"colour": "red"}
+        last = writer.write(
+            [
+                LiveEntry(id="new", vector=query, space_id=SPACE, attributes=green),
+                LiveEntry(id="pin-11", vector=-query, space_id=SPACE, attributes=red),
+                LiveEntry(id="pin-12"),
+            ]
+        )
     started = time.monotonic()
     for follower in followers:
         assert follower.wait_for("pin", last, timeout_seconds=1.0)
@@ -391,7 +395,6 @@ def test_a_moment_without_file_descriptors_does_not_end_the_following(
     assert isinstance(follower.error, OSError), "it is said"
     monkeypatch.setattr(LiveLogReader, "poll", poll)
     with LiveLogWriter(store.live_root, "pin", D) as writer:
-        writer.upsert("new", unit_vectors(1, 5)[0], space_id=SPACE)
-        last = writer.sync()
+        last = writer.write([LiveEntry(id="new", vector=unit_vectors(1, 5)[0], space_id=SPACE)])
     assert follower.wait_for("pin", last, timeout_seconds=10) and follower.error is None
     follower.stop()

@@ -1,0 +1,35 @@
+"""Writers of a live log that are interrupted between writing and syncing."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from index_builder.live_log.records import LiveEntry
+from index_builder.live_log.writer import LiveLogWriter
+
+
+@contextmanager
+def before_sync(writer: LiveLogWriter, action: Callable[[], None]) -> Iterator[LiveLogWriter]:
+    """Call ``action`` between write and fsync of every append inside the block."""
+    end = writer._end
+    sync = end._sync
+
+    def act_and_sync() -> None:
+        action()
+        sync()
+
+    end._sync = act_and_sync  # type: ignore[method-assign]
+    try:
+        yield writer
+    finally:
+        end._sync = sync  # type: ignore[method-assign]
+
+
+def kill_before_sync(root: Path, dimension: int, entries: Sequence[LiveEntry]) -> None:
+    """Let a process write entries and die before it syncs: whole, but not acknowledged."""
+    child = os.fork()
+    if child == 0:
+        with before_sync(LiveLogWriter(root, "pin", dimension), lambda: os._exit(9)) as writer:
+            writer.write(entries)
+    os.waitpid(child, 0)

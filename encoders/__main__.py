@@ -1,4 +1,4 @@
-"""``python -m encoders data|enrich|pairs|train|evaluate|embed|export``: the commands of ``omni``."""
+"""Run ``python -m encoders data|enrich|pairs|train|evaluate|embed|export``, as ``omni`` does."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import json
 import platform
 import subprocess
 import sys
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -52,29 +53,32 @@ def _portable(argument: str) -> str:
     return Path(argument).name if Path(argument).is_absolute() else argument
 
 
-def write_record(
-    name: str,
-    *,
-    dataset: dict[str, Any],
-    config: dict[str, Any],
-    protocol: dict[str, Any],
-    metrics: dict[str, Any],
-    libraries: tuple[str, ...] = (),
-    folder: Path = RESULTS,
-) -> Path:
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What a benchmark writes down beside machine, commit and command."""
+
+    dataset: dict[str, Any]
+    """Name, sizes, fingerprint and whether it is real or simulated."""
+    config: dict[str, Any]
+    """Every parameter that was chosen."""
+    protocol: dict[str, Any]
+    """Warm-up, repetitions, clock, concurrency."""
+    metrics: dict[str, Any]
+    """The figures."""
+    libraries: tuple[str, ...] = ()
+    """Distributions whose versions matter; recorded."""
+
+
+def write_record(name: str, measurement: Measurement, *, folder: Path = RESULTS) -> Path:
     """Write ``folder/<date>-<name>.json`` and return its path.
 
     Args:
         name: Short slug of the benchmark, e.g. ``ann-100k``.
-        dataset: Name, sizes, fingerprint and whether it is real or simulated.
-        config: Every parameter that was chosen.
-        protocol: Warm-up, repetitions, clock, concurrency.
-        metrics: The figures.
-        libraries: Distributions whose versions matter; recorded.
+        measurement: What was measured, on what and how.
         folder: Where results live.
     """
     now = datetime.now(UTC)
-    versions = {lib: metadata.version(lib) for lib in libraries}
+    versions = {lib: metadata.version(lib) for lib in measurement.libraries}
     record = {
         "name": name,
         "date": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -83,10 +87,10 @@ def write_record(
         "command": " ".join(["omni", *map(_portable, sys.argv[1:])]),
         "machine": machine(),
         "versions": versions,
-        "dataset": dataset,
-        "config": config,
-        "protocol": protocol,
-        "metrics": metrics,
+        "dataset": measurement.dataset,
+        "config": measurement.config,
+        "protocol": measurement.protocol,
+        "metrics": measurement.metrics,
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{now:%Y-%m-%d}-{name}.json"

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import numpy as np
 import polars as pl
@@ -148,17 +148,26 @@ def entity_texts(count: int, seed: int = 0) -> list[str]:
     return list(texts)
 
 
+class SmallReleaseOptions(TypedDict, total=False):
+    """How a small release differs from the usual one."""
+
+    release_id: str | None
+    """Name; None: derived."""
+    counts: dict[str, int]
+    """Entities per type; 300 pins and 120 products by default."""
+    id_prefix: str
+    """In front of every id, so that answers of two releases differ."""
+    activate: bool
+    """Make it the active one (the default)."""
+    kind: str
+    """Index kind, ``hnsw`` by default."""
+
+
 def small_release(
     store: ReleaseStore,
     bundle: Path,
     encoder: QueryEncoder,
-    *,
-    release_id: str | None = None,
-    counts: dict[str, int] | None = None,
-    id_prefix: str = "",
-    activate: bool = True,
-    extra_golden: Sequence[str] = (),
-    kind: str = "hnsw",
+    **options: Unpack[SmallReleaseOptions],
 ) -> str:
     """Build and publish a release of texts embedded by the query tower, so a query finds its text.
 
@@ -166,16 +175,16 @@ def small_release(
         store: Where to publish.
         bundle: What ``write_small_bundle`` wrote.
         encoder: What it returned.
-        release_id: Name; None: derived.
-        counts: Entities per type.
-        id_prefix: In front of every id, so that answers of two releases can be told apart.
-        activate: Make it the active one.
-        extra_golden: Further golden query texts.
-        kind: Index kind.
+        options: See ``SmallReleaseOptions``.
+
+    Returns:
+        The id of the release.
     """
+    id_prefix = options.get("id_prefix", "")
+    counts = options.get("counts", {"pin": 300, "product": 120})
     space_id = json.loads((bundle / "space.json").read_text(encoding="utf-8"))["space_id"]
     inputs: dict[str, EntityInput] = {}
-    for number, (entity_type, count) in enumerate((counts or {"pin": 300, "product": 120}).items()):
+    for number, (entity_type, count) in enumerate(counts.items()):
         texts = entity_texts(count, seed=number)
         frame = pl.DataFrame(
             {
@@ -190,13 +199,13 @@ def small_release(
         inputs[entity_type] = EntityInput(
             ids=ids, vectors=encoder.encode(texts), space_id=space_id, attributes=frame
         )
-    golden = [*WORDS[:24], *extra_golden]
+    golden = WORDS[:24]
     queries = {"*": QuerySet(golden, encoder.encode(golden))}
     config = RebuildConfig(
-        index=IndexConfig(kind=kind),
+        index=IndexConfig(kind=options.get("kind", "hnsw")),
         min_recall=0.5,
         golden_queries=16,
-        release_id=release_id,
-        activate=activate,
+        release_id=options.get("release_id"),
+        activate=options.get("activate", True),
     )
     return build_release(inputs, bundle, store, config, queries)

@@ -23,7 +23,7 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.record import write_record
+from benchmarks.record import Measurement, write_record
 from encoders.commands.console import (
     fail,
     handle_errors,
@@ -442,21 +442,23 @@ def command(kills: int, damages: int, seed: int, no_record: bool, as_json: bool)
     if not no_record:
         write_record(
             "durability",
-            dataset={
-                "name": "random unit vectors (simulated)",
-                "entities": 2550,
-                "dimension": DIMENSION,
-            },
-            config={"kills": kills, "damages": damages, "seed": seed, "index_kinds": KINDS},
-            protocol={
-                "kill": (
-                    "SIGKILL after a random time; then the store is opened, verified, replayed and"
-                    " searched"
-                ),
-                "clock": "perf_counter",
-            },
-            metrics=metrics,
-            libraries=("hnswlib", "rabitqlib", "numpy"),
+            Measurement(
+                dataset={
+                    "name": "random unit vectors (simulated)",
+                    "entities": 2550,
+                    "dimension": DIMENSION,
+                },
+                config={"kills": kills, "damages": damages, "seed": seed, "index_kinds": KINDS},
+                protocol={
+                    "kill": (
+                        "SIGKILL after a random time; then the store is opened, verified,"
+                        " replayed and searched"
+                    ),
+                    "clock": "perf_counter",
+                },
+                metrics=metrics,
+                libraries=("hnswlib", "rabitqlib", "numpy"),
+            ),
         )
     if as_json:
         print_json(metrics)

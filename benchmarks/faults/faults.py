@@ -20,7 +20,7 @@ from benchmarks.faults.overload import overload, split_cores
 from benchmarks.faults.servers import COUNTS, ServerProcess, prepare_store
 from benchmarks.faults.storms import clock_jump, damaged_index, full_disk, hostile_redis
 from benchmarks.faults.swaps import swaps_under_load
-from benchmarks.record import RESULTS, write_record
+from benchmarks.record import RESULTS, Measurement, write_record
 from benchmarks.small_releases import small_release, write_small_bundle
 from encoders.commands.console import handle_errors, json_option, print_json, print_table, stage
 from index_builder.releases.store import ReleaseStore
@@ -179,19 +179,25 @@ def command(parts: tuple[str, ...], out: Path, as_json: bool, **settings: Any) -
         runs[part] = {"at": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), **settings}
         record = write_record(
             "faults",
-            dataset={"name": "small releases over made-up texts", "real": False, "counts": COUNTS},
-            config={"runs": runs},
-            protocol={
-                "client": "grpc.aio on the same machine, sharing its cores with the server",
-                "overload": (
-                    "client process sends prepared HTTP/2 frames over 8 connections, open loop;"
-                    " server and client pinned to cores of their own, peak (closed loop) and flood"
-                    " measured under the same pinning; every query text is new"
-                ),
-                "clock": "perf_counter",
-            },
-            metrics=metrics,
-            libraries=("grpcio",),
+            Measurement(
+                dataset={
+                    "name": "small releases over made-up texts",
+                    "real": False,
+                    "counts": COUNTS,
+                },
+                config={"runs": runs},
+                protocol={
+                    "client": "grpc.aio on the same machine, sharing its cores with the server",
+                    "overload": (
+                        "client process sends prepared HTTP/2 frames over 8 connections, open loop;"
+                        " server and client pinned to cores of their own, peak (closed loop) and"
+                        " flood measured under the same pinning; every query text is new"
+                    ),
+                    "clock": "perf_counter",
+                },
+                metrics=metrics,
+                libraries=("grpcio",),
+            ),
             folder=out,
         )
     if as_json:

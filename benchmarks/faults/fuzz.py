@@ -24,7 +24,7 @@ import hpack
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
-from benchmarks.record import write_record
+from benchmarks.record import Measurement, write_record
 from benchmarks.serving.peer_servers import Process, omni_server
 from encoders.commands.console import (
     fail,
@@ -492,11 +492,18 @@ def command(count: int, seed: int, raw_share: float, concurrency: int, as_json: 
     }
     path = write_record(
         "fuzz",
-        dataset={"name": "small release of a random tower", "real": False},
-        config={"count": count, "seed": seed, "raw_share": raw_share, "concurrency": concurrency},
-        protocol={"deadline_seconds": DEADLINE_SECONDS, "typed": sorted(TYPED)},
-        metrics=metrics,
-        libraries=("grpcio", "protobuf"),
+        Measurement(
+            dataset={"name": "small release of a random tower", "real": False},
+            config={
+                "count": count,
+                "seed": seed,
+                "raw_share": raw_share,
+                "concurrency": concurrency,
+            },
+            protocol={"deadline_seconds": DEADLINE_SECONDS, "typed": sorted(TYPED)},
+            metrics=metrics,
+            libraries=("grpcio", "protobuf"),
+        ),
     )
     if as_json:
         print_json(metrics)

@@ -20,7 +20,7 @@ from benchmarks.index.engines import ENGINES, Engine, installed, one_blas_thread
 from benchmarks.index.plot import draw_costs
 from benchmarks.index.prefix import PREFIX_ENGINES
 from benchmarks.index.vectors import VectorSet, default_cache, load_vectors
-from benchmarks.record import RESULTS, write_record
+from benchmarks.record import RESULTS, Measurement, write_record
 from encoders.commands.console import (
     data_option,
     handle_errors,
@@ -326,17 +326,25 @@ def command(
             libraries = tuple(str(ALL_ENGINES[n][1]) for n in names if ALL_ENGINES[n][1])
             write_record(
                 f"ann-{vectors.name}",
-                dataset=vectors.describe(),
-                config={"engines": names, "m": 16, "ef_construction": 200, "degree": 32, "k": 10},
-                protocol={
-                    "queries": queries,
-                    "repeats": repeats,
-                    "clock": "process CPU time",
-                    "threads": 1,
-                    "batch": 1,
-                },
-                metrics={"results": results, "added_us": everything[vectors.name]["added_us"]},
-                libraries=tuple(dict.fromkeys(libraries)),
+                Measurement(
+                    dataset=vectors.describe(),
+                    config={
+                        "engines": names,
+                        "m": 16,
+                        "ef_construction": 200,
+                        "degree": 32,
+                        "k": 10,
+                    },
+                    protocol={
+                        "queries": queries,
+                        "repeats": repeats,
+                        "clock": "process CPU time",
+                        "threads": 1,
+                        "batch": 1,
+                    },
+                    metrics={"results": results, "added_us": everything[vectors.name]["added_us"]},
+                    libraries=tuple(dict.fromkeys(libraries)),
+                ),
                 folder=out,
             )
             if not as_json:

@@ -19,7 +19,7 @@ import click
 import numpy as np
 
 from benchmarks.index.vectors import VectorSet, load_vectors
-from benchmarks.record import write_record
+from benchmarks.record import Measurement, write_record
 from encoders.commands.console import (
     data_option,
     handle_errors,
@@ -48,16 +48,24 @@ def bundle_folder(folder: Path, dimension: int) -> Path:
     return folder
 
 
+def rebuild_config(
+    kind: str, threads: int, *, deterministic: bool = False, max_memory_mib: int | None = None
+) -> RebuildConfig:
+    """Settings of one build."""
+    return RebuildConfig(
+        index=IndexConfig(kind=kind, ann=AnnConfig(threads=threads)),
+        deterministic=deterministic,
+        min_recall=0.9,
+        max_memory_mib=max_memory_mib,
+    )
+
+
 def build_once(
     store: ReleaseStore,
     bundle: Path,
     corpus: np.ndarray,
     calibration: np.ndarray,
-    *,
-    kind: str,
-    threads: int,
-    deterministic: bool = False,
-    max_memory_mib: int | None = None,
+    config: RebuildConfig,
 ) -> str:
     """Build and publish one release of one entity type, calibrated on its held-out queries."""
     inputs = {
@@ -66,10 +74,6 @@ def build_once(
         )
     }
     queries = {"*": QuerySet([f"query {i}" for i in range(len(calibration))], calibration)}
-    index = IndexConfig(kind=kind, ann=AnnConfig(threads=threads))
-    config = RebuildConfig(
-        index=index, deterministic=deterministic, min_recall=0.9, max_memory_mib=max_memory_mib
-    )
     return build_release(inputs, bundle, store, config, queries)
 
 
@@ -106,9 +110,7 @@ def build_here(root: str, kind: str, threads: str, max_memory_mib: str) -> None:
         folder / "bundle",
         corpus,
         calibration,
-        kind=kind,
-        threads=int(threads),
-        max_memory_mib=limit,
+        rebuild_config(kind, int(threads), max_memory_mib=limit),
     )
 
 
@@ -119,8 +121,8 @@ def working_folder(folder: Path | None) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
         return
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        yield Path(temporary)
 
 
 def time_sha256sum(folder: Path) -> float:
@@ -197,7 +199,7 @@ def command(
     asked = RebuildConfig(index=IndexConfig(kind=kind), max_memory_mib=max_memory_mib)
     dimension = int(vectors.corpus.shape[1])
     expected_mib = estimate_mib(
-        fit_memory("pin", len(vectors.corpus), dimension, asked).kind,
+        fit_memory("pin", len(vectors.corpus), dimension, asked),
         len(vectors.corpus),
         dimension,
     )
@@ -238,21 +240,24 @@ def command(
     if not no_record:
         write_record(
             f"build-{len(vectors.corpus) // 1000}k" + ("-limited" if max_memory_mib else ""),
-            dataset=vectors.describe(),
-            config={
-                "index": kind,
-                "threads": threads,
-                "max_memory_mib": max_memory_mib,
-                "deterministic_size": deterministic_size,
-            },
-            protocol={
-                "loading": (
-                    "sizes, SHA-256 of every file, open, replay 64 golden queries; page cache warm"
-                ),
-                "repeats": repeats,
-            },
-            metrics=metrics,
-            libraries=("hnswlib", "rabitqlib", "numpy", "polars"),
+            Measurement(
+                dataset=vectors.describe(),
+                config={
+                    "index": kind,
+                    "threads": threads,
+                    "max_memory_mib": max_memory_mib,
+                    "deterministic_size": deterministic_size,
+                },
+                protocol={
+                    "loading": (
+                        "sizes, SHA-256 of every file, open, replay 64 golden queries;"
+                        " page cache warm"
+                    ),
+                    "repeats": repeats,
+                },
+                metrics=metrics,
+                libraries=("hnswlib", "rabitqlib", "numpy", "polars"),
+            ),
         )
     if as_json:
         print_json(metrics)
@@ -277,9 +282,7 @@ def build_twice(root: Path, bundle: Path, vectors: VectorSet, rows: int) -> dict
                         bundle,
                         vectors.corpus[:rows],
                         vectors.calibration,
-                        kind="auto",
-                        threads=1,
-                        deterministic=True,
+                        rebuild_config("auto", 1, deterministic=True),
                     )
                 )
             )

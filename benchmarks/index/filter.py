@@ -17,7 +17,7 @@ import polars as pl
 
 from benchmarks.index.engines import one_blas_thread, qdrant_shard
 from benchmarks.index.vectors import VectorSet, load_vectors
-from benchmarks.record import RESULTS, write_record
+from benchmarks.record import RESULTS, Measurement, write_record
 from encoders.commands.console import (
     data_option,
     handle_errors,
@@ -271,26 +271,28 @@ def command(
         results = measure(vectors, queries, repeats, peer)
     write_record(
         f"filter-{vectors.name}",
-        dataset=vectors.describe()
-        | {
-            "attributes": (
-                "simulated: a random number, and the rank along the first principal direction"
-            )
-        },
-        config={"k": K, "selectivities": SHARES, "kinds": KINDS, "index": "auto"},
-        protocol={
-            "queries": queries,
-            "repeats": repeats,
-            "clock": "process CPU time",
-            "threads": 1,
-            "batch": 1,
-            "filters": (
-                "one per query, no two alike; ours from their text (parsed in the timed call),"
-                " qdrant-edge's as objects made before"
-            ),
-        },
-        metrics={"results": results},
-        libraries=("qdrant-edge-py",) if peer else (),
+        Measurement(
+            dataset=vectors.describe()
+            | {
+                "attributes": (
+                    "simulated: a random number, and the rank along the first principal direction"
+                )
+            },
+            config={"k": K, "selectivities": SHARES, "kinds": KINDS, "index": "auto"},
+            protocol={
+                "queries": queries,
+                "repeats": repeats,
+                "clock": "process CPU time",
+                "threads": 1,
+                "batch": 1,
+                "filters": (
+                    "one per query, no two alike; ours from their text (parsed in the timed call),"
+                    " qdrant-edge's as objects made before"
+                ),
+            },
+            metrics={"results": results},
+            libraries=("qdrant-edge-py",) if peer else (),
+        ),
         folder=out,
     )
     if as_json:

@@ -15,9 +15,9 @@ from typing import Any
 import click
 import numpy as np
 
-from benchmarks.index.build import SPACE, build_once, bundle_folder
+from benchmarks.index.build import SPACE, build_once, bundle_folder, rebuild_config
 from benchmarks.index.vectors import load_vectors
-from benchmarks.record import write_record
+from benchmarks.record import Measurement, write_record
 from encoders.commands.console import (
     data_option,
     handle_errors,
@@ -247,7 +247,7 @@ def command(
         root = Path(folder)
         bundle = bundle_folder(root / "bundle", int(base.corpus.shape[1]))
         store = ReleaseStore(root / "store")
-        build_once(store, bundle, base.corpus, base.calibration, kind=kind, threads=2)
+        build_once(store, bundle, base.corpus, base.calibration, rebuild_config(kind, 2))
         for share in (0.02, 0.10):
             truth = Truth({f"text-{i}": base.corpus[i] for i in range(base_rows)})
             release = store.open(store.ids()[0])
@@ -292,21 +292,23 @@ def command(
     if not no_record:
         write_record(
             f"update-{base_rows // 1000}k" + ("" if kind == "auto" else f"-{kind}"),
-            dataset={
-                **base.describe(),
-                "replacements": "vectors of other real texts, not in the base",
-            },
-            config={"index": kind, "queries": query_count, "rate": rate, "seconds": seconds},
-            protocol={
-                "latency": (
-                    "our own call, one thread, fastest of the repeats per query, median over"
-                    " queries"
-                ),
-                "repeats": repeats,
-                "recall": "against an exact scan of the state as it should be",
-            },
-            metrics=metrics,
-            libraries=("hnswlib", "rabitqlib", "numpy"),
+            Measurement(
+                dataset={
+                    **base.describe(),
+                    "replacements": "vectors of other real texts, not in the base",
+                },
+                config={"index": kind, "queries": query_count, "rate": rate, "seconds": seconds},
+                protocol={
+                    "latency": (
+                        "our own call, one thread, fastest of the repeats per query, median over"
+                        " queries"
+                    ),
+                    "repeats": repeats,
+                    "recall": "against an exact scan of the state as it should be",
+                },
+                metrics=metrics,
+                libraries=("hnswlib", "rabitqlib", "numpy"),
+            ),
         )
     if as_json:
         print_json(metrics)

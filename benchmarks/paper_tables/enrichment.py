@@ -21,7 +21,7 @@ import numpy as np
 import polars as pl
 
 from benchmarks.paper_tables.seed_study import Job, interval, read_results, result_path, run_missing
-from benchmarks.record import write_record
+from benchmarks.record import Measurement, write_record
 from encoders.commands.console import handle_errors, json_option, print_json, print_table, say
 from encoders.datasets.dataset import Dataset, load_sample
 from encoders.enrichment.captions import decode_image
@@ -210,20 +210,22 @@ def command(
     metrics = {"rows": rows, "caption_noise_threshold": thresholds, "complete": not missing}
     path = write_record(
         "enrichment",
-        dataset={"name": "sample, pins", "simulated": False, "note": LABEL},
-        config={
-            "seeds": seeds,
-            **sizes,
-            "hidden_titles": HIDDEN_TITLES,
-            "continuous": f"{THUMBNAIL}x{THUMBNAIL} RGB thumbnails",
-        },
-        protocol={
-            "metric": "labelled Recall@10 over held-out pairs, exact, against all pins",
-            "interval": "95%, Student's t over seeds",
-            "gain": "seed by seed",
-        },
-        metrics=metrics,
-        libraries=("torch", "polars"),
+        Measurement(
+            dataset={"name": "sample, pins", "simulated": False, "note": LABEL},
+            config={
+                "seeds": seeds,
+                **sizes,
+                "hidden_titles": HIDDEN_TITLES,
+                "continuous": f"{THUMBNAIL}x{THUMBNAIL} RGB thumbnails",
+            },
+            protocol={
+                "metric": "labelled Recall@10 over held-out pairs, exact, against all pins",
+                "interval": "95%, Student's t over seeds",
+                "gain": "seed by seed",
+            },
+            metrics=metrics,
+            libraries=("torch", "polars"),
+        ),
     )
     if as_json:
         print_json(metrics | {"record": str(path)})

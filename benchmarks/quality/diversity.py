@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 import numpy as np
 
-from benchmarks.record import RESULTS, write_record
+from benchmarks.record import RESULTS, Measurement, write_record
 from encoders.commands.console import (
     fail,
     handle_errors,
@@ -172,18 +172,20 @@ def command(store: Path, entity_type: str, count: int, k: int, seed: int, as_jso
         }
     path = write_record(
         "diversity",
-        dataset={
-            "name": "sample, held-out queries (annotations, not clicks)",
-            "real": True,
-            "entity_type": entity_type,
-            "queries": len(texts),
-            "pairs": sum(map(len, relevant)),
-            **facts,
-        },
-        config={"k": k, "pool": POOL_FACTOR * k, "lambdas": LAMBDAS, "seed": seed},
-        protocol={"interval": "95%, queries as clusters"},
-        metrics={"points": points},
-        libraries=("numpy",),
+        Measurement(
+            dataset={
+                "name": "sample, held-out queries (annotations, not clicks)",
+                "real": True,
+                "entity_type": entity_type,
+                "queries": len(texts),
+                "pairs": sum(map(len, relevant)),
+                **facts,
+            },
+            config={"k": k, "pool": POOL_FACTOR * k, "lambdas": LAMBDAS, "seed": seed},
+            protocol={"interval": "95%, queries as clusters"},
+            metrics={"points": points},
+            libraries=("numpy",),
+        ),
     )
     title = (
         f"MMR over {index.count:,} {entity_type}s, {len(texts):,} held-out queries (annotations);"

@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 
 from benchmarks.quality.recall import describe_dataset
-from benchmarks.record import RESULTS, write_record
+from benchmarks.record import RESULTS, Measurement, write_record
 from encoders.commands.console import (
     data_option,
     handle_errors,
@@ -115,27 +115,29 @@ def command(
     figures = {name: _by_slice(found, test, test_leaves) for name, found in predictions.items()}
     path = write_record(
         "downstream-iconclass",
-        dataset=describe_dataset(dataset)
-        | {
-            "train queries": train.height,
-            "test queries": test.height,
-        },
-        config={
-            "bundle": bundle.name if bundle else None,
-            "encoders": list(encoders),
-            "train_per_kind": train_per_kind,
-            "seed": seed,
-        },
-        protocol={
-            "prediction": "most probable leaf",
-            "interval": "95% Poisson bootstrap over queries",
-            "seconds": timings,
-        },
-        metrics={
-            name: {label: scores.as_dict() for label, scores in slices.items()}
-            for name, slices in figures.items()
-        },
-        libraries=("torch", "numpy", "fasttext-wheel"),
+        Measurement(
+            dataset=describe_dataset(dataset)
+            | {
+                "train queries": train.height,
+                "test queries": test.height,
+            },
+            config={
+                "bundle": bundle.name if bundle else None,
+                "encoders": list(encoders),
+                "train_per_kind": train_per_kind,
+                "seed": seed,
+            },
+            protocol={
+                "prediction": "most probable leaf",
+                "interval": "95% Poisson bootstrap over queries",
+                "seconds": timings,
+            },
+            metrics={
+                name: {label: scores.as_dict() for label, scores in slices.items()}
+                for name, slices in figures.items()
+            },
+            libraries=("torch", "numpy", "fasttext-wheel"),
+        ),
         folder=out,
     )
     say(f"wrote {path.name}")

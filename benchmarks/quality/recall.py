@@ -12,7 +12,7 @@ from typing import Any
 import click
 import polars as pl
 
-from benchmarks.record import RESULTS, write_record
+from benchmarks.record import RESULTS, Measurement, write_record
 from encoders.commands.console import (
     data_option,
     handle_errors,
@@ -137,28 +137,30 @@ def command(
     )
     path = write_record(
         name,
-        dataset=describe_dataset(dataset),
-        config={
-            "bundle": bundle.name if bundle else None,
-            "space_id": space_id,
-            "engaged_queries": engaged_queries,
-            "max_queries": max_queries,
-        }
-        | {
-            "corpus_size": corpus_size,
-            "systems": {
-                s: BASELINES.get(s, "model bundle" if bundle and s == bundle.name else s)
-                for s in systems
+        Measurement(
+            dataset=describe_dataset(dataset),
+            config={
+                "bundle": bundle.name if bundle else None,
+                "space_id": space_id,
+                "engaged_queries": engaged_queries,
+                "max_queries": max_queries,
+            }
+            | {
+                "corpus_size": corpus_size,
+                "systems": {
+                    s: BASELINES.get(s, "model bundle" if bundle and s == bundle.name else s)
+                    for s in systems
+                },
             },
-        },
-        protocol={
-            "search": "exact, float32",
-            "interval": "95% Poisson bootstrap over queries",
-            "resamples": 1000,
-            "seconds": timings,
-        },
-        metrics=report.as_dict(comparisons),
-        libraries=("numpy", "torch", "polars", "bm25s"),
+            protocol={
+                "search": "exact, float32",
+                "interval": "95% Poisson bootstrap over queries",
+                "resamples": 1000,
+                "seconds": timings,
+            },
+            metrics=report.as_dict(comparisons),
+            libraries=("numpy", "torch", "polars", "bm25s"),
+        ),
         folder=out,
     )
     plot_report(report, path.with_suffix(".png"))

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
-from benchmarks.record import write_record
+from benchmarks.record import Measurement, write_record
 from encoders.commands.console import (
     handle_errors,
     json_option,
@@ -178,17 +178,24 @@ def command(
             found[name] = cross_validate(embedding, entities, pairs, mixes, folds, max_pairs)
     path = write_record(
         "text",
-        dataset={
-            "name": dataset.name,
-            "real": True,
-            "note": "annotations, not clicks; train pairs only",
-        },
-        config={"tower": tower, "folds": folds, "max_pairs": max_pairs, "engaged_queries": ENGAGED},
-        protocol={
-            "metric": "labelled Recall@10 of left-out train queries, frozen tower on both sides"
-        },
-        metrics=found,
-        libraries=("torch", "numpy"),
+        Measurement(
+            dataset={
+                "name": dataset.name,
+                "real": True,
+                "note": "annotations, not clicks; train pairs only",
+            },
+            config={
+                "tower": tower,
+                "folds": folds,
+                "max_pairs": max_pairs,
+                "engaged_queries": ENGAGED,
+            },
+            protocol={
+                "metric": "labelled Recall@10 of left-out train queries, frozen tower on both sides"
+            },
+            metrics=found,
+            libraries=("torch", "numpy"),
+        ),
     )
     if as_json:
         print_json(found)

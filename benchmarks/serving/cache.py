@@ -14,7 +14,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.record import RESULTS, write_record
+from benchmarks.record import RESULTS, Measurement, write_record
 from encoders.commands.console import handle_errors, json_option, print_json, print_table, stage
 from retrieval.config import DAY_SECONDS
 from retrieval.encoding.query_cache import QueryCache, entry_bytes
@@ -206,15 +206,17 @@ def command(requests: int, out: Path, as_json: bool) -> None:
     }
     record = write_record(
         "cache",
-        dataset={"name": "simulated Zipf traffic", "real": False, **asdict(traffic)},
-        config={
-            "dimension": DIMENSION,
-            "paper_front_per_s": PAPER_FRONT,
-            "paper_behind_per_s": PAPER_BEHIND,
-        },
-        protocol={"clock": "virtual", "warmup": "first half of the requests"},
-        metrics=metrics,
-        libraries=("cachetools",),
+        Measurement(
+            dataset={"name": "simulated Zipf traffic", "real": False, **asdict(traffic)},
+            config={
+                "dimension": DIMENSION,
+                "paper_front_per_s": PAPER_FRONT,
+                "paper_behind_per_s": PAPER_BEHIND,
+            },
+            protocol={"clock": "virtual", "warmup": "first half of the requests"},
+            metrics=metrics,
+            libraries=("cachetools",),
+        ),
         folder=out,
     )
     if as_json:

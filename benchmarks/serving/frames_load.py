@@ -179,19 +179,15 @@ class FrameClient(asyncio.Protocol):
 
 def frame_load(address: str, method: str, payloads: list[bytes], load: Load) -> Outcome:
     """Drive one method in a closed loop with prepared frames instead of gRPC stubs."""
-    return run_processes(partial(_frame_process, address, method, payloads), load)
+    return run_processes(partial(_frame_process, (address, method, payloads)), load)
 
 
 def _frame_process(
-    address: str,
-    method: str,
-    payloads: list[bytes],
-    load: Load,
-    number: int,
-    ready: Any,
-    queue: Any,
+    calls: tuple[str, str, list[bytes]], load: Load, number: int, ready: Any, queue: Any
 ) -> None:
     import uvloop
+
+    address, method, payloads = calls
 
     async def main() -> Outcome:
         host, _, port = address.rpartition(":")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 
-from benchmarks.record import write_record
+from benchmarks.record import Measurement, write_record
 from benchmarks.serving.peer_servers import omni_server
 from encoders.commands.console import (
     fail,
@@ -239,26 +239,28 @@ def command(
     }
     path = write_record(
         "latency",
-        dataset={
-            "queries": source,
-            "distinct": len(texts),
-            "entities": entities,
-            "release_id": release.release_id,
-            "real": True,
-        },
-        config={
-            "k": k,
-            "concurrency": list(concurrencies),
-            "form_id": release.form_id,
-            "dimension": release.dimension,
-        },
-        protocol={
-            "clock": "perf_counter_ns in the client",
-            "warmup": "first tenth of the queries",
-            "client": "RetrievalClient, same machine",
-        },
-        metrics=metrics,
-        libraries=("grpcio", "onnxruntime", "torch"),
+        Measurement(
+            dataset={
+                "queries": source,
+                "distinct": len(texts),
+                "entities": entities,
+                "release_id": release.release_id,
+                "real": True,
+            },
+            config={
+                "k": k,
+                "concurrency": list(concurrencies),
+                "form_id": release.form_id,
+                "dimension": release.dimension,
+            },
+            protocol={
+                "clock": "perf_counter_ns in the client",
+                "warmup": "first tenth of the queries",
+                "client": "RetrievalClient, same machine",
+            },
+            metrics=metrics,
+            libraries=("grpcio", "onnxruntime", "torch"),
+        ),
     )
     if as_json:
         print_json(metrics)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import numpy as np
@@ -87,7 +87,7 @@ def stub_load(
         metadata: Sent with each call.
     """
     return run_processes(
-        partial(_stub_process, address, method, list(payloads), tuple(metadata)), load
+        partial(_stub_process, StubCalls(address, method, list(payloads), tuple(metadata))), load
     )
 
 
@@ -162,37 +162,38 @@ class Recorder:
         )
 
 
-def _stub_process(
-    address: str,
-    method: str,
-    payloads: list[bytes],
-    metadata: Any,
-    load: Load,
-    number: int,
-    ready: Any,
-    queue: Any,
-) -> None:
+class StubCalls(NamedTuple):
+    """What one client process sends."""
+
+    address: str
+    method: str
+    payloads: list[bytes]
+    metadata: tuple[tuple[str, str], ...]
+
+
+def _stub_process(calls: StubCalls, load: Load, number: int, ready: Any, queue: Any) -> None:
     import uvloop
+
+    payloads = calls.payloads
 
     async def main() -> Outcome:
         async with grpc.aio.insecure_channel(
-            address, options=[("grpc.use_local_subchannel_pool", 1)]
+            calls.address, options=[("grpc.use_local_subchannel_pool", 1)]
         ) as channel:
-            call = channel.unary_unary(method)
+            call = channel.unary_unary(calls.method)
             await channel.channel_ready()
             await asyncio.to_thread(ready.wait, 120)
             begin = time.perf_counter()
             recorder = Recorder(begin + load.warmup_seconds)
             end = recorder.begin + load.seconds
-            step, first, total = (
-                7919,
-                number * 104729,
-                len(payloads),
-            )  # primes: processes do not walk in step
+            # Primes, so that processes do not send the same payloads at the same time.
+            step, first, total = 7919, number * 104729, len(payloads)
 
             async def one(i: int, due: float) -> None:
                 try:
-                    await call(payloads[(first + i * step) % total], metadata=metadata or None)
+                    await call(
+                        payloads[(first + i * step) % total], metadata=calls.metadata or None
+                    )
                     recorder.answered(due)
                 except grpc.RpcError as error:
                     recorder.failed(error)
@@ -229,9 +230,8 @@ async def _paced(
         pause = due - time.perf_counter()
         if pause > 0:
             await asyncio.sleep(pause)
-        await (
-            places.acquire()
-        )  # when all places are taken the call waits, and its latency still counts from `due`
+        # When all places are taken the call waits, and its latency still counts from `due`.
+        await places.acquire()
         task = asyncio.create_task(later(i, due))
         tasks.add(task)
         task.add_done_callback(tasks.discard)

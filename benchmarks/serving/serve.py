@@ -9,12 +9,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
 
-from benchmarks.record import write_record
+from benchmarks.record import Measurement, write_record
 from benchmarks.serving import milvus_peer
 from benchmarks.serving.frames_load import frame_load
 from benchmarks.serving.load import Load, Outcome, client_load, stub_load
@@ -126,12 +126,16 @@ def best_of(rounds: Sequence[Outcome]) -> dict[str, Any]:
     return {**merged, "errors": sum(int(row["errors"]) for row in rows), "rounds": rows}
 
 
+class Plan(NamedTuple):
+    """How servers are loaded in turns."""
+
+    concurrencies: Sequence[int]
+    rounds: int
+    seconds: float
+
+
 def compare(
-    runs: dict[str, Callable[[Load], Outcome]],
-    servers: dict[str, Process],
-    concurrencies: Sequence[int],
-    rounds: int,
-    seconds: float,
+    runs: dict[str, Callable[[Load], Outcome]], servers: dict[str, Process], plan: Plan
 ) -> dict[str, dict[int, dict[str, Any]]]:
     """Run every side at every concurrency, in turns within a round, so that noise hits both alike.
 
@@ -139,18 +143,18 @@ def compare(
     process: on a machine that is busy with other work it says what the wall clock cannot.
     """
     per_cpu: dict[str, dict[int, list[float]]] = {
-        side: {c: [] for c in concurrencies} for side in runs
+        side: {c: [] for c in plan.concurrencies} for side in runs
     }
     outcomes: dict[str, dict[int, list[Outcome]]] = {
-        side: {c: [] for c in concurrencies} for side in runs
+        side: {c: [] for c in plan.concurrencies} for side in runs
     }
-    for concurrency in concurrencies:
-        for number in range(rounds):
+    for concurrency in plan.concurrencies:
+        for number in range(plan.rounds):
             order = list(runs) if number % 2 == 0 else list(runs)[::-1]
             for side in order:
                 before = servers[side].cpu_seconds()
                 outcome = runs[side](
-                    Load(concurrency=concurrency, seconds=seconds, warmup_seconds=0.0)
+                    Load(concurrency=concurrency, seconds=plan.seconds, warmup_seconds=0.0)
                 )
                 per_cpu[side][concurrency].append(
                     len(outcome.latencies_ms) / max(1e-3, servers[side].cpu_seconds() - before)
@@ -200,13 +204,7 @@ def verdict(ours: dict[int, dict[str, Any]], theirs: dict[int, dict[str, Any]]) 
 
 
 def against_milvus(
-    ours: Process,
-    release: ServingRelease,
-    k: int,
-    wanted: float,
-    concurrencies: Sequence[int],
-    rounds: int,
-    seconds: float,
+    ours: Process, release: ServingRelease, k: int, wanted: float, plan: Plan
 ) -> dict[str, Any]:
     """Ready embeddings, thin stubs and own clients, ours and Milvus in turns."""
     setting, our_recall = recall_setting(ours.address, release, k, wanted)
@@ -253,9 +251,7 @@ def against_milvus(
         }
         for name, runs in (("prepared_frames", frames), ("thin_stubs", thin), ("own_clients", own)):
             with stage(f"ours and Milvus in turns, {name}"):
-                figures = compare(
-                    runs, {"ours": ours, "milvus": milvus}, concurrencies, rounds, seconds
-                )
+                figures = compare(runs, {"ours": ours, "milvus": milvus}, plan)
             found[name] = {**figures, **verdict(figures["ours"], figures["milvus"])}
         return found
 
@@ -422,9 +418,7 @@ def more_workers(
                 figures = compare(
                     {side: partial(run, process) for side, process in servers.items()},
                     servers,
-                    concurrencies,
-                    rounds,
-                    seconds,
+                    Plan(concurrencies, rounds, seconds),
                 )
             best = {
                 side: max(float(f["requests_per_second"]) for f in by.values())
@@ -527,33 +521,34 @@ def command(
         with omni_server(
             release.store, ["--workers", str(workers), "--metrics-port", "-1"]
         ) as ours:
-            metrics["milvus"] = against_milvus(
-                ours, release, k, wanted, concurrencies, rounds, seconds
-            )
+            plan = Plan(concurrencies, rounds, seconds)
+            metrics["milvus"] = against_milvus(ours, release, k, wanted, plan)
     path = write_record(
         ("serve-workers" if peers == ("workers",) else "serve")
         + ("" if kind == DEFAULT_KIND else f"-{kind}"),
-        dataset=release.vectors.describe(),
-        config={
-            "kind": kind,
-            "k": k,
-            "workers": workers,
-            "ann_recall": wanted,
-            "build": release.build,
-        },
-        protocol={
-            "rounds": rounds,
-            "seconds": seconds,
-            "clock": "perf_counter",
-            "turns": "sides alternate within a round; medians over rounds",
-            "cores": "servers and client processes share all cores of the machine",
-        },
-        metrics=metrics,
-        libraries=(
-            "grpcio",
-            "hnswlib",
-            "numpy",
-            *(("milvus", "pymilvus") if "milvus" in peers else ()),
+        Measurement(
+            dataset=release.vectors.describe(),
+            config={
+                "kind": kind,
+                "k": k,
+                "workers": workers,
+                "ann_recall": wanted,
+                "build": release.build,
+            },
+            protocol={
+                "rounds": rounds,
+                "seconds": seconds,
+                "clock": "perf_counter",
+                "turns": "sides alternate within a round; medians over rounds",
+                "cores": "servers and client processes share all cores of the machine",
+            },
+            metrics=metrics,
+            libraries=(
+                "grpcio",
+                "hnswlib",
+                "numpy",
+                *(("milvus", "pymilvus") if "milvus" in peers else ()),
+            ),
         ),
     )
     if as_json:

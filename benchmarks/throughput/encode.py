@@ -16,7 +16,7 @@ import polars as pl
 import torch
 from torch.nn import functional
 
-from benchmarks.record import write_record
+from benchmarks.record import Measurement, write_record
 from encoders.commands.console import (
     data_option,
     handle_errors,
@@ -294,31 +294,33 @@ def command(rows: int, repeats: int, threads: int, data_dir: Path | None, as_jso
     }
     path = write_record(
         "encode",
-        dataset={
-            "name": data.name,
-            "kind": "simulated rows: real title words in random order, random vectors",
-            "ngrams_per_row": round(ngrams, 1),
-        },
-        config={
-            "rows": rows,
-            "words_per_text": WORDS_PER_TEXT,
-            "continuous": VECTORS,
-            "threads": threads,
-            "vocabulary": len(fitted.vocabulary),
-        },
-        protocol={
-            "warm_up": 1,
-            "repeats": repeats,
-            "clock": "perf_counter and process_time",
-            "load_average_1m": os.getloadavg()[0],
-        },
-        metrics={
-            "figures": figures,
-            "query_at_batch_1": queries,
-            "hash_embedding_forward_backward_1024_rows": hash_embedding,
-            "peak_memory_mib": round(peak_memory_mib(), 1),
-        },
-        libraries=("torch", "numpy", "polars", "onnxruntime"),
+        Measurement(
+            dataset={
+                "name": data.name,
+                "kind": "simulated rows: real title words in random order, random vectors",
+                "ngrams_per_row": round(ngrams, 1),
+            },
+            config={
+                "rows": rows,
+                "words_per_text": WORDS_PER_TEXT,
+                "continuous": VECTORS,
+                "threads": threads,
+                "vocabulary": len(fitted.vocabulary),
+            },
+            protocol={
+                "warm_up": 1,
+                "repeats": repeats,
+                "clock": "perf_counter and process_time",
+                "load_average_1m": os.getloadavg()[0],
+            },
+            metrics={
+                "figures": figures,
+                "query_at_batch_1": queries,
+                "hash_embedding_forward_backward_1024_rows": hash_embedding,
+                "peak_memory_mib": round(peak_memory_mib(), 1),
+            },
+            libraries=("torch", "numpy", "polars", "onnxruntime"),
+        ),
     )
     if as_json:
         print_json(

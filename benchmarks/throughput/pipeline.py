@@ -18,7 +18,7 @@ from typing import Any
 import click
 import polars as pl
 
-from benchmarks.record import write_record
+from benchmarks.record import Measurement, write_record
 from encoders.commands.console import (
     data_option,
     handle_errors,
@@ -221,11 +221,13 @@ def _record(
     )
     return write_record(
         name,
-        dataset={"name": "simulated log", "simulated": True, "note": LABEL},
-        config=config,
-        protocol={"clock": clock, "load_average": os.getloadavg(), **protocol},
-        metrics={what: rows},
-        libraries=("polars", "pyarrow"),
+        Measurement(
+            dataset={"name": "simulated log", "simulated": True, "note": LABEL},
+            config=config,
+            protocol={"clock": clock, "load_average": os.getloadavg(), **protocol},
+            metrics={what: rows},
+            libraries=("polars", "pyarrow"),
+        ),
     )
 
 

@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ import numpy as np
 import polars as pl
 import torch
 
-from benchmarks.record import RESULTS, write_record
+from benchmarks.record import Measurement, write_record
 from encoders.commands.console import (
     data_option,
     handle_errors,
@@ -59,17 +60,29 @@ _OURS_PLAIN = {
 }
 
 
-def _config(
-    kind: str, variant: str, batch: int, steps: int, precision: str, seconds: float = 0.0
-) -> Any:
+@dataclass(frozen=True)
+class OurRun:
+    """One training of ours beside the peer's."""
+
+    kind: str
+    """``query-entity`` or ``query-query`` pairs."""
+    variant: str
+    """``plain``: in-batch negatives; ``full``: the paper's loss; ``recipe``: as the recipes."""
+    batch: int
+    steps: int
+    precision: str
+    seconds: float = 0.0
+    """Stop after so long; 0: after ``steps``."""
+
+
+def _config(run: OurRun) -> Any:
     datasets: list[dict[str, Any]] = (
-        [{"name": "query"}] if kind == "query-query" else [{"name": n} for n in _QUALITY_SHARES]
+        [{"name": "query"}] if run.kind == "query-query" else [{"name": n} for n in _QUALITY_SHARES]
     )
     features: dict[str, Any] = {}
     validation: dict[str, Any] = {"fraction": 0.0}
-    if (
-        variant == "recipe"
-    ):  # as in the shipped recipes: a frozen vector of an entity's texts beside its n-grams
+    # As in the shipped recipes: a frozen vector of an entity's texts beside its n-grams.
+    if run.variant == "recipe":
         datasets = [{"name": name, "share": share} for name, share in _QUALITY_SHARES.items()]
         features = {"text_embedding": "tiny-multilingual"}
         validation = {
@@ -80,16 +93,16 @@ def _config(
         }
     return train_config(
         {
-            "steps": steps,
-            "max_seconds": seconds,
-            "precision": precision,
+            "steps": run.steps,
+            "max_seconds": run.seconds,
+            "precision": run.precision,
             "log_every": 1_000_000,
             "checkpoint_every": 0,
             "datasets": datasets,
             "features": features,
             "entity_tower": {"table_rows": 30_000, "hidden": [512]},
-            "batch": {"pairs": batch, "cross_fit": 4 if variant == "recipe" else 0},
-            "loss": _OURS_PLAIN if variant == "plain" else _OURS_FULL,
+            "batch": {"pairs": run.batch, "cross_fit": 4 if run.variant == "recipe" else 0},
+            "loss": _OURS_PLAIN if run.variant == "plain" else _OURS_FULL,
             "optimiser": {
                 "query_learning_rate": 5e-4,
                 "token_embedding_learning_rate": 5e-4,
@@ -289,10 +302,10 @@ def command(
             systems: dict[str, Callable[[], Speed]] = {
                 "sentence-transformers": lambda peer=peer: peer.train(steps),  # type: ignore[misc]
                 "ours, in-batch negatives": lambda d=data, k=kind: _speed(
-                    d, k, "plain", batch, steps, precision, start
+                    d, OurRun(k, "plain", batch, steps, precision), start
                 ),  # type: ignore[misc]
                 "ours, the paper's loss": lambda d=data, k=kind: _speed(
-                    d, k, "full", batch, steps, precision, start
+                    d, OurRun(k, "full", batch, steps, precision), start
                 ),  # type: ignore[misc]
             }
             rates: dict[str, list[Speed]] = {name: [] for name in systems}
@@ -328,9 +341,7 @@ def command(
                     "target": target,
                 }
         quality = (
-            _quality(dataset, entity_pairs, texts, start, batch, precision, quality_seconds)
-            if quality_seconds
-            else {}
+            _quality(dataset, start, batch, precision, quality_seconds) if quality_seconds else {}
         )
     metrics["recall_at_10_at_equal_wall_time"] = quality
     settings = {
@@ -344,24 +355,25 @@ def command(
     if record:
         path = write_record(
             f"train-{precision}-{batch}",
-            dataset={
-                "name": dataset.name,
-                "pairs": entity_pairs.height,
-                "related_pairs": related.height,
-                "real": True,
-                "note": "annotations, not clicks",
-            },
-            config=settings,
-            protocol={
-                "warmup_repetitions": 1,
-                "repetitions": repetitions,
-                "order": "alternating",
-                "clock": "perf_counter; process_time for CPU seconds",
-                "statistic": "median",
-            },
-            metrics=metrics,
-            libraries=("torch", "transformers", "sentence-transformers"),
-            folder=RESULTS,
+            Measurement(
+                dataset={
+                    "name": dataset.name,
+                    "pairs": entity_pairs.height,
+                    "related_pairs": related.height,
+                    "real": True,
+                    "note": "annotations, not clicks",
+                },
+                config=settings,
+                protocol={
+                    "warmup_repetitions": 1,
+                    "repetitions": repetitions,
+                    "order": "alternating",
+                    "clock": "perf_counter; process_time for CPU seconds",
+                    "statistic": "median",
+                },
+                metrics=metrics,
+                libraries=("torch", "transformers", "sentence-transformers"),
+            ),
         )
     if as_json:
         print_json({"record": str(path) if path else None, **metrics})
@@ -395,43 +407,26 @@ def _median(speeds: list[Speed]) -> Speed:
     )
 
 
-def _speed(
-    data: TrainingData, kind: str, variant: str, batch: int, steps: int, precision: str, start: Path
-) -> Speed:
-    result = _ours(data, kind, variant, batch, steps, precision, start)
+def _speed(data: TrainingData, run: OurRun, start: Path) -> Speed:
+    result = _ours(data, run, start)
     return Speed(result.pairs_per_second, result.pairs_per_cpu_second)
 
 
-def _ours(
-    data: TrainingData,
-    kind: str,
-    variant: str,
-    batch: int,
-    steps: int,
-    precision: str,
-    start: Path,
-    seconds: float = 0.0,
-) -> TrainResult:
-    config = _config(kind, variant, batch, steps, precision, seconds)
-    return train(config, data, start=TrainStart(QueryEncoder.load(start)), quiet=True)
+def _ours(data: TrainingData, run: OurRun, start: Path) -> TrainResult:
+    return train(_config(run), data, start=TrainStart(QueryEncoder.load(start)), quiet=True)
 
 
 def _quality(
-    dataset: Dataset,
-    pairs: pl.DataFrame,
-    texts: dict[str, str],
-    start: Path,
-    batch: int,
-    precision: str,
-    seconds: float,
+    dataset: Dataset, start: Path, batch: int, precision: str, seconds: float
 ) -> dict[str, dict[str, Any]]:
     """Train both from the same weights for the same time, with a cosine schedule over what fits.
 
     Ours pays for its set-up out of that time (counting n-grams, tokenising, embedding the entities'
-    texts with the frozen tower) and for what follows the last step (choosing residual scales on
+    texts with the frozen tower) and for what follows the last step (choosing residual weights on
     held-back train queries), measured on a run of one step. The other system tokenises while it
     trains.
     """
+    pairs, texts = dataset.split("train"), entity_texts(dataset.catalogue)
     peer = SentenceTransformersRun(start, pairs, texts, batch, precision)
     with stage("Sentence-Transformers: measure its speed"):
         rate = peer.train(8).wall
@@ -440,7 +435,7 @@ def _quality(
         peer.train(max(int(rate * seconds / batch), 1), max_seconds=seconds * 1.1)
     data = TrainingData(dataset.catalogue, pairs)
     began = time.perf_counter()
-    _ours(data, "query-entity", "recipe", batch, 1, precision, start)
+    _ours(data, OurRun("query-entity", "recipe", batch, 1, precision), start)
     set_up = time.perf_counter() - began
     if set_up > seconds / 2:
         raise ConfigError(
@@ -448,9 +443,8 @@ def _quality(
             " Raise --quality-seconds."
         )
     with stage(f"ours: train for {seconds - set_up:.0f}s after {set_up:.0f}s of set-up"):
-        result = _ours(
-            data, "query-entity", "recipe", batch, 1_000_000, precision, start, seconds - set_up
-        )
+        run = OurRun("query-entity", "recipe", batch, 1_000_000, precision, seconds - set_up)
+        result = _ours(data, run, start)
 
     def encode(values: list[str]) -> np.ndarray:
         return np.asarray(

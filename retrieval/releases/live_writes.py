@@ -1,4 +1,7 @@
-"""Upserts and deletes on their way into the live log: one writer per entity type and process; processes take turns on the log's lock."""
+"""Upserts and deletes on their way into the live log.
+
+One writer per entity type and process; processes take turns on the log's lock.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +32,14 @@ class LiveWrites:
     ) -> int:
         """Append entries, all or none; returns the sequence number of the last one.
 
-        Raises as ``LiveLogWriter.write`` does.
+        Args:
+            entity_type: Whose log.
+            dimension: Of the vectors.
+            entries: Upserts and deletes.
+            after: Watermark of the active release for this type.
 
-        ``after`` is the watermark of the active release for this type.
+        Raises:
+            LiveLogError: As ``LiveLogWriter.write``.
         """
         with self._lock:
             key = (entity_type, dimension)
@@ -44,7 +52,7 @@ class LiveWrites:
         return writer.write(entries)
 
     def close(self) -> None:
-        """Close the files; what was written is durable already."""
+        """Close the files; written entries are durable already."""
         with self._lock:
             for writer in self._writers.values():
                 writer.close()

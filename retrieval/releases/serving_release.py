@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -20,6 +20,28 @@ from retrieval.errors import ReleaseRefused
 
 MIN_PARITY_COSINE = 0.95
 """Lowest mean cosine between golden queries as this server encodes them and as the trainer did."""
+PARITY_TEXTS = 64
+"""Golden texts per entity type that are encoded to measure it."""
+
+
+class EncoderWork(NamedTuple):
+    """What the encoder of a release has done so far."""
+
+    batches: int = 0
+    texts: int = 0
+    dropped: int = 0
+    """Texts whose callers had gone."""
+    shared: int = 0
+    """Misses that joined an encode under way."""
+
+    def plus(self, other: EncoderWork) -> EncoderWork:
+        """Add the work of another release."""
+        return EncoderWork(
+            batches=self.batches + other.batches,
+            texts=self.texts + other.texts,
+            dropped=self.dropped + other.dropped,
+            shared=self.shared + other.shared,
+        )
 
 
 class ServingRelease:
@@ -81,15 +103,24 @@ class ServingRelease:
     ) -> None:
         self.in_flight -= 1
 
+    def work(self) -> EncoderWork:
+        """Return what the encoder has done so far."""
+        return EncoderWork(
+            batches=self.batcher.batches,
+            texts=self.batcher.texts,
+            dropped=self.batcher.dropped,
+            shared=self.encoder.shared,
+        )
+
     def close(self) -> None:
-        """Stop following the log and the encoder's thread; nobody may use this release any more."""
+        """Stop following the log and the encoder's thread. The release is unusable afterwards."""
         self.follower.stop()
         self.executor.shutdown(wait=False)
         self.release.close()
 
 
 def prove(release: Release, encoding: QueryEncoding, min_recall: float = 0.0) -> dict[str, float]:
-    """Replay the golden queries: the indexes must answer as recorded, and this server's encoder must agree with the trainer's vectors.
+    """Replay the golden queries of a release: its indexes and its encoder must answer as recorded.
 
     Args:
         release: Opened, without live entries.
@@ -98,8 +129,8 @@ def prove(release: Release, encoding: QueryEncoding, min_recall: float = 0.0) ->
             (``Release.replay_golden``).
 
     Returns:
-        Mean cosine of encoded golden queries with the stored vectors, by entity type that has
-        golden texts.
+        Mean cosine of golden queries as encoded here with the trainer's vectors, by entity type
+        that has golden texts.
 
     Raises:
         ReleaseRefused: Recall or parity is too low.
@@ -119,17 +150,25 @@ def prove(release: Release, encoding: QueryEncoding, min_recall: float = 0.0) ->
             )
     parity: dict[str, float] = {}
     for entity_type in release.entities:
-        golden = release.golden(entity_type)
-        rows = [i for i, text in enumerate(golden.texts) if text][:64]
-        if not rows:
+        cosine = _encoder_parity(release, encoding, entity_type)
+        if cosine is None:
             continue
-        made = encoding.encode([golden.texts[i] for i in rows])
-        parity[entity_type] = float(np.mean(np.sum(made * golden.vectors[rows], axis=1)))
-        if not parity[entity_type] >= MIN_PARITY_COSINE:
+        parity[entity_type] = cosine
+        if not cosine >= MIN_PARITY_COSINE:  # true for NaN, too
             raise ReleaseRefused(
                 f"{release.release_id}/{entity_type}: expected golden queries encoded as"
                 f" {encoding.form_id} to agree with the trainer's vectors (mean cosine"
-                f" {MIN_PARITY_COSINE} or more), but got {parity[entity_type]:.4f}. Its encoder and"
-                " indexes do not belong together: rebuild it."
+                f" {MIN_PARITY_COSINE} or more), but got {cosine:.4f}. Its encoder and indexes do"
+                " not belong together: rebuild it."
             )
     return parity
+
+
+def _encoder_parity(release: Release, encoding: QueryEncoding, entity_type: str) -> float | None:
+    """Return the mean cosine of encoded golden texts with their vectors; None without texts."""
+    golden = release.golden(entity_type)
+    rows = [row for row, text in enumerate(golden.texts) if text][:PARITY_TEXTS]
+    if not rows:
+        return None
+    encoded = encoding.encode([golden.texts[row] for row in rows])
+    return float(np.mean(np.sum(encoded * golden.vectors[rows], axis=1)))

@@ -1,4 +1,4 @@
-"""The processes of a supervisor: forked, heard, told and collected.
+"""The processes of a supervisor: forked, listened to, sent messages and collected.
 
 What they serve, and when one is replaced, is decided elsewhere.
 """
@@ -19,19 +19,34 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 log = logging.getLogger("omni.workers")
 
 PR_SET_PDEATHSIG = 1
 
 Run = Callable[[socket.socket, int, str, list[Path]], int]
-"""The life of a worker, in the child: its control socket, its number, its release and the caches handed over; returns the exit code."""
+"""Runs a worker in the child and returns its exit code.
+
+Arguments: control socket, number, release id, files that the former workers handed over.
+"""
 
 
 @dataclass(slots=True)
 class Worker:
-    """One child process."""
+    """One child process.
+
+    Attributes:
+        pid: Its process number.
+        number: Counted over all generations.
+        control: Our end of the socket between us.
+        release_id: What it serves; empty: nothing yet.
+        ready: It listens, or ``error`` says why not.
+        error: Why it cannot serve.
+        cache_written: It has answered the last request to write its cache.
+        dismissed: It was sent a signal to end; it is not replaced.
+        buffer: Bytes of its messages that are not whole yet.
+    """
 
     pid: int
     number: int
@@ -39,33 +54,43 @@ class Worker:
     release_id: str
     ready: bool = False
     error: str = ""
-    dumped: bool = False
-    leaving: bool = False
-    """We told it to end; nobody replaces it."""
+    cache_written: bool = False
+    dismissed: bool = False
     buffer: bytearray = field(default_factory=bytearray)
 
     def is_running(self) -> bool:
-        """Whether the process has not ended; does not collect it."""
+        """Ask whether the process has not ended, without collecting it."""
         try:
             return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
         except ChildProcessError:
             return False
 
 
+class ChangeRequest(NamedTuple):
+    """A change of the release that a worker asks for.
+
+    Attributes:
+        worker: Who waits for the reply.
+        release_id: What to serve; empty: the previously active one.
+    """
+
+    worker: Worker
+    release_id: str
+
+
 class Fleet:
-    """All children of one process, of every generation; everything runs in the caller's single thread.
+    """All children of one process, of every generation. Everything runs in the caller's thread.
 
     Attributes:
         workers: By process number, until they are collected.
-        changes: What workers asked for and nobody has carried out: who, and the release ("" for the
-            one before).
+        changes: Requests that are not carried out yet, in their order.
         forks: How many were ever started.
     """
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self.workers: dict[int, Worker] = {}
-        self.changes: deque[tuple[Worker, str]] = deque()
+        self.changes: deque[ChangeRequest] = deque()
         self.forks = 0
         self._selector = selectors.DefaultSelector()
 
@@ -73,11 +98,11 @@ class Fleet:
         return self.workers.get(worker.pid) is worker
 
     def of(self, release_id: str) -> list[Worker]:
-        """The workers of a release that were not told to end, ready or not."""
+        """Return the workers of a release that are not dismissed, ready or not."""
         return [
             worker
             for worker in self.workers.values()
-            if worker.release_id == release_id and not worker.leaving
+            if worker.release_id == release_id and not worker.dismissed
         ]
 
     def fork(self, release_id: str, handed_over: list[Path]) -> Worker:
@@ -96,42 +121,56 @@ class Fleet:
             theirs.close()
             raise
         if pid == 0:
-            code = 1
-            try:
-                die_with_parent(parent)
-                ours.close()
-                for worker in self.workers.values():
-                    worker.control.close()
-                self._selector.close()
-                code = self._run(theirs, self.forks, release_id, handed_over)
-            except BaseException:
-                log.exception("a worker failed")
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
+            self._run_child(parent, ours, theirs, release_id, handed_over)
         theirs.close()
         worker = Worker(pid, self.forks, ours, release_id)
         self.workers[pid] = worker
         self._selector.register(ours, selectors.EVENT_READ, worker)
         return worker
 
-    def listen(self, timeout: float) -> None:
-        """Read what workers say, for at most ``timeout`` seconds if nobody speaks.
+    def _run_child(
+        self,
+        parent: int,
+        ours: socket.socket,
+        theirs: socket.socket,
+        release_id: str,
+        handed_over: list[Path],
+    ) -> NoReturn:
+        """Run a worker in the forked process, and end it."""
+        code = 1
+        try:
+            die_with_parent(parent)
+            ours.close()
+            for worker in self.workers.values():
+                worker.control.close()
+            self._selector.close()
+            code = self._run(theirs, self.forks, release_id, handed_over)
+        except BaseException:
+            log.exception("a worker failed")
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
 
-        Only notes it: nothing is changed from in here.
+    def listen(self, timeout: float) -> None:
+        """Read messages of workers, waiting at most ``timeout`` seconds for the first.
+
+        They are only noted: nothing is changed from in here.
         """
         for key, _ in self._selector.select(timeout):
             self._read(key.data)
 
     def send(self, worker: Worker, message: dict[str, Any]) -> None:
-        """Tell a worker something; one that does not listen is logged."""
+        """Send a worker a message; one that does not listen is logged."""
         try:
             worker.control.sendall(json.dumps(message).encode() + b"\n")
         except OSError:
             log.warning("worker %d does not listen to its supervisor", worker.pid)
 
     def collect(self) -> list[tuple[Worker, int]]:
-        """Those who have ended since the last call, with their exit codes, once all they said is read."""
+        """Return the workers that have ended since the last call, with their exit codes.
+
+        Their messages are all read by then.
+        """
         ended: list[tuple[Worker, int]] = []
         while True:
             try:
@@ -143,7 +182,7 @@ class Fleet:
             worker = self.workers.get(pid)
             if worker is None:
                 continue
-            while self._read(worker):  # its last words may say why
+            while self._read(worker):  # its last message may say why
                 pass
             del self.workers[pid]
             self._forget(worker)
@@ -151,14 +190,14 @@ class Fleet:
             ended.append((worker, os.waitstatus_to_exitcode(status)))
 
     def dismiss(self, worker: Worker, number: signal.Signals = signal.SIGTERM) -> None:
-        """Have a worker end; it is neither counted nor replaced from now on."""
-        worker.leaving = True
-        if worker in self:  # once collected, its process number may belong to somebody else
+        """Send a worker a signal to end; it is neither counted nor replaced from now on."""
+        worker.dismissed = True
+        if worker in self:  # once collected, its process number may belong to another process
             with contextlib.suppress(ProcessLookupError):
                 os.kill(worker.pid, number)
 
     def end(self, seconds: float) -> None:
-        """Dismiss all, and kill who is still there after ``seconds``."""
+        """Dismiss all workers, and kill those that are still there after ``seconds``."""
         for worker in self.workers.values():
             self.dismiss(worker)
         until = time.monotonic() + seconds
@@ -169,7 +208,7 @@ class Fleet:
             self.dismiss(worker, signal.SIGKILL)
 
     def _read(self, worker: Worker) -> bool:
-        """Handle what has come from one worker; False when there is no more for now."""
+        """Handle what one worker has sent; False when there is no more for now."""
         try:
             content = worker.control.recv(65536)
         except BlockingIOError:
@@ -181,7 +220,8 @@ class Fleet:
             return False
         worker.buffer += content
         while (end := worker.buffer.find(b"\n")) >= 0:
-            line, worker.buffer = bytes(worker.buffer[:end]), worker.buffer[end + 1 :]
+            line = bytes(worker.buffer[:end])
+            worker.buffer = worker.buffer[end + 1 :]
             try:
                 self._note(worker, json.loads(line))
             except (ValueError, KeyError, TypeError) as error:
@@ -191,14 +231,15 @@ class Fleet:
     def _note(self, worker: Worker, message: dict[str, Any]) -> None:
         kind = message["type"]
         if kind == "ready":
-            worker.ready, worker.error = True, message["error"]
-        elif kind == "dumped":
-            worker.dumped = True
+            worker.error = message["error"]
+            worker.ready = True
+        elif kind == "cache_written":
+            worker.cache_written = True
         elif kind == "change":
-            self.changes.append((worker, message["release_id"]))
+            self.changes.append(ChangeRequest(worker, message["release_id"]))
 
     def _forget(self, worker: Worker) -> None:
-        """Wait for no more words of a worker."""
+        """Wait for no more messages of a worker."""
         with contextlib.suppress(KeyError, ValueError):
             self._selector.unregister(worker.control)
 

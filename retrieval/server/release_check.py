@@ -1,7 +1,7 @@
-"""A release verified by a process of its own: hashing gigabytes must not keep a supervisor from its workers.
+"""Releases verified by a process of their own, so that a supervisor can go on.
 
-A process and not a thread, because the supervisor forks meanwhile, and only a process of one thread
-may.
+Hashing takes seconds per gigabyte. A process and not a thread, because the supervisor forks
+meanwhile, and only a process of one thread may.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ReleaseCheck:
 
     def __init__(self, release_id: str, verify: Callable[[], object]) -> None:
         self._release_id = release_id
-        self._heard = bytearray()
+        self._verdict = bytearray()
         self._is_done = False
         parent = os.getpid()
         self._reading, writing = os.pipe()
@@ -51,37 +51,37 @@ class ReleaseCheck:
             try:
                 die_with_parent(parent)
                 os.close(self._reading)
-                os.write(writing, json.dumps(_verdict(verify)).encode())
+                os.write(writing, json.dumps(_run_check(verify)).encode())
             finally:
                 os._exit(0)
         os.close(writing)
 
     def is_done(self, timeout_seconds: float) -> bool:
-        """Whether the child has said its verdict, or died; waits for at most so long."""
+        """Ask whether the child has sent its verdict, or died; waits for at most so long."""
         while not self._is_done and select.select([self._reading], [], [], timeout_seconds)[0]:
             content = os.read(self._reading, 65536)
-            self._heard += content
+            self._verdict += content
             self._is_done = not content
         return self._is_done
 
     def result(self) -> None:
-        """Raise what ``verify`` raised, in words; the child must be done.
+        """Raise an error for what ``verify`` raised; the child must be done.
 
         Raises:
             ReleaseNotFound: There is no such release.
             ReleaseRefused: Anything else.
         """
         try:
-            verdict = json.loads(self._heard)
+            verdict = json.loads(self._verdict)
         except ValueError:
             verdict = {
                 "kind": "",
                 "error": f"{self._release_id}: the process that verified it has died.",
             }
+        if verdict["kind"] == "ReleaseNotFound":
+            raise ReleaseNotFound(verdict["error"])
         if verdict["error"]:
-            raise (ReleaseNotFound if verdict["kind"] == "ReleaseNotFound" else ReleaseRefused)(
-                verdict["error"]
-            )
+            raise ReleaseRefused(verdict["error"])
 
     def close(self) -> None:
         """Collect the child; one that is not done is killed."""
@@ -93,9 +93,9 @@ class ReleaseCheck:
                 os.kill(self._pid, signal.SIGKILL)
 
 
-def _verdict(verify: Callable[[], object]) -> dict[str, str]:
+def _run_check(verify: Callable[[], object]) -> dict[str, str]:
     try:
-        os.nice(10)  # as loading has in a server of one process: questions come first
+        os.nice(10)  # the priority of loading in a server of one process
         verify()
     except OmniError as error:
         return {"kind": type(error).__name__, "error": str(error)}

@@ -1,4 +1,4 @@
-"""One worker, in its own process: loads its release over the graphs it inherited, serves, and talks with its supervisor over a socket."""
+"""One worker, in its own process: loads its release over inherited graphs, serves, reports."""
 
 from __future__ import annotations
 
@@ -15,27 +15,28 @@ from pathlib import Path
 from typing import Any
 
 from encoders.errors import OmniError
-from index_builder.ann import AnnIndex
 from index_builder.errors import DiskFull, PublisherBusy, ReleaseNotFound
 from retrieval.config import ServeConfig
 from retrieval.errors import NothingToRollBack, NotReady, ReleaseRefused, UnknownRelease
 from retrieval.process_tuning import freeze_start_up_objects
 from retrieval.releases.manager import ReleaseChange
+from retrieval.server.release_graphs import Graphs
 from retrieval.server.server import Server, WorkerContext, create_server
 
 log = logging.getLogger("omni.workers")
 
-Graphs = dict[str, AnnIndex]
-"""Per entity type, what a supervisor loads once for all its workers."""
+ERRORS_BY_NAME: dict[str, type[OmniError]] = {
+    kind.__name__: kind
+    for kind in (NothingToRollBack, NotReady, PublisherBusy, DiskFull, ReleaseNotFound)
+}
+"""Errors of a change that reach the caller as what they were; others are ``ReleaseRefused``."""
 
 
-def told(error: Exception) -> str:
-    """What a caller and the log read of an error."""
-    return (
-        str(error)
-        if isinstance(error, OmniError)
-        else f"the release could not be taken into service: {type(error).__name__}: {error}"
-    )
+def error_message(error: Exception) -> str:
+    """Return what callers and the log read of an error."""
+    if isinstance(error, OmniError):
+        return str(error)
+    return f"the release could not be taken into service: {type(error).__name__}: {error}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +48,7 @@ class Assignment:
         number: Of this worker, counted over all generations.
         release_id: What to serve; empty: nothing yet.
         graphs: By release id, what the supervisor has verified and loaded for all its workers.
-        handed_over: Files with the frequent queries of the generation before.
+        handed_over: Files with the frequent queries of the former generation.
         folder: Where the workers exchange their metrics.
         listener: The socket from which all workers accept; None: each has its own on the port
             (grpcio).
@@ -62,8 +63,8 @@ class Assignment:
     listener: socket.socket | None
 
 
-def run_worker(control: socket.socket, given: Assignment) -> int:
-    """The life of one worker, in the child, which talks with its supervisor over ``control``; returns its exit code."""
+def run_worker(control: socket.socket, assignment: Assignment) -> int:
+    """Run one worker, in the child, until its supervisor ends it; returns its exit code."""
     run: Callable[[Any], Any] = asyncio.run
     try:
         import uvloop
@@ -71,101 +72,124 @@ def run_worker(control: socket.socket, given: Assignment) -> int:
         run = uvloop.run
     except ImportError:
         log.info("uvloop is not installed; using asyncio's own loop")
-    code: int = run(_serve(control, given))
+    code: int = run(_serve(control, assignment))
     return code
 
 
-async def _serve(control: socket.socket, given: Assignment) -> int:
-    reader, writer = await asyncio.open_connection(sock=control)
-    changes: deque[asyncio.Future[dict[str, Any]]] = deque()
-    """Waiting for their reply, in the order in which the supervisor answers them."""
+class SupervisorLink:
+    """A worker's side of the socket between it and its supervisor: one JSON object a line.
 
-    def send(message: dict[str, Any]) -> None:
-        writer.write(json.dumps(message).encode() + b"\n")
+    Args:
+        reader: Of that socket.
+        writer: Of that socket.
 
-    async def change_release(wanted: str) -> ReleaseChange:
+    Attributes:
+        ended: Set when the worker has to end: by a signal, or because the supervisor is gone.
+    """
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.ended = asyncio.Event()
+        self._reader = reader
+        self._writer = writer
+        # In the order in which the supervisor answers them
+        self._changes: deque[asyncio.Future[dict[str, Any]]] = deque()
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send a message."""
+        self._writer.write(json.dumps(message).encode() + b"\n")
+
+    async def report_ready(self, error: str = "") -> None:
+        """Tell that this worker listens, or why it never will."""
+        self.send({"type": "ready", "error": error})
+        await self._writer.drain()
+
+    async def change_release(self, release_id: str) -> ReleaseChange:
+        """Have the supervisor activate a release, or roll back for an empty id.
+
+        Raises:
+            OmniError: It was not done.
+        """
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        changes.append(future)
-        send({"type": "change", "release_id": wanted})
+        self._changes.append(future)
+        self.send({"type": "change", "release_id": release_id})
         reply = await future
+        if reply["kind"] == "UnknownRelease":
+            raise UnknownRelease(release_id)
         if reply["error"]:
-            if reply["kind"] == "UnknownRelease":
-                raise UnknownRelease(wanted)
-            kinds: tuple[type[OmniError], ...] = (
-                NothingToRollBack,
-                NotReady,
-                PublisherBusy,
-                DiskFull,
-                ReleaseNotFound,
-            )
-            raise next((kind for kind in kinds if kind.__name__ == reply["kind"]), ReleaseRefused)(
-                reply["error"]
-            )
+            raise ERRORS_BY_NAME.get(reply["kind"], ReleaseRefused)(reply["error"])
         return ReleaseChange(str(reply["now"]), str(reply["before"]))
 
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, stop.set)
-    server: Server = await create_server(
-        given.config,
-        worker=WorkerContext(
-            number=given.number,
-            graphs=given.graphs,
-            change_release=change_release,
-            snapshots_folder=given.folder,
-            listener=given.listener,
-        ),
-    )
-
-    freeze_start_up_objects(server.releases.on_change)
-
-    async def listen_to_supervisor() -> None:
+    async def listen(self, server: Server) -> None:
+        """Handle the supervisor's messages until there are no more."""
         try:
-            while line := await reader.readline():
+            while line := await self._reader.readline():
                 message = json.loads(line)
-                if message["type"] == "changed" and changes:
-                    future = changes.popleft()
+                if message["type"] == "changed" and self._changes:
+                    future = self._changes.popleft()
                     if not future.done():
                         future.set_result(message)
-                elif message["type"] == "dump":
+                elif message["type"] == "write_cache":
                     await write_cache(server, Path(message["path"]))
-                    send({"type": "dumped"})
+                    self.send({"type": "cache_written"})
         finally:  # no reply can come any more
-            stop.set()
-            for future in changes:
+            self.ended.set()
+            for future in self._changes:
                 if not future.done():
                     future.set_exception(
                         NotReady("the server is shutting down; ask again what it serves.")
                     )
 
-    listener = asyncio.ensure_future(listen_to_supervisor())
+
+async def _serve(control: socket.socket, assignment: Assignment) -> int:
+    link = SupervisorLink(*await asyncio.open_connection(sock=control))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, link.ended.set)
+    server = await create_server(
+        assignment.config,
+        worker=WorkerContext(
+            number=assignment.number,
+            graphs=assignment.graphs,
+            change_release=link.change_release,
+            snapshots_folder=assignment.folder,
+            listener=assignment.listener,
+        ),
+    )
+    freeze_start_up_objects(server.releases.on_change)
+    listening = asyncio.ensure_future(link.listen(server))
     try:
-        if given.release_id:
-            loading = asyncio.ensure_future(
-                server.releases.adopt(given.release_id, given.handed_over)
-            )
-            stopping = asyncio.ensure_future(stop.wait())
-            await asyncio.wait((loading, stopping), return_when=asyncio.FIRST_COMPLETED)
-            if stop.is_set():  # told to end while still loading: nobody depends on this worker yet
-                return 0
-            stopping.cancel()
-            await loading
+        if assignment.release_id and not await _load(server, assignment, link.ended):
+            return 0
         await server.listen()
     except Exception as error:
         if not isinstance(error, OmniError):
-            log.exception("release %r refused", given.release_id)
-        send({"type": "ready", "error": told(error)})
-        await writer.drain()
+            log.exception("release %r refused", assignment.release_id)
+        await link.report_ready(error_message(error))
         return 1
-    send({"type": "ready", "error": ""})
-    await stop.wait()
+    await link.report_ready()
+    await link.ended.wait()
     await server.stop()
-    listener.cancel()
+    listening.cancel()
     return 0
 
 
+async def _load(server: Server, assignment: Assignment, ended: asyncio.Event) -> bool:
+    """Load the release; False if the worker has to end first, while no caller depends on it."""
+    loading = asyncio.ensure_future(
+        server.releases.adopt(assignment.release_id, assignment.handed_over)
+    )
+    ending = asyncio.ensure_future(ended.wait())
+    await asyncio.wait((loading, ending), return_when=asyncio.FIRST_COMPLETED)
+    if ended.is_set():
+        return False
+    ending.cancel()
+    await loading
+    return True
+
+
 async def write_cache(server: Server, path: Path) -> None:
-    """Hand the frequent queries over: the whole file appears, or (a full disk, say) none, and the next generation starts without."""
+    """Write the frequent queries for the next generation, as a whole or not at all.
+
+    On a full disk, say, the next generation starts without.
+    """
     part = path.with_name(f"part-{path.name}")
     try:
         await server.releases.hand_over(part)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from index_builder.search.request import SearchOptions
 from protos import retrieval_pb2 as pb
 from retrieval.config import Limits
 from retrieval.errors import InvalidK, InvalidRequest, RequestTooLarge
@@ -107,9 +107,9 @@ class SearchRequest:
         """The ids to exclude in the form of the index."""
         return tuple(map(stored_id, self.exclude_ids))
 
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments for ``EntityIndex.search`` that differ from its defaults."""
-        options: dict[str, Any] = {}
+    def options(self) -> SearchOptions:
+        """Return what ``EntityIndex.search`` is told beside query and k."""
+        options: SearchOptions = {}
         if self.filter:
             options["filter"] = self.filter
         if self.exclude_ids:

@@ -18,6 +18,7 @@ from retrieval.errors import InvalidRequest, UnknownRelease
 from retrieval.observability.metrics import Metrics
 from retrieval.releases.manager import LiveReleases, ReleaseChange
 from retrieval.security import EVERYONE
+from retrieval.server.fleet import ChangeRequest
 from retrieval.server.supervisor import Supervisor
 from retrieval.service.admin import AdminService
 from retrieval.service.calls import CallInfo
@@ -120,8 +121,8 @@ async def test_activate_impossible_id_does_not_reach_the_supervisor(
 
 def test_supervisor_dropped_change_is_one_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
     supervisor: Any = SimpleNamespace(fleet=deque())
-    Supervisor._carry_out(supervisor, SimpleNamespace(), FORGED)  # type: ignore[arg-type]
-    Supervisor._carry_out(supervisor, SimpleNamespace(), "")  # type: ignore[arg-type]
+    Supervisor._carry_out(supervisor, ChangeRequest(SimpleNamespace(), FORGED))  # type: ignore[arg-type]
+    Supervisor._carry_out(supervisor, ChangeRequest(SimpleNamespace(), ""))  # type: ignore[arg-type]
     forged, back = (record.getMessage() for record in caplog.records)
     assert "\n" not in forged and "FORGED" in forged
-    assert "the release before" in back
+    assert "the previous release" in back

@@ -21,7 +21,7 @@ from retrieval.config import ServeConfig
 from retrieval.encoding.query_cache import QueryCache
 from retrieval.encoding.redis_tier import RedisSettings, RedisTier
 from retrieval.observability.metrics import Metrics
-from retrieval.releases import manager as live_releases
+from retrieval.releases import loader
 from retrieval.releases.manager import LiveReleases
 
 DIMENSION = 32
@@ -114,8 +114,8 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Opened:
     monkeypatch.setattr(ReleaseStore, "open", opening)
     monkeypatch.setattr(LiveFollower, "start", starting)
     monkeypatch.setattr(LiveFollower, "stop", stopping)
-    monkeypatch.setattr(live_releases, "open_query_encoding", lambda *args, **kwargs: Tower())
-    monkeypatch.setattr(live_releases, "prove", lambda *args: {})
+    monkeypatch.setattr(loader, "open_query_encoding", lambda *args, **kwargs: Tower())
+    monkeypatch.setattr(loader, "prove", lambda *args: {})
     return made
 
 
@@ -181,9 +181,7 @@ async def test_what_was_loaded_for_a_caller_who_has_gone_is_closed(
     gate, inside = threading.Event(), threading.Event()
     releases = releases_of(store)
     await releases.start()
-    monkeypatch.setattr(
-        live_releases, "prove", lambda *args: inside.set() or (gate.wait(10) and {})
-    )
+    monkeypatch.setattr(loader, "prove", lambda *args: inside.set() or (gate.wait(10) and {}))
     call = asyncio.ensure_future(releases.activate("a2"))
     await until(inside.is_set)
     call.cancel()
@@ -262,7 +260,7 @@ async def test_a_rollback_elsewhere_while_a_release_is_prewarmed_is_seen(
         releases.cache.put(f"{releases.active.prefix}text {i}", VECTOR)
     tower = Tower()
     tower.seconds = 0.02
-    live_releases.open_query_encoding = lambda *args, **kwargs: tower  # undone by the fixture
+    loader.open_query_encoding = lambda *args, **kwargs: tower  # undone by the fixture
     call = asyncio.ensure_future(releases.activate("b1"))
     await until(lambda: tower.inside)
     assert store.current() == "b1"

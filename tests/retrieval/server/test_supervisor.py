@@ -1,8 +1,8 @@
-"""The supervisor's own logic, with stand-ins for workers and releases: what goes wrong in a change
-must never cost the healthy workers.
+"""The supervisor's own logic, with stand-ins for workers and releases: no failed change costs a
+healthy worker.
 
-Each scenario runs in a process of its own (``python test_workers_supervisor.py NAME FOLDER``):
-pytest has threads, and must not be forked.
+Each scenario runs in a process of its own (``python test_supervisor.py NAME FOLDER``): pytest has
+threads, and must not be forked.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,11 +28,13 @@ from index_builder.errors import PublisherBusy, ReleaseCorrupt
 from index_builder.releases import store as publishing
 from index_builder.releases.store import ReleaseStore
 from retrieval.config import ServeConfig
-from retrieval.server import supervisor as workers
+from retrieval.releases import current_file
+from retrieval.server import release_graphs, supervisor
+from retrieval.server.fleet import Worker
 from retrieval.server.worker import Assignment, write_cache
 
 
-def test_a_release_that_does_not_fit_into_memory_is_refused(tmp_path: Path) -> None:
+def test_change_release_too_large_for_memory_is_refused(tmp_path: Path) -> None:
     found = play("memory", tmp_path)
     assert found["replies"] == [
         ["r2", "", "MemoryError"],
@@ -43,7 +46,7 @@ def test_a_release_that_does_not_fit_into_memory_is_refused(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("scenario", "kind"), [("read_only", "OSError"), ("busy", "PublisherBusy")]
 )
-def test_when_the_store_cannot_be_written_the_old_generation_goes_on(
+def test_change_store_not_writable_former_generation_goes_on(
     tmp_path: Path, scenario: str, kind: str
 ) -> None:
     found = play(scenario, tmp_path)
@@ -54,14 +57,14 @@ def test_when_the_store_cannot_be_written_the_old_generation_goes_on(
     assert found["end"] == ["r2", 2] and found["current_end"] == "r2"
 
 
-def test_a_fork_that_fails_refuses_the_change_and_delays_a_replacement(tmp_path: Path) -> None:
+def test_fork_failure_refuses_the_change_and_delays_a_replacement(tmp_path: Path) -> None:
     found = play("fork", tmp_path)
     assert found["replies"] == [["r2", "", "BlockingIOError"]]
     assert found["after_refusal"] == ["r1", 2] and found["same_workers"]
     assert found["without_forks"] == ["r1", 1] and found["end"] == ["r1", 2]
 
 
-def test_replacements_that_die_while_loading_are_replaced_but_ever_more_rarely(
+def test_crash_loop_workers_are_replaced_ever_more_rarely(
     tmp_path: Path,
 ) -> None:
     found = play("crash_loop", tmp_path)
@@ -69,7 +72,7 @@ def test_replacements_that_die_while_loading_are_replaced_but_ever_more_rarely(
     assert found["end"] == ["r1", 2]
 
 
-def test_after_a_first_refusal_workers_say_so_and_the_release_is_tried_again(
+def test_start_refused_release_is_reported_and_tried_again(
     tmp_path: Path,
 ) -> None:
     found = play("first_refused", tmp_path)
@@ -77,49 +80,49 @@ def test_after_a_first_refusal_workers_say_so_and_the_release_is_tried_again(
     assert found["empty"] == ["", 2] and found["end"] == ["r1", 2]
 
 
-def test_a_second_change_waits_for_the_first(tmp_path: Path) -> None:
+def test_change_during_a_change_waits_for_it(tmp_path: Path) -> None:
     found = play("twice", tmp_path)
     assert found["replies"] == [["r2", "r2", ""], ["r3", "r3", ""]]
-    assert found["most"] == 4, "two generations at most, beside what leaves"
+    assert found["most"] == 4, "two generations at most, beside dismissed workers"
     assert found["end"] == ["r3", 2]
 
 
-def test_a_generation_that_returns_is_not_confused_with_its_leaving_workers(tmp_path: Path) -> None:
+def test_rollback_dismissed_workers_of_the_release_are_not_counted(tmp_path: Path) -> None:
     found = play("back", tmp_path)
     assert found["replies"] == [["r2", "r2", ""], ["", "r1", ""]]
     assert found["end"] == ["r1", 2] and found["forks"] == 6, (
-        "leaving workers of the same release are neither counted nor replaced"
+        "dismissed workers of the same release are neither counted nor replaced"
     )
 
 
-def test_nothing_is_left_of_refused_releases_and_hand_overs(tmp_path: Path) -> None:
+def test_change_leaves_no_graphs_of_refused_releases_and_no_files(tmp_path: Path) -> None:
     found = play("leftovers", tmp_path)
     assert found["graphs"] == ["r1"]
     assert found["files"] == [] and found["handed_over"] == 2 and found["end"] == ["r3", 2]
 
 
-def test_a_dead_worker_is_replaced_while_a_large_release_is_verified(tmp_path: Path) -> None:
-    """Its files were hashed in the run loop: nobody replaced a worker meanwhile."""
+def test_verification_dead_worker_is_replaced_meanwhile(tmp_path: Path) -> None:
+    """Hashing its files must not keep the run loop from the workers."""
     found = play("verifying", tmp_path)
     assert found["meanwhile"] == ["r1", 2] and found["replaced"]
     assert found["replies"] == [["r2", "r2", ""]] and found["end"] == ["r2", 2]
 
 
-def test_what_verifying_finds_is_told_and_its_process_may_die(tmp_path: Path) -> None:
+def test_verification_failure_is_logged_and_its_process_may_die(tmp_path: Path) -> None:
     found = play("damaged", tmp_path)
     assert found["replies"] == [["r2", "", "ReleaseRefused"], ["r3", "", "ReleaseRefused"]]
     assert found["same_workers"] and found["end"] == ["r1", 2]
     assert (
-        "r2: checksum differs" in found["told"]
-        and "r3: the process that verified it has died" in found["told"]
+        "r2: checksum differs" in found["logged"]
+        and "r3: the process that verified it has died" in found["logged"]
     )
 
 
-def test_a_server_that_is_told_to_end_does_not_wait_for_verifying(tmp_path: Path) -> None:
+def test_shutdown_does_not_wait_for_verification(tmp_path: Path) -> None:
     assert play("ending", tmp_path)["end"] == ["r1", 2]
 
 
-def test_a_cache_that_cannot_be_written_is_left_out(tmp_path: Path) -> None:
+def test_write_cache_full_disk_leaves_no_file(tmp_path: Path) -> None:
     async def full(path: Path) -> None:
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -171,11 +174,11 @@ class Stage:
             (folder / "store" / "releases" / release_id / "manifest.json").write_text("{}")
         publishing.read_manifest = lambda path: None  # type: ignore[assignment, return-value]
         ReleaseStore.verify = self.verify  # type: ignore[assignment, method-assign]
-        workers.read_manifest = lambda path: SimpleNamespace(entities={"pin": None})  # type: ignore[assignment, return-value]
-        workers.EntityIndex.load_graph = staticmethod(lambda path: None)  # type: ignore[assignment]
-        workers.choose_form = lambda *args, **kwargs: "onnx-int8"
-        workers.run_worker = self.stand_in  # type: ignore[assignment]
-        workers.RESTART_SECONDS = 0.2
+        release_graphs.read_manifest = lambda path: SimpleNamespace(entities={"pin": None})  # type: ignore[assignment, return-value]
+        release_graphs.EntityIndex.load_graph = staticmethod(lambda path: None)  # type: ignore[assignment]
+        release_graphs.choose_form = lambda *args, **kwargs: "onnx-int8"
+        supervisor.run_worker = self.stand_in  # type: ignore[assignment]
+        supervisor.RESTART_SECONDS = 0.2
         self.store = ReleaseStore(folder / "store")
         self.store.activate("r1")
         self.announced: list[Any] = []
@@ -188,7 +191,7 @@ class Stage:
             workers=2,
             poll_seconds=0.02,
         )
-        self.supervisor = workers.Supervisor(
+        self.supervisor = supervisor.Supervisor(
             config, lambda info: self.announced.extend([info["release_id"], info["reason"]])
         )
 
@@ -196,8 +199,8 @@ class Stage:
         """What a worker does as far as its supervisor can see; every worker asks for the changes
         that the script names for it.
         """
-        leaving: list[int] = []
-        signal.signal(signal.SIGTERM, lambda number, _: leaving.append(number))
+        ended: list[int] = []
+        signal.signal(signal.SIGTERM, lambda number, _: ended.append(number))
         control.setblocking(False)
         deadly, refusing, slow = (self.folder / name for name in ("deadly", "refusing", "slow"))
         if slow.exists():
@@ -207,8 +210,8 @@ class Stage:
                 deaths.write(".")
             os._exit(137)
         refused = bool(given.release_id) and refusing.exists()
-        say = lambda **message: control.sendall(json.dumps(message).encode() + b"\n")  # noqa: E731
-        say(type="ready", error="golden recall too low" if refused else "")
+        send = lambda **message: control.sendall(json.dumps(message).encode() + b"\n")  # noqa: E731
+        send(type="ready", error="golden recall too low" if refused else "")
         if refused:
             return 1
         (self.folder / "handed_over").write_text(
@@ -216,14 +219,14 @@ class Stage:
         )
         asked: list[str] = []
         buffer = b""
-        while asked or not leaving or (self.folder / "slow-end").exists():
+        while asked or not ended or (self.folder / "slow-end").exists():
             order = self.folder / f"order-{given.number}"
             if order.exists():
                 wanted = json.loads(order.read_text())
                 order.unlink()
                 asked += wanted
                 for release in wanted:
-                    say(type="change", release_id=release)
+                    send(type="change", release_id=release)
             try:
                 content = control.recv(65536)
                 if not content:
@@ -233,9 +236,9 @@ class Stage:
                 time.sleep(0.01)
             *lines, buffer = buffer.split(b"\n")
             for message in map(json.loads, lines):
-                if message["type"] == "dump":
+                if message["type"] == "write_cache":
                     Path(message["path"]).write_bytes(b"queries")
-                    say(type="dumped")
+                    send(type="cache_written")
                 else:
                     with (self.folder / "replies").open("a") as replies:
                         replies.write(
@@ -259,21 +262,19 @@ class Stage:
         path = self.folder / "replies"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
+    def workers(self) -> list[Worker]:
+        """A copy: the supervisor's thread changes its own meanwhile."""
+        return list(self.supervisor.fleet.workers.values())
+
     def alive(self) -> list[int]:
-        return [
-            worker.pid
-            for worker in list(self.supervisor.fleet.workers.values())
-            if worker.is_running()
-        ]
+        return [worker.pid for worker in self.workers() if worker.is_running()]
 
     def state(self) -> list[Any]:
         return [self.supervisor.release_id, len(self.alive())]
 
     def ask(self, *wanted: str) -> None:
         """Have a serving worker ask for changes, and wait for the replies."""
-        number = next(
-            worker.number for worker in self.supervisor.fleet.workers.values() if not worker.leaving
-        )
+        number = next(worker.number for worker in self.workers() if not worker.dismissed)
         expected = len(self.replies()) + len(wanted)
         path = self.folder / f"order-{number}"
         path.with_suffix(".part").write_text(json.dumps(wanted))
@@ -284,11 +285,13 @@ class Stage:
         until(
             lambda: (
                 self.state() == [release_id, count]
-                and all(worker.ready for worker in self.supervisor.fleet.workers.values())
+                and all(worker.ready for worker in self.workers())
             )
         )
 
     def run(self, script: Callable[["Stage"], None]) -> None:
+        failures: list[str] = []
+
         def beside() -> None:
             try:
                 until(lambda: self.announced)
@@ -297,6 +300,8 @@ class Stage:
                     replies=self.replies(), announced=self.announced, end=self.state()
                 )
                 (self.folder / "found.json").write_text(json.dumps(self.found))
+            except BaseException:
+                failures.append(traceback.format_exc())
             finally:
                 os.kill(os.getpid(), signal.SIGTERM)
 
@@ -304,6 +309,8 @@ class Stage:
         thread.start()
         self.supervisor.run()
         thread.join()
+        if failures:
+            sys.exit(failures[0])
 
 
 def raising(error: BaseException) -> Callable[..., Any]:
@@ -314,7 +321,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
 
 
 def memory(stage: Stage) -> None:
-    workers.EntityIndex.load_graph = staticmethod(  # type: ignore[assignment]
+    release_graphs.EntityIndex.load_graph = staticmethod(  # type: ignore[assignment]
         lambda path: raising(MemoryError("std::bad_alloc"))() if "r2" in str(path) else None
     )
     stage.ask("r2")
@@ -393,14 +400,14 @@ def twice(stage: Stage) -> None:
 
     def counting(*args: Any) -> Any:
         worker = fork_one(*args)
-        counts.append(sum(not worker.leaving for worker in stage.supervisor.fleet.workers.values()))
+        counts.append(sum(not worker.dismissed for worker in stage.workers()))
         return worker
 
     stage.supervisor.fleet.fork = counting  # type: ignore[method-assign]
     stage.flag("slow")
-    number = max(worker.number for worker in stage.supervisor.fleet.workers.values())
+    number = max(worker.number for worker in stage.workers())
     (stage.folder / f"order-{number}").write_text(json.dumps(["r2"]))
-    until(lambda: len(stage.alive()) == 4)
+    until(lambda: max(counts) == 4)  # the first change is under way
     stage.ask("r3")
     until(lambda: len(stage.replies()) == 2)
     stage.settle("r3")
@@ -410,15 +417,11 @@ def twice(stage: Stage) -> None:
 def verifying(stage: Stage) -> None:
     before = stage.alive()
     stage.flag("reading")
-    number = max(worker.number for worker in stage.supervisor.fleet.workers.values())
+    number = max(worker.number for worker in stage.workers())
     (stage.folder / f"order-{number}").write_text(json.dumps(["r2"]))
     time.sleep(0.2)
     os.kill(
-        next(
-            worker.pid
-            for worker in list(stage.supervisor.fleet.workers.values())
-            if worker.number != number
-        ),
+        next(worker.pid for worker in stage.workers() if worker.number != number),
         signal.SIGKILL,
     )
     until(lambda: stage.alive() != before)
@@ -430,19 +433,19 @@ def verifying(stage: Stage) -> None:
 
 
 def damaged(stage: Stage) -> None:
-    told: list[str] = []
-    workers.log.addFilter(lambda record: told.append(record.getMessage()) or True)  # type: ignore[func-returns-value]
+    logged: list[str] = []
+    supervisor.log.addFilter(lambda record: logged.append(record.getMessage()) or True)  # type: ignore[func-returns-value]
     before = stage.alive()
     stage.flag("damaged-r2")
     stage.flag("deadly-r3")
     stage.ask("r2", "r3")
     stage.settle("r1")
-    stage.found.update(same_workers=stage.alive() == before, told="; ".join(told))
+    stage.found.update(same_workers=stage.alive() == before, logged="; ".join(logged))
 
 
 def ending(stage: Stage) -> None:
     stage.flag("reading")
-    number = max(worker.number for worker in stage.supervisor.fleet.workers.values())
+    number = max(worker.number for worker in stage.workers())
     (stage.folder / f"order-{number}").write_text(json.dumps(["r2"]))
     time.sleep(0.2)
 
@@ -450,12 +453,12 @@ def ending(stage: Stage) -> None:
 def back(stage: Stage) -> None:
     stage.flag("slow-end")
     stage.ask("r2")
-    leaving = [worker.pid for worker in stage.supervisor.fleet.workers.values() if worker.leaving]
+    dismissed = [worker.pid for worker in stage.workers() if worker.dismissed]
     stage.ask("")
     stage.flag("slow-end", False)
     for pid in [
-        *leaving,
-        *(worker.pid for worker in stage.supervisor.fleet.workers.values() if worker.leaving),
+        *dismissed,
+        *(worker.pid for worker in stage.workers() if worker.dismissed),
     ]:
         os.kill(pid, signal.SIGKILL)
     stage.settle("r1")
@@ -464,10 +467,10 @@ def back(stage: Stage) -> None:
 
 
 def leftovers(stage: Stage) -> None:
-    workers.choose_form = raising(ConfigError("no such form"))
+    release_graphs.choose_form = raising(ConfigError("no such form"))
     stage.ask("r2")
-    stage.found["graphs"] = list(stage.supervisor._graphs)
-    workers.choose_form = lambda *args, **kwargs: "onnx-int8"
+    stage.found["graphs"] = list(stage.supervisor.graphs.by_release)
+    release_graphs.choose_form = lambda *args, **kwargs: "onnx-int8"
     stage.ask("r3")
     stage.settle("r3")
     stage.found["files"] = [path.name for path in stage.supervisor._folder.iterdir()]
@@ -481,7 +484,7 @@ def main() -> None:
     stage = Stage(folder)
     if name == "first_refused":
         stage.flag("refusing")
-        workers.RETRY_REFUSED_SECONDS = 0.5
+        current_file.RETRY_REFUSED_SECONDS = 0.5
     stage.run(globals()[name])
 
 

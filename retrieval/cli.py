@@ -1,4 +1,7 @@
-"""The ``omni`` command: a table of commands whose modules load only when they are called (``omni --help`` imports no torch)."""
+"""The ``omni`` command: a table of commands whose modules load when they are called.
+
+So ``omni --help`` imports no torch.
+"""
 
 from __future__ import annotations
 

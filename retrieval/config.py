@@ -1,4 +1,4 @@
-"""Everything an operator can set about a server, checked when it is created."""
+"""Configuration of a server, checked when it is created."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DAY_SECONDS = 86_400.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What one request may hold; more is INVALID_ARGUMENT. ``DescribeRelease`` reports these."""
+    """Limits of one request; more is INVALID_ARGUMENT. ``DescribeRelease`` reports them."""
 
     max_k: int = 1000
     """Results per search."""
@@ -48,9 +48,13 @@ class ServeConfig:
     port: int = 50051
     """gRPC port; 0 picks a free one."""
     metrics_port: int | None = 9464
-    """HTTP port for /metrics, /healthz and the page; 0 picks a free one, None switches HTTP off."""
+    """HTTP port of /metrics, /healthz and the page; 0 picks a free one, None switches HTTP off."""
     transport: str = "http2"
-    """What speaks gRPC: http2 (this project's, several times cheaper per call) or grpcio (the reference implementation)."""
+    """Transport of gRPC: http2 or grpcio.
+
+    http2 is this project's own and several times cheaper per call; grpcio is the reference
+    implementation.
+    """
     workers: int = 1
     """Processes that share the port and one copy of the index memory."""
     limits: Limits = field(default_factory=Limits)
@@ -67,44 +71,62 @@ class ServeConfig:
     Higher: more throughput; lower: shorter queue behind a long batch.
     """
     batch_delay_ms: float = 0.0
-    """How long an idle encoder waits for company. 0: it starts at once, and batches form while it is busy."""
+    """How long an idle encoder waits for more texts.
+
+    0: it starts at once, and batches form while it is busy.
+    """
 
     cache_bytes: int = 256 * 2**20
-    """Bound of the in-process query cache, bytes; about 180,000 queries at 256 dimensions. 0 switches the cache off."""
+    """Bound of the in-process query cache, bytes; 0 switches it off.
+
+    The default holds about 180,000 queries at 256 dimensions.
+    """
     cache_ttl_seconds: float = 30 * DAY_SECONDS
     answer_cache_bytes: int = 64 * 2**20
-    """Bound of the answers kept for texts that come again, bytes; about 70,000 of ten hits.
+    """Bound of the answer cache, bytes; 0 switches it off.
 
-    A live write or another release makes them old.
-    0 switches it off.
+    The default holds about 70,000 answers of ten hits. A live write or another release makes
+    cached answers old.
     """
     redis_url: str | None = None
     """Second cache tier shared by replicas, e.g. redis://host:6379/0."""
     redis_timeout_ms: float = 15.0
-    """A slower Redis counts as a miss; after five misses in a row it is left alone for five seconds."""
+    """A slower Redis counts as a miss; after five failures in a row it is not asked for 5 s."""
     redis_secret: str = ""
-    """Key of the digest that guards each value; share it among replicas so that nobody else can plant vectors."""
+    """Key of the digest that guards each value.
+
+    Share it among the replicas, so that nobody else can forge vectors.
+    """
     prewarm_queries: int = 5000
     """Most frequent cached queries that are encoded again before a swap to a new space."""
 
     max_in_flight: int = 256
-    """Requests inside one worker; one more is refused with RESOURCE_EXHAUSTED instead of waiting."""
+    """Requests inside one worker; one more is refused with RESOURCE_EXHAUSTED at once."""
     max_encode_queue: int = 256
     """Texts waiting for the encoder of one worker; more are refused."""
     max_streams_per_connection: int = 1000
-    """Concurrent calls a client may have open on one connection; the rest waits in the client, which costs the server nothing."""
+    """Concurrent calls on one connection; more wait in the client and cost the server nothing."""
     inline_search_us: float = 200.0
-    """Searches expected to be shorter run on the event loop; longer ones go to a thread."""
+    """Searches expected to be shorter run on the event loop, longer ones in a thread."""
     search_threads: int = 2
 
     poll_seconds: float = 0.25
-    """How often releases/CURRENT is looked at."""
+    """How often releases/CURRENT is read."""
     live_poll_seconds: float = 0.2
-    """How often the live log is looked at; a write is visible in every worker within this and its fsync."""
+    """How often the live log is read.
+
+    A write is visible in every worker within this and its fsync.
+    """
     keep_releases: int = 2
-    """Releases held in memory, the active one included: what can be pinned, and rolled back to at once."""
+    """Releases held in memory, the active one included.
+
+    These can be pinned, and rolled back to at once.
+    """
     golden_min_recall: float = 0.0
-    """Lowest recall on the golden queries for a release to be taken; 0: the figure in its manifest less a margin."""
+    """Lowest recall on the golden queries with which a release is served.
+
+    0: the figure in its manifest less a margin.
+    """
     accept_writes: bool = True
 
     shadow_fraction: float = 0.01
@@ -112,10 +134,7 @@ class ServeConfig:
     shadow_cpu: float = 0.05
     """Share of one core that shadow searches may use."""
     impression_log: Path | None = None
-    """Folder for the impression log (JSON lines in the form of the log table).
-
-    None: none is kept.
-    """
+    """Folder of the impression log, JSON lines in the form of the log table; None: no log."""
     log_query_text: bool = False
     """Write query text to logs and impressions. Off by default: queries are personal."""
     otlp_endpoint: str | None = None
@@ -126,9 +145,9 @@ class ServeConfig:
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
-    """Certificate authority of clients; with it, only clients with a certificate get in (mutual TLS)."""
+    """Certificate authority of clients (mutual TLS): those without a certificate are refused."""
     tokens: Path | None = None
-    """TOML file of tokens (docs/howto/tls_and_tokens.md). Without it every caller has every right."""
+    """TOML file of tokens (docs/howto/tls_and_tokens.md); without it all have every right."""
     grace_seconds: float = 10.0
     """How long SIGTERM waits for requests in flight."""
 

@@ -1,4 +1,4 @@
-"""Errors of serving, a branch below ``OmniError``; ``retrieval/status.py`` gives each its gRPC code.
+"""Errors of serving, a branch of ``OmniError``; ``retrieval/status.py`` holds their gRPC codes.
 
 ServingError
 ├── InvalidRequest            the request can never succeed                  INVALID_ARGUMENT
@@ -8,7 +8,7 @@ ServingError
 │   └── RequestTooLarge       more texts, ids or bytes than the limits allow
 ├── UnknownRelease            no such release in the store                   NOT_FOUND
 ├── ReleaseNotLoaded          a pinned release is not in memory              FAILED_PRECONDITION
-├── ReleaseRefused            a release did not prove itself                 FAILED_PRECONDITION
+├── ReleaseRefused            a release failed its proof                     FAILED_PRECONDITION
 ├── NothingToRollBack         there is no earlier release                    FAILED_PRECONDITION
 ├── WritesDisabled            this server takes no live writes               FAILED_PRECONDITION
 ├── Overloaded                a queue is full                                RESOURCE_EXHAUSTED
@@ -33,11 +33,11 @@ class ServingError(OmniError):
 
 
 class InvalidRequest(ServingError):
-    """The request can never succeed; the message names the field, what was expected and what came."""
+    """The request can never succeed; the message names the field and what was expected."""
 
 
 class EmptyQuery(InvalidRequest):
-    """Neither text nor a vector came, or only white space."""
+    """The request holds neither visible text nor a vector."""
 
     def __init__(self, where: str = "query") -> None:
         super().__init__(
@@ -91,7 +91,7 @@ class ReleaseNotLoaded(ServingError):
 
 
 class ReleaseRefused(ServingError):
-    """A release was not taken into service: damaged, foreign, or its golden queries were not answered as recorded."""
+    """A release is not served: damaged, foreign, or its golden queries fail."""
 
 
 class NothingToRollBack(ServingError):

@@ -1,9 +1,9 @@
 """Keep background work and garbage collection away from requests.
 
 A full garbage collection visits every object of every library and nothing is answered meanwhile.
-What start-up has made stays for good, so it is frozen (``gc.freeze``) and no longer visited. A
-release that is dropped later is freed by its reference counts, not by the collector: a test holds
-it to that.
+Objects that start-up has made live as long as the process, so they are frozen (``gc.freeze``) and
+no longer visited. A release that is dropped later is freed by its reference counts, without the
+collector.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ log = logging.getLogger(__name__)
 
 
 def freeze_start_up_objects(on_change: list[Callable[[Any], Awaitable[None]]]) -> None:
-    """Collect and freeze start-up's objects when the first release takes over, before it is announced.
+    """Collect and freeze the objects of start-up once the first release is active.
+
+    That is done before the release is announced.
 
     Args:
         on_change: The hooks that a change of the active release calls in order
@@ -38,7 +40,7 @@ def freeze_start_up_objects(on_change: list[Callable[[Any], Awaitable[None]]]) -
 
 
 def lower_thread_priority() -> None:
-    """Give the calling thread the lowest claim on the core; Linux gives each thread its own niceness."""
+    """Lower the priority of the calling thread; on Linux each thread has its own niceness."""
     try:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
     except (OSError, AttributeError):

@@ -1,4 +1,4 @@
-"""Who may call what: TLS, mutual TLS, and bearer tokens that hold entity types and the admin right."""
+"""Access control: TLS, mutual TLS, and bearer tokens with entity types and the admin right."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ EVERYONE = Caller("anonymous", None, True)
 
 
 class Tokens:
-    """Known tokens, kept as SHA-256 digests only.
+    """Known tokens, as SHA-256 digests only.
 
     The file (TOML)::
 
@@ -129,8 +129,13 @@ class Tokens:
 
 
 def _caller(where: str, name: str, entry: Mapping[str, Any]) -> Caller:
-    """The rights of an entry of the token file; a value of the wrong kind gives none, but raises ``ConfigError``."""
-    types, admin = entry.get("entity_types"), entry.get("admin", False)
+    """Read the rights of one entry of the token file.
+
+    Raises:
+        ConfigError: A value is of the wrong kind; it must not grant anything.
+    """
+    types = entry.get("entity_types")
+    admin = entry.get("admin", False)
     if not isinstance(admin, bool):
         raise ConfigError(
             f"{where}: admin: expected true or false, but got {admin!r}. Write admin = true or"
@@ -147,13 +152,15 @@ def _caller(where: str, name: str, entry: Mapping[str, Any]) -> Caller:
 
 
 def tls_context(cert: Path, key: Path, client_ca: Path | None) -> ssl.SSLContext:
-    """TLS from PEM files for our own transport; with ``client_ca`` only clients holding a certificate of that authority get in.
+    """Make the TLS context of our own transport from PEM files.
+
+    With ``client_ca`` only clients with a certificate of that authority are admitted.
 
     Raises:
         ConfigError: A file cannot be read, is not PEM, or key and certificate do not belong
             together.
     """
-    server_credentials(cert, key, client_ca)  # the same files, the same messages about them
+    server_credentials(cert, key, client_ca)  # checks the files with the same messages
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["h2"])
@@ -170,7 +177,9 @@ def tls_context(cert: Path, key: Path, client_ca: Path | None) -> ssl.SSLContext
 
 
 def server_credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.ServerCredentials:
-    """TLS credentials from PEM files; with ``client_ca`` only clients holding a certificate of that authority get in.
+    """Make the TLS credentials of grpcio from PEM files.
+
+    With ``client_ca`` only clients with a certificate of that authority are admitted.
 
     Raises:
         ConfigError: A file cannot be read or is not PEM.

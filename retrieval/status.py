@@ -1,4 +1,4 @@
-"""Errors become gRPC status here and nowhere else; the most specific entry wins, and a test walks the whole tree."""
+"""The gRPC status of every error, defined here only; the most specific entry wins."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ STATUS: dict[type[OmniError], grpc.StatusCode] = {
 
 
 def code_for_class(cls: type[BaseException]) -> grpc.StatusCode:
-    """The status of an error class: that of its nearest ancestor in the table; INTERNAL outside the tree."""
+    """Return the status of an error class: its nearest ancestor's; INTERNAL outside the tree."""
     for ancestor in cls.__mro__:
         if ancestor in STATUS:
             return STATUS[ancestor]
@@ -54,7 +54,7 @@ def code_for_class(cls: type[BaseException]) -> grpc.StatusCode:
 
 
 def status_for(error: BaseException) -> tuple[grpc.StatusCode, str]:
-    """Code and message for a caller.
+    """Return code and message for a caller.
 
     Errors outside the tree say only their kind: their text may hold what callers must not see.
     """

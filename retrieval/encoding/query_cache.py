@@ -109,7 +109,7 @@ class QueryCache:
         self.insertions += 1
 
     def frequent(self, prefix: str, count: int) -> list[str]:
-        """Return at most ``count`` texts under ``prefix``, most used first, and halve all counts."""
+        """Return at most ``count`` texts under ``prefix``, most used first; halve all counts."""
         return [text for text, _ in most_frequent(self.items(), prefix, count)]
 
     def items(self) -> list[tuple[str, Entry]]:

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-.PHONY: demo test check protos bench setup clean
+.PHONY: demo test check docs protos bench setup clean
 
 # The environment: rebuilt when what it is made from changes. torch comes first and alone, so that no other package pulls a CUDA build.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -22,11 +22,15 @@ demo: setup ## train, evaluate, build, serve and query the sample data
 test: setup ## all tests; those that need a program that is not installed skip and say so
 	$(BIN)/python -m pytest
 
-check: setup ## formatting, lint, types, docstrings, fresh generated code
+check: setup ## formatting, lint, types, docstrings, fresh generated code and pages
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	PYTHON=$(abspath $(BIN))/python scripts/generate_protos.sh --check
+	$(BIN)/python scripts/generate_command_reference.py --check
+
+docs: setup ## the manual as a site, into site/; a broken link or an unknown name fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 protos: setup ## generate the protobuf modules
 	PYTHON=$(abspath $(BIN))/python scripts/generate_protos.sh
@@ -39,4 +43,4 @@ bench: demo/model ## the two quick benchmarks, on the demo's model and release; 
 	$(BIN)/omni bench latency --store demo/store
 
 clean:
-	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build site *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -40,16 +40,14 @@ class Block:
 
 
 def pages() -> list[Path]:
-    """README and every page of the manual that is written by hand."""
-    written = sorted((REPOSITORY / "docs").rglob("*.md"))
-    return [
-        REPOSITORY / "README.md",
-        *(page for page in written if page != REPOSITORY / "docs" / "reference" / "commands.md"),
-    ]
+    """Give README, CONTRIBUTING and every page of the manual that is written by hand."""
+    manual = sorted((REPOSITORY / "docs").rglob("*.md"))
+    manual.remove(REPOSITORY / "docs" / "reference" / "commands.md")
+    return [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *manual]
 
 
 def blocks_of(page: Path) -> list[Block]:
-    """The fenced blocks of a page, in order."""
+    """Find the fenced blocks of a page, in order."""
     found: list[Block] = []
     lines = page.read_text(encoding="utf-8").splitlines()
     number = 0
@@ -80,12 +78,21 @@ def blocks_of(page: Path) -> list[Block]:
     return found
 
 
-def script_of(blocks: list[Block], folder: Path) -> str:
+START_SERVER = """\
+omni serve --store store &
+curl --silent --retry 60 --retry-delay 1 --retry-connrefused localhost:9464/healthz >&2
+"""
+"""The server that some pages find running."""
+
+
+def script_of(blocks: list[Block], folder: Path, served: bool) -> str:
     """Make one bash script of all blocks that are run; Python blocks become files beside it.
 
     A `toml` block with a title is written to the file of that name where the page comes to it.
     """
     parts = ["set -eEuo pipefail", "trap 'echo \"failed: $block\" >&2' ERR"]
+    if served:
+        parts += ["block='the server'", START_SERVER]
     for number, block in enumerate(blocks):
         if block.not_run or block.language not in RUN:
             continue
@@ -103,8 +110,14 @@ def script_of(blocks: list[Block], folder: Path) -> str:
     return "\n".join(parts) + "\n"
 
 
-def run_page(page: Path, folder: Path, programs: Path) -> str:
+def run_page(page: Path, folder: Path, programs: Path, *, served: bool = False) -> str:
     """Run the blocks of a page in one shell in a folder; end what it left running.
+
+    Args:
+        page: The page.
+        folder: Where its commands run.
+        programs: What `preloaded_commands` gave.
+        served: Start a server on the folder's store before.
 
     Returns:
         What the page wrote to standard output.
@@ -123,7 +136,7 @@ def run_page(page: Path, folder: Path, programs: Path) -> str:
         "COLUMNS": "100",
     }
     script = scratch / "page.sh"
-    script.write_text(script_of(blocks_of(page), scratch), encoding="utf-8")
+    script.write_text(script_of(blocks_of(page), scratch, served), encoding="utf-8")
     for file in scratch.iterdir():
         text = file.read_text(encoding="utf-8")
         for port, free in ports.items():

@@ -13,8 +13,9 @@ from index_builder.ann.choice import kind_available
 from index_builder.ann.symqg import MIN_ROWS
 from index_builder.building.inputs import EntityInput, LiveWrites, read_live
 from index_builder.errors import PublishError
+from index_builder.releases.current import check_release_id
 from index_builder.releases.release import read_manifest
-from index_builder.releases.store import ReleaseStore, check_release_id
+from index_builder.releases.store import ReleaseStore
 from index_builder.search.entity_index import IndexConfig
 
 CALIBRATION_QUERIES = 2_000

@@ -1,8 +1,7 @@
-"""What would change if another release became active: answers, scores, norms, entities added and removed."""
+"""Compare and describe releases: answers, scores, norms, entities added and removed."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +9,14 @@ import numpy as np
 from index_builder.releases.release import Release
 from index_builder.releases.store import ReleaseStore
 from index_builder.search.entity_index import EntityIndex
-from index_builder.search.golden import GOLDEN_NAME, GoldenQueries, read_golden
+from index_builder.search.golden import GoldenQueries
 
 _SAMPLE = 5
+"""Ids named of those added and of those removed."""
+_COMPARED_VECTORS = 2000
+_UNCHANGED_COSINE = 0.9999
+_SHOWN_TEXTS = 3
+_BLOCK_ROWS = 65_536
 
 
 def diff_releases(store: ReleaseStore, before_id: str, after_id: str) -> dict[str, Any]:
@@ -25,9 +29,9 @@ def diff_releases(store: ReleaseStore, before_id: str, after_id: str) -> dict[st
 
     Returns:
         JSON: whether the space is the same, and per entity type the counts, ids added and removed,
-            overlap@10 of golden queries, drift of
-        scores and norms. Golden queries with equal texts are compared through their own vectors;
-        where the space is the same, the older release's golden vectors are put to both.
+            overlap@10 of golden queries, drift of scores and norms. Golden queries with equal texts
+            are compared through their own vectors; where the space is the same, the older
+            release's golden vectors are put to both.
 
     Raises:
         ReleaseError: One of them cannot be opened.
@@ -64,23 +68,23 @@ def _diff_entity(name: str, before: Release, after: Release, same_space: bool) -
     }
     result |= _golden_drift(old, new, before.golden(name), after.golden(name), same_space)
     if same_space:
-        kept = sorted(old_ids & new_ids)
-        some = (
-            [kept[int(i)] for i in np.linspace(0, len(kept) - 1, min(2000, len(kept)))]
-            if kept
-            else []
-        )
-        cosines = [
-            float(a @ b)
-            for a, b in ((old.vector(i), new.vector(i)) for i in some)
-            if a is not None and b is not None
-        ]
-        result["moved"] = {
-            "sampled": len(cosines),
-            "changed": sum(c < 0.9999 for c in cosines),
-            "cosine_mean": round(float(np.mean(cosines)), 5) if cosines else None,
-        }
+        result["moved"] = _moved(old, new, sorted(old_ids & new_ids))
     return result
+
+
+def _moved(old: EntityIndex, new: EntityIndex, kept: list[str]) -> dict[str, Any]:
+    """Compare the vectors of a sample of the ids that both releases hold."""
+    places = np.linspace(0, len(kept) - 1, min(_COMPARED_VECTORS, len(kept))) if kept else ()
+    cosines = []
+    for place in places:
+        before, after = old.vector(kept[int(place)]), new.vector(kept[int(place)])
+        if before is not None and after is not None:
+            cosines.append(float(before @ after))
+    return {
+        "sampled": len(cosines),
+        "changed": sum(cosine < _UNCHANGED_COSINE for cosine in cosines),
+        "cosine_mean": round(float(np.mean(cosines)), 5) if cosines else None,
+    }
 
 
 def _ids(index: EntityIndex) -> set[str]:
@@ -121,13 +125,12 @@ def _golden_drift(
 
 
 def norm_summary(index: EntityIndex) -> dict[str, float]:
-    """Smallest, mean and largest norm of the stored vectors (all should be 1)."""
+    """Return the smallest, mean and largest norm of the stored vectors (all should be 1)."""
     vectors = index.corpus.vectors
     if not len(vectors):
         return {"min": 0.0, "mean": 0.0, "max": 0.0}
-    norms = np.concatenate(
-        [np.linalg.norm(vectors[s : s + 65536], axis=1) for s in range(0, len(vectors), 65536)]
-    )
+    starts = range(0, len(vectors), _BLOCK_ROWS)
+    norms = np.concatenate([np.linalg.norm(vectors[s : s + _BLOCK_ROWS], axis=1) for s in starts])
     return {
         "min": round(float(norms.min()), 6),
         "mean": round(float(norms.mean()), 6),
@@ -136,42 +139,20 @@ def norm_summary(index: EntityIndex) -> dict[str, float]:
 
 
 def describe_release(store: ReleaseStore, release_id: str) -> dict[str, Any]:
-    """Everything ``omni release show`` prints: disk and memory per entity type, degrees, norms, golden recall, forms.
+    """Describe a release as ``omni release show`` prints it.
+
+    Disk and memory per entity type, degrees, norms, golden recall, export forms.
 
     Raises:
         ReleaseError: It cannot be opened.
     """
     from index_builder.storage.peak_memory import private_mib
 
-    path = store.path_of(release_id)
     before = private_mib()
     with store.open(release_id) as release:
         manifest = release.manifest
         loaded = private_mib() - before
-        entities = {}
-        for name, index in release.entities.items():
-            entity = manifest.entities[name]
-            entities[name] = {
-                "count": entity.count,
-                "index": entity.index,
-                "cpu_features": list(entity.cpu_features),
-                "watermark": entity.watermark,
-                "carried_from": entity.carried_from,
-                "disk_bytes": sum(
-                    record.size_bytes
-                    for file, record in manifest.files.items()
-                    if file.startswith(f"{name}/")
-                ),
-                "build_peak_private_mib": (
-                    (manifest.measured.get("entities", {}).get(name) or {}).get("peak_private_mib")
-                ),
-                "settings": (entity.calibration or {}).get("settings"),
-                "calibration_source": (entity.calibration or {}).get("source"),
-                "golden": entity.golden,
-                "degrees": degree_histogram(index),
-                "norms": norm_summary(index),
-                "golden_texts": _golden_texts(path / name / GOLDEN_NAME),
-            }
+        entities = {name: _describe_entity(release, name) for name in release.entities}
         return {
             "release_id": release_id,
             "active": store.current() == release_id,
@@ -192,20 +173,41 @@ def describe_release(store: ReleaseStore, release_id: str) -> dict[str, Any]:
         }
 
 
-def _golden_texts(path: Path) -> list[str]:
-    return [text for text in read_golden(path).texts if text][:3]
+def _describe_entity(release: Release, name: str) -> dict[str, Any]:
+    manifest, index = release.manifest, release.entities[name]
+    entity = manifest.entities[name]
+    sizes = [
+        record.size_bytes for file, record in manifest.files.items() if file.startswith(f"{name}/")
+    ]
+    measured = manifest.measured.get("entities", {}).get(name) or {}
+    calibration = entity.calibration or {}
+    texts = [text for text in release.golden(name).texts if text]
+    return {
+        "count": entity.count,
+        "index": entity.index,
+        "cpu_features": list(entity.cpu_features),
+        "watermark": entity.watermark,
+        "carried_from": entity.carried_from,
+        "disk_bytes": sum(sizes),
+        "build_peak_private_mib": measured.get("peak_private_mib"),
+        "settings": calibration.get("settings"),
+        "calibration_source": calibration.get("source"),
+        "golden": entity.golden,
+        "degrees": degree_histogram(index),
+        "norms": norm_summary(index),
+        "golden_texts": texts[:_SHOWN_TEXTS],
+    }
 
 
 def degree_histogram(index: EntityIndex) -> dict[str, Any] | None:
-    """Out-degrees of the base graph in ten bins, or None where the kind shows no graph."""
+    """Count out-degrees of the base graph in ten bins; None where the kind shows no graph."""
     links = index.ann.neighbours()
     if links is None:
         return None
     own = np.arange(len(links), dtype=links.dtype)[:, None]
     degrees = np.count_nonzero(links != own, axis=1)
-    counts, edges = np.histogram(
-        degrees, bins=min(10, max(1, int(links.shape[1]))), range=(0, int(links.shape[1]))
-    )
+    most = int(links.shape[1])
+    counts, edges = np.histogram(degrees, bins=min(10, max(1, most)), range=(0, most))
     return {
         "mean": round(float(degrees.mean()), 2),
         "max": int(degrees.max()),

@@ -1,4 +1,4 @@
-"""Keeps an opened release current: a thread polls the live log of every entity type and hands new pictures to the indexes."""
+"""Keeps an opened release current: a thread polls the live logs and hands views to the indexes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LiveFollower:
 
     ``catch_up`` replays everything behind the release's watermark and returns when it is visible:
     call it before the release takes traffic (activation and rollback alike). ``start`` then polls
-    in a daemon thread. When the log turns out to be damaged the last good picture stays, ``error``
+    in a daemon thread. When the log turns out to be damaged the last good view stays, ``error``
     says why, and polling goes on.
 
     Args:
@@ -63,7 +63,7 @@ class LiveFollower:
             self._followed[entity_type] = (reader, LiveState(base))
 
     def poll(self) -> int:
-        """Read and apply what is new in every log; returns how many entries there were.
+        """Read and apply what is new in every log; return how many entries there were.
 
         Raises:
             LiveLogError: A log is damaged or was collected too far; the other logs were still
@@ -86,9 +86,8 @@ class LiveFollower:
                     self._last_write[entity_type] = now
                 elif now - self._last_write.get(entity_type, now) > IDLE_SECONDS:
                     state.compact()
-                if state.view is not self._shown.get(
-                    entity_type
-                ):  # new entries, or a segment finished merging since it was shown
+                # New entries, or a segment that finished merging since
+                if state.view is not self._shown.get(entity_type):
                     self._show(entity_type, state)
         if failure is not None:
             raise failure
@@ -100,7 +99,7 @@ class LiveFollower:
         self._shown[entity_type] = view
 
     def catch_up(self) -> int:
-        """Apply everything written so far; returns how many entries that was.
+        """Apply everything written so far; return how many entries that was.
 
         Raises as ``poll`` does.
         """
@@ -112,7 +111,7 @@ class LiveFollower:
         return total
 
     def wait_for(self, entity_type: str, sequence: int, timeout_seconds: float = 5.0) -> bool:
-        """Wait until the entry with that sequence number is visible here; False when time ran out."""
+        """Wait until the entry of that sequence number is visible; False when time ran out."""
         deadline = time.monotonic() + timeout_seconds
         while self._followed[entity_type][1].view.sequence < sequence:
             if time.monotonic() >= deadline:
@@ -121,7 +120,7 @@ class LiveFollower:
         return True
 
     def view(self, entity_type: str) -> LiveView:
-        """The newest picture of one entity type."""
+        """Return the newest view of one entity type."""
         return self._followed[entity_type][1].view
 
     def settle(self) -> None:
@@ -162,5 +161,6 @@ class LiveFollower:
             try:
                 self.poll()
                 self.error = None
-            except Exception as error:  # no file descriptors, a disk that does not answer: what passes must not end the following
+            except Exception as error:
+                # No file descriptors, a disk that does not answer: what passes must not end this
                 self.error = error

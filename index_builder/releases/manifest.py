@@ -1,4 +1,4 @@
-"""The manifest of a release: what is inside, under which space id, size and SHA-256 of every file; itself checksummed."""
+"""The manifest of a release: its contents, space id, and the checksum of every file and itself."""
 
 from __future__ import annotations
 
@@ -98,17 +98,13 @@ class Manifest:
     format_version: int = FORMAT_VERSION
 
     def to_bytes(self) -> bytes:
-        """Serialise in the one canonical form, with the checksum of the text (its own 64 digits taken as zeros) inside."""
-        text = (
-            json.dumps(
-                {"checksum": _ZERO, **asdict(self)},
-                ensure_ascii=False,
-                indent=2,
-                sort_keys=True,
-                allow_nan=False,
-            )
-            + "\n"
-        )
+        """Serialise in the one canonical form, with the checksum of the text inside.
+
+        Its own 64 digits are taken as zeros.
+        """
+        values = {"checksum": _ZERO, **asdict(self)}
+        text = json.dumps(values, ensure_ascii=False, indent=2, sort_keys=True, allow_nan=False)
+        text += "\n"
         digest = hashlib.sha256(text.encode()).hexdigest()
         return text.replace(f'  "checksum": "{_ZERO}"', f'  "checksum": "{digest}"', 1).encode()
 
@@ -124,25 +120,7 @@ class Manifest:
             ReleaseCorrupt: Not a manifest, or one byte differs from what was written.
             ReleaseVersionError: Written by a newer version of the engine.
         """
-        try:
-            text = content.decode()
-        except UnicodeDecodeError as error:
-            raise ReleaseCorrupt(
-                f"{where}: manifest.json is not UTF-8 text ({error.reason} at byte {error.start})"
-            ) from error
-        found = _CHECKSUM.search(text)
-        if found is None:
-            raise ReleaseCorrupt(
-                f"{where}: manifest.json holds no checksum; it is not a manifest or was cut off"
-                f" ({len(content)} bytes)"
-            )
-        blank = text[: found.start(1)] + _ZERO + text[found.end(1) :]
-        digest = hashlib.sha256(blank.encode()).hexdigest()
-        if digest != found.group(1):
-            raise ReleaseCorrupt(
-                f"{where}: manifest.json should have checksum {found.group(1)[:16]}, but its text"
-                f" gives {digest[:16]}: it was changed after publishing"
-            )
+        text = _checked_text(content, where)
         try:
             values: Any = json.loads(text)
             version = values["format_version"]
@@ -168,12 +146,40 @@ class Manifest:
             ) from error
 
     def total_bytes(self) -> int:
-        """Bytes of all files of the release, without the manifest."""
+        """Return the bytes of all files of the release, without the manifest."""
         return sum(record.size_bytes for record in self.files.values())
 
 
+def _checked_text(content: bytes, where: str) -> str:
+    """Decode a manifest and compare its checksum.
+
+    Raises:
+        ReleaseCorrupt: Not a manifest, or one byte differs from what was written.
+    """
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        raise ReleaseCorrupt(
+            f"{where}: manifest.json is not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from error
+    found = _CHECKSUM.search(text)
+    if found is None:
+        raise ReleaseCorrupt(
+            f"{where}: manifest.json holds no checksum; it is not a manifest or was cut off"
+            f" ({len(content)} bytes)"
+        )
+    blank = text[: found.start(1)] + _ZERO + text[found.end(1) :]
+    digest = hashlib.sha256(blank.encode()).hexdigest()
+    if digest != found.group(1):
+        raise ReleaseCorrupt(
+            f"{where}: manifest.json should have checksum {found.group(1)[:16]}, but its text"
+            f" gives {digest[:16]}: it was changed after publishing"
+        )
+    return text
+
+
 def content_digest(files: Mapping[str, FileRecord]) -> str:
-    """SHA-256 over the names and checksums of all files: two releases with the same one are the same release."""
+    """Return SHA-256 over names and checksums of all files: releases that share it are the same."""
     digest = hashlib.sha256()
     for name in sorted(files):
         digest.update(f"{name}\0{files[name].size_bytes}\0{files[name].sha256}\n".encode())

@@ -1,4 +1,4 @@
-"""Releases in a Milvus cluster: a collection per entity type and release, an alias per entity type switched at activation.
+"""Releases in a Milvus cluster: a collection per entity type and release, an alias for the active.
 
 The release directory stays the source of truth; this adapter copies its vectors, ids and
 attributes, checks that the copy answers the golden queries, and only then moves the aliases. Each
@@ -61,13 +61,13 @@ def connect(config: MilvusConfig) -> Any:
 
 
 def collection_name(prefix: str, entity_type: str, release_id: str) -> str:
-    """A name Milvus allows (letters, digits, ``_``); a digest keeps two release ids apart that would look alike."""
+    """Return a name Milvus allows (letters, digits, ``_``), different for every release id."""
     plain = re.sub(r"\W", "_", release_id, flags=re.ASCII)[: NAME_LIMIT - 64]
     return f"{prefix}_{entity_type}_{plain}_{hashlib.sha256(release_id.encode()).hexdigest()[:8]}"
 
 
 def alias_name(prefix: str, entity_type: str) -> str:
-    """The alias that names the active release's collection."""
+    """Return the alias that names the active release's collection."""
     return f"{prefix}_{entity_type}"
 
 
@@ -124,7 +124,7 @@ class MilvusReleases:
         return recall
 
     def activate(self, release_id: str, entity_types: Iterable[str]) -> None:
-        """Point every alias at this release's collections; all must exist before the first alias moves.
+        """Point every alias at this release's collections, once all of them exist.
 
         Raises:
             ReleaseNotFound: A collection of this release is not in Milvus.
@@ -133,11 +133,7 @@ class MilvusReleases:
             entity_type: collection_name(self.config.prefix, entity_type, release_id)
             for entity_type in entity_types
         }
-        missing = [
-            entity_type
-            for entity_type, name in names.items()
-            if not self.client.has_collection(name)
-        ]
+        missing = [kind for kind, name in names.items() if not self.client.has_collection(name)]
         if missing:
             raise ReleaseNotFound(
                 f"Milvus holds no {', '.join(missing)} of release {release_id!r}. Publish it there"
@@ -151,7 +147,7 @@ class MilvusReleases:
                 self.client.alter_alias(name, alias)
 
     def active(self, entity_type: str) -> str | None:
-        """Release id behind the alias of an entity type; None before the first activation."""
+        """Return the release id behind an entity type's alias; None before the first activation."""
         target = self._target_of(alias_name(self.config.prefix, entity_type))
         return None if target is None else str(self._about(target)["release_id"])
 
@@ -243,23 +239,7 @@ class MilvusReleases:
         schema.add_field(ID_FIELD, DataType.VARCHAR, is_primary=True, max_length=MAX_ID_BYTES)
         schema.add_field(VECTOR_FIELD, DataType.FLOAT_VECTOR, dim=release.dimension)
         self.client.create_collection(name, schema=schema)
-        ids = list(index.ids)
-        names = [
-            attribute
-            for attribute in index.attribute_table.schema
-            if attribute not in (ID_FIELD, VECTOR_FIELD)
-        ]
-        for start in range(0, len(ids), self.config.batch_rows):
-            part = ids[start : start + self.config.batch_rows]
-            self.client.insert(name, list(_rows(index, part, names)))
-            progress(f"{entity_type}: {start + len(part):,} of {len(ids):,} rows copied")
-        self.client.flush(name)
-        count = int(self.client.get_collection_stats(name)["row_count"])
-        if count != len(ids):
-            raise GateFailed(
-                f"Milvus holds {count:,} rows of {entity_type!r}, but the release has {len(ids):,}."
-                " Nothing was activated."
-            )
+        self._insert(name, index, progress)
         params = self.client.prepare_index_params()
         params.add_index(
             VECTOR_FIELD,
@@ -269,6 +249,27 @@ class MilvusReleases:
         )
         self.client.create_index(name, params)
         self.client.load_collection(name)
+
+    def _insert(self, name: str, index: EntityIndex, progress: Callable[[str], None]) -> None:
+        """Copy the rows of an index and count them.
+
+        Raises:
+            GateFailed: Some are missing.
+        """
+        ids = list(index.ids)
+        reserved = (ID_FIELD, VECTOR_FIELD)
+        names = [field for field in index.attribute_table.schema if field not in reserved]
+        for start in range(0, len(ids), self.config.batch_rows):
+            part = ids[start : start + self.config.batch_rows]
+            self.client.insert(name, list(_rows(index, part, names)))
+            progress(f"{index.entity_type}: {start + len(part):,} of {len(ids):,} rows copied")
+        self.client.flush(name)
+        count = int(self.client.get_collection_stats(name)["row_count"])
+        if count != len(ids):
+            raise GateFailed(
+                f"Milvus holds {count:,} rows of {index.entity_type!r}, but the release has"
+                f" {len(ids):,}. Nothing was activated."
+            )
 
     def _golden_recall(self, name: str, release: Release, entity_type: str) -> float:
         golden = release.golden(entity_type)
@@ -318,7 +319,7 @@ class MilvusIndex:
         exclude_ids: Collection[str] = (),
         min_score: float | None = None,
     ) -> SearchResult:
-        """The k best entities for one query ``(D,)`` float32; best first.
+        """Find the k best entities for one query ``(D,)`` float32; best first.
 
         Raises:
             InvalidVectors: The query has another shape.

@@ -161,13 +161,13 @@ class Release:
 
     @property
     def query_space_id(self) -> str:
-        """Space of the query tower's bundle: ``space_id``, unless a newer tower searches here."""
+        """Space of the query tower: ``space_id``, unless a newer bundle's tower searches here."""
         upgrade = self.manifest.query_upgrade
         return self.space_id if upgrade is None else str(upgrade["space_id"])
 
     @property
     def query_vectors_id(self) -> str:
-        """Name of the query vectors this release makes; vectors cached under another are foreign."""
+        """Name of the query vectors this release makes; those under another name are foreign."""
         upgrade = self.manifest.query_upgrade
         return self.space_id if upgrade is None else str(upgrade["files_id"])
 

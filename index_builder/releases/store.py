@@ -11,13 +11,11 @@ resumable); ``.trash-*`` (releases being removed).
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,7 +27,19 @@ from index_builder.errors import (
     ReleaseError,
     ReleaseNotFound,
 )
-from index_builder.live_log.maintenance import collect_files
+from index_builder.releases.collection import (
+    empty_trash,
+    remove_folded_log,
+    remove_leftovers,
+    remove_release,
+)
+from index_builder.releases.current import (
+    CURRENT_NAME,
+    HISTORY_LENGTH,
+    Current,
+    check_release_id,
+    is_release_id,
+)
 from index_builder.releases.manifest import MANIFEST_NAME, Manifest
 from index_builder.releases.release import Release, read_manifest
 from index_builder.releases.verification import check_contents, check_cpu, check_names_and_sizes
@@ -42,100 +52,32 @@ from index_builder.storage.durable_files import (
     write_durably,
 )
 
-CURRENT_NAME = "CURRENT"
-HISTORY_LENGTH = 50
-_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,127}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Current:
-    """What ``CURRENT`` says.
-
-    Attributes:
-        release_id: The active release.
-        manifest_sha256: Of its ``manifest.json``.
-        activated: UTC time, ISO 8601.
-        history: Releases active before, the most recent first; ``rollback`` goes to the first.
-    """
-
-    release_id: str
-    manifest_sha256: str
-    activated: str
-    history: tuple[str, ...] = ()
-
-    def to_bytes(self) -> bytes:
-        """One JSON line with a checksum of the rest."""
-        body = json.dumps(asdict(self), sort_keys=True)
-        return (
-            json.dumps(
-                {**asdict(self), "checksum": hashlib.sha256(body.encode()).hexdigest()},
-                sort_keys=True,
-            ).encode()
-            + b"\n"
-        )
-
-    @classmethod
-    def from_bytes(cls, content: bytes, where: str) -> Current:
-        """Inverse of ``to_bytes``; refuses any changed byte.
-
-        Raises:
-            ReleaseCorrupt: The content is not what was written.
-        """
-        try:
-            values = json.loads(content)
-            del values["checksum"]
-            current = cls(**{**values, "history": tuple(values["history"])})
-            if current.to_bytes() == content and _ID.fullmatch(current.release_id):
-                return current
-        except (ValueError, KeyError, TypeError):
-            pass
-        raise ReleaseCorrupt(
-            f"{where}: CURRENT was changed or cut ({len(content)} bytes). Name the release to serve"
-            " again: omni release activate RELEASE_ID"
-        )
+__all__ = ["CURRENT_NAME", "ReleaseStore", "ReleaseSummary"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReleaseSummary:
-    """One line of ``omni release list``."""
+    """One line of ``omni release list``; of a damaged release only the error is known."""
 
     release_id: str
     active: bool
-    created: str
-    space_id: str
-    parent: str | None
-    entities: dict[str, int]
-    size_bytes: int
+    created: str = ""
+    space_id: str = ""
+    parent: str | None = None
+    entities: dict[str, int] = field(default_factory=dict)
+    size_bytes: int = 0
     error: str | None = None
 
 
-def check_release_id(release_id: str) -> str:
-    """Return ``release_id`` if it can be a folder name.
-
-    Raises:
-        ReleaseError: It holds other characters than letters, digits, ``.``, ``_`` and ``-``, or
-            starts with a dot.
-    """
-    if not _ID.fullmatch(release_id):
-        raise ReleaseError(
-            "a release id has 1 to 128 letters, digits, '.', '_' or '-' and starts with a letter"
-            f" or digit, but got {release_id[:140]!r}"
-        )
-    return release_id
-
-
 def _age(path: Path) -> tuple[str, int, str]:
-    """Sort key of a release folder: when it was built; of a damaged one, when its manifest was written."""
+    """Return the sort key of a release folder: when it was built, or its manifest was written."""
     written = (path / MANIFEST_NAME).stat().st_mtime_ns
-    try:
+    created = ""
+    with suppress(ReleaseError):
         created = str(read_manifest(path).measured.get("created", ""))
-    except ReleaseError:
-        created = ""
-    return (
-        created or datetime.fromtimestamp(written / 1e9, UTC).isoformat(timespec="milliseconds"),
-        written,
-        path.name,
-    )
+    if not created:
+        created = datetime.fromtimestamp(written / 1e9, UTC).isoformat(timespec="milliseconds")
+    return created, written, path.name
 
 
 class ReleaseStore:
@@ -146,9 +88,8 @@ class ReleaseStore:
 
     def __init__(self, root: Path | str) -> None:
         root = Path(root)
-        self.root = (
-            root.parent if root.name == "releases" else root
-        )  # naming the inner folder means the same store
+        # Naming the inner folder means the same store
+        self.root = root.parent if root.name == "releases" else root
         self.releases = self.root / "releases"
         self.live_root = self.root / "live"
         self._locks = self.releases / ".locks"
@@ -156,11 +97,11 @@ class ReleaseStore:
     # --- reading ----------------------------------------------------------------------------------
 
     def path_of(self, release_id: str) -> Path:
-        """Folder of a release, whether it exists or not."""
+        """Return the folder of a release, whether it exists or not."""
         return self.releases / check_release_id(release_id)
 
     def current_record(self) -> Current | None:
-        """What is active now; None when nothing was ever activated.
+        """Read what is active; None when nothing was ever activated.
 
         Raises:
             ReleaseCorrupt: ``CURRENT`` was damaged.
@@ -172,7 +113,7 @@ class ReleaseStore:
         return Current.from_bytes(content, str(self.releases))
 
     def current(self) -> str | None:
-        """Id of the active release, or None. Cheap enough to call several times a second."""
+        """Return the id of the active release, or None; cheap enough for several calls a second."""
         record = self.current_record()
         return record.release_id if record else None
 
@@ -230,7 +171,7 @@ class ReleaseStore:
         return FileLock(self._locks / f"open-{release_id}.lock")
 
     def ids(self) -> list[str]:
-        """Ids of all published releases, oldest first (by creation time, then name)."""
+        """Return the ids of all published releases, oldest first (by creation time, then name)."""
         if not self.releases.is_dir():
             return []
         folders = [
@@ -241,12 +182,15 @@ class ReleaseStore:
         return [p.name for p in sorted(folders, key=_age)]
 
     def damaged_ids(self) -> list[str]:
-        """Ids that ``ids`` does not see, by name: folders that lost their manifest, and an active release that is gone."""
+        """Return ids that ``ids`` does not see, by name.
+
+        They are folders that lost their manifest, and an active release that is gone.
+        """
         folders = self.releases.iterdir() if self.releases.is_dir() else ()
         found = {
             p.name
             for p in folders
-            if _ID.fullmatch(p.name) and not (p / MANIFEST_NAME).is_file() and p.is_dir()
+            if is_release_id(p.name) and not (p / MANIFEST_NAME).is_file() and p.is_dir()
         }
         active = self._readable_current()
         if active is not None and not (self.path_of(active) / MANIFEST_NAME).is_file():
@@ -254,17 +198,16 @@ class ReleaseStore:
         return sorted(found)
 
     def earlier(self) -> list[str]:
-        """Releases that were active before the current one and still exist, the most recent first; ``rollback`` goes to the first.
+        """Return the releases that were active before the current one and still exist.
+
+        The most recent comes first; ``rollback`` goes to it.
 
         Raises:
             ReleaseCorrupt: ``CURRENT`` was damaged.
         """
         record = self.current_record()
-        return (
-            [h for h in record.history if (self.path_of(h) / MANIFEST_NAME).is_file()]
-            if record
-            else []
-        )
+        history = record.history if record else ()
+        return [h for h in history if (self.path_of(h) / MANIFEST_NAME).is_file()]
 
     def _readable_current(self) -> str | None:
         try:
@@ -281,38 +224,25 @@ class ReleaseStore:
         return read_manifest(path)
 
     def list(self) -> list[ReleaseSummary]:
-        """All releases, oldest first; a damaged one is listed with its error, those of ``damaged_ids`` last."""
+        """Summarise all releases, oldest first; those of ``damaged_ids`` come last."""
         active = self._readable_current()
-        result = []
-        for release_id in (*self.ids(), *self.damaged_ids()):
-            try:
-                manifest = self._manifest(release_id)
-            except ReleaseError as error:
-                result.append(
-                    ReleaseSummary(
-                        release_id=release_id,
-                        active=release_id == active,
-                        created="",
-                        space_id="",
-                        parent=None,
-                        entities={},
-                        size_bytes=0,
-                        error=str(error),
-                    )
-                )
-                continue
-            result.append(
-                ReleaseSummary(
-                    release_id=release_id,
-                    active=release_id == active,
-                    created=str(manifest.measured.get("created", "")),
-                    space_id=manifest.space_id,
-                    parent=manifest.parent,
-                    entities={name: entity.count for name, entity in manifest.entities.items()},
-                    size_bytes=manifest.total_bytes(),
-                )
-            )
-        return result
+        names = (*self.ids(), *self.damaged_ids())
+        return [self._summary(name, active=name == active) for name in names]
+
+    def _summary(self, release_id: str, active: bool) -> ReleaseSummary:
+        try:
+            manifest = self._manifest(release_id)
+        except ReleaseError as error:
+            return ReleaseSummary(release_id=release_id, active=active, error=str(error))
+        return ReleaseSummary(
+            release_id=release_id,
+            active=active,
+            created=str(manifest.measured.get("created", "")),
+            space_id=manifest.space_id,
+            parent=manifest.parent,
+            entities={name: entity.count for name, entity in manifest.entities.items()},
+            size_bytes=manifest.total_bytes(),
+        )
 
     def verify(self, release_id: str) -> Manifest:
         """Check one release to the last byte without loading it.
@@ -433,7 +363,7 @@ class ReleaseStore:
             return self._set_current(release_id)
 
     def rollback(self, *, verify: bool = True) -> str:
-        """Go back to the release that was active before the current one; calling it again goes further back.
+        """Go back to the release that was active before; calling it again goes further back.
 
         Returns:
             Id of the release that is active now.
@@ -455,32 +385,29 @@ class ReleaseStore:
             return target
 
     def _set_current(self, release_id: str) -> str | None:
-        try:
+        record = None
+        with suppress(ReleaseCorrupt):  # naming a release again repairs a damaged CURRENT
             record = self.current_record()
-        except ReleaseCorrupt:  # naming a release again is the way out of a damaged CURRENT
-            record = None
-        if record is not None and record.release_id == release_id:
+        if record is None:
+            self._write_current(release_id, ())
+            return None
+        if record.release_id == release_id:
             self._write_current(release_id, record.history)
             return release_id
-        before = (
-            ()
-            if record is None
-            else (record.release_id, *(h for h in record.history if h != record.release_id))
-        )
-        self._write_current(
-            release_id, tuple(h for h in before if h != release_id)[:HISTORY_LENGTH]
-        )
-        return record.release_id if record else None
+        earlier = dict.fromkeys((record.release_id, *record.history))
+        earlier.pop(release_id, None)
+        self._write_current(release_id, tuple(earlier)[:HISTORY_LENGTH])
+        return record.release_id
 
     def _write_current(self, release_id: str, history: tuple[str, ...]) -> None:
-        digest = hashlib.sha256((self.path_of(release_id) / MANIFEST_NAME).read_bytes()).hexdigest()
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        write_durably(
-            self.releases / CURRENT_NAME,
-            Current(
-                release_id=release_id, manifest_sha256=digest, activated=now, history=history
-            ).to_bytes(),
+        manifest = (self.path_of(release_id) / MANIFEST_NAME).read_bytes()
+        current = Current(
+            release_id=release_id,
+            manifest_sha256=hashlib.sha256(manifest).hexdigest(),
+            activated=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            history=history,
         )
+        write_durably(self.releases / CURRENT_NAME, current.to_bytes())
 
     def gc(
         self, keep: int = 3, *, dry_run: bool = False, drop_folded_log: bool = False
@@ -507,60 +434,30 @@ class ReleaseStore:
         """
         if keep < 1:
             raise ReleaseError(f"gc keeps at least 1 release, but keep is {keep}")
-        removed = []
         with self.lock("publish", wait_seconds=10.0):
-            record = self.current_record()
+            if not dry_run:
+                # First: a release may have the id of one that a killed gc had moved away
+                empty_trash(self.releases)
             ids = self.ids()
-            stay = set(ids[-keep:])
+            stay = self._kept(ids, keep)
+            unwanted = [release_id for release_id in ids if release_id not in stay]
+            removed = [
+                release_id
+                for release_id in unwanted
+                if remove_release(self.releases, release_id, self._lease(release_id), dry_run)
+            ]
             if not dry_run:
-                # first: a release may have the id of one that a killed gc had moved away
-                self._empty_trash()
-            if record is not None:
-                stay.add(record.release_id)
-                stay.update([h for h in record.history if h in ids][:1])
-            for release_id in ids:
-                if release_id in stay:
-                    continue
-                lease = self._lease(release_id)
-                if not lease.acquire():
-                    continue  # some process serves it
-                try:
-                    if not dry_run:
-                        trash = self.releases / f".trash-{release_id}"
-                        os.rename(self.releases / release_id, trash)
-                        fsync_folder(self.releases)
-                        shutil.rmtree(trash)
-                        lease.path.unlink(missing_ok=True)
-                    removed.append(release_id)
-                finally:
-                    lease.release()
-            if not dry_run:
-                self._remove_leftovers()
+                remove_leftovers(self.releases, FileLock(self._locks / "build.lock"))
                 if drop_folded_log:
-                    self._drop_folded_log()
+                    manifests = [read_manifest(self.path_of(name)) for name in self.ids()]
+                    remove_folded_log(self.live_root, manifests)
         return removed
 
-    def _empty_trash(self) -> None:
-        for path in self.releases.glob(".trash-*"):
-            shutil.rmtree(path)
-
-    def _remove_leftovers(self) -> None:
-        for path in self.releases.glob(f".{CURRENT_NAME}.*.tmp"):
-            path.unlink(missing_ok=True)
-        build = FileLock(self._locks / "build.lock")
-        if build.acquire():  # nobody builds: what is staged was left by a process that died
-            try:
-                for path in self.releases.glob(".staging-*"):
-                    shutil.rmtree(path)
-            finally:
-                build.release()
-
-    def _drop_folded_log(self) -> None:
-        watermarks: dict[str, int] = {}
-        for release_id in self.ids():
-            for entity_type, entity in read_manifest(self.releases / release_id).entities.items():
-                watermarks[entity_type] = min(
-                    entity.watermark, watermarks.get(entity_type, entity.watermark)
-                )
-        for entity_type, watermark in watermarks.items():
-            collect_files(self.live_root, entity_type, watermark)
+    def _kept(self, ids: Sequence[str], keep: int) -> set[str]:
+        """Return the newest releases, the active one, and the one ``rollback`` goes to."""
+        stay = set(ids[-keep:])
+        record = self.current_record()
+        if record is not None:
+            stay.add(record.release_id)
+            stay.update([h for h in record.history if h in ids][:1])
+        return stay

@@ -1,4 +1,4 @@
-"""Checking a release's files against its manifest: names, sizes, then SHA-256 with several threads, before any library parses a byte."""
+"""Checking a release's files against its manifest, before any library parses a byte."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BLOCK_BYTES = 1 << 20
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file as 64 hexadecimal digits (the GIL is free while it hashes)."""
+    """Return SHA-256 of a file as 64 hexadecimal digits (the GIL is free while it hashes)."""
     digest = hashlib.sha256()
     buffer = bytearray(_BLOCK_BYTES)
     view = memoryview(buffer)
@@ -29,7 +29,7 @@ def sha256_of(path: Path) -> str:
 
 
 def hash_files(paths: Mapping[str, Path], threads: int | None = None) -> dict[str, str]:
-    """SHA-256 of many files at once, the largest first so that threads finish together.
+    """Hash many files at once, the largest first so that threads finish together.
 
     Args:
         paths: Name -> file.
@@ -44,10 +44,8 @@ def hash_files(paths: Mapping[str, Path], threads: int | None = None) -> dict[st
 
 
 def record_files(folder: Path) -> dict[str, FileRecord]:
-    """Size and SHA-256 of every file below ``folder`` but the manifest, by relative path with ``/``."""
-    paths = {
-        name: folder / name for name in _names(folder, ReleaseCorrupt) if name != MANIFEST_NAME
-    }
+    """Return size and SHA-256 of every file below ``folder`` but the manifest, by relative path."""
+    paths = {name: folder / name for name in _names(folder) if name != MANIFEST_NAME}
     digests = hash_files(paths)
     return {
         name: FileRecord(size_bytes=paths[name].stat().st_size, sha256=digests[name])
@@ -55,12 +53,12 @@ def record_files(folder: Path) -> dict[str, FileRecord]:
     }
 
 
-def _names(folder: Path, error: type[ReleaseCorrupt]) -> Iterable[str]:
+def _names(folder: Path) -> Iterable[str]:
     for parent, folders, names in os.walk(folder):
         for name in [*names, *(f for f in folders if os.path.islink(os.path.join(parent, f)))]:
             path = Path(parent, name)
             if not stat.S_ISREG(path.lstat().st_mode):
-                raise error(
+                raise ReleaseCorrupt(
                     f"{path}: a release holds plain files only, but this is a link or a special"
                     " file. Remove it or roll back."
                 )
@@ -82,7 +80,7 @@ def check_names_and_sizes(folder: Path, manifest: Manifest) -> None:
                 f"{where}: the manifest lists {name!r}, which is not a plain path inside the"
                 " release"
             )
-    found = set(_names(folder, ReleaseCorrupt))
+    found = set(_names(folder))
     missing = sorted(set(manifest.files) - found)
     if missing:
         raise ReleaseCorrupt(

@@ -64,17 +64,13 @@ def test_fork_failure_refuses_the_change_and_delays_a_replacement(tmp_path: Path
     assert found["without_forks"] == ["r1", 1] and found["end"] == ["r1", 2]
 
 
-def test_crash_loop_workers_are_replaced_ever_more_rarely(
-    tmp_path: Path,
-) -> None:
+def test_crash_loop_workers_are_replaced_ever_more_rarely(tmp_path: Path) -> None:
     found = play("crash_loop", tmp_path)
-    assert 2 <= found["deaths"] <= 4, "0.2, 0.4, 0.8 s: a crash loop does not spin"
+    assert found["seconds"] > 1.2, "pauses of 0.2, 0.4 and 0.8 s: a crash loop does not spin"
     assert found["end"] == ["r1", 2]
 
 
-def test_start_refused_release_is_reported_and_tried_again(
-    tmp_path: Path,
-) -> None:
+def test_start_refused_release_is_reported_and_tried_again(tmp_path: Path) -> None:
     found = play("first_refused", tmp_path)
     assert found["announced"] == [None, "golden recall too low"]
     assert found["empty"] == ["", 2] and found["end"] == ["r1", 2]
@@ -145,7 +141,7 @@ def play(name: str, folder: Path) -> dict[str, Any]:
         [sys.executable, __file__, name, str(folder)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -155,7 +151,7 @@ def play(name: str, folder: Path) -> dict[str, Any]:
 # --- in the process of a scenario ---
 
 
-def until(condition: Callable[[], object], seconds: float = 15.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "did not happen in time"
@@ -203,8 +199,8 @@ class Stage:
         signal.signal(signal.SIGTERM, lambda number, _: ended.append(number))
         control.setblocking(False)
         deadly, refusing, slow = (self.folder / name for name in ("deadly", "refusing", "slow"))
-        if slow.exists():
-            time.sleep(0.5)
+        while slow.exists():
+            time.sleep(0.01)
         if deadly.exists():
             with (self.folder / "deaths").open("a") as deaths:
                 deaths.write(".")
@@ -248,6 +244,7 @@ class Stage:
 
     def verify(self, release_id: str) -> None:
         """Reads for as long as it is told to, then finds what it is told to find."""
+        self.flag(f"verifying-{release_id}")
         while (self.folder / "reading").exists():
             time.sleep(0.01)
         if (self.folder / f"damaged-{release_id}").exists():
@@ -272,22 +269,27 @@ class Stage:
     def state(self) -> list[Any]:
         return [self.supervisor.release_id, len(self.alive())]
 
-    def ask(self, *wanted: str) -> None:
-        """Have a serving worker ask for changes, and wait for the replies."""
-        number = next(worker.number for worker in self.workers() if not worker.dismissed)
-        expected = len(self.replies()) + len(wanted)
+    def order(self, number: int, *wanted: str) -> None:
+        """Have a worker ask for changes; its file appears whole."""
         path = self.folder / f"order-{number}"
         path.with_suffix(".part").write_text(json.dumps(wanted))
         path.with_suffix(".part").rename(path)
-        until(lambda: len(self.replies()) == expected)
 
-    def settle(self, release_id: str, count: int = 2) -> None:
+    def ask(self, *wanted: str) -> None:
+        """Have a serving worker ask for changes, and wait for the replies."""
+        expected = len(self.replies()) + len(wanted)
+        self.order(next(w.number for w in self.workers() if not w.dismissed), *wanted)
+        until(lambda: len(self.replies()) >= expected)
+
+    def settle(self, release_id: str, count: int = 2) -> list[Any]:
+        """Wait until so many workers of a release run and are ready, and return that state."""
         until(
             lambda: (
                 self.state() == [release_id, count]
                 and all(worker.ready for worker in self.workers())
             )
         )
+        return [release_id, count]
 
     def run(self, script: Callable[["Stage"], None]) -> None:
         failures: list[str] = []
@@ -380,16 +382,16 @@ def fork(stage: Stage) -> None:
 
 def crash_loop(stage: Stage) -> None:
     stage.flag("deadly")
+    began, deaths = time.monotonic(), stage.folder / "deaths"
     os.kill(stage.alive()[0], signal.SIGKILL)
-    time.sleep(1.5)
-    stage.found["deaths"] = len((stage.folder / "deaths").read_text())
+    until(lambda: deaths.exists() and len(deaths.read_text()) >= 3)
+    stage.found["seconds"] = time.monotonic() - began
     stage.flag("deadly", False)
     stage.settle("r1")
 
 
 def first_refused(stage: Stage) -> None:
-    stage.settle("")
-    stage.found["empty"] = stage.state()
+    stage.found["empty"] = stage.settle("")
     stage.flag("refusing", False)
     stage.settle("r1")
 
@@ -405,10 +407,12 @@ def twice(stage: Stage) -> None:
 
     stage.supervisor.fleet.fork = counting  # type: ignore[method-assign]
     stage.flag("slow")
-    number = max(worker.number for worker in stage.workers())
-    (stage.folder / f"order-{number}").write_text(json.dumps(["r2"]))
+    first, second = sorted(worker.number for worker in stage.workers())
+    stage.order(second, "r2")
     until(lambda: max(counts) == 4)  # the first change is under way
-    stage.ask("r3")
+    stage.order(first, "r3")
+    until(lambda: stage.supervisor.fleet.changes)  # the second has been noted
+    stage.flag("slow", False)
     until(lambda: len(stage.replies()) == 2)
     stage.settle("r3")
     stage.found["most"] = max(counts)
@@ -417,12 +421,11 @@ def twice(stage: Stage) -> None:
 def verifying(stage: Stage) -> None:
     before = stage.alive()
     stage.flag("reading")
-    number = max(worker.number for worker in stage.workers())
-    (stage.folder / f"order-{number}").write_text(json.dumps(["r2"]))
-    time.sleep(0.2)
+    other, number = sorted(worker.number for worker in stage.workers())
+    stage.order(number, "r2")
+    until((stage.folder / "verifying-r2").exists)
     os.kill(
-        next(worker.pid for worker in stage.workers() if worker.number != number),
-        signal.SIGKILL,
+        next(worker.pid for worker in stage.workers() if worker.number == other), signal.SIGKILL
     )
     until(lambda: stage.alive() != before)
     stage.settle("r1")
@@ -445,9 +448,8 @@ def damaged(stage: Stage) -> None:
 
 def ending(stage: Stage) -> None:
     stage.flag("reading")
-    number = max(worker.number for worker in stage.workers())
-    (stage.folder / f"order-{number}").write_text(json.dumps(["r2"]))
-    time.sleep(0.2)
+    stage.order(max(worker.number for worker in stage.workers()), "r2")
+    until((stage.folder / "verifying-r2").exists)
 
 
 def back(stage: Stage) -> None:
@@ -456,10 +458,8 @@ def back(stage: Stage) -> None:
     dismissed = [worker.pid for worker in stage.workers() if worker.dismissed]
     stage.ask("")
     stage.flag("slow-end", False)
-    for pid in [
-        *dismissed,
-        *(worker.pid for worker in stage.workers() if worker.dismissed),
-    ]:
+    dismissed += [worker.pid for worker in stage.workers() if worker.dismissed]
+    for pid in dismissed:
         os.kill(pid, signal.SIGKILL)
     stage.settle("r1")
     time.sleep(0.6)

@@ -1,4 +1,4 @@
-"""``python -m encoders.pretraining``: make the small multilingual query tower that ships with the package."""
+"""``python -m encoders.pretraining``: make the query tower that ships with the package."""
 
 from encoders.pretraining.tiny_multilingual import command
 

@@ -1,7 +1,9 @@
-"""A query tower that starts from the Universal Sentence Encoder: the one to train when recall counts more than 16 MB and 5 ms.
+"""Make a query tower that starts from the Universal Sentence Encoder.
+
+It is the one to train when recall counts more than 16 MB and 5 ms.
 
 python -m encoders.pretraining.use_query_tower --out use_tower
-omni train encoders/recipes/sample_use.toml --out runs/use      # its query_encoder and text_embedding are use_tower
+omni train encoders/recipes/sample_use.toml --out runs/use    # reads the folder use_tower
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ PRINCIPAL_TEXTS = 20_000
 
 
 def create_query_tower(texts: Sequence[str], dimension: int = 256) -> QueryEncoder:
-    """A query tower whose vectors are the encoder's, turned to their first ``dimension`` principal directions over ``texts``."""
+    """Make a query tower of the encoder and its first principal directions over ``texts``."""
     model, tokenizer = load_universal_sentence_encoder()
     tower = QueryEncoder(model, tokenizer, dimension=model.config.hidden_size).eval()
     with torch.no_grad():
@@ -44,7 +46,9 @@ def create_query_tower(texts: Sequence[str], dimension: int = 256) -> QueryEncod
 )
 @handle_errors
 def command(out: Path) -> None:
-    """Save a query tower that starts from the Universal Sentence Encoder, for `query_encoder = "FOLDER"` in a training config.
+    """Save a query tower that starts from the Universal Sentence Encoder.
+
+    Name its folder as `query_encoder = "FOLDER"` in a training config.
 
     Example: python -m encoders.pretraining.use_query_tower --out use_tower
     """

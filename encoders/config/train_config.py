@@ -175,7 +175,7 @@ class EntityTowerSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """DESIGN section 7: two sampled softmax terms per task."""
+    """The loss: two sampled softmax terms per task (paper, section 4.3)."""
 
     temperature: float = INITIAL_TEMPERATURE
     """Where the learned temperature starts."""

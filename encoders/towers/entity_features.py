@@ -256,7 +256,7 @@ class EntityFeaturizer:
         """Count the vocabulary of a catalogue, or of a stream of its parts, in bounded memory.
 
         Args:
-            catalogue: Catalogue rows (DESIGN section 4) or an iterable of such frames.
+            catalogue: Rows of the table ``catalogue``, or an iterable of such frames.
             config: What to read; the default reads every known text field and no vectors.
 
         Raises:

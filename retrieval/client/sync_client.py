@@ -37,7 +37,7 @@ class RetrievalClient(ClientBase):
         ConfigError: Impossible configuration, unreadable TLS files, or a token over an unencrypted
             network.
 
-    Example:
+    Examples:
         >>> with RetrievalClient("localhost:50051") as client:
         ...     for hit in client.retrieve("blue whale", "pin", 3, attributes=["title"]).hits:
         ...         print(hit.id, hit.score, hit.attributes)

@@ -23,7 +23,7 @@ class TrainingData:
     """The tables that a run learns from.
 
     Attributes:
-        catalogue: Entities of all types (DESIGN section 4, table catalogue).
+        catalogue: Entities of all types, as the table ``catalogue``.
         pairs: ``query``, ``entity_type``, ``entity_id``; optional ``count`` (1), ``action``,
             ``language``, ``split`` (``train``). Rows whose split is neither ``train`` nor the
             validation split are not looked at. Related-query pairs have entity type ``query``, and

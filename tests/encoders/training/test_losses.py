@@ -36,7 +36,7 @@ def unit(rows: int, dimension: int, seed: int) -> torch.Tensor:
 
 
 def slow_loss(queries, positives, terms, scale, positive_correction, matryoshka) -> float:
-    """One number at a time, in double precision, straight from the formula of DESIGN section 7."""
+    """One number at a time, in double precision, straight from the paper's formula (section 4.3)."""
     dimension = queries.shape[1]
     total = 0.0
     for prefix, weight in [*matryoshka.items(), (dimension, 1.0)]:
@@ -113,7 +113,7 @@ def test_random_mask_repeated_positive_hides_only_own_row() -> None:
 
 
 def test_masks_other_positive_of_query_hidden_only_in_batch() -> None:
-    """DESIGN section 7: the in-batch term hides every positive of the query, the random term only
+    """Paper, section 4.3: the in-batch term hides every positive of the query, the random term only
     the row's own.
     """
     query_ids, positive_ids = torch.tensor([0, 0]), torch.tensor([1, 2])

@@ -1,4 +1,4 @@
-"""A small HTTP/1.1 server for the metrics port: a table of routes on asyncio, GET, HEAD and POST, keep-alive, bounded everything."""
+"""A small HTTP/1.1 server for the metrics port: routes on asyncio, keep-alive, all bounded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_CONNECTIONS = 256
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One HTTP request. ``tail`` is what stands behind the prefix of a route that ends in ``/``."""
+    """One HTTP request; ``tail`` is the rest of a path that matched a prefix."""
 
     method: str
     path: str
@@ -34,7 +34,7 @@ class Request:
     tail: str = ""
 
     def json(self) -> Any:
-        """The body as JSON; raises ``ValueError``."""
+        """Parse the body as JSON; raises ``ValueError``."""
         return json.loads(self.body)
 
 
@@ -49,7 +49,7 @@ class Response:
 
     @classmethod
     def of_json(cls, value: Any, status: int = 200) -> Response:
-        """A JSON response."""
+        """Make a JSON response."""
         return cls(
             json.dumps(value, ensure_ascii=False).encode(),
             "application/json; charset=utf-8",
@@ -75,17 +75,9 @@ class HttpServer:
     """
 
     def __init__(self, routes: Routes) -> None:
-        self._exact = {
-            path: handler
-            for path, handler in routes.items()
-            if path == "/" or not path.endswith("/")
-        }
-        prefixes = [
-            (path, handler)
-            for path, handler in routes.items()
-            if path != "/" and path.endswith("/")
-        ]
-        self._prefixes = sorted(prefixes, key=lambda item: -len(item[0]))
+        prefixes = [path for path in routes if path != "/" and path.endswith("/")]
+        self._exact = {path: routes[path] for path in routes if path not in prefixes}
+        self._prefixes = [(path, routes[path]) for path in sorted(prefixes, key=len, reverse=True)]
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
         self.port = 0
@@ -115,7 +107,7 @@ class HttpServer:
         self._connections.add(task)
         try:
             if len(self._connections) <= MAX_CONNECTIONS:
-                while await self._one(reader, writer):
+                while await self._serve_one(reader, writer):
                     pass
         except (
             OSError,
@@ -124,14 +116,15 @@ class HttpServer:
             TimeoutError,
             ValueError,
         ):
-            pass  # the peer went away, sent too much or took too long: nobody is left to tell
+            pass  # the peer has gone, sent too much or took too long: nobody reads an answer
         except asyncio.CancelledError:
             pass
         finally:
             self._connections.discard(task)
             writer.close()
 
-    async def _one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+    async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """Read one request and answer it; return whether the connection is kept."""
         try:
             head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), IDLE_SECONDS)
         except asyncio.LimitOverrunError:
@@ -147,21 +140,12 @@ class HttpServer:
             name.strip().lower(): value.strip()
             for name, _, value in (line.partition(":") for line in lines[1:] if line)
         }
-        keep = (
-            headers.get("connection", "keep-alive" if version == "HTTP/1.1" else "close").lower()
-            != "close"
-        )
-        try:
-            length = int(headers.get("content-length", "0"))
-        except ValueError:
-            length = -1
-        if length < 0 or length > MAX_BODY_BYTES or "transfer-encoding" in headers:
-            await self._write(
-                writer,
-                Response(b"body too large, or of unknown length\n", status=413),
-                method,
-                False,
-            )
+        default = "keep-alive" if version == "HTTP/1.1" else "close"
+        keep = headers.get("connection", default).lower() != "close"
+        length = _body_length(headers)
+        if length is None:
+            refused = Response(b"body too large, or of unknown length\n", status=413)
+            await self._write(writer, refused, method, False)
             return False
         body = await asyncio.wait_for(reader.readexactly(length), READ_SECONDS) if length else b""
         response = await self.answer(method, target, headers, body)
@@ -182,19 +166,24 @@ class HttpServer:
             query = dict(parse_qsl(url.query, keep_blank_values=True, max_num_fields=100))
         except ValueError:
             return Response(b"bad request target\n", status=400)
-        handler, tail = self._exact.get(path), ""
-        if handler is None:
-            for prefix, candidate in self._prefixes:
-                if path.startswith(prefix):
-                    handler, tail = candidate, path[len(prefix) :]
-                    break
+        handler, tail = self._route(path)
         if handler is None:
             return Response(b"not found\n", status=404)
         try:
             return await handler(Request(method, path, query, headers, body, tail))
-        except Exception:  # a page's mistake must not end the connection without an answer
+        except Exception:  # of a handler: the connection must not end without an answer
             log.exception("%s failed", path)
             return Response(b"internal error\n", status=500)
+
+    def _route(self, path: str) -> tuple[Handler | None, str]:
+        """Return the handler of a path, or None, and what follows the prefix that matched."""
+        exact = self._exact.get(path)
+        if exact is not None:
+            return exact, ""
+        for prefix, handler in self._prefixes:
+            if path.startswith(prefix):
+                return handler, path[len(prefix) :]
+        return None, ""
 
     @staticmethod
     async def _write(
@@ -215,3 +204,14 @@ class HttpServer:
         )
         writer.write(head.encode("latin-1") + (b"" if method == "HEAD" else response.body))
         await asyncio.wait_for(writer.drain(), READ_SECONDS)
+
+
+def _body_length(headers: Mapping[str, str]) -> int | None:
+    """Return the length of a request's body; None if it is unknown or too much."""
+    if "transfer-encoding" in headers:
+        return None
+    try:
+        length = int(headers.get("content-length", "0"))
+    except ValueError:
+        return None
+    return length if 0 <= length <= MAX_BODY_BYTES else None

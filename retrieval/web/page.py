@@ -1,4 +1,4 @@
-"""The page to look at, and the JSON behind it: handlers for the metrics port that ask the service as any caller would."""
+"""The demo page and its JSON: handlers of the metrics port that call the service as callers do."""
 
 from __future__ import annotations
 
@@ -29,8 +29,12 @@ DEADLINE_SECONDS = 10.0
 MAX_PAGE_K = 200
 PICTURE_ATTRIBUTE = "picture"
 IMAGE_ATTRIBUTE = "image"
+IMAGE_SCHEMES = ("https://", "http://", "data:image/")
 SAMPLE_MARKS = {"pin": "pin:1f480", "product": "product:circle-caret-up", "ad": "ad:brand-firefox"}
-"""An id of the sample data per entity type: a release that holds it shows the sample's pictures, no other reads them (160 MB)."""
+"""An id of the sample data per entity type.
+
+A release that holds it shows the sample's images; no other reads them (160 MB).
+"""
 HTTP_STATUS = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
     grpc.StatusCode.UNAUTHENTICATED: 401,
@@ -41,6 +45,15 @@ HTTP_STATUS = {
     grpc.StatusCode.UNAVAILABLE: 503,
     grpc.StatusCode.DEADLINE_EXCEEDED: 504,
 }
+DESCRIBED = (
+    "entity_type",
+    "count",
+    "index_kind",
+    "ann_recall_at_10",
+    "ann_recall_low",
+    "ann_recall_high",
+)
+"""Fields of an entity type that the page shows."""
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'"
     " data: https: http:; base-uri 'none'"
@@ -58,28 +71,31 @@ class CallFailed(Exception):
 
     def __init__(self, code: grpc.StatusCode, details: str, retry_after_ms: str | None) -> None:
         super().__init__(details)
-        self.code, self.details, self.retry_after_ms = code, details, retry_after_ms
+        self.code = code
+        self.details = details
+        self.retry_after_ms = retry_after_ms
 
 
 @dataclass(frozen=True, slots=True)
 class PageContext:
-    """Stands where a gRPC context stands, so that the page passes the same door (rights, limits, metrics) as every caller."""
+    """Takes the place of a gRPC context, so that rights, limits and metrics hold for the page."""
 
     metadata: tuple[tuple[str, str], ...]
-    ends: float
+    deadline: float
+    """By ``time.monotonic``."""
 
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
-        """The caller's token, if the browser sent one."""
+        """Return the caller's token, if the browser sent one."""
         return self.metadata
 
     def time_remaining(self) -> float:
-        """Seconds left of ``DEADLINE_SECONDS``."""
-        return self.ends - time.monotonic()
+        """Return the seconds left of ``DEADLINE_SECONDS``."""
+        return self.deadline - time.monotonic()
 
     async def abort(
         self, code: grpc.StatusCode, details: str = "", trailing: tuple[tuple[str, str], ...] = ()
     ) -> NoReturn:
-        """Leave with a typed error."""
+        """End the call with a typed error."""
         raise CallFailed(code, details, dict(trailing).get("retry-after-ms"))
 
 
@@ -90,17 +106,15 @@ class Page:
     """The page's files and its JSON.
 
     Args:
-        service: Answers the questions.
-        pictures: Id -> SVG, for entities whose release holds no ``picture`` attribute; None: the
-            sample data's, read at the first need of a release made from it.
+        service: Answers the calls.
+        images: Id -> SVG, for entities whose release holds no ``picture`` attribute; None: the
+            sample data's, read when a release made from it first needs one.
     """
 
-    def __init__(
-        self, service: RetrievalService, pictures: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, service: RetrievalService, images: Mapping[str, str] | None = None) -> None:
         self._service = service
-        self._pictures = pictures
-        self._sample: Mapping[str, str] | None = None
+        self._images = images
+        self._sample_images: Mapping[str, str] | None = None
         self._reading = asyncio.Lock()
         gate = search_gate(service)
         self._retrieve: Call = MethodHandler(retrieve_method(service), gate).handle
@@ -113,19 +127,12 @@ class Page:
         return await asyncio.wait_for(call(message.SerializeToString(), context), DEADLINE_SECONDS)
 
     async def describe(self, request: Request) -> Response:
-        """``GET /api/describe``: entity types with counts, index kind and measured recall; release and space."""
+        """Answer ``GET /api/describe``: entity types with counts, kind and measured recall."""
         content = await self._ask(self._describe, pb.DescribeReleaseRequest(), request)
         release = release_description(pb.DescribeReleaseResponse.FromString(content))
         entities = [
-            {
-                "entity_type": e.entity_type,
-                "count": e.count,
-                "index_kind": e.index_kind,
-                "ann_recall_at_10": e.ann_recall_at_10,
-                "ann_recall_low": e.ann_recall_low,
-                "ann_recall_high": e.ann_recall_high,
-            }
-            for e in release.entities.values()
+            {name: getattr(entity, name) for name in DESCRIBED}
+            for entity in release.entities.values()
         ]
         return Response.of_json(
             {
@@ -137,7 +144,10 @@ class Page:
         )
 
     async def search(self, request: Request) -> Response:
-        """``GET /api/search?q=&type=&k=&exact=1``: hits to show; with ``exact`` also what the graph would have returned of them."""
+        """Answer ``GET /api/search?q=&type=&k=&exact=1``: hits to show.
+
+        With ``exact`` the answer also says which of them the graph would have returned.
+        """
         exact = request.query.get("exact") == "1"
         try:
             k = min(MAX_PAGE_K, int(request.query.get("k", "24")))
@@ -155,16 +165,12 @@ class Page:
             language=request.query.get("language", ""),
             attributes=["*"],
         )
-        graph = retrieve_result(
-            pb.RetrieveResponse.FromString(await self._ask(self._retrieve, wanted, request))
-        )
+        graph = await self._found(wanted, request)
         shown = graph
         if exact:
             wanted.exact = True
             wanted.release_id = graph.release_id  # a swap in between must not compare two releases
-            shown = retrieve_result(
-                pb.RetrieveResponse.FromString(await self._ask(self._retrieve, wanted, request))
-            )
+            shown = await self._found(wanted, request)
         page = _result_json(shown, wanted.entity_type)
         page["cache_hit"] = graph.cache_hit
         if exact:
@@ -178,8 +184,12 @@ class Page:
             }
         return Response.of_json(page)
 
+    async def _found(self, wanted: pb.RetrieveRequest, request: Request) -> RetrieveResult:
+        content = await self._ask(self._retrieve, wanted, request)
+        return retrieve_result(pb.RetrieveResponse.FromString(content))
+
     async def picture(self, request: Request) -> Response:
-        """``GET /api/picture/<entity type>/<id>``: the entity's SVG, never allowed to run a script."""
+        """Answer ``GET /api/picture/<entity type>/<id>``: the entity's SVG, without scripts."""
         entity_type, _, id_ = request.tail.partition("/")
         svg = await self._svg(entity_type, id_)
         if svg is None:
@@ -190,24 +200,21 @@ class Page:
     async def _svg(self, entity_type: str, id_: str) -> str | None:
         active = self._service.releases.active
         if self._service.tokens is None and active is not None and entity_type in active.entities:
-            held = (
-                active.entities[entity_type]
-                .attributes([id_], [PICTURE_ATTRIBUTE])[0]
-                .get(PICTURE_ATTRIBUTE)
-            )
-            if isinstance(held, str) and held.lstrip().startswith("<svg"):
-                return held
-        if self._pictures is not None:
-            return self._pictures.get(id_)
-        if active is None or not _is_of_the_sample(active, entity_type):
+            (attributes,) = active.entities[entity_type].attributes([id_], [PICTURE_ATTRIBUTE])
+            svg = attributes.get(PICTURE_ATTRIBUTE)
+            if isinstance(svg, str) and svg.lstrip().startswith("<svg"):
+                return svg
+        if self._images is not None:
+            return self._images.get(id_)
+        if active is None or not _holds_the_sample(active, entity_type):
             return None
         async with self._reading:
-            if self._sample is None:
-                self._sample = await asyncio.to_thread(_sample_pictures)
-        return self._sample.get(id_)
+            if self._sample_images is None:
+                self._sample_images = await asyncio.to_thread(_read_sample_images)
+        return self._sample_images.get(id_)
 
 
-def _is_of_the_sample(serving: ServingRelease, entity_type: str) -> bool:
+def _holds_the_sample(serving: ServingRelease, entity_type: str) -> bool:
     mark = SAMPLE_MARKS.get(entity_type)
     return (
         mark is not None
@@ -216,7 +223,7 @@ def _is_of_the_sample(serving: ServingRelease, entity_type: str) -> bool:
     )
 
 
-def _sample_pictures() -> Mapping[str, str]:
+def _read_sample_images() -> Mapping[str, str]:
     from encoders.datasets.dataset import load_sample
 
     return load_sample(engaged_queries=0).images
@@ -243,25 +250,23 @@ def _result_json(result: RetrieveResult, entity_type: str) -> dict[str, Any]:
 def _hit_json(hit: Hit, entity_type: str) -> dict[str, Any]:
     values = {name: value for name, value in hit.attributes.items() if value not in (None, "", [])}
     svg = values.pop(PICTURE_ATTRIBUTE, None)
-    image = values.get(IMAGE_ATTRIBUTE)
-    picture = f"api/picture/{quote(entity_type, safe='')}/{quote(hit.id, safe='')}"
-    if (
-        not svg
-        and isinstance(image, str)
-        and image.startswith(("https://", "http://", "data:image/"))
-    ):
-        picture = image
-    if entity_type == "query":
-        picture = ""
     title = values.get("title") or values.get("query") or hit.id
     return {
         "id": hit.id,
         "score": round(hit.score, 4),
         "title": str(title),
         "character": values.get("character") or "",
-        "picture": picture,
+        "picture": "" if entity_type == "query" else _picture_address(hit, entity_type, bool(svg)),
         "attributes": values,
     }
+
+
+def _picture_address(hit: Hit, entity_type: str, has_svg: bool) -> str:
+    """Return where the browser finds an entity's picture: its ``image``, if there is no SVG."""
+    image = hit.attributes.get(IMAGE_ATTRIBUTE)
+    if not has_svg and isinstance(image, str) and image.startswith(IMAGE_SCHEMES):
+        return image
+    return f"api/picture/{quote(entity_type, safe='')}/{quote(hit.id, safe='')}"
 
 
 def guarded(handler: Handler) -> Handler:
@@ -306,10 +311,10 @@ def _file(name: str) -> Handler:
 
 
 def routes(
-    service: RetrievalService, pictures: Mapping[str, str] | None = None
+    service: RetrievalService, images: Mapping[str, str] | None = None
 ) -> dict[str, Handler]:
-    """The page's paths for the HTTP server: ``/``, ``/page/...``, ``/api/describe``, ``/api/search``, ``/api/picture/...``."""
-    page = Page(service, pictures)
+    """Return the page's paths, with their handlers, for the HTTP server."""
+    page = Page(service, images)
     return {
         "/": _file("index.html"),
         "/page/page.css": _file("page.css"),

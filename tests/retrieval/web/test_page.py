@@ -23,26 +23,28 @@ CHROMIUM = (
 )
 DRIVER = shutil.which("chromedriver")
 FLAGS = [
-    *(
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-    ),
-    *("--disable-component-update", "--disable-sync", "--window-size=1200,900"),
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1200,900",
 ]
 NAMELESS = """
 return [...document.querySelectorAll('button, input, [role]')].filter(e => {
   const label = e.labels && [...e.labels].map(l => l.textContent).join('');
-  const named = e.getAttribute('aria-label') || e.getAttribute('aria-labelledby') || label || e.textContent.trim();
+  const aria = e.getAttribute('aria-label') || e.getAttribute('aria-labelledby');
+  const named = aria || label || e.textContent.trim();
   return !(named || e.closest('[hidden]') || e.id === 'form');
 }).map(e => e.outerHTML)
 """
 LOW_CONTRAST = """
+const linear = v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4;
 const luminance = colour => {
-  const [r, g, b] = colour.match(/[\\d.]+/g).map(Number).map(v => (v /= 255) <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+  const [r, g, b] = colour.match(/[\\d.]+/g).map(Number).map(linear);
   return .2126 * r + .7152 * g + .0722 * b;
 };
 const behind = e => {
@@ -54,7 +56,8 @@ const behind = e => {
 };
 const texts = '#status, #facts li, .card b, .score, [role=tab], footer span, h1, .switch';
 return [...document.querySelectorAll(texts)].filter(e => e.offsetParent).map(e => {
-  const [high, low] = [luminance(getComputedStyle(e).color), luminance(behind(e))].sort((x, y) => y - x);
+  const colours = [getComputedStyle(e).color, behind(e)];
+  const [high, low] = colours.map(luminance).sort((x, y) => y - x);
   return [e.className || e.id || e.tagName, (high + .05) / (low + .05)];
 }).filter(([, ratio]) => ratio < 4.5);
 """
@@ -76,7 +79,7 @@ def fetch(url: str, headers: dict[str, str] | None = None) -> tuple[int, Any, An
         return error.code, error.read(), error.headers
 
 
-def test_the_json_says_what_the_service_says(running: Running) -> None:
+def test_api_search_and_describe_equal_the_service(running: Running) -> None:
     status, body, _ = fetch(running.http + "/api/search?q=red+cat&type=pin&k=5")
     page = json.loads(body)
     assert status == 200
@@ -111,7 +114,7 @@ def test_the_json_says_what_the_service_says(running: Running) -> None:
         ("q=%00%20", 400),
     ],
 )
-def test_mistakes_get_their_http_status_and_a_message(
+def test_api_search_invalid_query_gets_http_status_and_message(
     running: Running, query: str, status: int
 ) -> None:
     got, body, _ = fetch(f"{running.http}/api/search?{query}")
@@ -119,7 +122,7 @@ def test_mistakes_get_their_http_status_and_a_message(
     assert json.loads(body)["error"]
 
 
-def test_the_page_is_its_own_files_and_allows_no_foreign_script(running: Running) -> None:
+def test_page_files_are_local_and_forbid_foreign_scripts(running: Running) -> None:
     for path in ("/", "/page/page.css", "/page/page.js"):
         status, body, headers = fetch(running.http + path)
         assert status == 200
@@ -127,7 +130,7 @@ def test_the_page_is_its_own_files_and_allows_no_foreign_script(running: Running
         assert "script-src 'self'" in headers["Content-Security-Policy"]
 
 
-async def test_pictures_come_from_the_release_or_the_sample_and_cannot_run_scripts(
+async def test_picture_is_served_sandboxed_and_unknown_is_404(
     running: Running,
 ) -> None:
     page = Page(
@@ -142,13 +145,14 @@ async def test_pictures_come_from_the_release_or_the_sample_and_cannot_run_scrip
     assert fetch(running.http + "/api/picture/pin/nobody")[0] == 404
 
 
-async def test_the_samples_pictures_are_read_only_where_its_entities_are_served(
+async def test_picture_sample_images_are_read_only_for_its_releases(
     running: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One question for a picture once cost every server the memory of the whole sample, for good."""
     reads: list[str] = []
     monkeypatch.setattr(
-        web_page, "_sample_pictures", lambda: reads.append("sample") or {"pin-1": "<svg>one</svg>"}
+        web_page,
+        "_read_sample_images",
+        lambda: reads.append("sample") or {"pin-1": "<svg>one</svg>"},
     )
     answer = guarded(Page(running.server.service).picture)
 
@@ -174,7 +178,7 @@ async def test_the_samples_pictures_are_read_only_where_its_entities_are_served(
     assert reads == ["sample"]
 
 
-def test_the_marks_of_the_sample_are_its_own() -> None:
+def test_sample_marks_are_ids_of_the_sample() -> None:
     from encoders.datasets.dataset import load_sample
 
     sample = load_sample(engaged_queries=0)
@@ -186,7 +190,7 @@ def test_the_marks_of_the_sample_are_its_own() -> None:
     assert set(web_page.SAMPLE_MARKS.values()) <= set(sample.images)
 
 
-def test_exact_compares_within_one_release_though_another_is_activated_meanwhile(
+def test_api_search_exact_compares_within_one_release_during_swap(
     tmp_path: Path,
 ) -> None:
     with serving(tmp_path, {"pin": 300}) as running:
@@ -222,7 +226,7 @@ def test_exact_compares_within_one_release_though_another_is_activated_meanwhile
         )
 
 
-def test_a_token_is_wanted_where_tokens_are_configured(tmp_path: Path) -> None:
+def test_api_search_with_tokens_configured_requires_one(tmp_path: Path) -> None:
     digest = sha256(b"open sesame").hexdigest()
     (tmp_path / "tokens.toml").write_text(
         f'[[token]]\nname = "web"\nsha256 = "{digest}"\nentity_types = ["pin"]\n'
@@ -295,7 +299,7 @@ def text_of(driver: Any, selector: str) -> str:
     )
 
 
-def test_searching_with_nothing_but_the_keyboard(running: Running, browser: Any) -> None:
+def test_page_is_usable_by_keyboard_alone(running: Running, browser: Any) -> None:
     from selenium.webdriver.common.keys import Keys
 
     browser.get(running.http + "/")
@@ -346,7 +350,7 @@ def test_searching_with_nothing_but_the_keyboard(running: Running, browser: Any)
     )
 
 
-def test_the_queries_tab_suggests_and_a_click_asks(running: Running, browser: Any) -> None:
+def test_page_queries_tab_click_searches(running: Running, browser: Any) -> None:
     browser.get(running.http + "/?q=blue+fish&type=query")
     wait(browser, settled)
     text = text_of(browser, ".queries .card b")
@@ -354,7 +358,7 @@ def test_the_queries_tab_suggests_and_a_click_asks(running: Running, browser: An
     wait(browser, lambda d: d.find_element("id", "query").get_attribute("value") == text)
 
 
-def test_text_from_outside_stays_text(running: Running, browser: Any) -> None:
+def test_page_entity_text_is_not_interpreted_as_html(running: Running, browser: Any) -> None:
     browser.get(running.http + "/?q=%3Cimg+src%3Dx+onerror%3D%22document.title%3D'owned'%22%3E")
     wait(browser, settled)
     assert "owned" not in browser.execute_script(
@@ -364,7 +368,7 @@ def test_text_from_outside_stays_text(running: Running, browser: Any) -> None:
     wait(browser, settled)  # an unknown tab falls back to the first one
 
 
-def test_every_control_has_a_name_and_text_has_contrast(running: Running, browser: Any) -> None:
+def test_page_controls_have_names_and_text_has_contrast(running: Running, browser: Any) -> None:
     browser.get(running.http + "/?q=red+cat")
     wait(browser, settled)
     nameless = browser.execute_script(NAMELESS)
@@ -379,7 +383,7 @@ def test_every_control_has_a_name_and_text_has_contrast(running: Running, browse
     assert errors == [], "no script error and no refused resource"
 
 
-def test_a_server_that_went_away_is_said(running: Running, browser: Any) -> None:
+def test_page_stopped_server_shows_error(running: Running, browser: Any) -> None:
     browser.get(running.http + "/")
     wait(browser, lambda d: len(d.find_elements("css selector", "[role=tab]")) == 4)
     browser.execute_script("window.fetch = () => Promise.reject(new TypeError('gone'))")

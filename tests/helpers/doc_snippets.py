@@ -160,8 +160,8 @@ def run_page(page: Path, folder: Path, programs: Path, *, served: bool = False) 
                 os.killpg(shell.pid, signal.SIGTERM)
             shell.wait()
     said = output.read_text(encoding="utf-8")
-    told = errors.read_text(encoding="utf-8")
-    assert code == 0, f"exit code {code}\n{said[-1500:]}\n{told[-3000:]}"
+    failures = errors.read_text(encoding="utf-8")
+    assert code == 0, f"exit code {code}\n{said[-1500:]}\n{failures[-3000:]}"
     return said
 
 

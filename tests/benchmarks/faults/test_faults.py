@@ -19,7 +19,7 @@ from index_builder.releases.store import ReleaseStore
 
 
 @pytest.mark.slow
-def test_a_full_disk_refuses_writes_and_nothing_else(tmp_path: Path) -> None:
+def test_full_disk_refuses_writes_only(tmp_path: Path) -> None:
     encoder = write_small_bundle(tmp_path / "bundle", 1)
     space_id = json.loads((tmp_path / "bundle" / "space.json").read_text())["space_id"]
     found = asyncio.run(full_disk(encoder, tmp_path / "bundle", space_id))
@@ -34,7 +34,7 @@ def test_a_full_disk_refuses_writes_and_nothing_else(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_clock_that_jumps_disturbs_nothing(tmp_path: Path) -> None:
+def test_clock_jump_disturbs_nothing(tmp_path: Path) -> None:
     store, encoder = prepare_store(tmp_path)
     space_id = json.loads((tmp_path / "a" / "space.json").read_text())["space_id"]
     found = asyncio.run(clock_jump(store.root, encoder, space_id))
@@ -51,7 +51,7 @@ def test_a_clock_that_jumps_disturbs_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_shadow_recall_agrees_with_the_offline_figure_and_notices_a_damaged_index(
+def test_shadow_recall_damaged_index_is_noticed(
     tmp_path: Path,
 ) -> None:
     store = ReleaseStore(tmp_path / "store")
@@ -71,7 +71,7 @@ def test_shadow_recall_agrees_with_the_offline_figure_and_notices_a_damaged_inde
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_swaps_under_load_fail_and_mix_nothing(tmp_path: Path, workers: str) -> None:
+def test_swaps_under_load_mix_nothing(tmp_path: Path, workers: str) -> None:
     store, _ = prepare_store(tmp_path)
     server = ServerProcess(store.root, "--workers", workers, "--shadow-fraction", "0")
     try:
@@ -83,7 +83,7 @@ def test_swaps_under_load_fail_and_mix_nothing(tmp_path: Path, workers: str) -> 
 
 
 @pytest.mark.slow
-def test_kills_of_server_and_publisher_lose_nothing(
+def test_kill_9_of_server_and_publisher_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fault_kills, "ROUNDS_PER_STORE", 3)
@@ -109,7 +109,7 @@ def test_kills_of_server_and_publisher_lose_nothing(
 
 
 @pytest.mark.slow
-def test_a_flood_is_refused_and_what_is_let_in_is_in_time(
+def test_overload_is_refused_and_accepted_calls_are_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fault_overload, "PEAK_SECONDS", 1.0)
@@ -135,19 +135,19 @@ def test_a_flood_is_refused_and_what_is_let_in_is_in_time(
         and set(outcomes) <= {"OK", "RESOURCE_EXHAUSTED"}
     ), found
     assert found["overload"]["late"] == 0 and found["recovered"]["outcomes"]["OK"] > 0
-    assert refused and refused[0] > 0, "refusals at the door are counted"
+    assert refused and refused[0] > 0, "refusals before admission are counted"
     assert len(found["rss_mib_during"]) >= 2 and found["cores"]["client"] == sorted(client_cores)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["slow", "dead", "lying"])
-def test_a_hostile_redis_fails_nothing(tmp_path: Path, kind: str) -> None:
+def test_hostile_redis_fails_nothing(tmp_path: Path, kind: str) -> None:
     pytest.importorskip("redis")
     store, _ = prepare_store(tmp_path)
     assert asyncio.run(hostile_redis(kind, store.root))["failed"] == 0
 
 
-def test_runs_of_parts_are_merged() -> None:
+def test_merged_records_of_parts_add_up() -> None:
     first = {
         "seeds": [0],
         "kills": 50,

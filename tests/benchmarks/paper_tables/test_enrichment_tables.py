@@ -30,7 +30,7 @@ def setting_of(noise: float) -> Setting:
     return Setting(table="3", name="x", features=("titles", "captions"), caption_noise=noise)
 
 
-def test_hidden_titles_come_back_as_captions() -> None:
+def test_apply_setting_hidden_titles_become_captions() -> None:
     rows = apply_setting(CATALOGUE, setting_of(0.0), seed=1)
     hidden = rows.filter(pl.col("title_hidden"))
     assert hidden.height == 50
@@ -43,7 +43,7 @@ def test_hidden_titles_come_back_as_captions() -> None:
     assert rows.filter("new")["title_hidden"].all()
 
 
-def test_noise_gives_captions_of_other_pins_more_with_more_and_hides_the_same_titles() -> None:
+def test_apply_setting_more_noise_spoils_more_captions() -> None:
     clean, some, half = (apply_setting(CATALOGUE, setting_of(n), seed=1) for n in (0.0, 0.3, 0.5))
     spoiled = [set(rows.filter(rows["caption"] != clean["caption"])["id"]) for rows in (some, half)]
     assert 0 < len(spoiled[0]) < len(spoiled[1])
@@ -56,9 +56,7 @@ def test_noise_gives_captions_of_other_pins_more_with_more_and_hides_the_same_ti
     ("means", "expected"),
     [([0.6, 0.55, 0.45, 0.4], 0.2), ([0.6, 0.59, 0.58, 0.57], None), ([0.4, 0.3, 0.2, 0.1], 0.0)],
 )
-def test_the_threshold_is_where_recall_falls_to_that_without_captions(
-    means: list[float], expected: float | None
-) -> None:
+def test_noise_threshold_is_where_gain_ends(means: list[float], expected: float | None) -> None:
     rows: list[dict[str, object]] = [
         {"table": "3", "caption_noise": None, "mean": 0.5},
         {"table": "4", "caption_noise": 0.0, "mean": 0.1},
@@ -72,7 +70,7 @@ def test_the_threshold_is_where_recall_falls_to_that_without_captions(
     assert noise_threshold([row | {"gain_interval": 0.3} for row in rows], "3") is None
 
 
-def test_what_is_missing_is_shown_as_missing(tmp_path: Path) -> None:
+def test_summarise_missing_results_are_none(tmp_path: Path) -> None:
     sizes = {"steps": 1, "batch_pairs": 2}
     for seed, value in ((0, 0.4), (2, 0.6)):
         result = {"recall@10": value, "language": {"en": value}, "kind": {"name": value}}
@@ -89,7 +87,7 @@ def test_what_is_missing_is_shown_as_missing(tmp_path: Path) -> None:
     )
 
 
-def test_gains_are_seed_by_seed_against_the_row_before(tmp_path: Path) -> None:
+def test_summarise_gains_are_per_seed_against_row_before(tmp_path: Path) -> None:
     sizes = {"steps": 1}
     for n, setting in enumerate(TABLE_4[:2]):
         for seed, value in enumerate((0.1, 0.4)):
@@ -106,7 +104,7 @@ def test_gains_are_seed_by_seed_against_the_row_before(tmp_path: Path) -> None:
     )
 
 
-def test_rows_share_a_training_only_when_they_are_the_same_setting() -> None:
+def test_settings_equal_keys_are_equal_settings() -> None:
     same: dict[str, set[tuple]] = {}
     for s in (*TABLE_4, *TABLE_3):
         noise = s.caption_noise if "captions" in s.features else None
@@ -116,7 +114,7 @@ def test_rows_share_a_training_only_when_they_are_the_same_setting() -> None:
 
 
 @pytest.mark.parametrize("setting", [TABLE_4[0], TABLE_4[4], TABLE_3[-1]], ids=lambda s: s.name)
-def test_one_training_gives_recall_of_all_pins_and_of_those_without_a_title(
+def test_train_and_evaluate_reports_all_hidden_and_new_pins(
     setting: Setting,
 ) -> None:
     result = train_and_evaluate(

@@ -52,20 +52,20 @@ def per_dataset(training: Training, whole: int = 320) -> dict[str, int]:
     return dict(zip((config.name for config in configs), pairs, strict=True))
 
 
-def test_a_task_alone_sees_as_many_pairs_a_step_as_in_the_mix() -> None:
+def test_training_single_task_has_pairs_of_the_mix() -> None:
     mix = per_dataset(MIX)
     assert mix == {"pin": 160, "product": 80, "query": 40, "ad": 40}
     for name, single in SINGLE.items():
         assert per_dataset(single) == {name: mix[name]}
 
 
-def test_changing_the_share_of_products_leaves_the_others_alone() -> None:
+def test_training_other_product_share_leaves_other_datasets() -> None:
     mix = per_dataset(MIX)
     for share, products in ((0.05, 1), (1.0, 20), (4.0, 80)):
         assert per_dataset(VOLUME[share]) == mix | {"product": products}
 
 
-def test_every_key_names_one_training_and_every_table_has_lines() -> None:
+def test_lines_keys_name_one_training_and_every_table_has_lines() -> None:
     trainings = {line.training for line in LINES}
     assert len({training.key for training in trainings}) == len(trainings)
     assert len({(line.table, line.setting) for line in LINES}) == len(LINES)
@@ -97,7 +97,7 @@ def result(pin: float) -> dict[str, Any]:
     return {"": {"recall": {"pin/entity": whole}, "gradients": {"pin": {"query tower": 10 * pin}}}}
 
 
-def test_figures_of_prefixes_and_parts() -> None:
+def test_figure_of_prefixes_and_parts_by_hand() -> None:
     assert [figure(result(0.8), "", f"pin/entity{part}") for part in ("", "/64", "/tail")] == [
         0.8,
         0.2,
@@ -105,7 +105,7 @@ def test_figures_of_prefixes_and_parts() -> None:
     ]
 
 
-def test_means_and_differences_are_taken_over_the_seeds_that_are_there(tmp_path: Path) -> None:
+def test_summarise_means_and_differences_over_present_seeds(tmp_path: Path) -> None:
     lines = (
         Line(table="5", setting="mix", training=MIX, metrics=("pin/entity",)),
         Line(
@@ -132,7 +132,7 @@ def test_means_and_differences_are_taken_over_the_seeds_that_are_there(tmp_path:
     assert (absent["seeds"], absent["mean"], absent["difference"]) == (0, None, None)
 
 
-def test_jobs_go_seed_by_seed_and_name_each_training_once(tmp_path: Path) -> None:
+def test_jobs_go_seed_by_seed_with_each_training_once(tmp_path: Path) -> None:
     names = [job.name for job in jobs(LINES, tmp_path, 2, SIZES)]
     assert names[0] == "use, seed 0"
     assert "use, seed 1" not in names
@@ -141,7 +141,7 @@ def test_jobs_go_seed_by_seed_and_name_each_training_once(tmp_path: Path) -> Non
     assert seeds == sorted(seeds)
 
 
-def test_a_picture_per_design_question_with_figures(tmp_path: Path) -> None:
+def test_draw_one_plot_per_design_question(tmp_path: Path) -> None:
     rows = [
         {
             "table": table,
@@ -173,7 +173,7 @@ def test_a_picture_per_design_question_with_figures(tmp_path: Path) -> None:
     assert all(path.stat().st_size > 1000 for path in paths)
 
 
-def test_products_at_a_small_volume_know_no_query_of_the_pairs_left_out(tables: Dataset) -> None:
+def test_training_data_small_volume_hides_queries_left_out(tables: Dataset) -> None:
     data = training_data(tables, Training(key="x", product_pairs=2))
     kept = data.pairs.filter(pl.col("entity_type") == "product")
     assert kept.height == 2
@@ -187,7 +187,7 @@ def test_products_at_a_small_volume_know_no_query_of_the_pairs_left_out(tables: 
     assert SMALL_PRODUCT_PAIRS == 195
 
 
-def test_a_fixed_projection_encodes_the_same_and_has_nothing_to_learn() -> None:
+def test_fixed_projection_encodes_alike_without_parameters() -> None:
     encoder = create_query_encoder()
     before = encoder.encode(["red shoes"])
     held = fixed(encoder)
@@ -195,7 +195,7 @@ def test_a_fixed_projection_encodes_the_same_and_has_nothing_to_learn() -> None:
     assert not list(held.projection.parameters())
 
 
-def test_going_on_is_shorter_and_gentler(tables: Dataset, tmp_path: Path) -> None:
+def test_going_on_has_fewer_steps_and_lower_rate(tables: Dataset, tmp_path: Path) -> None:
     config = train_settings(MIX, replace(study(tables, tmp_path), sizes=SIZES | {"steps": 90}), 0)
     later = going_on(config, frozen_queries=True)
     assert (
@@ -206,7 +206,9 @@ def test_going_on_is_shorter_and_gentler(tables: Dataset, tmp_path: Path) -> Non
     assert later.optimiser.learning_rate == config.optimiser.learning_rate / 4
 
 
-def test_without_pictures_the_towers_read_one_vector_less(tables: Dataset, tmp_path: Path) -> None:
+def test_train_settings_without_image_vectors_read_one_less(
+    tables: Dataset, tmp_path: Path
+) -> None:
     blind = replace(tables, catalogue=tables.catalogue.drop("visual"))
     assert train_settings(MIX, study(tables, tmp_path), 0).features.continuous == {
         "frozen": 256,
@@ -287,9 +289,7 @@ def study(tables: Dataset, work: Path) -> Study:
 
 
 @pytest.mark.slow
-def test_every_kind_of_training_gives_the_figures_its_lines_ask_for(
-    tables: Dataset, tmp_path: Path
-) -> None:
+def test_run_every_kind_of_training_gives_its_figures(tables: Dataset, tmp_path: Path) -> None:
     torch.set_num_threads(1)
     trainings = {
         line.training.key: line.training for line in LINES if line.training.kind != "reference"
@@ -315,9 +315,7 @@ def test_every_kind_of_training_gives_the_figures_its_lines_ask_for(
 
 
 @pytest.mark.slow
-def test_a_tower_of_its_own_leaves_the_other_types_exactly_as_they_were(
-    tables: Dataset, tmp_path: Path
-) -> None:
+def test_run_separate_tower_leaves_other_types_bitwise(tables: Dataset, tmp_path: Path) -> None:
     found = run(study(tables, tmp_path), NEW_TYPE, 0)
     for metric in ("pin/entity", "product/entity", "query/query"):
         assert found["own tower"]["recall"][metric] == found["before"]["recall"][metric]

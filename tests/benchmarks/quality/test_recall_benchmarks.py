@@ -35,7 +35,7 @@ def own_tables(tmp_path):
     return tmp_path
 
 
-def test_recall_is_recorded_with_its_data_and_protocol(own_tables, tmp_path):
+def test_recall_bench_record_names_data_and_protocol(own_tables, tmp_path):
     out = tmp_path / "results"
     result = CliRunner().invoke(
         group,
@@ -52,7 +52,7 @@ def test_recall_is_recorded_with_its_data_and_protocol(own_tables, tmp_path):
     assert "your data" in result.stdout and "bm25" in result.stdout
 
 
-def test_downstream_compares_frozen_vectors_with_fasttext(tmp_path, monkeypatch):
+def test_downstream_bench_compares_vectors_with_fasttext(tmp_path, monkeypatch):
     pytest.importorskip("fasttext")
     monkeypatch.setattr(
         "benchmarks.quality.downstream._encoders", lambda bundle, names: {"letters": letters}
@@ -97,7 +97,7 @@ def write_lines(path, values):
         file.writelines(json.dumps(value) + "\n" for value in values)
 
 
-def test_downstream_needs_the_taxonomy(monkeypatch, own_tables):
+def test_downstream_bench_without_taxonomy_is_refused(monkeypatch, own_tables):
     monkeypatch.delenv("OMNI_DATA", raising=False)
     result = CliRunner().invoke(group, ["downstream"])
     assert result.exit_code == 2 and "--data" in result.stderr
@@ -105,7 +105,7 @@ def test_downstream_needs_the_taxonomy(monkeypatch, own_tables):
     assert result.exit_code == 2 and "entities.jsonl.gz" in result.stderr
 
 
-def test_every_benchmark_of_the_table_is_listed_and_explains_itself():
+def test_bench_help_lists_every_benchmark():
     listed = CliRunner().invoke(group, ["--help"])
     assert listed.exit_code == 0
     for name, (_, help_text) in BENCHES.items():
@@ -113,7 +113,7 @@ def test_every_benchmark_of_the_table_is_listed_and_explains_itself():
 
 
 @pytest.mark.parametrize("name", sorted(BENCHES))
-def test_help_of_each_benchmark_ends_with_an_example(name):
+def test_bench_help_of_each_has_an_example(name):
     shown = CliRunner().invoke(group, [name, "--help"])
     assert shown.exit_code == 0, shown.output
     assert "Example:" in shown.stdout

@@ -26,7 +26,7 @@ PAIRS = pl.DataFrame(
 )
 
 
-def test_an_entity_is_seen_without_the_queries_of_the_fold() -> None:
+def test_engaged_in_other_folds_leaves_out_queries_of_fold() -> None:
     seen = engaged_in_other_folds(ENTITIES, PAIRS, 0)
     assert seen["id"].to_list() == ["a", "b", "c"]
     assert seen["engaged_queries"].to_list() == [["red"], ["sky"], None]
@@ -37,7 +37,7 @@ def test_an_entity_is_seen_without_the_queries_of_the_fold() -> None:
     ]
 
 
-def test_hits_are_counted_as_a_sort_would() -> None:
+def test_hits_at_10_random_vectors_equal_sort() -> None:
     rng = np.random.default_rng(0)
     queries, entities = (
         rng.normal(size=(4500, 8)).astype(np.float32),
@@ -51,7 +51,7 @@ def test_hits_are_counted_as_a_sort_would() -> None:
 
 
 @pytest.mark.parametrize("max_pairs", [1, 100])
-def test_every_mix_is_asked_the_same_pairs(max_pairs: int) -> None:
+def test_cross_validate_every_mix_has_same_pairs(max_pairs: int) -> None:
     found = cross_validate(
         text_embedding("tiny-multilingual"),
         ENTITIES,

@@ -12,7 +12,7 @@ from benchmarks.serving.cache import (
 SMALL = Traffic(requests=20_000, distinct=2_000, fresh_share=0.0, days=30.0)
 
 
-def test_the_simulated_cache_agrees_with_the_formula() -> None:
+def test_simulate_hit_rate_equals_formula() -> None:
     """With a cache that never evicts by size, the simulated encodes/s are those of r / (1 + r *
     ttl), summed over queries.
     """
@@ -21,7 +21,7 @@ def test_the_simulated_cache_agrees_with_the_formula() -> None:
     assert 1 - simulate(SMALL, 3.0, 10_000).hit_rate == pytest.approx(expected, rel=0.08)
 
 
-def test_longer_life_and_more_room_never_hurt_the_hit_rate_and_age_grows_with_life() -> None:
+def test_simulate_longer_life_and_more_room_raise_hit_rate() -> None:
     short, long = simulate(SMALL, 1.0, 10_000), simulate(SMALL, 10.0, 10_000)
     assert short.hit_rate < long.hit_rate and short.mean_age_days < long.mean_age_days <= 10.0
     assert (
@@ -30,12 +30,12 @@ def test_longer_life_and_more_room_never_hurt_the_hit_rate_and_age_grows_with_li
     )
 
 
-def test_prewarming_keeps_the_hit_rate_from_collapsing() -> None:
+def test_encoder_change_prewarming_keeps_hit_rate() -> None:
     cold, warm = (np.mean(encoder_change(SMALL, 10_000, n, windows=20)) for n in (0, 500))
     assert warm > cold + 0.2
 
 
-def test_traffic_is_replayable_and_fresh_queries_never_return() -> None:
+def test_zipf_ranks_are_replayable_and_fresh_queries_unique() -> None:
     traffic = Traffic(requests=5_000, distinct=100, fresh_share=0.2)
     ranks = zipf_ranks(traffic)
     np.testing.assert_array_equal(ranks, zipf_ranks(traffic))

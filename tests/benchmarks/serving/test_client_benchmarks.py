@@ -30,7 +30,7 @@ def result(cached: bool, timings: Timings) -> RetrieveResult:
     return RetrieveResult([], "r", "s", cached, "graph", 10, 1.0, None, timings, "")
 
 
-def test_stages_and_the_rest_add_up_to_what_the_client_waited() -> None:
+def test_per_stage_stages_and_rest_add_up_to_client_time() -> None:
     timings = Timings(
         total_ns=4_000_000, queue_ns=1_000_000, encode_ns=2_000_000, search_ns=500_000, rerank_ns=0
     )
@@ -40,7 +40,7 @@ def test_stages_and_the_rest_add_up_to_what_the_client_waited() -> None:
     assert stages["encode"]["mean"] == pytest.approx(2.0)
 
 
-def test_the_closed_loop_keeps_its_concurrency_and_the_open_loop_counts_the_wait() -> None:
+def test_stub_load_closed_and_open_loop_count_calls() -> None:
     with echo_server(10) as echo:
         closed = stub_load(
             echo.address,
@@ -61,9 +61,7 @@ def test_the_closed_loop_keeps_its_concurrency_and_the_open_loop_counts_the_wait
 
 
 @pytest.mark.parametrize("concurrency", [1, 7])
-def test_prepared_frames_are_answered_by_grpcio_and_by_us_and_failures_are_counted(
-    concurrency: int, tmp_path: Path
-) -> None:
+def test_frame_load_counts_answers_and_errors(concurrency: int, tmp_path: Path) -> None:
     load = Load(concurrency=concurrency, seconds=0.5, warmup_seconds=0.0, processes=2)
     with echo_server(70_000) as echo:
         outcome = frame_load(echo.address, "/any/Method", [b"x", b"y" * 40_000], load)
@@ -83,7 +81,7 @@ def test_prepared_frames_are_answered_by_grpcio_and_by_us_and_failures_are_count
 
 
 @pytest.mark.slow
-def test_one_worker_and_two_are_asked_the_same(tmp_path: Path) -> None:
+def test_more_workers_one_and_two_answer_without_errors(tmp_path: Path) -> None:
     store, encoder = ReleaseStore(tmp_path / "store"), write_small_bundle(tmp_path / "bundle", 1)
     small_release(store, tmp_path / "bundle", encoder, counts={"pin": 300})
     space_id = json.loads((tmp_path / "bundle" / "space.json").read_text())["space_id"]
@@ -113,7 +111,7 @@ def failing_client():  # type: ignore[no-untyped-def]
     return ask, lambda: None
 
 
-def test_a_blocking_client_is_driven_by_threads_and_its_failures_are_counted() -> None:
+def test_client_load_blocking_client_counts_failures() -> None:
     outcome = client_load(
         partial(slow_client, 0.02),
         Load(concurrency=4, seconds=0.5, warmup_seconds=0.0, processes=1),
@@ -127,7 +125,7 @@ def test_a_blocking_client_is_driven_by_threads_and_its_failures_are_counted() -
     assert failed.requests_per_second == 0
 
 
-def test_the_verdict_compares_each_side_at_its_best() -> None:
+def test_verdict_compares_each_side_at_its_best() -> None:
     def side(*rows: tuple[int, float, float, float]) -> dict[int, dict[str, float]]:
         return {
             c: {
@@ -153,7 +151,7 @@ def test_the_verdict_compares_each_side_at_its_best() -> None:
     }
 
 
-def test_recall_counts_ids_of_rows() -> None:
+def test_mean_recall_counts_ids_of_rows() -> None:
     assert mean_recall([["1", "2"], ["9", "3"]], np.array([[1, 2], [3, 4]])) == 0.75
 
 
@@ -166,7 +164,7 @@ def test_intra_list_similarity_is_the_mean_over_pairs() -> None:
     assert intra_list_similarity(vectors[:1]) == 0.0
 
 
-def test_less_lambda_means_less_similarity() -> None:
+def test_curve_smaller_lambda_gives_less_similarity() -> None:
     rng = np.random.default_rng(1)
     pools = []
     for _ in range(20):
@@ -182,7 +180,7 @@ def test_less_lambda_means_less_similarity() -> None:
     )
 
 
-def test_the_fuzzer_is_replayable_and_sends_valid_and_broken_messages() -> None:
+def test_generator_is_replayable_with_valid_and_broken_messages() -> None:
     first, second = (Generator(7, "f" * 64, 32) for _ in range(2))
     requests = [first.request() for _ in range(300)]
     assert requests == [second.request() for _ in range(300)]
@@ -197,7 +195,7 @@ def test_the_fuzzer_is_replayable_and_sends_valid_and_broken_messages() -> None:
     assert 30 < broken < 270
 
 
-def test_an_untyped_error_is_a_fault_with_its_bytes() -> None:
+def test_tally_untyped_error_is_a_fault_with_bytes() -> None:
     tally = Tally()
     tally.count("/s/M", "OK", b"a", "", 0.1)
     tally.count("/s/M", "INTERNAL", b"\x01\x02", "boom", 0.2)
@@ -206,7 +204,7 @@ def test_an_untyped_error_is_a_fault_with_its_bytes() -> None:
     ]
 
 
-def test_the_fuzzer_notices_a_server_that_is_not_ours() -> None:
+def test_fuzz_echo_server_is_noticed() -> None:
     with echo_server(0) as echo, pytest.raises((AssertionError, grpc.RpcError)):
         tally = asyncio.run(
             fuzz(

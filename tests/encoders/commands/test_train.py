@@ -1,6 +1,4 @@
-"""`omni train` as people run it: repeating a finished run, data that does not fit, and what to do
-next.
-"""
+"""`omni train`: repeating a finished run, data that does not fit, and the next step it names."""
 
 import json
 import shutil
@@ -82,7 +80,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_repeating_a_finished_run_changes_nothing(folder: Path) -> None:
+def test_train_command_finished_run_repeated_changes_nothing(folder: Path) -> None:
     first = omni_train(folder, "--json")
     assert first.exit_code == 0, first.stderr
     model = folder / "out" / "model"
@@ -102,15 +100,15 @@ def test_repeating_a_finished_run_changes_nothing(folder: Path) -> None:
         and "pairs/s" not in again.stderr
         and "2 steps, all of them trained before" in again.stderr
     )
-    told = omni_train(folder, "--json")
-    assert json.loads(told.stdout)["metrics"] == json.loads(first.stdout)["metrics"]
+    repeated = omni_train(folder, "--json")
+    assert json.loads(repeated.stdout)["metrics"] == json.loads(first.stdout)["metrics"]
     assert (
         json.loads(first.stdout)["pairs_per_second"] > 0
-        and json.loads(told.stdout)["pairs_per_second"] is None
+        and json.loads(repeated.stdout)["pairs_per_second"] is None
     )
 
 
-def test_a_bundle_of_another_space_is_replaced(folder: Path) -> None:
+def test_train_command_bundle_of_another_space_is_replaced(folder: Path) -> None:
     assert omni_train(folder).exit_code == 0
     first = load_bundle(folder / "out" / "model").space_id
     shutil.rmtree(folder / "out" / "checkpoints")
@@ -120,7 +118,7 @@ def test_a_bundle_of_another_space_is_replaced(folder: Path) -> None:
     assert [path.name for path in (folder / "out").iterdir() if path.name.startswith(".")] == []
 
 
-def test_a_damaged_bundle_is_written_again(folder: Path) -> None:
+def test_train_command_damaged_bundle_is_written_again(folder: Path) -> None:
     assert omni_train(folder).exit_code == 0
     space_id = load_bundle(folder / "out" / "model").space_id
     (folder / "out" / "model" / "config.json").unlink()
@@ -128,7 +126,7 @@ def test_a_damaged_bundle_is_written_again(folder: Path) -> None:
     assert load_bundle(folder / "out" / "model").space_id == space_id
 
 
-def test_pairs_without_a_train_split_are_refused_with_the_way_out(folder: Path) -> None:
+def test_train_command_no_train_pairs_names_next_step(folder: Path) -> None:
     give_pairs(folder, world().pairs.with_columns(split=pl.lit("heldout")))
     result = omni_train(folder)
     assert result.exit_code == 1, result.output
@@ -137,7 +135,7 @@ def test_pairs_without_a_train_split_are_refused_with_the_way_out(folder: Path) 
         assert way in result.stderr
 
 
-def test_a_single_query_cannot_be_held_back_and_trained_on(folder: Path) -> None:
+def test_train_command_single_query_held_back_is_refused(folder: Path) -> None:
     give_pairs(folder, world().pairs.head(1))
     config = folder / "run.toml"
     config.write_text(config.read_text().replace("fraction = 0.1", "fraction = 0.999999"))
@@ -146,7 +144,7 @@ def test_a_single_query_cannot_be_held_back_and_trained_on(folder: Path) -> None
     assert "no train pairs" in result.stderr and "validation.fraction" in result.stderr
 
 
-def test_a_run_that_would_make_no_entity_tower_is_refused_before_its_first_step(
+def test_train_command_no_entity_tower_is_refused_before_training(
     folder: Path,
 ) -> None:
     add_datasets(folder, ["query"])
@@ -156,7 +154,7 @@ def test_a_run_that_would_make_no_entity_tower_is_refused_before_its_first_step(
     assert not (folder / "out").exists()
 
 
-def test_ids_that_lost_their_prefix_stop_the_run_with_examples_of_both_sides(folder: Path) -> None:
+def test_train_command_ids_without_prefix_are_shown_from_both_sides(folder: Path) -> None:
     lost = (
         pl.when(pl.col("entity_type") == "query")
         .then("entity_id")
@@ -170,7 +168,7 @@ def test_ids_that_lost_their_prefix_stop_the_run_with_examples_of_both_sides(fol
     assert not (folder / "out").exists()
 
 
-def test_pairs_of_types_that_no_dataset_trains_need_no_catalogue(folder: Path) -> None:
+def test_train_command_untrained_type_needs_no_catalogue(folder: Path) -> None:
     data = world()
     data.catalogue.filter(pl.col("entity_type") == "product").write_parquet(
         folder / "catalogue.parquet"
@@ -179,7 +177,7 @@ def test_pairs_of_types_that_no_dataset_trains_need_no_catalogue(folder: Path) -
     assert omni_train(folder).exit_code == 0
 
 
-def test_types_that_no_dataset_trains_are_told(folder: Path) -> None:
+def test_train_command_untrained_types_are_named(folder: Path) -> None:
     add_datasets(folder, ["pin"])
     result = omni_train(folder)
     assert result.exit_code == 0, result.stderr
@@ -188,32 +186,32 @@ def test_types_that_no_dataset_trains_are_told(folder: Path) -> None:
         and " product, " in result.stderr
         and " query pairs" in result.stderr
     )
-    told = next(line for line in result.stderr.splitlines() if "not trained on" in line)
-    assert "[[datasets]]" in told
+    line = next(text for text in result.stderr.splitlines() if "not trained on" in text)
+    assert "[[datasets]]" in line
 
 
-def test_an_optional_dataset_without_pairs_is_left_out(folder: Path) -> None:
+def test_train_command_optional_dataset_without_pairs_is_left_out(folder: Path) -> None:
     add_datasets(folder, ["pin", "ad"], "optional = true")
     result = omni_train(folder)
     assert result.exit_code == 0, result.stderr
     assert "dataset 'ad' has no train pairs" in result.stderr
 
 
-def test_a_dataset_without_pairs_that_is_not_optional_stops_the_run(folder: Path) -> None:
+def test_train_command_required_dataset_without_pairs_is_refused(folder: Path) -> None:
     add_datasets(folder, ["pin", "ad"])
     result = omni_train(folder)
     assert result.exit_code == 1
     assert "dataset 'ad' is empty" in result.stderr and "optional = true" in result.stderr
 
 
-def test_when_no_optional_dataset_has_pairs_the_run_stops(folder: Path) -> None:
+def test_train_command_no_optional_dataset_with_pairs_is_refused(folder: Path) -> None:
     add_datasets(folder, ["ad", "video"], "optional = true")
     result = omni_train(folder)
     assert result.exit_code == 1, result.output
     assert "no dataset has train pairs" in result.stderr and "pin" in result.stderr
 
 
-def test_the_printed_config_trains_every_type_that_is_there(folder: Path) -> None:
+def test_train_command_printed_config_names_every_type_as_optional(folder: Path) -> None:
     import tomllib
 
     started = tomllib.loads(CliRunner().invoke(command, ["--print-config"]).stdout)["datasets"]
@@ -227,7 +225,7 @@ def held_out_world() -> pl.DataFrame:
     return world().pairs.with_columns(split=split, language=pl.lit("en"), country=pl.lit("US"))
 
 
-def test_the_next_command_evaluates_the_data_that_was_trained_on(folder: Path) -> None:
+def test_train_command_next_step_evaluates_the_trained_data(folder: Path) -> None:
     (folder / "catalogue_of_last_year.csv").write_text("id")
     give_pairs(folder, held_out_world())
     result = omni_train(folder)
@@ -241,7 +239,7 @@ def test_the_next_command_evaluates_the_data_that_was_trained_on(folder: Path) -
     assert "was trained on" not in evaluated.stderr
 
 
-def test_evaluating_the_sample_with_a_bundle_of_other_data_is_told(folder: Path) -> None:
+def test_evaluate_command_sample_with_bundle_of_other_data_warns(folder: Path) -> None:
     give_pairs(folder, held_out_world())
     assert omni_train(folder).exit_code == 0
     arguments = [
@@ -259,8 +257,7 @@ def test_evaluating_the_sample_with_a_bundle_of_other_data_is_told(folder: Path)
     assert "--data" in result.stderr
 
 
-def test_types_without_a_tower_are_left_out_and_told(folder: Path) -> None:
-    """One type of the data that no tower was trained for failed the whole evaluation."""
+def test_evaluate_command_types_without_tower_are_left_out(folder: Path) -> None:
     give_pairs(folder, held_out_world())
     config = folder / "run.toml"
     config.write_text(
@@ -295,7 +292,7 @@ def test_types_without_a_tower_are_left_out_and_told(folder: Path) -> None:
     assert nothing.exit_code == 2 and f"product: no tower in {model}" in nothing.stderr
 
 
-def test_tables_that_no_data_folder_holds_are_not_named_as_one(folder: Path) -> None:
+def test_train_command_tables_outside_data_folder_name_the_flag(folder: Path) -> None:
     (folder / "catalogue.parquet").rename(folder / "things.parquet")
     (folder / "run.toml").write_text(
         (folder / "run.toml").read_text().replace("catalogue.parquet", "things.parquet")
@@ -305,7 +302,7 @@ def test_tables_that_no_data_folder_holds_are_not_named_as_one(folder: Path) -> 
     assert "--data FOLDER" in result.stderr and "catalogue.* and pairs.*" in result.stderr
 
 
-def test_the_split_that_the_config_calls_validation_can_be_given(folder: Path) -> None:
+def test_train_command_own_validation_split_is_used(folder: Path) -> None:
     pairs = held_out_world().with_columns(
         split=pl.col("split").str.replace("heldout", "validation")
     )

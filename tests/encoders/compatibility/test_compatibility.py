@@ -83,14 +83,14 @@ def unit(rows: int, width: int, seed: int = 0) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def test_a_linear_relation_between_spaces_is_found() -> None:
+def test_fit_adapter_linear_relation_is_found() -> None:
     source, turn = unit(400, 12), rotation(12)
     fitted = fit_adapter(source, source @ turn.T, ridge=1e-6)
     np.testing.assert_allclose(fitted.matrix, turn, atol=1e-4)
     np.testing.assert_allclose(fitted.apply(source), source @ turn.T, atol=1e-4)
 
 
-def test_low_rank_is_the_best_of_its_rank_and_grows_into_the_full_map() -> None:
+def test_fit_adapter_low_rank_is_best_of_its_rank() -> None:
     source = unit(500, 12)
     relation = np.random.default_rng(1).normal(size=(8, 12)).astype(np.float32)
     target = source @ relation.T
@@ -104,7 +104,7 @@ def test_low_rank_is_the_best_of_its_rank_and_grows_into_the_full_map() -> None:
     assert errors == sorted(errors, reverse=True)
 
 
-def test_folding_gives_the_vectors_of_applying(tmp_path: Path) -> None:
+def test_adapter_fold_equals_apply(tmp_path: Path) -> None:
     tower = tiny_query_encoder().eval()
     adapter = SpaceAdapter(np.random.default_rng(0).normal(size=(5, DIMENSION)).astype(np.float32))
     folded = adapter.fold(tower)
@@ -119,7 +119,7 @@ def test_folding_gives_the_vectors_of_applying(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 4])
-def test_an_adapter_comes_back_from_its_file(tmp_path: Path, rank: int) -> None:
+def test_adapter_saved_and_loaded_is_equal(tmp_path: Path, rank: int) -> None:
     fitted = fit_adapter(unit(60, 12), unit(60, 8, 1), rank=rank)
     fitted.save(tmp_path / "adapter.safetensors")
     loaded = SpaceAdapter.load(tmp_path / "adapter.safetensors", (8, 12))
@@ -142,7 +142,7 @@ def test_an_adapter_comes_back_from_its_file(tmp_path: Path, rank: int) -> None:
         ({"other": np.zeros((8, 12), np.float32)}, "expected float32"),
     ],
 )
-def test_a_file_that_is_no_adapter_is_refused(
+def test_adapter_load_other_file_is_refused(
     tmp_path: Path, parts: dict[str, np.ndarray], message: str
 ) -> None:
     save_file(parts, tmp_path / "adapter.safetensors")
@@ -150,7 +150,7 @@ def test_a_file_that_is_no_adapter_is_refused(
         SpaceAdapter.load(tmp_path / "adapter.safetensors", (8, 12))
 
 
-def test_impossible_fits_are_named() -> None:
+def test_fit_adapter_impossible_input_is_named() -> None:
     with pytest.raises(ConfigError, match="there are none"):
         fit_adapter(np.zeros((0, 4), np.float32), np.zeros((0, 4), np.float32))
     with pytest.raises(ConfigError, match="rank"):
@@ -166,7 +166,7 @@ def test_impossible_fits_are_named() -> None:
 # --- measuring ------------------------------------------------------------------------------------
 
 
-def test_a_learned_adapter_restores_the_recall_that_a_turned_space_loses(
+def test_compare_spaces_turned_space_adapter_restores_recall(
     bundles: tuple[Path, Path],
 ) -> None:
     old, new = map(load_bundle, bundles)
@@ -186,7 +186,7 @@ def test_a_learned_adapter_restores_the_recall_that_a_turned_space_loses(
     }
 
 
-def test_an_adapter_that_gains_nothing_is_not_declared(
+def test_compare_spaces_adapter_without_gain_is_not_used(
     bundles: tuple[Path, Path], tmp_path: Path
 ) -> None:
     old = load_bundle(bundles[0])
@@ -200,7 +200,7 @@ def test_an_adapter_that_gains_nothing_is_not_declared(
     assert always.way == ADAPTED
 
 
-def test_held_out_pairs_teach_the_adapter_nothing(bundles: tuple[Path, Path]) -> None:
+def test_learn_adapter_held_out_pairs_do_not_count(bundles: tuple[Path, Path]) -> None:
     old, new = map(load_bundle, bundles)
     data = dataset()
     without = Dataset(data.catalogue, data.pairs.filter(pl.col("split") == "train"), name="world")
@@ -210,7 +210,7 @@ def test_held_out_pairs_teach_the_adapter_nothing(bundles: tuple[Path, Path]) ->
     np.testing.assert_array_equal(first.matrix, second.matrix)
 
 
-def test_one_space_and_unequal_widths_are_refused(
+def test_compare_spaces_one_space_or_unequal_widths_is_refused(
     bundles: tuple[Path, Path], tmp_path: Path
 ) -> None:
     old = load_bundle(bundles[0])
@@ -225,7 +225,7 @@ def test_one_space_and_unequal_widths_are_refused(
 # --- declaring ------------------------------------------------------------------------------------
 
 
-def test_a_declaration_changes_neither_the_space_nor_the_towers(pair: tuple[Path, Path]) -> None:
+def test_declare_leaves_space_and_towers(pair: tuple[Path, Path]) -> None:
     old, new = pair
     before = load_bundle(new).space_id
     declare(
@@ -252,7 +252,7 @@ def test_a_declaration_changes_neither_the_space_nor_the_towers(pair: tuple[Path
     )
 
 
-def test_declaring_again_replaces_the_declaration_and_its_file(pair: tuple[Path, Path]) -> None:
+def test_declare_again_replaces_declaration_and_file(pair: tuple[Path, Path]) -> None:
     old, new = pair
     space = read_space_id(old)
     declare(new, space, DIMENSION, SpaceAdapter(rotation()), {})
@@ -265,7 +265,7 @@ def test_declaring_again_replaces_the_declaration_and_its_file(pair: tuple[Path,
     assert load_adapter(new, require_declaration(new, space, "index")) is None
 
 
-def test_without_a_declaration_the_older_space_is_refused(
+def test_upgraded_bundle_without_declaration_is_refused(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     old, new = pair
@@ -276,7 +276,7 @@ def test_without_a_declaration_the_older_space_is_refused(
         declare(new, read_space_id(new), DIMENSION, None, {})
 
 
-def test_an_upgraded_bundle_has_new_queries_in_the_old_space_and_old_entities(
+def test_upgraded_bundle_holds_new_queries_in_old_space(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     old, new = pair
@@ -326,7 +326,7 @@ def _truncate(path: Path) -> None:
     [(_flip_last_byte, "SHA-256"), (_truncate, "SHA-256"), (Path.unlink, "cannot be read")],
     ids=["flip", "cut", "gone"],
 )
-def test_a_damaged_adapter_is_refused(
+def test_upgraded_bundle_damaged_adapter_is_refused(
     pair: tuple[Path, Path], tmp_path: Path, damage: object, message: str
 ) -> None:
     old, new = pair
@@ -347,7 +347,7 @@ def test_a_damaged_adapter_is_refused(
         {"measured": None},
     ],
 )
-def test_a_damaged_declaration_is_refused(
+def test_read_declarations_damaged_is_refused(
     pair: tuple[Path, Path], change: dict[str, object]
 ) -> None:
     old, new = pair
@@ -359,7 +359,7 @@ def test_a_damaged_declaration_is_refused(
         read_declarations(new)
 
 
-def test_an_adapter_of_another_bundle_is_refused_by_its_shape(pair: tuple[Path, Path]) -> None:
+def test_load_adapter_of_another_bundle_is_refused(pair: tuple[Path, Path]) -> None:
     old, new = pair
     declare(new, read_space_id(old), DIMENSION, SpaceAdapter(rotation(8)), {})
     with pytest.raises(BundleError, match="should map 16 numbers to 16"):
@@ -380,7 +380,7 @@ def write_tables(folder: Path) -> Path:
     return folder
 
 
-def test_the_command_measures_declares_and_keeps_to_its_limit(
+def test_evaluate_against_index_declares_within_limit(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     old, new = pair
@@ -415,7 +415,7 @@ def test_the_command_measures_declares_and_keeps_to_its_limit(
     )
 
 
-def test_a_type_without_held_out_pairs_is_measured_around_but_not_declared_over(
+def test_evaluate_against_index_type_without_pairs_blocks_declaration(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     old, new = pair
@@ -450,7 +450,9 @@ def keep_tower_of_pins(bundle: Path) -> None:
     save_bundle(bundle, loaded.query_encoder, {"pin": loaded.entity_encoders["pin"]})
 
 
-def test_types_without_a_tower_are_measured_around(pair: tuple[Path, Path], tmp_path: Path) -> None:
+def test_evaluate_against_index_type_without_tower_blocks_declaration(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
     """An index holds only what the older bundle embeds; what the newer one cannot embed any more is
     not declared unless it is left out.
     """
@@ -496,7 +498,7 @@ def test_types_without_a_tower_are_measured_around(pair: tuple[Path, Path], tmp_
         (["--against-index", "NOWHERE"], "cannot be read"),
     ],
 )
-def test_bad_usage_says_what_to_do(
+def test_evaluate_against_index_bad_usage_names_next_step(
     pair: tuple[Path, Path], tmp_path: Path, arguments: list[str], message: str
 ) -> None:
     old, new = pair

@@ -16,7 +16,7 @@ from encoders.errors import ConfigError
 RECIPES = Path(__file__).parents[3] / "encoders" / "recipes"
 
 
-def test_all_mistakes_are_reported_at_once_with_the_nearest_name(tmp_path: Path) -> None:
+def test_load_train_config_all_mistakes_are_reported_with_nearest_names(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(
         'stepz = 5\nprecision = "bf61"\n[optimiser]\nlearning_rte = 1\nwarmup_steps ='
@@ -38,7 +38,7 @@ def test_all_mistakes_are_reported_at_once_with_the_nearest_name(tmp_path: Path)
     assert "run.toml" in message
 
 
-def test_values_are_checked_when_every_key_is_known() -> None:
+def test_train_config_known_keys_bad_values_are_reported() -> None:
     with pytest.raises(ConfigError) as caught:
         train_config({"precision": "bf61", "log_every": 0})
     assert "'bf61' (did you mean 'bf16'?)" in str(caught.value)
@@ -67,17 +67,17 @@ def test_values_are_checked_when_every_key_is_known() -> None:
         ({"features": {"text_fields": []}}, "text_fields is empty"),
     ],
 )
-def test_impossible_values_are_named(table: dict, message: str) -> None:
+def test_train_config_impossible_value_is_named(table: dict, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         train_config(table)
     assert message in str(caught.value)
 
 
-def test_epochs_decide_when_no_steps_are_given() -> None:
+def test_train_config_epochs_without_steps_decide() -> None:
     assert (train_config({"epochs": 2.0}).steps, train_config({}).steps) == (0, 1000)
 
 
-def test_defaults_are_the_papers_where_a_laptop_can_follow() -> None:
+def test_train_config_defaults_are_the_papers() -> None:
     config = TrainConfig()
     assert config.loss.random_negatives == 4.0
     assert config.loss.temperature == 0.07
@@ -99,7 +99,7 @@ def test_defaults_are_the_papers_where_a_laptop_can_follow() -> None:
     st.dictionaries(st.integers(1, 512), st.floats(0, 1), max_size=4),
     st.lists(st.sampled_from(["pin", "product", "ad", "query"]), unique=True),
 )
-def test_a_config_survives_its_plain_form(
+def test_train_config_to_table_and_back_is_equal(
     steps: int, precision: str, matryoshka: dict[int, float], names: list[str]
 ) -> None:
     config = train_config(
@@ -139,11 +139,11 @@ def test_train_config_former_and_present_name_together_are_refused() -> None:
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.toml")), ids=lambda p: p.name)
-def test_every_shipped_recipe_is_valid(recipe: Path) -> None:
+def test_recipe_shipped_is_valid(recipe: Path) -> None:
     assert load_train_config(recipe).model.dimension == 256
 
 
-def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
+def test_load_train_config_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none.toml: expected a TOML file"):
         load_train_config(tmp_path / "none.toml")
     (tmp_path / "broken.toml").write_text("steps = = 3")
@@ -151,12 +151,12 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
         load_train_config(tmp_path / "broken.toml")
 
 
-def test_data_paths_count_from_the_configs_folder(tmp_path: Path) -> None:
+def test_load_train_config_data_paths_are_relative_to_its_folder(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text('[data]\ncatalogue = ["c.parquet"]\npairs = ["p.parquet"]\n')
     assert load_train_config(tmp_path / "run.toml").data.catalogue == (tmp_path / "c.parquet",)
 
 
-def test_the_config_that_the_command_prints_is_valid(tmp_path: Path) -> None:
+def test_train_command_printed_config_is_valid(tmp_path: Path) -> None:
     from click.testing import CliRunner
 
     from encoders.commands.train import command

@@ -154,7 +154,7 @@ class Stub:
         return [f"{image.size[0]} wide" for image in images]
 
 
-def test_stopped_run_resumes_even_after_half_a_line(images: Path, tmp_path: Path) -> None:
+def test_captions_stopped_run_resumes_after_half_a_line(images: Path, tmp_path: Path) -> None:
     config = CaptionConfig(batch_size=1)
     rows = catalogue_of("0.png", "1.png", "2.png")
     with pytest.raises(KeyboardInterrupt):
@@ -165,7 +165,7 @@ def test_stopped_run_resumes_even_after_half_a_line(images: Path, tmp_path: Path
     assert read_captions(tmp_path)["caption"].to_list() == ["40 wide"] * 3
 
 
-def test_another_model_captions_everything_again(images: Path, tmp_path: Path) -> None:
+def test_captions_of_another_model_are_made_again(images: Path, tmp_path: Path) -> None:
     rows, config = catalogue_of("0.png"), CaptionConfig()
     caption_catalogue(rows, tmp_path, Stub(99), config, images)
     other = Stub(99)
@@ -173,19 +173,19 @@ def test_another_model_captions_everything_again(images: Path, tmp_path: Path) -
     assert caption_catalogue(rows, tmp_path, other, config, images).captioned == 1
 
 
-def test_damaged_state_line_is_named(tmp_path: Path) -> None:
+def test_captions_damaged_state_line_is_named(tmp_path: Path) -> None:
     (tmp_path / CAPTIONS_FILE).write_text("{}\nnonsense\n{}\n")
     with pytest.raises(DataError, match="line 2"):
         read_captions(tmp_path)
 
 
-def test_image_path_outside_folder_is_refused(images: Path) -> None:
+def test_captions_image_path_outside_folder_is_refused(images: Path) -> None:
     (images.parent / "secret.png").write_bytes(b"x")
     with pytest.raises(DataError, match="outside"):
         read_image_bytes("../secret.png", images)
 
 
-def test_missing_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captions_missing_model_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(BundleError, match="--model"):
         BlipCaptioner(CaptionConfig(model=str(tmp_path / "nothing")))

@@ -54,12 +54,12 @@ def tiny():
     return Dataset(catalogue, pairs)
 
 
-def test_terms():
+def test_words_and_trigrams_by_hand():
     assert words_of("Ｃａｔ, straße & 2 DOGS") == ["cat", "strasse", "2", "dogs"]
     assert trigrams_of("cat a") == [" ca", "cat", "at ", " a "]
 
 
-def test_entity_texts_join_what_is_there():
+def test_entity_texts_absent_fields_are_left_out():
     catalogue = pl.DataFrame(
         {
             "title": ["t", None],
@@ -72,7 +72,7 @@ def test_entity_texts_join_what_is_there():
     assert entity_texts(pl.DataFrame({"id": ["a"]})) == [""]
 
 
-def test_bm25_equals_its_formula():
+def test_bm25_words_equal_formula():
     dataset = tiny()
     task = build_task(dataset, "pin")
     scores = Bm25(trigrams=False)(task, dataset)(0, len(task.queries)).numpy()
@@ -89,7 +89,7 @@ def test_bm25_equals_its_formula():
     assert np.isneginf(scores[task.queries.index("zzz")]).all()
 
 
-def test_trigrams_find_what_words_do_not():
+def test_bm25_trigrams_find_what_words_do_not():
     dataset = tiny()
     task = build_task(dataset, "pin")
     kitty = task.queries.index("kitty")
@@ -104,14 +104,14 @@ def letters(texts):
     )
 
 
-def test_any_callable_is_a_zero_shot_baseline():
+def test_zero_shot_any_callable_is_ranked():
     dataset = tiny()
     task = build_task(dataset, "pin")
     ranking = rank_task(task, ZeroShot(letters, engaged_queries=1)(task, dataset), "letters")
     assert ranking.ranks[task.pairs["query"].to_list().index("kitty")] == 1
 
 
-def test_neighbouring_queries_vote_for_their_entities():
+def test_neighbouring_queries_score_only_their_entities():
     dataset = tiny()
     task = build_task(dataset, "pin")
     row = task.queries.index("kitty")
@@ -119,7 +119,7 @@ def test_neighbouring_queries_vote_for_their_entities():
     assert scores[0] > 0 and np.isneginf(scores[1:].numpy()).all()
 
 
-def test_cache_returns_the_same_and_survives_a_damaged_file(tmp_path):
+def test_cached_encoder_damaged_file_is_encoded_again(tmp_path):
     calls = []
 
     def encode(texts):
@@ -136,7 +136,7 @@ def test_cache_returns_the_same_and_survives_a_damaged_file(tmp_path):
     assert encoder(["ab", "d"]).shape == (2, 26) and calls == [2, 2, 2]
 
 
-def test_unknown_baseline_lists_the_known():
+def test_make_baseline_unknown_name_lists_the_known():
     with pytest.raises(ConfigError, match="bm25-trigrams"):
         make_baseline("bm26")
 
@@ -153,13 +153,13 @@ def test_unknown_baseline_lists_the_known():
         ("product", "random", 0.002),
     ],
 )
-def test_golden_figures_of_the_sample(sample, entity_type, name, expected):
+def test_baselines_on_the_sample_equal_pinned_recall(sample, entity_type, name, expected):
     task = build_task(sample, entity_type)
     metrics = slice_metrics(rank_task(task, make_baseline(name)(task, sample), name), resamples=100)
     assert metrics.recall[10].value == pytest.approx(expected, abs=0.002)
 
 
-def test_ceilings_of_the_sample(sample):
+def test_recall_ceiling_of_the_sample_is_pinned(sample):
     ceilings = {}
     for entity_type in ("pin", "product", "ad"):
         task = build_task(sample, entity_type)

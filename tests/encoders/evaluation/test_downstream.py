@@ -33,13 +33,13 @@ from encoders.evaluation.downstream import (
         ("ic:", ()),
     ],
 )
-def test_paths(entity_id, path):
+def test_iconclass_path_by_hand(entity_id, path):
     assert iconclass_path(entity_id) == path
     if path:
         assert class_path(path[-1]) == path
 
 
-def test_scores_by_hand():
+def test_hierarchical_scores_by_hand():
     # Right leaf; right branch only; nothing said; leaf of depth 2 of which all is true.
     predicted = ["25D", "25F", "", "34"]
     leaves = [["25D"], ["26A", "11H"], ["0"], ["34", "11H"]]
@@ -72,7 +72,7 @@ def dataset():
     return Dataset(pl.DataFrame({"id": []}), pairs)
 
 
-def test_labels_are_the_classes_of_a_querys_entities():
+def test_labelled_queries_labels_are_classes_of_entities():
     assert labelled_queries(dataset(), "train").select("query", "leaves").rows() == [
         ("gold", ["25D", "31A"]),
         ("stones", ["25D"]),
@@ -83,7 +83,7 @@ def test_labels_are_the_classes_of_a_querys_entities():
         labelled_queries(dataset(), "nothing")
 
 
-def test_head_learns_separable_classes_and_shared_labels():
+def test_linear_head_separable_and_shared_labels_are_learned():
     rng = np.random.default_rng(0)
     centres = {
         "25D": rng.standard_normal(16),
@@ -113,14 +113,14 @@ def test_head_learns_separable_classes_and_shared_labels():
     assert predict_leaves(both, names, np.ones((1, 4), np.float32)) == ["31A"]
 
 
-def test_head_refuses_bad_vectors():
+def test_linear_head_bad_vectors_are_refused():
     with pytest.raises(InvalidVectors, match="1 values"):
         fit_linear_head(np.array([[np.nan, 1.0], [0.0, 1.0]], np.float32), [["0"], ["1"]])
     with pytest.raises(InvalidVectors, match="expected 3"):
         fit_linear_head(np.zeros((2, 2), np.float32), [["0"]] * 3)
 
 
-def test_fasttext_learns_words_and_says_nothing_about_nothing():
+def test_fasttext_known_words_are_classified():
     pytest.importorskip("fasttext")
     texts = ["gold ring", "silver coin", "holy saint", "martyred saint"] * 30
     leaves = [["25D"], ["25D"], ["11H"], ["11H"]] * 30

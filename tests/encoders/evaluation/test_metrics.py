@@ -19,7 +19,7 @@ from encoders.evaluation.metrics import (
 )
 
 
-def test_recall_and_mrr_by_hand():
+def test_recall_and_reciprocal_ranks_by_hand():
     ranks = np.array([1, 2, 10, 11, UNRANKED])
     queries = np.array([0, 0, 0, 1, 1])
     assert sums_by_query(queries, ranks <= 10, 2).hits.tolist() == [3, 0]
@@ -28,12 +28,12 @@ def test_recall_and_mrr_by_hand():
     assert math.isnan(sums_by_query(np.array([], int), np.array([]), 2).value)
 
 
-def test_forty_correct_entities_have_ceiling_a_quarter():
+def test_recall_ceiling_forty_correct_entities_is_a_quarter():
     query_index, target = np.zeros(40, int), np.arange(40)
     assert recall_ceiling(query_index, target, np.ones(40, bool), 10, 1).value == 10 / 40
 
 
-def test_ceiling_by_hand_with_repeats_and_answers_outside_the_corpus():
+def test_recall_ceiling_repeats_and_answers_outside_corpus_by_hand():
     # Query 0: targets 0 (three pairs: three languages), 1, 2 (one pair each), k = 1: the best list
     # puts target 0 first: 3 of 5. Query 1: targets 3 and 4 in the corpus and 5 outside it, k = 1:
     # one of the two, and always the one outside: 2 of 3.
@@ -50,7 +50,7 @@ def test_ceiling_by_hand_with_repeats_and_answers_outside_the_corpus():
 @given(
     st.lists(st.integers(1, 30), min_size=1, max_size=8), st.integers(1, 12), st.integers(0, 1000)
 )
-def test_ceiling_is_reached_by_an_oracle_and_never_passed(positives, k, seed):
+def test_recall_ceiling_any_positives_is_reached_by_oracle_only(positives, k, seed):
     query_index = np.repeat(np.arange(len(positives)), positives)
     target = np.arange(len(query_index))
     ceiling = recall_ceiling(
@@ -63,7 +63,7 @@ def test_ceiling_is_reached_by_an_oracle_and_never_passed(positives, k, seed):
     assert (some_list <= k).mean() <= ceiling + 1e-12
 
 
-def test_graded_ndcg_by_hand():
+def test_ndcg_graded_gains_by_hand():
     # Query 0: gains 3, 1, 0 at ranks 2, 1, 3. Query 1: one answer, not returned. Query 2: only
     # grade 0.
     query_index = np.array([0, 0, 0, 1, 2])
@@ -76,14 +76,14 @@ def test_graded_ndcg_by_hand():
     assert math.isnan(got[2])
 
 
-def test_ndcg_cuts_both_sums_at_k():
+def test_ndcg_more_answers_than_k_cuts_both_sums():
     # 20 equal answers, all on the first 20 places: within 10 that is perfect.
     assert ndcg_at_k(np.zeros(20, int), np.arange(1, 21), np.ones(20), 10, 1)[0] == pytest.approx(
         1.0
     )
 
 
-def test_interval_covers_the_truth_about_as_often_as_it_says():
+def test_bootstrap_interval_correlated_pairs_covers_truth_as_stated():
     rng = np.random.default_rng(3)
     covered = 0
     for trial in range(200):
@@ -100,12 +100,12 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
     assert 0.88 <= covered / 200 <= 0.99
 
 
-def test_interval_of_one_query_is_unknown():
+def test_bootstrap_interval_one_query_is_nan():
     interval = bootstrap_interval(QuerySums(np.array([1.0, 0.0]), np.array([2.0, 0.0])))
     assert interval.value == 0.5 and math.isnan(interval.low)
 
 
-def test_paired_difference_sees_what_separate_intervals_do_not():
+def test_paired_difference_overlapping_intervals_is_significant():
     rng = np.random.default_rng(0)
     counts = np.ones(600)
     worse = (rng.random(600) < 0.5).astype(float)
@@ -119,6 +119,6 @@ def test_paired_difference_sees_what_separate_intervals_do_not():
         paired_difference(a, QuerySums(worse, counts * 2))
 
 
-def test_sums_by_query_count_queries_without_pairs():
+def test_sums_by_query_without_pairs_are_zero():
     sums = sums_by_query(np.array([0, 2, 2]), np.array([True, True, False]), 4)
     assert sums.hits.tolist() == [1, 0, 1, 0] and sums.counts.tolist() == [1, 0, 2, 0]

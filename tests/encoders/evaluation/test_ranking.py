@@ -68,7 +68,7 @@ def slow_list_rank(scores, entity, corpus, group, answers):
 
 @settings(max_examples=80, deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from([None, 1, 4, 30]), st.booleans(), st.booleans())
-def test_ranks_equal_a_slow_ranking(seed, corpus_size, grouped, holes):
+def test_rank_task_random_scores_equal_slow_ranking(seed, corpus_size, grouped, holes):
     rng = np.random.default_rng(seed)
     n, q = 12, 5
     positives = sorted({(f"q{rng.integers(q)}", int(rng.integers(n))) for _ in range(14)})
@@ -98,7 +98,7 @@ def test_ranks_equal_a_slow_ranking(seed, corpus_size, grouped, holes):
         )
 
 
-def test_metrics_of_a_known_ranking_by_hand():
+def test_slice_metrics_known_ranking_by_hand():
     dataset = make_dataset([("a", 0), ("a", 1), ("b", 2)], entities=4)
     task = build_task(dataset, "pin")
     candidates = np.eye(4, dtype=np.float32)
@@ -116,7 +116,7 @@ def test_metrics_of_a_known_ranking_by_hand():
     assert metrics.query_recall == 1.0
 
 
-def test_any_picture_of_the_same_emoji_counts():
+def test_rank_task_any_entity_of_group_counts():
     groups = {"e0": "emoji", "e1": "emoji"}
     task = build_task(make_dataset([("a", 0)], entities=4, groups=groups), "pin")
     scores = vector_scores(
@@ -125,7 +125,7 @@ def test_any_picture_of_the_same_emoji_counts():
     assert rank_task(task, scores, "x").ranks.tolist() == [1]
 
 
-def test_a_perfect_system_reaches_the_ceiling_and_a_blind_one_is_unranked():
+def test_rank_task_perfect_system_reaches_ceiling_constant_is_unranked():
     dataset = make_dataset([("q", e) for e in range(12)] + [("r", 0)], entities=20)
     task = build_task(dataset, "pin")
     relevant = torch.zeros(2, 20)
@@ -139,7 +139,7 @@ def test_a_perfect_system_reaches_the_ceiling_and_a_blind_one_is_unranked():
     assert slice_metrics(blind).recall[10].value == 0
 
 
-def test_a_random_corpus_makes_it_easier_and_is_replayable():
+def test_build_task_random_corpus_is_easier_and_replayable():
     rng = np.random.default_rng(0)
     dataset = make_dataset([(f"q{i}", i) for i in range(200)], entities=400)
     queries, candidates = (
@@ -161,7 +161,7 @@ def test_a_random_corpus_makes_it_easier_and_is_replayable():
     assert recall(400) == recall(None)
 
 
-def test_slices_partition_the_pairs_and_comparison_is_paired():
+def test_slices_partition_pairs_and_comparison_is_paired():
     rng = np.random.default_rng(1)
     dataset = make_dataset(
         [(f"q{i}", i % 40) for i in range(120)], entities=40, language=["en", "de", "fr"] * 40
@@ -188,7 +188,7 @@ def test_slices_partition_the_pairs_and_comparison_is_paired():
         compare(two, rank_task(part, lambda a, b: torch.zeros(b - a, 40), "x"))
 
 
-def test_labels_that_have_an_order_keep_it() -> None:
+def test_metrics_by_slice_ordered_labels_keep_order() -> None:
     """Labels of equal size keep the order of their ``Enum``, not the alphabet's."""
     dataset = make_dataset([("a", 0), ("b", 1), ("c", 8), ("d", 8)], entities=10)
     task = build_task(dataset, "pin")
@@ -200,7 +200,7 @@ def test_labels_that_have_an_order_keep_it() -> None:
     assert list(metrics_by_slice(ranking, slices)["popularity"]) == ["head", "torso", "tail"]
 
 
-def test_bad_input_is_named():
+def test_build_task_bad_input_is_named():
     dataset = make_dataset([("a", 0)])
     with pytest.raises(ConfigError, match="no 'heldout' pairs of entity type 'ad'"):
         build_task(dataset, "ad")
@@ -214,7 +214,7 @@ def test_bad_input_is_named():
         vector_scores(np.zeros((1, 2), np.float32), np.array([[0, 0], [np.nan, 0]], np.float32))
 
 
-def test_chunks_do_not_change_the_ranks(monkeypatch):
+def test_rank_task_other_chunks_same_ranks(monkeypatch):
     rng = np.random.default_rng(2)
     task = build_task(
         make_dataset([(f"q{i % 30}", int(rng.integers(50))) for i in range(90)], entities=50), "pin"
@@ -231,7 +231,7 @@ def test_chunks_do_not_change_the_ranks(monkeypatch):
     np.testing.assert_array_equal(whole.run[0], parts.run[0])
 
 
-def test_pairs_without_a_label_are_a_slice_of_their_own() -> None:
+def test_metrics_by_slice_pairs_without_label_are_unknown() -> None:
     pairs = pl.DataFrame(
         {
             "query": ["a", "b", "c"],

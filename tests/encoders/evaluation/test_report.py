@@ -1,4 +1,4 @@
-"""Reports: the command as people run it, files that other tools read, related queries, judgements,
+"""Reports: the command as it is run, files that other tools read, related queries, judgements,
 your own tables.
 """
 
@@ -71,7 +71,7 @@ def dataset(groups=None):
     return Dataset(catalogue, pairs, groups=groups or {})
 
 
-def test_exported_files_give_the_same_figures_in_ir_measures(tmp_path):
+def test_save_runs_files_give_same_figures_in_ir_measures(tmp_path):
     ir_measures = pytest.importorskip("ir_measures")
     report = evaluate_systems(
         dataset(), {"my model": bundle_system(SpellingModel())}, EvaluationSettings(runs=True)
@@ -90,7 +90,7 @@ def test_exported_files_give_the_same_figures_in_ir_measures(tmp_path):
     assert "id%20elder%20100%25" in (tmp_path / "pin" / "qrels.txt").read_text()
 
 
-def test_near_duplicates_are_one_document_in_the_files(tmp_path):
+def test_save_runs_near_duplicates_are_one_document(tmp_path):
     groups = {"id fig": "fruit", "id date": "fruit"}
     save_runs(
         evaluate_systems(
@@ -104,7 +104,7 @@ def test_near_duplicates_are_one_document_in_the_files(tmp_path):
     assert [int(line[3]) for line in lines if line[0] == "q0"] == list(range(1, 8))
 
 
-def test_runs_need_the_whole_catalogue(tmp_path):
+def test_save_runs_part_of_catalogue_is_refused(tmp_path):
     report = evaluate_systems(
         dataset(),
         {"m": bundle_system(SpellingModel())},
@@ -119,7 +119,7 @@ def test_runs_need_the_whole_catalogue(tmp_path):
         )
 
 
-def test_graded_judgements_become_gains():
+def test_evaluate_graded_judgements_become_gains():
     data = dataset()
     judgements = data.pairs.select("query", "country", "entity_id", "grade").with_columns(
         grade=pl.when(pl.col("query") == "fig5").then(0).otherwise("grade")
@@ -140,7 +140,7 @@ def test_graded_judgements_become_gains():
         )
 
 
-def test_report_is_strict_json_and_a_picture(tmp_path):
+def test_report_as_dict_is_strict_json_and_plots_as_png(tmp_path):
     report = evaluate_systems(
         dataset(), {"a": bundle_system(SpellingModel()), "b": bundle_system(SpellingModel())}
     )
@@ -154,7 +154,7 @@ def test_report_is_strict_json_and_a_picture(tmp_path):
     )
 
 
-def test_related_queries_are_evaluated_without_finding_themselves():
+def test_evaluate_related_queries_never_find_themselves():
     whole = load_sample(images=False)
     pins = whole.of_type("pin").head(60)
     sample = Dataset(pins, whole.pairs.filter(pl.col("entity_id").is_in(pins["id"].implode())))
@@ -182,7 +182,7 @@ def test_related_queries_are_evaluated_without_finding_themselves():
     )
 
 
-def test_command_measures_own_tables_and_prints_json(tmp_path):
+def test_evaluate_command_own_tables_prints_json(tmp_path):
     data = dataset()
     write_table(data.catalogue, tmp_path / "catalogue.parquet")
     write_table(
@@ -224,7 +224,7 @@ def test_command_measures_own_tables_and_prints_json(tmp_path):
         (["--baselines", "st:./no-such-folder"], 2, "no-such-folder"),
     ],
 )
-def test_bad_usage_is_one_clear_line(arguments, code, message, monkeypatch):
+def test_evaluate_command_bad_usage_is_one_line(arguments, code, message, monkeypatch):
     monkeypatch.delenv("OMNI_DATA", raising=False)
     result = CliRunner().invoke(command, arguments)
     assert result.exit_code == code
@@ -244,7 +244,7 @@ def with_products_of(split):
     return Dataset(pl.concat((data.catalogue, products)), pl.concat((data.pairs, pairs)))
 
 
-def test_a_type_without_pairs_is_told_and_the_others_are_evaluated(caplog):
+def test_evaluate_type_without_pairs_is_logged_and_left_out(caplog):
     caplog.set_level("INFO", "encoders")
     report = evaluate_systems(with_products_of("train"), {"m": bundle_system(SpellingModel())})
     assert list(report.tasks) == ["pin"]
@@ -263,7 +263,7 @@ def test_a_type_without_pairs_is_told_and_the_others_are_evaluated(caplog):
         )
 
 
-def test_judgements_of_one_type_are_evaluated_without_the_others(caplog):
+def test_evaluate_judgements_of_one_type_leave_out_others(caplog):
     caplog.set_level("INFO", "encoders")
     data = with_products_of("heldout")
     judgements = dataset().pairs.select("query", "country", "entity_id", "grade")
@@ -272,7 +272,7 @@ def test_judgements_of_one_type_are_evaluated_without_the_others(caplog):
     assert any("product" in line and "judgements" in line for line in caplog.messages)
 
 
-def test_the_title_names_the_data_that_was_evaluated(tmp_path, monkeypatch):
+def test_evaluate_command_title_names_the_data(tmp_path, monkeypatch):
     monkeypatch.delenv("OMNI_DATA", raising=False)
     data = dataset()
     write_table(data.catalogue, tmp_path / "catalogue.parquet")

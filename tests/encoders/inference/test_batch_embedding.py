@@ -79,7 +79,7 @@ def chunks(frame: pl.DataFrame, rows: int = 7):
 SMALL_PARTS = EmbedConfig(part_rows=8, batch_rows=4, threads=2)
 
 
-def test_the_store_holds_what_the_tower_says(bundle, tmp_path):
+def test_embed_catalogue_store_equals_tower(bundle, tmp_path):
     store = SignalStore(tmp_path)
     report = embed_catalogue(bundle, chunks(CATALOGUE), store, SMALL_PARTS)
     assert store.entity_types() == ["pin", "product"] == sorted(report.entity_types)
@@ -95,7 +95,7 @@ def test_the_store_holds_what_the_tower_says(bundle, tmp_path):
         )
 
 
-def test_parts_batches_and_threads_do_not_change_the_vectors(bundle, tmp_path):
+def test_embed_catalogue_other_parts_batches_threads_same_vectors(bundle, tmp_path):
     vectors = []
     for number, config in enumerate(
         [SMALL_PARTS, EmbedConfig(threads=1), EmbedConfig(part_rows=9, batch_rows=1)]
@@ -107,13 +107,13 @@ def test_parts_batches_and_threads_do_not_change_the_vectors(bundle, tmp_path):
     np.testing.assert_allclose(vectors[0], vectors[2], atol=1e-5)
 
 
-def test_threads_leave_pytorch_as_it_was(bundle):
+def test_embed_catalogue_restores_pytorch_threads(bundle):
     before = torch.get_num_threads()
     EntityEmbedder(bundle.entity_encoders["pin"], SMALL_PARTS)(CATALOGUE)
     assert torch.get_num_threads() == before
 
 
-def test_only_changed_rows_are_embedded_again(bundle, tmp_path):
+def test_embed_catalogue_again_embeds_changed_rows_only(bundle, tmp_path):
     store = SignalStore(tmp_path)
     embed_catalogue(bundle, [CATALOGUE], store, SMALL_PARTS)
     before = store.read("pin")
@@ -136,7 +136,7 @@ def test_only_changed_rows_are_embedded_again(bundle, tmp_path):
         assert after.updated_at[after.ids.index(kept)] == before.updated_at[before.ids.index(kept)]
 
 
-def test_another_space_embeds_everything_again(bundle, tmp_path):
+def test_embed_catalogue_another_space_embeds_everything(bundle, tmp_path):
     store = SignalStore(tmp_path)
     embed_catalogue(dataclasses.replace(bundle, space_id="f" * 64), [CATALOGUE], store, SMALL_PARTS)
     report = embed_catalogue(bundle, [CATALOGUE], store, SMALL_PARTS)
@@ -149,7 +149,7 @@ class Interrupted(Exception):
     pass
 
 
-def test_an_interrupted_run_goes_on_and_readers_see_the_old_store(bundle, tmp_path):
+def test_embed_catalogue_interrupted_resumes_and_readers_see_old_store(bundle, tmp_path):
     store = SignalStore(tmp_path)
     old = CATALOGUE.with_columns(title=pl.lit("red"))
     embed_catalogue(bundle, [old], store, SMALL_PARTS)
@@ -171,7 +171,7 @@ def test_an_interrupted_run_goes_on_and_readers_see_the_old_store(bundle, tmp_pa
     )
 
 
-def test_a_staged_part_of_other_rows_is_not_taken_over(bundle, tmp_path):
+def test_embed_catalogue_staged_part_of_other_rows_is_dropped(bundle, tmp_path):
     store = SignalStore(tmp_path)
 
     def stream():
@@ -188,7 +188,7 @@ def test_a_staged_part_of_other_rows_is_not_taken_over(bundle, tmp_path):
     )
 
 
-def test_query_entities_go_through_the_query_tower_once_each(bundle, tmp_path):
+def test_embed_catalogue_query_entities_use_query_tower_once(bundle, tmp_path):
     (tmp_path / "queries.csv").write_text(
         "query,country,count\nred  shoes,US,5\nblue lake,US,1\nred shoes,DE,2\n"
     )
@@ -204,7 +204,7 @@ def test_query_entities_go_through_the_query_tower_once_each(bundle, tmp_path):
     assert again.entity_types["query"].unchanged == 2
 
 
-def test_bfloat16_is_close_to_float32(bundle):
+def test_embed_catalogue_bf16_is_close_to_fp32(bundle):
     tower = bundle.entity_encoders["pin"]
     low, full = (
         EntityEmbedder(tower, EmbedConfig(precision=precision))(CATALOGUE)
@@ -214,7 +214,7 @@ def test_bfloat16_is_close_to_float32(bundle):
     np.testing.assert_allclose(np.linalg.norm(low, axis=1), 1, atol=1e-5)
 
 
-def test_rows_without_any_feature_are_counted(bundle, tmp_path):
+def test_embed_catalogue_rows_without_feature_are_counted(bundle, tmp_path):
     blank = pl.DataFrame(
         {
             "id": ["a", "b"],
@@ -240,7 +240,7 @@ def test_rows_without_any_feature_are_counted(bundle, tmp_path):
         ({"visual": pl.lit([1.0])}, RowError, "visual must hold 3 numbers, but holds 1"),
     ],
 )
-def test_bad_catalogues_leave_the_store_as_it_was(bundle, tmp_path, change, error, message):
+def test_embed_catalogue_bad_catalogue_leaves_store(bundle, tmp_path, change, error, message):
     store = SignalStore(tmp_path)
     embed_catalogue(bundle, [CATALOGUE], store, SMALL_PARTS)
     before = store.read("pin")
@@ -258,7 +258,7 @@ def hashes_of(**columns) -> list[str]:
     )
 
 
-def test_content_hashes_are_pinned():
+def test_content_hashes_equal_pinned_values():
     """Stores keep these hashes: another value means that everything is embedded again."""
     assert hashes_of(title="red", board_titles=["a", "b"], visual=[1.0, 2.0]) == GOLDEN_HASH
 
@@ -266,7 +266,7 @@ def test_content_hashes_are_pinned():
 GOLDEN_HASH = ["83b6d8fa427bd799d9685f24ecacfa90"]
 
 
-def test_content_hashes_change_with_what_the_tower_reads_and_only_with_that():
+def test_content_hashes_change_only_with_what_the_tower_reads():
     base = hashes_of(title="red", board_titles=["a", "b"], visual=[1.0, 2.0], price=1)
     assert base == hashes_of(title="red", board_titles=["a", "b"], visual=[1.0, 2.0], price=2)
     others = [
@@ -282,7 +282,7 @@ def test_content_hashes_change_with_what_the_tower_reads_and_only_with_that():
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl", "jsonl.gz", "csv"])
-def test_catalogues_stream_in_every_format(tmp_path, suffix):
+def test_stream_catalogue_every_format_gives_same_rows(tmp_path, suffix):
     from encoders.tables.files import write_table
 
     path = write_table(
@@ -300,7 +300,7 @@ def test_catalogues_stream_in_every_format(tmp_path, suffix):
     assert count_rows([path]) == (60 if suffix == "parquet" else None)
 
 
-def test_bad_rows_name_file_and_row_number_across_chunks(tmp_path):
+def test_stream_catalogue_bad_row_names_file_and_row_across_chunks(tmp_path):
     lines = [
         json.dumps({"id": f"e{i}", "entity_type": "pin" if i != 33 else "pine", "title": "x"})
         for i in range(40)
@@ -314,7 +314,7 @@ def test_bad_rows_name_file_and_row_number_across_chunks(tmp_path):
         list(stream_catalogue([path], chunk_rows=10))
 
 
-def test_damaged_or_incomplete_catalogues_are_refused(tmp_path):
+def test_stream_catalogue_damaged_or_incomplete_is_refused(tmp_path):
     path = tmp_path / "catalogue.parquet"
     CATALOGUE.write_parquet(path)
     path.write_bytes(path.read_bytes()[:-30])
@@ -331,12 +331,12 @@ def test_damaged_or_incomplete_catalogues_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("settings", [{"precision": "int8"}, {"part_rows": 0}, {"threads": -1}])
-def test_bad_settings_are_refused(settings):
+def test_embed_config_bad_settings_are_refused(settings):
     with pytest.raises(ConfigError):
         EmbedConfig(**settings)
 
 
-def test_bad_devices_are_refused():
+def test_embed_config_bad_device_is_refused():
     with pytest.raises(ConfigError, match="not one PyTorch knows"):
         EmbedConfig(device="abacus").resolved_device()
     if not torch.cuda.is_available():
@@ -344,7 +344,7 @@ def test_bad_devices_are_refused():
             EmbedConfig(device="cuda").resolved_device()
 
 
-def test_command_prints_one_json_object(bundle, tmp_path):
+def test_embed_command_prints_one_json_object(bundle, tmp_path):
     CATALOGUE.write_parquet(tmp_path / "c.parquet")
     result = CliRunner().invoke(
         command,
@@ -378,7 +378,7 @@ def test_command_prints_one_json_object(bundle, tmp_path):
     )
 
 
-def test_a_killed_process_changes_nothing_and_is_resumed(bundle, tmp_path):
+def test_embed_command_kill_9_changes_nothing_and_resumes(bundle, tmp_path):
     """kill -9 of the real command while it runs: the store is unpublished, finished parts are taken
     over by the same command.
     """
@@ -435,7 +435,7 @@ def test_a_killed_process_changes_nothing_and_is_resumed(bundle, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_gpu_in_bf16_is_close_to_cpu(bundle):
+def test_embed_catalogue_on_gpu_in_bf16_is_close_to_cpu(bundle):
     tower = bundle.entity_encoders["pin"]
     on_gpu, on_cpu = (
         EntityEmbedder(tower, EmbedConfig(device=device))(CATALOGUE) for device in ("cuda", "cpu")

@@ -71,7 +71,7 @@ def assert_all_fp32(bundle: ModelBundle, store: SignalStore) -> None:
     )
 
 
-def test_staged_parts_of_another_form_are_embedded_again(bundle, tmp_path):
+def test_embed_catalogue_staged_parts_of_another_form_are_embedded_again(bundle, tmp_path):
     store = SignalStore(tmp_path)
     interrupt(bundle, store, "bf16")
     report = embed(bundle, store, "fp32")
@@ -79,7 +79,7 @@ def test_staged_parts_of_another_form_are_embedded_again(bundle, tmp_path):
     assert (report.resumed, report.embedded, report.other_form) == (0, 24, 16)
 
 
-def test_published_rows_of_another_form_are_embedded_again(bundle, tmp_path):
+def test_embed_catalogue_published_rows_of_another_form_are_embedded_again(bundle, tmp_path):
     store = SignalStore(tmp_path)
     embed(bundle, store, "bf16")
     report = embed(bundle, store, "fp32")
@@ -89,7 +89,7 @@ def test_published_rows_of_another_form_are_embedded_again(bundle, tmp_path):
     assert (again.unchanged, again.embedded, again.other_form) == (24, 0, 0)
 
 
-def test_a_form_changed_twice_with_a_kill_between_mixes_nothing(bundle, tmp_path):
+def test_embed_catalogue_form_changed_twice_mixes_nothing(bundle, tmp_path):
     store = SignalStore(tmp_path)
     embed(bundle, store, "fp32")
     interrupt(bundle, store, "bf16")
@@ -98,7 +98,7 @@ def test_a_form_changed_twice_with_a_kill_between_mixes_nothing(bundle, tmp_path
     assert (report.unchanged, report.embedded, report.other_form) == (24, 0, 0)
 
 
-def test_unmarked_published_parts_count_as_what_signals_json_states(bundle, tmp_path):
+def test_embed_catalogue_unmarked_published_parts_have_stated_form(bundle, tmp_path):
     store = SignalStore(tmp_path)
     embed(bundle, store, "fp32")
     unmark(store, "pin")
@@ -113,7 +113,7 @@ def test_unmarked_published_parts_count_as_what_signals_json_states(bundle, tmp_
     assert embed(bundle, store, "bf16").embedded == 24  # nothing states a form
 
 
-def test_unmarked_staged_parts_are_embedded_again(bundle, tmp_path):
+def test_embed_catalogue_unmarked_staged_parts_are_embedded_again(bundle, tmp_path):
     """signals.json speaks of the published parts; nothing says how an older run made its staged
     ones.
     """
@@ -124,7 +124,7 @@ def test_unmarked_staged_parts_are_embedded_again(bundle, tmp_path):
     assert_all_fp32(bundle, store)
 
 
-def test_each_part_is_marked_with_its_form(bundle, tmp_path):
+def test_embed_catalogue_marks_each_part_with_its_form(bundle, tmp_path):
     store = SignalStore(tmp_path)
     embed(bundle, store, "bf16")
     assert [pq.read_schema(path).metadata for path in store.part_paths("pin")] == [
@@ -132,7 +132,7 @@ def test_each_part_is_marked_with_its_form(bundle, tmp_path):
     ] * 3
 
 
-def test_the_command_says_how_many_rows_were_in_another_form(bundle, tmp_path):
+def test_embed_command_counts_rows_of_another_form(bundle, tmp_path):
     CATALOGUE.write_parquet(tmp_path / "c.parquet")
     arguments = [
         str(bundle.path),

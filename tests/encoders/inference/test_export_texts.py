@@ -45,7 +45,7 @@ def export(
     )
 
 
-def test_an_export_reads_the_queries_that_its_bundle_was_trained_on(
+def test_export_command_reads_train_queries_of_bundle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: list[Any]
 ) -> None:
     rows = [f"mine {i},pin,a,train\n" for i in range(150)] + ["kept back,pin,a,heldout\n"]
@@ -55,7 +55,7 @@ def test_an_export_reads_the_queries_that_its_bundle_was_trained_on(
     assert str(pairs) in result.stderr and "sample" not in result.stderr
 
 
-def test_few_own_queries_are_filled_up_with_the_sample_s(
+def test_export_command_few_own_queries_are_filled_from_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: list[Any]
 ) -> None:
     pairs = put(tmp_path, "pairs.csv", PAIRED + "mine,pin,a,train\n")
@@ -65,7 +65,7 @@ def test_few_own_queries_are_filled_up_with_the_sample_s(
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_an_export_says_when_it_reads_the_sample(
+def test_export_command_without_own_queries_names_the_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: list[Any], named: bool
 ) -> None:
     result = export(tmp_path, monkeypatch, [tmp_path / "gone.csv"] if named else [])
@@ -74,7 +74,7 @@ def test_an_export_says_when_it_reads_the_sample(
     assert ("gone.csv" in result.stderr) == named
 
 
-def test_an_export_takes_data_where_it_is_given(
+def test_export_command_given_data_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: list[Any]
 ) -> None:
     put(tmp_path, "catalogue.csv", "id,entity_type,title\na,pin,x\n")

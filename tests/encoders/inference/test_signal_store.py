@@ -22,7 +22,7 @@ VECTORS = unit_rows(5)
 HASHES = [f"{i:032x}" for i in range(5)]
 
 
-def test_what_was_written_is_read_in_order_across_parts(tmp_path):
+def test_signal_store_read_keeps_order_across_parts(tmp_path):
     store = SignalStore(tmp_path)
     store.write("pin", IDS, VECTORS, SPACE, HASHES, part_rows=2)
     signals = store.read("pin")
@@ -38,14 +38,14 @@ def test_what_was_written_is_read_in_order_across_parts(tmp_path):
     assert (np.abs(signals.updated_at - np.datetime64("now")) < np.timedelta64(60, "s")).all()
 
 
-def test_other_tools_can_open_the_parts(tmp_path):
+def test_signal_store_parts_open_in_polars(tmp_path):
     SignalStore(tmp_path).write("pin", IDS, VECTORS, SPACE, part_rows=2)
     table = pl.read_parquet(tmp_path / "pin" / "part-*.parquet")
     assert table.columns == ["id", "embedding", "space_id", "content_hash", "updated_at"]
     assert table.schema["embedding"] == pl.Array(pl.Float32, 4) and table["id"].to_list() == IDS
 
 
-def test_writing_again_replaces_everything(tmp_path):
+def test_signal_store_write_again_replaces_everything(tmp_path):
     store = SignalStore(tmp_path)
     store.write("pin", IDS, VECTORS, SPACE, part_rows=1)
     store.write("pin", IDS[:2], unit_rows(2, 8), OTHER_SPACE)
@@ -56,7 +56,7 @@ def test_writing_again_replaces_everything(tmp_path):
     )
 
 
-def test_an_empty_store_of_a_type_is_allowed(tmp_path):
+def test_signal_store_write_no_rows_reads_empty(tmp_path):
     store = SignalStore(tmp_path)
     store.write("pin", [], unit_rows(0), SPACE)
     assert store.read("pin").vectors.shape == (0, 4)
@@ -74,7 +74,7 @@ def test_an_empty_store_of_a_type_is_allowed(tmp_path):
         (lambda v: v.__imul__(2), "5 of 5 vectors"),
     ],
 )
-def test_vectors_that_are_not_unit_vectors_are_refused(tmp_path, change, message):
+def test_signal_store_write_not_unit_vectors_are_refused(tmp_path, change, message):
     vectors = VECTORS.copy()
     change(vectors)
     with pytest.raises(InvalidVectors, match=message):
@@ -83,12 +83,12 @@ def test_vectors_that_are_not_unit_vectors_are_refused(tmp_path, change, message
 
 
 @pytest.mark.parametrize("vectors", [VECTORS[:4], VECTORS.astype(np.float64), VECTORS[0]])
-def test_vectors_of_wrong_shape_or_type_are_refused(vectors):
+def test_check_vectors_wrong_shape_or_type_is_refused(vectors):
     with pytest.raises(InvalidVectors, match=r"expected vectors of \(5, 4\) float32"):
         check_vectors(vectors, IDS, 4)
 
 
-def test_a_doubled_id_is_named_and_nothing_is_published(tmp_path):
+def test_signal_store_write_repeated_id_publishes_nothing(tmp_path):
     store = SignalStore(tmp_path)
     store.write("pin", IDS, VECTORS, SPACE)
     with pytest.raises(DataError, match="id 'x' occurs twice"):
@@ -96,7 +96,7 @@ def test_a_doubled_id_is_named_and_nothing_is_published(tmp_path):
     assert store.read("pin").ids == IDS
 
 
-def test_unpublished_parts_are_invisible(tmp_path):
+def test_signal_writer_unpublished_parts_are_invisible(tmp_path):
     store = SignalStore(tmp_path)
     store.write("pin", IDS, VECTORS, SPACE)
     with SignalWriter(store, "pin", SPACE, 4) as writer:
@@ -105,7 +105,7 @@ def test_unpublished_parts_are_invisible(tmp_path):
     assert writer.staged(0).exists()
 
 
-def test_two_writers_at_once_are_refused(tmp_path):
+def test_signal_writer_second_at_once_is_refused(tmp_path):
     store = SignalStore(tmp_path)
     with (
         SignalWriter(store, "pin", SPACE, 4),
@@ -115,7 +115,7 @@ def test_two_writers_at_once_are_refused(tmp_path):
     SignalWriter(store, "pin", SPACE, 4).close()
 
 
-def test_missing_and_damaged_stores_say_what_to_do(tmp_path):
+def test_signal_store_read_missing_or_damaged_names_next_step(tmp_path):
     store = SignalStore(tmp_path)
     with pytest.raises(
         DataError, match=r"holds no signals of 'pin'; it holds \[\]\. Run: omni embed"
@@ -136,7 +136,7 @@ def test_missing_and_damaged_stores_say_what_to_do(tmp_path):
         store.read("pin")
 
 
-def test_a_part_of_another_space_is_refused(tmp_path):
+def test_signal_store_read_part_of_another_space_is_refused(tmp_path):
     store = SignalStore(tmp_path)
     store.write("pin", IDS, VECTORS, SPACE)
     described = json.loads((tmp_path / "pin" / "signals.json").read_text())
@@ -147,7 +147,7 @@ def test_a_part_of_another_space_is_refused(tmp_path):
         store.read("pin")
 
 
-def test_known_rows_are_found_by_id_and_content(tmp_path):
+def test_known_signals_are_found_by_id_and_content(tmp_path):
     store = SignalStore(tmp_path)
     store.write("pin", IDS, VECTORS, SPACE, HASHES, part_rows=2)
     known = KnownSignals.open(store, "pin", SPACE)
@@ -159,7 +159,7 @@ def test_known_rows_are_found_by_id_and_content(tmp_path):
     assert (vectors[2:] == 0).all() and stamps.dtype == np.dtype("datetime64[us]")
 
 
-def test_nothing_is_known_of_another_space_a_missing_store_or_rows_without_hash(tmp_path):
+def test_known_signals_of_another_space_or_without_hash_are_none(tmp_path):
     store = SignalStore(tmp_path)
     assert not KnownSignals.open(store, "pin", SPACE).find(IDS, HASHES, 4)[2].any()
     store.write("pin", IDS, VECTORS, SPACE, HASHES)

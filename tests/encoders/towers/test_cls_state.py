@@ -69,7 +69,7 @@ def _batch() -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
-def test_the_short_way_gives_the_whole_models_state_and_gradients(layers: int) -> None:
+def test_cls_state_equals_whole_model_with_gradients(layers: int) -> None:
     model = _distilbert(layers).eval()
     ids, mask = _batch()
     whole = model(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0]
@@ -82,7 +82,7 @@ def test_the_short_way_gives_the_whole_models_state_and_gradients(layers: int) -
     )
 
 
-def test_padding_changes_nothing() -> None:
+def test_cls_state_padding_does_not_count() -> None:
     model = _distilbert().eval()
     ids, mask = _batch()
     together = cls_state(model, ids, mask)
@@ -92,7 +92,7 @@ def test_padding_changes_nothing() -> None:
     torch.testing.assert_close(together, alone)
 
 
-def test_dropout_falls_in_training_only() -> None:
+def test_cls_state_dropout_in_training_only() -> None:
     model = _distilbert(dropout=0.5)
     ids, mask = _batch()
     assert not torch.equal(cls_state(model.train(), ids, mask), cls_state(model, ids, mask))
@@ -100,7 +100,7 @@ def test_dropout_falls_in_training_only() -> None:
 
 
 @pytest.mark.parametrize("make", [_distilbert, _bert, _xlm_roberta])
-def test_rows_looked_up_before_give_the_same_state_and_table_gradient(make: object) -> None:
+def test_cls_state_given_token_vectors_equals_plain(make: object) -> None:
     model = make().eval()  # type: ignore[operator]
     assert takes_token_vectors(model)
     ids, mask = _batch()
@@ -115,7 +115,7 @@ def test_rows_looked_up_before_give_the_same_state_and_table_gradient(make: obje
     )
 
 
-def test_a_table_that_is_more_than_rows_is_left_to_its_model() -> None:
+def test_takes_token_vectors_custom_table_is_false() -> None:
     class Scaled(nn.Embedding):
         def forward(self, input: Tensor) -> Tensor:
             return super().forward(input) * 2

@@ -62,7 +62,7 @@ def slow_forward(encoder: EntityEncoder, features) -> torch.Tensor:
     return hidden / hidden.norm(dim=1, keepdim=True)
 
 
-def test_forward_and_gradients_equal_the_formula():
+def test_entity_tower_forward_and_gradients_equal_formula():
     encoder, features = tower(), FEATURIZER(CATALOGUE)
     with torch.no_grad():
         encoder.field_scale.add_(torch.randn_like(encoder.field_scale) * 0.1)
@@ -78,7 +78,7 @@ def test_forward_and_gradients_equal_the_formula():
         torch.testing.assert_close(fast, slow, atol=2e-5, rtol=1e-4)
 
 
-def test_rows_are_unit_vectors_and_do_not_depend_on_the_batch():
+def test_entity_tower_unit_vectors_do_not_depend_on_batch():
     encoder = tower()
     vectors = encoder.encode(CATALOGUE)
     assert vectors.shape == (4, 8) and vectors.dtype == np.float32
@@ -87,7 +87,7 @@ def test_rows_are_unit_vectors_and_do_not_depend_on_the_batch():
     np.testing.assert_allclose(encoder.encode(CATALOGUE[[2, 0]]), vectors[[2, 0]], atol=1e-6)
 
 
-def test_entities_without_any_feature_get_one_finite_vector():
+def test_entity_tower_without_features_gives_one_finite_vector():
     encoder = tower()
     vectors = encoder.encode(pl.DataFrame({"id": ["x", "y"], "title": ["", None]}))
     np.testing.assert_allclose(vectors[0], vectors[1])
@@ -95,14 +95,14 @@ def test_entities_without_any_feature_get_one_finite_vector():
     assert encoder.encode(CATALOGUE.head(0)).shape == (0, 8)
 
 
-def test_a_tower_without_vectors_needs_no_continuous_column():
+def test_entity_tower_without_vectors_needs_no_continuous_column():
     featurizer = EntityFeaturizer(
         EntityFeatureConfig(text_fields=("title",)), FEATURIZER.vocabulary
     )
     assert create_entity_encoder(featurizer, **SMALL).encode(CATALOGUE).shape == (4, 8)
 
 
-def test_a_few_steps_pull_matching_rows_together():
+def test_entity_tower_few_steps_pull_matching_rows_together():
     encoder, features = tower(), FEATURIZER(CATALOGUE)
     target = functional.normalize(torch.randn(4, 8), dim=1)
     optimizer = torch.optim.Adam(encoder.parameters(), lr=0.01)
@@ -114,14 +114,14 @@ def test_a_few_steps_pull_matching_rows_together():
     assert mean_cosine(encoder(features), target) > max(before, 0.95)
 
 
-def test_bfloat16_autocast_stays_close():
+def test_entity_tower_bfloat16_autocast_stays_close():
     encoder, features = tower(), FEATURIZER(CATALOGUE)
     with torch.autocast("cpu", torch.bfloat16):
         low = encoder(features)
     assert (low.float() * encoder(features)).sum(1).min().item() > 0.999
 
 
-def test_saved_and_loaded_tower_gives_the_same_bits(tmp_path):
+def test_entity_tower_saved_and_loaded_gives_same_bits(tmp_path):
     encoder = tower()
     encoder.save(tmp_path)
     loaded = EntityEncoder.load(tmp_path)
@@ -130,7 +130,7 @@ def test_saved_and_loaded_tower_gives_the_same_bits(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["table_rows"] == 50
 
 
-def test_a_tower_without_featuriser_saves_and_takes_batches(tmp_path):
+def test_entity_tower_without_featurizer_saves_and_takes_batches(tmp_path):
     encoder = EntityEncoder(tower().config)
     encoder.save(tmp_path)
     loaded = EntityEncoder.load(tmp_path)
@@ -141,7 +141,7 @@ def test_a_tower_without_featuriser_saves_and_takes_batches(tmp_path):
     )
 
 
-def test_damaged_towers_are_refused(tmp_path):
+def test_entity_tower_load_damaged_is_refused(tmp_path):
     with pytest.raises(BundleError, match="no readable entity tower"):
         EntityEncoder.load(tmp_path)
     tower().save(tmp_path)
@@ -162,7 +162,7 @@ def test_damaged_towers_are_refused(tmp_path):
         EntityEncoder.load(tmp_path)
 
 
-def test_another_vocabulary_is_refused(tmp_path):
+def test_entity_tower_load_another_vocabulary_is_refused(tmp_path):
     tower().save(tmp_path)
     EntityFeaturizer.fit(CATALOGUE.head(1), FEATURIZER.config).save(tmp_path)
     with pytest.raises(BundleError, match="token ids, but the vocabulary has"):
@@ -179,20 +179,20 @@ def test_another_vocabulary_is_refused(tmp_path):
         {"dropout": 1.0},
     ],
 )
-def test_bad_settings_are_refused(bad):
+def test_entity_tower_config_bad_settings_are_refused(bad):
     with pytest.raises(ConfigError):
         EntityTowerConfig(**({"vocabulary_size": 5, "fields": 1} | bad))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_gpu_equals_cpu():
+def test_entity_tower_on_gpu_equals_cpu():
     encoder = tower()
     on_cpu = encoder.encode(CATALOGUE)
     np.testing.assert_allclose(encoder.cuda().encode(CATALOGUE), on_cpu, atol=1e-5)
 
 
-def test_dropout_drops_hidden_units_in_training_only(tmp_path):
+def test_entity_tower_dropout_in_training_only(tmp_path):
     encoder, features = tower(dropout=0.5), FEATURIZER(CATALOGUE)
     plain = tower()
     plain.mlp[-1].load_state_dict(encoder.mlp[-1].state_dict())

@@ -10,7 +10,7 @@ from torch.nn import functional
 from encoders.towers.hash_embedding import hash_rows, sum_bags
 
 
-def test_hash_rows_are_pinned():
+def test_hash_rows_equal_pinned_values():
     """The hash functions are part of every saved model."""
     assert hash_rows(4, 100_000).tolist() == GOLDEN_ROWS
     assert hash_rows(1_000_000, 100_000)[999_999].tolist() == GOLDEN_LAST_ROW
@@ -20,7 +20,7 @@ GOLDEN_ROWS = [[7535, 22465], [48110, 39053], [3978, 58618], [10592, 74487]]
 GOLDEN_LAST_ROW = [96108, 88308]
 
 
-def test_hash_rows_are_spread_evenly_and_independently():
+def test_hash_rows_are_even_and_independent():
     rows = hash_rows(200_000, 1_000)
     for column in rows.T:
         counts = np.bincount(column, minlength=1_000)
@@ -46,7 +46,7 @@ def slow_sums(table, rows, weights, offsets):
     st.integers(0, 2**31),
     st.sampled_from([torch.int32, torch.int64]),
 )
-def test_sums_and_gradients_equal_the_slow_loop(table_rows, lengths, seed, dtype):
+def test_hash_embedding_sums_and_gradients_equal_slow_loop(table_rows, lengths, seed, dtype):
     generator = torch.Generator().manual_seed(seed)
     total = sum(lengths)
     offsets = torch.tensor([0, *np.cumsum(lengths)], dtype=dtype)
@@ -66,7 +66,7 @@ def test_sums_and_gradients_equal_the_slow_loop(table_rows, lengths, seed, dtype
         torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
 
 
-def test_gradients_equal_those_of_pytorch():
+def test_hash_embedding_gradients_equal_pytorch():
     generator = torch.Generator().manual_seed(0)
     table, weights = torch.randn(50, 16, generator=generator), torch.randn(400, generator=generator)
     rows = torch.randint(0, 50, (400,), generator=generator, dtype=torch.int32)
@@ -85,7 +85,7 @@ def test_gradients_equal_those_of_pytorch():
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
 
 
-def test_backward_has_the_same_bits_every_time():
+def test_hash_embedding_backward_is_repeatable_bitwise():
     def run():
         generator = torch.Generator().manual_seed(0)
         table, weights = (
@@ -103,7 +103,7 @@ def test_backward_has_the_same_bits_every_time():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_gpu_equals_cpu():
+def test_hash_embedding_on_gpu_equals_cpu():
     generator = torch.Generator().manual_seed(0)
     table, weights = torch.randn(50, 16, generator=generator), torch.randn(400, generator=generator)
     rows = torch.randint(0, 50, (400,), generator=generator, dtype=torch.int32)

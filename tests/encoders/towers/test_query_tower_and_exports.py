@@ -31,28 +31,30 @@ def queries() -> list[str]:
     )
 
 
-def test_vectors_are_unit_rows_in_input_order(tower: QueryEncoder, queries: list[str]) -> None:
+def test_query_encoder_vectors_are_unit_rows_in_input_order(
+    tower: QueryEncoder, queries: list[str]
+) -> None:
     together = tower.encode(queries[:50], batch_size=7)
     alone = np.concatenate([tower.encode([text]) for text in queries[:50]])
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(together, alone, atol=1e-5)
 
 
-def test_white_space_and_case_do_not_change_a_query(tower: QueryEncoder) -> None:
+def test_query_encoder_white_space_and_case_do_not_count(tower: QueryEncoder) -> None:
     a, b = tower.encode(["  Red\u00a0 HEART\n", "red heart"])
     np.testing.assert_allclose(a, b, atol=1e-6)
 
 
-def test_no_texts_give_no_rows(tower: QueryEncoder) -> None:
+def test_query_encoder_no_texts_give_no_rows(tower: QueryEncoder) -> None:
     assert tower.encode([]).shape == (0, 256)
 
 
-def test_empty_and_very_long_texts_encode(tower: QueryEncoder) -> None:
+def test_query_encoder_empty_and_very_long_texts_encode(tower: QueryEncoder) -> None:
     vectors = tower.encode(["", "word " * 5000, "\U0001f600" * 300])
     assert np.isfinite(vectors).all()
 
 
-def test_sentence_transformers_gives_the_same_vectors(
+def test_query_encoder_in_sentence_transformers_gives_same_vectors(
     tower: QueryEncoder, queries: list[str], tmp_path: Path
 ) -> None:
     sentence_transformers = pytest.importorskip("sentence_transformers")
@@ -61,7 +63,7 @@ def test_sentence_transformers_gives_the_same_vectors(
     np.testing.assert_allclose(model.encode(queries[:64]), tower.encode(queries[:64]), atol=1e-5)
 
 
-def test_save_and_load_give_the_same_vectors(
+def test_query_encoder_saved_and_loaded_gives_same_vectors(
     tower: QueryEncoder, queries: list[str], tmp_path: Path
 ) -> None:
     tower.save(tmp_path)
@@ -70,17 +72,17 @@ def test_save_and_load_give_the_same_vectors(
     )
 
 
-def test_missing_tower_is_named(tmp_path: Path) -> None:
+def test_query_encoder_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="2_Dense"):
         QueryEncoder.load(tmp_path)
 
 
-def test_unknown_tower_name_lists_the_shipped_ones() -> None:
+def test_create_query_encoder_unknown_name_lists_shipped() -> None:
     with pytest.raises(ConfigError, match="tiny-multilingual"):
         create_query_encoder("./no-such-folder")
 
 
-def test_from_scratch_keeps_shape_but_not_weights(tower: QueryEncoder) -> None:
+def test_create_query_encoder_from_scratch_keeps_shape_only(tower: QueryEncoder) -> None:
     fresh = create_query_encoder("tiny-multilingual", pretrained=False)
     mine, theirs = dict(tower.named_parameters()), dict(fresh.named_parameters())
     assert mine.keys() == theirs.keys()
@@ -88,7 +90,7 @@ def test_from_scratch_keeps_shape_but_not_weights(tower: QueryEncoder) -> None:
     assert not np.allclose(mine[name].detach().numpy(), theirs[name].detach().numpy())
 
 
-def test_exported_forms_stay_within_tolerance(
+def test_export_forms_stay_within_tolerance(
     tower: QueryEncoder, queries: list[str], tmp_path: Path
 ) -> None:
     reports = {report.form_id: report for report in export_forms(tower, tmp_path, queries)}
@@ -110,7 +112,7 @@ def test_exported_forms_stay_within_tolerance(
         assert (report.texts, report.overlap_at_10, report.within_tolerance) == (few, 1.0, True)
 
 
-def test_a_changed_bundle_file_is_refused(tower: QueryEncoder, tmp_path: Path) -> None:
+def test_load_bundle_changed_file_is_refused(tower: QueryEncoder, tmp_path: Path) -> None:
     from encoders.towers.entity_features import EntityFeaturizer
     from encoders.towers.entity_tower import create_entity_encoder
 
@@ -141,7 +143,7 @@ def test_a_changed_bundle_file_is_refused(tower: QueryEncoder, tmp_path: Path) -
         {"format_version": "1"},
     ],
 )
-def test_a_config_of_another_shape_is_named(
+def test_load_bundle_config_of_another_shape_is_named(
     tower: QueryEncoder, tmp_path: Path, change: dict[str, object]
 ) -> None:
     from encoders.towers.entity_features import EntityFeaturizer

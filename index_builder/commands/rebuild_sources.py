@@ -1,0 +1,220 @@
+"""What ``omni rebuild`` builds from: the sources that its options name, read or embedded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+
+from encoders.commands.console import say, stage
+from encoders.errors import BundleError, ConfigError
+from index_builder.building.inputs import EntityInput, QuerySet, read_live
+from index_builder.building.plan import CALIBRATION_QUERIES, RebuildConfig, read_bundle
+from index_builder.building.sources import from_release, from_signals, read_query_texts
+from index_builder.building.update import embed_again
+from index_builder.live_log.writer import LiveLogWriter
+from index_builder.releases.store import ReleaseStore
+
+_EMBED_ROUNDS = 8
+"""Each round embeds what was written during the one before, so they get shorter."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RebuildSources:
+    """Where vectors, attributes and queries come from.
+
+    Attributes:
+        bundle: Model bundle; None with ``from_active``.
+        catalogue: Tables to embed, or whose columns become attributes of ``signals``.
+        signals: Signal store with ready embeddings.
+        from_active: Take everything from the active release.
+        entity_types: Only these; empty: all there are.
+        queries: Real queries to calibrate and prove with.
+    """
+
+    bundle: Path | None
+    catalogue: tuple[Path, ...]
+    signals: Path | None
+    from_active: bool
+    entity_types: tuple[str, ...]
+    queries: Path | None
+
+
+class Gathered(NamedTuple):
+    """What ``build_release`` takes."""
+
+    inputs: dict[str, EntityInput]
+    bundle: Path
+    queries: dict[str, QuerySet] | None
+
+
+def gather(
+    store: ReleaseStore,
+    sources: RebuildSources,
+    config: RebuildConfig,
+    scratch: Path,
+    dry_run: bool,
+) -> Gathered:
+    """Read the sources, embed what has to be embedded, and write foreign live entries again.
+
+    Raises:
+        ConfigError: The options name no source, or two that exclude each other.
+        BundleError: The bundle is damaged.
+    """
+    if sources.from_active:
+        if sources.signals or sources.catalogue or sources.bundle:
+            raise ConfigError(
+                "--from-active takes everything from the active release: leave --bundle,"
+                " --catalogue and --signals out"
+            )
+        with stage("read the active release"):
+            inputs, bundle = from_release(store, sources.entity_types)
+    else:
+        if sources.bundle is None or not (sources.catalogue or sources.signals):
+            raise ConfigError(
+                "name a source: --bundle with --catalogue or --signals, or --from-active"
+            )
+        bundle = sources.bundle
+        _check_bundle(bundle)
+        catalogue = _catalogue(sources.catalogue, sources.entity_types)
+        if sources.signals is None and dry_run:
+            assert catalogue is not None
+            return Gathered(_unembedded(catalogue, bundle), bundle, None)
+        inputs = _from_tables(store, sources, bundle, catalogue, scratch)
+    if not dry_run:
+        embed_foreign_live(store, bundle, inputs, config)
+    return Gathered(inputs, bundle, _queries(sources.queries, bundle, config))
+
+
+def _from_tables(
+    store: ReleaseStore,
+    sources: RebuildSources,
+    bundle: Path,
+    catalogue: pl.DataFrame | None,
+    scratch: Path,
+) -> dict[str, EntityInput]:
+    """Read the signal store, filled from the catalogue where none was named."""
+    from encoders.inference.signal_store import SignalStore
+    from encoders.towers.bundle import read_space_id
+
+    signals = sources.signals
+    entity_types = sources.entity_types
+    if signals is None:
+        assert catalogue is not None
+        signals = store.root / "signals" / read_space_id(bundle)[:16]
+        with stage("embed the catalogue"):
+            _embed(bundle, catalogue, signals)
+        entity_types = entity_types or tuple(sorted(catalogue["entity_type"].unique().to_list()))
+    with stage("read the signals"):
+        return from_signals(SignalStore(signals), entity_types, catalogue, scratch)
+
+
+def _check_bundle(bundle_path: Path) -> None:
+    """Refuse a bundle whose files no longer make its space id."""
+    from encoders.towers.bundle import compute_space_id
+
+    bundle = read_bundle(bundle_path)
+    found = compute_space_id(bundle_path)
+    if found != bundle.space_id:
+        raise BundleError(
+            f"{bundle_path}: the towers' files make space id {found[:16]}, but space.json says"
+            f" {bundle.space_id[:16]}. A file was changed or cut short after saving: copy the"
+            " bundle again."
+        )
+
+
+def _catalogue(paths: tuple[Path, ...], entity_types: tuple[str, ...]) -> pl.DataFrame | None:
+    if not paths:
+        return None
+    from encoders.tables.files import check_table
+
+    catalogue, _, report = check_table(paths[0] if len(paths) == 1 else paths, "catalogue")
+    for note in report.notes:
+        say(f"note: {note}")
+    return (
+        catalogue.filter(pl.col("entity_type").is_in(entity_types)) if entity_types else catalogue
+    )
+
+
+def _embed(bundle_path: Path, catalogue: pl.DataFrame, signal_root: Path) -> None:
+    """Embed the rows whose inputs changed since the signal store was written."""
+    from encoders.inference.batch_embedding import embed_catalogue
+    from encoders.inference.signal_store import SignalStore
+    from encoders.towers.bundle import load_bundle
+
+    report = embed_catalogue(load_bundle(bundle_path), [catalogue], SignalStore(signal_root))
+    for name, entity in report.entity_types.items():
+        say(
+            f"{name}: {entity.embedded:,} embedded, {entity.unchanged + entity.resumed:,} taken"
+            " over"
+        )
+    for line in report.notes():
+        say(line)
+
+
+def _unembedded(catalogue: pl.DataFrame, bundle_path: Path) -> dict[str, EntityInput]:
+    """Return what a dry run plans with: the ids, and zero vectors that take no memory."""
+    bundle = read_bundle(bundle_path)
+    nothing = np.zeros((1, bundle.dimension), np.float32)
+    return {
+        str(name): EntityInput(
+            ids=rows["id"].to_list(),
+            vectors=np.broadcast_to(nothing, (rows.height, bundle.dimension)),
+            space_id=bundle.space_id,
+        )
+        for (name,), rows in catalogue.group_by("entity_type", maintain_order=True)
+    }
+
+
+def _queries(
+    path: Path | None, bundle_path: Path, config: RebuildConfig
+) -> dict[str, QuerySet] | None:
+    if path is None:
+        return None
+    from encoders.towers.bundle import load_bundle
+
+    with stage("embed the queries"):
+        texts = read_query_texts(
+            path,
+            config.golden_queries + max(CALIBRATION_QUERIES, config.calibration_queries),
+            config.seed,
+        )
+        vectors = load_bundle(bundle_path).embed_queries(texts)
+        return {"*": QuerySet(texts, np.ascontiguousarray(vectors, np.float32))}
+
+
+def embed_foreign_live(
+    store: ReleaseStore, bundle_path: Path, inputs: dict[str, EntityInput], config: RebuildConfig
+) -> None:
+    """Write live entities of another space again, where they carry their catalogue row.
+
+    They are embedded with this bundle. That takes minutes, and writes go on: an entity written
+    meanwhile keeps its newer entry, which is embedded in the next round.
+    """
+    if not config.fold_live:
+        return
+    bundle = read_bundle(bundle_path)
+    for entity_type, entities in inputs.items():
+        for _ in range(_EMBED_ROUNDS):
+            live = read_live(store.live_root, entity_type, entities.base_watermark)
+            foreign = [
+                entry
+                for entry in live.latest.values()
+                if not entry.is_delete and entry.space_id != bundle.space_id and entry.source
+            ]
+            if not foreign:
+                break
+            from encoders.towers.bundle import load_bundle
+
+            with (
+                stage(f"embed {len(foreign):,} live {entity_type} entities with the new bundle"),
+                LiveLogWriter(
+                    store.live_root, entity_type, bundle.dimension, after=entities.base_watermark
+                ) as writer,
+            ):
+                writer.write_unless_changed(
+                    embed_again(foreign, load_bundle(bundle_path)), since=live.watermark
+                )

@@ -1,7 +1,7 @@
 """Write and read training checkpoints that survive kill -9.
 
-They are written beside their place, renamed in one step and verified by checksum; the last two are
-kept.
+Finished towers are saved by ``towers/bundle.py``. Checkpoints are written beside their
+place, renamed in one step and verified by checksum; the last two are kept.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Index kinds by name: build, load, check the CPU, and choose for ``--index auto``."""
+"""Index kinds by name: build, load, check the CPU, and choose for ``--index auto``.
+
+Two more places narrow the choice: ``building/plan.py`` where memory is limited, and
+``search/construction.py``, which times two kinds against each other where either may win.
+"""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from index_builder.errors import DiskFull, LiveLogBusy, LiveLogCorrupt, LiveLogError
+from index_builder.live_log.append import LiveLogEnd
 from index_builder.live_log.files import (
     Acknowledged,
     begin_acknowledged,
@@ -13,7 +14,6 @@ from index_builder.live_log.files import (
     read_acknowledged,
 )
 from index_builder.live_log.reader import LiveLogReader
-from index_builder.live_log.tail import LiveLogEnd
 from index_builder.storage.durable_files import FileLock, fsync_folder
 
 ADOPT_SECONDS = 5.0

@@ -1,6 +1,6 @@
 """Writing a live log: upserts and deletes of many threads, durable before they return.
 
-Threads that wait together share one fsync.
+Threads that wait together share one fsync; ``append.py`` writes and syncs.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from index_builder.live_log.append import DEFAULT_FILE_BYTES, LiveLogEnd
 from index_builder.live_log.reader import LiveLogReader
 from index_builder.live_log.records import LiveEntry, check_entry, encode_payload
-from index_builder.live_log.tail import DEFAULT_FILE_BYTES, LiveLogEnd
 
 
 class LiveLogWriter:

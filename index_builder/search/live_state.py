@@ -1,7 +1,8 @@
 """The state of live entries over one base: entries applied in order, small segments merged.
 
 One thread applies entries (``LiveState.apply``) and publishes immutable views (``LiveView``);
-searches never lock.
+searches never lock. A delete sets the tombstone of a row here; ``plans.py`` and the engine leave
+the row out of every answer.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Plans over the immutable base: graph, filtered graph, scan of matching rows, scan of sketches."""
+"""Plans over the immutable base: graph, filtered graph, scan of matching rows, scan of sketches.
+
+Every plan leaves out the rows that live deletes (tombstones) and upserts hide; ``live_state.py``
+sets them.
+"""
 
 from __future__ import annotations
 

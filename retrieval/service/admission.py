@@ -1,4 +1,7 @@
-"""Who gets in: bounded places per worker, early refusals with an honest hint, deadlines."""
+"""Admit or refuse calls: bounded places per worker, early refusals with a hint, deadlines.
+
+``Refusals.when_full`` is what refuses a call before its message has come (``http2/requests.py``).
+"""
 
 from __future__ import annotations
 

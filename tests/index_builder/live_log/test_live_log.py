@@ -268,7 +268,7 @@ def test_a_disk_that_was_full_leaves_no_lock_behind(tmp_path: Path) -> None:
 def test_an_entry_whose_acknowledgement_finds_no_room_does_not_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from index_builder.live_log import tail as live_log_end
+    from index_builder.live_log import append
 
     writer = LiveLogWriter(tmp_path, "pin", D)
     writer.write([upsert("a")])
@@ -277,7 +277,7 @@ def test_an_entry_whose_acknowledgement_finds_no_room_does_not_stay(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(live_log_end, "write_acknowledged", full)
+        patched.setattr(append, "write_acknowledged", full)
         with pytest.raises(DiskFull, match="full"):
             writer.write([upsert("b")])
     assert writer.write([upsert("c")]) == 2

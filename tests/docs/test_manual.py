@@ -42,6 +42,14 @@ def test_page_every_block_runs(page: Path, checkout: Path, programs: Path, tmp_p
     run_page(page, folder, programs, served=page.stem in FIND_A_SERVER)
 
 
+def test_run_page_failing_block_is_named(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("Text.\n\n```bash\necho first\n```\n\n```bash\nfalse\n```\n", encoding="utf-8")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(AssertionError, match=r"first\n(.*\n)*failed: .*page.md:7"):
+        run_page(page, tmp_path / "folder", tmp_path)
+
+
 def test_blocks_languages_are_known() -> None:
     for page in pages():
         for block in blocks_of(page):

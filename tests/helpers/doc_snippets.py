@@ -17,7 +17,7 @@ FENCE = re.compile(r"^(?P<indent> *)```(?P<info>[^`]*)$")
 MARKER = re.compile(r"<!-- not run: (?P<reason>.+?) -->")
 TITLE = re.compile(r'title="([^"]+)"')
 RUN = {"bash", "python", "toml"}
-SHOWN = {"text", "console", "yaml", "json", "mermaid"}
+SHOWN = {"text", "yaml"}
 """Languages of blocks that show something and are not run."""
 DEFAULT_PORTS = ("50051", "9464")
 """Ports that the pages name; each run gets free ones in their place."""
@@ -36,7 +36,7 @@ class Block:
     """Why the block is not run; empty: it is."""
 
     def __str__(self) -> str:
-        return f"{self.page.relative_to(REPOSITORY)}:{self.line}"
+        return f"{os.path.relpath(self.page, REPOSITORY)}:{self.line}"
 
 
 def pages() -> list[Path]:
@@ -159,10 +159,10 @@ def run_page(page: Path, folder: Path, programs: Path, *, served: bool = False) 
             with suppress(ProcessLookupError):
                 os.killpg(shell.pid, signal.SIGTERM)
             shell.wait()
-    said = output.read_text(encoding="utf-8")
-    failures = errors.read_text(encoding="utf-8")
-    assert code == 0, f"exit code {code}\n{said[-1500:]}\n{failures[-3000:]}"
-    return said
+    result = output.read_text(encoding="utf-8")
+    messages = errors.read_text(encoding="utf-8")
+    assert code == 0, f"exit code {code}\n{result[-1500:]}\n{messages[-3000:]}"
+    return result
 
 
 def _free_port() -> int:

@@ -1,9 +1,9 @@
 """Run `omni` and `python` in forks of one process that has imported the heavy libraries.
 
 An `omni` command spends seconds on importing torch; the pages of the manual call it some eighty
-times. `start` puts programs called `omni` and `python` into a folder, for the front of PATH: each
-sends its arguments, folder, environment and standard streams to the preloaded process, which forks,
-runs the command on them and reports its exit code. Signals are passed on.
+times. Programs called `omni` and `python`, for the front of PATH, send their arguments, folder,
+environment and standard streams to the preloaded process, which forks, runs the command on them and
+reports its exit code. Signals are passed on.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ os._exit(struct.unpack("!i", answer)[0] if len(answer) == 4 else 1)
 
 @contextmanager
 def preloaded_commands(folder: Path) -> Iterator[Path]:
-    """Start the preloaded process; give the folder to put at the front of PATH."""
+    """Start the preloaded process; give the folder for the front of PATH."""
     programs = folder / "bin"
     programs.mkdir(parents=True)
     address = str(folder / "commands.sock")
@@ -68,7 +68,7 @@ def preloaded_commands(folder: Path) -> Iterator[Path]:
 
 
 def _serve(address: str) -> None:
-    """Accept commands until killed, each in a process of its own."""
+    """Accept commands until killed, and watch each in a process of its own."""
     import grpc  # noqa: F401
     import onnxruntime  # noqa: F401
     import polars  # noqa: F401

@@ -124,10 +124,13 @@ def command(
     config.resolved_device()
     towers = load_bundle(bundle)
     total = count_rows(catalogues)
-    say(
-        f"space {towers.space_id[:16]}  form {config.form_id()}  device {config.resolved_device()} "
-        f" rows {total if total else 'unknown'}"
-    )
+    facts = {
+        "space": towers.space_id[:16],
+        "form": config.form_id(),
+        "device": config.resolved_device(),
+        "rows": total or "unknown",
+    }
+    say("  ".join(f"{name} {value}" for name, value in facts.items()))
     chunks = stream_catalogue(
         catalogues,
         columns=columns_read(towers),
@@ -149,14 +152,12 @@ def command(
         ["entity type", "rows", "embedded", "unchanged", "resumed", "no features"],
         rows,
     )
-    say(
-        f"{report.seconds:.1f}s, {report.as_dict()['embedded_per_second'] or 0:,.0f} rows"
-        f" embedded/s, peak {peak_memory_mib():,.0f} MiB"
-    )
+    rate = report.as_dict()["embedded_per_second"] or 0
+    say(f"{report.seconds:.1f}s, {rate:,.0f} rows embedded/s, peak {peak_memory_mib():,.0f} MiB")
 
 
 def _progress_lines(total: int | None) -> Callable[[str, TypeReport], None]:
-    """A callback that says at most every few seconds how far the run is."""
+    """Make a callback that reports every few seconds how far the run is."""
     started = time.monotonic()
     last = started
     done: dict[str, int] = {}
@@ -170,15 +171,14 @@ def _progress_lines(total: int | None) -> Callable[[str, TypeReport], None]:
         last = now
         rows = sum(done.values())
         rate = rows / (now - started)
-        share = (
-            f" ({rows / total:.1%}) eta {(total - rows) / max(rate, 1e-9) / 60:.1f}m"
-            if total
-            else ""
-        )
-        kept = report.unchanged + report.resumed
+        share = ""
+        if total:
+            minutes = (total - rows) / max(rate, 1e-9) / 60
+            share = f" ({rows / total:.1%}) eta {minutes:.1f}m"
+        reused = report.unchanged + report.resumed
         say(
-            f"{entity_type}: {rows:,} rows{share}  {report.embedded:,} embedded  {kept:,} kept "
-            f" {rate:,.0f} rows/s"
+            f"{entity_type}: {rows:,} rows{share}  {report.embedded:,} embedded "
+            f" {reused:,} reused  {rate:,.0f} rows/s"
         )
 
     return progress

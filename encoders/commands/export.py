@@ -1,4 +1,4 @@
-"""``omni export``: write the ONNX forms of a bundle's query tower and show how close and how fast they are."""
+"""``omni export``: write the ONNX forms of a bundle's query tower, with parity and speed."""
 
 from __future__ import annotations
 
@@ -78,7 +78,10 @@ def command(
 
 
 def _trained_on(bundle: ModelBundle) -> pl.Series:
-    """Train queries of the tables that the bundle's config names, or of the sample where it names none or they are gone; says which."""
+    """Read the train queries of the tables that the bundle's config names, and say which.
+
+    Where it names none, or they are gone, those of the sample.
+    """
     files = bundle.config.get("training", {}).get("data", {}).get("pairs", [])
     if files and all(Path(file).exists() for file in files):
         say(f"texts: the train queries of {', '.join(files)}, which the bundle was trained on")
@@ -102,7 +105,10 @@ def _train_queries(pairs: pl.DataFrame) -> pl.Series:
 
 
 def _chosen(queries: pl.Series, texts: int) -> list[str]:
-    """At most ``texts`` of the queries; where they are too few for parity, the sample's fill them up to ``texts``, and it is said."""
+    """Choose at most ``texts`` of the queries.
+
+    Where they are too few for parity, the sample's fill them up, with a note.
+    """
     own = _spread(queries, texts)
     if len(own) >= FEWEST_TEXTS:
         return own
@@ -115,5 +121,5 @@ def _chosen(queries: pl.Series, texts: int) -> list[str]:
 
 
 def _spread(queries: pl.Series, texts: int) -> list[str]:
-    """At most ``texts`` queries, evenly over all of them."""
+    """Choose at most ``texts`` queries, evenly over all of them."""
     return list(queries.gather_every(max(1, len(queries) // texts)).to_list()[:texts])

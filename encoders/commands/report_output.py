@@ -5,13 +5,42 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from encoders.commands.console import print_table
+from encoders.evaluation.metrics import PairedDifference
 from encoders.evaluation.report import EvaluationReport, TaskReport
 from encoders.evaluation.slices import SliceMetrics
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 SHOWN_LABELS = 20
 """Labels of a slice that a table shows (most pairs first); JSON holds all."""
+
+
+OVERALL_COLUMNS = (
+    "system",
+    "pairs",
+    "R@1",
+    "R@10",
+    "95%",
+    "ceiling@10",
+    "of ceiling",
+    "R@100",
+    "MRR",
+    "nDCG@10",
+    "R@10 by query",
+)
+COMPARISON_COLUMNS = (
+    "type",
+    "labelled Recall@10",
+    "difference",
+    "95%",
+    "p",
+    "queries won",
+    "queries lost",
+)
 
 
 def print_report(
@@ -20,7 +49,7 @@ def print_report(
     shown_slices: Sequence[str] = (),
     source: str = "",
 ) -> None:
-    """Print the tables of a report to stdout: all systems per type, the slices asked for, the comparisons.
+    """Print a report as tables to stdout: systems by type, slices, comparisons.
 
     Args:
         report: From ``evaluate_systems``.
@@ -31,70 +60,35 @@ def print_report(
     source = source or f"{report.split} pairs of {report.dataset!r}"
     for entity_type, task in report.tasks.items():
         title = f"{entity_type}: {source} ({report.label}), against {task.task.corpus_description}"
-        columns = [
-            "system",
-            "pairs",
-            "R@1",
-            "R@10",
-            "95%",
-            "ceiling@10",
-            "of ceiling",
-            "R@100",
-            "MRR",
-            "nDCG@10",
-            "R@10 by query",
-        ]
-        print_table(
-            title,
-            columns,
-            [[name, *overall_row(metrics)] for name, metrics in task.overall.items()],
-        )
+        rows = [[name, *overall_row(metrics)] for name, metrics in task.overall.items()]
+        print_table(title, OVERALL_COLUMNS, rows)
         for name in shown_slices:
             if name in task.labels:
-                print_table(
-                    f"{entity_type}: labelled Recall@10 by {name}", *_slice_table(task, name)
-                )
-    rows = []
-    for first, second in comparisons:
-        for entity_type, task in report.tasks.items():
-            (value, low, high), p, wins, losses = task.compare(first, second)
-            rows.append(
-                [
-                    entity_type,
-                    f"{first} - {second}",
-                    f"{value:+.3f}",
-                    f"[{low:+.3f}, {high:+.3f}]",
-                    f"{p:.4f}",
-                    wins,
-                    losses,
-                ]
-            )
-    if rows:
-        columns = [
-            "type",
-            "labelled Recall@10",
-            "difference",
-            "95%",
-            "p",
-            "queries won",
-            "queries lost",
-        ]
-        print_table("Paired comparison on the same pairs (bootstrap over queries)", columns, rows)
+                title = f"{entity_type}: labelled Recall@10 by {name}"
+                print_table(title, *_slice_table(task, name))
+    compared = [
+        [entity_type, f"{first} - {second}", *_comparison_cells(task.compare(first, second))]
+        for first, second in comparisons
+        for entity_type, task in report.tasks.items()
+    ]
+    if compared:
+        title = "Paired comparison on the same pairs (bootstrap over queries)"
+        print_table(title, COMPARISON_COLUMNS, compared)
+
+
+def _comparison_cells(result: PairedDifference) -> list[object]:
+    value, low, high = result.difference
+    interval = f"[{low:+.3f}, {high:+.3f}]"
+    return [f"{value:+.3f}", interval, f"{result.p_value:.4f}", result.wins, result.losses]
 
 
 def overall_row(metrics: SliceMetrics) -> list[object]:
-    """The figures of one system as table cells, pairs first."""
+    """Write the figures of one system as table cells, pairs first."""
     ten, ceiling = metrics.recall[10], metrics.ceiling[10]
     share = ten.value / ceiling if ceiling else None
     interval = f"[{ten.low:.3f}, {ten.high:.3f}]"
-    recalls = (
-        metrics.recall[1].value,
-        ten.value,
-        interval,
-        ceiling,
-        share,
-        metrics.recall[100].value,
-    )
+    one, hundred = metrics.recall[1].value, metrics.recall[100].value
+    recalls = [one, ten.value, interval, ceiling, share, hundred]
     return [metrics.pairs, *recalls, metrics.mrr.value, metrics.ndcg, metrics.query_recall]
 
 
@@ -116,7 +110,10 @@ def _slice_table(task: TaskReport, name: str) -> tuple[list[str], list[list[obje
 
 
 def plot_report(report: EvaluationReport, path: Path) -> None:
-    """Draw labelled Recall@10 with intervals and ceilings, one panel per entity type and one per type's languages, to an image file."""
+    """Draw labelled Recall@10 with intervals and ceilings to an image file.
+
+    There is one panel per entity type, and below it one of its languages if they are known.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -131,56 +128,49 @@ def plot_report(report: EvaluationReport, path: Path) -> None:
         squeeze=False,
     )
     for column, name in enumerate(names):
-        task, axis = report.tasks[name], axes[0][column]
-        for row, metrics in enumerate(task.overall.values()):
-            value, low, high = metrics.recall[10]
-            axis.barh(
-                row,
-                value,
-                color=f"C{row}",
-                xerr=(
-                    [[max(0.0, value - low)], [max(0.0, high - value)]]
-                    if math.isfinite(low)
-                    else None
-                ),
-            )
-            axis.annotate(
-                f" {value:.3f}", (0.0, row), va="center", color="white" if value > 0.15 else "black"
-            )
-        axis.axvline(
-            next(iter(task.overall.values())).ceiling[10],
-            linestyle="--",
-            color="grey",
-            label="ceiling",
-        )
-        axis.set(
-            yticks=range(len(task.overall)),
-            yticklabels=list(task.overall),
-            xlim=(0, 1),
-            title=name,
-            xlabel="labelled Recall@10",
-        )
-        axis.invert_yaxis()
-        axis.legend(loc="lower right")
+        _plot_systems(axes[0][column], name, report.tasks[name])
         if name in with_languages:
-            for row, system in enumerate(task.overall):
-                points = list(task.slices[system]["language"].items())[:SHOWN_LABELS]
-                axes[1][column].plot(
-                    [m.recall[10].value for _, m in points],
-                    range(len(points)),
-                    "o",
-                    color=f"C{row}",
-                    label=system,
-                )
-                axes[1][column].set(
-                    yticks=range(len(points)),
-                    yticklabels=[f"{label} ({m.pairs:,})" for label, m in points],
-                    xlim=(0, 1),
-                )
-            axes[1][column].invert_yaxis()
-            axes[1][column].grid(axis="x", alpha=0.3)
+            _plot_languages(axes[1][column], report.tasks[name])
     figure.suptitle(f"{report.split} pairs of {report.dataset} ({report.label})", fontsize=9)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _plot_systems(axis: Axes, entity_type: str, task: TaskReport) -> None:
+    """Draw one bar per system, with interval and ceiling."""
+    for row, metrics in enumerate(task.overall.values()):
+        value, low, high = metrics.recall[10]
+        error = None
+        if math.isfinite(low):
+            error = [[max(0.0, value - low)], [max(0.0, high - value)]]
+        axis.barh(row, value, color=f"C{row}", xerr=error)
+        colour = "white" if value > 0.15 else "black"
+        axis.annotate(f" {value:.3f}", (0.0, row), va="center", color=colour)
+    ceiling = next(iter(task.overall.values())).ceiling[10]
+    axis.axvline(ceiling, linestyle="--", color="grey", label="ceiling")
+    axis.set(
+        yticks=range(len(task.overall)),
+        yticklabels=list(task.overall),
+        xlim=(0, 1),
+        title=entity_type,
+        xlabel="labelled Recall@10",
+    )
+    axis.invert_yaxis()
+    axis.legend(loc="lower right")
+
+
+def _plot_languages(axis: Axes, task: TaskReport) -> None:
+    """Draw one row of points per language."""
+    for row, system in enumerate(task.overall):
+        points = list(task.slices[system]["language"].items())[:SHOWN_LABELS]
+        recalls = [metrics.recall[10].value for _, metrics in points]
+        axis.plot(recalls, range(len(points)), "o", color=f"C{row}", label=system)
+        axis.set(
+            yticks=range(len(points)),
+            yticklabels=[f"{label} ({metrics.pairs:,})" for label, metrics in points],
+            xlim=(0, 1),
+        )
+    axis.invert_yaxis()
+    axis.grid(axis="x", alpha=0.3)

@@ -41,10 +41,10 @@ pairs = []                 # e.g. ["pairs.parquet"]
 query_encoder = "tiny-multilingual"
 entity_towers = "unified"
 
-[[datasets]]               # one table per source of pairs; share: its part of a batch, relative to the others
+[[datasets]]               # one table per source of pairs
 name = "pin"
-share = 8
-optional = true            # left out, with a note, when the data holds no such pairs; without this line that is an error
+share = 8                  # its part of a batch, relative to the others
+optional = true            # left out, with a note, when there are no such pairs; else an error
 # candidates = ["entity", "vector:pinsage"]    # a second task whose candidate is the frozen vector
 
 [[datasets]]
@@ -139,15 +139,9 @@ def command(
     from encoders.config.train_config import load_train_config
 
     config = load_train_config(config_path)
-    changes: dict[str, Any] = {
-        "steps": steps,
-        "seed": seed,
-        "device": device,
-        "tensorboard": tensorboard or None,
-    }
-    config = dataclasses.replace(
-        config, **{key: value for key, value in changes.items() if value is not None}
-    )
+    given = {"steps": steps, "seed": seed, "device": device, "tensorboard": tensorboard or None}
+    changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    config = dataclasses.replace(config, **changes)
     from encoders.training.data.prepare import require_entity_tower
     from encoders.training.data.source_tables import load_training_data
     from encoders.training.distributed import process_rank
@@ -164,28 +158,32 @@ def command(
             return
         bundle = _save(out / "model", result)
     if as_json:
-        speed = round(result.pairs_per_second, 1) if result.pairs_per_second else None
-        facts = {"bundle": str(bundle.path), "space_id": bundle.space_id, "steps": result.steps}
-        print_json({**facts, "pairs_per_second": speed, "metrics": result.metrics})
+        rate = result.pairs_per_second
+        facts = {
+            "bundle": str(bundle.path),
+            "space_id": bundle.space_id,
+            "steps": result.steps,
+            "pairs_per_second": round(rate, 1) if rate else None,
+            "metrics": result.metrics,
+        }
+        print_json(facts)
         return
-    print_table(
-        f"{bundle.path}  space {bundle.space_id[:16]}",
-        ["metric", "value"],
-        sorted(result.metrics.items()),
-    )
-    done = (
-        f"{result.pairs_per_second:,.0f} pairs/s"
-        if result.pairs_per_second
-        else "all of them trained before"
-    )
+    title = f"{bundle.path}  space {bundle.space_id[:16]}"
+    print_table(title, ["metric", "value"], sorted(result.metrics.items()))
+    speed = "all of them in earlier runs"
+    if result.pairs_per_second:
+        speed = f"{result.pairs_per_second:,.0f} pairs/s"
     say(
-        f"{result.steps:,} steps, {done}. Next:"
+        f"{result.steps:,} steps, {speed}. Next:"
         f" {evaluate_command_for(bundle.path, config, data_dir)}"
     )
 
 
 def _save(path: Path, result: TrainResult) -> ModelBundle:
-    """Write the run's bundle; one of the same space that is there already is kept, with its exported forms and declarations."""
+    """Write the run's bundle.
+
+    A bundle of the same space that is there already stays, with its exports and declarations.
+    """
     from encoders.config.train_config import to_table
     from encoders.towers.bundle import load_bundle, save_bundle
 
@@ -205,7 +203,7 @@ def _save(path: Path, result: TrainResult) -> ModelBundle:
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-again-", dir=path.parent) as folder:
         same = write(Path(folder) / path.name).space_id == known.space_id
     if same:
-        say(f"{path} holds this run's bundle already; kept as it is")
+        say(f"{path} holds this run's bundle already; left as it is")
     return known if same else write(path)
 
 
@@ -231,12 +229,8 @@ def _process_group(device: str) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    command()
-
-
 def evaluate_command_for(bundle: Path, config: TrainConfig, data_dir: Path | None) -> str:
-    """The `omni evaluate` that measures a bundle on the data of its own run."""
+    """Write the `omni evaluate` that measures a bundle on the data of its own run."""
     evaluate = f"omni evaluate {shlex.quote(str(bundle))}"
     if not config.data.catalogue:
         return evaluate if data_dir is None else f"{evaluate} --data {shlex.quote(str(data_dir))}"
@@ -249,7 +243,10 @@ def evaluate_command_for(bundle: Path, config: TrainConfig, data_dir: Path | Non
 
 
 def _folder_of(files: DataConfig) -> Path | None:
-    """The folder whose ``catalogue.*`` and ``pairs.*`` (or folders of part files) are all that a run read; None: there is none."""
+    """Find the folder whose ``catalogue.*`` and ``pairs.*`` are all that a run read; None: none.
+
+    Each may also be a folder of part files.
+    """
     if len(files.catalogue) != 1 or len(files.pairs) != 1:
         return None
     catalogue, pairs = files.catalogue[0], files.pairs[0]
@@ -259,10 +256,14 @@ def _folder_of(files: DataConfig) -> Path | None:
 
 
 def _table_in(folder: Path, table: str) -> Path | None:
-    """The file or folder that ``encoders.datasets.dataset.load_tables`` reads as a table."""
+    """Find the file or folder that ``encoders.datasets.dataset.load_tables`` reads as a table."""
     named = (
         path
         for path in folder.glob(f"{table}*")
         if path.is_dir() or path.name.split(".")[0] == table
     )
     return min(named, default=None)
+
+
+if __name__ == "__main__":
+    command()

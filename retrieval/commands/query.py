@@ -18,7 +18,16 @@ SHOWN_ATTRIBUTES = ("character", "title")
 
 
 def rows_of(hits: Sequence[Hit], extra: Sequence[str]) -> tuple[list[str], list[list[object]]]:
-    """Columns and rows of the table: rank, score, the emoji ``character`` where a hit has one, title, id, and the attributes asked for."""
+    """Lay out hits as a table.
+
+    Args:
+        hits: Best first.
+        extra: Attributes to show besides the emoji ``character`` and the title.
+
+    Returns:
+        Column names, and a row per hit: rank, score, character and title where a hit has one, id,
+        and the attributes.
+    """
     with_character = any(hit.attributes.get("character") for hit in hits)
     with_title = any(hit.attributes.get("title") for hit in hits)
     names = [name for name in extra if name not in SHOWN_ATTRIBUTES]
@@ -48,7 +57,7 @@ def _shown(value: Any) -> object:
 
 
 def summary(result: RetrieveResult) -> str:
-    """One line on how the answer was found."""
+    """Say in one line how the answer was found."""
     timings = result.timings
     recall = (
         ""
@@ -56,13 +65,11 @@ def summary(result: RetrieveResult) -> str:
         else f", expected recall {result.estimated_recall:.3f}"
     )
     share = "" if result.selectivity is None else f", filter passes {result.selectivity:.1%}"
-    encode = (
-        "answer cached"
-        if result.answer_cached
-        else "cached"
-        if result.cache_hit
-        else f"encode {timings.encode_ns / 1e6:.2f} ms"
-    )
+    encode = f"encode {timings.encode_ns / 1e6:.2f} ms"
+    if result.answer_cached:
+        encode = "answer cached"
+    elif result.cache_hit:
+        encode = "cached"
     plan = f"{result.plan}, ef {result.ef}" if result.ef else result.plan
     where = (
         f"{encode}, search {timings.search_ns / 1e6:.2f} ms, server {timings.total_ns / 1e6:.2f} ms"

@@ -1,4 +1,4 @@
-"""``omni serve``: flags in, a running server out."""
+"""``omni serve``: start a server from flags."""
 
 from __future__ import annotations
 
@@ -112,8 +112,8 @@ LIMITS = Limits()
     default=DEFAULTS.answer_cache_bytes // 2**20,
     show_default=True,
     help=(
-        "Bound of the answers that each worker keeps for texts that come again; 0 switches it off:"
-        " every call is searched."
+        "Bound of each worker's cache of answers to repeated texts; 0 switches it off: every call"
+        " is searched."
     ),
 )
 @click.option(
@@ -227,9 +227,9 @@ def command(**flags: Any) -> None:
     """Serve the active release of a store over gRPC, and follow it.
 
     \b
-    The server watches <store>/releases/CURRENT: a newly activated release is loaded beside the old one,
-    must answer its golden queries, and takes over without a failed call. Without a usable release the
-    server runs, reports NOT_SERVING and waits for one. SIGTERM drains.
+    The server watches <store>/releases/CURRENT: a newly activated release is loaded beside the
+    old one, must answer its golden queries, and takes over without a failed call. Without a usable
+    release the server runs, reports NOT_SERVING and waits for one. SIGTERM drains.
 
     \b
     Example:

@@ -1,4 +1,7 @@
-"""``omni demo``: the whole engine on the sample data, from pairs to answers in many languages, with every figure measured as it runs."""
+"""``omni demo``: run the whole engine on the sample data, from pairs to answers.
+
+Every figure is measured as it runs.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import numpy as np
@@ -30,19 +33,33 @@ from encoders.datasets.dataset import Dataset, load_sample
 from encoders.datasets.related_queries import query_entities, related_query_pairs
 from encoders.errors import OmniError
 
+if TYPE_CHECKING:
+    from retrieval.client import RetrievalClient
+
 RECIPES = Path(__file__).parents[2] / "encoders" / "recipes"
 BASELINES = ("bm25", "bm25-trigrams", "random")
 ZERO_SHOT_BASELINE = "use"
-"""Multilingual USE, compared with in the full demo where its package (extra ``baselines``) is installed."""
+"""Multilingual USE, in the full demo only and where its package (extra ``baselines``) is there."""
 ENGAGED_QUERIES = 50
 """Train queries per entity that become the feature ``engaged_queries``."""
 QUICK_QUERY_ENTITIES = 5_000
+"""Train queries that become entities in the quick demo."""
 QUICK_EVALUATION_QUERIES = 1_000
+EXPORT_SAMPLE_STEP = 70
+"""Every so many distinct train queries one is encoded to compare the exported forms."""
 
 
 @dataclass
 class Demo:
-    """What the stages share."""
+    """What the stages share.
+
+    Attributes:
+        out: Folder of everything that is made.
+        quick: A fraction of the training, fewer queries.
+        from_scratch: Train from random weights, too.
+        timings: Seconds by stage.
+        summary: What ``--json`` prints.
+    """
 
     out: Path
     quick: bool
@@ -52,12 +69,12 @@ class Demo:
 
     @property
     def bundle(self) -> Path:
-        """The model bundle."""
+        """Folder of the model bundle."""
         return self.out / "model"
 
     @property
     def store(self) -> Path:
-        """The release store."""
+        """Folder of the release store."""
         return self.out / "store"
 
 
@@ -91,10 +108,11 @@ class Demo:
 @json_option
 @handle_errors
 def command(out: Path, quick: bool, from_scratch: bool, keep_serving: bool, as_json: bool) -> None:
-    """Train, evaluate, build, publish, serve and query the sample data: 6,827 entities and 217,198 real pairs in 17 languages.
+    """Train, evaluate, build, publish, serve and query the sample data.
 
-    The pairs are human annotations and translations standing in for engagement, not clicks. Nothing
-    is simulated. A second run replaces the model and adds a release to the same store.
+    It holds 6,827 entities and 217,198 real pairs in 17 languages. The pairs are human annotations
+    and translations standing in for engagement, not clicks. Nothing is simulated. A second run
+    replaces the model and adds a release to the same store.
 
     Example: omni demo --quick --out /tmp/demo
     """
@@ -120,7 +138,6 @@ def train_towers(demo: Demo, dataset: Dataset) -> None:
     """Train both towers on all four tasks and save the bundle with its ONNX forms."""
     from encoders.config.toml_config import to_table
     from encoders.config.train_config import load_train_config
-    from encoders.inference.onnx_forms import export_forms
     from encoders.towers.bundle import save_bundle
     from encoders.towers.query_tower import create_query_encoder
     from encoders.training.data.source_tables import TrainingData
@@ -134,11 +151,8 @@ def train_towers(demo: Demo, dataset: Dataset) -> None:
     data = TrainingData(dataset.catalogue, pairs)
     runs = {"model": True, "from_scratch": False} if demo.from_scratch else {"model": True}
     for name, pretrained in runs.items():
-        with stage(
-            "train the towers"
-            f" ({'from the shipped query tower' if pretrained else 'from scratch'})",
-            demo.timings,
-        ):
+        origin = "from the shipped query tower" if pretrained else "from scratch"
+        with stage(f"train the towers ({origin})", demo.timings):
             start = create_query_encoder(
                 config.model.query_encoder, config.model.dimension, pretrained=pretrained
             )
@@ -152,14 +166,20 @@ def train_towers(demo: Demo, dataset: Dataset) -> None:
             training=to_table(config),
             metrics=result.metrics,
         )
+    export_query_tower(demo, dataset)
+
+
+def export_query_tower(demo: Demo, dataset: Dataset) -> None:
+    """Export the query tower of the bundle to ONNX and compare the forms."""
+    from encoders.inference.onnx_forms import export_forms
+    from encoders.towers.query_tower import QueryEncoder
+
+    queries = dataset.split("train")["query"].unique(maintain_order=True)
     with stage("export the query tower to ONNX fp32 and int8", demo.timings):
-        sample = (
-            dataset.split("train")["query"].unique(maintain_order=True).gather_every(70).to_list()
-        )
         reports = export_forms(
-            result.query_encoder if not demo.from_scratch else _query_tower(demo.bundle),
+            QueryEncoder.load(demo.bundle / "query_encoder"),
             demo.bundle / "forms",
-            sample,
+            queries.gather_every(EXPORT_SAMPLE_STEP).to_list(),
         )
     for report in reports:
         say(
@@ -169,14 +189,8 @@ def train_towers(demo: Demo, dataset: Dataset) -> None:
         )
 
 
-def _query_tower(bundle: Path) -> Any:
-    from encoders.towers.query_tower import QueryEncoder
-
-    return QueryEncoder.load(bundle / "query_encoder")
-
-
 def evaluate(demo: Demo, dataset: Dataset, *, show: bool) -> None:
-    """Labelled Recall@10 on held-out pairs beside ceiling, chance and BM25; per entity type and language."""
+    """Measure labelled Recall@10 on held-out pairs, beside ceiling, chance and BM25."""
     from encoders.commands.report_output import print_report
     from encoders.evaluation.baselines import make_baseline
     from encoders.evaluation.report import EvaluationSettings, bundle_system, evaluate_systems
@@ -208,7 +222,7 @@ def evaluate(demo: Demo, dataset: Dataset, *, show: bool) -> None:
 
 
 def publish(demo: Demo, dataset: Dataset) -> None:
-    """Embed every entity and the train queries, build and prove one index per type, publish the release and make it active."""
+    """Embed all entities, build and prove one index per type, publish and activate the release."""
     from encoders.inference.batch_embedding import embed_catalogue
     from encoders.inference.signal_store import SignalStore
     from encoders.towers.bundle import load_bundle
@@ -262,26 +276,14 @@ def serve_and_ask(demo: Demo, dataset: Dataset, keep_serving: bool, *, show: boo
         demo.summary |= {"answers": answers, "latency_ms": latency}
         if show:
             _show_answers(answers)
-            rows = [[name, *values.values()] for name, values in latency.items()]
-            columns = [
-                "one client, one request at a time",
-                "requests",
-                "p50 ms",
-                "p95 ms",
-                "p99 ms",
-            ]
-            print_table(
-                "Latency over gRPC on this machine (real held-out queries, k = 10, pins)",
-                columns,
-                rows,
-            )
+            _show_latency(latency)
         if keep_serving:
             say(f"serving on {server.address}; look at {server.page}   (Ctrl-C ends it)")
             say(f"ask it: omni query 'Regenbogen' --server {server.address}")
             _wait(server.check)
 
 
-def ask(client: Any, k: int = 6) -> list[dict[str, Any]]:
+def ask(client: RetrievalClient, k: int = 6) -> list[dict[str, Any]]:
     """Ask every question of ``retrieval/demo/questions.py`` over gRPC."""
     from retrieval.demo.questions import QUESTIONS
 
@@ -308,8 +310,10 @@ def ask(client: Any, k: int = 6) -> list[dict[str, Any]]:
     return answers
 
 
-def measure_latency(client: Any, dataset: Dataset, count: int = 500) -> dict[str, dict[str, float]]:
-    """Percentiles of the client's own clock: first time (encoded) and second time (cached), the same queries."""
+def measure_latency(
+    client: RetrievalClient, dataset: Dataset, count: int = 500
+) -> dict[str, dict[str, float]]:
+    """Measure percentiles by the client's clock, each query encoded first and cached then."""
     texts = dataset.split("heldout")["query"].unique(maintain_order=True).to_list()[:count]
     latency = {}
     for name in ("first time: encoded", "again: cached"):
@@ -332,18 +336,27 @@ def _show_answers(answers: Sequence[dict[str, Any]]) -> None:
             style="bold",
             markup=False,
         )
-        shown = [
-            f"{hit.get('character') or ''} {hit.get('title') or hit['id']} {hit['score']:.2f}".strip()
-            for hit in answer["hits"]
-        ]
+        shown = []
+        for hit in answer["hits"]:
+            title = hit.get("title") or hit["id"]
+            shown.append(f"{hit.get('character') or ''} {title} {hit['score']:.2f}".strip())
         stdout.print("    " + " · ".join(shown), markup=False, width=max(columns, 80))
+
+
+def _show_latency(latency: dict[str, dict[str, float]]) -> None:
+    print_table(
+        "Latency over gRPC on this machine (real held-out queries, k = 10, pins)",
+        ["one client, one request at a time", "requests", "p50 ms", "p95 ms", "p99 ms"],
+        [[name, *values.values()] for name, values in latency.items()],
+    )
 
 
 def _show_summary(demo: Demo) -> None:
     print_table(
         "Stages", ["stage", "seconds"], [[name, seconds] for name, seconds in demo.timings.items()]
     )
-    seconds, memory = demo.summary["total_seconds"], demo.summary["peak_memory_mib"]
+    seconds = demo.summary["total_seconds"]
+    memory = demo.summary["peak_memory_mib"]
     say(f"{seconds:.0f} s in all, peak memory {memory:,} MiB, release {demo.summary['release_id']}")
     say(
         f"Keep it running:     omni serve --store {demo.store}     then: omni query 'arc-en-ciel'"

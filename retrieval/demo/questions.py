@@ -1,4 +1,7 @@
-"""The real queries the demo asks: many languages for pins; English, and other languages zero-shot, for products and ads."""
+"""The real queries that the demo asks.
+
+Pins in many languages; products and ads in English, and in other languages zero-shot.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from typing import NamedTuple
 
 
 class Question(NamedTuple):
-    """One query, its language and what to ask for."""
+    """One query, its language and the entity type to find."""
 
     language: str
     query: str

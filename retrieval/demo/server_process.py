@@ -1,4 +1,4 @@
-"""A real ``omni serve`` process for the demo: started, awaited, watched and stopped, with a clear message whenever it dies."""
+"""A real ``omni serve`` process for the demo, with a clear message whenever it dies."""
 
 from __future__ import annotations
 
@@ -23,27 +23,19 @@ class DemoServer:
     """
 
     def __init__(self, store: Path, *, port: int = 0, metrics_port: int = 0) -> None:
-        command = [
-            sys.executable,
-            "-m",
-            "retrieval.cli",
-            "serve",
-            "--store",
-            str(store),
-            "--port",
-            str(port),
-        ]
-        command += ["--metrics-port", str(metrics_port), "--shadow-fraction", "0", "--json"]
+        command = [sys.executable, "-m", "retrieval.cli", "serve", "--json"]
+        command += ["--store", str(store), "--port", str(port)]
+        command += ["--metrics-port", str(metrics_port), "--shadow-fraction", "0"]
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
-        self._last_words: list[str] = []
+        self._last_lines: list[str] = []
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
         assert self.process.stdout is not None
         first = self.process.stdout.readline()
         if not first:
-            raise ServerDied(self._obituary())
+            raise ServerDied(self._death_message())
         self.info: dict[str, Any] = json.loads(first)
 
     @property
@@ -57,7 +49,12 @@ class DemoServer:
         return f"http://localhost:{self.info['metrics_port']}/"
 
     def wait_until_ready(self, client: RetrievalClient, seconds: float = 120.0) -> None:
-        """Return once the golden queries have been answered as they should; raise ``ServerDied`` or the client's error."""
+        """Return once the release has proved itself.
+
+        Raises:
+            ServerDied: The process ended.
+            CallError: It did not get ready in time.
+        """
         try:
             client.wait_until_ready(seconds)
         except Exception:
@@ -67,7 +64,7 @@ class DemoServer:
     def check(self) -> None:
         """Raise ``ServerDied`` if the process has ended."""
         if self.process.poll() is not None:
-            raise ServerDied(self._obituary())
+            raise ServerDied(self._death_message())
 
     def __enter__(self) -> Self:
         return self
@@ -89,14 +86,14 @@ class DemoServer:
     def _listen(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            self._last_words = [*self._last_words[-4:], line.rstrip()]
+            self._last_lines = [*self._last_lines[-4:], line.rstrip()]
 
-    def _obituary(self) -> str:
+    def _death_message(self) -> str:
         code = self.process.wait(5)
         self._listener.join(2)
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        words = "; its last words: " + " | ".join(self._last_words) if self._last_words else ""
+        lines = "; its last lines: " + " | ".join(self._last_lines) if self._last_lines else ""
         return (
-            f"the server process {how}{words}. The release is untouched: start it again with `omni"
+            f"the server process {how}{lines}. The release is untouched: start it again with `omni"
             " serve`."
         )

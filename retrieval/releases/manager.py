@@ -23,7 +23,8 @@ from retrieval.errors import (
     ReleaseNotLoaded,
     UnknownRelease,
 )
-from retrieval.observability.metrics import Labels, Metrics
+from retrieval.observability.metric_catalogue import Labels
+from retrieval.observability.metrics import Metrics
 from retrieval.releases.cache_warming import CacheWarmer
 from retrieval.releases.current_file import CurrentFile
 from retrieval.releases.loader import Graphs, RedisOfDimension, ReleaseLoader

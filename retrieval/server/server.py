@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import logging
 import os
 import signal
@@ -14,57 +13,43 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grpc
-import grpc.aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from threadpoolctl import threadpool_limits
 
 from index_builder.ann import AnnIndex
-from protos import retrieval_pb2 as pb
 from retrieval.config import ServeConfig
 from retrieval.encoding.query_cache import QueryCache
-from retrieval.encoding.redis_tier import RedisSettings, RedisTier
+from retrieval.encoding.redis_tier import RedisTier
 from retrieval.errors import AddressInUse
 from retrieval.http2.server import Http2Server
 from retrieval.observability.impressions import ImpressionLog
 from retrieval.observability.metric_catalogue import Labels
-from retrieval.observability.metrics import Metrics, exposition
+from retrieval.observability.metrics import Metrics
 from retrieval.observability.shared_metrics import SharedSnapshots
 from retrieval.observability.tracing import Tracer
 from retrieval.releases.manager import LiveReleases
-from retrieval.releases.serving_release import ServingRelease
-from retrieval.security import Tokens, server_credentials, tls_context
+from retrieval.security import Tokens
+from retrieval.server.caches import RedisTiers, cache_measurements
+from retrieval.server.grpc_server import (
+    GrpcServer,
+    add_health,
+    add_reflection,
+    create_grpc_server,
+    credentials_of,
+    require_free_ports,
+)
+from retrieval.server.http_routes import http_routes
 from retrieval.service.admin import AdminService, ChangeRelease
-from retrieval.service.handlers import ADMIN, RETRIEVAL, generic_handlers
+from retrieval.service.handlers import generic_handlers
 from retrieval.service.service import RetrievalService
-from retrieval.web.http_server import Handler, HttpServer, Request, Response
+from retrieval.web.http_server import HttpServer
 
 log = logging.getLogger("omni.server")
 
-SERVING = health_pb2.HealthCheckResponse.SERVING
-NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SWITCH_INTERVAL_SECONDS = 0.0005
 """How often Python threads may take turns.
 
 The default of 5 ms would make the event loop wait that long behind a loading thread.
 """
-
-
-def address_is_free(host: str, port: int) -> bool:
-    """Ask whether nobody listens there.
-
-    With SO_REUSEPORT two servers would silently share a port and its callers, so this is asked
-    first.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +82,7 @@ class Server:
     """
 
     config: ServeConfig
-    grpc_server: grpc.aio.Server | Http2Server
+    grpc_server: GrpcServer
     credentials: Any
     service: RetrievalService
     admin: AdminService
@@ -193,10 +178,9 @@ async def create_server(config: ServeConfig, *, worker: WorkerContext | None = N
         AddressInUse: Another process listens on the port.
         ConfigError: TLS files or tokens are unusable.
     """
-    tokens = Tokens.load(config.tokens) if config.tokens is not None else None
-    credentials = _credentials(config)
+    credentials = credentials_of(config)
     if worker is None:
-        _require_free_ports(config)
+        require_free_ports(config)
     _tune_process()
     metrics = Metrics()
     cache = QueryCache(config.cache_bytes, config.cache_ttl_seconds)
@@ -209,22 +193,18 @@ async def create_server(config: ServeConfig, *, worker: WorkerContext | None = N
         graphs=worker.graphs if worker else None,
         watch=worker is None,
     )
-    service = RetrievalService(
-        config,
-        releases,
-        metrics,
-        tokens=tokens,
-        impressions=_impression_log(config, worker),
-        tracer=Tracer(config.otlp_endpoint) if config.otlp_endpoint is not None else None,
-    )
+    service = _create_service(config, releases, metrics, worker)
     admin = AdminService(config, releases, worker.change_release if worker else None)
-    metrics.add_source(lambda: _cache_measurements(cache, tiers.opened))
-    grpc_server = _transport(config, worker)
+    metrics.add_source(lambda: cache_measurements(cache, tiers.opened))
+    metrics.add_source(_process_measurements)
+    grpc_server = create_grpc_server(
+        config, listener=worker.listener if worker else None, reuse_port=worker is not None
+    )
     grpc_server.add_generic_rpc_handlers(generic_handlers(service, admin))
     snapshots = SharedSnapshots(worker.snapshots_folder, metrics) if worker else None
     http = None
     if config.metrics_port is not None:
-        http = HttpServer(_routes(service, metrics, snapshots))
+        http = HttpServer(http_routes(service, metrics, snapshots))
     server = Server(
         config=config,
         grpc_server=grpc_server,
@@ -233,66 +213,17 @@ async def create_server(config: ServeConfig, *, worker: WorkerContext | None = N
         admin=admin,
         releases=releases,
         metrics=metrics,
-        health=await _add_health(grpc_server, releases),
+        health=await add_health(grpc_server, releases),
         http=http,
         redis=tiers.opened,
         snapshots=snapshots,
     )
-    _add_reflection(grpc_server)
+    add_reflection(grpc_server)
     if worker is None:
         server.bind()
     elif worker.listener is not None:
         server.share(worker.listener)
     return server
-
-
-# ---- parts of create_server ----------------------------------------------------------------------
-
-
-class RedisTiers:
-    """Second cache tiers, opened when a release of their dimension is loaded.
-
-    Attributes:
-        opened: All of them.
-    """
-
-    def __init__(self, config: ServeConfig) -> None:
-        self._config = config
-        self._by_dimension: dict[int, RedisTier] = {}
-        self.opened: list[RedisTier] = []
-
-    def of_dimension(self, dimension: int) -> RedisTier | None:
-        """Return the tier for vectors of this length; None where no Redis is configured."""
-        config = self._config
-        if config.redis_url is None:
-            return None
-        tier = self._by_dimension.get(dimension)
-        if tier is None:
-            settings = RedisSettings(
-                url=config.redis_url,
-                ttl_seconds=config.cache_ttl_seconds,
-                timeout_seconds=config.redis_timeout_ms / 1e3,
-                secret=config.redis_secret,
-            )
-            tier = RedisTier(settings, dimension)
-            self._by_dimension[dimension] = tier
-            self.opened.append(tier)
-        return tier
-
-
-def _credentials(config: ServeConfig) -> Any:
-    """Return TLS as the configured transport takes it; None without TLS."""
-    if config.tls_cert is None or config.tls_key is None:
-        return None
-    make = tls_context if config.transport == "http2" else server_credentials
-    return make(config.tls_cert, config.tls_key, config.tls_client_ca)
-
-
-def _require_free_ports(config: ServeConfig) -> None:
-    if config.port and not address_is_free(config.host, config.port):
-        raise AddressInUse(f"{config.host}:{config.port}")
-    if config.metrics_port and not address_is_free(config.host, config.metrics_port):
-        raise AddressInUse(f"{config.host}:{config.metrics_port}", "--metrics-port")
 
 
 def _tune_process() -> None:
@@ -301,113 +232,24 @@ def _tune_process() -> None:
     threadpool_limits(1, user_api="blas")
 
 
-def _impression_log(config: ServeConfig, worker: WorkerContext | None) -> ImpressionLog | None:
-    if config.impression_log is None:
-        return None
-    return ImpressionLog(config.impression_log, worker.number if worker else 0)
-
-
-def _transport(config: ServeConfig, worker: WorkerContext | None) -> grpc.aio.Server | Http2Server:
-    limits = config.limits
-    if config.transport == "http2":
-        return Http2Server(
-            max_receive_bytes=limits.max_message_bytes,
-            max_send_bytes=4 * limits.max_message_bytes,
-            max_streams=config.max_streams_per_connection,
-            listener=worker.listener if worker else None,
-        )
-    options = [
-        ("grpc.max_receive_message_length", limits.max_message_bytes),
-        ("grpc.max_send_message_length", 4 * limits.max_message_bytes),
-        ("grpc.max_concurrent_streams", config.max_streams_per_connection),
-        ("grpc.so_reuseport", int(worker is not None)),
-        ("grpc.keepalive_time_ms", 60_000),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
-        ("grpc.http2.max_ping_strikes", 5),
-    ]
-    return grpc.aio.server(options=options)
-
-
-async def _add_health(grpc_server: grpc.aio.Server | Http2Server, releases: LiveReleases) -> Any:
-    """Add the health service: of the server, and of each entity type of the active release."""
-    servicer = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(servicer, grpc_server)
-    for name in ("", RETRIEVAL, ADMIN):
-        await servicer.set(name, NOT_SERVING)
-    known: set[str] = set()
-
-    async def report(serving: ServingRelease) -> None:
-        for name in ("", RETRIEVAL, ADMIN, *serving.entities):
-            await servicer.set(name, SERVING)
-        for name in known - set(serving.entities):
-            await servicer.set(name, NOT_SERVING)
-        known.update(serving.entities)
-
-    releases.on_change.append(report)
-    return servicer
-
-
-def _add_reflection(grpc_server: grpc.aio.Server | Http2Server) -> None:
-    names = [pb.DESCRIPTOR.services_by_name[name].full_name for name in ("Retrieval", "Admin")]
-    servicer = reflection.aio.ReflectionServicer(
-        [*names, health.SERVICE_NAME, reflection.SERVICE_NAME]
+def _create_service(
+    config: ServeConfig,
+    releases: LiveReleases,
+    metrics: Metrics,
+    worker: WorkerContext | None,
+) -> RetrievalService:
+    tokens = None if config.tokens is None else Tokens.load(config.tokens)
+    tracer = None if config.otlp_endpoint is None else Tracer(config.otlp_endpoint)
+    impressions = None
+    if config.impression_log is not None:
+        impressions = ImpressionLog(config.impression_log, worker.number if worker else 0)
+    return RetrievalService(
+        config, releases, metrics, tokens=tokens, impressions=impressions, tracer=tracer
     )
-    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, grpc_server)
 
 
-def _routes(
-    service: RetrievalService, metrics: Metrics, snapshots: SharedSnapshots | None
-) -> dict[str, Handler]:
-    """Return the paths of the HTTP port."""
-
-    async def scrape(request: Request) -> Response:
-        merged = snapshots.merged() if snapshots is not None else metrics.snapshot()
-        return Response(exposition(merged), "text/plain; version=0.0.4; charset=utf-8")
-
-    async def healthz(request: Request) -> Response:
-        active = service.releases.active
-        if active is None or service.draining:
-            reason = "draining" if service.draining else service.releases.reason_not_ready
-            return Response.of_json({"ready": False, "reason": reason}, 503)
-        return Response.of_json(
-            {
-                "ready": True,
-                "release_id": active.release_id,
-                "space_id": active.space_id,
-                "entity_types": sorted(active.entities),
-            }
-        )
-
-    routes: dict[str, Handler] = {"/metrics": scrape, "/healthz": healthz}
-    try:
-        page = importlib.import_module("retrieval.web.page")
-    except ModuleNotFoundError as error:
-        if error.name != "retrieval.web.page":
-            raise
-    else:
-        routes.update(page.routes(service))
-    return routes
-
-
-def _cache_measurements(
-    cache: QueryCache, tiers: list[RedisTier]
-) -> list[tuple[str, Labels, float]]:
-    rows: list[tuple[str, Labels, float]] = [
-        ("omni_cache_hits", (), float(cache.hits)),
-        ("omni_cache_misses", (), float(cache.misses)),
-        ("omni_cache_evictions", (), float(cache.evictions)),
-        ("omni_cache_entries", (), float(len(cache))),
-        ("omni_cache_bytes", (), float(cache.size_bytes)),
-        ("omni_process_rss_bytes", (), float(_resident_bytes())),
-    ]
-    if tiers:
-        rows += [
-            ("omni_redis", ("hit",), float(sum(tier.hits for tier in tiers))),
-            ("omni_redis", ("miss",), float(sum(tier.misses for tier in tiers))),
-            ("omni_redis", ("failure",), float(sum(tier.failures for tier in tiers))),
-            ("omni_redis", ("refused",), float(sum(tier.refused for tier in tiers))),
-        ]
-    return rows
+def _process_measurements() -> list[tuple[str, Labels, float]]:
+    return [("omni_process_rss_bytes", (), float(_resident_bytes()))]
 
 
 def _resident_bytes() -> int:

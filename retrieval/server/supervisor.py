@@ -46,9 +46,9 @@ from retrieval.releases.current_file import CurrentFile
 from retrieval.releases.manager import previous_release
 from retrieval.server.backoff import Backoff
 from retrieval.server.fleet import ChangeRequest, Fleet, Worker
+from retrieval.server.grpc_server import address_is_free
 from retrieval.server.release_check import ReleaseCheck
 from retrieval.server.release_graphs import ReleaseGraphs
-from retrieval.server.server import address_is_free
 from retrieval.server.worker import Assignment, error_message, run_worker
 
 log = logging.getLogger("omni.workers")

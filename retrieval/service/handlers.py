@@ -159,7 +159,8 @@ def generic_handlers(
     service: RetrievalService, admin: AdminService
 ) -> tuple[grpc.GenericRpcHandler, grpc.GenericRpcHandler]:
     """Make the handlers of both services, to be added to a ``grpc.aio`` or ``http2`` server."""
-    searching, control = search_gate(service), control_gate(service)
+    searching = search_gate(service)
+    control = control_gate(service)
     retrieval_handlers = {"Retrieve": _retrieve_handler(service, searching)}
     for method in (
         Method(

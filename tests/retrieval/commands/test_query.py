@@ -28,7 +28,7 @@ def ask(running: Running, *args: str) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-def test_the_table_shows_titles_and_ids(running: Running) -> None:
+def test_query_table_shows_titles_and_ids(running: Running) -> None:
     code, out, _ = ask(running, "red cat", "--type", "pin", "-k", "3", "--attribute", "price")
     assert code == 0
     assert "title" in out
@@ -36,7 +36,7 @@ def test_the_table_shows_titles_and_ids(running: Running) -> None:
     assert out.count("pin-") == 3
 
 
-def test_json_holds_everything_the_server_said(running: Running) -> None:
+def test_query_json_holds_the_whole_answer(running: Running) -> None:
     code, out, _ = ask(
         running,
         "red cat",
@@ -57,7 +57,7 @@ def test_json_holds_everything_the_server_said(running: Running) -> None:
     assert answer["selectivity"] is not None
 
 
-def test_a_ready_vector_may_be_asked(running: Running, tmp_path: Path) -> None:
+def test_query_ready_vector_is_accepted(running: Running, tmp_path: Path) -> None:
     np.save(tmp_path / "v.npy", running.encoder.encode(["red cat"])[0])
     code, out, _ = ask(
         running,
@@ -84,7 +84,7 @@ def test_a_ready_vector_may_be_asked(running: Running, tmp_path: Path) -> None:
         (["red cat", "--filter", "price <"], 1, "INVALID_ARGUMENT"),
     ],
 )
-def test_mistakes_get_one_line_and_an_honest_exit_code(
+def test_query_mistake_gets_one_line_and_an_exit_code(
     running: Running, args: list[str], code: int, says: str
 ) -> None:
     result = ask(running, *args)
@@ -93,7 +93,7 @@ def test_mistakes_get_one_line_and_an_honest_exit_code(
     assert "Traceback" not in result[2]
 
 
-def test_no_server_is_said_plainly() -> None:
+def test_query_without_a_server_says_so() -> None:
     arguments = [
         sys.executable,
         "-m",
@@ -112,7 +112,7 @@ def test_no_server_is_said_plainly() -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_an_emoji_column_appears_where_a_hit_has_one() -> None:
+def test_query_table_has_an_emoji_column_where_a_hit_has_one() -> None:
     hits = [
         Hit("a", 0.9, {"character": "🐋", "title": "whale", "tags": list("abcdefgh")}),
         Hit("b", 0.8, {"title": "fish"}),

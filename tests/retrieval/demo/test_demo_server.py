@@ -12,7 +12,7 @@ from retrieval.demo.server_process import DemoServer
 from retrieval.errors import ServerDied
 
 
-def test_killing_the_server_is_told_clearly(tmp_path: Path) -> None:
+def test_demo_server_killed_process_is_reported(tmp_path: Path) -> None:
     with DemoServer(tmp_path) as server:  # an empty store: it listens and waits for a release
         server.check()
         os.kill(server.process.pid, signal.SIGKILL)
@@ -21,17 +21,17 @@ def test_killing_the_server_is_told_clearly(tmp_path: Path) -> None:
             server.check()
 
 
-def test_a_second_server_on_the_same_port_is_refused(tmp_path: Path) -> None:
+def test_demo_server_port_in_use_is_refused(tmp_path: Path) -> None:
     with DemoServer(tmp_path) as first, pytest.raises(ServerDied, match="cannot listen on"):
         DemoServer(tmp_path, port=first.info["port"])
 
 
-def test_a_server_without_a_release_is_not_ready(tmp_path: Path) -> None:
+def test_demo_server_without_a_release_is_not_ready(tmp_path: Path) -> None:
     with DemoServer(tmp_path) as server, RetrievalClient(server.address) as client:
         assert not client.is_ready()
 
 
-def test_the_demo_asks_pins_in_at_least_six_languages_and_marks_zero_shot() -> None:
+def test_questions_cover_six_languages_and_mark_zero_shot() -> None:
     assert len({question.language for question in QUESTIONS if question.entity_type == "pin"}) >= 6
     foreign = [q for q in QUESTIONS if q.entity_type in ("product", "ad") and q.language != "en"]
     assert foreign and all("zero-shot" in question.note for question in foreign)

@@ -20,7 +20,8 @@ from protos import retrieval_pb2_grpc as rpc
 from retrieval.config import ServeConfig
 from retrieval.errors import AddressInUse
 from retrieval.process_tuning import freeze_start_up_objects
-from retrieval.server.server import Server, _routes, create_server
+from retrieval.server.http_routes import http_routes
+from retrieval.server.server import Server, create_server
 
 COUNTS = {"pin": 60}
 
@@ -90,7 +91,7 @@ def whole(answer: pb.RetrieveResponse) -> bool:
     )
 
 
-async def test_swaps_to_the_same_and_to_another_space_lose_and_mix_nothing(
+async def test_swap_under_load_loses_and_mixes_no_answers(
     store: ReleaseStore,
 ) -> None:
     server, stub, admin, channel = await start(store)
@@ -128,7 +129,7 @@ async def test_swaps_to_the_same_and_to_another_space_lose_and_mix_nothing(
     await server.stop(0)
 
 
-async def test_the_cache_survives_a_swap_in_one_space_and_is_prewarmed_for_another(
+async def test_swap_keeps_the_query_cache_or_prewarms_it_for_another_space(
     store: ReleaseStore,
 ) -> None:
     server, stub, admin, channel = await start(store)
@@ -186,7 +187,7 @@ def swap_the_encoder(folder: Path) -> None:
     [damage_vectors, cut_a_file, remove_a_file, edit_the_manifest, swap_the_encoder],
     ids=lambda f: f.__name__,
 )
-async def test_a_broken_release_is_refused_and_the_old_one_keeps_serving(
+async def test_swap_broken_release_is_refused_and_the_old_one_keeps_serving(
     store: ReleaseStore, damage
 ) -> None:
     server, stub, admin, channel = await start(store)
@@ -211,7 +212,7 @@ async def test_a_broken_release_is_refused_and_the_old_one_keeps_serving(
     await server.stop(0)
 
 
-async def test_without_a_release_the_server_waits_and_serves_when_one_appears(
+async def test_start_without_a_release_waits_and_serves_when_one_appears(
     store: ReleaseStore,
 ) -> None:
     current = store.releases / "CURRENT"
@@ -234,7 +235,7 @@ async def test_without_a_release_the_server_waits_and_serves_when_one_appears(
     await server.stop(0)
 
 
-async def test_a_second_server_on_the_port_gets_a_clear_message(store: ReleaseStore) -> None:
+async def test_create_server_port_in_use_is_refused_by_name(store: ReleaseStore) -> None:
     server, _, _, channel = await start(store)
     config = ServeConfig(releases=store.root, host="127.0.0.1", port=server.port, metrics_port=None)
     with pytest.raises(AddressInUse, match=f"cannot listen on 127.0.0.1:{server.port}.*--port"):
@@ -277,7 +278,7 @@ async def test_tokens_guard_calls_and_entity_types(store: ReleaseStore, tmp_path
     await server.stop(0)
 
 
-async def test_overload_is_refused_early_with_a_hint_and_callers_who_leave_cost_nothing(
+async def test_overload_is_refused_early_and_cancelled_calls_cost_nothing(
     store: ReleaseStore,
 ) -> None:
     import threading
@@ -318,7 +319,7 @@ async def test_overload_is_refused_early_with_a_hint_and_callers_who_leave_cost_
 
 
 @pytest.mark.parametrize("transport", ["http2", "grpcio"])
-async def test_a_full_server_refuses_questions_and_not_those_who_run_it(
+async def test_overload_refuses_searches_and_not_admin_calls(
     store: ReleaseStore, transport: str
 ) -> None:
     server, stub, admin, channel = await start(store, max_in_flight=4, transport=transport)
@@ -360,7 +361,7 @@ async def test_a_full_server_refuses_questions_and_not_those_who_run_it(
 
 
 @pytest.mark.parametrize("transport", ["http2", "grpcio"])
-async def test_a_full_encoder_refuses_what_must_be_encoded_or_would_be_late_and_answers_the_rest(
+async def test_full_encoder_refuses_only_what_must_be_encoded_or_would_be_late(
     store: ReleaseStore, transport: str
 ) -> None:
     import threading
@@ -408,7 +409,7 @@ async def refused(call) -> grpc.aio.AioRpcError:
     return caught.value
 
 
-async def test_stopping_lets_calls_in_flight_finish(store: ReleaseStore) -> None:
+async def test_stop_lets_calls_in_flight_finish(store: ReleaseStore) -> None:
     server, stub, _, channel = await start(store)
     serving = server.releases.resolve("")
     encode = serving.encoding.encode
@@ -427,12 +428,12 @@ async def test_stopping_lets_calls_in_flight_finish(store: ReleaseStore) -> None
     await channel.close()
 
 
-def test_the_manifest_of_the_fixture_is_real(published: Path) -> None:
+def test_published_fixture_has_a_real_manifest(published: Path) -> None:
     manifest = json.loads((published / "releases" / "a1" / "manifest.json").read_text())
     assert manifest["entities"]["pin"]["count"] == 60
 
 
-async def test_a_retired_release_is_freed_without_the_collector(store: ReleaseStore) -> None:
+async def test_retired_release_is_freed_without_the_garbage_collector(store: ReleaseStore) -> None:
     """What start-up made is set apart from garbage collection, the first release with it: nothing
     may hold it in a ring.
     """
@@ -481,9 +482,9 @@ async def test_a_retired_release_is_freed_without_the_collector(store: ReleaseSt
         gc.enable()
 
 
-async def test_health_over_http_says_that_a_server_is_leaving(store: ReleaseStore) -> None:
+async def test_healthz_draining_server_says_so(store: ReleaseStore) -> None:
     server, _, _, channel = await start(store)
-    health = _routes(server.service, server.metrics, None)["/healthz"]
+    health = http_routes(server.service, server.metrics, None)["/healthz"]
     assert (await health(None)).status == 200  # type: ignore[arg-type]
     server.service.draining = True
     answer = await health(None)  # type: ignore[arg-type]

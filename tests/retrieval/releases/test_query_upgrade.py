@@ -82,7 +82,7 @@ def allow(root: Path) -> None:
     )
 
 
-def test_an_undeclared_tower_is_refused_and_nothing_is_published(
+def test_upgrade_undeclared_tower_is_refused_and_nothing_is_published(
     root: Path, store: ReleaseStore
 ) -> None:
     with pytest.raises(SpaceMismatch, match="declares no compatibility"):
@@ -91,9 +91,7 @@ def test_an_undeclared_tower_is_refused_and_nothing_is_published(
     assert not list(store.releases.glob(".staging-*"))
 
 
-def test_an_upgraded_release_shares_the_indexes_and_answers_as_before(
-    root: Path, store: ReleaseStore
-) -> None:
+def test_upgrade_shares_the_indexes_and_changes_no_answer(root: Path, store: ReleaseStore) -> None:
     allow(root)
     upgraded = upgrade_query_tower(store, root / "new", WORDS, EASY)
     assert store.current() == upgraded.release_id != "first"
@@ -122,7 +120,7 @@ def test_an_upgraded_release_shares_the_indexes_and_answers_as_before(
             assert new.entity("pin").search(mine, 5).ids == old.entity("pin").search(theirs, 5).ids
 
 
-def test_rebuilding_an_upgraded_release_keeps_what_it_is(root: Path, store: ReleaseStore) -> None:
+def test_rebuild_of_an_upgraded_release_keeps_the_upgrade(root: Path, store: ReleaseStore) -> None:
     allow(root)
     first = upgrade_query_tower(store, root / "new", WORDS, EASY).release_id
     inputs, folder = from_release(store, ())
@@ -136,7 +134,7 @@ def test_rebuilding_an_upgraded_release_keeps_what_it_is(root: Path, store: Rele
         build_release(inputs, root / "old", store, EASY)
 
 
-def test_what_cannot_be_proven_is_not_published(root: Path, store: ReleaseStore) -> None:
+def test_upgrade_that_cannot_be_proven_is_not_published(root: Path, store: ReleaseStore) -> None:
     allow(root)
     with pytest.raises(GateFailed):
         upgrade_query_tower(store, root / "new", WORDS, replace(EASY, min_recall=0.9999))
@@ -149,7 +147,7 @@ def test_what_cannot_be_proven_is_not_published(root: Path, store: ReleaseStore)
     assert store.ids() == ["first"]
 
 
-def test_answers_say_which_spaces_met_and_rollback_goes_back(
+def test_upgraded_answers_name_both_spaces_and_rollback_works(
     root: Path, store: ReleaseStore
 ) -> None:
     allow(root)
@@ -208,7 +206,9 @@ def test_answers_say_which_spaces_met_and_rollback_goes_back(
     asyncio.run(ask())
 
 
-def test_the_command_shows_the_recall_before_the_switch(root: Path, store: ReleaseStore) -> None:
+def test_rebuild_command_shows_the_recall_before_the_switch(
+    root: Path, store: ReleaseStore
+) -> None:
     arguments = [
         "--store",
         str(store.root),
@@ -234,7 +234,7 @@ def test_the_command_shows_the_recall_before_the_switch(root: Path, store: Relea
     assert wrong.exit_code == 2 and "leave --from-active out" in " ".join(wrong.output.split())
 
 
-def test_a_release_without_real_golden_queries_needs_some(root: Path, store: ReleaseStore) -> None:
+def test_upgrade_without_real_golden_queries_is_refused(root: Path, store: ReleaseStore) -> None:
     allow(root)
     inputs, folder = from_release(store, ())
     build_release(inputs, folder, store, EASY)  # without queries: perturbed entities stand in

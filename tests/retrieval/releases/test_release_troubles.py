@@ -145,7 +145,7 @@ async def until(condition, seconds: float = 20.0) -> None:
     [PublisherBusy("process 1 is publishing"), OSError(28, "No space left on device")],
     ids=repr,
 )
-async def test_a_release_that_the_store_does_not_make_active_is_closed_again(
+async def test_activate_store_failure_closes_the_loaded_release(
     store: ReleaseStore, opened: Opened, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     store.activate("b1")
@@ -175,7 +175,7 @@ async def test_a_release_that_the_store_does_not_make_active_is_closed_again(
     assert not opened.leases and not opened.followed
 
 
-async def test_what_was_loaded_for_a_caller_who_has_gone_is_closed(
+async def test_activate_cancelled_call_closes_the_loaded_release(
     store: ReleaseStore, opened: Opened, monkeypatch
 ) -> None:
     gate, inside = threading.Event(), threading.Event()
@@ -198,7 +198,7 @@ async def test_what_was_loaded_for_a_caller_who_has_gone_is_closed(
     await releases.stop()
 
 
-async def test_a_redis_address_that_is_none_is_named_and_leaves_nothing_behind(
+async def test_start_invalid_redis_address_is_named_and_leaves_nothing_open(
     store: ReleaseStore, opened: Opened
 ) -> None:
     releases = releases_of(
@@ -219,7 +219,7 @@ async def test_a_redis_address_that_is_none_is_named_and_leaves_nothing_behind(
     await releases.stop()
 
 
-async def test_a_follower_that_cannot_start_is_stopped(
+async def test_start_follower_that_cannot_start_is_stopped(
     store: ReleaseStore, opened: Opened, monkeypatch
 ) -> None:
     def fail(follower: LiveFollower) -> int:
@@ -233,9 +233,7 @@ async def test_a_follower_that_cannot_start_is_stopped(
     await releases.stop()
 
 
-async def test_an_activation_that_could_not_be_read_is_looked_at_again(
-    store: ReleaseStore, opened: Opened
-) -> None:
+async def test_watch_unreadable_current_is_read_again(store: ReleaseStore, opened: Opened) -> None:
     releases = releases_of(store)
     await releases.start()
     current, failures = releases.store.current, [OSError(24, "Too many open files")] * 2
@@ -251,7 +249,7 @@ async def test_an_activation_that_could_not_be_read_is_looked_at_again(
     await releases.stop()
 
 
-async def test_a_rollback_elsewhere_while_a_release_is_prewarmed_is_seen(
+async def test_watch_rollback_elsewhere_during_prewarming_is_followed(
     store: ReleaseStore, opened: Opened
 ) -> None:
     releases = releases_of(store)
@@ -270,7 +268,7 @@ async def test_a_rollback_elsewhere_while_a_release_is_prewarmed_is_seen(
     await releases.stop()
 
 
-async def test_prewarming_shares_no_encoder_with_live_texts_and_encodes_nothing_twice(
+async def test_prewarming_shares_no_encoder_and_encodes_nothing_twice(
     store: ReleaseStore, opened: Opened
 ) -> None:
     releases = releases_of(store)
@@ -299,7 +297,7 @@ async def test_prewarming_shares_no_encoder_with_live_texts_and_encodes_nothing_
     await releases.stop()
 
 
-async def test_a_retired_release_dies_in_the_closing_thread(
+async def test_retired_release_is_freed_in_the_closing_thread(
     store: ReleaseStore, opened: Opened
 ) -> None:
     """Giving back the pages of a large release takes a tenth of a second: not on the event loop."""
@@ -321,7 +319,7 @@ async def test_a_retired_release_dies_in_the_closing_thread(
     await releases.stop()
 
 
-async def test_nobody_holds_a_release_that_is_being_closed(
+async def test_retire_drops_the_last_reference_before_close_returns(
     store: ReleaseStore, opened: Opened
 ) -> None:
     """As above, whichever thread is quicker: the last reference is dropped before ``close`` reports

@@ -104,7 +104,7 @@ def ask(running: Running, tls: TlsConfig | None) -> Any:
 
 @needs_openssl
 @pytest.mark.parametrize("transport", ["http2", "grpcio"])
-def test_tls_is_wanted_and_the_server_proves_itself(
+def test_tls_server_proves_itself_and_refuses_plaintext(
     certificates: Certificates, tmp_path: Path, transport: str
 ) -> None:
     with serving(
@@ -127,7 +127,7 @@ def test_tls_is_wanted_and_the_server_proves_itself(
 
 @needs_openssl
 @pytest.mark.parametrize("transport", ["http2", "grpcio"])
-def test_mutual_tls_lets_in_only_clients_of_its_authority(
+def test_mutual_tls_admits_only_clients_of_its_authority(
     certificates: Certificates, tmp_path: Path, transport: str
 ) -> None:
     files = {
@@ -156,7 +156,7 @@ def test_mutual_tls_lets_in_only_clients_of_its_authority(
 
 
 @needs_openssl
-def test_files_that_do_not_belong_together_are_refused(
+def test_tls_files_that_do_not_belong_together_are_refused(
     certificates: Certificates, tmp_path: Path
 ) -> None:
     (tmp_path / "no.pem").write_text("no certificate")
@@ -195,7 +195,7 @@ def collector() -> Iterator[tuple[str, list[Any]]]:
     server.stop(0)
 
 
-def test_a_collector_gets_a_span_per_call_and_stage_within_the_callers_trace(
+def test_tracing_exports_a_span_per_call_and_stage_in_the_callers_trace(
     collector: tuple[str, list[Any]], tmp_path: Path
 ) -> None:
     endpoint, spans = collector

@@ -103,7 +103,9 @@ def until(condition, seconds: float = 60.0) -> None:
         time.sleep(0.1)
 
 
-def test_generations_of_workers(server: tuple[subprocess.Popen, dict]) -> None:
+def test_workers_swap_crash_and_rollback_lose_no_call(
+    server: tuple[subprocess.Popen, dict],
+) -> None:
     process, info = server
     assert info["release_id"] == "r1" and info["workers"] == 2 and len(children(process.pid)) == 2
     first = ask(info)

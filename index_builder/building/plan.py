@@ -30,7 +30,7 @@ BYTES_PER_VECTOR_256 = {
     "faiss": 3100,
     "exact": 1300,
 }
-"""Private bytes a 256-d vector needs at the peak of a build, a copy of the distinct vectors included.
+"""Private bytes a 256-d vector needs at the peak of a build, with a copy of distinct vectors.
 
 Measured for symqg (100,000 and 800,000 vectors) and hnsw (30,000 and 100,000), rounded up; the
 others follow from their layout. ``auto`` holds both searches of one graph while it times them. The

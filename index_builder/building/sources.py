@@ -120,7 +120,7 @@ def from_release(
 
     Raises:
         ReleaseNotFound: Nothing is active.
-        UnknownEntityType: The release lacks a type asked for.
+        UnknownEntityType: The release lacks a requested type.
     """
     current = store.current()
     if current is None:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 DIMENSIONS = (16, 32, 64, 128, 256, 512)
 """Prefix lengths whose recall is shown."""
+_CEILING, _LOSS, _GAIN = "#999", "#c44", "#4a4"
 
 
 @click.group()
@@ -67,7 +68,7 @@ def _open(store_path: Path, release_id: str | None) -> tuple[Release, LiveFollow
     "--id", "wanted", multiple=True, help="Say why this id is (not) among the answers. Repeatable."
 )
 @click.option("--filter", "expression", help="Filter of the search.")
-@click.option("--k", type=int, default=10, show_default=True, help="Answers asked for.")
+@click.option("--k", type=int, default=10, show_default=True, help="Number of answers.")
 @click.option("--release", "release_id", help="Default: the active release.")
 @json_option
 @handle_errors
@@ -291,7 +292,7 @@ def _pairs(path: Path | None, data_dir: Path | None, split: str) -> pl.DataFrame
 
 
 def _source(path: Path | None, data_dir: Path | None, split: str) -> str:
-    """Where ``_pairs`` read, for messages."""
+    """Return where ``_pairs`` read, for messages."""
     if path is not None:
         return str(path)
     return f"{data_dir or 'the sample data in the package'} (split {split!r})"
@@ -392,7 +393,9 @@ def plot_waterfalls(waterfalls: list[Waterfall], path: Path) -> None:
         before = 1.0
         for position, step in enumerate(STEPS):
             after = w.recall[step]
-            colour = "#999" if step == "labels" else "#c44" if after <= before else "#4a4"
+            colour = _LOSS if after <= before else _GAIN
+            if step == "labels":
+                colour = _CEILING
             axis.bar(
                 position, abs(before - after), bottom=min(before, after), color=colour, width=0.7
             )

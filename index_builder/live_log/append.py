@@ -213,7 +213,9 @@ class LiveLogEnd:
             except BaseException:
                 os.close(descriptor)
                 raise
-        self._file, self._descriptor, self._offset = (first, path), descriptor, FILE_HEADER.size
+        self._file = (first, path)
+        self._descriptor = descriptor
+        self._offset = FILE_HEADER.size
 
     def _catch_up(self, after: int) -> None:
         """Find the end of the log: other processes may have written, or died while writing.
@@ -274,7 +276,8 @@ class LiveLogEnd:
             return False
         if not check_header(head, first, path):
             raise LiveLogCorrupt(f"{path}: the file is shorter than its header; restore it")
-        self._offset, self.sequence = FILE_HEADER.size, first - 1
+        self._offset = FILE_HEADER.size
+        self.sequence = first - 1
         return True
 
     def _find_end(self) -> None:

@@ -151,7 +151,9 @@ class LiveLogReader:
             if not whole:
                 os.close(descriptor)
         if whole:
-            self._descriptor, self._offset, self._next = descriptor, FILE_HEADER.size, first
+            self._descriptor = descriptor
+            self._offset = FILE_HEADER.size
+            self._next = first
         return whole
 
     def _is_current(self) -> bool:

@@ -307,8 +307,12 @@ class MilvusIndex:
         dimension: int,
         config: MilvusConfig,
     ) -> None:
-        self._client, self._name, self._config = client, name, config
-        self.entity_type, self.release_id, self.dimension = entity_type, release_id, dimension
+        self._client = client
+        self._name = name
+        self._config = config
+        self.entity_type = entity_type
+        self.release_id = release_id
+        self.dimension = dimension
 
     def search(
         self,

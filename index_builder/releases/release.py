@@ -187,7 +187,7 @@ class Release:
         return self.path / "forms"
 
     def entity(self, entity_type: str) -> EntityIndex:
-        """The index of one entity type.
+        """Return the index of one entity type.
 
         Raises:
             UnknownEntityType: The release has none.
@@ -198,7 +198,7 @@ class Release:
             raise UnknownEntityType(entity_type, list(self.entities)) from None
 
     def golden(self, entity_type: str) -> GoldenQueries:
-        """The golden queries of one entity type with their exact answers (read once).
+        """Return the golden queries of one entity type with their exact answers (read once).
 
         Raises:
             UnknownEntityType: The release has no such index.

@@ -15,7 +15,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -42,6 +41,7 @@ from index_builder.releases.current import (
 )
 from index_builder.releases.manifest import MANIFEST_NAME, Manifest
 from index_builder.releases.release import Release, read_manifest
+from index_builder.releases.summary import ReleaseSummary
 from index_builder.releases.verification import check_contents, check_cpu, check_names_and_sizes
 from index_builder.storage.durable_files import (
     FileLock,
@@ -53,20 +53,6 @@ from index_builder.storage.durable_files import (
 )
 
 __all__ = ["CURRENT_NAME", "ReleaseStore", "ReleaseSummary"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReleaseSummary:
-    """One line of ``omni release list``; of a damaged release only the error is known."""
-
-    release_id: str
-    active: bool
-    created: str = ""
-    space_id: str = ""
-    parent: str | None = None
-    entities: dict[str, int] = field(default_factory=dict)
-    size_bytes: int = 0
-    error: str | None = None
 
 
 def _age(path: Path) -> tuple[str, int, str]:
@@ -231,18 +217,9 @@ class ReleaseStore:
 
     def _summary(self, release_id: str, active: bool) -> ReleaseSummary:
         try:
-            manifest = self._manifest(release_id)
+            return ReleaseSummary.of(self._manifest(release_id), active)
         except ReleaseError as error:
             return ReleaseSummary(release_id=release_id, active=active, error=str(error))
-        return ReleaseSummary(
-            release_id=release_id,
-            active=active,
-            created=str(manifest.measured.get("created", "")),
-            space_id=manifest.space_id,
-            parent=manifest.parent,
-            entities={name: entity.count for name, entity in manifest.entities.items()},
-            size_bytes=manifest.total_bytes(),
-        )
 
     def verify(self, release_id: str) -> Manifest:
         """Check one release to the last byte without loading it.
@@ -278,7 +255,7 @@ class ReleaseStore:
             lock.release()
 
     def staging(self, key: str) -> Path:
-        """Folder of an unfinished build; the same ``key`` finds what an interrupted build left.
+        """Return the folder of an unfinished build; the same ``key`` finds what was left of one.
 
         The caller holds the ``build`` lock.
         """

@@ -253,7 +253,8 @@ def calibrate(
     deep_k = 0
     deep_points: tuple[CurvePoint, ...] = ()
     if len(vectors) > 2 * DEEP_K > 2 * k:
-        deep_k, deep_queries = DEEP_K, queries[:DEEP_QUERIES]
+        deep_k = DEEP_K
+        deep_queries = queries[:DEEP_QUERIES]
         _, deep_scores = exact_top_k(deep_queries, vectors, DEEP_K)
         deep_grid = [ef for ef in ef_grid if ef >= DEEP_K]
         deep_points = _curve(search, vectors, deep_queries, deep_scores, deep_grid)
@@ -280,7 +281,8 @@ def _curve(
     k = scores.shape[1]
     points = []
     for ef in [ef for ef in ef_grid if ef >= k] or [k]:
-        found, times = [], np.empty(len(queries))
+        found: list[np.ndarray] = []
+        times = np.empty(len(queries))
         for i in range(len(queries)):
             start = time.perf_counter_ns()
             found.append(search(queries[i : i + 1], k, ef))

@@ -82,13 +82,13 @@ def _attribute_table(attributes: pl.DataFrame | None, rows: int) -> AttributeTab
 
 
 def _build_ann(vectors: np.ndarray, config: IndexConfig, queries: np.ndarray | None) -> _BuiltAnn:
-    """Build the kind asked for, or what ``auto`` chooses; calibration queries decide a race."""
+    """Build the requested kind, or what ``auto`` chooses; calibration queries decide a race."""
     reproducible = config.ann.reproducible or config.deterministic
     parameters = replace(config.ann, reproducible=reproducible)
     if len(vectors) == 0:
         return _BuiltAnn(build_index("exact", vectors, parameters), "there are no vectors")
     if config.kind != "auto":
-        return _BuiltAnn(build_index(config.kind, vectors, parameters), "asked for")
+        return _BuiltAnn(build_index(config.kind, vectors, parameters), "requested")
     choice = choose_kind(
         len(vectors),
         dimension=int(vectors.shape[1]),

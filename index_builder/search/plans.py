@@ -30,7 +30,7 @@ GRAPH_SHARE = 0.25
 A scan follows when too few of its hits survive, as where the filter and the query disagree.
 """
 GRAPH_ATTEMPTS = 8
-"""How often the graph is asked for more before everything is scored."""
+"""Ever wider searches of the graph before everything is scored."""
 _NO_SCORES = np.empty(0, dtype=np.float32)
 
 

@@ -1,4 +1,5 @@
-// The searches of one entity type over borrowed arrays; no Python but for making the ids of an answer.
+// Searches of one entity type over borrowed arrays; Python is used only to make the ids of an
+// answer.
 #pragma once
 
 #include <algorithm>
@@ -18,9 +19,12 @@ struct Hit {
   float score;
   uint32_t row;
 };
-inline bool better(const Hit& a, const Hit& b) { return a.score > b.score || (a.score == b.score && a.row < b.row); }
+inline bool better(const Hit& a, const Hit& b) {
+  return a.score > b.score || (a.score == b.score && a.row < b.row);
+}
 
-// `node` also holds whether a walk has followed its links; the insertions of a walk move half the bytes of a struct with a flag.
+// A node and its score by codes. The highest bit of `node` says that a walk has followed its links:
+// insertions move half the bytes of a struct with a flag.
 struct Candidate {
   static constexpr uint32_t followed = 1u << 31;
   int32_t score;
@@ -28,18 +32,35 @@ struct Candidate {
 };
 constexpr size_t most_nodes = Candidate::followed;
 
-// What one search keeps while it runs; several searches that take turns have one each.
+// Rows that a search may return: those that pass the filter (`mask`) and are not hidden. Both have
+// one byte a row, or are null: no filter, nothing hidden.
+struct AllowedRows {
+  const uint8_t* mask = nullptr;
+  const uint8_t* hidden = nullptr;
+  bool holds(uint32_t row) const {
+    return (mask == nullptr || mask[row]) && (hidden == nullptr || !hidden[row]);
+  }
+  bool all() const { return mask == nullptr && hidden == nullptr; }
+};
+
+// Row numbers to score.
+struct ChosenRows {
+  const uint32_t* first;
+  size_t count;
+};
+
+// Buffers of one running search; searches that take turns have one each.
 struct Scratch {
   std::vector<uint16_t> seen;
   uint16_t epoch = 0;
   std::vector<int8_t> query;
   std::vector<Candidate> pool;
   std::vector<uint32_t> fresh;
-  std::vector<uint8_t> table;
+  SketchTable table;
   std::vector<Hit> hits, best;
-  // A walk between two steps: its candidates are the first `size` of the pool, those before `at` are followed, and `found` fresh nodes wait to be offered.
+  // A walk between two steps: its candidates are the first `size` of the pool, those before `at`
+  // are followed, and `found` fresh nodes wait to be offered.
   size_t ef = 0, size = 0, at = 0, found = 0;
-  SketchTable sketches;
   void begin(size_t nodes) {
     if (seen.size() < nodes) {
       seen.assign(nodes, 0);
@@ -53,7 +74,8 @@ struct Scratch {
 };
 thread_local Scratch scratch;
 
-constexpr size_t turns = 4;  // walks of a batch that take turns: one waits for memory while the others compute
+// Walks of a batch that take turns: one waits for memory while the others compute.
+constexpr size_t turns = 4;
 thread_local Scratch turn_scratch[turns];
 
 struct Core {
@@ -62,16 +84,20 @@ struct Core {
   LinkLayout layout;
   uint32_t entry = 0;
 
-  const float* vector(uint32_t node) const { return vectors.as<float>() + size_t(node) * dimension; }
+  const float* vector(uint32_t node) const {
+    return vectors.as<float>() + size_t(node) * dimension;
+  }
   const uint8_t* code(uint32_t node) const { return codes.as<uint8_t>() + size_t(node) * stride; }
   uint32_t node_of(uint32_t row) const { return nodes.held ? nodes.as<uint32_t>()[row] : row; }
 
-  // Whether the three arrays that map rows and nodes are all there or all absent, of the right sizes, and point nowhere else.
+  // Whether the three arrays that map rows and nodes are all there or all absent, have the right
+  // sizes, and point nowhere else.
   bool rows_fit_nodes() const {
     if (nodes.held != starts.held || starts.held != rows.held) return false;
     if (!nodes.held) return true;
     if (starts.bytes() != (node_count + 1) * 4 || rows.bytes() != row_count * 4) return false;
-    const uint32_t *node = nodes.as<uint32_t>(), *first = starts.as<uint32_t>(), *row = rows.as<uint32_t>();
+    const uint32_t *node = nodes.as<uint32_t>(), *first = starts.as<uint32_t>(),
+                   *row = rows.as<uint32_t>();
     if (first[node_count] != row_count) return false;
     for (size_t i = 0; i < node_count; i++)
       if (first[i] > first[i + 1]) return false;
@@ -80,14 +106,12 @@ struct Core {
     return true;
   }
 
-  // Whether any row of the node may be answered.
-  bool allowed(uint32_t node, const uint8_t* mask, const uint8_t* hidden) const {
-    if (!starts.held) return (mask == nullptr || mask[node]) && (hidden == nullptr || !hidden[node]);
+  // Whether any row of the node is allowed.
+  bool any_allowed(uint32_t node, AllowedRows allowed) const {
+    if (!starts.held) return allowed.holds(node);
     const uint32_t* first = starts.as<uint32_t>();
-    for (uint32_t i = first[node]; i < first[node + 1]; i++) {
-      uint32_t row = rows.as<uint32_t>()[i];
-      if ((mask == nullptr || mask[row]) && (hidden == nullptr || !hidden[row])) return true;
-    }
+    for (uint32_t i = first[node]; i < first[node + 1]; i++)
+      if (allowed.holds(rows.as<uint32_t>()[i])) return true;
     return false;
   }
 
@@ -102,34 +126,43 @@ struct Core {
     return bits;
   }
 
-  // Inlined by force: to the compiler a function that only prefetches does nothing, and its calls may go.
+  // Inlined by force: to the compiler a function that only prefetches does nothing, and it may drop
+  // the calls.
   __attribute__((always_inline)) static void prefetch(const uint8_t* at, size_t bytes) {
     for (size_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
   }
-  __attribute__((always_inline)) void prefetch_code(uint32_t node) const { prefetch(code(node), stride); }
+  __attribute__((always_inline)) void prefetch_code(uint32_t node) const {
+    prefetch(code(node), stride);
+  }
   bool walks() const { return graph.held || links.held; }
   const uint8_t* out_links(uint32_t node) const {
-    return links.held ? links.as<uint8_t>() + size_t(node) * layout.bytes() : graph.as<uint8_t>() + size_t(node) * degree * 4;
+    return links.held ? links.as<uint8_t>() + size_t(node) * layout.bytes()
+                      : graph.as<uint8_t>() + size_t(node) * degree * 4;
   }
-  __attribute__((always_inline)) void prefetch_links(uint32_t node) const { prefetch(out_links(node), links.held ? layout.bytes() : degree * 4); }
+  __attribute__((always_inline)) void prefetch_links(uint32_t node) const {
+    prefetch(out_links(node), links.held ? layout.bytes() : degree * 4);
+  }
 
-  // What a component of the query becomes as a signed byte is multiplied by this.
+  // Factor from a component of the query to a signed byte.
   float query_scale(const float* query) const {
     float largest = 1e-12f;
     for (size_t i = 0; i < dimension; i++) largest = std::max(largest, std::fabs(query[i]));
     return 127.0f / largest;
   }
 
-  // The query as signed bytes; the codes' offset of 128 adds the same amount to every inner product, so order is kept.
+  // Quantises the query to signed bytes. The codes' offset of 128 adds the same amount to every
+  // inner product, so their order is that of the vectors.
   void quantise(const float* query, std::vector<int8_t>& out) const {
     const float scale = query_scale(query);
     out.assign(stride, 0);
-    for (size_t i = 0; i < dimension; i++) out[i] = int8_t(int32_t(query[i] * scale + std::copysign(0.5f, query[i])));
+    for (size_t i = 0; i < dimension; i++)
+      out[i] = int8_t(int32_t(query[i] * scale + std::copysign(0.5f, query[i])));
   }
 
-  // Unseen nodes that this one links to: all, or where links carry sketches those estimated above `above`, relative to this node's own score. A node
-  // passed over may come again through another link, with another estimate.
-  size_t follow(uint32_t node, float above, const SketchTable& table, Scratch& s) const {
+  // Collects unseen nodes that this one links to: all, or where links carry sketches those whose
+  // estimate, relative to this node's own score, is above `above`. A node that is passed over may
+  // come again through another link, with another estimate.
+  size_t follow(uint32_t node, float above, Scratch& s) const {
     const uint8_t* record = out_links(node);
     const uint32_t* out = reinterpret_cast<const uint32_t*>(record);
     uint16_t* seen = s.seen.data();
@@ -150,13 +183,14 @@ struct Core {
     const float* scales = reinterpret_cast<const float*>(record + layout.factors_at());
     for (size_t i = 0; i < degree; i += block_rows) {
       const uint8_t* bits = record + layout.bits_at() + i * stride / 8;
-      uint32_t promising = sketch_block(bits, s.table.data(), stride / 4, scales + i, table.step, table.low, above, scores);
-      for (; promising != 0; promising &= promising - 1) take(out[i + size_t(__builtin_ctz(promising))]);
+      uint32_t promising = sketch_block(bits, s.table, scales + i, above, scores);
+      for (; promising != 0; promising &= promising - 1)
+        take(out[i + size_t(__builtin_ctz(promising))]);
     }
     return count;
   }
 
-  // Best-first walk over the 8-bit codes; afterwards the pool holds the best nodes, best first.
+  // Walks best-first over the 8-bit codes; afterwards the pool holds the best nodes, best first.
   void walk(const float* query, size_t ef, Scratch& s) const {
     begin_walk(query, ef, s);
     do {
@@ -165,7 +199,8 @@ struct Core {
     end_walk(s);
   }
 
-  // The walks of several queries, taking turns; `done(i, scratch)` is called at the end of each. The same answers as `walk` gives.
+  // Walks for several queries, taking turns, with the same answers as `walk`; calls
+  // `done(i, scratch)` at the end of each.
   template <class Done>
   void walk_many(const float* queries, size_t count, size_t ef, Done done) const {
     constexpr size_t idle = ~size_t(0);
@@ -195,12 +230,13 @@ struct Core {
       }
   }
 
-  void begin_walk(const float* query, size_t ef, Scratch& s) const {
+  // Not inlined, so that the steps of a walk have the registers to themselves.
+  __attribute__((noinline)) void begin_walk(const float* query, size_t ef, Scratch& s) const {
     ef = std::min(ef, node_count);
     s.begin(node_count);
     s.fresh.resize(degree);
     quantise(query, s.query);
-    if (links.held) s.sketches = sketch_table(query, dimension, stride, query_scale(query), s.table);
+    if (links.held) s.table.fill(query, dimension, stride, query_scale(query));
     s.pool.resize(ef + 1);
     s.ef = ef;
     s.size = s.at = 0;
@@ -209,7 +245,8 @@ struct Core {
     s.found = 1;
   }
 
-  // Takes what the last step found among the candidates. `alone`: nothing else runs meanwhile, so links are fetched that may be wanted soon.
+  // Inserts the nodes that the last step found into the candidates. `alone`: no other walk runs
+  // meanwhile, so links that may be followed soon are prefetched.
   template <bool alone>
   void offer_fresh(Scratch& s) const {
     Candidate* pool = s.pool.data();
@@ -224,7 +261,8 @@ struct Core {
         size--;
       }
       size_t position = 0;
-      for (size_t rest = size; rest > 0;) {  // the first candidate that is worse, without a branch to guess wrong
+      // The first candidate that is worse, without a branch to predict.
+      for (size_t rest = size; rest > 0;) {
         const size_t half = rest / 2;
         const bool after = pool[position + half].score >= score;
         position = after ? position + half + 1 : position;
@@ -242,15 +280,16 @@ struct Core {
     if (!alone && s.at < size) prefetch_links(pool[s.at].node);
   }
 
-  // Follows the links of the best candidate that was not followed yet; false where there is none.
+  // Follows the links of the best candidate not followed yet; false where there is none.
   template <bool alone>
   bool follow_next(Scratch& s) const {
     if (s.at == s.size) return false;
     Candidate* pool = s.pool.data();
     const Candidate from = pool[s.at];
     pool[s.at].node |= Candidate::followed;
-    const float above = s.size == s.ef ? float(pool[s.size - 1].score - from.score) : -std::numeric_limits<float>::infinity();
-    s.found = follow(from.node, above, s.sketches, s);
+    const float above = s.size == s.ef ? float(pool[s.size - 1].score - from.score)
+                                       : -std::numeric_limits<float>::infinity();
+    s.found = follow(from.node, above, s);
     s.at++;
     for (size_t i = s.at; alone && i < std::min(s.size, s.at + 2); i++)
       if (!(pool[i].node & Candidate::followed)) {
@@ -269,25 +308,30 @@ struct Core {
     for (Candidate& c : s.pool) c.node &= ~Candidate::followed;
   }
 
-  // Keeps the best `count` of more hits, unordered, and returns the score of the last of them.
+  // Keeps the best `count` of more hits, unordered, and returns the lowest score among them.
   static float best_hits(size_t count, std::vector<Hit>& hits) {
-    std::nth_element(hits.begin(), hits.begin() + long(count - 1), hits.end(), [](const Hit& a, const Hit& b) { return a.score > b.score; });
+    std::nth_element(hits.begin(), hits.begin() + long(count - 1), hits.end(),
+                     [](const Hit& a, const Hit& b) { return a.score > b.score; });
     hits.resize(count);
     return hits.back().score;
   }
 
-  // Whether each node of a whole block has one row and these follow one another, as almost everywhere; then the first of them.
+  // Whether each node of a whole block has one row and these are consecutive, as almost everywhere;
+  // `row` is then the first of them.
   bool consecutive_rows(size_t first, size_t& row) const {
     if (!starts.held) return true;
     const uint32_t* from = starts.as<uint32_t>() + first;
     if (from[block_rows] - from[0] != block_rows) return false;
     const uint32_t* list = rows.as<uint32_t>() + from[0];
     row = list[0];
-    return list[block_rows - 1] - list[0] == block_rows - 1;  // nodes stand in the order of their first rows
+    return list[block_rows - 1] - list[0] ==
+           block_rows - 1;  // nodes stand in the order of their first rows
   }
 
-  // The nodes of every `every`-th block that may be answered and are estimated above the threshold; about the best `wanted` where they are more.
-  void sketch_pass(float step, float low, float threshold, size_t every, size_t wanted, const uint8_t* mask, const uint8_t* hidden, Scratch& s) const {
+  // Collects the allowed nodes of every `every`-th block whose estimate is above the threshold;
+  // about the best `wanted` where they are more.
+  void sketch_pass(float threshold, size_t every, size_t wanted, AllowedRows allowed,
+                   Scratch& s) const {
     const uint8_t* bits = sketch.as<uint8_t>();
     const float* scales = factors.as<float>();
     float scores[block_rows];
@@ -298,82 +342,95 @@ struct Core {
       size_t row = first;
       const bool direct = count == block_rows && consecutive_rows(first, row);
       if (direct) {
-        if (mask != nullptr) may = nonzero_bits(mask + row);
-        if (hidden != nullptr) may &= ~nonzero_bits(hidden + row);
+        if (allowed.mask != nullptr) may = nonzero_bits(allowed.mask + row);
+        if (allowed.hidden != nullptr) may &= ~nonzero_bits(allowed.hidden + row);
         if (may == 0) continue;
       }
-      uint32_t above = may & sketch_block(bits + first * stride / 8, s.table.data(), stride / 4, scales + first, step, low, threshold, scores);
+      uint32_t above =
+          may & sketch_block(bits + first * stride / 8, s.table, scales + first, threshold, scores);
       for (; above != 0; above &= above - 1) {
         const uint32_t j = uint32_t(__builtin_ctz(above)), node = uint32_t(first) + j;
-        if (!direct && !allowed(node, mask, hidden)) continue;
+        if (!direct && !any_allowed(node, allowed)) continue;
         s.hits.push_back(Hit{scores[j], node});
       }
       if (s.hits.size() >= 2 * wanted) threshold = best_hits(wanted, s.hits);
     }
   }
 
-  // Every row's sketch, then the 8-bit codes of the best `wanted` that may be answered; afterwards the pool holds the best of those, unordered.
-  void sketch_scan(const float* query, size_t k, size_t wanted, const uint8_t* mask, const uint8_t* hidden, Scratch& s) const {
-    const auto [step, low] = sketch_table(query, dimension, stride, 1.0f, s.table);
-    // A threshold from every 16th block, so that one pass keeps little more than is wanted; where it was too high all is read again without one.
+  // Scores every row's sketch, then the 8-bit codes of the best `wanted` allowed nodes; afterwards
+  // the pool holds the best of those, unordered.
+  void sketch_scan(const float* query, size_t k, size_t wanted, AllowedRows allowed,
+                   Scratch& s) const {
+    s.table.fill(query, dimension, stride, 1.0f);
+    // A threshold from every 16th block lets one pass keep little more than is wanted; where it is
+    // too high, all is read again without one.
     constexpr size_t sampled = 16;
     const float none = -std::numeric_limits<float>::infinity();
-    sketch_pass(step, low, none, sampled, node_count, mask, hidden, s);
+    sketch_pass(none, sampled, node_count, allowed, s);
     const size_t rank = wanted / sampled + wanted / (4 * sampled) + 4;
     float threshold = s.hits.size() > rank ? best_hits(rank, s.hits) : none;
-    sketch_pass(step, low, threshold, 1, wanted, mask, hidden, s);
-    if (threshold != none && s.hits.size() < wanted / 2 + k) sketch_pass(step, low, none, 1, wanted, mask, hidden, s);
+    sketch_pass(threshold, 1, wanted, allowed, s);
+    if (threshold != none && s.hits.size() < wanted / 2 + k)
+      sketch_pass(none, 1, wanted, allowed, s);
     if (s.hits.size() > wanted) best_hits(wanted, s.hits);
     quantise(query, s.query);
     s.pool.clear();
     constexpr size_t ahead = 12;
     for (size_t i = 0; i < s.hits.size(); i++) {
       if (i + ahead < s.hits.size()) prefetch_code(s.hits[i + ahead].row);
-      s.pool.push_back(Candidate{code_dot(code(s.hits[i].row), s.query.data(), stride), s.hits[i].row});
+      s.pool.push_back(
+          Candidate{code_dot(code(s.hits[i].row), s.query.data(), stride), s.hits[i].row});
     }
     const size_t keep = std::max(4 * k, k + 32);
     if (s.pool.size() > keep) {
-      std::nth_element(s.pool.begin(), s.pool.begin() + long(keep), s.pool.end(), [](const Candidate& a, const Candidate& b) { return a.score > b.score; });
+      std::nth_element(s.pool.begin(), s.pool.begin() + long(keep), s.pool.end(),
+                       [](const Candidate& a, const Candidate& b) { return a.score > b.score; });
       s.pool.resize(keep);
     }
   }
 
-  // Those of the pool's first `most` nodes that may be answered, scored in float32, as rows, best first.
-  void refine(const float* query, size_t k, size_t most, const uint8_t* mask, const uint8_t* hidden, Scratch& s) const {
+  // Scores the allowed ones of the pool's first `most` nodes in float32; the hits are rows, best
+  // first.
+  void refine(const float* query, size_t k, size_t most, AllowedRows allowed, Scratch& s) const {
     if (s.pool.size() > most) s.pool.resize(most);
-    if (mask != nullptr || hidden != nullptr)
-      s.pool.erase(std::remove_if(s.pool.begin(), s.pool.end(), [&](const Candidate& c) { return !allowed(c.node, mask, hidden); }), s.pool.end());
+    if (!allowed.all()) {
+      auto refused = [&](const Candidate& c) { return !any_allowed(c.node, allowed); };
+      s.pool.erase(std::remove_if(s.pool.begin(), s.pool.end(), refused), s.pool.end());
+    }
     score_nodes(query, most, s);
-    finish(k, s.hits);  // every node left has a row to answer with: only those of the best k nodes are looked up
+    finish(k, s.hits);  // every node left has an allowed row, so the best k nodes are enough
     if (!starts.held) return;
     s.best.swap(s.hits);
     s.hits.clear();
     for (const Hit& hit : s.best) __builtin_prefetch(starts.as<uint32_t>() + hit.row);
-    for (const Hit& hit : s.best) add_rows(hit.row, hit.score, mask, hidden, s.hits);
+    for (const Hit& hit : s.best) add_rows(hit.row, hit.score, allowed, s.hits);
     finish(k, s.hits);
   }
 
-  // The pool's first `most` nodes scored in float32, in its order; `row` holds the node.
+  // Scores the pool's first `most` nodes in float32, in its order; `row` of a hit holds the node.
   void score_nodes(const float* query, size_t most, Scratch& s) const {
     const size_t keep = std::min(s.pool.size(), most);
     for (size_t i = 0; i < keep; i++)
       for (size_t j = 0; j < dimension; j += 16) __builtin_prefetch(vector(s.pool[i].node) + j);
     s.hits.clear();
-    for (size_t i = 0; i < keep; i++) s.hits.push_back(Hit{float_dot(vector(s.pool[i].node), query, dimension), s.pool[i].node});
+    for (size_t i = 0; i < keep; i++)
+      s.hits.push_back(Hit{float_dot(vector(s.pool[i].node), query, dimension), s.pool[i].node});
   }
 
-  void add_rows(uint32_t node, float score, const uint8_t* mask, const uint8_t* hidden, std::vector<Hit>& hits) const {
+  // Adds the allowed rows of a node.
+  void add_rows(uint32_t node, float score, AllowedRows allowed, std::vector<Hit>& hits) const {
     if (!starts.held) {
-      if ((mask == nullptr || mask[node]) && (hidden == nullptr || !hidden[node])) hits.push_back(Hit{score, node});
+      if (allowed.holds(node)) hits.push_back(Hit{score, node});
       return;
     }
     const uint32_t* first = starts.as<uint32_t>();
     for (uint32_t i = first[node]; i < first[node + 1]; i++) {
       uint32_t row = rows.as<uint32_t>()[i];
-      if ((mask == nullptr || mask[row]) && (hidden == nullptr || !hidden[row])) hits.push_back(Hit{score, row});
+      if (allowed.holds(row)) hits.push_back(Hit{score, row});
     }
   }
 
+  // Keeps the best k hits, best first.
   static void finish(size_t k, std::vector<Hit>& hits) {
     if (hits.size() > k) {
       std::nth_element(hits.begin(), hits.begin() + long(k), hits.end(), better);
@@ -382,13 +439,15 @@ struct Core {
     std::sort(hits.begin(), hits.end(), better);
   }
 
-  // Score the given rows: 8-bit codes first where they are many, then the best in float32.
-  void scan(const float* query, size_t k, const uint32_t* chosen, size_t count, const uint8_t* hidden, Scratch& s) const {
+  // Scores the chosen rows: by 8-bit codes first where they are many, then the best in float32.
+  void scan(const float* query, size_t k, ChosenRows chosen, const uint8_t* hidden,
+            Scratch& s) const {
+    const size_t count = chosen.count;
     s.hits.clear();
     size_t keep = std::max(4 * k, k + 32);
     if (!codes.held || count <= 2 * keep) {
       for (size_t i = 0; i < count; i++) {
-        uint32_t row = chosen[i];
+        uint32_t row = chosen.first[i];
         if (hidden != nullptr && hidden[row]) continue;
         s.hits.push_back(Hit{float_dot(vector(node_of(row)), query, dimension), row});
       }
@@ -397,13 +456,16 @@ struct Core {
     }
     quantise(query, s.query);
     const int8_t* q = s.query.data();
-    auto worse = [](const Candidate& a, const Candidate& b) { return a.score > b.score || (a.score == b.score && a.node < b.node); };
-    std::vector<Candidate>& heap = s.pool;  // a heap with the worst kept candidate on top; `node` holds a row here
+    auto worse = [](const Candidate& a, const Candidate& b) {
+      return a.score > b.score || (a.score == b.score && a.node < b.node);
+    };
+    // A heap with the worst kept candidate on top; `node` holds a row here.
+    std::vector<Candidate>& heap = s.pool;
     heap.clear();
     constexpr size_t ahead = 12;
     for (size_t i = 0; i < count; i++) {
-      if (i + ahead < count) prefetch_code(node_of(chosen[i + ahead]));
-      uint32_t row = chosen[i];
+      if (i + ahead < count) prefetch_code(node_of(chosen.first[i + ahead]));
+      uint32_t row = chosen.first[i];
       if (hidden != nullptr && hidden[row]) continue;
       int32_t score = code_dot(code(node_of(row)), q, stride);
       if (heap.size() < keep) {
@@ -417,16 +479,19 @@ struct Core {
     }
     for (const Candidate& c : heap)
       for (size_t j = 0; j < dimension; j += 16) __builtin_prefetch(vector(node_of(c.node)) + j);
-    for (const Candidate& c : heap) s.hits.push_back(Hit{float_dot(vector(node_of(c.node)), query, dimension), c.node});
+    for (const Candidate& c : heap)
+      s.hits.push_back(Hit{float_dot(vector(node_of(c.node)), query, dimension), c.node});
     finish(k, s.hits);
   }
 
   PyObject* id_of(uint32_t row) const {
     const uint64_t* at = offsets.as<uint64_t>();
-    return PyUnicode_DecodeUTF8(blob.as<char>() + at[row], Py_ssize_t(at[row + 1] - at[row]), nullptr);
+    return PyUnicode_DecodeUTF8(blob.as<char>() + at[row], Py_ssize_t(at[row + 1] - at[row]),
+                                nullptr);
   }
 
-  // The scratch's hits as ids. They are set aside meanwhile: making a list may collect garbage, and a finaliser may search.
+  // Makes ids of the scratch's hits. The hits are moved out meanwhile: making a list may collect
+  // garbage, and a finaliser may search.
   PyObject* answer(Scratch& s, float* scores) const {
     std::vector<Hit> hits;
     hits.swap(s.hits);
@@ -439,7 +504,8 @@ struct Core {
     PyObject* list = PyList_New(Py_ssize_t(hits.size()));
     if (list == nullptr) return nullptr;
     for (const Hit& hit : hits) __builtin_prefetch(offsets.as<uint64_t>() + hit.row);
-    for (const Hit& hit : hits) __builtin_prefetch(blob.as<char>() + offsets.as<uint64_t>()[hit.row]);
+    for (const Hit& hit : hits)
+      __builtin_prefetch(blob.as<char>() + offsets.as<uint64_t>()[hit.row]);
     for (size_t i = 0; i < hits.size(); i++) {
       PyObject* id = id_of(hits[i].row);
       if (id == nullptr) {

@@ -1,4 +1,5 @@
-// What the compiled modules share: inner products chosen once for this CPU, and arrays borrowed through the buffer protocol.
+// Shared by the compiled modules: inner products chosen once for this CPU, and arrays borrowed
+// through the buffer protocol.
 //
 // Everything here is local to the module that includes it; include it once, after Python.h.
 #pragma once
@@ -12,7 +13,7 @@
 
 namespace {
 
-// ---- inner products, chosen once for this CPU ------------------------------------------------------------------------------------------
+// ---- inner products, chosen once for this CPU
 
 using CodeDot = int32_t (*)(const uint8_t*, const int8_t*, size_t);  // length is a multiple of 64
 using FloatDot = float (*)(const float*, const float*, size_t);
@@ -35,7 +36,9 @@ float float_dot_plain(const float* a, const float* b, size_t n) {
 }
 
 #ifdef OMNI_X86
-__attribute__((target("avx512f,avx512bw,avx512vnni"))) int32_t code_dot_vnni(const uint8_t* a, const int8_t* b, size_t n) {
+__attribute__((target("avx512f,avx512bw,avx512vnni"))) int32_t code_dot_vnni(const uint8_t* a,
+                                                                             const int8_t* b,
+                                                                             size_t n) {
   __m512i s0 = _mm512_setzero_si512(), s1 = _mm512_setzero_si512();
   size_t i = 0;
   for (; i + 128 <= n; i += 128) {
@@ -60,7 +63,8 @@ __attribute__((target("avx2"))) int32_t code_dot_avx2(const uint8_t* a, const in
   return total;
 }
 
-__attribute__((target("avx512f"))) float float_dot_avx512(const float* a, const float* b, size_t n) {
+__attribute__((target("avx512f"))) float float_dot_avx512(const float* a, const float* b,
+                                                          size_t n) {
   __m512 s0 = _mm512_setzero_ps(), s1 = _mm512_setzero_ps();
   size_t i = 0;
   for (; i + 32 <= n; i += 32) {
@@ -75,7 +79,8 @@ __attribute__((target("avx512f"))) float float_dot_avx512(const float* a, const 
 __attribute__((target("avx2,fma"))) float float_dot_avx2(const float* a, const float* b, size_t n) {
   __m256 sum8 = _mm256_setzero_ps();
   size_t i = 0;
-  for (; i + 8 <= n; i += 8) sum8 = _mm256_fmadd_ps(_mm256_loadu_ps(a + i), _mm256_loadu_ps(b + i), sum8);
+  for (; i + 8 <= n; i += 8)
+    sum8 = _mm256_fmadd_ps(_mm256_loadu_ps(a + i), _mm256_loadu_ps(b + i), sum8);
   alignas(32) float lanes[8];
   _mm256_store_ps(lanes, sum8);
   float sum = 0;
@@ -105,18 +110,25 @@ void choose_kernels() {
 #endif
 }
 
-// ---- borrowed arrays -------------------------------------------------------------------------------------------------------------------
+// ---- borrowed arrays
 
+// A borrowed array; empty where None was given.
 struct Array {
   Py_buffer view{};
   bool held = false;
   template <class T>
-  const T* as() const { return held ? static_cast<const T*>(view.buf) : nullptr; }
+  const T* as() const {
+    return held ? static_cast<const T*>(view.buf) : nullptr;
+  }
   size_t bytes() const { return held ? size_t(view.len) : 0; }
+  // Borrows `object`, or nothing if it is None; on failure a TypeError is set.
   bool take(PyObject* object, const char* what, bool writable = false) {
     if (object == nullptr || object == Py_None) return true;
-    if (PyObject_GetBuffer(object, &view, writable ? (PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE) : PyBUF_C_CONTIGUOUS) != 0) {
-      PyErr_Format(PyExc_TypeError, "%s must be a C-contiguous array%s", what, writable ? " that can be written" : "");
+    if (PyObject_GetBuffer(object, &view,
+                           writable ? (PyBUF_C_CONTIGUOUS | PyBUF_WRITABLE) : PyBUF_C_CONTIGUOUS) !=
+        0) {
+      PyErr_Format(PyExc_TypeError, "%s must be a C-contiguous array%s", what,
+                   writable ? " that can be written" : "");
       return false;
     }
     held = true;
@@ -127,9 +139,16 @@ struct Array {
   }
 };
 
-// ---- errors ----------------------------------------------------------------------------------------------------------------------------
+// ---- errors
 
-// Whether `work` came to its end. What it throws (memory is short) must not reach the interpreter, which would end the process.
+// Sets an error and returns null.
+PyObject* refuse(PyObject* error, const char* message) {
+  PyErr_SetString(error, message);
+  return nullptr;
+}
+
+// Runs `work` and returns whether it finished. An exception (memory is short) must not reach the
+// interpreter, which would end the process.
 template <class Work>
 bool guarded(Work work) {
   try {
@@ -140,15 +159,22 @@ bool guarded(Work work) {
   }
 }
 
-// The same without the interpreter's lock; on failure a MemoryError is set.
+// The same without the interpreter's lock; sets a MemoryError on failure.
 template <class Work>
 bool unlocked(Work work) {
   bool done;
-  Py_BEGIN_ALLOW_THREADS
-  done = guarded(work);
-  Py_END_ALLOW_THREADS
-  if (!done) PyErr_NoMemory();
+  Py_BEGIN_ALLOW_THREADS done = guarded(work);
+  Py_END_ALLOW_THREADS if (!done) PyErr_NoMemory();
   return done;
+}
+
+// ---- methods
+
+using FastCall = PyObject* (*)(PyObject*, PyObject* const*, Py_ssize_t);
+
+PyMethodDef method(const char* name, FastCall call, const char* doc) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call)), METH_FASTCALL,
+          doc};
 }
 
 }  // namespace

@@ -1,7 +1,8 @@
 // One-bit sketches of vectors, scored for 32 rows at a time.
 //
-// A row's sketch has one sign bit a dimension. Four dimensions make a nibble; 32 rows make a block, in which byte j of 16 holds the nibble of row j
-// (low) and of row j + 16 (high). The query becomes a table of 16 bytes a nibble, and a shuffle looks up all rows of a block at once (FastScan).
+// A row's sketch has one sign bit a dimension. Four dimensions make a nibble; 32 rows make a block,
+// in which byte j of 16 holds the nibble of row j (low) and of row j + 16 (high). The query becomes
+// a table of 16 bytes a nibble, and a shuffle looks up all rows of a block at once (FastScan).
 #pragma once
 
 #include <algorithm>
@@ -14,44 +15,64 @@ namespace {
 
 constexpr size_t block_rows = 32;
 
-// How sums of table entries become inner products: step * sum + low.
+// A query as sums of entries, one for each nibble: inner product = step * sum + low.
 struct SketchTable {
+  std::vector<uint8_t> entries;  // 16 for each nibble
+  size_t nibbles = 0;
   float step = 0.0f, low = 0.0f;
+  void fill(const float* query, size_t dimension, size_t stride, float scale);
 };
 
-// Fills 16 bytes for each nibble of the stride: the inner product of `scale` times four components of the query with each choice of signs.
-inline SketchTable sketch_table(const float* query, size_t dimension, size_t stride, float scale, std::vector<uint8_t>& table) {
-  const size_t nibbles = stride / 4;
-  const float most = std::min(255.0f, std::floor(65535.0f / float(nibbles)) - 1);  // so that sums fit 16 bits, rounded up as each entry may be
-  table.assign(nibbles * 16, 0);
-  float widest = 1e-12f, low = 0.0f;
+// Entry i of a nibble: the inner product of `scale` times its four components of the query with the
+// signs that i stands for.
+inline void SketchTable::fill(const float* query, size_t dimension, size_t stride, float scale) {
+  nibbles = stride / 4;
+  // Sums must fit 16 bits, although each entry may be rounded up.
+  const float most = std::min(255.0f, std::floor(65535.0f / float(nibbles)) - 1);
+  entries.assign(nibbles * 16, 0);
+  uint8_t* __restrict entry = entries.data();
+  float widest = 1e-12f, lowest = 0.0f;
   for (size_t i = 0; i < dimension; i += 4) {
     float width = 0.0f;
     for (size_t j = i; j < std::min(i + 4, dimension); j++) width += std::fabs(query[j]);
     widest = std::max(widest, 2.0f * width);
-    low -= width;
+    lowest -= width;
   }
   const float steps = most / widest;
   for (size_t g = 0; 4 * g < dimension; g++) {
-    float value[16] = {0.5f};  // for rounding; the lowest sum that these signs can have is 0
+    float value[16] = {0.5f};  // for rounding; the lowest sum of these signs is 0
     for (size_t j = 0; j < 4; j++) {
       const float part = 4 * g + j < dimension ? query[4 * g + j] * steps : 0.0f;
       if (part < 0.0f) value[0] -= 2.0f * part;
     }
     for (size_t j = 0; j < 4; j++) {
       const float part = 4 * g + j < dimension ? query[4 * g + j] * steps : 0.0f;
-      for (size_t i = 0; i < size_t(1) << j; i++) value[(size_t(1) << j) + i] = value[i] + 2.0f * part;
+      for (size_t i = 0; i < size_t(1) << j; i++)
+        value[(size_t(1) << j) + i] = value[i] + 2.0f * part;
     }
-    for (size_t i = 0; i < 16; i++) table[g * 16 + i] = uint8_t(std::min(255, std::max(0, int32_t(value[i]))));
+    for (size_t i = 0; i < 16; i++)
+      entry[g * 16 + i] = uint8_t(std::min(255, std::max(0, int32_t(value[i]))));
   }
-  return {scale * widest / most, scale * low};
+  step = scale * widest / most;
+  low = scale * lowest;
 }
 
-// Writes the 32 scores of a block, score = factor * (step * sum of table entries + low), and returns a bit for each that is above the threshold.
-using SketchBlock = uint32_t (*)(const uint8_t* bits, const uint8_t* table, size_t nibbles, const float* factors, float step, float low, float threshold,
-                                 float* scores);
+// Writes the 32 scores of a block, score = factor * (step * sum of entries + low), and returns a
+// bit for each that is above the threshold.
+using SketchBlock = uint32_t (*)(const uint8_t* bits, const SketchTable& query,
+                                 const float* factors, float threshold, float* scores);
 
-inline uint32_t sketch_scores(const uint16_t* sums, const float* factors, float step, float low, float threshold, float* scores) {
+inline uint32_t sketch_block_plain(const uint8_t* bits, const SketchTable& query,
+                                   const float* factors, float threshold, float* scores) {
+  const uint8_t* entries = query.entries.data();
+  const size_t nibbles = query.nibbles;
+  uint16_t sums[block_rows] = {0};
+  for (size_t g = 0; g < nibbles; g++)
+    for (size_t j = 0; j < 16; j++) {
+      sums[j] = uint16_t(sums[j] + entries[g * 16 + (bits[g * 16 + j] & 15)]);
+      sums[j + 16] = uint16_t(sums[j + 16] + entries[g * 16 + (bits[g * 16 + j] >> 4)]);
+    }
+  const float step = query.step, low = query.low;
   uint32_t above = 0;
   for (size_t j = 0; j < block_rows; j++) {
     scores[j] = factors[j] * (step * float(sums[j]) + low);
@@ -60,23 +81,21 @@ inline uint32_t sketch_scores(const uint16_t* sums, const float* factors, float 
   return above;
 }
 
-inline uint32_t sketch_block_plain(const uint8_t* bits, const uint8_t* table, size_t nibbles, const float* factors, float step, float low, float threshold,
-                                   float* scores) {
-  uint16_t sums[block_rows] = {0};
-  for (size_t g = 0; g < nibbles; g++)
-    for (size_t j = 0; j < 16; j++) {
-      sums[j] = uint16_t(sums[j] + table[g * 16 + (bits[g * 16 + j] & 15)]);
-      sums[j + 16] = uint16_t(sums[j + 16] + table[g * 16 + (bits[g * 16 + j] >> 4)]);
-    }
-  return sketch_scores(sums, factors, step, low, threshold, scores);
-}
-
 #ifdef OMNI_X86
-__attribute__((target("avx2,fma"))) inline uint32_t sketch_block_avx2(const uint8_t* bits, const uint8_t* table, size_t nibbles, const float* factors,
-                                                                       float step, float low, float threshold, float* scores) {
+__attribute__((target("avx2,fma"))) inline uint32_t sketch_block_avx2(const uint8_t* bits,
+                                                                      const SketchTable& query,
+                                                                      const float* factors,
+                                                                      float threshold,
+                                                                      float* scores) {
+  const uint8_t* table = query.entries.data();
+  const size_t nibbles = query.nibbles;
+  const __m256 step = _mm256_set1_ps(query.step), low = _mm256_set1_ps(query.low),
+               least = _mm256_set1_ps(threshold);
   const __m256i nibble = _mm256_set1_epi8(15);
-  // Bytes are added as 16-bit numbers: `all` also holds the odd bytes times 256, which is taken off at the end.
-  __m256i low_all = _mm256_setzero_si256(), low_odd = low_all, high_all = low_all, high_odd = low_all;
+  // Bytes are added as 16-bit numbers: `all` also holds the odd bytes times 256, which is
+  // subtracted at the end.
+  __m256i low_all = _mm256_setzero_si256(), low_odd = low_all, high_all = low_all,
+          high_odd = low_all;
   for (size_t g = 0; g < nibbles; g += 2) {
     __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bits + g * 16));
     __m256i entries = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(table + g * 16));
@@ -99,19 +118,25 @@ __attribute__((target("avx2,fma"))) inline uint32_t sketch_block_avx2(const uint
   store(high_all, high_odd, sums + 16);
   uint32_t above = 0;
   for (size_t j = 0; j < block_rows; j += 8) {
-    __m256 sum = _mm256_cvtepi32_ps(_mm256_cvtepu16_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(sums + j))));
-    __m256 score = _mm256_mul_ps(_mm256_loadu_ps(factors + j), _mm256_fmadd_ps(_mm256_set1_ps(step), sum, _mm256_set1_ps(low)));
+    __m256 sum = _mm256_cvtepi32_ps(
+        _mm256_cvtepu16_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(sums + j))));
+    __m256 score = _mm256_mul_ps(_mm256_loadu_ps(factors + j), _mm256_fmadd_ps(step, sum, low));
     _mm256_storeu_ps(scores + j, score);
-    above |= uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(score, _mm256_set1_ps(threshold), _CMP_GT_OQ))) << j;
+    above |= uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(score, least, _CMP_GT_OQ))) << j;
   }
   return above;
 }
 
-__attribute__((target("avx512f,avx512bw,avx2,fma"))) inline uint32_t sketch_block_avx512(const uint8_t* bits, const uint8_t* table, size_t nibbles,
-                                                                                         const float* factors, float step, float low, float threshold,
-                                                                                         float* scores) {
+__attribute__((target("avx512f,avx512bw,avx2,fma"))) inline uint32_t sketch_block_avx512(
+    const uint8_t* bits, const SketchTable& query, const float* factors, float threshold,
+    float* scores) {
+  const uint8_t* table = query.entries.data();
+  const size_t nibbles = query.nibbles;
+  const __m512 step = _mm512_set1_ps(query.step), low = _mm512_set1_ps(query.low),
+               least = _mm512_set1_ps(threshold);
   const __m512i nibble = _mm512_set1_epi8(15);
-  __m512i low_all = _mm512_setzero_si512(), low_odd = low_all, high_all = low_all, high_odd = low_all;
+  __m512i low_all = _mm512_setzero_si512(), low_odd = low_all, high_all = low_all,
+          high_odd = low_all;
   for (size_t g = 0; g < nibbles; g += 4) {
     __m512i codes = _mm512_loadu_si512(bits + g * 16), entries = _mm512_loadu_si512(table + g * 16);
     __m512i a = _mm512_shuffle_epi8(entries, _mm512_and_si512(codes, nibble));
@@ -131,9 +156,10 @@ __attribute__((target("avx512f,avx512bw,avx2,fma"))) inline uint32_t sketch_bloc
     __m128i o = _mm_add_epi16(_mm256_castsi256_si128(o2), _mm256_extracti128_si256(o2, 1));
     __m256i sums = _mm256_set_m128i(_mm_unpackhi_epi16(e, o), _mm_unpacklo_epi16(e, o));
     __m512 sum = _mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(sums));
-    __m512 score = _mm512_mul_ps(_mm512_loadu_ps(factors + 16 * half), _mm512_fmadd_ps(_mm512_set1_ps(step), sum, _mm512_set1_ps(low)));
+    __m512 score =
+        _mm512_mul_ps(_mm512_loadu_ps(factors + 16 * half), _mm512_fmadd_ps(step, sum, low));
     _mm512_storeu_ps(scores + 16 * half, score);
-    above |= uint32_t(_mm512_cmp_ps_mask(score, _mm512_set1_ps(threshold), _CMP_GT_OQ)) << (16 * half);
+    above |= uint32_t(_mm512_cmp_ps_mask(score, least, _CMP_GT_OQ)) << (16 * half);
   }
   return above;
 }
@@ -143,8 +169,10 @@ SketchBlock sketch_block = sketch_block_plain;
 
 void choose_sketch_kernel() {
 #ifdef OMNI_X86
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sketch_block = sketch_block_avx2;
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")) sketch_block = sketch_block_avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    sketch_block = sketch_block_avx2;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw"))
+    sketch_block = sketch_block_avx512;
 #endif
 }
 

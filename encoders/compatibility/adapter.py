@@ -172,9 +172,10 @@ def fit_adapter(
         return SpaceAdapter(np.ascontiguousarray(solution.T, dtype=np.float32))
     root = np.linalg.cholesky(moments + shrink * np.eye(len(moments))).T
     _, _, directions = np.linalg.svd(root @ solution, full_matrices=False)
-    kept = directions[:rank]  # (rank, to)
-    left = np.ascontiguousarray(kept.T, dtype=np.float32)
-    return SpaceAdapter(left, np.ascontiguousarray((solution @ kept.T).T, dtype=np.float32))
+    basis = directions[:rank]  # (rank, to)
+    left = np.ascontiguousarray(basis.T, dtype=np.float32)
+    right = np.ascontiguousarray((solution @ basis.T).T, dtype=np.float32)
+    return SpaceAdapter(left, right)
 
 
 def _unit(vectors: Float32) -> Float32:

@@ -1,7 +1,7 @@
 """Declare that a newer query tower may search vectors of an older space (no backfill).
 
 A declaration is an entry of ``compatible`` in the new bundle's ``space.json``; a learned adapter
-lies in ``compatibility/``. Neither is in the space id, for both towers still write the same
+is a file in ``compatibility/``. Neither is in the space id, for both towers still write the same
 vectors; an adapter is guarded by the SHA-256 in its entry instead.
 
 ```

@@ -1,1 +1,1 @@
-"""What a run can be told: TOML files as checked dataclasses."""
+"""The settings of a training run: TOML files as checked dataclasses."""

@@ -484,7 +484,7 @@ class TrainConfig:
 
 
 def train_config(table: Mapping[str, Any], where: str = "config") -> TrainConfig:
-    """A config from plain tables.
+    """Make a config of plain tables.
 
     Raises:
         ConfigError: All mistakes at once, one per line.

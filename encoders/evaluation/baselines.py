@@ -64,7 +64,7 @@ def make_baseline(name: str, *, cache: Path | None = None, threads: int = 1) -> 
 
     Args:
         name: A key of ``BASELINES``, or ``st:NAME_OR_PATH`` for any Sentence-Transformers model.
-        cache: Folder that keeps the vectors of encoders between runs; None: none kept.
+        cache: Folder for the vectors of encoders between runs; None: they are not cached.
         threads: Threads of the encoder.
 
     Raises:

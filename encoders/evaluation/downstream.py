@@ -301,7 +301,7 @@ class HierarchicalScores:
     """
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         levels = {f"level {k}": v._asdict() for k, v in self.level.items()}
         return {
             "queries": self.queries,

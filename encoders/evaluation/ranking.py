@@ -265,7 +265,7 @@ class Ranking:
     Near-duplicates are counted once.
     """
     run: tuple[Int64, npt.NDArray[np.float32]] | None = None
-    """Top candidates of each query, rows and scores ``(Q, depth)``, when asked for."""
+    """Top candidates of each query, rows and scores ``(Q, depth)``, if requested."""
 
 
 def rank_task(

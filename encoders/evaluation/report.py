@@ -64,11 +64,11 @@ class Embeds(Protocol):
     """The part of a model bundle that evaluation needs."""
 
     def embed_queries(self, texts: Sequence[str]) -> np.ndarray:
-        """Float32 ``(B, D)``, unit rows."""
+        """Embed texts; float32 ``(B, D)``, unit rows."""
         ...
 
     def embed_entities(self, catalogue: pl.DataFrame) -> np.ndarray:
-        """Float32 ``(N, D)``, unit rows."""
+        """Embed catalogue rows; float32 ``(N, D)``, unit rows."""
         ...
 
 
@@ -108,7 +108,7 @@ class TaskReport:
     """Slice -> label of each pair."""
 
     def compare(self, first: str, second: str, keep: np.ndarray | None = None) -> PairedDifference:
-        """Labelled Recall@10 of one system minus another's, paired."""
+        """Compare the labelled Recall@10 of two systems, paired."""
         return compare(self.rankings[first], self.rankings[second], keep)
 
 
@@ -124,7 +124,7 @@ class EvaluationReport:
     """Entity type of the catalogue -> why it was not evaluated."""
 
     def as_dict(self, pairs_of_systems: Iterable[tuple[str, str]] = ()) -> dict[str, Any]:
-        """Plain values for JSON; ``pairs_of_systems``: comparisons to include."""
+        """Return plain values for JSON; ``pairs_of_systems``: comparisons to include."""
         wanted = list(pairs_of_systems)
         tasks = {}
         for name, report in self.tasks.items():
@@ -165,7 +165,7 @@ METRIC = (
 
 
 def comparison_dict(result: PairedDifference) -> dict[str, Any]:
-    """Plain values of a paired comparison."""
+    """Return a paired comparison as plain values."""
     value, low, high = result.difference
     return {
         "recall@10 difference": value,
@@ -178,7 +178,7 @@ def comparison_dict(result: PairedDifference) -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    """The same value with NaN replaced by None, for strict JSON."""
+    """Replace NaN by None, for strict JSON."""
     if isinstance(value, dict):
         return {key: _finite(v) for key, v in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -355,7 +355,7 @@ def save_runs(report: EvaluationReport, folder: Path) -> list[Path]:
         written += [root / "queries.tsv", root / "qrels.txt"]
         for system, ranking in report_of_type.rankings.items():
             if ranking.run is None:
-                raise ConfigError("the evaluation kept no ranked lists. Evaluate with runs=True.")
+                raise ConfigError("the evaluation holds no ranked lists. Evaluate with runs=True.")
             path = root / f"run-{re.sub(r'[^A-Za-z0-9_.-]+', '_', system)}.txt"
             with path.open("w", encoding="utf-8") as file:
                 for i, (rows_found, scores) in enumerate(zip(*ranking.run, strict=True)):

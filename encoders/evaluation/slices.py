@@ -47,7 +47,7 @@ class SliceMetrics:
     """Mean nDCG@10 over queries (of all their targets)."""
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         recalls = {
             f"recall@{k}": {
                 "value": r.value,

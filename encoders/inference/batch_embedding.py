@@ -71,7 +71,7 @@ class EmbedConfig:
             device = torch.device(name)
         except RuntimeError as error:
             raise ConfigError(
-                f"device {name!r} is not one PyTorch knows; use cpu, cuda or cuda:1"
+                f"device {name!r} is unknown to PyTorch; use cpu, cuda or cuda:1"
             ) from error
         if device.type == "cuda" and not torch.cuda.is_available():
             raise ConfigError(
@@ -441,7 +441,7 @@ def embed_catalogue(
         chunks: Checked rows with ``id``, ``entity_type`` and what the towers read; types may be
             mixed. Query entities are embedded by the query tower from ``title`` (or their id).
         store: Where to write. Rows whose id and content hash it already holds under this space id,
-            made in the form of this run, are taken over.
+            made in the form of this run, are copied.
         config: Device, precision, sizes.
         progress: Called after every chunk with the entity type and its report so far.
 

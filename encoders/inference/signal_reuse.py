@@ -3,7 +3,7 @@
 Rows are found by id, content hash and runtime form.
 
 Notable: 32 bytes of memory per stored row; vectors are read from the part files only when rows of a
-part are asked for.
+part are looked up.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ class PretrainingConfig:
     """How the shipped tower is made."""
 
     vocabulary_size: int = 46_000
-    """Pieces kept; the packed tower spends about 260 bytes on each."""
+    """Pieces of the vocabulary; the packed tower spends about 260 bytes on each."""
     layers: int = 2
     heads: int = 4
     width: int = 256

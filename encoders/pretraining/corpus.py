@@ -1,4 +1,4 @@
-"""Read the texts that the shipped query tower learns from, and what its teacher knows of them."""
+"""Read the texts that the shipped query tower learns from, and their teacher's vectors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Corpus:
 
     @cached_property
     def row_of(self) -> dict[str, int]:
-        """Text -> row."""
+        """Map each text to its row."""
         return {text: row for row, text in enumerate(self.texts)}
 
     def tokenize(self, tower: QueryEncoder, max_tokens: int) -> list[npt.NDArray[np.int64]]:
@@ -131,9 +131,9 @@ def build_tokenizer(teacher: Teacher, texts: list[str], size: int) -> tuple[Toke
     usable.sort(
         key=lambda i: (len(names[i]) > 1 and counts[i] < 2, -counts[i], -pieces.get_score(i))
     )
-    kept = np.array(usable[: size - 3])
+    chosen = np.array(usable[: size - 3])
     vocabulary = [("[PAD]", 0.0), ("[UNK]", 0.0), ("[CLS]", 0.0)] + [
-        (pieces.id_to_piece(int(i)), pieces.get_score(int(i))) for i in kept
+        (pieces.id_to_piece(int(i)), pieces.get_score(int(i))) for i in chosen
     ]
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=1))
     tokenizer.normalizer = normalizers.Sequence(
@@ -149,7 +149,7 @@ def build_tokenizer(teacher: Teacher, texts: list[str], size: int) -> tuple[Toke
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A", pair="[CLS] $A $B", special_tokens=[("[CLS]", 2)]
     )
-    return tokenizer, np.concatenate([[-1, -1, -1], kept])
+    return tokenizer, np.concatenate([[-1, -1, -1], chosen])
 
 
 def principal_directions(vectors: np.ndarray, dimension: int) -> np.ndarray:

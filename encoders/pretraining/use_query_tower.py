@@ -22,7 +22,7 @@ from encoders.towers.query_tower import QueryEncoder
 from encoders.towers.universal_sentence_encoder import load_universal_sentence_encoder
 
 PRINCIPAL_TEXTS = 20_000
-"""Train queries that decide the 256 directions kept."""
+"""Train queries that decide the 256 principal directions."""
 
 
 def create_query_tower(texts: Sequence[str], dimension: int = 256) -> QueryEncoder:

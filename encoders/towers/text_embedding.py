@@ -1,8 +1,8 @@
 """Embed an entity's texts and engaged queries by a frozen query tower, as an input feature.
 
 It stands where the paper has PinSage and ItemSage: a continuous feature made before training.
-Unlike those it costs a transformer pass per distinct text; vectors are kept per process, so a text
-that many entities share is embedded once.
+Unlike those it costs a transformer pass per distinct text; vectors are cached per process, so a
+text that many entities share is embedded once.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class TextEmbedding:
 
     @property
     def dimension(self) -> int:
-        """D."""
+        """Width of the vectors, D."""
         return self.encoder.dimension
 
     def __call__(
@@ -154,7 +154,7 @@ def _lists(catalogue: pl.DataFrame, name: str) -> list[list[str]]:
 
 
 def _unit(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Rows scaled to unit length; zeros stay zeros."""
+    """Scale rows to unit length; zeros stay zeros."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     scaled: npt.NDArray[np.float32] = vectors / np.maximum(norms, 1e-6)
     return scaled

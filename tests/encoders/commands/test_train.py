@@ -98,7 +98,7 @@ def test_train_command_finished_run_repeated_changes_nothing(folder: Path) -> No
     assert (
         "pairs/s" in first.stderr
         and "pairs/s" not in again.stderr
-        and "2 steps, all of them trained before" in again.stderr
+        and "2 steps, all of them in earlier runs" in again.stderr
     )
     repeated = omni_train(folder, "--json")
     assert json.loads(repeated.stdout)["metrics"] == json.loads(first.stdout)["metrics"]

@@ -337,7 +337,7 @@ def test_embed_config_bad_settings_are_refused(settings):
 
 
 def test_embed_config_bad_device_is_refused():
-    with pytest.raises(ConfigError, match="not one PyTorch knows"):
+    with pytest.raises(ConfigError, match="unknown to PyTorch"):
         EmbedConfig(device="abacus").resolved_device()
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="finds no GPU"):

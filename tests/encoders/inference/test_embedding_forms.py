@@ -59,7 +59,7 @@ def interrupt(bundle: ModelBundle, store: SignalStore, precision: str, rows: int
 
 
 def unmark(store: SignalStore, folder: str) -> None:
-    """Make parts as they were before forms were marked."""
+    """Strip the mark of the form, as in parts of an older writer."""
     for path in (store.root / folder).glob("*.parquet"):
         pq.write_table(pq.read_table(path).replace_schema_metadata(None), path)
 

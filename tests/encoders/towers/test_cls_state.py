@@ -1,4 +1,4 @@
-"""The [CLS] state on its short way is the one of the whole model, and so are the gradients."""
+"""The [CLS] state of the fast path is that of the whole model, and so are the gradients."""
 
 import numpy as np
 import pytest

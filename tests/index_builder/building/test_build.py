@@ -1,5 +1,5 @@
-"""Rebuilding: bad input is named, live writes are folded in, interrupted builds go on, the same
-input gives the same bytes.
+"""Rebuilding: bad input is named, live writes are folded in, interrupted builds are resumed, the
+same input gives the same bytes.
 """
 
 import os
@@ -68,7 +68,7 @@ def bad_row(row: int, value: float) -> np.ndarray:
         ({"space_id": OTHER}, SpaceMismatch, OTHER[:16]),
     ],
 )
-def test_bad_input_is_named_and_nothing_is_published(
+def test_build_bad_input_is_named_and_not_published(
     bundle: Path, store: ReleaseStore, changes: dict, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
@@ -78,30 +78,28 @@ def test_bad_input_is_named_and_nothing_is_published(
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
-def test_tiny_corpora_build_and_answer(bundle: Path, store: ReleaseStore, count: int) -> None:
+def test_build_tiny_corpus_answers(bundle: Path, store: ReleaseStore, count: int) -> None:
     build_release({"pin": make_input("pin", count)}, bundle, store, quick("auto"))
     with store.open_current() as release:
         release.replay_golden()
         assert len(release.entity("pin").search(unit_vectors(1, 1)[0], 10).ids) == count
 
 
-def test_ids_with_any_unicode_come_back(bundle: Path, store: ReleaseStore) -> None:
+def test_build_ids_of_any_unicode_come_back(bundle: Path, store: ReleaseStore) -> None:
     ids = ["日本語", "👩‍🚀", "a b\tc\n", "é", "\u202eright", "\x00zero", "'quote\"", "x" * 1000]
     build_release({"pin": make_input("pin", 8, ids=ids)}, bundle, store, quick())
     with store.open_current() as release:
         assert set(release.entity("pin").search(unit_vectors(1, 1)[0], 10).ids) == set(ids)
 
 
-def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path, store: ReleaseStore) -> None:
+def test_build_folder_without_bundle_is_refused(tmp_path: Path, store: ReleaseStore) -> None:
     with pytest.raises(BundleError, match=r"space\.json"):
         build_release({"pin": make_input("pin", 10)}, tmp_path, store, quick())
     with pytest.raises(ConfigError, match="at least one entity type"):
         plan_release({}, read_bundle(make_bundle(tmp_path / "b")), store, quick())
 
 
-def test_recall_below_the_gate_is_not_published_and_the_message_says_what_to_raise(
-    bundle: Path, store: ReleaseStore
-) -> None:
+def test_build_recall_below_gate_is_not_published(bundle: Path, store: ReleaseStore) -> None:
     with pytest.raises(
         GateFailed, match=r"below the target 1\.00.*--ef-construction.*more queries"
     ):
@@ -109,7 +107,7 @@ def test_recall_below_the_gate_is_not_published_and_the_message_says_what_to_rai
     assert store.ids() == []
 
 
-def test_a_partial_rebuild_takes_the_others_over_unless_the_bundle_differs(
+def test_build_partial_carries_others_unless_bundle_differs(
     tmp_path: Path, bundle: Path, store: ReleaseStore
 ) -> None:
     first = build_release(
@@ -126,9 +124,7 @@ def test_a_partial_rebuild_takes_the_others_over_unless_the_bundle_differs(
     assert store.current() == second
 
 
-def test_a_deterministic_rebuild_gives_identical_files_and_the_same_release(
-    tmp_path: Path, bundle: Path
-) -> None:
+def test_build_deterministic_gives_same_files_and_id(tmp_path: Path, bundle: Path) -> None:
     inputs = {"pin": make_input("pin", 2500), "ad": make_input("ad", 20)}
     stores = [ReleaseStore(tmp_path / name) for name in ("one", "two")]
     ids = [build_release(inputs, bundle, s, quick("auto", deterministic=True)) for s in stores]
@@ -142,7 +138,7 @@ def test_a_deterministic_rebuild_gives_identical_files_and_the_same_release(
     assert stores[0].ids() == [ids[0]]
 
 
-def test_folding_equals_building_from_the_changed_input(
+def test_build_with_live_log_equals_build_from_changed_input(
     tmp_path: Path, bundle: Path, store: ReleaseStore
 ) -> None:
     base = make_input("pin", 300)
@@ -180,7 +176,7 @@ def test_folding_equals_building_from_the_changed_input(
         }
 
 
-def test_a_row_embedded_after_a_live_write_wins(bundle: Path, store: ReleaseStore) -> None:
+def test_build_row_newer_than_live_write_wins(bundle: Path, store: ReleaseStore) -> None:
     with LiveLogWriter(store.live_root, "pin", D) as writer:
         writer.write([LiveEntry(id="pin-1"), LiveEntry(id="pin-2")])
     now = time.time_ns()
@@ -192,7 +188,7 @@ def test_a_row_embedded_after_a_live_write_wins(bundle: Path, store: ReleaseStor
         assert release.entity("pin").vector("pin-2") is None
 
 
-def test_live_entries_of_another_space_stop_the_build_unless_dropped(
+def test_build_foreign_live_entries_stop_it_unless_dropped(
     bundle: Path, store: ReleaseStore
 ) -> None:
     with LiveLogWriter(store.live_root, "pin", D) as writer:
@@ -203,9 +199,7 @@ def test_live_entries_of_another_space_stop_the_build_unless_dropped(
     assert store.open_current().entity("pin").vector("alien") is None
 
 
-def test_rebuilding_from_the_active_release_folds_the_log_in(
-    bundle: Path, store: ReleaseStore
-) -> None:
+def test_build_from_active_release_folds_live_log(bundle: Path, store: ReleaseStore) -> None:
     build_release({"pin": make_input("pin", 300)}, bundle, store, quick())
     vector = unit_vectors(1, 8)[0]
     with LiveLogWriter(store.live_root, "pin", D) as writer:
@@ -280,7 +274,7 @@ def test_build_after_interruption_builds_a_damaged_part_again(
     store.verify(store.current() or "")
 
 
-def test_kill_minus_nine_in_a_rebuild_leaves_the_active_release_whole(
+def test_store_killed_process_leaves_active_release_whole(
     bundle: Path, store: ReleaseStore
 ) -> None:
     first = build_release({"pin": make_input("pin", 300)}, bundle, store, quick())
@@ -324,7 +318,7 @@ def test_memory_limit_chooses_smaller_kinds_or_refuses_with_figures(
     assert store.current() is None
 
 
-def test_a_full_disk_publishes_nothing(bundle: Path, store: ReleaseStore) -> None:
+def test_build_full_disk_publishes_nothing(bundle: Path, store: ReleaseStore) -> None:
     first = build_release({"pin": make_input("pin", 300)}, bundle, store, quick())
     import index_builder.storage.durable_files as durability
 
@@ -344,7 +338,7 @@ def test_a_full_disk_publishes_nothing(bundle: Path, store: ReleaseStore) -> Non
     store.verify(first)
 
 
-def test_signals_stream_from_a_store_with_their_times(
+def test_from_signals_reads_vectors_and_times(
     tmp_path: Path, bundle: Path, store: ReleaseStore
 ) -> None:
     vectors = unit_vectors(70, 2)
@@ -371,7 +365,7 @@ def test_signals_stream_from_a_store_with_their_times(
     assert store.open_current().entity("pin").count == 70
 
 
-def test_real_queries_are_split_into_golden_and_calibration(
+def test_build_real_queries_split_into_golden_and_calibration(
     bundle: Path, store: ReleaseStore
 ) -> None:
     queries = QuerySet([f"query {i}" for i in range(100)], unit_vectors(100, 12))
@@ -389,7 +383,7 @@ def test_real_queries_are_split_into_golden_and_calibration(
         assert release.manifest.entities["pin"].calibration["queries"] == 40
 
 
-def test_a_form_that_differs_from_the_tower_stops_the_build(
+def test_build_form_differing_from_tower_is_not_published(
     bundle: Path, store: ReleaseStore
 ) -> None:
     queries = {"*": QuerySet([f"query {i}" for i in range(100)], unit_vectors(100, 12))}
@@ -414,7 +408,7 @@ def test_a_form_that_differs_from_the_tower_stops_the_build(
     assert read_manifest(store.path_of(store.current() or "")).forms["onnx-int8"]["passed"]
 
 
-def test_a_form_removed_after_it_failed_the_gate_is_not_published_by_the_resumed_build(
+def test_build_resumed_without_failed_form_does_not_publish_it(
     bundle: Path, store: ReleaseStore
 ) -> None:
     """The interrupted build had copied the form; with the bundle's forms gone nothing is gated, so
@@ -445,7 +439,7 @@ def test_a_form_removed_after_it_failed_the_gate_is_not_published_by_the_resumed
     ]
 
 
-def test_query_files_give_distinct_texts(tmp_path: Path) -> None:
+def test_read_query_texts_gives_distinct_texts(tmp_path: Path) -> None:
     (tmp_path / "q.txt").write_text("a\n\nb \na\n")
     assert sorted(read_query_texts(tmp_path / "q.txt", 10, 0)) == ["a", "b"]
     pl.DataFrame({"query": ["x", "y", "x", None]}).write_csv(tmp_path / "q.csv")

@@ -1,5 +1,5 @@
 """Rebuilding from catalogue files: all that are named count, and what the tower cannot read is
-said.
+noted.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def rebuild(folder: Path, bundle: ModelBundle, *catalogues: Path) -> Result:
     return CliRunner().invoke(rebuild_command.command, [str(a) for a in arguments])
 
 
-def test_every_catalogue_named_is_built_and_its_numbers_can_be_compared(
+def test_rebuild_several_catalogues_builds_all_with_numbers(
     tmp_path: Path, bundle: ModelBundle
 ) -> None:
     done = rebuild(
@@ -79,7 +79,7 @@ def test_every_catalogue_named_is_built_and_its_numbers_can_be_compared(
     assert manifest.entities["pin"].index["attributes"]["price"] == "float"
 
 
-def test_catalogues_that_name_an_id_twice_are_refused(tmp_path: Path, bundle: ModelBundle) -> None:
+def test_rebuild_id_in_two_catalogues_is_refused(tmp_path: Path, bundle: ModelBundle) -> None:
     done = rebuild(
         tmp_path,
         bundle,
@@ -90,7 +90,7 @@ def test_catalogues_that_name_an_id_twice_are_refused(tmp_path: Path, bundle: Mo
     assert "a.csv, b.csv" in done.stderr and "'p3'" in done.stderr
 
 
-def test_a_number_column_with_one_word_in_it_is_named(tmp_path: Path, bundle: ModelBundle) -> None:
+def test_rebuild_word_in_number_column_is_named(tmp_path: Path, bundle: ModelBundle) -> None:
     done = rebuild(tmp_path, bundle, write(tmp_path / "a.csv", [*ROWS, "p99,pin,red,n/a"]))
     assert done.exit_code == 0, done.output
     assert (
@@ -99,9 +99,7 @@ def test_a_number_column_with_one_word_in_it_is_named(tmp_path: Path, bundle: Mo
     )
 
 
-def test_rebuild_says_what_embed_says_about_text_the_tower_cannot_read(
-    tmp_path: Path, bundle: ModelBundle
-) -> None:
+def test_rebuild_unreadable_text_is_noted_as_by_embed(tmp_path: Path, bundle: ModelBundle) -> None:
     catalogue = write(tmp_path / "a.csv", ROWS, "id,entity_type,name,price")
     arguments = [
         str(bundle.path),
@@ -111,19 +109,19 @@ def test_rebuild_says_what_embed_says_about_text_the_tower_cannot_read(
         str(tmp_path / "signals"),
     ]
     embedded = CliRunner().invoke(embed_command.command, arguments)
-    said = [
+    notes = [
         line for line in embedded.stderr.splitlines() if line.startswith(("note: ", "warning: "))
     ]
-    assert ["lacks title, description" in said[0], "40 pin rows" in said[1]] == [True, True]
+    assert ["lacks title, description" in notes[0], "40 pin rows" in notes[1]] == [True, True]
     done = rebuild(tmp_path, bundle, catalogue)
-    assert [line for line in done.stderr.splitlines() if line in said] == said
+    assert [line for line in done.stderr.splitlines() if line in notes] == notes
 
 
 WEIGHTS = [38, 38.5, 39.0, 1e30, 0.0000002, None, 40]
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
-def test_rebuild_and_embed_read_the_same_text_of_a_number(tmp_path: Path, suffix: str) -> None:
+def test_rebuild_number_as_text_reads_as_embed(tmp_path: Path, suffix: str) -> None:
     """`omni embed` read 38 as "38", `omni rebuild` as "38.0" where another row held 38.5: one row,
     two vectors of one space.
     """
@@ -160,7 +158,7 @@ def test_rebuild_and_embed_read_the_same_text_of_a_number(tmp_path: Path, suffix
 
 
 @pytest.mark.parametrize("ids", [[1, 2], [1.0, 2.0], ["1", "2"]])
-def test_an_id_that_came_as_a_number_is_upserted_and_deleted_under_one_name(
+def test_update_numeric_id_upserts_and_deletes_one_entity(
     tmp_path: Path, bundle: ModelBundle, ids: list[object]
 ) -> None:
     assert rebuild(tmp_path, bundle, write(tmp_path / "a.csv", ROWS)).exit_code == 0

@@ -73,7 +73,7 @@ def rebuilt(
     return slow, build_release(inputs, bundle, store, quick("exact"))
 
 
-def test_a_delete_acknowledged_while_rows_are_embedded_again_stays_deleted(
+def test_embed_foreign_live_delete_meanwhile_stays_deleted(
     store: ReleaseStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with LiveLogWriter(store.live_root, "pin", D) as writer:
@@ -86,7 +86,7 @@ def test_a_delete_acknowledged_while_rows_are_embedded_again_stays_deleted(
     assert index.row_of("y") is not None
 
 
-def test_an_update_acknowledged_while_rows_are_embedded_again_is_embedded_too(
+def test_embed_foreign_live_update_meanwhile_is_embedded_too(
     store: ReleaseStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with LiveLogWriter(store.live_root, "pin", D) as writer:
@@ -101,7 +101,7 @@ def test_an_update_acknowledged_while_rows_are_embedded_again_is_embedded_too(
         assert index.attributes([identifier], ["title"])[0] == {"title": title}
 
 
-def test_only_entries_that_nobody_wrote_about_since_are_appended(tmp_path: Path) -> None:
+def test_write_unless_changed_appends_unchanged_ids_only(tmp_path: Path) -> None:
     with (
         LiveLogWriter(tmp_path, "pin", D, file_bytes=2000) as writer,
         LiveLogWriter(tmp_path, "pin", D, file_bytes=2000) as other,
@@ -119,7 +119,7 @@ def test_only_entries_that_nobody_wrote_about_since_are_appended(tmp_path: Path)
     assert [latest[i] for i in "abcd"] == [None, "2", "3", "3"]
 
 
-def test_an_entry_of_the_wrong_shape_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+def test_write_unless_changed_wrong_shape_is_refused(tmp_path: Path) -> None:
     with LiveLogWriter(tmp_path, "pin", D) as writer, pytest.raises(Exception, match="unit norm"):
         writer.write_unless_changed(
             [old("a", "1"), LiveEntry(id="b", vector=np.zeros(D, np.float32), space_id=SPACE)],

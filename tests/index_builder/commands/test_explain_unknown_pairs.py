@@ -1,4 +1,4 @@
-"""``omni explain misses`` with pairs of another catalogue: said and refused, not blamed on the
+"""``omni explain misses`` with pairs of another catalogue: refused by name, not blamed on the
 encoder.
 """
 
@@ -49,7 +49,7 @@ def write_pairs(folder: Path, *entity_ids: str) -> Path:
     return path
 
 
-def test_the_sample_s_pairs_are_refused_for_another_catalogue(store: ReleaseStore) -> None:
+def test_explain_sample_pairs_of_other_catalogue_are_refused(store: ReleaseStore) -> None:
     result = misses(store)
     assert result.exit_code == 1 and result.stdout == ""
     assert (
@@ -61,14 +61,14 @@ def test_the_sample_s_pairs_are_refused_for_another_catalogue(store: ReleaseStor
     assert "--pairs" in result.stderr and "--data" in result.stderr, "what to do"
 
 
-def test_a_file_of_pairs_is_named(store: ReleaseStore, tmp_path: Path) -> None:
+def test_explain_file_of_unknown_pairs_is_named(store: ReleaseStore, tmp_path: Path) -> None:
     path = write_pairs(tmp_path, "other-1", "other-2")
     result = misses(store, "--pairs", path)
     assert result.exit_code == 1
     assert f"none of the 2 pairs of {path}" in result.stderr and "'other-1'" in result.stderr
 
 
-def test_mostly_unknown_pairs_are_noted(store: ReleaseStore, tmp_path: Path) -> None:
+def test_explain_mostly_unknown_pairs_are_noted(store: ReleaseStore, tmp_path: Path) -> None:
     result = misses(store, "--pairs", write_pairs(tmp_path, "pin-3", "other-1", "other-2"))
     assert result.exit_code == 0, result.stderr
     assert "note: pin: 2 of 3 pairs" in result.stderr and "'other-1'" in result.stderr

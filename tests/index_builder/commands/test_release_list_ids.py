@@ -13,7 +13,9 @@ COUNTS = {"pin": 1_594_000, "product": 4_855_000, "ad": 378_000, "query": 195_24
 
 
 @pytest.mark.parametrize("columns", ["60", "80", "200"])
-def test_the_list_cuts_no_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+def test_list_narrow_terminal_cuts_no_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, columns: str
+) -> None:
     summaries = [
         ReleaseSummary(
             release_id=id,

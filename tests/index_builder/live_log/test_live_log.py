@@ -1,4 +1,4 @@
-"""The live log: what is acknowledged survives, what is torn is cut off, what is damaged is refused."""
+"""The live log: what is acknowledged survives, what is torn is cut off, damage is refused."""
 
 import os
 import shutil
@@ -59,7 +59,7 @@ ids = (
         max_size=12,
     )
 )
-def test_what_is_written_is_read_back_in_order(
+def test_writer_entries_are_read_back_in_order(
     tmp_path_factory: pytest.TempPathFactory, entries: list[tuple[str, bool, dict]]
 ) -> None:
     root = tmp_path_factory.mktemp("log")
@@ -81,7 +81,7 @@ def test_what_is_written_is_read_back_in_order(
             np.testing.assert_array_equal(was.vector, now.vector)
 
 
-def test_readers_see_new_entries_across_files(tmp_path: Path) -> None:
+def test_reader_new_entries_across_files_are_seen(tmp_path: Path) -> None:
     writer = LiveLogWriter(tmp_path, "pin", D, file_bytes=300)
     reader = LiveLogReader(tmp_path, "pin")
     assert reader.poll() == []
@@ -92,7 +92,7 @@ def test_readers_see_new_entries_across_files(tmp_path: Path) -> None:
     assert [e.id for e in read_all(tmp_path, after=15)] == [f"e{n}" for n in range(15, 20)]
 
 
-def test_two_writers_take_turns_without_losing_an_entry(tmp_path: Path) -> None:
+def test_writers_two_at_once_lose_no_entry(tmp_path: Path) -> None:
     writers = [LiveLogWriter(tmp_path, "pin", D, file_bytes=2000) for _ in range(2)]
     errors: list[BaseException] = []
 
@@ -118,7 +118,7 @@ def test_two_writers_take_turns_without_losing_an_entry(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 10, 24, 40])
-def test_a_torn_tail_is_ignored_and_the_next_writer_cuts_it_off(tmp_path: Path, cut: int) -> None:
+def test_writer_torn_tail_is_cut_off(tmp_path: Path, cut: int) -> None:
     LiveLogWriter(tmp_path, "pin", D).write([upsert("a"), upsert("b")])
     path = log_files(tmp_path / "pin")[0][1]
     whole = path.read_bytes()
@@ -132,7 +132,7 @@ def test_a_torn_tail_is_ignored_and_the_next_writer_cuts_it_off(tmp_path: Path, 
 
 @settings(max_examples=60, deadline=None)
 @given(position=st.floats(0, 0.9999), bit=st.integers(0, 7), which=st.integers(0, 10))
-def test_any_flipped_bit_of_acknowledged_data_is_refused(
+def test_reader_any_flipped_bit_is_refused(
     tmp_path_factory: pytest.TempPathFactory, position: float, bit: int, which: int
 ) -> None:
     root = tmp_path_factory.mktemp("flip")
@@ -151,7 +151,7 @@ def test_any_flipped_bit_of_acknowledged_data_is_refused(
             LiveLogWriter(root, "pin", D).write([upsert("z")])
 
 
-def test_losing_acknowledged_bytes_is_refused_and_nothing_is_overwritten(tmp_path: Path) -> None:
+def test_writer_lost_bytes_are_refused_and_not_overwritten(tmp_path: Path) -> None:
     LiveLogWriter(tmp_path, "pin", D).write([upsert("a"), upsert("b")])
     path = log_files(tmp_path / "pin")[0][1]
     path.write_bytes(path.read_bytes()[:-5])
@@ -163,7 +163,7 @@ def test_losing_acknowledged_bytes_is_refused_and_nothing_is_overwritten(tmp_pat
     assert path.read_bytes() == before
 
 
-def test_removing_all_files_is_noticed(tmp_path: Path) -> None:
+def test_reader_removed_files_are_noticed(tmp_path: Path) -> None:
     LiveLogWriter(tmp_path, "pin", D).write([upsert("a")])
     log_files(tmp_path / "pin")[0][1].unlink()
     with pytest.raises(LiveLogCorrupt):
@@ -172,7 +172,7 @@ def test_removing_all_files_is_noticed(tmp_path: Path) -> None:
         LiveLogWriter(tmp_path, "pin", D)
 
 
-def test_a_log_of_a_newer_engine_is_refused(tmp_path: Path) -> None:
+def test_reader_newer_format_is_refused(tmp_path: Path) -> None:
     LiveLogWriter(tmp_path, "pin", D).write([upsert("a")])
     path = log_files(tmp_path / "pin")[0][1]
     content = bytearray(path.read_bytes())
@@ -197,7 +197,7 @@ def test_a_log_of_a_newer_engine_is_refused(tmp_path: Path) -> None:
         (LiveEntry(id="a", vector=unit(1), space_id=SPACE, attributes={"x": object()}), "JSON"),
     ],
 )
-def test_bad_entries_are_refused_before_anything_is_written(
+def test_writer_bad_entry_is_refused_before_writing(
     tmp_path: Path, entry: LiveEntry, message: str
 ) -> None:
     writer = LiveLogWriter(tmp_path, "pin", D)
@@ -207,7 +207,7 @@ def test_bad_entries_are_refused_before_anything_is_written(
     assert read_all(tmp_path) == []
 
 
-def test_a_full_disk_refuses_the_write_and_leaves_the_log_whole(tmp_path: Path) -> None:
+def test_writer_full_disk_leaves_log_whole(tmp_path: Path) -> None:
     def fails() -> None:
         raise OSError(28, "No space left on device")
 
@@ -219,7 +219,7 @@ def test_a_full_disk_refuses_the_write_and_leaves_the_log_whole(tmp_path: Path) 
     assert [e.id for e in read_all(tmp_path)] == ["a", "c"]
 
 
-def test_the_file_size_limit_of_the_system_is_a_full_disk(tmp_path: Path) -> None:
+def test_writer_file_size_limit_is_a_full_disk(tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:
         import resource
@@ -237,7 +237,7 @@ def test_the_file_size_limit_of_the_system_is_a_full_disk(tmp_path: Path) -> Non
     assert [e.id for e in read_all(tmp_path)] == ["a"]
 
 
-def test_a_disk_that_was_full_leaves_no_lock_behind(tmp_path: Path) -> None:
+def test_writer_after_full_disk_leaves_no_lock(tmp_path: Path) -> None:
     """The first write to a full disk used to keep the writer's lock: it could not note its process
     id, and everyone after it waited.
     """
@@ -265,7 +265,7 @@ def test_a_disk_that_was_full_leaves_no_lock_behind(tmp_path: Path) -> None:
     assert [e.id for e in read_all(tmp_path)] == ["a"]
 
 
-def test_an_entry_whose_acknowledgement_finds_no_room_does_not_stay(
+def test_writer_unacknowledged_entry_does_not_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from index_builder.live_log import append
@@ -284,7 +284,7 @@ def test_an_entry_whose_acknowledgement_finds_no_room_does_not_stay(
     assert [e.id for e in read_all(tmp_path)] == ["a", "c"]
 
 
-def test_a_lock_held_by_another_process_is_named(tmp_path: Path) -> None:
+def test_writer_lock_held_elsewhere_is_named(tmp_path: Path) -> None:
     LiveLogWriter(tmp_path, "pin", D)
     from index_builder.storage.durable_files import FileLock
 
@@ -295,7 +295,7 @@ def test_a_lock_held_by_another_process_is_named(tmp_path: Path) -> None:
     lock.release()
 
 
-def test_a_killed_writer_loses_nothing_it_acknowledged(tmp_path: Path) -> None:
+def test_writer_killed_loses_nothing_acknowledged(tmp_path: Path) -> None:
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -315,7 +315,7 @@ def test_a_killed_writer_loses_nothing_it_acknowledged(tmp_path: Path) -> None:
     assert LiveLogWriter(tmp_path, "pin", D).write([upsert("z")]) > acknowledged[-1]
 
 
-def test_collecting_keeps_what_is_not_folded_and_a_reader_behind_it_is_told(tmp_path: Path) -> None:
+def test_collect_files_keeps_unfolded_and_late_reader_is_refused(tmp_path: Path) -> None:
     writer = LiveLogWriter(tmp_path, "pin", D, file_bytes=300)
     for n in range(20):
         writer.write([upsert(f"e{n}", n)])
@@ -330,7 +330,7 @@ def test_collecting_keeps_what_is_not_folded_and_a_reader_behind_it_is_told(tmp_
     assert writer.write([upsert("more")]) == 21
 
 
-def test_removing_the_promise_is_refused_until_the_log_is_trusted_as_it_is(tmp_path: Path) -> None:
+def test_reader_without_acknowledged_file_needs_trust_log(tmp_path: Path) -> None:
     """Without it a log that lost its end looks whole; removing it used to be accepted silently."""
     LiveLogWriter(tmp_path, "pin", D).write([upsert("a"), upsert("b")])
     (tmp_path / "pin" / "acknowledged").unlink()
@@ -346,7 +346,7 @@ def test_removing_the_promise_is_refused_until_the_log_is_trusted_as_it_is(tmp_p
     assert LiveLogWriter(tmp_path, "pin", D).write([upsert("c")]) == 3
 
 
-def test_a_log_with_a_hole_cannot_be_trusted(tmp_path: Path) -> None:
+def test_trust_log_with_hole_is_refused(tmp_path: Path) -> None:
     with LiveLogWriter(tmp_path, "pin", D, file_bytes=100) as writer:
         for n in range(6):
             writer.write([upsert(f"e{n}", n)])
@@ -356,13 +356,13 @@ def test_a_log_with_a_hole_cannot_be_trusted(tmp_path: Path) -> None:
         trust_log(tmp_path, "pin")
 
 
-def test_a_writer_killed_before_its_first_promise_leaves_a_usable_log(tmp_path: Path) -> None:
+def test_writer_killed_before_first_acknowledgement_leaves_usable_log(tmp_path: Path) -> None:
     kill_before_sync(tmp_path, D, [upsert("a")])
     assert read_acknowledged(tmp_path / "pin").sequence == 0
     assert LiveLogWriter(tmp_path, "pin", D).write([upsert("b")]) in (1, 2)
 
 
-def test_a_log_begun_again_behind_a_release_is_noticed(tmp_path: Path) -> None:
+def test_reader_log_begun_again_behind_release_is_noticed(tmp_path: Path) -> None:
     """Someone removed ``live/``: entries numbered from 1 again would be taken for ones that the
     release already holds.
     """
@@ -371,7 +371,7 @@ def test_a_log_begun_again_behind_a_release_is_noticed(tmp_path: Path) -> None:
         read_all(tmp_path, after=7)
 
 
-def test_a_log_that_was_removed_begins_behind_the_release(tmp_path: Path) -> None:
+def test_writer_removed_log_begins_behind_the_release(tmp_path: Path) -> None:
     """Its first write used to get sequence 1, was acknowledged, and then no reader behind the
     release's watermark took it.
     """
@@ -382,7 +382,7 @@ def test_a_log_that_was_removed_begins_behind_the_release(tmp_path: Path) -> Non
     assert LiveLogWriter(tmp_path, "pin", D, after=2).write([upsert("d")]) == 4
 
 
-def test_a_log_removed_under_a_writer_takes_no_write_that_would_be_lost(tmp_path: Path) -> None:
+def test_writer_log_removed_meanwhile_refuses_writes(tmp_path: Path) -> None:
     writer = LiveLogWriter(tmp_path, "pin", D)
     writer.write([upsert("a"), upsert("b")])
     shutil.rmtree(tmp_path / "pin")
@@ -393,7 +393,7 @@ def test_a_log_removed_under_a_writer_takes_no_write_that_would_be_lost(tmp_path
     assert [e.id for e in LiveLogReader(tmp_path, "pin", after=2).poll()] == ["c"]
 
 
-def test_a_log_that_ends_before_the_release_takes_no_writes(tmp_path: Path) -> None:
+def test_writer_log_ending_before_release_refuses_writes(tmp_path: Path) -> None:
     LiveLogWriter(tmp_path, "pin", D).write([upsert("a")])
     with pytest.raises(
         LiveLogCorrupt, match="entries up to 7 are in the release, but the log ends at 1"

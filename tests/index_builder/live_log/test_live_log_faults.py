@@ -1,4 +1,4 @@
-"""A disk that fails at any one call of a write, and goes on failing: nothing acknowledged is lost,
+"""A disk that fails at any one call of a write, and keeps failing: nothing acknowledged is lost,
 nothing refused comes back.
 
 Every system call that changes files is counted; each scenario is played once for each of them.
@@ -47,7 +47,7 @@ class Disk:
     files if the power failed now.
 
     Attributes:
-        calls: Those made since the disk was last told to fail, by name and file.
+        calls: Those made since the disk was last set to fail, by name and file.
         dirty: Bytes of a log file that were written and not yet synced. An fsync that fails forgets
             them, as Linux does.
         synced: Bytes that are on the disk.
@@ -76,12 +76,12 @@ class Disk:
         return reached
 
     def would_survive(self, root: Path) -> None:
-        """See that what is promised would be there after a power failure."""
+        """Check that what is acknowledged would be there after a power failure."""
         folder = root / "pin"
-        promised = read_acknowledged(folder)
+        acknowledged = read_acknowledged(folder)
         for first, path in log_files(folder):
-            if first <= promised.file:
-                end = promised.offset if first == promised.file else path.stat().st_size
+            if first <= acknowledged.file:
+                end = acknowledged.offset if first == acknowledged.file else path.stat().st_size
                 missing = set(range(end)) - self.synced.get(str(path), set())
                 assert str(path) in self.named and not missing, (
                     path.name,
@@ -171,7 +171,7 @@ def plays(
     scenario: str, how: str, lasting: bool, tmp_path: Path, disk: Disk
 ) -> Iterator[tuple[Path, LiveLogWriter | None, LiveLogReader, list[str]]]:
     """The scenario once for each call of its failing write: the log, its writer, a reader that
-    followed, and what was promised.
+    followed, and what was acknowledged.
     """
     for number in range(60):
         root = tmp_path / f"{number}"
@@ -211,45 +211,43 @@ HOW = ["early", "half", "late", "short"]
 @pytest.mark.parametrize("lasting", [False, True])
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_a_refused_write_does_not_come_back_and_an_acknowledged_one_stays(
+def test_writer_failing_disk_keeps_acknowledged_entries_only(
     scenario: str, how: str, lasting: bool, tmp_path: Path, disk: Disk
 ) -> None:
     for root, opened, reader, held in plays(scenario, how, lasting, tmp_path, disk):
-        told = str(disk.calls)
+        calls = str(disk.calls)
         writer = opened or reopened(root, held)
-        assert writer.write(upserts("c")) == len(held) + 1, told
-        assert ids(LiveLogReader(root, "pin")) == [*held, "c"], told
-        assert reader.sequence <= len(held), told
+        assert writer.write(upserts("c")) == len(held) + 1, calls
+        assert ids(LiveLogReader(root, "pin")) == [*held, "c"], calls
+        assert reader.sequence <= len(held), calls
         ids(reader)
-        assert reader.sequence == len(held) + 1, told
+        assert reader.sequence == len(held) + 1, calls
         with LiveLogWriter(root, "pin", D) as other:
-            assert other.write(upserts("d")) == len(held) + 2, told
-        assert ids(LiveLogReader(root, "pin")) == [*held, "c", "d"], told
+            assert other.write(upserts("d")) == len(held) + 2, calls
+        assert ids(LiveLogReader(root, "pin")) == [*held, "c", "d"], calls
 
 
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_another_process_goes_on_where_a_failing_disk_stopped_the_first(
+def test_writer_other_process_after_disk_failure_continues(
     scenario: str, how: str, tmp_path: Path, disk: Disk
 ) -> None:
     """Only where every way to take a write back failed, too, may a process that knows nothing of it
     find it whole.
     """
     for root, writer, _, held in plays(scenario, how, True, tmp_path, disk):
-        told = str(disk.calls)
+        calls = str(disk.calls)
         if writer is not None:
             writer.close()
         with reopened(root, held) as other:
             last = other.write(upserts("c"))
         found = ids(LiveLogReader(root, "pin"))
-        assert len(found) == last and found[: len(held)] == held and found[-1] == "c", told
-        assert found[len(held) : -1] == ["lost1", "lost2"][: last - len(held) - 1], told
+        assert len(found) == last and found[: len(held)] == held and found[-1] == "c", calls
+        assert found[len(held) : -1] == ["lost1", "lost2"][: last - len(held) - 1], calls
 
 
 def reopened(root: Path, held: list[str]) -> LiveLogWriter:
-    """A writer that knows of nothing; where the promise itself was torn, it is told to trust the
-    log first.
-    """
+    """Return a writer that knows nothing; where ``acknowledged`` was torn, trust the log first."""
     try:
         return LiveLogWriter(root, "pin", D)
     except LiveLogCorrupt as error:
@@ -258,9 +256,7 @@ def reopened(root: Path, held: list[str]) -> LiveLogWriter:
         return LiveLogWriter(root, "pin", D)
 
 
-def test_the_message_of_a_full_disk_is_not_lost_behind_a_failing_recovery(
-    tmp_path: Path, disk: Disk
-) -> None:
+def test_writer_failing_recovery_keeps_disk_full_error(tmp_path: Path, disk: Disk) -> None:
     writer = LiveLogWriter(tmp_path, "pin", D)
     writer.write(upserts("a"))
     disk.fail(0, "early", math.inf)
@@ -272,9 +268,7 @@ def test_the_message_of_a_full_disk_is_not_lost_behind_a_failing_recovery(
     assert writer.write(upserts("c")) == 2
 
 
-def test_a_write_that_cannot_be_cut_off_is_no_record_for_other_processes(
-    tmp_path: Path, disk: Disk
-) -> None:
+def test_writer_uncut_failed_write_is_no_record_elsewhere(tmp_path: Path, disk: Disk) -> None:
     with LiveLogWriter(tmp_path, "pin", D) as first:
         first.write(upserts("a"))
         disk.fail(
@@ -289,7 +283,7 @@ def test_a_write_that_cannot_be_cut_off_is_no_record_for_other_processes(
     assert ids(LiveLogReader(tmp_path, "pin")) == ["a", "c"]
 
 
-def test_what_another_process_promised_meanwhile_is_not_cut_off(tmp_path: Path, disk: Disk) -> None:
+def test_writer_entries_acknowledged_elsewhere_are_not_cut_off(tmp_path: Path, disk: Disk) -> None:
     first = LiveLogWriter(tmp_path, "pin", D)
     first.write(upserts("a"))
     disk.fail(
@@ -305,16 +299,16 @@ def test_what_another_process_promised_meanwhile_is_not_cut_off(tmp_path: Path, 
     disk.would_survive(tmp_path)
 
 
-def test_a_write_whose_group_was_taken_by_an_interrupted_thread_is_written(tmp_path: Path) -> None:
+def test_writer_batch_of_interrupted_thread_is_written(tmp_path: Path) -> None:
     """It was neither written nor refused: ``write`` returned 0, as if it were on disk."""
     writer = LiveLogWriter(tmp_path, "pin", D)
-    told: list[int] = []
-    waiting = threading.Thread(target=lambda: told.append(writer.write(upserts("b"))))
+    sequences: list[int] = []
+    waiting = threading.Thread(target=lambda: sequences.append(writer.write(upserts("b"))))
     with writer._commit_lock:
         waiting.start()
         while not writer._queue:
             time.sleep(0.001)
         taken, writer._queue = writer._queue, []  # what the interrupted thread did last
     waiting.join()
-    assert len(taken) == 1 and told == [1]
+    assert len(taken) == 1 and sequences == [1]
     assert ids(LiveLogReader(tmp_path, "pin")) == ["b"]

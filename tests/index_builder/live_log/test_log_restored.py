@@ -1,4 +1,4 @@
-"""Readers show what was acknowledged and nothing else; a damaged log that was put back as its
+"""Readers show what was acknowledged and nothing else; a damaged log that was restored as its
 message asks is read and written again.
 """
 
@@ -64,20 +64,20 @@ def damage(path: Path, share: float = 0.6) -> bytes:
     return good
 
 
-def put_back_in_place(path: Path, content: bytes) -> None:
+def restore_in_place(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def put_back_by_rename(path: Path, content: bytes) -> None:
+def restore_by_rename(path: Path, content: bytes) -> None:
     temporary = path.with_suffix(".restored")
     temporary.write_bytes(content)
     os.replace(temporary, path)
 
 
-RESTORES = pytest.mark.parametrize("restore", [put_back_in_place, put_back_by_rename])
+RESTORES = pytest.mark.parametrize("restore", [restore_in_place, restore_by_rename])
 
 
-def test_a_write_that_fails_is_never_shown_and_the_next_ones_are(tmp_path: Path) -> None:
+def test_reader_failed_write_is_never_shown_and_next_ones_are(tmp_path: Path) -> None:
     """A poll between write and fsync used to show the entry; then its number was given to another
     write, which that reader never saw.
     """
@@ -98,7 +98,7 @@ def test_a_write_that_fails_is_never_shown_and_the_next_ones_are(tmp_path: Path)
         assert ids(reader) == [name]
 
 
-def test_an_entry_is_not_shown_before_it_is_durable_and_at_once_after(tmp_path: Path) -> None:
+def test_reader_shows_entry_only_once_durable(tmp_path: Path) -> None:
     reader, seen = LiveLogReader(tmp_path, "pin"), list[str]()
     writer = LiveLogWriter(tmp_path, "pin", D, file_bytes=100)
     for n in range(5):  # each in a file of its own
@@ -108,7 +108,7 @@ def test_an_entry_is_not_shown_before_it_is_durable_and_at_once_after(tmp_path: 
         assert ids(reader) == [f"e{n}"]
 
 
-def test_what_a_killed_writer_left_whole_is_promised_by_the_next_one(tmp_path: Path) -> None:
+def test_writer_whole_entries_of_killed_one_are_acknowledged(tmp_path: Path) -> None:
     LiveLogWriter(tmp_path, "pin", D).write([upsert("a")])
     kill_before_sync(tmp_path, D, [upsert("b"), upsert("c")])
     assert all_ids(tmp_path) == ["a"]
@@ -117,9 +117,9 @@ def test_what_a_killed_writer_left_whole_is_promised_by_the_next_one(tmp_path: P
     assert all_ids(tmp_path) == ["a", "b", "c"]
 
 
-def test_a_follower_that_opens_a_log_shows_what_a_crash_left_whole(tmp_path: Path) -> None:
-    """Losing power may lose promises of durable writes: they must not wait for the next write to be
-    seen again.
+def test_follower_opened_after_crash_shows_whole_entries(tmp_path: Path) -> None:
+    """Losing power may lose acknowledgements of durable writes, which must not wait for the next
+    write to be seen again.
     """
     LiveLogWriter(tmp_path, "pin", D).write([upsert("a")])
     kill_before_sync(tmp_path, D, [upsert("b"), upsert("c")])
@@ -129,7 +129,7 @@ def test_a_follower_that_opens_a_log_shows_what_a_crash_left_whole(tmp_path: Pat
     opened.stop()
 
 
-def test_a_follower_opens_a_log_that_it_may_only_read_or_that_is_being_written(
+def test_follower_read_only_or_locked_log_is_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from index_builder.storage.durable_files import FileLock
@@ -152,11 +152,11 @@ def test_a_follower_opens_a_log_that_it_may_only_read_or_that_is_being_written(
 
 
 @RESTORES
-def test_a_follower_shows_what_lies_before_the_damage_and_goes_on_when_it_is_put_right(
+def test_follower_damaged_log_shows_what_precedes_and_resumes(
     tmp_path: Path, restore: Callable[[Path, bytes], None]
 ) -> None:
     """The entries before the damage used to be taken and thrown away: they were missing even after
-    the log had been put back.
+    the log had been restored.
     """
     writer = LiveLogWriter(tmp_path, "pin", D)
     for n in range(10):
@@ -176,7 +176,7 @@ def test_a_follower_shows_what_lies_before_the_damage_and_goes_on_when_it_is_put
 
 
 @RESTORES
-def test_entries_before_a_file_that_cannot_be_opened_are_not_lost(
+def test_reader_unreadable_file_loses_no_earlier_entries(
     tmp_path: Path, restore: Callable[[Path, bytes], None]
 ) -> None:
     with LiveLogWriter(tmp_path, "pin", D, file_bytes=300) as writer:
@@ -194,7 +194,7 @@ def test_entries_before_a_file_that_cannot_be_opened_are_not_lost(
     assert ids(reader) == [f"e{n}" for n in range(first - 1, 9)]
 
 
-def test_entries_before_a_moment_without_file_descriptors_are_not_lost(
+def test_reader_without_descriptors_loses_no_earlier_entries(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with LiveLogWriter(tmp_path, "pin", D, file_bytes=100) as writer:
@@ -217,7 +217,7 @@ def test_entries_before_a_moment_without_file_descriptors_are_not_lost(
 
 
 @RESTORES
-def test_writers_and_readers_go_on_in_the_file_that_was_put_back(
+def test_log_restored_file_is_used_by_open_writers_and_readers(
     tmp_path: Path, restore: Callable[[Path, bytes], None]
 ) -> None:
     """They used to stay in the file they had open: after a restore by rename, writes were
@@ -238,26 +238,24 @@ def test_writers_and_readers_go_on_in_the_file_that_was_put_back(
 
 
 @RESTORES
-@pytest.mark.parametrize("promise_too", [False, True])
-def test_a_log_put_back_without_its_end_takes_no_write_until_it_is_whole(
-    tmp_path: Path, restore: Callable[[Path, bytes], None], promise_too: bool
+@pytest.mark.parametrize("acknowledged_too", [False, True])
+def test_writer_log_restored_without_end_is_refused(
+    tmp_path: Path, restore: Callable[[Path, bytes], None], acknowledged_too: bool
 ) -> None:
     """What was acknowledged since the copy was made is gone: the same numbers again would never be
     seen by those who read the old ones.
     """
     writer, reader = LiveLogWriter(tmp_path, "pin", D), LiveLogReader(tmp_path, "pin")
-    path, promise = (
-        tmp_path / "pin" / "log-00000000000000000001.bin",
-        tmp_path / "pin" / "acknowledged",
-    )
+    path = tmp_path / "pin" / "log-00000000000000000001.bin"
+    acknowledged = tmp_path / "pin" / "acknowledged"
     writer.write([upsert("a")])
-    old, old_promise = path.read_bytes(), promise.read_bytes()
+    old, old_acknowledged = path.read_bytes(), acknowledged.read_bytes()
     writer.write([upsert("b")])
     assert ids(reader) == ["a", "b"]
-    whole, whole_promise = path.read_bytes(), promise.read_bytes()
+    whole, whole_acknowledged = path.read_bytes(), acknowledged.read_bytes()
     restore(path, old)
-    if promise_too:
-        restore(promise, old_promise)
+    if acknowledged_too:
+        restore(acknowledged, old_acknowledged)
     for _ in range(2):
         with pytest.raises(LiveLogCorrupt, match="up to 2 were acknowledged"):
             writer.write([upsert("c")])
@@ -265,13 +263,13 @@ def test_a_log_put_back_without_its_end_takes_no_write_until_it_is_whole(
             reader.poll()
     assert path.read_bytes() == old
     restore(path, whole)
-    restore(promise, whole_promise)
+    restore(acknowledged, whole_acknowledged)
     assert ids(reader) == []
     assert writer.write([upsert("c")]) == 3
     assert ids(reader) == ["c"]
 
 
-def test_a_writer_goes_on_after_the_damage_it_refused_is_put_right(tmp_path: Path) -> None:
+def test_writer_after_repaired_damage_writes_on(tmp_path: Path) -> None:
     first, second = LiveLogWriter(tmp_path, "pin", D), LiveLogWriter(tmp_path, "pin", D)
     first.write([upsert("a"), upsert("b")])
     path = log_files(tmp_path / "pin")[0][1]
@@ -280,12 +278,12 @@ def test_a_writer_goes_on_after_the_damage_it_refused_is_put_right(tmp_path: Pat
         second.write([upsert("c")])
     with pytest.raises(LiveLogCorrupt):
         second.write([upsert("c")])
-    put_back_in_place(path, good)
+    restore_in_place(path, good)
     assert second.write([upsert("c")]) == 3
     assert all_ids(tmp_path) == ["a", "b", "c"]
 
 
-def test_a_folder_put_back_as_a_copy_is_followed(tmp_path: Path) -> None:
+def test_log_folder_restored_as_copy_is_followed(tmp_path: Path) -> None:
     writer, reader = (
         LiveLogWriter(tmp_path, "pin", D, file_bytes=300),
         LiveLogReader(tmp_path, "pin"),

@@ -17,7 +17,7 @@ from index_builder.releases.milvus import MilvusConfig, MilvusReleases, collecti
 from index_builder.releases.store import ReleaseStore
 
 
-def test_names_are_allowed_and_differ_for_ids_that_look_alike() -> None:
+def test_collection_name_similar_ids_differ_and_are_allowed() -> None:
     names = {
         collection_name("omni", "pin", release)
         for release in ("2026-01-01T00", "2026_01_01T00", "é" * 300)
@@ -40,7 +40,7 @@ def milvus() -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_publish_activate_search_and_switch(milvus: str, tmp_path: Path) -> None:
+def test_milvus_release_publishes_activates_and_switches(milvus: str, tmp_path: Path) -> None:
     store = ReleaseStore(tmp_path / "store")
     encoder = write_small_bundle(tmp_path / "bundle", seed=3)
     first = small_release(

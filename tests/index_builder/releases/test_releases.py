@@ -57,7 +57,7 @@ def store(built: Path, tmp_path: Path) -> Iterator[ReleaseStore]:
     yield ReleaseStore(tmp_path / "copy" / "store")
 
 
-def test_the_active_release_opens_answers_and_proves_itself(store: ReleaseStore) -> None:
+def test_release_active_opens_answers_and_replays(store: ReleaseStore) -> None:
     assert store.current() == "r3"
     with store.open_current() as release:
         assert (release.release_id, release.space_id, release.dimension) == ("r3", SPACE, 64)
@@ -68,7 +68,7 @@ def test_the_active_release_opens_answers_and_proves_itself(store: ReleaseStore)
         assert release.entity("pin").search(query, 3).ids[0] == "pin-7"
 
 
-def test_every_file_is_in_the_manifest_with_its_checksum(store: ReleaseStore) -> None:
+def test_manifest_lists_every_file_with_checksum(store: ReleaseStore) -> None:
     path = store.path_of("r2")
     manifest = read_manifest(path)
     on_disk = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()} - {
@@ -85,9 +85,7 @@ def test_every_file_is_in_the_manifest_with_its_checksum(store: ReleaseStore) ->
 
 @settings(max_examples=80, deadline=None)
 @given(seed=st.integers(0, 2**32))
-def test_any_damage_is_refused_by_a_typed_error_and_the_other_releases_still_open(
-    built: Path, seed: int
-) -> None:
+def test_open_damaged_release_raises_typed_error(built: Path, seed: int) -> None:
     rng = random.Random(seed)
     store = ReleaseStore(built / "store")
     path = store.path_of(rng.choice(["r1", "r2"]))
@@ -123,7 +121,7 @@ def test_any_damage_is_refused_by_a_typed_error_and_the_other_releases_still_ope
     store.verify(path.name)
 
 
-def test_files_swapped_between_releases_are_refused(store: ReleaseStore) -> None:
+def test_open_swapped_files_are_refused(store: ReleaseStore) -> None:
     one, other = store.path_of("r1"), store.path_of("r3")
     shutil.copyfile(one / "pin" / "index.hnsw", other / "pin" / "index.hnsw")
     with pytest.raises(ReleaseCorrupt, match=r"index.hnsw"):
@@ -134,7 +132,7 @@ def test_files_swapped_between_releases_are_refused(store: ReleaseStore) -> None
         store.open_current()
 
 
-def test_a_manifest_rewritten_with_valid_checksums_is_not_what_was_activated(
+def test_open_current_rewritten_manifest_is_refused(
     store: ReleaseStore,
 ) -> None:
     path = store.path_of("r3")
@@ -144,7 +142,7 @@ def test_a_manifest_rewritten_with_valid_checksums_is_not_what_was_activated(
         store.open_current()
 
 
-def test_links_are_refused(store: ReleaseStore) -> None:
+def test_open_release_with_link_is_refused(store: ReleaseStore) -> None:
     path = store.path_of("r3") / "pin" / "golden.parquet"
     shutil.copyfile(path, store.root / "elsewhere")
     path.unlink()
@@ -153,7 +151,7 @@ def test_links_are_refused(store: ReleaseStore) -> None:
         store.open_current()
 
 
-def test_a_manifest_that_points_outside_is_refused(store: ReleaseStore) -> None:
+def test_open_manifest_pointing_outside_is_refused(store: ReleaseStore) -> None:
     path = store.path_of("r1")
     manifest = read_manifest(path)
     forged = replace(
@@ -164,14 +162,14 @@ def test_a_manifest_that_points_outside_is_refused(store: ReleaseStore) -> None:
         store.open("r1")
 
 
-def test_a_release_of_a_newer_engine_is_refused_by_version(store: ReleaseStore) -> None:
+def test_open_newer_format_is_refused_by_version(store: ReleaseStore) -> None:
     path = store.path_of("r3")
     (path / MANIFEST_NAME).write_bytes(replace(read_manifest(path), format_version=2).to_bytes())
     with pytest.raises(ReleaseVersionError, match="format 1, but the release is format 2"):
         store.open("r3")
 
 
-def test_missing_cpu_features_are_named(store: ReleaseStore) -> None:
+def test_open_missing_cpu_features_are_named(store: ReleaseStore) -> None:
     manifest = read_manifest(store.path_of("r2"))
     assert "avx2" in manifest.entities["pin"].cpu_features
     with pytest.raises(UnsupportedCpu, match="avx2"):
@@ -179,7 +177,7 @@ def test_missing_cpu_features_are_named(store: ReleaseStore) -> None:
     check_cpu(manifest, frozenset({"avx2", "fma"}))
 
 
-def test_rollback_goes_back_one_release_at_a_time(store: ReleaseStore) -> None:
+def test_rollback_repeated_goes_back_one_at_a_time(store: ReleaseStore) -> None:
     assert store.rollback() == "r2"
     assert store.rollback() == "r1"
     with pytest.raises(ReleaseNotFound, match="no earlier release"):
@@ -189,7 +187,7 @@ def test_rollback_goes_back_one_release_at_a_time(store: ReleaseStore) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"r3", b"{}", b'{"release_id": "r1"}'])
-def test_a_damaged_current_is_refused_and_activating_again_repairs_it(
+def test_current_damaged_is_refused_until_activated_again(
     store: ReleaseStore, content: bytes
 ) -> None:
     (store.releases / CURRENT_NAME).write_bytes(content)
@@ -202,7 +200,7 @@ def test_a_damaged_current_is_refused_and_activating_again_repairs_it(
 
 @settings(max_examples=40, deadline=None)
 @given(position=st.floats(0, 0.9999), bit=st.integers(0, 7))
-def test_any_flipped_bit_of_current_is_refused(built: Path, position: float, bit: int) -> None:
+def test_current_any_flipped_bit_is_refused(built: Path, position: float, bit: int) -> None:
     store = ReleaseStore(built / "store")
     path = store.releases / CURRENT_NAME
     content = path.read_bytes()
@@ -217,14 +215,14 @@ def test_any_flipped_bit_of_current_is_refused(built: Path, position: float, bit
 
 
 @pytest.mark.parametrize("release_id", ["", "..", "../r1", "a/b", ".hidden", "x" * 200, "a\n"])
-def test_release_ids_that_are_no_folder_names_are_refused(
+def test_check_release_id_impossible_folder_is_refused(
     store: ReleaseStore, release_id: str
 ) -> None:
     with pytest.raises(ReleaseError, match="release id"):
         store.open(release_id)
 
 
-def test_unknown_release_is_not_found(store: ReleaseStore) -> None:
+def test_open_unknown_release_is_not_found(store: ReleaseStore) -> None:
     with pytest.raises(ReleaseNotFound, match="no release at"):
         store.open("nope")
     with pytest.raises(ReleaseNotFound):
@@ -233,7 +231,7 @@ def test_unknown_release_is_not_found(store: ReleaseStore) -> None:
         ReleaseStore(store.root / "empty").open_current()
 
 
-def test_gc_keeps_the_active_one_its_predecessor_and_open_ones(store: ReleaseStore) -> None:
+def test_gc_keeps_active_predecessor_and_open_releases(store: ReleaseStore) -> None:
     store.activate("r1")
     held = store.open("r2")
     assert list(store.gc(keep=1)) == []  # r1 active, r3 newest and predecessor, r2 open
@@ -246,7 +244,7 @@ def test_gc_keeps_the_active_one_its_predecessor_and_open_ones(store: ReleaseSto
         store.gc(keep=0)
 
 
-def test_gc_removes_what_dead_builds_left_but_not_a_running_build(store: ReleaseStore) -> None:
+def test_gc_removes_leftovers_but_no_running_build(store: ReleaseStore) -> None:
     staging = store.staging("dead")
     (store.releases / ".trash-old").mkdir()
     with store.lock("build"):
@@ -261,7 +259,7 @@ def test_gc_removes_what_dead_builds_left_but_not_a_running_build(store: Release
     assert not (store.releases / ".trash-old").exists()
 
 
-def test_gc_goes_on_where_a_killed_one_stopped_even_when_the_id_was_published_again(
+def test_gc_after_killed_gc_finishes_despite_republished_id(
     store: ReleaseStore,
 ) -> None:
     """A deterministic rebuild gives an id again; the folder that the killed gc had moved away stood
@@ -275,8 +273,8 @@ def test_gc_goes_on_where_a_killed_one_stopped_even_when_the_id_was_published_ag
     assert store.ids() == ["r2", "r3"]
 
 
-def test_a_release_without_its_manifest_is_listed_as_damaged(store: ReleaseStore) -> None:
-    """It was invisible: the active release could not be opened, and nothing said so."""
+def test_list_release_without_manifest_is_damaged(store: ReleaseStore) -> None:
+    """It was invisible: the active release could not be opened, and nothing reported it."""
     (store.path_of("r1") / MANIFEST_NAME).unlink()
     (store.path_of("r3") / MANIFEST_NAME).unlink()
     listed = {s.release_id: s for s in store.list()}
@@ -294,7 +292,7 @@ def _hold(store: ReleaseStore, ready: object, done: object) -> None:
         done.wait(30)
 
 
-def test_two_builds_in_one_store_cannot_interleave(store: ReleaseStore) -> None:
+def test_build_second_in_same_store_is_refused(store: ReleaseStore) -> None:
     context = multiprocessing.get_context("fork")
     ready, done = context.Event(), context.Event()
     process = context.Process(target=_hold, args=(store, ready, done))
@@ -310,7 +308,7 @@ def test_two_builds_in_one_store_cannot_interleave(store: ReleaseStore) -> None:
     process.join()
 
 
-def test_a_partial_build_notices_that_its_parent_is_no_longer_active(store: ReleaseStore) -> None:
+def test_publish_partial_after_parent_changed_is_refused(store: ReleaseStore) -> None:
     staging = store.staging("partial") / "content"
     shutil.copytree(store.path_of("r3"), staging, ignore=shutil.ignore_patterns(MANIFEST_NAME))
     manifest = replace(read_manifest(store.path_of("r3")), release_id="r4", parent="r3")
@@ -320,7 +318,7 @@ def test_a_partial_build_notices_that_its_parent_is_no_longer_active(store: Rele
     assert store.ids() == ["r1", "r2", "r3"]
 
 
-def test_publishing_other_content_under_a_taken_id_is_refused(store: ReleaseStore) -> None:
+def test_publish_other_content_under_taken_id_is_refused(store: ReleaseStore) -> None:
     bundle = store.root.parent / "bundle"
     with pytest.raises(PublisherBusy, match="other content"):
         build_release(
@@ -331,7 +329,7 @@ def test_publishing_other_content_under_a_taken_id_is_refused(store: ReleaseStor
         )
 
 
-def test_list_shows_a_damaged_release_with_its_error(store: ReleaseStore) -> None:
+def test_list_damaged_release_shows_its_error(store: ReleaseStore) -> None:
     (store.path_of("r1") / MANIFEST_NAME).write_bytes(b"{}")
     listed = {s.release_id: s for s in store.list()}
     assert listed["r1"].error
@@ -339,7 +337,7 @@ def test_list_shows_a_damaged_release_with_its_error(store: ReleaseStore) -> Non
     assert listed["r2"].entities == {"ad": 20, "pin": 2200}
 
 
-def test_diff_names_added_and_removed_and_the_overlap_of_answers(store: ReleaseStore) -> None:
+def test_diff_releases_names_changes_and_overlap(store: ReleaseStore) -> None:
     result = diff_releases(store, "r1", "r2")
     assert result["same_space"]
     pin = result["entities"]["pin"]
@@ -347,12 +345,16 @@ def test_diff_names_added_and_removed_and_the_overlap_of_answers(store: ReleaseS
     assert pin["removed"]["count"] == 0
     assert pin["golden"]["overlap_at_10"] < 0.5
     assert result["entities"]["ad"]["golden"] == {
-        "queries": 8, "overlap_at_10": 1.0, "same_first_answer": 1.0, "score_drift_mean": 0.0, "score_drift_max": 0.0,
-    }  # fmt: skip
+        "queries": 8,
+        "overlap_at_10": 1.0,
+        "same_first_answer": 1.0,
+        "score_drift_mean": 0.0,
+        "score_drift_max": 0.0,
+    }
     json.dumps(describe_release(store, "r2"))
 
 
-def test_many_processes_publish_activate_and_open_at_once(store: ReleaseStore) -> None:
+def test_store_many_processes_at_once_stays_whole(store: ReleaseStore) -> None:
     def publisher(number: int) -> None:
         for n in range(4):
             with store.lock("build", 30.0):
@@ -398,12 +400,12 @@ def test_many_processes_publish_activate_and_open_at_once(store: ReleaseStore) -
         max_size=4,
     )
 )
-def test_manifests_round_trip_with_any_unicode(built: Path, names: list[str]) -> None:
+def test_manifest_any_unicode_round_trips(built: Path, names: list[str]) -> None:
     manifest = read_manifest(ReleaseStore(built / "store").path_of("r1"))
     changed = replace(manifest, measured={name: name for name in names})
     assert Manifest.from_bytes(changed.to_bytes(), "here") == changed
 
 
-def test_errors_are_all_below_one_root() -> None:
+def test_errors_all_derive_from_one_root() -> None:
     for error in (ReleaseCorrupt, ReleaseNotFound, PublishError, PublisherBusy, UnsupportedCpu):
         assert issubclass(error, OmniError)

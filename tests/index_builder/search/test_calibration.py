@@ -28,7 +28,7 @@ CURVE = (
 )
 
 
-def test_ef_for_uses_the_lower_bound_and_interpolates() -> None:
+def test_ef_for_target_uses_lower_bound_and_interpolates() -> None:
     calibration = Calibration(2_000, "real queries", 10, CURVE)
     assert calibration.ef_for(0.90) == 20
     assert calibration.ef_for(0.93) == 30
@@ -39,7 +39,7 @@ def test_ef_for_uses_the_lower_bound_and_interpolates() -> None:
     assert calibration.recall_at(5) == 0.80 and calibration.recall_at(999) == 0.98
 
 
-def test_larger_k_needs_a_larger_ef() -> None:
+def test_ef_for_larger_k_is_larger() -> None:
     deep = (CurvePoint(100, 0.90, 0.88, 0.92), CurvePoint(200, 0.97, 0.95, 0.98))
     calibration = Calibration(2_000, "real queries", 10, CURVE, 100, deep)
     at_10, at_50, at_100 = (calibration.ef_for(0.93, k) for k in (10, 50, 100))
@@ -47,7 +47,7 @@ def test_larger_k_needs_a_larger_ef() -> None:
     assert at_10 < at_50 < at_100
 
 
-def test_json_round_trip_and_no_times_without_latencies() -> None:
+def test_calibration_json_round_trips_and_may_leave_out_times() -> None:
     timed = Calibration(
         5,
         "perturbed entities",
@@ -59,7 +59,7 @@ def test_json_round_trip_and_no_times_without_latencies() -> None:
     assert "latency" not in str(timed.as_dict(latencies=False))
 
 
-def test_the_gate_names_figures_and_what_to_raise() -> None:
+def test_gate_missed_target_names_figures_and_flags() -> None:
     check_gate(Calibration(2_000, "real queries", 10, CURVE), 0.95, "pin")
     with pytest.raises(
         GateFailed, match=r"pin: .*0\.9800.*0\.9600-0\.9900.*ef 40.*target 0\.97.*--ef-construction"
@@ -73,7 +73,7 @@ def test_the_gate_names_figures_and_what_to_raise() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.sampled_from([0.0, 0.5, 0.9, 1.0]), min_size=2, max_size=200))
-def test_the_interval_holds_the_mean_and_a_perfect_sample_is_not_certain(
+def test_mean_interval_holds_mean_and_perfect_sample_is_uncertain(
     values: list[float],
 ) -> None:
     mean, low, high = mean_interval(np.array(values))
@@ -82,7 +82,7 @@ def test_the_interval_holds_the_mean_and_a_perfect_sample_is_not_certain(
     assert perfect[1] < 1.0
 
 
-def test_recall_counts_ties_and_ignores_the_index_s_own_scores() -> None:
+def test_recall_per_query_counts_ties_by_recomputed_scores() -> None:
     vectors = np.eye(4, dtype=np.float32)
     query = np.array([[1, 0, 0, 0]], dtype=np.float32)
     exact = np.array([[1.0, 0.0]], dtype=np.float32)
@@ -92,7 +92,7 @@ def test_recall_counts_ties_and_ignores_the_index_s_own_scores() -> None:
     assert recall_per_query([np.array([0])], query, vectors, exact).tolist() == [0.5]
 
 
-def test_a_real_curve_rises_and_labels_its_queries() -> None:
+def test_calibrate_real_index_gives_rising_curve() -> None:
     vectors, queries = text_vectors(3_150)[:3_000], text_vectors(3_150)[3_000:]
     index = build_index("hnsw", vectors, AnnConfig(m=8, ef_construction=60))
     result = calibrate(
@@ -112,7 +112,7 @@ def test_a_real_curve_rises_and_labels_its_queries() -> None:
         )
 
 
-def test_unreachable_nodes_are_counted() -> None:
+def test_unreachable_nodes_in_graph_are_counted() -> None:
     ring = np.array(
         [[1, 1], [2, 2], [0, 0], [0, 1], [4, 4]], dtype=np.uint32
     )  # 3 points in but nothing points at it; 4 is alone

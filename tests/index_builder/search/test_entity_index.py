@@ -4,7 +4,6 @@ input; files.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from dataclasses import replace
 from pathlib import Path
@@ -17,33 +16,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from encoders.errors import ConfigError, InvalidVectors
-from index_builder.ann import AnnConfig, missing_features
+from index_builder.ann import AnnConfig
 from index_builder.ann.choice import kind_available
 from index_builder.errors import (
     DimensionMismatch,
     DuplicateIds,
     FilterError,
     IndexBuildError,
-    IndexFormatError,
     InvalidQuery,
 )
 from index_builder.live_log.records import LiveEntry
-from index_builder.native import Engine
 from index_builder.search.entity_index import EntityIndex, IndexConfig
 from index_builder.search.live_segments import LiveView
 from index_builder.search.live_state import LiveBase, LiveState
-from tests.helpers.real_vectors import islands, text_vectors
+from tests.helpers.real_vectors import islands
+from tests.helpers.text_entities import CONFIG, FRAME, IDS, N, entity_vectors
 
-N = 3_000
-FRAME = pl.DataFrame(
-    {
-        "rank": np.random.default_rng(3).permutation(N),
-        "country": [["us", "de", None][i % 3] for i in range(N)],
-        "tags": [[["a"], ["a", "b"], []][i % 3] for i in range(N)],
-    }
-)
-IDS = [f"pin:{i}" for i in range(N)]
-CONFIG = AnnConfig(m=12, ef_construction=100)
 INDEXES = [
     config
     for config in (
@@ -56,16 +44,9 @@ INDEXES = [
 ]
 
 
-def _corpus() -> tuple[np.ndarray, np.ndarray]:
-    vectors = text_vectors(N + 150)
-    corpus = vectors[:N].copy()
-    corpus[100:110] = corpus[100]  # ten entities with one vector
-    return corpus, vectors[N:]
-
-
 @pytest.fixture(scope="module", params=INDEXES, ids=lambda c: f"{c.kind}-{c.ann.sketched_links:d}")
 def index(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> EntityIndex:
-    corpus, queries = _corpus()
+    corpus, queries = entity_vectors()
     folder = tmp_path_factory.mktemp("index") / "pin"
     built = EntityIndex.build(
         "pin",
@@ -107,7 +88,7 @@ def _wanted(
     query: np.ndarray, allowed: np.ndarray, live: LiveView | None, live_mask: np.ndarray | None
 ) -> tuple[int, np.ndarray]:
     """How many entities match, and their scores, best first."""
-    corpus, _ = _corpus()
+    corpus, _ = entity_vectors()
     scores = (corpus @ query)[allowed]
     for segment in live.segments if live else ():
         keep = segment.alive if live_mask is None else segment.alive & live_mask
@@ -117,10 +98,10 @@ def _wanted(
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_never_fewer_than_k_and_never_a_forbidden_id(
+def test_search_any_mix_of_conditions_gives_k_allowed_ids(
     index: EntityIndex, data: st.DataObject
 ) -> None:
-    corpus, queries = _corpus()
+    corpus, queries = entity_vectors()
     query = queries[data.draw(st.integers(0, len(queries) - 1))]
     k = data.draw(st.sampled_from([1, 10, 60, 2_900]))
     low = data.draw(st.sampled_from([0, 10, 300, 1_500, 2_500, 2_990, 3_000]))
@@ -185,13 +166,13 @@ def test_never_fewer_than_k_and_never_a_forbidden_id(
         assert float(vector @ query) == pytest.approx(float(score), abs=1e-4)
 
 
-def test_recall_under_filters_with_and_against_the_query(
+def test_filtered_search_with_and_against_query_keeps_recall(
     index: EntityIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # So that sketches are scanned for so few rows
     monkeypatch.setattr("index_builder.search.plans.SCAN_COST", 100_000)
     monkeypatch.setattr("index_builder.search.plans.SCAN_ROWS", 50)
-    corpus, queries = _corpus()
+    corpus, queries = entity_vectors()
     direction = np.linalg.svd(corpus - corpus.mean(axis=0), full_matrices=False)[2][0]
     place = np.argsort(np.argsort(corpus @ direction))
     frame = pl.DataFrame({"place": place, "rank": FRAME["rank"]})
@@ -220,8 +201,8 @@ def test_recall_under_filters_with_and_against_the_query(
     assert plans >= {"sketch", "filtered-graph"}
 
 
-def test_duplicates_share_a_node_and_all_of_them_are_found(index: EntityIndex) -> None:
-    corpus, _ = _corpus()
+def test_search_among_duplicates_finds_all_of_one_node(index: EntityIndex) -> None:
+    corpus, _ = entity_vectors()
     facts = index.describe()
     assert facts["duplicates"] == 9 and facts["nodes"] == N - 9
     result = index.search(corpus[105], 10)
@@ -235,8 +216,8 @@ def test_duplicates_share_a_node_and_all_of_them_are_found(index: EntityIndex) -
     ]
 
 
-def test_min_recall_chooses_ef_or_an_exact_scan(index: EntityIndex) -> None:
-    _, queries = _corpus()
+def test_search_min_recall_chooses_ef_or_exact_scan(index: EntityIndex) -> None:
+    _, queries = entity_vectors()
     modest, strict = (
         index.search(queries[0], min_recall=0.8),
         index.search(queries[0], min_recall=1.0),
@@ -255,13 +236,13 @@ def test_min_recall_chooses_ef_or_an_exact_scan(index: EntityIndex) -> None:
 
 @pytest.mark.parametrize("gone", [None, 0.0, 0.04, 0.6, 1.0])
 @pytest.mark.parametrize("size", [0, 1, 3, 4, 5, 64, 150])
-def test_a_batch_is_answered_as_its_queries_are_one_by_one(
+def test_search_batch_any_conditions_answers_as_single_searches(
     index: EntityIndex, size: int, gone: float | None
 ) -> None:
     """Walks of a batch take turns; neither the ten entities with one vector nor hidden rows and
     live entries disturb them.
     """
-    corpus, queries = _corpus()
+    corpus, queries = entity_vectors()
     asked = np.concatenate([corpus[100:102], queries])[:size]
     index.set_live(
         None
@@ -283,11 +264,11 @@ def test_a_batch_is_answered_as_its_queries_are_one_by_one(
         index.set_live(None)
 
 
-def test_recall_holds_where_the_best_rows_of_each_query_are_hidden(index: EntityIndex) -> None:
+def test_search_best_rows_hidden_keeps_recall(index: EntityIndex) -> None:
     """Deleting a whole neighbourhood leaves the graph's best candidates hidden; what lies behind
     them must be found.
     """
-    corpus, queries = _corpus()
+    corpus, queries = entity_vectors()
     hits = total = 0
     for near in (5, 20, 200):
         for query in queries[:60]:
@@ -307,8 +288,8 @@ def test_recall_holds_where_the_best_rows_of_each_query_are_hidden(index: Entity
     assert hits / total >= 0.9, hits / total
 
 
-def test_requests_that_can_never_succeed(index: EntityIndex) -> None:
-    _, queries = _corpus()
+def test_search_impossible_request_is_refused_by_name(index: EntityIndex) -> None:
+    _, queries = entity_vectors()
     query = queries[0]
     with pytest.raises(DimensionMismatch, match="64"):
         index.search(query[:32])
@@ -326,8 +307,8 @@ def test_requests_that_can_never_succeed(index: EntityIndex) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 15])
-def test_tiny_corpora_and_k_larger_than_the_corpus(count: int, tmp_path: Path) -> None:
-    corpus, queries = _corpus()
+def test_search_k_above_corpus_size_returns_everything(count: int, tmp_path: Path) -> None:
+    corpus, queries = entity_vectors()
     frame = pl.DataFrame({"rank": list(range(count))}, schema={"rank": pl.Int64})
     index = EntityIndex.build("ad", IDS[:count], corpus[:count], frame, calibration_queries=queries)
     index.save(tmp_path)
@@ -344,15 +325,15 @@ def test_tiny_corpora_and_k_larger_than_the_corpus(count: int, tmp_path: Path) -
         (lambda v: v.__setitem__(6, v[6] * 2), "row 6.*norm 2.0000"),
     ],
 )
-def test_vectors_that_may_not_enter_are_named(spoil: Any, words: str) -> None:
-    vectors = _corpus()[0][:20].copy()
+def test_build_bad_vector_is_refused_with_its_row(spoil: Any, words: str) -> None:
+    vectors = entity_vectors()[0][:20].copy()
     spoil(vectors)
     with pytest.raises(InvalidVectors, match=words):
         EntityIndex.build("pin", IDS[:20], vectors)
 
 
-def test_ids_and_shapes_that_may_not_enter_are_named() -> None:
-    vectors = _corpus()[0][:3]
+def test_build_bad_id_or_shape_is_refused_by_name() -> None:
+    vectors = entity_vectors()[0][:3]
     for ids, error, words in [
         (["a", "b", "a"], DuplicateIds, "row 2: id 'a' was already given by row 0"),
         (["a", "", "c"], IndexBuildError, "row 1"),
@@ -383,48 +364,22 @@ def test_ids_and_shapes_that_may_not_enter_are_named() -> None:
         unique=True,
     )
 )
-def test_ids_with_any_unicode_come_back_as_they_went_in(texts: list[str]) -> None:
+def test_ids_any_unicode_come_back_unchanged(texts: list[str]) -> None:
     import unicodedata
 
     ids = list(dict.fromkeys(unicodedata.normalize("NFC", t) for t in texts))
-    index = EntityIndex.build("pin", ids, _corpus()[0][200 : 200 + len(ids)])
-    assert sorted(index.search(_corpus()[1][0], 10).ids) == sorted(ids)
+    index = EntityIndex.build("pin", ids, entity_vectors()[0][200 : 200 + len(ids)])
+    assert sorted(index.search(entity_vectors()[1][0], 10).ids) == sorted(ids)
     assert [index.row_of(i) for i in ids] == list(range(len(ids)))
     assert index.row_of("no such id at all") is None
-
-
-def test_damaged_index_files_are_typed_errors(tmp_path: Path) -> None:
-    corpus, _ = _corpus()
-    index = EntityIndex.build("pin", IDS[:50], corpus[:50], FRAME[:50])
-    for name in ("index.json", "ids.offsets.npy", "vectors.npy", "attributes.parquet"):
-        folder = tmp_path / name.replace(".", "_")
-        index.save(folder)
-        path = folder / name
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        with pytest.raises(IndexFormatError):
-            EntityIndex.load(folder)
-
-
-def test_two_deterministic_builds_give_the_same_bytes(tmp_path: Path) -> None:
-    corpus, queries = _corpus()
-    for name in ("a", "b"):
-        config = IndexConfig(ann=CONFIG, deterministic=True)
-        EntityIndex.build("pin", IDS, corpus, FRAME, config, calibration_queries=queries[:50]).save(
-            tmp_path / name
-        )
-    names = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert names == sorted(p.name for p in (tmp_path / "b").iterdir())
-    assert [
-        n for n in names if (tmp_path / "a" / n).read_bytes() != (tmp_path / "b" / n).read_bytes()
-    ] == []
 
 
 def _answer(index: EntityIndex, query: np.ndarray, pipe: Any) -> None:
     pipe.send(index.search(query, 10).ids)
 
 
-def test_a_forked_process_answers_from_the_shared_index(index: EntityIndex) -> None:
-    query = _corpus()[1][0]
+def test_search_in_forked_process_answers_from_shared_index(index: EntityIndex) -> None:
+    query = entity_vectors()[1][0]
     ours, theirs = multiprocessing.get_context("fork").Pipe()
     process = multiprocessing.get_context("fork").Process(
         target=_answer, args=(index, query, theirs)
@@ -435,12 +390,12 @@ def test_a_forked_process_answers_from_the_shared_index(index: EntityIndex) -> N
     process.join(10)
 
 
-def test_without_the_compiled_part_the_answers_are_the_same(
+def test_search_without_extension_gives_same_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from index_builder.storage import engine_arrays
 
-    corpus, queries = _corpus()
+    corpus, queries = entity_vectors()
     config = IndexConfig(kind="hnsw", ann=CONFIG)
     compiled = EntityIndex.build("pin", IDS, corpus, FRAME, config)
     monkeypatch.setattr(engine_arrays, "Engine", None)
@@ -453,7 +408,7 @@ def test_without_the_compiled_part_the_answers_are_the_same(
             )
 
 
-def test_a_graph_that_does_not_lead_to_k_nodes_still_gives_k_answers() -> None:
+def test_search_disconnected_graph_still_gives_k_answers() -> None:
     vectors = islands()
     ids = [str(i) for i in range(len(vectors))]
     config = IndexConfig(kind="hnsw", ann=AnnConfig(m=2, ef_construction=2))
@@ -461,67 +416,3 @@ def test_a_graph_that_does_not_lead_to_k_nodes_still_gives_k_answers() -> None:
     for query in vectors[::100]:
         assert len(index.search(query, 100, ef=100).ids) == 100
         assert [len(r.ids) for r in index.search_batch(query[None], 100)] == [100]
-
-
-def test_calibration_queries_decide_between_the_two_searches_of_a_graph(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("rabitqlib")
-    if Engine is None or missing_features("symqg"):
-        pytest.skip("only one of them can run here")
-    vectors = text_vectors(3_000)
-    ids, queries = [str(i) for i in range(2_900)], vectors[2_900:]
-    for winner, loser in (("int8-graph", "symqg"), ("symqg", "int8-graph")):
-        times = iter((20.0, 10.0) if winner == "int8-graph" else (10.0, None))
-        monkeypatch.setattr(
-            "index_builder.search.construction.latency_at_recall", lambda *_, left=times: next(left)
-        )
-        index = EntityIndex.build(
-            "pin", ids, vectors[:2_900], None, IndexConfig(ann=CONFIG), calibration_queries=queries
-        )
-        index.save(tmp_path / winner)
-        loaded = EntityIndex.load(tmp_path / winner)
-        assert loaded.kind == index.kind == winner and loaded.describe()["kind"] == winner
-        assert f"{winner} 10 us" in loaded.describe()["why"] and loser in loaded.describe()["why"]
-        assert loaded.search(queries[0], 10).ids == index.search(queries[0], 10).ids
-    assert not list((tmp_path / "symqg").glob("index.links.npy"))
-
-
-@pytest.mark.parametrize(("old_kind", "sketched"), [("swift", True), ("lean", False)])
-def test_index_saved_under_a_renamed_kind_loads_with_the_same_answers(
-    old_kind: str, sketched: bool, tmp_path: Path
-) -> None:
-    if Engine is None:
-        pytest.skip("the extension was not compiled")
-    corpus, queries = _corpus()
-    built = EntityIndex.build("pin", IDS, corpus, None, IndexConfig(kind=old_kind, ann=CONFIG))
-    built.save(tmp_path)
-    meta = json.loads((tmp_path / "index.json").read_text())
-    assert (meta["facts"]["kind"], meta["facts"]["parameters"]["sketched_links"]) == (
-        "int8-graph",
-        sketched,
-    )
-    meta["facts"]["kind"] = old_kind  # as version 0.1.0 wrote it
-    del meta["facts"]["parameters"]["sketched_links"]
-    (tmp_path / "index.json").write_text(json.dumps(meta))
-    loaded = EntityIndex.load(tmp_path)
-    assert loaded.kind == loaded.describe()["kind"] == "int8-graph"
-    assert EntityIndex.load_graph(tmp_path).kind == "int8-graph"
-    assert [loaded.search(q, 10).ids for q in queries[:20]] == [
-        built.search(q, 10).ids for q in queries[:20]
-    ]
-
-
-@pytest.mark.parametrize("kind", ["rabitq", "faiss-ivf"])
-def test_index_of_a_retired_kind_is_refused_with_another_kind_to_use(
-    kind: str, tmp_path: Path
-) -> None:
-    corpus, _ = _corpus()
-    EntityIndex.build("pin", IDS, corpus, None, IndexConfig(kind="exact")).save(tmp_path)
-    meta = json.loads((tmp_path / "index.json").read_text())
-    meta["facts"]["kind"] = kind
-    (tmp_path / "index.json").write_text(json.dumps(meta))
-    with pytest.raises(IndexFormatError, match=f"{kind}.*Rebuild this release.*--index"):
-        EntityIndex.load(tmp_path)
-    with pytest.raises(ConfigError, match="retired"):
-        IndexConfig(kind=kind)

@@ -1,5 +1,5 @@
-"""Attributes of live entries: what no column can hold is refused at the door, and where it is in a
-log already it harms nobody else.
+"""Attributes of live entries: what no column can hold is refused before it is written, and where a
+log holds it already no other entry is affected.
 """
 
 import dataclasses
@@ -85,7 +85,7 @@ def found(index: EntityIndex, expression: str) -> set[str]:
 
 
 @pytest.mark.parametrize("bad", CLASHES)
-def test_an_entry_that_clashes_with_the_schema_harms_no_other(
+def test_filter_entry_clashing_with_schema_hides_no_other(
     tmp_path: Path, bad: dict[str, Any]
 ) -> None:
     index, (name,) = make_index(), bad
@@ -119,7 +119,7 @@ BY_GOOD = {
 @pytest.mark.parametrize(
     "steps", [[("bad", "good")], [("good", "bad")], [("bad",), ("good",)], [("good",), ("bad",)]]
 )
-def test_an_entry_that_clashes_does_not_hide_those_of_its_block_that_fit(
+def test_filter_block_with_clash_finds_entries_that_fit(
     tmp_path: Path, bad: dict[str, Any], steps: list[tuple[str, ...]]
 ) -> None:
     """A column of both became text as a whole: no filter on it found the good ones, and the next
@@ -148,7 +148,7 @@ def test_an_entry_that_clashes_does_not_hide_those_of_its_block_that_fit(
     assert dict(zip(folded.ids, folded.attributes[name].to_list()))["bad"] is None
 
 
-def test_lists_of_whole_numbers_beside_lists_of_fractions_keep_these() -> None:
+def test_join_frames_int_and_float_lists_keep_fractions() -> None:
     """The first list decided for all: 2.5 became 2, in filters, answers and rebuilds."""
     assert attribute_frame([{"n": [1]}, {"n": [2.5, 3]}, {"n": []}])["n"].to_list() == [
         [1.0],
@@ -158,14 +158,14 @@ def test_lists_of_whole_numbers_beside_lists_of_fractions_keep_these() -> None:
 
 
 @pytest.mark.parametrize("unknown", [{"a b": 1}, {"flags": [True]}, {"deep": [[1]]}])
-def test_a_rebuild_leaves_out_what_no_column_can_hold(
+def test_fold_live_impossible_attribute_is_left_out(
     tmp_path: Path, unknown: dict[str, Any]
 ) -> None:
     folded = fold(tmp_path, entry("n", 1, {**unknown, "price": 3}))
     assert folded.columns == FRAME.columns and folded["price"][-1] == 3
 
 
-def test_fractions_over_a_column_of_integers_stay(tmp_path: Path) -> None:
+def test_filter_fraction_over_int_column_is_kept(tmp_path: Path) -> None:
     index = make_index()
     state = make_state(index)
     state.apply([entry("new", 1, {"price": 19.5})])
@@ -179,14 +179,13 @@ def test_fractions_over_a_column_of_integers_stay(tmp_path: Path) -> None:
     ]
 
 
-def test_a_filter_sees_the_picture_it_was_given_while_a_writer_goes_on() -> None:
+def test_filter_during_writes_sees_its_own_view() -> None:
     index = make_index()
     state = make_state(index)
     state.apply([entry(f"n{i}", i + 1, {"price": i}) for i in range(20)])
     index.set_live(state.view)
-    state.apply(
-        [entry(f"m{i}", i + 100, {"price": i}) for i in range(20)]
-    )  # the same block grows; the index still holds the picture before
+    # The same block grows; the index still holds the view before
+    state.apply([entry(f"m{i}", i + 100, {"price": i}) for i in range(20)])
     assert found(index, "price != 10") == {f"n{i}" for i in range(20) if i != 10}
     assert found(index, "price < 1 or price > 18") == {"n0", "n19"}
 
@@ -195,7 +194,7 @@ def test_a_filter_sees_the_picture_it_was_given_while_a_writer_goes_on() -> None
     "expression",
     ['not array_contains(tags, "z")', "price >= 0", 'price >= 0 or not array_contains(tags, "z")'],
 )
-def test_live_entries_without_any_attribute_satisfy_no_comparison(expression: str) -> None:
+def test_filter_live_entry_without_attributes_matches_nothing(expression: str) -> None:
     index = make_index()
     state = make_state(index)
     state.apply([entry(f"n{i}", i + 1) for i in range(5)])
@@ -217,7 +216,7 @@ def test_live_entries_without_any_attribute_satisfy_no_comparison(expression: st
         {"größe": "m"},
     ],
 )
-def test_what_fits_is_taken(values: dict[str, Any]) -> None:
+def test_check_attributes_fitting_value_is_accepted(values: dict[str, Any]) -> None:
     check_attributes(values, make_index().attribute_table.schema, "row 1")
 
 
@@ -237,7 +236,7 @@ def test_what_fits_is_taken(values: dict[str, Any]) -> None:
         {"brand": 3},
     ],
 )
-def test_what_does_not_fit_is_refused_by_name(values: dict[str, Any]) -> None:
+def test_check_attributes_misfit_is_refused_by_name(values: dict[str, Any]) -> None:
     with pytest.raises(BadAttribute, match=f"row 1: attribute '{next(iter(values))}'"):
         check_attributes(values, make_index().attribute_table.schema, "row 1")
 
@@ -254,7 +253,7 @@ def update(store: ReleaseStore, path: Path) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def test_missing_numbers_of_an_update_are_missing(store: ReleaseStore, tmp_path: Path) -> None:
+def test_read_changes_nan_is_a_missing_number(store: ReleaseStore, tmp_path: Path) -> None:
     path = tmp_path / "c.parquet"
     rows = {
         "id": ["u", "v"],
@@ -268,25 +267,24 @@ def test_missing_numbers_of_an_update_are_missing(store: ReleaseStore, tmp_path:
 
 
 @pytest.mark.parametrize("bad", [{"price-usd": 3}, {"tags": "red"}, {"sold": 3}])
-def test_an_update_that_no_release_can_hold_writes_nothing(
+def test_update_impossible_attribute_writes_nothing(
     store: ReleaseStore, tmp_path: Path, bad: dict[str, Any]
 ) -> None:
     good = {"id": "good", "entity_type": "pin", "embedding": unit_vectors(1, 5)[0].tolist()}
     path = tmp_path / "c.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in (good, good | {"id": "bad"} | bad)))
-    code, told = update(store, path)
-    assert code and f"c.jsonl, pin 'bad': attribute '{next(iter(bad))}'" in " ".join(told.split())
+    code, message = update(store, path)
+    assert code and f"c.jsonl, pin 'bad': attribute '{next(iter(bad))}'" in " ".join(
+        message.split()
+    )
     assert not (store.live_root / "pin").exists()
 
 
-def test_a_table_of_texts_takes_the_types_of_the_release(
-    store: ReleaseStore, tmp_path: Path
-) -> None:
+def test_read_changes_texts_take_types_of_the_release(store: ReleaseStore, tmp_path: Path) -> None:
     vector = json.dumps(unit_vectors(1, 5)[0].tolist())
     path = tmp_path / "c.csv"
-    path.write_text(
-        f'id,entity_type,embedding,price,sold,brand\nu,pin,"{vector}",19.5,true,7\nv,pin,"{vector}",,False,x\n'
-    )
+    rows = [f'u,pin,"{vector}",19.5,true,7', f'v,pin,"{vector}",,False,x']
+    path.write_text("\n".join(["id,entity_type,embedding,price,sold,brand", *rows, ""]))
     entries = read_changes(path, read_manifest(store.path_of(str(store.current())))).ready["pin"]
     assert [entry.attributes for entry in entries] == [
         {"price": 19.5, "sold": True, "brand": "7"},
@@ -294,7 +292,7 @@ def test_a_table_of_texts_takes_the_types_of_the_release(
     ]
 
 
-def test_rows_are_named_by_their_place_in_the_file(store: ReleaseStore, tmp_path: Path) -> None:
+def test_read_changes_bad_row_is_named_by_its_place(store: ReleaseStore, tmp_path: Path) -> None:
     rows = [{"id": f"g{i}", "entity_type": "pin", "op": "delete"} for i in (0, 1, 1, 2)]
     path = tmp_path / "c.jsonl"
     path.write_text(
@@ -313,7 +311,7 @@ def test_rows_are_named_by_their_place_in_the_file(store: ReleaseStore, tmp_path
     assert "row 5" in update(store, path)[1]
 
 
-def test_a_new_attribute_of_several_types_is_text_in_the_next_release(tmp_path: Path) -> None:
+def test_rebuild_new_attribute_of_mixed_types_is_text(tmp_path: Path) -> None:
     entries = {
         f"n{i}": entry(f"n{i}", i + 1, {"new": value})
         for i, value in enumerate([1, "m", [2], [[3]], None])

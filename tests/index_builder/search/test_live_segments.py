@@ -2,29 +2,17 @@
 writes, seals and merges.
 """
 
-import errno
-import time
-from pathlib import Path
-
 import numpy as np
 import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from index_builder.building.build import build_release
-from index_builder.errors import LiveLogCorrupt
-from index_builder.live_log.files import log_files
-from index_builder.live_log.reader import LiveLogReader
 from index_builder.live_log.records import LiveEntry
-from index_builder.live_log.writer import LiveLogWriter
-from index_builder.releases.live_follower import LiveFollower
-from index_builder.releases.release import Release
-from index_builder.releases.store import ReleaseStore
 from index_builder.search.entity_index import EntityIndex
 from index_builder.search.live_blocks import attribute_frame, join_frames
 from index_builder.search.live_state import LiveBase, LiveState
-from tests.helpers.release_makers import SPACE, D, make_bundle, make_input, quick, unit_vectors
+from tests.helpers.release_makers import SPACE, D, unit_vectors
 
 BASE = 40
 VECTORS = unit_vectors(400, 3)
@@ -60,7 +48,9 @@ def entry(number: int, which: int, sequence: int, delete: bool = False) -> LiveE
     ),
     limit=st.sampled_from([4, 8, 1000]),
 )
-def test_live_entries_equal_a_dictionary(writes: list[tuple[int, int, bool]], limit: int) -> None:
+def test_live_state_any_writes_equals_a_dictionary(
+    writes: list[tuple[int, int, bool]], limit: int
+) -> None:
     state, model, touched = make_state(limit), {}, set()
     for sequence, (number, which, delete) in enumerate(writes, 1):
         state.apply([entry(number, which, sequence, delete)])
@@ -89,7 +79,7 @@ def test_live_entries_equal_a_dictionary(writes: list[tuple[int, int, bool]], li
     assert view.find("e999") is None
 
 
-def test_search_in_segments_is_exact_in_the_tail_and_close_in_graphs() -> None:
+def test_segment_search_is_exact_in_tail_and_close_in_graphs() -> None:
     state = make_state(limit=100)
     state.apply([entry(1000 + n, n, n + 1) for n in range(400)])
     query = unit_vectors(1, 77)[0]
@@ -104,7 +94,7 @@ def test_search_in_segments_is_exact_in_the_tail_and_close_in_graphs() -> None:
     assert len(set(got) & set(want)) >= 9
 
 
-def test_masks_and_the_dead_are_left_out_of_segment_answers() -> None:
+def test_segment_search_leaves_out_masked_and_dead_rows() -> None:
     state = make_state(limit=3000)
     state.apply([entry(100 + n, n, n + 1) for n in range(300)])
     state.apply([entry(100 + n, 0, 301 + n, delete=True) for n in range(150)])
@@ -117,7 +107,7 @@ def test_masks_and_the_dead_are_left_out_of_segment_answers() -> None:
     assert len(segment.search(unit_vectors(1, 5)[0], 10, np.zeros(len(segment), bool))[0]) == 0
 
 
-def test_segments_are_merged_so_that_their_number_stays_small() -> None:
+def test_live_state_many_writes_keeps_few_segments() -> None:
     state = make_state(limit=10)
     for n in range(400):
         state.apply([entry(1000 + n, n, n + 1)])
@@ -125,7 +115,7 @@ def test_segments_are_merged_so_that_their_number_stays_small() -> None:
     assert state.view.live_count == 400
 
 
-def test_compacting_leaves_one_segment_and_the_same_answers() -> None:
+def test_compact_leaves_one_segment_with_same_answers() -> None:
     state = make_state(limit=40)
     for n in range(300):
         state.apply([entry(1000 + n % 220, n, n + 1)])
@@ -141,7 +131,7 @@ def test_compacting_leaves_one_segment_and_the_same_answers() -> None:
     assert state.view.live_count == 220
 
 
-def test_writes_during_a_background_merge_are_not_lost() -> None:
+def test_background_merge_during_writes_loses_none() -> None:
     state = make_state(limit=20, background=True)
     for n in range(300):
         state.apply([entry(1000 + n % 90, n, n + 1)])
@@ -158,7 +148,7 @@ def test_writes_during_a_background_merge_are_not_lost() -> None:
     state.close()
 
 
-def test_entries_of_another_space_are_counted_and_the_base_keeps_answering() -> None:
+def test_live_state_entry_of_other_space_is_counted_and_skipped() -> None:
     state = make_state()
     view = state.apply([LiveEntry(id="e3", vector=VECTORS[0], space_id="cd" * 32, sequence=1)])
     assert (view.live_count, view.hidden_count, view.foreign_count, view.sequence) == (0, 0, 1, 1)
@@ -166,7 +156,7 @@ def test_entries_of_another_space_are_counted_and_the_base_keeps_answering() -> 
     assert (view.live_count, view.hidden_count, view.foreign_count) == (1, 1, 0)
 
 
-def test_an_old_picture_stays_what_it_was() -> None:
+def test_live_view_after_later_writes_is_unchanged() -> None:
     state = make_state()
     old = state.apply([entry(5, 1, 1)])
     state.apply([entry(5, 2, 2), entry(6, 0, 3, delete=True)])
@@ -177,7 +167,7 @@ def test_an_old_picture_stays_what_it_was() -> None:
     np.testing.assert_array_equal(segment.vectors[np.flatnonzero(segment.alive)[0]], VECTORS[1])
 
 
-def test_attributes_of_any_mix_of_types_become_a_table() -> None:
+def test_attribute_frame_any_mix_of_types_is_a_table() -> None:
     frame = attribute_frame([{"a": 1}, {"a": "x", "b": [1]}, {}, {"b": ["y"]}])
     assert frame.height == 4
     joined = join_frames([frame, pl.DataFrame(), attribute_frame([{"c": 1.5}])], [4, 2, 1])
@@ -185,107 +175,9 @@ def test_attributes_of_any_mix_of_types_become_a_table() -> None:
     assert joined["c"].to_list() == [None] * 6 + [1.5]
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> ReleaseStore:
-    store = ReleaseStore(tmp_path / "store")
-    bundle = make_bundle(tmp_path / "bundle")
-    build_release(
-        {"pin": make_input("pin", 200), "ad": make_input("ad", 20)}, bundle, store, quick()
-    )
-    return store
-
-
-def test_every_reader_sees_a_write_within_a_second_and_replacing_an_id_gives_one_answer(
-    store: ReleaseStore,
-) -> None:
-    releases = [store.open_current() for _ in range(3)]
-    followers = [LiveFollower(store, release).start() for release in releases]
-    query = unit_vectors(200, 0)[11]
-    with LiveLogWriter(store.live_root, "pin", D) as writer:
-        green, red = {"colour": "green", "number": 7}, {"colour": "red"}
-        last = writer.write(
-            [
-                LiveEntry(id="new", vector=query, space_id=SPACE, attributes=green),
-                LiveEntry(id="pin-11", vector=-query, space_id=SPACE, attributes=red),
-                LiveEntry(id="pin-12"),
-            ]
-        )
-    started = time.monotonic()
-    for follower in followers:
-        assert follower.wait_for("pin", last, timeout_seconds=1.0)
-    assert time.monotonic() - started < 1.0
-    for release in releases:
-        index = release.entity("pin")
-        assert index.search(query, 5).ids[0] == "new"
-        everything = index.search(query, 300).ids
-        assert len(everything) == len(set(everything)) == 200
-        assert everything[-1] == "pin-11"
-        assert "pin-12" not in everything
-        assert index.search(query, 10, filter="colour == 'green'").ids == ["new"]
-        assert index.vector("pin-12") is None
-        assert index.attributes(["new"], ["colour", "number"]) == [{"colour": "green", "number": 7}]
-    for follower in followers:
-        follower.stop()
-
-
-def test_activation_and_rollback_replay_what_was_written_later(
-    store: ReleaseStore, tmp_path: Path
-) -> None:
-    bundle = tmp_path / "bundle"
-    first = store.current()
-    vector = unit_vectors(1, 99)[0]
-    with LiveLogWriter(store.live_root, "pin", D) as writer:
-        writer.write([LiveEntry(id="early", vector=vector, space_id=SPACE), LiveEntry(id="pin-3")])
-        second = build_release(
-            {"pin": make_input("pin", 200), "ad": make_input("ad", 20)}, bundle, store, quick()
-        )
-        writer.write([LiveEntry(id="late", vector=vector, space_id=SPACE)])
-
-    def answers() -> list[str]:
-        with store.open_current() as release:
-            LiveFollower(store, release).catch_up()
-            return release.entity("pin").search(vector, 250).ids
-
-    assert store.current() == second
-    with store.open(second) as release:
-        assert release.manifest.entities["pin"].watermark == 2
-        assert release.entity("pin").count == 200
-        assert "early" in release.entity("pin").search(vector, 3).ids
-    after = answers()
-    assert set(after[:2]) == {"early", "late"}
-    assert "pin-3" not in after
-    assert store.rollback() == first
-    assert set(answers()) == set(after)
-
-
-def test_a_damaged_log_keeps_the_last_good_picture_and_says_so(store: ReleaseStore) -> None:
-    release = store.open_current()
-    writer = LiveLogWriter(store.live_root, "pin", D)
-    writer.write([LiveEntry(id="good", vector=unit_vectors(1, 1)[0], space_id=SPACE)])
-    follower = LiveFollower(store, release, poll_seconds=0.02).start()
-    path = log_files(store.live_root / "pin")[0][1]
-    size = path.stat().st_size
-    writer.write([LiveEntry(id="bad", vector=unit_vectors(1, 2)[0], space_id=SPACE)])
-    time.sleep(0.3)
-    writer.write([LiveEntry(id="worse", vector=unit_vectors(1, 3)[0], space_id=SPACE)])
-    follower.stop()
-    content = bytearray(path.read_bytes())
-    content[size + 40] ^= 1
-    path.write_bytes(bytes(content))
-    fresh = Release.open(release.path)
-    checked = LiveFollower(store, fresh).start()
-    assert isinstance(checked.error, LiveLogCorrupt)
-    assert (
-        fresh.entity("pin").search(unit_vectors(1, 1)[0], 1).ids == ["good"]
-        or fresh.entity("pin").count == 200
-    )
-    assert fresh.entity("ad").count == 20
-    checked.stop()
-
-
 @pytest.mark.parametrize("dimension", [8, 64, 100, 256, 300])
 @pytest.mark.parametrize("scans", [True, False])
-def test_merging_keeps_the_best_of_both_with_true_scores(dimension: int, scans: bool) -> None:
+def test_segment_merge_keeps_best_of_both_with_true_scores(dimension: int, scans: bool) -> None:
     """The compiled scan and numpy give what sorting everything gives, with dead rows, masks, and k
     above what there is.
     """
@@ -323,7 +215,7 @@ def test_merging_keeps_the_best_of_both_with_true_scores(dimension: int, scans: 
     assert missed <= 2  # a row at the edge of the answer is overlooked with probability 0.006
 
 
-def test_a_merge_that_changes_nothing_returns_the_very_answer() -> None:
+def test_segment_merge_without_better_rows_returns_same_objects() -> None:
     state = make_state()
     (segment,) = state.apply([entry(1000, 0, 1)]).segments
     ids, scores = ["a", "b"], np.array([0.99, 0.98], np.float32)
@@ -333,8 +225,8 @@ def test_a_merge_that_changes_nothing_returns_the_very_answer() -> None:
     assert found is scores
 
 
-def test_an_id_left_out_stays_out_while_a_writer_deletes_or_replaces_it() -> None:
-    """A search holds the picture in which the id lives; the writer has begun, and the next picture
+def test_search_excluded_id_being_rewritten_stays_excluded() -> None:
+    """A search holds the view in which the id lives; the writer has begun, and the next view
     is not there yet.
     """
     base = VECTORS[:BASE]
@@ -350,51 +242,3 @@ def test_an_id_left_out_stays_out_while_a_writer_deletes_or_replaces_it() -> Non
     assert index.vector("e51") is not None
     assert not {"e50", "e51"} & set(index.search(VECTORS[301], 10, exclude_ids=["e50", "e51"]).ids)
     assert len(index.search(VECTORS[301], 10, exclude_ids=["e50", "e51"]).ids) == 10
-
-
-def test_a_merge_that_ends_between_two_polls_is_shown(store: ReleaseStore) -> None:
-    release = store.open_current()
-    follower = LiveFollower(store, release)
-    with LiveLogWriter(store.live_root, "pin", D) as writer:
-        for part in range(3):
-            writer.write(
-                [
-                    LiveEntry(
-                        id=f"new-{part}-{i}",
-                        vector=unit_vectors(1, 10 * part + i)[0],
-                        space_id=SPACE,
-                    )
-                    for i in range(5)
-                ]
-            )
-            follower.catch_up()
-    state = follower._followed["pin"][1]
-    before = state.view
-    state.compact()
-    state.wait()
-    assert state.view is not before
-    follower.poll()
-    assert release.entity("pin")._live is state.view
-    follower.stop()
-
-
-def test_a_moment_without_file_descriptors_does_not_end_the_following(
-    store: ReleaseStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    release = store.open_current()
-    follower = LiveFollower(store, release, poll_seconds=0.02).start()
-    poll = LiveLogReader.poll
-
-    def out_of_descriptors(self: LiveLogReader, limit: int) -> list[LiveEntry]:
-        raise OSError(errno.EMFILE, "Too many open files")
-
-    monkeypatch.setattr(LiveLogReader, "poll", out_of_descriptors)
-    until = time.monotonic() + 10
-    while follower.error is None and time.monotonic() < until:
-        time.sleep(0.01)
-    assert isinstance(follower.error, OSError), "it is said"
-    monkeypatch.setattr(LiveLogReader, "poll", poll)
-    with LiveLogWriter(store.live_root, "pin", D) as writer:
-        last = writer.write([LiveEntry(id="new", vector=unit_vectors(1, 5)[0], space_id=SPACE)])
-    assert follower.wait_for("pin", last, timeout_seconds=10) and follower.error is None
-    follower.stop()

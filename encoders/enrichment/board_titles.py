@@ -19,9 +19,10 @@ from typing import NamedTuple
 import polars as pl
 
 from encoders.errors import ConfigError
-from encoders.text.normal_forms import fold
+from encoders.text.words import words_of
 
-NOT_WORD = r"[^\p{L}\p{M}\p{N}]+"
+SYMBOLS = r"[\p{So}_]"
+"""Ornaments: titles that differ in these alone are one title."""
 ADDRESS = r"://|www\.|\S@\S"
 
 FEATURE_SCHEMA: dict[str, pl.DataType] = {
@@ -228,12 +229,9 @@ def _read_titles(titles: pl.Series, config: BoardTitlesConfig) -> pl.DataFrame:
     clean = pl.DataFrame({"title": titles.drop_nulls()}, schema={"title": pl.String()}).filter(
         plausible & ~title.str.contains(ADDRESS) & title.str.contains(r"\p{L}")
     )
-    folded = pl.Series("words", [fold(t) for t in clean["title"].to_list()], dtype=pl.String)
-    split = (
-        clean.with_columns(folded.str.replace_all(NOT_WORD, " ").str.split(" "))
-        .explode("words")
-        .filter(pl.col("words") != "")
-    )
+    plain = clean["title"].str.replace_all(SYMBOLS, " ").to_list()
+    listed = pl.Series("words", [words_of(t) for t in plain], dtype=pl.List(pl.String))
+    split = clean.with_columns(listed).explode("words").drop_nulls("words")
     words = (
         split.unique().sort("title", "words").group_by("title", maintain_order=True).agg("words")
     )

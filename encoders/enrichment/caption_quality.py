@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from encoders.enrichment.board_titles import NOT_WORD
 from encoders.errors import DataError
+from encoders.text.words import words_of
 
 GRADES = {"good": 2, "usable": 1, "wrong": 0}
 """What a judge may write: it fits; it fits partly; it says something that is not there."""
@@ -73,13 +73,8 @@ def quality_report(catalogue: pl.DataFrame) -> dict[str, Any]:
 
 
 def _words(texts: pl.Series) -> pl.Series:
-    return (
-        texts.str.to_lowercase()
-        .str.replace_all(NOT_WORD, " ")
-        .str.strip_chars()
-        .str.split(" ")
-        .list.filter(pl.element() != "")
-    )
+    split = [words_of(text) for text in texts.to_list()]
+    return pl.Series(texts.name, split, dtype=pl.List(pl.String))
 
 
 def _mean(values: pl.Series) -> float:

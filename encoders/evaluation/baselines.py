@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +22,12 @@ from encoders.errors import ConfigError, MissingDependency
 from encoders.evaluation.ranking import EvaluationTask, ScoreRows, vector_scores
 from encoders.exact_search import exact_top_k
 from encoders.text.entity_texts import entity_texts
+from encoders.text.words import runs_of, words_of
 
 Encode = Callable[[Sequence[str]], np.ndarray]
 """Texts -> float32 ``(N, D)``; rows are normalised by the caller."""
 
 Baseline = Callable[[EvaluationTask, Dataset], ScoreRows]
-
-WORD = re.compile(r"\w+")
 
 ZERO_SHOT_QUERIES = 20
 """Train queries put into an entity's text for zero-shot encoders.
@@ -99,11 +96,6 @@ def make_baseline(name: str, *, cache: Path | None = None, threads: int = 1) -> 
     )
 
 
-def words_of(text: str) -> list[str]:
-    """Split a text into lower-case words (letters, marks, digits of any script), after NFKC."""
-    return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
-
-
 def trigrams_of(text: str) -> list[str]:
     """List the character trigrams of each word with a space on both sides.
 
@@ -111,7 +103,7 @@ def trigrams_of(text: str) -> list[str]:
     """
     return [
         padded[i : i + 3]
-        for padded in (f" {word} " for word in words_of(text))
+        for padded in (f" {word} " for word in runs_of(text))
         for i in range(len(padded) - 2)
     ]
 

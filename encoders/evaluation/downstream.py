@@ -25,8 +25,8 @@ import torch.nn.functional as F
 
 from encoders.datasets.dataset import Dataset
 from encoders.errors import ConfigError, InvalidVectors, MissingDependency
-from encoders.evaluation.baselines import words_of
 from encoders.evaluation.metrics import Interval, QuerySums, bootstrap_interval
+from encoders.text.words import words_of
 
 LEVELS = 3
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tomllib
 from pathlib import Path
@@ -24,8 +25,19 @@ NOT_RUN = 8
 """Blocks that cannot run here, each with its reason in the page; one more needs a decision."""
 
 
+LARGE = 1 << 20
+"""Bytes. Larger files (weights, indexes) are never written in place, so pages share them."""
+
+
 def name(page: Path) -> str:
     return str(page.relative_to(REPOSITORY))
+
+
+def copy_or_share(source: str, target: str) -> None:
+    if os.path.getsize(source) > LARGE:
+        os.link(source, target)
+    else:
+        shutil.copy2(source, target)
 
 
 @pytest.mark.slow
@@ -37,7 +49,7 @@ def test_tutorial_followed_to_its_end_answers_queries(checkout: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_page_every_block_runs(page: Path, checkout: Path, programs: Path, tmp_path: Path) -> None:
-    shutil.copytree(checkout, tmp_path / "checkout")
+    shutil.copytree(checkout, tmp_path / "checkout", copy_function=copy_or_share)
     folder = tmp_path / "checkout" / "my_search"
     run_page(page, folder, programs, served=page.stem in FIND_A_SERVER)
 

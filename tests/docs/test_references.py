@@ -1,10 +1,9 @@
-"""What the documents name is there: files, links, columns, commands."""
+"""What the documents name is there: files, links, columns."""
 
 from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -54,15 +53,6 @@ def test_tables_page_every_column_is_described() -> None:
         section = text.split(f"### {table.name}\n")[1].split("\n## ")[0].split("\n### ")[0]
         described = set(re.findall(r"^\| `(\w+)`", section, re.M))
         assert described == {column.name for column in table.columns}, table.name
-
-
-def test_command_reference_is_what_the_commands_say() -> None:
-    script = REPOSITORY / "scripts" / "generate_command_reference.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--check"], cwd=REPOSITORY, capture_output=True, text=True,
-        env={"PYTHONPATH": str(REPOSITORY), "PATH": ""}, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
 
 
 def test_readme_fits_one_page() -> None:

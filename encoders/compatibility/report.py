@@ -53,10 +53,7 @@ The rest is the mean of its train entities' old vectors.
 
 
 class CrossSpace:
-    """A system whose queries go through one function and whose entities through the older bundle.
-
-    The entities last embedded are cached for the next system.
-    """
+    """A system with queries of one function and entities of the older bundle."""
 
     def __init__(
         self, embed_queries: Callable[[Sequence[str]], Float32], entities: _OldIndex
@@ -66,6 +63,8 @@ class CrossSpace:
 
 
 class _OldIndex:
+    """The older bundle's entity vectors; those of the last catalogue are cached."""
+
     def __init__(self, bundle: ModelBundle) -> None:
         self._bundle = bundle
         self._last: tuple[pl.DataFrame, Float32] | None = None

@@ -145,7 +145,8 @@ def fit_linear_head(
     rng = np.random.default_rng(settings.seed)
     order = rng.permutation(len(vectors))
     held = max(1, int(settings.validation_share * len(vectors)))
-    check, train = torch.from_numpy(order[:held]), order[held:]
+    check = torch.from_numpy(order[:held])
+    train = order[held:]
     inputs = _head_inputs(vectors)
     torch.manual_seed(settings.seed)
     head = torch.nn.Linear(vectors.shape[1], len(classes))

@@ -343,7 +343,8 @@ def save_runs(report: EvaluationReport, folder: Path) -> list[Path]:
         lines = (f"q{i}\t{' '.join(query.split())}\n" for i, query in enumerate(task.queries))
         (root / "queries.tsv").write_text("".join(lines), encoding="utf-8")
         group_of_row = task.candidates["id"].to_list()
-        groups, (target, row) = task.targets["group"].to_list(), task.members
+        groups = task.targets["group"].to_list()
+        target, row = task.members
         for t, r in zip(target.tolist(), row.tolist(), strict=True):
             group_of_row[r] = groups[t]
         names = [_trec_name(name) for name in group_of_row]

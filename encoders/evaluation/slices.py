@@ -87,8 +87,10 @@ def slice_metrics(
     """
     task = ranking.task
     keep = np.ones(task.pairs.height, dtype=bool) if keep is None else keep
-    query_index, ranks = task.pairs["query_index"].to_numpy()[keep], ranking.ranks[keep]
-    target, count = task.pairs["target"].to_numpy()[keep], len(task.queries)
+    query_index = task.pairs["query_index"].to_numpy()[keep]
+    target = task.pairs["target"].to_numpy()[keep]
+    ranks = ranking.ranks[keep]
+    count = len(task.queries)
     places = target_takes_place(task)[target]
     recall = {
         k: bootstrap_interval(

@@ -39,7 +39,9 @@ class KnownSignals:
         other_form: Collection[int] = (),
     ) -> None:
         order = np.argsort(keys, kind="stable")
-        self._keys, self._parts, self._rows = keys[order], parts[order], rows[order]
+        self._keys = keys[order]
+        self._parts = parts[order]
+        self._rows = rows[order]
         self._paths = list(paths)
         self._other_form = frozenset(other_form)
         self._held: OrderedDict[int, Signals] = OrderedDict()
@@ -123,7 +125,8 @@ class KnownSignals:
             for n in candidates[self._parts[places[candidates]] == number].tolist():
                 row = int(self._rows[places[n]])
                 if part.ids[row] == ids[n] and part.content_hashes[row] == hashes[n]:
-                    vectors[n], found[n] = part.vectors[row], True
+                    vectors[n] = part.vectors[row]
+                    found[n] = True
                     stamps[n] = part.updated_at[row]
         return vectors, stamps, found
 

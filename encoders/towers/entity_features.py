@@ -308,7 +308,8 @@ class EntityFeaturizer:
             RowError: A vector has another width than declared, or holds NaN or Inf; the id is
                 named.
         """
-        rows, names = catalogue.height, self.config.text_fields
+        rows = catalogue.height
+        names = self.config.text_fields
         lengths = np.zeros((rows, len(names)), dtype=np.int64)
         per_field: list[tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]] = []
         for i, name in enumerate(names):

@@ -65,6 +65,8 @@ def sum_bags(table: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -> T
 
 
 class _SumBags(torch.autograd.Function):
+    """``sum_bags`` on a CPU, with the table's gradient as a sum of bags."""
+
     @staticmethod
     def forward(ctx: Any, table: Tensor, rows: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
         ctx.save_for_backward(table, rows, weights, offsets)

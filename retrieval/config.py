@@ -9,6 +9,33 @@ from encoders.errors import ConfigError
 
 DAY_SECONDS = 86_400.0
 
+# The ranges of ``ServeConfig``
+CHOICES = {
+    "transport": ("http2", "grpcio"),
+    "device": ("auto", "cuda", "cpu"),
+    "encoder_form": ("auto", "onnx-int8", "onnx-fp32", "torch"),
+}
+AT_LEAST_ONE = (
+    "workers",
+    "keep_releases",
+    "encoder_threads",
+    "batch_tokens",
+    "max_in_flight",
+    "max_encode_queue",
+    "search_threads",
+    "max_streams_per_connection",
+)
+NOT_NEGATIVE = (
+    "batch_delay_ms",
+    "cache_bytes",
+    "answer_cache_bytes",
+    "prewarm_queries",
+    "inline_search_us",
+    "grace_seconds",
+)
+POSITIVE = ("cache_ttl_seconds", "poll_seconds", "live_poll_seconds", "redis_timeout_ms")
+FRACTIONS = ("shadow_fraction", "shadow_cpu", "golden_min_recall")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
@@ -152,54 +179,35 @@ class ServeConfig:
     """How long SIGTERM waits for requests in flight."""
 
     def __post_init__(self) -> None:
-        def check(ok: bool, name: str, expected: str) -> None:
-            if not ok:
-                raise ConfigError(f"{name}: expected {expected}, but got {getattr(self, name)!r}.")
+        """Check every setting against its range.
 
-        check(0 <= self.port < 65536, "port", "0 to 65535")
-        check(
-            self.metrics_port is None or 0 <= self.metrics_port < 65536,
-            "metrics_port",
-            "0 to 65535",
-        )
-        check(self.workers >= 1, "workers", "at least 1")
-        check(self.transport in ("http2", "grpcio"), "transport", "http2 or grpcio")
-        check(self.device in ("auto", "cuda", "cpu"), "device", "auto, cuda or cpu")
-        check(
-            self.encoder_form in ("auto", "onnx-int8", "onnx-fp32", "torch"),
-            "encoder_form",
-            "auto, onnx-int8, onnx-fp32 or torch",
-        )
-        check(self.keep_releases >= 1, "keep_releases", "at least 1")
-        for name in (
-            "encoder_threads",
-            "batch_tokens",
-            "max_in_flight",
-            "max_encode_queue",
-            "search_threads",
-            "max_streams_per_connection",
-        ):
-            check(getattr(self, name) >= 1, name, "at least 1")
-        for name in (
-            "batch_delay_ms",
-            "cache_bytes",
-            "answer_cache_bytes",
-            "prewarm_queries",
-            "inline_search_us",
-            "grace_seconds",
-        ):
-            check(getattr(self, name) >= 0, name, "0 or more")
-        for name in ("cache_ttl_seconds", "poll_seconds", "live_poll_seconds", "redis_timeout_ms"):
-            check(getattr(self, name) > 0, name, "more than 0")
-        for name in ("shadow_fraction", "shadow_cpu", "golden_min_recall"):
-            check(0 <= getattr(self, name) <= 1, name, "0 to 1")
-        check(
-            (self.tls_cert is None) == (self.tls_key is None),
-            "tls_key",
-            "tls_cert and tls_key together",
-        )
-        check(
-            self.tls_client_ca is None or self.tls_cert is not None,
+        Raises:
+            ConfigError: One is out of range; the message names it.
+        """
+        for name in ("port", "metrics_port"):
+            port = getattr(self, name)
+            if not (port is None and name == "metrics_port"):
+                self._check(0 <= port < 65536, name, "0 to 65535")
+        for name, choices in CHOICES.items():
+            expected = f"{', '.join(choices[:-1])} or {choices[-1]}"
+            self._check(getattr(self, name) in choices, name, expected)
+        for name in AT_LEAST_ONE:
+            self._check(getattr(self, name) >= 1, name, "at least 1")
+        for name in NOT_NEGATIVE:
+            self._check(getattr(self, name) >= 0, name, "0 or more")
+        for name in POSITIVE:
+            self._check(getattr(self, name) > 0, name, "more than 0")
+        for name in FRACTIONS:
+            self._check(0 <= getattr(self, name) <= 1, name, "0 to 1")
+        with_cert = self.tls_cert is not None
+        with_key = self.tls_key is not None
+        self._check(with_cert == with_key, "tls_key", "tls_cert and tls_key together")
+        self._check(
+            self.tls_client_ca is None or with_cert,
             "tls_client_ca",
             "tls_cert and tls_key beside it",
         )
+
+    def _check(self, ok: bool, name: str, expected: str) -> None:
+        if not ok:
+            raise ConfigError(f"{name}: expected {expected}, but got {getattr(self, name)!r}.")

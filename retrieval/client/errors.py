@@ -64,8 +64,12 @@ class CallError(OmniError):
         attempts: int,
         retry_after_seconds: float | None = None,
     ) -> None:
-        self.code, self.details, self.method, self.target = code, details, method, target
-        self.attempts, self.retry_after_seconds = attempts, retry_after_seconds
+        self.code = code
+        self.details = details
+        self.method = method
+        self.target = target
+        self.attempts = attempts
+        self.retry_after_seconds = retry_after_seconds
         tried = "" if attempts == 1 else f" (tried {attempts} times)"
         super().__init__(f"{method} on {target}{tried}: {code.name}: {details or 'no message'}")
 

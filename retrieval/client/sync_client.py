@@ -69,7 +69,8 @@ class RetrievalClient(ClientBase):
 
     def _send(self, call: requests.Call[R]) -> R:
         """Send a call, repeat it where that may help, and unpack its answer."""
-        stub, seconds = self._stubs[call.method], self._deadline(call)
+        stub = self._stubs[call.method]
+        seconds = self._deadline(call)
         end = time.monotonic() + seconds
         attempt = 1
         while True:

@@ -157,7 +157,8 @@ class Connection(asyncio.Protocol):
 
     def _serve_frames(self, data: bytes) -> bytes:
         """Serve the whole frames of ``data``; return what is left of it."""
-        at, end = 0, len(data)
+        at = 0
+        end = len(data)
         if not self.preface_received:
             at = len(frames.PREFACE)
             if data[:at] != frames.PREFACE[:end]:

@@ -168,7 +168,7 @@ class HeaderReader:
         return found
 
     def _table(self) -> tuple[Any, int]:
-        """Return the newest entry and the size of the dynamic table: both tell a change."""
+        """Return the newest entry and the size of the table; a change of it changes one of them."""
         table = self._decoder.header_table
         return next(iter(table.dynamic_entries), None), table.maxsize
 

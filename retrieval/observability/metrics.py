@@ -72,7 +72,7 @@ class Metrics:
         family[labels] = family.get(labels, 0) + amount
 
     def histogram(self, name: str, labels: Labels = ()) -> Histogram:
-        """Return the histogram of these labels, to be kept by whoever observes often."""
+        """Return the histogram of these labels; hot paths hold it instead of looking it up."""
         return self._histograms.setdefault(name, {}).setdefault(labels, Histogram())
 
     def value(self, name: str, labels: Labels = ()) -> float:

@@ -28,10 +28,10 @@ class SharedSnapshots:
 
     So any worker answers a scrape for all.
 
-    Counters never go down when a worker ends, which Prometheus would take for a restart: what it
-    counted is added once to ``gone.json``, by whoever scrapes next and gets the lock. That file
-    names the files it has taken in, so that those who read meanwhile, or come after a worker that
-    was killed before it removed them, count nobody twice.
+    Counters never go down when a worker ends, as Prometheus would take that for a restart: what it
+    counted is added once to ``gone.json``, by the next scrape that gets the lock. That file names
+    the files that are in its sum, so that no worker is counted twice: neither by a reader in
+    between, nor after a worker was killed before it had removed them.
     """
 
     def __init__(self, folder: Path, metrics: Metrics) -> None:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from google.protobuf.message import Message
+
 from encoders.errors import MissingDependency
 from retrieval.observability.metric_catalogue import STAGES
 
@@ -58,8 +60,8 @@ class Tracer:
     def record_call(
         self,
         method: str,
-        request: Any,
-        response: Any,
+        request: Message,
+        response: Message,
         took_ns: int,
         metadata: Iterable[tuple[str, Any]],
     ) -> None:

@@ -66,7 +66,10 @@ class Scripted(pb_grpc.RetrievalServicer, pb_grpc.AdminServicer):
     """Plays one step per call; after the last it answers."""
 
     def __init__(self, steps: list[Step]) -> None:
-        self.steps, self.times, self.metadata, self.calls = list(steps), [], [], 0
+        self.steps = list(steps)
+        self.times: list[float] = []
+        self.metadata: list[dict[str, Any]] = []
+        self.calls = 0
         self.lock = threading.Lock()
 
     def _play(self, context: Any) -> None:
@@ -441,79 +444,97 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         yield it
 
 
-def test_client_every_call_of_real_service_answers(running: Running) -> None:
-    with RetrievalClient(running.address, ClientConfig(deadline_seconds=20)) as client:
-        client.wait_until_ready(20)
-        release = client.describe_release()
-        assert (release.release_id, release.space_id, release.dimension) == (
-            running.release_id,
-            running.space_id,
-            32,
-        )
-        assert release.entities["pin"].count == 300
-        assert release.limits.max_k == 1000
+@pytest.fixture(scope="module")
+def client(running: Running) -> Iterator[RetrievalClient]:
+    with RetrievalClient(running.address, ClientConfig(deadline_seconds=20)) as found:
+        found.wait_until_ready(20)
+        yield found
 
-        vector = client.embed(["red cat", "blue fish"]).vectors
-        assert vector.shape == (2, 32)
-        np.testing.assert_allclose(np.linalg.norm(vector, axis=1), 1, atol=1e-5)
-        by_text = client.retrieve("red cat", "pin", 5, attributes=["title", "tags", "sale"])
-        by_vector = client.retrieve(
-            embedding=vector[0], space_id=running.space_id, entity_type="pin", k=5
-        )
-        assert by_text.ids == by_vector.ids
-        assert by_text.cache_hit
-        assert not by_vector.cache_hit
-        best = by_text.hits[0]
-        assert best.attributes["tags"] == best.attributes["title"].split()
-        assert isinstance(best.attributes["sale"], bool)
-        assert by_vector.hits[0].attributes == {}
-        assert client.retrieve("red cat", "pin", 5, exact=True).plan == "exact"
-        kept = client.retrieve(
-            "red cat",
-            "pin",
-            5,
-            exclude_ids=by_text.ids[:2],
-            filter="price < 40",
-            min_score=-1.0,
-            min_recall=0.9,
-        )
-        assert not set(by_text.ids[:2]) & set(kept.ids)
-        assert kept.selectivity is not None
-        assert (
-            len(client.retrieve("red cat", "pin", 5, diversity=0.3, collapse_above=0.99).hits) == 5
-        )
 
-        multi = client.retrieve_multi(
-            "red cat", [Target(entity_type="pin", k=5), Target(entity_type="product", k=2)]
-        )
-        assert [a.entity_type for a in multi.answers] == ["pin", "product"]
-        assert multi.answers[0].ids == by_text.ids
-        batch = client.retrieve_batch(["red cat", "blue fish"], Target(entity_type="pin", k=5))
-        assert batch.answers[0].ids == by_text.ids
-        assert (
-            client.retrieve_batch(
-                embeddings=vector, space_id=running.space_id, target=Target(entity_type="pin", k=5)
-            )
-            .answers[1]
-            .ids
-            == batch.answers[1].ids
-        )
-        scores = client.score("red cat", [*by_text.ids, "nobody"], "pin")
-        np.testing.assert_allclose(
-            scores.scores[:-1], [hit.score for hit in by_text.hits], atol=1e-4
-        )
-        assert np.isnan(scores.scores[-1])
-        assert scores.missing == 1
+def test_client_describe_release_names_what_is_served(
+    client: RetrievalClient, running: Running
+) -> None:
+    release = client.describe_release()
+    assert release.release_id == running.release_id
+    assert (release.space_id, release.dimension) == (running.space_id, 32)
+    assert release.entities["pin"].count == 300
+    assert release.limits.max_k == 1000
 
-        for call, kind in (
-            (lambda: client.retrieve("   "), InvalidRequest),
-            (lambda: client.retrieve("x", k=0), InvalidRequest),
-            (lambda: client.retrieve("x", "video"), NotFound),
-            (lambda: client.retrieve("x", release_id="nobody"), CallError),
-            (lambda: client.retrieve(embedding=vector[0], space_id="0" * 64), Precondition),
-        ):
-            with pytest.raises(kind):
-                call()
+
+def test_client_retrieve_by_text_and_by_vector_agree(
+    client: RetrievalClient, running: Running
+) -> None:
+    vectors = client.embed(["red cat", "blue fish"]).vectors
+    assert vectors.shape == (2, 32)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    by_text = client.retrieve("red cat", "pin", 5, attributes=["title", "tags", "sale"])
+    by_vector = client.retrieve(
+        embedding=vectors[0], space_id=running.space_id, entity_type="pin", k=5
+    )
+    assert by_text.ids == by_vector.ids
+    assert by_text.cache_hit and not by_vector.cache_hit
+    best = by_text.hits[0]
+    assert best.attributes["tags"] == best.attributes["title"].split()
+    assert isinstance(best.attributes["sale"], bool)
+    assert by_vector.hits[0].attributes == {}
+
+
+def test_client_retrieve_options_change_the_answer(client: RetrievalClient) -> None:
+    plain = client.retrieve("red cat", "pin", 5)
+    assert client.retrieve("red cat", "pin", 5, exact=True).plan == "exact"
+    chosen = client.retrieve(
+        "red cat",
+        "pin",
+        5,
+        exclude_ids=plain.ids[:2],
+        filter="price < 40",
+        min_score=-1.0,
+        min_recall=0.9,
+    )
+    assert not set(plain.ids[:2]) & set(chosen.ids)
+    assert chosen.selectivity is not None
+    varied = client.retrieve("red cat", "pin", 5, diversity=0.3, collapse_above=0.99)
+    assert len(varied.hits) == 5
+
+
+def test_client_multi_and_batch_equal_single_calls(
+    client: RetrievalClient, running: Running
+) -> None:
+    single = client.retrieve("red cat", "pin", 5)
+    pins = Target(entity_type="pin", k=5)
+    multi = client.retrieve_multi("red cat", [pins, Target(entity_type="product", k=2)])
+    assert [answer.entity_type for answer in multi.answers] == ["pin", "product"]
+    assert multi.answers[0].ids == single.ids
+    batch = client.retrieve_batch(["red cat", "blue fish"], pins)
+    assert batch.answers[0].ids == single.ids
+    vectors = client.embed(["red cat", "blue fish"]).vectors
+    by_vectors = client.retrieve_batch(embeddings=vectors, space_id=running.space_id, target=pins)
+    assert by_vectors.answers[1].ids == batch.answers[1].ids
+
+
+def test_client_score_equals_hits_and_is_nan_for_unknown_ids(client: RetrievalClient) -> None:
+    found = client.retrieve("red cat", "pin", 5)
+    scores = client.score("red cat", [*found.ids, "nobody"], "pin")
+    np.testing.assert_allclose(scores.scores[:-1], [hit.score for hit in found.hits], atol=1e-4)
+    assert np.isnan(scores.scores[-1])
+    assert scores.missing == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        ({"query": "   "}, InvalidRequest),
+        ({"query": "x", "k": 0}, InvalidRequest),
+        ({"query": "x", "entity_type": "video"}, NotFound),
+        ({"query": "x", "release_id": "nobody"}, CallError),
+        ({"embedding": [1.0] + [0.0] * 31, "space_id": "0" * 64}, Precondition),
+    ],
+)
+def test_client_refused_request_raises_its_class(
+    client: RetrievalClient, arguments: dict[str, Any], kind: type[CallError]
+) -> None:
+    with pytest.raises(kind):
+        client.retrieve(**arguments)
 
 
 def test_client_upserted_entity_is_found_and_deleted_one_is_not(running: Running) -> None:

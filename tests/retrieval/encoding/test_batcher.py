@@ -133,7 +133,8 @@ async def test_batcher_full_queue_refuses_with_hint_and_frees_cancelled_places(
 
 async def test_batcher_bad_text_fails_alone(tower: Tower, executor) -> None:
     batcher = Batcher(tower, executor, DIMENSION)
-    tower.bad, tower.nan = {"bad"}, {"nan"}
+    tower.bad = {"bad"}
+    tower.nan = {"nan"}
     tower.gate.clear()
     tasks = [asyncio.ensure_future(batcher.submit(text)) for text in ("a", "bad", "nan", "b")]
     await asyncio.sleep(0.01)

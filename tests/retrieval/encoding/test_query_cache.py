@@ -84,7 +84,9 @@ def test_cache_entries_expire_by_age_within_byte_bound() -> None:
 def test_cache_any_sequence_returns_only_fresh_vector_of_the_key(
     steps: list[tuple[str, int]],
 ) -> None:
-    clock, cache, written = Clock(), QueryCache(5_000, 10.0, lambda: clock.now), dict[str, float]()
+    clock = Clock()
+    cache = QueryCache(5_000, 10.0, clock)
+    written: dict[str, float] = {}
     for what, number in steps:
         key = f"k{number}"
         if what == "put":
@@ -100,7 +102,8 @@ def test_cache_any_sequence_returns_only_fresh_vector_of_the_key(
 
 
 def test_cache_vector_is_a_read_only_copy() -> None:
-    cache, vector = QueryCache(10_000, 10.0), unit(1)
+    cache = QueryCache(10_000, 10.0)
+    vector = unit(1)
     cache.put("a", vector)
     vector[:] = 0
     found = cache.get("a")

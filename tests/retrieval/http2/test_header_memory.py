@@ -39,7 +39,8 @@ async def server() -> Http2Server:
 
 def connected(server: Http2Server) -> tuple[Connection, Sink]:
     """One end of a connection without the other."""
-    connection, sink = server.make_connection(), Sink()
+    connection = server.make_connection()
+    sink = Sink()
     connection.connection_made(sink)  # type: ignore[arg-type]
     connection.data_received(HELLO)
     return connection, sink

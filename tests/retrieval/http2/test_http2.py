@@ -122,7 +122,8 @@ def test_server_stop_drains_without_failing_a_call() -> None:
     """Calls under way finish; later ones go to the server that took the port over; none fails."""
     first = Running()
     channel = open_channel(first)
-    echo, slow = channel.unary_unary("/t.T/Echo"), channel.unary_unary("/t.T/Slow")
+    echo = channel.unary_unary("/t.T/Echo")
+    slow = channel.unary_unary("/t.T/Slow")
     assert echo(b"x", timeout=20) == b"x"
     under_way = [slow.future(b"0.7", timeout=20) for _ in range(20)]
     time.sleep(0.2)
@@ -344,9 +345,7 @@ def test_refusal_stream_without_message_counts_as_open_stream(full: None) -> Non
 
 
 def test_control_frame_flood_ends_connection(running: Running) -> None:
-    """Opening and resetting streams, or pinging, without end (the rapid-reset attack) costs the
-    attacker the connection.
-    """
+    """Of resets (the rapid-reset attack) and of pings, without end."""
     encoder = hpack.Encoder()
     opening = [request(1, b"later", encoder=encoder)]
     opening += [

@@ -271,8 +271,9 @@ def test_budget_settings_that_resume_many_calls_cost_more(running: Running) -> N
 def test_flow_control_any_order_of_updates_sends_every_answer_whole(
     running: Running, steps: list[tuple[int, int]], first: int
 ) -> None:
-    """Steps: 0 enlarges the connection's window, a stream its own; -1 sets the initial window; -2
-    cancels a call.
+    """Windows of connection and streams grow, the initial one changes, calls are cancelled.
+
+    A step is what (0: the connection, a stream, -1: the initial window, -2: a reset) and a value.
     """
     contents = {stream: b"now" + bytes([stream]) * 40_000 for stream in (1, 3, 5, 7)}
     given_up: set[int] = set()

@@ -24,7 +24,8 @@ PAUSE = 0.5
 @pytest.fixture
 def full() -> Iterator[Running]:
     running = Running()
-    running.behaviour.full, running.behaviour.pause = True, PAUSE
+    running.behaviour.full = True
+    running.behaviour.pause = PAUSE
     yield running
     running.stop(0.5)
 

@@ -48,7 +48,8 @@ class Reader:
     """A client that updates a window as soon as it has read ``step`` bytes of it."""
 
     def __init__(self, connection: socket.socket, step: int) -> None:
-        self.connection, self.step = connection, step
+        self.connection = connection
+        self.step = step
         self.rest = b""
         self.unread = {0: 0}
 
@@ -71,7 +72,8 @@ class Reader:
             assert piece, "the server closed"
             self.rest += piece
         end = 9 + int.from_bytes(self.rest[:3], "big")
-        whole, self.rest = self.rest[:end], self.rest[end:]
+        whole = self.rest[:end]
+        self.rest = self.rest[end:]
         return whole[3], whole[4], int.from_bytes(whole[5:9], "big"), whole[9:]
 
     def _update(self, stream: int, size: int) -> None:

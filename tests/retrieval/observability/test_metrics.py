@@ -96,7 +96,8 @@ def test_tracer_call_joins_callers_trace_with_a_span_per_stage() -> None:
     trace = pytest.importorskip("opentelemetry.sdk.trace")
     export = pytest.importorskip("opentelemetry.sdk.trace.export")
     memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
-    provider, exporter = trace.TracerProvider(), memory.InMemorySpanExporter()
+    provider = trace.TracerProvider()
+    exporter = memory.InMemorySpanExporter()
     provider.add_span_processor(export.SimpleSpanProcessor(exporter))
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     stages = {"queue": 0, "encode": 300, "search": 200}

@@ -204,7 +204,8 @@ def test_api_search_exact_compares_within_one_release_during_swap(
             activate=False,
         )
         page = Page(running.server.service)
-        ask, asked = page._ask, []
+        ask = page._ask
+        asked: list[Any] = []
 
         async def ask_and_swap(*arguments: Any) -> bytes:
             answer = await ask(*arguments)

@@ -14,7 +14,7 @@ import numpy as np
 from encoders.errors import ConfigError
 from index_builder.ann.cpu import cpu_features
 from index_builder.ann.exact import ExactIndex
-from index_builder.ann.faiss_index import FaissIndex
+from index_builder.ann.faiss_index import FaissIndex, faiss_available
 from index_builder.ann.hnsw import HnswIndex
 from index_builder.ann.int8_graph import Int8GraphIndex
 from index_builder.ann.interface import AnnConfig, AnnIndex
@@ -73,11 +73,12 @@ def require_cpu(kind: str, features: frozenset[str] | None = None) -> None:
 
 def kind_available(kind: str) -> bool:
     """Return whether this installation can build the kind: library, extension and CPU are there."""
-    if kind == "int8-graph" and Engine is None:
-        return False
-    if kind == "symqg" and not symqg_available():
-        return False
-    return not missing_features(kind)
+    installed = {
+        "int8-graph": Engine is not None,
+        "symqg": symqg_available(),
+        "faiss": faiss_available(),
+    }
+    return installed.get(kind, True) and not missing_features(kind)
 
 
 def choose_kind(

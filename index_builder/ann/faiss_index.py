@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,12 +26,16 @@ def faiss_library() -> Any:
     return faiss
 
 
+def faiss_available() -> bool:
+    """Return whether a faiss build is installed."""
+    return importlib.util.find_spec("faiss") is not None
+
+
 def cagra_available() -> bool:
     """Return whether this faiss can build CAGRA graphs on a GPU of this machine."""
-    try:
-        faiss = faiss_library()
-    except MissingDependency:
+    if not faiss_available():
         return False
+    faiss = faiss_library()
     return hasattr(faiss, "GpuIndexCagra") and getattr(faiss, "get_num_gpus", lambda: 0)() > 0
 
 

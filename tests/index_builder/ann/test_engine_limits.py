@@ -5,6 +5,7 @@ the right answer, never a crash.
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def vectors() -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def engine(vectors: np.ndarray) -> object:
+def engine(vectors: np.ndarray) -> Any:
     graph = np.random.default_rng(0).integers(0, N, (N, 32)).astype(np.uint32)
     return make_engine(
         Corpus(vectors),
@@ -40,24 +41,26 @@ def engine(vectors: np.ndarray) -> object:
     )
 
 
-def test_a_candidate_list_longer_than_the_corpus_is_the_corpus(
-    engine: object, vectors: np.ndarray
+def test_walk_with_ef_beyond_the_corpus_uses_the_whole_corpus(
+    engine: Any, vectors: np.ndarray
 ) -> None:
     few, many = np.empty(10, np.float32), np.empty(10, np.float32)
     assert engine.walk(vectors[:1], 10, 10**13, many, 26, None) == engine.walk(
         vectors[:1], 10, N, few, 26, None
-    )  # type: ignore[attr-defined]
+    )
     np.testing.assert_array_equal(few, many)
 
 
-def test_sizes_whose_bytes_overflow_are_refused(engine: object, vectors: np.ndarray) -> None:
+def test_engine_with_sizes_that_overflow_raises_value_error(
+    engine: Any, vectors: np.ndarray
+) -> None:
     nodes, out = np.arange(100, dtype=np.uint32), np.zeros(1, np.float32)
     calls = {
-        "finish": lambda: engine.finish(nodes, np.zeros(100, np.float32), HUGE, out, None, None),  # type: ignore[attr-defined]
-        "walk": lambda: engine.walk(vectors[:1], HUGE, 10, out, 26, None),  # type: ignore[attr-defined]
-        "walk_batch": lambda: engine.walk_batch(vectors[:4].copy(), 2**60, 10, out, 26, None),  # type: ignore[attr-defined]
-        "nearest": lambda: engine.nearest(vectors[:1], HUGE, 10, nodes.copy(), out),  # type: ignore[attr-defined]
-        "scan": lambda: engine.scan(vectors[:1], HUGE, nodes, out, None),  # type: ignore[attr-defined]
+        "finish": lambda: engine.finish(nodes, np.zeros(100, np.float32), HUGE, out, None, None),
+        "walk": lambda: engine.walk(vectors[:1], HUGE, 10, out, 26, None),
+        "walk_batch": lambda: engine.walk_batch(vectors[:4].copy(), 2**60, 10, out, 26, None),
+        "nearest": lambda: engine.nearest(vectors[:1], HUGE, 10, nodes.copy(), out),
+        "scan": lambda: engine.scan(vectors[:1], HUGE, nodes, out, None),
         "dimension": lambda: Engine(
             vectors, HUGE, np.zeros(1, np.uint8), np.zeros(N + 1, np.uint64)
         ),
@@ -65,11 +68,11 @@ def test_sizes_whose_bytes_overflow_are_refused(engine: object, vectors: np.ndar
     for name, call in calls.items():
         with pytest.raises(ValueError, match=r"size|room|dimension"):
             call()
-        assert engine.walk(vectors[:1], 1, 10, out, 26, None) != [], name  # type: ignore[attr-defined]
+        assert engine.walk(vectors[:1], 1, 10, out, 26, None) != [], name
 
 
 @pytest.mark.parametrize("damage", ["starts only", "node", "row", "descending"])
-def test_maps_of_rows_and_nodes_that_do_not_fit_are_refused(
+def test_engine_with_row_maps_that_do_not_fit_raises_value_error(
     vectors: np.ndarray, damage: str
 ) -> None:
     store = EngineArrays.build(vectors, np.zeros((N, 32), np.uint32))
@@ -98,29 +101,27 @@ def test_maps_of_rows_and_nodes_that_do_not_fit_are_refused(
         )
 
 
-def test_a_finaliser_that_searches_while_an_answer_is_made_does_not_change_it(
-    engine: object, vectors: np.ndarray
-) -> None:
+def test_walk_with_a_searching_finaliser_keeps_its_answer(engine: Any, vectors: np.ndarray) -> None:
     class SearchesWhenCollected:
         def __init__(self) -> None:
             self.me = self
 
         def __del__(self) -> None:
-            engine.walk(vectors[:1], 150, 150, np.empty(150, np.float32), 300, None)  # type: ignore[attr-defined]
+            engine.walk(vectors[:1], 150, 150, np.empty(150, np.float32), 300, None)
 
-    wanted = engine.walk(vectors[5:6], 3, 150, np.empty(3, np.float32), 19, None)  # type: ignore[attr-defined]
+    wanted = engine.walk(vectors[5:6], 3, 150, np.empty(3, np.float32), 19, None)
     thresholds = gc.get_threshold()
     gc.set_threshold(1)
     try:
         for _ in range(300):
             SearchesWhenCollected()
-            assert engine.walk(vectors[5:6], 3, 150, np.empty(3, np.float32), 19, None) == wanted  # type: ignore[attr-defined]
+            assert engine.walk(vectors[5:6], 3, 150, np.empty(3, np.float32), 19, None) == wanted
     finally:
         gc.set_threshold(*thresholds)
 
 
 @pytest.mark.parametrize("dimension", [1024, 1536, 2048])
-def test_sums_of_sketches_stay_within_16_bits_where_all_components_weigh_the_same(
+def test_sketch_sums_of_equal_components_stay_within_16_bits(
     dimension: int,
 ) -> None:
     signs = np.random.default_rng(0).choice([-1.0, 1.0], (1_000, dimension)).astype(np.float32)
@@ -139,7 +140,7 @@ def test_sums_of_sketches_stay_within_16_bits_where_all_components_weigh_the_sam
     ) == [str(row) for row in range(10)]
 
 
-def test_a_batch_on_a_graph_that_leads_nowhere_is_answered_as_its_queries_are(
+def test_search_batch_on_a_graph_without_edges_answers_as_single_searches(
     vectors: np.ndarray,
 ) -> None:
     ann = Int8GraphIndex.over(

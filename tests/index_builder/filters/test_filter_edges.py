@@ -24,7 +24,7 @@ TABLE = AttributeTable(
 
 
 def rows(expression: str, table: AttributeTable = TABLE) -> list[int]:
-    """What the cache and the parser alone select, which must be the same."""
+    """Rows that the cache and the parser alone select, which must be the same."""
     selection = SelectionCache(table).get(expression)
     alone = BoundFilter(parse_filter(expression), table).select()
     assert sorted(selection.as_rows().tolist()) == sorted(alone.as_rows().tolist())
@@ -37,8 +37,8 @@ def error_of(expression: str) -> FilterError:
     return caught.value
 
 
-def test_a_string_as_json_escapes_it_means_the_same() -> None:
-    """json.dumps writes an emoji as two surrogates; they became two characters that no value holds."""
+def test_string_with_json_escapes_means_the_same() -> None:
+    """json.dumps writes an emoji as two surrogates, which are one character of the value."""
     assert rows("face == " + json.dumps("😀")) == rows('face == "😀"') == [0]
     assert rows('face == "\\uD83D\\uDE00"') == [0]
     assert rows('face == "\\\\ud83d"') == [1]  # an escaped backslash, then letters
@@ -46,7 +46,7 @@ def test_a_string_as_json_escapes_it_means_the_same() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=8))
-def test_any_string_as_json_escapes_it_finds_its_row(text: str) -> None:
+def test_any_string_with_json_escapes_finds_its_row(text: str) -> None:
     table = AttributeTable(pl.DataFrame({"s": [text, text + "x"]}))
     assert BoundFilter(
         parse_filter("s == " + json.dumps(text)), table
@@ -62,7 +62,7 @@ def test_any_string_as_json_escapes_it_finds_its_row(text: str) -> None:
         ('face == "ab\\u12"', 11, "four hexadecimal digits"),
     ],
 )
-def test_half_a_character_is_refused_where_it_stands(
+def test_half_a_surrogate_pair_is_refused_at_its_position(
     expression: str, position: int, words: str
 ) -> None:
     error = error_of(expression)
@@ -74,18 +74,16 @@ def test_half_a_character_is_refused_where_it_stands(
     "template", ["x > {}", "x >= 1 and x <= {}", "x in [1, {}]", "x > -{}", 'face == "a" or x > {}']
 )
 @pytest.mark.parametrize("digits", [MAX_DIGITS + 1, 5_000])
-def test_integers_of_thousands_of_digits_are_refused_where_they_stand(
+def test_integer_of_thousands_of_digits_is_refused_at_its_position(
     template: str, digits: int
 ) -> None:
-    """Python converts no text of more than 4,300 digits: a ValueError, which the caller saw as an
-    internal error.
-    """
+    """Python refuses to convert texts of more than 4,300 digits with a bare ValueError."""
     error = error_of(template.format("9" * digits))
     assert error.position == template.index("{") - ("-{" in template)
     assert f"{digits:,} digits" in str(error)
 
 
-def test_integers_of_hundreds_of_digits_compare() -> None:
+def test_integer_of_hundreds_of_digits_compares() -> None:
     assert rows("x >= 3 and x < " + "9" * MAX_DIGITS) == list(range(2, 43))
     assert rows("x > -" + "9" * MAX_DIGITS) == [0, *range(2, 43)]
     assert rows("x < 6." + "0" * 5_000) == [0, 2, 3]
@@ -95,8 +93,8 @@ def test_integers_of_hundreds_of_digits_compare() -> None:
     "expression",
     ["x > " + "1" * 19_000 + "a", "x > 1." + "1" * 19_000 + "a", "x > " + "1" * 200_000 + "a"],
 )
-def test_a_long_number_that_is_none_is_refused_in_linear_time(expression: str) -> None:
-    """The pattern of a number tried every split of its digits in two: 20 s for one filter."""
+def test_malformed_long_number_is_refused_in_linear_time(expression: str) -> None:
+    """A pattern that tries every split of the digits in two takes 20 s for one filter."""
     start = time.process_time()
     error_of(expression)
     assert time.process_time() - start < 1.0
@@ -115,13 +113,11 @@ def test_a_long_number_that_is_none_is_refused_in_linear_time(expression: str) -
     ],
 )
 def test_missing_values_are_not_the_lowest_integer(expression: str, want: list[int]) -> None:
-    """Missing integers are kept as -2**63; where a row really has that value, rows without any
-    matched, too.
-    """
+    """Missing integers are stored as -2**63, which a row may also hold as its value."""
     assert rows(expression) == want
 
 
-def test_the_texts_of_filters_count_against_the_memory_of_the_cache() -> None:
+def test_selection_cache_counts_the_texts_of_filters() -> None:
     table = AttributeTable(pl.DataFrame({"s": ["a"] * 100}))
     cache = SelectionCache(table, max_bytes=2**20)
     for i in range(200):
@@ -137,7 +133,7 @@ def test_the_texts_of_filters_count_against_the_memory_of_the_cache() -> None:
     assert len(cache._entries) > 200  # long ones gone, their room is free again
 
 
-def test_long_shapes_are_not_kept() -> None:
+def test_selection_cache_keeps_no_long_shapes() -> None:
     cache = SelectionCache(TABLE)
     for i in range(50):
         cache.get(" " * (10_000 + i) + "x > 7")

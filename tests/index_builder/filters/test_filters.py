@@ -42,13 +42,9 @@ TABLE = AttributeTable(
 
 
 def _literal(value: Any) -> str:
-    return (
-        {True: "true", False: "false"}[value]
-        if isinstance(value, bool)
-        else f'"{value}"'
-        if isinstance(value, str)
-        else repr(value)
-    )
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
 _OPS = ["==", "!=", "<", "<=", ">", ">="]
@@ -95,7 +91,9 @@ def _slow(tree: Any, row: dict[str, Any]) -> bool | None:
     if op in ("and", "or"):
         pair = {_slow(tree[1], row), _slow(tree[2], row)}
         decisive = op == "or"
-        return decisive if decisive in pair else None if None in pair else not decisive
+        if decisive in pair:
+            return decisive
+        return None if None in pair else not decisive
     value = row[tree[1]]
     if value is None:
         return None
@@ -118,7 +116,7 @@ def _slow(tree: Any, row: dict[str, Any]) -> bool | None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.recursive(_leaf(), _combine, max_leaves=6))
-def test_rows_are_those_of_three_valued_logic(case: tuple[str, Any]) -> None:
+def test_selected_rows_follow_three_valued_logic(case: tuple[str, Any]) -> None:
     expression, tree = case
     bound = BoundFilter(parse_filter(expression), TABLE)
     selection = bound.select()
@@ -129,7 +127,7 @@ def test_rows_are_those_of_three_valued_logic(case: tuple[str, Any]) -> None:
     assert 0.0 <= bound.estimate() <= 1.0
 
 
-def test_the_estimate_of_one_leaf_and_of_a_range_is_exact() -> None:
+def test_estimate_of_one_leaf_and_of_a_range_is_exact() -> None:
     for expression in ("price > 2", "price > 0 and price <= 4", 'country == "de"'):
         bound = BoundFilter(parse_filter(expression), TABLE)
         assert bound.estimate() == pytest.approx(bound.select().count / len(ROWS))
@@ -152,12 +150,12 @@ def test_the_estimate_of_one_leaf_and_of_a_range_is_exact() -> None:
         ("country == '\\q'", 12, "unknown escape"),
         ("", 0, "empty"),
         ("__import__('os')", 10, "expected one of"),
-        ("price == 3 and " * 0 + "(" * 80 + "price == 3" + ")" * 80, 51, "nested"),
+        ("(" * 80 + "price == 3" + ")" * 80, 51, "nested"),
         ("price in [1, 2", 14, "expected ']'"),
         ("price == 12abc", 9, "unexpected"),
     ],
 )
-def test_errors_know_what_and_where(expression: str, position: int, words: str) -> None:
+def test_filter_error_says_what_and_where(expression: str, position: int, words: str) -> None:
     with pytest.raises(FilterError) as caught:
         BoundFilter(parse_filter(expression), TABLE)
     assert words in str(caught.value)
@@ -166,14 +164,14 @@ def test_errors_know_what_and_where(expression: str, position: int, words: str) 
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=60) | st.text(alphabet="price<>=!()[]'\"\\ andornti,0.5e", max_size=60))
-def test_any_text_parses_or_is_refused_with_a_position(text: str) -> None:
+def test_parse_filter_of_any_text_parses_or_gives_a_position(text: str) -> None:
     try:
         BoundFilter(parse_filter(text), TABLE)
     except FilterError as error:
         assert 0 <= error.position <= len(text)
 
 
-def test_a_missing_column_and_an_impossible_one() -> None:
+def test_attribute_table_aligns_columns_and_refuses_what_cannot_be_one() -> None:
     like = AttributeTable.aligned(pl.DataFrame({"price": [5]}), TABLE, 1)
     assert like.schema == TABLE.schema
     assert BoundFilter(parse_filter("price == 5"), like).select().count == 1
@@ -184,7 +182,7 @@ def test_a_missing_column_and_an_impossible_one() -> None:
         AttributeTable(pl.DataFrame({"bad name": [1]}))
 
 
-def test_dates_sort_as_time() -> None:
+def test_dates_compare_as_times() -> None:
     table = AttributeTable(
         pl.DataFrame({"day": ["2024-02-01", "2023-12-31"]}).with_columns(
             pl.col("day").str.to_date()
@@ -195,7 +193,7 @@ def test_dates_sort_as_time() -> None:
     ]
 
 
-def test_times_read_as_live_updates_write_them() -> None:
+def test_times_compare_in_the_form_of_live_updates() -> None:
     times = [datetime(2024, 5, 1, 12), datetime(2024, 5, 1, 15, 0, 0, 500), datetime(2023, 1, 1)]
     table = AttributeTable(
         pl.DataFrame(
@@ -219,7 +217,7 @@ CACHE = SelectionCache(TABLE)
 
 @settings(max_examples=300, deadline=None)
 @given(_combine(_leaf()) | _leaf())
-def test_filters_of_one_shape_share_their_parsing_and_nothing_else(pair: tuple[str, Any]) -> None:
+def test_filters_of_one_shape_share_parsing_only(pair: tuple[str, Any]) -> None:
     text, tree = pair
     expected = [_slow(tree, row) is True for row in ROWS]
     for expression in (text, f" {text}", text):
@@ -228,7 +226,7 @@ def test_filters_of_one_shape_share_their_parsing_and_nothing_else(pair: tuple[s
         assert sorted(selection.as_rows().tolist()) == [i for i, hit in enumerate(expected) if hit]
 
 
-def test_an_error_in_a_shape_seen_before_has_the_position_in_its_own_text() -> None:
+def test_filter_error_in_a_known_shape_has_its_own_position() -> None:
     for text, at in (
         ("price >= 1 and nothing <= 2", 15),
         ("price >= 1111 and nothing <= 2", 18),

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from encoders.errors import ConfigError
 from index_builder.ann import AnnConfig, build_index
-from index_builder.ann.graph_files import unreachable_nodes
 from index_builder.errors import GateFailed
 from index_builder.search.calibration import (
     Calibration,
@@ -110,14 +109,3 @@ def test_calibrate_real_index_gives_rising_curve() -> None:
         calibrate(
             lambda q, k, ef: index.search(q, k, ef)[0], vectors, queries[:0], source="real queries"
         )
-
-
-def test_unreachable_nodes_in_graph_are_counted() -> None:
-    ring = np.array(
-        [[1, 1], [2, 2], [0, 0], [0, 1], [4, 4]], dtype=np.uint32
-    )  # 3 points in but nothing points at it; 4 is alone
-    assert unreachable_nodes(ring) == 2
-    chain = np.array(
-        [[1, 1], [2, 2], [0, 3], [3, 3]], dtype=np.uint32
-    )  # 3 is reached from the ring
-    assert unreachable_nodes(chain) == 0

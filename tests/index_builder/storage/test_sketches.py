@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(Engine is None, reason="the extension was not co
     ("count", "dimension"), [(1, 64), (31, 64), (64, 64), (1_000, 64), (1_500, 100), (700, 7)]
 )
 @pytest.mark.parametrize("duplicates", [0, 40])
-def test_a_scan_of_all_sketches_finds_the_best_matching_rows(
+def test_sketch_scan_of_all_rows_finds_the_best_matching_rows(
     count: int, dimension: int, duplicates: int
 ) -> None:
     vectors = text_vectors(1_500, 128)[:count, :dimension].copy()
@@ -50,7 +50,7 @@ def test_a_scan_of_all_sketches_finds_the_best_matching_rows(
                 np.testing.assert_allclose(out[: len(best)], best, atol=2e-3)
 
 
-def test_few_sketches_find_nearly_all() -> None:
+def test_sketch_scan_of_few_candidates_finds_nearly_all() -> None:
     vectors = text_vectors(6_100)
     corpus, queries = vectors[:6_000].copy(), vectors[6_000:]
     engine = make_engine(
@@ -67,7 +67,7 @@ def test_few_sketches_find_nearly_all() -> None:
     assert found / (10 * len(queries)) >= 0.95
 
 
-def test_sketches_that_do_not_fit_are_refused() -> None:
+def test_engine_with_sketches_that_do_not_fit_raises_index_format_error() -> None:
     vectors = text_vectors(300)
     store = EngineArrays.build(vectors, None, sketches=True)
     assert store.sketch is not None

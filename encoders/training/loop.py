@@ -34,6 +34,7 @@ from encoders.training.distributed import (
     world_size,
 )
 from encoders.training.inputs import Towers, build_inputs, build_towers, run_fingerprint
+from encoders.training.losses import limit_log_scales
 from encoders.training.optimisers import (
     create_optimiser,
     parameter_groups,
@@ -236,6 +237,7 @@ class Trainer:
                 norm = clip_grad_norm_(self._parameters, config.optimiser.clip_norm)
                 self._require_finite(float(norm), batch, report)
             self._optimiser.step()
+            limit_log_scales(self._towers.log_scales)
             self._optimiser.zero_grad(set_to_none=True)
         state.step += 1
         state.seconds = self._watch.total
@@ -306,6 +308,7 @@ class Trainer:
             )
         state, _ = load_checkpoint(found[-1], self._fingerprint)
         self._towers.load_state_dict(state["towers"])
+        limit_log_scales(self._towers.log_scales)  # earlier versions saved them unclamped
         self._optimiser.load_state_dict(state["optimiser"])
         self._state = LoopState(**state["loop"])
         self._log.say(f"resumed from {found[-1].name}")

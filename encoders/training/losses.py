@@ -28,19 +28,29 @@ MASKED = -1e30
 
 
 def scale_of(log_scale: Tensor) -> Tensor:
-    """Return the factor on cosines: ``exp(log_scale)``, clamped at 100."""
-    return log_scale.exp().clamp(max=MAXIMUM_SCALE)
+    """Return the factor on cosines: ``exp(log_scale)``; ``limit_log_scales`` keeps it below 100."""
+    return log_scale.exp()
+
+
+@torch.no_grad()
+def limit_log_scales(log_scales: Tensor) -> None:
+    """Clamp log scales in place, so that no factor is above 100; call it after each step.
+
+    Clamping the factor instead would leave a log scale above the limit without a gradient, and so
+    without a way back.
+    """
+    log_scales.clamp_(max=math.log(MAXIMUM_SCALE))
 
 
 def initial_log_scale(temperature: float = INITIAL_TEMPERATURE) -> float:
-    """Return the log scale that stands for a temperature.
+    """Return the log scale that stands for a temperature, at most that of a factor of 100.
 
     Raises:
         ConfigError: The temperature is not positive.
     """
     if not temperature > 0:
         raise ConfigError(f"temperature must be above 0, but got {temperature}.")
-    return -math.log(temperature)
+    return min(-math.log(temperature), math.log(MAXIMUM_SCALE))
 
 
 def negative_log_q(frequencies: Tensor, negatives: int) -> Tensor:
@@ -56,9 +66,9 @@ def negative_log_q(frequencies: Tensor, negatives: int) -> Tensor:
     return torch.log(frequencies * max(negatives, 1))
 
 
-def random_mask(positive_ids: Tensor, random_ids: Tensor) -> Tensor:
-    """Mask negatives of the random term that are the row's own positive: bool ``(B, R)``."""
-    return positive_ids[:, None] == random_ids[None, :]
+def random_mask(own_ids: Tensor, candidate_ids: Tensor) -> Tensor:
+    """Mask candidates that are the row's own positive (or query): bool ``(B, R)``."""
+    return own_ids[:, None] == candidate_ids[None, :]
 
 
 def in_batch_mask(

@@ -109,10 +109,12 @@ def _masks(shard: ShardedBatch, device: torch.device) -> _Masks:
     queries = torch.from_numpy(pair_set.queries[batch.pairs]).to(device)
     positives = torch.from_numpy(pair_set.candidates[batch.pairs]).to(device)
     negatives = torch.from_numpy(pair_set.pool[batch.negatives]).to(device)
-    return _Masks(
-        in_batch_mask(queries[own], positives[own], queries, positives),
-        random_mask(positives[own], negatives),
-    )
+    in_batch = in_batch_mask(queries[own], positives[own], queries, positives)
+    random = random_mask(positives[own], negatives)
+    if pair_set.is_related_queries:  # a query is no negative of itself: its cosine is 1
+        in_batch |= random_mask(queries[own], positives)
+        random |= random_mask(queries[own], negatives)
+    return _Masks(in_batch, random)
 
 
 class TaskTerms(NamedTuple):

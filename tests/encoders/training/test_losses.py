@@ -18,6 +18,7 @@ from encoders.training.losses import (
     batch_recall,
     in_batch_mask,
     initial_log_scale,
+    limit_log_scales,
     negative_log_q,
     random_mask,
     sampled_softmax,
@@ -202,13 +203,22 @@ def test_task_loss_row_weight_zero_leaves_row_out() -> None:
     torch.testing.assert_close(weighted, alone)
 
 
-def test_scale_of_large_log_scale_stops_at_100_without_gradient() -> None:
+def test_scale_of_log_scale_past_limit_comes_back() -> None:
+    """The limit holds the parameter: a gradient is left to lower it by."""
+    log_scale = torch.nn.Parameter(torch.tensor([9.0, 2.0]))
+    limit_log_scales(log_scale)
+    torch.testing.assert_close(scale_of(log_scale.detach()), torch.tensor([100.0, math.exp(2.0)]))
+    optimiser = torch.optim.SGD([log_scale], lr=1e-3)
+    for _ in range(3):
+        scale_of(log_scale).sum().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    assert float(scale_of(log_scale.detach())[0]) < 90.0
+
+
+def test_initial_log_scale_temperature_stops_at_a_factor_of_100() -> None:
     assert float(scale_of(torch.tensor(initial_log_scale()))) == pytest.approx(1 / 0.07)
-    log_scale = torch.tensor(9.0, requires_grad=True)
-    assert float(scale_of(log_scale)) == 100.0
-    scale_of(log_scale).backward()
-    assert log_scale.grad is not None
-    assert float(log_scale.grad) == 0.0
+    assert math.exp(initial_log_scale(0.001)) == pytest.approx(100.0)
     with pytest.raises(ConfigError, match="above 0, but got 0"):
         initial_log_scale(0.0)
 

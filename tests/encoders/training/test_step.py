@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from encoders.training.data.batches import BatchPlan, DatasetBatch
+from encoders.training.data.batches import BatchPlan, DatasetBatch, ShardedBatch
 from encoders.training.inputs import Towers, TrainInputs, build_inputs, build_towers
-from encoders.training.step import StepReport, loss_and_gradients
+from encoders.training.step import StepReport, _masks, loss_and_gradients
 from tests.helpers.training_examples import small_config, tiny_query_encoder, world
 
 DATASETS = [{"name": "pin", "candidates": ["entity", "vector:pinsage"]}, {"name": "query"}]
@@ -75,6 +75,22 @@ def test_step_compatibility_rows_without_vector_do_not_count() -> None:
     name = "pin/vector:pinsage"
     torch.testing.assert_close(whole.task_losses[name], part.task_losses[name])
     assert float(whole.task_losses["pin/entity"]) != float(part.task_losses["pin/entity"])
+
+
+def test_step_related_query_is_no_negative_of_itself(inputs: TrainInputs) -> None:
+    related = inputs.prepared.pair_sets[1]
+    met = 0
+    for step in range(5):
+        shard = ShardedBatch(related, batch_of(inputs, step)[1], 0, 1)
+        masks = _masks(shard, torch.device("cpu"))
+        queries = related.queries[shard.batch.pairs]
+        positives = related.candidates[shard.batch.pairs]
+        negatives = related.pool[shard.batch.negatives]
+        for candidates, mask in ((positives, masks.in_batch), (negatives, masks.random)):
+            own = queries[:, None] == candidates[None, :]
+            met += own.sum()
+            assert mask.numpy()[own].all()
+    assert met > 0
 
 
 def test_step_loss_not_finite_is_nan_and_leaves_no_gradient(inputs: TrainInputs) -> None:

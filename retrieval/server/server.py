@@ -77,7 +77,7 @@ class WorkerContext:
 class Server:
     """One worker's server, built and not yet started.
 
-    ``port`` is known at once, also when 0 was asked for, unless it is one of several workers with
+    ``port`` is known at once, also when it was given as 0, unless it is one of several workers with
     sockets of their own.
     """
 

@@ -92,24 +92,14 @@ class FastPath:
         try:
             message = _parse(content)
             request = SearchRequest.parse(message, self._limits)
-            index = serving.entities.get(request.entity_type)
-            if (
-                index is None
-                or not request.is_cacheable
-                or message.release_id not in ("", serving.release_id)
-            ):
+            index = self._index(message, request, serving, context)
+            if index is None:
                 return None
-            remaining = context.time_remaining()
-            if remaining is not None and remaining <= 0:
-                return None
-            if self._tokens is not None:
-                caller = self._tokens.caller(context.invocation_metadata())
-                caller.require_entity_types((request.entity_type,))
             vector = self._queries.quick_embedding(message, serving)
             if vector is None:
                 entry, text = self._queries.find_cached(message.query, serving)
                 if entry is None:
-                    return self._refuse_hopeless(text, serving, remaining)
+                    return self._refuse_late(text, serving, context)
                 vector = entry.vector
                 key = cache_key(index, request, text)
                 answer = self._searches.answers.find(key)
@@ -142,6 +132,29 @@ class FastPath:
             self._recorder.sample(search, answer, message.language)
         return content_out
 
+    def _index(
+        self,
+        message: pb.RetrieveRequest,
+        request: SearchRequest,
+        serving: ServingRelease,
+        context: CallContext,
+    ) -> EntityIndex | None:
+        """Return the index to ask; None where only the full path may answer or knows the error.
+
+        Raises:
+            Unauthenticated: An unknown token.
+            PermissionDenied: The token does not hold the entity type.
+        """
+        if not request.is_cacheable or message.release_id not in ("", serving.release_id):
+            return None
+        remaining = context.time_remaining()
+        if remaining is not None and remaining <= 0:
+            return None
+        if self._tokens is not None:
+            caller = self._tokens.caller(context.invocation_metadata())
+            caller.require_entity_types((request.entity_type,))
+        return serving.entities.get(request.entity_type)
+
     def _search(self, index: EntityIndex, vector: Float32, request: SearchRequest) -> Found | None:
         """Search where that is plain and known to be short."""
         if request.k > MAX_K or request.filter or request.min_score is not None:
@@ -156,13 +169,13 @@ class FastPath:
         searcher.learn(kind, search_ns / 1e9)
         return Found(result, search_ns)
 
-    def _refuse_hopeless(
-        self, text: str, serving: ServingRelease, remaining: float | None
+    def _refuse_late(
+        self, text: str, serving: ServingRelease, context: CallContext
     ) -> Refusal | None:
         """Refuse a text that has to be encoded and would not be in time; None if it may be."""
         if not serving.encoder.must_encode(text):
             return None
-        error = serving.batcher.full() or serving.batcher.late(remaining)
+        error = serving.batcher.full() or serving.batcher.late(context.time_remaining())
         return None if error is None else self.refusals.of(error)
 
     def _serialize_repeated(

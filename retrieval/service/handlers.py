@@ -62,7 +62,8 @@ class MethodHandler:
 
     async def handle(self, content: bytes, context: CallContext) -> bytes:
         """Answer the bytes of a request, or end the call with a typed status."""
-        method, gate = self._method, self._gate
+        method = self._method
+        gate = self._gate
         started_ns = time.perf_counter_ns()
         places = 0
         try:

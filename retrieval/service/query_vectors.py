@@ -172,7 +172,8 @@ class QueryVectors:
         if not queries:
             raise EmptyQuery("queries")
         require_count("queries", len(queries), self._limits.max_batch)
-        encoder, texts = serving.encoder, list(queries)
+        encoder = serving.encoder
+        texts = list(queries)
         vectors: Float32 = np.empty((len(texts), serving.dimension), dtype=np.float32)
         missing = []
         for row, text in enumerate(texts):

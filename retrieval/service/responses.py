@@ -96,7 +96,7 @@ def fill_timings(timings: pb.Timings, query: Query | QueryBatch, started_ns: int
 
 
 def add_attributes(hits: Any, index: EntityIndex, ids: Sequence[str], names: Sequence[str]) -> None:
-    """Give each hit the attributes asked for; missing values stay out.
+    """Give each hit the wanted attributes; missing values stay out.
 
     Args:
         hits: The repeated field of a message.

@@ -108,7 +108,7 @@ class SearchRequest:
         return tuple(map(stored_id, self.exclude_ids))
 
     def options(self) -> SearchOptions:
-        """Return what ``EntityIndex.search`` is told beside query and k."""
+        """Return the arguments of ``EntityIndex.search`` beside query and k."""
         options: SearchOptions = {}
         if self.filter:
             options["filter"] = self.filter

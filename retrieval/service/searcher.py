@@ -21,7 +21,7 @@ Float32 = npt.NDArray[np.float32]
 T = TypeVar("T")
 
 POOL_FACTOR = 4
-"""Results fetched per wanted result when re-ranking is asked for."""
+"""Results fetched per wanted result where they are re-ranked."""
 MAX_POOL = 1000
 """A pool is never made larger than this by its factor."""
 INLINE_RERANK_K = 20

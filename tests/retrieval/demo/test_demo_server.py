@@ -1,4 +1,4 @@
-"""The demo's server process: it answers, and when it dies its death is told clearly."""
+"""The demo's server process: it answers, and its death gets a clear message."""
 
 import os
 import signal

@@ -122,7 +122,7 @@ async def test_swap_under_load_loses_and_mixes_no_answers(
     await asyncio.gather(*clients)
     assert all(map(whole, answers)) and {a.release_id for a in answers} >= {"a1", "a2"}
     assert len({(a.release_id[0], a.space_id) for a in answers}) <= 2
-    assert list(server.releases.loaded) == ["b1", "a1"], "no more releases are kept than asked for"
+    assert list(server.releases.loaded) == ["b1", "a1"], "no more than keep_releases"
     pinned = await stub.Retrieve(ask(release_id="b1"))
     assert pinned.release_id == "b1" and whole(pinned)
     await channel.close()

@@ -243,7 +243,7 @@ class Stage:
         return 0
 
     def verify(self, release_id: str) -> None:
-        """Reads for as long as it is told to, then finds what it is told to find."""
+        """Reads while its flag stands, then finds what the other flags say."""
         self.flag(f"verifying-{release_id}")
         while (self.folder / "reading").exists():
             time.sleep(0.01)

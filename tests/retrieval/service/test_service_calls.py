@@ -86,9 +86,7 @@ def test_retrieve_text_finds_its_own_entity_and_reports_how(
 
 
 def test_retrieve_attribute_named_twice_comes_once(stub: rpc.RetrievalStub) -> None:
-    """Found by the fuzzer: polars refused the column that was asked for twice, and the caller was
-    told INTERNAL.
-    """
+    """A column that is selected twice is an error of polars, and must not become INTERNAL."""
     fields = {
         "entity_type": "pin",
         "k": 2,

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-.PHONY: demo test check docs protos bench setup clean
+.PHONY: demo test test-fast check docs protos bench setup clean
 
 # The environment: rebuilt when what it is made from changes. torch comes first and alone, so that no other package pulls a CUDA build.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -21,6 +21,9 @@ demo: setup ## train, evaluate, build, serve and query the sample data
 
 test: setup ## all tests; those that need a program that is not installed skip and say so
 	$(BIN)/python -m pytest
+
+test-fast: setup ## the tests without those marked slow
+	$(BIN)/python -m pytest -m "not slow"
 
 check: setup ## formatting, lint, types, docstrings, fresh generated code and pages
 	$(BIN)/ruff format --check .

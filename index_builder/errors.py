@@ -49,7 +49,8 @@ class DimensionMismatch(InvalidQuery):
     """The query vector has another dimension or dtype than the index."""
 
     def __init__(self, expected: int, got: object) -> None:
-        self.expected, self.got = expected, got
+        self.expected = expected
+        self.got = got
         super().__init__(
             f"a query must be one float32 vector of dimension {expected}, but got {got}. "
             "Was it encoded by the encoder that the release names?"
@@ -65,7 +66,8 @@ class FilterError(InvalidQuery):
     """
 
     def __init__(self, message: str, expression: str, position: int) -> None:
-        self.expression, self.position = expression, position
+        self.expression = expression
+        self.position = position
         shown = expression if len(expression) <= 200 else expression[:197] + "..."
         super().__init__(f"filter error at character {position + 1}: {message} In: {shown}")
 
@@ -74,7 +76,8 @@ class UnknownEntityType(OmniError):
     """The release has no index of this entity type."""
 
     def __init__(self, entity_type: str, known: list[str]) -> None:
-        self.entity_type, self.known = entity_type, known
+        self.entity_type = entity_type
+        self.known = known
         super().__init__(
             f"no index for entity type {entity_type!r}: this release has"
             f" {', '.join(sorted(known)) or 'none'}."
@@ -105,7 +108,8 @@ class UnsupportedCpu(ReleaseError):
     """An index kind needs CPU instructions that this machine lacks."""
 
     def __init__(self, kind: str, missing: list[str]) -> None:
-        self.kind, self.missing = kind, missing
+        self.kind = kind
+        self.missing = missing
         super().__init__(
             f"index kind {kind!r} needs the CPU features {', '.join(missing)}, which this CPU"
             " lacks. Rebuild with --index hnsw, or serve on a machine that has them."

@@ -46,7 +46,9 @@ class FaissIndex(AnnIndex):
     true_distances = False
 
     def __init__(self, index: Any, count: int, dimension: int, config: AnnConfig) -> None:
-        self.count, self.dimension, self.config = count, dimension, config
+        self.count = count
+        self.dimension = dimension
+        self.config = config
         self._index = index
         self._faiss = faiss_library()
 

@@ -22,7 +22,9 @@ class HnswIndex(AnnIndex):
     kind = "hnsw"
 
     def __init__(self, index: hnswlib.Index, count: int, dimension: int, config: AnnConfig) -> None:
-        self.count, self.dimension, self.config = count, dimension, config
+        self.count = count
+        self.dimension = dimension
+        self.config = config
         self._index = index
         self._ef = 0
 

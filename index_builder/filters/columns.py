@@ -96,7 +96,8 @@ class Column:
         hits = sorted({pair for value in values for pair in self.slices("==", value)})
         if not negated:
             return hits
-        result, start = [], 0
+        result = []
+        start = 0
         for a, b in hits:
             if start < a:
                 result.append((start, a))

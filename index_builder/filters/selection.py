@@ -172,7 +172,8 @@ class BoundFilter:
     """A filter bound to a table: its types are checked and the sizes of its leaves known."""
 
     def __init__(self, parsed: Filter, table: AttributeTable) -> None:
-        self._expression, self._table = parsed.expression, table
+        self._expression = parsed.expression
+        self._table = table
         self._leaves: dict[Leaf, _BoundLeaf] = {}
         self._bind(parsed.root)
         self._root = self._merged(parsed.root)

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import Any
 
-PACKAGES = ("retrieval", "index_builder", "encoders", "benchmarks", "omni")
+PACKAGES = ("retrieval", "index_builder", "encoders", "benchmarks")
 """Loggers whose lines a server writes."""
 
 

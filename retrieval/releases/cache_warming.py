@@ -14,7 +14,7 @@ from retrieval.encoding.query_cache import Entry, QueryCache, most_frequent
 from retrieval.observability.metrics import Metrics
 from retrieval.releases.serving_release import ServingRelease
 
-log = logging.getLogger("omni.releases")
+log = logging.getLogger(__name__)
 
 CHUNK_TEXTS = 8
 """Texts encoded at a time: a request to the same encoder waits behind one chunk at most."""

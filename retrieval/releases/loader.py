@@ -23,7 +23,7 @@ from retrieval.observability.metrics import Metrics
 from retrieval.process_tuning import lower_thread_priority
 from retrieval.releases.serving_release import ServingRelease, prove
 
-log = logging.getLogger("omni.releases")
+log = logging.getLogger(__name__)
 
 RedisOfDimension = Callable[[int], RedisTier | None]
 """Opens the second cache tier for vectors of a length, where there is one."""

@@ -30,7 +30,7 @@ from retrieval.releases.current_file import CurrentFile
 from retrieval.releases.loader import Graphs, RedisOfDimension, ReleaseLoader
 from retrieval.releases.serving_release import EncoderWork, ServingRelease
 
-log = logging.getLogger("omni.releases")
+log = logging.getLogger(__name__)
 
 IDLE_POLL_SECONDS = 0.05
 """How often a release that left is asked whether its last call has ended."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-log = logging.getLogger("omni.workers")
+log = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
 

@@ -19,7 +19,7 @@ from index_builder.errors import ReleaseNotFound
 from retrieval.errors import ReleaseRefused
 from retrieval.server.fleet import die_with_parent
 
-log = logging.getLogger("omni.workers")
+log = logging.getLogger(__name__)
 
 
 class ReleaseCheck:

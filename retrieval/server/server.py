@@ -43,7 +43,7 @@ from retrieval.service.handlers import generic_handlers
 from retrieval.service.service import RetrievalService
 from retrieval.web.http_server import HttpServer
 
-log = logging.getLogger("omni.server")
+log = logging.getLogger(__name__)
 
 SWITCH_INTERVAL_SECONDS = 0.0005
 """How often Python threads may take turns.

@@ -51,7 +51,7 @@ from retrieval.server.release_check import ReleaseCheck
 from retrieval.server.release_graphs import ReleaseGraphs
 from retrieval.server.worker import Assignment, error_message, run_worker
 
-log = logging.getLogger("omni.workers")
+log = logging.getLogger(__name__)
 
 READY_SECONDS = 300.0
 """How long a worker may take from fork to listening."""

@@ -23,7 +23,7 @@ from retrieval.releases.manager import ReleaseChange
 from retrieval.server.release_graphs import Graphs
 from retrieval.server.server import Server, WorkerContext, create_server
 
-log = logging.getLogger("omni.workers")
+log = logging.getLogger(__name__)
 
 ERRORS_BY_NAME: dict[str, type[OmniError]] = {
     kind.__name__: kind

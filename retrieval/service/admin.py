@@ -20,7 +20,7 @@ from retrieval.releases.serving_release import ServingRelease
 from retrieval.service.calls import CallInfo
 from retrieval.service.validation import checked_embedding, checked_id, from_value, require_count
 
-log = logging.getLogger("omni.service")
+log = logging.getLogger(__name__)
 
 ChangeRelease = Callable[[str], Awaitable[ReleaseChange]]
 """Carries out Activate of a release id, or Rollback for an empty one."""

@@ -22,7 +22,7 @@ from retrieval.service.fast_path import FastPath
 from retrieval.service.service import RetrievalService
 from retrieval.status import status_for
 
-log = logging.getLogger("omni.service")
+log = logging.getLogger(__name__)
 
 RETRIEVAL = "omnisearchsage.v1.Retrieval"
 ADMIN = "omnisearchsage.v1.Admin"

@@ -24,7 +24,7 @@ from retrieval.service.admin import AdminService
 from retrieval.service.calls import CallInfo
 from retrieval.status import status_for
 
-FORGED = "x\n2026-01-01 00:00:00,000 INFO omni.service: anonymous: release good -> FORGED"
+FORGED = "x\n2026-01-01 00:00:00,000 INFO retrieval.service.admin: anonymous: release good -> FORGED"
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def lines() -> Iterator[list[str]]:
     written: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: written.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("omni.releases")
+    logger = logging.getLogger("retrieval.releases")
     logger.addHandler(handler)
     yield written
     logger.removeHandler(handler)

@@ -3,7 +3,8 @@ is the behaviour, not the speed.
 """
 
 import asyncio
-import json
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -15,14 +16,38 @@ from benchmarks.faults.servers import ServerProcess, prepare_store
 from benchmarks.faults.storms import clock_jump, damaged_index, full_disk, hostile_redis
 from benchmarks.faults.swaps import swaps_under_load
 from benchmarks.small_releases import small_release, write_small_bundle
+from encoders.towers.bundle import read_space_id
+from encoders.towers.query_tower import QueryEncoder
 from index_builder.releases.store import ReleaseStore
+from tests.helpers.real_server import SmallBundle
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Releases a1, a2 and b1 of two spaces, and what those of the first were made from."""
+
+    store: ReleaseStore
+    bundle: Path
+    encoder: QueryEncoder
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    folder = tmp_path_factory.mktemp("faults")
+    store, encoder = prepare_store(folder)
+    return Prepared(store, folder / "a", encoder)
+
+
+@pytest.fixture
+def prepared(made: Prepared, tmp_path: Path) -> Prepared:
+    """A copy of the store, to be hurt."""
+    shutil.copytree(made.store.root, tmp_path / "store")
+    return replace(made, store=ReleaseStore(tmp_path / "store"))
 
 
 @pytest.mark.slow
-def test_full_disk_refuses_writes_only(tmp_path: Path) -> None:
-    encoder = write_small_bundle(tmp_path / "bundle", 1)
-    space_id = json.loads((tmp_path / "bundle" / "space.json").read_text())["space_id"]
-    found = asyncio.run(full_disk(encoder, tmp_path / "bundle", space_id))
+def test_full_disk_refuses_writes_only(small_bundle: SmallBundle) -> None:
+    found = asyncio.run(full_disk(small_bundle.encoder, small_bundle.folder, small_bundle.space_id))
     if "skipped" in found:
         pytest.skip(found["skipped"])
     assert found["publish_on_full_disk"] == "DiskFull"
@@ -34,10 +59,9 @@ def test_full_disk_refuses_writes_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_clock_jump_disturbs_nothing(tmp_path: Path) -> None:
-    store, encoder = prepare_store(tmp_path)
-    space_id = json.loads((tmp_path / "a" / "space.json").read_text())["space_id"]
-    found = asyncio.run(clock_jump(store.root, encoder, space_id))
+def test_clock_jump_disturbs_nothing(prepared: Prepared) -> None:
+    space_id = read_space_id(prepared.bundle)
+    found = asyncio.run(clock_jump(prepared.store.root, prepared.encoder, space_id))
     if "skipped" in found:
         pytest.skip(found["skipped"])
     assert (
@@ -71,9 +95,8 @@ def test_shadow_recall_damaged_index_is_noticed(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_swaps_under_load_mix_nothing(tmp_path: Path, workers: str) -> None:
-    store, _ = prepare_store(tmp_path)
-    server = ServerProcess(store.root, "--workers", workers, "--shadow-fraction", "0")
+def test_swaps_under_load_mix_nothing(prepared: Prepared, workers: str) -> None:
+    server = ServerProcess(prepared.store.root, "--workers", workers, "--shadow-fraction", "0")
     try:
         found = asyncio.run(swaps_under_load(server.address, 4, 6, 60.0))
     finally:
@@ -84,12 +107,12 @@ def test_swaps_under_load_mix_nothing(tmp_path: Path, workers: str) -> None:
 
 @pytest.mark.slow
 def test_kill_9_of_server_and_publisher_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prepared: Prepared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fault_kills, "ROUNDS_PER_STORE", 3)
-    store, encoder = prepare_store(tmp_path)
-    space_id = json.loads((tmp_path / "a" / "space.json").read_text())["space_id"]
-    found = asyncio.run(fault_kills.kill_nine(store, tmp_path / "a", encoder, space_id, 8))
+    store, bundle = prepared.store, prepared.bundle
+    space_id = read_space_id(bundle)
+    found = asyncio.run(fault_kills.kill_nine(store, bundle, prepared.encoder, space_id, 8))
     assert found["lost_or_mixed"] == 0 and found["ready_after_the_kill"] == found["rounds"] >= 5, (
         found
     )
@@ -101,7 +124,7 @@ def test_kill_9_of_server_and_publisher_loses_nothing(
         any(what.startswith("publisher") for what in found["killed"])
         and found["acknowledged_writes"] > 0
     )
-    assert sorted(path.name for path in (tmp_path / "store" / "releases").glob("[ab]?")) == [
+    assert sorted(path.name for path in store.releases.glob("[ab]?")) == [
         "a1",
         "a2",
         "b1",
@@ -141,10 +164,9 @@ def test_overload_is_refused_and_accepted_calls_are_in_time(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["slow", "dead", "lying"])
-def test_hostile_redis_fails_nothing(tmp_path: Path, kind: str) -> None:
+def test_hostile_redis_fails_nothing(prepared: Prepared, kind: str) -> None:
     pytest.importorskip("redis")
-    store, _ = prepare_store(tmp_path)
-    assert asyncio.run(hostile_redis(kind, store.root))["failed"] == 0
+    assert asyncio.run(hostile_redis(kind, prepared.store.root))["failed"] == 0
 
 
 def test_merged_records_of_parts_add_up() -> None:

@@ -37,7 +37,7 @@ def unit(rows: int, dimension: int, seed: int) -> torch.Tensor:
 
 
 def slow_loss(queries, positives, terms, scale, positive_correction, matryoshka) -> float:
-    """One number at a time, in double precision, straight from the paper's formula (section 4.3)."""
+    """Compute the loss one number at a time in double precision (section 4.3 of the paper)."""
     dimension = queries.shape[1]
     total = 0.0
     for prefix, weight in [*matryoshka.items(), (dimension, 1.0)]:

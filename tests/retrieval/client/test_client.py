@@ -45,7 +45,7 @@ from retrieval.client.errors import (
 from retrieval.client.requests import value_to_proto, vector_bytes
 from retrieval.client.results import value_to_python
 from retrieval.client.retries import RetryBudget, wait_before_retry
-from tests.helpers.real_server import Running, serving
+from tests.helpers.real_server import Running, SmallStore, serving
 
 Step = Callable[[Any], Any]
 FAST = RetryPolicy(first_backoff_seconds=0.001, max_backoff_seconds=0.002)
@@ -439,9 +439,8 @@ def test_options_unknown_keyword_raises_type_error(which: int, method: str, keyw
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with serving(tmp_path_factory.mktemp("client")) as it:
-        yield it
+def running(running_server: Running) -> Running:
+    return running_server
 
 
 @pytest.fixture(scope="module")
@@ -537,8 +536,10 @@ def test_client_refused_request_raises_its_class(
         client.retrieve(**arguments)
 
 
-def test_client_upserted_entity_is_found_and_deleted_one_is_not(running: Running) -> None:
-    async def main() -> None:
+def test_client_upserted_entity_is_found_and_deleted_one_is_not(
+    small_store: SmallStore, tmp_path: Path
+) -> None:
+    async def main(running: Running) -> None:
         async with AsyncRetrievalClient(
             running.address, ClientConfig(deadline_seconds=20)
         ) as client:
@@ -565,7 +566,8 @@ def test_client_upserted_entity_is_found_and_deleted_one_is_not(running: Running
             with pytest.raises(Precondition):
                 await client.upsert("ad", [entity], space_id="f" * 64)
 
-    asyncio.run(main())
+    with serving(small_store.copy(tmp_path / "store")) as running:
+        asyncio.run(main(running))
 
 
 async def _until(ask: Callable[[], Any], holds: Callable[[Any], bool]) -> None:

@@ -8,17 +8,15 @@ import pytest
 
 from retrieval.client import AsyncRetrievalClient, ClientConfig, RetrievalClient
 from retrieval.client.errors import CallError, InvalidRequest
-from tests.helpers.real_server import Running, serving
+from tests.helpers.real_server import Running, SmallStore, serving
 
 TEXTS = [f"text {i}" for i in range(200)]
 """Their vectors are 25,600 bytes."""
 
 
 @pytest.fixture(scope="module", params=["http2", "grpcio"])
-def running(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Running]:
-    with serving(tmp_path_factory.mktemp("limits"), {"pin": 60}, transport=request.param) as it:
+def running(request: pytest.FixtureRequest, small_store: SmallStore) -> Iterator[Running]:
+    with serving(small_store, transport=request.param) as it:
         yield it
 
 

@@ -5,7 +5,6 @@ code matters.
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +13,12 @@ from click.testing import CliRunner
 
 from retrieval.client.results import Hit
 from retrieval.commands.query import command, rows_of
-from tests.helpers.real_server import Running, serving
+from tests.helpers.real_server import Running
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with serving(tmp_path_factory.mktemp("query")) as it:
-        yield it
+@pytest.fixture
+def running(running_server: Running) -> Running:
+    return running_server
 
 
 def ask(running: Running, *args: str) -> tuple[int, str, str]:

@@ -3,7 +3,6 @@
 import gc
 import time
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +10,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 
 from retrieval.observability.metrics import Metrics
 from retrieval.observability.shadow_recall import WINDOW_SECONDS, Sample, ShadowRecall
-from tests.helpers.real_server import serving
+from tests.helpers.real_server import SmallStore, serving
 
 
 class Index:
@@ -82,13 +81,11 @@ def test_shadow_samples_older_than_window_are_dropped(monkeypatch) -> None:
     assert not shadow.estimates() and not shadow._windows
 
 
-def test_server_blas_has_one_thread(
-    tmp_path: Path,
-) -> None:
+def test_server_blas_has_one_thread(small_store: SmallStore) -> None:
     with threadpool_limits(2, user_api="blas"):
         pass  # a limit set earlier is lifted again
     # Exact scans of shadow recall must stay within their share of a core
-    with serving(tmp_path):
+    with serving(small_store):
         threads = [
             pool["num_threads"]
             for pool in threadpool_info()

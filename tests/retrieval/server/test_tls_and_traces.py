@@ -21,7 +21,7 @@ from protos import retrieval_pb2_grpc as rpc
 from retrieval.client import ClientConfig, RetrievalClient, TlsConfig
 from retrieval.client.errors import CallError
 from retrieval.security import tls_context
-from tests.helpers.real_server import Running, serving
+from tests.helpers.real_server import Running, SmallStore, serving
 
 needs_openssl = pytest.mark.skipif(
     shutil.which("openssl") is None, reason="needs the openssl program"
@@ -105,10 +105,10 @@ def ask(running: Running, tls: TlsConfig | None) -> Any:
 @needs_openssl
 @pytest.mark.parametrize("transport", ["http2", "grpcio"])
 def test_tls_server_proves_itself_and_refuses_plaintext(
-    certificates: Certificates, tmp_path: Path, transport: str
+    certificates: Certificates, small_store: SmallStore, transport: str
 ) -> None:
     with serving(
-        tmp_path,
+        small_store,
         transport=transport,
         tls_cert=certificates["server.pem"],
         tls_key=certificates["server.key"],
@@ -128,14 +128,14 @@ def test_tls_server_proves_itself_and_refuses_plaintext(
 @needs_openssl
 @pytest.mark.parametrize("transport", ["http2", "grpcio"])
 def test_mutual_tls_admits_only_clients_of_its_authority(
-    certificates: Certificates, tmp_path: Path, transport: str
+    certificates: Certificates, small_store: SmallStore, transport: str
 ) -> None:
     files = {
         "tls_cert": certificates["server.pem"],
         "tls_key": certificates["server.key"],
         "tls_client_ca": certificates["ca.pem"],
     }
-    with serving(tmp_path, transport=transport, **files) as running:
+    with serving(small_store, transport=transport, **files) as running:
 
         def as_client(name: str | None) -> TlsConfig:
             mine = (
@@ -196,12 +196,12 @@ def collector() -> Iterator[tuple[str, list[Any]]]:
 
 
 def test_tracing_exports_a_span_per_call_and_stage_in_the_callers_trace(
-    collector: tuple[str, list[Any]], tmp_path: Path
+    collector: tuple[str, list[Any]], small_store: SmallStore
 ) -> None:
     endpoint, spans = collector
     trace = "0af7651916cd43dd8448eb211c80319c"
     with (
-        serving(tmp_path, otlp_endpoint=endpoint) as running,
+        serving(small_store, otlp_endpoint=endpoint) as running,
         grpc.insecure_channel(running.address) as channel,
     ):
         stub = rpc.RetrievalStub(channel)

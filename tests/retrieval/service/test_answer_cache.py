@@ -27,7 +27,7 @@ from retrieval.service.answer_cache import (
     cache_key,
 )
 from retrieval.service.search_request import SearchRequest
-from tests.helpers.real_server import Running, serving
+from tests.helpers.real_server import Running, SmallStore, serving
 
 TEXTS = entity_texts(30)
 
@@ -127,11 +127,12 @@ def test_cache_key_other_search_has_another_key(fields: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module", params=["http2", "grpcio"])
 def running(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    small_store: SmallStore,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Running]:
-    with serving(
-        tmp_path_factory.mktemp("answers"), transport=request.param, shadow_fraction=0.0
-    ) as found:
+    made = small_store.copy(tmp_path_factory.mktemp("answers") / "store")
+    with serving(made, transport=request.param, shadow_fraction=0.0) as found:
         yield found
 
 
@@ -300,17 +301,21 @@ def test_metrics_count_cached_answers(running: Running, stub: rpc.RetrievalStub)
     assert rows["omni_cached_answers"] == len(answers) > 0
 
 
-def test_cached_answer_of_another_release_is_never_given(tmp_path: Path) -> None:
+def test_cached_answer_of_another_release_is_never_given(
+    small_store: SmallStore, tmp_path: Path
+) -> None:
     """Two releases of one space whose ids tell them apart, activated in turns while one text is
     asked.
     """
+    made = small_store.copy(tmp_path / "store")
+    bundle = made.bundle
     with (
-        serving(tmp_path, shadow_fraction=0.0) as first,
+        serving(made, shadow_fraction=0.0) as first,
         grpc.insecure_channel(first.address) as channel,
     ):
         stub, admin = rpc.RetrievalStub(channel), rpc.AdminStub(channel)
         other = small_release(
-            first.store, tmp_path / "bundle", first.encoder, counts={"pin": 40}, activate=False
+            first.store, bundle.folder, bundle.encoder, counts={"pin": 40}, activate=False
         )
         request = pb.RetrieveRequest(query="red cat", entity_type="pin", k=100)
         counts = {first.release_id: 100, other: 40}
@@ -326,9 +331,11 @@ def test_cached_answer_of_another_release_is_never_given(tmp_path: Path) -> None
                 assert answers[1].answer_cached
 
 
-def test_cached_answers_are_logged_and_sampled_like_others(tmp_path: Path) -> None:
+def test_cached_answers_are_logged_and_sampled_like_others(
+    small_store: SmallStore, tmp_path: Path
+) -> None:
     with serving(
-        tmp_path, shadow_fraction=1.0, shadow_cpu=1.0, impression_log=tmp_path / "log"
+        small_store, shadow_fraction=1.0, shadow_cpu=1.0, impression_log=tmp_path / "log"
     ) as running:
         service = running.server.service
         with grpc.insecure_channel(running.address) as channel:

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -24,7 +23,7 @@ from retrieval.service.handlers import MethodHandler, retrieve_method, search_ga
 from retrieval.service.search_request import SearchRequest
 from retrieval.service.searcher import cost_key
 from retrieval.service.service import RetrievalService
-from tests.helpers.real_server import Running, serving
+from tests.helpers.real_server import Running, SmallStore, serving
 
 TEXTS = entity_texts(30)
 
@@ -43,8 +42,8 @@ class Caller:
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with serving(tmp_path_factory.mktemp("ready"), shadow_fraction=0.0) as found:
+def running(small_store: SmallStore) -> Iterator[Running]:
+    with serving(small_store, shadow_fraction=0.0) as found:
         with grpc.insecure_channel(found.address) as channel:
             for text in TEXTS:
                 rpc.RetrievalStub(channel).Retrieve(
@@ -220,10 +219,10 @@ def test_retrieve_plain_cached_call_takes_the_fast_path(
     assert all(answer.cache_hit for answer in answers) and service.admission.in_flight == 0
 
 
-def test_fast_path_k_above_the_operators_limit_is_refused(tmp_path: Path) -> None:
+def test_fast_path_k_above_the_operators_limit_is_refused(small_store: SmallStore) -> None:
     """A search of 40 teaches the searcher what one of 60 costs; that does not let it in."""
     with (
-        serving(tmp_path, shadow_fraction=0.0, limits=Limits(max_k=50)) as small,
+        serving(small_store, shadow_fraction=0.0, limits=Limits(max_k=50)) as small,
         grpc.insecure_channel(small.address) as channel,
     ):
         stub = rpc.RetrievalStub(channel)

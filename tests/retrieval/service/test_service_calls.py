@@ -18,18 +18,21 @@ from prometheus_client.parser import text_string_to_metric_families
 from benchmarks.small_releases import entity_texts
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
-from tests.helpers.real_server import Running, serving
+from tests.helpers.real_server import Running, SmallStore, serving
 
 Code = grpc.StatusCode
 
 
 @pytest.fixture(scope="module", params=["http2", "grpcio"])
 def running(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    small_store: SmallStore,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("service")
+    made = small_store.copy(folder / "store")
     settings = {"transport": request.param, "shadow_fraction": 1.0, "shadow_cpu": 1.0}
-    with serving(folder, impression_log=folder / "impressions", **settings) as found:
+    with serving(made, impression_log=folder / "impressions", **settings) as found:
         yield found
 
 

@@ -19,7 +19,7 @@ from protos import retrieval_pb2_grpc as rpc
 from retrieval.service.admission import Admission
 from retrieval.service.search_request import SearchRequest
 from retrieval.service.searcher import Searcher, cost_key
-from tests.helpers.real_server import Running, serving
+from tests.helpers.real_server import Running, SmallStore, serving
 
 
 def unit_rows(count: int, dimension: int = 32) -> np.ndarray:
@@ -29,14 +29,13 @@ def unit_rows(count: int, dimension: int = 32) -> np.ndarray:
 
 @pytest.fixture(scope="module", params=["http2", "grpcio"])
 def running(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    small_store: SmallStore,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Running]:
-    with serving(
-        tmp_path_factory.mktemp("turns"),
-        transport=request.param,
-        shadow_fraction=1.0,
-        shadow_cpu=1.0,
-    ) as found:
+    made = small_store.copy(tmp_path_factory.mktemp("turns") / "store")
+    settings = {"transport": request.param, "shadow_fraction": 1.0, "shadow_cpu": 1.0}
+    with serving(made, **settings) as found:
         yield found
 
 
@@ -178,9 +177,13 @@ def test_ids_in_another_unicode_form_are_found(running: Running, stub: rpc.Retri
     assert stub.Score(pb.ScoreRequest(ids=[spelled], **ready)).missing == 0
 
 
-def test_shadow_recall_judges_answers_by_the_entries_they_saw(tmp_path: Path) -> None:
+def test_shadow_recall_judges_answers_by_the_entries_they_saw(
+    small_store: SmallStore, tmp_path: Path
+) -> None:
+    made = small_store.copy(tmp_path / "store")
+    settings = {"shadow_fraction": 1.0, "shadow_cpu": 0.01, "live_poll_seconds": 0.05}
     with (
-        serving(tmp_path, shadow_fraction=1.0, shadow_cpu=0.01, live_poll_seconds=0.05) as running,
+        serving(made, **settings) as running,
         grpc.insecure_channel(running.address) as channel,
     ):
         stub, shadow = rpc.RetrievalStub(channel), running.server.service.recorder.shadow

@@ -16,7 +16,7 @@ from benchmarks.small_releases import small_release
 from retrieval.web import page as web_page
 from retrieval.web.http_server import Request
 from retrieval.web.page import Page, guarded
-from tests.helpers.real_server import Running, serving
+from tests.helpers.real_server import Running, SmallStore, serving
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -63,10 +63,9 @@ return [...document.querySelectorAll(texts)].filter(e => e.offsetParent).map(e =
 """
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with serving(tmp_path_factory.mktemp("page")) as it:
-        yield it
+@pytest.fixture
+def running(running_server: Running) -> Running:
+    return running_server
 
 
 def fetch(url: str, headers: dict[str, str] | None = None) -> tuple[int, Any, Any]:
@@ -191,13 +190,12 @@ def test_sample_marks_are_ids_of_the_sample() -> None:
 
 
 def test_api_search_exact_compares_within_one_release_during_swap(
-    tmp_path: Path,
+    small_store: SmallStore, tmp_path: Path
 ) -> None:
-    with serving(tmp_path, {"pin": 300}) as running:
-        bundle = tmp_path / "bundle"
+    with serving(small_store.copy(tmp_path / "store")) as running:
         second = small_release(
             running.store,
-            bundle,
+            small_store.bundle.folder,
             running.encoder,
             counts={"pin": 300},
             id_prefix="second-",
@@ -227,12 +225,14 @@ def test_api_search_exact_compares_within_one_release_during_swap(
         )
 
 
-def test_api_search_with_tokens_configured_requires_one(tmp_path: Path) -> None:
+def test_api_search_with_tokens_configured_requires_one(
+    small_store: SmallStore, tmp_path: Path
+) -> None:
     digest = sha256(b"open sesame").hexdigest()
     (tmp_path / "tokens.toml").write_text(
         f'[[token]]\nname = "web"\nsha256 = "{digest}"\nentity_types = ["pin"]\n'
     )
-    with serving(tmp_path, {"pin": 60, "ad": 40}, tokens=tmp_path / "tokens.toml") as running:
+    with serving(small_store, tokens=tmp_path / "tokens.toml") as running:
         url = running.http + "/api/search?q=red+cat&k=3&type="
         assert fetch(url + "pin")[0] == 401
         assert fetch(url + "pin", {"Authorization": "Bearer open sesame"})[0] == 200

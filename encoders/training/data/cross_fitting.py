@@ -11,6 +11,7 @@ import numpy.typing as npt
 import polars as pl
 
 from encoders.config.train_config import TrainConfig
+from encoders.errors import SchemaError
 from encoders.text.hashing import text_bucket
 
 
@@ -22,9 +23,14 @@ def fold_of(texts: pl.Series, config: TrainConfig) -> npt.NDArray[np.int64]:
 
 
 def without_held_back(catalogue: pl.DataFrame, held_back: pl.Series) -> pl.DataFrame:
-    """Remove the engaged queries that are held back for validation from a catalogue."""
+    """Remove the engaged queries that are held back for validation from a catalogue.
+
+    Raises:
+        SchemaError: Engaged queries are no lists of texts.
+    """
     if held_back.is_empty() or not _has_engaged_queries(catalogue):
         return catalogue
+    catalogue = _with_lists(catalogue)
     long = _engaged_queries(catalogue)
     distinct = long["text"].unique(maintain_order=True)
     hidden = set(_keys(held_back))
@@ -34,10 +40,15 @@ def without_held_back(catalogue: pl.DataFrame, held_back: pl.Series) -> pl.DataF
 
 
 def catalogue_views(visible: pl.DataFrame, config: TrainConfig) -> list[pl.DataFrame]:
-    """Make the catalogue that pairs of each fold see: without the engaged queries of the fold."""
+    """Make the catalogue that pairs of each fold see: without the engaged queries of the fold.
+
+    Raises:
+        SchemaError: Engaged queries are no lists of texts.
+    """
     folds = config.batch.cross_fit
     if not folds or not _has_engaged_queries(visible):
         return [visible]
+    visible = _with_lists(visible)
     long = _engaged_queries(visible)
     distinct = long["text"].unique(maintain_order=True)
     fold = pl.DataFrame({"text": distinct, "fold": fold_of(distinct, config)})
@@ -52,8 +63,24 @@ def _keys(texts: pl.Series) -> list[int]:
 
 
 def _has_engaged_queries(catalogue: pl.DataFrame) -> bool:
-    return "engaged_queries" in catalogue.columns and isinstance(
-        catalogue["engaged_queries"].dtype, pl.List
+    column = "engaged_queries"
+    return column in catalogue.columns and catalogue[column].null_count() < catalogue.height
+
+
+def _with_lists(catalogue: pl.DataFrame) -> pl.DataFrame:
+    """Bring engaged queries to lists of texts, in which single queries can be hidden.
+
+    Raises:
+        SchemaError: They are anything else, for instance one text an entity.
+    """
+    found = catalogue["engaged_queries"].dtype
+    if isinstance(found, pl.List | pl.Array) and not found.inner.is_nested():
+        return catalogue.with_columns(pl.col("engaged_queries").cast(pl.List(pl.String)))
+    raise SchemaError(
+        f"column engaged_queries must be a list of texts an entity, but is {found}: held-back"
+        " queries, and with batch.cross_fit a pair's own, have to be hidden one by one. Split it"
+        ' (in polars: pl.col("engaged_queries").str.split(" | ")), or set validation.fraction = 0'
+        " and batch.cross_fit = 0."
     )
 
 

@@ -77,7 +77,7 @@ def prepare(data: TrainingData, config: TrainConfig, processes: int = 1) -> Prep
         processes: Batches are cut into this many equal parts.
 
     Raises:
-        SchemaError: A column is missing.
+        SchemaError: A column is missing, or engaged queries that must be hidden are no lists.
         DataError: A query is blank, there are no train pairs, most name no entity of the catalogue,
             a dataset that is not optional has no pairs, or a frozen vector column is unusable.
         ConfigError: The batch is too small for the datasets, or a vector column has another width

@@ -64,6 +64,29 @@ def test_prepare_held_back_queries_in_no_pair_and_no_entity_text() -> None:
     )
 
 
+def test_prepare_engaged_queries_of_arrays_are_hidden_like_lists() -> None:
+    data = world()
+    array = data.catalogue.with_columns(pl.col("engaged_queries").cast(pl.Array(pl.String, 2)))
+    config = small_config(validation={"fraction": 0.2}, batch={"cross_fit": 3})
+    expected = prepare(data, config)
+    found = prepare(TrainingData(array, data.pairs), config)
+    assert found.visible_catalogue.equals(expected.visible_catalogue)
+    assert len(found.catalogue_views) == 3
+    for view, other in zip(found.catalogue_views, expected.catalogue_views, strict=True):
+        assert view.equals(other)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"validation": {"fraction": 0.2}}, {"batch": {"cross_fit": 3}}]
+)
+def test_prepare_engaged_queries_as_one_text_are_refused(changes: dict) -> None:
+    data = world()
+    text = data.catalogue.with_columns(pl.col("engaged_queries").list.join(" | "))
+    with pytest.raises(SchemaError, match="must be a list of texts an entity, but is String"):
+        prepare(TrainingData(text, data.pairs), small_config(**changes))
+    prepare(TrainingData(text, data.pairs), small_config(batch={"cross_fit": 0}))  # nothing to hide
+
+
 @pytest.mark.parametrize("own_split", [False, True])
 def test_prepare_held_back_query_is_no_related_query(own_split: bool) -> None:
     """Both sides of a related-query pair are read by the query tower."""

@@ -172,7 +172,7 @@ class RunLog:
     def validation(self, recalls: dict[str, float], step: int) -> None:
         """Say and record a validation."""
         by_type = (
-            f"{name.rsplit('/', 1)[-1]} {value:.4f}"
+            f"{name.split('/', 2)[-1]} {value:.4f}"
             for name, value in recalls.items()
             if name.count("/") > 1
         )

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from encoders.config.train_config import ENTITY
 from encoders.exact_search import count_above
 from encoders.training.data.sampling import vector_column
 from encoders.training.inputs import Towers, TrainInputs
@@ -33,7 +32,9 @@ def validation_recall(towers: Towers, inputs: TrainInputs, k: int = 10) -> dict[
 
     Returns:
         ``validation/recall@{k}/<entity type>`` per type with held-back pairs, and
-        ``validation/recall@{k}``, their mean; empty without any.
+        ``validation/recall@{k}``, their mean; empty without any. Where a type has several
+        candidates, also ``validation/recall@{k}/<entity type>/<candidate>`` of each but the first,
+        over the pairs whose entity has a vector.
     """
     recalls = {
         f"validation/recall@{k}/{name}": float(hits.mean())
@@ -41,6 +42,43 @@ def validation_recall(towers: Towers, inputs: TrainInputs, k: int = 10) -> dict[
     }
     if recalls:
         recalls[f"validation/recall@{k}"] = float(np.mean(list(recalls.values())))
+    return recalls | _recall_of_other_candidates(towers, inputs, k)
+
+
+def candidates_of(inputs: TrainInputs, entity_type: str) -> list[str]:
+    """List what a type's datasets train against, the entity tower first; each once."""
+    found = {
+        candidate: None
+        for pair_set in inputs.prepared.pair_sets
+        if pair_set.config.entity_type == entity_type
+        for candidate in pair_set.config.candidates
+    }
+    return sorted(found, key=lambda candidate: vector_column(candidate) is not None)
+
+
+@torch.no_grad()
+def _recall_of_other_candidates(towers: Towers, inputs: TrainInputs, k: int) -> dict[str, float]:
+    """Measure each candidate of a type beside the first: frozen vector columns."""
+    towers.query.eval()
+    recalls: dict[str, float] = {}
+    for entity_type, (queries, candidates) in inputs.prepared.validation.items():
+        columns = [vector_column(c) for c in candidates_of(inputs, entity_type)[1:]]
+        for column in filter(None, columns):
+            vectors = inputs.vectors[column]
+            there = vectors.any(dim=1).cpu().numpy()
+            pool = inputs.prepared.pools[entity_type]
+            pool, measured = pool[there[pool]], there[candidates]
+            if measured.any():
+                hits = top_k_hits(
+                    _query_vectors(towers, inputs, queries[measured]),
+                    vectors[torch.from_numpy(pool).to(inputs.device)],
+                    _places(pool, candidates[measured]),
+                    None,
+                    k,
+                )
+                name = f"validation/recall@{k}/{entity_type}/vector:{column}"
+                recalls[name] = float(hits.mean())
+    towers.query.train()
     return recalls
 
 
@@ -50,7 +88,8 @@ def validation_hits(
 ) -> dict[str, npt.NDArray[np.bool_]]:
     """Say of each held-back pair whether its annotated candidate ranks in the top ``k``.
 
-    Entities are seen with their engaged queries but for the held-back ones (cross-fit view 0 when
+    A type is ranked against its entity tower where any of its datasets trains one, otherwise against
+    the first frozen column. Entities are seen with their engaged queries but for the held-back ones (cross-fit view 0 when
     cross-fitting, so a fold is missing).
 
     Args:
@@ -101,10 +140,9 @@ def _places(pool: npt.NDArray[np.int64], members: npt.NDArray[np.int64]) -> npt.
 def _entity_vectors(
     towers: Towers, inputs: TrainInputs, entity_type: str, rows: npt.NDArray[np.int64]
 ) -> Tensor:
-    """Embed catalogue rows with what is trained for their type: its tower, or a frozen column."""
-    candidates = {s.config.entity_type: s.config.candidates for s in inputs.prepared.pair_sets}
-    column = vector_column(candidates[entity_type][0])
-    if ENTITY not in candidates[entity_type] and column is not None:
+    """Embed catalogue rows with their type's tower, or read the first frozen column without one."""
+    column = vector_column(candidates_of(inputs, entity_type)[0])
+    if column is not None:
         return inputs.vectors[column][torch.from_numpy(rows).to(inputs.device)]
     tower = towers.entities[inputs.tower_of(entity_type)]
     blocks = [rows[start : start + _ENTITIES] for start in range(0, len(rows), _ENTITIES)]

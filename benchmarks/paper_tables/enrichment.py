@@ -306,7 +306,7 @@ def train_and_evaluate(
         batch=BatchConfig(
             pairs=sizes["batch_pairs"], cross_fit=4 if "engaged queries" in setting.features else 0
         ),
-        loss=LossConfig(sketch_width=1 << 16, random_negatives=1.0),
+        loss=LossConfig(random_negatives=1.0),
         optimiser=OptimiserConfig(warmup_steps=sizes["steps"] // 6),
         validation=ValidationConfig(fraction=0.0),
     )

@@ -314,7 +314,6 @@ def train_settings(training: Training, study: Study, seed: int) -> TrainConfig:
             random_query_negatives=0.0,
             log_q=training.log_q,
             matryoshka=training.weights(),
-            sketch_width=1 << 16,
         ),
         batch=BatchConfig(
             pairs=training.batch_pairs(sizes["batch_pairs"]), cross_fit=4, query_chunk=128

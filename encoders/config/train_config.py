@@ -191,8 +191,12 @@ class LossConfig:
     """Correct every logit for the sampling frequency of its candidate."""
     matryoshka: Mapping[int, float] = field(default_factory=lambda: dict(MATRYOSHKA_WEIGHTS))
     """Prefix length -> weight of the loss on that prefix."""
-    sketch_width: int = DEFAULT_WIDTH
-    """Counters per row of each count-min sketch, a power of two (released trainer: 2^26)."""
+    sketch_width: int = 0
+    """0: logQ from exact counts.
+
+    Otherwise counters per row of each count-min sketch, a power of two (released trainer: 2^26):
+    fixed memory, counts too high by about pairs / width.
+    """
     sketch_depth: int = DEFAULT_DEPTH
     """Rows of each sketch."""
 
@@ -215,8 +219,8 @@ class LossConfig:
                 f"matryoshka needs prefixes >= 1 and weights >= 0, but got {self.matryoshka}",
             ),
             (
-                self.sketch_width > 0 and self.sketch_width & (self.sketch_width - 1) == 0,
-                f"sketch_width must be a power of two, but got {self.sketch_width}",
+                self.sketch_width >= 0 and self.sketch_width & (self.sketch_width - 1) == 0,
+                f"sketch_width must be 0 or a power of two, but got {self.sketch_width}",
             ),
             (
                 self.sketch_depth >= 1,

@@ -88,9 +88,9 @@ def validation_hits(
 ) -> dict[str, npt.NDArray[np.bool_]]:
     """Say of each held-back pair whether its annotated candidate ranks in the top ``k``.
 
-    A type is ranked against its entity tower where any of its datasets trains one, otherwise against
-    the first frozen column. Entities are seen with their engaged queries but for the held-back ones (cross-fit view 0 when
-    cross-fitting, so a fold is missing).
+    A type is ranked against its entity tower where any of its datasets trains one, otherwise
+    against the first frozen column. Entities are seen with their engaged queries but for the
+    held-back ones (cross-fit view 0 when cross-fitting, so a fold is missing).
 
     Args:
         towers: What is learned.

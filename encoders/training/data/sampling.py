@@ -1,7 +1,7 @@
 """Turn each dataset's pairs into integers: what is drawn how often, and each candidate's frequency.
 
-The sampling frequencies are those of the loss's logQ correction (paper section 4.3), counted with
-count-min sketches.
+The sampling frequencies are those of the loss's logQ correction (paper section 4.3): exact, or from
+count-min sketches where ``loss.sketch_width`` asks for them.
 """
 
 from __future__ import annotations
@@ -236,7 +236,7 @@ def _weights(
 
 
 def whole_counts(weights: npt.NDArray[np.float64]) -> Int64:
-    """Turn weights into the whole numbers that a sketch counts, int64 ``(N,)``.
+    """Turn weights into the whole numbers that are counted, int64 ``(N,)``.
 
     Whole weights stay as they are; others are scaled so that the least is 100, or their sum 2^52.
     """
@@ -263,24 +263,52 @@ def _have_vector(
 def _count_draws(
     draws: _Draws, present: npt.NDArray[np.bool_], loss: LossConfig
 ) -> tuple[Float32, Float32]:
-    """Count with sketches ``log(C(q, p) / C(q))`` and ``C(e) / N`` of each pair, ``(P,)`` each.
+    """Count ``log(C(q, p) / C(q))`` and ``C(e) / N`` of each pair, ``(P,)`` each.
 
     Candidates without a vector are drawn like the others and then left out, so the share of one
     that has a vector is of all draws.
     """
-    pair_counts, query_counts, candidate_counts = (
-        CountMinSketch(loss.sketch_width, loss.sketch_depth, seed) for seed in range(3)
-    )
-    queries, candidates = draws.queries.astype(np.uint64), draws.candidates.astype(np.uint64)
-    pairs = combine_keys(queries, candidates)
     counted = draws.counts * present
-    pair_counts.add(pairs, counted)
-    query_counts.add(queries, counted)
-    candidate_counts.add(candidates, counted)
-    pair_log_q = positive_log_q(pair_counts.count(pairs), query_counts.count(queries))
+    if loss.sketch_width:
+        counts = _sketched_counts(draws, counted, loss)
+    else:
+        counts = _exact_counts(draws, counted)
     total = max(draws.counts.sum(), 1)
-    frequency = np.maximum(candidate_counts.count(candidates), 1) / total
-    return pair_log_q, frequency.astype(np.float32)
+    frequency = np.maximum(counts.candidates, 1) / total
+    return positive_log_q(counts.pairs, counts.queries), frequency.astype(np.float32)
+
+
+class _Counts(NamedTuple):
+    """How often each pair, its query and its candidate are drawn, ``(P,)`` each."""
+
+    pairs: Int64
+    queries: Int64
+    candidates: Int64
+
+
+def _exact_counts(draws: _Draws, counted: Int64) -> _Counts:
+    queries, candidates = draws.queries, draws.candidates
+    pairs = queries * (int(candidates.max()) + 1) + candidates  # distinct: both are row numbers
+    return _Counts(*(_sums_by_key(keys, counted) for keys in (pairs, queries, candidates)))
+
+
+def _sums_by_key(keys: Int64, counted: Int64) -> Int64:
+    """Sum ``counted`` over equal keys, for each key ``(P,)``."""
+    distinct, place = np.unique(keys, return_inverse=True)
+    sums = np.zeros(len(distinct), dtype=np.int64)
+    np.add.at(sums, place, counted)
+    return sums[place]
+
+
+def _sketched_counts(draws: _Draws, counted: Int64, loss: LossConfig) -> _Counts:
+    """Count in fixed memory, as the released trainer does; collisions make counts too high."""
+    queries, candidates = draws.queries.astype(np.uint64), draws.candidates.astype(np.uint64)
+    found = []
+    for seed, keys in enumerate((combine_keys(queries, candidates), queries, candidates)):
+        sketch = CountMinSketch(loss.sketch_width, loss.sketch_depth, seed)
+        sketch.add(keys, counted)
+        found.append(sketch.count(keys))
+    return _Counts(*found)
 
 
 def positive_log_q(pair_counts: Int64, query_counts: Int64) -> Float32:

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from encoders.config.train_config import LossConfig
 from encoders.errors import ConfigError, SchemaError
 from encoders.training.data.balancing import balance_weights
 from encoders.training.data.batches import BatchPlan
@@ -140,6 +141,27 @@ def test_make_pair_set_frequencies_follow_pairs() -> None:
     np.testing.assert_allclose(task.in_batch_frequency, [0.75, 0.25, 0.75, 0.75])
     np.testing.assert_allclose(task.pair_log_q, np.log([0.5, 0.5, 1, 1]), atol=1e-6)
     np.testing.assert_allclose(task.random_frequency, [1 / 3] * 3)
+
+
+def test_make_pair_set_many_pairs_log_q_is_exact() -> None:
+    rng = np.random.default_rng(0)
+    queries, entities = rng.zipf(1.3, 60_000) % 30_000, rng.integers(0, 3_000, 60_000)
+    pairs = pl.DataFrame(
+        {
+            "query": [f"q{number}" for number in queries],
+            "entity_type": "pin",
+            "entity_id": [f"e{number}" for number in entities],
+        }
+    )
+    ids = [f"e{number}" for number in range(3_000)]
+    catalogue = pl.DataFrame({"id": ids, "entity_type": "pin", "title": ids})
+    config = small_config(loss={"sketch_width": LossConfig().sketch_width})
+    task = prepare(TrainingData(catalogue, pairs), config).pair_sets[0].tasks[0]
+    of_pair = pairs.select(pl.len().over("query", "entity_id"))["len"].to_numpy()
+    of_query = pairs.select(pl.len().over("query"))["len"].to_numpy()
+    of_entity = pairs.select(pl.len().over("entity_id"))["len"].to_numpy()
+    np.testing.assert_allclose(task.pair_log_q, np.log(of_pair / of_query), atol=1e-6)
+    np.testing.assert_allclose(task.in_batch_frequency, of_entity / 60_000, rtol=1e-6)
 
 
 def test_make_pair_set_absent_vectors_frequencies_are_shares_of_all_draws() -> None:

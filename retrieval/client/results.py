@@ -188,11 +188,10 @@ def value_to_python(value: pb.Value) -> Any:
 
 
 def _hits(hits: Iterable[pb.Hit]) -> list[Hit]:
-    return [Hit(hit.id, hit.score, _attributes(hit)) for hit in hits]
-
-
-def _attributes(hit: pb.Hit) -> dict[str, Any]:
-    return {name: value_to_python(value) for name, value in hit.attributes.items()}
+    return [
+        Hit(hit.id, hit.score, {name: value_to_python(v) for name, v in hit.attributes.items()})
+        for hit in hits
+    ]
 
 
 def _timings(timings: pb.Timings) -> Timings:

@@ -1,11 +1,14 @@
 """Limits on one peer: memory, turns of the event loop, and the connection of other callers."""
 
+import contextlib
 import gzip
 import logging
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import grpc
+import hpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +23,7 @@ from retrieval.http2.limits import (
 )
 from retrieval.http2.responses import ResponseWriter
 from tests.helpers.raw_http2 import (
+    FIELDS,
     HELLO,
     Code,
     Running,
@@ -204,6 +208,25 @@ def test_budget_window_updates_after_answers_are_free(running: Running) -> None:
             connection.sendall(frames.window_update(0, 1008))
         read_until_pong(connection)
         assert budget_left(running) - before == 50 * CONTROL_FRAMES_PER_CALL - 1, "the ping"
+
+
+def test_budget_streams_reset_for_wrong_updates_are_spent(running: Running) -> None:
+    """A client that makes the server reset its streams gets nothing for it."""
+    encoder = hpack.Encoder()
+    flood = b"".join(
+        frames.frame(frames.HEADERS, frames.END_HEADERS, stream, encoder.encode(FIELDS))
+        + frames.window_update(stream, 0)
+        for stream in range(1, 2 * CONTROL_FRAME_BUDGET + 200, 2)
+    )
+    with running.connect() as connection:
+        reader = ThreadPoolExecutor(1).submit(
+            read_frames, connection, lambda found: goaway_code(found) is not None
+        )
+        with contextlib.suppress(OSError):  # it may be closed while frames are still sent
+            connection.sendall(HELLO + flood)
+        with contextlib.suppress(OSError):  # or reset, which is as good
+            assert goaway_code(reader.result(30)) == frames.ENHANCE_YOUR_CALM
+    assert wait_until(lambda: not running.server.connections)
 
 
 @pytest.mark.parametrize(

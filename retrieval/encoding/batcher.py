@@ -60,7 +60,7 @@ class Batcher:
         executor: One thread per encoder; not shut down here.
         dimension: Length of the vectors.
         max_tokens: Token budget of a batch.
-        max_delay_seconds: Longest wait for company.
+        max_delay_seconds: Longest wait of an idle encoder for more texts.
         max_queue: Texts that may wait; one more raises ``Overloaded``.
     """
 
@@ -176,7 +176,7 @@ class Batcher:
         try:
             while self._queue:
                 if self._max_delay_seconds > 0:
-                    await self._wait_for_company()
+                    await self._wait_for_more()
                 batch = self._close_batch()
                 if batch:
                     await self._encode_batch(batch)
@@ -187,7 +187,7 @@ class Batcher:
             if self._queue and not asyncio.get_running_loop().is_closed():
                 self._runner = asyncio.ensure_future(self._run())
 
-    async def _wait_for_company(self) -> None:
+    async def _wait_for_more(self) -> None:
         waited = (time.perf_counter_ns() - self._queue[0].arrived_ns) / 1e9
         tokens = sum(item.bucket for item in self._queue)
         if tokens < self._max_tokens and waited < self._max_delay_seconds:

@@ -92,10 +92,7 @@ class _CellsSeen:
         """Count the values of a file that has types; whole numbers also fit a column of floats."""
         count = len(values) - values.null_count()
         self.filled += count
-        too_large = (
-            values.dtype.is_integer()
-            and not values.is_between(-_LARGEST_EXACT, _LARGEST_EXACT).all()
-        )
+        too_large = values.dtype.is_integer() and _beyond_exact_floats(values)
         for dtype in _TYPES:
             if _same_or_wider(values.dtype, dtype) and not (too_large and dtype == pl.Float64):
                 self.fitting[dtype] += count
@@ -117,6 +114,13 @@ class _CellsSeen:
             f" but not {self.misfits[best]}. Leave unknown cells empty; codes with leading zeros or"
             " too many digits belong to text."
         )
+
+
+def _beyond_exact_floats(values: pl.Series) -> bool:
+    """Tell whether an integer of any width has no exact float."""
+    # Compared as Python integers: the bounds do not fit the narrower types.
+    low, high = values.min(), values.max()
+    return low is not None and (int(low) < -_LARGEST_EXACT or int(high) > _LARGEST_EXACT)  # type: ignore[arg-type,call-overload]
 
 
 def _same_or_wider(found: pl.DataType, wanted: pl.DataType) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
+from polars import selectors
 
 from encoders.errors import DataError, RowError, SchemaError
 from encoders.tables.cells import AttributeTypes
@@ -159,9 +160,9 @@ def read_raw(path: Path, encoding: str = "utf-8") -> pl.DataFrame:
         if suffix in (".jsonl", ".ndjson"):
             return _read_json_lines(_text_bytes(path, encoding), path.name)
         if suffix == ".parquet":
-            return _plain(pl.read_parquet(path))
+            return plain_columns(pl.read_parquet(path))
         if suffix in (".arrow", ".feather", ".ipc"):
-            return _plain(pl.read_ipc(path))
+            return plain_columns(pl.read_ipc(path))
     except (OSError, pl.exceptions.PolarsError, EOFError) as error:
         raise DataError(
             f"{path.name}: cannot be read as {suffix[1:]} ({_first_line(error)}). Is the file"
@@ -220,11 +221,14 @@ def _suffix(path: Path) -> str:
     return Path(name).suffix.lower().rstrip("0123456789")
 
 
-def _plain(frame: pl.DataFrame) -> pl.DataFrame:
-    """Turn dictionary-encoded columns into ordinary text."""
+def plain_columns(frame: pl.DataFrame) -> pl.DataFrame:
+    """Turn dictionary-encoded columns into ordinary text, and decimals into floats."""
     if not frame.width:
         return frame
-    return frame.with_columns(pl.col(pl.Categorical, pl.Enum).cast(pl.String))
+    return frame.with_columns(
+        pl.col(pl.Categorical, pl.Enum).cast(pl.String),
+        selectors.decimal().cast(pl.Float64),
+    )
 
 
 def _text_bytes(path: Path, encoding: str) -> bytes:

@@ -26,6 +26,7 @@ from encoders.tables.checks import KEEP_ONE, Problem, check_frame
 from encoders.tables.files import (
     TableSource,
     is_delimited,
+    plain_columns,
     json_records,
     raise_problems,
     read_raw,
@@ -375,7 +376,7 @@ def _parquet_chunks(
             else [name for name in present if name in {"id", "entity_type", "query", *columns}]
         )
         for batch in parquet.iter_batches(batch_size=chunk_rows, columns=wanted):
-            yield cast(pl.DataFrame, pl.from_arrow(batch))
+            yield plain_columns(cast(pl.DataFrame, pl.from_arrow(batch)))
     except (OSError, pa.ArrowException) as error:
         raise DataError(
             f"{file.name}: cannot be read as parquet ({error}). Is the file complete?"

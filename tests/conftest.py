@@ -11,9 +11,14 @@ from typing import TYPE_CHECKING
 
 import grpc
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from tests.helpers.real_server import Running, SmallBundle, SmallStore
+
+# Properties are about values; how long an example takes says how busy the machine is.
+settings.register_profile("no_deadline", deadline=None)
+settings.load_profile("no_deadline")
 
 
 @pytest.fixture(scope="session", autouse=True)

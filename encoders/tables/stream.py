@@ -26,8 +26,8 @@ from encoders.tables.checks import KEEP_ONE, Problem, check_frame
 from encoders.tables.files import (
     TableSource,
     is_delimited,
-    plain_columns,
     json_records,
+    plain_columns,
     raise_problems,
     read_raw,
     records_to_frame,

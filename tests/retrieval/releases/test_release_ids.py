@@ -24,7 +24,9 @@ from retrieval.service.admin import AdminService
 from retrieval.service.calls import CallInfo
 from retrieval.status import status_for
 
-FORGED = "x\n2026-01-01 00:00:00,000 INFO retrieval.service.admin: anonymous: release good -> FORGED"
+FORGED = (
+    "x\n2026-01-01 00:00:00,000 INFO retrieval.service.admin: anonymous: release good -> FORGED"
+)
 
 
 @pytest.fixture

@@ -15,14 +15,18 @@ from retrieval.http2 import frames
 from retrieval.http2.calls import UnaryHandler
 from retrieval.http2.refusals import Refusal, refusal
 from retrieval.http2.server import Http2Server
+from tests.helpers.waiting import PATIENCE_SECONDS
 
 Code = grpc.StatusCode
+
 MAX_RECEIVE = 6 * 2**20
 FULL = refusal(Code.RESOURCE_EXHAUSTED, "100% full", (("retry-after-ms", "9"),))
 
 
 @dataclass
 class Behaviour:
+    started: int = 0
+    """Calls of Slow that have begun."""
     cancelled: int = 0
     seen: list = field(default_factory=list)
     full: bool = False
@@ -50,6 +54,7 @@ class Behaviour:
             return FULL._replace(pause_seconds=self.pause) if self.full else None
 
         async def slow(content: bytes, context) -> bytes:
+            self.started += 1
             try:
                 await asyncio.sleep(float(content))
             except asyncio.CancelledError:
@@ -117,14 +122,15 @@ class Running:
             target=self.loop.run_until_complete, args=(main(),), daemon=True
         )
         self.thread.start()
-        assert started.wait(10)
+        assert started.wait(PATIENCE_SECONDS)
 
     def stop(self, grace: float) -> None:
-        asyncio.run_coroutine_threadsafe(self.server.stop(grace), self.loop).result(30)
-        self.thread.join(10)
+        stopped = asyncio.run_coroutine_threadsafe(self.server.stop(grace), self.loop)
+        stopped.result(PATIENCE_SECONDS)
+        self.thread.join(PATIENCE_SECONDS)
 
     def connect(self) -> socket.socket:
-        found = socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        found = socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE_SECONDS)
         found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return found
 

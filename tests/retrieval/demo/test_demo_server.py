@@ -16,7 +16,7 @@ def test_demo_server_killed_process_is_reported(tmp_path: Path) -> None:
     with DemoServer(tmp_path) as server:  # an empty store: it listens and waits for a release
         server.check()
         os.kill(server.process.pid, signal.SIGKILL)
-        server.process.wait(10)
+        server.process.wait(60)
         with pytest.raises(ServerDied, match="killed by signal 9"):
             server.check()
 

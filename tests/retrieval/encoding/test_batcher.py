@@ -12,6 +12,7 @@ from retrieval.encoding.batcher import LENGTH_BUCKETS, Batcher, bucket_of, estim
 from retrieval.encoding.cached_encoder import CachedEncoder
 from retrieval.encoding.query_cache import QueryCache
 from retrieval.errors import EncoderFailed, Overloaded
+from tests.helpers.waiting import PATIENCE_SECONDS, until_async
 
 DIMENSION = 4
 
@@ -29,7 +30,7 @@ class Tower:
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         self.entered += 1
-        self.gate.wait(10)
+        self.gate.wait(PATIENCE_SECONDS)
         self.batches.append(list(texts))
         if self.bad & set(texts):
             raise RuntimeError("cannot encode this")
@@ -50,22 +51,14 @@ def executor():
         yield pool
 
 
-async def until(condition) -> None:
-    for _ in range(500):
-        if condition():
-            return
-        await asyncio.sleep(0.005)
-    raise AssertionError("did not happen")
-
-
 async def test_batcher_waiting_texts_are_batched_by_length(tower: Tower, executor) -> None:
     batcher = Batcher(tower, executor, DIMENSION)
     tower.gate.clear()
     first = asyncio.ensure_future(batcher.submit("first"))
-    await until(lambda: tower.entered == 1)
+    await until_async(lambda: tower.entered == 1)
     long = "long " * 30
     others = [asyncio.ensure_future(batcher.submit(text)) for text in ("a", "b", long, "c")]
-    await until(lambda: batcher.waiting == 4)
+    await until_async(lambda: batcher.waiting == 4)
     tower.gate.set()
     answers = await asyncio.gather(first, *others)
     assert tower.batches == [["first"], ["a", "b", "c"], [long]]
@@ -78,7 +71,7 @@ async def test_batcher_batch_closes_at_token_budget(tower: Tower, executor) -> N
     batcher = Batcher(tower, executor, DIMENSION, max_tokens=32)
     tower.gate.clear()
     tasks = [asyncio.ensure_future(batcher.submit("x")) for _ in range(11)]
-    await until(lambda: batcher.waiting >= 7)
+    await until_async(lambda: batcher.waiting >= 7)
     tower.gate.set()
     await asyncio.gather(*tasks)
     assert max(map(len, tower.batches)) == 32 // LENGTH_BUCKETS[0]
@@ -86,7 +79,7 @@ async def test_batcher_batch_closes_at_token_budget(tower: Tower, executor) -> N
 
 
 async def test_batcher_max_delay_idle_encoder_waits_for_more_texts(tower: Tower, executor) -> None:
-    batcher = Batcher(tower, executor, DIMENSION, max_delay_seconds=0.2)
+    batcher = Batcher(tower, executor, DIMENSION, max_delay_seconds=0.5)
     tasks = [asyncio.ensure_future(batcher.submit("x"))]
     await asyncio.sleep(0.01)
     tasks.append(asyncio.ensure_future(batcher.submit("y")))
@@ -98,7 +91,7 @@ async def test_batcher_cancelled_texts_are_not_encoded(tower: Tower, executor) -
     batcher = Batcher(tower, executor, DIMENSION)
     tower.gate.clear()
     first = asyncio.ensure_future(batcher.submit("first"))
-    await until(lambda: tower.entered == 1)
+    await until_async(lambda: tower.entered == 1)
     gone, stays = (
         asyncio.ensure_future(batcher.submit("gone")),
         asyncio.ensure_future(batcher.submit("stays")),
@@ -117,7 +110,7 @@ async def test_batcher_full_queue_refuses_with_hint_and_frees_cancelled_places(
     batcher = Batcher(tower, executor, DIMENSION, max_queue=2)
     tower.gate.clear()
     running = asyncio.ensure_future(batcher.submit("running"))
-    await until(lambda: tower.entered == 1)
+    await until_async(lambda: tower.entered == 1)
     waiting = [asyncio.ensure_future(batcher.submit(text)) for text in "ab"]
     await asyncio.sleep(0)
     with pytest.raises(Overloaded, match="all 2 places") as refused:
@@ -157,7 +150,7 @@ async def test_lookup_many_longer_than_queue_leaves_room_for_other_callers(
     lists = [[f"{name} {i}" for i in range(20)] + ["a 0", "shared"] for name in "abc"]
     tower.gate.clear()
     many = [asyncio.ensure_future(encoder.lookup_many(texts)) for texts in lists]
-    await until(lambda: tower.entered == 1)
+    await until_async(lambda: tower.entered == 1)
     assert batcher.full() is None
     single = asyncio.ensure_future(encoder.lookup("from another caller"))
     await asyncio.sleep(0.01)
@@ -181,7 +174,7 @@ async def test_lookup_many_refused_by_full_queue_keeps_encoded_part_cached(
     others: list[asyncio.Future] = []
     tower.gate.clear()
     many = asyncio.ensure_future(encoder.lookup_many(texts))
-    await until(lambda: tower.entered == 1 and batcher.waiting == 3)
+    await until_async(lambda: tower.entered == 1 and batcher.waiting == 3)
     tower.gate.set()
     while not many.done():  # as soon as there is a place, somebody else takes it
         others += [
@@ -200,10 +193,10 @@ async def test_lookup_many_cancelled_leaves_other_callers_encodes(tower: Tower, 
     encoder, batcher = cached_encoder(tower, executor)
     tower.gate.clear()
     running = asyncio.ensure_future(encoder.lookup("running"))
-    await until(lambda: tower.entered == 1)
+    await until_async(lambda: tower.entered == 1)
     stays = asyncio.ensure_future(encoder.lookup("text 1"))
     leaves = asyncio.ensure_future(encoder.lookup_many([f"text {i}" for i in range(20)]))
-    await until(lambda: batcher.waiting == 4)
+    await until_async(lambda: batcher.waiting == 4)
     leaves.cancel()
     with pytest.raises(asyncio.CancelledError):
         await leaves

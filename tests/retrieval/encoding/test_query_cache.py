@@ -17,6 +17,7 @@ from retrieval.encoding.cached_encoder import CachedEncoder, Encoded
 from retrieval.encoding.query_cache import QueryCache, entry_bytes, namespace
 from retrieval.encoding.redis_tier import RedisSettings, RedisTier
 from retrieval.errors import Overloaded
+from tests.helpers.waiting import PATIENCE_SECONDS, until_async
 
 DIMENSION = 8
 
@@ -209,7 +210,7 @@ async def test_redis_tier_late_or_malformed_answer_is_a_miss(answer: bytes | Non
     encoder = SlowEncoder()
     encoder.gate.set()
     cached = CachedEncoder(QueryCache(10_000, 10.0), encoder, "s/", DIMENSION, tier)
-    looked = await asyncio.wait_for(cached.lookup("blue"), 2.0)
+    looked = await asyncio.wait_for(cached.lookup("blue"), PATIENCE_SECONDS)
     np.testing.assert_array_equal(looked.vector, unit(4))
     assert not looked.cached and tier.hits == 0
     await tier.close()
@@ -232,11 +233,8 @@ async def test_redis_tier_more_keys_than_connections_all_answer(tmp_path: Path) 
     ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
-        for _ in range(500):
-            if socket_path.exists():
-                break
-            await asyncio.sleep(0.01)
-        tier = tier_at(f"unix://{socket_path}", timeout_seconds=5.0)
+        await until_async(socket_path.exists)
+        tier = tier_at(f"unix://{socket_path}", timeout_seconds=PATIENCE_SECONDS)
         assert await asyncio.gather(*(tier.get(f"k{i}") for i in range(300))) == [None] * 300
         assert (tier.misses, tier.failures) == (300, 0) and not tier.suspended
         await tier.close()
@@ -246,15 +244,14 @@ async def test_redis_tier_more_keys_than_connections_all_answer(tmp_path: Path) 
 
 
 async def test_redis_tier_repeated_failures_suspend_it() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     clock = Clock()
-    url = f"redis://127.0.0.1:{port}/0"
-    settings = RedisSettings(url=url, ttl_seconds=100.0, timeout_seconds=0.2, max_failures=3)
-    tier = RedisTier(settings, DIMENSION, clock)
-    for _ in range(10):
-        assert await tier.get("k") is None
+    with socket.socket() as held:  # bound and not listening: connections are refused
+        held.bind(("127.0.0.1", 0))
+        url = f"redis://127.0.0.1:{held.getsockname()[1]}/0"
+        settings = RedisSettings(url=url, ttl_seconds=100.0, timeout_seconds=0.2, max_failures=3)
+        tier = RedisTier(settings, DIMENSION, clock)
+        for _ in range(10):
+            assert await tier.get("k") is None
     assert tier.failures == 3 and tier.suspended
     clock.now = 5.1
     assert not tier.suspended

@@ -27,6 +27,7 @@ from tests.helpers.raw_http2 import (
     read_frames,
     request,
 )
+from tests.helpers.waiting import until
 
 
 @pytest.fixture(scope="module")
@@ -99,15 +100,17 @@ def test_call_metadata_arrives_and_error_carries_message_and_trailers(
 def test_call_deadline_passed_or_cancelled_stops_the_work(
     running: Running, channel: grpc.Channel
 ) -> None:
-    before = running.behaviour.cancelled
-    fails(channel.unary_unary("/t.T/Slow"), b"30", Code.DEADLINE_EXCEEDED, timeout=0.2)
-    call = channel.unary_unary("/t.T/Slow").future(b"30", timeout=60)
-    time.sleep(0.2)
+    behaviour = running.behaviour
+    started, cancelled = behaviour.started, behaviour.cancelled
+    call = channel.unary_unary("/t.T/Slow").future(b"300", timeout=100)
+    until(lambda: behaviour.started == started + 1)
     call.cancel()
-    until = time.monotonic() + 10
-    while running.behaviour.cancelled < before + 2 and time.monotonic() < until:
-        time.sleep(0.02)
-    assert running.behaviour.cancelled == before + 2
+    until(lambda: behaviour.cancelled == cancelled + 1)
+    seconds = 0.2
+    while behaviour.started == started + 1:  # on a busy machine it may end before it has begun
+        fails(channel.unary_unary("/t.T/Slow"), b"300", Code.DEADLINE_EXCEEDED, timeout=seconds)
+        seconds *= 2
+    until(lambda: behaviour.cancelled == cancelled + 2)
 
 
 def test_streaming_calls_send_and_receive_messages(channel: grpc.Channel) -> None:
@@ -125,17 +128,16 @@ def test_server_stop_drains_without_failing_a_call() -> None:
     echo = channel.unary_unary("/t.T/Echo")
     slow = channel.unary_unary("/t.T/Slow")
     assert echo(b"x", timeout=20) == b"x"
-    under_way = [slow.future(b"0.7", timeout=20) for _ in range(20)]
-    time.sleep(0.2)
-    stopping = threading.Thread(target=first.stop, args=(10.0,))
+    under_way = [slow.future(b"0.7", timeout=60) for _ in range(20)]
+    until(lambda: first.behaviour.started == 20)
+    stopping = threading.Thread(target=first.stop, args=(60.0,))
     stopping.start()
-    while first.server._listeners:  # the port is free once it has stopped listening
-        time.sleep(0.01)
+    until(lambda: not first.server._listeners)  # the port is free once it does not listen any more
     second = Running(first.port)
     for i in range(300):
         assert echo(str(i).encode(), timeout=20, wait_for_ready=True) == str(i).encode()
     assert [call.result() for call in under_way] == [b"late"] * 20
-    stopping.join(20)
+    stopping.join(60)
     channel.close()
     second.stop(1.0)
 
@@ -435,12 +437,11 @@ def test_server_random_frames_do_not_stop_it(
 
 
 def test_server_after_all_tests_holds_no_call_and_no_byte(running: Running) -> None:
-    until = time.monotonic() + 10
-    while time.monotonic() < until and any(
-        connection.streams.calls for connection in running.server.connections
-    ):
-        time.sleep(0.05)
-    assert not any(
-        connection.streams.calls or connection.streams.buffers.held
-        for connection in running.server.connections
+    until(
+        lambda: (
+            not any(
+                connection.streams.calls or connection.streams.buffers.held
+                for connection in list(running.server.connections)
+            )
+        )
     )

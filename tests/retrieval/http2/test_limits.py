@@ -3,8 +3,7 @@
 import contextlib
 import gzip
 import logging
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import grpc
@@ -38,6 +37,7 @@ from tests.helpers.raw_http2 import (
     request,
     statuses,
 )
+from tests.helpers.waiting import until
 
 MIB = 2**20
 BOMB = message(gzip.compress(bytes(4 * MIB)), compressed=True)
@@ -53,16 +53,9 @@ def running() -> Iterator[Running]:
     found.stop(1.0)
 
 
-def wait_until(true: Callable[[], bool]) -> bool:
-    until = time.monotonic() + 10
-    while not true() and time.monotonic() < until:
-        time.sleep(0.01)
-    return true()
-
-
 def inside(running: Running) -> Connection:
     """The server's end of the only connection, once earlier ones are known to be closed."""
-    assert wait_until(lambda: len(running.server.connections) == 1)
+    until(lambda: len(running.server.connections) == 1)
     (found,) = running.server.connections
     return found
 
@@ -137,7 +130,7 @@ def test_buffers_taken_messages_are_released(running: Running) -> None:
         connection.sendall(HELLO + opening(1, fields_of("Hoard", GZIP)) + data(1, BOMB) * 3)
         read_until_pong(connection)
         running.loop.call_soon_threadsafe(running.behaviour.gate.set)
-        assert wait_until(lambda: held_bytes(running) == 0)
+        until(lambda: held_bytes(running) == 0)
         for _ in range(40):
             connection.sendall(data(1, BOMB))
             read_until_pong(connection)

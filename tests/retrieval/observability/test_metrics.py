@@ -114,7 +114,7 @@ async def exchange(port: int, content: bytes, to_the_end: bool = False) -> bytes
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(content)
     try:
-        return await asyncio.wait_for(reader.read(-1 if to_the_end else 100_000), 5)
+        return await asyncio.wait_for(reader.read(-1 if to_the_end else 100_000), 60)
     finally:
         writer.close()
 

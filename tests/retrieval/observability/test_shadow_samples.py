@@ -11,6 +11,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from retrieval.observability.metrics import Metrics
 from retrieval.observability.shadow_recall import WINDOW_SECONDS, Sample, ShadowRecall
 from tests.helpers.real_server import SmallStore, serving
+from tests.helpers.waiting import until
 
 
 class Index:
@@ -34,14 +35,6 @@ def sample(index: Index) -> Sample:
         selectivity=None,
         language="en",
     )
-
-
-def until(condition) -> None:
-    for _ in range(500):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("did not happen in time")
 
 
 def test_shadow_queued_sample_of_former_release_is_dropped() -> None:

@@ -132,9 +132,7 @@ assert said == sorted(said) and said[-1] == 40, said
 """
 
 
-def test_merged_concurrent_scrapes_see_counts_only_grow(
-    tmp_path: Path,
-) -> None:
+def test_merged_concurrent_scrapes_see_counts_only_grow(tmp_path: Path) -> None:
     scrapers = [
         subprocess.Popen(
             [sys.executable, "-c", SCRAPER, str(tmp_path)], stdout=subprocess.PIPE, text=True
@@ -145,7 +143,7 @@ def test_merged_concurrent_scrapes_see_counts_only_grow(
     for _ in range(40):
         killed(tmp_path, 1)
         time.sleep(0.01)
-    assert [scraper.wait(60) for scraper in scrapers] == [0, 0, 0]
+    assert [scraper.wait(120) for scraper in scrapers] == [0, 0, 0]
 
 
 def test_merged_missing_folder_or_damaged_files_do_not_fail(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from retrieval.errors import AddressInUse
 from retrieval.process_tuning import freeze_start_up_objects
 from retrieval.server.http_routes import http_routes
 from retrieval.server.server import Server, create_server
+from tests.helpers.waiting import until_async
 
 COUNTS = {"pin": 60}
 
@@ -72,14 +73,6 @@ async def start(
     return server, rpc.RetrievalStub(channel), rpc.AdminStub(channel), channel
 
 
-async def until(condition, seconds: float = 30.0) -> None:
-    for _ in range(int(seconds / 0.02)):
-        if condition():
-            return
-        await asyncio.sleep(0.02)
-    raise AssertionError("did not happen in time")
-
-
 def ask(query: str = "red cat", **fields) -> pb.RetrieveRequest:
     return pb.RetrieveRequest(query=query, entity_type="pin", k=5, **fields)
 
@@ -102,12 +95,12 @@ async def test_swap_under_load_loses_and_mixes_no_answers(
         step = 0
         while not stop:
             step += 1
-            answers.append(await stub.Retrieve(ask(f"red cat {number} {step % 7}"), timeout=30))
+            answers.append(await stub.Retrieve(ask(f"red cat {number} {step % 7}"), timeout=60))
 
     clients = [asyncio.ensure_future(client(i)) for i in range(4)]
     for release_id in ("a2", "b1", "a1"):
         store.activate(release_id)
-        await until(
+        await until_async(
             lambda wanted=release_id: (
                 server.releases.active and server.releases.active.release_id == wanted
             )
@@ -201,13 +194,13 @@ async def test_swap_broken_release_is_refused_and_the_old_one_keeps_serving(
     assert store.current() == "a1"
     if damage is not edit_the_manifest:
         store.activate("a2", verify=False)
-        await until(
+        await until_async(
             lambda: sum(server.metrics.snapshot().get("omni_releases_refused", {}).values()) >= 2
         )
     answer = await stub.Retrieve(ask())
     assert answer.release_id == "a1" and whole(answer)
     store.activate("b1")
-    await until(lambda: server.releases.active.release_id == "b1")
+    await until_async(lambda: server.releases.active.release_id == "b1")
     await channel.close()
     await server.stop(0)
 
@@ -229,7 +222,7 @@ async def test_start_without_a_release_waits_and_serves_when_one_appears(
     await asyncio.sleep(0.2)
     assert server.releases.active is None
     current.write_bytes(content)
-    await until(lambda: server.releases.active is not None)
+    await until_async(lambda: server.releases.active is not None)
     assert whole(await stub.Retrieve(ask()))
     await channel.close()
     await server.stop(0)
@@ -288,23 +281,25 @@ async def test_overload_is_refused_early_and_cancelled_calls_cost_nothing(
     gate, encode, encoded = threading.Event(), serving.encoding.encode, []
 
     def slow(texts):
-        gate.wait(20)
+        gate.wait(60)
         encoded.extend(texts)
         return encode(texts)
 
     serving.batcher._encode = slow
-    first = asyncio.ensure_future(stub.Retrieve(ask("first words"), timeout=30))
-    await until(lambda: server.service.admission.in_flight == 1 and not serving.batcher.waiting)
-    gone = asyncio.ensure_future(stub.Retrieve(ask("nobody waits for this"), timeout=0.3))
+    first = asyncio.ensure_future(stub.Retrieve(ask("first words"), timeout=60))
+    admission, batcher = server.service.admission, serving.batcher
+    await until_async(lambda: admission.in_flight == 1 and not batcher.waiting)
+    gone = asyncio.ensure_future(stub.Retrieve(ask("nobody waits for this")))
+    await until_async(lambda: batcher.waiting == 1)
     calls = [
-        asyncio.ensure_future(stub.Retrieve(ask(f"query number {i}"), timeout=30))
+        asyncio.ensure_future(stub.Retrieve(ask(f"query number {i}"), timeout=60))
         for i in range(12)
     ]
-    answers = await asyncio.wait_for(asyncio.gather(gone, return_exceptions=True), 10)
-    assert answers[0].code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    await until_async(lambda: batcher.waiting == 4 and admission.in_flight == 5)
+    gone.cancel()
     # The client knows first. Once the server knows too, the first call and the three others that
-    # fit the queue of four are left.
-    await until(lambda: server.service.admission.in_flight <= 4)
+    # found a place in the queue of four are left.
+    await until_async(lambda: admission.in_flight == 4)
     gate.set()
     results = await asyncio.gather(first, *calls, return_exceptions=True)
     refused = [r for r in results if isinstance(r, grpc.RpcError)]
@@ -327,7 +322,7 @@ async def test_overload_refuses_searches_and_not_admin_calls(
     try:
         await stub.Retrieve(ask("red cat"))
         service.admission.enter(4)  # as four requests inside would
-        error = await refused(stub.Retrieve(ask("red cat"), timeout=30))
+        error = await refused(stub.Retrieve(ask("red cat"), timeout=60))
         assert error.details().startswith("server: all 4 places are taken")
         assert int(dict(error.trailing_metadata())["retry-after-ms"]) >= 5
         target = pb.Target(entity_type="pin", k=3)
@@ -341,10 +336,10 @@ async def test_overload_refuses_searches_and_not_admin_calls(
                 pb.RetrieveMultiRequest(query="red cat", targets=[target]), timeout=30
             )
         )
-        await refused(stub.Embed(pb.EmbedRequest(queries=["red cat"]), timeout=30))
+        await refused(stub.Embed(pb.EmbedRequest(queries=["red cat"]), timeout=60))
         assert (await stub.DescribeRelease(pb.DescribeReleaseRequest())).release_id == "a1"
         assert (
-            await admin.Activate(pb.ActivateRequest(release_id="a2"), timeout=30)
+            await admin.Activate(pb.ActivateRequest(release_id="a2"), timeout=60)
         ).release_id == "a2"
         health = health_pb2_grpc.HealthStub(channel)
         assert (
@@ -371,29 +366,30 @@ async def test_full_encoder_refuses_only_what_must_be_encoded_or_would_be_late(
     gate, encode = threading.Event(), batcher._encode
     for _ in range(2):
         await stub.Retrieve(ask("red cat"))
-    batcher._encode = lambda texts: gate.wait(20) and encode(texts)
-    batcher._text_seconds = 5.0
+    batcher._encode = lambda texts: gate.wait(60) and encode(texts)
+    text_seconds, batcher._text_seconds = batcher._text_seconds, 1000.0
     try:
-        inside = [asyncio.ensure_future(stub.Retrieve(ask("in the encoder"), timeout=30))]
-        await until(lambda: server.service.admission.in_flight == 1 and not batcher.waiting)
-        error = await refused(stub.Retrieve(ask("no hope in a second"), timeout=1.0))
+        inside = [asyncio.ensure_future(stub.Retrieve(ask("in the encoder"), timeout=60))]
+        await until_async(lambda: server.service.admission.in_flight == 1 and not batcher.waiting)
+        error = await refused(stub.Retrieve(ask("no hope in a minute"), timeout=60))
         assert error.details().startswith("query encoder (within your deadline)")
+        batcher._text_seconds = text_seconds
         inside += [
-            asyncio.ensure_future(stub.Retrieve(ask(f"waits {i}"), timeout=30)) for i in range(2)
+            asyncio.ensure_future(stub.Retrieve(ask(f"waits {i}"), timeout=60)) for i in range(2)
         ]
-        await until(lambda: batcher.waiting == 2)
-        error = await refused(stub.Retrieve(ask("one more"), timeout=30))
+        await until_async(lambda: batcher.waiting == 2)
+        error = await refused(stub.Retrieve(ask("one more"), timeout=60))
         assert error.details().startswith(
             "query encoder: all 2 places"
         ) and "retry-after-ms" in dict(error.trailing_metadata())
         inside.append(
-            asyncio.ensure_future(stub.Retrieve(ask(" waits 1 "), timeout=30))
+            asyncio.ensure_future(stub.Retrieve(ask(" waits 1 "), timeout=60))
         )  # joins the one that waits
-        assert whole(await stub.Retrieve(ask("red cat"), timeout=30)), (
+        assert whole(await stub.Retrieve(ask("red cat"), timeout=60)), (
             "what is cached needs no encoder"
         )
         assert server.metrics.value("omni_requests", ("Retrieve", "RESOURCE_EXHAUSTED")) == 2
-        await until(lambda: server.service.admission.in_flight == 4)
+        await until_async(lambda: server.service.admission.in_flight == 4)
         gate.set()
         assert all(whole(answer) for answer in await asyncio.gather(*inside))
     finally:
@@ -421,9 +417,9 @@ async def test_stop_lets_calls_in_flight_finish(store: ReleaseStore) -> None:
         return encode(texts)
 
     serving.batcher._encode = slow
-    call = asyncio.ensure_future(stub.Retrieve(ask("slow words"), timeout=30))
-    await until(lambda: server.service.admission.in_flight == 1)
-    await asyncio.gather(server.stop(5.0), call)
+    call = asyncio.ensure_future(stub.Retrieve(ask("slow words"), timeout=60))
+    await until_async(lambda: server.service.admission.in_flight == 1)
+    await asyncio.gather(server.stop(60), call)
     assert whole(call.result())
     await channel.close()
 
@@ -467,13 +463,13 @@ async def test_retired_release_is_freed_without_the_garbage_collector(store: Rel
         del first, pins
         for release_id in ("a2", "b1"):
             store.activate(release_id)
-            await until(
+            await until_async(
                 lambda wanted=release_id: (
                     server.releases.active and server.releases.active.release_id == wanted
                 )
             )
             assert whole(await stub.Retrieve(ask()))
-        await until(lambda: not server.releases._retiring)
+        await until_async(lambda: not server.releases._retiring)
         assert not [name for name, reference in held.items() if reference() is not None]
         await channel.close()
         await server.stop(0)

@@ -23,6 +23,7 @@ from retrieval.encoding.redis_tier import RedisSettings, RedisTier
 from retrieval.observability.metrics import Metrics
 from retrieval.releases import loader
 from retrieval.releases.manager import LiveReleases
+from tests.helpers.waiting import until_async
 
 DIMENSION = 32
 VECTOR = np.eye(1, DIMENSION, dtype=np.float32)[0]
@@ -132,14 +133,6 @@ def releases_of(
     )
 
 
-async def until(condition, seconds: float = 20.0) -> None:
-    for _ in range(int(seconds / 0.01)):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("did not happen in time")
-
-
 @pytest.mark.parametrize(
     "error",
     [PublisherBusy("process 1 is publishing"), OSError(28, "No space left on device")],
@@ -181,9 +174,9 @@ async def test_activate_cancelled_call_closes_the_loaded_release(
     gate, inside = threading.Event(), threading.Event()
     releases = releases_of(store)
     await releases.start()
-    monkeypatch.setattr(loader, "prove", lambda *args: inside.set() or (gate.wait(10) and {}))
+    monkeypatch.setattr(loader, "prove", lambda *args: inside.set() or (gate.wait(60) and {}))
     call = asyncio.ensure_future(releases.activate("a2"))
-    await until(inside.is_set)
+    await until_async(inside.is_set)
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
@@ -245,7 +238,7 @@ async def test_watch_unreadable_current_is_read_again(store: ReleaseStore, opene
 
     releases.store.current = flaky
     store.activate("a2")
-    await until(lambda: releases.active.release_id == "a2")
+    await until_async(lambda: releases.active.release_id == "a2")
     await releases.stop()
 
 
@@ -260,11 +253,11 @@ async def test_watch_rollback_elsewhere_during_prewarming_is_followed(
     tower.seconds = 0.02
     loader.open_query_encoding = lambda *args, **kwargs: tower  # undone by the fixture
     call = asyncio.ensure_future(releases.activate("b1"))
-    await until(lambda: tower.inside)
+    await until_async(lambda: tower.inside)
     assert store.current() == "b1"
     store.rollback()
     await call
-    await until(lambda: releases.active.release_id == "a1")
+    await until_async(lambda: releases.active.release_id == "a1")
     await releases.stop()
 
 
@@ -314,7 +307,7 @@ async def test_retired_release_is_freed_in_the_closing_thread(
         opened.releases.clear()
         opened.following.clear()
         await releases.activate(release_id)
-        await until(lambda wanted=number + 1: len(died) == wanted)
+        await until_async(lambda wanted=number + 1: len(died) == wanted)
     assert threading.main_thread().name not in died
     await releases.stop()
 

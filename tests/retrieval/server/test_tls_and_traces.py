@@ -5,7 +5,6 @@ grpcio's clients, an OTLP collector.
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from retrieval.client import ClientConfig, RetrievalClient, TlsConfig
 from retrieval.client.errors import CallError
 from retrieval.security import tls_context
 from tests.helpers.real_server import Running, SmallStore, serving
+from tests.helpers.waiting import until
 
 needs_openssl = pytest.mark.skipif(
     shutil.which("openssl") is None, reason="needs the openssl program"
@@ -214,9 +214,7 @@ def test_tracing_exports_a_span_per_call_and_stage_in_the_callers_trace(
             ),
             metadata=metadata,
         )
-    until = time.monotonic() + 20
-    while time.monotonic() < until and len(spans) < 8:
-        time.sleep(0.05)
+    until(lambda: len(spans) >= 8)
     by_name = {span.name: span for span in spans}
     assert {"Retrieve", "RetrieveBatch", "queue", "encode", "search", "rerank"} <= set(by_name)
     assert {span.trace_id.hex() for span in spans} == {trace}

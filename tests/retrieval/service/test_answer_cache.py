@@ -1,9 +1,8 @@
 """Cached answers: the same as searched ones, bounded, gone with whatever could change them."""
 
 import sys
-import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +27,7 @@ from retrieval.service.answer_cache import (
 )
 from retrieval.service.search_request import SearchRequest
 from tests.helpers.real_server import Running, SmallStore, serving
+from tests.helpers.waiting import until
 
 TEXTS = entity_texts(30)
 
@@ -149,14 +149,6 @@ def stub(channel: grpc.Channel) -> rpc.RetrievalStub:
 
 def hits(answer: Any) -> list[tuple[str, float]]:
     return [(hit.id, hit.score) for hit in answer.hits]
-
-
-def until(condition: Callable[[], bool]) -> None:
-    for _ in range(300):
-        if condition():
-            return
-        time.sleep(0.01)
-    raise AssertionError("did not happen in time")
 
 
 @settings(max_examples=40, deadline=None)

@@ -19,6 +19,7 @@ from benchmarks.small_releases import entity_texts
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
 from tests.helpers.real_server import Running, SmallStore, serving
+from tests.helpers.waiting import until
 
 Code = grpc.StatusCode
 
@@ -468,28 +469,18 @@ def test_metrics_scrape_holds_counts_and_no_query_text(
 
 
 def test_shadow_recall_agrees_with_exact_search(running: Running, stub: rpc.RetrievalStub) -> None:
-    import time
-
     for word in entity_texts(40, seed=9):
         stub.Retrieve(pb.RetrieveRequest(query=word, entity_type="product", k=10, language="en"))
     shadow = running.server.service.recorder.shadow
-    until = time.monotonic() + 20
-    while time.monotonic() < until and not any(
-        labels[0] == "product" and found.samples >= 30
-        for labels, found in shadow.estimates().items()
-    ):
-        time.sleep(0.05)
-    found = next(
-        value for labels, value in shadow.estimates().items() if labels == ("product", "none", "en")
-    )
+    labels = ("product", "none", "en")
+    until(lambda: labels in shadow.estimates() and shadow.estimates()[labels].samples >= 30)
+    found = shadow.estimates()[labels]
     assert found.samples >= 30 and found.low <= found.recall <= found.high and found.recall > 0.9
 
 
 def test_impressions_hold_ids_and_positions_but_no_query_text(
     running: Running, stub: rpc.RetrievalStub, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    import time
-
     answer = stub.Retrieve(
         pb.RetrieveRequest(
             query="secret words", entity_type="pin", k=3, language="fr", country="FR"
@@ -497,16 +488,18 @@ def test_impressions_hold_ids_and_positions_but_no_query_text(
     )
     assert len(answer.request_id) == 32
     folder = Path(running.server.config.impression_log or "")
-    until = time.monotonic() + 10
-    lines: list[dict] = []
-    while time.monotonic() < until and not lines:
+
+    def logged() -> list[dict]:
         text = "".join(path.read_text() for path in folder.glob("*.jsonl"))
-        lines = [
+        whole = text[: text.rfind("\n") + 1]
+        return [
             row
-            for row in map(json.loads, text.splitlines())
+            for row in map(json.loads, whole.splitlines())
             if row["request_id"] == answer.request_id
         ]
-        time.sleep(0.05)
+
+    until(lambda: len(logged()) == 3)
+    lines = logged()
     assert [(row["position"], row["entity_id"]) for row in lines] == [
         (i + 1, h.id) for i, h in enumerate(answer.hits)
     ]

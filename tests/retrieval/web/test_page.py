@@ -267,7 +267,7 @@ def wait(driver: Any, holds: Callable[[Any], Any]) -> Any:
 
     return WebDriverWait(
         driver,
-        20,
+        60,
         poll_frequency=0.05,
         ignored_exceptions=(NoSuchElementException, StaleElementReferenceException),
     ).until(holds)

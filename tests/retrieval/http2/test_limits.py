@@ -219,7 +219,7 @@ def test_budget_streams_reset_for_wrong_updates_are_spent(running: Running) -> N
             connection.sendall(HELLO + flood)
         with contextlib.suppress(OSError):  # or reset, which is as good
             assert goaway_code(reader.result(30)) == frames.ENHANCE_YOUR_CALM
-    assert wait_until(lambda: not running.server.connections)
+    until(lambda: not running.server.connections)
 
 
 @pytest.mark.parametrize(

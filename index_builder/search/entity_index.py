@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -372,11 +372,15 @@ class EntityIndex:
         live = options.get("live", ...)
         if live is ...:
             live = self._live
+        if options.get("exact"):
+            ef = 0
+        expression = options.get("filter")
+        exclude_ids = options.get("exclude_ids", ())
         selectivity = None
-        if ef and _is_plain(options):
+        if ef and expression is None and not exclude_ids:
             hits = self._plain(query, k, ef, live)
         else:
-            hits, selectivity = self._full(query, k, ef, options, live)
+            hits, selectivity = self._full(query, k, ef, expression, exclude_ids, live)
         min_score = options.get("min_score")
         if min_score is not None:
             keep = int(np.count_nonzero(hits.scores >= min_score))
@@ -402,16 +406,19 @@ class EntityIndex:
         return hits if live is None else merge_plain(query, k, hits, live.segments)
 
     def _full(
-        self, query: np.ndarray, k: int, ef: int, options: SearchOptions, live: LiveView | None
+        self,
+        query: np.ndarray,
+        k: int,
+        ef: int,
+        expression: str | None,
+        exclude_ids: Collection[str],
+        live: LiveView | None,
     ) -> tuple[BaseHits, float | None]:
-        """Answer any mix of filter, exclusions, hidden rows, live entries and the exact plan.
+        """Answer any mix of filter, exclusions, hidden rows and live entries; exactly if ef is 0.
 
         Returns:
             The hits, and the share of base rows that pass the filter.
         """
-        expression = options.get("filter")
-        exclude_ids = options.get("exclude_ids", ())
-        exact = ef == 0 or options.get("exact", False)
         selection = selectivity = None
         sketches = 0
         if expression is not None:
@@ -429,7 +436,7 @@ class EntityIndex:
             excluded = []
         allowed = AllowedRows(selection, hidden, hidden_count)
         fetch = k + len(excluded)
-        if exact:
+        if ef == 0:
             hits = self._base.exact(query, fetch, allowed)
         else:
             hits = self._base.search(query, fetch, ef, allowed, sketches)
@@ -438,13 +445,6 @@ class EntityIndex:
             keep = [i for i, id_ in enumerate(hits.ids) if id_ not in banned][:k]
             hits = hits._replace(ids=[hits.ids[i] for i in keep], scores=hits.scores[keep])
         if live is not None and live.live_count:
-            conditions = LiveConditions(expression, exclude_ids, exact, self.attribute_table)
+            conditions = LiveConditions(expression, exclude_ids, ef == 0, self.attribute_table)
             hits = merge_live(query, k, hits, live, conditions)
         return hits, selectivity
-
-
-def _is_plain(options: SearchOptions) -> bool:
-    """Return whether a search is a walk of the graph only: no filter, no exclusions, not exact."""
-    if options.get("filter") is not None:
-        return False
-    return not options.get("exclude_ids") and not options.get("exact")

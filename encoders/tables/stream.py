@@ -34,6 +34,7 @@ from encoders.tables.files import (
     table_files,
 )
 from encoders.tables.schemas import DTYPES, Kind, schema
+from encoders.text.normal_forms import normalize_queries
 
 UInt64 = npt.NDArray[np.uint64]
 Bool = npt.NDArray[np.bool_]
@@ -160,7 +161,7 @@ def _query_entities(raw: pl.DataFrame, source: str, first_row: int) -> pl.DataFr
     """Check a chunk of a table of queries and return them as entities."""
     checked = check_frame(raw, schema("queries"), source, first_row=first_row)
     raise_problems(checked.report)
-    title = checked.frame["query"].str.replace_all(r"\s+", " ").str.strip_chars()
+    title = normalize_queries(checked.frame["query"])
     entity_type = pl.Series(["query"] * len(title), dtype=pl.String)
     return pl.DataFrame({"id": title, "entity_type": entity_type, "title": title})
 

@@ -5,11 +5,10 @@ r"""Bring texts to a normal form: ids, the queries that towers read, and folded 
 | id | `normalize_id` | NFC | kept | ids of tables, indexes and calls |
 | query | `normalize_query`, `normalize_queries` | kept | `str.split` | query tower, cache keys |
 | folded | `fold` | NFKC, full case folding, NFKC | kept | n-grams, words, text buckets |
-| folded query | `fold_query`, `folded_queries` | NFKC, lower case | regex `\s` | equal queries |
+| folded query | `fold_query`, `folded_queries` | NFKC, lower case | `str.split` | equal queries |
 
 The two folded forms differ: full case folding makes "ss" of "ß" and one letter of both small
-sigmas, lower-casing keeps them apart; and ``str.split`` takes U+001C to U+001F as white space,
-the regular expression does not.
+sigmas, lower-casing keeps them apart.
 """
 
 from __future__ import annotations
@@ -46,11 +45,8 @@ def normalize_query(text: str) -> str:
 
 
 def normalize_queries(queries: pl.Series) -> pl.Series:
-    """Apply ``normalize_query`` to a column; each distinct text that needs it is changed once.
-
-    A text whose only fault is U+001C to U+001F stays as it is.
-    """
-    suspects = queries.filter(queries.str.contains(r"^\s|\s$|\s\s|[^\S ]")).unique()
+    """Apply ``normalize_query`` to a column; each distinct text that needs it is changed once."""
+    suspects = queries.filter(queries.str.contains(r"^\s|\s$|\s\s|[^\S ]|[\x1c-\x1f]")).unique()
     if not len(suspects):
         return queries
     return queries.replace(
@@ -70,17 +66,17 @@ def fold(text: str) -> str:
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
 
 
+def collapse_white_space(texts: pl.Expr) -> pl.Expr:
+    """Apply ``normalize_query`` as an expression, with the white space of ``str.split``."""
+    return texts.str.replace_all(r"[\s\x1c-\x1f]+", " ").str.strip_chars(" ")
+
+
 def fold_query(texts: pl.Expr) -> pl.Expr:
     """Return the form in which equal query strings count as one query.
 
     NFKC, lower case, white space trimmed and collapsed.
     """
-    return (
-        texts.str.normalize("NFKC")
-        .str.to_lowercase()
-        .str.replace_all(r"\s+", " ")
-        .str.strip_chars()
-    )
+    return collapse_white_space(texts.str.normalize("NFKC").str.to_lowercase())
 
 
 def folded_queries(queries: Collection[str]) -> list[str]:

@@ -14,7 +14,7 @@ import polars as pl
 from encoders.config.train_config import TrainConfig
 from encoders.errors import DataError, SchemaError
 from encoders.text.hashing import text_bucket
-from encoders.text.normal_forms import fold, normalize_query
+from encoders.text.normal_forms import collapse_white_space, fold, normalize_query
 from encoders.training.data.balancing import balance_column, require_plain
 from encoders.training.data.source_tables import TrainingData
 
@@ -68,7 +68,8 @@ def _with_defaults(
         expr.alias(name) for name, expr in defaults.items() if name not in pairs.columns
     )
     is_validation = pl.col("split") == validation_split
-    related = pl.when(pl.col("entity_type") == "query").then(_collapsed(pl.col("entity_id")))
+    other_query = collapse_white_space(pl.col("entity_id"))
+    related = pl.when(pl.col("entity_type") == "query").then(other_query)
     return (
         pairs.select(
             "query",
@@ -81,15 +82,11 @@ def _with_defaults(
         )
         .filter(pl.col("split").is_in(["train", validation_split]))
         .with_columns(
-            query=_collapsed(pl.col("query").fill_null("")),
+            query=collapse_white_space(pl.col("query").fill_null("")),
             split=pl.when(is_validation).then(pl.lit("validation")).otherwise(pl.lit("train")),
             entity_id=related.otherwise(pl.col("entity_id")),
         )
     )
-
-
-def _collapsed(text: pl.Expr) -> pl.Expr:
-    return text.str.replace_all(r"\s+", " ").str.strip_chars()
 
 
 def _hold_back(pairs: pl.DataFrame, config: TrainConfig) -> pl.DataFrame:

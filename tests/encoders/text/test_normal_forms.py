@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from encoders.errors import DataError
 from encoders.text.normal_forms import (
+    collapse_white_space,
     fold,
     folded_queries,
     normalize_id,
@@ -47,10 +48,15 @@ def test_normalize_query_collapses_white_space_and_keeps_case(raw, normal):
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(st.text(st.sampled_from("a \u00a0\u3000\n\t\x85é"), max_size=6), max_size=5))
-def test_normalize_queries_any_column_equals_each_text(texts):
+@given(
+    st.lists(st.text(st.sampled_from("a \u00a0\u3000\n\t\x85\x1c\x1fé"), max_size=6), max_size=5)
+)
+def test_white_space_any_column_collapses_as_each_text(texts):
     column = pl.Series("q", texts, dtype=pl.String)
-    assert normalize_queries(column).to_list() == [normalize_query(text) for text in texts]
+    expected = [normalize_query(text) for text in texts]
+    assert normalize_queries(column).to_list() == expected
+    collapsed = column.to_frame().select(collapse_white_space(pl.col("q")))["q"]
+    assert collapsed.to_list() == expected
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import os
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from benchmarks.faults.servers import ServerProcess, percentiles
@@ -174,10 +175,8 @@ def _client(address: str, seconds: float, deadline: float, cores: set[int], resu
         texts = entity_texts(2000, seed=11)
         askers = []
         for number in range(CONNECTIONS):
-            first = number * 10_000_000
-            _, asker = await loop.create_connection(
-                lambda first=first: Asker(address, deadline, texts, first), host, int(port)
-            )  # type: ignore[misc]
+            make_asker = partial(Asker, address, deadline, texts, number * 10_000_000)
+            _, asker = await loop.create_connection(make_asker, host, int(port))
             await asyncio.wait_for(asker.greeted, 30)
             askers.append(asker)
         await _phase(askers, deadline, 1.0, callers=16)  # the server learns how long a text takes

@@ -11,27 +11,17 @@ import pytest
 from click.testing import CliRunner, Result
 
 from encoders.towers.query_tower import QueryEncoder
-from index_builder.building.build import build_release
 from index_builder.commands import explain as explain_commands
 from index_builder.releases.store import ReleaseStore
-from tests.helpers.release_makers import make_bundle, make_input, quick, unit_vectors
+from tests.helpers.release_makers import unit_vectors
 
 
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ReleaseStore:
-    store = ReleaseStore(tmp_path / "store")
-    build_release(
-        {"pin": make_input("pin", 60), "ad": make_input("ad", 20)},
-        make_bundle(tmp_path / "bundle"),
-        store,
-        quick(release_id="r0"),
-    )
-
+@pytest.fixture(autouse=True)
+def random_query_tower(monkeypatch: pytest.MonkeyPatch) -> None:
     def encode(texts: Sequence[str]) -> np.ndarray:
         return unit_vectors(len(texts), 3)
 
     monkeypatch.setattr(QueryEncoder, "load", lambda path: SimpleNamespace(encode=encode))
-    return store
 
 
 def misses(store: ReleaseStore, *arguments: object) -> Result:
@@ -53,10 +43,10 @@ def test_explain_sample_pairs_of_other_catalogue_are_refused(store: ReleaseStore
     result = misses(store)
     assert result.exit_code == 1 and result.stdout == ""
     assert (
-        "sample data in the package" in result.stderr and "release r0, e.g. '" in result.stderr
+        "sample data in the package" in result.stderr and "release r1, e.g. '" in result.stderr
     ), "what was read"
     assert (
-        "note:" not in result.stderr and "pin 60" in result.stderr and "'pin-0'" in result.stderr
+        "note:" not in result.stderr and "pin 200" in result.stderr and "'pin-0'" in result.stderr
     ), "what the release holds"
     assert "--pairs" in result.stderr and "--data" in result.stderr, "what to do"
 

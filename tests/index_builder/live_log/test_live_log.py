@@ -248,11 +248,8 @@ def test_writer_after_full_disk_leaves_no_lock(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
         refused = 0
-        for limit in (
-            0,
-            16,
-            30,
-        ):  # nothing can be written; the lock's note; the note and a part of the file's header
+        # Nothing can be written; the lock's note; the note and a part of the file's header
+        for limit in (0, 16, 30):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
             try:
                 LiveLogWriter(tmp_path, "pin", D, lock_timeout_seconds=0.2).write([upsert("lost")])

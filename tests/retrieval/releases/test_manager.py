@@ -13,7 +13,6 @@ import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from benchmarks.small_releases import small_release, write_small_bundle
 from index_builder.releases.store import ReleaseStore
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
@@ -23,35 +22,6 @@ from retrieval.process_tuning import freeze_start_up_objects
 from retrieval.server.http_routes import http_routes
 from retrieval.server.server import Server, create_server
 from tests.helpers.waiting import until_async
-
-COUNTS = {"pin": 60}
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Releases a1 and a2 (one space) and b1 (another); a1 is active. Tests copy it."""
-    root = tmp_path_factory.mktemp("releases")
-    store = ReleaseStore(root / "store")
-    for space, seed in (("a", 1), ("b", 2)):
-        encoder = write_small_bundle(root / space, seed)
-        for number in (1, 2) if space == "a" else (1,):
-            name = f"{space}{number}"
-            small_release(
-                store,
-                root / space,
-                encoder,
-                release_id=name,
-                counts=COUNTS,
-                id_prefix=f"{name}:",
-                activate=name == "a1",
-            )
-    return root / "store"
-
-
-@pytest.fixture
-def store(published: Path, tmp_path: Path) -> ReleaseStore:
-    shutil.copytree(published, tmp_path / "store")
-    return ReleaseStore(tmp_path / "store")
 
 
 async def start(

@@ -3,16 +3,13 @@ without a server, with a stand-in tower.
 """
 
 import asyncio
-import shutil
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.small_releases import small_release, write_small_bundle
 from index_builder.errors import PublisherBusy
 from index_builder.releases.live_follower import LiveFollower
 from index_builder.releases.release import Release
@@ -67,32 +64,6 @@ class Opened:
     def followed(self) -> list[str]:
         """Releases with a follower's thread."""
         return [follower.release.release_id for follower in self.following]
-
-
-@pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Releases a1 and a2 of one space, b1 of another; a1 is active."""
-    root = tmp_path_factory.mktemp("troubles")
-    store = ReleaseStore(root / "store")
-    for space, seed, names in (("a", 1, ("a1", "a2")), ("b", 2, ("b1",))):
-        encoder = write_small_bundle(root / space, seed)
-        for name in names:
-            small_release(
-                store,
-                root / space,
-                encoder,
-                release_id=name,
-                counts={"pin": 40},
-                id_prefix=f"{name}:",
-                activate=name == "a1",
-            )
-    return root / "store"
-
-
-@pytest.fixture
-def store(published: Path, tmp_path: Path) -> ReleaseStore:
-    shutil.copytree(published, tmp_path / "store")
-    return ReleaseStore(tmp_path / "store")
 
 
 @pytest.fixture

@@ -156,7 +156,7 @@ def test_command_enriches_catalogue_and_counts_unknown_entities(tmp_path: Path) 
 
 
 def test_command_reads_every_named_table(tmp_path: Path) -> None:
-    """All but the last --catalogue and --boards were dropped without a word."""
+    """--catalogue and --boards may each be given several times."""
     arguments = [
         "boards",
         "--out",

@@ -345,7 +345,7 @@ def test_command_merges_days_and_deletes(tmp_path: Path) -> None:
 
 
 def test_command_reads_every_named_file(tmp_path: Path) -> None:
-    """Once only the last --log, --catalogue, --delete-users and --delete-queries was read."""
+    """--log, --catalogue, --delete-users and --delete-queries may each be given several times."""
     for day in (1, 2):
         events = events_of(
             *((day, f"red cat {day}", f"u{n}", "pin", f"p{day}", "save") for n in range(5))

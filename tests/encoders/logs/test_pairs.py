@@ -339,7 +339,7 @@ def test_command_writes_pairs_features_and_summary(log_file: Path, tmp_path: Pat
 
 
 def test_command_reads_every_named_table(log_file: Path, tmp_path: Path) -> None:
-    """Once only the last --catalogue, --boards and --engaged was read."""
+    """--catalogue, --boards and --engaged may each be given several times."""
     boards = pl.DataFrame(
         {"board_id": ["b1", "b2"], "title": ["red shoes", "blue hats"], "entity_id": ["p1", "p2"]}
     )

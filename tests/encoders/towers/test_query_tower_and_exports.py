@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 
 from encoders.datasets.dataset import load_sample
@@ -13,6 +14,7 @@ from encoders.errors import BundleError, ConfigError
 from encoders.inference.onnx_forms import export_forms, measure_parity, onnx_encode
 from encoders.towers.bundle import load_bundle, save_bundle
 from encoders.towers.query_tower import QueryEncoder, create_query_encoder
+from tests.helpers.training_examples import tiny_query_encoder
 
 
 @pytest.fixture(scope="module")
@@ -103,11 +105,8 @@ def test_export_forms_stay_within_tolerance(
     encode = onnx_encode(tmp_path / "query_encoder.int8.onnx")
     long = tower.tokenize(["word " * 100])
     assert np.isfinite(encode(long)).all()
-    for few in (
-        1,
-        2,
-        3,
-    ):  # the golden queries of a small rebuild: one text has no other text that could go missing
+    # The golden queries of a small rebuild: one text has no other text that could go missing
+    for few in (1, 2, 3):
         report = measure_parity(tower, tmp_path, "onnx-fp32", queries[:few])
         assert (report.texts, report.overlap_at_10, report.within_tolerance) == (few, 1.0, True)
 
@@ -116,7 +115,7 @@ def test_load_bundle_changed_file_is_refused(tower: QueryEncoder, tmp_path: Path
     from encoders.towers.entity_features import EntityFeaturizer
     from encoders.towers.entity_tower import create_entity_encoder
 
-    catalogue = load_sample(images=False).catalogue
+    catalogue = load_sample(images=False).catalogue.head(200)
     entity = create_entity_encoder(EntityFeaturizer.fit(catalogue), table_rows=100, hidden=(32,))
     bundle = save_bundle(
         tmp_path / "model", tower, {"pin": entity, "product": entity, "ad": entity}
@@ -144,17 +143,17 @@ def test_load_bundle_changed_file_is_refused(tower: QueryEncoder, tmp_path: Path
     ],
 )
 def test_load_bundle_config_of_another_shape_is_named(
-    tower: QueryEncoder, tmp_path: Path, change: dict[str, object]
+    tmp_path: Path, change: dict[str, object]
 ) -> None:
     from encoders.towers.entity_features import EntityFeaturizer
     from encoders.towers.entity_tower import create_entity_encoder
 
+    catalogue = pl.DataFrame({"id": ["a"], "entity_type": ["pin"], "title": ["red cat"]})
     entity = create_entity_encoder(
-        EntityFeaturizer.fit(load_sample(images=False).catalogue.head(50)),
-        table_rows=10,
-        hidden=(8,),
+        EntityFeaturizer.fit(catalogue), table_rows=10, hidden=(8,), dimension=16
     )
-    path = save_bundle(tmp_path / "model", tower, {"pin": entity}).path / "config.json"
+    bundle = save_bundle(tmp_path / "model", tiny_query_encoder(), {"pin": entity})
+    path = bundle.path / "config.json"
     config = {
         name: value
         for name, value in (json.loads(path.read_text()) | change).items()

@@ -110,9 +110,7 @@ def test_reproducible_builds_give_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_hnsw_on_a_badly_connected_graph_returns_what_it_reaches() -> None:
-    """hnswlib answers all or nothing: a graph that leads to fewer than k nodes used to raise
-    RuntimeError in the middle of calibration.
-    """
+    """hnswlib raises RuntimeError where a graph leads to fewer than k nodes."""
     vectors = islands()
     index = build_index("hnsw", vectors, AnnConfig(m=2, ef_construction=2))
     found = [index.search(vectors[i : i + 1], 100, 100)[0] for i in range(0, 1_600, 40)]

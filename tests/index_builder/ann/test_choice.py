@@ -66,7 +66,7 @@ def test_build_index_with_impossible_settings_raises_config_error() -> None:
 
 @pytest.mark.parametrize("dimension", [32, 48])
 def test_choose_kind_for_few_dimensions_takes_another_kind_than_symqg(dimension: int) -> None:
-    """The library raises a bare ValueError below 64 dimensions; auto used to pass it on."""
+    """The library raises a bare ValueError below 64 dimensions."""
     pytest.importorskip("rabitqlib")
     choice = choose_kind(100_000, dimension=dimension, features=frozenset({"avx2", "fma"}))
     assert choice.kind == "hnsw" and f"the vectors have {dimension}" in choice.why

@@ -102,7 +102,7 @@ def test_verify_all_damaged_current_is_reported(store: ReleaseStore) -> None:
 def test_diff_without_arguments_compares_active_with_predecessor(
     store: ReleaseStore,
 ) -> None:
-    """Right after a rebuild the newest release is the active one; it was compared with itself."""
+    """Right after a rebuild the newest release is the active one."""
     at = ("--store", store.root)
     diff = json.loads(run(release_commands.group, "diff", *at, "--json").stdout)
     assert (diff["before"], diff["after"]) == ("r0", "r1")

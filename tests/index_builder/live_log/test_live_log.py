@@ -238,9 +238,7 @@ def test_writer_file_size_limit_is_a_full_disk(tmp_path: Path) -> None:
 
 
 def test_writer_after_full_disk_leaves_no_lock(tmp_path: Path) -> None:
-    """The first write to a full disk used to keep the writer's lock: it could not note its process
-    id, and everyone after it waited.
-    """
+    """A writer that cannot even note its process id in the lock must not keep it."""
     child = os.fork()
     if child == 0:
         import resource
@@ -328,7 +326,7 @@ def test_collect_files_keeps_unfolded_and_late_reader_is_refused(tmp_path: Path)
 
 
 def test_reader_without_acknowledged_file_needs_trust_log(tmp_path: Path) -> None:
-    """Without it a log that lost its end looks whole; removing it used to be accepted silently."""
+    """Without that file a log that lost its end looks whole."""
     LiveLogWriter(tmp_path, "pin", D).write([upsert("a"), upsert("b")])
     (tmp_path / "pin" / "acknowledged").unlink()
     for use in (
@@ -369,9 +367,7 @@ def test_reader_log_begun_again_behind_release_is_noticed(tmp_path: Path) -> Non
 
 
 def test_writer_removed_log_begins_behind_the_release(tmp_path: Path) -> None:
-    """Its first write used to get sequence 1, was acknowledged, and then no reader behind the
-    release's watermark took it.
-    """
+    """Readers behind the release's watermark would never take sequence 1."""
     LiveLogWriter(tmp_path, "pin", D).write([upsert("a"), upsert("b")])
     shutil.rmtree(tmp_path / "pin")
     assert LiveLogWriter(tmp_path, "pin", D, after=2).write([upsert("c")]) == 3

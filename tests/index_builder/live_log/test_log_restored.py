@@ -78,9 +78,7 @@ RESTORES = pytest.mark.parametrize("restore", [restore_in_place, restore_by_rena
 
 
 def test_reader_failed_write_is_never_shown_and_next_ones_are(tmp_path: Path) -> None:
-    """A poll between write and fsync used to show the entry; then its number was given to another
-    write, which that reader never saw.
-    """
+    """A poll between write and fsync must not show the entry: its number goes to another write."""
     reader, seen = LiveLogReader(tmp_path, "pin"), list[str]()
 
     def full() -> None:
@@ -155,9 +153,7 @@ def test_follower_read_only_or_locked_log_is_opened(
 def test_follower_damaged_log_shows_what_precedes_and_resumes(
     tmp_path: Path, restore: Callable[[Path, bytes], None]
 ) -> None:
-    """The entries before the damage used to be taken and thrown away: they were missing even after
-    the log had been restored.
-    """
+    """The entries before the damage stay to be read until the log is restored."""
     writer = LiveLogWriter(tmp_path, "pin", D)
     for n in range(10):
         writer.write([upsert(f"e{n}")])
@@ -220,9 +216,7 @@ def test_reader_without_descriptors_loses_no_earlier_entries(
 def test_log_restored_file_is_used_by_open_writers_and_readers(
     tmp_path: Path, restore: Callable[[Path, bytes], None]
 ) -> None:
-    """They used to stay in the file they had open: after a restore by rename, writes were
-    acknowledged into a file without a name.
-    """
+    """A restore by rename leaves whoever has the log open with a file without a name."""
     writer, reader = LiveLogWriter(tmp_path, "pin", D), LiveLogReader(tmp_path, "pin")
     for n in range(5):
         writer.write([upsert(f"e{n}")])

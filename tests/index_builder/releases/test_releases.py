@@ -262,9 +262,7 @@ def test_gc_removes_leftovers_but_no_running_build(store: ReleaseStore) -> None:
 def test_gc_after_killed_gc_finishes_despite_republished_id(
     store: ReleaseStore,
 ) -> None:
-    """A deterministic rebuild gives an id again; the folder that the killed gc had moved away stood
-    in the way of every later one.
-    """
+    """A deterministic rebuild gives an id again, whose former folder a killed gc has moved away."""
     shutil.copytree(store.path_of("r1"), store.releases / ".trash-r1")
     assert list(store.gc(keep=1, dry_run=True)) == ["r1"]
     assert (store.releases / ".trash-r1").exists()
@@ -274,7 +272,6 @@ def test_gc_after_killed_gc_finishes_despite_republished_id(
 
 
 def test_list_release_without_manifest_is_damaged(store: ReleaseStore) -> None:
-    """It was invisible: the active release could not be opened, and nothing reported it."""
     (store.path_of("r1") / MANIFEST_NAME).unlink()
     (store.path_of("r3") / MANIFEST_NAME).unlink()
     listed = {s.release_id: s for s in store.list()}

@@ -400,9 +400,7 @@ def test_published_fixture_has_a_real_manifest(published: Path) -> None:
 
 
 async def test_retired_release_is_freed_without_the_garbage_collector(store: ReleaseStore) -> None:
-    """What start-up made is set apart from garbage collection, the first release with it: nothing
-    may hold it in a ring.
-    """
+    """Objects of start-up, the first release among them, are frozen: no cycle may hold it."""
     gc.collect()
     gc.disable()
     try:

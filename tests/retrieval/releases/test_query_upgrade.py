@@ -1,5 +1,5 @@
 """A newer query tower takes over the indexes that are served: only where it was declared, with
-proof, and with a way back.
+proof, and with a rollback.
 """
 
 import asyncio

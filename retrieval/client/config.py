@@ -118,7 +118,8 @@ class ClientConfig:
             # Two clients of one process are two connections
             ("grpc.use_local_subchannel_pool", 1),
             ("grpc.initial_reconnect_backoff_ms", 100),
-            ("grpc.min_reconnect_backoff_ms", 100),
+            # How long one attempt may take: a slow handshake is no dead server
+            ("grpc.min_reconnect_backoff_ms", 2000),
             ("grpc.max_reconnect_backoff_ms", 2000),
         ]
         if self.round_robin:

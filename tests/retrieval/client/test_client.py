@@ -228,6 +228,48 @@ def test_deadline_slow_server_raises_deadline_exceeded(which: int) -> None:
         both(address, ClientConfig(), lambda c: c.retrieve("x", deadline_seconds=0.1))[which]()
 
 
+@contextmanager
+def slow_to_accept(address: str, seconds: float) -> Iterator[str]:
+    """A relay to ``address`` that lets each new connection wait."""
+    host, _, port = address.rpartition(":")
+
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+            while data := await source.read(65_536):
+                sink.write(data)
+
+        await asyncio.sleep(seconds)
+        inner_reader, inner_writer = await asyncio.open_connection(host, int(port))
+        await asyncio.gather(pump(reader, inner_writer), pump(inner_reader, writer))
+
+    started: futures.Future[tuple[int, asyncio.AbstractEventLoop]] = futures.Future()
+    stop = asyncio.Event()
+
+    async def main() -> None:
+        server = await asyncio.start_server(relay, "127.0.0.1", 0)
+        started.set_result((server.sockets[0].getsockname()[1], asyncio.get_running_loop()))
+        await stop.wait()
+
+    thread = threading.Thread(target=asyncio.run, args=(main(),))
+    thread.start()
+    listening, loop = started.result(10)
+    try:
+        yield f"127.0.0.1:{listening}"
+    finally:
+        loop.call_soon_threadsafe(stop.set)
+        thread.join()
+
+
+def test_client_slow_handshake_is_not_a_dead_server() -> None:
+    config = ClientConfig(deadline_seconds=10, retry=RetryPolicy(max_attempts=1))
+    with (
+        scripted() as (address, _),
+        slow_to_accept(address, 0.4) as slow,
+        RetrievalClient(slow, config) as client,
+    ):
+        assert client.retrieve("x").ids == ["a"]
+
+
 def test_client_nobody_listening_is_unavailable_and_not_ready() -> None:
     config = ClientConfig(retry=RetryPolicy(max_attempts=2, first_backoff_seconds=0.001))
     with RetrievalClient("127.0.0.1:9", config) as client:

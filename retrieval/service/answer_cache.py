@@ -22,7 +22,7 @@ from retrieval.service.search_request import SearchRequest
 
 Float32 = npt.NDArray[np.float32]
 
-ENTRY_OVERHEAD_BYTES = 640
+ENTRY_OVERHEAD_BYTES = 512
 """Python objects of one entry beside its hits and text: key, links, fields.
 
 Measured with tracemalloc, rounded up.

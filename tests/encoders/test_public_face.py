@@ -23,6 +23,7 @@ def test_encoders_unknown_name_is_an_attribute_error() -> None:
         encoders.Nothing  # noqa: B018
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [

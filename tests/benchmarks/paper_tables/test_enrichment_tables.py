@@ -113,6 +113,7 @@ def test_settings_equal_keys_are_equal_settings() -> None:
     assert len(same) == 28
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", [TABLE_4[0], TABLE_4[4], TABLE_3[-1]], ids=lambda s: s.name)
 def test_train_and_evaluate_reports_all_hidden_and_new_pins(
     setting: Setting,

@@ -141,6 +141,7 @@ def test_jobs_go_seed_by_seed_with_each_training_once(tmp_path: Path) -> None:
     assert seeds == sorted(seeds)
 
 
+@pytest.mark.slow
 def test_draw_one_plot_per_design_question(tmp_path: Path) -> None:
     rows = [
         {

@@ -37,6 +37,7 @@ def test_per_stage_stages_and_rest_add_up_to_client_time() -> None:
     assert stages["encode"]["mean"] == pytest.approx(2.0)
 
 
+@pytest.mark.slow
 def test_stub_load_closed_and_open_loop_count_calls() -> None:
     with echo_server(10) as echo:
         closed = stub_load(
@@ -57,6 +58,7 @@ def test_stub_load_closed_and_open_loop_count_calls() -> None:
         assert len(paced.latencies_ms) == 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("concurrency", [1, 7])
 def test_frame_load_counts_answers_and_errors(concurrency: int, small_store: SmallStore) -> None:
     load = Load(concurrency=concurrency, seconds=1.0, warmup_seconds=0.0, processes=2)
@@ -94,6 +96,7 @@ def test_more_workers_one_and_two_answer_without_errors(small_store: SmallStore)
         )
 
 
+@pytest.mark.slow
 def test_client_load_blocking_client_counts_failures() -> None:
     outcome = client_load(
         partial(slow_client, 0.02),

@@ -239,6 +239,7 @@ def test_train_command_next_step_evaluates_the_trained_data(folder: Path) -> Non
     assert "was trained on" not in evaluated.stderr
 
 
+@pytest.mark.slow
 def test_evaluate_command_sample_with_bundle_of_other_data_warns(folder: Path) -> None:
     give_pairs(folder, held_out_world())
     assert omni_train(folder).exit_code == 0

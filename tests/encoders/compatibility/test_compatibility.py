@@ -380,6 +380,7 @@ def write_tables(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_evaluate_against_index_declares_within_limit(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -415,6 +416,7 @@ def test_evaluate_against_index_declares_within_limit(
     )
 
 
+@pytest.mark.slow
 def test_evaluate_against_index_type_without_pairs_blocks_declaration(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -450,6 +452,7 @@ def keep_tower_of_pins(bundle: Path) -> None:
     save_bundle(bundle, loaded.query_encoder, {"pin": loaded.entity_encoders["pin"]})
 
 
+@pytest.mark.slow
 def test_evaluate_against_index_type_without_tower_blocks_declaration(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -488,6 +491,7 @@ def test_evaluate_against_index_type_without_tower_blocks_declaration(
     assert f"product: no tower in {old}; not evaluated" in declared.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -147,6 +147,7 @@ def test_related_query_pairs_query_of_many_entities_has_none():
     assert related_query_pairs(pairs, max_entities=50).height == 2
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(max_size=8), max_size=20), st.floats(0, 1), st.integers(0, 5))
 def test_split_by_query_equal_strings_share_a_split(queries, share, seed):

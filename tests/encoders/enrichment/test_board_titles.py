@@ -115,6 +115,7 @@ board_rows = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(board_rows, st.randoms(use_true_random=False))
 def test_board_titles_do_not_depend_on_partitions_and_order(rows: list, random: object) -> None:

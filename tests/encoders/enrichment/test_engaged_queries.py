@@ -70,6 +70,7 @@ def test_engaged_queries_need_enough_different_users() -> None:
     assert engaged_queries(nameless, config_of(min_users=2), END - 30 * DAY).height == 0
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.lists(event_rows, max_size=15), max_size=8), st.data())
 def test_state_slices_in_any_order_equal_the_whole_window(

@@ -150,6 +150,7 @@ def test_make_baseline_unknown_name_lists_the_known():
         make_baseline("bm26")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("entity_type", "name", "expected"),
     [
@@ -166,6 +167,7 @@ def test_baselines_on_the_sample_equal_pinned_recall(sample, entity_type, name, 
     assert metrics.recall[10].value == pytest.approx(expected, abs=0.002)
 
 
+@pytest.mark.slow
 def test_recall_ceiling_of_the_sample_is_pinned(sample):
     ceilings = {}
     for entity_type in ("pin", "product", "ad"):

@@ -154,6 +154,7 @@ def test_report_as_dict_is_strict_json_and_plots_as_png(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_evaluate_related_queries_never_find_themselves():
     whole = load_sample(images=False)
     pins = whole.of_type("pin").head(60)
@@ -212,6 +213,7 @@ def test_evaluate_command_own_tables_prints_json(tmp_path):
     assert (tmp_path / "runs" / "pin" / "run-random.txt").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -272,6 +274,7 @@ def test_evaluate_judgements_of_one_type_leave_out_others(caplog):
     assert any("product" in line and "judgements" in line for line in caplog.messages)
 
 
+@pytest.mark.slow
 def test_evaluate_command_title_names_the_data(tmp_path, monkeypatch):
     monkeypatch.delenv("OMNI_DATA", raising=False)
     data = dataset()

@@ -378,6 +378,7 @@ def test_embed_command_prints_one_json_object(bundle, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_embed_command_kill_9_changes_nothing_and_resumes(bundle, tmp_path):
     """kill -9 of the real command while it runs: the store is unpublished, finished parts are taken
     over by the same command.

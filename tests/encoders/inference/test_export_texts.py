@@ -55,6 +55,7 @@ def test_export_command_reads_train_queries_of_bundle(
     assert str(pairs) in result.stderr and "sample" not in result.stderr
 
 
+@pytest.mark.slow
 def test_export_command_few_own_queries_are_filled_from_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: list[Any]
 ) -> None:
@@ -64,6 +65,7 @@ def test_export_command_few_own_queries_are_filled_from_sample(
     assert "only 1 train queries" in result.stderr and "sample" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", [True, False])
 def test_export_command_without_own_queries_names_the_sample(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exported: list[Any], named: bool

@@ -173,6 +173,7 @@ def test_pipeline_failed_run_leaves_the_old_result(
     assert json.loads((out / "summary.json").read_text())["counts"]["pairs"] == 0
 
 
+@pytest.mark.slow
 def test_simulate_command_labels_its_log(tmp_path: Path) -> None:
     arguments = [
         "simulate-logs",

@@ -97,6 +97,7 @@ def test_attributes_cell_that_would_lose_digits_stays_text(tmp_path: Path, cell:
     assert found["x"].to_list() == [cell, cell]
 
 
+@pytest.mark.slow
 @example([9_007_199_254_740_993])
 @example([9_007_199_254_740_993, 0.5])
 @given(

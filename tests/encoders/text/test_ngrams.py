@@ -222,6 +222,7 @@ def test_counter_any_batches_equals_exact_counts(monkeypatch):
     assert whole.undercount == (0, 0, 0)
 
 
+@pytest.mark.slow
 def test_counter_at_its_bound_keeps_frequent_ngrams_and_bounds_error():
     rng = np.random.default_rng(0)
     common = [f"common{i}" for i in range(20)]

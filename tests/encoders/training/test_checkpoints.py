@@ -82,6 +82,7 @@ for step in itertools.count(1):
 """
 
 
+@pytest.mark.slow
 def test_save_checkpoint_kill_9_leaves_whole_checkpoint(tmp_path: Path) -> None:
     """A process that saves without pause is killed; the newest checkpoint is whole, and the next
     save clears what was left half-done.

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.helpers import gathering_worker
@@ -31,6 +32,7 @@ def run_two(folder: Path) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_step_two_processes_equal_one_with_union_batch(
     tmp_path: Path,
 ) -> None:

@@ -60,6 +60,7 @@ def test_train_history_all_figures_are_finite() -> None:
         assert all(math.isfinite(value) for entry in history for value in entry.values())
 
 
+@pytest.mark.slow
 def test_train_held_back_queries_find_their_entities() -> None:
     recalls = []
     # A single run finds between none and all of its ten or so held-back related queries.
@@ -88,6 +89,7 @@ def test_train_held_back_queries_find_their_entities() -> None:
     assert vectors.shape == (3, 16)
 
 
+@pytest.mark.slow
 def test_train_resumed_run_equals_uninterrupted_bitwise(tmp_path: Path) -> None:
     options = {
         "batch": {"cross_fit": 2},
@@ -125,6 +127,7 @@ def test_train_gradient_cache_gives_same_towers() -> None:
         torch.testing.assert_close(weights(cached)[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_train_compatibility_task_pulls_queries_to_frozen_vectors() -> None:
     data = world(vectors=True)
     task = {"name": "pin", "candidates": ["entity", "vector:pinsage"]}
@@ -262,6 +265,7 @@ def test_train_max_seconds_ends_run() -> None:
     assert 0 < result.steps < 100_000
 
 
+@pytest.mark.slow
 def test_train_finished_by_clock_is_not_trained_again(tmp_path: Path) -> None:
     settings = {"steps": 100_000, "max_seconds": 0.5, "output": tmp_path}
     first, again = run(**settings), run(**settings)
@@ -322,6 +326,7 @@ def one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_train_command_kill_9_resumes_to_same_bundle(files: Path, one_torch_thread: None) -> None:
     """A real process is killed in the middle; the same command goes on from its checkpoint and ends
     as if nothing had happened.

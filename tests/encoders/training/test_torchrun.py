@@ -85,6 +85,7 @@ def torchrun(config: Path, out: Path, *more: str) -> subprocess.CompletedProcess
     )
 
 
+@pytest.mark.slow
 def test_train_two_processes_make_one_bundle_and_resume(config: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     first = torchrun(config, out, "--steps", "6", "--json")
@@ -102,6 +103,7 @@ def test_train_two_processes_make_one_bundle_and_resume(config: Path, tmp_path: 
     assert load_bundle(out / "model").space_id == result["space_id"], "nothing is trained twice"
 
 
+@pytest.mark.slow
 def test_train_max_seconds_on_two_processes_is_refused(config: Path, tmp_path: Path) -> None:
     config.write_text("max_seconds = 5\n" + config.read_text())
     result = torchrun(config, tmp_path / "run")

@@ -45,6 +45,7 @@ def run(folder: Path, residual: list[float], query: list[float] | None = None) -
     return train(config, world(), start=start, output=folder / "run", quiet=True)
 
 
+@pytest.mark.slow
 def test_residual_weights_chosen_per_type_leave_what_was_trained(folder: Path) -> None:
     chosen, trained = run(folder, WEIGHTS), run(folder, [])
     assert "residual_weight/pin" not in trained.metrics

@@ -70,6 +70,7 @@ def test_index_saved_and_loaded_finds_what_exact_search_finds(
     assert [row.tolist() for row in batch_rows] == [f.tolist() for f in found[:5]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "config"), GRAPHS)
 def test_neighbours_of_a_graph_are_near_nodes(kind: str, config: AnnConfig) -> None:
     _skip_unless_possible(kind)

@@ -19,6 +19,7 @@ N = 3_000
 CONFIG = AnnConfig(m=12, ef_construction=100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dimension", "m"), [(7, 16), (100, 6), (256, 20)])
 def test_sketched_links_lead_where_plain_links_lead(dimension: int, m: int, tmp_path: Path) -> None:
     """Degrees that are no multiple of 32 and odd widths are padded; the same graph gives the same

@@ -124,6 +124,7 @@ def test_build_partial_carries_others_unless_bundle_differs(
     assert store.current() == second
 
 
+@pytest.mark.slow
 def test_build_deterministic_gives_same_files_and_id(tmp_path: Path, bundle: Path) -> None:
     inputs = {"pin": make_input("pin", 2500), "ad": make_input("ad", 20)}
     stores = [ReleaseStore(tmp_path / name) for name in ("one", "two")]
@@ -274,6 +275,7 @@ def test_build_after_interruption_builds_a_damaged_part_again(
     store.verify(store.current() or "")
 
 
+@pytest.mark.slow
 def test_store_killed_process_leaves_active_release_whole(
     bundle: Path, store: ReleaseStore
 ) -> None:
@@ -292,6 +294,7 @@ def test_store_killed_process_leaves_active_release_whole(
         store.verify(first)
 
 
+@pytest.mark.slow
 def test_memory_limit_chooses_smaller_kinds_or_refuses_with_figures(
     bundle: Path, store: ReleaseStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -83,6 +83,7 @@ def test_manifest_lists_every_file_with_checksum(store: ReleaseStore) -> None:
         )
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_open_damaged_release_raises_typed_error(built: Path, seed: int) -> None:
@@ -351,6 +352,7 @@ def test_diff_releases_names_changes_and_overlap(store: ReleaseStore) -> None:
     json.dumps(describe_release(store, "r2"))
 
 
+@pytest.mark.slow
 def test_store_many_processes_at_once_stays_whole(store: ReleaseStore) -> None:
     def publisher(number: int) -> None:
         for n in range(4):

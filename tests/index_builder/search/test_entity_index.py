@@ -96,6 +96,7 @@ def _wanted(
     return len(scores), np.sort(scores)[::-1]
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_search_any_mix_of_conditions_gives_k_allowed_ids(
@@ -166,6 +167,7 @@ def test_search_any_mix_of_conditions_gives_k_allowed_ids(
         assert float(vector @ query) == pytest.approx(float(score), abs=1e-4)
 
 
+@pytest.mark.slow
 def test_filtered_search_with_and_against_query_keeps_recall(
     index: EntityIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:

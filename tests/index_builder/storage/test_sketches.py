@@ -50,6 +50,7 @@ def test_sketch_scan_of_all_rows_finds_the_best_matching_rows(
                 np.testing.assert_allclose(out[: len(best)], best, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_sketch_scan_of_few_candidates_finds_nearly_all() -> None:
     vectors = text_vectors(6_100)
     corpus, queries = vectors[:6_000].copy(), vectors[6_000:]

@@ -12,6 +12,7 @@ from retrieval.demo.server_process import DemoServer
 from retrieval.errors import ServerDied
 
 
+@pytest.mark.slow
 def test_demo_server_killed_process_is_reported(tmp_path: Path) -> None:
     with DemoServer(tmp_path) as server:  # an empty store: it listens and waits for a release
         server.check()
@@ -21,11 +22,13 @@ def test_demo_server_killed_process_is_reported(tmp_path: Path) -> None:
             server.check()
 
 
+@pytest.mark.slow
 def test_demo_server_port_in_use_is_refused(tmp_path: Path) -> None:
     with DemoServer(tmp_path) as first, pytest.raises(ServerDied, match="cannot listen on"):
         DemoServer(tmp_path, port=first.info["port"])
 
 
+@pytest.mark.slow
 def test_demo_server_without_a_release_is_not_ready(tmp_path: Path) -> None:
     with DemoServer(tmp_path) as server, RetrievalClient(server.address) as client:
         assert not client.is_ready()

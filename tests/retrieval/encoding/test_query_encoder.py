@@ -68,6 +68,7 @@ def test_encode_by_length_pads_to_buckets_and_keeps_order(folder: Path) -> None:
     assert set(shapes) <= {8, 16, 32, 64} and len(shapes) == len(set(shapes))
 
 
+@pytest.mark.slow
 def test_open_query_encoding_exported_int8_is_chosen_and_agrees(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -73,6 +73,7 @@ UNIQUE: dict[str, Callable[[int], bytes]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", UNIQUE.values(), ids=UNIQUE.keys())
 async def test_header_reader_unique_blocks_take_bounded_memory(
     server: Http2Server, block: Callable[[int], bytes]

@@ -31,6 +31,7 @@ def full() -> Iterator[Running]:
     running.stop(0.5)
 
 
+@pytest.mark.slow
 def test_pacing_refused_connection_is_read_after_the_pause_with_all_that_came(
     full: Running,
 ) -> None:

@@ -132,6 +132,7 @@ assert said == sorted(said) and said[-1] == 40, said
 """
 
 
+@pytest.mark.slow
 def test_merged_concurrent_scrapes_see_counts_only_grow(tmp_path: Path) -> None:
     scrapers = [
         subprocess.Popen(

@@ -399,6 +399,7 @@ def test_published_fixture_has_a_real_manifest(published: Path) -> None:
     assert manifest["entities"]["pin"]["count"] == 60
 
 
+@pytest.mark.slow
 async def test_retired_release_is_freed_without_the_garbage_collector(store: ReleaseStore) -> None:
     """Objects of start-up, the first release among them, are frozen: no cycle may hold it."""
     gc.collect()

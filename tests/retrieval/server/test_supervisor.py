@@ -34,6 +34,7 @@ from retrieval.server.fleet import Worker
 from retrieval.server.worker import Assignment, write_cache
 
 
+@pytest.mark.slow
 def test_change_release_too_large_for_memory_is_refused(tmp_path: Path) -> None:
     found = play("memory", tmp_path)
     assert found["replies"] == [
@@ -43,6 +44,7 @@ def test_change_release_too_large_for_memory_is_refused(tmp_path: Path) -> None:
     assert found["after_refusal"] == ["r1", 2] and found["end"] == ["r3", 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scenario", "kind"), [("read_only", "OSError"), ("busy", "PublisherBusy")]
 )
@@ -57,6 +59,7 @@ def test_change_store_not_writable_former_generation_goes_on(
     assert found["end"] == ["r2", 2] and found["current_end"] == "r2"
 
 
+@pytest.mark.slow
 def test_fork_failure_refuses_the_change_and_delays_a_replacement(tmp_path: Path) -> None:
     found = play("fork", tmp_path)
     assert found["replies"] == [["r2", "", "BlockingIOError"]]
@@ -64,12 +67,14 @@ def test_fork_failure_refuses_the_change_and_delays_a_replacement(tmp_path: Path
     assert found["without_forks"] == ["r1", 1] and found["end"] == ["r1", 2]
 
 
+@pytest.mark.slow
 def test_crash_loop_workers_are_replaced_ever_more_rarely(tmp_path: Path) -> None:
     found = play("crash_loop", tmp_path)
     assert found["seconds"] > 1.2, "pauses of 0.2, 0.4 and 0.8 s: a crash loop does not spin"
     assert found["end"] == ["r1", 2]
 
 
+@pytest.mark.slow
 def test_start_refused_release_is_reported_and_tried_again(tmp_path: Path) -> None:
     found = play("first_refused", tmp_path)
     assert found["announced"] == [None, "golden recall too low"]
@@ -83,6 +88,7 @@ def test_change_during_a_change_waits_for_it(tmp_path: Path) -> None:
     assert found["end"] == ["r3", 2]
 
 
+@pytest.mark.slow
 def test_rollback_dismissed_workers_of_the_release_are_not_counted(tmp_path: Path) -> None:
     found = play("back", tmp_path)
     assert found["replies"] == [["r2", "r2", ""], ["", "r1", ""]]
@@ -91,12 +97,14 @@ def test_rollback_dismissed_workers_of_the_release_are_not_counted(tmp_path: Pat
     )
 
 
+@pytest.mark.slow
 def test_change_leaves_no_graphs_of_refused_releases_and_no_files(tmp_path: Path) -> None:
     found = play("leftovers", tmp_path)
     assert found["graphs"] == ["r1"]
     assert found["files"] == [] and found["handed_over"] == 2 and found["end"] == ["r3", 2]
 
 
+@pytest.mark.slow
 def test_verification_dead_worker_is_replaced_meanwhile(tmp_path: Path) -> None:
     """Hashing its files must not keep the run loop from the workers."""
     found = play("verifying", tmp_path)
@@ -104,6 +112,7 @@ def test_verification_dead_worker_is_replaced_meanwhile(tmp_path: Path) -> None:
     assert found["replies"] == [["r2", "r2", ""]] and found["end"] == ["r2", 2]
 
 
+@pytest.mark.slow
 def test_verification_failure_is_logged_and_its_process_may_die(tmp_path: Path) -> None:
     found = play("damaged", tmp_path)
     assert found["replies"] == [["r2", "", "ReleaseRefused"], ["r3", "", "ReleaseRefused"]]
@@ -114,6 +123,7 @@ def test_verification_failure_is_logged_and_its_process_may_die(tmp_path: Path) 
     )
 
 
+@pytest.mark.slow
 def test_shutdown_does_not_wait_for_verification(tmp_path: Path) -> None:
     assert play("ending", tmp_path)["end"] == ["r1", 2]
 

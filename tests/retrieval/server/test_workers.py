@@ -78,6 +78,7 @@ def answered(info: dict) -> float:
     return float(re.search(r'omni_requests_total\{code="OK",method="Retrieve"\} (\S+)', scraped)[1])
 
 
+@pytest.mark.slow
 def test_workers_swap_crash_and_rollback_lose_no_call(
     server: tuple[subprocess.Popen, dict],
 ) -> None:

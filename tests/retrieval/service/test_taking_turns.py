@@ -104,6 +104,7 @@ def test_retrieve_batch_ready_vectors_take_as_many_places_as_texts(
     assert seen == [40, 40]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "target",
     [

@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-.PHONY: demo test test-fast check docs protos bench setup clean
+.PHONY: demo test test-fast sanitize check docs protos bench setup clean
 
 # The environment: rebuilt when what it is made from changes. torch comes first and alone, so that no other package pulls a CUDA build.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -24,6 +24,9 @@ test: setup ## all tests; those that need a program that is not installed skip a
 
 test-fast: setup ## the tests without those marked slow
 	$(BIN)/python -m pytest -m "not slow"
+
+sanitize: setup ## the C++ under address and undefined-behaviour sanitisers: index tests, and 5 minutes of fuzz a kernel
+	scripts/sanitize.sh
 
 check: setup ## formatting, lint, types, docstrings, fresh generated code and pages
 	$(BIN)/ruff format --check .

@@ -3,7 +3,8 @@
 OmniError
 ├── IndexBuildError        an index cannot be built from this input
 │   ├── DuplicateIds       one id names two rows
-│   └── BadAttribute       a column cannot become a filterable attribute
+│   ├── BadAttribute       a column cannot become a filterable attribute
+│   └── UnsupportedLibrary an installed library writes files of a layout that cannot be read
 ├── InvalidQuery           a request that can never succeed (k, ef, min_recall, NaN)
 │   ├── DimensionMismatch  the query vector has another dimension or dtype
 │   └── FilterError        a filter does not parse or does not fit the attributes
@@ -39,6 +40,10 @@ class DuplicateIds(IndexBuildError):
 
 class BadAttribute(IndexBuildError):
     """A column cannot become a filterable attribute."""
+
+
+class UnsupportedLibrary(IndexBuildError):
+    """An installed library writes index files of a layout that this version cannot read."""
 
 
 class InvalidQuery(OmniError):

@@ -53,7 +53,7 @@ class Limits:
     """Bytes of one gRPC message, either way."""
     max_score_ids: int = 10_000
     """Ids of a Score."""
-    max_filter_bytes: int = 4096
+    max_filter_bytes: int = 65_536
     """UTF-8 bytes of a filter expression."""
     max_exclude_ids: int = 10_000
     """Ids to exclude per search."""

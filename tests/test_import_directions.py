@@ -41,7 +41,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "ann": "native storage",
         "live_log": "storage",
         "search": "native storage filters ann live_log",
-        "releases": "storage ann live_log search",
+        "releases": "storage filters ann live_log search",
         "building": "storage filters ann live_log search releases",
         "commands": "storage filters ann live_log search releases building",
     },

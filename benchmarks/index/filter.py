@@ -29,7 +29,7 @@ from encoders.commands.console import (
 )
 from encoders.errors import ConfigError
 from encoders.exact_search import exact_top_k
-from index_builder.filters.expression import parse_filter
+from index_builder.filters.expression import forget_parsed
 from index_builder.search.calibration import TIE
 from index_builder.search.entity_index import EntityIndex, IndexConfig
 
@@ -119,7 +119,7 @@ def _ours(
     runs = []
     for _ in range(repeats):
         index.forget_filters()
-        parse_filter.cache_clear()
+        forget_parsed()
         runs.append(timed(lambda i: index.search(queries[i], K, filter=expressions[i]).scores, kth))
     warm = [
         timed(lambda i: index.search(queries[i], K, filter=expressions[0]).scores, kth)[1]

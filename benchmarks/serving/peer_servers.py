@@ -124,7 +124,7 @@ def milvus_server(*, timeout_seconds: float = 240) -> Iterator[Process]:
         ServerDidNotStart: It did not answer in time.
     """
     if not milvus_is_installed():
-        raise MissingDependency("milvus", "milvus", "A Milvus server to compare with")
+        raise MissingDependency("milvus", None, "A Milvus server to compare with")
     folder = default_cache() / "milvus"  # kept: unpacking the server's binaries takes a minute
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w", encoding="utf-8") as lock:

@@ -198,7 +198,7 @@ def _export_fp32(tower: QueryEncoder, path: Path) -> None:
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise MissingDependency("onnxscript", "dev", "Exporting the query tower to ONNX") from error
+        raise MissingDependency("onnxscript", None, "Exporting the query tower to ONNX") from error
     tower.eval()
     example = tower.tokenize(["a short query", "another query that is longer"])
     ids, mask = pad(example, int(tower.tokenizer.pad_token_id))

@@ -14,7 +14,7 @@ import numpy as np
 from encoders.errors import ConfigError
 from index_builder.ann.cpu import cpu_features
 from index_builder.ann.exact import ExactIndex
-from index_builder.ann.faiss_index import FaissIndex, faiss_available
+from index_builder.ann.faiss_index import FaissIndex, faiss_available, faiss_library
 from index_builder.ann.hnsw import HnswIndex
 from index_builder.ann.int8_graph import Int8GraphIndex
 from index_builder.ann.interface import AnnConfig, AnnIndex
@@ -25,8 +25,9 @@ from index_builder.ann.symqg import (
     MIN_ROWS,
     SymqgIndex,
     symqg_available,
+    symqg_library,
 )
-from index_builder.errors import IndexFormatError, UnsupportedCpu
+from index_builder.errors import IndexFormatError, MissingExtension, UnsupportedCpu
 from index_builder.native import Engine
 
 KINDS: dict[str, type[AnnIndex]] = {
@@ -81,6 +82,24 @@ def kind_available(kind: str) -> bool:
     return installed.get(kind, True) and not missing_features(kind)
 
 
+def require_kind(kind: str) -> None:
+    """Check that this installation can build the kind.
+
+    Raises:
+        MissingDependency: Its library is not installed.
+        MissingExtension: It needs the compiled extension, which was not built.
+        UnsupportedCpu: This CPU cannot search it.
+    """
+    if kind == "int8-graph" and Engine is None:
+        raise MissingExtension(f"Index kind {kind!r}")
+    if kind == "symqg":
+        symqg_library()
+    if kind == "faiss":
+        faiss_library()
+    if kind != "auto":
+        require_cpu(kind)
+
+
 def choose_kind(
     count: int,
     *,
@@ -101,7 +120,8 @@ def choose_kind(
     if count < EXACT_BELOW:
         return Choice(
             "exact",
-            f"{count:,} vectors are fewer than {EXACT_BELOW:,}, so a scan is as fast as a graph",
+            f"{count:,} distinct vectors are fewer than {EXACT_BELOW:,}, so a scan is as fast as a"
+            " graph",
         )
     if low_memory:
         return _choose_low_memory()
@@ -123,7 +143,7 @@ def choose_kind(
             "hnsw",
             "the build is deterministic, and symqg draws a random rotation that cannot be seeded",
         )
-    why = f"{count:,} vectors: the fastest immutable index on this CPU"
+    why = f"{count:,} distinct vectors: the fastest immutable index on this CPU"
     return Choice("symqg", why, None if Engine is None else "int8-graph")
 
 
@@ -211,4 +231,5 @@ __all__ = [
     "load_index",
     "missing_features",
     "require_cpu",
+    "require_kind",
 ]

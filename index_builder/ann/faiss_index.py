@@ -9,6 +9,7 @@ from typing import Any, Self
 import numpy as np
 
 from encoders.errors import MissingDependency
+from index_builder.ann.graph_files import save_with_library
 from index_builder.ann.interface import AnnConfig, AnnIndex
 from index_builder.errors import IndexFormatError
 
@@ -22,7 +23,7 @@ def faiss_library() -> Any:
     try:
         import faiss
     except ImportError as error:
-        raise MissingDependency("faiss", "faiss", "Index kind 'faiss'") from error
+        raise MissingDependency("faiss-cpu", "faiss", "Index kind 'faiss'") from error
     return faiss
 
 
@@ -97,7 +98,8 @@ class FaissIndex(AnnIndex):
     def save(self, prefix: Path) -> list[Path]:
         """Write ``<prefix>.faiss``."""
         path = prefix.with_suffix(".faiss")
-        self._faiss.write_index(self._index, str(path))
+        least = self.count * 2 * self.dimension
+        save_with_library(path, lambda to: self._faiss.write_index(self._index, to), least)
         return [path]
 
     def search(self, query: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:

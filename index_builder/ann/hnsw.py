@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Self
 
 import hnswlib
 import numpy as np
 
-from index_builder.ann.graph_files import read_hnsw_links
+from index_builder.ann.graph_files import library_file, read_hnsw_links, save_with_library
 from index_builder.ann.interface import AnnConfig, AnnIndex
 from index_builder.errors import IndexFormatError
 
@@ -27,6 +26,7 @@ class HnswIndex(AnnIndex):
         self.config = config
         self._index = index
         self._ef = 0
+        self._links: np.ndarray | None = None
 
     @classmethod
     def build(cls, vectors: np.ndarray, config: AnnConfig) -> Self:
@@ -70,8 +70,11 @@ class HnswIndex(AnnIndex):
     def save(self, prefix: Path) -> list[Path]:
         """Write ``<prefix>.hnsw``."""
         path = prefix.with_suffix(".hnsw")
-        self._index.save_index(str(path))
+        self._write(path)
         return [path]
+
+    def _write(self, path: Path) -> None:
+        save_with_library(path, self._index.save_index, self._index.index_file_size())
 
     def search(self, query: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
         """Search one ``(1, D)`` query; nearest first.
@@ -106,7 +109,8 @@ class HnswIndex(AnnIndex):
 
     def neighbours(self) -> np.ndarray | None:
         """Read the base layer's out-links from a saved file."""
-        with tempfile.TemporaryDirectory(prefix="omni-") as folder:
-            path = Path(folder) / "links.hnsw"
-            self._index.save_index(str(path))
-            return read_hnsw_links(path, self.count)
+        if self._links is None:
+            with library_file(".hnsw", self.config.scratch) as path:
+                self._write(path)
+                self._links = read_hnsw_links(path, self.count)
+        return self._links

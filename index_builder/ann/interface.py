@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -35,6 +35,8 @@ class AnnConfig:
     seed: int = 100
     reproducible: bool = False
     """Whether builders that cannot be seeded must be avoided."""
+    scratch: Path | None = field(default=None, repr=False, compare=False)
+    """Folder for files from which links are read during a build; None: the temporary folder."""
 
     def __post_init__(self) -> None:
         if self.reproducible and self.threads != 1:
@@ -132,11 +134,16 @@ class AnnIndex(ABC):
         """Return the configuration as plain values for the manifest."""
         values = asdict(self.config)
         del values["sketched_links"]  # int8-graph alone reads it
+        del values["scratch"]
         return values
 
     def neighbours(self) -> np.ndarray | None:
-        """Return the base layer's out-links; None where there is no graph or it cannot be read.
+        """Return the base layer's out-links; None where there is no graph or it shows none.
 
         uint32 ``(N, degree)``; a node with fewer links is padded with links to itself.
+
+        Raises:
+            UnsupportedLibrary: The library that built it writes files of an unknown layout.
+            DiskFull: The file from which they are read cannot be written.
         """
         return None

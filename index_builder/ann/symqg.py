@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import tempfile
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from encoders.errors import ConfigError, MissingDependency
 from index_builder.ann.cpu import cpu_features
-from index_builder.ann.graph_files import read_symqg_links
+from index_builder.ann.graph_files import library_file, read_symqg_links, save_with_library
 from index_builder.ann.interface import AnnConfig, AnnIndex
 from index_builder.errors import IndexFormatError
 
@@ -22,8 +21,12 @@ MIN_DIMENSION, MAX_DIMENSION = 64, 4_095
 """Widths that the library's rotation knows."""
 
 
-def _library() -> Any:
-    """Import rabitqlib."""
+def symqg_library() -> Any:
+    """Import rabitqlib.
+
+    Raises:
+        MissingDependency: It is not installed.
+    """
     try:
         import rabitqlib
     except ImportError as error:
@@ -63,6 +66,7 @@ class SymqgIndex(AnnIndex):
         self._index = index
         self._search = index.search
         self.true_distances = config.bits == 0
+        self._links: np.ndarray | None = None
 
     @classmethod
     def build(cls, vectors: np.ndarray, config: AnnConfig) -> Self:
@@ -70,15 +74,15 @@ class SymqgIndex(AnnIndex):
         count, dimension = vectors.shape
         if count < MIN_ROWS:
             raise ConfigError(
-                f"index kind 'symqg' needs at least {MIN_ROWS:,} vectors, but got {count}. Use"
-                " --index exact or auto."
+                f"index kind 'symqg' needs at least {MIN_ROWS:,} distinct vectors, but got"
+                f" {count:,}. Use --index exact or auto."
             )
         if not MIN_DIMENSION <= dimension <= MAX_DIMENSION:
             raise ConfigError(
                 f"index kind 'symqg' needs vectors of {MIN_DIMENSION} to {MAX_DIMENSION:,}"
                 f" dimensions, but got {dimension}. Use --index hnsw or auto."
             )
-        index = _library().SymqgIndex(dimension, config.degree, "l2", config.bits)
+        index = symqg_library().SymqgIndex(dimension, config.degree, "l2", config.bits)
         index.build(
             np.ascontiguousarray(vectors),
             max(config.ef_construction, config.degree),
@@ -96,7 +100,7 @@ class SymqgIndex(AnnIndex):
                 " release."
             )
         try:
-            index = _library().SymqgIndex.load(str(path))
+            index = symqg_library().SymqgIndex.load(str(path))
         except (RuntimeError, ValueError, MemoryError) as error:
             raise IndexFormatError(
                 f"{path.name} is not a readable SymphonyQG index ({error}). Rebuild this release."
@@ -111,8 +115,14 @@ class SymqgIndex(AnnIndex):
     def save(self, prefix: Path) -> list[Path]:
         """Write ``<prefix>.symqg``."""
         path = prefix.with_suffix(".symqg")
-        self._index.save(str(path))
+        self._write(path)
         return [path]
+
+    def _write(self, path: Path) -> None:
+        # The links, codes and factors of a row follow its vector, which codes may stand for
+        row = self.config.degree * (4 + self.dimension // 8)
+        row += self.dimension * (1 if self.config.bits else 4)
+        save_with_library(path, self._index.save, self.count * row)
 
     def search(self, query: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
         """Search one ``(1, D)`` query; nearest first."""
@@ -128,7 +138,8 @@ class SymqgIndex(AnnIndex):
         """Read the out-links from a saved file; None with 8-bit codes, whose layout is another."""
         if self.config.bits:
             return None
-        with tempfile.TemporaryDirectory(prefix="omni-") as folder:
-            path = Path(folder) / "links.symqg"
-            self._index.save(str(path))
-            return read_symqg_links(path, self._vectors, self.config.degree)
+        if self._links is None:
+            with library_file(".symqg", self.config.scratch) as path:
+                self._write(path)
+                self._links = read_symqg_links(path, self._vectors, self.config.degree)
+        return self._links

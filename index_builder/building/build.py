@@ -24,6 +24,8 @@ from index_builder.building.plan import (
     Bundle,
     RebuildConfig,
     carried_types,
+    estimate_disk_mib,
+    fit_memory,
     live_writes,
     plan_release,
     read_bundle,
@@ -45,7 +47,6 @@ ParityGate = Callable[[Path, GoldenQueries], dict[str, dict[str, Any]]]
 
 Returns a report for each form; one without ``passed`` stops the build.
 """
-_DISK_MARGIN = 1.2
 
 
 def build_release(
@@ -125,8 +126,8 @@ class _Build:
         config, store = self.config, self.store
         carried = carried_types(self.inputs, self.bundle, store, self.parent)
         assert not set(self.inputs) & set(carried), "an entity type is either built or carried"
-        _check_disk(self.inputs, self.bundle, store)
         staging = self._staging(partial=bool(carried))
+        self._check_disk(staging)
         content = staging / "content"
         content.mkdir(exist_ok=True)
         seconds: dict[str, float] = {}
@@ -168,6 +169,28 @@ class _Build:
         shutil.rmtree(staging, ignore_errors=True)
         log.info(published(release_id, config))
         return release_id
+
+    def _check_disk(self, staging: Path) -> None:
+        """Check that there is room for the build, counting what an interrupted run left.
+
+        Raises:
+            DiskFull: There is not.
+        """
+        need = _bytes_below(self.bundle.path) / 2**20
+        for entity_type, entities in self.inputs.items():
+            count, dimension = len(entities.ids), self.bundle.dimension
+            index = fit_memory(entity_type, count, dimension, self.config)
+            need += estimate_disk_mib(index, count, dimension)
+        there = _bytes_below(staging) / 2**20
+        free = shutil.disk_usage(self.store.releases).free / 2**20
+        if need > free + there:
+            if not there:
+                shutil.rmtree(staging, ignore_errors=True)
+            raise DiskFull(
+                f"the build needs about {need:,.1f} MiB, but only {free:,.1f} MiB are free in"
+                f" {self.store.root}. Nothing was written; free some space (omni release gc) or"
+                " choose another --store."
+            )
 
     def _staging(self, partial: bool) -> Path:
         """Return the folder of this build, with what an interrupted run left unless unwanted."""
@@ -294,16 +317,8 @@ def _release_id(
     return f"{datetime.now(UTC):%Y-%m-%dT%H-%M-%SZ}-{content}"
 
 
-def _check_disk(inputs: Mapping[str, EntityInput], bundle: Bundle, store: ReleaseStore) -> None:
-    rows = sum(len(entities.ids) for entities in inputs.values())
-    need = rows * bundle.dimension * 4 * _DISK_MARGIN
-    free = shutil.disk_usage(store.releases).free
-    if need > free:
-        raise DiskFull(
-            f"the release needs at least {need / 2**20:,.0f} MiB, but only {free / 2**20:,.0f} MiB"
-            f" are free in {store.root}. Nothing was written; free some space (omni release gc) or"
-            " choose another --store."
-        )
+def _bytes_below(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _code_version() -> str:

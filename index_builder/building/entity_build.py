@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,12 +145,13 @@ def _build_entity(build: EntityBuild) -> BuiltEntity:
             proof.golden_texts, proof.golden_vectors, entities.ids, entities.vectors, proof.source
         )
         laps.end("golden answers")
+        kind = fit_memory(build.entity_type, len(entities.ids), build.bundle.dimension, config)
         index = EntityIndex.build(
             build.entity_type,
             entities.ids,
             entities.vectors,
             entities.attributes,
-            fit_memory(build.entity_type, len(entities.ids), build.bundle.dimension, config),
+            replace(kind, ann=replace(kind.ann, scratch=build.staging)),
             calibration_queries=CalibrationQueries(proof.calibration, proof.source),
         )
         laps.end("index and calibrate")

@@ -13,6 +13,7 @@ import polars as pl
 
 from encoders.errors import InvalidVectors, SpaceMismatch
 from index_builder.errors import DuplicateIds, LiveLogError
+from index_builder.filters.attributes import normalised
 from index_builder.filters.field_types import can_be_attribute
 from index_builder.filters.json_values import fitted_column, is_part, of_one_type
 from index_builder.live_log.files import log_files
@@ -253,8 +254,9 @@ def _fold_attributes(
     """
     added = attribute_frame([entry.attributes for entry in fresh]) if fresh else pl.DataFrame()
     known = frame.columns if frame is not None else []
+    sequences = [entry.sequence for entry in fresh]
     new = [
-        of_one_type(series)
+        of_one_type(series, sequences)
         for series in added
         if series.name not in known and not is_part(series.name)
     ]
@@ -262,7 +264,11 @@ def _fold_attributes(
     if not known and not new:
         return frame
     height = int(keep.sum())
-    base = frame.filter(pl.Series(keep)) if frame is not None and known else pl.DataFrame()
+    base = pl.DataFrame()
+    if frame is not None and known:
+        kept = frame.filter(pl.Series(keep))
+        # As an index keeps them: dates are texts, as in the log
+        base = pl.DataFrame([normalised(name, kept[name]) for name in known])
     parts = [
         (base[name], fitted_column(added, name, base.schema[name], len(fresh))) for name in known
     ]

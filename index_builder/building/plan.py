@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from encoders.errors import BundleError, ConfigError, SpaceMismatch
-from index_builder.ann.choice import kind_available
+from index_builder.ann.choice import kind_available, require_kind
 from index_builder.ann.symqg import MIN_ROWS
 from index_builder.building.inputs import EntityInput, LiveWrites, read_live
 from index_builder.errors import PublishError
@@ -38,6 +38,12 @@ measured peak of each build goes into its manifest.
 """
 BYTES_WITHOUT_SKETCHES_256 = 2400
 """The same for ``int8-graph`` without sketched links, measured at 100,000 vectors."""
+
+
+DISK_MIB_PER_BUILD = 2
+"""Golden queries, the manifest and blocks of many small files, MiB."""
+DISK_BYTES_PER_ROW = 128
+"""Ids and attributes of one row."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +174,9 @@ def plan_release(
             "peak_private_mib_estimate": round(
                 estimate_mib(index, len(entities.ids), bundle.dimension)
             ),
-            "disk_mib_estimate": round(len(entities.ids) * bundle.dimension * 4 * 3.3 / 2**20),
+            "disk_mib_estimate": round(
+                estimate_disk_mib(index, len(entities.ids), bundle.dimension)
+            ),
         }
     return plan
 
@@ -190,12 +198,36 @@ def estimate_mib(index: IndexConfig, count: int, dimension: int) -> float:
     return FIXED_MIB + count * max(per_vector_256 * dimension / 256, 300) / 2**20
 
 
+def estimate_disk_mib(index: IndexConfig, count: int, dimension: int) -> float:
+    """Estimate the disk space that a build needs at its peak, MiB.
+
+    The vectors twice (live writes make a new file of them), the index, and codes and sketches for
+    filters. The file from which a library's links are read is gone before the index is saved, and
+    smaller.
+    """
+    signs = (dimension + 63) // 64 * 8
+    links = {
+        "exact": 0,
+        "hnsw": 4 * dimension + 12 * index.ann.m,
+        "symqg": 4 * dimension + index.ann.degree * (signs + 16),
+        "int8-graph": dimension + index.ann.degree * (signs + 16),
+        "faiss": 2 * dimension + 12 * index.ann.m,
+    }
+    links["auto"] = max(links.values())
+    codes = dimension + signs + 16
+    per_row = 8 * dimension + links[index.kind] + codes + DISK_BYTES_PER_ROW
+    return DISK_MIB_PER_BUILD + count * per_row / 2**20
+
+
 def fit_memory(entity_type: str, count: int, dimension: int, config: RebuildConfig) -> IndexConfig:
     """Return the index configuration, ``auto`` narrowed to kinds that fit the memory limit.
 
     Raises:
-        ConfigError: The requested kind (or every kind) needs more.
+        ConfigError: The requested kind (or every kind that is installed) needs more.
+        MissingDependency: The requested kind is not installed.
+        UnsupportedCpu: This CPU cannot search it.
     """
+    require_kind(config.index.kind)
     if config.index.kind == "symqg" and count < 2 * MIN_ROWS:
         # Too few for that graph: auto scans them, which is as fast
         return replace(config.index, kind="auto")
@@ -203,18 +235,24 @@ def fit_memory(entity_type: str, count: int, dimension: int, config: RebuildConf
     needed = estimate_mib(config.index, count, dimension)
     if limit is None or needed <= limit:
         return config.index
-    small = replace(
-        config.index, kind="int8-graph", ann=replace(config.index.ann, sketched_links=False)
-    )
+    small = [
+        replace(config.index, kind="hnsw"),
+        replace(
+            config.index, kind="int8-graph", ann=replace(config.index.ann, sketched_links=False)
+        ),
+    ]
+    possible = [index for index in small if kind_available(index.kind)]
     if config.index.kind == "auto":
-        for index in (replace(config.index, kind="hnsw"), small):
-            if kind_available(index.kind) and estimate_mib(index, count, dimension) <= limit:
+        for index in possible:
+            if estimate_mib(index, count, dimension) <= limit:
                 return index
+    least = min(possible, key=lambda index: estimate_mib(index, count, dimension))
+    flags = "hnsw" if least.kind == "hnsw" else "int8-graph --no-sketched-links"
     raise ConfigError(
         f"{entity_type}: --max-memory is {limit:,} MiB, but index kind {config.index.kind} of"
-        f" {count:,} x {dimension} needs about {needed:,.0f} MiB at its peak. The kind that needs"
-        " least (--index int8-graph --no-sketched-links) needs about"
-        f" {estimate_mib(small, count, dimension):,.0f} MiB."
+        f" {count:,} x {dimension} needs about {needed:,.0f} MiB at its peak. The installed kind"
+        f" that needs least (--index {flags}) needs about"
+        f" {estimate_mib(least, count, dimension):,.0f} MiB."
     )
 
 

@@ -17,7 +17,9 @@ from encoders.tables.checks import ROW, check_frame
 from encoders.tables.files import raise_problems, read_raw, table_files
 from encoders.tables.schemas import ENTITY_TYPES, Kind, schema
 from index_builder.errors import UnknownEntityType
-from index_builder.filters.json_values import check_attributes
+from index_builder.filters.json_values import check_attributes, learn_types
+from index_builder.live_log.files import log_files
+from index_builder.live_log.reader import LiveLogReader
 from index_builder.live_log.records import LiveEntry, check_entry
 from index_builder.live_log.writer import LiveLogWriter
 from index_builder.releases.manifest import Manifest
@@ -25,6 +27,7 @@ from index_builder.releases.release import read_manifest
 from index_builder.releases.store import ReleaseStore
 
 BATCH_ROWS = 1024
+_BATCH_ENTRIES = 50_000
 _VECTOR_COLUMNS = frozenset(
     column.name for column in schema("catalogue").columns if column.kind is Kind.VECTOR
 )
@@ -71,7 +74,7 @@ class Changes:
         return dict(sorted(result.items()))
 
 
-def read_changes(path: Path, manifest: Manifest) -> Changes:
+def read_changes(path: Path, manifest: Manifest, live_root: Path | None = None) -> Changes:
     """Read and check a whole file of changes before anything is written.
 
     Columns are those of the catalogue, plus ``op`` (``upsert``, the default, or ``delete``) and
@@ -81,12 +84,13 @@ def read_changes(path: Path, manifest: Manifest) -> Changes:
     Args:
         path: A table file or a folder of them.
         manifest: Of the active release.
+        live_root: Its live log, whose attributes keep their types, too; None: not looked at.
 
     Raises:
         DataError: The file cannot be read, or a row is not what the catalogue schema says; names
             row, column and fix.
         UnknownEntityType: The release has no index of a type.
-        BadAttribute: A value does not fit the release's attribute.
+        BadAttribute: A value does not fit the release's attribute, or one of the live log.
         InvalidVectors: A row's own embedding must not enter an index.
     """
     raw = _read_last_rows(path)
@@ -96,7 +100,7 @@ def read_changes(path: Path, manifest: Manifest) -> Changes:
     checked = check_frame(rest.filter(~is_delete), schema("catalogue"), path.name)
     raise_problems(checked.report)
     frame = _parsed(checked.frame, manifest)
-    _check_attributes(frame, manifest, path.name)
+    _check_attributes(frame, manifest, path.name, live_root)
     ready: dict[str, list[LiveEntry]] = {}
     if "embedding" in frame.columns:
         has_vector = frame["embedding"].is_not_null()
@@ -160,18 +164,48 @@ def _deletes(removed: pl.DataFrame, path: Path, dimension: int) -> dict[str, lis
     return deletes
 
 
-def _check_attributes(frame: pl.DataFrame, manifest: Manifest, name: str) -> None:
-    """Check every row's attributes against the types the release has.
+def _check_attributes(
+    frame: pl.DataFrame, manifest: Manifest, name: str, live_root: Path | None
+) -> None:
+    """Check every row's attributes against the types that the release and the live log have.
 
     Raises:
         BadAttribute: A value does not fit.
     """
+    types = {
+        entity_type: _types(manifest, entity_type, frame.columns, live_root)
+        for entity_type in frame["entity_type"].unique().to_list()
+        if entity_type in manifest.entities
+    }
     for row in frame.drop("embedding", strict=False).iter_rows(named=True):
-        entity = manifest.entities.get(row["entity_type"])
-        if entity is not None:
-            types = entity.index.get("attributes", {})
+        known = types.get(row["entity_type"])
+        if known is not None:
             where = f"{name}, {row['entity_type']} {row['id']!r}"
-            check_attributes(attributes_of(row), types, where)
+            attributes = attributes_of(row)
+            check_attributes(attributes, known, where)
+            learn_types(known, attributes)
+
+
+def _types(
+    manifest: Manifest, entity_type: str, columns: list[str], live_root: Path | None
+) -> dict[str, str]:
+    """Return types of attributes; the log is read only where the release does not have them all."""
+    entity = manifest.entities[entity_type]
+    types = dict(entity.index.get("attributes", {}))
+    new = set(columns) - types.keys() - {"id", "entity_type", *_VECTOR_COLUMNS}
+    files = log_files(live_root / entity_type) if live_root is not None and new else []
+    if live_root is None or not files:
+        return types
+    after = max(entity.watermark, files[0][0] - 1)
+    reader = LiveLogReader(live_root, entity_type, after=after)
+    try:
+        while batch := reader.poll(_BATCH_ENTRIES):
+            for entry in batch:
+                found = entry.attributes
+                learn_types(types, {name: found[name] for name in new & found.keys()})
+    finally:
+        reader.close()
+    return types
 
 
 def _parsed(frame: pl.DataFrame, manifest: Manifest) -> pl.DataFrame:

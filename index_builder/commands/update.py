@@ -40,7 +40,7 @@ def command(changes: Path, store_path: Path, dry_run: bool, as_json: bool) -> No
             f"no release is active in {store.root}; publish one first with `omni rebuild`"
         )
     manifest = read_manifest(store.path_of(current))
-    checked = read_changes(changes, manifest)
+    checked = read_changes(changes, manifest, store.live_root)
     counts = checked.counts()
     start = time.perf_counter()
     last: dict[str, int] = {}

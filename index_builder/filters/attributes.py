@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +11,30 @@ import numpy as np
 import polars as pl
 
 from index_builder.errors import BadAttribute
-from index_builder.filters.columns import Column, keys_of, sorted_column
+from index_builder.filters.columns import Column, prepared_column
 from index_builder.filters.field_types import (
     BAD_NAME,
     POLARS_TYPES,
     FieldType,
     field_type,
     is_attribute_name,
+    refined_type,
 )
-from index_builder.filters.json_values import fitted_column
+
+RowLookup = Callable[[str], int | None]
+"""The row of an id, or None."""
 
 
 class AttributeTable:
     """Attributes of ``count`` rows.
 
     Columns are prepared for filtering when a filter first names them, or by ``warm``.
+
+    Attributes:
+        frame: The values; dates and times as text in ISO 8601.
+        count: Rows.
+        schema: Types by name.
+        row_of: Finds rows by id, for filters on ``id``; None: ids are not known.
     """
 
     def __init__(self, frame: pl.DataFrame) -> None:
@@ -32,26 +42,14 @@ class AttributeTable:
             if not is_attribute_name(name):
                 raise BadAttribute(f"column {name!r} {BAD_NAME}")
         self.frame = frame.with_columns(
-            [_normalise(name, frame[name]).alias(name) for name in frame.columns]
+            [normalised(name, frame[name]).alias(name) for name in frame.columns]
         )
         self.count = len(frame)
         self.schema: dict[str, FieldType] = {
-            name: field_type(name, dtype) for name, dtype in self.frame.schema.items()
+            name: refined_type(name, self.frame[name]) for name in self.frame.columns
         }
+        self.row_of: RowLookup | None = None
         self._columns: dict[str, Column] = {}
-
-    @classmethod
-    def aligned(cls, frame: pl.DataFrame, like: AttributeTable, count: int) -> AttributeTable:
-        """Make a table of the first ``count`` rows with the columns and types of ``like``.
-
-        Missing columns, and values that do not fit, are null.
-        """
-        columns = [
-            fitted_column(frame, name, dtype, count) for name, dtype in like.frame.schema.items()
-        ]
-        table = cls(pl.DataFrame(columns))
-        table.count = count
-        return table
 
     @classmethod
     def empty(cls, count: int) -> AttributeTable:
@@ -64,23 +62,9 @@ class AttributeTable:
         """Return a column prepared for filtering; ``name`` must be in ``schema``."""
         column = self._columns.get(name)
         if column is None:
-            column = self._columns[name] = self._prepare(name)
+            column = prepared_column(self.schema[name], self.frame[name])
+            self._columns[name] = column
         return column
-
-    def _prepare(self, name: str) -> Column:
-        """Sort a column; a list's values are sorted one by one, repeated ones of a row once."""
-        type_ = self.schema[name]
-        series = self.frame[name]
-        if not type_.startswith("list"):
-            keys, valid, dictionary = keys_of(type_, series)
-            return sorted_column(type_, keys, valid, dictionary)
-        rows = pl.Series(range(self.count), dtype=pl.UInt32)
-        lists = pl.DataFrame({"row": rows, "value": series})
-        exploded = lists.explode("value").drop_nulls().unique().sort("value", "row")
-        keys, _, dictionary = keys_of(type_[5:-1], exploded["value"])
-        present = series.is_not_null().to_numpy()
-        order = exploded["row"].to_numpy().copy()
-        return Column(type_, keys, order, keys, dictionary, present)
 
     def warm(self, names: Sequence[str] | None = None) -> None:
         """Prepare the named columns now (all by default), so that forked workers share them."""
@@ -102,8 +86,18 @@ class AttributeTable:
         return picked.to_dicts()
 
     def save(self, path: Path) -> None:
-        """Write the attributes as Parquet."""
-        self.frame.write_parquet(path, compression="zstd", statistics=False)
+        """Write the attributes as Parquet.
+
+        Raises:
+            OSError: The file cannot be written; polars says so in a text only.
+        """
+        try:
+            self.frame.write_parquet(path, compression="zstd", statistics=False)
+        except pl.exceptions.PolarsError as error:
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), str(error), str(path)) from error
 
     @classmethod
     def load(cls, path: Path, count: int) -> AttributeTable:
@@ -117,17 +111,8 @@ class AttributeTable:
         table.count = count
         return table
 
-    def rows_of(self, mapping: Mapping[str, Any]) -> pl.DataFrame:
-        """Make a row with this table's columns; unknown keys are dropped, missing ones null."""
-        return pl.DataFrame(
-            {
-                name: pl.Series(name, [mapping.get(name)], dtype=dtype, strict=False)
-                for name, dtype in self.frame.schema.items()
-            }
-        )
 
-
-def _normalise(name: str, series: pl.Series) -> pl.Series:
+def normalised(name: str, series: pl.Series) -> pl.Series:
     """Cast a column to the type that attributes of its kind have.
 
     Integers become int64, categories strings, and dates ISO 8601 strings, which sort by time.

@@ -11,10 +11,10 @@ import threading
 from collections import OrderedDict
 
 from index_builder.errors import FilterError
-from index_builder.filters.attributes import AttributeTable
-from index_builder.filters.columns import Column
+from index_builder.filters.columns import Column, Columns
 from index_builder.filters.expression import MAX_DIGITS, Both, Leaf, parse_filter
-from index_builder.filters.selection import BoundFilter, Selection, select_slices
+from index_builder.filters.parts import Selection, select_slices
+from index_builder.filters.selection import BoundFilter
 
 MAX_BYTES = 64 * 2**20
 _MAX_SHAPES = 1_000
@@ -35,10 +35,10 @@ class SelectionCache:
     lock.
     """
 
-    def __init__(self, table: AttributeTable, max_bytes: int = MAX_BYTES) -> None:
+    def __init__(self, table: Columns, max_bytes: int = MAX_BYTES) -> None:
         self._table = table
         self._entries: OrderedDict[str, Selection] = OrderedDict()
-        self._shapes: dict[str, _RangeOfColumn | None] = {}
+        self._shapes: dict[tuple[str, ...], _RangeOfColumn | None] = {}
         self._max_bytes = max_bytes
         # At most a mask and all row numbers; the text comes on top.
         self._entry_bytes = 5 * table.count + _ENTRY_BYTES
@@ -79,7 +79,7 @@ class SelectionCache:
         if len(expression) > _MAX_SHAPED or '"' in expression or "'" in expression:
             return None
         texts = _NUMBER.split(expression)  # text, number, text, ...
-        shape = "\0".join(texts[::2])
+        shape = tuple(texts[::2])
         known = self._shapes.get(shape)
         if known is None:
             if shape in self._shapes:
@@ -114,10 +114,10 @@ class SelectionCache:
         leaves = [part for part in parts if isinstance(part, Leaf) and _compares_number(part)]
         if len(leaves) != len(parts) or len({leaf.field for leaf in leaves}) != 1:
             return None
-        comparisons = tuple((leaf.op, int(leaf.values[0])) for leaf in leaves)
+        comparisons = tuple((leaf.op, int(str(leaf.values[0]))) for leaf in leaves)
         return self._table.column(leaves[0].field), comparisons
 
 
 def _compares_number(leaf: Leaf) -> bool:
     """Return whether a leaf selects one range of numbers."""
-    return leaf.op in ("==", "<", "<=", ">", ">=") and not isinstance(leaf.values[0], bool)
+    return leaf.op in ("==", "<", "<=", ">", ">=") and type(leaf.values[0]) is int

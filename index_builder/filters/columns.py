@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import polars as pl
 
 from index_builder.filters.field_types import FieldType
+from index_builder.filters.patterns import Pattern
+from index_builder.filters.times import Period, instants_of
 
+Key = int | float | str | bool | Period
+"""What a column is compared with."""
 Slices = list[tuple[int, int]]
 _NULL_INT = np.iinfo(np.int64).min
 
@@ -21,8 +25,9 @@ _NULL_INT = np.iinfo(np.int64).min
 class Column:
     """Sortable keys of one attribute, one per value, with the row of each value.
 
-    A string's key is its place in the sorted dictionary. Missing values have a key below every
-    other (-1, or the lowest int64) or NaN, and are not in ``order``.
+    A string's key is its place in the sorted dictionary, a time's the microseconds since 1970.
+    Missing values have a key below every other (-1, or the lowest int64) or NaN, and are not in
+    ``order``.
 
     Attributes:
         type: What the attribute holds.
@@ -58,7 +63,7 @@ class Column:
         result: np.ndarray = (self.places - np.uint32(low)) < np.uint32(high - low)
         return result
 
-    def slices(self, op: str, value: int | float | str | bool) -> Slices:
+    def slices(self, op: str, value: Key) -> Slices:
         """Find the ranges of ``order`` whose values satisfy ``value_of_row op value``.
 
         They are disjoint, ascending and not empty.
@@ -91,29 +96,60 @@ class Column:
             return int(self.ranked.searchsorted(value + inclusive))
         return self._bounds(value)[inclusive]
 
-    def slices_in(self, values: Sequence[Any], *, negated: bool) -> Slices:
-        """Find the ranges of ``order`` whose values are (not) among ``values``."""
-        hits = sorted({pair for value in values for pair in self.slices("==", value)})
-        if not negated:
-            return hits
-        result = []
-        start = 0
-        for a, b in hits:
-            if start < a:
-                result.append((start, a))
-            start = b
-        if start < len(self.ranked):
-            result.append((start, len(self.ranked)))
+    def slices_in(self, values: Sequence[Key]) -> Slices:
+        """Find the ranges of ``order`` whose values are among ``values``."""
+        if self.dictionary is None:
+            return united([pair for value in values for pair in self.slices("==", value)])
+        codes = (bisect_left(self.dictionary, value) for value in values)
+        found = {
+            code
+            for code, value in zip(codes, values)
+            if code < len(self.dictionary) and self.dictionary[code] == value
+        }
+        keys = np.array(sorted(found), dtype=np.int32)
+        lows = self.ranked.searchsorted(keys, "left").tolist()
+        highs = self.ranked.searchsorted(keys, "right").tolist()
+        return united([pair for pair in zip(lows, highs) if pair[0] < pair[1]])
+
+    def slices_with_prefix(self, prefix: str) -> Slices:
+        """Find the range of ``order`` whose strings begin with ``prefix``."""
+        low, high = (self._place(code) for code in self._codes_with_prefix(prefix))
+        return [(low, high)] if low < high else []
+
+    def mask_like(self, pattern: Pattern) -> np.ndarray:
+        """Return the rows whose strings match a pattern, bool ``(N,)``.
+
+        Looks at every distinct string that begins with the prefix of the pattern.
+        """
+        assert self.dictionary is not None, "patterns are for strings"
+        low, high = self._codes_with_prefix(pattern.prefix)
+        hits = np.zeros(len(self.dictionary) + 1, dtype=np.bool_)  # the last: missing values, -1
+        words = pl.Series(self.dictionary[low:high], dtype=pl.String)
+        hits[low:high] = words.str.contains(pattern.regex()).to_numpy()
+        result: np.ndarray = hits[self.keys]
         return result
 
-    def _bounds(self, value: int | float | str | bool) -> tuple[int, int]:
+    def _codes_with_prefix(self, prefix: str) -> tuple[int, int]:
+        """Find the range of the dictionary whose strings begin with ``prefix``."""
+        assert self.dictionary is not None, "prefixes are for strings"
+        size = len(prefix)
+        low = bisect_left(self.dictionary, prefix)
+        high = bisect_right(self.dictionary, prefix, low, key=lambda word: word[:size])
+        return low, high
+
+    def _place(self, code: int) -> int:
+        """Find the first place of ``order`` whose string has at least this code."""
+        return int(self.ranked.searchsorted(np.int32(code)))
+
+    def _bounds(self, value: Key) -> tuple[int, int]:
         """Find the insertion points left and right of ``value`` among the ranked keys."""
         ranked = self.ranked
+        if isinstance(value, Period):
+            return self._first_at_least(value.low), self._first_at_least(value.high)
         if self.dictionary is not None:
             assert isinstance(value, str), "bound filters compare strings with strings"
-            left = np.int32(bisect_left(self.dictionary, value))
-            right = np.int32(bisect_right(self.dictionary, value))
-            return int(ranked.searchsorted(left)), int(ranked.searchsorted(right))
+            low, high = bisect_left(self.dictionary, value), bisect_right(self.dictionary, value)
+            return self._place(low), self._place(high)
         assert not isinstance(value, str), "bound filters compare numbers with numbers"
         if ranked.dtype.kind == "f":
             try:
@@ -137,32 +173,69 @@ class Column:
         return int(self.ranked.searchsorted(self.ranked.dtype.type(key), "left"))
 
 
-def sorted_column(
-    type_: FieldType,
-    keys: np.ndarray,
-    valid: np.ndarray | None,
-    dictionary: list[str] | None = None,
-) -> Column:
-    """Sort a column that is not a list.
+class Columns(Protocol):
+    """What filters see of a table."""
 
-    Args:
-        type_: Of the attribute.
-        keys: ``(N,)`` keys by row.
-        valid: bool ``(N,)``, which rows have a value; None: all.
-        dictionary: Sorted distinct strings, for strings.
-    """
-    if valid is None:
-        rows = np.arange(len(keys), dtype=np.uint32)
-    else:
-        rows = np.flatnonzero(valid).astype(np.uint32)
-    order = rows[np.argsort(keys[rows], kind="stable")]
-    return Column(type_, keys, order, keys[order], dictionary)
+    @property
+    def count(self) -> int:
+        """Rows."""
+
+    @property
+    def schema(self) -> Mapping[str, FieldType]:
+        """Types of the attributes by name."""
+
+    @property
+    def row_of(self) -> Callable[[str], int | None] | None:
+        """Finds the row of an id; None: ids are not known."""
+
+    def column(self, name: str) -> Column:
+        """Return an attribute prepared for filtering; ``name`` is in ``schema``."""
 
 
-def keys_of(
+def united(ranges: Slices) -> Slices:
+    """Join ranges, given in any order, that overlap or touch."""
+    result: Slices = []
+    for low, high in sorted(ranges):
+        if result and low <= result[-1][1]:
+            result[-1] = (result[-1][0], max(high, result[-1][1]))
+        else:
+            result.append((low, high))
+    return result
+
+
+def outside(ranges: Slices, size: int) -> Slices:
+    """Return what disjoint, ascending ranges leave of ``[0, size)``."""
+    ends = [0, *(end for _, end in ranges)]
+    starts = [*(start for start, _ in ranges), size]
+    return [(a, b) for a, b in zip(ends, starts) if a < b]
+
+
+def prepared_column(type_: FieldType, series: pl.Series) -> Column:
+    """Sort a column; a list's values are sorted one by one, repeated ones of a row once."""
+    if not type_.startswith("list"):
+        keys, valid, dictionary = _keys_of(type_, series)
+        if valid is None:
+            rows = np.arange(len(keys), dtype=np.uint32)
+        else:
+            rows = np.flatnonzero(valid).astype(np.uint32)
+        order = rows[np.argsort(keys[rows], kind="stable")]
+        return Column(type_, keys, order, keys[order], dictionary)
+    lists = pl.DataFrame({"row": pl.Series(range(len(series)), dtype=pl.UInt32), "value": series})
+    exploded = lists.explode("value").drop_nulls()
+    if type_ == "list<time>":
+        exploded = exploded.with_columns(instants_of(exploded["value"])).drop_nulls()
+    exploded = exploded.unique().sort("value", "row")
+    keys, _, dictionary = _keys_of(type_[5:-1], exploded["value"])
+    order = exploded["row"].to_numpy().copy()
+    return Column(type_, keys, order, keys, dictionary, series.is_not_null().to_numpy())
+
+
+def _keys_of(
     type_: str, series: pl.Series
 ) -> tuple[np.ndarray, np.ndarray | None, list[str] | None]:
     """Return keys, validity (None when all are valid) and dictionary of a flat series."""
+    if type_ == "time" and series.dtype == pl.String:
+        series = instants_of(series)
     valid = None if series.null_count() == 0 else series.is_not_null().to_numpy()
     if type_ == "string":
         words = series.drop_nulls().unique().sort()
@@ -173,7 +246,7 @@ def keys_of(
         return codes.to_numpy().astype(np.int32), valid, dictionary
     if type_ == "bool":
         return series.cast(pl.Int8).fill_null(-1).to_numpy().astype(np.int8), valid, None
-    if type_ == "int":
+    if type_ in ("int", "time"):
         return series.fill_null(_NULL_INT).to_numpy().astype(np.int64), valid, None
     keys = series.fill_null(math.nan).to_numpy().copy()
     missing = np.isnan(keys)

@@ -8,12 +8,25 @@ from typing import Any, Literal
 import polars as pl
 
 from index_builder.errors import BadAttribute
+from index_builder.filters.times import are_times
 
-FieldType = Literal["int", "float", "bool", "string", "list<int>", "list<float>", "list<string>"]
+FieldType = Literal[
+    "int",
+    "float",
+    "bool",
+    "string",
+    "time",
+    "list<int>",
+    "list<float>",
+    "list<string>",
+    "list<time>",
+]
 BAD_NAME = (
     "cannot be an attribute: a name starts with a letter or _ and holds letters, digits and _."
     " Rename it."
 )
+_LOOKED_AT = 100
+"""Lists that are enough to tell that most columns of texts hold no times."""
 _NAME = re.compile(r"[^\W\d]\w*", re.UNICODE)
 POLARS_TYPES: dict[str, Any] = {
     "int": pl.Int64,
@@ -55,6 +68,18 @@ def field_type(name: str, dtype: pl.DataType) -> FieldType:
         f"column {name!r} of type {dtype} cannot be an attribute: expected numbers, booleans,"
         " strings, dates or flat lists of them. Leave the column out, or flatten it."
     )
+
+
+def refined_type(name: str, series: pl.Series) -> FieldType:
+    """Return the attribute type of a normalised column: texts that all are times are times."""
+    type_ = field_type(name, series.dtype)
+    if type_ == "string" and are_times(series):
+        return "time"
+    if type_ == "list<string>":
+        some = series.head(_LOOKED_AT).explode()
+        if some.null_count() == len(some) or are_times(some):
+            return "list<time>" if are_times(series.explode()) else type_
+    return type_
 
 
 def can_be_attribute(series: pl.Series) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -10,7 +11,15 @@ from typing import Any
 import polars as pl
 
 from index_builder.errors import BadAttribute
-from index_builder.filters.field_types import BAD_NAME, POLARS_TYPES, is_attribute_name
+from index_builder.filters.field_types import (
+    BAD_NAME,
+    POLARS_TYPES,
+    field_type,
+    is_attribute_name,
+)
+from index_builder.filters.times import is_time
+
+log = logging.getLogger(__name__)
 
 _PART_MARK = "\0"
 """Between the name of a column with several types and the number of a part that holds one of them.
@@ -68,19 +77,37 @@ def _of_common_type(name: str, cells: Sequence[Any]) -> pl.Series | None:
         return None
 
 
-def of_one_type(series: pl.Series) -> pl.Series:
-    """Reduce a column of ``json_columns`` to one type that an attribute can have.
+def of_one_type(series: pl.Series, sequences: Sequence[int]) -> pl.Series:
+    """Reduce a column of ``json_columns`` to the type of the value that was written first.
 
-    Values that no attribute can hold become null; what is left of several types becomes text.
+    Values that do not fit it become null, which is logged: no text is made of them. Writes are
+    checked against earlier ones, so that these are left of writers that knew nothing of each other.
+
+    Args:
+        series: The column.
+        sequences: Place of each row's write in the log.
     """
     if series.dtype != pl.Object:
         return series
-    cells = [cell if _kind_of(cell) is not None else None for cell in series.to_list()]
-    column = _of_common_type(series.name, cells)
-    if column is None:
-        texts = [None if cell is None else str(cell) for cell in cells]
-        return pl.Series(series.name, texts, dtype=pl.String)
-    return series if column.dtype == pl.Null else column
+    cells = series.to_list()
+    kinds = [_kind_of(cell) for cell in cells]
+    known = [
+        (sequence, kind)
+        for sequence, kind in zip(sequences, kinds)
+        if kind is not None and kind != "list<>"
+    ]
+    wanted = min(known)[1] if known else "list<>"
+    kept = [
+        cell if kind is not None and _fits(cell, kind, wanted) else None
+        for cell, kind in zip(cells, kinds)
+    ]
+    lost = sum(cell is not None for cell in cells) - sum(cell is not None for cell in kept)
+    log.warning(
+        f"attribute {series.name!r}: {lost:,} live values are not {wanted}, as the first that was"
+        " written is, and are missing in this release"
+    )
+    column = _of_common_type(series.name, kept)
+    return series if column is None or column.dtype == pl.Null else column
 
 
 def _is_whole(dtype: pl.DataType) -> bool:
@@ -126,13 +153,37 @@ def fitted_column(frame: pl.DataFrame, name: str, dtype: pl.DataType, count: int
     return fitted(frame[name].head(count), dtype)
 
 
+def column_types(frame: pl.DataFrame) -> dict[str, str]:
+    """Return the type of each column of ``json_columns``; where there are several, the first one.
+
+    A column without any value has none.
+    """
+    types: dict[str, str] = {}
+    for series in frame:
+        name, _, _ = series.name.partition(_PART_MARK)
+        dtype: Any = series.dtype
+        inner = dtype.inner if isinstance(dtype, pl.List) else dtype
+        if name not in types and inner not in (pl.Null, pl.Object):
+            types[name] = field_type(name, dtype)
+    return types
+
+
+def learn_types(types: dict[str, str], values: Mapping[str, Any]) -> None:
+    """Add the types of checked values whose attributes have none yet."""
+    for name, value in values.items():
+        kind = _kind_of(value)
+        if name not in types and kind is not None and kind != "list<>":
+            types[name] = kind
+
+
 def check_attributes(values: Mapping[str, Any], schema: Mapping[str, str], where: str) -> None:
     """Check that attributes of one entity can be filtered and built into a release.
 
     Args:
         values: JSON values by name; None is a missing value.
-        schema: What the index holds (``AttributeTable.schema``); numbers of either kind fit each
-            other. Other names may have any flat type.
+        schema: Types that the index holds (``AttributeTable.schema``), and those of attributes that
+            came since (``learn_types``); numbers of either kind fit each other. Other names may
+            have any flat type.
         where: Begins the message.
 
     Raises:
@@ -150,10 +201,11 @@ def check_attributes(values: Mapping[str, Any], schema: Mapping[str, str], where
                 f" flat list of numbers or of texts, but is {_shown(value)}."
             )
         wanted = schema.get(name)
-        if wanted is not None and not _fits(kind, wanted):
+        if wanted is not None and not _fits(value, kind, wanted):
+            hint = " Write 2024-05-01 or 2024-05-01T12:30:00Z." if "time" in wanted else ""
             raise BadAttribute(
-                f"{where}: attribute {name!r} is {wanted} in the release, but got {_shown(value)},"
-                f" which is {kind}."
+                f"{where}: attribute {name!r} is {wanted} in this index, but got {_shown(value)},"
+                f" which is {kind}.{hint}"
             )
 
 
@@ -181,10 +233,14 @@ def _kind_of(value: Any) -> str | None:
     return f"list<{kind}>" if kind in ("int", "float", "string") else None
 
 
-def _fits(kind: str, wanted: str) -> bool:
-    """Return whether values of a kind fit an attribute; numbers of either kind fit each other."""
+def _fits(value: Any, kind: str, wanted: str) -> bool:
+    """Return whether a value of a kind fits an attribute; numbers of either kind fit each other."""
     if kind == "list<>":
         return wanted.startswith("list")
+    if wanted == "time":
+        return kind == "string" and is_time(value)
+    if wanted == "list<time>":
+        return kind == "list<string>" and all(map(is_time, value))
     return kind.replace("float", "int") == wanted.replace("float", "int")
 
 

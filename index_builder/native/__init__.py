@@ -3,7 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Any
+
+from encoders.errors import ConfigError
+
+SIMD_LIMIT = "OMNI_SIMD"
+"""Environment variable: the best kernels to use, for tests of those that this CPU would not take.
+
+One of ``plain``, ``avx2`` and ``avx512vnni``; what the CPU has, where it is not set.
+"""
+_LIMITS = ("plain", "avx2", "avx512vnni")
+if os.environ.get(SIMD_LIMIT, "") not in ("", *_LIMITS):
+    raise ConfigError(
+        f"{SIMD_LIMIT} must be one of {', '.join(_LIMITS)}, or not set, but got"
+        f" {os.environ[SIMD_LIMIT]!r}."
+    )
 
 try:
     _engine: Any = importlib.import_module("index_builder.native._engine")

@@ -183,7 +183,10 @@ Estimate estimate = estimate_plain;
 
 void choose_estimates() {
 #ifdef OMNI_X86
+  const Simd allowed = allowed_simd();
+  if (allowed == Simd::plain) return;
   if (__builtin_cpu_supports("popcnt")) estimate = estimate_popcnt;
+  if (allowed == Simd::avx2) return;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vpopcntdq") &&
       __builtin_cpu_supports("fma"))

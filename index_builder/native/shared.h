@@ -5,6 +5,8 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <exception>
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -90,18 +92,31 @@ __attribute__((target("avx2,fma"))) float float_dot_avx2(const float* a, const f
 }
 #endif
 
+// Instruction sets that kernels may use where this CPU has them: fewer if OMNI_SIMD says so.
+enum class Simd { plain, avx2, avx512 };
+
+[[maybe_unused]] Simd allowed_simd() {
+  const char* name = std::getenv("OMNI_SIMD");
+  if (name != nullptr && std::strcmp(name, "plain") == 0) return Simd::plain;
+  if (name != nullptr && std::strcmp(name, "avx2") == 0) return Simd::avx2;
+  return Simd::avx512;
+}
+
 CodeDot code_dot = code_dot_plain;
 FloatDot float_dot = float_dot_plain;
 const char* simd_name = "plain";
 
 void choose_kernels() {
 #ifdef OMNI_X86
+  const Simd allowed = allowed_simd();
+  if (allowed == Simd::plain) return;
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     code_dot = code_dot_avx2;
     float_dot = float_dot_avx2;
     simd_name = "avx2";
   }
+  if (allowed == Simd::avx2) return;
   if (__builtin_cpu_supports("avx512f")) float_dot = float_dot_avx512;
   if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw")) {
     code_dot = code_dot_vnni;

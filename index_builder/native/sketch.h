@@ -169,8 +169,11 @@ SketchBlock sketch_block = sketch_block_plain;
 
 void choose_sketch_kernel() {
 #ifdef OMNI_X86
+  const Simd allowed = allowed_simd();
+  if (allowed == Simd::plain) return;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
     sketch_block = sketch_block_avx2;
+  if (allowed == Simd::avx2) return;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw"))
     sketch_block = sketch_block_avx512;
 #endif

@@ -2,29 +2,33 @@
 
 The release directory stays the source of truth; this adapter copies its vectors, ids and
 attributes, checks that the copy answers the golden queries, and only then moves the aliases. Each
-collection names its release and space in its description, and a reader refuses a foreign space. The
-same filter expressions run on either engine. Aliases of several entity types move one after the
-other (Milvus knows no transaction), so a reader that needs several types from one release asks for
-them by ``release_id``.
+collection names its release, space and attributes in its description, and a reader refuses a
+foreign space. Filters are translated (``milvus_filters.py``), or refused with the reason. Aliases
+of several entity types move one after the other (Milvus knows no transaction), so a reader that
+needs several types from one release asks for them by ``release_id``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from encoders.errors import InvalidVectors, MissingDependency, SpaceMismatch
 from index_builder.errors import GateFailed, ReleaseError, ReleaseNotFound
+from index_builder.filters.field_types import FieldType
+from index_builder.filters.selection import ID_FIELD
+from index_builder.filters.times import period_of
+from index_builder.releases.milvus_filters import milvus_expression, time_field
 from index_builder.releases.release import Release
 from index_builder.search.entity_index import EntityIndex, SearchResult
 
-ID_FIELD = "id"
 VECTOR_FIELD = "embedding"
 MAX_ID_BYTES = 2048
 NAME_LIMIT = 255
@@ -188,14 +192,14 @@ class MilvusReleases:
         about = self._about(name)
         if about["space_id"] != space_id:
             raise SpaceMismatch(space_id, str(about["space_id"]), f"Milvus collection {name}")
-        return MilvusIndex(
-            self.client,
+        collection = MilvusCollection(
             name,
             entity_type,
             str(about["release_id"]),
             int(about["dimension"]),
-            self.config,
+            about["attributes"],
         )
+        return MilvusIndex(self.client, collection, self.config)
 
     def _target_of(self, alias: str) -> str | None:
         from pymilvus import MilvusException
@@ -208,7 +212,8 @@ class MilvusReleases:
     def _about(self, name: str) -> dict[str, Any]:
         try:
             about: dict[str, Any] = json.loads(self.client.describe_collection(name)["description"])
-            return {key: about[key] for key in ("release_id", "space_id", "dimension")}
+            needed = {key: about[key] for key in ("release_id", "space_id", "dimension")}
+            return {**needed, "attributes": about.get("attributes")}
         except (ValueError, KeyError) as error:
             raise ReleaseError(
                 f"Milvus collection {name} does not say which release it holds ({error}). Publish"
@@ -232,6 +237,7 @@ class MilvusReleases:
             "space_id": release.space_id,
             "dimension": release.dimension,
             "entity_type": entity_type,
+            "attributes": _copied(index),
         }
         schema = self.client.create_schema(
             auto_id=False, enable_dynamic_field=True, description=json.dumps(about)
@@ -256,63 +262,99 @@ class MilvusReleases:
         Raises:
             GateFailed: Some are missing.
         """
-        ids = list(index.ids)
-        reserved = (ID_FIELD, VECTOR_FIELD)
-        names = [field for field in index.attribute_table.schema if field not in reserved]
-        for start in range(0, len(ids), self.config.batch_rows):
-            part = ids[start : start + self.config.batch_rows]
-            self.client.insert(name, list(_rows(index, part, names)))
-            progress(f"{index.entity_type}: {start + len(part):,} of {len(ids):,} rows copied")
+        total = len(index.ids)
+        for start in range(0, total, self.config.batch_rows):
+            rows = np.arange(start, min(total, start + self.config.batch_rows))
+            self.client.insert(name, list(_rows(index, rows)))
+            progress(f"{index.entity_type}: {start + len(rows):,} of {total:,} rows copied")
         self.client.flush(name)
+        self._check_count(name, index.entity_type, total)
+
+    def _check_count(self, name: str, entity_type: str, rows: int) -> None:
+        """Compare the rows of a collection with those of the release.
+
+        Raises:
+            GateFailed: Some are missing.
+        """
         count = int(self.client.get_collection_stats(name)["row_count"])
-        if count != len(ids):
+        if count != rows:
             raise GateFailed(
-                f"Milvus holds {count:,} rows of {index.entity_type!r}, but the release has"
-                f" {len(ids):,}. Nothing was activated."
+                f"Milvus holds {count:,} rows of {entity_type!r}, but the release has {rows:,}."
+                " Nothing was activated."
             )
 
     def _golden_recall(self, name: str, release: Release, entity_type: str) -> float:
         golden = release.golden(entity_type)
         index = MilvusIndex(
-            self.client, name, entity_type, release.release_id, release.dimension, self.config
+            self.client,
+            MilvusCollection(name, entity_type, release.release_id, release.dimension, {}),
+            self.config,
         )
         exact = release.entities[entity_type]
         shares = []
         for vector in golden.vectors:
-            wanted = set(exact.search(vector, 10, exact=True).ids)
+            wanted = set(exact.search(vector, 10, exact=True, live=None).ids)
             shares.append(len(wanted & set(index.search(vector, 10).ids)) / max(1, len(wanted)))
         return float(np.mean(shares))
 
 
-def _rows(index: EntityIndex, ids: Sequence[str], names: Sequence[str]) -> Iterable[dict[str, Any]]:
-    for id_, attributes in zip(ids, index.attributes(ids, names), strict=True):
-        vector = index.vector(id_)
-        assert vector is not None, "every id of a release has a vector"
-        yield {
-            ID_FIELD: id_,
-            VECTOR_FIELD: vector,
-            **{key: value for key, value in attributes.items() if value is not None},
+def _copied(index: EntityIndex) -> dict[str, FieldType]:
+    """Return the attributes that a copy holds, with their types."""
+    schema = index.attribute_table.schema
+    return {name: schema[name] for name in schema if name not in (ID_FIELD, VECTOR_FIELD)}
+
+
+def _rows(index: EntityIndex, rows: np.ndarray) -> Iterable[dict[str, Any]]:
+    """Return base rows as Milvus takes them: missing values are missing keys."""
+    types = _copied(index)
+    ids = index.ids.take(rows)
+    nodes = index.corpus.node_of_row
+    vectors = index.corpus.vectors[rows if nodes is None else nodes[rows]]
+    attributes = index.attribute_table.values(rows, list(types))
+    for id_, vector, values in zip(ids, vectors, attributes, strict=True):
+        fields = {name: value for name, value in values.items() if not _is_missing(value)}
+        times = {
+            time_field(name): _instants(value)
+            for name, value in fields.items()
+            if types[name] in ("time", "list<time>")
         }
+        yield {ID_FIELD: id_, VECTOR_FIELD: vector, **fields, **times}
+
+
+def _is_missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _instants(value: str | list[str]) -> int | list[int]:
+    """Return the microseconds since 1970 of a time or of each of a list."""
+    if isinstance(value, str):
+        period = period_of(value)
+        assert period is not None, "every value of the column is a time"
+        return period.low
+    return [_instants(text) for text in value if text is not None]  # type: ignore[misc]
+
+
+class MilvusCollection(NamedTuple):
+    """A release's entity type in Milvus."""
+
+    name: str
+    entity_type: str
+    release_id: str
+    dimension: int
+    attributes: Mapping[str, FieldType] | None
+    """Types by name; None where an earlier version copied it."""
 
 
 class MilvusIndex:
     """One entity type of one release in Milvus, with the search of ``EntityIndex``."""
 
-    def __init__(
-        self,
-        client: Any,
-        name: str,
-        entity_type: str,
-        release_id: str,
-        dimension: int,
-        config: MilvusConfig,
-    ) -> None:
+    def __init__(self, client: Any, collection: MilvusCollection, config: MilvusConfig) -> None:
         self._client = client
-        self._name = name
+        self._collection = collection
         self._config = config
-        self.entity_type = entity_type
-        self.release_id = release_id
-        self.dimension = dimension
+        self.entity_type = collection.entity_type
+        self.release_id = collection.release_id
+        self.dimension = collection.dimension
 
     def search(
         self,
@@ -327,6 +369,8 @@ class MilvusIndex:
 
         Raises:
             InvalidVectors: The query has another shape.
+            FilterError: The filter does not parse or fit, or Milvus cannot ask it.
+            ReleaseError: The copy does not say which attributes it holds.
         """
         vector = np.asarray(query, dtype=np.float32)
         if vector.shape != (self.dimension,):
@@ -336,9 +380,13 @@ class MilvusIndex:
         parameters = {**self._config.search_params}
         if "ef" in parameters:
             parameters["ef"] = max(int(parameters["ef"]), k)
-        expression = " and ".join(f"({part})" for part in (filter, _excluding(exclude_ids)) if part)
+        parts = [] if filter is None else [self._translated(filter)]
+        if exclude_ids:
+            listed = json.dumps(sorted(exclude_ids), ensure_ascii=False)
+            parts.append(f"{ID_FIELD} not in {listed}")
+        expression = " and ".join(f"({part})" for part in parts)
         found = self._client.search(
-            self._name,
+            self._collection.name,
             [vector],
             limit=k,
             filter=expression,
@@ -356,6 +404,11 @@ class MilvusIndex:
             [id_ for id_, _ in hits], scores, "milvus", int(parameters.get("ef", 0)), None, None
         )
 
-
-def _excluding(ids: Collection[str]) -> str:
-    return f"{ID_FIELD} not in {json.dumps(sorted(ids), ensure_ascii=False)}" if ids else ""
+    def _translated(self, expression: str) -> str:
+        attributes = self._collection.attributes
+        if attributes is None:
+            raise ReleaseError(
+                f"Milvus collection {self._collection.name} was copied by an earlier version and"
+                " does not say which attributes it holds. Publish the release again to filter it."
+            )
+        return milvus_expression(expression, attributes)

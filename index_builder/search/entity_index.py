@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
@@ -68,6 +68,7 @@ class EntityIndex:
         self.corpus = parts.corpus
         self.ann = parts.ann
         self.attribute_table = parts.attributes
+        self.attribute_table.row_of = parts.ids.row_of
         self._parts = parts
         self._record = record
         self._live: LiveView | None = None
@@ -245,7 +246,7 @@ class EntityIndex:
     def attributes(self, ids: Sequence[str], names: Sequence[str]) -> list[dict[str, Any]]:
         """Return attribute values of ids, in order.
 
-        An unknown id or attribute gives nothing, and a repeated name comes once.
+        An unknown or deleted id and an unknown attribute give nothing; a repeated name comes once.
         """
         live = self._live
         names = list(dict.fromkeys(names))
@@ -261,12 +262,24 @@ class EntityIndex:
                     result[i] = frame.select(known).row(live_row, named=True)
                 continue
             row = self.ids.row_of(id_)
-            if row is not None:
+            if row is not None and not (live is not None and live.hides(row)):
                 base.append((i, row))
         found = self.attribute_table.values([row for _, row in base], names)
         for (i, _), values in zip(base, found):
             result[i] = values
         return result
+
+    def attribute_types(self, names: Iterable[str]) -> dict[str, str]:
+        """Return types by name of what the base has, and among ``names`` of what came live since.
+
+        Live entries are looked at only where the base has no such name.
+        """
+        types: dict[str, str] = dict(self.attribute_table.schema)
+        unknown = set(names) - types.keys()
+        if unknown and self._live is not None:
+            found = self._live.attribute_types()
+            types.update((name, found[name]) for name in unknown & found.keys())
+        return types
 
     @property
     def live(self) -> LiveView | None:

@@ -12,7 +12,6 @@ from encoders.exact_search import exact_top_k
 from index_builder.filters.expression import parse_filter
 from index_builder.filters.selection import BoundFilter
 from index_builder.search.entity_index import EntityIndex, SearchOptions
-from index_builder.search.live_merge import live_mask
 from index_builder.search.request import SearchResult
 
 STEPS = ("labels", "encoder", "dimension cut", "staleness", "quantisation", "graph", "filter")
@@ -146,7 +145,7 @@ def _visible(index: EntityIndex, query: np.ndarray, expression: str | None) -> _
     for segment in live.segments if live is not None else ():
         scores.append(segment.vectors[segment.alive] @ query)
         if expression is not None:
-            mask = live_mask(segment, expression, index.attribute_table)
+            mask = segment.mask(expression, index.attribute_table)
             masks.append(mask[segment.alive])
     return _Visible(np.concatenate(scores), np.concatenate(masks) if masks else None)
 
@@ -160,7 +159,7 @@ def _passes(index: EntityIndex, identifier: str, expression: str) -> bool:
     place = index.live.find(identifier) if index.live is not None else None
     if place is not None:
         segment, live_row = place
-        return bool(live_mask(segment, expression, index.attribute_table)[live_row])
+        return bool(segment.mask(expression, index.attribute_table)[live_row])
     row = index.row_of(identifier)
     return row is not None and bool(_base_mask(index, expression)[row])
 

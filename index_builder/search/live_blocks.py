@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -12,12 +12,25 @@ from polars.datatypes import DataTypeClass
 
 from index_builder.ann import AnnConfig, AnnIndex, build_index
 from index_builder.ann.symqg import MIN_ROWS, symqg_builds
+from index_builder.filters.attributes import AttributeTable
+from index_builder.filters.cache import SelectionCache
 from index_builder.filters.json_values import is_part, json_columns
+from index_builder.filters.live_columns import LiveColumns
 from index_builder.live_log.records import LiveEntry
 from index_builder.native import live_scan
 
 _SEGMENT = AnnConfig(m=16, ef_construction=100)
 _ROWS_PER_GROUP = 8
+_SELECTION_BYTES = 2**20
+"""Kept selections of a block."""
+
+
+class _Filtered(NamedTuple):
+    """The first rows of a block as filters see them."""
+
+    size: int
+    base: AttributeTable
+    selections: SelectionCache
 
 
 def _build_graph(vectors: np.ndarray) -> AnnIndex:
@@ -56,6 +69,7 @@ class Block:
         self._frame = pl.DataFrame()
         self._frame_rows = 0
         self._frame_lock = threading.Lock()
+        self._filtered: _Filtered | None = None
 
     @property
     def count(self) -> int:
@@ -107,6 +121,18 @@ class Block:
                 )
                 self._frame_rows = size
             return self._frame if self._frame_rows == size else self._frame.head(size)
+
+    def selections(self, size: int, base: AttributeTable) -> SelectionCache:
+        """Return the selections of the first ``size`` rows, whose types are those of ``base``.
+
+        Columns are typed and sorted once a size, when a filter first names them.
+        """
+        filtered = self._filtered
+        if filtered is None or filtered.size != size or filtered.base is not base:
+            columns = LiveColumns(self.values[:size], self.ids[:size], base)
+            filtered = _Filtered(size, base, SelectionCache(columns, _SELECTION_BYTES))
+            self._filtered = filtered
+        return filtered.selections
 
     def build_graph(self) -> None:
         """Make a sealed block fast to search, unless it is scanned."""

@@ -8,8 +8,6 @@ from typing import NamedTuple
 import numpy as np
 
 from index_builder.filters.attributes import AttributeTable
-from index_builder.filters.expression import parse_filter
-from index_builder.filters.selection import BoundFilter
 from index_builder.search.live_segments import LiveSegment, LiveView
 from index_builder.search.plans import BaseHits
 
@@ -23,16 +21,6 @@ class LiveConditions(NamedTuple):
     """Whether to score every entry in float32."""
     table: AttributeTable
     """Of the base: its types hold for live attributes, too."""
-
-
-def live_mask(segment: LiveSegment, expression: str, table: AttributeTable) -> np.ndarray:
-    """Return which rows of a segment pass a filter, bool ``(n,)``; ``table`` gives the types.
-
-    Raises:
-        FilterError: The filter does not parse or does not fit the attributes.
-    """
-    aligned = AttributeTable.aligned(segment.attributes, table, len(segment))
-    return BoundFilter(parse_filter(expression), aligned).select().as_mask()
 
 
 def merge_plain(
@@ -73,7 +61,7 @@ def _allowed(
     """Return which rows may come back, bool ``(n,)``; None: all that live."""
     mask = None
     if conditions.filter is not None:
-        mask = live_mask(segment, conditions.filter, conditions.table)
+        mask = segment.mask(conditions.filter, conditions.table)
     rows = [row for other, row in dead if other is segment]
     if not rows:
         return mask

@@ -9,6 +9,8 @@ import numpy as np
 import polars as pl
 
 from index_builder.ann import AnnIndex
+from index_builder.filters.attributes import AttributeTable
+from index_builder.filters.json_values import column_types
 from index_builder.native import live_scan
 from index_builder.search.live_blocks import Block
 
@@ -66,6 +68,18 @@ class LiveSegment:
         Built on first use.
         """
         return self._block.attributes(self.size)
+
+    def mask(self, expression: str, base: AttributeTable) -> np.ndarray:
+        """Return which rows pass a filter, bool ``(n,)``, not to be changed.
+
+        Args:
+            expression: The filter.
+            base: Attributes of the base, whose types hold here, too.
+
+        Raises:
+            FilterError: The filter does not parse or does not fit the attributes.
+        """
+        return self._block.selections(self.size, base).get(expression).as_mask()
 
     def merge(
         self,
@@ -237,6 +251,13 @@ class LiveView:
     def hides(self, row: int) -> bool:
         """Return whether a base row was deleted or replaced."""
         return self.hidden_rows is not None and bool(self.hidden_rows[row])
+
+    def attribute_types(self) -> dict[str, str]:
+        """Return the types of the attributes that live entries have; the first of several."""
+        types: dict[str, str] = {}
+        for segment in self.segments:
+            types = {**column_types(segment.attributes), **types}
+        return types
 
     def find(self, id: str) -> tuple[LiveSegment, int] | None:
         """Return the segment and row where ``id`` is alive in this view, or None."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from index_builder.ann.exact import top_rows
 from index_builder.ann.int8_graph import Int8GraphIndex
-from index_builder.filters.selection import Selection
+from index_builder.filters.parts import Selection
 from index_builder.search.index_files import IndexParts
 from index_builder.storage.engine_arrays import make_engine
 

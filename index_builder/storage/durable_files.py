@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -34,13 +35,19 @@ def disk_full_is_clear(what: str, path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in _FULL:
+        if not _is_full(error):
             raise
         raise DiskFull(
             f"{what}: the disk, its quota or the file size limit is full ({_free_space(path)})."
             " Nothing was published. Free some space (for example `omni release gc`) and run"
             " again."
         ) from error
+
+
+def _is_full(error: OSError) -> bool:
+    """Return whether there was no room; numpy gives no number, but counts what it wrote."""
+    short_write = error.errno is None and re.fullmatch(r"\d+ requested and \d+ written", str(error))
+    return error.errno in _FULL or bool(short_write)
 
 
 def fsync_folder(folder: Path) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 
 from encoders.errors import SpaceMismatch
 from index_builder.errors import BadAttribute, UnknownEntityType
-from index_builder.filters.json_values import check_attributes
+from index_builder.filters.json_values import check_attributes, learn_types
 from index_builder.live_log.records import LiveEntry
 from protos import retrieval_pb2 as pb
 from retrieval.config import ServeConfig
@@ -47,6 +47,7 @@ class AdminService:
         self.releases = releases
         self.change_release = change_release
         self.writes = LiveWrites(releases.store.live_root)
+        self._written: tuple[str, dict[str, dict[str, str]]] = ("", {})
 
     def close(self) -> None:
         """Give the live log back."""
@@ -98,12 +99,22 @@ class AdminService:
             )
         if message.space_id != serving.space_id:
             raise SpaceMismatch(serving.space_id, message.space_id, "space_id")
-        schema = serving.entities[message.entity_type].attribute_table.schema
+        names = {name for entity in message.entities for name in entity.attributes}
+        types = serving.entities[message.entity_type].attribute_types(names)
+        types = {**self._new_types(serving, message.entity_type), **types}
         entries = [
-            _checked_entry(entity, f"entities[{row}]", message.space_id, serving, schema)
+            _checked_entry(entity, f"entities[{row}]", message.space_id, serving, types)
             for row, entity in enumerate(message.entities)
         ]
+        for entry in entries:
+            learn_types(self._new_types(serving, message.entity_type), entry.attributes)
         return await self._write(serving, message.entity_type, entries)
+
+    def _new_types(self, serving: ServingRelease, entity_type: str) -> dict[str, str]:
+        """Return the types of attributes that this server wrote, which may not be visible yet."""
+        if self._written[0] != serving.release_id:
+            self._written = (serving.release_id, {})
+        return self._written[1].setdefault(entity_type, {})
 
     async def delete(self, message: pb.DeleteRequest, call: CallInfo) -> pb.WriteResponse:
         """Remove entities."""
@@ -139,17 +150,21 @@ class AdminService:
 
 
 def _checked_entry(
-    entity: pb.Entity, where: str, space_id: str, serving: ServingRelease, schema: Mapping[str, str]
+    entity: pb.Entity, where: str, space_id: str, serving: ServingRelease, types: dict[str, str]
 ) -> LiveEntry:
-    """Read one entity of an upsert; ``where`` names it in errors."""
+    """Read one entity of an upsert; ``where`` names it in errors.
+
+    ``types`` of attributes hold for it, and learn those of its new ones.
+    """
     vector = checked_embedding(
         entity.embedding, space_id, serving.dimension, serving.space_id, f"{where}.embedding"
     )
     attributes = {name: from_value(value) for name, value in entity.attributes.items()}
     try:
-        check_attributes(attributes, schema, where)
+        check_attributes(attributes, types, where)
     except BadAttribute as error:
         raise InvalidRequest(str(error)) from error
+    learn_types(types, attributes)
     return LiveEntry(
         id=checked_id(entity.id, f"{where}.id"),
         vector=vector.copy(),

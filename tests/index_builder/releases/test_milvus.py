@@ -2,19 +2,26 @@
 where it is not installed.
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 
 from benchmarks.serving.peer_servers import milvus_is_installed, milvus_server
 from benchmarks.small_releases import small_release, write_small_bundle
 from encoders.errors import InvalidVectors, SpaceMismatch
-from index_builder.errors import GateFailed, ReleaseError, ReleaseNotFound
+from index_builder.building.build import build_release
+from index_builder.errors import FilterError, GateFailed, ReleaseError, ReleaseNotFound
+from index_builder.filters.attributes import AttributeTable
 from index_builder.releases.milvus import MilvusConfig, MilvusReleases, collection_name
+from index_builder.releases.milvus_filters import milvus_expression
+from index_builder.releases.release import Release
 from index_builder.releases.store import ReleaseStore
+from tests.helpers.release_makers import SPACE, make_bundle, make_input, quick, unit_vectors
 
 
 def test_collection_name_similar_ids_differ_and_are_allowed() -> None:
@@ -61,8 +68,6 @@ def test_milvus_release_publishes_activates_and_switches(milvus: str, tmp_path: 
         activate=False,
     )
     releases = MilvusReleases(MilvusConfig(uri=f"http://{milvus}"))
-    from index_builder.releases.release import Release
-
     with Release.open(store.path_of(first)) as one, Release.open(store.path_of(second)) as two:
         space = one.space_id
         with pytest.raises(ReleaseNotFound):
@@ -78,19 +83,6 @@ def test_milvus_release_publishes_activates_and_switches(milvus: str, tmp_path: 
         assert len(set(ours.ids) & set(theirs.ids)) >= 9
         np.testing.assert_allclose(theirs.scores[0], ours.scores[0], atol=1e-4)
 
-        for expression in (
-            "price < 10",
-            "sale == true and stock in [1, 2]",
-            'array_contains(tags, "cat")',
-        ):
-            wanted = one.entities["pin"].search(query, 5, filter=expression, exact=True)
-            got = index.search(query, 5, filter=expression)
-            np.testing.assert_allclose(
-                got.scores,
-                wanted.scores,
-                atol=1e-4,
-                err_msg=f"the same filter on either engine: {expression}",
-            )
         kept = index.search(query, 5, exclude_ids=theirs.ids[:2], min_score=-1.0)
         assert not set(theirs.ids[:2]) & set(kept.ids)
         with pytest.raises(InvalidVectors):
@@ -123,3 +115,160 @@ def test_milvus_release_publishes_activates_and_switches(milvus: str, tmp_path: 
             "a refused copy is removed"
         )
     releases.close()
+
+
+COLOURS = ["red", "blue", "grün", 'q"uote', "back\\slash", "re", "red\nline", "50%"]
+WHENS = ["2024-05-01", "2024-05-01T23:30:00Z", "2024-05-02T01:00:00+02:00", "2024-05-03T00:00"]
+ATTRIBUTES = pl.DataFrame(
+    [
+        {
+            "price": None if i % 7 == 0 else i / 10,
+            "stock": None if i % 5 == 0 else i % 4,
+            "color": None if i % 3 == 0 else COLOURS[i % 8],
+            "sale": None if i % 11 == 0 else i % 2 == 0,
+            "tags": None if i % 6 == 0 else [["a", "b"], ["c"], [], ["a"]][i % 4],
+            "sizes": None if i % 4 == 0 else [[1, 2], [3], []][i % 3],
+            "größe": i,
+            "exists": i % 2,
+            "added": None if i % 8 == 0 else WHENS[i % 4],
+            "seen": None if i % 9 == 0 else [WHENS[i % 4], WHENS[i % 3]],
+            "huge": 2**62 + i,
+        }
+        for i in range(300)
+    ],
+    infer_schema_length=None,
+)
+FILTERS = [
+    *(f"{not_}(price {op} 10.5)" for not_ in ("", "not ") for op in ("==", "!=", "<", "<=", ">")),
+    *(f"{not_}(stock {op} 2)" for not_ in ("", "not ") for op in ("==", "!=", "<=", ">=")),
+    "stock in [1, 2]",
+    "stock not in [1, 2]",
+    "not (stock in [1, 2])",
+    "stock in []",
+    "stock not in []",
+    "stock == 1.0",
+    "stock < 1.5",
+    "stock == 010",
+    "price == 2",
+    "price in [2, 3, 3.5]",
+    "not price < 10 And stock == 1",
+    "!(stock == 1) || price < 3",
+    "price < 1e400",
+    "price > -1e400 and stock != 1",
+    "stock < 99999999999999999999",
+    "stock == 99999999999999999999",
+    "stock != 99999999999999999999",
+    "not (stock < -99999999999999999999)",
+    "huge > 4611686018427387954",
+    "huge == 4611686018427387954",
+    *(f"color == {json.dumps(colour)}" for colour in COLOURS),
+    *(f"color != {json.dumps(colour)}" for colour in COLOURS),
+    'color < "q" and color >= "blue"',
+    'color in ["red", "grün"]',
+    'color not in ["red", "grün"]',
+    'color like "re%"',
+    'color not like "re%"',
+    'color like "red"',
+    'color like "50\\\\%"',
+    'color like "%"',
+    "sale == true",
+    "sale != true",
+    "not (sale == True)",
+    "sale in [true, false]",
+    'array_contains(tags, "a")',
+    'not array_contains(tags, "a")',
+    'ARRAY_CONTAINS_ANY(tags, ["b", "c"])',
+    'not array_contains_any(tags, ["b", "c"])',
+    'array_contains_all(tags, ["a", "b"])',
+    'not array_contains_all(tags, ["a", "b"])',
+    "array_contains_any(tags, [])",
+    "array_contains_all(tags, [])",
+    "array_contains(sizes, 2)",
+    "array_contains_any(sizes, [3, 2.0])",
+    "tags is null",
+    "tags is not null",
+    "stock is null or price is null",
+    "not (color is null)",
+    "größe < 20",
+    "5 > größe",
+    "exists == 1 and exists is not null",
+    *(f"added {op} 2024-05-01" for op in ("==", "!=", "<", "<=", ">", ">=")),
+    'added == "2024-05-01T23:00:00Z"',
+    'added != "2024-05-01T23:00:00Z"',
+    'added in ["2024-05", 2024-05-03]',
+    "added not in [2024-05-01]",
+    "added is null",
+    'array_contains(seen, "2024-05-02T01:00:00+02:00")',
+    'not array_contains(seen, "2024-05-02T00:00:00+01:00")',
+    'id == "p7"',
+    'id != "p7" and größe < 9',
+    'id in ["p7", "p8", "zz"]',
+    'id not in ["p7"] and größe < 9',
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_milvus_filters_select_what_the_release_selects(milvus: str, tmp_path: Path) -> None:
+    store = ReleaseStore(tmp_path / "store")
+    entities = make_input("pin", 300, attributes=ATTRIBUTES, ids=[f"p{i}" for i in range(300)])
+    config = quick("exact", release_id="filters")
+    build_release({"pin": entities}, make_bundle(tmp_path / "bundle"), store, config)
+    releases = MilvusReleases(MilvusConfig(uri=f"http://{milvus}", prefix="filters"))
+    query = unit_vectors(1, 9)[0]
+    with Release.open(store.path_of("filters")) as release:
+        ours = release.entities["pin"]
+        releases.publish(release)
+        index = releases.index("pin", space_id=SPACE, release_id="filters")
+        wrong = []
+        for expression in FILTERS:
+            wanted = set(ours.search(query, 300, filter=expression, exact=True).ids)
+            try:
+                found = set(index.search(query, 300, filter=expression).ids)
+            except Exception as error:
+                wrong.append(f"{expression}: {error}")
+                continue
+            if found != wanted:
+                asked = milvus_expression(expression, ours.attribute_table.schema)
+                few = sorted(found ^ wanted)[:3]
+                wrong.append(f"{expression} as {asked}: {len(found)}, not {len(wanted)}; {few}")
+        assert not wrong, "\n".join(wrong)
+        with pytest.raises(FilterError, match="unknown attribute"):
+            index.search(query, 5, filter="nothing == 1")
+        releases.drop("filters", release.entities)
+    releases.close()
+
+
+@pytest.mark.parametrize(
+    ("expression", "why"),
+    [
+        ('color like "%d"', "prefixes"),
+        ('color like "r_d"', "prefixes"),
+        ("array_contains(seen, 2024-05-01)", "whole day"),
+        ("stock == 'x'", "is a string"),
+        ("nothing == 1", "unknown attribute"),
+    ],
+)
+def test_milvus_expression_what_has_no_equal_is_refused(expression: str, why: str) -> None:
+    with pytest.raises(FilterError, match=why):
+        milvus_expression(expression, AttributeTable(ATTRIBUTES).schema)
+
+
+@pytest.mark.parametrize(
+    ("expression", "asked"),
+    [
+        ("stock == 1", '$meta["stock"] == 1'),
+        ("not (stock == 1)", '((exists $meta["stock"]) and $meta["stock"] != 1)'),
+        ("stock not in [1]", '(exists $meta["stock"]) and not ($meta["stock"] == 1)'),
+        ("stock in []", "id in []"),
+        ("stock is null", 'not (exists $meta["stock"])'),
+        ('id == "a"', 'id in ["a"]'),
+        (
+            "added <= 2024-05-01 and stock < 010",
+            '($meta["added@us"] < 1714608000000000) and ($meta["stock"] < 10)',
+        ),
+        ('color like "re%"', '($meta["color"] >= "re" and $meta["color"] < "rf")'),
+    ],
+)
+def test_milvus_expression_is_translated(expression: str, asked: str) -> None:
+    assert milvus_expression(expression, AttributeTable(ATTRIBUTES).schema) == asked

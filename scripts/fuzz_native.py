@@ -1,0 +1,256 @@
+"""Fuzz the compiled modules: random corpora against exact search, and arguments of wrong kinds.
+
+    OMNI_SIMD=avx2 python scripts/fuzz_native.py --seconds 60 --seed 1
+
+Searches go through ``EntityIndex``, whose calls of the compiled code are recorded; each kind of
+call is then repeated with arguments replaced at random. A wrong answer is printed and ends the run
+with status 1. Memory errors end it where the extension was built for that
+(``scripts/sanitize.sh``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import polars as pl
+
+import index_builder.search.live_blocks
+import index_builder.search.live_segments
+import index_builder.search.live_state
+from index_builder import native
+from index_builder.ann import AnnConfig
+from index_builder.live_log.records import LiveEntry
+from index_builder.search.entity_index import EntityIndex, IndexConfig
+from index_builder.search.live_state import LiveBase, LiveState
+from index_builder.storage import engine_arrays
+
+DIMENSIONS = [1, 3, 8, 15, 16, 31, 33, 63, 64, 65, 100, 127, 128, 129, 192, 256, 300, 768]
+COUNTS = [1, 2, 15, 16, 17, 31, 33, 63, 64, 65, 100, 257, 600]
+SPACE = "5a" * 32
+TOLERANCE = 3e-5
+
+Call = tuple[str, tuple[Any, ...], dict[str, Any]]
+
+
+class Recorder:
+    """Passes calls on to compiled functions and keeps the last one of each name."""
+
+    def __init__(self, target: Any, calls: dict[str, tuple[Any, Call]]) -> None:
+        self._target = target
+        self._calls = calls
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._target, name)
+        if not callable(found):
+            return found
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            self._calls[name] = (found, (name, arguments, named))
+            return found(*arguments, **named)
+
+        return call
+
+
+class Corpus(NamedTuple):
+    """A random index and what it holds."""
+
+    index: EntityIndex
+    vectors: np.ndarray
+    prices: np.ndarray
+
+
+def unit_rows(vectors: np.ndarray) -> np.ndarray:
+    """Divide each row by its norm."""
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.ascontiguousarray((vectors / np.where(norms == 0, 1, norms)).astype(np.float32))
+
+
+def random_corpus(rng: np.random.Generator) -> Corpus:
+    """Build an index of a random kind over scattered, clustered, repeated or equal vectors."""
+    dimension, count = int(rng.choice(DIMENSIONS)), int(rng.choice(COUNTS))
+    vectors = unit_rows(rng.standard_normal((count, dimension)))
+    shape = rng.integers(4)
+    if shape == 1:
+        vectors = np.ascontiguousarray(vectors[rng.integers(0, max(1, count // 3), count)])
+    elif shape == 2:
+        vectors = unit_rows(vectors * 0.01 + vectors[:1])
+    elif shape == 3:
+        vectors = np.ascontiguousarray(np.repeat(vectors[:1], count, 0))
+    prices = rng.integers(0, 100, count)
+    config = IndexConfig(
+        kind=str(rng.choice(["hnsw", "int8-graph", "int8-graph"])),
+        ann=AnnConfig(m=8, ef_construction=20, sketched_links=bool(rng.integers(2))),
+    )
+    ids = [f"é{row}" for row in range(count)]
+    index = EntityIndex.build("pin", ids, vectors, pl.DataFrame({"price": prices}), config)
+    return Corpus(index, vectors, prices)
+
+
+def random_live(rng: np.random.Generator, corpus: Corpus) -> Corpus:
+    """Delete, replace and add some entries; rows of the result that are gone are zeros."""
+    index, vectors, prices = corpus
+    count, dimension = vectors.shape
+    state = LiveState(
+        LiveBase(dimension, SPACE, index.row_of, rows=count),
+        exact_limit=int(rng.choice([16, 64, 4096])),
+        background=False,
+    )
+    vectors, prices = vectors.copy(), list(prices)
+    rows = list(vectors)
+    sequence = 0
+    for _ in range(int(rng.integers(1, 4))):
+        entries = []
+        for _ in range(int(rng.integers(1, 120))):
+            sequence += 1
+            row = int(rng.integers(0, len(rows) + 1))
+            if row < len(rows) and rng.random() < 0.3:
+                rows[row] = np.zeros(dimension, np.float32)
+                entries.append(LiveEntry(id=f"é{row}", sequence=sequence))
+                continue
+            vector = unit_rows(rng.standard_normal((1, dimension)))[0]
+            price = int(rng.integers(0, 100))
+            if row == len(rows):
+                rows.append(vector)
+                prices.append(price)
+            else:
+                rows[row], prices[row] = vector, price
+            entry = LiveEntry(id=f"é{row}", vector=vector, space_id=SPACE, sequence=sequence)
+            entries.append(replace(entry, attributes={"price": price}))
+        index.set_live(state.apply(entries))
+    return Corpus(index, np.stack(rows), np.array(prices))
+
+
+def wrong_answers(rng: np.random.Generator, corpus: Corpus) -> Iterator[str]:
+    """Search in random ways and yield what is wrong."""
+    index, vectors, prices = corpus
+    count, dimension = vectors.shape
+    present = vectors.any(axis=1)
+    for _ in range(8):
+        query = unit_rows(rng.standard_normal((1, dimension)))[0]
+        if rng.random() < 0.3 and present.any():
+            query = vectors[rng.choice(np.flatnonzero(present))]
+        k = int(rng.choice([1, 2, 10, 100, count + 5]))
+        options: dict[str, Any] = {}
+        allowed = present.copy()
+        if rng.random() < 0.6:
+            low, high = sorted(rng.integers(0, 101, 2).tolist())
+            options["filter"] = f"price >= {low} and price < {high}"
+            allowed &= (prices >= low) & (prices < high)
+        if rng.random() < 0.3:
+            options["exact"] = True
+        elif rng.random() < 0.4:
+            options["ef"] = int(rng.choice([1, k, 5 * count]))
+        found = index.search(query, k, **options)
+        scores = vectors @ query
+        rows = [int(name[1:]) for name in found.ids]
+        where = f"{index.kind} {vectors.shape} k={k} {options} plan {found.plan}"
+        if len(set(rows)) != len(rows):
+            yield f"an id twice: {where}"
+        if not all(allowed[row] for row in rows):
+            yield f"a row that must not come back: {where}"
+        if len(rows) != min(k, int(allowed.sum())):
+            yield f"{len(rows)} of {min(k, int(allowed.sum()))} answers: {where}"
+            continue
+        if len(rows) and np.abs(found.scores - scores[rows]).max() > TOLERANCE:
+            yield f"a wrong score: {where}"
+        if (np.diff(found.scores) > TOLERANCE).any():
+            yield f"not in order: {where}"
+        best = np.sort(scores[allowed])[::-1][:k]
+        if options.get("exact") and len(rows) and np.abs(found.scores - best).max() > TOLERANCE:
+            yield f"exact search misses: {where}"
+
+
+def hostile(rng: np.random.Generator, like: Any) -> Any:
+    """Return something to put in the place of an argument."""
+    size = int(rng.integers(0, 400))
+    dtype = rng.choice(["u1", "u4", "u8", "f4", "i8", "?"])
+    choices: list[Callable[[], Any]] = [
+        lambda: None,
+        lambda: int(rng.choice([0, -1, 5, 2**31, 2**62])),
+        lambda: 2**64,
+        lambda: "x",
+        lambda: b"abc",
+        lambda: float(rng.choice([0.0, -1.0, np.nan, np.inf, 1e300])),
+        lambda: rng.integers(0, 255, size).astype(dtype),
+        lambda: rng.standard_normal((3, 40)).astype(np.float32)[:, ::2],
+        lambda: [f"l{row}" for row in range(size)],
+    ]
+    if isinstance(like, np.ndarray) and like.size:
+        choices += [
+            lambda: np.ascontiguousarray(like.reshape(-1)[: int(rng.integers(like.size))]),
+            lambda: np.full_like(like, np.nan if like.dtype.kind == "f" else 1),
+            lambda: np.frombuffer(rng.bytes(like.nbytes), like.dtype).reshape(like.shape).copy(),
+        ]
+    return choices[int(rng.integers(len(choices)))]()
+
+
+def repeat_with_wrong_arguments(
+    rng: np.random.Generator, calls: dict[str, tuple[Any, Call]], outcomes: collections.Counter[str]
+) -> None:
+    """Call everything that was recorded again, with one or two arguments replaced."""
+    for function, (name, arguments, named) in calls.values():
+        positional = [a.copy() if isinstance(a, np.ndarray) else a for a in arguments]
+        keywords = dict(named)
+        places: list[Any] = [*range(len(positional)), *keywords]
+        for place in rng.choice(len(places), min(len(places), int(rng.integers(1, 3))), False):
+            where = places[int(place)]
+            if isinstance(where, int):
+                positional[where] = hostile(rng, positional[where])
+            else:
+                keywords[where] = hostile(rng, keywords[where])
+        try:
+            function(*positional, **keywords)
+            outcomes[f"{name}: answered"] += 1
+        except (TypeError, ValueError, OverflowError, BufferError, MemoryError) as error:
+            outcomes[f"{name}: {type(error).__name__}"] += 1
+
+
+def main() -> int:
+    """Fuzz for a while; 1 where an answer was wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    rng = np.random.default_rng(options.seed)
+    calls: dict[str, tuple[Any, Call]] = {}
+    outcomes: collections.Counter[str] = collections.Counter()
+    real_engine = native.Engine
+    assert real_engine is not None and native.live_scan is not None, "build the extension first"
+
+    def engine(*arguments: Any, **named: Any) -> Any:
+        calls["Engine"] = (real_engine, ("Engine", arguments, named))
+        return Recorder(real_engine(*arguments, **named), calls)
+
+    engine_arrays.Engine = engine
+    scan = Recorder(native.live_scan, calls)
+    for module in ("live_blocks", "live_segments", "live_state"):
+        module_ = getattr(index_builder.search, module)
+        if hasattr(module_, "live_scan"):
+            module_.live_scan = scan
+    print(f"kernels: {native.SIMD}, seed {options.seed}", flush=True)
+    end = time.monotonic() + options.seconds
+    rounds = wrong = 0
+    while time.monotonic() < end:
+        rounds += 1
+        corpus = random_corpus(rng)
+        if rng.random() < 0.7:
+            corpus = random_live(rng, corpus)
+        for message in wrong_answers(rng, corpus):
+            wrong += 1
+            print(message, flush=True)
+        for _ in range(4):
+            repeat_with_wrong_arguments(rng, calls, outcomes)
+    print(f"{rounds} corpora, {wrong} wrong answers; {sum(outcomes.values())} hostile calls:")
+    print("  " + ", ".join(f"{name} {count}" for name, count in sorted(outcomes.items())))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,6 +17,14 @@ _CLOCK = (
 _VALUE = rf"(?P<day>{_YEAR}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01]))(?:{_CLOCK})?"
 _LITERAL = re.compile(_VALUE)
 _MONTH = re.compile(rf"(?P<year>{_YEAR})(?:-(?P<month>0[1-9]|1[0-2]))?")
+_DATE = rf"{_YEAR}-(?:0[1-9]|1[0-2])-(?:0[1-9]|[12][0-9]|3[01])"
+_TIME = r"T(?:[01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](?:\.[0-9]{1,6})?"
+_ZONE = r"[+-](?:[01][0-9]|2[0-3]):[0-5][0-9]"
+_COMMON_FORMS = (
+    (f"^{_DATE}$", "%Y-%m-%d"),
+    (f"^{_DATE}{_TIME}$", "%Y-%m-%dT%H:%M:%S%.f"),
+    (f"^{_DATE}{_TIME}{_ZONE}$", "%Y-%m-%dT%H:%M:%S%.f%:z"),
+)
 _MICROSECONDS = 1_000_000
 _DAY = 86_400 * _MICROSECONDS
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -82,9 +90,18 @@ def instants_of(texts: pl.Series) -> pl.Series:
 
     A date without a time is its first moment.
     """
+    texts = texts.cast(pl.String)
+    for form, layout in _COMMON_FORMS:
+        # Texts that all are of one form, as columns of times are written, take a tenth of the time
+        if bool(texts.str.contains(form).all()):
+            times = texts.str.to_datetime(layout, time_unit="us", strict=False)
+            return times.dt.replace_time_zone(None).cast(pl.Int64)
+    return _instants_of_any(texts)
+
+
+def _instants_of_any(texts: pl.Series) -> pl.Series:
     parts = (
-        texts.cast(pl.String)
-        .alias("text")
+        texts.alias("text")
         .to_frame()
         .select(pl.col("text").str.extract_groups(f"^(?:{_VALUE})$"))
         .unnest("text")

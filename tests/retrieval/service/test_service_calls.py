@@ -364,6 +364,32 @@ def test_upsert_and_delete_become_visible(
     assert len(left.hits) == 59 and not {"dragon", "ad-3"} & {h.id for h in left.hits}
 
 
+def test_upsert_new_attribute_keeps_the_type_it_was_first_written_with(
+    running: Running, stub: rpc.RetrievalStub, channel: grpc.Channel
+) -> None:
+    admin = rpc.AdminStub(channel)
+    vector = running.encoder.encode(["green dragon"])[0].tobytes()
+
+    def entity(id_: str, value: pb.Value) -> pb.Entity:
+        return pb.Entity(id=id_, embedding=vector, attributes={"mood": value})
+
+    def request(*entities: pb.Entity) -> pb.UpsertRequest:
+        return pb.UpsertRequest(entity_type="ad", space_id=running.space_id, entities=entities)
+
+    number, text = pb.Value(int_value=3), pb.Value(string_value="glad")
+    fails(admin.Upsert, request(entity("m1", number), entity("m2", text)), Code.INVALID_ARGUMENT)
+    admin.Upsert(request(entity("m1", text)))
+    refused = ("attribute 'mood' is string in this index", "got 3")
+    # At once, while only this server knows, and when the entry is visible
+    fails(admin.Upsert, request(entity("m2", number)), Code.INVALID_ARGUMENT, *refused)
+    written = admin.Upsert(request(entity("m3", text)))
+    follower = running.server.releases.resolve("").follower
+    assert follower.wait_for("ad", written.sequence)
+    fails(admin.Upsert, request(entity("m2", number)), Code.INVALID_ARGUMENT, "mood")
+    gone = admin.Delete(pb.DeleteRequest(entity_type="ad", ids=["m1", "m3"]))
+    assert follower.wait_for("ad", gone.sequence)
+
+
 def test_health_and_reflection_know_services_and_entity_types(channel: grpc.Channel) -> None:
     health = health_pb2_grpc.HealthStub(channel)
     for name in ("", "omnisearchsage.v1.Retrieval", "pin", "ad"):

@@ -26,6 +26,14 @@ BENCHES: dict[str, tuple[str, str]] = {
         "benchmarks.quality.recall:command",
         "Labelled Recall@10 of a bundle and the baselines, by entity type and language.",
     ),
+    "fusion": (
+        "benchmarks.quality.fusion:command",
+        "Labelled Recall@10 and time of vectors, words and neighbouring queries, alone and fused.",
+    ),
+    "words": (
+        "benchmarks.index.words:command",
+        "Time, size and exactness of the index of words, on up to 820,000 real texts.",
+    ),
     "encode": (
         "benchmarks.throughput.encode:command",
         "Catalogue rows to vectors: tokeniser, text only, full width, fp32 and bf16.",

@@ -18,6 +18,7 @@ import numpy as np
 
 from index_builder.building.carry_over import carry_entity
 from index_builder.building.entity_build import BuiltEntity, EntityBuild, build_or_resume
+from index_builder.building.fusion_build import add_fusion, remove_fusion
 from index_builder.building.inputs import EntityInput, QuerySet, fingerprint
 from index_builder.building.parity import require_forms
 from index_builder.building.plan import (
@@ -132,6 +133,8 @@ class _Build:
         content.mkdir(exist_ok=True)
         seconds: dict[str, float] = {}
         with PeakMemory() as peak, disk_full_is_clear("building the release", store.releases):
+            for entity_type in self.inputs:
+                remove_fusion(content / entity_type)  # of an interrupted run
             built = {
                 entity_type: build_or_resume(self._entity_build(entity_type, staging))
                 for entity_type in sorted(self.inputs)
@@ -140,6 +143,9 @@ class _Build:
             for entity_type in carried:
                 log.info("%s: taken over from %s", entity_type, self.parent)
                 entities[entity_type] = carry_entity(entity_type, store, str(self.parent), content)
+            step = time.perf_counter()
+            add_fusion(content, self.inputs, entities)
+            seconds["votes and weights"] = _seconds_since(step)
             step = time.perf_counter()
             _copy_bundle(self.bundle, content)
             forms = self._check_forms(content, entities)

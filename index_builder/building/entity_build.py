@@ -153,6 +153,7 @@ def _build_entity(build: EntityBuild) -> BuiltEntity:
             entities.attributes,
             replace(kind, ann=replace(kind.ann, scratch=build.staging)),
             calibration_queries=CalibrationQueries(proof.calibration, proof.source),
+            lexical=entities.lexical(),
         )
         laps.end("index and calibrate")
         facts, curve = index.describe(), index.calibration

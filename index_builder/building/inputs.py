@@ -16,6 +16,9 @@ from index_builder.errors import DuplicateIds, LiveLogError
 from index_builder.filters.attributes import normalised
 from index_builder.filters.field_types import can_be_attribute
 from index_builder.filters.json_values import fitted_column, is_part, of_one_type
+from index_builder.fusion.engagements import Engagements
+from index_builder.lexical.counting import attribute_texts
+from index_builder.lexical.lexical_index import LexicalIndex
 from index_builder.live_log.files import log_files
 from index_builder.live_log.reader import LiveLogReader
 from index_builder.live_log.records import LiveEntry
@@ -38,6 +41,9 @@ class EntityInput:
         updated_at_ns: int64 ``(N,)`` when each vector was made, nanoseconds since 1970, or None if
             unknown. A live write that is older than the row loses.
         base_watermark: Live-log sequence already inside (for vectors taken from a release).
+        texts: Catalogue columns with words, ``N`` rows of strings, or None.
+        words: Words of the rows where ``texts`` are not at hand (taken from a release), or None.
+        engagements: Known queries of these entities, or None.
     """
 
     ids: Sequence[str]
@@ -46,6 +52,16 @@ class EntityInput:
     attributes: pl.DataFrame | None = None
     updated_at_ns: np.ndarray | None = None
     base_watermark: int = 0
+    texts: pl.DataFrame | None = None
+    words: LexicalIndex | None = None
+    engagements: Engagements | None = None
+
+    def lexical(self) -> LexicalIndex | None:
+        """Return the words of the rows; None where there are no texts."""
+        if self.texts is None:
+            return self.words
+        fields = {name: self.texts[name].to_list() for name in self.texts.columns}
+        return LexicalIndex.build(fields, len(self.ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +218,9 @@ def fold_live(entities: EntityInput, live: LiveWrites, into: Path) -> tuple[Enti
         space_id=entities.space_id,
         attributes=_fold_attributes(entities.attributes, keep, fresh),
         base_watermark=live.watermark,
+        texts=_fold_texts(entities.texts, keep, fresh),
+        words=_fold_words(entities.words, keep, fresh),
+        engagements=entities.engagements,
     )
     return changed, folded
 
@@ -283,8 +302,29 @@ def _fold_attributes(
     )
 
 
+def _fold_texts(
+    texts: pl.DataFrame | None, keep: np.ndarray, fresh: list[LiveEntry]
+) -> pl.DataFrame | None:
+    """Append the texts of fresh entries to those of the rows that stay."""
+    if texts is None:
+        return None
+    added = pl.DataFrame(attribute_texts([entry.attributes for entry in fresh]))
+    if not added.width:
+        added = pl.DataFrame({texts.columns[0]: [""] * len(fresh)}, schema_overrides=texts.schema)
+    return pl.concat([texts.filter(pl.Series(keep)), added], how="diagonal").fill_null("")
+
+
+def _fold_words(
+    words: LexicalIndex | None, keep: np.ndarray, fresh: list[LiveEntry]
+) -> LexicalIndex | None:
+    """Append the words of fresh entries to those of the rows that stay."""
+    if words is None:
+        return None
+    return words.updated(keep, attribute_texts([entry.attributes for entry in fresh]), len(fresh))
+
+
 def fingerprint(entities: EntityInput) -> str:
-    """Return SHA-256 over ids, vectors, attributes and space of an input.
+    """Return SHA-256 over ids, vectors, attributes, texts and space of an input.
 
     By it an interrupted build recognises its own work.
     """
@@ -295,6 +335,12 @@ def fingerprint(entities: EntityInput) -> str:
     if entities.attributes is not None and entities.attributes.width:
         digest.update(repr(entities.attributes.schema).encode())
         digest.update(entities.attributes.hash_rows(seed=1).to_numpy().tobytes())
+    if entities.texts is not None:
+        digest.update(repr(entities.texts.columns).encode())
+        digest.update(entities.texts.hash_rows(seed=1).to_numpy().tobytes())
+    if entities.words is not None:
+        digest.update(entities.words.postings.rows.data)
+        digest.update(entities.words.postings.weights.data)
     return digest.hexdigest()
 
 

@@ -19,6 +19,9 @@ from encoders.tables.files import read_raw, table_files
 from encoders.tables.schemas import Kind, schema
 from index_builder.building.inputs import EntityInput, align_attributes
 from index_builder.errors import ReleaseNotFound, UnknownEntityType
+from index_builder.fusion.engagements import Engagements
+from index_builder.fusion.fused_search import FusedIndex
+from index_builder.lexical.counting import TEXT_FIELDS, text_fields
 from index_builder.releases.store import ReleaseStore
 
 _VECTOR_COLUMNS = frozenset(
@@ -80,6 +83,7 @@ def from_signals(
             space_id=described["space_id"],
             attributes=attributes_for(catalogue, entity_type, ids),
             updated_at_ns=times,
+            texts=texts_for(catalogue, entity_type, ids),
         )
     return inputs
 
@@ -140,9 +144,19 @@ def from_release(
             space_id=release.space_id,
             attributes=index.attribute_table.frame,
             base_watermark=release.manifest.entities[entity_type].watermark,
+            words=index.lexical,
+            engagements=_engagements_of(release.fused[entity_type]),
         )
     release.close()
     return inputs, release.path
+
+
+def _engagements_of(fused: FusedIndex) -> Engagements | None:
+    """Return the pairs that vote in a release, and its weights; None where none do."""
+    if fused.votes is None or fused.queries is None:
+        return None
+    pairs = fused.votes.pairs(fused.queries.ids, fused.entities.ids)
+    return Engagements(pairs, fusion=fused.fusion)
 
 
 def attributes_for(
@@ -154,17 +168,31 @@ def attributes_for(
     """
     if catalogue is None:
         return None
-    rows = (
-        catalogue.filter(pl.col("entity_type") == entity_type)
-        if "entity_type" in catalogue.columns
-        else catalogue
-    )
+    rows = _rows_of(catalogue, entity_type)
     drop = [
         name
         for name, dtype in rows.schema.items()
         if name in _VECTOR_COLUMNS or _nested(dtype) or rows[name].null_count() == rows.height
     ]
     return align_attributes(rows, ids, drop)
+
+
+def texts_for(
+    catalogue: pl.DataFrame | None, entity_type: str, ids: Sequence[str]
+) -> pl.DataFrame | None:
+    """Return the texts of one entity type, in row order; None where there are none."""
+    if catalogue is None:
+        return None
+    rows = _rows_of(catalogue, entity_type)
+    names = [name for name in TEXT_FIELDS if name in rows.columns]
+    fields = text_fields(align_attributes(rows.select("id", *names), ids))
+    return pl.DataFrame(fields) if fields else None
+
+
+def _rows_of(catalogue: pl.DataFrame, entity_type: str) -> pl.DataFrame:
+    if "entity_type" not in catalogue.columns:
+        return catalogue
+    return catalogue.filter(pl.col("entity_type") == entity_type)
 
 
 def _nested(dtype: pl.DataType) -> bool:

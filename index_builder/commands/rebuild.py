@@ -32,8 +32,24 @@ from index_builder.releases.release import read_manifest
 from index_builder.releases.store import ReleaseStore
 from index_builder.search.entity_index import IndexConfig
 
-_SOURCES = ("bundle", "catalogue", "signals", "from_active", "entity_types", "queries")
-_EXCLUDED_BY_QUERY_TOWER = ("bundle", "catalogue", "signals", "from_active", "entity_types")
+_SOURCES = (
+    "bundle",
+    "catalogue",
+    "signals",
+    "from_active",
+    "entity_types",
+    "queries",
+    "pairs",
+    "min_query_users",
+)
+_EXCLUDED_BY_QUERY_TOWER = (
+    "bundle",
+    "catalogue",
+    "signals",
+    "from_active",
+    "entity_types",
+    "pairs",
+)
 _PLANNED = {
     "entities": "entities",
     "live_upserts": "live upserts",
@@ -120,6 +136,21 @@ class IndexKind(click.Choice):
         "Real queries (.txt, or a table with a column query) to calibrate and prove the release"
         " with."
     ),
+)
+@click.option(
+    "--pairs",
+    type=click.Path(path_type=Path, exists=True),
+    help=(
+        "Pairs for fused answers: queries of train pairs that are in the index of queries vote for"
+        " their entities; those of split validation fit the weights and prove the gain."
+    ),
+)
+@click.option(
+    "--min-query-users",
+    type=click.IntRange(1),
+    default=3,
+    show_default=True,
+    help="Queries of fewer users do not vote, where the pairs have a column users.",
 )
 @click.option(
     "--index",

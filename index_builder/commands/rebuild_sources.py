@@ -11,6 +11,7 @@ import polars as pl
 
 from encoders.commands.console import say, stage
 from encoders.errors import BundleError, ConfigError
+from index_builder.building.fusion_build import with_engagements
 from index_builder.building.inputs import EntityInput, QuerySet, read_live
 from index_builder.building.plan import CALIBRATION_QUERIES, RebuildConfig, read_bundle
 from index_builder.building.sources import from_release, from_signals, read_query_texts
@@ -33,6 +34,8 @@ class RebuildSources:
         from_active: Take everything from the active release.
         entity_types: Only these; empty: all there are.
         queries: Real queries to calibrate and prove with.
+        pairs: Table of pairs: train pairs vote, those of split ``validation`` fit the weights.
+        min_query_users: Queries of fewer users do not vote, where the table counts ``users``.
     """
 
     bundle: Path | None
@@ -41,6 +44,8 @@ class RebuildSources:
     from_active: bool
     entity_types: tuple[str, ...]
     queries: Path | None
+    pairs: Path | None = None
+    min_query_users: int = 3
 
 
 class Gathered(NamedTuple):
@@ -86,7 +91,27 @@ def gather(
         inputs = _from_tables(store, sources, bundle, catalogue, scratch)
     if not dry_run:
         embed_foreign_live(store, bundle, inputs, config)
+        inputs = _with_pairs(sources, bundle, inputs)
     return Gathered(inputs, bundle, _queries(sources.queries, bundle, config))
+
+
+def _with_pairs(
+    sources: RebuildSources, bundle_path: Path, inputs: dict[str, EntityInput]
+) -> dict[str, EntityInput]:
+    """Give entities the pairs that vote and those that fit the weights of fused answers."""
+    if sources.pairs is None:
+        return inputs
+    from encoders.tables.files import read_table
+    from encoders.towers.bundle import load_bundle
+
+    with stage("read the pairs and embed the queries that fit the weights"):
+        bundle = load_bundle(bundle_path)
+        return with_engagements(
+            inputs,
+            read_table(sources.pairs, "pairs"),
+            lambda texts: np.ascontiguousarray(bundle.embed_queries(list(texts)), np.float32),
+            sources.min_query_users,
+        )
 
 
 def _from_tables(

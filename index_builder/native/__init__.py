@@ -1,4 +1,4 @@
-"""Compiled parts of filtered search and of live entries; without them the rest works, slower."""
+"""Compiled parts of filtered search, live entries and words; without them the rest is slower."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ try:
     """``encode`` and ``merge`` of ``live.cpp``; None where the extension was not built."""
 except ImportError:
     live_scan = None
+try:
+    _lexical: Any = importlib.import_module("index_builder.native._lexical")
+except ImportError:
+    _lexical = None
 
 Engine: Any = getattr(_engine, "Engine", None)
 """Searches of one entity type, see ``engine.cpp``; None where the extension was not built."""
@@ -36,3 +40,5 @@ link_records: Any = getattr(_engine, "link_records", None)
 """``link_records(vectors, dimension, graph, scale, out)``, see ``links.h``; None likewise."""
 SIMD: str = getattr(_engine, "simd", "none")
 """Instruction set of the kernels: ``avx512vnni``, ``avx2``, ``plain``; ``none`` without them."""
+Postings: Any = getattr(_lexical, "Postings", None)
+"""Searches of posting lists, see ``lexical.cpp``; None where the extension was not built."""

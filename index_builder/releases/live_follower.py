@@ -57,7 +57,12 @@ class LiveFollower:
         for entity_type, index in release.entities.items():
             watermark = release.manifest.entities[entity_type].watermark
             base = LiveBase(
-                release.dimension, release.space_id, index.row_of, len(index.ids), watermark
+                dimension=release.dimension,
+                space_id=release.space_id,
+                row_of=index.row_of,
+                rows=len(index.ids),
+                watermark=watermark,
+                lexical=index.lexical,
             )
             reader = LiveLogReader(store.live_root, entity_type, after=watermark)
             self._followed[entity_type] = (reader, LiveState(base))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from index_builder.ann import AnnIndex
 from index_builder.errors import ReleaseCorrupt, ReleaseNotFound, UnknownEntityType
+from index_builder.fusion.fused_search import FusedIndex
 from index_builder.releases.manifest import MANIFEST_NAME, Manifest
 from index_builder.releases.verification import check_contents, check_cpu, check_names_and_sizes
 from index_builder.search.entity_index import EntityIndex
@@ -80,8 +81,8 @@ def read_manifest(path: Path, expected_sha256: str | None = None) -> Manifest:
 class Release:
     """One opened release.
 
-    Searches go through ``release.entities[entity_type]``; close it when no request uses it any
-    more.
+    Searches go through ``release.entities[entity_type]``, fused ones through
+    ``release.fused[entity_type]``; close it when no request uses it any more.
     """
 
     def __init__(
@@ -94,6 +95,10 @@ class Release:
         self.path = path
         self.manifest = manifest
         self.entities = entities
+        self.fused = {
+            name: FusedIndex.load(path / name, index, entities.get("query"))
+            for name, index in entities.items()
+        }
         self._lease = lease
         self._golden: dict[str, GoldenQueries] = {}
         self._lock = threading.Lock()

@@ -13,6 +13,7 @@ import polars as pl
 from index_builder.ann import AnnIndex
 from index_builder.errors import DimensionMismatch, InvalidQuery
 from index_builder.filters.cache import SelectionCache
+from index_builder.lexical.lexical_index import LexicalIndex
 from index_builder.search.calibration import Calibration, CurvePoint, calibrate, calibrate_sketches
 from index_builder.search.construction import CalibrationQueries, build_parts
 from index_builder.search.ef_choice import SearchSettings
@@ -58,6 +59,7 @@ class EntityIndex:
         token: Stands for this index where the index itself would keep a retired release in memory.
         version: Stands for this index with its current live entries; while it is the same object,
             answers are the same.
+        lexical: Words of the base rows' texts; None where there were none.
     """
 
     def __init__(self, parts: IndexParts, record: IndexRecord) -> None:
@@ -69,6 +71,7 @@ class EntityIndex:
         self.ann = parts.ann
         self.attribute_table = parts.attributes
         self.attribute_table.row_of = parts.ids.row_of
+        self.lexical = parts.lexical
         self._parts = parts
         self._record = record
         self._live: LiveView | None = None
@@ -90,6 +93,7 @@ class EntityIndex:
         config: IndexConfig | None = None,
         *,
         calibration_queries: CalibrationQueries | np.ndarray | None = None,
+        lexical: LexicalIndex | None = None,
     ) -> EntityIndex:
         """Check, deduplicate, build and (given queries) calibrate.
 
@@ -101,6 +105,7 @@ class EntityIndex:
             config: How to build; ``auto`` by default.
             calibration_queries: Real ones as float32 ``(Q, D)``, or with their source; None: not
                 calibrated.
+            lexical: Words of the rows' texts, or None.
 
         Raises:
             IndexBuildError: A bad or repeated id, or an impossible attribute; names the row.
@@ -113,6 +118,9 @@ class EntityIndex:
             queries = CalibrationQueries(queries)
         racing = None if queries is None else queries.vectors
         parts, facts = build_parts(ids, vectors, attributes, config, racing)
+        if lexical is not None:
+            parts = replace(parts, lexical=lexical)
+            facts = {**facts, "lexical": lexical.describe()}
         record = IndexRecord(
             entity_type=entity_type, default_recall=config.default_recall, facts=facts
         )
@@ -156,7 +164,7 @@ class EntityIndex:
     def save(self, folder: Path) -> None:
         """Write all files of the index; the same index gives the same bytes.
 
-        They are ``index.*``, ``ids.*``, ``vectors.*`` and ``attributes.parquet``.
+        They are ``index.*``, ``ids.*``, ``vectors.*``, ``attributes.parquet`` and ``lexical.*``.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._parts.save(folder)
@@ -229,6 +237,26 @@ class EntityIndex:
         """Return float32 ``(N, D)``, one row per base id (a copy where duplicates share nodes)."""
         nodes = self.corpus.node_of_row
         return self.corpus.vectors if nodes is None else np.asarray(self.corpus.vectors[nodes])
+
+    def row_vectors(self, rows: np.ndarray) -> np.ndarray:
+        """Return the vectors of base rows, float32 ``(R, D)``."""
+        nodes = self.corpus.node_of_row
+        return np.asarray(self.corpus.vectors[rows if nodes is None else nodes[rows]])
+
+    def allowed_rows(
+        self, expression: str | None, exclude_ids: Collection[str] = ()
+    ) -> np.ndarray | None:
+        """Return which base rows pass a filter and are not excluded, bool ``(N,)``; None: all.
+
+        Raises:
+            FilterError: The filter does not parse or does not fit the attributes.
+        """
+        mask = None if expression is None else self._selections.get(expression).as_mask()
+        excluded = [row for row in map(self.ids.row_of, exclude_ids) if row is not None]
+        if excluded:
+            mask = np.ones(len(self.ids), np.bool_) if mask is None else mask.copy()
+            mask[excluded] = False
+        return mask
 
     def vector(self, id_: str) -> np.ndarray | None:
         """Return the current vector of an id, live first; None if it is unknown or deleted."""

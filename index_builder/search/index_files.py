@@ -14,6 +14,7 @@ from index_builder.ann.int8_graph import Int8GraphIndex
 from index_builder.ann.old_kinds import current_kind
 from index_builder.errors import IndexFormatError
 from index_builder.filters.attributes import AttributeTable
+from index_builder.lexical.lexical_index import LEXICAL_FILE, LexicalIndex
 from index_builder.search.calibration import Calibration
 from index_builder.storage.corpus import Corpus
 from index_builder.storage.engine_arrays import EngineArrays
@@ -34,6 +35,7 @@ class IndexParts:
         corpus: The distinct vectors, and which rows share them.
         ann: Over the distinct vectors.
         arrays: Codes and sketches for filtered searches and compiled walks; None: no such.
+        lexical: Words of the rows' texts; None: there were no texts.
     """
 
     ids: IdTable
@@ -41,14 +43,17 @@ class IndexParts:
     corpus: Corpus
     ann: AnnIndex
     arrays: EngineArrays | None = None
+    lexical: LexicalIndex | None = None
 
     def save(self, folder: Path) -> None:
-        """Write ``index.*``, ``ids.*``, ``vectors.*`` and ``attributes.parquet``."""
+        """Write ``index.*``, ``ids.*``, ``vectors.*``, ``attributes.parquet``, ``lexical.*``."""
         self.corpus.save(folder)
         self.ids.save(folder)
         self.ann.save(folder / "index")
         if self.arrays is not None:
             self.arrays.save(folder)
+        if self.lexical is not None:
+            self.lexical.save(folder)
         self.attributes.save(folder / _ATTRIBUTES_FILE)
 
     @classmethod
@@ -78,7 +83,17 @@ class IndexParts:
             arrays = ann.arrays
         elif record.has_codes:
             arrays = EngineArrays.load(folder, corpus.vectors)
-        return cls(ids=ids, attributes=attributes, corpus=corpus, ann=ann, arrays=arrays)
+        lexical = None
+        if (folder / LEXICAL_FILE).is_file():
+            lexical = LexicalIndex.load(folder, len(ids))
+        return cls(
+            ids=ids,
+            attributes=attributes,
+            corpus=corpus,
+            ann=ann,
+            arrays=arrays,
+            lexical=lexical,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

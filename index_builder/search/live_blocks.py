@@ -16,6 +16,8 @@ from index_builder.filters.attributes import AttributeTable
 from index_builder.filters.cache import SelectionCache
 from index_builder.filters.json_values import is_part, json_columns
 from index_builder.filters.live_columns import LiveColumns
+from index_builder.lexical.lexical_index import LexicalIndex
+from index_builder.lexical.live_words import LiveWords
 from index_builder.live_log.records import LiveEntry
 from index_builder.native import live_scan
 
@@ -49,9 +51,20 @@ class Block:
         capacity: Rows there is room for.
         dimension: D.
         scanned: Keep what the compiled scan needs; such a block gets no graph.
+        lexical: Base whose queries search the rows' words, too; None: words are not kept.
+
+    Attributes:
+        words: Of the rows' text attributes; None likewise.
     """
 
-    def __init__(self, capacity: int, dimension: int, scanned: bool = False) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        dimension: int,
+        scanned: bool = False,
+        lexical: LexicalIndex | None = None,
+    ) -> None:
+        self.words = None if lexical is None else LiveWords(lexical)
         self.ids: list[str] = []
         self.vectors = np.zeros((capacity, dimension), np.float32)
         self.values: list[dict[str, Any]] = []
@@ -92,10 +105,12 @@ class Block:
         return row
 
     def encode(self) -> None:
-        """Keep the signs of rows added since the last call.
+        """Keep the signs and the words of rows added since the last call.
 
         One thread at a time, and before a view shows the rows.
         """
+        if self.words is not None:
+            self.words.append(self.values[self.words.count :])
         if self.bits is not None and self._encoded < self.count:
             live_scan.encode(
                 self.vectors,

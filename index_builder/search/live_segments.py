@@ -11,6 +11,7 @@ import polars as pl
 from index_builder.ann import AnnIndex
 from index_builder.filters.attributes import AttributeTable
 from index_builder.filters.json_values import column_types
+from index_builder.lexical.live_words import LiveWords
 from index_builder.native import live_scan
 from index_builder.search.live_blocks import Block
 
@@ -56,6 +57,11 @@ class LiveSegment:
 
     def __len__(self) -> int:
         return self.size
+
+    @property
+    def words(self) -> LiveWords | None:
+        """Words of the rows, perhaps of more than the ``n`` seen here; None where none are kept."""
+        return self._block.words
 
     def holds(self, block: Block) -> bool:
         """Return whether this is a view of ``block``."""

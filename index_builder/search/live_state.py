@@ -8,12 +8,14 @@ the row out of every answer.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
+from index_builder.lexical.lexical_index import LexicalIndex
+from index_builder.lexical.live_words import LiveWords
 from index_builder.live_log.records import LiveEntry
 from index_builder.native import live_scan
 from index_builder.search.live_blocks import Block
@@ -40,6 +42,8 @@ class LiveBase(NamedTuple):
     """Rows of the base."""
     watermark: int = 0
     """Sequence of the last entry that the base contains."""
+    lexical: LexicalIndex | None = None
+    """Words of the base; None: words of live entries are not kept."""
 
 
 class LiveState:
@@ -136,7 +140,7 @@ class LiveState:
 
     def _new_block(self, capacity: int) -> Block:
         scanned = self._scans and capacity <= self._exact_limit
-        return Block(capacity, self._base.dimension, scanned=scanned)
+        return Block(capacity, self._base.dimension, scanned, self._base.lexical)
 
     def _apply(self, entry: LiveEntry) -> None:
         if entry.vector is not None and entry.space_id != self._base.space_id:
@@ -218,10 +222,20 @@ class LiveState:
             merged.ids.extend(block.ids[int(r)] for r in rows)
             merged.values.extend(block.values[int(r)] for r in rows)
         merged.alive[: merged.count] = True
+        merged.words = self._merged_words(parts) or merged.words
         if merged.count:
             merged.encode()
             merged.build_graph()
         return merged
+
+    def _merged_words(self, parts: Sequence[tuple[Block, np.ndarray]]) -> LiveWords | None:
+        """Return the words of rows of some blocks; None where a block has not counted all yet."""
+        lexical = self._base.lexical
+        if lexical is None:
+            return None
+        words = [block.words.taken(rows) for block, rows in parts if block.words is not None]
+        known = [part for part in words if part is not None]
+        return LiveWords.behind_each_other(lexical, known) if len(known) == len(parts) else None
 
     def _install(self, blocks: list[Block], merged: Block) -> None:
         """Put ``merged`` in the place of ``blocks``; the lock is held.

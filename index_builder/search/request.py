@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from types import EllipsisType
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import numpy as np
 
@@ -37,6 +37,19 @@ class SearchOptions(TypedDict, total=False):
 OPTION_NAMES = frozenset(SearchOptions.__annotations__)
 
 
+class FusedScores(NamedTuple):
+    """Scores of a fused answer, beside its cosines."""
+
+    scores: np.ndarray
+    """float32 ``(n,)``, by which the answer is ordered."""
+    legs: np.ndarray
+    """float32 ``(n, 3)``: cosine, lexical share, share of votes."""
+    used: tuple[str, ...]
+    """Names of the legs that took part."""
+    probabilities: np.ndarray | None = None
+    """float32 ``(n,)`` that each is relevant; None where these weights were not calibrated."""
+
+
 @dataclass(slots=True)
 class SearchResult:
     """Answers of one search, best first.
@@ -50,6 +63,7 @@ class SearchResult:
         estimated_recall: Expected ANN recall at k; 1.0 where the plan is exact, None where the
             index was never calibrated.
         selectivity: Share of base rows that pass the filter; None without a filter.
+        fused: Of a fused answer (plan ``fused``); None where vectors alone decide.
     """
 
     ids: list[str]
@@ -58,3 +72,4 @@ class SearchResult:
     ef: int
     estimated_recall: float | None
     selectivity: float | None
+    fused: FusedScores | None = None

@@ -126,6 +126,23 @@ class IdTable(Sequence[str]):
         ends = self.offsets[rows + 1].tolist()
         return [str(view[a:b], "utf-8") for a, b in zip(starts, ends)]
 
+    def rows_of(self, ids: Sequence[str]) -> np.ndarray:
+        """Return the row of each id, int64; -1 where it is unknown."""
+        digests = np.fromiter(
+            (xxhash.xxh3_64_intdigest(i.encode("utf-8", "surrogatepass")) for i in ids),
+            np.uint64,
+            len(ids),
+        )
+        if not len(self.rows):
+            return np.full(len(ids), -1, np.int64)
+        places = np.minimum(self.hashes.searchsorted(digests), len(self.rows) - 1)
+        rows = self.rows[places].astype(np.int64)
+        for number, (id_, found) in enumerate(zip(ids, self.take(rows), strict=True)):
+            if found != id_:  # unknown, or one of several ids with this hash
+                row = self.row_of(id_)
+                rows[number] = -1 if row is None else row
+        return rows
+
     def row_of(self, id_: str) -> int | None:
         """Return the row of an id, or None."""
         try:

@@ -1,0 +1,188 @@
+"""Votes and weights of a release: made when its indexes are, proved on queries no leg has seen."""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+
+from encoders.errors import DataError
+from index_builder.building.inputs import EntityInput
+from index_builder.fusion.engagements import CalibrationQueries, Engagements
+from index_builder.fusion.fused_search import DEPTH, FusedIndex
+from index_builder.fusion.votes import VOTES_FILE, Votes
+from index_builder.fusion.weights import FUSION_FILE, CalibrationCase, fit_fusion
+from index_builder.releases.manifest import EntityManifest
+from index_builder.search.entity_index import EntityIndex
+
+log = logging.getLogger(__name__)
+
+KNOWN_QUERIES = "query"
+"""Entity type whose index holds the known queries."""
+POOLED = {"ad": "product"}
+"""Types with few pairs, and the type whose calibration queries help to choose their weights."""
+CALIBRATION_SPLIT = "validation"
+MOST_CALIBRATION_QUERIES = 2_000
+"""Of each type; the rest is not needed."""
+_FILES = (VOTES_FILE, "votes.offsets", "votes.rows", FUSION_FILE)
+
+
+def with_engagements(
+    inputs: Mapping[str, EntityInput],
+    pairs: pl.DataFrame,
+    embed: Callable[[Sequence[str]], np.ndarray],
+    min_users: int,
+) -> dict[str, EntityInput]:
+    """Give each entity type the pairs that vote and the queries that calibrate.
+
+    Train pairs vote; those of split ``validation`` calibrate; held-out pairs are not looked at.
+
+    Args:
+        inputs: By entity type.
+        pairs: Table of pairs; a column ``users`` says how many asked the query.
+        embed: Query texts -> float32 ``(Q, D)``, unit rows.
+        min_users: Queries of fewer users are private and left out, where ``users`` is known.
+
+    Raises:
+        DataError: No pair is left.
+    """
+    if "users" in pairs.columns:
+        asked = pl.col("users").sum().over("query", "entity_type")
+        pairs = pairs.filter(asked >= min_users)
+    if not pairs.height:
+        raise DataError(
+            f"the pairs hold no query of at least {min_users} users; give more, or lower"
+            " --min-query-users"
+        )
+    changed = dict(inputs)
+    for entity_type in sorted(set(inputs) - {KNOWN_QUERIES}):
+        own = pairs.filter(pl.col("entity_type") == entity_type)
+        if own.height:
+            voting = own.filter(pl.col("split") == "train").select("query", "entity_id", "count")
+            engagements = Engagements(voting, _calibration(own, embed))
+            changed[entity_type] = replace(inputs[entity_type], engagements=engagements)
+    return changed
+
+
+def _calibration(
+    pairs: pl.DataFrame, embed: Callable[[Sequence[str]], np.ndarray]
+) -> CalibrationQueries | None:
+    """Return the queries that calibrate one entity type, a fixed choice where there are many."""
+    answers = (
+        pairs.filter(pl.col("split") == CALIBRATION_SPLIT)
+        .group_by("query", maintain_order=True)
+        .agg(pl.col("entity_id").unique(maintain_order=True))
+    )
+    if not answers.height:
+        return None
+    texts = answers["query"].to_list()
+    order = np.argsort([zlib.crc32(text.encode("utf-8", "surrogatepass")) for text in texts])
+    chosen = answers[order[:MOST_CALIBRATION_QUERIES]]
+    texts = chosen["query"].to_list()
+    return CalibrationQueries(texts, embed(texts), chosen["entity_id"].to_list())
+
+
+def add_fusion(
+    content: Path, inputs: Mapping[str, EntityInput], entities: dict[str, EntityManifest]
+) -> None:
+    """Write votes and weights beside the indexes, and say so in ``entities``.
+
+    Types that were taken over keep theirs, unless the index of known queries is another one now.
+
+    Args:
+        content: Staged release; the indexes lie in it.
+        inputs: What was built.
+        entities: Manifests by entity type; changed in place.
+    """
+    _drop_stale_votes(content, inputs, entities)
+    known = entities.get(KNOWN_QUERIES)
+    with_pairs = {
+        name: engagements
+        for name in sorted(inputs)
+        if (engagements := inputs[name].engagements) is not None
+    }
+    if not with_pairs:
+        return
+    queries = None
+    if known is None:
+        log.warning("no index of entity type query: there are no votes")
+    else:
+        queries = EntityIndex.load(content / KNOWN_QUERIES)
+    legs = {
+        name: _legs(content / name, queries, engagements)
+        for name, engagements in with_pairs.items()
+    }
+    cases = {name: _cases(fused, with_pairs[name]) for name, fused in legs.items()}
+    for name, fused in legs.items():
+        facts: dict[str, Any] = {}
+        if fused.votes is not None and known is not None:
+            built_from = {KNOWN_QUERIES: known.built_from, name: entities[name].built_from}
+            fused.votes.save(content / name, built_from)
+            facts["votes"] = {**fused.votes.describe(), "queries_built_from": known.built_from}
+        fusion = fused.fusion
+        if cases[name]:
+            pooled = cases.get(POOLED.get(name, ""), [])
+            fusion = fit_fusion(cases[name], f"pairs of split {CALIBRATION_SPLIT}", pooled)
+        if fusion is not None:
+            fusion.save(content / name)
+            facts["fusion"] = fusion.describe()
+            log.info("%s: %s", name, fusion)
+        entities[name] = replace(entities[name], index={**entities[name].index, **facts})
+
+
+def _drop_stale_votes(
+    content: Path, inputs: Mapping[str, EntityInput], entities: dict[str, EntityManifest]
+) -> None:
+    """Remove votes and weights of types taken over whose known queries are other ones now."""
+    known = entities.get(KNOWN_QUERIES)
+    built_from = None if known is None else known.built_from
+    for name, entity in list(entities.items()):
+        if name in inputs or "votes" not in entity.index:
+            continue
+        if entity.index["votes"]["queries_built_from"] != built_from:
+            log.warning("%s: its votes are of another index of queries; left out", name)
+            remove_fusion(content / name)
+            kept = {k: v for k, v in entity.index.items() if k not in ("votes", "fusion")}
+            entities[name] = replace(entity, index=kept)
+
+
+def _legs(folder: Path, queries: EntityIndex | None, engagements: Engagements) -> FusedIndex:
+    """Open a staged index with the votes for its entities, and the weights it had before."""
+    index = EntityIndex.load(folder)
+    votes = None
+    if queries is not None:
+        votes = Votes.build(engagements.pairs, queries.ids, index.ids)
+    return FusedIndex(index, queries, votes, engagements.fusion)
+
+
+def _cases(fused: FusedIndex, engagements: Engagements) -> list[CalibrationCase]:
+    """Score the candidates of calibration queries; a query does not vote for itself."""
+    calibration = engagements.calibration
+    if calibration is None:
+        return []
+    own = np.full(len(calibration.texts), -1, np.int64)
+    if fused.queries is not None:
+        own = fused.queries.ids.rows_of(calibration.texts)
+    cases = []
+    for text, vector, ids, row in zip(
+        calibration.texts, calibration.vectors, calibration.entity_ids, own, strict=True
+    ):
+        query = fused.query(text, vector)
+        others = query.neighbours != row
+        query = query._replace(neighbours=query.neighbours[others], cosines=query.cosines[others])
+        found = fused.candidates(query, DEPTH, {"live": None})
+        relevant = np.isin(found.rows, fused.entities.ids.rows_of(ids))
+        cases.append(CalibrationCase(found.scores, relevant, len(ids)))
+    return cases
+
+
+def remove_fusion(folder: Path) -> None:
+    """Remove votes and weights beside an index, if there are any."""
+    for name in _FILES:
+        (folder / name).unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""Fused retrieval: vectors, words and neighbouring queries in one answer."""

@@ -1,0 +1,294 @@
+"""Fused search of one entity type: each leg's best together, all scored by every leg.
+
+Scores of a leg have fixed scales, so that an entity's fused score does not depend on which others
+are candidates: the cosine; BM25 as a share of what the query could reach at most; the votes as a
+share of the voters' weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from index_builder.fusion.probability import NO_CURVE
+from index_builder.fusion.votes import NEIGHBOURS, VOTES_FILE, Votes, VoteShares
+from index_builder.fusion.weights import FUSION_FILE, LEGS, Fusion
+from index_builder.lexical.lexical_index import LexicalQuery
+from index_builder.lexical.scan import BUDGET, ScanRequest
+from index_builder.search.entity_index import EntityIndex, SearchOptions, SearchResult
+from index_builder.search.live_segments import LiveSegment, LiveView
+from index_builder.search.request import FusedScores
+
+DEPTH = 100
+"""Candidates of each leg; k where that is more."""
+BASE = -1
+"""Number of the base among the places where a candidate can be."""
+_DENSE_ONLY = np.array([1, 0, 0], np.float32)
+_NO_ROWS = np.zeros(0, np.uint32)
+_NO_VOTES = VoteShares(_NO_ROWS, np.zeros(0, np.float32))
+
+
+class FusedQuery(NamedTuple):
+    """One query, as each leg needs it."""
+
+    text: str
+    """Empty: there is no lexical leg."""
+    vector: np.ndarray
+    """float32 ``(D,)``, unit norm."""
+    neighbours: np.ndarray
+    """int64 ``(m,)``, rows of the nearest known queries; empty: there are no votes."""
+    cosines: np.ndarray
+    """float32 ``(m,)``, of the query with each of them."""
+
+
+class Candidates(NamedTuple):
+    """Entities that some leg found, each scored by every leg."""
+
+    places: np.ndarray
+    """int32 ``(C,)``: ``BASE``, or the number of a live segment."""
+    rows: np.ndarray
+    """int64 ``(C,)``, rows there."""
+    scores: np.ndarray
+    """float32 ``(C, 3)``, in the order of ``LEGS``."""
+    segments: tuple[LiveSegment, ...]
+    """Live segments that ``places`` number."""
+    selectivity: float | None
+    """Share of base rows that pass the filter; None without a filter."""
+
+
+@dataclass(frozen=True, slots=True)
+class FusedIndex:
+    """The legs of one entity type.
+
+    Attributes:
+        entities: Its index, with words where there were texts.
+        queries: The release's index of known queries, or None.
+        votes: Of these queries for the entities, or None.
+        fusion: Weights, or None where none were fitted.
+    """
+
+    entities: EntityIndex
+    queries: EntityIndex | None = None
+    votes: Votes | None = None
+    fusion: Fusion | None = None
+
+    @classmethod
+    def load(cls, folder: Path, entities: EntityIndex, queries: EntityIndex | None) -> FusedIndex:
+        """Map votes and weights that lie beside an index.
+
+        Args:
+            folder: Of the entity type.
+            entities: Its index.
+            queries: Index of known queries, or None.
+
+        Raises:
+            IndexFormatError: They are damaged, or of other indexes.
+        """
+        votes = fusion = None
+        if queries is not None and (folder / VOTES_FILE).is_file():
+            votes = Votes.load(folder, len(queries.ids), len(entities.ids))
+        if (folder / FUSION_FILE).is_file():
+            fusion = Fusion.load(folder)
+        return cls(entities, queries, votes, fusion)
+
+    def query(self, text: str, vector: np.ndarray, *, exact: bool = False) -> FusedQuery:
+        """Find the known queries near a query; every entity type of a release can use the answer.
+
+        Args:
+            text: The query; empty where only its vector is known.
+            vector: float32 ``(D,)``, unit norm.
+            exact: Score every known query.
+        """
+        if self.queries is None or self.votes is None or not len(self.queries.ids):
+            return FusedQuery(text, vector, np.zeros(0, np.int64), np.zeros(0, np.float32))
+        # Known queries are those of the release: votes are counted by its rows
+        found = self.queries.search(vector, NEIGHBOURS, exact=exact, live=None)
+        return FusedQuery(text, vector, self.queries.ids.rows_of(found.ids), found.scores)
+
+    def search(
+        self,
+        query: FusedQuery,
+        k: int,
+        options: SearchOptions | None = None,
+        weights: tuple[float, float, float] | None = None,
+    ) -> SearchResult:
+        """Find the k best entities by fused score.
+
+        ``min_score`` stays a bound of the cosine, and the result's ``scores`` are cosines.
+
+        Args:
+            query: From ``query``.
+            k: 1 to 10,000.
+            options: As for ``EntityIndex.search``; ``exact``: of every leg.
+            weights: Of the legs; None: those that were fitted, else dense alone.
+
+        Raises:
+            InvalidQuery, DimensionMismatch, FilterError: As ``EntityIndex.search``.
+        """
+        options = options or {}
+        if weights is not None:
+            chosen = np.array(weights, np.float32)
+        else:
+            chosen = _DENSE_ONLY
+            if self.fusion is not None:
+                chosen = np.array(self.fusion.weights, np.float32)
+        found = self.candidates(query, max(DEPTH, k), options)
+        fused = found.scores @ chosen
+        order = np.lexsort((found.rows, found.places, -fused))
+        min_score = options.get("min_score")
+        if min_score is not None:
+            order = order[found.scores[order, 0] >= min_score]
+        order = order[:k]
+        curve = NO_CURVE if self.fusion is None or weights is not None else self.fusion.probability
+        probabilities = curve.of(fused[order]) if curve else None
+        has_leg = (True, self._has_words(query), bool(len(query.neighbours)))
+        used = tuple(
+            leg
+            for leg, there, weight in zip(LEGS, has_leg, chosen, strict=True)
+            if there and weight
+        )
+        legs = found.scores[order]
+        return SearchResult(
+            ids=self._ids(found, order),
+            scores=legs[:, 0],
+            plan="fused",
+            ef=0,
+            estimated_recall=1.0 if options.get("exact") else None,
+            selectivity=found.selectivity,
+            fused=FusedScores(fused[order], legs, used, probabilities),
+        )
+
+    def candidates(self, query: FusedQuery, depth: int, options: SearchOptions) -> Candidates:
+        """Return each leg's ``depth`` best together, scored by every leg."""
+        live = options.get("live", ...)
+        if live is ...:
+            live = self.entities.live
+        dense_options: SearchOptions = {**options, "live": live}
+        dense_options.pop("min_score", None)
+        dense = self.entities.search(query.vector, depth, **dense_options)
+        places, rows = self._locate(dense.ids, live)
+        parts = [self._of_base(query, rows[places == BASE], depth, dense_options)]
+        segments = () if live is None else live.segments
+        for number, segment in enumerate(segments):
+            found = self._of_segment(query, segment, rows[places == number], depth, dense_options)
+            parts.append(found)
+        numbers = np.repeat(
+            np.arange(BASE, len(segments), dtype=np.int32), [len(rows) for rows, _ in parts]
+        )
+        all_rows = np.concatenate([rows for rows, _ in parts])
+        scores = np.concatenate([scores for _, scores in parts])
+        return Candidates(numbers, all_rows, scores, segments, dense.selectivity)
+
+    def _has_words(self, query: FusedQuery) -> bool:
+        return bool(query.text) and self.entities.lexical is not None
+
+    def _locate(self, ids: list[str], live: LiveView | None) -> tuple[np.ndarray, np.ndarray]:
+        """Return where ids are: int32 places and int64 rows; unknown ones get another place."""
+        rows = self.entities.ids.rows_of(ids)
+        places = np.where(rows >= 0, BASE, BASE - 1).astype(np.int32)
+        if live is not None and live.live_count:
+            for number, id_ in enumerate(ids):
+                place = live.find(id_)
+                if place is not None:
+                    places[number] = live.segments.index(place[0])
+                    rows[number] = place[1]
+        return places, rows
+
+    def _of_base(
+        self, query: FusedQuery, dense_rows: np.ndarray, depth: int, options: SearchOptions
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return rows of the base, int64 ascending, and their scores ``(C, 3)``."""
+        live = options.get("live")
+        hidden = live.hidden_rows if isinstance(live, LiveView) else None
+        allowed = self.entities.allowed_rows(options.get("filter"), options.get("exclude_ids", ()))
+        votes = _NO_VOTES
+        if self.votes is not None and len(query.neighbours):
+            votes = _usable(self.votes.cast(query.neighbours, query.cosines), allowed, hidden)
+        best_votes = votes.rows[np.argsort(-votes.shares, kind="stable")[:depth]]
+        also = np.unique(np.concatenate([dense_rows.astype(np.uint32), best_votes]))
+        words = self._words(query)
+        if words is None:
+            rows, lexical = also, np.zeros(len(also), np.float32)
+        else:
+            assert self.entities.lexical is not None
+            request = ScanRequest(
+                k=depth, also=also, allowed=allowed, hidden=hidden, budget=_budget(options)
+            )
+            hits = self.entities.lexical.search(words, request)
+            rows, places = np.unique(np.concatenate([also, hits.rows]), return_inverse=True)
+            lexical = np.zeros(len(rows), np.float32)
+            lexical[places] = np.concatenate([hits.also, hits.scores]) / words.maximum
+        scores = np.zeros((len(rows), len(LEGS)), np.float32)
+        numbers = rows.astype(np.int64)
+        scores[:, 0] = self.entities.row_vectors(numbers) @ query.vector
+        scores[:, 1] = lexical
+        if len(votes.rows):
+            at = np.minimum(votes.rows.searchsorted(rows), len(votes.rows) - 1)
+            scores[:, 2] = np.where(votes.rows[at] == rows, votes.shares[at], 0)
+        return numbers, scores
+
+    def _of_segment(
+        self,
+        query: FusedQuery,
+        segment: LiveSegment,
+        dense_rows: np.ndarray,
+        depth: int,
+        options: SearchOptions,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return rows of a live segment, int64, and their scores ``(C, 3)``; they have no votes."""
+        rows = dense_rows.astype(np.uint32)
+        lexical = np.zeros(len(rows), np.float32)
+        words = self._words(query)
+        if words is not None and segment.words is not None:
+            allowed = self._living(segment, options)
+            hits = segment.words.search(words, ScanRequest(k=depth, also=rows, allowed=allowed))
+            rows, places = np.unique(np.concatenate([rows, hits.rows]), return_inverse=True)
+            lexical = np.zeros(len(rows), np.float32)
+            lexical[places] = np.concatenate([hits.also, hits.scores]) / words.maximum
+        scores = np.zeros((len(rows), len(LEGS)), np.float32)
+        scores[:, 0] = segment.vectors[rows] @ query.vector
+        scores[:, 1] = lexical
+        return rows.astype(np.int64), scores
+
+    def _words(self, query: FusedQuery) -> LexicalQuery | None:
+        """Return the query's terms; None without text, words or terms."""
+        if not self._has_words(query):
+            return None
+        assert self.entities.lexical is not None
+        words = self.entities.lexical.query(query.text)
+        return words if len(words.keys) else None
+
+    def _living(self, segment: LiveSegment, options: SearchOptions) -> np.ndarray:
+        """Return which rows of a live segment may come back, bool ``(n,)``."""
+        usable = segment.alive
+        expression = options.get("filter")
+        if expression is not None:
+            usable = usable & segment.mask(expression, self.entities.attribute_table)
+        excluded = set(options.get("exclude_ids", ()))
+        if excluded:
+            usable = usable & np.array([id_ not in excluded for id_ in segment.ids[: len(segment)]])
+        return usable
+
+    def _ids(self, found: Candidates, order: np.ndarray) -> list[str]:
+        """Return the ids of candidates, in order."""
+        ids = []
+        for place, row in zip(found.places[order].tolist(), found.rows[order].tolist()):
+            source = self.entities.ids if place == BASE else found.segments[place].ids
+            ids.append(source[row])
+        return ids
+
+
+def _budget(options: SearchOptions) -> int:
+    """Return how many postings may be read; 0: all."""
+    return 0 if options.get("exact") else BUDGET
+
+
+def _usable(votes: VoteShares, allowed: np.ndarray | None, hidden: np.ndarray | None) -> VoteShares:
+    """Leave out votes for rows that may not come back."""
+    keep = np.ones(len(votes.rows), np.bool_) if allowed is None else allowed[votes.rows]
+    if hidden is not None:
+        keep = keep & ~hidden[votes.rows]
+    return VoteShares(votes.rows[keep], votes.shares[keep])

@@ -1,0 +1,262 @@
+"""Weights of the legs: fitted on calibration queries, kept only where they are proved to help."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from encoders.evaluation.metrics import QuerySums, paired_difference
+from index_builder.errors import IndexFormatError
+from index_builder.fusion.probability import (
+    MIN_QUERIES,
+    NO_CURVE,
+    ProbabilityCurve,
+    calibration_error,
+    fit_probability,
+)
+
+FUSION_FILE = "fusion.json"
+FUSION_FORMAT = 1
+LEGS = ("dense", "lexical", "votes")
+"""Order of the legs in every array: cosine; share of the highest BM25; share of the votes."""
+STEPS = 20
+"""Weights are tried in steps of one part of this, on legs brought to one spread."""
+RECALL_K = 10
+
+
+class CalibrationCase(NamedTuple):
+    """The candidates of one calibration query."""
+
+    scores: np.ndarray
+    """float32 ``(C, 3)``, in the order of ``LEGS``."""
+    relevant: np.ndarray
+    """bool ``(C,)``."""
+    positives: int
+    """Relevant entities of the query, those included that are no candidates."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fusion:
+    """How the legs of one entity type are added, and what that was fitted on and gained.
+
+    Attributes:
+        weights: One a leg, in the order of ``LEGS``; the fused score is their sum of products.
+        enabled: Whether answers are fused when a call does not say: fused is better than dense
+            beyond the interval.
+        queries: Calibration queries.
+        pairs: Relevant entities of them.
+        dense_recall: Labelled Recall@10 of the dense leg alone.
+        fused_recall: The same, fused, each half of the queries with weights fitted on the other.
+        gain: Fused less dense.
+        gain_low: Lower end of its 95% interval.
+        gain_high: Upper end.
+        fitted_on: What the queries are.
+        probability: From fused scores by these weights to the probability that a hit is relevant.
+        probability_error: Its expected calibration error on queries that it was not fitted on.
+    """
+
+    weights: tuple[float, float, float]
+    enabled: bool
+    queries: int
+    pairs: int
+    dense_recall: float
+    fused_recall: float
+    gain: float
+    gain_low: float
+    gain_high: float
+    fitted_on: str
+    probability: ProbabilityCurve = NO_CURVE
+    probability_error: float = 0.0
+
+    def __str__(self) -> str:
+        """Say the weights and what they gain."""
+        weights = ", ".join(f"{leg} {w:g}" for leg, w in zip(LEGS, self.weights, strict=True))
+        return (
+            f"fusion {'on' if self.enabled else 'off'} ({weights}): Recall@10"
+            f" {self.dense_recall:.3f} -> {self.fused_recall:.3f}, {self.gain:+.3f}"
+            f" [{self.gain_low:+.3f}, {self.gain_high:+.3f}] on {self.queries:,} queries"
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return the facts for the manifest."""
+        facts = {**asdict(self), "weights": dict(zip(LEGS, self.weights, strict=True))}
+        return {**facts, "probability": bool(self.probability)}
+
+    def save(self, folder: Path) -> None:
+        """Write ``fusion.json``; the same weights give the same bytes."""
+        curve = {"scores": self.probability.scores, "values": self.probability.values}
+        values = {"format": FUSION_FORMAT, "legs": LEGS, **asdict(self), "probability": curve}
+        text = json.dumps(values, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
+        (folder / FUSION_FILE).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Fusion:
+        """Read what ``save`` wrote.
+
+        Raises:
+            IndexFormatError: It is damaged or of another version.
+        """
+        where = f"{folder.name}/{FUSION_FILE}"
+        try:
+            values = json.loads((folder / FUSION_FILE).read_text(encoding="utf-8"))
+            form, legs = values.pop("format"), tuple(values.pop("legs"))
+            weights = tuple(float(weight) for weight in values.pop("weights"))
+            if (form, legs, len(weights)) != (FUSION_FORMAT, LEGS, len(LEGS)):
+                raise IndexFormatError(f"{where}: unknown format {form} or legs {legs}. Rebuild.")
+            if not all(0 <= weight < math.inf for weight in weights):
+                raise IndexFormatError(f"{where}: weights must be 0 or more, but got {weights}.")
+            curve = _curve(values.pop("probability"))
+            return cls(weights=weights, probability=curve, **values)  # type: ignore[arg-type]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise IndexFormatError(
+                f"{where} cannot be read ({error!r}). Rebuild this release."
+            ) from error
+
+
+def _curve(values: dict[str, list[float]]) -> ProbabilityCurve:
+    """Check a curve.
+
+    Raises:
+        ValueError: Scores do not rise, or values fall or leave 0 to 1.
+    """
+    scores, shares = np.array(values["scores"], float), np.array(values["values"], float)
+    rises = bool((np.diff(scores) > 0).all()) and bool((np.diff(shares) >= 0).all())
+    if len(scores) != len(shares) or not rises or not ((shares >= 0) & (shares <= 1)).all():
+        raise ValueError("the curve of probabilities does not rise from 0 to 1")
+    return ProbabilityCurve(tuple(scores.tolist()), tuple(shares.tolist()))
+
+
+class _Cases(NamedTuple):
+    """Calibration cases as padded arrays."""
+
+    scores: np.ndarray
+    """float32 ``(Q, C, 3)``."""
+    is_there: np.ndarray
+    """bool ``(Q, C)``."""
+    relevant: np.ndarray
+    """bool ``(Q, C)``."""
+    positives: np.ndarray
+    """float64 ``(Q,)``."""
+
+    def part(self, chosen: np.ndarray) -> _Cases:
+        return _Cases(*(array[chosen] for array in self))
+
+    def best(self, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return fused scores and relevance of the ten best of each query, ``(Q, 10)``.
+
+        The score is -inf where a query has fewer candidates.
+        """
+        fused = np.where(self.is_there, self.scores @ weights, -np.inf)  # (Q, C)
+        width = min(RECALL_K, fused.shape[1])
+        best = np.argpartition(-fused, width - 1, axis=1)[:, :width]
+        return np.take_along_axis(fused, best, axis=1), np.take_along_axis(self.relevant, best, 1)
+
+    def hits(self, weights: np.ndarray) -> np.ndarray:
+        """Count the relevant entities among the ten best of each query, float64 ``(Q,)``."""
+        return np.asarray(self.best(weights)[1].sum(axis=1), np.float64)
+
+
+def fit_fusion(
+    cases: Sequence[CalibrationCase], fitted_on: str, pooled: Sequence[CalibrationCase] = ()
+) -> Fusion:
+    """Fit the weights of one entity type, and say whether they help.
+
+    The gain is measured across: each half of the queries with the weights of the other.
+
+    Args:
+        cases: Calibration queries of the type; no leg may have seen them.
+        fitted_on: What they are.
+        pooled: Queries of a like type that help to choose the weights where there are few; the gain
+            is that of ``cases`` alone.
+    """
+    own, more = _padded(cases), _padded(pooled)
+    spread = _spread(own if len(cases) else more)
+    halves = np.arange(len(cases)) % 2
+    fused = np.zeros(len(cases))
+    for half in (0, 1):
+        weights = _best_weights([own.part(halves != half), more], spread)
+        fused[halves == half] = own.part(halves == half).hits(weights)
+    dense = own.hits(np.array([1, 0, 0], np.float32))
+    total = max(1.0, float(own.positives.sum()))
+    difference = paired_difference(
+        QuerySums(fused, own.positives), QuerySums(dense, own.positives)
+    ).difference
+    weights = _best_weights([own, more], spread)
+    curve, error = _probability(own, weights, halves)
+    low = float(difference.low)
+    return Fusion(
+        weights=(float(weights[0]), float(weights[1]), float(weights[2])),
+        enabled=low > 0,
+        queries=len(cases),
+        pairs=int(own.positives.sum()),
+        dense_recall=round(float(dense.sum()) / total, 6),
+        fused_recall=round(float(fused.sum()) / total, 6),
+        gain=round(float((fused - dense).sum()) / total, 6),
+        gain_low=round(low, 6) if math.isfinite(low) else 0.0,
+        gain_high=round(float(difference.high), 6) if math.isfinite(low) else 0.0,
+        fitted_on=fitted_on,
+        probability=curve,
+        probability_error=round(error, 6),
+    )
+
+
+def _probability(
+    cases: _Cases, weights: np.ndarray, halves: np.ndarray
+) -> tuple[ProbabilityCurve, float]:
+    """Fit the curve on all queries, and measure its error on either half by the other's curve."""
+    if len(halves) < MIN_QUERIES:
+        return NO_CURVE, 0.0
+    scores, relevant = cases.best(weights)
+    there = np.isfinite(scores)
+    found = np.zeros(scores.shape, np.float32)
+    for half in (0, 1):
+        others = there & (halves != half)[:, None]
+        mine = there & (halves == half)[:, None]
+        found[mine] = fit_probability(scores[others], relevant[others]).of(scores[mine])
+    curve = fit_probability(scores[there], relevant[there])
+    return curve, calibration_error(found[there], relevant[there])
+
+
+def _padded(cases: Sequence[CalibrationCase]) -> _Cases:
+    width = max((len(case.scores) for case in cases), default=0) or 1
+    scores = np.zeros((len(cases), width, len(LEGS)), np.float32)
+    is_there = np.zeros((len(cases), width), np.bool_)
+    relevant = np.zeros((len(cases), width), np.bool_)
+    for number, case in enumerate(cases):
+        count = len(case.scores)
+        scores[number, :count] = case.scores
+        is_there[number, :count] = True
+        relevant[number, :count] = case.relevant
+    positives = np.array([case.positives for case in cases], np.float64)
+    return _Cases(scores, is_there, relevant, positives)
+
+
+def _spread(cases: _Cases) -> np.ndarray:
+    """Return the standard deviation of each leg over all candidates, float32 ``(3,)``."""
+    scores = cases.scores[cases.is_there]
+    deviation = scores.std(axis=0) if len(scores) else np.ones(len(LEGS))
+    return np.where(deviation > 1e-9, deviation, 1.0).astype(np.float32)
+
+
+def _best_weights(parts: Sequence[_Cases], spread: np.ndarray) -> np.ndarray:
+    """Return the weights with most hits, of equals those nearest to dense alone; float32 ``(3,)``.
+
+    They are in units of the legs themselves, the dense leg's being 1 unless it is 0.
+    """
+    best, most = np.array([1, 0, 0], np.float32), -1.0
+    for dense, lexical in product(range(STEPS, -1, -1), range(STEPS + 1)):
+        if dense + lexical > STEPS:
+            continue
+        weights = np.array([dense, lexical, STEPS - dense - lexical], np.float32) / spread
+        found = sum(float(part.hits(weights).sum()) for part in parts if len(part.scores))
+        if found > most:
+            best, most = weights, found
+    scale = best[0] if best[0] > 0 else best.max()
+    return np.asarray((best / scale).round(6), np.float32)

@@ -1,0 +1,197 @@
+"""Fused search: what scoring every entity by every leg would answer, live entries included."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from index_builder.fusion.fused_search import FusedIndex
+from index_builder.fusion.votes import Votes
+from index_builder.fusion.weights import Fusion
+from index_builder.lexical.lexical_index import LexicalIndex
+from index_builder.lexical.scan import ScanRequest
+from index_builder.live_log.records import LiveEntry
+from index_builder.search.entity_index import EntityIndex, SearchOptions, SearchResult
+from index_builder.search.live_state import LiveBase, LiveState
+from tests.helpers.release_makers import SPACE, D, unit_vectors
+
+ROWS = 80
+WORDS = ("red", "blue", "shoe", "boot", "hat", "sku7", "tall")
+TITLES = [f"{WORDS[i % 7]} {WORDS[(i // 7) % 7]} item{i}" for i in range(ROWS)]
+IDS = [f"e{i}" for i in range(ROWS)]
+QUERY_IDS = ["red shoe", "blue boot", "tall hat"]
+VECTORS = unit_vectors(ROWS + 40, 5)
+WEIGHTS = (1.0, 2.0, 3.0)
+
+
+@functools.cache
+def make_index() -> FusedIndex:
+    lexical = LexicalIndex.build({"title": TITLES}, ROWS)
+    attributes = pl.DataFrame({"even": [i % 2 == 0 for i in range(ROWS)], "title": TITLES})
+    entities = EntityIndex.build("pin", IDS, VECTORS[:ROWS], attributes, lexical=lexical)
+    queries = EntityIndex.build("query", QUERY_IDS, unit_vectors(3, 9))
+    pairs = pl.DataFrame(
+        {"query": ["red shoe", "red shoe", "blue boot"], "entity_id": ["e3", "e40", "e41"]}
+    )
+    return FusedIndex(entities, queries, Votes.build(pairs, queries.ids, entities.ids))
+
+
+@pytest.fixture
+def index() -> FusedIndex:
+    return make_index()
+
+
+def every_entity(index: FusedIndex, text: str, vector: np.ndarray) -> dict[str, np.ndarray]:
+    """Score every entity of the base by every leg: candidates deep enough to be all."""
+    query = index.query(text, vector)
+    found = index.candidates(query, ROWS, {"exact": True, "live": None})
+    assert len(found.rows) == ROWS
+    return {IDS[row]: scores for row, scores in zip(found.rows.tolist(), found.scores, strict=True)}
+
+
+def used_legs(result: SearchResult) -> tuple[str, ...]:
+    assert result.fused is not None
+    return result.fused.used
+
+
+def check(result: SearchResult, expected: dict[str, np.ndarray], k: int) -> None:
+    weights = np.array(WEIGHTS, np.float32)
+    fused = {id_: float(scores @ weights) for id_, scores in expected.items()}
+    best = sorted(fused.values(), reverse=True)[:k]
+    assert result.fused is not None
+    np.testing.assert_allclose(result.fused.scores, best, rtol=1e-5, atol=1e-6)
+    assert result.scores.tolist() == result.fused.legs[:, 0].tolist()
+    for id_, legs in zip(result.ids, result.fused.legs, strict=True):
+        np.testing.assert_allclose(legs, expected[id_], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("text", ["red shoe", "sku7", "item33 tall", "nothing of it"])
+@pytest.mark.parametrize("expression", [None, "even == true"])
+def test_search_equals_scoring_every_entity(
+    index: FusedIndex, text: str, expression: str | None
+) -> None:
+    vector = VECTORS[ROWS]
+    expected = every_entity(index, text, vector)
+    options: SearchOptions = {"exclude_ids": ["e3", "e10"]}
+    if expression is not None:
+        options["filter"] = expression
+    left = {
+        id_: scores
+        for id_, scores in expected.items()
+        if id_ not in ("e3", "e10") and (expression is None or int(id_[1:]) % 2 == 0)
+    }
+    result = index.search(index.query(text, vector), 10, options, WEIGHTS)
+    check(result, left, 10)
+    assert used_legs(result) == ("dense", "lexical", "votes")
+
+
+def test_search_without_text_has_no_lexical_leg(index: FusedIndex) -> None:
+    result = index.search(index.query("", VECTORS[ROWS]), 5, None, WEIGHTS)
+    assert used_legs(result) == ("dense", "votes")
+    assert result.fused is not None and (result.fused.legs[:, 1] == 0).all()
+
+
+def test_search_without_words_and_votes_is_dense(index: FusedIndex) -> None:
+    plain = EntityIndex.build("pin", IDS, VECTORS[:ROWS])
+    fused = FusedIndex(plain)
+    result = fused.search(fused.query("red shoe", VECTORS[ROWS]), 10, None, WEIGHTS)
+    dense = plain.search(VECTORS[ROWS], 10)
+    assert result.ids == dense.ids
+    assert used_legs(result) == ("dense",)
+    np.testing.assert_allclose(result.scores, dense.scores, rtol=1e-6)
+
+
+def test_search_default_weights_are_those_fitted(index: FusedIndex) -> None:
+    fusion = Fusion(
+        weights=WEIGHTS,
+        enabled=True,
+        queries=9,
+        pairs=9,
+        dense_recall=0.1,
+        fused_recall=0.2,
+        gain=0.1,
+        gain_low=0.05,
+        gain_high=0.15,
+        fitted_on="test",
+    )
+    fitted = FusedIndex(index.entities, index.queries, index.votes, fusion)
+    query = fitted.query("red shoe", VECTORS[ROWS])
+    assert fitted.search(query, 5).ids == index.search(query, 5, None, WEIGHTS).ids
+    assert used_legs(index.search(query, 5)) == ("dense",)
+
+
+def test_search_min_score_bounds_the_cosine(index: FusedIndex) -> None:
+    query = index.query("red shoe", VECTORS[ROWS])
+    result = index.search(query, 50, {"min_score": 0.1}, WEIGHTS)
+    assert len(result.ids) and (result.scores >= 0.1).all()
+
+
+def test_search_filter_and_exclusions_hold_for_live_entries(index: FusedIndex) -> None:
+    base = LiveBase(D, SPACE, index.entities.row_of, rows=ROWS, lexical=index.entities.lexical)
+    state = LiveState(base, background=False)
+    for number, (id_, even) in enumerate([("new1", True), ("new2", False), ("new3", True)], 1):
+        entry = LiveEntry(
+            id=id_,
+            vector=VECTORS[ROWS + number],
+            space_id=SPACE,
+            attributes={"title": "zebra", "even": even},
+            sequence=number,
+        )
+        state.apply([entry])
+    query = index.query("zebra", VECTORS[ROWS])
+    options: SearchOptions = {
+        "live": state.view,
+        "filter": "even == true",
+        "exclude_ids": ["new3"],
+    }
+    found = index.search(query, ROWS, options, (0.0, 1.0, 0.0))
+    assert found.ids[0] == "new1"
+    assert not {"new2", "new3"} & set(found.ids)
+
+
+WRITES = st.lists(
+    st.tuples(st.integers(0, ROWS + 20), st.integers(0, 6), st.booleans()), max_size=40
+)
+
+
+@settings(max_examples=25)
+@given(WRITES, st.sampled_from([4, 1000]))
+def test_search_live_writes_equal_a_dictionary(
+    writes: Sequence[tuple[int, int, bool]], limit: int
+) -> None:
+    index = make_index()
+    base = LiveBase(D, SPACE, index.entities.row_of, rows=ROWS, lexical=index.entities.lexical)
+    state = LiveState(base, exact_limit=limit, background=False)
+    vector, text = VECTORS[ROWS], "sku7 shoe newword"
+    expected = every_entity(index, text, vector)
+    lexical = index.entities.lexical
+    assert lexical is not None
+    maximum = lexical.query(text).maximum
+    for number, (which, word, is_delete) in enumerate(writes, 1):
+        id_ = f"e{which}"
+        expected.pop(id_, None)
+        title = f"{WORDS[word]} newword{number % 2}"
+        new = VECTORS[ROWS + 1 + (number + word) % 30]
+        if is_delete:
+            state.apply([LiveEntry(id=id_, sequence=number)])
+            continue
+        entry = LiveEntry(
+            id=id_,
+            vector=new,
+            space_id=SPACE,
+            attributes={"title": title},
+            sequence=number,
+        )
+        state.apply([entry])
+        one = lexical.segment({"title": [title]}, 1)
+        row = np.zeros(1, np.uint32)
+        share = one.search(lexical.query(text), ScanRequest(k=1, also=row)).also[0] / maximum
+        expected[id_] = np.array([new @ vector, share, 0.0], np.float32)
+    options: SearchOptions = {"live": state.view}
+    check(index.search(index.query(text, vector), 10, options, WEIGHTS), expected, 10)

@@ -1,0 +1,114 @@
+"""Weights of the legs: the legs that tell get them, and what does not help stays off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from index_builder.errors import IndexFormatError
+from index_builder.fusion.probability import isotonic
+from index_builder.fusion.weights import CalibrationCase, Fusion, fit_fusion
+
+CANDIDATES = 60
+
+
+def cases(count: int, strength: tuple[float, float, float], seed: int) -> list[CalibrationCase]:
+    """Queries with one relevant candidate, which each leg raises by its strength."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        scores = rng.standard_normal((CANDIDATES, 3)).astype(np.float32)
+        relevant = np.zeros(CANDIDATES, np.bool_)
+        relevant[rng.integers(CANDIDATES)] = True
+        scores[relevant] += np.array(strength, np.float32)
+        made.append(CalibrationCase(scores, relevant, 1))
+    return made
+
+
+def test_fit_legs_that_tell_get_weight_and_gain_is_proved() -> None:
+    fusion = fit_fusion(cases(400, (1.0, 2.0, 0.0), 0), "held-back queries")
+    assert fusion.enabled and fusion.gain_low > 0
+    assert fusion.weights[1] > fusion.weights[0] > 0
+    assert fusion.weights[2] < fusion.weights[1] / 2
+    assert fusion.fused_recall == pytest.approx(fusion.dense_recall + fusion.gain, abs=2e-6)
+
+
+def test_fit_legs_of_noise_leave_fusion_off() -> None:
+    fusion = fit_fusion(cases(300, (2.5, 0.0, 0.0), 1), "held-back queries")
+    assert not fusion.enabled
+    assert fusion.weights[0] == 1
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_fit_few_queries_leave_fusion_off(count: int) -> None:
+    fusion = fit_fusion(cases(count, (0.0, 3.0, 0.0), 2), "held-back queries")
+    assert not fusion.enabled
+    assert fusion.queries == count
+
+
+def test_fit_pooled_queries_choose_weights_but_not_the_gate() -> None:
+    few, like = cases(3, (0.0, 0.0, 3.0), 3), cases(300, (0.0, 0.0, 3.0), 4)
+    fusion = fit_fusion(few, "held-back queries", like)
+    assert fusion.weights[2] > 0
+    assert fusion.queries == 3
+
+
+def test_fit_case_without_candidates_counts_as_missed() -> None:
+    nothing = CalibrationCase(np.zeros((0, 3), np.float32), np.zeros(0, np.bool_), 2)
+    fusion = fit_fusion([nothing, *cases(50, (3.0, 3.0, 3.0), 5)], "held-back queries")
+    assert fusion.pairs == 52
+    assert fusion.fused_recall < 1
+
+
+def test_fit_probability_of_hits_is_calibrated() -> None:
+    fusion = fit_fusion(cases(600, (1.0, 2.0, 1.0), 8), "held-back queries")
+    assert fusion.probability and 0 < fusion.probability_error < 0.05
+    assert list(fusion.probability.values) == sorted(fusion.probability.values)
+    assert fusion.probability.of(np.array([-1e9, 1e9])).tolist() == pytest.approx(
+        [fusion.probability.values[0], fusion.probability.values[-1]]
+    )
+    assert not fit_fusion(cases(20, (1.0, 2.0, 1.0), 8), "held-back queries").probability
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0.1, 9)), min_size=1, max_size=20))
+def test_isotonic_is_the_nearest_rising_line(points: list[tuple[float, float]]) -> None:
+    values, weights = (np.array(column) for column in zip(*points, strict=True))
+    fitted = isotonic(values, weights)
+    assert (np.diff(fitted) >= -1e-12).all()
+    np.testing.assert_allclose((fitted * weights).sum(), (values * weights).sum(), rtol=1e-9)
+    if (np.diff(values) >= 0).all():
+        np.testing.assert_allclose(fitted, values, rtol=1e-9, atol=1e-12)
+
+
+def test_save_and_load_give_the_same(tmp_path: Path) -> None:
+    fusion = fit_fusion(cases(150, (1.0, 1.0, 1.0), 6), "held-back queries")
+    assert fusion.probability
+    fusion.save(tmp_path)
+    first = (tmp_path / "fusion.json").read_bytes()
+    assert Fusion.load(tmp_path) == fusion
+    fusion.save(tmp_path)
+    assert (tmp_path / "fusion.json").read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"format": 1', '"format": 2'),
+        ('"dense"', '"sparse"'),
+        ('"weights": [', '"weights": [-1, '),
+        ('"weights": [', '"weights": [NaN, '),
+        ('"queries"', '"questions"'),
+        ('"probability":', '"chance":'),
+        ("{", ""),
+    ],
+)
+def test_load_damaged_file_is_refused(tmp_path: Path, old: str, new: str) -> None:
+    fit_fusion(cases(10, (1.0, 1.0, 1.0), 7), "held-back queries").save(tmp_path)
+    path = tmp_path / "fusion.json"
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(IndexFormatError):
+        Fusion.load(tmp_path)

@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class RetrieveRequest(_message.Message):
-    __slots__ = ("query", "entity_type", "k", "filter", "exclude_ids", "min_score", "language", "country", "min_recall", "release_id", "embedding", "space_id", "diversity", "collapse_above", "exact", "attributes", "request_id")
+    __slots__ = ("query", "entity_type", "k", "filter", "exclude_ids", "min_score", "language", "country", "min_recall", "release_id", "embedding", "space_id", "diversity", "collapse_above", "exact", "attributes", "request_id", "fusion", "min_probability")
     QUERY_FIELD_NUMBER: _ClassVar[int]
     ENTITY_TYPE_FIELD_NUMBER: _ClassVar[int]
     K_FIELD_NUMBER: _ClassVar[int]
@@ -25,6 +25,8 @@ class RetrieveRequest(_message.Message):
     EXACT_FIELD_NUMBER: _ClassVar[int]
     ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    FUSION_FIELD_NUMBER: _ClassVar[int]
+    MIN_PROBABILITY_FIELD_NUMBER: _ClassVar[int]
     query: str
     entity_type: str
     k: int
@@ -42,10 +44,20 @@ class RetrieveRequest(_message.Message):
     exact: bool
     attributes: _containers.RepeatedScalarFieldContainer[str]
     request_id: str
-    def __init__(self, query: _Optional[str] = ..., entity_type: _Optional[str] = ..., k: _Optional[int] = ..., filter: _Optional[str] = ..., exclude_ids: _Optional[_Iterable[str]] = ..., min_score: _Optional[float] = ..., language: _Optional[str] = ..., country: _Optional[str] = ..., min_recall: _Optional[float] = ..., release_id: _Optional[str] = ..., embedding: _Optional[bytes] = ..., space_id: _Optional[str] = ..., diversity: _Optional[float] = ..., collapse_above: _Optional[float] = ..., exact: _Optional[bool] = ..., attributes: _Optional[_Iterable[str]] = ..., request_id: _Optional[str] = ...) -> None: ...
+    fusion: Fusion
+    min_probability: float
+    def __init__(self, query: _Optional[str] = ..., entity_type: _Optional[str] = ..., k: _Optional[int] = ..., filter: _Optional[str] = ..., exclude_ids: _Optional[_Iterable[str]] = ..., min_score: _Optional[float] = ..., language: _Optional[str] = ..., country: _Optional[str] = ..., min_recall: _Optional[float] = ..., release_id: _Optional[str] = ..., embedding: _Optional[bytes] = ..., space_id: _Optional[str] = ..., diversity: _Optional[float] = ..., collapse_above: _Optional[float] = ..., exact: _Optional[bool] = ..., attributes: _Optional[_Iterable[str]] = ..., request_id: _Optional[str] = ..., fusion: _Optional[_Union[Fusion, _Mapping]] = ..., min_probability: _Optional[float] = ...) -> None: ...
+
+class Fusion(_message.Message):
+    __slots__ = ("enabled", "weights")
+    ENABLED_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    enabled: bool
+    weights: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, enabled: _Optional[bool] = ..., weights: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class RetrieveResponse(_message.Message):
-    __slots__ = ("hits", "release_id", "space_id", "cache_hit", "plan", "ef", "estimated_recall", "selectivity", "timings", "request_id", "query_space_id", "answer_cached")
+    __slots__ = ("hits", "release_id", "space_id", "cache_hit", "plan", "ef", "estimated_recall", "selectivity", "timings", "request_id", "query_space_id", "answer_cached", "legs")
     HITS_FIELD_NUMBER: _ClassVar[int]
     RELEASE_ID_FIELD_NUMBER: _ClassVar[int]
     SPACE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -58,6 +70,7 @@ class RetrieveResponse(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     QUERY_SPACE_ID_FIELD_NUMBER: _ClassVar[int]
     ANSWER_CACHED_FIELD_NUMBER: _ClassVar[int]
+    LEGS_FIELD_NUMBER: _ClassVar[int]
     hits: _containers.RepeatedCompositeFieldContainer[Hit]
     release_id: str
     space_id: str
@@ -70,10 +83,11 @@ class RetrieveResponse(_message.Message):
     request_id: str
     query_space_id: str
     answer_cached: bool
-    def __init__(self, hits: _Optional[_Iterable[_Union[Hit, _Mapping]]] = ..., release_id: _Optional[str] = ..., space_id: _Optional[str] = ..., cache_hit: _Optional[bool] = ..., plan: _Optional[str] = ..., ef: _Optional[int] = ..., estimated_recall: _Optional[float] = ..., selectivity: _Optional[float] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., request_id: _Optional[str] = ..., query_space_id: _Optional[str] = ..., answer_cached: _Optional[bool] = ...) -> None: ...
+    legs: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, hits: _Optional[_Iterable[_Union[Hit, _Mapping]]] = ..., release_id: _Optional[str] = ..., space_id: _Optional[str] = ..., cache_hit: _Optional[bool] = ..., plan: _Optional[str] = ..., ef: _Optional[int] = ..., estimated_recall: _Optional[float] = ..., selectivity: _Optional[float] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., request_id: _Optional[str] = ..., query_space_id: _Optional[str] = ..., answer_cached: _Optional[bool] = ..., legs: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Hit(_message.Message):
-    __slots__ = ("id", "score", "attributes")
+    __slots__ = ("id", "score", "attributes", "fused_score", "lexical_score", "vote_score", "probability")
     class AttributesEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -84,10 +98,18 @@ class Hit(_message.Message):
     ID_FIELD_NUMBER: _ClassVar[int]
     SCORE_FIELD_NUMBER: _ClassVar[int]
     ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
+    FUSED_SCORE_FIELD_NUMBER: _ClassVar[int]
+    LEXICAL_SCORE_FIELD_NUMBER: _ClassVar[int]
+    VOTE_SCORE_FIELD_NUMBER: _ClassVar[int]
+    PROBABILITY_FIELD_NUMBER: _ClassVar[int]
     id: str
     score: float
     attributes: _containers.MessageMap[str, Value]
-    def __init__(self, id: _Optional[str] = ..., score: _Optional[float] = ..., attributes: _Optional[_Mapping[str, Value]] = ...) -> None: ...
+    fused_score: float
+    lexical_score: float
+    vote_score: float
+    probability: float
+    def __init__(self, id: _Optional[str] = ..., score: _Optional[float] = ..., attributes: _Optional[_Mapping[str, Value]] = ..., fused_score: _Optional[float] = ..., lexical_score: _Optional[float] = ..., vote_score: _Optional[float] = ..., probability: _Optional[float] = ...) -> None: ...
 
 class Value(_message.Message):
     __slots__ = ("string_value", "int_value", "double_value", "bool_value", "list_value")
@@ -124,7 +146,7 @@ class Timings(_message.Message):
     def __init__(self, total_ns: _Optional[int] = ..., queue_ns: _Optional[int] = ..., encode_ns: _Optional[int] = ..., search_ns: _Optional[int] = ..., rerank_ns: _Optional[int] = ...) -> None: ...
 
 class Target(_message.Message):
-    __slots__ = ("entity_type", "k", "filter", "exclude_ids", "min_score", "min_recall", "diversity", "collapse_above", "exact", "attributes")
+    __slots__ = ("entity_type", "k", "filter", "exclude_ids", "min_score", "min_recall", "diversity", "collapse_above", "exact", "attributes", "fusion", "min_probability")
     ENTITY_TYPE_FIELD_NUMBER: _ClassVar[int]
     K_FIELD_NUMBER: _ClassVar[int]
     FILTER_FIELD_NUMBER: _ClassVar[int]
@@ -135,6 +157,8 @@ class Target(_message.Message):
     COLLAPSE_ABOVE_FIELD_NUMBER: _ClassVar[int]
     EXACT_FIELD_NUMBER: _ClassVar[int]
     ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
+    FUSION_FIELD_NUMBER: _ClassVar[int]
+    MIN_PROBABILITY_FIELD_NUMBER: _ClassVar[int]
     entity_type: str
     k: int
     filter: str
@@ -145,10 +169,12 @@ class Target(_message.Message):
     collapse_above: float
     exact: bool
     attributes: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, entity_type: _Optional[str] = ..., k: _Optional[int] = ..., filter: _Optional[str] = ..., exclude_ids: _Optional[_Iterable[str]] = ..., min_score: _Optional[float] = ..., min_recall: _Optional[float] = ..., diversity: _Optional[float] = ..., collapse_above: _Optional[float] = ..., exact: _Optional[bool] = ..., attributes: _Optional[_Iterable[str]] = ...) -> None: ...
+    fusion: Fusion
+    min_probability: float
+    def __init__(self, entity_type: _Optional[str] = ..., k: _Optional[int] = ..., filter: _Optional[str] = ..., exclude_ids: _Optional[_Iterable[str]] = ..., min_score: _Optional[float] = ..., min_recall: _Optional[float] = ..., diversity: _Optional[float] = ..., collapse_above: _Optional[float] = ..., exact: _Optional[bool] = ..., attributes: _Optional[_Iterable[str]] = ..., fusion: _Optional[_Union[Fusion, _Mapping]] = ..., min_probability: _Optional[float] = ...) -> None: ...
 
 class Answer(_message.Message):
-    __slots__ = ("hits", "entity_type", "cache_hit", "plan", "ef", "estimated_recall", "selectivity", "search_ns", "answer_cached")
+    __slots__ = ("hits", "entity_type", "cache_hit", "plan", "ef", "estimated_recall", "selectivity", "search_ns", "answer_cached", "legs")
     HITS_FIELD_NUMBER: _ClassVar[int]
     ENTITY_TYPE_FIELD_NUMBER: _ClassVar[int]
     CACHE_HIT_FIELD_NUMBER: _ClassVar[int]
@@ -158,6 +184,7 @@ class Answer(_message.Message):
     SELECTIVITY_FIELD_NUMBER: _ClassVar[int]
     SEARCH_NS_FIELD_NUMBER: _ClassVar[int]
     ANSWER_CACHED_FIELD_NUMBER: _ClassVar[int]
+    LEGS_FIELD_NUMBER: _ClassVar[int]
     hits: _containers.RepeatedCompositeFieldContainer[Hit]
     entity_type: str
     cache_hit: bool
@@ -167,7 +194,8 @@ class Answer(_message.Message):
     selectivity: float
     search_ns: int
     answer_cached: bool
-    def __init__(self, hits: _Optional[_Iterable[_Union[Hit, _Mapping]]] = ..., entity_type: _Optional[str] = ..., cache_hit: _Optional[bool] = ..., plan: _Optional[str] = ..., ef: _Optional[int] = ..., estimated_recall: _Optional[float] = ..., selectivity: _Optional[float] = ..., search_ns: _Optional[int] = ..., answer_cached: _Optional[bool] = ...) -> None: ...
+    legs: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, hits: _Optional[_Iterable[_Union[Hit, _Mapping]]] = ..., entity_type: _Optional[str] = ..., cache_hit: _Optional[bool] = ..., plan: _Optional[str] = ..., ef: _Optional[int] = ..., estimated_recall: _Optional[float] = ..., selectivity: _Optional[float] = ..., search_ns: _Optional[int] = ..., answer_cached: _Optional[bool] = ..., legs: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class RetrieveMultiRequest(_message.Message):
     __slots__ = ("query", "embedding", "space_id", "targets", "release_id", "language", "country", "request_id")

@@ -22,6 +22,8 @@ from retrieval.client import results
 
 AttributeValue = str | int | float | bool | list["AttributeValue"]
 R = TypeVar("R")
+FusionChoice = bool | Sequence[float] | None
+"""Fused or not, the weights of three legs, or what the release decides."""
 
 ADMIN_DEADLINE_SECONDS = 300.0
 """Default of the calls that load a release."""
@@ -46,6 +48,12 @@ class SearchOptions(TypedDict, total=False):
     """Scan everything instead of using the graph."""
     attributes: Sequence[str]
     """Names to return with each hit; ``["*"]`` for all."""
+    fusion: FusionChoice
+    """Whether words and known queries count beside vectors; or the weights of cosine, words and
+    votes. None: the release decides.
+    """
+    min_probability: float | None
+    """Drop hits of a fused answer that are less likely relevant, 0 to 1."""
 
 
 class VectorOptions(TypedDict, total=False):
@@ -115,6 +123,8 @@ class Target:
     collapse_above: float | None = None
     exact: bool = False
     attributes: Sequence[str] = ()
+    fusion: FusionChoice = None
+    min_probability: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -150,6 +160,7 @@ def retrieve(
     """Build ``Retrieve``."""
     values, deadline = _values("retrieve", RetrieveOptions, options)
     _pack(values, "embedding", axes=1)
+    values["fusion"] = fusion_to_proto(values.get("fusion"))
     message = pb.RetrieveRequest(query=query, entity_type=entity_type, k=k, **values)
     return Call("Retrieve", message, results.retrieve_result, deadline)
 
@@ -308,7 +319,17 @@ def value_to_proto(value: AttributeValue) -> pb.Value:
 
 def target_to_proto(target: Target) -> pb.Target:
     """Pack a ``Target``."""
-    return pb.Target(**{field.name: getattr(target, field.name) for field in fields(target)})
+    values = {field.name: getattr(target, field.name) for field in fields(target)}
+    return pb.Target(**{**values, "fusion": fusion_to_proto(target.fusion)})
+
+
+def fusion_to_proto(choice: FusionChoice) -> pb.Fusion | None:
+    """Pack whether an answer is to be fused, and by which weights."""
+    if choice is None:
+        return None
+    if isinstance(choice, bool):
+        return pb.Fusion(enabled=choice)
+    return pb.Fusion(weights=choice)
 
 
 def entity_to_proto(entity: EntityWrite) -> pb.Entity:

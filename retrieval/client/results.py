@@ -23,6 +23,16 @@ class Hit(NamedTuple):
     attributes: dict[str, Any]  # only the requested ones
 
 
+class FusedScore(NamedTuple):
+    """How one hit of a fused answer was scored."""
+
+    fused: float  # by which the answer is ordered
+    dense: float  # cosine, the hit's ``score``
+    lexical: float  # words: share of the highest BM25 the query could reach
+    votes: float  # share of the votes of known queries
+    probability: float | None  # that the hit is relevant; None where it is not calibrated
+
+
 class Timings(NamedTuple):
     """Nanoseconds inside the server; the network is not in them."""
 
@@ -51,6 +61,10 @@ class RetrieveResult:
     """Space of the query tower's bundle where it differs from ``space_id``; empty: the same."""
     answer_cached: bool = False
     """The hits come from the answer cache: an earlier search of the same text and fields."""
+    legs: tuple[str, ...] = ()
+    """Legs that a fused answer was made of; empty: vectors alone decided."""
+    fused: list[FusedScore] | None = None
+    """Scores of a fused answer, one a hit; None where vectors alone decided."""
 
     @property
     def ids(self) -> list[str]:
@@ -71,6 +85,10 @@ class Answer:
     selectivity: float | None
     search_ns: int
     answer_cached: bool = False
+    """As in ``RetrieveResult``."""
+    legs: tuple[str, ...] = ()
+    """As in ``RetrieveResult``."""
+    fused: list[FusedScore] | None = None
     """As in ``RetrieveResult``."""
 
     @property
@@ -194,6 +212,21 @@ def _hits(hits: Iterable[pb.Hit]) -> list[Hit]:
     ]
 
 
+def _fused(message: pb.RetrieveResponse | pb.Answer) -> list[FusedScore] | None:
+    if not message.legs:
+        return None
+    return [
+        FusedScore(
+            hit.fused_score,
+            hit.score,
+            hit.lexical_score,
+            hit.vote_score,
+            _optional(hit, "probability"),
+        )
+        for hit in message.hits
+    ]
+
+
 def _timings(timings: pb.Timings) -> Timings:
     return Timings(
         total_ns=timings.total_ns,
@@ -223,6 +256,8 @@ def retrieve_result(response: pb.RetrieveResponse) -> RetrieveResult:
         request_id=response.request_id,
         query_space_id=response.query_space_id,
         answer_cached=response.answer_cached,
+        legs=tuple(response.legs),
+        fused=_fused(response),
     )
 
 
@@ -237,6 +272,8 @@ def _answer(answer: pb.Answer) -> Answer:
         selectivity=_optional(answer, "selectivity"),
         search_ns=answer.search_ns,
         answer_cached=answer.answer_cached,
+        legs=tuple(answer.legs),
+        fused=_fused(answer),
     )
 
 

@@ -98,9 +98,10 @@ class RetrievalClient(ClientBase):
             entity_type: ``pin``, ``product``, ``query`` or ``ad``.
             k: Results wanted.
             **options: Any of ``filter``, ``exclude_ids``, ``min_score``, ``min_recall``,
-                ``diversity``, ``collapse_above``, ``exact``, ``attributes`` (see
-                ``SearchOptions``); ``embedding`` with ``space_id`` instead of ``query``;
-                ``release_id``, ``language``, ``country``, ``request_id``, ``deadline_seconds``.
+                ``diversity``, ``collapse_above``, ``exact``, ``attributes``, ``fusion``,
+                ``min_probability`` (see ``SearchOptions``); ``embedding`` with ``space_id`` instead
+                of ``query``; ``release_id``, ``language``, ``country``, ``request_id``,
+                ``deadline_seconds``.
 
         Returns:
             The hits, best first, and how they were found.

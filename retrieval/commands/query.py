@@ -112,6 +112,12 @@ def summary(result: RetrieveResult) -> str:
 )
 @click.option("--exact", is_flag=True, help="Scan every entity: the reference answer, slower.")
 @click.option(
+    "--fused/--no-fused",
+    "fused",
+    default=None,
+    help="Whether words and known queries count beside vectors. [default: the release decides]",
+)
+@click.option(
     "--diversity", type=float, help="Maximal marginal relevance, 0 (variety) to 1 (relevance)."
 )
 @click.option(
@@ -169,6 +175,7 @@ def command(
     min_score: float | None,
     min_recall: float | None,
     exact: bool,
+    fused: bool | None,
     diversity: float | None,
     collapse_above: float | None,
     attributes: tuple[str, ...],
@@ -211,6 +218,7 @@ def command(
             min_score=min_score,
             min_recall=min_recall,
             exact=exact,
+            fusion=fused,
             diversity=diversity,
             collapse_above=collapse_above,
             attributes=list(dict.fromkeys((*SHOWN_ATTRIBUTES, *attributes))),
@@ -226,6 +234,7 @@ def command(
                 **asdict(result),
                 "hits": [hit._asdict() for hit in result.hits],
                 "timings": result.timings._asdict(),
+                "fused": result.fused and [score._asdict() for score in result.fused],
             }
         )
         return
@@ -235,6 +244,10 @@ def command(
             dict.fromkeys([*extra, *(name for hit in result.hits for name in hit.attributes)])
         )
     columns, rows = rows_of(result.hits, extra)
+    if result.fused is not None:
+        columns[1:1] = ["fused", "words", "votes"]
+        for row, scores in zip(rows, result.fused, strict=True):
+            row[1:1] = [scores.fused, scores.lexical, scores.votes]
     print_table(f"{entity_type}: {len(rows)} of at most {k}", columns, rows)
     say(summary(result))
 

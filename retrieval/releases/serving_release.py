@@ -68,6 +68,12 @@ class ServingRelease:
         """Empty: the query tower is of the vectors' own space."""
         self.dimension = release.dimension
         self.entities = release.entities
+        self.fused_by_default = frozenset(
+            name
+            for name, fused in release.fused.items()
+            if fused.fusion is not None and fused.fusion.enabled
+        )
+        """Entity types whose answers are fused when a call does not say."""
         self.form_id = encoding.form_id
         self.encoding = encoding
         self.follower = follower

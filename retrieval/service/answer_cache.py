@@ -9,8 +9,8 @@ re-ranked, carry attributes or have to be exact.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -67,23 +67,31 @@ class CachedAnswer:
         ef: Likewise.
         estimated_recall: Likewise.
         selectivity: Likewise.
+        legs: Names of the legs of a fused answer; empty otherwise.
         size_bytes: What it takes in a cache, once it is in one.
     """
 
-    __slots__ = ("ef", "estimated_recall", "hits", "plan", "selectivity", "size_bytes")
+    __slots__ = ("ef", "estimated_recall", "hits", "legs", "plan", "selectivity", "size_bytes")
 
     search_ns = 0
     rerank_ns = 0
-    is_reranked = False
     is_cached = True
 
     def __init__(self, result: SearchResult) -> None:
-        self.hits = _serialize_hits(result.ids, result.scores)
+        message = pb.Answer()
+        add_hits(message.hits, result)
+        self.hits: bytes = message.SerializeToString()
+        self.legs: tuple[str, ...] = () if result.fused is None else result.fused.used
         self.plan = result.plan
         self.ef = result.ef
         self.estimated_recall = result.estimated_recall
         self.selectivity = result.selectivity
         self.size_bytes = 0
+
+    @property
+    def is_reranked(self) -> bool:
+        """Whether the hits are not the index's top k: a fused answer."""
+        return bool(self.legs)
 
     @property
     def result(self) -> SearchResult:
@@ -99,13 +107,30 @@ class CachedAnswer:
         )
 
 
-def _serialize_hits(ids: Sequence[str], scores: Float32) -> bytes:
-    message = pb.Answer()
-    add = message.hits.add
-    for id_, score in zip(ids, scores.tolist()):
-        add(id=id_, score=score)
-    serialized: bytes = message.SerializeToString()
-    return serialized
+def add_hits(hits: Any, result: SearchResult) -> None:
+    """Write ids and scores into the repeated field ``hits`` of a message."""
+    add = hits.add
+    if result.fused is None:
+        for id_, score in zip(result.ids, result.scores.tolist()):
+            add(id=id_, score=score)
+        return
+    likely = result.fused.probabilities
+    rows = zip(
+        result.ids,
+        result.fused.scores.tolist(),
+        result.fused.legs.tolist(),
+        [None] * len(result.ids) if likely is None else likely.tolist(),
+        strict=True,
+    )
+    for id_, fused, legs, probability in rows:
+        add(
+            id=id_,
+            score=legs[0],
+            fused_score=fused,
+            lexical_score=legs[1],
+            vote_score=legs[2],
+            probability=probability,
+        )
 
 
 class AnswerCache:

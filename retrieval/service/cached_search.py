@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import NamedTuple
 
-from index_builder.search.entity_index import EntityIndex
 from retrieval.service.admission import check_deadline
 from retrieval.service.answer_cache import AnswerCache, CachedAnswer, CacheKey, cache_key
 from retrieval.service.calls import CallContext
 from retrieval.service.query_vectors import Query, QueryBatch
 from retrieval.service.search_request import SearchRequest
-from retrieval.service.searcher import Found, Searcher
+from retrieval.service.searcher import Found, Searcher, SearchTarget
 
 Answer = Found | CachedAnswer
 
@@ -40,20 +39,20 @@ class CachedSearch:
         self.searcher = searcher
         self.answers = answers
 
-    async def search(self, index: EntityIndex, query: Query, request: SearchRequest) -> Answer:
+    async def search(self, target: SearchTarget, query: Query, request: SearchRequest) -> Answer:
         """Answer one search. Raises as ``Searcher.search``."""
         if not query.text or not request.is_cacheable:
-            return await self.searcher.search(index, query.vector, request)
-        key = cache_key(index, request, query.text)
+            return await self.searcher.search(target, query, request)
+        key = cache_key(target.entity_index, request, query.text)
         cached = self.answers.find(key)
         if cached is not None:
             return cached
-        found = await self.searcher.search(index, query.vector, request)
+        found = await self.searcher.search(target, query, request)
         self.cache(key, found)
         return found
 
     async def search_batch(
-        self, index: EntityIndex, batch: QueryBatch, request: SearchRequest, context: CallContext
+        self, target: SearchTarget, batch: QueryBatch, request: SearchRequest, context: CallContext
     ) -> BatchAnswers:
         """Answer the same search for each query; those that are not cached share one search.
 
@@ -62,10 +61,11 @@ class CachedSearch:
         keys: list[CacheKey | None] = [None] * len(batch.texts)
         cached: list[CachedAnswer | None] = [None] * len(batch.texts)
         if request.is_cacheable:
+            index = target.entity_index
             keys = [cache_key(index, request, text) if text else None for text in batch.texts]
             cached = [None if key is None else self.answers.find(key) for key in keys]
         missing = [row for row, answer in enumerate(cached) if answer is None]
-        found = iter(await self._search_rows(index, batch, missing, request, context))
+        found = iter(await self._search_rows(target, batch, missing, request, context))
         answers = [next(found) if answer is None else answer for answer in cached]
         return BatchAnswers(answers, keys)
 
@@ -79,7 +79,7 @@ class CachedSearch:
 
     async def _search_rows(
         self,
-        index: EntityIndex,
+        target: SearchTarget,
         batch: QueryBatch,
         rows: list[int],
         request: SearchRequest,
@@ -87,12 +87,12 @@ class CachedSearch:
     ) -> list[Found]:
         if not rows:
             return []
-        vectors = batch.vectors if len(rows) == len(batch.vectors) else batch.vectors[rows]
+        queries = [Query(batch.vectors[row], batch.texts[row]) for row in rows]
         if not request.is_reranked:
-            return await self.searcher.search_batch(index, vectors, request)
+            return await self.searcher.search_batch(target, queries, request)
         found = []
-        for vector in vectors:
+        for query in queries:
             check_deadline(context.time_remaining())
-            found.append(await self.searcher.search(index, vector, request))
+            found.append(await self.searcher.search(target, query, request))
             await asyncio.sleep(0)  # others have their turn
         return found

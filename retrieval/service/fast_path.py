@@ -105,6 +105,8 @@ class FastPath:
                 answer = self._searches.answers.find(key)
             found = None
             if answer is None:
+                if request.entity_type in serving.fused_by_default:
+                    return None
                 found = self._search(index, vector, request)
                 if found is None:
                     return None
@@ -127,7 +129,7 @@ class FastPath:
         self._count("omni_requests", ("Retrieve", "OK"))
         self._request_seconds.observe(total_ns / 1e9)
         self._admission.accepted += 1
-        if self._recorder.shadow.wants():
+        if not answer.is_reranked and self._recorder.shadow.wants():
             search = Search(serving, index, request, vector)
             self._recorder.sample(search, answer, message.language)
         return content_out
@@ -195,6 +197,7 @@ class FastPath:
             answer.ef,
             answer.estimated_recall,
             answer.selectivity,
+            answer.legs,
         )
         serialized = self._serialized.get(key)
         if serialized is None:
@@ -210,5 +213,6 @@ class FastPath:
                 estimated_recall=answer.estimated_recall,
                 selectivity=answer.selectivity,
                 answer_cached=answer_cached,
+                legs=answer.legs,
             ).SerializeToString()
         return serialized

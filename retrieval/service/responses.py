@@ -11,11 +11,11 @@ from importlib import metadata
 from typing import Any
 
 from index_builder.search.calibration import CurvePoint
-from index_builder.search.entity_index import EntityIndex, SearchResult
+from index_builder.search.entity_index import EntityIndex
 from protos import retrieval_pb2 as pb
 from retrieval.config import Limits
 from retrieval.releases.serving_release import ServingRelease
-from retrieval.service.answer_cache import CachedAnswer
+from retrieval.service.answer_cache import CachedAnswer, add_hits
 from retrieval.service.cached_search import Answer
 from retrieval.service.query_vectors import Query, QueryBatch
 from retrieval.service.validation import to_value
@@ -40,8 +40,11 @@ def retrieve_response(
     )
     if isinstance(source, CachedAnswer):
         response.MergeFromString(source.hits)
+        response.legs.extend(source.legs)
     else:
-        _add_hits(response.hits, source)
+        add_hits(response.hits, source)
+        if source.fused is not None:
+            response.legs.extend(source.fused.used)
     return response
 
 
@@ -49,7 +52,12 @@ def fill_answer(message: pb.Answer, answer: Answer, *, query_cached: bool) -> No
     """Write the hits of one search, and how they were found, into an empty message."""
     if isinstance(answer, CachedAnswer):
         fields = _cached_answer_fields(
-            answer.plan, answer.ef, answer.estimated_recall, answer.selectivity, query_cached
+            answer.plan,
+            answer.ef,
+            answer.estimated_recall,
+            answer.selectivity,
+            query_cached,
+            answer.legs,
         )
         message.MergeFromString(answer.hits + fields)
         return
@@ -62,18 +70,19 @@ def fill_answer(message: pb.Answer, answer: Answer, *, query_cached: bool) -> No
         message.estimated_recall = result.estimated_recall
     if result.selectivity is not None:
         message.selectivity = result.selectivity
-    _add_hits(message.hits, result)
-
-
-def _add_hits(hits: Any, result: SearchResult) -> None:
-    add = hits.add
-    for id_, score in zip(result.ids, result.scores.tolist()):
-        add(id=id_, score=score)
+    if result.fused is not None:
+        message.legs.extend(result.fused.used)
+    add_hits(message.hits, result)
 
 
 @lru_cache(1000)
 def _cached_answer_fields(
-    plan: str, ef: int, recall: float | None, selectivity: float | None, query_cached: bool
+    plan: str,
+    ef: int,
+    recall: float | None,
+    selectivity: float | None,
+    query_cached: bool,
+    legs: tuple[str, ...],
 ) -> bytes:
     """Serialise how a cached answer was found; the same few values come again and again."""
     answer = pb.Answer(
@@ -83,6 +92,7 @@ def _cached_answer_fields(
         selectivity=selectivity,
         cache_hit=query_cached,
         answer_cached=True,
+        legs=legs,
     )
     serialized: bytes = answer.SerializeToString()
     return serialized

@@ -5,11 +5,23 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from index_builder.fusion.fused_search import FusedIndex
 from index_builder.search.request import SearchOptions
 from protos import retrieval_pb2 as pb
 from retrieval.config import Limits
 from retrieval.errors import InvalidK, InvalidRequest, RequestTooLarge
+
+MAX_LEG_WEIGHT = 1e6
+
+
+class FusedLegs(NamedTuple):
+    """How a fused request is answered."""
+
+    fused_index: FusedIndex
+    weights: tuple[float, float, float] | None
+    """None: the release's."""
 
 
 @dataclass(slots=True)
@@ -36,6 +48,12 @@ class SearchRequest:
     """Cosine between two hits above which the lower one is dropped; None: keep all."""
     attributes: Sequence[str] = ()
     """Names to return with each hit; ``*`` for all."""
+    fused: bool | None = None
+    """Whether words and known queries count, too; None: see ``legs_of``."""
+    leg_weights: tuple[float, float, float] | None = None
+    """Of cosine, words and votes; None: the release's."""
+    min_probability: float | None = None
+    """Lowest probability of a hit; None: no limit."""
 
     @classmethod
     def parse(cls, message: pb.RetrieveRequest | pb.Target, limits: Limits) -> SearchRequest:
@@ -59,6 +77,12 @@ class SearchRequest:
             message.collapse_above if has("collapse_above") else None,
             message.attributes or (),
         )
+        if has("fusion"):
+            fusion = message.fusion
+            request.fused = fusion.enabled if fusion.HasField("enabled") else None
+            request.leg_weights = _leg_weights(fusion.weights)
+        if has("min_probability"):
+            request.min_probability = message.min_probability
         request._check(limits)
         return request
 
@@ -82,6 +106,9 @@ class SearchRequest:
         if self.collapse_above is not None and not 0.0 <= self.collapse_above <= 1.0:
             raise _out_of_range("collapse_above", self.collapse_above, "0 to 1")
 
+        if self.min_probability is not None and not 0.0 <= self.min_probability <= 1.0:
+            raise _out_of_range("min_probability", self.min_probability, "0 to 1")
+
     @property
     def is_plain(self) -> bool:
         """Whether the index is searched as its release's calibration says, everything included."""
@@ -97,6 +124,9 @@ class SearchRequest:
         """Whether k, filter, min_recall and min_score alone decide the answer to a query."""
         return not (
             self.exact
+            or self.fused is not None
+            or self.leg_weights is not None
+            or self.min_probability is not None
             or self.exclude_ids
             or self.attributes
             or self.diversity is not None
@@ -121,6 +151,53 @@ class SearchRequest:
         if self.min_score is not None:
             options["min_score"] = self.min_score
         return options
+
+
+def legs_of(fused: FusedIndex, request: SearchRequest) -> FusedLegs | None:
+    """Return the legs that answer a request; None where vectors alone do.
+
+    A request decides by ``fused``, else by giving weights; else the release, where it proved that
+    fused answers are better.
+
+    Raises:
+        InvalidRequest: Fused answers are wanted, but neither request nor release has weights.
+    """
+    fusion = fused.fusion
+    by_default = request.leg_weights is not None or (fusion is not None and fusion.enabled)
+    is_fused = by_default if request.fused is None else request.fused
+    is_calibrated = is_fused and request.leg_weights is None and bool(fusion and fusion.probability)
+    if request.min_probability is not None and not is_calibrated:
+        raise InvalidRequest(
+            "min_probability: expected a fused answer by the release's own calibrated weights, but"
+            f" {request.entity_type!r} has none here. Leave it out, or rebuild the release with"
+            " --pairs that hold a split validation."
+        )
+    if not is_fused:
+        return None
+    if request.leg_weights is None and fusion is None:
+        raise InvalidRequest(
+            f"fusion: expected weights, since this release has none for {request.entity_type!r}."
+            " Give three numbers, or rebuild the release with --pairs."
+        )
+    return FusedLegs(fused, request.leg_weights)
+
+
+def _leg_weights(weights: Sequence[float]) -> tuple[float, float, float] | None:
+    """Check the weights of a request; None where there are none.
+
+    Raises:
+        InvalidRequest: Not three numbers of 0 or more, one of them above 0.
+    """
+    if not weights:
+        return None
+    fits = len(weights) == 3 and all(0 <= weight <= MAX_LEG_WEIGHT for weight in weights)
+    if not fits or not any(weights):
+        raise InvalidRequest(
+            "fusion.weights: expected three numbers from 0 to"
+            f" {MAX_LEG_WEIGHT:g} (dense, lexical, votes), one of them above 0, but got"
+            f" {', '.join(f'{weight:g}' for weight in weights[:4]) or 'none'}."
+        )
+    return weights[0], weights[1], weights[2]
 
 
 def _out_of_range(name: str, value: float, expected: str) -> InvalidRequest:

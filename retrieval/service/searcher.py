@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from index_builder.search.entity_index import EntityIndex, SearchResult
+from index_builder.search.request import FusedScores
+from retrieval.service.query_vectors import Query
 from retrieval.service.rerank import rerank
-from retrieval.service.search_request import SearchRequest, stored_id
+from retrieval.service.search_request import FusedLegs, SearchRequest, stored_id
 
 Float32 = npt.NDArray[np.float32]
 T = TypeVar("T")
@@ -38,8 +40,8 @@ class Found(NamedTuple):
         result: Ids and scores, and how they were found.
         search_ns: Of the index.
         rerank_ns: 0 where nothing was re-ranked.
-        is_reranked: The hits are not the index's top k, and must not be compared with the exact
-            ones.
+        is_reranked: The hits are not the index's top k (re-ranked or fused), and must not be
+            compared with the exact ones.
     """
 
     result: SearchResult
@@ -51,6 +53,14 @@ class Found(NamedTuple):
     def is_cached(self) -> bool:
         """False: see ``answer_cache.CachedAnswer``, which stands where this does."""
         return False
+
+
+class SearchTarget(NamedTuple):
+    """What a search goes through."""
+
+    entity_index: EntityIndex
+    legs: FusedLegs | None = None
+    """None: by vectors alone."""
 
 
 class Searcher:
@@ -66,18 +76,21 @@ class Searcher:
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="search")
         self._expected: dict[Hashable, float] = {}
 
-    async def search(self, index: EntityIndex, vector: Float32, request: SearchRequest) -> Found:
-        """Search for one query vector. Raises as ``EntityIndex.search`` does."""
-        k = request.k
+    async def search(self, target: SearchTarget, query: Query, request: SearchRequest) -> Found:
+        """Search for one query. Raises as ``EntityIndex.search`` does."""
+        index, k = target.entity_index, request.k
         if request.is_reranked:
             k = min(POOL_FACTOR * k, max(k, MAX_POOL))
+        key = cost_key(index, request, k)
+        work = partial(index.search, query.vector, k, **request.options())
+        if target.legs is not None:
+            key = ("fused", key)
+            work = partial(_fused_search, target.legs, query, k, request)
         result, search_ns = await self.run(
-            cost_key(index, request, k),
-            partial(index.search, vector, k, **request.options()),
-            inline_first=request.is_plain and k <= INLINE_FIRST_K,
+            key, work, inline_first=request.is_plain and k <= INLINE_FIRST_K
         )
         if not request.is_reranked:
-            return Found(result, search_ns)
+            return Found(result, search_ns, is_reranked=target.legs is not None)
         started = time.perf_counter_ns()
         rerank_work = partial(_rerank_result, index, result, request)
         if request.k <= INLINE_RERANK_K:
@@ -87,14 +100,20 @@ class Searcher:
         return Found(result, search_ns, time.perf_counter_ns() - started, is_reranked=True)
 
     async def search_batch(
-        self, index: EntityIndex, vectors: Float32, request: SearchRequest
+        self, target: SearchTarget, queries: Sequence[Query], request: SearchRequest
     ) -> list[Found]:
-        """Search for each row of ``vectors``, shape (B, D), without re-ranking, in one thread."""
-        results, took_ns = await self.in_thread(
-            partial(index.search_batch, vectors, request.k, **request.options())
-        )
-        each_ns = took_ns // max(1, len(vectors))
-        return [Found(result, each_ns) for result in results]
+        """Search for each query, without re-ranking, in one thread."""
+        legs = target.legs
+        if legs is None:
+            vectors = np.stack([query.vector for query in queries])  # (B, D)
+            work = partial(
+                target.entity_index.search_batch, vectors, request.k, **request.options()
+            )
+        else:
+            work = partial(_fused_batch, legs, queries, request)
+        results, took_ns = await self.in_thread(work)
+        each_ns = took_ns // max(1, len(queries))
+        return [Found(result, each_ns, is_reranked=legs is not None) for result in results]
 
     def is_short(self, key: Hashable) -> bool:
         """Whether searches like this one are known to be short enough for the event loop."""
@@ -167,6 +186,38 @@ def scores_of(index: EntityIndex, ids: Sequence[str], vector: Float32) -> Float3
     return out
 
 
+def _fused_search(legs: FusedLegs, query: Query, k: int, request: SearchRequest) -> SearchResult:
+    """Search by all legs; a query without text has no words."""
+    prepared = legs.fused_index.query(query.text, query.vector, exact=request.exact)
+    result = legs.fused_index.search(prepared, k, request.options(), legs.weights)
+    if request.min_probability is None or result.fused is None:
+        return result
+    assert result.fused.probabilities is not None, "legs_of asks for a calibrated release"
+    keep = np.flatnonzero(result.fused.probabilities >= request.min_probability)
+    return _of_rows(result, keep)
+
+
+def _of_rows(result: SearchResult, rows: npt.NDArray[np.int64]) -> SearchResult:
+    """Keep some hits of an answer, in the order of ``rows``."""
+    fused = result.fused
+    if fused is not None:
+        likely = fused.probabilities
+        fused = FusedScores(
+            fused.scores[rows],
+            fused.legs[rows],
+            fused.used,
+            None if likely is None else likely[rows],
+        )
+    ids = [result.ids[row] for row in rows.tolist()]
+    return replace(result, ids=ids, scores=np.asarray(result.scores)[rows], fused=fused)
+
+
+def _fused_batch(
+    legs: FusedLegs, queries: Sequence[Query], request: SearchRequest
+) -> list[SearchResult]:
+    return [_fused_search(legs, query, request.k, request) for query in queries]
+
+
 def _timed(work: Callable[[], T]) -> tuple[T, int]:
     started = time.perf_counter_ns()
     result = work()
@@ -181,9 +232,15 @@ def _rerank_result(index: EntityIndex, pool: SearchResult, request: SearchReques
         if (vector := index.vector(id_)) is not None
     ]
     if not held:
-        return replace(pool, ids=[], scores=np.zeros(0, dtype=np.float32))
+        return _of_rows(pool, np.zeros(0, np.int64))
     rows = [row for row, _ in held]
     vectors = np.stack([vector for _, vector in held])
     scores = np.asarray(pool.scores, dtype=np.float32)[rows]
-    chosen = rerank(scores, vectors, request.k, request.diversity, request.collapse_above)
-    return replace(pool, ids=[pool.ids[rows[i]] for i in chosen], scores=scores[chosen])
+    relevance = scores if pool.fused is None else _of_one(pool.fused.scores[rows])
+    chosen = rerank(relevance, vectors, request.k, request.diversity, request.collapse_above)
+    return _of_rows(pool, np.array(rows, np.int64)[chosen])
+
+
+def _of_one(scores: Float32) -> Float32:
+    """Scale fused scores so that the best is 1, as cosines of near-duplicates are."""
+    return scores / np.float32(max(float(scores[0]), 1e-9))

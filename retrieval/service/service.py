@@ -32,14 +32,21 @@ from retrieval.service.responses import (
     retrieve_response,
 )
 from retrieval.service.search_records import BatchSearches, Labelled, Search, SearchRecorder
-from retrieval.service.search_request import SearchRequest
-from retrieval.service.searcher import Found, Searcher, scores_of
+from retrieval.service.search_request import SearchRequest, legs_of
+from retrieval.service.searcher import Found, Searcher, SearchTarget, scores_of
 from retrieval.service.validation import require_count
 
 HITS_PER_TURN = 2000
 """Hits of a batch that are written into its answer before other calls have their turn."""
 INLINE_SCORE_IDS = 50
 """A Score of at most so many ids runs on the event loop."""
+
+
+def search_target(
+    serving: ServingRelease, index: EntityIndex, request: SearchRequest
+) -> SearchTarget:
+    """Return what answers a request: an index alone, or all legs of its entity type."""
+    return SearchTarget(index, legs_of(serving.release.fused[request.entity_type], request))
 
 
 class RetrievalService:
@@ -97,7 +104,8 @@ class RetrievalService:
             request = SearchRequest.parse(message, self.limits)
             query = await self.queries.of_message(message, serving, call.context)
             self.recorder.count_encoding(query)
-            answer = await self.searches.search(index, query, request)
+            target = search_target(serving, index, request)
+            answer = await self.searches.search(target, query, request)
             response = retrieve_response(serving, query, answer, message.request_id)
             if request.attributes:
                 add_attributes(response.hits, index, answer.result.ids, request.attributes)
@@ -128,7 +136,8 @@ class RetrievalService:
                 request_id=message.request_id,
             )
             for request, index in zip(requests, indexes, strict=True):
-                answer = await self.searches.search(index, query, request)
+                target = search_target(serving, index, request)
+                answer = await self.searches.search(target, query, request)
                 filled = response.answers.add(entity_type=request.entity_type)
                 fill_answer(filled, answer, query_cached=query.is_cached)
                 if request.attributes:
@@ -154,7 +163,8 @@ class RetrievalService:
                 query_space_id=serving.query_space_id,
                 request_id=message.request_id,
             )
-            found = await self.searches.search_batch(index, batch, request, call.context)
+            target = search_target(serving, index, request)
+            found = await self.searches.search_batch(target, batch, request, call.context)
             searches = BatchSearches(serving, index, request, batch)
             await self._fill_batch(response, message, searches, found)
             self.recorder.count_batch(request.entity_type, found.answers)

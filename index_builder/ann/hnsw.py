@@ -61,8 +61,8 @@ class HnswIndex(AnnIndex):
             ) from error
         if index.get_current_count() != count:
             raise IndexFormatError(
-                f"{path.name} holds {index.get_current_count()} nodes, but the vectors hold {count}"
-                " rows. Rebuild this release."
+                f"{path.name} holds {index.get_current_count()} nodes, but there are {count}"
+                " distinct vectors. Rebuild this release."
             )
         index.set_num_threads(1)
         return cls(index, count, dimension, config)

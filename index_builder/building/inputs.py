@@ -13,9 +13,7 @@ import polars as pl
 
 from encoders.errors import InvalidVectors, SpaceMismatch
 from index_builder.errors import DuplicateIds, LiveLogError
-from index_builder.filters.attributes import normalised
-from index_builder.filters.field_types import can_be_attribute
-from index_builder.filters.json_values import fitted_column, is_part, of_one_type
+from index_builder.filters.folding import fold_attributes
 from index_builder.fusion.engagements import Engagements
 from index_builder.lexical.counting import attribute_texts
 from index_builder.lexical.lexical_index import LexicalIndex
@@ -216,7 +214,12 @@ def fold_live(entities: EntityInput, live: LiveWrites, into: Path) -> tuple[Enti
         ids=ids,
         vectors=vectors,
         space_id=entities.space_id,
-        attributes=_fold_attributes(entities.attributes, keep, fresh),
+        attributes=fold_attributes(
+            entities.attributes,
+            keep,
+            attribute_frame([entry.attributes for entry in fresh]),
+            [entry.sequence for entry in fresh],
+        ),
         base_watermark=live.watermark,
         texts=_fold_texts(entities.texts, keep, fresh),
         words=_fold_words(entities.words, keep, fresh),
@@ -261,45 +264,6 @@ def _write_vectors(
         for entry in fresh:
             assert entry.vector is not None
             entry.vector.tofile(file)
-
-
-def _fold_attributes(
-    frame: pl.DataFrame | None, keep: np.ndarray, fresh: list[LiveEntry]
-) -> pl.DataFrame | None:
-    """Append the attributes of fresh entries to the rows of ``frame`` that stay.
-
-    They are cast to the types the base has; what does not fit is null. What no column can hold is
-    left out: a log may hold entries that were checked against another release, or never.
-    """
-    added = attribute_frame([entry.attributes for entry in fresh]) if fresh else pl.DataFrame()
-    known = frame.columns if frame is not None else []
-    sequences = [entry.sequence for entry in fresh]
-    new = [
-        of_one_type(series, sequences)
-        for series in added
-        if series.name not in known and not is_part(series.name)
-    ]
-    new = [series for series in new if can_be_attribute(series)]
-    if not known and not new:
-        return frame
-    height = int(keep.sum())
-    base = pl.DataFrame()
-    if frame is not None and known:
-        kept = frame.filter(pl.Series(keep))
-        # As an index keeps them: dates are texts, as in the log
-        base = pl.DataFrame([normalised(name, kept[name]) for name in known])
-    parts = [
-        (base[name], fitted_column(added, name, base.schema[name], len(fresh))) for name in known
-    ]
-    parts += [
-        (pl.Series(series.name, [None] * height, dtype=series.dtype), series) for series in new
-    ]
-    return pl.DataFrame(
-        [
-            pl.concat([old.to_frame(), live.to_frame()], how="vertical_relaxed").to_series()
-            for old, live in parts
-        ]
-    )
 
 
 def _fold_texts(

@@ -138,8 +138,9 @@ def _faster_search(
     ann_time = time_at_target(ann)
     walk_time = time_at_target(walk)
     why = (
-        f"{len(vectors):,} vectors: at recall@10 {target:.2f} on {len(queries):,} calibration"
-        f" queries one search takes {_shown(ann, ann_time)} and {_shown(walk, walk_time)}"
+        f"{len(vectors):,} distinct vectors: at recall@10 {target:.2f} on {len(queries):,}"
+        f" calibration queries one search takes {_shown(ann, ann_time)} and"
+        f" {_shown(walk, walk_time)}"
     )
     walk_wins = walk_time is not None and (ann_time is None or walk_time < ann_time)
     return _BuiltAnn(walk if walk_wins else ann, why)

@@ -446,10 +446,13 @@ def test_fold_live_keeps_dates_of_live_entries(tmp_path: Path) -> None:
     )
     base = dataclasses.replace(BASE, attributes=frame)
     written = {"day": "2024-06-01", "at": "2024-06-01T10:00:00Z", "days": ["2024-06-01"]}
-    new = entry("n", 1, written)
-    folded, _ = fold_live(base, LiveWrites({"n": new}, 1), tmp_path / "folded")
+    bad = {"day": "soon", "at": "later", "days": ["2024-07-01", "soon"]}
+    entries = {"n": entry("n", 1, written), "o": entry("o", 2, bad)}
+    folded, _ = fold_live(base, LiveWrites(entries, 2), tmp_path / "folded")
     assert folded.attributes is not None
-    assert folded.attributes.row(-1, named=True) == {**dict.fromkeys(FRAME.columns), **written}
+    found = folded.attributes.select(*written).to_dicts()
+    assert found[-2] == written
+    assert found[-1] == {"day": None, "at": None, "days": ["2024-07-01"]}
     assert folded.attributes["at"][0] == "2024-05-01T02:00:00+02:00"
     schema = AttributeTable(folded.attributes).schema
     assert [schema[name] for name in written] == ["time", "time", "list<time>"]

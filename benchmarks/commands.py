@@ -93,6 +93,10 @@ BENCHES: dict[str, tuple[str, str]] = {
         "benchmarks.faults.faults:command",
         "Swaps under load, 4x overload, kill -9, hostile Redis: no lost, mixed or failed answer.",
     ),
+    "hostile": (
+        "benchmarks.faults.hostile:command",
+        "Floods, bombs and fuzzed frames on one connection: what a good client beside it notices.",
+    ),
     "diversity": (
         "benchmarks.quality.diversity:command",
         "MMR: intra-list similarity against labelled Recall@10 as lambda moves, one plot.",

@@ -23,9 +23,9 @@ AT_LEAST_ONE = (
     "max_in_flight",
     "max_encode_queue",
     "search_threads",
-    "max_streams_per_connection",
 )
 NOT_NEGATIVE = (
+    "max_streams_per_connection",
     "batch_delay_ms",
     "cache_bytes",
     "answer_cache_bytes",
@@ -131,8 +131,11 @@ class ServeConfig:
     """Requests inside one worker; one more is refused with RESOURCE_EXHAUSTED at once."""
     max_encode_queue: int = 256
     """Texts waiting for the encoder of one worker; more are refused."""
-    max_streams_per_connection: int = 1000
-    """Concurrent calls on one connection; more wait in the client and cost the server nothing."""
+    max_streams_per_connection: int = 0
+    """Concurrent calls on one connection; more wait in the client and cost the server nothing.
+
+    0: as many as ``max_in_flight``, at least 100.
+    """
     inline_search_us: float = 200.0
     """Searches expected to be shorter run on the event loop, longer ones in a thread."""
     search_threads: int = 2
@@ -177,6 +180,11 @@ class ServeConfig:
     """TOML file of tokens (docs/howto/tls_and_tokens.md); without it all have every right."""
     grace_seconds: float = 10.0
     """How long SIGTERM waits for requests in flight."""
+
+    @property
+    def max_streams(self) -> int:
+        """Concurrent calls on one connection."""
+        return self.max_streams_per_connection or max(100, self.max_in_flight)
 
     def __post_init__(self) -> None:
         """Check every setting against its range.

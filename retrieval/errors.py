@@ -12,6 +12,7 @@ ServingError
 ├── NothingToRollBack         there is no earlier release                    FAILED_PRECONDITION
 ├── WritesDisabled            this server takes no live writes               FAILED_PRECONDITION
 ├── Overloaded                a queue is full                                RESOURCE_EXHAUSTED
+├── MessageTooLarge           more bytes than a message of the method may be RESOURCE_EXHAUSTED
 ├── DeadlinePassed            the caller's deadline passed                   DEADLINE_EXCEEDED
 ├── NotReady                  no release yet, or shutting down               UNAVAILABLE
 ├── Unauthenticated           no token, or a wrong one                       UNAUTHENTICATED
@@ -111,6 +112,15 @@ class Overloaded(ServingError):
         self.retry_after_ms = retry_after_ms
         super().__init__(
             f"{what}: all {limit} places are taken. Try again in {retry_after_ms} ms, with jitter."
+        )
+
+
+class MessageTooLarge(ServingError):
+    """A message has more bytes than one of its method may have."""
+
+    def __init__(self, limit: int, got: int) -> None:
+        super().__init__(
+            f"a message may have {limit} bytes in this call, but got {got}. Split the request."
         )
 
 

@@ -19,6 +19,7 @@ STATUS: dict[type[OmniError], grpc.StatusCode] = {
     errors.NothingToRollBack: grpc.StatusCode.FAILED_PRECONDITION,
     errors.WritesDisabled: grpc.StatusCode.FAILED_PRECONDITION,
     errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.MessageTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.NotReady: grpc.StatusCode.UNAVAILABLE,
     errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,

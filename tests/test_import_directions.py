@@ -50,10 +50,11 @@ ROOMS: dict[str, dict[str, str]] = {
     "retrieval": {
         "http2": "",
         "client": "",
+        "bounds": "",
         "encoding": "",
         "observability": "",
         "releases": "encoding observability",
-        "service": "http2 encoding observability releases",
+        "service": "http2 bounds encoding observability releases",
         "web": "client releases service",
         "server": "http2 encoding observability releases service web",
         "demo": "client",

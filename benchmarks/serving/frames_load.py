@@ -19,7 +19,7 @@ import hpack
 
 from benchmarks.serving.load import Load, Outcome, Recorder, run_processes
 from retrieval.http2 import frames
-from retrieval.http2.headers import HeaderReader
+from retrieval.http2.header_blocks import HeaderReader
 
 WINDOW = 2**30
 

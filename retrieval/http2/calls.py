@@ -9,11 +9,23 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 
 import grpc
 
-from retrieval.http2.headers import Headers, Metadata, metadata_of, timeout_seconds
+from retrieval.http2.frames import PROTOCOL_ERROR
+from retrieval.http2.headers import (
+    Headers,
+    Metadata,
+    are_well_formed,
+    content_length,
+    is_request,
+    metadata_of,
+    timeout_seconds,
+)
 from retrieval.http2.refusals import Aborted, Refusal
 
 PREFIX_BYTES = 5
 """Before each message of a stream: a compressed flag, and the length in four bytes."""
+WRITE_AHEAD_BYTES = 64 * 2**10
+"""A handler that writes a stream waits while more of it is unsent."""
+IDENTITY_KEYS = ("x509_subject_alternative_name", "x509_common_name")
 
 
 class Method(NamedTuple):
@@ -25,8 +37,9 @@ class Method(NamedTuple):
         answer_later: Unary calls: request bytes and call to response bytes.
         stream: Streaming calls: takes the call, reads ``call.messages()`` or ``call.message``,
             writes with ``call.write``.
-        refuse: Called when a call's headers are here and its message is not: returns its refusal,
+        refuse: Called with a call's metadata when its message is not here yet: returns its refusal,
             or None to admit it; never raises.
+        max_bytes: Of a request message; 0: as many as the server takes of any method.
         client_streaming: Whether ``stream`` reads messages while they arrive; otherwise it begins,
             as ``answer_later`` does, when the one message is here.
     """
@@ -34,7 +47,8 @@ class Method(NamedTuple):
     answer_now: Callable[[bytes, Call], bytes | Refusal | None] | None = None
     answer_later: Callable[[bytes, Call], Awaitable[bytes]] | None = None
     stream: Callable[[Call], Awaitable[None]] | None = None
-    refuse: Callable[[], Refusal | None] | None = None
+    refuse: Callable[[Metadata], Refusal | None] | None = None
+    max_bytes: int = 0
     client_streaming: bool = False
 
 
@@ -50,6 +64,9 @@ class Head(NamedTuple):
         metadata: As handlers see it.
         compression: Of the request's messages.
         error: An HTTP status or a gRPC one, of a request that cannot be served.
+        reset: An error code of HTTP/2, of headers that are not a request's.
+        is_trailers: Whether the headers may end a request.
+        content_length: Bytes of content that the request announces; None: it does not say.
     """
 
     method: Method = NO_METHOD
@@ -57,10 +74,27 @@ class Head(NamedTuple):
     metadata: Metadata = ()
     compression: str = "identity"
     error: int | Aborted | None = None
+    reset: int | None = None
+    is_trailers: bool = False
+    content_length: int | None = None
 
 
 class Writer(Protocol):
-    """The side of a connection that a call's handler reaches."""
+    """The side of a connection that a call's handler reaches.
+
+    Attributes:
+        peer: The client's address, as gRPC writes it.
+        auth_context: What its certificate says; empty without one.
+    """
+
+    peer: str
+    auth_context: dict[str, list[bytes]]
+
+    def is_open(self, call: Call) -> bool:
+        """Return whether a call has not ended."""
+
+    def begin(self, call: Call, metadata: Sequence[tuple[str, str | bytes]]) -> None:
+        """Send the headers of a call's answer, if they have not been sent."""
 
     def send_message(self, call: Call, message: bytes) -> None:
         """Send one message of a call's answer, as far as the peer's windows allow."""
@@ -69,8 +103,34 @@ class Writer(Protocol):
         """Count no more a message of this size that a handler has taken off the call's queue."""
 
 
+class Outcome:
+    """What a handler has said about the end of its call, and who waits for it."""
+
+    __slots__ = ("callbacks", "code", "details", "drained", "trailing")
+
+    def __init__(self) -> None:
+        self.code = grpc.StatusCode.OK
+        self.details = ""
+        self.trailing: tuple[tuple[str, str | bytes], ...] = ()
+        self.callbacks: list[Callable[[Call], None]] = []
+        self.drained: asyncio.Future[None] | None = None  # the writer of a stream waits
+
+    def refuses(self) -> bool:
+        """Return whether the call fails although its handler has returned."""
+        return self.code is not grpc.StatusCode.OK
+
+    def wake(self) -> None:
+        """Let the writer of a stream go on."""
+        if self.drained is not None and not self.drained.done():
+            self.drained.set_result(None)
+
+
 class Call:
-    """One call on one stream; handlers see it as their gRPC context."""
+    """One call on one stream; handlers see it as their gRPC context.
+
+    It has what ``grpc.aio.ServicerContext`` has, but for ``read`` (handlers iterate) and for
+    compression of answers, which is never used.
+    """
 
     __slots__ = (
         "body",
@@ -79,11 +139,15 @@ class Call:
         "finishing",
         "head",
         "held",
+        "is_cancelled",
+        "is_compressed",
         "message",
+        "outcome",
         "pack",
         "pending",
         "queue",
         "queued",
+        "received",
         "responding",
         "stream",
         "task",
@@ -110,6 +174,10 @@ class Call:
         self.queue: asyncio.Queue[bytes | None] | None = None
         self.queued = 0  # bytes in queue
         self.pack: Callable[[Any], bytes] | None = None
+        self.received = 0  # bytes of content, where the request announces how many
+        self.is_compressed = False  # the message is
+        self.is_cancelled = False
+        self.outcome: Outcome | None = None
 
     def time_remaining(self) -> float | None:
         """Return the seconds until the caller's deadline; None without one."""
@@ -129,8 +197,84 @@ class Call:
         raise Aborted(code, details, trailing_metadata)
 
     async def write(self, message: Any) -> None:
-        """Send one message of a streaming answer."""
+        """Send one message of a streaming answer; waits for a client that does not read."""
         self.writer.send_message(self, self.pack(message) if self.pack is not None else message)
+        while len(self.pending) > WRITE_AHEAD_BYTES and self.writer.is_open(self):
+            outcome = self._outcome()
+            outcome.drained = asyncio.get_running_loop().create_future()
+            await outcome.drained
+
+    # --- what handlers and interceptors expect of a context ---
+
+    def _outcome(self) -> Outcome:
+        if self.outcome is None:
+            self.outcome = Outcome()
+        return self.outcome
+
+    def peer(self) -> str:
+        """Return the client's address, e.g. ``ipv4:127.0.0.1:40000``."""
+        return self.writer.peer
+
+    def auth_context(self) -> dict[str, list[bytes]]:
+        """Return what the client's certificate says; empty without one."""
+        return self.writer.auth_context
+
+    def peer_identity_key(self) -> str | None:
+        """Return which entry of ``auth_context`` names the client, or None."""
+        return next((key for key in IDENTITY_KEYS if key in self.writer.auth_context), None)
+
+    def peer_identities(self) -> list[bytes] | None:
+        """Return the client's names, or None."""
+        key = self.peer_identity_key()
+        return None if key is None else self.writer.auth_context[key]
+
+    def cancelled(self) -> bool:
+        """Return whether the client has given the call up, or its deadline has passed."""
+        return self.is_cancelled
+
+    def done(self) -> bool:
+        """Return whether the call has ended."""
+        return not self.writer.is_open(self)
+
+    def add_done_callback(self, callback: Callable[[Call], None]) -> None:
+        """Have ``callback`` called with this call when its work has ended."""
+        self._outcome().callbacks.append(callback)
+
+    async def send_initial_metadata(self, metadata: Sequence[tuple[str, str | bytes]]) -> None:
+        """Send the headers of the answer now, with this metadata."""
+        self.writer.begin(self, metadata)
+
+    def set_trailing_metadata(self, metadata: Sequence[tuple[str, str | bytes]]) -> None:
+        """Send this metadata with the status."""
+        self._outcome().trailing = tuple(metadata)
+
+    def trailing_metadata(self) -> tuple[tuple[str, str | bytes], ...]:
+        """Return the metadata that is sent with the status."""
+        return () if self.outcome is None else self.outcome.trailing
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        """End the call with this status when its handler returns."""
+        self._outcome().code = code
+
+    def code(self) -> grpc.StatusCode:
+        """Return the status that the handler has set."""
+        return grpc.StatusCode.OK if self.outcome is None else self.outcome.code
+
+    def set_details(self, details: str) -> None:
+        """Send this text with the status."""
+        self._outcome().details = details
+
+    def details(self) -> str:
+        """Return the text that the handler has set."""
+        return "" if self.outcome is None else self.outcome.details
+
+    def set_compression(self, compression: grpc.Compression) -> None:
+        """Do nothing: answers are sent as they are."""
+
+    def disable_next_message_compression(self) -> None:
+        """Do nothing: answers are sent as they are."""
+
+    # --- what the transport does with it ---
 
     async def messages(self) -> AsyncIterator[bytes]:
         """Yield the messages of a streaming request."""
@@ -163,8 +307,10 @@ class Call:
         """Stop the work and the timer of a call that nobody waits for any more."""
         if self.timer is not None:
             self.timer.cancel()
+            self.timer = None
         if self.task is not None:
             self.task.cancel()
+            self.task = None  # a task that holds its call must not be held by it
 
 
 class UnaryHandler:
@@ -178,6 +324,7 @@ class UnaryHandler:
         answer_now: As in ``Method``.
         answer_later: What ``unary_unary`` does after ``answer_now``; by default all of it.
         refuse: As in ``Method``.
+        max_bytes: As in ``Method``.
     """
 
     request_streaming = False
@@ -194,12 +341,14 @@ class UnaryHandler:
         *,
         answer_now: Callable[[bytes, Any], bytes | Refusal | None] | None = None,
         answer_later: Callable[[bytes, Any], Awaitable[bytes]] | None = None,
-        refuse: Callable[[], Refusal | None] | None = None,
+        refuse: Callable[[Metadata], Refusal | None] | None = None,
+        max_bytes: int = 0,
     ) -> None:
         self.unary_unary = unary_unary
         self.answer_now = answer_now
         self.answer_later = answer_later or unary_unary
         self.refuse = refuse
+        self.max_bytes = max_bytes
 
 
 class HandlerCallDetails(NamedTuple):
@@ -207,6 +356,16 @@ class HandlerCallDetails(NamedTuple):
 
     method: str
     invocation_metadata: Metadata
+
+
+MALFORMED = Head(reset=PROTOCOL_ERROR)
+TRAILERS = Head(reset=PROTOCOL_ERROR, is_trailers=True)
+TOO_MANY_HEADERS = Head(
+    error=Aborted(
+        grpc.StatusCode.RESOURCE_EXHAUSTED,
+        "expected at most 100 header fields of 16 KiB together, but got more. Send less metadata.",
+    )
+)
 
 
 def _invalid(code: grpc.StatusCode, message: str) -> Head:
@@ -235,8 +394,23 @@ class MethodTable:
                     break
         return known
 
-    def read_head(self, headers: Headers) -> Head:
-        """Understand the headers of a request."""
+    def read_head(self, headers: Headers | None) -> Head:
+        """Understand the headers of a request; None: they are more than it may have."""
+        if headers is None:
+            return TOO_MANY_HEADERS
+        if not are_well_formed(headers):
+            return MALFORMED
+        if not any(name.startswith(b":") for name, _ in headers):
+            return TRAILERS
+        if not is_request(headers):
+            return MALFORMED
+        try:
+            length = content_length(headers)
+        except ValueError:
+            return MALFORMED
+        return self._read_request(headers)._replace(content_length=length)
+
+    def _read_request(self, headers: Headers) -> Head:
         fields = dict(headers)
         if fields.get(b":method") != b"POST":
             return Head(error=405)
@@ -264,7 +438,10 @@ def _adapt(handler: Any) -> Method:
     """Turn a grpc handler with deserializer and serializer into a method over bytes."""
     if isinstance(handler, UnaryHandler):
         return Method(
-            answer_now=handler.answer_now, answer_later=handler.answer_later, refuse=handler.refuse
+            answer_now=handler.answer_now,
+            answer_later=handler.answer_later,
+            refuse=handler.refuse,
+            max_bytes=handler.max_bytes,
         )
     parse: Callable[[bytes], Any] = handler.request_deserializer or (lambda content: content)
     pack: Callable[[Any], bytes] = handler.response_serializer or (lambda message: message)

@@ -9,14 +9,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from time import monotonic
+from typing import NamedTuple
 
 from retrieval.http2 import frames
 from retrieval.http2.calls import MethodTable
 from retrieval.http2.control_frames import ControlFrames
 from retrieval.http2.draining import Drain
 from retrieval.http2.frames import DEFAULT_WINDOW, Http2Error, frame
-from retrieval.http2.limits import TransportLimits
-from retrieval.http2.read_pacing import ReadPacer
+from retrieval.http2.limits import (
+    MAX_CONTROL_FRAMES,
+    SLICE_SECONDS,
+    ReadPacer,
+    SharedBuffers,
+    TransportLimits,
+)
 from retrieval.http2.requests import RECEIVE_WINDOW, STREAM_WINDOW, RequestReader
 from retrieval.http2.responses import ResponseWriter
 from retrieval.http2.streams import FrameWriter, Streams
@@ -26,45 +32,61 @@ log = logging.getLogger(__name__)
 _unpack = frames.FRAME.unpack_from
 
 
-class Connection(asyncio.Protocol):
-    """The server's end of one connection.
+class ServerParts(NamedTuple):
+    """What all connections of a server share.
 
-    Args:
+    Attributes:
         methods: What can be called.
         limits: Of streams and messages.
         loop: Runs the calls.
         pacer: Of the server's reads.
-        connections: The server's open connections; this one enters when it is made.
+        buffers: Counts what all hold.
+        connections: Those that are open; each enters when it is made.
+    """
+
+    methods: MethodTable
+    limits: TransportLimits
+    loop: asyncio.AbstractEventLoop
+    pacer: ReadPacer
+    buffers: SharedBuffers
+    connections: set[Connection]
+
+
+class Connection(asyncio.Protocol):
+    """The server's end of one connection.
+
+    Args:
+        server: What it shares with the others.
 
     Attributes:
         last_read: When bytes came last, by ``time.monotonic``.
+        last_call: When it had a call last, as far as the server has looked.
+        opened_at: When it was made.
         preface_received: Whether the peer has said that it speaks HTTP/2.
         ping_sent: Whether the peer has been silent since a PING.
     """
 
-    def __init__(
-        self,
-        methods: MethodTable,
-        limits: TransportLimits,
-        loop: asyncio.AbstractEventLoop,
-        pacer: ReadPacer,
-        connections: set[Connection],
-    ) -> None:
+    def __init__(self, server: ServerParts) -> None:
+        limits = server.limits
         self.limits = limits
         self.out = FrameWriter()
-        self.streams = Streams()
+        self.streams = Streams(server.buffers)
         self.responses = ResponseWriter(self.out, self.streams, limits.max_send_bytes)
-        self.drain = Drain(self.out, self.streams, loop, self.close)
-        self.requests = RequestReader(self.streams, self.responses, methods, limits, loop)
+        self.drain = Drain(self.out, self.streams, server.loop, self.close)
+        self.requests = RequestReader(
+            self.streams, self.responses, server.methods, limits, server.loop
+        )
         self.closed = False
         self.preface_received = False
-        self.last_read = monotonic()
+        self.opened_at = self.last_call = self.last_read = monotonic()
         self.ping_sent = False
-        self._connections = connections
-        self._pacer = pacer
-        self._rest = b""  # of the last read: a frame that is not whole yet
+        self._connections = server.connections
+        self._loop = server.loop
+        self._pacer = server.pacer
+        self._rest = b""  # of the last read: what is not served yet
+        self._has_turn = False  # the rest is served in a later turn of the loop
+        self._slice_ended = False  # the rest holds whole frames
         self._reads_paused = False  # the server is full
-        self._writes_paused = False  # the peer does not read
         self._budget = self.streams.budget
         self._on_data = self.requests.on_data
         self._on_headers = self.requests.on_headers
@@ -81,6 +103,8 @@ class Connection(asyncio.Protocol):
             "a stream transport"
         )
         self.out.transport = transport  # type: ignore[assignment]
+        self.responses.peer = peer_name(transport)
+        self.responses.auth_context = auth_context(transport)
         self._connections.add(self)
         settings = {
             frames.MAX_CONCURRENT_STREAMS: self.limits.max_streams,
@@ -100,13 +124,14 @@ class Connection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """Read nothing from a peer that does not read, until it does."""
-        self._writes_paused = True
+        self.out.is_congested = True
         if self.out.transport is not None:
             self.out.transport.pause_reading()
 
     def resume_writing(self) -> None:
         """Read on: the peer reads again."""
-        self._writes_paused = False
+        self.out.is_congested = False
+        self.responses.resume_congested()
         self._read_on()
 
     def pause_reads(self) -> None:
@@ -121,7 +146,29 @@ class Connection(asyncio.Protocol):
         self._read_on()
 
     def _read_on(self) -> None:
-        stopped = self.closed or self._reads_paused or self._writes_paused
+        """Serve what is left of the last read; then read, unless something forbids it."""
+        if self.closed or self._reads_paused or self.out.is_congested or self._has_turn:
+            return
+        if self._rest:
+            self._take_turn()
+        elif self.out.transport is not None:
+            self.out.transport.resume_reading()
+
+    def _take_turn(self) -> None:
+        """Go on in the loop's next turn, after others have had theirs; read nothing until then."""
+        self._has_turn = True
+        if self.out.transport is not None:
+            self.out.transport.pause_reading()
+        self._loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        self._has_turn = False
+        if self.closed or self._reads_paused or self.out.is_congested:
+            return
+        data = self._rest
+        self._rest = b""
+        self._serve(data)
+        stopped = self.closed or self._has_turn or self._reads_paused or self.out.is_congested
         if self.out.transport is not None and not stopped:
             self.out.transport.resume_reading()
 
@@ -135,8 +182,16 @@ class Connection(asyncio.Protocol):
         self.ping_sent = False
         if self._rest:
             data = self._rest + data
+            if self._has_turn:
+                self._rest = data
+                return
+        self._serve(data)
+
+    def _serve(self, data: bytes) -> None:
+        """Serve frames for one slice of time; the rest has its turn when others have had theirs."""
         try:
-            self._rest = self._serve_frames(data)
+            at = self._serve_frames(data)
+            self._rest = data[at:] if at < len(data) else b""
             requests = self.requests
             if self.streams.calls and self.streams.last > requests.timed_to:
                 requests.set_deadlines()
@@ -154,20 +209,25 @@ class Connection(asyncio.Protocol):
             pause = responses.pause_seconds
             responses.pause_seconds = 0.0
             self._pacer.pause(self, pause)
+        if self._slice_ended:
+            self._slice_ended = False
+            if not (self._reads_paused or self.out.is_congested):
+                self._take_turn()
 
-    def _serve_frames(self, data: bytes) -> bytes:
-        """Serve the whole frames of ``data``; return what is left of it."""
+    def _serve_frames(self, data: bytes) -> int:
+        """Serve whole frames of ``data``; return where the rest begins."""
         at = 0
         end = len(data)
         if not self.preface_received:
-            at = len(frames.PREFACE)
-            if data[:at] != frames.PREFACE[:end]:
-                raise Http2Error(frames.PROTOCOL_ERROR, "this port speaks gRPC over HTTP/2")
-            if end < at:
-                return bytes(data)
-            self.preface_received = True
+            at = self._take_preface(data)
+            if not at:
+                return 0
         budget = self._budget
         requests = self.requests
+        out = self.out
+        if budget.left > MAX_CONTROL_FRAMES:
+            budget.left = MAX_CONTROL_FRAMES
+        until = monotonic() + SLICE_SECONDS
         while end - at >= frames.FRAME_HEADER_BYTES:
             high, low, kind, flags, stream = _unpack(data, at)
             start = at + frames.FRAME_HEADER_BYTES
@@ -184,14 +244,34 @@ class Connection(asyncio.Protocol):
                 self._on_data(stream, flags, data[start:at])
             elif kind == frames.HEADERS:
                 self._on_headers(stream, flags, data[start:at])
-            elif (handle := self._control.get(kind)) is not None:
-                handle(stream, flags, data[start:at])
+            else:
                 budget.left -= 1
-            if budget.left < 0:
-                raise Http2Error(frames.ENHANCE_YOUR_CALM, "too many control frames")
+                if (handle := self._control.get(kind)) is not None:
+                    handle(stream, flags, data[start:at])
+            if budget.left < 0 and budget.is_spent():
+                raise Http2Error(frames.ENHANCE_YOUR_CALM, "too many frames that are no calls")
             if self.closed:
-                return b""
-        return bytes(data[at:])
+                return end
+            if out.is_congested or monotonic() > until:
+                self._slice_ended = at < end
+                break
+        return at
+
+    def _take_preface(self, data: bytes) -> int:
+        """Check that a connection begins as it must (section 3.4); return where the frames begin.
+
+        0: not all of it is here.
+        """
+        at = len(frames.PREFACE)
+        if data[:at] != frames.PREFACE[: len(data)]:
+            raise Http2Error(frames.PROTOCOL_ERROR, "this port speaks gRPC over HTTP/2")
+        if len(data) < at + frames.FRAME_HEADER_BYTES:
+            return 0
+        _, _, kind, flags, _ = _unpack(data, at)
+        if kind != frames.SETTINGS or flags & frames.ACK:
+            raise Http2Error(frames.PROTOCOL_ERROR, "the first frame is not SETTINGS")
+        self.preface_received = True
+        return at
 
     # --- the end ---
 
@@ -216,8 +296,45 @@ class Connection(asyncio.Protocol):
         if self.out.transport is not None:
             self.out.transport.abort()
 
+    def is_stalled(self, now: float) -> bool:
+        """Return whether a half-sent request or a half-read answer has not moved for too long."""
+        streams = self.streams
+        if now - streams.buffers.moved_at <= self.limits.lifetimes.stalled_seconds:
+            return False
+        return self.out.is_congested or any(
+            call.pending or call.body or (call.message is not None and not call.ended)
+            for call in streams.calls.values()
+        )
+
     def ping(self) -> None:
         """Ask whether the peer is still there."""
         self.ping_sent = True
         self.out.frames.append(frame(frames.PING, 0, 0, b"liveness"))
         self.out.flush()
+
+
+def peer_name(transport: asyncio.BaseTransport) -> str:
+    """Return the client's address as gRPC writes it."""
+    peer = transport.get_extra_info("peername") if hasattr(transport, "get_extra_info") else None
+    if isinstance(peer, tuple) and len(peer) == 2:
+        return f"ipv4:{peer[0]}:{peer[1]}"
+    if isinstance(peer, tuple) and len(peer) > 2:
+        return f"ipv6:[{peer[0]}]:{peer[1]}"
+    return f"unix:{peer}" if peer else "unknown"
+
+
+def auth_context(transport: asyncio.BaseTransport) -> dict[str, list[bytes]]:
+    """Return what the client's certificate says, under the keys of gRPC; empty without one."""
+    held = transport.get_extra_info("peercert") if hasattr(transport, "get_extra_info") else None
+    if not held:
+        return {}
+    names = [
+        value for part in held.get("subject", ()) for key, value in part if key == "commonName"
+    ]
+    alternatives = [value for _, value in held.get("subjectAltName", ())]
+    found = {
+        "transport_security_type": [b"ssl"],
+        "x509_common_name": [name.encode() for name in names],
+        "x509_subject_alternative_name": [name.encode() for name in alternatives],
+    }
+    return {key: values for key, values in found.items() if values}

@@ -11,6 +11,9 @@ from retrieval.http2.frames import Http2Error, frame
 from retrieval.http2.responses import ResponseWriter
 from retrieval.http2.streams import Streams
 
+SETTINGS_BYTES_PER_FRAME = 60
+"""Settings of so many bytes cost one more control frame."""
+
 Handler = Callable[[int, int, bytes], None]
 """Takes stream, flags and payload of a frame."""
 
@@ -44,14 +47,23 @@ class ControlFrames:
         }
 
     def _on_priority(self, stream: int, flags: int, payload: bytes) -> None:
-        if len(payload) != 5:
-            raise Http2Error(frames.FRAME_SIZE_ERROR, "PRIORITY")
+        if stream == 0:
+            raise Http2Error(frames.PROTOCOL_ERROR, "PRIORITY of the connection")
+        if len(payload) != frames.PRIORITY_BYTES:  # an error of the stream (section 6.3)
+            self._responses.reset(stream, frames.FRAME_SIZE_ERROR)
+            call = self._streams.calls.get(stream)
+            if call is not None:
+                self._streams.cancel(call)
 
     def _on_push(self, stream: int, flags: int, payload: bytes) -> None:
         raise Http2Error(frames.PROTOCOL_ERROR, "a client cannot push")
 
     def _on_goaway(self, stream: int, flags: int, payload: bytes) -> None:
         """The client opens no more streams; it closes the connection itself."""
+        if stream:
+            raise Http2Error(frames.PROTOCOL_ERROR, "GOAWAY of a stream")
+        if len(payload) < 8:
+            raise Http2Error(frames.FRAME_SIZE_ERROR, "GOAWAY")
 
     def _on_reset(self, stream: int, flags: int, payload: bytes) -> None:
         streams = self._streams
@@ -65,7 +77,9 @@ class ControlFrames:
             streams.cancel(call)
 
     def _on_ping(self, stream: int, flags: int, payload: bytes) -> None:
-        if len(payload) != 8 or stream:
+        if stream:
+            raise Http2Error(frames.PROTOCOL_ERROR, "PING of a stream")
+        if len(payload) != 8:
             raise Http2Error(frames.FRAME_SIZE_ERROR, "PING")
         if flags & frames.ACK:
             self._drain.acknowledged()
@@ -73,22 +87,36 @@ class ControlFrames:
             self._responses.out.frames.append(frame(frames.PING, frames.ACK, 0, payload))
 
     def _on_settings(self, stream: int, flags: int, payload: bytes) -> None:
-        if len(payload) % 6 or stream or (flags & frames.ACK and payload):
+        if stream:
+            raise Http2Error(frames.PROTOCOL_ERROR, "SETTINGS of a stream")
+        if len(payload) % 6 or (flags & frames.ACK and payload):
             raise Http2Error(frames.FRAME_SIZE_ERROR, "SETTINGS")
         if flags & frames.ACK:
             return
         before = self._flow.stream_window
+        self._budget.left -= len(payload) // SETTINGS_BYTES_PER_FRAME
         for key, value in struct.iter_unpack(">HL", payload):
             self._set(key, value)
         self._responses.out.frames.append(frame(frames.SETTINGS, frames.ACK, 0))
-        if self._flow.stream_window > before and self._streams.buffers.held:
-            self._responses.resume_all()
+        if self._flow.stream_window > before:
+            self._require_windows()
+            if self._streams.buffers.held:
+                self._responses.resume_all()
+
+    def _require_windows(self) -> None:
+        """Raise if a stream's window has become larger than a window may be (section 6.9.2)."""
+        largest = frames.MAX_WINDOW - self._flow.stream_window
+        if largest < 0 or any(call.window > largest for call in self._streams.calls.values()):
+            raise Http2Error(frames.FLOW_CONTROL_ERROR, "INITIAL_WINDOW_SIZE")
 
     def _set(self, key: int, value: int) -> None:
         if key == frames.INITIAL_WINDOW_SIZE:
             if value > frames.MAX_WINDOW:
                 raise Http2Error(frames.FLOW_CONTROL_ERROR, "INITIAL_WINDOW_SIZE")
             self._flow.stream_window = value
+        elif key == frames.ENABLE_PUSH:
+            if value > 1:
+                raise Http2Error(frames.PROTOCOL_ERROR, "ENABLE_PUSH")
         elif key == frames.MAX_FRAME_SIZE:
             if not frames.DEFAULT_FRAME_BYTES <= value < 2**24:
                 raise Http2Error(frames.PROTOCOL_ERROR, "MAX_FRAME_SIZE")

@@ -23,15 +23,25 @@ class FlowControl:
         stream_window: Initial window of a stream; ``Call.window`` says how far one is from it.
         frame_bytes: Longest frame that the peer takes.
         blocked: Calls whose answers wait for the connection's window, not for their stream's.
+        congested: Calls whose answers wait until the peer reads what was sent.
     """
 
-    __slots__ = ("_granted", "_opened", "blocked", "frame_bytes", "stream_window", "window")
+    __slots__ = (
+        "_granted",
+        "_opened",
+        "blocked",
+        "congested",
+        "frame_bytes",
+        "stream_window",
+        "window",
+    )
 
     def __init__(self) -> None:
         self.window = DEFAULT_WINDOW
         self.stream_window = DEFAULT_WINDOW
         self.frame_bytes = DEFAULT_FRAME_BYTES
         self.blocked: OrderedDict[int, Call] = OrderedDict()
+        self.congested: OrderedDict[int, Call] = OrderedDict()
         self._granted = DEFAULT_WINDOW  # the window after the last update
         self._opened = DEFAULT_WINDOW  # by all updates together
 

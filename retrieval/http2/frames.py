@@ -51,6 +51,7 @@ DEFAULT_TABLE_BYTES = 4096
 MAX_WINDOW = 2**31 - 1
 MAX_HEADER_BYTES = 16_384
 FRAME_HEADER_BYTES = 9
+PRIORITY_BYTES = 5
 
 FRAME = struct.Struct(">BHBBL")
 """Length (high byte, low two), type, flags, stream."""

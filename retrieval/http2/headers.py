@@ -1,34 +1,25 @@
-"""Header blocks of gRPC over HTTP/2 as bytes (RFC 7541), and what requests say in them.
-
-``HeaderReader`` alone holds state: the header table of one connection.
-"""
+"""Header fields of gRPC over HTTP/2: those we send as bytes, and what requests say in theirs."""
 
 from __future__ import annotations
 
 import base64
 import binascii
 import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import grpc
-import hpack
-
-from retrieval.http2.frames import COMPRESSION_ERROR, MAX_HEADER_BYTES, Http2Error
-
-CACHED_BYTES = 64 * 2**10
-"""Estimated bytes that a connection may remember of decoded header blocks."""
-CACHED_BLOCK_BYTES = CACHED_BYTES // 4
-"""A block that takes more is decoded each time.
-
-A call's token, which Node sends whole with every call, must fit: to decode it takes 1 ms.
-"""
-HEADER_OVERHEAD_BYTES = 200
-"""Bytes that one remembered header takes beyond its characters; a block takes about two such."""
 
 TIMEOUT = re.compile(r"(\d{1,8})([HMSmun])")
 TIMEOUT_SECONDS = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 MAX_MESSAGE_CHARACTERS = 1000
+NAME = re.compile(rb":?[!#$%&'*+\-.^_`|~0-9a-z]+")
+"""Of a field: a token in lower case, a colon before it in pseudo-headers."""
+BAD_VALUE = re.compile(rb"[\x00\r\n]|^[ \t]|[ \t]\Z")
+CONNECTION_FIELDS = frozenset(
+    (b"connection", b"proxy-connection", b"keep-alive", b"transfer-encoding", b"upgrade")
+)
+"""Fields of HTTP/1.1 that make a request of HTTP/2 malformed."""
+PSEUDO_HEADERS = frozenset((b":method", b":scheme", b":path", b":authority"))
 
 Headers = Sequence[tuple[bytes, bytes]]
 Metadata = tuple[tuple[str, str | bytes], ...]
@@ -79,12 +70,15 @@ def status_block(
     block = literal(b"grpc-status", str(code.value[0]).encode())
     if message:
         block += literal(b"grpc-message", percent_encoded(message))
-    for key, value in trailing:
-        block += literal(key.encode(), _trailer_value(key, value))
-    return block
+    return block + metadata_block(trailing)
 
 
-def _trailer_value(key: str, value: str | bytes) -> bytes:
+def metadata_block(metadata: Iterable[tuple[str, str | bytes]]) -> bytes:
+    """Encode metadata of an answer."""
+    return b"".join(literal(key.encode(), _metadata_value(key, value)) for key, value in metadata)
+
+
+def _metadata_value(key: str, value: str | bytes) -> bytes:
     if isinstance(value, str):
         return value.encode("latin-1", "replace")
     return base64.b64encode(value).rstrip(b"=") if key.endswith("-bin") else value
@@ -121,71 +115,45 @@ def _decoded(key: str, value: bytes) -> bytes:
         raise ValueError(f"{key}: {error}") from error
 
 
-class HeaderReader:
-    """Decodes the header blocks of one connection; a block that changes no table is remembered.
+def are_well_formed(headers: Headers) -> bool:
+    """Return whether names and values are ones that HTTP/2 allows (RFC 9113, section 8.2)."""
+    for name, value in headers:
+        if NAME.fullmatch(name) is None or BAD_VALUE.search(value) is not None:
+            return False
+        if name in CONNECTION_FIELDS or (name == b"te" and value != b"trailers"):
+            return False
+    return True
 
-    Clients send the same few blocks over and over: after the first call of a kind a block is a row
-    of table indexes, and decoding it is one look-up.
 
-    Args:
-        understand: Makes of names and values, in order, what ``read`` returns and remembers; it
-            should take no more memory than they do.
+def is_request(headers: Headers) -> bool:
+    """Return whether well-formed fields are those of a request (RFC 9113, section 8.3).
+
+    Each pseudo-header once, none unknown, all before the others; method, scheme and path are there.
     """
-
-    def __init__(
-        self, understand: Callable[[tuple[tuple[bytes, bytes], ...]], Any] = tuple
-    ) -> None:
-        self._decoder = hpack.Decoder(max_header_list_size=MAX_HEADER_BYTES)
-        self._understand = understand
-        self._known: dict[bytes, Any] = {}
-        self._known_bytes = 0
-
-    def read(self, block: bytes) -> Any:
-        """Return names and values, in order, or what ``understand`` makes of them.
-
-        The same object comes back for a block that is known.
-
-        Raises:
-            Http2Error: The block cannot be decoded; the connection's header table is lost with it.
-        """
-        known = self._known.get(block)
-        if known is not None:
-            return known
-        table_before = self._table()
-        try:
-            headers = tuple(
-                (bytes(name), bytes(value)) for name, value in self._decoder.decode(block, raw=True)
-            )
-        except (hpack.HPACKError, IndexError, ValueError) as error:
-            reason = f"a header block cannot be decoded: {error}"
-            raise Http2Error(COMPRESSION_ERROR, reason) from error
-        newest, max_bytes = self._table()
-        found = self._understand(headers)
-        if newest is not table_before[0] or max_bytes != table_before[1]:
-            self._forget()
+    found: dict[bytes, bytes] = {}
+    regular = False
+    for name, value in headers:
+        if not name.startswith(b":"):
+            regular = True
+        elif regular or name in found or name not in PSEUDO_HEADERS:
+            return False
         else:
-            self._remember(block, found, memory_bytes(block, headers))
-        return found
-
-    def _table(self) -> tuple[Any, int]:
-        """Return the newest entry and the size of the table; a change of it changes one of them."""
-        table = self._decoder.header_table
-        return next(iter(table.dynamic_entries), None), table.maxsize
-
-    def _remember(self, block: bytes, found: Any, size: int) -> None:
-        if size > CACHED_BLOCK_BYTES:
-            return
-        if self._known_bytes + size > CACHED_BYTES:
-            self._forget()
-        self._known[block] = found
-        self._known_bytes += size
-
-    def _forget(self) -> None:
-        self._known.clear()
-        self._known_bytes = 0
+            found[name] = value
+    if found.get(b":method") == b"CONNECT":
+        return found.keys() == {b":method", b":authority"}
+    return all(found.get(name) for name in (b":method", b":scheme", b":path"))
 
 
-def memory_bytes(block: bytes, headers: Headers) -> int:
-    """Estimate how many bytes a header block, and what is made of it, take in memory."""
-    characters = sum(len(name) + len(value) for name, value in headers)
-    return len(block) + characters + HEADER_OVERHEAD_BYTES * (len(headers) + 2)
+def content_length(headers: Headers) -> int | None:
+    """Return the announced bytes of a request's content; None if it announces none.
+
+    Raises:
+        ValueError: It is not a number, or several numbers.
+    """
+    found = {value for name, value in headers if name == b"content-length"}
+    if not found:
+        return None
+    (value,) = found
+    if not value.isdigit() or len(value) > 18:
+        raise ValueError("content-length")
+    return int(value)

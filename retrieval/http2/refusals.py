@@ -35,6 +35,7 @@ class Refusal(NamedTuple):
         code: What ``block`` says, for other transports; ``message`` and ``trailing`` too.
         pause_seconds: How long the transport may read nothing from this connection afterwards;
             calls wait meanwhile.
+        cost: Control frames that the call is charged; 0: its caller did nothing wrong.
     """
 
     start: bytes
@@ -43,6 +44,7 @@ class Refusal(NamedTuple):
     message: str
     trailing: tuple[tuple[str, str | bytes], ...]
     pause_seconds: float = 0.0
+    cost: int = 0
 
 
 def refusal(
@@ -54,4 +56,5 @@ def refusal(
     """Encode an answer that is nothing but a status."""
     block = RESPONSE_BLOCK + status_block(code, message, trailing)
     start = FRAME.pack(0, len(block), HEADERS, END_HEADERS | END_STREAM, 0)[:5]
-    return Refusal(start, block, code, message, tuple(trailing), pause_seconds)
+    cost = int(code is grpc.StatusCode.UNAUTHENTICATED)
+    return Refusal(start, block, code, message, tuple(trailing), pause_seconds, cost)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import zlib
 from typing import Any
 
 import grpc
@@ -16,8 +15,9 @@ import grpc
 from retrieval.http2 import frames
 from retrieval.http2.calls import PREFIX_BYTES, Call, Head, MethodTable
 from retrieval.http2.frames import END_STREAM, Http2Error
-from retrieval.http2.headers import HeaderReader
-from retrieval.http2.limits import TransportLimits
+from retrieval.http2.header_blocks import HeaderReader
+from retrieval.http2.limits import CONTROL_FRAMES_PER_CALL, TransportLimits
+from retrieval.http2.messages import inflated, take_messages
 from retrieval.http2.refusals import Aborted, Refusal
 from retrieval.http2.responses import ResponseWriter
 from retrieval.http2.streams import Streams
@@ -27,6 +27,13 @@ log = logging.getLogger(__name__)
 RECEIVE_WINDOW = 64 * 2**20
 STREAM_WINDOW = 1 * 2**20
 MAX_QUEUED_MESSAGES = 1000
+MAX_BLOCK_BYTES = 128 * 2**10
+"""Of one header block on the wire. A call with less, but too much, is refused; more ends the
+connection."""
+SMALL_FRAME_BYTES = 1024
+"""A smaller frame of DATA that is not used is charged; larger ones pay with bandwidth."""
+INLINE_INFLATE_BYTES = 4096
+"""A longer compressed message is inflated in a thread."""
 
 
 class RequestReader:
@@ -82,7 +89,9 @@ class RequestReader:
         if flags & frames.PADDED:
             payload = frames.unpadded(payload)
         if flags & frames.PRIORITISED:
-            payload = payload[5:]
+            if len(payload) < frames.PRIORITY_BYTES:
+                raise Http2Error(frames.FRAME_SIZE_ERROR, "HEADERS without its priority")
+            payload = payload[frames.PRIORITY_BYTES :]
         if flags & frames.END_HEADERS:
             self._open(stream, flags, payload)
         else:
@@ -94,61 +103,110 @@ class RequestReader:
             raise Http2Error(frames.PROTOCOL_ERROR, "CONTINUATION without HEADERS")
         _, first_flags, block = self.interrupted_block
         block += payload
-        if len(block) > frames.MAX_HEADER_BYTES:
+        if len(block) > MAX_BLOCK_BYTES:
             raise Http2Error(frames.ENHANCE_YOUR_CALM, "too many headers")
         if flags & frames.END_HEADERS:
             self.interrupted_block = None
             self._open(stream, first_flags, bytes(block))
 
     def _open(self, stream: int, flags: int, block: bytes) -> None:
-        """Open a stream with its whole header block."""
-        head: Head = self._headers.read(block)
+        """Open a stream with its whole header block, or end it with its trailers."""
+        reader = self._headers
+        head: Head = reader.read(block)
         streams = self._streams
+        if reader.cost:
+            streams.budget.left -= reader.cost
         if not stream & 1:
             raise Http2Error(frames.PROTOCOL_ERROR, f"stream {stream} is not a client's")
         if stream <= streams.last:
-            known = stream in self._calls or stream in streams.refused
-            if known and flags & END_STREAM:  # trailers of a request say nothing that is used
-                self.on_data(stream, END_STREAM, b"")
+            self._on_trailers(stream, flags, head)
             return
         if streams.draining:
             # Beyond the last stream that GOAWAY named: the client sends it to another server
+            streams.budget.left -= 1
             return
+        if stream > streams.last + 2:
+            streams.skip_to(stream)
         streams.last = stream
-        if len(self._calls) + len(streams.refused) >= self._limits.max_streams:
-            self._responses.reset(stream, frames.REFUSED_STREAM)
+        if head.reset is not None:
+            self._reset_unopened(stream, head.reset)
+            return
+        # A client may open the next stream before it gives up one that was refused
+        if max(len(self._calls), len(streams.refused)) >= self._limits.max_streams:
+            self._reset_unopened(stream, frames.REFUSED_STREAM)
             return
         method = head.method
-        if method.refuse is not None and (refusal := method.refuse()) is not None:
+        if method.refuse is not None and (refusal := method.refuse(head.metadata)) is not None:
             if not flags & END_STREAM:
                 streams.refused.add(stream)
-            streams.count_refusal()
+            streams.budget.left -= refusal.cost
             self._responses.refuse(stream, refusal)
             return
         call = Call(self._responses, stream, head)
         self._calls[stream] = call
         if head.error is not None:
+            call.ended = bool(flags & END_STREAM)
             self._responses.reject(call, head.error)
-        elif method.client_streaming:
+            streams.budget.left -= CONTROL_FRAMES_PER_CALL + 1  # it is not an accepted call
+            return
+        if method.client_streaming:
             assert method.stream is not None, "it reads them"
             call.queue = asyncio.Queue()
             self._start(call, method.stream(call))
         if flags & END_STREAM and stream in self._calls:
             self.on_data(stream, END_STREAM, b"")
 
+    def _reset_unopened(self, stream: int, code: int) -> None:
+        """Refuse a stream that opens no call, at the price of a control frame."""
+        self._streams.budget.left -= 1
+        self._responses.reset(stream, code)
+
+    def _on_trailers(self, stream: int, flags: int, head: Head) -> None:
+        """Take the header block of a stream that has been opened before."""
+        streams = self._streams
+        streams.budget.left -= 1
+        call = self._calls.get(stream)
+        if call is None:
+            if stream in streams.refused:
+                streams.refused.discard(stream)
+            elif streams.was_skipped(stream):
+                raise Http2Error(frames.PROTOCOL_ERROR, f"HEADERS on stream {stream}, out of order")
+            elif stream not in streams.reset:
+                raise Http2Error(frames.STREAM_CLOSED, f"HEADERS on stream {stream}, which ended")
+        elif call.ended:
+            self._reset(call, frames.STREAM_CLOSED)
+        elif not flags & END_STREAM or not head.is_trailers:
+            self._reset(call, frames.PROTOCOL_ERROR)
+        else:  # what they say is not used
+            self.on_data(stream, END_STREAM, b"")
+
+    def _reset(self, call: Call, code: int) -> None:
+        """End a call whose client has broken the rules of its stream."""
+        self._responses.reset(call.stream, code)
+        self._streams.cancel(call)
+
     def on_data(self, stream: int, flags: int, payload: bytes) -> None:
         """Take a DATA frame."""
-        size = len(payload)  # padding included: the peer's windows paid for it
-        self._unacknowledged += size
+        paid = len(payload)  # padding included: the peer's windows paid for it
+        self._unacknowledged += paid
         if self._unacknowledged > RECEIVE_WINDOW // 2:
             self._responses.out.frames.append(frames.window_update(0, self._unacknowledged))
             self._unacknowledged = 0
         if flags & frames.PADDED:
             payload = frames.unpadded(payload)
         call = self._calls.get(stream)
-        if call is None or call.ended:
-            self._on_data_without_call(stream, flags)
+        if call is None:
+            self._on_data_without_call(stream, flags, paid)
             return
+        if call.ended:
+            self._reset(call, frames.STREAM_CLOSED)
+            return
+        announced = call.head.content_length
+        if announced is not None:
+            call.received += len(payload)
+            if call.received > announced or (flags & END_STREAM and call.received < announced):
+                self._reset(call, frames.PROTOCOL_ERROR)
+                return
         if flags & END_STREAM:
             call.ended = True
             # One whole plain message of a unary call: nearly always
@@ -160,14 +218,15 @@ class RequestReader:
                 and (method := call.head.method).stream is None
             ):
                 message = payload[PREFIX_BYTES:]
-                announced = int.from_bytes(payload[1:PREFIX_BYTES], "big")
-                if len(message) == announced <= self._limits.max_receive_bytes:
+                size = int.from_bytes(payload[1:PREFIX_BYTES], "big")
+                if len(message) == size <= (method.max_bytes or self._limits.max_receive_bytes):
                     if method.answer_now is not None:
                         answer = method.answer_now(message, call)
                         if answer is not None:
                             if type(answer) is Refusal:
                                 self._responses.refuse(stream, answer)
                                 self._streams.close(call)
+                                self._streams.budget.left -= CONTROL_FRAMES_PER_CALL + answer.cost
                             else:
                                 self._responses.answer(call, answer)  # type: ignore[arg-type]
                             return
@@ -176,16 +235,22 @@ class RequestReader:
                     return
         elif not payload:
             self._streams.budget.left -= 1
-        self._gather(call, payload, size)
+        self._gather(call, payload, paid)
 
-    def _on_data_without_call(self, stream: int, flags: int) -> None:
+    def _on_data_without_call(self, stream: int, flags: int, paid: int) -> None:
         streams = self._streams
         if stream in streams.refused:
             streams.refused.discard(stream)
             if not flags & END_STREAM:
                 self._responses.reset(stream, frames.NO_ERROR)  # send no more of it
-        elif stream == 0 or streams.never_opened(stream):
+            return
+        if stream == 0 or streams.never_opened(stream):
             raise Http2Error(frames.PROTOCOL_ERROR, f"DATA on stream {stream}, which is not open")
+        if stream in streams.reset or streams.draining:  # it was on its way
+            if paid < SMALL_FRAME_BYTES:
+                streams.budget.left -= 1
+        else:
+            self._reset_unopened(stream, frames.STREAM_CLOSED)
 
     # --- messages ---
 
@@ -211,9 +276,19 @@ class RequestReader:
         if size and not call.ended:
             self._responses.out.frames.append(frames.window_update(call.stream, size))
 
+    def _max_bytes(self, call: Call) -> int:
+        return call.head.method.max_bytes or self._limits.max_receive_bytes
+
     def _take_messages(self, call: Call, body: bytearray) -> None:
-        for message in take_messages(body, call.head.compression, self._limits.max_receive_bytes):
-            call.add_message(message)
+        max_bytes = self._max_bytes(call)
+        for content, is_compressed in take_messages(body, max_bytes):
+            if call.queue is None:
+                call.is_compressed = is_compressed
+                call.add_message(content)
+            else:
+                if is_compressed:
+                    content = inflated(content, call.head.compression, max_bytes)
+                call.add_message(content)
         if call.queue is not None and call.queue.qsize() > MAX_QUEUED_MESSAGES:
             raise Aborted(
                 grpc.StatusCode.RESOURCE_EXHAUSTED, "too many messages wait on this stream."
@@ -221,7 +296,6 @@ class RequestReader:
 
     def _on_request_end(self, call: Call) -> None:
         """The client has sent all: a call of one message begins."""
-        method = call.head.method
         if call.queue is not None:
             call.queue.put_nowait(None)
         elif call.message is None or call.body:
@@ -229,11 +303,37 @@ class RequestReader:
                 grpc.StatusCode.INVALID_ARGUMENT,
                 "expected one whole message, but the stream ended before its end.",
             )
-        elif method.stream is not None:
-            self._start(call, method.stream(call))
+        elif call.is_compressed and len(call.message) > INLINE_INFLATE_BYTES:
+            self._start(call, self._inflate_and_run(call, call.message))
         else:
-            assert method.answer_later is not None, "a unary method"
-            self._start(call, method.answer_later(call.message, call))
+            if call.is_compressed:
+                self._take_plain(call, self._inflated(call, call.message))
+            self._start(call, self._work(call))
+
+    def _work(self, call: Call) -> Any:
+        """Return the work of a call whose one message is here."""
+        method = call.head.method
+        if method.stream is not None:
+            return method.stream(call)
+        assert method.answer_later is not None, "a unary method"
+        assert call.message is not None, "it is here"
+        return method.answer_later(call.message, call)
+
+    def _inflated(self, call: Call, content: bytes) -> bytes:
+        return inflated(content, call.head.compression, self._max_bytes(call))
+
+    def _take_plain(self, call: Call, content: bytes) -> None:
+        """Hold the inflated message in place of the compressed one."""
+        call.message = content
+        call.is_compressed = False
+        if self._streams.is_open(call):
+            self._streams.buffers.hold(call)
+
+    async def _inflate_and_run(self, call: Call, content: bytes) -> Any:
+        """Inflate a long message off the loop, then do the work of its call."""
+        plain = await self._loop.run_in_executor(None, self._inflated, call, content)
+        self._take_plain(call, plain)
+        return await self._work(call)
 
     # --- work and deadlines ---
 
@@ -244,8 +344,16 @@ class RequestReader:
 
     def _finished(self, call: Call, task: asyncio.Task[Any]) -> None:
         error = None if task.cancelled() else task.exception()
-        if not self._streams.is_open(call):
-            return
+        call.task = None  # it holds the call; an error's traceback does, too
+        if self._streams.is_open(call):
+            self._answer(call, task, error)
+            self._responses.out.flush()
+        if call.outcome is not None:
+            for callback in call.outcome.callbacks:
+                callback(call)
+
+    def _answer(self, call: Call, task: asyncio.Task[Any], error: BaseException | None) -> None:
+        """Send what the work of a call has come to."""
         if task.cancelled():
             error = Aborted(grpc.StatusCode.CANCELLED, "the call was cancelled.")
         if error is None:
@@ -259,7 +367,6 @@ class RequestReader:
             log.error("a call failed", exc_info=error)
             reason = f"internal error ({type(error).__name__})."
             self._responses.fail(call, Aborted(grpc.StatusCode.INTERNAL, reason))
-        self._responses.out.flush()
 
     def _set_deadline(self, call: Call) -> None:
         if call.deadline is not None and call.timer is None:
@@ -280,55 +387,7 @@ class RequestReader:
     def _expire(self, call: Call) -> None:
         call.timer = None
         if self._streams.is_open(call):
+            call.is_cancelled = True
             reason = "the deadline passed; the work was dropped."
             self._responses.fail(call, Aborted(grpc.StatusCode.DEADLINE_EXCEEDED, reason))
             self._responses.out.flush()
-
-
-def take_messages(body: bytearray, compression: str, max_bytes: int) -> list[bytes]:
-    """Cut whole messages off the front of ``body``.
-
-    Raises:
-        Aborted: One is too large, or compressed in a way that is not known.
-    """
-    found: list[bytes] = []
-    while len(body) >= PREFIX_BYTES:
-        length = int.from_bytes(body[1:PREFIX_BYTES], "big")
-        if length > max_bytes:
-            raise Aborted(
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-                f"a message may have {max_bytes} bytes, but {length} were announced.",
-            )
-        end = PREFIX_BYTES + length
-        if len(body) < end:
-            break
-        content = bytes(body[PREFIX_BYTES:end])
-        if body[0]:
-            content = _inflated(content, compression, max_bytes)
-        del body[:end]
-        found.append(content)
-    return found
-
-
-def _inflated(content: bytes, compression: str, max_bytes: int) -> bytes:
-    """Decompress one message, never beyond ``max_bytes``."""
-    if compression not in ("gzip", "deflate"):
-        raise Aborted(
-            grpc.StatusCode.UNIMPLEMENTED,
-            f"compression {compression[:40]!r} is not known; send gzip, deflate or identity.",
-        )
-    reader = zlib.decompressobj(31 if compression == "gzip" else 15)
-    try:
-        plain = reader.decompress(content, max_bytes + 1)
-    except zlib.error as error:
-        raise Aborted(
-            grpc.StatusCode.INVALID_ARGUMENT, f"the message cannot be decompressed: {error}"
-        ) from error
-    if len(plain) > max_bytes:
-        raise Aborted(
-            grpc.StatusCode.RESOURCE_EXHAUSTED,
-            f"a message may have {max_bytes} bytes, but this one grows beyond that.",
-        )
-    if not reader.eof:
-        raise Aborted(grpc.StatusCode.INVALID_ARGUMENT, "the compressed message is cut off.")
-    return plain

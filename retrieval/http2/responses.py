@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import grpc
 
 from retrieval.http2 import frames, headers
@@ -11,6 +13,8 @@ from retrieval.http2.refusals import Aborted, Refusal
 from retrieval.http2.streams import FrameWriter, Streams
 
 ANSWERS_PER_WRITE = 8
+FRAMES_PER_WRITE = 16
+"""Frames of long answers that are gathered before the transport says whether the peer reads."""
 
 RESPONSE_START = frames.FRAME.pack(0, len(headers.RESPONSE_BLOCK), frames.HEADERS, END_HEADERS, 0)[
     :5
@@ -36,14 +40,27 @@ class ResponseWriter:
         table_shrunk: The peer has made its header table smaller: the next header block says that
             ours is empty.
         pause_seconds: For how long a refusal in this read asks to read nothing.
+        peer: As in ``calls.Writer``.
+        auth_context: Likewise.
     """
 
-    __slots__ = ("_flow", "_max_send_bytes", "_streams", "out", "pause_seconds", "table_shrunk")
+    __slots__ = (
+        "_flow",
+        "_max_send_bytes",
+        "_streams",
+        "auth_context",
+        "out",
+        "pause_seconds",
+        "peer",
+        "table_shrunk",
+    )
 
     def __init__(self, out: FrameWriter, streams: Streams, max_send_bytes: int) -> None:
         self.out = out
         self.table_shrunk = False
         self.pause_seconds = 0.0
+        self.peer = "unknown"
+        self.auth_context: dict[str, list[bytes]] = {}
         self._streams = streams
         self._flow = streams.flow
         self._max_send_bytes = max_send_bytes
@@ -53,6 +70,7 @@ class ResponseWriter:
     def answer(self, call: Call, message: bytes) -> None:
         """Send the whole answer of a unary call."""
         flow = self._flow
+        out = self.out
         stream = call.stream
         size = len(message) + PREFIX_BYTES
         if (
@@ -60,12 +78,13 @@ class ResponseWriter:
             or size > flow.stream_window + call.window
             or size > flow.frame_bytes
             or self.table_shrunk
+            or out.is_congested
+            or call.outcome is not None
         ):
             self._answer_in_parts(call, message)
             return
         flow.window -= size
         place = stream.to_bytes(4, "big")
-        out = self.out
         out.frames.append(
             b"".join(
                 (
@@ -88,7 +107,10 @@ class ResponseWriter:
     def _answer_in_parts(self, call: Call, message: bytes) -> None:
         """Send an answer that the windows stop, or that is longer than a frame."""
         call.message = None
+        outcome = call.outcome
         try:
+            if outcome is not None and outcome.refuses():
+                raise Aborted(outcome.code, outcome.details, outcome.trailing)
             self.send_message(call, message)
         except Aborted as error:
             self.fail(call, error)
@@ -109,6 +131,10 @@ class ResponseWriter:
         if not call.responding:
             block = RESPONSE_BLOCK + block
         self._send_headers(call.stream, block, END_STREAM)
+        self._close(call)
+
+    def _close(self, call: Call) -> None:
+        """Forget a call whose answer has ended; a client that goes on sending is told not to."""
         if not call.ended:
             self.reset(call.stream, frames.NO_ERROR)
         self._streams.close(call)
@@ -120,10 +146,15 @@ class ResponseWriter:
             return
         status = headers.literal(b":status", str(error).encode())
         self._send_headers(call.stream, status, END_STREAM)
-        self._streams.close(call)
+        self._close(call)
+
+    def is_open(self, call: Call) -> bool:
+        """Return whether a call has not ended."""
+        return self._streams.is_open(call)
 
     def reset(self, stream: int, code: int) -> None:
-        """End a stream with RST_STREAM."""
+        """End a stream with RST_STREAM; what is still on its way is ignored."""
+        self._streams.remember_reset(stream)
         self.out.frames.append(frames.reset_stream(stream, code))
 
     # --- answers in parts ---
@@ -138,7 +169,7 @@ class ResponseWriter:
                 f"the answer has {len(message)} bytes, more than {self._max_send_bytes}. Ask"
                 " for less.",
             )
-        self._begin(call)
+        self.begin(call)
         if not isinstance(call.pending, bytearray):
             call.pending = bytearray(call.pending)
         call.pending += b"\x00" + len(message).to_bytes(4, "big") + message
@@ -156,10 +187,13 @@ class ResponseWriter:
     def end(self, call: Call) -> None:
         """End a call whose whole answer has been handed over; trailers follow its last byte."""
         call.task = None
-        if call.pending:
+        outcome = call.outcome
+        if outcome is not None and outcome.refuses():
+            self.fail(call, Aborted(outcome.code, outcome.details, outcome.trailing))
+        elif call.pending:
             call.finishing = True
         else:
-            self._begin(call)
+            self.begin(call)
             self._send_ok(call)
 
     def resume(self, call: Call) -> None:
@@ -167,6 +201,9 @@ class ResponseWriter:
         flow = self._flow
         pending = call.pending
         while pending and isinstance(pending, bytearray):
+            if self.out.is_congested:
+                flow.congested[call.stream] = call
+                return
             room = min(flow.room(call), len(pending))
             if room <= 0:
                 flow.block(call)
@@ -176,15 +213,27 @@ class ResponseWriter:
             flow.window -= room
             call.window -= room
             self._streams.buffers.release(call, room)
+            if len(self.out.frames) >= FRAMES_PER_WRITE:
+                self.out.flush()
         if call.finishing:
             self._send_ok(call)
+        elif call.outcome is not None:
+            call.outcome.wake()
 
     def resume_blocked(self) -> None:
         """Send on after a larger window of the connection, those that wait for it alone."""
         flow = self._flow
-        while flow.blocked and flow.window > 0:
+        while flow.blocked and flow.window > 0 and not self.out.is_congested:
             _, call = flow.blocked.popitem(last=False)
             self.resume(call)
+
+    def resume_congested(self) -> None:
+        """Send on, as the peer reads again, until it does not."""
+        flow = self._flow
+        while flow.congested and not self.out.is_congested:
+            _, call = flow.congested.popitem(last=False)
+            self.resume(call)
+        self.out.flush()
 
     def resume_all(self) -> None:
         """Send on after a larger window of every stream, at the price of that much work."""
@@ -193,14 +242,19 @@ class ResponseWriter:
         for call in waiting:
             self.resume(call)
 
-    def _begin(self, call: Call) -> None:
-        if not call.responding:
+    def begin(self, call: Call, metadata: Sequence[tuple[str, str | bytes]] = ()) -> None:
+        """Send the headers of a call's answer, if they have not been sent."""
+        if not call.responding and self._streams.is_open(call):
             call.responding = True
-            self._send_headers(call.stream, RESPONSE_BLOCK)
+            self._send_headers(call.stream, RESPONSE_BLOCK + headers.metadata_block(metadata))
 
     def _send_ok(self, call: Call) -> None:
-        self._send_headers(call.stream, OK_BLOCK, END_STREAM)
-        self._streams.close(call)
+        block = OK_BLOCK
+        if call.outcome is not None:
+            outcome = call.outcome
+            block = headers.status_block(grpc.StatusCode.OK, outcome.details, outcome.trailing)
+        self._send_headers(call.stream, block, END_STREAM)
+        self._close(call)
 
     def _send_headers(self, stream: int, block: bytes, flags: int = 0) -> None:
         if self.table_shrunk:

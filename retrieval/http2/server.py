@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import resource
 import socket
 import ssl
 from collections.abc import Mapping, Sequence
@@ -16,9 +17,8 @@ from typing import Any
 import grpc
 
 from retrieval.http2.calls import MethodTable
-from retrieval.http2.connection import Connection
-from retrieval.http2.limits import TransportLimits
-from retrieval.http2.read_pacing import ReadPacer
+from retrieval.http2.connection import Connection, ServerParts
+from retrieval.http2.limits import Lifetimes, ReadPacer, SharedBuffers, TransportLimits
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,13 @@ YIELD_SECONDS = 0.0002
 
 So an emptier one accepts first.
 """
+MAX_ACCEPTED = 64
+"""Connections that are accepted in one turn of the loop."""
+AGE_SPREAD = 0.2
+"""Connections made together are not ended together: their ages differ by up to this share."""
+MAX_CONNECTIONS = 20_000
+RESERVED_DESCRIPTORS = 128
+"""Of files, releases, workers and the HTTP port."""
 
 
 class Http2Server:
@@ -43,6 +50,8 @@ class Http2Server:
         max_receive_bytes: Of one request message.
         max_send_bytes: Of one answer message.
         max_streams: Calls at a time on one connection.
+        max_connections: At a time; None: as many as the process may open files, less some.
+        lifetimes: Of connections.
         listener: A listening socket shared with other processes; None: ``add_port`` makes one.
     """
 
@@ -52,13 +61,27 @@ class Http2Server:
         max_receive_bytes: int,
         max_send_bytes: int,
         max_streams: int,
+        max_connections: int | None = None,
+        lifetimes: Lifetimes | None = None,
         listener: socket.socket | None = None,
     ) -> None:
-        self.limits = TransportLimits(max_receive_bytes, max_send_bytes, max_streams)
+        self.limits = TransportLimits(
+            max_receive_bytes, max_send_bytes, max_streams, lifetimes or Lifetimes()
+        )
         self.loop = asyncio.get_running_loop()
         self.connections: set[Connection] = set()
         self.methods = MethodTable()
-        self.pacer = ReadPacer(self.loop)
+        self.buffers = SharedBuffers(self._end_largest)
+        self._parts = ServerParts(
+            self.methods,
+            self.limits,
+            self.loop,
+            ReadPacer(self.loop),
+            self.buffers,
+            self.connections,
+        )
+        self._max_connections = max_connections or connections_allowed()
+        self._batch = 1  # connections that the next turn accepts
         self._shared = listener is not None
         self._listeners: list[tuple[socket.socket, ssl.SSLContext | None]] = (
             [] if listener is None else [(listener, None)]
@@ -113,7 +136,7 @@ class Http2Server:
 
     def make_connection(self) -> Connection:
         """Make the protocol object of a connection."""
-        return Connection(self.methods, self.limits, self.loop, self.pacer, self.connections)
+        return Connection(self._parts)
 
     def _on_connection(self, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
         if self._shared and self.connections:
@@ -126,20 +149,52 @@ class Http2Server:
     def _accept(
         self, listener: socket.socket, tls: ssl.SSLContext | None, listen_again: bool
     ) -> None:
+        """Accept a few connections; twice as many as last time while more wait in the queue.
+
+        So a few are dealt out evenly among workers, and many do not wait.
+        """
         if not self._accepting:
             return
         if listen_again:
             self.loop.add_reader(listener, self._on_connection, listener, tls)
-        try:
-            accepted, _ = listener.accept()
-        except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-            return
-        except OSError as error:  # out of file descriptors, for one: what is open goes on
-            log.warning("a connection was not accepted: %s", error)
-            self.loop.remove_reader(listener)
-            self.loop.call_later(ACCEPT_RETRY_SECONDS, self._accept, listener, tls, True)
-            return
-        self._begin_handshake(accepted, tls)
+        for _ in range(self._batch):
+            try:
+                accepted, _ = listener.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                self._batch = 1
+                return
+            except OSError as error:  # out of file descriptors, for one: what is open goes on
+                log.warning("a connection was not accepted: %s", error)
+                self._end_idlest()
+                self.loop.remove_reader(listener)
+                self.loop.call_later(ACCEPT_RETRY_SECONDS, self._accept, listener, tls, True)
+                return
+            is_full = len(self.connections) + len(self._handshakes) >= self._max_connections
+            if is_full and not self._end_idlest():
+                accepted.close()
+            else:
+                self._begin_handshake(accepted, tls)
+        self._batch = min(MAX_ACCEPTED, 2 * self._batch)
+
+    def _end_idlest(self) -> bool:
+        """End the connection that has been silent longest of those without a call, if there is one.
+
+        It makes room for a new one.
+        """
+        idle = [connection for connection in self.connections if not connection.streams.calls]
+        if not idle:
+            return False
+        min(idle, key=lambda connection: connection.last_read).abort()
+        return True
+
+    def _end_largest(self) -> None:
+        """End the connection that holds the most, as all together hold too much."""
+        largest = max(
+            self.connections, key=lambda connection: connection.streams.buffers.held, default=None
+        )
+        if largest is not None and not largest.closed:
+            log.warning("a connection holds %d bytes and is ended", largest.streams.buffers.held)
+            largest.abort()
 
     def _accept_backlog(self, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
         """Accept all that wait in the queue of a listener that will close."""
@@ -168,17 +223,29 @@ class Http2Server:
             accepted.close()
 
     async def _check_idle(self) -> None:
-        """Ping silent peers, and close connections of dead ones and of those without a preface."""
+        """Look after connections that are silent, stalled, without calls, or old."""
         while True:
-            await asyncio.sleep(IDLE_CHECK_SECONDS)
+            await asyncio.sleep(min(IDLE_CHECK_SECONDS, self.limits.lifetimes.stalled_seconds / 4))
             now = monotonic()
             for connection in list(self.connections):
-                silent = now - connection.last_read
-                patience = DEAD_AFTER_SECONDS if connection.preface_received else HANDSHAKE_SECONDS
-                if silent > patience:
-                    connection.abort()
-                elif silent > PING_AFTER_SECONDS and not connection.ping_sent:
-                    connection.ping()
+                self._check(connection, now)
+
+    def _check(self, connection: Connection, now: float) -> None:
+        limits = self.limits.lifetimes
+        silent = now - connection.last_read
+        patience = DEAD_AFTER_SECONDS if connection.preface_received else HANDSHAKE_SECONDS
+        if silent > patience or connection.is_stalled(now):
+            connection.abort()
+            return
+        if silent > PING_AFTER_SECONDS and not connection.ping_sent:
+            connection.ping()
+        if connection.streams.calls:
+            connection.last_call = now
+        age = (now - connection.opened_at) * (1 + AGE_SPREAD * (id(connection) % 97) / 97)
+        if age > limits.max_age_seconds + limits.age_grace_seconds:
+            connection.abort()
+        elif age > limits.max_age_seconds or now - connection.last_call > limits.max_idle_seconds:
+            connection.drain.begin()
 
     # --- the end ---
 
@@ -212,3 +279,11 @@ class Http2Server:
     async def wait_for_termination(self) -> None:
         """Return when stopped."""
         await self._stopped.wait()
+
+
+def connections_allowed() -> int:
+    """Return how many connections the process's limit of file descriptors has room for."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS
+    return max(8, min(MAX_CONNECTIONS, soft - min(RESERVED_DESCRIPTORS, soft // 2)))

@@ -7,7 +7,15 @@ from collections.abc import Callable
 
 from retrieval.http2.calls import Call
 from retrieval.http2.flow_control import FlowControl
-from retrieval.http2.limits import CONTROL_FRAMES_PER_CALL, Buffers, ControlFrameBudget
+from retrieval.http2.limits import (
+    CONTROL_FRAMES_PER_CALL,
+    Buffers,
+    ControlFrameBudget,
+    SharedBuffers,
+)
+
+MAX_REMEMBERED = 1000
+"""Streams that were reset by us, and skipped ones, that a connection remembers."""
 
 
 class FrameWriter:
@@ -17,14 +25,16 @@ class FrameWriter:
         frames: What leaves with the next flush; always the same list.
         answers: Whole answers among them.
         transport: Of the connection, once it is made.
+        is_congested: The transport holds as much as it should: the peer does not read.
     """
 
-    __slots__ = ("answers", "frames", "transport")
+    __slots__ = ("answers", "frames", "is_congested", "transport")
 
     def __init__(self) -> None:
         self.frames: list[bytes] = []
         self.answers = 0
         self.transport: asyncio.Transport | None = None
+        self.is_congested = False
 
     def flush(self) -> None:
         """Write what has been gathered."""
@@ -41,12 +51,15 @@ class Streams:
     Attributes:
         calls: Open calls by stream, in the order in which they were opened.
         refused: Streams that were refused before their message had come.
+        reset: The last streams that were reset before the client had ended them: what still comes
+            on these is ignored.
         last: Highest stream that the client has opened.
         draining: No stream opens any more, as GOAWAY has named the last one.
         on_drained: Called when the last call of a draining connection has ended.
     """
 
     __slots__ = (
+        "_skipped",
         "budget",
         "buffers",
         "calls",
@@ -55,16 +68,19 @@ class Streams:
         "last",
         "on_drained",
         "refused",
+        "reset",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, shared: SharedBuffers) -> None:
         self.calls: dict[int, Call] = {}
         self.refused: set[int] = set()
+        self.reset: dict[int, None] = {}  # oldest first
+        self._skipped: list[range] = []
         self.last = 0
         self.draining = False
         self.on_drained: Callable[[], None] | None = None
         self.budget = ControlFrameBudget()
-        self.buffers = Buffers()
+        self.buffers = Buffers(shared)
         self.flow = FlowControl()
 
     def never_opened(self, stream: int) -> bool:
@@ -73,6 +89,25 @@ class Streams:
         A draining server ignores new streams, so it knows none beyond the last that it named.
         """
         return stream > self.last and not self.draining
+
+    def skip_to(self, stream: int) -> None:
+        """Note that a client opens a stream and thereby closes all before it that it never opened.
+
+        Each gap costs a control frame: no client leaves one.
+        """
+        self.budget.left -= 1
+        if len(self._skipped) < MAX_REMEMBERED:
+            self._skipped.append(range(self.last + 2 if self.last else 1, stream, 2))
+
+    def was_skipped(self, stream: int) -> bool:
+        """Return whether a stream is known to have been skipped."""
+        return any(stream in gap for gap in self._skipped)
+
+    def remember_reset(self, stream: int) -> None:
+        """Ignore what still comes on a stream that the client has not ended."""
+        self.reset[stream] = None
+        if len(self.reset) > MAX_REMEMBERED:
+            del self.reset[next(iter(self.reset))]
 
     def is_open(self, call: Call) -> bool:
         """Return whether a call has not ended."""
@@ -87,20 +122,19 @@ class Streams:
         if call.held:
             self.buffers.release(call, call.held)
             self.flow.blocked.pop(call.stream, None)
+            self.flow.congested.pop(call.stream, None)
+            if call.outcome is not None and call.outcome.drained is not None:
+                call.outcome.drained.cancel()
         if self.draining and not self.calls and self.on_drained is not None:
             self.on_drained()
-
-    def count_refusal(self) -> None:
-        """Count a call that was refused before it was opened: it is answered, too."""
-        self.budget.left += CONTROL_FRAMES_PER_CALL
 
     def cancel(self, call: Call) -> None:
         """Drop the work of a call that the peer has given up, and forget it.
 
         It is not answered, so it allows no control frames.
         """
+        call.is_cancelled = True
         call.drop()
-        call.task = call.timer = None
         self.close(call)
         self.budget.left -= CONTROL_FRAMES_PER_CALL
 
@@ -108,5 +142,8 @@ class Streams:
         """Drop the work of every call: the connection has ended."""
         calls = list(self.calls.values())
         self.calls.clear()
+        self.flow.blocked.clear()
         for call in calls:
+            call.is_cancelled = True
             call.drop()
+            self.buffers.release(call, call.held)

@@ -12,6 +12,8 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 from retrieval.config import ServeConfig
 from retrieval.errors import AddressInUse
+from retrieval.http2.frames import MAX_HEADER_BYTES
+from retrieval.http2.limits import Lifetimes
 from retrieval.http2.server import Http2Server
 from retrieval.releases.manager import LiveReleases
 from retrieval.releases.serving_release import ServingRelease
@@ -71,13 +73,18 @@ def create_grpc_server(
         return Http2Server(
             max_receive_bytes=limits.max_message_bytes,
             max_send_bytes=4 * limits.max_message_bytes,
-            max_streams=config.max_streams_per_connection,
+            max_streams=config.max_streams,
             listener=listener,
         )
+    lifetimes = Lifetimes()
     options = [
         ("grpc.max_receive_message_length", limits.max_message_bytes),
         ("grpc.max_send_message_length", 4 * limits.max_message_bytes),
-        ("grpc.max_concurrent_streams", config.max_streams_per_connection),
+        ("grpc.max_concurrent_streams", config.max_streams),
+        ("grpc.max_metadata_size", MAX_HEADER_BYTES),
+        ("grpc.max_connection_idle_ms", int(lifetimes.max_idle_seconds * 1e3)),
+        ("grpc.max_connection_age_ms", int(lifetimes.max_age_seconds * 1e3)),
+        ("grpc.max_connection_age_grace_ms", int(lifetimes.age_grace_seconds * 1e3)),
         ("grpc.so_reuseport", int(reuse_port)),
         ("grpc.keepalive_time_ms", 60_000),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),

@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from retrieval.errors import DeadlinePassed, Overloaded
+from retrieval.errors import DeadlinePassed, Overloaded, Unauthenticated
 from retrieval.http2.refusals import Refusal, refusal
 from retrieval.status import status_for
 
 MAX_ENCODED_REFUSALS = 1000
 MAX_PAUSE_MS = 20.0
+BYTES_PER_PLACE = 64 * 2**10
 PAUSES_PER_PLACE = 8
 """How often a full server reads each connection in the time that a request is inside.
 
@@ -26,8 +27,8 @@ class Admission:
 
     All methods run on the event loop and take about a microsecond.
 
-    A request costs one place per search it holds (a batch of 64 costs 64, at most half of all
-    places), so that a few large requests cannot hide behind a small number.
+    A request costs one place per search it holds, and one per ``BYTES_PER_PLACE`` of its message
+    (at most half of all places), so that a few large requests cannot hide behind a small number.
     """
 
     __slots__ = (
@@ -51,9 +52,10 @@ class Admission:
         self.refused = 0
         self._place_ms = 1.0  # exponential average of the time that a place is held
 
-    def cost_of(self, searches: int) -> int:
-        """Return the places of a request with so many searches: one each, at most half of all."""
-        return max(1, min(searches, self.limit // 2))
+    def cost_of(self, searches: int, size_bytes: int = 0) -> int:
+        """Return the places of a request; ``searches`` is 0 while it is not parsed."""
+        wanted = max(searches, size_bytes // BYTES_PER_PLACE)
+        return max(1, min(wanted, self.limit // 2))
 
     @property
     def is_full(self) -> bool:
@@ -69,21 +71,27 @@ class Admission:
     def _forget_announced(self) -> None:
         self.announced = 0
 
-    def enter(self, places: int = 1) -> None:
-        """Take places. Pair with ``leave``.
+    def enter(self, places: int = 1, held: int = 0) -> int:
+        """Take places, and return how many; ``held`` are those that the request has already.
+
+        Pair with ``leave``.
 
         Raises:
             Overloaded: There are not so many; its hint says when to come again.
         """
+        if places <= 0 < held:
+            return 0
         inside = self.in_flight + places
         if inside > self.limit:
             self.refused += 1
             raise Overloaded("server", self.limit, self.retry_after_ms())
         self.in_flight = inside
-        self.requests += 1
-        self.accepted += 1
+        if not held:
+            self.requests += 1
+            self.accepted += 1
         if inside > self.peak:
             self.peak = inside
+        return places
 
     def leave(self, places: int, seconds: float) -> None:
         """Give the places back and learn how long a place is held."""
@@ -121,7 +129,7 @@ class Refusals:
         self._encoded: dict[tuple[str, int, int, float], Refusal] = {}
 
     def when_full(self) -> Refusal | None:
-        """Refuse a call whose message has not come yet if no place is free; None lets it in."""
+        """Refuse a call if no place is free, its message need not be here; None lets it in."""
         admission = self._admission
         if not admission.is_full:
             return None
@@ -133,6 +141,11 @@ class Refusals:
     def of(self, error: Overloaded) -> Refusal:
         """Return, and count, the refusal that says what the error says."""
         return self._refuse(error.what, error.limit, error.retry_after_ms, 0.0)
+
+    def unauthenticated(self, error: Unauthenticated) -> Refusal:
+        """Return, and count, the refusal of a caller whom no token names."""
+        self._count("omni_requests", (self._labels[0], "UNAUTHENTICATED"))
+        return refusal(*status_for(error))
 
     def _refuse(self, what: str, limit: int, retry_after_ms: int, pause_ms: float) -> Refusal:
         """Count a refusal and return it; a full server makes thousands a second, hence no error."""

@@ -89,10 +89,10 @@ class CachedSearch:
             return []
         queries = [Query(batch.vectors[row], batch.texts[row]) for row in rows]
         if not request.is_reranked:
-            return await self.searcher.search_batch(target, queries, request)
+            return await self.searcher.search_batch(target, queries, request, context)
         found = []
         for query in queries:
             check_deadline(context.time_remaining())
-            found.append(await self.searcher.search(target, query, request))
+            found.append(await self.searcher.search(target, query, request, bulk=True))
             await asyncio.sleep(0)  # others have their turn
         return found

@@ -66,6 +66,10 @@ class CallGate:
 
     def caller(self, context: CallContext) -> Caller:
         """Find who calls. Raises ``Unauthenticated``."""
+        return self.caller_of(context.invocation_metadata())
+
+    def caller_of(self, metadata: Metadata | None) -> Caller:
+        """Find who calls with this metadata. Raises ``Unauthenticated``."""
         if self.tokens is None:
             return EVERYONE
-        return self.tokens.caller(context.invocation_metadata())
+        return self.tokens.caller(metadata)

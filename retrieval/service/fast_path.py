@@ -1,7 +1,8 @@
 """``Retrieve`` in one function call, for requests that need no waiting.
 
 Answered are cached answers, and plain short searches for a cached text or a ready vector. Refused
-is what would find the server or the encoder's queue full, or its deadline passed before its turn.
+is what no token names, and what would find the server or the encoder's queue full, or its deadline
+passed before its turn. A full server answers what is cached.
 Everything else (new filters, encoding, re-ranking, impressions, traces, mistakes) returns None and
 takes the full path in ``service.py``, which gives the same answers; a test compares the two.
 """
@@ -12,6 +13,7 @@ import time
 from typing import TYPE_CHECKING
 
 from protos import retrieval_pb2 as pb
+from retrieval.errors import Unauthenticated
 from retrieval.http2.refusals import Refusal
 from retrieval.service.admission import Refusals
 from retrieval.service.answer_cache import CachedAnswer, cache_key
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from retrieval.releases.manager import LiveReleases
     from retrieval.releases.serving_release import ServingRelease
 
+MAX_BYTES = 16 * 2**10
+"""A larger request is worth a task, where its fields are counted before it is parsed."""
 MAX_K = 100
 """A search for more results is worth a thread."""
 MAX_SERIALIZED = 1000
@@ -76,14 +80,30 @@ class FastPath:
             The serialised answer, a refusal, or None: then a place is reserved until the event
             loop's next turn, when the full path takes it.
         """
-        if self._admission.is_full:
-            return self.refusals.when_full()
-        answer = None if self._declines_all else self._answer(content, context)
+        is_full = self._admission.is_full
+        answer: bytes | Refusal | None
+        if self._declines_all or len(content) > MAX_BYTES:
+            answer = self._refuse_stranger(context)
+        else:
+            answer = self._answer(content, context, is_full)
         if answer is None:
+            if is_full:
+                return self.refusals.when_full()
             self._admission.announce()
         return answer
 
-    def _answer(self, content: bytes, context: CallContext) -> bytes | Refusal | None:
+    def _refuse_stranger(self, context: CallContext) -> Refusal | None:
+        """Refuse a caller whom no token names: nothing is reserved for such."""
+        if self._tokens is not None:
+            try:
+                self._tokens.caller(context.invocation_metadata())
+            except Unauthenticated as error:
+                return self.refusals.unauthenticated(error)
+        return None
+
+    def _answer(
+        self, content: bytes, context: CallContext, is_full: bool
+    ) -> bytes | Refusal | None:
         started_ns = _clock_ns()
         serving = self._releases.active
         if serving is None:
@@ -99,13 +119,13 @@ class FastPath:
             if vector is None:
                 entry, text = self._queries.find_cached(message.query, serving)
                 if entry is None:
-                    return self._refuse_late(text, serving, context)
+                    return None if is_full else self._refuse_late(text, serving, context)
                 vector = entry.vector
                 key = cache_key(index, request, text)
                 answer = self._searches.answers.find(key)
             found = None
             if answer is None:
-                if request.entity_type in serving.fused_by_default:
+                if is_full or request.entity_type in serving.fused_by_default:
                     return None
                 found = self._search(index, vector, request)
                 if found is None:
@@ -120,6 +140,8 @@ class FastPath:
             repeated = self._serialize_repeated(serving, answer, entry is not None, found is None)
             # A message is the concatenation of its parts
             content_out: bytes = answer.hits + response.SerializeToString() + repeated
+        except Unauthenticated as error:
+            return self.refusals.unauthenticated(error)
         except Exception:  # the full path meets the same error, and reports it
             return None
         if entry is not None:

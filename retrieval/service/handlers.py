@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+import traceback
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
@@ -12,8 +13,15 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 
 from protos import retrieval_pb2 as pb
-from retrieval.errors import InvalidRequest
+from retrieval.bounds.messages import (
+    INLINE_BYTES,
+    MessageBounds,
+    nested_messages,
+    require_bounded,
+)
+from retrieval.errors import InvalidRequest, Unauthenticated
 from retrieval.http2.calls import UnaryHandler
+from retrieval.http2.headers import Metadata
 from retrieval.http2.refusals import Refusal
 from retrieval.service.admin import AdminService
 from retrieval.service.admission import Refusals, retry_trailer
@@ -35,6 +43,7 @@ class Method(NamedTuple):
         name: Without its service's.
         request_class: What the bytes of a request hold.
         answer: Answers a request.
+        bounds: Of a request's bytes and fields.
         searches: How many searches a request holds; None: one, however large.
         needs_admin: Whether the caller needs the admin right.
     """
@@ -42,6 +51,7 @@ class Method(NamedTuple):
     name: str
     request_class: type[Message]
     answer: Callable[[Any, CallInfo], Awaitable[Message]]
+    bounds: MessageBounds
     searches: Callable[[Any], int] | None = None
     needs_admin: bool = False
 
@@ -57,25 +67,27 @@ class MethodHandler:
     def __init__(self, method: Method, gate: CallGate) -> None:
         self._method = method
         self._gate = gate
-        self._parse = method.request_class.FromString
+        self._nested = nested_messages(method.request_class.DESCRIPTOR)
         self._seconds = gate.metrics.histogram("omni_request_seconds", (method.name,))
 
     async def handle(self, content: bytes, context: CallContext) -> bytes:
         """Answer the bytes of a request, or end the call with a typed status."""
         method = self._method
         gate = self._gate
+        admission = gate.admission
         started_ns = time.perf_counter_ns()
         places = 0
+        request: Message | None = None
+        response: Message | None = None
         try:
             caller = gate.caller(context)
             if method.needs_admin:
                 caller.require_admin()
-            request = self._parsed(content)
-            wanted = 1
+            places = admission.enter(admission.cost_of(0, len(content)))
+            request = await self._parsed(content)
             if method.searches is not None:
-                wanted = gate.admission.cost_of(method.searches(request))
-            gate.admission.enter(wanted)
-            places = wanted
+                wanted = admission.cost_of(method.searches(request))
+                places += admission.enter(wanted - places, held=places)
             response = await method.answer(request, CallInfo(context, caller, started_ns))
             answer: bytes = response.SerializeToString()
             if gate.tracer is not None:
@@ -84,36 +96,59 @@ class MethodHandler:
                 gate.tracer.record_call(method.name, request, response, took_ns, metadata)
             self._count("OK")
             return answer
-        except asyncio.CancelledError:
+        except asyncio.CancelledError as error:
             # By the caller, or by the transport because the caller's time is over
             remaining = context.time_remaining()
             in_time = remaining is None or remaining > 0
             self._count("CANCELLED" if in_time else "DEADLINE_EXCEEDED")
+            clear_frames(error)
             raise
         except Exception as error:  # whatever went wrong becomes a typed status
             code, message = status_for(error)
             self._count(code.name)
             if code is grpc.StatusCode.INTERNAL:
                 log.exception("%s failed", method.name)
+            clear_frames(error)
             await context.abort(code, message, retry_trailer(error))
             raise AssertionError("abort raises") from error
         finally:
+            request = response = None
+            content = b""
             seconds = (time.perf_counter_ns() - started_ns) / 1e9
             if places:
-                gate.admission.leave(places, seconds)
+                admission.leave(places, seconds)
             self._seconds.observe(seconds)
 
-    def _parsed(self, content: bytes) -> Message:
+    async def _parsed(self, content: bytes) -> Message:
+        """Parse a request, in a thread if it is large. Raises as ``require_bounded``."""
+        if len(content) > INLINE_BYTES:
+            return await asyncio.to_thread(self._parsed_now, content)
+        return self._parsed_now(content)
+
+    def _parsed_now(self, content: bytes) -> Message:
+        method = self._method
+        require_bounded(content, method.bounds, self._nested)
         try:
-            return self._parse(content)
+            return method.request_class.FromString(content)
         except DecodeError as error:
             raise InvalidRequest(
-                f"{self._method.name}: the bytes are not a"
-                f" {self._method.request_class.DESCRIPTOR.name} message ({error})."
+                f"{method.name}: the bytes are not a {method.request_class.DESCRIPTOR.name} message"
+                f" ({error})."
             ) from error
 
     def _count(self, code: str) -> None:
         self._gate.metrics.count("omni_requests", (self._method.name, code))
+
+
+def clear_frames(error: BaseException | None) -> None:
+    """Drop the local variables of all calls that an error has come through.
+
+    Its traceback would hold them, a request's message among them, as long as the transport holds
+    the error.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 class RetrieveHandler:
@@ -137,8 +172,13 @@ class RetrieveHandler:
 
 
 def search_gate(service: RetrievalService) -> CallGate:
-    """Return what searches pass."""
+    """Return what single searches pass."""
     return CallGate(service.admission, service.metrics, service.tokens, service.tracer)
+
+
+def bulk_gate(service: RetrievalService) -> CallGate:
+    """Return what calls of many texts pass: they take no places from single searches."""
+    return CallGate(service.bulk_admission, service.metrics, service.tokens, service.tracer)
 
 
 def control_gate(service: RetrievalService) -> CallGate:
@@ -148,46 +188,63 @@ def control_gate(service: RetrievalService) -> CallGate:
 
 def retrieve_method(service: RetrievalService) -> Method:
     """Return ``Retrieve``."""
-    return Method("Retrieve", pb.RetrieveRequest, service.retrieve)
+    bounds = service.message_bounds["Retrieve"]
+    return Method("Retrieve", pb.RetrieveRequest, service.retrieve, bounds)
 
 
 def describe_method(service: RetrievalService) -> Method:
     """Return ``DescribeRelease``."""
-    return Method("DescribeRelease", pb.DescribeReleaseRequest, service.describe_release)
+    bounds = service.message_bounds["DescribeRelease"]
+    return Method("DescribeRelease", pb.DescribeReleaseRequest, service.describe_release, bounds)
 
 
 def generic_handlers(
     service: RetrievalService, admin: AdminService
 ) -> tuple[grpc.GenericRpcHandler, grpc.GenericRpcHandler]:
     """Make the handlers of both services, to be added to a ``grpc.aio`` or ``http2`` server."""
+    bounds = service.message_bounds
     searching = search_gate(service)
+    bulk = bulk_gate(service)
     control = control_gate(service)
+    methods: tuple[tuple[Method, CallGate], ...] = (
+        (
+            Method(
+                "RetrieveMulti",
+                pb.RetrieveMultiRequest,
+                service.retrieve_multi,
+                bounds["RetrieveMulti"],
+                lambda message: len(message.targets),
+            ),
+            searching,
+        ),
+        (Method("Score", pb.ScoreRequest, service.score, bounds["Score"]), searching),
+        (
+            Method(
+                "RetrieveBatch",
+                pb.RetrieveBatchRequest,
+                service.retrieve_batch,
+                bounds["RetrieveBatch"],
+                service.searches_of,
+            ),
+            bulk,
+        ),
+        (
+            Method(
+                "Embed",
+                pb.EmbedRequest,
+                service.embed,
+                bounds["Embed"],
+                lambda message: len(message.queries),
+            ),
+            bulk,
+        ),
+        (describe_method(service), control),
+    )
     retrieval_handlers = {"Retrieve": _retrieve_handler(service, searching)}
-    for method in (
-        Method(
-            "RetrieveMulti",
-            pb.RetrieveMultiRequest,
-            service.retrieve_multi,
-            lambda message: len(message.targets),
-        ),
-        Method(
-            "RetrieveBatch",
-            pb.RetrieveBatchRequest,
-            service.retrieve_batch,
-            service.searches_of,
-        ),
-        Method("Embed", pb.EmbedRequest, service.embed, lambda message: len(message.queries)),
-        Method("Score", pb.ScoreRequest, service.score),
-    ):
-        refusals = Refusals(method.name, searching.admission, searching.metrics.count)
-        retrieval_handlers[method.name] = UnaryHandler(
-            MethodHandler(method, searching).handle, refuse=refusals.when_full
-        )
-    describe = describe_method(service)
-    retrieval_handlers[describe.name] = UnaryHandler(MethodHandler(describe, control).handle)
+    for method, gate in methods:
+        retrieval_handlers[method.name] = _unary_handler(method, gate)
     admin_handlers = {
-        method.name: UnaryHandler(MethodHandler(method, control).handle)
-        for method in _admin_methods(admin)
+        method.name: _unary_handler(method, control) for method in _admin_methods(admin, bounds)
     }
     return (
         grpc.method_handlers_generic_handler(RETRIEVAL, retrieval_handlers),
@@ -195,27 +252,50 @@ def generic_handlers(
     )
 
 
+def _unary_handler(method: Method, gate: CallGate) -> UnaryHandler:
+    """Make the handler of a method that refuses a call before its message has come, if it may."""
+    refusals = Refusals(method.name, gate.admission, gate.metrics.count)
+
+    def refuse(metadata: Metadata) -> Refusal | None:
+        try:
+            gate.caller_of(metadata)
+        except Unauthenticated as error:
+            return refusals.unauthenticated(error)
+        return refusals.when_full()
+
+    return UnaryHandler(
+        MethodHandler(method, gate).handle, refuse=refuse, max_bytes=method.bounds.max_bytes
+    )
+
+
 def _retrieve_handler(service: RetrievalService, gate: CallGate) -> UnaryHandler:
     fast_path = FastPath(
         gate, service.releases, service.queries, service.searches, service.recorder
     )
-    full_path = MethodHandler(retrieve_method(service), gate)
+    method = retrieve_method(service)
+    full_path = MethodHandler(method, gate)
+    # Not refused before its message has come: its answer may be ready
     return UnaryHandler(
         RetrieveHandler(fast_path, full_path).handle,
         answer_now=fast_path,
         answer_later=full_path.handle,
-        refuse=fast_path.refusals.when_full,
+        max_bytes=method.bounds.max_bytes,
     )
 
 
-def _admin_methods(admin: AdminService) -> tuple[Method, ...]:
+def _admin_methods(admin: AdminService, bounds: dict[str, MessageBounds]) -> tuple[Method, ...]:
     return (
-        Method("Activate", pb.ActivateRequest, admin.activate, needs_admin=True),
-        Method("Rollback", pb.RollbackRequest, admin.rollback, needs_admin=True),
+        Method(
+            "Activate", pb.ActivateRequest, admin.activate, bounds["Activate"], needs_admin=True
+        ),
+        Method(
+            "Rollback", pb.RollbackRequest, admin.rollback, bounds["Rollback"], needs_admin=True
+        ),
         Method(
             "Upsert",
             pb.UpsertRequest,
             admin.upsert,
+            bounds["Upsert"],
             lambda message: len(message.entities),
             needs_admin=True,
         ),
@@ -223,6 +303,7 @@ def _admin_methods(admin: AdminService) -> tuple[Method, ...]:
             "Delete",
             pb.DeleteRequest,
             admin.delete,
+            bounds["Delete"],
             lambda message: len(message.ids),
             needs_admin=True,
         ),

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -15,6 +13,9 @@ import numpy.typing as npt
 
 from index_builder.search.entity_index import EntityIndex, SearchResult
 from index_builder.search.request import FusedScores
+from retrieval.bounds.work_threads import WorkThreads
+from retrieval.service.admission import check_deadline
+from retrieval.service.calls import CallContext
 from retrieval.service.query_vectors import Query
 from retrieval.service.rerank import rerank
 from retrieval.service.search_request import FusedLegs, SearchRequest, stored_id
@@ -29,6 +30,8 @@ MAX_POOL = 1000
 INLINE_RERANK_K = 20
 INLINE_FIRST_K = 100
 """A plain search for at most so many runs on the event loop when nothing is known of its like."""
+SLICE_SECONDS = 0.01
+"""Work of a batch between two looks at its deadline and at its caller."""
 KNOWN_COSTS = 2000
 """Kinds of searches whose times are remembered; beyond that all are learned anew."""
 
@@ -68,16 +71,23 @@ class Searcher:
 
     Args:
         inline_seconds: Searches expected to take less run on the event loop.
-        threads: For the others.
+        threads: For the others; batches have as many of their own.
     """
 
     def __init__(self, inline_seconds: float, threads: int) -> None:
         self.inline_seconds = inline_seconds
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="search")
+        self.threads = WorkThreads(threads, "search")
+        self.bulk_threads = WorkThreads(threads, "bulk-search")
         self._expected: dict[Hashable, float] = {}
 
-    async def search(self, target: SearchTarget, query: Query, request: SearchRequest) -> Found:
-        """Search for one query. Raises as ``EntityIndex.search`` does."""
+    async def search(
+        self, target: SearchTarget, query: Query, request: SearchRequest, *, bulk: bool = False
+    ) -> Found:
+        """Search for one query, ``bulk`` if it is one of a batch.
+
+        Raises as ``EntityIndex.search`` does.
+        """
+        threads = self.bulk_threads if bulk else self.threads
         index, k = target.entity_index, request.k
         if request.is_reranked:
             k = min(POOL_FACTOR * k, max(k, MAX_POOL))
@@ -87,7 +97,10 @@ class Searcher:
             key = ("fused", key)
             work = partial(_fused_search, target.legs, query, k, request)
         result, search_ns = await self.run(
-            key, work, inline_first=request.is_plain and k <= INLINE_FIRST_K
+            key,
+            work,
+            inline_first=request.is_plain and k <= INLINE_FIRST_K,
+            threads=threads,
         )
         if not request.is_reranked:
             return Found(result, search_ns, is_reranked=target.legs is not None)
@@ -96,24 +109,35 @@ class Searcher:
         if request.k <= INLINE_RERANK_K:
             result = rerank_work()
         else:
-            result = await asyncio.get_running_loop().run_in_executor(self.pool, rerank_work)
+            result = await threads.run(rerank_work)
         return Found(result, search_ns, time.perf_counter_ns() - started, is_reranked=True)
 
     async def search_batch(
-        self, target: SearchTarget, queries: Sequence[Query], request: SearchRequest
+        self,
+        target: SearchTarget,
+        queries: Sequence[Query],
+        request: SearchRequest,
+        context: CallContext,
     ) -> list[Found]:
-        """Search for each query, without re-ranking, in one thread."""
-        legs = target.legs
-        if legs is None:
-            vectors = np.stack([query.vector for query in queries])  # (B, D)
-            work = partial(
-                target.entity_index.search_batch, vectors, request.k, **request.options()
-            )
-        else:
-            work = partial(_fused_batch, legs, queries, request)
-        results, took_ns = await self.in_thread(work)
-        each_ns = took_ns // max(1, len(queries))
-        return [Found(result, each_ns, is_reranked=legs is not None) for result in results]
+        """Search for each query, without re-ranking.
+
+        Slice by slice in the threads of batches, so that other batches have their turn, and that a
+        caller whose time is over, or who has gone, is noticed.
+
+        Raises as ``EntityIndex.search_batch``, and ``DeadlinePassed``.
+        """
+        is_fused = target.legs is not None
+        found: list[Found] = []
+        rows = 1
+        while len(found) < len(queries):
+            check_deadline(context.time_remaining())
+            work = partial(_search_slice, target, queries[len(found) : len(found) + rows], request)
+            results, took_ns = await self.bulk_threads.run(partial(_timed, work))
+            each_ns = took_ns // max(1, len(results))
+            found += [Found(result, each_ns, is_reranked=is_fused) for result in results]
+            fitting = int(SLICE_SECONDS * 1e9 / max(1, each_ns))
+            rows = max(1, min(2 * rows, fitting))
+        return found
 
     def is_short(self, key: Hashable) -> bool:
         """Whether searches like this one are known to be short enough for the event loop."""
@@ -138,7 +162,12 @@ class Searcher:
             self._expected[key] = known + 0.01 * min(error, 4 * known)
 
     async def run(
-        self, key: Hashable, work: Callable[[], T], *, inline_first: bool = False
+        self,
+        key: Hashable,
+        work: Callable[[], T],
+        *,
+        inline_first: bool = False,
+        threads: WorkThreads | None = None,
     ) -> tuple[T, int]:
         """Run ``work`` inline or in a thread; returns its result and nanoseconds.
 
@@ -146,22 +175,33 @@ class Searcher:
             key: What the time of such work is remembered by.
             work: A search.
             inline_first: Whether to run inline when no such work is remembered.
+            threads: Where else; None: those of single searches.
         """
         expected = self._expected.get(key, 0.0 if inline_first else 1.0)
         if expected <= self.inline_seconds:
             result, took_ns = _timed(work)
         else:
-            result, took_ns = await self.in_thread(work)
+            result, took_ns = await (threads or self.threads).run(partial(_timed, work))
         self.learn(key, took_ns / 1e9)
         return result, took_ns
 
     async def in_thread(self, work: Callable[[], T]) -> tuple[T, int]:
         """Run ``work`` in a thread; returns its result and nanoseconds."""
-        return await asyncio.get_running_loop().run_in_executor(self.pool, _timed, work)
+        return await self.threads.run(partial(_timed, work))
 
     def close(self) -> None:
         """Stop the threads."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
+        self.threads.close()
+        self.bulk_threads.close()
+
+
+def _search_slice(
+    target: SearchTarget, queries: Sequence[Query], request: SearchRequest
+) -> Sequence[SearchResult]:
+    if target.legs is not None:
+        return _fused_batch(target.legs, queries, request)
+    vectors = np.stack([query.vector for query in queries])  # (B, D)
+    return target.entity_index.search_batch(vectors, request.k, **request.options())
 
 
 def cost_key(index: EntityIndex, request: SearchRequest, k: int) -> Hashable:

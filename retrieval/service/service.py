@@ -11,6 +11,7 @@ import numpy as np
 from index_builder.errors import UnknownEntityType
 from index_builder.search.entity_index import EntityIndex
 from protos import retrieval_pb2 as pb
+from retrieval.bounds.messages import bounds_of
 from retrieval.config import ServeConfig
 from retrieval.observability.impressions import ImpressionLog
 from retrieval.observability.metric_catalogue import Labels
@@ -80,8 +81,11 @@ class RetrievalService:
         self.draining = False
         """Health says so; calls that still come are answered."""
         self.admission = Admission(config.max_in_flight)
+        self.bulk_admission = Admission(config.max_in_flight)
+        """Of batches and embeddings: they take no place from those who wait at a page."""
         self.control_admission = Admission(config.max_in_flight)
         """Of admin calls and descriptions: a server full of searches can still be governed."""
+        self.message_bounds = bounds_of(config.limits)
         self.queries = QueryVectors(config.limits)
         self.searches = CachedSearch(
             Searcher(config.inline_search_us / 1e6, config.search_threads),
@@ -277,9 +281,10 @@ class RetrievalService:
 
     def _measurements(self) -> list[tuple[str, Labels, float]]:
         answers = self.searches.answers
-        refused = self.admission.refused + self.control_admission.refused
+        places = (self.admission, self.bulk_admission)
+        refused = sum(item.refused for item in (*places, self.control_admission))
         rows: list[tuple[str, Labels, float]] = [
-            ("omni_in_flight", (), float(self.admission.in_flight)),
+            ("omni_in_flight", (), float(sum(item.in_flight for item in places))),
             ("omni_refused", (), float(refused)),
             ("omni_cached_answers_hits", (), float(answers.hits)),
             ("omni_cached_answers_misses", (), float(answers.misses)),

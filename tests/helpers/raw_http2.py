@@ -50,7 +50,7 @@ class Behaviour:
             self.seen.append(content)
             return content
 
-        def refuse() -> Refusal | None:
+        def refuse(metadata) -> Refusal | None:
             return FULL._replace(pause_seconds=self.pause) if self.full else None
 
         async def slow(content: bytes, context) -> bytes:
@@ -103,17 +103,25 @@ class Behaviour:
 class Running:
     """A server in a thread."""
 
-    def __init__(self, port: int = 0, max_streams: int = 100) -> None:
+    def __init__(self, port: int = 0, max_streams: int = 100, **options) -> None:
         self.behaviour = Behaviour()
         self.loop = asyncio.new_event_loop()
         started = threading.Event()
 
         async def main() -> None:
             self.server = Http2Server(
-                max_receive_bytes=MAX_RECEIVE, max_send_bytes=MAX_RECEIVE, max_streams=max_streams
+                max_receive_bytes=MAX_RECEIVE,
+                max_send_bytes=MAX_RECEIVE,
+                max_streams=max_streams,
+                **options,
             )
             self.server.add_generic_rpc_handlers((self.behaviour.handlers(),))
-            self.port = self.server.add_port(f"127.0.0.1:{port}")
+            shared = options.get("listener")
+            self.port = (
+                shared.getsockname()[1]
+                if shared is not None
+                else self.server.add_port(f"127.0.0.1:{port}")
+            )
             await self.server.start()
             started.set()
             await self.server.wait_for_termination()

@@ -45,7 +45,7 @@ def test_request_too_large_for_server_is_sent_once(running: Running, asynchronou
     error, tokens = fails(running, config, asynchronous, "retrieve", "x" * (17 * 2**20))
     assert isinstance(error, InvalidRequest)
     assert (error.attempts, error.retry_after_seconds, tokens) == (1, None, config.retry.budget)
-    assert "16777216" in str(error) and "The request is larger than the server takes" in str(error)
+    assert "17825804" in str(error) and "The request is larger than the server takes" in str(error)
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])

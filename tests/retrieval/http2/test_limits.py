@@ -1,7 +1,6 @@
 """Limits on one peer: memory, turns of the event loop, and the connection of other callers."""
 
 import contextlib
-import gzip
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,9 +39,7 @@ from tests.helpers.raw_http2 import (
 from tests.helpers.waiting import until
 
 MIB = 2**20
-BOMB = message(gzip.compress(bytes(4 * MIB)), compressed=True)
-"""Four KB that are four MiB once they are unpacked."""
-GZIP = ("grpc-encoding", "gzip")
+LARGE = message(bytes(4 * MIB))
 INVALID = Code.INVALID_ARGUMENT.value[0]
 
 
@@ -78,12 +75,16 @@ def data_bytes(found) -> int:
     return sum(len(payload) for kind, _, _, payload in found if kind == frames.DATA)
 
 
+def parts(stream: int, whole: bytes, flags: int = 0) -> bytes:
+    """DATA frames of any content; the last has the flags."""
+    pieces = [whole[at : at + 16_384] for at in range(0, len(whole), 16_384)]
+    each = [0] * (len(pieces) - 1) + [flags]
+    return b"".join(map(data, [stream] * len(pieces), pieces, each))
+
+
 def upload(stream: int, content: bytes) -> bytes:
     """A call of Echo with a message of several frames."""
-    whole = message(content)
-    pieces = [whole[at : at + 16_384] for at in range(0, len(whole), 16_384)]
-    flags = [0] * (len(pieces) - 1) + [frames.END_STREAM]
-    return opening(stream) + b"".join(map(data, [stream] * len(pieces), pieces, flags))
+    return opening(stream) + parts(stream, message(content), frames.END_STREAM)
 
 
 # --- memory ---
@@ -93,12 +94,14 @@ def upload(stream: int, content: bytes) -> bytes:
 def test_buffers_messages_of_unanswered_calls_are_counted(running: Running, flags: int) -> None:
     """Whole ones, too: of streams that have not ended, and those that a method is working on."""
     streams = range(1, 81, 2)
-    fields = fields_of("Echo" if not flags else "Slow", GZIP)
-    content = BOMB if not flags else message(gzip.compress(b"30" + b" " * 4 * MIB), compressed=True)
+    fields = fields_of("Echo" if not flags else "Slow")
+    content = LARGE if not flags else message(b"30" + b" " * (4 * MIB - 2))
     with running.connect() as connection:
         connection.sendall(
             HELLO
-            + b"".join(opening(stream, fields) + data(stream, content, flags) for stream in streams)
+            + b"".join(
+                opening(stream, fields) + parts(stream, content, flags) for stream in streams
+            )
         )
         refused = statuses(read_until_pong(connection))
         assert set(refused.values()) == {8} and len(streams) - len(
@@ -116,10 +119,10 @@ def test_buffers_messages_of_unanswered_calls_are_counted(running: Running, flag
 
 def test_buffers_queued_messages_are_counted(running: Running) -> None:
     with running.connect() as connection:
-        connection.sendall(HELLO + opening(1, fields_of("Hoard", GZIP)) + data(1, BOMB) * 3)
+        connection.sendall(HELLO + opening(1, fields_of("Hoard")) + parts(1, LARGE) * 3)
         read_until_pong(connection)
         assert held_bytes(running) == 12 * MIB
-        connection.sendall(data(1, BOMB) * 20)
+        connection.sendall(parts(1, LARGE) * 20)
         assert statuses(read_frames(connection, ended(1))) == {1: 8}
         read_until_pong(connection)
         assert held_bytes(running) == 0
@@ -127,12 +130,12 @@ def test_buffers_queued_messages_are_counted(running: Running) -> None:
 
 def test_buffers_taken_messages_are_released(running: Running) -> None:
     with running.connect() as connection:
-        connection.sendall(HELLO + opening(1, fields_of("Hoard", GZIP)) + data(1, BOMB) * 3)
+        connection.sendall(HELLO + opening(1, fields_of("Hoard")) + parts(1, LARGE) * 3)
         read_until_pong(connection)
         running.loop.call_soon_threadsafe(running.behaviour.gate.set)
         until(lambda: held_bytes(running) == 0)
         for _ in range(40):
-            connection.sendall(data(1, BOMB))
+            connection.sendall(parts(1, LARGE))
             read_until_pong(connection)
         connection.sendall(data(1, b"", frames.END_STREAM))
         assert statuses(read_frames(connection, ended(1))) == {1: 0}

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from retrieval.http2.read_pacing import ReadPacer
+from retrieval.http2.limits import ReadPacer
 from tests.helpers.raw_http2 import (
     HELLO,
     Running,

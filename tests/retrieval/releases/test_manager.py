@@ -291,8 +291,11 @@ async def test_overload_refuses_searches_and_not_admin_calls(
     service = server.service
     try:
         await stub.Retrieve(ask("red cat"))
-        service.admission.enter(4)  # as four requests inside would
-        error = await refused(stub.Retrieve(ask("red cat"), timeout=60))
+        places = (service.admission, service.bulk_admission)
+        for admission in places:
+            admission.enter(4)  # as four requests inside would
+        assert (await stub.Retrieve(ask("red cat"))).answer_cached
+        error = await refused(stub.Retrieve(ask("green dog"), timeout=60))
         assert error.details().startswith("server: all 4 places are taken")
         assert int(dict(error.trailing_metadata())["retry-after-ms"]) >= 5
         target = pb.Target(entity_type="pin", k=3)
@@ -315,11 +318,13 @@ async def test_overload_refuses_searches_and_not_admin_calls(
         assert (
             await health.Check(health_pb2.HealthCheckRequest())
         ).status == health_pb2.HealthCheckResponse.SERVING
-        assert service.admission.refused == 4 and server.metrics.value("omni_refused") == 4
+        assert [admission.refused for admission in places] == [2, 2]
+        assert server.metrics.value("omni_refused") == 4
         assert server.metrics.value("omni_requests", ("Retrieve", "RESOURCE_EXHAUSTED")) == 1
         assert server.metrics.value("omni_requests", ("Embed", "RESOURCE_EXHAUSTED")) == 1
-        service.admission.leave(4, 0.1)
-        assert whole(await stub.Retrieve(ask("red cat"))), "it takes questions again at once"
+        for admission in places:
+            admission.leave(4, 0.1)
+        assert whole(await stub.Retrieve(ask("green dog"))), "it takes questions again at once"
     finally:
         await channel.close()
         await server.stop(0)

@@ -90,7 +90,9 @@ def test_retrieve_batch_ready_vectors_take_as_many_places_as_texts(
     seen: list[int] = []
     enter = Admission.enter
     monkeypatch.setattr(
-        Admission, "enter", lambda self, places=1: (seen.append(places), enter(self, places))[1]
+        Admission,
+        "enter",
+        lambda self, places=1, held=0: (seen.append(places), enter(self, places, held))[1],
     )
     target = pb.Target(entity_type="pin", k=2)
     stub.RetrieveBatch(
@@ -101,7 +103,7 @@ def test_retrieve_batch_ready_vectors_take_as_many_places_as_texts(
             embeddings=unit_rows(40).tobytes(), space_id=running.space_id, target=target
         )
     )
-    assert seen == [40, 40]
+    assert seen == [1, 39, 1, 39], "one before the message is parsed"
 
 
 @pytest.mark.slow

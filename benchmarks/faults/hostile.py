@@ -1,0 +1,201 @@
+"""``omni bench hostile``: every flood, bomb and fuzzed byte of ``attacks``, a good client beside.
+
+What is measured is the neighbour: its slowest call, its errors, and the server's memory.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+import grpc
+
+from benchmarks.faults.attacks import Attack, attacks, run_numbered
+from benchmarks.faults.servers import ServerProcess
+from benchmarks.record import RESULTS, Measurement, write_record
+from benchmarks.small_releases import small_release, write_small_bundle
+from encoders.commands.console import (
+    fail,
+    handle_errors,
+    json_option,
+    print_json,
+    print_table,
+    stage,
+)
+from index_builder.releases.store import ReleaseStore
+from protos import retrieval_pb2 as pb
+from protos import retrieval_pb2_grpc as rpc
+
+MAX_CALL_MS = 250.0
+MAX_GROWTH_MIB = 200.0
+CALL_SECONDS = 0.02
+DEADLINE_SECONDS = 20.0
+COUNTS = {"pin": 2000, "product": 200}
+TRANSPORTS = ("http2", "grpcio")
+
+
+class GoodClient:
+    """Asks one cached question every 20 ms on a connection of its own.
+
+    Args:
+        address: Of the server.
+    """
+
+    def __init__(self, address: str) -> None:
+        options = [("grpc.use_local_subchannel_pool", 1), ("grpc.enable_retries", 0)]
+        self._channel = grpc.insecure_channel(address, options=options)
+        self._stub = rpc.RetrievalStub(self._channel)
+        self._question = pb.RetrieveRequest(query="blue whale", entity_type="pin", k=5)
+        self._stop = threading.Event()
+        self.milliseconds: list[float] = []
+        self.errors: Counter[str] = Counter()
+        for _ in range(3):
+            self._stub.Retrieve(self._question, timeout=DEADLINE_SECONDS, wait_for_ready=True)
+        self._thread = threading.Thread(target=self._ask, daemon=True)
+        self._thread.start()
+
+    def _ask(self) -> None:
+        while not self._stop.is_set():
+            began = time.perf_counter()
+            try:
+                self._stub.Retrieve(self._question, timeout=DEADLINE_SECONDS)
+            except grpc.RpcError as error:
+                self.errors[error.code().name] += 1
+            self.milliseconds.append((time.perf_counter() - began) * 1e3)
+            self._stop.wait(CALL_SECONDS)
+
+    def close(self) -> None:
+        """Stop asking."""
+        self._stop.set()
+        self._thread.join(DEADLINE_SECONDS)
+        self._channel.close()
+
+
+def attack_beside(
+    server: ServerProcess, attack: Attack, number: int, seconds: float, seed: int
+) -> dict[str, Any]:
+    """Run one attack from another process, and say what the good client saw."""
+    before = server.rss_mib()
+    good = GoodClient(server.address)
+    port = int(server.info["port"])
+    attacker = multiprocessing.get_context("spawn").Process(
+        target=run_numbered, args=(number, seed, port, seconds), daemon=True
+    )
+    attacker.start()
+    peak = before
+    while attacker.is_alive():
+        attacker.join(0.1)
+        peak = max(peak, server.rss_mib())
+    time.sleep(0.2)
+    good.close()
+    slowest = max(good.milliseconds)
+    growth = max(peak, server.rss_mib()) - before
+    ordered = sorted(good.milliseconds)
+    return {
+        "attack": attack.name,
+        "calls": len(ordered),
+        "errors": dict(good.errors),
+        "p50_ms": round(ordered[len(ordered) // 2], 2),
+        "slowest_ms": round(slowest, 1),
+        "growth_mib": round(growth, 1),
+        "ok": not good.errors and slowest <= MAX_CALL_MS and growth <= MAX_GROWTH_MIB,
+    }
+
+
+def hostile(
+    transport: str, seconds: float, names: tuple[str, ...], seed: int
+) -> list[dict[str, Any]]:
+    """Run the attacks one after the other against one server."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        encoder = write_small_bundle(root / "bundle", seed=1)
+        store = ReleaseStore(root / "store")
+        small_release(store, root / "bundle", encoder, counts=COUNTS)
+        server = ServerProcess(store.root, "--transport", transport)
+        try:
+            rows = []
+            for number, attack in enumerate(attacks(seed)):
+                if not names or any(name in attack.name for name in names):
+                    with stage(f"{transport}: {attack.name}"):
+                        rows.append(attack_beside(server, attack, number, seconds, seed))
+            return rows
+        finally:
+            server.stop()
+
+
+@click.command("hostile", context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--seconds", default=10.0, show_default=True, help="Length of each attack.")
+@click.option(
+    "--transport",
+    "transports",
+    multiple=True,
+    type=click.Choice(TRANSPORTS),
+    help="Run only against this one; repeat. Default: both.",
+)
+@click.option(
+    "--attack",
+    "names",
+    multiple=True,
+    help="Run only attacks with this in their name; repeat. Default: all.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the fuzzer.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=RESULTS,
+    help="Folder of the JSON record.",
+)
+@json_option
+@handle_errors
+def command(
+    seconds: float,
+    transports: tuple[str, ...],
+    names: tuple[str, ...],
+    seed: int,
+    out: Path,
+    as_json: bool,
+) -> None:
+    """Attack a real server in every known way, a good client beside.
+
+    Exit code 1 if the good client has an error or a call of more than 250 ms, or if the server
+    grows by more than 200 MiB.
+
+    Example: omni bench hostile --seconds 2 --transport http2
+    """
+    metrics = {
+        transport: hostile(transport, seconds, names, seed)
+        for transport in transports or TRANSPORTS
+    }
+    write_record(
+        "hostile",
+        Measurement(
+            dataset={"name": "small release of a random tower", "real": False, "counts": COUNTS},
+            config={"seconds": seconds, "attacks": list(names), "seed": seed},
+            protocol={
+                "client": "grpcio, one cached Retrieve every 20 ms, on the same machine",
+                "attacker": "a process of its own that connects again when the server hangs up",
+                "limits": {"slowest_ms": MAX_CALL_MS, "growth_mib": MAX_GROWTH_MIB},
+            },
+            metrics=metrics,
+            libraries=("grpcio",),
+        ),
+        folder=out,
+    )
+    failed = [row for rows in metrics.values() for row in rows if not row["ok"]]
+    if as_json:
+        print_json(metrics)
+    else:
+        for transport, rows in metrics.items():
+            print_table(
+                f"A good client beside one attacker, {transport}",
+                ["attack", "calls", "errors", "p50 ms", "slowest ms", "memory MiB", ""],
+                [[*list(row.values())[:-1], "ok" if row["ok"] else "FAILED"] for row in rows],
+            )
+    if failed:
+        fail(f"{len(failed)} attacks hurt the good client or the server's memory.")

@@ -16,10 +16,18 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "retrieval.demo.command:command",
         "Train, evaluate, build, serve and query the sample data, end to end.",
     ),
+    "start": (
+        "retrieval.start.command:command",
+        "From your catalogue and log to answers, step by step.",
+    ),
     **ENCODER_COMMANDS,
     **INDEX_COMMANDS,
     "serve": ("retrieval.commands.serve:command", "Serve the active release over gRPC."),
     "query": ("retrieval.commands.query:command", "Ask a running server."),
+    "doctor": (
+        "retrieval.commands.doctor:command",
+        "Check this machine, the installation and a store, and say what to do.",
+    ),
     "bench": ("benchmarks.commands:group", "Run a benchmark; writes JSON and prints a table."),
 }
 

@@ -58,6 +58,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "web": "client releases service",
         "server": "http2 encoding observability releases service web",
         "demo": "client",
+        "start": "",
         "commands": "client observability server",
     },
     "benchmarks": {

@@ -17,15 +17,14 @@ from encoders.commands.console import (
     say,
     stage,
 )
+from encoders.commands.reading_flags import reading_flags
 from encoders.errors import DataError
+from encoders.tables.reading_options import ReadingOptions
 
 table_argument = click.argument("path", type=click.Path(exists=True, path_type=Path))
 kind_option = click.option(
     "--table",
     help="catalogue, log, boards, pairs, judgements, queries or labels. Default: guessed.",
-)
-encoding_option = click.option(
-    "--encoding", default="utf-8", show_default=True, help="Encoding of text files."
 )
 
 
@@ -83,7 +82,6 @@ def import_(name: str, path: Path, out: Path, as_json: bool) -> None:
 @group.command()
 @table_argument
 @kind_option
-@encoding_option
 @click.option(
     "--rejects",
     type=click.Path(path_type=Path),
@@ -91,8 +89,9 @@ def import_(name: str, path: Path, out: Path, as_json: bool) -> None:
 )
 @json_option
 @handle_errors
+@reading_flags
 def validate(
-    path: Path, table: str | None, encoding: str, rejects: Path | None, as_json: bool
+    path: Path, table: str | None, rejects: Path | None, as_json: bool, reading: ReadingOptions
 ) -> None:
     """Check a table against its schema; name file, row, column, value and fix of what is wrong.
 
@@ -102,8 +101,8 @@ def validate(
     """
     from encoders.tables.files import check_table, write_table
 
-    table = table or _guess(path, encoding)
-    checked = check_table(path, table, on_bad_rows="drop", encoding=encoding)
+    table = table or _guess(path, reading)
+    checked = check_table(path, table, on_bad_rows="drop", reading=reading)
     report = checked.report
     if rejects is not None and checked.rejected.height:
         write_table(checked.rejected, rejects)
@@ -121,14 +120,75 @@ def validate(
             print_table("Broken rules", ["rule", "values"], report.rules_broken.items())
             for problem in report.problems:
                 say(problem.describe(report.source))
+        _say_what_is_read(table, checked.frame.columns)
     if report.rules_broken:
         fail(f"{sum(report.rules_broken.values()):,} values in {report.source} break a rule")
+
+
+def _say_what_is_read(table: str, columns: list[str]) -> None:
+    """Say which columns of a catalogue the towers read, and which are attributes alone."""
+    from encoders.tables.schemas import schema
+
+    if table != "catalogue":
+        return
+    known = [name for name in columns if schema(table).column(name) is not None]
+    texts = [name for name in known if name not in ("id", "entity_type", "domain", "image")]
+    others = [name for name in columns if name not in known]
+    say(f"the towers read: {', '.join(texts) or 'nothing: no column is called title, ...'}")
+    if others:
+        say(f"attributes, for filters and answers: {', '.join(others)}")
+
+
+@group.command()
+@table_argument
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="File to write: .parquet, .jsonl, .csv, ...",
+)
+@kind_option
+@click.option(
+    "--drop-bad-rows", is_flag=True, help="Leave bad rows out and count them, instead of failing."
+)
+@json_option
+@handle_errors
+@reading_flags
+def convert(
+    path: Path,
+    out: Path,
+    table: str | None,
+    drop_bad_rows: bool,
+    as_json: bool,
+    reading: ReadingOptions,
+) -> None:
+    """Check a table and write it in the form that every command reads, once and for all.
+
+    For files of other systems: name how they are written, rename columns, map values.
+
+    Example: omni data convert export.csv --out catalogue.parquet --separator ';' --rename sku=id
+    --set entity_type=product
+    """
+    from encoders.tables.files import check_table, raise_problems, write_table
+
+    name = table or _guess(path, reading)
+    checked = check_table(path, name, on_bad_rows="drop", reading=reading)
+    if not drop_bad_rows:
+        raise_problems(checked.report, droppable=True)
+    write_table(checked.frame, out)
+    if as_json:
+        print_json(checked.report.as_dict() | {"out": str(out)})
+        return
+    for note in checked.report.notes:
+        say(f"note: {note}")
+    for rule, count in checked.report.rules_broken.items():
+        say(f"left out: {count:,} rows: {rule}")
+    say(f"{out}: {checked.frame.height:,} rows of table {name}")
 
 
 @group.command()
 @table_argument
 @kind_option
-@encoding_option
 @click.option(
     "--plots", type=click.Path(path_type=Path), help="Also draw PNG plots into this folder."
 )
@@ -137,13 +197,14 @@ def validate(
 )
 @json_option
 @handle_errors
+@reading_flags
 def describe(
     path: Path,
     table: str | None,
-    encoding: str,
     plots: Path | None,
     drop_bad_rows: bool,
     as_json: bool,
+    reading: ReadingOptions,
 ) -> None:
     """Describe a table: missing values, languages, duplicates, head and tail.
 
@@ -153,8 +214,8 @@ def describe(
     from encoders.tables.profile import describe_table, plot_table
     from encoders.tables.schemas import schema
 
-    name = table or _guess(path, encoding)
-    frame, _, report = check_table(path, name, on_bad_rows="drop", encoding=encoding)
+    name = table or _guess(path, reading)
+    frame, _, report = check_table(path, name, on_bad_rows="drop", reading=reading)
     if not drop_bad_rows:
         raise_problems(report, droppable=True)
     found = describe_table(frame, schema(name))
@@ -242,16 +303,30 @@ def simulate_logs(
         print_table("SIMULATED log", ["", "value"], facts)
 
 
-def _guess(path: Path, encoding: str) -> str:
+def _guess(path: Path, reading: ReadingOptions) -> str:
     """Guess from its columns which table a file holds.
 
     Raises:
         DataError: No table fits, or it may be a log or pairs.
     """
-    from encoders.tables.files import read_raw, table_files
-    from encoders.tables.schemas import LOG, could_be_log, guess_table, lookalikes, renames
+    from encoders.tables.parts import table_files
+    from encoders.tables.reading import read_chunks
+    from encoders.tables.schemas import (
+        LOG,
+        MALFORMED,
+        ROW,
+        could_be_log,
+        guess_table,
+        lookalikes,
+        renames,
+    )
 
-    columns = read_raw(table_files(path)[0], encoding).columns
+    columns: list[str] = []
+    for file in table_files(path):
+        first = next(read_chunks(file, reading, chunk_rows=1000, notes=[]), None)
+        if first is not None:
+            columns = [name for name in first.columns if name not in (ROW, MALFORMED)]
+            break
     if not columns:
         raise DataError(f"{path}: the file is empty: it has no header. Was the export cut short?")
     guess = guess_table(columns)

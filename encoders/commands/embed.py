@@ -17,7 +17,9 @@ from encoders.commands.console import (
     print_table,
     say,
 )
+from encoders.commands.reading_flags import reading_flags
 from encoders.errors import ConfigError
+from encoders.tables.reading_options import ReadingOptions
 from encoders.tables.schemas import ENTITY_TYPES
 
 if TYPE_CHECKING:
@@ -85,6 +87,7 @@ SECONDS_BETWEEN_LINES = 5.0
 )
 @json_option
 @handle_errors
+@reading_flags
 def command(
     bundle: Path,
     catalogues: tuple[Path, ...],
@@ -96,6 +99,7 @@ def command(
     batch_rows: int,
     part_rows: int,
     as_json: bool,
+    reading: ReadingOptions,
 ) -> None:
     """Embed a catalogue with a model bundle into the signal store.
 
@@ -136,6 +140,7 @@ def command(
         columns=columns_read(towers),
         entity_type=entity_type,
         chunk_rows=min(part_rows, 8_192),
+        reading=reading,
     )
     report = embed_catalogue(towers, chunks, SignalStore(out), config, _progress_lines(total))
     for line in report.notes():

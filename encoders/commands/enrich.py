@@ -18,7 +18,9 @@ from encoders.commands.console import (
     stage,
     track,
 )
+from encoders.commands.reading_flags import reading_flags
 from encoders.errors import ConfigError
+from encoders.tables.reading_options import ReadingOptions
 
 if TYPE_CHECKING:
     from encoders.enrichment.engaged_state import EngagedQueriesState, Merge
@@ -35,9 +37,6 @@ out_option = click.option(
     required=True,
     type=click.Path(path_type=Path),
     help="Enriched catalogue to write (.parquet, .jsonl, ...).",
-)
-encoding_option = click.option(
-    "--encoding", default="utf-8", show_default=True, help="Encoding of text files."
 )
 
 
@@ -69,16 +68,16 @@ def group() -> None:
     show_default=True,
     help="A title whose words all are on more entities than this is noise.",
 )
-@encoding_option
 @json_option
 @handle_errors
+@reading_flags
 def boards(
     catalogue: tuple[Path, ...],
     boards: tuple[Path, ...],
     out: Path,
     top: int,
     max_word_prevalence: float,
-    encoding: str,
+    reading: ReadingOptions,
     as_json: bool,
 ) -> None:
     """Put each entity's best board titles on the catalogue (column board_titles).
@@ -95,8 +94,8 @@ def boards(
 
     config = BoardTitlesConfig(top=top, max_word_prevalence=max_word_prevalence)
     with stage("board titles"):
-        rows = read_table(catalogue, "catalogue", encoding=encoding)
-        filed = read_table(boards, "boards", encoding=encoding)
+        rows = read_table(catalogue, "catalogue", reading=reading)
+        filed = read_table(boards, "boards", reading=reading)
         titles = board_titles(filed, config)
         write_table(attach_lists(rows, titles, "board_titles", "title"), out)
     summary = {
@@ -188,9 +187,9 @@ def boards(
     is_flag=True,
     help="Leave bad rows of the log out and count them, instead of failing.",
 )
-@encoding_option
 @json_option
 @handle_errors
+@reading_flags
 def queries(
     state: Path,
     create: bool,
@@ -233,7 +232,7 @@ def queries(
             merges.append(current.delete_queries(_lines(flags["delete_queries"])))
         merges += _merge_logs(current, logs, flags, bad_rows)
         if catalogue and out:
-            rows = read_table(catalogue, "catalogue", encoding=flags["encoding"])
+            rows = read_table(catalogue, "catalogue", reading=flags["reading"])
             write_table(attach_lists(rows, current.features(), "engaged_queries", "query"), out)
         elif out:
             write_table(_last_features(merges) if merges else current.features(), out)
@@ -266,7 +265,7 @@ def _merge_logs(
     on_bad_rows: OnBadRows = "drop" if flags["drop_bad_rows"] else "raise"
     merges = []
     for log in logs:
-        for batch in read_events(log, rules, on_bad_rows=on_bad_rows, encoding=flags["encoding"]):
+        for batch in read_events(log, rules, on_bad_rows=on_bad_rows, reading=flags["reading"]):
             bad_rows.update(batch.report.rules_broken)
             merges.append(state.merge(batch.frame, what=log.name))
     if until is not None:
@@ -299,15 +298,15 @@ def _merge_logs(
 @click.option("--batch-size", default=16, show_default=True, help="Images per forward pass.")
 @click.option("--beams", default=3, show_default=True, help="Beam search width.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda.")
-@encoding_option
 @json_option
 @handle_errors
+@reading_flags
 def captions(
     catalogue: tuple[Path, ...],
     images: Path,
     state: Path,
     out: Path,
-    encoding: str,
+    reading: ReadingOptions,
     as_json: bool,
     **settings: Any,
 ) -> None:
@@ -329,7 +328,7 @@ def captions(
     from encoders.tables.files import read_table, write_table
 
     config = CaptionConfig(**settings)
-    rows = read_table(catalogue, "catalogue", encoding=encoding)
+    rows = read_table(catalogue, "catalogue", reading=reading)
     with stage("captions"):
         run = caption_catalogue(rows, state, BlipCaptioner(config), config, images, track)
         captioned = attach_captions(rows, state)
@@ -353,8 +352,9 @@ def captions(
 )
 @click.option("--seed", default=0, show_default=True, help="Draws and orders the items.")
 @handle_errors
+@reading_flags
 def caption_sheet(
-    catalogue: tuple[Path, ...], out: Path, items: int, judges: tuple[str, ...], seed: int
+    catalogue: tuple[Path, ...], out: Path, reading: ReadingOptions, **settings: Any
 ) -> None:
     """Write a sheet on which judges grade captions: good, usable or wrong.
 
@@ -364,9 +364,7 @@ def caption_sheet(
     from encoders.enrichment.caption_quality import GRADES, judgement_sheet
     from encoders.tables.files import read_table, write_table
 
-    sheet = judgement_sheet(
-        read_table(catalogue, "catalogue"), items=items, judges=judges, seed=seed
-    )
+    sheet = judgement_sheet(read_table(catalogue, "catalogue", reading=reading), **settings)
     write_table(sheet, out)
     click.echo(
         f"{out}: {sheet.height} rows; fill in the column grade with one of {', '.join(GRADES)},"

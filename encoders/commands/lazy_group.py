@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any
 
 import click
@@ -30,6 +31,9 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import and return one command, or None if the name is unknown."""
         if cmd_name not in self.table:
+            near = get_close_matches(cmd_name, self.table, n=1)
+            if near:
+                ctx.fail(f"No such command {cmd_name!r}. Did you mean {near[0]!r}?")
             return None
         module, attribute = self.table[cmd_name][0].split(":")
         command: click.Command = getattr(importlib.import_module(module), attribute)

@@ -18,11 +18,14 @@ from encoders.commands.console import (
     say,
     stage,
 )
+from encoders.commands.reading_flags import reading_flags
 from encoders.errors import ConfigError
 
 if TYPE_CHECKING:
     from encoders.logs.pipeline import PipelineConfig
 
+FREQUENT_QUERIES = 5_000
+"""Lines of ``frequent_queries.txt``: more than proving a release takes."""
 CAPS = {"pin": 50, "product": 200, "ad": 200, "query": 200}
 
 
@@ -54,7 +57,7 @@ def parse_assignments(values: tuple[str, ...], option: str) -> dict[str, int]:
     "--out",
     required=True,
     type=click.Path(path_type=Path),
-    help="Folder to make: pairs/, engaged_queries/, summary.json.",
+    help="Folder to make: pairs/, engaged_queries/, frequent_queries.txt, summary.json.",
 )
 @click.option(
     "--boards",
@@ -123,7 +126,6 @@ def parse_assignments(values: tuple[str, ...], option: str) -> dict[str, int]:
     help="Keep held-out pairs that also are training pairs: they measure memory.",
 )
 @click.option("--seed", default=0, show_default=True, help="Chooses the queries that a cap keeps.")
-@click.option("--encoding", default="utf-8", show_default=True, help="Encoding of text files.")
 @click.option(
     "--drop-bad-rows",
     is_flag=True,
@@ -142,6 +144,7 @@ def parse_assignments(values: tuple[str, ...], option: str) -> dict[str, int]:
 @click.option("--overwrite", is_flag=True, help="Replace --out if it is there.")
 @json_option
 @handle_errors
+@reading_flags
 def command(
     logs: tuple[Path, ...],
     out: Path,
@@ -163,10 +166,10 @@ def command(
     """
     from encoders.logs.pairs import LeakError, pairs_table
     from encoders.logs.pipeline import PipelineInputs, run_pipeline, write_summary
-    from encoders.tables.files import read_table
+    from encoders.tables.files import read_table, scan_parts
 
     config = _pipeline_config(flags)
-    rows = read_table(catalogue, "catalogue", encoding=config.encoding) if catalogue else None
+    rows = read_table(catalogue, "catalogue", reading=config.reading) if catalogue else None
     known = None
     if rows is not None:
         known = rows.select("entity_type", pl.col("id").alias("entity_id"))
@@ -189,10 +192,10 @@ def command(
             counts = summary["counts"]
             counts[f"dropped: heldout pairs visible through {_names(flags['engaged'])}"] = dropped
             counts["pairs"] -= dropped
-            pairs = pl.read_parquet(out / "pairs" / "*.parquet")
-            summary["table_1"] = pairs_table(pairs).to_dicts()
+            summary["table_1"] = pairs_table(scan_parts(out / "pairs")).to_dicts()
         if rows is not None:
             _write_catalogue(rows, out, summary)
+        _write_frequent_queries(out)
         write_summary(summary, out)
     if as_json:
         print_json(summary)
@@ -220,7 +223,7 @@ def _pipeline_config(flags: dict[str, Any]) -> PipelineConfig:
         ),
         engaged=EngagedQueriesConfig(min_users=flags["min_users"]),
         on_bad_rows="drop" if flags["drop_bad_rows"] else "raise",
-        encoding=flags["encoding"],
+        reading=flags["reading"],
         partitions=flags["partitions"],
     )
 
@@ -256,14 +259,14 @@ def check_pairs(out: Path, engaged: Sequence[Path], drop_leaks: bool, keep_seen:
     from collections import Counter
 
     from encoders.logs.pairs import drop_visible, find_leaks, refuse_leaks
-    from encoders.tables.files import read_raw, table_files, write_table
+    from encoders.tables.files import read_whole_table, write_table
 
     dropped = 0
     features = None
     if engaged:
-        features = pl.concat([read_raw(f) for f in table_files(engaged)], how="diagonal_relaxed")
+        features = read_whole_table(engaged)
     for part in sorted((out / "pairs").glob("part-*.parquet")):
-        pairs = pl.read_parquet(part)
+        pairs = pl.read_parquet(part, glob=False)
         if features is not None and drop_leaks:
             counts: Counter[str] = Counter()
             pairs = drop_visible(pairs, features, counts)
@@ -278,6 +281,23 @@ def check_pairs(out: Path, engaged: Sequence[Path], drop_leaks: bool, keep_seen:
     return dropped
 
 
+def _write_frequent_queries(out: Path) -> None:
+    """Write the most frequent training queries, one a line: what `omni rebuild --queries` takes."""
+    from encoders.tables.files import scan_parts
+
+    frequent = (
+        scan_parts(out / "pairs")
+        .filter(pl.col("split") == "train")
+        .group_by("query")
+        .agg(pl.col("count").sum())
+        .sort(["count", "query"], descending=[True, False])
+        .head(FREQUENT_QUERIES)
+        .collect(engine="streaming")
+    )
+    lines = [" ".join(query.split()) + "\n" for query in frequent["query"].to_list()]
+    (out / "frequent_queries.txt").write_text("".join(lines), encoding="utf-8")
+
+
 def _names(paths: Sequence[Path]) -> str:
     return ", ".join(map(str, paths))
 
@@ -285,15 +305,15 @@ def _names(paths: Sequence[Path]) -> str:
 def _write_catalogue(rows: pl.DataFrame, out: Path, summary: dict[str, Any]) -> None:
     """Write the catalogue with its new features, and count its entities without a pair."""
     from encoders.enrichment.engaged_queries import attach_lists
-    from encoders.tables.files import write_table
+    from encoders.tables.files import scan_parts, write_table
 
     for column, value in (("engaged_queries", "query"), ("board_titles", "title")):
         if (out / column).is_dir():
-            features = pl.read_parquet(out / column / "*.parquet")
+            features = scan_parts(out / column).collect()
             rows = attach_lists(rows, features, column, value)
     write_table(rows, out / "catalogue.parquet")
     paired = (
-        pl.scan_parquet(out / "pairs" / "*.parquet")
+        scan_parts(out / "pairs")
         .select("entity_type", pl.col("entity_id").alias("id"))
         .unique()
         .collect()

@@ -30,7 +30,7 @@ OVERALL_COLUMNS = (
     "R@100",
     "MRR",
     "nDCG@10",
-    "R@10 by query",
+    "by query",
 )
 COMPARISON_COLUMNS = (
     "type",
@@ -102,7 +102,8 @@ def _slice_table(task: TaskReport, name: str) -> tuple[list[str], list[list[obje
             [
                 label,
                 metrics.pairs,
-                *(f"{c.value:.3f} [{c.low:.3f}, {c.high:.3f}]" for c in cells),
+                f"{cells[0].value:.3f} [{cells[0].low:.3f}, {cells[0].high:.3f}]",
+                *(c.value for c in cells[1:]),
                 metrics.ceiling[10],
             ]
         )

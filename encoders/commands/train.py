@@ -142,6 +142,7 @@ def command(
     given = {"steps": steps, "seed": seed, "device": device, "tensorboard": tensorboard or None}
     changes: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     config = dataclasses.replace(config, **changes)
+    from encoders.tables.profile import filled_shares
     from encoders.training.data.prepare import require_entity_tower
     from encoders.training.data.source_tables import load_training_data
     from encoders.training.distributed import process_rank
@@ -149,6 +150,7 @@ def command(
 
     if out.is_file():
         raise ConfigError(f"--out {out} is a file; give a folder.")
+    _require_writable(out)
     with _process_group(config.device):
         data = load_training_data(config, data_dir)
         trainer = Trainer(config, data, output=out)
@@ -156,7 +158,8 @@ def command(
         result = trainer.run(resume=resume)
         if process_rank() != 0:
             return
-        bundle = _save(out / "model", result)
+        columns = result.featurizer.config.text_columns | result.featurizer.config.continuous.keys()
+        bundle = _save(out / "model", result, filled_shares(data.catalogue, columns))
     if as_json:
         rate = result.pairs_per_second
         facts = {
@@ -179,7 +182,19 @@ def command(
     )
 
 
-def _save(path: Path, result: TrainResult) -> ModelBundle:
+def _require_writable(out: Path) -> None:
+    """Make the folder of the run and write to it, before hours of work; then leave it as it was."""
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryFile(dir=out) as probe:
+            probe.write(b"x")
+    finally:
+        for folder in made:
+            folder.rmdir()
+
+
+def _save(path: Path, result: TrainResult, filled: dict[str, float]) -> ModelBundle:
     """Write the run's bundle.
 
     A bundle of the same space that is there already stays, with its exports and declarations.
@@ -194,6 +209,7 @@ def _save(path: Path, result: TrainResult) -> ModelBundle:
             result.entity_encoders,
             training=to_table(result.config),
             metrics=result.metrics,
+            filled=filled,
         )
 
     try:

@@ -26,6 +26,7 @@ from typing import Any
 
 from encoders.compatibility.adapter import SpaceAdapter
 from encoders.errors import BundleError, SpaceMismatch
+from encoders.file_modes import follow_umask
 from encoders.towers.bundle import QUERY_UPGRADE, check_space_id, compute_space_id, read_space
 from encoders.towers.query_tower import QueryEncoder
 
@@ -187,6 +188,7 @@ def _save_adapter(folder: Path, adapter: SpaceAdapter, prefix: str) -> dict[str,
     adapter.save(Path(scratch))
     digest = hashlib.sha256(Path(scratch).read_bytes()).hexdigest()
     name = f"{prefix}-{digest[:16]}.safetensors"
+    follow_umask(Path(scratch))
     os.replace(scratch, folder / name)
     return {"file": name, "sha256": digest, "rank": adapter.rank}
 
@@ -237,7 +239,7 @@ def _write_atomically(path: Path, value: Mapping[str, Any]) -> None:
             file.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(scratch, 0o644)
+        follow_umask(Path(scratch))
         os.replace(scratch, path)
     except BaseException:
         Path(scratch).unlink(missing_ok=True)

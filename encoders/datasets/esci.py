@@ -85,7 +85,7 @@ def _read(folder: Path, name: str, columns: tuple[str, ...]) -> pl.DataFrame:
             f"{folder}: expected {path.name}, found none. Download the ESCI data set and name the"
             " folder that holds this file."
         )
-    frame = pl.scan_parquet(path)
+    frame = pl.scan_parquet(path, glob=False)
     found = frame.collect_schema().names()
     missing = [c for c in columns if c not in found]
     if missing:

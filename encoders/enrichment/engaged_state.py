@@ -367,7 +367,7 @@ class EngagedQueriesState:
                 f"{self.folder}: event file {missing[0]} is missing. Restore it from a copy, or"
                 " build the state again from the logs."
             )
-        return pl.read_parquet(files)
+        return pl.read_parquet(files, glob=False)
 
     def _without_stored(self, events: pl.DataFrame) -> pl.DataFrame:
         days = (events["timestamp"].to_physical() // DAY_MICROSECONDS).unique().to_list()

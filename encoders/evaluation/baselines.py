@@ -7,6 +7,7 @@ and the train-split pairs, never a held-out query string.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ from encoders.evaluation.ranking import EvaluationTask, ScoreRows, vector_scores
 from encoders.exact_search import exact_top_k
 from encoders.text.entity_texts import entity_texts
 from encoders.text.words import runs_of, words_of
+
+# Importing it sets DEBUG, and another library's handler then prints every line.
+logging.getLogger("bm25s").setLevel(logging.WARNING)
 
 Encode = Callable[[Sequence[str]], np.ndarray]
 """Texts -> float32 ``(N, D)``; rows are normalised by the caller."""

@@ -156,11 +156,15 @@ def export_forms(
             else:
                 report = reference.compare(form, path)
             if not report.within_tolerance:
+                other = (
+                    "--encoder-form torch of omni serve"
+                    if form == "onnx-fp32"
+                    else "another form, or export with --form onnx-fp32 only"
+                )
                 raise BundleError(
                     f"{form}: smallest cosine {report.cosine_min:.4f} and top-10 overlap"
                     f" {report.overlap_at_10:.3f}, but it needs {TOLERANCES[form].cosine} and"
-                    f" {TOLERANCES[form].overlap}. Serve another form, or export with --form"
-                    " onnx-fp32 only."
+                    f" {TOLERANCES[form].overlap}. Serve with {other}."
                 )
             reports.append(report)
         for report in reports:

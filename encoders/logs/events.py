@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from pathlib import Path
 from typing import NamedTuple
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from encoders.errors import ConfigError
+from encoders.errors import ConfigError, DataError
 from encoders.tables.checks import TableReport, check_frame
-from encoders.tables.files import OnBadRows, TableSource, raise_problems, read_raw, table_files
-from encoders.tables.schemas import LOG
-from encoders.tables.stream import log_rows
+from encoders.tables.files import OnBadRows, raise_problems
+from encoders.tables.parts import TableFile, TableSource, source_name, table_files
+from encoders.tables.reading import DEFAULT_OPTIONS, read_chunks
+from encoders.tables.reading_options import ReadingOptions
+from encoders.tables.schemas import LOG, ROW
+from encoders.tables.stream import parquet_rows
+from encoders.tables.typed_files import plain_type
 from encoders.text.normal_forms import normalize_queries
 
 EVENT_SCHEMA: dict[str, pl.DataType] = {
@@ -109,45 +114,77 @@ def read_events(
     rules: EngagementRules,
     *,
     on_bad_rows: OnBadRows = "raise",
-    encoding: str = "utf-8",
+    reading: ReadingOptions = DEFAULT_OPTIONS,
     now: datetime | None = None,
     batch_rows: int = BATCH_ROWS,
 ) -> Iterator[Events]:
-    """Read a log batch by batch; Parquet files of any size pass in bounded memory.
+    """Read a log batch by batch, in memory that does not grow with it.
 
     Yields:
-        Events of at most ``batch_rows`` log rows each (a whole file for formats other than
-        Parquet).
+        Events of at most ``batch_rows`` log rows each.
 
     Raises:
         DataError: The log is missing or unreadable.
         RowError: A row breaks a rule and ``on_bad_rows`` is ``raise``.
     """
+    is_empty = True
     for file in table_files(path):
-        for raw in _raw_batches(file, encoding, batch_rows):
-            events = engaged_events(raw, rules, file.name, now=now)
-            if on_bad_rows == "raise":
-                raise_problems(events.report, droppable=True)
-            yield events
+        for start in batch_starts(file, reading, batch_rows):
+            for raw in raw_batches(file, reading, start, batch_rows):
+                is_empty = False
+                events = engaged_events(raw, rules, file.name, now=now)
+                if on_bad_rows == "raise":
+                    raise_problems(events.report, droppable=True)
+                yield events
+    if is_empty:
+        raise DataError(f"{source_name(path)}: the log is empty. Was the export cut short?")
 
 
-def _raw_batches(file: Path, encoding: str, batch_rows: int) -> Iterator[pl.DataFrame]:
-    """Read a log file as ``raw_batch`` does, batch after batch."""
-    rows = log_rows(file) if file.suffix == ".parquet" else batch_rows
-    for start in range(0, max(rows, 1), batch_rows):
-        yield raw_batch(file, encoding, start, batch_rows)
+def batch_starts(file: TableFile, reading: ReadingOptions, rows: int) -> range:
+    """Return where the parts of a log file begin that ``raw_batches`` reads one by one."""
+    scanned = _scanned_columns(file, reading) is not None
+    return range(0, max(parquet_rows(file.path), 1) if scanned else 1, rows)
 
 
-def raw_batch(file: Path, encoding: str, start: int, rows: int) -> pl.DataFrame:
-    """Read rows ``start`` to ``start + rows`` of a Parquet log, or another file whole.
+def raw_batches(
+    file: TableFile, reading: ReadingOptions, start: int, rows: int
+) -> Iterator[pl.DataFrame]:
+    """Read rows ``start`` to ``start + rows`` of a Parquet log; other files whole, in batches.
 
-    Impressions of a Parquet log are left out. The column ``__row`` holds row numbers, from 1.
+    Impressions of a Parquet log are left out. The column ``ROW`` holds row numbers, from 1.
     """
-    if file.suffix != ".parquet":
-        return read_raw(file, encoding).with_row_index("__row", offset=1)
-    part = pl.scan_parquet(file).slice(start, rows).with_row_index("__row", offset=start + 1)
-    names = part.collect_schema().names()
+    names = _scanned_columns(file, reading)
+    if names is None:
+        wanted = {column.name for column in LOG.columns}
+        yield from read_chunks(file, reading, columns=wanted, chunk_rows=rows)
+    else:
+        yield _scanned(file, names, start, rows)
+
+
+def _scanned_columns(file: TableFile, reading: ReadingOptions) -> list[str] | None:
+    """List the columns of a Parquet log that polars' faster reader reads as they are.
+
+    None: the file is another one, or has types, names or values that ``read_chunks`` adapts.
+    """
+    if file.format != ".parquet" or file.partition:
+        return None
+    if reading.rename or reading.values or reading.constants:
+        return None
+    try:
+        schema = pq.read_schema(file.path)
+    except (OSError, pa.ArrowException):
+        return None  # ``read_chunks`` says what is wrong
+    wanted = {column.name for column in LOG.columns} - {"position"}
+    fields = [field for field in schema if field.name in wanted]
+    names = [field.name for field in fields]
+    plain = all(plain_type(field.type) == field.type for field in fields)
+    return names if plain and len(set(names)) == len(names) and ROW not in schema.names else None
+
+
+def _scanned(file: TableFile, names: Sequence[str], start: int, rows: int) -> pl.DataFrame:
+    """Read a part of a Parquet log by polars' reader, without impressions."""
+    part = pl.scan_parquet(file.path, glob=False, hive_partitioning=False)
+    part = part.slice(start, rows).with_row_index(ROW, offset=start + 1)
     if "action" in names:
         part = part.filter(_NO_IMPRESSION)
-    wanted = ("__row", *(c.name for c in LOG.columns if c.name != "position"))
-    return part.select(name for name in wanted if name in names).collect()
+    return part.select(ROW, *names).collect()

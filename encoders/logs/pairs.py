@@ -318,21 +318,24 @@ def refuse_leaks(leaks: Leaks, heldout_rows: int) -> None:
             )
 
 
-def pairs_table(pairs: pl.DataFrame) -> pl.DataFrame:
+def pairs_table(pairs: pl.DataFrame | pl.LazyFrame) -> pl.DataFrame:
     """Make table 1 of the paper for these pairs: size per pair source.
+
+    A lazy frame is streamed; in memory are its distinct queries and entities, as hashes.
 
     Returns:
         Per entity type and split, sorted: ``source``, ``actions``, ``pairs`` (rows), ``events``
             (sum of counts), ``queries``, ``entities``.
     """
-    return (
-        pairs.group_by("entity_type", "split")
+    table = (
+        pairs.lazy()
+        .group_by("entity_type", "split")
         .agg(
             pl.col("action").unique().sort().str.join(", ").alias("actions"),
             pl.len().alias("pairs"),
             pl.col("count").sum().alias("events"),
-            pl.col("query").n_unique().alias("queries"),
-            pl.col("entity_id").n_unique().alias("entities"),
+            pl.col("query").hash().n_unique().alias("queries"),
+            pl.col("entity_id").hash().n_unique().alias("entities"),
         )
         .select(
             pl.format("query-{}", "entity_type").alias("source"),
@@ -345,6 +348,7 @@ def pairs_table(pairs: pl.DataFrame) -> pl.DataFrame:
         )
         .sort("source", "split", descending=[False, True])
     )
+    return table.collect(engine="streaming")
 
 
 def parse_day(text: str) -> datetime:

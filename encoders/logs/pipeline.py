@@ -12,6 +12,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,14 +38,10 @@ from encoders.logs.pairs import (
     refuse_leaks,
 )
 from encoders.tables.checks import check_frame
-from encoders.tables.files import (
-    OnBadRows,
-    TableSource,
-    raise_problems,
-    read_raw,
-    table_files,
-    write_table,
-)
+from encoders.tables.files import OnBadRows, raise_problems, scan_parts, write_table
+from encoders.tables.parts import TableSource, table_files
+from encoders.tables.reading import DEFAULT_OPTIONS, read_chunks
+from encoders.tables.reading_options import ReadingOptions
 from encoders.tables.schemas import BOARDS
 from encoders.tables.stream import log_rows
 
@@ -74,8 +71,8 @@ class PipelineConfig:
     boards: BoardTitlesConfig = field(default_factory=BoardTitlesConfig)
     on_bad_rows: OnBadRows = "raise"
     """``raise`` fails at bad rows of log and boards, ``drop`` leaves them out and counts them."""
-    encoding: str = "utf-8"
-    """Encoding of text files."""
+    reading: ReadingOptions = DEFAULT_OPTIONS
+    """How the files of log and boards are written."""
     partitions: int | None = None
     """Hash partitions of entities; None: one per ``PARTITION_ROWS`` log rows."""
     batch_rows: int = BATCH_ROWS
@@ -153,7 +150,12 @@ def run_pipeline(
         ConfigError: ``out`` is there and ``overwrite`` is not set.
         DataError: See ``events.read_events``.
     """
-    work = prepare_output(out, overwrite)
+    with unfinished_output(out, overwrite) as work:
+        return _run(inputs, work, out, config)
+
+
+def _run(inputs: PipelineInputs, work: Path, out: Path, config: PipelineConfig) -> dict[str, Any]:
+    """Do what ``run_pipeline`` does, in the folder ``work``."""
     partitions = config.partitions or max(1, math.ceil(log_rows(inputs.log) / PARTITION_ROWS))
     spill = Spill(work / "spill", partitions)
     bad_rows: Counter[str] = Counter()
@@ -162,7 +164,7 @@ def run_pipeline(
         inputs.log,
         config.rules,
         on_bad_rows=config.on_bad_rows,
-        encoding=config.encoding,
+        reading=config.reading,
         now=config.now,
         batch_rows=config.batch_rows,
     ):
@@ -263,22 +265,13 @@ def read_boards(
         RowError: A row breaks a rule and ``config.on_bad_rows`` is ``raise``.
     """
     for file in table_files(path):
-        for start, raw in _raw_boards(file, config):
-            checked = check_frame(raw, BOARDS, file.name, first_row=start + 1)
+        for raw in read_chunks(file, config.reading, chunk_rows=config.batch_rows):
+            checked = check_frame(raw, BOARDS, file.name)
             if config.on_bad_rows == "raise":
                 raise_problems(checked.report, droppable=True)
             for rule, rows in checked.report.rules_broken.items():
                 bad_rows[f"boards: {rule}"] += rows
             yield checked.frame.select(list(_BOARD_ROWS))
-
-
-def _raw_boards(file: Path, config: PipelineConfig) -> Iterator[tuple[int, pl.DataFrame]]:
-    """Read batches of a Parquet file, or another file whole, each with its first row's place."""
-    if file.suffix != ".parquet":
-        yield 0, read_raw(file, config.encoding)
-        return
-    for start in range(0, max(log_rows(file), 1), config.batch_rows):
-        yield start, pl.scan_parquet(file).slice(start, config.batch_rows).collect()
 
 
 def _write_board_titles(
@@ -309,8 +302,9 @@ def part_name(number: int) -> str:
     return f"part-{number:05d}.parquet"
 
 
-def prepare_output(out: Path, overwrite: bool) -> Path:
-    """Make the hidden folder that the output is written to.
+@contextmanager
+def unfinished_output(out: Path, overwrite: bool) -> Iterator[Path]:
+    """Make the hidden folder that the output is written to; it is gone after the block.
 
     Raises:
         ConfigError: ``out`` is there and may not be replaced.
@@ -322,17 +316,17 @@ def prepare_output(out: Path, overwrite: bool) -> Path:
     work = out.with_name(f".{out.name}.partial")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    return work
+    try:
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def finish_output(work: Path, out: Path, facts: RunFacts) -> dict[str, Any]:
     """Write the summary, then move the finished folder into place; returns the summary."""
     for spilled in ("spill", "spill-boards"):
         shutil.rmtree(work / spilled, ignore_errors=True)
-    pairs = pl.scan_parquet(work / "pairs" / "*.parquet").select(
-        "query", "entity_type", "entity_id", "action", "count", "split"
-    )
-    engaged = pl.scan_parquet(work / "engaged_queries" / "*.parquet")
+    engaged = scan_parts(work / "engaged_queries")
     summary = {
         "windows": {name: moment.isoformat() for name, moment in facts.split._asdict().items()},
         "counts": dict(sorted(facts.counts.items())),
@@ -340,7 +334,7 @@ def finish_output(work: Path, out: Path, facts: RunFacts) -> dict[str, Any]:
         "engaged_queries": engaged.select(pl.len()).collect().item(),
         "board_titles": facts.board_titles,
         "partitions": facts.partitions,
-        "table_1": pairs_table(pairs.collect()).to_dicts(),
+        "table_1": pairs_table(scan_parts(work / "pairs")).to_dicts(),
     }
     write_summary(summary, work)
     if out.exists():

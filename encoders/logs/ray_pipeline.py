@@ -26,7 +26,7 @@ from encoders.enrichment.board_titles import (
     word_prevalence,
 )
 from encoders.errors import DataError, MissingDependency
-from encoders.logs.events import engaged_events, raw_batch
+from encoders.logs.events import EVENT_SCHEMA, batch_starts, engaged_events, raw_batches
 from encoders.logs.pipeline import (
     PARTITION_ROWS,
     PipelineConfig,
@@ -35,11 +35,13 @@ from encoders.logs.pipeline import (
     finish_output,
     part_name,
     partition_of,
-    prepare_output,
     process_events,
     read_boards,
+    unfinished_output,
 )
-from encoders.tables.files import TableSource, raise_problems, table_files, write_table
+from encoders.tables.files import raise_problems, write_table
+from encoders.tables.parts import TableFile, TableSource, table_files
+from encoders.tables.reading_options import ReadingOptions
 from encoders.tables.stream import log_rows
 
 if TYPE_CHECKING:
@@ -76,7 +78,14 @@ def run_ray_pipeline(
         DataError: The log is unreadable, or a row breaks a rule.
     """
     ray = connect(address)
-    work = prepare_output(out, overwrite)
+    with unfinished_output(out, overwrite) as work:
+        return _run(ray, inputs, work, out, config)
+
+
+def _run(
+    ray: Any, inputs: PipelineInputs, work: Path, out: Path, config: PipelineConfig
+) -> dict[str, Any]:
+    """Do what ``run_ray_pipeline`` does, in the folder ``work``."""
     cores = int(ray.cluster_resources().get("CPU", 1))
     partitions = config.partitions or max(cores, math.ceil(log_rows(inputs.log) / PARTITION_ROWS))
     now = config.now or datetime.now(UTC)
@@ -85,7 +94,7 @@ def run_ray_pipeline(
         return _read_task(batch, config, partitions, now)
 
     events = (
-        ray.data.from_items(_reading_tasks(inputs.log, config.batch_rows))
+        ray.data.from_items(_reading_tasks(inputs.log, config.reading, config.batch_rows))
         .map_batches(read, batch_size=1, batch_format="pyarrow")
         .materialize()
     )
@@ -145,14 +154,21 @@ def connect(address: str) -> Any:
     return ray
 
 
-def _reading_tasks(log: TableSource, batch_rows: int) -> list[dict[str, Any]]:
+def _reading_tasks(
+    log: TableSource, reading: ReadingOptions, batch_rows: int
+) -> list[dict[str, Any]]:
     """List the pieces of a log that one task each reads."""
     tasks = []
     for file in table_files(log):
-        rows = log_rows(file) if file.suffix == ".parquet" else 1
+        partition = json.dumps(dict(file.partition))
         tasks += [
-            {"file": str(file.resolve()), "start": start, "rows": batch_rows}
-            for start in range(0, max(rows, 1), batch_rows)
+            {
+                "file": str(file.path.resolve()),
+                "partition": partition,
+                "start": start,
+                "rows": batch_rows,
+            }
+            for start in batch_starts(file, reading, batch_rows)
         ]
     return tasks
 
@@ -164,19 +180,21 @@ def _read_task(batch: pa.Table, config: PipelineConfig, partitions: int, now: da
     """
     frames = []
     for task in batch.to_pylist():
-        raw = raw_batch(Path(task["file"]), config.encoding, task["start"], task["rows"])
-        events = engaged_events(raw, config.rules, Path(task["file"]).name, now=now)
-        if config.on_bad_rows == "raise":
-            raise_problems(events.report, droppable=True)
-        marked = events.frame.with_columns(
-            partition_of(partitions).alias(LABEL), pl.lit(None, pl.String).alias("report")
-        )
-        report = pl.DataFrame(
-            {LABEL: [0], "report": [json.dumps(events.report.rules_broken)]},
-            schema={LABEL: pl.Int32, "report": pl.String},
-        )
-        frames.append(pl.concat([marked, report], how="diagonal"))
-    return _table(pl.concat(frames))
+        file = TableFile(Path(task["file"]), json.loads(task["partition"]))
+        for raw in raw_batches(file, config.reading, task["start"], task["rows"]):
+            events = engaged_events(raw, config.rules, file.name, now=now)
+            if config.on_bad_rows == "raise":
+                raise_problems(events.report, droppable=True)
+            marked = events.frame.with_columns(
+                partition_of(partitions).alias(LABEL), pl.lit(None, pl.String).alias("report")
+            )
+            report = pl.DataFrame(
+                {LABEL: [0], "report": [json.dumps(events.report.rules_broken)]},
+                schema={LABEL: pl.Int32, "report": pl.String},
+            )
+            frames.append(pl.concat([marked, report], how="diagonal"))
+    nothing = pl.DataFrame(schema={**EVENT_SCHEMA, LABEL: pl.Int32, "report": pl.String})
+    return _table(pl.concat([nothing, *frames]))
 
 
 def _reports(batch: pa.Table) -> pa.Table:

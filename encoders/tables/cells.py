@@ -13,7 +13,8 @@ from decimal import Decimal
 
 import polars as pl
 
-from encoders.tables.schemas import TableSchema
+from encoders.tables.parts import TableFile
+from encoders.tables.schemas import MALFORMED, ROW, TableSchema
 
 _TYPES: dict[pl.DataType, str] = {
     pl.Int64(): "numbers",
@@ -40,15 +41,14 @@ class AttributeTypes:
         self._wanted = wanted
         self._seen: dict[str, _CellsSeen] = {}
 
-    def add_texts(self, frame: pl.DataFrame, source: str) -> None:
-        """Count which types hold the cells of a file of texts; ``source`` names it in notes."""
+    def add(self, frame: pl.DataFrame, file: TableFile) -> None:
+        """Count which types hold the cells of some rows of a file."""
         for name in self._unknown(frame):
-            self._seen.setdefault(name, _CellsSeen()).add_texts(frame[name], source)
-
-    def add_typed(self, frame: pl.DataFrame) -> None:
-        """Count the values of a file that has types of its own."""
-        for name in self._unknown(frame):
-            self._seen.setdefault(name, _CellsSeen()).add_typed(frame[name])
+            seen = self._seen.setdefault(name, _CellsSeen())
+            if file.is_delimited:
+                seen.add_texts(frame[name], frame[ROW], file.name)
+            else:
+                seen.add_typed(frame[name])
 
     def typed(self, frame: pl.DataFrame) -> pl.DataFrame:
         """Convert the cells of a text file's checked rows to the types that hold in all files."""
@@ -65,7 +65,9 @@ class AttributeTypes:
         return [
             name
             for name in frame.columns
-            if self._wanted.open and self._wanted.column(name) is None
+            if self._wanted.open
+            and self._wanted.column(name) is None
+            and name not in (ROW, MALFORMED)
         ]
 
 
@@ -77,8 +79,8 @@ class _CellsSeen:
         self.fitting = dict.fromkeys(_TYPES, 0)
         self.misfits: dict[pl.DataType, str] = {}
 
-    def add_texts(self, cells: pl.Series, source: str) -> None:
-        """Count the cells of a text file."""
+    def add_texts(self, cells: pl.Series, rows: pl.Series, source: str) -> None:
+        """Count cells of a text file, which stand in rows of these numbers."""
         texts = _filled(cells)
         filled = texts.is_not_null()
         self.filled += int(filled.sum())
@@ -86,7 +88,9 @@ class _CellsSeen:
             self.fitting[dtype] += int(fits.sum())
             misfits = (filled & ~fits).arg_true()
             if len(misfits) and dtype not in self.misfits:
-                self.misfits[dtype] = f"{source}, row {misfits[0] + 1}: {cells[misfits[0]][:60]!r}"
+                self.misfits[dtype] = (
+                    f"{source}, row {rows[misfits[0]]}: {cells[misfits[0]][:60]!r}"
+                )
 
     def add_typed(self, values: pl.Series) -> None:
         """Count the values of a file that has types; whole numbers also fit a column of floats."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
+import csv
 import json
+import re
+import shlex
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
@@ -11,7 +15,17 @@ import polars as pl
 
 from encoders.errors import SchemaError
 from encoders.tables.cells import cell_texts
-from encoders.tables.schemas import EARLIEST_YEAR, Column, Kind, TableSchema, lookalikes, renames
+from encoders.tables.schemas import (
+    EARLIEST_YEAR,
+    MALFORMED,
+    ROW,
+    Column,
+    Kind,
+    TableSchema,
+    lookalikes,
+    other_value,
+    renames,
+)
 
 FUTURE_TOLERANCE = timedelta(days=1)
 """Clocks and time zones differ; an event further ahead than this is wrong."""
@@ -26,8 +40,11 @@ EPOCH_UNITS: tuple[tuple[str, float, int], ...] = (
 Above all of them: nanoseconds.
 """
 
-ROW = "__row"
-"""Column with a row's number in its file, from 1."""
+_ONE_OF = "must be one of "
+_MOST_VALUES = 8
+"""Examples of values that are no choice, each named once."""
+_ATTRIBUTE_NAME = re.compile(r"[^\W\d]\w*", re.UNICODE)
+"""Names that filters can write."""
 
 
 class Rule(NamedTuple):
@@ -57,6 +74,9 @@ _ISO_OR_EPOCH = Rule(
     "must be an ISO 8601 time or an epoch number", "For example 2026-01-31T23:59:59Z."
 )
 _ONE_CONTENT = Rule("id repeats with different content", KEEP_ONE)
+_LIST_CELL = Rule(
+    "must be a JSON list, or parts separated by '|'", 'For example ["red", "blue"] or red|blue.'
+)
 _ONE_UNIT = "Bring all rows to one unit; which one a row has cannot be guessed."
 
 
@@ -79,6 +99,8 @@ class Problem:
 
     def describe(self, source: str) -> str:
         """Return one line that names file, row, column, value and fix."""
+        if not self.column:
+            return f"{source}: row {self.row}: {self.rule}: {self.value}. {self.fix}"
         return (
             f"{source}: row {self.row}, column {self.column!r}: {self.rule}, got {self.value}."
             f" {self.fix}"
@@ -132,8 +154,33 @@ class _Checker:
         self.bad: dict[int, str] = {}
         self.rows = frame[ROW]
 
-    def flag(self, broken: pl.Series, values: pl.Series, column: str, rule: Rule) -> None:
-        """Record every row where ``broken`` is true; messages show ``values``."""
+    def set_aside(self, frame: pl.DataFrame) -> pl.DataFrame:
+        """Record the malformed rows, and return the others."""
+        problems = malformed_rows(frame)
+        counts = self.report.rules_broken
+        for problem in problems:
+            self.bad[problem.row] = problem.rule
+            counts[problem.rule] = counts.get(problem.rule, 0) + 1
+            if counts[problem.rule] <= self.examples:
+                self.report.problems.append(problem)
+        if MALFORMED in frame.columns:
+            frame = frame.filter(pl.col(MALFORMED).is_null()).drop(MALFORMED)
+        self.rows = frame[ROW]
+        return frame
+
+    def flag(
+        self,
+        broken: pl.Series,
+        values: pl.Series,
+        column: str,
+        rule: Rule,
+        *,
+        distinct: bool = False,
+    ) -> None:
+        """Record every row where ``broken`` is true; messages show ``values``.
+
+        ``distinct``: those of each value once, up to eight.
+        """
         hits = broken.fill_null(False).arg_true()
         if not len(hits):
             return
@@ -142,8 +189,33 @@ class _Checker:
         row_numbers = self.rows.gather(hits).to_list()
         for row in row_numbers:
             self.bad.setdefault(row, f"{column}: {rule.text}")
-        for index, row in zip(hits.head(self.examples).to_list(), row_numbers, strict=False):
-            self.report.problems.append(Problem(row, column, _shown(values[index]), *rule))
+        shown = hits.head(self.examples)
+        if distinct:
+            shown = hits.filter(values.gather(hits).is_first_distinct()).head(_MOST_VALUES)
+        for index in shown.to_list():
+            fix = _mapped_fix(values[index], column, rule) if distinct else rule.fix
+            self.report.problems.append(
+                Problem(self.rows[index], column, _shown(values[index]), rule.text, fix)
+            )
+
+
+def _mapped_fix(value: str, column: str, rule: Rule) -> str:
+    """Word how to map a value that is no choice, by the choice that it may mean."""
+    choices = rule.text.removeprefix(_ONE_OF).split(", ")
+    meant = other_value(value, choices)
+    option = shlex.quote(f"{column}.{value}={meant or 'NEW'}")
+    return f"Map it (--map {option}), or drop the row."
+
+
+def malformed_rows(frame: pl.DataFrame) -> list[Problem]:
+    """List the rows of a frame that could not be read, as its column ``MALFORMED`` says."""
+    if MALFORMED not in frame.columns:
+        return []
+    flaws = frame.filter(pl.col(MALFORMED).is_not_null()).select(ROW, MALFORMED)
+    return [
+        Problem(row, "", _shown(flaw["value"]), flaw["rule"], flaw["fix"])
+        for row, flaw in flaws.iter_rows()
+    ]
 
 
 def check_frame(
@@ -177,19 +249,22 @@ def check_frame(
     near = lookalikes(frame.columns, schema)
     missing = [c.name for c in schema.columns if c.required and c.name not in frame.columns]
     if missing:
+        found = ", ".join(_own_names(frame)) or "none"
         raise SchemaError(
             f"{source}: table {schema.name!r} needs the column(s) {', '.join(missing)}; found:"
-            f" {', '.join(frame.columns) or 'none'}. Rename or add them{renames(near, missing)};"
-            f" all columns: {', '.join(c.name for c in schema.columns)}."
+            f" {found}. Rename or add them{renames(near, missing)};"
+            f" all columns: {', '.join(c.name for c in schema.columns)}. Options say it: --rename"
+            " OLD=NEW, --set COLUMN=VALUE (omni data convert has them for all commands)."
         )
     report.notes += [
-        f"column {name!r} is not read as {known!r}; rename it if it is meant to be"
+        f"column {name!r} is not read as {known!r}; if it is meant to be: --rename {name}={known}"
         for name, known in near.items()
     ]
     if ROW not in frame.columns:
         frame = frame.with_row_index(ROW, offset=first_row)
-    original = frame
     checker = _Checker(frame, report, examples)
+    original = frame.drop(MALFORMED, strict=False)
+    frame = checker.set_aside(frame)
     now = now or datetime.now(UTC)
     for column in schema.columns:
         name = column.name
@@ -198,7 +273,7 @@ def check_frame(
         elif column.default is not None:
             frame = frame.with_columns(pl.lit(column.default, dtype=column.dtype).alias(name))
     if schema.open:
-        _check_attributes(frame, schema, checker)
+        frame = _check_attributes(frame, schema, checker)
     if checker.bad:
         frame = frame.filter(~pl.col(ROW).is_in(list(checker.bad)))
     frame, clashing = _merge_identical(frame, schema, checker)
@@ -208,12 +283,73 @@ def check_frame(
     return Checked(frame.drop(ROW), _rejected_rows(original, problems), report)
 
 
-def _check_attributes(frame: pl.DataFrame, schema: TableSchema, checker: _Checker) -> None:
-    """Flag NUL bytes in the text columns that an open schema does not know."""
-    for name, dtype in frame.schema.items():
-        if schema.column(name) is None and dtype == pl.String:
+def _own_names(frame: pl.DataFrame) -> list[str]:
+    """List the columns that the file has."""
+    return [name for name in frame.columns if name not in (ROW, MALFORMED)]
+
+
+def _check_attributes(frame: pl.DataFrame, schema: TableSchema, checker: _Checker) -> pl.DataFrame:
+    """Check the columns that an open schema does not know, as filters and answers need them.
+
+    Flags NUL bytes and integers of more than 64 bits; columns of records, bytes or the like are
+    left out with a note.
+
+    Raises:
+        SchemaError: A filter cannot write a column's name.
+    """
+    left_out = []
+    for name in _own_names(frame):
+        if schema.column(name) is not None:
+            continue
+        dtype = frame.schema[name]
+        if name == "" or re.fullmatch(r"Unnamed: \d+", name):
+            left_out.append(name)
+            checker.report.notes.append(
+                f"column {name!r} was left out (pandas writes its index so; index=False leaves it"
+                " out)"
+            )
+        elif not can_be_attribute(dtype):
+            left_out.append(name)
+            checker.report.notes.append(
+                f"column {name!r} of type {dtype} was left out: filters and answers have numbers,"
+                " texts, booleans, times and flat lists of numbers or texts"
+            )
+        elif not _ATTRIBUTE_NAME.fullmatch(name):
+            raise SchemaError(
+                f"{checker.report.source}: column {name!r} cannot be named in a filter: a name"
+                " starts with a letter or _ and holds letters, digits and _. Rename it, for example"
+                f" --rename {shlex.quote(f'{name}={_plain_name(name)}')} (for commands without"
+                " --rename, once with omni data convert)."
+            )
+        elif dtype == pl.String:
             nul = frame[name].str.contains("\0", literal=True)
             checker.flag(nul, frame[name], name, _NO_NUL)
+        elif dtype == pl.UInt64:
+            checker.flag(frame[name] > 2**63 - 1, frame[name], name, _64_BITS)
+    return frame.drop(left_out)
+
+
+def _plain_name(name: str) -> str:
+    """Suggest a name that filters can write."""
+    plain = re.sub(r"\W+", "_", name).strip("_") or "column"
+    return plain if _ATTRIBUTE_NAME.fullmatch(plain) else f"_{plain}"
+
+
+def can_be_attribute(dtype: pl.DataType) -> bool:
+    """Tell whether a column is one that filters, answers or towers read.
+
+    Lists of lists are, where they hold numbers: several vectors.
+    """
+    if isinstance(dtype, pl.List | pl.Array):
+        inner = dtype.inner
+        if isinstance(inner, pl.List | pl.Array):
+            return bool(inner.inner.is_numeric())  # type: ignore[union-attr]
+        return (
+            inner.is_numeric()  # type: ignore[union-attr]
+            or inner in (pl.String, pl.Null)
+            or inner.is_temporal()  # type: ignore[union-attr]
+        )
+    return not dtype.is_nested() and dtype not in (pl.Binary, pl.Object)
 
 
 def _rejected_rows(original: pl.DataFrame, problems: dict[int, str]) -> pl.DataFrame:
@@ -273,11 +409,11 @@ def _texts(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
         checker.flag(blank, text, column.name, _REQUIRED)
     if column.choices:
         rule = Rule(
-            f"must be one of {', '.join(column.choices)}",
+            f"{_ONE_OF}{', '.join(column.choices)}",
             "Map your names to these, or drop the row.",
         )
         unknown = text.is_not_null() & ~text.is_in(list(column.choices))
-        checker.flag(unknown, text, column.name, rule)
+        checker.flag(unknown, text, column.name, rule, distinct=True)
     return text
 
 
@@ -315,9 +451,11 @@ def _text_lists(values: pl.Series, column: Column, checker: _Checker) -> pl.Seri
     if values.dtype == pl.Null:
         values = values.cast(column.dtype)
     if values.dtype == pl.String:
-        values = pl.Series(
-            values.name, [_split_cell(cell) for cell in values.to_list()], dtype=pl.List(pl.String)
-        )
+        lists = [_split_cell(cell) for cell in values.to_list()]
+        broken = pl.Series([items is _NO_LIST for items in lists], dtype=pl.Boolean)
+        checker.flag(broken, values, column.name, _LIST_CELL)
+        read = [None if items is _NO_LIST else items for items in lists]
+        values = pl.Series(values.name, read, dtype=pl.List(pl.String))
     if not isinstance(values.dtype, pl.List) or values.dtype.inner.is_nested():
         raise SchemaError(
             f"{checker.report.source}: column {column.name!r} should hold lists of text (in CSV:"
@@ -334,18 +472,54 @@ def _text_lists(values: pl.Series, column: Column, checker: _Checker) -> pl.Seri
     return texts
 
 
+_NO_LIST: list[str] = []
+"""Stands, as this very object, for a cell that is no list."""
+
+
 def _split_cell(cell: str | None) -> list[str] | None:
-    """Split a cell: a JSON list, or parts separated by ``|``; None: it is blank."""
-    if cell is None or not cell.strip():
+    """Split a cell: a list as JSON, pandas or Postgres write it, or parts separated by ``|``.
+
+    None: it is blank; ``_NO_LIST``: it begins as a list and is none.
+    """
+    text = (cell or "").strip()
+    if not text:
         return None
-    if cell.lstrip().startswith("["):
+    if text.startswith("["):
+        return _bracketed(text)
+    if text.startswith("{") and text.endswith("}"):
+        return _braced(text)
+    return [part.strip() for part in text.split("|") if part.strip()]
+
+
+def list_cell(cell: str | None) -> list[str] | None:
+    """Split a cell as ``_split_cell`` does; None: it is blank, or no list."""
+    items = _split_cell(cell)
+    return None if items is _NO_LIST else items
+
+
+def _bracketed(text: str) -> list[str]:
+    """Read ``["red", "blue"]`` or, as Python prints it, ``['red', 'blue']``."""
+    try:
+        items = json.loads(text)
+    except (ValueError, RecursionError):
         try:
-            parsed = json.loads(cell)
-        except ValueError:
-            parsed = None
-        if isinstance(parsed, list):
-            return [str(part) for part in parsed]
-    return [part.strip() for part in cell.split("|") if part.strip()]
+            items = ast.literal_eval(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            return _NO_LIST
+        # numpy prints no commas, and Python reads 'red' 'blue' as one text.
+        if re.search(r"""['"]\s+['"]""", text):
+            return _NO_LIST
+    if not isinstance(items, list) or any(isinstance(item, list | dict) for item in items):
+        return _NO_LIST
+    return [str(item) for item in items if item is not None]
+
+
+def _braced(text: str) -> list[str]:
+    """Read ``{red,"light blue"}``, as Postgres writes arrays."""
+    (items,) = (
+        csv.reader([text[1:-1]], escapechar="\\", doublequote=False) if text != "{}" else [[]]
+    )
+    return [item for item in items if item and item != "NULL"]
 
 
 def _vectors(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
@@ -391,7 +565,7 @@ def _vector_cells(cells: pl.Series, column: Column, checker: _Checker) -> pl.Ser
 def _json_or_none(cell: str | None) -> Any:
     try:
         return json.loads(cell or "null")
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
-import io
 import json
+import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import polars as pl
-from polars import selectors
 
-from encoders.errors import DataError, RowError, SchemaError
+from encoders.errors import DataError, RowError
 from encoders.tables.cells import AttributeTypes
-from encoders.tables.checks import Checked, TableReport, check_frame
-from encoders.tables.schemas import TableSchema, schema
+from encoders.tables.checks import Checked, TableReport, check_frame, malformed_rows
+from encoders.tables.parts import (
+    ARROW,
+    JSON_LINES,
+    SUFFIXES,
+    TableFile,
+    TableSource,
+    format_of,
+    source_name,
+    table_files,
+)
+from encoders.tables.reading import read_chunks
+from encoders.tables.reading_options import ReadingOptions
+from encoders.tables.schemas import MALFORMED, ROW, TableSchema, schema
 
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather", ".ipc")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
+log = logging.getLogger(__name__)
+
 OnBadRows = Literal["raise", "drop"]
-TableSource = Path | str | Sequence[Path]
-"""A file, a folder of part files, or several of them that make one table."""
 
 
 def read_table(
@@ -34,9 +43,15 @@ def read_table(
     on_bad_rows: OnBadRows = "raise",
     encoding: str = "utf-8",
     now: datetime | None = None,
+    reading: ReadingOptions | None = None,
 ) -> pl.DataFrame:
-    """Read one table and check it; ``check_table`` explains the arguments and reports more."""
-    return check_table(path, table, on_bad_rows=on_bad_rows, encoding=encoding, now=now).frame
+    """Read one table and check it; ``check_table`` explains the arguments. Notes are logged."""
+    checked = check_table(
+        path, table, on_bad_rows=on_bad_rows, encoding=encoding, now=now, reading=reading
+    )
+    for note in checked.report.notes:
+        log.info("%s: %s", checked.report.source, note)
+    return checked.frame
 
 
 def check_table(
@@ -46,6 +61,7 @@ def check_table(
     on_bad_rows: OnBadRows = "raise",
     encoding: str = "utf-8",
     now: datetime | None = None,
+    reading: ReadingOptions | None = None,
 ) -> Checked:
     """Read a file, or a folder of part files, and check it against the schema called ``table``.
 
@@ -59,9 +75,10 @@ def check_table(
         table: Name of the schema (``catalogue``, ``log``, ...).
         on_bad_rows: ``raise`` refuses the table at its first bad rows; ``drop`` returns them apart,
             counted in the report.
-        encoding: Encoding of text files. Nothing is guessed: bytes that do not fit are an error
-            that names the row.
+        encoding: Encoding of text files. It is not guessed: bytes that do not fit are an error that
+            names the row.
         now: Time that "in the future" is measured from; None: the clock.
+        reading: What is known about how the files are written; None: the encoding.
 
     Returns:
         The good rows, the rejected rows and the report.
@@ -73,22 +90,30 @@ def check_table(
             column, value and fix.
     """
     wanted = schema(table)
+    options = reading or ReadingOptions(encoding=encoding)
     files = table_files(path)
     attributes = AttributeTypes(wanted)
     parts = []
+    empty = []
     for file in files:
-        raw = read_raw(file, encoding)
-        if is_delimited(file):
-            attributes.add_texts(raw, file.name)
-        else:
-            attributes.add_typed(raw)
-        parts.append(check_frame(raw, wanted, file.name, now=now))
-    parts = [
-        p._replace(frame=attributes.typed(p.frame)) if is_delimited(file) else p
-        for p, file in zip(parts, files, strict=True)
+        notes: list[str] = []
+        raw = _read_whole(file, options, notes)
+        if not raw.width and len(files) > 1:
+            empty.append(file.name)
+            continue
+        attributes.add(raw, file)
+        checked = check_frame(raw, wanted, file.name, now=now)
+        checked.report.notes[:0] = notes
+        parts.append((file, checked))
+    if not parts:
+        raise DataError(f"{source_name(path)}: all files are empty. Was the export cut short?")
+    typed = [
+        p._replace(frame=attributes.typed(p.frame)) if file.is_delimited else p for file, p in parts
     ]
-    checked = parts[0] if len(parts) == 1 else _join_parts(parts, wanted, _source_name(path), now)
+    one = typed[0] if len(typed) == 1 else None
+    checked = one or _join_parts(typed, wanted, source_name(path), now)
     checked.report.notes += attributes.notes()
+    checked.report.notes += [f"{name}: an empty file, left out" for name in empty]
     if on_bad_rows == "raise":
         raise_problems(checked.report)
     return checked
@@ -116,36 +141,9 @@ def raise_problems(report: TableReport, *, droppable: bool = False) -> None:
     raise RowError("\n".join(lines))
 
 
-def table_files(path: TableSource) -> list[Path]:
-    """List the files of a table: the file itself, or a folder's table files by name.
-
-    Of several paths, one after the other.
-
-    Raises:
-        DataError: Nothing is there.
-    """
-    if not isinstance(path, str | Path):
-        return [file for one in path for file in table_files(one)]
-    path = Path(path)
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise DataError(
-            f"{path}: no such file or folder. Give a {', '.join(SUFFIXES)} file or a folder of"
-            " them."
-        )
-    files = sorted(p for p in path.iterdir() if p.is_file() and _suffix(p) in SUFFIXES)
-    if not files:
-        raise DataError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file.")
-    return files
-
-
-def _source_name(path: TableSource) -> str:
-    """Name a table's files in messages."""
-    return Path(path).name if isinstance(path, str | Path) else ", ".join(one.name for one in path)
-
-
-def read_raw(path: Path, encoding: str = "utf-8") -> pl.DataFrame:
+def read_raw(
+    path: Path | TableFile, encoding: str = "utf-8", *, reading: ReadingOptions | None = None
+) -> pl.DataFrame:
     """Read a file unchecked: CSV and TSV give text columns, JSON Lines JSON values.
 
     Raises:
@@ -153,22 +151,47 @@ def read_raw(path: Path, encoding: str = "utf-8") -> pl.DataFrame:
         RowError: Bytes are not of the encoding, or a line is not a record; the message names the
             row.
     """
-    suffix = _suffix(path)
-    try:
-        if suffix in SEPARATORS:
-            return _read_delimited(_text_bytes(path, encoding), SEPARATORS[suffix], path.name)
-        if suffix in (".jsonl", ".ndjson"):
-            return _read_json_lines(_text_bytes(path, encoding), path.name)
-        if suffix == ".parquet":
-            return plain_columns(pl.read_parquet(path))
-        if suffix in (".arrow", ".feather", ".ipc"):
-            return plain_columns(pl.read_ipc(path))
-    except (OSError, pl.exceptions.PolarsError, EOFError) as error:
-        raise DataError(
-            f"{path.name}: cannot be read as {suffix[1:]} ({_first_line(error)}). Is the file"
-            " complete?"
-        ) from error
-    raise DataError(f"{path.name}: unknown format. Expected one of {', '.join(SUFFIXES)}.")
+    file = path if isinstance(path, TableFile) else TableFile(path)
+    options = reading or ReadingOptions(encoding=encoding)
+    frame = _read_whole(file, options, None)
+    raise_malformed(frame, file.name)
+    return frame.drop(ROW, MALFORMED, strict=False)
+
+
+def raise_malformed(frame: pl.DataFrame, source: str) -> None:
+    """Raise the first malformed rows of a frame as one error.
+
+    Raises:
+        RowError: There are some.
+    """
+    problems = malformed_rows(frame)
+    if problems:
+        lines = [problem.describe(source) for problem in problems[:5]]
+        if len(problems) > len(lines):
+            lines.append(f"({len(problems):,} rows are malformed)")
+        raise RowError("\n".join(lines))
+
+
+def read_whole_table(path: TableSource, reading: ReadingOptions | None = None) -> pl.DataFrame:
+    """Read all files of a table unchecked, as ``read_raw`` does.
+
+    Raises:
+        DataError: A file is missing or unreadable, or a row malformed.
+    """
+    frames = [read_raw(file, reading=reading) for file in table_files(path)]
+    return pl.concat(frames, how="diagonal_relaxed")
+
+
+def _read_whole(file: TableFile, options: ReadingOptions, notes: list[str] | None) -> pl.DataFrame:
+    frames = list(read_chunks(file, options, notes=notes))
+    if len(frames) < 2:
+        return frames[0] if frames else pl.DataFrame()
+    return pl.concat(frames, how="diagonal_relaxed")
+
+
+def scan_parts(folder: Path) -> pl.LazyFrame:
+    """Scan the Parquet parts that this program wrote into a folder, whatever its name holds."""
+    return pl.scan_parquet(sorted(folder.glob("*.parquet")), glob=False, hive_partitioning=False)
 
 
 def write_table(frame: pl.DataFrame, path: Path | str) -> Path:
@@ -180,13 +203,13 @@ def write_table(frame: pl.DataFrame, path: Path | str) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
-    suffix = _suffix(path)
+    suffix = format_of(path)
     try:
         if suffix == ".parquet":
             frame.write_parquet(partial, compression="zstd", compression_level=1)
-        elif suffix in (".arrow", ".feather", ".ipc"):
+        elif suffix in ARROW:
             frame.write_ipc(partial)
-        elif suffix in (".jsonl", ".ndjson"):
+        elif suffix in JSON_LINES:
             frame.write_ndjson(partial)
         elif suffix in SEPARATORS:
             nested = [
@@ -209,139 +232,6 @@ def _json_cell(values: pl.Series | None) -> str | None:
     return None if values is None else json.dumps(values.to_list(), ensure_ascii=False)
 
 
-def is_delimited(path: Path) -> bool:
-    """Tell whether a file's cells are texts: CSV, TSV."""
-    return _suffix(path) in SEPARATORS
-
-
-def _suffix(path: Path) -> str:
-    """Return the suffix that names the format, without ``.gz`` and a part number."""
-    name = path.name.removesuffix(".gz")
-    # Unsplash ships parts as photos.tsv000, conversions.csv001, ...
-    return Path(name).suffix.lower().rstrip("0123456789")
-
-
-def plain_columns(frame: pl.DataFrame) -> pl.DataFrame:
-    """Turn dictionary-encoded columns into ordinary text, and decimals into floats."""
-    if not frame.width:
-        return frame
-    return frame.with_columns(
-        pl.col(pl.Categorical, pl.Enum).cast(pl.String),
-        selectors.decimal().cast(pl.Float64),
-    )
-
-
-def _text_bytes(path: Path, encoding: str) -> bytes:
-    """Read a file's text as UTF-8 bytes, after checking its encoding."""
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")) and encoding == "utf-8":
-        encoding = "utf-16"
-    raw = raw.removeprefix(b"\xef\xbb\xbf")
-    try:
-        text = raw.decode(encoding)
-    except LookupError as error:
-        raise DataError(
-            f"unknown encoding {encoding!r}. Try utf-8, latin-1, cp1252, shift_jis, ..."
-        ) from error
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        around = raw[max(0, error.start - 15) : error.end + 15]
-        raise RowError(
-            f"{path.name}: line {line}: byte 0x{raw[error.start]:02x} is not {encoding}, got"
-            f" {around!r}. Name the real encoding with --encoding (latin-1, cp1252, shift_jis,"
-            " ...), or repair the line if the file mixes encodings."
-        ) from error
-    return raw if encoding.lower().replace("_", "-") in ("utf-8", "utf8") else text.encode("utf-8")
-
-
-def _read_delimited(data: bytes, separator: str, source: str) -> pl.DataFrame:
-    """Parse CSV or TSV into text columns, naming the row that has too many cells."""
-    if not data.strip():
-        return pl.DataFrame()
-    if b"\0" in data:
-        line = data.count(b"\n", 0, data.index(b"\0")) + 1
-        raise RowError(
-            f"{source}: line {line}: text holds a NUL byte. Remove the NUL bytes; was the file"
-            " exported as UTF-16?"
-        )
-    try:
-        return pl.read_csv(data, separator=separator, infer_schema=False)
-    except pl.exceptions.PolarsError as error:
-        rows = csv.reader(io.StringIO(data.decode("utf-8"), newline=""), delimiter=separator)
-        header = next(rows)
-        for number, row in enumerate(rows, start=1):
-            if row and len(row) != len(header):
-                raise RowError(
-                    f"{source}: row {number}: expected {len(header)} cells, got {len(row)}:"
-                    f" {str(row)[:80]}. Quote cells that hold {separator!r} or a quotation mark."
-                ) from error
-        raise
-
-
-def _read_json_lines(data: bytes, source: str) -> pl.DataFrame:
-    if not data.strip():
-        return pl.DataFrame()
-    try:
-        return pl.read_ndjson(io.BytesIO(data), infer_schema_length=None)
-    except pl.exceptions.PolarsError:
-        lines = filter(bytes.strip, data.split(b"\n"))
-        return records_to_frame(json_records(enumerate(lines, start=1), source), source)
-
-
-def json_records(lines: Iterable[tuple[int, bytes]], source: str) -> Iterator[dict[str, Any]]:
-    """Parse numbered lines of JSON Lines one by one.
-
-    Raises:
-        RowError: A line is not a JSON object.
-    """
-    for number, line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise RowError(
-                f"{source}: row {number}: not valid JSON ({error}), got {line[:60]!r}. Write one"
-                " JSON object per line."
-            ) from error
-        if not isinstance(record, dict):
-            raise RowError(
-                f"{source}: row {number}: expected a JSON object, got {line[:60]!r}. Write one JSON"
-                " object per line."
-            )
-        yield record
-
-
-def records_to_frame(records: Iterable[dict[str, Any]], source: str) -> pl.DataFrame:
-    """Build a frame from records of differing keys and types; mixed scalars become text.
-
-    Raises:
-        SchemaError: A column mixes lists with scalars.
-    """
-    columns: dict[str, list[Any]] = {}
-    for row, record in enumerate(records):
-        for name, value in record.items():
-            columns.setdefault(name, [None] * row).append(value)
-        for cells in columns.values():
-            if len(cells) == row:
-                cells.append(None)
-    series = []
-    for name, cells in columns.items():
-        kinds = {type(c) for c in cells if c is not None}
-        if list in kinds and len(kinds) > 1:
-            scalars = (c is not None and not isinstance(c, list) for c in cells)
-            row = next(i for i, is_scalar in enumerate(scalars, 1) if is_scalar)
-            raise SchemaError(
-                f"{source}: row {row}, column {name!r}: expected a list as in other rows, got"
-                f" {str(cells[row - 1])[:60]!r}."
-            )
-        if len(kinds) > 1 and not kinds <= {int, float}:
-            cells = [
-                c if c is None or isinstance(c, str) else json.dumps(c, ensure_ascii=False)
-                for c in cells
-            ]
-        series.append(pl.Series(name, cells, strict=False))
-    return pl.DataFrame(series)
-
-
 def _join_parts(
     parts: Sequence[Checked], wanted: TableSchema, source: str, now: datetime | None
 ) -> Checked:
@@ -362,8 +252,3 @@ def _join_parts(
             report.rules_broken[rule] = report.rules_broken.get(rule, 0) + count
     report.rows_kept = frame.height
     return Checked(frame, pl.concat(rejected, how="diagonal_relaxed"), report)
-
-
-def _first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type's name."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,16 @@ def describe_table(frame: pl.DataFrame, schema: TableSchema) -> dict[str, Any]:
         "duplicates": _duplicates(frame),
         "head": {name: spread(frame[name]) for name in HEAD_COLUMNS if name in frame.columns},
         "time": _time(frame),
+    }
+
+
+def filled_shares(frame: pl.DataFrame, columns: Collection[str]) -> dict[str, float]:
+    """Return the share of rows in which each of some columns has a value; 0 where it is absent."""
+    return {
+        name: round(1 - _describe_column(frame[name])["missing_share"], 4)
+        if name in frame.columns and frame.height
+        else 0.0
+        for name in sorted(columns)
     }
 
 

@@ -11,6 +11,12 @@ import polars as pl
 
 from encoders.errors import ConfigError
 
+ROW = "__row"
+"""Column with a row's number in its file, from 1."""
+
+MALFORMED = "__malformed"
+"""Column that says why a row could not be read (rule, fix, value as in messages); else null."""
+
 ENTITY_TYPES = ("pin", "product", "query", "ad")
 
 ACTIONS = ("impression", "click", "long_click", "save", "add_to_cart", "checkout", "query_click")
@@ -299,16 +305,47 @@ def schema(name: str) -> TableSchema:
 
 
 OTHER_NAMES: dict[str, tuple[str, ...]] = {
+    "id": ("sku", "item_id", "product_id", "pin_id", "ad_id", "asin", "uid", "key", "identifier"),
+    "entity_type": ("type", "item_type", "object_type", "kind"),
+    "title": ("headline", "name", "heading", "product_name", "product_title", "item_name", "label"),
+    "description": (
+        "summary",
+        "body",
+        "text",
+        "content",
+        "details",
+        "long_description",
+        "abstract",
+    ),
+    "image": ("image_url", "img", "picture", "thumbnail", "photo"),
+    "domain": ("host", "site", "website"),
+    "brand": ("manufacturer", "vendor", "maker"),
+    "category": ("product_type", "department", "categories", "section"),
+    "color": ("colour", "colors", "colours"),
     "timestamp": ("ts", "time", "date", "datetime", "created_at", "event_time", "event_timestamp"),
     "action": ("event", "event_type", "event_name", "interaction"),
     "user_id": ("uid", "user", "member_id", "visitor_id"),
     "query": ("q", "search", "search_term", "search_query"),
-    "entity_id": ("item_id", "doc_id", "document_id"),
+    "entity_id": ("item_id", "doc_id", "document_id", "product_id", "sku", "pin_id", "clicked_id"),
     "dwell_seconds": ("dwell", "dwell_time", "dwell_s"),
     "position": ("rank",),
     "language": ("lang", "locale"),
 }
 """Names of the columns in other systems."""
+
+OTHER_VALUES: dict[str, tuple[str, ...]] = {
+    "impression": ("view", "show", "shown", "impressions", "display", "imp"),
+    "click": ("clicked", "open", "tap", "select"),
+    "long_click": ("longclick", "dwell", "read"),
+    "save": ("pin", "repin", "like", "favorite", "favourite", "bookmark", "wishlist", "saved"),
+    "add_to_cart": ("cart", "addtocart", "add-to-cart", "add_to_basket", "basket", "add_to_bag"),
+    "checkout": ("buy", "purchase", "order", "transaction", "conversion", "bought", "paid"),
+    "query_click": ("suggestion_click", "related_click"),
+    "product": ("item", "sku", "article", "package", "offer"),
+    "pin": ("image", "photo", "post"),
+    "ad": ("advert", "advertisement", "promotion", "sponsored"),
+}
+"""Values of choices in other systems."""
 
 
 def lookalikes(columns: Sequence[str], table: TableSchema) -> dict[str, str]:
@@ -328,6 +365,15 @@ def lookalikes(columns: Sequence[str], table: TableSchema) -> dict[str, str]:
             found[column] = near[0]
             absent.remove(near[0])
     return found
+
+
+def other_value(value: str, choices: Sequence[str]) -> str | None:
+    """Return the choice that a value of another system may mean, or None."""
+    folded = value.strip().lower().replace(" ", "_")
+    if folded in choices:
+        return folded
+    known = (choice for choice in choices if folded in OTHER_VALUES.get(choice, ()))
+    return next(known, None)
 
 
 def renames(near: Mapping[str, str], wanted: Sequence[str]) -> str:

@@ -6,12 +6,10 @@ one of an earlier chunk or file.
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,17 +21,11 @@ import xxhash
 from encoders.errors import DataError, RowError, SchemaError
 from encoders.tables.cells import AttributeTypes, cell_texts
 from encoders.tables.checks import KEEP_ONE, Problem, check_frame
-from encoders.tables.files import (
-    TableSource,
-    is_delimited,
-    json_records,
-    plain_columns,
-    raise_problems,
-    read_raw,
-    records_to_frame,
-    table_files,
-)
-from encoders.tables.schemas import DTYPES, Kind, schema
+from encoders.tables.files import raise_problems
+from encoders.tables.parts import TableFile, TableSource, source_name, table_files
+from encoders.tables.reading import DEFAULT_OPTIONS, read_chunks
+from encoders.tables.reading_options import ReadingOptions
+from encoders.tables.schemas import DTYPES, ROW, Kind, schema
 from encoders.text.normal_forms import normalize_queries
 
 UInt64 = npt.NDArray[np.uint64]
@@ -53,14 +45,15 @@ def stream_catalogue(
     columns: Collection[str] | None = None,
     entity_type: str | None = None,
     chunk_rows: int = 8_192,
+    reading: ReadingOptions = DEFAULT_OPTIONS,
 ) -> Iterator[pl.DataFrame]:
     """Yield the checked rows of catalogue or query files in order.
 
-    Parquet and JSON Lines (also ``.gz``) are streamed; other formats are read whole, file by file,
-    CSV twice: its attributes become what ``read_table`` makes of them, and all CSV files decide
-    what that is. Those of ``columns``, which a tower reads, come as text where they are single
-    numbers or truth values: one file may hold 38 where the next one holds 38.5 or XL. A table of
-    queries (column ``query``, no ``id``) yields query entities whose id and title are the query. A
+    All formats are streamed, CSV twice: its attributes become what ``read_table`` makes of them,
+    and all CSV files decide what that is. Those of ``columns``, which a tower reads, come as text
+    where they are single numbers or truth values: one file may hold 38 where the next one holds
+    38.5 or XL. A table of queries (column ``query``, no ``id``) yields query entities whose id and
+    title are the query. A
     row of a catalogue that repeats an earlier one exactly, in any of the files, is left out, as
     ``read_table`` does; of Parquet only the columns wanted are read, and so compared.
 
@@ -68,14 +61,15 @@ def stream_catalogue(
         paths: Files, or folders of them.
         columns: Columns wanted beside ``id`` and ``entity_type``; None: all.
         entity_type: Type of every row where the files have no such column.
-        chunk_rows: Rows held at once.
+        chunk_rows: Rows of a frame.
+        reading: What is known about how the files are written.
 
     Yields:
         Frames of at most ``chunk_rows`` rows with ``id``, ``entity_type`` and those of ``columns``
         that are there.
 
     Raises:
-        DataError: A file is missing or unreadable.
+        DataError: A file is missing or unreadable, or there are no rows.
         SchemaError: A required column is missing, or a column holds lists in one place and single
             values in another; both are named.
         RowError: A row breaks a rule of the catalogue, or repeats an id with other content; file,
@@ -85,18 +79,24 @@ def stream_catalogue(
     shapes: dict[str, tuple[str, str]] = {}
     files = table_files(paths)
     attributes = AttributeTypes(schema("catalogue"))
-    for file in filter(is_delimited, files):
-        attributes.add_texts(read_raw(file), file.name)
     for file in files:
-        first_row = 1
-        for raw in _raw_chunks(file, columns, chunk_rows):
-            rows = _checked(raw, file.name, entity_type, first_row, columns, seen)
-            rows = attributes.typed(rows) if is_delimited(file) else rows
+        if file.is_delimited:
+            for raw in read_chunks(file, reading):
+                attributes.add(raw, file)
+    rows_read = 0
+    for file in files:
+        for raw in _raw_chunks(file, columns, chunk_rows, reading):
+            rows = _checked(raw, file.name, entity_type, columns, seen)
+            rows = attributes.typed(rows) if file.is_delimited else rows
             rows = _numbers_as_texts(rows, columns or ())
-            _check_shapes(rows, f"{file.name} (rows from {first_row:,})", shapes)
-            first_row += raw.height
+            first_row = raw[ROW][0] if raw.height else 1
+            where = f"{file.name} (rows from {first_row:,})"
+            _check_shapes(rows, where, shapes)
+            rows_read += raw.height
             if rows.height:
                 yield rows
+    if not rows_read:
+        raise DataError(f"{source_name(paths)}: there are no rows. Was the export cut short?")
 
 
 def count_rows(paths: Sequence[Path]) -> int | None:
@@ -105,13 +105,10 @@ def count_rows(paths: Sequence[Path]) -> int | None:
     Raises:
         DataError: A Parquet file is unreadable.
     """
-    files = [file for path in paths for file in table_files(path)]
-    if any(file.suffix != ".parquet" for file in files):
+    files = table_files(paths)
+    if any(file.format != ".parquet" for file in files):
         return None
-    try:
-        return sum(int(pq.read_metadata(file).num_rows) for file in files)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"not a readable Parquet file ({error}). Is the file complete?") from error
+    return sum(parquet_rows(file.path) for file in files)
 
 
 def _numbers_as_texts(rows: pl.DataFrame, columns: Collection[str]) -> pl.DataFrame:
@@ -130,21 +127,21 @@ def _checked(
     raw: pl.DataFrame,
     source: str,
     entity_type: str | None,
-    first_row: int,
     columns: Collection[str] | None,
     seen: _RowsSeen,
 ) -> pl.DataFrame:
-    """Check a chunk of a file whose first row is ``first_row``, and leave out repeated rows."""
+    """Check a chunk of a file, and leave out repeated rows."""
     if "id" not in raw.columns and "query" in raw.columns:
-        return _query_entities(raw, source, first_row)
+        return _query_entities(raw, source)
     if "entity_type" not in raw.columns:
         if entity_type is None:
             raise SchemaError(
-                f"{source}: no column 'entity_type'; found: {', '.join(raw.columns)}. Add it, or"
+                f"{source}: no column 'entity_type'; found:"
+                f" {', '.join(name for name in raw.columns if name != ROW)}. Add it, or"
                 " say --entity-type pin"
             )
         raw = raw.with_columns(pl.lit(entity_type).alias("entity_type"))
-    checked = check_frame(raw, schema("catalogue"), source, first_row=first_row)
+    checked = check_frame(raw, schema("catalogue"), source)
     raise_problems(checked.report)
     wanted = [
         name
@@ -153,24 +150,24 @@ def _checked(
     ]
     repeated, clashing = seen.add(*_row_hashes(checked.frame))
     if clashing.any():
-        raise _clash(checked.frame.row(int(clashing.argmax()), named=True), raw, source, first_row)
+        raise _clash(checked.frame.row(int(clashing.argmax()), named=True), raw, source)
     return checked.frame.select(wanted).filter(pl.Series(~repeated))
 
 
-def _query_entities(raw: pl.DataFrame, source: str, first_row: int) -> pl.DataFrame:
+def _query_entities(raw: pl.DataFrame, source: str) -> pl.DataFrame:
     """Check a chunk of a table of queries and return them as entities."""
-    checked = check_frame(raw, schema("queries"), source, first_row=first_row)
+    checked = check_frame(raw, schema("queries"), source)
     raise_problems(checked.report)
     title = normalize_queries(checked.frame["query"])
     entity_type = pl.Series(["query"] * len(title), dtype=pl.String)
     return pl.DataFrame({"id": title, "entity_type": entity_type, "title": title})
 
 
-def _clash(row: dict[str, Any], raw: pl.DataFrame, source: str, first_row: int) -> RowError:
+def _clash(row: dict[str, Any], raw: pl.DataFrame, source: str) -> RowError:
     """Return the error for a row whose id stood in an earlier chunk with other content."""
     same_id = cell_texts(raw["id"]).str.normalize("NFC") == row["id"]
     same_type = raw["entity_type"].cast(pl.String) == row["entity_type"]
-    number = first_row + ((same_id & same_type).arg_max() or 0)
+    number = raw[ROW][(same_id & same_type).arg_max() or 0]
     rule = "id repeats an earlier one with different content"
     problem = Problem(number, "id", repr(row["id"]), rule, KEEP_ONE)
     return RowError(problem.describe(source))
@@ -350,130 +347,45 @@ def _shape(dtype: pl.DataType) -> str | None:
 
 
 def _raw_chunks(
-    file: Path, columns: Collection[str] | None, chunk_rows: int
+    file: TableFile | Path,
+    columns: Collection[str] | None,
+    chunk_rows: int,
+    reading: ReadingOptions = DEFAULT_OPTIONS,
 ) -> Iterator[pl.DataFrame]:
-    """Read a file in chunks, as it is."""
-    name = file.name.removesuffix(".gz")
-    if name.endswith(".parquet"):
-        yield from _parquet_chunks(file, columns, chunk_rows)
-    elif name.endswith((".jsonl", ".ndjson")):
-        yield from _json_chunks(file, columns, chunk_rows)
-    else:
-        whole = read_raw(file)
-        for start in range(0, whole.height, chunk_rows):
-            yield whole[start : start + chunk_rows]
-
-
-def _parquet_chunks(
-    file: Path, columns: Collection[str] | None, chunk_rows: int
-) -> Iterator[pl.DataFrame]:
-    """Read the wanted columns of a Parquet file in chunks."""
-    try:
-        parquet = pq.ParquetFile(file)
-        present = parquet.schema_arrow.names
-        wanted = (
-            None
-            if columns is None
-            else [name for name in present if name in {"id", "entity_type", "query", *columns}]
-        )
-        for batch in parquet.iter_batches(batch_size=chunk_rows, columns=wanted):
-            yield plain_columns(cast(pl.DataFrame, pl.from_arrow(batch)))
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(
-            f"{file.name}: cannot be read as parquet ({error}). Is the file complete?"
-        ) from error
-
-
-def _json_chunks(
-    file: Path, columns: Collection[str] | None, chunk_rows: int
-) -> Iterator[pl.DataFrame]:
-    """Read JSON Lines in chunks, text columns as text."""
-    first_row = 1
+    """Read the wanted columns of a file in chunks, as they are."""
+    file = TableFile(file) if isinstance(file, Path) else file
+    wanted = None if columns is None else {"id", "entity_type", "query", *columns}
     # An attribute that a tower reads is a text field, or else lists of numbers.
     attributes = [name for name in columns or () if schema("catalogue").column(name) is None]
     texts = dict.fromkeys(attributes, DTYPES[Kind.TEXT]) | _TEXT_COLUMNS
-    open_file = gzip.open if file.suffix == ".gz" else open
-    try:
-        with cast(IO[bytes], open_file(file, "rb")) as lines:
-            held: list[bytes] = []
-            for line in lines:
-                if line.strip():
-                    held.append(line)
-                if len(held) == chunk_rows:
-                    yield _json_frame(held, file.name, first_row, texts)
-                    first_row += len(held)
-                    held = []
-            if held:
-                yield _json_frame(held, file.name, first_row, texts)
-    except (OSError, EOFError) as error:
-        raise DataError(f"{file.name}: cannot be read ({error}). Is the file complete?") from error
-
-
-def _json_frame(
-    lines: list[bytes], source: str, first_row: int, texts: Mapping[str, pl.DataType]
-) -> pl.DataFrame:
-    """Parse lines; the columns ``texts`` are text: 38 is "38", also beside 38.5."""
-    data = b"".join(lines)
-    try:
-        frame = pl.read_ndjson(io.BytesIO(data), infer_schema_length=None)
-        as_text = {
-            name: dtype
-            for name, dtype in texts.items()
-            if name in frame.columns and _is_number(frame.schema[name], dtype)
-        }
-        if not as_text:
-            return frame
-        return pl.read_ndjson(io.BytesIO(data), infer_schema_length=None, schema_overrides=as_text)
-    except pl.exceptions.PolarsError:
-        records = list(json_records(enumerate(lines, first_row), source))
-    for name, dtype in texts.items():
-        _cells_to_text(records, name, isinstance(dtype, pl.List))
-    _align_vectors(records)
-    return records_to_frame(records, source)
-
-
-def _is_number(found: pl.DataType, wanted: pl.DataType) -> bool:
-    """Tell whether a column, or one of lists, was read as numbers where the schema has text."""
-    if isinstance(found, pl.List) != isinstance(wanted, pl.List):
-        return False
-    leaf = found.inner if isinstance(found, pl.List) else found
-    return leaf.is_numeric() or leaf == pl.Boolean
-
-
-def _align_vectors(records: list[dict[str, Any]]) -> None:
-    """Make a single vector a list of one where other rows of its column hold several."""
-    lists = [
-        (record, name, value)
-        for record in records
-        for name, value in record.items()
-        if isinstance(value, list) and value
-    ]
-    several = {name for _, name, value in lists if isinstance(value[0], list)}
-    for record, name, value in lists:
-        if name in several and all(isinstance(item, int | float) for item in value):
-            record[name] = [value]
-
-
-def _cells_to_text(records: list[dict[str, Any]], name: str, in_lists: bool) -> None:
-    """Write a column's numbers and truth values, alone or in lists, as the JSON reader does."""
-    for record in records:
-        value = record.get(name)
-        if in_lists and isinstance(value, list):
-            record[name] = [_number_text(item) for item in value]
-        elif not in_lists:
-            record[name] = _number_text(value)
-
-
-def _number_text(value: Any) -> Any:
-    if not isinstance(value, int | float):
-        return value
-    line = b'{"value": %b}' % json.dumps(value).encode()
-    return pl.read_ndjson(io.BytesIO(line), schema_overrides={"value": pl.String})["value"][0]
+    # What is found out about CSV was said when its attributes were read.
+    notes: list[str] | None = [] if file.is_delimited else None
+    yield from read_chunks(
+        file, reading, columns=wanted, chunk_rows=chunk_rows, texts=texts, notes=notes
+    )
 
 
 def log_rows(path: TableSource) -> int:
-    """Count a log's rows by Parquet footers; other files count as one row per 80 bytes."""
-    files = table_files(path)
-    parquet = [f for f in files if f.suffix == ".parquet"]
-    counted = pl.scan_parquet(parquet).select(pl.len()).collect().item() if parquet else 0
-    return int(counted) + sum(f.stat().st_size // 80 for f in files if f.suffix != ".parquet")
+    """Count a log's rows by Parquet footers; other files count as one row per 80 bytes.
+
+    Of gzip files, one row per 10 bytes.
+    """
+    files = [file.path for file in table_files(path)]
+    parquet = [file for file in files if file.suffix == ".parquet"]
+    others = [file for file in files if file.suffix != ".parquet"]
+    sizes = [file.stat().st_size * (8 if file.suffix == ".gz" else 1) for file in others]
+    return sum(parquet_rows(file) for file in parquet) + sum(sizes) // 80
+
+
+def parquet_rows(file: Path) -> int:
+    """Count the rows of a Parquet file by its footer.
+
+    Raises:
+        DataError: The file is unreadable.
+    """
+    try:
+        return int(pq.read_metadata(file).num_rows)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(
+            f"{file.name}: not a readable Parquet file ({error}). Is the file complete?"
+        ) from error

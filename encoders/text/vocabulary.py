@@ -259,7 +259,7 @@ class Vocabulary:
             described: dict[str, Any] = json.loads(
                 (folder / "vocabulary.json").read_text(encoding="utf-8")
             )
-            table = pl.read_parquet(folder / "vocabulary.parquet")
+            table = pl.read_parquet(folder / "vocabulary.parquet", glob=False)
         except (OSError, ValueError, pl.exceptions.PolarsError) as error:
             raise BundleError(
                 f"{folder}: no readable vocabulary ({error}); copy the whole entity_encoder folder"

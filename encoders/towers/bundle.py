@@ -31,6 +31,7 @@ import numpy as np
 import polars as pl
 
 from encoders.errors import BundleError, DataError
+from encoders.file_modes import follow_umask
 from encoders.towers.entity_tower import EntityEncoder
 from encoders.towers.query_tower import QueryEncoder
 
@@ -109,6 +110,7 @@ def save_bundle(
     *,
     training: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
+    filled: Mapping[str, float] | None = None,
 ) -> ModelBundle:
     """Write a bundle beside ``path`` and rename it into place.
 
@@ -120,6 +122,7 @@ def save_bundle(
         entity_encoders: Entity type -> tower; types that share one object are saved once.
         training: The resolved training config, recorded.
         metrics: Evaluation figures, recorded.
+        filled: Column -> share of the trained-on catalogue's rows that have a value, recorded.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
@@ -138,6 +141,7 @@ def save_bundle(
             "entity_types": sorted(entity_encoders),
             "unified_entity_tower": unified,
             "training": dict(training or {}),
+            "filled": dict(filled or {}),
         }
         _write_json(staging / "config.json", config)
         _write_json(
@@ -151,6 +155,7 @@ def save_bundle(
         _write_json(staging / "metrics.json", dict(metrics or {}))
         (staging / "README.md").write_text(_model_card(config, metrics or {}), encoding="utf-8")
         (staging / "forms").mkdir()
+        follow_umask(staging)
         _replace_folder(staging, path)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)

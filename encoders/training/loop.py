@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from encoders.config.train_config import TrainConfig, to_table
 from encoders.errors import CheckpointError, ConfigError
+from encoders.interruption import StopRequest
 from encoders.towers.entity_features import EntityFeaturizer
 from encoders.towers.entity_tower import EntityEncoder
 from encoders.towers.query_tower import QueryEncoder, create_query_encoder
@@ -208,16 +210,31 @@ class Trainer:
             self._log.open_tensorboard(self._output)
         self._towers.train()
         self._watch = Stopwatch(earlier=self._state.seconds)
-        while not self._is_over():
-            is_logged = self._is_logged(self._state.step + 1)
-            report = self._take_step(measure=is_logged)
-            if is_logged or self._is_over():
-                self._log.step(report, self._position(), self._watch)
-            if self._validation_is_due():
-                self._validate()
-            if self._checkpoint_is_due():
-                self._save_checkpoint()
+        # Of several processes, one that stops alone would leave the others waiting for it.
+        with StopRequest(active=world_size() == 1) as stop:
+            while not self._is_over():
+                is_logged = self._is_logged(self._state.step + 1)
+                report = self._take_step(measure=is_logged)
+                if is_logged or self._is_over():
+                    self._log.step(report, self._position(), self._watch)
+                if self._validation_is_due():
+                    self._validate()
+                if self._checkpoint_is_due():
+                    self._save_checkpoint()
+                if stop.came:
+                    self._stop(stop.came)
         return self._finish()
+
+    def _stop(self, kind: type[KeyboardInterrupt]) -> NoReturn:
+        """Save a checkpoint and end the run before its end, as Ctrl-C or SIGTERM asked."""
+        step = self._state.step
+        if self._checkpoints is None:
+            raise kind(f"stopped after step {step:,}; nothing was saved, for there is no folder")
+        self._save_checkpoint()
+        raise kind(
+            f"stopped after step {step:,}, saved in {self._checkpoints}. The same command goes on"
+            " from there."
+        )
 
     # ------------------------------------------------------------------------------------- one step
     def _take_step(self, *, measure: bool) -> StepReport:

@@ -80,6 +80,13 @@ class Position(NamedTuple):
         """Part of the run that is over, at most 1."""
         return min(max(self.step / self.steps, self.time_spent), 1.0)
 
+    def shown(self) -> str:
+        """Write the step among those expected: of about as many where the clock decides."""
+        if self.time_spent <= self.step / self.steps:
+            return f"step {self.step:,} of {self.steps:,} ({self.done:.0%})"
+        expected = max(self.step, round(self.step / self.done))
+        return f"step {self.step:,} of about {expected:,} ({self.done:.0%})"
+
     def seconds_left(self, watch: Stopwatch) -> float:
         """Estimate the time until the last step or the time limit."""
         left = watch.step_seconds / watch.steps * (self.steps - self.step)
@@ -158,8 +165,7 @@ class RunLog:
             measured["batch_recall@10"] = sum(recalls) / len(recalls)
         recall = "".join(f" | batch-recall@10 {value:.3f}" for value in measured.values())
         self.say(
-            f"step {at.step:0{len(str(at.steps))}d}/{at.steps} ({100 * at.done:.1f}%)"
-            f" | loss {loss:.4f}{recall} | {1000 * watch.last_step_seconds:.0f}ms"
+            f"{at.shown()} | loss {loss:.4f}{recall} | {1000 * watch.last_step_seconds:.0f}ms"
             f" | {rate:,.0f} pairs/s | {elapsed / 60:.1f}m"
             f" | eta {at.seconds_left(watch) / 60:.1f}m"
         )

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from encoders.errors import DataError, SpaceMismatch
 from encoders.inference.signal_store import SignalStore, read_part
-from encoders.tables.files import read_raw, table_files
+from encoders.tables.files import read_whole_table
 from encoders.tables.schemas import Kind, schema
 from index_builder.building.inputs import EntityInput, align_attributes
 from index_builder.errors import ReleaseNotFound, UnknownEntityType
@@ -220,7 +220,7 @@ def read_query_texts(path: Path, limit: int, seed: int) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{path}: the queries cannot be read ({error})") from error
     else:
-        frame = pl.concat([read_raw(file) for file in table_files(path)], how="diagonal_relaxed")
+        frame = read_whole_table(path)
         if "query" not in frame.columns:
             raise DataError(
                 f"{path}: expected a column 'query', but got {', '.join(frame.columns[:8])}"

@@ -13,9 +13,12 @@ import polars as pl
 
 from encoders.errors import RowError, SchemaError
 from encoders.tables.cells import cell_texts
-from encoders.tables.checks import ROW, check_frame
-from encoders.tables.files import raise_problems, read_raw, table_files
-from encoders.tables.schemas import ENTITY_TYPES, Kind, schema
+from encoders.tables.checks import check_frame, list_cell
+from encoders.tables.files import raise_malformed, raise_problems
+from encoders.tables.parts import table_files
+from encoders.tables.reading import DEFAULT_OPTIONS, read_chunks
+from encoders.tables.reading_options import ReadingOptions
+from encoders.tables.schemas import ROW, Kind, schema
 from index_builder.errors import UnknownEntityType
 from index_builder.filters.json_values import check_attributes, learn_types
 from index_builder.live_log.files import log_files
@@ -74,7 +77,12 @@ class Changes:
         return dict(sorted(result.items()))
 
 
-def read_changes(path: Path, manifest: Manifest, live_root: Path | None = None) -> Changes:
+def read_changes(
+    path: Path,
+    manifest: Manifest,
+    live_root: Path | None = None,
+    reading: ReadingOptions = DEFAULT_OPTIONS,
+) -> Changes:
     """Read and check a whole file of changes before anything is written.
 
     Columns are those of the catalogue, plus ``op`` (``upsert``, the default, or ``delete``) and
@@ -85,6 +93,7 @@ def read_changes(path: Path, manifest: Manifest, live_root: Path | None = None) 
         path: A table file or a folder of them.
         manifest: Of the active release.
         live_root: Its live log, whose attributes keep their types, too; None: not looked at.
+        reading: How the files are written.
 
     Raises:
         DataError: The file cannot be read, or a row is not what the catalogue schema says; names
@@ -93,18 +102,20 @@ def read_changes(path: Path, manifest: Manifest, live_root: Path | None = None) 
         BadAttribute: A value does not fit the release's attribute, or one of the live log.
         InvalidVectors: A row's own embedding must not enter an index.
     """
-    raw = _read_last_rows(path)
+    raw, is_text = _read_last_rows(path, reading)
     is_delete = _operations(raw, path) == "delete"
     rest = raw.drop("op", strict=False)
-    deletes = _deletes(rest.filter(is_delete), path, manifest.dimension)
+    deletes = _deletes(rest.filter(is_delete), path.name, manifest.dimension)
     checked = check_frame(rest.filter(~is_delete), schema("catalogue"), path.name)
     raise_problems(checked.report)
-    frame = _parsed(checked.frame, manifest)
+    frame = _parsed(checked.frame, manifest, with_lists=is_text)
     _check_attributes(frame, manifest, path.name, live_root)
     ready: dict[str, list[LiveEntry]] = {}
     if "embedding" in frame.columns:
         has_vector = frame["embedding"].is_not_null()
-        ready = _ready(frame.filter(has_vector), manifest)
+        if frame["embedding"].dtype == pl.String:
+            has_vector = has_vector & (frame["embedding"].str.strip_chars() != "")
+        ready = _ready(frame.filter(has_vector), manifest, path.name)
         frame = frame.filter(~has_vector).drop("embedding")
     embedded = frame["entity_type"].unique().to_list() if frame.height else []
     for entity_type in {*deletes, *ready, *embedded} - set(manifest.entities):
@@ -112,17 +123,33 @@ def read_changes(path: Path, manifest: Manifest, live_root: Path | None = None) 
     return Changes(frame, ready, deletes)
 
 
-def _read_last_rows(path: Path) -> pl.DataFrame:
-    """Read the last row about each entity; it wins, as it would one by one."""
-    frames = [read_raw(file).with_row_index(ROW, offset=1) for file in table_files(path)]
-    raw = pl.concat(frames, how="diagonal_relaxed")
+def _read_last_rows(path: Path, reading: ReadingOptions) -> tuple[pl.DataFrame, bool]:
+    """Read the last row about each entity; it wins, as it would one by one.
+
+    Returns:
+        The rows, their ids in Unicode form NFC, and whether their cells are texts (CSV).
+    """
+    files = table_files(path)
+    frames = [chunk for file in files for chunk in read_chunks(file, reading)]
+    raw = pl.concat(frames, how="diagonal_relaxed") if frames else pl.DataFrame()
+    raise_malformed(raw, path.name)
     for name in ("id", "entity_type"):
         if name not in raw.columns:
+            found = ", ".join(column for column in raw.columns[:13] if column != ROW)
             raise SchemaError(
                 f"{path}: expected columns id, entity_type (and op, title, ...), but {name!r} is"
-                f" missing; got {', '.join(raw.columns[:12])}"
+                f" missing; got {found or 'none'}"
             )
-    return raw.unique(["entity_type", "id"], keep="last", maintain_order=True)
+    for name in ("id", "entity_type"):
+        if raw[name].dtype.is_nested() or raw[name].dtype == pl.Binary:
+            raise SchemaError(
+                f"{path}: column {name!r} should hold text, but holds {raw[name].dtype}."
+            )
+    raw = raw.with_columns(
+        cell_texts(raw["id"]).str.normalize("NFC"), cell_texts(raw["entity_type"])
+    )
+    last = raw.unique(["entity_type", "id"], keep="last", maintain_order=True)
+    return last, any(file.is_delimited for file in files)
 
 
 def _operations(raw: pl.DataFrame, path: Path) -> pl.Series:
@@ -145,20 +172,17 @@ def _operations(raw: pl.DataFrame, path: Path) -> pl.Series:
     return operations
 
 
-def _deletes(removed: pl.DataFrame, path: Path, dimension: int) -> dict[str, list[str]]:
+def _deletes(removed: pl.DataFrame, source: str, dimension: int) -> dict[str, list[str]]:
     """Return the ids to delete by entity type.
 
     Raises:
         RowError: A row lacks an id, or names no entity type.
     """
+    keys = removed.select(ROW, "id", "entity_type")
+    checked = check_frame(keys, schema("catalogue"), source)
+    raise_problems(checked.report)
     deletes: dict[str, list[str]] = {}
-    ids = cell_texts(removed["id"])
-    for row, id_, entity_type in zip(removed[ROW], ids, removed["entity_type"]):
-        if id_ is None or entity_type not in ENTITY_TYPES:
-            raise RowError(
-                f"{path}, row {row}: a delete needs an id and an entity_type among"
-                f" {', '.join(ENTITY_TYPES)}, but got {id_!r}, {entity_type!r}"
-            )
+    for id_, entity_type in checked.frame.select("id", "entity_type").iter_rows():
         check_entry(LiveEntry(id=id_), dimension)
         deletes.setdefault(entity_type, []).append(id_)
     return deletes
@@ -208,10 +232,10 @@ def _types(
     return types
 
 
-def _parsed(frame: pl.DataFrame, manifest: Manifest) -> pl.DataFrame:
-    """Turn texts into the numbers or booleans the release has, where all of a column can be.
+def _parsed(frame: pl.DataFrame, manifest: Manifest, *, with_lists: bool) -> pl.DataFrame:
+    """Turn texts into the numbers, booleans or lists the release has, where all of a column can be.
 
-    CSV knows no types.
+    CSV knows no types; only there (``with_lists``) a text may be meant as a list.
     """
     for name in frame.columns:
         if frame[name].dtype != pl.String or name in {"id", "entity_type"}:
@@ -219,6 +243,10 @@ def _parsed(frame: pl.DataFrame, manifest: Manifest) -> pl.DataFrame:
         wanted = {
             entity.index.get("attributes", {}).get(name) for entity in manifest.entities.values()
         } - {None}
+        if with_lists and len(wanted) == 1 and next(iter(wanted)).startswith("list"):
+            lists = _lists(frame[name], next(iter(wanted)))
+            frame = frame if lists is None else frame.with_columns(lists)
+            continue
         if len(wanted) != 1 or not wanted & {"int", "float", "bool"}:
             continue
         texts = frame[name].str.strip_chars()
@@ -236,15 +264,37 @@ def _parsed(frame: pl.DataFrame, manifest: Manifest) -> pl.DataFrame:
     return frame
 
 
-def _ready(frame: pl.DataFrame, manifest: Manifest) -> dict[str, list[LiveEntry]]:
+_LIST_TYPES: dict[str, pl.DataType] = {
+    "list<string>": pl.List(pl.String()),
+    "list<int>": pl.List(pl.Float64()),
+    "list<float>": pl.List(pl.Float64()),
+}
+
+
+def _lists(cells: pl.Series, wanted: str) -> pl.Series | None:
+    """Read cells as lists (JSON, or parts separated by ``|``); None: one of them is none."""
+    lists = [list_cell(cell) for cell in cells.to_list()]
+    if any(items is None and cell and cell.strip() for items, cell in zip(lists, cells.to_list())):
+        return None
+    texts = pl.Series(cells.name, lists, dtype=pl.List(pl.String))
+    try:
+        values = texts.cast(_LIST_TYPES[wanted])
+    except pl.exceptions.PolarsError:
+        return None
+    numbers = values.explode().drop_nulls() if wanted != "list<string>" else None
+    whole = numbers is not None and bool((numbers == numbers.round(0)).all())
+    return values.cast(pl.List(pl.Int64)) if wanted == "list<int>" and whole else values
+
+
+def _ready(frame: pl.DataFrame, manifest: Manifest, source: str) -> dict[str, list[LiveEntry]]:
     ready: dict[str, list[LiveEntry]] = {}
     vectors = frame["embedding"].to_list()
     plain = frame.drop("embedding")
     for row, vector in zip(plain.iter_rows(named=True), vectors):
-        values = json.loads(vector) if isinstance(vector, str) else vector
+        where = f"{source}, {row['entity_type']} {row['id']!r}"
         entry = LiveEntry(
             id=row["id"],
-            vector=np.asarray(values, np.float32),
+            vector=_vector(vector, where, manifest.dimension),
             space_id=manifest.space_id,
             attributes=attributes_of(row),
             source=source_of(row),
@@ -252,6 +302,25 @@ def _ready(frame: pl.DataFrame, manifest: Manifest) -> dict[str, list[LiveEntry]
         check_entry(entry, manifest.dimension)
         ready.setdefault(row["entity_type"], []).append(entry)
     return ready
+
+
+def _vector(cell: Any, where: str, dimension: int) -> np.ndarray:
+    """Read a row's own embedding, float32 ``(D,)``.
+
+    Raises:
+        RowError: It is no list of numbers.
+    """
+    try:
+        values = json.loads(cell) if isinstance(cell, str) else cell
+        vector = np.asarray(values, np.float32)
+    except (ValueError, TypeError, RecursionError):
+        vector = np.zeros((), np.float32)
+    if vector.ndim != 1:
+        raise RowError(
+            f"{where}: embedding must be a JSON list of {dimension} numbers, got"
+            f" {str(cell)[:60]!r}. Leave it empty where the row is to be embedded."
+        )
+    return vector
 
 
 def source_of(row: dict[str, Any]) -> dict[str, Any]:

@@ -275,9 +275,9 @@ def _labelled(
 
 def _pairs(path: Path | None, data_dir: Path | None, split: str) -> pl.DataFrame:
     if path is not None:
-        from encoders.tables.files import read_raw, table_files
+        from encoders.tables.files import read_whole_table
 
-        frame = pl.concat([read_raw(file) for file in table_files(path)], how="diagonal_relaxed")
+        frame = read_whole_table(path)
         missing = {"query", "entity_type", "entity_id"} - set(frame.columns)
         if missing:
             raise DataError(

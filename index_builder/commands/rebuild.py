@@ -17,7 +17,9 @@ from encoders.commands.console import (
     print_table,
     say,
 )
+from encoders.commands.reading_flags import reading_flags
 from encoders.errors import ConfigError
+from encoders.tables.reading_options import ReadingOptions
 from encoders.tables.schemas import ENTITY_TYPES
 from index_builder.ann import AnnConfig
 from index_builder.ann.choice import KINDS
@@ -257,7 +259,10 @@ class IndexKind(click.Choice):
 @click.option("--dry-run", is_flag=True, help="Check the input and print the plan; build nothing.")
 @json_option
 @handle_errors
-def command(store_path: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
+@reading_flags
+def command(
+    store_path: Path, as_json: bool, dry_run: bool, reading: ReadingOptions, **options: Any
+) -> None:
     """Embed, build, calibrate, gate and publish a release.
 
     What is active stays active until the new one is whole and proven.
@@ -281,7 +286,7 @@ def command(store_path: Path, as_json: bool, dry_run: bool, **options: Any) -> N
         if release_id is not None:
             _report(store, release_id, as_json)
         return
-    sources = RebuildSources(**{name: options[name] for name in _SOURCES})
+    sources = RebuildSources(reading=reading, **{name: options[name] for name in _SOURCES})
     with scratch_folder(store) as scratch:
         inputs, bundle_path, queries = gather(store, sources, config, scratch, dry_run)
         if dry_run:

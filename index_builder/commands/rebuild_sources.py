@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -11,6 +12,8 @@ import polars as pl
 
 from encoders.commands.console import say, stage
 from encoders.errors import BundleError, ConfigError
+from encoders.tables.reading import DEFAULT_OPTIONS
+from encoders.tables.reading_options import ReadingOptions
 from index_builder.building.fusion_build import with_engagements
 from index_builder.building.inputs import EntityInput, QuerySet, read_live
 from index_builder.building.plan import CALIBRATION_QUERIES, RebuildConfig, read_bundle
@@ -19,6 +22,8 @@ from index_builder.building.update import embed_again
 from index_builder.live_log.writer import LiveLogWriter
 from index_builder.releases.store import ReleaseStore
 
+_LEARNED_FROM = 0.01
+"""Share of rows with a value from which on towers are said to have learned from a field."""
 _EMBED_ROUNDS = 8
 """Each round embeds what was written during the one before, so they get shorter."""
 
@@ -36,6 +41,7 @@ class RebuildSources:
         queries: Real queries to calibrate and prove with.
         pairs: Table of pairs: train pairs vote, those of split ``validation`` fit the weights.
         min_query_users: Queries of fewer users do not vote, where the table counts ``users``.
+        reading: How the catalogue's files are written.
     """
 
     bundle: Path | None
@@ -46,6 +52,7 @@ class RebuildSources:
     queries: Path | None
     pairs: Path | None = None
     min_query_users: int = 3
+    reading: ReadingOptions = DEFAULT_OPTIONS
 
 
 class Gathered(NamedTuple):
@@ -84,7 +91,9 @@ def gather(
             )
         bundle = sources.bundle
         _check_bundle(bundle)
-        catalogue = _catalogue(sources.catalogue, sources.entity_types)
+        catalogue = _catalogue(sources)
+        if catalogue is not None:
+            _warn_of_empty_fields(catalogue, bundle)
         if sources.signals is None and dry_run:
             assert catalogue is not None
             return Gathered(_unembedded(catalogue, bundle), bundle, None)
@@ -151,17 +160,42 @@ def _check_bundle(bundle_path: Path) -> None:
         )
 
 
-def _catalogue(paths: tuple[Path, ...], entity_types: tuple[str, ...]) -> pl.DataFrame | None:
+def _catalogue(sources: RebuildSources) -> pl.DataFrame | None:
+    paths, entity_types = sources.catalogue, sources.entity_types
     if not paths:
         return None
     from encoders.tables.files import check_table
 
-    catalogue, _, report = check_table(paths[0] if len(paths) == 1 else paths, "catalogue")
+    catalogue, _, report = check_table(
+        paths[0] if len(paths) == 1 else paths, "catalogue", reading=sources.reading
+    )
     for note in report.notes:
         say(f"note: {note}")
     return (
         catalogue.filter(pl.col("entity_type").is_in(entity_types)) if entity_types else catalogue
     )
+
+
+def _warn_of_empty_fields(catalogue: pl.DataFrame, bundle_path: Path) -> None:
+    """Warn of fields that the towers learned from and that this catalogue lacks.
+
+    The usual cause: the bundle was trained on the enriched catalogue, this is the raw one.
+    """
+    from encoders.tables.profile import filled_shares
+
+    config = bundle_path / "config.json"
+    if not config.is_file():
+        return
+    trained = json.loads(config.read_text(encoding="utf-8")).get("filled", {})
+    learned = {name: share for name, share in trained.items() if share >= _LEARNED_FROM}
+    now = filled_shares(catalogue, learned)
+    for name, share in learned.items():
+        if now[name] < share / 10:
+            say(
+                f"warning: {name} has a value in {now[name]:.1%} of this catalogue's rows, but had"
+                f" in {share:.1%} of those the towers were trained on: answers will be worse. Give"
+                " the enriched catalogue (omni pairs and omni enrich write it)."
+            )
 
 
 def _embed(bundle_path: Path, catalogue: pl.DataFrame, signal_root: Path) -> None:

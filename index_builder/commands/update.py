@@ -8,6 +8,8 @@ from pathlib import Path
 import click
 
 from encoders.commands.console import handle_errors, json_option, print_json, print_table, say
+from encoders.commands.reading_flags import reading_flags
+from encoders.tables.reading_options import ReadingOptions
 from index_builder.building.update import apply_changes, read_changes
 from index_builder.commands.store_option import open_store, store_option
 from index_builder.errors import ReleaseNotFound
@@ -22,7 +24,10 @@ from index_builder.releases.release import read_manifest
 )
 @json_option
 @handle_errors
-def command(changes: Path, store_path: Path, dry_run: bool, as_json: bool) -> None:
+@reading_flags
+def command(
+    changes: Path, store_path: Path, dry_run: bool, as_json: bool, reading: ReadingOptions
+) -> None:
     """Apply live upserts and deletes from the file CHANGES.
 
     Running servers answer with them within a second. CHANGES is a table (.jsonl, .csv, .tsv,
@@ -40,7 +45,7 @@ def command(changes: Path, store_path: Path, dry_run: bool, as_json: bool) -> No
             f"no release is active in {store.root}; publish one first with `omni rebuild`"
         )
     manifest = read_manifest(store.path_of(current))
-    checked = read_changes(changes, manifest, store.live_root)
+    checked = read_changes(changes, manifest, store.live_root, reading)
     counts = checked.counts()
     start = time.perf_counter()
     last: dict[str, int] = {}

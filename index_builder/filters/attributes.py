@@ -102,7 +102,7 @@ class AttributeTable:
     @classmethod
     def load(cls, path: Path, count: int) -> AttributeTable:
         """Read what ``save`` wrote; ``count`` is the number of rows of the index."""
-        table = cls(pl.read_parquet(path, memory_map=False))
+        table = cls(pl.read_parquet(path, memory_map=False, glob=False))
         if table.schema and table.count != count:
             raise BadAttribute(
                 f"{path.name} holds {table.count} rows, but the index holds {count}. Rebuild this"

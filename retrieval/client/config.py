@@ -17,6 +17,27 @@ _HOST = re.compile(r"\[([^][]+)\](?::\w+)?|([^:]+)(?::\w+)?")
 """``[host]`` or ``host``, with or without a port."""
 
 
+_HOST_PORT = re.compile(r"(?:\[[^][]+\]|[^][:\s]+):([0-9]{1,5})")
+_SCHEME = re.compile(r"(unix|unix-abstract|dns|ipv4|ipv6|vsock|xds|passthrough):")
+"""Schemes of gRPC names."""
+
+
+def require_target(target: str) -> None:
+    """Refuse an address without a port, which gRPC would take for 443, or with one above 65535.
+
+    Raises:
+        ConfigError: It is neither ``HOST:PORT`` nor a gRPC name such as ``unix:/run/omni.sock``.
+    """
+    if _SCHEME.match(target):
+        return
+    match = _HOST_PORT.fullmatch(target)
+    if match is None or not 1 <= int(match[1]) <= 65_535:
+        raise ConfigError(
+            f"expected the server as HOST:PORT with a port from 1 to 65535, for example"
+            f" localhost:50051, got {target!r}."
+        )
+
+
 def is_this_machine(target: str) -> bool:
     """Whether a gRPC address is a Unix socket, ``localhost`` or a loopback address."""
     if target.startswith("unix:"):

@@ -12,6 +12,7 @@ import numpy as np
 
 from encoders.commands.console import fail, handle_errors, json_option, print_json, print_table, say
 from retrieval.client import ClientConfig, RetrievalClient, TlsConfig
+from retrieval.client.config import require_target
 from retrieval.client.results import Hit, RetrieveResult
 
 SHOWN_ATTRIBUTES = ("character", "title")
@@ -201,6 +202,9 @@ def command(
     """
     if bool(text.strip()) == bool(embedding):
         raise click.UsageError("Give either TEXT or --embedding.")
+    require_target(server)
+    for given in (text, filter_text, *exclude):
+        _require_text(given)
     with_tls = tls or tls_ca or tls_cert or tls_key
     security = (
         TlsConfig(root_certificates=tls_ca, client_certificate=tls_cert, client_key=tls_key)
@@ -250,6 +254,15 @@ def command(
             row[1:1] = [scores.fused, scores.lexical, scores.votes]
     print_table(f"{entity_type}: {len(rows)} of at most {k}", columns, rows)
     say(summary(result))
+
+
+def _require_text(given: str) -> None:
+    """Refuse an argument whose bytes are no UTF-8: the shell hands them over as half characters."""
+    try:
+        given.encode()
+    except UnicodeEncodeError:
+        shown = given.encode("utf-8", "surrogateescape")
+        fail(f"expected text in UTF-8, got {shown!r}. Is the terminal set to another encoding?", 2)
 
 
 def _read_vector(path: Path) -> np.ndarray:

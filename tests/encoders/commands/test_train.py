@@ -1,7 +1,11 @@
 """`omni train`: repeating a finished run, data that does not fit, and the next step it names."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -314,3 +318,52 @@ def test_train_command_own_validation_split_is_used(folder: Path) -> None:
     result = omni_train(folder, "--json")
     assert result.exit_code == 0, result.stderr
     assert "validation/recall@10" in json.loads(result.stdout)["metrics"]
+
+
+def test_train_command_unwritable_out_is_found_before_the_data_is_read(folder: Path) -> None:
+    (folder / "file").touch()
+    result = CliRunner().invoke(
+        command, [str(folder / "run.toml"), "--out", str(folder / "file" / "out")]
+    )
+    assert result.exit_code == 1
+    assert "Not a directory" in result.stderr
+    assert "pairs" not in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_train_command_stopped_saves_a_checkpoint_and_goes_on(
+    folder: Path, number: signal.Signals
+) -> None:
+    config = folder / "run.toml"
+    config.write_text(config.read_text().replace("steps = 2", "steps = 100000\nlog_every = 1"))
+    omni = [sys.executable, "-m", "encoders", "train", str(config), "--out", str(folder / "out")]
+    process = subprocess.Popen(omni, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("step 2"):
+            process.send_signal(number)
+    process.wait(timeout=60)
+    assert process.returncode == (130 if number == signal.SIGINT else 143)
+    assert "The same command goes on" in lines[-1]
+    (checkpoint,) = (folder / "out" / "checkpoints").glob("step-*")
+    assert int(checkpoint.name.rpartition("-")[2]) >= 2
+
+
+def test_train_command_files_follow_the_umask(folder: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        assert omni_train(folder).exit_code == 0
+    finally:
+        os.umask(before)
+    for path in [folder / "out" / "model", *(folder / "out" / "model").rglob("*")]:
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path
+
+
+def test_train_command_records_which_fields_had_values(folder: Path) -> None:
+    assert omni_train(folder).exit_code == 0
+    filled = json.loads((folder / "out" / "model" / "config.json").read_text())["filled"]
+    assert filled["title"] == 1.0
+    assert filled["description"] == 0.0

@@ -40,7 +40,7 @@ def test_run_log_step_line_and_history(caplog: pytest.LogCaptureFixture, quiet: 
     report = StepReport(torch.tensor(1.5), 3, 4, {"pin/entity": torch.tensor(1.5)})
     report.batch_recall.update({"pin/entity": 0.2, "product/entity": 0.4})
     run_log.step(report, Position(7, 1000, 0.0), watch_of(7, 0.7))
-    expected = "step 0007/1000 (0.7%) | loss 1.5000 | batch-recall@10 0.300 | 0ms | 100 pairs/s"
+    expected = "step 7 of 1,000 (1%) | loss 1.5000 | batch-recall@10 0.300 | 0ms | 100 pairs/s"
     assert [line.startswith(expected) for line in caplog.messages] == ([] if quiet else [True])
     (entry,) = run_log.history
     assert entry["loss"] == entry["loss/pin/entity"] == 1.5

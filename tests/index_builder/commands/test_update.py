@@ -1,13 +1,14 @@
 """``omni update``: a file of changes is checked, embedded, written and seen."""
 
 import json
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 
-from encoders.errors import InvalidVectors, OmniError, RowError
+from encoders.errors import DataError, InvalidVectors, OmniError, RowError
 from index_builder.building.update import apply_changes, attributes_of, embed_again, read_changes
 from index_builder.commands import update as update_command
 from index_builder.errors import UnknownEntityType
@@ -117,3 +118,68 @@ def test_attributes_of_row_leaves_out_nested_values_and_vectors() -> None:
         "map": {"a": 1},
     }
     assert attributes_of(row) == {"title": "t", "tags": ["x"]}
+
+
+def put(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    return path
+
+
+def test_read_changes_csv_cells_become_the_lists_that_the_release_has(
+    store: ReleaseStore, tmp_path: Path
+) -> None:
+    manifest = read_manifest(store.path_of("r1"))
+    manifest.entities["pin"].index["attributes"] |= {"tags": "list<string>", "sizes": "list<int>"}
+    path = put(
+        tmp_path,
+        "c.csv",
+        'id,entity_type,title,tags,sizes\nx,pin,a,"[""red"",""blue""]","[1, 2]"\n'
+        "y,pin,b,red|green,3\nz,pin,c,,\n",
+    )
+    rows = read_changes(path, manifest).upserts
+    assert rows["tags"].to_list() == [["red", "blue"], ["red", "green"], None]
+    assert rows["sizes"].to_list() == [[1, 2], [3], None]
+
+
+def test_read_changes_ids_of_any_unicode_form_name_one_entity(
+    store: ReleaseStore, tmp_path: Path
+) -> None:
+    nfd, nfc = unicodedata.normalize("NFD", "é1"), unicodedata.normalize("NFC", "é1")
+    manifest = read_manifest(store.path_of("r1"))
+    path = put(tmp_path, "c.csv", f"id,entity_type,op\n{nfd},pin,delete\n")
+    assert read_changes(path, manifest).deletes == {"pin": [nfc]}
+    path = put(
+        tmp_path, "d.csv", f"id,entity_type,op,title\n{nfd},pin,delete,\n{nfc},pin,upsert,back\n"
+    )
+    changes = read_changes(path, manifest)
+    assert (changes.upserts["id"].to_list(), changes.deletes) == ([nfc], {})
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "part"),
+    [
+        ("half.jsonl", '{"id":"x\\ud83d","entity_type":"pin","op":"delete"}\n', "row 1.*surrogate"),
+        ("cell.csv", "id,entity_type,embedding\nx,pin,no list\n", "'x': embedding must be a JSON"),
+        ("deep.csv", f"id,entity_type,embedding\nx,pin,{'[' * 5000}\n", "must be a JSON list"),
+        ("short.csv", "id,entity_type,title\nx,pin\n", "row 1: expected 3 cells, got 2"),
+        ("blank.csv", 'id,entity_type,op\n"  ",pin,delete\n', "row 1, column 'id'"),
+        ("nul.jsonl", '{"id":"x\\u0000","entity_type":"pin","op":"delete"}\n', "NUL"),
+        ("empty.csv", "", "'id' is missing"),
+    ],
+)
+def test_read_changes_odd_file_is_refused_with_its_place(
+    store: ReleaseStore, tmp_path: Path, name: str, text: str, part: str
+) -> None:
+    with pytest.raises(DataError, match=part):
+        read_changes(put(tmp_path, name, text), read_manifest(store.path_of("r1")))
+
+
+def test_read_changes_backslash_escaped_csv_loses_no_row(
+    store: ReleaseStore, tmp_path: Path
+) -> None:
+    path = put(
+        tmp_path, "c.csv", 'id,entity_type,title\na,pin,"5\\" pipe"\nb,pin,x\nc,pin,"27\\" tv"\n'
+    )
+    rows = read_changes(path, read_manifest(store.path_of("r1"))).upserts
+    assert rows["title"].to_list() == ['5" pipe', "x", '27" tv']

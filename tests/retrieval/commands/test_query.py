@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from retrieval.client.config import require_target
 from retrieval.client.results import Hit
 from retrieval.commands.query import command, rows_of
 from tests.helpers.real_server import Running
@@ -119,3 +120,25 @@ def test_query_table_has_an_emoji_column_where_a_hit_has_one() -> None:
     assert columns == ["#", "score", "", "title", "id", "tags"]
     assert rows[0] == [1, 0.9, "🐋", "whale", "a", "a, b, c, d, e, f …"]
     assert rows_of([Hit("a", 0.5, {})], []) == (["#", "score", "id"], [[1, 0.5, "a"]])
+
+
+@pytest.mark.parametrize(
+    "server",
+    ["localhost", "localhost:99999", "localhost:0", "localhost:http", "::1:5", "", "h:1:2"],
+)
+def test_query_server_without_a_possible_port_is_refused(server: str) -> None:
+    result = CliRunner().invoke(command, ["x", "--server", server])
+    assert result.exit_code == 2
+    assert "HOST:PORT" in result.stderr
+
+
+@pytest.mark.parametrize("target", ["localhost:50051", "[::1]:443", "unix:/run/omni.sock", "h:1"])
+def test_require_target_possible_address_is_taken(target: str) -> None:
+    require_target(target)
+
+
+def test_query_text_that_is_no_utf8_is_refused() -> None:
+    result = CliRunner().invoke(command, ["k\udce4se"])
+    assert result.exit_code == 2
+    assert "UTF-8" in result.stderr
+    assert "Traceback" not in result.output

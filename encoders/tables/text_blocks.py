@@ -1,0 +1,81 @@
+"""Read text files in blocks of UTF-8, plain or gzip, from any encoding that was named."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, cast
+
+from encoders.errors import DataError, RowError
+
+BLOCK_BYTES = 8 << 20
+_GZIP = b"\x1f\x8b"
+
+
+def open_bytes(path: Path) -> IO[bytes]:
+    """Open a file for reading, through gzip where its first bytes say so."""
+    with open(path, "rb") as file:
+        packed = file.read(2) == _GZIP
+    return cast(IO[bytes], gzip.open(path, "rb") if packed else open(path, "rb"))
+
+
+def text_blocks(path: Path, encoding: str, size: int = BLOCK_BYTES) -> Iterator[bytes]:
+    """Yield a file's text as UTF-8 bytes, without a byte order mark.
+
+    Raises:
+        RowError: Bytes are not of the encoding, or the text holds a NUL byte; names the line.
+        DataError: The encoding is unknown, or the file cannot be read.
+    """
+    name = path.name
+    try:
+        with open_bytes(path) as file:
+            yield from _decoded(file, name, encoding, size)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{name}: cannot be read ({error}). Is the file complete?") from error
+
+
+def _decoded(file: IO[bytes], name: str, encoding: str, size: int) -> Iterator[bytes]:
+    block = file.read(size)
+    if block.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) and encoding == "utf-8":
+        encoding = "utf-16"
+    block = block.removeprefix(codecs.BOM_UTF8)
+    try:
+        decoder = codecs.getincrementaldecoder(encoding)()
+    except LookupError as error:
+        raise DataError(
+            f"unknown encoding {encoding!r}. Try utf-8, latin-1, cp1252, shift_jis, ..."
+        ) from error
+    line = 1
+    while True:
+        following = file.read(size) if block else b""
+        try:
+            text = decoder.decode(block, final=not following)
+        except UnicodeDecodeError as error:
+            raise _not_of_encoding(error, name, encoding, line) from error
+        utf8 = text.encode("utf-8", "surrogatepass")
+        if b"\0" in utf8:
+            at = line + utf8.count(b"\n", 0, utf8.index(b"\0"))
+            raise RowError(
+                f"{name}: line {at}: text holds a NUL byte. Remove the NUL bytes; was the file"
+                " exported as UTF-16?"
+            )
+        line += utf8.count(b"\n")
+        if utf8:
+            yield utf8
+        if not following:
+            return
+        block = following
+
+
+def _not_of_encoding(error: UnicodeDecodeError, name: str, encoding: str, line: int) -> RowError:
+    raw = error.object
+    at = line + raw.count(b"\n", 0, error.start)
+    around = raw[max(0, error.start - 15) : error.end + 15]
+    return RowError(
+        f"{name}: line {at}: byte 0x{raw[error.start]:02x} is not {encoding}, got {around!r}. Name"
+        " the real encoding with --encoding (latin-1, cp1252, shift_jis, ...), or repair the line"
+        " if the file mixes encodings."
+    )

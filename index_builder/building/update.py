@@ -108,8 +108,10 @@ def read_changes(
     deletes = _deletes(rest.filter(is_delete), path.name, manifest.dimension)
     checked = check_frame(rest.filter(~is_delete), schema("catalogue"), path.name)
     raise_problems(checked.report)
-    frame = _parsed(checked.frame, manifest, with_lists=is_text)
-    _check_attributes(frame, manifest, path.name, live_root)
+    columns = checked.frame.columns
+    types = {name: _types(manifest, name, columns, live_root) for name in manifest.entities}
+    frame = _parsed(checked.frame, types, with_lists=is_text)
+    _check_attributes(frame, types, path.name)
     ready: dict[str, list[LiveEntry]] = {}
     if "embedding" in frame.columns:
         has_vector = frame["embedding"].is_not_null()
@@ -188,25 +190,17 @@ def _deletes(removed: pl.DataFrame, source: str, dimension: int) -> dict[str, li
     return deletes
 
 
-def _check_attributes(
-    frame: pl.DataFrame, manifest: Manifest, name: str, live_root: Path | None
-) -> None:
-    """Check every row's attributes against the types that the release and the live log have.
+def _check_attributes(frame: pl.DataFrame, types: dict[str, dict[str, str]], name: str) -> None:
+    """Check every row's attributes against the types its entity type has, and add new ones.
 
     Raises:
         BadAttribute: A value does not fit.
     """
-    types = {
-        entity_type: _types(manifest, entity_type, frame.columns, live_root)
-        for entity_type in frame["entity_type"].unique().to_list()
-        if entity_type in manifest.entities
-    }
     for row in frame.drop("embedding", strict=False).iter_rows(named=True):
         known = types.get(row["entity_type"])
         if known is not None:
-            where = f"{name}, {row['entity_type']} {row['id']!r}"
             attributes = attributes_of(row)
-            check_attributes(attributes, known, where)
+            check_attributes(attributes, known, f"{name}, {row['entity_type']} {row['id']!r}")
             learn_types(known, attributes)
 
 
@@ -232,19 +226,19 @@ def _types(
     return types
 
 
-def _parsed(frame: pl.DataFrame, manifest: Manifest, *, with_lists: bool) -> pl.DataFrame:
-    """Turn texts into the numbers, booleans or lists the release has, where all of a column can be.
+def _parsed(
+    frame: pl.DataFrame, types: dict[str, dict[str, str]], *, with_lists: bool
+) -> pl.DataFrame:
+    """Turn texts into what an entity type has of numbers, booleans or lists, if all cells can be.
 
     CSV knows no types; only there (``with_lists``) a text may be meant as a list.
     """
     for name in frame.columns:
         if frame[name].dtype != pl.String or name in {"id", "entity_type"}:
             continue
-        wanted = {
-            entity.index.get("attributes", {}).get(name) for entity in manifest.entities.values()
-        } - {None}
+        wanted = {known[name] for known in types.values() if name in known}
         if with_lists and len(wanted) == 1 and next(iter(wanted)).startswith("list"):
-            lists = _lists(frame[name], next(iter(wanted)))
+            lists = _lists(frame[name], next(iter(wanted)).replace("time", "string"))
             frame = frame if lists is None else frame.with_columns(lists)
             continue
         if len(wanted) != 1 or not wanted & {"int", "float", "bool"}:

@@ -3,6 +3,7 @@ same input gives the same bytes.
 """
 
 import os
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -13,7 +14,14 @@ import numpy as np
 import polars as pl
 import pytest
 
-from encoders.errors import BundleError, ConfigError, InvalidVectors, OmniError, SpaceMismatch
+from encoders.errors import (
+    BundleError,
+    ConfigError,
+    InvalidVectors,
+    MissingDependency,
+    OmniError,
+    SpaceMismatch,
+)
 from encoders.inference.signal_store import SignalStore
 from index_builder.building.build import build_release
 from index_builder.building.inputs import QuerySet
@@ -319,6 +327,44 @@ def test_memory_limit_chooses_smaller_kinds_or_refuses_with_figures(
     with pytest.raises(GateFailed, match="private memory at its peak"):
         build_release(inputs, bundle, store, quick("hnsw", max_memory_mib=450))
     assert store.current() is None
+
+
+def test_plan_release_names_and_takes_installed_kinds_only(
+    bundle: Path, store: ReleaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = {"pin": make_input("pin", 2500)}
+    plan = "index_builder.building.plan.kind_available"
+    monkeypatch.setattr(plan, lambda kind: kind != "int8-graph")
+    with pytest.raises(ConfigError, match=r"installed kind that needs least \(--index hnsw\)"):
+        plan_release(inputs, read_bundle(bundle), store, quick("auto", max_memory_mib=431))
+
+    def missing() -> None:
+        raise MissingDependency("faiss-cpu", "faiss", "Index kind 'faiss'")
+
+    monkeypatch.setattr("index_builder.ann.choice.faiss_library", missing)
+    with pytest.raises(MissingDependency, match="Index kind 'faiss'"):
+        plan_release(inputs, read_bundle(bundle), store, quick("faiss"))
+
+
+def test_build_counts_the_disk_it_needs_beforehand(
+    bundle: Path, store: ReleaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1.2 times the vectors were asked for, where the plan said 3.3 times."""
+    inputs = {"pin": make_input("pin", 3000)}
+    plan = plan_release(inputs, read_bundle(bundle), store, quick("symqg"))
+    need = plan["build"]["pin"]["disk_mib_estimate"]
+    assert need >= 2 + 3000 * 64 * 4 * 3.3 / 2**20
+    usage = shutil.disk_usage("/")
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: usage._replace(free=int((need - 1) * 2**20))
+    )
+    with pytest.raises(DiskFull, match="the build needs about"):
+        build_release(inputs, bundle, store, quick("symqg"))
+    assert store.current() is None and not list(store.releases.glob(".staging-*"))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: usage._replace(free=int((need + 2) * 2**20))
+    )
+    build_release(inputs, bundle, store, quick("symqg"))
 
 
 def test_build_full_disk_publishes_nothing(bundle: Path, store: ReleaseStore) -> None:

@@ -74,7 +74,10 @@ class CachedSearch:
 
         ``search_batch`` leaves this to its caller, who lets others have their turn in between.
         """
-        if key is not None and not isinstance(answer, CachedAnswer):
+        # Making an entry costs 10 us, which a cache that is off must not
+        if key is None or not self.answers.max_bytes:
+            return
+        if not isinstance(answer, CachedAnswer):
             self.answers.put(key, CachedAnswer(answer.result))
 
     async def _search_rows(

@@ -84,7 +84,7 @@ def measure(texts: Sequence[str], queries: Sequence[str]) -> dict[str, Any]:
     prepared = {query: index.query(query) for query in queries}
     plain, every = ScanRequest(k=TOP), ScanRequest(k=TOP, budget=0)
     masked = ScanRequest(k=TOP, allowed=allowed)
-    with stage(f"ask {len(queries):,} queries in five ways"):
+    with stage(f"ask {len(queries):,} queries in four ways"):
         ways = {
             "query to terms": times_of(lambda q: index.search(index.query(q), plain), queries),
             "ready terms": times_of(lambda q: index.search(prepared[q], plain), queries),

@@ -23,6 +23,8 @@ BUDGET = 20_000
 """Postings that a search reads."""
 OVERDRAFT = 8
 """How many budgets a search may read to find k rows."""
+LOOK_UP_STEPS = 12
+"""Postings that are read in the time in which one row is looked up in a list."""
 COMPLETE = 400
 """Rows that a search completes."""
 _NO_ROWS = np.zeros(0, np.uint32)
@@ -47,7 +49,8 @@ class ScanRequest:
         allowed: bool ``(N,)``: only rows where it is True; None: all.
         hidden: bool ``(N,)``: never rows where it is True; None: none is hidden.
         budget: Postings to read before the rest is looked up; 0: all are read. Reading goes on,
-            up to ``OVERDRAFT`` budgets, while fewer than k rows are found.
+            up to ``OVERDRAFT`` budgets, while fewer than k rows are found, and with lists that are
+            read sooner than looked up in.
         complete: How many rows are completed, at least k.
     """
 
@@ -177,7 +180,8 @@ class NumpySearch:
             start, end = self._bounds(place)
             total += end - start
             limit = request.budget * (1 if found >= request.k else OVERDRAFT)
-            if number and request.budget and total > limit:
+            is_long = end - start > LOOK_UP_STEPS * max(request.k, request.complete)
+            if number and request.budget and total > limit and is_long:
                 return number
             rows = self._postings.rows[start:end]
             keep = usable[rows]

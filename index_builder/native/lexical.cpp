@@ -20,6 +20,8 @@ namespace {
 constexpr size_t overdraft = 8;    // budgets that may be read to find k rows
 constexpr size_t buckets = 2048;   // of the histogram that finds the best rows
 constexpr size_t most_terms = 4096;
+constexpr size_t terms_between_prunings = 4;
+constexpr size_t look_up_steps = 12;  // postings read in the time in which a row is looked up
 
 struct Lists {
   Array offsets_array, rows_array, weights_array, best_array;
@@ -85,7 +87,7 @@ struct Scratch {
   std::vector<uint32_t> sums, touched, histogram;
   std::vector<uint64_t> best;
   std::vector<Row> candidates, also;
-  std::vector<uint32_t> order, scores;
+  std::vector<uint32_t> order, scores, places;
 };
 thread_local Scratch scratch;
 
@@ -96,7 +98,9 @@ size_t read_lists(const Lists& lists, const Search& q, Scratch& s) {
   for (size_t t = 0; t < q.term_count; t++) {
     const size_t start = lists.offsets[q.terms[t]], end = lists.offsets[q.terms[t] + 1];
     total += end - start;
-    if (t > 0 && q.budget > 0 && total > q.budget * (found >= q.k ? 1 : overdraft)) return t;
+    const bool is_over = total > q.budget * (found >= q.k ? 1 : overdraft);
+    const bool is_long = end - start > look_up_steps * std::max(q.k, q.complete);
+    if (t > 0 && q.budget > 0 && is_over && is_long) return t;
     if (s.touched.size() < found + end - start) s.touched.resize(found + end - start);
     const uint32_t factor = q.factors[t];
     uint32_t *sums = s.sums.data(), *touched = s.touched.data();
@@ -144,16 +148,25 @@ uint32_t keep_best(size_t wanted, Scratch& s) {
   return left;
 }
 
-// Adds what rows, which ascend, have of one term: looks each up from where the last one was found.
-void look_up(const Lists& lists, uint32_t term, uint32_t factor, std::vector<Row>& rows) {
-  const uint32_t* at = lists.rows + lists.offsets[term];
-  const uint32_t* end = lists.rows + lists.offsets[term + 1];
-  for (Row& r : rows) {
-    size_t step = 1;
-    while (step < size_t(end - at) && at[step] < r.row) step *= 2;
-    at = std::lower_bound(at + step / 2, at + std::min(step + 1, size_t(end - at)), r.row);
-    if (at == end) return;
-    if (*at == r.row) r.score += factor * lists.weights[at - lists.rows];
+// Adds what rows have of one term. Binary searches for all rows go step by step together, so that
+// none waits for memory alone.
+void look_up(const Lists& lists, uint32_t term, uint32_t factor, std::vector<Row>& rows,
+             std::vector<uint32_t>& places) {
+  const uint32_t* first = lists.rows + lists.offsets[term];
+  const uint8_t* weights = lists.weights + lists.offsets[term];
+  const size_t length = lists.length(term), count = rows.size();
+  places.assign(count, 0);
+  uint32_t* __restrict place = places.data();
+  Row* __restrict row = rows.data();
+  for (size_t left = length; left > 1;) {
+    const uint32_t half = uint32_t(left / 2);
+    for (size_t i = 0; i < count; i++)
+      place[i] += first[place[i] + half - 1] < row[i].row ? half : 0;
+    left -= half;
+  }
+  for (size_t i = 0; i < count; i++) {
+    const size_t at = place[i] + (first[place[i]] < row[i].row);
+    if (at < length && first[at] == row[i].row) row[i].score += factor * weights[at];
   }
 }
 
@@ -178,7 +191,8 @@ void score_also(const Lists& lists, const Search& q, size_t read, Scratch& s, ui
             [&](uint32_t a, uint32_t b) { return q.also[a] < q.also[b]; });
   s.also.clear();
   for (uint32_t i : s.order) s.also.push_back(Row{q.also[i], s.sums[q.also[i]]});
-  for (size_t t = read; t < q.term_count; t++) look_up(lists, q.terms[t], q.factors[t], s.also);
+  for (size_t t = read; t < q.term_count; t++)
+    look_up(lists, q.terms[t], q.factors[t], s.also, s.places);
   for (size_t i = 0; i < s.order.size(); i++)
     out[s.order[i]] = q.usable(s.also[i].row) ? s.also[i].score : 0;
 }
@@ -205,8 +219,8 @@ bool search(const Lists& lists, const Search& q, Scratch& s, uint32_t* also_scor
               [](const Row& a, const Row& b) { return a.row < b.row; });
     uint64_t rest = bound;
     for (size_t t = read; t < q.term_count; t++) {
-      prune(q.k, rest, s);
-      look_up(lists, q.terms[t], q.factors[t], s.candidates);
+      if ((t - read) % terms_between_prunings == 0) prune(q.k, rest, s);
+      look_up(lists, q.terms[t], q.factors[t], s.candidates, s.places);
       rest -= uint64_t(q.factors[t]) * lists.best[q.terms[t]];
     }
     s.best.clear();

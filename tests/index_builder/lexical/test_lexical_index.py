@@ -6,6 +6,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,38 @@ def test_search_budget_and_masks_compiled_equals_numpy(
         answers.append([hits.rows.tolist(), hits.scores.tolist(), hits.also.tolist()])
         answers[-1].append(hits.is_exact)
     assert all(answer == answers[0] for answer in answers)
+
+
+def test_search_budget_that_leaves_terms_out_compiled_equals_numpy() -> None:
+    if CompiledPostings is None:
+        pytest.skip("the extension was not built")
+    rng = np.random.default_rng(0)
+    words = [f"w{number}" for number in range(200)]
+    shares = 1 / np.arange(1, 201)
+    shares /= shares.sum()
+    rows = 2_000
+    texts = [" ".join(rng.choice(words, 6, p=shares)) for _ in range(rows)]
+    plain, compiled = indexes(texts)
+    left_out = 0
+    for number in range(60):
+        query = plain.query(" ".join(rng.choice(words, rng.integers(1, 8), p=shares)))
+        request = ScanRequest(
+            k=int(rng.integers(1, 10)),
+            also=rng.integers(0, rows, 20).astype(np.uint32),
+            allowed=rng.random(rows) < 0.3 if number % 3 == 0 else None,
+            hidden=rng.random(rows) < 0.1 if number % 2 == 0 else None,
+            budget=int(rng.integers(1, 2_000)),
+            complete=int(rng.integers(0, 30)),
+        )
+        one, other = plain.search(query, request), compiled.search(query, request)
+        best = compiled.search(query, replace(request, budget=0))
+        assert [array.tolist() for array in one[:3]] == [array.tolist() for array in other[:3]]
+        assert one.is_exact == other.is_exact
+        assert best.also.tolist() == other.also.tolist()
+        if other.is_exact:
+            assert best.rows.tolist() == other.rows.tolist()
+        left_out += not other.is_exact
+    assert left_out > 20
 
 
 @pytest.mark.slow

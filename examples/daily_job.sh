@@ -20,5 +20,8 @@ if [ ! -e "$DATA/engaged_queries.filled" ]; then  # the first run: what happened
   touch "$DATA/engaged_queries.filled"
 fi
 omni enrich queries --state "$DATA/engaged_queries" --log "$DATA/logs/$day.parquet" --catalogue "$catalogue" --out "$DATA/enriched.parquet"
+if [ -e "$DATA/enriched.parquet" ]; then  # its data is as old as what it was made of: later live writes win
+  touch -r "$DATA/catalogue.parquet" "$DATA/enriched.parquet"
+fi
 omni rebuild --store "$STORE" --bundle "$BUNDLE" --catalogue "$DATA/enriched.parquet" --queries "$DATA/frequent_queries.txt"
 omni release gc --store "$STORE" --keep 7

@@ -18,7 +18,8 @@ OmniError
 │   └── PublishError       a release was not published; what was active stays active
 │       ├── PublisherBusy  another publisher holds the lock, or the id is taken
 │       ├── GateFailed     a measured figure misses its target; the message says what to raise
-│       └── DiskFull       the disk is full or refuses writes
+│       ├── DiskFull       the disk is full or refuses writes
+│       └── NotWritable    this user may not write there
 ├── LiveLogError           the live log cannot be read or written
 │   ├── LiveLogCorrupt     an entry inside the log fails its checksum
 │   └── LiveLogBusy        another writer owns the log
@@ -135,6 +136,10 @@ class GateFailed(PublishError):
 
 class DiskFull(PublishError):
     """The disk is full or refuses writes; nothing was published."""
+
+
+class NotWritable(PublishError):
+    """This user may not write to the store, or a file in it; nothing was changed."""
 
 
 class LiveLogError(OmniError):

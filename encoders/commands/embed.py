@@ -113,6 +113,7 @@ def command(
     """
     from encoders.inference.batch_embedding import EmbedConfig, columns_read, embed_catalogue
     from encoders.inference.signal_store import SignalStore
+    from encoders.tables.parts import table_files
     from encoders.tables.stream import count_rows, stream_catalogue
     from encoders.towers.bundle import load_bundle
 
@@ -127,6 +128,7 @@ def command(
     )
     config.resolved_device()
     towers = load_bundle(bundle)
+    written = max(f.path.stat().st_mtime_ns for path in catalogues for f in table_files(path))
     total = count_rows(catalogues)
     facts = {
         "space": towers.space_id[:16],
@@ -142,7 +144,8 @@ def command(
         chunk_rows=min(part_rows, 8_192),
         reading=reading,
     )
-    report = embed_catalogue(towers, chunks, SignalStore(out), config, _progress_lines(total))
+    store = SignalStore(out, source_written_ns=written)
+    report = embed_catalogue(towers, chunks, store, config, _progress_lines(total))
     for line in report.notes():
         say(line)
     if as_json:

@@ -104,10 +104,17 @@ def check_vectors(vectors: Float32, ids: Sequence[str], dimension: int | None = 
 
 
 class SignalStore:
-    """A folder of embeddings per entity type."""
+    """A folder of embeddings per entity type.
 
-    def __init__(self, root: Path | str) -> None:
+    Args:
+        root: The folder.
+        source_written_ns: For writing: when the catalogue that is embedded was written (its files'
+            time), nanoseconds since 1970; None: not known.
+    """
+
+    def __init__(self, root: Path | str, source_written_ns: int | None = None) -> None:
         self.root = Path(root)
+        self.source_written_ns = source_written_ns
 
     def entity_types(self) -> list[str]:
         """List the entity types that have been published, sorted."""
@@ -137,6 +144,11 @@ class SignalStore:
                 f"{path} has format {described.get('format_version')!r}, but this code reads"
                 f" {STORE_FORMAT}; embed again"
             )
+        strange = [p["file"] for p in described["parts"] if p["file"] != Path(p["file"]).name]
+        if strange:
+            raise DataError(
+                f"{path} names the part {strange[0]!r}, which is no plain file name; embed again"
+            )
         return described
 
     def part_paths(self, entity_type: str) -> list[Path]:
@@ -144,6 +156,18 @@ class SignalStore:
         return [
             self.root / entity_type / part["file"] for part in self.describe(entity_type)["parts"]
         ]
+
+    def source_time_ns(self, entity_type: str) -> int:
+        """Return the time after which no embedded row can have been written, ns since 1970.
+
+        It is that of the catalogue which was embedded; of a store that does not say, the time at
+        which the embeddings were published. Times of embedding (``updated_at``) say how old a
+        vector is, never how old its row is. See ``describe`` for errors.
+        """
+        written = self.describe(entity_type).get("source_written_ns")
+        if isinstance(written, int):
+            return written
+        return (self.root / entity_type / "signals.json").stat().st_mtime_ns
 
     def read(self, entity_type: str) -> Signals:
         """Read all embeddings of one entity type into memory.
@@ -235,6 +259,7 @@ class SignalWriter:
         form_id: str = "",
     ) -> None:
         self.folder = store.root / entity_type
+        self.source_written_ns = store.source_written_ns
         self.staging = self.folder / STAGING
         self.space_id = space_id
         self.dimension = dimension
@@ -343,6 +368,7 @@ class SignalWriter:
             "dimension": self.dimension,
             "rows": len(self._ids),
             "published_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "source_written_ns": self.source_written_ns,
             "parts": parts,
         }
         _replace_durably(

@@ -20,6 +20,7 @@ from index_builder.building.carry_over import carry_entity
 from index_builder.building.entity_build import BuiltEntity, EntityBuild, build_or_resume
 from index_builder.building.fusion_build import add_fusion, remove_fusion
 from index_builder.building.inputs import EntityInput, QuerySet, fingerprint
+from index_builder.building.order import LiveChanges
 from index_builder.building.parity import require_forms
 from index_builder.building.plan import (
     Bundle,
@@ -27,7 +28,7 @@ from index_builder.building.plan import (
     carried_types,
     estimate_disk_mib,
     fit_memory,
-    live_writes,
+    live_changes,
     plan_release,
     read_bundle,
 )
@@ -88,9 +89,14 @@ def build_release(
     config = _settled(config or RebuildConfig())
     bundle = read_bundle(bundle_path)
     with store.lock("build", config.wait_seconds):
-        plan_release(inputs, bundle, store, config)
+        changes = {
+            entity_type: live_changes(entity_type, entities, store, config)
+            for entity_type, entities in inputs.items()
+        }
+        plan_release(inputs, bundle, store, config, changes)
         build = _Build(
             inputs=inputs,
+            changes=changes,
             bundle=bundle,
             store=store,
             config=config,
@@ -114,6 +120,7 @@ class _Build:
     """One build under way; the store's ``build`` lock is held."""
 
     inputs: Mapping[str, EntityInput]
+    changes: Mapping[str, LiveChanges]
     bundle: Bundle
     store: ReleaseStore
     config: RebuildConfig
@@ -227,11 +234,10 @@ class _Build:
         return self.queries.get(entity_type, self.queries.get("*"))
 
     def _entity_build(self, entity_type: str, staging: Path) -> EntityBuild:
-        entities = self.inputs[entity_type]
         return EntityBuild(
             entity_type=entity_type,
-            entities=entities,
-            live=live_writes(entity_type, entities, self.store, self.config),
+            entities=self.inputs[entity_type],
+            changes=self.changes[entity_type],
             queries=self._queries_for(entity_type),
             bundle=self.bundle,
             config=self.config,

@@ -7,19 +7,18 @@ import logging
 import shutil
 import time
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from index_builder.building.inputs import (
     EntityInput,
-    Folded,
-    LiveWrites,
     QuerySet,
     check_input,
     fingerprint,
-    fold_live,
-    refuse_foreign,
 )
+from index_builder.building.live_fold import apply_live
+from index_builder.building.order import LiveChanges
 from index_builder.building.plan import Bundle, RebuildConfig, fit_memory
 from index_builder.building.proof import golden_record, replay, split_queries, stand_in_queries
 from index_builder.errors import ReleaseCorrupt
@@ -55,7 +54,7 @@ class EntityBuild:
     Attributes:
         entity_type: Which.
         entities: Embedded entities, before live writes.
-        live: Live writes to fold into them.
+        changes: What live writes do to them.
         queries: Real queries that calibrate and prove it, or None.
         bundle: Model bundle that made the vectors.
         config: How to build.
@@ -64,7 +63,7 @@ class EntityBuild:
 
     entity_type: str
     entities: EntityInput
-    live: LiveWrites
+    changes: LiveChanges
     queries: QuerySet | None
     bundle: Bundle
     config: RebuildConfig
@@ -106,7 +105,7 @@ def build_or_resume(build: EntityBuild) -> BuiltEntity:
     build.folder.mkdir(parents=True)
     built = _build_entity(build)
     done = {
-        "watermark": build.live.watermark,
+        "live": _digest(build.changes),
         "files": _files(build.folder),
         "entity": asdict(built.entity),
         "measured": built.measured,
@@ -116,14 +115,23 @@ def build_or_resume(build: EntityBuild) -> BuiltEntity:
 
 
 def _finished(build: EntityBuild) -> BuiltEntity | None:
-    """Return what an earlier run finished, if it is whole and no live write came since."""
+    """Return what an earlier run finished, if it is whole and the live log changes the same."""
     if not build.marker.is_file() or not build.folder.is_dir():
         return None
     done = json.loads(build.marker.read_text())
-    if done["watermark"] != build.live.watermark or done["files"] != _files(build.folder):
+    if done.get("live") != _digest(build.changes) or done["files"] != _files(build.folder):
         return None
     values = {**done["entity"], "cpu_features": tuple(done["entity"]["cpu_features"])}
     return BuiltEntity(EntityManifest(**values), done["measured"])
+
+
+def _digest(changes: LiveChanges) -> str:
+    """Return SHA-256 over what live writes do to an input."""
+    folded = changes.folded
+    sequences = [entry.sequence for entry in changes.fresh]
+    settled = (folded.settled.sequence, sorted(folded.settled.open))
+    decided = (folded.watermark, changes.dead, sequences, settled, folded.report())
+    return sha256(repr(decided).encode()).hexdigest()
 
 
 def _files(folder: Path) -> dict[str, dict[str, Any]]:
@@ -135,7 +143,7 @@ def _build_entity(build: EntityBuild) -> BuiltEntity:
     config = build.config
     with PeakMemory() as peak:
         input_file = build.staging / f"{build.entity_type}.input.f32"
-        entities, folded = _checked_input(build, input_file)
+        entities = _checked_input(build, input_file)
         laps.end("check and fold")
         if build.queries is not None and len(build.queries.texts):
             proof = split_queries(build.queries, config)
@@ -160,6 +168,7 @@ def _build_entity(build: EntityBuild) -> BuiltEntity:
         if curve is not None and index.count:
             check_gate(curve, config.min_recall, build.entity_type)
         recall_before = _save(index, golden, build.folder)
+        build.changes.folded.settled.write(build.folder)
         del index
         laps.end("save")
         recall = _replay_saved(build, golden, recall_before)
@@ -171,7 +180,7 @@ def _build_entity(build: EntityBuild) -> BuiltEntity:
     )
     entity = EntityManifest(
         count=len(entities.ids),
-        watermark=build.live.watermark,
+        watermark=build.changes.folded.watermark,
         index=facts,
         cpu_features=tuple(facts.get("cpu_features", ())),
         calibration=curve.as_dict(latencies=False) if curve is not None else None,
@@ -182,22 +191,22 @@ def _build_entity(build: EntityBuild) -> BuiltEntity:
         "seconds": laps.seconds,
         "peak_private_mib": round(peak.private_mib, 1),
         "peak_resident_mib": round(peak.resident_mib, 1),
-        "live": folded.counts(),
+        "live": build.changes.folded.report(),
         "curve": curve.as_dict()["points"] if curve is not None else [],
     }
     return BuiltEntity(entity, measured)
 
 
-def _checked_input(build: EntityBuild, input_file: Path) -> tuple[EntityInput, Folded]:
+def _checked_input(build: EntityBuild, input_file: Path) -> EntityInput:
     """Fold the live writes in, and refuse what must not enter an index."""
-    entity_type, bundle = build.entity_type, build.bundle
-    entities, folded = fold_live(build.entities, build.live, input_file)
-    if not build.config.drop_foreign_live:
-        refuse_foreign(entity_type, folded)
+    entity_type, bundle, folded = build.entity_type, build.bundle, build.changes.folded
+    entities = apply_live(build.entities, build.changes, input_file)
     check_input(entity_type, entities, bundle.space_id, bundle.dimension)
     changes = f"; {folded}" if str(folded) else ""
     log.info(f"{entity_type}: {len(entities.ids):,} entities checked{changes}")
-    return entities, folded
+    for line in folded.warnings():
+        log.warning(f"{entity_type}: {line}")
+    return entities
 
 
 def _save(index: EntityIndex, golden: GoldenQueries, folder: Path) -> float:

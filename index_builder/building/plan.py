@@ -11,9 +11,17 @@ from typing import Any
 from encoders.errors import BundleError, ConfigError, SpaceMismatch
 from index_builder.ann.choice import kind_available, require_kind
 from index_builder.ann.symqg import MIN_ROWS
-from index_builder.building.inputs import EntityInput, LiveWrites, read_live
+from index_builder.building.inputs import EntityInput
+from index_builder.building.live_fold import (
+    read_live,
+    refuse_foreign,
+    refuse_overridden,
+    refuse_shrunken,
+)
+from index_builder.building.order import LiveChanges, LiveWrites, decide
 from index_builder.errors import PublishError
 from index_builder.releases.current import check_release_id
+from index_builder.releases.manifest import EntityManifest
 from index_builder.releases.release import read_manifest
 from index_builder.releases.store import ReleaseStore
 from index_builder.search.entity_index import IndexConfig
@@ -77,6 +85,10 @@ class RebuildConfig:
     """Put the live log's entries into the base."""
     drop_foreign_live: bool = False
     """Leave out live entries of another space id, which this bundle cannot search."""
+    max_overridden: float = 0.1
+    """Live writes that a newer catalogue may undo, as a share of its rows; a hundred always may."""
+    max_shrink: float = 0.5
+    """Share of the active release's entities of one type that a catalogue may lack."""
     wait_seconds: float = 0.0
     """How long to wait for another build in the same store."""
 
@@ -90,6 +102,12 @@ class RebuildConfig:
                 "RebuildConfig.golden_queries must be between 1 and 10,000, but got"
                 f" {self.golden_queries}."
             )
+        for name in ("max_overridden", "max_shrink"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ConfigError(
+                    f"RebuildConfig.{name} must be a share between 0 and 1, but got"
+                    f" {getattr(self, name)}."
+                )
         if self.max_memory_mib is not None and self.max_memory_mib < 64:
             raise ConfigError(
                 f"RebuildConfig.max_memory_mib must be at least 64, but got {self.max_memory_mib}."
@@ -132,9 +150,20 @@ def read_bundle(path: Path) -> Bundle:
 
 
 def plan_release(
-    inputs: Mapping[str, EntityInput], bundle: Bundle, store: ReleaseStore, config: RebuildConfig
+    inputs: Mapping[str, EntityInput],
+    bundle: Bundle,
+    store: ReleaseStore,
+    config: RebuildConfig,
+    changes: Mapping[str, LiveChanges] | None = None,
 ) -> dict[str, Any]:
     """Plan what ``build_release`` would do; check all that can be checked without building.
+
+    Args:
+        inputs: Embedded entities by type.
+        bundle: Made their vectors.
+        store: Where the release would go.
+        config: How it would be built.
+        changes: What ``live_changes`` returned for each type; None: it is called here.
 
     Returns:
         JSON: per entity type what is built, taken over or refused, and the memory and disk it
@@ -144,6 +173,8 @@ def plan_release(
         SpaceMismatch: Signals and bundle differ.
         PublishError: A partial rebuild with a different bundle.
         ConfigError: The memory limit cannot be kept.
+        GateFailed: The sources would undo too many live writes, or hold too few entities.
+        LiveLogError: Live writes are missing, or exist only as vectors of another space.
     """
     if not inputs:
         raise ConfigError(
@@ -163,13 +194,17 @@ def plan_release(
         if entities.space_id != bundle.space_id:
             raise SpaceMismatch(bundle.space_id, entities.space_id, f"signals of {entity_type!r}")
         index = fit_memory(entity_type, len(entities.ids), bundle.dimension, config)
-        live = live_writes(entity_type, entities, store, config)
-        deletes = sum(entry.is_delete for entry in live.latest.values())
+        if changes is None:
+            live = live_changes(entity_type, entities, store, config)
+        else:
+            live = changes[entity_type]
+        check_live(entity_type, entities, live, store, config)
         plan["build"][entity_type] = {
             "entities": len(entities.ids),
-            "live_upserts": len(live.latest) - deletes,
-            "live_deletes": deletes,
-            "watermark": live.watermark,
+            "live_upserts": live.folded.upserts,
+            "live_deletes": live.folded.deletes,
+            "live": live.folded.report(),
+            "watermark": live.folded.watermark,
             "index": index.kind,
             "peak_private_mib_estimate": round(
                 estimate_mib(index, len(entities.ids), bundle.dimension)
@@ -181,13 +216,56 @@ def plan_release(
     return plan
 
 
-def live_writes(
+def live_changes(
     entity_type: str, entities: EntityInput, store: ReleaseStore, config: RebuildConfig
-) -> LiveWrites:
-    """Read the live writes to fold into an input; none where the log is left alone."""
+) -> LiveChanges:
+    """Read the live log and decide what it changes; nothing where the log is left alone.
+
+    Raises:
+        LiveLogError: Writes that the input needs are gone, or the log is damaged.
+    """
     if not config.fold_live:
-        return LiveWrites({}, entities.base_watermark)
-    return read_live(store.live_root, entity_type, entities.base_watermark)
+        return decide(entities, LiveWrites({}, entities.base_watermark))
+    return decide(entities, writes_for(entity_type, entities, store))
+
+
+def writes_for(entity_type: str, entities: EntityInput, store: ReleaseStore) -> LiveWrites:
+    """Read the live writes behind an input. Raises as ``read_live`` does."""
+    contained = None
+    if entities.age is not None:
+        active = _active_entity(store, entity_type)
+        contained = active.watermark if active is not None else 0
+    return read_live(store.live_root, entity_type, entities.base_watermark, contained=contained)
+
+
+def check_live(
+    entity_type: str,
+    entities: EntityInput,
+    changes: LiveChanges,
+    store: ReleaseStore,
+    config: RebuildConfig,
+) -> None:
+    """Refuse a build that would lose live writes, or that a broken export would shrink.
+
+    Raises:
+        GateFailed: Too many live writes would be undone, or too few entities are there.
+        LiveLogError: Live writes exist only as vectors of another space.
+    """
+    if entities.age is not None:
+        refuse_overridden(entity_type, entities, changes.folded, config.max_overridden)
+        active = _active_entity(store, entity_type)
+        if active is not None:
+            refuse_shrunken(entity_type, changes, len(entities.ids), active, config.max_shrink)
+    if not config.drop_foreign_live:
+        refuse_foreign(entity_type, changes.folded)
+
+
+def _active_entity(store: ReleaseStore, entity_type: str) -> EntityManifest | None:
+    """Return an entity type of the active release; None where there is none."""
+    active = store.current()
+    if active is None:
+        return None
+    return read_manifest(store.path_of(active)).entities.get(entity_type)
 
 
 def estimate_mib(index: IndexConfig, count: int, dimension: int) -> float:

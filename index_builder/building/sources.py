@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import os
+import secrets
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from encoders.errors import DataError, SpaceMismatch
 from encoders.inference.signal_store import SignalStore, read_part
 from encoders.tables.files import read_whole_table
 from encoders.tables.schemas import Kind, schema
 from index_builder.building.inputs import EntityInput, align_attributes
-from index_builder.errors import ReleaseNotFound, UnknownEntityType
+from index_builder.errors import NotWritable, ReleaseNotFound, UnknownEntityType
 from index_builder.fusion.engagements import Engagements
 from index_builder.fusion.fused_search import FusedIndex
 from index_builder.lexical.counting import TEXT_FIELDS, text_fields
+from index_builder.live_log.source_age import Settled
 from index_builder.releases.store import ReleaseStore
+from index_builder.storage.durable_files import FileLock, make_folder
 
 _VECTOR_COLUMNS = frozenset(
     column.name for column in schema("catalogue").columns if column.kind is Kind.VECTOR
@@ -33,19 +33,32 @@ _VECTOR_COLUMNS = frozenset(
 def scratch_folder(store: ReleaseStore) -> Iterator[Path]:
     """Make a folder inside the store for streamed vectors; it is removed at the end.
 
-    What dead processes left is removed at the start.
+    No other process has its name, and a lock beside it, which the kernel drops when its holder
+    dies, says that it is in use. What dead processes left is removed at the start.
     """
-    store.root.mkdir(parents=True, exist_ok=True)
-    for path in store.root.glob(".input-*"):
-        pid = path.name.rpartition("-")[2]
-        if pid.isdigit() and not Path("/proc", pid).exists():
-            shutil.rmtree(path, ignore_errors=True)
-    folder = store.root / f".input-{os.getpid()}"
-    folder.mkdir(exist_ok=True)
+    make_folder(store.root)
+    _remove_abandoned(store.root)
+    lock = FileLock(store.root / f".input-{secrets.token_hex(8)}.lock")
+    assert lock.acquire(), "the name is new, so nobody else holds its lock"
+    folder = lock.path.with_suffix("")
     try:
+        make_folder(folder)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        lock.path.unlink(missing_ok=True)
+        lock.release()
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Remove scratch folders whose lock nobody holds, and locks that are left alone."""
+    for folder in sorted({path.with_suffix("") for path in root.glob(".input-*")}):
+        lock = FileLock(folder.with_suffix(".lock"))
+        with suppress(NotWritable, OSError):  # of another user, who removes it
+            if lock.acquire():
+                shutil.rmtree(folder, ignore_errors=True)
+                lock.path.unlink(missing_ok=True)
+                lock.release()
 
 
 def from_signals(
@@ -67,7 +80,7 @@ def from_signals(
     for entity_type in entity_types or signals.entity_types():
         described = signals.describe(entity_type)
         path = scratch / f"{entity_type}.f32"
-        ids, times = _stream_parts(signals, entity_type, described["space_id"], path)
+        ids = _stream_parts(signals, entity_type, described["space_id"], path)
         if len(ids) != described["rows"]:
             raise DataError(
                 f"signals.json of {entity_type!r} promises {described['rows']} rows, but the parts"
@@ -82,25 +95,18 @@ def from_signals(
             vectors=vectors,
             space_id=described["space_id"],
             attributes=attributes_for(catalogue, entity_type, ids),
-            updated_at_ns=times,
             texts=texts_for(catalogue, entity_type, ids),
         )
     return inputs
 
 
-def _stream_parts(
-    signals: SignalStore, entity_type: str, space_id: str, path: Path
-) -> tuple[list[str], np.ndarray | None]:
-    """Write the vectors of all parts to ``path``, raw float32.
-
-    Returns:
-        Ids and int64 ``(N,)`` times, nanoseconds since 1970, in row order.
+def _stream_parts(signals: SignalStore, entity_type: str, space_id: str, path: Path) -> list[str]:
+    """Write the vectors of all parts to ``path``, raw float32; return the ids in row order.
 
     Raises:
         SpaceMismatch: A part was made under another space id.
     """
     ids: list[str] = []
-    times: list[np.ndarray] = []
     with open(path, "wb") as file:
         for part_path in signals.part_paths(entity_type):
             part = read_part(part_path)
@@ -108,10 +114,7 @@ def _stream_parts(
                 raise SpaceMismatch(space_id, part.space_id, str(part_path))
             part.vectors.tofile(file)
             ids += part.ids
-            column = pq.read_table(part_path, columns=["updated_at"])["updated_at"]
-            stamps = column.cast(pa.timestamp("ns", "UTC")).cast(pa.int64()).combine_chunks()
-            times.append(stamps.to_numpy(zero_copy_only=False))
-    return ids, np.concatenate(times) if times else None
+    return ids
 
 
 def from_release(
@@ -146,6 +149,7 @@ def from_release(
             base_watermark=release.manifest.entities[entity_type].watermark,
             words=index.lexical,
             engagements=_engagements_of(release.fused[entity_type]),
+            settled=Settled.read(release.path / entity_type),
         )
     release.close()
     return inputs, release.path

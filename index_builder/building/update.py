@@ -420,7 +420,7 @@ def embed_rows(frame: pl.DataFrame, bundle: Embedder | None) -> list[LiveEntry]:
 def embed_again(entries: list[LiveEntry], bundle: Embedder) -> list[LiveEntry]:
     """Embed live entries of another space again, from the catalogue rows they carry.
 
-    Their times are kept.
+    They repeat what was written: their times are kept, and they say which write it is.
 
     Args:
         entries: Upserts with a ``source``.
@@ -430,6 +430,8 @@ def embed_again(entries: list[LiveEntry], bundle: Embedder) -> list[LiveEntry]:
     frame = pl.from_dicts(rows, infer_schema_length=None)
     checked = check_frame(frame, schema("catalogue"), "live log")
     raise_problems(checked.report)
-    times = {entry.id: entry.time_ns for entry in entries}
-    fresh = embed_rows(checked.frame, bundle)
-    return [replace(entry, time_ns=times[entry.id]) for entry in fresh]
+    written = {entry.id: entry for entry in entries}
+    return [
+        replace(entry, time_ns=written[entry.id].time_ns, repeats=written[entry.id].version)
+        for entry in embed_rows(checked.frame, bundle)
+    ]

@@ -25,11 +25,14 @@ from index_builder.ann import AnnConfig
 from index_builder.ann.choice import KINDS
 from index_builder.ann.old_kinds import RENAMED_KINDS, RETIRED_KINDS
 from index_builder.building.build import ParityGate, build_release
+from index_builder.building.catalogue_age import parse_exported_at
+from index_builder.building.order import some_ids
 from index_builder.building.parity import check_forms
 from index_builder.building.plan import RebuildConfig, plan_release, read_bundle
 from index_builder.building.sources import scratch_folder
 from index_builder.commands.rebuild_sources import RebuildSources, gather
 from index_builder.commands.store_option import open_store, store_option
+from index_builder.releases.manifest import Manifest
 from index_builder.releases.release import read_manifest
 from index_builder.releases.store import ReleaseStore
 from index_builder.search.entity_index import IndexConfig
@@ -115,6 +118,35 @@ class IndexKind(click.Choice):
     "--from-active",
     is_flag=True,
     help="Take vectors and attributes from the active release and fold the live log into them.",
+)
+@click.option(
+    "--exported-at",
+    metavar="TIME",
+    help=(
+        "When the catalogue was current: an ISO 8601 time, or `file` for its files' own time. Live"
+        " writes before it lose to the catalogue, deletes too; a column modified_at says it row by"
+        " row."
+    ),
+)
+@click.option(
+    "--max-overridden",
+    type=float,
+    default=0.1,
+    show_default=True,
+    help=(
+        "Live writes that a newer catalogue may undo, as a share of its rows (a hundred always"
+        " may); more stop the rebuild."
+    ),
+)
+@click.option(
+    "--max-shrink",
+    type=float,
+    default=0.5,
+    show_default=True,
+    help=(
+        "Share of the active release's entities of one type that a catalogue may lack; an export"
+        " that lost more stops the rebuild."
+    ),
 )
 @click.option(
     "--query-tower",
@@ -286,7 +318,11 @@ def command(
         if release_id is not None:
             _report(store, release_id, as_json)
         return
-    sources = RebuildSources(reading=reading, **{name: options[name] for name in _SOURCES})
+    sources = RebuildSources(
+        **{name: options[name] for name in _SOURCES},
+        reading=reading,
+        exported_at=parse_exported_at(options["exported_at"]),
+    )
     with scratch_folder(store) as scratch:
         inputs, bundle_path, queries = gather(store, sources, config, scratch, dry_run)
         if dry_run:
@@ -302,6 +338,10 @@ def _print_plan(plan: dict[str, Any], as_json: bool) -> None:
         print_json({"dry_run": True, **plan})
         return
     rows = [(name, *(entity[key] for key in _PLANNED)) for name, entity in plan["build"].items()]
+    for name, entity in plan["build"].items():
+        for what in ("overridden", "relisted", "dropped", "held_back"):
+            if ids := entity["live"][what]:
+                say(f"{name}: {what.replace('_', ' ')}: {some_ids(ids)}")
     title = (
         f"would build over {plan['parent'] or 'an empty store'}; taken over:"
         f" {', '.join(plan['carry']) or 'nothing'}"
@@ -367,6 +407,8 @@ def _config(options: dict[str, Any]) -> RebuildConfig:
         resume=not options["no_resume"],
         fold_live=not options["no_live"],
         drop_foreign_live=options["drop_foreign_live"],
+        max_overridden=options["max_overridden"],
+        max_shrink=options["max_shrink"],
         wait_seconds=options["wait"],
     )
 
@@ -375,6 +417,12 @@ def _parity_gate(bundle_path: Path) -> ParityGate | None:
     """Return the check of the export forms, where the bundle has any."""
     forms = bundle_path / "forms"
     return check_forms if forms.is_dir() and any(forms.iterdir()) else None
+
+
+def _live(manifest: Manifest, entity_type: str) -> dict[str, Any] | None:
+    """Return what was decided about live writes; None for a type that was taken over."""
+    measured: dict[str, dict[str, Any]] = manifest.measured.get("entities", {})
+    return measured.get(entity_type, {}).get("live")
 
 
 def _report(store: ReleaseStore, release_id: str, as_json: bool) -> None:
@@ -392,6 +440,7 @@ def _report(store: ReleaseStore, release_id: str, as_json: bool) -> None:
                         "kind": e.index.get("kind"),
                         "golden": e.golden,
                         "carried_from": e.carried_from,
+                        "live": _live(manifest, name),
                     }
                     for name, e in manifest.entities.items()
                 },

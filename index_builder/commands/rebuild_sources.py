@@ -12,12 +12,25 @@ import polars as pl
 
 from encoders.commands.console import say, stage
 from encoders.errors import BundleError, ConfigError
+from encoders.inference.signal_store import SignalStore
 from encoders.tables.reading import DEFAULT_OPTIONS
 from encoders.tables.reading_options import ReadingOptions
+from index_builder.building.catalogue_age import ExportedAt, SourceTimes
 from index_builder.building.fusion_build import with_engagements
-from index_builder.building.inputs import EntityInput, QuerySet, read_live
-from index_builder.building.plan import CALIBRATION_QUERIES, RebuildConfig, read_bundle
-from index_builder.building.sources import from_release, from_signals, read_query_texts
+from index_builder.building.inputs import EntityInput, QuerySet
+from index_builder.building.order import decide
+from index_builder.building.plan import (
+    CALIBRATION_QUERIES,
+    RebuildConfig,
+    read_bundle,
+    writes_for,
+)
+from index_builder.building.sources import (
+    attributes_for,
+    from_release,
+    from_signals,
+    read_query_texts,
+)
 from index_builder.building.update import embed_again
 from index_builder.live_log.writer import LiveLogWriter
 from index_builder.releases.store import ReleaseStore
@@ -42,6 +55,7 @@ class RebuildSources:
         pairs: Table of pairs: train pairs vote, those of split ``validation`` fit the weights.
         min_query_users: Queries of fewer users do not vote, where the table counts ``users``.
         reading: How the catalogue's files are written.
+        exported_at: When the catalogue was current, as ``--exported-at`` says.
     """
 
     bundle: Path | None
@@ -53,6 +67,7 @@ class RebuildSources:
     pairs: Path | None = None
     min_query_users: int = 3
     reading: ReadingOptions = DEFAULT_OPTIONS
+    exported_at: ExportedAt = None
 
 
 class Gathered(NamedTuple):
@@ -82,6 +97,11 @@ def gather(
                 "--from-active takes everything from the active release: leave --bundle,"
                 " --catalogue and --signals out"
             )
+        if sources.exported_at is not None:
+            raise ConfigError(
+                "--exported-at says how old a catalogue is, but --from-active reads none: leave it"
+                " out"
+            )
         with stage("read the active release"):
             inputs, bundle = from_release(store, sources.entity_types)
     else:
@@ -91,13 +111,16 @@ def gather(
             )
         bundle = sources.bundle
         _check_bundle(bundle)
+        times = SourceTimes.now(store, sources.catalogue, sources.exported_at, sources.reading)
         catalogue = _catalogue(sources)
         if catalogue is not None:
             _warn_of_empty_fields(catalogue, bundle)
         if sources.signals is None and dry_run:
             assert catalogue is not None
-            return Gathered(_unembedded(catalogue, bundle), bundle, None)
+            return Gathered(times.apply(_unembedded(catalogue, bundle), catalogue), bundle, None)
         inputs = _from_tables(store, sources, bundle, catalogue, scratch)
+        named = None if sources.signals is None else SignalStore(sources.signals)
+        inputs = times.apply(inputs, catalogue, named)
     if not dry_run:
         embed_foreign_live(store, bundle, inputs, config)
         inputs = _with_pairs(sources, bundle, inputs)
@@ -131,7 +154,6 @@ def _from_tables(
     scratch: Path,
 ) -> dict[str, EntityInput]:
     """Read the signal store, filled from the catalogue where none was named."""
-    from encoders.inference.signal_store import SignalStore
     from encoders.towers.bundle import read_space_id
 
     signals = sources.signals
@@ -201,7 +223,6 @@ def _warn_of_empty_fields(catalogue: pl.DataFrame, bundle_path: Path) -> None:
 def _embed(bundle_path: Path, catalogue: pl.DataFrame, signal_root: Path) -> None:
     """Embed the rows whose inputs changed since the signal store was written."""
     from encoders.inference.batch_embedding import embed_catalogue
-    from encoders.inference.signal_store import SignalStore
     from encoders.towers.bundle import load_bundle
 
     report = embed_catalogue(load_bundle(bundle_path), [catalogue], SignalStore(signal_root))
@@ -223,6 +244,7 @@ def _unembedded(catalogue: pl.DataFrame, bundle_path: Path) -> dict[str, EntityI
             ids=rows["id"].to_list(),
             vectors=np.broadcast_to(nothing, (rows.height, bundle.dimension)),
             space_id=bundle.space_id,
+            attributes=attributes_for(rows, str(name), rows["id"].to_list()),
         )
         for (name,), rows in catalogue.group_by("entity_type", maintain_order=True)
     }
@@ -258,12 +280,8 @@ def embed_foreign_live(
     bundle = read_bundle(bundle_path)
     for entity_type, entities in inputs.items():
         for _ in range(_EMBED_ROUNDS):
-            live = read_live(store.live_root, entity_type, entities.base_watermark)
-            foreign = [
-                entry
-                for entry in live.latest.values()
-                if not entry.is_delete and entry.space_id != bundle.space_id and entry.source
-            ]
+            live = writes_for(entity_type, entities, store)
+            foreign = [entry for entry in decide(entities, live).foreign if entry.source]
             if not foreign:
                 break
             from encoders.towers.bundle import load_bundle

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from index_builder.errors import DiskFull, LiveLogBusy, LiveLogCorrupt, LiveLogError
+from index_builder.errors import LiveLogBusy, LiveLogCorrupt, LiveLogError, PublishError
 from index_builder.live_log.files import (
     ACKNOWLEDGED_NAME,
     Acknowledged,
@@ -38,6 +38,7 @@ from index_builder.storage.durable_files import (
     disk_full_is_clear,
     fsync_folder,
     make_folder,
+    open_shared,
 )
 
 DEFAULT_FILE_BYTES = 64 * 2**20
@@ -164,7 +165,7 @@ class LiveLogEnd:
             happened = False
             with suppress(OSError, LiveLogError):
                 happened = self._settle()
-            if not (happened and isinstance(error, OSError | DiskFull)):
+            if not (happened and isinstance(error, OSError | PublishError)):
                 raise
         self._acknowledged = wanted
 
@@ -204,7 +205,7 @@ class LiveLogEnd:
         if not (self.folder / ACKNOWLEDGED_NAME).exists():
             begin_acknowledged(self.folder, Acknowledged())
         with disk_full_is_clear("starting a live-log file", self.folder):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = open_shared(path, os.O_RDWR)
             try:
                 os.ftruncate(descriptor, 0)
                 write_all(descriptor, FILE_HEADER.pack(FILE_MAGIC, FILE_VERSION, 0, first), 0)
@@ -268,7 +269,8 @@ class LiveLogEnd:
         """
         self.close()
         self._file = (first, path)
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        with disk_full_is_clear("opening the live log", path):
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         head = os.pread(self._descriptor, FILE_HEADER.size, 0)
         if len(head) < FILE_HEADER.size and acknowledged.file != first:
             self.close()

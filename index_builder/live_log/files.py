@@ -23,7 +23,7 @@ import xxhash
 
 from index_builder.errors import LiveLogCorrupt, LiveLogError
 from index_builder.live_log.records import FILE_HEADER, FILE_MAGIC, FILE_VERSION
-from index_builder.storage.durable_files import write_durably
+from index_builder.storage.durable_files import open_shared, write_durably
 
 # Magic, first sequence of the file, end offset in it, last sequence
 _ACKNOWLEDGED = struct.Struct("<8sQQQ")
@@ -136,7 +136,7 @@ def write_acknowledged(folder: Path, value: Acknowledged) -> None:
     Raises:
         OSError: The file is the old one, the new one, or torn.
     """
-    descriptor = os.open(folder / ACKNOWLEDGED_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = open_shared(folder / ACKNOWLEDGED_NAME, os.O_RDWR)
     try:
         write_all(descriptor, _content(value), 0)
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
-from index_builder.errors import DiskFull, LiveLogBusy, LiveLogCorrupt, LiveLogError
+from index_builder.errors import LiveLogBusy, LiveLogCorrupt, LiveLogError, PublishError
 from index_builder.live_log.append import LiveLogEnd
 from index_builder.live_log.files import (
     Acknowledged,
@@ -42,7 +42,7 @@ def adopt_tail(live_root: Path, entity_type: str) -> None:
                 pass
         finally:
             end.close()
-    except (LiveLogError, DiskFull, OSError):
+    except (LiveLogError, PublishError, OSError):
         # A writer that holds the lock for so long has adopted it itself
         return
 

@@ -40,6 +40,8 @@ class LiveEntry:
             can embed it again; None if unknown.
         sequence: Position in the log, from 1; 0 before it is written.
         time_ns: When it was written, nanoseconds since 1970.
+        repeats: Sequence of the write that this entry repeats with a vector of another space; 0: it
+            is a write of its own.
     """
 
     id: str
@@ -49,6 +51,12 @@ class LiveEntry:
     source: dict[str, Any] | None = None
     sequence: int = 0
     time_ns: int = 0
+    repeats: int = 0
+
+    @property
+    def version(self) -> int:
+        """Sequence of the write whose data this entry holds."""
+        return self.repeats or self.sequence
 
     @property
     def is_delete(self) -> bool:
@@ -126,6 +134,8 @@ def encode_payload(entry: LiveEntry, time_ns: int) -> bytes:
         extra["attributes"] = entry.attributes
     if entry.source is not None:
         extra["source"] = entry.source
+    if entry.repeats:
+        extra["repeats"] = entry.repeats
     try:
         text = b""
         if extra:
@@ -180,6 +190,7 @@ def decode_payload(payload: memoryview, sequence: int) -> LiveEntry:
         source=extra.get("source"),
         sequence=sequence,
         time_ns=time_ns,
+        repeats=int(extra.get("repeats", 0)),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,9 +13,13 @@ from index_builder.errors import ReleaseCorrupt, ReleaseVersionError
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+PUBLISH_NUMBER = "publish_number"
+"""Name in ``measured``: how many releases the store had published, this one included."""
 _ZERO = "0" * 64
 _CHECKSUM = re.compile(r'^  "checksum": "([0-9a-f]{64})"', re.MULTILINE)
 _HEX64 = re.compile(r"[0-9a-f]{64}")
+_ENTITY_TYPE = re.compile(r"[0-9A-Za-z_][0-9A-Za-z_-]{0,63}")
+"""Names that are safe as a folder's."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -138,6 +142,7 @@ class Manifest:
                 name: EntityManifest(**{**entity, "cpu_features": tuple(entity["cpu_features"])})
                 for name, entity in values["entities"].items()
             }
+            _check_names(values["entities"], where)
             return cls(**values)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ReleaseCorrupt(
@@ -148,6 +153,26 @@ class Manifest:
     def total_bytes(self) -> int:
         """Return the bytes of all files of the release, without the manifest."""
         return sum(record.size_bytes for record in self.files.values())
+
+
+def publish_number(manifest: Manifest) -> int:
+    """Return the number of a release; 0 for one of an earlier version."""
+    number = manifest.measured.get(PUBLISH_NUMBER, 0)
+    return number if isinstance(number, int) else 0
+
+
+def _check_names(entity_types: Iterable[str], where: str) -> None:
+    """Refuse names of entity types that are no plain folder names, before they become paths.
+
+    Raises:
+        ReleaseCorrupt: Such a name.
+    """
+    for name in entity_types:
+        if not _ENTITY_TYPE.fullmatch(name):
+            raise ReleaseCorrupt(
+                f"{where}: manifest.json names the entity type {name[:80]!r}; expected letters,"
+                " digits, '_' and '-'. Restore the release or roll back."
+            )
 
 
 def _checked_text(content: bytes, where: str) -> str:

@@ -32,6 +32,9 @@ from index_builder.search.entity_index import EntityIndex, SearchResult
 VECTOR_FIELD = "embedding"
 MAX_ID_BYTES = 2048
 NAME_LIMIT = 255
+_ALIAS_NOT_FOUND = 1600
+_ABSENT = re.compile(r"not found|n[o']t exist", re.IGNORECASE)
+"""How servers without that code say that there is no such alias."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,20 +100,26 @@ class MilvusReleases:
 
         Readers see nothing of it yet.
 
-        A collection that an interrupted copy left behind is dropped and made again.
+        A collection that an interrupted copy left behind is dropped and made again. One that an
+        alias serves is never touched: it is only checked.
 
         Returns:
             ANN recall@10 on the golden queries by entity type.
 
         Raises:
-            GateFailed: The copy is short of rows or its recall is below ``min_recall``; its
-                collections were dropped.
+            GateFailed: The copy is short of rows or its recall is below ``min_recall``; what was
+                copied now is dropped.
         """
         recall: dict[str, float] = {}
+        copied: list[str] = []
         try:
             for entity_type, index in release.entities.items():
                 name = collection_name(self.config.prefix, entity_type, release.release_id)
-                self._copy(name, release, entity_type, index, progress)
+                if self._is_served(entity_type, name):
+                    self._check_count(name, entity_type, len(index.ids))
+                else:
+                    copied.append(entity_type)
+                    self._copy(name, release, entity_type, index, progress)
                 recall[entity_type] = self._golden_recall(name, release, entity_type)
                 progress(
                     f"{entity_type}: {len(index.ids):,} rows in {name}, ANN recall@10"
@@ -123,7 +132,7 @@ class MilvusReleases:
                         " activated. Raise search_params ef or index_params M."
                     )
         except BaseException:
-            self.drop(release.release_id, release.entities)
+            self.drop(release.release_id, copied)
             raise
         return recall
 
@@ -161,13 +170,17 @@ class MilvusReleases:
         Raises:
             ReleaseError: It is the active one.
         """
-        for entity_type in entity_types:
-            name = collection_name(self.config.prefix, entity_type, release_id)
-            if self._target_of(alias_name(self.config.prefix, entity_type)) == name:
-                raise ReleaseError(
-                    f"release {release_id!r} is active in Milvus for {entity_type!r}. Activate"
-                    " another one first."
-                )
+        names = {
+            entity_type: collection_name(self.config.prefix, entity_type, release_id)
+            for entity_type in entity_types
+        }
+        served = [kind for kind, name in names.items() if self._is_served(kind, name)]
+        if served:
+            raise ReleaseError(
+                f"release {release_id!r} is active in Milvus for {', '.join(served)}. Activate"
+                " another one first. Nothing was removed."
+            )
+        for name in names.values():
             if self.client.has_collection(name):
                 self.client.drop_collection(name)
 
@@ -202,12 +215,23 @@ class MilvusReleases:
         return MilvusIndex(self.client, collection, self.config)
 
     def _target_of(self, alias: str) -> str | None:
+        """Return the collection behind an alias; None where there is no such alias.
+
+        Raises:
+            MilvusException: Milvus does not answer, which says nothing about the alias.
+        """
         from pymilvus import MilvusException
 
         try:
             return str(self.client.describe_alias(alias)["collection_name"])
-        except MilvusException:
-            return None
+        except MilvusException as error:
+            if error.code == _ALIAS_NOT_FOUND or _ABSENT.search(str(error)):
+                return None
+            raise
+
+    def _is_served(self, entity_type: str, name: str) -> bool:
+        """Return whether readers are sent to a collection."""
+        return self._target_of(alias_name(self.config.prefix, entity_type)) == name
 
     def _about(self, name: str) -> dict[str, Any]:
         try:

@@ -4,8 +4,11 @@ Each step is all or nothing, whenever the process dies.
 
 Layout of ``<store>/releases/``: one folder per release; ``CURRENT`` (JSON: the active release, the
 SHA-256 of its manifest, and the releases active before it), replaced by one rename; ``.locks/``
-(flocks: ``publish``, ``build``, one per open release); ``.staging-*`` (unfinished builds,
-resumable); ``.trash-*`` (releases being removed).
+(flocks: ``publish``, ``build``, one per open release; who may not write there locks the manifest of
+the release it opens); ``.staging-*`` (unfinished builds, resumable); ``.trash-*`` (releases being
+removed).
+
+Releases are counted as they are published, and that is their order: clocks decide nothing.
 """
 
 from __future__ import annotations
@@ -15,11 +18,13 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from index_builder.ann import AnnIndex
 from index_builder.errors import (
+    NotWritable,
     PublisherBusy,
     PublishError,
     ReleaseCorrupt,
@@ -39,7 +44,7 @@ from index_builder.releases.current import (
     check_release_id,
     is_release_id,
 )
-from index_builder.releases.manifest import MANIFEST_NAME, Manifest
+from index_builder.releases.manifest import MANIFEST_NAME, PUBLISH_NUMBER, Manifest, publish_number
 from index_builder.releases.release import Release, read_manifest
 from index_builder.releases.summary import ReleaseSummary
 from index_builder.releases.verification import check_contents, check_cpu, check_names_and_sizes
@@ -49,21 +54,27 @@ from index_builder.storage.durable_files import (
     fsync_folder,
     fsync_tree,
     make_folder,
+    require_writable,
     write_durably,
 )
 
 __all__ = ["CURRENT_NAME", "ReleaseStore", "ReleaseSummary"]
 
 
-def _age(path: Path) -> tuple[str, int, str]:
-    """Return the sort key of a release folder: when it was built, or its manifest was written."""
+def _place(path: Path) -> tuple[int, str, int, str]:
+    """Return the sort key of a release folder: its number.
+
+    Releases of earlier versions have none: they come first, by when they were built or written.
+    """
     written = (path / MANIFEST_NAME).stat().st_mtime_ns
-    created = ""
+    created, number = "", 0
     with suppress(ReleaseError):
-        created = str(read_manifest(path).measured.get("created", ""))
+        manifest = read_manifest(path)
+        created = str(manifest.measured.get("created", ""))
+        number = publish_number(manifest)
     if not created:
         created = datetime.fromtimestamp(written / 1e9, UTC).isoformat(timespec="milliseconds")
-    return created, written, path.name
+    return number, created, written, path.name
 
 
 class ReleaseStore:
@@ -136,14 +147,7 @@ class ReleaseStore:
         graphs: Mapping[str, AnnIndex] | None = None,
     ) -> Release:
         path = self.path_of(release_id)
-        lease: FileLock | None = None
-        if path.is_dir() and os.access(self.releases, os.W_OK):
-            make_folder(self._locks)
-            lease = self._lease(release_id)
-            if not lease.acquire(shared=True, timeout_seconds=5.0):
-                raise PublisherBusy(
-                    f"release {release_id} is being removed by another process; choose another one"
-                )
+        lease = self._leased(release_id) if path.is_dir() else None
         try:
             return Release.open(
                 path, verify=verify, expected_sha256=expected_sha256, lease=lease, graphs=graphs
@@ -153,11 +157,33 @@ class ReleaseStore:
                 lease.release()
             raise
 
-    def _lease(self, release_id: str) -> FileLock:
-        return FileLock(self._locks / f"open-{release_id}.lock")
+    def _leased(self, release_id: str) -> FileLock | None:
+        """Take the lock that keeps ``gc`` away from a release; None if it has no manifest.
+
+        Raises:
+            PublisherBusy: It is being removed.
+            NotWritable: The file system holds no locks.
+        """
+        for lease in self._leases(release_id):
+            try:
+                if lease.acquire(shared=True, timeout_seconds=5.0):
+                    return lease
+            except (NotWritable, FileNotFoundError):
+                continue
+            raise PublisherBusy(
+                f"release {release_id} is being removed by another process; choose another one"
+            )
+        return None
+
+    def _leases(self, release_id: str) -> tuple[FileLock, FileLock]:
+        """Return the locks of an open release: who may not create the first takes the second."""
+        with suppress(NotWritable):
+            make_folder(self._locks)
+        manifest = self.path_of(release_id) / MANIFEST_NAME
+        return FileLock(self._locks / f"open-{release_id}.lock"), FileLock(manifest, create=False)
 
     def ids(self) -> list[str]:
-        """Return the ids of all published releases, oldest first (by creation time, then name)."""
+        """Return the ids of all published releases, in the order in which they were published."""
         if not self.releases.is_dir():
             return []
         folders = [
@@ -165,7 +191,7 @@ class ReleaseStore:
             for p in self.releases.iterdir()
             if not p.name.startswith(".") and (p / MANIFEST_NAME).is_file()
         ]
-        return [p.name for p in sorted(folders, key=_age)]
+        return [p.name for p in sorted(folders, key=_place)]
 
     def damaged_ids(self) -> list[str]:
         """Return ids that ``ids`` does not see, by name.
@@ -186,7 +212,8 @@ class ReleaseStore:
     def earlier(self) -> list[str]:
         """Return the releases that were active before the current one and still exist.
 
-        The most recent comes first; ``rollback`` goes to it.
+        The most recent comes first; ``rollback`` goes to it. Whoever asks what a rollback does,
+        asks this.
 
         Raises:
             ReleaseCorrupt: ``CURRENT`` was damaged.
@@ -292,7 +319,6 @@ class ReleaseStore:
             DiskFull: No room.
         """
         target = self.path_of(manifest.release_id)
-        content = manifest.to_bytes()
         with self.lock("publish", wait_seconds=60.0):
             active = self.current()
             if require_parent and active != manifest.parent:
@@ -309,6 +335,7 @@ class ReleaseStore:
                 shutil.rmtree(staging)
             else:
                 check_names_and_sizes(staging, manifest)
+                content = self._numbered(manifest).to_bytes()
                 with disk_full_is_clear("publishing the release", self.releases):
                     write_durably(staging / MANIFEST_NAME, content)
                     fsync_tree(staging)
@@ -317,6 +344,12 @@ class ReleaseStore:
             if activate:
                 self._set_current(manifest.release_id)
         return manifest.release_id
+
+    def _numbered(self, manifest: Manifest) -> Manifest:
+        """Return a manifest with the next number; the ``publish`` lock is held."""
+        ids = self.ids()
+        last = _place(self.path_of(ids[-1]))[0] if ids else 0
+        return replace(manifest, measured={**manifest.measured, PUBLISH_NUMBER: last + 1})
 
     def activate(self, release_id: str, *, verify: bool = True) -> str | None:
         """Make a published release the active one.
@@ -339,23 +372,43 @@ class ReleaseStore:
                 read_manifest(self.path_of(release_id))
             return self._set_current(release_id)
 
-    def rollback(self, *, verify: bool = True) -> str:
+    def rollback_target(self) -> str:
+        """Return the release that ``rollback`` goes to.
+
+        Raises:
+            ReleaseNotFound: There is nothing to go back to, or it was collected.
+            ReleaseCorrupt: ``CURRENT`` was damaged.
+        """
+        history = self.earlier()
+        if not history:
+            raise ReleaseNotFound(
+                "there is no earlier release to roll back to: only one was ever active, or the"
+                " earlier ones were collected"
+            )
+        return history[0]
+
+    def rollback(self, *, to: str | None = None, verify: bool = True) -> str:
         """Go back to the release that was active before; calling it again goes further back.
+
+        Args:
+            to: What ``rollback_target`` returned, for who has loaded that release already.
+            verify: Check every byte first.
 
         Returns:
             Id of the release that is active now.
 
         Raises:
             ReleaseNotFound: There is nothing to go back to, or it was collected.
+            PublishError: It is no longer ``to``; nothing was changed.
         """
         with self.lock("publish", wait_seconds=60.0):
-            history = self.earlier()
-            if not history:
-                raise ReleaseNotFound(
-                    "there is no earlier release to roll back to: only one was ever active, or the"
-                    " earlier ones were collected"
+            target = self.rollback_target()
+            if to not in (None, target):
+                raise PublishError(
+                    f"a rollback went to {to}, but another process has changed CURRENT: it would go"
+                    f" to {target} now. Nothing was changed; run it again."
                 )
-            target = history[0]
+            history = self.earlier()
             if verify:
                 self.verify(target)
             self._write_current(target, tuple(history[1:]))
@@ -366,7 +419,7 @@ class ReleaseStore:
         with suppress(ReleaseCorrupt):  # naming a release again repairs a damaged CURRENT
             record = self.current_record()
         if record is None:
-            self._write_current(release_id, ())
+            self._write_current(release_id, self._parents(release_id))
             return None
         if record.release_id == release_id:
             self._write_current(release_id, record.history)
@@ -375,6 +428,17 @@ class ReleaseStore:
         earlier.pop(release_id, None)
         self._write_current(release_id, tuple(earlier)[:HISTORY_LENGTH])
         return record.release_id
+
+    def _parents(self, release_id: str) -> tuple[str, ...]:
+        """Return what manifests know of a history: the parents of a release that still exist."""
+        found: dict[str, None] = {release_id: None}
+        with suppress(ReleaseError):
+            while len(found) <= HISTORY_LENGTH:
+                parent = read_manifest(self.path_of(next(reversed(found)))).parent
+                if parent is None or parent in found:
+                    break
+                found[parent] = None
+        return tuple(found)[1:]
 
     def _write_current(self, release_id: str, history: tuple[str, ...]) -> None:
         manifest = (self.path_of(release_id) / MANIFEST_NAME).read_bytes()
@@ -402,17 +466,21 @@ class ReleaseStore:
                 contains. Do so only when rebuilds start from the active release or from sources
                 that hold those changes too.
 
+        What cannot be removed is logged and left; everything else goes.
+
         Returns:
             Ids of removed releases.
 
         Raises:
             ReleaseError: ``keep`` is below 1.
             PublisherBusy: Another process is publishing.
+            NotWritable: This user may not write to the store.
         """
         if keep < 1:
             raise ReleaseError(f"gc keeps at least 1 release, but keep is {keep}")
         with self.lock("publish", wait_seconds=10.0):
             if not dry_run:
+                require_writable(self.releases)
                 # First: a release may have the id of one that a killed gc had moved away
                 empty_trash(self.releases)
             ids = self.ids()
@@ -421,20 +489,18 @@ class ReleaseStore:
             removed = [
                 release_id
                 for release_id in unwanted
-                if remove_release(self.releases, release_id, self._lease(release_id), dry_run)
+                if remove_release(self.releases, release_id, self._leases(release_id), dry_run)
             ]
             if not dry_run:
                 remove_leftovers(self.releases, FileLock(self._locks / "build.lock"))
                 if drop_folded_log:
-                    manifests = [read_manifest(self.path_of(name)) for name in self.ids()]
-                    remove_folded_log(self.live_root, manifests)
+                    remove_folded_log(self.live_root, [self.path_of(name) for name in self.ids()])
         return removed
 
     def _kept(self, ids: Sequence[str], keep: int) -> set[str]:
         """Return the newest releases, the active one, and the one ``rollback`` goes to."""
         stay = set(ids[-keep:])
-        record = self.current_record()
-        if record is not None:
-            stay.add(record.release_id)
-            stay.update([h for h in record.history if h in ids][:1])
+        active = self.current()
+        if active is not None:
+            stay.update((active, *self.earlier()[:1]))
         return stay

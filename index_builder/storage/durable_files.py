@@ -1,4 +1,4 @@
-"""Files that survive a crash: fsync, atomic replacement, locks, and a typed error when full."""
+"""Files that survive a crash: fsync, atomic replacement, locks, and typed errors of the disk."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import errno
 import fcntl
 import os
 import re
+import secrets
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from index_builder.errors import DiskFull
+from index_builder.errors import DiskFull, NotWritable
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 def _free_space(path: Path) -> str:
@@ -31,10 +34,13 @@ def disk_full_is_clear(what: str, path: Path) -> Iterator[None]:
 
     Raises:
         DiskFull: The operating system refused to store more bytes; names the free space.
+        NotWritable: This user may not write there.
     """
     try:
         yield
     except OSError as error:
+        if error.errno in _FORBIDDEN:
+            raise _not_writable(what, path, error) from error
         if not _is_full(error):
             raise
         raise DiskFull(
@@ -48,6 +54,56 @@ def _is_full(error: OSError) -> bool:
     """Return whether there was no room; numpy gives no number, but counts what it wrote."""
     short_write = error.errno is None and re.fullmatch(r"\d+ requested and \d+ written", str(error))
     return error.errno in _FULL or bool(short_write)
+
+
+def _not_writable(what: str, path: Path, error: OSError) -> NotWritable:
+    return NotWritable(
+        f"{what}: {error.filename or path} may not be written by this user ({error.strerror})."
+        " Nothing was changed. Run as the store's owner, or give its folders and files to a common"
+        " group (chgrp -R GROUP STORE; chmod -R g+rwX STORE) and set the sticky group bit on"
+        " folders (chmod g+s)."
+    )
+
+
+def require_writable(folder: Path) -> None:
+    """Refuse to begin what will write to a folder.
+
+    Raises:
+        NotWritable: This user may not.
+    """
+    if not os.access(folder, os.W_OK):
+        error = OSError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        raise _not_writable("changing the store", folder, error)
+
+
+def open_shared(path: Path, flags: int) -> int:
+    """Open a file for writing; one that has to be created is as shared as its folder is.
+
+    Where a group may write to the folder, it may write to the file, whatever the umask.
+
+    Args:
+        path: The file.
+        flags: Of ``os.open``; with ``O_EXCL`` the file must be new.
+
+    Returns:
+        The descriptor.
+    """
+    flags |= os.O_CREAT | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags | os.O_EXCL, 0o666)
+    except FileExistsError:
+        if flags & os.O_EXCL:
+            raise
+        return os.open(path, flags, 0o666)
+    _share(path.parent, descriptor, stat.S_IRGRP | stat.S_IWGRP)
+    return descriptor
+
+
+def _share(folder: Path, target: int | Path, bits: int) -> None:
+    """Give the group of a new file or folder ``bits``, where it may write to ``folder``."""
+    with suppress(OSError):  # of a file system without modes
+        if folder.stat().st_mode & stat.S_IWGRP:
+            os.chmod(target, stat.S_IMODE(os.stat(target).st_mode) | bits)
 
 
 def fsync_folder(folder: Path) -> None:
@@ -72,33 +128,47 @@ def fsync_tree(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Create ``folder`` and its missing parents, each name durable."""
+    """Create ``folder`` and its missing parents, each name durable, as shared as where they are.
+
+    Raises:
+        NotWritable: This user may not.
+    """
     missing = []
     while not folder.exists():
         missing.append(folder)
         folder = folder.parent
     for path in reversed(missing):
-        path.mkdir(exist_ok=True)
+        try:
+            path.mkdir(exist_ok=True)
+        except OSError as error:
+            if error.errno in _FORBIDDEN:
+                raise _not_writable("creating a folder", path, error) from error
+            raise
+        _share(path.parent, path, stat.S_IRWXG)
         fsync_folder(path.parent)
 
 
 def write_durably(path: Path, content: bytes) -> None:
     """Replace ``path`` by ``content``.
 
-    After a crash at any moment the file holds all of the old bytes or all of the new ones.
+    After a crash at any moment the file holds all of the old bytes or all of the new ones. The
+    name of the temporary file is nobody else's, not even in another container.
 
     Raises:
         DiskFull: There was no room; the old content is untouched.
+        NotWritable: This user may not write there.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with disk_full_is_clear(f"writing {path.name}", path.parent), open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with disk_full_is_clear(f"writing {path.name}", path.parent):
+            with open(open_shared(temporary, os.O_WRONLY | os.O_EXCL), "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
 
@@ -106,36 +176,67 @@ def write_durably(path: Path, content: bytes) -> None:
 class FileLock:
     """An advisory ``flock`` on a small file.
 
-    The kernel drops it when the holder dies, so a kill -9 never leaves a stale lock.
+    The kernel drops it when the holder dies, so a kill -9 never leaves a stale lock. The file may
+    be removed by who holds the lock. It holds the process id of the last exclusive holder, for
+    error messages only.
 
-    The file holds the process id of the last exclusive holder, for error messages only.
+    Args:
+        path: The file.
+        create: False locks a file that is there, without changing it: for who may only read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, create: bool = True) -> None:
         self.path = path
+        self._create = create
         self._descriptor: int | None = None
 
     def acquire(self, *, shared: bool = False, timeout_seconds: float = 0.0) -> bool:
-        """Take the lock; False if another holder keeps it for ``timeout_seconds``."""
+        """Take the lock; False if another holder keeps it for ``timeout_seconds``.
+
+        Raises:
+            NotWritable: This user may neither create nor read the file, or the file system holds
+                no locks.
+        """
         assert self._descriptor is None, "the lock is already held by this object"
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         deadline = time.monotonic() + timeout_seconds
-        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         while True:
+            descriptor, writable = self._open()
             try:
-                fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
+                if not _locked(descriptor, shared, deadline):
                     os.close(descriptor)
                     return False
-                time.sleep(0.005)
-        if not shared:
+            except OSError as error:
+                os.close(descriptor)
+                raise _not_writable("taking a lock", self.path, error) from error
+            if self._is_named(descriptor):
+                break
+            os.close(descriptor)  # its last holder removed it: what has the name now is locked
+        if writable and not shared:
             with suppress(OSError):  # a full disk: the lock is the kernel's, the pid for messages
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         self._descriptor = descriptor
         return True
+
+    def _open(self) -> tuple[int, bool]:
+        """Open the file, and say whether it may be written: a lock itself needs no such right."""
+        try:
+            if self._create:
+                return open_shared(self.path, os.O_RDWR), True
+            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC), False
+        except OSError as error:
+            if error.errno not in _FORBIDDEN:
+                raise
+            try:
+                return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC), False
+            except OSError:
+                raise _not_writable("opening a lock", self.path, error) from error
+
+    def _is_named(self, descriptor: int) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(descriptor))
+        except FileNotFoundError:
+            return False
 
     def release(self) -> None:
         """Release the lock if it is held."""
@@ -154,3 +255,16 @@ class FileLock:
     def held(self) -> bool:
         """Return whether this object holds the lock."""
         return self._descriptor is not None
+
+
+def _locked(descriptor: int, shared: bool, deadline: float) -> bool:
+    """Take a ``flock``; False if another holder keeps it until ``deadline``."""
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    while True:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.005)

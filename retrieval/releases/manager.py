@@ -185,7 +185,7 @@ class LiveReleases:
             target = previous_release(self.store)
             async with self._in_memory(target) as serving:
                 try:
-                    await self.loader.run(lambda: self.store.rollback(verify=False))
+                    await self.loader.run(lambda: self.store.rollback(to=target, verify=False))
                 except ReleaseNotFound as error:
                     raise NothingToRollBack(str(error)) from error
                 await self._swap(serving)
@@ -317,19 +317,15 @@ class LiveReleases:
 
 
 def previous_release(store: ReleaseStore) -> str:
-    """Return the release that a rollback makes active: the last former one that still exists.
+    """Return the release that a rollback makes active, as the store says.
 
     Raises:
         NothingToRollBack: There is none.
     """
-    record = store.current_record()
-    for release_id in record.history if record else ():
-        if store.path_of(release_id).is_dir():
-            return release_id
-    raise NothingToRollBack(
-        "there is no earlier release to roll back to: only one was ever active, or the earlier ones"
-        " were collected."
-    )
+    try:
+        return store.rollback_target()
+    except ReleaseNotFound as error:
+        raise NothingToRollBack(str(error)) from error
 
 
 def _close_last(last: list[ServingRelease]) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 import encoders.towers.bundle
 from index_builder.building.build import build_release
-from index_builder.building.inputs import read_live
+from index_builder.building.live_fold import read_live
 from index_builder.commands.rebuild_sources import embed_foreign_live
 from index_builder.live_log.reader import LiveLogReader
 from index_builder.live_log.records import LiveEntry

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from encoders.errors import OmniError
 from index_builder.building.build import build_release
+from index_builder.building.sources import scratch_folder
 from index_builder.errors import (
     PublisherBusy,
     PublishError,
@@ -27,11 +28,14 @@ from index_builder.errors import (
     ReleaseVersionError,
     UnsupportedCpu,
 )
+from index_builder.live_log.records import LiveEntry
+from index_builder.live_log.writer import LiveLogWriter
 from index_builder.releases.diff import describe_release, diff_releases
 from index_builder.releases.manifest import MANIFEST_NAME, Manifest
 from index_builder.releases.release import Release, read_manifest
 from index_builder.releases.store import CURRENT_NAME, ReleaseStore
 from index_builder.releases.verification import check_cpu
+from retrieval.releases.manager import previous_release
 from tests.helpers.release_makers import SPACE, make_bundle, make_input, quick, unit_vectors
 
 
@@ -223,6 +227,64 @@ def test_check_release_id_impossible_folder_is_refused(
         store.open(release_id)
 
 
+def test_current_damaged_and_activated_again_knows_its_history(store: ReleaseStore) -> None:
+    (store.releases / CURRENT_NAME).write_bytes(b"{}")
+    store.activate("r3")
+    assert store.earlier() == ["r2", "r1"]
+    assert store.rollback() == "r2"
+
+
+def test_ids_release_published_after_clock_was_set_back_is_the_newest(store: ReleaseStore) -> None:
+    publish_copy(store, "r0-late", created="2001-01-01T00:00:00.000+00:00", activate=False)
+    assert store.ids() == ["r1", "r2", "r3", "r0-late"]
+    assert list(store.gc(keep=1)) == ["r1"]  # r3 is active, r2 its predecessor
+    publish_copy(store, "r5", created="1999-01-01T00:00:00.000+00:00")
+    assert store.ids()[-1] == "r5"
+
+
+def test_ids_releases_of_before_the_counter_come_first_by_time(store: ReleaseStore) -> None:
+    for name, created in (("r3", "2020-01-01"), ("r1", "2021-01-01")):
+        path = store.path_of(name) / MANIFEST_NAME
+        manifest = read_manifest(store.path_of(name))
+        path.write_bytes(replace(manifest, measured={"created": created}).to_bytes())
+    assert store.ids() == ["r3", "r1", "r2"]
+
+
+def publish_copy(
+    store: ReleaseStore, release_id: str, *, created: str = "2026-01-01", activate: bool = True
+) -> None:
+    """Publish the files of ``r3`` under another id."""
+    staging = store.staging(release_id) / "content"
+    shutil.copytree(store.path_of("r3"), staging, ignore=shutil.ignore_patterns(MANIFEST_NAME))
+    manifest = read_manifest(store.path_of("r3"))
+    measured = {**manifest.measured, "created": created}
+    new = replace(manifest, release_id=release_id, parent=store.current(), measured=measured)
+    store.publish(staging, new, activate=activate)
+
+
+def test_rollback_target_is_what_every_part_goes_by(store: ReleaseStore) -> None:
+    (store.path_of("r2") / MANIFEST_NAME).unlink()
+    assert store.earlier() == ["r1"]
+    assert store.rollback_target() == previous_release(store) == "r1"
+    with pytest.raises(PublishError, match="to r1 now"):
+        store.rollback(to="r2")
+    assert store.current() == "r3"
+    assert list(store.gc(keep=1)) == []
+    assert store.rollback(to="r1") == "r1"
+
+
+@pytest.mark.parametrize("name", ["../pin", "a/b", "", ".", "pin\n", "x" * 65])
+def test_manifest_entity_type_that_is_no_folder_name_is_refused(
+    store: ReleaseStore, name: str
+) -> None:
+    path = store.path_of("r1")
+    manifest = read_manifest(path)
+    forged = replace(manifest, entities={name: manifest.entities["pin"]})
+    (path / MANIFEST_NAME).write_bytes(forged.to_bytes())
+    with pytest.raises(ReleaseCorrupt, match="entity type"):
+        store.open("r1")
+
+
 def test_open_unknown_release_is_not_found(store: ReleaseStore) -> None:
     with pytest.raises(ReleaseNotFound, match="no release at"):
         store.open("nope")
@@ -270,6 +332,150 @@ def test_gc_after_killed_gc_finishes_despite_republished_id(
     assert list(store.gc(keep=1)) == ["r1"]
     assert not list(store.releases.glob(".trash-*"))
     assert store.ids() == ["r2", "r3"]
+
+
+def test_gc_linked_release_loses_its_link_only(store: ReleaseStore, tmp_path: Path) -> None:
+    os.rename(store.path_of("r1"), tmp_path / "r1")
+    store.path_of("r1").symlink_to(tmp_path / "r1")
+    assert list(store.gc(keep=1)) == ["r1"]
+    assert list(store.gc(keep=1)) == []
+    assert (tmp_path / "r1" / MANIFEST_NAME).is_file()
+    assert not list(store.releases.glob(".trash-*"))
+
+
+def test_gc_entry_that_cannot_be_removed_holds_nothing_else_up(
+    store: ReleaseStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (store.releases / ".trash-stuck").mkdir()
+    (store.releases / ".trash-old").mkdir()
+    staging = store.staging("dead")
+    remove = shutil.rmtree
+
+    def stuck(path: Path, *rest: object, **options: object) -> None:
+        if path.name in (".trash-stuck", ".trash-r1"):
+            raise PermissionError(13, "Permission denied", str(path))
+        remove(path, *rest, **options)  # type: ignore[arg-type]
+
+    publish_copy(store, "r4")
+    monkeypatch.setattr(shutil, "rmtree", stuck)
+    assert list(store.gc(keep=1)) == ["r1", "r2"]
+    assert not staging.exists()
+    left = sorted(path.name for path in store.releases.glob(".trash-*"))
+    assert left == [".trash-r1", ".trash-stuck"]
+    assert "could not be removed" in caplog.text
+    assert list(store.gc(keep=1)) == []
+
+
+def test_gc_damaged_release_keeps_the_whole_live_log(store: ReleaseStore) -> None:
+    (store.path_of("r1") / MANIFEST_NAME).write_bytes(b"{}")
+    with LiveLogWriter(store.live_root, "pin", 64, file_bytes=1) as writer:
+        for number in range(3):
+            writer.write([LiveEntry(id=f"n{number}")])
+    files = sorted((store.live_root / "pin").glob("log-*.bin"))
+    store.gc(keep=3, drop_folded_log=True)
+    assert sorted((store.live_root / "pin").glob("log-*.bin")) == files
+
+
+def as_other_user(action: Callable[[], object]) -> str:
+    """Run something as a user without rights; return the error's type and text, or ``done``."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.setgroups([])
+        os.setgid(4242)
+        os.setuid(4242)
+        try:
+            action()
+            told = "done"
+        except BaseException as error:
+            told = f"{type(error).__name__}: {error}"
+        os.write(write, told.encode()[:4000])
+        os._exit(0)
+    os.close(write)
+    os.waitpid(child, 0)
+    with os.fdopen(read) as pipe:
+        return pipe.read()
+
+
+def make_reachable(folder: Path) -> None:
+    """Let other users pass the folders on the way: pytest's are private."""
+    for path in (folder, *folder.parents):
+        if path.stat().st_uid == os.getuid() and path != Path("/"):
+            path.chmod(path.stat().st_mode | 0o055)
+
+
+def share(folder: Path) -> None:
+    """Give a tree to the other user's group, as the error message advises."""
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, -1, 4242)
+        path.chmod(path.stat().st_mode | (0o2070 if path.is_dir() else 0o060))
+
+
+needs_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+
+
+@needs_root
+def test_store_another_users_is_refused_with_a_typed_error(store: ReleaseStore) -> None:
+    make_reachable(store.root)
+    for action in (
+        lambda: store.activate("r1"),
+        store.rollback,
+        store.gc,
+        lambda: LiveLogWriter(store.live_root, "pin", 64),
+        lambda: scratch_folder(store).__enter__(),
+    ):
+        assert as_other_user(action).startswith("NotWritable: "), action
+    assert store.current() == "r3"
+
+
+@needs_root
+def test_store_shared_with_a_group_works_for_its_members(store: ReleaseStore) -> None:
+    make_reachable(store.root)
+    share(store.root)
+    os.umask(0o022)
+    with store.lock("publish"), LiveLogWriter(store.live_root, "pin", 64) as writer:
+        writer.write([LiveEntry(id="mine")])
+
+    def work() -> None:
+        os.umask(0o022)
+        store.activate("r1")
+        with LiveLogWriter(store.live_root, "pin", 64) as theirs:
+            theirs.write([LiveEntry(id="theirs")])
+        with scratch_folder(store) as scratch:
+            (scratch / "pin.f32").write_bytes(b"x")
+
+    assert as_other_user(work) == "done"
+    assert store.activate("r2") == "r1"
+    with LiveLogWriter(store.live_root, "pin", 64) as writer:
+        assert writer.write([LiveEntry(id="again")]) == 3
+
+
+@needs_root
+def test_gc_leaves_what_a_user_who_may_only_read_has_open(store: ReleaseStore) -> None:
+    make_reachable(store.root)
+    store.activate("r3")
+    opened, close = os.pipe(), os.pipe()
+
+    def hold() -> None:
+        lease = store._leased("r1")  # `open` would wait for polars' threads, which a fork loses
+        os.write(opened[1], b"x" if lease is not None else b"-")
+        os.read(close[0], 1)
+
+    child = os.fork()
+    if child == 0:
+        os.setgroups([])
+        os.setgid(4242)
+        os.setuid(4242)
+        try:
+            hold()
+        finally:
+            os._exit(0)
+    os.close(opened[1])
+    assert os.read(opened[0], 1) == b"x"
+    assert list(store.gc(keep=1)) == []
+    os.write(close[1], b"x")
+    os.waitpid(child, 0)
+    assert list(store.gc(keep=1)) == ["r1"]
 
 
 def test_list_release_without_manifest_is_damaged(store: ReleaseStore) -> None:

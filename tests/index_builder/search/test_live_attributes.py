@@ -14,7 +14,9 @@ import pytest
 from click.testing import CliRunner
 
 from index_builder.building.build import build_release
-from index_builder.building.inputs import EntityInput, LiveWrites, fold_live
+from index_builder.building.inputs import EntityInput
+from index_builder.building.live_fold import fold_live
+from index_builder.building.order import LiveWrites
 from index_builder.building.update import attributes_of, read_changes
 from index_builder.commands import update as update_command
 from index_builder.errors import BadAttribute

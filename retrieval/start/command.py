@@ -147,10 +147,11 @@ def command(
             f"\n{total:,} train pairs are fewer than {FEWEST_PAIRS:,}: the shipped query tower"
             " finds more untrained than trained on them (zero-shot)"
         )
-    if not total:
-        pairs_of_titles(start.data / "catalogue.parquet", start.data / "titles.parquet")
-        shown = start.data / "titles.parquet"
-        prepared = prepared._replace(pairs=shown, train_pairs=count_pairs(shown))
+    real_pairs, counted = prepared.pairs, prepared.train_pairs
+    if zero_shot:
+        titles = start.data / "titles.parquet"
+        pairs_of_titles(start.data / "catalogue.parquet", titles)
+        prepared = prepared._replace(pairs=titles, train_pairs=count_pairs(titles))
     config = out / "run.toml"
     write_config(config, prepared, round(60 * flags["minutes"]), zero_shot=zero_shot)
     run = out / ("zero_shot" if zero_shot else "run")
@@ -159,6 +160,7 @@ def command(
         start.run("evaluate", run / "model", "--data", start.data, "--baselines", "bm25")
     queries = start.data / "frequent_queries.txt"
     proof = ["--queries", queries] if queries.is_file() and queries.stat().st_size else []
+    proof += ["--pairs", real_pairs] if total else []
     start.run(
         *("rebuild", "--store", out / "store", "--bundle", run / "model"),
         *("--catalogue", start.data / "catalogue.parquet", *proof),
@@ -167,7 +169,7 @@ def command(
         print_json(
             {
                 "commands": start.commands,
-                "train_pairs": prepared.train_pairs,
+                "train_pairs": counted,
                 "zero_shot": zero_shot,
             }
         )

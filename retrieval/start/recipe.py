@@ -20,7 +20,8 @@ measurement on many catalogues.
 """
 HELD_OUT_SHARE = 0.1
 """Share of the queries of ready pairs that are held out, where the file holds none out."""
-_PSEUDO_PAIRS = 5_000
+_PSEUDO_PAIRS = 1_000
+"""Of each entity type."""
 _SMALLEST_SHARE = 1
 _SHARES = 16
 
@@ -111,18 +112,25 @@ def hold_out(pairs: Path) -> None:
 
 
 def pairs_of_titles(catalogue: Path, out: Path) -> None:
-    """Write titles as if they were queries for their entities: what a run without a log reads."""
+    """Write titles as if they were queries for their entities: what a zero-shot run reads.
+
+    Each is a train pair, which the run wants, and a validation pair, by which weight 0 is taken.
+    """
     rows = pl.read_parquet(catalogue, glob=False)
     text = next((name for name in ("title", "description") if name in rows.columns), "id")
-    titled = rows.filter(pl.col(text).fill_null("").str.strip_chars() != "").head(_PSEUDO_PAIRS)
-    frame = titled.select(
-        query=pl.col(text).str.head(200),
-        entity_type="entity_type",
-        entity_id="id",
-        count=pl.lit(1),
-        split=pl.lit("train"),
+    titled = rows.filter(pl.col(text).fill_null("").str.strip_chars() != "")
+    frame = (
+        titled.group_by("entity_type", maintain_order=True)
+        .head(_PSEUDO_PAIRS)
+        .select(
+            query=pl.col(text).str.head(200),
+            entity_type="entity_type",
+            entity_id="id",
+            count=pl.lit(1),
+        )
     )
-    write_table(frame, out)
+    splits = (frame.with_columns(split=pl.lit(split)) for split in ("train", "validation"))
+    write_table(pl.concat(splits), out)
 
 
 def write_config(path: Path, prepared: Prepared, seconds: int, *, zero_shot: bool) -> None:

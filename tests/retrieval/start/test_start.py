@@ -103,7 +103,10 @@ def test_pairs_of_titles_are_pairs(tmp_path: Path) -> None:
     catalogue.write_parquet(tmp_path / "c.parquet")
     pairs_of_titles(tmp_path / "c.parquet", tmp_path / "p.parquet")
     read = check_table(tmp_path / "p.parquet", "pairs").frame
-    assert read.select("query", "entity_id", "split").rows() == [("x", "a", "train")]
+    assert read.select("query", "entity_id", "split").rows() == [
+        ("x", "a", "train"),
+        ("x", "a", "validation"),
+    ]
 
 
 def test_as_shell_can_be_typed() -> None:
@@ -128,6 +131,8 @@ def test_start_ends_in_a_store_that_answers(
     assert done.returncode == 0, done.stderr[-3000:]
     summary = json.loads(done.stdout)
     assert summary["zero_shot"]
+    metrics = json.loads((out / "zero_shot" / "model" / "metrics.json").read_text())
+    assert (metrics["residual_weight/product"], metrics["query_interpolation"]) == (0, 0)
     assert any(line.startswith("omni rebuild") for line in summary["commands"])
     store = ReleaseStore(out / "store")
     with store.open_current() as release:

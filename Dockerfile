@@ -1,5 +1,6 @@
 # The engine as an image: `docker build -t omnisearchsage .` then
-#   docker run -v $PWD/store:/store -p 50051:50051 -p 9100:9100 omnisearchsage serve --store /store --host 0.0.0.0 --metrics-port 9100
+#   docker run -v $PWD/store:/store -p 50051:50051 -p 9464:9464 omnisearchsage serve --store /store --host 0.0.0.0 --insecure
+# (--insecure: whoever reaches the ports may ask; better: --tokens, see docs/howto/tls_and_tokens.md)
 FROM python:3.11-slim AS build
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 WORKDIR /src

@@ -388,7 +388,7 @@ class EntityDescription(_message.Message):
     def __init__(self, entity_type: _Optional[str] = ..., count: _Optional[int] = ..., index_kind: _Optional[str] = ..., ann_recall_at_10: _Optional[float] = ..., ann_recall_low: _Optional[float] = ..., ann_recall_high: _Optional[float] = ..., live_sequence: _Optional[int] = ..., attributes: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Limits(_message.Message):
-    __slots__ = ("max_k", "max_batch", "max_query_bytes", "max_message_bytes", "max_score_ids", "max_filter_bytes", "max_exclude_ids")
+    __slots__ = ("max_k", "max_batch", "max_query_bytes", "max_message_bytes", "max_score_ids", "max_filter_bytes", "max_exclude_ids", "max_label_bytes", "max_attributes", "max_answer_values")
     MAX_K_FIELD_NUMBER: _ClassVar[int]
     MAX_BATCH_FIELD_NUMBER: _ClassVar[int]
     MAX_QUERY_BYTES_FIELD_NUMBER: _ClassVar[int]
@@ -396,6 +396,9 @@ class Limits(_message.Message):
     MAX_SCORE_IDS_FIELD_NUMBER: _ClassVar[int]
     MAX_FILTER_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_EXCLUDE_IDS_FIELD_NUMBER: _ClassVar[int]
+    MAX_LABEL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_ATTRIBUTES_FIELD_NUMBER: _ClassVar[int]
+    MAX_ANSWER_VALUES_FIELD_NUMBER: _ClassVar[int]
     max_k: int
     max_batch: int
     max_query_bytes: int
@@ -403,7 +406,10 @@ class Limits(_message.Message):
     max_score_ids: int
     max_filter_bytes: int
     max_exclude_ids: int
-    def __init__(self, max_k: _Optional[int] = ..., max_batch: _Optional[int] = ..., max_query_bytes: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_score_ids: _Optional[int] = ..., max_filter_bytes: _Optional[int] = ..., max_exclude_ids: _Optional[int] = ...) -> None: ...
+    max_label_bytes: int
+    max_attributes: int
+    max_answer_values: int
+    def __init__(self, max_k: _Optional[int] = ..., max_batch: _Optional[int] = ..., max_query_bytes: _Optional[int] = ..., max_message_bytes: _Optional[int] = ..., max_score_ids: _Optional[int] = ..., max_filter_bytes: _Optional[int] = ..., max_exclude_ids: _Optional[int] = ..., max_label_bytes: _Optional[int] = ..., max_attributes: _Optional[int] = ..., max_answer_values: _Optional[int] = ...) -> None: ...
 
 class ActivateRequest(_message.Message):
     __slots__ = ("release_id",)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from encoders.errors import ConfigError
+from retrieval.addresses import is_loopback
 
 DAY_SECONDS = 86_400.0
 
@@ -23,9 +24,12 @@ AT_LEAST_ONE = (
     "max_in_flight",
     "max_encode_queue",
     "search_threads",
+    "impression_file_bytes",
 )
 NOT_NEGATIVE = (
     "max_streams_per_connection",
+    "slow_ms",
+    "impression_log_bytes",
     "batch_delay_ms",
     "cache_bytes",
     "answer_cache_bytes",
@@ -33,7 +37,14 @@ NOT_NEGATIVE = (
     "inline_search_us",
     "grace_seconds",
 )
-POSITIVE = ("cache_ttl_seconds", "poll_seconds", "live_poll_seconds", "redis_timeout_ms")
+POSITIVE = (
+    "default_deadline_seconds",
+    "max_deadline_seconds",
+    "cache_ttl_seconds",
+    "poll_seconds",
+    "live_poll_seconds",
+    "redis_timeout_ms",
+)
 FRACTIONS = ("shadow_fraction", "shadow_cpu", "golden_min_recall")
 
 
@@ -57,6 +68,17 @@ class Limits:
     """UTF-8 bytes of a filter expression."""
     max_exclude_ids: int = 10_000
     """Ids to exclude per search."""
+    max_label_bytes: int = 256
+    """UTF-8 bytes of each text that only names something: request_id, language, release_id, ..."""
+    max_attributes: int = 64
+    """Attribute names of a search; ``*`` stands for all that the release has."""
+    max_answer_values: int = 2**20
+    """Hits times (1 + attributes of each) of one call, all its searches together."""
+
+    @property
+    def max_answer_bytes(self) -> int:
+        """Bytes of one answer."""
+        return 4 * self.max_message_bytes
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -71,11 +93,27 @@ class ServeConfig:
 
     releases: Path
     """The releases/ root that a build publishes to."""
-    host: str = "0.0.0.0"
+    host: str = "127.0.0.1"
+    """Address to listen on; beyond loopback only with tokens, client certificates or ``insecure``.
+    """
     port: int = 50051
     """gRPC port; 0 picks a free one."""
     metrics_port: int | None = 9464
-    """HTTP port of /metrics, /healthz and the page; 0 picks a free one, None switches HTTP off."""
+    """HTTP port of calls as JSON, the page, /metrics and /healthz, under the same TLS and tokens.
+
+    0 picks a free one, None switches it off.
+    """
+    probe_port: int | None = None
+    """HTTP port of /healthz, /livez and /metrics alone: no TLS, no tokens, for a private network.
+
+    0 picks a free one, None: there is none.
+    """
+    insecure: bool = False
+    """Listen beyond loopback though everybody there may ask; nobody may change anything then."""
+    allowed_hosts: tuple[str, ...] = ()
+    """Names under which the HTTP port may be asked, beside addresses and this machine's own."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose pages may call over HTTP, e.g. https://shop.example; empty: none."""
     transport: str = "http2"
     """Transport of gRPC: http2 or grpcio.
 
@@ -165,19 +203,38 @@ class ServeConfig:
     """Share of one core that shadow searches may use."""
     impression_log: Path | None = None
     """Folder of the impression log, JSON lines in the form of the log table; None: no log."""
+    impression_file_bytes: int = 128 * 2**20
+    """A file of the impression log that has grown to this is followed by another."""
+    impression_log_bytes: int = 10 * 2**30
+    """Bound of the whole folder: beyond it lines are dropped and counted, and no file is removed.
+    """
     log_query_text: bool = False
     """Write query text to logs and impressions. Off by default: queries are personal."""
     otlp_endpoint: str | None = None
     """OpenTelemetry collector for traces, e.g. http://localhost:4317 (needs the extra `otel`)."""
     log_json: bool = False
     """Log lines as JSON objects."""
+    access_log: bool = False
+    """Log every call: method, code, time, stages, caller; never query text.
+
+    Calls then take the full path, as they do with traces.
+    """
+    slow_ms: float = 1000.0
+    """Calls that take longer are logged in any case; 0: none."""
+    default_deadline_seconds: float = 60.0
+    """Deadline of a call that sets none."""
+    max_deadline_seconds: float = 600.0
+    """The longest deadline; what is longer counts as this."""
 
     tls_cert: Path | None = None
     tls_key: Path | None = None
     tls_client_ca: Path | None = None
     """Certificate authority of clients (mutual TLS): those without a certificate are refused."""
     tokens: Path | None = None
-    """TOML file of tokens (docs/howto/tls_and_tokens.md); without it all have every right."""
+    """TOML file of tokens (docs/howto/tls_and_tokens.md).
+
+    Without it everybody may ask, and change things where only this machine is listened to.
+    """
     grace_seconds: float = 10.0
     """How long SIGTERM waits for requests in flight."""
 
@@ -192,9 +249,10 @@ class ServeConfig:
         Raises:
             ConfigError: One is out of range; the message names it.
         """
-        for name in ("port", "metrics_port"):
+        object.__setattr__(self, "host", self.host.strip("[]"))
+        for name in ("port", "metrics_port", "probe_port"):
             port = getattr(self, name)
-            if not (port is None and name == "metrics_port"):
+            if port is not None or name == "port":
                 self._check(0 <= port < 65536, name, "0 to 65535")
         for name, choices in CHOICES.items():
             expected = f"{', '.join(choices[:-1])} or {choices[-1]}"
@@ -215,6 +273,17 @@ class ServeConfig:
             "tls_client_ca",
             "tls_cert and tls_key beside it",
         )
+        if not (self.is_local or self.tokens or self.tls_client_ca or self.insecure):
+            raise ConfigError(
+                f"host: {self.host} can be reached from other machines, where everybody could ask."
+                " Give --tokens, or --tls-client-ca with --tls-cert and --tls-key; or say"
+                " --insecure, if the network is trusted; or listen on 127.0.0.1."
+            )
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach the server."""
+        return is_loopback(self.host)
 
     def _check(self, ok: bool, name: str, expected: str) -> None:
         if not ok:

@@ -12,13 +12,16 @@ ServingError
 ├── NothingToRollBack         there is no earlier release                    FAILED_PRECONDITION
 ├── WritesDisabled            this server takes no live writes               FAILED_PRECONDITION
 ├── Overloaded                a queue is full                                RESOURCE_EXHAUSTED
+│   └── RateExceeded          the token asks more often than it may
 ├── MessageTooLarge           more bytes than a message of the method may be RESOURCE_EXHAUSTED
+├── AnswerTooLarge            the answer is more than is sent                RESOURCE_EXHAUSTED
 ├── DeadlinePassed            the caller's deadline passed                   DEADLINE_EXCEEDED
 ├── NotReady                  no release yet, or shutting down               UNAVAILABLE
 ├── Unauthenticated           no token, or a wrong one                       UNAUTHENTICATED
 ├── PermissionDenied          the token may not do this                      PERMISSION_DENIED
 ├── EncoderFailed             the query tower raised or made a bad vector    INTERNAL
-├── AddressInUse              another process listens on the port            (command line only)
+├── CannotListen              an address cannot be listened on               (command line only)
+│   └── AddressInUse          another process listens on the port
 └── ServerDied                the server started by the demo ended           (command line only)
 """
 
@@ -124,6 +127,27 @@ class MessageTooLarge(ServingError):
         )
 
 
+class RateExceeded(Overloaded):
+    """A token asks more often than its rate allows."""
+
+    def __init__(self, token: str, per_second: float, retry_after_ms: int) -> None:
+        self.what = "rate"
+        self.limit = round(per_second)
+        self.retry_after_ms = retry_after_ms
+        ServingError.__init__(
+            self,
+            f"token {token!r}: {per_second:g} searches a second are allowed, and more came. Try"
+            f" again in {retry_after_ms} ms, with jitter.",
+        )
+
+
+class AnswerTooLarge(ServingError):
+    """An answer would have more bytes than the server sends."""
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(f"the answer has more than {max_bytes} bytes.")
+
+
 class DeadlinePassed(ServingError):
     """The caller's deadline passed, or would pass before the queue gets to this request."""
 
@@ -150,13 +174,21 @@ class EncoderFailed(ServingError):
     """The query tower failed, or made a vector with NaN or of a wrong size."""
 
 
-class AddressInUse(ServingError):
+class CannotListen(ServingError):
+    """The wanted address cannot be listened on; the message says why."""
+
+    def __init__(self, address: str, reason: str) -> None:
+        super().__init__(f"cannot listen on {address}: {reason}.")
+
+
+class AddressInUse(CannotListen):
     """Another process listens on the wanted address."""
 
     def __init__(self, address: str, flag: str = "--port") -> None:
         super().__init__(
-            f"cannot listen on {address}: another process already does. Stop it, or choose another"
-            f" with {flag} (0 picks a free one)."
+            address,
+            f"another process already does. Stop it, or choose another with {flag} (0 picks a free"
+            " one)",
         )
 
 

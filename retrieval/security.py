@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ssl
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import grpc
-
 from encoders.errors import ConfigError
 from retrieval.errors import PermissionDenied, Unauthenticated
+from retrieval.rates import Rate
+
+TOKEN_KEYS = ("name", "sha256", "entity_types", "admin", "rate", "burst")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +25,17 @@ class Caller:
         name: For logs; never the token itself.
         entity_types: What it may retrieve; None means all.
         admin: May activate, roll back, upsert and delete.
+        rate: How often it may ask; None: as often as the server can answer.
     """
 
     name: str
     entity_types: frozenset[str] | None = None
     admin: bool = False
+    rate: Rate | None = field(default=None, compare=False)
+
+    def may_retrieve(self, entity_type: str) -> bool:
+        """Return whether the token holds an entity type."""
+        return self.entity_types is None or entity_type in self.entity_types
 
     def require_entity_types(self, entity_types: Iterable[str]) -> None:
         """Raise ``PermissionDenied`` unless every type is allowed."""
@@ -44,6 +50,11 @@ class Caller:
 
     def require_admin(self) -> None:
         """Raise ``PermissionDenied`` unless the token holds the admin right."""
+        if self is VISITOR:
+            raise PermissionDenied(
+                "this call needs a token with the admin right, as other machines can reach this"
+                " server. Start it with --tokens, or listen on 127.0.0.1 alone."
+            )
         if not self.admin:
             raise PermissionDenied(
                 f"token {self.name!r} does not hold the admin right, which this call needs."
@@ -51,7 +62,9 @@ class Caller:
 
 
 EVERYONE = Caller("anonymous", None, True)
-"""The caller when no tokens are configured."""
+"""The caller where no tokens are configured and only this machine can call."""
+VISITOR = Caller("anonymous", None, False)
+"""The caller where no tokens are configured and other machines can call."""
 
 
 class Tokens:
@@ -64,9 +77,16 @@ class Tokens:
         sha256 = "<hex digest of the token>"     # printf %s "$TOKEN" | sha256sum
         entity_types = ["pin", "product"]        # left out: all
         admin = false
+        rate = 100                               # searches a second; left out: no bound
+        burst = 200                              # at once, after a rest; left out: the rate
+
+    Args:
+        path: Of the file; None: ``by_digest`` is all.
+        by_digest: Callers by the digest of their token.
     """
 
-    def __init__(self, by_digest: dict[bytes, Caller]) -> None:
+    def __init__(self, path: Path | None, by_digest: dict[bytes, Caller]) -> None:
+        self.path = path
         self._by_digest = by_digest
 
     @classmethod
@@ -76,37 +96,12 @@ class Tokens:
         Raises:
             ConfigError: The file is missing, not TOML, or an entry is wrong; the message names it.
         """
-        try:
-            content = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"tokens: cannot read {path}: {error}") from error
-        by_digest: dict[bytes, Caller] = {}
-        for i, entry in enumerate(content.get("token", [])):
-            where = f"tokens: {path.name}: token {i + 1}"
-            unknown = set(entry) - {"name", "sha256", "entity_types", "admin"}
-            if unknown:
-                raise ConfigError(
-                    f"{where}: unknown keys {sorted(unknown)}; known: name, sha256, entity_types,"
-                    " admin."
-                )
-            try:
-                digest = bytes.fromhex(entry["sha256"])
-                name = str(entry["name"])
-            except (KeyError, TypeError, ValueError) as error:
-                raise ConfigError(
-                    f"{where}: expected name and sha256 (64 hexadecimal digits): {error}"
-                ) from error
-            if len(digest) != 32:
-                raise ConfigError(
-                    f"{where}: sha256 should have 64 hexadecimal digits, but has {2 * len(digest)}."
-                )
-            by_digest[digest] = _caller(f"{where} ({name!r})", name, entry)
-        if not by_digest:
-            raise ConfigError(
-                f"tokens: {path.name} holds no [[token]]; with an empty file nobody could call. Add"
-                " one, or leave --tokens out."
-            )
-        return cls(by_digest)
+        return cls(path, _read_tokens(path))
+
+    def reload(self) -> None:
+        """Read the file again: removed tokens are refused from now on. Raises as ``load``."""
+        if self.path is not None:
+            self._by_digest = _read_tokens(self.path)
 
     def caller(self, metadata: Sequence[tuple[str, str | bytes]] | None) -> Caller:
         """Find the caller of a request from its metadata.
@@ -126,6 +121,39 @@ class Tokens:
                         return caller
                 break
         raise Unauthenticated()
+
+
+def _read_tokens(path: Path) -> dict[bytes, Caller]:
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"tokens: cannot read {path}: {error}") from error
+    by_digest: dict[bytes, Caller] = {}
+    for i, entry in enumerate(content.get("token", [])):
+        where = f"tokens: {path.name}: token {i + 1}"
+        unknown = set(entry) - set(TOKEN_KEYS)
+        if unknown:
+            raise ConfigError(
+                f"{where}: unknown keys {sorted(unknown)}; known: {', '.join(TOKEN_KEYS)}."
+            )
+        try:
+            digest = bytes.fromhex(entry["sha256"])
+            name = str(entry["name"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{where}: expected name and sha256 (64 hexadecimal digits): {error}"
+            ) from error
+        if len(digest) != 32:
+            raise ConfigError(
+                f"{where}: sha256 should have 64 hexadecimal digits, but has {2 * len(digest)}."
+            )
+        by_digest[digest] = _caller(f"{where} ({name!r})", name, entry)
+    if not by_digest:
+        raise ConfigError(
+            f"tokens: {path.name} holds no [[token]]; with an empty file nobody could call. Add"
+            " one, or leave --tokens out."
+        )
+    return by_digest
 
 
 def _caller(where: str, name: str, entry: Mapping[str, Any]) -> Caller:
@@ -148,52 +176,20 @@ def _caller(where: str, name: str, entry: Mapping[str, Any]) -> Caller:
             f"{where}: entity_types: expected a list of strings, but got {types!r}. "
             'Write entity_types = ["pin", "product"], or leave it out for all.'
         )
-    return Caller(name, None if types is None else frozenset(types), admin)
-
-
-def tls_context(cert: Path, key: Path, client_ca: Path | None) -> ssl.SSLContext:
-    """Make the TLS context of our own transport from PEM files.
-
-    With ``client_ca`` only clients with a certificate of that authority are admitted.
-
-    Raises:
-        ConfigError: A file cannot be read, is not PEM, or key and certificate do not belong
-            together.
-    """
-    server_credentials(cert, key, client_ca)  # checks the files with the same messages
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(["h2"])
-    try:
-        context.load_cert_chain(cert, key)
-        if client_ca is not None:
-            context.load_verify_locations(client_ca)
-            context.verify_mode = ssl.CERT_REQUIRED
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(
-            f"--tls-cert, --tls-key, --tls-client-ca: these files cannot be used together: {error}"
-        ) from error
-    return context
-
-
-def server_credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.ServerCredentials:
-    """Make the TLS credentials of grpcio from PEM files.
-
-    With ``client_ca`` only clients with a certificate of that authority are admitted.
-
-    Raises:
-        ConfigError: A file cannot be read or is not PEM.
-    """
-    content: dict[str, bytes] = {}
-    for name, path in (("tls-cert", cert), ("tls-key", key), ("tls-client-ca", client_ca)):
-        if path is not None:
-            try:
-                content[name] = path.read_bytes()
-            except OSError as error:
-                raise ConfigError(f"--{name}: cannot read {path}: {error}") from error
-            if b"-----BEGIN" not in content[name]:
-                raise ConfigError(f"--{name}: {path} is not a PEM file.")
-    ca = content.get("tls-client-ca")
-    return grpc.ssl_server_credentials(
-        [(content["tls-key"], content["tls-cert"])], ca, ca is not None
+    return Caller(
+        name, None if types is None else frozenset(types), admin, _rate(where, name, entry)
     )
+
+
+def _rate(where: str, name: str, entry: Mapping[str, Any]) -> Rate | None:
+    """Read how often a token may ask. Raises ``ConfigError``."""
+    numbers = {key: entry[key] for key in ("rate", "burst") if key in entry}
+    for key, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise ConfigError(f"{where}: {key}: expected a number above 0, but got {value!r}.")
+    if "rate" not in numbers:
+        if numbers:
+            raise ConfigError(f"{where}: burst: expected a rate beside it. Write rate = 100.")
+        return None
+    rate = float(numbers["rate"])
+    return Rate(name, rate, max(1.0, float(numbers.get("burst", rate))))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import grpc
 
 from encoders import errors as encoder_errors
@@ -20,12 +23,13 @@ STATUS: dict[type[OmniError], grpc.StatusCode] = {
     errors.WritesDisabled: grpc.StatusCode.FAILED_PRECONDITION,
     errors.Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.MessageTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.AnswerTooLarge: grpc.StatusCode.RESOURCE_EXHAUSTED,
     errors.DeadlinePassed: grpc.StatusCode.DEADLINE_EXCEEDED,
     errors.NotReady: grpc.StatusCode.UNAVAILABLE,
     errors.Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
     errors.PermissionDenied: grpc.StatusCode.PERMISSION_DENIED,
     errors.EncoderFailed: grpc.StatusCode.INTERNAL,
-    errors.AddressInUse: grpc.StatusCode.UNAVAILABLE,
+    errors.CannotListen: grpc.StatusCode.UNAVAILABLE,
     errors.ServerDied: grpc.StatusCode.UNAVAILABLE,
     encoder_errors.DataError: grpc.StatusCode.INVALID_ARGUMENT,
     encoder_errors.ConfigError: grpc.StatusCode.INVALID_ARGUMENT,
@@ -45,6 +49,32 @@ STATUS: dict[type[OmniError], grpc.StatusCode] = {
     index_errors.LiveLogError: grpc.StatusCode.UNAVAILABLE,
 }
 
+_READ_ONLY = (
+    grpc.StatusCode.FAILED_PRECONDITION,
+    "this server cannot write to its store ({reason}). Give its process the right to write there,"
+    " or write to another server.",
+)
+_FULL = (
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "this server's disk takes no more ({reason}). Nothing of this request was written; free some"
+    " space and send it again.",
+)
+_TOO_MANY_FILES = (
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    "this server can open no more files ({reason}). Try again later, or raise its limit.",
+)
+SYSTEM_ERRORS: dict[int, tuple[grpc.StatusCode, str]] = {
+    errno.EROFS: _READ_ONLY,
+    errno.EACCES: _READ_ONLY,
+    errno.EPERM: _READ_ONLY,
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EFBIG: _FULL,
+    errno.EMFILE: _TOO_MANY_FILES,
+    errno.ENFILE: _TOO_MANY_FILES,
+}
+"""Errors of the system that are no fault of the server's code: status, and what to do."""
+
 
 def code_for_class(cls: type[BaseException]) -> grpc.StatusCode:
     """Return the status of an error class: its nearest ancestor's; INTERNAL outside the tree."""
@@ -63,6 +93,9 @@ def status_for(error: BaseException) -> tuple[grpc.StatusCode, str]:
         return code_for_class(type(error)), str(error)
     if isinstance(error, UnicodeError):
         return grpc.StatusCode.INVALID_ARGUMENT, "the request holds text that is not valid Unicode."
+    if isinstance(error, OSError) and error.errno in SYSTEM_ERRORS:
+        code, text = SYSTEM_ERRORS[error.errno]
+        return code, text.format(reason=os.strerror(error.errno))
     if isinstance(error, MemoryError):
         return grpc.StatusCode.RESOURCE_EXHAUSTED, "the server is out of memory. Try again later."
     return (

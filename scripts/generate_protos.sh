@@ -1,5 +1,5 @@
 #!/bin/sh
-# Generates protos/retrieval_pb2*.py(i) from protos/retrieval.proto; run it after every change of the contract (`make protos`).
+# Generates protos/retrieval_pb2*.py(i) and docs/reference/openapi.json from protos/retrieval.proto; run it after every change of the contract (`make protos`).
 # With --check nothing is written: it fails when the committed modules are not what the proto gives.
 set -eu
 cd "$(dirname "$0")/.."
@@ -16,3 +16,5 @@ if [ "$out" != . ]; then
         cmp -s "$file" "protos/${file##*/}" || { echo "protos/${file##*/} is not what protos/retrieval.proto gives; run: make protos"; exit 1; }
     done
 fi
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+"$python" scripts/generate_openapi.py "$@"

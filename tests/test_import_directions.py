@@ -55,7 +55,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "observability": "",
         "releases": "encoding observability",
         "service": "http2 bounds encoding observability releases",
-        "web": "client releases service",
+        "web": "http2 client releases service",
         "server": "http2 encoding observability releases service web",
         "demo": "client",
         "start": "",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
@@ -24,6 +26,11 @@ class LazyGroup(click.Group):
         super().__init__(**settings)
         self.table = table
 
+    def main(self, *args: Any, **settings: Any) -> Any:
+        """Run as a program; SIGTERM ends it from now on, whatever its process number."""
+        _end_on_sigterm_as_process_1()
+        return super().main(*args, **settings)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return command names in the order of the table."""
         return list(self.table)
@@ -43,3 +50,12 @@ class LazyGroup(click.Group):
         """List commands with their one-line help."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, help_text) for name, (_, help_text) in self.table.items()])
+
+
+def _end_on_sigterm_as_process_1() -> None:
+    """Give SIGTERM its usual effect: the kernel ignores it for the first process of a container.
+
+    Commands that end in their own way install their handlers later.
+    """
+    if os.getpid() == 1 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))

@@ -36,7 +36,7 @@ from index_builder.search.request import (
 from index_builder.storage.corpus import Corpus, check_vectors
 
 if TYPE_CHECKING:
-    from index_builder.search.live_segments import LiveView
+    from index_builder.search.live_segments import LiveSegment, LiveView
 
 __all__ = [
     "INDEX_FILE",
@@ -280,14 +280,13 @@ class EntityIndex:
         names = list(dict.fromkeys(names))
         result: list[dict[str, Any]] = [{} for _ in ids]
         base: list[tuple[int, int]] = []
+        # One look-up per segment: reading a table costs much more than reading a row of it
+        by_segment: dict[int, tuple[LiveSegment, list[tuple[int, int]]]] = {}
         for i, id_ in enumerate(ids):
             place = live.find(id_) if live is not None else None
             if place is not None:
                 segment, live_row = place
-                frame = segment.attributes
-                known = [name for name in names if name in frame.columns]
-                if known:
-                    result[i] = frame.select(known).row(live_row, named=True)
+                by_segment.setdefault(id(segment), (segment, []))[1].append((i, live_row))
                 continue
             row = self.ids.row_of(id_)
             if row is not None and not (live is not None and live.hides(row)):
@@ -295,6 +294,13 @@ class EntityIndex:
         found = self.attribute_table.values([row for _, row in base], names)
         for (i, _), values in zip(base, found):
             result[i] = values
+        for segment, places in by_segment.values():
+            frame = segment.attributes
+            known = [name for name in names if name in frame.columns]
+            if known:
+                rows = frame.select(known)[[live_row for _, live_row in places]].to_dicts()
+                for (i, _), values in zip(places, rows):
+                    result[i] = values
         return result
 
     def attribute_types(self, names: Iterable[str]) -> dict[str, str]:

@@ -43,7 +43,7 @@ class AsyncRetrievalClient(ClientBase):
 
     def __init__(self, target: str = "localhost:50051", config: ClientConfig | None = None) -> None:
         super().__init__(target, config)
-        options = self.config.channel_options()
+        options = self.config.channel_options(target)
         if self.config.tls:
             self._channel = grpc.aio.secure_channel(target, self.config.tls.credentials(), options)
         else:

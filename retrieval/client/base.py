@@ -10,7 +10,7 @@ from grpc_health.v1 import health_pb2_grpc
 
 from encoders.errors import ConfigError
 from protos import retrieval_pb2_grpc as pb_grpc
-from retrieval.client.config import ClientConfig, is_this_machine
+from retrieval.client.config import ClientConfig, is_this_machine, proxy_of
 from retrieval.client.errors import CallError, InvalidRequest, Overloaded, Unavailable, error_from
 from retrieval.client.requests import Call
 from retrieval.client.retries import RetryBudget, wait_before_retry
@@ -91,6 +91,17 @@ def failure(error: grpc.RpcError, method: str, target: str, attempts: int) -> Ca
     beyond a limit of one side, or a resource such as the disk is.
     """
     made = error_from(error, method=method, target=target, attempts=attempts)
+    proxy = proxy_of(target) if isinstance(made, Unavailable) else None
+    if proxy is not None:
+        return Unavailable(
+            made.code,
+            f"{made.details.rstrip('.')}. The call went through the proxy that the variable"
+            f" {proxy} names; if {target} needs none, add its host to no_proxy.",
+            method=method,
+            target=target,
+            attempts=attempts,
+            retry_after_seconds=made.retry_after_seconds,
+        )
     if not isinstance(made, Overloaded) or made.retry_after_seconds is not None:
         return made
     for words, advice in TOO_LARGE.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -13,6 +14,8 @@ import grpc
 from encoders.errors import ConfigError
 from retrieval.client.retries import RetryPolicy
 
+PROXY_VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
+"""What gRPC takes a proxy from, the first that is set."""
 _HOST = re.compile(r"\[([^][]+)\](?::\w+)?|([^:]+)(?::\w+)?")
 """``[host]`` or ``host``, with or without a port."""
 
@@ -48,6 +51,16 @@ def is_this_machine(target: str) -> bool:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def proxy_of(target: str) -> str | None:
+    """Return the variable with the proxy that calls to a target go through; None: they need none.
+
+    Calls to this machine go through none (``ClientConfig.channel_options``).
+    """
+    if is_this_machine(target):
+        return None
+    return next((name for name in PROXY_VARIABLES if os.environ.get(name)), None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,8 +140,8 @@ class ClientConfig:
                     f"ClientConfig.{name} must be above 0, but got {getattr(self, name)}."
                 )
 
-    def channel_options(self) -> list[tuple[str, Any]]:
-        """The gRPC channel arguments for this configuration."""
+    def channel_options(self, target: str) -> list[tuple[str, Any]]:
+        """The gRPC channel arguments for this configuration and server."""
         options: list[tuple[str, Any]] = [
             ("grpc.keepalive_time_ms", int(self.keepalive_seconds * 1000)),
             ("grpc.keepalive_timeout_ms", int(self.keepalive_timeout_seconds * 1000)),
@@ -143,6 +156,8 @@ class ClientConfig:
             ("grpc.min_reconnect_backoff_ms", 2000),
             ("grpc.max_reconnect_backoff_ms", 2000),
         ]
+        if is_this_machine(target):  # no proxy of the environment can reach it
+            options.append(("grpc.enable_http_proxy", 0))
         if self.round_robin:
             options.append(("grpc.lb_policy_name", "round_robin"))
         if self.tls and self.tls.server_name:

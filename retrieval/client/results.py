@@ -157,6 +157,10 @@ class Limits:
     max_score_ids: int
     max_filter_bytes: int
     max_exclude_ids: int
+    max_label_bytes: int
+    max_attributes: int
+    max_answer_values: int
+    """0 of a server that does not tell it; likewise the two before."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,7 +45,7 @@ class RetrievalClient(ClientBase):
 
     def __init__(self, target: str = "localhost:50051", config: ClientConfig | None = None) -> None:
         super().__init__(target, config)
-        options = self.config.channel_options()
+        options = self.config.channel_options(target)
         if self.config.tls:
             self._channel = grpc.secure_channel(target, self.config.tls.credentials(), options)
         else:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
+from click.core import ParameterSource
 
 from encoders.commands.console import handle_errors, json_option, say
+from retrieval.commands.serve_config import config_as_toml, merged, read_config_file
 from retrieval.config import DAY_SECONDS, Limits, ServeConfig
 from retrieval.observability.logs import configure_logging
 
@@ -19,17 +21,64 @@ DEFAULTS = ServeConfig(releases=Path("."))
 LIMITS = Limits()
 
 
-@click.command("serve")
+class Converted(NamedTuple):
+    """A flag that stands for a setting in another unit.
+
+    Attributes:
+        setting: Of ``ServeConfig`` or ``Limits``.
+        convert: Turns the flag's value into the setting's.
+    """
+
+    setting: str
+    convert: Callable[[Any], Any]
+
+
+def _mib(value: int) -> int:
+    return value * 2**20
+
+
+def _port(value: int) -> int | None:
+    return None if value < 0 else value
+
+
+@click.command("serve", context_settings={"auto_envvar_prefix": "OMNI_SERVE"})
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=None,
+    help=(
+        "TOML file with any setting that --print-config shows; flags, and variables such as"
+        " OMNI_SERVE_MAX_K, win over it."
+    ),
+)
+@click.option("--print-config", is_flag=True, help="Print the configuration as TOML and end.")
 @click.option(
     "--releases",
     "--store",
     "releases",
     type=click.Path(path_type=Path, file_okay=False),
-    required=True,
+    default=None,
     envvar="OMNI_STORE",
     help="The store that `omni rebuild` publishes to (the folder with releases/ inside).",
 )
-@click.option("--host", default=DEFAULTS.host, show_default=True, help="Address to listen on.")
+@click.option(
+    "--host",
+    default=DEFAULTS.host,
+    show_default=True,
+    help=(
+        "Address to listen on. One that other machines can reach needs --tokens, --tls-client-ca or"
+        " --insecure."
+    ),
+)
+@click.option(
+    "--insecure",
+    is_flag=True,
+    help=(
+        "Listen beyond this machine though everybody there may ask. Admin calls need a token even"
+        " then."
+    ),
+)
 @click.option(
     "--port",
     default=DEFAULTS.port,
@@ -40,7 +89,34 @@ LIMITS = Limits()
     "--metrics-port",
     default=DEFAULTS.metrics_port,
     show_default=True,
-    help="HTTP port of /metrics, /healthz and the page; 0 picks a free one, -1 switches it off.",
+    help=(
+        "HTTP port of calls as JSON, the page, /metrics and /healthz, with the same TLS and tokens;"
+        " 0 picks a free one, -1 switches it off."
+    ),
+)
+@click.option(
+    "--probe-port",
+    default=-1,
+    show_default=True,
+    help=(
+        "HTTP port of /healthz, /livez and /metrics without TLS and tokens, for a private network;"
+        " 0 picks a free one, -1: there is none."
+    ),
+)
+@click.option(
+    "--allowed-host",
+    "allowed_hosts",
+    multiple=True,
+    help=(
+        "Name under which the HTTP port may be asked, beside addresses and this machine's own; may"
+        " be repeated, * allows all."
+    ),
+)
+@click.option(
+    "--cors-origin",
+    "cors_origins",
+    multiple=True,
+    help="Origin whose pages may call, e.g. https://shop.example; may be repeated.",
 )
 @click.option(
     "--workers",
@@ -179,11 +255,28 @@ LIMITS = Limits()
     help="Folder for what was shown, as JSON lines in the form of the log table.",
 )
 @click.option(
+    "--impression-log-mib",
+    default=DEFAULTS.impression_log_bytes // 2**20,
+    show_default=True,
+    help="Bound of that folder; beyond it lines are dropped and counted.",
+)
+@click.option(
     "--log-query-text",
     is_flag=True,
     help="Write query text to the impression log. Off by default: queries are personal.",
 )
 @click.option("--log-json", is_flag=True, help="Log lines as JSON objects.")
+@click.option(
+    "--access-log",
+    is_flag=True,
+    help="Log every call with its caller and the times of its stages; never query text.",
+)
+@click.option(
+    "--slow-ms",
+    default=DEFAULTS.slow_ms,
+    show_default=True,
+    help="Log calls that take longer, as --access-log does; 0: none.",
+)
 @click.option(
     "--otlp",
     "otlp_endpoint",
@@ -224,21 +317,29 @@ LIMITS = Limits()
 @json_option
 @handle_errors
 def command(**flags: Any) -> None:
-    """Serve the active release of a store over gRPC, and follow it.
+    """Serve the active release of a store over gRPC and as JSON over HTTP, and follow it.
 
     \b
     The server watches <store>/releases/CURRENT: a newly activated release is loaded beside the
-    old one, must answer its golden queries, and takes over without a failed call. Without a usable
-    release the server runs, reports NOT_SERVING and waits for one. SIGTERM drains.
+    old one, must answer its golden queries, and takes over without a failed call. It listens on
+    the gRPC port once a release is loaded; until then /healthz says what it waits for. SIGTERM
+    drains, SIGHUP reads tokens and certificates again (as a change of their files does).
 
     \b
     Example:
         omni serve --store store --port 50051
-        grpcurl -plaintext -d '{"query": "blue whale", "entity_type": "pin", "k": 5}' \\
-            localhost:50051 omnisearchsage.v1.Retrieval/Retrieve
+        curl http://localhost:9464/omnisearchsage.v1.Retrieval/Retrieve \\
+            -H 'content-type: application/json' \\
+            -d '{"query": "blue whale", "entityType": "pin", "k": 5}'
     """  # noqa: D301
     as_json = bool(flags.pop("as_json"))
-    config = config_from_flags(flags)
+    file = flags.pop("config_file")
+    print_only = flags.pop("print_config")
+    settings = settings_of_flags(flags)
+    config = merged(settings, {} if file is None else read_config_file(file), given_settings())
+    if print_only:
+        click.echo(config_as_toml(config), nl=False)
+        return
     configure_logging(config.log_json)
     if config.workers > 1:
         from retrieval.server.supervisor import serve_with_workers
@@ -253,20 +354,41 @@ def command(**flags: Any) -> None:
         asyncio.run(_serve(config, as_json))
 
 
-def config_from_flags(flags: dict[str, Any]) -> ServeConfig:
-    """Flags to a checked configuration; raises ``ConfigError``."""
-    flags = dict(flags)
-    limits = replace(LIMITS, max_k=flags.pop("max_k"), max_batch=flags.pop("max_batch"))
-    metrics_port = flags.pop("metrics_port")
-    return ServeConfig(
-        limits=limits,
-        metrics_port=None if metrics_port < 0 else metrics_port,
-        cache_bytes=flags.pop("cache_mib") * 2**20,
-        answer_cache_bytes=flags.pop("answer_cache_mib") * 2**20,
-        cache_ttl_seconds=flags.pop("cache_ttl_days") * DAY_SECONDS,
-        accept_writes=not flags.pop("read_only"),
-        **flags,
-    )
+FLAGS: dict[str, Converted] = {
+    "max_k": Converted("max_k", int),
+    "max_batch": Converted("max_batch", int),
+    "metrics_port": Converted("metrics_port", _port),
+    "probe_port": Converted("probe_port", _port),
+    "impression_log_mib": Converted("impression_log_bytes", _mib),
+    "cache_mib": Converted("cache_bytes", _mib),
+    "answer_cache_mib": Converted("answer_cache_bytes", _mib),
+    "cache_ttl_days": Converted("cache_ttl_seconds", lambda days: days * DAY_SECONDS),
+    "read_only": Converted("accept_writes", lambda read_only: not read_only),
+}
+"""Flags that are not settings as they are."""
+LIMIT_FLAGS = ("max_k", "max_batch")
+
+
+def settings_of_flags(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of ``ServeConfig`` that flags stand for, limits in a dictionary."""
+    limits = {name: flags[name] for name in LIMIT_FLAGS}
+    settings: dict[str, Any] = {"limits": limits}
+    for name, value in flags.items():
+        if name in LIMIT_FLAGS:
+            continue
+        converted = FLAGS.get(name)
+        settings[converted.setting if converted else name] = (
+            converted.convert(value) if converted else value
+        )
+    return settings
+
+
+def given_settings() -> set[str]:
+    """Return the names of settings that the command line or the environment sets."""
+    context = click.get_current_context()
+    given = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+    names = [name for name in context.params if context.get_parameter_source(name) in given]
+    return {FLAGS[name].setting if name in FLAGS else name for name in names}
 
 
 def announce(info: dict[str, Any], as_json: bool) -> None:
@@ -275,8 +397,9 @@ def announce(info: dict[str, Any], as_json: bool) -> None:
         click.echo(json.dumps(info))
         sys.stdout.flush()
         return
+    scheme = "https" if info["tls"] else "http"
     page = (
-        f"; page and /metrics on http://localhost:{info['metrics_port']}/"
+        f"; JSON, page and /metrics on {scheme}://localhost:{info['metrics_port']}/"
         if info["metrics_port"] is not None
         else ""
     )
@@ -298,9 +421,11 @@ async def _serve(config: ServeConfig, as_json: bool) -> None:
             "host": config.host,
             "port": server.port,
             "metrics_port": server.metrics_port,
+            "probe_port": server.probe_port,
             "release_id": active.release_id if active else None,
             "reason": None if active else server.releases.reason_not_ready,
             "workers": 1,
+            "tls": config.tls_cert is not None,
         }
         announce(info, as_json)
 

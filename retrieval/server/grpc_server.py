@@ -7,55 +7,48 @@ from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
+from google.protobuf import descriptor_pb2, descriptor_pool
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
+from retrieval.addresses import bound_socket
 from retrieval.config import ServeConfig
-from retrieval.errors import AddressInUse
 from retrieval.http2.frames import MAX_HEADER_BYTES
 from retrieval.http2.limits import Lifetimes
 from retrieval.http2.server import Http2Server
 from retrieval.releases.manager import LiveReleases
 from retrieval.releases.serving_release import ServingRelease
-from retrieval.security import server_credentials, tls_context
 from retrieval.service.handlers import ADMIN, RETRIEVAL
+from retrieval.tls import ServerTls, TlsFiles
 
 GrpcServer: TypeAlias = grpc.aio.Server | Http2Server
 
+REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
+REFLECTION_V1_FILE = "grpc/reflection/v1/reflection.proto"
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 
-def address_is_free(host: str, port: int) -> bool:
-    """Ask whether nobody listens there.
+def require_free_ports(config: ServeConfig) -> None:
+    """Raise ``CannotListen`` where a port cannot be had.
 
     With SO_REUSEPORT two servers would silently share a port and its callers, so this is asked
     first.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return False
-    return True
+    for port, flag in (
+        (config.port, "--port"),
+        (config.metrics_port, "--metrics-port"),
+        (config.probe_port, "--probe-port"),
+    ):
+        if port is not None:
+            bound_socket(config.host, port, flag=flag).close()
 
 
-def require_free_ports(config: ServeConfig) -> None:
-    """Raise ``AddressInUse`` if another process listens on a port that is not to be picked."""
-    if config.port and not address_is_free(config.host, config.port):
-        raise AddressInUse(f"{config.host}:{config.port}")
-    if config.metrics_port and not address_is_free(config.host, config.metrics_port):
-        raise AddressInUse(f"{config.host}:{config.metrics_port}", "--metrics-port")
-
-
-def credentials_of(config: ServeConfig) -> Any:
-    """Return TLS as the configured transport takes it; None without TLS."""
+def tls_of(config: ServeConfig) -> ServerTls | None:
+    """Return the configured TLS, or None. Raises ``ConfigError``."""
     if config.tls_cert is None or config.tls_key is None:
         return None
-    make = tls_context if config.transport == "http2" else server_credentials
-    return make(config.tls_cert, config.tls_key, config.tls_client_ca)
+    return ServerTls(TlsFiles(config.tls_cert, config.tls_key, config.tls_client_ca))
 
 
 def create_grpc_server(
@@ -72,14 +65,14 @@ def create_grpc_server(
     if config.transport == "http2":
         return Http2Server(
             max_receive_bytes=limits.max_message_bytes,
-            max_send_bytes=4 * limits.max_message_bytes,
+            max_send_bytes=limits.max_answer_bytes,
             max_streams=config.max_streams,
             listener=listener,
         )
     lifetimes = Lifetimes()
     options = [
         ("grpc.max_receive_message_length", limits.max_message_bytes),
-        ("grpc.max_send_message_length", 4 * limits.max_message_bytes),
+        ("grpc.max_send_message_length", limits.max_answer_bytes),
         ("grpc.max_concurrent_streams", config.max_streams),
         ("grpc.max_metadata_size", MAX_HEADER_BYTES),
         ("grpc.max_connection_idle_ms", int(lifetimes.max_idle_seconds * 1e3)),
@@ -116,8 +109,36 @@ async def add_health(grpc_server: GrpcServer, releases: LiveReleases) -> Any:
 
 
 def add_reflection(grpc_server: GrpcServer) -> None:
-    """Add the reflection service, so that clients need no .proto file."""
-    servicer = reflection.aio.ReflectionServicer(
-        [RETRIEVAL, ADMIN, health.SERVICE_NAME, reflection.SERVICE_NAME]
-    )
+    """Add the reflection services v1 and v1alpha, so that clients need no .proto file."""
+    _define_reflection_v1()
+    names = [RETRIEVAL, ADMIN, health.SERVICE_NAME, REFLECTION_V1, reflection.SERVICE_NAME]
+    servicer = reflection.aio.ReflectionServicer(names)
     reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, grpc_server)
+    # Both versions have the same messages on the wire
+    info = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        request_deserializer=reflection_pb2.ServerReflectionRequest.FromString,
+        response_serializer=reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    grpc_server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler(REFLECTION_V1, {"ServerReflectionInfo": info}),)
+    )
+
+
+def _define_reflection_v1() -> None:
+    """Add grpc/reflection/v1/reflection.proto to the descriptors, unless another package has."""
+    pool = descriptor_pool.Default()
+    try:
+        pool.FindFileByName(REFLECTION_V1_FILE)
+    except KeyError:
+        described = descriptor_pb2.FileDescriptorProto()
+        reflection_pb2.DESCRIPTOR.CopyToProto(described)
+        described.name = REFLECTION_V1_FILE
+        described.package = described.package.replace("v1alpha", "v1")
+        for message in described.message_type:
+            for field in filter(lambda field: field.type_name, message.field):
+                field.type_name = field.type_name.replace(".v1alpha.", ".v1.")
+        for method in described.service[0].method:
+            method.input_type = method.input_type.replace(".v1alpha.", ".v1.")
+            method.output_type = method.output_type.replace(".v1alpha.", ".v1.")
+        pool.AddSerializedFile(described.SerializeToString())

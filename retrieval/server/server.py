@@ -7,8 +7,9 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,19 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from index_builder.ann import AnnIndex
+from retrieval.addresses import cannot_listen, joined
 from retrieval.config import ServeConfig
 from retrieval.encoding.query_cache import QueryCache
 from retrieval.encoding.redis_tier import RedisTier
 from retrieval.errors import AddressInUse
 from retrieval.http2.server import Http2Server
-from retrieval.observability.impressions import ImpressionLog
+from retrieval.observability.impressions import ImpressionLog, LogBounds
 from retrieval.observability.metric_catalogue import Labels
 from retrieval.observability.metrics import Metrics
 from retrieval.observability.shared_metrics import SharedSnapshots
 from retrieval.observability.tracing import Tracer
 from retrieval.releases.manager import LiveReleases
+from retrieval.releases.serving_release import ServingRelease
 from retrieval.security import Tokens
 from retrieval.server.caches import RedisTiers, cache_measurements
 from retrieval.server.grpc_server import (
@@ -34,13 +37,15 @@ from retrieval.server.grpc_server import (
     add_health,
     add_reflection,
     create_grpc_server,
-    credentials_of,
     require_free_ports,
+    tls_of,
 )
-from retrieval.server.http_routes import http_routes
+from retrieval.server.http_routes import http_apps
+from retrieval.server.reloading import Reloaded, Reloader
 from retrieval.service.admin import AdminService, ChangeRelease
 from retrieval.service.handlers import generic_handlers
 from retrieval.service.service import RetrievalService
+from retrieval.tls import ServerTls
 from retrieval.web.http_server import HttpServer
 
 log = logging.getLogger(__name__)
@@ -50,6 +55,9 @@ SWITCH_INTERVAL_SECONDS = 0.0005
 
 The default of 5 ms would make the event loop wait that long behind a loading thread.
 """
+WEB_CONNECTIONS = 512
+PROBE_CONNECTIONS = 64
+"""At a time, per process; a new one takes the place of the longest idle one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,37 +86,42 @@ class Server:
     """One worker's server, built and not yet started.
 
     ``port`` is known at once, also when it was given as 0, unless it is one of several workers with
-    sockets of their own.
+    sockets of their own. Nobody is listened to on it before a release is loaded: clients that wait
+    for a server that is ready wait on.
     """
 
     config: ServeConfig
     grpc_server: GrpcServer
-    credentials: Any
+    tls: ServerTls | None
     service: RetrievalService
     admin: AdminService
     releases: LiveReleases
     metrics: Metrics
     health: Any
-    http: HttpServer | None
+    web: HttpServer | None
+    probe: HttpServer | None
     redis: list[RedisTier]
+    reloader: Reloader
     snapshots: SharedSnapshots | None = None
     port: int = 0
     metrics_port: int | None = None
+    probe_port: int | None = None
     _snapshot_writer: asyncio.Task[None] | None = None
+    _is_listening: bool = False
 
     def bind(self) -> None:
-        """Take the port. Raises ``AddressInUse``."""
-        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
-        address = f"{host}:{self.config.port}"
+        """Take the gRPC port. Raises ``CannotListen``."""
+        address = joined(self.config.host, self.config.port)
         try:
             if isinstance(self.grpc_server, Http2Server):
-                self.port = self.grpc_server.add_port(address, self.credentials)
-            elif self.credentials is not None:
-                self.port = self.grpc_server.add_secure_port(address, self.credentials)
+                self.port = self.grpc_server.add_port(address, self._grpc_context())
+            elif self.tls is not None:
+                credentials = self.tls.grpc_credentials()
+                self.port = self.grpc_server.add_secure_port(address, credentials)
             else:
                 self.port = self.grpc_server.add_insecure_port(address)
         except (OSError, RuntimeError) as error:
-            raise AddressInUse(address) from error
+            raise cannot_listen(address, error) from error
         if self.port == 0:
             raise AddressInUse(address)
 
@@ -116,26 +129,47 @@ class Server:
         """Accept from a socket that other workers accept from, too."""
         assert isinstance(self.grpc_server, Http2Server), "only this transport shares a listener"
         self.port = int(listener.getsockname()[1])
-        if self.credentials is not None:
-            self.grpc_server.secure(self.credentials)
+        context = self._grpc_context()
+        if context is not None:
+            self.grpc_server.secure(context)
+
+    def _grpc_context(self) -> ssl.SSLContext | None:
+        return None if self.tls is None else self.tls.context("h2")
 
     async def start(self) -> None:
-        """Listen, then load the active release; health says NOT_SERVING until it has proved itself.
-
-        Without a release, wait for one.
-        """
-        await self.listen()
+        """Answer over HTTP, load the active release, and take calls once there is one."""
+        await self._listen_http()
+        self.releases.on_change.append(self._listen_grpc)
         await self.releases.start()
 
     async def listen(self) -> None:
-        """Answer on the gRPC and HTTP ports."""
+        """Answer over HTTP, and on the gRPC port if a release is loaded: a worker's start."""
+        await self._listen_http()
+        if self.releases.active is not None:
+            await self._listen_grpc(self.releases.active)
+
+    async def _listen_grpc(self, serving: ServingRelease) -> None:
+        """Take calls, as a release is loaded."""
+        if self._is_listening:
+            return
+        self._is_listening = True
         if self.port == 0:
             self.bind()
         await self.grpc_server.start()
-        if self.http is not None:
-            assert self.config.metrics_port is not None
-            self.metrics_port = await self.http.start(
-                self.config.host, self.config.metrics_port, reuse_port=self.config.workers > 1
+        self.service.listening = True
+
+    async def _listen_http(self) -> None:
+        config = self.config
+        shared = config.workers > 1
+        self.reloader.start()
+        if self.probe is not None and config.probe_port is not None:
+            self.probe_port = await self.probe.start(
+                config.host, config.probe_port, reuse_port=shared
+            )
+        if self.web is not None and config.metrics_port is not None:
+            context = None if self.tls is None else self.tls.context("http/1.1")
+            self.metrics_port = await self.web.start(
+                config.host, config.metrics_port, tls=context, reuse_port=shared
             )
         if self.snapshots is not None:
             self._snapshot_writer = asyncio.ensure_future(self._write_snapshots(self.snapshots))
@@ -144,10 +178,10 @@ class Server:
         """Drain: health says NOT_SERVING, calls in flight get the grace period, new ones none."""
         grace = self.config.grace_seconds if grace_seconds is None else grace_seconds
         self.service.draining = True
+        self.reloader.stop()
         await self.health.enter_graceful_shutdown()
         await self.grpc_server.stop(grace)
-        if self.http is not None:
-            await self.http.stop()
+        await asyncio.gather(*(port.stop() for port in (self.web, self.probe) if port is not None))
         if self._snapshot_writer is not None:
             self._snapshot_writer.cancel()
         if self.snapshots is not None:
@@ -175,10 +209,10 @@ async def create_server(config: ServeConfig, *, worker: WorkerContext | None = N
         worker: What it shares with other workers; None: it is alone.
 
     Raises:
-        AddressInUse: Another process listens on the port.
+        CannotListen: A port cannot be had: another process listens there, say.
         ConfigError: TLS files or tokens are unusable.
     """
-    credentials = credentials_of(config)
+    tls = tls_of(config)
     if worker is None:
         require_free_ports(config)
     _tune_process()
@@ -200,22 +234,27 @@ async def create_server(config: ServeConfig, *, worker: WorkerContext | None = N
     grpc_server = create_grpc_server(
         config, listener=worker.listener if worker else None, reuse_port=worker is not None
     )
-    grpc_server.add_generic_rpc_handlers(generic_handlers(service, admin))
+    handlers = generic_handlers(service, admin)
+    grpc_server.add_generic_rpc_handlers(handlers)
     snapshots = SharedSnapshots(worker.snapshots_folder, metrics) if worker else None
-    http = None
-    if config.metrics_port is not None:
-        http = HttpServer(http_routes(service, metrics, snapshots))
+    apps = http_apps(config, service, snapshots, handlers)
     server = Server(
         config=config,
         grpc_server=grpc_server,
-        credentials=credentials,
+        tls=tls,
         service=service,
         admin=admin,
         releases=releases,
         metrics=metrics,
         health=await add_health(grpc_server, releases),
-        http=http,
+        web=None
+        if config.metrics_port is None
+        else HttpServer(apps.web, max_connections=WEB_CONNECTIONS),
+        probe=None
+        if config.probe_port is None
+        else HttpServer(apps.probe, max_connections=PROBE_CONNECTIONS, flag="--probe-port"),
         redis=tiers.opened,
+        reloader=Reloader(_reloaded(service.tokens, tls)),
         snapshots=snapshots,
     )
     add_reflection(grpc_server)
@@ -224,6 +263,15 @@ async def create_server(config: ServeConfig, *, worker: WorkerContext | None = N
     elif worker.listener is not None:
         server.share(worker.listener)
     return server
+
+
+def _reloaded(tokens: Tokens | None, tls: ServerTls | None) -> Iterator[Reloaded]:
+    """Yield what is read again when its files change."""
+    if tokens is not None and tokens.path is not None:
+        yield Reloaded("tokens", (tokens.path,), tokens.reload)
+    if tls is not None:
+        files = tuple(path for path in tls.files if path is not None)
+        yield Reloaded("TLS certificates", files, tls.reload)
 
 
 def _tune_process() -> None:
@@ -242,7 +290,11 @@ def _create_service(
     tracer = None if config.otlp_endpoint is None else Tracer(config.otlp_endpoint)
     impressions = None
     if config.impression_log is not None:
-        impressions = ImpressionLog(config.impression_log, worker.number if worker else 0)
+        bounds = LogBounds(
+            max_file_bytes=config.impression_file_bytes,
+            max_folder_bytes=config.impression_log_bytes,
+        )
+        impressions = ImpressionLog(config.impression_log, worker.number if worker else 0, bounds)
     return RetrievalService(
         config, releases, metrics, tokens=tokens, impressions=impressions, tracer=tracer
     )
@@ -261,13 +313,25 @@ def _resident_bytes() -> int:
 
 
 async def run_until_signalled(server: Server, ready: Callable[[Server], None]) -> None:
-    """Start, call ``ready``, serve until SIGTERM or SIGINT, drain."""
+    """Start, call ``ready``, serve until SIGTERM or SIGINT, drain. SIGHUP reads files again."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    await server.start()
-    ready(server)
-    await stop.wait()
+    loop.add_signal_handler(signal.SIGHUP, server.reloader.reload_all)
+    starting = asyncio.ensure_future(server.start())
+    stopping = asyncio.ensure_future(stop.wait())
+    await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
+    if starting.done():
+        try:
+            await starting
+            ready(server)
+            await stopping
+        except BaseException:
+            stopping.cancel()
+            raise
+    else:  # the release is still being loaded: nobody depends on it
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
     log.info("draining, at most %.0f s", server.config.grace_seconds)
     await server.stop()

@@ -10,9 +10,10 @@ do the former workers stop accepting and finish what they have. When any of this
 workers go and the former ones serve on: no error of a change ends the server. Changes are queued
 and carried out one at a time by the run loop. A worker that dies is replaced.
 
-All workers of all generations accept from one listening socket that the supervisor holds open, so
-that no connection is lost when a generation ends (with the grpcio transport each worker has its own
-socket on the port, and what waits in a closed one is reset).
+All workers of all generations accept from one socket that the supervisor holds open, so that no
+connection is lost when a generation ends; the first workers with a release begin to listen on it.
+With the grpcio transport each worker has its own socket on the port, and what waits in a closed one
+is reset.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import os
 import shutil
 import signal
 import socket
@@ -33,20 +35,19 @@ from typing import Any
 from encoders.errors import OmniError
 from index_builder.errors import ReleaseNotFound
 from index_builder.releases.store import ReleaseStore
+from retrieval.addresses import bound_socket
 from retrieval.config import ServeConfig
 from retrieval.errors import (
-    AddressInUse,
     NothingToRollBack,
     NotReady,
     ReleaseRefused,
     UnknownRelease,
 )
-from retrieval.http2.server import BACKLOG
 from retrieval.releases.current_file import CurrentFile
 from retrieval.releases.manager import previous_release
 from retrieval.server.backoff import Backoff
 from retrieval.server.fleet import ChangeRequest, Fleet, Worker
-from retrieval.server.grpc_server import address_is_free
+from retrieval.server.grpc_server import require_free_ports
 from retrieval.server.release_check import ReleaseCheck
 from retrieval.server.release_graphs import ReleaseGraphs
 from retrieval.server.worker import Assignment, error_message, run_worker
@@ -78,11 +79,16 @@ class Supervisor:
         self.store = ReleaseStore(config.releases)
         self._announce = announce
         self._reserved: list[socket.socket] = []
+        require_free_ports(config)
         port = self._reserve(config.host, config.port, "--port")
-        metrics_port = config.metrics_port
-        if metrics_port is not None:
-            metrics_port = self._reserve(config.host, metrics_port, "--metrics-port")
-        self.config = replace(config, port=port, metrics_port=metrics_port)
+        metrics_port, probe_port = (
+            None if wanted is None else self._reserve(config.host, wanted, flag)
+            for wanted, flag in (
+                (config.metrics_port, "--metrics-port"),
+                (config.probe_port, "--probe-port"),
+            )
+        )
+        self.config = replace(config, port=port, metrics_port=metrics_port, probe_port=probe_port)
         self._listener = self._reserved[0] if config.transport == "http2" else None
         self.fleet = Fleet(self._run_worker)
         self.graphs = ReleaseGraphs(self.store, config)
@@ -95,12 +101,7 @@ class Supervisor:
 
     def _reserve(self, host: str, port: int, flag: str) -> int:
         """Bind without listening, so that the port stays ours between two generations."""
-        if port and not address_is_free(host, port):
-            raise AddressInUse(f"{host}:{port}", flag)
-        held = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        held.bind((host, port))
+        held = bound_socket(host, port, flag=flag, reuse_port=True)
         self._reserved.append(held)
         return int(held.getsockname()[1])
 
@@ -126,9 +127,8 @@ class Supervisor:
         gc.freeze()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
+        signal.signal(signal.SIGHUP, self._pass_on)
         try:
-            if self._listener is not None:
-                self._listener.listen(BACKLOG)
             self._follow_store()
             self._start_missing()  # without a release: workers that say so
             self._wait_until_ready(self.fleet.of(self.release_id))
@@ -149,13 +149,21 @@ class Supervisor:
             "host": self.config.host,
             "port": self.config.port,
             "metrics_port": self.config.metrics_port,
+            "probe_port": self.config.probe_port,
             "release_id": self.release_id or None,
             "reason": None if self.release_id else self.reason_not_ready,
             "workers": self.config.workers,
+            "tls": self.config.tls_cert is not None,
         }
 
     def _stop(self, number: int, frame: Any) -> None:
         self._stopping = True
+
+    def _pass_on(self, number: int, frame: Any) -> None:
+        """Have the workers read tokens and certificates again."""
+        for worker in self.fleet.workers.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(worker.pid, number)
 
     def _shut_down(self) -> None:
         self._stopping = True
@@ -371,5 +379,5 @@ class Supervisor:
 
 
 def serve_with_workers(config: ServeConfig, announce: Callable[[dict[str, Any]], None]) -> None:
-    """Run a supervisor until it is signalled. Raises ``AddressInUse``."""
+    """Run a supervisor until it is signalled. Raises ``CannotListen``."""
     Supervisor(config, announce).run()

@@ -153,6 +153,7 @@ async def _serve(control: socket.socket, assignment: Assignment) -> int:
             listener=assignment.listener,
         ),
     )
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, server.reloader.reload_all)
     freeze_start_up_objects(server.releases.on_change)
     listening = asyncio.ensure_future(link.listen(server))
     try:

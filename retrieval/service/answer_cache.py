@@ -2,13 +2,14 @@
 
 Search traffic repeats itself, and the top k of a query under one index and one view of its live
 entries is always the same. An entry holds the hits as they go over the wire, so that a cached
-answer costs a look-up. Not cached: answers to ready vectors, and those that exclude ids, are
-re-ranked, carry attributes or have to be exact.
+answer costs a look-up, its attributes included. Not cached: answers to ready vectors, and those
+that exclude ids, are re-ranked or have to be exact.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping, MutableMapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -19,6 +20,7 @@ from cachetools import LRUCache
 from index_builder.search.entity_index import EntityIndex, SearchResult
 from protos import retrieval_pb2 as pb
 from retrieval.service.search_request import SearchRequest
+from retrieval.service.validation import to_value
 
 Float32 = npt.NDArray[np.float32]
 
@@ -29,8 +31,8 @@ Measured with tracemalloc, rounded up.
 """
 
 
-CacheKey = tuple[object, int, str, float | None, float | None, str]
-"""All that decides an answer: ``EntityIndex.version``, k, filter, min_recall, min_score, text.
+CacheKey = tuple[object, int, str, float | None, float | None, tuple[str, ...], str]
+"""All that decides an answer: ``EntityIndex.version``, the request's fields, the text.
 
 The version is a new object with every release and every live write that a search can see. A plain
 tuple, because every call makes one.
@@ -51,7 +53,18 @@ def cache_key(index: EntityIndex, request: SearchRequest, text: str) -> CacheKey
         request.filter,
         request.min_recall,
         request.min_score,
+        request.attributes,
         text,
+    )
+
+
+def key_bytes(key: CacheKey) -> int:
+    """Return what the texts of a key take."""
+    _, _, filter_text, _, _, attributes, text = key
+    return (
+        sys.getsizeof(text)
+        + (sys.getsizeof(filter_text) if filter_text else 0)
+        + sum(map(sys.getsizeof, attributes), sys.getsizeof(attributes) if attributes else 0)
     )
 
 
@@ -59,6 +72,10 @@ class CachedAnswer:
     """What an earlier search found, with its hits as they go over the wire.
 
     Has what ``searcher.Found`` has, so that a caller need not tell them apart.
+
+    Args:
+        result: What was found.
+        hits: As ``serialize_hits`` made them, if they are made already.
 
     Attributes:
         hits: The serialised field ``hits``, which has the same number in RetrieveResponse and
@@ -77,10 +94,8 @@ class CachedAnswer:
     rerank_ns = 0
     is_cached = True
 
-    def __init__(self, result: SearchResult) -> None:
-        message = pb.Answer()
-        add_hits(message.hits, result)
-        self.hits: bytes = message.SerializeToString()
+    def __init__(self, result: SearchResult, hits: bytes = b"") -> None:
+        self.hits = hits or serialize_hits(result)
         self.legs: tuple[str, ...] = () if result.fused is None else result.fused.used
         self.plan = result.plan
         self.ef = result.ef
@@ -105,6 +120,27 @@ class CachedAnswer:
             estimated_recall=self.estimated_recall,
             selectivity=self.selectivity,
         )
+
+
+def serialize_hits(result: SearchResult, attributes: Sequence[Mapping[str, object]] = ()) -> bytes:
+    """Return hits as they go over the wire, with the attributes of each or none at all."""
+    message = pb.Answer()
+    add_hits(message.hits, result)
+    for hit, values in zip(message.hits, attributes):
+        fill_attributes(hit.attributes, values)
+    serialized: bytes = message.SerializeToString()
+    return serialized
+
+
+def fill_attributes(wanted: MutableMapping[str, pb.Value], values: Mapping[str, object]) -> None:
+    """Write the attributes of one hit; missing values stay out."""
+    for name, value in values.items():
+        if isinstance(value, str):
+            wanted[name].string_value = value
+        elif isinstance(value, float):
+            wanted[name].double_value = value
+        elif value is not None:
+            wanted[name].CopyFrom(to_value(value))
 
 
 def add_hits(hits: Any, result: SearchResult) -> None:
@@ -178,7 +214,7 @@ class AnswerCache:
         if not self.max_bytes:
             return
         self.misses += 1
-        size = len(answer.hits) + sys.getsizeof(key[-1]) + ENTRY_OVERHEAD_BYTES
+        size = len(answer.hits) + key_bytes(key) + ENTRY_OVERHEAD_BYTES
         if size <= self.max_bytes:
             answer.size_bytes = size
             self._answers[key] = answer

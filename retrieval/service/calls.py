@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 import grpc
 
+from retrieval.config import Limits
+from retrieval.observability.call_log import CallLog
 from retrieval.observability.metrics import Metrics
 from retrieval.observability.tracing import Tracer
 from retrieval.security import EVERYONE, Caller, Tokens
@@ -48,6 +50,30 @@ class CallInfo(NamedTuple):
     started_ns: int
 
 
+class Deadlines(NamedTuple):
+    """What the server gives calls that do not bound themselves.
+
+    Attributes:
+        default_seconds: Of a call without a deadline.
+        max_seconds: The longest.
+    """
+
+    default_seconds: float
+    max_seconds: float
+
+    def seconds_for(self, remaining: float | None) -> float | None:
+        """Return the server's own bound of a call; None where the caller's is the shorter one."""
+        if remaining is None:
+            return min(self.default_seconds, self.max_seconds)
+        return self.max_seconds if remaining > self.max_seconds else None
+
+
+def peer_of(context: CallContext) -> str:
+    """Return the address of a caller as gRPC writes it; empty where the context has none."""
+    peer = getattr(context, "peer", None)
+    return str(peer()) if callable(peer) else ""
+
+
 @dataclass(frozen=True, slots=True)
 class CallGate:
     """What calls of one kind pass on their way in and out.
@@ -55,14 +81,22 @@ class CallGate:
     Attributes:
         admission: Their places.
         metrics: Where they are counted.
-        tokens: Known callers; None lets everyone do everything.
+        tokens: Known callers; None: everyone is ``anonymous``.
         tracer: Writes their spans, or None.
+        anonymous: What everyone may do without tokens.
+        limits: Of requests.
+        call_log: Writes lines about calls, or None.
+        deadlines: Of calls that set none or a long one; None: theirs count.
     """
 
     admission: Admission
     metrics: Metrics
     tokens: Tokens | None
     tracer: Tracer | None
+    anonymous: Caller = EVERYONE
+    limits: Limits = field(default_factory=Limits)
+    call_log: CallLog | None = None
+    deadlines: Deadlines | None = None
 
     def caller(self, context: CallContext) -> Caller:
         """Find who calls. Raises ``Unauthenticated``."""
@@ -71,5 +105,5 @@ class CallGate:
     def caller_of(self, metadata: Metadata | None) -> Caller:
         """Find who calls with this metadata. Raises ``Unauthenticated``."""
         if self.tokens is None:
-            return EVERYONE
+            return self.anonymous
         return self.tokens.caller(metadata)

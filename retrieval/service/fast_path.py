@@ -23,6 +23,7 @@ from retrieval.service.query_vectors import Float32, QueryVectors
 from retrieval.service.search_records import Search, SearchRecorder
 from retrieval.service.search_request import SearchRequest
 from retrieval.service.searcher import Found, cost_key
+from retrieval.service.validation import check_labels
 
 if TYPE_CHECKING:
     from index_builder.search.entity_index import EntityIndex
@@ -70,8 +71,12 @@ class FastPath:
         self._searches = searches
         self._recorder = recorder
         self._serialized: dict[tuple[object, ...], bytes] = {}
-        # Traces and impressions are the full path's
-        self._declines_all = gate.tracer is not None or recorder.impressions is not None
+        # Traces, impressions and a line for every call are the full path's
+        self._declines_all = (
+            gate.tracer is not None
+            or recorder.impressions is not None
+            or (gate.call_log is not None and gate.call_log.every)
+        )
 
     def __call__(self, content: bytes, context: CallContext) -> bytes | Refusal | None:
         """Answer or refuse a serialised request.
@@ -111,6 +116,8 @@ class FastPath:
         entry = key = answer = None
         try:
             message = _parse(content)
+            if len(content) > self._limits.max_label_bytes:
+                check_labels(message, self._limits)
             request = SearchRequest.parse(message, self._limits)
             index = self._index(message, request, serving, context)
             if index is None:
@@ -177,11 +184,18 @@ class FastPath:
         if self._tokens is not None:
             caller = self._tokens.caller(context.invocation_metadata())
             caller.require_entity_types((request.entity_type,))
+            if caller.rate is not None:
+                return None
         return serving.entities.get(request.entity_type)
 
     def _search(self, index: EntityIndex, vector: Float32, request: SearchRequest) -> Found | None:
         """Search where that is plain and known to be short."""
-        if request.k > MAX_K or request.filter or request.min_score is not None:
+        if (
+            request.k > MAX_K
+            or request.filter
+            or request.min_score is not None
+            or request.attributes
+        ):
             return None
         searcher = self._searches.searcher
         kind = cost_key(index, request, request.k)

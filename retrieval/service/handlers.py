@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 import traceback
+import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
@@ -19,15 +20,17 @@ from retrieval.bounds.messages import (
     nested_messages,
     require_bounded,
 )
-from retrieval.errors import InvalidRequest, Unauthenticated
+from retrieval.errors import DeadlinePassed, InvalidRequest, Unauthenticated
 from retrieval.http2.calls import UnaryHandler
 from retrieval.http2.headers import Metadata
 from retrieval.http2.refusals import Refusal
+from retrieval.observability.call_log import FinishedCall
 from retrieval.service.admin import AdminService
-from retrieval.service.admission import Refusals, retry_trailer
-from retrieval.service.calls import CallContext, CallGate, CallInfo
+from retrieval.service.admission import Admission, Refusals, retry_trailer
+from retrieval.service.calls import CallContext, CallGate, CallInfo, peer_of
 from retrieval.service.fast_path import FastPath
 from retrieval.service.service import RetrievalService
+from retrieval.service.validation import check_labels
 from retrieval.status import status_for
 
 log = logging.getLogger(__name__)
@@ -77,47 +80,97 @@ class MethodHandler:
         admission = gate.admission
         started_ns = time.perf_counter_ns()
         places = 0
+        token = outcome = ""
         request: Message | None = None
         response: Message | None = None
         try:
             caller = gate.caller(context)
+            token = caller.name
             if method.needs_admin:
                 caller.require_admin()
             places = admission.enter(admission.cost_of(0, len(content)))
             request = await self._parsed(content)
+            if len(content) > gate.limits.max_label_bytes:
+                check_labels(request, gate.limits)
+            searches = 1
             if method.searches is not None:
-                wanted = admission.cost_of(method.searches(request))
+                searches = method.searches(request)
+                wanted = admission.cost_of(searches)
                 places += admission.enter(wanted - places, held=places)
-            response = await method.answer(request, CallInfo(context, caller, started_ns))
+            if caller.rate is not None:
+                caller.rate.take(max(1, searches))
+            response = await self._in_time(request, CallInfo(context, caller, started_ns))
             answer: bytes = response.SerializeToString()
             if gate.tracer is not None:
                 metadata = context.invocation_metadata() or ()
                 took_ns = time.perf_counter_ns() - started_ns
                 gate.tracer.record_call(method.name, request, response, took_ns, metadata)
-            self._count("OK")
+            outcome = "OK"
             return answer
         except asyncio.CancelledError as error:
             # By the caller, or by the transport because the caller's time is over
             remaining = context.time_remaining()
             in_time = remaining is None or remaining > 0
-            self._count("CANCELLED" if in_time else "DEADLINE_EXCEEDED")
+            outcome = "CANCELLED" if in_time else "DEADLINE_EXCEEDED"
             clear_frames(error)
             raise
         except Exception as error:  # whatever went wrong becomes a typed status
             code, message = status_for(error)
-            self._count(code.name)
+            outcome = code.name
             if code is grpc.StatusCode.INTERNAL:
-                log.exception("%s failed", method.name)
+                error_id = uuid.uuid4().hex[:12]
+                log.exception("%s failed, id %s", method.name, error_id)
+                message = f"{message} Its id there is {error_id}."
+            elif isinstance(error, OSError):
+                log.error("%s failed: %s", method.name, error)
             clear_frames(error)
             await context.abort(code, message, retry_trailer(error))
             raise AssertionError("abort raises") from error
         finally:
+            seconds = (time.perf_counter_ns() - started_ns) / 1e9
+            self._count(outcome or "UNKNOWN")
+            if gate.call_log is not None and gate.call_log.wants(seconds):
+                metadata = context.invocation_metadata()
+                gate.call_log.write(
+                    FinishedCall(
+                        method=method.name,
+                        code=outcome,
+                        seconds=seconds,
+                        peer=peer_of(context),
+                        token=token,
+                        metadata=metadata,
+                        request=request,
+                        response=response,
+                    )
+                )
             request = response = None
             content = b""
-            seconds = (time.perf_counter_ns() - started_ns) / 1e9
             if places:
                 admission.leave(places, seconds)
             self._seconds.observe(seconds)
+
+    async def _in_time(self, request: Message, call: CallInfo) -> Message:
+        """Answer a request within the server's own bounds of deadlines.
+
+        Raises:
+            DeadlinePassed: They passed.
+        """
+        answering = self._method.answer(request, call)
+        deadlines = self._gate.deadlines
+        seconds = None
+        if deadlines is not None and not self._method.needs_admin:
+            seconds = deadlines.seconds_for(call.context.time_remaining())
+        if seconds is None:
+            return await answering
+        try:
+            async with asyncio.timeout(seconds) as bound:
+                return await answering
+        except TimeoutError as error:
+            if not bound.expired():
+                raise
+            raise DeadlinePassed(
+                f"the deadline passed; the work was dropped. This server gives a call {seconds:g} s."
+            ) from error
 
     async def _parsed(self, content: bytes) -> Message:
         """Parse a request, in a thread if it is large. Raises as ``require_bounded``."""
@@ -173,17 +226,30 @@ class RetrieveHandler:
 
 def search_gate(service: RetrievalService) -> CallGate:
     """Return what single searches pass."""
-    return CallGate(service.admission, service.metrics, service.tokens, service.tracer)
+    return _gate(service, service.admission)
 
 
 def bulk_gate(service: RetrievalService) -> CallGate:
     """Return what calls of many texts pass: they take no places from single searches."""
-    return CallGate(service.bulk_admission, service.metrics, service.tokens, service.tracer)
+    return _gate(service, service.bulk_admission)
 
 
 def control_gate(service: RetrievalService) -> CallGate:
     """Return what calls about the server pass: they have places of their own."""
-    return CallGate(service.control_admission, service.metrics, service.tokens, service.tracer)
+    return _gate(service, service.control_admission)
+
+
+def _gate(service: RetrievalService, admission: Admission) -> CallGate:
+    return CallGate(
+        admission,
+        service.metrics,
+        service.tokens,
+        service.tracer,
+        service.anonymous,
+        service.limits,
+        service.call_log,
+        service.deadlines,
+    )
 
 
 def retrieve_method(service: RetrievalService) -> Method:

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from functools import lru_cache
 from importlib import metadata
-from typing import Any
 
 from index_builder.search.calibration import CurvePoint
 from index_builder.search.entity_index import EntityIndex
 from protos import retrieval_pb2 as pb
 from retrieval.config import Limits
 from retrieval.releases.serving_release import ServingRelease
+from retrieval.security import EVERYONE, Caller
 from retrieval.service.answer_cache import CachedAnswer, add_hits
 from retrieval.service.cached_search import Answer
 from retrieval.service.query_vectors import Query, QueryBatch
-from retrieval.service.validation import to_value
 
 
 def retrieve_response(
     serving: ServingRelease, query: Query, answer: Answer, request_id: str
 ) -> pb.RetrieveResponse:
-    """Make the answer to Retrieve, but for attributes and timings."""
+    """Make the answer to Retrieve, but for timings."""
     source = answer if isinstance(answer, CachedAnswer) else answer.result
     response = pb.RetrieveResponse(
         release_id=serving.release_id,
@@ -38,13 +37,14 @@ def retrieve_response(
         request_id=request_id,
         answer_cached=answer.is_cached,
     )
-    if isinstance(source, CachedAnswer):
-        response.MergeFromString(source.hits)
-        response.legs.extend(source.legs)
+    if answer.hits:
+        response.MergeFromString(answer.hits)
     else:
-        add_hits(response.hits, source)
-        if source.fused is not None:
-            response.legs.extend(source.fused.used)
+        add_hits(response.hits, answer.result)
+    if isinstance(source, CachedAnswer):
+        response.legs.extend(source.legs)
+    elif source.fused is not None:
+        response.legs.extend(source.fused.used)
     return response
 
 
@@ -72,7 +72,10 @@ def fill_answer(message: pb.Answer, answer: Answer, *, query_cached: bool) -> No
         message.selectivity = result.selectivity
     if result.fused is not None:
         message.legs.extend(result.fused.used)
-    add_hits(message.hits, result)
+    if answer.hits:
+        message.MergeFromString(answer.hits)
+    else:
+        add_hits(message.hits, result)
 
 
 @lru_cache(1000)
@@ -105,27 +108,11 @@ def fill_timings(timings: pb.Timings, query: Query | QueryBatch, started_ns: int
     timings.total_ns = time.perf_counter_ns() - started_ns
 
 
-def add_attributes(hits: Any, index: EntityIndex, ids: Sequence[str], names: Sequence[str]) -> None:
-    """Give each hit the wanted attributes; missing values stay out.
-
-    Args:
-        hits: The repeated field of a message.
-        index: Holds the attributes.
-        ids: Of the hits, in their order.
-        names: Of attributes; ``*`` stands for all.
-    """
-    wanted = list(index.attribute_table.schema) if "*" in names else list(names)
-    for hit, attributes in zip(hits, index.attributes(list(ids), wanted), strict=True):
-        for name, value in attributes.items():
-            if value is not None:
-                hit.attributes[name].CopyFrom(to_value(value))
-
-
 # ---- DescribeRelease -----------------------------------------------------------------------------
 
 
 def describe_release(
-    serving: ServingRelease, loaded: Iterable[str], limits: Limits
+    serving: ServingRelease, loaded: Iterable[str], limits: Limits, caller: Caller = EVERYONE
 ) -> pb.DescribeReleaseResponse:
     """Describe one release.
 
@@ -133,9 +120,15 @@ def describe_release(
         serving: The release.
         loaded: Ids of all releases in memory.
         limits: Of this server.
+        caller: Sees the entity types that its token may retrieve.
     """
     manifest = serving.release.manifest
+    shown = [name for name in serving.entities if caller.may_retrieve(name)]
     content = {**asdict(manifest), "files": len(manifest.files)}
+    if caller.entity_types is not None:
+        content["entities"] = {name: content["entities"][name] for name in shown}
+        for private in ("measured", "query_upgrade"):  # they name all types
+            del content[private]
     return pb.DescribeReleaseResponse(
         release_id=serving.release_id,
         parent_release_id=manifest.parent or "",
@@ -144,7 +137,7 @@ def describe_release(
         query_space_id=serving.query_space_id,
         form_id=serving.form_id,
         dimension=serving.dimension,
-        entities=[_describe_entity(serving, entity_type) for entity_type in serving.entities],
+        entities=[_describe_entity(serving, entity_type) for entity_type in shown],
         limits=_limits_message(limits),
         loaded_release_ids=list(loaded),
         server_version=_server_version(),
@@ -195,6 +188,9 @@ def _limits_message(limits: Limits) -> pb.Limits:
         max_score_ids=limits.max_score_ids,
         max_filter_bytes=limits.max_filter_bytes,
         max_exclude_ids=limits.max_exclude_ids,
+        max_label_bytes=limits.max_label_bytes,
+        max_attributes=limits.max_attributes,
+        max_answer_values=limits.max_answer_values,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -46,8 +46,8 @@ class SearchRequest:
     """Trade-off of maximal marginal relevance; None: plain ranking."""
     collapse_above: float | None = None
     """Cosine between two hits above which the lower one is dropped; None: keep all."""
-    attributes: Sequence[str] = ()
-    """Names to return with each hit; ``*`` for all."""
+    attributes: tuple[str, ...] = ()
+    """Names to return with each hit, each once; ``*`` for all."""
     fused: bool | None = None
     """Whether words and known queries count, too; None: see ``legs_of``."""
     leg_weights: tuple[float, float, float] | None = None
@@ -62,7 +62,7 @@ class SearchRequest:
         Raises:
             InvalidK: k outside 1..max_k.
             InvalidRequest: A number outside its range, or NaN.
-            RequestTooLarge: Filter or excluded ids beyond the limits.
+            RequestTooLarge: Filter, excluded ids or attributes beyond the limits.
         """
         has = message.HasField
         request = cls(
@@ -75,7 +75,7 @@ class SearchRequest:
             message.exclude_ids or (),
             message.diversity if has("diversity") else None,
             message.collapse_above if has("collapse_above") else None,
-            message.attributes or (),
+            tuple(dict.fromkeys(message.attributes)) if message.attributes else (),
         )
         if has("fusion"):
             fusion = message.fusion
@@ -97,6 +97,8 @@ class SearchRequest:
             raise RequestTooLarge(
                 "exclude_ids", limits.max_exclude_ids, len(self.exclude_ids), " ids"
             )
+        if self.attributes:
+            self._check_attributes(limits)
         if self.min_score is not None and not -1.0 <= self.min_score <= 1.0:
             raise _out_of_range("min_score", self.min_score, "-1 to 1")
         if self.min_recall is not None and not 0.0 < self.min_recall <= 1.0:
@@ -108,6 +110,15 @@ class SearchRequest:
 
         if self.min_probability is not None and not 0.0 <= self.min_probability <= 1.0:
             raise _out_of_range("min_probability", self.min_probability, "0 to 1")
+
+    def _check_attributes(self, limits: Limits) -> None:
+        if len(self.attributes) > limits.max_attributes:
+            raise RequestTooLarge(
+                "attributes", limits.max_attributes, len(self.attributes), " names"
+            )
+        longest = max(len(name.encode()) for name in self.attributes)
+        if longest > limits.max_label_bytes:
+            raise RequestTooLarge("attributes", limits.max_label_bytes, longest, " bytes a name")
 
     @property
     def is_plain(self) -> bool:
@@ -121,17 +132,20 @@ class SearchRequest:
 
     @property
     def is_cacheable(self) -> bool:
-        """Whether k, filter, min_recall and min_score alone decide the answer to a query."""
+        """Whether k, filter, min_recall, min_score and attributes alone decide the answer."""
         return not (
             self.exact
             or self.fused is not None
             or self.leg_weights is not None
             or self.min_probability is not None
             or self.exclude_ids
-            or self.attributes
             or self.diversity is not None
             or self.collapse_above is not None
         )
+
+    def attribute_names(self, schema: Iterable[str]) -> list[str]:
+        """Return the names of the attributes to return, ``*`` replaced by those of a schema."""
+        return list(schema) if "*" in self.attributes else list(self.attributes)
 
     def stored_exclude_ids(self) -> tuple[str, ...]:
         """The ids to exclude in the form of the index."""

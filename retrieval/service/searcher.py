@@ -45,12 +45,14 @@ class Found(NamedTuple):
         rerank_ns: 0 where nothing was re-ranked.
         is_reranked: The hits are not the index's top k (re-ranked or fused), and must not be
             compared with the exact ones.
+        hits: As they go over the wire, where they carry attributes; else empty.
     """
 
     result: SearchResult
     search_ns: int
     rerank_ns: int = 0
     is_reranked: bool = False
+    hits: bytes = b""
 
     @property
     def is_cached(self) -> bool:

@@ -13,20 +13,20 @@ from index_builder.search.entity_index import EntityIndex
 from protos import retrieval_pb2 as pb
 from retrieval.bounds.messages import bounds_of
 from retrieval.config import ServeConfig
+from retrieval.observability.call_log import CallLog
 from retrieval.observability.impressions import ImpressionLog
 from retrieval.observability.metric_catalogue import Labels
 from retrieval.observability.metrics import Metrics
 from retrieval.observability.tracing import Tracer
 from retrieval.releases.manager import LiveReleases
 from retrieval.releases.serving_release import ServingRelease
-from retrieval.security import Caller, Tokens
+from retrieval.security import EVERYONE, VISITOR, Caller, Tokens
 from retrieval.service.admission import Admission
 from retrieval.service.answer_cache import AnswerCache
 from retrieval.service.cached_search import Answer, BatchAnswers, CachedSearch
-from retrieval.service.calls import CallInfo
+from retrieval.service.calls import CallInfo, Deadlines
 from retrieval.service.query_vectors import QueryVectors
 from retrieval.service.responses import (
-    add_attributes,
     describe_release,
     fill_answer,
     fill_timings,
@@ -35,7 +35,7 @@ from retrieval.service.responses import (
 from retrieval.service.search_records import BatchSearches, Labelled, Search, SearchRecorder
 from retrieval.service.search_request import SearchRequest, legs_of
 from retrieval.service.searcher import Found, Searcher, SearchTarget, scores_of
-from retrieval.service.validation import require_count
+from retrieval.service.validation import check_answer_size, require_count
 
 HITS_PER_TURN = 2000
 """Hits of a batch that are written into its answer before other calls have their turn."""
@@ -57,7 +57,7 @@ class RetrievalService:
         config: Limits, caches, threads.
         releases: Which release answers.
         metrics: Where calls are counted.
-        tokens: Known callers; None lets everyone do everything.
+        tokens: Known callers; None: everyone may ask, and on loopback change things.
         impressions: Log of what was shown, or None.
         tracer: Writes spans, or None.
     """
@@ -77,9 +77,15 @@ class RetrievalService:
         self.releases = releases
         self.metrics = metrics
         self.tokens = tokens
+        self.anonymous = EVERYONE if config.is_local else VISITOR
+        """What everyone may do without tokens."""
         self.tracer = tracer
+        self.call_log = CallLog(every=config.access_log, slow_seconds=config.slow_ms / 1e3)
+        self.deadlines = Deadlines(config.default_deadline_seconds, config.max_deadline_seconds)
         self.draining = False
         """Health says so; calls that still come are answered."""
+        self.listening = False
+        """Whether the gRPC port takes calls; until then health says that it does not serve."""
         self.admission = Admission(config.max_in_flight)
         self.bulk_admission = Admission(config.max_in_flight)
         """Of batches and embeddings: they take no place from those who wait at a page."""
@@ -90,6 +96,7 @@ class RetrievalService:
         self.searches = CachedSearch(
             Searcher(config.inline_search_us / 1e6, config.search_threads),
             AnswerCache(config.answer_cache_bytes),
+            config.limits.max_answer_bytes,
         )
         self.recorder = SearchRecorder(config, releases, metrics, impressions)
         metrics.add_source(self._measurements)
@@ -111,8 +118,6 @@ class RetrievalService:
             target = search_target(serving, index, request)
             answer = await self.searches.search(target, query, request)
             response = retrieve_response(serving, query, answer, message.request_id)
-            if request.attributes:
-                add_attributes(response.hits, index, answer.result.ids, request.attributes)
             search = Search(serving, index, request, query.vector, query.text)
             response.request_id = self._record(search, answer, message, message.request_id)
             response.timings.search_ns = answer.search_ns
@@ -130,6 +135,13 @@ class RetrievalService:
                 self._index(serving, target.entity_type, call.caller) for target in message.targets
             ]
             requests = [SearchRequest.parse(target, self.limits) for target in message.targets]
+            check_answer_size(
+                (
+                    (request.k, len(request.attribute_names(index.attribute_table.schema)))
+                    for request, index in zip(requests, indexes, strict=True)
+                ),
+                self.limits,
+            )
             query = await self.queries.of_message(message, serving, call.context)
             self.recorder.count_encoding(query)
             response = pb.RetrieveMultiResponse(
@@ -144,8 +156,6 @@ class RetrievalService:
                 answer = await self.searches.search(target, query, request)
                 filled = response.answers.add(entity_type=request.entity_type)
                 fill_answer(filled, answer, query_cached=query.is_cached)
-                if request.attributes:
-                    add_attributes(filled.hits, index, answer.result.ids, request.attributes)
                 response.timings.search_ns += answer.search_ns
                 response.timings.rerank_ns += answer.rerank_ns
                 search = Search(serving, index, request, query.vector, query.text)
@@ -160,6 +170,9 @@ class RetrievalService:
         with self.releases.resolve(message.release_id) as serving:
             index = self._index(serving, message.target.entity_type, call.caller)
             request = SearchRequest.parse(message.target, self.limits)
+            attributes = len(request.attribute_names(index.attribute_table.schema))
+            queries = self.searches_of(message)
+            check_answer_size([(queries * request.k, attributes)], self.limits)
             batch = await self.queries.of_batch(message, serving, call.context)
             response = pb.RetrieveBatchResponse(
                 release_id=serving.release_id,
@@ -221,7 +234,7 @@ class RetrievalService:
     ) -> pb.DescribeReleaseResponse:
         """Describe what is being served."""
         serving = self.releases.resolve(message.release_id)
-        return describe_release(serving, self.releases.loaded, self.limits)
+        return describe_release(serving, self.releases.loaded, self.limits, call.caller)
 
     def searches_of(self, message: pb.RetrieveBatchRequest) -> int:
         """Return how many searches a batch holds, before it is checked."""
@@ -239,13 +252,10 @@ class RetrievalService:
     ) -> None:
         """Write, cache and record the answers of a batch; others have their turn in between."""
         recorder = self.recorder
-        attributes = searches.request.attributes
         hits = 0
         for row, (answer, key) in enumerate(zip(found.answers, found.keys, strict=True)):
             filled = response.answers.add()
             fill_answer(filled, answer, query_cached=searches.batch.cached[row])
-            if attributes:
-                add_attributes(filled.hits, searches.entity_index, answer.result.ids, attributes)
             if not answer.is_cached:
                 self.searches.cache(key, answer)
                 response.timings.search_ns += answer.search_ns
@@ -274,7 +284,8 @@ class RetrievalService:
         """Return the index of an entity type, if the release has it and the caller may use it."""
         index = serving.entities.get(entity_type)
         if index is None:
-            raise UnknownEntityType(entity_type[:64], list(serving.entities))
+            shown = [name for name in serving.entities if caller.may_retrieve(name)]
+            raise UnknownEntityType(entity_type[:64], shown)
         if caller.entity_types is not None:
             caller.require_entity_types((entity_type,))
         return index

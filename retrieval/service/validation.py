@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import unicodedata
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
+from google.protobuf.message import Message
 
 from encoders.errors import DataError, SpaceMismatch
 from encoders.text.normal_forms import normalize_id, normalize_query
@@ -18,6 +20,37 @@ Float32 = npt.NDArray[np.float32]
 
 NORM_TOLERANCE = 1e-3
 """A ready vector's length may differ from 1 by so much."""
+
+
+LABELS = ("request_id", "language", "country", "release_id", "space_id", "entity_type")
+"""Fields of requests that only name something; they are echoed, logged or looked up."""
+
+
+def check_labels(message: Message, limits: Limits) -> None:
+    """Raise ``RequestTooLarge`` if a text that only names something is long."""
+    for name in LABELS:
+        text = getattr(message, name, "")
+        if len(text) * 4 > limits.max_label_bytes:
+            size = len(text.encode())
+            if size > limits.max_label_bytes:
+                raise RequestTooLarge(name, limits.max_label_bytes, size, " bytes")
+
+
+def check_answer_size(wanted: Iterable[tuple[int, int]], limits: Limits) -> None:
+    """Refuse a call whose answer could hold too much, before any work is done.
+
+    Args:
+        wanted: Of each search: hits, and attributes with each hit.
+        limits: Of the server.
+
+    Raises:
+        RequestTooLarge: There are more than ``max_answer_values``.
+    """
+    values = sum(hits * (1 + attributes) for hits, attributes in wanted)
+    if values > limits.max_answer_values:
+        raise RequestTooLarge(
+            "searches x k x (1 + attributes)", limits.max_answer_values, values, " values"
+        )
 
 
 def checked_query(text: str, limits: Limits, field: str = "query") -> str:

@@ -1,217 +1,215 @@
-"""A small HTTP/1.1 server for the metrics port: routes on asyncio, keep-alive, all bounded."""
+"""One HTTP/1.1 port: uvicorn, with connections bounded in number, silence and age."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-import logging
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
-from http import HTTPStatus
+import contextlib
+import ssl
+from collections.abc import Iterator
+from functools import partial
+from time import monotonic
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
 
-from retrieval.errors import AddressInUse
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-log = logging.getLogger(__name__)
+from retrieval.addresses import bound_socket
+from retrieval.web.request_policy import MAX_HEAD_BYTES
 
-MAX_HEAD_BYTES = 16 * 1024
-MAX_BODY_BYTES = 1024 * 1024
+BACKLOG = 1024
+CHECK_SECONDS = 1.0
 IDLE_SECONDS = 75.0
-READ_SECONDS = 10.0
-MAX_CONNECTIONS = 256
+"""How long a connection may wait between two requests."""
+FIRST_REQUEST_SECONDS = 15.0
+"""How long a new connection may take until its first request has begun."""
+REQUEST_SECONDS = 20.0
+"""How long a request may take to come as a whole, whatever trickles in."""
+ANSWER_SECONDS = 120.0
+"""How long an answer may take, reading it included."""
+STOP_SECONDS = 2
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One HTTP request; ``tail`` is the rest of a path that matched a prefix."""
+class BoundedProtocol(H11Protocol):
+    """One connection that knows for how long it has been waiting for its peer.
 
-    method: str
-    path: str
-    query: Mapping[str, str]
-    headers: Mapping[str, str]
-    body: bytes
-    tail: str = ""
+    Args:
+        connections: Of its port.
+        arguments: Of uvicorn.
+    """
 
-    def json(self) -> Any:
-        """Parse the body as JSON; raises ``ValueError``."""
-        return json.loads(self.body)
+    def __init__(self, connections: Connections, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._connections_of_port = connections
+        self._is_between_requests = True
+        self._since = monotonic()
+        self._patience = FIRST_REQUEST_SECONDS
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Take a place; the longest waiting connection leaves when there is none."""
+        super().connection_made(transport)  # type: ignore[arg-type]
+        self._connections_of_port.add(self)
 
-@dataclass(frozen=True, slots=True)
-class Response:
-    """One HTTP response."""
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Give the place back."""
+        self._connections_of_port.discard(self)
+        super().connection_lost(exc)
 
-    body: bytes
-    content_type: str = "text/plain; charset=utf-8"
-    status: int = 200
-    headers: Mapping[str, str] = field(default_factory=dict)
+    def data_received(self, data: bytes) -> None:
+        """Read; the first bytes of a request begin its time."""
+        if self._is_between_requests:
+            self._is_between_requests = False
+            self._since = monotonic()
+        super().data_received(data)
 
-    @classmethod
-    def of_json(cls, value: Any, status: int = 200) -> Response:
-        """Make a JSON response."""
-        return cls(
-            json.dumps(value, ensure_ascii=False).encode(),
-            "application/json; charset=utf-8",
-            status,
+    def on_response_complete(self) -> None:
+        """Wait for the next request."""
+        self._is_between_requests = True
+        self._since = monotonic()
+        self._patience = IDLE_SECONDS
+        super().on_response_complete()
+
+    @property
+    def waiting_since(self) -> float | None:
+        """When it began to wait for its peer; None while the peer waits for us."""
+        is_answering = not (
+            self._is_between_requests
+            or self.cycle is None
+            or self.cycle.response_complete
+            or self.cycle.more_body
+            or self.flow.write_paused
         )
+        return None if is_answering else self._since
+
+    def is_overdue(self, now: float) -> bool:
+        """Return whether it has had its time."""
+        waited = now - self._since
+        if self._is_between_requests:
+            return waited > self._patience
+        if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
+            return waited > REQUEST_SECONDS
+        return waited > ANSWER_SECONDS
+
+    def abort(self) -> None:
+        """End the connection now."""
+        self._connections_of_port.discard(self)
+        self.transport.abort()
 
 
-Handler = Callable[[Request], Awaitable[Response]]
-Routes = Mapping[str, Handler]
-"""Path -> handler.
+class Connections:
+    """The open connections of one port, at most so many.
 
-A path that ends in ``/`` (other than ``/`` itself) matches everything below it.
-"""
+    A new one is always admitted while some other waits for its peer: that which has waited longest
+    leaves. So idle, silent and slow connections keep nobody out.
+    """
 
-_SAFE_HEADERS = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._open: set[BoundedProtocol] = set()
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def add(self, connection: BoundedProtocol) -> None:
+        """Admit a connection, in the place of another one if need be, or end it."""
+        if len(self._open) >= self._limit:
+            waiting = [other for other in self._open if other.waiting_since is not None]
+            if not waiting:
+                connection.abort()
+                return
+            min(waiting, key=lambda other: other.waiting_since or 0.0).abort()
+        self._open.add(connection)
+
+    def discard(self, connection: BoundedProtocol) -> None:
+        """Forget a connection that has ended."""
+        self._open.discard(connection)
+
+    def end_overdue(self) -> None:
+        """End those that have had their time."""
+        now = monotonic()
+        for connection in [other for other in self._open if other.is_overdue(now)]:
+            connection.abort()
+
+    def end_all(self) -> None:
+        """End all."""
+        for connection in list(self._open):
+            connection.abort()
+
+
+class _Uvicorn(uvicorn.Server):
+    """Uvicorn without its signal handlers: the process has its own."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals alone."""
+        yield
 
 
 class HttpServer:
-    """Serves routes on one port.
+    """Serves an application on one port.
 
     Args:
-        routes: The table; exact paths win over prefixes, longer prefixes over shorter.
+        app: What answers.
+        max_connections: At a time.
+        flag: Of the command that chooses the port, for messages.
     """
 
-    def __init__(self, routes: Routes) -> None:
-        prefixes = [path for path in routes if path != "/" and path.endswith("/")]
-        self._exact = {path: routes[path] for path in routes if path not in prefixes}
-        self._prefixes = [(path, routes[path]) for path in sorted(prefixes, key=len, reverse=True)]
-        self._server: asyncio.Server | None = None
-        self._connections: set[asyncio.Task[None]] = set()
+    def __init__(self, app: ASGIApp, *, max_connections: int, flag: str = "--metrics-port") -> None:
+        self._app = app
+        self._flag = flag
+        self._connections = Connections(max_connections)
+        self._server: _Uvicorn | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self.port = 0
 
-    async def start(self, host: str, port: int, reuse_port: bool = False) -> int:
-        """Listen; returns the port. Raises ``AddressInUse``."""
-        try:
-            self._server = await asyncio.start_server(
-                self._accept, host, port, limit=MAX_HEAD_BYTES, reuse_port=reuse_port or None
-            )
-        except OSError as error:
-            raise AddressInUse(f"{host}:{port}", "--metrics-port") from error
-        self.port = int(self._server.sockets[0].getsockname()[1])
+    async def start(
+        self,
+        host: str,
+        port: int,
+        *,
+        tls: ssl.SSLContext | None = None,
+        reuse_port: bool = False,
+    ) -> int:
+        """Listen; returns the port. Raises ``CannotListen``."""
+        bound = bound_socket(host, port, flag=self._flag, reuse_port=reuse_port)
+        self.port = int(bound.getsockname()[1])
+        config = uvicorn.Config(
+            self._app,
+            http=partial(BoundedProtocol, self._connections),  # type: ignore[arg-type]
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="critical",  # what strangers send is no event; errors are logged by the app
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            backlog=BACKLOG,
+            timeout_keep_alive=int(IDLE_SECONDS),
+            timeout_graceful_shutdown=STOP_SECONDS,
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+            ssl_context_factory=None if tls is None else lambda config, default: tls,
+        )
+        self._server = _Uvicorn(config)
+        serving = asyncio.ensure_future(self._server.serve(sockets=[bound]))
+        self._tasks = [serving, asyncio.ensure_future(self._end_overdue())]
+        while not self._server.started and not serving.done():
+            await asyncio.sleep(0.001)
+        if serving.done():
+            await serving
         return self.port
 
     async def stop(self) -> None:
-        """Close the port and every connection."""
-        if self._server is not None:
-            self._server.close()
-        for task in list(self._connections):
-            task.cancel()
-        await asyncio.gather(*self._connections, return_exceptions=True)
+        """Close the port; requests that run get a moment, every other connection ends."""
+        if self._server is None:
+            return
+        self._server.should_exit = True
+        serving, checking = self._tasks
+        await asyncio.wait([serving], timeout=STOP_SECONDS + 1)
+        checking.cancel()
+        self._connections.end_all()
+        await asyncio.gather(serving, checking, return_exceptions=True)
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None, "asyncio runs connections in tasks"
-        self._connections.add(task)
-        try:
-            if len(self._connections) <= MAX_CONNECTIONS:
-                while await self._serve_one(reader, writer):
-                    pass
-        except (
-            OSError,
-            asyncio.IncompleteReadError,
-            asyncio.LimitOverrunError,
-            TimeoutError,
-            ValueError,
-        ):
-            pass  # the peer has gone, sent too much or took too long: nobody reads an answer
-        except asyncio.CancelledError:
-            pass
-        finally:
-            self._connections.discard(task)
-            writer.close()
-
-    async def _serve_one(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Read one request and answer it; return whether the connection is kept."""
-        try:
-            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), IDLE_SECONDS)
-        except asyncio.LimitOverrunError:
-            await self._write(writer, Response(b"headers too large\n", status=431), "GET", False)
-            return False
-        lines = head.decode("latin-1").split("\r\n")
-        parts = lines[0].split(" ")
-        if len(parts) != 3 or not parts[2].startswith("HTTP/1."):
-            await self._write(writer, Response(b"not HTTP/1.1\n", status=400), "GET", False)
-            return False
-        method, target, version = parts
-        headers = {
-            name.strip().lower(): value.strip()
-            for name, _, value in (line.partition(":") for line in lines[1:] if line)
-        }
-        default = "keep-alive" if version == "HTTP/1.1" else "close"
-        keep = headers.get("connection", default).lower() != "close"
-        length = _body_length(headers)
-        if length is None:
-            refused = Response(b"body too large, or of unknown length\n", status=413)
-            await self._write(writer, refused, method, False)
-            return False
-        body = await asyncio.wait_for(reader.readexactly(length), READ_SECONDS) if length else b""
-        response = await self.answer(method, target, headers, body)
-        await self._write(writer, response, method, keep)
-        return keep
-
-    async def answer(
-        self, method: str, target: str, headers: Mapping[str, str], body: bytes
-    ) -> Response:
-        """Find the route and run it; every failure becomes a response."""
-        if method not in ("GET", "HEAD", "POST"):
-            return Response(
-                b"method not allowed\n", status=405, headers={"Allow": "GET, HEAD, POST"}
-            )
-        try:
-            url = urlsplit(target)
-            path = unquote(url.path)
-            query = dict(parse_qsl(url.query, keep_blank_values=True, max_num_fields=100))
-        except ValueError:
-            return Response(b"bad request target\n", status=400)
-        handler, tail = self._route(path)
-        if handler is None:
-            return Response(b"not found\n", status=404)
-        try:
-            return await handler(Request(method, path, query, headers, body, tail))
-        except Exception:  # of a handler: the connection must not end without an answer
-            log.exception("%s failed", path)
-            return Response(b"internal error\n", status=500)
-
-    def _route(self, path: str) -> tuple[Handler | None, str]:
-        """Return the handler of a path, or None, and what follows the prefix that matched."""
-        exact = self._exact.get(path)
-        if exact is not None:
-            return exact, ""
-        for prefix, handler in self._prefixes:
-            if path.startswith(prefix):
-                return handler, path[len(prefix) :]
-        return None, ""
-
-    @staticmethod
-    async def _write(
-        writer: asyncio.StreamWriter, response: Response, method: str, keep: bool
-    ) -> None:
-        phrase = HTTPStatus(response.status).phrase
-        headers = {
-            "Content-Type": response.content_type,
-            "Content-Length": str(len(response.body)),
-            "Connection": "keep-alive" if keep else "close",
-            **_SAFE_HEADERS,
-            **response.headers,
-        }
-        head = (
-            f"HTTP/1.1 {response.status} {phrase}\r\n"
-            + "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-            + "\r\n"
-        )
-        writer.write(head.encode("latin-1") + (b"" if method == "HEAD" else response.body))
-        await asyncio.wait_for(writer.drain(), READ_SECONDS)
-
-
-def _body_length(headers: Mapping[str, str]) -> int | None:
-    """Return the length of a request's body; None if it is unknown or too much."""
-    if "transfer-encoding" in headers:
-        return None
-    try:
-        length = int(headers.get("content-length", "0"))
-    except ValueError:
-        return None
-    return length if 0 <= length <= MAX_BODY_BYTES else None
+    async def _end_overdue(self) -> None:
+        while True:
+            await asyncio.sleep(CHECK_SECONDS)
+            self._connections.end_overdue()

@@ -1,17 +1,19 @@
-"""The demo page and its JSON: handlers of the metrics port that call the service as callers do."""
+"""The demo page and its JSON: routes of the web port that call the service as callers do."""
 
 from __future__ import annotations
 
 import asyncio
-import time
+import math
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from importlib import resources
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import quote
 
 import grpc
 from google.protobuf.message import Message
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
 
 from protos import retrieval_pb2 as pb
 from retrieval.client.results import Hit, RetrieveResult, release_description, retrieve_result
@@ -23,7 +25,8 @@ from retrieval.service.handlers import (
     search_gate,
 )
 from retrieval.service.service import RetrievalService
-from retrieval.web.http_server import Handler, Request, Response
+from retrieval.web.http_calls import HttpContext
+from retrieval.web.http_errors import HTTP_STATUS, CallFailed, retry_after_header
 
 DEADLINE_SECONDS = 10.0
 MAX_PAGE_K = 200
@@ -35,16 +38,6 @@ SAMPLE_MARKS = {"pin": "pin:1f480", "product": "product:circle-caret-up", "ad": 
 
 A release that holds it shows the sample's images; no other reads them (160 MB).
 """
-HTTP_STATUS = {
-    grpc.StatusCode.INVALID_ARGUMENT: 400,
-    grpc.StatusCode.UNAUTHENTICATED: 401,
-    grpc.StatusCode.PERMISSION_DENIED: 403,
-    grpc.StatusCode.NOT_FOUND: 404,
-    grpc.StatusCode.FAILED_PRECONDITION: 409,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: 429,
-    grpc.StatusCode.UNAVAILABLE: 503,
-    grpc.StatusCode.DEADLINE_EXCEEDED: 504,
-}
 DESCRIBED = (
     "entity_type",
     "count",
@@ -56,7 +49,7 @@ DESCRIBED = (
 """Fields of an entity type that the page shows."""
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'"
-    " data: https: http:; base-uri 'none'"
+    " data: https: http:; base-uri 'none'; frame-ancestors 'none'"
 )
 PICTURE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; sandbox"
 CONTENT_TYPES = {
@@ -65,41 +58,8 @@ CONTENT_TYPES = {
     ".js": "text/javascript; charset=utf-8",
 }
 
-
-class CallFailed(Exception):
-    """The service refused a call of the page."""
-
-    def __init__(self, code: grpc.StatusCode, details: str, retry_after_ms: str | None) -> None:
-        super().__init__(details)
-        self.code = code
-        self.details = details
-        self.retry_after_ms = retry_after_ms
-
-
-@dataclass(frozen=True, slots=True)
-class PageContext:
-    """Takes the place of a gRPC context, so that rights, limits and metrics hold for the page."""
-
-    metadata: tuple[tuple[str, str], ...]
-    deadline: float
-    """By ``time.monotonic``."""
-
-    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
-        """Return the caller's token, if the browser sent one."""
-        return self.metadata
-
-    def time_remaining(self) -> float:
-        """Return the seconds left of ``DEADLINE_SECONDS``."""
-        return self.deadline - time.monotonic()
-
-    async def abort(
-        self, code: grpc.StatusCode, details: str = "", trailing: tuple[tuple[str, str], ...] = ()
-    ) -> NoReturn:
-        """End the call with a typed error."""
-        raise CallFailed(code, details, dict(trailing).get("retry-after-ms"))
-
-
 Call = Callable[[bytes, Any], Awaitable[bytes]]
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 
 class Page:
@@ -121,9 +81,7 @@ class Page:
         self._describe: Call = MethodHandler(describe_method(service), gate).handle
 
     async def _ask(self, call: Call, message: Message, request: Request) -> bytes:
-        authorization = request.headers.get("authorization")
-        metadata = (("authorization", authorization),) if authorization else ()
-        context = PageContext(metadata, time.monotonic() + DEADLINE_SECONDS)
+        context = HttpContext(request, DEADLINE_SECONDS)
         return await asyncio.wait_for(call(message.SerializeToString(), context), DEADLINE_SECONDS)
 
     async def describe(self, request: Request) -> Response:
@@ -134,7 +92,7 @@ class Page:
             {name: getattr(entity, name) for name in DESCRIBED}
             for entity in release.entities.values()
         ]
-        return Response.of_json(
+        return JSONResponse(
             {
                 "release_id": release.release_id,
                 "space_id": release.space_id,
@@ -148,21 +106,19 @@ class Page:
 
         With ``exact`` the answer also says which of them the graph would have returned.
         """
-        exact = request.query.get("exact") == "1"
+        exact = request.query_params.get("exact") == "1"
         try:
-            k = min(MAX_PAGE_K, int(request.query.get("k", "24")))
+            k = min(MAX_PAGE_K, int(request.query_params.get("k", "24")))
         except ValueError:
             k = 0
         if k < 1:
-            return Response.of_json(
-                {"error": f"k: expected a whole number, 1 to {MAX_PAGE_K}."}, 400
-            )
+            return JSONResponse({"error": f"k: expected a whole number, 1 to {MAX_PAGE_K}."}, 400)
         wanted = pb.RetrieveRequest(
-            query=request.query.get("q", ""),
-            entity_type=request.query.get("type", "pin"),
+            query=request.query_params.get("q", ""),
+            entity_type=request.query_params.get("type", "pin"),
             k=k,
-            filter=request.query.get("filter", ""),
-            language=request.query.get("language", ""),
+            filter=request.query_params.get("filter", ""),
+            language=request.query_params.get("language", ""),
             attributes=["*"],
         )
         graph = await self._found(wanted, request)
@@ -182,7 +138,7 @@ class Page:
                 "of": len(shown.hits),
                 **_how(graph),
             }
-        return Response.of_json(page)
+        return JSONResponse(page)
 
     async def _found(self, wanted: pb.RetrieveRequest, request: Request) -> RetrieveResult:
         content = await self._ask(self._retrieve, wanted, request)
@@ -190,12 +146,12 @@ class Page:
 
     async def picture(self, request: Request) -> Response:
         """Answer ``GET /api/picture/<entity type>/<id>``: the entity's SVG, without scripts."""
-        entity_type, _, id_ = request.tail.partition("/")
+        entity_type, _, id_ = request.path_params["entity"].partition("/")
         svg = await self._svg(entity_type, id_)
         if svg is None:
-            return Response(b"no picture\n", status=404)
+            return Response(b"no picture\n", 404)
         headers = {"Content-Security-Policy": PICTURE_POLICY, "Cache-Control": "max-age=3600"}
-        return Response(svg.encode(), "image/svg+xml; charset=utf-8", headers=headers)
+        return Response(svg.encode(), headers=headers, media_type="image/svg+xml")
 
     async def _svg(self, entity_type: str, id_: str) -> str | None:
         active = self._service.releases.active
@@ -248,7 +204,11 @@ def _result_json(result: RetrieveResult, entity_type: str) -> dict[str, Any]:
 
 
 def _hit_json(hit: Hit, entity_type: str) -> dict[str, Any]:
-    values = {name: value for name, value in hit.attributes.items() if value not in (None, "", [])}
+    values = {
+        name: value if _is_json(value) else str(value)
+        for name, value in hit.attributes.items()
+        if value not in (None, "", [])
+    }
     svg = values.pop(PICTURE_ATTRIBUTE, None)
     title = values.get("title") or values.get("query") or hit.id
     return {
@@ -261,6 +221,13 @@ def _hit_json(hit: Hit, entity_type: str) -> dict[str, Any]:
     }
 
 
+def _is_json(value: Any) -> bool:
+    """Return whether JSON can hold a value: it has no NaN and no infinity."""
+    if isinstance(value, list):
+        return all(map(_is_json, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def _picture_address(hit: Hit, entity_type: str, has_svg: bool) -> str:
     """Return where the browser finds an entity's picture: its ``image``, if there is no SVG."""
     image = hit.attributes.get(IMAGE_ATTRIBUTE)
@@ -269,57 +236,52 @@ def _picture_address(hit: Hit, entity_type: str, has_svg: bool) -> str:
     return f"api/picture/{quote(entity_type, safe='')}/{quote(hit.id, safe='')}"
 
 
-def guarded(handler: Handler) -> Handler:
+def guarded(endpoint: Endpoint) -> Endpoint:
     """Answer errors as JSON with the HTTP status that matches the gRPC one."""
 
     async def answer(request: Request) -> Response:
-        if request.method == "POST":
-            return Response.of_json({"error": "expected GET."}, 405)
         try:
-            return await handler(request)
+            return await endpoint(request)
         except CallFailed as error:
-            response = Response.of_json(
-                {"error": error.details, "code": error.code.name}, HTTP_STATUS.get(error.code, 500)
-            )
-            if error.retry_after_ms is None:
-                return response
-            seconds = str(max(1, round(float(error.retry_after_ms) / 1000)))
-            return Response(
-                response.body, response.content_type, response.status, {"Retry-After": seconds}
+            return JSONResponse(
+                {"error": error.details, "code": error.code.name},
+                HTTP_STATUS.get(error.code, 500),
+                retry_after_header(error.trailing),
             )
         except TimeoutError:
-            return Response.of_json(
-                {"error": f"no answer within {DEADLINE_SECONDS:g} s.", "code": "DEADLINE_EXCEEDED"},
-                504,
+            late = grpc.StatusCode.DEADLINE_EXCEEDED
+            return JSONResponse(
+                {"error": f"no answer within {DEADLINE_SECONDS:g} s.", "code": late.name},
+                HTTP_STATUS[late],
             )
 
     return answer
 
 
-def _file(name: str) -> Handler:
+def _file(name: str) -> Endpoint:
     content = resources.files("retrieval.web").joinpath(name).read_bytes()
-    kind = CONTENT_TYPES["." + name.rsplit(".", 1)[1]]
+    headers = {
+        "Content-Security-Policy": PAGE_POLICY,
+        "Cache-Control": "no-cache",
+        "Content-Type": CONTENT_TYPES["." + name.rsplit(".", 1)[1]],
+    }
 
     async def serve(request: Request) -> Response:
-        return Response(
-            content,
-            kind,
-            headers={"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"},
-        )
+        return Response(content, headers=headers)
 
     return serve
 
 
-def routes(
+def page_routes(
     service: RetrievalService, images: Mapping[str, str] | None = None
-) -> dict[str, Handler]:
-    """Return the page's paths, with their handlers, for the HTTP server."""
+) -> list[BaseRoute]:
+    """Return the routes of the page."""
     page = Page(service, images)
-    return {
-        "/": _file("index.html"),
-        "/page/page.css": _file("page.css"),
-        "/page/page.js": _file("page.js"),
-        "/api/describe": guarded(page.describe),
-        "/api/search": guarded(page.search),
-        "/api/picture/": guarded(page.picture),
-    }
+    return [
+        Route("/", _file("index.html")),
+        Route("/page/page.css", _file("page.css")),
+        Route("/page/page.js", _file("page.js")),
+        Route("/api/describe", guarded(page.describe)),
+        Route("/api/search", guarded(page.search)),
+        Route("/api/picture/{entity:path}", guarded(page.picture)),
+    ]

@@ -19,7 +19,7 @@ PAGES = [
     if page != TUTORIAL
     and any(block.language in RUN and not block.not_run for block in blocks_of(page))
 ]
-FIND_A_SERVER = {"filters", "live_writes", "monitoring", "serving", "clients"}
+FIND_A_SERVER = {"filters", "live_writes", "monitoring", "serving", "clients", "http_json"}
 """Pages that say "with its server running"."""
 NOT_RUN = 8
 """Blocks that cannot run here, each with its reason in the page; one more needs a decision."""

@@ -11,7 +11,7 @@ import pytest
 from encoders.tables.schemas import SCHEMAS
 from tests.helpers.doc_snippets import REPOSITORY, pages
 
-PACKAGES = "encoders|index_builder|retrieval|protos|benchmarks|tests|scripts|examples|docs"
+PACKAGES = "encoders|index_builder|retrieval|protos|benchmarks|tests|scripts|examples|docs|deploy"
 PATH = re.compile(rf"`((?:{PACKAGES})/[\w./-]*)`")
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)")
 DOCUMENTS = [*pages(), REPOSITORY / "benchmarks" / "README.md"]

@@ -94,13 +94,15 @@ def serving(made: SmallStore, **settings: Any) -> Iterator[Running]:
 
     async def main() -> None:
         config = ServeConfig(
-            releases=made.store.root,
-            host="127.0.0.1",
-            port=0,
-            metrics_port=0,
-            encoder_form="torch",
-            grace_seconds=1.0,
-            **settings,
+            **{
+                "releases": made.store.root,
+                "host": "127.0.0.1",
+                "port": 0,
+                "metrics_port": 0,
+                "encoder_form": "torch",
+                "grace_seconds": 1.0,
+                **settings,
+            }
         )
         server = await create_server(config)
         await server.start()

@@ -94,3 +94,26 @@ def test_tokens_known_token_has_its_rights_and_no_other_gets_in(tmp_path: Path) 
         (tmp_path / "bad.toml").write_text(content)
         with pytest.raises(ConfigError):
             Tokens.load(tmp_path / "bad.toml")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("rate = 0", "rate: expected a number above 0"),
+        ('rate = "100"', "rate: expected a number above 0"),
+        ("rate = true", "rate: expected a number above 0"),
+        ("rate = nan", "rate: expected a number above 0"),
+        ("burst = 5", "burst: expected a rate beside it"),
+        ("rate = 5\nburst = -1", "burst: expected a number above 0"),
+    ],
+)
+def test_token_file_wrong_rate_is_refused(tmp_path: Path, line: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=rf"token 2 \('web'\): {words}"):
+        load(tmp_path, line)
+
+
+def test_token_file_rate_bounds_its_token_alone(tmp_path: Path) -> None:
+    caller = load(tmp_path, "rate = 2\nburst = 3").caller([("authorization", "Bearer secret")])
+    assert caller.rate is not None
+    assert [caller.rate.try_take() for _ in range(4)] == [True, True, True, False]
+    assert load(tmp_path, "").caller([("authorization", "Bearer secret")]).rate is None

@@ -1,3 +1,6 @@
+import errno
+import os
+
 import grpc
 import pytest
 
@@ -48,3 +51,19 @@ def test_status_table_holds_only_errors_of_the_tree() -> None:
     doc = retrieval.errors.__doc__ or ""
     for cls in subclasses(retrieval.errors.ServingError):
         assert cls.__name__ in doc
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (errno.EROFS, grpc.StatusCode.FAILED_PRECONDITION),
+        (errno.EACCES, grpc.StatusCode.FAILED_PRECONDITION),
+        (errno.ENOSPC, grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (errno.EDQUOT, grpc.StatusCode.RESOURCE_EXHAUSTED),
+        (errno.EMFILE, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    ],
+)
+def test_status_for_error_of_the_system_says_what_to_do(number: int, code: grpc.StatusCode) -> None:
+    found, message = status_for(OSError(number, os.strerror(number), "/secret/path"))
+    assert found is code
+    assert os.strerror(number) in message and "secret" not in message

@@ -32,6 +32,7 @@ from retrieval.client import (
     requests,
 )
 from retrieval.client import errors as client_errors
+from retrieval.client.config import PROXY_VARIABLES
 from retrieval.client.errors import (
     BY_CODE,
     CallError,
@@ -278,6 +279,32 @@ def test_client_nobody_listening_is_unavailable_and_not_ready() -> None:
         assert not client.is_ready()
         with pytest.raises(Unavailable, match="not ready within"):
             client.wait_until_ready(0.1)
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "https_proxy", "grpc_proxy"])
+def test_proxy_of_the_environment_is_left_out_to_this_machine(
+    monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    with scripted() as (address, _), RetrievalClient(address) as client:
+        assert client.retrieve("x").ids == ["a"]
+
+
+def test_unavailable_through_a_proxy_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in PROXY_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    config = ClientConfig(retry=RetryPolicy(max_attempts=1), deadline_seconds=60)
+    target = "search.invalid:50051"
+    with RetrievalClient(target, config) as client:
+        with pytest.raises(Unavailable) as without:
+            client.retrieve("x")
+        assert "proxy" not in str(without.value)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with (
+        RetrievalClient(target, config) as client,
+        pytest.raises(Unavailable, match=r"proxy that the variable http_proxy names.*no_proxy"),
+    ):
+        client.retrieve("x")
 
 
 def test_token_is_sent_and_not_shown_in_repr() -> None:

@@ -1,18 +1,15 @@
-"""Metrics, logs, traces and the HTTP server of the metrics port."""
+"""Metrics, logs and traces."""
 
-import asyncio
 import json
 import logging
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from retrieval.errors import AddressInUse
 from retrieval.observability.logs import PACKAGES, JsonFormatter, configure_logging
 from retrieval.observability.metric_catalogue import CATALOGUE, FORMER_NAMES
 from retrieval.observability.metrics import Metrics, exposition, merge_snapshots
 from retrieval.observability.tracing import Tracer
-from retrieval.web.http_server import HttpServer, Request, Response
 
 
 def sample(metrics: Metrics) -> dict:
@@ -108,60 +105,3 @@ def test_tracer_call_joins_callers_trace_with_a_span_per_stage() -> None:
     assert set(spans) == {"Retrieve", "encode", "search"}
     assert format(spans["Retrieve"].context.trace_id, "032x") == "0af7651916cd43dd8448eb211c80319c"
     assert (spans["search"].start_time, spans["search"].end_time) == (1300, 1500)
-
-
-async def exchange(port: int, content: bytes, to_the_end: bool = False) -> bytes:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.write(content)
-    try:
-        return await asyncio.wait_for(reader.read(-1 if to_the_end else 100_000), 60)
-    finally:
-        writer.close()
-
-
-async def test_http_server_routes_methods_limits_and_failures() -> None:
-    async def hello(request: Request) -> Response:
-        return Response.of_json(
-            {
-                "path": request.path,
-                "tail": request.tail,
-                "q": dict(request.query),
-                "body": request.body.decode(),
-            }
-        )
-
-    async def broken(request: Request) -> Response:
-        raise RuntimeError("secret")
-
-    server = HttpServer({"/": hello, "/hello": hello, "/under/": hello, "/broken": broken})
-    port = await server.start("127.0.0.1", 0)
-
-    async def status(text: str) -> tuple[int, bytes]:
-        answer = await exchange(port, text.encode())
-        head, _, body = answer.partition(b"\r\n\r\n")
-        return int(head.split()[1]), body
-
-    close = "Connection: close\r\n\r\n"
-    code, body = await status(
-        "POST /under/a%20b?x=1&y= HTTP/1.1\r\nContent-Length: 2\r\nConnection: close\r\n\r\nhi"
-    )
-    assert code == 200 and json.loads(body) == {
-        "path": "/under/a b",
-        "tail": "a b",
-        "q": {"x": "1", "y": ""},
-        "body": "hi",
-    }
-    assert (await status(f"HEAD /hello HTTP/1.1\r\n{close}")) == (200, b"")
-    assert (await status(f"GET /nope HTTP/1.1\r\n{close}"))[0] == 404
-    assert (await status(f"DELETE / HTTP/1.1\r\n{close}"))[0] == 405
-    assert (await status(f"GET /broken HTTP/1.1\r\n{close}")) == (500, b"internal error\n")
-    assert (await status("nonsense\r\n\r\n"))[0] == 400
-    assert (await status("POST / HTTP/1.1\r\nContent-Length: 99999999\r\n\r\n"))[0] == 413
-    assert (await status("GET / HTTP/1.1\r\nX: " + "a" * 40_000 + "\r\n\r\n"))[0] == 431
-    twice = await exchange(
-        port, f"GET /hello HTTP/1.1\r\n\r\nGET / HTTP/1.1\r\n{close}".encode(), to_the_end=True
-    )
-    assert twice.count(b"HTTP/1.1 200") == 2, "connections are kept alive"
-    with pytest.raises(AddressInUse, match="--metrics-port"):
-        await HttpServer({}).start("127.0.0.1", port)
-    await server.stop()

@@ -19,7 +19,6 @@ from protos import retrieval_pb2_grpc as rpc
 from retrieval.config import ServeConfig
 from retrieval.errors import AddressInUse
 from retrieval.process_tuning import freeze_start_up_objects
-from retrieval.server.http_routes import http_routes
 from retrieval.server.server import Server, create_server
 from tests.helpers.waiting import until_async
 
@@ -182,17 +181,17 @@ async def test_start_without_a_release_waits_and_serves_when_one_appears(
     content = current.read_bytes()
     current.unlink()
     server, stub, _, channel = await start(store)
+    assert "omni rebuild" in server.releases.reason_not_ready
     with pytest.raises(grpc.RpcError) as unready:
         await stub.Retrieve(ask())
-    assert (
-        unready.value.code() is grpc.StatusCode.UNAVAILABLE
-        and "omni rebuild" in unready.value.details()
-    )
+    assert unready.value.code() is grpc.StatusCode.UNAVAILABLE, "nobody listens yet"
+    waiting = asyncio.ensure_future(stub.Retrieve(ask(), wait_for_ready=True, timeout=120))
     current.write_bytes(content[: len(content) // 2])
     await asyncio.sleep(0.2)
     assert server.releases.active is None
     current.write_bytes(content)
     await until_async(lambda: server.releases.active is not None)
+    assert whole(await waiting), "a call that waits for ready is answered by the first release"
     assert whole(await stub.Retrieve(ask()))
     await channel.close()
     await server.stop(0)
@@ -450,15 +449,3 @@ async def test_retired_release_is_freed_without_the_garbage_collector(store: Rel
     finally:
         gc.unfreeze()
         gc.enable()
-
-
-async def test_healthz_draining_server_says_so(store: ReleaseStore) -> None:
-    server, _, _, channel = await start(store)
-    health = http_routes(server.service, server.metrics, None)["/healthz"]
-    assert (await health(None)).status == 200  # type: ignore[arg-type]
-    server.service.draining = True
-    answer = await health(None)  # type: ignore[arg-type]
-    assert answer.status == 503 and b"draining" in answer.body
-    await channel.close()
-    await server.stop(0)
-    assert server.service.draining

@@ -2,12 +2,9 @@
 grpcio's clients, an OTLP collector.
 """
 
-import shutil
 import socket
-import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,81 +16,15 @@ from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
 from retrieval.client import ClientConfig, RetrievalClient, TlsConfig
 from retrieval.client.errors import CallError
-from retrieval.security import tls_context
+from retrieval.tls import ServerTls, TlsFiles
+from tests.helpers.certificates import Certificates, make_certificates, needs_openssl
 from tests.helpers.real_server import Running, SmallStore, serving
 from tests.helpers.waiting import until
-
-needs_openssl = pytest.mark.skipif(
-    shutil.which("openssl") is None, reason="needs the openssl program"
-)
-
-
-@dataclass(frozen=True)
-class Certificates:
-    folder: Path
-
-    def __getitem__(self, name: str) -> Path:
-        return self.folder / name
-
-
-def openssl(*arguments: str) -> None:
-    subprocess.run(["openssl", *arguments], check=True, capture_output=True)
 
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    """Two authorities; ``server`` and ``client`` are signed by the first, ``stranger`` by the
-    second.
-    """
-    folder = tmp_path_factory.mktemp("certificates")
-    key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    for name in ("ca", "other"):
-        openssl(
-            "req",
-            "-x509",
-            *key,
-            "-keyout",
-            f"{folder}/{name}.key",
-            "-out",
-            f"{folder}/{name}.pem",
-            "-subj",
-            f"/CN={name}",
-            "-days",
-            "2",
-        )
-    for name, authority in (("server", "ca"), ("client", "ca"), ("stranger", "other")):
-        openssl(
-            "req",
-            *key,
-            "-keyout",
-            f"{folder}/{name}.key",
-            "-out",
-            f"{folder}/{name}.csr",
-            "-subj",
-            f"/CN={name}",
-        )
-        (folder / "san").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
-        signed = (
-            "-CA",
-            f"{folder}/{authority}.pem",
-            "-CAkey",
-            f"{folder}/{authority}.key",
-            "-CAcreateserial",
-            "-days",
-            "2",
-        )
-        openssl(
-            "x509",
-            "-req",
-            "-in",
-            f"{folder}/{name}.csr",
-            *signed,
-            "-extfile",
-            f"{folder}/san",
-            "-out",
-            f"{folder}/{name}.pem",
-        )
-    return Certificates(folder)
+    return make_certificates(tmp_path_factory.mktemp("certificates"))
 
 
 def ask(running: Running, tls: TlsConfig | None) -> Any:
@@ -166,7 +97,7 @@ def test_tls_files_that_do_not_belong_together_are_refused(
         ("missing.pem", "server.key"),
     ):
         with pytest.raises(ConfigError, match="--tls"):
-            tls_context(certificates[cert], certificates[key], None)
+            ServerTls(TlsFiles(certificates[cert], certificates[key]))
 
 
 @pytest.fixture

@@ -39,7 +39,7 @@ def found(*ids: str) -> SearchResult:
 
 
 def key(text: str, k: int = 3, version: object = None) -> CacheKey:
-    return (version, k, "", None, None, text)
+    return (version, k, "", None, None, (), text)
 
 
 def test_answer_cache_find_returns_what_was_put() -> None:
@@ -103,9 +103,26 @@ def test_answer_cache_estimated_size_covers_what_an_entry_takes() -> None:
     assert sys.getsizeof("query number 1") < cache.size_bytes / len(results)
 
 
+def test_answer_cache_counts_filters_and_attribute_names() -> None:
+    cache = AnswerCache(100_000)
+    for i in range(100):
+        filtered = (None, 1, f"title != '{i:04d}{'x' * 3900}'", None, None, (), "lamp")
+        cache.put(filtered, CachedAnswer(found("a")))
+        named = (None, 1, "", None, None, (f"{i:04d}{'x' * 3900}",), "lamp")
+        cache.put(named, CachedAnswer(found("a")))
+        assert cache.size_bytes <= 100_000
+    assert len(cache) < 100_000 / 3900
+
+
 @pytest.mark.parametrize(
     "fields",
-    [{"k": 4}, {"filter": "price < 5"}, {"min_score": 0.0}, {"min_recall": 0.9}],
+    [
+        {"k": 4},
+        {"filter": "price < 5"},
+        {"min_score": 0.0},
+        {"min_recall": 0.9},
+        {"attributes": ["*"]},
+    ],
     ids=lambda fields: next(iter(fields)),
 )
 def test_cache_key_other_search_has_another_key(fields: dict[str, Any]) -> None:

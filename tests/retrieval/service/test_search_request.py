@@ -81,12 +81,25 @@ def test_search_request_longer_than_the_limits_is_refused() -> None:
         SearchRequest.parse(pb.Target(k=1, exclude_ids=["a", "b", "c"]), limits)
 
 
+def test_search_request_attributes_come_once_and_are_bounded() -> None:
+    names = ["title", "price", "title"]
+    request = SearchRequest.parse(pb.Target(k=1, attributes=names), LIMITS)
+    assert request.attributes == ("title", "price") and request.is_cacheable
+    assert request.attribute_names(["a", "b"]) == ["title", "price"]
+    everything = SearchRequest.parse(pb.Target(k=1, attributes=["title", "*"]), LIMITS)
+    assert everything.attribute_names(["a", "b"]) == ["a", "b"]
+    many = [f"name-{i}" for i in range(65)]
+    with pytest.raises(RequestTooLarge, match="attributes: expected at most 64 names, but got 65"):
+        SearchRequest.parse(pb.Target(k=1, attributes=many), LIMITS)
+    with pytest.raises(RequestTooLarge, match="attributes: expected at most 256 bytes a name"):
+        SearchRequest.parse(pb.Target(k=1, attributes=["x" * 257]), LIMITS)
+
+
 @pytest.mark.parametrize(
     "fields",
     [
         {"exclude_ids": ["a"]},
         {"exact": True},
-        {"attributes": ["title"]},
         {"diversity": 0.5},
         {"collapse_above": 0.9},
     ],

@@ -9,7 +9,15 @@ from encoders.errors import SpaceMismatch
 from protos import retrieval_pb2 as pb
 from retrieval.config import Limits
 from retrieval.errors import EmptyQuery, InvalidEmbedding, InvalidRequest, RequestTooLarge
-from retrieval.service.validation import checked_embedding, checked_query, from_value, to_value
+from retrieval.service.validation import (
+    LABELS,
+    check_answer_size,
+    check_labels,
+    checked_embedding,
+    checked_query,
+    from_value,
+    to_value,
+)
 
 LIMITS = Limits()
 
@@ -65,3 +73,30 @@ attribute = st.recursive(
 @given(attribute)
 def test_attribute_values_round_trip_over_the_wire(value: object) -> None:
     assert from_value(pb.Value.FromString(to_value(value).SerializeToString())) == value
+
+
+@pytest.mark.parametrize("field", LABELS)
+@pytest.mark.parametrize("letter", ["a", "ж", "😀"])
+def test_labels_are_bounded_in_bytes(field: str, letter: str) -> None:
+    fits = 256 // len(letter.encode())
+    check_labels(pb.RetrieveRequest(**{field: letter * fits}), LIMITS)
+    with pytest.raises(RequestTooLarge, match=f"{field}: expected at most 256 bytes"):
+        check_labels(pb.RetrieveRequest(**{field: letter * (fits + 1)}), LIMITS)
+
+
+def test_every_text_of_a_request_is_a_label_or_bounded_elsewhere() -> None:
+    elsewhere = {"query", "queries", "filter", "exclude_ids", "ids", "attributes"}
+    for service in pb.DESCRIPTOR.services_by_name.values():
+        for method in service.methods:
+            texts = {f.name for f in method.input_type.fields if f.type == f.TYPE_STRING}
+            assert texts <= elsewhere | set(LABELS), method.full_name
+
+
+def test_answer_size_is_the_sum_over_all_searches() -> None:
+    limits = Limits(max_answer_values=100)
+    check_answer_size([(10, 4), (25, 1)], limits)
+    with pytest.raises(RequestTooLarge, match=r"k x \(1 \+ attributes\).* 100 values, but got 101"):
+        check_answer_size([(10, 4), (51, 0)], limits)
+    check_answer_size([(1024 * 1000, 0)], LIMITS)
+    with pytest.raises(RequestTooLarge):
+        check_answer_size([(1024 * 1000, 1)], LIMITS)

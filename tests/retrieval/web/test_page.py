@@ -2,37 +2,21 @@
 
 import asyncio
 import json
-import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
+from starlette.requests import Request
 
 from benchmarks.small_releases import small_release
 from retrieval.web import page as web_page
-from retrieval.web.http_server import Request
 from retrieval.web.page import Page, guarded
 from tests.helpers.real_server import Running, SmallStore, serving
 
-CHROMIUM = (
-    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-)
-DRIVER = shutil.which("chromedriver")
-FLAGS = [
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--window-size=1200,900",
-]
 NAMELESS = """
 return [...document.querySelectorAll('button, input, [role]')].filter(e => {
   const label = e.labels && [...e.labels].map(l => l.textContent).join('');
@@ -66,6 +50,21 @@ return [...document.querySelectorAll(texts)].filter(e => e.offsetParent).map(e =
 @pytest.fixture
 def running(running_server: Running) -> Running:
     return running_server
+
+
+def request(query: str = "", entity: str = "") -> Request:
+    """A request as the page's routes get it."""
+    return Request(
+        {
+            "type": "http",
+            "method": "GET",
+            "path": "/",
+            "headers": [],
+            "query_string": query.encode(),
+            "path_params": {"entity": entity},
+            "client": None,
+        }
+    )
 
 
 def fetch(url: str, headers: dict[str, str] | None = None) -> tuple[int, Any, Any]:
@@ -137,10 +136,10 @@ async def test_picture_is_served_sandboxed_and_unknown_is_404(
         {"pin-1": '<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'},
     )
     answer = guarded(page.picture)
-    response = await answer(Request("GET", "/", {}, {}, b"", "pin/pin-1"))
-    assert response.content_type.startswith("image/svg+xml")
+    response = await answer(request(entity="pin/pin-1"))
+    assert response.headers["Content-Type"].startswith("image/svg+xml")
     assert "sandbox" in response.headers["Content-Security-Policy"]
-    assert (await answer(Request("GET", "/", {}, {}, b"", "pin/../../etc/passwd"))).status == 404
+    assert (await answer(request(entity="pin/../../etc/passwd"))).status_code == 404
     assert fetch(running.http + "/api/picture/pin/nobody")[0] == 404
 
 
@@ -156,7 +155,7 @@ async def test_picture_sample_images_are_read_only_for_its_releases(
     answer = guarded(Page(running.server.service).picture)
 
     async def status(tail: str) -> int:
-        return (await answer(Request("GET", "/", {}, {}, b"", tail))).status
+        return (await answer(request(entity=tail))).status_code
 
     assert [
         await status(tail)
@@ -213,9 +212,7 @@ def test_api_search_exact_compares_within_one_release_during_swap(
             return answer
 
         page._ask = ask_and_swap  # type: ignore[method-assign]
-        search = page.search(
-            Request("GET", "/api/search", {"q": "red cat", "exact": "1", "k": "10"}, {}, b"")
-        )
+        search = page.search(request("q=red+cat&exact=1&k=10"))
         shown = json.loads(asyncio.run_coroutine_threadsafe(search, running.loop).result(60).body)
         assert running.server.releases.active.release_id == second
         assert shown["release_id"] == running.release_id
@@ -237,28 +234,6 @@ def test_api_search_with_tokens_configured_requires_one(
         assert fetch(url + "pin")[0] == 401
         assert fetch(url + "pin", {"Authorization": "Bearer open sesame"})[0] == 200
         assert fetch(url + "ad", {"Authorization": "Bearer open sesame"})[0] == 403
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    if not CHROMIUM or not DRIVER:
-        pytest.skip(
-            "chromium and chromedriver are not installed (Debian: apt-get install chromium"
-            " chromium-driver)"
-        )
-    webdriver = pytest.importorskip(
-        "selenium.webdriver", reason="the package selenium is not installed (pip install selenium)"
-    )
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(
-        options=options, service=webdriver.ChromeService(executable_path=DRIVER)
-    )
-    yield driver
-    driver.quit()
 
 
 def wait(driver: Any, holds: Callable[[Any], Any]) -> Any:

@@ -130,7 +130,6 @@ class MethodHandler:
             seconds = (time.perf_counter_ns() - started_ns) / 1e9
             self._count(outcome or "UNKNOWN")
             if gate.call_log is not None and gate.call_log.wants(seconds):
-                metadata = context.invocation_metadata()
                 gate.call_log.write(
                     FinishedCall(
                         method=method.name,
@@ -138,7 +137,7 @@ class MethodHandler:
                         seconds=seconds,
                         peer=peer_of(context),
                         token=token,
-                        metadata=metadata,
+                        metadata=context.invocation_metadata(),
                         request=request,
                         response=response,
                     )
@@ -169,7 +168,7 @@ class MethodHandler:
             if not bound.expired():
                 raise
             raise DeadlinePassed(
-                f"the deadline passed; the work was dropped. This server gives a call {seconds:g} s."
+                f"the deadline passed; the work was dropped. The server gives a call {seconds:g} s."
             ) from error
 
     async def _parsed(self, content: bytes) -> Message:

@@ -312,15 +312,15 @@ def attacks(seed: int = 0) -> list[Attack]:
         Attack("streams skipped", lambda: (opening(HEAD)(s) for s in itertools.count(1, 4))),
         Attack("a preface and no more", repeated(b""), connections=300),
         *(
-            Attack(f"{how} of {method}", bomb(method, unit, compressed=packed, size=size))
+            Attack(f"{how} of {name}", bomb(method, unit, compressed=packed, size=size))
             for how, packed, size in (("gzip bomb", True, 16_000_000), ("bomb", False, 1_000_000))
-            for method, unit in (
-                ("RetrieveMulti", b"\x22\x00"),
-                ("RetrieveMulti", b"\x22\x02\x2a\x00"),
-                ("RetrieveBatch", b"\x0a\x00"),
-                ("Retrieve", b"\x82\x01\x00"),
-                ("Score", b"\x2a\x00"),
-                (ADMIN + "Upsert", b"\x1a\x00"),
+            for name, method, unit in (
+                ("targets", "RetrieveMulti", b"\x22\x00"),
+                ("ids in targets", "RetrieveMulti", b"\x22\x02\x2a\x00"),
+                ("queries", "RetrieveBatch", b"\x0a\x00"),
+                ("attributes", "Retrieve", b"\x82\x01\x00"),
+                ("scored ids", "Score", b"\x2a\x00"),
+                ("entities", ADMIN + "Upsert", b"\x1a\x00"),
             )
         ),
         Attack(

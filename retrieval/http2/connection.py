@@ -252,7 +252,8 @@ class Connection(asyncio.Protocol):
                 raise Http2Error(frames.ENHANCE_YOUR_CALM, "too many frames that are no calls")
             if self.closed:
                 return end
-            if out.is_congested or monotonic() > until:
+            # DATA pays with bandwidth, so that the clock need not be asked for each frame of it
+            if out.is_congested or (kind != frames.DATA and monotonic() > until):
                 self._slice_ended = at < end
                 break
         return at

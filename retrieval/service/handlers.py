@@ -174,7 +174,8 @@ class MethodHandler:
     async def _parsed(self, content: bytes) -> Message:
         """Parse a request, in a thread if it is large. Raises as ``require_bounded``."""
         if len(content) > INLINE_BYTES:
-            return await asyncio.to_thread(self._parsed_now, content)
+            async with self._gate.admission.parsing:
+                return await asyncio.to_thread(self._parsed_now, content)
         return self._parsed_now(content)
 
     def _parsed_now(self, content: bytes) -> Message:

@@ -37,7 +37,7 @@ from retrieval.service.search_request import SearchRequest, legs_of
 from retrieval.service.searcher import Found, Searcher, SearchTarget, scores_of
 from retrieval.service.validation import check_answer_size, require_count
 
-HITS_PER_TURN = 2000
+HITS_PER_TURN = 500
 """Hits of a batch that are written into its answer before other calls have their turn."""
 INLINE_SCORE_IDS = 50
 """A Score of at most so many ids runs on the event loop."""

@@ -17,6 +17,8 @@ from typing import Any
 
 import psutil
 
+from encoders.errors import ConfigError
+
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -48,6 +50,25 @@ def _git(*args: str) -> str:
     return result.stdout.strip()
 
 
+def is_dirty() -> bool:
+    """Tell whether the working tree differs from its commit, records apart."""
+    lines = _git("status", "--porcelain", "--untracked-files=all").splitlines()
+    return any("benchmarks/results/" not in line for line in lines)
+
+
+def require_clean_tree(folder: Path = RESULTS) -> None:
+    """Refuse to measure for the project's records what no commit holds.
+
+    Raises:
+        ConfigError: ``folder`` is that of the records, and the tree differs from its commit.
+    """
+    if folder.resolve() == RESULTS.resolve() and is_dirty():
+        raise ConfigError(
+            "a record names the commit that it measured, but the working tree has changes that are"
+            " not committed. Commit them, or write elsewhere with --out."
+        )
+
+
 def _portable(argument: str) -> str:
     """Return an argument without folders of this machine: an absolute path keeps its last part."""
     return Path(argument).name if Path(argument).is_absolute() else argument
@@ -73,17 +94,21 @@ def write_record(name: str, measurement: Measurement, *, folder: Path = RESULTS)
     """Write ``folder/<date>-<name>.json`` and return its path.
 
     Args:
-        name: Short slug of the benchmark, e.g. ``ann-100k``.
+        name: Short slug of the benchmark, e.g. ``ann-100k``; a record of uncommitted changes is
+            named ``ann-100k-dirty`` among the project's.
         measurement: What was measured, on what and how.
         folder: Where results live.
     """
     now = datetime.now(UTC)
+    dirty = is_dirty()
+    if dirty and folder.resolve() == RESULTS.resolve():
+        name += "-dirty"
     versions = {lib: metadata.version(lib) for lib in measurement.libraries}
     record = {
         "name": name,
         "date": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": _git("rev-parse", "--short", "HEAD") or None,
-        "dirty": bool(_git("status", "--porcelain")),
+        "dirty": dirty,
         "command": " ".join(["omni", *map(_portable, sys.argv[1:])]),
         "machine": machine(),
         "versions": versions,

@@ -90,7 +90,8 @@ def _read_texts(folder: Path) -> tuple[list[str], _Texts]:
 
 def _embed(texts: list[str], tower: str | None) -> np.ndarray:
     if tower is not None:
-        from encoders.towers.query_tower import QueryEncoder, create_query_encoder
+        from encoders.towers.pretrained_models import create_query_encoder
+        from encoders.towers.query_tower import QueryEncoder
 
         folder = Path(tower) / "query_encoder"
         encoder = QueryEncoder.load(folder) if folder.is_dir() else create_query_encoder(tower)

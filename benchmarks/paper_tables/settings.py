@@ -45,6 +45,8 @@ class Training:
 
     Other shares are another batch, so the training is another one.
     """
+    whole_batch: bool = False
+    """A task alone fills the batch of the whole mix, instead of its part of it."""
     gradients: bool = False
     """Measure the gradient norm of every task at the end."""
 
@@ -63,8 +65,10 @@ class Training:
     def batch_pairs(self, whole: int) -> int:
         """Return pairs per step when the four datasets at the paper's shares have ``whole``.
 
-        A dataset alone sees what it sees in the mix.
+        A dataset alone sees what it sees in the mix, or with ``whole_batch`` as many as all.
         """
+        if self.whole_batch:
+            return whole
         return round(
             whole * sum(config.share for config in self.dataset_configs()) / sum(SHARES.values())
         )
@@ -79,6 +83,10 @@ REFERENCE = Training(key="use", kind="reference")
 MIX = Training(key="mix", gradients=True)
 SEPARATE = Training(key="separate", entity_towers="separate")
 SINGLE = {name: Training(key=f"single-{name}", datasets=(name,)) for name in SHARES}
+SINGLE_WHOLE = {
+    name: Training(key=f"single-whole-{name}", datasets=(name,), whole_batch=True)
+    for name in SHARES
+}
 SEARCHSAGE = Training(key="searchsage", datasets=TYPES, towers=(COMPATIBLE,))
 OMNI = Training(key="omni", towers=(ENTITY, COMPATIBLE))
 ROWS = {
@@ -147,6 +155,15 @@ LINES: tuple[Line, ...] = (
             metrics=(f"{name}/{'query' if name == 'query' else 'entity'}",),
         )
         for name, one in SINGLE.items()
+    ),
+    *(
+        Line(
+            table="5",
+            setting=f"single task at the whole batch: {name}",
+            training=one,
+            metrics=(f"{name}/{'query' if name == 'query' else 'entity'}",),
+        )
+        for name, one in SINGLE_WHOLE.items()
     ),
     Line(table="5", setting="multi-task, unified entity tower", training=MIX, metrics=EVERYTHING),
     Line(

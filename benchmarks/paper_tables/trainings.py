@@ -56,7 +56,8 @@ from encoders.evaluation.ranking import (
 from encoders.evaluation.slices import pair_slices
 from encoders.towers.entity_features import TEXT_FIELDS, EntityFeatureConfig, row_vectors
 from encoders.towers.entity_tower import EntityEncoder, create_entity_encoder
-from encoders.towers.query_tower import QueryEncoder, create_query_encoder
+from encoders.towers.pretrained_models import create_query_encoder
+from encoders.towers.query_tower import QueryEncoder
 from encoders.training.data.batches import BatchPlan
 from encoders.training.data.source_tables import TrainingData
 from encoders.training.inputs import UNIFIED, Towers, build_inputs

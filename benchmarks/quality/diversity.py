@@ -81,11 +81,12 @@ def curve(
 def labelled_queries(
     entity_type: str, known: set[str], count: int, seed: int
 ) -> tuple[list[str], list[set[str]]]:
-    """Held-out queries of the sample data with the annotated entities that are in the index."""
+    """Held-out dev queries of the sample data with the annotated entities that are in the index."""
     from encoders.datasets.dataset import load_sample
+    from encoders.datasets.halves import DEV, rows_of_split
 
     pairs = load_sample(engaged_queries=0, images=False).pairs
-    chosen = pairs.filter((pairs["split"] == "heldout") & (pairs["entity_type"] == entity_type))
+    chosen = rows_of_split(pairs.filter(pairs["entity_type"] == entity_type), DEV)
     labels: dict[str, set[str]] = {}
     for query, entity in zip(chosen["query"].to_list(), chosen["entity_id"].to_list(), strict=True):
         if entity in known:

@@ -21,6 +21,7 @@ from encoders.commands.console import (
     stage,
 )
 from encoders.datasets.dataset import load_large
+from encoders.datasets.halves import DEV
 from encoders.errors import ConfigError
 from encoders.evaluation.baselines import cached, default_cache, sentence_transformer, use_encoder
 from encoders.evaluation.downstream import (
@@ -97,7 +98,7 @@ def command(
         )
     dataset = load_large(data_dir, engaged_queries=0, sources=["iconclass"])
     train = labelled_queries(dataset, "train", per_kind=train_per_kind, seed=seed)
-    test = labelled_queries(dataset, "heldout", per_kind=test_per_kind, seed=seed)
+    test = labelled_queries(dataset, DEV, per_kind=test_per_kind, seed=seed)
     train_leaves, test_leaves = train["leaves"].to_list(), test["leaves"].to_list()
     texts, questions = train["query"].to_list(), test["query"].to_list()
     timings: dict[str, float] = {}
@@ -169,7 +170,7 @@ def _encoders(bundle: Path | None, names: Sequence[str]) -> dict[str, Encode]:
         found[bundle.name] = load_bundle(bundle).embed_queries
     for name in names or (() if bundle else ("tiny",)):
         if name == "tiny":
-            from encoders.towers.query_tower import create_query_encoder
+            from encoders.towers.pretrained_models import create_query_encoder
 
             found["shipped query tower"] = create_query_encoder().encode
         elif name == "use":

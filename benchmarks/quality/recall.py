@@ -1,48 +1,67 @@
 """``omni bench recall``: labelled Recall@10 of a bundle beside its baselines, recorded.
 
-Baselines: BM25, zero-shot encoders, neighbouring queries and chance.
+Baselines: BM25, zero-shot encoders, neighbouring queries and chance; and each bundle with BM25.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import polars as pl
 
-from benchmarks.record import RESULTS, Measurement, write_record
+from benchmarks.record import RESULTS, Measurement, require_clean_tree, write_record
 from encoders.commands.console import (
     data_option,
     handle_errors,
     json_option,
     print_json,
+    print_table,
     say,
     stage,
 )
 from encoders.commands.report_output import plot_report, print_report
 from encoders.datasets.dataset import Dataset, load_dataset
-from encoders.evaluation.baselines import BASELINES, Baseline, default_cache, make_baseline
+from encoders.datasets.halves import DEV, TEST
+from encoders.evaluation.baselines import (
+    BASELINES,
+    Baseline,
+    Fused,
+    default_cache,
+    make_baseline,
+)
 from encoders.evaluation.report import (
+    EvaluationReport,
     EvaluationSettings,
     bundle_system,
+    engaged_depth,
     evaluate_systems,
     types_without_tower,
 )
 from encoders.tables.schemas import ENTITY_TYPES
+from encoders.towers.bundle import load_bundle
 
-DEFAULT_BASELINES = "random,bm25,bm25-trigrams,use-title,use"
+DEFAULT_BASELINES = "random,bm25,bm25-trigrams,bm25-ngrams,use-title,use,use-neighbours"
+FUSED_WITH = "bm25-ngrams"
+"""What each bundle is also measured fused with."""
 RECORDED_SLICES = ("english", "language", "action", "action, few positives", "popularity", "source")
 
 
 @click.command()
-@click.argument("bundle", required=False, type=click.Path(path_type=Path, file_okay=False))
+@click.argument("bundles", nargs=-1, type=click.Path(path_type=Path, file_okay=False))
 @click.option(
     "--baselines",
     default=DEFAULT_BASELINES,
     show_default=True,
     help=f"Comma-separated, of {', '.join(BASELINES)}, st:NAME_OR_PATH.",
+)
+@click.option(
+    "--release",
+    is_flag=True,
+    help="Read the test half of the held-out queries, for the record of a release.",
 )
 @click.option(
     "--entity-type",
@@ -63,10 +82,8 @@ RECORDED_SLICES = ("english", "language", "action", "action, few positives", "po
 )
 @click.option(
     "--engaged-queries",
-    default=20,
-    show_default=True,
     type=click.IntRange(0),
-    help="Train queries per entity given to the model.",
+    help="Train queries per entity given to the model. [default: as it was trained]",
 )
 @click.option(
     "--slice",
@@ -87,37 +104,40 @@ RECORDED_SLICES = ("english", "language", "action", "action, few positives", "po
 @json_option
 @handle_errors
 def command(
-    bundle: Path | None,
+    bundles: tuple[Path, ...],
     baselines: str,
+    release: bool,
     entity_types: tuple[str, ...],
     max_queries: int | None,
     corpus_size: int | None,
-    engaged_queries: int,
+    engaged_queries: int | None,
     slices: tuple[str, ...],
     name: str,
     out: Path,
     data_dir: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure BUNDLE and the baselines on the held-out pairs exactly, and record the figures.
+    """Measure BUNDLES and the baselines on held-out pairs exactly, and record the figures.
 
-    The pairs are those of the sample, or of --data.
+    The pairs are those of the sample, or of --data; human annotations standing in for engagement,
+    not clicks. Choices are made on the dev half of the held-out queries; --release reads the other
+    half, once, from a clean tree. Several bundles are seeds of one recipe: their mean and range are
+    given too. Each bundle is also measured fused with BM25. Without a bundle only the baselines
+    run.
 
-    The pairs are human annotations standing in for engagement, not clicks. Without BUNDLE only the
-    baselines run.
-
-    Example: omni bench recall runs/model --baselines random,bm25,bm25-trigrams
+    Example: omni bench recall runs/0/model runs/1/model runs/2/model --release
     """
+    require_clean_tree(RESULTS if release else out)
     timings: dict[str, float] = {}
-    systems: dict[str, Baseline] = {}
-    space_id = loaded = None
-    if bundle:
-        from encoders.towers.bundle import load_bundle
-
-        loaded = load_bundle(bundle)
-        systems[bundle.name], space_id = bundle_system(loaded), loaded.space_id
+    loaded = dict(zip(_names(bundles), map(load_bundle, bundles), strict=True))
+    systems: dict[str, Baseline] = {name: bundle_system(b) for name, b in loaded.items()}
+    lexical = make_baseline(FUSED_WITH)
+    systems |= {f"{name} + {FUSED_WITH}": Fused(systems[name], lexical) for name in loaded}
     for baseline in [part.strip() for part in baselines.split(",") if part.strip()]:
-        systems[baseline] = make_baseline(baseline, cache=default_cache())
+        systems[baseline] = (
+            lexical if baseline == FUSED_WITH else make_baseline(baseline, cache=default_cache())
+        )
+    engaged_queries = engaged_depth(loaded.values(), engaged_queries)
     with stage("load data", timings):
         dataset = load_dataset(data_dir, engaged_queries=engaged_queries)
     with stage("evaluate", timings):
@@ -126,39 +146,38 @@ def command(
             systems,
             EvaluationSettings(
                 entity_types=entity_types or None,
+                split=TEST if release else DEV,
                 max_queries=max_queries,
                 corpus_size=corpus_size,
                 slices=tuple(dict.fromkeys((*RECORDED_SLICES, *slices))),
             ),
-            without_tower=types_without_tower([loaded] if loaded else [], dataset.entity_types),
+            without_tower=types_without_tower(loaded.values(), dataset.entity_types),
         )
-    comparisons = (
-        [(bundle.name, other) for other in systems if other != bundle.name] if bundle else []
-    )
+    first = next(iter(loaded), None)
+    comparisons = [(first, other) for other in systems if other not in loaded] if first else []
+    seeds = seed_figures(report, list(loaded))
     path = write_record(
         name,
         Measurement(
             dataset=describe_dataset(dataset),
             config={
-                "bundle": bundle.name if bundle else None,
-                "space_id": space_id,
+                "bundles": {name: b.space_id for name, b in loaded.items()},
                 "engaged_queries": engaged_queries,
                 "max_queries": max_queries,
-            }
-            | {
                 "corpus_size": corpus_size,
                 "systems": {
-                    s: BASELINES.get(s, "model bundle" if bundle and s == bundle.name else s)
-                    for s in systems
+                    s: BASELINES.get(s, s if s not in loaded else "bundle") for s in systems
                 },
+                "bm25-ngrams": getattr(lexical, "chosen", {}),
             },
             protocol={
+                "split": report.split,
                 "search": "exact, float32",
                 "interval": "95% Poisson bootstrap over queries",
                 "resamples": 1000,
                 "seconds": timings,
             },
-            metrics=report.as_dict(comparisons),
+            metrics=report.as_dict(comparisons) | {"seeds": seeds},
             libraries=("numpy", "torch", "polars", "bm25s"),
         ),
         folder=out,
@@ -166,9 +185,32 @@ def command(
     plot_report(report, path.with_suffix(".png"))
     say(f"wrote {path.name} and {path.with_suffix('.png').name}")
     if as_json:
-        print_json(report.as_dict(comparisons))
-    else:
-        print_report(report, comparisons, slices)
+        print_json(report.as_dict(comparisons) | {"seeds": seeds})
+        return
+    print_report(report, comparisons, slices)
+    if len(loaded) > 1:
+        rows = [[name, f"{f['mean']:.3f}", f["values"]] for name, f in seeds.items()]
+        print_table("labelled Recall@10 over seeds", ["type", "mean", "each"], rows)
+
+
+def _names(bundles: Sequence[Path]) -> list[str]:
+    """Name bundles by their folders, and by the folder above where those are alike."""
+    short = [path.name for path in bundles]
+    if len(set(short)) == len(short):
+        return short
+    return [f"{path.parent.name}/{path.name}" for path in bundles]
+
+
+def seed_figures(report: EvaluationReport, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Sum labelled Recall@10 up over bundles that are seeds of one recipe, by entity type."""
+    figures: dict[str, dict[str, Any]] = {}
+    for entity_type, task in report.tasks.items() if names else ():
+        values = [task.overall[name].recall[10].value for name in names]
+        figures[entity_type] = {
+            "mean": sum(values) / len(values),
+            "values": [round(value, 4) for value in values],
+        }
+    return figures
 
 
 def describe_dataset(dataset: Dataset) -> dict[str, Any]:

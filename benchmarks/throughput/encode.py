@@ -28,12 +28,13 @@ from encoders.commands.console import (
 )
 from encoders.datasets.dataset import load_dataset
 from encoders.inference.batch_embedding import EmbedConfig, EntityEmbedder, content_hashes
-from encoders.inference.onnx_forms import export_forms, onnx_encode
+from encoders.inference.onnx_forms import Encode, ReadTexts, export_forms, onnx_encode
 from encoders.tables.stream import stream_catalogue
 from encoders.towers.entity_features import EntityFeatureConfig, EntityFeaturizer
 from encoders.towers.entity_tower import EntityEncoder, create_entity_encoder
 from encoders.towers.hash_embedding import sum_bags
-from encoders.towers.query_tower import QueryEncoder, create_query_encoder, pad
+from encoders.towers.pretrained_models import create_query_encoder
+from encoders.towers.query_tower import QueryEncoder, pad
 
 WORDS_PER_TEXT = 30
 VECTORS = {"visual": 1024, "pinsage": 256, "itemsage": 256}
@@ -172,6 +173,11 @@ def measure_streaming(tower: EntityEncoder, rows: pl.DataFrame, threads: int) ->
         return timed(run, rows.height, 3).as_dict()
 
 
+def _of_token_ids(encode: Encode) -> Callable[[list[list[int]]], np.ndarray]:
+    """Make a form take token ids, for a tower that reads nothing else."""
+    return lambda token_ids: encode(ReadTexts(token_ids))
+
+
 def measure_queries(tower: QueryEncoder, texts: list[str], rounds: int) -> dict[str, Any]:
     """Return milliseconds of one query at batch 1 on one thread, tokenising excluded.
 
@@ -186,12 +192,12 @@ def measure_queries(tower: QueryEncoder, texts: list[str], rounds: int) -> dict[
 
     @torch.inference_mode()
     def eager(ids: list[list[int]]) -> np.ndarray:
-        vectors: np.ndarray = tower(*pad(ids, int(tower.tokenizer.pad_token_id))).numpy()
+        vectors: np.ndarray = tower(*pad(ids, tower.pad_id)).numpy()
         return vectors
 
     @torch.inference_mode()
     def library(ids: list[list[int]]) -> np.ndarray:
-        rows, mask = pad(ids, int(tower.tokenizer.pad_token_id))
+        rows, mask = pad(ids, tower.pad_id)
         state = tower.transformer(input_ids=rows, attention_mask=mask).last_hidden_state[:, 0]
         vectors: np.ndarray = functional.normalize(tower.projection(state), dim=-1).numpy()
         return vectors
@@ -204,7 +210,8 @@ def measure_queries(tower: QueryEncoder, texts: list[str], rounds: int) -> dict[
                 report.form_id: report for report in export_forms(tower, Path(folder), texts[:2000])
             }
             forms = {
-                name: onnx_encode(Path(folder) / report.file) for name, report in reports.items()
+                name: _of_token_ids(onnx_encode(Path(folder) / report.file))
+                for name, report in reports.items()
             }
             systems: dict[str, Callable[[list[list[int]]], np.ndarray]] = {
                 "transformers-fp32": library,

@@ -42,7 +42,8 @@ from encoders.errors import ConfigError, MissingDependency
 from encoders.evaluation.ranking import Ranking, build_task, rank_task, vector_scores
 from encoders.evaluation.report import comparison_dict
 from encoders.evaluation.slices import compare
-from encoders.towers.query_tower import QueryEncoder, create_query_encoder
+from encoders.towers.pretrained_models import create_query_encoder
+from encoders.towers.query_tower import QueryEncoder
 from encoders.training.data.source_tables import TrainingData
 from encoders.training.loop import TrainResult, TrainStart, train
 

@@ -16,11 +16,13 @@ import click
 from encoders.commands.console import data_option, handle_errors, json_option, print_json, say
 from encoders.commands.report_output import plot_report, print_report
 from encoders.datasets.dataset import Dataset, load_dataset
+from encoders.datasets.halves import DEV, HELDOUT, describe_split, split_for_choices
 from encoders.errors import BundleError, ConfigError
 from encoders.evaluation.baselines import BASELINES, Baseline, default_cache, make_baseline
 from encoders.evaluation.report import (
     EvaluationSettings,
     bundle_system,
+    engaged_depth,
     evaluate_systems,
     save_runs,
     types_without_tower,
@@ -88,7 +90,12 @@ if TYPE_CHECKING:
     type=click.Choice(ENTITY_TYPES),
     help="Only these types; may be repeated.",
 )
-@click.option("--split", default="heldout", show_default=True, help="Which pairs to evaluate.")
+@click.option(
+    "--split",
+    default=DEV,
+    show_default=True,
+    help="Which pairs: dev is the half of the held-out queries that choices may look at.",
+)
 @click.option(
     "--corpus-size",
     type=click.IntRange(1),
@@ -101,10 +108,8 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--engaged-queries",
-    default=20,
-    show_default=True,
     type=click.IntRange(0),
-    help="Train queries per entity given to the model.",
+    help="Train queries per entity given to the model. [default: as it was trained]",
 )
 @click.option(
     "--judgements",
@@ -155,7 +160,7 @@ def command(
     split: str,
     corpus_size: int | None,
     max_queries: int | None,
-    engaged_queries: int,
+    engaged_queries: int | None,
     judgements: Path | None,
     slices: tuple[str, ...],
     device: str,
@@ -166,7 +171,7 @@ def command(
     data_dir: Path | None,
     as_json: bool,
 ) -> None:
-    """Evaluate BUNDLE on held-out pairs by exact search.
+    """Evaluate BUNDLE on held-out pairs (their dev half) by exact search.
 
     Measures are labelled Recall@1/10/100, MRR and nDCG@10, with ceilings and 95% intervals.
     Labelled Recall@10 asks whether the annotated entity ranks in the top 10; a query with 40
@@ -176,8 +181,11 @@ def command(
     vectors (an upgrade without embedding again); --declare writes the result into BUNDLE, and `omni
     rebuild --query-tower BUNDLE` then serves it. `--entity-type query` measures related queries.
 
-    Example: omni evaluate runs/model --baselines bm25,bm25-trigrams --slice language
+    Example: omni evaluate runs/model --baselines bm25,bm25-ngrams --slice language
     """
+    if split == HELDOUT:
+        say("note: --split heldout is dev now; the other half is for the record of a release")
+    split = split_for_choices(split)
     settings = EvaluationSettings(
         entity_types=entity_types or None,
         split=split,
@@ -203,7 +211,8 @@ def command(
                 " --judgements, --save-run and --plot. Usage: omni evaluate NEW --against-index OLD"
             )
         upgrade = _Upgrade(bundle, against_index, adapter, max_loss if declares else None)
-        dataset = load_dataset(data_dir, engaged_queries=engaged_queries)
+        depth = engaged_depth([load_bundle(bundle), load_bundle(against_index)], engaged_queries)
+        dataset = load_dataset(data_dir, engaged_queries=depth)
         spaces = _compare_spaces(upgrade, dataset, settings)
         _note_other_data([bundle], data_dir)
         _show_spaces(spaces, upgrade, slices, as_json, _source(split, data_dir))
@@ -220,7 +229,8 @@ def command(
     }
     for baseline in [part.strip() for part in baselines.split(",") if part.strip()]:
         systems[baseline] = make_baseline(baseline, cache=default_cache())
-    dataset = load_dataset(data_dir, engaged_queries=engaged_queries)
+    depth = engaged_depth(bundles.values(), engaged_queries)
+    dataset = load_dataset(data_dir, engaged_queries=depth)
     _note_other_data(paths, data_dir)
     report = evaluate_systems(
         dataset,
@@ -255,7 +265,7 @@ def _source(split: str, data_dir: Path | None, judgements: Path | None = None) -
     """Describe what is evaluated, for the titles of tables."""
     data = "the sample data in the package" if data_dir is None else str(data_dir)
     if judgements is None:
-        return f"{split} pairs of {data}"
+        return f"{describe_split(split)} pairs of {data}"
     return f"judgements of {judgements}, entities of {data}"
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from encoders.commands.console import print_table
+from encoders.datasets.halves import describe_split
 from encoders.evaluation.metrics import PairedDifference
 from encoders.evaluation.report import EvaluationReport, TaskReport
 from encoders.evaluation.slices import SliceMetrics
@@ -25,12 +26,12 @@ OVERALL_COLUMNS = (
     "R@1",
     "R@10",
     "95%",
+    "by query",
+    "distinct",
     "ceiling@10",
-    "of ceiling",
     "R@100",
     "MRR",
     "nDCG@10",
-    "by query",
 )
 COMPARISON_COLUMNS = (
     "type",
@@ -57,7 +58,7 @@ def print_report(
         shown_slices: Slices to print a table of.
         source: What was evaluated, for the titles; empty: the split and name of the data set.
     """
-    source = source or f"{report.split} pairs of {report.dataset!r}"
+    source = source or f"{describe_split(report.split)} pairs of {report.dataset!r}"
     for entity_type, task in report.tasks.items():
         title = f"{entity_type}: {source} ({report.label}), against {task.task.corpus_description}"
         rows = [[name, *overall_row(metrics)] for name, metrics in task.overall.items()]
@@ -83,13 +84,20 @@ def _comparison_cells(result: PairedDifference) -> list[object]:
 
 
 def overall_row(metrics: SliceMetrics) -> list[object]:
-    """Write the figures of one system as table cells, pairs first."""
-    ten, ceiling = metrics.recall[10], metrics.ceiling[10]
-    share = ten.value / ceiling if ceiling else None
-    interval = f"[{ten.low:.3f}, {ten.high:.3f}]"
-    one, hundred = metrics.recall[1].value, metrics.recall[100].value
-    recalls = [one, ten.value, interval, ceiling, share, hundred]
-    return [metrics.pairs, *recalls, metrics.mrr.value, metrics.ndcg, metrics.query_recall]
+    """Write the figures of one system as table cells, in the order of ``OVERALL_COLUMNS``."""
+    ten = metrics.recall[10]
+    return [
+        metrics.pairs,
+        metrics.recall[1].value,
+        ten.value,
+        f"[{ten.low:.3f}, {ten.high:.3f}]",
+        metrics.query_recall.value,
+        metrics.distinct_recall,
+        metrics.ceiling[10],
+        metrics.recall[100].value,
+        metrics.mrr.value,
+        metrics.ndcg,
+    ]
 
 
 def _slice_table(task: TaskReport, name: str) -> tuple[list[str], list[list[object]]]:
@@ -132,7 +140,9 @@ def plot_report(report: EvaluationReport, path: Path) -> None:
         _plot_systems(axes[0][column], name, report.tasks[name])
         if name in with_languages:
             _plot_languages(axes[1][column], report.tasks[name])
-    figure.suptitle(f"{report.split} pairs of {report.dataset} ({report.label})", fontsize=9)
+    figure.suptitle(
+        f"{describe_split(report.split)} pairs of {report.dataset} ({report.label})", fontsize=9
+    )
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -74,7 +74,11 @@ class SpaceAdapter:
             tower.tokenizer,
             int(matrix.shape[0]),
             tower.max_tokens,
+            tower.pooling,
+            copy.deepcopy(list(tower.dense)),  # type: ignore[arg-type]
         )
+        if tower.ngrams is not None:
+            adapted.ngrams = tower.ngrams.turned(matrix)
         with torch.no_grad():
             adapted.projection.weight.copy_(matrix @ tower.projection.weight.double())
             adapted.projection.bias.copy_(matrix @ tower.projection.bias.double())

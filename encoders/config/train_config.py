@@ -130,6 +130,13 @@ class ModelConfig:
 
     For example ``distilbert-base-multilingual-cased``.
     """
+    query_dropout: float = 0.0
+    """Rate of the query tower's dropout layers in training."""
+    query_ngrams: int = 0
+    """Buckets of the query tower's table of words and character n-grams, a power of two; 0: none.
+
+    The table is fitted after training, by ridge regression; held-back queries choose its weight.
+    """
     dimension: int = 256
     """Width of all embeddings."""
     entity_towers: str = "unified"
@@ -138,6 +145,14 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check(
             (self.dimension >= 2, f"dimension must be at least 2, but got {self.dimension}"),
+            (
+                0 <= self.query_dropout < 1,
+                f"query_dropout must lie in [0, 1), but got {self.query_dropout}",
+            ),
+            (
+                self.query_ngrams >= 0 and self.query_ngrams & (self.query_ngrams - 1) == 0,
+                f"query_ngrams must be 0 or a power of two, but got {self.query_ngrams}",
+            ),
             (
                 self.entity_towers in ("unified", "separate"),
                 f"entity_towers must be 'unified' or 'separate', but got {self.entity_towers!r}",

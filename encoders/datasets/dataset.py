@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from encoders.datasets.halves import rows_of_split
 from encoders.errors import ConfigError, SchemaError
 from encoders.tables.files import read_table
 from encoders.text.hashing import hash_texts, seeded_hash
-from encoders.text.normal_forms import folded_queries
+from encoders.text.normal_forms import fold_query, folded_queries
 
 DEFAULT_ENGAGED_QUERIES = 20
 """Engaged queries kept per entity (paper: top ones by weighted engagement; the number is ours)."""
@@ -41,7 +42,10 @@ class Dataset:
     ``board_titles`` and ``engaged_queries`` are lists of strings.
     """
     pairs: pl.DataFrame
-    """The pairs table's columns and ``kind``; ``split`` is ``train`` or ``heldout``."""
+    """The pairs table's columns and ``kind``; ``split`` is ``train`` or ``heldout``.
+
+    ``split("dev")`` and ``split("test")`` are the halves of the latter.
+    """
     images: dict[str, str] = field(default_factory=dict)
     """Entity id -> a whole SVG document."""
     groups: dict[str, str] = field(default_factory=dict)
@@ -58,8 +62,8 @@ class Dataset:
         return self.catalogue.filter(pl.col("entity_type") == entity_type)
 
     def split(self, split: str) -> pl.DataFrame:
-        """Return the pairs of one split, ``train`` or ``heldout``."""
-        return self.pairs.filter(pl.col("split") == split)
+        """Return the pairs of a split: ``train``, ``heldout``, or its half ``dev`` or ``test``."""
+        return rows_of_split(self.pairs, split)
 
     @property
     def entity_types(self) -> list[str]:
@@ -229,8 +233,21 @@ def _assemble(
         pl.lit(None, dtype=pl.Datetime("us", "UTC")).alias("timestamp"),
         "split",
     )
+    pairs = _without_trained_queries(pairs)
     catalogue = with_engaged_queries(entities, pairs, cap)
     return Dataset(catalogue, pairs, images, groups, name, ANNOTATIONS)
+
+
+def _without_trained_queries(pairs: pl.DataFrame) -> pl.DataFrame:
+    """Drop held-out pairs whose query, folded, is a train query: the files were split by another.
+
+    That is "İslam" in the sample.
+    """
+    forms = pairs.select("query", "split").unique().with_columns(form=fold_query(pl.col("query")))
+    is_train = pl.col("split") == "train"
+    trained = forms.filter(is_train).select("form").unique()
+    leaking = forms.filter(~is_train).join(trained, on="form", how="semi")["query"]
+    return pairs.filter(is_train | ~pl.col("query").is_in(leaking.implode()))
 
 
 def with_engaged_queries(

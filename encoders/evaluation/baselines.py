@@ -10,7 +10,8 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import bm25s
@@ -19,12 +20,21 @@ import polars as pl
 import torch
 
 from encoders.datasets.dataset import Dataset, with_engaged_queries
+from encoders.datasets.halves import DEV
 from encoders.errors import ConfigError, MissingDependency
-from encoders.evaluation.ranking import EvaluationTask, ScoreRows, vector_scores
+from encoders.evaluation.ranking import (
+    EvaluationTask,
+    ScoreRows,
+    TaskSettings,
+    build_task,
+    rank_task,
+    vector_scores,
+)
 from encoders.exact_search import exact_top_k
 from encoders.text.entity_texts import entity_texts
 from encoders.text.words import runs_of, words_of
 
+log = logging.getLogger(__name__)
 # Importing it sets DEBUG, and another library's handler then prints every line.
 logging.getLogger("bm25s").setLevel(logging.WARNING)
 
@@ -45,6 +55,10 @@ NEIGHBOURS = 50
 BASELINES = {
     "bm25": "BM25 on words (title, category, boards and all train queries of the entity)",
     "bm25-trigrams": "BM25 on words and character trigrams of the same text",
+    "bm25-ngrams": (
+        "BM25 on words and character n-grams of the same text, n chosen on the dev half of the"
+        " held-out queries"
+    ),
     "use-title": "zero-shot multilingual USE of title, category, boards",
     "use": (
         f"zero-shot multilingual USE of title, category, boards and {ZERO_SHOT_QUERIES} train"
@@ -74,9 +88,11 @@ def make_baseline(name: str, *, cache: Path | None = None, threads: int = 1) -> 
     """
     match name:
         case "bm25":
-            return Bm25(trigrams=False)
+            return Bm25()
         case "bm25-trigrams":
-            return Bm25(trigrams=True)
+            return Bm25((3,))
+        case "bm25-ngrams":
+            return ChosenBm25()
         case "use-title":
             return ZeroShot(cached(use_encoder(threads), "use", cache), engaged_queries=0)
         case "use":
@@ -100,15 +116,16 @@ def make_baseline(name: str, *, cache: Path | None = None, threads: int = 1) -> 
     )
 
 
-def trigrams_of(text: str) -> list[str]:
-    """List the character trigrams of each word with a space on both sides.
+def character_ngrams(text: str, orders: Sequence[int]) -> list[str]:
+    """List the character n-grams of each word with a space on both sides, for each n of ``orders``.
 
-    ``cat`` -> `` ca``, ``cat``, ``at ``.
+    Trigrams of ``cat``: `` ca``, ``cat``, ``at ``.
     """
     return [
-        padded[i : i + 3]
+        padded[i : i + n]
         for padded in (f" {word} " for word in runs_of(text))
-        for i in range(len(padded) - 2)
+        for n in orders
+        for i in range(len(padded) - n + 1)
     ]
 
 
@@ -119,8 +136,8 @@ class Bm25:
     An entity that shares no term with the query is not returned.
     """
 
-    trigrams: bool
-    """Also index character trigrams, as further terms."""
+    orders: tuple[int, ...] = ()
+    """Also index character n-grams of these n, as further terms."""
 
     def __call__(self, task: EvaluationTask, dataset: Dataset) -> ScoreRows:
         """Index the candidates' texts with all their train queries."""
@@ -145,9 +162,84 @@ class Bm25:
         return score
 
     def terms(self, text: str) -> list[str]:
-        """List the terms of a text; a prefix keeps trigrams apart from words."""
-        trigrams = trigrams_of(text) if self.trigrams else []
-        return [*words_of(text), *(f"\0{gram}" for gram in trigrams)]
+        """List the terms of a text; a prefix keeps n-grams apart from words."""
+        return [*words_of(text), *(f"\0{gram}" for gram in character_ngrams(text, self.orders))]
+
+
+NGRAM_ORDERS: tuple[tuple[int, ...], ...] = ((), (3,), (2, 3), (2, 3, 4), (3, 4, 5))
+"""Orders that ``bm25-ngrams`` tries; ``()``: words alone."""
+DEV_QUERIES = 500
+"""Random dev queries on which a baseline's setting is chosen."""
+
+
+def dev_recall(task: EvaluationTask, dataset: Dataset, system: Baseline) -> float | None:
+    """Measure labelled Recall@10 of a system on dev queries of a task's type; None without any."""
+    try:
+        dev = build_task(
+            dataset, task.entity_type, TaskSettings(split=DEV, max_queries=DEV_QUERIES)
+        )
+    except ConfigError:
+        return None
+    return float((rank_task(dev, system(dev, dataset), "").ranks <= 10).mean())
+
+
+@dataclass(frozen=True)
+class ChosenBm25:
+    """BM25 on words and the character n-grams that find most on dev queries."""
+
+    chosen: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Entity type -> orders, chosen at the first call."""
+
+    def __call__(self, task: EvaluationTask, dataset: Dataset) -> ScoreRows:
+        """Choose the orders for the type, once, and index with them."""
+        name = task.entity_type
+        if name not in self.chosen:
+            recalls = {n: dev_recall(task, dataset, Bm25(n)) or 0.0 for n in NGRAM_ORDERS}
+            self.chosen[name] = max(recalls, key=lambda n: recalls[n])
+            log.info(f"{name:8} bm25-ngrams chosen on dev: words and n = {self.chosen[name]}")
+        return Bm25(self.chosen[name])(task, dataset)
+
+
+FUSION_WEIGHTS = (0.1, 0.2, 0.4, 0.7, 1.0, 1.5)
+"""Weights of the second system that ``Fused`` tries."""
+
+
+@dataclass(frozen=True)
+class Fused:
+    """Two systems' scores added, each standardised by query; the weight is chosen on dev queries.
+
+    What a system does not return has a score of 0.
+    """
+
+    first: Baseline
+    second: Baseline
+
+    def __call__(self, task: EvaluationTask, dataset: Dataset) -> ScoreRows:
+        """Choose the weight for the type and add."""
+        recalls = {
+            weight: dev_recall(task, dataset, partial(self._add, weight)) or 0.0
+            for weight in FUSION_WEIGHTS
+        }
+        best = max(recalls, key=lambda weight: recalls[weight])
+        log.info(f"{task.entity_type:8} fusion: second weighs {best}, chosen on dev")
+        return self._add(best, task, dataset)
+
+    def _add(self, weight: float, task: EvaluationTask, dataset: Dataset) -> ScoreRows:
+        first, second = self.first(task, dataset), self.second(task, dataset)
+
+        def score(start: int, stop: int) -> torch.Tensor:
+            return _standardised(first(start, stop)) + weight * _standardised(second(start, stop))
+
+        return score
+
+
+def _standardised(scores: torch.Tensor) -> torch.Tensor:
+    """Bring each row to mean 0 and deviation 1; ``-inf`` counts as 0, or as its lowest score."""
+    finite = scores.isfinite()
+    lowest = scores.masked_fill(~finite, 0.0).amin(dim=1, keepdim=True).clamp(max=0.0)
+    filled = torch.where(finite, scores, lowest)
+    spread = filled.std(dim=1, keepdim=True, correction=0)
+    return (filled - filled.mean(dim=1, keepdim=True)) / spread.clamp_min(1e-6)
 
 
 @dataclass(frozen=True)

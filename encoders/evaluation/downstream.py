@@ -62,7 +62,7 @@ def labelled_queries(
 
     Args:
         dataset: With Iconclass entities (ids ``ic:...``).
-        split: ``train`` or ``heldout``.
+        split: ``train``, or ``dev``.
         per_kind: At most this many random queries of each kind (keyword, title); None: all.
         seed: Chooses them.
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from encoders.datasets.dataset import Dataset
+from encoders.datasets.halves import DEV, describe_split, rows_of_split
 from encoders.datasets.related_queries import query_entities
 from encoders.errors import ConfigError, InvalidVectors, SchemaError
 from encoders.evaluation.metrics import UNRANKED
@@ -45,7 +46,7 @@ system does not return.
 class TaskSettings:
     """Which pairs are evaluated, and against how many candidates."""
 
-    split: str = "heldout"
+    split: str = DEV
     """Split of the pairs."""
     corpus_size: int | None = None
     """Rank against this many random candidates; None: against all."""
@@ -115,15 +116,13 @@ def build_task(
     settings = settings or TaskSettings()
     rng = np.random.default_rng(settings.seed)
     source = dataset.pairs if pairs is None else pairs
-    rows = source.filter(
-        (pl.col("entity_type") == entity_type) & (pl.col("split") == settings.split)
-    )
+    rows = rows_of_split(source.filter(pl.col("entity_type") == entity_type), settings.split)
     key = [name for name in PAIR_KEY if name in rows.columns]
     rows = rows.unique(key, keep="first", maintain_order=True)
     if rows.is_empty():
         raise ConfigError(
-            f"there are no {settings.split!r} pairs of entity type {entity_type!r} to evaluate in"
-            f" data set {dataset.name!r}."
+            f"there are no {describe_split(settings.split)!r} pairs of entity type"
+            f" {entity_type!r} to evaluate in data set {dataset.name!r}."
         )
     if settings.max_queries is not None:
         rows = _sample_queries(rows, settings.max_queries, rng)

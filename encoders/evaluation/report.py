@@ -6,14 +6,15 @@ import logging
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import polars as pl
 
-from encoders.datasets.dataset import Dataset
+from encoders.datasets.dataset import DEFAULT_ENGAGED_QUERIES, Dataset
+from encoders.datasets.halves import HELDOUT, describe_split, rows_of_split
 from encoders.datasets.related_queries import related_query_pairs
 from encoders.errors import ConfigError
 from encoders.evaluation.baselines import Baseline
@@ -81,6 +82,17 @@ def bundle_system(bundle: Embeds, device: str = "cpu") -> Baseline:
         )
 
     return score
+
+
+def engaged_depth(bundles: Iterable[ModelBundle], wanted: int | None = None) -> int:
+    """Return how many engaged queries an entity needs in a data set that bundles are measured on.
+
+    As many as the deepest of them reads; each reads no more than it was trained with. ``wanted``
+    is the caller's own number instead.
+    """
+    if wanted is not None:
+        return wanted
+    return max((b.engaged_queries for b in bundles), default=0) or DEFAULT_ENGAGED_QUERIES
 
 
 def types_without_tower(
@@ -214,6 +226,7 @@ def evaluate_systems(
     without_tower = without_tower or {}
     judged = None
     if judgements is not None:
+        settings = replace(settings, split=HELDOUT)  # judgements are not halved
         judged = pairs_of_judgements(dataset, judgements, settings.split)
     left_out: dict[str, str] = {}
     wanted = settings.entity_types
@@ -275,10 +288,13 @@ def _types_left_out(
 ) -> dict[str, str]:
     """List the catalogue's types that cannot be evaluated, and why; an error if all are."""
     pairs = dataset.pairs if judged is None else judged
-    what = f"{split!r} pairs" if judged is None else "judgements with a grade above 0"
-    present = set(pairs.filter(pl.col("split") == split)["entity_type"].to_list())
+    what = "judgements with a grade above 0"
+    if judged is None:
+        what = f"{describe_split(split)!r} pairs"
+        pairs = rows_of_split(pairs, split)
+    present = set(pairs["entity_type"].to_list())
     if not present.intersection(dataset.entity_types):
-        splits = ", ".join(sorted(pairs["split"].drop_nulls().unique().to_list())) or "none"
+        splits = ", ".join(sorted(dataset.pairs["split"].drop_nulls().unique().to_list())) or "none"
         raise ConfigError(
             f"there are no {what} to evaluate in data set {dataset.name!r}; it has {splits}. Choose"
             " with --split."

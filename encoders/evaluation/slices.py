@@ -40,8 +40,12 @@ class SliceMetrics:
     """Labelled Recall@k over pairs, by k."""
     ceiling: dict[int, float]
     """The highest Recall@k that any ranking could reach on these pairs."""
-    query_recall: float
-    """Labelled Recall@10 averaged over queries instead of pairs."""
+    query_recall: Interval
+    """Labelled Recall@10 averaged over queries instead of pairs: each query counts once."""
+    distinct_pairs: int
+    """Pairs that differ in query or answer: the same pair in another language counts once."""
+    distinct_recall: float
+    """Labelled Recall@10 over the distinct pairs."""
     mrr: Interval
     ndcg: float
     """Mean nDCG@10 over queries (of all their targets)."""
@@ -62,7 +66,11 @@ class SliceMetrics:
             "pairs": self.pairs,
             "queries": self.queries,
             **recalls,
-            "recall@10_by_query": self.query_recall,
+            "recall@10_by_query": self.query_recall.value,
+            "recall@10_by_query_low": self.query_recall.low,
+            "recall@10_by_query_high": self.query_recall.high,
+            "distinct_pairs": self.distinct_pairs,
+            "recall@10_of_distinct_pairs": self.distinct_recall,
             "mrr": mrr,
             "ndcg@10": self.ndcg,
         }
@@ -101,6 +109,10 @@ def slice_metrics(
     ceiling = {k: recall_ceiling(query_index, target, places, k, count).value for k in ks}
     ten = sums_by_query(query_index, ranks <= 10, count)
     seen = ten.counts > 0
+    by_query = QuerySums(
+        np.divide(ten.hits, ten.counts, out=np.zeros(count), where=seen), seen.astype(np.float64)
+    )
+    _, first = np.unique(target, return_index=True)
     ndcg = ndcg_at_k(
         task.targets["query_index"].to_numpy(),
         ranking.list_ranks,
@@ -113,9 +125,9 @@ def slice_metrics(
         queries=int(seen.sum()),
         recall=recall,
         ceiling=ceiling,
-        query_recall=(
-            float((ten.hits[seen] / ten.counts[seen]).mean()) if seen.any() else float("nan")
-        ),
+        query_recall=bootstrap_interval(by_query, resamples=resamples, seed=seed),
+        distinct_pairs=len(first),
+        distinct_recall=float((ranks[first] <= 10).mean()) if len(first) else float("nan"),
         mrr=bootstrap_interval(
             sums_by_query(query_index, reciprocal_ranks(ranks), count),
             resamples=resamples,

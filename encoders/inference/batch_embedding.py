@@ -156,6 +156,7 @@ def content_hashes(catalogue: pl.DataFrame, config: EntityFeatureConfig) -> list
     Returns:
         N hashes.
     """
+    catalogue = config.columns_read(catalogue)
     columns = [
         (name.encode(), row_texts(catalogue[name]))
         for name in sorted(config.text_columns)

@@ -21,9 +21,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from encoders.errors import BundleError, MissingDependency
 from encoders.exact_search import exact_top_k
+from encoders.text.query_ngrams import Int32, Int64, padded
 from encoders.towers.forms import FORM_FILES
 from encoders.towers.query_tower import QueryEncoder, pad
 
@@ -34,6 +36,11 @@ BATCH_SIZES = (1, 8, 64)
 FEWEST_TEXTS = 100
 """Parity on fewer texts says too little to write a form."""
 
+MOST_NGRAMS = 1024
+"""More buckets than a query of ``MAX_CHARACTERS`` can have."""
+_LARGE_TABLE = 1 << 20
+"""Tables of this size are made int8."""
+
 _QUANTISED: tuple[tuple[str, ...], ...] = (("MatMul", "Gemm"), ("MatMul",), ())
 """Operators whose products become int8, tried in turn until the form is inside its tolerance.
 
@@ -41,7 +48,49 @@ Gemm is the last linear layer (and every layer of the Universal Sentence Encoder
 pooling); with none, the token table alone is int8.
 """
 
-Encode = Callable[[Sequence[Sequence[int]]], np.ndarray]
+Encode = Callable[["ReadTexts"], np.ndarray]
+
+
+@dataclass(frozen=True)
+class ReadTexts:
+    """Texts as a form reads them."""
+
+    token_ids: Sequence[Sequence[int]]
+    ngrams: tuple[Int32, Int64] | None = None
+    """Buckets of words and n-grams, flat with offsets; None: the tower reads none."""
+    buckets: int = 0
+
+    @classmethod
+    def of(cls, tower: QueryEncoder, texts: Sequence[str]) -> ReadTexts:
+        """Read texts as a tower does."""
+        token_ids = tower.tokenize(texts)
+        if tower.ngrams is None:
+            return cls(token_ids)
+        return cls(token_ids, tower.ngrams.read(texts), tower.ngrams.buckets)
+
+    def __len__(self) -> int:
+        """Return the number of texts."""
+        return len(self.token_ids)
+
+    def take(self, rows: Sequence[int]) -> ReadTexts:
+        """Select texts."""
+        token_ids = [self.token_ids[row] for row in rows]
+        if self.ngrams is None:
+            return ReadTexts(token_ids)
+        ids, offsets = self.ngrams
+        own = [ids[offsets[row] : offsets[row + 1]] for row in rows]
+        lengths = np.fromiter((len(buckets) for buckets in own), np.int64, len(own))
+        kept = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        return ReadTexts(token_ids, (np.concatenate([ids[:0], *own]), kept), self.buckets)
+
+    def tensors(self, pad_id: int) -> dict[str, Tensor]:
+        """Pad to rectangles: ``input_ids``, ``attention_mask`` and, where read, ``ngram_ids``."""
+        ids, mask = pad(self.token_ids, pad_id)
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if self.ngrams is not None:
+            rows = np.arange(len(self))
+            inputs["ngram_ids"] = torch.from_numpy(padded(*self.ngrams, rows, self.buckets))
+        return inputs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,26 +131,28 @@ class FormReport:
 class _Reference:
     """The texts of a parity measurement under the trained tower."""
 
-    token_ids: Sequence[Sequence[int]]
+    texts: ReadTexts
     vectors: np.ndarray
     """``(N, D)`` unit rows."""
     p50_ms: float
+    pad_id: int
 
     @classmethod
     def of(cls, tower: QueryEncoder, texts: Sequence[str]) -> _Reference:
         """Encode and time texts by the trained tower."""
-        token_ids = tower.tokenize(texts)
-        vectors = tower.encode(texts)
-        return cls(token_ids, vectors, _median_ms(_torch_encode(tower), token_ids))
+        read = ReadTexts.of(tower, texts)
+        milliseconds = _median_ms(_torch_encode(tower), read)
+        return cls(read, tower.encode(texts), milliseconds, tower.pad_id)
 
     def compare(self, form: str, path: Path) -> FormReport:
         """Measure the exported form in file ``path``."""
-        encode = onnx_encode(path)
+        encode = onnx_encode(path, self.pad_id)
         vectors = np.empty_like(self.vectors)
         cosines = []
         for size in BATCH_SIZES:
-            for start in range(0, len(self.token_ids), size):
-                vectors[start : start + size] = encode(self.token_ids[start : start + size])
+            for start in range(0, len(self.texts), size):
+                rows = range(start, min(start + size, len(self.texts)))
+                vectors[start : start + size] = encode(self.texts.take(rows))
             cosines.append(np.einsum("nd,nd->n", vectors, self.vectors))
         overlap = _overlap_at_10(self.vectors, vectors)
         smallest = float(np.min(cosines))
@@ -110,11 +161,11 @@ class _Reference:
             form_id=form,
             file=path.name,
             bytes=path.stat().st_size,
-            texts=len(self.token_ids),
+            texts=len(self.texts),
             cosine_min=smallest,
             cosine_mean=float(np.mean(cosines)),
             overlap_at_10=overlap,
-            p50_ms=_median_ms(encode, self.token_ids),
+            p50_ms=_median_ms(encode, self.texts),
             torch_p50_ms=self.p50_ms,
             within_tolerance=smallest >= tolerance.cosine and overlap >= tolerance.overlap,
         )
@@ -198,25 +249,43 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
+class _Exported(torch.nn.Module):
+    """A tower with the inputs that serving has."""
+
+    def __init__(self, tower: QueryEncoder) -> None:
+        super().__init__()
+        self.tower = tower
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, ngram_ids: Tensor | None = None
+    ) -> Tensor:
+        """Encode: unit vectors ``(B, D)``."""
+        vectors: Tensor = self.tower(input_ids, attention_mask, ngram_ids=ngram_ids)
+        return vectors
+
+
 def _export_fp32(tower: QueryEncoder, path: Path) -> None:
     try:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise MissingDependency("onnxscript", None, "Exporting the query tower to ONNX") from error
     tower.eval()
-    example = tower.tokenize(["a short query", "another query that is longer"])
-    ids, mask = pad(example, int(tower.tokenizer.pad_token_id))
+    example = ReadTexts.of(tower, ["a short query", "another query that is longer"])
+    inputs = example.tensors(tower.pad_id)
     batch = torch.export.Dim("batch", min=1, max=4096)
     tokens = torch.export.Dim("tokens", min=2, max=tower.max_tokens)
-    dynamic = {0: batch, 1: tokens}
+    ngrams = torch.export.Dim("ngrams", min=1, max=MOST_NGRAMS)
+    dynamic = {name: {0: batch, 1: tokens} for name in inputs}
+    if "ngram_ids" in inputs:
+        dynamic["ngram_ids"] = {0: batch, 1: ngrams}
     with _quiet(), torch.inference_mode():
         torch.onnx.export(
-            tower,
-            (ids, mask),
+            _Exported(tower),
+            tuple(inputs.values()),
             path,
-            input_names=["input_ids", "attention_mask"],
+            input_names=list(inputs),
             output_names=["query_vector"],
-            dynamic_shapes={"input_ids": dynamic, "attention_mask": dynamic},
+            dynamic_shapes=tuple(dynamic.values()),
             dynamo=True,
             verbose=False,
             external_data=False,
@@ -260,31 +329,44 @@ def _quantise(fp32: Path, int8: Path, operators: Sequence[str]) -> None:
 
 
 def _quantise_embeddings(model: Any) -> None:
-    """Replace the largest gathered fp32 table (V, H) by int8 rows and one fp32 scale per row.
+    """Replace gathered fp32 tables (V, H) by int8 rows and one fp32 scale per row.
 
-    Rows are dequantised after the gather.
+    Those of tokens (the largest) and of n-grams; rows are dequantised after the gather.
     """
+    initial = {tensor.name: tensor for tensor in model.graph.initializer}
+    gathers = [
+        node
+        for node in model.graph.node
+        if node.op_type == "Gather"
+        and node.input[0] in initial
+        and len(initial[node.input[0]].dims) == 2
+    ]
+    sizes = [int(np.prod(initial[gather.input[0]].dims)) for gather in gathers]
+    for node, size in zip(gathers, sizes, strict=True):
+        if size == max(sizes) or size >= _LARGE_TABLE:
+            _quantise_table(model.graph, node, initial[node.input[0]])
+
+
+def _quantise_table(graph: Any, node: Any, tensor: Any) -> None:
+    """Replace one Gather of an fp32 table by one of int8 rows."""
     from onnx import helper, numpy_helper
 
-    graph = model.graph
-    initial = {tensor.name: tensor for tensor in graph.initializer}
-    gathers = [node for node in graph.node if node.op_type == "Gather" and node.input[0] in initial]
-    node = max(gathers, key=lambda gather: int(np.prod(initial[gather.input[0]].dims)))
-    table = numpy_helper.to_array(initial[node.input[0]])
+    table = numpy_helper.to_array(tensor)
+    name = f"{tensor.name}_int8"
     scale = np.maximum(np.abs(table).max(axis=1, keepdims=True) / 127, 1e-8).astype(np.float32)
     rows = np.clip(np.rint(table / scale), -127, 127).astype(np.int8)
-    graph.initializer.remove(initial[node.input[0]])
+    graph.initializer.remove(tensor)
     graph.initializer.extend(
-        [numpy_helper.from_array(rows, "table_int8"), numpy_helper.from_array(scale, "table_scale")]
+        [numpy_helper.from_array(rows, name), numpy_helper.from_array(scale, f"{name}_scale")]
     )
     position = list(graph.node).index(node)
     ids, output = node.input[1], node.output[0]
     graph.node.remove(node)
     replacement = [
-        helper.make_node("Gather", ["table_int8", ids], ["table_rows_int8"], axis=0),
-        helper.make_node("Cast", ["table_rows_int8"], ["table_rows"], to=1),
-        helper.make_node("Gather", ["table_scale", ids], ["table_row_scale"], axis=0),
-        helper.make_node("Mul", ["table_rows", "table_row_scale"], [output]),
+        helper.make_node("Gather", [name, ids], [f"{name}_rows"], axis=0),
+        helper.make_node("Cast", [f"{name}_rows"], [f"{name}_floats"], to=1),
+        helper.make_node("Gather", [f"{name}_scale", ids], [f"{name}_row_scale"], axis=0),
+        helper.make_node("Mul", [f"{name}_floats", f"{name}_row_scale"], [output]),
     ]
     for offset, new in enumerate(replacement):
         graph.node.insert(position + offset, new)
@@ -307,8 +389,8 @@ def _overlap_at_10(expected: np.ndarray, got: np.ndarray) -> float:
     return float(np.mean(shares))
 
 
-def onnx_encode(path: Path, threads: int = 1) -> Encode:
-    """Make a function from token ids to vectors (B, D) that runs an exported form on the CPU."""
+def onnx_encode(path: Path, pad_id: int = 0, threads: int = 1) -> Encode:
+    """Make a function from texts to vectors (B, D) that runs an exported form on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -316,11 +398,9 @@ def onnx_encode(path: Path, threads: int = 1) -> Encode:
     options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
-    def encode(token_ids: Sequence[Sequence[int]]) -> np.ndarray:
-        ids, mask = pad(token_ids, 0)
-        vectors: np.ndarray = session.run(
-            None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
-        )[0]
+    def encode(texts: ReadTexts) -> np.ndarray:
+        inputs = {name: value.numpy() for name, value in texts.tensors(pad_id).items()}
+        vectors: np.ndarray = session.run(None, inputs)[0]
         return vectors
 
     return encode
@@ -330,23 +410,24 @@ def _torch_encode(tower: QueryEncoder) -> Encode:
     tower.eval()
 
     @torch.inference_mode()
-    def encode(token_ids: Sequence[Sequence[int]]) -> np.ndarray:
-        vectors: np.ndarray = tower(*pad(token_ids, int(tower.tokenizer.pad_token_id))).numpy()
+    def encode(texts: ReadTexts) -> np.ndarray:
+        vectors: np.ndarray = _Exported(tower)(**texts.tensors(tower.pad_id)).numpy()
         return vectors
 
     return encode
 
 
-def _median_ms(encode: Encode, token_ids: Sequence[Sequence[int]], rounds: int = 200) -> float:
+def _median_ms(encode: Encode, texts: ReadTexts, rounds: int = 200) -> float:
     """Measure the median milliseconds of a text of at most 16 tokens, batch 1, on one thread."""
-    short = [ids for ids in token_ids if len(ids) <= 16][:rounds] or list(token_ids[:rounds])
+    short = [row for row, ids in enumerate(texts.token_ids) if len(ids) <= 16]
+    one_by_one = [texts.take([row]) for row in (short or list(range(len(texts))))[:rounds]]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         times = []
-        for ids in short:
+        for text in one_by_one:
             start = time.perf_counter_ns()
-            encode([ids])
+            encode(text)
             times.append(time.perf_counter_ns() - start)
     finally:
         torch.set_num_threads(threads)

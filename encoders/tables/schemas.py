@@ -256,7 +256,7 @@ PAIRS = TableSchema(
             kind=Kind.CHOICE,
             doc="Part the pair belongs to.",
             default="train",
-            choices=("train", "heldout", "validation"),
+            choices=("train", "heldout", "dev", "test", "validation"),
         ),
     ),
 )

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import polars as pl
 import xxhash
 
-from encoders.text.normal_forms import fold, normalize_query
+from encoders.text.normal_forms import folded_queries
 
 UInt64 = npt.NDArray[np.uint64]
 
@@ -20,9 +20,9 @@ _GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 def text_bucket(texts: pl.Series, seed: int, buckets: int) -> npt.NDArray[np.int64]:
     """Deal each text into one of ``buckets`` by its folded form, int64 ``(N,)``.
 
-    Texts whose ``fold(normalize_query(text))`` are equal share a bucket.
+    Texts that ``fold_query`` makes equal share a bucket.
     """
-    keys = hash_texts(fold(normalize_query(text)) for text in texts.to_list())
+    keys = hash_texts(folded_queries(texts.to_list()))
     return (seeded_hash(keys, seed) % np.uint64(buckets)).astype(np.int64)
 
 

@@ -6,19 +6,23 @@ code points without loss). ``vocabulary.py`` counts and numbers them.
 
 What is a token, on folded text (`encoders.text.normal_forms.fold`):
 
-* a **word** is a longest run of letters, marks, numbers and connector punctuation; an ideograph,
-  and a symbol such as an emoji, is a word of its own; everything else separates;
+* a **word** is a longest run of letters, marks, numbers and connector punctuation, with the plus
+  and number signs at its end ("c++", "c#"); an ideograph, and a symbol such as an emoji or a sign
+  of currency, is a word of its own; everything else separates;
 * a **bigram** is two neighbouring words of one line (a line break, and so the border of two list
   items, breaks the pair);
 * a **trigram** is a character with its left and right neighbour, where a separator counts as a
   space (``" re" "red" "ed "``); a separator is never in the middle;
-* soft hyphens, joiners, directional marks and variation selectors are dropped first, so they
-  neither split nor distinguish words.
+* what nobody sees (`encoders.text.normal_forms.INVISIBLE`) is dropped first, so it neither splits
+  nor distinguishes words.
+
+These rules have a number, ``TEXT_RULES``: a vocabulary keeps reading by those it was counted with.
 """
 
 from __future__ import annotations
 
 import functools
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -27,13 +31,21 @@ import numpy as np
 import numpy.typing as npt
 
 from encoders.text.hashing import UInt64, splitmix64_finalise
-from encoders.text.normal_forms import fold
+from encoders.text.normal_forms import INVISIBLE, fold
 
 UInt32 = npt.NDArray[np.uint32]
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
 
 KINDS = ("unigram", "bigram", "trigram")
+TEXT_RULES = 2
+"""Version of the rules above.
+
+1, of version 0.1: signs of currency and at the end of words separated, and fewer invisible
+characters were dropped.
+"""
+SIGNS = (0x2B, 0x23)
+"""Plus and number sign: part of the word that they end."""
 TEXT_END, LINE_END = "\x00", "\n"
 SEPARATOR, JOINS, ALONE, DROPPED = 0, 1, 2, 3
 """Character classes: separates words, belongs to a word, is a word by itself, is left out."""
@@ -43,18 +55,21 @@ _INVERSE = pow(_BASE, -1, 1 << 64)
 _SALTS = np.array([0x243F6A8885A308D3, 0x13198A2E03707344, 0xA4093822299F31D0], dtype=np.uint64)
 """One per kind."""
 _BATCH_CHARACTERS = 1 << 19
+_IS_INVISIBLE = re.compile(f"[{INVISIBLE}]").match
 
 
-def character_class(character: str) -> int:
-    """Return ``SEPARATOR``, ``JOINS``, ``ALONE`` or ``DROPPED`` for one folded character."""
+def character_class(character: str, rules: int = TEXT_RULES) -> int:
+    """Return ``SEPARATOR``, ``JOINS``, ``ALONE`` or ``DROPPED`` for one folded character.
+
+    Signs (``SIGNS``) separate by themselves; ``signs_of_words`` finds those that do not.
+    """
     category, code = unicodedata.category(character), ord(character)
-    if (
-        (category == "Cf" and code != 0x200B)
-        or 0xFE00 <= code <= 0xFE0F
-        or 0xE0100 <= code <= 0xE01EF
-    ):
+    is_selector = 0xFE00 <= code <= 0xFE0F or 0xE0100 <= code <= 0xE01EF
+    if (category == "Cf" and code != 0x200B) or is_selector:
         return DROPPED
-    if category == "So" or _is_ideograph(code):
+    if rules > 1 and _IS_INVISIBLE(character):
+        return DROPPED
+    if category == "So" or (rules > 1 and category == "Sc") or _is_ideograph(code):
         return ALONE
     return JOINS if category[0] in "LMN" or category == "Pc" else SEPARATOR
 
@@ -68,12 +83,72 @@ def _is_ideograph(code: int) -> bool:
     )
 
 
+_FEW_CODES = 4096
+"""So few characters are classified one by one: the table of all takes a second to make."""
+
+
+def _classes(codes: UInt32, rules: int) -> npt.NDArray[np.uint8]:
+    if len(codes) > _FEW_CODES:
+        table: npt.NDArray[np.uint8] = _class_table(rules)[codes]
+        return table
+    found = (_class_of(code, rules) for code in codes.tolist())
+    return np.fromiter(found, dtype=np.uint8, count=len(codes))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _class_of(code: int, rules: int) -> int:
+    return character_class(chr(code), rules)
+
+
 @functools.cache
-def _class_table() -> npt.NDArray[np.uint8]:
+def _class_table(rules: int) -> npt.NDArray[np.uint8]:
     """Tabulate ``character_class`` of every code point."""
-    return np.fromiter(
-        (character_class(chr(code)) for code in range(0x110000)), dtype=np.uint8, count=0x110000
-    )
+    classes = (character_class(chr(code), rules) for code in range(0x110000))
+    return np.fromiter(classes, dtype=np.uint8, count=0x110000)
+
+
+def visible_codes(
+    texts: Sequence[str], rules: int = TEXT_RULES
+) -> tuple[UInt32, npt.NDArray[np.uint8]]:
+    """Fold texts; return their visible code points and classes, each text closed by one 0.
+
+    Returns:
+        uint32 (L,) and uint8 (L,): ``SEPARATOR``, ``JOINS`` or ``ALONE``.
+    """
+    codes = _code_points(texts)
+    classes = _classes(codes, rules)
+    dropped = classes == DROPPED
+    if dropped.any():
+        codes, classes = codes[~dropped], classes[~dropped]
+    if rules > 1:
+        signs = signs_of_words(codes, classes)
+        if len(signs):
+            classes[signs] = JOINS
+    return codes, classes
+
+
+def signs_of_words(codes: UInt32, classes: npt.NDArray[np.uint8]) -> Int64:
+    """Find the signs that belong to a word: runs behind its last character, ``"c++"``, ``"c#"``.
+
+    A run with a word on both sides separates: ``"a+b"`` is two words.
+
+    Args:
+        codes: uint32 (L,), closed by a separator.
+        classes: uint8 (L,).
+
+    Returns:
+        int64 positions.
+    """
+    is_sign = (codes == SIGNS[0]) | (codes == SIGNS[1])
+    if not is_sign.any():
+        return np.empty(0, np.int64)
+    edges = np.flatnonzero(np.diff(is_sign, prepend=False))
+    starts, ends = edges[::2], edges[1::2]
+    kept = (classes[starts - 1] == JOINS) & (classes[ends] != JOINS)
+    lengths = (ends - starts)[kept]
+    first = np.repeat(starts[kept] - np.cumsum(lengths) + lengths, lengths)
+    found: Int64 = first + np.arange(len(first))
+    return found
 
 
 @functools.cache
@@ -124,11 +199,12 @@ def _code_points(texts: Sequence[str]) -> UInt32:
     return np.frombuffer(folded.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
 
 
-def analyse(texts: Sequence[str]) -> Analysis:
+def analyse(texts: Sequence[str], rules: int = TEXT_RULES) -> Analysis:
     """Find every n-gram of every text.
 
     Args:
         texts: Any strings, empty ones included; line breaks separate list items.
+        rules: ``TEXT_RULES``, or those of an older vocabulary.
 
     Returns:
         Code points, borders and occurrences; see ``Analysis``.
@@ -140,22 +216,10 @@ def analyse(texts: Sequence[str]) -> Analysis:
         return Analysis(
             np.empty(0, np.uint32), np.empty(0, np.int64), np.empty(0, np.uint8), (none, none, none)
         )
-    codes = _code_points(texts)
-    classes = _class_table()[codes]
-    dropped = classes == DROPPED
-    if dropped.any():
-        codes, classes = codes[~dropped], classes[~dropped]
+    codes, classes = visible_codes(texts, rules)
     text_ends = np.flatnonzero(codes == 0)
-    joins, visible = classes == JOINS, classes != SEPARATOR
-
-    # Words. The array ends with a separator, so every word has an end and comparing with the
-    # shifted array is safe.
-    follows = np.empty_like(joins)  # (L,) the previous character belongs to the same word
-    follows[0] = False
-    np.logical_and(joins[1:], joins[:-1], out=follows[1:])
-    starts = np.flatnonzero(visible & ~follows)
-    ends = np.flatnonzero(visible[:-1] & ~follows[1:]) + 1
-    words = NgramOccurrences(_word_keys(codes, starts, ends), starts, ends)
+    words = find_words(codes, classes)
+    starts, ends, visible = words.starts, words.ends, classes != SEPARATOR
 
     # Bigrams: neighbours with no end of line or text between them.
     line = np.cumsum((codes == 0) | (codes == 10), dtype=np.int32)[starts]
@@ -171,6 +235,18 @@ def analyse(texts: Sequence[str]) -> Analysis:
     raw = (left << np.uint64(42)) | (spaced[middles] << np.uint64(21)) | spaced[middles + 1]
     trigrams = NgramOccurrences(_finish(raw, 2), middles, middles)
     return Analysis(codes, text_ends, classes, (words, bigrams, trigrams))
+
+
+def find_words(codes: UInt32, classes: npt.NDArray[np.uint8]) -> NgramOccurrences:
+    """Find the words among visible code points that end with a separator."""
+    joins, visible = classes == JOINS, classes != SEPARATOR
+    # The last one separates: every word has an end, and comparing with the shifted array is safe.
+    follows = np.empty_like(joins)  # (L,) the previous character belongs to the same word
+    follows[0] = False
+    np.logical_and(joins[1:], joins[:-1], out=follows[1:])
+    starts = np.flatnonzero(visible & ~follows)
+    ends = np.flatnonzero(visible[:-1] & ~follows[1:]) + 1
+    return NgramOccurrences(_word_keys(codes, starts, ends), starts, ends)
 
 
 def _word_keys(codes: UInt32, starts: Int64, ends: Int64) -> UInt64:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +15,17 @@ import polars as pl
 
 from encoders.errors import BundleError, ConfigError, DataError
 from encoders.text.hashing import UInt64
-from encoders.text.ngrams import KINDS, Int32, Int64, analyse, batches_by_size, ngram_text
+from encoders.text.ngrams import (
+    KINDS,
+    TEXT_RULES,
+    Int32,
+    Int64,
+    analyse,
+    batches_by_size,
+    ngram_text,
+)
+
+log = logging.getLogger(__name__)
 
 VOCABULARY_FORMAT = 1
 
@@ -150,14 +161,20 @@ class Vocabulary:
         table: ``kind``, ``text``, ``count``, ``key`` (uint64); unigrams first, then bigrams, then
             trigrams, each by falling frequency.
         config: What it was counted with.
+        rules: The text rules that it was counted with (``ngrams.TEXT_RULES``).
         undercount: Per kind, by how much a count may be too small because memory was bounded (0:
             exact).
     """
 
     def __init__(
-        self, table: pl.DataFrame, config: NgramConfig, undercount: Sequence[int] = (0, 0, 0)
+        self,
+        table: pl.DataFrame,
+        config: NgramConfig,
+        undercount: Sequence[int] = (0, 0, 0),
+        rules: int = TEXT_RULES,
     ) -> None:
         self.table = table
+        self.rules = rules
         self.config = config
         self.undercount = tuple(undercount)
         keys = table["key"].to_numpy()
@@ -218,7 +235,7 @@ class Vocabulary:
         return np.concatenate(parts), offsets
 
     def _tokenize_batch(self, texts: Sequence[str]) -> tuple[Int32, Int64]:
-        analysis = analyse(texts)
+        analysis = analyse(texts, self.rules)
         by_position = np.full((len(analysis.codes), len(KINDS)), -1, dtype=np.int32)  # (L, 3)
         for kind, found in enumerate(analysis.kinds):
             by_position[found.starts, kind] = self.lookup(found.keys)
@@ -239,6 +256,7 @@ class Vocabulary:
         described = {
             "format_version": VOCABULARY_FORMAT,
             "rows": len(self),
+            "text_rules": self.rules,
             "unicode_version": unicodedata.unidata_version,
             "undercount": list(self.undercount),
             "config": asdict(self.config),
@@ -277,13 +295,32 @@ class Vocabulary:
                 f"{folder}: expected {rows} vocabulary rows, but got"
                 f" {table.height}; the file was changed"
             )
+        rules = described.get("text_rules", 1)
+        if rules not in range(1, TEXT_RULES + 1):
+            raise BundleError(
+                f"{folder}: vocabulary with text rules {rules!r}, but this code reads 1 to"
+                f" {TEXT_RULES}; use the release of omnisearchsage that wrote it"
+            )
+        _warn_of_other_unicode(folder, described.get("unicode_version"))
         try:
-            return cls(table, NgramConfig(**described["config"]), described["undercount"])
+            return cls(table, NgramConfig(**described["config"]), described["undercount"], rules)
         except (KeyError, TypeError, ConfigError) as error:
             raise BundleError(
                 f"{folder}: vocabulary.json is not what this code writes ({error}); use the release"
                 " that wrote it"
             ) from error
+
+
+def _warn_of_other_unicode(folder: Path, version: object) -> None:
+    """Say that characters newer than one of two Unicode versions may be read otherwise."""
+    if version != unicodedata.unidata_version:
+        log.warning(
+            "%s: counted with Unicode %s, but this Python has %s: characters that only one of them"
+            " knows may be read as other words. Embed with the Python version of the training.",
+            folder,
+            version,
+            unicodedata.unidata_version,
+        )
 
 
 class _HashTable(NamedTuple):

@@ -6,7 +6,8 @@ A bundle is written whole or not at all, and checked on load.
 config.json       format version, dimension, entity types, the resolved training config
 space.json        the space id, and older spaces declared compatible with their measured recall
 query_encoder/    a valid Sentence-Transformers model
-entity_encoder/   one tower for all entity types, or one folder per entity type
+entity_encoder/   one tower for all entity types, or one folder per entity type; with a text
+                  embedding, its frozen tower is in text_tower/
 forms/            exports (ONNX) of the query tower; not part of the space
 compatibility/    adapters from this space to older ones, not part of the space
                   (encoders/compatibility/declaration.py)
@@ -65,6 +66,13 @@ class ModelBundle:
     config: dict[str, Any]
     query_encoder: QueryEncoder
     entity_encoders: dict[str, EntityEncoder] = field(default_factory=dict)
+
+    @property
+    def engaged_queries(self) -> int:
+        """Engaged queries that the entity towers read; 0: as many as a catalogue holds."""
+        featurizers = (tower.featurizer for tower in self.entity_encoders.values())
+        depths = [f.config.engaged_queries for f in featurizers if f is not None]
+        return 0 if 0 in depths else max(depths, default=0)
 
     def embeds(self, entity_type: str) -> bool:
         """Tell whether there is a tower for this entity type."""

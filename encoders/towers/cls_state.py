@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DistilBertModel
@@ -43,6 +44,30 @@ def cls_state(
         output = transformer(inputs_embeds=vectors, attention_mask=attention_mask)
     state: Tensor = output.last_hidden_state[:, 0]
     return state
+
+
+def pooled_state(
+    pooling: str,
+    transformer: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    token_vectors: Tensor | None = None,
+) -> Tensor:
+    """Compute the ``mean`` or ``max`` of each text's last hidden states: (B, H).
+
+    Args are those of ``cls_state``.
+    """
+    if token_vectors is None:
+        output = transformer(input_ids=input_ids, attention_mask=attention_mask)
+    else:
+        vectors = F.embedding(input_ids, token_vectors)
+        output = transformer(inputs_embeds=vectors, attention_mask=attention_mask)
+    states: Tensor = output.last_hidden_state  # (B, T, H)
+    real = attention_mask.bool().unsqueeze(-1)
+    if pooling == "max":
+        return states.masked_fill(~real, -torch.inf).amax(1)
+    total: Tensor = (states * real).sum(1)
+    return total / real.sum(1).clamp_min(1)
 
 
 def takes_token_vectors(transformer: nn.Module) -> bool:

@@ -26,6 +26,9 @@ from encoders.text.vocabulary import NgramConfig, NgramCounter, Vocabulary
 from encoders.towers.text_embedding import (
     FULL_TEXT_FIELDS,
     TEXT_EMBEDDING_FIELDS,
+    TextEmbedding,
+    other_tower,
+    save_tower,
     text_embedding,
     tower_fingerprint,
 )
@@ -45,6 +48,8 @@ TEXT_FIELDS = (
     "size",
 )
 FEATURES_FORMAT = 1
+TEXT_TOWER = "text_tower"
+"""Folder of the frozen tower of the text embedding, beside ``features.json``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +70,11 @@ class EntityFeatureConfig:
     continuous: Mapping[str, int] = field(default_factory=dict)
     """Vector columns and their widths, concatenated in this order, e.g.
     ``{"visual": 1024, "pinsage": 256}``.
+    """
+    engaged_queries: int = 20
+    """Engaged queries that are read, from the first; 0: all that the catalogue holds.
+
+    Data sets that make the column of their train pairs make it this long (0: 20).
     """
     ngrams: NgramConfig = field(default_factory=NgramConfig)
     """Vocabulary sizes."""
@@ -90,12 +100,9 @@ class EntityFeatureConfig:
         object.__setattr__(self, "text_fields", tuple(self.text_fields))
         if self.text_embedding:
             found = tower_fingerprint(self.text_embedding)
-            if self.text_embedding_fingerprint not in ("", found):
-                raise ConfigError(
-                    f"the text embedding {self.text_embedding!r} has fingerprint {found[:16]}, but"
-                    f" these features were made with {self.text_embedding_fingerprint[:16]}; use"
-                    " the version of omnisearchsage that made them, or train again"
-                )
+            expected = self.text_embedding_fingerprint
+            if expected not in ("", found):
+                raise ConfigError(other_tower(self.text_embedding, found, expected))
             object.__setattr__(self, "text_embedding_fingerprint", found)
         weight = self.full_text_weight
         if not (0 <= weight <= 100 and (self.text_embedding or not weight)):
@@ -107,6 +114,10 @@ class EntityFeatureConfig:
             raise ConfigError(
                 f"EntityFeatureConfig.full_text_queries ({self.full_text_queries}) must be at"
                 " least 0, and 0 without full_text_weight"
+            )
+        if self.engaged_queries < 0:
+            raise ConfigError(
+                f"EntityFeatureConfig.engaged_queries ({self.engaged_queries}) must be at least 0"
             )
         object.__setattr__(self, "continuous", dict(self.continuous))
         if isinstance(self.ngrams, Mapping):
@@ -142,6 +153,13 @@ class EntityFeatureConfig:
         full = FULL_TEXT_FIELDS if self.full_text_weight else ()
         return frozenset((*self.text_fields, *embedded, *full))
 
+    def columns_read(self, catalogue: pl.DataFrame) -> pl.DataFrame:
+        """Return a catalogue with no more engaged queries than are read."""
+        column = "engaged_queries"
+        if not self.engaged_queries or not isinstance(catalogue.schema.get(column), pl.List):
+            return catalogue
+        return catalogue.with_columns(pl.col(column).list.head(self.engaged_queries))
+
     @property
     def continuous_width(self) -> int:
         """Total width of the continuous features."""
@@ -150,7 +168,11 @@ class EntityFeatureConfig:
     @property
     def text_embedding_width(self) -> int:
         """Width of the text embedding, 0 for none."""
-        return text_embedding(self.text_embedding).dimension if self.text_embedding else 0
+        return self.open_text_embedding().dimension if self.text_embedding else 0
+
+    def open_text_embedding(self) -> TextEmbedding:
+        """Load the text embedding; it must not be empty."""
+        return text_embedding(self.text_embedding, self.text_embedding_fingerprint)
 
 
 @dataclass(frozen=True)
@@ -269,6 +291,7 @@ class EntityFeaturizer:
         columns: set[str] = set()
         for part in [catalogue] if isinstance(catalogue, pl.DataFrame) else catalogue:
             columns |= set(part.columns)
+            part = config.columns_read(part)
             for name in config.text_fields:
                 if name in part.columns:
                     counter.add(row_texts(part[name]))
@@ -308,6 +331,7 @@ class EntityFeaturizer:
             RowError: A vector has another width than declared, or holds NaN or Inf; the id is
                 named.
         """
+        catalogue = self.config.columns_read(catalogue)
         rows = catalogue.height
         names = self.config.text_fields
         lengths = np.zeros((rows, len(names)), dtype=np.int64)
@@ -331,7 +355,7 @@ class EntityFeaturizer:
             row_vectors(catalogue, name, width) for name, width in self.config.continuous.items()
         ]
         if self.config.text_embedding:
-            embed = text_embedding(self.config.text_embedding)
+            embed = self.config.open_text_embedding()
             continuous.append(
                 embed(catalogue, self.config.full_text_weight, self.config.full_text_queries)
             )
@@ -341,9 +365,17 @@ class EntityFeaturizer:
         )
 
     def save(self, folder: Path) -> None:
-        """Write the vocabulary files and ``features.json`` into ``folder``."""
+        """Write vocabulary files, ``features.json`` and the text embedding's tower into ``folder``.
+
+        Nothing outside the folder is needed to load it.
+        """
         self.vocabulary.save(folder)
         described = {"format_version": FEATURES_FORMAT, **asdict(self.config)}
+        if self.config.text_embedding:
+            save_tower(self.config.text_embedding, folder / TEXT_TOWER)
+            described["text_embedding"] = TEXT_TOWER
+            found = tower_fingerprint(str(folder / TEXT_TOWER))
+            described["text_embedding_fingerprint"] = found
         (folder / "features.json").write_text(
             json.dumps(described, indent=2) + "\n", encoding="utf-8"
         )
@@ -372,6 +404,9 @@ class EntityFeaturizer:
             )
         try:
             former = EntityFeatureConfig.FORMER_NAMES
+            described.setdefault("engaged_queries", 0)  # version 0.1 read all
+            if described.get("text_embedding") == TEXT_TOWER:
+                described["text_embedding"] = str(folder / TEXT_TOWER)
             config = EntityFeatureConfig(**{former.get(k, k): v for k, v in described.items()})
         except (TypeError, ConfigError) as error:
             raise BundleError(

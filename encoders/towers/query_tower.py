@@ -1,6 +1,8 @@
-"""The query tower: text -> transformer -> [CLS] -> linear -> unit vector (paper section 4.1).
+"""The query tower: text -> transformer -> pooling -> linear -> unit vector (paper section 4.1).
 
-It is saved as a Sentence-Transformers model.
+Pooling is [CLS], as in the paper, or what a pretrained folder declares. The tower may also read
+words and character n-grams from a hashed table, added before normalisation. It is saved as a
+Sentence-Transformers model, which holds all but that table.
 """
 
 from __future__ import annotations
@@ -13,39 +15,46 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from encoders.errors import BundleError, ConfigError
-from encoders.towers.cls_state import cls_state
+from encoders.errors import BundleError
+from encoders.text.normal_forms import normalize_query
+from encoders.towers.cls_state import cls_state, pooled_state
 from encoders.towers.forms import MAX_TOKENS
-from encoders.towers.shipped_tower import SHIPPED_TOWERS, unpack_shipped_tower
+from encoders.towers.query_ngrams import QueryNgrams
+from encoders.towers.sentence_transformer import (
+    DenseLayer,
+    read_folder,
+    write_modules,
+    write_pooling,
+)
 from encoders.towers.universal_sentence_encoder import register_universal_sentence_encoder
 
 register_universal_sentence_encoder()
 # A tower loads in a second; its progress bar would cut into our own lines.
 transformers_logging.disable_progress_bar()
 
-_PACKAGE = "sentence_transformers.models"
-_MODULES = [
-    {"idx": 0, "name": "0", "path": "", "type": f"{_PACKAGE}.Transformer"},
-    {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{_PACKAGE}.Pooling"},
-    {"idx": 2, "name": "2", "path": "2_Dense", "type": f"{_PACKAGE}.Dense"},
-    {"idx": 3, "name": "3", "path": "3_Normalize", "type": f"{_PACKAGE}.Normalize"},
-]
+
+_LOADED_FROM = ("is_local", "local_files_only")
+"""Keys that transformers adds to ``tokenizer_config.json``."""
 
 
 class QueryEncoder(nn.Module):
-    """A Hugging Face encoder, its [CLS] state, one linear layer and L2 normalisation.
+    """A Hugging Face encoder, its pooled state, one linear layer and L2 normalisation.
 
     Args:
-        transformer: Any encoder whose output has ``last_hidden_state`` of shape (B, T, H) with
-            [CLS] first.
+        transformer: Any encoder whose output has ``last_hidden_state`` of shape (B, T, H).
         tokenizer: The fast tokenizer that belongs to it.
         dimension: D, the width of the vectors.
         max_tokens: Longer inputs are cut here.
+        pooling: ``cls`` (the first token's state), ``mean`` or ``max``.
+        dense: Layers of a pretrained model between pooling and the linear layer.
+
+    Attributes:
+        ngrams: The part that reads n-grams; None: there is none.
+        has_fresh_projection: Whether the linear layer is not trained yet, of a foreign model.
     """
 
     def __init__(
@@ -54,13 +63,19 @@ class QueryEncoder(nn.Module):
         tokenizer: PreTrainedTokenizerFast,
         dimension: int = 256,
         max_tokens: int = MAX_TOKENS,
+        pooling: str = "cls",
+        dense: Sequence[DenseLayer] = (),
     ) -> None:
         super().__init__()
         self.transformer = transformer
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
+        self.pooling = pooling
+        self.dense = nn.ModuleList(dense)
+        self.ngrams: QueryNgrams | None = None
+        self.has_fresh_projection = False
         config: Any = transformer.config
-        hidden = int(config.hidden_size)
+        hidden = dense[-1].linear.out_features if dense else int(config.hidden_size)
         self.projection = nn.Linear(hidden, dimension)
         nn.init.normal_(self.projection.weight, std=hidden**-0.5)
         nn.init.zeros_(self.projection.bias)
@@ -70,8 +85,21 @@ class QueryEncoder(nn.Module):
         """D, the width of the vectors."""
         return int(self.projection.out_features)
 
+    @property
+    def pad_id(self) -> int:
+        """Id that fills the end of shorter rows; a model without one masks any id."""
+        config: Any = self.transformer.config
+        for found in (self.tokenizer.pad_token_id, getattr(config, "pad_token_id", None)):
+            if found is not None:
+                return int(found)
+        return 0
+
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, token_vectors: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        token_vectors: Tensor | None = None,
+        ngram_ids: Tensor | None = None,
     ) -> Tensor:
         """Encode token ids.
 
@@ -80,19 +108,44 @@ class QueryEncoder(nn.Module):
             attention_mask: int64 or bool (B, T), 1 where a token is real.
             token_vectors: As in ``cls_state``: looked-up rows of the token table that ``input_ids``
                 then index.
+            ngram_ids: int64 (B, G), buckets of ``ngrams``; None: the transformer alone.
 
         Returns:
             Unit vectors, float32 (B, D).
         """
-        state = cls_state(self.transformer, input_ids, attention_mask, token_vectors)  # (B, H)
-        return nn.functional.normalize(self.projection(state).float(), dim=-1)  # (B, D)
+        vectors = self.project(input_ids, attention_mask, token_vectors)
+        if ngram_ids is not None and self.ngrams is not None:
+            vectors = vectors + self.ngrams(ngram_ids).float()
+        return nn.functional.normalize(vectors, dim=-1)
+
+    def project(
+        self, input_ids: Tensor, attention_mask: Tensor, token_vectors: Tensor | None = None
+    ) -> Tensor:
+        """Compute the linear layer's output, before n-grams and normalisation: float32 (B, D)."""
+        state = self.pooled(input_ids, attention_mask, token_vectors)
+        projected: Tensor = self.projection(state).float()
+        return projected
+
+    def pooled(
+        self, input_ids: Tensor, attention_mask: Tensor, token_vectors: Tensor | None = None
+    ) -> Tensor:
+        """Compute what the linear layer reads: (B, H), or the last dense layer's width."""
+        inputs = (self.transformer, input_ids, attention_mask, token_vectors)
+        state = cls_state(*inputs) if self.pooling == "cls" else pooled_state(self.pooling, *inputs)
+        for layer in self.dense:
+            state = layer(state)
+        return state
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return token ids per text, [CLS] included, cut at ``max_tokens``."""
+        """Return token ids per text in its normal form, [CLS] included, cut at ``max_tokens``.
+
+        A special token's name in a text ("[CLS]") is text.
+        """
         if not texts:
             return []
         encoded = self.tokenizer(
-            list(texts),
+            [normalize_query(text) for text in texts],
+            split_special_tokens=True,
             truncation=True,
             max_length=self.max_tokens,
             return_attention_mask=False,
@@ -100,6 +153,11 @@ class QueryEncoder(nn.Module):
         )
         ids: list[list[int]] = encoded["input_ids"]
         return ids
+
+    def reset_tokenizer(self) -> None:
+        """Drop what the last call left in the tokenizer's state, which its file would hold."""
+        self.tokenizer.backend_tokenizer.no_truncation()
+        self.tokenizer.backend_tokenizer.no_padding()
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], batch_size: int = 256) -> np.ndarray:
@@ -119,10 +177,15 @@ class QueryEncoder(nn.Module):
         autocast = (
             torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
         )
+        read = self.ngrams.read(texts) if self.ngrams is not None else None
         with autocast:
             for rows, batch in length_buckets(self.tokenize(texts), batch_size):
-                ids, mask = pad(batch, int(self.tokenizer.pad_token_id))
-                out[rows] = self(ids.to(device), mask.to(device)).cpu().numpy()
+                ids, mask = pad(batch, self.pad_id)
+                ngram_ids = None
+                if self.ngrams is not None and read is not None:
+                    ngram_ids = self.ngrams.pad(*read, rows).to(device)
+                vectors = self(ids.to(device), mask.to(device), ngram_ids=ngram_ids)
+                out[rows] = vectors.cpu().numpy()
         self.train(was_training)
         return out
 
@@ -130,29 +193,26 @@ class QueryEncoder(nn.Module):
         """Write a folder that Sentence-Transformers, transformers and ``load`` all read."""
         folder.mkdir(parents=True, exist_ok=True)
         self.transformer.save_pretrained(folder)  # type: ignore[operator]
+        self.reset_tokenizer()
         self.tokenizer.save_pretrained(folder)
-        _write_json(folder / "modules.json", _MODULES)
+        # Where it was loaded from is no part of a tower: a copy is the same tower
+        config_path = folder / "tokenizer_config.json"
+        settings = json.loads(config_path.read_text(encoding="utf-8"))
+        _write_json(config_path, {k: v for k, v in settings.items() if k not in _LOADED_FROM})
         limits = {"max_seq_length": self.max_tokens, "do_lower_case": False}
         _write_json(folder / "sentence_bert_config.json", limits)
-        pooling = {
-            "word_embedding_dimension": self.projection.in_features,
-            "pooling_mode_cls_token": True,
-            "pooling_mode_mean_tokens": False,
-        }
-        _write_json(folder / "1_Pooling" / "config.json", pooling)
-        dense = {
-            "in_features": self.projection.in_features,
-            "out_features": self.projection.out_features,
-            "bias": True,
-            "activation_function": "torch.nn.modules.linear.Identity",
-        }
-        _write_json(folder / "2_Dense" / "config.json", dense)
-        weights = {
-            f"linear.{name}": value.detach().float().cpu().contiguous()
-            for name, value in self.projection.state_dict().items()
-        }
-        save_file(weights, folder / "2_Dense" / "model.safetensors")
-        (folder / "3_Normalize").mkdir(exist_ok=True)
+        config: Any = self.transformer.config
+        write_pooling(folder / "1_Pooling", self.pooling, int(config.hidden_size))
+        layers: list[DenseLayer] = [*self.dense, DenseLayer(self.projection)]  # type: ignore[list-item]
+        paths = ["", "1_Pooling"]
+        for layer in layers:
+            paths.append(f"{len(paths)}_Dense")
+            layer.save(folder / paths[-1])
+        paths.append(f"{len(paths)}_Normalize")
+        (folder / paths[-1]).mkdir(exist_ok=True)
+        write_modules(folder, paths)
+        if self.ngrams is not None:
+            self.ngrams.save(folder)
 
     @classmethod
     def load(cls, folder: Path) -> QueryEncoder:
@@ -168,86 +228,26 @@ class QueryEncoder(nn.Module):
                 " the query_encoder/ folder of a bundle."
             )
         try:
-            limits = (folder / "sentence_bert_config.json").read_text(encoding="utf-8")
-            max_tokens = int(json.loads(limits)["max_seq_length"])
-            weights = load_file(dense)
-            transformer = AutoModel.from_pretrained(folder, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            tower = cls(transformer, tokenizer, int(weights["linear.weight"].shape[0]), max_tokens)
-            tower.projection.load_state_dict(
-                {name.removeprefix("linear."): value for name, value in weights.items()}
+            model = read_folder(folder)
+            transformer = AutoModel.from_pretrained(model.transformer, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(model.transformer)
+            *layers, last = model.dense
+            tower = cls(
+                transformer,
+                tokenizer,
+                last.linear.out_features,
+                model.max_tokens,
+                model.pooling,
+                layers,
             )
+            tower.projection.load_state_dict(last.linear.state_dict())
+            tower.ngrams = QueryNgrams.load(folder)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise BundleError(
                 f"{folder}: the query tower cannot be read ({error}). Copy the bundle again or"
                 " train a new one."
             ) from error
         return tower.eval()
-
-
-def create_query_encoder(
-    name_or_path: str = "tiny-multilingual", dimension: int = 256, *, pretrained: bool = True
-) -> QueryEncoder:
-    """Build a query tower from a shipped tower, a saved tower, or any Hugging Face encoder.
-
-    Args:
-        name_or_path: ``"tiny-multilingual"`` (shipped, offline), a folder, or a hub name such as
-            ``distilbert-base-multilingual-cased``.
-        dimension: D.
-        pretrained: False keeps only the architecture and tokenizer and draws new weights
-            (``--from-scratch``).
-
-    Raises:
-        ConfigError: The name is neither shipped, nor a folder, nor reachable on the hub.
-    """
-    projection: dict[str, Tensor] | None
-    torch_state = torch.random.get_rng_state()
-    try:
-        if name_or_path in SHIPPED_TOWERS:
-            transformer, tokenizer, projection = unpack_shipped_tower(name_or_path)
-        elif (Path(name_or_path) / "2_Dense" / "model.safetensors").is_file():
-            saved = QueryEncoder.load(Path(name_or_path))
-            transformer, tokenizer = saved.transformer, saved.tokenizer
-            projection = saved.projection.state_dict()
-        else:
-            transformer, tokenizer = _load_hub_model(name_or_path)
-            projection = None
-    finally:
-        torch.random.set_rng_state(torch_state)
-    if not pretrained:
-        config: Any = transformer.config
-        transformer = AutoModel.from_config(config)
-        projection = None
-    tower = QueryEncoder(transformer, tokenizer, dimension)
-    if projection is not None and projection["weight"].shape == tower.projection.weight.shape:
-        tower.projection.load_state_dict(projection)
-    return tower
-
-
-_DROPOUT_RATES = (
-    "dropout",
-    "attention_dropout",
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-)
-"""Names of the dropout rates in the configurations of Hugging Face encoders."""
-
-
-def _load_hub_model(name: str) -> tuple[nn.Module, PreTrainedTokenizerFast]:
-    """Load encoder and tokenizer by name, in float32 and without dropout."""
-    try:
-        config = AutoConfig.from_pretrained(name)
-        for rate in _DROPOUT_RATES:
-            if hasattr(config, rate):
-                setattr(config, rate, 0.0)
-        model = AutoModel.from_pretrained(name, config=config, dtype=torch.float32)
-        return model, AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        shipped = ", ".join(SHIPPED_TOWERS)
-        raise ConfigError(
-            f"query tower {name!r}: not shipped ({shipped}), not a folder with a saved model, and"
-            " the hub did not answer. Offline, use a shipped tower or a local path."
-        ) from error
 
 
 def pad(batch: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
@@ -273,3 +273,12 @@ def length_buckets(
 def _write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``create_query_encoder`` from its former place, for one version."""
+    if name == "create_query_encoder":
+        from encoders.towers.pretrained_models import create_query_encoder
+
+        return create_query_encoder
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

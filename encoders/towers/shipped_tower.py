@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from encoders.errors import BundleError
 
 _ROOT = Path(__file__).parents[1] / "pretrained"
 SHIPPED_TOWERS = {"tiny-multilingual": _ROOT / "tiny_multilingual"}
+PACKED_FILES = ("config.json", "tokenizer.json.gz", "weights.safetensors")
 _TABLE = "transformer.embeddings.word_embeddings.weight"
 
 
@@ -61,13 +63,16 @@ def pack_tower(
         file.write(tokenizer.backend_tokenizer.to_str().encode())
 
 
-def unpack_shipped_tower(name: str) -> tuple[nn.Module, PreTrainedTokenizerFast, dict[str, Tensor]]:
-    """Return transformer, tokenizer and projection weights of a shipped tower.
+def is_packed(folder: Path) -> bool:
+    """Tell whether a folder holds a packed tower."""
+    return (folder / "tokenizer.json.gz").is_file()
 
-    Raises:
-        BundleError: The package data is missing or damaged.
-    """
-    return unpack_tower(SHIPPED_TOWERS[name])
+
+def copy_packed(source: Path, folder: Path) -> None:
+    """Copy a packed tower's files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in PACKED_FILES:
+        shutil.copyfile(source / name, folder / name)
 
 
 def unpack_tower(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerFast, dict[str, Tensor]]:
@@ -86,8 +91,8 @@ def unpack_tower(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerFast, dict
         table = packed.pop("table.int8").float() * packed.pop("table.scale").float()
     except (OSError, KeyError, ValueError) as error:
         raise BundleError(
-            f"{folder}: the shipped query tower is missing or damaged ({error}). Reinstall the"
-            " package."
+            f"{folder}: the packed query tower is missing or damaged ({error}). Reinstall the"
+            " package, or copy the bundle again."
         ) from error
     transformer = DistilBertModel(config)
     weights = {

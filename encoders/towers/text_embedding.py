@@ -18,10 +18,12 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from encoders.errors import BundleError
 from encoders.text.entity_texts import entity_texts
 from encoders.text.normal_forms import normalize_query
-from encoders.towers.query_tower import QueryEncoder, create_query_encoder
-from encoders.towers.shipped_tower import SHIPPED_TOWERS
+from encoders.towers.pretrained_models import create_query_encoder
+from encoders.towers.query_tower import QueryEncoder
+from encoders.towers.shipped_tower import SHIPPED_TOWERS, copy_packed, is_packed
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ class TextEmbedding:
     """
 
     def __init__(self, tower: str) -> None:
-        self.encoder: QueryEncoder = create_query_encoder(tower).eval()
+        self.encoder: QueryEncoder = create_query_encoder(tower, None).eval()
         self._cache: dict[str, npt.NDArray[np.float16]] = {}
         self._lock = threading.Lock()  # tokenizers are not safe under threads
 
@@ -119,24 +121,75 @@ class TextEmbedding:
             return np.stack([self._cache[text] for text in texts]).astype(np.float32)
 
 
-@lru_cache(maxsize=4)
-def text_embedding(tower: str) -> TextEmbedding:
-    """Return this process's one text embedding for a tower."""
-    return TextEmbedding(tower)
+_EMBEDDINGS: dict[str, TextEmbedding] = {}
+"""Fingerprint, or for a hub model name, of a tower -> its text embedding."""
+_KEPT_EMBEDDINGS = 4
 
 
-@lru_cache(maxsize=4)
+def text_embedding(tower: str, fingerprint: str = "") -> TextEmbedding:
+    """Return this process's one text embedding for a tower, wherever its files lie.
+
+    Args:
+        tower: A shipped tower's name, a folder, or a Hugging Face name.
+        fingerprint: What its files must hold; empty: anything.
+
+    Raises:
+        BundleError: The files are not those of the fingerprint, or are gone.
+    """
+    key = fingerprint or tower_fingerprint(tower) or tower
+    if key not in _EMBEDDINGS:
+        found = tower_fingerprint(tower)
+        if fingerprint not in ("", found):
+            raise BundleError(other_tower(tower, found, fingerprint))
+        while len(_EMBEDDINGS) >= _KEPT_EMBEDDINGS:
+            del _EMBEDDINGS[next(iter(_EMBEDDINGS))]
+        _EMBEDDINGS[key] = TextEmbedding(tower)
+    return _EMBEDDINGS[key]
+
+
+def other_tower(tower: str, found: str, expected: str) -> str:
+    """Word the error of a frozen tower that is not the one a feature was made with."""
+    if not found:
+        return (
+            f"the text embedding {tower!r} (fingerprint {expected[:16]}) is not there. Bundles of"
+            " version 0.1 read it from where they were trained: put it there, or train again"
+        )
+    return (
+        f"the text embedding {tower!r} has fingerprint {found[:16]}, but these features were made"
+        f" with {expected[:16]}: copy the whole bundle again, use the version of omnisearchsage"
+        " that made it, or train again"
+    )
+
+
 def tower_fingerprint(tower: str) -> str:
     """Hash a tower's files (SHA-256, 64 hex digits).
 
     Empty for a tower that is neither shipped nor a folder.
     """
     folder = SHIPPED_TOWERS.get(tower, Path(tower))
+    if not folder.is_dir():
+        return ""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    states = tuple((file, (s := file.stat()).st_size, s.st_mtime_ns) for file in files)
+    return _hash_files(folder, states)
+
+
+@lru_cache(maxsize=16)
+def _hash_files(folder: Path, states: tuple[tuple[Path, int, int], ...]) -> str:
+    """Hash names and contents; sizes and times tell whether files are still those hashed."""
     digest = hashlib.sha256()
-    files = sorted(file for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else []
-    for file in files:
+    for file, _, _ in states:
         digest.update(file.relative_to(folder).as_posix().encode() + file.read_bytes())
-    return digest.hexdigest() if files else ""
+    return digest.hexdigest() if states else ""
+
+
+def save_tower(tower: str, folder: Path) -> None:
+    """Write a frozen tower into ``folder``, in a form that ``create_query_encoder`` reads."""
+    source = SHIPPED_TOWERS.get(tower, Path(tower))
+    if is_packed(source):
+        copy_packed(source, folder)
+    else:
+        text_embedding(tower).encoder.save(folder)
 
 
 def _full_texts(catalogue: pl.DataFrame, queries: list[list[str]]) -> list[str]:

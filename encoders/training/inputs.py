@@ -121,11 +121,10 @@ def build_inputs(
     if featurizer is None:
         featurizer = EntityFeaturizer.fit(prepared.visible_catalogue, config.features)
     features = concatenate([featurizer(view) for view in prepared.catalogue_views]).to(device)
-    pad_id = int(query_encoder.tokenizer.pad_token_id or 0)
     return TrainInputs(
         prepared=prepared,
         featurizer=featurizer,
-        tokens=TokenisedTexts(query_encoder.tokenize(prepared.texts), pad_id),
+        tokens=TokenisedTexts(query_encoder.tokenize(prepared.texts), query_encoder.pad_id),
         features=features,
         vectors={name: value.to(device) for name, value in prepared.vectors.items()},
         device=device,
@@ -190,14 +189,33 @@ def run_fingerprint(inputs: TrainInputs) -> str:
     return digest.hexdigest()
 
 
+def initial_towers_fingerprint(
+    query_encoder: QueryEncoder, entity_encoders: Mapping[str, EntityEncoder] | None
+) -> str:
+    """Hash the towers that a run begins with: weights, tokenizer, longest text (SHA-256)."""
+    query_encoder.reset_tokenizer()
+    digest = hashlib.sha256(query_encoder.tokenizer.backend_tokenizer.to_str().encode())
+    digest.update(str(query_encoder.max_tokens).encode())
+    for name, tower in [("query", query_encoder), *sorted((entity_encoders or {}).items())]:
+        digest.update(name.encode())
+        for key, value in sorted(tower.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def _hashed_config(config: TrainConfig) -> dict[str, Any]:
     table = {key: value for key, value in to_table(config).items() if key not in _MAY_CHANGE}
     # Which optional datasets are left out shows in the pairs.
     table["datasets"] = [_without(dataset, ("optional",)) for dataset in table["datasets"]]
+    # Version 0.1 had no dropout; the n-gram table is made after the last step.
+    model = _without(table["model"], ("query_ngrams",))
+    table["model"] = model if model["query_dropout"] else _without(model, ("query_dropout",))
     table["validation"] = _without(table["validation"], _AT_THE_END)
     # Under the names that checkpoints of version 0.1 were made with, so that those runs resume.
     former = {name: old for old, name in EntityFeatureConfig.FORMER_NAMES.items()}
-    table["features"] = {former.get(key, key): value for key, value in table["features"].items()}
+    features = _without(table["features"], ("engaged_queries",))  # shows in the texts
+    table["features"] = {former.get(key, key): value for key, value in features.items()}
     return table
 
 
@@ -211,7 +229,8 @@ def _texts_read(inputs: TrainInputs) -> Iterator[list[str]]:
     yield catalogue["id"].to_list()
     yield catalogue["entity_type"].cast(pl.String).to_list()
     columns = sorted(inputs.config.features.text_columns)
-    for view in inputs.prepared.catalogue_views:
+    for catalogue_view in inputs.prepared.catalogue_views:
+        view = inputs.config.features.columns_read(catalogue_view)
         for name in columns:
             if name in view.columns:
                 yield [name, *row_texts(view[name])]

@@ -23,7 +23,12 @@ from encoders.errors import CheckpointError, ConfigError
 from encoders.interruption import StopRequest
 from encoders.towers.entity_features import EntityFeaturizer
 from encoders.towers.entity_tower import EntityEncoder
-from encoders.towers.query_tower import QueryEncoder, create_query_encoder
+from encoders.towers.pretrained_models import (
+    create_query_encoder,
+    fit_projection,
+    unknown_share,
+)
+from encoders.towers.query_tower import QueryEncoder
 from encoders.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from encoders.training.data.batches import BatchPlan, DatasetBatch
 from encoders.training.data.prepare import PreparedData
@@ -35,7 +40,13 @@ from encoders.training.distributed import (
     process_rank,
     world_size,
 )
-from encoders.training.inputs import Towers, build_inputs, build_towers, run_fingerprint
+from encoders.training.inputs import (
+    Towers,
+    build_inputs,
+    build_towers,
+    initial_towers_fingerprint,
+    run_fingerprint,
+)
 from encoders.training.losses import limit_log_scales
 from encoders.training.optimisers import (
     create_optimiser,
@@ -44,6 +55,7 @@ from encoders.training.optimisers import (
     set_learning_rates,
 )
 from encoders.training.progress import BrokenStep, Position, RunLog, Stopwatch, stop_diverged
+from encoders.training.query_ngrams import fit_query_ngrams
 from encoders.training.step import StepReport, loss_and_gradients
 from encoders.training.validation import validation_recall
 from encoders.training.weight_interpolation import (
@@ -51,6 +63,11 @@ from encoders.training.weight_interpolation import (
     learned_parameters,
     with_residual_weights,
 )
+
+MOST_UNKNOWN = 0.5
+"""A tower whose tokenizer does not know more of the train queries' tokens is refused."""
+MUCH_UNKNOWN = 0.1
+"""Above this share a run says so."""
 
 
 @dataclass(frozen=True)
@@ -155,11 +172,19 @@ class Trainer:
         torch.manual_seed(config.seed)
         model, query_encoder = config.model, start.query_encoder
         if query_encoder is None:
-            query_encoder = create_query_encoder(model.query_encoder, model.dimension)
+            query_encoder = create_query_encoder(
+                model.query_encoder, model.dimension, dropout=model.query_dropout
+            )
+        query_encoder.ngrams = None  # fitted after training
+        self._initial_towers = ""
+        if output:
+            self._initial_towers = initial_towers_fingerprint(query_encoder, start.entity_encoders)
         self._inputs = build_inputs(
             data, config, query_encoder, device, world_size(), start.featurizer
         )
         self.prepared = self._inputs.prepared
+        if start.query_encoder is None:
+            self._meet_queries(query_encoder)
         self._plan = BatchPlan(self.prepared, config, world_size())
         self._steps = config.steps or steps_of_epochs(config.epochs, self.prepared)
         self._towers = build_towers(query_encoder, self._inputs, start.entity_encoders)
@@ -175,6 +200,30 @@ class Trainer:
         self._state = LoopState()
         self._watch = Stopwatch()
         self._setup_seconds = time.perf_counter() - begun
+
+    def _meet_queries(self, tower: QueryEncoder) -> None:
+        """Check that a tower knows the train queries' words, and fit a fresh linear layer to them.
+
+        Raises:
+            ConfigError: Its tokenizer does not know most of them.
+        """
+        texts = self.prepared.texts
+        share = unknown_share(tower, tower.tokenize(texts[:: max(1, len(texts) // 5000)]))
+        name = self._config.model.query_encoder
+        if share > MOST_UNKNOWN:
+            raise ConfigError(
+                f"query tower {name!r}: its tokenizer does not know {share:.0%} of the tokens of"
+                " the train queries. Choose a model for their languages (tiny-multilingual reads"
+                " 17)."
+            )
+        if share > MUCH_UNKNOWN:
+            self._log.say(
+                f"note: the tokenizer of {name!r} does not know {share:.0%} of the tokens of the"
+                " train queries"
+            )
+        if tower.has_fresh_projection:
+            fit_projection(tower, texts)
+            tower.has_fresh_projection = False
 
     def _choose_device(self) -> torch.device:
         config = self._config
@@ -323,7 +372,14 @@ class Trainer:
                 f"{self._checkpoints} already holds a run (at {found[-1].name}). Resume it, or"
                 " train into an empty output folder."
             )
-        state, _ = load_checkpoint(found[-1], self._fingerprint)
+        state, meta = load_checkpoint(found[-1], self._fingerprint)
+        # Checkpoints of version 0.1 do not name the towers
+        if meta.get("towers", self._initial_towers) != self._initial_towers:
+            raise CheckpointError(
+                f"{found[-1]}: the run began with another query tower: its weights or its tokenizer"
+                f" changed ({self._config.model.query_encoder!r}). Restore the tower, or train into"
+                " an empty output folder."
+            )
         self._towers.load_state_dict(state["towers"])
         limit_log_scales(self._towers.log_scales)  # earlier versions saved them unclamped
         self._optimiser.load_state_dict(state["optimiser"])
@@ -339,6 +395,7 @@ class Trainer:
         }
         meta = {
             "run": self._fingerprint,
+            "towers": self._initial_towers,
             "config": to_table(self._config),
             "metrics": self._state.metrics,
         }
@@ -351,15 +408,19 @@ class Trainer:
         if state.best_step not in (0, state.step):
             self._best.restore(towers)
         chosen = choose_weights(towers, self._inputs, self._initial_query_weights, self._log.say)
-        self._log.close()
-        towers.eval().cpu()
+        towers.eval()
         by_type = towers.by_type(self.prepared.catalogue["entity_type"].unique().to_list())
+        entity_encoders = with_residual_weights(by_type, chosen.residual)
+        fitted = fit_query_ngrams(towers.query, entity_encoders, self._inputs, self._log.say)
+        self._log.close()
+        for tower in (towers, *entity_encoders.values()):
+            tower.cpu()
         loss = {} if state.loss is None else {"loss": state.loss}
         return TrainResult(
             query_encoder=towers.query,
-            entity_encoders=with_residual_weights(by_type, chosen.residual),
+            entity_encoders=entity_encoders,
             featurizer=self._inputs.featurizer,
-            metrics=loss | state.metrics | chosen.metrics,
+            metrics=loss | state.metrics | chosen.metrics | fitted,
             pairs_per_second=watch.pairs / watch.step_seconds if watch.steps else 0.0,
             pairs_per_cpu_second=watch.pairs / watch.cpu_seconds if watch.cpu_seconds else 0.0,
             steps=state.step,

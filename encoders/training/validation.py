@@ -72,7 +72,7 @@ def _recall_of_other_candidates(towers: Towers, inputs: TrainInputs, k: int) -> 
                 hits = top_k_hits(
                     _query_vectors(towers, inputs, queries[measured]),
                     vectors[torch.from_numpy(pool).to(inputs.device)],
-                    _places(pool, candidates[measured]),
+                    place_in_pool(pool, candidates[measured]),
                     None,
                     k,
                 )
@@ -124,14 +124,16 @@ def _hits_of_type(
         others = pool[: max(QUERY_POOL - len(candidates), 0)]
         pool = np.unique(np.concatenate((candidates, others)))
         vectors = _query_vectors(towers, inputs, pool)
-        own = _places(pool, queries)
+        own = place_in_pool(pool, queries)
     else:
         vectors = _entity_vectors(towers, inputs, entity_type, pool)
     query_vectors = _query_vectors(towers, inputs, queries)
-    return top_k_hits(query_vectors, vectors, _places(pool, candidates), own, k)
+    return top_k_hits(query_vectors, vectors, place_in_pool(pool, candidates), own, k)
 
 
-def _places(pool: npt.NDArray[np.int64], members: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def place_in_pool(
+    pool: npt.NDArray[np.int64], members: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
     """Find where members stand in a sorted pool, ``(P,)``; -1 where they do not."""
     places = np.searchsorted(pool, members).clip(max=len(pool) - 1)
     return np.where(pool[places] == members, places, -1)

@@ -169,7 +169,10 @@ def _print_answers(
 )
 @data_option
 @click.option(
-    "--split", default="heldout", show_default=True, help="Which split, where the pairs have one."
+    "--split",
+    default="dev",
+    show_default=True,
+    help="Which split, where the pairs have one; dev: half of the held-out queries.",
 )
 @click.option(
     "--limit",
@@ -274,6 +277,8 @@ def _labelled(
 
 
 def _pairs(path: Path | None, data_dir: Path | None, split: str) -> pl.DataFrame:
+    from encoders.datasets.halves import rows_of_split, split_for_choices
+
     if path is not None:
         from encoders.tables.files import read_whole_table
 
@@ -285,10 +290,10 @@ def _pairs(path: Path | None, data_dir: Path | None, split: str) -> pl.DataFrame
                 f" {', '.join(sorted(missing))} is missing"
             )
         frame = frame.with_columns(pl.col("entity_id").cast(pl.String))
-        return frame.filter(pl.col("split") == split) if "split" in frame.columns else frame
+        return rows_of_split(frame, split_for_choices(split)) if "split" in frame.columns else frame
     from encoders.datasets.dataset import load_dataset
 
-    return load_dataset(data_dir).split(split)
+    return load_dataset(data_dir).split(split_for_choices(split))
 
 
 def _source(path: Path | None, data_dir: Path | None, split: str) -> str:

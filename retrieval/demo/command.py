@@ -34,14 +34,13 @@ from encoders.datasets.related_queries import query_entities, related_query_pair
 from encoders.errors import OmniError
 
 if TYPE_CHECKING:
+    from encoders.config.train_config import TrainConfig
     from retrieval.client import RetrievalClient
 
 RECIPES = Path(__file__).parents[2] / "encoders" / "recipes"
-BASELINES = ("bm25", "bm25-trigrams", "random")
+BASELINES = ("bm25", "bm25-ngrams", "random")
 ZERO_SHOT_BASELINE = "use"
 """Multilingual USE, in the full demo only and where its package (extra ``baselines``) is there."""
-ENGAGED_QUERIES = 50
-"""Train queries per entity that become the feature ``engaged_queries``."""
 QUICK_QUERY_ENTITIES = 5_000
 """Train queries that become entities in the quick demo."""
 QUICK_EVALUATION_QUERIES = 1_000
@@ -66,6 +65,12 @@ class Demo:
     from_scratch: bool
     timings: dict[str, float] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
+
+    def training_config(self) -> TrainConfig:
+        """Read the recipe that the towers are trained by."""
+        from encoders.config.train_config import load_train_config
+
+        return load_train_config(RECIPES / ("sample_quick.toml" if self.quick else "sample.toml"))
 
     @property
     def bundle(self) -> Path:
@@ -118,7 +123,8 @@ def command(out: Path, quick: bool, from_scratch: bool, keep_serving: bool, as_j
     """
     demo = Demo(out, quick, from_scratch)
     with stage("read the sample data", demo.timings):
-        dataset = load_sample(engaged_queries=ENGAGED_QUERIES)
+        depth = demo.training_config().features.engaged_queries
+        dataset = load_sample(engaged_queries=depth)
     train_towers(demo, dataset)
     evaluate(demo, dataset, show=not as_json)
     publish(demo, dataset)
@@ -137,13 +143,12 @@ def command(out: Path, quick: bool, from_scratch: bool, keep_serving: bool, as_j
 def train_towers(demo: Demo, dataset: Dataset) -> None:
     """Train both towers on all four tasks and save the bundle with its ONNX forms."""
     from encoders.config.toml_config import to_table
-    from encoders.config.train_config import load_train_config
     from encoders.towers.bundle import save_bundle
-    from encoders.towers.query_tower import create_query_encoder
+    from encoders.towers.pretrained_models import create_query_encoder
     from encoders.training.data.source_tables import TrainingData
     from encoders.training.loop import TrainStart, train
 
-    config = load_train_config(RECIPES / ("sample_quick.toml" if demo.quick else "sample.toml"))
+    config = demo.training_config()
     with stage("derive related-query pairs", demo.timings):
         pairs = pl.concat(
             [dataset.pairs, related_query_pairs(dataset.pairs)], how="diagonal_relaxed"
@@ -242,7 +247,7 @@ def publish(demo: Demo, dataset: Dataset) -> None:
     signals = SignalStore(demo.out / "signals")
     with stage(f"embed {catalogue.height:,} entities", demo.timings):
         embed_catalogue(bundle, [catalogue], signals)
-    heldout = dataset.split("heldout")["query"].unique(maintain_order=True).to_list()
+    heldout = dataset.split("dev")["query"].unique(maintain_order=True).to_list()
     with stage("build, calibrate, prove and publish the release", demo.timings):
         store = ReleaseStore(demo.store)
         served = catalogue.drop("engaged_queries", "board_titles", strict=False)
@@ -314,7 +319,7 @@ def measure_latency(
     client: RetrievalClient, dataset: Dataset, count: int = 500
 ) -> dict[str, dict[str, float]]:
     """Measure percentiles by the client's clock, each query encoded first and cached then."""
-    texts = dataset.split("heldout")["query"].unique(maintain_order=True).to_list()[:count]
+    texts = dataset.split("dev")["query"].unique(maintain_order=True).to_list()[:count]
     latency = {}
     for name in ("first time: encoded", "again: cached"):
         times = []

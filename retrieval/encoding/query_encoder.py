@@ -7,6 +7,7 @@ key and of every answer.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -18,12 +19,18 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 
 from encoders.errors import BundleError, ConfigError
-from encoders.towers.forms import FORM_FILES, MAX_TOKENS
+from encoders.text.ngrams import TEXT_RULES
+from encoders.text.normal_forms import normalize_query
+from encoders.text.query_ngrams import ngram_buckets, padded
+from encoders.towers.forms import FORM_FILES, MAX_TOKENS, NGRAM_SETTINGS
 from retrieval.encoding.batcher import LENGTH_BUCKETS, bucket_of
 
 Float32 = npt.NDArray[np.float32]
 Int64 = npt.NDArray[np.int64]
 log = logging.getLogger(__name__)
+
+KEPT_SHARES = 8192
+"""Texts whose share of unknown characters is kept."""
 
 BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Batch sizes for which CUDA graphs are captured; a batch is padded up to the next one."""
@@ -40,6 +47,10 @@ class QueryEncoding(Protocol):
 
         Called from one thread at a time.
         """
+        ...
+
+    def unknown_share(self, text: str) -> float:
+        """Return the share of a text's characters that the tower's tokenizer does not know."""
         ...
 
 
@@ -63,9 +74,14 @@ class QueryTokenizer:
             )
         tokenizer = Tokenizer.from_file(str(path))
         tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True  # "[CLS]" in a text is text
         tokenizer.enable_truncation(max_length=self._max_length(path.parent))
         self._tokenizer = tokenizer
         self.pad_id = self._pad_id(tokenizer, path.parent)
+        self.buckets = self._buckets(folder)
+        self._unknown_id = self._unknown(tokenizer, path.parent)
+        self.unknown_share = functools.lru_cache(KEPT_SHARES)(self._unknown_share)
+        """``text -> float``: see ``QueryEncoding.unknown_share``."""
 
     @staticmethod
     def _max_length(folder: Path) -> int:
@@ -90,9 +106,53 @@ class QueryTokenizer:
                 return int(found)
         return 0
 
+    @staticmethod
+    def _unknown(tokenizer: Tokenizer, folder: Path) -> int | None:
+        """Return the id of the unknown token; None: the tokenizer spells out every text."""
+        names = ["[UNK]", "<unk>"]
+        config = folder / "tokenizer_config.json"
+        if config.is_file():
+            name = json.loads(config.read_text(encoding="utf-8")).get("unk_token")
+            names.insert(0, name.get("content", "") if isinstance(name, dict) else str(name))
+        found = (tokenizer.token_to_id(name) for name in names)
+        return next((int(token) for token in found if token is not None), None)
+
+    def _unknown_share(self, text: str) -> float:
+        if self._unknown_id is None:
+            return 0.0
+        normal = normalize_query(text)
+        encoding = self._tokenizer.encode(normal)
+        spans = zip(encoding.ids, encoding.offsets, strict=True)
+        unknown = "".join(normal[a:b] for token, (a, b) in spans if token == self._unknown_id)
+        read = normal[: max((end for _, end in encoding.offsets), default=0)].replace(" ", "")
+        return min(1.0, len(unknown.replace(" ", "")) / len(read)) if read else 0.0
+
+    @staticmethod
+    def _buckets(folder: Path) -> int:
+        """Return the number of n-gram buckets; 0: the tower reads no n-grams."""
+        settings = folder / NGRAM_SETTINGS
+        if not settings.is_file():
+            return 0
+        described = json.loads(settings.read_text(encoding="utf-8"))
+        if described.get("text_rules") != TEXT_RULES:
+            raise BundleError(
+                f"{folder.name}: n-grams by text rules {described.get('text_rules')!r}, but this"
+                f" code reads by {TEXT_RULES}. Serve with the version that built the release, or"
+                " build it again."
+            )
+        return int(described["buckets"])
+
+    def ngram_ids(self, texts: Sequence[str], rows: Sequence[int]) -> tuple[Int64, ...]:
+        """Return the n-gram buckets ``(B, G)`` of some texts, if the tower reads them."""
+        if not self.buckets:
+            return ()
+        ids, offsets = ngram_buckets([texts[row] for row in rows], self.buckets)
+        return (padded(ids, offsets, range(len(rows)), self.buckets),)
+
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, special tokens included, at most 64."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+        normal = [normalize_query(text) for text in texts]
+        return [encoding.ids for encoding in self._tokenizer.encode_batch(normal)]
 
     def pad(self, rows: Sequence[Sequence[int]], length: int) -> tuple[Int64, Int64]:
         """Pad to ``(B, length)`` and return token ids and attention mask, int64."""
@@ -108,7 +168,7 @@ def encode_by_length(
     tokenizer: QueryTokenizer,
     texts: Sequence[str],
     dimension: int,
-    forward: Callable[[Int64, Int64], Float32],
+    forward: Callable[..., Float32],
     pad_to_bucket: bool,
 ) -> Float32:
     """Tokenise, group by length bucket, run ``forward`` per group and put the rows back in order.
@@ -117,7 +177,8 @@ def encode_by_length(
         tokenizer: The tower's tokenizer.
         texts: B texts.
         dimension: D.
-        forward: ``(token ids (b, L), mask (b, L)) -> (b, D)`` float32.
+        forward: ``(token ids (b, L), mask (b, L)) -> (b, D)`` float32; a tower that reads n-grams
+            takes their buckets ``(b, G)`` as well.
         pad_to_bucket: Pad to the bucket's length (fixed shapes for CUDA graphs) instead of the
             longest text of the group.
     """
@@ -128,14 +189,15 @@ def encode_by_length(
         groups.setdefault(bucket_of(len(row)), []).append(i)
     for bucket, members in groups.items():
         length = bucket if pad_to_bucket else max(1, max(len(rows[i]) for i in members))
-        out[members] = forward(*tokenizer.pad([rows[i] for i in members], length))
+        inputs = tokenizer.pad([rows[i] for i in members], length)
+        out[members] = forward(*inputs, *tokenizer.ngram_ids(texts, members))
     return out
 
 
-def probed_dimension(tokenizer: QueryTokenizer, forward: Callable[[Int64, Int64], Float32]) -> int:
+def probed_dimension(tokenizer: QueryTokenizer, forward: Callable[..., Float32]) -> int:
     """Encode one short text to learn the length of the vectors."""
-    ids, mask = tokenizer.pad(tokenizer.token_ids(["a"]), LENGTH_BUCKETS[0])
-    return int(forward(ids, mask).shape[1])
+    inputs = tokenizer.pad(tokenizer.token_ids(["a"]), LENGTH_BUCKETS[0])
+    return int(forward(*inputs, *tokenizer.ngram_ids(["a"], [0])).shape[1])
 
 
 class OnnxQueryEncoding:
@@ -171,25 +233,36 @@ class OnnxQueryEncoding:
             item.name: np.int32 if "int32" in item.type else np.int64
             for item in self._session.get_inputs()
         }
-        missing = {"input_ids", "attention_mask"} - set(self._types)
-        if missing:
+        self._tokenizer = QueryTokenizer(folder)
+        expected = {"input_ids", "attention_mask"}
+        if self._tokenizer.buckets or "ngram_ids" in self._types:
+            expected.add("ngram_ids")
+        missing = expected - set(self._types)
+        if missing or ("ngram_ids" in expected and not self._tokenizer.buckets):
             raise BundleError(
-                f"{model.name}: expected inputs input_ids and attention_mask, but {sorted(missing)}"
-                " is missing. Export it again."
+                f"{model.name}: expected inputs {', '.join(sorted(expected))}, but it has"
+                f" {', '.join(sorted(self._types))}, and the query encoder"
+                f" {'reads' if self._tokenizer.buckets else 'does not read'} n-grams. Export it"
+                " again."
             )
         self._output = self._session.get_outputs()[0].name
-        self._tokenizer = QueryTokenizer(folder)
         self.form_id = form_id
         self.dimension = probed_dimension(self._tokenizer, self._forward)
 
-    def _forward(self, ids: Int64, mask: Int64) -> Float32:
+    def _forward(self, ids: Int64, mask: Int64, ngrams: Int64 | None = None) -> Float32:
         feeds = {"input_ids": ids, "attention_mask": mask}
+        if ngrams is not None:
+            feeds["ngram_ids"] = ngrams
         feeds = {name: value.astype(self._types[name], copy=False) for name, value in feeds.items()}
         for name in self._types:
             if name not in feeds:
                 feeds[name] = np.zeros_like(ids, dtype=self._types[name])
         vectors: Float32 = np.asarray(self._session.run([self._output], feeds)[0], dtype=np.float32)
         return vectors
+
+    def unknown_share(self, text: str) -> float:
+        """See ``QueryEncoding.unknown_share``."""
+        return self._tokenizer.unknown_share(text)
 
     def encode(self, texts: Sequence[str]) -> Float32:
         """See ``QueryEncoding.encode``."""
@@ -214,14 +287,16 @@ class TorchQueryEncoding:
         self._tokenizer = QueryTokenizer(folder)
         self.dimension = probed_dimension(self._tokenizer, self._forward)
 
-    def _forward(self, ids: Int64, mask: Int64) -> Float32:
+    def _forward(self, ids: Int64, mask: Int64, ngrams: Int64 | None = None) -> Float32:
+        tensor = self._torch.from_numpy
+        extra = {} if ngrams is None else {"ngram_ids": tensor(ngrams)}
         with self._torch.inference_mode():
-            vectors: Float32 = (
-                self._model(self._torch.from_numpy(ids), self._torch.from_numpy(mask))
-                .float()
-                .numpy()
-            )
+            vectors: Float32 = self._model(tensor(ids), tensor(mask), **extra).float().numpy()
         return vectors
+
+    def unknown_share(self, text: str) -> float:
+        """See ``QueryEncoding.unknown_share``."""
+        return self._tokenizer.unknown_share(text)
 
     def encode(self, texts: Sequence[str]) -> Float32:
         """See ``QueryEncoding.encode``."""
@@ -236,7 +311,7 @@ class CapturedGraph(NamedTuple):
     graph: Any
     ids: Any  # (B, L)
     mask: Any  # (B, L)
-    vectors: Any  # (B, D)
+    vectors: Any  # (B, D), before n-grams and normalisation
 
 
 class CudaQueryEncoding:
@@ -271,8 +346,7 @@ class CudaQueryEncoding:
     def _eager(self, ids: Any, mask: Any = None) -> Any:
         torch = self._torch
         with torch.inference_mode():
-            vectors = self._model(ids, torch.ones_like(ids) if mask is None else mask).float()
-            return torch.nn.functional.normalize(vectors, dim=-1)
+            return self._model.project(ids, torch.ones_like(ids) if mask is None else mask)
 
     def _graph(self, size: int, length: int) -> CapturedGraph | None:
         key = (size, length)
@@ -289,7 +363,7 @@ class CudaQueryEncoding:
                 self._stream.synchronize()
                 graph = torch.cuda.CUDAGraph()
                 with torch.inference_mode(), torch.cuda.graph(graph, stream=self._stream):
-                    out = torch.nn.functional.normalize(self._model(ids, mask).float(), dim=-1)
+                    out = self._model.project(ids, mask)
                 self._graphs[key] = CapturedGraph(graph, ids, mask, out)
             except RuntimeError as error:
                 log.warning(
@@ -301,14 +375,14 @@ class CudaQueryEncoding:
                 self._graphs[key] = None
         return self._graphs[key]
 
-    def _forward(self, ids: Int64, mask: Int64) -> Float32:
+    def _forward(self, ids: Int64, mask: Int64, ngrams: Int64 | None = None) -> Float32:
         torch = self._torch
         count, length = ids.shape
         if count > BATCH_BUCKETS[-1]:
             half = count // 2
-            return np.concatenate(
-                [self._forward(ids[:half], mask[:half]), self._forward(ids[half:], mask[half:])]
-            )
+            inputs = (ids, mask) if ngrams is None else (ids, mask, ngrams)
+            parts = ([i[:half] for i in inputs], [i[half:] for i in inputs])
+            return np.concatenate([self._forward(*part) for part in parts])
         size = next(b for b in BATCH_BUCKETS if b >= count)
         captured = self._graph(size, length)
         with torch.cuda.stream(self._stream):
@@ -321,8 +395,17 @@ class CudaQueryEncoding:
                 captured.mask[:count].copy_(torch.from_numpy(mask), non_blocking=True)
                 captured.graph.replay()
                 out = captured.vectors
-            vectors: Float32 = out[:count].cpu().numpy()
+            with torch.inference_mode():
+                out = out[:count].float()
+                if ngrams is not None and self._model.ngrams is not None:
+                    buckets = torch.from_numpy(ngrams).to(self._device)
+                    out = out + self._model.ngrams(buckets).float()
+                vectors: Float32 = torch.nn.functional.normalize(out, dim=-1).cpu().numpy()
         return vectors
+
+    def unknown_share(self, text: str) -> float:
+        """See ``QueryEncoding.unknown_share``."""
+        return self._tokenizer.unknown_share(text)
 
     def encode(self, texts: Sequence[str]) -> Float32:
         """See ``QueryEncoding.encode``."""

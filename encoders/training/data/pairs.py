@@ -14,7 +14,7 @@ import polars as pl
 from encoders.config.train_config import TrainConfig
 from encoders.errors import DataError, SchemaError
 from encoders.text.hashing import text_bucket
-from encoders.text.normal_forms import collapse_white_space, fold, normalize_query
+from encoders.text.normal_forms import fold_query, normalized_query
 from encoders.training.data.balancing import balance_column, require_plain
 from encoders.training.data.source_tables import TrainingData
 
@@ -68,7 +68,7 @@ def _with_defaults(
         expr.alias(name) for name, expr in defaults.items() if name not in pairs.columns
     )
     is_validation = pl.col("split") == validation_split
-    other_query = collapse_white_space(pl.col("entity_id"))
+    other_query = normalized_query(pl.col("entity_id"))
     related = pl.when(pl.col("entity_type") == "query").then(other_query)
     return (
         pairs.select(
@@ -82,7 +82,7 @@ def _with_defaults(
         )
         .filter(pl.col("split").is_in(["train", validation_split]))
         .with_columns(
-            query=collapse_white_space(pl.col("query").fill_null("")),
+            query=normalized_query(pl.col("query").fill_null("")),
             split=pl.when(is_validation).then(pl.lit("validation")).otherwise(pl.lit("train")),
             entity_id=related.otherwise(pl.col("entity_id")),
         )
@@ -107,17 +107,11 @@ def _hold_back(pairs: pl.DataFrame, config: TrainConfig) -> pl.DataFrame:
     shown = (
         (pl.col("split") == "train")
         & (pl.col("entity_type") == "query")
-        & _folded("entity_id").is_in(_fold_texts(validation).implode())
+        & fold_query(pl.col("entity_id")).is_in(
+            validation.to_frame("query").select(fold_query(pl.col("query")))["query"].implode()
+        )
     )
     return pairs.filter(~shown)
-
-
-def _folded(name: str) -> pl.Expr:
-    return pl.col(name).map_batches(_fold_texts, return_dtype=pl.String)
-
-
-def _fold_texts(texts: pl.Series) -> pl.Series:
-    return pl.Series([fold(normalize_query(text)) for text in texts.to_list()], dtype=pl.String)
 
 
 def _require_train_pairs(given: pl.DataFrame, pairs: pl.DataFrame, config: TrainConfig) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import polars as pl
 
 from encoders.config.train_config import TrainConfig
-from encoders.datasets.dataset import load_dataset
+from encoders.datasets.dataset import DEFAULT_ENGAGED_QUERIES, load_dataset
 from encoders.datasets.related_queries import related_query_pairs
 from encoders.errors import ConfigError
 from encoders.tables.files import read_table
@@ -55,7 +55,8 @@ def load_training_data(config: TrainConfig, data_dir: Path | None = None) -> Tra
     if files.catalogue:
         catalogue, pairs = _read(files.catalogue, "catalogue"), _read(files.pairs, "pairs")
     else:
-        dataset = load_dataset(data_dir)
+        depth = config.features.engaged_queries or DEFAULT_ENGAGED_QUERIES
+        dataset = load_dataset(data_dir, engaged_queries=depth)
         catalogue, pairs = dataset.catalogue, dataset.pairs
     wants_queries = any(d.entity_type == "query" for d in config.datasets) or (
         not config.datasets and not files.catalogue

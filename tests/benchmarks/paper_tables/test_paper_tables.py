@@ -23,6 +23,7 @@ from benchmarks.paper_tables.settings import (
     OMNI,
     SEPARATE,
     SINGLE,
+    SINGLE_WHOLE,
     SMALL_PRODUCT_PAIRS,
     TABLES,
     VOLUME,
@@ -39,7 +40,7 @@ from benchmarks.paper_tables.trainings import (
     training_data,
 )
 from encoders.datasets.dataset import Dataset, with_engaged_queries
-from encoders.towers.query_tower import create_query_encoder
+from encoders.towers.pretrained_models import create_query_encoder
 from encoders.training.data.prepare import split_by_share
 
 SIZES = {"steps": 2, "batch_pairs": 32, "max_queries": 20}
@@ -57,6 +58,8 @@ def test_training_single_task_has_pairs_of_the_mix() -> None:
     assert mix == {"pin": 160, "product": 80, "query": 40, "ad": 40}
     for name, single in SINGLE.items():
         assert per_dataset(single) == {name: mix[name]}
+    for name, single in SINGLE_WHOLE.items():
+        assert per_dataset(single) == {name: sum(mix.values())}
 
 
 def test_training_other_product_share_leaves_other_datasets() -> None:
@@ -257,7 +260,7 @@ def tables() -> Dataset:
                     "entity_id": f"{kind}-{i}",
                     "kind": "keyword",
                 }
-                | {"split": "heldout" if suffix == "thing" else "train", "count": 1}
+                | {"split": "dev" if suffix == "thing" else "train", "count": 1}
                 for suffix in ("picture", "art", "thing")
             ]
     catalogue = pl.DataFrame(rows).with_columns(
@@ -275,7 +278,7 @@ def tables() -> Dataset:
         }
         | {"split": split, "count": 1}
         for word in words
-        for split in ("train", "heldout")
+        for split in ("train", "dev")
     ]
     return Dataset(
         with_engaged_queries(catalogue, frame),

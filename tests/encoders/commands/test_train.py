@@ -239,7 +239,7 @@ def test_train_command_next_step_evaluates_the_trained_data(folder: Path) -> Non
         evaluate, [f"{folder}/out/model", "--data", str(folder), "--resamples", "100"]
     )
     assert evaluated.exit_code == 0, evaluated.stderr
-    assert f"heldout pairs of {folder} (your data)" in evaluated.stdout
+    assert f"held-out dev pairs of {folder} (your data)" in evaluated.stdout
     assert "was trained on" not in evaluated.stderr
 
 

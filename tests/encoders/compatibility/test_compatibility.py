@@ -65,7 +65,7 @@ def dataset() -> Dataset:
     data = world()
     pairs = data.pairs.filter(pl.col("entity_type") != "query").with_row_index()
     pairs = pairs.with_columns(
-        split=pl.when(pl.col("index") % 3 == 2).then(pl.lit("heldout")).otherwise(pl.lit("train"))
+        split=pl.when(pl.col("index") % 3 == 2).then(pl.lit("dev")).otherwise(pl.lit("train"))
     ).drop("index")
     filled = pairs.with_columns(language=pl.lit("en"), country=pl.lit(""), kind=pl.lit(""))
     return Dataset(data.catalogue, filled, name="world")
@@ -436,7 +436,7 @@ def test_evaluate_against_index_type_without_pairs_blocks_declaration(
     ]
     measured = CliRunner().invoke(command, arguments)
     assert measured.exit_code == 0 and list(json.loads(measured.stdout)["measured"]) == ["pin"]
-    assert "product: no 'heldout' pairs; not evaluated" in measured.stderr
+    assert "product: no 'held-out dev' pairs; not evaluated" in measured.stderr
     refused = CliRunner().invoke(command, [*arguments, "--declare"])
     assert (
         refused.exit_code == 2

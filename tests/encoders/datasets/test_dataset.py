@@ -38,7 +38,7 @@ def test_load_sample_has_documented_sizes(sample):
     }
     assert dict(sample.pairs.group_by("split").len().iter_rows()) == {
         "train": 195_245,
-        "heldout": 21_953,
+        "heldout": 21_951,
     }
     assert sample.pairs["language"].n_unique() == 17
     assert len(sample.images) == 6760 and set(sample.images) <= set(sample.catalogue["id"])

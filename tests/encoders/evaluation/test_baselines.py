@@ -8,18 +8,21 @@ from dataclasses import replace
 import numpy as np
 import polars as pl
 import pytest
+import torch
 
 from encoders.datasets.dataset import Dataset, load_sample
 from encoders.errors import ConfigError
 from encoders.evaluation.baselines import (
     Bm25,
+    ChosenBm25,
+    Fused,
     NeighbouringQueries,
     ZeroShot,
     cached,
+    character_ngrams,
     make_baseline,
-    trigrams_of,
 )
-from encoders.evaluation.ranking import build_task, rank_task
+from encoders.evaluation.ranking import TaskSettings, build_task, rank_task
 from encoders.evaluation.slices import slice_metrics
 from encoders.text.entity_texts import entity_texts
 
@@ -40,9 +43,9 @@ def tiny():
     rows = [
         ("kitten", "a", "train"),
         ("puppy", "b", "train"),
-        ("cat", "c", "heldout"),
-        ("kitty", "a", "heldout"),
-        ("zzz", "b", "heldout"),
+        ("cat", "c", "dev"),
+        ("kitty", "a", "dev"),
+        ("zzz", "b", "dev"),
     ]
     pairs = pl.DataFrame(rows, schema=["query", "entity_id", "split"], orient="row").with_columns(
         language=pl.lit("en"),
@@ -55,8 +58,9 @@ def tiny():
 
 
 def test_words_and_trigrams_by_hand():
-    assert trigrams_of("cat a") == [" ca", "cat", "at ", " a "]
-    assert trigrams_of("生日 कि") == [" 生日", "生日 ", " कि", "कि "]
+    assert character_ngrams("cat a", (3,)) == [" ca", "cat", "at ", " a "]
+    assert character_ngrams("ab", (2, 4)) == [" a", "ab", "b ", " ab "]
+    assert character_ngrams("生日 कि", (3,)) == [" 生日", "生日 ", " कि", "कि "]
 
 
 def test_bm25_chinese_query_finds_part_of_a_longer_title():
@@ -64,7 +68,7 @@ def test_bm25_chinese_query_finds_part_of_a_longer_title():
     catalogue = dataset.catalogue.with_columns(title=pl.Series(["生日蛋糕", "猫", "हिंदी किताब"]))
     task = build_task(Dataset(catalogue, dataset.pairs), "pin")
     task = replace(task, queries=["蛋糕", "किताब", "कमल"])
-    scores = Bm25(trigrams=False)(task, Dataset(catalogue, dataset.pairs))(0, 3)
+    scores = Bm25()(task, Dataset(catalogue, dataset.pairs))(0, 3)
     assert (scores > 0).tolist() == [[True, False, False], [False, False, True], [False] * 3]
 
 
@@ -84,7 +88,7 @@ def test_entity_texts_absent_fields_are_left_out():
 def test_bm25_words_equal_formula():
     dataset = tiny()
     task = build_task(dataset, "pin")
-    scores = Bm25(trigrams=False)(task, dataset)(0, len(task.queries)).numpy()
+    scores = Bm25()(task, dataset)(0, len(task.queries)).numpy()
     lengths, mean = (
         [3, 3, 3],
         3.0,
@@ -102,8 +106,8 @@ def test_bm25_trigrams_find_what_words_do_not():
     dataset = tiny()
     task = build_task(dataset, "pin")
     kitty = task.queries.index("kitty")
-    assert np.isneginf(Bm25(trigrams=False)(task, dataset)(kitty, kitty + 1).numpy()).all()
-    assert Bm25(trigrams=True)(task, dataset)(kitty, kitty + 1).argmax().item() == 0
+    assert np.isneginf(Bm25()(task, dataset)(kitty, kitty + 1).numpy()).all()
+    assert Bm25((3,))(task, dataset)(kitty, kitty + 1).argmax().item() == 0
 
 
 def letters(texts):
@@ -126,6 +130,30 @@ def test_neighbouring_queries_score_only_their_entities():
     row = task.queries.index("kitty")
     scores = NeighbouringQueries(letters, neighbours=1)(task, dataset)(row, row + 1)[0]
     assert scores[0] > 0 and np.isneginf(scores[1:].numpy()).all()
+
+
+def test_chosen_bm25_takes_the_orders_that_find_most_on_dev():
+    dataset = tiny()
+    task = build_task(dataset, "pin")
+    chosen = ChosenBm25()
+    kitty = task.queries.index("kitty")
+    assert chosen(task, dataset)(kitty, kitty + 1).argmax().item() == 0
+    assert chosen.chosen["pin"] != ()  # "kitty" shares no word with its entity
+
+
+def test_fused_weight_is_chosen_on_dev_and_adds_standardised_scores():
+    dataset = tiny()
+    task = build_task(dataset, "pin")
+
+    def constant(rows):
+        return lambda task, dataset: lambda a, b: torch.tensor([rows] * (b - a))
+
+    wrong, right = constant([0.0, 1.0, 2.0]), constant([-torch.inf, 5.0, -torch.inf])
+    scores = Fused(wrong, right)(task, dataset)(0, 1)
+    assert scores.isfinite().all()
+    assert scores.argmax().item() in (1, 2)
+    alone = Fused(right, constant([0.0, 0.0, 0.0]))(task, dataset)(0, 1)
+    assert alone.argmax().item() == 1  # what is constant adds nothing
 
 
 def test_cached_encoder_damaged_file_is_encoded_again(tmp_path):
@@ -162,7 +190,7 @@ def test_make_baseline_unknown_name_lists_the_known():
     ],
 )
 def test_baselines_on_the_sample_equal_pinned_recall(sample, entity_type, name, expected):
-    task = build_task(sample, entity_type)
+    task = build_task(sample, entity_type, TaskSettings(split="heldout"))
     metrics = slice_metrics(rank_task(task, make_baseline(name)(task, sample), name), resamples=100)
     assert metrics.recall[10].value == pytest.approx(expected, abs=0.002)
 
@@ -171,7 +199,7 @@ def test_baselines_on_the_sample_equal_pinned_recall(sample, entity_type, name, 
 def test_recall_ceiling_of_the_sample_is_pinned(sample):
     ceilings = {}
     for entity_type in ("pin", "product", "ad"):
-        task = build_task(sample, entity_type)
+        task = build_task(sample, entity_type, TaskSettings(split="heldout"))
         ceilings[entity_type] = slice_metrics(
             rank_task(task, make_baseline("popular")(task, sample), "popular"), resamples=100
         ).ceiling[10]

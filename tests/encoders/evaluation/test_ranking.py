@@ -34,7 +34,7 @@ def make_dataset(positives, entities=12, groups=None, **columns):
             "entity_id": [f"e{e}" for _, e in positives],
             "kind": "tag",
             "count": 1,
-            "split": "heldout",
+            "split": "dev",
             **columns,
         }
     )
@@ -113,7 +113,21 @@ def test_slice_metrics_known_ranking_by_hand():
     assert metrics.mrr.value == pytest.approx((1 / 2 + 1 / 4 + 1 / 4) / 3)
     ndcg_a = (1 / np.log2(3) + 1 / np.log2(5)) / (1 + 1 / np.log2(3))
     assert metrics.ndcg == pytest.approx((ndcg_a + 1 / np.log2(5)) / 2)
-    assert metrics.query_recall == 1.0
+    assert metrics.query_recall.value == 1.0
+    assert (metrics.distinct_pairs, metrics.distinct_recall) == (3, 1.0)
+
+
+def test_slice_metrics_by_query_and_distinct_pairs_by_hand():
+    languages = {"language": ["en", "de", "en", "en"]}  # one pair stands in two languages
+    dataset = make_dataset([("a", 0), ("a", 0), ("a", 19), ("b", 1)], entities=20, **languages)
+    task = build_task(dataset, "pin")
+    scores = np.stack([np.arange(20)[::-1], np.arange(20)[::-1]]).astype(np.float32)
+    ranking = rank_task(task, lambda start, stop: torch.from_numpy(scores[start:stop].copy()), "x")
+    metrics = slice_metrics(ranking)
+    assert metrics.recall[10].value == pytest.approx(3 / 4)
+    assert metrics.query_recall.value == pytest.approx((2 / 3 + 1) / 2)
+    assert metrics.query_recall.low <= metrics.query_recall.value <= metrics.query_recall.high
+    assert (metrics.distinct_pairs, metrics.distinct_recall) == (3, pytest.approx(2 / 3))
 
 
 def test_rank_task_any_entity_of_group_counts():
@@ -202,7 +216,7 @@ def test_metrics_by_slice_ordered_labels_keep_order() -> None:
 
 def test_build_task_bad_input_is_named():
     dataset = make_dataset([("a", 0)])
-    with pytest.raises(ConfigError, match="no 'heldout' pairs of entity type 'ad'"):
+    with pytest.raises(ConfigError, match="no 'held-out dev' pairs of entity type 'ad'"):
         build_task(dataset, "ad")
     with pytest.raises(ConfigError, match="corpus_size is 0"):
         build_task(dataset, "pin", TaskSettings(corpus_size=0))
@@ -237,7 +251,7 @@ def test_metrics_by_slice_pairs_without_label_are_unknown() -> None:
             "query": ["a", "b", "c"],
             "entity_type": ["pin"] * 3,
             "entity_id": ["x", "y", "z"],
-            "split": ["heldout"] * 3,
+            "split": ["dev"] * 3,
         }
     )
     catalogue = pl.DataFrame(

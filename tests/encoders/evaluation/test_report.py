@@ -4,6 +4,7 @@ your own tables.
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -66,7 +67,7 @@ def dataset(groups=None):
         entity_type=pl.lit("pin"),
         kind=pl.lit("tag"),
         count=pl.lit(1),
-        split=pl.lit("heldout"),
+        split=pl.lit("dev"),
     )
     return Dataset(catalogue, pairs, groups=groups or {})
 
@@ -83,7 +84,7 @@ def test_save_runs_files_give_same_figures_in_ir_measures(tmp_path):
         [ir_measures.R @ 10, ir_measures.nDCG @ 10, ir_measures.R @ 1], qrels, run
     )
     metrics = report.tasks["pin"].overall["my model"]
-    assert got[ir_measures.R @ 10] == pytest.approx(metrics.query_recall)
+    assert got[ir_measures.R @ 10] == pytest.approx(metrics.query_recall.value)
     assert got[ir_measures.nDCG @ 10] == pytest.approx(metrics.ndcg)
     assert 0.3 < metrics.ndcg < 1.0
     assert (tmp_path / "pin" / "queries.tsv").read_text().splitlines()[0] == "q0\tappl0"
@@ -185,6 +186,7 @@ def test_evaluate_related_queries_never_find_themselves():
 
 def test_evaluate_command_own_tables_prints_json(tmp_path):
     data = dataset()
+    data = replace(data, pairs=data.pairs.with_columns(split=pl.lit("heldout")))
     write_table(data.catalogue, tmp_path / "catalogue.parquet")
     write_table(
         data.pairs.drop("kind", "grade").with_columns(action=pl.lit("save")), tmp_path / "pairs.csv"
@@ -250,14 +252,14 @@ def test_evaluate_type_without_pairs_is_logged_and_left_out(caplog):
     caplog.set_level("INFO", "encoders")
     report = evaluate_systems(with_products_of("train"), {"m": bundle_system(SpellingModel())})
     assert list(report.tasks) == ["pin"]
-    assert any("product" in line and "no 'heldout' pairs" in line for line in caplog.messages)
-    with pytest.raises(ConfigError, match="no 'heldout' pairs of entity type 'product'"):
+    assert any("product" in line and "no 'held-out dev' pairs" in line for line in caplog.messages)
+    with pytest.raises(ConfigError, match="no 'held-out dev' pairs of entity type 'product'"):
         evaluate_systems(
             with_products_of("train"),
             {"m": bundle_system(SpellingModel())},
             EvaluationSettings(entity_types=["pin", "product"]),
         )
-    with pytest.raises(ConfigError, match=r"no 'test' pairs.*has heldout, train"):
+    with pytest.raises(ConfigError, match=r"no 'held-out test' pairs.*has dev, train"):
         evaluate_systems(
             with_products_of("train"),
             {"m": bundle_system(SpellingModel())},
@@ -267,7 +269,7 @@ def test_evaluate_type_without_pairs_is_logged_and_left_out(caplog):
 
 def test_evaluate_judgements_of_one_type_leave_out_others(caplog):
     caplog.set_level("INFO", "encoders")
-    data = with_products_of("heldout")
+    data = with_products_of("dev")
     judgements = dataset().pairs.select("query", "country", "entity_id", "grade")
     report = evaluate_systems(data, {"m": bundle_system(SpellingModel())}, judgements=judgements)
     assert list(report.tasks) == ["pin"]
@@ -278,6 +280,7 @@ def test_evaluate_judgements_of_one_type_leave_out_others(caplog):
 def test_evaluate_command_title_names_the_data(tmp_path, monkeypatch):
     monkeypatch.delenv("OMNI_DATA", raising=False)
     data = dataset()
+    data = replace(data, pairs=data.pairs.with_columns(split=pl.lit("heldout")))
     write_table(data.catalogue, tmp_path / "catalogue.parquet")
     write_table(
         data.pairs.drop("kind", "grade").with_columns(action=pl.lit("save")), tmp_path / "pairs.csv"
@@ -285,7 +288,7 @@ def test_evaluate_command_title_names_the_data(tmp_path, monkeypatch):
     judged = data.pairs.select("query", "country", "entity_id", "grade")
     write_table(judged, tmp_path / "judged.csv")
     own = CliRunner().invoke(command, ["--data", str(tmp_path), "--baselines", "random"])
-    assert f"pin: heldout pairs of {tmp_path} (your data)" in own.stdout
+    assert f"pin: held-out dev pairs of {tmp_path} (your data)" in own.stdout
     graded = CliRunner().invoke(
         command,
         [
@@ -304,4 +307,4 @@ def test_evaluate_command_title_names_the_data(tmp_path, monkeypatch):
     sample = CliRunner().invoke(
         command, ["--baselines", "random", "--entity-type", "ad", "--resamples", "100"]
     )
-    assert "ad: heldout pairs of the sample data in the package (" in sample.stdout
+    assert "ad: held-out dev pairs of the sample data in the package (" in sample.stdout

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import re
 from collections import Counter
 
 import numpy as np
@@ -33,8 +34,13 @@ def slow_ngrams(text: str) -> dict[str, list[str]]:
     lines: list[list[str]] = [[]]
     word = ""
     characters = [c for c in fold(text.replace("\x00", " ")) if character_class(c) != DROPPED]
-    for c in characters:
-        kind = character_class(c)
+    kinds = [character_class(c) for c in characters]
+    for signs in re.finditer("[+#]+", "".join(characters)):
+        before = kinds[signs.start() - 1] if signs.start() else SEPARATOR
+        after = kinds[signs.end()] if signs.end() < len(kinds) else SEPARATOR
+        if before == JOINS and after != JOINS:
+            kinds[signs.start() : signs.end()] = [JOINS] * (signs.end() - signs.start())
+    for c, kind in zip(characters, kinds, strict=True):
         if kind == JOINS:
             word += c
             continue
@@ -47,7 +53,8 @@ def slow_ngrams(text: str) -> dict[str, list[str]]:
             lines.append([])
     if word:
         lines[-1].append(word)
-    spaced = [" "] + [c if character_class(c) != SEPARATOR else " " for c in characters] + [" "]
+    seen = [c if kind != SEPARATOR else " " for c, kind in zip(characters, kinds, strict=True)]
+    spaced = [" ", *seen, " "]
     return {
         "unigram": [w for line in lines for w in line],
         "bigram": [f"{a} {b}" for line in lines for a, b in itertools.pairwise(line)],
@@ -72,7 +79,7 @@ def fast_ngrams(texts: list[str]) -> list[dict[str, list[str]]]:
 any_text = st.text(max_size=30)
 wordy_text = st.text(
     st.sampled_from(
-        "abcAB éß中文字คำ한국\u200b\u200d\u00ad\ufe0f\U0001f600\n\t.,-_'0½ﬁ\u0301\x00𠀀"
+        "abcAB+#€$ éß中文字คำ한국\u200b\u200d\u00ad\ufe0f\U0001f600\n\t.,-_'0½ﬁ\u0301\x00𠀀"
     ),
     max_size=40,
 )
@@ -94,6 +101,7 @@ wordy_text = st.text(
         "👍🏽 ok",
         "\ufdfa",
         "\u0345\u0300",
+        "c++ c# a+b +x ##",
     ]
 )
 @example(["\ud800 lone surrogate \udfff"])
@@ -321,3 +329,37 @@ def test_batches_by_size_keep_order_and_every_text(texts, characters):
     batches = list(batches_by_size(texts, characters))
     assert [text for batch in batches for text in batch] == texts
     assert all(batches)
+
+
+def test_signs_and_currencies_are_told_apart():
+    words = [slow["unigram"] for slow in fast_ngrams(["C++", "C#", "C", "€5", "$5"])]
+    assert words == [["c++"], ["c#"], ["c"], ["€", "5"], ["$", "5"]]
+
+
+def test_vocabulary_of_version_0_1_reads_by_its_own_rules(tmp_path):
+    counter = NgramCounter(NgramConfig())
+    counter.add(["c x"])
+    counter.vocabulary().save(tmp_path)
+    described = json.loads((tmp_path / "vocabulary.json").read_text())
+    del described["text_rules"]
+    (tmp_path / "vocabulary.json").write_text(json.dumps(described))
+    older = Vocabulary.load(tmp_path)
+    np.testing.assert_array_equal(older.tokenize(["C++ x"])[0], older.tokenize(["c x"])[0])
+    older.save(tmp_path)
+    assert Vocabulary.load(tmp_path).rules == 1
+
+
+@pytest.mark.parametrize("key", ["text_rules", "unicode_version"])
+def test_vocabulary_of_other_rules_is_refused_and_of_other_unicode_noted(tmp_path, caplog, key):
+    counter = NgramCounter(NgramConfig())
+    counter.add(["red shoes"])
+    counter.vocabulary().save(tmp_path)
+    described = json.loads((tmp_path / "vocabulary.json").read_text())
+    described[key] = 99
+    (tmp_path / "vocabulary.json").write_text(json.dumps(described))
+    if key == "text_rules":
+        with pytest.raises(BundleError, match="text rules 99"):
+            Vocabulary.load(tmp_path)
+    else:
+        Vocabulary.load(tmp_path)
+        assert "Unicode 99" in caplog.text

@@ -11,9 +11,10 @@ import pytest
 
 from encoders.datasets.dataset import load_sample
 from encoders.errors import BundleError, ConfigError
-from encoders.inference.onnx_forms import export_forms, measure_parity, onnx_encode
+from encoders.inference.onnx_forms import ReadTexts, export_forms, measure_parity, onnx_encode
 from encoders.towers.bundle import load_bundle, save_bundle
-from encoders.towers.query_tower import QueryEncoder, create_query_encoder
+from encoders.towers.pretrained_models import create_query_encoder
+from encoders.towers.query_tower import QueryEncoder
 from tests.helpers.training_examples import tiny_query_encoder
 
 
@@ -104,8 +105,7 @@ def test_export_forms_stay_within_tolerance(
     assert set(json.loads((tmp_path / "forms.json").read_text())) == {"onnx-fp32", "onnx-int8"}
     assert not list(tmp_path.glob(".export-*"))
     encode = onnx_encode(tmp_path / "query_encoder.int8.onnx")
-    long = tower.tokenize(["word " * 100])
-    assert np.isfinite(encode(long)).all()
+    assert np.isfinite(encode(ReadTexts.of(tower, ["word " * 100]))).all()
     # The golden queries of a small rebuild: one text has no other text that could go missing
     for few in (1, 2, 3):
         report = measure_parity(tower, tmp_path, "onnx-fp32", queries[:few])

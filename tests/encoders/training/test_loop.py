@@ -18,6 +18,7 @@ import polars as pl
 import pytest
 import torch
 from click.testing import CliRunner
+from tokenizers import Tokenizer
 
 from encoders.commands.train import command
 from encoders.config.train_config import to_table
@@ -238,6 +239,19 @@ def test_train_checkpoint_of_other_run_is_refused_and_kept(tmp_path: Path) -> No
     state.write_bytes(state.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="truncated"):
         run(steps=2, output=tmp_path)
+
+
+@pytest.mark.parametrize("changed", ["weights", "tokenizer"])
+def test_train_resume_with_another_query_tower_is_refused(tmp_path: Path, changed: str) -> None:
+    run(steps=2, checkpoint_every=2, output=tmp_path)
+    tower = tiny_query_encoder(seed=1 if changed == "weights" else 0)
+    if changed == "tokenizer":
+        table = json.loads(tower.tokenizer.backend_tokenizer.to_str())
+        vocabulary = table["model"]["vocab"]
+        vocabulary["red"], vocabulary["blue"] = vocabulary["blue"], vocabulary["red"]
+        tower.tokenizer._tokenizer = Tokenizer.from_str(json.dumps(table))
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        run(steps=2, checkpoint_every=2, output=tmp_path, start=TrainStart(tower))
 
 
 def test_train_bad_settings_are_refused_before_training() -> None:

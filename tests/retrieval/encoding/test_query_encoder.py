@@ -47,6 +47,39 @@ def test_tokenizer_equals_towers_and_cuts_at_64(folder: Path) -> None:
     assert max(map(len, rows)) == 64
 
 
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("red\u200f sh\u00adoes\ufeff", "red shoes"),
+        ("cafe\u0301\u00a0x", "caf\u00e9 x"),
+        ("red\u200bshoes", "red shoes"),
+    ],
+)
+def test_token_ids_invisible_characters_and_spellings_change_nothing(
+    folder: Path, text: str, same: str
+) -> None:
+    rows = QueryTokenizer(folder).token_ids([text, same])
+    assert rows[0] == rows[1]
+    assert rows == tiny_query_encoder(1).tokenize([text, same])
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [("red", 0.0), ("שלום", 1.0), ("red שלום", 4 / 7), ("🙂\u200f", 1.0), ("", 0.0)],
+)
+def test_unknown_share_counts_characters_that_the_tokenizer_does_not_know(
+    folder: Path, text: str, share: float
+) -> None:
+    assert QueryTokenizer(folder).unknown_share(text) == pytest.approx(share)
+
+
+def test_token_ids_names_of_special_tokens_are_text(folder: Path) -> None:
+    tokenizer = QueryTokenizer(folder)
+    rows = tokenizer.token_ids(["[CLS] red [PAD]", "red"])
+    assert rows == tiny_query_encoder(1).tokenize(["[CLS] red [PAD]", "red"])
+    assert rows[0].count(rows[1][0]) == 1  # the one that opens every text
+
+
 def test_encode_batch_equals_each_text_alone(folder: Path) -> None:
     encoding = TorchQueryEncoding(folder)
     together = encoding.encode(TEXTS)

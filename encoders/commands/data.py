@@ -231,6 +231,8 @@ def describe(
     )
     for column, values in found["values"].items():
         print_table(f"{column}: most frequent", [column, "rows"], values.items())
+    if found["time"]:
+        say(f"time: {found['time']['first']} to {found['time']['last']}")
     if found["scripts"]:
         print_table("Scripts", ["script", "share of texts"], found["scripts"].items())
     print_table("Duplicates", ["", "number"], found["duplicates"].items())

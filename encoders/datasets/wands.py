@@ -86,7 +86,7 @@ def _read(folder: Path, name: str) -> pl.DataFrame:
             " repository."
         )
     try:
-        frame = pl.read_csv(path, separator="\t", infer_schema=False)
+        frame = pl.read_csv(path, separator="\t", infer_schema=False, glob=False)
     except pl.exceptions.PolarsError as error:
         raise DataError(
             f"{path.name}: not readable as tab-separated UTF-8 ({str(error).splitlines()[0]})."

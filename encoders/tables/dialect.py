@@ -190,10 +190,8 @@ def _has_quoted_cells(hidden: bytes, dialect: Dialect) -> bool:
     """Tell whether a cell begins and ends with a quotation mark."""
     quote = dialect.quote or b'"'
     edge = re.escape(dialect.separator) + rb"\r\n"
-    return (
-        re.search(rb"(?<![^%b])%b[^%b]*%b(?![^%b])" % (edge, quote, edge, quote, edge), hidden)
-        is not None
-    )
+    cell = rb"(?<![^%b])%b[^%b\r\n]*%b(?![^%b])" % (edge, quote, quote, quote, edge)
+    return re.search(cell, hidden) is not None
 
 
 def _quoting_notes(dialect: Dialect, options: ReadingOptions) -> list[str]:

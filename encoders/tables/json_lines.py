@@ -215,7 +215,9 @@ def align_vectors(records: list[dict[str, Any]]) -> None:
 def _cells_to_text(records: list[dict[str, Any]], name: str, in_lists: bool) -> None:
     """Write a column's numbers and truth values, alone or in lists, as the JSON reader does."""
     for record in records:
-        value = record.get(name)
+        if name not in record:
+            continue
+        value = record[name]
         if in_lists and isinstance(value, list):
             record[name] = [_number_text(item) for item in value]
         elif not in_lists:

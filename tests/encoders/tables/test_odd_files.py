@@ -110,6 +110,7 @@ def cases() -> list[Odd]:
         Odd("unclosed.csv", rows('"a, b"', '"5 inch', "x"), "title", "row 2"),
         Odd("swallowing.csv", SWALLOWING, "title", ["a", '"5 inch', "c", '27"', "d"]),
         Odd("apostrophes.csv", rows("'a, b'", "'c'"), "title", ["a, b", "c"], noted="--quote"),
+        Odd("apostrophe_cell.csv", rows("'a, b'", "x"), "title", ["a, b", "x"], noted="--quote"),
         Odd("single_apostrophe.csv", rows("it's", "'tis"), "title", ["it's", "'tis"]),
         Odd("quoted_all.csv", rows('"a"', '"b"').replace("pin", '"pin"'), "title", ["a", "b"]),
         Odd("multiline.csv", MULTILINE, "title", ["two\nlines, one, cell", "b"]),

@@ -22,6 +22,10 @@ BENCHES: dict[str, tuple[str, str]] = {
         "benchmarks.index.filter:command",
         "Filtered search at every selectivity, with and against the query, next to qdrant-edge.",
     ),
+    "recall-contract": (
+        "benchmarks.index.recall_contract:command",
+        "Claimed against true recall: every plan, on real vectors and on hard ones.",
+    ),
     "recall": (
         "benchmarks.quality.recall:command",
         "Labelled Recall@10 of a bundle and the baselines, by entity type and language.",

@@ -7,13 +7,14 @@ from typing import Any, Self
 
 import numpy as np
 
+from encoders.errors import ConfigError
 from index_builder.ann.hnsw import HnswIndex
 from index_builder.ann.interface import AnnConfig, AnnIndex
 from index_builder.ann.symqg import MIN_ROWS, SymqgIndex, symqg_builds
 from index_builder.errors import IndexFormatError, MissingExtension
 from index_builder.native import Engine
 from index_builder.storage.corpus import Corpus
-from index_builder.storage.engine_arrays import EngineArrays, make_engine
+from index_builder.storage.engine_arrays import MAX_DIMENSION, EngineArrays, make_engine
 
 
 class Int8GraphIndex(AnnIndex):
@@ -42,6 +43,11 @@ class Int8GraphIndex(AnnIndex):
     def build(cls, vectors: np.ndarray, config: AnnConfig) -> Self:
         """Build over ``vectors`` float32 ``(N, D)``."""
         vectors = np.ascontiguousarray(vectors)
+        if vectors.shape[1] > MAX_DIMENSION:
+            raise ConfigError(
+                f"index kind 'int8-graph' needs vectors of at most {MAX_DIMENSION:,} dimensions,"
+                f" but got {vectors.shape[1]:,}. Use --index exact or hnsw."
+            )
         seedless = len(vectors) >= MIN_ROWS and symqg_builds(vectors.shape[1])
         builder: type[AnnIndex] = SymqgIndex if seedless and not config.reproducible else HnswIndex
         graph = builder.build(vectors, config).neighbours()
@@ -67,9 +73,9 @@ class Int8GraphIndex(AnnIndex):
         return cls(vectors, arrays, config)
 
     def save(self, prefix: Path) -> list[Path]:
-        """Write ``index.codes.npy`` and ``index.links.npy`` (sketched) or ``index.graph.npy``."""
+        """Write codes, their quantiser, and links (sketched) or a graph, ``index.<part>.npy``."""
         self.arrays.save(prefix.parent)
-        parts = ("codes", _graph_part(self.config))
+        parts = ("codes", "quantiser", _graph_part(self.config))
         return [prefix.parent / f"index.{part}.npy" for part in parts]
 
     def search(self, query: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:

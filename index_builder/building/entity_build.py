@@ -33,6 +33,7 @@ from index_builder.search.golden import (
     answer_exactly,
     write_golden,
 )
+from index_builder.storage.corpus import check_vectors
 from index_builder.storage.durable_files import write_durably
 from index_builder.storage.peak_memory import PeakMemory
 
@@ -144,20 +145,21 @@ def _build_entity(build: EntityBuild) -> BuiltEntity:
     with PeakMemory() as peak:
         input_file = build.staging / f"{build.entity_type}.input.f32"
         entities = _checked_input(build, input_file)
+        vectors = check_vectors(entities.vectors)  # of unit norm, as the index holds them
         laps.end("check and fold")
         if build.queries is not None and len(build.queries.texts):
             proof = split_queries(build.queries, config)
         else:
             proof = stand_in_queries(entities, config)
         golden = answer_exactly(
-            proof.golden_texts, proof.golden_vectors, entities.ids, entities.vectors, proof.source
+            proof.golden_texts, proof.golden_vectors, entities.ids, vectors, proof.source
         )
         laps.end("golden answers")
         kind = fit_memory(build.entity_type, len(entities.ids), build.bundle.dimension, config)
         index = EntityIndex.build(
             build.entity_type,
             entities.ids,
-            entities.vectors,
+            vectors,
             entities.attributes,
             replace(kind, ann=replace(kind.ann, scratch=build.staging)),
             calibration_queries=CalibrationQueries(proof.calibration, proof.source),

@@ -49,10 +49,26 @@ struct ChosenRows {
   size_t count;
 };
 
+// A query in signed bytes, and what its inner products with codes say about those with vectors:
+// product = base + unit * score, by at most `error` wrong.
+struct CodedQuery {
+  double base = 0.0, unit = 1.0, error = 0.0;
+  // Lowest score that a row may have whose product is `product` or more.
+  double lowest_score(double product) const { return (product - error - base) / unit; }
+};
+
+// Empties a buffer that one large search widened: threads live as long as the process.
+template <class T>
+void trim(std::vector<T>& buffer) {
+  constexpr size_t kept_bytes = 1 << 20;
+  if (buffer.capacity() * sizeof(T) > kept_bytes) std::vector<T>().swap(buffer);
+}
+
 // Buffers of one running search; searches that take turns have one each.
 struct Scratch {
   std::vector<uint16_t> seen;
   uint16_t epoch = 0;
+  std::vector<float> weighted;
   std::vector<int8_t> query;
   std::vector<Candidate> pool;
   std::vector<uint32_t> fresh;
@@ -61,18 +77,36 @@ struct Scratch {
   // A walk between two steps: its candidates are the first `size` of the pool, those before `at`
   // are followed, and `found` fresh nodes wait to be offered.
   size_t ef = 0, size = 0, at = 0, found = 0;
+  // Walks in a row that needed less than a quarter of `seen`, which is as long as the largest graph.
+  size_t small_walks = 0;
   void begin(size_t nodes) {
-    if (seen.size() < nodes) {
-      seen.assign(nodes, 0);
-      epoch = 0;
+    constexpr size_t patience = 1000;
+    small_walks = 4 * nodes + (1 << 16) < seen.size() ? small_walks + 1 : 0;
+    if (seen.size() < nodes || small_walks > patience) {
+      std::vector<uint16_t>(nodes, 0).swap(seen);
+      epoch = small_walks = 0;
     }
     if (++epoch == 0) {
       std::fill(seen.begin(), seen.end(), uint16_t(0));
       epoch = 1;
     }
   }
+  void release() {
+    trim(weighted);
+    trim(query);
+    trim(pool);
+    trim(fresh);
+    trim(hits);
+    trim(best);
+  }
 };
 thread_local Scratch scratch;
+
+// Releases large buffers at the end of a search.
+struct Releases {
+  Scratch& held;
+  ~Releases() { held.release(); }
+};
 
 // Walks of a batch that take turns: one waits for memory while the others compute.
 constexpr size_t turns = 4;
@@ -80,6 +114,11 @@ thread_local Scratch turn_scratch[turns];
 
 struct Core {
   Array vectors, codes, graph, links, sketch, factors, nodes, starts, rows, blob, offsets;
+  // float32: the centre of the codes, a step for each dimension, the largest distance of a vector
+  // from what its codes stand for, and the largest norm of codes about the centre. Without it codes
+  // are multiples of one unknown step, and rank but bound nothing.
+  Array quantiser;
+  float link_unit = 1.0f;  // what the factors of links were divided by
   size_t node_count = 0, row_count = 0, dimension = 0, stride = 0, degree = 0;
   LinkLayout layout;
   uint32_t entry = 0;
@@ -88,6 +127,10 @@ struct Core {
     return vectors.as<float>() + size_t(node) * dimension;
   }
   const uint8_t* code(uint32_t node) const { return codes.as<uint8_t>() + size_t(node) * stride; }
+  const float* centre() const { return quantiser.as<float>(); }
+  const float* steps() const { return quantiser.as<float>() + dimension; }
+  float code_error() const { return quantiser.as<float>()[2 * dimension]; }
+  float code_reach() const { return quantiser.as<float>()[2 * dimension + 1]; }
   uint32_t node_of(uint32_t row) const { return nodes.held ? nodes.as<uint32_t>()[row] : row; }
 
   // Whether the three arrays that map rows and nodes are all there or all absent, have the right
@@ -143,20 +186,82 @@ struct Core {
     prefetch(out_links(node), links.held ? layout.bytes() : degree * 4);
   }
 
-  // Factor from a component of the query to a signed byte.
-  float query_scale(const float* query) const {
+  // Quantises the query, each component times the step of its dimension, to signed bytes; returns
+  // the factor between. The codes' offset of 128 and their centre add the same amount to every inner
+  // product, so their order is that of the vectors.
+  float quantise(const float* query, Scratch& s) const {
+    s.weighted.resize(dimension);
+    float* __restrict weighted = s.weighted.data();
     float largest = 1e-12f;
-    for (size_t i = 0; i < dimension; i++) largest = std::max(largest, std::fabs(query[i]));
-    return 127.0f / largest;
+    if (quantiser.held) {
+      const float* step = steps();
+      for (size_t i = 0; i < dimension; i++) weighted[i] = query[i] * step[i];
+    } else {
+      std::copy(query, query + dimension, weighted);
+    }
+    for (size_t i = 0; i < dimension; i++) largest = std::max(largest, std::fabs(weighted[i]));
+    const float scale = 127.0f / largest;
+    s.query.assign(stride, 0);
+    int8_t* __restrict out = s.query.data();
+    for (size_t i = 0; i < dimension; i++)
+      out[i] = int8_t(int32_t(weighted[i] * scale + std::copysign(0.5f, weighted[i])));
+    return scale;
   }
 
-  // Quantises the query to signed bytes. The codes' offset of 128 adds the same amount to every
-  // inner product, so their order is that of the vectors.
-  void quantise(const float* query, std::vector<int8_t>& out) const {
-    const float scale = query_scale(query);
-    out.assign(stride, 0);
-    for (size_t i = 0; i < dimension; i++)
-      out[i] = int8_t(int32_t(query[i] * scale + std::copysign(0.5f, query[i])));
+  // Returns what scores of the query quantised by `scale` say about inner products: a vector differs
+  // from its codes by at most code_error(), the codes' norm is at most code_reach(), and the
+  // remainder of the query is measured (Cauchy and Schwarz).
+  CodedQuery bounds(const float* query, float scale, const Scratch& s) const {
+    double rest = 0.0, norm = 0.0, offset = 0.0, centred = 0.0;
+    for (size_t i = 0; i < dimension; i++) {
+      const double left = double(s.weighted[i]) - double(s.query[i]) / double(scale);
+      rest += left * left;
+      norm += double(query[i]) * query[i];
+      offset += s.query[i];
+      centred += double(centre()[i]) * query[i];
+    }
+    const double rounding = (double(dimension) / 4 + 32) * 6e-8;  // of float_dot
+    return CodedQuery{centred - 128.0 * offset / scale, 1.0 / scale,
+                      (std::sqrt(norm) * code_error() + std::sqrt(rest) * code_reach()) * 1.000001 +
+                          rounding * std::sqrt(norm)};
+  }
+
+  // Scores in float32 every candidate of the pool that may be among the best k, as far as codes
+  // tell; the hits are the best k of the pool. `node_of_candidate` maps what the pool holds.
+  // Returns how many were scored.
+  template <class NodeOf>
+  size_t settle(const float* query, size_t k, const CodedQuery& coded, NodeOf node_of_candidate,
+                Scratch& s) const {
+    std::vector<Candidate>& pool = s.pool;
+    s.hits.clear();
+    auto score_range = [&](size_t from, size_t to) {
+      constexpr size_t ahead = 4;
+      for (size_t i = from; i < to; i++) {
+        if (i + ahead < to) {
+          const float* next = vector(node_of_candidate(pool[i + ahead].node));
+          for (size_t j = 0; j < dimension; j += 16) __builtin_prefetch(next + j);
+        }
+        const float* own = vector(node_of_candidate(pool[i].node));
+        s.hits.push_back(Hit{float_dot(own, query, dimension), pool[i].node});
+      }
+    };
+    const size_t first = std::max(2 * k, k + 16);
+    if (pool.size() <= first) {
+      score_range(0, pool.size());
+      finish(k, s.hits);
+      return pool.size();
+    }
+    std::nth_element(pool.begin(), pool.begin() + long(first), pool.end(),
+                     [](const Candidate& a, const Candidate& b) { return a.score > b.score; });
+    score_range(0, first);
+    finish(k, s.hits);
+    const double lowest = coded.lowest_score(s.hits.back().score);
+    const auto end = std::partition(pool.begin() + long(first), pool.end(),
+                                    [&](const Candidate& c) { return double(c.score) >= lowest; });
+    const size_t scored = size_t(end - pool.begin());
+    score_range(first, scored);
+    finish(k, s.hits);
+    return scored;
   }
 
   // Collects unseen nodes that this one links to: all, or where links carry sketches those whose
@@ -235,8 +340,8 @@ struct Core {
     ef = std::min(ef, node_count);
     s.begin(node_count);
     s.fresh.resize(degree);
-    quantise(query, s.query);
-    if (links.held) s.table.fill(query, dimension, stride, query_scale(query));
+    const float scale = quantise(query, s);
+    if (links.held) s.table.fill(query, dimension, stride, scale * link_unit);
     s.pool.resize(ef + 1);
     s.ef = ef;
     s.size = s.at = 0;
@@ -357,8 +462,8 @@ struct Core {
     }
   }
 
-  // Scores every row's sketch, then the 8-bit codes of the best `wanted` allowed nodes; afterwards
-  // the pool holds the best of those, unordered.
+  // Scores every row's sketch, then the 8-bit codes of the best `wanted` allowed nodes, and of those
+  // in float32 as many as could be among the best k; the hits are rows, best first.
   void sketch_scan(const float* query, size_t k, size_t wanted, AllowedRows allowed,
                    Scratch& s) const {
     s.table.fill(query, dimension, stride, 1.0f);
@@ -366,14 +471,14 @@ struct Core {
     // too high, all is read again without one.
     constexpr size_t sampled = 16;
     const float none = -std::numeric_limits<float>::infinity();
-    sketch_pass(none, sampled, node_count, allowed, s);
     const size_t rank = wanted / sampled + wanted / (4 * sampled) + 4;
+    sketch_pass(none, sampled, rank + 1, allowed, s);
     float threshold = s.hits.size() > rank ? best_hits(rank, s.hits) : none;
     sketch_pass(threshold, 1, wanted, allowed, s);
     if (threshold != none && s.hits.size() < wanted / 2 + k)
       sketch_pass(none, 1, wanted, allowed, s);
     if (s.hits.size() > wanted) best_hits(wanted, s.hits);
-    quantise(query, s.query);
+    const float scale = quantise(query, s);
     s.pool.clear();
     constexpr size_t ahead = 12;
     for (size_t i = 0; i < s.hits.size(); i++) {
@@ -381,12 +486,15 @@ struct Core {
       s.pool.push_back(
           Candidate{code_dot(code(s.hits[i].row), s.query.data(), stride), s.hits[i].row});
     }
-    const size_t keep = std::max(4 * k, k + 32);
-    if (s.pool.size() > keep) {
-      std::nth_element(s.pool.begin(), s.pool.begin() + long(keep), s.pool.end(),
-                       [](const Candidate& a, const Candidate& b) { return a.score > b.score; });
-      s.pool.resize(keep);
-    }
+    // Every node has an allowed row, so the best k nodes are enough.
+    settle(query, k, bounded(query, scale, s), [](uint32_t node) { return node; }, s);
+    expand(k, allowed, s);
+  }
+
+  // Bounds where the quantiser is known; without it nothing is ruled out.
+  CodedQuery bounded(const float* query, float scale, const Scratch& s) const {
+    if (quantiser.held) return bounds(query, scale, s);
+    return CodedQuery{0.0, 1.0, std::numeric_limits<double>::infinity()};
   }
 
   // Scores the allowed ones of the pool's first `most` nodes in float32; the hits are rows, best
@@ -399,6 +507,11 @@ struct Core {
     }
     score_nodes(query, most, s);
     finish(k, s.hits);  // every node left has an allowed row, so the best k nodes are enough
+    expand(k, allowed, s);
+  }
+
+  // Turns the hits from nodes to their allowed rows, the best k.
+  void expand(size_t k, AllowedRows allowed, Scratch& s) const {
     if (!starts.held) return;
     s.best.swap(s.hits);
     s.hits.clear();
@@ -439,49 +552,37 @@ struct Core {
     std::sort(hits.begin(), hits.end(), better);
   }
 
-  // Scores the chosen rows: by 8-bit codes first where they are many, then the best in float32.
-  void scan(const float* query, size_t k, ChosenRows chosen, const uint8_t* hidden,
-            Scratch& s) const {
+  // Finds the best k of the chosen rows: by 8-bit codes, then in float32 all that these leave
+  // possible; all in float32 where rows are few or nothing bounds the codes. Returns how many rows
+  // were scored in float32.
+  size_t scan(const float* query, size_t k, ChosenRows chosen, const uint8_t* hidden,
+              Scratch& s) const {
     const size_t count = chosen.count;
-    s.hits.clear();
-    size_t keep = std::max(4 * k, k + 32);
-    if (!codes.held || count <= 2 * keep) {
+    auto node = [&](uint32_t row) { return node_of(row); };
+    s.pool.clear();
+    if (!codes.held || !quantiser.held || count <= 2 * std::max(4 * k, k + 32)) {
+      s.hits.clear();
       for (size_t i = 0; i < count; i++) {
-        uint32_t row = chosen.first[i];
+        const uint32_t row = chosen.first[i];
         if (hidden != nullptr && hidden[row]) continue;
         s.hits.push_back(Hit{float_dot(vector(node_of(row)), query, dimension), row});
       }
       finish(k, s.hits);
-      return;
+      return count;
     }
-    quantise(query, s.query);
+    const float scale = quantise(query, s);
     const int8_t* q = s.query.data();
-    auto worse = [](const Candidate& a, const Candidate& b) {
-      return a.score > b.score || (a.score == b.score && a.node < b.node);
-    };
-    // A heap with the worst kept candidate on top; `node` holds a row here.
-    std::vector<Candidate>& heap = s.pool;
-    heap.clear();
+    s.pool.reserve(count);
     constexpr size_t ahead = 12;
     for (size_t i = 0; i < count; i++) {
       if (i + ahead < count) prefetch_code(node_of(chosen.first[i + ahead]));
-      uint32_t row = chosen.first[i];
+      const uint32_t row = chosen.first[i];
       if (hidden != nullptr && hidden[row]) continue;
-      int32_t score = code_dot(code(node_of(row)), q, stride);
-      if (heap.size() < keep) {
-        heap.push_back(Candidate{score, row});
-        std::push_heap(heap.begin(), heap.end(), worse);
-      } else if (score > heap.front().score) {
-        std::pop_heap(heap.begin(), heap.end(), worse);
-        heap.back() = Candidate{score, row};
-        std::push_heap(heap.begin(), heap.end(), worse);
-      }
+      s.pool.push_back(Candidate{code_dot(code(node_of(row)), q, stride), row});
     }
-    for (const Candidate& c : heap)
-      for (size_t j = 0; j < dimension; j += 16) __builtin_prefetch(vector(node_of(c.node)) + j);
-    for (const Candidate& c : heap)
-      s.hits.push_back(Hit{float_dot(vector(node_of(c.node)), query, dimension), c.node});
-    finish(k, s.hits);
+    const size_t visible = s.pool.size();
+    const size_t scored = settle(query, k, bounds(query, scale, s), node, s);
+    return scored == visible ? count : scored;
   }
 
   PyObject* id_of(uint32_t row) const {
@@ -513,7 +614,7 @@ struct Core {
         return nullptr;
       }
       PyList_SET_ITEM(list, Py_ssize_t(i), id);
-      scores[i] = hits[i].score;
+      scores[i] = std::min(1.0f, std::max(-1.0f, hits[i].score));
     }
     return list;
   }

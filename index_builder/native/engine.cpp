@@ -14,7 +14,8 @@
 
 namespace {
 
-constexpr Py_ssize_t most_dimensions = 1 << 20;  // sizes in bytes cannot overflow
+// Sums of products of codes (255) and a query's bytes (127) must fit 32 bits.
+constexpr Py_ssize_t most_dimensions = 1 << 16;
 
 struct EngineObject {
   PyObject_HEAD Core* core;
@@ -28,10 +29,11 @@ void engine_dealloc(PyObject* self) {
 // Borrows the arrays of `engine_new`; on failure a TypeError is set.
 bool take_arrays(Core& core, PyObject* const* objects) {
   const char* names[] = {"vectors",    "blob",         "offsets", "codes",   "graph", "node_of_row",
-                         "row_starts", "rows_by_node", "sketch",  "factors", "links"};
+                         "row_starts", "rows_by_node", "sketch",  "factors", "links",
+                         "quantiser"};
   Array* arrays[] = {&core.vectors, &core.blob,    &core.offsets, &core.codes,
                      &core.graph,   &core.nodes,   &core.starts,  &core.rows,
-                     &core.sketch,  &core.factors, &core.links};
+                     &core.sketch,  &core.factors, &core.links,  &core.quantiser};
   for (size_t i = 0; i < std::size(arrays); i++)
     if (!arrays[i]->take(objects[i], names[i])) return false;
   return true;
@@ -49,10 +51,27 @@ const char* misfit_of_rows(const Core& core) {
   return nullptr;
 }
 
+// Sets the unit of links and returns what is wrong with the quantiser, or null.
+const char* misfit_of_quantiser(Core& core) {
+  if (!core.quantiser.held) return nullptr;
+  if (!core.codes.held || core.quantiser.bytes() != (2 * core.dimension + 2) * 4)
+    return "the quantiser does not fit the vectors";
+  double sum = 0.0;
+  for (size_t i = 0; i < core.dimension; i++) {
+    if (!(core.steps()[i] > 0.0f)) return "a step of the quantiser is not positive";
+    sum += core.steps()[i];
+  }
+  if (!(core.code_error() >= 0.0f) || !(core.code_reach() >= 0.0f))
+    return "the quantiser's error is not known";
+  core.link_unit = float(sum / double(core.dimension));
+  return nullptr;
+}
+
 // What is wrong with codes and sketches, or null.
-const char* misfit_of_codes(const Core& core) {
+const char* misfit_of_codes(Core& core) {
   if (core.codes.held && core.codes.bytes() != core.node_count * core.stride)
     return "codes do not fit the vectors";
+  if (const char* message = misfit_of_quantiser(core)) return message;
   if (!core.sketch.held) return nullptr;
   const size_t blocks = (core.node_count + block_rows - 1) / block_rows;
   const bool fits = core.codes.held && core.sketch.bytes() == blocks * core.stride * 4 &&
@@ -81,8 +100,8 @@ const char* misfit_of_graph(Core& core) {
 
 // Sets the sizes and returns what is wrong with the arrays, or null.
 const char* misfit(Core& core, Py_ssize_t dimension) {
-  if (dimension < 1 || dimension > most_dimensions ||
-      core.vectors.bytes() % (size_t(dimension) * 4))
+  if (dimension > most_dimensions) return "vectors cannot be wider than 65,536 dimensions";
+  if (dimension < 1 || core.vectors.bytes() % (size_t(dimension) * 4))
     return "vectors do not have that dimension";
   core.dimension = size_t(dimension);
   core.node_count = core.vectors.bytes() / (core.dimension * 4);
@@ -96,15 +115,15 @@ const char* misfit(Core& core, Py_ssize_t dimension) {
 PyObject* engine_new(PyTypeObject* type, PyObject* args, PyObject* kwargs) {
   static const char* names[] = {"vectors", "dimension", "blob",        "offsets",    "codes",
                                 "graph",   "entry",     "node_of_row", "row_starts", "rows_by_node",
-                                "sketch",  "factors",   "links",       nullptr};
-  PyObject* objects[11];  // as in take_arrays
+                                "sketch",  "factors",   "links",       "quantiser",  nullptr};
+  PyObject* objects[12];  // as in take_arrays
   std::fill(std::begin(objects), std::end(objects), Py_None);
   Py_ssize_t dimension;
   unsigned int entry = 0;
-  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OnOO|OOIOOOOOO", const_cast<char**>(names),
+  if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OnOO|OOIOOOOOOO", const_cast<char**>(names),
                                    &objects[0], &dimension, &objects[1], &objects[2], &objects[3],
                                    &objects[4], &entry, &objects[5], &objects[6], &objects[7],
-                                   &objects[8], &objects[9], &objects[10]))
+                                   &objects[8], &objects[9], &objects[10], &objects[11]))
     return nullptr;
   auto* self = reinterpret_cast<EngineObject*>(type->tp_alloc(type, 0));
   if (self == nullptr) return nullptr;
@@ -173,6 +192,7 @@ PyObject* engine_finish(PyObject* self, PyObject* const* args, Py_ssize_t count)
   if (r.out.bytes() / 4 < r.k || r.list.bytes() != n * width || (width != 4 && width != 8))
     return refuse(PyExc_ValueError, "nodes, distances or out have the wrong size");
   Scratch& s = scratch;
+  const Releases at_end{s};
   auto node_at = [&](size_t i) {
     return width == 4 ? uint64_t(r.list.as<uint32_t>()[i]) : r.list.as<uint64_t>()[i];
   };
@@ -191,7 +211,8 @@ PyObject* engine_finish(PyObject* self, PyObject* const* args, Py_ssize_t count)
   return core.answer(s, static_cast<float*>(r.out.view.buf));
 }
 
-// scan(query, k, rows, out, hidden) -> ids: finds the best of the given rows.
+// scan(query, k, rows, out, hidden) -> (ids, scored): finds the best of the given rows, and says how
+// many were scored in float32; all of them where codes could rule out none.
 PyObject* engine_scan(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   const Core& core = *reinterpret_cast<EngineObject*>(self)->core;
   Request r;
@@ -202,16 +223,20 @@ PyObject* engine_scan(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   const uint32_t* chosen = r.list.as<uint32_t>();
   size_t n = r.list.bytes() / 4;
   bool in_range = true;
+  size_t scored = 0;
   Scratch& s = scratch;
+  const Releases at_end{s};
   const bool done = unlocked([&] {
     uint32_t largest = 0;
     for (size_t i = 0; i < n; i++) largest = std::max(largest, chosen[i]);
     in_range = n == 0 || largest < core.row_count;
-    if (in_range) core.scan(r.query.as<float>(), r.k, {chosen, n}, r.hidden.as<uint8_t>(), s);
+    if (in_range)
+      scored = core.scan(r.query.as<float>(), r.k, {chosen, n}, r.hidden.as<uint8_t>(), s);
   });
   if (!done) return nullptr;
   if (!in_range) return refuse(PyExc_ValueError, "a row is out of range");
-  return core.answer(s, static_cast<float*>(r.out.view.buf));
+  PyObject* ids = core.answer(s, static_cast<float*>(r.out.view.buf));
+  return ids == nullptr ? nullptr : Py_BuildValue("(Nn)", ids, Py_ssize_t(scored));
 }
 
 // walk(query, k, ef, out, most, hidden) -> ids: walks the graph over codes; its best `most` nodes
@@ -226,6 +251,7 @@ PyObject* engine_walk(PyObject* self, PyObject* const* args, Py_ssize_t count) {
       !positive(args[4], most) || !masks(core, r, nullptr, args[5]))
     return nullptr;
   Scratch& s = scratch;
+  const Releases at_end{s};
   const bool done = unlocked([&] {
     core.walk(r.query.as<float>(), std::max(ef, r.k), s);
     core.refine(r.query.as<float>(), r.k, most, r.allowed(), s);
@@ -252,6 +278,8 @@ PyObject* engine_walk_batch(PyObject* self, PyObject* const* args, Py_ssize_t co
     return refuse(PyExc_ValueError, "the queries or the room for scores have the wrong size");
   std::vector<std::vector<Hit>> found;
   const float* first = r.query.as<float>();
+  const Releases at_end[turns] = {{turn_scratch[0]}, {turn_scratch[1]}, {turn_scratch[2]},
+                                  {turn_scratch[3]}};
   const bool done = unlocked([&] {
     found.resize(queries);
     core.walk_many(first, queries, std::max(ef, r.k), [&](size_t i, Scratch& s) {
@@ -272,7 +300,7 @@ PyObject* engine_walk_batch(PyObject* self, PyObject* const* args, Py_ssize_t co
 }
 
 // sketch(query, k, wanted, out, mask, hidden) -> ids: scores all rows by sketches, the best
-// `wanted` allowed ones by codes, and the best of those in float32.
+// `wanted` allowed ones by codes, and of those in float32 all that could be among the best.
 PyObject* engine_sketch(PyObject* self, PyObject* const* args, Py_ssize_t count) {
   const Core& core = *reinterpret_cast<EngineObject*>(self)->core;
   Request r;
@@ -283,9 +311,9 @@ PyObject* engine_sketch(PyObject* self, PyObject* const* args, Py_ssize_t count)
       !masks(core, r, args[4], args[5]))
     return nullptr;
   Scratch& s = scratch;
+  const Releases at_end{s};
   const bool done = unlocked([&] {
     core.sketch_scan(r.query.as<float>(), r.k, std::max(wanted, 4 * r.k), r.allowed(), s);
-    core.refine(r.query.as<float>(), r.k, s.pool.size(), r.allowed(), s);
   });
   if (!done) return nullptr;
   return core.answer(s, static_cast<float*>(r.out.view.buf));
@@ -305,9 +333,10 @@ PyObject* engine_nearest(PyObject* self, PyObject* const* args, Py_ssize_t count
   if (r.list.bytes() / 4 < r.k || r.out.bytes() / 4 < r.k)
     return refuse(PyExc_ValueError, "no room for the nodes");
   Scratch& s = scratch;
+  const Releases at_end{s};
   const bool done = unlocked([&] {
     core.walk(r.query.as<float>(), std::max(ef, r.k), s);
-    core.score_nodes(r.query.as<float>(), std::max(2 * r.k, r.k + 16), s);
+    core.score_nodes(r.query.as<float>(), std::max<size_t>(2 * r.k, 26), s);
     Core::finish(r.k, s.hits);
   });
   if (!done) return nullptr;
@@ -352,7 +381,7 @@ PyMethodDef module_methods[] = {{"link_records", link_records, METH_VARARGS,
 
 PyMethodDef engine_methods[] = {
     method("finish", engine_finish, "finish(nodes, distances, k, out, mask, hidden) -> ids"),
-    method("scan", engine_scan, "scan(query, k, rows, out, hidden) -> ids"),
+    method("scan", engine_scan, "scan(query, k, rows, out, hidden) -> (ids, scored)"),
     method("walk", engine_walk, "walk(query, k, ef, out, most, hidden) -> ids"),
     method("walk_batch", engine_walk_batch,
            "walk_batch(queries, k, ef, out, most, hidden) -> ids of each"),
@@ -383,7 +412,7 @@ PyMODINIT_FUNC PyInit__engine() {
   engine_type.tp_flags = Py_TPFLAGS_DEFAULT;
   engine_type.tp_doc =
       "Engine(vectors, dimension, blob, offsets, codes, graph, entry, node_of_row, row_starts, "
-      "rows_by_node, sketch, factors, links)";
+      "rows_by_node, sketch, factors, links, quantiser)";
   engine_type.tp_new = engine_new;
   engine_type.tp_dealloc = engine_dealloc;
   engine_type.tp_methods = engine_methods;

@@ -1,28 +1,28 @@
-// Scans live entries by one bit a dimension, in a few microseconds a search.
+// Scans live entries by one bit a dimension, in about a nanosecond an entry.
 //
-// Vectors are rotated at random and kept as the signs of their components (the estimator of RaBitQ,
-// Gao and Long, SIGMOD 2024): the inner product with a query follows from counting bits, with an
-// error whose size is known for each row. Rows that could enter the answer are scored again in
-// float32, so that scores are exact. Rows stand in blocks of 8: word w of the 8 rows lies together.
+// Vectors are rotated at random and kept as the signs of their components, laid out as in sketch.h
+// (the estimator of RaBitQ, Gao and Long, SIGMOD 2024): the inner product with a query follows from
+// the signs, with an error whose size is known for each row. Rows that could enter the answer are
+// scored again in float32, so that scores are exact.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
 #include <algorithm>
 #include <cmath>
 #include <limits>
-#include <numeric>
 #include <utility>
 #include <vector>
 
 #include "shared.h"
+#include "sketch.h"
 
 namespace {
 
-constexpr size_t kBlock = 8;   // rows whose words lie together
-constexpr size_t kPlanes = 3;  // bits of a query's component
-// Standard errors added to an estimate: the last row of an answer is missed with probability 0.006,
-// better rows less often.
-constexpr float kDeviations = 2.5;
+// Standard errors added to an estimate: a row that is due is missed with probability 0.0014 at most
+// (normal errors; the last row of an answer that often, better rows less often).
+constexpr float kDeviations = 3.0f;
+// Rows of a scan that gives up the interpreter's lock, which costs more than scanning fewer.
+constexpr size_t kUnlockedRows = 16384;
 
 // ---- the rotation
 
@@ -79,135 +79,29 @@ struct Rotation {
   }
 };
 
-// ---- estimates
+// ---- encoded rows
 
 // Values of a row beside its signs; each array has one value a row.
 struct Facts {
-  float* set_bits;  // how many bits are set
-  float* factor;    // 1 / sum of the absolute components
-  float* margin;    // kDeviations standard errors of the estimate
+  const float* factor;     // norm squared / sum of the absolute components
+  const float* deviation;  // one standard error of the estimate
+  float largest_factor, largest_deviation;
 };
 
-// A rotated query in kPlanes bits a component: value = lowest + step * level.
-struct Levels {
-  const uint64_t* planes;  // words x kPlanes
-  size_t words;
-  float step, lowest, total;  // total: sum of the components
-};
-
-// Encoded rows in blocks of 8, words x 8 a block.
-struct Blocks {
-  const uint64_t* bits;
-  Facts facts;
-  size_t count;
-};
-
-// Computes the highest inner product that each row may have, and for each block which of its 8 rows
-// are above the floor. One call a scan, so that the sums of a block need not wait for the last
-// ones.
-using Estimate = void (*)(Blocks rows, const Levels& query, float floor, float* most,
-                          uint8_t* above);
-
-// Inlined into functions of several instruction sets.
-__attribute__((always_inline)) inline void estimate_by_popcount(Blocks rows, const Levels& query,
-                                                                float floor, float* most,
-                                                                uint8_t* above) {
-  const uint64_t* bits = rows.bits;
-  const Facts facts = rows.facts;
-  for (size_t block = 0; block < rows.count; block++, bits += query.words * kBlock) {
-    uint32_t bit = 0;
-    for (size_t lane = 0; lane < kBlock; lane++) {
-      const size_t row = block * kBlock + lane;
-      int32_t sum = 0;
-      for (size_t w = 0; w < query.words; w++)
-        for (size_t p = 0; p < kPlanes; p++)
-          sum +=
-              int32_t(__builtin_popcountll(bits[w * kBlock + lane] & query.planes[w * kPlanes + p]))
-              << p;
-      const float product =
-          2 * query.step * float(sum) + 2 * query.lowest * facts.set_bits[row] - query.total;
-      most[row] = facts.factor[row] * product + facts.margin[row];
-      bit |= uint32_t(most[row] > floor) << lane;
-    }
-    above[block] = uint8_t(bit);
-  }
-}
-
-void estimate_plain(Blocks rows, const Levels& query, float floor, float* most, uint8_t* above) {
-  estimate_by_popcount(rows, query, floor, most, above);
-}
-
-#ifdef OMNI_X86
-__attribute__((target("popcnt"))) void estimate_popcnt(Blocks rows, const Levels& query,
-                                                       float floor, float* most, uint8_t* above) {
-  estimate_by_popcount(rows, query, floor, most, above);
-}
-
-__attribute__((target("avx512f,avx512dq,avx512vl,avx512vpopcntdq,fma"))) void estimate_avx512(
-    Blocks encoded, const Levels& query, float floor, float* most, uint8_t* above) {
-  static_assert(kPlanes == 3 && kBlock == 8, "one sum a plane, one lane a row");
-  const uint64_t* bits = encoded.bits;
-  const Facts facts = encoded.facts;
-  const size_t blocks = encoded.count;
-  const size_t words = query.words;
-  const uint64_t* planes = query.planes;
-  const __m256 twice_lowest = _mm256_set1_ps(2 * query.lowest),
-               twice_step = _mm256_set1_ps(2 * query.step), total = _mm256_set1_ps(query.total);
-  const __m256 least = _mm256_set1_ps(floor);
-  for (size_t block = 0; block < blocks; block++, bits += words * kBlock) {
-    __m512i s0 = _mm512_setzero_si512(), s1 = s0, s2 = s0;
-    for (size_t w = 0; w < words; w++) {
-      const __m512i rows = _mm512_loadu_si512(bits + w * kBlock);
-      const uint64_t* plane = planes + w * kPlanes;
-      s0 = _mm512_add_epi64(
-          s0, _mm512_popcnt_epi64(_mm512_and_si512(rows, _mm512_set1_epi64(int64_t(plane[0])))));
-      s1 = _mm512_add_epi64(
-          s1, _mm512_popcnt_epi64(_mm512_and_si512(rows, _mm512_set1_epi64(int64_t(plane[1])))));
-      s2 = _mm512_add_epi64(
-          s2, _mm512_popcnt_epi64(_mm512_and_si512(rows, _mm512_set1_epi64(int64_t(plane[2])))));
-    }
-    const size_t row = block * kBlock;
-    const __m512i sums =
-        _mm512_add_epi64(s0, _mm512_slli_epi64(_mm512_add_epi64(s1, _mm512_slli_epi64(s2, 1)), 1));
-    const __m256 set = _mm256_fmsub_ps(twice_lowest, _mm256_loadu_ps(facts.set_bits + row), total);
-    const __m256 product = _mm256_fmadd_ps(twice_step, _mm512_cvtepi64_ps(sums), set);
-    const __m256 highest = _mm256_fmadd_ps(_mm256_loadu_ps(facts.factor + row), product,
-                                           _mm256_loadu_ps(facts.margin + row));
-    _mm256_storeu_ps(most + row, highest);
-    above[block] = uint8_t(_mm256_cmp_ps_mask(highest, least, _CMP_GT_OQ));
-  }
-}
-#endif
-
-Estimate estimate = estimate_plain;
-
-void choose_estimates() {
-#ifdef OMNI_X86
-  const Simd allowed = allowed_simd();
-  if (allowed == Simd::plain) return;
-  if (__builtin_cpu_supports("popcnt")) estimate = estimate_popcnt;
-  if (allowed == Simd::avx2) return;
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vpopcntdq") &&
-      __builtin_cpu_supports("fma"))
-    estimate = estimate_avx512;
-#endif
-}
-
-// ---- encoded rows
-
-// Arrays of one block of live entries, checked against each other.
+// Arrays of one block of live entries, checked against each other. The facts are factors and
+// deviations, one a row, and behind them the largest of each.
 struct Rows {
   Array vectors, bits, facts;
-  size_t dimension = 0, words = 0, capacity = 0;
-  Facts facts_at(size_t row) const {
-    float* first = static_cast<float*>(facts.view.buf) + row;
-    return Facts{first, first + capacity, first + 2 * capacity};
+  size_t dimension = 0, size = 0, capacity = 0;
+  float* fact(size_t at) const { return static_cast<float*>(facts.view.buf) + at; }
+  Facts all_facts() const {
+    return Facts{fact(0), fact(capacity), *fact(2 * capacity), *fact(2 * capacity + 1)};
   }
   const float* vector(size_t row) const { return vectors.as<float>() + row * dimension; }
-  uint64_t* word(size_t row, size_t w) const {
-    return static_cast<uint64_t*>(bits.view.buf) + (row / kBlock * words + w) * kBlock +
-           row % kBlock;
+  size_t block_bytes() const { return size / 4 * 16; }
+  // Byte of the row's first nibble; the next nibble is 16 bytes further.
+  uint8_t* nibbles(size_t row) const {
+    return static_cast<uint8_t*>(bits.view.buf) + row / block_rows * block_bytes() + row % 16;
   }
   // Borrows vectors, bits and facts; on failure an error is set.
   bool take(PyObject* const* arrays, size_t width, size_t used, bool writable) {
@@ -215,11 +109,11 @@ struct Rows {
         !facts.take(arrays[2], "facts", writable))
       return false;
     dimension = width;
-    words = padded(dimension) / 64;
-    capacity = facts.bytes() / 12;
-    if (dimension == 0 || dimension > (size_t(1) << 20) || !bits.held || !facts.held ||
-        facts.bytes() % (12 * kBlock) || bits.bytes() != capacity * words * 8 || used > capacity ||
-        vectors.bytes() < used * dimension * 4) {
+    size = dimension > 0 && dimension <= (size_t(1) << 16) ? padded(dimension) : 0;
+    capacity = facts.bytes() >= 8 ? (facts.bytes() - 8) / 8 : 0;
+    if (size == 0 || !bits.held || !facts.held || facts.bytes() != 8 * capacity + 8 ||
+        capacity % block_rows || bits.bytes() != capacity / block_rows * block_bytes() ||
+        used > capacity || vectors.bytes() < used * dimension * 4) {
       PyErr_SetString(PyExc_ValueError, "vectors, bits and facts do not fit each other");
       return false;
     }
@@ -241,12 +135,45 @@ inline bool before(const Found& a, const Found& b) {
 struct Scratch {
   Rotation rotation;
   std::vector<float> rotated;
-  std::vector<uint8_t> levels, above;
-  std::vector<uint64_t> planes;
-  std::vector<float> most;
+  SketchTable table;
   std::vector<Found> candidates, found;
+  // Empties what one large search widened: threads live as long as the process.
+  void release() {
+    constexpr size_t kept = (size_t(1) << 20) / sizeof(Found);
+    if (candidates.capacity() > kept) std::vector<Found>().swap(candidates);
+    if (found.capacity() > kept) std::vector<Found>().swap(found);
+  }
 };
 thread_local Scratch scratch;
+
+// Writes signs and facts of one row. Rows 16 apart share bytes: a reader of the other one sees its
+// own half unchanged.
+void encode_row(const Rows& rows, size_t row, Scratch& s) {
+  s.rotation.apply(rows.vector(row), rows.dimension, s.rotated);
+  const float* x = s.rotated.data();
+  uint8_t* out = rows.nibbles(row);
+  const int shift = row % block_rows < 16 ? 0 : 4;
+  float width = 1e-12f, squares = 1e-24f;
+  for (size_t i = 0; i < rows.size; i += 4, out += 16) {
+    unsigned nibble = 0;
+    for (size_t j = 0; j < 4; j++) {
+      width += std::fabs(x[i + j]);
+      squares += x[i + j] * x[i + j];
+      nibble |= unsigned(x[i + j] > 0.0f) << j;
+    }
+    *out = uint8_t((*out & ~(15u << shift)) | nibble << shift);
+  }
+  // The cosine of the vector and its signs
+  const float cosine = std::min(1.0f, width / std::sqrt(float(rows.size) * squares));
+  const float factor = squares / width;
+  const float deviation =
+      std::sqrt(squares * (1 - cosine * cosine) / (cosine * cosine * float(rows.size - 1)));
+  const size_t capacity = rows.capacity;
+  *rows.fact(row) = factor;
+  *rows.fact(capacity + row) = deviation;
+  *rows.fact(2 * capacity) = std::max(*rows.fact(2 * capacity), factor);
+  *rows.fact(2 * capacity + 1) = std::max(*rows.fact(2 * capacity + 1), deviation);
+}
 
 // encode(vectors, dimension, bits, facts, first, end): encodes rows first..end-1.
 PyObject* live_encode(PyObject*, PyObject* const* args, Py_ssize_t count) {
@@ -259,104 +186,60 @@ PyObject* live_encode(PyObject*, PyObject* const* args, Py_ssize_t count) {
   PyObject* const arrays[] = {args[0], args[2], args[3]};
   Rows rows;
   if (!rows.take(arrays, size_t(dimension), size_t(end), true)) return nullptr;
-  Scratch& s = scratch;
-  const size_t size = rows.words * 64;
-  s.rotation.prepare(size);
-  for (size_t row = size_t(first); row < size_t(end); row++) {
-    s.rotation.apply(rows.vector(row), rows.dimension, s.rotated);
-    float total = 0;
-    size_t set = 0;
-    for (size_t w = 0; w < rows.words; w++) {
-      uint64_t word = 0;
-      for (size_t i = 0; i < 64; i++) {
-        const float x = s.rotated[w * 64 + i];
-        total += std::fabs(x);
-        if (x > 0) word |= 1ull << i, set++;
-      }
-      *rows.word(row, w) = word;
-    }
-    const float cosine =
-        std::min(1.0f, total / std::sqrt(float(size)));  // of the vector and its signs
-    const Facts facts = rows.facts_at(row);
-    *facts.set_bits = float(set);
-    *facts.factor = 1.0f / total;
-    *facts.margin =
-        kDeviations * std::sqrt((1 - cosine * cosine) / (cosine * cosine * float(size - 1)));
-  }
+  const bool done = unlocked([&] {
+    scratch.rotation.prepare(rows.size);
+    for (size_t row = size_t(first); row < size_t(end); row++) encode_row(rows, row, scratch);
+  });
+  if (!done) return nullptr;
   Py_RETURN_NONE;
 }
 
-// Makes bit planes of the rotated query.
-Levels quantise(Scratch& s, size_t words) {
-  constexpr size_t lanes = 8;  // eight of each, since one sum would wait for itself
-  float lowest[lanes], highest[lanes], sums[lanes] = {0};
-  std::copy_n(s.rotated.data(), lanes, lowest);
-  std::copy_n(s.rotated.data(), lanes, highest);
-  for (size_t i = 0; i < words * 64; i += lanes)
-    for (size_t j = 0; j < lanes; j++) {
-      const float x = s.rotated[i + j];
-      lowest[j] = x < lowest[j] ? x : lowest[j];
-      highest[j] = x > highest[j] ? x : highest[j];
-      sums[j] += x;
+// Collects living rows that may score above `floor`, with the most that each may score.
+void collect(const Rows& rows, float floor, size_t used, const uint8_t* alive, Scratch& s) {
+  const Facts facts = rows.all_facts();
+  // Entries of the table are rounded by half a step at most.
+  const float rounding = 0.5001f * float(s.table.nibbles) * s.table.step;
+  const float widest =
+      kDeviations * facts.largest_deviation + rounding * facts.largest_factor + 1e-5f;
+  const uint8_t* bits = rows.bits.as<uint8_t>();
+  float scores[block_rows];
+  s.candidates.clear();
+  for (size_t first = 0; first < used; first += block_rows, bits += rows.block_bytes()) {
+    uint32_t above = sketch_block(bits, s.table, facts.factor + first, floor - widest, scores);
+    for (; above != 0; above &= above - 1) {
+      const size_t j = size_t(__builtin_ctz(above)), row = first + j;
+      if (row >= used || !alive[row]) continue;
+      const float most = scores[j] + kDeviations * facts.deviation[row] +
+                         rounding * facts.factor[row] + 1e-5f;
+      if (most > floor) s.candidates.push_back(Found{most, int64_t(row)});
     }
-  Levels query{};
-  query.words = words;
-  query.lowest = *std::min_element(lowest, lowest + lanes);
-  query.total = std::accumulate(sums, sums + lanes, 0.0f);
-  query.step = std::max(
-      (*std::max_element(highest, highest + lanes) - query.lowest) / float((1 << kPlanes) - 1),
-      1e-12f);
-  const float scale = 1 / query.step, offset = 0.5f - query.lowest * scale;
-  s.levels.resize(words * 64);
-  uint8_t* __restrict levels_out = s.levels.data();
-  const float* __restrict rotated = s.rotated.data();
-  for (size_t i = 0; i < words * 64; i++)
-    levels_out[i] = uint8_t(int32_t(rotated[i] * scale + offset));
-  s.planes.resize(words * kPlanes);
-  for (size_t w = 0; w < words; w++)
-    for (size_t p = 0; p < kPlanes; p++) {
-      const uint8_t* levels = s.levels.data() + w * 64;
-      uint64_t plane = 0;
-#ifdef OMNI_X86
-      for (size_t i = 0; i < 64; i += 16) {
-        const __m128i shifted = _mm_slli_epi16(
-            _mm_loadu_si128(reinterpret_cast<const __m128i*>(levels + i)), int(7 - p));
-        plane |= uint64_t(uint16_t(_mm_movemask_epi8(shifted))) << i;
-      }
-#else
-      for (size_t i = 0; i < 64; i++) plane |= uint64_t(levels[i] >> p & 1) << i;
-#endif
-      s.planes[w * kPlanes + p] = plane;
-    }
-  query.planes = s.planes.data();
-  return query;
+  }
 }
 
 // Puts living rows into s.found, which keeps the best k.
 void scan(const Rows& rows, const float* query, size_t k, size_t used, const uint8_t* alive,
           Scratch& s) {
-  s.rotation.prepare(rows.words * 64);
+  s.rotation.prepare(rows.size);
   s.rotation.apply(query, rows.dimension, s.rotated);
-  const Levels levels = quantise(s, rows.words);
+  s.table.fill(s.rotated.data(), rows.size, rows.size, 1.0f);
   std::vector<Found>& found = s.found;  // a heap with the worst on top
   std::make_heap(found.begin(), found.end(), before);
-  float floor = found.size() == k ? found.front().score : -std::numeric_limits<float>::infinity();
-  const size_t blocks = (used + kBlock - 1) / kBlock;
-  s.most.resize(blocks * kBlock);
-  s.above.resize(blocks);
-  estimate({rows.bits.as<uint64_t>(), rows.facts_at(0), blocks}, levels, floor, s.most.data(),
-           s.above.data());
-  s.candidates.clear();
-  for (size_t block = 0; block < blocks; block++)
-    for (uint32_t above = s.above[block]; above != 0; above &= above - 1) {
-      const size_t row = block * kBlock + size_t(__builtin_ctz(above));
-      if (row >= used || !alive[row]) continue;
-      for (size_t j = 0; j < rows.dimension; j += 16) __builtin_prefetch(rows.vector(row) + j);
-      s.candidates.push_back(Found{s.most[row], int64_t(row)});
+  const float none = -std::numeric_limits<float>::infinity();
+  float floor = found.size() == k ? found.front().score : none;
+  collect(rows, floor, used, alive, s);
+  std::vector<Found>& candidates = s.candidates;
+  if (candidates.size() > 4 * k + 32)  // the best first, so that the floor rises early
+    std::nth_element(candidates.begin(), candidates.begin() + long(2 * k), candidates.end(), before);
+  constexpr size_t ahead = 4;
+  for (size_t i = 0; i < candidates.size(); i++) {
+    if (i + ahead < candidates.size()) {
+      const float* next = rows.vector(size_t(candidates[i + ahead].place));
+      for (size_t j = 0; j < rows.dimension; j += 16) __builtin_prefetch(next + j);
     }
-  for (const Found& candidate : s.candidates) {
+    const Found& candidate = candidates[i];
     if (candidate.score <= floor) continue;
-    const float score = float_dot(rows.vector(size_t(candidate.place)), query, rows.dimension);
+    const float product = float_dot(rows.vector(size_t(candidate.place)), query, rows.dimension);
+    const float score = std::min(1.0f, std::max(-1.0f, product));
     if (score <= floor) continue;
     if (found.size() == k) {
       std::pop_heap(found.begin(), found.end(), before);
@@ -389,13 +272,21 @@ PyObject* live_merge(PyObject*, PyObject* const* args, Py_ssize_t count) {
       size_t(PyList_GET_SIZE(live_ids)) < alive.bytes())
     return refuse(PyExc_ValueError, "k, ids, scores or out have the wrong size");
   Scratch& s = scratch;
-  const bool done = guarded([&] {
+  struct AtEnd {
+    Scratch& held;
+    ~AtEnd() { held.release(); }
+  } const at_end{s};
+  auto work = [&] {
     s.found.clear();
     for (size_t i = 0; i < given; i++)
       s.found.push_back(Found{scores.as<float>()[i], -1 - int64_t(i)});
     scan(rows, query.as<float>(), size_t(k), alive.bytes(), alive.as<uint8_t>(), s);
-  });
-  if (!done) return PyErr_NoMemory();
+  };
+  if (alive.bytes() > kUnlockedRows) {
+    if (!unlocked(work)) return nullptr;
+  } else if (!guarded(work)) {
+    return PyErr_NoMemory();
+  }
   if (std::all_of(s.found.begin(), s.found.end(), [](const Found& f) { return f.place < 0; }))
     return Py_INCREF(ids), ids;
   std::vector<Found> found;
@@ -436,6 +327,6 @@ PyModuleDef module = {PyModuleDef_HEAD_INIT,
 
 PyMODINIT_FUNC PyInit__live() {
   choose_kernels();
-  choose_estimates();
+  choose_sketch_kernel();
   return PyModule_Create(&module);
 }

@@ -165,7 +165,9 @@ class LiveFollower:
         while not self._stop.wait(self._poll_seconds):
             try:
                 self.poll()
-                self.error = None
+                # Merging runs in the background, where nobody else would see it fail
+                states = (state for _, state in self._followed.values())
+                self.error = next((s.error for s in states if s.error is not None), None)
             except Exception as error:
                 # No file descriptors, a disk that does not answer: what passes must not end this
                 self.error = error

@@ -23,20 +23,14 @@ DEEP_K = 100
 DEEP_QUERIES = 500
 """How many queries the second depth rests on."""
 EF_GRID = (10, 14, 20, 28, 40, 56, 80, 112, 160, 224, 320, 448, 640, 896, 1280, 1792, 2560)
-SKETCH_GRID = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
-SKETCH_SHARES = (0.1, 0.3)
-"""Selectivities at which scans of sketches are measured; the worse of them counts."""
-SKETCH_QUERIES = 200
 STOP_RECALL = 0.9995
 """Lower bound of the recall at which larger settings are no longer tried."""
-TIE = 1e-5
+TIE = 1e-6
 """Inner products closer than this are ties: either entity is a right answer."""
 _EXACT_RUNS = 20
 
 Search = Callable[[np.ndarray, int, int], np.ndarray]
 """``(query (1, D), k, ef) -> rows``."""
-SketchScan = Callable[[np.ndarray, int, int, np.ndarray], np.ndarray]
-"""``(query (1, D), k, sketches, mask (N,)) -> inner products``, best first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +67,13 @@ class Calibration:
         deep_k: A second depth, for requests with larger k.
         deep_points: The same at ``deep_k``; may be empty.
         exact_latency_us: Median time of an exact scan, microseconds.
-        sketch_points: Recall of the scan of sketches under filters that disagree with the query
-            (10% and 30%, the worse at each point); ``ef`` is how many of the best sketches are
+        families: Kinds of filters that the following three were measured under, each at several
+            selectivities, the worst of all at each point (see ``filter_calibration``). Empty where
+            they were not: an early release has ``sketch_points`` of another measure.
+        sketch_points: Recall@k of the scan of sketches; ``ef`` is how many of the best sketches are
             scored by their codes.
+        filtered_points: Recall@k of the walk under a filter.
+        hidden_points: Recall@k beside rows that live writes hide.
     """
 
     queries: int
@@ -86,14 +84,55 @@ class Calibration:
     deep_points: tuple[CurvePoint, ...] = ()
     exact_latency_us: float | None = None
     sketch_points: tuple[CurvePoint, ...] = ()
+    families: tuple[str, ...] = ()
+    filtered_points: tuple[CurvePoint, ...] = ()
+    hidden_points: tuple[CurvePoint, ...] = ()
+
+    def knows_depth(self, k: int) -> bool:
+        """Return whether recall at depth ``k`` was measured, or lies between depths that were."""
+        return k <= max(self.k, self.deep_k)
 
     def sketches_for(self, target: float) -> int | None:
         """Return how many sketches to score for a recall whose lower bound is ``target``.
 
-        The most that was measured if need be; None if nothing was.
+        None if it is reached by no number that was measured; in an early release, the most then.
         """
         points = self.sketch_points
-        return _ef_for(points, target) or (points[-1].ef if points else None)
+        reached = _ef_for(points, target)
+        if reached is None and points and not self.families:
+            return points[-1].ef
+        return reached
+
+    def sketch_recall_at(self, sketches: int) -> float | None:
+        """Return the measured recall of the scan of sketches, interpolated."""
+        return _measured_at(self.sketch_points, sketches)
+
+    def filtered_ef_for(self, target: float) -> int | None:
+        """Return the smallest ef of a walk under a filter for a lower bound of ``target``."""
+        return _ef_for(self.filtered_points, target)
+
+    def filtered_recall_at(self, ef: int) -> float | None:
+        """Return the measured recall of the walk under a filter, interpolated."""
+        return _measured_at(self.filtered_points, ef)
+
+    def hidden_ef_for(self, target: float, k: int, plain_ef: int) -> int | None:
+        """Return the smallest ef for a target while live writes hide rows.
+
+        None if no ef reaches it; ``plain_ef``, that of depth ``k``, where this was not measured.
+        """
+        if not self.hidden_points:
+            return plain_ef
+        reached = _ef_for(self.hidden_points, target)
+        if reached is None or k <= self.k:
+            return None if reached is None else max(reached, plain_ef)
+        shallow = self.ef_for(target)
+        assert shallow is not None, "depth k is reached, so depth 10 is"
+        return int(np.ceil(plain_ef * max(1.0, reached / shallow)))
+
+    def hidden_recall_at(self, ef: int, k: int) -> float | None:
+        """Return the lower of the recalls measured at ``ef`` with and without hidden rows."""
+        hidden, plain = _measured_at(self.hidden_points, ef), self.recall_at(ef, k)
+        return None if hidden is None or plain is None else min(hidden, plain)
 
     def ef_for(self, target: float, k: int | None = None) -> int | None:
         """Return the smallest measured or interpolated ef for a target at depth ``k``.
@@ -106,17 +145,21 @@ class Calibration:
             return None
         if k <= self.k:
             return base
-        deep = _ef_for(self.deep_points, target) if self.deep_points else None
-        if deep is None:
+        if not self.deep_points:
             return max(k, int(np.ceil(base + 2.0 * (k - self.k))))
+        deep = _ef_for(self.deep_points, target)
+        if deep is None:
+            return None
         share = (k - self.k) / (self.deep_k - self.k)  # also extrapolates beyond deep_k
         return max(k, base, int(np.ceil(base + share * (deep - base))))
 
     def recall_at(self, ef: int, k: int | None = None) -> float | None:
         """Return the expected recall at ``ef`` and depth ``k``, interpolated; None: unmeasured."""
         k = self.k if k is None else k
+        if not self.knows_depth(k):
+            return None
         shallow = _recall_at(self.points, ef)
-        if shallow is None or k <= self.k or not self.deep_points:
+        if shallow is None or k <= self.k:
             return shallow
         deep = _recall_at(self.deep_points, ef)
         assert deep is not None, "deep points are not empty"
@@ -146,6 +189,9 @@ class Calibration:
             "deep_k": self.deep_k,
             "deep_points": rows(self.deep_points),
             "sketch_points": rows(self.sketch_points),
+            "families": list(self.families),
+            "filtered_points": rows(self.filtered_points),
+            "hidden_points": rows(self.hidden_points),
         }
         return result | ({"exact_latency_us": self.exact_latency_us} if latencies else {})
 
@@ -161,6 +207,9 @@ class Calibration:
             deep_points=tuple(CurvePoint(**p) for p in values.get("deep_points", ())),
             exact_latency_us=values.get("exact_latency_us"),
             sketch_points=tuple(CurvePoint(**p) for p in values.get("sketch_points", ())),
+            families=tuple(values.get("families", ())),
+            filtered_points=tuple(CurvePoint(**p) for p in values.get("filtered_points", ())),
+            hidden_points=tuple(CurvePoint(**p) for p in values.get("hidden_points", ())),
         )
 
 
@@ -187,6 +236,11 @@ def _recall_at(points: Sequence[CurvePoint], ef: int) -> float | None:
     return before.recall + (ef - before.ef) / (after.ef - before.ef) * (
         after.recall - before.recall
     )
+
+
+def _measured_at(points: Sequence[CurvePoint], setting: int) -> float | None:
+    """Return the recall at a setting; None below those that were measured."""
+    return None if not points or setting < points[0].ef else _recall_at(points, setting)
 
 
 def recall_per_query(
@@ -326,69 +380,11 @@ def latency_at_recall(
     return None
 
 
-def calibrate_sketches(
-    scan: SketchScan, vectors: np.ndarray, queries: np.ndarray
-) -> tuple[CurvePoint, ...]:
-    """Measure the scan of sketches under filters that disagree with the query, the hardest kind.
-
-    Rows are ranked along the corpus' first principal direction, and each query may only see the end
-    of the ranking away from it. The worst selectivity counts at each point.
-
-    Args:
-        scan: The call that is measured and timed.
-        vectors: float32 ``(N, D)``, one row per row of the mask.
-        queries: float32 ``(Q, D)``; the first 200 are used.
-    """
-    queries = queries[:SKETCH_QUERIES]
-    some = np.asarray(vectors[:: max(1, len(vectors) // 2_000)])
-    direction = np.linalg.svd(some - some.mean(axis=0), full_matrices=False)[2][0]
-    along = vectors @ direction
-    order = np.argsort(along)
-    above = queries @ direction > np.median(along)
-    curves = []
-    for share in SKETCH_SHARES:
-        size = int(share * len(vectors))
-        if size >= 10 * K:
-            # What queries below the median see, and those above
-            ends = (np.sort(order[-size:]), np.sort(order[:size]))
-            curves.append(_sketch_curve(scan, vectors, queries, above, ends))
-    return tuple(min(points, key=lambda p: p.low) for points in zip(*curves))
-
-
-def _sketch_curve(
-    scan: SketchScan,
-    vectors: np.ndarray,
-    queries: np.ndarray,
-    above: np.ndarray,
-    ends: tuple[np.ndarray, np.ndarray],
-) -> list[CurvePoint]:
-    """Measure each number of sketches; query ``i`` sees the rows ``ends[above[i]]`` only."""
-    masks = []
-    exact = np.empty((len(queries), K), dtype=np.float32)
-    for end, rows in enumerate(ends):
-        mask = np.zeros(len(vectors), dtype=np.bool_)
-        mask[rows] = True
-        masks.append(mask)
-        mine = np.flatnonzero(above == bool(end))
-        if len(mine):
-            visible = np.ascontiguousarray(vectors[rows])
-            _, exact[mine] = exact_top_k(np.ascontiguousarray(queries[mine]), visible, K)
-    curve = []
-    for sketches in SKETCH_GRID:
-        start = time.perf_counter_ns()
-        answers = [
-            scan(queries[i : i + 1], K, sketches, masks[int(above[i])]) for i in range(len(queries))
-        ]
-        latency = round((time.perf_counter_ns() - start) / 1000 / len(queries), 1)
-        found = [np.count_nonzero(a >= s[-1] - TIE) for a, s in zip(answers, exact)]
-        curve.append(_point(sketches, np.array(found) / K, latency))
-        if curve[-1].low >= max(TARGETS) or sketches >= len(ends[0]):
-            break
-    return curve
-
-
 def check_gate(calibration: Calibration, target: float, what: str) -> None:
     """Refuse an index whose lower 95% bound misses ``target`` at every ef that was tried.
+
+    The plans of filters and live entries need no such gate: each is used where its own measured
+    curve reaches the target, and a scan whose answers are exact stands in where it does not.
 
     Raises:
         GateFailed: With the best recall seen and what to raise.

@@ -20,7 +20,7 @@ from index_builder.search.calibration import latency_at_recall
 from index_builder.search.index_config import IndexConfig
 from index_builder.search.index_files import IndexParts
 from index_builder.storage.corpus import Corpus, check_vectors
-from index_builder.storage.engine_arrays import EngineArrays
+from index_builder.storage.engine_arrays import MAX_DIMENSION, EngineArrays
 from index_builder.storage.id_table import IdTable
 
 RACE_QUERIES = 500
@@ -153,7 +153,7 @@ def _shown(index: AnnIndex, time_us: float | None) -> str:
 def _engine_arrays(ann: AnnIndex, vectors: np.ndarray, filtered: bool) -> EngineArrays | None:
     """Return the arrays of the walk, with sketches where there are attributes to filter by."""
     arrays = ann.arrays if isinstance(ann, Int8GraphIndex) else None
-    if not filtered or ann.exact:
+    if not filtered or ann.exact or vectors.shape[1] > MAX_DIMENSION:
         return arrays
     if arrays is None:
         return EngineArrays.build(vectors, None, sketches=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import numpy as np
 import polars as pl
@@ -14,9 +14,10 @@ from index_builder.ann import AnnIndex
 from index_builder.errors import DimensionMismatch, InvalidQuery
 from index_builder.filters.cache import SelectionCache
 from index_builder.lexical.lexical_index import LexicalIndex
-from index_builder.search.calibration import Calibration, CurvePoint, calibrate, calibrate_sketches
+from index_builder.search.calibration import Calibration, CurvePoint, calibrate
 from index_builder.search.construction import CalibrationQueries, build_parts
-from index_builder.search.ef_choice import SearchSettings
+from index_builder.search.ef_choice import FilterSettings, PlainSettings, SearchSettings
+from index_builder.search.filter_calibration import FAMILIES
 from index_builder.search.index_config import IndexConfig
 from index_builder.search.index_files import (
     INDEX_FILE,
@@ -33,7 +34,7 @@ from index_builder.search.request import (
     SearchOptions,
     SearchResult,
 )
-from index_builder.storage.corpus import Corpus, check_vectors
+from index_builder.storage.corpus import Corpus, check_vectors, unit_vector
 
 if TYPE_CHECKING:
     from index_builder.search.live_segments import LiveSegment, LiveView
@@ -48,6 +49,22 @@ __all__ = [
     "SearchOptions",
     "SearchResult",
 ]
+
+
+_UNIT_ERROR = 1e-6
+"""Queries whose squared norm is nearer to 1 are searched as they are."""
+_SCORE_ERROR = 2e-6
+"""What rounding may change in a score."""
+_EXACT = PlainSettings(0, 1.0, 0, 1.0, 1.0, must_reach=True)
+_ALL_ROWS = AllowedRows()
+
+
+class _Conditions(NamedTuple):
+    """What answers have to meet."""
+
+    filter: str | None
+    exclude_ids: Collection[str]
+    live: LiveView | None
 
 
 class EntityIndex:
@@ -152,10 +169,14 @@ class EntityIndex:
             return self.ann.search(query, k, ef)[0]
 
         calibration = calibrate(search, vectors, queries, source=source)
-        if not self._base.sketches:
-            return calibration
-        points = calibrate_sketches(self._base.sketch_scores, self.base_vectors(), queries)
-        return replace(calibration, sketch_points=points)
+        curves = self._base.measure_filters(queries)
+        return replace(
+            calibration,
+            families=FAMILIES,
+            sketch_points=curves.sketch,
+            filtered_points=curves.graph,
+            hidden_points=curves.hidden,
+        )
 
     def _choose_settings(self) -> SearchSettings:
         exact, nodes = self.ann.exact, len(self.corpus.vectors)
@@ -339,7 +360,7 @@ class EntityIndex:
         """Find the k best entities for one query.
 
         Args:
-            query: float32 ``(D,)`` or ``(1, D)``, unit norm.
+            query: float32 ``(D,)`` or ``(1, D)``, unit norm; a slightly other norm is corrected.
             k: 1 to 10,000; fewer come back only when fewer entities match.
             options: See ``SearchOptions``: ef, min_recall, filter, exclude_ids, min_score, exact,
                 live.
@@ -353,12 +374,11 @@ class EntityIndex:
         query = self._checked(query, k)
         if options:
             return self._search_with(query, k, options)
-        ef, expected = self._settings.choose(k, None, None)
-        if ef == 0:
+        settings = self._settings.choose(k, None, None)
+        if settings.ef == 0:
             return self._search_with(query, k, {"exact": True})
-        hits = self._plain(query, k, ef, self._live)
-        recall = expected if hits.recall is None else hits.recall
-        return SearchResult(hits.ids, hits.scores, hits.plan, hits.ef, recall, None)
+        hits = self._plain(query, k, settings, self._live)
+        return SearchResult(hits.ids, hits.scores, hits.plan, hits.ef, hits.recall, None)
 
     def search_batch(
         self, queries: np.ndarray, k: int = 10, **options: Unpack[SearchOptions]
@@ -371,23 +391,25 @@ class EntityIndex:
             raise DimensionMismatch(self.dimension, f"a batch of shape {queries.shape}")
         if len(queries) == 0:
             return []
-        queries = np.ascontiguousarray(queries)
-        ef, expected = (0, None) if options else self._settings.choose(k, None, None)
-        if ef == 0:
+        settings = None if options else self._settings.choose(k, None, None)
+        if settings is None or settings.ef == 0:
             return [self.search(query, k, **options) for query in queries]
-        for query in queries:
-            self._checked(query, k)
+        queries = np.concatenate([self._checked(query, k) for query in queries])
         live = self._live
-        hidden, hidden_count = (None, 0) if live is None else (live.hidden_rows, live.hidden_count)
+        found = self._base.nearest_batch(queries, k, settings, _not_hidden(live))
         results = []
-        for i, hits in enumerate(self._base.nearest_batch(queries, k, ef, hidden, hidden_count)):
-            hits = self._plain(queries[i : i + 1], k, ef, live, hits)
-            recall = expected if hits.recall is None else hits.recall
-            results.append(SearchResult(hits.ids, hits.scores, hits.plan, hits.ef, recall, None))
+        for i, hits in enumerate(found):
+            hits = self._plain(queries[i : i + 1], k, settings, live, hits)
+            results.append(
+                SearchResult(hits.ids, hits.scores, hits.plan, hits.ef, hits.recall, None)
+            )
         return results
 
     def _checked(self, query: np.ndarray, k: int) -> np.ndarray:
-        """Return the query as a C-contiguous ``(1, D)``; refuse what no search can answer."""
+        """Return the query as a C-contiguous ``(1, D)`` of unit norm.
+
+        What no search can answer is refused.
+        """
         shape = getattr(query, "shape", None)
         if shape == self._shape_1:
             flat, query = query, query.reshape(1, -1)
@@ -407,6 +429,8 @@ class EntityIndex:
             )
         if not 1 <= k <= MAX_K:
             raise InvalidQuery(f"k must be between 1 and {MAX_K:,}, but got {k}.")
+        if not -_UNIT_ERROR < norm2 - 1 < _UNIT_ERROR:
+            query = unit_vector(flat)[None]
         return query if query.flags.c_contiguous else np.ascontiguousarray(query)
 
     def _search_with(self, query: np.ndarray, k: int, options: SearchOptions) -> SearchResult:
@@ -415,64 +439,75 @@ class EntityIndex:
             if name not in OPTION_NAMES:
                 known = ", ".join(sorted(OPTION_NAMES))
                 raise TypeError(f"search() expected options among {known}, but got {name!r}")
-        ef, expected = self._settings.choose(k, options.get("ef"), options.get("min_recall"))
+        wanted = (k, options.get("ef"), options.get("min_recall"))
+        settings = self._settings.choose(*wanted)
         live = options.get("live", ...)
         if live is ...:
             live = self._live
-        if options.get("exact"):
-            ef = 0
         expression = options.get("filter")
         exclude_ids = options.get("exclude_ids", ())
         selectivity = None
-        if ef and expression is None and not exclude_ids:
-            hits = self._plain(query, k, ef, live)
+        if options.get("exact"):
+            settings = _EXACT
+        if settings.ef and expression is None and not exclude_ids:
+            hits = self._plain(query, k, settings, live)
         else:
-            hits, selectivity = self._full(query, k, ef, expression, exclude_ids, live)
+            plans = None
+            if settings is not _EXACT and expression is not None and not self.ann.exact:
+                plans = self._settings.filtered(*wanted)
+            conditions = _Conditions(expression, exclude_ids, live)
+            hits, selectivity = self._full(query, k, settings, plans, conditions)
         min_score = options.get("min_score")
         if min_score is not None:
-            keep = int(np.count_nonzero(hits.scores >= min_score))
-            hits = hits._replace(ids=hits.ids[:keep], scores=hits.scores[:keep])
-        recall = expected if hits.recall is None else hits.recall
-        return SearchResult(hits.ids, hits.scores, hits.plan, hits.ef, recall, selectivity)
+            hits = _at_least(hits, min_score)
+        return SearchResult(hits.ids, hits.scores, hits.plan, hits.ef, hits.recall, selectivity)
 
     def _plain(
         self,
         query: np.ndarray,
         k: int,
-        ef: int,
+        settings: PlainSettings,
         live: LiveView | None,
         hits: BaseHits | None = None,
     ) -> BaseHits:
         """Answer without filter and exclusions; ``hits``: the base's answer where it is known."""
-        hidden, hidden_count = (None, 0) if live is None else (live.hidden_rows, live.hidden_count)
+        allowed = _not_hidden(live)
         if hits is None:
-            hits = self._base.nearest(query, k, ef, hidden, hidden_count)
-        if len(hits.ids) < k and hits.recall is None:
+            hits = self._base.nearest(query, k, settings, allowed)
+        if len(hits.ids) < k and hits.plan == "graph":
             # The graph leads to fewer: look wider, at last everywhere
-            hits = self._base.search(query, k, ef, AllowedRows(None, hidden, hidden_count))
-        return hits if live is None else merge_plain(query, k, hits, live.segments)
+            wide = FilterSettings(graph_ef=settings.ef, graph_recall=hits.recall)
+            hits = self._base.search(query, k, allowed, wide)
+        if live is None:
+            return hits
+        return merge_plain(query, k, hits, live.segments, settings.exact_live)
 
     def _full(
         self,
         query: np.ndarray,
         k: int,
-        ef: int,
-        expression: str | None,
-        exclude_ids: Collection[str],
-        live: LiveView | None,
+        settings: PlainSettings,
+        plans: FilterSettings | None,
+        conditions: _Conditions,
     ) -> tuple[BaseHits, float | None]:
-        """Answer any mix of filter, exclusions, hidden rows and live entries; exactly if ef is 0.
+        """Answer any mix of filter, exclusions, hidden rows and live entries.
+
+        Args:
+            query: float32 ``(1, D)``, unit norm.
+            k: Wanted.
+            settings: Without a filter; ef 0 scans exactly.
+            plans: Under the filter; None where every row has to be scored.
+            conditions: What answers have to meet.
 
         Returns:
             The hits, and the share of base rows that pass the filter.
         """
+        expression, exclude_ids, live = conditions
         selection = selectivity = None
-        sketches = 0
         if expression is not None:
             selection = self._selections.get(expression)
             selectivity = selection.count / max(1, len(self.ids))
-            sketches = self._settings.sketches(k, ef)
-        hidden, hidden_count = (None, 0) if live is None else (live.hidden_rows, live.hidden_count)
+        _, hidden, hidden_count = _not_hidden(live)
         excluded: list[int] = []
         if exclude_ids:
             excluded = [row for row in map(self.ids.row_of, exclude_ids) if row is not None]
@@ -483,15 +518,50 @@ class EntityIndex:
             excluded = []
         allowed = AllowedRows(selection, hidden, hidden_count)
         fetch = k + len(excluded)
-        if ef == 0:
+        if plans is not None:
+            hits = self._base.search(query, fetch, allowed, plans)
+        elif settings.ef == 0 or selection is not None:
             hits = self._base.exact(query, fetch, allowed)
         else:
-            hits = self._base.search(query, fetch, ef, allowed, sketches)
+            hits = self._base.nearest(query, fetch, _deeper(settings, fetch), allowed)
+            if len(hits.ids) < fetch and hits.plan == "graph":
+                wide = FilterSettings(graph_ef=settings.ef, graph_recall=hits.recall)
+                hits = self._base.search(query, fetch, allowed, wide)
         if excluded:
             banned = set(exclude_ids)
             keep = [i for i, id_ in enumerate(hits.ids) if id_ not in banned][:k]
             hits = hits._replace(ids=[hits.ids[i] for i in keep], scores=hits.scores[keep])
         if live is not None and live.live_count:
-            conditions = LiveConditions(expression, exclude_ids, ef == 0, self.attribute_table)
-            hits = merge_live(query, k, hits, live, conditions)
+            exact = settings.exact_live
+            hits = merge_live(
+                query,
+                k,
+                hits,
+                live,
+                LiveConditions(expression, exclude_ids, exact, self.attribute_table),
+            )
         return hits, selectivity
+
+
+def _not_hidden(live: LiveView | None) -> AllowedRows:
+    """Return the base rows that live writes leave."""
+    return _ALL_ROWS if live is None else AllowedRows(None, live.hidden_rows, live.hidden_count)
+
+
+def _deeper(settings: PlainSettings, fetch: int) -> PlainSettings:
+    """Return settings whose ef has room for so many answers."""
+    if fetch <= settings.ef and (settings.hidden_ef == 0 or fetch <= settings.hidden_ef):
+        return settings
+    hidden_ef = settings.hidden_ef and max(settings.hidden_ef, fetch)
+    return settings._replace(ef=max(settings.ef, fetch), hidden_ef=hidden_ef)
+
+
+def _at_least(hits: BaseHits, min_score: float) -> BaseHits:
+    """Keep the hits that score ``min_score``, up to the rounding of scores.
+
+    A vector's product with itself may come out as 0.9999998: what is kept for being so close is
+    given the score asked for.
+    """
+    keep = int(np.count_nonzero(hits.scores >= min_score - _SCORE_ERROR))
+    scores = np.maximum(hits.scores[:keep], np.float32(min(min_score, 1.0)))
+    return hits._replace(ids=hits.ids[:keep], scores=scores)

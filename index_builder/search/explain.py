@@ -120,8 +120,8 @@ def _why(verdict: Verdict, answer: SearchResult, k: int) -> str:
             f" the last answer's {last}"
         )
     return (
-        f"the graph missed it: exact search ranks it {rank}; ask for a higher min_recall (plan"
-        f" {answer.plan}, ef {answer.ef})"
+        f"the {answer.plan} plan missed it: exact search ranks it {rank}; ask for a higher"
+        f" min_recall (ef {answer.ef}, estimated recall {answer.estimated_recall})"
     )
 
 

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from encoders.exact_search import exact_top_k
 from index_builder.errors import ReleaseCorrupt
 from index_builder.search.request import SearchResult
+from index_builder.storage.corpus import check_vectors
 
 GOLDEN_NAME = "golden.parquet"
 GOLDEN_K = 10
@@ -57,6 +58,8 @@ def answer_exactly(
         kind: Where the queries come from.
     """
     queries = np.ascontiguousarray(queries, np.float32)
+    if len(queries):
+        queries = check_vectors(queries)
     if len(ids) == 0 or len(queries) == 0:
         no_scores = [np.zeros(0, np.float32) for _ in texts]
         return GoldenQueries(list(texts), queries, [[] for _ in texts], no_scores, kind)

@@ -10,8 +10,6 @@ import numpy as np
 import polars as pl
 from polars.datatypes import DataTypeClass
 
-from index_builder.ann import AnnConfig, AnnIndex, build_index
-from index_builder.ann.symqg import MIN_ROWS, symqg_builds
 from index_builder.filters.attributes import AttributeTable
 from index_builder.filters.cache import SelectionCache
 from index_builder.filters.json_values import is_part, json_columns
@@ -20,9 +18,9 @@ from index_builder.lexical.lexical_index import LexicalIndex
 from index_builder.lexical.live_words import LiveWords
 from index_builder.live_log.records import LiveEntry
 from index_builder.native import live_scan
+from index_builder.storage.corpus import unit_vector
 
-_SEGMENT = AnnConfig(m=16, ef_construction=100)
-_ROWS_PER_GROUP = 8
+_ROWS_PER_GROUP = 32
 _SELECTION_BYTES = 2**20
 """Kept selections of a block."""
 
@@ -35,13 +33,6 @@ class _Filtered(NamedTuple):
     selections: SelectionCache
 
 
-def _build_graph(vectors: np.ndarray) -> AnnIndex:
-    """Build the fastest small graph this machine searches: SymphonyQG where it runs, else HNSW."""
-    if len(vectors) >= MIN_ROWS and symqg_builds(vectors.shape[1]):
-        return build_index("symqg", vectors, _SEGMENT)
-    return build_index("hnsw", vectors, _SEGMENT)
-
-
 class Block:
     """Storage shared by the views of one segment.
 
@@ -50,7 +41,7 @@ class Block:
     Args:
         capacity: Rows there is room for.
         dimension: D.
-        scanned: Keep what the compiled scan needs; such a block gets no graph.
+        scanned: Keep what the compiled scan needs.
         lexical: Base whose queries search the rows' words, too; None: words are not kept.
 
     Attributes:
@@ -69,15 +60,14 @@ class Block:
         self.vectors = np.zeros((capacity, dimension), np.float32)
         self.values: list[dict[str, Any]] = []
         self.alive = np.zeros(capacity, bool)
-        self.graph: AnnIndex | None = None
         self.bits: np.ndarray | None = None
         self.facts: np.ndarray | None = None
         if scanned:
             groups = -(-capacity // _ROWS_PER_GROUP)
-            words = max(64, 1 << (dimension - 1).bit_length()) // 64
-            # Signs of the rotated vectors
-            self.bits = np.zeros((groups, words, _ROWS_PER_GROUP), np.uint64)
-            self.facts = np.zeros((3, groups * _ROWS_PER_GROUP), np.float32)
+            nibbles = max(64, 1 << (dimension - 1).bit_length()) // 4
+            # Signs of the rotated vectors, and what live.cpp knows of each row
+            self.bits = np.zeros((groups, nibbles, 16), np.uint8)
+            self.facts = np.zeros(2 * groups * _ROWS_PER_GROUP + 2, np.float32)
         self._encoded = 0
         self._frame = pl.DataFrame()
         self._frame_rows = 0
@@ -89,16 +79,11 @@ class Block:
         """Rows, dead ones included."""
         return len(self.ids)
 
-    @property
-    def ready(self) -> bool:
-        """Whether it is searched as fast as it will ever be."""
-        return self.bits is not None or self.graph is not None
-
     def append(self, entry: LiveEntry) -> int:
         """Add an upsert; returns its row."""
         assert entry.vector is not None
         row = len(self.ids)
-        self.vectors[row] = entry.vector
+        self.vectors[row] = unit_vector(entry.vector)
         self.values.append(entry.attributes)
         self.alive[row] = True
         self.ids.append(entry.id)
@@ -148,11 +133,6 @@ class Block:
             filtered = _Filtered(size, base, SelectionCache(columns, _SELECTION_BYTES))
             self._filtered = filtered
         return filtered.selections
-
-    def build_graph(self) -> None:
-        """Make a sealed block fast to search, unless it is scanned."""
-        if self.bits is None:
-            self.graph = _build_graph(self.vectors[: self.count])
 
 
 def attribute_frame(values: Sequence[dict[str, Any]]) -> pl.DataFrame:

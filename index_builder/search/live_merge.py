@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from index_builder.filters.attributes import AttributeTable
-from index_builder.search.live_segments import LiveSegment, LiveView
+from index_builder.search.live_segments import SCAN_RECALL, LiveSegment, LiveView
 from index_builder.search.plans import BaseHits
 
 
@@ -24,13 +24,21 @@ class LiveConditions(NamedTuple):
 
 
 def merge_plain(
-    query: np.ndarray, k: int, hits: BaseHits, segments: tuple[LiveSegment, ...]
+    query: np.ndarray, k: int, hits: BaseHits, segments: tuple[LiveSegment, ...], exact: bool
 ) -> BaseHits:
-    """Merge a plain answer with all living entries; ids are hidden in the base where they live."""
+    """Merge a plain answer with all living entries; ids are hidden in the base where they live.
+
+    Args:
+        query: float32 ``(1, D)``, unit norm.
+        k: Wanted.
+        hits: The base's answer.
+        segments: Of one view.
+        exact: Whether to score every entry in float32.
+    """
     ids, scores = hits.ids, hits.scores
     for segment in segments:
-        ids, scores = segment.merge(query, k, ids, scores)
-    return _merged(hits, ids, scores)
+        ids, scores = segment.merge(query, k, ids, scores, None, exact)
+    return _merged(hits, ids, scores, segments, exact)
 
 
 def merge_live(
@@ -50,7 +58,7 @@ def merge_live(
             ids, scores = segment.merge(query, k, ids, scores, mask, conditions.exact)
         leaked = excluded.intersection(ids) if excluded else ()
         if not leaked:
-            return _merged(hits, ids, scores)
+            return _merged(hits, ids, scores, live.segments, conditions.exact)
         # A writer deleted these after this search began, so that ``find`` missed them
         dead += [place for place in map(live.search_for, leaked) if place is not None]
 
@@ -70,9 +78,22 @@ def _allowed(
     return mask
 
 
-def _merged(hits: BaseHits, ids: list[str], scores: np.ndarray) -> BaseHits:
-    """Return the base's answer with what live segments made of its ids and scores."""
-    if ids is hits.ids:
+def _merged(
+    hits: BaseHits,
+    ids: list[str],
+    scores: np.ndarray,
+    segments: tuple[LiveSegment, ...],
+    exact: bool,
+) -> BaseHits:
+    """Return the base's answer with what live segments made of its ids and scores.
+
+    Base and live entries reach their recall apart, so that of both is at least the lower one.
+    """
+    recall = hits.recall
+    if recall is not None and recall > SCAN_RECALL and not exact:
+        scanned = any(segment.is_scanned for segment in segments)
+        recall = SCAN_RECALL if scanned else recall
+    elif ids is hits.ids:
         return hits
-    plan = "live" if hits.plan == "empty" else hits.plan
-    return BaseHits(ids, scores, plan, hits.ef, hits.recall)
+    plan = "live" if hits.plan == "empty" and ids else hits.plan
+    return BaseHits(ids, scores, plan, hits.ef, recall)

@@ -1,4 +1,4 @@
-"""Live entries made searchable: segments that are scanned or walked, and a view of all of them."""
+"""Live entries made searchable: segments that are scanned, and a view of all of them."""
 
 from __future__ import annotations
 
@@ -8,28 +8,24 @@ from dataclasses import dataclass, field
 import numpy as np
 import polars as pl
 
-from index_builder.ann import AnnIndex
 from index_builder.filters.attributes import AttributeTable
 from index_builder.filters.json_values import column_types
 from index_builder.lexical.live_words import LiveWords
 from index_builder.native import live_scan
 from index_builder.search.live_blocks import Block
 
-EXACT_LIMIT = 4096 if live_scan is not None else 1024
-"""Entries of a segment that is scanned.
+EXACT_LIMIT = 4096
+"""Entries in the tail before it is sealed; sealed segments are merged with others of their size."""
+SCAN_RECALL = 0.998
+"""Share of the live entries due that the compiled scan finds at least.
 
-Larger ones get a graph, as do sealed ones where the compiled scan was not built. Scanning 2,000 x
-256 in float32 takes as long as searching a graph of 100,000; by one bit a dimension it takes a
-seventh of that.
+Entries are ranked by one bit a dimension of their rotated vectors; the error of that estimate is
+bounded at three standard errors and the query's rounding exactly (``live.cpp``), which misses an
+entry that is due with probability 0.0014 at most. Where a request wants more, every entry is scored
+in float32.
 """
-_EF = 32
-"""Candidate-list size of segment graphs: of the top k few are live, so few of a segment matter."""
-_MOST_FETCHED = 2048
 _NO_ROWS = np.zeros(0, np.int64)
 _NO_SCORES = np.zeros(0, np.float32)
-_EXACT_SHARE = 0.2
-"""Below this share of matching rows they are scanned instead of walking the graph."""
-
 
 Answer = tuple[list[str], np.ndarray]
 """Ids and float32 scores, best first."""
@@ -66,6 +62,11 @@ class LiveSegment:
     def holds(self, block: Block) -> bool:
         """Return whether this is a view of ``block``."""
         return self._block is block
+
+    @property
+    def is_scanned(self) -> bool:
+        """Whether ``merge`` finds ``SCAN_RECALL`` of what is due rather than all of it."""
+        return self._block.bits is not None
 
     @property
     def attributes(self) -> pl.DataFrame:
@@ -126,8 +127,7 @@ class LiveSegment:
                 out,
             )
             return (ids, scores) if merged is ids else (merged, out[: len(merged)])
-        floor = float(scores[-1]) if len(ids) == k else -np.inf
-        rows, found = self.search(query, k, mask, floor, exact)
+        rows, found = self.search(query, k, mask)
         if len(rows) == 0:
             return ids, scores
         both = np.concatenate([scores, found])
@@ -140,21 +140,16 @@ class LiveSegment:
         query: np.ndarray,
         k: int,
         mask: np.ndarray | None = None,
-        floor: float = -np.inf,
-        exact: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Find the best living rows for one query.
+        """Find the best living rows for one query, scoring each in float32.
 
         Args:
             query: float32 ``(D,)`` or ``(1, D)``, unit norm.
             k: At most this many.
             mask: bool ``(n,)``; only rows where it is True. None: all.
-            floor: If no row scores above it, none need be returned.
-            exact: Walk no graph.
 
         Returns:
-            Rows int64 and inner products float32, best first, ties by row. Exact in the tail; in
-            large segments approximate unless the mask is narrow.
+            Rows int64 and inner products float32, best first, ties by row.
         """
         usable, matching = self.alive, self.alive_count
         if mask is not None:
@@ -162,18 +157,9 @@ class LiveSegment:
             matching = int(np.count_nonzero(usable))
         if matching == 0 or k <= 0:
             return _NO_ROWS, _NO_SCORES
-        graph = self._block.graph
-        many = matching > _EXACT_SHARE * self.size and matching > EXACT_LIMIT // 2
-        if graph is not None and many and not exact:
-            scale = self.size / matching
-            found = _search_graph(
-                graph, query.reshape(1, -1), min(k, matching), usable, scale, floor
-            )
-            if found is not None:
-                return found
         query = query.reshape(-1)
         if matching == self.size:
-            scores = self.vectors @ query  # (n, D) @ (D,) -> (n,)
+            scores = np.clip(self.vectors @ query, -1.0, 1.0)  # (n, D) @ (D,) -> (n,)
             best = _best(scores, k)
             return best, scores[best]
         rows = np.flatnonzero(usable)
@@ -181,6 +167,7 @@ class LiveSegment:
             scores = self.vectors[rows] @ query
         else:
             scores = (self.vectors @ query)[rows]
+        scores = np.clip(scores, -1.0, 1.0)
         best = _best(scores, k)
         return rows[best], scores[best]
 
@@ -193,40 +180,6 @@ def _best(scores: np.ndarray, k: int) -> np.ndarray:
     top = scores.argpartition(size - k)[size - k :]
     top.sort()
     return np.asarray(top[(-scores[top]).argsort(kind="stable")])
-
-
-def _search_graph(
-    graph: AnnIndex,
-    query: np.ndarray,
-    wanted: int,
-    usable: np.ndarray,
-    inflation: float,
-    floor: float,
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Search ``(1, D)`` wider until ``wanted`` usable rows survive.
-
-    Returns:
-        Rows and scores, none where no row is above ``floor``; None where an exact scan is better.
-    """
-    size = len(usable)
-    ask = min(size, wanted if inflation == 1.0 else int(wanted * inflation * 1.5) + 8)
-    while ask <= min(size, _MOST_FETCHED):
-        try:
-            rows, distances = graph.search(query, ask, max(_EF, 2 * ask))
-        except RuntimeError:  # fewer than ``ask`` nodes can be reached from the entry point
-            return None
-        if 1.0 - 0.5 * float(distances[0]) <= floor:
-            return _NO_ROWS, _NO_SCORES
-        rows = rows.astype(np.int64)
-        if inflation == 1.0 and len(rows) == wanted:
-            return rows, 1.0 - distances / 2
-        keep = usable[rows]
-        if int(np.count_nonzero(keep)) >= wanted:
-            return rows[keep][:wanted], (1.0 - distances[keep][:wanted] / 2).astype(np.float32)
-        if ask == size:
-            return None
-        ask = min(size, ask * 4)
-    return None
 
 
 @dataclass(frozen=True, slots=True)

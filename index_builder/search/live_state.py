@@ -7,6 +7,7 @@ the row out of every answer.
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,12 +22,14 @@ from index_builder.native import live_scan
 from index_builder.search.live_blocks import Block
 from index_builder.search.live_segments import EXACT_LIMIT, LiveSegment, LiveView
 
+log = logging.getLogger(__name__)
+
 MERGE_FACTOR = 4
 """Segments of about one size that are merged into one; keeps their number logarithmic."""
 _CROWDED_SHARE = 0.8
 """Below this share of living rows a segment is worth merging alone."""
 _WAITS = 16
-"""A finished build may start a merge, which may start another."""
+"""A finished merge may start another."""
 
 
 class LiveBase(NamedTuple):
@@ -51,9 +54,13 @@ class LiveState:
 
     Args:
         base: What they are applied over.
-        exact_limit: Entries in the tail before it is sealed; segments up to this size are scanned.
-        scans: Whether the compiled scan is used where it was built.
-        background: False builds graphs at once (tests, batch tools).
+        exact_limit: Entries in the tail before it is sealed.
+        scans: Whether the compiled scan is used where it was built; else every entry is scored in
+            float32.
+        background: False merges segments at once (tests, batch tools).
+
+    Attributes:
+        error: Why the last merge of segments failed; None once one has succeeded.
     """
 
     def __init__(
@@ -79,6 +86,7 @@ class LiveState:
             ThreadPoolExecutor(1, thread_name_prefix="live-segments") if background else None
         )
         self._merging = False
+        self.error: Exception | None = None
         self._view = LiveView(base.watermark)
 
     @property
@@ -101,7 +109,7 @@ class LiveState:
             return self._view
 
     def close(self) -> None:
-        """Stop building segments."""
+        """Stop merging segments."""
         if self._executor is not None:
             self._executor.shutdown(wait=False, cancel_futures=True)
 
@@ -122,16 +130,13 @@ class LiveState:
             if blocks[-1] is self._tail:
                 self._sealed.append(self._tail)
                 self._tail = self._new_block(self._exact_limit)
-            self._merging = True
+            self._start_merge(blocks)
             if self._executor is None:
-                self._install(blocks, self._merged(blocks))
                 self._view = self._new_view()
-            else:
-                self._executor.submit(self._merge, blocks)
             return True
 
     def wait(self) -> None:
-        """Block until no segment is being built (tests and tools)."""
+        """Block until no segments are being merged (tests and tools)."""
         if self._executor is not None:
             for _ in range(_WAITS):
                 self._executor.submit(lambda: None).result()
@@ -139,8 +144,7 @@ class LiveState:
             self._view = self._new_view()
 
     def _new_block(self, capacity: int) -> Block:
-        scanned = self._scans and capacity <= self._exact_limit
-        return Block(capacity, self._base.dimension, scanned, self._base.lexical)
+        return Block(capacity, self._base.dimension, self._scans, self._base.lexical)
 
     def _apply(self, entry: LiveEntry) -> None:
         if entry.vector is not None and entry.space_id != self._base.space_id:
@@ -167,19 +171,9 @@ class LiveState:
         self._where[entry.id] = (self._tail, self._tail.append(entry))
 
     def _seal(self) -> None:
-        block = self._tail
+        self._sealed.append(self._tail)
         self._tail = self._new_block(self._exact_limit)
-        self._sealed.append(block)
-        if self._executor is None:
-            block.build_graph()
-            self._merge_if_due()
-        else:
-            self._executor.submit(self._build, block)
-
-    def _build(self, block: Block) -> None:
-        block.build_graph()
-        with self._lock:
-            self._merge_if_due()
+        self._merge_if_due()
 
     def _merge_if_due(self) -> None:
         """Start merging when enough segments of one size class wait; the lock is held."""
@@ -188,11 +182,20 @@ class LiveState:
         due = self._due()
         if due is None:
             return
+        self._start_merge(due)
+
+    def _start_merge(self, blocks: list[Block]) -> None:
+        """Merge blocks, in the background if there is one; the lock is held."""
         self._merging = True
-        if self._executor is None:
-            self._install(due, self._merged(due))
-        else:
-            self._executor.submit(self._merge, due)
+        if self._executor is not None:
+            try:
+                self._executor.submit(self._merge, blocks)
+            except RuntimeError as error:  # closed, or no thread could be started
+                self._merge_failed(error)
+            return
+        merged = self._try_merging(blocks)
+        if merged is not None:
+            self._install(blocks, merged)
 
     def _due(self) -> list[Block] | None:
         """Return blocks of one size class that are enough for a merge."""
@@ -202,15 +205,42 @@ class LiveState:
             level = int(np.log(tails + 1e-9) / np.log(MERGE_FACTOR) + 0.5)
             classes.setdefault(level, []).append(block)
         for blocks in classes.values():
-            if len(blocks) >= MERGE_FACTOR and all(block.ready for block in blocks):
+            if len(blocks) >= MERGE_FACTOR:
                 return blocks
         return None
 
     def _merge(self, blocks: list[Block]) -> None:
-        merged = self._merged(blocks)
+        """Merge blocks and show the result; runs in the background."""
+        merged = self._try_merging(blocks)
+        if merged is None:
+            return
         with self._lock:
-            self._install(blocks, merged)
-            self._view = self._new_view()
+            try:
+                self._install(blocks, merged)
+                self._view = self._new_view()
+            except Exception as error:
+                self._merge_failed(error)
+
+    def _try_merging(self, blocks: list[Block]) -> Block | None:
+        """Merge blocks; None where that failed: they stay as they are, and searches are right."""
+        try:
+            return self._merged(blocks)
+        except Exception as error:  # memory is short, say; a later seal or ``compact`` tries again
+            self._merge_failed(error)
+            return None
+
+    def _merge_failed(self, error: Exception) -> None:
+        repeated = self.error is not None
+        self.error = error
+        self._merging = False
+        if repeated:
+            return
+        log.error(
+            "live entries: merging segments failed (%s: %s); searches stay right but slow down, and"
+            " the next sealed segment tries again",
+            type(error).__name__,
+            error,
+        )
 
     def _merged(self, blocks: list[Block]) -> Block:
         """Copy the living rows of some blocks into one block that is fast to search."""
@@ -225,7 +255,6 @@ class LiveState:
         merged.words = self._merged_words(parts) or merged.words
         if merged.count:
             merged.encode()
-            merged.build_graph()
         return merged
 
     def _merged_words(self, parts: Sequence[tuple[Block, np.ndarray]]) -> LiveWords | None:
@@ -243,16 +272,19 @@ class LiveState:
         Ids replaced or deleted while it was built are dead in it.
         """
         gone = set(map(id, blocks))
+        sealed = [block for block in self._sealed if id(block) not in gone]
+        if merged.count:
+            sealed.append(merged)
+        # Nothing below needs memory, so that no id is moved to a block that is not installed
         for row, identifier in enumerate(merged.ids):
             place = self._where.get(identifier)
             if place is not None and id(place[0]) in gone:
                 self._where[identifier] = (merged, row)
             else:
                 merged.alive[row] = False
-        self._sealed = [block for block in self._sealed if id(block) not in gone]
-        if merged.count:
-            self._sealed.append(merged)
+        self._sealed = sealed
         self._merging = False
+        self.error = None
         self._merge_if_due()
 
     def _new_view(self) -> LiveView:
@@ -279,4 +311,4 @@ def _worth_merging(blocks: list[Block]) -> bool:
         return bool(blocks)
     block = blocks[0]
     living = np.count_nonzero(block.alive[: block.count])
-    return not block.ready or bool(living < _CROWDED_SHARE * block.count)
+    return bool(living < _CROWDED_SHARE * block.count)

@@ -1,5 +1,8 @@
 """Plans over the immutable base: graph, filtered graph, scan of matching rows, scan of sketches.
 
+Graphs and sketches have recall that was measured. A scan of matching rows is exact: by codes it
+scores again in float32 every row that the codes' known error leaves among the best.
+
 Every plan leaves out the rows that live deletes (tombstones) and upserts hide; ``live_state.py``
 sets them.
 """
@@ -13,17 +16,26 @@ import numpy as np
 from index_builder.ann.exact import top_rows
 from index_builder.ann.int8_graph import Int8GraphIndex
 from index_builder.filters.parts import Selection
+from index_builder.search.calibration import CurvePoint
+from index_builder.search.ef_choice import HIDDEN_SHARE, FilterSettings, PlainSettings
+from index_builder.search.filter_calibration import (
+    GRAPH_GRID,
+    GRAPH_SHARES,
+    HIDDEN_SHARES,
+    SKETCH_GRID,
+    SKETCH_SHARES,
+    FilterCurves,
+    calibrate_filters,
+)
 from index_builder.search.index_files import IndexParts
 from index_builder.storage.engine_arrays import make_engine
 
 SCAN_ROWS = 4_000
-"""Without sketches, up to this many matching rows are scored in float32 and no graph is tried."""
+"""Without codes, up to this many matching rows are scored in float32 and no graph is tried."""
 CODE_SCAN_ROWS = 12_000
-"""The same where 8-bit codes are there."""
+"""The same where 8-bit codes but no sketches are there."""
 SCAN_COST = 20
 """Sketches read in order in the time of one matching row scored by its code (1 ns and 20 ns)."""
-SCAN_RECALL = 0.999
-"""Expected recall of a scan that ranks by 8-bit codes and scores the best 4k in float32."""
 GRAPH_SHARE = 0.25
 """Filters that pass at least this share are tried on the plain graph first.
 
@@ -31,14 +43,16 @@ A scan follows when too few of its hits survive, as where the filter and the que
 """
 GRAPH_ATTEMPTS = 8
 """Ever wider searches of the graph before everything is scored."""
+_FEWEST_SCORED = 26
+"""Nodes of a walk that are scored in float32, so that its best is as sure as its ten best."""
 _NO_SCORES = np.empty(0, dtype=np.float32)
 
 
 class BaseHits(NamedTuple):
     """Ids and inner products, best first, and how they were found.
 
-    ``recall`` is 1.0 where the answer is exact, the plan's own estimate where it has one, and None
-    where the calibrated curve speaks.
+    ``recall`` is 1.0 where the answer is exact, what was measured of the plan where it is not, and
+    None where nothing was.
     """
 
     ids: list[str]
@@ -78,17 +92,13 @@ class BaseSearch:
         compiled = self._engine is not None
         self._walk_is_ann = compiled and isinstance(ann, Int8GraphIndex)
         self._scans_codes = compiled and arrays is not None
+        self._has_attributes = bool(parts.attributes.schema)
         self._sketches = compiled and arrays is not None and arrays.sketch is not None
-
-    @property
-    def sketches(self) -> bool:
-        """Whether sketches can be scanned: the extension is there and so are they."""
-        return self._sketches
 
     # ---- no filter -------------------------------------------------------------------------------
 
     def nearest(
-        self, query: np.ndarray, k: int, ef: int, hidden: np.ndarray | None, hidden_count: int
+        self, query: np.ndarray, k: int, settings: PlainSettings, allowed: AllowedRows
     ) -> BaseHits:
         """Search the plain graph without a filter.
 
@@ -97,44 +107,61 @@ class BaseSearch:
         Args:
             query: float32 ``(1, D)``, unit norm.
             k: Wanted.
-            ef: Candidate-list size.
-            hidden: bool ``(N,)`` rows never to return; None: none.
-            hidden_count: How many.
+            settings: With an ef above 0.
+            allowed: Without a selection.
         """
         engine = self._engine
+        _, hidden, hidden_count = allowed
+        if hidden is None:
+            ef, recall = settings.ef, settings.recall
+        else:
+            ef, recall = self._beside_hidden(settings, hidden_count)
+            if ef == 0:
+                return self.exact(query, k, allowed)
         if self._walk_is_ann and 2 * hidden_count <= self._corpus.rows:
             wide, scored = self._walk_sizes(k, ef, hidden_count)
             out = np.empty(k, dtype=np.float32)
             ids = engine.walk(query, k, wide, out, scored, hidden)
-            return BaseHits(ids, out if len(ids) == k else out[: len(ids)], "graph", wide, None)
+            return BaseHits(ids, out if len(ids) == k else out[: len(ids)], "graph", wide, recall)
         if hidden is not None:
-            return self.search(query, k, ef, AllowedRows(None, hidden, hidden_count))
+            return self.search(query, k, allowed, FilterSettings(graph_ef=ef, graph_recall=recall))
         if engine is None:
             rows, scores = self._graph_rows(query, k, ef)
-            return BaseHits(self._ids.take(rows[:k]), scores[:k], "graph", ef, None)
+            return BaseHits(self._ids.take(rows[:k]), scores[:k], "graph", ef, recall)
         out = np.empty(k, dtype=np.float32)
         nodes, distances = self._ann_search(query, k, ef)
         if self._rescores:
             nodes, distances = self._true_order(query, nodes)
         ids = engine.finish(nodes, distances, k, out, None, None)
-        return BaseHits(ids, out if len(ids) == k else out[: len(ids)], "graph", ef, None)
+        return BaseHits(ids, out if len(ids) == k else out[: len(ids)], "graph", ef, recall)
+
+    def _beside_hidden(
+        self, settings: PlainSettings, hidden_count: int
+    ) -> tuple[int, float | None]:
+        """Return ef, 0 for an exact scan, and the recall at it while that many rows are hidden."""
+        if hidden_count <= HIDDEN_SHARE * self._corpus.rows:
+            return settings.hidden_ef, settings.hidden_recall
+        return (0, 1.0) if settings.must_reach else (settings.ef, None)
 
     def nearest_batch(
-        self, queries: np.ndarray, k: int, ef: int, hidden: np.ndarray | None, hidden_count: int
+        self, queries: np.ndarray, k: int, settings: PlainSettings, allowed: AllowedRows
     ) -> list[BaseHits]:
         """Answer each row of ``queries`` ``(B, D)`` as ``nearest`` does, in one call if it can."""
-        if self._walk_is_ann and 2 * hidden_count <= self._corpus.rows:
+        _, hidden, hidden_count = allowed
+        ef, recall = settings.ef, settings.recall
+        if hidden is not None:
+            ef, recall = self._beside_hidden(settings, hidden_count)
+        if self._walk_is_ann and ef and 2 * hidden_count <= self._corpus.rows:
             wide, scored = self._walk_sizes(k, ef, hidden_count)
             scores = np.empty((len(queries), k), dtype=np.float32)
             lists = self._engine.walk_batch(queries, k, wide, scores, scored, hidden)
             return [
-                BaseHits(ids, scores[i, : len(ids)], "graph", wide, None)
+                BaseHits(ids, scores[i, : len(ids)], "graph", wide, recall)
                 for i, ids in enumerate(lists)
             ]
         if hidden is not None or self._engine is None or self._rescores:
             return [
-                self.nearest(queries[i : i + 1], k, ef, hidden, hidden_count)
-                for i in range(len(queries))
+                self.nearest(queries[i : i + 1], k, settings, allowed) for i in range(len(queries))
             ]
         nodes, distances = self._ann.search_batch(queries, k, ef)
         hits = []
@@ -142,7 +169,7 @@ class BaseSearch:
             out = np.empty(k, dtype=np.float32)
             found = nodes[i] if nodes[i, -1] >= 0 else nodes[i][nodes[i] >= 0]
             ids = self._engine.finish(found, distances[i, : len(found)], k, out, None, None)
-            hits.append(BaseHits(ids, out[: len(ids)], "graph", ef, None))
+            hits.append(BaseHits(ids, out[: len(ids)], "graph", ef, recall))
         return hits
 
     def _walk_sizes(self, k: int, ef: int, hidden_count: int) -> tuple[int, int]:
@@ -152,7 +179,7 @@ class BaseSearch:
         for a larger k. Where so many of the best nodes are hidden that fewer than k are left, a
         wider search is due: what follows them is found with less recall.
         """
-        scored = max(2 * k, k + 16)
+        scored = max(2 * k, _FEWEST_SCORED)
         if hidden_count == 0:
             return ef, scored
         share = 1.0 - hidden_count / self._corpus.rows
@@ -161,17 +188,15 @@ class BaseSearch:
     # ---- filters and hidden rows -----------------------------------------------------------------
 
     def search(
-        self, query: np.ndarray, k: int, ef: int, allowed: AllowedRows, sketches: int = 0
+        self, query: np.ndarray, k: int, allowed: AllowedRows, settings: FilterSettings
     ) -> BaseHits:
-        """Search under a filter and with hidden rows, by the plan that costs least.
+        """Search under a filter and with hidden rows, by the cheapest plan that is good enough.
 
         Args:
             query: float32 ``(1, D)``, unit norm.
             k: Wanted.
-            ef: Candidate-list size that the target recall needs without a filter.
             allowed: Which rows may come back.
-            sketches: How many of the best sketches are scored by their codes for that recall, under
-                a filter that disagrees with the query.
+            settings: Plans that reach the wanted recall; without a selection, the graph's.
         """
         selection, hidden, hidden_count = allowed
         total = self._corpus.rows
@@ -179,22 +204,26 @@ class BaseSearch:
         if matching == 0 or hidden_count >= total:
             return _nothing()
         if selection is None:
-            hits = self._widening_graph(query, k, ef, allowed, GRAPH_ATTEMPTS)
+            hits = self._widening_graph(query, k, settings, allowed, GRAPH_ATTEMPTS)
             return hits if len(hits.ids) == k else self.exact(query, k, allowed)
-        if self._sketches:
-            scan_rows = sketches + self._nodes // SCAN_COST
-        else:
-            scan_rows = CODE_SCAN_ROWS if self._scans_codes else SCAN_ROWS
-        if matching <= scan_rows or 2 * k >= matching:
+        sketches = settings.sketches if self._sketches else None
+        if matching <= self._scan_rows(sketches) or 2 * k >= matching:
             return self._scan(query, k, selection, hidden)
-        if not self._sketches:
-            hits = self._widening_graph(query, k, ef, allowed, GRAPH_ATTEMPTS)
-            return hits if len(hits.ids) == k else self._scan(query, k, selection, hidden)
-        if matching >= GRAPH_SHARE * total:
-            hits = self._widening_graph(query, k, ef, allowed, attempts=1)
+        passes_many = matching >= GRAPH_SHARE * total
+        if settings.graph_ef is not None and (passes_many or not self._scans_codes):
+            attempts = 1 if self._scans_codes else GRAPH_ATTEMPTS
+            hits = self._widening_graph(query, k, settings, allowed, attempts)
             if len(hits.ids) == k:
                 return hits
-        return self._sketch(query, k, sketches, selection, hidden)
+        if sketches is None:
+            return self._scan(query, k, selection, hidden)
+        return self._sketch(query, k, sketches, allowed, settings.sketch_recall)
+
+    def _scan_rows(self, sketches: int | None) -> int:
+        """Return how many matching rows are scanned rather than anything else tried."""
+        if sketches is not None:
+            return sketches + self._nodes // SCAN_COST
+        return CODE_SCAN_ROWS if self._scans_codes else SCAN_ROWS
 
     def exact(self, query: np.ndarray, k: int, allowed: AllowedRows) -> BaseHits:
         """Score every allowed row in float32."""
@@ -202,63 +231,105 @@ class BaseSearch:
         rows = None if selection is None else selection.as_rows()
         if hidden is not None:
             rows = np.flatnonzero(~hidden) if rows is None else rows[~hidden[rows]]
-        plan = "exact" if selection is None else "scan"
+        plan = "exact"
         node_of_row = self._corpus.node_of_row
         if rows is None and self._nodes:
             scores = self._vectors @ query[0]  # (U, D) @ (D,) -> (U,)
             if node_of_row is not None:
                 scores = scores[node_of_row]
             best = top_rows(scores, min(k, len(scores)))
-            return BaseHits(self._ids.take(best), scores[best], plan, 0, 1.0)
+            return BaseHits(self._ids.take(best), in_range(scores[best]), plan, 0, 1.0)
         if rows is None or len(rows) == 0:
             return _nothing()
         rows = np.sort(rows)
         nodes = rows if node_of_row is None else node_of_row[rows]
         scores = self._vectors[nodes] @ query[0]  # (M, D) @ (D,) -> (M,)
         best = top_rows(scores, min(k, len(rows)))
-        return BaseHits(self._ids.take(rows[best]), scores[best], plan, 0, 1.0)
+        return BaseHits(self._ids.take(rows[best]), in_range(scores[best]), plan, 0, 1.0)
 
     def _scan(
         self, query: np.ndarray, k: int, selection: Selection, hidden: np.ndarray | None
     ) -> BaseHits:
-        """Score the matching rows by codes and the best in float32; without codes, exactly."""
+        """Scan the matching rows by codes, exactly; all in float32 where codes rule out none."""
         if self._engine is None:
-            return self.exact(query, k, AllowedRows(selection, hidden))
+            hits = self.exact(query, k, AllowedRows(selection, hidden))
+            return hits._replace(plan="exact-scan") if hits.ids else hits
         out = np.empty(k, dtype=np.float32)
-        ids = self._engine.scan(query, k, selection.as_rows(), out, hidden)
-        # Core::scan decides in the same way whether codes rank
-        ranks_by_codes = self._scans_codes and selection.count > 2 * max(4 * k, k + 32)
-        recall = SCAN_RECALL if ranks_by_codes else 1.0
-        return BaseHits(ids, out[: len(ids)], "scan" if ids else "empty", 0, recall)
+        ids, scored = self._engine.scan(query, k, selection.as_rows(), out, hidden)
+        if not ids:
+            return _nothing()
+        plan = "exact-scan" if scored == selection.count else "scan"
+        return BaseHits(ids, out[: len(ids)], plan, 0, 1.0)
 
     def _sketch(
         self,
         query: np.ndarray,
         k: int,
         sketches: int,
-        selection: Selection,
-        hidden: np.ndarray | None,
+        allowed: AllowedRows,
+        recall: float | None,
     ) -> BaseHits:
         """Rank all rows by sketches, the best that match by codes, the best of those in float32."""
+        selection, hidden, _ = allowed
+        assert selection is not None, "sketches are scanned under filters only"
         out = np.empty(k, dtype=np.float32)
         ids = self._engine.sketch(query, k, sketches, out, selection.as_mask(), hidden)
-        return BaseHits(ids, out[: len(ids)], "sketch" if ids else "empty", 0, None)
+        return BaseHits(ids, out[: len(ids)], "sketch", 0, recall) if ids else _nothing()
 
-    def sketch_scores(
-        self, query: np.ndarray, k: int, sketches: int, mask: np.ndarray
-    ) -> np.ndarray:
-        """Return what the scan of sketches finds under ``mask`` bool ``(N,)``; for calibration."""
-        selection = Selection(len(mask), len(mask), mask=mask)
-        return self._sketch(query, k, sketches, selection, None).scores
+    def measure_filters(self, queries: np.ndarray) -> FilterCurves:
+        """Measure each plan under filters and beside hidden rows.
+
+        Args:
+            queries: float32 ``(Q, D)``, unit rows.
+        """
+        corpus = self._corpus
+
+        def sketch(query: np.ndarray, k: int, sketches: int, mask: np.ndarray) -> np.ndarray | None:
+            return self._sketch(query, k, sketches, _passing(mask), None).scores
+
+        def graph(query: np.ndarray, k: int, ef: int, mask: np.ndarray) -> np.ndarray | None:
+            attempts = 1 if self._scans_codes else GRAPH_ATTEMPTS
+            settings = FilterSettings(graph_ef=ef)
+            hits = self._widening_graph(query, k, settings, _passing(mask), attempts)
+            return hits.scores if len(hits.ids) == k else None
+
+        def beside_hidden(
+            query: np.ndarray, k: int, ef: int, mask: np.ndarray
+        ) -> np.ndarray | None:
+            hidden = ~mask
+            allowed = AllowedRows(None, hidden, int(np.count_nonzero(hidden)))
+            settings = PlainSettings(ef, None, ef, None, 1.0)
+            # At most the hidden share that is measured, whatever ties make of it
+            if allowed.hidden_count > 1.1 * HIDDEN_SHARE * corpus.rows:
+                return None
+            hits = self.nearest(query, k, settings, allowed)
+            return hits.scores if len(hits.ids) == k and hits.plan == "graph" else None
+
+        shares = GRAPH_SHARES if self._scans_codes else SKETCH_SHARES
+        curves: dict[str, tuple[CurvePoint, ...]] = {"sketch": (), "graph": ()}
+        if self._sketches:
+            curves["sketch"] = calibrate_filters(
+                sketch, corpus, queries, SKETCH_SHARES, SKETCH_GRID
+            )
+        if self._has_attributes:
+            curves["graph"] = calibrate_filters(graph, corpus, queries, shares, GRAPH_GRID)
+        hidden_curve = calibrate_filters(beside_hidden, corpus, queries, HIDDEN_SHARES, GRAPH_GRID)
+        return FilterCurves(hidden=hidden_curve, **curves)
 
     def _widening_graph(
-        self, query: np.ndarray, k: int, ef: int, allowed: AllowedRows, attempts: int
+        self,
+        query: np.ndarray,
+        k: int,
+        settings: FilterSettings,
+        allowed: AllowedRows,
+        attempts: int,
     ) -> BaseHits:
         """Ask the plain graph for more until k rows survive filter and hidden rows.
 
         Fewer come back when going on would cost more than scoring everything.
         """
         selection, hidden, _ = allowed
+        ef, recall = settings.graph_ef or k, settings.graph_recall
         plan = "graph" if selection is None else "filtered-graph"
         mask = None if selection is None else selection.as_mask()
         fetch, wide = self._first_sizes(k, ef, allowed)
@@ -278,7 +349,7 @@ class BaseSearch:
                 out = np.empty(k, dtype=np.float32)
                 ids = self._engine.finish(nodes, distances, k, out, mask, hidden)
             if len(ids) == k:
-                return BaseHits(ids, out, plan, wide, None)
+                return BaseHits(ids, out, plan, wide, recall)
             fetch, wide = fetch * 4, wide * 4
         return BaseHits([], _NO_SCORES, plan, wide, None)
 
@@ -301,7 +372,7 @@ class BaseSearch:
         nodes, distances = self._ann_search(query, min(k, self._nodes), ef)
         if self._rescores:
             nodes, distances = self._true_order(query, nodes)
-        scores = 1.0 - 0.5 * distances
+        scores = in_range(1.0 - 0.5 * distances)
         corpus = self._corpus
         if corpus.row_starts is None or corpus.rows_by_node is None:
             return nodes, scores
@@ -315,6 +386,16 @@ class BaseSearch:
         scores = self._vectors[nodes] @ query[0]
         order = np.argsort(-scores, kind="stable")
         return nodes[order], 2.0 - 2.0 * scores[order]
+
+
+def in_range(scores: np.ndarray) -> np.ndarray:
+    """Return inner products within -1 and 1, where those of unit vectors lie but for rounding."""
+    clipped: np.ndarray = np.clip(scores, -1.0, 1.0)
+    return clipped
+
+
+def _passing(mask: np.ndarray) -> AllowedRows:
+    return AllowedRows(Selection(int(np.count_nonzero(mask)), len(mask), mask=mask))
 
 
 def _surviving(rows: np.ndarray, mask: np.ndarray | None, hidden: np.ndarray | None) -> np.ndarray:

@@ -21,13 +21,13 @@ class SearchOptions(TypedDict, total=False):
     ef: int | None
     """Candidate-list size; chosen from the calibrated curve when not given."""
     min_recall: float | None
-    """Expected ANN recall to reach; the search is exact where the curve does not reach it."""
+    """Expected ANN recall to reach; the search is exact where no measured plan reaches it."""
     filter: str | None
     """Expression over attributes, see ``index_builder.filters.selection``."""
     exclude_ids: Collection[str]
     """Ids never to return."""
     min_score: float | None
-    """Return only scores at or above it."""
+    """Return only scores at or above it, but for rounding (2e-6)."""
     exact: bool
     """Whether to score everything."""
     live: LiveView | EllipsisType | None
@@ -57,11 +57,13 @@ class SearchResult:
     Attributes:
         ids: Entity ids; fewer than k only when fewer entities match.
         scores: float32, their inner products with the query.
-        plan: ``graph``, ``exact``, ``scan`` (all matching rows), ``sketch`` (all rows' sketches),
-            ``filtered-graph``, ``live`` or ``empty``.
+        plan: ``graph``, ``exact`` (every row in float32), ``scan`` (matching rows by codes, then
+            all that these leave possible in float32), ``exact-scan`` (matching rows in float32),
+            ``sketch`` (all rows' sketches), ``filtered-graph``, ``live`` or ``empty``.
         ef: Candidate-list size of the graph search; 0 where no graph was walked.
-        estimated_recall: Expected ANN recall at k; 1.0 where the plan is exact, None where the
-            index was never calibrated.
+        estimated_recall: Expected ANN recall at k: 1.0 where the answer is exact by construction,
+            else what was measured of the plan, under the worst of several kinds of filters; None
+            where nothing was measured.
         selectivity: Share of base rows that pass the filter; None without a filter.
         fused: Of a fused answer (plan ``fused``); None where vectors alone decide.
     """

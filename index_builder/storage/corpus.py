@@ -12,13 +12,19 @@ from encoders.errors import InvalidVectors
 from index_builder.errors import IndexFormatError
 
 NORM_TOLERANCE = 1e-3
+UNIT_ERROR = 5e-7
+"""Rows whose norm is nearer to 1 stay as they are, to the bit; others are divided by their norm."""
 _BLOCK = 65_536
 
 
 def check_vectors(
     vectors: np.ndarray, ids: Sequence[str] | None = None, dimension: int | None = None
 ) -> np.ndarray:
-    """Check that ``vectors`` may enter an index, and return them C-contiguous.
+    """Check that ``vectors`` may enter an index, and return them of unit norm, C-contiguous.
+
+    Norms up to ``NORM_TOLERANCE`` away from 1 (of vectors that went through half precision) are
+    corrected in a copy: graphs order by distance, scores are inner products, and the two agree on
+    unit vectors only.
 
     Args:
         vectors: Expected float32 ``(N, D)`` with finite unit rows.
@@ -48,15 +54,36 @@ def check_vectors(
         raise InvalidVectors(
             f"expected one vector per id, but got {len(ids)} ids and {len(vectors)} vectors."
         )
+    given = vectors
     for start in range(0, len(vectors), _BLOCK):
-        block = vectors[start : start + _BLOCK]
+        block = given[start : start + _BLOCK]
         norms = np.sqrt(np.einsum("nd,nd->n", block, block))
         bad = np.flatnonzero(~(np.abs(norms - 1) <= NORM_TOLERANCE))
         if len(bad):
             row = start + int(bad[0])
             name = f" (id {ids[row]!r})" if ids is not None else ""
             raise InvalidVectors(f"row {row}{name}: {_what_is_wrong(vectors[row])}")
+        off = np.flatnonzero(np.abs(norms - 1) > UNIT_ERROR)
+        if len(off):
+            if vectors is given:
+                vectors = np.array(given, order="C")
+            vectors[start + off] = _unit_rows(block[off])
     return np.ascontiguousarray(vectors)
+
+
+def _unit_rows(rows: np.ndarray) -> np.ndarray:
+    """Divide rows by their norms, in float64."""
+    wide = rows.astype(np.float64)
+    unit: np.ndarray = wide / np.linalg.norm(wide, axis=1, keepdims=True)
+    return unit.astype(np.float32)
+
+
+def unit_vector(vector: np.ndarray) -> np.ndarray:
+    """Return one vector ``(D,)`` of unit norm; the very argument where it has that already."""
+    if abs(float(vector.dot(vector)) - 1.0) <= 2 * UNIT_ERROR:
+        return vector
+    unit: np.ndarray = _unit_rows(vector[None])[0]
+    return unit
 
 
 def _what_is_wrong(vector: np.ndarray) -> str:

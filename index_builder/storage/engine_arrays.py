@@ -13,7 +13,9 @@ from index_builder.native import Engine, link_records
 from index_builder.storage.corpus import Corpus
 from index_builder.storage.id_table import IdTable
 
-_ARRAYS = ("codes", "graph", "sketch", "factors", "links")
+MAX_DIMENSION = 65_536
+"""Widest vectors that have codes: sums of products of bytes must fit 32 bits."""
+_ARRAYS = ("codes", "graph", "sketch", "factors", "links", "quantiser")
 _BLOCK = 65_536
 _CODE_ALIGNMENT = 64
 _ENTRY_SAMPLE = 2_000
@@ -25,11 +27,12 @@ _ZERO_CODE = 128
 class EngineArrays:
     """Codes, sketches and links of a corpus, each memory-mapped where it need not be resident.
 
-    One scale serves all vectors: every component is a multiple of ``largest / 127``, stored with
-    128 added. The order by codes is nearly that by inner product; the best candidates are scored
-    again in float32. A sketch keeps the signs of a vector's difference from the mean; times a
-    factor of its own it estimates the inner product with a query, but for a constant (RaBitQ, Gao
-    and Long, SIGMOD 2024).
+    A component is a centre plus a multiple of a step, both of its dimension, and the code is that
+    multiple with 128 added (as in LVQ; Aguerrebere et al., VLDB 2023). How far codes are from their
+    vectors at most is kept beside them, so that scans know which candidates have to be scored again
+    in float32 for the answer to be exact. A sketch keeps the signs of a vector's difference from
+    the mean; times a factor of its own it estimates the inner product with a query, but for a
+    constant (RaBitQ, Gao and Long, SIGMOD 2024).
 
     Attributes:
         codes: uint8 ``(U, stride)``; the stride is the dimension rounded up to 64.
@@ -42,6 +45,9 @@ class EngineArrays:
         links: uint8 ``(U, record)``, read in place of ``graph``: a node's out-links (uint32), a
             factor for each (float32), and sketches of the differences to where they lead, in blocks
             of 32 laid out as in ``sketch``; or None.
+        quantiser: float32 ``(2 * D + 2,)``: centres, steps, the largest distance of a vector from
+            what its codes stand for, and the largest norm of codes about the centres; None in
+            early releases, whose codes have one unknown step: scans then score every row.
     """
 
     codes: np.ndarray
@@ -50,6 +56,7 @@ class EngineArrays:
     sketch: np.ndarray | None = None
     factors: np.ndarray | None = None
     links: np.ndarray | None = None
+    quantiser: np.ndarray | None = None
 
     @classmethod
     def build(
@@ -68,12 +75,17 @@ class EngineArrays:
             sketches: Make ``sketch`` and ``factors``, which filters use.
             sketched_links: Keep the graph as ``links`` instead of ``graph``.
         """
-        scale = np.float32(127 / _largest_component(vectors))
+        codes, quantiser = _quantised(vectors)
         arrays = cls(
-            _quantised(vectors, scale), None if sketched_links else graph, central_node(vectors)
+            codes,
+            None if sketched_links else graph,
+            central_node(vectors),
+            quantiser=quantiser,
         )
         if sketched_links:
             assert graph is not None, "links need a graph"
+            dimension = vectors.shape[1]
+            scale = 1.0 / float(quantiser[dimension : 2 * dimension].mean(dtype=np.float64))
             arrays = replace(arrays, links=_sketched_links(vectors, graph, scale))
         return arrays.with_sketches(vectors) if sketches else arrays
 
@@ -118,10 +130,19 @@ class EngineArrays:
                 f"the codes of {folder.name!r} are missing. Rebuild this release."
             )
         _check_shapes(folder.name, codes, graph, links, vectors.shape)
+        _check_quantiser(folder.name, arrays["quantiser"], vectors.shape[1])
         if links is not None:
             codes = _resident(codes)
             links = _resident(links)
-        return cls(codes, graph, central_node(vectors), arrays["sketch"], arrays["factors"], links)
+        return cls(
+            codes,
+            graph,
+            central_node(vectors),
+            arrays["sketch"],
+            arrays["factors"],
+            links,
+            arrays["quantiser"],
+        )
 
 
 def _check_shapes(
@@ -158,21 +179,52 @@ def _check_shapes(
         )
 
 
-def _largest_component(vectors: np.ndarray) -> float:
-    """Return the largest absolute component of all vectors, 1 where there is no vector."""
-    starts = range(0, len(vectors), _BLOCK)
-    return max((float(np.abs(vectors[s : s + _BLOCK]).max()) for s in starts), default=1.0)
+def _quantised(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return codes uint8 ``(U, stride)`` of ``vectors`` and their quantiser.
 
-
-def _quantised(vectors: np.ndarray, scale: np.float32) -> np.ndarray:
-    """Return codes uint8 ``(U, stride)`` of ``vectors``; padding holds the code of zero."""
+    Padding holds the code of the centre.
+    """
     count, dimension = vectors.shape
+    centre, step = _centre_and_step(vectors)
     codes = _aligned((count, _stride(dimension)))
     codes[:] = _ZERO_CODE
+    error = reach = 0.0
     for start in range(0, count, _BLOCK):
-        block = np.rint(vectors[start : start + _BLOCK] * scale) + _ZERO_CODE
-        codes[start : start + _BLOCK, :dimension] = block.astype(np.uint8)
-    return codes
+        block = vectors[start : start + _BLOCK]
+        levels = np.clip(np.rint((block - centre) / step), 1 - _ZERO_CODE, _ZERO_CODE - 1)
+        codes[start : start + _BLOCK, :dimension] = (levels + _ZERO_CODE).astype(np.uint8)
+        rest = block - (centre + levels * step)
+        error = max(error, float(np.einsum("nd,nd->n", rest, rest).max()) ** 0.5)
+        reach = max(reach, float(np.einsum("nd,nd->n", levels, levels).max()) ** 0.5)
+    # Rounding of float32 in these sums must not make a bound too small
+    facts = np.array([error * 1.0001 + 1e-6, reach * 1.0001], dtype=np.float32)
+    return codes, np.concatenate([centre, step, facts])
+
+
+def _check_quantiser(name: str, quantiser: np.ndarray | None, dimension: int) -> None:
+    """Check the shape of a quantiser, if there is one.
+
+    Raises:
+        IndexFormatError: It does not fit.
+    """
+    wanted = (2 * dimension + 2,)
+    if quantiser is not None and (quantiser.shape != wanted or quantiser.dtype != np.float32):
+        raise IndexFormatError(
+            f"the quantiser of {name!r} is {quantiser.dtype} {quantiser.shape}, not float32"
+            f" {wanted}. Rebuild this release."
+        )
+
+
+def _centre_and_step(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the middle of each dimension's range and the 254th part of its length."""
+    low = np.zeros(vectors.shape[1], dtype=np.float32)
+    high = low.copy()
+    if len(vectors):
+        starts = range(0, len(vectors), _BLOCK)
+        low = np.min([vectors[s : s + _BLOCK].min(axis=0) for s in starts], axis=0)
+        high = np.max([vectors[s : s + _BLOCK].max(axis=0) for s in starts], axis=0)
+    step = np.maximum((high - low) / np.float32(2 * _ZERO_CODE - 2), np.float32(1e-9))
+    return (high + low) / np.float32(2), step
 
 
 def _stride(dimension: int) -> int:
@@ -195,7 +247,7 @@ def _resident(array: np.ndarray) -> np.ndarray:
     return copy
 
 
-def _sketched_links(vectors: np.ndarray, graph: np.ndarray, scale: np.float32) -> np.ndarray:
+def _sketched_links(vectors: np.ndarray, graph: np.ndarray, scale: float) -> np.ndarray:
     """Make the records of ``graph`` uint32 ``(U, degree)``.
 
     Degrees that are no multiple of 32 are widened by links to the node itself.
@@ -208,7 +260,7 @@ def _sketched_links(vectors: np.ndarray, graph: np.ndarray, scale: np.float32) -
     links = _aligned((count, graph.shape[1] * (8 + _stride(dimension) // 8)))
     links[:] = 0
     link_records(
-        np.ascontiguousarray(vectors), dimension, np.ascontiguousarray(graph), float(scale), links
+        np.ascontiguousarray(vectors), dimension, np.ascontiguousarray(graph), scale, links
     )
     return links
 
@@ -258,12 +310,14 @@ def central_node(vectors: np.ndarray) -> int:
 
 
 def make_engine(corpus: Corpus, ids: IdTable | None, arrays: EngineArrays | None) -> Any:
-    """Make the compiled engine over these arrays; None where the extension was not built.
+    """Make the compiled engine over these arrays.
+
+    None where the extension was not built, or vectors are wider than ``MAX_DIMENSION``.
 
     Raises:
         IndexFormatError: The arrays do not fit each other (a link or an offset points outside).
     """
-    if Engine is None or len(corpus.vectors) == 0:
+    if Engine is None or len(corpus.vectors) == 0 or corpus.vectors.shape[1] > MAX_DIMENSION:
         return None
     blob = ids.blob if ids is not None else np.zeros(1, dtype=np.uint8)
     offsets = ids.offsets if ids is not None else np.zeros(corpus.rows + 1, dtype=np.uint64)

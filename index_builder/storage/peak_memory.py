@@ -66,6 +66,9 @@ class PeakMemory:
     def _sample(self) -> None:
         """Keep the highest private memory until the block ends."""
         while True:
-            self.private_mib = max(self.private_mib, private_mib())
+            with contextlib.suppress(
+                OSError
+            ):  # no file descriptor just now: the next sample has one
+                self.private_mib = max(self.private_mib, private_mib())
             if self._stop.wait(_SAMPLE_SECONDS):
                 return

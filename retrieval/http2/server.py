@@ -228,7 +228,10 @@ class Http2Server:
             await asyncio.sleep(min(IDLE_CHECK_SECONDS, self.limits.lifetimes.stalled_seconds / 4))
             now = monotonic()
             for connection in list(self.connections):
-                self._check(connection, now)
+                try:
+                    self._check(connection, now)
+                except Exception:  # of one connection: the others must still be looked after
+                    log.exception("a connection could not be looked after")
 
     def _check(self, connection: Connection, now: float) -> None:
         limits = self.limits.lifetimes

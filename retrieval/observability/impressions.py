@@ -115,7 +115,7 @@ class ImpressionLog:
             written = self._files.write(now, _lines(item, now))
             if is_last:
                 self._files.flush()
-        except OSError as error:
+        except Exception as error:  # of any type: the thread must outlive one bad search
             self._files.close()
             self._drop(f"impressions could not be written: {error}")
             return

@@ -235,7 +235,13 @@ class LiveReleases:
             self._work_of_retired = self._work_of_retired.plus(oldest.work())
             task = asyncio.ensure_future(self._retire(oldest))
             self._retiring.add(task)
-            task.add_done_callback(self._retiring.discard)
+            task.add_done_callback(self._retired)
+
+    def _retired(self, task: asyncio.Future[None]) -> None:
+        """Forget a task, and say what went wrong in it: nobody else would."""
+        self._retiring.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("closing a release failed: %s: %s", type(error).__name__, error)
 
     async def _retire(self, serving: ServingRelease) -> None:
         """Close a release once the last request on it has finished.

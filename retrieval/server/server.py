@@ -197,8 +197,12 @@ class Server:
             await asyncio.sleep(1.0)
             try:
                 snapshots.write()
-            except OSError as error:
-                log.warning("metrics of this worker could not be shared: %s", error)
+            except Exception as error:  # of any type: else nothing would be shared ever again
+                log.warning(
+                    "metrics of this worker could not be shared: %s: %s",
+                    type(error).__name__,
+                    error,
+                )
 
 
 async def create_server(config: ServeConfig, *, worker: WorkerContext | None = None) -> Server:

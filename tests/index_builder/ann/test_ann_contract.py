@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread, local
+from typing import Any
 
+import hnswlib
 import numpy as np
 import pytest
 
 from encoders.exact_search import exact_top_k
 from index_builder.ann import KINDS, AnnConfig, build_index, load_index
 from index_builder.ann.choice import kind_available
+from index_builder.ann.hnsw import HnswIndex
 from index_builder.errors import IndexFormatError
 from index_builder.native import Engine
 from index_builder.search.calibration import recall_per_query
@@ -119,3 +123,44 @@ def test_hnsw_on_a_badly_connected_graph_returns_what_it_reaches() -> None:
     assert all(len(set(rows.tolist())) == len(rows) > 0 for rows in found)
     rows, _ = index.search_batch(vectors[::40], 100, 100)
     assert [row[row >= 0].tolist() for row in rows] == [f.tolist() for f in found]
+
+
+def test_hnsw_searches_of_several_threads_get_at_least_the_ef_they_asked_for() -> None:
+    """hnswlib keeps ef in the index, for all threads."""
+    vectors = text_vectors(N)[:200]
+    index = build_index("hnsw", vectors, CONFIG)
+    assert isinstance(index, HnswIndex)
+    asked, short = local(), []
+
+    class Watched:
+        """The library's index; a search reads ef a moment after it was called."""
+
+        def __init__(self, inner: hnswlib.Index) -> None:
+            self.inner = inner
+
+        def set_ef(self, ef: int) -> None:
+            self.inner.set_ef(ef)
+
+        def knn_query(self, *args: Any, **options: Any) -> Any:
+            found = self.inner.knn_query(*args, **options)
+            if self.inner.ef < asked.ef:
+                short.append((self.inner.ef, asked.ef))
+            return found
+
+    index._index = Watched(index._index)
+
+    def search(ef: int) -> None:
+        asked.ef = ef
+        for row in range(400):
+            index.search(vectors[row % 200 : row % 200 + 1], 5, ef)
+
+    threads = [Thread(target=search, args=(ef,)) for ef in (10, 150, 40, 150)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not short
+    for ef in (150, 10, 40):
+        asked.ef = ef
+        index.search(vectors[:1], 5, ef)
+        assert index._index.inner.ef == ef

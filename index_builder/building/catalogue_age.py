@@ -128,7 +128,7 @@ class SourceTimes:
             known = ids.with_columns(stated=pl.lit(exported), limit=pl.lit(embedded))
             stated, limit = exported, embedded
         else:
-            own = times.filter(pl.col("entity_type") == entity_type)
+            own = times.filter(pl.col("entity_type") == entity_type).unique("id")
             known = ids.join(own, on="id", how="left", maintain_order="left")
             stated, limit = _least(own["exported"]), _least(own["limit"])
             if embedded:

@@ -27,7 +27,7 @@ import index_builder.search.live_state
 from index_builder import native
 from index_builder.ann import AnnConfig
 from index_builder.live_log.records import LiveEntry
-from index_builder.search.entity_index import EntityIndex, IndexConfig
+from index_builder.search.entity_index import EntityIndex, IndexConfig, SearchResult
 from index_builder.search.live_state import LiveBase, LiveState
 from index_builder.storage import engine_arrays
 
@@ -137,6 +137,11 @@ def wrong_answers(rng: np.random.Generator, corpus: Corpus) -> Iterator[str]:
         if rng.random() < 0.3 and present.any():
             query = vectors[rng.choice(np.flatnonzero(present))]
         k = int(rng.choice([1, 2, 10, 100, count + 5]))
+        if rng.random() < 0.2:
+            queries = np.stack([query, *unit_rows(rng.standard_normal((3, dimension)))])
+            for one, found in zip(queries, index.search_batch(queries, k)):
+                yield from wrong_answer(found, vectors @ one, present, k)
+            continue
         options: dict[str, Any] = {}
         allowed = present.copy()
         if rng.random() < 0.6:
@@ -149,22 +154,39 @@ def wrong_answers(rng: np.random.Generator, corpus: Corpus) -> Iterator[str]:
             options["ef"] = int(rng.choice([1, k, 5 * count]))
         found = index.search(query, k, **options)
         scores = vectors @ query
-        rows = [int(name[1:]) for name in found.ids]
-        where = f"{index.kind} {vectors.shape} k={k} {options} plan {found.plan}"
-        if len(set(rows)) != len(rows):
-            yield f"an id twice: {where}"
-        if not all(allowed[row] for row in rows):
-            yield f"a row that must not come back: {where}"
-        if len(rows) != min(k, int(allowed.sum())):
-            yield f"{len(rows)} of {min(k, int(allowed.sum()))} answers: {where}"
-            continue
-        if len(rows) and np.abs(found.scores - scores[rows]).max() > TOLERANCE:
-            yield f"a wrong score: {where}"
-        if (np.diff(found.scores) > TOLERANCE).any():
-            yield f"not in order: {where}"
-        best = np.sort(scores[allowed])[::-1][:k]
-        if options.get("exact") and len(rows) and np.abs(found.scores - best).max() > TOLERANCE:
-            yield f"exact search misses: {where}"
+        for message in wrong_answer(found, scores, allowed, k):
+            yield f"{message} {index.kind} {vectors.shape} {options}"
+        best = np.sort(scores[allowed])[::-1][: len(found.scores)]
+        if options.get("exact") and (np.abs(found.scores - best) > TOLERANCE).any():
+            yield f"exact search misses: {index.kind} {vectors.shape} k={k} {options}"
+
+
+def wrong_answer(
+    found: SearchResult, scores: np.ndarray, allowed: np.ndarray, k: int
+) -> Iterator[str]:
+    """Yield what no answer may be: repeated, forbidden, too few, wrongly scored or unordered."""
+    rows = [int(name[1:]) for name in found.ids]
+    where = f"k={k} plan {found.plan}:"
+    if len(set(rows)) != len(rows):
+        yield f"{where} an id twice"
+    if not all(allowed[row] for row in rows):
+        yield f"{where} a row that must not come back"
+    if len(rows) != min(k, int(allowed.sum())):
+        yield f"{where} {len(rows)} of {min(k, int(allowed.sum()))} answers"
+    if rows and np.abs(found.scores - scores[rows]).max() > TOLERANCE:
+        yield f"{where} a wrong score"
+    if (np.diff(found.scores) > TOLERANCE).any():
+        yield f"{where} not in order"
+
+
+def scan_sketches(rng: np.random.Generator, corpus: Corpus) -> None:
+    """Scan sketches, which searches of so few rows do not, so that the calls are recorded."""
+    base, count = corpus.index._base, len(corpus.index.ids)
+    if base.sketches:
+        query = unit_rows(rng.standard_normal((1, corpus.index.dimension)))
+        mask = rng.random(count) < rng.random()
+        scores = base.sketch_scores(query, int(rng.integers(1, 30)), count, mask)
+        assert len(scores) <= int(mask.sum()), "a masked row came back"
 
 
 def hostile(rng: np.random.Generator, like: Any) -> Any:
@@ -240,6 +262,7 @@ def main() -> int:
     while time.monotonic() < end:
         rounds += 1
         corpus = random_corpus(rng)
+        scan_sketches(rng, corpus)
         if rng.random() < 0.7:
             corpus = random_live(rng, corpus)
         for message in wrong_answers(rng, corpus):

@@ -26,6 +26,7 @@ from encoders.commands.console import (
     json_option,
     print_json,
     print_table,
+    say,
     stage,
 )
 from index_builder.releases.store import ReleaseStore
@@ -124,6 +125,7 @@ def hostile(
                 if not names or any(name in attack.name for name in names):
                     with stage(f"{transport}: {attack.name}"):
                         rows.append(attack_beside(server, attack, number, seconds, seed))
+                    say(f"slowest call {rows[-1]['slowest_ms']} ms, {rows[-1]['growth_mib']} MiB")
             return rows
         finally:
             server.stop()

@@ -75,15 +75,20 @@ class CachedSearch:
         return (await self._with_attributes(target.entity_index, [found], request))[0]
 
     async def _with_attributes(
-        self, index: EntityIndex, found: list[Found], request: SearchRequest
+        self,
+        index: EntityIndex,
+        found: list[Found],
+        request: SearchRequest,
+        *,
+        bulk: bool = False,
     ) -> list[Found]:
-        """Return answers with their hits serialised, attributes included."""
+        """Return answers with their hits serialised, attributes included; ``bulk``: of a batch."""
         names = request.attribute_names(index.attribute_table.schema)
         work = partial(_serialized, index, [one.result for one in found], names)
         if sum(len(one.result.ids) for one in found) * len(names) <= INLINE_VALUES:
             serialized = work()
         else:
-            serialized, _ = await self.searcher.in_thread(work)
+            serialized, _ = await self.searcher.in_thread(work, bulk=bulk)
         return [one._replace(hits=hits) for one, hits in zip(found, serialized, strict=True)]
 
     async def search_batch(
@@ -153,7 +158,8 @@ class CachedSearch:
         size = 0
         for start in range(0, len(found), rows):
             check_deadline(context.time_remaining())
-            part = await self._with_attributes(index, found[start : start + rows], request)
+            rest = found[start : start + rows]
+            part = await self._with_attributes(index, rest, request, bulk=True)
             size += sum(len(one.hits) for one in part)
             if size > self._max_answer_bytes:
                 raise AnswerTooLarge(self._max_answer_bytes)

@@ -187,9 +187,10 @@ class Searcher:
         self.learn(key, took_ns / 1e9)
         return result, took_ns
 
-    async def in_thread(self, work: Callable[[], T]) -> tuple[T, int]:
-        """Run ``work`` in a thread; returns its result and nanoseconds."""
-        return await self.threads.run(partial(_timed, work))
+    async def in_thread(self, work: Callable[[], T], *, bulk: bool = False) -> tuple[T, int]:
+        """Run ``work`` in a thread, ``bulk`` in one of batches; returns result and nanoseconds."""
+        threads = self.bulk_threads if bulk else self.threads
+        return await threads.run(partial(_timed, work))
 
     def close(self) -> None:
         """Stop the threads."""

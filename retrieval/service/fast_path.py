@@ -67,6 +67,7 @@ class FastPath:
         self._request_seconds = gate.metrics.histogram("omni_request_seconds", ("Retrieve",))
         self._releases = releases
         self._limits = releases.config.limits
+        self._max_label_bytes = self._limits.max_label_bytes  # no label of less can be too long
         self._queries = queries
         self._searches = searches
         self._recorder = recorder
@@ -116,7 +117,7 @@ class FastPath:
         entry = key = answer = None
         try:
             message = _parse(content)
-            if len(content) > self._limits.max_label_bytes:
+            if len(content) > self._max_label_bytes:
                 check_labels(message, self._limits)
             request = SearchRequest.parse(message, self._limits)
             index = self._index(message, request, serving, context)

@@ -57,7 +57,7 @@ class Fusion(_message.Message):
     def __init__(self, enabled: _Optional[bool] = ..., weights: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class RetrieveResponse(_message.Message):
-    __slots__ = ("hits", "release_id", "space_id", "cache_hit", "plan", "ef", "estimated_recall", "selectivity", "timings", "request_id", "query_space_id", "answer_cached", "legs")
+    __slots__ = ("hits", "release_id", "space_id", "cache_hit", "plan", "ef", "estimated_recall", "selectivity", "timings", "request_id", "query_space_id", "answer_cached", "legs", "unknown_share")
     HITS_FIELD_NUMBER: _ClassVar[int]
     RELEASE_ID_FIELD_NUMBER: _ClassVar[int]
     SPACE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +71,7 @@ class RetrieveResponse(_message.Message):
     QUERY_SPACE_ID_FIELD_NUMBER: _ClassVar[int]
     ANSWER_CACHED_FIELD_NUMBER: _ClassVar[int]
     LEGS_FIELD_NUMBER: _ClassVar[int]
+    UNKNOWN_SHARE_FIELD_NUMBER: _ClassVar[int]
     hits: _containers.RepeatedCompositeFieldContainer[Hit]
     release_id: str
     space_id: str
@@ -84,7 +85,8 @@ class RetrieveResponse(_message.Message):
     query_space_id: str
     answer_cached: bool
     legs: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, hits: _Optional[_Iterable[_Union[Hit, _Mapping]]] = ..., release_id: _Optional[str] = ..., space_id: _Optional[str] = ..., cache_hit: _Optional[bool] = ..., plan: _Optional[str] = ..., ef: _Optional[int] = ..., estimated_recall: _Optional[float] = ..., selectivity: _Optional[float] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., request_id: _Optional[str] = ..., query_space_id: _Optional[str] = ..., answer_cached: _Optional[bool] = ..., legs: _Optional[_Iterable[str]] = ...) -> None: ...
+    unknown_share: float
+    def __init__(self, hits: _Optional[_Iterable[_Union[Hit, _Mapping]]] = ..., release_id: _Optional[str] = ..., space_id: _Optional[str] = ..., cache_hit: _Optional[bool] = ..., plan: _Optional[str] = ..., ef: _Optional[int] = ..., estimated_recall: _Optional[float] = ..., selectivity: _Optional[float] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., request_id: _Optional[str] = ..., query_space_id: _Optional[str] = ..., answer_cached: _Optional[bool] = ..., legs: _Optional[_Iterable[str]] = ..., unknown_share: _Optional[float] = ...) -> None: ...
 
 class Hit(_message.Message):
     __slots__ = ("id", "score", "attributes", "fused_score", "lexical_score", "vote_score", "probability")
@@ -174,7 +176,7 @@ class Target(_message.Message):
     def __init__(self, entity_type: _Optional[str] = ..., k: _Optional[int] = ..., filter: _Optional[str] = ..., exclude_ids: _Optional[_Iterable[str]] = ..., min_score: _Optional[float] = ..., min_recall: _Optional[float] = ..., diversity: _Optional[float] = ..., collapse_above: _Optional[float] = ..., exact: _Optional[bool] = ..., attributes: _Optional[_Iterable[str]] = ..., fusion: _Optional[_Union[Fusion, _Mapping]] = ..., min_probability: _Optional[float] = ...) -> None: ...
 
 class Answer(_message.Message):
-    __slots__ = ("hits", "entity_type", "cache_hit", "plan", "ef", "estimated_recall", "selectivity", "search_ns", "answer_cached", "legs")
+    __slots__ = ("hits", "entity_type", "cache_hit", "plan", "ef", "estimated_recall", "selectivity", "search_ns", "answer_cached", "legs", "unknown_share")
     HITS_FIELD_NUMBER: _ClassVar[int]
     ENTITY_TYPE_FIELD_NUMBER: _ClassVar[int]
     CACHE_HIT_FIELD_NUMBER: _ClassVar[int]
@@ -185,6 +187,7 @@ class Answer(_message.Message):
     SEARCH_NS_FIELD_NUMBER: _ClassVar[int]
     ANSWER_CACHED_FIELD_NUMBER: _ClassVar[int]
     LEGS_FIELD_NUMBER: _ClassVar[int]
+    UNKNOWN_SHARE_FIELD_NUMBER: _ClassVar[int]
     hits: _containers.RepeatedCompositeFieldContainer[Hit]
     entity_type: str
     cache_hit: bool
@@ -195,7 +198,8 @@ class Answer(_message.Message):
     search_ns: int
     answer_cached: bool
     legs: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, hits: _Optional[_Iterable[_Union[Hit, _Mapping]]] = ..., entity_type: _Optional[str] = ..., cache_hit: _Optional[bool] = ..., plan: _Optional[str] = ..., ef: _Optional[int] = ..., estimated_recall: _Optional[float] = ..., selectivity: _Optional[float] = ..., search_ns: _Optional[int] = ..., answer_cached: _Optional[bool] = ..., legs: _Optional[_Iterable[str]] = ...) -> None: ...
+    unknown_share: float
+    def __init__(self, hits: _Optional[_Iterable[_Union[Hit, _Mapping]]] = ..., entity_type: _Optional[str] = ..., cache_hit: _Optional[bool] = ..., plan: _Optional[str] = ..., ef: _Optional[int] = ..., estimated_recall: _Optional[float] = ..., selectivity: _Optional[float] = ..., search_ns: _Optional[int] = ..., answer_cached: _Optional[bool] = ..., legs: _Optional[_Iterable[str]] = ..., unknown_share: _Optional[float] = ...) -> None: ...
 
 class RetrieveMultiRequest(_message.Message):
     __slots__ = ("query", "embedding", "space_id", "targets", "release_id", "language", "country", "request_id")
@@ -218,7 +222,7 @@ class RetrieveMultiRequest(_message.Message):
     def __init__(self, query: _Optional[str] = ..., embedding: _Optional[bytes] = ..., space_id: _Optional[str] = ..., targets: _Optional[_Iterable[_Union[Target, _Mapping]]] = ..., release_id: _Optional[str] = ..., language: _Optional[str] = ..., country: _Optional[str] = ..., request_id: _Optional[str] = ...) -> None: ...
 
 class RetrieveMultiResponse(_message.Message):
-    __slots__ = ("answers", "release_id", "space_id", "cache_hit", "timings", "request_id", "query_space_id")
+    __slots__ = ("answers", "release_id", "space_id", "cache_hit", "timings", "request_id", "query_space_id", "unknown_share")
     ANSWERS_FIELD_NUMBER: _ClassVar[int]
     RELEASE_ID_FIELD_NUMBER: _ClassVar[int]
     SPACE_ID_FIELD_NUMBER: _ClassVar[int]
@@ -226,6 +230,7 @@ class RetrieveMultiResponse(_message.Message):
     TIMINGS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     QUERY_SPACE_ID_FIELD_NUMBER: _ClassVar[int]
+    UNKNOWN_SHARE_FIELD_NUMBER: _ClassVar[int]
     answers: _containers.RepeatedCompositeFieldContainer[Answer]
     release_id: str
     space_id: str
@@ -233,7 +238,8 @@ class RetrieveMultiResponse(_message.Message):
     timings: Timings
     request_id: str
     query_space_id: str
-    def __init__(self, answers: _Optional[_Iterable[_Union[Answer, _Mapping]]] = ..., release_id: _Optional[str] = ..., space_id: _Optional[str] = ..., cache_hit: _Optional[bool] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., request_id: _Optional[str] = ..., query_space_id: _Optional[str] = ...) -> None: ...
+    unknown_share: float
+    def __init__(self, answers: _Optional[_Iterable[_Union[Answer, _Mapping]]] = ..., release_id: _Optional[str] = ..., space_id: _Optional[str] = ..., cache_hit: _Optional[bool] = ..., timings: _Optional[_Union[Timings, _Mapping]] = ..., request_id: _Optional[str] = ..., query_space_id: _Optional[str] = ..., unknown_share: _Optional[float] = ...) -> None: ...
 
 class RetrieveBatchRequest(_message.Message):
     __slots__ = ("queries", "embeddings", "space_id", "target", "release_id", "language", "country", "request_id")

@@ -65,6 +65,8 @@ class RetrieveResult:
     """Legs that a fused answer was made of; empty: vectors alone decided."""
     fused: list[FusedScore] | None = None
     """Scores of a fused answer, one a hit; None where vectors alone decided."""
+    unknown_share: float = 0.0
+    """Share of the query's characters that the query tower does not know."""
 
     @property
     def ids(self) -> list[str]:
@@ -262,6 +264,7 @@ def retrieve_result(response: pb.RetrieveResponse) -> RetrieveResult:
         answer_cached=response.answer_cached,
         legs=tuple(response.legs),
         fused=_fused(response),
+        unknown_share=response.unknown_share,
     )
 
 

@@ -52,6 +52,9 @@ CATALOGUE: dict[str, MetricDefinition] = {
         "Redis look-ups by outcome: hit, miss, failure, refused (a value that is not its key's).",
         "outcome",
     ),
+    "omni_queries_not_understood": _counter(
+        "Queries of which the query tower's tokenizer does not know most characters."
+    ),
     "omni_encode_batches": _counter("Batches run by the query tower."),
     "omni_encode_texts": _counter("Texts encoded."),
     "omni_encode_dropped": _counter("Queued texts dropped because their caller had gone."),

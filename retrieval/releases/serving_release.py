@@ -97,6 +97,10 @@ class ServingRelease:
             max_queue=config.max_encode_queue,
         )
 
+    def unknown_share(self, text: str) -> float:
+        """Return the share of a text's characters that the query tower does not know."""
+        return self.encoding.unknown_share(text) if text else 0.0
+
     def __enter__(self) -> Self:
         self.in_flight += 1
         return self

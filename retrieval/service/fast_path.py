@@ -141,7 +141,8 @@ class FastPath:
                 answer = CachedAnswer(found.result)
                 if key is not None:
                     self._searches.answers.put(key, answer)
-            response = pb.RetrieveResponse(request_id=message.request_id)
+            unknown = 0.0 if entry is None else serving.unknown_share(text)
+            response = pb.RetrieveResponse(request_id=message.request_id, unknown_share=unknown)
             timings = response.timings
             timings.search_ns = 0 if found is None else found.search_ns
             timings.total_ns = total_ns = _clock_ns() - started_ns
@@ -154,6 +155,7 @@ class FastPath:
             return None
         if entry is not None:
             serving.encoder.cache.used(entry)
+            self._recorder.count_unknown(unknown)
         if found is not None:
             self._recorder.count_search(request.entity_type, found)
         self._count("omni_requests", ("Retrieve", "OK"))

@@ -36,6 +36,7 @@ def retrieve_response(
         selectivity=source.selectivity,
         request_id=request_id,
         answer_cached=answer.is_cached,
+        unknown_share=serving.unknown_share(query.text),
     )
     if answer.hits:
         response.MergeFromString(answer.hits)

@@ -19,6 +19,9 @@ from retrieval.service.query_vectors import Float32, Query, QueryBatch
 from retrieval.service.search_request import SearchRequest
 from retrieval.service.searcher import Found
 
+MOSTLY_UNKNOWN = 0.5
+"""A query of which the tower knows no larger part of the characters counts as not understood."""
+
 
 class Labelled(Protocol):
     """The fields of a request that only describe its caller."""
@@ -99,6 +102,11 @@ class SearchRecorder:
         if query.encode_ns:
             self._queue_seconds.observe(query.queue_ns / 1e9)
             self._encode_seconds.observe(query.encode_ns / 1e9)
+
+    def count_unknown(self, share: float) -> None:
+        """Count a query of which the tower does not know most characters."""
+        if share > MOSTLY_UNKNOWN:
+            self._count("omni_queries_not_understood", ())
 
     def count_search(self, entity_type: str, found: Found) -> None:
         """Count one search and its stages."""

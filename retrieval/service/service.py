@@ -118,6 +118,7 @@ class RetrievalService:
             target = search_target(serving, index, request)
             answer = await self.searches.search(target, query, request)
             response = retrieve_response(serving, query, answer, message.request_id)
+            self.recorder.count_unknown(response.unknown_share)
             search = Search(serving, index, request, query.vector, query.text)
             response.request_id = self._record(search, answer, message, message.request_id)
             response.timings.search_ns = answer.search_ns
@@ -150,7 +151,9 @@ class RetrievalService:
                 query_space_id=serving.query_space_id,
                 cache_hit=query.is_cached,
                 request_id=message.request_id,
+                unknown_share=serving.unknown_share(query.text),
             )
+            self.recorder.count_unknown(response.unknown_share)
             for request, index in zip(requests, indexes, strict=True):
                 target = search_target(serving, index, request)
                 answer = await self.searches.search(target, query, request)
@@ -256,6 +259,8 @@ class RetrievalService:
         for row, (answer, key) in enumerate(zip(found.answers, found.keys, strict=True)):
             filled = response.answers.add()
             fill_answer(filled, answer, query_cached=searches.batch.cached[row])
+            filled.unknown_share = searches.serving.unknown_share(searches.batch.texts[row])
+            recorder.count_unknown(filled.unknown_share)
             if not answer.is_cached:
                 self.searches.cache(key, answer)
                 response.timings.search_ns += answer.search_ns

@@ -38,6 +38,9 @@ class Tower:
         self.threads: set[str] = set()
         self.encoded: list[str] = []
 
+    def unknown_share(self, text: str) -> float:
+        return 0.0
+
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         self.inside += 1
         self.overlaps += self.inside > 1

@@ -534,3 +534,19 @@ def test_impressions_hold_ids_and_positions_but_no_query_text(
         and lines[0]["action"] == "impression"
         and lines[0]["country"] == "FR"
     )
+
+
+@pytest.mark.parametrize(("text", "share"), [("red cat", 0.0), ("שלום", 1.0), ("red שלום", 4 / 7)])
+def test_answers_say_how_much_of_a_query_the_tower_does_not_know(
+    stub: rpc.RetrievalStub, text: str, share: float
+) -> None:
+    for _ in range(2):  # encoded, then from the caches
+        answer = stub.Retrieve(pb.RetrieveRequest(query=text, entity_type="pin", k=3))
+        assert answer.unknown_share == pytest.approx(share)
+    batch = stub.RetrieveBatch(
+        pb.RetrieveBatchRequest(queries=[text], target=pb.Target(entity_type="pin", k=3))
+    )
+    assert batch.answers[0].unknown_share == pytest.approx(share)
+    targets = [pb.Target(entity_type="pin", k=3)]
+    multi = stub.RetrieveMulti(pb.RetrieveMultiRequest(query=text, targets=targets))
+    assert multi.unknown_share == pytest.approx(share)

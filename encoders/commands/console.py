@@ -263,7 +263,7 @@ def track(items: Iterable[T], title: str, total: int | None = None) -> Iterator[
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Print a table to stdout: numbers right-aligned, floats to three decimals, None as a dash."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     materialised = [list(row) for row in rows]
     for i, name in enumerate(columns):
         numeric = bool(materialised) and all(

@@ -238,7 +238,10 @@ class Spill:
             return
         for number in range(self.partitions):
             files = sorted((self.folder / f"{number:05d}").glob("*.arrow"))
-            yield number, pl.concat([empty, *(pl.read_ipc(file) for file in files)])
+            yield (
+                number,
+                pl.concat([empty, *(pl.scan_ipc(file, glob=False).collect() for file in files)]),
+            )
             if not keep:
                 shutil.rmtree(self.folder / f"{number:05d}", ignore_errors=True)
 

@@ -6,7 +6,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from encoders.commands.console import LOGGED_PACKAGES, handle_errors
+from encoders.commands.console import LOGGED_PACKAGES, handle_errors, print_table
+from encoders.commands.report_output import OVERALL_COLUMNS
 from encoders.errors import DataError
 
 
@@ -56,3 +57,12 @@ def test_command_when_ended_leaves_loggers_as_before(error: Exception | None) ->
     before = [(logger.level, list(logger.handlers)) for logger in loggers]
     assert CliRunner().invoke(command_that(body)).exit_code == (1 if error else 0)
     assert [(logger.level, logger.handlers) for logger in loggers] == before
+
+
+def test_print_table_of_systems_fits_a_hundred_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    row = ["bm25-trigrams", 5489, 0.2, 0.5, "0.480-0.548", *[0.5] * (len(OVERALL_COLUMNS) - 5)]
+    print_table("", OVERALL_COLUMNS, [row])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert len(lines) == 3  # nothing wraps
+    assert "bm25-trigrams" in lines[-1]

@@ -93,10 +93,10 @@ def unit(rows: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray((rows / norms).astype(np.float32))
 
 
-def hard_corpora(size: int, queries: int) -> Iterator[CorpusOfBench]:
+def hard_corpora(size: int, queries: int, dimensions: tuple[int, ...]) -> Iterator[CorpusOfBench]:
     """Make the corpora that are hard on purpose."""
     total = size + queries + CALIBRATION_QUERIES
-    for dimension in (64, 256, 1_024):
+    for dimension in dimensions:
         rng = np.random.default_rng(dimension)
         noise = rng.standard_normal((total, dimension)).astype(np.float32)
         centres = unit(rng.standard_normal((GROUPS, dimension)))
@@ -289,6 +289,15 @@ def measure(
     help="Kinds of index; the first one also with a tenth of the rows written live.",
 )
 @click.option(
+    "--dimension",
+    "dimensions",
+    type=int,
+    multiple=True,
+    default=(64, 256, 1_024),
+    show_default=True,
+    help="Widths of the hard corpora.",
+)
+@click.option(
     "--out",
     type=click.Path(path_type=Path, file_okay=False),
     default=RESULTS,
@@ -297,7 +306,13 @@ def measure(
 @json_option
 @handle_errors
 def command(
-    data_dir: Path | None, size: int, queries: int, kinds: tuple[str, ...], out: Path, as_json: bool
+    data_dir: Path | None,
+    size: int,
+    queries: int,
+    kinds: tuple[str, ...],
+    dimensions: tuple[int, ...],
+    out: Path,
+    as_json: bool,
 ) -> None:
     """Claimed against true recall@10 of every plan, on real vectors and on hard ones.
 
@@ -313,7 +328,7 @@ def command(
 
     def corpora() -> Iterator[CorpusOfBench]:
         yield real_corpus(data_dir, size, queries)
-        yield from hard_corpora(size, queries)
+        yield from hard_corpora(size, queries, dimensions)
 
     with one_blas_thread():
         cells = measure(corpora(), kinds, say)

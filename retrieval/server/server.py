@@ -155,7 +155,11 @@ class Server:
         self._is_listening = True
         if self.port == 0:
             self.bind()
-        await self.grpc_server.start()
+        try:
+            await self.grpc_server.start()
+        except OSError as error:  # another server that waited for a release on this port, too
+            self._is_listening = False
+            raise cannot_listen(joined(self.config.host, self.port), error) from error
         self.service.listening = True
 
     async def _listen_http(self) -> None:

@@ -92,7 +92,7 @@ def test_train_two_processes_make_one_bundle_and_resume(config: Path, tmp_path: 
     assert first.returncode == 0, first.stderr
     result = json.loads(first.stdout)  # one process prints
     assert result["steps"] == 6
-    assert first.stderr.count("step 6/6") == 1
+    assert first.stderr.count("step 6 of 6") == 1
     bundle = load_bundle(out / "model")
     assert bundle.space_id == result["space_id"]
     assert bundle.embed_queries(["red chair"]).shape == (1, DIMENSION)

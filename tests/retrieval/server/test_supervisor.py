@@ -178,7 +178,7 @@ class Stage:
         for release_id in ("r1", "r2", "r3"):
             (folder / "store" / "releases" / release_id).mkdir(parents=True)
             (folder / "store" / "releases" / release_id / "manifest.json").write_text("{}")
-        publishing.read_manifest = lambda path: None  # type: ignore[assignment, return-value]
+        publishing.read_manifest = lambda path: SimpleNamespace(parent=None)  # type: ignore[assignment, return-value]
         ReleaseStore.verify = self.verify  # type: ignore[assignment, method-assign]
         release_graphs.read_manifest = lambda path: SimpleNamespace(entities={"pin": None})  # type: ignore[assignment, return-value]
         release_graphs.EntityIndex.load_graph = staticmethod(lambda path: None)  # type: ignore[assignment]

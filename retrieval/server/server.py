@@ -21,7 +21,7 @@ from retrieval.addresses import cannot_listen, joined
 from retrieval.config import ServeConfig
 from retrieval.encoding.query_cache import QueryCache
 from retrieval.encoding.redis_tier import RedisTier
-from retrieval.errors import AddressInUse
+from retrieval.errors import AddressInUse, CannotListen
 from retrieval.http2.server import Http2Server
 from retrieval.observability.impressions import ImpressionLog, LogBounds
 from retrieval.observability.metric_catalogue import Labels
@@ -108,6 +108,7 @@ class Server:
     probe_port: int | None = None
     _snapshot_writer: asyncio.Task[None] | None = None
     _is_listening: bool = False
+    _listen_error: CannotListen | None = None
 
     def bind(self) -> None:
         """Take the gRPC port. Raises ``CannotListen``."""
@@ -141,6 +142,8 @@ class Server:
         await self._listen_http()
         self.releases.on_change.append(self._listen_grpc)
         await self.releases.start()
+        if self._listen_error is not None:
+            raise self._listen_error
 
     async def listen(self) -> None:
         """Answer over HTTP, and on the gRPC port if a release is loaded: a worker's start."""
@@ -159,7 +162,8 @@ class Server:
             await self.grpc_server.start()
         except OSError as error:  # another server that waited for a release on this port, too
             self._is_listening = False
-            raise cannot_listen(joined(self.config.host, self.port), error) from error
+            self._listen_error = cannot_listen(joined(self.config.host, self.port), error)
+            raise self._listen_error from error
         self.service.listening = True
 
     async def _listen_http(self) -> None:

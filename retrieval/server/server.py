@@ -10,7 +10,7 @@ import socket
 import ssl
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,8 @@ class Server:
     port: int = 0
     metrics_port: int | None = None
     probe_port: int | None = None
+    listen_failed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the port turns out to be taken: see ``raise_listen_error``."""
     _snapshot_writer: asyncio.Task[None] | None = None
     _is_listening: bool = False
     _listen_error: CannotListen | None = None
@@ -142,6 +144,10 @@ class Server:
         await self._listen_http()
         self.releases.on_change.append(self._listen_grpc)
         await self.releases.start()
+        self.raise_listen_error()
+
+    def raise_listen_error(self) -> None:
+        """Raise ``CannotListen`` if a release is loaded, but the port was taken meanwhile."""
         if self._listen_error is not None:
             raise self._listen_error
 
@@ -163,6 +169,7 @@ class Server:
         except OSError as error:  # another server that waited for a release on this port, too
             self._is_listening = False
             self._listen_error = cannot_listen(joined(self.config.host, self.port), error)
+            self.listen_failed.set()
             raise self._listen_error from error
         self.service.listening = True
 
@@ -333,12 +340,14 @@ async def run_until_signalled(server: Server, ready: Callable[[Server], None]) -
     loop.add_signal_handler(signal.SIGHUP, server.reloader.reload_all)
     starting = asyncio.ensure_future(server.start())
     stopping = asyncio.ensure_future(stop.wait())
+    failed = asyncio.ensure_future(server.listen_failed.wait())
     await asyncio.wait((starting, stopping), return_when=asyncio.FIRST_COMPLETED)
     if starting.done():
         try:
             await starting
             ready(server)
-            await stopping
+            await asyncio.wait((stopping, failed), return_when=asyncio.FIRST_COMPLETED)
+            server.raise_listen_error()
         except BaseException:
             stopping.cancel()
             raise

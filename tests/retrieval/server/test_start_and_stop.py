@@ -85,6 +85,28 @@ def test_restart_loses_no_call_of_a_client_that_waits_for_ready(
     assert set(codes) == {"OK"}, codes
 
 
+@pytest.mark.slow
+def test_start_two_servers_waiting_on_one_port_the_second_to_listen_ends(
+    small_store: SmallStore, tmp_path: Path
+) -> None:
+    store = small_store.copy(tmp_path / "store").store
+    current = store.releases / "CURRENT"
+    kept = current.rename(tmp_path / "CURRENT")
+    first, port = start(store.root, 0)
+    second, _ = start(store.root, port)
+    both = (first, second)
+    kept.rename(current)
+    until(lambda: any(process.poll() is not None for process in both))
+    ended, serving = both if first.poll() is not None else both[::-1]
+    try:
+        assert ended.returncode == 1
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            answer = rpc.RetrievalStub(channel).Retrieve(ASK, timeout=60, wait_for_ready=True)
+        assert answer.hits
+    finally:
+        end(serving)
+
+
 def catches_sigterm(pid: int) -> bool:
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()

@@ -32,7 +32,7 @@ from rich.progress import (
 from rich.table import Table
 
 from encoders.errors import ConfigError, OmniError
-from encoders.interruption import Terminated
+from encoders.interruption import Terminated, end_process
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -110,7 +110,7 @@ def handle_errors(function: Callable[P, T]) -> Callable[P, T]:
                 raise
             fail(message)
 
-    click.option("--quiet", is_flag=True, help="Print results and errors, no progress.")(wrapper)
+    click.option("--quiet", is_flag=True, help="Print results, warnings and errors.")(wrapper)
     return wrapper  # type: ignore[return-value]
 
 
@@ -161,9 +161,10 @@ def _print_anything() -> None:
 
 @contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """Inside the block SIGTERM raises ``Terminated``, unless a handler is set already."""
+    """Inside the block SIGTERM raises ``Terminated``, unless a handler of another's is set."""
     settable = threading.current_thread() is threading.main_thread()
-    if not settable or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    before = signal.getsignal(signal.SIGTERM)
+    if not settable or before not in (signal.SIG_DFL, end_process):
         yield
         return
 
@@ -175,7 +176,7 @@ def sigterm_raises() -> Iterator[None]:
         yield
     finally:
         if signal.getsignal(signal.SIGTERM) is terminate:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, before)
 
 
 _progress_shown = True
@@ -200,12 +201,15 @@ def say(message: str) -> None:
 
 
 class _SayHandler(logging.Handler):
-    """Print records as ``say`` does."""
+    """Print records as ``say`` does; warnings and errors also where progress is not shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one record's message, and its traceback if it has one."""
         try:
-            say(self.format(record))
+            if record.levelno >= logging.WARNING:
+                stderr.print(self.format(record), markup=False)
+            else:
+                say(self.format(record))
         except Exception:
             self.handleError(record)
 

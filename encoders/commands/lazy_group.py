@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from encoders.interruption import end_process
+
 
 class LazyGroup(click.Group):
     """A click group over a table of commands, each with its one-line help."""
@@ -58,4 +60,4 @@ def _end_on_sigterm_as_process_1() -> None:
     Commands that end in their own way install their handlers later.
     """
     if os.getpid() == 1 and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(128 + number))
+        signal.signal(signal.SIGTERM, end_process)

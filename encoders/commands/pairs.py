@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,8 +163,8 @@ def command(
     Example: omni data simulate-logs --out sim --rows 100000 && omni pairs --log sim/log --boards
     sim/boards.parquet --out train
     """
-    from encoders.logs.pairs import LeakError, pairs_table
-    from encoders.logs.pipeline import PipelineInputs, run_pipeline, write_summary
+    from encoders.logs.pairs import pairs_table
+    from encoders.logs.pipeline import PipelineInputs, run_pipeline
     from encoders.tables.files import read_table, scan_parts
 
     config = _pipeline_config(flags)
@@ -174,29 +173,37 @@ def command(
     if rows is not None:
         known = rows.select("entity_type", pl.col("id").alias("entity_id"))
     inputs = PipelineInputs(log=logs, boards=boards or None, known=known)
+
+    def check(work: Path, summary: dict[str, Any]) -> None:
+        engaged = [
+            work / path.relative_to(out) if path.is_relative_to(out) else path
+            for path in flags["engaged"]
+        ]
+        dropped = check_pairs(work, engaged, flags["drop_leaks"], flags["keep_seen"])
+        if dropped:
+            counts = summary["counts"]
+            counts[f"dropped: heldout pairs visible through {_names(flags['engaged'])}"] = dropped
+            counts["pairs"] -= dropped
+            summary["table_1"] = pairs_table(scan_parts(work / "pairs")).to_dicts()
+        if rows is not None:
+            _write_catalogue(rows, work, summary)
+        _write_frequent_queries(work)
+
     overwrite = flags["overwrite"]
     with stage("pairs"):
         if flags["ray_address"]:
             from encoders.logs.ray_pipeline import run_ray_pipeline
 
-            address = flags["ray_address"]
-            summary = run_ray_pipeline(inputs, out, config, address=address, overwrite=overwrite)
+            summary = run_ray_pipeline(
+                inputs,
+                out,
+                config,
+                address=flags["ray_address"],
+                overwrite=overwrite,
+                check=check,
+            )
         else:
-            summary = run_pipeline(inputs, out, config, overwrite=overwrite)
-        try:
-            dropped = check_pairs(out, flags["engaged"], flags["drop_leaks"], flags["keep_seen"])
-        except LeakError:
-            shutil.rmtree(out)  # a folder that is there has passed the check
-            raise
-        if dropped:
-            counts = summary["counts"]
-            counts[f"dropped: heldout pairs visible through {_names(flags['engaged'])}"] = dropped
-            counts["pairs"] -= dropped
-            summary["table_1"] = pairs_table(scan_parts(out / "pairs")).to_dicts()
-        if rows is not None:
-            _write_catalogue(rows, out, summary)
-        _write_frequent_queries(out)
-        write_summary(summary, out)
+            summary = run_pipeline(inputs, out, config, overwrite=overwrite, check=check)
     if as_json:
         print_json(summary)
     else:

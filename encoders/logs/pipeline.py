@@ -11,7 +11,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -28,6 +28,7 @@ from encoders.enrichment.board_titles import (
 )
 from encoders.enrichment.engaged_queries import EngagedQueriesConfig, engaged_queries
 from encoders.errors import ConfigError
+from encoders.file_modes import replace_folder
 from encoders.logs.events import BATCH_ROWS, EVENT_SCHEMA, EngagementRules, read_events
 from encoders.logs.pairs import (
     PairsConfig,
@@ -131,8 +132,17 @@ def partition_of(partitions: int) -> pl.Expr:
     return (pl.col("entity_id").hash(seed=17) % partitions).cast(pl.Int32)
 
 
+Check = Callable[[Path, dict[str, Any]], None]
+"""Called with the finished folder and its summary, before the folder is moved into place."""
+
+
 def run_pipeline(
-    inputs: PipelineInputs, out: Path, config: PipelineConfig, *, overwrite: bool = False
+    inputs: PipelineInputs,
+    out: Path,
+    config: PipelineConfig,
+    *,
+    overwrite: bool = False,
+    check: Check | None = None,
 ) -> dict[str, Any]:
     """Turn a log and boards into pairs, engaged queries and board titles.
 
@@ -142,6 +152,7 @@ def run_pipeline(
             ``summary.json``; it appears when everything in it is complete.
         config: Settings.
         overwrite: Replace ``out`` if it is there.
+        check: May add to the folder and the summary; where it raises, ``out`` stays as it is.
 
     Returns:
         The summary: windows, counts of everything kept and dropped, table 1.
@@ -151,11 +162,11 @@ def run_pipeline(
         DataError: See ``events.read_events``.
     """
     with unfinished_output(out, overwrite) as work:
-        return _run(inputs, work, out, config)
+        return finish_output(work, out, _run(inputs, work, config), check)
 
 
-def _run(inputs: PipelineInputs, work: Path, out: Path, config: PipelineConfig) -> dict[str, Any]:
-    """Do what ``run_pipeline`` does, in the folder ``work``."""
+def _run(inputs: PipelineInputs, work: Path, config: PipelineConfig) -> RunFacts:
+    """Write the tables of a run to the folder ``work``."""
     partitions = config.partitions or max(1, math.ceil(log_rows(inputs.log) / PARTITION_ROWS))
     spill = Spill(work / "spill", partitions)
     bad_rows: Counter[str] = Counter()
@@ -183,10 +194,9 @@ def _run(inputs: PipelineInputs, work: Path, out: Path, config: PipelineConfig) 
     titles = 0
     if inputs.boards is not None:
         titles = _write_board_titles(inputs.boards, work, config, partitions, bad_rows)
-    facts = RunFacts(
+    return RunFacts(
         split=split, partitions=partitions, counts=counts, bad_rows=bad_rows, board_titles=titles
     )
-    return finish_output(work, out, facts)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -325,8 +335,8 @@ def unfinished_output(out: Path, overwrite: bool) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def finish_output(work: Path, out: Path, facts: RunFacts) -> dict[str, Any]:
-    """Write the summary, then move the finished folder into place; returns the summary."""
+def finish_output(work: Path, out: Path, facts: RunFacts, check: Check | None) -> dict[str, Any]:
+    """Check, write the summary, then move the finished folder into place; returns the summary."""
     for spilled in ("spill", "spill-boards"):
         shutil.rmtree(work / spilled, ignore_errors=True)
     engaged = scan_parts(work / "engaged_queries")
@@ -339,15 +349,10 @@ def finish_output(work: Path, out: Path, facts: RunFacts) -> dict[str, Any]:
         "partitions": facts.partitions,
         "table_1": pairs_table(scan_parts(work / "pairs")).to_dicts(),
     }
-    write_summary(summary, work)
-    if out.exists():
-        shutil.rmtree(out)
-    work.rename(out)
-    return summary
-
-
-def write_summary(summary: dict[str, Any], folder: Path) -> None:
-    """Write ``folder/summary.json``."""
-    (folder / "summary.json").write_text(
+    if check is not None:
+        check(work, summary)
+    (work / "summary.json").write_text(
         json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
     )
+    replace_folder(work, out)
+    return summary

@@ -29,6 +29,7 @@ from encoders.errors import DataError, MissingDependency
 from encoders.logs.events import EVENT_SCHEMA, batch_starts, engaged_events, raw_batches
 from encoders.logs.pipeline import (
     PARTITION_ROWS,
+    Check,
     PipelineConfig,
     PipelineInputs,
     RunFacts,
@@ -57,6 +58,7 @@ def run_ray_pipeline(
     *,
     address: str,
     overwrite: bool = False,
+    check: Check | None = None,
 ) -> dict[str, Any]:
     """Do what ``pipeline.run_pipeline`` does, on a Ray cluster.
 
@@ -68,6 +70,7 @@ def run_ray_pipeline(
         address: Address of a running cluster (``host:port``, ``auto``), or ``local`` to start one
             here.
         overwrite: Replace ``out`` if it is there.
+        check: See ``pipeline.run_pipeline``.
 
     Returns:
         The summary.
@@ -79,13 +82,11 @@ def run_ray_pipeline(
     """
     ray = connect(address)
     with unfinished_output(out, overwrite) as work:
-        return _run(ray, inputs, work, out, config)
+        return finish_output(work, out, _run(ray, inputs, work, config), check)
 
 
-def _run(
-    ray: Any, inputs: PipelineInputs, work: Path, out: Path, config: PipelineConfig
-) -> dict[str, Any]:
-    """Do what ``run_ray_pipeline`` does, in the folder ``work``."""
+def _run(ray: Any, inputs: PipelineInputs, work: Path, config: PipelineConfig) -> RunFacts:
+    """Write the tables of a run to the folder ``work``."""
     cores = int(ray.cluster_resources().get("CPU", 1))
     partitions = config.partitions or max(cores, math.ceil(log_rows(inputs.log) / PARTITION_ROWS))
     now = config.now or datetime.now(UTC)
@@ -122,10 +123,9 @@ def _run(
     if inputs.boards is not None:
         frames = read_boards(inputs.boards, config, bad_rows)
         titles = _ray_board_titles(ray, frames, work, config, partitions)
-    facts = RunFacts(
+    return RunFacts(
         split=split, partitions=partitions, counts=counts, bad_rows=bad_rows, board_titles=titles
     )
-    return finish_output(work, out, facts)
 
 
 def connect(address: str) -> Any:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -32,7 +31,7 @@ import numpy as np
 import polars as pl
 
 from encoders.errors import BundleError, DataError
-from encoders.file_modes import follow_umask
+from encoders.file_modes import follow_umask, replace_folder
 from encoders.towers.entity_tower import EntityEncoder
 from encoders.towers.query_tower import QueryEncoder
 
@@ -164,7 +163,7 @@ def save_bundle(
         (staging / "README.md").write_text(_model_card(config, metrics or {}), encoding="utf-8")
         (staging / "forms").mkdir()
         follow_umask(staging)
-        _replace_folder(staging, path)
+        replace_folder(staging, path)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -272,17 +271,6 @@ def compute_space_id(path: Path) -> str:
                 content = hashlib.file_digest(stream, "sha256").hexdigest()
             digest.update(f"{file.relative_to(path).as_posix()} {content}\n".encode())
     return digest.hexdigest()
-
-
-def _replace_folder(staging: Path, path: Path) -> None:
-    """Rename ``staging`` to ``path``; an existing folder is moved aside first and removed last."""
-    if path.exists():
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
-        os.rename(path, aside / "bundle")
-        os.rename(staging, path)
-        shutil.rmtree(aside)
-    else:
-        os.rename(staging, path)
 
 
 def _model_card(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:

@@ -17,7 +17,8 @@ import pytest
 from click.testing import CliRunner
 
 from encoders.commands.console import handle_errors, say, system_error
-from encoders.interruption import StopRequest, Terminated
+from encoders.commands.lazy_group import LazyGroup
+from encoders.interruption import StopRequest, Terminated, end_process
 
 FULL = OSError(errno.ENOSPC, "No space left on device", "/data/x.parquet")
 
@@ -82,6 +83,25 @@ def test_command_signals_have_their_exit_codes(error: BaseException, code: int, 
     found, shown = ended_by(error)
     assert found == code
     assert word in shown
+
+
+def stopped() -> None:
+    signal.raise_signal(signal.SIGTERM)
+
+
+stopped_command = click.command()(handle_errors(stopped))
+
+
+def test_command_sigterm_as_process_1_cleans_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel ignores SIGTERM there without a handler, so the group sets one."""
+    monkeypatch.setattr("encoders.commands.lazy_group.os.getpid", lambda: 1)
+    group = LazyGroup({"stopped": (f"{__name__}:stopped_command", "")})
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert CliRunner().invoke(group, ["stopped"]).exit_code == 143
+    finally:
+        assert signal.getsignal(signal.SIGTERM) is end_process
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_command_quiet_prints_errors_alone() -> None:

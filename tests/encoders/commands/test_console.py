@@ -33,6 +33,17 @@ def test_command_library_info_line_is_on_stderr_as_it_is() -> None:
     assert (result.stdout, result.stderr) == ("", "step 1/2 [50%]\n")
 
 
+def test_command_quiet_shows_warnings_and_errors_of_the_log() -> None:
+    def log_lines() -> None:
+        log = logging.getLogger("encoders.training.loop")
+        log.info("step 1/2")
+        log.warning("loss is NaN")
+        log.error("gave up")
+
+    result = CliRunner().invoke(command_that(log_lines), ["--quiet"])
+    assert result.stderr == "loss is NaN\ngave up\n"
+
+
 def test_command_within_command_line_is_printed_once() -> None:
     def inner() -> None:
         logging.getLogger("benchmarks.index.ann").info("one line")

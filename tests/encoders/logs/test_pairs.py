@@ -406,6 +406,27 @@ def test_command_on_a_leak_fails_and_leaves_nothing(log_file: Path, tmp_path: Pa
     )
 
 
+def test_command_on_a_leak_leaves_the_old_folder(log_file: Path, tmp_path: Path) -> None:
+    features = pl.DataFrame({"entity_type": ["pin"], "entity_id": ["p9"], "query": ["Q0"]})
+    write_table(features, tmp_path / "f.parquet")
+    out = tmp_path / "o"
+    arguments = ["--log", str(log_file), "--out", str(out)]
+    assert CliRunner().invoke(command, arguments).exit_code == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    again = [*arguments, "--overwrite", "--engaged", str(tmp_path / "f.parquet")]
+    assert CliRunner().invoke(command, again).exit_code == 1
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    assert sorted(tmp_path.glob(".*")) == []
+    assert CliRunner().invoke(command, [*again, "--drop-leaks"]).exit_code == 0
+    own = [
+        *arguments,
+        "--overwrite",
+        "--engaged",
+        str(out / "engaged_queries" / "part-00000.parquet"),
+    ]
+    assert CliRunner().invoke(command, own).exit_code == 0
+
+
 def test_command_bad_rows_of_boards_are_counted(log_file: Path, tmp_path: Path) -> None:
     (tmp_path / "b.csv").write_text("board_id,title,entity_id\n1,red shoes,p1\n,blue hats,p2\n")
     arguments = [

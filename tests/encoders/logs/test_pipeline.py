@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -15,6 +16,7 @@ from click.testing import CliRunner
 from encoders.commands import pairs as pairs_command
 from encoders.commands.data import group
 from encoders.errors import ConfigError, DataError, RowError
+from encoders.file_modes import replace_folder
 from encoders.logs.pairs import PairsConfig, find_leaks
 from encoders.logs.pipeline import PipelineConfig, PipelineInputs, run_pipeline
 from encoders.logs.simulator import SimulatorConfig, simulate_boards, simulate_log, write_simulation
@@ -171,6 +173,49 @@ def test_pipeline_failed_run_leaves_the_old_result(
     with pytest.raises(RowError, match="NUL"):
         run_pipeline(PipelineInputs(log=tmp_path / "bad.parquet"), out, config, overwrite=True)
     assert json.loads((out / "summary.json").read_text())["counts"]["pairs"] == 0
+
+
+def test_pipeline_interrupted_in_its_check_leaves_the_old_result(tmp_path: Path) -> None:
+    write_table(LOG.empty(), tmp_path / "log.parquet")
+    inputs, out = PipelineInputs(log=tmp_path / "log.parquet"), tmp_path / "out"
+    run_pipeline(inputs, out, PipelineConfig())
+    before = (out / "summary.json").stat()
+
+    def interrupted(work: Path, summary: dict) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(inputs, out, PipelineConfig(), overwrite=True, check=interrupted)
+    assert (out / "summary.json").stat() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.parquet", "out"]
+
+
+@pytest.mark.parametrize("interrupted", ["first", "second"])
+def test_replace_folder_interrupted_keeps_the_old_folder(
+    interrupted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = tmp_path / "out", tmp_path / "new"
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "name").write_text(folder.name)
+    renames = []
+    rename = os.rename
+
+    def interrupting(source: Path, target: Path) -> None:
+        renames.append(source)
+        if len(renames) == {"first": 1, "second": 2}[interrupted]:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        replace_folder(new, old)
+    assert (old / "name").read_text() == "out"
+    assert (new / "name").read_text() == "new"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "out"]
+    replace_folder(new, old)
+    assert (old / "name").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.slow

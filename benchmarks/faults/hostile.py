@@ -95,6 +95,8 @@ def attack_beside(
         peak = max(peak, server.rss_mib())
     time.sleep(0.2)
     good.close()
+    if attacker.exitcode:
+        raise RuntimeError(f"{attack.name}: the attacker ended with exit code {attacker.exitcode}")
     slowest = max(good.milliseconds)
     growth = max(peak, server.rss_mib()) - before
     ordered = sorted(good.milliseconds)

@@ -30,7 +30,7 @@ from encoders.commands.console import (
     stage,
 )
 from encoders.datasets.dataset import load_sample
-from encoders.towers.query_tower import create_query_encoder
+from encoders.towers.pretrained_models import create_query_encoder
 from index_builder.ann import AnnConfig
 from index_builder.live_log.records import LiveEntry
 from index_builder.search.calibration import TIE

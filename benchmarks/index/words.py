@@ -1,7 +1,7 @@
 """``omni bench words``: time, size and exactness of the index of words on real texts.
 
 The texts are the distinct query strings, titles and descriptions of the larger data; the queries
-are those of its held-out pairs, which are among no texts.
+are of the dev half of its held-out pairs, which are among no texts.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from encoders.commands.console import (
     stage,
 )
 from encoders.datasets.dataset import Dataset, load_dataset
+from encoders.datasets.halves import DEV
 from index_builder.lexical.lexical_index import LexicalHits, LexicalIndex
 from index_builder.lexical.scan import BUDGET, ScanRequest
 
@@ -135,7 +136,7 @@ def command(
     """
     dataset = load_dataset(data_dir, engaged_queries=0)
     texts = texts_of(dataset, limit)
-    heldout = dataset.split("heldout")["query"].unique(maintain_order=True)
+    heldout = dataset.split(DEV)["query"].unique(maintain_order=True)
     queries = heldout.sample(min(asked, len(heldout)), seed=1).to_list()
     found = measure(texts, queries)
     path = write_record(

@@ -27,6 +27,7 @@ from encoders.commands.console import (
     stage,
 )
 from encoders.datasets.dataset import Dataset, load_sample, with_engaged_queries
+from encoders.datasets.halves import DEV
 from encoders.evaluation.baselines import cached, default_cache, unit_rows, use_encoder
 from encoders.evaluation.metrics import QuerySums, paired_difference
 from encoders.text.entity_texts import entity_texts
@@ -170,7 +171,7 @@ def hits(cases: Cases, weights: Sequence[float]) -> np.ndarray:
 
 
 def compare(cases: Cases, fusion: Fusion, languages: Sequence[str]) -> dict[str, Any]:
-    """Measure each leg and the fused answer on held-out pairs."""
+    """Measure each leg and the fused answer on the dev half of the held-out pairs."""
     weights = dict(zip(LEGS, np.eye(len(LEGS)).tolist(), strict=True)) | {"fused": fusion.weights}
     counted = {name: hits(cases, weights[name]) for name in _SYSTEMS}
     total = cases.positives.sum()
@@ -217,7 +218,7 @@ def time_answers(
 
 
 def measure(dataset: Dataset, tower: Tower, words_queries: int) -> dict[str, Any]:
-    """Fit on held-back queries, then measure on held-out pairs."""
+    """Fit on held-back queries, then measure on the dev half of the held-out pairs."""
     legs = build_legs(dataset, tower, words_queries)
     calibration = {}
     for entity_type, index in legs.items():
@@ -229,9 +230,9 @@ def measure(dataset: Dataset, tower: Tower, words_queries: int) -> dict[str, Any
     found: dict[str, Any] = {}
     for entity_type, index in legs.items():
         pooled = calibration[POOLED[entity_type]].cases if entity_type in POOLED else []
-        with stage(f"{entity_type}: fit, then the held-out queries"):
+        with stage(f"{entity_type}: fit, then the dev half of the held-out queries"):
             fusion = fit_fusion(calibration[entity_type].cases, "held-back train queries", pooled)
-            test = asked(dataset, entity_type, "heldout", index.entities)
+            test = asked(dataset, entity_type, DEV, index.entities)
             vectors = tower.queries(test.queries)
             queries = [index.query(*each) for each in zip(test.queries, vectors, strict=True)]
             cases = score(index, queries, test.relevant)
@@ -275,7 +276,7 @@ def command(bundle: Path | None, words_queries: int, name: str, out: Path, as_js
 
     The towers are BUNDLE's, else multilingual USE on both sides. The pairs are human annotations
     standing in for engagement, not clicks. Weights are fitted on train queries that no leg has
-    seen; held-out pairs are measured once.
+    seen; the dev half of the held-out pairs is measured once.
 
     Example: omni bench fusion
     """
@@ -294,7 +295,7 @@ def command(bundle: Path | None, words_queries: int, name: str, out: Path, as_js
                 "pooled": POOLED,
             },
             protocol={
-                "metric": "labelled Recall@10 of held-out pairs within the entity type",
+                "metric": "labelled Recall@10 of held-out (dev) pairs within the entity type",
                 "interval": "paired bootstrap over queries, 95%",
                 "clock": "process CPU time, one query at a time",
             },
@@ -328,7 +329,7 @@ def _print(found: dict[str, Any]) -> None:
             ]
         )
     print_table(
-        "Labelled Recall@10 on held-out pairs (annotations, not clicks)",
+        "Labelled Recall@10 on held-out (dev) pairs (annotations, not clicks)",
         [
             "entity type",
             "pairs",

@@ -18,9 +18,16 @@ from index_builder.fusion.votes import NEIGHBOURS, VOTES_FILE, Votes, VoteShares
 from index_builder.fusion.weights import FUSION_FILE, LEGS, Fusion
 from index_builder.lexical.lexical_index import LexicalQuery
 from index_builder.lexical.scan import BUDGET, ScanRequest
-from index_builder.search.entity_index import EntityIndex, SearchOptions, SearchResult
+from index_builder.search.entity_index import (
+    SCORE_ERROR,
+    EntityIndex,
+    SearchOptions,
+    SearchResult,
+)
 from index_builder.search.live_segments import LiveSegment, LiveView
+from index_builder.search.plans import in_range
 from index_builder.search.request import FusedScores
+from index_builder.storage.corpus import unit_vector
 
 DEPTH = 100
 """Candidates of each leg; k where that is more."""
@@ -95,13 +102,14 @@ class FusedIndex:
         return cls(entities, queries, votes, fusion)
 
     def query(self, text: str, vector: np.ndarray, *, exact: bool = False) -> FusedQuery:
-        """Find the known queries near a query; every entity type of a release can use the answer.
+        """Make a query of one entity type: its vector made unit, the known queries near it.
 
         Args:
             text: The query; empty where only its vector is known.
-            vector: float32 ``(D,)``, unit norm.
+            vector: float32 ``(D,)``, of norm 1 up to ``NORM_TOLERANCE``.
             exact: Score every known query.
         """
+        vector = unit_vector(vector)
         if self.queries is None or self.votes is None or not len(self.queries.ids):
             return FusedQuery(text, vector, np.zeros(0, np.int64), np.zeros(0, np.float32))
         # Known queries are those of the release: votes are counted by its rows
@@ -140,7 +148,7 @@ class FusedIndex:
         order = np.lexsort((found.rows, found.places, -fused))
         min_score = options.get("min_score")
         if min_score is not None:
-            order = order[found.scores[order, 0] >= min_score]
+            order = order[found.scores[order, 0] >= min_score - SCORE_ERROR]
         order = order[:k]
         curve = NO_CURVE if self.fusion is None or weights is not None else self.fusion.probability
         probabilities = curve.of(fused[order]) if curve else None
@@ -151,12 +159,15 @@ class FusedIndex:
             if there and weight
         )
         legs = found.scores[order]
+        cosines = legs[:, 0]
+        if min_score is not None:  # what rounding alone put below it is given the score asked for
+            cosines = np.maximum(cosines, np.float32(min(min_score, 1.0)))
         return SearchResult(
             ids=self._ids(found, order),
-            scores=legs[:, 0],
+            scores=cosines,
             plan="fused",
             ef=0,
-            estimated_recall=1.0 if options.get("exact") else None,
+            estimated_recall=None,
             selectivity=found.selectivity,
             fused=FusedScores(fused[order], legs, used, probabilities),
         )
@@ -170,10 +181,12 @@ class FusedIndex:
         dense_options.pop("min_score", None)
         dense = self.entities.search(query.vector, depth, **dense_options)
         places, rows = self._locate(dense.ids, live)
-        parts = [self._of_base(query, rows[places == BASE], depth, dense_options)]
+        words = self._words(query)
+        parts = [self._of_base(query, words, rows[places == BASE], depth, dense_options)]
         segments = () if live is None else live.segments
         for number, segment in enumerate(segments):
-            found = self._of_segment(query, segment, rows[places == number], depth, dense_options)
+            dense_rows = rows[places == number]
+            found = self._of_segment(query, words, segment, dense_rows, depth, dense_options)
             parts.append(found)
         numbers = np.repeat(
             np.arange(BASE, len(segments), dtype=np.int32), [len(rows) for rows, _ in parts]
@@ -195,10 +208,18 @@ class FusedIndex:
                 if place is not None:
                     places[number] = live.segments.index(place[0])
                     rows[number] = place[1]
+        if live is not None and live.hidden_rows is not None:
+            # A writer deleted these after this search began, so that ``find`` missed them
+            places[(places == BASE) & live.hidden_rows[np.maximum(rows, 0)]] = BASE - 1
         return places, rows
 
     def _of_base(
-        self, query: FusedQuery, dense_rows: np.ndarray, depth: int, options: SearchOptions
+        self,
+        query: FusedQuery,
+        words: LexicalQuery | None,
+        dense_rows: np.ndarray,
+        depth: int,
+        options: SearchOptions,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return rows of the base, int64 ascending, and their scores ``(C, 3)``."""
         live = options.get("live")
@@ -209,7 +230,6 @@ class FusedIndex:
             votes = _usable(self.votes.cast(query.neighbours, query.cosines), allowed, hidden)
         best_votes = votes.rows[np.argsort(-votes.shares, kind="stable")[:depth]]
         also = np.unique(np.concatenate([dense_rows.astype(np.uint32), best_votes]))
-        words = self._words(query)
         if words is None:
             rows, lexical = also, np.zeros(len(also), np.float32)
         else:
@@ -223,7 +243,7 @@ class FusedIndex:
             lexical[places] = np.concatenate([hits.also, hits.scores]) / words.maximum
         scores = np.zeros((len(rows), len(LEGS)), np.float32)
         numbers = rows.astype(np.int64)
-        scores[:, 0] = self.entities.row_vectors(numbers) @ query.vector
+        scores[:, 0] = in_range(self.entities.row_vectors(numbers) @ query.vector)
         scores[:, 1] = lexical
         if len(votes.rows):
             at = np.minimum(votes.rows.searchsorted(rows), len(votes.rows) - 1)
@@ -233,6 +253,7 @@ class FusedIndex:
     def _of_segment(
         self,
         query: FusedQuery,
+        words: LexicalQuery | None,
         segment: LiveSegment,
         dense_rows: np.ndarray,
         depth: int,
@@ -241,7 +262,6 @@ class FusedIndex:
         """Return rows of a live segment, int64, and their scores ``(C, 3)``; they have no votes."""
         rows = dense_rows.astype(np.uint32)
         lexical = np.zeros(len(rows), np.float32)
-        words = self._words(query)
         if words is not None and segment.words is not None:
             allowed = self._living(segment, options)
             hits = segment.words.search(words, ScanRequest(k=depth, also=rows, allowed=allowed))
@@ -249,7 +269,7 @@ class FusedIndex:
             lexical = np.zeros(len(rows), np.float32)
             lexical[places] = np.concatenate([hits.also, hits.scores]) / words.maximum
         scores = np.zeros((len(rows), len(LEGS)), np.float32)
-        scores[:, 0] = segment.vectors[rows] @ query.vector
+        scores[:, 0] = in_range(segment.vectors[rows] @ query.vector)
         scores[:, 1] = lexical
         return rows.astype(np.int64), scores
 

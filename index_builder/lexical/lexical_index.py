@@ -48,7 +48,8 @@ class LexicalConfig:
             **{f"weight of {name}": weight for name, weight in self.field_weights.items()},
         }
         for name, number in numbers.items():
-            most = 1.0 if name == "b" else 100.0
+            # Sums of a query stay below 2**32 (``scan.py``)
+            most = {"b": 1.0, "gram_weight": 2.0}.get(name, 100.0)
             least = 0.0 if name == "b" else 0.001
             if not least <= number <= most:
                 raise ConfigError(

@@ -93,22 +93,22 @@ class Postings:
 
     @classmethod
     def build(cls, found: TermCounts, bm25: Bm25, average_length: float) -> Postings:
-        """Weigh counted terms.
-
-        Raises:
-            IndexBuildError: More postings than 32 bits can number.
-        """
-        if len(found.keys) >= 1 << 32:
-            raise IndexBuildError(
-                f"the texts have {len(found.keys):,} postings, but an index of words holds fewer"
-                " than 2**32. Leave a long text field out, or cap its length."
-            )
+        """Weigh counted terms. Raises as ``of_terms``."""
         weights = bm25.weights(found.counts, found.lengths[found.rows], average_length)
         return cls.of_terms(found.keys, found.rows, weights, len(found.lengths))
 
     @classmethod
     def of_terms(cls, keys: UInt64, rows: np.ndarray, weights: np.ndarray, count: int) -> Postings:
-        """Group postings ``(P,)`` that are ordered by key and then by row."""
+        """Group postings ``(P,)`` that are ordered by key and then by row.
+
+        Raises:
+            IndexBuildError: More postings than 32 bits can number.
+        """
+        if len(keys) >= 1 << 32:
+            raise IndexBuildError(
+                f"the texts have {len(keys):,} postings, but an index of words holds fewer than"
+                " 2**32. Leave a long text field out, or cap its length."
+            )
         starts = np.flatnonzero(np.diff(keys, prepend=~keys[:1]))
         offsets = np.append(starts, len(keys)).astype(np.uint32)
         best = np.maximum.reduceat(weights, starts) if len(starts) else np.zeros(0, np.uint8)

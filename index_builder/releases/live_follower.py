@@ -85,7 +85,7 @@ class LiveFollower:
                 except (LiveLogError, OSError) as error:
                     failure = error
                     continue
-                if entries:
+                if entries or state.is_behind:
                     count += len(entries)
                     state.apply(entries)
                     self._last_write[entity_type] = now

@@ -66,7 +66,7 @@ class Calibration:
         points: By ascending ef.
         deep_k: A second depth, for requests with larger k.
         deep_points: The same at ``deep_k``; may be empty.
-        exact_latency_us: Median time of an exact scan, microseconds.
+        exact_latency_us: Mean time of an exact scan, microseconds.
         families: Kinds of filters that the following three were measured under, each at several
             selectivities, the worst of all at each point (see ``filter_calibration``). Empty where
             they were not: an early release has ``sketch_points`` of another measure.

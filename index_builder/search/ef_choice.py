@@ -100,8 +100,9 @@ class SearchSettings:
         curve = self._calibration
         if ef is not None:
             ef = max(ef, k)
-            measured = curve is not None and ef >= curve.points[0].ef
-            recall = curve.recall_at(ef, k) if curve is not None and measured else None
+            recall = None
+            if curve is not None and _is_measured(curve, ef, k):
+                recall = curve.recall_at(ef, k)
             hidden = curve.hidden_recall_at(ef, k) if curve is not None else None
             return PlainSettings(ef, recall, ef, hidden, recall or target)
         if curve is None:
@@ -152,3 +153,9 @@ class SearchSettings:
         else:
             sketches = max(_UNCALIBRATED_SKETCHES, self._nodes // 32, 64 * k)
         return FilterSettings(sketches, None, plain.ef or max(_UNCALIBRATED_EF, 2 * k), None)
+
+
+def _is_measured(curve: Calibration, ef: int, k: int) -> bool:
+    """Return whether the curve of a depth reaches down to ``ef``."""
+    points = curve.points if k <= curve.k or not curve.deep_points else curve.deep_points
+    return ef >= points[0].ef

@@ -53,7 +53,7 @@ __all__ = [
 
 _UNIT_ERROR = 1e-6
 """Queries whose squared norm is nearer to 1 are searched as they are."""
-_SCORE_ERROR = 2e-6
+SCORE_ERROR = 2e-6
 """What rounding may change in a score."""
 _EXACT = PlainSettings(0, 1.0, 0, 1.0, 1.0, must_reach=True)
 _ALL_ROWS = AllowedRows()
@@ -562,6 +562,6 @@ def _at_least(hits: BaseHits, min_score: float) -> BaseHits:
     A vector's product with itself may come out as 0.9999998: what is kept for being so close is
     given the score asked for.
     """
-    keep = int(np.count_nonzero(hits.scores >= min_score - _SCORE_ERROR))
+    keep = int(np.count_nonzero(hits.scores >= min_score - SCORE_ERROR))
     scores = np.maximum(hits.scores[:keep], np.float32(min(min_score, 1.0)))
     return hits._replace(ids=hits.ids[:keep], scores=scores)

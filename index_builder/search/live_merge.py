@@ -60,7 +60,12 @@ def merge_live(
         if not leaked:
             return _merged(hits, ids, scores, live.segments, conditions.exact)
         # A writer deleted these after this search began, so that ``find`` missed them
-        dead += [place for place in map(live.search_for, leaked) if place is not None]
+        dead += [
+            (segment, int(row))
+            for segment in live.segments
+            for row in np.flatnonzero(segment.alive)
+            if segment.ids[int(row)] in leaked
+        ]
 
 
 def _allowed(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -232,7 +233,10 @@ class LiveView:
     def search_for(self, id: str) -> tuple[LiveSegment, int] | None:
         """Find an id by looking at every living entry, right also while it is being deleted."""
         for segment in self.segments:
-            for row in np.flatnonzero(segment.alive):
-                if segment.ids[int(row)] == id:
-                    return segment, int(row)
+            row = -1
+            with suppress(ValueError):  # of ``index``: no further one
+                while True:
+                    row = segment.ids.index(id, row + 1, segment.size)
+                    if segment.alive[row]:
+                        return segment, row
         return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -21,6 +22,7 @@ from index_builder.live_log.records import LiveEntry
 from index_builder.native import live_scan
 from index_builder.search.live_blocks import Block
 from index_builder.search.live_segments import EXACT_LIMIT, LiveSegment, LiveView
+from index_builder.storage.engine_arrays import MAX_DIMENSION
 
 log = logging.getLogger(__name__)
 
@@ -73,10 +75,11 @@ class LiveState:
     ) -> None:
         self._base = base
         self._exact_limit = exact_limit
-        self._scans = scans and live_scan is not None
+        self._scans = scans and live_scan is not None and base.dimension <= MAX_DIMENSION
         self._sequence = base.watermark
         self._tail = self._new_block(exact_limit)
         self._sealed: list[Block] = []
+        self._pending: deque[LiveEntry] = deque()
         self._where: dict[str, tuple[Block, int]] = {}
         self._hidden = np.zeros(base.rows, bool)
         self._hidden_count = 0
@@ -97,16 +100,24 @@ class LiveState:
     def apply(self, entries: Iterable[LiveEntry]) -> LiveView:
         """Apply entries in order and return the new view.
 
-        An entry at or below the current sequence number is skipped.
+        An entry at or below the current sequence number is skipped. Where memory runs out, what
+        is not applied yet waits for the next call.
         """
         with self._lock:
-            for entry in entries:
-                if entry.sequence and entry.sequence <= self._sequence:
-                    continue
-                self._apply(entry)
-                self._sequence = max(self._sequence, entry.sequence)
+            self._pending.extend(entries)
+            while self._pending:
+                entry = self._pending[0]
+                if not entry.sequence or entry.sequence > self._sequence:
+                    self._apply(entry)
+                    self._sequence = max(self._sequence, entry.sequence)
+                self._pending.popleft()
             self._view = self._new_view()
             return self._view
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether an ``apply`` failed before all it was given is visible; the next goes on."""
+        return bool(self._pending) or self._view.sequence < self._sequence
 
     def close(self) -> None:
         """Stop merging segments."""
@@ -128,8 +139,7 @@ class LiveState:
             if self._merging or not _worth_merging(blocks):
                 return False
             if blocks[-1] is self._tail:
-                self._sealed.append(self._tail)
-                self._tail = self._new_block(self._exact_limit)
+                self._replace_tail()
             self._start_merge(blocks)
             if self._executor is None:
                 self._view = self._new_view()
@@ -150,6 +160,8 @@ class LiveState:
         if entry.vector is not None and entry.space_id != self._base.space_id:
             self._foreign.add(entry.id)
             return
+        if entry.vector is not None and self._tail.count >= self._exact_limit:
+            self._seal()  # may lack memory: before anything is hidden
         self._foreign.discard(entry.id)
         # What replaces an entry overwrites its place below: a search that holds the old view must
         # not miss the id meanwhile.
@@ -164,16 +176,17 @@ class LiveState:
         if row is not None and not self._hidden[row]:
             self._hidden[row] = True
             self._hidden_count += 1
-        if entry.vector is None:
-            return
-        if self._tail.count >= self._exact_limit:
-            self._seal()
-        self._where[entry.id] = (self._tail, self._tail.append(entry))
+        if entry.vector is not None:
+            self._where[entry.id] = (self._tail, self._tail.append(entry))
 
     def _seal(self) -> None:
-        self._sealed.append(self._tail)
-        self._tail = self._new_block(self._exact_limit)
+        self._replace_tail()
         self._merge_if_due()
+
+    def _replace_tail(self) -> None:
+        fresh = self._new_block(self._exact_limit)  # first: without memory nothing is changed
+        self._sealed.append(self._tail)
+        self._tail = fresh
 
     def _merge_if_due(self) -> None:
         """Start merging when enough segments of one size class wait; the lock is held."""

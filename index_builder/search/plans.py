@@ -210,7 +210,10 @@ class BaseSearch:
         if matching <= self._scan_rows(sketches) or 2 * k >= matching:
             return self._scan(query, k, selection, hidden)
         passes_many = matching >= GRAPH_SHARE * total
-        if settings.graph_ef is not None and (passes_many or not self._scans_codes):
+        was_measured = passes_many or (
+            not self._scans_codes and matching >= SKETCH_SHARES[-1] * total
+        )
+        if settings.graph_ef is not None and was_measured:
             attempts = 1 if self._scans_codes else GRAPH_ATTEMPTS
             hits = self._widening_graph(query, k, settings, allowed, attempts)
             if len(hits.ids) == k:

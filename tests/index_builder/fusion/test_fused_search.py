@@ -132,6 +132,35 @@ def test_search_min_score_bounds_the_cosine(index: FusedIndex) -> None:
     assert len(result.ids) and (result.scores >= 0.1).all()
 
 
+def test_search_scores_are_those_of_the_dense_leg(index: FusedIndex) -> None:
+    """Also for vectors a little off unit norm, and where rounding takes a score below 1."""
+    for row in range(ROWS):
+        vector = VECTORS[row] * np.float32(1.0008 if row % 2 else 0.9992)
+        options: SearchOptions = {"min_score": 1.0}
+        dense = index.entities.search(vector, 5, **options)
+        fused = index.search(index.query("", vector), 5, options, (1.0, 0.0, 0.0))
+        assert fused.ids == dense.ids == [IDS[row]]
+        assert fused.scores.tolist() == dense.scores.tolist() == [1.0]
+
+
+def test_search_beside_a_delete_does_not_bring_the_replaced_row_back(index: FusedIndex) -> None:
+    base = LiveBase(D, SPACE, index.entities.row_of, rows=ROWS, lexical=index.entities.lexical)
+    state = LiveState(base, background=False)
+    replaced = LiveEntry(id="e3", vector=VECTORS[ROWS + 1], space_id=SPACE, sequence=1)
+    view = state.apply([replaced])
+    state.apply([LiveEntry(id="e3", sequence=2)])  # after the search took its view
+    found = index.search(index.query("", VECTORS[3]), ROWS, {"live": view}, (1.0, 0.0, 0.0))
+    at = {id_: float(score) for id_, score in zip(found.ids, found.scores, strict=True)}
+    assert found.ids.count("e3") <= 1
+    assert at.get("e3", 0.0) < 0.99, "the base's row, which the live entry hides"
+
+
+def test_search_exact_claims_no_recall(index: FusedIndex) -> None:
+    """Candidates are each leg's best: an entity that is second best everywhere may be missed."""
+    query = index.query("red shoe", VECTORS[ROWS])
+    assert index.search(query, 5, {"exact": True}, WEIGHTS).estimated_recall is None
+
+
 def test_search_filter_and_exclusions_hold_for_live_entries(index: FusedIndex) -> None:
     base = LiveBase(D, SPACE, index.entities.row_of, rows=ROWS, lexical=index.entities.lexical)
     state = LiveState(base, background=False)

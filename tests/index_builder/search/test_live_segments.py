@@ -245,6 +245,33 @@ def test_failed_merge_is_shown_and_the_next_one_makes_up_for_it(
     state.close()
 
 
+def test_apply_without_memory_for_a_block_goes_on_with_the_next_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    state, real = make_state(limit=8), LiveState._new_block
+    state.apply([entry(n, n, n + 1) for n in range(8)])
+
+    def no_block(self: LiveState, capacity: int) -> Block:
+        raise MemoryError("no memory for a block")
+
+    monkeypatch.setattr(LiveState, "_new_block", no_block)
+    later = [entry(3, 50, 9), entry(2000, 51, 10)]
+    for _ in range(3):
+        with pytest.raises(MemoryError):
+            state.apply(later)
+        later = []
+        assert state.is_behind
+    assert state.view.find("e3") is not None, "not hidden before its new place is there"
+    monkeypatch.setattr(LiveState, "_new_block", real)
+    view = state.apply([])
+    assert not state.is_behind and view.sequence == 10
+    rows = [id_ for segment in view.segments for id_ in segment.ids[: segment.size]]
+    assert sum(s.alive_count for s in view.segments) == 9 and len(rows) == 10
+    found = view.find("e3")
+    assert found is not None
+    np.testing.assert_array_equal(found[0].vectors[found[1]], VECTORS[50])
+
+
 @pytest.mark.parametrize("clustered", [False, True])
 def test_segment_merge_of_thousands_finds_what_is_due(clustered: bool) -> None:
     """More entries than a tail holds, at a target of 0.99 as at the default: no graph to miss."""

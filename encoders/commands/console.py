@@ -218,10 +218,18 @@ class _SayHandler(logging.Handler):
 def log_lines_on_stderr() -> Iterator[None]:
     """Print the INFO lines of ``LOGGED_PACKAGES`` to stderr, as ``say`` does, inside the block.
 
-    Only commands do this: importing the packages installs no handler.
+    Of other packages warnings are printed. Only commands do this: importing the packages installs
+    no handler.
     """
     handler = _SayHandler()
     levels = {}
+    root = logging.getLogger()
+    others = _SayHandler(logging.WARNING)
+    others.addFilter(lambda record: record.name.partition(".")[0] not in LOGGED_PACKAGES)
+    # A root logger without a handler gets one as soon as a library logs to it (onnxruntime does),
+    # and that one prints every line of ours a second time
+    if not root.handlers:
+        root.addHandler(others)
     for logger in map(logging.getLogger, LOGGED_PACKAGES):
         if not any(isinstance(known, _SayHandler) for known in logger.handlers):
             levels[logger] = logger.level
@@ -231,6 +239,7 @@ def log_lines_on_stderr() -> Iterator[None]:
     try:
         yield
     finally:
+        root.removeHandler(others)
         for logger, level in levels.items():
             logger.removeHandler(handler)
             logger.setLevel(level)

@@ -1,6 +1,8 @@
 """Log lines of the packages reach stderr while a command runs, and only then."""
 
 import logging
+import subprocess
+import sys
 
 import click
 import pytest
@@ -42,6 +44,21 @@ def test_command_quiet_shows_warnings_and_errors_of_the_log() -> None:
 
     result = CliRunner().invoke(command_that(log_lines), ["--quiet"])
     assert result.stderr == "loss is NaN\ngave up\n"
+
+
+def test_command_library_that_logs_to_the_root_does_not_double_lines() -> None:
+    source = (
+        "import logging, click\n"
+        "from encoders.commands.console import handle_errors\n"
+        "@click.command()\n@handle_errors\n"
+        "def command():\n"
+        "    logging.warning('of another package')\n"
+        "    logging.getLogger('other.part').info('not shown')\n"
+        "    logging.getLogger('encoders.part').info('of ours')\n"
+        "command()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "of another package\nof ours\n")
 
 
 def test_command_within_command_line_is_printed_once() -> None:

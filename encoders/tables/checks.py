@@ -225,7 +225,6 @@ def check_frame(
     *,
     now: datetime | None = None,
     examples: int = 3,
-    first_row: int = 1,
 ) -> Checked:
     """Check and convert a table as it was read to what its schema says.
 
@@ -236,7 +235,6 @@ def check_frame(
         source: File name for messages.
         now: Time that "in the future" is measured from; None: the clock.
         examples: How many rows to name per broken rule.
-        first_row: Number of the first row, for tables read in parts.
 
     Returns:
         Typed rows (ids and queries in Unicode form NFC; nulls filled by the schema's defaults), the
@@ -261,7 +259,7 @@ def check_frame(
         for name, known in near.items()
     ]
     if ROW not in frame.columns:
-        frame = frame.with_row_index(ROW, offset=first_row)
+        frame = frame.with_row_index(ROW, offset=1)
     checker = _Checker(frame, report, examples)
     original = frame.drop(MALFORMED, strict=False)
     frame = checker.set_aside(frame)
@@ -516,9 +514,12 @@ def _bracketed(text: str) -> list[str]:
 
 def _braced(text: str) -> list[str]:
     """Read ``{red,"light blue"}``, as Postgres writes arrays."""
-    (items,) = (
-        csv.reader([text[1:-1]], escapechar="\\", doublequote=False) if text != "{}" else [[]]
-    )
+    if text == "{}":
+        return []
+    try:
+        (items,) = csv.reader([text[1:-1]], escapechar="\\", doublequote=False)
+    except csv.Error:
+        return _NO_LIST
     return [item for item in items if item and item != "NULL"]
 
 

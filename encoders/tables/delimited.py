@@ -90,7 +90,7 @@ class _Reader:
 
     def read(self, block: bytes, final: bool) -> pl.DataFrame:
         """Parse the rows that end in a block."""
-        text = self.dialect.hide_escapes(self._rest + block)
+        text = self.dialect.hide_escapes(self._rest + block, final)
         if final:
             text = text.rstrip(b"\x1a")  # MS-DOS ends texts so
         rows = find_rows(text, self.dialect, self.names, final)

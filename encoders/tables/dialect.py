@@ -34,7 +34,7 @@ _NO_NUMBERS = frozenset(
     for column in table.columns
     if column.kind not in (Kind.NUMBER, Kind.INTEGER)
 )
-_NUMBER = r"^[+-]?([0-9]+|[0-9]{1,3}(\.[0-9]{3})+)(,[0-9]+)?$"
+_NUMBER = r"^[+-]?([0-9]+|[1-9][0-9]{0,2}(\.[0-9]{3})+)(,[0-9]+)?$"
 _POSTGRES_NULL = re.compile(rb"(?<![^\t\r\n])\\N(?![^\t\r\n])")
 
 
@@ -82,7 +82,7 @@ def find_layout(
     rest = block[start:]
     chosen: tuple[Dialect, tuple[str, ...]] | None = None
     for dialect in _candidates(rest, found, suffix, options):
-        names = _header_names(line, dialect)
+        names = _header_names(line, dialect, source)
         if chosen is None:
             chosen = dialect, names
         if _reads_all(rest, dialect, names, final):
@@ -161,14 +161,20 @@ def _candidates(rest: bytes, separator: str, suffix: str, options: ReadingOption
     ]
 
 
-def _header_names(line: bytes, dialect: Dialect) -> tuple[str, ...]:
-    (cells,) = csv.reader(
-        [line.decode("utf-8")],
-        delimiter=dialect.separator.decode("latin-1"),
-        quotechar=dialect.quote.decode() or None,
-        quoting=csv.QUOTE_MINIMAL if dialect.quote else csv.QUOTE_NONE,
-        skipinitialspace=True,
-    )
+def _header_names(line: bytes, dialect: Dialect, source: str) -> tuple[str, ...]:
+    try:
+        (cells,) = csv.reader(
+            [line.decode("utf-8")],
+            delimiter=dialect.separator.decode("latin-1"),
+            quotechar=dialect.quote.decode() or None,
+            quoting=csv.QUOTE_MINIMAL if dialect.quote else csv.QUOTE_NONE,
+            skipinitialspace=True,
+        )
+    except csv.Error as error:
+        raise SchemaError(
+            f"{source}: expected names of columns in the first line, got {line[:80]!r} ({error})."
+            " Is there a header?"
+        ) from error
     names = [cell.strip() for cell in cells]
     if names[0].startswith("#"):
         names[0] = names[0][1:].strip()
@@ -177,7 +183,7 @@ def _header_names(line: bytes, dialect: Dialect) -> tuple[str, ...]:
 
 def _reads_all(rest: bytes, dialect: Dialect, names: Sequence[str], final: bool) -> bool:
     """Tell whether every row of the block has as many cells as the header under a dialect."""
-    hidden = dialect.hide_escapes(rest)
+    hidden = dialect.hide_escapes(rest, final)
     if not dialect.quote and not dialect.quote_given and _has_quoted_cells(hidden, dialect):
         return False
     if dialect.quote == b"'" and not _has_quoted_cells(hidden, dialect):
@@ -208,7 +214,7 @@ def _quoting_notes(dialect: Dialect, options: ReadingOptions) -> list[str]:
 
 def _check_header(names: Sequence[str], line: bytes, dialect: Dialect, source: str) -> None:
     """Refuse a header that names a column twice or has an open quotation mark."""
-    header = find_rows(dialect.hide_escapes(line), dialect, names, True)
+    header = find_rows(dialect.hide_escapes(line, True), dialect, names, True)
     if header.malformed:
         raise SchemaError(
             f"{source}: the header holds a quotation mark that is not closed: {line[:80]!r}. Remove"
@@ -232,11 +238,9 @@ def decimal_comma_columns(frame: pl.DataFrame) -> list[str]:
 
 
 def read_decimal_commas(frame: pl.DataFrame, columns: Sequence[str]) -> pl.DataFrame:
-    """Write the numbers of columns with a point, where they have a comma."""
+    """Write the numbers of columns with a decimal point, and without points between thousands."""
     number = pl.col(*columns).str.strip_chars()
     changed = number.str.replace_all(".", "", literal=True).str.replace(",", ".", literal=True)
     return frame.with_columns(
-        pl.when(number.str.contains(_NUMBER) & number.str.contains(",", literal=True))
-        .then(changed)
-        .otherwise(pl.col(*columns))
+        pl.when(number.str.contains(_NUMBER)).then(changed).otherwise(pl.col(*columns))
     )

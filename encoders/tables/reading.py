@@ -78,8 +78,8 @@ def _format_chunks(
     if file.format == ".parquet":
         wanted = columns
         if columns is not None and options.rename:
-            old_names = {new: old for old, new in options.rename.items()}
-            wanted = {*columns, *(old_names[name] for name in columns if name in old_names)}
+            old_names = [old for old, new in options.rename.items() if new in columns]
+            wanted = {*columns, *old_names}
         return parquet_chunks(file.path, wanted, min(chunk_rows, 1 << 20))
     if file.format in ARROW:
         return arrow_chunks(file.path)
@@ -110,7 +110,13 @@ def _with_partition(frame: pl.DataFrame, file: TableFile) -> pl.DataFrame:
 def _renamed(frame: pl.DataFrame, file: TableFile, options: ReadingOptions) -> pl.DataFrame:
     """Rename columns, replace values and add columns, as the options say."""
     rename = {old: new for old, new in options.rename.items() if old in frame.columns}
+    first: dict[str, str] = {}
     for old, new in rename.items():
+        if first.setdefault(new, old) != old:
+            raise SchemaError(
+                f"{file.name}: --rename {first[new]}={new} and --rename {old}={new}: the file has"
+                " both columns. Leave one out."
+            )
         if new in frame.columns and new not in rename:
             raise SchemaError(
                 f"{file.name}: --rename {old}={new}: the file has a column {new!r} already. Rename"

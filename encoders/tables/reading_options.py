@@ -37,7 +37,8 @@ class ReadingOptions:
     def __post_init__(self) -> None:
         for name in ("separator", "quote", "escape"):
             value = getattr(self, name)
-            if value is not None and value != NONE and len(value.encode()) != 1:
+            none = value == NONE and name != "separator"
+            if value is not None and not none and len(value.encode()) != 1:
                 raise ConfigError(
                     f"--{name} expects one ASCII character"
                     f"{'' if name == 'separator' else ' or none'}, got {value!r}."

@@ -40,17 +40,30 @@ class Dialect:
     quote_given: bool = False
     """The quotation mark was named by the user, and so is not doubted."""
 
-    def hide_escapes(self, text: bytes) -> bytes:
-        """Replace escaped characters by a NUL and a letter, so that they separate nothing."""
-        if self.skip_spaces and self.quote:
-            text = re.sub(
-                re.escape(self.separator) + b" +" + re.escape(self.quote),
-                lambda found: self.separator + self.quote,
-                text,
-            )
+    def hide_escapes(self, text: bytes, final: bool) -> bytes:
+        """Replace escaped characters by a NUL and a letter, so that they separate nothing.
+
+        Spaces before quoted cells go where spaces are skipped, but none inside a cell.
+
+        Args:
+            text: Begins with a row; what was hidden in it before stays so.
+            final: Whether it is the last; else a quoted cell may be closed in the next.
+        """
         for sequence, code, _ in self._escapes():
             text = text.replace(sequence, code)
+        if self.skip_spaces and self.quote in text and self.quote:
+            text = self._spaces_and_cells(final).sub(lambda found: found["cell"] or b"", text)
         return text
+
+    def _spaces_and_cells(self, final: bool) -> re.Pattern[bytes]:
+        """Match quoted cells with the spaces before them, or spaces before stray marks."""
+        separator, mark = re.escape(self.separator), re.escape(self.quote)
+        edge = separator + rb"\r\n"
+        spaces = rb"(?<=%b) +(?=%b)" % (separator, mark)
+        close = rb"%b(?![^%b])" % (mark, edge)
+        close = close if final else rb"(?:%b|\Z)" % close
+        cell = rb"%b(?:[^%b]+|%b%b)*+%b" % (mark, mark, mark, mark, close)
+        return re.compile(rb"(?:%b|(?<![^%b]))(?P<cell>%b)|%b" % (spaces, edge, cell, spaces))
 
     def _escapes(self) -> list[tuple[bytes, bytes, str]]:
         """List escaped characters: as written, hidden, and as they are meant."""

@@ -27,7 +27,7 @@ def text_blocks(path: Path, encoding: str, size: int = BLOCK_BYTES) -> Iterator[
 
     Raises:
         RowError: Bytes are not of the encoding, or the text holds a NUL byte; names the line.
-        DataError: The encoding is unknown, or the file cannot be read.
+        DataError: The encoding is unknown or lacks its byte order, or the file cannot be read.
     """
     name = path.name
     try:
@@ -55,6 +55,11 @@ def _decoded(file: IO[bytes], name: str, encoding: str, size: int) -> Iterator[b
             text = decoder.decode(block, final=not following)
         except UnicodeDecodeError as error:
             raise _not_of_encoding(error, name, encoding, line) from error
+        except UnicodeError as error:  # of UTF-16 and UTF-32 without a byte order mark
+            raise DataError(
+                f"{name}: expected {encoding} with a byte order mark, got none. Name the byte"
+                f" order: --encoding {encoding}-le or {encoding}-be."
+            ) from error
         utf8 = text.encode("utf-8", "surrogatepass")
         if b"\0" in utf8:
             at = line + utf8.count(b"\n", 0, utf8.index(b"\0"))

@@ -149,6 +149,10 @@ def cases() -> list[Odd]:
         Odd("told_sep.csv", rows("a").replace(",", "~"), "title", ["a"], text(separator="~")),
         Odd("german.csv", "id;entity_type;price\np0;pin;3,50\np1;pin;1.234,5\n", "price",
             [3.5, 1234.5], noted="decimal comma"),
+        Odd("german_thousands.csv", "id;entity_type;price\np0;pin;3,50\np1;pin;1.234\n", "price",
+            [3.5, 1234], noted="decimal comma"),
+        Odd("point_and_comma.csv", "id;entity_type;price\np0;pin;3,50\np1;pin;0.234\n", "price",
+            ["3,50", "0.234"]),
         Odd("german_text.csv", "id;entity_type;price\np0;pin;3,50\n", "price", ["3,50"],
             text(decimal_comma=False)),
         Odd("comma_quoted.csv", 'id,entity_type,price\np0,pin,"3,5"\n', "price", ["3,5"],
@@ -159,6 +163,15 @@ def cases() -> list[Odd]:
         Odd("comment.csv", "# exported 2026\n#by me\n" + rows("a"), "title", ["a"], noted="2 comm"),
         Odd("hash_header.csv", "#" + rows("a"), "id", ["p0"]),
         Odd("spaces.csv", 'id, entity_type, title\np0, pin, "a, b"\n', "title", ["a, b"]),
+        Odd("spaces_quoted.csv", 'id, entity_type, title\np0, pin, "Oh, ""hi"""\np1, pin, "a, "\n',
+            "title", ['Oh, "hi"', "a, "]),
+        Odd("spaces_escape.csv", 'id, entity_type, title\np0, pin, "Oh, \\"hi\\""\np1, pin, x\n',
+            "title", ['Oh, "hi"', "x"]),
+        Odd("spaces_inch.csv", 'id, entity_type, title\np0, pin, "5 inch\np1, pin, "a, b"\n',
+            "title", "row 1"),
+        Odd("wide_header.csv", "id,entity_type," + "x" * 140_000 + "\np0,pin,a\n", "id", "header"),
+        Odd("renamed_twice.csv", "a,b,entity_type\np0,p1,pin\n", "id", "both columns",
+            text(rename={"a": "id", "b": "id"})),
         Odd("pandas_index.csv", ",id,entity_type\n0,p0,pin\n", "id", ["p0"], noted="without"),
         Odd("pandas_index2.csv", "Unnamed: 0,id,entity_type\n0,p0,pin\n", "id", ["p0"]),
         Odd("odd_name.csv", "id,entity_type,my col\np0,pin,1\n", "id", "--rename"),
@@ -177,6 +190,8 @@ def cases() -> list[Odd]:
         Odd("told_latin.csv", rows("Käse").encode("cp1252"), "title", ["Käse"],
             text(encoding="cp1252")),
         Odd("utf16_bare.csv", rows("a").encode("utf-16-le"), "title", "NUL"),
+        Odd("told_utf16_bare.csv", rows("a").encode("utf-16-le"), "title", "utf-16-le",
+            text(encoding="utf-16")),
         Odd("packed.csv.gz", gzip.compress(rows("a").encode()), "title", ["a"]),
         Odd("packed.csv", gzip.compress(rows("a").encode()), "title", ["a"]),
         Odd("plain.csv.gz", rows("a"), "title", ["a"]),
@@ -232,6 +247,10 @@ def cases() -> list[Odd]:
         Odd("numpy_list.jsonl", PIN + '''"a","board_titles":"['red' 'sea']"}\n''',
             "board_titles", "JSON list"),
         Odd("broken_list.jsonl", PIN + '"a","board_titles":"[red, sea"}\n', "id", "JSON list"),
+        Odd("lines_in_list.jsonl", PIN + r'"a","board_titles":"{red\nsea}"}' + "\n", "id",
+            "JSON list"),
+        Odd("long_list.jsonl", PIN + '"a","board_titles":"{' + "x" * 140_000 + '}"}\n', "id",
+            "JSON list"),
     ]  # fmt: skip
 
 
@@ -423,7 +442,9 @@ def test_convert_writes_what_every_command_reads(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize("flag", ["--separator=;;", "--quote=äö", "--rename=x", "--map=a=b"])
+@pytest.mark.parametrize(
+    "flag", ["--separator=;;", "--separator=none", "--quote=äö", "--rename=x", "--map=a=b"]
+)
 def test_reading_flags_of_wrong_form_are_refused(flag: str, tmp_path: Path) -> None:
     path = tmp_path / "c.csv"
     path.write_text(rows("a"))
@@ -438,6 +459,14 @@ def test_json_rows_read_in_chunks_have_their_numbers(tmp_path: Path) -> None:
     chunks = list(read_chunks(TableFile(path), chunk_rows=2))
     assert [row for chunk in chunks for row in chunk["__row"]] == [1, 2, 3, 4, 5]
     assert max(chunk.height for chunk in chunks) == 2
+
+
+def test_parquet_rename_of_several_names_reads_the_one_there(tmp_path: Path) -> None:
+    path = tmp_path / "c.parquet"
+    pl.DataFrame({"a": ["p0"], "x": [1]}).write_parquet(path)
+    options = ReadingOptions(rename={"a": "id", "b": "id"})
+    (chunk,) = read_chunks(TableFile(path), options, columns=["id"])
+    assert chunk["id"].to_list() == ["p0"]
 
 
 def test_every_refusal_is_an_error_of_this_project() -> None:

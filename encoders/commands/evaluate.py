@@ -211,9 +211,10 @@ def command(
                 " --judgements, --save-run and --plot. Usage: omni evaluate NEW --against-index OLD"
             )
         upgrade = _Upgrade(bundle, against_index, adapter, max_loss if declares else None)
-        depth = engaged_depth([load_bundle(bundle), load_bundle(against_index)], engaged_queries)
+        new_and_old = load_bundle(bundle), load_bundle(against_index)
+        depth = engaged_depth(new_and_old, engaged_queries)
         dataset = load_dataset(data_dir, engaged_queries=depth)
-        spaces = _compare_spaces(upgrade, dataset, settings)
+        spaces = _compare_spaces(upgrade, new_and_old, dataset, settings)
         _note_other_data([bundle], data_dir)
         _show_spaces(spaces, upgrade, slices, as_json, _source(split, data_dir))
         return
@@ -314,12 +315,15 @@ class _Upgrade:
 
 
 def _compare_spaces(
-    upgrade: _Upgrade, dataset: Dataset, settings: EvaluationSettings
+    upgrade: _Upgrade,
+    new_and_old: tuple[ModelBundle, ModelBundle],
+    dataset: Dataset,
+    settings: EvaluationSettings,
 ) -> SpacesReport:
     from encoders.compatibility.report import compare_spaces
 
     use, rank = upgrade.adapter_use()
-    new, old = load_bundle(upgrade.new), load_bundle(upgrade.old)
+    new, old = new_and_old
     if upgrade.max_loss is not None and settings.entity_types is None:
         # A declaration holds for every type that an index can hold: all of them are measured.
         for name, why in types_without_tower([old], dataset.entity_types).items():

@@ -150,7 +150,8 @@ def command(
 
     if out.is_file():
         raise ConfigError(f"--out {out} is a file; give a folder.")
-    _require_writable(out)
+    if os.environ.get("RANK", "0") == "0":  # under torchrun others would remove its probe's folder
+        _require_writable(out)
     with _process_group(config.device):
         data = load_training_data(config, data_dir)
         trainer = Trainer(config, data, output=out)

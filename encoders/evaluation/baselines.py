@@ -11,7 +11,6 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import bm25s
@@ -172,15 +171,18 @@ DEV_QUERIES = 500
 """Random dev queries on which a baseline's setting is chosen."""
 
 
-def dev_recall(task: EvaluationTask, dataset: Dataset, system: Baseline) -> float | None:
-    """Measure labelled Recall@10 of a system on dev queries of a task's type; None without any."""
+def dev_task(task: EvaluationTask, dataset: Dataset) -> EvaluationTask | None:
+    """Gather dev queries of a task's type, on which settings are chosen; None: there are none."""
+    settings = TaskSettings(split=DEV, max_queries=DEV_QUERIES)
     try:
-        dev = build_task(
-            dataset, task.entity_type, TaskSettings(split=DEV, max_queries=DEV_QUERIES)
-        )
+        return build_task(dataset, task.entity_type, settings)
     except ConfigError:
         return None
-    return float((rank_task(dev, system(dev, dataset), "").ranks <= 10).mean())
+
+
+def dev_recall(dev: EvaluationTask, score: ScoreRows) -> float:
+    """Measure labelled Recall@10."""
+    return float((rank_task(dev, score, "").ranks <= 10).mean())
 
 
 @dataclass(frozen=True)
@@ -194,7 +196,10 @@ class ChosenBm25:
         """Choose the orders for the type, once, and index with them."""
         name = task.entity_type
         if name not in self.chosen:
-            recalls = {n: dev_recall(task, dataset, Bm25(n)) or 0.0 for n in NGRAM_ORDERS}
+            dev = dev_task(task, dataset)
+            recalls = dict.fromkeys(NGRAM_ORDERS, 0.0)
+            if dev is not None:
+                recalls = {n: dev_recall(dev, Bm25(n)(dev, dataset)) for n in NGRAM_ORDERS}
             self.chosen[name] = max(recalls, key=lambda n: recalls[n])
             log.info(f"{name:8} bm25-ngrams chosen on dev: words and n = {self.chosen[name]}")
         return Bm25(self.chosen[name])(task, dataset)
@@ -216,21 +221,23 @@ class Fused:
 
     def __call__(self, task: EvaluationTask, dataset: Dataset) -> ScoreRows:
         """Choose the weight for the type and add."""
-        recalls = {
-            weight: dev_recall(task, dataset, partial(self._add, weight)) or 0.0
-            for weight in FUSION_WEIGHTS
-        }
+        dev = dev_task(task, dataset)
+        recalls = dict.fromkeys(FUSION_WEIGHTS, 0.0)
+        if dev is not None:
+            first, second = self.first(dev, dataset), self.second(dev, dataset)
+            recalls = {w: dev_recall(dev, _added(first, second, w)) for w in FUSION_WEIGHTS}
         best = max(recalls, key=lambda weight: recalls[weight])
         log.info(f"{task.entity_type:8} fusion: second weighs {best}, chosen on dev")
-        return self._add(best, task, dataset)
+        return _added(self.first(task, dataset), self.second(task, dataset), best)
 
-    def _add(self, weight: float, task: EvaluationTask, dataset: Dataset) -> ScoreRows:
-        first, second = self.first(task, dataset), self.second(task, dataset)
 
-        def score(start: int, stop: int) -> torch.Tensor:
-            return _standardised(first(start, stop)) + weight * _standardised(second(start, stop))
+def _added(first: ScoreRows, second: ScoreRows, weight: float) -> ScoreRows:
+    """Add two systems' standardised scores, the second ones times ``weight``."""
 
-        return score
+    def score(start: int, stop: int) -> torch.Tensor:
+        return _standardised(first(start, stop)) + weight * _standardised(second(start, stop))
+
+    return score
 
 
 def _standardised(scores: torch.Tensor) -> torch.Tensor:

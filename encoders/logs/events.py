@@ -137,7 +137,12 @@ def read_events(
                     raise_problems(events.report, droppable=True)
                 yield events
     if is_empty:
-        raise DataError(f"{source_name(path)}: the log is empty. Was the export cut short?")
+        raise empty_log(path)
+
+
+def empty_log(path: TableSource) -> DataError:
+    """Word the error of a log that has neither rows nor columns."""
+    return DataError(f"{source_name(path)}: the log is empty. Was the export cut short?")
 
 
 def batch_starts(file: TableFile, reading: ReadingOptions, rows: int) -> range:

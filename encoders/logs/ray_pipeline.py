@@ -26,7 +26,7 @@ from encoders.enrichment.board_titles import (
     word_prevalence,
 )
 from encoders.errors import DataError, MissingDependency
-from encoders.logs.events import EVENT_SCHEMA, batch_starts, engaged_events, raw_batches
+from encoders.logs.events import EVENT_SCHEMA, batch_starts, empty_log, engaged_events, raw_batches
 from encoders.logs.pipeline import (
     PARTITION_ROWS,
     Check,
@@ -99,6 +99,8 @@ def _run(ray: Any, inputs: PipelineInputs, work: Path, config: PipelineConfig) -
         .map_batches(read, batch_size=1, batch_format="pyarrow")
         .materialize()
     )
+    if events.count() == 0:  # not even a report
+        raise empty_log(inputs.log)
     bad_rows: Counter[str] = Counter()
     for row in events.map_batches(_reports, batch_format="pyarrow").iter_rows():
         bad_rows.update(json.loads(row["report"]))

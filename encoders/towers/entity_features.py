@@ -368,11 +368,17 @@ class EntityFeaturizer:
         """Write vocabulary files, ``features.json`` and the text embedding's tower into ``folder``.
 
         Nothing outside the folder is needed to load it.
+
+        Raises:
+            BundleError: The text embedding's tower is no longer the one of the features.
         """
         self.vocabulary.save(folder)
         described = {"format_version": FEATURES_FORMAT, **asdict(self.config)}
         if self.config.text_embedding:
-            save_tower(self.config.text_embedding, folder / TEXT_TOWER)
+            config = self.config
+            save_tower(
+                config.text_embedding, config.text_embedding_fingerprint, folder / TEXT_TOWER
+            )
             described["text_embedding"] = TEXT_TOWER
             found = tower_fingerprint(str(folder / TEXT_TOWER))
             described["text_embedding_fingerprint"] = found

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -124,14 +125,14 @@ def _is_own(folder: Path) -> bool:
     """Tell whether a folder's last layer is linear, as towers of this project are saved."""
     try:
         return read_folder(folder).dense[-1].is_linear
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, SafetensorError):
         return False
 
 
 def _load_foreign(name: str, dimension: int) -> QueryEncoder:
     """Load a model that this project did not save, and check it."""
-    _refuse_incomplete(name)
     try:
+        _refuse_incomplete(name)
         declared = FolderModel(Path(name), MAX_TOKENS, "cls", [])
         if is_sentence_transformer(Path(name)):
             declared = read_folder(Path(name))
@@ -145,7 +146,7 @@ def _load_foreign(name: str, dimension: int) -> QueryEncoder:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(_not_loaded(name, error)) from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)

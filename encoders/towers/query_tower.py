@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
@@ -242,7 +243,7 @@ class QueryEncoder(nn.Module):
             )
             tower.projection.load_state_dict(last.linear.state_dict())
             tower.ngrams = QueryNgrams.load(folder)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise BundleError(
                 f"{folder}: the query tower cannot be read ({error}). Copy the bundle again or"
                 " train a new one."

@@ -183,13 +183,22 @@ def _hash_files(folder: Path, states: tuple[tuple[Path, int, int], ...]) -> str:
     return digest.hexdigest() if states else ""
 
 
-def save_tower(tower: str, folder: Path) -> None:
-    """Write a frozen tower into ``folder``, in a form that ``create_query_encoder`` reads."""
+def save_tower(tower: str, fingerprint: str, folder: Path) -> None:
+    """Write a frozen tower into ``folder``, in a form that ``create_query_encoder`` reads.
+
+    Args:
+        tower: A shipped tower's name, a folder, or a Hugging Face name.
+        fingerprint: Of the tower that is meant; empty for a Hugging Face name.
+        folder: To write to.
+
+    Raises:
+        BundleError: The tower's files changed, and this process has not read them before.
+    """
     source = SHIPPED_TOWERS.get(tower, Path(tower))
-    if is_packed(source):
+    if is_packed(source) and tower_fingerprint(tower) == fingerprint:
         copy_packed(source, folder)
     else:
-        text_embedding(tower).encoder.save(folder)
+        text_embedding(tower, fingerprint).encoder.save(folder)
 
 
 def _full_texts(catalogue: pl.DataFrame, queries: list[list[str]]) -> list[str]:

@@ -156,6 +156,26 @@ def test_fused_weight_is_chosen_on_dev_and_adds_standardised_scores():
     assert alone.argmax().item() == 1  # what is constant adds nothing
 
 
+def test_choices_on_dev_prepare_queries_and_systems_once(monkeypatch):
+    dataset = tiny()
+    task = build_task(dataset, "pin")
+    built, prepared = [], []
+
+    def counted(*arguments, **settings):
+        built.append(arguments)
+        return build_task(*arguments, **settings)
+
+    def system(task, dataset):
+        prepared.append(task)
+        return lambda a, b: torch.zeros(b - a, 3)
+
+    monkeypatch.setattr("encoders.evaluation.baselines.build_task", counted)
+    Fused(system, system)(task, dataset)
+    assert (len(built), len(prepared)) == (1, 4)
+    ChosenBm25()(task, dataset)
+    assert len(built) == 2
+
+
 def test_cached_encoder_damaged_file_is_encoded_again(tmp_path):
     calls = []
 

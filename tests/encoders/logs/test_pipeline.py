@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -271,6 +272,18 @@ def test_ray_pipeline_two_nodes_equal_the_local_result(
         assert read(out, name).equals(read(tmp_path / "out", name)), name
     assert remote["counts"] == summary["counts"]
     assert remote["windows"] == summary["windows"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ray_pipeline_log_without_columns_is_refused(cluster: str, tmp_path: Path) -> None:
+    from encoders.logs.ray_pipeline import run_ray_pipeline
+
+    (tmp_path / "log.csv").touch()
+    inputs = PipelineInputs(log=tmp_path / "log.csv")
+    for run in (run_pipeline, partial(run_ray_pipeline, address=cluster)):
+        with pytest.raises(DataError, match=r"log\.csv: the log is empty"):
+            run(inputs, tmp_path / "out", PipelineConfig(partitions=2))
 
 
 def test_pipeline_reads_every_named_log(

@@ -259,9 +259,29 @@ def unknown_module(folder: Path) -> None:
     declare(save(folder, bert()), MEAN, "LSTM")
 
 
+def weights_cut(folder: Path) -> None:
+    save(folder, bert())
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+
+
+def dense_cut(folder: Path) -> None:
+    declare(save(folder, bert()), MEAN, "Dense")
+    dense(folder / "2_Dense", "linear.Identity")
+    (folder / "2_Dense" / "model.safetensors").write_bytes(b"cut")
+
+
+def config_is_no_json(folder: Path) -> None:
+    save(folder, bert())
+    (folder / "config.json").write_text('{"model_type":')
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (weights_cut, "query tower"),
+        (dense_cut, "query tower"),
+        (config_is_no_json, "query tower"),
         (no_tokenizer, "tokenizer"),
         (gpt2, "decoder"),
         (t5, "decoder"),

@@ -80,6 +80,16 @@ def test_query_encoder_missing_is_named(tmp_path: Path) -> None:
         QueryEncoder.load(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "2_Dense/model.safetensors"])
+def test_query_encoder_weights_cut_short_are_named(
+    tower: QueryEncoder, name: str, tmp_path: Path
+) -> None:
+    tower.save(tmp_path)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:100])
+    with pytest.raises(BundleError, match="Copy the bundle again"):
+        QueryEncoder.load(tmp_path)
+
+
 def test_create_query_encoder_unknown_name_lists_shipped() -> None:
     with pytest.raises(ConfigError, match="tiny-multilingual"):
         create_query_encoder("./no-such-folder")

@@ -2,6 +2,7 @@
 starts at it.
 """
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from encoders.errors import BundleError, ConfigError
 from encoders.inference.batch_embedding import content_hashes
 from encoders.towers.entity_features import EntityFeatureConfig, EntityFeaturizer
 from encoders.towers.entity_tower import EntityEncoder, EntityTowerConfig, create_entity_encoder
+from encoders.towers.shipped_tower import SHIPPED_TOWERS
 from encoders.towers.text_embedding import TITLE_WEIGHT, TextEmbedding, text_embedding
+from tests.helpers.training_examples import tiny_query_encoder
 
 CATALOGUE = pl.DataFrame(
     {
@@ -160,6 +163,31 @@ def test_entity_tower_load_other_text_embedding_is_refused(
     features.write_text(features.read_text().replace(fingerprint, "0" * 64))
     with pytest.raises(BundleError, match="fingerprint"):
         EntityEncoder.load(tmp_path)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_featurizer_save_tower_replaced_meanwhile_is_not_saved(
+    packed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tower = tmp_path / "tower"
+    if packed:
+        shutil.copytree(SHIPPED_TOWERS["tiny-multilingual"], tower)
+    else:
+        tiny_query_encoder().save(tower)
+    known: dict[str, TextEmbedding] = {}
+    monkeypatch.setattr("encoders.towers.text_embedding._EMBEDDINGS", known)
+    config = EntityFeatureConfig(text_embedding=str(tower))
+    featurizer = EntityFeaturizer.fit(CATALOGUE, config)
+    expected = featurizer(CATALOGUE).continuous
+    shutil.rmtree(tower)
+    tiny_query_encoder(seed=9).save(tower)
+    featurizer.save(tmp_path / "saved")
+    known.clear()
+    found = EntityFeaturizer.load(tmp_path / "saved")(CATALOGUE).continuous
+    torch.testing.assert_close(found, expected)
+    known.clear()
+    with pytest.raises(BundleError, match="fingerprint"):
+        featurizer.save(tmp_path / "again")
 
 
 def test_featurizer_load_former_setting_names_are_read(tmp_path: Path) -> None:

@@ -1,10 +1,10 @@
-"""Fuzz the compiled modules: random corpora against exact search, and arguments of wrong kinds.
+"""Fuzz the compiled modules: random corpora against exact answers, and arguments of wrong kinds.
 
     OMNI_SIMD=avx2 python scripts/fuzz_native.py --seconds 60 --seed 1
 
-Searches go through ``EntityIndex``, whose calls of the compiled code are recorded; each kind of
-call is then repeated with arguments replaced at random. A wrong answer is printed and ends the run
-with status 1. Memory errors end it where the extension was built for that
+Searches go through ``EntityIndex`` and ``LexicalIndex``, whose calls of the compiled code are
+recorded; each kind of call is then repeated with arguments replaced at random. A wrong answer is
+printed and ends the run with status 1. Memory errors end it where the extension was built for that
 (``scripts/sanitize.sh``).
 """
 
@@ -21,11 +21,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import polars as pl
 
+import index_builder.lexical.scan
 import index_builder.search.live_blocks
 import index_builder.search.live_segments
 import index_builder.search.live_state
 from index_builder import native
 from index_builder.ann import AnnConfig
+from index_builder.lexical.lexical_index import LexicalIndex
+from index_builder.lexical.scan import ScanRequest
 from index_builder.live_log.records import LiveEntry
 from index_builder.search.entity_index import EntityIndex, IndexConfig, SearchResult
 from index_builder.search.live_state import LiveBase, LiveState
@@ -42,20 +45,51 @@ Call = tuple[str, tuple[Any, ...], dict[str, Any]]
 class Recorder:
     """Passes calls on to compiled functions and keeps the last one of each name."""
 
-    def __init__(self, target: Any, calls: dict[str, tuple[Any, Call]]) -> None:
+    def __init__(self, target: Any, calls: dict[str, tuple[Any, Call]], prefix: str = "") -> None:
         self._target = target
         self._calls = calls
+        self._prefix = prefix
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._target, name)
         if not callable(found):
             return found
+        shown = f"{self._prefix}{name}"
 
         def call(*arguments: Any, **named: Any) -> Any:
-            self._calls[name] = (found, (name, arguments, named))
+            self._calls[shown] = (found, (shown, arguments, named))
             return found(*arguments, **named)
 
         return call
+
+
+def recorded_class(kind: Any, calls: dict[str, tuple[Any, Call]]) -> Callable[..., Recorder]:
+    """Return what makes objects of a compiled class and records that and their methods' calls."""
+    name = kind.__name__
+
+    def make(*arguments: Any, **named: Any) -> Recorder:
+        calls[name] = (kind, (name, arguments, named))
+        return Recorder(kind(*arguments, **named), calls, f"{name}.")
+
+    return make
+
+
+def record_calls(calls: dict[str, tuple[Any, Call]]) -> None:
+    """Put recorders before all compiled code that the searches call."""
+    search = index_builder.search
+    scans = Recorder(native.live_scan, calls)
+    links = Recorder(native, calls).link_records
+    postings = recorded_class(native.Postings, calls)
+    for module, name, real, recorder in (
+        (engine_arrays, "Engine", native.Engine, recorded_class(native.Engine, calls)),
+        (engine_arrays, "link_records", native.link_records, links),
+        (index_builder.lexical.scan, "CompiledPostings", native.Postings, postings),
+        (search.live_blocks, "live_scan", native.live_scan, scans),
+        (search.live_segments, "live_scan", native.live_scan, scans),
+        (search.live_state, "live_scan", native.live_scan, scans),
+    ):
+        assert getattr(module, name) is real, f"{module.__name__}.{name} is compiled code"
+        setattr(module, name, recorder)
 
 
 class Corpus(NamedTuple):
@@ -179,6 +213,31 @@ def wrong_answer(
         yield f"{where} not in order"
 
 
+def wrong_words(rng: np.random.Generator) -> Iterator[str]:
+    """Search random texts by their words and yield where compiled code and numpy differ."""
+    count = int(rng.choice(COUNTS))
+    words = np.array([f"w{number}" for number in range(int(rng.integers(1, 60)))])
+    texts = [" ".join(rng.choice(words, int(rng.integers(0, 12)))) for _ in range(count)]
+    compiled = LexicalIndex.build({"title": texts}, count)
+    plain = LexicalIndex.build({"title": texts}, count, compiled=False)
+    for _ in range(8):
+        k = int(rng.choice([1, 2, 10, count + 5]))
+        request = ScanRequest(
+            k=k,
+            also=rng.integers(0, count, 3).astype(np.uint32) if rng.random() < 0.5 else None,
+            allowed=rng.random(count) < 0.5 if rng.random() < 0.5 else None,
+            hidden=rng.random(count) < 0.2 if rng.random() < 0.5 else None,
+            budget=int(rng.choice([0, 1, 50, 20_000])),
+            complete=k + int(rng.choice([0, 5, 400])),
+        )
+        query = compiled.query(" ".join(rng.choice(words, int(rng.integers(1, 6)))))
+        found: Any = compiled.search(query, request)
+        expected: Any = plain.search(query, request)
+        pairs = zip(found, expected, strict=True)
+        if not all(np.array_equal(one, other) for one, other in pairs):
+            yield f"compiled and plain search of words differ: {count} texts, {request}"
+
+
 def hostile(rng: np.random.Generator, like: Any) -> Any:
     """Return something to put in the place of an argument."""
     size = int(rng.integers(0, 400))
@@ -233,19 +292,8 @@ def main() -> int:
     rng = np.random.default_rng(options.seed)
     calls: dict[str, tuple[Any, Call]] = {}
     outcomes: collections.Counter[str] = collections.Counter()
-    real_engine = native.Engine
-    assert real_engine is not None and native.live_scan is not None, "build the extension first"
-
-    def engine(*arguments: Any, **named: Any) -> Any:
-        calls["Engine"] = (real_engine, ("Engine", arguments, named))
-        return Recorder(real_engine(*arguments, **named), calls)
-
-    engine_arrays.Engine = engine
-    scan = Recorder(native.live_scan, calls)
-    for module in ("live_blocks", "live_segments", "live_state"):
-        module_ = getattr(index_builder.search, module)
-        if hasattr(module_, "live_scan"):
-            module_.live_scan = scan
+    assert None not in (native.Engine, native.Postings, native.live_scan), "build the extensions"
+    record_calls(calls)
     print(f"kernels: {native.SIMD}, seed {options.seed}", flush=True)
     end = time.monotonic() + options.seconds
     rounds = wrong = 0
@@ -257,7 +305,7 @@ def main() -> int:
             corpus.index.calibrate(queries, "perturbed entities")
         if rng.random() < 0.7:
             corpus = random_live(rng, corpus)
-        for message in wrong_answers(rng, corpus):
+        for message in (*wrong_answers(rng, corpus), *wrong_words(rng)):
             wrong += 1
             print(message, flush=True)
         for _ in range(4):

@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 
 from encoders.commands.evaluate import command as evaluate
 from encoders.commands.train import command
+from encoders.errors import ConfigError
 from encoders.towers.bundle import load_bundle
 from tests.helpers.training_examples import DIMENSION, tiny_query_encoder, world
 
@@ -367,3 +368,21 @@ def test_train_command_records_which_fields_had_values(folder: Path) -> None:
     filled = json.loads((folder / "out" / "model" / "config.json").read_text())["filled"]
     assert filled["title"] == 1.0
     assert filled["description"] == 0.0
+
+
+@pytest.mark.parametrize(("rank", "probes"), [("0", 1), ("1", 0)])
+def test_train_one_process_of_several_probes_the_output_folder(
+    rank: str, probes: int, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each removes the folder that it made, while another may write its probe there."""
+    probed: list[Path] = []
+
+    def ends_here(device: str) -> None:
+        raise ConfigError("far enough")
+
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("encoders.commands.train._require_writable", probed.append)
+    monkeypatch.setattr("encoders.commands.train._process_group", ends_here)
+    result = CliRunner().invoke(command, [str(folder / "run.toml"), "--out", str(folder / "out")])
+    assert "far enough" in result.stderr
+    assert len(probed) == probes

@@ -474,6 +474,52 @@ def test_fold_live_keeps_dates_of_live_entries(tmp_path: Path) -> None:
     assert [schema[name] for name in written] == ["time", "time", "list<time>"]
 
 
+def fold_whens(into: Path, whens: list[Any], row: int, written: Any) -> pl.DataFrame:
+    """Fold a live upsert of one row into a base with a column ``when``."""
+    count = len(whens)
+    base = dataclasses.replace(
+        BASE,
+        ids=BASE.ids[:count],
+        vectors=BASE.vectors[:count],
+        attributes=pl.DataFrame({"when": whens}),
+    )
+    schema = AttributeTable(base.attributes).schema
+    new = entry(base.ids[row], 1, {"when": written})
+    if schema["when"].endswith("string"):
+        check_attributes(new.attributes, schema, "a write")
+    folded, _ = fold_live(base, LiveWrites({new.id: new}, 1), into / "folded")
+    assert folded.attributes is not None
+    return folded.attributes
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_fold_live_text_among_dates_stays_where_the_base_is_text(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, nested: bool
+) -> None:
+    """The row that made the column text is the one replaced: what stays of it are dates."""
+    whens: list[Any] = ["2024-01-01", "soon"]
+    written: Any = "later"
+    if nested:
+        whens, written = [["2024-01-01"], ["soon"]], ["later", "2024-02-02"]
+    folded = fold_whens(tmp_path, whens, 1, written)
+    assert folded["when"].to_list() == [whens[0], written]
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_fold_live_stray_text_is_dropped_and_logged_where_no_date_stays(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, nested: bool
+) -> None:
+    whens: list[Any] = ["2024-01-01"]
+    stray: Any = "soon"
+    if nested:
+        whens, stray = [whens], ["2024-01-02", "soon"]
+    folded = fold_whens(tmp_path, whens, 0, stray)
+    assert folded["when"].to_list() == ([["2024-01-02"]] if nested else [None])
+    (line,) = caplog.messages
+    assert "'when': 1 live values" in line
+
+
 def test_attribute_types_new_live_ones_are_known(tmp_path: Path) -> None:
     index = make_index()
     state = make_state(index)

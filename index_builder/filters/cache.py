@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
+from contextlib import suppress
 
 from index_builder.errors import FilterError
 from index_builder.filters.columns import Column, Columns
@@ -31,8 +32,8 @@ _RangeOfColumn = tuple[Column, tuple[tuple[str, int], ...]]
 class SelectionCache:
     """The last selections of one table, bounded in bytes.
 
-    Safe in threads: a look-up is one atomic step on the dictionary in CPython, and changes take a
-    lock.
+    Safe in threads: a look-up and the move after it are atomic steps on the dictionary in CPython,
+    and other changes take a lock.
     """
 
     def __init__(self, table: Columns, max_bytes: int = MAX_BYTES) -> None:
@@ -53,6 +54,8 @@ class SelectionCache:
         """
         found = self._entries.get(expression)
         if found is not None:
+            with suppress(KeyError):  # evicted meanwhile
+                self._entries.move_to_end(expression)
             return found
         selection = self._range(expression)
         if selection is None:

@@ -38,6 +38,7 @@ class Column:
         present: bool ``(N,)`` for list types: whether the row has a list at all.
         places: uint32 ``(N,)``, where each row stands in ``order`` (the highest number: nowhere);
             made when a mask is first wanted.
+        words: ``dictionary`` as a column; made when a pattern is first looked for.
     """
 
     type: FieldType
@@ -47,6 +48,7 @@ class Column:
     dictionary: list[str] | None = None
     present: np.ndarray | None = None
     places: np.ndarray | None = None
+    words: pl.Series | None = None
 
     @property
     def is_list(self) -> bool:
@@ -124,8 +126,9 @@ class Column:
         assert self.dictionary is not None, "patterns are for strings"
         low, high = self._codes_with_prefix(pattern.prefix)
         hits = np.zeros(len(self.dictionary) + 1, dtype=np.bool_)  # the last: missing values, -1
-        words = pl.Series(self.dictionary[low:high], dtype=pl.String)
-        hits[low:high] = words.str.contains(pattern.regex()).to_numpy()
+        if self.words is None:
+            self.words = pl.Series(self.dictionary, dtype=pl.String)
+        hits[low:high] = self.words[low:high].str.contains(pattern.regex()).to_numpy()
         result: np.ndarray = hits[self.keys]
         return result
 

@@ -31,6 +31,8 @@ MAX_COMPARISONS = 256
 MAX_VALUES = 10_000
 """Of all lists of a filter together."""
 PATTERN_COST = 16
+MAX_PATTERN = 1_000
+"""Characters of a pattern: the regular expression made of it has a bound, too."""
 MAX_CHARACTERS = 1_000_000
 MAX_DEPTH = 50
 MAX_DIGITS = 400
@@ -386,6 +388,11 @@ class _Parser:
         pattern = parse_pattern(str(token.value)) if token.kind == "string" else None
         if token.kind != "string":
             raise self.error(f"expected a pattern in quotes, but got {_shown(token)}.", token)
+        if len(str(token.value)) > MAX_PATTERN:
+            message = (
+                f"a pattern of {len(str(token.value)):,} characters, more than {MAX_PATTERN:,}."
+            )
+            raise self.error(message, token)
         if pattern is None:
             raise self.error("the backslash at the end of this pattern escapes nothing.", token)
         if not (pattern.is_text or pattern.is_prefix):

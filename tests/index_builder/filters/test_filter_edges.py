@@ -18,6 +18,7 @@ from index_builder.filters.expression import (
     MAX_CHARACTERS,
     MAX_COMPARISONS,
     MAX_DIGITS,
+    MAX_PATTERN,
     MAX_VALUES,
     PATTERN_COST,
     parse_filter,
@@ -140,6 +141,14 @@ def test_selection_cache_counts_the_texts_of_filters() -> None:
     assert len(cache._entries) > 200  # long ones gone, their room is free again
 
 
+def test_selection_cache_full_drops_what_was_not_used_lately() -> None:
+    cache = SelectionCache(TABLE, max_bytes=1)
+    used = cache.get('face == "0"')
+    for i in range(1, 20):
+        cache.get(f'face == "{i}"')
+        assert cache.get('face == "0"') is used
+
+
 def test_selection_cache_keeps_no_long_shapes() -> None:
     cache = SelectionCache(TABLE)
     for i in range(50):
@@ -169,6 +178,8 @@ def test_selection_cache_nul_character_is_no_number() -> None:
         ("x == 1" + " " * MAX_CHARACTERS, "characters"),
         ("(" * (MAX_CHARACTERS - 10), "nested"),
         ("x < 0." + "1" * 100_000, "characters"),
+        (f"face like '%{'_' * 60_000}'", "pattern"),
+        (f"face like '{'a' * MAX_PATTERN}%'", "pattern"),
     ],
 )
 def test_filter_with_too_much_work_is_refused_at_once(expression: str, words: str) -> None:
@@ -189,6 +200,14 @@ def test_filter_with_as_much_work_as_allowed_is_answered() -> None:
         assert SelectionCache(table).get(listed).count == MAX_VALUES
     many = " or ".join(f"x == {i % 60}" for i in range(MAX_COMPARISONS))
     assert rows(many) == list(range(2, 43))
+
+
+@pytest.mark.parametrize("unit", ["_", "é", "_%", "😀", "\\\\%"])
+def test_like_longest_pattern_is_answered(unit: str) -> None:
+    pattern = "%" + unit * ((MAX_PATTERN - 2) // len(unit)) + "b"
+    text = pattern.replace("\\\\", "").replace("_", "é")
+    table = AttributeTable(pl.DataFrame({"s": ["b", text, None]}))
+    assert BoundFilter(parse_filter(f"s like '{pattern}'"), table).select().as_rows() == [1]
 
 
 def test_comparisons_of_one_attribute_joined_by_or_are_one() -> None:

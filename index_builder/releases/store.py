@@ -14,6 +14,7 @@ Releases are counted as they are published, and that is their order: clocks deci
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,6 +58,8 @@ from index_builder.storage.durable_files import (
     require_writable,
     write_durably,
 )
+
+log = logging.getLogger(__name__)
 
 __all__ = ["CURRENT_NAME", "ReleaseStore", "ReleaseSummary"]
 
@@ -158,20 +161,29 @@ class ReleaseStore:
             raise
 
     def _leased(self, release_id: str) -> FileLock | None:
-        """Take the lock that keeps ``gc`` away from a release; None if it has no manifest.
+        """Take the lock that keeps ``gc`` away from a release.
+
+        None if it has no manifest, or if neither lock can be taken: this is logged, since ``gc``
+        may then remove the release while it is open.
 
         Raises:
             PublisherBusy: It is being removed.
-            NotWritable: The file system holds no locks.
         """
+        refused: NotWritable | FileNotFoundError | None = None
         for lease in self._leases(release_id):
             try:
                 if lease.acquire(shared=True, timeout_seconds=5.0):
                     return lease
-            except (NotWritable, FileNotFoundError):
+            except (NotWritable, FileNotFoundError) as error:
+                refused = error
                 continue
             raise PublisherBusy(
                 f"release {release_id} is being removed by another process; choose another one"
+            )
+        if isinstance(refused, NotWritable):
+            log.warning(
+                f"{release_id} is open without a lock, so that `omni release gc` may remove it:"
+                f" {refused}"
             )
         return None
 

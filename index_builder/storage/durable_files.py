@@ -65,6 +65,16 @@ def _not_writable(what: str, path: Path, error: OSError) -> NotWritable:
     )
 
 
+def _not_locked(path: Path, error: OSError) -> NotWritable:
+    if error.errno in _FORBIDDEN | {errno.EBADF}:  # EBADF: not open for writing, on NFS
+        return _not_writable("taking a lock", path, error)
+    return NotWritable(
+        f"taking a lock: {path} cannot be locked ({error.strerror}). Nothing was changed. The file"
+        " system of the store must hold locks (flock): for NFS run its lock service and mount"
+        " without nolock, or keep the store elsewhere."
+    )
+
+
 def require_writable(folder: Path) -> None:
     """Refuse to begin what will write to a folder.
 
@@ -207,7 +217,7 @@ class FileLock:
                     return False
             except OSError as error:
                 os.close(descriptor)
-                raise _not_writable("taking a lock", self.path, error) from error
+                raise _not_locked(self.path, error) from error
             if self._is_named(descriptor):
                 break
             os.close(descriptor)  # its last holder removed it: what has the name now is locked
@@ -223,7 +233,8 @@ class FileLock:
         try:
             if self._create:
                 return open_shared(self.path, os.O_RDWR), True
-            return os.open(self.path, os.O_RDONLY | os.O_CLOEXEC), False
+            # Some file systems (NFS) lock exclusively only what is open for writing
+            return os.open(self.path, os.O_RDWR | os.O_CLOEXEC), False
         except OSError as error:
             if error.errno not in _FORBIDDEN:
                 raise

@@ -2,6 +2,8 @@
 them.
 """
 
+import errno
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -20,6 +22,7 @@ from encoders.errors import OmniError
 from index_builder.building.build import build_release
 from index_builder.building.sources import scratch_folder
 from index_builder.errors import (
+    NotWritable,
     PublisherBusy,
     PublishError,
     ReleaseCorrupt,
@@ -448,6 +451,40 @@ def test_store_shared_with_a_group_works_for_its_members(store: ReleaseStore) ->
     assert store.activate("r2") == "r1"
     with LiveLogWriter(store.live_root, "pin", 64) as writer:
         assert writer.write([LiveEntry(id="again")]) == 3
+
+
+def test_gc_on_a_file_system_that_locks_by_write_access_removes_releases(
+    store: ReleaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NFS locks exclusively only what is open for writing; nothing is written to a manifest."""
+    flock = fcntl.flock
+
+    def as_on_nfs(descriptor: int, kind: int) -> None:
+        mode = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+        if kind & fcntl.LOCK_EX and mode == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        flock(descriptor, kind)
+
+    monkeypatch.setattr(fcntl, "flock", as_on_nfs)
+    manifest = store.path_of("r1") / MANIFEST_NAME
+    content = manifest.read_bytes()
+    assert list(store.gc(keep=1, dry_run=True)) == ["r1"]
+    assert manifest.read_bytes() == content
+    assert list(store.gc(keep=1)) == ["r1"]
+
+
+def test_store_on_a_file_system_without_locks_says_so(
+    store: ReleaseStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(descriptor: int, kind: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with store.open("r1"):
+        assert "r1 is open without a lock" in caplog.text
+        assert "file system of the store must hold locks" in caplog.text
+    with pytest.raises(NotWritable, match="must hold locks"):
+        store.gc()
 
 
 @needs_root

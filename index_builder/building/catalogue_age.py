@@ -152,11 +152,9 @@ class SourceTimes:
         if self.exported_at == "file":
             exported = pl.col("oldest")
         rows = rows.with_columns(exported=exported)
-        return rows.with_columns(
-            stated=modified_ns(catalogue).zip_with(
-                modified_ns(catalogue) > 0, rows["exported"].cast(pl.Int64)
-            )
-        )
+        modified = modified_ns(catalogue)
+        stated = modified.zip_with(modified > 0, rows["exported"].cast(pl.Int64))
+        return rows.with_columns(stated=stated)
 
     def _by_file(self) -> pl.DataFrame:
         """Return which rows stand in which of several catalogues; in two, the newer one counts."""

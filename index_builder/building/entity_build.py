@@ -11,6 +11,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from index_builder.building.inputs import (
     EntityInput,
     QuerySet,
@@ -33,7 +35,6 @@ from index_builder.search.golden import (
     answer_exactly,
     write_golden,
 )
-from index_builder.storage.corpus import check_vectors
 from index_builder.storage.durable_files import write_durably
 from index_builder.storage.peak_memory import PeakMemory
 
@@ -144,8 +145,7 @@ def _build_entity(build: EntityBuild) -> BuiltEntity:
     config = build.config
     with PeakMemory() as peak:
         input_file = build.staging / f"{build.entity_type}.input.f32"
-        entities = _checked_input(build, input_file)
-        vectors = check_vectors(entities.vectors)  # of unit norm, as the index holds them
+        entities, vectors = _checked_input(build, input_file)
         laps.end("check and fold")
         if build.queries is not None and len(build.queries.texts):
             proof = split_queries(build.queries, config)
@@ -199,16 +199,16 @@ def _build_entity(build: EntityBuild) -> BuiltEntity:
     return BuiltEntity(entity, measured)
 
 
-def _checked_input(build: EntityBuild, input_file: Path) -> EntityInput:
-    """Fold the live writes in, and refuse what must not enter an index."""
+def _checked_input(build: EntityBuild, input_file: Path) -> tuple[EntityInput, np.ndarray]:
+    """Fold the live writes in; return the input, and its vectors as the index holds them."""
     entity_type, bundle, folded = build.entity_type, build.bundle, build.changes.folded
     entities = apply_live(build.entities, build.changes, input_file)
-    check_input(entity_type, entities, bundle.space_id, bundle.dimension)
+    vectors = check_input(entity_type, entities, bundle.space_id, bundle.dimension)
     changes = f"; {folded}" if str(folded) else ""
     log.info(f"{entity_type}: {len(entities.ids):,} entities checked{changes}")
     for line in folded.warnings():
         log.warning(f"{entity_type}: {line}")
-    return entities
+    return entities, vectors
 
 
 def _save(index: EntityIndex, golden: GoldenQueries, folder: Path) -> float:

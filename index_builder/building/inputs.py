@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 
 from encoders.errors import InvalidVectors, SpaceMismatch
+from encoders.tables.schemas import Kind, schema
 from index_builder.errors import DuplicateIds
 from index_builder.fusion.engagements import Engagements
 from index_builder.lexical.lexical_index import LexicalIndex
@@ -17,6 +18,10 @@ from index_builder.live_log.source_age import NOTHING_SETTLED, Settled, SourceAg
 from index_builder.storage.corpus import check_vectors
 
 BLOCK_ROWS = 65_536
+VECTOR_COLUMNS = frozenset(
+    column.name for column in schema("catalogue").columns if column.kind is Kind.VECTOR
+)
+"""Columns of a catalogue that hold vectors, which are no attributes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +74,13 @@ class QuerySet:
     vectors: np.ndarray
 
 
-def check_input(entity_type: str, entities: EntityInput, space_id: str, dimension: int) -> None:
+def check_input(
+    entity_type: str, entities: EntityInput, space_id: str, dimension: int
+) -> np.ndarray:
     """Refuse what must never enter an index; reads the vectors once, block by block.
+
+    Returns:
+        The vectors, of unit norm, as the index holds them.
 
     Raises:
         SpaceMismatch: The vectors were made under another space id.
@@ -92,7 +102,7 @@ def check_input(entity_type: str, entities: EntityInput, space_id: str, dimensio
         )
     _check_distinct(entity_type, ids)
     try:
-        check_vectors(entities.vectors, ids, dimension)
+        return check_vectors(entities.vectors, ids, dimension)
     except InvalidVectors as error:
         raise InvalidVectors(f"{entity_type}: {error}") from error
 

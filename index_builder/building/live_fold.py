@@ -12,20 +12,19 @@ import numpy as np
 import polars as pl
 
 from index_builder.building.inputs import BLOCK_ROWS, EntityInput
-from index_builder.building.order import Folded, LiveChanges, LiveWrites, decide, some_ids
+from index_builder.building.order import Folded, LiveChanges, LiveWrites, some_ids
 from index_builder.errors import GateFailed, LiveLogCorrupt, LiveLogError
 from index_builder.filters.folding import fold_attributes
 from index_builder.lexical.counting import attribute_texts
 from index_builder.lexical.lexical_index import LexicalIndex
 from index_builder.live_log.files import ends_early, log_files
-from index_builder.live_log.reader import LiveLogReader
+from index_builder.live_log.reader import BATCH_ENTRIES, LiveLogReader
 from index_builder.live_log.records import LiveEntry
 from index_builder.releases.manifest import EntityManifest
 from index_builder.search.live_blocks import attribute_frame
 
 log = logging.getLogger(__name__)
 
-_BATCH_ENTRIES = 50_000
 _FEW_IDS = 100
 """So many live writes may always be lost to a newer source."""
 
@@ -65,7 +64,7 @@ def read_live(
     reader = LiveLogReader(live_root, entity_type, after=start)
     latest: dict[str, LiveEntry] = {}
     try:
-        while batch := reader.poll(_BATCH_ENTRIES):
+        while batch := reader.poll(BATCH_ENTRIES):
             for entry in batch:
                 latest[entry.id] = entry
     finally:
@@ -76,12 +75,6 @@ def read_live(
             " pass --no-live."
         )
     return LiveWrites(latest, reader.sequence)
-
-
-def fold_live(entities: EntityInput, live: LiveWrites, into: Path) -> tuple[EntityInput, Folded]:
-    """Decide about live writes and apply them; as ``apply_live``."""
-    changes = decide(entities, live)
-    return apply_live(entities, changes, into), changes.folded
 
 
 def apply_live(entities: EntityInput, changes: LiveChanges, into: Path) -> EntityInput:

@@ -18,11 +18,12 @@ from encoders.tables.files import raise_malformed, raise_problems
 from encoders.tables.parts import table_files
 from encoders.tables.reading import DEFAULT_OPTIONS, read_chunks
 from encoders.tables.reading_options import ReadingOptions
-from encoders.tables.schemas import ROW, Kind, schema
+from encoders.tables.schemas import ROW, schema
+from index_builder.building.inputs import VECTOR_COLUMNS
 from index_builder.errors import UnknownEntityType
 from index_builder.filters.json_values import check_attributes, learn_types
 from index_builder.live_log.files import log_files
-from index_builder.live_log.reader import LiveLogReader
+from index_builder.live_log.reader import BATCH_ENTRIES, LiveLogReader
 from index_builder.live_log.records import LiveEntry, check_entry
 from index_builder.live_log.writer import LiveLogWriter
 from index_builder.releases.manifest import Manifest
@@ -30,10 +31,6 @@ from index_builder.releases.release import read_manifest
 from index_builder.releases.store import ReleaseStore
 
 BATCH_ROWS = 1024
-_BATCH_ENTRIES = 50_000
-_VECTOR_COLUMNS = frozenset(
-    column.name for column in schema("catalogue").columns if column.kind is Kind.VECTOR
-)
 
 
 class Embedder(Protocol):
@@ -210,14 +207,14 @@ def _types(
     """Return types of attributes; the log is read only where the release does not have them all."""
     entity = manifest.entities[entity_type]
     types = dict(entity.index.get("attributes", {}))
-    new = set(columns) - types.keys() - {"id", "entity_type", *_VECTOR_COLUMNS}
+    new = set(columns) - types.keys() - {"id", "entity_type", *VECTOR_COLUMNS}
     files = log_files(live_root / entity_type) if live_root is not None and new else []
     if live_root is None or not files:
         return types
     after = max(entity.watermark, files[0][0] - 1)
     reader = LiveLogReader(live_root, entity_type, after=after)
     try:
-        while batch := reader.poll(_BATCH_ENTRIES):
+        while batch := reader.poll(BATCH_ENTRIES):
             for entry in batch:
                 found = entry.attributes
                 learn_types(types, {name: found[name] for name in new & found.keys()})
@@ -331,7 +328,7 @@ def attributes_of(row: dict[str, Any]) -> dict[str, Any]:
         name: _json_value(value)
         for name, value in row.items()
         if not _missing(value)
-        and name not in {"id", "entity_type", *_VECTOR_COLUMNS}
+        and name not in {"id", "entity_type", *VECTOR_COLUMNS}
         and not isinstance(value, dict)
         and not _nested(value)
     }

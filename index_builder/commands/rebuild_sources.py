@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -34,6 +35,9 @@ from index_builder.building.sources import (
 from index_builder.building.update import embed_again
 from index_builder.live_log.writer import LiveLogWriter
 from index_builder.releases.store import ReleaseStore
+
+if TYPE_CHECKING:
+    from encoders.towers.bundle import ModelBundle
 
 _LEARNED_FROM = 0.01
 """Share of rows with a value from which on towers are said to have learned from a field."""
@@ -70,6 +74,20 @@ class RebuildSources:
     exported_at: ExportedAt = None
 
 
+class Towers:
+    """The towers of a model bundle, loaded once, when they are first wanted."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @cached_property
+    def loaded(self) -> ModelBundle:
+        """The bundle with its towers."""
+        from encoders.towers.bundle import load_bundle
+
+        return load_bundle(self.path)
+
+
 class Gathered(NamedTuple):
     """What ``build_release`` takes."""
 
@@ -104,12 +122,14 @@ def gather(
             )
         with stage("read the active release"):
             inputs, bundle = from_release(store, sources.entity_types)
+        towers = Towers(bundle)
     else:
         if sources.bundle is None or not (sources.catalogue or sources.signals):
             raise ConfigError(
                 "name a source: --bundle with --catalogue or --signals, or --from-active"
             )
         bundle = sources.bundle
+        towers = Towers(bundle)
         _check_bundle(bundle)
         times = SourceTimes.now(store, sources.catalogue, sources.exported_at, sources.reading)
         catalogue = _catalogue(sources)
@@ -118,30 +138,30 @@ def gather(
         if sources.signals is None and dry_run:
             assert catalogue is not None
             return Gathered(times.apply(_unembedded(catalogue, bundle), catalogue), bundle, None)
-        inputs = _from_tables(store, sources, bundle, catalogue, scratch)
+        inputs = _from_tables(store, sources, towers, catalogue, scratch)
         named = None if sources.signals is None else SignalStore(sources.signals)
         inputs = times.apply(inputs, catalogue, named)
     if not dry_run:
-        embed_foreign_live(store, bundle, inputs, config)
-        inputs = _with_pairs(sources, bundle, inputs)
-    return Gathered(inputs, bundle, _queries(sources.queries, bundle, config))
+        embed_foreign_live(store, towers, inputs, config)
+        inputs = _with_pairs(sources, towers, inputs)
+    return Gathered(inputs, bundle, _queries(sources.queries, towers, config))
 
 
 def _with_pairs(
-    sources: RebuildSources, bundle_path: Path, inputs: dict[str, EntityInput]
+    sources: RebuildSources, towers: Towers, inputs: dict[str, EntityInput]
 ) -> dict[str, EntityInput]:
     """Give entities the pairs that vote and those that fit the weights of fused answers."""
     if sources.pairs is None:
         return inputs
     from encoders.tables.files import read_table
-    from encoders.towers.bundle import load_bundle
 
     with stage("read the pairs and embed the queries that fit the weights"):
-        bundle = load_bundle(bundle_path)
         return with_engagements(
             inputs,
             read_table(sources.pairs, "pairs"),
-            lambda texts: np.ascontiguousarray(bundle.embed_queries(list(texts)), np.float32),
+            lambda texts: np.ascontiguousarray(
+                towers.loaded.embed_queries(list(texts)), np.float32
+            ),
             sources.min_query_users,
         )
 
@@ -149,7 +169,7 @@ def _with_pairs(
 def _from_tables(
     store: ReleaseStore,
     sources: RebuildSources,
-    bundle: Path,
+    towers: Towers,
     catalogue: pl.DataFrame | None,
     scratch: Path,
 ) -> dict[str, EntityInput]:
@@ -160,9 +180,9 @@ def _from_tables(
     entity_types = sources.entity_types
     if signals is None:
         assert catalogue is not None
-        signals = store.root / "signals" / read_space_id(bundle)[:16]
+        signals = store.root / "signals" / read_space_id(towers.path)[:16]
         with stage("embed the catalogue"):
-            _embed(bundle, catalogue, signals)
+            _embed(towers, catalogue, signals)
         entity_types = entity_types or tuple(sorted(catalogue["entity_type"].unique().to_list()))
     with stage("read the signals"):
         return from_signals(SignalStore(signals), entity_types, catalogue, scratch)
@@ -220,12 +240,11 @@ def _warn_of_empty_fields(catalogue: pl.DataFrame, bundle_path: Path) -> None:
             )
 
 
-def _embed(bundle_path: Path, catalogue: pl.DataFrame, signal_root: Path) -> None:
+def _embed(towers: Towers, catalogue: pl.DataFrame, signal_root: Path) -> None:
     """Embed the rows whose inputs changed since the signal store was written."""
     from encoders.inference.batch_embedding import embed_catalogue
-    from encoders.towers.bundle import load_bundle
 
-    report = embed_catalogue(load_bundle(bundle_path), [catalogue], SignalStore(signal_root))
+    report = embed_catalogue(towers.loaded, [catalogue], SignalStore(signal_root))
     for name, entity in report.entity_types.items():
         say(
             f"{name}: {entity.embedded:,} embedded, {entity.unchanged + entity.resumed:,} taken"
@@ -251,24 +270,22 @@ def _unembedded(catalogue: pl.DataFrame, bundle_path: Path) -> dict[str, EntityI
 
 
 def _queries(
-    path: Path | None, bundle_path: Path, config: RebuildConfig
+    path: Path | None, towers: Towers, config: RebuildConfig
 ) -> dict[str, QuerySet] | None:
     if path is None:
         return None
-    from encoders.towers.bundle import load_bundle
-
     with stage("embed the queries"):
         texts = read_query_texts(
             path,
             config.golden_queries + max(CALIBRATION_QUERIES, config.calibration_queries),
             config.seed,
         )
-        vectors = load_bundle(bundle_path).embed_queries(texts)
+        vectors = towers.loaded.embed_queries(texts)
         return {"*": QuerySet(texts, np.ascontiguousarray(vectors, np.float32))}
 
 
 def embed_foreign_live(
-    store: ReleaseStore, bundle_path: Path, inputs: dict[str, EntityInput], config: RebuildConfig
+    store: ReleaseStore, towers: Towers, inputs: dict[str, EntityInput], config: RebuildConfig
 ) -> None:
     """Write live entities of another space again, where they carry their catalogue row.
 
@@ -277,15 +294,13 @@ def embed_foreign_live(
     """
     if not config.fold_live:
         return
-    bundle = read_bundle(bundle_path)
+    bundle = read_bundle(towers.path)
     for entity_type, entities in inputs.items():
         for _ in range(_EMBED_ROUNDS):
             live = writes_for(entity_type, entities, store)
             foreign = [entry for entry in decide(entities, live).foreign if entry.source]
             if not foreign:
                 break
-            from encoders.towers.bundle import load_bundle
-
             with (
                 stage(f"embed {len(foreign):,} live {entity_type} entities with the new bundle"),
                 LiveLogWriter(
@@ -293,5 +308,5 @@ def embed_foreign_live(
                 ) as writer,
             ):
                 writer.write_unless_changed(
-                    embed_again(foreign, load_bundle(bundle_path)), since=live.watermark
+                    embed_again(foreign, towers.loaded), since=live.watermark
                 )

@@ -21,6 +21,8 @@ from index_builder.live_log.files import (
 )
 from index_builder.live_log.records import FILE_HEADER, LiveEntry, decode_payload, next_record
 
+BATCH_ENTRIES = 50_000
+"""Entries to poll at once by who reads a whole log, so that memory stays bounded."""
 _READ_BYTES = 8 * 2**20
 
 

@@ -66,9 +66,8 @@ class PeakMemory:
     def _sample(self) -> None:
         """Keep the highest private memory until the block ends."""
         while True:
-            with contextlib.suppress(
-                OSError
-            ):  # no file descriptor just now: the next sample has one
+            # Without a free file descriptor this sample is left out
+            with contextlib.suppress(OSError):
                 self.private_mib = max(self.private_mib, private_mib())
             if self._stop.wait(_SAMPLE_SECONDS):
                 return

@@ -1,10 +1,13 @@
-"""Writers of a live log that are interrupted between writing and syncing."""
+"""Live logs: writers that are interrupted between writing and syncing, and folding in one step."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from index_builder.building.inputs import EntityInput
+from index_builder.building.live_fold import apply_live
+from index_builder.building.order import LiveWrites, decide
 from index_builder.live_log.records import LiveEntry
 from index_builder.live_log.writer import LiveLogWriter
 
@@ -33,3 +36,8 @@ def kill_before_sync(root: Path, dimension: int, entries: Sequence[LiveEntry]) -
         with before_sync(LiveLogWriter(root, "pin", dimension), lambda: os._exit(9)) as writer:
             writer.write(entries)
     os.waitpid(child, 0)
+
+
+def fold_live(entities: EntityInput, live: LiveWrites, into: Path) -> EntityInput:
+    """Decide about live writes and apply them; as ``apply_live``."""
+    return apply_live(entities, decide(entities, live), into)

@@ -33,7 +33,7 @@ from index_builder.building.inputs import EntityInput
 from index_builder.building.order import LiveWrites, decide
 from index_builder.building.plan import RebuildConfig
 from index_builder.building.sources import from_release, from_signals, scratch_folder
-from index_builder.commands.rebuild_sources import embed_foreign_live
+from index_builder.commands.rebuild_sources import Towers, embed_foreign_live
 from index_builder.live_log.records import LiveEntry
 from index_builder.live_log.source_age import NOTHING_SETTLED, RowTimes, Settled, SourceAge
 from index_builder.live_log.writer import LiveLogWriter
@@ -250,7 +250,7 @@ class OrderOfWrites(RuleBasedStateMachine):
     @rule()
     def rebuild_from_active(self) -> None:
         inputs, path = from_release(self.store, ())
-        embed_foreign_live(self.store, path, inputs, quick("exact"))
+        embed_foreign_live(self.store, Towers(path), inputs, quick("exact"))
         build_release(inputs, path, self.store, self.config())
         self.model.rebuild_from_active()
 
@@ -327,7 +327,7 @@ class OrderOfWrites(RuleBasedStateMachine):
         signals.write("pin", catalogue["id"].to_list(), vectors, SPACES[self.space])
         with scratch_folder(self.store) as scratch:
             inputs = times.apply(from_signals(signals, (), catalogue, scratch), catalogue)
-            embed_foreign_live(self.store, bundle, inputs, quick("exact"))
+            embed_foreign_live(self.store, Towers(bundle), inputs, quick("exact"))
             return build_release(inputs, bundle, self.store, self.config())
 
     def config(self) -> RebuildConfig:

@@ -12,7 +12,7 @@ import pytest
 import encoders.towers.bundle
 from index_builder.building.build import build_release
 from index_builder.building.live_fold import read_live
-from index_builder.commands.rebuild_sources import embed_foreign_live
+from index_builder.commands.rebuild_sources import Towers, embed_foreign_live
 from index_builder.live_log.reader import LiveLogReader
 from index_builder.live_log.records import LiveEntry
 from index_builder.live_log.writer import LiveLogWriter
@@ -29,6 +29,11 @@ class SlowBundle:
 
     def __init__(self, meanwhile: Callable[[], None]) -> None:
         self.meanwhile, self.titles = meanwhile, list[list[str]]()
+        self.loads = 0
+
+    def load(self, _: Path) -> "SlowBundle":
+        self.loads += 1
+        return self
 
     def embed_entities(self, frame: pl.DataFrame) -> np.ndarray:
         self.titles.append(frame["title"].to_list())
@@ -67,9 +72,9 @@ def rebuilt(
             writer.write(meanwhile)
 
     slow = SlowBundle(write)
-    monkeypatch.setattr(encoders.towers.bundle, "load_bundle", lambda _: slow)
+    monkeypatch.setattr(encoders.towers.bundle, "load_bundle", slow.load)
     bundle, inputs = make_bundle(store.root / "new", NEW), {"pin": make_input("pin", 60, space=NEW)}
-    embed_foreign_live(store, bundle, inputs, quick("exact"))
+    embed_foreign_live(store, Towers(bundle), inputs, quick("exact"))
     return slow, build_release(inputs, bundle, store, quick("exact"))
 
 
@@ -93,6 +98,7 @@ def test_embed_foreign_live_update_meanwhile_is_embedded_too(
         writer.write([old("x", "before"), old("y", "kept")])
     slow, release_id = rebuilt(store, [old("x", "after"), old("z", "new")], monkeypatch)
     assert slow.titles == [["before", "kept"], ["after", "new"]]
+    assert slow.loads == 1
     index = store.open(release_id).entities["pin"]
     for identifier, title in (("x", "after"), ("y", "kept"), ("z", "new")):
         np.testing.assert_array_equal(

@@ -15,7 +15,6 @@ from click.testing import CliRunner
 
 from index_builder.building.build import build_release
 from index_builder.building.inputs import EntityInput
-from index_builder.building.live_fold import fold_live
 from index_builder.building.order import LiveWrites
 from index_builder.building.update import attributes_of, read_changes
 from index_builder.commands import update as update_command
@@ -28,6 +27,7 @@ from index_builder.releases.store import ReleaseStore
 from index_builder.search.entity_index import EntityIndex, IndexConfig
 from index_builder.search.live_blocks import attribute_frame
 from index_builder.search.live_state import LiveBase, LiveState
+from tests.helpers.live_logs import fold_live
 from tests.helpers.release_makers import SPACE, D, make_bundle, quick, unit_vectors
 
 COUNT = 50
@@ -78,7 +78,7 @@ def entry(name: str, sequence: int, attributes: dict[str, Any] | None = None) ->
 
 
 def fold(into: Path, new: LiveEntry) -> pl.DataFrame:
-    folded, _ = fold_live(BASE, LiveWrites({new.id: new}, 1), into / "folded")
+    folded = fold_live(BASE, LiveWrites({new.id: new}, 1), into / "folded")
     assert folded.attributes is not None
     return folded.attributes
 
@@ -147,7 +147,7 @@ def test_filter_block_with_clash_finds_entries_that_fit(
         bad,
         {name: GOOD[name]},
     ], "answers show what was written"
-    folded, _ = fold_live(BASE, LiveWrites(entries, 2), tmp_path / "folded")
+    folded = fold_live(BASE, LiveWrites(entries, 2), tmp_path / "folded")
     assert folded.attributes is not None and folded.attributes.schema == FRAME.schema
     assert dict(zip(folded.ids, folded.attributes[name].to_list()))["good"] == GOOD[name]
     assert dict(zip(folded.ids, folded.attributes[name].to_list()))["bad"] is None
@@ -334,7 +334,7 @@ def test_fold_live_new_attribute_has_the_type_that_was_written_first(
     entries = {
         name: entry(name, i + 1, {"new": value}) for i, (name, value) in enumerate(written.items())
     }
-    folded, _ = fold_live(BASE, LiveWrites(entries, 6), tmp_path / "folded")
+    folded = fold_live(BASE, LiveWrites(entries, 6), tmp_path / "folded")
     assert folded.attributes is not None
     found = dict(zip(folded.ids, folded.attributes["new"].to_list()))
     assert {name: found[name] for name in written} == {
@@ -464,7 +464,7 @@ def test_fold_live_keeps_dates_of_live_entries(tmp_path: Path) -> None:
     written = {"day": "2024-06-01", "at": "2024-06-01T10:00:00Z", "days": ["2024-06-01"]}
     bad = {"day": "soon", "at": "later", "days": ["2024-07-01", "soon"]}
     entries = {"n": entry("n", 1, written), "o": entry("o", 2, bad)}
-    folded, _ = fold_live(base, LiveWrites(entries, 2), tmp_path / "folded")
+    folded = fold_live(base, LiveWrites(entries, 2), tmp_path / "folded")
     assert folded.attributes is not None
     found = folded.attributes.select(*written).to_dicts()
     assert found[-2] == written
@@ -487,7 +487,7 @@ def fold_whens(into: Path, whens: list[Any], row: int, written: Any) -> pl.DataF
     new = entry(base.ids[row], 1, {"when": written})
     if schema["when"].endswith("string"):
         check_attributes(new.attributes, schema, "a write")
-    folded, _ = fold_live(base, LiveWrites({new.id: new}, 1), into / "folded")
+    folded = fold_live(base, LiveWrites({new.id: new}, 1), into / "folded")
     assert folded.attributes is not None
     return folded.attributes
 

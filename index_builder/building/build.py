@@ -34,7 +34,13 @@ from index_builder.building.plan import (
 )
 from index_builder.building.proof import REAL
 from index_builder.errors import DiskFull, GateFailed
-from index_builder.releases.manifest import EntityManifest, FileRecord, Manifest, content_digest
+from index_builder.releases.manifest import (
+    MANIFEST_NAME,
+    EntityManifest,
+    FileRecord,
+    Manifest,
+    content_digest,
+)
 from index_builder.releases.release import BUNDLE_PARTS
 from index_builder.releases.store import ReleaseStore
 from index_builder.releases.verification import record_files
@@ -158,6 +164,8 @@ class _Build:
             forms = self._check_forms(content, entities)
             seconds["bundle and parity"] = _seconds_since(step)
             step = time.perf_counter()
+            for path in content.glob(f".{MANIFEST_NAME}.*.tmp"):  # of a killed publication
+                path.unlink()
             files = record_files(content)
             seconds["checksums"] = _seconds_since(step)
         self._check_memory(peak)
@@ -220,7 +228,7 @@ class _Build:
         digest = sha256(
             f"{self.bundle.space_id} {config.index!r} {config.golden_queries}"
             f" {config.calibration_queries} {config.min_recall} {config.deterministic}"
-            f" {config.seed} {config.max_memory_mib} {parent}".encode()
+            f" {config.seed} {config.max_memory_mib} {parent} {_code_version()}".encode()
         )
         for entity_type in sorted(self.inputs):
             digest.update(f"{entity_type} {fingerprint(self.inputs[entity_type])}".encode())

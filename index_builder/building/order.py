@@ -248,9 +248,9 @@ def _rows(frame: pl.DataFrame, rows: Sequence[int]) -> list[dict[str, Any]]:
 def _says_the_same(
     entry: LiveEntry, entities: EntityInput, row: int, values: Mapping[str, Any]
 ) -> bool:
-    if entry.attributes:
-        told = ((n, v) for n, v in entry.attributes.items() if n != MODIFIED_AT)
-        return all(values.get(name) == value for name, value in told)
+    said = {name: value for name, value in entry.attributes.items() if name != MODIFIED_AT}
+    if said:
+        return all(values.get(name) == value for name, value in said.items())
     assert entry.vector is not None
     if entry.space_id != entities.space_id:
         return False

@@ -14,19 +14,14 @@ import polars as pl
 from encoders.errors import DataError, SpaceMismatch
 from encoders.inference.signal_store import SignalStore, read_part
 from encoders.tables.files import read_whole_table
-from encoders.tables.schemas import Kind, schema
-from index_builder.building.inputs import EntityInput, align_attributes
-from index_builder.errors import NotWritable, ReleaseNotFound, UnknownEntityType
+from index_builder.building.inputs import VECTOR_COLUMNS, EntityInput, align_attributes
+from index_builder.errors import NotWritable, PublisherBusy, ReleaseNotFound, UnknownEntityType
 from index_builder.fusion.engagements import Engagements
 from index_builder.fusion.fused_search import FusedIndex
 from index_builder.lexical.counting import TEXT_FIELDS, text_fields
 from index_builder.live_log.source_age import Settled
 from index_builder.releases.store import ReleaseStore
 from index_builder.storage.durable_files import FileLock, make_folder
-
-_VECTOR_COLUMNS = frozenset(
-    column.name for column in schema("catalogue").columns if column.kind is Kind.VECTOR
-)
 
 
 @contextmanager
@@ -35,11 +30,18 @@ def scratch_folder(store: ReleaseStore) -> Iterator[Path]:
 
     No other process has its name, and a lock beside it, which the kernel drops when its holder
     dies, says that it is in use. What dead processes left is removed at the start.
+
+    Raises:
+        PublisherBusy: Another process keeps the new lock, which it takes for an abandoned one.
     """
     make_folder(store.root)
     _remove_abandoned(store.root)
     lock = FileLock(store.root / f".input-{secrets.token_hex(8)}.lock")
-    assert lock.acquire(), "the name is new, so nobody else holds its lock"
+    if not lock.acquire(timeout_seconds=5.0):
+        raise PublisherBusy(
+            f"process {lock.holder()} is tidying up {store.root} and keeps the lock of a new folder"
+            f" ({lock.path.name}). Nothing was changed; run it again."
+        )
     folder = lock.path.with_suffix("")
     try:
         make_folder(folder)
@@ -176,7 +178,7 @@ def attributes_for(
     drop = [
         name
         for name, dtype in rows.schema.items()
-        if name in _VECTOR_COLUMNS or _nested(dtype) or rows[name].null_count() == rows.height
+        if name in VECTOR_COLUMNS or _nested(dtype) or rows[name].null_count() == rows.height
     ]
     return align_attributes(rows, ids, drop)
 

@@ -54,6 +54,7 @@ _EXCLUDED_BY_QUERY_TOWER = (
     "from_active",
     "entity_types",
     "pairs",
+    "exported_at",
 )
 _PLANNED = {
     "entities": "entities",

@@ -3,8 +3,10 @@ same input gives the same bytes.
 """
 
 import os
+import secrets
 import shutil
 import signal
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +25,7 @@ from encoders.errors import (
     SpaceMismatch,
 )
 from encoders.inference.signal_store import SignalStore
+from index_builder.building import build as build_module
 from index_builder.building.build import build_release
 from index_builder.building.inputs import QuerySet
 from index_builder.building.plan import estimate_mib, plan_release, read_bundle
@@ -32,13 +35,21 @@ from index_builder.building.sources import (
     read_query_texts,
     scratch_folder,
 )
-from index_builder.errors import DiskFull, DuplicateIds, GateFailed, LiveLogError, PublishError
+from index_builder.errors import (
+    DiskFull,
+    DuplicateIds,
+    GateFailed,
+    LiveLogError,
+    PublisherBusy,
+    PublishError,
+)
 from index_builder.live_log.records import LiveEntry
 from index_builder.live_log.source_age import SourceAge
 from index_builder.live_log.writer import LiveLogWriter
 from index_builder.releases.release import read_manifest
 from index_builder.releases.store import ReleaseStore
 from index_builder.search.entity_index import EntityIndex, IndexConfig
+from index_builder.storage.durable_files import FileLock
 from tests.helpers.release_makers import SPACE, D, make_bundle, make_input, quick, unit_vectors
 
 OTHER = "0b" * 32
@@ -236,6 +247,29 @@ def test_scratch_folder_is_nobody_elses_and_outlives_others(store: ReleaseStore)
             )
         assert (mine / "pin.f32").is_file()
     assert not list(store.root.glob(".input-*"))
+
+
+def test_scratch_folder_waits_for_who_takes_its_lock_for_an_abandoned_one(
+    store: ReleaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.root.mkdir()
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "new")
+    other = FileLock(store.root / ".input-new.lock")
+    assert other.acquire()
+
+    def tidy_up() -> None:
+        other.path.unlink()
+        other.release()
+
+    timer = threading.Timer(0.2, tidy_up)
+    timer.start()
+    with scratch_folder(store) as folder:
+        assert not FileLock(other.path).acquire(), "the lock that has the name is held"
+        assert folder.is_dir()
+    timer.join()
+    monkeypatch.setattr(FileLock, "acquire", lambda *_, **__: False)
+    with pytest.raises(PublisherBusy, match="tidying up"), scratch_folder(store):
+        pass
 
 
 def test_build_from_active_with_a_hole_in_the_log_is_refused(
@@ -532,6 +566,39 @@ def test_build_resumed_without_failed_form_does_not_publish_it(
     assert not [
         name for name in manifest.files if name.startswith("forms/") or name == "config.json"
     ]
+
+
+def test_build_resumed_after_killed_publication_publishes_no_half_manifest(
+    bundle: Path, store: ReleaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entities = {"pin": make_input("pin", 30)}
+
+    def killed(_: ReleaseStore, content: Path, *__: Any, **___: Any) -> str:
+        (content / ".manifest.json.0123456789abcdef.tmp").write_bytes(b"{")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ReleaseStore, "publish", killed)
+        build_release(entities, bundle, store, quick("exact"))
+    release = store.path_of(build_release(entities, bundle, store, quick("exact")))
+    assert not [name for name in read_manifest(release).files if name.endswith(".tmp")]
+    assert not list(release.rglob("*.tmp"))
+
+
+def test_build_after_upgrade_of_the_code_takes_nothing_over(
+    bundle: Path,
+    store: ReleaseStore,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    entities = {"ad": make_input("ad", 20), "pin": make_input("pin", 30)}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, "load", "pin")
+        patch.setattr(build_module, "_code_version", lambda: "0.0.1")
+        build_release(entities, bundle, store, quick("exact"))
+    build_release(entities, bundle, store, quick("exact"))
+    assert "taken over" not in caplog.text
 
 
 def test_read_query_texts_gives_distinct_texts(tmp_path: Path) -> None:

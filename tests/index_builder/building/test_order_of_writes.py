@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -408,6 +409,19 @@ def test_decide_write_after_reading_wins() -> None:
     assert shown == {"a": 99, "n": 5}
     assert report == {"upserts": 2, "deletes": 1}
     assert not any(settled.holds(n) for n in (8, 9, 10))
+
+
+def test_decide_upsert_that_says_its_age_only_is_compared_by_its_vector() -> None:
+    """Attributes without the age say nothing, and nothing is the same as any row."""
+    row = unit_vectors(2, 0)
+    own, same = entry("a", 99, 1), entry("b", 99, 2)
+    writes = [
+        dataclasses.replace(own, attributes={"modified_at": "2024-01-01"}),
+        dataclasses.replace(same, attributes={"modified_at": "2024-01-01"}, vector=row[1]),
+    ]
+    shown, report, _ = decided(*writes, age=SourceAge(read_at=7))
+    assert shown == PRICES
+    assert (report["overridden"], report["confirmed"]) == (["a"], 1)
 
 
 def test_decide_write_before_reading_loses_to_a_row_but_a_delete_stays() -> None:

@@ -74,6 +74,13 @@ def test_rebuild_bad_usage_exits_2(tmp_path: Path, arguments: tuple[str, ...]) -
     assert run(rebuild_command.command, "--store", tmp_path / "s", *arguments).exit_code == 2
 
 
+def test_rebuild_query_tower_with_exported_at_is_refused(tmp_path: Path) -> None:
+    arguments = ("--query-tower", tmp_path / "new", "--exported-at", "2024-01-01")
+    result = run(rebuild_command.command, "--store", tmp_path / "s", *arguments)
+    assert result.exit_code == 2
+    assert "leave --exported-at out" in " ".join(result.output.split())
+
+
 @pytest.mark.parametrize(
     ("text", "mib"), [("4G", 4096), ("800M", 800), ("1.5GiB", 1536), (str(2**21), 2), (None, None)]
 )

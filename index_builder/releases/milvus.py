@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+import polars as pl
 
 from encoders.errors import InvalidVectors, MissingDependency, SpaceMismatch
 from index_builder.errors import GateFailed, ReleaseError, ReleaseNotFound
@@ -28,11 +29,13 @@ from index_builder.filters.times import period_of
 from index_builder.releases.milvus_filters import milvus_expression, time_field
 from index_builder.releases.release import Release
 from index_builder.search.entity_index import EntityIndex, SearchResult
+from index_builder.storage.corpus import unit_vector
 
 VECTOR_FIELD = "embedding"
 MAX_ID_BYTES = 2048
 NAME_LIMIT = 255
 _ALIAS_NOT_FOUND = 1600
+_NORM_TOLERANCE = 0.005
 _ABSENT = re.compile(r"not found|n[o']t exist", re.IGNORECASE)
 """How servers without that code say that there is no such alias."""
 
@@ -335,8 +338,14 @@ def _rows(index: EntityIndex, rows: np.ndarray) -> Iterable[dict[str, Any]]:
     nodes = index.corpus.node_of_row
     vectors = index.corpus.vectors[rows if nodes is None else nodes[rows]]
     attributes = index.attribute_table.values(rows, list(types))
+    dtypes = index.attribute_table.frame.schema
+    singles = {name for name in types if dtypes[name] in (pl.Float32, pl.List(pl.Float32))}
     for id_, vector, values in zip(ids, vectors, attributes, strict=True):
-        fields = {name: value for name, value in values.items() if not _is_missing(value)}
+        fields = {
+            name: _shortest(value) if name in singles else value
+            for name, value in values.items()
+            if not _is_missing(value)
+        }
         times = {
             time_field(name): _instants(value)
             for name, value in fields.items()
@@ -347,6 +356,13 @@ def _rows(index: EntityIndex, rows: np.ndarray) -> Iterable[dict[str, Any]]:
 
 def _is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _shortest(value: Any) -> Any:
+    """Return the shortest decimal that a float32 reads as, which filters write; of lists, each."""
+    if isinstance(value, list):
+        return [_shortest(item) for item in value]
+    return None if value is None else float(str(np.float32(value)))
 
 
 def _instants(value: str | list[str]) -> int | list[int]:
@@ -392,7 +408,7 @@ class MilvusIndex:
         """Find the k best entities for one query ``(D,)`` float32; best first.
 
         Raises:
-            InvalidVectors: The query has another shape.
+            InvalidVectors: The query has another shape, or another norm than 1.
             FilterError: The filter does not parse or fit, or Milvus cannot ask it.
             ReleaseError: The copy does not say which attributes it holds.
         """
@@ -401,6 +417,10 @@ class MilvusIndex:
             raise InvalidVectors(
                 f"the query must have shape ({self.dimension},), but got {vector.shape}."
             )
+        norm = float(np.linalg.norm(vector))
+        if not abs(norm - 1) < _NORM_TOLERANCE:  # of NaN, too
+            raise InvalidVectors(f"the query must have norm 1, but got {norm:.4f}. Normalise it.")
+        vector = unit_vector(vector)
         parameters = {**self._config.search_params}
         if "ef" in parameters:
             parameters["ef"] = max(int(parameters["ef"]), k)

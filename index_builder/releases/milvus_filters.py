@@ -9,6 +9,7 @@ down. Times are compared by a field of their own that holds microseconds since 1
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 
 from index_builder.errors import FilterError
@@ -72,9 +73,9 @@ class _Translator:
         elif op.startswith("contains"):
             hit = _contains(field, op, leaf.values)
         elif op == "in":
-            hit = _any(_compared(field, "==", value) for value in leaf.values)
+            hit = _any(_compared(field, "==", value, type_) for value in leaf.values)
         else:
-            hit = _compared(field, op, leaf.values[0])
+            hit = _compared(field, op, leaf.values[0], type_)
         return f"(exists {field}) and not ({hit})" if negated else hit
 
     def _times(self, leaf: Leaf, op: str, negated: bool) -> str:
@@ -101,7 +102,7 @@ class _Translator:
         pattern = parse_pattern(str(leaf.values[0]))
         assert pattern is not None, "the parser checks patterns"
         if pattern.is_text:
-            return _compared(field, "==", pattern.prefix)
+            return _compared(field, "==", pattern.prefix, "string")
         if not pattern.is_prefix:
             raise self._refused(
                 "Milvus' like differs between versions but for prefixes; end the pattern with the"
@@ -134,10 +135,24 @@ def _any(parts: object) -> str:
     return " or ".join(parts) or _NOTHING  # type: ignore[arg-type]
 
 
-def _compared(field: str, op: str, value: object) -> str:
-    """Compare with one literal; a number beyond 64 bits is above or below every value."""
+def _held(value: int | float, type_: FieldType) -> int | float:
+    """Return a number as a column of a type holds it; infinity where it is beyond every value."""
+    if -_LARGEST_INT <= value < _LARGEST_INT:
+        return value
+    if type_ != "float":
+        return math.inf if value > 0 else -math.inf
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def _compared(field: str, op: str, value: object, type_: FieldType) -> str:
+    """Compare with one literal; a number that no column of the type holds is beyond every value."""
     assert op in _OPERATORS
-    if isinstance(value, int | float) and not -_LARGEST_INT <= value < _LARGEST_INT:
+    if isinstance(value, int | float):
+        value = _held(value, type_)
+    if isinstance(value, float) and math.isinf(value):
         below = value > 0
         always = op == "!=" or ((op[0] == "<") == below and op != "==")
         return f"exists {field}" if always else _NOTHING

@@ -133,11 +133,14 @@ ATTRIBUTES = pl.DataFrame(
             "added": None if i % 8 == 0 else WHENS[i % 4],
             "seen": None if i % 9 == 0 else [WHENS[i % 4], WHENS[i % 3]],
             "huge": 2**62 + i,
+            "mass": None if i % 10 == 0 else (i - 150) * 1e18,
+            "tenth": None if i % 7 == 3 else i / 10,
+            "tenths": None if i % 5 == 3 else [i / 10, 0.3],
         }
         for i in range(300)
     ],
     infer_schema_length=None,
-)
+).with_columns(pl.col("tenth").cast(pl.Float32), pl.col("tenths").cast(pl.List(pl.Float32)))
 FILTERS = [
     *(f"{not_}(price {op} 10.5)" for not_ in ("", "not ") for op in ("==", "!=", "<", "<=", ">")),
     *(f"{not_}(stock {op} 2)" for not_ in ("", "not ") for op in ("==", "!=", "<=", ">=")),
@@ -161,6 +164,17 @@ FILTERS = [
     "not (stock < -99999999999999999999)",
     "huge > 4611686018427387954",
     "huge == 4611686018427387954",
+    *(f"mass {op} 1e19" for op in ("==", "!=", "<", "<=", ">", ">=")),
+    *(f"not (mass {op} -10000000000000000000)" for op in ("==", "<", ">=")),
+    "mass in [20000000000000000000, 3e19]",
+    f"mass < {10**350} and mass > -{10**350}",
+    f"mass == {10**350} or mass > 1e400",
+    "tenth == 0.1",
+    "tenth != 0.7",
+    "tenth <= 0.3",
+    "tenth in [0.1, 29.3]",
+    "array_contains(tenths, 0.3)",
+    "array_contains(tenths, 29.3)",
     *(f"color == {json.dumps(colour)}" for colour in COLOURS),
     *(f"color != {json.dumps(colour)}" for colour in COLOURS),
     'color < "q" and color >= "blue"',
@@ -268,6 +282,12 @@ def test_milvus_expression_what_has_no_equal_is_refused(expression: str, why: st
             '($meta["added@us"] < 1714608000000000) and ($meta["stock"] < 10)',
         ),
         ('color like "re%"', '($meta["color"] >= "re" and $meta["color"] < "rf")'),
+        ("mass > 1e19", '$meta["mass"] > 1e+19'),
+        ("mass > 10000000000000000000", '$meta["mass"] > 1e+19'),
+        (f"mass > {10**350}", "id in []"),
+        (f"mass < {10**350}", 'exists $meta["mass"]'),
+        ("stock < 10000000000000000000", 'exists $meta["stock"]'),
+        ("stock > 1e19", "id in []"),
     ],
 )
 def test_milvus_expression_is_translated(expression: str, asked: str) -> None:

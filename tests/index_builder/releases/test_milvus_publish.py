@@ -6,17 +6,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 
 pytest.importorskip("pymilvus")
 
 from pymilvus import MilvusException
 
+from encoders.errors import InvalidVectors
 from index_builder.errors import GateFailed, ReleaseError
 from index_builder.releases import milvus as adapter
 from index_builder.releases.milvus import MilvusConfig, MilvusReleases, collection_name
 from index_builder.releases.release import Release
 from index_builder.releases.store import ReleaseStore
+from index_builder.search.entity_index import EntityIndex
+from tests.helpers.release_makers import unit_vectors
 
 
 class FakeMilvus:
@@ -24,6 +28,7 @@ class FakeMilvus:
 
     def __init__(self) -> None:
         self.rows: dict[str, dict[str, np.ndarray]] = {}
+        self.asked: list[np.ndarray] = []
         self.about: dict[str, str] = {}
         self.aliases: dict[str, str] = {}
         self.silent = False
@@ -34,6 +39,9 @@ class FakeMilvus:
         if alias not in self.aliases:
             raise MilvusException(code=1600, message=f"alias not found[alias={alias}]")
         return {"collection_name": self.aliases[alias]}
+
+    def describe_collection(self, name: str) -> dict[str, str]:
+        return {"description": self.about[name]}
 
     def has_collection(self, name: str) -> bool:
         return name in self.rows
@@ -69,6 +77,7 @@ class FakeMilvus:
     alter_alias = create_alias
 
     def search(self, name: str, vectors: list[np.ndarray], *, limit: int, **_: Any) -> list[Any]:
+        self.asked += vectors
         scores = {id_: float(vector @ vectors[0]) for id_, vector in self.rows[name].items()}
         best = sorted(scores, key=lambda id_: -scores[id_])[:limit]
         return [[{"id": id_, "distance": scores[id_]} for id_ in best]]
@@ -112,6 +121,29 @@ def test_publish_active_release_that_fails_the_gate_stays_served(
     with pytest.raises(GateFailed, match="199 rows"):
         releases.publish(active)
     assert server.aliases["omni_pin"] in server.rows
+
+
+def test_search_query_near_unit_norm_is_made_unit(server: FakeMilvus, active: Release) -> None:
+    releases = MilvusReleases()
+    releases.publish(active)
+    index = releases.index("pin", space_id=active.space_id, release_id=active.release_id)
+    query = active.entities["pin"].corpus.vectors[3]
+    index.search(query * np.float32(1.0008), 5)
+    assert abs(float(np.linalg.norm(server.asked[-1])) - 1) < 1e-6
+    for wrong in (query * np.float32(2), query * np.float32(0), query * np.float32(np.nan)):
+        with pytest.raises(InvalidVectors, match="norm"):
+            index.search(wrong, 5)
+
+
+def test_rows_single_floats_are_copied_as_they_are_written() -> None:
+    prices = pl.DataFrame(
+        {"price": [0.1, None], "prices": [[0.1, None], None]},
+        schema={"price": pl.Float32, "prices": pl.List(pl.Float32)},
+    )
+    index = EntityIndex.build("pin", ["a", "b"], unit_vectors(2, 0), prices)
+    first, second = adapter._rows(index, np.arange(2))
+    assert (first["price"], first["prices"]) == (0.1, [0.1, None])
+    assert not {"price", "prices"} & second.keys()
 
 
 def test_publish_while_milvus_is_silent_drops_nothing(server: FakeMilvus, active: Release) -> None:

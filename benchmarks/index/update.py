@@ -150,7 +150,8 @@ def sustained(
         acknowledge.append(acknowledged - before)
         written += group
         if written % (group * 10) == 0:
-            assert follower.wait_for("pin", last, 10.0), "not visible after 10 s"
+            visible = follower.wait_for("pin", last, 10.0)
+            assert visible, "not visible after 10 s"
             lags.append(time.perf_counter() - acknowledged)
     elapsed = time.perf_counter() - started
     stop.set()

@@ -11,6 +11,7 @@ import logging
 from time import monotonic
 from typing import NamedTuple
 
+from retrieval.bounds.work_threads import WorkThreads
 from retrieval.http2 import frames
 from retrieval.http2.calls import MethodTable
 from retrieval.http2.control_frames import ControlFrames
@@ -41,6 +42,7 @@ class ServerParts(NamedTuple):
         loop: Runs the calls.
         pacer: Of the server's reads.
         buffers: Counts what all hold.
+        inflating: Inflates long messages, one at a time.
         connections: Those that are open; each enters when it is made.
     """
 
@@ -49,6 +51,7 @@ class ServerParts(NamedTuple):
     loop: asyncio.AbstractEventLoop
     pacer: ReadPacer
     buffers: SharedBuffers
+    inflating: WorkThreads
     connections: set[Connection]
 
 
@@ -74,7 +77,7 @@ class Connection(asyncio.Protocol):
         self.responses = ResponseWriter(self.out, self.streams, limits.max_send_bytes)
         self.drain = Drain(self.out, self.streams, server.loop, self.close)
         self.requests = RequestReader(
-            self.streams, self.responses, server.methods, limits, server.loop
+            self.streams, self.responses, server.methods, limits, server.loop, server.inflating
         )
         self.closed = False
         self.preface_received = False
@@ -252,8 +255,9 @@ class Connection(asyncio.Protocol):
                 raise Http2Error(frames.ENHANCE_YOUR_CALM, "too many frames that are no calls")
             if self.closed:
                 return end
-            # DATA pays with bandwidth, so that the clock need not be asked for each frame of it
-            if out.is_congested or (kind != frames.DATA and monotonic() > until):
+            # The end of a call needs no look at the clock: its HEADERS had one, or are charged
+            is_end = kind == frames.DATA and flags & frames.END_STREAM
+            if out.is_congested or (not is_end and monotonic() > until):
                 self._slice_ended = at < end
                 break
         return at

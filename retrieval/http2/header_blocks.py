@@ -24,7 +24,7 @@ from retrieval.http2.frames import (
 from retrieval.http2.headers import Headers
 
 MAX_FIELDS = 100
-"""Header fields of a request; a call with more is refused."""
+"""Header fields of a request; a call with more is refused, and so many cost a control frame."""
 FIELD_OVERHEAD_BYTES = 32
 """What a field counts beyond its characters (RFC 7541, section 4.1; RFC 9113, section 6.5.2)."""
 CHARGED_BYTES = 512
@@ -50,13 +50,15 @@ class HpackDecoder:
 
     Attributes:
         changed: Whether the last block changed the table.
-        huffman_bytes: What the last block held of Huffman code, which is slow to decode.
+        fields: How many the last block held.
+        huffman_bytes: What it held of Huffman code, which is slow to decode.
     """
 
-    __slots__ = ("_max_bytes", "_table", "_table_bytes", "changed", "huffman_bytes")
+    __slots__ = ("_max_bytes", "_table", "_table_bytes", "changed", "fields", "huffman_bytes")
 
     def __init__(self) -> None:
         self.changed = False
+        self.fields = 0
         self.huffman_bytes = 0
         self._table: deque[Field] = deque()  # newest first
         self._table_bytes = 0
@@ -101,6 +103,7 @@ class HpackDecoder:
             size += FIELD_OVERHEAD_BYTES + len(field[0]) + len(field[1])
             if count <= MAX_FIELDS and size <= MAX_HEADER_BYTES:
                 fields.append(field)
+        self.fields = count
         return tuple(fields) if count == len(fields) else None
 
     def _literal(self, block: bytes, at: int) -> tuple[Field, int]:
@@ -207,7 +210,7 @@ class HeaderReader:
             return known
         decoder = self._decoder
         headers = decoder.decode(block)
-        self.cost = decoder.huffman_bytes // CHARGED_BYTES
+        self.cost = decoder.huffman_bytes // CHARGED_BYTES + decoder.fields // MAX_FIELDS
         found = self._understand(headers)
         if decoder.changed:
             self._forget()

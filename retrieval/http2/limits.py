@@ -167,7 +167,11 @@ class Buffers:
             )
 
     def release(self, call: Call, size: int) -> None:
-        """Count no more ``size`` bytes of a call: they were sent, or it has ended."""
+        """Count no more ``size`` bytes of a call: they were sent, or it has ended.
+
+        Less where the connection was ended meanwhile, to relieve the others: it holds none then.
+        """
+        size = min(size, call.held)
         self.held -= size
         call.held -= size
         self.moved_at = monotonic()

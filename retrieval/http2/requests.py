@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from functools import partial
 from typing import Any
 
 import grpc
 
+from retrieval.bounds.work_threads import WorkThreads
 from retrieval.http2 import frames
 from retrieval.http2.calls import PREFIX_BYTES, Call, Head, MethodTable
 from retrieval.http2.frames import END_STREAM, Http2Error
@@ -45,6 +47,7 @@ class RequestReader:
         methods: What can be called.
         limits: Of streams and messages.
         loop: Runs the calls.
+        inflating: Inflates long messages.
 
     Attributes:
         interrupted_block: Stream, flags and bytes of a header block that CONTINUATION goes on
@@ -55,6 +58,7 @@ class RequestReader:
     __slots__ = (
         "_calls",
         "_headers",
+        "_inflating",
         "_limits",
         "_loop",
         "_responses",
@@ -71,6 +75,7 @@ class RequestReader:
         methods: MethodTable,
         limits: TransportLimits,
         loop: asyncio.AbstractEventLoop,
+        inflating: WorkThreads,
     ) -> None:
         self._streams = streams
         self._calls = streams.calls
@@ -78,6 +83,7 @@ class RequestReader:
         self._headers = HeaderReader(methods.read_head)
         self._limits = limits
         self._loop = loop
+        self._inflating = inflating
         self._unacknowledged = 0  # bytes since the last update of our receive window
         self.interrupted_block: tuple[int, int, bytearray] | None = None
         self.timed_to = 0
@@ -331,7 +337,7 @@ class RequestReader:
 
     async def _inflate_and_run(self, call: Call, content: bytes) -> Any:
         """Inflate a long message off the loop, then do the work of its call."""
-        plain = await self._loop.run_in_executor(None, self._inflated, call, content)
+        plain = await self._inflating.run(partial(self._inflated, call, content))
         self._take_plain(call, plain)
         return await self._work(call)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import grpc
 
+from retrieval.bounds.work_threads import WorkThreads
 from retrieval.http2.calls import MethodTable
 from retrieval.http2.connection import Connection, ServerParts
 from retrieval.http2.limits import Lifetimes, ReadPacer, SharedBuffers, TransportLimits
@@ -72,12 +73,14 @@ class Http2Server:
         self.connections: set[Connection] = set()
         self.methods = MethodTable()
         self.buffers = SharedBuffers(self._end_largest)
+        self._inflating = WorkThreads(1, "inflate")
         self._parts = ServerParts(
             self.methods,
             self.limits,
             self.loop,
             ReadPacer(self.loop),
             self.buffers,
+            self._inflating,
             self.connections,
         )
         self._max_connections = max_connections or connections_allowed()
@@ -174,6 +177,9 @@ class Http2Server:
                 accepted.close()
             else:
                 self._begin_handshake(accepted, tls)
+            if is_full:  # the others wait a turn: what was ended is gone by then
+                self._batch = 1
+                return
         self._batch = min(MAX_ACCEPTED, 2 * self._batch)
 
     def _end_idlest(self) -> bool:
@@ -181,7 +187,7 @@ class Http2Server:
 
         It makes room for a new one.
         """
-        idle = [connection for connection in self.connections if not connection.streams.calls]
+        idle = [one for one in self.connections if not one.streams.calls and not one.closed]
         if not idle:
             return False
         min(idle, key=lambda connection: connection.last_read).abort()
@@ -273,6 +279,7 @@ class Http2Server:
             connection.abort()
         for task in list(self._handshakes):
             task.cancel()
+        self._inflating.close()
         self._stopped.set()
 
     def _drain_all(self) -> None:

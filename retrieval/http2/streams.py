@@ -143,6 +143,7 @@ class Streams:
         calls = list(self.calls.values())
         self.calls.clear()
         self.flow.blocked.clear()
+        self.flow.congested.clear()
         for call in calls:
             call.is_cancelled = True
             call.drop()

@@ -164,3 +164,25 @@ async def test_header_reader_table_change_forgets_blocks(
     for value in ("a", "a", "b", "b", "b"):
         seen.append(dict(reader.read(encoder.encode([("x", value), ("y", "c")])))[b"x"])
     assert seen == [b"a", b"a", b"b", b"b", b"b"]
+
+
+async def test_data_frames_of_one_connection_leave_another_its_turn(server: Http2Server) -> None:
+    """Tiny frames of DATA come to long work in one read."""
+    connection, _ = connected(server)
+    neighbour, answered = connected(server)
+    flood = frames.frame(frames.DATA, 0, 1, b"x") * 25_000
+    opened = frames.frame(frames.HEADERS, frames.END_HEADERS, 1, plain())
+    asyncio.get_running_loop().call_soon(neighbour.data_received, call(1, plain()))
+    begun = frames.frame(frames.DATA, 0, 1, b"\x00\x00\x00\x03\xff")
+    connection.data_received(opened + begun + flood)
+    while not answered.answers:
+        await asyncio.sleep(0)
+    assert connection._rest, "the rest has its turn later"
+    connection.close()
+
+
+async def test_header_reader_fields_are_charged(server: Http2Server) -> None:
+    """A block may hold as many as it has bytes: each is an index of one byte."""
+    reader = HeaderReader()
+    assert reader.read(bytes((0x80 | 16,)) * 100_000) is None and reader.cost == 1000
+    assert len(reader.read(plain())) == len(FIELDS) and reader.cost == 0

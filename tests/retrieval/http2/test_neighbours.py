@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks.faults.attacks import Attack, attacks, fuzzing, run_attack
 from retrieval.http2 import frames, limits
-from retrieval.http2.calls import Call, UnaryHandler
+from retrieval.http2.calls import Call, Head, UnaryHandler
 from retrieval.http2.limits import CONTROL_FRAME_BUDGET, Lifetimes
 from retrieval.http2.server import Http2Server, connections_allowed
 from tests.helpers.raw_http2 import (
@@ -456,3 +456,32 @@ def test_stream_writer_waits_for_a_client_that_does_not_read(running: Running) -
         connection.sendall(frames.window_update(0, 2**24) + frames.window_update(1, 2**24))
         read_frames(connection, ended(1))
         assert len(written) == 100
+
+
+async def test_connections_that_are_ended_already_make_no_room() -> None:
+    server = Http2Server(max_receive_bytes=MIB, max_send_bytes=MIB, max_streams=10)
+    first, second = server.make_connection(), server.make_connection()
+    for number, connection in enumerate((first, second)):
+        server.connections.add(connection)
+        connection.last_read = float(number)
+    assert server._end_idlest() and first.closed and not second.closed
+    assert server._end_idlest() and second.closed
+    assert not server._end_idlest()
+
+
+async def test_bytes_of_a_connection_ended_while_it_holds_more_are_released_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(limits, "MAX_SHARED_BYTES", 1000)
+    server = Http2Server(max_receive_bytes=MIB, max_send_bytes=MIB, max_streams=10)
+    connection = server.make_connection()
+    server.connections.add(connection)
+    call = Call(connection.responses, 1, Head())
+    connection.streams.calls[1] = call
+    connection.streams.flow.congested[1] = call
+    call.pending = bytearray(2000)
+    buffers = connection.streams.buffers
+    buffers.hold(call)
+    assert connection.closed and not connection.streams.flow.congested
+    buffers.release(call, 500)
+    assert (buffers.held, call.held, server.buffers.held) == (0, 0, 0)

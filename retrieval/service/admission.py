@@ -29,10 +29,6 @@ class Admission:
 
     A request costs one place per search it holds, and one per ``BYTES_PER_PLACE`` of its message
     (at most half of all places), so that a few large requests cannot hide behind a small number.
-
-    Attributes:
-        parsing: Held while a thread parses a large message: one at a time, as more would take the
-            interpreter from the event loop.
     """
 
     __slots__ = (
@@ -41,7 +37,6 @@ class Admission:
         "announced",
         "in_flight",
         "limit",
-        "parsing",
         "peak",
         "refused",
         "requests",
@@ -49,7 +44,6 @@ class Admission:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.parsing = asyncio.Lock()
         self.in_flight = 0
         self.announced = 0
         self.requests = 0

@@ -57,7 +57,7 @@ class CachedSearch:
         self._max_answer_bytes = max_answer_bytes
 
     async def search(self, target: SearchTarget, query: Query, request: SearchRequest) -> Answer:
-        """Answer one search. Raises as ``Searcher.search``."""
+        """Answer one search. Raises as ``Searcher.search``, and ``AnswerTooLarge``."""
         if not query.text or not request.is_cacheable:
             return await self._search(target, query, request)
         key = cache_key(target.entity_index, request, query.text)
@@ -72,7 +72,14 @@ class CachedSearch:
         found = await self.searcher.search(target, query, request)
         if not request.attributes:
             return found
-        return (await self._with_attributes(target.entity_index, [found], request))[0]
+        filled = (await self._with_attributes(target.entity_index, [found], request))[0]
+        self.check_size(len(filled.hits))
+        return filled
+
+    def check_size(self, size_bytes: int) -> None:
+        """Raise ``AnswerTooLarge`` if the hits of one call take more than an answer may hold."""
+        if size_bytes > self._max_answer_bytes:
+            raise AnswerTooLarge(self._max_answer_bytes)
 
     async def _with_attributes(
         self,
@@ -96,7 +103,7 @@ class CachedSearch:
     ) -> BatchAnswers:
         """Answer the same search for each query; those that are not cached share one search.
 
-        Raises as ``Searcher.search``, and ``DeadlinePassed``.
+        Raises as ``Searcher.search``, ``DeadlinePassed`` and ``AnswerTooLarge``.
         """
         keys: list[CacheKey | None] = [None] * len(batch.texts)
         cached: list[CachedAnswer | None] = [None] * len(batch.texts)
@@ -107,6 +114,7 @@ class CachedSearch:
         missing = [row for row, answer in enumerate(cached) if answer is None]
         found = iter(await self._search_rows(target, batch, missing, request, context))
         answers = [next(found) if answer is None else answer for answer in cached]
+        self.check_size(sum(len(answer.hits) for answer in answers))
         return BatchAnswers(answers, keys)
 
     def cache(self, key: CacheKey | None, answer: Answer) -> None:
@@ -161,8 +169,7 @@ class CachedSearch:
             rest = found[start : start + rows]
             part = await self._with_attributes(index, rest, request, bulk=True)
             size += sum(len(one.hits) for one in part)
-            if size > self._max_answer_bytes:
-                raise AnswerTooLarge(self._max_answer_bytes)
+            self.check_size(size)
             filled += part
         return filled
 

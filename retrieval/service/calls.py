@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, NoReturn, Protocol
 
 import grpc
 
+from retrieval.bounds.work_threads import WorkThreads
 from retrieval.config import Limits
 from retrieval.observability.call_log import CallLog
 from retrieval.observability.metrics import Metrics
@@ -83,6 +84,8 @@ class CallGate:
         metrics: Where they are counted.
         tokens: Known callers; None: everyone is ``anonymous``.
         tracer: Writes their spans, or None.
+        parsing: One thread for large messages of all kinds of calls: more would take the
+            interpreter from the event loop.
         anonymous: What everyone may do without tokens.
         limits: Of requests.
         call_log: Writes lines about calls, or None.
@@ -93,6 +96,7 @@ class CallGate:
     metrics: Metrics
     tokens: Tokens | None
     tracer: Tracer | None
+    parsing: WorkThreads
     anonymous: Caller = EVERYONE
     limits: Limits = field(default_factory=Limits)
     call_log: CallLog | None = None

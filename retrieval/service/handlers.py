@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import traceback
 import uuid
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import grpc
@@ -112,7 +112,7 @@ class MethodHandler:
             remaining = context.time_remaining()
             in_time = remaining is None or remaining > 0
             outcome = "CANCELLED" if in_time else "DEADLINE_EXCEEDED"
-            clear_frames(error)
+            drop_tracebacks(error)
             raise
         except Exception as error:  # whatever went wrong becomes a typed status
             code, message = status_for(error)
@@ -123,7 +123,7 @@ class MethodHandler:
                 message = f"{message} Its id there is {error_id}."
             elif isinstance(error, OSError):
                 log.error("%s failed: %s", method.name, error)
-            clear_frames(error)
+            drop_tracebacks(error)
             await context.abort(code, message, retry_trailer(error))
             raise AssertionError("abort raises") from error
         finally:
@@ -174,8 +174,7 @@ class MethodHandler:
     async def _parsed(self, content: bytes) -> Message:
         """Parse a request, in a thread if it is large. Raises as ``require_bounded``."""
         if len(content) > INLINE_BYTES:
-            async with self._gate.admission.parsing:
-                return await asyncio.to_thread(self._parsed_now, content)
+            return await self._gate.parsing.run(partial(self._parsed_now, content))
         return self._parsed_now(content)
 
     def _parsed_now(self, content: bytes) -> Message:
@@ -193,14 +192,15 @@ class MethodHandler:
         self._gate.metrics.count("omni_requests", (self._method.name, code))
 
 
-def clear_frames(error: BaseException | None) -> None:
-    """Drop the local variables of all calls that an error has come through.
+def drop_tracebacks(error: BaseException | None) -> None:
+    """Drop the tracebacks of an error and of those that led to it.
 
-    Its traceback would hold them, a request's message among them, as long as the transport holds
-    the error.
+    They hold the local variables of all calls that it has come through, a request's message among
+    them, as long as the transport holds the error. The frames themselves are left alone: some may
+    belong to a suspended task that serves other callers, and clearing would end it.
     """
     while error is not None:
-        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = None
         error = error.__cause__ or error.__context__
 
 
@@ -245,6 +245,7 @@ def _gate(service: RetrievalService, admission: Admission) -> CallGate:
         service.metrics,
         service.tokens,
         service.tracer,
+        service.parsing,
         service.anonymous,
         service.limits,
         service.call_log,

@@ -96,7 +96,7 @@ class Searcher:
         key = cost_key(index, request, k)
         work = partial(index.search, query.vector, k, **request.options())
         if target.legs is not None:
-            key = ("fused", key)
+            key = ("fused", len(query.text).bit_length(), key)
             work = partial(_fused_search, target.legs, query, k, request)
         result, search_ns = await self.run(
             key,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -12,6 +13,7 @@ from index_builder.errors import UnknownEntityType
 from index_builder.search.entity_index import EntityIndex
 from protos import retrieval_pb2 as pb
 from retrieval.bounds.messages import bounds_of
+from retrieval.bounds.work_threads import WorkThreads
 from retrieval.config import ServeConfig
 from retrieval.observability.call_log import CallLog
 from retrieval.observability.impressions import ImpressionLog
@@ -39,6 +41,8 @@ from retrieval.service.validation import check_answer_size, require_count
 
 HITS_PER_TURN = 500
 """Hits of a batch that are written into its answer before other calls have their turn."""
+TEXTS_PER_SLICE = 100
+"""Texts of a batch that are split into tokens at a time."""
 INLINE_SCORE_IDS = 50
 """A Score of at most so many ids runs on the event loop."""
 
@@ -48,6 +52,10 @@ def search_target(
 ) -> SearchTarget:
     """Return what answers a request: an index alone, or all legs of its entity type."""
     return SearchTarget(index, legs_of(serving.release.fused[request.entity_type], request))
+
+
+def _shares_of(serving: ServingRelease, texts: Sequence[str]) -> list[float]:
+    return [serving.unknown_share(text) for text in texts]
 
 
 class RetrievalService:
@@ -91,6 +99,8 @@ class RetrievalService:
         """Of batches and embeddings: they take no place from those who wait at a page."""
         self.control_admission = Admission(config.max_in_flight)
         """Of admin calls and descriptions: a server full of searches can still be governed."""
+        self.parsing = WorkThreads(1, "parse")
+        """Of large messages."""
         self.message_bounds = bounds_of(config.limits)
         self.queries = QueryVectors(config.limits)
         self.searches = CachedSearch(
@@ -105,6 +115,7 @@ class RetrievalService:
         """Stop threads and close files."""
         self.recorder.close()
         self.searches.searcher.close()
+        self.parsing.close()
         if self.tracer is not None:
             self.tracer.close()
 
@@ -113,6 +124,8 @@ class RetrievalService:
         with self.releases.resolve(message.release_id) as serving:
             index = self._index(serving, message.entity_type, call.caller)
             request = SearchRequest.parse(message, self.limits)
+            attributes = len(request.attribute_names(index.attribute_table.schema))
+            check_answer_size([(request.k, attributes)], self.limits)
             query = await self.queries.of_message(message, serving, call.context)
             self.recorder.count_encoding(query)
             target = search_target(serving, index, request)
@@ -154,9 +167,12 @@ class RetrievalService:
                 unknown_share=serving.unknown_share(query.text),
             )
             self.recorder.count_unknown(response.unknown_share)
+            size = 0
             for request, index in zip(requests, indexes, strict=True):
                 target = search_target(serving, index, request)
                 answer = await self.searches.search(target, query, request)
+                size += len(answer.hits)
+                self.searches.check_size(size)
                 filled = response.answers.add(entity_type=request.entity_type)
                 fill_answer(filled, answer, query_cached=query.is_cached)
                 response.timings.search_ns += answer.search_ns
@@ -186,7 +202,8 @@ class RetrievalService:
             target = search_target(serving, index, request)
             found = await self.searches.search_batch(target, batch, request, call.context)
             searches = BatchSearches(serving, index, request, batch)
-            await self._fill_batch(response, message, searches, found)
+            shares = await self._unknown_shares(serving, batch.texts)
+            await self._fill_batch(response, message, searches, found, shares)
             self.recorder.count_batch(request.entity_type, found.answers)
             fill_timings(response.timings, batch, call.started_ns)
             return response
@@ -246,12 +263,28 @@ class RetrievalService:
             return len(message.queries)
         return len(message.embeddings) // (4 * active.dimension)
 
+    async def _unknown_shares(self, serving: ServingRelease, texts: Sequence[str]) -> list[float]:
+        """Return ``ServingRelease.unknown_share`` of each text; a thread splits them into tokens.
+
+        In slices, so that other batches have their turn.
+        """
+        if not any(texts):
+            return [0.0] * len(texts)
+        shares: list[float] = []
+        for start in range(0, len(texts), TEXTS_PER_SLICE):
+            part = texts[start : start + TEXTS_PER_SLICE]
+            work = partial(_shares_of, serving, part)
+            found, _ = await self.searches.searcher.in_thread(work, bulk=True)
+            shares += found
+        return shares
+
     async def _fill_batch(
         self,
         response: pb.RetrieveBatchResponse,
         message: pb.RetrieveBatchRequest,
         searches: BatchSearches,
         found: BatchAnswers,
+        unknown_shares: Sequence[float],
     ) -> None:
         """Write, cache and record the answers of a batch; others have their turn in between."""
         recorder = self.recorder
@@ -259,7 +292,7 @@ class RetrievalService:
         for row, (answer, key) in enumerate(zip(found.answers, found.keys, strict=True)):
             filled = response.answers.add()
             fill_answer(filled, answer, query_cached=searches.batch.cached[row])
-            filled.unknown_share = searches.serving.unknown_share(searches.batch.texts[row])
+            filled.unknown_share = unknown_shares[row]
             recorder.count_unknown(filled.unknown_share)
             if not answer.is_cached:
                 self.searches.cache(key, answer)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import zlib
 from typing import NamedTuple, Protocol
 from urllib.parse import quote
 
@@ -19,6 +18,8 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 
 from retrieval.http2.headers import timeout_seconds
+from retrieval.http2.messages import inflated
+from retrieval.http2.refusals import Aborted
 from retrieval.web.http_errors import CallFailed, error_response
 from retrieval.web.json_form import json_form
 
@@ -118,7 +119,7 @@ class ConnectUnary:
     def message(self, headers: Headers, body: bytes, max_bytes: int) -> bytes:
         """Return the body, uncompressed."""
         encoding = headers.get("content-encoding", "identity")
-        return body if encoding == "identity" else inflated(body, encoding, max_bytes)
+        return body if encoding == "identity" else _inflated(body, encoding, max_bytes)
 
     def answer(self, content: bytes, content_type: str) -> Response:
         """Return the message as the body."""
@@ -161,7 +162,7 @@ class GrpcWeb:
             raise _invalid("expected one whole message.")
         if body[0] & COMPRESSED:
             encoding = headers.get("grpc-encoding", "identity")
-            return inflated(body[PREFIX_BYTES:], encoding, max_bytes)
+            return _inflated(body[PREFIX_BYTES:], encoding, max_bytes)
         return body[PREFIX_BYTES:]
 
     def answer(self, content: bytes, content_type: str) -> Response:
@@ -205,26 +206,12 @@ STYLES: dict[str, Style] = {
 """By content type. None of them is one that a browser sends to another origin unasked."""
 
 
-def inflated(content: bytes, encoding: str, max_bytes: int) -> bytes:
-    """Decompress a message, never beyond ``max_bytes``; raises ``CallFailed``."""
-    if encoding not in ("gzip", "deflate"):
-        raise CallFailed(
-            grpc.StatusCode.UNIMPLEMENTED,
-            f"compression {encoding[:40]!r} is not known; send gzip, deflate or identity.",
-        )
-    reader = zlib.decompressobj(31 if encoding == "gzip" else 15)
+def _inflated(content: bytes, encoding: str, max_bytes: int) -> bytes:
+    """Decompress a message as the gRPC port does; raises ``CallFailed``."""
     try:
-        plain = reader.decompress(content, max_bytes + 1)
-    except zlib.error as error:
-        raise _invalid(f"the message cannot be decompressed: {error}.") from error
-    if len(plain) > max_bytes:
-        raise CallFailed(
-            grpc.StatusCode.RESOURCE_EXHAUSTED,
-            f"a message may have {max_bytes} bytes, but this one grows beyond that.",
-        )
-    if not reader.eof:
-        raise _invalid("the compressed message is cut off.")
-    return plain
+        return inflated(content, encoding, max_bytes)
+    except Aborted as error:
+        raise CallFailed(error.code, error.message) from error
 
 
 def _framed(flags: int, content: bytes) -> bytes:

@@ -20,6 +20,8 @@ DEFAULT_SECONDS = 60.0
 """Deadline of a call that sets none."""
 MAX_HELD_BYTES = 64 * 2**20
 """Bodies of all requests of a port together."""
+SMALL_BODY_BYTES = 32 * 2**10
+"""A body of at most so many is read whatever the others hold: slow uploads refuse no question."""
 
 
 class ClientGone(Exception):
@@ -71,7 +73,7 @@ class BodyBudget:
     """Bytes of request bodies that a port holds at a time.
 
     Args:
-        max_held: Of all together.
+        max_held: Of all together; small ones are counted, but never refused.
     """
 
     def __init__(self, max_held: int = MAX_HELD_BYTES) -> None:
@@ -98,7 +100,8 @@ class BodyBudget:
                 chunk = message.get("body", b"")
                 if len(content) + len(chunk) > max_bytes:
                     raise _too_large(max_bytes, "more came")
-                if self.held + len(chunk) > self._max_held:
+                is_small = len(content) + len(chunk) <= SMALL_BODY_BYTES
+                if not is_small and self.held + len(chunk) > self._max_held:
                     raise CallFailed(
                         grpc.StatusCode.RESOURCE_EXHAUSTED,
                         f"requests: all {self._max_held} bytes for them are taken. Try again in"

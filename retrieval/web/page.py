@@ -20,6 +20,7 @@ from retrieval.client.results import Hit, RetrieveResult, release_description, r
 from retrieval.releases.serving_release import ServingRelease
 from retrieval.service.handlers import (
     MethodHandler,
+    control_gate,
     describe_method,
     retrieve_method,
     search_gate,
@@ -76,9 +77,10 @@ class Page:
         self._images = images
         self._sample_images: Mapping[str, str] | None = None
         self._reading = asyncio.Lock()
-        gate = search_gate(service)
-        self._retrieve: Call = MethodHandler(retrieve_method(service), gate).handle
-        self._describe: Call = MethodHandler(describe_method(service), gate).handle
+        searching = search_gate(service)
+        control = control_gate(service)
+        self._retrieve: Call = MethodHandler(retrieve_method(service), searching).handle
+        self._describe: Call = MethodHandler(describe_method(service), control).handle
 
     async def _ask(self, call: Call, message: Message, request: Request) -> bytes:
         context = HttpContext(request, DEADLINE_SECONDS)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import grpc
 from google.protobuf.descriptor import FileDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
+from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
@@ -34,10 +35,10 @@ from retrieval.web.http_errors import CallFailed, error_response
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
 THREAD_BYTES = 32 * 1024
 """Larger messages are converted in a thread, where nobody waits for them."""
+ENCODING_HEADERS = ("content-encoding", "grpc-encoding")
+"""Where a compressed body says so."""
 GONE = Response(status_code=499)
 
 
@@ -134,21 +135,30 @@ class RpcEndpoint:
         max_bytes = 2 * min(self._max_bytes, method.handler.max_bytes or self._max_bytes)
         async with self._bodies.body_of(request, max_bytes) as body:
             try:
-                content = await _converted(
-                    body,
-                    lambda given: style.codec.decode(
-                        style.dialect.message(headers, given, max_bytes),
-                        method.request_class,
-                    ),
-                )
+                content = await self._decoded(style, method, headers, body, max_bytes)
             except CallFailed as error:
                 self._gate.metrics.count("omni_requests", (method.name, error.code.name))
                 raise
             answer = await answer_call(method.handler, content, context, request)
-        written = await _converted(
-            answer, lambda given: style.codec.encode(given, method.response_class)
-        )
+        if len(answer) <= THREAD_BYTES:
+            written = style.codec.encode(answer, method.response_class)
+        else:
+            written = await asyncio.to_thread(style.codec.encode, answer, method.response_class)
         return style.dialect.answer(written, content_type)
+
+    async def _decoded(
+        self, style: Style, method: RpcMethod, headers: Headers, body: bytes, max_bytes: int
+    ) -> bytes:
+        """Return the message of a request's body; one that is or may become large in a thread."""
+
+        def decode() -> bytes:
+            message = style.dialect.message(headers, body, max_bytes)
+            return style.codec.decode(message, method.request_class)
+
+        is_packed = any(headers.get(name, "identity") != "identity" for name in ENCODING_HEADERS)
+        if len(body) <= THREAD_BYTES and not is_packed:
+            return decode()
+        return await self._gate.parsing.run(decode)
 
     def _admit(self, method: RpcMethod, context: HttpContext) -> None:
         """Refuse strangers, and calls that a full server would refuse, before the body is read."""
@@ -162,9 +172,3 @@ class RpcEndpoint:
         refusal = None if refuse is None else refuse(context.invocation_metadata())
         if refusal is not None:
             raise CallFailed(refusal.code, refusal.message, refusal.trailing)
-
-
-async def _converted(content: bytes, convert: Callable[[bytes], bytes]) -> bytes:
-    if len(content) <= THREAD_BYTES:
-        return convert(content)
-    return await asyncio.to_thread(convert, content)

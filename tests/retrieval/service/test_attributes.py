@@ -1,5 +1,6 @@
 """Attributes of hits: cached with the answer, bounded together with all else, read at once."""
 
+import threading
 import time
 from collections.abc import Iterator
 
@@ -11,6 +12,7 @@ from index_builder.search.live_segments import LiveSegment
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
 from retrieval.config import Limits
+from retrieval.releases.serving_release import ServingRelease
 from tests.helpers.real_server import Running, SmallStore, serving
 from tests.helpers.waiting import until
 
@@ -160,3 +162,61 @@ def test_live_attributes_are_read_once_per_segment(
     assert [row.get("price") for row in found[::3]] == [float(i) for i in range(100)]
     assert all("price" in row for row in found[1::3]) and found[2::3] == [{}] * 100
     assert len(reads) <= 2
+
+
+def test_cached_answers_count_towards_the_bytes_of_an_answer(
+    running: Running, stub: rpc.RetrievalStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of batches and of several targets; a single answer has its bound, too."""
+    size = ask(stub, TEXTS[1], 50).ByteSize()
+    searches = running.server.service.searches
+    monkeypatch.setattr(searches, "_max_answer_bytes", 3 * size)
+    target = pb.Target(entity_type="pin", k=50, attributes=["*"])
+
+    def batch(rows: int) -> object:
+        request = pb.RetrieveBatchRequest(queries=[TEXTS[1]] * rows, target=target)
+        return stub.RetrieveBatch(request, timeout=60)
+
+    def multi(targets: int) -> object:
+        request = pb.RetrieveMultiRequest(query=TEXTS[1], targets=[target] * targets)
+        return stub.RetrieveMulti(request, timeout=60)
+
+    assert batch(2).answers[1].answer_cached and len(multi(2).answers) == 2
+    for call in (lambda: batch(4), lambda: multi(4)):
+        with pytest.raises(grpc.RpcError) as refused:
+            call()
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert f"more than {3 * size} bytes" in refused.value.details()
+    monkeypatch.setattr(searches, "_max_answer_bytes", size // 2)
+    with pytest.raises(grpc.RpcError) as refused:
+        ask(stub, TEXTS[2], 50)
+    assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_single_answer_of_too_many_values_is_refused(small_store: SmallStore) -> None:
+    with (
+        serving(small_store, limits=Limits(max_answer_values=100)) as running,
+        grpc.insecure_channel(running.address) as channel,
+        pytest.raises(grpc.RpcError) as refused,
+    ):
+        ask(rpc.RetrievalStub(channel), TEXTS[0], 60)
+    assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "searches x k x (1 + attributes)" in refused.value.details()
+
+
+def test_batch_reads_unknown_shares_in_the_threads_of_batches(
+    running: Running, stub: rpc.RetrievalStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To split a thousand texts into tokens takes long; the event loop has others to serve."""
+    names: set[str] = set()
+
+    def share(self: ServingRelease, text: str) -> float:
+        names.add(threading.current_thread().name)
+        return 0.25
+
+    monkeypatch.setattr(ServingRelease, "unknown_share", share)
+    target = pb.Target(entity_type="pin", k=2)
+    request = pb.RetrieveBatchRequest(queries=TEXTS[:5] * 50, target=target)
+    answers = stub.RetrieveBatch(request, timeout=60).answers
+    assert [answer.unknown_share for answer in answers] == [0.25] * 250
+    assert names and all(name.startswith("bulk-search") for name in names)

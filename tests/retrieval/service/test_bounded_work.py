@@ -7,10 +7,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 import numpy as np
@@ -28,8 +28,13 @@ from retrieval.bounds.messages import (
 )
 from retrieval.bounds.work_threads import WorkThreads
 from retrieval.config import Limits
+from retrieval.encoding.batcher import Batcher
 from retrieval.errors import DeadlinePassed, InvalidRequest, MessageTooLarge, RequestTooLarge
 from retrieval.http2.calls import Call
+from retrieval.observability.metrics import Metrics
+from retrieval.service.admission import Admission
+from retrieval.service.calls import CallGate, CallInfo
+from retrieval.service.handlers import Method, MethodHandler
 from retrieval.service.query_vectors import Query
 from retrieval.service.search_request import SearchRequest
 from retrieval.service.searcher import Searcher
@@ -220,6 +225,97 @@ def test_batches_leave_threads_to_single_searches() -> None:
         searcher.close()
 
     asyncio.run(run())
+
+
+# --- errors ---
+
+
+class Stranger:
+    """The context of a call without deadline; its abort raises."""
+
+    def time_remaining(self) -> float | None:
+        return None
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    async def abort(self, code: Code, details: str = "", trailing: object = ()) -> NoReturn:
+        raise RuntimeError(code)
+
+
+def test_error_of_one_text_leaves_the_others_of_its_batch_to_be_answered() -> None:
+    """The handler that forgets what failed must not end the task that encodes for all."""
+    vector = np.array([1.0, 0.0, 0.0, 0.0], dtype=np.float32)
+
+    def encode(texts: Sequence[str]) -> np.ndarray:
+        return np.stack([vector * (np.nan if text == "bad" else 1.0) for text in texts])
+
+    async def run() -> None:
+        batcher = Batcher(encode, executor, 4)
+
+        async def answer(message: pb.RetrieveRequest, call: CallInfo) -> pb.RetrieveResponse:
+            await batcher.submit(message.query)
+            return pb.RetrieveResponse(request_id=message.query)
+
+        gate = CallGate(Admission(9), Metrics(), None, None, parsing)
+        method = Method("Retrieve", pb.RetrieveRequest, answer, MessageBounds(2**20, 100))
+        handler = MethodHandler(method, gate)
+        calls = [
+            handler.handle(pb.RetrieveRequest(query=text).SerializeToString(), Stranger())
+            for text in ("bad", "one", "two", "three")
+        ]
+        async with asyncio.timeout(5):
+            bad, *others = await asyncio.gather(*calls, return_exceptions=True)
+        assert isinstance(bad, RuntimeError)
+        answers = [pb.RetrieveResponse.FromString(other).request_id for other in others]
+        assert answers == ["one", "two", "three"]
+
+    parsing = WorkThreads(1, "parse")
+    with ThreadPoolExecutor(1) as executor:
+        asyncio.run(run())
+    parsing.close()
+
+
+def test_large_messages_of_calls_given_up_are_parsed_one_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nor are places given back while the thread still works."""
+    running: list[int] = []
+    most: list[int] = []
+    parsing = WorkThreads(1, "parse")
+    admissions = [Admission(9), Admission(9)]
+
+    def parsed(self: MethodHandler, content: bytes) -> pb.RetrieveRequest:
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.1)
+        running.pop()
+        return pb.RetrieveRequest()
+
+    async def answer(message: pb.RetrieveRequest, call: CallInfo) -> pb.RetrieveResponse:
+        return pb.RetrieveResponse()
+
+    async def run() -> None:
+        method = Method("Retrieve", pb.RetrieveRequest, answer, MessageBounds(2**20, 100))
+        handlers = [
+            MethodHandler(method, CallGate(one, Metrics(), None, None, parsing))
+            for one in admissions
+        ]
+        calls = [
+            asyncio.ensure_future(handler.handle(bytes(2**19), Stranger())) for handler in handlers
+        ]
+        await asyncio.sleep(0.05)
+        for call in calls:
+            call.cancel()
+        await asyncio.sleep(0)
+        assert len(running) == 1 and admissions[0].in_flight
+        again = [handler.handle(bytes(2**19), Stranger()) for handler in handlers]
+        await asyncio.gather(*calls, *again, return_exceptions=True)
+        assert max(most) == 1 and not any(one.in_flight for one in admissions)
+
+    monkeypatch.setattr(MethodHandler, "_parsed_now", parsed)
+    asyncio.run(run())
+    parsing.close()
 
 
 # --- a real server ---

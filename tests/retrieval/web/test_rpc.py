@@ -6,6 +6,7 @@ import json
 import shutil
 import struct
 import subprocess
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -14,9 +15,14 @@ from typing import Any
 
 import grpc
 import pytest
+from starlette.requests import Request
 
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
+from retrieval.http2.messages import inflated
+from retrieval.web import dialects
+from retrieval.web.http_calls import SMALL_BODY_BYTES, BodyBudget
+from retrieval.web.http_errors import CallFailed
 from tests.helpers.real_server import Running, SmallStore, serving
 
 RETRIEVE = "/omnisearchsage.v1.Retrieval/Retrieve"
@@ -163,6 +169,40 @@ def test_compressed_bodies_are_read_and_bounded(running_server: Running) -> None
     assert (code, json.loads(answer)["code"]) == (429, "resource_exhausted")
     code, answer, _ = post(url, b"{}", {**JSON, "content-encoding": "br"})
     assert (code, json.loads(answer)["code"]) == (501, "unimplemented")
+
+
+def test_compressed_bodies_are_inflated_within_their_ratio_off_the_loop(
+    running_server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+
+    def noting(*arguments: Any) -> bytes:
+        names.append(threading.current_thread().name)
+        return inflated(*arguments)
+
+    monkeypatch.setattr(dialects, "inflated", noting)
+    url = running_server.http + RETRIEVE
+    packed = {**JSON, "content-encoding": "gzip"}
+    code, answer, _ = post(url, gzip.compress(b" " * 2**22), packed)
+    assert (code, json.loads(answer)["code"]) == (429, "resource_exhausted")
+    assert "100 times" in json.loads(answer)["message"] and names == ["parse-0"]
+
+
+async def test_bodies_that_are_small_are_read_whatever_others_hold() -> None:
+    async def body_of(size: int, budget: BodyBudget) -> int:
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": bytes(size)}
+
+        request = Request({"type": "http", "headers": []}, receive)
+        async with budget.body_of(request, 2**20) as content:
+            return len(content)
+
+    budget = BodyBudget(max_held=10**6)
+    budget.held = 10**6
+    assert await body_of(SMALL_BODY_BYTES, budget) == SMALL_BODY_BYTES
+    with pytest.raises(CallFailed):
+        await body_of(SMALL_BODY_BYTES + 1, budget)
+    assert budget.held == 10**6
 
 
 def test_body_beyond_the_limit_is_refused(small_store: SmallStore) -> None:

@@ -50,7 +50,10 @@ FRACTIONS = ("shadow_fraction", "shadow_cpu", "golden_min_recall")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """Limits of one request; more is INVALID_ARGUMENT. ``DescribeRelease`` reports them."""
+    """Limits of one request. ``DescribeRelease`` reports them.
+
+    More is INVALID_ARGUMENT; RESOURCE_EXHAUSTED where messages or answers have too many bytes.
+    """
 
     max_k: int = 1000
     """Results per search."""
@@ -61,7 +64,7 @@ class Limits:
     max_query_bytes: int = 2048
     """UTF-8 bytes of one query text (the tower reads at most 64 tokens of it)."""
     max_message_bytes: int = 16 * 2**20
-    """Bytes of one gRPC message, either way."""
+    """Bytes of one gRPC request; an answer may have four times as many."""
     max_score_ids: int = 10_000
     """Ids of a Score."""
     max_filter_bytes: int = 65_536

@@ -129,7 +129,13 @@ def _read_tokens(path: Path) -> dict[bytes, Caller]:
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"tokens: cannot read {path}: {error}") from error
     by_digest: dict[bytes, Caller] = {}
-    for i, entry in enumerate(content.get("token", [])):
+    entries = content.get("token", [])
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ConfigError(
+            f"tokens: {path.name}: token: expected tables, but got {str(entries)[:80]}. Write each"
+            " token's lines under [[token]]."
+        )
+    for i, entry in enumerate(entries):
         where = f"tokens: {path.name}: token {i + 1}"
         unknown = set(entry) - set(TOKEN_KEYS)
         if unknown:

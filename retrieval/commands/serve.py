@@ -355,8 +355,6 @@ def command(**flags: Any) -> None:
 
 
 FLAGS: dict[str, Converted] = {
-    "max_k": Converted("max_k", int),
-    "max_batch": Converted("max_batch", int),
     "metrics_port": Converted("metrics_port", _port),
     "probe_port": Converted("probe_port", _port),
     "impression_log_mib": Converted("impression_log_bytes", _mib),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Collection, Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,11 @@ def config_as_toml(config: ServeConfig) -> str:
         value = getattr(config, field.name)
         if field.name == LIMITS_TABLE or field.name == "redis_secret":
             continue
-        if value is None:
+        if field.name == "redis_url" and "@" in (value or ""):
+            lines.append("# redis_url is left out: it holds a password")
+        elif value is None and field.default is not None and field.default is not MISSING:
+            lines.append(f"{field.name} = false")
+        elif value is None:
             lines.append(f"# {field.name} is not set")
         else:
             lines.append(f"{field.name} = {_toml(value)}")

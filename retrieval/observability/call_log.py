@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 from typing import Any, NamedTuple
 
 from google.protobuf.message import Message
@@ -14,6 +16,8 @@ log = logging.getLogger("retrieval.calls")
 REQUEST_FIELDS = ("entity_type", "k")
 RESPONSE_FIELDS = ("release_id", "plan", "cache_hit", "answer_cached")
 REQUEST_ID_HEADER = "x-request-id"
+PLAIN = re.compile(r"[!#-<>-~]*")
+"""Texts that are logged as they are: visible ASCII without quotes and equals signs."""
 
 
 class FinishedCall(NamedTuple):
@@ -60,7 +64,7 @@ class CallLog:
         """Write the line of a call."""
         is_slow = 0 < self._slow_seconds < call.seconds
         found = fields_of(call)
-        text = " ".join(f"{name}={value}" for name, value in found.items())
+        text = " ".join(f"{name}={_text(value)}" for name, value in found.items())
         level = logging.WARNING if is_slow else logging.INFO
         log.log(level, "%s %s", "slow call" if is_slow else "call", text, extra=found)
 
@@ -86,6 +90,12 @@ def fields_of(call: FinishedCall) -> dict[str, Any]:
         for stage in STAGES:
             found[f"{stage}_ms"] = round(getattr(timings, f"{stage}_ns") / 1e6, 3)
     return found
+
+
+def _text(value: Any) -> str:
+    """Write a value so that no caller's text can pass for another value or another line."""
+    text = str(value)
+    return text if PLAIN.fullmatch(text) else json.dumps(text)
 
 
 def _request_id(call: FinishedCall) -> str:

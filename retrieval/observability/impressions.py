@@ -192,6 +192,8 @@ class _Files:
                 break
             number += 1
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by ``close``
+        if self._size and not _ends_line(path):
+            self._file.write("\n")  # a full disk has torn the last one
         return self._file
 
     def _was_taken_away(self) -> bool:
@@ -211,6 +213,13 @@ class _Files:
             except OSError:
                 continue  # removed meanwhile
         return total
+
+
+def _ends_line(path: Path) -> bool:
+    """Return whether the last byte of a file ends a line. Raises ``OSError``."""
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
 
 
 def _lines(item: Impression, now: datetime) -> Iterator[str]:

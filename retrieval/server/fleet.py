@@ -248,6 +248,7 @@ def die_with_parent(parent: int) -> None:
     """Ask the kernel for SIGTERM when the supervisor dies, even by kill -9."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the worker listens to it itself
     try:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     except (OSError, AttributeError):

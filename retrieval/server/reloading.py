@@ -69,6 +69,8 @@ class Reloader:
             one.reload()
         except ConfigError as error:
             log.error("%s: the former stay in use: %s", one.what, error)
+        except Exception:  # of any type: what changes later must still be read
+            log.exception("%s: the former stay in use", one.what)
         else:
             log.info("%s: read again", one.what)
 

@@ -41,6 +41,15 @@ def test_expressions_name_metrics_and_labels_that_exist(expression: str) -> None
             assert label in EXPOSED[name], f"{name} has no label {label}"
 
 
+def test_alert_of_not_serving_notices_a_server_that_is_gone() -> None:
+    """Its own metrics are gone with it; what is left is what Prometheus says of the job."""
+    rules = yaml.safe_load((DEPLOY / "prometheus" / "rules.yml").read_text())
+    scraping = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
+    alerts = {rule.get("alert"): rule["expr"] for g in rules["groups"] for rule in g["rules"]}
+    (job,) = [config["job_name"] for config in scraping["scrape_configs"]]
+    assert f'up{{job="{job}"}} == 0' in alerts["OmniNotServing"]
+
+
 def test_dashboard_panels_have_places_of_their_own() -> None:
     dashboard = json.loads((DEPLOY / "grafana" / "dashboard.json").read_text())
     places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in dashboard["panels"]]

@@ -117,3 +117,12 @@ def test_token_file_rate_bounds_its_token_alone(tmp_path: Path) -> None:
     assert caller.rate is not None
     assert [caller.rate.try_take() for _ in range(4)] == [True, True, True, False]
     assert load(tmp_path, "").caller([("authorization", "Bearer secret")]).rate is None
+
+
+@pytest.mark.parametrize(
+    "content", ["token = 5", "token = [5]", 'token = "x"', "[token]\nname = 1"]
+)
+def test_token_file_of_another_shape_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokens.toml").write_text(content)
+    with pytest.raises(ConfigError, match=r"tokens\.toml: token: expected tables"):
+        Tokens.load(tmp_path / "tokens.toml")

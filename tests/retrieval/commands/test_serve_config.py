@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from retrieval.commands.serve import command
+from retrieval.commands.serve_config import merged, read_config_file
 from retrieval.config import Limits, ServeConfig
 
 
@@ -35,7 +36,7 @@ def file(tmp_path: Path) -> Path:
 
 def test_print_config_shows_every_setting_and_is_read_again(tmp_path: Path) -> None:
     content = printed("--store", "store", "--max-k", "77", "--redis-secret", "hidden")
-    unset = {"metrics_port", "probe_port", "redis_url", "impression_log", "otlp_endpoint"}
+    unset = {"probe_port", "redis_url", "impression_log", "otlp_endpoint"}
     unset |= {"tls_cert", "tls_key", "tls_client_ca", "tokens", "redis_secret"}
     assert set(content) | unset >= {field.name for field in fields(ServeConfig)}
     assert set(content["limits"]) == {field.name for field in fields(Limits)}
@@ -45,6 +46,20 @@ def test_print_config_shows_every_setting_and_is_read_again(tmp_path: Path) -> N
     assert printed("--config", str(path)) == content
 
 
+def test_print_config_keeps_switched_off_what_a_flag_switched_off(tmp_path: Path) -> None:
+    path = tmp_path / "printed.toml"
+    path.write_text(run("--store", "store", "--metrics-port", "-1", "--print-config").stdout)
+    assert printed("--config", str(path))["metrics_port"] is False
+    assert merged({"limits": {}}, read_config_file(path), ()).metrics_port is None
+
+
+def test_print_config_leaves_a_url_with_a_password_out() -> None:
+    secret = printed("--store", "store", "--redis", "redis://me:hidden@host:6379/0")
+    assert "redis_url" not in secret and "hidden" not in str(secret)
+    plain = printed("--store", "store", "--redis", "redis://host:6379/0")
+    assert plain["redis_url"] == "redis://host:6379/0"
+
+
 def test_file_reaches_every_setting_and_flags_and_variables_win(file: Path) -> None:
     found = printed("--config", str(file))
     assert (found["port"], found["cache_bytes"], found["max_streams_per_connection"]) == (
@@ -52,7 +67,7 @@ def test_file_reaches_every_setting_and_flags_and_variables_win(file: Path) -> N
         1000,
         7,
     )
-    assert "metrics_port" not in found and found["allowed_hosts"] == ["a", "b"]
+    assert found["metrics_port"] is False and found["allowed_hosts"] == ["a", "b"]
     assert found["cache_ttl_seconds"] == 60.0 and found["limits"]["max_score_ids"] == 13
     given = ("--config", str(file), "--port", "9", "--cache-mib", "1", "--max-k", "5")
     found = printed(*given, OMNI_SERVE_MAX_BATCH="6", OMNI_SERVE_METRICS_PORT="77")

@@ -84,3 +84,19 @@ def test_impression_log_bounds_what_waits_by_ids_and_closes_beside_a_stuck_disk(
     log.close()
     assert time.monotonic() - began < 10
     stuck.set()
+
+
+def test_impression_log_begins_a_line_of_its_own_behind_a_torn_one(tmp_path: Path) -> None:
+    """As a full disk leaves it."""
+    log = ImpressionLog(tmp_path)
+    log.add(impression(1, ids=1))
+    log.close()
+    (path,) = tmp_path.iterdir()
+    path.write_text(path.read_text() + '{"torn": "li')
+    for number in (2, 3):
+        log = ImpressionLog(tmp_path)
+        log.add(impression(number, ids=1))
+        log.close()
+    first, torn, *rest = path.read_text().splitlines()
+    assert torn == '{"torn": "li' and json.loads(first)["request_id"] == "request-1"
+    assert [json.loads(line)["request_id"] for line in rest] == ["request-2", "request-3"]

@@ -1,5 +1,6 @@
 """Lines about calls, ids of internal errors, rates and deadlines of the server."""
 
+import json
 import logging
 from collections.abc import Iterator
 from hashlib import sha256
@@ -10,6 +11,7 @@ import pytest
 
 from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
+from retrieval.observability.call_log import CallLog, FinishedCall
 from tests.helpers.real_server import SmallStore, serving
 
 ASK = pb.RetrieveRequest(query="private words", entity_type="pin", k=3, request_id="r-7")
@@ -133,3 +135,26 @@ def test_call_ends_at_the_servers_own_deadline(
             rpc.RetrievalStub(channel).Retrieve(ASK, timeout=timeout)
         assert failed.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert "0.3 s" in failed.value.details()
+
+
+def test_call_log_text_of_a_caller_forges_no_line_and_no_value(
+    lines: list[logging.LogRecord],
+) -> None:
+    forged = "a\ncall method=Admin code=OK"
+    request = pb.RetrieveRequest(request_id=forged, entity_type="pin")
+    call = FinishedCall(
+        method="Retrieve",
+        code="OK",
+        seconds=0.001,
+        peer="ipv4:127.0.0.1:9",
+        token="web",
+        metadata=(),
+        request=request,
+        response=None,
+    )
+    CallLog(every=True, slow_seconds=0).write(call)
+    (line,) = lines
+    text = line.getMessage()
+    assert text.startswith("call method=Retrieve code=OK ms=1.0 peer=ipv4:127.0.0.1:9 token=web ")
+    assert f"request_id={json.dumps(forged)} entity_type=pin" in text and "\n" not in text
+    assert line.__dict__["request_id"] == forged, "a handler that writes JSON escapes by itself"

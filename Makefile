@@ -22,8 +22,8 @@ demo: setup ## train, evaluate, build, serve and query the sample data
 test: setup ## all tests; those that need a program that is not installed skip and say so
 	$(BIN)/python -m pytest
 
-test-fast: setup ## the tests without those marked slow
-	$(BIN)/python -m pytest -m "not slow"
+test-fast: setup ## the tests without those marked slow, on every core
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
 
 sanitize: setup ## the C++ under address and undefined-behaviour sanitisers: index tests, and 5 minutes of fuzz a kernel
 	scripts/sanitize.sh

@@ -48,9 +48,9 @@ ROOMS: dict[str, dict[str, str]] = {
         "commands": "storage filters ann live_log search releases building",
     },
     "retrieval": {
-        "http2": "",
-        "client": "",
         "bounds": "",
+        "http2": "bounds",
+        "client": "",
         "encoding": "",
         "observability": "",
         "releases": "encoding observability",

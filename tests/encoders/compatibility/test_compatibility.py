@@ -166,6 +166,7 @@ def test_fit_adapter_impossible_input_is_named() -> None:
 # --- measuring ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compare_spaces_turned_space_adapter_restores_recall(
     bundles: tuple[Path, Path],
 ) -> None:

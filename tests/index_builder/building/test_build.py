@@ -427,6 +427,7 @@ def test_plan_release_names_and_takes_installed_kinds_only(
         plan_release(inputs, read_bundle(bundle), store, quick("faiss"))
 
 
+@pytest.mark.slow
 def test_build_counts_the_disk_it_needs_beforehand(
     bundle: Path, store: ReleaseStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -208,6 +208,7 @@ def plays(
 HOW = ["early", "half", "late", "short"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lasting", [False, True])
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("scenario", SCENARIOS)
@@ -227,6 +228,7 @@ def test_writer_failing_disk_keeps_acknowledged_entries_only(
         assert ids(LiveLogReader(root, "pin")) == [*held, "c", "d"], calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_writer_other_process_after_disk_failure_continues(

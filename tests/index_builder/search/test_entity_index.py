@@ -32,8 +32,8 @@ from index_builder.search.live_state import LiveBase, LiveState
 from tests.helpers.real_vectors import islands
 from tests.helpers.text_entities import CONFIG, FRAME, IDS, N, entity_vectors
 
-INDEXES = [
-    config
+INDEXES = [  # symqg builds for 10 s: the fast tests leave it out
+    pytest.param(config, marks=pytest.mark.slow) if config.kind == "symqg" else config
     for config in (
         IndexConfig(kind="symqg", ann=CONFIG),
         IndexConfig(kind="int8-graph", ann=CONFIG),

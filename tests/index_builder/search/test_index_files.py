@@ -30,6 +30,7 @@ def test_load_damaged_files_raises_typed_error(tmp_path: Path) -> None:
             EntityIndex.load(folder)
 
 
+@pytest.mark.slow
 def test_build_deterministic_twice_gives_same_bytes(tmp_path: Path) -> None:
     corpus, queries = entity_vectors()
     for name in ("a", "b"):
@@ -44,6 +45,7 @@ def test_build_deterministic_twice_gives_same_bytes(tmp_path: Path) -> None:
     ] == []
 
 
+@pytest.mark.slow
 def test_build_auto_keeps_faster_search_of_the_graph(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

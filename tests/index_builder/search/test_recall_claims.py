@@ -175,6 +175,7 @@ def test_search_uncalibrated_plan_claims_nothing() -> None:
     assert (sure.plan, sure.estimated_recall) == ("exact", 1.0)
 
 
+@pytest.mark.slow
 def test_search_deeper_than_was_measured_claims_nothing() -> None:
     hard = hard_corpus("power law")
     ids = [str(i) for i in range(len(hard.vectors))]

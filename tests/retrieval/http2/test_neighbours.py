@@ -177,6 +177,7 @@ def test_budget_requests_that_are_no_calls_are_charged(
             assert goaway_code(found) == frames.ENHANCE_YOUR_CALM
 
 
+@pytest.mark.slow
 def test_budget_fills_up_with_time(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is a rate: a connection that is kept alive by pings lives as long as it likes."""
     monkeypatch.setattr(limits, "CONTROL_FRAME_BUDGET", 50)
@@ -299,6 +300,7 @@ def test_answers_that_nobody_reads_are_bounded(running: Running) -> None:
         assert goaway_code(found) is None, "it reads again, and gets what it asked for"
 
 
+@pytest.mark.slow
 def test_stalled_connections_are_ended_and_busy_ones_are_not() -> None:
     lifetimes = Lifetimes(stalled_seconds=0.4)
     with small_server(lifetimes=lifetimes) as running, running.connect() as working:
@@ -315,6 +317,7 @@ def test_stalled_connections_are_ended_and_busy_ones_are_not() -> None:
         assert body(read_frames(working, ended(1)), 1) == b"late"
 
 
+@pytest.mark.slow
 def test_idle_and_old_connections_are_asked_to_go_and_lose_no_call() -> None:
     for lifetimes in (
         Lifetimes(max_idle_seconds=0.5, stalled_seconds=0.4),

@@ -147,6 +147,7 @@ def test_upgrade_that_cannot_be_proven_is_not_published(root: Path, store: Relea
     assert store.ids() == ["first"]
 
 
+@pytest.mark.slow
 def test_upgraded_answers_name_both_spaces_and_rollback_works(
     root: Path, store: ReleaseStore
 ) -> None:

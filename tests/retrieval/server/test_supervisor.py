@@ -81,6 +81,7 @@ def test_start_refused_release_is_reported_and_tried_again(tmp_path: Path) -> No
     assert found["empty"] == ["", 2] and found["end"] == ["r1", 2]
 
 
+@pytest.mark.slow
 def test_change_during_a_change_waits_for_it(tmp_path: Path) -> None:
     found = play("twice", tmp_path)
     assert found["replies"] == [["r2", "r2", ""], ["r3", "r3", ""]]

@@ -261,6 +261,7 @@ def test_cached_answer_after_live_write_is_searched_anew(
     assert after.answer_cached and hits(after) == hits(before)
 
 
+@pytest.mark.slow
 def test_cached_answers_random_writes_give_what_a_search_gives(
     running: Running, stub: rpc.RetrievalStub, channel: grpc.Channel
 ) -> None:

@@ -275,6 +275,7 @@ def text_of(driver: Any, selector: str) -> str:
     )
 
 
+@pytest.mark.slow
 def test_page_is_usable_by_keyboard_alone(running: Running, browser: Any) -> None:
     from selenium.webdriver.common.keys import Keys
 

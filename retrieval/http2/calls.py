@@ -15,6 +15,7 @@ from retrieval.http2.headers import (
     Metadata,
     are_well_formed,
     content_length,
+    is_grpc,
     is_request,
     metadata_of,
     timeout_seconds,
@@ -42,6 +43,8 @@ class Method(NamedTuple):
         max_bytes: Of a request message; 0: as many as the server takes of any method.
         client_streaming: Whether ``stream`` reads messages while they arrive; otherwise it begins,
             as ``answer_later`` does, when the one message is here.
+        is_http: Whether it answers requests that are no gRPC calls: its messages are the pieces of
+            a body, and it answers with ``Writer.send_http``.
     """
 
     answer_now: Callable[[bytes, Call], bytes | Refusal | None] | None = None
@@ -50,6 +53,7 @@ class Method(NamedTuple):
     refuse: Callable[[Metadata], Refusal | None] | None = None
     max_bytes: int = 0
     client_streaming: bool = False
+    is_http: bool = False
 
 
 NO_METHOD = Method()
@@ -67,6 +71,7 @@ class Head(NamedTuple):
         reset: An error code of HTTP/2, of headers that are not a request's.
         is_trailers: Whether the headers may end a request.
         content_length: Bytes of content that the request announces; None: it does not say.
+        fields: All of them as they came, of a request that is no gRPC call.
     """
 
     method: Method = NO_METHOD
@@ -77,6 +82,7 @@ class Head(NamedTuple):
     reset: int | None = None
     is_trailers: bool = False
     content_length: int | None = None
+    fields: Headers = ()
 
 
 class Writer(Protocol):
@@ -98,6 +104,9 @@ class Writer(Protocol):
 
     def send_message(self, call: Call, message: bytes) -> None:
         """Send one message of a call's answer, as far as the peer's windows allow."""
+
+    def send_http(self, call: Call, block: bytes, content: bytes, cost: int) -> None:
+        """Send header block and content of an answer that is not gRPC's; charge for the request."""
 
     def message_taken(self, call: Call, size: int) -> None:
         """Count no more a message of this size that a handler has taken off the call's queue."""
@@ -378,10 +387,15 @@ class MethodTable:
     def __init__(self) -> None:
         self._handlers: list[grpc.GenericRpcHandler] = []
         self._known: dict[str, Method] = {}
+        self._http: Method | None = None
 
     def add(self, handlers: Sequence[grpc.GenericRpcHandler]) -> None:
         """Register handlers; the first that knows a path serves it."""
         self._handlers.extend(handlers)
+
+    def serve_http(self, method: Method) -> None:
+        """Have this method answer all requests that are no gRPC calls."""
+        self._http = method
 
     def find(self, path: str, metadata: Metadata) -> Method | None:
         """Return the method at a path, or None."""
@@ -412,10 +426,12 @@ class MethodTable:
 
     def _read_request(self, headers: Headers) -> Head:
         fields = dict(headers)
+        if not is_grpc(fields.get(b"content-type", b"")):
+            if self._http is None or b":path" not in fields:
+                return Head(error=415)
+            return Head(self._http, fields=headers)
         if fields.get(b":method") != b"POST":
             return Head(error=405)
-        if not fields.get(b"content-type", b"").startswith(b"application/grpc"):
-            return Head(error=415)
         try:
             metadata = metadata_of(headers)
         except ValueError as error:

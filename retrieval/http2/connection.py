@@ -30,6 +30,17 @@ from retrieval.http2.streams import FrameWriter, Streams
 
 log = logging.getLogger(__name__)
 
+HTTP1_STARTS = (b"GET ", b"HEAD ", b"POST ", b"PUT ", b"PATCH ", b"DELETE ", b"OPTIONS ")
+HTTP1_TEXT = (
+    b"this port speaks HTTP/2: gRPC, gRPC-Web, and JSON with curl --http2-prior-knowledge."
+    b" HTTP/1.1 is spoken on the port of --metrics-port.\n"
+)
+HTTP1_ANSWER = (
+    b"HTTP/1.1 505 HTTP Version Not Supported\r\nContent-Type: text/plain; charset=utf-8\r\n"
+    b"Content-Length: %d\r\nConnection: close\r\n\r\n%b" % (len(HTTP1_TEXT), HTTP1_TEXT)
+)
+"""What a client of HTTP/1.1 is told: it cannot read frames."""
+
 _unpack = frames.FRAME.unpack_from
 
 
@@ -80,6 +91,7 @@ class Connection(asyncio.Protocol):
             self.streams, self.responses, server.methods, limits, server.loop, server.inflating
         )
         self.closed = False
+        self._is_greeted = False
         self.preface_received = False
         self.opened_at = self.last_call = self.last_read = monotonic()
         self.ping_sent = False
@@ -101,7 +113,7 @@ class Connection(asyncio.Protocol):
     # --- the transport ---
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Send the server's settings."""
+        """Enter the open connections; what the peer speaks is not known yet."""
         assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write"), (
             "a stream transport"
         )
@@ -109,6 +121,12 @@ class Connection(asyncio.Protocol):
         self.responses.peer = peer_name(transport)
         self.responses.auth_context = auth_context(transport)
         self._connections.add(self)
+
+    def _greet(self) -> None:
+        """Send the server's settings: the first frame of all."""
+        if self._is_greeted:
+            return
+        self._is_greeted = True
         settings = {
             frames.MAX_CONCURRENT_STREAMS: self.limits.max_streams,
             frames.INITIAL_WINDOW_SIZE: STREAM_WINDOW,
@@ -117,6 +135,11 @@ class Connection(asyncio.Protocol):
         self.out.frames.append(frames.settings(settings))
         self.out.frames.append(frames.window_update(0, RECEIVE_WINDOW - DEFAULT_WINDOW))
         self.out.flush()
+
+    def start_draining(self) -> None:
+        """Ask the peer to go elsewhere, and end the connection when its calls have ended."""
+        self._greet()
+        self.drain.begin()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Drop the work of a peer who has gone."""
@@ -269,7 +292,14 @@ class Connection(asyncio.Protocol):
         """
         at = len(frames.PREFACE)
         if data[:at] != frames.PREFACE[: len(data)]:
+            if not self._is_greeted and data.startswith(HTTP1_STARTS):
+                self.out.frames.append(HTTP1_ANSWER)
+                self.out.flush()
+                self.close()
+                return 0
             raise Http2Error(frames.PROTOCOL_ERROR, "this port speaks gRPC over HTTP/2")
+        if len(data) >= at:
+            self._greet()
         if len(data) < at + frames.FRAME_HEADER_BYTES:
             return 0
         _, _, kind, flags, _ = _unpack(data, at)
@@ -282,6 +312,7 @@ class Connection(asyncio.Protocol):
 
     def _fail(self, error: Http2Error) -> None:
         log.debug("a connection ends: %s", error)
+        self._greet()
         reason = str(error).encode()[:100]
         self.out.frames.append(frames.goaway(self.streams.last, error.code, reason))
         self.out.flush()

@@ -144,6 +144,13 @@ def is_request(headers: Headers) -> bool:
     return all(found.get(name) for name in (b":method", b":scheme", b":path"))
 
 
+def is_grpc(content_type: bytes) -> bool:
+    """Return whether a content type is gRPC's, and not gRPC-Web's."""
+    return content_type == b"application/grpc" or content_type.startswith(
+        (b"application/grpc+", b"application/grpc;")
+    )
+
+
 def content_length(headers: Headers) -> int | None:
     """Return the announced bytes of a request's content; None if it announces none.
 

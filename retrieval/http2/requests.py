@@ -287,6 +287,9 @@ class RequestReader:
 
     def _take_messages(self, call: Call, body: bytearray) -> None:
         max_bytes = self._max_bytes(call)
+        if call.head.method.is_http and body:
+            call.add_message(bytes(body))
+            body.clear()
         for content, is_compressed in take_messages(body, max_bytes):
             if call.queue is None:
                 call.is_compressed = is_compressed

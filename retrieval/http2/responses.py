@@ -127,11 +127,23 @@ class ResponseWriter:
 
     def fail(self, call: Call, error: Aborted) -> None:
         """End a call with a status; with nothing else if its answer had not begun."""
+        if call.head.method.is_http:
+            self._fail_http(call, error)
+            return
         block = headers.status_block(error.code, error.message, error.trailing)
         if not call.responding:
             block = RESPONSE_BLOCK + block
         self._send_headers(call.stream, block, END_STREAM)
         self._close(call)
+
+    def _fail_http(self, call: Call, error: Aborted) -> None:
+        """End a request that is no gRPC call, with an HTTP status if its answer had not begun."""
+        if call.responding:
+            self.reset(call.stream, frames.INTERNAL_ERROR)
+            self._streams.close(call)
+        else:
+            is_full = error.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+            self.reject(call, 429 if is_full else 500)
 
     def _close(self, call: Call) -> None:
         """Forget a call whose answer has ended; a client that goes on sending is told not to."""
@@ -170,13 +182,25 @@ class ResponseWriter:
                 " for less.",
             )
         self.begin(call)
-        if not isinstance(call.pending, bytearray):
-            call.pending = bytearray(call.pending)
-        call.pending += b"\x00" + len(message).to_bytes(4, "big") + message
-        self._streams.buffers.hold(call)
-        self.resume(call)
+        self._queue(call, b"\x00" + len(message).to_bytes(4, "big") + message)
         if call.head.method.stream is not None:
             self.out.flush()
+
+    def send_http(self, call: Call, block: bytes, content: bytes, cost: int) -> None:
+        """Send header block and content of an answer that is not gRPC's; ``end`` ends it."""
+        self._streams.budget.left -= cost
+        if self._streams.is_open(call):
+            call.responding = True
+            self._send_headers(call.stream, block)
+            self._queue(call, content)
+
+    def _queue(self, call: Call, content: bytes) -> None:
+        """Hold content of an answer, and send what the windows allow."""
+        if not isinstance(call.pending, bytearray):
+            call.pending = bytearray(call.pending)
+        call.pending += content
+        self._streams.buffers.hold(call)
+        self.resume(call)
 
     def message_taken(self, call: Call, size: int) -> None:
         """Count no more a message that a handler has taken off the call's queue."""
@@ -249,6 +273,10 @@ class ResponseWriter:
             self._send_headers(call.stream, RESPONSE_BLOCK + headers.metadata_block(metadata))
 
     def _send_ok(self, call: Call) -> None:
+        if call.head.method.is_http:
+            self.out.frames.append(frame(frames.DATA, END_STREAM, call.stream))
+            self._close(call)
+            return
         block = OK_BLOCK
         if call.outcome is not None:
             outcome = call.outcome

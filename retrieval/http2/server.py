@@ -254,7 +254,7 @@ class Http2Server:
         if age > limits.max_age_seconds + limits.age_grace_seconds:
             connection.abort()
         elif age > limits.max_age_seconds or now - connection.last_call > limits.max_idle_seconds:
-            connection.drain.begin()
+            connection.start_draining()
 
     # --- the end ---
 
@@ -284,7 +284,7 @@ class Http2Server:
 
     def _drain_all(self) -> None:
         for connection in list(self.connections):
-            connection.drain.begin()
+            connection.start_draining()
 
     async def wait_for_termination(self) -> None:
         """Return when stopped."""

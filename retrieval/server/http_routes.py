@@ -31,15 +31,17 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 
 @dataclass(frozen=True, slots=True)
 class HttpApps:
-    """What the two HTTP ports serve.
+    """What a server answers over HTTP, port by port.
 
     Attributes:
         web: Calls, the page, health and metrics, under the server's rules for callers.
         probe: Health and metrics alone, for a private network.
+        calls: Calls alone, for the gRPC port.
     """
 
     web: ASGIApp
     probe: ASGIApp
+    calls: ASGIApp
 
 
 def http_apps(
@@ -59,24 +61,32 @@ def http_apps(
     reports = _Reports(service, snapshots)
     gate = search_gate(service)
     calls = RpcEndpoint(rpc_methods(pb.DESCRIPTOR, handlers), gate, config.limits.max_message_bytes)
-    routes: list[BaseRoute] = [
-        *calls.routes(),
+    call_routes = [*calls.routes(), Route("/openapi.json", _openapi)]
+    web_routes = [
+        *call_routes,
         Route("/metrics", _for_callers(reports.metrics, service)),
         Route("/healthz", reports.health_for_callers),
-        Route("/openapi.json", _openapi),
         *_page(service),
     ]
-    web = RequestPolicy(
-        with_cors(Router(routes, redirect_slashes=False), config.cors_origins),
-        AllowedHosts(config.allowed_hosts),
-    )
     probes = [
         Route("/metrics", reports.metrics),
         Route("/healthz", reports.health),
         Route("/readyz", reports.health),
         Route("/livez", reports.alive),
     ]
-    return HttpApps(web, RequestPolicy(Router(probes, redirect_slashes=False), None))
+    return HttpApps(
+        web=_for_strangers(web_routes, config),
+        probe=RequestPolicy(Router(probes, redirect_slashes=False), None),
+        calls=_for_strangers(call_routes, config),
+    )
+
+
+def _for_strangers(routes: Sequence[BaseRoute], config: ServeConfig) -> ASGIApp:
+    """Make an application that answers under the server's names, to pages of allowed origins."""
+    return RequestPolicy(
+        with_cors(Router(routes, redirect_slashes=False), config.cors_origins),
+        AllowedHosts(config.allowed_hosts),
+    )
 
 
 class _Reports:

@@ -47,6 +47,7 @@ from retrieval.service.handlers import generic_handlers
 from retrieval.service.service import RetrievalService
 from retrieval.tls import ServerTls
 from retrieval.web.http_server import HttpServer
+from retrieval.web.over_http2 import http_method
 
 log = logging.getLogger(__name__)
 
@@ -257,6 +258,8 @@ async def create_server(config: ServeConfig, *, worker: WorkerContext | None = N
     grpc_server.add_generic_rpc_handlers(handlers)
     snapshots = SharedSnapshots(worker.snapshots_folder, metrics) if worker else None
     apps = http_apps(config, service, snapshots, handlers)
+    if isinstance(grpc_server, Http2Server):
+        grpc_server.methods.serve_http(http_method(apps.calls))
     server = Server(
         config=config,
         grpc_server=grpc_server,

@@ -35,8 +35,10 @@ from retrieval.web.http_errors import CallFailed, error_response
 
 log = logging.getLogger(__name__)
 
-THREAD_BYTES = 32 * 1024
-"""Larger messages are converted in a thread, where nobody waits for them."""
+INLINE_BODY_BYTES = 2 * 1024
+"""A larger body is read in a thread: a kilobyte of JSON may take a millisecond."""
+INLINE_ANSWER_BYTES = 32 * 1024
+"""A larger answer is written in a thread."""
 ENCODING_HEADERS = ("content-encoding", "grpc-encoding")
 """Where a compressed body says so."""
 GONE = Response(status_code=499)
@@ -140,7 +142,7 @@ class RpcEndpoint:
                 self._gate.metrics.count("omni_requests", (method.name, error.code.name))
                 raise
             answer = await answer_call(method.handler, content, context, request)
-        if len(answer) <= THREAD_BYTES:
+        if len(answer) <= INLINE_ANSWER_BYTES:
             written = style.codec.encode(answer, method.response_class)
         else:
             written = await asyncio.to_thread(style.codec.encode, answer, method.response_class)
@@ -156,7 +158,7 @@ class RpcEndpoint:
             return style.codec.decode(message, method.request_class)
 
         is_packed = any(headers.get(name, "identity") != "identity" for name in ENCODING_HEADERS)
-        if len(body) <= THREAD_BYTES and not is_packed:
+        if len(body) <= INLINE_BODY_BYTES and not is_packed:
             return decode()
         return await self._gate.parsing.run(decode)
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+HTTP1_REQUEST = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
+
 needs_openssl = pytest.mark.skipif(
     shutil.which("openssl") is None, reason="needs the openssl program"
 )
@@ -29,8 +32,8 @@ class Certificates:
                 context.wrap_socket(plain, server_hostname="localhost") as secured,
             ):
                 # With TLS 1.3 a client learns only from its first read that it is not admitted
-                if secured.selected_alpn_protocol() == "http/1.1":  # HTTP/2 servers speak first
-                    secured.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+                is_old = secured.selected_alpn_protocol() == "http/1.1"
+                secured.sendall(HTTP1_REQUEST if is_old else HTTP2_PREFACE)
                 return secured.recv(1) != b""
         except OSError:
             return False

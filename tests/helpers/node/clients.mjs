@@ -16,10 +16,13 @@ const registry = createFileRegistry(
 );
 const service = registry.getService("omnisearchsage.v1.Retrieval");
 const http1 = { baseUrl: web, httpVersion: "1.1" };
+const http2 = { baseUrl: grpc, httpVersion: "2" };
 const transports = {
   "connect json": createConnectTransport({ ...http1, useBinaryFormat: false }),
   "connect proto": createConnectTransport({ ...http1, useBinaryFormat: true }),
-
+  "connect json, gRPC port": createConnectTransport({ ...http2, useBinaryFormat: false }),
+  "connect proto, gRPC port": createConnectTransport({ ...http2, useBinaryFormat: true }),
+  "grpc-web proto, gRPC port": createGrpcWebTransport({ ...http2, useBinaryFormat: true }),
   "grpc-web proto": createGrpcWebTransport({ ...http1, useBinaryFormat: true }),
   "grpc-web json": createGrpcWebTransport({ ...http1, useBinaryFormat: false }),
   grpc: createGrpcTransport({ baseUrl: grpc }),

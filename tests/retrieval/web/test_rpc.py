@@ -323,6 +323,9 @@ def test_connect_node_agrees_in_every_protocol(running_server: Running, node_fol
     assert set(found) == {
         "connect json",
         "connect proto",
+        "connect json, gRPC port",
+        "connect proto, gRPC port",
+        "grpc-web proto, gRPC port",
         "grpc-web proto",
         "grpc-web json",
         "grpc",

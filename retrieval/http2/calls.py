@@ -137,8 +137,8 @@ class Outcome:
 class Call:
     """One call on one stream; handlers see it as their gRPC context.
 
-    It has what ``grpc.aio.ServicerContext`` has, but for ``read`` (handlers iterate) and for
-    compression of answers, which is never used.
+    It has what ``grpc.aio.ServicerContext`` and ``grpc.ServicerContext`` have, but for ``read``
+    (handlers iterate) and for compression of answers, which is never used.
     """
 
     __slots__ = (
@@ -205,6 +205,10 @@ class Call:
         """End the call with a status."""
         raise Aborted(code, details, trailing_metadata)
 
+    async def abort_with_status(self, status: grpc.Status) -> NoReturn:
+        """End the call with a status in one object."""
+        await self.abort(status.code, status.details, status.trailing_metadata)
+
     async def write(self, message: Any) -> None:
         """Send one message of a streaming answer; waits for a client that does not read."""
         self.writer.send_message(self, self.pack(message) if self.pack is not None else message)
@@ -244,6 +248,24 @@ class Call:
     def done(self) -> bool:
         """Return whether the call has ended."""
         return not self.writer.is_open(self)
+
+    def is_active(self) -> bool:
+        """Return whether the call goes on."""
+        return self.writer.is_open(self)
+
+    def cancel(self) -> bool:
+        """Stop the work and end the call with CANCELLED; returns whether it went on until now."""
+        if self.task is None or not self.writer.is_open(self):
+            return False
+        self.is_cancelled = True
+        return self.task.cancel()
+
+    def add_callback(self, callback: Callable[[], None]) -> bool:
+        """Have ``callback`` called when the work has ended; False: the call has ended already."""
+        if not self.writer.is_open(self):
+            return False
+        self.add_done_callback(lambda call: callback())
+        return True
 
     def add_done_callback(self, callback: Callable[[Call], None]) -> None:
         """Have ``callback`` called with this call when its work has ended."""

@@ -26,7 +26,7 @@ from retrieval.http2.limits import (
 )
 from retrieval.http2.requests import RECEIVE_WINDOW, STREAM_WINDOW, RequestReader
 from retrieval.http2.responses import ResponseWriter
-from retrieval.http2.streams import FrameWriter, Streams
+from retrieval.http2.streams import FrameWriter, Streams, TransportCounts
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ class ServerParts(NamedTuple):
         buffers: Counts what all hold.
         inflating: Inflates long messages, one at a time.
         connections: Those that are open; each enters when it is made.
+        counts: Of what all carry and end.
     """
 
     methods: MethodTable
@@ -64,6 +65,7 @@ class ServerParts(NamedTuple):
     buffers: SharedBuffers
     inflating: WorkThreads
     connections: set[Connection]
+    counts: TransportCounts
 
 
 class Connection(asyncio.Protocol):
@@ -83,7 +85,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, server: ServerParts) -> None:
         limits = server.limits
         self.limits = limits
-        self.out = FrameWriter()
+        self.out = FrameWriter(server.counts)
         self.streams = Streams(server.buffers)
         self.responses = ResponseWriter(self.out, self.streams, limits.max_send_bytes)
         self.drain = Drain(self.out, self.streams, server.loop, self.close)
@@ -96,6 +98,7 @@ class Connection(asyncio.Protocol):
         self.opened_at = self.last_call = self.last_read = monotonic()
         self.ping_sent = False
         self._connections = server.connections
+        self._counts = server.counts
         self._loop = server.loop
         self._pacer = server.pacer
         self._rest = b""  # of the last read: what is not served yet
@@ -121,6 +124,7 @@ class Connection(asyncio.Protocol):
         self.responses.peer = peer_name(transport)
         self.responses.auth_context = auth_context(transport)
         self._connections.add(self)
+        self._counts.connections += 1
 
     def _greet(self) -> None:
         """Send the server's settings: the first frame of all."""
@@ -145,7 +149,9 @@ class Connection(asyncio.Protocol):
         """Drop the work of a peer who has gone."""
         self.closed = True
         self.drain.stop()
-        self._connections.discard(self)
+        if self in self._connections:
+            self._connections.remove(self)
+            self._counts.streams += self.streams.opened
         self.streams.drop_all()
 
     def pause_writing(self) -> None:
@@ -206,6 +212,7 @@ class Connection(asyncio.Protocol):
             return
         self.last_read = monotonic()
         self.ping_sent = False
+        self._counts.received_bytes += len(data)
         if self._rest:
             data = self._rest + data
             if self._has_turn:
@@ -272,6 +279,7 @@ class Connection(asyncio.Protocol):
                 self._on_headers(stream, flags, data[start:at])
             else:
                 budget.left -= 1
+                self._counts.control_frames += 1
                 if (handle := self._control.get(kind)) is not None:
                     handle(stream, flags, data[start:at])
             if budget.left < 0 and budget.is_spent():
@@ -293,6 +301,7 @@ class Connection(asyncio.Protocol):
         at = len(frames.PREFACE)
         if data[:at] != frames.PREFACE[: len(data)]:
             if not self._is_greeted and data.startswith(HTTP1_STARTS):
+                self._counts.aborted["HTTP/1.1"] += 1
                 self.out.frames.append(HTTP1_ANSWER)
                 self.out.flush()
                 self.close()
@@ -313,6 +322,7 @@ class Connection(asyncio.Protocol):
     def _fail(self, error: Http2Error) -> None:
         log.debug("a connection ends: %s", error)
         self._greet()
+        self._counts.goaways[error.code] += 1
         reason = str(error).encode()[:100]
         self.out.frames.append(frames.goaway(self.streams.last, error.code, reason))
         self.out.flush()
@@ -326,8 +336,10 @@ class Connection(asyncio.Protocol):
         if self.out.transport is not None:
             self.out.transport.close()
 
-    def abort(self) -> None:
-        """End the connection now."""
+    def abort(self, reason: str = "stopping") -> None:
+        """End the connection now; ``reason`` is a word for the metrics."""
+        if not self.closed:
+            self._counts.aborted[reason] += 1
         self.close()
         if self.out.transport is not None:
             self.out.transport.abort()

@@ -71,6 +71,7 @@ class ControlFrames:
             raise Http2Error(frames.FRAME_SIZE_ERROR, "RST_STREAM")
         if stream == 0 or streams.never_opened(stream):
             raise Http2Error(frames.PROTOCOL_ERROR, "RST_STREAM of a stream that was never opened")
+        self._responses.out.counts.client_resets += 1
         streams.refused.discard(stream)
         call = streams.calls.get(stream)
         if call is not None:

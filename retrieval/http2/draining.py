@@ -49,6 +49,7 @@ class Drain:
         if self._closed or self._announced or self._streams.draining:
             return
         self._announced = True
+        self._out.counts.goaways[frames.NO_ERROR] += 1
         self._out.frames.append(goaway(frames.MAX_WINDOW, frames.NO_ERROR))
         self._out.frames.append(frame(frames.PING, 0, 0, b"draining"))
         self._out.flush()

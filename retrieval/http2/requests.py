@@ -152,6 +152,7 @@ class RequestReader:
         self._calls[stream] = call
         if head.error is not None:
             call.ended = bool(flags & END_STREAM)
+            self._count_ended(head.error)
             self._responses.reject(call, head.error)
             streams.budget.left -= CONTROL_FRAMES_PER_CALL + 1  # it is not an accepted call
             return
@@ -161,6 +162,11 @@ class RequestReader:
             self._start(call, method.stream(call))
         if flags & END_STREAM and stream in self._calls:
             self.on_data(stream, END_STREAM, b"")
+
+    def _count_ended(self, error: int | Aborted) -> None:
+        """Count a call that ends without its method, by gRPC status or HTTP status."""
+        name = error.code.name if isinstance(error, Aborted) else str(error)
+        self._responses.out.counts.ended_calls[name] += 1
 
     def _reset_unopened(self, stream: int, code: int) -> None:
         """Refuse a stream that opens no call, at the price of a control frame."""
@@ -277,6 +283,7 @@ class RequestReader:
             if call.ended:
                 self._on_request_end(call)
         except Aborted as error:
+            self._count_ended(error)
             self._responses.fail(call, error)
             return
         if size and not call.ended:
@@ -398,5 +405,7 @@ class RequestReader:
         if self._streams.is_open(call):
             call.is_cancelled = True
             reason = "the deadline passed; the work was dropped."
-            self._responses.fail(call, Aborted(grpc.StatusCode.DEADLINE_EXCEEDED, reason))
+            error = Aborted(grpc.StatusCode.DEADLINE_EXCEEDED, reason)
+            self._count_ended(error)
+            self._responses.fail(call, error)
             self._responses.out.flush()

@@ -167,6 +167,7 @@ class ResponseWriter:
     def reset(self, stream: int, code: int) -> None:
         """End a stream with RST_STREAM; what is still on its way is ignored."""
         self._streams.remember_reset(stream)
+        self.out.counts.resets[code] += 1
         self.out.frames.append(frames.reset_stream(stream, code))
 
     # --- answers in parts ---

@@ -10,7 +10,7 @@ import logging
 import resource
 import socket
 import ssl
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from time import monotonic
 from typing import Any
 
@@ -19,7 +19,9 @@ import grpc
 from retrieval.bounds.work_threads import WorkThreads
 from retrieval.http2.calls import MethodTable
 from retrieval.http2.connection import Connection, ServerParts
+from retrieval.http2.frames import ERROR_NAMES
 from retrieval.http2.limits import Lifetimes, ReadPacer, SharedBuffers, TransportLimits
+from retrieval.http2.streams import TransportCounts
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +75,7 @@ class Http2Server:
         self.connections: set[Connection] = set()
         self.methods = MethodTable()
         self.buffers = SharedBuffers(self._end_largest)
+        self.counts = TransportCounts()
         self._inflating = WorkThreads(1, "inflate")
         self._parts = ServerParts(
             self.methods,
@@ -82,6 +85,7 @@ class Http2Server:
             self.buffers,
             self._inflating,
             self.connections,
+            self.counts,
         )
         self._max_connections = max_connections or connections_allowed()
         self._batch = 1  # connections that the next turn accepts
@@ -174,6 +178,7 @@ class Http2Server:
                 return
             is_full = len(self.connections) + len(self._handshakes) >= self._max_connections
             if is_full and not self._end_idlest():
+                self.counts.aborted["no room"] += 1
                 accepted.close()
             else:
                 self._begin_handshake(accepted, tls)
@@ -190,7 +195,7 @@ class Http2Server:
         idle = [one for one in self.connections if not one.streams.calls and not one.closed]
         if not idle:
             return False
-        min(idle, key=lambda connection: connection.last_read).abort()
+        min(idle, key=lambda connection: connection.last_read).abort("made room")
         return True
 
     def _end_largest(self) -> None:
@@ -200,7 +205,7 @@ class Http2Server:
         )
         if largest is not None and not largest.closed:
             log.warning("a connection holds %d bytes and is ended", largest.streams.buffers.held)
-            largest.abort()
+            largest.abort("memory")
 
     def _accept_backlog(self, listener: socket.socket, tls: ssl.SSLContext | None) -> None:
         """Accept all that wait in the queue of a listener that will close."""
@@ -243,8 +248,11 @@ class Http2Server:
         limits = self.limits.lifetimes
         silent = now - connection.last_read
         patience = DEAD_AFTER_SECONDS if connection.preface_received else HANDSHAKE_SECONDS
-        if silent > patience or connection.is_stalled(now):
-            connection.abort()
+        if silent > patience:
+            connection.abort("silent")
+            return
+        if connection.is_stalled(now):
+            connection.abort("stalled")
             return
         if silent > PING_AFTER_SECONDS and not connection.ping_sent:
             connection.ping()
@@ -252,7 +260,7 @@ class Http2Server:
             connection.last_call = now
         age = (now - connection.opened_at) * (1 + AGE_SPREAD * (id(connection) % 97) / 97)
         if age > limits.max_age_seconds + limits.age_grace_seconds:
-            connection.abort()
+            connection.abort("age")
         elif age > limits.max_age_seconds or now - connection.last_call > limits.max_idle_seconds:
             connection.start_draining()
 
@@ -285,6 +293,32 @@ class Http2Server:
     def _drain_all(self) -> None:
         for connection in list(self.connections):
             connection.start_draining()
+
+    def measurements(self) -> Iterator[tuple[str, tuple[str, ...], float]]:
+        """Yield name, labels and value of each metric of the transport."""
+        counts = self.counts
+        streams = sum(connection.streams.opened for connection in self.connections)
+        yield "omni_transport_connections", (), len(self.connections)
+        yield "omni_transport_connections_opened", (), counts.connections
+        yield (
+            "omni_transport_streams",
+            (),
+            sum(len(connection.streams.calls) for connection in self.connections),
+        )
+        yield "omni_transport_streams_opened", (), counts.streams + streams
+        yield "omni_transport_held_bytes", (), self.buffers.held
+        yield "omni_transport_received_bytes", (), counts.received_bytes
+        yield "omni_transport_sent_bytes", (), counts.sent_bytes
+        yield "omni_transport_control_frames", (), counts.control_frames
+        yield "omni_transport_client_resets", (), counts.client_resets
+        for code, count in counts.resets.items():
+            yield "omni_transport_resets", (ERROR_NAMES[code],), count
+        for code, count in counts.goaways.items():
+            yield "omni_transport_goaways", (ERROR_NAMES[code],), count
+        for status, count in counts.ended_calls.items():
+            yield "omni_transport_ended_calls", (status,), count
+        for reason, count in counts.aborted.items():
+            yield "omni_transport_aborted_connections", (reason,), count
 
     async def wait_for_termination(self) -> None:
         """Return when stopped."""

@@ -1,8 +1,9 @@
-"""The streams of one connection, and the frames that leave on them together."""
+"""The streams of one connection, the frames that leave on them together, and counts of both."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable
 
 from retrieval.http2.calls import Call
@@ -18,8 +19,53 @@ MAX_REMEMBERED = 1000
 """Streams that were reset by us, and skipped ones, that a connection remembers."""
 
 
+class TransportCounts:
+    """What the connections of one server have carried and ended, for its metrics.
+
+    Attributes:
+        connections: That were opened.
+        streams: That clients of connections which have ended had opened.
+        received_bytes: Of frames.
+        sent_bytes: Likewise.
+        control_frames: Received frames that are neither HEADERS nor DATA.
+        client_resets: RST_STREAM frames received.
+        resets: RST_STREAM frames sent, by error code.
+        goaways: GOAWAY frames sent, by error code; of the two of a drained connection the first.
+        ended_calls: Calls that never reached a method, or ended before it had, by status.
+        aborted: Connections that were cut, by reason.
+    """
+
+    __slots__ = (
+        "aborted",
+        "client_resets",
+        "connections",
+        "control_frames",
+        "ended_calls",
+        "goaways",
+        "received_bytes",
+        "resets",
+        "sent_bytes",
+        "streams",
+    )
+
+    def __init__(self) -> None:
+        self.connections = 0
+        self.streams = 0
+        self.received_bytes = 0
+        self.sent_bytes = 0
+        self.control_frames = 0
+        self.client_resets = 0
+        self.resets: Counter[int] = Counter()
+        self.goaways: Counter[int] = Counter()
+        self.ended_calls: Counter[str] = Counter()
+        self.aborted: Counter[str] = Counter()
+
+
 class FrameWriter:
     """Gathers outgoing frames and hands them to the transport in one write.
+
+    Args:
+        counts: Of the server.
 
     Attributes:
         frames: What leaves with the next flush; always the same list.
@@ -28,9 +74,10 @@ class FrameWriter:
         is_congested: The transport holds as much as it should: the peer does not read.
     """
 
-    __slots__ = ("answers", "frames", "is_congested", "transport")
+    __slots__ = ("answers", "counts", "frames", "is_congested", "transport")
 
-    def __init__(self) -> None:
+    def __init__(self, counts: TransportCounts) -> None:
+        self.counts = counts
         self.frames: list[bytes] = []
         self.answers = 0
         self.transport: asyncio.Transport | None = None
@@ -41,7 +88,9 @@ class FrameWriter:
         frames = self.frames
         self.answers = 0
         if frames and self.transport is not None:
-            self.transport.write(frames[0] if len(frames) == 1 else b"".join(frames))
+            content = frames[0] if len(frames) == 1 else b"".join(frames)
+            self.counts.sent_bytes += len(content)
+            self.transport.write(content)
         frames.clear()
 
 
@@ -60,6 +109,7 @@ class Streams:
 
     __slots__ = (
         "_skipped",
+        "_skipped_count",
         "budget",
         "buffers",
         "calls",
@@ -76,6 +126,7 @@ class Streams:
         self.refused: set[int] = set()
         self.reset: dict[int, None] = {}  # oldest first
         self._skipped: list[range] = []
+        self._skipped_count = 0
         self.last = 0
         self.draining = False
         self.on_drained: Callable[[], None] | None = None
@@ -96,8 +147,15 @@ class Streams:
         Each gap costs a control frame: no client leaves one.
         """
         self.budget.left -= 1
+        gap = range(self.last + 2 if self.last else 1, stream, 2)
+        self._skipped_count += len(gap)
         if len(self._skipped) < MAX_REMEMBERED:
-            self._skipped.append(range(self.last + 2 if self.last else 1, stream, 2))
+            self._skipped.append(gap)
+
+    @property
+    def opened(self) -> int:
+        """How many the client has opened."""
+        return (self.last + 1) // 2 - self._skipped_count
 
     def was_skipped(self, stream: int) -> bool:
         """Return whether a stream is known to have been skipped."""

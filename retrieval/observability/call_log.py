@@ -32,6 +32,7 @@ class FinishedCall(NamedTuple):
         metadata: Of the request.
         request: None if it was not parsed.
         response: None if there is none.
+        service: Full name of the method's service.
     """
 
     method: str
@@ -42,6 +43,7 @@ class FinishedCall(NamedTuple):
     metadata: Any
     request: Message | None
     response: Message | None
+    service: str = ""
 
 
 class CallLog:

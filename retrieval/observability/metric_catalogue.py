@@ -92,6 +92,24 @@ CATALOGUE: dict[str, MetricDefinition] = {
         "Upper end of its 95% interval: alert when it is below the target.", *_SLICE
     ),
     "omni_shadow_skipped": _counter("Sampled searches not replayed: budget spent or queue full."),
+    # Connections of the gRPC port (http2 transport)
+    "omni_transport_connections": _gauge("Open connections."),
+    "omni_transport_connections_opened": _counter("Connections opened."),
+    "omni_transport_streams": _gauge("Calls that are open on all connections."),
+    "omni_transport_streams_opened": _counter("Streams that clients have opened."),
+    "omni_transport_held_bytes": _gauge("Bytes of unanswered requests and unread answers."),
+    "omni_transport_received_bytes": _counter("Bytes received, frames included, TLS not."),
+    "omni_transport_sent_bytes": _counter("Bytes sent, frames included, TLS not."),
+    "omni_transport_control_frames": _counter("Frames received that are not HEADERS or DATA."),
+    "omni_transport_client_resets": _counter("Streams that clients have reset: calls given up."),
+    "omni_transport_resets": _counter("Streams that the server has reset, by code.", "code"),
+    "omni_transport_goaways": _counter(
+        "Connections told to go, by code: NO_ERROR drains, the others end at once.", "code"
+    ),
+    "omni_transport_ended_calls": _counter(
+        "Calls that the transport has ended by itself, by status.", "status"
+    ),
+    "omni_transport_aborted_connections": _counter("Connections cut, by reason.", "reason"),
     # The rest
     "omni_impressions_dropped": _counter("Impressions lost because the log could not keep up."),
     "omni_process_rss_bytes": _gauge("Resident memory."),

@@ -6,10 +6,14 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from google.protobuf.message import Message
-
 from encoders.errors import MissingDependency
+from retrieval.observability.call_log import FinishedCall
 from retrieval.observability.metric_catalogue import STAGES
+
+FAULTS = frozenset(
+    ("UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS")
+)
+"""Statuses of gRPC that are errors of the server in OpenTelemetry's conventions."""
 
 
 class Tracer:
@@ -57,26 +61,22 @@ class Tracer:
         if self._owned is not None:
             self._owned.shutdown()
 
-    def record_call(
-        self,
-        method: str,
-        request: Message,
-        response: Message,
-        took_ns: int,
-        metadata: Iterable[tuple[str, Any]],
-    ) -> None:
-        """Write the spans of a call that has just been answered; never query text."""
+    def record_call(self, call: FinishedCall) -> None:
+        """Write the spans of a call that has just ended; never query text."""
         ended = time.time_ns()
-        timings = getattr(response, "timings", None)
+        timings = getattr(call.response, "timings", None)
         stages = {}
         if timings is not None:
             stages = {stage: int(getattr(timings, f"{stage}_ns")) for stage in STAGES}
-        fields = [(request, name) for name in ("entity_type", "k")]
-        fields += [(response, name) for name in ("release_id", "plan", "cache_hit")]
-        attributes = {
-            name: value for message, name in fields if (value := getattr(message, name, "")) != ""
-        }
-        self.record(method, ended - took_ns, ended, stages, attributes, metadata)
+        fields = [(call.request, name) for name in ("entity_type", "k")]
+        fields += [(call.response, name) for name in ("release_id", "plan", "cache_hit")]
+        attributes = rpc_attributes(call)
+        for message, name in fields:
+            if message is not None and name in message.DESCRIPTOR.fields_by_name:
+                attributes[name] = getattr(message, name)
+        started = ended - int(call.seconds * 1e9)
+        method = attributes["rpc.method"]
+        self.record(method, started, ended, stages, attributes, call.metadata or ())
 
     def record(
         self,
@@ -90,7 +90,7 @@ class Tracer:
         """Write the spans of one finished call.
 
         Args:
-            method: RPC name.
+            method: Full name of the method.
             started_ns: Unix time, ns.
             ended_ns: Unix time, ns.
             stages: Stage -> duration in ns, in the order in which they ran.
@@ -107,6 +107,8 @@ class Tracer:
             kind=self._trace.SpanKind.SERVER,
             attributes=dict(attributes),
         )
+        if "error.type" in attributes:
+            root.set_status(self._trace.StatusCode.ERROR)
         inside = self._trace.set_span_in_context(root)
         at = started_ns
         for stage, duration in stages.items():
@@ -115,3 +117,20 @@ class Tracer:
                 at += duration
                 span.end(end_time=at)
         root.end(end_time=ended_ns)
+
+
+def rpc_attributes(call: FinishedCall) -> dict[str, Any]:
+    """Return what OpenTelemetry's semantic conventions for RPC say of a call."""
+    found: dict[str, Any] = {
+        "rpc.system.name": "grpc",
+        "rpc.method": f"{call.service}/{call.method}",
+        "rpc.response.status_code": call.code,
+    }
+    if call.code in FAULTS:
+        found["error.type"] = call.code
+    kind, _, address = call.peer.partition(":")
+    if kind in ("ipv4", "ipv6"):
+        host, _, port = address.rpartition(":")
+        found["network.peer.address"] = host.strip("[]")
+        found["network.peer.port"] = int(port)
+    return found

@@ -260,6 +260,7 @@ async def create_server(config: ServeConfig, *, worker: WorkerContext | None = N
     apps = http_apps(config, service, snapshots, handlers)
     if isinstance(grpc_server, Http2Server):
         grpc_server.methods.serve_http(http_method(apps.calls))
+        metrics.add_source(grpc_server.measurements)
     server = Server(
         config=config,
         grpc_server=grpc_server,

@@ -58,6 +58,11 @@ class Method(NamedTuple):
     searches: Callable[[Any], int] | None = None
     needs_admin: bool = False
 
+    @property
+    def service(self) -> str:
+        """Full name of its service."""
+        return ADMIN if self.needs_admin else RETRIEVAL
+
 
 class MethodHandler:
     """Answers one method's calls. Messages are parsed in here, so that bad bytes get a typed error.
@@ -101,10 +106,6 @@ class MethodHandler:
                 caller.rate.take(max(1, searches))
             response = await self._in_time(request, CallInfo(context, caller, started_ns))
             answer: bytes = response.SerializeToString()
-            if gate.tracer is not None:
-                metadata = context.invocation_metadata() or ()
-                took_ns = time.perf_counter_ns() - started_ns
-                gate.tracer.record_call(method.name, request, response, took_ns, metadata)
             outcome = "OK"
             return answer
         except asyncio.CancelledError as error:
@@ -128,9 +129,14 @@ class MethodHandler:
             raise AssertionError("abort raises") from error
         finally:
             seconds = (time.perf_counter_ns() - started_ns) / 1e9
-            self._count(outcome or "UNKNOWN")
-            if gate.call_log is not None and gate.call_log.wants(seconds):
-                gate.call_log.write(
+            outcome = outcome or "UNKNOWN"
+            self._count(outcome)
+            self._seconds.observe(seconds)
+            if places:
+                admission.leave(places, seconds)
+            is_logged = gate.call_log is not None and gate.call_log.wants(seconds)
+            if is_logged or gate.tracer is not None:
+                self._record(
                     FinishedCall(
                         method=method.name,
                         code=outcome,
@@ -140,13 +146,20 @@ class MethodHandler:
                         metadata=context.invocation_metadata(),
                         request=request,
                         response=response,
-                    )
+                        service=method.service,
+                    ),
+                    is_logged=is_logged,
                 )
             request = response = None
             content = b""
-            if places:
-                admission.leave(places, seconds)
-            self._seconds.observe(seconds)
+
+    def _record(self, call: FinishedCall, *, is_logged: bool) -> None:
+        """Write the log's line and the spans of a call that has ended."""
+        gate = self._gate
+        if is_logged and gate.call_log is not None:
+            gate.call_log.write(call)
+        if gate.tracer is not None:
+            gate.tracer.record_call(call)
 
     async def _in_time(self, request: Message, call: CallInfo) -> Message:
         """Answer a request within the server's own bounds of deadlines.

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import hpack
@@ -383,6 +383,12 @@ def test_shared_listener_accepts_a_flood_in_few_turns(monkeypatch: pytest.Monkey
 # --- what handlers expect of a context ---
 
 
+class Status(NamedTuple):
+    code: grpc.StatusCode
+    details: str
+    trailing_metadata: tuple[tuple[str, str], ...]
+
+
 def served(handler: Callable[[bytes, Call], Any]) -> grpc.GenericRpcHandler:
     return grpc.method_handlers_generic_handler("t.Own", {"Call": UnaryHandler(handler)})
 
@@ -416,6 +422,43 @@ def test_call_has_what_a_servicer_context_has(running: Running) -> None:
     until(lambda: finished == [True, True])
     assert seen["peer"].startswith("ipv4:127.0.0.1:")
     assert seen["state"] == (False, False, Code.OK, {}) and seen["identity"] == (None, None)
+
+
+def test_call_has_every_method_of_grpcs_contexts() -> None:
+    for context in (grpc.aio.ServicerContext, grpc.ServicerContext):
+        names = {name for name in dir(context) if not name.startswith("_")}
+        assert names - set(dir(Call)) - {"read"} == set(), "handlers iterate instead of read"
+
+
+def test_call_cancelled_by_its_handler_tells_the_client(running: Running) -> None:
+    seen: list[Any] = []
+
+    async def handler(content: bytes, call: Call) -> bytes:
+        assert call.is_active() and call.add_callback(lambda: seen.append("ended"))
+        assert call.cancel()
+        try:
+            await asyncio.sleep(30)
+        finally:
+            seen.append(call.cancelled())
+        return content
+
+    async def refuse(content: bytes, call: Call) -> bytes:
+        await call.abort_with_status(Status(Code.ABORTED, "not now", (("x-a", "1"),)))
+        raise AssertionError
+
+    handlers = {"Call": UnaryHandler(handler), "Refuse": UnaryHandler(refuse)}
+    running.server.add_generic_rpc_handlers(
+        (grpc.method_handlers_generic_handler("t.Own3", handlers),)
+    )
+    with open_channel(running) as channel:
+        with pytest.raises(grpc.RpcError) as caught:
+            channel.unary_unary("/t.Own3/Call")(b"", timeout=20)
+        assert caught.value.code() is Code.CANCELLED
+        with pytest.raises(grpc.RpcError) as caught:
+            channel.unary_unary("/t.Own3/Refuse")(b"", timeout=20)
+        assert caught.value.code() is Code.ABORTED and caught.value.details() == "not now"
+        assert ("x-a", "1") in caught.value.trailing_metadata()
+    until(lambda: seen == [True, "ended"])
 
 
 def test_call_cancelled_by_its_client_says_so(running: Running) -> None:

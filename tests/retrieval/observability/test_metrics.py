@@ -6,10 +6,11 @@ import logging
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from retrieval.observability.call_log import FinishedCall
 from retrieval.observability.logs import PACKAGES, JsonFormatter, configure_logging
 from retrieval.observability.metric_catalogue import CATALOGUE, FORMER_NAMES
 from retrieval.observability.metrics import Metrics, exposition, merge_snapshots
-from retrieval.observability.tracing import Tracer
+from retrieval.observability.tracing import Tracer, rpc_attributes
 
 
 def sample(metrics: Metrics) -> dict:
@@ -105,3 +106,35 @@ def test_tracer_call_joins_callers_trace_with_a_span_per_stage() -> None:
     assert set(spans) == {"Retrieve", "encode", "search"}
     assert format(spans["Retrieve"].context.trace_id, "032x") == "0af7651916cd43dd8448eb211c80319c"
     assert (spans["search"].start_time, spans["search"].end_time) == (1300, 1500)
+
+
+@pytest.mark.parametrize(
+    ("code", "peer", "more"),
+    [
+        ("OK", "ipv4:10.0.0.7:41000", ("10.0.0.7", 41000, None)),
+        ("NOT_FOUND", "ipv6:[::1]:9", ("::1", 9, None)),
+        ("INTERNAL", "unix:/run/x", (None, None, "INTERNAL")),
+    ],
+)
+def test_rpc_attributes_have_the_names_of_the_conventions(
+    code: str, peer: str, more: tuple[str | None, int | None, str | None]
+) -> None:
+    call = FinishedCall(
+        method="Retrieve",
+        code=code,
+        seconds=0.1,
+        peer=peer,
+        token="",
+        metadata=(),
+        request=None,
+        response=None,
+        service="omnisearchsage.v1.Retrieval",
+    )
+    names = ("network.peer.address", "network.peer.port", "error.type")
+    wanted = {name: value for name, value in zip(names, more, strict=True) if value is not None}
+    assert rpc_attributes(call) == {
+        "rpc.system.name": "grpc",
+        "rpc.method": "omnisearchsage.v1.Retrieval/Retrieve",
+        "rpc.response.status_code": code,
+        **wanted,
+    }

@@ -16,6 +16,7 @@ from protos import retrieval_pb2 as pb
 from protos import retrieval_pb2_grpc as rpc
 from retrieval.client import ClientConfig, RetrievalClient, TlsConfig
 from retrieval.client.errors import CallError
+from retrieval.service.handlers import RETRIEVAL
 from retrieval.tls import ServerTls, TlsFiles
 from tests.helpers.certificates import Certificates, make_certificates, needs_openssl
 from tests.helpers.real_server import Running, SmallStore, serving
@@ -146,7 +147,7 @@ def test_tracing_exports_a_span_per_call_and_stage_in_the_callers_trace(
             metadata=metadata,
         )
     until(lambda: len(spans) >= 8)
-    by_name = {span.name: span for span in spans}
+    by_name = {span.name.removeprefix(f"{RETRIEVAL}/"): span for span in spans}
     assert {"Retrieve", "RetrieveBatch", "queue", "encode", "search", "rerank"} <= set(by_name)
     assert {span.trace_id.hex() for span in spans} == {trace}
     call = by_name["Retrieve"]
@@ -158,4 +159,24 @@ def test_tracing_exports_a_span_per_call_and_stage_in_the_callers_trace(
         attributes["entity_type"].string_value == "pin"
         and attributes["release_id"].string_value == running.release_id
     )
+    assert attributes["rpc.system.name"].string_value == "grpc"
+    assert attributes["rpc.method"].string_value == f"{RETRIEVAL}/Retrieve"
+    assert attributes["rpc.response.status_code"].string_value == "OK"
+    assert attributes["network.peer.address"].string_value == "127.0.0.1"
     assert "private" not in str(spans)
+
+
+def test_tracing_exports_a_span_of_a_call_that_failed(
+    collector: tuple[str, list[Any]], small_store: SmallStore
+) -> None:
+    endpoint, spans = collector
+    with (
+        serving(small_store, otlp_endpoint=endpoint) as running,
+        grpc.insecure_channel(running.address) as channel,
+        pytest.raises(grpc.RpcError),
+    ):
+        rpc.RetrievalStub(channel).Retrieve(pb.RetrieveRequest(query="x", entity_type="pin", k=0))
+    until(lambda: bool(spans))
+    found = {item.key: item.value.string_value for item in spans[0].attributes}
+    assert found["rpc.response.status_code"] == "INVALID_ARGUMENT"
+    assert "error.type" not in found, "it is the caller's mistake"

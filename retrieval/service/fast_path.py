@@ -10,7 +10,7 @@ takes the full path in ``service.py``, which gives the same answers; a test comp
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from protos import retrieval_pb2 as pb
 from retrieval.errors import Unauthenticated
@@ -34,11 +34,22 @@ MAX_BYTES = 16 * 2**10
 """A larger request is worth a task, where its fields are counted before it is parsed."""
 MAX_K = 100
 """A search for more results is worth a thread."""
+MAX_KNOWN_BYTES = 512
+"""Of a request that is remembered as it was parsed."""
+MAX_KNOWN = 4096
+"""Requests that are remembered: at most some 8 MiB."""
 MAX_SERIALIZED = 1000
 """Kinds of answers whose repeated fields are kept serialised."""
 
 _parse = pb.RetrieveRequest.FromString
 _clock_ns = time.perf_counter_ns
+
+
+class Parsed(NamedTuple):
+    """A checked request whose answer may be cached. Read-only: calls with equal bytes share it."""
+
+    message: pb.RetrieveRequest
+    request: SearchRequest
 
 
 class FastPath:
@@ -72,6 +83,7 @@ class FastPath:
         self._searches = searches
         self._recorder = recorder
         self._serialized: dict[tuple[object, ...], bytes] = {}
+        self._known: dict[bytes, Parsed] = {}
         # Traces, impressions and a line for every call are the full path's
         self._declines_all = (
             gate.tracer is not None
@@ -116,10 +128,10 @@ class FastPath:
             return None
         entry = key = answer = None
         try:
-            message = _parse(content)
-            if len(content) > self._max_label_bytes:
-                check_labels(message, self._limits)
-            request = SearchRequest.parse(message, self._limits)
+            parsed = self._known.get(content) or self._parsed(content)
+            if parsed is None:
+                return None
+            message, request = parsed
             index = self._index(message, request, serving, context)
             if index is None:
                 return None
@@ -166,6 +178,24 @@ class FastPath:
             self._recorder.sample(search, answer, message.language)
         return content_out
 
+    def _parsed(self, content: bytes) -> Parsed | None:
+        """Parse and check a request; None: its answer cannot be cached. Raises for mistakes.
+
+        Search traffic repeats itself: short ones are remembered, unless an id makes them unique.
+        """
+        message = _parse(content)
+        if len(content) > self._max_label_bytes:
+            check_labels(message, self._limits)
+        request = SearchRequest.parse(message, self._limits)
+        if not request.is_cacheable:
+            return None
+        parsed = Parsed(message, request)
+        if len(content) <= MAX_KNOWN_BYTES and message.query and not message.request_id:
+            if len(self._known) >= MAX_KNOWN:
+                self._known.clear()
+            self._known[content] = parsed
+        return parsed
+
     def _index(
         self,
         message: pb.RetrieveRequest,
@@ -179,7 +209,7 @@ class FastPath:
             Unauthenticated: An unknown token.
             PermissionDenied: The token does not hold the entity type.
         """
-        if not request.is_cacheable or message.release_id not in ("", serving.release_id):
+        if message.release_id not in ("", serving.release_id):
             return None
         remaining = context.time_remaining()
         if remaining is not None and remaining <= 0:

@@ -84,7 +84,7 @@ RESET = OPEN + frame(frames.RST_STREAM, 0, 1, bytes(4))
 # --- errors of the connection: GOAWAY with a code, and the end ---
 
 CONNECTION_ERRORS: dict[str, tuple[bytes, int]] = {
-    "3.4 no preface": (b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" + b" " * 9, frames.PROTOCOL_ERROR),
+    "3.4 no preface": (b"EHLO x\r\n" + b" " * 40, frames.PROTOCOL_ERROR),
     "3.4 the first frame is PING": (
         frames.PREFACE + frame(frames.PING, 0, 0, bytes(8)),
         frames.PROTOCOL_ERROR,

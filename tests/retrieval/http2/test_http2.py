@@ -222,7 +222,7 @@ def test_settings_smaller_header_table_is_acknowledged_in_next_block(running: Ru
 @pytest.mark.parametrize(
     ("sent", "code"),
     [
-        (b"GET / HTTP/1.1\r\n\r\n" + b" " * 20, frames.PROTOCOL_ERROR),
+        (b"EHLO x\r\n" + b" " * 40, frames.PROTOCOL_ERROR),
         (HELLO + frames.frame(frames.DATA, 0, 1, b"x"), frames.PROTOCOL_ERROR),
         (HELLO + frames.frame(frames.CONTINUATION, 0, 1, b"x"), frames.PROTOCOL_ERROR),
         (

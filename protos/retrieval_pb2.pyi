@@ -49,12 +49,14 @@ class RetrieveRequest(_message.Message):
     def __init__(self, query: _Optional[str] = ..., entity_type: _Optional[str] = ..., k: _Optional[int] = ..., filter: _Optional[str] = ..., exclude_ids: _Optional[_Iterable[str]] = ..., min_score: _Optional[float] = ..., language: _Optional[str] = ..., country: _Optional[str] = ..., min_recall: _Optional[float] = ..., release_id: _Optional[str] = ..., embedding: _Optional[bytes] = ..., space_id: _Optional[str] = ..., diversity: _Optional[float] = ..., collapse_above: _Optional[float] = ..., exact: _Optional[bool] = ..., attributes: _Optional[_Iterable[str]] = ..., request_id: _Optional[str] = ..., fusion: _Optional[_Union[Fusion, _Mapping]] = ..., min_probability: _Optional[float] = ...) -> None: ...
 
 class Fusion(_message.Message):
-    __slots__ = ("enabled", "weights")
+    __slots__ = ("enabled", "weights", "gate")
     ENABLED_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    GATE_FIELD_NUMBER: _ClassVar[int]
     enabled: bool
     weights: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, enabled: _Optional[bool] = ..., weights: _Optional[_Iterable[float]] = ...) -> None: ...
+    gate: bool
+    def __init__(self, enabled: _Optional[bool] = ..., weights: _Optional[_Iterable[float]] = ..., gate: _Optional[bool] = ...) -> None: ...
 
 class RetrieveResponse(_message.Message):
     __slots__ = ("hits", "release_id", "space_id", "cache_hit", "plan", "ef", "estimated_recall", "selectivity", "timings", "request_id", "query_space_id", "answer_cached", "legs", "unknown_share")

@@ -199,6 +199,11 @@ class ServeConfig:
     0: the figure in its manifest less a margin.
     """
     accept_writes: bool = True
+    query_gate: bool = False
+    """Fused answers to queries that the release's query gate takes for nonsense are empty.
+
+    A call decides before it (``fusion.gate``); releases without a gate answer everything.
+    """
 
     shadow_fraction: float = 0.01
     """Share of searches that are answered again exactly, off the hot path."""

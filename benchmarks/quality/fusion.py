@@ -34,6 +34,7 @@ from encoders.text.entity_texts import entity_texts
 from encoders.text.hashing import text_bucket
 from index_builder.ann import AnnConfig
 from index_builder.fusion.fused_search import DEPTH, FusedIndex, FusedQuery
+from index_builder.fusion.nonsense import Vocabulary, nonsense_queries
 from index_builder.fusion.votes import Votes
 from index_builder.fusion.weights import LEGS, CalibrationCase, Fusion, fit_fusion
 from index_builder.lexical.counting import text_fields
@@ -46,6 +47,50 @@ POOLED = {"ad": "product"}
 HELD_BACK_OF = 33
 """One train query in this many is held back."""
 SALT = 19
+NONSENSE = 500
+NONSENSE_SEED = 7
+OTHER_WORDS = Vocabulary(
+    subjects=(
+        "the appellate panel",
+        "our quarterly depreciation plan",
+        "the second claimant",
+        "a covariant derivative",
+        "the zoning ordinance",
+        "each eigenvalue of the Hessian",
+        "the reinsurance treaty",
+        "an antiderivative of the integrand",
+        "her doctoral supervisor",
+    ),
+    verbs=(
+        "was remanded pursuant to",
+        "is to be construed in accordance with",
+        "converges almost surely under",
+        "must be reconciled against",
+        "does not preclude recovery under",
+        "is bounded uniformly by",
+        "was ratified notwithstanding",
+    ),
+    objects=(
+        "section 14(b) of the enabling statute because no objection was preserved.",
+        "the ergodic theorem for Markov kernels",
+        "generally accepted accounting principles",
+        "a Lipschitz constant independent of n",
+        "the schedule of deferred tax liabilities subject to approval.",
+        "the minutes of the previous meeting",
+        "double-blind randomised protocols",
+    ),
+    names=("buf", "ctx", "self._cache", "idx", "ptr", "ret", "cfg", "params", "tmp", "argv"),
+    calls=("memcpy", "malloc", "np.reshape", "json.loads", "std::move", "printf", "parseInt"),
+    code=(
+        "for (int {a} = 0; {a} < {n}; ++{a}) {{ {f}({b}, {a}); }}",
+        "SELECT {a}, COUNT(*) FROM {b} WHERE {a} IS NOT NULL GROUP BY {n};",
+        "const {a} = await {f}({b}[{n}]) ?? {a};",
+        "#define {a}(x) ((x) << {n}) /* {b} */",
+        "return {f}(*{a}, **{b}) + 0x{n:x}",
+        "grep -rn '{a}' --include=*.h | awk '{{print ${n}}}' > {b}.log",
+    ),
+)
+"""Gates are fitted on queries of another seed and other words."""
 _SYSTEMS = (*LEGS, "fused")
 
 
@@ -153,7 +198,7 @@ def score(legs: FusedIndex, queries: Sequence[FusedQuery], relevant: Sequence[se
     for query, rows in zip(queries, relevant, strict=True):
         found = legs.candidates(query, DEPTH, {})
         is_relevant = np.fromiter((row in rows for row in found.rows.tolist()), np.bool_)
-        cases.append(CalibrationCase(found.scores, is_relevant, len(rows)))
+        cases.append(CalibrationCase(found.scores, is_relevant, len(rows), query.nearest))
     return Cases(cases, np.array([len(rows) for rows in relevant], np.float64))
 
 
@@ -168,6 +213,29 @@ def hits(cases: Cases, weights: Sequence[float]) -> np.ndarray:
         best = np.argsort(-fused, kind="stable")[:10]
         found.append(float(np.count_nonzero(case.relevant[best] & (fused[best] > 0))))
     return np.array(found)
+
+
+def score_texts(
+    legs: FusedIndex, tower: Tower, texts: Sequence[str], relevant: Sequence[set[int]]
+) -> Cases:
+    """Embed queries, and score their candidates by every leg."""
+    vectors = tower.queries(texts)
+    queries = [legs.query(*each) for each in zip(texts, vectors, strict=True)]
+    return score(legs, queries, relevant)
+
+
+def gate_losses(fusion: Fusion, cases: Cases, nonsense: Cases) -> dict[str, float] | None:
+    """Measure the query gate: nonsense emptied, and hits of the fused answers lost."""
+    if fusion.gate is None:
+        return None
+    found = hits(cases, fusion.weights)
+    lost = fusion.gate.empties(np.array([case.gate_signals for case in cases.cases]))
+    emptied = fusion.gate.empties(np.array([case.gate_signals for case in nonsense.cases]))
+    return {
+        "nonsense_emptied": round(float(emptied.mean()), 4),
+        "hits_lost": round(float(found[lost].sum() / max(1.0, found.sum())), 4),
+        "queries_emptied": round(float(lost.mean()), 4),
+    }
 
 
 def compare(cases: Cases, fusion: Fusion, languages: Sequence[str]) -> dict[str, Any]:
@@ -224,18 +292,23 @@ def measure(dataset: Dataset, tower: Tower, words_queries: int) -> dict[str, Any
     for entity_type, index in legs.items():
         with stage(f"{entity_type}: candidates of the held-back queries"):
             held = asked(dataset, entity_type, "validation", index.entities)
-            vectors = tower.queries(held.queries)
-            queries = [index.query(*each) for each in zip(held.queries, vectors, strict=True)]
-            calibration[entity_type] = score(index, queries, held.relevant)
+            calibration[entity_type] = score_texts(index, tower, held.queries, held.relevant)
+    fitting, judging = (
+        nonsense_queries(NONSENSE),
+        nonsense_queries(NONSENSE, NONSENSE_SEED, OTHER_WORDS),
+    )
+    nothing: list[set[int]] = [set()] * NONSENSE
     found: dict[str, Any] = {}
     for entity_type, index in legs.items():
         pooled = calibration[POOLED[entity_type]].cases if entity_type in POOLED else []
         with stage(f"{entity_type}: fit, then the dev half of the held-out queries"):
-            fusion = fit_fusion(calibration[entity_type].cases, "held-back train queries", pooled)
+            nonsense = score_texts(index, tower, fitting, nothing).cases
+            own = calibration[entity_type].cases
+            fusion = fit_fusion(own, "held-back train queries", pooled, nonsense)
             test = asked(dataset, entity_type, DEV, index.entities)
-            vectors = tower.queries(test.queries)
-            queries = [index.query(*each) for each in zip(test.queries, vectors, strict=True)]
-            cases = score(index, queries, test.relevant)
+            cases = score_texts(index, tower, test.queries, test.relevant)
+            vectors = tower.queries(test.queries[:2000])
+            others = score_texts(index, tower, judging, nothing)
         lexical, votes = index.entities.lexical, index.votes
         assert lexical is not None and votes is not None
         size = sum(getattr(lexical.postings, name).nbytes for name in lexical.postings.lengths())
@@ -244,7 +317,8 @@ def measure(dataset: Dataset, tower: Tower, words_queries: int) -> dict[str, Any
             "weights": dict(zip(LEGS, fusion.weights, strict=True)),
             "on": fusion.enabled,
             "fitted": [fusion.queries, fusion.gain, fusion.gain_low, fusion.gain_high],
-            "cpu_us_p50_p99": time_answers(index, test.queries[:2000], vectors[:2000], fusion),
+            "gate": gate_losses(fusion, cases, others),
+            "cpu_us_p50_p99": time_answers(index, test.queries[:2000], vectors, fusion),
             "bytes_per_entity": {
                 "words": round(size / max(1, lexical.postings.count)),
                 "votes": round((votes.offsets.nbytes + votes.rows.nbytes) / max(1, votes.count)),
@@ -335,10 +409,20 @@ def _print(found: dict[str, Any]) -> None:
             "pairs",
             *_SYSTEMS,
             "fused less dense",
-            "gate",
+            "default",
             "weights",
             "dense us p50",
             "fused us p50",
         ],
         rows,
+    )
+    gates = [
+        [entity_type, figures["gate"]["nonsense_emptied"], figures["gate"]["hits_lost"]]
+        for entity_type, figures in found.items()
+        if figures["gate"] is not None
+    ]
+    print_table(
+        f"Query gate: {NONSENSE} nonsense queries of another draw, and held-out (dev) pairs",
+        ["entity type", "nonsense emptied", "hits lost"],
+        gates,
     )

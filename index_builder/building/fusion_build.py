@@ -14,10 +14,18 @@ import polars as pl
 
 from encoders.errors import DataError
 from index_builder.building.inputs import EntityInput
-from index_builder.fusion.engagements import CalibrationQueries, Engagements
+from index_builder.fusion.engagements import CalibrationQueries, Engagements, NonsenseQueries
 from index_builder.fusion.fused_search import DEPTH, FusedIndex
+from index_builder.fusion.measured_recall import measure_recall
+from index_builder.fusion.nonsense import nonsense_queries
 from index_builder.fusion.votes import VOTES_FILE, Votes
-from index_builder.fusion.weights import FUSION_FILE, CalibrationCase, fit_fusion
+from index_builder.fusion.weights import (
+    FUSION_FILE,
+    CalibrationCase,
+    FusedRecall,
+    Fusion,
+    fit_fusion,
+)
 from index_builder.releases.manifest import EntityManifest
 from index_builder.search.entity_index import EntityIndex
 
@@ -30,6 +38,7 @@ POOLED = {"ad": "product"}
 CALIBRATION_SPLIT = "validation"
 MOST_CALIBRATION_QUERIES = 2_000
 """Of each type; the rest is not needed."""
+NONSENSE_QUERIES = 500
 _FILES = (VOTES_FILE, "votes.offsets", "votes.rows", FUSION_FILE)
 
 
@@ -61,13 +70,24 @@ def with_engagements(
             " --min-query-users"
         )
     changed = dict(inputs)
+    nonsense = None
     for entity_type in sorted(set(inputs) - {KNOWN_QUERIES}):
         own = pairs.filter(pl.col("entity_type") == entity_type)
         if own.height:
             voting = own.filter(pl.col("split") == "train").select("query", "entity_id", "count")
-            engagements = Engagements(voting, _calibration(own, embed))
+            calibration = _calibration(own, embed)
+            if calibration is not None:
+                nonsense = nonsense or _nonsense(embed)
+                calibration = calibration._replace(nonsense=nonsense)
+            engagements = Engagements(voting, calibration)
             changed[entity_type] = replace(inputs[entity_type], engagements=engagements)
     return changed
+
+
+def _nonsense(embed: Callable[[Sequence[str]], np.ndarray]) -> NonsenseQueries:
+    """Return the queries that a query gate has to empty; the same for every type."""
+    texts = nonsense_queries(NONSENSE_QUERIES)
+    return NonsenseQueries(texts, embed(texts))
 
 
 def _calibration(
@@ -128,7 +148,10 @@ def add_fusion(
         fusion = fused.fusion
         if cases[name]:
             pooled = cases.get(POOLED.get(name, ""), [])
-            fusion = fit_fusion(cases[name], f"pairs of split {CALIBRATION_SPLIT}", pooled)
+            fitted_on = f"pairs of split {CALIBRATION_SPLIT}"
+            nonsense = _nonsense_cases(fused, with_pairs[name])
+            fusion = fit_fusion(cases[name], fitted_on, pooled, nonsense)
+            fusion = replace(fusion, recall=_recall(fused, fusion, with_pairs[name]))
         if fusion is not None:
             fusion.save(content / name)
             facts["fusion"] = fusion.describe()
@@ -178,7 +201,28 @@ def _cases(fused: FusedIndex, engagements: Engagements) -> list[CalibrationCase]
         query = query._replace(neighbours=query.neighbours[others], cosines=query.cosines[others])
         found = fused.candidates(query, DEPTH, {"live": None})
         relevant = np.isin(found.rows, fused.entities.ids.rows_of(ids))
-        cases.append(CalibrationCase(found.scores, relevant, len(ids)))
+        cases.append(CalibrationCase(found.scores, relevant, len(ids), query.nearest))
+    return cases
+
+
+def _recall(fused: FusedIndex, fusion: Fusion, engagements: Engagements) -> tuple[FusedRecall, ...]:
+    """Measure answers by weights that were fitted, on the queries they were fitted on."""
+    calibration = engagements.calibration
+    assert calibration is not None, "there are cases"
+    weighted = replace(fused, fusion=fusion)
+    return measure_recall(weighted, calibration.texts, calibration.vectors)
+
+
+def _nonsense_cases(fused: FusedIndex, engagements: Engagements) -> list[CalibrationCase]:
+    """Score the candidates of nonsense queries, to which nothing is relevant."""
+    calibration = engagements.calibration
+    if calibration is None or calibration.nonsense is None:
+        return []
+    cases = []
+    for text, vector in zip(*calibration.nonsense, strict=True):
+        query = fused.query(text, vector)
+        scores = fused.candidates(query, DEPTH, {"live": None}).scores
+        cases.append(CalibrationCase(scores, np.zeros(len(scores), np.bool_), 0, query.nearest))
     return cases
 
 

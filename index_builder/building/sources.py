@@ -6,6 +6,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -158,11 +159,15 @@ def from_release(
 
 
 def _engagements_of(fused: FusedIndex) -> Engagements | None:
-    """Return the pairs that vote in a release, and its weights; None where none do."""
+    """Return the pairs that vote in a release, and its weights; None where none do.
+
+    Its measured recall is that of the indexes of then.
+    """
     if fused.votes is None or fused.queries is None:
         return None
     pairs = fused.votes.pairs(fused.queries.ids, fused.entities.ids)
-    return Engagements(pairs, fusion=fused.fusion)
+    fusion = None if fused.fusion is None else replace(fused.fusion, recall=())
+    return Engagements(pairs, fusion=fusion)
 
 
 def attributes_for(

@@ -11,6 +11,14 @@ import polars as pl
 from index_builder.fusion.weights import Fusion
 
 
+class NonsenseQueries(NamedTuple):
+    """Queries that nothing answers."""
+
+    texts: list[str]
+    vectors: np.ndarray
+    """float32 ``(M, D)``, unit rows."""
+
+
 class CalibrationQueries(NamedTuple):
     """Queries with their answers, which no leg has seen."""
 
@@ -19,6 +27,8 @@ class CalibrationQueries(NamedTuple):
     """float32 ``(Q, D)``, unit rows."""
     entity_ids: list[list[str]]
     """Relevant entities of each."""
+    nonsense: NonsenseQueries | None = None
+    """Queries that nothing answers; None: no gate is fitted."""
 
 
 @dataclass(frozen=True, slots=True)

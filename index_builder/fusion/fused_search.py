@@ -14,10 +14,12 @@ from typing import NamedTuple
 import numpy as np
 
 from index_builder.fusion.probability import NO_CURVE
+from index_builder.fusion.query_gate import NO_NEIGHBOUR
 from index_builder.fusion.votes import NEIGHBOURS, VOTES_FILE, Votes, VoteShares
 from index_builder.fusion.weights import FUSION_FILE, LEGS, Fusion
 from index_builder.lexical.lexical_index import LexicalQuery
 from index_builder.lexical.scan import BUDGET, ScanRequest
+from index_builder.search.ef_choice import check_min_recall
 from index_builder.search.entity_index import (
     SCORE_ERROR,
     EntityIndex,
@@ -49,6 +51,13 @@ class FusedQuery(NamedTuple):
     """int64 ``(m,)``, rows of the nearest known queries; empty: there are no votes."""
     cosines: np.ndarray
     """float32 ``(m,)``, of the query with each of them."""
+    is_exact: bool = False
+    """Whether every known query was scored."""
+
+    @property
+    def nearest(self) -> float:
+        """Cosine of the nearest known query."""
+        return float(self.cosines.max(initial=NO_NEIGHBOUR))
 
 
 class Candidates(NamedTuple):
@@ -111,10 +120,11 @@ class FusedIndex:
         """
         vector = unit_vector(vector)
         if self.queries is None or self.votes is None or not len(self.queries.ids):
-            return FusedQuery(text, vector, np.zeros(0, np.int64), np.zeros(0, np.float32))
+            return FusedQuery(text, vector, np.zeros(0, np.int64), np.zeros(0, np.float32), True)
         # Known queries are those of the release: votes are counted by its rows
         found = self.queries.search(vector, NEIGHBOURS, exact=exact, live=None)
-        return FusedQuery(text, vector, self.queries.ids.rows_of(found.ids), found.scores)
+        rows = self.queries.ids.rows_of(found.ids)
+        return FusedQuery(text, vector, rows, found.scores, exact)
 
     def search(
         self,
@@ -122,34 +132,38 @@ class FusedIndex:
         k: int,
         options: SearchOptions | None = None,
         weights: tuple[float, float, float] | None = None,
+        *,
+        gate: bool = False,
     ) -> SearchResult:
         """Find the k best entities by fused score.
 
-        ``min_score`` stays a bound of the cosine, and the result's ``scores`` are cosines.
+        ``min_score`` stays a bound of the cosine, and the result's ``scores`` are cosines. Recall
+        is that of the fused answer over exact legs: the legs are exact where ``min_recall`` was not
+        measured to be reached.
 
         Args:
             query: From ``query``.
             k: 1 to 10,000.
             options: As for ``EntityIndex.search``; ``exact``: of every leg.
             weights: Of the legs; None: those that were fitted, else dense alone.
+            gate: Whether a query that the query gate takes for nonsense gets no answer; its plan is
+                ``gated`` then.
 
         Raises:
             InvalidQuery, DimensionMismatch, FilterError: As ``EntityIndex.search``.
         """
-        options = options or {}
-        if weights is not None:
-            chosen = np.array(weights, np.float32)
-        else:
-            chosen = _DENSE_ONLY
-            if self.fusion is not None:
-                chosen = np.array(self.fusion.weights, np.float32)
+        options, recall = self._effort(k, options or {}, weights)
+        if options.get("exact") and not query.is_exact:
+            query = self.query(query.text, query.vector, exact=True)
+        chosen = self._weights(weights)
         found = self.candidates(query, max(DEPTH, k), options)
         fused = found.scores @ chosen
         order = np.lexsort((found.rows, found.places, -fused))
         min_score = options.get("min_score")
         if min_score is not None:
             order = order[found.scores[order, 0] >= min_score - SCORE_ERROR]
-        order = order[:k]
+        is_gated = gate and self.is_nonsense(query, found, options)
+        order = order[: 0 if is_gated else k]
         curve = NO_CURVE if self.fusion is None or weights is not None else self.fusion.probability
         probabilities = curve.of(fused[order]) if curve else None
         has_leg = (True, self._has_words(query), bool(len(query.neighbours)))
@@ -163,14 +177,73 @@ class FusedIndex:
         if min_score is not None:  # what rounding alone put below it is given the score asked for
             cosines = np.maximum(cosines, np.float32(min(min_score, 1.0)))
         return SearchResult(
-            ids=self._ids(found, order),
+            ids=self.ids_of(found, order),
             scores=cosines,
-            plan="fused",
+            plan="gated" if is_gated else "fused",
             ef=0,
-            estimated_recall=None,
+            estimated_recall=recall,
             selectivity=found.selectivity,
             fused=FusedScores(fused[order], legs, used, probabilities),
         )
+
+    def _weights(self, weights: tuple[float, float, float] | None) -> np.ndarray:
+        """Return the weights of a search, float32 ``(3,)``."""
+        if weights is not None:
+            return np.array(weights, np.float32)
+        return _DENSE_ONLY if self.fusion is None else np.array(self.fusion.weights, np.float32)
+
+    def _effort(
+        self, k: int, options: SearchOptions, weights: tuple[float, float, float] | None
+    ) -> tuple[SearchOptions, float | None]:
+        """Return options without ``min_recall``, ``exact`` instead where needed, and the recall.
+
+        Recall is None where it was not measured: of other weights, under a filter, with an ``ef``,
+        or deeper than was measured.
+
+        Raises:
+            InvalidQuery: ``min_recall`` is out of range, or beside ``ef``.
+        """
+        wanted = options.get("min_recall")
+        if wanted is not None:
+            check_min_recall(wanted, options.get("ef"))
+            options = options.copy()
+            options.pop("min_recall")
+        if options.get("exact"):
+            return options, 1.0
+        point = None
+        is_measured = weights is None and options.get("filter") is None
+        if self.fusion is not None and is_measured and options.get("ef") is None:
+            point = next((point for point in self.fusion.recall if k <= point.k), None)
+        if wanted is not None and (point is None or point.low < wanted):
+            return {**options, "exact": True}, 1.0
+        return options, None if point is None else point.recall
+
+    def is_nonsense(self, query: FusedQuery, found: Candidates, options: SearchOptions) -> bool:
+        """Return whether the query gate would answer nothing.
+
+        The query alone decides, not what a filter leaves. Without text, or where no gate was
+        fitted, nothing is taken for nonsense.
+
+        Args:
+            query: From ``query``.
+            found: Its candidates.
+            options: Those of ``found``.
+        """
+        if self.fusion is None or self.fusion.gate is None or not query.text:
+            return False
+        share = float(found.scores[:, 1].max(initial=0.0))
+        if options.get("filter") is not None or options.get("exclude_ids"):
+            share = max(share, self._best_share(query))
+        return bool(self.fusion.gate.empties(np.array([[query.nearest, share]]))[0])
+
+    def _best_share(self, query: FusedQuery) -> float:
+        """Return the best lexical share among all rows of the base."""
+        words = self._words(query)
+        if words is None:
+            return 0.0
+        assert self.entities.lexical is not None
+        best = self.entities.lexical.search(words, ScanRequest(k=1)).scores
+        return float(best.max(initial=0.0)) / words.maximum
 
     def candidates(self, query: FusedQuery, depth: int, options: SearchOptions) -> Candidates:
         """Return each leg's ``depth`` best together, scored by every leg."""
@@ -184,10 +257,13 @@ class FusedIndex:
         words = self._words(query)
         parts = [self._of_base(query, words, rows[places == BASE], depth, dense_options)]
         segments = () if live is None else live.segments
+        excluded = frozenset(options.get("exclude_ids", ()))
+        dead = [] if live is None else [p for p in map(live.find, excluded) if p is not None]
         for number, segment in enumerate(segments):
+            allowed = self._living(segment, options.get("filter"), dead)
             dense_rows = rows[places == number]
-            found = self._of_segment(query, words, segment, dense_rows, depth, dense_options)
-            parts.append(found)
+            found = self._of_segment(query, words, segment, dense_rows, depth, allowed)
+            parts.append(_without(found, segment, excluded))
         numbers = np.repeat(
             np.arange(BASE, len(segments), dtype=np.int32), [len(rows) for rows, _ in parts]
         )
@@ -257,13 +333,12 @@ class FusedIndex:
         segment: LiveSegment,
         dense_rows: np.ndarray,
         depth: int,
-        options: SearchOptions,
+        allowed: np.ndarray,
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return rows of a live segment, int64, and their scores ``(C, 3)``; they have no votes."""
         rows = dense_rows.astype(np.uint32)
         lexical = np.zeros(len(rows), np.float32)
         if words is not None and segment.words is not None:
-            allowed = self._living(segment, options)
             hits = segment.words.search(words, ScanRequest(k=depth, also=rows, allowed=allowed))
             rows, places = np.unique(np.concatenate([rows, hits.rows]), return_inverse=True)
             lexical = np.zeros(len(rows), np.float32)
@@ -281,24 +356,37 @@ class FusedIndex:
         words = self.entities.lexical.query(query.text)
         return words if len(words.keys) else None
 
-    def _living(self, segment: LiveSegment, options: SearchOptions) -> np.ndarray:
+    def _living(
+        self, segment: LiveSegment, expression: str | None, dead: list[tuple[LiveSegment, int]]
+    ) -> np.ndarray:
         """Return which rows of a live segment may come back, bool ``(n,)``."""
         usable = segment.alive
-        expression = options.get("filter")
         if expression is not None:
             usable = usable & segment.mask(expression, self.entities.attribute_table)
-        excluded = set(options.get("exclude_ids", ()))
-        if excluded:
-            usable = usable & np.array([id_ not in excluded for id_ in segment.ids[: len(segment)]])
+        rows = [row for other, row in dead if other is segment]
+        if rows:
+            usable = usable.copy()
+            usable[rows] = False
         return usable
 
-    def _ids(self, found: Candidates, order: np.ndarray) -> list[str]:
+    def ids_of(self, found: Candidates, order: np.ndarray) -> list[str]:
         """Return the ids of candidates, in order."""
         ids = []
         for place, row in zip(found.places[order].tolist(), found.rows[order].tolist()):
             source = self.entities.ids if place == BASE else found.segments[place].ids
             ids.append(source[row])
         return ids
+
+
+def _without(
+    found: tuple[np.ndarray, np.ndarray], segment: LiveSegment, excluded: frozenset[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Leave out rows of excluded ids, also of those deleted since the search began."""
+    rows, scores = found
+    if not excluded or not len(rows):
+        return found
+    keep = np.array([segment.ids[row] not in excluded for row in rows.tolist()])
+    return rows[keep], scores[keep]
 
 
 def _budget(options: SearchOptions) -> int:

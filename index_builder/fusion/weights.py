@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +20,13 @@ from index_builder.fusion.probability import (
     ProbabilityCurve,
     calibration_error,
     fit_probability,
+)
+from index_builder.fusion.query_gate import (
+    NO_NEIGHBOUR,
+    GateCases,
+    GateMeasure,
+    QueryGate,
+    fit_gate,
 )
 
 FUSION_FILE = "fusion.json"
@@ -40,6 +47,22 @@ class CalibrationCase(NamedTuple):
     """bool ``(C,)``."""
     positives: int
     """Relevant entities of the query, those included that are no candidates."""
+    nearest: float = NO_NEIGHBOUR
+    """Cosine of the nearest known query."""
+
+    @property
+    def gate_signals(self) -> tuple[float, float]:
+        """What a query gate looks at: cosine of the nearest known query, best lexical share."""
+        return self.nearest, float(self.scores[:, 1].max(initial=0.0))
+
+
+class FusedRecall(NamedTuple):
+    """Share of the fused answer over exact legs that is returned by default, at one depth."""
+
+    k: int
+    recall: float
+    low: float
+    """Lower end of its 95% interval over queries."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,6 +83,8 @@ class Fusion:
         fitted_on: What the queries are.
         probability: From fused scores by these weights to the probability that a hit is relevant.
         probability_error: Its expected calibration error on queries that it was not fitted on.
+        gate: Takes queries for nonsense, where a call or the server asks for it; None: not fitted.
+        recall: Of answers by these weights without a filter, by ascending depth; empty: unmeasured.
     """
 
     weights: tuple[float, float, float]
@@ -74,6 +99,8 @@ class Fusion:
     fitted_on: str
     probability: ProbabilityCurve = NO_CURVE
     probability_error: float = 0.0
+    gate: QueryGate | None = None
+    recall: tuple[FusedRecall, ...] = ()
 
     def __str__(self) -> str:
         """Say the weights and what they gain."""
@@ -87,12 +114,33 @@ class Fusion:
     def describe(self) -> dict[str, Any]:
         """Return the facts for the manifest."""
         facts = {**asdict(self), "weights": dict(zip(LEGS, self.weights, strict=True))}
-        return {**facts, "probability": bool(self.probability)}
+        recall = [point._asdict() for point in self.recall]
+        is_calibrated = bool(self.probability)
+        return {
+            **facts,
+            "probability": is_calibrated,
+            "gate": self._gate_values(),
+            "recall": recall,
+        }
+
+    def _gate_values(self) -> dict[str, float] | None:
+        """Return the gate's thresholds and what it was measured to do; None without a gate."""
+        if self.gate is None:
+            return None
+        thresholds = {"min_cosine": self.gate.min_cosine, "min_share": self.gate.min_share}
+        return {**thresholds, **self.gate.measure._asdict()}
 
     def save(self, folder: Path) -> None:
         """Write ``fusion.json``; the same weights give the same bytes."""
         curve = {"scores": self.probability.scores, "values": self.probability.values}
-        values = {"format": FUSION_FORMAT, "legs": LEGS, **asdict(self), "probability": curve}
+        values = {
+            "format": FUSION_FORMAT,
+            "legs": LEGS,
+            **asdict(self),
+            "probability": curve,
+            "gate": self._gate_values(),
+            "recall": [point._asdict() for point in self.recall],
+        }
         text = json.dumps(values, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
         (folder / FUSION_FILE).write_text(text, encoding="utf-8")
 
@@ -113,7 +161,13 @@ class Fusion:
             if not all(0 <= weight < math.inf for weight in weights):
                 raise IndexFormatError(f"{where}: weights must be 0 or more, but got {weights}.")
             curve = _curve(values.pop("probability"))
-            return cls(weights=weights, probability=curve, **values)  # type: ignore[arg-type]
+            checked: dict[str, Any] = {
+                "weights": weights,
+                "probability": curve,
+                "gate": _gate(values.pop("gate", None)),
+                "recall": _recall(values.pop("recall", ())),
+            }
+            return cls(**checked, **values)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise IndexFormatError(
                 f"{where} cannot be read ({error!r}). Rebuild this release."
@@ -131,6 +185,40 @@ def _curve(values: dict[str, list[float]]) -> ProbabilityCurve:
     if len(scores) != len(shares) or not rises or not ((shares >= 0) & (shares <= 1)).all():
         raise ValueError("the curve of probabilities does not rise from 0 to 1")
     return ProbabilityCurve(tuple(scores.tolist()), tuple(shares.tolist()))
+
+
+def _gate(values: dict[str, float] | None) -> QueryGate | None:
+    """Check a gate; files of older versions have none.
+
+    Raises:
+        ValueError: A number is not finite, or a share is not from 0 to 1.
+    """
+    if values is None:
+        return None
+    names = ("min_cosine", "min_share", "nonsense_emptied", "hits_lost")
+    cosine, share, emptied, lost = (float(values[name]) for name in names)
+    if not (
+        math.isfinite(cosine) and math.isfinite(share) and 0 <= emptied <= 1 and 0 <= lost <= 1
+    ):
+        raise ValueError("the numbers of the query gate are out of range")
+    return QueryGate(cosine, share, GateMeasure(emptied, lost))
+
+
+def _recall(values: Sequence[dict[str, float]]) -> tuple[FusedRecall, ...]:
+    """Check the measured recall; files of older versions have none.
+
+    Raises:
+        ValueError: Depths do not rise, or a share is not from 0 to 1.
+    """
+    points = tuple(
+        FusedRecall(int(point["k"]), float(point["recall"]), float(point["low"]))
+        for point in values
+    )
+    depths = [0, *(point.k for point in points)]
+    rise = all(lower < higher for lower, higher in pairwise(depths))
+    if not rise or not all(0 <= point.low <= point.recall <= 1 for point in points):
+        raise ValueError("the measured recall of fused answers is out of range")
+    return points
 
 
 class _Cases(NamedTuple):
@@ -164,9 +252,12 @@ class _Cases(NamedTuple):
 
 
 def fit_fusion(
-    cases: Sequence[CalibrationCase], fitted_on: str, pooled: Sequence[CalibrationCase] = ()
+    cases: Sequence[CalibrationCase],
+    fitted_on: str,
+    pooled: Sequence[CalibrationCase] = (),
+    nonsense: Sequence[CalibrationCase] = (),
 ) -> Fusion:
-    """Fit the weights of one entity type, and say whether they help.
+    """Fit the weights and the query gate of one entity type, and say whether they help.
 
     The gain is measured across: each half of the queries with the weights of the other.
 
@@ -175,6 +266,7 @@ def fit_fusion(
         fitted_on: What they are.
         pooled: Queries of a like type that help to choose the weights where there are few; the gain
             is that of ``cases`` alone.
+        nonsense: Queries that nothing answers, for the gate.
     """
     own, more = _padded(cases), _padded(pooled)
     spread = _spread(own if len(cases) else more)
@@ -204,7 +296,13 @@ def fit_fusion(
         fitted_on=fitted_on,
         probability=curve,
         probability_error=round(error, 6),
+        gate=fit_gate(GateCases(_signals(cases), own.hits(weights), _signals(nonsense))),
     )
+
+
+def _signals(cases: Sequence[CalibrationCase]) -> np.ndarray:
+    """Return what a query gate sees of each query, float64 ``(Q, 2)``."""
+    return np.array([case.gate_signals for case in cases], np.float64).reshape(-1, 2)
 
 
 def _probability(

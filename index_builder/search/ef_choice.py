@@ -50,6 +50,21 @@ class FilterSettings(NamedTuple):
     graph_recall: float | None = None
 
 
+def check_min_recall(min_recall: float, ef: int | None) -> None:
+    """Refuse a wanted recall that is none, or that an ``ef`` beside it would decide.
+
+    Raises:
+        InvalidQuery: It is out of range, or both are given.
+    """
+    if not 0.0 < min_recall <= 1.0:
+        raise InvalidQuery(f"min_recall must be above 0 and at most 1, but got {min_recall}.")
+    if ef is not None:
+        raise InvalidQuery(
+            f"expected ef or min_recall, but got both ({ef} and {min_recall}). Leave ef out: the"
+            " measured curve chooses one that reaches min_recall."
+        )
+
+
 class SearchSettings:
     """The settings of one index; choices are cached."""
 
@@ -90,8 +105,8 @@ class SearchSettings:
     def _chosen(self, k: int, ef: int | None, min_recall: float | None) -> PlainSettings:
         if ef is not None and ef < 1:
             raise InvalidQuery(f"ef must be at least 1, but got {ef}.")
-        if min_recall is not None and not 0.0 < min_recall <= 1.0:
-            raise InvalidQuery(f"min_recall must be above 0 and at most 1, but got {min_recall}.")
+        if min_recall is not None:
+            check_min_recall(min_recall, ef)
         must_reach = min_recall is not None
         target = self._default_recall if min_recall is None else min_recall
         exact = PlainSettings(0, 1.0, 0, 1.0, target, must_reach)

@@ -39,7 +39,9 @@ class SearchOptions(TypedDict, total=False):
     min_score: float | None
     """Drop results with a smaller cosine."""
     min_recall: float | None
-    """Wanted share of the exact top ``k``, above 0 up to 1. None: the release's default."""
+    """Wanted share of the exact top ``k`` (fused: of the answer over exact legs), above 0 up to 1.
+    None: the release's default.
+    """
     diversity: float | None
     """MMR lambda, 0 (variety) to 1 (relevance). None: plain ranking."""
     collapse_above: float | None
@@ -54,6 +56,8 @@ class SearchOptions(TypedDict, total=False):
     """
     min_probability: float | None
     """Drop hits of a fused answer that are less likely relevant, 0 to 1."""
+    gate: bool | None
+    """Whether a fused answer to nonsense is empty. None: as the server is configured."""
 
 
 class VectorOptions(TypedDict, total=False):
@@ -125,6 +129,7 @@ class Target:
     attributes: Sequence[str] = ()
     fusion: FusionChoice = None
     min_probability: float | None = None
+    gate: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -160,7 +165,7 @@ def retrieve(
     """Build ``Retrieve``."""
     values, deadline = _values("retrieve", RetrieveOptions, options)
     _pack(values, "embedding", axes=1)
-    values["fusion"] = fusion_to_proto(values.get("fusion"))
+    values["fusion"] = fusion_to_proto(values.get("fusion"), values.pop("gate", None))
     message = pb.RetrieveRequest(query=query, entity_type=entity_type, k=k, **values)
     return Call("Retrieve", message, results.retrieve_result, deadline)
 
@@ -320,16 +325,17 @@ def value_to_proto(value: AttributeValue) -> pb.Value:
 def target_to_proto(target: Target) -> pb.Target:
     """Pack a ``Target``."""
     values = {field.name: getattr(target, field.name) for field in fields(target)}
-    return pb.Target(**{**values, "fusion": fusion_to_proto(target.fusion)})
+    values["fusion"] = fusion_to_proto(target.fusion, values.pop("gate"))
+    return pb.Target(**values)
 
 
-def fusion_to_proto(choice: FusionChoice) -> pb.Fusion | None:
-    """Pack whether an answer is to be fused, and by which weights."""
-    if choice is None:
+def fusion_to_proto(choice: FusionChoice, gate: bool | None) -> pb.Fusion | None:
+    """Pack whether an answer is to be fused, by which weights, and whether nonsense gets none."""
+    if choice is None and gate is None:
         return None
-    if isinstance(choice, bool):
-        return pb.Fusion(enabled=choice)
-    return pb.Fusion(weights=choice)
+    if choice is None or isinstance(choice, bool):
+        return pb.Fusion(enabled=choice, gate=gate)
+    return pb.Fusion(weights=choice, gate=gate)
 
 
 def entity_to_proto(entity: EntityWrite) -> pb.Entity:

@@ -99,9 +99,9 @@ class RetrievalClient(ClientBase):
             k: Results wanted.
             **options: Any of ``filter``, ``exclude_ids``, ``min_score``, ``min_recall``,
                 ``diversity``, ``collapse_above``, ``exact``, ``attributes``, ``fusion``,
-                ``min_probability`` (see ``SearchOptions``); ``embedding`` with ``space_id`` instead
-                of ``query``; ``release_id``, ``language``, ``country``, ``request_id``,
-                ``deadline_seconds``.
+                ``min_probability``, ``gate`` (see ``SearchOptions``); ``embedding`` with
+                ``space_id`` instead of ``query``; ``release_id``, ``language``, ``country``,
+                ``request_id``, ``deadline_seconds``.
 
         Returns:
             The hits, best first, and how they were found.

@@ -119,6 +119,12 @@ def summary(result: RetrieveResult) -> str:
     help="Whether words and known queries count beside vectors. [default: the release decides]",
 )
 @click.option(
+    "--gate/--no-gate",
+    "gate",
+    default=None,
+    help="Whether a fused answer to nonsense is empty. [default: the server decides]",
+)
+@click.option(
     "--diversity", type=float, help="Maximal marginal relevance, 0 (variety) to 1 (relevance)."
 )
 @click.option(
@@ -177,6 +183,7 @@ def command(
     min_recall: float | None,
     exact: bool,
     fused: bool | None,
+    gate: bool | None,
     diversity: float | None,
     collapse_above: float | None,
     attributes: tuple[str, ...],
@@ -223,6 +230,7 @@ def command(
             min_recall=min_recall,
             exact=exact,
             fusion=fused,
+            gate=gate,
             diversity=diversity,
             collapse_above=collapse_above,
             attributes=list(dict.fromkeys((*SHOWN_ATTRIBUTES, *attributes))),

@@ -237,6 +237,14 @@ def _port(value: int) -> int | None:
 )
 @click.option("--read-only", is_flag=True, help="Take no live upserts and deletes.")
 @click.option(
+    "--query-gate",
+    is_flag=True,
+    help=(
+        "Fused answers to nonsense are empty, where the release has a query gate and the call does"
+        " not decide."
+    ),
+)
+@click.option(
     "--shadow-fraction",
     default=DEFAULTS.shadow_fraction,
     show_default=True,

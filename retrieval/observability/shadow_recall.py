@@ -10,12 +10,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from index_builder.search.entity_index import EntityIndex
+from index_builder.fusion.fused_search import FusedIndex
+from index_builder.search.entity_index import EntityIndex, SearchOptions
 from index_builder.search.live_segments import LiveView
 from retrieval.observability.metric_catalogue import Labels
 from retrieval.observability.metrics import Metrics
@@ -33,6 +34,15 @@ TIE = 1e-5
 """A returned score this close to the k-th exact score counts as found."""
 
 
+class FusedQuestion(NamedTuple):
+    """What a fused search was asked beside its vector."""
+
+    legs: FusedIndex
+    text: str
+    weights: tuple[float, float, float] | None
+    """None: the release's."""
+
+
 class Sample(NamedTuple):
     """One answered search, with the live entries that it saw."""
 
@@ -45,8 +55,11 @@ class Sample(NamedTuple):
     min_score: float | None
     ids: Sequence[str]
     scores: Float32
+    """By which ``ids`` are ordered: cosines, or fused scores."""
     selectivity: float | None
     language: str
+    fused: FusedQuestion | None = None
+    """None: by vectors alone."""
 
 
 class Estimate(NamedTuple):
@@ -111,6 +124,25 @@ def selectivity_bucket(selectivity: float | None) -> str:
         if selectivity >= bound:
             return name
     return "<1%"
+
+
+def _exact_answer(sample: Sample) -> tuple[Sequence[str], Float32]:
+    """Answer a sample again, every leg exact; returns ids and the scores that order them."""
+    options: SearchOptions = {
+        "exact": True,
+        "exclude_ids": sample.exclude_ids,
+        "min_score": sample.min_score,
+        "filter": sample.filter or None,
+        "live": sample.live,  # later writes are no fault of the answer
+    }
+    if sample.fused is None:
+        found = sample.entity_index.search(sample.vector, sample.k, **options)
+        return found.ids, found.scores
+    legs, text, weights = sample.fused
+    query = legs.query(text, sample.vector, exact=True)
+    found = legs.search(query, sample.k, options, weights)
+    assert found.fused is not None
+    return found.ids, found.fused.scores
 
 
 class ShadowRecall:
@@ -218,15 +250,7 @@ class ShadowRecall:
         """Answer one sample exactly and record its recall; None if its release is not served."""
         if generation not in (None, self._generation):
             return None
-        options: dict[str, Any] = {
-            "exact": True,
-            "exclude_ids": sample.exclude_ids,
-            "min_score": sample.min_score,
-            "filter": sample.filter or None,
-            "live": sample.live,  # later writes are no fault of the answer
-        }
-        exact = sample.entity_index.search(sample.vector, sample.k, **options)
-        recall = recall_of_answer(sample.ids, sample.scores, exact.ids, exact.scores)
+        recall = recall_of_answer(sample.ids, sample.scores, *_exact_answer(sample))
         labels = (
             sample.entity_index.entity_type,
             selectivity_bucket(sample.selectivity),

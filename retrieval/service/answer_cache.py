@@ -18,6 +18,7 @@ import numpy.typing as npt
 from cachetools import LRUCache
 
 from index_builder.search.entity_index import EntityIndex, SearchResult
+from index_builder.search.request import FusedScores
 from protos import retrieval_pb2 as pb
 from retrieval.service.search_request import SearchRequest
 from retrieval.service.validation import to_value
@@ -105,8 +106,8 @@ class CachedAnswer:
 
     @property
     def is_reranked(self) -> bool:
-        """Whether the hits are not the index's top k: a fused answer."""
-        return bool(self.legs)
+        """Whether hits were left out: a gated answer. Re-ranked ones are not cached."""
+        return self.plan == "gated"
 
     @property
     def result(self) -> SearchResult:
@@ -119,7 +120,15 @@ class CachedAnswer:
             ef=self.ef,
             estimated_recall=self.estimated_recall,
             selectivity=self.selectivity,
+            fused=_fused_scores(hits, self.legs) if self.legs else None,
         )
+
+
+def _fused_scores(hits: Sequence[pb.Hit], legs: tuple[str, ...]) -> FusedScores:
+    """Read the scores of a fused answer, without probabilities."""
+    scores = [(hit.fused_score, hit.score, hit.lexical_score, hit.vote_score) for hit in hits]
+    table = np.array(scores, np.float32).reshape(-1, 4)
+    return FusedScores(table[:, 0], table[:, 1:], legs)
 
 
 def serialize_hits(result: SearchResult, attributes: Sequence[Mapping[str, object]] = ()) -> bytes:

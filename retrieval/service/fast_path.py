@@ -174,7 +174,7 @@ class FastPath:
         self._request_seconds.observe(total_ns / 1e9)
         self._admission.accepted += 1
         if not answer.is_reranked and self._recorder.shadow.wants():
-            search = Search(serving, index, request, vector)
+            search = Search(serving, index, request, vector, "" if entry is None else text)
             self._recorder.sample(search, answer, message.language)
         return content_out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -11,7 +12,7 @@ from retrieval.config import ServeConfig
 from retrieval.observability.impressions import Impression, ImpressionLog
 from retrieval.observability.metric_catalogue import STAGES
 from retrieval.observability.metrics import Metrics
-from retrieval.observability.shadow_recall import Sample, ShadowRecall
+from retrieval.observability.shadow_recall import FusedQuestion, Sample, ShadowRecall
 from retrieval.releases.manager import LiveReleases
 from retrieval.releases.serving_release import ServingRelease
 from retrieval.service.cached_search import Answer
@@ -116,10 +117,10 @@ class SearchRecorder:
             self._rerank_seconds.observe(found.rerank_ns / 1e9)
 
     def count_batch(self, entity_type: str, answers: Sequence[Answer]) -> None:
-        """Count the searches that were run for one batch, all by one plan."""
-        plans = [answer.result.plan for answer in answers if isinstance(answer, Found)]
-        if plans:
-            self._count("omni_searches", (entity_type, plans[0]), len(plans))
+        """Count the searches that were run for one batch."""
+        plans = Counter(answer.result.plan for answer in answers if isinstance(answer, Found))
+        for plan, number in plans.items():
+            self._count("omni_searches", (entity_type, plan), number)
 
     def draw_sample(self, answer: Answer) -> bool:
         """Draw whether to ``sample`` an answer; a re-ranked one cannot be judged."""
@@ -134,6 +135,11 @@ class SearchRecorder:
         if request.exact or search.serving is not self._releases.active:
             return
         result = answer.result
+        fused, scores = None, result.scores
+        if result.fused is not None:
+            legs = search.serving.release.fused[request.entity_type]
+            fused = FusedQuestion(legs, search.text, request.leg_weights)
+            scores = result.fused.scores
         self.shadow.offer(
             Sample(
                 entity_index=search.entity_index,
@@ -144,9 +150,10 @@ class SearchRecorder:
                 exclude_ids=request.stored_exclude_ids(),
                 min_score=request.min_score,
                 ids=result.ids,
-                scores=result.scores,
+                scores=scores,
                 selectivity=result.selectivity,
                 language=language,
+                fused=fused,
             )
         )
 

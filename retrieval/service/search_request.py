@@ -22,6 +22,8 @@ class FusedLegs(NamedTuple):
     fused_index: FusedIndex
     weights: tuple[float, float, float] | None
     """None: the release's."""
+    gate: bool = False
+    """Whether queries that the query gate takes for nonsense get no answer."""
 
 
 @dataclass(slots=True)
@@ -54,6 +56,8 @@ class SearchRequest:
     """Of cosine, words and votes; None: the release's."""
     min_probability: float | None = None
     """Lowest probability of a hit; None: no limit."""
+    gate: bool | None = None
+    """Whether nonsense gets no answer; None: as the server is configured."""
 
     @classmethod
     def parse(cls, message: pb.RetrieveRequest | pb.Target, limits: Limits) -> SearchRequest:
@@ -81,6 +85,7 @@ class SearchRequest:
             fusion = message.fusion
             request.fused = fusion.enabled if fusion.HasField("enabled") else None
             request.leg_weights = _leg_weights(fusion.weights)
+            request.gate = fusion.gate if fusion.HasField("gate") else None
         if has("min_probability"):
             request.min_probability = message.min_probability
         request._check(limits)
@@ -137,6 +142,7 @@ class SearchRequest:
             self.exact
             or self.fused is not None
             or self.leg_weights is not None
+            or self.gate is not None
             or self.min_probability is not None
             or self.exclude_ids
             or self.diversity is not None
@@ -167,14 +173,22 @@ class SearchRequest:
         return options
 
 
-def legs_of(fused: FusedIndex, request: SearchRequest) -> FusedLegs | None:
+def legs_of(
+    fused: FusedIndex, request: SearchRequest, *, gate_by_default: bool = False
+) -> FusedLegs | None:
     """Return the legs that answer a request; None where vectors alone do.
 
     A request decides by ``fused``, else by giving weights; else the release, where it proved that
     fused answers are better.
 
+    Args:
+        fused: Legs of the entity type.
+        request: Checked.
+        gate_by_default: Whether the query gate holds where the request does not say.
+
     Raises:
-        InvalidRequest: Fused answers are wanted, but neither request nor release has weights.
+        InvalidRequest: Fused answers are wanted, but neither request nor release has weights; or
+            something is wanted that this answer cannot have: probabilities, or a query gate.
     """
     fusion = fused.fusion
     by_default = request.leg_weights is not None or (fusion is not None and fusion.enabled)
@@ -186,6 +200,13 @@ def legs_of(fused: FusedIndex, request: SearchRequest) -> FusedLegs | None:
             f" {request.entity_type!r} has none here. Leave it out, or rebuild the release with"
             " --pairs that hold a split validation."
         )
+    has_gate = is_fused and fusion is not None and fusion.gate is not None
+    if request.gate and not has_gate:
+        raise InvalidRequest(
+            "fusion.gate: expected a fused answer of a release with a query gate, but"
+            f" {request.entity_type!r} has none here. Leave it out, or rebuild the release with"
+            " --pairs that hold 100 queries or more of a split validation."
+        )
     if not is_fused:
         return None
     if request.leg_weights is None and fusion is None:
@@ -193,7 +214,11 @@ def legs_of(fused: FusedIndex, request: SearchRequest) -> FusedLegs | None:
             f"fusion: expected weights, since this release has none for {request.entity_type!r}."
             " Give three numbers, or rebuild the release with --pairs."
         )
-    return FusedLegs(fused, request.leg_weights)
+    return FusedLegs(
+        fused,
+        request.leg_weights,
+        gate=has_gate and (gate_by_default if request.gate is None else request.gate),
+    )
 
 
 def _leg_weights(weights: Sequence[float]) -> tuple[float, float, float] | None:

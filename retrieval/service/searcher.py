@@ -43,8 +43,8 @@ class Found(NamedTuple):
         result: Ids and scores, and how they were found.
         search_ns: Of the index.
         rerank_ns: 0 where nothing was re-ranked.
-        is_reranked: The hits are not the index's top k (re-ranked or fused), and must not be
-            compared with the exact ones.
+        is_reranked: The hits are not the top k of the search (re-ranked, or some left out), and
+            must not be compared with the exact ones.
         hits: As they go over the wire, where they carry attributes; else empty.
     """
 
@@ -105,7 +105,7 @@ class Searcher:
             threads=threads,
         )
         if not request.is_reranked:
-            return Found(result, search_ns, is_reranked=target.legs is not None)
+            return Found(result, search_ns, is_reranked=_is_cut(target, result, request))
         started = time.perf_counter_ns()
         rerank_work = partial(_rerank_result, index, result, request)
         if request.k <= INLINE_RERANK_K:
@@ -128,7 +128,6 @@ class Searcher:
 
         Raises as ``EntityIndex.search_batch``, and ``DeadlinePassed``.
         """
-        is_fused = target.legs is not None
         found: list[Found] = []
         rows = 1
         while len(found) < len(queries):
@@ -136,7 +135,10 @@ class Searcher:
             work = partial(_search_slice, target, queries[len(found) : len(found) + rows], request)
             results, took_ns = await self.bulk_threads.run(partial(_timed, work))
             each_ns = took_ns // max(1, len(results))
-            found += [Found(result, each_ns, is_reranked=is_fused) for result in results]
+            found += [
+                Found(result, each_ns, is_reranked=_is_cut(target, result, request))
+                for result in results
+            ]
             fitting = int(SLICE_SECONDS * 1e9 / max(1, each_ns))
             rows = max(1, min(2 * rows, fitting))
         return found
@@ -198,6 +200,13 @@ class Searcher:
         self.bulk_threads.close()
 
 
+def _is_cut(target: SearchTarget, result: SearchResult, request: SearchRequest) -> bool:
+    """Whether hits of a fused answer were left out."""
+    if target.legs is None:
+        return False
+    return request.min_probability is not None or result.plan == "gated"
+
+
 def _search_slice(
     target: SearchTarget, queries: Sequence[Query], request: SearchRequest
 ) -> Sequence[SearchResult]:
@@ -232,7 +241,7 @@ def scores_of(index: EntityIndex, ids: Sequence[str], vector: Float32) -> Float3
 def _fused_search(legs: FusedLegs, query: Query, k: int, request: SearchRequest) -> SearchResult:
     """Search by all legs; a query without text has no words."""
     prepared = legs.fused_index.query(query.text, query.vector, exact=request.exact)
-    result = legs.fused_index.search(prepared, k, request.options(), legs.weights)
+    result = legs.fused_index.search(prepared, k, request.options(), legs.weights, gate=legs.gate)
     if request.min_probability is None or result.fused is None:
         return result
     assert result.fused.probabilities is not None, "legs_of asks for a calibrated release"

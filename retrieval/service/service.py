@@ -47,13 +47,6 @@ INLINE_SCORE_IDS = 50
 """A Score of at most so many ids runs on the event loop."""
 
 
-def search_target(
-    serving: ServingRelease, index: EntityIndex, request: SearchRequest
-) -> SearchTarget:
-    """Return what answers a request: an index alone, or all legs of its entity type."""
-    return SearchTarget(index, legs_of(serving.release.fused[request.entity_type], request))
-
-
 def _shares_of(serving: ServingRelease, texts: Sequence[str]) -> list[float]:
     return [serving.unknown_share(text) for text in texts]
 
@@ -128,7 +121,7 @@ class RetrievalService:
             check_answer_size([(request.k, attributes)], self.limits)
             query = await self.queries.of_message(message, serving, call.context)
             self.recorder.count_encoding(query)
-            target = search_target(serving, index, request)
+            target = self._target(serving, index, request)
             answer = await self.searches.search(target, query, request)
             response = retrieve_response(serving, query, answer, message.request_id)
             self.recorder.count_unknown(response.unknown_share)
@@ -169,7 +162,7 @@ class RetrievalService:
             self.recorder.count_unknown(response.unknown_share)
             size = 0
             for request, index in zip(requests, indexes, strict=True):
-                target = search_target(serving, index, request)
+                target = self._target(serving, index, request)
                 answer = await self.searches.search(target, query, request)
                 size += len(answer.hits)
                 self.searches.check_size(size)
@@ -199,7 +192,7 @@ class RetrievalService:
                 query_space_id=serving.query_space_id,
                 request_id=message.request_id,
             )
-            target = search_target(serving, index, request)
+            target = self._target(serving, index, request)
             found = await self.searches.search_batch(target, batch, request, call.context)
             searches = BatchSearches(serving, index, request, batch)
             shares = await self._unknown_shares(serving, batch.texts)
@@ -255,6 +248,14 @@ class RetrievalService:
         """Describe what is being served."""
         serving = self.releases.resolve(message.release_id)
         return describe_release(serving, self.releases.loaded, self.limits, call.caller)
+
+    def _target(
+        self, serving: ServingRelease, index: EntityIndex, request: SearchRequest
+    ) -> SearchTarget:
+        """Return what answers a request: an index alone, or all legs of its entity type."""
+        fused = serving.release.fused[request.entity_type]
+        legs = legs_of(fused, request, gate_by_default=self.config.query_gate)
+        return SearchTarget(index, legs)
 
     def searches_of(self, message: pb.RetrieveBatchRequest) -> int:
         """Return how many searches a batch holds, before it is checked."""

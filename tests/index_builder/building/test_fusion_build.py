@@ -14,7 +14,8 @@ from index_builder.building.build import build_release
 from index_builder.building.fusion_build import with_engagements
 from index_builder.building.inputs import EntityInput
 from index_builder.building.sources import from_release, texts_for
-from index_builder.fusion.engagements import CalibrationQueries, Engagements
+from index_builder.fusion.engagements import CalibrationQueries, Engagements, NonsenseQueries
+from index_builder.fusion.nonsense import nonsense_queries
 from index_builder.lexical.scan import ScanRequest
 from index_builder.live_log.records import LiveEntry
 from index_builder.live_log.writer import LiveLogWriter
@@ -75,6 +76,8 @@ def test_build_texts_and_pairs_give_words_votes_and_weights(
         assert facts["votes"]["pairs"] == len(KNOWN)
         assert facts["fusion"]["enabled"] and facts["fusion"]["gain_low"] > 0
         assert facts["fusion"]["weights"]["lexical"] > 0
+        assert [point["k"] for point in facts["fusion"]["recall"]] == [10, 100]
+        assert facts["fusion"]["recall"][0]["recall"] > 0.99, "the index is exact"
         assert rows_of(release, "sku1033") == ["pin-33"]
         fused = release.fused["pin"]
         assert fused.votes is not None and fused.fusion is not None
@@ -120,6 +123,7 @@ def test_rebuild_from_active_keeps_words_votes_and_weights(
         known = fused.votes.pairs(fused.queries.ids, fused.entities.ids)
         assert known.height == len(KNOWN) - 1
         assert fused.fusion.enabled
+        assert fused.fusion.recall == (), "it was measured of other indexes"
 
 
 def test_rebuild_of_other_known_queries_drops_votes_of_types_taken_over(
@@ -147,6 +151,28 @@ def test_build_pairs_without_known_queries_fit_words_alone(
         assert fused.fusion is not None and fused.fusion.enabled
 
 
+def test_build_with_enough_queries_fits_a_query_gate(store: ReleaseStore, bundle: Path) -> None:
+    asked = [f"lamp sku{1000 + i}" for i in range(COUNT)]
+    texts = nonsense_queries(300)
+    calibration = CalibrationQueries(
+        asked,
+        unit_vectors(COUNT, 9),
+        [[f"pin-{i}"] for i in range(COUNT)],
+        NonsenseQueries(texts, unit_vectors(300, 11)),
+    )
+    pairs = engagements().pairs
+    inputs = {"pin": pins(engagements=Engagements(pairs, calibration)), "query": queries()}
+    build_release(inputs, bundle, store, EXACT)
+    with store.open_current() as release:
+        gate = release.manifest.entities["pin"].index["fusion"]["gate"]
+        assert gate["nonsense_emptied"] > 0.9 and gate["hits_lost"] <= 0.05
+        fused = release.fused["pin"]
+        vector = unit_vectors(1, 77)[0]
+        for text, emptied in ((texts[0], True), ("lamp sku1033", False)):
+            found = fused.search(fused.query(text, vector), 3, gate=True)
+            assert (found.plan == "gated") is emptied and bool(found.ids) is not emptied
+
+
 def test_with_engagements_splits_pairs_and_leaves_private_queries_out() -> None:
     pairs = pl.DataFrame(
         {
@@ -168,7 +194,9 @@ def test_with_engagements_splits_pairs_and_leaves_private_queries_out() -> None:
     found = changed["pin"].engagements
     assert found is not None and found.calibration is not None
     assert found.pairs["query"].to_list() == ["b", "b"]
-    assert found.calibration.texts == ["c"] and asked == [["c"]]
+    assert found.calibration.texts == ["c"] and asked[0] == ["c"]
+    assert found.calibration.nonsense is not None
+    assert asked[1:] == [found.calibration.nonsense.texts]
     assert changed["ad"].engagements is None
     with pytest.raises(DataError, match="min-query-users"):
         with_engagements({"pin": pins()}, pairs, embed, 100)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -11,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from index_builder.errors import InvalidQuery
 from index_builder.fusion.fused_search import FusedIndex
 from index_builder.fusion.votes import Votes
-from index_builder.fusion.weights import Fusion
+from index_builder.fusion.weights import FusedRecall, Fusion
 from index_builder.lexical.lexical_index import LexicalIndex
 from index_builder.lexical.scan import ScanRequest
 from index_builder.live_log.records import LiveEntry
@@ -155,10 +157,109 @@ def test_search_beside_a_delete_does_not_bring_the_replaced_row_back(index: Fuse
     assert at.get("e3", 0.0) < 0.99, "the base's row, which the live entry hides"
 
 
-def test_search_exact_claims_no_recall(index: FusedIndex) -> None:
-    """Candidates are each leg's best: an entity that is second best everywhere may be missed."""
+FITTED = Fusion(
+    weights=WEIGHTS,
+    enabled=True,
+    queries=9,
+    pairs=9,
+    dense_recall=0.1,
+    fused_recall=0.2,
+    gain=0.1,
+    gain_low=0.05,
+    gain_high=0.15,
+    fitted_on="test",
+    recall=(FusedRecall(10, 0.97, 0.95), FusedRecall(100, 0.93, 0.9)),
+)
+
+
+def is_exact_search(index: FusedIndex, k: int, options: SearchOptions, **more: object) -> bool:
+    """Whether a search asks its dense leg for an exact answer."""
+    asked = []
+    search = index.entities.search
+
+    class Spy:
+        def __getattr__(self, name: str) -> object:
+            return getattr(index.entities, name)
+
+        def search(self, vector: np.ndarray, depth: int, **given: object) -> SearchResult:
+            asked.append(bool(given.get("exact")))
+            assert "min_recall" not in given
+            return search(vector, depth, **given)  # type: ignore[arg-type]
+
+    spied = replace(index, entities=Spy())  # type: ignore[arg-type]
+    result = spied.search(spied.query("red shoe", VECTORS[ROWS]), k, options, **more)  # type: ignore[arg-type]
+    assert result.estimated_recall == (1.0 if asked[0] else index.fusion.recall[k > 10].recall)  # type: ignore[union-attr]
+    return asked[0]
+
+
+@pytest.mark.parametrize(
+    ("k", "options", "exact"),
+    [
+        (10, {}, False),
+        (10, {"min_recall": 0.95}, False),
+        (10, {"min_recall": 0.96}, True),
+        (11, {"min_recall": 0.95}, True),
+        (11, {"min_recall": 0.9}, False),
+        (10, {"min_recall": 0.5, "exclude_ids": ["e3"]}, False),
+        (10, {"min_recall": 0.5, "filter": "even == true"}, True),
+        (101, {"min_recall": 0.5}, True),
+        (10, {"exact": True, "min_recall": 0.5}, True),
+    ],
+)
+def test_search_min_recall_not_measured_to_be_reached_takes_exact_legs(
+    index: FusedIndex, k: int, options: SearchOptions, exact: bool
+) -> None:
+    assert is_exact_search(replace(index, fusion=FITTED), k, options) is exact
+
+
+def test_search_min_recall_of_other_weights_takes_exact_legs(index: FusedIndex) -> None:
+    fitted = replace(index, fusion=FITTED)
+    assert is_exact_search(fitted, 5, {"min_recall": 0.5}, weights=(1.0, 1.0, 1.0))
+    query = fitted.query("red shoe", VECTORS[ROWS])
+    assert fitted.search(query, 5, None, (1.0, 1.0, 1.0)).estimated_recall is None
+
+
+def test_search_exact_scores_every_known_query(index: FusedIndex) -> None:
+    near = index.query("red shoe", VECTORS[ROWS])
+    assert not near.is_exact
+    one = near._replace(neighbours=near.neighbours[:1], cosines=near.cosines[:1])
+    exact = index.search(one, 10, {"exact": True}, WEIGHTS)
+    every = index.query("red shoe", VECTORS[ROWS], exact=True)
+    assert exact.ids == index.search(every, 10, {"exact": True}, WEIGHTS).ids
+    assert exact.estimated_recall == 1.0
+
+
+@pytest.mark.parametrize("wanted", [0.0, 1.1, float("nan")])
+def test_search_min_recall_out_of_range_is_refused(index: FusedIndex, wanted: float) -> None:
+    with pytest.raises(InvalidQuery, match="min_recall"):
+        index.search(index.query("red shoe", VECTORS[ROWS]), 5, {"min_recall": wanted}, WEIGHTS)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_search_min_recall_beside_ef_is_refused(index: FusedIndex, fused: bool) -> None:
     query = index.query("red shoe", VECTORS[ROWS])
-    assert index.search(query, 5, {"exact": True}, WEIGHTS).estimated_recall is None
+    with pytest.raises(InvalidQuery, match="but got both"):
+        if fused:
+            index.search(query, 5, {"min_recall": 0.9, "ef": 40}, WEIGHTS)
+        else:
+            index.entities.search(query.vector, 5, min_recall=0.9, ef=40)
+
+
+def test_search_excluded_live_entry_deleted_meanwhile_stays_out(index: FusedIndex) -> None:
+    base = LiveBase(D, SPACE, index.entities.row_of, rows=ROWS, lexical=index.entities.lexical)
+    state = LiveState(base, background=False)
+    entry = LiveEntry(
+        id="new",
+        vector=VECTORS[ROWS + 1],
+        space_id=SPACE,
+        attributes={"title": "zebra"},
+        sequence=1,
+    )
+    view = state.apply([entry])
+    state.apply([LiveEntry(id="new", sequence=2)])  # after the search took its view
+    options: SearchOptions = {"live": view, "exclude_ids": ["new"]}
+    found = index.search(index.query("zebra", VECTORS[ROWS]), ROWS, options, WEIGHTS)
+    assert "new" not in found.ids
 
 
 def test_search_filter_and_exclusions_hold_for_live_entries(index: FusedIndex) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,19 @@ from hypothesis import strategies as st
 
 from index_builder.errors import IndexFormatError
 from index_builder.fusion.probability import isotonic
-from index_builder.fusion.weights import CalibrationCase, Fusion, fit_fusion
+from index_builder.fusion.weights import CalibrationCase, FusedRecall, Fusion, fit_fusion
 
 CANDIDATES = 60
+
+
+def nonsense(count: int, seed: int) -> list[CalibrationCase]:
+    """Queries that share little with any text, and whose nearest known query is far."""
+    return [
+        case._replace(
+            scores=np.minimum(case.scores, 0.1), relevant=case.relevant & False, nearest=0.3
+        )
+        for case in cases(count, (0.0, 0.0, 0.0), seed)
+    ]
 
 
 def cases(count: int, strength: tuple[float, float, float], seed: int) -> list[CalibrationCase]:
@@ -87,13 +99,24 @@ def test_isotonic_is_the_nearest_rising_line(points: list[tuple[float, float]]) 
 
 
 def test_save_and_load_give_the_same(tmp_path: Path) -> None:
-    fusion = fit_fusion(cases(150, (1.0, 1.0, 1.0), 6), "held-back queries")
-    assert fusion.probability
+    fusion = fit_fusion(cases(150, (1.0, 1.0, 1.0), 6), "held-back", (), nonsense(150, 9))
+    assert fusion.probability and fusion.gate
+    fusion = replace(fusion, recall=(FusedRecall(10, 0.99, 0.97), FusedRecall(100, 0.9, 0.8)))
     fusion.save(tmp_path)
     first = (tmp_path / "fusion.json").read_bytes()
     assert Fusion.load(tmp_path) == fusion
     fusion.save(tmp_path)
     assert (tmp_path / "fusion.json").read_bytes() == first
+
+
+def test_load_file_of_an_older_version_has_no_gate_and_no_recall(tmp_path: Path) -> None:
+    fit_fusion(cases(10, (1.0, 1.0, 1.0), 7), "held-back queries").save(tmp_path)
+    path = tmp_path / "fusion.json"
+    values = json.loads(path.read_text())
+    assert values.pop("gate") is None and values.pop("recall") == []
+    path.write_text(json.dumps(values))
+    loaded = Fusion.load(tmp_path)
+    assert loaded.gate is None and loaded.recall == ()
 
 
 @pytest.mark.parametrize(
@@ -105,11 +128,17 @@ def test_save_and_load_give_the_same(tmp_path: Path) -> None:
         ('"weights": [', '"weights": [NaN, '),
         ('"queries"', '"questions"'),
         ('"probability":', '"chance":'),
+        ('"min_cosine": ', '"min_cosine": "x", "y": '),
+        ('"hits_lost": ', '"hits_lost": 1'),
+        ('"low": 0.97', '"low": 0.995'),
+        ('"k": 10', '"k": 0'),
         ("{", ""),
     ],
 )
 def test_load_damaged_file_is_refused(tmp_path: Path, old: str, new: str) -> None:
-    fit_fusion(cases(10, (1.0, 1.0, 1.0), 7), "held-back queries").save(tmp_path)
+    few = cases(100, (1.0, 1.0, 1.0), 7)
+    fusion = fit_fusion(few, "held-back queries", (), nonsense(100, 9))
+    replace(fusion, recall=(FusedRecall(10, 0.99, 0.97),)).save(tmp_path)
     path = tmp_path / "fusion.json"
     path.write_text(path.read_text().replace(old, new, 1))
     with pytest.raises(IndexFormatError):

@@ -13,6 +13,7 @@ from index_builder.building.inputs import EntityInput
 from index_builder.building.plan import RebuildConfig
 from index_builder.fusion.engagements import Engagements
 from index_builder.fusion.probability import ProbabilityCurve
+from index_builder.fusion.query_gate import QueryGate
 from index_builder.fusion.weights import Fusion
 from index_builder.releases.store import ReleaseStore
 from index_builder.search.entity_index import IndexConfig
@@ -36,7 +37,9 @@ FITTED = Fusion(
     gain_high=0.3,
     fitted_on="test",
     probability=ProbabilityCurve((0.0, 6.0), (0.1, 0.9)),
+    gate=QueryGate(2.0, 0.05),  # no cosine reaches it: words alone decide
 )
+NONSENSE = "qqqq zzzz"
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +76,7 @@ def client(running: Running) -> Iterator[RetrievalClient]:
 def test_retrieve_release_that_proved_it_answers_fused(client: RetrievalClient) -> None:
     first = client.retrieve("sku1033", "pin", 5)
     assert first.legs == ("dense", "lexical", "votes")
-    assert first.plan == "fused" and first.estimated_recall is None
+    assert first.plan == "fused" and first.estimated_recall is None, "nothing was measured"
     assert first.ids[0] == "p33"
     assert first.fused is not None
     assert [score.dense for score in first.fused] == [hit.score for hit in first.hits]
@@ -130,6 +133,62 @@ def test_retrieve_min_probability_without_calibration_is_refused(
         client.retrieve("sku1033", **wanted)  # type: ignore[arg-type]
 
 
+def test_retrieve_gate_answers_nothing_to_nonsense_where_asked(client: RetrievalClient) -> None:
+    assert len(client.retrieve(NONSENSE, "pin", 5).ids) == 5, "off unless asked"
+    gated = client.retrieve(NONSENSE, "pin", 5, gate=True)
+    assert gated.ids == [] and gated.plan == "gated"
+    assert gated.legs == ("dense", "lexical", "votes")
+    known = client.retrieve("sku1033", "pin", 5, gate=True)
+    assert known.ids == client.retrieve("sku1033", "pin", 5).ids and known.plan == "fused"
+    varied = client.retrieve(NONSENSE, "pin", 5, gate=True, diversity=0.5, min_probability=0.1)
+    assert varied.ids == [] and varied.plan == "gated"
+
+
+def test_retrieve_gate_judges_the_query_and_not_what_a_filter_leaves(
+    client: RetrievalClient,
+) -> None:
+    excluded = client.retrieve("sku1033", "pin", 5, gate=True, exclude_ids=["p33"])
+    assert len(excluded.ids) == 5
+    filtered = client.retrieve("sku1033", "pin", 5, gate=True, filter=f'title == "{TITLES[1]}"')
+    assert filtered.ids == ["p1"]
+
+
+def test_batch_and_multi_gate_nonsense_beside_known_queries(client: RetrievalClient) -> None:
+    target = Target(entity_type="pin", k=4, gate=True)
+    batch = client.retrieve_batch([NONSENSE, "sku1001"], target)
+    assert [len(answer.ids) for answer in batch.answers] == [0, 4]
+    assert [answer.plan for answer in batch.answers] == ["gated", "fused"]
+    multi = client.retrieve_multi(NONSENSE, [target, Target(entity_type="product", k=4)])
+    assert [len(answer.ids) for answer in multi.answers] == [0, 4]
+
+
+def test_retrieve_embedding_passes_the_gate(running: Running, client: RetrievalClient) -> None:
+    vector = running.encoder.encode([NONSENSE])[0]
+    found = client.retrieve("", "pin", 5, embedding=vector, space_id=running.space_id, gate=True)
+    assert len(found.ids) == 5
+
+
+@pytest.mark.parametrize("options", [{"entity_type": "product"}, {"fusion": False}])
+def test_retrieve_gate_that_cannot_hold_is_refused(
+    client: RetrievalClient, options: dict[str, object]
+) -> None:
+    wanted = {"entity_type": "pin", "gate": True, **options}
+    with pytest.raises(CallError, match="query gate"):
+        client.retrieve("sku1033", **wanted)  # type: ignore[arg-type]
+
+
+def test_serve_query_gate_holds_unless_the_call_says_no(running: Running) -> None:
+    with (
+        serving(running.made, query_gate=True) as server,
+        RetrievalClient(server.address) as client,
+    ):
+        first, again = (client.retrieve(NONSENSE, "pin", 5) for _ in range(2))
+        assert first.plan == again.plan == "gated" and first.ids == again.ids == []
+        assert again.answer_cached and again.legs == first.legs
+        assert len(client.retrieve(NONSENSE, "pin", 5, gate=False).ids) == 5
+        assert len(client.retrieve(NONSENSE, "product", 5).ids) == 5, "it has no gate"
+
+
 @pytest.mark.parametrize(
     "weights", [(1.0,), (1.0, -1.0, 0.0), (0.0, 0.0, 0.0), (1.0, float("nan"), 0.0)]
 )
@@ -153,7 +212,7 @@ def test_retrieve_options_hold_in_every_leg(client: RetrievalClient) -> None:
     filtered = client.retrieve("sku1033", "pin", 5, filter=f'title != "{TITLES[33]}"')
     assert "p33" not in filtered.ids and filtered.selectivity is not None
     exact = client.retrieve("sku1033", "pin", 5, exact=True)
-    assert exact.estimated_recall is None and exact.ids[0] == "p33"
+    assert exact.estimated_recall == 1.0 and exact.ids[0] == "p33"
     varied = client.retrieve("sku1033", "pin", 5, diversity=0.5)
     assert varied.ids[0] == "p33" and len(varied.ids) == 5
     assert varied.fused is not None and len(varied.fused) == 5
@@ -173,6 +232,28 @@ def test_batch_and_multi_answer_as_single_calls_do(client: RetrievalClient) -> N
     )
     assert multi.answers[0].hits == single[0].hits
     assert multi.answers[1].legs == ()
+
+
+def test_retrieve_min_recall_of_unmeasured_release_takes_exact_legs(
+    client: RetrievalClient,
+) -> None:
+    found = client.retrieve("sku1033", "pin", 5, min_recall=0.9)
+    assert found.plan == "fused" and found.estimated_recall == 1.0
+    assert found.ids == client.retrieve("sku1033", "pin", 5, exact=True).ids
+
+
+def test_shadow_recall_of_fused_answers_compares_fused_scores(
+    running: Running, client: RetrievalClient
+) -> None:
+    """Of fresh and cached answers, with filters and the weights of a call."""
+    shadow = running.server.service.recorder.shadow
+    for i in range(5):
+        client.retrieve(f"sku10{i}0", "pin", 5, language="fused")
+        client.retrieve(f"sku10{i}0", "pin", 5, language="fused")
+        client.retrieve(f"sku10{i}0", "pin", 5, language="fused", fusion=(0.0, 1.0, 0.0))
+    labels = ("pin", "none", "fused")
+    until(lambda: labels in shadow.estimates() and shadow.estimates()[labels].samples >= 15)
+    assert shadow.estimates()[labels].recall == 1.0
 
 
 def test_upserted_text_is_found_by_words_and_deleted_id_is_not(

@@ -45,7 +45,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "fusion": "storage lexical search",
         "releases": "storage filters ann live_log search fusion",
         "building": "storage filters ann live_log lexical search fusion releases",
-        "commands": "storage filters ann live_log search releases building",
+        "commands": "storage filters ann live_log search fusion releases building",
     },
     "retrieval": {
         "bounds": "",

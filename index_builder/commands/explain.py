@@ -20,11 +20,20 @@ from encoders.commands.console import (
 )
 from encoders.errors import ConfigError, DataError
 from encoders.tables.schemas import ENTITY_TYPES
+from index_builder.commands.explain_fused import (
+    FusedReport,
+    explain_fused,
+    print_fused,
+    print_leg_recall,
+    weights_to_explain,
+    why_fused,
+)
 from index_builder.commands.store_option import full_release_id, open_store, store_option
 from index_builder.errors import InvalidQuery
+from index_builder.fusion.explain_legs import LegRecall, leg_recall
 from index_builder.releases.live_follower import LiveFollower
 from index_builder.releases.release import Release
-from index_builder.search.entity_index import EntityIndex, SearchResult
+from index_builder.search.entity_index import EntityIndex, SearchOptions, SearchResult
 from index_builder.search.explain import (
     STEPS,
     FreshVectors,
@@ -69,6 +78,12 @@ def _open(store_path: Path, release_id: str | None) -> tuple[Release, LiveFollow
 )
 @click.option("--filter", "expression", help="Filter of the search.")
 @click.option("--k", type=int, default=10, show_default=True, help="Number of answers.")
+@click.option(
+    "--fused/--no-fused",
+    "is_fused",
+    default=None,
+    help="Show each leg's rank and share of the fused answer. [default: the release decides]",
+)
 @click.option("--release", "release_id", help="Default: the active release.")
 @json_option
 @handle_errors
@@ -80,12 +95,14 @@ def query_command(
     wanted: tuple[str, ...],
     expression: str | None,
     k: int,
+    is_fused: bool | None,
     release_id: str | None,
     as_json: bool,
 ) -> None:
     """Show the answers of a query beside exact search, and why an id is not among them.
 
-    The query is a text, or the vector of an id, whose neighbours are shown.
+    The query is a text, or the vector of an id, whose neighbours are shown. Of a fused answer the
+    rank of each hit in each leg is shown, and the part of its score that comes from there.
 
     Example: omni explain query --entity-type pin --like fluent:heart --id fluent:broken-heart
     --store store
@@ -95,10 +112,18 @@ def query_command(
     release, _ = _open(store_path, release_id)
     index = release.entity(entity_type)
     query = _encoded(release, text) if text is not None else _vector_of(index, str(like_id))
+    weights = weights_to_explain(release.fused[entity_type], is_fused)
+    report = None
+    if weights is not None:
+        fused = release.fused[entity_type]
+        options: SearchOptions = {} if expression is None else {"filter": expression}
+        report = explain_fused(fused, fused.query(text or "", query), weights, options, k)
     served = index.search(query, k, filter=expression)
     exact = index.search(query, k, filter=expression, exact=True)
     verdicts = [
-        asdict(explain_id(index, query, identifier, k, expression)) for identifier in wanted
+        asdict(explain_id(index, query, identifier, k, expression))
+        | {"fused": _fused_verdict(report, identifier, k)}
+        for identifier in wanted
     ]
     release.close()
     if as_json:
@@ -113,6 +138,7 @@ def query_command(
                 "answers": [{"id": i, "score": round(float(s), 6)} for i, s in scored],
                 "exact": exact.ids,
                 "why": verdicts,
+                "fused": None if report is None else report.as_dict(k),
             }
         )
         return
@@ -120,12 +146,25 @@ def query_command(
         f"release {release.release_id}, plan {served.plan}, ef {served.ef}, estimated recall"
         f" {served.estimated_recall}, selectivity {served.selectivity}"
     )
-    _print_answers(f"answers of {text or like_id!r}", index, served, exact)
+    caption = f"answers of {text or like_id!r}"
+    if report is not None:
+        print_fused(f"fused {caption}", report, release.fused[entity_type], k)
+        caption += " by vectors alone"
+    _print_answers(caption, index, served, exact)
     for verdict in verdicts:
+        if verdict["fused"] is not None:
+            click.echo(f"{verdict['id']}: {verdict['fused']}")
         click.echo(
             f"{verdict['id']}: {verdict['reason']} [{verdict['state']}, score {verdict['score']},"
             f" exact rank {verdict['exact_rank']}]"
         )
+
+
+def _fused_verdict(report: FusedReport | None, identifier: str, k: int) -> str | None:
+    """Say where an id stands in the fused answer; None where answers are by vectors alone."""
+    if report is None:
+        return None
+    return why_fused(report, identifier, k) or "no leg has it among its best"
 
 
 def _vector_of(index: EntityIndex, identifier: str) -> np.ndarray:
@@ -218,7 +257,8 @@ def misses_command(
 
     The steps are the labels (queries with more labelled entities than answers), the encoder, the
     dimension cut, staleness, quantisation, the graph and the filter; each is compared with its
-    exact oracle. Without --pairs and --data the sample data's held-out pairs are used.
+    exact oracle. Where answers can be fused, a table says what each leg finds. Without --pairs and
+    --data the sample data's held-out pairs are used.
 
     Example: omni explain misses --store store --limit 500 --plot waterfall.png
     """
@@ -229,17 +269,23 @@ def misses_command(
     _require_held(pairs, release, _source(pairs_path, data_dir, split))
     tower = QueryEncoder.load(release.query_encoder_path)
     waterfalls: list[Waterfall] = []
+    by_leg: list[LegRecall] = []
     curves: dict[str, Any] = {}
     for entity_type, index in release.entities.items():
-        labelled = _labelled(pairs, entity_type, limit, expression, tower)
-        if labelled is None:
+        drawn = _labelled(pairs, entity_type, limit, expression, tower)
+        if drawn is None:
             continue
+        texts, labelled = drawn
         say(
             f"{entity_type}: {len(labelled.targets):,} labelled pairs over {index.count:,} entities"
         )
         fresh = _fresh(signals, entity_type, release)
         waterfalls.append(recall_waterfall(index, labelled, k=k, fresh=fresh))
         curves[entity_type] = dimension_curve(index, labelled, k, DIMENSIONS)
+        fusion = release.fused[entity_type].fusion
+        if fusion is not None:
+            legs = release.fused[entity_type]
+            by_leg.append(leg_recall(legs, texts, labelled, fusion.weights, k))
     release.close()
     if plot_path is not None:
         plot_waterfalls(waterfalls, plot_path)
@@ -249,16 +295,22 @@ def misses_command(
                 "release_id": release.release_id,
                 "waterfalls": [asdict(w) for w in waterfalls],
                 "recall_by_dimension": curves,
+                "legs": [asdict(found) for found in by_leg],
             }
         )
         return
     _print(waterfalls, curves, k)
+    print_leg_recall(by_leg)
 
 
 def _labelled(
     pairs: pl.DataFrame, entity_type: str, limit: int, expression: str | None, tower: QueryEncoder
-) -> LabelledPairs | None:
-    """Draw pairs of one entity type and embed their queries; None where there are none."""
+) -> tuple[list[str], LabelledPairs] | None:
+    """Draw pairs of one entity type and embed their queries; None where there are none.
+
+    Returns:
+        The query of each pair, and the pairs.
+    """
     rows = pairs.filter(pl.col("entity_type") == entity_type)
     if not rows.height:
         return None
@@ -268,12 +320,13 @@ def _labelled(
     distinct = list(dict.fromkeys(texts))
     encoded = dict(zip(distinct, np.asarray(tower.encode(distinct), np.float32)))
     filters = rows["filter"].to_list() if "filter" in rows.columns else None
-    return LabelledPairs(
+    labelled = LabelledPairs(
         queries=np.stack([encoded[text] for text in texts]),
         targets=rows["entity_id"].to_list(),
         filters=filters or ([expression] * len(texts) if expression else None),
         positives=rows["positives"].to_list(),
     )
+    return texts, labelled
 
 
 def _pairs(path: Path | None, data_dir: Path | None, split: str) -> pl.DataFrame:

@@ -2,10 +2,19 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import polars as pl
+import pytest
 
+from encoders.towers.query_tower import QueryEncoder
+from index_builder.building.build import build_release
 from index_builder.commands import explain as explain_commands
+from index_builder.fusion.engagements import Engagements
+from index_builder.fusion.query_gate import QueryGate
+from index_builder.fusion.weights import Fusion
 from index_builder.live_log.records import LiveEntry
 from index_builder.live_log.writer import LiveLogWriter
 from index_builder.releases.live_follower import LiveFollower
@@ -16,7 +25,7 @@ from index_builder.search.explain import (
     explain_id,
     recall_waterfall,
 )
-from tests.helpers.release_makers import SPACE, unit_vectors
+from tests.helpers.release_makers import SPACE, make_bundle, make_input, quick, unit_vectors
 from tests.helpers.run_command import run
 
 
@@ -111,3 +120,79 @@ def test_recall_waterfall_attributes_every_loss_to_its_step(store: ReleaseStore)
         first = LabelledPairs(queries=vectors[:1], targets=["pin-0"])
         cut = recall_waterfall(index, first, k=1, fresh=FreshVectors(fresh.ids, wide, wide[:1]))
         assert cut.measured["dimension cut"]
+
+
+@pytest.fixture
+def fused_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ReleaseStore:
+    """Pins that are fused by default: ``sku<i>`` names pin ``i``, a known query leads to pin 7."""
+    monkeypatch.setattr(
+        QueryEncoder,
+        "load",
+        lambda path: SimpleNamespace(encode=lambda texts: unit_vectors(len(texts), 3)),
+    )
+    store = ReleaseStore(tmp_path / "fused")
+    titles = pl.DataFrame({"title": [f"lamp sku{1000 + i}" for i in range(60)]})
+    pairs = pl.DataFrame({"query": ["bright lamp"], "entity_id": ["pin-7"]})
+    fusion = Fusion(
+        weights=(1.0, 4.0, 0.5),
+        enabled=True,
+        queries=9,
+        pairs=9,
+        dense_recall=0.1,
+        fused_recall=0.3,
+        gain=0.2,
+        gain_low=0.1,
+        gain_high=0.3,
+        fitted_on="test",
+        gate=QueryGate(2.0, 0.05),
+    )
+    pins = make_input("pin", 60, seed=1)
+    inputs = {
+        "pin": replace(
+            pins, texts=titles, attributes=titles, engagements=Engagements(pairs, fusion=fusion)
+        ),
+        "query": make_input("query", 1, seed=2, ids=["bright lamp"], attributes=None),
+    }
+    build_release(inputs, make_bundle(tmp_path / "bundle"), store, quick("exact"))
+    return store
+
+
+def test_explain_fused_answer_shows_rank_and_share_of_each_leg(fused_store: ReleaseStore) -> None:
+    arguments = ("query", "--store", fused_store.root, "--entity-type", "pin", "--text", "sku1033")
+    asked = (*arguments, "--id", "pin-33", "--id", "pin-7", "--k", "3")
+    found = json.loads(run(explain_commands.group, *asked, "--json").stdout)
+    best = found["fused"]["answers"][0]
+    assert best["id"] == "pin-33" and best["rank"] == 1
+    assert best["legs"]["lexical"]["rank"] == 1 and best["legs"]["votes"]["rank"] is None
+    assert sum(leg["share"] for leg in best["legs"].values()) == pytest.approx(1.0, abs=0.01)
+    weights = {"dense": 1.0, "lexical": 4.0, "votes": 0.5}
+    parts = sum(weights[name] * leg["score"] for name, leg in best["legs"].items())
+    assert parts == pytest.approx(best["fused"], abs=1e-4)
+    assert found["fused"]["is_nonsense"] is False
+    assert found["fused"]["nearest_queries"][0][0] == "bright lamp"
+    assert "fused answer 1 of 3" in found["why"][0]["fused"]
+    assert "below the top 3" in found["why"][1]["fused"]
+    shown = run(explain_commands.group, *asked)
+    assert "#1" in shown.stdout and "lets it pass" in shown.stderr
+    plain = json.loads(run(explain_commands.group, *asked, "--no-fused", "--json").stdout)
+    assert plain["fused"] is None and plain["why"][0]["fused"] is None
+
+
+def test_explain_fused_without_weights_is_refused(store: ReleaseStore) -> None:
+    arguments = ("query", "--store", store.root, "--entity-type", "pin", "--like", "pin-3")
+    result = run(explain_commands.group, *arguments, "--fused")
+    assert result.exit_code == 2 and "no weights" in result.stderr
+
+
+def test_explain_misses_says_what_each_leg_finds(fused_store: ReleaseStore, tmp_path: Path) -> None:
+    path = tmp_path / "mine.csv"
+    rows = [f"sku{1000 + i},pin,pin-{i}" for i in range(20)]
+    path.write_text("\n".join(["query,entity_type,entity_id", *rows, "bright lamp,pin,pin-7"]))
+    arguments = ("misses", "--store", fused_store.root, "--pairs", path, "--k", "2")
+    (legs,) = json.loads(run(explain_commands.group, *arguments, "--json").stdout)["legs"]
+    assert legs["pairs"] == 21
+    assert legs["recall"]["lexical"] > 0.9 and legs["recall"]["fused"] > 0.9
+    assert legs["recall"]["candidates"] == 1.0, "60 pins, 100 candidates a leg"
+    assert legs["only"]["lexical"] > 15
+    assert legs["lost_to"]["no leg"] == 0
+    assert "candidates" in run(explain_commands.group, *arguments).stdout

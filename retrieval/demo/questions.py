@@ -15,6 +15,8 @@ class Question(NamedTuple):
     query: str
     entity_type: str
     note: str = ""
+    gate: bool = False
+    """Whether the query gate is asked to answer nothing to nonsense."""
 
 
 ZERO_SHOT = "zero-shot across languages: tags are English"
@@ -38,6 +40,10 @@ QUESTIONS = (
     Question("de", "Kamera", "product", ZERO_SHOT),
     Question("en", "video streaming", "ad"),
     Question("es", "música", "ad", ZERO_SHOT),
+    Question("en", "antenna-bars-4", "product", "a name as a part number is"),
+    Question("en", "indesign", "ad", "a brand"),
+    Question("de", "Regenbogn", "pin", "misspelt"),
+    Question("en", "xqzvkw jfpfwd", "pin", "nonsense, with the query gate", gate=True),
     Question("en", "heart", "query", "related queries, all languages"),
     Question("pt", "futebol", "query", "related queries, all languages"),
 )

@@ -62,7 +62,8 @@ def with_engagements(
         DataError: No pair is left.
     """
     if "users" in pairs.columns:
-        asked = pl.col("users").sum().over("query", "entity_type")
+        # The most of one entity: summed over entities, one user would count several times
+        asked = pl.col("users").fill_null(min_users).max().over("query", "entity_type")
         pairs = pairs.filter(asked >= min_users)
     if not pairs.height:
         raise DataError(
@@ -79,7 +80,11 @@ def with_engagements(
             if calibration is not None:
                 nonsense = nonsense or _nonsense(embed)
                 calibration = calibration._replace(nonsense=nonsense)
-            engagements = Engagements(voting, calibration)
+            before = inputs[entity_type].engagements
+            fusion = None
+            if calibration is None and before is not None:
+                fusion = before.fusion
+            engagements = Engagements(voting, calibration, fusion)
             changed[entity_type] = replace(inputs[entity_type], engagements=engagements)
     return changed
 

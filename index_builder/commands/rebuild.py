@@ -45,6 +45,7 @@ _SOURCES = (
     "entity_types",
     "queries",
     "pairs",
+    "state",
     "min_query_users",
 )
 _EXCLUDED_BY_QUERY_TOWER = (
@@ -54,6 +55,7 @@ _EXCLUDED_BY_QUERY_TOWER = (
     "from_active",
     "entity_types",
     "pairs",
+    "state",
     "exported_at",
 )
 _PLANNED = {
@@ -181,11 +183,19 @@ class IndexKind(click.Choice):
     ),
 )
 @click.option(
+    "--state",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help=(
+        "State of `omni enrich queries`: its queries vote instead of the train pairs of --pairs;"
+        " deleted users and queries do not."
+    ),
+)
+@click.option(
     "--min-query-users",
     type=click.IntRange(1),
     default=3,
     show_default=True,
-    help="Queries of fewer users do not vote, where the pairs have a column users.",
+    help="Queries of fewer users do not vote, where the pairs have a column users, or by --state.",
 )
 @click.option(
     "--index",

@@ -57,6 +57,7 @@ class RebuildSources:
         entity_types: Only these; empty: all there are.
         queries: Real queries to calibrate and prove with.
         pairs: Table of pairs: train pairs vote, those of split ``validation`` fit the weights.
+        state: State of engaged queries, which vote instead of the train pairs.
         min_query_users: Queries of fewer users do not vote, where the table counts ``users``.
         reading: How the catalogue's files are written.
         exported_at: When the catalogue was current, as ``--exported-at`` says.
@@ -69,6 +70,7 @@ class RebuildSources:
     entity_types: tuple[str, ...]
     queries: Path | None
     pairs: Path | None = None
+    state: Path | None = None
     min_query_users: int = 3
     reading: ReadingOptions = DEFAULT_OPTIONS
     exported_at: ExportedAt = None
@@ -151,19 +153,36 @@ def _with_pairs(
     sources: RebuildSources, towers: Towers, inputs: dict[str, EntityInput]
 ) -> dict[str, EntityInput]:
     """Give entities the pairs that vote and those that fit the weights of fused answers."""
-    if sources.pairs is None:
+    if sources.pairs is None and sources.state is None:
         return inputs
-    from encoders.tables.files import read_table
-
     with stage("read the pairs and embed the queries that fit the weights"):
         return with_engagements(
             inputs,
-            read_table(sources.pairs, "pairs"),
+            engaged_and_calibrating(sources),
             lambda texts: np.ascontiguousarray(
                 towers.loaded.embed_queries(list(texts)), np.float32
             ),
             sources.min_query_users,
         )
+
+
+def engaged_and_calibrating(sources: RebuildSources) -> pl.DataFrame:
+    """Read the pairs that vote and those that calibrate, without queries that were deleted."""
+    from encoders.enrichment.engaged_pairs import read_engaged_pairs
+    from encoders.tables.files import read_table
+    from encoders.text.normal_forms import fold_query
+
+    pairs = None if sources.pairs is None else read_table(sources.pairs, "pairs")
+    if sources.state is None:
+        assert pairs is not None
+        return pairs
+    engaged = read_engaged_pairs(sources.state)
+    voting = engaged.pairs.with_columns(split=pl.lit("train"))
+    if pairs is None:
+        return voting
+    is_deleted = fold_query(pl.col("query")).is_in(engaged.deleted_queries)
+    others = pairs.filter((pl.col("split") != "train") & ~is_deleted)
+    return pl.concat([voting, others], how="diagonal_relaxed")
 
 
 def _from_tables(

@@ -181,7 +181,7 @@ def test_with_engagements_splits_pairs_and_leaves_private_queries_out() -> None:
             "entity_id": ["pin-1", "pin-2", "pin-3", "pin-4", "pin-5"],
             "split": ["train", "train", "train", "validation", "heldout"],
             "count": [1] * 5,
-            "users": [2, 2, 2, 9, 9],
+            "users": [2, 3, 2, 9, 9],
         }
     )
     asked: list[list[str]] = []

@@ -17,6 +17,7 @@ import click
 import numpy as np
 import polars as pl
 
+from benchmarks.quality.fusion_slices import cold_entities, misspelt, without_known_queries
 from benchmarks.record import RESULTS, Measurement, write_record
 from encoders.commands.console import (
     handle_errors,
@@ -91,6 +92,9 @@ OTHER_WORDS = Vocabulary(
     ),
 )
 """Gates are fitted on queries of another seed and other words."""
+SLICES = ("typo", "cold")
+SLICE_QUERIES = 2_000
+"""Of one entity type that a slice looks at."""
 _SYSTEMS = (*LEGS, "fused")
 
 
@@ -142,6 +146,17 @@ class Asked(NamedTuple):
     languages: list[str]
     relevant: list[set[int]]
 
+    def only(self, rows: set[int]) -> Asked:
+        """Keep annotations of some rows, and the queries that have any."""
+        kept = [
+            (query, language, own & rows)
+            for query, language, own in zip(*self, strict=True)
+            if own & rows
+        ]
+        return Asked(
+            [q for q, _, _ in kept], [lang for _, lang, _ in kept], [r for _, _, r in kept]
+        )
+
 
 def asked(dataset: Dataset, entity_type: str, split: str, index: EntityIndex) -> Asked:
     """Gather the queries of a split."""
@@ -155,8 +170,8 @@ def asked(dataset: Dataset, entity_type: str, split: str, index: EntityIndex) ->
     return Asked(pairs["query"].to_list(), pairs["language"].to_list(), rows)
 
 
-def build_legs(dataset: Dataset, tower: Tower, words_queries: int) -> dict[str, FusedIndex]:
-    """Index every entity type and the known queries."""
+def build_known(dataset: Dataset, tower: Tower) -> EntityIndex:
+    """Index the known queries."""
     config = IndexConfig(kind="auto", ann=AnnConfig(threads=2))
     known = dataset.split("train")
     names = known["query"].unique(maintain_order=True).to_list()
@@ -164,9 +179,17 @@ def build_legs(dataset: Dataset, tower: Tower, words_queries: int) -> dict[str, 
         vectors = tower.queries(names)
     with stage("index the known queries"):
         calibration = vectors[:: max(1, len(names) // 500)]
-        queries = EntityIndex.build(
+        return EntityIndex.build(
             "query", names, vectors, None, config, calibration_queries=calibration
         )
+
+
+def build_legs(
+    dataset: Dataset, tower: Tower, words_queries: int, queries: EntityIndex
+) -> dict[str, FusedIndex]:
+    """Index every entity type, with the votes of known queries."""
+    config = IndexConfig(kind="auto", ann=AnnConfig(threads=2))
+    known = dataset.split("train")
     legs = {}
     for entity_type in TYPES:
         with stage(f"{entity_type}: vectors, words and votes"):
@@ -263,6 +286,61 @@ def compare(cases: Cases, fusion: Fusion, languages: Sequence[str]) -> dict[str,
     }
 
 
+def recalls(cases: Cases, fusion: Fusion) -> dict[str, float]:
+    """Return labelled Recall@10 of the dense leg alone and fused."""
+    total = max(1.0, float(cases.positives.sum()))
+    dense, fused = hits(cases, (1.0, 0.0, 0.0)).sum(), hits(cases, fusion.weights).sum()
+    return {"dense": round(float(dense) / total, 4), "fused": round(float(fused) / total, 4)}
+
+
+def measure_typos(legs: FusedIndex, tower: Tower, fusion: Fusion, test: Asked) -> dict[str, Any]:
+    """Measure what one edit of a query costs, by vectors alone and fused."""
+    edited = misspelt(test.queries)
+    chosen = [row for row, text in enumerate(edited) if text is not None][:SLICE_QUERIES]
+    relevant = [test.relevant[row] for row in chosen]
+    clean = [test.queries[row] for row in chosen]
+    typos = [text for row in chosen if (text := edited[row]) is not None]
+    found = {
+        "clean": recalls(score_texts(legs, tower, clean, relevant), fusion),
+        "typo": recalls(score_texts(legs, tower, typos, relevant), fusion),
+    }
+    loss = {
+        name: round(found["clean"][name] - found["typo"][name], 4) for name in ("dense", "fused")
+    }
+    return {"queries": len(chosen), **found, "loss": loss}
+
+
+def measure_cold(legs: FusedIndex, tower: Tower, fusion: Fusion, test: Asked) -> dict[str, Any]:
+    """Measure queries by the entities that no known query led to; ``test`` holds only those."""
+    cases = score_texts(legs, tower, test.queries[:SLICE_QUERIES], test.relevant[:SLICE_QUERIES])
+    found = compare(cases, fusion, test.languages[:SLICE_QUERIES])
+    del found["by_language"]
+    return found
+
+
+def measure_slices(
+    measured: Measured, tower: Tower, dataset: Dataset, words_queries: int, slices: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Measure the slices that were asked for, by entity type."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in slices}
+    for entity_type, legs in measured.legs.items():
+        fusion = measured.fusions[entity_type]
+        if "typo" in slices:
+            with stage(f"{entity_type}: misspelt queries"):
+                test = asked(dataset, entity_type, DEV, legs.entities)
+                found["typo"][entity_type] = measure_typos(legs, tower, fusion, test)
+    if "cold" in slices:
+        cold = cold_entities(dataset)
+        colder = without_known_queries(dataset, cold)
+        for entity_type, legs in build_legs(colder, tower, words_queries, measured.queries).items():
+            rows = set(legs.entities.ids.rows_of(sorted(cold)).tolist())
+            with stage(f"{entity_type}: entities without known queries"):
+                test = asked(colder, entity_type, DEV, legs.entities).only(rows)
+                fusion = measured.fusions[entity_type]
+                found["cold"][entity_type] = measure_cold(legs, tower, fusion, test)
+    return found
+
+
 def time_answers(
     legs: FusedIndex, texts: Sequence[str], vectors: np.ndarray, fusion: Fusion
 ) -> dict[str, list[float]]:
@@ -285,9 +363,19 @@ def time_answers(
     }
 
 
-def measure(dataset: Dataset, tower: Tower, words_queries: int) -> dict[str, Any]:
+class Measured(NamedTuple):
+    """What the whole of the dev half was measured with, and the figures."""
+
+    queries: EntityIndex
+    legs: dict[str, FusedIndex]
+    fusions: dict[str, Fusion]
+    figures: dict[str, Any]
+
+
+def measure(dataset: Dataset, tower: Tower, words_queries: int) -> Measured:
     """Fit on held-back queries, then measure on the dev half of the held-out pairs."""
-    legs = build_legs(dataset, tower, words_queries)
+    known = build_known(dataset, tower)
+    legs = build_legs(dataset, tower, words_queries, known)
     calibration = {}
     for entity_type, index in legs.items():
         with stage(f"{entity_type}: candidates of the held-back queries"):
@@ -299,12 +387,14 @@ def measure(dataset: Dataset, tower: Tower, words_queries: int) -> dict[str, Any
     )
     nothing: list[set[int]] = [set()] * NONSENSE
     found: dict[str, Any] = {}
+    fusions: dict[str, Fusion] = {}
     for entity_type, index in legs.items():
         pooled = calibration[POOLED[entity_type]].cases if entity_type in POOLED else []
         with stage(f"{entity_type}: fit, then the dev half of the held-out queries"):
             nonsense = score_texts(index, tower, fitting, nothing).cases
             own = calibration[entity_type].cases
             fusion = fit_fusion(own, "held-back train queries", pooled, nonsense)
+            fusions[entity_type] = fusion
             test = asked(dataset, entity_type, DEV, index.entities)
             cases = score_texts(index, tower, test.queries, test.relevant)
             vectors = tower.queries(test.queries[:2000])
@@ -324,7 +414,7 @@ def measure(dataset: Dataset, tower: Tower, words_queries: int) -> dict[str, Any
                 "votes": round((votes.offsets.nbytes + votes.rows.nbytes) / max(1, votes.count)),
             },
         }
-    return found
+    return Measured(known, legs, fusions, found)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -336,6 +426,13 @@ def measure(dataset: Dataset, tower: Tower, words_queries: int) -> dict[str, Any
     type=click.IntRange(0),
     help="Train queries of an entity among its words.",
 )
+@click.option(
+    "--slice",
+    "slices",
+    multiple=True,
+    type=click.Choice(SLICES),
+    help="Also measure queries with one typo, or entities without known queries. Repeatable.",
+)
 @click.option("--name", default="fusion", show_default=True, help="Slug of the record.")
 @click.option(
     "--out",
@@ -345,7 +442,14 @@ def measure(dataset: Dataset, tower: Tower, words_queries: int) -> dict[str, Any
 )
 @json_option
 @handle_errors
-def command(bundle: Path | None, words_queries: int, name: str, out: Path, as_json: bool) -> None:
+def command(
+    bundle: Path | None,
+    words_queries: int,
+    slices: tuple[str, ...],
+    name: str,
+    out: Path,
+    as_json: bool,
+) -> None:
     """Labelled Recall@10 of the dense, lexical and vote legs and of all fused, on the sample.
 
     The towers are BUNDLE's, else multilingual USE on both sides. The pairs are human annotations
@@ -356,7 +460,9 @@ def command(bundle: Path | None, words_queries: int, name: str, out: Path, as_js
     """
     tower = make_tower(bundle)
     dataset = held_back(load_sample(engaged_queries=0, images=False))
-    found = measure(dataset, tower, words_queries)
+    measured = measure(dataset, tower, words_queries)
+    found = measured.figures
+    by_slice = measure_slices(measured, tower, dataset, words_queries, slices)
     path = write_record(
         name,
         Measurement(
@@ -373,15 +479,16 @@ def command(bundle: Path | None, words_queries: int, name: str, out: Path, as_js
                 "interval": "paired bootstrap over queries, 95%",
                 "clock": "process CPU time, one query at a time",
             },
-            metrics=found,
+            metrics={**found, **({"slices": by_slice} if by_slice else {})},
             libraries=("numpy", "polars"),
         ),
         folder=out,
     )
     if as_json:
-        print_json(found)
+        print_json({**found, "slices": by_slice})
         return
     _print(found)
+    _print_slices(by_slice)
     say(f"record: {path.name}")
 
 
@@ -426,3 +533,38 @@ def _print(found: dict[str, Any]) -> None:
         ["entity type", "nonsense emptied", "hits lost"],
         gates,
     )
+
+
+def _print_slices(found: dict[str, dict[str, Any]]) -> None:
+    typo = found.get("typo", {})
+    if typo:
+        print_table(
+            "Labelled Recall@10 of queries with one typo, and what the typo costs",
+            ["entity type", "queries", "dense", "fused", "dense loses", "fused loses"],
+            [
+                [
+                    entity_type,
+                    figures["queries"],
+                    figures["typo"]["dense"],
+                    figures["typo"]["fused"],
+                    figures["loss"]["dense"],
+                    figures["loss"]["fused"],
+                ]
+                for entity_type, figures in typo.items()
+            ],
+        )
+    cold = found.get("cold", {})
+    if cold:
+        print_table(
+            "Labelled Recall@10 of entities that no known query led to",
+            ["entity type", "pairs", *_SYSTEMS, "fused less dense"],
+            [
+                [
+                    entity_type,
+                    figures["pairs"],
+                    *(figures["recall_at_10"][system] for system in _SYSTEMS),
+                    "{:+.3f} [{:+.3f}, {:+.3f}]".format(*figures["fused_less_dense"]),
+                ]
+                for entity_type, figures in cold.items()
+            ],
+        )

@@ -21,7 +21,7 @@ from encoders.commands.console import (
 )
 from index_builder.releases.store import ReleaseStore
 from index_builder.search.entity_index import EntityIndex
-from retrieval.service.rerank import rerank
+from retrieval.rerank import rerank
 from retrieval.service.searcher import POOL_FACTOR
 
 LAMBDAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)

@@ -21,7 +21,7 @@ from encoders.tables.parts import format_of
 from encoders.tables.reading_options import ReadingOptions
 from encoders.tables.row_finder import Rows, find_rows
 from encoders.tables.schemas import MALFORMED, ROW
-from encoders.tables.text_blocks import BLOCK_BYTES, text_blocks
+from encoders.text.text_blocks import BLOCK_BYTES, text_blocks
 
 MALFORMED_TYPE = pl.Struct({"rule": pl.String, "fix": pl.String, "value": pl.String})
 _DATABASE_NULL = r"\N"

@@ -14,8 +14,8 @@ import polars as pl
 from encoders.errors import RowError, SchemaError
 from encoders.tables.reading_options import ReadingOptions
 from encoders.tables.schemas import ROW
-from encoders.tables.text_blocks import text_blocks
 from encoders.tables.typed_files import check_names
+from encoders.text.text_blocks import text_blocks
 
 MAX_DEPTH = 100
 """Nesting that no reader here runs out of stack at."""

@@ -34,6 +34,7 @@ from index_builder.building.plan import (
 )
 from index_builder.building.proof import REAL
 from index_builder.errors import DiskFull, GateFailed
+from index_builder.releases.golden import GOLDEN_NAME, GoldenQueries, read_golden
 from index_builder.releases.manifest import (
     MANIFEST_NAME,
     EntityManifest,
@@ -44,7 +45,6 @@ from index_builder.releases.manifest import (
 from index_builder.releases.release import BUNDLE_PARTS
 from index_builder.releases.store import ReleaseStore
 from index_builder.releases.verification import record_files
-from index_builder.search.golden import GOLDEN_NAME, GoldenQueries, read_golden
 from index_builder.storage.durable_files import disk_full_is_clear
 from index_builder.storage.peak_memory import PeakMemory
 

@@ -24,17 +24,17 @@ from index_builder.building.order import LiveChanges
 from index_builder.building.plan import Bundle, RebuildConfig, fit_memory
 from index_builder.building.proof import golden_record, replay, split_queries, stand_in_queries
 from index_builder.errors import ReleaseCorrupt
-from index_builder.releases.manifest import EntityManifest
-from index_builder.releases.verification import record_files
-from index_builder.search.calibration import check_gate
-from index_builder.search.entity_index import CalibrationQueries, EntityIndex
-from index_builder.search.golden import (
+from index_builder.releases.golden import (
     GOLDEN_K,
     GOLDEN_NAME,
     GoldenQueries,
     answer_exactly,
     write_golden,
 )
+from index_builder.releases.manifest import EntityManifest
+from index_builder.releases.verification import record_files
+from index_builder.search.calibration import check_gate
+from index_builder.search.entity_index import CalibrationQueries, EntityIndex
 from index_builder.storage.durable_files import write_durably
 from index_builder.storage.peak_memory import PeakMemory
 

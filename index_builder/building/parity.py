@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from index_builder.errors import GateFailed
-from index_builder.search.golden import GoldenQueries
+from index_builder.releases.golden import GoldenQueries
 
 log = logging.getLogger(__name__)
 

@@ -8,13 +8,13 @@ import numpy as np
 
 from index_builder.building.inputs import EntityInput, QuerySet
 from index_builder.building.plan import RebuildConfig
-from index_builder.search.entity_index import EntityIndex
-from index_builder.search.golden import (
+from index_builder.releases.golden import (
     GOLDEN_K,
     GoldenQueries,
     perturbed_entities,
     replayed_recall,
 )
+from index_builder.search.entity_index import EntityIndex
 
 REAL = "real queries"
 STAND_INS = "perturbed entities"

@@ -30,13 +30,7 @@ from index_builder.building.parity import check_forms, require_forms
 from index_builder.building.plan import RebuildConfig, read_bundle
 from index_builder.building.proof import REAL, golden_record, replay, split_queries
 from index_builder.errors import ReleaseNotFound
-from index_builder.releases.manifest import EntityManifest, FileRecord, Manifest, content_digest
-from index_builder.releases.release import Release
-from index_builder.releases.store import ReleaseStore
-from index_builder.releases.verification import record_files
-from index_builder.search.calibration import check_gate
-from index_builder.search.entity_index import INDEX_FILE, EntityIndex
-from index_builder.search.golden import (
+from index_builder.releases.golden import (
     GOLDEN_K,
     GOLDEN_NAME,
     GoldenQueries,
@@ -44,6 +38,12 @@ from index_builder.search.golden import (
     read_golden,
     write_golden,
 )
+from index_builder.releases.manifest import EntityManifest, FileRecord, Manifest, content_digest
+from index_builder.releases.release import Release
+from index_builder.releases.store import ReleaseStore
+from index_builder.releases.verification import record_files
+from index_builder.search.calibration import check_gate
+from index_builder.search.entity_index import INDEX_FILE, EntityIndex
 from index_builder.search.index_files import IndexRecord
 from index_builder.storage.durable_files import disk_full_is_clear
 from index_builder.storage.peak_memory import PeakMemory

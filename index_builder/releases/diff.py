@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from index_builder.releases.golden import GoldenQueries
 from index_builder.releases.release import Release
 from index_builder.releases.store import ReleaseStore
 from index_builder.search.entity_index import EntityIndex
-from index_builder.search.golden import GoldenQueries
 
 _SAMPLE = 5
 """Ids named of those added and of those removed."""

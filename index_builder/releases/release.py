@@ -11,16 +11,16 @@ from pathlib import Path
 from index_builder.ann import AnnIndex
 from index_builder.errors import ReleaseCorrupt, ReleaseNotFound, UnknownEntityType
 from index_builder.fusion.fused_search import FusedIndex
-from index_builder.releases.manifest import MANIFEST_NAME, Manifest
-from index_builder.releases.verification import check_contents, check_cpu, check_names_and_sizes
-from index_builder.search.entity_index import EntityIndex
-from index_builder.search.golden import (
+from index_builder.releases.golden import (
     GOLDEN_K,
     GOLDEN_NAME,
     GoldenQueries,
     read_golden,
     replayed_recall,
 )
+from index_builder.releases.manifest import MANIFEST_NAME, Manifest
+from index_builder.releases.verification import check_contents, check_cpu, check_names_and_sizes
+from index_builder.search.entity_index import EntityIndex
 from index_builder.storage.durable_files import FileLock
 
 BUNDLE_PARTS = ("query_encoder", "entity_encoder", "forms")

@@ -14,10 +14,10 @@ import numpy.typing as npt
 from index_builder.search.entity_index import EntityIndex, SearchResult
 from index_builder.search.request import FusedScores
 from retrieval.bounds.work_threads import WorkThreads
+from retrieval.rerank import rerank
 from retrieval.service.admission import check_deadline
 from retrieval.service.calls import CallContext
 from retrieval.service.query_vectors import Query
-from retrieval.service.rerank import rerank
 from retrieval.service.search_request import FusedLegs, SearchRequest, stored_id
 
 Float32 = npt.NDArray[np.float32]

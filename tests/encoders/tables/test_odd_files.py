@@ -321,7 +321,7 @@ def test_delimited_file_reads_equally_in_blocks_of_any_size(
 def _layout(path: Path, options: ReadingOptions) -> tuple[Any, bytes] | None:
     from encoders.tables.dialect import find_layout
     from encoders.tables.parts import format_of
-    from encoders.tables.text_blocks import text_blocks
+    from encoders.text.text_blocks import text_blocks
 
     block = b"".join(text_blocks(path, options.encoding))
     layout = find_layout(block, True, format_of(path), options, path.name)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers import gathering_worker
-from tests.helpers.gathering_worker import step_results
+from tests.encoders.training import gathering_worker
+from tests.encoders.training.gathering_worker import step_results
 
 ROOT = Path(__file__).parents[3]
 

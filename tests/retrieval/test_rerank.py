@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from retrieval.service.rerank import collapse_near_duplicates, maximal_marginal_relevance, rerank
+from retrieval.rerank import collapse_near_duplicates, maximal_marginal_relevance, rerank
 
 
 def pool(count: int, seed: int, dimension: int = 16) -> tuple[np.ndarray, np.ndarray]:

@@ -57,13 +57,6 @@ struct CodedQuery {
   double lowest_score(double product) const { return (product - error - base) / unit; }
 };
 
-// Empties a buffer that one large search widened: threads live as long as the process.
-template <class T>
-void trim(std::vector<T>& buffer) {
-  constexpr size_t kept_bytes = 1 << 20;
-  if (buffer.capacity() * sizeof(T) > kept_bytes) std::vector<T>().swap(buffer);
-}
-
 // Buffers of one running search; searches that take turns have one each.
 struct Scratch {
   std::vector<uint16_t> seen;

@@ -88,6 +88,27 @@ struct Scratch {
   std::vector<uint64_t> best;
   std::vector<Row> candidates, also;
   std::vector<uint32_t> order, scores, places;
+  // Searches in a row that needed less than a quarter of `sums`, which is as long as the largest
+  // index.
+  size_t small_searches = 0;
+  // Makes room for the sums of `count` rows; all are 0 between searches.
+  void begin(size_t count) {
+    constexpr size_t patience = 1000;
+    small_searches = 4 * count + (1 << 16) < sums.size() ? small_searches + 1 : 0;
+    if (sums.size() < count || small_searches > patience) {
+      std::vector<uint32_t>(count, 0).swap(sums);
+      small_searches = 0;
+    }
+  }
+  void release() {
+    trim(touched);
+    trim(best);
+    trim(candidates);
+    trim(also);
+    trim(order);
+    trim(scores);
+    trim(places);
+  }
 };
 thread_local Scratch scratch;
 
@@ -199,7 +220,7 @@ void score_also(const Lists& lists, const Search& q, size_t read, Scratch& s, ui
 
 // Leaves the k best rows in s.best, best first; returns whether these are proved to be the best.
 bool search(const Lists& lists, const Search& q, Scratch& s, uint32_t* also_scores) {
-  if (s.sums.size() < lists.count) s.sums.resize(lists.count);
+  s.begin(lists.count);
   s.touched.clear();
   const size_t read = q.allowed || q.hidden ? read_lists<true>(lists, q, s)
                                             : read_lists<false>(lists, q, s);
@@ -323,6 +344,7 @@ PyObject* postings_search(PyObject* self, PyObject* const* args, Py_ssize_t coun
       exact = search(lists, r.search, s, static_cast<uint32_t*>(r.also_scores.view.buf));
     } catch (...) {
       s.sums.clear();  // perhaps not all zeros
+      s.release();
       throw;
     }
     found = s.best.size();
@@ -330,6 +352,7 @@ PyObject* postings_search(PyObject* self, PyObject* const* args, Py_ssize_t coun
       static_cast<uint32_t*>(r.rows.view.buf)[i] = row_of(s.best[i]);
       static_cast<uint32_t*>(r.scores.view.buf)[i] = score_of(s.best[i]);
     }
+    s.release();
   });
   if (!done) return nullptr;
   return Py_BuildValue("nO", Py_ssize_t(found), exact ? Py_True : Py_False);

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define OMNI_X86 1
@@ -153,6 +154,15 @@ struct Array {
     if (held) PyBuffer_Release(&view);
   }
 };
+
+// ---- buffers
+
+// Empties a buffer that one large search widened: threads live as long as the process.
+template <class T>
+void trim(std::vector<T>& buffer) {
+  constexpr size_t kept_bytes = 1 << 20;
+  if (buffer.capacity() * sizeof(T) > kept_bytes) std::vector<T>().swap(buffer);
+}
 
 // ---- errors
 

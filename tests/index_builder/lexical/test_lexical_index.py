@@ -225,6 +225,19 @@ def test_search_from_many_threads_answers_the_same() -> None:
     assert not wrong
 
 
+@pytest.mark.skipif(CompiledPostings is None, reason="the compiled part was not built")
+def test_search_large_index_among_small_ones_answers_the_same() -> None:
+    """A thread's buffers shrink when only small indexes are searched, and grow again."""
+    rows = 300_000
+    large = LexicalIndex.build({"title": ["zebra one"] + [""] * (rows - 2) + ["zebra"]}, rows)
+    small = LexicalIndex.build({"title": ["zebra", "lion"]}, 2)
+    ask_large, ask_small = large.query("zebra one"), small.query("lion")
+    for _ in range(2):
+        assert large.search(ask_large, ScanRequest(k=3)).rows.tolist() == [0, rows - 1]
+        for _ in range(1_002):
+            assert small.search(ask_small, ScanRequest(k=2)).rows.tolist() == [1]
+
+
 def test_text_fields_lists_are_lines_and_nulls_empty() -> None:
     frame = pl.DataFrame(
         {

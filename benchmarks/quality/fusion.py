@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -221,7 +221,8 @@ def score(legs: FusedIndex, queries: Sequence[FusedQuery], relevant: Sequence[se
     for query, rows in zip(queries, relevant, strict=True):
         found = legs.candidates(query, DEPTH, {})
         is_relevant = np.fromiter((row in rows for row in found.rows.tolist()), np.bool_)
-        cases.append(CalibrationCase(found.scores, is_relevant, len(rows), query.nearest))
+        case = CalibrationCase(found.scores, is_relevant, len(rows), query.nearest, found.is_cold)
+        cases.append(case)
     return Cases(cases, np.array([len(rows) for rows in relevant], np.float64))
 
 
@@ -325,6 +326,7 @@ def measure_slices(
     found: dict[str, dict[str, Any]] = {name: {} for name in slices}
     for entity_type, legs in measured.legs.items():
         fusion = measured.fusions[entity_type]
+        legs = replace(legs, fusion=fusion)
         if "typo" in slices:
             with stage(f"{entity_type}: misspelt queries"):
                 test = asked(dataset, entity_type, DEV, legs.entities)
@@ -337,7 +339,8 @@ def measure_slices(
             with stage(f"{entity_type}: entities without known queries"):
                 test = asked(colder, entity_type, DEV, legs.entities).only(rows)
                 fusion = measured.fusions[entity_type]
-                found["cold"][entity_type] = measure_cold(legs, tower, fusion, test)
+                fused = replace(legs, fusion=fusion)
+                found["cold"][entity_type] = measure_cold(fused, tower, fusion, test)
     return found
 
 
@@ -395,6 +398,7 @@ def measure(dataset: Dataset, tower: Tower, words_queries: int) -> Measured:
             own = calibration[entity_type].cases
             fusion = fit_fusion(own, "held-back train queries", pooled, nonsense)
             fusions[entity_type] = fusion
+            index = replace(index, fusion=fusion)
             test = asked(dataset, entity_type, DEV, index.entities)
             cases = score_texts(index, tower, test.queries, test.relevant)
             vectors = tower.queries(test.queries[:2000])

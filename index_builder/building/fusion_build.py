@@ -206,7 +206,8 @@ def _cases(fused: FusedIndex, engagements: Engagements) -> list[CalibrationCase]
         query = query._replace(neighbours=query.neighbours[others], cosines=query.cosines[others])
         found = fused.candidates(query, DEPTH, {"live": None})
         relevant = np.isin(found.rows, fused.entities.ids.rows_of(ids))
-        cases.append(CalibrationCase(found.scores, relevant, len(ids), query.nearest))
+        case = CalibrationCase(found.scores, relevant, len(ids), query.nearest, found.is_cold)
+        cases.append(case)
     return cases
 
 

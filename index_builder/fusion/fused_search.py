@@ -16,7 +16,7 @@ import numpy as np
 from index_builder.fusion.probability import NO_CURVE
 from index_builder.fusion.query_gate import NO_NEIGHBOUR
 from index_builder.fusion.votes import NEIGHBOURS, VOTES_FILE, Votes, VoteShares
-from index_builder.fusion.weights import FUSION_FILE, LEGS, Fusion
+from index_builder.fusion.weights import FUSION_FILE, LEGS, Fusion, with_cold_votes
 from index_builder.lexical.lexical_index import LexicalQuery
 from index_builder.lexical.scan import BUDGET, ScanRequest
 from index_builder.search.ef_choice import check_min_recall
@@ -73,6 +73,8 @@ class Candidates(NamedTuple):
     """Live segments that ``places`` number."""
     selectivity: float | None
     """Share of base rows that pass the filter; None without a filter."""
+    is_cold: np.ndarray
+    """bool ``(C,)``: no known query led to these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +271,18 @@ class FusedIndex:
         )
         all_rows = np.concatenate([rows for rows, _ in parts])
         scores = np.concatenate([scores for _, scores in parts])
-        return Candidates(numbers, all_rows, scores, segments, dense.selectivity)
+        is_cold = self._cold(numbers, all_rows)
+        curve = NO_CURVE if self.fusion is None else self.fusion.cold_votes
+        if curve and len(query.neighbours):
+            scores = with_cold_votes(scores, is_cold, curve)
+        return Candidates(numbers, all_rows, scores, segments, dense.selectivity, is_cold)
+
+    def _cold(self, places: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Return to which candidates no known query led, bool ``(C,)``; to no live one."""
+        is_cold = places != BASE
+        if self.votes is not None:
+            is_cold[~is_cold] = self.votes.is_cold[rows[~is_cold]]
+        return np.asarray(is_cold)
 
     def _has_words(self, query: FusedQuery) -> bool:
         return bool(query.text) and self.entities.lexical is not None

@@ -50,7 +50,10 @@ class Votes:
         self.offsets = offsets
         self.rows = rows
         self.count = count
-        self._popularity = np.log(2 + np.bincount(rows, minlength=count)).astype(np.float32)
+        queries = np.bincount(rows, minlength=count)
+        self._popularity = np.log(2 + queries).astype(np.float32)
+        self.is_cold = queries == 0
+        """bool ``(N,)``: no known query led to these rows."""
 
     @classmethod
     def build(cls, pairs: pl.DataFrame, queries: IdTable, entities: IdTable) -> Votes:

@@ -49,6 +49,8 @@ class CalibrationCase(NamedTuple):
     """Relevant entities of the query, those included that are no candidates."""
     nearest: float = NO_NEIGHBOUR
     """Cosine of the nearest known query."""
+    is_cold: np.ndarray | None = None
+    """bool ``(C,)``: no known query led to these; None: to all of them one did."""
 
     @property
     def gate_signals(self) -> tuple[float, float]:
@@ -83,6 +85,8 @@ class Fusion:
         fitted_on: What the queries are.
         probability: From fused scores by these weights to the probability that a hit is relevant.
         probability_error: Its expected calibration error on queries that it was not fitted on.
+        cold_votes: From the cosine of an entity to which no known query led to the share of votes
+            that it is given: what others of that cosine get on average.
         gate: Takes queries for nonsense, where a call or the server asks for it; None: not fitted.
         recall: Of answers by these weights without a filter, by ascending depth; empty: unmeasured.
     """
@@ -99,6 +103,7 @@ class Fusion:
     fitted_on: str
     probability: ProbabilityCurve = NO_CURVE
     probability_error: float = 0.0
+    cold_votes: ProbabilityCurve = NO_CURVE
     gate: QueryGate | None = None
     recall: tuple[FusedRecall, ...] = ()
 
@@ -119,6 +124,7 @@ class Fusion:
         return {
             **facts,
             "probability": is_calibrated,
+            "cold_votes": bool(self.cold_votes),
             "gate": self._gate_values(),
             "recall": recall,
         }
@@ -132,12 +138,12 @@ class Fusion:
 
     def save(self, folder: Path) -> None:
         """Write ``fusion.json``; the same weights give the same bytes."""
-        curve = {"scores": self.probability.scores, "values": self.probability.values}
         values = {
             "format": FUSION_FORMAT,
             "legs": LEGS,
             **asdict(self),
-            "probability": curve,
+            "probability": self.probability._asdict(),
+            "cold_votes": self.cold_votes._asdict(),
             "gate": self._gate_values(),
             "recall": [point._asdict() for point in self.recall],
         }
@@ -160,10 +166,10 @@ class Fusion:
                 raise IndexFormatError(f"{where}: unknown format {form} or legs {legs}. Rebuild.")
             if not all(0 <= weight < math.inf for weight in weights):
                 raise IndexFormatError(f"{where}: weights must be 0 or more, but got {weights}.")
-            curve = _curve(values.pop("probability"))
             checked: dict[str, Any] = {
                 "weights": weights,
-                "probability": curve,
+                "probability": _curve(values.pop("probability")),
+                "cold_votes": _curve(values.pop("cold_votes", NO_CURVE._asdict())),
                 "gate": _gate(values.pop("gate", None)),
                 "recall": _recall(values.pop("recall", ())),
             }
@@ -268,7 +274,8 @@ def fit_fusion(
             is that of ``cases`` alone.
         nonsense: Queries that nothing answers, for the gate.
     """
-    own, more = _padded(cases), _padded(pooled)
+    cold_votes = _cold_votes(cases, pooled)
+    own, more = _padded(_given(cases, cold_votes)), _padded(_given(pooled, cold_votes))
     spread = _spread(own if len(cases) else more)
     halves = np.arange(len(cases)) % 2
     fused = np.zeros(len(cases))
@@ -296,8 +303,61 @@ def fit_fusion(
         fitted_on=fitted_on,
         probability=curve,
         probability_error=round(error, 6),
+        cold_votes=cold_votes,
         gate=fit_gate(GateCases(_signals(cases), own.hits(weights), _signals(nonsense))),
     )
+
+
+def _cold_votes(
+    cases: Sequence[CalibrationCase], pooled: Sequence[CalibrationCase]
+) -> ProbabilityCurve:
+    """Fit the share of votes on the cosine, over candidates to which a known query led.
+
+    There is no curve where giving votes to cold candidates loses hits.
+    """
+    warm = [case.scores[_warm(case)] for case in cases or pooled]
+    scores = np.concatenate(warm) if warm else np.zeros((0, len(LEGS)), np.float32)
+    if not scores[:, 2].any():
+        return NO_CURVE
+    curve = fit_probability(scores[:, 0], scores[:, 2].clip(0, 1))
+    if all(_warm(case).all() for case in (*cases, *pooled)):
+        return curve
+    found = [_most_hits(cases, pooled, each) for each in (curve, NO_CURVE)]
+    return curve if found[0] >= found[1] else NO_CURVE
+
+
+def _most_hits(
+    cases: Sequence[CalibrationCase], pooled: Sequence[CalibrationCase], curve: ProbabilityCurve
+) -> float:
+    """Return the hits by the best weights when cold candidates are given votes by ``curve``."""
+    own, more = _padded(_given(cases, curve)), _padded(_given(pooled, curve))
+    weights = _best_weights([own, more], _spread(own if len(cases) else more))
+    return float(own.hits(weights).sum() + more.hits(weights).sum())
+
+
+def _warm(case: CalibrationCase) -> np.ndarray:
+    return np.ones(len(case.scores), np.bool_) if case.is_cold is None else ~case.is_cold
+
+
+def _given(cases: Sequence[CalibrationCase], curve: ProbabilityCurve) -> list[CalibrationCase]:
+    """Return the cases with the votes that cold candidates are given."""
+    given = []
+    for case in cases:
+        scores = case.scores
+        if curve and case.is_cold is not None and case.nearest > NO_NEIGHBOUR:
+            scores = with_cold_votes(scores, case.is_cold, curve)
+        given.append(case._replace(scores=scores))
+    return given
+
+
+def with_cold_votes(scores: np.ndarray, is_cold: np.ndarray, curve: ProbabilityCurve) -> np.ndarray:
+    """Return scores of candidates, float32 ``(C, 3)``, with votes for those that can have none.
+
+    Without them an entity that is new would be behind all that ever got a vote.
+    """
+    scores = scores.copy()
+    scores[is_cold, 2] = curve.of(scores[is_cold, 0])
+    return scores
 
 
 def _signals(cases: Sequence[CalibrationCase]) -> np.ndarray:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from index_builder.errors import InvalidQuery
 from index_builder.fusion.fused_search import FusedIndex
+from index_builder.fusion.probability import ProbabilityCurve
 from index_builder.fusion.votes import Votes
 from index_builder.fusion.weights import FusedRecall, Fusion
 from index_builder.lexical.lexical_index import LexicalIndex
@@ -243,6 +244,27 @@ def test_search_min_recall_beside_ef_is_refused(index: FusedIndex, fused: bool) 
             index.search(query, 5, {"min_recall": 0.9, "ef": 40}, WEIGHTS)
         else:
             index.entities.search(query.vector, 5, min_recall=0.9, ef=40)
+
+
+def test_search_new_entity_is_given_votes_by_its_cosine(index: FusedIndex) -> None:
+    curve = ProbabilityCurve((-1.0, 1.0), (0.0, 1.0))
+    fitted = replace(index, fusion=replace(FITTED, cold_votes=curve))
+    base = LiveBase(D, SPACE, index.entities.row_of, rows=ROWS, lexical=index.entities.lexical)
+    state = LiveState(base, background=False)
+    entry = LiveEntry(id="new", vector=VECTORS[ROWS], space_id=SPACE, attributes={}, sequence=1)
+    options: SearchOptions = {"live": state.apply([entry])}
+    query = fitted.query("red shoe", VECTORS[ROWS])
+    found = fitted.search(query, ROWS + 1, options)
+    plain = index.search(query, ROWS + 1, options, WEIGHTS)
+    assert found.fused is not None and plain.fused is not None
+    votes = dict(zip(found.ids, found.fused.legs[:, 2].tolist(), strict=True))
+    before = dict(zip(plain.ids, plain.fused.legs[:, 2].tolist(), strict=True))
+    cosines = dict(zip(found.ids, found.scores.tolist(), strict=True))
+    voted = {"e3", "e40", "e41"}
+    assert votes["new"] == pytest.approx(1.0, abs=1e-5) and before["new"] == 0
+    assert {id_: votes[id_] for id_ in voted} == {id_: before[id_] for id_ in voted}
+    for id_ in set(votes) - voted:
+        assert votes[id_] == pytest.approx((1 + cosines[id_]) / 2, abs=1e-5)
 
 
 def test_search_excluded_live_entry_deleted_meanwhile_stays_out(index: FusedIndex) -> None:

@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 
 from index_builder.errors import IndexFormatError
 from index_builder.fusion.probability import isotonic
-from index_builder.fusion.weights import CalibrationCase, FusedRecall, Fusion, fit_fusion
+from index_builder.fusion.weights import (
+    CalibrationCase,
+    FusedRecall,
+    Fusion,
+    fit_fusion,
+    with_cold_votes,
+)
 
 CANDIDATES = 60
 
@@ -98,6 +104,43 @@ def test_isotonic_is_the_nearest_rising_line(points: list[tuple[float, float]]) 
         np.testing.assert_allclose(fitted, values, rtol=1e-9, atol=1e-12)
 
 
+def with_cold(count: int, seed: int, share: float) -> list[CalibrationCase]:
+    """Queries whose votes follow the cosine, but some relevant entities can have none."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for case in cases(count, (2.0, 0.0, 0.0), seed):
+        is_cold = case.relevant & (rng.random() < share)
+        scores = np.abs(case.scores)
+        scores[:, 2] = np.clip(scores[:, 0] / 5 + rng.normal(0, 0.02, CANDIDATES), 0, 1)
+        scores[is_cold, 2] = 0
+        made.append(case._replace(scores=scores, is_cold=is_cold, nearest=0.9))
+    return made
+
+
+def test_fit_cold_entities_are_given_the_votes_of_others_with_their_cosine() -> None:
+    fusion = fit_fusion(with_cold(300, 3, 0.5), "held-back queries")
+    given = fusion.cold_votes.of(np.array([0.5, 2.0]))
+    np.testing.assert_allclose(given, [0.1, 0.4], atol=0.05)
+    scores = np.array([[2.0, 0.1, 0.0], [2.0, 0.1, 0.3]], np.float32)
+    changed = with_cold_votes(scores, np.array([True, False]), fusion.cold_votes)
+    assert changed[0, 2] == pytest.approx(0.4, abs=0.05)
+    assert changed[1].tolist() == scores[1].tolist() and scores[0, 2] == 0
+
+
+def test_fit_votes_that_tell_nothing_of_cold_entities_are_not_given() -> None:
+    """Cold candidates are never relevant here: giving them votes would lose hits."""
+    rng = np.random.default_rng(5)
+    misled = []
+    for case in with_cold(300, 4, 0.0):
+        is_cold = ~case.relevant & (rng.random(CANDIDATES) < 0.5)
+        scores = case.scores.copy()
+        scores[case.relevant, 0] = 1.0
+        scores[is_cold, 0] = 4.0
+        scores[is_cold, 2] = 0
+        misled.append(case._replace(scores=scores, is_cold=is_cold))
+    assert not fit_fusion(misled, "held-back queries").cold_votes
+
+
 def test_save_and_load_give_the_same(tmp_path: Path) -> None:
     fusion = fit_fusion(cases(150, (1.0, 1.0, 1.0), 6), "held-back", (), nonsense(150, 9))
     assert fusion.probability and fusion.gate
@@ -114,9 +157,10 @@ def test_load_file_of_an_older_version_has_no_gate_and_no_recall(tmp_path: Path)
     path = tmp_path / "fusion.json"
     values = json.loads(path.read_text())
     assert values.pop("gate") is None and values.pop("recall") == []
+    values.pop("cold_votes")
     path.write_text(json.dumps(values))
     loaded = Fusion.load(tmp_path)
-    assert loaded.gate is None and loaded.recall == ()
+    assert loaded.gate is None and loaded.recall == () and not loaded.cold_votes
 
 
 @pytest.mark.parametrize(
@@ -132,6 +176,7 @@ def test_load_file_of_an_older_version_has_no_gate_and_no_recall(tmp_path: Path)
         ('"hits_lost": ', '"hits_lost": 1'),
         ('"low": 0.97', '"low": 0.995'),
         ('"k": 10', '"k": 0'),
+        ('"cold_votes": {', '"cold_votes": {"scores": [2, 1], "values": [0, 1]}, "y": {'),
         ("{", ""),
     ],
 )

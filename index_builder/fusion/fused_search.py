@@ -154,7 +154,7 @@ class FusedIndex:
         Raises:
             InvalidQuery, DimensionMismatch, FilterError: As ``EntityIndex.search``.
         """
-        options, recall = self._effort(k, options or {}, weights)
+        options, recall = self._effort(query, k, options or {}, weights)
         if options.get("exact") and not query.is_exact:
             query = self.query(query.text, query.vector, exact=True)
         chosen = self._weights(weights)
@@ -195,12 +195,16 @@ class FusedIndex:
         return _DENSE_ONLY if self.fusion is None else np.array(self.fusion.weights, np.float32)
 
     def _effort(
-        self, k: int, options: SearchOptions, weights: tuple[float, float, float] | None
+        self,
+        query: FusedQuery,
+        k: int,
+        options: SearchOptions,
+        weights: tuple[float, float, float] | None,
     ) -> tuple[SearchOptions, float | None]:
         """Return options without ``min_recall``, ``exact`` instead where needed, and the recall.
 
-        Recall is None where it was not measured: of other weights, under a filter, with an ``ef``,
-        or deeper than was measured.
+        Recall is None where it was not measured: without text, of other weights, under a filter,
+        with an ``ef``, or deeper than was measured.
 
         Raises:
             InvalidQuery: ``min_recall`` is out of range, or beside ``ef``.
@@ -213,7 +217,7 @@ class FusedIndex:
         if options.get("exact"):
             return options, 1.0
         point = None
-        is_measured = weights is None and options.get("filter") is None
+        is_measured = bool(query.text) and weights is None and options.get("filter") is None
         if self.fusion is not None and is_measured and options.get("ef") is None:
             point = next((point for point in self.fusion.recall if k <= point.k), None)
         if wanted is not None and (point is None or point.low < wanted):

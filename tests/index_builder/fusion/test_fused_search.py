@@ -220,6 +220,14 @@ def test_search_min_recall_of_other_weights_takes_exact_legs(index: FusedIndex) 
     assert fitted.search(query, 5, None, (1.0, 1.0, 1.0)).estimated_recall is None
 
 
+def test_search_min_recall_without_text_takes_exact_legs(index: FusedIndex) -> None:
+    """Recall was measured of queries with words."""
+    fitted = replace(index, fusion=FITTED)
+    query = fitted.query("", VECTORS[ROWS])
+    assert fitted.search(query, 5).estimated_recall is None
+    assert fitted.search(query, 5, {"min_recall": 0.5}).estimated_recall == 1.0
+
+
 def test_search_exact_scores_every_known_query(index: FusedIndex) -> None:
     near = index.query("red shoe", VECTORS[ROWS])
     assert not near.is_exact

@@ -1,4 +1,4 @@
-"""Run ``python -m encoders data|enrich|pairs|train|evaluate|embed|export``, as ``omni`` does."""
+"""Run the encoders' commands as ``python -m encoders COMMAND``, as ``omni`` does."""
 
 from __future__ import annotations
 
@@ -20,6 +20,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": (
         "encoders.commands.evaluate:command",
         "Labelled Recall@k, MRR and nDCG of a bundle and its baselines.",
+    ),
+    "judge": (
+        "encoders.commands.judge:group",
+        "Have results of several systems graded blind, and say who is better.",
     ),
     "embed": ("encoders.commands.embed:command", "Embed a catalogue into the signal store."),
     "export": (

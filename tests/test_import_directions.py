@@ -26,11 +26,12 @@ ROOMS: dict[str, dict[str, str]] = {
         "inference": "text towers",
         "evaluation": "text datasets towers",
         "compatibility": "text datasets towers evaluation",
+        "relevance": "text tables datasets towers evaluation",
         "training/data": "text tables datasets towers config",
         "training": "text datasets towers config training/data",
         "commands": (
             "text tables datasets enrichment logs towers config inference evaluation"
-            " compatibility training/data training"
+            " compatibility relevance training/data training"
         ),
         "pretraining": "text datasets towers commands",
     },

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from encoders.agreement import coincidence_matrix, identical_share, krippendorff_alpha
 from encoders.errors import DataError
 from encoders.text.words import words_of
 
@@ -163,39 +164,14 @@ def agreement(grades: Mapping[str, Mapping[str, int]]) -> dict[str, Any]:
     several = (table >= 0).sum(axis=0) >= 2
     if not several.any():
         raise DataError("agreement needs items that at least two judges graded, but there is none")
-    alphas, identical = _krippendorff(table[:, several])
+    pairs = coincidence_matrix(table, len(GRADES))
     given = table[table >= 0]
     shares = {name: float(np.mean(given == value)) for name, value in GRADES.items()}
     return {
         "judges": len(grades),
         "items": int(several.sum()),
-        "identical": identical,
-        **alphas,
+        "identical": identical_share(pairs),
+        "alpha_nominal": krippendorff_alpha(pairs, "nominal"),
+        "alpha_interval": krippendorff_alpha(pairs, "interval"),
         "grades": shares,
     }
-
-
-def _krippendorff(table: np.ndarray) -> tuple[dict[str, float | None], float]:
-    """Compute alpha from the coincidence matrix (Krippendorff, Computing alpha-reliability, 2011).
-
-    Args:
-        table: (judges, items) grades, -1: missing.
-
-    Returns:
-        Alpha by distance, and the share of pairs of judges and items with equal grades.
-    """
-    values = len(GRADES)
-    coincidence = np.zeros((values, values))
-    for column in table.T:
-        counts = np.bincount(column[column >= 0], minlength=values).astype(float)
-        coincidence += (np.outer(counts, counts) - np.diag(counts)) / (counts.sum() - 1)
-    totals = coincidence.sum(axis=0)
-    n = coincidence.sum()
-    expected = (np.outer(totals, totals) - np.diag(totals)) / (n - 1)
-    grid = np.subtract.outer(np.arange(values), np.arange(values)).astype(float)
-    alphas: dict[str, float | None] = {}
-    distances = {"alpha_nominal": (grid != 0).astype(float), "alpha_interval": grid**2}
-    for name, distance in distances.items():
-        chance = float((expected * distance).sum())
-        alphas[name] = 1.0 - float((coincidence * distance).sum()) / chance if chance > 0 else None
-    return alphas, float(np.trace(coincidence) / n)

@@ -24,6 +24,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     **INDEX_COMMANDS,
     "serve": ("retrieval.commands.serve:command", "Serve the active release over gRPC."),
     "query": ("retrieval.commands.query:command", "Ask a running server."),
+    "features": (
+        "retrieval.commands.features:command",
+        "Score given (query, entity) pairs: the columns that a ranker trains on.",
+    ),
     "doctor": (
         "retrieval.commands.doctor:command",
         "Check this machine, the installation and a store, and say what to do.",

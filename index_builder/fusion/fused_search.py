@@ -7,6 +7,7 @@ share of the voters' weight.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -288,6 +289,46 @@ class FusedIndex:
             is_cold[~is_cold] = self.votes.is_cold[rows[~is_cold]]
         return np.asarray(is_cold)
 
+    def score(self, query: FusedQuery, ids: Sequence[str]) -> np.ndarray:
+        """Score given entities by every leg, live ones included.
+
+        Args:
+            query: From ``query``.
+            ids: Of entities; an id may come twice.
+
+        Returns:
+            float32 ``(n, 3)`` in the order of ``LEGS``; NaN where an id is not in the index.
+        """
+        live = self.entities.live
+        places, rows = self._locate(list(ids), live)
+        words = self._words(query)
+        scores = np.full((len(rows), len(LEGS)), np.nan, np.float32)
+        is_base = places == BASE
+        if is_base.any():
+            base, back = np.unique(rows[is_base], return_inverse=True)
+            scores[is_base] = self._score_base(query, words, base)[back]
+        for number, segment in enumerate(() if live is None else live.segments):
+            in_segment = places == number
+            if in_segment.any():
+                own, back = np.unique(rows[in_segment], return_inverse=True)
+                scores[in_segment] = _score_segment(query, words, segment, own)[back]
+        return scores
+
+    def _score_base(
+        self, query: FusedQuery, words: LexicalQuery | None, rows: np.ndarray
+    ) -> np.ndarray:
+        """Score rows of the base, int64 ascending; float32 ``(C, 3)``."""
+        scores = np.zeros((len(rows), len(LEGS)), np.float32)
+        scores[:, 0] = in_range(self.entities.row_vectors(rows) @ query.vector)
+        if words is not None:
+            assert self.entities.lexical is not None
+            request = ScanRequest(k=1, also=rows.astype(np.uint32), budget=1, complete=1)
+            scores[:, 1] = self.entities.lexical.search(words, request).also / words.maximum
+        if self.votes is not None and len(query.neighbours):
+            votes = self.votes.cast(query.neighbours, query.cosines)
+            scores[:, 2] = _shares_of(votes, rows.astype(np.uint32))
+        return scores
+
     def _has_words(self, query: FusedQuery) -> bool:
         return bool(query.text) and self.entities.lexical is not None
 
@@ -338,9 +379,7 @@ class FusedIndex:
         numbers = rows.astype(np.int64)
         scores[:, 0] = in_range(self.entities.row_vectors(numbers) @ query.vector)
         scores[:, 1] = lexical
-        if len(votes.rows):
-            at = np.minimum(votes.rows.searchsorted(rows), len(votes.rows) - 1)
-            scores[:, 2] = np.where(votes.rows[at] == rows, votes.shares[at], 0)
+        scores[:, 2] = _shares_of(votes, rows)
         return numbers, scores
 
     def _of_segment(
@@ -409,6 +448,26 @@ def _without(
 def _budget(options: SearchOptions) -> int:
     """Return how many postings may be read; 0: all."""
     return 0 if options.get("exact") else BUDGET
+
+
+def _shares_of(votes: VoteShares, rows: np.ndarray) -> np.ndarray:
+    """Return the votes for rows, uint32; float32, 0 where there are none."""
+    if not len(votes.rows):
+        return np.zeros(len(rows), np.float32)
+    at = np.minimum(votes.rows.searchsorted(rows), len(votes.rows) - 1)
+    return np.where(votes.rows[at] == rows, votes.shares[at], np.float32(0))
+
+
+def _score_segment(
+    query: FusedQuery, words: LexicalQuery | None, segment: LiveSegment, rows: np.ndarray
+) -> np.ndarray:
+    """Score rows of a live segment, int64 ascending; float32 ``(C, 3)``, without votes."""
+    scores = np.zeros((len(rows), len(LEGS)), np.float32)
+    scores[:, 0] = in_range(segment.vectors[rows] @ query.vector)
+    if words is not None and segment.words is not None:
+        request = ScanRequest(k=1, also=rows.astype(np.uint32), allowed=segment.alive)
+        scores[:, 1] = segment.words.search(words, request).also / words.maximum
+    return scores
 
 
 def _usable(votes: VoteShares, allowed: np.ndarray | None, hidden: np.ndarray | None) -> VoteShares:

@@ -24,6 +24,7 @@ from encoders.evaluation.report import (
     bundle_system,
     engaged_depth,
     evaluate_systems,
+    frozen_vectors_system,
     save_runs,
     types_without_tower,
 )
@@ -81,6 +82,15 @@ if TYPE_CHECKING:
     help=(
         f"Comma-separated: {', '.join(BASELINES)}, or st:NAME_OR_PATH (a Sentence-Transformers"
         " model)."
+    ),
+)
+@click.option(
+    "--vectors",
+    "vector_columns",
+    multiple=True,
+    metavar="COLUMN",
+    help=(
+        "Also measure what BUNDLE's queries find among the catalogue's frozen vectors. Repeatable."
     ),
 )
 @click.option(
@@ -156,6 +166,7 @@ def command(
     declares: bool,
     max_loss: float,
     baselines: str,
+    vector_columns: tuple[str, ...],
     entity_types: tuple[str, ...],
     split: str,
     corpus_size: int | None,
@@ -205,10 +216,19 @@ def command(
             " --against-index OLD --declare"
         )
     if against_index:
-        if bundle is None or against or baselines or judgements or save_run or plot:
+        if (
+            bundle is None
+            or against
+            or baselines
+            or judgements
+            or save_run
+            or plot
+            or vector_columns
+        ):
             raise ConfigError(
                 "--against-index takes one BUNDLE, and none of --against, --baselines,"
-                " --judgements, --save-run and --plot. Usage: omni evaluate NEW --against-index OLD"
+                " --judgements, --save-run, --plot and --vectors. Usage: omni evaluate NEW"
+                " --against-index OLD"
             )
         upgrade = _Upgrade(bundle, against_index, adapter, max_loss if declares else None)
         new_and_old = load_bundle(bundle), load_bundle(against_index)
@@ -218,6 +238,11 @@ def command(
         _note_other_data([bundle], data_dir)
         _show_spaces(spaces, upgrade, slices, as_json, _source(split, data_dir))
         return
+    if vector_columns and not bundle:
+        raise ConfigError(
+            "--vectors measures the queries of a bundle. Usage: omni evaluate BUNDLE --vectors"
+            f" {vector_columns[0]}"
+        )
     if against and not bundle:
         raise ConfigError(
             "--against compares two bundles, but only one was given. Usage: omni evaluate BUNDLE"
@@ -227,6 +252,11 @@ def command(
     bundles = _load_bundles(paths)
     systems: dict[str, Baseline] = {
         name: bundle_system(loaded, device) for name, loaded in bundles.items()
+    }
+    systems |= {
+        f"{name} on {column}": frozen_vectors_system(loaded, column, device)
+        for column in vector_columns
+        for name, loaded in bundles.items()
     }
     for baseline in [part.strip() for part in baselines.split(",") if part.strip()]:
         systems[baseline] = make_baseline(baseline, cache=default_cache())

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
+from encoders.datasets.beir import is_beir, read_beir
 from encoders.datasets.halves import rows_of_split
 from encoders.errors import ConfigError, SchemaError
 from encoders.tables.files import read_table
@@ -180,12 +181,26 @@ def load_tables(folder: Path, *, engaged_queries: int = DEFAULT_ENGAGED_QUERIES)
     return Dataset(catalogue, pairs, name=folder.name, label="your data")
 
 
+def load_beir(folder: Path, *, engaged_queries: int = DEFAULT_ENGAGED_QUERIES) -> Dataset:
+    """Load a folder in the form of BEIR; its test set is the split ``public-test``.
+
+    Raises:
+        DataError: A file is unreadable.
+    """
+    tables = read_beir(folder)
+    pairs = tables["pairs"].with_columns(kind=pl.col("action"))
+    catalogue = with_engaged_queries(tables["catalogue"], pairs, engaged_queries)
+    return Dataset(catalogue, pairs, name=folder.name, label="relevance judged by people")
+
+
 def load_dataset(
     data_dir: Path | None, *, engaged_queries: int = DEFAULT_ENGAGED_QUERIES
 ) -> Dataset:
-    """Load the sample if ``data_dir`` is None, else the larger data set or tables it holds."""
+    """Load the sample if ``data_dir`` is None, else what it holds: BEIR, the larger set, tables."""
     if data_dir is None:
         return load_sample(engaged_queries=engaged_queries, images=False)
+    if is_beir(data_dir):
+        return load_beir(data_dir, engaged_queries=engaged_queries)
     large = data_dir / "large" if (data_dir / "large").is_dir() else data_dir
     if not (large / LARGE_FILES[0]).is_file() and any(data_dir.glob("catalogue*")):
         return load_tables(data_dir, engaged_queries=engaged_queries)

@@ -12,12 +12,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import polars as pl
+import torch
 
 from encoders.datasets.dataset import DEFAULT_ENGAGED_QUERIES, Dataset
 from encoders.datasets.halves import HELDOUT, describe_split, rows_of_split
 from encoders.datasets.related_queries import related_query_pairs
 from encoders.errors import ConfigError
-from encoders.evaluation.baselines import Baseline
+from encoders.evaluation.baselines import Baseline, unit_rows
 from encoders.evaluation.metrics import PairedDifference
 from encoders.evaluation.ranking import (
     EvaluationTask,
@@ -36,6 +37,7 @@ from encoders.evaluation.slices import (
     slice_metrics,
 )
 from encoders.towers.bundle import ModelBundle
+from encoders.towers.entity_features import vector_column_of
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +82,39 @@ def bundle_system(bundle: Embeds, device: str = "cpu") -> Baseline:
         return vector_scores(
             bundle.embed_queries(task.queries), bundle.embed_entities(task.candidates), device
         )
+
+    return score
+
+
+def frozen_vectors_system(bundle: Embeds, column: str, device: str = "cpu") -> Baseline:
+    """Make a system of a query tower and a vector column of the catalogue (a compatibility task).
+
+    Queries are compared on their first numbers where the vectors are narrower. Entities without a
+    vector are not returned.
+
+    Args:
+        bundle: With the query tower.
+        column: Of the catalogue.
+        device: Where to multiply.
+    """
+
+    def score(task: EvaluationTask, dataset: Dataset) -> ScoreRows:
+        vectors = unit_rows(vector_column_of(task.candidates, column))
+        queries = bundle.embed_queries(task.queries)
+        width = vectors.shape[1]
+        if not width:
+            raise ConfigError(
+                f"no {task.entity_type} has a vector in the column {column!r}. Choose other types"
+                " with --entity-type."
+            )
+        if width > queries.shape[1]:
+            raise ConfigError(
+                f"column {column!r} holds vectors of {width} numbers, but the query tower gives"
+                f" {queries.shape[1]}: they cannot be compared."
+            )
+        scores = vector_scores(unit_rows(queries[:, :width]), vectors, device)
+        absent = torch.from_numpy(~vectors.any(axis=1)).to(device)
+        return lambda start, stop: scores(start, stop).masked_fill(absent, -torch.inf)
 
     return score
 

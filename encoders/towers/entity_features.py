@@ -437,6 +437,26 @@ def row_texts(column: pl.Series) -> list[str]:
     return cell_texts(column).fill_null("").to_list()
 
 
+def vector_column_of(catalogue: pl.DataFrame, name: str) -> npt.NDArray[np.float32]:
+    """Read one vector column as float32 (N, W), as wide as its first vector; 0 without any.
+
+    Raises:
+        SchemaError: There is no such column, or it holds no vectors.
+        RowError: A vector is of another width, or not finite.
+    """
+    if name not in catalogue.columns:
+        raise SchemaError(
+            f"vector column {name!r} is not in the catalogue; it has"
+            f" {', '.join(catalogue.columns)}."
+        )
+    present = catalogue[name].drop_nulls()
+    first = present[0] if len(present) else []
+    if not len(first):
+        return np.zeros((catalogue.height, 0), np.float32)
+    width = len(first[0]) if isinstance(first[0], list | pl.Series) else len(first)
+    return row_vectors(catalogue, name, width)
+
+
 def row_vectors(catalogue: pl.DataFrame, name: str, width: int) -> npt.NDArray[np.float32]:
     """Read one vector column as float32 (N, width).
 

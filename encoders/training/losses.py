@@ -178,13 +178,13 @@ def task_loss(
     terms = [term._replace(vectors=term.vectors.float()) for term in terms]
     total = pairs.queries.new_zeros(())
     for prefix, weight in _prefixes(matryoshka, pairs.queries.shape[1]):
-        queries = _cut(pairs.queries, prefix)
-        positive = scale * (queries * _cut(pairs.positives, prefix)).sum(dim=1)  # (B,)
+        queries = cut_to_prefix(pairs.queries, prefix)
+        positive = scale * (queries * cut_to_prefix(pairs.positives, prefix)).sum(dim=1)  # (B,)
         if pairs.log_q is not None:
             positive = positive - pairs.log_q
         losses = []
         for term in terms:
-            negatives = term._replace(vectors=_cut(term.vectors, prefix))
+            negatives = term._replace(vectors=cut_to_prefix(term.vectors, prefix))
             logits = corrected_logits(queries, negatives, scale)  # (B, N)
             losses.append(_reduce(sampled_softmax(positive, logits), pairs.weights))
         total = total + weight * torch.stack(losses).sum()
@@ -199,7 +199,7 @@ def _prefixes(matryoshka: Mapping[int, float], dimension: int) -> Iterator[tuple
     yield dimension, 1.0
 
 
-def _cut(vectors: Tensor, prefix: int) -> Tensor:
+def cut_to_prefix(vectors: Tensor, prefix: int) -> Tensor:
     """Return the first ``prefix`` numbers of unit rows as unit rows."""
     if prefix == vectors.shape[1]:
         return vectors

@@ -77,7 +77,8 @@ def loss_and_gradients(
         masks = _masks(shard, inputs.device)
         queries = vectors.queries(number)
         for task in shard.pair_set.tasks:
-            compared = TaskVectors(queries, *vectors.candidates(number, task))
+            candidates = vectors.candidates(number, task)
+            compared = TaskVectors.as_wide_as_candidates(queries, *candidates)
             terms = task_terms(task, shard, masks, compared, correct=config.log_q)
             scale = scale_of(towers.log_scales[next(task_numbers)])
             loss = task_loss(*terms, scale, config.matryoshka)

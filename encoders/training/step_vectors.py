@@ -19,6 +19,7 @@ from encoders.training.data.sampling import TaskData
 from encoders.training.data.tokenised_texts import TokenisedTexts
 from encoders.training.gradient_cache import Encoding
 from encoders.training.inputs import Towers, TrainInputs
+from encoders.training.losses import cut_to_prefix
 
 Int64 = npt.NDArray[np.int64]
 
@@ -32,6 +33,13 @@ class TaskVectors(NamedTuple):
     """``(B, D)``"""
     negatives: Tensor
     """``(R / processes, D)``, the random ones."""
+
+    @classmethod
+    def as_wide_as_candidates(
+        cls, queries: Tensor, positives: Tensor, negatives: Tensor
+    ) -> TaskVectors:
+        """Compare queries on their first numbers where frozen candidates are narrower."""
+        return cls(cut_to_prefix(queries, positives.shape[1]), positives, negatives)
 
 
 class StepVectors:

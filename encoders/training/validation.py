@@ -13,6 +13,7 @@ from torch import Tensor
 from encoders.exact_search import count_above
 from encoders.training.data.sampling import vector_column
 from encoders.training.inputs import Towers, TrainInputs
+from encoders.training.losses import cut_to_prefix
 
 QUERY_POOL = 20_000
 """Most queries that related-query validation searches: those of the pairs, then the first others.
@@ -177,13 +178,14 @@ def top_k_hits(
     Of equal scores the earlier row is first, as in ``encoders.evaluation.ranking``.
 
     Args:
-        queries: Unit rows ``(P, D)``.
-        candidates: Unit rows ``(N, D)``.
+        queries: Unit rows ``(P, D)``, compared on their first W numbers.
+        candidates: Unit rows ``(N, W)``.
         positives: Row of each query's positive, ``(P,)``.
         hidden: Row that each query must not find (itself), -1 for none, ``(P,)``; None: no row is
             hidden.
         k: Depth.
     """
+    queries = cut_to_prefix(queries, candidates.shape[1])
     columns = torch.arange(len(candidates), device=candidates.device)
     hits = []
     for start in range(0, len(queries), _BLOCK):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from encoders.config.train_config import ENTITY, DatasetConfig, TrainConfig
-from encoders.errors import ConfigError, SchemaError
-from encoders.towers.entity_features import row_vectors
+from encoders.errors import ConfigError
+from encoders.towers.entity_features import vector_column_of
 from encoders.training.data.cross_fitting import catalogue_views, fold_of, without_held_back
 from encoders.training.data.pairs import number_pairs, query_texts, usable_pairs
 from encoders.training.data.sampling import (
@@ -156,24 +156,21 @@ def split_by_share(shares: Sequence[float], pairs: int, multiple: int = 1) -> li
 
 
 def _frozen_vectors(catalogue: pl.DataFrame, name: str, dimension: int) -> Tensor:
-    """Read a vector column as unit rows ``(N, D)``: zeros for null, the mean of several vectors."""
-    if name not in catalogue.columns:
-        raise SchemaError(
-            f"compatibility column {name!r} is not in the catalogue; it has"
-            f" {', '.join(catalogue.columns)}."
-        )
-    present = catalogue[name].drop_nulls()
-    first = present[0] if len(present) else []
-    width = len(first[0]) if len(first) and isinstance(first[0], list | pl.Series) else len(first)
-    if width != dimension:
+    """Read a vector column as unit rows ``(N, W)``: zeros for null, the mean of several vectors.
+
+    Raises:
+        SchemaError: There is no such column.
+        ConfigError: Its vectors are wider than those of the query tower, or there are none.
+    """
+    vectors = vector_column_of(catalogue, name)
+    width = vectors.shape[1]
+    if not 0 < width <= dimension:
         raise ConfigError(
             f"compatibility column {name!r} holds vectors of {width} numbers, but model.dimension"
-            f" is {dimension}: a query is compared with the frozen vector itself, so both must"
-            " agree."
+            f" is {dimension}: a query's first numbers are compared with the frozen vector itself,"
+            " so it may not be wider."
         )
-    return torch.nn.functional.normalize(
-        torch.from_numpy(row_vectors(catalogue, name, width)), dim=1
-    )
+    return torch.nn.functional.normalize(torch.from_numpy(vectors), dim=1)
 
 
 def _validation_pairs(validation: pl.DataFrame, config: TrainConfig) -> dict[str, HeldBackPairs]:

@@ -15,10 +15,12 @@ from encoders.commands.evaluate import command
 from encoders.commands.report_output import plot_report
 from encoders.datasets.dataset import Dataset, load_sample
 from encoders.errors import ConfigError
+from encoders.evaluation.metrics import UNRANKED
 from encoders.evaluation.report import (
     EvaluationSettings,
     bundle_system,
     evaluate_systems,
+    frozen_vectors_system,
     save_runs,
 )
 from encoders.tables.files import write_table
@@ -41,6 +43,44 @@ class SpellingModel:
         return self.embed_queries(
             [f"{title} {id}" for title, id in catalogue.select("title", "id").iter_rows()]
         )
+
+
+def test_frozen_vectors_system_compares_prefixes_and_leaves_out_what_has_none():
+    """A slow loop over the first numbers of each query; entities without a vector are not found."""
+    data = dataset()
+    wide = SpellingModel().embed_entities(data.catalogue)[:, :10]
+    vectors = [None if i == 2 else row.tolist() for i, row in enumerate(wide)]
+    catalogue = data.catalogue.with_columns(frozen=pl.Series(vectors, dtype=pl.List(pl.Float32)))
+    data = replace(data, catalogue=catalogue)
+    systems = {"frozen": frozen_vectors_system(SpellingModel(), "frozen")}
+    report = evaluate_systems(data, systems, EvaluationSettings(split="dev")).tasks["pin"]
+    queries = SpellingModel().embed_queries(report.task.queries)[:, :10]
+    found = report.rankings["frozen"].ranks
+    for rank, index, entity in zip(
+        found, report.task.pairs["query_index"], report.task.pairs["entity_id"], strict=True
+    ):
+        own = catalogue["id"].to_list().index(entity)
+        if own == 2:
+            assert rank == UNRANKED
+            continue
+        query = queries[index] / np.linalg.norm(queries[index])
+        cosines = [
+            -2.0 if v is None else float(query @ (np.array(v) / np.linalg.norm(v))) for v in vectors
+        ]
+        assert rank == 1 + sum(c > cosines[own] for c in cosines)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "message"),
+    [([[1.0] * 30] * 8, "30 numbers"), ([None] * 8, "no pin has a vector")],
+)
+def test_frozen_vectors_system_without_comparable_vectors_is_refused(vectors, message):
+    data = dataset()
+    column = pl.Series(vectors, dtype=pl.List(pl.Float32))
+    data = replace(data, catalogue=data.catalogue.with_columns(frozen=column))
+    systems = {"frozen": frozen_vectors_system(SpellingModel(), "frozen")}
+    with pytest.raises(ConfigError, match=message):
+        evaluate_systems(data, systems, EvaluationSettings(split="dev"))
 
 
 def dataset(groups=None):

@@ -27,7 +27,7 @@ from encoders.towers.bundle import load_bundle
 from encoders.training.checkpoints import list_checkpoints, load_checkpoint
 from encoders.training.data.source_tables import TrainingData
 from encoders.training.loop import TrainResult, TrainStart, train
-from tests.helpers.training_examples import small_config, tiny_query_encoder, world
+from tests.helpers.training_examples import DIMENSION, small_config, tiny_query_encoder, world
 
 
 def run(data: TrainingData | None = None, **changes) -> TrainResult:
@@ -139,6 +139,29 @@ def test_train_compatibility_task_pulls_queries_to_frozen_vectors() -> None:
     ranks = (queries @ frozen.T > (queries * frozen).sum(dim=1, keepdim=True)).sum(dim=1)
     assert (ranks < 5).float().mean() > 0.8  # of 40
     assert {"loss/pin/entity", "loss/pin/vector:pinsage"} <= result.history[0].keys()
+
+
+@pytest.mark.slow
+def test_train_narrow_frozen_vectors_pull_a_prefix_of_the_query() -> None:
+    """Half as wide as the towers: the query's first half learns them, as in the released model."""
+    data = world(vectors=True)
+    narrow = data.catalogue.with_columns(pl.col("pinsage").list.head(DIMENSION // 2))
+    task = {"name": "pin", "candidates": ["entity", "vector:pinsage"]}
+    result = run(
+        TrainingData(narrow, data.pairs),
+        steps=60,
+        datasets=[task],
+        optimiser=FAST,
+        validation={"fraction": 0.1},
+    )
+    pins = narrow.filter((pl.col("entity_type") == "pin") & pl.col("pinsage").is_not_null())
+    frozen = torch.nn.functional.normalize(torch.tensor(pins["pinsage"].to_list()), dim=1)
+    queries = torch.from_numpy(result.query_encoder.encode(pins["title"].to_list()))
+    assert queries.shape[1] == DIMENSION
+    prefix = torch.nn.functional.normalize(queries[:, : DIMENSION // 2], dim=1)
+    ranks = (prefix @ frozen.T > (prefix * frozen).sum(dim=1, keepdim=True)).sum(dim=1)
+    assert (ranks < 5).float().mean() > 0.8  # of 40
+    assert "validation/recall@10/pin/vector:pinsage" in result.metrics
 
 
 def test_train_unified_towers_are_one_object_separate_are_not() -> None:

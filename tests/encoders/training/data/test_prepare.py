@@ -190,14 +190,15 @@ def test_prepare_frozen_column_missing_or_misfit_is_refused() -> None:
         0.0,
         1.0,
     }  # absent vectors are zeros, the others of unit length
-    with pytest.raises(
-        SchemaError, match="compatibility column 'itemsage' is not in the catalogue"
-    ):
+    with pytest.raises(SchemaError, match="vector column 'itemsage' is not in the catalogue"):
         prepare(data, small_config(datasets=[{**task, "candidates": ["vector:itemsage"]}]))
     with pytest.raises(
         ConfigError, match=f"holds vectors of {DIMENSION} numbers, but model.dimension is 8"
     ):
         prepare(data, small_config(datasets=[task], model={"dimension": 8}))
+    none = data.catalogue.with_columns(pl.lit(None, pl.List(pl.Float32)).alias("pinsage"))
+    with pytest.raises(ConfigError, match="vectors of 0 numbers"):
+        prepare(TrainingData(none, data.pairs), small_config(datasets=[task]))
     broken = data.catalogue.with_columns(pl.col("pinsage").list.eval(pl.element() * float("nan")))
     with pytest.raises(DataError, match="pinsage holds NaN"):
         prepare(TrainingData(broken, data.pairs), small_config(datasets=[task]))

@@ -277,9 +277,7 @@ class FusedIndex:
         all_rows = np.concatenate([rows for rows, _ in parts])
         scores = np.concatenate([scores for _, scores in parts])
         is_cold = self._cold(numbers, all_rows)
-        curve = NO_CURVE if self.fusion is None else self.fusion.cold_votes
-        if curve and len(query.neighbours):
-            scores = with_cold_votes(scores, is_cold, curve)
+        scores = self._with_cold_votes(query, scores, is_cold)
         return Candidates(numbers, all_rows, scores, segments, dense.selectivity, is_cold)
 
     def _cold(self, places: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -312,6 +310,18 @@ class FusedIndex:
             if in_segment.any():
                 own, back = np.unique(rows[in_segment], return_inverse=True)
                 scores[in_segment] = _score_segment(query, words, segment, own)[back]
+        is_there = np.isfinite(scores[:, 0])
+        is_cold = self._cold(places[is_there], rows[is_there])
+        scores[is_there] = self._with_cold_votes(query, scores[is_there], is_cold)
+        return scores
+
+    def _with_cold_votes(
+        self, query: FusedQuery, scores: np.ndarray, is_cold: np.ndarray
+    ) -> np.ndarray:
+        """Give votes to cold candidates where that was fitted, ``(C, 3)``."""
+        curve = NO_CURVE if self.fusion is None else self.fusion.cold_votes
+        if curve and len(query.neighbours):
+            return with_cold_votes(scores, is_cold, curve)
         return scores
 
     def _score_base(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -12,6 +13,7 @@ import pytest
 from index_builder.errors import UnknownEntityType
 from index_builder.fusion.fused_search import FusedIndex
 from index_builder.fusion.pair_features import FEATURES, PairScorer
+from index_builder.fusion.probability import ProbabilityCurve
 from index_builder.fusion.votes import Votes
 from index_builder.fusion.weights import Fusion
 from index_builder.lexical.lexical_index import LexicalIndex
@@ -25,6 +27,18 @@ WORDS = ("red", "blue", "shoe", "boot", "hat", "sku7", "tall")
 TITLES = [f"{WORDS[i % 7]} {WORDS[(i // 7) % 7]} item{i}" for i in range(ROWS)]
 IDS = [f"e{i}" for i in range(ROWS)]
 VECTORS = unit_vectors(ROWS + 40, 5)
+FUSION = Fusion(
+    weights=(1.0, 2.0, 3.0),
+    enabled=True,
+    queries=9,
+    pairs=9,
+    dense_recall=0.1,
+    fused_recall=0.2,
+    gain=0.1,
+    gain_low=0.05,
+    gain_high=0.15,
+    fitted_on="test",
+)
 TEXTS = ["red shoe", "sku7", "item33 tall", "nothing of it"]
 
 
@@ -56,7 +70,7 @@ def every_score(index: FusedIndex, text: str, vector: np.ndarray) -> dict[str, n
     """Search exactly and deep enough to find all: their scores by every leg."""
     query = index.query(text, vector)
     found = index.candidates(query, ROWS + 10, {"exact": True})
-    ids = index._ids(found, np.arange(len(found.rows)))
+    ids = index.ids_of(found, np.arange(len(found.rows)))
     return dict(zip(ids, found.scores, strict=True))
 
 
@@ -69,6 +83,17 @@ def test_score_equals_what_an_exact_search_says(text: str, live: bool) -> None:
     ids = [*expected, "e7", "e7"]
     found = index.score(index.query(text, VECTORS[ROWS]), ids)
     np.testing.assert_allclose(found, np.stack([expected[id_] for id_ in ids]), atol=1e-6)
+
+
+def test_score_gives_cold_entities_the_votes_that_a_search_gives_them() -> None:
+    index = make_index(live=True)
+    curve = ProbabilityCurve((-1.0, 1.0), (0.1, 0.9))
+    given = replace(index, fusion=replace(FUSION, cold_votes=curve))
+    expected = every_score(given, "red shoe", VECTORS[ROWS])
+    ids = list(expected)
+    found = given.score(given.query("red shoe", VECTORS[ROWS]), [*ids, "nowhere"])
+    np.testing.assert_allclose(found[:-1], np.stack([expected[id_] for id_ in ids]), atol=1e-6)
+    assert (found[:-1, 2] > 0).all() and np.isnan(found[-1]).all()
 
 
 def test_score_unknown_and_deleted_ids_are_nan() -> None:
@@ -98,19 +123,7 @@ def test_pair_scorer_keeps_the_order_of_pairs() -> None:
 
 def test_pair_scorer_unknown_entity_is_null_and_fused_has_weights() -> None:
     index = make_index()
-    fusion = Fusion(
-        weights=(1.0, 2.0, 3.0),
-        enabled=True,
-        queries=9,
-        pairs=9,
-        dense_recall=0.1,
-        fused_recall=0.2,
-        gain=0.1,
-        gain_low=0.05,
-        gain_high=0.15,
-        fitted_on="test",
-    )
-    fused = FusedIndex(index.entities, index.queries, index.votes, fusion)
+    fused = replace(index, fusion=FUSION)
     pairs = pl.DataFrame(
         {"query": ["sku7", "sku7"], "entity_type": ["pin", "pin"], "entity_id": ["e3", "gone"]}
     )

@@ -1,11 +1,19 @@
-"""Search exactly by inner product, in blocks: the reference for every index and every metric."""
+"""Search exactly by inner product, in blocks: the reference for every index and every metric.
+
+torch takes the products; it is imported at the first search, so that a server, which only reads
+what was measured with it, needs no torch.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
 
 from encoders.errors import ConfigError, InvalidVectors
+
+if TYPE_CHECKING:
+    import torch
 
 SCORES_AT_ONCE = 1 << 24
 """Most scores held at once (64 MiB of float32): a chunk of queries times a block of corpus rows."""
@@ -51,6 +59,8 @@ def exact_top_k(
             f"expected queries (B, D) and corpus (N, D) with one D, got {queries.shape} and"
             f" {corpus.shape}. Were both made by one bundle?"
         )
+    import torch
+
     if mask is not None and mask.shape not in ((len(corpus),), (len(queries), len(corpus))):
         raise InvalidVectors(
             f"expected a mask of shape ({len(corpus)},) or ({len(queries)}, {len(corpus)}), but got"
@@ -88,6 +98,8 @@ def top_k_of_scores(scores: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarra
     Returns:
         Columns int64 and scores float32, ``(b, min(k, n))``; -1 and -inf where a row runs out.
     """
+    import torch
+
     width = min(k, scores.shape[1])
     values, columns = torch.topk(scores, width, dim=1)
     if width < scores.shape[1]:
@@ -117,12 +129,16 @@ def count_above(scores: torch.Tensor, limit: torch.Tensor, column: torch.Tensor)
     Returns:
         int64 ``(b,)``: 0 where nothing ranks before it.
     """
+    import torch
+
     columns = torch.arange(scores.shape[1], device=scores.device, dtype=torch.int32)
     limit, column = limit[:, None], column[:, None].int()
     return ((scores > limit) | ((scores == limit) & (columns < column))).sum(dim=1)
 
 
 def _tensor(values: np.ndarray, device: str) -> torch.Tensor:
+    import torch
+
     array = np.ascontiguousarray(values, dtype=np.float32)
     return torch.from_numpy(array if array.flags.writeable else array.copy()).to(device)
 

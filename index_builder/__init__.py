@@ -18,7 +18,10 @@ def __getattr__(name: str) -> Any:
     """Import a public name at its first use."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from index_builder.releases import store
+    from encoders.extras import extra_named
+
+    with extra_named(f"index_builder.{name}"):
+        from index_builder.releases import store
 
     return getattr(store, name)
 

@@ -32,6 +32,7 @@ from rich.progress import (
 from rich.table import Table
 
 from encoders.errors import ConfigError, OmniError
+from encoders.extras import extra_named
 from encoders.interruption import Terminated, end_process
 
 P = ParamSpec("P")
@@ -95,7 +96,12 @@ def handle_errors(function: Callable[P, T]) -> Callable[P, T]:
         _print_anything()
         debug = bool(os.environ.get("OMNI_DEBUG"))
         try:
-            with sigterm_raises(), progress_lines(not quiet), log_lines_on_stderr():
+            with (
+                sigterm_raises(),
+                progress_lines(not quiet),
+                log_lines_on_stderr(),
+                extra_named(click.get_current_context().command_path),
+            ):
                 return function(*args, **kwargs)
         except OmniError as error:
             if debug:

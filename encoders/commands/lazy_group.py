@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from encoders.errors import MissingDependency
+from encoders.extras import extra_named
 from encoders.interruption import end_process
 
 
@@ -45,7 +47,12 @@ class LazyGroup(click.Group):
                 ctx.fail(f"No such command {cmd_name!r}. Did you mean {near[0]!r}?")
             return None
         module, attribute = self.table[cmd_name][0].split(":")
-        command: click.Command = getattr(importlib.import_module(module), attribute)
+        try:
+            with extra_named(f"{ctx.command_path} {cmd_name}"):
+                command: click.Command = getattr(importlib.import_module(module), attribute)
+        except MissingDependency as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -16,8 +16,6 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import connected_components
 
 from index_builder.errors import DiskFull, UnsupportedLibrary
 
@@ -148,6 +146,9 @@ def unreachable_nodes(links: np.ndarray) -> int:
     Args:
         links: uint32 ``(N, degree)`` out-links.
     """
+    from scipy.sparse import csr_matrix
+    from scipy.sparse.csgraph import connected_components
+
     count, degree = links.shape
     graph = csr_matrix(
         (

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-import hnswlib
 import numpy as np
 
+from encoders.errors import MissingDependency
 from index_builder.ann.graph_files import library_file, read_hnsw_links, save_with_library
 from index_builder.ann.interface import AnnConfig, AnnIndex
 from index_builder.errors import IndexFormatError
@@ -16,12 +16,25 @@ from index_builder.errors import IndexFormatError
 _HEADER_BYTES = 96
 
 
+def hnsw_library() -> Any:
+    """Import hnswlib.
+
+    Raises:
+        MissingDependency: It is not installed.
+    """
+    try:
+        import hnswlib
+    except ImportError as error:
+        raise MissingDependency("hnswlib", "hnsw", "Index kind 'hnsw'") from error
+    return hnswlib
+
+
 class HnswIndex(AnnIndex):
     """hnswlib over float32 in squared Euclidean space, which orders unit vectors as cosines do."""
 
     kind = "hnsw"
 
-    def __init__(self, index: hnswlib.Index, count: int, dimension: int, config: AnnConfig) -> None:
+    def __init__(self, index: Any, count: int, dimension: int, config: AnnConfig) -> None:
         self.count = count
         self.dimension = dimension
         self.config = config
@@ -37,7 +50,7 @@ class HnswIndex(AnnIndex):
     def build(cls, vectors: np.ndarray, config: AnnConfig) -> Self:
         """Build over ``vectors`` float32 ``(N, D)``."""
         count, dimension = vectors.shape
-        index = hnswlib.Index("l2", dimension)
+        index = hnsw_library().Index("l2", dimension)
         index.init_index(
             count, M=config.m, ef_construction=config.ef_construction, random_seed=config.seed
         )
@@ -57,7 +70,7 @@ class HnswIndex(AnnIndex):
                 f"expected an hnswlib index at {path.name}, but it is missing or truncated. Rebuild"
                 " this release."
             )
-        index = hnswlib.Index("l2", dimension)
+        index = hnsw_library().Index("l2", dimension)
         try:
             index.load_index(str(path))
         except RuntimeError as error:

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Generic, NamedTuple, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypedDict, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2
 
 from encoders.errors import InvalidVectors
+from encoders.extras import extra_named
 from protos import retrieval_pb2 as pb
 from retrieval.client import results
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 AttributeValue = str | int | float | bool | list["AttributeValue"]
 R = TypeVar("R")
@@ -285,7 +287,10 @@ def vector_bytes(vectors: npt.ArrayLike, axes: int) -> bytes:
 
     Raises:
         InvalidVectors: The array has another number of axes, no elements, or is not numeric.
+        MissingDependency: numpy is not installed.
     """
+    with extra_named("Sending vectors"):
+        import numpy as np
     try:
         array = np.asarray(vectors, dtype="<f4")
     except (TypeError, ValueError) as error:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 from grpc_health.v1 import health_pb2
 
+from encoders.extras import extra_named
 from protos import retrieval_pb2 as pb
 
-Float32 = npt.NDArray[np.float32]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Float32 = npt.NDArray[np.float32]
 
 
 class Hit(NamedTuple):
@@ -296,7 +299,9 @@ def answers(response: pb.RetrieveMultiResponse | pb.RetrieveBatchResponse) -> An
 
 
 def embeddings(response: pb.EmbedResponse) -> Embeddings:
-    """Unpack the answer of ``Embed``."""
+    """Unpack the answer of ``Embed``. Raises ``MissingDependency`` without numpy."""
+    with extra_named("RetrievalClient.embed"):
+        import numpy as np
     numbers = np.frombuffer(response.embeddings, dtype="<f4").astype(np.float32)
     return Embeddings(
         vectors=numbers.reshape(-1, max(response.dimension, 1)),  # (B, D)
@@ -309,7 +314,9 @@ def embeddings(response: pb.EmbedResponse) -> Embeddings:
 
 
 def scores(response: pb.ScoreResponse) -> Scores:
-    """Unpack the answer of ``Score``."""
+    """Unpack the answer of ``Score``. Raises ``MissingDependency`` without numpy."""
+    with extra_named("RetrievalClient.score"):
+        import numpy as np
     return Scores(
         scores=np.array(response.scores, dtype=np.float32),
         missing=response.missing,

@@ -23,6 +23,7 @@ from encoders.errors import OmniError
 PORTS = {"gRPC": 50051, "page and metrics": 9464}
 """Those that ``omni serve`` listens on unless told otherwise."""
 EXTRAS = {
+    "train": ("torch", "omni train, embed, evaluate, export, rebuild, demo and start"),
     "redis": ("redis", "a cache of query vectors shared by servers"),
     "ray": ("ray", "omni pairs --ray on many machines"),
     "otel": ("opentelemetry", "traces"),
@@ -31,6 +32,11 @@ EXTRAS = {
 }
 """Extra -> module that it brings, and what it is for."""
 PACKAGES = ("omnisearchsage", "torch", "onnxruntime", "polars", "pyarrow", "numpy", "grpcio")
+NOT_NEEDED = {
+    "omnisearchsage": "runs from a source folder",
+    "torch": "this machine serves, and does not train",
+}
+"""Packages that a server can do without, and what their absence means."""
 LITTLE_MEMORY_GIB = 4
 LITTLE_DISK_GIB = 5
 FEWEST_OPEN_FILES = 4096
@@ -87,12 +93,12 @@ def check_python() -> Iterator[Finding]:
         try:
             yield Finding(name, "ok", importlib.metadata.version(name))
         except importlib.metadata.PackageNotFoundError:
-            needed = name != "omnisearchsage"
+            absence = NOT_NEEDED.get(name)
             yield Finding(
                 name,
-                "problem" if needed else "note",
+                "note" if absence else "problem",
                 "not installed",
-                f"pip install {name}" if needed else "runs from a source folder",
+                absence or "pip install 'omnisearchsage[serve]'",
             )
 
 

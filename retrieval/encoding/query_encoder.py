@@ -8,6 +8,7 @@ key and of every answer.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from encoders.errors import BundleError, ConfigError
+from encoders.errors import BundleError, ConfigError, MissingDependency
 from encoders.text.ngrams import TEXT_RULES
 from encoders.text.normal_forms import normalize_query
 from encoders.text.query_ngrams import ngram_buckets, padded
@@ -421,18 +422,29 @@ def gpu_available() -> bool:
     """
     if not Path("/dev/nvidiactl").exists() and not Path("/dev/nvidia0").exists():
         return False
+    if not torch_installed():
+        return False
     import torch
 
     return bool(torch.cuda.is_available())
 
 
-def choose_form(device: str, form: str, forms_path: Path, has_gpu: bool) -> str:
+def torch_installed() -> bool:
+    """Return whether torch is installed, without importing it."""
+    return importlib.util.find_spec("torch") is not None
+
+
+def choose_form(
+    device: str, form: str, forms_path: Path, has_gpu: bool, has_torch: bool = True
+) -> str:
     """Choose the form to run: ``torch-bf16`` on a GPU; on CPU the requested one.
 
-    On ``auto`` a CPU runs int8 where the release has it, else torch.
+    On ``auto`` a CPU runs int8 where the release has it, else torch where it is installed, else
+    the fp32 form.
 
     Raises:
         ConfigError: CUDA is requested without a GPU, or a form that the release does not hold.
+        MissingDependency: The release holds no form that runs without torch.
     """
     if device == "cuda" and not has_gpu:
         raise ConfigError(
@@ -441,10 +453,18 @@ def choose_form(device: str, form: str, forms_path: Path, has_gpu: bool) -> str:
         )
     if device == "cuda" or (device == "auto" and has_gpu and form == "auto"):
         return "torch-bf16"
-    if form == "torch":
-        return "torch-fp32"
     if form == "auto":
-        return "onnx-int8" if (forms_path / FORM_FILES["onnx-int8"]).is_file() else "torch-fp32"
+        wanted = ("onnx-int8",) if has_torch else ("onnx-int8", "onnx-fp32")
+        form = next((f for f in wanted if (forms_path / FORM_FILES[f]).is_file()), "torch")
+    if form == "torch":
+        if not has_torch:
+            raise MissingDependency(
+                "torch",
+                "train",
+                "Encoding queries of a release without ONNX forms (omni export makes them, before"
+                " omni rebuild)",
+            )
+        return "torch-fp32"
     if not (forms_path / FORM_FILES[form]).is_file():
         raise ConfigError(
             f"--encoder-form {form}: the release has no forms/{FORM_FILES[form]}. Export it (omni"
@@ -474,7 +494,8 @@ def open_query_encoding(
         ConfigError: The device or form is not available.
         BundleError: The files cannot be loaded.
     """
-    chosen = choose_form(device, form, forms_path, device != "cpu" and gpu_available())
+    has_gpu = device != "cpu" and gpu_available()
+    chosen = choose_form(device, form, forms_path, has_gpu, torch_installed())
     if chosen == "torch-bf16":
         return CudaQueryEncoding(query_encoder_path)
     if chosen == "torch-fp32":

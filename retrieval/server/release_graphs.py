@@ -11,7 +11,7 @@ from index_builder.releases.release import read_manifest
 from index_builder.releases.store import ReleaseStore
 from index_builder.search.entity_index import EntityIndex
 from retrieval.config import ServeConfig
-from retrieval.encoding.query_encoder import choose_form
+from retrieval.encoding.query_encoder import choose_form, torch_installed
 
 Graphs = dict[str, AnnIndex]
 """By entity type."""
@@ -48,7 +48,13 @@ class ReleaseGraphs:
                 entity_type: EntityIndex.load_graph(path / entity_type)
                 for entity_type in read_manifest(path).entities
             }
-            form = choose_form("cpu", self._config.encoder_form, path / "forms", has_gpu=False)
+            form = choose_form(
+                "cpu",
+                self._config.encoder_form,
+                path / "forms",
+                has_gpu=False,
+                has_torch=torch_installed(),
+            )
             if form == "torch-fp32":
                 # Once here instead of seconds in every worker; importing starts no threads
                 importlib.import_module("encoders.towers.query_tower")

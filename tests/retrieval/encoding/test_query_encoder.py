@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from benchmarks.small_releases import entity_texts, tiny_query_encoder
-from encoders.errors import BundleError, ConfigError
+from encoders.errors import BundleError, ConfigError, MissingDependency
 from encoders.towers.forms import FORM_FILES
 from retrieval.encoding.query_encoder import (
     OnnxQueryEncoding,
@@ -132,6 +132,20 @@ def test_choose_form_follows_machine_and_release(tmp_path: Path) -> None:
         choose_form("cpu", "onnx-fp32", tmp_path, has_gpu=False)
     with pytest.raises(ConfigError, match="CUDA"):
         choose_form("cuda", "auto", tmp_path, has_gpu=False)
+
+
+def test_choose_form_without_torch_takes_what_onnx_runtime_can_run(tmp_path: Path) -> None:
+    def chosen(form: str = "auto") -> str:
+        return choose_form("cpu", form, tmp_path, has_gpu=False, has_torch=False)
+
+    with pytest.raises(MissingDependency, match=r"omni export.*omnisearchsage\[train\]"):
+        chosen()
+    (tmp_path / FORM_FILES["onnx-fp32"]).touch()
+    assert chosen() == "onnx-fp32"
+    (tmp_path / FORM_FILES["onnx-int8"]).touch()
+    assert chosen() == "onnx-int8"
+    with pytest.raises(MissingDependency, match="torch"):
+        chosen("torch")
 
 
 def test_open_query_encoding_damaged_files_raise_bundle_error(folder: Path, tmp_path: Path) -> None:

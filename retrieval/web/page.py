@@ -4,35 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from importlib import resources
 from typing import Any
 from urllib.parse import quote
 
 import grpc
-from google.protobuf.message import Message
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from index_builder.fusion.weights import LEGS
 from protos import retrieval_pb2 as pb
-from retrieval.client.results import Hit, RetrieveResult, release_description, retrieve_result
+from retrieval.client.results import Hit, release_description
 from retrieval.releases.serving_release import ServingRelease
-from retrieval.service.handlers import (
-    MethodHandler,
-    control_gate,
-    describe_method,
-    retrieve_method,
-    search_gate,
-)
+from retrieval.service.handlers import MethodHandler, control_gate, describe_method
 from retrieval.service.service import RetrievalService
-from retrieval.web.http_calls import HttpContext
 from retrieval.web.http_errors import HTTP_STATUS, CallFailed, retry_after_header
+from retrieval.web.page_search import (
+    DEADLINE_SECONDS,
+    QUERY_TYPE,
+    Call,
+    DrawHit,
+    PageSearch,
+    ask,
+    title_of,
+)
 
-DEADLINE_SECONDS = 10.0
-MAX_PAGE_K = 200
 PICTURE_ATTRIBUTE = "picture"
 IMAGE_ATTRIBUTE = "image"
+MAX_SAMPLES = 8
+MAX_SAMPLE_CHARACTERS = 40
 IMAGE_SCHEMES = ("https://", "http://", "data:image/")
 SAMPLE_MARKS = {"pin": "pin:1f480", "product": "product:circle-caret-up", "ad": "ad:brand-firefox"}
 """An id of the sample data per entity type.
@@ -59,7 +62,6 @@ CONTENT_TYPES = {
     ".js": "text/javascript; charset=utf-8",
 }
 
-Call = Callable[[bytes, Any], Awaitable[bytes]]
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -77,21 +79,25 @@ class Page:
         self._images = images
         self._sample_images: Mapping[str, str] | None = None
         self._reading = asyncio.Lock()
-        searching = search_gate(service)
         control = control_gate(service)
-        self._retrieve: Call = MethodHandler(retrieve_method(service), searching).handle
         self._describe: Call = MethodHandler(describe_method(service), control).handle
+        self._search = PageSearch(service, self._draw)
 
-    async def _ask(self, call: Call, message: Message, request: Request) -> bytes:
-        context = HttpContext(request, DEADLINE_SECONDS)
-        return await asyncio.wait_for(call(message.SerializeToString(), context), DEADLINE_SECONDS)
+    async def search(self, request: Request) -> Response:
+        """Answer ``GET /api/search``, see ``PageSearch.search``."""
+        return await self._search.search(request)
 
     async def describe(self, request: Request) -> Response:
-        """Answer ``GET /api/describe``: entity types with counts, kind and measured recall."""
-        content = await self._ask(self._describe, pb.DescribeReleaseRequest(), request)
+        """Answer ``GET /api/describe?release=``: what is served, as far as the page shows it."""
+        wanted = pb.DescribeReleaseRequest(release_id=request.query_params.get("release", ""))
+        content = await ask(self._describe, wanted, request)
         release = release_description(pb.DescribeReleaseResponse.FromString(content))
+        serving = self._service.releases.loaded.get(release.release_id)
         entities = [
-            {name: getattr(entity, name) for name in DESCRIBED}
+            {
+                **{name: getattr(entity, name) for name in DESCRIBED},
+                **({} if serving is None else _legs_json(serving, entity.entity_type)),
+            }
             for entity in release.entities.values()
         ]
         return JSONResponse(
@@ -99,52 +105,45 @@ class Page:
                 "release_id": release.release_id,
                 "space_id": release.space_id,
                 "form_id": release.form_id,
+                "loaded_release_ids": release.loaded_release_ids,
+                "samples": [] if serving is None else _samples(serving, release.entities),
                 "entities": entities,
             }
         )
 
-    async def search(self, request: Request) -> Response:
-        """Answer ``GET /api/search?q=&type=&k=&exact=1``: hits to show.
+    def _draw(self, entity_type: str) -> DrawHit:
+        """Return what turns hits of an entity type into JSON."""
+        active = self._service.releases.active
+        has_sample = active is not None and _holds_the_sample(active, entity_type)
 
-        With ``exact`` the answer also says which of them the graph would have returned.
-        """
-        exact = request.query_params.get("exact") == "1"
-        try:
-            k = min(MAX_PAGE_K, int(request.query_params.get("k", "24")))
-        except ValueError:
-            k = 0
-        if k < 1:
-            return JSONResponse({"error": f"k: expected a whole number, 1 to {MAX_PAGE_K}."}, 400)
-        wanted = pb.RetrieveRequest(
-            query=request.query_params.get("q", ""),
-            entity_type=request.query_params.get("type", "pin"),
-            k=k,
-            filter=request.query_params.get("filter", ""),
-            language=request.query_params.get("language", ""),
-            attributes=["*"],
-        )
-        graph = await self._found(wanted, request)
-        shown = graph
-        if exact:
-            wanted.exact = True
-            wanted.release_id = graph.release_id  # a swap in between must not compare two releases
-            shown = await self._found(wanted, request)
-        page = _result_json(shown, wanted.entity_type)
-        page["cache_hit"] = graph.cache_hit
-        if exact:
-            found = set(graph.ids)
-            for hit in page["hits"]:
-                hit["missed_by_graph"] = hit["id"] not in found
-            page["graph"] = {
-                "found": sum(not hit["missed_by_graph"] for hit in page["hits"]),
-                "of": len(shown.hits),
-                **_how(graph),
+        def picture_of(hit: Hit, svg: object) -> str:
+            if entity_type == QUERY_TYPE:
+                return ""
+            image = hit.attributes.get(IMAGE_ATTRIBUTE)
+            if not svg and isinstance(image, str) and image.startswith(IMAGE_SCHEMES):
+                return image
+            is_served = bool(svg) and self._service.tokens is None
+            if is_served or (has_sample if self._images is None else hit.id in self._images):
+                return f"api/picture/{quote(entity_type, safe='')}/{quote(hit.id, safe='')}"
+            return ""
+
+        def draw(hit: Hit) -> dict[str, Any]:
+            values = {
+                name: value if _is_json(value) else str(value)
+                for name, value in hit.attributes.items()
+                if value not in (None, "", [])
             }
-        return JSONResponse(page)
+            svg = values.pop(PICTURE_ATTRIBUTE, None)
+            return {
+                "id": hit.id,
+                "score": round(hit.score, 4),
+                "title": title_of(hit),
+                "character": values.get("character") or "",
+                "picture": picture_of(hit, svg),
+                "attributes": values,
+            }
 
-    async def _found(self, wanted: pb.RetrieveRequest, request: Request) -> RetrieveResult:
-        content = await self._ask(self._retrieve, wanted, request)
-        return retrieve_result(pb.RetrieveResponse.FromString(content))
+        return draw
 
     async def picture(self, request: Request) -> Response:
         """Answer ``GET /api/picture/<entity type>/<id>``: the entity's SVG, without scripts."""
@@ -187,40 +186,34 @@ def _read_sample_images() -> Mapping[str, str]:
     return load_sample(engaged_queries=0).images
 
 
-def _how(result: RetrieveResult) -> dict[str, Any]:
+def _legs_json(serving: ServingRelease, entity_type: str) -> dict[str, Any]:
+    """Describe which legs an entity type has, and by which the release answers."""
+    index = serving.entities[entity_type]
+    fused = serving.release.fused[entity_type]
+    has_leg = (True, index.lexical is not None, fused.votes is not None)
+    fusion = fused.fusion
     return {
-        "plan": result.plan,
-        "ef": result.ef,
-        "estimated_recall": result.estimated_recall,
-        "timings": result.timings._asdict(),
+        "attributes": index.attribute_table.schema,
+        "target_recall": index.default_recall,
+        "legs": [leg for leg, there in zip(LEGS, has_leg, strict=True) if there],
+        "fused": fusion is not None and fusion.enabled,
+        "gain": None if fusion is None else fusion.gain,
     }
 
 
-def _result_json(result: RetrieveResult, entity_type: str) -> dict[str, Any]:
-    return {
-        "hits": [_hit_json(hit, entity_type) for hit in result.hits],
-        "release_id": result.release_id,
-        "space_id": result.space_id,
-        **_how(result),
-    }
-
-
-def _hit_json(hit: Hit, entity_type: str) -> dict[str, Any]:
-    values = {
-        name: value if _is_json(value) else str(value)
-        for name, value in hit.attributes.items()
-        if value not in (None, "", [])
-    }
-    svg = values.pop(PICTURE_ATTRIBUTE, None)
-    title = values.get("title") or values.get("query") or hit.id
-    return {
-        "id": hit.id,
-        "score": round(hit.score, 4),
-        "title": str(title),
-        "character": values.get("character") or "",
-        "picture": "" if entity_type == "query" else _picture_address(hit, entity_type, bool(svg)),
-        "attributes": values,
-    }
+def _samples(serving: ServingRelease, shown: Collection[str]) -> list[str]:
+    """Return texts to begin with: known queries, else titles; of what the caller may see."""
+    entity_type = QUERY_TYPE if QUERY_TYPE in shown else next(iter(shown), None)
+    if entity_type is None or not len(serving.entities[entity_type].ids):
+        return []
+    index = serving.entities[entity_type]
+    rows = np.unique(np.linspace(0, len(index.ids) - 1, 4 * MAX_SAMPLES).astype(np.int64))
+    ids = index.ids.take(rows)
+    titles = [str(values.get("title") or "") for values in index.attributes(ids, ["title"])]
+    if entity_type == QUERY_TYPE:
+        titles = [title or id_ for title, id_ in zip(titles, ids, strict=True)]
+    short = [text for text in dict.fromkeys(titles) if 0 < len(text) <= MAX_SAMPLE_CHARACTERS]
+    return short[:MAX_SAMPLES]
 
 
 def _is_json(value: Any) -> bool:
@@ -228,14 +221,6 @@ def _is_json(value: Any) -> bool:
     if isinstance(value, list):
         return all(map(_is_json, value))
     return not isinstance(value, float) or math.isfinite(value)
-
-
-def _picture_address(hit: Hit, entity_type: str, has_svg: bool) -> str:
-    """Return where the browser finds an entity's picture: its ``image``, if there is no SVG."""
-    image = hit.attributes.get(IMAGE_ATTRIBUTE)
-    if not has_svg and isinstance(image, str) and image.startswith(IMAGE_SCHEMES):
-        return image
-    return f"api/picture/{quote(entity_type, safe='')}/{quote(hit.id, safe='')}"
 
 
 def guarded(endpoint: Endpoint) -> Endpoint:
@@ -260,18 +245,31 @@ def guarded(endpoint: Endpoint) -> Endpoint:
     return answer
 
 
-def _file(name: str) -> Endpoint:
-    content = resources.files("retrieval.web").joinpath(name).read_bytes()
-    headers = {
-        "Content-Security-Policy": PAGE_POLICY,
-        "Cache-Control": "no-cache",
-        "Content-Type": CONTENT_TYPES["." + name.rsplit(".", 1)[1]],
-    }
+class _Files:
+    """The page's own files, read once."""
 
-    async def serve(request: Request) -> Response:
-        return Response(content, headers=headers)
+    def __init__(self) -> None:
+        folder = resources.files("retrieval.web").joinpath("assets")
+        self._contents = {file.name: file.read_bytes() for file in folder.iterdir()}
 
-    return serve
+    async def index(self, request: Request) -> Response:
+        """Answer ``GET /``."""
+        return self._file("index.html")
+
+    async def named(self, request: Request) -> Response:
+        """Answer ``GET /page/<name>``."""
+        return self._file(request.path_params["name"])
+
+    def _file(self, name: str) -> Response:
+        content_type = CONTENT_TYPES.get("." + name.rpartition(".")[2])
+        if name not in self._contents or content_type is None:
+            return Response(b"no such file\n", 404)
+        headers = {
+            "Content-Security-Policy": PAGE_POLICY,
+            "Cache-Control": "no-cache",
+            "Content-Type": content_type,
+        }
+        return Response(self._contents[name], headers=headers)
 
 
 def page_routes(
@@ -279,10 +277,10 @@ def page_routes(
 ) -> list[BaseRoute]:
     """Return the routes of the page."""
     page = Page(service, images)
+    files = _Files()
     return [
-        Route("/", _file("index.html")),
-        Route("/page/page.css", _file("page.css")),
-        Route("/page/page.js", _file("page.js")),
+        Route("/", files.index),
+        Route("/page/{name}", files.named),
         Route("/api/describe", guarded(page.describe)),
         Route("/api/search", guarded(page.search)),
         Route("/api/picture/{entity:path}", guarded(page.picture)),

@@ -4,7 +4,6 @@ import asyncio
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from starlette.requests import Request
 from benchmarks.small_releases import small_release
 from retrieval.web import page as web_page
 from retrieval.web.page import Page, guarded
+from tests.helpers.browser import focus, keys, settled, text_of, wait
 from tests.helpers.real_server import Running, SmallStore, serving
 
 NAMELESS = """
@@ -38,7 +38,8 @@ const behind = e => {
   }
   return 'rgb(255,255,255)';
 };
-const texts = '#status, #facts li, .card b, .score, [role=tab], footer span, h1, .switch';
+const texts = '#status, #facts li, .card .title, .score b, .score, .summary, #stages, #painted,'
+  + ' #tools, [role=tab], footer span, h1, .switch';
 return [...document.querySelectorAll(texts)].filter(e => e.offsetParent).map(e => {
   const colours = [getComputedStyle(e).color, behind(e)];
   const [high, low] = colours.map(luminance).sort((x, y) => y - x);
@@ -201,17 +202,17 @@ def test_api_search_exact_compares_within_one_release_during_swap(
             activate=False,
         )
         page = Page(running.server.service)
-        ask = page._ask
+        retrieve = page._search._retrieve
         asked: list[Any] = []
 
         async def ask_and_swap(*arguments: Any) -> bytes:
-            answer = await ask(*arguments)
+            answer = await retrieve(*arguments)
             asked.append(arguments)
             if len(asked) == 1:
                 await running.server.releases.activate(second)
             return answer
 
-        page._ask = ask_and_swap  # type: ignore[method-assign]
+        page._search._retrieve = ask_and_swap
         search = page.search(request("q=red+cat&exact=1&k=10"))
         shown = json.loads(asyncio.run_coroutine_threadsafe(search, running.loop).result(60).body)
         assert running.server.releases.active.release_id == second
@@ -236,45 +237,6 @@ def test_api_search_with_tokens_configured_requires_one(
         assert fetch(url + "ad", {"Authorization": "Bearer open sesame"})[0] == 403
 
 
-def wait(driver: Any, holds: Callable[[Any], Any]) -> Any:
-    from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
-    from selenium.webdriver.support.ui import WebDriverWait
-
-    return WebDriverWait(
-        driver,
-        60,
-        poll_frequency=0.05,
-        ignored_exceptions=(NoSuchElementException, StaleElementReferenceException),
-    ).until(holds)
-
-
-def settled(driver: Any) -> bool:
-    return bool(
-        driver.execute_script(
-            "return !document.querySelector('.busy') &&"
-            " document.querySelectorAll('.card').length > 0"
-        )
-    )
-
-
-def focus(driver: Any) -> str:
-    return str(
-        driver.execute_script(
-            "return document.activeElement.id || document.activeElement.className"
-        )
-    )
-
-
-def keys(driver: Any, *pressed: str) -> None:
-    driver.switch_to.active_element.send_keys(*pressed)
-
-
-def text_of(driver: Any, selector: str) -> str:
-    return str(
-        driver.execute_script("return document.querySelector(arguments[0]).textContent", selector)
-    )
-
-
 @pytest.mark.slow
 def test_page_is_usable_by_keyboard_alone(running: Running, browser: Any) -> None:
     from selenium.webdriver.common.keys import Keys
@@ -295,8 +257,8 @@ def test_page_is_usable_by_keyboard_alone(running: Running, browser: Any) -> Non
     wait(browser, lambda d: "cache hit" in text_of(d, "#facts"))
     wait(browser, settled)
     keys(browser, Keys.ARROW_DOWN)
-    assert focus(browser) == "card"
-    first = text_of(browser, ".card b")
+    assert focus(browser) == "open title"
+    first = text_of(browser, ".card .title")
     keys(browser, Keys.ARROW_RIGHT)
     keys(browser, Keys.ARROW_LEFT)
     keys(browser, Keys.ENTER)
@@ -330,8 +292,8 @@ def test_page_is_usable_by_keyboard_alone(running: Running, browser: Any) -> Non
 def test_page_queries_tab_click_searches(running: Running, browser: Any) -> None:
     browser.get(running.http + "/?q=blue+fish&type=query")
     wait(browser, settled)
-    text = text_of(browser, ".queries .card b")
-    browser.find_element("css selector", ".card").click()
+    text = text_of(browser, ".card .title")
+    browser.find_element("css selector", ".open").click()
     wait(browser, lambda d: d.find_element("id", "query").get_attribute("value") == text)
 
 
@@ -346,6 +308,7 @@ def test_page_entity_text_is_not_interpreted_as_html(running: Running, browser: 
 
 
 def test_page_controls_have_names_and_text_has_contrast(running: Running, browser: Any) -> None:
+    browser.get_log("browser")  # what other tests left there
     browser.get(running.http + "/?q=red+cat")
     wait(browser, settled)
     nameless = browser.execute_script(NAMELESS)

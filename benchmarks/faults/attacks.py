@@ -384,6 +384,7 @@ def _lane(attack: Attack, port: int, until: float) -> Damage:
         connections += 1
         with contextlib.suppress(OSError), _connected(port, attack.reads) as connection:
             connection.sendall(PREFACE + attack.first)
+            sent += len(PREFACE + attack.first)
             for piece in attack.pieces():
                 if time.monotonic() > until:
                     break

@@ -113,10 +113,13 @@ def test_command_quiet_prints_errors_alone() -> None:
 
 
 SLEEPER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 import click
 from encoders.commands.console import handle_errors
+
+# A shell starts background jobs with SIGINT ignored, and their children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @click.command()
 @click.argument("folder", type=click.Path(path_type=Path))
@@ -183,13 +186,14 @@ def test_process_ascii_terminal_prints_any_text(tmp_path: Path) -> None:
 
 
 def test_stop_request_notes_the_first_signal_and_raises_at_the_second() -> None:
+    before = signal.getsignal(signal.SIGINT)
     with StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.came is Terminated
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_command_misspelt_gets_a_suggestion() -> None:

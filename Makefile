@@ -19,8 +19,8 @@ setup: $(VENV)/.ready ## install everything into .venv
 demo: setup ## train, evaluate, build, serve and query the sample data
 	$(BIN)/omni demo
 
-test: setup ## all tests; those that need a program that is not installed skip and say so
-	$(BIN)/python -m pytest
+test: setup ## all tests, on every core; those that need a program that is not installed skip and say so
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 test-fast: setup ## the tests without those marked slow, on every core
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"

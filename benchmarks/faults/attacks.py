@@ -256,6 +256,7 @@ def attacks(seed: int = 0) -> list[Attack]:
     huffman = [huffman_block(9_000, number) for number in range(8)]
     wide = settings({4: LARGEST}) + update(0, LARGEST - 65_535)
     return [
+        Attack("none, for comparison", repeated(b"")),
         Attack("PING", repeated(frame(PING, 0, 0, bytes(8)) * 500)),
         Attack("SETTINGS", repeated(settings({4: 65_535}) * 500)),
         Attack("SETTINGS of 16 KB", repeated(frame(SETTINGS, 0, 0, bytes(16_380)) * 10)),

@@ -24,6 +24,11 @@ ID_BYTES = 128
 VECTOR_BYTES = 8192
 """Bytes of one ready vector at most: 2,048 dimensions."""
 
+FIELDS_PER_ENTITY = 500
+"""Of an upsert, on average: an attribute takes four."""
+SPARE_FIELDS = 1000
+"""More than a method's limits allow, as the method says it better: it names the limit."""
+
 Nested = dict[int, "Nested"]
 """Field number of each sub-message -> the sub-messages of that one."""
 
@@ -34,10 +39,12 @@ class MessageBounds(NamedTuple):
     Attributes:
         max_bytes: On the wire, uncompressed.
         max_fields: At all depths together.
+        max_items: In the message itself, apart from those of its sub-messages.
     """
 
     max_bytes: int
     max_fields: int
+    max_items: int = 2**31
 
 
 def bounds_of(limits: Limits) -> dict[str, MessageBounds]:
@@ -47,26 +54,42 @@ def bounds_of(limits: Limits) -> dict[str, MessageBounds]:
     query_bytes = limits.max_query_bytes + VECTOR_BYTES
     batch_bytes = limits.max_batch * max(limits.max_query_bytes + 4, VECTOR_BYTES)
     wanted = {
-        "Retrieve": (query_bytes + target_bytes, ids),
+        "Retrieve": (query_bytes + target_bytes, ids, ids),
         "RetrieveMulti": (
             query_bytes + limits.max_targets * target_bytes,
             limits.max_targets * ids,
+            limits.max_targets,
         ),
-        "RetrieveBatch": (batch_bytes + target_bytes, limits.max_batch + ids),
-        "Embed": (limits.max_batch * (limits.max_query_bytes + 4) + FIXED_BYTES, limits.max_batch),
+        "RetrieveBatch": (batch_bytes + target_bytes, limits.max_batch + ids, limits.max_batch),
+        "Embed": (
+            limits.max_batch * (limits.max_query_bytes + 4) + FIXED_BYTES,
+            limits.max_batch,
+            limits.max_batch,
+        ),
         "Score": (
             query_bytes + ID_BYTES * limits.max_score_ids + FIXED_BYTES,
             limits.max_score_ids,
+            limits.max_score_ids,
         ),
-        "DescribeRelease": (FIXED_BYTES, 0),
-        "Activate": (FIXED_BYTES, 0),
-        "Rollback": (FIXED_BYTES, 0),
-        "Upsert": (limits.max_message_bytes, 500 * limits.max_batch),
-        "Delete": (ID_BYTES * limits.max_batch + FIXED_BYTES, limits.max_batch),
+        "DescribeRelease": (FIXED_BYTES, 0, 0),
+        "Activate": (FIXED_BYTES, 0, 0),
+        "Rollback": (FIXED_BYTES, 0, 0),
+        "Upsert": (
+            limits.max_message_bytes,
+            FIELDS_PER_ENTITY * limits.max_batch,
+            limits.max_batch,
+        ),
+        "Delete": (
+            ID_BYTES * limits.max_batch + FIXED_BYTES,
+            limits.max_batch,
+            limits.max_batch,
+        ),
     }
     return {
-        name: MessageBounds(min(size, limits.max_message_bytes), fields + 1000)
-        for name, (size, fields) in wanted.items()
+        name: MessageBounds(
+            min(size, limits.max_message_bytes), fields + SPARE_FIELDS, items + SPARE_FIELDS
+        )
+        for name, (size, fields, items) in wanted.items()
     }
 
 
@@ -80,8 +103,13 @@ def require_bounded(content: bytes, bounds: MessageBounds, nested: Nested) -> No
     """
     if len(content) > bounds.max_bytes:
         raise MessageTooLarge(bounds.max_bytes, len(content))
-    if len(content) > SMALL_BYTES and not _has_at_most(bounds.max_fields, content, nested):
-        raise RequestTooLarge("the message", bounds.max_fields, bounds.max_fields + 1, " fields")
+    if len(content) <= SMALL_BYTES:
+        return
+    # First without a look into sub-messages: a million empty ones are as bad and sooner counted
+    max_items = min(bounds.max_items, bounds.max_fields)
+    for limit, inner in ((max_items, {}), (bounds.max_fields, nested)):
+        if not _has_at_most(limit, content, inner):
+            raise RequestTooLarge("the message", limit, limit + 1, " fields")
 
 
 def nested_messages(descriptor: Descriptor) -> Nested:

@@ -52,6 +52,9 @@ class WorkThreads:
                 if not ended.cancelled():
                     ended.exception()  # looked at, as nobody else will
             raise
+        finally:
+            # Both hold an error, whose traceback holds this frame: a cycle with all that it read
+            del job, ended
 
     def close(self) -> None:
         """End the threads; work that has not begun is cancelled."""

@@ -67,6 +67,7 @@ def inflated(content: bytes, compression: str, max_bytes: int) -> bytes:
             grpc.StatusCode.INVALID_ARGUMENT, f"the message cannot be decompressed: {error}"
         ) from error
     if len(plain) > allowed:
+        del plain, reader  # the error's traceback holds this frame
         raise Aborted(
             grpc.StatusCode.RESOURCE_EXHAUSTED,
             f"a message may have {max_bytes} bytes in this call, and {MAX_INFLATION} times those of"

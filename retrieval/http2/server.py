@@ -25,7 +25,7 @@ from retrieval.http2.streams import TransportCounts
 
 log = logging.getLogger(__name__)
 
-BACKLOG = 1024
+BACKLOG = 4096
 IDLE_CHECK_SECONDS = 5.0
 HANDSHAKE_SECONDS = 20.0
 """How long a connection may stay silent before it has said that it speaks HTTP/2."""

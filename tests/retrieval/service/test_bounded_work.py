@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -77,6 +78,39 @@ def test_fields_beyond_the_limit_are_refused_at_once() -> None:
 def test_message_that_is_no_message_is_invalid(unit: bytes) -> None:
     with pytest.raises(InvalidRequest):
         require_bounded(unit * 5000 + unit, MessageBounds(2**30, 10**6), MULTI)
+
+
+def test_items_of_the_message_itself_have_a_bound_of_their_own() -> None:
+    bounds = MessageBounds(2**30, 10**6, 1000)
+    targets = pb.RetrieveMultiRequest(targets=[pb.Target()] * 5000).SerializeToString()
+    with pytest.raises(RequestTooLarge, match="1000"):
+        require_bounded(targets, bounds, MULTI)
+    ids = pb.RetrieveMultiRequest(targets=[pb.Target(exclude_ids=["x"] * 5000)])
+    require_bounded(ids.SerializeToString(), bounds, MULTI)
+
+
+async def test_work_threads_error_holds_nothing_in_a_cycle() -> None:
+    class Held:
+        """What the work has read."""
+
+    alive: list[weakref.ref[Held]] = []
+
+    def work() -> None:
+        held = Held()
+        alive.append(weakref.ref(held))
+        raise ValueError("too large")
+
+    threads = WorkThreads(1, "test")
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(ValueError):
+            await threads.run(work)
+        await asyncio.sleep(0)
+        assert alive[0]() is None
+    finally:
+        gc.enable()
+        threads.close()
 
 
 def test_message_bounds_hold_every_request_that_the_limits_allow() -> None:

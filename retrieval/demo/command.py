@@ -32,7 +32,15 @@ from encoders.commands.console import (
 from encoders.datasets.dataset import Dataset, load_sample
 from encoders.datasets.related_queries import query_entities, related_query_pairs
 from encoders.errors import OmniError
-from retrieval.demo.legs import COLUMNS, LegRow, measure_legs, pairs_for_legs, table_of
+from retrieval.demo.legs import (
+    COLUMNS,
+    QUICK_SHOWN_PAIRS,
+    SHOWN_PAIRS,
+    LegRow,
+    measure_legs,
+    pairs_for_legs,
+    table_of,
+)
 
 if TYPE_CHECKING:
     from encoders.config.train_config import TrainConfig
@@ -281,7 +289,8 @@ def publish(demo: Demo, dataset: Dataset) -> None:
 def compare_legs(demo: Demo, dataset: Dataset, *, show: bool) -> None:
     """Measure each leg alone and all fused, on held-out pairs that fitted nothing."""
     with stage("compare dense, lexical, votes and fused on held-out pairs", demo.timings):
-        rows = measure_legs(demo.store, demo.bundle, pairs_for_legs(dataset))
+        most_pairs = QUICK_SHOWN_PAIRS if demo.quick else SHOWN_PAIRS
+        rows = measure_legs(demo.store, demo.bundle, pairs_for_legs(dataset), most_pairs)
     demo.summary["legs"] = [row._asdict() for row in rows]
     if show:
         _show_legs(rows)

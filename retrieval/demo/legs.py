@@ -20,6 +20,7 @@ SHOWN = "shown"
 CALIBRATION = "validation"
 COLUMNS = ("dense", "lexical", "votes", "fused")
 SHOWN_PAIRS = 3_000
+QUICK_SHOWN_PAIRS = 500
 """Pairs of one entity type that the table looks at."""
 _SEED = 1919
 
@@ -41,13 +42,16 @@ def pairs_for_legs(dataset: Dataset) -> pl.DataFrame:
     return pl.concat([dataset.split("train"), held.with_columns(split.alias("split"))])
 
 
-def measure_legs(store_root: Path, bundle_path: Path, pairs: pl.DataFrame) -> list[LegRow]:
+def measure_legs(
+    store_root: Path, bundle_path: Path, pairs: pl.DataFrame, most_pairs: int = SHOWN_PAIRS
+) -> list[LegRow]:
     """Measure dense, lexical, votes and fused of the active release, by type and language.
 
     Args:
         store_root: Of the release.
         bundle_path: Whose query tower is served.
         pairs: Of ``pairs_for_legs``.
+        most_pairs: Of one entity type that are looked at.
     """
     from encoders.towers.bundle import load_bundle
     from index_builder.fusion.explain_legs import FOUND_BY, leg_hits
@@ -63,7 +67,7 @@ def measure_legs(store_root: Path, bundle_path: Path, pairs: pl.DataFrame) -> li
             )
             if legs.fusion is None or not shown.height:
                 continue
-            shown = shown.sample(min(SHOWN_PAIRS, shown.height), seed=0, shuffle=True)
+            shown = shown.sample(min(most_pairs, shown.height), seed=0, shuffle=True)
             texts = shown["query"].to_list()
             labelled = LabelledPairs(
                 queries=tower.embed_queries(texts), targets=shown["entity_id"].to_list()

@@ -59,7 +59,7 @@ ROOMS: dict[str, dict[str, str]] = {
         "web": "http2 client releases service",
         "server": "http2 encoding observability releases service web",
         "demo": "client",
-        "start": "",
+        "start": "client demo",
         "commands": "client observability server",
     },
     "benchmarks": {

@@ -23,6 +23,7 @@ from encoders.commands.console import (
     say,
     stage,
 )
+from encoders.commands.entity_type import EntityTypeName
 from encoders.commands.report_output import plot_report, print_report
 from encoders.datasets.dataset import Dataset, load_dataset
 from encoders.datasets.halves import DEV, TEST
@@ -41,7 +42,6 @@ from encoders.evaluation.report import (
     evaluate_systems,
     types_without_tower,
 )
-from encoders.tables.schemas import ENTITY_TYPES
 from encoders.towers.bundle import load_bundle
 
 DEFAULT_BASELINES = "random,bm25,bm25-trigrams,bm25-ngrams,use-title,use,use-neighbours"
@@ -67,7 +67,7 @@ RECORDED_SLICES = ("english", "language", "action", "action, few positives", "po
     "--entity-type",
     "entity_types",
     multiple=True,
-    type=click.Choice(ENTITY_TYPES),
+    type=EntityTypeName(),
     help="Only these types; may be repeated.",
 )
 @click.option(

@@ -200,6 +200,11 @@ def progress_lines(shown: bool) -> Iterator[None]:
         _progress_shown = before
 
 
+def progress_is_shown() -> bool:
+    """Tell whether ``say``, ``stage`` and ``track`` print."""
+    return _progress_shown
+
+
 def say(message: str) -> None:
     """Print one line of progress to stderr."""
     if _progress_shown:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,15 +15,13 @@ from encoders.commands.console import (
     print_table,
     say,
 )
+from encoders.commands.entity_type import EntityTypeName
 from encoders.commands.reading_flags import reading_flags
 from encoders.errors import ConfigError
 from encoders.tables.reading_options import ReadingOptions
-from encoders.tables.schemas import ENTITY_TYPES
 
 if TYPE_CHECKING:
-    from encoders.inference.batch_embedding import TypeReport
-
-SECONDS_BETWEEN_LINES = 5.0
+    pass
 
 
 @click.command(name="embed")
@@ -49,7 +45,7 @@ SECONDS_BETWEEN_LINES = 5.0
 )
 @click.option(
     "--entity-type",
-    type=click.Choice(ENTITY_TYPES),
+    type=EntityTypeName(),
     help="Type of every row where the files have no column entity_type.",
 )
 @click.option(
@@ -145,7 +141,7 @@ def command(
         reading=reading,
     )
     store = SignalStore(out, source_written_ns=written)
-    report = embed_catalogue(towers, chunks, store, config, _progress_lines(total))
+    report = embed_catalogue(towers, chunks, store, config, total)
     for line in report.notes():
         say(line)
     if as_json:
@@ -162,31 +158,3 @@ def command(
     )
     rate = report.as_dict()["embedded_per_second"] or 0
     say(f"{report.seconds:.1f}s, {rate:,.0f} rows embedded/s, peak {peak_memory_mib():,.0f} MiB")
-
-
-def _progress_lines(total: int | None) -> Callable[[str, TypeReport], None]:
-    """Make a callback that reports every few seconds how far the run is."""
-    started = time.monotonic()
-    last = started
-    done: dict[str, int] = {}
-
-    def progress(entity_type: str, report: TypeReport) -> None:
-        nonlocal last
-        done[entity_type] = report.rows
-        now = time.monotonic()
-        if now - last < SECONDS_BETWEEN_LINES:
-            return
-        last = now
-        rows = sum(done.values())
-        rate = rows / (now - started)
-        share = ""
-        if total:
-            minutes = (total - rows) / max(rate, 1e-9) / 60
-            share = f" ({rows / total:.1%}) eta {minutes:.1f}m"
-        reused = report.unchanged + report.resumed
-        say(
-            f"{entity_type}: {rows:,} rows{share}  {report.embedded:,} embedded "
-            f" {reused:,} reused  {rate:,.0f} rows/s"
-        )
-
-    return progress

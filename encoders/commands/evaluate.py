@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from encoders.commands.console import data_option, handle_errors, json_option, print_json, say
+from encoders.commands.entity_type import EntityTypeName
 from encoders.commands.report_output import plot_report, print_report
 from encoders.datasets.dataset import Dataset, load_dataset
 from encoders.datasets.halves import DEV, HELDOUT, describe_split, split_for_choices
@@ -29,7 +30,6 @@ from encoders.evaluation.report import (
     types_without_tower,
 )
 from encoders.tables.files import read_table
-from encoders.tables.schemas import ENTITY_TYPES
 from encoders.towers.bundle import ModelBundle, load_bundle, read_space
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ if TYPE_CHECKING:
     "--entity-type",
     "entity_types",
     multiple=True,
-    type=click.Choice(ENTITY_TYPES),
+    type=EntityTypeName(),
     help="Only these types; may be repeated.",
 )
 @click.option(

@@ -9,6 +9,7 @@ e, at its best score. Letters: Q queries, N candidates, P pairs, T targets.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,6 +25,9 @@ from encoders.datasets.related_queries import query_entities
 from encoders.errors import ConfigError, InvalidVectors, SchemaError
 from encoders.evaluation.metrics import UNRANKED
 from encoders.exact_search import count_above, top_k_of_scores
+from encoders.progress import Progress
+
+log = logging.getLogger(__name__)
 
 SCORES_AT_ONCE = 1 << 25
 """Scores held at once (128 MiB of float32)."""
@@ -284,6 +288,7 @@ def rank_task(
     list_ranks: list[Int64] = []
     runs: list[tuple[Int64, npt.NDArray[np.float32]]] = []
     block = max(1, SCORES_AT_ONCE // max(1, width))
+    progress = Progress(log, f"rank by {system}", count, unit="queries")
     for start in range(0, count, block):
         stop = min(start + block, count)
         scores = score(start, stop)
@@ -296,6 +301,7 @@ def rank_task(
         list_ranks.append(np.where(missing, UNRANKED, rank + answers.list_correction(task)))
         if run_depth:
             runs.append(top_k_of_scores(scores, run_depth))
+        progress.add(stop - start)
     of_pair = task.pairs["target"].to_numpy()
     run = None
     if runs:

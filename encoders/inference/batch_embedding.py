@@ -9,8 +9,9 @@ core; that keeps every core busy where parallel kernels would wait for the token
 from __future__ import annotations
 
 import copy
+import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -25,11 +26,14 @@ import xxhash
 from encoders.errors import ConfigError, DataError, SchemaError
 from encoders.inference.signal_reuse import KnownSignals
 from encoders.inference.signal_store import SignalStore, SignalWriter, read_part
+from encoders.progress import Progress
 from encoders.text.normal_forms import normalize_query
 from encoders.towers.bundle import ModelBundle
 from encoders.towers.entity_features import EntityFeatureConfig, row_texts, row_vectors
 from encoders.towers.entity_tower import EntityEncoder
 from encoders.towers.query_tower import QueryEncoder
+
+log = logging.getLogger(__name__)
 
 Float32 = npt.NDArray[np.float32]
 
@@ -202,7 +206,9 @@ def query_hashes(texts: Sequence[str]) -> list[str]:
 class EntityEmbedder:
     """An entity tower made ready for inference on one device: rows in, unit vectors out."""
 
-    def __init__(self, encoder: EntityEncoder, config: EmbedConfig) -> None:
+    def __init__(
+        self, encoder: EntityEncoder, config: EmbedConfig, progress: Progress | None = None
+    ) -> None:
         if encoder.featurizer is None:
             raise ConfigError(
                 "this entity tower has no featuriser, so it cannot read a catalogue; load it from a"
@@ -210,6 +216,7 @@ class EntityEmbedder:
             )
         self.featurizer = encoder.featurizer
         self.config = config
+        self.progress = progress
         self.device = config.resolved_device()
         self.dimension = encoder.config.dimension
         self.without_features = 0
@@ -242,6 +249,8 @@ class EntityEmbedder:
             with torch.inference_mode():
                 output = self.tower(features.to(self.device))
             vectors[start : start + len(features)] = output.cpu().numpy()
+            if self.progress is not None:
+                self.progress.add(len(features))
             return int(blank.sum())
 
         if len(starts) < 2:
@@ -270,15 +279,21 @@ class _TypeRun:
     """Embeds and writes one entity type, part by part."""
 
     def __init__(
-        self, entity_type: str, bundle: ModelBundle, store: SignalStore, config: EmbedConfig
+        self,
+        entity_type: str,
+        bundle: ModelBundle,
+        store: SignalStore,
+        config: EmbedConfig,
+        progress: Progress,
     ) -> None:
         self.report = TypeReport()
         self.config = config
+        self.progress = progress
         self.embedder: EntityEmbedder | QueryEncoder
         if entity_type == "query":
             self.embedder = bundle.query_encoder.to(config.resolved_device())
         elif entity_type in bundle.entity_encoders:
-            self.embedder = EntityEmbedder(bundle.entity_encoders[entity_type], config)
+            self.embedder = EntityEmbedder(bundle.entity_encoders[entity_type], config, progress)
         else:
             known = ", ".join([*bundle.entity_encoders, "query"])
             raise DataError(
@@ -342,9 +357,11 @@ class _TypeRun:
         if staged_form == self.writer.form_id:
             self.report.resumed += len(ids)
             self.writer.keep(ids)
+            self.progress.add(len(ids))
             return
         vectors, stamps, found = self.known.find(ids, hashes, self.writer.dimension)
         new = np.flatnonzero(~found)
+        self.progress.add(len(ids) - len(new))
         if len(new):
             vectors[new] = self._embed(rows[new])
         self.report.embedded += len(new)
@@ -359,7 +376,9 @@ class _TypeRun:
 
     def _embed(self, rows: pl.DataFrame) -> Float32:
         if isinstance(self.embedder, QueryEncoder):
-            return self.embedder.encode(rows["title"].to_list())
+            vectors = self.embedder.encode(rows["title"].to_list())
+            self.progress.add(rows.height)
+            return vectors
         vectors = self.embedder(rows)
         self.report.without_features += self.embedder.without_features
         return vectors
@@ -431,9 +450,9 @@ def embed_catalogue(
     chunks: Iterable[pl.DataFrame],
     store: SignalStore,
     config: EmbedConfig | None = None,
-    progress: Callable[[str, TypeReport], None] | None = None,
+    total: int | None = None,
 ) -> EmbedReport:
-    """Embed a stream of catalogue rows into the signal store.
+    """Embed a stream of catalogue rows into the signal store; how far it is, is logged.
 
     Each entity type that occurs is replaced at the end, all at once.
 
@@ -444,7 +463,7 @@ def embed_catalogue(
         store: Where to write. Rows whose id and content hash it already holds under this space id,
             made in the form of this run, are copied.
         config: Device, precision, sizes.
-        progress: Called after every chunk with the entity type and its report so far.
+        total: Rows of the stream, for the time that is left; None: unknown.
 
     Returns:
         Counts per entity type.
@@ -459,21 +478,18 @@ def embed_catalogue(
     started = time.perf_counter()
     report = EmbedReport(bundle.space_id, config.form_id(), str(config.resolved_device()))
     runs: dict[str, _TypeRun] = {}
+    progress = Progress(log, "embed", total)
     with ExitStack() as open_writers:
         for chunk in chunks:
             for (entity_type,), rows in chunk.group_by(["entity_type"], maintain_order=True):
                 name = str(entity_type)
                 if name not in runs:
-                    runs[name] = _TypeRun(name, bundle, store, config)
+                    runs[name] = _TypeRun(name, bundle, store, config, progress)
                     open_writers.enter_context(runs[name].writer)
                     report.entity_types[name] = runs[name].report
                 runs[name].add(rows)
-                if progress is not None:
-                    progress(name, runs[name].report)
-        for name, run in runs.items():
+        for run in runs.values():
             run.finish()
-            if progress is not None:
-                progress(name, run.report)
         for run in runs.values():
             run.writer.publish()
     report.seconds = round(time.perf_counter() - started, 3)

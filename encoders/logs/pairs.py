@@ -12,7 +12,7 @@ import polars as pl
 
 from encoders.errors import ConfigError, DataError
 from encoders.logs.events import merge_duplicates
-from encoders.tables.schemas import ACTIONS, ENTITY_TYPES
+from encoders.tables.schemas import ACTIONS, is_entity_type
 from encoders.text.hashing import combine_keys, hash_texts, seeded_hash
 from encoders.text.normal_forms import fold_query
 
@@ -26,6 +26,10 @@ PAPER_ACTIONS: dict[str, tuple[str, ...]] = {
     "query": ("query_click",),
 }
 """Actions that make a pair a positive, by entity type."""
+OTHER_ACTIONS = PAPER_ACTIONS["product"]
+"""Those of entity types that neither the paper nor ``PairsConfig.actions`` names."""
+OTHER_CAP = 200
+"""Cap of entity types that ``PairsConfig.caps`` does not name."""
 
 
 class LeakError(DataError):
@@ -63,13 +67,13 @@ class PairsConfig:
 
     def __post_init__(self) -> None:
         for entity_type, names in self.actions.items():
-            if entity_type not in ENTITY_TYPES or not set(names) <= set(ACTIONS) - {"impression"}:
+            if not is_entity_type(entity_type) or not set(names) <= set(ACTIONS) - {"impression"}:
                 raise ConfigError(
-                    f"PairsConfig.actions: expected entity types {', '.join(ENTITY_TYPES)} and"
+                    "PairsConfig.actions: expected entity types, such as product, and"
                     f" actions {', '.join(ACTIONS[1:])}, got {entity_type!r}: {', '.join(names)}"
                 )
         for entity_type, cap in self.caps.items():
-            if entity_type not in ENTITY_TYPES or cap < 1:
+            if not is_entity_type(entity_type) or cap < 1:
                 raise ConfigError(
                     "PairsConfig.caps: expected an entity type and a cap of at least 1, got"
                     f" {entity_type!r}: {cap}"
@@ -205,7 +209,8 @@ def _action_filter(config: PairsConfig) -> pl.Expr:
         (pl.col("entity_type") == t) & pl.col("action").is_in(list(names))
         for t, names in config.actions.items()
     ]
-    return pl.any_horizontal(wanted)
+    other = ~pl.col("entity_type").is_in([*PAPER_ACTIONS, *config.actions])
+    return pl.any_horizontal(*wanted, other & pl.col("action").is_in(list(OTHER_ACTIONS)))
 
 
 def _drop_seen(pairs: pl.DataFrame, counts: Counter[str]) -> pl.DataFrame:
@@ -244,7 +249,7 @@ def _cap(pairs: pl.DataFrame, config: PairsConfig, counts: Counter[str]) -> pl.D
     group = ["entity_type", "entity_id", "split"]
     crowded = pairs.group_by(group).agg(pl.col("query").n_unique().alias("queries"))
     caps = dict(config.caps)
-    cap = pl.col("entity_type").replace_strict(caps, default=None, return_dtype=pl.Int64)
+    cap = pl.col("entity_type").replace_strict(caps, default=OTHER_CAP, return_dtype=pl.Int64)
     crowded = crowded.filter(pl.col("queries") > cap)
     if not crowded.height:
         return pairs

@@ -8,6 +8,7 @@ partition after another and on Ray many at once (``encoders.logs.ray_pipeline``)
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 from collections import Counter
@@ -38,6 +39,7 @@ from encoders.logs.pairs import (
     pairs_table,
     refuse_leaks,
 )
+from encoders.progress import Progress
 from encoders.tables.checks import check_frame
 from encoders.tables.files import OnBadRows, raise_problems, scan_parts, write_table
 from encoders.tables.parts import TableSource, table_files
@@ -45,6 +47,8 @@ from encoders.tables.reading import DEFAULT_OPTIONS, read_chunks
 from encoders.tables.reading_options import ReadingOptions
 from encoders.tables.schemas import BOARDS
 from encoders.tables.stream import log_rows
+
+log = logging.getLogger(__name__)
 
 PARTITION_ROWS = 15_000_000
 """Log rows per partition; the events of one partition are in memory at a time."""
@@ -171,6 +175,7 @@ def _run(inputs: PipelineInputs, work: Path, config: PipelineConfig) -> RunFacts
     spill = Spill(work / "spill", partitions)
     bad_rows: Counter[str] = Counter()
     last: datetime | None = None
+    reading = Progress(log, "read the log", unit="engagements", then="make pairs")
     for batch in read_events(
         inputs.log,
         config.rules,
@@ -184,13 +189,16 @@ def _run(inputs: PipelineInputs, work: Path, config: PipelineConfig) -> RunFacts
         if isinstance(latest, datetime):
             last = max(last or latest, latest)
         spill.add(batch.frame)
+        reading.add(batch.frame.height)
     split = config.pairs.split_at(last or datetime.now(UTC))
     counts: Counter[str] = Counter()
+    making = Progress(log, "make pairs", partitions, unit="partitions", then="board titles, checks")
     for number, events in spill.drain(EVENT_SCHEMA):
         done = process_events(events, config, split, inputs.known)
         counts.update(done.counts)
         write_table(done.engaged, work / "engaged_queries" / part_name(number))
         write_table(done.pairs, work / "pairs" / part_name(number))
+        making.add(1)
     titles = 0
     if inputs.boards is not None:
         titles = _write_board_titles(inputs.boards, work, config, partitions, bad_rows)

@@ -7,8 +7,10 @@ import csv
 import json
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 import polars as pl
@@ -22,8 +24,9 @@ from encoders.tables.schemas import (
     Column,
     Kind,
     TableSchema,
+    is_entity_type,
     lookalikes,
-    other_value,
+    plain_entity_type,
     renames,
 )
 
@@ -40,7 +43,6 @@ EPOCH_UNITS: tuple[tuple[str, float, int], ...] = (
 Above all of them: nanoseconds.
 """
 
-_ONE_OF = "must be one of "
 _MOST_VALUES = 8
 """Examples of values that are no choice, each named once."""
 _ATTRIBUTE_NAME = re.compile(r"[^\W\d]\w*", re.UNICODE)
@@ -77,6 +79,7 @@ _ONE_CONTENT = Rule("id repeats with different content", KEEP_ONE)
 _LIST_CELL = Rule(
     "must be a JSON list, or parts separated by '|'", 'For example ["red", "blue"] or red|blue.'
 )
+_NAME = Rule("must be a name of lower-case letters, digits and '_', such as product", "")
 _ONE_UNIT = "Bring all rows to one unit; which one a row has cannot be guessed."
 
 
@@ -175,11 +178,11 @@ class _Checker:
         column: str,
         rule: Rule,
         *,
-        distinct: bool = False,
+        meant: Callable[[str], str | None] | None = None,
     ) -> None:
         """Record every row where ``broken`` is true; messages show ``values``.
 
-        ``distinct``: those of each value once, up to eight.
+        ``meant`` says what a value may be mapped to: each is named once, up to eight of them.
         """
         hits = broken.fill_null(False).arg_true()
         if not len(hits):
@@ -190,21 +193,33 @@ class _Checker:
         for row in row_numbers:
             self.bad.setdefault(row, f"{column}: {rule.text}")
         shown = hits.head(self.examples)
-        if distinct:
+        if meant:
             shown = hits.filter(values.gather(hits).is_first_distinct()).head(_MOST_VALUES)
         for index in shown.to_list():
-            fix = _mapped_fix(values[index], column, rule) if distinct else rule.fix
+            fix = _mapped_fix(values[index], column, meant) if meant else rule.fix
             self.report.problems.append(
                 Problem(self.rows[index], column, _shown(values[index]), rule.text, fix)
             )
 
 
-def _mapped_fix(value: str, column: str, rule: Rule) -> str:
-    """Word how to map a value that is no choice, by the choice that it may mean."""
-    choices = rule.text.removeprefix(_ONE_OF).split(", ")
-    meant = other_value(value, choices)
-    option = shlex.quote(f"{column}.{value}={meant or 'NEW'}")
+def _mapped_fix(value: str, column: str, meant: Callable[[str], str | None]) -> str:
+    """Word how to map a value that is not allowed, by what it may mean."""
+    option = shlex.quote(f"{column}.{value}={meant(value) or 'NEW'}")
     return f"Map it (--map {option}), or drop the row."
+
+
+def _names(text: pl.Series, column: Column, checker: _Checker) -> None:
+    """Flag what cannot name an entity type, and note what is nearly one of the usual types."""
+    names = [n for n in text.drop_nulls().unique(maintain_order=True).to_list() if n.strip()]
+    wrong = [name for name in names if not is_entity_type(name)]
+    checker.flag(text.is_in(wrong), text, column.name, _NAME, meant=plain_entity_type)
+    for name in names:
+        near = get_close_matches(name, column.choices, n=1, cutoff=0.8)
+        if near and name != near[0] and name not in wrong:
+            checker.report.notes.append(
+                f"{name!r} is an entity type of its own; if {near[0]!r} is meant:"
+                f" --map {column.name}.{name}={near[0]}"
+            )
 
 
 def malformed_rows(frame: pl.DataFrame) -> list[Problem]:
@@ -405,13 +420,12 @@ def _texts(values: pl.Series, column: Column, checker: _Checker) -> pl.Series:
     if column.required:
         blank = text.is_null() | (text.str.strip_chars() == "")
         checker.flag(blank, text, column.name, _REQUIRED)
-    if column.choices:
-        rule = Rule(
-            f"{_ONE_OF}{', '.join(column.choices)}",
-            "Map your names to these, or drop the row.",
-        )
+    if column.kind is Kind.CHOICE:
+        rule = Rule(f"must be one of {', '.join(column.choices)}", "")
         unknown = text.is_not_null() & ~text.is_in(list(column.choices))
-        checker.flag(unknown, text, column.name, rule, distinct=True)
+        checker.flag(unknown, text, column.name, rule, meant=column.other_value)
+    elif column.kind is Kind.NAME:
+        _names(text, column, checker)
     return text
 
 

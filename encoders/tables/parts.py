@@ -51,8 +51,8 @@ class TableFile:
 
 
 def format_of(path: Path) -> str:
-    """Return the suffix that names a file's format, without ``.gz`` and a part number."""
-    name = path.name.lower().removesuffix(".gz")
+    """Return the suffix that names a file's format, without ``.gz``, ``.zst`` and a part number."""
+    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
     # Unsplash ships parts as photos.tsv000, conversions.csv001, ...
     return Path(name).suffix.rstrip("0123456789")
 

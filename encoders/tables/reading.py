@@ -92,7 +92,7 @@ def _hint(file: TableFile) -> str:
     if re.fullmatch(r"\.xl\w+|\.ods", file.format):
         return " Save the sheet as CSV UTF-8."
     if file.path.suffix.lower() in (".zst", ".bz2", ".xz", ".zip", ".lz4", ".snappy"):
-        return " Unpack it first; of packed files gzip is read."
+        return " Unpack it first; of packed files gzip and Zstandard are read."
     return ""
 
 

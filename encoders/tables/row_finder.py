@@ -264,4 +264,8 @@ def _are_rows(lines: Sequence[bytes], names: Sequence[str], dialect: Dialect) ->
         return len(names) > 2
     separator = dialect.separator.decode("latin-1")
     cells = [line.decode("utf-8", "replace").split(separator) for line in lines if line]
-    return all(row[place].strip(" \"'") in choices for row in cells for place, choices in known)
+    values = [[row[place].strip(" \"'") for row in cells] for place, _ in known]
+    # The first line begins a row: an entity type of the user's own is as good in the others
+    return all(
+        {*column[1:]} <= {*choices, column[0]} for column, (_, choices) in zip(values, known)
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -18,6 +19,12 @@ MALFORMED = "__malformed"
 """Column that says why a row could not be read (rule, fix, value as in messages); else null."""
 
 ENTITY_TYPES = ("pin", "product", "query", "ad")
+"""The paper's entity types. ``query`` means related queries; any other name is a type like pins."""
+
+_ENTITY_TYPE_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+"""Names of folders and of collections in other engines, and nothing that two spellings share."""
+_TAKEN_NAMES = ("query_encoder", "entity_encoder", "forms", "unified", "entity_type")
+"""Folders of bundles and releases beside those of entity types; a header that stands twice."""
 
 ACTIONS = ("impression", "click", "long_click", "save", "add_to_cart", "checkout", "query_click")
 """What a log row can say happened, weakest first."""
@@ -37,6 +44,7 @@ class Kind(StrEnum):
     ID = "id"
     TEXT = "text"
     CHOICE = "choice"
+    NAME = "name"
     TEXT_LIST = "list of text"
     VECTOR = "vector"
     INTEGER = "integer"
@@ -48,6 +56,7 @@ DTYPES: dict[Kind, pl.DataType] = {
     Kind.ID: pl.String(),
     Kind.TEXT: pl.String(),
     Kind.CHOICE: pl.String(),
+    Kind.NAME: pl.String(),
     Kind.TEXT_LIST: pl.List(pl.String()),
     Kind.VECTOR: pl.List(pl.Float32()),
     Kind.INTEGER: pl.Int64(),
@@ -69,11 +78,15 @@ class Column:
     default: str | int | None = None
     """Value that fills nulls and a column that is absent; None: both stay as they are."""
     choices: tuple[str, ...] = ()
-    """Allowed values of a CHOICE column."""
+    """Allowed values of a CHOICE column; usual ones of a NAME column."""
     minimum: float | None = None
     """Smallest allowed value of a number."""
     max_characters: int = MAX_TEXT_CHARACTERS
     """Longest allowed text (each element of a list)."""
+
+    def other_value(self, value: str) -> str | None:
+        """Return the choice that a value of another system may mean, or None."""
+        return other_value(value, self.choices)
 
     @property
     def dtype(self) -> pl.DataType:
@@ -125,7 +138,11 @@ def _query(required: bool = True) -> Column:
 
 
 _ENTITY_TYPE = Column(
-    name="entity_type", kind=Kind.CHOICE, doc="Kind of entity.", required=True, choices=ENTITY_TYPES
+    name="entity_type",
+    kind=Kind.NAME,
+    doc="Kind of entity, or a name of your own: lower-case letters, digits and `_`.",
+    required=True,
+    choices=ENTITY_TYPES,
 )
 _LANGUAGE = Column(
     name="language",
@@ -149,8 +166,8 @@ _COUNT = Column(name="count", kind=Kind.INTEGER, doc="How often.", default=1, mi
 CATALOGUE = TableSchema(
     name="catalogue",
     doc=(
-        "What can be retrieved: pins, products, ads. Unknown columns are attributes (for filters"
-        " and answers)."
+        "What can be retrieved: pins, products, ads, your own. Unknown columns are attributes (for"
+        " filters and answers)."
     ),
     key=("entity_type", "id"),
     open=True,
@@ -291,6 +308,17 @@ LABELS = TableSchema(
 SCHEMAS: dict[str, TableSchema] = {
     s.name: s for s in (CATALOGUE, QUERIES, LOG, BOARDS, PAIRS, JUDGEMENTS, LABELS)
 }
+
+
+def is_entity_type(name: str) -> bool:
+    """Tell whether an entity type may have this name."""
+    return bool(_ENTITY_TYPE_NAME.fullmatch(name)) and name not in _TAKEN_NAMES
+
+
+def plain_entity_type(value: str) -> str | None:
+    """Write a value as the name of an entity type, or return None: it has no letters for one."""
+    plain = re.sub(r"[^a-z0-9]+", "_", value.strip().lower()).strip("_")
+    return plain if is_entity_type(plain) else None
 
 
 def schema(name: str) -> TableSchema:

@@ -30,7 +30,7 @@ from encoders.text.normal_forms import normalize_queries
 
 UInt64 = npt.NDArray[np.uint64]
 Bool = npt.NDArray[np.bool_]
-_TEXT_KINDS = (Kind.ID, Kind.TEXT, Kind.CHOICE, Kind.TEXT_LIST)
+_TEXT_KINDS = (Kind.ID, Kind.TEXT, Kind.CHOICE, Kind.NAME, Kind.TEXT_LIST)
 _TEXT_COLUMNS = {
     c.name: c.dtype
     for table in ("catalogue", "queries")

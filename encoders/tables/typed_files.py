@@ -125,6 +125,9 @@ def _plain_column(column: pa.ChunkedArray) -> pa.ChunkedArray:
     wanted = plain_type(column.type)
     if wanted == column.type:
         return column
+    if pa.types.is_decimal(column.type) and pa.types.is_floating(wanted):
+        # A direct cast multiplies, so 9.95 becomes 9.950000000000001
+        return column.cast(pa.string()).cast(wanted)
     try:
         return column.cast(wanted)
     except pa.ArrowInvalid:

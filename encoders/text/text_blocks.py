@@ -1,4 +1,4 @@
-"""Read text files in blocks of UTF-8, plain or gzip, from any encoding that was named."""
+"""Read text files in blocks of UTF-8, plain or packed, from any encoding that was named."""
 
 from __future__ import annotations
 
@@ -9,17 +9,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, cast
 
+import pyarrow as pa
+
 from encoders.errors import DataError, RowError
 
 BLOCK_BYTES = 8 << 20
 _GZIP = b"\x1f\x8b"
+_ZSTD = b"\x28\xb5\x2f\xfd"
 
 
 def open_bytes(path: Path) -> IO[bytes]:
-    """Open a file for reading, through gzip where its first bytes say so."""
+    """Open a file for reading, unpacked where its first bytes are those of gzip or Zstandard."""
     with open(path, "rb") as file:
-        packed = file.read(2) == _GZIP
-    return cast(IO[bytes], gzip.open(path, "rb") if packed else open(path, "rb"))
+        first = file.read(4)
+    if first.startswith(_GZIP):
+        return cast(IO[bytes], gzip.open(path, "rb"))
+    if first == _ZSTD:
+        return cast(IO[bytes], pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
+    return open(path, "rb")
 
 
 def text_blocks(path: Path, encoding: str, size: int = BLOCK_BYTES) -> Iterator[bytes]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-import time
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import numpy.typing as npt
 import polars as pl
 
 from encoders.errors import BundleError
+from encoders.progress import Progress
 from encoders.text.entity_texts import entity_texts
 from encoders.text.normal_forms import normalize_query
 from encoders.towers.pretrained_models import create_query_encoder
@@ -39,10 +39,8 @@ CACHED_TEXTS = 1_000_000
 Beyond that only the texts of the present call stay.
 """
 _ENGAGED = {"engaged_queries": pl.List(pl.String)}
-_PART = 8192
+_PART = 4096
 """Texts embedded between two checks of the time."""
-_PROGRESS_SECONDS = 10.0
-"""Time between two progress lines of a long call."""
 
 
 class TextEmbedding:
@@ -108,15 +106,12 @@ class TextEmbedding:
             fresh = [text for text in dict.fromkeys(texts) if text and text not in self._cache]
             if len(self._cache) + len(fresh) > CACHED_TEXTS:
                 self._cache = {text: self._cache[text] for text in set(texts) & self._cache.keys()}
-            reported = time.monotonic()
+            progress = Progress(log, "embed texts with the frozen tower", len(fresh), unit="texts")
             for start in range(0, len(fresh), _PART):
                 part = fresh[start : start + _PART]
                 vectors = self.encoder.encode(part).astype(np.float16)
                 self._cache.update(zip(part, vectors, strict=True))
-                if time.monotonic() - reported > _PROGRESS_SECONDS:
-                    reported = time.monotonic()
-                    done = start + len(part)
-                    log.info(f"frozen tower: {done:,} of {len(fresh):,} texts embedded")
+                progress.add(len(part))
             self._cache.setdefault("", np.zeros(self.dimension, np.float16))
             return np.stack([self._cache[text] for text in texts]).astype(np.float32)
 

@@ -12,12 +12,19 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from encoders.datasets.halves import DEV, rows_of_split
 from encoders.errors import DataError
 from index_builder.building.inputs import EntityInput
-from index_builder.fusion.engagements import CalibrationQueries, Engagements, NonsenseQueries
+from index_builder.fusion.engagements import (
+    NO_PAIRS,
+    CalibrationQueries,
+    Engagements,
+    NonsenseQueries,
+)
 from index_builder.fusion.fused_search import DEPTH, FusedIndex
 from index_builder.fusion.measured_recall import measure_recall
 from index_builder.fusion.nonsense import nonsense_queries
+from index_builder.fusion.probability import MIN_QUERIES
 from index_builder.fusion.votes import VOTES_FILE, Votes
 from index_builder.fusion.weights import (
     FUSION_FILE,
@@ -25,6 +32,7 @@ from index_builder.fusion.weights import (
     FusedRecall,
     Fusion,
     fit_fusion,
+    given_fusion,
 )
 from index_builder.releases.manifest import EntityManifest
 from index_builder.search.entity_index import EntityIndex
@@ -36,6 +44,7 @@ KNOWN_QUERIES = "query"
 POOLED = {"ad": "product"}
 """Types with few pairs, and the type whose calibration queries help to choose their weights."""
 CALIBRATION_SPLIT = "validation"
+FITTED_ON = f"pairs of split {CALIBRATION_SPLIT}, or held-out ones of {DEV}"
 MOST_CALIBRATION_QUERIES = 2_000
 """Of each type; the rest is not needed."""
 NONSENSE_QUERIES = 500
@@ -50,7 +59,8 @@ def with_engagements(
 ) -> dict[str, EntityInput]:
     """Give each entity type the pairs that vote and the queries that calibrate.
 
-    Train pairs vote; those of split ``validation`` calibrate; held-out pairs are not looked at.
+    Train pairs vote. Those of split ``validation`` calibrate; where there are none, the held-out
+    ones of the half ``dev`` do, which choices may look at.
 
     Args:
         inputs: By entity type.
@@ -95,14 +105,32 @@ def _nonsense(embed: Callable[[Sequence[str]], np.ndarray]) -> NonsenseQueries:
     return NonsenseQueries(texts, embed(texts))
 
 
+def with_weights(
+    inputs: Mapping[str, EntityInput], weights: Sequence[float]
+) -> dict[str, EntityInput]:
+    """Give each entity type weights that hold where too few queries calibrate.
+
+    Args:
+        inputs: By entity type.
+        weights: Of the legs: dense, lexical and perhaps votes.
+    """
+    changed = dict(inputs)
+    for entity_type in sorted(set(inputs) - {KNOWN_QUERIES}):
+        engagements = inputs[entity_type].engagements or Engagements(NO_PAIRS)
+        engagements = replace(engagements, fusion=given_fusion(weights))
+        changed[entity_type] = replace(inputs[entity_type], engagements=engagements)
+    return changed
+
+
 def _calibration(
     pairs: pl.DataFrame, embed: Callable[[Sequence[str]], np.ndarray]
 ) -> CalibrationQueries | None:
     """Return the queries that calibrate one entity type, a fixed choice where there are many."""
-    answers = (
-        pairs.filter(pl.col("split") == CALIBRATION_SPLIT)
-        .group_by("query", maintain_order=True)
-        .agg(pl.col("entity_id").unique(maintain_order=True))
+    chosen_pairs = pairs.filter(pl.col("split") == CALIBRATION_SPLIT)
+    if not chosen_pairs.height:
+        chosen_pairs = rows_of_split(pairs, DEV)
+    answers = chosen_pairs.group_by("query", maintain_order=True).agg(
+        pl.col("entity_id").unique(maintain_order=True)
     )
     if not answers.height:
         return None
@@ -135,9 +163,9 @@ def add_fusion(
     if not with_pairs:
         return
     queries = None
-    if known is None:
+    if known is None and any(engagements.pairs.height for engagements in with_pairs.values()):
         log.warning("no index of entity type query: there are no votes")
-    else:
+    if known is not None:
         queries = EntityIndex.load(content / KNOWN_QUERIES)
     legs = {
         name: _legs(content / name, queries, engagements)
@@ -151,11 +179,10 @@ def add_fusion(
             fused.votes.save(content / name, built_from)
             facts["votes"] = {**fused.votes.describe(), "queries_built_from": known.built_from}
         fusion = fused.fusion
-        if cases[name]:
+        if cases[name] and (fusion is None or len(cases[name]) >= MIN_QUERIES):
             pooled = cases.get(POOLED.get(name, ""), [])
-            fitted_on = f"pairs of split {CALIBRATION_SPLIT}"
             nonsense = _nonsense_cases(fused, with_pairs[name])
-            fusion = fit_fusion(cases[name], fitted_on, pooled, nonsense)
+            fusion = fit_fusion(cases[name], FITTED_ON, pooled, nonsense)
             fusion = replace(fusion, recall=_recall(fused, fusion, with_pairs[name]))
         if fusion is not None:
             fusion.save(content / name)
@@ -184,7 +211,7 @@ def _legs(folder: Path, queries: EntityIndex | None, engagements: Engagements) -
     """Open a staged index with the votes for its entities, and the weights it had before."""
     index = EntityIndex.load(folder)
     votes = None
-    if queries is not None:
+    if queries is not None and engagements.pairs.height:
         votes = Votes.build(engagements.pairs, queries.ids, index.ids)
     return FusedIndex(index, queries, votes, engagements.fusion)
 

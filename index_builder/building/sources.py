@@ -17,7 +17,7 @@ from encoders.inference.signal_store import SignalStore, read_part
 from encoders.tables.files import read_whole_table
 from index_builder.building.inputs import VECTOR_COLUMNS, EntityInput, align_attributes
 from index_builder.errors import NotWritable, PublisherBusy, ReleaseNotFound, UnknownEntityType
-from index_builder.fusion.engagements import Engagements
+from index_builder.fusion.engagements import NO_PAIRS, Engagements
 from index_builder.fusion.fused_search import FusedIndex
 from index_builder.lexical.counting import TEXT_FIELDS, text_fields
 from index_builder.live_log.source_age import Settled
@@ -159,12 +159,12 @@ def from_release(
 
 
 def _engagements_of(fused: FusedIndex) -> Engagements | None:
-    """Return the pairs that vote in a release, and its weights; None where none do.
+    """Return the pairs that vote in a release, and its weights; None where neither is there.
 
     Its measured recall is that of the indexes of then.
     """
     if fused.votes is None or fused.queries is None:
-        return None
+        return None if fused.fusion is None else Engagements(NO_PAIRS, fusion=fused.fusion)
     pairs = fused.votes.pairs(fused.queries.ids, fused.entities.ids)
     fusion = None if fused.fusion is None else replace(fused.fusion, recall=())
     return Engagements(pairs, fusion=fusion)

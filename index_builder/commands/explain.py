@@ -18,8 +18,8 @@ from encoders.commands.console import (
     print_table,
     say,
 )
+from encoders.commands.entity_type import EntityTypeName
 from encoders.errors import ConfigError, DataError
-from encoders.tables.schemas import ENTITY_TYPES
 from index_builder.commands.explain_fused import (
     FusedReport,
     explain_fused,
@@ -70,7 +70,7 @@ def _open(store_path: Path, release_id: str | None) -> tuple[Release, LiveFollow
 
 @group.command("query")
 @store_option
-@click.option("--entity-type", required=True, type=click.Choice(ENTITY_TYPES), help="Which index.")
+@click.option("--entity-type", required=True, type=EntityTypeName(), help="Which index.")
 @click.option("--text", help="The query.")
 @click.option("--like", "like_id", help="Use the vector of this id as the query: its neighbours.")
 @click.option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
@@ -17,10 +18,10 @@ from encoders.commands.console import (
     print_table,
     say,
 )
+from encoders.commands.entity_type import EntityTypeName
 from encoders.commands.reading_flags import reading_flags
 from encoders.errors import ConfigError
 from encoders.tables.reading_options import ReadingOptions
-from encoders.tables.schemas import ENTITY_TYPES
 from index_builder.ann import AnnConfig
 from index_builder.ann.choice import KINDS
 from index_builder.ann.old_kinds import RENAMED_KINDS, RETIRED_KINDS
@@ -47,6 +48,7 @@ _SOURCES = (
     "pairs",
     "state",
     "min_query_users",
+    "fusion_weights",
 )
 _EXCLUDED_BY_QUERY_TOWER = (
     "bundle",
@@ -82,6 +84,29 @@ def parse_memory(text: str | None) -> int | None:
     if match is None:
         raise ConfigError(f"--max-memory must be a size such as 4G or 800M, but got {text!r}")
     return round(float(match.group(1)) * _SIZES[match.group(2)])
+
+
+def parse_weights(text: str | None) -> tuple[float, ...] | None:
+    """Parse the weights of two or three legs.
+
+    Raises:
+        BadParameter: They are no such numbers.
+    """
+    if text is None:
+        return None
+    try:
+        weights = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        weights = ()
+    if (
+        len(weights) not in (2, 3)
+        or not all(0 <= w < math.inf for w in weights)
+        or not any(weights)
+    ):
+        raise click.BadParameter(
+            f"expected two or three numbers of at least 0, for example 1,0.5, got {text!r}"
+        )
+    return weights
 
 
 class IndexKind(click.Choice):
@@ -163,7 +188,7 @@ class IndexKind(click.Choice):
     "--entity-type",
     "entity_types",
     multiple=True,
-    type=click.Choice(ENTITY_TYPES),
+    type=EntityTypeName(),
     help="Only these; the others are taken over. Repeatable.",
 )
 @click.option(
@@ -179,7 +204,8 @@ class IndexKind(click.Choice):
     type=click.Path(path_type=Path, exists=True),
     help=(
         "Pairs for fused answers: queries of train pairs that are in the index of queries vote for"
-        " their entities; those of split validation fit the weights and prove the gain."
+        " their entities; those of split validation (else the dev half of held-out ones) fit the"
+        " weights and prove the gain."
     ),
 )
 @click.option(
@@ -189,6 +215,12 @@ class IndexKind(click.Choice):
         "State of `omni enrich queries`: its queries vote instead of the train pairs of --pairs;"
         " deleted users and queries do not."
     ),
+)
+@click.option(
+    "--fusion-weights",
+    metavar="DENSE,LEXICAL[,VOTES]",
+    callback=lambda context, parameter, value: parse_weights(value),
+    help="Fuse answers by these weights where fewer than 100 queries fit them, e.g. 1,0.5.",
 )
 @click.option(
     "--min-query-users",

@@ -17,7 +17,7 @@ from encoders.inference.signal_store import SignalStore
 from encoders.tables.reading import DEFAULT_OPTIONS
 from encoders.tables.reading_options import ReadingOptions
 from index_builder.building.catalogue_age import ExportedAt, SourceTimes
-from index_builder.building.fusion_build import with_engagements
+from index_builder.building.fusion_build import with_engagements, with_weights
 from index_builder.building.inputs import EntityInput, QuerySet
 from index_builder.building.order import decide
 from index_builder.building.plan import (
@@ -58,6 +58,7 @@ class RebuildSources:
         queries: Real queries to calibrate and prove with.
         pairs: Table of pairs: train pairs vote, those of split ``validation`` fit the weights.
         state: State of engaged queries, which vote instead of the train pairs.
+        fusion_weights: Of the legs, where too few queries fit them.
         min_query_users: Queries of fewer users do not vote, where the table counts ``users``.
         reading: How the catalogue's files are written.
         exported_at: When the catalogue was current, as ``--exported-at`` says.
@@ -72,6 +73,7 @@ class RebuildSources:
     pairs: Path | None = None
     state: Path | None = None
     min_query_users: int = 3
+    fusion_weights: tuple[float, ...] | None = None
     reading: ReadingOptions = DEFAULT_OPTIONS
     exported_at: ExportedAt = None
 
@@ -146,6 +148,8 @@ def gather(
     if not dry_run:
         embed_foreign_live(store, towers, inputs, config)
         inputs = _with_pairs(sources, towers, inputs)
+        if sources.fusion_weights is not None:
+            inputs = with_weights(inputs, sources.fusion_weights)
     return Gathered(inputs, bundle, _queries(sources.queries, towers, config))
 
 
@@ -263,7 +267,9 @@ def _embed(towers: Towers, catalogue: pl.DataFrame, signal_root: Path) -> None:
     """Embed the rows whose inputs changed since the signal store was written."""
     from encoders.inference.batch_embedding import embed_catalogue
 
-    report = embed_catalogue(towers.loaded, [catalogue], SignalStore(signal_root))
+    report = embed_catalogue(
+        towers.loaded, [catalogue], SignalStore(signal_root), total=catalogue.height
+    )
     for name, entity in report.entity_types.items():
         say(
             f"{name}: {entity.embedded:,} embedded, {entity.unchanged + entity.resumed:,} taken"

@@ -31,6 +31,9 @@ class CalibrationQueries(NamedTuple):
     """Queries that nothing answers; None: no gate is fitted."""
 
 
+NO_PAIRS = pl.DataFrame(schema={"query": pl.String, "entity_id": pl.String, "count": pl.Int64})
+
+
 @dataclass(frozen=True, slots=True)
 class Engagements:
     """Engagements with the entities of one type.
@@ -38,7 +41,7 @@ class Engagements:
     Attributes:
         pairs: ``query, entity_id`` and perhaps ``count``: known queries vote for these entities.
         calibration: Queries on which the weights of the legs are fitted, or None.
-        fusion: Weights to keep where there are no such queries, or None.
+        fusion: Weights to keep where there are no or few such queries, or None.
     """
 
     pairs: pl.DataFrame

@@ -109,7 +109,9 @@ class Fusion:
 
     def __str__(self) -> str:
         """Say the weights and what they gain."""
-        weights = ", ".join(f"{leg} {w:g}" for leg, w in zip(LEGS, self.weights, strict=True))
+        weights = ", ".join(f"{leg} {w:.3g}" for leg, w in zip(LEGS, self.weights, strict=True))
+        if not self.queries:
+            return f"fusion {'on' if self.enabled else 'off'} ({weights}), by weights as given"
         return (
             f"fusion {'on' if self.enabled else 'off'} ({weights}): Recall@10"
             f" {self.dense_recall:.3f} -> {self.fused_recall:.3f}, {self.gain:+.3f}"
@@ -178,6 +180,27 @@ class Fusion:
             raise IndexFormatError(
                 f"{where} cannot be read ({error!r}). Rebuild this release."
             ) from error
+
+
+def given_fusion(weights: Sequence[float]) -> Fusion:
+    """Take weights as they are: nothing is measured, and answers are fused by them.
+
+    Args:
+        weights: Of the legs, in the order of ``LEGS``; those left out are 0.
+    """
+    dense, lexical, votes = (*weights, 0.0, 0.0)[: len(LEGS)]
+    return Fusion(
+        weights=(dense, lexical, votes),
+        enabled=True,
+        queries=0,
+        pairs=0,
+        dense_recall=0.0,
+        fused_recall=0.0,
+        gain=0.0,
+        gain_low=0.0,
+        gain_high=0.0,
+        fitted_on="nothing: given",
+    )
 
 
 def _curve(values: dict[str, list[float]]) -> ProbabilityCurve:

@@ -83,9 +83,7 @@ def summary(result: RetrieveResult) -> str:
 @click.option(
     "--type",
     "entity_type",
-    default="pin",
-    show_default=True,
-    help="Entity type: pin, product, query or ad.",
+    help="Entity type. Default: pin, or the largest one where the release has no pins.",
 )
 @click.option("-k", default=10, show_default=True, help="Results wanted.")
 @click.option(
@@ -174,7 +172,7 @@ def summary(result: RetrieveResult) -> str:
 @handle_errors
 def command(
     text: str,
-    entity_type: str,
+    entity_type: str | None,
     k: int,
     server: str,
     filter_text: str,
@@ -220,6 +218,7 @@ def command(
     )
     config = ClientConfig(deadline_seconds=deadline, token=token, tls=security)
     with RetrievalClient(server, config) as client:
+        entity_type = entity_type or _usual_type(client, release_id, deadline)
         result = client.retrieve(
             text,
             entity_type,
@@ -262,6 +261,14 @@ def command(
             row[1:1] = [scores.fused, scores.lexical, scores.votes]
     print_table(f"{entity_type}: {len(rows)} of at most {k}", columns, rows)
     say(summary(result))
+
+
+def _usual_type(client: RetrievalClient, release_id: str, deadline: float) -> str:
+    """Choose what is asked for where nothing is said."""
+    entities = client.describe_release(release_id, deadline_seconds=deadline).entities
+    if "pin" in entities or not entities:
+        return "pin"
+    return max(entities, key=lambda name: entities[name].count)
 
 
 def _require_text(given: str) -> None:

@@ -260,7 +260,7 @@ def publish(demo: Demo, dataset: Dataset) -> None:
     catalogue = pl.concat([dataset.catalogue, queries.drop("split")], how="diagonal_relaxed")
     signals = SignalStore(demo.out / "signals")
     with stage(f"embed {catalogue.height:,} entities", demo.timings):
-        embed_catalogue(bundle, [catalogue], signals)
+        embed_catalogue(bundle, [catalogue], signals, total=catalogue.height)
     heldout = dataset.split("dev")["query"].unique(maintain_order=True).to_list()
     with stage("build, calibrate, prove and publish the release", demo.timings):
         store = ReleaseStore(demo.store)

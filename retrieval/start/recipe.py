@@ -6,11 +6,8 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
-import polars as pl
-
-from encoders.tables.files import scan_parts, write_table
+from retrieval.start.tables import Prepared
 
 FEWEST_PAIRS = 2_000
 """Train pairs below which towers learn entities by heart, and the shipped tower alone finds more.
@@ -18,10 +15,8 @@ FEWEST_PAIRS = 2_000
 A judgement between the sample (217,198 pairs: trained towers far ahead) and few_pairs.md, not a
 measurement on many catalogues.
 """
-HELD_OUT_SHARE = 0.1
-"""Share of the queries of ready pairs that are held out, where the file holds none out."""
-_PSEUDO_PAIRS = 1_000
-"""Of each entity type."""
+USUAL_WEIGHTS = "1,0.5"
+"""Of vectors and words where no pairs fit them: those of the sample, zero-shot."""
 _SMALLEST_SHARE = 1
 _SHARES = 16
 
@@ -77,68 +72,12 @@ share = {share}
 """
 
 
-class Prepared(NamedTuple):
-    """The tables in ``OUT/data``."""
-
-    pairs: Path
-    """File or folder."""
-    train_pairs: dict[str, int]
-    """Distinct train pairs by entity type."""
-    has_engaged_queries: bool
-
-
-def count_pairs(pairs: Path) -> dict[str, int]:
-    """Count the distinct train pairs of each entity type."""
-    frame = scan_parts(pairs) if pairs.is_dir() else pl.scan_parquet(pairs, glob=False)
-    counts = (
-        frame.filter(pl.col("split") == "train")
-        .select("query", "entity_type", "entity_id")
-        .unique()
-        .group_by("entity_type")
-        .len()
-        .collect()
-    )
-    return dict(sorted(counts.iter_rows()))
-
-
-def hold_out(pairs: Path) -> None:
-    """Hold out some queries of a pairs file for evaluation, where none are."""
-    frame = pl.read_parquet(pairs, glob=False)
-    if (frame["split"] != "train").any():
-        return
-    chosen = pl.col("query").hash(seed=7) % 1000 < int(1000 * HELD_OUT_SHARE)
-    split = pl.when(chosen).then(pl.lit("heldout")).otherwise(pl.lit("train"))
-    write_table(frame.with_columns(split.alias("split")), pairs)
-
-
-def pairs_of_titles(catalogue: Path, out: Path) -> None:
-    """Write titles as if they were queries for their entities: what a zero-shot run reads.
-
-    Each is a train pair, which the run wants, and a validation pair, by which weight 0 is taken.
-    """
-    rows = pl.read_parquet(catalogue, glob=False)
-    text = next((name for name in ("title", "description") if name in rows.columns), "id")
-    titled = rows.filter(pl.col(text).fill_null("").str.strip_chars() != "")
-    frame = (
-        titled.group_by("entity_type", maintain_order=True)
-        .head(_PSEUDO_PAIRS)
-        .select(
-            query=pl.col(text).str.head(200),
-            entity_type="entity_type",
-            entity_id="id",
-            count=pl.lit(1),
-        )
-    )
-    splits = (frame.with_columns(split=pl.lit(split)) for split in ("train", "validation"))
-    write_table(pl.concat(splits), out)
-
-
 def write_config(path: Path, prepared: Prepared, seconds: int, *, zero_shot: bool) -> None:
     """Write a TOML config beside ``data/``."""
     head = _ZERO_SHOT if zero_shot else _TRAINED.format(seconds=seconds)
     total = sum(prepared.train_pairs.values())
     common = _COMMON.format(
-        pairs=prepared.pairs.name,
+        pairs=prepared.pairs.name if prepared.pairs else "pairs",
         batch=max(16, min(1024, 2 ** int(math.log2(max(total, 1) / 2 + 1)))),
         cross_fit=4 if prepared.has_engaged_queries and not zero_shot else 0,
         fraction=0.1 if total < 50_000 else 0.03,

@@ -173,7 +173,7 @@ def test_process_full_disk_is_one_line_and_leaves_no_partial_file(tmp_path: Path
 @pytest.mark.slow
 def test_process_ascii_terminal_prints_any_text(tmp_path: Path) -> None:
     catalogue = tmp_path / "c.csv"
-    catalogue.write_text("id,entity_type,title\np0,shoe,🎂\n", encoding="utf-8")
+    catalogue.write_text("id,entity_type,title\np0,Shoe,🎂\n", encoding="utf-8")
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
     done = subprocess.run(
         [sys.executable, "-m", "encoders", "data", "describe", str(catalogue), "--drop-bad-rows"],

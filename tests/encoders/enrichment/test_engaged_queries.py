@@ -388,7 +388,8 @@ def test_command_reads_every_named_file(tmp_path: Path) -> None:
 
 def test_command_counts_the_bad_rows_it_left_out(tmp_path: Path) -> None:
     (tmp_path / "log.csv").write_text(
-        "timestamp,query,entity_type,entity_id,action\n1700000000,q,pin,a,save\n1700000001,q,shoe,a,save\n"
+        "timestamp,query,entity_type,entity_id,action\n"
+        "1700000000,q,pin,a,save\n1700000001,q,a shoe,a,save\n"
     )
     arguments = [
         "queries",
@@ -404,4 +405,4 @@ def test_command_counts_the_bad_rows_it_left_out(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     counts = json.loads(result.stdout)
     assert counts["events added"] == 1
-    assert counts["bad rows left out: must be one of pin, product, query, ad"] == 1
+    assert sum(n for name, n in counts.items() if "must be a name" in name) == 1

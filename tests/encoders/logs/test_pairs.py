@@ -270,6 +270,14 @@ def test_build_pairs_every_event_is_a_pair_or_has_a_reason(rows: list) -> None:
         assert sum((p.counts for p in apart), Counter()) == +whole.counts
 
 
+def test_build_pairs_own_entity_type_is_paired_and_capped_as_products_are() -> None:
+    actions = ["save", "checkout", "click", "query_click"]
+    rows = [(1.0, f"q{n}", "u", "listing", "a", action) for n in range(300) for action in actions]
+    pairs = build_pairs(events_of(*rows), PairsConfig(), SPLIT).frame
+    assert set(pairs["action"]) == {"save", "checkout"}
+    assert pairs["query"].n_unique() == 200
+
+
 def test_build_pairs_empty_log_gives_none() -> None:
     pairs = build_pairs(pl.DataFrame(schema=EVENT_SCHEMA), PairsConfig(), SPLIT)
     assert pairs.frame.height == 0
@@ -281,7 +289,7 @@ def test_build_pairs_empty_log_gives_none() -> None:
     "arguments",
     [
         {"caps": {"pin": 0}},
-        {"caps": {"shoe": 5}},
+        {"caps": {"a shoe": 5}},
         {"actions": {"pin": ("impression",)}},
         {"train_days": 0},
         {"gap_days": -1},
@@ -445,7 +453,7 @@ def test_command_bad_rows_of_boards_are_counted(log_file: Path, tmp_path: Path) 
 
 
 def test_command_says_how_many_bad_rows_it_left_out(tmp_path: Path) -> None:
-    rows = ("1700000000,q,pin,a,save", "1700000001,q,shoe,a,save")
+    rows = ("1700000000,q,pin,a,save", "1700000001,q,Shoe,a,save")
     header = "timestamp,query,entity_type,entity_id,action"
     (tmp_path / "log.csv").write_text("\n".join((header, *rows)) + "\n")
     arguments = [

@@ -195,7 +195,7 @@ def test_check_table_several_paths_are_one_table(tmp_path: Path) -> None:
 
 def test_check_table_rejected_rows_are_as_they_were_read(tmp_path: Path) -> None:
     path = tmp_path / "c.csv"
-    path.write_text("id,entity_type,x\na,pin,3.50\nb,shoe,4.50\n")
+    path.write_text("id,entity_type,x\na,pin,3.50\nb,Shoe,4.50\n")
     checked = check_table(path, "catalogue", on_bad_rows="drop")
     assert checked.frame["x"].to_list() == [3.5]
     assert checked.rejected["x"].to_list() == ["4.50"]

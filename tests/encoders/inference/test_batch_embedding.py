@@ -302,12 +302,12 @@ def test_stream_catalogue_every_format_gives_same_rows(tmp_path, suffix):
 
 def test_stream_catalogue_bad_row_names_file_and_row_across_chunks(tmp_path):
     lines = [
-        json.dumps({"id": f"e{i}", "entity_type": "pin" if i != 33 else "pine", "title": "x"})
+        json.dumps({"id": f"e{i}", "entity_type": "pin" if i != 33 else "a pine", "title": "x"})
         for i in range(40)
     ]
     path = tmp_path / "catalogue.jsonl"
     path.write_text("\n".join(lines))
-    with pytest.raises(RowError, match=r"catalogue\.jsonl.*34.*pine"):
+    with pytest.raises(RowError, match=r"catalogue\.jsonl.*34.*a pine"):
         list(stream_catalogue([path], chunk_rows=10))
     path.write_text("\n".join(lines[:12]) + "\n{broken\n")
     with pytest.raises(RowError, match=r"catalogue\.jsonl: row 13: not valid JSON"):

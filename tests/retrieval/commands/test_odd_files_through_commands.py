@@ -51,7 +51,7 @@ def train(catalogue: Path, pairs: Path, folder: Path) -> Path:
 def pairs_log(case: Odd, file: Path, folder: Path) -> tuple[Path, pl.DataFrame]:
     """A log in which each entity of a file was saved for two queries."""
     rows = check_table(file, "catalogue", reading=case.options).frame
-    log = rows.select("entity_type", entity_id="id", action=pl.lit("save"))
+    log = rows.select("entity_type", entity_id="id", action=pl.lit("save"), user_id=pl.lit("u"))
     asked = [log.with_columns(query=pl.lit(query)) for query in ("red barn", "blue boat")]
     path = folder / "log.parquet"
     pl.concat(asked).with_columns(timestamp=pl.lit("2026-01-01T00:00:00Z")).write_parquet(path)
@@ -89,8 +89,10 @@ def test_accepted_file_passes_pairs_train_rebuild_and_serve(
     )
     pairs = pl.read_parquet(data / "pairs" / "*.parquet")
     assert set(pairs["entity_id"]) == set(rows["id"])
-    # Where options say how it is written, the table of `omni pairs` is what training reads
-    train(data / "catalogue.parquet" if flags else file, data / "pairs", tmp_path)
+    # Where options say how it is written, or queries are its only texts, training reads the table
+    # that `omni pairs` wrote
+    direct = not flags and bool({"title", "board_titles"} & set(rows.columns))
+    train(file if direct else data / "catalogue.parquet", data / "pairs", tmp_path)
     store = tmp_path / "store"
     omni("rebuild", "--store", store, "--bundle", trained, "--catalogue", file, *flags, "--quiet")
     releases = ReleaseStore(store)

@@ -1,6 +1,7 @@
 """``omni bench hostile``: every flood, bomb and fuzzed byte of ``attacks``, a good client beside.
 
-What is measured is the neighbour: its slowest call, its errors, and the server's memory.
+What is measured is the neighbour: its slowest call, its errors, and the server's memory. And how
+long thousands of clients wait that connect again at once.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import click
 import grpc
 
 from benchmarks.faults.attacks import Attack, attacks, run_numbered
+from benchmarks.faults.reconnect import reconnect
 from benchmarks.faults.servers import ServerProcess
 from benchmarks.record import RESULTS, Measurement, write_record
 from benchmarks.small_releases import small_release, write_small_bundle
@@ -39,6 +41,8 @@ CALL_SECONDS = 0.02
 DEADLINE_SECONDS = 20.0
 COUNTS = {"pin": 2000, "product": 200}
 TRANSPORTS = ("http2", "grpcio")
+RECONNECT_SECONDS = 2.0
+RECONNECT_WORKERS = 2
 
 
 class GoodClient:
@@ -133,6 +137,25 @@ def hostile(
             server.stop()
 
 
+def reconnecting(transport: str, clients: int) -> dict[str, Any]:
+    """Have clients connect at once to a server of two workers."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        encoder = write_small_bundle(root / "bundle", seed=1)
+        store = ReleaseStore(root / "store")
+        small_release(store, root / "bundle", encoder, counts=COUNTS)
+        flags = ("--transport", transport, "--workers", str(RECONNECT_WORKERS))
+        server = ServerProcess(store.root, *flags)
+        try:
+            with stage(f"{transport}: {clients} clients connect at once"):
+                found = reconnect(server, clients)
+        finally:
+            server.stop()
+    is_ok = not found["failed"] and found["served_s"] <= RECONNECT_SECONDS
+    say(f"all served after {found['served_s']} s, {found['failed']} failed")
+    return {**found, "workers": RECONNECT_WORKERS, "ok": is_ok}
+
+
 @click.command("hostile", context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--seconds", default=10.0, show_default=True, help="Length of each attack.")
 @click.option(
@@ -148,6 +171,12 @@ def hostile(
     multiple=True,
     help="Run only attacks with this in their name; repeat. Default: all.",
 )
+@click.option(
+    "--clients",
+    default=5000,
+    show_default=True,
+    help="That connect at once to two workers; 0: none.",
+)
 @click.option("--seed", default=0, show_default=True, help="Of the fuzzer.")
 @click.option(
     "--out",
@@ -161,21 +190,21 @@ def command(
     seconds: float,
     transports: tuple[str, ...],
     names: tuple[str, ...],
+    clients: int,
     seed: int,
     out: Path,
     as_json: bool,
 ) -> None:
     """Attack a real server in every known way, a good client beside.
 
-    Exit code 1 if the good client has an error or a call of more than 250 ms, or if the server
-    grows by more than 200 MiB.
+    Exit code 1 if the good client has an error or a call of more than 250 ms, if the server grows
+    by more than 200 MiB, or if clients that connect at once are not all served within 2 s.
 
     Example: omni bench hostile --seconds 2 --transport http2
     """
-    metrics = {
-        transport: hostile(transport, seconds, names, seed)
-        for transport in transports or TRANSPORTS
-    }
+    chosen = transports or TRANSPORTS
+    metrics = {transport: hostile(transport, seconds, names, seed) for transport in chosen}
+    storms = {name: reconnecting(name, clients) for name in chosen} if clients else {}
     write_record(
         "hostile",
         Measurement(
@@ -184,16 +213,21 @@ def command(
             protocol={
                 "client": "grpcio, one cached Retrieve every 20 ms, on the same machine",
                 "attacker": "a process of its own that connects again when the server hangs up",
-                "limits": {"slowest_ms": MAX_CALL_MS, "growth_mib": MAX_GROWTH_MIB},
+                "limits": {
+                    "slowest_ms": MAX_CALL_MS,
+                    "growth_mib": MAX_GROWTH_MIB,
+                    "reconnect_s": RECONNECT_SECONDS,
+                },
             },
-            metrics=metrics,
+            metrics={**metrics, "reconnect": storms},
             libraries=("grpcio",),
         ),
         folder=out,
     )
     failed = [row for rows in metrics.values() for row in rows if not row["ok"]]
+    late = [name for name, storm in storms.items() if not storm["ok"]]
     if as_json:
-        print_json(metrics)
+        print_json({**metrics, "reconnect": storms})
     else:
         for transport, rows in metrics.items():
             print_table(
@@ -201,5 +235,16 @@ def command(
                 ["attack", "calls", "errors", "p50 ms", "slowest ms", "memory MiB", ""],
                 [[*list(row.values())[:-1], "ok" if row["ok"] else "FAILED"] for row in rows],
             )
+        if storms:
+            print_table(
+                f"Clients that connect at once, {RECONNECT_WORKERS} workers",
+                ["transport", "clients", "all served s", "p50 ms", "failed", ""],
+                [
+                    [name, *list(one.values())[:4], "ok" if one["ok"] else "FAILED"]
+                    for name, one in storms.items()
+                ],
+            )
     if failed:
         fail(f"{len(failed)} attacks hurt the good client or the server's memory.")
+    if late:
+        fail(f"clients that connect at once waited too long: {', '.join(late)}.")

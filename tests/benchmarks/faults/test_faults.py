@@ -12,6 +12,7 @@ import pytest
 from benchmarks.faults import kills as fault_kills
 from benchmarks.faults import overload as fault_overload
 from benchmarks.faults.faults import merged
+from benchmarks.faults.reconnect import reconnect
 from benchmarks.faults.servers import ServerProcess, prepare_store
 from benchmarks.faults.storms import clock_jump, damaged_index, full_disk, hostile_redis
 from benchmarks.faults.swaps import swaps_under_load
@@ -167,6 +168,16 @@ def test_overload_is_refused_and_accepted_calls_are_in_time(
 def test_hostile_redis_fails_nothing(prepared: Prepared, kind: str) -> None:
     pytest.importorskip("redis")
     assert asyncio.run(hostile_redis(kind, prepared.store.root))["failed"] == 0
+
+
+@pytest.mark.slow
+def test_reconnect_serves_every_client(prepared: Prepared) -> None:
+    server = ServerProcess(prepared.store.root)
+    try:
+        found = reconnect(server, 40, rounds=2)
+    finally:
+        server.stop()
+    assert found["clients"] == 40 and found["failed"] == 0 and found["served_s"] > 0
 
 
 def test_merged_records_of_parts_add_up() -> None:

@@ -17,7 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "release": (
         "index_builder.commands.release:group",
-        "List, show, verify, diff, activate, roll back and collect releases.",
+        "List, show, verify, diff, activate, roll back, push, pull and collect releases.",
     ),
     "explain": (
         "index_builder.commands.explain:group",

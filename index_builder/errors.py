@@ -15,6 +15,7 @@ OmniError
 │   │   └── IndexFormatError  index files are missing, damaged or do not fit each other
 │   ├── ReleaseVersionError  written by another format version
 │   ├── UnsupportedCpu     an index kind needs instructions this CPU lacks
+│   ├── RemoteUnreachable  a store at a URL does not answer, or refuses
 │   └── PublishError       a release was not published; what was active stays active
 │       ├── PublisherBusy  another publisher holds the lock, or the id is taken
 │       ├── GateFailed     a measured figure misses its target; the message says what to raise
@@ -120,6 +121,10 @@ class UnsupportedCpu(ReleaseError):
             f"index kind {kind!r} needs the CPU features {', '.join(missing)}, which this CPU"
             " lacks. Rebuild with --index hnsw, or serve on a machine that has them."
         )
+
+
+class RemoteUnreachable(ReleaseError):
+    """A store at a URL does not answer, or refuses; nothing that was active has changed."""
 
 
 class PublishError(ReleaseError):

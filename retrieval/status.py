@@ -44,6 +44,7 @@ STATUS: dict[type[OmniError], grpc.StatusCode] = {
     index_errors.UnknownEntityType: grpc.StatusCode.NOT_FOUND,
     index_errors.ReleaseError: grpc.StatusCode.FAILED_PRECONDITION,
     index_errors.ReleaseNotFound: grpc.StatusCode.NOT_FOUND,
+    index_errors.RemoteUnreachable: grpc.StatusCode.UNAVAILABLE,
     index_errors.PublisherBusy: grpc.StatusCode.UNAVAILABLE,
     index_errors.DiskFull: grpc.StatusCode.RESOURCE_EXHAUSTED,
     index_errors.LiveLogError: grpc.StatusCode.UNAVAILABLE,

@@ -45,8 +45,9 @@ ROOMS: dict[str, dict[str, str]] = {
         "search": "native storage filters ann live_log lexical",
         "fusion": "storage lexical search",
         "releases": "storage filters ann live_log search fusion",
+        "remote": "storage releases",
         "building": "storage filters ann live_log lexical search fusion releases",
-        "commands": "storage filters ann live_log search fusion releases building",
+        "commands": "storage filters ann live_log search fusion releases remote building",
     },
     "retrieval": {
         "bounds": "",

@@ -1,4 +1,4 @@
-"""``omni release``: list, show, verify, diff, activate, roll back and collect releases."""
+"""``omni release``: list, show, verify, diff, activate, roll back, move and collect releases."""
 
 from __future__ import annotations
 
@@ -22,7 +22,14 @@ from encoders.commands.console import (
     say,
     stdout,
 )
-from index_builder.commands.store_option import full_release_id, open_store, store_option
+from encoders.errors import ConfigError
+from index_builder.commands.release_remote import collect_url, pull_command, push_command
+from index_builder.commands.store_option import (
+    full_release_id,
+    open_store,
+    store_option,
+    store_or_url_option,
+)
 from index_builder.errors import LiveLogError, ReleaseCorrupt, ReleaseError, ReleaseNotFound
 from index_builder.live_log.files import log_files
 from index_builder.live_log.maintenance import trust_log as trust_checksums
@@ -42,7 +49,7 @@ def _named_or_current(store: ReleaseStore, release_id: str | None) -> str:
 
 @click.group()
 def group() -> None:
-    """List, show, verify, diff, activate, roll back and collect releases.
+    """List, show, verify, diff, activate, roll back, push, pull and collect releases.
 
     The start of an id is enough where only one begins so.
 
@@ -50,16 +57,27 @@ def group() -> None:
     """
 
 
+group.add_command(push_command)
+group.add_command(pull_command)
+
+
 @group.command("list")
-@store_option
+@store_or_url_option
 @json_option
 @handle_errors
-def list_command(store_path: Path, as_json: bool) -> None:
+def list_command(store_path: str, as_json: bool) -> None:
     """List the releases of a store, oldest first; the active one is marked.
 
     Example: omni release list --store store
     """
-    summaries = open_store(store_path).list()
+    from index_builder.remote.object_store import ObjectStore, is_url
+
+    if is_url(store_path):
+        from index_builder.remote.collection import list_remote
+
+        summaries = list_remote(ObjectStore(store_path))
+    else:
+        summaries = open_store(Path(store_path)).list()
     if as_json:
         print_json([asdict(summary) for summary in summaries])
         return
@@ -408,7 +426,7 @@ def _say_active(release_id: str, before: str | None, as_json: bool) -> None:
 
 
 @group.command("gc")
-@store_option
+@store_or_url_option
 @click.option(
     "--keep",
     type=int,
@@ -428,15 +446,24 @@ def _say_active(release_id: str, before: str | None, as_json: bool) -> None:
 @json_option
 @handle_errors
 def gc_command(
-    store_path: Path, keep: int, drop_folded_log: bool, dry_run: bool, as_json: bool
+    store_path: str, keep: int, drop_folded_log: bool, dry_run: bool, as_json: bool
 ) -> None:
     """Remove old releases and what interrupted builds left.
 
-    Releases that any process has open stay.
+    Releases that any process has open stay. Of a store at a URL, packs that no release uses go a
+    day after a collection has found them.
 
     Example: omni release gc --keep 3 --store store
     """
-    removed = open_store(store_path).gc(keep, dry_run=dry_run, drop_folded_log=drop_folded_log)
+    from index_builder.remote.object_store import is_url
+
+    if is_url(store_path):
+        if drop_folded_log:
+            raise ConfigError("--drop-folded-log: a store at a URL has no live log; leave it out")
+        collect_url(store_path, keep, dry_run, as_json)
+        return
+    store = open_store(Path(store_path))
+    removed = store.gc(keep, dry_run=dry_run, drop_folded_log=drop_folded_log)
     if as_json:
         print_json({"removed": removed, "dry_run": dry_run})
     else:

@@ -19,6 +19,15 @@ store_option = click.option(
     help="Folder with releases/ and live/ (also read from OMNI_STORE).",
 )
 
+store_or_url_option = click.option(
+    "--store",
+    "store_path",
+    envvar="OMNI_STORE",
+    default="store",
+    show_default=True,
+    help="Folder with releases/ and live/, or the URL of pushed releases (also OMNI_STORE).",
+)
+
 
 def open_store(store_path: Path) -> ReleaseStore:
     """Return the store of a command."""

@@ -194,6 +194,21 @@ class ReleaseStore:
         manifest = self.path_of(release_id) / MANIFEST_NAME
         return FileLock(self._locks / f"open-{release_id}.lock"), FileLock(manifest, create=False)
 
+    @contextmanager
+    def held(self, release_id: str) -> Iterator[Path]:
+        """Keep ``gc`` away from a release that is read without being opened; gives its folder.
+
+        Raises:
+            PublisherBusy: It is being removed.
+        """
+        path = self.path_of(release_id)
+        lease = self._leased(release_id) if path.is_dir() else None
+        try:
+            yield path
+        finally:
+            if lease is not None:
+                lease.release()
+
     def ids(self) -> list[str]:
         """Return the ids of all published releases, in the order in which they were published."""
         if not self.releases.is_dir():
@@ -330,7 +345,6 @@ class ReleaseStore:
             PublishError: The parent changed while building.
             DiskFull: No room.
         """
-        target = self.path_of(manifest.release_id)
         with self.lock("publish", wait_seconds=60.0):
             active = self.current()
             if require_parent and active != manifest.parent:
@@ -338,24 +352,58 @@ class ReleaseStore:
                     f"this partial rebuild took indexes over from {manifest.parent}, but {active}"
                     " became active meanwhile. Nothing was published; run it again."
                 )
-            if target.exists():
-                if read_manifest(target).files != manifest.files:
-                    raise PublisherBusy(
-                        f"a release {manifest.release_id!r} with other content exists already;"
-                        " choose another --release-id"
-                    )
-                shutil.rmtree(staging)
-            else:
-                check_names_and_sizes(staging, manifest)
-                content = self._numbered(manifest).to_bytes()
-                with disk_full_is_clear("publishing the release", self.releases):
-                    write_durably(staging / MANIFEST_NAME, content)
-                    fsync_tree(staging)
-                    os.rename(staging, target)
-                    fsync_folder(self.releases)
+            if not self._is_published(staging, manifest):
+                self._move_into_place(staging, manifest, self._numbered(manifest).to_bytes())
             if activate:
                 self._set_current(manifest.release_id)
         return manifest.release_id
+
+    def adopt(self, staging: Path, content: bytes, *, activate: bool = True) -> str:
+        """Publish a release of another store: its manifest stays as it is there, to the byte.
+
+        Args:
+            staging: Inside ``releases/``; holds exactly the files of the manifest.
+            content: The bytes of that manifest.
+            activate: Make it the active release.
+
+        Returns:
+            The release id.
+
+        Raises as ``publish`` does, but for the parent.
+        """
+        manifest = Manifest.from_bytes(content, staging.name)
+        with self.lock("publish", wait_seconds=60.0):
+            if not self._is_published(staging, manifest):
+                self._move_into_place(staging, manifest, content)
+            if activate:
+                self._set_current(manifest.release_id)
+        return manifest.release_id
+
+    def _is_published(self, staging: Path, manifest: Manifest) -> bool:
+        """Return whether this very content is there already; then the staging folder goes.
+
+        Raises:
+            PublisherBusy: The id is taken by other content.
+        """
+        target = self.path_of(manifest.release_id)
+        if not target.exists():
+            return False
+        if read_manifest(target).files != manifest.files:
+            raise PublisherBusy(
+                f"a release {manifest.release_id!r} with other content exists already; choose"
+                " another --release-id"
+            )
+        shutil.rmtree(staging)
+        return True
+
+    def _move_into_place(self, staging: Path, manifest: Manifest, content: bytes) -> None:
+        """Make a staging folder durable and visible; the ``publish`` lock is held."""
+        check_names_and_sizes(staging, manifest)
+        with disk_full_is_clear("publishing the release", self.releases):
+            write_durably(staging / MANIFEST_NAME, content)
+            fsync_tree(staging)
+            os.rename(staging, self.path_of(manifest.release_id))
+            fsync_folder(self.releases)
 
     def _numbered(self, manifest: Manifest) -> Manifest:
         """Return a manifest with the next number; the ``publish`` lock is held."""

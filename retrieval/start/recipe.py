@@ -16,7 +16,7 @@ A judgement between the sample (217,198 pairs: trained towers far ahead) and few
 measurement on many catalogues.
 """
 USUAL_WEIGHTS = "1,0.5"
-"""Of vectors and words where no pairs fit them: those of the sample, zero-shot."""
+"""Of vectors and words where no pairs fit them: a judgement, not a measurement."""
 _SMALLEST_SHARE = 1
 _SHARES = 16
 

@@ -10,10 +10,13 @@ from grpc_health.v1 import health_pb2
 
 from encoders.extras import extra_named
 from protos import retrieval_pb2 as pb
+from retrieval.client import tables
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    import pandas
+    import polars
 
     Float32 = npt.NDArray[np.float32]
 
@@ -46,8 +49,40 @@ class Timings(NamedTuple):
     rerank_ns: int
 
 
+class HitTable:
+    """What an answer with hits can be turned into."""
+
+    __slots__ = ()
+
+    hits: list[Hit]
+    fused: list[FusedScore] | None
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids, best first."""
+        return [hit.id for hit in self.hits]
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Return a dictionary per hit: ``rank``, ``id``, ``score``, and its attributes.
+
+        A fused answer has ``fused``, ``lexical``, ``votes`` and ``probability``, too.
+        """
+        return tables.rows_of(self.hits, self.fused)
+
+    def to_polars(self) -> polars.DataFrame:
+        """Return ``to_dicts`` as a polars frame; the extra ``notebook`` brings polars."""
+        return tables.polars_frame(self.to_dicts())
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return ``to_dicts`` as a pandas frame; the extra ``notebook`` brings pandas."""
+        return tables.pandas_frame(self.to_dicts())
+
+    def _html(self, about: str) -> str:
+        return tables.html_table(f"{len(self.hits)} hits, {about}", self.hits, self.fused)
+
+
 @dataclass(frozen=True, slots=True)
-class RetrieveResult:
+class RetrieveResult(HitTable):
     """Answer to one query over one entity type, best first."""
 
     hits: list[Hit]
@@ -71,14 +106,14 @@ class RetrieveResult:
     unknown_share: float = 0.0
     """Share of the query's characters that the query tower does not know."""
 
-    @property
-    def ids(self) -> list[str]:
-        """The ids, best first."""
-        return [hit.id for hit in self.hits]
+    def _repr_html_(self) -> str:
+        """Show the hits in a notebook, with their pictures if those attributes were asked for."""
+        took = f"{self.timings.total_ns / 1e6:.1f} ms in the server"
+        return self._html(f"release {self.release_id}, plan {self.plan}, {took}")
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(HitTable):
     """One search of a ``retrieve_multi`` or ``retrieve_batch``."""
 
     hits: list[Hit]
@@ -96,10 +131,9 @@ class Answer:
     fused: list[FusedScore] | None = None
     """As in ``RetrieveResult``."""
 
-    @property
-    def ids(self) -> list[str]:
-        """The ids, best first."""
-        return [hit.id for hit in self.hits]
+    def _repr_html_(self) -> str:
+        """Show the hits in a notebook, as those of a ``RetrieveResult``."""
+        return self._html(f"{self.entity_type}, plan {self.plan}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +145,10 @@ class Answers:
     space_id: str
     timings: Timings
     request_id: str
+
+    def _repr_html_(self) -> str:
+        """Show every answer in a notebook."""
+        return "".join(answer._repr_html_() for answer in self.answers)
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ EXTRA_OF_MODULE: dict[str, tuple[str, str]] = {
         name: (name, "train")
         for name in (
             "bm25s",
+            "huggingface_hub",
             "matplotlib",
             "onnx",
             "onnxscript",

@@ -151,16 +151,18 @@ def save_bundle(
             "filled": dict(filled or {}),
         }
         _write_json(staging / "config.json", config)
+        space_id = compute_space_id(staging)
         _write_json(
             staging / "space.json",
             {
-                "space_id": compute_space_id(staging),
+                "space_id": space_id,
                 "dimension": query_encoder.dimension,
                 "compatible": [],
             },
         )
         _write_json(staging / "metrics.json", dict(metrics or {}))
-        (staging / "README.md").write_text(_model_card(config, metrics or {}), encoding="utf-8")
+        card = _model_card(config, space_id, metrics or {})
+        (staging / "README.md").write_text(card, encoding="utf-8")
         (staging / "forms").mkdir()
         follow_umask(staging)
         replace_folder(staging, path)
@@ -273,8 +275,15 @@ def compute_space_id(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _model_card(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
+def _model_card(config: Mapping[str, Any], space_id: str, metrics: Mapping[str, Any]) -> str:
+    """Describe a bundle, with the head that the Hugging Face hub reads."""
     lines = [
+        "---",
+        "library_name: omnisearchsage",
+        "pipeline_tag: sentence-similarity",
+        "tags: [search, retrieval, embeddings]",
+        "---",
+        "",
         "# Model bundle",
         "",
         (
@@ -283,8 +292,9 @@ def _model_card(config: Mapping[str, Any], metrics: Mapping[str, Any]) -> str:
         ),
         (
             "`query_encoder/` loads with Sentence-Transformers; the whole folder with"
-            " `encoders.load_bundle`."
+            " `encoders.load_bundle`, or `encoders.towers.hub.from_pretrained` by its name."
         ),
+        f"Space id: `{space_id}`. Vectors are comparable only under one space id.",
         "",
         "## Metrics",
         "",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 from typing import Any, Self
 
@@ -39,11 +38,8 @@ class HnswIndex(AnnIndex):
         self.dimension = dimension
         self.config = config
         self._index = index
-        # hnswlib keeps ef in the index. It is lowered only while no search runs, so that none gets
-        # less than it asked for.
-        self._lock = threading.Lock()
-        self._running = 0
-        self._ef = 0
+        # hnswlib keeps `max(k, index.ef)` candidates: with this one, `k` of a call is its own ef.
+        index.set_ef(1)
         self._links: np.ndarray | None = None
 
     @classmethod
@@ -99,43 +95,25 @@ class HnswIndex(AnnIndex):
 
         Fewer than ``k`` come back where the graph does not lead to more.
         """
-        self._enter(ef)
-        try:
-            wanted = k
-            while True:
-                try:
-                    rows, distances = self._index.knn_query(query, wanted, num_threads=1)
-                    return rows[0], distances[0]
-                except RuntimeError:
-                    # Fewer than `wanted` nodes can be reached: hnswlib returns all or nothing.
-                    if wanted == 1:
-                        return np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.float32)
-                    wanted = wanted * 3 // 4
-        finally:
-            self._leave()
-
-    def _enter(self, ef: int) -> None:
-        """Begin a search that needs at least ``ef``."""
-        with self._lock:
-            if ef != self._ef and (ef > self._ef or self._running == 0):
-                self._index.set_ef(ef)
-                self._ef = ef
-            self._running += 1
-
-    def _leave(self) -> None:
-        with self._lock:
-            self._running -= 1
+        wanted = max(k, min(ef, self.count))
+        while True:
+            try:
+                rows, distances = self._index.knn_query(query, wanted, num_threads=1)
+                return rows[0, :k], distances[0, :k]
+            except RuntimeError:
+                # Fewer than `wanted` nodes can be reached: hnswlib returns all or nothing.
+                if wanted == 1:
+                    return np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.float32)
+                wanted = wanted * 3 // 4
 
     def search_batch(self, queries: np.ndarray, k: int, ef: int) -> tuple[np.ndarray, np.ndarray]:
         """Search ``(B, D)`` queries."""
-        self._enter(ef)
+        wanted = max(k, min(ef, self.count))
         try:
-            rows, distances = self._index.knn_query(queries, k, num_threads=1)
+            rows, distances = self._index.knn_query(queries, wanted, num_threads=1)
         except RuntimeError:
             return super().search_batch(queries, k, ef)
-        finally:
-            self._leave()
-        return rows.astype(np.int64), distances
+        return rows[:, :k].astype(np.int64), np.ascontiguousarray(distances[:, :k])
 
     def neighbours(self) -> np.ndarray | None:
         """Read the base layer's out-links from a saved file."""
